@@ -1,0 +1,190 @@
+"""A trained model as a folder: weights in safetensors, everything else in JSON, a card to read. No pickle."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import nn
+
+from volseg import __version__
+from volseg.errors import VolsegError
+from volseg.io.files import write_bytes_atomic
+from volseg.models import build_network, set_weights
+from volseg.plan import DatasetFingerprint, Plan
+from volseg.recipe import Recipe, parse_recipe
+
+FORMAT_VERSION = 1
+SHIPPED = "lung_nodule_ct"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ModelBundle:
+    """All that inference needs besides the scan.
+
+    `weights` maps a network's name (`segmentation`, `classifier`) to its tensors; `metrics` is what was measured when it was made.
+    """
+
+    recipe: Recipe
+    plan: Plan
+    fingerprint: DatasetFingerprint
+    weights: Mapping[str, Mapping[str, torch.Tensor]]
+    metrics: Mapping[str, Any] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)
+    sha256: str = ""
+
+    def segmentation_network(self) -> nn.Module:
+        """The 3D network with its trained weights: (N, channels, R, A, S) → logits (N, 1 + labels, R, A, S)."""
+        recipe = self.recipe
+        return set_weights(
+            build_network(
+                recipe.network.name,
+                in_channels=len(recipe.data.channels),
+                out_channels=1 + len(recipe.data.labels),
+                **recipe.network.settings,
+            ),
+            self.weights["segmentation"],
+        )
+
+    def classifier_network(self) -> nn.Module | None:
+        """The 2D network with its trained weights, where the recipe has one and it could be trained."""
+        classify = self.recipe.classify
+        if classify is None or "classifier" not in self.weights:
+            return None
+        network = build_network(
+            classify.network.name, in_channels=2, out_channels=len(classify.classes), **classify.network.settings
+        )
+        return set_weights(network, self.weights["classifier"])
+
+
+def save_bundle(bundle: ModelBundle, folder: Path) -> ModelBundle:
+    """Write `model.json`, `card.md` and one `<network>.safetensors` each; returns the bundle with its hash.
+
+    `model.json` is written last: a folder without it is not a model.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    hashes = {}
+    for name, tensors in bundle.weights.items():
+        content = save_tensors({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()})
+        hashes[name] = hashlib.sha256(content).hexdigest()
+        write_bytes_atomic(folder / f"{name}.safetensors", content)
+    write_bytes_atomic(folder / "card.md", model_card(bundle).encode())
+    description = {
+        "format_version": FORMAT_VERSION,
+        "recipe": bundle.recipe.model_dump(mode="json"),
+        "plan": bundle.plan.model_dump(mode="json"),
+        "fingerprint": bundle.fingerprint.model_dump(mode="json"),
+        "metrics": dict(bundle.metrics),
+        "versions": {"volseg": __version__, "torch": torch.__version__.split("+")[0]},
+        "weights_sha256": hashes,
+    }
+    write_bytes_atomic(folder / "model.json", (json.dumps(description, indent=1) + "\n").encode())
+    return load_bundle(folder)
+
+
+def load_bundle(folder: Path) -> ModelBundle:
+    """Read and verify a bundle.
+
+    Raises:
+        VolsegError: not a bundle, made by a newer volseg, or its weights are not those that were saved.
+    """
+    description_path = folder / "model.json"
+    try:
+        text = description_path.read_bytes()
+        description = json.loads(text)
+        version = description["format_version"]
+        if version > FORMAT_VERSION:
+            raise VolsegError(
+                f"{folder}: model format {version} is newer than this volseg", fix="update volseg", code="E_VERSION"
+            )
+        bundle = ModelBundle(
+            recipe=parse_recipe(description["recipe"], where=str(description_path)),
+            plan=Plan.model_validate(description["plan"]),
+            fingerprint=DatasetFingerprint.model_validate(description["fingerprint"]),
+            weights={
+                name: _read_weights(folder, name, digest) for name, digest in description["weights_sha256"].items()
+            },
+            metrics=description["metrics"],
+            versions=description["versions"],
+            sha256=hashlib.sha256(text).hexdigest(),
+        )
+    except OSError as error:
+        raise VolsegError(
+            f"{folder}: not a model folder ({error.strerror or error})",
+            fix="give a folder made by `volseg train`",
+            code="E_CKPT",
+        ) from error
+    except (ValueError, KeyError, TypeError, ValidationError) as error:
+        raise VolsegError(
+            f"{description_path}: damaged ({error})", fix="copy the model again", code="E_CKPT"
+        ) from error
+    return bundle
+
+
+def shipped_bundle() -> Path:
+    """Folder of the model that comes with the package."""
+    return Path(__file__).parent / "bundles" / SHIPPED
+
+
+def model_card(bundle: ModelBundle) -> str:
+    """Markdown for people: what it is for, what it was made from, what was measured, what it cannot do."""
+    recipe, plan = bundle.recipe, bundle.plan
+    labels = ", ".join(f"{name} = {value}" for value, name in recipe.data.label_names.items())
+    lines = [
+        f"# {recipe.name}",
+        "",
+        recipe.description,
+        "",
+        "## Intended use",
+        "",
+        recipe.intended_use or "Not stated by the recipe.",
+        "",
+        "## Limits",
+        "",
+        recipe.limits or "Not stated by the recipe.",
+        "",
+        "Not a medical device; for research only.",
+        "",
+        "## Data",
+        "",
+        recipe.data_source or "Not stated by the recipe.",
+        "",
+        f"{bundle.fingerprint.n_cases} training cases; channels: {', '.join(recipe.data.channels)}; labels: {labels}.",
+        "",
+        "## Metrics",
+        "",
+        *(f"- {name}: {_show(value)}" for name, value in bundle.metrics.items()),
+        "",
+        "## How it was made",
+        "",
+        f"Spacing {' × '.join(f'{s:g}' for s in plan.spacing_mm)} mm (R, A, S), patch {' × '.join(map(str, plan.patch_shape))}, "
+        f"batch {plan.batch_size}; the whole recipe is in model.json.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _show(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _read_weights(folder: Path, name: str, digest: str) -> dict[str, torch.Tensor]:
+    path = folder / f"{name}.safetensors"
+    content = path.read_bytes()
+    if hashlib.sha256(content).hexdigest() != digest:
+        raise VolsegError(
+            f"{path}: the weights are not those that were saved", fix="copy the model again", code="E_CKPT"
+        )
+    try:
+        return load_tensors(content)
+    except SafetensorError as error:
+        raise VolsegError(f"{path}: damaged ({error})", fix="copy the model again", code="E_CKPT") from error

@@ -1,0 +1,376 @@
+"""The command line: parse, call one workflow, print, pick the exit code."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from volseg import __version__
+from volseg.errors import VolsegError
+
+if TYPE_CHECKING:
+    from volseg.workflows import RunReport
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+
+BUG, INTERRUPTED, TERMINATED = 1, 130, 143
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout instead of text.")]
+Out = Annotated[Path, typer.Option(help="Folder for the results; made if it is not there.")]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda; auto takes the GPU where there is one.")]
+Seed = Annotated[int, typer.Option(help="Seed of everything random: same seed, same batches.")]
+Figures = Annotated[bool, typer.Option("--figures", help="Also write a PNG per scan with its lesions outlined.")]
+RecipeOption = Annotated[str, typer.Option(help="A TOML file, or the name of a recipe that ships with volseg.")]
+DATASET_HELP = (
+    "A CSV table, a folder with cases.csv or with images/ and labels/, or an nnU-Net raw or Decathlon folder."
+)
+
+
+def main() -> None:
+    """Entry point of the `volseg` command."""
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        app(standalone_mode=True)
+    except VolsegError as error:
+        _fail(error)
+    except KeyboardInterrupt:
+        Console(stderr=True).print("interrupted; what was finished is kept, and the same command goes on from there")
+        sys.exit(INTERRUPTED)
+    except _TerminatedError:
+        sys.exit(TERMINATED)
+
+
+@app.callback()
+def volseg(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and leave.", is_eager=True)] = False,
+) -> None:
+    """Turn 3D CT and MRI scans into lesions, and lesions into numbers that a study can defend.
+
+    Start with `volseg infer scan.nii.gz`, which uses the model that ships with volseg, or train your own with
+    `volseg train DATASET --recipe RECIPE --out MODEL`. Every command has its own --help.
+    """
+    if version:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.command()
+def preprocess(
+    dataset: Annotated[Path, typer.Argument(help=DATASET_HELP)],
+    recipe: RecipeOption,
+    out: Out,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Resample, crop and normalise a dataset once, so that training starts at once.
+
+    Writes memory-mapped arrays and a JSON per case, and prints the dataset's fingerprint. Cases of the test split are left
+    alone. A second call prepares only what is missing or has changed.
+    """
+    from volseg import workflows
+
+    with _progress() as show:
+        report = workflows.preprocess(dataset, recipe=recipe, out=out, seed=seed, progress=show)
+    _finish(report, as_json, lambda: _print_fingerprint(report))
+
+
+@app.command()
+def train(
+    dataset: Annotated[Path, typer.Argument(help=f"{DATASET_HELP} Or a folder made by `volseg preprocess`.")],
+    out: Annotated[Path, typer.Option(help="Folder for the model.")],
+    recipe: Annotated[
+        str | None, typer.Option(help="A TOML file or a shipped name; a prepared folder brings its own.")
+    ] = None,
+    time_budget: Annotated[
+        str | None, typer.Option(help="Such as 90s, 20m or 1.5h: of everything, and the learning rate ends with it.")
+    ] = None,
+    epochs: Annotated[int | None, typer.Option(min=1, help="Instead of the recipe's number.")] = None,
+    patience: Annotated[
+        int | None, typer.Option(min=1, help="Stop after so many epochs without a better Dice.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on where an interrupted run in --out stopped.")] = False,
+    device: Device = "auto",
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Train a segmentation model, and a classifier where the recipe asks for one.
+
+    The weights with the best validation Dice become a model folder with a card to read. Interrupt with Ctrl-C and add --resume
+    to go on.
+    """
+    from volseg import workflows
+
+    budget = None if time_budget is None else _seconds(time_budget)
+    with _progress() as show:
+        report = workflows.train(
+            dataset,
+            recipe=recipe,
+            out=out,
+            time_budget_seconds=budget,
+            epochs=epochs,
+            patience=patience,
+            resume=resume,
+            device=device,
+            seed=seed,
+            progress=show,
+        )
+    _finish(report, as_json, lambda: _print_metrics(report))
+
+
+@app.command()
+def infer(
+    scans: Annotated[list[Path], typer.Argument(help="NIfTI files, folders of them, or tables of cases.")],
+    model: Annotated[
+        Path | None, typer.Option(help="Folder made by `volseg train`; without it the model that ships with volseg.")
+    ] = None,
+    out: Out = Path("volseg_results"),
+    device: Device = "auto",
+    figures: Figures = False,
+    as_json: Json = False,
+) -> None:
+    """Segment scans and measure every lesion: masks, lesions.csv, cases.csv.
+
+    Masks come back on the scan's own grid. Connected voxels (26 neighbours) of one label are one lesion; lesion 1 is the
+    largest. A scan that cannot be used becomes a failed row with its reason and does not stop the others. A second call does
+    only what is missing or has changed.
+    """
+    from volseg import workflows
+
+    if model is None:
+        _announce_shipped_model()
+    with _progress() as show:
+        report = workflows.infer(scans, model=model, out=out, device=device, figures=figures, progress=show)
+    _finish(report, as_json, lambda: _print_results(report))
+
+
+@app.command()
+def measure(
+    image: Annotated[Path | None, typer.Option(help="The scan.")] = None,
+    mask: Annotated[Path | None, typer.Option(help="Its mask, on the same grid.")] = None,
+    cases: Annotated[
+        Path | None, typer.Option(help="Instead of a pair: a table or dataset with scans and masks.")
+    ] = None,
+    out: Out = Path("volseg_results"),
+    objects: Annotated[
+        str, typer.Option(help="components: each connected part is a lesion. labels: each value of the mask is one.")
+    ] = "components",
+    label_names: Annotated[
+        Path | None, typer.Option(help="JSON object or CSV (columns label and name) that names the mask's values.")
+    ] = None,
+    unit: Annotated[
+        str | None, typer.Option(help="Unit of the intensities: HU, SUV, a.u.; guessed from the scan otherwise.")
+    ] = None,
+    figures: Figures = False,
+    as_json: Json = False,
+) -> None:
+    """Measure masks on their scans, without any model: volume, density, position of every lesion."""
+    from volseg import workflows
+
+    with _progress() as show:
+        report = workflows.measure(
+            image=image,
+            mask=mask,
+            cases=cases,
+            out=out,
+            objects=objects,
+            label_names=None if label_names is None else workflows.read_label_names(label_names),
+            intensity_unit=unit,
+            figures=figures,
+            progress=show,
+        )
+    _finish(report, as_json, lambda: _print_results(report))
+
+
+@app.command()
+def evaluate(
+    reference: Annotated[Path, typer.Option(help="Folder of reference masks, or a dataset whose labels they are.")],
+    predicted: Annotated[Path, typer.Option(help="Folder of masks, or a results folder of `volseg infer`.")],
+    out: Out,
+    as_json: Json = False,
+) -> None:
+    """Compare predicted masks with reference masks: Dice per label and volume error per case, as CSV and JSON."""
+    from volseg import workflows
+
+    with _progress() as show:
+        report = workflows.evaluate(reference=reference, predicted=predicted, out=out, progress=show)
+    _finish(report, as_json, lambda: _print_evaluation(report))
+
+
+@app.command()
+def check(
+    path: Annotated[Path, typer.Argument(help="A dataset, a scan, a recipe or a model folder.")], as_json: Json = False
+) -> None:
+    """Report every problem of a dataset, scan, recipe or model at once, each with its fix.
+
+    Exit code 0 if it can be used, 2 if something has to be mended.
+    """
+    from volseg import workflows
+
+    problems = workflows.check(path)
+    errors = [problem for problem in problems if problem["code"].startswith("E_")]
+    if as_json:
+        _print_json({"path": str(path), "problems": problems})
+    for problem in [] if as_json else problems:
+        fix = f"; to fix: {problem['fix']}" if problem["fix"] else ""
+        typer.echo(f"{problem['where']}: [{problem['code']}] {problem['problem']}{fix}")
+    if not as_json:
+        typer.echo(
+            f"{path}: {len(errors)} problem{'s' * (len(errors) != 1)} found"
+            if problems
+            else f"{path}: no problem found"
+        )
+    raise typer.Exit(2 if errors else 0)
+
+
+@app.command()
+def columns(as_json: Json = False) -> None:
+    """List every column of lesions.csv and cases.csv with its unit and meaning."""
+    from volseg import workflows
+
+    tables = workflows.table_columns()
+    if as_json:
+        _print_json(
+            {name: [dict(zip(("name", "unit", "meaning"), line)) for line in lines] for name, lines in tables.items()}
+        )
+        return
+    for name, lines in tables.items():
+        table = Table("column", "unit", "meaning", title=name, title_justify="left")
+        for line in lines:
+            table.add_row(*line)
+        Console().print(table)
+
+
+class _TerminatedError(BaseException):
+    """SIGTERM arrived: unwind like an interruption, so that locks and temporary files go."""
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    raise _TerminatedError
+
+
+@dataclass(slots=True)
+class _Shown:
+    """The bar of the stage that is running."""
+
+    stage: str = ""
+    bar: Any = None
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[str, float, str], None]]:
+    """A progress callback that draws bars on stderr; nothing where stderr is not a terminal."""
+    console = Console(stderr=True)
+    shape = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[detail]}"),
+    )
+    with Progress(*shape, console=console, disable=not console.is_terminal) as progress:
+        shown = _Shown()
+
+        def show(stage: str, share: float, detail: str) -> None:
+            if stage != shown.stage:
+                shown.stage, shown.bar = stage, progress.add_task(stage, total=1.0, detail="")
+            progress.update(shown.bar, completed=share, detail=detail)
+
+        yield show
+
+
+def _finish(report: RunReport, as_json: bool, show: Callable[[], None]) -> None:
+    """Print what was done and leave with the report's exit code."""
+    if as_json:
+        content = {
+            "out": str(report.out),
+            "done": list(report.done),
+            "kept": list(report.kept),
+            "failed": dict(report.failed),
+        }
+        _print_json(content | dict(report.details) | {"exit_code": report.exit_code})
+    else:
+        show()
+        for case, reason in report.failed.items():
+            typer.echo(f"failed: {case}: {reason}", err=True)
+    raise typer.Exit(report.exit_code)
+
+
+def _print_results(report: RunReport) -> None:
+    kept = f", {len(report.kept)} were complete already" if report.kept else ""
+    typer.echo(f"{len(report.done)} done{kept}, {len(report.failed)} failed")
+    typer.echo("lesions: connected components of each label, 26 neighbours, 1 = largest")
+    for name in ("lesions.csv", "cases.csv"):
+        typer.echo(f"  {report.out / name}")
+
+
+def _print_fingerprint(report: RunReport) -> None:
+    found: Mapping[str, Any] = report.details["fingerprint"]
+    spacing = " × ".join(f"{value:g}" for value in found["median_spacing_mm"])
+    shape = " × ".join(str(value) for value in found["median_shape"])
+    wanted = " × ".join(f"{value:g}" for value in found["resampled_to_mm"])
+    typer.echo(f"{found['n_cases']} training cases; median spacing {spacing} mm, median shape {shape} (R × A × S)")
+    for channel, values in found["foreground"].items():
+        typer.echo(
+            f"{channel} under the labels: mean {values['mean']:.4g}, deviation {values['sd']:.4g}, "
+            f"0.5 to 99.5 percentile {values['p00_5']:.4g} to {values['p99_5']:.4g}"
+        )
+    voxels = ", ".join(f"{label}: {count}" for label, count in found["label_voxels"].items())
+    typer.echo(f"voxels per label: {voxels}; resampled to {wanted} mm")
+    typer.echo(f"{len(report.done)} prepared, {len(report.kept)} were complete already → {report.out}")
+
+
+def _print_metrics(report: RunReport) -> None:
+    for name, value in report.details["metrics"].items():
+        typer.echo(f"{name}: {value}")
+    typer.echo(f"model → {report.out}")
+
+
+def _print_evaluation(report: RunReport) -> None:
+    table = Table("label", "cases", "mean Dice", "median Dice", "median volume error %")
+    for label, values in report.details["labels"].items():
+        numbers = (values[key] for key in ("mean_dice", "median_dice", "median_volume_error_percent"))
+        table.add_row(label, str(values["n"]), *("" if number is None else f"{number:.4f}" for number in numbers))
+    Console().print(table)
+    missing = report.details["not_predicted"]
+    if missing:
+        typer.echo(f"{len(missing)} reference masks have no prediction, such as {missing[0]}", err=True)
+    typer.echo(f"a row per case and label → {report.out / 'evaluation.csv'}")
+
+
+def _announce_shipped_model() -> None:
+    from volseg import workflows
+
+    name, use, limits = workflows.shipped_model()
+    typer.echo(f"using the model that ships with volseg: {name}. For: {use} Limits: {limits}", err=True)
+
+
+def _print_json(content: Any) -> None:
+    typer.echo(json.dumps(content, ensure_ascii=False))
+
+
+def _seconds(text: str) -> float:
+    """`90s`, `20m`, `1.5h` or plain seconds → seconds."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([smh]?)\s*", text)
+    if match is None or float(match[1]) == 0:
+        raise VolsegError(
+            f"time budget {text!r} is not a duration", fix="write it like 90s, 20m or 1.5h", code="E_USAGE"
+        )
+    return float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[match[2]]
+
+
+def _fail(error: VolsegError) -> None:
+    typer.echo(f"error: [{error.code}] {error}", err=True)
+    sys.exit(error.exit_code)

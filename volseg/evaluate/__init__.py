@@ -1,0 +1,1 @@
+"""Reference and prediction → numbers. Pure: nothing here touches the disk."""

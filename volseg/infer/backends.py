@@ -1,0 +1,49 @@
+"""What runs the network: a class with `logits(batch)`."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import nn
+
+from volseg.errors import EnvironmentProblem, VolsegError
+
+
+class Backend(Protocol):
+    def logits(self, batch: np.ndarray) -> np.ndarray:
+        """(N, channels, …) float32 → (N, classes, …) float32."""
+        ...
+
+
+class TorchBackend:
+    """A torch module in evaluation mode on one device; half precision on CUDA, float32 elsewhere."""
+
+    def __init__(self, network: nn.Module, device: torch.device) -> None:
+        self.network = network.to(device).eval()
+        self.device = device
+
+    def logits(self, batch: np.ndarray) -> np.ndarray:
+        with (
+            torch.inference_mode(),
+            torch.autocast(self.device.type, torch.float16, enabled=self.device.type == "cuda"),
+        ):
+            return self.network(torch.from_numpy(batch).to(self.device)).float().cpu().numpy()
+
+
+def choose_device(name: str) -> torch.device:
+    """`auto`, `cpu` or `cuda` → a device that is there.
+
+    Raises:
+        EnvironmentProblem: CUDA was asked for and is not available.
+    """
+    if name not in ("auto", "cpu", "cuda"):
+        raise VolsegError(f"device {name!r} is unknown", fix="use auto, cpu or cuda", code="E_USAGE")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise EnvironmentProblem(
+            "device cuda was asked for, but torch finds no CUDA device",
+            fix="install a driver and a CUDA build of torch, or use --device cpu",
+            code="E_DEVICE",
+        )
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")

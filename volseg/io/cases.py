@@ -1,0 +1,369 @@
+"""Which files belong to which case: CSV files, folders, and the layouts of nnU-Net and the Medical Decathlon.
+
+Only paths are handled here; no scan is opened. All mistakes of a data set are reported at once.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import re
+import unicodedata
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from volseg.errors import VolsegError
+from volseg.io.nifti import SUFFIXES, stem_of
+
+ONE_CHANNEL = "image"  # the channel of data sets that have one and do not name it
+MAX_LISTED = 10  # mistakes written out in one message
+ID_PATTERN = r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}"  # safe as a file name everywhere
+
+Anything = TypeVar("Anything")
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """The files of one scan.
+
+    Args:
+        id: names the outputs; matches `ID_PATTERN`.
+        images: channel → file.
+        reference: the true mask, if there is one.
+        split: such as train, val or test; None where the data set does not say.
+        patient: no patient is in two splits; None where unknown.
+        classes: the further columns of the CSV, such as `malignancy`; empty cells are left out.
+    """
+
+    id: str
+    images: dict[str, Path]
+    reference: Path | None = None
+    split: str | None = None
+    patient: str | None = None
+    classes: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(ID_PATTERN, self.id):
+            raise ValueError(f"{self.id!r} is not a safe case id")
+
+
+def find_cases(dataset: Path, channels: Sequence[str] = (ONE_CHANNEL,)) -> list[Case]:
+    """The cases of a data set, in the order in which it lists them.
+
+    Args:
+        dataset: a CSV file; or a folder with `cases.csv`, with `images/` and maybe `labels/` holding equal file
+            names, with an nnU-Net raw or Decathlon `dataset.json`, or simply with scans in it.
+        channels: what the recipe wants. `image` means “the only one there is”.
+
+    Raises:
+        VolsegError: the layout is not known, a channel or file is missing, an id is unsafe or used twice, a patient
+            is in two splits. One error names all mistakes.
+    """
+    mistakes: list[str] = []
+    rows = _rows_of(Path(dataset), channels, mistakes)
+    return _checked(rows, mistakes, str(dataset))
+
+
+def find_scans(inputs: Sequence[Path], channels: Sequence[str] = (ONE_CHANNEL,)) -> list[Case]:
+    """The cases to segment: scans, folders of scans (hidden files and `._*` are skipped), CSV files and data sets.
+
+    Raises:
+        VolsegError: as `find_cases`; also when a plain scan is given but several channels are wanted.
+    """
+    mistakes: list[str] = []
+    rows: list[_Row] = []
+    for path in map(Path, inputs):
+        if path.is_dir() or path.suffix.lower() == ".csv":
+            rows += _rows_of(path, channels, mistakes)
+        else:
+            channel = _picked({ONE_CHANNEL: path}, channels, str(path))
+            rows.append(_Row(where=str(path), id=_safe_id(stem_of(path)), images=channel))
+    return _checked(rows, mistakes, ", ".join(map(str, inputs)))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Row:
+    """A case as it was found, not yet checked; `where` says where, for messages."""
+
+    where: str
+    id: str
+    images: Mapping[str, Path]
+    reference: Path | None = None
+    split: str | None = None
+    patient: str | None = None
+    classes: Mapping[str, str] = field(default_factory=dict)
+
+
+def _rows_of(dataset: Path, channels: Sequence[str], mistakes: list[str]) -> list[_Row]:
+    """The layout decides who reads it."""
+    if not os.path.exists(dataset):
+        raise VolsegError(f"{dataset}: no such file or folder", fix="check the path")
+    if not os.path.isdir(dataset):
+        return _rows_of_csv(dataset, channels, mistakes)
+    if (dataset / "cases.csv").is_file():
+        return _rows_of_csv(dataset / "cases.csv", channels, mistakes)
+    if (dataset / "dataset.json").is_file():
+        description = _json_of(dataset / "dataset.json")
+        read = _rows_of_nnunet if _is_nnunet(dataset, description) else _rows_of_decathlon
+        return read(dataset, description, channels, mistakes)
+    if (dataset / "imagesTr").is_dir():
+        raise VolsegError(
+            f"{dataset}: has imagesTr but no dataset.json", fix="add dataset.json, which names the channels"
+        )
+    return _rows_of_folder(dataset, channels, mistakes)
+
+
+# ---- CSV
+
+
+def _rows_of_csv(path: Path, channels: Sequence[str], mistakes: list[str]) -> list[_Row]:
+    columns, lines = _table_of(path)
+    available = {name.removeprefix("image_"): name for name in columns if name == "image" or name.startswith("image_")}
+    if not available:
+        raise VolsegError(
+            f"{path}: has no column 'image'; its columns are {_listed(columns)}",
+            fix="name the column of scans 'image', or 'image_<channel>' for several channels",
+        )
+    picked = _picked(available, channels, str(path))
+    further = [name for name in columns if name not in _KNOWN_COLUMNS and name not in available.values()]
+    rows = []
+    for number, cells in lines:
+        where = f"{path.name} line {number}"
+        if len(cells) != len(columns):
+            mistakes.append(f"{where}: has {len(cells)} cells under {len(columns)} columns")
+            continue
+        row = dict(zip(columns, cells, strict=True))
+        empty = [column for column in picked.values() if not row[column]]
+        if empty:
+            mistakes.append(f"{where}: the cell of {_listed(empty)} is empty")
+            continue
+        images = {channel: path.parent / row[column] for channel, column in picked.items()}
+        rows.append(
+            _Row(
+                where=where,
+                id=row.get("subject") or _safe_id(stem_of(next(iter(images.values())))),
+                images=images,
+                reference=path.parent / row["label"] if row.get("label") else None,
+                split=row.get("split") or None,
+                patient=row.get("patient") or None,
+                classes={name: row[name] for name in further if row[name]},
+            )
+        )
+    return rows
+
+
+def _table_of(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
+    """Column names, and (line number, cells) of each row; commas, semicolons or tabs, with or without a BOM."""
+    try:
+        text = _bytes_of(path).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise VolsegError(
+            f"{path}: is not UTF-8 text ({error.reason} at byte {error.start})", fix="save it as “CSV UTF-8”"
+        ) from error
+    first = text.split("\n", 1)[0]
+    delimiter = max(",;\t", key=first.count)
+    reader = csv.reader(io.StringIO(text, newline=None), delimiter=delimiter, strict=True)
+    try:
+        lines = [(reader.line_num, [cell.strip() for cell in cells]) for cells in reader]
+    except csv.Error as error:
+        raise VolsegError(f"{path}: line {reader.line_num} is not CSV ({error})", fix="check its quotes") from error
+    lines = [(number, cells) for number, cells in lines if any(cells)]
+    if not lines:
+        raise VolsegError(f"{path}: is empty", fix="give it a header line and a row per scan")
+    columns = lines[0][1]
+    twice = sorted({name for name in columns if columns.count(name) > 1})
+    if twice:
+        raise VolsegError(f"{path}: has columns {_listed(twice)} twice", fix="give every column its own name")
+    return columns, lines[1:]
+
+
+# ---- folders
+
+
+def _rows_of_folder(dataset: Path, channels: Sequence[str], mistakes: list[str]) -> list[_Row]:
+    """`images/` and `labels/` with equal names, or scans right in the folder."""
+    images = dataset / "images" if (dataset / "images").is_dir() else dataset
+    labels = {stem_of(path): path for path in _scans_in(dataset / "labels")} if images != dataset else {}
+    rows = []
+    for path in _scans_in(images):
+        picked = _picked({ONE_CHANNEL: path}, channels, str(images))
+        stem = stem_of(path)
+        rows.append(_Row(where=str(path), id=_safe_id(stem), images=picked, reference=labels.pop(stem, None)))
+    mistakes += [f"{path}: no scan of this name in {images}" for path in labels.values()]
+    return rows
+
+
+def _rows_of_nnunet(dataset: Path, description: dict, channels: Sequence[str], mistakes: list[str]) -> list[_Row]:
+    """imagesTr, labelsTr and imagesTs, one file `<id>_<number>` per channel; Tr has no split, Ts is `test`."""
+    names = description.get("channel_names") or description.get("modality")
+    if not isinstance(names, dict) or not all(key.isdecimal() for key in names):
+        raise VolsegError(f"{dataset}: dataset.json names no channels", fix='add "channel_names": {"0": "CT"}')
+    picked = _picked({str(name): f"{int(key):04d}" for key, name in names.items()}, channels, str(dataset))
+    ending = str(description.get("file_ending", ".nii.gz"))
+    rows = []
+    for images, labels, split in (("imagesTr", "labelsTr", None), ("imagesTs", "labelsTs", "test")):
+        for stem in sorted({match[1] for match in _numbered(dataset / images, description)}):
+            reference: Path | None = dataset / labels / f"{stem}{ending}"
+            if split == "test" and not reference.exists():
+                reference = None
+            files = {name: dataset / images / f"{stem}_{number}{ending}" for name, number in picked.items()}
+            where = f"{images}/{stem}"
+            rows.append(_Row(where=where, id=_safe_id(stem), images=files, reference=reference, split=split))
+    return rows
+
+
+def _is_nnunet(dataset: Path, description: dict) -> bool:
+    """Version 1 has the lists of the Decathlon, but adds the channel number to the names of the files."""
+    if "channel_names" in description:
+        return True
+    listed = [entry["image"] for entry in _entries(description, "training") if _is_pair(entry)]
+    return bool(_numbered(dataset / "imagesTr", description)) and not any((dataset / name).is_file() for name in listed)
+
+
+def _numbered(folder: Path, description: dict) -> list[re.Match]:
+    """Files `<id>_<4 digits><ending>` in an nnU-Net folder."""
+    pattern = r"(.+)_(\d{4})" + re.escape(str(description.get("file_ending", ".nii.gz")))
+    matches = [re.fullmatch(pattern, path.name) for path in _visible(folder)]
+    return [match for match in matches if match]
+
+
+def _rows_of_decathlon(dataset: Path, description: dict, channels: Sequence[str], mistakes: list[str]) -> list[_Row]:
+    """The lists `training`, `validation` and `test` of dataset.json; only `training` has no split."""
+    rows = []
+    for key, split in (("training", None), ("validation", "val"), ("test", "test")):
+        for number, entry in enumerate(_entries(description, key)):
+            where = f"dataset.json {key}[{number}]"
+            entry = {"image": entry} if isinstance(entry, str) else entry
+            if not _is_pair(entry):
+                mistakes.append(f"{where}: is {json.dumps(entry)[:60]}, not an image with its label")
+                continue
+            image = dataset / entry["image"]
+            picked = _picked({ONE_CHANNEL: image}, channels, str(dataset))
+            reference = dataset / entry["label"] if entry.get("label") else None
+            rows.append(_Row(where=where, id=_safe_id(stem_of(image)), images=picked, reference=reference, split=split))
+    return rows
+
+
+def _entries(description: dict, key: str) -> list:
+    entries = description.get(key)
+    return entries if isinstance(entries, list) else []
+
+
+def _is_pair(entry: Any) -> bool:
+    return isinstance(entry, dict) and isinstance(entry.get("image"), str) and isinstance(entry.get("label", ""), str)
+
+
+def _json_of(path: Path) -> dict[str, Any]:
+    try:
+        description = json.loads(_bytes_of(path))
+    except ValueError as error:
+        raise VolsegError(
+            f"{path}: is not JSON ({error})", fix="repair it, or describe the data by cases.csv"
+        ) from error
+    if not isinstance(description, dict):
+        raise VolsegError(f"{path}: holds no JSON object", fix="repair it, or describe the data by cases.csv")
+    return description
+
+
+def _scans_in(folder: Path) -> list[Path]:
+    return [path for path in _visible(folder) if path.name.lower().endswith(SUFFIXES)]
+
+
+def _visible(folder: Path) -> list[Path]:
+    """Files by name, without hidden ones, to which the `._*` of macOS belong; [] for no folder."""
+    try:
+        return sorted(path for path in folder.iterdir() if not path.name.startswith(".")) if folder.is_dir() else []
+    except OSError as error:
+        raise _unreadable(folder, error) from error
+
+
+def _bytes_of(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: OSError) -> VolsegError:
+    return VolsegError(f"{path}: cannot be read ({error.strerror})", fix="check its permissions", code="E_PERM")
+
+
+# ---- rules for all layouts
+
+
+def _picked(available: Mapping[str, Anything], wanted: Sequence[str], origin: str) -> dict[str, Anything]:
+    """What stands for each wanted channel; case does not matter, and `image` stands for the only one."""
+    by_name = {name.casefold(): value for name, value in available.items()}
+    if all(name.casefold() in by_name for name in wanted):
+        return {name: by_name[name.casefold()] for name in wanted}
+    if len(wanted) == len(available) == 1 and ONE_CHANNEL in (wanted[0], *available):
+        return {wanted[0]: next(iter(available.values()))}
+    missing = [name for name in wanted if name.casefold() not in by_name]
+    raise VolsegError(
+        f"{origin}: has no channel {_listed(missing)}; it has {_listed(available)}",
+        fix=f"add a cases.csv with the columns {_listed(f'image_{name}' for name in wanted)}, or choose another recipe",
+    )
+
+
+def _checked(rows: list[_Row], mistakes: list[str], origin: str) -> list[Case]:
+    """Cases without a mistake, or one error that names all mistakes."""
+    if not rows and not mistakes:
+        raise VolsegError(f"no scans found in {origin}", fix=f"give files that end in {', '.join(SUFFIXES)}")
+    mistakes = mistakes + _id_mistakes(rows) + _file_mistakes(rows) + _split_mistakes(rows)
+    if mistakes:
+        shown = "; ".join(f"({number}) {text}" for number, text in enumerate(mistakes[:MAX_LISTED], start=1))
+        rest = f"; and {len(mistakes) - MAX_LISTED} more" if len(mistakes) > MAX_LISTED else ""
+        count = f"{len(mistakes)} mistake{'s' if len(mistakes) > 1 else ''}"
+        raise VolsegError(f"{origin}: {count}: {shown}{rest}", fix="correct them and run again; nothing was done yet")
+    return [Case(row.id, dict(row.images), row.reference, row.split, row.patient, dict(row.classes)) for row in rows]
+
+
+def _id_mistakes(rows: list[_Row]) -> list[str]:
+    mistakes, seen = [], {}
+    for row in rows:
+        if not re.fullmatch(ID_PATTERN, row.id):
+            mistakes.append(f"{row.where}: subject {row.id!r} is no safe file name; {_safe_id(row.id)!r} would be")
+        key = row.id.casefold()  # some file systems do not tell a.nii from A.nii
+        if key in seen:
+            files = [str(next(iter(each.images.values()))) for each in (seen[key], row)]
+            mistakes.append(f"{row.where}: id {row.id!r} is used for both {files[0]} and {files[1]}")
+        seen.setdefault(key, row)
+    return mistakes
+
+
+def _file_mistakes(rows: list[_Row]) -> list[str]:
+    return [
+        f"{row.where}: file {str(path)!r} does not exist"
+        for row in rows
+        for path in (*row.images.values(), row.reference)
+        if path is not None and not os.path.isfile(path)
+    ]
+
+
+def _split_mistakes(rows: list[_Row]) -> list[str]:
+    mistakes, seen = [], {}
+    for row in rows:
+        if row.patient is None or row.split is None:
+            continue
+        first = seen.setdefault(row.patient, row)
+        if first.split != row.split:
+            elsewhere = f"but in {first.split!r} at {first.where}"
+            mistakes.append(f"{row.where}: patient {row.patient!r} is in split {row.split!r}, {elsewhere}")
+    return mistakes
+
+
+def _safe_id(name: str) -> str:
+    """A name that matches `ID_PATTERN`: accents dropped, other characters replaced by `_`."""
+    plain = "".join(c for c in unicodedata.normalize("NFKD", name) if not unicodedata.combining(c))
+    return re.sub(r"[^A-Za-z0-9._-]", "_", plain).lstrip("._-")[:128] or "scan"
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(map(repr, names))
+
+
+_KNOWN_COLUMNS = ("subject", "label", "split", "patient")

@@ -1,0 +1,1 @@
+"""Scan and numbered lesions → numbers. Pure: nothing here touches the disk."""

@@ -1,0 +1,54 @@
+"""Networks: one file per architecture; the file's name is the name in a recipe."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from volseg.errors import VolsegError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+
+def build_network(name: str, *, in_channels: int, out_channels: int, **settings: Any) -> nn.Module:
+    """A torch module with random weights.
+
+    Raises:
+        VolsegError: no file of that name, or settings which its `build` does not take.
+    """
+    known = [module.name for module in pkgutil.iter_modules(__path__)]
+    if name not in known:
+        raise VolsegError(f"network {name!r} is unknown", fix=f"use one of {', '.join(known)}", code="E_RECIPE")
+    module = importlib.import_module(f"{__name__}.{name}")
+    try:
+        return module.build(in_channels=in_channels, out_channels=out_channels, **settings)
+    except TypeError as error:
+        raise VolsegError(f"network {name!r}: {error}", fix=f"see volseg/models/{name}.py", code="E_RECIPE") from error
+
+
+def weights_of(network: nn.Module) -> dict[str, torch.Tensor]:
+    """The network's tensors, each once: a state_dict names a tensor again for every module through which it is reached."""
+    return {name: tensor.detach() for name, tensor in (*network.named_parameters(), *network.named_buffers())}
+
+
+def set_weights(network: nn.Module, weights: Mapping[str, torch.Tensor]) -> nn.Module:
+    """Copy what `weights_of` gave into a network of the same architecture, and return it.
+
+    Raises:
+        VolsegError: tensors are missing or of another shape.
+    """
+    wanted = weights_of(network)
+    misfits = [name for name in wanted if name not in weights or weights[name].shape != wanted[name].shape]
+    if misfits:
+        raise VolsegError(
+            f"the weights do not fit the network: {len(misfits)} tensors are missing or of another shape, first {misfits[:5]}",
+            fix="use the recipe with which the weights were trained",
+            code="E_CKPT",
+        )
+    for name, tensor in wanted.items():
+        tensor.copy_(weights[name])
+    return network

@@ -1,0 +1,51 @@
+"""3D U-Net with instance norm, LeakyReLU and per-axis strides: MONAI's DynUNet.
+
+Source: Isensee et al., nnU-Net, Nature Methods 18:203 (2021); the layers are MONAI's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from monai.networks.nets import DynUNet
+from torch import nn
+
+from volseg.errors import VolsegError
+
+
+def build(
+    *,
+    in_channels: int,
+    out_channels: int,
+    features: Sequence[int] = (16, 32, 64, 128),
+    strides: Sequence[Sequence[int]] = ((1, 1, 1), (2, 2, 2), (2, 2, 2), (2, 2, 2)),
+    kernels: Sequence[Sequence[int]] | None = None,
+    residual: bool = False,
+) -> nn.Module:
+    """(N, in_channels, R, A, S) → logits (N, out_channels, R, A, S).
+
+    Args:
+        features: channels per level, finest first.
+        strides: down-sampling (R, A, S) into each level; the first is usually (1, 1, 1).
+        kernels: convolution size (R, A, S) per level; default 3 × 3 × 3.
+        residual: residual instead of plain blocks.
+    """
+    kernels = kernels if kernels is not None else [(3, 3, 3)] * len(features)
+    if not len(features) == len(strides) == len(kernels):
+        raise VolsegError(
+            f"unet3d has {len(features)} features, {len(strides)} strides and {len(kernels)} kernels",
+            fix="give one of each per level under [network]",
+            code="E_RECIPE",
+        )
+    return DynUNet(
+        spatial_dims=3,
+        in_channels=in_channels,
+        out_channels=out_channels,
+        kernel_size=[list(kernel) for kernel in kernels],
+        strides=[list(stride) for stride in strides],
+        upsample_kernel_size=[list(stride) for stride in strides[1:]],
+        filters=list(features),
+        norm_name=("INSTANCE", {"affine": True}),
+        act_name=("leakyrelu", {"inplace": True, "negative_slope": 0.01}),
+        res_block=residual,
+    )

@@ -1,0 +1,1 @@
+"""Mask → mask, and mask → numbered lesions. Pure: nothing here touches the disk."""

@@ -1,0 +1,1 @@
+"""Volume → network input and the way back. Pure: nothing here touches the disk."""

@@ -1,0 +1,258 @@
+"""What to do, as data: one frozen model per stage, read from TOML. Names and numbers, never code."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from volseg.errors import VolsegError
+
+Auto = Literal["auto"]
+Triple = tuple[float, float, float]
+IntTriple = tuple[int, int, int]
+Positive = Annotated[float, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Data(Section):
+    """Which images a case has and what the mask's values mean."""
+
+    channels: Annotated[tuple[str, ...], Field(min_length=1)]
+    labels: Annotated[
+        dict[str, int], Field(min_length=1)
+    ]  # name = value in the mask; every other value but 0 is an error
+    intensity_unit: str  # of the first channel, in which lesions are measured: HU, a.u., SUV
+
+    @model_validator(mode="after")
+    def _labels_are_distinct_and_not_background(self) -> Data:
+        values = list(self.labels.values())
+        if len(set(values)) < len(values):
+            raise ValueError("two labels share one value")
+        if min(values) < 1:
+            raise ValueError("label values are whole numbers from 1; 0 is the background")
+        return self
+
+    @property
+    def label_names(self) -> dict[int, str]:
+        """Mask value → name, in the order of the network's output channels 1, 2, …"""
+        return {value: name for name, value in sorted(self.labels.items(), key=lambda item: item[1])}
+
+
+class Window(Section):
+    """CT: clip to [low, high], subtract the dataset's foreground mean, divide by its deviation."""
+
+    method: Literal["window"]
+    low: float | Auto = "auto"  # auto: 0.5 percentile of the foreground of the training cases
+    high: float | Auto = "auto"  # auto: 99.5 percentile
+    mean: float | Auto = "auto"
+    sd: Positive | Auto = "auto"
+
+
+class ZScore(Section):
+    """MRI: subtract the mean and divide by the deviation of the scan's own body."""
+
+    method: Literal["zscore"]
+
+
+class Percentile(Section):
+    """Scale so that two percentiles of the scan's own body become 0 and 1, and clip there."""
+
+    method: Literal["percentile"]
+    low_percent: Annotated[float, Field(ge=0, lt=100)] = 1.0
+    high_percent: Annotated[float, Field(gt=0, le=100)] = 99.0
+
+
+Normalise = Annotated[Window | ZScore | Percentile, Field(discriminator="method")]
+
+
+class Preprocess(Section):
+    spacing_mm: tuple[Positive, Positive, Positive] | Auto = "auto"  # along R, A, S; auto: median of the training cases
+    interpolation: Literal["linear", "cubic"] = "linear"
+    crop: Literal["body", "none"] = "body"  # body: outside its box the mask is background by definition
+    body_above: float | Auto = "auto"  # intensity over which a voxel is body; auto: a tenth of the 99th percentile
+    normalise: Normalise
+
+
+class Network(Section):
+    """`name` is a file in models/; every other key goes to its `build` function."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+    name: str
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+
+class Augment(Section):
+    """Random changes of a training patch; a probability of 0 switches one off."""
+
+    flip_axes: tuple[Literal["R", "A", "S"], ...] = ("R", "A", "S")
+    spatial_probability: Fraction = 0.5
+    rotation_degrees: IntTriple = (15, 15, 15)  # largest angle about R, A and S
+    scaling: tuple[Positive, Positive] = (0.85, 1.2)
+    noise_probability: Fraction = 0.15
+    noise_sd: float = 0.1  # of the normalised intensity
+    blur_probability: Fraction = 0.1
+    brightness_probability: Fraction = 0.15
+    brightness: tuple[Positive, Positive] = (0.85, 1.15)
+    contrast_probability: Fraction = 0.15
+    contrast: tuple[Positive, Positive] = (0.8, 1.25)
+    gamma_probability: Fraction = 0.1
+    gamma: tuple[Positive, Positive] = (0.8, 1.25)
+
+
+class Train(Section):
+    patch_shape: IntTriple  # voxels of the resampled grid
+    batch_size: Annotated[int, Field(ge=1)] = 2
+    steps_per_epoch: Annotated[int, Field(ge=1)] = 50
+    epochs: Annotated[int, Field(ge=1)] = 100
+    patience: Annotated[int, Field(ge=1)] = 30  # epochs without a better validation Dice before training stops
+    learning_rate: Positive = 2e-3
+    weight_decay: Annotated[float, Field(ge=0)] = 1e-3
+    foreground_share: Fraction = 0.5  # of the patches that are centred on a labelled voxel
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.99  # the averaged weights are validated and kept
+    validation_cases: Annotated[int, Field(ge=1)] = 20  # looked at after each epoch; the final metrics use all
+    validation_share: Annotated[float, Field(gt=0, lt=1)] = 0.2  # of the patients, where the dataset has no `split`
+    class_weights: tuple[Positive, ...] | None = None  # cross-entropy weights of background and labels
+    augment: Augment = Augment()
+
+
+class Infer(Section):
+    overlap: Annotated[float, Field(ge=0, lt=1)] = 0.5  # fraction of a patch shared with its neighbour
+    mirror_axes: tuple[Literal["R", "A", "S"], ...] = ()  # average over mirrored copies: each axis doubles the time
+    batch_size: Annotated[int, Field(ge=1)] = 1
+
+
+class Step(Section):
+    """`step` is a row of the table in postprocess/steps.py; every other key goes to it."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+    step: str
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+
+class Classify(Section):
+    """A 2D network that scores each lesion from slices through it."""
+
+    column: str  # of cases.csv: a number per case
+    classes: Annotated[
+        dict[str, tuple[float, float]], Field(min_length=2)
+    ]  # name = [lowest, highest] value; others are not used
+    network: Network
+    field_of_view_mm: Positive = 48.0
+    pixels: Annotated[int, Field(ge=8)] = 64
+    low: float  # intensity window of the slices
+    high: float
+    batch_size: Annotated[int, Field(ge=1)] = 32
+    epochs: Annotated[int, Field(ge=1)] = 60
+    learning_rate: Positive = 1e-3
+    weight_decay: Annotated[float, Field(ge=0)] = 1e-2
+    time_share: Annotated[float, Field(gt=0, lt=1)] = 0.15  # of --time-budget
+
+
+class Recipe(Section):
+    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_]*$")]
+    description: str
+    intended_use: str = ""
+    limits: str = ""
+    data_source: str = ""  # attribution that the model card repeats
+    data: Data
+    preprocess: Preprocess
+    network: Network
+    train: Train
+    infer: Infer = Infer()
+    postprocess: tuple[Step, ...] = ()
+    classify: Classify | None = None
+
+    @property
+    def sha256(self) -> str:
+        """Hash of the content, independent of comments and order of keys."""
+        text = json.dumps(self.model_dump(mode="json"), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+def load_recipe(recipe: str | Path) -> Recipe:
+    """Read a recipe from a TOML file, or one that ships with volseg by its name.
+
+    Raises:
+        VolsegError: the file is not there, is not TOML, or has mistakes; all of them are named at once.
+    """
+    path = _find(recipe)
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise VolsegError(f"{path}: not a TOML file ({error})", fix="correct that line", code="E_RECIPE") from error
+    return parse_recipe(content, where=str(path))
+
+
+def parse_recipe(content: dict[str, Any], *, where: str) -> Recipe:
+    """A recipe from its parsed content; `where` names it in error messages."""
+    try:
+        return Recipe.model_validate(content)
+    except ValidationError as error:
+        mistakes = [_sentence(mistake) for mistake in error.errors()]
+        raise VolsegError(
+            f"{where}: {len(mistakes)} mistake{'s' * (len(mistakes) > 1)}: " + "; ".join(mistakes),
+            fix="correct the recipe; pipelines/README.md explains each key",
+            code="E_RECIPE",
+        ) from error
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """Name → file of the recipes that come with volseg: inside an installed package, or in pipelines/ of a checkout."""
+    package = Path(__file__).parent
+    for folder in (package / "pipelines", package.parent / "pipelines"):
+        if folder.is_dir():
+            return {path.stem: path for path in sorted(folder.glob("*.toml"))}
+    return {}
+
+
+def _find(recipe: str | Path) -> Path:
+    path = Path(recipe)
+    if path.is_file():
+        return path
+    shipped = shipped_recipes()
+    if str(recipe) in shipped:
+        return shipped[str(recipe)]
+    raise VolsegError(
+        f"{recipe}: there is no such recipe", fix=f"give a TOML file, or one of {', '.join(shipped)}", code="E_RECIPE"
+    )
+
+
+def _sentence(mistake: Any) -> str:
+    path = ".".join(str(part) for part in mistake["loc"])
+    if mistake["type"] == "extra_forbidden":
+        return f"{path}: unknown key; known are {', '.join(_known_keys(mistake['loc']))}"
+    return f"{path or 'recipe'}: {mistake['msg'].removeprefix('Value error, ').lower()}"
+
+
+def _known_keys(location: tuple[int | str, ...]) -> list[str]:
+    """Keys of the section in which an unknown key was found."""
+    candidates: list[type[BaseModel]] = [Recipe]
+    for part in location[:-1]:
+        field = candidates[0].model_fields.get(str(part))
+        if field is not None:
+            candidates = _models_in(field.annotation)
+        else:  # the tag of a union, such as `window` in preprocess.normalise.window.hihg
+            tagged = [model for model in candidates if part in get_args(model.model_fields["method"].annotation)]
+            candidates = tagged or candidates
+    return list(candidates[0].model_fields)
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for part in get_args(annotation) for model in _models_in(part)]

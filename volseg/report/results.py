@@ -1,0 +1,132 @@
+"""The results folder: a record per case as the mark that it is complete, and the tables made from the records."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from volseg.errors import EnvironmentProblem
+from volseg.io.files import TEMPORARY_PREFIX, sha256_of, write_json_atomic
+from volseg.measure.lesions import CaseRow, LesionMeasurement
+from volseg.report.tables import write_table
+
+RECORDS = ".volseg"
+
+
+@contextmanager
+def held(folder: Path, records: Path) -> Iterator[None]:
+    """Make both folders and hold them for one run, by a lock in `records`; leftovers of a killed run are swept.
+
+    Raises:
+        EnvironmentProblem: another run holds it, or it cannot be written.
+    """
+    lock = FileLock(records / "lock", timeout=0)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        records.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except Timeout as error:
+        raise EnvironmentProblem(
+            f"{folder}: in use by another run", fix="wait for it, or give another --out", code="E_LOCKED"
+        ) from error
+    except OSError as error:
+        raise EnvironmentProblem(
+            f"{folder}: cannot write there ({error.strerror})", fix="give a folder you may write to", code="E_PERM"
+        ) from error
+    try:
+        for leftover in folder.rglob(f"{TEMPORARY_PREFIX}*"):
+            if leftover.is_file():
+                leftover.unlink(missing_ok=True)
+        yield
+    finally:
+        lock.release()
+
+
+class ResultsFolder:
+    """A folder of results, held by one run at a time. Use it with `with`.
+
+    A case is complete when its record is there and says that it was made from the same input, model and options (`key`); its
+    files carry the hashes that the record names. So an interrupted run leaves nothing that looks finished and is not.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._records = path / RECORDS
+        self._held = held(path, self._records)
+
+    def __enter__(self) -> ResultsFolder:
+        self._held.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._held.__exit__(kind, error, trace)
+
+    def is_complete(self, case_id: str, key: str) -> bool:
+        """Whether the case was done with this key and its files are still as they were written."""
+        record = self._read(case_id)
+        if record is None or record.get("key") != key or record["case"]["status"] != "done":
+            return False
+        return all(
+            (self.path / name).is_file() and sha256_of(self.path / name) == digest
+            for name, digest in record["files"].items()
+        )
+
+    def commit(
+        self, case: CaseRow, *, key: str = "", lesions: Sequence[LesionMeasurement] = (), files: Sequence[Path] = ()
+    ) -> None:
+        """Record a case as done or failed. `files` are its outputs, already written."""
+        record = {
+            "key": key,
+            "case": _plain(case),
+            "lesions": [_plain(lesion) for lesion in lesions],
+            "files": {file.relative_to(self.path).as_posix(): sha256_of(file) for file in files},
+        }
+        write_json_atomic(self._records / f"{case.case_id}.json", record)
+
+    def discard_outputs(self, case_id: str) -> None:
+        """Remove what an earlier call made for a case that now failed, so that no stale mask stands beside the failure."""
+        record = self._read(case_id)
+        for name in (record or {}).get("files", {}):
+            (self.path / name).unlink(missing_ok=True)
+
+    def write_tables(self, pending: Sequence[CaseRow] = ()) -> None:
+        """lesions.csv and cases.csv of every case that the folder holds, by case id; `pending` ones have no record yet."""
+        records = {path.stem: self._read(path.stem) for path in self._records.glob("*.json")}
+        rows: dict[str, Mapping[str, Any]] = {row.case_id: asdict(row) for row in pending}
+        rows |= {name: record["case"] for name, record in records.items() if record is not None and name not in rows}
+        lesions = [
+            lesion
+            for name in sorted(records)
+            for lesion in (records[name] or {"lesions": []})["lesions"]
+            if rows[name]["status"] == "done"
+        ]
+        write_table(self.path / "lesions.csv", LesionMeasurement, lesions)
+        write_table(self.path / "cases.csv", CaseRow, [rows[name] for name in sorted(rows)])
+
+    def write_run(self, description: Mapping[str, Any]) -> None:
+        """run.json: what was run, with what, on what."""
+        write_json_atomic(self.path / "run.json", dict(description))
+
+    def _read(self, case_id: str) -> dict[str, Any] | None:
+        try:
+            return json.loads((self._records / f"{case_id}.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+
+
+def _plain(row: CaseRow | LesionMeasurement) -> dict[str, Any]:
+    """Fields of a row for JSON, which has no NaN: unknown is null there and an empty cell in a table."""
+    return {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in asdict(row).items()
+    }

@@ -1,0 +1,51 @@
+"""Dataclass rows → CSV. A column is a field; unknown is an empty cell, never 0."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+from volseg.io.files import write_bytes_atomic
+
+FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")  # a spreadsheet would run a text that starts so
+
+
+def write_table(path: Path, row_type: type, rows: Iterable[Any]) -> None:
+    """One line per row, the fields of the dataclass `row_type` as columns; written whole or not at all.
+
+    Args:
+        rows: instances of `row_type`, or mappings with its field names.
+    """
+    names = [field.name for field in fields(row_type)]
+    text = io.StringIO(newline="")
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(names)
+    for row in rows:
+        values: Mapping[str, Any] = row if isinstance(row, Mapping) else asdict(row)
+        writer.writerow([cell(values[name]) for name in names])
+    write_bytes_atomic(path, text.getvalue().encode("utf-8"))
+
+
+def cell(value: Any) -> str:
+    """Text of one cell: 4 decimals (6 significant digits below 1), nothing for unknown, true/false, harmless text."""
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return ""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, float):
+        rounded = round(value, 4) if abs(value) >= 1 else float(f"{value:.6g}")
+        return f"{rounded + 0.0:.15g}"
+    if isinstance(value, str):
+        return f"'{value}" if value.startswith(FORMULA_STARTS) else value
+    return str(value)
+
+
+def markdown_columns(title: str, columns: Sequence[tuple[str, str, str]]) -> str:
+    """A Markdown table of (name, unit, meaning)."""
+    lines = [f"## {title}", "", "| column | unit | meaning |", "|---|---|---|"]
+    return "\n".join([*lines, *(f"| `{name}` | {unit} | {meaning} |" for name, unit, meaning in columns), ""])

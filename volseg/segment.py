@@ -1,0 +1,120 @@
+"""THE CHAIN: one scan → lesions and numbers. No path, no print, no device name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from volseg.bundle import ModelBundle
+from volseg.errors import ScanError, VolsegError
+from volseg.infer.backends import Backend, TorchBackend, choose_device
+from volseg.infer.classify import classify_lesions
+from volseg.infer.stream import predict_logits
+from volseg.measure.lesions import LesionMeasurement, measure_lesions
+from volseg.postprocess.lesions import label_lesions
+from volseg.postprocess.steps import STEPS
+from volseg.preprocess.prepare import prepare, restore_mask
+from volseg.recipe import Recipe
+from volseg.volume import Geometry, Volume
+
+AXES = {"R": 0, "A": 1, "S": 2}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Model:
+    """A bundle whose networks are loaded and ready: made once, used for every scan."""
+
+    bundle: ModelBundle
+    segmentation: Backend
+    classifier: Backend | None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class CaseResult:
+    """What one scan gives: masks on its own grid and a row per lesion, the largest first."""
+
+    mask: Volume  # label values of the recipe
+    lesion_ids: Volume  # 1 = largest
+    lesions: Sequence[LesionMeasurement]
+
+
+def load_model(bundle: ModelBundle, device: str = "auto") -> Model:
+    """Build the bundle's networks on a device: `auto`, `cpu` or `cuda`."""
+    chosen = choose_device(device)
+    classifier = bundle.classifier_network()
+    return Model(
+        bundle,
+        TorchBackend(bundle.segmentation_network(), chosen),
+        None if classifier is None else TorchBackend(classifier, chosen),
+    )
+
+
+def segment_case(images: Mapping[str, Volume], model: Model, *, case_id: str) -> CaseResult:
+    """Segment, post-process, label, score and measure one scan.
+
+    Args:
+        images: channel name → scan; every channel of the recipe must be there.
+
+    Raises:
+        ScanError: a channel is missing, or the channels lie on different grids.
+    """
+    recipe, plan = model.bundle.recipe, model.bundle.plan
+    channels = recipe.data.channels
+    chosen = {name: images[name] for name in _present(images, channels, case_id)}
+    scan = chosen[channels[0]]
+    prepared = prepare(chosen, plan.prepare_settings(recipe.preprocess, channels))
+    logits = predict_logits(
+        prepared.array,
+        model.segmentation,
+        patch_shape=plan.patch_shape,
+        overlap=recipe.infer.overlap,
+        mirror_axes=[AXES[name] for name in recipe.infer.mirror_axes],
+        batch_size=recipe.infer.batch_size,
+    )
+    mask, confidence = restore_mask(logits, prepared.trail, list(recipe.data.label_names))
+    mask = apply_steps(mask, scan.geometry, recipe)
+    lesions = label_lesions(mask, scan.geometry)
+    classes = None
+    if model.classifier is not None and recipe.classify is not None:
+        classes = classify_lesions(scan, lesions.ids, model.classifier, recipe.classify)
+    rows = measure_lesions(
+        scan,
+        lesions.ids,
+        lesions.labels,
+        case_id=case_id,
+        label_names=recipe.data.label_names,
+        intensity_unit=recipe.data.intensity_unit,
+        confidence=confidence,
+        classes=classes,
+    )
+    return CaseResult(scan.with_array(mask), scan.with_array(lesions.ids), rows)
+
+
+def apply_steps(mask: np.ndarray, geometry: Geometry, recipe: Recipe) -> np.ndarray:
+    """The recipe's post-processing steps, in its order."""
+    for step in recipe.postprocess:
+        if step.step not in STEPS:
+            raise VolsegError(
+                f"post-processing step {step.step!r} is unknown", fix=f"use one of {', '.join(STEPS)}", code="E_RECIPE"
+            )
+        try:
+            apply = STEPS[step.step](**step.settings)
+        except TypeError as error:
+            raise VolsegError(
+                f"step {step.step!r}: {error}", fix="see volseg/postprocess/steps.py", code="E_RECIPE"
+            ) from error
+        mask = apply(mask, geometry)
+    return mask
+
+
+def _present(images: Mapping[str, Volume], wanted: Sequence[str], case_id: str) -> Sequence[str]:
+    missing = [name for name in wanted if name not in images]
+    if missing:
+        raise ScanError(
+            f"case {case_id!r} lacks channels {missing}; it has {sorted(images)}",
+            fix=f"add the {missing[0]!r} scan, or use a model without it",
+            code="E_CHANNELS",
+        )
+    return wanted

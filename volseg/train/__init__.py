@@ -1,0 +1,1 @@
+"""Prepared cases → trained weights."""

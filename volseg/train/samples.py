@@ -1,0 +1,62 @@
+"""Training patches: where they lie and how they are cut."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from volseg.io.prepared import PreparedCase
+
+
+def sample_batch(
+    cases: Sequence[PreparedCase],
+    patch_shape: tuple[int, int, int],
+    *,
+    n: int,
+    foreground_share: float,
+    rng: np.random.Generator,
+) -> tuple[np.ndarray, np.ndarray]:
+    """`n` random patches: images (n, channels, *patch_shape) float32 and masks (n, *patch_shape) uint8.
+
+    The first `round(n × foreground_share)` patches hold a voxel of a label, each label of a case being equally likely; the
+    others lie anywhere. Outside the scan images and masks are 0.
+    """
+    n_foreground = round(n * foreground_share)
+    chosen = [_place(cases, patch_shape, on_foreground=index < n_foreground, rng=rng) for index in range(n)]
+    images = np.stack([cut_patch(case.image, start, patch_shape) for case, start in chosen])
+    masks = np.stack([cut_patch(case.mask[None], start, patch_shape)[0] for case, start in chosen])
+    return images, masks
+
+
+def cut_patch(array: np.ndarray, start: tuple[int, int, int], patch_shape: tuple[int, int, int]) -> np.ndarray:
+    """(C, *patch_shape) from (C, R, A, S) at `start`, which may lie outside; 0 where there is no scan."""
+    inside = [
+        slice(max(0, a), max(0, min(n, a + p))) for a, p, n in zip(start, patch_shape, array.shape[1:], strict=True)
+    ]
+    patch = np.zeros((array.shape[0], *patch_shape), array.dtype)
+    target = [slice(part.start - a, part.stop - a) for part, a in zip(inside, start, strict=True)]
+    patch[(slice(None), *target)] = array[(slice(None), *inside)]
+    return patch
+
+
+def _place(
+    cases: Sequence[PreparedCase], patch_shape: tuple[int, int, int], *, on_foreground: bool, rng: np.random.Generator
+) -> tuple[PreparedCase, tuple[int, int, int]]:
+    case = cases[int(rng.integers(len(cases)))]
+    shape = case.mask.shape
+    labelled = [voxels for voxels in case.foreground.values() if len(voxels)]
+    if on_foreground and labelled:
+        voxels = labelled[int(rng.integers(len(labelled)))]
+        centre = voxels[int(rng.integers(len(voxels)))]
+        # Anywhere in the patch but its rim, so that the network sees lesions off centre too.
+        start = [int(c) - int(rng.integers(p // 4, p - p // 4)) for c, p in zip(centre, patch_shape, strict=True)]
+    else:
+        start = [int(rng.integers(min(0, n - p), max(0, n - p) + 1)) for n, p in zip(shape, patch_shape, strict=True)]
+    r, a, s = (_keep_near(x, n, p) for x, n, p in zip(start, shape, patch_shape, strict=True))
+    return case, (r, a, s)
+
+
+def _keep_near(start: int, n: int, patch: int) -> int:
+    """Inside the scan where the patch fits; centred, as at inference, where the scan is shorter than the patch."""
+    return int(np.clip(start, 0, n - patch)) if n >= patch else -((patch - n) // 2)

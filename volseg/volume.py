@@ -1,0 +1,163 @@
+"""The voxel grid and the scan on it. World coordinates are RAS+ millimetres; nothing here touches the disk."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import product
+
+import numpy as np
+
+SAME_GRID_TOLERANCE_VOXELS = 0.1  # corner displacement up to which two affines name the same grid
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Geometry:
+    """Where a voxel grid lies in the patient.
+
+    Args:
+        shape: voxels (I, J, K).
+        affine: (4, 4) float64, voxel index → RAS mm; index 0 is the centre of the first voxel.
+
+    Raises:
+        ValueError: the affine is not a finite, invertible (4, 4) matrix, or an axis has no voxel.
+    """
+
+    shape: tuple[int, int, int]
+    affine: np.ndarray
+
+    def __post_init__(self) -> None:
+        shape = tuple(int(n) for n in self.shape)
+        if len(shape) != 3 or min(shape) < 1:
+            raise ValueError(f"shape must be three positive numbers of voxels, got {self.shape}")
+        affine = np.array(self.affine, dtype=np.float64)
+        if affine.shape != (4, 4):
+            raise ValueError(f"affine must have shape (4, 4), got {affine.shape}")
+        if not np.isfinite(affine).all():
+            raise ValueError(f"affine holds values that are not finite:\n{affine}")
+        if not np.array_equal(affine[3], (0, 0, 0, 1)):
+            raise ValueError(f"the last row of an affine is 0 0 0 1, got {affine[3]}")
+        # A unit-free test: the volume spanned by the normalised axes is 0 when two of them are parallel.
+        lengths = np.linalg.norm(affine[:3, :3], axis=0)
+        if lengths.min() <= 0 or abs(np.linalg.det(affine[:3, :3] / lengths)) < 1e-6:
+            raise ValueError(f"affine is singular, so voxels have no volume:\n{affine}")
+        affine.setflags(write=False)
+        object.__setattr__(self, "shape", shape)
+        object.__setattr__(self, "affine", affine)
+
+    @property
+    def spacing_mm(self) -> tuple[float, float, float]:
+        """Distance in mm between neighbouring voxel centres along each array axis."""
+        i, j, k = np.linalg.norm(self.affine[:3, :3], axis=0).tolist()
+        return i, j, k
+
+    @property
+    def voxel_volume_mm3(self) -> float:
+        """|det A₃ₓ₃|: right under rotation, reflection and shear, where the product of header zooms is not."""
+        return float(abs(np.linalg.det(self.affine[:3, :3])))
+
+    @property
+    def axis_codes(self) -> str:
+        """Anatomical direction in which each array axis grows, such as `LPS`."""
+        return "".join("RAS"[world] if sign > 0 else "LPI"[world] for world, sign in self._directions())
+
+    def _directions(self) -> list[tuple[int, int]]:
+        """(world axis, sign) for each array axis: the assignment with the largest total |cosine|."""
+        cosines = self.affine[:3, :3] / np.array(self.spacing_mm)
+        orders = [order for order in product(range(3), repeat=3) if len(set(order)) == 3]
+        best = max(orders, key=lambda order: sum(abs(cosines[world, axis]) for axis, world in enumerate(order)))
+        return [(world, 1 if cosines[world, axis] > 0 else -1) for axis, world in enumerate(best)]
+
+    def to_world_mm(self, indices: np.ndarray) -> np.ndarray:
+        """(N, 3) voxel indices → (N, 3) RAS mm."""
+        return indices @ self.affine[:3, :3].T + self.affine[:3, 3]
+
+    def to_index(self, points_mm: np.ndarray) -> np.ndarray:
+        """(N, 3) RAS mm → (N, 3) fractional voxel indices; the inverse of `to_world_mm`."""
+        return np.linalg.solve(self.affine[:3, :3], (points_mm - self.affine[:3, 3]).T).T
+
+    def corner_offset_voxels(self, other: Geometry) -> float:
+        """Largest displacement of a corner voxel between two grids of equal shape, in voxels of this grid."""
+        corners = np.array(list(product(*[(0, n - 1) for n in self.shape])), dtype=np.float64)
+        return float(np.abs(self.to_index(other.to_world_mm(corners)) - corners).max())
+
+    def matches(self, other: Geometry) -> bool:
+        """Same shape, and every corner within 0.1 voxel."""
+        return self.shape == other.shape and self.corner_offset_voxels(other) < SAME_GRID_TOLERANCE_VOXELS
+
+    def crop(self, box: BoundingBox) -> Geometry:
+        """The grid of the voxels inside the box, at the same place in the patient."""
+        affine = self.affine.copy()
+        affine[:3, 3] = self.to_world_mm(np.array([box.start]))[0]
+        return Geometry(box.shape, affine)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Volume:
+    """A scan or a mask on its grid.
+
+    Args:
+        array: (I, J, K) in the dtype in which it was stored.
+        geometry: its grid; the shapes must agree.
+        slope, intercept: intensity = stored value × slope + intercept, applied only when asked for.
+    """
+
+    array: np.ndarray
+    geometry: Geometry
+    slope: float = 1.0
+    intercept: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.array.shape != self.geometry.shape:
+            raise ValueError(f"array has shape {self.array.shape}, its geometry {self.geometry.shape}")
+
+    @property
+    def is_scaled(self) -> bool:
+        return self.slope != 1.0 or self.intercept != 0.0
+
+    def intensities(self, stored: np.ndarray | None = None) -> np.ndarray:
+        """Intensities of the stored values (default: all), in float64 if they carry a scale, else as stored."""
+        values = self.array if stored is None else stored
+        return values * np.float64(self.slope) + self.intercept if self.is_scaled else values
+
+    def with_array(self, array: np.ndarray) -> Volume:
+        """The same grid with other, unscaled voxels."""
+        return Volume(array, self.geometry)
+
+
+@dataclass(frozen=True, slots=True)
+class BoundingBox:
+    """Half-open box of voxels, `start` ≤ index < `stop` on each axis."""
+
+    start: tuple[int, int, int]
+    stop: tuple[int, int, int]
+
+    def __post_init__(self) -> None:
+        if len(self.start) != 3 or len(self.stop) != 3 or any(a < 0 or a >= b for a, b in zip(self.start, self.stop)):
+            raise ValueError(f"a box needs 0 ≤ start < stop on three axes, got {self.start} to {self.stop}")
+
+    @classmethod
+    def whole(cls, shape: tuple[int, int, int]) -> BoundingBox:
+        return cls((0, 0, 0), shape)
+
+    @classmethod
+    def around(cls, mask: np.ndarray, margin: tuple[int, int, int] = (0, 0, 0)) -> BoundingBox | None:
+        """Smallest box that holds every non-zero voxel of `mask` (I, J, K) and a margin; None for an empty mask."""
+        start, stop = [], []
+        for axis in range(3):
+            others = tuple(other for other in range(3) if other != axis)
+            filled = np.flatnonzero(mask.any(axis=others))
+            if filled.size == 0:
+                return None
+            start.append(max(0, int(filled[0]) - margin[axis]))
+            stop.append(min(mask.shape[axis], int(filled[-1]) + 1 + margin[axis]))
+        return cls((start[0], start[1], start[2]), (stop[0], stop[1], stop[2]))
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        i, j, k = (b - a for a, b in zip(self.start, self.stop))
+        return i, j, k
+
+    @property
+    def slices(self) -> tuple[slice, slice, slice]:
+        i, j, k = (slice(a, b) for a, b in zip(self.start, self.stop))
+        return i, j, k

@@ -1,0 +1,23 @@
+"""The imperative shell: read files, loop over cases, write folders and tables. Everything below is pure."""
+
+from volseg.workflows.batch import Progress, RunReport
+from volseg.workflows.checking import check, shipped_model, table_columns
+from volseg.workflows.evaluating import evaluate
+from volseg.workflows.inference import infer
+from volseg.workflows.measuring import measure, read_label_names
+from volseg.workflows.preparing import preprocess
+from volseg.workflows.training import train
+
+__all__ = [
+    "Progress",
+    "RunReport",
+    "check",
+    "evaluate",
+    "infer",
+    "measure",
+    "preprocess",
+    "read_label_names",
+    "shipped_model",
+    "table_columns",
+    "train",
+]

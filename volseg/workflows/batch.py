@@ -1,0 +1,168 @@
+"""Looping over cases: what every workflow needs to make a failure a row and a second call cheap."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from volseg import __version__
+from volseg.errors import ScanError, VolsegError
+from volseg.execute.local import run
+from volseg.io.cases import Case
+from volseg.io.files import sha256_of, write_bytes_atomic
+from volseg.io.nifti import read_header, write_volume
+from volseg.measure.lesions import CaseRow, LesionMeasurement
+from volseg.report.results import ResultsFolder
+from volseg.volume import Volume
+
+Progress = Callable[[str, float, str], None]  # what is being done, the share done in [0, 1], a detail
+
+SUCCESS, SOME_FAILED, NONE_SUCCEEDED = 0, 3, 4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunReport:
+    """What a workflow did. `details` holds its own results, such as metrics."""
+
+    out: Path
+    done: Sequence[str] = ()
+    kept: Sequence[str] = ()  # complete from an earlier call
+    failed: Mapping[str, str] = field(default_factory=dict)  # case → code and reason
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def exit_code(self) -> int:
+        """0 all done, 3 some cases failed, 4 none succeeded."""
+        if not self.failed:
+            return SUCCESS
+        return SOME_FAILED if self.done or self.kept else NONE_SUCCEEDED
+
+
+def silent(stage: str, share: float, detail: str) -> None:
+    """The progress callback of those who do not look."""
+
+
+def run_cases(
+    cases: Sequence[Case],
+    task: Callable[[Case], None],
+    key_of: Callable[[Case], str],
+    results: ResultsFolder,
+    model_name: str,
+    stage: str,
+    progress: Progress,
+) -> RunReport:
+    """Run the task on every case that is not complete; a failure is a row, an interruption leaves pending rows."""
+    done, kept, failed, todo = [], [], {}, []
+    for case in cases:
+        if results.is_complete(case.id, key_of(case)):
+            kept.append(case.id)
+        else:
+            todo.append(case)
+    progress(stage, 0.0, f"{len(todo)} of {len(cases)} to do")
+    try:
+        for count, outcome in enumerate(run(task, todo), start=1):
+            case = outcome.item
+            if outcome.error is None:
+                done.append(case.id)
+            else:
+                failed[case.id] = reason_of(outcome.error)
+                results.discard_outputs(case.id)
+                image = next(iter(case.images.values())).name
+                results.commit(
+                    CaseRow(case_id=case.id, status="failed", reason=failed[case.id], image=image, model=model_name)
+                )
+            progress(stage, count / len(todo), case.id)
+    finally:
+        reached = {*done, *kept, *failed}
+        waiting = [case for case in cases if case.id not in reached]
+        results.write_tables(
+            pending=[
+                CaseRow(
+                    case_id=case.id, status="pending", image=next(iter(case.images.values())).name, model=model_name
+                )
+                for case in waiting
+            ]
+        )
+    return RunReport(out=results.path, done=done, kept=kept, failed=failed)
+
+
+def done_row(case: Case, lesions: Sequence[LesionMeasurement], path: Path, model_name: str, started: float) -> CaseRow:
+    warnings = [f"{warning.code}: {warning.text}" for warning in read_header(path).warnings]
+    if any(lesion.touches_border for lesion in lesions):
+        warnings.append("W_BORDER: a lesion touches the border of the scan, so its volume is a lower bound")
+    return CaseRow(
+        case_id=case.id,
+        status="done",
+        n_lesions=len(lesions),
+        total_volume_ml=float(sum(lesion.volume_ml for lesion in lesions)),
+        image=path.name,
+        model=model_name,
+        seconds=round(time.monotonic() - started, 2),
+        warnings="; ".join(warnings),
+    )
+
+
+def write_mask(mask: Volume, path: Path, *, like: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_volume(mask, path, like=like)
+    return path
+
+
+def write_figure(scan: Volume, ids: Volume, lesions: Sequence[LesionMeasurement], case_id: str, out: Path) -> Path:
+    from volseg.report.figures import overlay_png
+
+    path = out / "figures" / f"{case_id}.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_bytes_atomic(path, overlay_png(scan, ids.array, lesions, title=case_id))
+    return path
+
+
+def case_key(options: Mapping[str, Any], case: Case) -> str:
+    return input_key(json.dumps(dict(options), sort_keys=True), *case.images.values(), case.reference)
+
+
+def input_key(settings: str, *inputs: Path | str | None) -> str:
+    """Hash of the settings, of texts and of the content of files; a file that cannot be read counts by its name."""
+    parts = [__version__, settings]
+    for value in inputs:
+        parts.append(sha256_of(value) if isinstance(value, Path) and value.is_file() else str(value))
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def run_description(command: str, options: Mapping[str, Any], report: RunReport, started: float) -> dict[str, Any]:
+    return {
+        "command": command,
+        "volseg": __version__,
+        "libraries": {name: metadata.version(name) for name in ("torch", "monai", "numpy", "nibabel")},
+        "options": dict(options),
+        "done": list(report.done),
+        "kept": list(report.kept),
+        "failed": dict(report.failed),
+        "seconds": round(time.monotonic() - started, 2),
+    }
+
+
+def reason_of(error: VolsegError) -> str:
+    return f"{error.code}: {error}"
+
+
+def check_pair(image: Volume, mask: Volume, image_name: str, mask_name: str) -> None:
+    if image.geometry.shape != mask.geometry.shape:
+        raise ScanError(
+            f"{mask_name}: has shape {mask.geometry.shape}, its scan {image_name} has {image.geometry.shape}",
+            fix="give the mask that was drawn on this scan, or resample it onto the scan's grid",
+            code="E_PAIR",
+        )
+    if not image.geometry.matches(mask.geometry):
+        off = image.geometry.corner_offset_voxels(mask.geometry)
+        raise ScanError(
+            f"{mask_name}: corners lie {off:.3g} voxels from those of its scan {image_name}",
+            fix="give the mask that was drawn on this scan, or correct the affine of one of them",
+            code="E_PAIR",
+        )

@@ -1,0 +1,94 @@
+"""`volseg check` and the facts about volseg itself: columns and the shipped model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from volseg.errors import VolsegError
+from volseg.evaluate.overlap import OverlapRow
+from volseg.io.cases import Case, find_cases
+from volseg.io.nifti import read_header, read_mask, read_volume
+from volseg.measure.lesions import CaseRow, LesionMeasurement, columns
+from volseg.postprocess.steps import STEPS
+from volseg.recipe import Recipe, load_recipe
+from volseg.volume import Volume
+from volseg.workflows.batch import check_pair
+
+
+def check(path: Path | str) -> list[dict[str, str]]:
+    """Every problem of a dataset, scan, recipe or model at once, each with its fix; an empty list where there is none."""
+    path = Path(path)
+    try:
+        if path.suffix == ".toml" or (not path.exists() and path.suffix == ""):
+            recipe = load_recipe(path)
+            _check_names(recipe)
+        elif (path / "model.json").is_file():
+            from volseg.bundle import load_bundle
+
+            bundle = load_bundle(path)
+            bundle.segmentation_network()
+            bundle.classifier_network()
+        elif path.is_dir() or path.suffix == ".csv":
+            return [problem for case in find_cases(path, None) for problem in _check_case(case)]
+        else:
+            header = read_header(path)
+            read_volume(path)
+            return [
+                {"where": str(path), "code": warning.code, "problem": warning.text, "fix": ""}
+                for warning in header.warnings
+            ]
+    except VolsegError as error:
+        return [_problem(str(path), error)]
+    return []
+
+
+def _check_names(recipe: Recipe) -> None:
+    """The names in a recipe that are files or rows of tables."""
+    from volseg.models import build_network
+
+    for step in recipe.postprocess:
+        if step.step not in STEPS:
+            raise VolsegError(f"post-processing step {step.step!r} is unknown", fix=f"use one of {', '.join(STEPS)}")
+        STEPS[step.step](**step.settings)
+    networks = [(recipe.network, len(recipe.data.channels), 1 + len(recipe.data.labels))]
+    if recipe.classify is not None:
+        networks.append((recipe.classify.network, 2, len(recipe.classify.classes)))
+    for network, n_in, n_out in networks:
+        build_network(network.name, in_channels=n_in, out_channels=n_out, **network.settings)
+
+
+def _check_case(case: Case) -> Iterator[dict[str, str]]:
+    volumes: dict[str, Volume] = {}
+    for name, path in case.images.items():
+        try:
+            volumes[name] = read_volume(path)
+        except VolsegError as error:
+            yield _problem(case.id, error)
+    if case.reference is None:
+        return
+    try:
+        mask = read_mask(case.reference)
+        for name, volume in volumes.items():
+            check_pair(volume, mask, str(case.images[name]), str(case.reference))
+    except VolsegError as error:
+        yield _problem(case.id, error)
+
+
+def _problem(where: str, error: VolsegError) -> dict[str, str]:
+    return {"where": where, "code": error.code, "problem": error.problem, "fix": error.fix}
+
+
+def table_columns() -> dict[str, list[tuple[str, str, str]]]:
+    """(name, unit, meaning) of every column of lesions.csv, cases.csv and evaluation.csv."""
+    tables = {"lesions.csv": LesionMeasurement, "cases.csv": CaseRow, "evaluation.csv": OverlapRow}
+    return {name: columns(row) for name, row in tables.items()}
+
+
+def shipped_model() -> tuple[str, str, str]:
+    """Name, intended use and limits of the model that ships with the package, without loading it."""
+    from volseg.bundle import shipped_bundle
+
+    recipe = json.loads((shipped_bundle() / "model.json").read_text(encoding="utf-8"))["recipe"]
+    return recipe["name"], recipe["intended_use"], recipe["limits"]

@@ -1,0 +1,101 @@
+"""`volseg infer`: scans → masks and a row per lesion."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from volseg.execute.cpu import keep_freed_memory
+from volseg.io.cases import Case, find_scans
+from volseg.io.nifti import read_volume
+from volseg.report.results import ResultsFolder
+from volseg.workflows.batch import (
+    Progress,
+    RunReport,
+    case_key,
+    done_row,
+    run_cases,
+    run_description,
+    silent,
+    write_figure,
+    write_mask,
+)
+
+if TYPE_CHECKING:  # torch takes seconds to import; only a workflow that needs it pays
+    from volseg.bundle import ModelBundle
+    from volseg.segment import Model
+
+
+def infer(
+    scans: Path | str | Sequence[Path | str],
+    *,
+    model: Path | str | None = None,
+    out: Path | str = "volseg_results",
+    device: str = "auto",
+    figures: bool = False,
+    progress: Progress = silent,
+) -> RunReport:
+    """Scans → masks, lesion ids, a row per lesion and a row per scan.
+
+    Args:
+        scans: NIfTI files, folders of them, or tables of cases.
+        model: a folder made by `train`; None for the model that ships with volseg.
+        figures: also write a PNG per scan with its largest lesions outlined.
+
+    Raises:
+        VolsegError: the request is wrong. A scan that cannot be used is a failed row instead.
+    """
+    started = time.monotonic()
+    keep_freed_memory()
+    import torch
+
+    from volseg.bundle import load_bundle, shipped_bundle
+    from volseg.segment import load_model
+
+    torch.set_flush_denormal(True)
+    out = Path(out)
+    folder = shipped_bundle() if model is None else Path(model)
+    bundle = load_bundle(folder)
+    inputs = [Path(scans)] if isinstance(scans, Path | str) else [Path(scan) for scan in scans]
+    cases = find_scans(inputs, bundle.recipe.data.channels)
+    with ResultsFolder(out) as results:
+        loaded = load_model(bundle, device)
+        options = {"model_sha256": bundle.sha256, "figures": figures}
+
+        def task(case: Case) -> None:
+            _infer_case(case, loaded, results, case_key(options, case), figures)
+
+        report = run_cases(
+            cases, task, lambda case: case_key(options, case), results, model_name_of(bundle), "Segmenting", progress
+        )
+        results.write_run(
+            run_description("infer", options, report, started)
+            | {"model": model_name_of(bundle), "recipe_sha256": bundle.recipe.sha256, "connectivity": 26}
+        )
+    return report
+
+
+def _infer_case(case: Case, model: Model, results: ResultsFolder, key: str, figures: bool) -> None:
+    from volseg.segment import segment_case
+
+    started = time.monotonic()
+    recipe = model.bundle.recipe
+    images = {name: read_volume(path) for name, path in case.images.items()}
+    result = segment_case(images, model, case_id=case.id)
+    scan_path = case.images[recipe.data.channels[0]]
+    files = [
+        write_mask(result.mask, results.path / "masks" / f"{case.id}.nii.gz", like=scan_path),
+        write_mask(result.lesion_ids, results.path / "lesion_ids" / f"{case.id}.nii.gz", like=scan_path),
+    ]
+    if figures:
+        files.append(
+            write_figure(images[recipe.data.channels[0]], result.lesion_ids, result.lesions, case.id, results.path)
+        )
+    row = done_row(case, result.lesions, scan_path, model_name_of(model.bundle), started)
+    results.commit(row, key=key, lesions=result.lesions, files=files)
+
+
+def model_name_of(bundle: ModelBundle) -> str:
+    return f"{bundle.recipe.name}@{bundle.sha256[:12]}"

@@ -1,0 +1,256 @@
+"""`volseg preprocess`: scans and masks → a prepared folder."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from volseg.errors import ScanError, VolsegError
+from volseg.execute.local import run
+from volseg.io.cases import Case, find_cases
+from volseg.io.files import write_json_atomic
+from volseg.io.nifti import read_mask, read_volume
+from volseg.measure.lesions import CaseRow
+from volseg.postprocess.lesions import label_lesions
+from volseg.recipe import Recipe, load_recipe
+from volseg.report.tables import write_table
+from volseg.volume import Volume
+from volseg.workflows.batch import Progress, RunReport, check_pair, input_key, reason_of, silent
+
+if TYPE_CHECKING:  # torch takes seconds to import; only a workflow that needs it pays
+    from volseg.plan import DatasetFingerprint, Plan
+
+PREPARED_FILE = "prepared.json"
+FOREGROUND_PER_LABEL = 4000  # voxels kept per case and label on which training patches are centred
+
+
+def preprocess(
+    dataset: Path | str, *, recipe: Path | str | Recipe, out: Path | str, seed: int = 0, progress: Progress = silent
+) -> RunReport:
+    """Scans and masks → a prepared folder: memory-mapped arrays, a JSON per case, fingerprint and plan.
+
+    Cases of the test split are left alone. A second call prepares only what is missing or has changed.
+
+    Raises:
+        VolsegError: the dataset or recipe is wrong, or no case could be read.
+    """
+    from volseg.plan import DatasetFingerprint, Plan
+
+    chosen, out = as_recipe(recipe), Path(out)
+    cases = _assign_splits(_training_cases(dataset, chosen), chosen.train.validation_share, seed)
+    with held(out, out / RECORDS):
+        facts, failed = _facts(cases, chosen, out, seed, progress)
+        usable = [case for case in cases if case.id not in failed]
+        settings = json.dumps([facts["plan"], preparation_of(chosen), seed], sort_keys=True)
+        keys = {case.id: input_key(settings, *case.images.values(), case.reference, case.split) for case in usable}
+        missing = [case for case in usable if not _is_prepared(out / "cases", case.id, keys[case.id])]
+        plan = Plan.model_validate(facts["plan"])
+        outcomes = run(lambda case: _prepare_case(case, chosen, plan, out / "cases", keys[case.id], seed), missing)
+        done = []
+        for count, outcome in enumerate(outcomes, start=1):
+            progress("Preparing", count / len(missing), outcome.item.id)
+            if outcome.error is None:
+                done.append(outcome.item.id)
+            else:
+                failed[outcome.item.id] = reason_of(outcome.error)
+        listed = {case.id: case.split for case in usable if case.id not in failed}
+        write_json_atomic(out / PREPARED_FILE, facts | {"failed": failed, "cases": listed})
+        _write_preparation_table(out, cases, failed)
+    kept = [case.id for case in usable if case not in missing]
+    summary = _summary(DatasetFingerprint.model_validate(facts["fingerprint"]), plan)
+    return RunReport(out=out, done=done, kept=kept, failed=failed, details={"fingerprint": summary})
+
+
+def _facts(
+    cases: Sequence[Case], recipe: Recipe, out: Path, seed: int, progress: Progress
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """Recipe, fingerprint and plan for `prepared.json`, and the cases that cannot be used with the reason of each.
+
+    What an earlier call found out about the same files and the same recipe is taken from its `prepared.json`.
+    """
+    from volseg.plan import make_plan
+
+    files = [path for case in cases for path in (*case.images.values(), case.reference, case.split)]
+    key = input_key(json.dumps([recipe.model_dump(mode="json"), seed], sort_keys=True), *files)
+    try:
+        earlier = json.loads((out / PREPARED_FILE).read_text(encoding="utf-8"))
+        if earlier["key"] == key and not earlier["failed"]:
+            return {name: earlier[name] for name in ("key", "recipe", "fingerprint", "plan")}, {}
+    except (OSError, ValueError, KeyError):
+        pass  # not there yet, or from an interrupted call: looked at again
+    fingerprint, failed = _fingerprint(cases, recipe, seed, progress)
+    found = {"recipe": recipe, "fingerprint": fingerprint, "plan": make_plan(fingerprint, recipe)}
+    facts = {"key": key} | {name: model.model_dump(mode="json") for name, model in found.items()}
+    if not failed:
+        write_json_atomic(out / PREPARED_FILE, facts | {"failed": {}, "cases": {}})
+    return facts, failed
+
+
+def _is_prepared(folder: Path, case_id: str, key: str) -> bool:
+    record = read_case_record(folder, case_id)
+    return record is not None and record["key"] == key
+
+
+def _training_cases(dataset: Path | str, recipe: Recipe) -> list[Case]:
+    cases = find_cases(Path(dataset), recipe.data.channels)
+    labelled = [case for case in cases if case.reference is not None and case.split != "test"]
+    if not labelled:
+        raise VolsegError(
+            f"{dataset}: none of its {len(cases)} cases has a mask to train on",
+            fix="add a `label` column, or a labels/ folder with the names of the images",
+            code="E_DATASET",
+        )
+    return labelled
+
+
+def _assign_splits(cases: Sequence[Case], validation_share: float, seed: int) -> list[Case]:
+    """Cases with a split each: the dataset's own, or a share of the patients drawn with the seed."""
+    if any(case.split == "val" for case in cases):
+        return [case if case.split else replace(case, split="train") for case in cases]
+    patients = sorted({case.patient or case.id for case in cases})
+    if len(patients) < 2:
+        raise VolsegError(
+            f"training needs at least two patients, one of them for validation; found {len(patients)}",
+            fix="add cases, or a `split` column with train and val",
+            code="E_DATASET",
+        )
+    n = min(len(patients) - 1, max(1, round(len(patients) * validation_share)))
+    drawn = set(np.random.default_rng(seed).permutation(patients)[:n].tolist())
+    return [replace(case, split="val" if (case.patient or case.id) in drawn else "train") for case in cases]
+
+
+def _fingerprint(
+    cases: Sequence[Case], recipe: Recipe, seed: int, progress: Progress
+) -> tuple[DatasetFingerprint, dict[str, str]]:
+    """The fingerprint of the training split, and the cases of either split which cannot be used, with the reason."""
+    from volseg.plan import combine_fingerprints, fingerprint_case
+
+    found, failed = [], {}
+
+    def look(case: Case):
+        images, reference = _read_case(case, recipe)
+        digest = hashlib.sha256(case.id.encode()).digest()
+        return fingerprint_case(images, reference, np.random.default_rng([seed, int.from_bytes(digest[:4], "big")]))
+
+    for count, outcome in enumerate(run(look, cases), start=1):
+        progress("Looking at the dataset", count / len(cases), outcome.item.id)
+        if outcome.error is not None:
+            failed[outcome.item.id] = reason_of(outcome.error)
+        elif outcome.item.split == "train":
+            found.append(outcome.value)
+    if not found:
+        raise VolsegError(
+            f"no training case can be used; the first problem: {next(iter(failed.values()), 'there is no training case')}",
+            fix="run `volseg check` on the dataset",
+            code="E_DATASET",
+        )
+    return combine_fingerprints(found), failed
+
+
+def _read_case(case: Case, recipe: Recipe) -> tuple[dict[str, Volume], Volume]:
+    """Images by channel and the mask, checked against each other and the recipe."""
+    images = {name: read_volume(case.images[name]) for name in recipe.data.channels}
+    assert case.reference is not None
+    reference = read_mask(case.reference)
+    first = next(iter(images.values()))
+    check_pair(first, reference, f"{case.images[recipe.data.channels[0]]}", f"{case.reference}")
+    unknown = sorted(set(np.unique(reference.array).tolist()) - {0, *recipe.data.labels.values()})
+    if unknown:
+        raise ScanError(
+            f"{case.reference}: holds values {unknown[:5]}, which the recipe does not name; it names {recipe.data.labels}",
+            fix="name every value under [data] labels in the recipe, or correct the mask",
+            code="E_LABELS",
+        )
+    return images, reference
+
+
+def preparation_of(recipe: Recipe) -> dict[str, Any]:
+    """The parts of a recipe on which prepared arrays depend."""
+    content = recipe.model_dump(mode="json", include={"data", "preprocess", "classify"})
+    if content["classify"]:
+        kept = ("column", "classes", "field_of_view_mm", "pixels", "low", "high")
+        content["classify"] = {key: content["classify"][key] for key in kept}
+    return content
+
+
+def _prepare_case(case: Case, recipe: Recipe, plan: Plan, folder: Path, key: str, seed: int) -> None:
+    from volseg.infer.classify import lesion_slices
+    from volseg.preprocess.prepare import prepare, prepare_mask
+
+    images, reference = _read_case(case, recipe)
+    prepared = prepare(images, plan.prepare_settings(recipe.preprocess, recipe.data.channels))
+    values = prepare_mask(reference.array, prepared.trail)
+    mask = np.zeros(values.shape, np.uint8)
+    for index, value in enumerate(recipe.data.label_names, start=1):
+        mask[values == value] = index
+    rng = np.random.default_rng([seed, int(key[:8], 16)])
+    foreground = {index: _sample_voxels(mask == index, rng) for index in range(1, len(recipe.data.labels) + 1)}
+    slices, class_name = None, None
+    if recipe.classify is not None:
+        class_name = _class_of(case, recipe)
+        largest = label_lesions(reference.array, reference.geometry).ids == 1
+        if class_name is not None and largest.any():
+            slices = lesion_slices(images[recipe.data.channels[0]], largest, recipe.classify)
+    record = {"key": key, "split": case.split, "class": class_name, "shape": list(mask.shape)}
+    write_prepared_case(folder, PreparedCase(case.id, prepared.array, mask, foreground, slices, record))
+
+
+def _sample_voxels(inside: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """(n, 3) int16 voxels of a mask, at most `FOREGROUND_PER_LABEL` of them."""
+    flat = np.flatnonzero(inside)
+    if flat.size > FOREGROUND_PER_LABEL:
+        flat = rng.choice(flat, FOREGROUND_PER_LABEL, replace=False)
+    return np.stack(np.unravel_index(flat, inside.shape), axis=1).astype(np.int16)
+
+
+def _class_of(case: Case, recipe: Recipe) -> str | None:
+    """The class whose range holds the case's value; None where the value is missing or in no range."""
+    assert recipe.classify is not None
+    column = recipe.classify.column
+    if column not in case.classes:
+        raise VolsegError(
+            f"case {case.id!r} has no column {column!r}, which [classify] asks for; it has {sorted(case.classes)}",
+            fix=f"add the column {column!r} to cases.csv, or remove [classify] from the recipe",
+            code="E_DATASET",
+        )
+    try:
+        value = float(case.classes[column])
+    except ValueError:
+        return None
+    ranges = recipe.classify.classes.items()
+    return next((name for name, (lowest, highest) in ranges if lowest <= value <= highest), None)
+
+
+def _write_preparation_table(out: Path, cases: Sequence[Case], failed: Mapping[str, str]) -> None:
+    rows = [
+        CaseRow(
+            case_id=case.id,
+            status="failed" if case.id in failed else "done",
+            reason=failed.get(case.id, ""),
+            image=next(iter(case.images.values())).name,
+        )
+        for case in cases
+    ]
+    write_table(out / "cases.csv", CaseRow, rows)
+
+
+def _summary(fingerprint: DatasetFingerprint, plan: Plan) -> dict[str, Any]:
+    """The fingerprint in a few numbers, for people and for --json."""
+    return {
+        "n_cases": fingerprint.n_cases,
+        "median_spacing_mm": np.median(fingerprint.spacings_mm, axis=0).round(4).tolist(),
+        "median_shape": np.median(fingerprint.shapes, axis=0).astype(int).tolist(),
+        "label_voxels": dict(fingerprint.label_voxels),
+        "foreground": {name: statistics.model_dump() for name, statistics in fingerprint.foreground.items()},
+        "resampled_to_mm": list(plan.spacing_mm),
+    }
+
+
+def as_recipe(recipe: Path | str | Recipe) -> Recipe:
+    return recipe if isinstance(recipe, Recipe) else load_recipe(recipe)

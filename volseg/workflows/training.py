@@ -1,0 +1,198 @@
+"""`volseg train`: a dataset or a prepared folder → a model folder."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from volseg.errors import VolsegError
+from volseg.execute.cpu import keep_freed_memory
+from volseg.io.prepared import PreparedCase, read_prepared_case
+from volseg.recipe import Recipe, parse_recipe
+from volseg.report.results import held
+from volseg.report.tables import write_table
+from volseg.workflows.batch import Progress, RunReport, silent
+from volseg.workflows.preparing import PREPARED_FILE, as_recipe, preparation_of, preprocess
+
+if TYPE_CHECKING:  # torch takes seconds to import; only a workflow that needs it pays
+    from volseg.plan import DatasetFingerprint, Plan
+
+WORK_FOLDER = ".training"  # inside a model folder while it is being trained
+
+
+def train(
+    dataset: Path | str,
+    *,
+    out: Path | str,
+    recipe: Path | str | Recipe | None = None,
+    time_budget_seconds: float | None = None,
+    epochs: int | None = None,
+    patience: int | None = None,
+    resume: bool = False,
+    seed: int = 0,
+    device: str = "auto",
+    progress: Progress = silent,
+) -> RunReport:
+    """A dataset or a prepared folder → a model folder.
+
+    Args:
+        recipe: needed for a dataset; a prepared folder brings its own, whose training settings another one may replace.
+        time_budget_seconds: of the whole call, preparation and classifier included.
+        resume: go on from the last epoch of an interrupted run in `out`.
+
+    Raises:
+        VolsegError: a case cannot be used (all of them are named), or the recipe does not fit the prepared folder.
+    """
+    started = time.monotonic()
+    keep_freed_memory()
+    import torch
+
+    from volseg.bundle import ModelBundle, save_bundle
+    from volseg.infer.backends import choose_device
+    from volseg.train.loop import Epoch, RunSettings, train_segmentation
+
+    torch.set_flush_denormal(True)
+    dataset, out = Path(dataset), Path(out)
+    work = out / WORK_FOLDER
+    with held(out, work):
+        _check_unfinished(out, work, resume)
+        prepared = dataset if (dataset / PREPARED_FILE).is_file() else work / "prepared"
+        if prepared is not dataset:
+            if recipe is None:
+                raise VolsegError(
+                    "a dataset needs a recipe", fix="add --recipe, such as --recipe smoke", code="E_USAGE"
+                )
+            report = preprocess(dataset, recipe=recipe, out=prepared, seed=seed, progress=progress)
+            if report.failed:
+                _refuse_dataset(dataset, report.failed)
+        chosen, plan, fingerprint, cases = _load_prepared(prepared, recipe)
+        training = [case for case in cases if case.record["split"] == "train"]
+        validation = [case for case in cases if case.record["split"] == "val"]
+        left = None if time_budget_seconds is None else time_budget_seconds - (time.monotonic() - started)
+        if left is not None and left <= 0:
+            raise VolsegError(
+                f"preparing the data took longer than the time budget of {time_budget_seconds:.0f} s",
+                fix="run `volseg preprocess` first and train from the prepared folder, or give more time",
+                code="E_BUDGET",
+            )
+        share = chosen.classify.time_share if chosen.classify is not None else 0.0
+        settings = RunSettings(
+            device=choose_device(device),
+            seed=seed,
+            epochs=epochs or chosen.train.epochs,
+            patience=patience or chosen.train.patience,
+            seconds=None if left is None else left * (1 - share),
+        )
+
+        def show(epoch: Epoch, done: float) -> None:
+            progress(
+                "Training",
+                done,
+                f"epoch {epoch.epoch}, loss {epoch.loss:.3f}, validation Dice {epoch.validation_dice:.3f}",
+            )
+
+        trained = train_segmentation(
+            training, validation, chosen, plan, settings, checkpoints=work, resume=resume, report=show
+        )
+        weights: dict[str, Mapping[str, Any]] = {"segmentation": trained.weights}
+        metrics = dict(trained.metrics)
+        if chosen.classify is not None:
+            seconds = (
+                None
+                if left is None or time_budget_seconds is None
+                else time_budget_seconds - (time.monotonic() - started)
+            )
+            classifier, found = _train_classifier(
+                training, validation, chosen, settings.device, seed, seconds, progress
+            )
+            metrics |= found
+            if classifier is not None:
+                weights["classifier"] = classifier
+        write_table(out / "history.csv", Epoch, trained.history)
+        bundle = save_bundle(
+            ModelBundle(recipe=chosen, plan=plan, fingerprint=fingerprint, weights=weights, metrics=metrics), out
+        )
+    shutil.rmtree(work, ignore_errors=True)
+    return RunReport(out=out, done=[chosen.name], details={"metrics": dict(bundle.metrics), "sha256": bundle.sha256})
+
+
+def _check_unfinished(out: Path, work: Path, resume: bool) -> None:
+    if (out / "model.json").exists():
+        raise VolsegError(
+            f"{out}: holds a finished model", fix="give another --out, or delete it first", code="E_EXISTS"
+        )
+    if (work / "last.safetensors").exists() and not resume:
+        raise VolsegError(
+            f"{out}: holds an interrupted training run",
+            fix="add --resume to go on, or delete the folder",
+            code="E_EXISTS",
+        )
+
+
+def _refuse_dataset(dataset: Path, failed: Mapping[str, str]) -> None:
+    first = "; ".join(f"{case}: {reason}" for case, reason in list(failed.items())[:5])
+    more = f"; and {len(failed) - 5} more" if len(failed) > 5 else ""
+    raise VolsegError(
+        f"{dataset}: {len(failed)} of its cases cannot be used: {first}{more}",
+        fix="mend these files or take them out of the dataset; `volseg check` lists them all",
+        code="E_DATASET",
+    )
+
+
+def _load_prepared(
+    folder: Path, recipe: Path | str | Recipe | None
+) -> tuple[Recipe, Plan, DatasetFingerprint, list[PreparedCase]]:
+    from volseg.plan import DatasetFingerprint, Plan
+
+    try:
+        header = json.loads((folder / PREPARED_FILE).read_text(encoding="utf-8"))
+        own = parse_recipe(header["recipe"], where=str(folder / PREPARED_FILE))
+        plan, fingerprint = (
+            Plan.model_validate(header["plan"]),
+            DatasetFingerprint.model_validate(header["fingerprint"]),
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise VolsegError(
+            f"{folder}: not a prepared folder ({error})", fix="run `volseg preprocess` again", code="E_PREPARED"
+        ) from error
+    chosen = own if recipe is None else as_recipe(recipe)
+    if preparation_of(chosen) != preparation_of(own):
+        raise VolsegError(
+            f"{folder}: was prepared for recipe {own.name!r} with other [data], [preprocess] or [classify] settings",
+            fix="run `volseg preprocess` with this recipe first",
+            code="E_PREPARED",
+        )
+    plan = plan.model_copy(update={"patch_shape": chosen.train.patch_shape, "batch_size": chosen.train.batch_size})
+    cases = [read_prepared_case(folder / "cases", case_id) for case_id in header["cases"]]
+    return chosen, plan, fingerprint, cases
+
+
+def _train_classifier(
+    training: Sequence[PreparedCase],
+    validation: Sequence[PreparedCase],
+    recipe: Recipe,
+    device: Any,
+    seed: int,
+    seconds: float | None,
+    progress: Progress,
+) -> tuple[Mapping[str, Any] | None, dict[str, Any]]:
+    from volseg.train.classify import has_class, train_classifier
+
+    assert recipe.classify is not None
+    known = {case.record["class"] for case in training if has_class(case)}
+    missing = [name for name in recipe.classify.classes if name not in known]
+    if missing:
+        return None, {"classifier": f"not trained: no training case of class {', '.join(missing)}"}
+    return train_classifier(
+        training,
+        validation,
+        recipe.classify,
+        device=device,
+        seed=seed,
+        seconds=seconds,
+        report=lambda epoch, done: progress("Training the classifier", done, f"epoch {epoch}"),
+    )
