@@ -1,4 +1,4 @@
-"""The reader against about ninety odd, damaged and hostile files, with nibabel as judge; the writer against the reader."""
+"""The reader against ninety odd, damaged and hostile files, with nibabel as judge; the writer against the reader."""
 
 from __future__ import annotations
 
@@ -531,6 +531,7 @@ def sources():
     yield "qform_only", only_qform(nifti_bytes(affine=oblique(angle=0.7)))
     yield "qform_only_qfac_zero", only_qform(poked(76, "f", 0.0))
     yield "q_s_disagree", poked(268, "f", -100.0)
+    yield "pixdim_negative", poked(80, "f", -0.75)
     yield "near_orthonormal", with_srow(sheared(1e-4), UNIT)
     yield "units_unknown", poked(123, "B", 0)
     yield "singleton", nifti_bytes(VOXELS[..., None])

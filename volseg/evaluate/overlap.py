@@ -4,32 +4,28 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import product
-from typing import Any
 
 import numpy as np
 
+from volseg.columns import column
 from volseg.errors import ScanError
 from volseg.volume import Geometry, Volume
-
-
-def _column(unit: str, meaning: str) -> Any:
-    return field(metadata={"unit": unit, "meaning": meaning})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OverlapRow:
     """One label of one case. NaN is unknown and is written as an empty cell."""
 
-    case_id: str = _column("", "name of the case")
-    label: int = _column("", "value in the mask")
-    label_name: str = _column("", "name of that value")
-    dice: float = _column("0 to 1", "2 |R ∩ P| / (|R| + |P|); 0 if one mask is empty; empty if both are")
-    reference_volume_ml: float = _column("mL", "volume in the reference mask")
-    predicted_volume_ml: float = _column("mL", "volume in the predicted mask")
-    volume_error_ml: float = _column("mL", "predicted minus reference")
-    volume_error_percent: float = _column("%", "volume_error_ml / reference_volume_ml; empty where that is 0")
+    case_id: str = column("", "name of the case")
+    label: int = column("", "value in the mask")
+    label_name: str = column("", "name of that value")
+    dice: float = column("0 to 1", "2 |R ∩ P| / (|R| + |P|); 0 if one mask is empty; empty if both are")
+    reference_volume_ml: float = column("mL", "volume in the reference mask")
+    predicted_volume_ml: float = column("mL", "volume in the predicted mask")
+    volume_error_ml: float = column("mL", "predicted minus reference")
+    volume_error_percent: float = column("%", "volume_error_ml / reference_volume_ml; empty where that is 0")
 
 
 def evaluate_case(

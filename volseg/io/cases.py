@@ -51,13 +51,13 @@ class Case:
             raise ValueError(f"{self.id!r} is not a safe case id")
 
 
-def find_cases(dataset: Path, channels: Sequence[str] = (ONE_CHANNEL,)) -> list[Case]:
+def find_cases(dataset: Path, channels: Sequence[str] | None = (ONE_CHANNEL,)) -> list[Case]:
     """The cases of a data set, in the order in which it lists them.
 
     Args:
         dataset: a CSV file; or a folder with `cases.csv`, with `images/` and maybe `labels/` holding equal file
             names, with an nnU-Net raw or Decathlon `dataset.json`, or simply with scans in it.
-        channels: what the recipe wants. `image` means “the only one there is”.
+        channels: what the recipe wants; `image` means “the only one there is”, None all that there are.
 
     Raises:
         VolsegError: the layout is not known, a channel or file is missing, an id is unsafe or used twice, a patient
@@ -68,7 +68,7 @@ def find_cases(dataset: Path, channels: Sequence[str] = (ONE_CHANNEL,)) -> list[
     return _checked(rows, mistakes, str(dataset))
 
 
-def find_scans(inputs: Sequence[Path], channels: Sequence[str] = (ONE_CHANNEL,)) -> list[Case]:
+def find_scans(inputs: Sequence[Path], channels: Sequence[str] | None = (ONE_CHANNEL,)) -> list[Case]:
     """The cases to segment: scans, folders of scans (hidden files and `._*` are skipped), CSV files and data sets.
 
     Raises:
@@ -98,7 +98,7 @@ class _Row:
     classes: Mapping[str, str] = field(default_factory=dict)
 
 
-def _rows_of(dataset: Path, channels: Sequence[str], mistakes: list[str]) -> list[_Row]:
+def _rows_of(dataset: Path, channels: Sequence[str] | None, mistakes: list[str]) -> list[_Row]:
     """The layout decides who reads it."""
     if not os.path.exists(dataset):
         raise VolsegError(f"{dataset}: no such file or folder", fix="check the path")
@@ -120,7 +120,7 @@ def _rows_of(dataset: Path, channels: Sequence[str], mistakes: list[str]) -> lis
 # ---- CSV
 
 
-def _rows_of_csv(path: Path, channels: Sequence[str], mistakes: list[str]) -> list[_Row]:
+def _rows_of_csv(path: Path, channels: Sequence[str] | None, mistakes: list[str]) -> list[_Row]:
     columns, lines = _table_of(path)
     available = {name.removeprefix("image_"): name for name in columns if name == "image" or name.startswith("image_")}
     if not available:
@@ -184,7 +184,7 @@ def _table_of(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
 # ---- folders
 
 
-def _rows_of_folder(dataset: Path, channels: Sequence[str], mistakes: list[str]) -> list[_Row]:
+def _rows_of_folder(dataset: Path, channels: Sequence[str] | None, mistakes: list[str]) -> list[_Row]:
     """`images/` and `labels/` with equal names, or scans right in the folder."""
     images = dataset / "images" if (dataset / "images").is_dir() else dataset
     labels = {stem_of(path): path for path in _scans_in(dataset / "labels")} if images != dataset else {}
@@ -197,7 +197,9 @@ def _rows_of_folder(dataset: Path, channels: Sequence[str], mistakes: list[str])
     return rows
 
 
-def _rows_of_nnunet(dataset: Path, description: dict, channels: Sequence[str], mistakes: list[str]) -> list[_Row]:
+def _rows_of_nnunet(
+    dataset: Path, description: dict, channels: Sequence[str] | None, mistakes: list[str]
+) -> list[_Row]:
     """imagesTr, labelsTr and imagesTs, one file `<id>_<number>` per channel; Tr has no split, Ts is `test`."""
     names = description.get("channel_names") or description.get("modality")
     if not isinstance(names, dict) or not all(key.isdecimal() for key in names):
@@ -231,7 +233,9 @@ def _numbered(folder: Path, description: dict) -> list[re.Match]:
     return [match for match in matches if match]
 
 
-def _rows_of_decathlon(dataset: Path, description: dict, channels: Sequence[str], mistakes: list[str]) -> list[_Row]:
+def _rows_of_decathlon(
+    dataset: Path, description: dict, channels: Sequence[str] | None, mistakes: list[str]
+) -> list[_Row]:
     """The lists `training`, `validation` and `test` of dataset.json; only `training` has no split."""
     rows = []
     for key, split in (("training", None), ("validation", "val"), ("test", "test")):
@@ -295,8 +299,10 @@ def _unreadable(path: Path, error: OSError) -> VolsegError:
 # ---- rules for all layouts
 
 
-def _picked(available: Mapping[str, Anything], wanted: Sequence[str], origin: str) -> dict[str, Anything]:
+def _picked(available: Mapping[str, Anything], wanted: Sequence[str] | None, origin: str) -> dict[str, Anything]:
     """What stands for each wanted channel; case does not matter, and `image` stands for the only one."""
+    if wanted is None:
+        return dict(available)
     by_name = {name.casefold(): value for name, value in available.items()}
     if all(name.casefold() in by_name for name in wanted):
         return {name: by_name[name.casefold()] for name in wanted}

@@ -152,15 +152,12 @@ def intensity_warnings(volume: Volume, *, is_ct: bool = False) -> tuple[ScanWarn
         step = max(1, round((volume.array.size / 1e6) ** (1 / 3)))  # a median of about a million voxels is enough
         sample = volume.intensities(volume.array[::step, ::step, ::step])
         if sample.min() >= 0 and np.median(sample) > 500:
-            found.append(
-                ScanWarning(
-                    "W_HU", f"median {np.median(sample):g} and no negative value: is the rescale intercept missing?"
-                )
-            )
+            text = f"median {np.median(sample):g} and no negative value: is the rescale intercept missing?"
+            found.append(ScanWarning("W_HU", text))
     return tuple(found)
 
 
-def write_volume(volume: Volume, path: Path | str, like: Path | None = None) -> None:
+def write_volume(volume: Volume, path: Path | str, like: Path | str | None = None) -> None:
     """Write `.nii` or `.nii.gz`, whole or not at all, read back before it appears under its name.
 
     Equal volumes give equal bytes on one machine: no time stamp, no file name, no description is stored.
@@ -217,7 +214,7 @@ def _load_header(path: Path, max_bytes: int) -> tuple[NiftiHeader, Nifti1Header]
         warnings.append(ScanWarning("W_OFFSET", f"vox_offset is 0; the voxels are taken from byte {offset}"))
     if header_path.suffix.lower().endswith(".gz") != header_is_gzip:
         kind = "gzip" if header_is_gzip else "not compressed"
-        warnings.append(ScanWarning("W_EXT", f"the contents of {header_path.name} are {kind}, against its name"))
+        warnings.append(ScanWarning("W_EXT", f"the contents are {kind}, against the name"))
     data_path = header_path if is_single else _partner(header_path, ".img")
     header = NiftiHeader(geometry, dtype, slope, intercept, data_path, offset, tuple(warnings))
     _check_size(header, path, max_bytes)
@@ -231,16 +228,14 @@ def _raw_header(path: Path) -> tuple[Nifti1Header, bool, bool]:
         del block[_fill(stream, memoryview(block)) :]
         is_gzip = isinstance(stream, _Inflated)
     if not block:
-        raise _refusal(path, "E_EMPTY", "the file is empty", "copy or export the file again")
+        raise _refusal(path, "E_EMPTY", "the file is empty", _COPY_AGAIN)
     for endianness in "<>":
         size = int(np.frombuffer(bytes(block[:4]).ljust(4), endianness + "i4")[0])
         if size not in _FORMATS:
             continue
         header_type, magic_at, single, pair = _FORMATS[size]
         if len(block) < size:
-            raise _refusal(
-                path, "E_TRUNCATED", f"holds {len(block)} of {size} header bytes", "copy or export the file again"
-            )
+            raise _refusal(path, "E_TRUNCATED", f"holds {len(block)} of {size} header bytes", _COPY_AGAIN)
         if not block.startswith((single, pair), magic_at):
             raise _refusal(
                 path,
@@ -256,7 +251,7 @@ def _raw_header(path: Path) -> tuple[Nifti1Header, bool, bool]:
 def _shape(raw: Nifti1Header, path: Path) -> tuple[int, int, int]:
     n_dims, *sizes = (int(n) for n in raw["dim"])
     if not 1 <= n_dims <= 7 or min(sizes[:n_dims]) < 1:
-        raise _refusal(path, "E_DIM", f"dim is {[n_dims, *sizes]}", "copy or export the file again")
+        raise _refusal(path, "E_DIM", f"dim is {[n_dims, *sizes]}", _COPY_AGAIN)
     sizes = sizes[:n_dims]
     while len(sizes) > 3 and sizes[-1] == 1:
         sizes.pop()
@@ -306,7 +301,7 @@ def _offset(raw: Nifti1Header, is_single: bool, path: Path) -> int:
     offset = float(raw["vox_offset"])
     lowest = raw.sizeof_hdr + 4 if is_single and offset != 0 else 0
     if not (lowest <= offset <= MAX_OFFSET_BYTES and offset.is_integer()):
-        raise _refusal(path, "E_HEADER", f"vox_offset is {offset:g}", "copy or export the file again")
+        raise _refusal(path, "E_HEADER", f"vox_offset is {offset:g}", _COPY_AGAIN)
     return int(offset)
 
 
@@ -328,7 +323,7 @@ def _check_size(header: NiftiHeader, path: Path, max_bytes: int) -> None:
             path,
             "E_TOOBIG",
             f"header asks for {shape} voxels, {wanted:,} bytes, more than {held:,} bytes of gzip can hold",
-            "copy or export the file again",
+            _COPY_AGAIN,
         )
     if not is_gzip:
         if header.data_offset > held:
@@ -336,16 +331,14 @@ def _check_size(header: NiftiHeader, path: Path, max_bytes: int) -> None:
                 path,
                 "E_HEADER",
                 f"vox_offset is {header.data_offset:,} in a file of {held:,} bytes",
-                "copy or export the file again",
+                _COPY_AGAIN,
             )
         _check_held(held - header.data_offset, wanted, path)
 
 
 def _check_held(held: int, wanted: int, path: Path) -> None:
     if held < wanted:
-        raise _refusal(
-            path, "E_TRUNCATED", f"holds {held:,} of {wanted:,} voxel bytes", "the file is cut off: copy it again"
-        )
+        raise _refusal(path, "E_TRUNCATED", f"holds {held:,} of {wanted:,} voxel bytes", _COPY_AGAIN)
     if held > wanted + MAX_TAIL_BYTES:
         raise _refusal(
             path,
@@ -511,13 +504,13 @@ def _check_labels(stored: Volume, path: Path, max_labels: int) -> int:
     found: set[int] = set()
     for k in range(stored.geometry.shape[2]):
         with np.errstate(over="ignore", invalid="ignore"):  # nonsense in the scale; the bounds below catch it
-            values = stored.intensities(stored.array[:, :, k])
-            whole = np.rint(values) if values.dtype.kind == "f" else values
-            is_fraction = np.abs(values - whole) > LABEL_TOLERANCE
-        if is_fraction.any():
-            example = values[is_fraction][0]
-            problem = f"mask holds {example:g}, which is not a whole number"
-            raise _refusal(path, "E_LABELS", problem, f"resample labels with nearest neighbour; or {mistaken}")
+            whole = values = stored.intensities(stored.array[:, :, k])
+            if values.dtype.kind == "f":
+                whole = np.rint(values)
+                fractions = values[np.abs(values - whole) > LABEL_TOLERANCE]
+                if fractions.size:
+                    problem = f"mask holds {fractions[0]:g}, which is not a whole number"
+                    raise _refusal(path, "E_LABELS", problem, f"resample labels with nearest neighbour; or {mistaken}")
         low, high = whole.min(), whole.max()
         if low < 0 or high >= 2**53:
             problem = f"mask holds the label {low if low < 0 else high:,.0f}"
@@ -536,13 +529,12 @@ def _distinct(labels: np.ndarray) -> np.ndarray:
 # ---- writing
 
 
-def _new_header(volume: Volume, path: Path, like: Path | None) -> Nifti1Header:
+def _new_header(volume: Volume, path: Path, like: Path | str | None) -> Nifti1Header:
     """A blank little-endian header of the volume, whose affine reads back as the volume's own."""
     source = None if like is None else _load_header(Path(like), MAX_BYTES)[1]
     is_long = max(volume.geometry.shape) > np.iinfo(np.int16).max
-    header = (
-        Nifti2Header(endianness="<") if is_long or isinstance(source, Nifti2Header) else Nifti1Header(endianness="<")
-    )
+    header_type = Nifti2Header if is_long or isinstance(source, Nifti2Header) else Nifti1Header
+    header = header_type(endianness="<")
     dtype = volume.array.dtype.newbyteorder("=")
     if dtype not in map(np.dtype, _DTYPES.values()):
         raise ValueError(f"voxels of type {dtype} are not written, as they would not be read")
@@ -640,15 +632,11 @@ class _Inflated(io.RawIOBase):
                 packed = self._pending or self._file.read(CHUNK_BYTES)
                 self._pending = b""
                 if not packed:
-                    raise _refusal(
-                        self._path, "E_TRUNCATED", "the gzip stream has no end", "the file is cut off: copy it again"
-                    )
+                    raise _refusal(self._path, "E_TRUNCATED", "the gzip stream has no end", _COPY_AGAIN)
             try:
                 plain = self._member.decompress(packed, min(len(target), 4 * CHUNK_BYTES))
             except igzip_lib.IsalError as error:  # pyright: ignore[reportGeneralTypeIssues]
-                raise _refusal(
-                    self._path, "E_CRC", f"the gzip stream is damaged ({error})", "copy or export the file again"
-                ) from error
+                raise _refusal(self._path, "E_CRC", f"the gzip stream is damaged ({error})", _COPY_AGAIN) from error
             if plain:
                 target[: len(plain)] = plain
                 return len(plain)
@@ -693,9 +681,7 @@ def _partner(path: Path, suffix: str) -> Path:
         candidate = path.with_name(stem + ending)
         if os.path.exists(candidate):
             return candidate
-    raise _refusal(
-        path, "E_MISSING", f"its other half {stem}{suffix} is missing", "put both files of the pair into one folder"
-    )
+    raise _refusal(path, "E_MISSING", f"its {suffix} file is missing", "put .hdr and .img of one name into one folder")
 
 
 def _listed(values: np.ndarray) -> str:
@@ -750,6 +736,7 @@ _OTHER_FORMATS = (
     (0, b"\x93NUMPY", "a NumPy array", "store it as NIfTI, with its affine"),
     (128, b"DICM", "DICOM", "convert the series to NIfTI, for example with dcm2niix"),
 )
+_COPY_AGAIN = "copy or export the file again"
 _NOT_THERE = ("E_MISSING", "does not exist", "check the path")
 _READ_PROBLEMS = {
     errno.ENOENT: _NOT_THERE,

@@ -4,25 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import cc3d
 import numpy as np
 
+from volseg.columns import column
 from volseg.volume import BoundingBox, Geometry, Volume
 
 Box = tuple[slice, slice, slice]
-
-
-def column(unit: str, meaning: str, default: Any = MISSING) -> Any:
-    """A dataclass field that is a column of a table."""
-    return field(default=default, metadata={"unit": unit, "meaning": meaning})
-
-
-def columns(row: type | None = None) -> list[tuple[str, str, str]]:
-    """Name, unit and meaning of every column of a row type, in the order of the table; default `LesionMeasurement`."""
-    return [(item.name, item.metadata["unit"], item.metadata["meaning"]) for item in fields(row or LesionMeasurement)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -167,7 +158,7 @@ def _centroids_mm(indices: np.ndarray, geometry: Geometry) -> np.ndarray:
     """(N, 3) mean voxel indices → (N, 3) RAS mm, to 1e-9 mm.
 
     The last bits differ between axis orders. Without this rounding they would decide the last printed digit of a
-    centroid such as 0.15625 mm, and the sign of a centroid at 0.
+    centroid such as 0.24415 mm, and the sign of a centroid at 0.
     """
     return np.round(geometry.to_world_mm(indices), 9) + 0.0
 

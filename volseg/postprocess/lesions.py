@@ -113,8 +113,8 @@ def _ranking(n_voxels: np.ndarray, centroids_mm: np.ndarray, labels: np.ndarray)
 def _steps(values: np.ndarray) -> np.ndarray:
     """Rank of each value, where values that follow each other within 1e-3 mm share one.
 
-    Rounding to 1e-3 mm would not do: a lesion of two voxels on a grid of 0.625 mm lies at 0.3125, and the last bit,
-    which differs between axis orders, then decides the third decimal.
+    Rounding to 1e-3 mm would not do: where equal values lie at half a step, their last bits, which differ between axis
+    orders, would part them.
     """
     order = np.argsort(values)
     ranks = np.empty(values.size, np.int64)

@@ -45,7 +45,16 @@ def cell(value: Any) -> str:
     return str(value)
 
 
-def markdown_columns(title: str, columns: Sequence[tuple[str, str, str]]) -> str:
-    """A Markdown table of (name, unit, meaning)."""
-    lines = [f"## {title}", "", "| column | unit | meaning |", "|---|---|---|"]
-    return "\n".join([*lines, *(f"| `{name}` | {unit} | {meaning} |" for name, unit, meaning in columns), ""])
+def columns_page(tables: Mapping[str, Sequence[tuple[str, str, str]]]) -> str:
+    """docs/columns.md: file name → (column, unit, meaning) lines."""
+    parts = [
+        "# Columns",
+        "",
+        "Written by `make docs` from the code. An empty cell is unknown; 0 is zero. World coordinates are RAS+ millimetres.",
+        "",
+    ]
+    for title, columns in tables.items():
+        parts += [f"## {title}", "", "| column | unit | meaning |", "|---|---|---|"]
+        parts += [f"| `{name}` | {unit} | {meaning.replace('|', chr(92) + '|')} |" for name, unit, meaning in columns]
+        parts.append("")
+    return "\n".join(parts)

@@ -28,6 +28,7 @@ from volseg.train.losses import dice_cross_entropy
 from volseg.train.samples import sample_batch
 
 WARM_UP = 0.03  # share of the run in which the learning rate rises
+LARGEST_RESERVE = 0.1  # share of the time budget kept for the final validation
 VALIDATION_OVERLAP = 0.25  # cheap and close: the final metrics use the recipe's own overlap
 
 
@@ -150,8 +151,10 @@ def train_segmentation(
         before = time.monotonic()
         set_weights(evaluated, averaged)
         score = _mean_dice(evaluated, watched, recipe, plan, settings.device, overlap=VALIDATION_OVERLAP)
-        # Full overlap on all cases costs more than what was just timed; keep room for it.
-        reserve = 3 * (time.monotonic() - before) / len(watched) * len(validation)
+        if settings.seconds is not None:
+            # The final metrics look at all cases with more overlap: about twice the cost per case, which is kept free.
+            per_case = (time.monotonic() - before) / len(watched)
+            reserve = min(2 * per_case * len(validation), LARGEST_RESERVE * settings.seconds)
         state.seconds = time.monotonic() - started
         epoch = Epoch(
             len(state.history) + 1,

@@ -6,11 +6,12 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+from volseg.columns import columns_of
 from volseg.errors import VolsegError
 from volseg.evaluate.overlap import OverlapRow
 from volseg.io.cases import Case, find_cases
 from volseg.io.nifti import read_header, read_mask, read_volume
-from volseg.measure.lesions import CaseRow, LesionMeasurement, columns
+from volseg.measure.lesions import CaseRow, LesionMeasurement
 from volseg.postprocess.steps import STEPS
 from volseg.recipe import Recipe, load_recipe
 from volseg.volume import Volume
@@ -83,7 +84,7 @@ def _problem(where: str, error: VolsegError) -> dict[str, str]:
 def table_columns() -> dict[str, list[tuple[str, str, str]]]:
     """(name, unit, meaning) of every column of lesions.csv, cases.csv and evaluation.csv."""
     tables = {"lesions.csv": LesionMeasurement, "cases.csv": CaseRow, "evaluation.csv": OverlapRow}
-    return {name: columns(row) for name, row in tables.items()}
+    return {name: columns_of(row) for name, row in tables.items()}
 
 
 def shipped_model() -> tuple[str, str, str]:

@@ -8,12 +8,13 @@ import time
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import cast, get_args
 
 from volseg.errors import VolsegError
 from volseg.io.cases import Case, find_cases, find_scans
 from volseg.io.nifti import read_mask, read_volume
 from volseg.measure.lesions import measure_lesions
-from volseg.postprocess.lesions import label_lesions
+from volseg.postprocess.lesions import Objects, label_lesions
 from volseg.report.results import ResultsFolder
 from volseg.volume import Volume
 from volseg.workflows.batch import (
@@ -53,7 +54,7 @@ def measure(
         VolsegError: the request is wrong. A pair that cannot be used is a failed row instead.
     """
     started = time.monotonic()
-    if objects not in ("components", "labels"):
+    if objects not in get_args(Objects):
         raise VolsegError(f"objects {objects!r} is unknown", fix="use components or labels", code="E_USAGE")
     found = _pairs(image, mask, cases)
     options = {"objects": objects, "label_names": {str(k): v for k, v in (label_names or {}).items()}}
@@ -103,7 +104,7 @@ def _measure_case(
     assert case.reference is not None
     scan, mask = read_volume(path), read_mask(case.reference)
     check_pair(scan, mask, str(path), str(case.reference))
-    lesions = label_lesions(mask.array, scan.geometry, objects=objects)  # type: ignore[arg-type]
+    lesions = label_lesions(mask.array, scan.geometry, objects=cast(Objects, objects))
     rows = measure_lesions(
         scan,
         lesions.ids,

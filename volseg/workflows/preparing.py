@@ -16,9 +16,11 @@ from volseg.execute.local import run
 from volseg.io.cases import Case, find_cases
 from volseg.io.files import write_json_atomic
 from volseg.io.nifti import read_mask, read_volume
+from volseg.io.prepared import PreparedCase, read_case_record, write_prepared_case
 from volseg.measure.lesions import CaseRow
 from volseg.postprocess.lesions import label_lesions
 from volseg.recipe import Recipe, load_recipe
+from volseg.report.results import RECORDS, held
 from volseg.report.tables import write_table
 from volseg.volume import Volume
 from volseg.workflows.batch import Progress, RunReport, check_pair, input_key, reason_of, silent
@@ -35,7 +37,7 @@ def preprocess(
 ) -> RunReport:
     """Scans and masks → a prepared folder: memory-mapped arrays, a JSON per case, fingerprint and plan.
 
-    Cases of the test split are left alone. A second call prepares only what is missing or has changed.
+    Cases of the test split, and of any split but train and val, are left alone. A second call prepares only what is missing or has changed.
 
     Raises:
         VolsegError: the dataset or recipe is wrong, or no case could be read.
@@ -99,11 +101,11 @@ def _is_prepared(folder: Path, case_id: str, key: str) -> bool:
 
 def _training_cases(dataset: Path | str, recipe: Recipe) -> list[Case]:
     cases = find_cases(Path(dataset), recipe.data.channels)
-    labelled = [case for case in cases if case.reference is not None and case.split != "test"]
+    labelled = [case for case in cases if case.reference is not None and case.split in (None, "train", "val")]
     if not labelled:
         raise VolsegError(
-            f"{dataset}: none of its {len(cases)} cases has a mask to train on",
-            fix="add a `label` column, or a labels/ folder with the names of the images",
+            f"{dataset}: none of its {len(cases)} cases has a mask to train on and a split that is train, val or empty",
+            fix="add a `label` column or a labels/ folder with the names of the images, and correct the `split` column",
             code="E_DATASET",
         )
     return labelled

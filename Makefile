@@ -1,0 +1,37 @@
+# make demo   own virtual environment, install, then the main job on sample_data/
+# make test   the test suite          make lint   ruff, pyright, import-linter
+# make docs   write docs/columns.md   make bench  the benchmarks that need no other data or peer
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: demo test lint docs bench clean
+
+demo: $(INSTALLED)
+	$(BIN)/python sample_data/demo.py --out demo_results
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/lint-imports
+
+docs: $(INSTALLED)
+	$(BIN)/python docs/make_columns.py
+
+bench: $(INSTALLED)
+	$(BIN)/python benchmarks/preprocess.py
+
+# torch first: the constraint names the tested version, which exists as a small CPU build.
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) demo_results

@@ -1,0 +1,287 @@
+"""Every layout of a data set gives the same cases; every mistake is named, and all of them at once."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from volseg.errors import VolsegError
+from volseg.io.cases import ID_PATTERN, Case, find_cases, find_scans
+
+DATA = Path(__file__).parents[2].parent / "shared/data"
+
+
+def touch(folder: Path, *names: str) -> None:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(b"")
+
+
+def table(folder: Path, text: str, name: str = "cases.csv", encoding: str = "utf-8") -> Path:
+    (folder / name).write_bytes(text.encode(encoding))
+    return folder / name
+
+
+def problem_of(call, *args) -> str:
+    with pytest.raises(VolsegError) as caught:
+        call(*args)
+    assert caught.value.exit_code == 2
+    assert "\n" not in str(caught.value)
+    return caught.value.problem
+
+
+# ---- CSV
+
+ROWS = "subject,image,label,split,patient,malignancy\na,a.nii.gz,a_mask.nii.gz,train,P1,5\nb,b.nii.gz,,val,P2,\n"
+CASES = [
+    ("a", "a.nii.gz", "a_mask.nii.gz", "train", "P1", {"malignancy": "5"}),
+    ("b", "b.nii.gz", None, "val", "P2", {}),
+]
+
+
+@pytest.mark.parametrize(
+    "text, encoding",
+    [
+        (ROWS, "utf-8"),
+        (ROWS, "utf-8-sig"),  # as Excel saves it
+        (ROWS.replace("\n", "\r\n"), "utf-8"),
+        (ROWS.replace("\n", "\r"), "utf-8"),
+        (ROWS.replace(",", ";"), "utf-8"),
+        (ROWS.replace(",", "\t"), "utf-8"),
+        (ROWS.replace("\n", "\n,,,,,\n\n"), "utf-8"),
+        (ROWS.replace(",", " , "), "utf-8"),
+        (ROWS.replace("a.nii.gz", '"a.nii.gz"'), "utf-8"),
+    ],
+    ids=["plain", "bom", "crlf", "cr", "semicolon", "tab", "blank_lines", "spaces", "quotes"],
+)
+def test_csv_dialects(text, encoding, tmp_path):
+    touch(tmp_path, "a.nii.gz", "a_mask.nii.gz", "b.nii.gz")
+    path = table(tmp_path, text, encoding=encoding)
+    expected = [
+        Case(id, {"image": tmp_path / image}, tmp_path / label if label else None, split, patient, classes)
+        for id, image, label, split, patient, classes in CASES
+    ]
+    assert find_cases(path) == expected
+    assert find_cases(tmp_path) == expected
+    assert find_scans([path]) == find_scans([tmp_path]) == expected
+
+
+def test_id_defaults_to_the_name_of_the_first_channel(tmp_path):
+    touch(tmp_path, "x/scan 7.nii.gz", "x/scan 7 t2.nii.gz")
+    table(tmp_path, "image_t1,image_t2\nx/scan 7.nii.gz,x/scan 7 t2.nii.gz\n")
+    (case,) = find_cases(tmp_path, ["t1", "t2"])
+    assert case == Case("scan_7", {"t1": tmp_path / "x/scan 7.nii.gz", "t2": tmp_path / "x/scan 7 t2.nii.gz"})
+
+
+def test_channels(tmp_path):
+    touch(tmp_path, "a.nii", "b.nii")
+    both = table(tmp_path, "image_t1,image_t2\na.nii,b.nii\n", "both.csv")
+    one = table(tmp_path, "image\na.nii\n", "one.csv")
+    named = table(tmp_path, "image_ct\na.nii\n", "named.csv")
+    a, b = tmp_path / "a.nii", tmp_path / "b.nii"
+    assert find_cases(both, ["t2"])[0].images == {"t2": b}
+    assert list(find_cases(both, ["T2", "t1"])[0].images.items()) == [("T2", b), ("t1", a)]
+    assert find_cases(one, ["ct"])[0].images == {"ct": a}  # the only one there is
+    assert find_cases(named)[0].images == {"image": a}
+    assert problem_of(find_cases, named, ["t1"]).endswith("has no channel 't1'; it has 'ct'")
+    assert problem_of(find_cases, both).endswith("has no channel 'image'; it has 't1', 't2'")
+    assert problem_of(find_cases, one, ["t1", "flair"]).endswith("has no channel 't1', 'flair'; it has 'image'")
+    assert problem_of(find_scans, [a], ["t1", "flair"]).endswith("has no channel 't1', 'flair'; it has 'image'")
+
+
+@pytest.mark.parametrize(
+    "text, encoding, words",
+    [
+        ("", "utf-8", "is empty"),
+        ("image\n", "utf-8", "no scans found"),
+        ("scan,label\na.nii,b.nii\n", "utf-8", "has no column 'image'; its columns are 'scan', 'label'"),
+        ("image,label,image\na.nii,b.nii,c.nii\n", "utf-8", "has columns 'image' twice"),
+        ("image,note\na.nii,Größe\n", "cp1252", "is not UTF-8"),
+        ("image\na.nii\n", "utf-16", "is not UTF-8"),
+        ('image\n"a.nii\n', "utf-8", "is not CSV"),
+        ("image,label\na.nii\n", "utf-8", "line 2: has 1 cells under 2 columns"),
+        ("image,label\na.nii,\n,a.nii\n", "utf-8", "line 3: the cell of 'image' is empty"),
+        ("image\nb.nii\n", "utf-8", "line 2: file '{}/b.nii' does not exist"),
+        ("image,label\na.nii,b.nii\n", "utf-8", "line 2: file '{}/b.nii' does not exist"),
+        ("image\n.\n", "utf-8", "does not exist"),
+        ("subject,image\n../../x,a.nii\n", "utf-8", "subject '../../x' is no safe file name; 'x' would be"),
+        ("subject,image\n=cmd|calc,a.nii\n", "utf-8", "subject '=cmd|calc' is no safe file name; 'cmd_calc' would be"),
+        ("subject,image\nJürgen K,a.nii\n", "utf-8", "'Jurgen_K' would be"),
+        ("subject,image\nx,a.nii\nX,a.nii\n", "utf-8", "id 'X' is used for both {}/a.nii and {}/a.nii"),
+        (
+            "image,patient,split\na.nii,P,train\na.nii.gz,P,test\n",
+            "utf-8",
+            "patient 'P' is in split 'test', but in 'train' at cases.csv line 2",
+        ),
+    ],
+)
+def test_mistakes_in_a_table(text, encoding, words, tmp_path):
+    touch(tmp_path, "a.nii", "a.nii.gz")
+    assert words.replace("{}", str(tmp_path)) in problem_of(find_cases, table(tmp_path, text, encoding=encoding))
+
+
+def test_all_mistakes_are_named_at_once_and_counted_beyond_ten(tmp_path):
+    touch(tmp_path, "a.nii")
+    table(tmp_path, "subject,image\n" + "".join(f"case {n},missing{n}.nii\n" for n in range(20)))
+    problem = problem_of(find_cases, tmp_path)
+    assert "40 mistakes: (1) " in problem and "(10) " in problem and problem.endswith("; and 30 more")
+    table(tmp_path, "subject,image,label\na b,a.nii,\nc,no.nii,no_mask.nii\nC,a.nii,\n")
+    problem = problem_of(find_cases, tmp_path)
+    for words in ("4 mistakes", "subject 'a b'", "no.nii' does not exist", "no_mask.nii' does not", "id 'C' is used"):
+        assert words in problem
+
+
+# ---- folders
+
+
+def test_images_and_labels(tmp_path):
+    touch(tmp_path, "images/b.nii.gz", "images/a.nii", "images/._a.nii", "images/notes.txt", "labels/a.nii.gz")
+    assert find_cases(tmp_path) == [
+        Case("a", {"image": tmp_path / "images/a.nii"}, tmp_path / "labels/a.nii.gz"),
+        Case("b", {"image": tmp_path / "images/b.nii.gz"}),
+    ]
+    touch(tmp_path, "labels/c.nii.gz")
+    assert f"labels/c.nii.gz: no scan of this name in {tmp_path / 'images'}" in problem_of(find_cases, tmp_path)
+
+
+def test_folder_of_scans(tmp_path):
+    touch(tmp_path, "a.nii", "B.NII.GZ", "p.hdr", "p.img", ".hidden.nii", "._x.nii.gz", "readme.md")
+    expected = {"B": "B.NII.GZ", "a": "a.nii", "p": "p.hdr"}
+    for cases in (find_scans([tmp_path]), find_cases(tmp_path), find_scans([tmp_path / n for n in expected.values()])):
+        assert {case.id: case.images["image"].name for case in cases} == expected
+    assert find_scans([tmp_path], ["ct"])[0].images == {"ct": tmp_path / "B.NII.GZ"}
+
+
+def test_names_become_safe_ids(tmp_path):
+    names = {"scan 1.nii": "scan_1", "Jürgen (2).nii.gz": "Jurgen__2_", "患者.nii": "scan", "_x.y.nii": "x.y"}
+    touch(tmp_path, *names, "l" * 200 + ".nii")
+    cases = find_scans([tmp_path])
+    assert {case.images["image"].name: case.id for case in cases} == names | {"l" * 200 + ".nii": "l" * 128}
+    assert all(re.fullmatch(ID_PATTERN, case.id) for case in cases)
+
+
+@pytest.mark.parametrize("names", [("a.nii", "a.nii.gz"), ("a.nii", "A.nii"), ("a b.nii", "a_b.nii")])
+def test_two_scans_of_one_id_are_refused_before_any_work(names, tmp_path):
+    touch(tmp_path, *names)
+    problem = problem_of(find_scans, [tmp_path])
+    assert all(str(tmp_path / name) in problem for name in names)
+    problem = problem_of(find_scans, [tmp_path / name for name in names])
+    assert all(str(tmp_path / name) in problem for name in names)
+
+
+def test_nothing_found(tmp_path):
+    assert problem_of(find_scans, [tmp_path]) == f"no scans found in {tmp_path}"
+    assert problem_of(find_cases, tmp_path) == f"no scans found in {tmp_path}"
+    assert problem_of(find_cases, tmp_path / "none") == f"{tmp_path / 'none'}: no such file or folder"
+    assert "none.nii' does not exist" in problem_of(find_scans, [tmp_path / "none.nii"])
+
+
+def test_no_case_without_a_safe_id():
+    for bad in ("", "../x", ".x", "a/b", "a\n", "ä", "x" * 129):
+        with pytest.raises(ValueError):
+            Case(bad, {})
+
+
+# ---- nnU-Net and Decathlon
+
+
+def describe(folder: Path, **description) -> None:
+    (folder / "dataset.json").write_text(json.dumps(description))
+
+
+def test_nnunet_raw(tmp_path):
+    touch(
+        tmp_path,
+        *(f"imagesTr/{name}_{channel}.nii.gz" for name in ("p_01", "p_02") for channel in ("0000", "0001")),
+        *(f"imagesTs/q_{channel}.nii.gz" for channel in ("0000", "0001")),
+        *("labelsTr/p_01.nii.gz", "labelsTr/p_02.nii.gz", "imagesTr/._p_01_0000.nii.gz"),
+    )
+    describe(tmp_path, channel_names={"0": "T1", "1": "FLAIR"}, labels={"background": 0}, file_ending=".nii.gz")
+    cases = find_cases(tmp_path, ["flair", "t1"])
+    assert [(case.id, case.split) for case in cases] == [("p_01", None), ("p_02", None), ("q", "test")]
+    assert cases[1].images == {
+        "flair": tmp_path / "imagesTr/p_02_0001.nii.gz",
+        "t1": tmp_path / "imagesTr/p_02_0000.nii.gz",
+    }
+    assert cases[1].reference == tmp_path / "labelsTr/p_02.nii.gz"
+    assert cases[2].reference is None
+    assert problem_of(find_cases, tmp_path).endswith("has no channel 'image'; it has 'T1', 'FLAIR'")
+    (tmp_path / "imagesTr/p_01_0001.nii.gz").unlink()
+    (tmp_path / "labelsTr/p_02.nii.gz").unlink()
+    problem = problem_of(find_cases, tmp_path, ["t1", "flair"])
+    assert "2 mistakes" in problem and "p_01_0001" in problem and "labelsTr/p_02" in problem
+
+
+def test_nnunet_of_one_channel_and_of_version_1(tmp_path):
+    touch(tmp_path, "imagesTr/liver_1_0000.nii.gz", "labelsTr/liver_1.nii.gz")
+    expected = [
+        Case("liver_1", {"image": tmp_path / "imagesTr/liver_1_0000.nii.gz"}, tmp_path / "labelsTr/liver_1.nii.gz")
+    ]
+    describe(tmp_path, channel_names={"0": "CT"})
+    assert find_cases(tmp_path) == expected
+    pairs = [{"image": "./imagesTr/liver_1.nii.gz", "label": "./labelsTr/liver_1.nii.gz"}]
+    describe(tmp_path, modality={"0": "CT"}, training=pairs)
+    assert find_cases(tmp_path) == expected
+
+
+def test_decathlon(tmp_path):
+    touch(tmp_path, "imagesTr/lung_0000.nii.gz", "labelsTr/lung_0000.nii.gz", "imagesTs/lung_0002.nii.gz")
+    pairs = [{"image": "./imagesTr/lung_0000.nii.gz", "label": "./labelsTr/lung_0000.nii.gz"}]
+    describe(tmp_path, modality={"0": "CT"}, training=pairs, test=["./imagesTs/lung_0002.nii.gz"])
+    train, test = find_cases(tmp_path, ["ct"])
+    assert train.images == {"ct": tmp_path / "imagesTr/lung_0000.nii.gz"}
+    assert train.reference == tmp_path / "labelsTr/lung_0000.nii.gz"
+    assert (train.id, train.split, test.id, test.split) == ("lung_0000", None, "lung_0002", "test")
+    (tmp_path / "imagesTr/lung_0000.nii.gz").unlink()
+    assert "training[0]: file" in problem_of(find_cases, tmp_path)  # still no nnU-Net folder
+    describe(tmp_path, training=[*pairs, {"image": 3}, 7, {"image": "imagesTr/no.nii.gz"}])
+    problem = problem_of(find_cases, tmp_path)
+    assert "4 mistakes" in problem and "training[1]" in problem and "training[2]" in problem and "no.nii.gz" in problem
+
+
+@pytest.mark.parametrize(
+    "text", ["{", "[]", '{"channel_names": "CT"}', '{"channel_names": {"first": "CT"}}', '{"a": 1}']
+)
+def test_bad_dataset_json(text, tmp_path):
+    touch(tmp_path, "imagesTr/p_0000.nii.gz")
+    (tmp_path / "dataset.json").write_text(text)
+    assert "dataset.json" in problem_of(find_cases, tmp_path)
+
+
+def test_images_tr_alone_is_not_guessed(tmp_path):
+    touch(tmp_path, "imagesTr/p_0000.nii.gz")
+    assert "has imagesTr but no dataset.json" in problem_of(find_cases, tmp_path)
+
+
+# ---- real tables
+
+
+@pytest.mark.parametrize(
+    "name, splits",
+    [
+        ("lidc_nodules/cases.csv", {"train": 601, "val": 155, "test": 97}),
+        ("sts_sarcoma/cases.csv", {"train": 32, "val": 9, "test": 7}),
+        ("sts_sarcoma/cases_ct.csv", {"train": 2, "val": 1, "test": 1}),
+        ("sts_sarcoma/cases_pet.csv", {"train": 15, "val": 4, "test": 3}),
+        ("sts_sarcoma/cases_t1.csv", {"train": 15, "val": 4, "test": 3}),
+        ("msd_hippocampus/cases.csv", {"train": 160, "val": 30, "test": 30}),
+        ("msd_spleen_ct/cases.csv", {"dev": 1}),
+        ("totalseg_example_ct/cases.csv", {"dev": 3}),
+        ("ibsi_phantoms/cases.csv", {"dev": 1}),
+        ("pyradiomics_cases/cases.csv", {"dev": 1}),
+        ("pneumoniamnist/cases.csv", {"official inside npz": 1}),
+    ],
+)
+def test_real_tables(name, splits):
+    if not DATA.is_dir():
+        pytest.skip("the real data sets lie outside the repository, in ../shared/data, and are not here")
+    cases = find_cases(DATA / name)
+    assert Counter(case.split for case in cases) == splits
+    assert all(path.is_file() for case in cases for path in case.images.values())
+    if name.startswith("lidc"):
+        assert cases[0].classes["malignancy"] == "5"
+        assert cases[0].patient == "LIDC-IDRI-0001"

@@ -1,0 +1,128 @@
+import numpy as np
+import pytest
+from laws import GRIDS, ball, grid_around, oblique, orientations
+
+from volseg.errors import ScanError
+from volseg.preprocess.normalise import Window
+from volseg.preprocess.prepare import PrepareSettings, prepare, prepare_mask, restore_mask
+from volseg.volume import BoundingBox, Geometry, Volume
+
+WINDOW = Window(low=-1000, high=1000, mean=0, sd=1)
+
+
+def settings(**changes):
+    base = {"spacing_mm": (1.0, 1.0, 1.5), "normalisers": (WINDOW,), "body_above": -500.0}
+    return PrepareSettings(**(base | changes))
+
+
+def phantom(geometry, radius_mm=10.0):
+    """A ball of 100 HU in a box of tissue in air, int16, and the mask of the ball."""
+    inside = ball(radius_mm, geometry)
+    array = np.full(geometry.shape, -1000, np.int16)
+    array[2:-2, 2:-2, 1:-1] = 0
+    array[inside] = 100
+    return Volume(array, geometry), inside
+
+
+def one_hot(mask, n):
+    return np.stack([(mask == value).astype(np.float32) * 20 for value in range(n)])
+
+
+@pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS.keys())
+@pytest.mark.parametrize("crop_to_body", [True, False])
+def test_prepare_then_restore_is_the_identity_at_the_own_spacing(grid, crop_to_body):
+    geometry = grid_around(8, grid((0.8, 1.0, 2.0)), margin=4)
+    scan, inside = phantom(geometry, radius_mm=8)
+    prepared = prepare({"ct": scan}, settings(spacing_mm=_canonical_spacing(geometry), crop_to_body=crop_to_body))
+    mask = prepare_mask(inside.astype(np.uint8) * 3, prepared.trail)
+    restored, confidence = restore_mask(one_hot(mask // 3, 2), prepared.trail, [3])
+    np.testing.assert_array_equal(restored, inside * 3)
+    assert restored.dtype == np.uint8
+    assert confidence.min() >= 254
+    assert (prepared.trail.box != BoundingBox.whole(prepared.trail.box.shape)) == crop_to_body
+
+
+def _canonical_spacing(geometry):
+    order = [
+        geometry.axis_codes.find(a) if a in geometry.axis_codes else geometry.axis_codes.find(b)
+        for a, b in ("RL", "AP", "SI")
+    ]
+    return tuple(geometry.spacing_mm[axis] for axis in order)
+
+
+@pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS.keys())
+def test_a_ball_survives_the_way_to_another_spacing_and_back(grid):
+    geometry = grid_around(10, grid((0.8, 0.8, 2.5)), margin=4)
+    scan, inside = phantom(geometry)
+    prepared = prepare({"ct": scan}, settings(spacing_mm=(1.0, 1.0, 1.0)))
+    mask = prepare_mask(inside.astype(np.uint8), prepared.trail)
+    restored, _ = restore_mask(one_hot(mask, 2), prepared.trail, [1])
+    both = np.count_nonzero(inside & (restored == 1))
+    assert 2 * both / (inside.sum() + np.count_nonzero(restored)) > 0.97
+
+
+def test_all_48_orders_prepare_to_the_same_network_input_and_restore_to_the_same_place():
+    geometry = Geometry((18, 21, 12), oblique((1.0, 0.9, 2.0)))
+    rng = np.random.default_rng(0)
+    scan = Volume(rng.integers(-400, 400, geometry.shape).astype(np.int16), geometry)
+    expected = prepare({"ct": scan}, settings())
+    logits = rng.normal(size=(3, *expected.array.shape[1:])).astype(np.float32)
+    expected_mask, _ = restore_mask(logits, expected.trail, [1, 5])
+    for (stored, affine), (mask, _) in zip(
+        orientations(scan), orientations(scan.with_array(expected_mask)), strict=True
+    ):
+        prepared = prepare({"ct": Volume(stored, Geometry(stored.shape, affine))}, settings())
+        np.testing.assert_allclose(prepared.array, expected.array, atol=1e-3)
+        restored, _ = restore_mask(logits, prepared.trail, [1, 5])
+        np.testing.assert_array_equal(restored, mask)
+
+
+def test_restoring_by_slabs_equals_the_interpolation_of_all_logits_at_once(monkeypatch):
+    geometry = Geometry((20, 18, 40), oblique((1.0, 0.9, 1.1)))
+    scan = Volume(np.random.default_rng(0).integers(-400, 400, geometry.shape).astype(np.int16), geometry)
+    prepared = prepare({"ct": scan}, settings(spacing_mm=(1.3, 1.3, 1.7)))
+    logits = np.random.default_rng(1).normal(size=(4, *prepared.array.shape[1:])).astype(np.float32)
+    whole = restore_mask(logits, prepared.trail, [1, 2, 9])
+    monkeypatch.setattr("volseg.preprocess.prepare.SLAB_VOXELS", 900)
+    for found, expected in zip(restore_mask(logits, prepared.trail, [1, 2, 9]), whole, strict=True):
+        np.testing.assert_array_equal(found, expected)
+
+
+def test_confidence_is_the_softmax_probability_of_the_winner():
+    geometry = Geometry((4, 4, 4), np.diag([1.0, 1.0, 1.5, 1.0]))
+    scan = Volume(np.zeros((4, 4, 4), np.int16), geometry)
+    prepared = prepare({"ct": scan}, settings())
+    logits = np.random.default_rng(0).normal(0, 2, (5, 4, 4, 4)).astype(np.float32)
+    mask, confidence = restore_mask(logits, prepared.trail, [1, 2, 3, 4])
+    exponents = np.exp(logits - logits.max(axis=0))
+    np.testing.assert_array_equal(mask, logits.argmax(axis=0))
+    np.testing.assert_allclose(confidence, 255 / exponents.sum(axis=0), atol=0.51)
+
+
+def test_outside_the_body_the_mask_is_background_whatever_the_network_says():
+    geometry = Geometry((20, 20, 20), oblique((1, 1, 1.5)))
+    array = np.full(geometry.shape, -1000, np.int16)
+    array[5:15, 6:16, 4:18] = 50
+    prepared = prepare({"ct": Volume(array, geometry)}, settings())
+    logits = np.stack([np.zeros(prepared.array.shape[1:]), np.ones(prepared.array.shape[1:])]).astype(np.float32)
+    mask, _ = restore_mask(logits, prepared.trail, [1])
+    np.testing.assert_array_equal(mask == 1, array == 50)
+
+
+def test_a_scaled_scan_gives_the_same_network_input_as_its_intensities():
+    geometry = Geometry((12, 13, 9), oblique((1.0, 1.2, 2.0)))
+    stored = np.random.default_rng(0).integers(0, 2000, geometry.shape).astype(np.uint16)
+    scaled = Volume(stored, geometry, slope=0.5, intercept=-700)
+    plain = Volume(scaled.intensities().astype(np.float32), geometry)
+    for changes in ({}, {"body_above": None}):
+        first, second = (prepare({"ct": volume}, settings(**changes)) for volume in (scaled, plain))
+        assert first.trail.box == second.trail.box
+        np.testing.assert_allclose(first.array, second.array, atol=1e-3)
+
+
+def test_channels_on_different_grids_are_refused():
+    first = Volume(np.zeros((5, 5, 5), np.int16), Geometry((5, 5, 5), oblique((1, 1, 2))))
+    second = Volume(np.zeros((5, 5, 6), np.int16), Geometry((5, 5, 6), oblique((1, 1, 2))))
+    with pytest.raises(ScanError, match="different grids") as caught:
+        prepare({"t1": first, "t2": second}, settings(normalisers=(WINDOW, WINDOW)))
+    assert caught.value.code == "E_PAIR"

@@ -1,0 +1,129 @@
+import json
+import os
+import re
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+COMMANDS = ("preprocess", "train", "infer", "measure", "evaluate", "check", "columns")
+
+
+def run(*arguments, **options):
+    return subprocess.run(
+        [sys.executable, "-m", "volseg", *map(str, arguments)], capture_output=True, text=True, timeout=300, **options
+    )
+
+
+def test_help_needs_neither_torch_nor_a_second_of_cpu_time():
+    code = "import sys; from volseg.cli import app; app(['--help'], standalone_mode=False); print('torch' in sys.modules, 'monai' in sys.modules)"
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert done.stdout.rstrip().endswith("False False")
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1
+    done = subprocess.run(
+        [sys.executable, "-c", "import sys, volseg; print('torch' in sys.modules)"], capture_output=True, text=True
+    )
+    assert done.stdout.strip() == "False"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_a_help_page_with_every_option_explained(command):
+    done = run(command, "--help", env=os.environ | {"COLUMNS": "200"})
+    assert done.returncode == 0
+    options = [line for line in done.stdout.splitlines() if re.match(r"\s+--\w", line)]
+    assert options
+    assert all(len(line.split("  ", 2)[-1].split()) > 2 or "--help" in line for line in options)
+
+
+def test_one_line_and_exit_code_2_for_a_wrong_request(tmp_path):
+    for arguments in (
+        ["train", tmp_path, "--recipe", "nonsense", "--out", tmp_path / "m"],
+        ["train", tmp_path, "--recipe", "smoke", "--out", tmp_path / "m", "--time-budget", "soon"],
+        ["infer", tmp_path / "nowhere.nii.gz", "--out", tmp_path / "r", "--model", tmp_path],
+    ):
+        done = run(*arguments)
+        assert done.returncode == 2, done.stderr
+        assert done.stdout == ""
+        assert len(done.stderr.strip().splitlines()) == 1
+        assert "to fix:" in done.stderr
+
+
+def test_infer_prints_json_and_4_for_a_refused_scan_without_a_trace(model, tmp_path):
+    scan = tmp_path / "scan.nii.gz"
+    scan.write_bytes(b"\x1f\x8b damaged")
+    done = run("infer", scan, "--model", model, "--out", tmp_path / "r", "--json")
+    assert done.returncode == 4
+    assert list(json.loads(done.stdout)["failed"]) == ["scan"]
+    assert "Traceback" not in done.stderr
+    done = run("infer", scan, "--model", model, "--out", tmp_path / "r")
+    assert len([line for line in done.stderr.splitlines() if line.startswith("failed: scan: E_")]) == 1
+
+
+def test_the_main_job_by_hand(model, dataset, tmp_path):
+    out = tmp_path / "r"
+    done = run("infer", dataset / "images", "--model", model, "--out", out, "--json")
+    assert done.returncode == 0, done.stderr
+    assert len(json.loads(done.stdout)["done"]) == 8
+    done = run("evaluate", "--reference", dataset / "labels", "--predicted", out, "--out", tmp_path / "e", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["mean_dice"] > 0.7
+    done = run("measure", "--cases", dataset / "cases.csv", "--out", tmp_path / "m")
+    assert done.returncode == 0, done.stderr
+    assert "26 neighbours" in done.stdout
+    done = run("check", dataset / "cases.csv")
+    assert (done.returncode, "no problem found" in done.stdout) == (0, True)
+
+
+def test_an_output_folder_that_cannot_be_is_exit_code_5(model, dataset, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    done = run("infer", dataset / "images" / "scan_0.nii.gz", "--model", model, "--out", tmp_path / "file")
+    assert done.returncode == 5
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_cuda_where_there_is_none_is_exit_code_5(model, dataset, tmp_path):
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a CUDA device")
+    done = run("infer", dataset / "images" / "scan_0.nii.gz", "--model", model, "--out", tmp_path, "--device", "cuda")
+    assert done.returncode == 5
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupted_batch_leaves_a_table_with_pending_rows(number, code, model, dataset, tmp_path):
+    out = tmp_path / "r"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "volseg", "infer", str(dataset / "images"), "--model", str(model), "--out", str(out)],
+        stderr=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 120
+    while not list((out / "masks").glob("scan_*")) and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(number)
+    assert process.wait(30) == code
+    statuses = [line.split(",")[1] for line in (out / "cases.csv").read_text().splitlines()[1:]]
+    assert len(statuses) == 8
+    assert "pending" in statuses
+    assert not list(out.rglob(".tmp-*"))
+
+
+def test_columns_prints_every_column():
+    done = run("columns", "--json")
+    tables = json.loads(done.stdout)
+    assert {"name": "volume_mm3", "unit": "mm³"}.items() <= tables["lesions.csv"][5].items()
+    assert "volume_mm3" in run("columns", env=os.environ | {"COLUMNS": "200"}).stdout
+
+
+def test_the_version_is_that_of_the_package():
+    import volseg
+
+    assert run("--version").stdout.strip() == volseg.__version__
+    assert Path(volseg.__file__).name == "__init__.py"

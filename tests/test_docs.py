@@ -1,0 +1,30 @@
+import re
+from pathlib import Path
+
+import pytest
+
+from volseg.report.tables import columns_page
+from volseg.workflows import table_columns
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted(path for path in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
+
+
+def test_the_page_of_columns_is_that_of_the_code():
+    assert (ROOT / "docs" / "columns.md").read_text(encoding="utf-8") == columns_page(table_columns())
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_python_blocks_run_and_links_lead_somewhere(page, tmp_path, monkeypatch):
+    text = page.read_text(encoding="utf-8")
+    for link in re.findall(r"\]\(([^)#:]+)\)", text):
+        assert (page.parent / link).exists(), link
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "sample_data").symlink_to(ROOT / "sample_data")
+    names: dict = {}
+    for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        exec(compile(block, str(page), "exec"), names)
+
+
+def test_pages_were_found():
+    assert len(PAGES) >= 4

@@ -1,0 +1,92 @@
+import numpy as np
+import pytest
+from laws import lps, oblique, orientations
+
+from volseg.errors import VolsegError
+from volseg.plan import CaseFingerprint, Plan, combine_fingerprints, fingerprint_case, make_plan
+from volseg.preprocess.normalise import Window
+from volseg.recipe import load_recipe
+from volseg.volume import Geometry, Volume
+
+SHAPE = (20, 22, 12)
+
+
+def case(spacing_mm=(1.0, 1.0, 1.0), samples=(1.0, 2.0, 3.0)):
+    return CaseFingerprint(spacing_mm=spacing_mm, shape=SHAPE, label_voxels={1: 3}, samples={"ct": samples})
+
+
+def recipe(**preprocess):
+    loaded = load_recipe("lung_nodule_ct")
+    content = loaded.preprocess.model_dump() | preprocess
+    return loaded.model_copy(update={"preprocess": type(loaded.preprocess).model_validate(content)})
+
+
+AUTO = {"spacing_mm": "auto", "normalise": {"method": "window"}}
+
+
+def test_all_48_orders_have_the_same_fingerprint():
+    rng = np.random.default_rng(0)
+    scan = Volume(rng.integers(-100, 100, SHAPE).astype(np.int16), Geometry(SHAPE, lps((0.7, 0.9, 2.5))))
+    mask = scan.with_array((rng.random(SHAPE) < 0.2).astype(np.uint8) * 4)
+    expected = fingerprint_case({"ct": scan}, mask, np.random.default_rng(0))
+    assert expected.spacing_mm == pytest.approx((0.7, 0.9, 2.5))
+    for (array, affine), (labels, _) in zip(orientations(scan), orientations(mask), strict=True):
+        geometry = Geometry(array.shape, affine)
+        found = fingerprint_case({"ct": Volume(array, geometry)}, Volume(labels, geometry), np.random.default_rng(0))
+        assert found.spacing_mm == pytest.approx(expected.spacing_mm)
+        assert found.shape == expected.shape
+        assert found.label_voxels == expected.label_voxels == {4: int((mask.array == 4).sum())}
+        assert sorted(found.samples["ct"]) == sorted(expected.samples["ct"])
+
+
+def test_samples_are_scaled_intensities_under_the_mask_only():
+    array = np.zeros(SHAPE, np.int16)
+    mask = np.zeros(SHAPE, np.uint8)
+    array[3, 4, 5], mask[3, 4, 5] = 100, 1
+    geometry = Geometry(SHAPE, oblique((1, 1, 2)))
+    found = fingerprint_case(
+        {"ct": Volume(array, geometry, slope=2, intercept=-50)}, Volume(mask, geometry), np.random.default_rng(0)
+    )
+    assert found.samples["ct"] == (150.0,)
+
+
+def test_the_plan_takes_the_median_spacing_and_the_statistics_under_the_labels():
+    values = tuple(np.linspace(0, 100, 1001))
+    cases = [case((0.6, 0.6, 1.0), values), case((0.7, 0.7, 1.25), values), case((0.9, 0.9, 2.0), values)]
+    plan = make_plan(combine_fingerprints(cases), recipe(**AUTO))
+    assert plan.spacing_mm == (0.7, 0.7, 1.25)
+    window = plan.windows["ct"]
+    assert (window.low, window.high, window.mean) == pytest.approx((0.5, 99.5, 50.0))
+    assert window.sd == pytest.approx(100 / np.sqrt(12), rel=0.01)
+
+
+def test_a_strongly_anisotropic_axis_takes_a_low_percentile_but_no_finer_than_the_others():
+    cases = [case((0.7, 0.7, z)) for z in (1.0, 5.0, 5.0, 5.0, 5.0, 5.0, 5.0, 5.0, 5.0, 5.0, 5.0)]
+    spacing = make_plan(combine_fingerprints(cases), recipe(**AUTO)).spacing_mm
+    assert spacing[:2] == (0.7, 0.7)
+    assert spacing[2] == pytest.approx(np.percentile([1.0] + [5.0] * 10, 10))
+    finest = make_plan(combine_fingerprints([case((0.7, 0.7, z)) for z in (0.2, 0.2, 5, 5, 5)]), recipe(**AUTO))
+    assert finest.spacing_mm[2] == 0.7
+
+
+def test_what_the_recipe_states_stays():
+    stated = {"spacing_mm": (2, 3, 4), "normalise": {"method": "window", "low": -7, "mean": 3}}
+    plan = make_plan(combine_fingerprints([case(samples=(0.0, 10.0))]), recipe(**stated))
+    assert plan.spacing_mm == (2, 3, 4)
+    assert (plan.windows["ct"].low, plan.windows["ct"].mean) == (-7, 3)
+    assert plan.windows["ct"].high == pytest.approx(9.95)
+
+
+def test_a_plan_survives_json_and_makes_the_normaliser_it_says():
+    plan = make_plan(combine_fingerprints([case()]), recipe(**AUTO))
+    again = Plan.model_validate_json(plan.model_dump_json())
+    assert again == plan
+    (normaliser,) = again.prepare_settings(recipe(**AUTO).preprocess, ["ct"]).normalisers
+    window = plan.windows["ct"]
+    assert normaliser == Window(low=window.low, high=window.high, mean=window.mean, sd=window.sd)
+
+
+def test_a_dataset_without_a_labelled_voxel_is_refused():
+    empty = CaseFingerprint(spacing_mm=(1, 1, 1), shape=SHAPE, label_voxels={}, samples={"ct": ()})
+    with pytest.raises(VolsegError, match="no training mask"):
+        combine_fingerprints([empty])

@@ -1,0 +1,88 @@
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from volseg.errors import VolsegError
+from volseg.models import build_network
+from volseg.recipe import load_recipe, parse_recipe, shipped_recipes
+from volseg.workflows import check
+
+PIPELINES = Path(__file__).parents[1] / "pipelines"
+MINIMAL = """
+name = "tiny"
+description = "test"
+[data]
+channels = ["ct"]
+intensity_unit = "HU"
+labels = { lesion = 1 }
+[preprocess.normalise]
+method = "window"
+[network]
+name = "unet3d"
+[train]
+patch_shape = [16, 16, 16]
+"""
+
+
+def test_the_shipped_recipes_are_those_of_the_folder():
+    names = sorted(path.stem for path in PIPELINES.glob("*.toml"))
+    assert set(names) >= {"smoke", "lung_nodule_ct", "hippocampus_mri", "sarcoma_mri"}
+    assert sorted(shipped_recipes()) == names
+
+
+@pytest.mark.parametrize("path", sorted(PIPELINES.glob("*.toml")), ids=lambda path: path.stem)
+def test_a_shipped_recipe_can_be_used_and_starts_with_its_command(path):
+    recipe = load_recipe(path)
+    assert recipe.name == path.stem
+    assert path.read_text().startswith("# volseg train ")
+    assert f"--recipe {recipe.name} " in path.read_text().splitlines()[0]
+    assert check(path) == []
+    network = build_network(recipe.network.name, in_channels=1, out_channels=2, **recipe.network.settings)
+    total = [1, 1, 1]
+    for stride in recipe.network.settings["strides"]:
+        total = [a * b for a, b in zip(total, stride, strict=True)]
+    assert all(p % t == 0 for p, t in zip(recipe.train.patch_shape, total, strict=True))
+    assert sum(p.numel() for p in network.parameters()) > 1000
+
+
+def test_every_mistake_is_named_at_once_with_the_known_keys():
+    content = tomllib.loads(
+        MINIMAL.replace('method = "window"', 'method = "window"\nhihg = 3')
+        .replace("[train]", "[train]\nepochs = 0\npath_shape = 1")
+        .replace('channels = ["ct"]', "channels = []")
+    )
+    with pytest.raises(VolsegError) as caught:
+        parse_recipe(content, where="r.toml")
+    text = str(caught.value)
+    assert "\n" not in text
+    assert "4 mistakes" in text
+    assert "hihg: unknown key; known are method, low, high, mean, sd" in text
+    assert "path_shape: unknown key; known are patch_shape" in text
+    assert "train.epochs" in text
+    assert "data.channels" in text
+
+
+@pytest.mark.parametrize("labels", ["{ a = 0 }", "{ a = 1, b = 1 }", "{}"])
+def test_labels_that_cannot_be_told_apart_are_refused(labels):
+    with pytest.raises(VolsegError, match=r"data"):
+        parse_recipe(tomllib.loads(MINIMAL.replace("{ lesion = 1 }", labels)), where="r.toml")
+
+
+def test_the_hash_is_that_of_the_content_not_of_the_text():
+    first = parse_recipe(tomllib.loads(MINIMAL), where="a")
+    second = parse_recipe(tomllib.loads("# a comment\n" + MINIMAL), where="b")
+    other = parse_recipe(tomllib.loads(MINIMAL.replace("16, 16, 16", "16, 16, 32")), where="c")
+    assert first.sha256 == second.sha256 != other.sha256
+
+
+def test_an_unknown_name_lists_the_shipped_ones():
+    with pytest.raises(VolsegError, match=r"hippocampus_mri, lung_nodule_ct, sarcoma_mri, smoke"):
+        load_recipe("lung_nodules")
+
+
+def test_a_file_that_is_no_toml_is_named_with_its_line(tmp_path):
+    path = tmp_path / "bad.toml"
+    path.write_text("name = \n")
+    with pytest.raises(VolsegError, match=r"bad\.toml: not a TOML file .*line 1"):
+        load_recipe(path)

@@ -1,0 +1,66 @@
+import numpy as np
+import pytest
+from conftest import write_dataset
+from laws import orientations
+
+from volseg.bundle import load_bundle
+from volseg.errors import ScanError, VolsegError
+from volseg.io.nifti import read_mask, read_volume
+from volseg.recipe import Step
+from volseg.segment import apply_steps, load_model, segment_case
+from volseg.volume import Geometry, Volume
+
+
+@pytest.fixture(scope="module")
+def loaded(model):
+    return load_model(load_bundle(model), "cpu")
+
+
+def test_a_scan_it_never_saw_gives_the_ball_measured_on_the_scans_own_grid(loaded, dataset):
+    scan = read_volume(dataset / "images" / "scan_7.nii.gz")
+    truth = read_mask(dataset / "labels" / "scan_7.nii.gz").array == 3
+    result = segment_case({"ct": scan}, loaded, case_id="scan_7")
+    assert result.mask.geometry is scan.geometry
+    assert set(np.unique(result.mask.array)) == {0, 3}
+    lesion = result.lesions[0]
+    assert lesion.volume_mm3 == pytest.approx(truth.sum() * scan.geometry.voxel_volume_mm3, rel=0.25)
+    inside = result.lesion_ids.array == 1
+    assert lesion.n_voxels == inside.sum()
+    assert lesion.intensity_mean == pytest.approx(scan.array[inside].mean())
+    assert (lesion.label, lesion.label_name, lesion.intensity_unit) == (3, "lesion", "HU")
+    assert 0.5 < lesion.confidence_mean <= 1
+    assert lesion.class_name in ("low", "high")
+    assert 0.5 <= lesion.class_probability <= 1
+
+
+def test_all_48_orders_of_a_scan_give_the_same_lesion(loaded, dataset):
+    scan = read_volume(dataset / "images" / "scan_6.nii.gz")
+    expected = segment_case({"ct": scan}, loaded, case_id="a")
+    pairs = list(zip(orientations(scan), orientations(expected.mask), strict=True))
+    for (stored, affine), (mask, _) in pairs[::7]:
+        found = segment_case({"ct": Volume(stored, Geometry(stored.shape, affine))}, loaded, case_id="a")
+        assert np.count_nonzero(found.mask.array != mask) <= 0.002 * np.count_nonzero(mask)
+
+
+def test_a_missing_channel_is_named(loaded, dataset):
+    scan = read_volume(dataset / "images" / "scan_6.nii.gz")
+    with pytest.raises(ScanError, match=r"lacks channels \['ct'\]; it has \['t1'\]"):
+        segment_case({"t1": scan}, loaded, case_id="a")
+
+
+def test_steps_run_in_the_order_of_the_recipe_and_unknown_ones_list_the_known(tiny_recipe):
+    mask = np.zeros((12, 12, 12), np.uint8)
+    mask[1:4, 1:4, 1:4] = mask[8, 8, 8] = 3
+    geometry = Geometry(mask.shape, np.diag([2.0, 2.0, 2.0, 1.0]))
+    assert apply_steps(mask, geometry, tiny_recipe).sum() == 27 * 3
+    for step, message in ((Step(step="remove_smal"), "remove_small"), (Step(step="remove_small", mm=3), "mm")):
+        with pytest.raises(VolsegError, match=message):
+            apply_steps(mask, geometry, tiny_recipe.model_copy(update={"postprocess": (step,)}))
+
+
+def test_the_dataset_of_the_tests_is_what_it_says(tmp_path):
+    write_dataset(tmp_path, n=8)
+    for number in range(8):
+        truth = read_mask(tmp_path / "labels" / f"scan_{number}.nii.gz")
+        radius = (np.count_nonzero(truth.array) * truth.geometry.voxel_volume_mm3 * 3 / 4 / np.pi) ** (1 / 3)
+        assert radius == pytest.approx(7 + number % 3, rel=0.03)

@@ -1,0 +1,49 @@
+import numpy as np
+
+from volseg.io.prepared import PreparedCase
+from volseg.train.samples import cut_patch, sample_batch
+
+
+def case(shape=(20, 18, 12), lesion=(slice(15, 18), slice(2, 5), slice(9, 11)), name="a"):
+    image = np.random.default_rng(0).normal(size=(1, *shape)).astype(np.float32)
+    mask = np.zeros(shape, np.uint8)
+    if lesion is not None:
+        mask[lesion] = 1
+    return PreparedCase(name, image, mask, {1: np.argwhere(mask == 1).astype(np.int16)}, None, {})
+
+
+def test_a_patch_is_the_scan_inside_it_and_zero_outside():
+    array = np.arange(1, 25, dtype=np.float32).reshape(1, 2, 3, 4)
+    patch = cut_patch(array, (-1, 1, -2), (3, 3, 8))
+    np.testing.assert_array_equal(patch[0, 1:, :2, 2:6], array[0, :, 1:])
+    assert patch.sum() == array[0, :, 1:].sum()
+
+
+def test_foreground_patches_hold_the_lesion_and_all_lie_in_the_scan():
+    images, masks = sample_batch([case()], (8, 8, 8), n=200, foreground_share=0.5, rng=np.random.default_rng(0))
+    assert (masks[:100].reshape(100, -1).max(axis=1) == 1).all()
+    assert 0 < (masks[100:].reshape(100, -1).max(axis=1) == 1).mean() < 0.7
+    assert (images != 0).all()  # the scan is larger than a patch on every axis, so nothing is padding
+
+
+def test_a_scan_smaller_than_the_patch_is_centred_as_at_inference():
+    small = case(shape=(6, 18, 4), lesion=None)
+    images, _ = sample_batch([small], (10, 8, 8), n=3, foreground_share=1.0, rng=np.random.default_rng(0))
+    filled = images[:, 0] != 0
+    assert filled[:, 2:8, :, 2:6].all()
+    assert filled.sum() == 3 * 6 * 8 * 4
+
+
+def test_the_same_seed_gives_the_same_batch_and_another_one_does_not():
+    cases = [case(name="a"), case(lesion=None, name="b")]
+
+    def draw(seed):
+        return sample_batch(cases, (8, 8, 8), n=4, foreground_share=0.5, rng=np.random.default_rng(seed))
+
+    np.testing.assert_array_equal(draw(1)[0], draw(1)[0])
+    assert not np.array_equal(draw(1)[0], draw(2)[0])
+
+
+def test_a_dataset_without_any_lesion_can_be_sampled():
+    _, masks = sample_batch([case(lesion=None)], (8, 8, 8), n=4, foreground_share=1.0, rng=np.random.default_rng(0))
+    assert masks.max() == 0

@@ -1,0 +1,183 @@
+import csv
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+import volseg
+from volseg.errors import VolsegError
+from volseg.io.nifti import read_geometry, read_mask, read_volume
+
+
+def rows(path):
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="module")
+def results(dataset, model, tmp_path_factory):
+    """Results of the two scans which the model never saw."""
+    out = tmp_path_factory.mktemp("infer") / "results"
+    report = volseg.infer([dataset / "images" / f"scan_{n}.nii.gz" for n in (6, 7)], model=model, out=out, figures=True)
+    assert report.exit_code == 0
+    return out
+
+
+def test_masks_come_back_bit_for_bit_on_the_scans_grid_with_the_original_values(results, dataset):
+    for name in ("scan_6", "scan_7"):
+        scan = read_geometry(dataset / "images" / f"{name}.nii.gz")
+        for folder in ("masks", "lesion_ids"):
+            found = read_geometry(results / folder / f"{name}.nii.gz")
+            assert found.shape == scan.shape
+            np.testing.assert_array_equal(found.affine, scan.affine)
+        mask, ids = (
+            read_mask(results / "masks" / f"{name}.nii.gz"),
+            read_mask(results / "lesion_ids" / f"{name}.nii.gz"),
+        )
+        assert set(np.unique(mask.array)) == {0, 3}
+        np.testing.assert_array_equal(mask.array > 0, ids.array > 0)
+
+
+def test_the_tables_say_what_the_masks_say(results, dataset):
+    lesions, cases = rows(results / "lesions.csv"), rows(results / "cases.csv")
+    assert [row["status"] for row in cases] == ["done", "done"]
+    for case in cases:
+        scan = read_volume(dataset / "images" / f"{case['case_id']}.nii.gz")
+        ids = read_mask(results / "lesion_ids" / f"{case['case_id']}.nii.gz").array
+        own = [row for row in lesions if row["case_id"] == case["case_id"]]
+        assert len(own) == int(case["n_lesions"]) == ids.max()
+        assert [int(row["lesion_id"]) for row in own] == list(range(1, len(own) + 1))
+        for row in own:
+            inside = ids == int(row["lesion_id"])
+            assert int(row["n_voxels"]) == inside.sum()
+            assert float(row["volume_mm3"]) == pytest.approx(inside.sum() * scan.geometry.voxel_volume_mm3, rel=1e-6)
+            assert float(row["intensity_mean"]) == pytest.approx(scan.array[inside].mean(), abs=1e-3)
+        assert float(case["total_volume_ml"]) == pytest.approx(sum(float(row["volume_ml"]) for row in own), abs=1e-3)
+        assert case["model"].startswith("tiny@")
+        assert (results / "figures" / f"{case['case_id']}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_columns_are_the_contract(results):
+    assert list(rows(results / "lesions.csv")[0])[:22] == [
+        "case_id",
+        "lesion_id",
+        "label",
+        "label_name",
+        "n_voxels",
+        "volume_mm3",
+        "volume_ml",
+        "intensity_mean",
+        "intensity_sd",
+        "intensity_min",
+        "intensity_p10",
+        "intensity_median",
+        "intensity_p90",
+        "intensity_max",
+        "intensity_unit",
+        "centroid_r_mm",
+        "centroid_a_mm",
+        "centroid_s_mm",
+        "touches_border",
+        "confidence_mean",
+        "class_name",
+        "class_probability",
+    ]
+    wanted = ["case_id", "status", "reason", "n_lesions", "total_volume_ml", "image", "model", "seconds"]
+    assert list(rows(results / "cases.csv")[0])[: len(wanted)] == wanted
+    run = json.loads((results / "run.json").read_text())
+    assert run["connectivity"] == 26
+    assert run["model"].startswith("tiny@")
+
+
+def test_a_bad_scan_is_a_row_and_the_others_are_as_without_it(results, dataset, model, tmp_path):
+    scans = tmp_path / "scans"
+    scans.mkdir()
+    for n in (6, 7):
+        shutil.copy(dataset / "images" / f"scan_{n}.nii.gz", scans)
+    (scans / "broken.nii.gz").write_bytes((scans / "scan_6.nii.gz").read_bytes()[:3000])
+    report = volseg.infer(scans, model=model, out=tmp_path / "out", figures=True)
+    assert report.exit_code == 3
+    assert list(report.failed) == ["broken"]
+    cases = rows(tmp_path / "out" / "cases.csv")
+    assert [(row["case_id"], row["status"]) for row in cases] == [
+        ("broken", "failed"),
+        ("scan_6", "done"),
+        ("scan_7", "done"),
+    ]
+    assert cases[0]["reason"].startswith("E_TRUNCATED")
+    assert cases[0]["n_lesions"] == ""
+    assert (tmp_path / "out" / "lesions.csv").read_bytes() == (results / "lesions.csv").read_bytes()
+    for file in (*(results / "masks").iterdir(), *(results / "figures").iterdir()):
+        assert (tmp_path / "out" / file.parent.name / file.name).read_bytes() == file.read_bytes()
+    assert not list((tmp_path / "out").rglob("broken.nii.gz"))
+
+
+def test_only_a_refused_scan_is_exit_code_4_and_leaves_no_mask(dataset, model, tmp_path):
+    (tmp_path / "empty.nii.gz").write_bytes(b"")
+    report = volseg.infer(tmp_path / "empty.nii.gz", model=model, out=tmp_path / "out")
+    assert report.exit_code == 4
+    assert report.failed["empty"].startswith("E_EMPTY")
+    assert not (tmp_path / "out" / "masks").exists()
+
+
+def test_interrupted_and_repeated_it_computes_only_what_is_missing(results, dataset, model, tmp_path):
+    out = tmp_path / "out"
+    scans = [dataset / "images" / f"scan_{n}.nii.gz" for n in (6, 7)]
+
+    def stop_after_the_first(stage, share, detail):
+        if share >= 0.5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        volseg.infer(scans, model=model, out=out, figures=True, progress=stop_after_the_first)
+    assert [row["status"] for row in rows(out / "cases.csv")] == ["done", "pending"]
+    before = (out / "masks" / "scan_6.nii.gz").stat().st_mtime_ns
+    report = volseg.infer(scans, model=model, out=out, figures=True)
+    assert (list(report.kept), list(report.done)) == (["scan_6"], ["scan_7"])
+    assert (out / "masks" / "scan_6.nii.gz").stat().st_mtime_ns == before
+    assert (out / "lesions.csv").read_bytes() == (results / "lesions.csv").read_bytes()
+    assert not list(out.rglob(".tmp-*"))
+
+
+def test_another_option_or_a_damaged_mask_is_computed_again(dataset, model, tmp_path):
+    scan, out = dataset / "images" / "scan_6.nii.gz", tmp_path / "out"
+    volseg.infer(scan, model=model, out=out)
+    assert list(volseg.infer(scan, model=model, out=out).kept) == ["scan_6"]
+    assert list(volseg.infer(scan, model=model, out=out, figures=True).done) == ["scan_6"]
+    mask = out / "masks" / "scan_6.nii.gz"
+    mask.write_bytes(mask.read_bytes()[:-4])
+    assert list(volseg.infer(scan, model=model, out=out, figures=True).done) == ["scan_6"]
+    read_volume(mask)
+
+
+def test_air_alone_has_no_lesion_and_zero_volume(dataset, model, tmp_path):
+    from volseg.io.nifti import write_volume
+
+    scan = read_volume(dataset / "images" / "scan_6.nii.gz")
+    noise = np.random.default_rng(0).integers(-1010, -990, scan.array.shape).astype(np.int16)
+    write_volume(scan.with_array(np.asfortranarray(noise)), tmp_path / "air.nii.gz")
+    report = volseg.infer(tmp_path / "air.nii.gz", model=model, out=tmp_path / "out")
+    assert report.exit_code == 0
+    (case,) = rows(tmp_path / "out" / "cases.csv")
+    assert (case["n_lesions"], case["total_volume_ml"]) == ("0", "0")
+    assert rows(tmp_path / "out" / "lesions.csv") == []
+
+
+def test_the_shipped_model_is_used_without_model(tmp_path):
+    from laws import real_data
+
+    scan = real_data("lidc_nodules/images/LIDC-IDRI-0001_R_1.nii.gz")
+    report = volseg.infer(scan, out=tmp_path / "out", device="cpu")
+    assert report.exit_code == 0
+    (lesion, *_) = rows(tmp_path / "out" / "lesions.csv")
+    assert lesion["label_name"] == "nodule"
+    assert lesion["class_name"] in ("benign", "malignant")
+
+
+def test_no_scans_and_no_model_are_wrong_requests(dataset, model, tmp_path):
+    (tmp_path / "nothing").mkdir()
+    with pytest.raises(VolsegError, match="no scans found"):
+        volseg.infer(tmp_path / "nothing", model=model, out=tmp_path / "out")
+    with pytest.raises(VolsegError, match="not a model folder"):
+        volseg.infer(dataset / "images", model=dataset, out=tmp_path / "out")

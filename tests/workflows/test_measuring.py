@@ -1,0 +1,124 @@
+import csv
+import json
+
+import numpy as np
+import pytest
+from laws import ball, grid_around, oblique, real_data
+
+import volseg
+from volseg.errors import VolsegError
+from volseg.io.nifti import read_volume, write_volume
+from volseg.volume import Volume
+from volseg.workflows import read_label_names
+
+
+def rows(path):
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture
+def pair(tmp_path):
+    """An image of 40 HU balls in −300 and its mask with values 2 (large) and 7 (small)."""
+    geometry = grid_around(16, oblique((0.8, 1.0, 2.0)), margin=3)
+    centre = geometry.to_world_mm((np.array([geometry.shape]) - 1) / 2)[0]
+    large, small = ball(8, geometry, centre - [7, 0, 0]), ball(4, geometry, centre + [10, 0, 0])
+    mask = large * 2 + small * 7
+    write_volume(Volume(np.where(mask > 0, 40, -300).astype(np.int16), geometry), tmp_path / "scan.nii.gz")
+    write_volume(Volume(mask.astype(np.uint8), geometry), tmp_path / "mask.nii.gz")
+    return tmp_path / "scan.nii.gz", tmp_path / "mask.nii.gz"
+
+
+def test_any_mask_is_measured_without_a_model(pair, tmp_path):
+    image, mask = pair
+    report = volseg.measure(image=image, mask=mask, out=tmp_path / "out", label_names={7: "cyst"}, figures=True)
+    assert report.exit_code == 0
+    large, small = rows(tmp_path / "out" / "lesions.csv")
+    assert [(row["label"], row["label_name"]) for row in (large, small)] == [("2", "label_2"), ("7", "cyst")]
+    assert float(large["volume_ml"]) == pytest.approx(4 / 3 * np.pi * 0.8**3, rel=0.03)
+    assert (large["intensity_mean"], large["intensity_sd"], large["intensity_unit"]) == ("40", "0", "HU")
+    assert (large["confidence_mean"], large["class_name"]) == ("", "")
+    assert (tmp_path / "out" / "figures" / "scan.png").exists()
+    assert not (tmp_path / "out" / "masks").exists()
+
+
+def test_a_mask_of_another_scan_is_a_failed_row_with_numbers(pair, tmp_path):
+    image, mask = pair
+    other = read_volume(mask)
+    affine = other.geometry.affine.copy()
+    affine[:3, 3] += 3 * affine[:3, 0]
+    write_volume(Volume(other.array, type(other.geometry)(other.array.shape, affine)), mask)
+    report = volseg.measure(image=image, mask=mask, out=tmp_path / "out")
+    assert report.exit_code == 4
+    assert "E_PAIR" in report.failed["scan"]
+    assert "3 voxels" in report.failed["scan"]
+
+
+def test_the_48_files_of_one_scan_give_identical_rows(tmp_path):
+    folder = real_data("nifti_zoo/orientations48")
+    lines = ["subject,image,label"]
+    for path in sorted(folder.glob("*.nii.gz")):
+        scan = read_volume(path)
+        values = scan.intensities()
+        mask = (values > np.percentile(values, 97)).astype(np.uint8)
+        write_volume(scan.with_array(mask), tmp_path / f"mask_{path.name}", like=path)
+        lines.append(f"{path.name.split('.')[0]},{path},mask_{path.name}")
+    (tmp_path / "cases.csv").write_text("\n".join(lines) + "\n")
+    assert len(lines) == 49
+    report = volseg.measure(cases=tmp_path / "cases.csv", out=tmp_path / "out")
+    assert report.exit_code == 0
+    by_case = {}
+    for row in rows(tmp_path / "out" / "lesions.csv"):
+        case = row.pop("case_id")
+        centroid = [float(row.pop(f"centroid_{axis}_mm")) for axis in "ras"]
+        by_case.setdefault(case, []).append((row, centroid))
+    assert len(by_case) == 48
+    expected = by_case.popitem()[1]
+    assert len(expected) > 5
+    for found in by_case.values():
+        assert [row for row, _ in found] == [row for row, _ in expected]
+        np.testing.assert_allclose([c for _, c in found], [c for _, c in expected], atol=1e-3)
+
+
+@pytest.mark.parametrize("subject", ["example_ct_sm_fast", "example_ct_sm"])
+def test_volumes_of_all_117_labels_equal_the_published_statistics(subject, tmp_path):
+    folder = real_data("totalseg_example_ct")
+    names = {int(row["label"]): row["name"] for row in rows(folder / "label_names.csv") if row["map"] == "total"}
+    assert len(names) == 117
+    case = next(row for row in rows(folder / "cases.csv") if row["subject"] == subject)
+    volseg.measure(
+        image=folder / case["image"],
+        mask=folder / case["label"],
+        out=tmp_path / "out",
+        objects="labels",
+        label_names=names,
+    )
+    found = {row["label_name"]: row for row in rows(tmp_path / "out" / "lesions.csv")}
+    voxels = dict(pair.split(":") for pair in case["label_values"].split(";"))
+    assert {row["label"]: row["n_voxels"] for row in found.values()} == {k: v for k, v in voxels.items() if k != "0"}
+    if subject != "example_ct_sm_fast":
+        return  # the statistics are those of the other mask
+    statistics = json.loads((folder / "example_ct_sm_fast_statistics.json").read_text())
+    assert set(statistics) == set(names.values())
+    for name, expected in statistics.items():
+        volume = float(found[name]["volume_mm3"]) if name in found else 0.0
+        assert volume == expected["volume"]
+        if name in found:
+            assert float(found[name]["intensity_mean"]) == pytest.approx(expected["intensity"], abs=0.5)
+
+
+@pytest.mark.parametrize("arguments", [{}, {"image": "a.nii"}, {"image": "a.nii", "mask": "b.nii", "cases": "c.csv"}])
+def test_a_pair_or_a_table_is_needed(arguments, tmp_path):
+    with pytest.raises(VolsegError, match="needs a scan and its mask"):
+        volseg.measure(**arguments, out=tmp_path / "out")
+
+
+def test_label_names_come_from_json_either_way_round_or_csv(tmp_path):
+    (tmp_path / "a.json").write_text('{"1": "spleen", "12": "aorta"}')
+    (tmp_path / "b.json").write_text('{"spleen": 1, "aorta": 12}')
+    (tmp_path / "c.csv").write_text("label,name\n1,spleen\n12,aorta\n")
+    for name in ("a.json", "b.json", "c.csv"):
+        assert read_label_names(tmp_path / name) == {1: "spleen", 12: "aorta"}
+    (tmp_path / "d.csv").write_text("value,title\n1,spleen\n")
+    with pytest.raises(VolsegError, match=r"d\.csv: not a list of label names"):
+        read_label_names(tmp_path / "d.csv")

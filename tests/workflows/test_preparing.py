@@ -1,0 +1,94 @@
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+import volseg
+from volseg.errors import VolsegError
+from volseg.io.cases import Case
+from volseg.io.prepared import read_prepared_case
+from volseg.workflows.preparing import _assign_splits
+
+
+@pytest.fixture
+def own(dataset, tmp_path):
+    shutil.copytree(dataset, tmp_path / "data")
+    return tmp_path / "data"
+
+
+def test_a_dataset_becomes_memory_mapped_arrays_and_the_test_split_is_left_alone(own, tiny_recipe, tmp_path):
+    report = volseg.preprocess(own, recipe=tiny_recipe, out=tmp_path / "p")
+    assert report.exit_code == 0
+    assert sorted(report.done) == [f"scan_{n}" for n in range(6)]
+    case = read_prepared_case(tmp_path / "p" / "cases", "scan_1")
+    assert isinstance(case.image, np.memmap)
+    assert case.image.shape[1:] == case.mask.shape == tuple(case.record["shape"])
+    assert set(np.unique(case.mask)) == {0, 1}  # the mask's value 3 is class 1 inside
+    assert case.image[0][case.mask == 1].mean() > case.image[0][case.mask == 0].mean() + 1
+    assert (case.mask[tuple(case.foreground[1].T)] == 1).all()
+    assert (case.record["split"], case.record["class"]) == ("train", "high")
+    fingerprint = report.details["fingerprint"]
+    assert fingerprint["n_cases"] == 4
+    assert fingerprint["median_spacing_mm"] == pytest.approx([1.6, 2.0, 2.4], abs=0.4)
+    assert fingerprint["foreground"]["ct"]["mean"] == pytest.approx(150, abs=2)
+
+
+def test_a_second_call_prepares_only_what_is_missing_or_changed(own, tiny_recipe, tmp_path):
+    out = tmp_path / "p"
+    volseg.preprocess(own, recipe=tiny_recipe, out=out)
+    before = {path: path.stat().st_mtime_ns for path in (out / "cases").glob("*/image.npy")}
+    again = volseg.preprocess(own, recipe=tiny_recipe, out=out)
+    assert (list(again.done), len(again.kept)) == ([], 6)
+    shutil.rmtree(out / "cases" / "scan_2")
+    assert list(volseg.preprocess(own, recipe=tiny_recipe, out=out).done) == ["scan_2"]
+    after = {path: path.stat().st_mtime_ns for path in before}
+    assert {path.parent.name for path in before if before[path] != after[path]} == {"scan_2"}
+    shutil.copy(own / "images" / "scan_7.nii.gz", own / "images" / "scan_4.nii.gz")  # other content, same name
+    assert "scan_4" in volseg.preprocess(own, recipe=tiny_recipe, out=out).done
+
+
+def test_a_bad_case_is_a_row_with_its_reason_and_the_others_are_prepared(own, tiny_recipe, tmp_path):
+    path = own / "images" / "scan_1.nii.gz"
+    path.write_bytes(path.read_bytes()[:2000])
+    shutil.copy(own / "labels" / "scan_3.nii.gz", own / "labels" / "scan_2.nii.gz")
+    report = volseg.preprocess(own, recipe=tiny_recipe, out=tmp_path / "p")
+    assert report.exit_code == 3
+    assert sorted(report.failed) == ["scan_1", "scan_2"]
+    assert report.failed["scan_1"].startswith("E_TRUNCATED")
+    assert report.failed["scan_2"].startswith("E_PAIR")
+    assert sorted(report.done) == ["scan_0", "scan_3", "scan_4", "scan_5"]
+    assert sorted(json.loads((tmp_path / "p" / "prepared.json").read_text())["failed"]) == ["scan_1", "scan_2"]
+    with pytest.raises(VolsegError, match=r"2 of its cases cannot be used: scan_1: E_TRUNCATED.*scan_2: E_PAIR"):
+        volseg.train(own, recipe=tiny_recipe, out=tmp_path / "m")
+
+
+def test_mask_values_the_recipe_does_not_name_are_refused(own, tiny_recipe, tmp_path):
+    recipe = tiny_recipe.model_copy(update={"data": tiny_recipe.data.model_copy(update={"labels": {"lesion": 2}})})
+    with pytest.raises(VolsegError, match=r"holds values \[3\]"):
+        volseg.preprocess(own, recipe=recipe, out=tmp_path / "p")
+
+
+def test_no_patient_is_on_both_sides_of_a_drawn_split():
+    cases = [Case(f"c{n}", {}, patient=f"p{n // 3}") for n in range(30)]
+    drawn = _assign_splits(cases, 0.2, seed=0)
+    sides = {side: {case.patient for case in drawn if case.split == side} for side in ("train", "val")}
+    assert not sides["train"] & sides["val"]
+    assert len(sides["val"]) == 2
+    assert [case.split for case in drawn] == [case.split for case in _assign_splits(cases, 0.2, seed=0)]
+    assert [case.split for case in drawn] != [case.split for case in _assign_splits(cases, 0.2, seed=1)]
+
+
+def test_a_dataset_without_masks_or_with_one_patient_cannot_be_trained_on(own, tiny_recipe, tmp_path):
+    with pytest.raises(VolsegError, match="two patients"):
+        _assign_splits([Case("a", {}, patient="p"), Case("b", {}, patient="p")], 0.2, seed=0)
+    with pytest.raises(VolsegError, match="none of its 8 cases has a mask"):
+        volseg.preprocess(own / "images", recipe=tiny_recipe, out=tmp_path / "p")
+
+
+def test_a_missing_class_column_is_named(own, tiny_recipe, tmp_path):
+    table = (own / "cases.csv").read_text().replace(",grade", ",rating")
+    (own / "cases.csv").write_text(table)
+    report = volseg.preprocess(own, recipe=tiny_recipe, out=tmp_path / "p")
+    assert report.exit_code == 4
+    assert "no column 'grade'" in report.failed["scan_0"]
