@@ -30,8 +30,8 @@ low = -200
 high = 300
 [network]
 name = "unet3d"
-features = [6, 12]
-strides = [[1, 1, 1], [2, 2, 2]]
+features = [6, 12, 12]
+strides = [[1, 1, 1], [2, 2, 2], [2, 2, 2]]
 [train]
 patch_shape = [16, 16, 16]
 batch_size = 2

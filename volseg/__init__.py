@@ -1,10 +1,13 @@
 """volseg turns 3D CT and MRI scans into lesions, and lesions into numbers that a study can defend.
 
-The workflows of the command line are functions here: `volseg.preprocess`, `train`, `infer`, `measure`, `evaluate`, `check`.
+The workflows of the command line are functions here: `preprocess`, `train`, `infer`, `measure`, `evaluate` and `check`.
 """
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
@@ -14,10 +17,27 @@ if TYPE_CHECKING:
     from volseg.workflows import check, evaluate, infer, measure, preprocess, train
 
 
-def __getattr__(name: str) -> Any:
-    """Load the workflows on first use, so that `import volseg` is instant."""
-    if name in __all__:
+class _Workflow:
+    """A function of `volseg.workflows`, loaded on first use so that `import volseg` is instant.
+
+    Five workflows share their name with the package that holds their parts. Importing such a package sets it as an attribute here;
+    that is ignored, so that `volseg.infer` is always the function. `from volseg.infer.tiles import …` does not go through it.
+    """
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, module: Any, owner: type) -> Callable[..., Any]:
         from volseg import workflows
 
-        return getattr(workflows, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return getattr(workflows, self.name)
+
+    def __set__(self, module: Any, value: Any) -> None:
+        pass
+
+
+class _Package(ModuleType):
+    check, evaluate, infer, measure, preprocess, train = (_Workflow() for _ in range(6))
+
+
+sys.modules[__name__].__class__ = _Package

@@ -102,6 +102,10 @@ def train(
         int | None, typer.Option(min=1, help="Stop after so many epochs without a better Dice.")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on where an interrupted run in --out stopped.")] = False,
+    init: Annotated[Path | None, typer.Option(help="A model folder whose weights to start from.")] = None,
+    fold: Annotated[
+        int | None, typer.Option(min=0, max=4, help="Validate on this fifth of the patients, train on the others.")
+    ] = None,
     device: Device = "auto",
     seed: Seed = 0,
     as_json: Json = False,
@@ -123,6 +127,8 @@ def train(
             epochs=epochs,
             patience=patience,
             resume=resume,
+            init=init,
+            fold=fold,
             device=device,
             seed=seed,
             progress=show,

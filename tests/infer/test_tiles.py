@@ -1,11 +1,12 @@
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from volseg.infer.tiles import gaussian_window, tile_boxes, tile_starts
 
 
+@settings(deadline=None)
 @given(st.integers(1, 300), st.integers(1, 96), st.floats(0, 0.9))
 def test_tiles_cover_the_axis_inside_it_and_overlap_as_asked(length, patch, overlap):
     starts = tile_starts(length, patch, overlap)

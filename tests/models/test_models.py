@@ -6,7 +6,7 @@ from volseg.models import build_network, set_weights, weights_of
 
 
 def small_unet(**changes):
-    settings = {"features": (4, 8), "strides": ((1, 1, 1), (2, 2, 1))} | changes
+    settings = {"features": (4, 8, 8), "strides": ((1, 1, 1), (2, 2, 1), (2, 2, 1))} | changes
     return build_network("unet3d", in_channels=2, out_channels=3, **settings)
 
 
@@ -27,7 +27,7 @@ def test_each_tensor_is_named_once_and_weights_travel_between_networks():
 
 def test_weights_of_another_shape_are_refused_with_their_names():
     with pytest.raises(VolsegError, match="do not fit") as caught:
-        set_weights(small_unet(), weights_of(small_unet(features=(4, 16))))
+        set_weights(small_unet(), weights_of(small_unet(features=(4, 16, 8))))
     assert caught.value.code == "E_CKPT"
 
 
@@ -37,7 +37,7 @@ def test_an_unknown_name_or_setting_lists_what_there_is():
     with pytest.raises(VolsegError, match="featurs"):
         build_network("unet3d", in_channels=1, out_channels=2, featurs=(1, 2))
     with pytest.raises(VolsegError, match="one of each per level"):
-        small_unet(features=(4, 8, 16))
+        small_unet(features=(4, 8))
 
 
 def test_the_classifier_scores_one_lesion_as_in_a_batch():

@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from laws import GRIDS, oblique, orientations
 
@@ -39,6 +39,7 @@ def test_canonical_axes_grow_to_r_a_and_s():
     assert canonical_geometry(geometry, AxisOrder.of(geometry)).axis_codes == "RAS"
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 5), min_size=6, max_size=6))
 def test_uncrop_is_the_inverse_of_crop_inside_the_box_and_fills_outside(corners):
     start = tuple(min(a, b) for a, b in zip(corners[:3], corners[3:], strict=True))

@@ -74,6 +74,14 @@ def test_a_ball_keeps_its_volume_through_the_resampling_of_its_mask():
     assert volume == pytest.approx(ball_volume_mm3(12), rel=0.02)
 
 
+def test_a_mask_on_a_finer_grid_read_at_the_old_voxel_centres_is_the_mask():
+    mask = np.random.default_rng(0).integers(0, 4, (7, 9, 5)).astype(np.uint8)
+    shape = (11, 9, 13)
+    finer = resample_mask(mask, shape)
+    centres = [np.floor((np.arange(n) + 0.5) * m / n).astype(int) for n, m in zip(mask.shape, shape, strict=True)]
+    np.testing.assert_array_equal(finer[np.ix_(*centres)], mask)
+
+
 def test_labels_are_not_mixed_into_values_that_were_not_there():
     mask = np.zeros((10, 10, 10), np.uint8)
     mask[:5], mask[5:] = 2, 9

@@ -54,7 +54,7 @@ def test_scaling_by_a_factor_scales_the_volume_by_its_cube():
     source = enlarged_shape(PATCH, settings)
     inside = ball(source, 7.5, (1, 1, 1))[None]
     _, masks = changed(inside[:, None], inside.to(torch.uint8), settings)
-    np.testing.assert_allclose(masks.sum(), 0.8**3 * inside.sum(), rtol=0.05)
+    np.testing.assert_allclose(masks.sum(), 0.8**3 * inside.sum(), rtol=0.1)
 
 
 def test_image_and_mask_move_together():

@@ -8,6 +8,8 @@ import torch
 import volseg
 from volseg.bundle import load_bundle
 from volseg.errors import VolsegError
+from volseg.io.prepared import PreparedCase
+from volseg.workflows.training import _split
 
 
 def history(out):
@@ -69,6 +71,29 @@ def test_patience_and_the_time_budget_end_a_run_with_a_usable_model(dataset, tin
     assert float(history(tmp_path / "b")[-1]["seconds"]) < 30
     assert float(history(tmp_path / "b")[-1]["learning_rate"]) < tiny_recipe.train.learning_rate / 2
     assert load_bundle(tmp_path / "b").segmentation_network() is not None
+
+
+def test_folds_part_the_patients_and_every_patient_is_held_out_once():
+    records = [{"patient": f"p{n // 2}", "split": "train"} for n in range(22)]
+    cases = [PreparedCase(str(n), None, None, {}, None, record) for n, record in enumerate(records)]
+    held_out = []
+    for fold in range(5):
+        training, validation = _split(cases, fold, seed=0)
+        sides = [{case.record["patient"] for case in side} for side in (training, validation)]
+        assert not sides[0] & sides[1]
+        assert len(training) + len(validation) == 22
+        held_out += sorted(sides[1])
+    assert sorted(held_out) == sorted({record["patient"] for record in records})
+
+
+def test_a_run_starts_from_the_weights_of_another_model(dataset, model, tiny_recipe, tmp_path):
+    still = tiny_recipe.model_copy(update={"train": tiny_recipe.train.model_copy(update={"learning_rate": 1e-12})})
+    volseg.train(dataset, recipe=still, out=tmp_path / "m", init=model, fold=2, epochs=1, device="cpu")
+    for name, tensor in weights(model).items():
+        torch.testing.assert_close(weights(tmp_path / "m")[name], tensor, atol=1e-5, rtol=1e-5)
+    wider = type(tiny_recipe.network)(**tiny_recipe.network.model_dump() | {"features": [16, 24, 24]})
+    with pytest.raises(VolsegError, match=r"only \d+ of the \d+ tensors"):
+        volseg.train(dataset, recipe=tiny_recipe.model_copy(update={"network": wider}), out=tmp_path / "n", init=model)
 
 
 def test_another_seed_gives_other_weights(dataset, model, tiny_recipe, tmp_path):

@@ -31,10 +31,10 @@ def build(
         residual: residual instead of plain blocks.
     """
     kernels = kernels if kernels is not None else [(3, 3, 3)] * len(features)
-    if not len(features) == len(strides) == len(kernels):
+    if not 3 <= len(features) == len(strides) == len(kernels):
         raise VolsegError(
             f"unet3d has {len(features)} features, {len(strides)} strides and {len(kernels)} kernels",
-            fix="give one of each per level under [network]",
+            fix="give one of each per level under [network], for at least three levels",
             code="E_RECIPE",
         )
     return DynUNet(

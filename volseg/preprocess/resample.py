@@ -61,10 +61,16 @@ def resample(array: np.ndarray, shape: tuple[int, int, int], interpolation: Inte
 
 
 def resample_mask(mask: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:
-    """Label values (I, J, K) on a grid of `shape` voxels: the label with the largest linearly interpolated share.
+    """Label values (I, J, K) on a grid of `shape` voxels over the same field of view.
 
-    Thin structures survive better than under nearest neighbour, and no value appears that was not there.
+    Where an axis gets more voxels each takes the value of the nearest one, so that reading the result at the old voxel
+    centres gives the mask back; a threshold between interpolated slices would shrink every small lesion. Where an axis gets
+    fewer voxels the label with the largest linearly interpolated share wins. No value appears that was not there.
     """
+    finer = [max(n, m) for n, m in zip(mask.shape, shape, strict=True)]
+    for axis, (n, m) in enumerate(zip(mask.shape, finer, strict=True)):
+        if m > n:
+            mask = np.take(mask, ((np.arange(m) + 0.5) * n / m).astype(int), axis=axis)
     if mask.shape == tuple(shape):
         return mask.copy()
     result = np.zeros(shape, mask.dtype)

@@ -44,7 +44,7 @@ def overlay_png(image: Volume, ids: np.ndarray, lesions: Sequence[LesionMeasurem
             plot.imshow(
                 picture.T, cmap="gray", origin="lower", aspect=vertical / horizontal, vmin=low, vmax=max(high, low + 1)
             )
-            if outline.any():
+            if outline.any() and min(outline.shape) > 1:  # a single row has no contour
                 plot.contour((outline > 0).T, levels=[0.5], colors=["#ff5c33"], linewidths=1.2)
             plot.invert_xaxis()  # R (and A) grow to the left on the screen
             plot.set_axis_off()

@@ -36,10 +36,9 @@ def augment(
     Rotations are rigid in mm, on anisotropic grids too; image and mask are interpolated once, the mask by its shares.
     """
     moved = _draw(images.shape[0], generator) < settings.spatial_probability
-    cut_images, cut_masks = _centre(images, patch_shape), _centre(masks[:, None], patch_shape)[:, 0]
+    cut_images, cut_masks = _centre(images, patch_shape).clone(), _centre(masks[:, None], patch_shape)[:, 0].clone()
     if moved.any():
         grid = _sampling_grid(int(moved.sum()), tuple(images.shape[2:]), patch_shape, settings, spacing_mm, generator)
-        cut_images, cut_masks = cut_images.clone(), cut_masks.clone()
         cut_images[moved] = functional.grid_sample(images[moved], grid, align_corners=False)
         one_hot = functional.one_hot(masks[moved].long(), n_classes).movedim(-1, 1).to(images.dtype)
         cut_masks[moved] = functional.grid_sample(one_hot, grid, align_corners=False).argmax(1).to(masks.dtype)

@@ -82,6 +82,7 @@ def train_segmentation(
     *,
     checkpoints: Path,
     resume: bool,
+    initial: Mapping[str, torch.Tensor],
     report: Callable[[Epoch, float], None],
 ) -> Trained:
     """Train the recipe's network and keep the weights with the best validation Dice.
@@ -91,6 +92,7 @@ def train_segmentation(
     Args:
         checkpoints: folder for `last` (written after each epoch) and `best`.
         resume: go on from `last` where it is there.
+        initial: weights to start from where name and shape agree with the network's; empty for random ones.
         report: called after each epoch with it and the share of the run that is done, in [0, 1].
 
     Raises:
@@ -99,9 +101,10 @@ def train_segmentation(
     fabric = Fabric(
         accelerator=settings.device.type,
         devices=1,
-        precision="16-mixed" if settings.device.type == "cuda" else "32-true",
+        precision="bf16-mixed" if settings.device.type == "cuda" else "32-true",
     )
     raw = _new_network(recipe, settings.seed)
+    set_weights(raw, weights_of(raw) | _fitting(initial, weights_of(raw)))
     optimizer = torch.optim.AdamW(
         raw.parameters(), lr=recipe.train.learning_rate, weight_decay=recipe.train.weight_decay
     )
@@ -196,6 +199,20 @@ def _new_network(recipe: Recipe, seed: int) -> nn.Module:
     with torch.random.fork_rng(devices=[]):  # layers draw their first weights from torch's global generator
         torch.manual_seed(seed)
         return build_like(recipe)
+
+
+def _fitting(initial: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Those of the initial weights that the network can take: all but a head for other labels, usually."""
+    fitting = {
+        name: tensor for name, tensor in initial.items() if name in wanted and wanted[name].shape == tensor.shape
+    }
+    if initial and len(fitting) < len(wanted) / 2:
+        raise VolsegError(
+            f"only {len(fitting)} of the {len(wanted)} tensors of the recipe's network fit the model to start from",
+            fix="use a recipe with the [network] of that model, or train without --init",
+            code="E_CKPT",
+        )
+    return fitting
 
 
 def _schedule(done: float) -> float:

@@ -199,7 +199,13 @@ def _prepare_case(case: Case, recipe: Recipe, plan: Plan, folder: Path, key: str
         largest = label_lesions(reference.array, reference.geometry).ids == 1
         if class_name is not None and largest.any():
             slices = lesion_slices(images[recipe.data.channels[0]], largest, recipe.classify)
-    record = {"key": key, "split": case.split, "class": class_name, "shape": list(mask.shape)}
+    record = {
+        "key": key,
+        "split": case.split,
+        "patient": case.patient or case.id,
+        "class": class_name,
+        "shape": list(mask.shape),
+    }
     write_prepared_case(folder, PreparedCase(case.id, prepared.array, mask, foreground, slices, record))
 
 

@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from volseg.errors import VolsegError
 from volseg.execute.cpu import keep_freed_memory
 from volseg.io.prepared import PreparedCase, read_prepared_case
@@ -21,6 +23,7 @@ from volseg.workflows.preparing import PREPARED_FILE, as_recipe, preparation_of,
 if TYPE_CHECKING:  # torch takes seconds to import; only a workflow that needs it pays
     from volseg.plan import DatasetFingerprint, Plan
 
+N_FOLDS = 5
 WORK_FOLDER = ".training"  # inside a model folder while it is being trained
 
 
@@ -33,6 +36,8 @@ def train(
     epochs: int | None = None,
     patience: int | None = None,
     resume: bool = False,
+    init: Path | str | None = None,
+    fold: int | None = None,
     seed: int = 0,
     device: str = "auto",
     progress: Progress = silent,
@@ -43,6 +48,8 @@ def train(
         recipe: needed for a dataset; a prepared folder brings its own, whose training settings another one may replace.
         time_budget_seconds: of the whole call, preparation and classifier included.
         resume: go on from the last epoch of an interrupted run in `out`.
+        init: a model folder whose weights to start from, where their names and shapes agree.
+        fold: 0 to 4: validate on this fifth of the patients and train on the others, whatever the dataset's train and val.
 
     Raises:
         VolsegError: a case cannot be used (all of them are named), or the recipe does not fit the prepared folder.
@@ -51,7 +58,7 @@ def train(
     keep_freed_memory()
     import torch
 
-    from volseg.bundle import ModelBundle, save_bundle
+    from volseg.bundle import ModelBundle, load_bundle, save_bundle
     from volseg.infer.backends import choose_device
     from volseg.train.loop import Epoch, RunSettings, train_segmentation
 
@@ -70,8 +77,7 @@ def train(
             if report.failed:
                 _refuse_dataset(dataset, report.failed)
         chosen, plan, fingerprint, cases = _load_prepared(prepared, recipe)
-        training = [case for case in cases if case.record["split"] == "train"]
-        validation = [case for case in cases if case.record["split"] == "val"]
+        training, validation = _split(cases, fold, seed)
         left = None if time_budget_seconds is None else time_budget_seconds - (time.monotonic() - started)
         if left is not None and left <= 0:
             raise VolsegError(
@@ -96,7 +102,15 @@ def train(
             )
 
         trained = train_segmentation(
-            training, validation, chosen, plan, settings, checkpoints=work, resume=resume, report=show
+            training,
+            validation,
+            chosen,
+            plan,
+            settings,
+            checkpoints=work,
+            resume=resume,
+            initial={} if init is None else load_bundle(Path(init)).weights["segmentation"],
+            report=show,
         )
         weights: dict[str, Mapping[str, Any]] = {"segmentation": trained.weights}
         metrics = dict(trained.metrics)
@@ -131,6 +145,25 @@ def _check_unfinished(out: Path, work: Path, resume: bool) -> None:
             fix="add --resume to go on, or delete the folder",
             code="E_EXISTS",
         )
+
+
+def _split(cases: Sequence[PreparedCase], fold: int | None, seed: int) -> tuple[list[PreparedCase], list[PreparedCase]]:
+    """Training and validation cases: the prepared split, or a fifth of the patients drawn with the seed."""
+    if fold is None:
+        sides = [[case for case in cases if case.record["split"] == side] for side in ("train", "val")]
+    else:
+        if not 0 <= fold < N_FOLDS:
+            raise VolsegError(f"fold {fold} does not exist", fix=f"give 0 to {N_FOLDS - 1}", code="E_USAGE")
+        patients = np.random.default_rng(seed).permutation(sorted({case.record["patient"] for case in cases}))
+        held_out = set(patients[fold::N_FOLDS].tolist())
+        sides = [[case for case in cases if (case.record["patient"] in held_out) == out] for out in (False, True)]
+    if not all(sides):
+        raise VolsegError(
+            f"{len(sides[0])} cases to train on and {len(sides[1])} to validate on are too few",
+            fix="add cases; training and validation need at least one each",
+            code="E_DATASET",
+        )
+    return sides[0], sides[1]
 
 
 def _refuse_dataset(dataset: Path, failed: Mapping[str, str]) -> None:
