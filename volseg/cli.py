@@ -53,18 +53,23 @@ def main() -> None:
         sys.exit(TERMINATED)
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
 @app.callback()
 def volseg(
-    version: Annotated[bool, typer.Option("--version", help="Print the version and leave.", is_eager=True)] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and leave.", is_eager=True, callback=_print_version)
+    ] = False,
 ) -> None:
     """Turn 3D CT and MRI scans into lesions, and lesions into numbers that a study can defend.
 
     Start with `volseg infer scan.nii.gz`, which uses the model that ships with volseg, or train your own with
     `volseg train DATASET --recipe RECIPE --out MODEL`. Every command has its own --help.
     """
-    if version:
-        typer.echo(__version__)
-        raise typer.Exit
 
 
 @app.command()
@@ -164,7 +169,7 @@ def infer(
 
 @app.command()
 def measure(
-    image: Annotated[Path | None, typer.Option(help="The scan.")] = None,
+    image: Annotated[Path | None, typer.Option(help="The scan that the mask was drawn on.")] = None,
     mask: Annotated[Path | None, typer.Option(help="Its mask, on the same grid.")] = None,
     cases: Annotated[
         Path | None, typer.Option(help="Instead of a pair: a table or dataset with scans and masks.")

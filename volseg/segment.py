@@ -60,20 +60,11 @@ def segment_case(images: Mapping[str, Volume], model: Model, *, case_id: str) ->
     Raises:
         ScanError: a channel is missing, or the channels lie on different grids.
     """
-    recipe, plan = model.bundle.recipe, model.bundle.plan
+    recipe = model.bundle.recipe
     channels = recipe.data.channels
     chosen = {name: images[name] for name in _present(images, channels, case_id)}
     scan = chosen[channels[0]]
-    prepared = prepare(chosen, plan.prepare_settings(recipe.preprocess, channels))
-    logits = predict_logits(
-        prepared.array,
-        model.segmentation,
-        patch_shape=plan.patch_shape,
-        overlap=recipe.infer.overlap,
-        mirror_axes=[AXES[name] for name in recipe.infer.mirror_axes],
-        batch_size=recipe.infer.batch_size,
-    )
-    mask, confidence = restore_mask(logits, prepared.trail, list(recipe.data.label_names))
+    mask, confidence = _predict(chosen, model)
     mask = apply_steps(mask, scan.geometry, recipe)
     lesions = label_lesions(mask, scan.geometry)
     classes = None
@@ -90,6 +81,24 @@ def segment_case(images: Mapping[str, Volume], model: Model, *, case_id: str) ->
         classes=classes,
     )
     return CaseResult(scan.with_array(mask), scan.with_array(lesions.ids), rows)
+
+
+def _predict(images: Mapping[str, Volume], model: Model) -> tuple[np.ndarray, np.ndarray]:
+    """Mask (I, J, K) of label values and confidence (I, J, K) uint8, both on the scan's grid."""
+    recipe, plan = model.bundle.recipe, model.bundle.plan
+    prepared = prepare(images, plan.prepare_settings(recipe.preprocess, list(images)))
+    if not prepared.has_body:
+        shape = prepared.trail.geometry.shape
+        return np.zeros(shape, np.uint8, order="F"), np.full(shape, 255, np.uint8, order="F")
+    logits = predict_logits(
+        prepared.array,
+        model.segmentation,
+        patch_shape=plan.patch_shape,
+        overlap=recipe.infer.overlap,
+        mirror_axes=[AXES[name] for name in recipe.infer.mirror_axes],
+        batch_size=recipe.infer.batch_size,
+    )
+    return restore_mask(logits, prepared.trail, list(recipe.data.label_names))
 
 
 def apply_steps(mask: np.ndarray, geometry: Geometry, recipe: Recipe) -> np.ndarray:

@@ -10,7 +10,9 @@ from volseg.models import build_network
 def network():
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return build_network("unet3d", in_channels=1, out_channels=3, features=(4, 8, 8), strides=((1, 1, 1), (2, 2, 2), (2, 2, 2)))
+        return build_network(
+            "unet3d", in_channels=1, out_channels=3, features=(4, 8, 8), strides=((1, 1, 1), (2, 2, 2), (2, 2, 2))
+        )
 
 
 def test_logits_are_float32_and_do_not_depend_on_the_batch():

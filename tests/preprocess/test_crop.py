@@ -60,5 +60,5 @@ def test_the_body_of_an_mri_is_found_whatever_its_scale():
         assert box == BoundingBox((10, 8, 5), (30, 32, 35))
 
 
-def test_a_scan_without_body_is_kept_whole():
-    assert body_box(np.full(SHAPE, -1000), above=-500) == BoundingBox.whole(SHAPE)
+def test_a_scan_of_air_has_no_body():
+    assert body_box(np.full(SHAPE, -1000), above=-500) is None

@@ -60,7 +60,7 @@ def test_the_48_files_of_one_scan_give_identical_rows(tmp_path):
     for path in sorted(folder.glob("*.nii.gz")):
         scan = read_volume(path)
         values = scan.intensities()
-        mask = (values > np.percentile(values, 97)).astype(np.uint8)
+        mask = (values > 90).astype(np.uint8)
         write_volume(scan.with_array(mask), tmp_path / f"mask_{path.name}", like=path)
         lines.append(f"{path.name.split('.')[0]},{path},mask_{path.name}")
     (tmp_path / "cases.csv").write_text("\n".join(lines) + "\n")
@@ -74,7 +74,7 @@ def test_the_48_files_of_one_scan_give_identical_rows(tmp_path):
         by_case.setdefault(case, []).append((row, centroid))
     assert len(by_case) == 48
     expected = by_case.popitem()[1]
-    assert len(expected) > 5
+    assert len(expected) > 1
     for found in by_case.values():
         assert [row for row, _ in found] == [row for row, _ in expected]
         np.testing.assert_allclose([c for _, c in found], [c for _, c in expected], atol=1e-3)

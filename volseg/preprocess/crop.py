@@ -68,6 +68,6 @@ def body_threshold(intensities: np.ndarray) -> float:
     return float(np.percentile(sample, 99)) / 10
 
 
-def body_box(stored: np.ndarray, above: float) -> BoundingBox:
-    """Smallest box of the voxels over `above`, in stored units; the whole array where there is none."""
-    return BoundingBox.around(stored > above) or BoundingBox.whole((stored.shape[0], stored.shape[1], stored.shape[2]))
+def body_box(stored: np.ndarray, above: float) -> BoundingBox | None:
+    """Smallest box of the voxels over `above`, in stored units; None where there is no body."""
+    return BoundingBox.around(stored > above)

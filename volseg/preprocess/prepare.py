@@ -47,10 +47,14 @@ class Trail:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Prepared:
-    """`array` (C, R, A, S) float32, contiguous, and the way back to the scan."""
+    """`array` (C, R, A, S) float32, contiguous, and the way back to the scan.
+
+    `has_body` is False where the recipe crops to the body and there is none: the mask is then background by definition.
+    """
 
     array: np.ndarray
     trail: Trail
+    has_body: bool = True
 
 
 def prepare(images: Mapping[str, Volume], settings: PrepareSettings) -> Prepared:
@@ -69,7 +73,8 @@ def prepare(images: Mapping[str, Volume], settings: PrepareSettings) -> Prepared
     stored = to_canonical(first.array, order)
     above = _stored_threshold(first, stored, settings.body_above)
     shape = (stored.shape[0], stored.shape[1], stored.shape[2])
-    box = body_box(stored, above) if settings.crop_to_body else BoundingBox.whole(shape)
+    body_found = body_box(stored, above) if settings.crop_to_body else None
+    box = body_found or BoundingBox.whole(shape)
     cropped = canonical_geometry(first.geometry, order).crop(box)
     shape = resampled_shape(cropped, settings.spacing_mm)
     array = np.empty((len(volumes), *shape), np.float32)
@@ -81,7 +86,8 @@ def prepare(images: Mapping[str, Volume], settings: PrepareSettings) -> Prepared
         if volume.is_scaled:  # resampling is linear, so the scale may follow it
             values = values * np.float32(volume.slope) + np.float32(volume.intercept)
         array[channel] = normaliser(values, body)
-    return Prepared(array, Trail(first.geometry, order, box, shape))
+    has_body = body_found is not None or not settings.crop_to_body
+    return Prepared(array, Trail(first.geometry, order, box, shape), has_body)
 
 
 def prepare_mask(reference: np.ndarray, trail: Trail) -> np.ndarray:
