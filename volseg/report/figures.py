@@ -17,6 +17,7 @@ MAX_LESIONS = 3
 # Title, the canonical axis that is looked along, the letters at the left and right edge (radiological convention).
 PLANES = (("axial", 2, "R", "L"), ("coronal", 1, "R", "L"), ("sagittal", 0, "A", "P"))
 SCALE_BAR_MM = 10
+WINDOW_REACH_MM = 15.0  # how far round a lesion the grey values are taken from
 
 
 def overlay_png(image: Volume, ids: np.ndarray, lesions: Sequence[LesionMeasurement], *, title: str) -> bytes:
@@ -34,16 +35,14 @@ def overlay_png(image: Volume, ids: np.ndarray, lesions: Sequence[LesionMeasurem
     FigureCanvasAgg(figure)
     axes = figure.subplots(len(centres), len(PLANES), squeeze=False)
     for row, centre in enumerate(centres):
+        low, high = _window(image, stored, centre, geometry.spacing_mm)
         caption = "no lesion found" if not shown else _caption(shown[row])
         for column, (name, axis, left, right) in enumerate(PLANES):
             plot = axes[row][column]
             picture = image.intensities(_slice(stored, axis, int(centre[axis]))).astype(np.float32)
             outline = _slice(numbers, axis, int(centre[axis]))
             horizontal, vertical = (geometry.spacing_mm[other] for other in range(3) if other != axis)
-            low, high = np.percentile(picture, (1, 99))
-            plot.imshow(
-                picture.T, cmap="gray", origin="lower", aspect=vertical / horizontal, vmin=low, vmax=max(high, low + 1)
-            )
+            plot.imshow(picture.T, cmap="gray", origin="lower", aspect=vertical / horizontal, vmin=low, vmax=high)
             if outline.any() and min(outline.shape) > 1:  # a single row has no contour
                 plot.contour((outline > 0).T, levels=[0.5], colors=["#ff5c33"], linewidths=1.2)
             plot.invert_xaxis()  # R (and A) grow to the left on the screen
@@ -54,6 +53,17 @@ def overlay_png(image: Volume, ids: np.ndarray, lesions: Sequence[LesionMeasurem
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=100, facecolor="black", metadata={"Software": None})
     return buffer.getvalue()
+
+
+def _window(
+    image: Volume, stored: np.ndarray, centre: np.ndarray, spacing_mm: tuple[float, float, float]
+) -> tuple[float, float]:
+    """Grey values from the surroundings of the lesion, so that it stands out whatever else is in the scan."""
+    reach = [max(1, round(WINDOW_REACH_MM / spacing)) for spacing in spacing_mm]
+    box = tuple(slice(max(0, int(c) - n), int(c) + n + 1) for c, n in zip(centre, reach, strict=True))
+    low, high = np.percentile(image.intensities(stored[box]), (5, 95))
+    margin = max(0.3 * (high - low), 1e-6)
+    return float(low - margin), float(high + margin)
 
 
 def _slice(array: np.ndarray, axis: int, index: int) -> np.ndarray:
