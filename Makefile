@@ -27,7 +27,7 @@ docs: $(INSTALLED)
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/preprocess.py
 
-# torch first: the constraint names the tested version, which exists as a small CPU build.
+# constraints.txt pins the versions that are tested together.
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"

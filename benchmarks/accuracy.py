@@ -66,7 +66,7 @@ def print_auc(test: Sequence[Case], results: Path, rating: str, size: str | None
     """AUC of the largest lesion's score per case; a case in which no lesion was found has the score 0."""
     with (results / "lesions.csv").open(newline="", encoding="utf-8") as file:
         largest = {row["case_id"]: row for row in csv.DictReader(file) if row["lesion_id"] == "1"}
-    rated = [case for case in test if float(case.classes[rating]) != 3]
+    rated = [case for case in test if not 2 < float(case.classes[rating]) < 4]
     positive = np.array([float(case.classes[rating]) >= 4 for case in rated])
     scores = np.array([_score(largest.get(case.id)) for case in rated])
     print(f"AUC of the score: {auc(scores, positive):.4f} ({positive.sum()} rated ≥ 4, {(~positive).sum()} rated ≤ 2)")

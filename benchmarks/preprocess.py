@@ -30,7 +30,7 @@ from volseg.io.nifti import read_mask, read_volume
 from volseg.preprocess.normalise import Window
 from volseg.preprocess.prepare import PrepareSettings, prepare, prepare_mask
 from volseg.preprocess.resample import resample, resampled_shape
-from volseg.workflows.preparing import _sample_voxels
+from volseg.workflows.preparing import sample_voxels
 interpolation, image, mask = sys.argv[1:]
 started = time.perf_counter()
 scan, reference = read_volume(image), read_mask(mask)
@@ -38,7 +38,7 @@ window = Window(low=-100, high=300, mean=60, sd=60)
 settings = PrepareSettings(spacing_mm=(1.5, 1.5, 1.5), normalisers=(window,), interpolation=interpolation, body_above=-500.0)
 prepared = prepare({"ct": scan}, settings)
 labels = prepare_mask(reference.array, prepared.trail)
-_sample_voxels(labels == 1, np.random.default_rng(0))
+sample_voxels(labels == 1, np.random.default_rng(0))
 wall = time.perf_counter() - started
 rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 started = time.perf_counter()

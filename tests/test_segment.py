@@ -4,10 +4,9 @@ from conftest import write_dataset
 from laws import orientations
 
 from volseg.bundle import load_bundle
-from volseg.errors import ScanError, VolsegError
+from volseg.errors import ScanError
 from volseg.io.nifti import read_mask, read_volume
-from volseg.recipe import Step
-from volseg.segment import apply_steps, load_model, segment_case
+from volseg.segment import load_model, segment_case
 from volseg.volume import Geometry, Volume
 
 
@@ -46,16 +45,6 @@ def test_a_missing_channel_is_named(loaded, dataset):
     scan = read_volume(dataset / "images" / "scan_6.nii.gz")
     with pytest.raises(ScanError, match=r"lacks channels \['ct'\]; it has \['t1'\]"):
         segment_case({"t1": scan}, loaded, case_id="a")
-
-
-def test_steps_run_in_the_order_of_the_recipe_and_unknown_ones_list_the_known(tiny_recipe):
-    mask = np.zeros((12, 12, 12), np.uint8)
-    mask[1:4, 1:4, 1:4] = mask[8, 8, 8] = 3
-    geometry = Geometry(mask.shape, np.diag([2.0, 2.0, 2.0, 1.0]))
-    assert apply_steps(mask, geometry, tiny_recipe).sum() == 27 * 3
-    for step, message in ((Step(step="remove_smal"), "remove_small"), (Step(step="remove_small", mm=3), "mm")):
-        with pytest.raises(VolsegError, match=message):
-            apply_steps(mask, geometry, tiny_recipe.model_copy(update={"postprocess": (step,)}))
 
 
 def test_the_dataset_of_the_tests_is_what_it_says(tmp_path):

@@ -18,8 +18,8 @@ from torch import nn
 
 from volseg import __version__
 from volseg.errors import VolsegError
-from volseg.io.files import write_bytes_atomic
-from volseg.models import build_network, set_weights
+from volseg.io.files import make_folder, write_bytes_atomic, write_json_atomic
+from volseg.models import build_classifier, build_segmentation, set_weights
 from volseg.plan import DatasetFingerprint, Plan
 from volseg.recipe import Recipe, parse_recipe
 
@@ -44,26 +44,14 @@ class ModelBundle:
 
     def segmentation_network(self) -> nn.Module:
         """The 3D network with its trained weights: (N, channels, R, A, S) → logits (N, 1 + labels, R, A, S)."""
-        recipe = self.recipe
-        return set_weights(
-            build_network(
-                recipe.network.name,
-                in_channels=len(recipe.data.channels),
-                out_channels=1 + len(recipe.data.labels),
-                **recipe.network.settings,
-            ),
-            self.weights["segmentation"],
-        )
+        return set_weights(build_segmentation(self.recipe), self.weights["segmentation"])
 
     def classifier_network(self) -> nn.Module | None:
         """The 2D network with its trained weights, where the recipe has one and it could be trained."""
         classify = self.recipe.classify
         if classify is None or "classifier" not in self.weights:
             return None
-        network = build_network(
-            classify.network.name, in_channels=2, out_channels=len(classify.classes), **classify.network.settings
-        )
-        return set_weights(network, self.weights["classifier"])
+        return set_weights(build_classifier(classify), self.weights["classifier"])
 
 
 def save_bundle(bundle: ModelBundle, folder: Path) -> ModelBundle:
@@ -71,7 +59,7 @@ def save_bundle(bundle: ModelBundle, folder: Path) -> ModelBundle:
 
     `model.json` is written last: a folder without it is not a model.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     hashes = {}
     for name, tensors in bundle.weights.items():
         content = save_tensors({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()})
@@ -87,7 +75,7 @@ def save_bundle(bundle: ModelBundle, folder: Path) -> ModelBundle:
         "versions": {"volseg": __version__, "torch": torch.__version__.split("+")[0]},
         "weights_sha256": hashes,
     }
-    write_bytes_atomic(folder / "model.json", (json.dumps(description, indent=1) + "\n").encode())
+    write_json_atomic(folder / "model.json", description)
     return load_bundle(folder)
 
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
-BUG, INTERRUPTED, TERMINATED = 1, 130, 143
+TERMINATED = 143
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout instead of text.")]
 Out = Annotated[Path, typer.Option(help="Folder for the results; made if it is not there.")]
@@ -46,9 +46,6 @@ def main() -> None:
         app(standalone_mode=True)
     except VolsegError as error:
         _fail(error)
-    except KeyboardInterrupt:
-        Console(stderr=True).print("interrupted; what was finished is kept, and the same command goes on from there")
-        sys.exit(INTERRUPTED)
     except _TerminatedError:
         sys.exit(TERMINATED)
 
@@ -322,7 +319,10 @@ def _finish(report: RunReport, as_json: bool, show: Callable[[], None]) -> None:
 def _print_results(report: RunReport) -> None:
     kept = f", {len(report.kept)} were complete already" if report.kept else ""
     typer.echo(f"{len(report.done)} done{kept}, {len(report.failed)} failed")
-    typer.echo("lesions: connected components of each label, 26 neighbours, 1 = largest")
+    if report.details["objects"] == "components":
+        typer.echo("lesions: connected components of each label, 26 neighbours, 1 = largest")
+    else:
+        typer.echo("lesions: one per value of the mask, in ascending order")
     for name in ("lesions.csv", "cases.csv"):
         typer.echo(f"  {report.out / name}")
 

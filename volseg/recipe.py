@@ -16,6 +16,7 @@ Auto = Literal["auto"]
 Triple = tuple[float, float, float]
 IntTriple = tuple[int, int, int]
 Positive = Annotated[float, Field(gt=0)]
+PositiveInt = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -37,8 +38,8 @@ class Data(Section):
         values = list(self.labels.values())
         if len(set(values)) < len(values):
             raise ValueError("two labels share one value")
-        if min(values) < 1:
-            raise ValueError("label values are whole numbers from 1; 0 is the background")
+        if min(values) < 1 or max(values) > 65535:
+            raise ValueError("label values are whole numbers from 1 to 65535; 0 is the background")
         return self
 
     @property
@@ -112,7 +113,7 @@ class Augment(Section):
 
 
 class Train(Section):
-    patch_shape: IntTriple  # voxels of the resampled grid
+    patch_shape: tuple[PositiveInt, PositiveInt, PositiveInt]  # voxels of the resampled grid
     batch_size: Annotated[int, Field(ge=1)] = 2
     steps_per_epoch: Annotated[int, Field(ge=1)] = 50
     epochs: Annotated[int, Field(ge=1)] = 100
@@ -176,6 +177,17 @@ class Recipe(Section):
     infer: Infer = Infer()
     postprocess: tuple[Step, ...] = ()
     classify: Classify | None = None
+
+    @model_validator(mode="after")
+    def _numbers_fit_together(self) -> Recipe:
+        weights, n_classes = self.train.class_weights, 1 + len(self.data.labels)
+        if weights is not None and len(weights) != n_classes:
+            raise ValueError(f"train.class_weights has {len(weights)} numbers for {n_classes} classes with background")
+        for section in (self.preprocess.normalise, self.classify):
+            low, high = getattr(section, "low", None), getattr(section, "high", None)
+            if isinstance(low, float) and isinstance(high, float) and low >= high:
+                raise ValueError(f"the window from {low:g} to {high:g} is empty")
+        return self
 
     @property
     def sha256(self) -> str:

@@ -8,18 +8,15 @@ from dataclasses import dataclass
 import numpy as np
 
 from volseg.bundle import ModelBundle
-from volseg.errors import ScanError, VolsegError
+from volseg.errors import ScanError
 from volseg.infer.backends import Backend, TorchBackend, choose_device
 from volseg.infer.classify import classify_lesions
 from volseg.infer.stream import predict_logits
 from volseg.measure.lesions import LesionMeasurement, measure_lesions
 from volseg.postprocess.lesions import label_lesions
-from volseg.postprocess.steps import STEPS
+from volseg.postprocess.steps import make_steps
 from volseg.preprocess.prepare import prepare, restore_mask
-from volseg.recipe import Recipe
-from volseg.volume import Geometry, Volume
-
-AXES = {"R": 0, "A": 1, "S": 2}
+from volseg.volume import WORLD_AXES, Volume
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -65,7 +62,8 @@ def segment_case(images: Mapping[str, Volume], model: Model, *, case_id: str) ->
     chosen = {name: images[name] for name in _present(images, channels, case_id)}
     scan = chosen[channels[0]]
     mask, confidence = _predict(chosen, model)
-    mask = apply_steps(mask, scan.geometry, recipe)
+    for step in make_steps(recipe.postprocess):
+        mask = step(mask, scan.geometry)
     lesions = label_lesions(mask, scan.geometry)
     classes = None
     if model.classifier is not None and recipe.classify is not None:
@@ -95,27 +93,10 @@ def _predict(images: Mapping[str, Volume], model: Model) -> tuple[np.ndarray, np
         model.segmentation,
         patch_shape=plan.patch_shape,
         overlap=recipe.infer.overlap,
-        mirror_axes=[AXES[name] for name in recipe.infer.mirror_axes],
+        mirror_axes=[WORLD_AXES[name] for name in recipe.infer.mirror_axes],
         batch_size=recipe.infer.batch_size,
     )
     return restore_mask(logits, prepared.trail, list(recipe.data.label_names))
-
-
-def apply_steps(mask: np.ndarray, geometry: Geometry, recipe: Recipe) -> np.ndarray:
-    """The recipe's post-processing steps, in its order."""
-    for step in recipe.postprocess:
-        if step.step not in STEPS:
-            raise VolsegError(
-                f"post-processing step {step.step!r} is unknown", fix=f"use one of {', '.join(STEPS)}", code="E_RECIPE"
-            )
-        try:
-            apply = STEPS[step.step](**step.settings)
-        except TypeError as error:
-            raise VolsegError(
-                f"step {step.step!r}: {error}", fix="see volseg/postprocess/steps.py", code="E_RECIPE"
-            ) from error
-        mask = apply(mask, geometry)
-    return mask
 
 
 def _present(images: Mapping[str, Volume], wanted: Sequence[str], case_id: str) -> Sequence[str]:

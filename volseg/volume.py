@@ -7,6 +7,7 @@ from itertools import product
 
 import numpy as np
 
+WORLD_AXES = {"R": 0, "A": 1, "S": 2}  # the names of canonical axes, in their order
 SAME_GRID_TOLERANCE_VOXELS = 0.1  # corner displacement up to which two affines name the same grid
 
 

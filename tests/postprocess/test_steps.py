@@ -6,7 +6,8 @@ from laws import GRIDS, ball, grid_around, oblique, orientations
 from scipy.ndimage import binary_fill_holes
 
 from volseg.errors import VolsegError
-from volseg.postprocess.steps import STEPS, FillHoles, KeepLargest, RemoveSmall
+from volseg.postprocess.steps import STEPS, FillHoles, KeepLargest, RemoveSmall, make_steps
+from volseg.recipe import Step
 from volseg.volume import Geometry, Volume
 
 SPACING_MM = (0.7, 0.9, 2.5)
@@ -160,3 +161,11 @@ def test_impossible_settings_are_refused(name, settings):
         STEPS[name](**settings)
     assert caught.value.code == "E_RECIPE"
     assert repr(list(settings.values())[-1]) in str(caught.value)
+
+
+def test_a_recipes_steps_keep_their_order_and_what_is_unknown_is_named():
+    made = make_steps([Step(step="remove_small", min_volume_mm3=5), Step(step="keep_largest")])
+    assert made == [RemoveSmall(min_volume_mm3=5), KeepLargest()]
+    for step, message in ((Step(step="remove_smal"), "remove_small"), (Step(step="remove_small", mm=3), "mm")):
+        with pytest.raises(VolsegError, match=message):
+            make_steps([step])

@@ -49,7 +49,7 @@ def test_a_case_that_fails_later_loses_the_files_of_its_earlier_success(tmp_path
         mask = tmp_path / "mask.nii.gz"
         mask.write_bytes(b"mask")
         results.commit(done("a"), key="key", files=[mask])
-        results.discard_outputs("a")
+        results.commit(CaseRow(case_id="a", status="failed", reason="E_CRC: damaged"))
         assert not mask.exists()
 
 

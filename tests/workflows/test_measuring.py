@@ -113,6 +113,26 @@ def test_a_pair_or_a_table_is_needed(arguments, tmp_path):
         volseg.measure(**arguments, out=tmp_path / "out")
 
 
+def test_new_voxels_of_a_header_and_image_pair_are_noticed(tmp_path):
+    import nibabel
+
+    affine = oblique((1, 1, 2))
+    mask = np.zeros((6, 6, 6), np.uint8)
+    mask[2:4, 2:4, 2:4] = 1
+    values = np.arange(216, dtype=np.int16).reshape(6, 6, 6)
+    for name, array in (("scan", values), ("mask", mask)):
+        image = nibabel.Nifti1Pair(array, affine)
+        image.set_sform(affine, 1)
+        nibabel.save(image, tmp_path / f"{name}.hdr")
+    pair = {"image": tmp_path / "scan.hdr", "mask": tmp_path / "mask.hdr", "out": tmp_path / "out"}
+    assert list(volseg.measure(**pair).done) == ["scan"]
+    assert list(volseg.measure(**pair).kept) == ["scan"]
+    voxels = np.fromfile(tmp_path / "scan.img", np.int16) + 5
+    voxels.tofile(tmp_path / "scan.img")
+    assert list(volseg.measure(**pair).done) == ["scan"]
+    assert rows(tmp_path / "out" / "lesions.csv")[0]["intensity_mean"] == str(float(values[mask == 1].mean()) + 5)
+
+
 def test_label_names_come_from_json_either_way_round_or_csv(tmp_path):
     (tmp_path / "a.json").write_text('{"1": "spleen", "12": "aorta"}')
     (tmp_path / "b.json").write_text('{"spleen": 1, "aorta": 12}')

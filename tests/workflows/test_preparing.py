@@ -86,6 +86,36 @@ def test_a_dataset_without_masks_or_with_one_patient_cannot_be_trained_on(own, t
         volseg.preprocess(own / "images", recipe=tiny_recipe, out=tmp_path / "p")
 
 
+def test_a_scan_without_split_goes_where_its_patient_is(tmp_path, tiny_recipe, own):
+    table = (own / "cases.csv").read_text().splitlines()
+    lines = [table[0] + ",patient"]
+    for line in table[1:]:
+        name = line.split(",")[0]
+        # scans 0 and 7 (test) are of one patient, 1 and 4 (val) of another; 0 and 1 have lost their split
+        patient = {"scan_0": "p", "scan_7": "p", "scan_1": "q", "scan_4": "q"}.get(name, name)
+        lines.append((line.replace(",train,", ",,") if name in ("scan_0", "scan_1") else line) + f",{patient}")
+    (own / "cases.csv").write_text("\n".join(lines) + "\n")
+    volseg.preprocess(own, recipe=tiny_recipe, out=tmp_path / "p")
+    cases = json.loads((tmp_path / "p" / "prepared.json").read_text())["cases"]
+    assert "scan_0" not in cases
+    assert cases["scan_1"] == "val"
+    assert cases["scan_2"] == "train"
+    (own / "cases.csv").write_text("\n".join(lines).replace(",val,", ",valid,") + "\n")
+    with pytest.raises(VolsegError, match="split 'valid' is unknown"):
+        volseg.preprocess(own, recipe=tiny_recipe, out=tmp_path / "q")
+
+
+def test_a_prepared_case_that_lost_a_file_or_changed_its_class_is_prepared_again(own, tiny_recipe, tmp_path):
+    out = tmp_path / "p"
+    volseg.preprocess(own, recipe=tiny_recipe, out=out)
+    (out / "cases" / "scan_2" / "image.npy").unlink()
+    assert list(volseg.preprocess(own, recipe=tiny_recipe, out=out).done) == ["scan_2"]
+    table = (own / "cases.csv").read_text()
+    (own / "cases.csv").write_text(table.replace("scan_0.nii.gz,train,1", "scan_0.nii.gz,train,4"))
+    assert list(volseg.preprocess(own, recipe=tiny_recipe, out=out).done) == ["scan_0"]
+    assert read_prepared_case(out / "cases", "scan_0").record["class"] == "high"
+
+
 def test_a_missing_class_column_is_named(own, tiny_recipe, tmp_path):
     table = (own / "cases.csv").read_text().replace(",grade", ",rating")
     (own / "cases.csv").write_text(table)

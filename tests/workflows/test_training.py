@@ -52,6 +52,8 @@ def test_an_interrupted_run_resumes_to_the_weights_of_an_unbroken_one(dataset, m
         volseg.train(dataset, recipe=tiny_recipe, out=out, device="cpu", progress=stop_in_epoch_3)
     with pytest.raises(VolsegError, match="add --resume"):
         volseg.train(dataset, recipe=tiny_recipe, out=out, device="cpu")
+    with pytest.raises(VolsegError, match="belongs to a run with another recipe, seed"):
+        volseg.train(dataset, recipe=tiny_recipe, out=out, device="cpu", resume=True, fold=1)
     volseg.train(dataset, recipe=tiny_recipe, out=out, device="cpu", resume=True)
     assert [line["epoch"] for line in history(out)] == [line["epoch"] for line in history(model)]
     for name, tensor in weights(model).items():

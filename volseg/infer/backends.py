@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from volseg.errors import EnvironmentProblem, VolsegError
+from volseg.errors import EnvironmentProblem, ScanError, VolsegError
 
 
 class Backend(Protocol):
@@ -25,11 +25,18 @@ class TorchBackend:
         self.device = device
 
     def logits(self, batch: np.ndarray) -> np.ndarray:
-        with (
-            torch.inference_mode(),
-            torch.autocast(self.device.type, torch.float16, enabled=self.device.type == "cuda"),
-        ):
-            return self.network(torch.from_numpy(batch).to(self.device)).float().cpu().numpy()
+        half = torch.autocast(self.device.type, torch.float16, enabled=self.device.type == "cuda")
+        try:
+            with torch.inference_mode(), half:
+                return self.network(torch.from_numpy(batch).to(self.device)).float().cpu().numpy()
+        except RuntimeError as error:
+            if "memory" not in str(error):
+                raise
+            raise ScanError(
+                f"a batch of patches of shape {batch.shape} does not fit into the memory of {self.device}",
+                fix="close other programs, or use --device cpu",
+                code="E_OOM",
+            ) from error
 
 
 def choose_device(name: str) -> torch.device:

@@ -43,7 +43,7 @@ def atomic_write(path: Path, write: Callable[[BinaryIO], None], verify: Callable
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         if isinstance(error, OSError):
-            raise _environment_problem(path, error) from error
+            raise environment_problem(path, error) from error
         raise
 
 
@@ -65,6 +65,18 @@ def write_json_atomic(path: Path, obj: Any) -> None:
         ValueError: a number is NaN or infinite, which JSON cannot hold; use None.
     """
     write_bytes_atomic(path, json.dumps(obj, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder and those above it.
+
+    Raises:
+        EnvironmentProblem: it cannot be made there.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise environment_problem(path, error) from error
 
 
 def sha256_of(path: Path) -> str:
@@ -98,7 +110,8 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _environment_problem(path: Path, error: OSError) -> EnvironmentProblem:
+def environment_problem(path: Path, error: OSError) -> EnvironmentProblem:
+    """What a failed write means for the user."""
     code, fix = _FIXES.get(error.errno or 0, ("E_DISK", "check the disk and the path, then run again"))
     return EnvironmentProblem(f"{path}: cannot be written ({error.strerror or error})", fix=fix, code=code)
 
@@ -113,6 +126,7 @@ _FIXES: dict[int, tuple[str, str]] = {
     errno.EACCES: _FORBIDDEN,
     errno.EPERM: _FORBIDDEN,
     errno.EROFS: _FORBIDDEN,
+    errno.EEXIST: ("E_PERM", "a file of this name stands in the way: move it or choose another folder"),
     errno.EISDIR: ("E_PERM", "a folder of this name stands in the way: move it or choose another name"),
     errno.ENOENT: _NO_FOLDER,
     errno.ENOTDIR: _NO_FOLDER,

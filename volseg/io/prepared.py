@@ -1,4 +1,4 @@
-"""The prepared folder: one folder per case with memory-mapped arrays and a JSON, and `dataset.json` for all."""
+"""The prepared folder: one folder per case with memory-mapped arrays and a JSON, and `prepared.json` for all."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from volseg.errors import VolsegError
+from volseg.io.files import environment_problem
 
-DATASET_FILE = "dataset.json"
 CASE_FILE = "case.json"
 
 
@@ -46,23 +46,29 @@ def write_prepared_case(folder: Path, case: PreparedCase) -> None:
     target = folder / case.id
     temporary = folder / f".tmp-{case.id}"
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
     try:
+        temporary.mkdir(parents=True)
         for name, array in arrays.items():
             np.save(temporary / f"{name}.npy", array, allow_pickle=False)
-        (temporary / CASE_FILE).write_text(json.dumps(dict(case.record), indent=1) + "\n", encoding="utf-8")
+        sizes = {file.name: file.stat().st_size for file in sorted(temporary.iterdir())}
+        record = dict(case.record) | {"files": sizes}
+        (temporary / CASE_FILE).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         shutil.rmtree(target, ignore_errors=True)
         os.replace(temporary, target)
+    except OSError as error:
+        raise environment_problem(target, error) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def read_case_record(folder: Path, case_id: str) -> dict[str, Any] | None:
-    """What `case.json` says, or None where the case is not prepared."""
+def is_prepared(folder: Path, case_id: str, key: str) -> bool:
+    """Whether the case was prepared from the inputs that the key stands for, and its files are all there."""
+    path = folder / case_id
     try:
-        return json.loads((folder / case_id / CASE_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
+        record = json.loads((path / CASE_FILE).read_text(encoding="utf-8"))
+        return record["key"] == key and all((path / name).stat().st_size == n for name, n in record["files"].items())
+    except (OSError, ValueError, KeyError):
+        return False
 
 
 def read_prepared_case(folder: Path, case_id: str) -> PreparedCase:

@@ -21,7 +21,10 @@ class LesionMeasurement:
     """A row of lesions.csv. None and NaN both mean unknown and are written as an empty cell; `notes` says why."""
 
     case_id: str = column("", "name of the scan")
-    lesion_id: int = column("", "number of the lesion in the scan and in lesion_ids; 1 is the largest")
+    lesion_id: int = column(
+        "",
+        "number of the lesion in the scan and in lesion_ids; 1 is the largest, or with `--objects labels` the smallest value",
+    )
     label: int = column("", "value of the lesion in the mask")
     label_name: str | None = column("", "name of that value; empty if it has none")
     n_voxels: int = column("voxels", "number of voxels")
@@ -39,7 +42,9 @@ class LesionMeasurement:
     centroid_a_mm: float = column("mm", "the same, towards anterior")
     centroid_s_mm: float = column("mm", "the same, towards superior")
     touches_border: bool = column("", "a voxel lies on the edge of the array; volume is a lower bound if it was cut")
-    confidence_mean: float | None = column("0 to 1", "mean confidence of the model in the label; empty without one")
+    confidence_mean: float | None = column(
+        "0 to 1", "mean probability of the class that the model chose, before post-processing; empty without a model"
+    )
     class_name: str | None = column("", "most probable class; empty without a classifier")
     class_probability: float | None = column("0 to 1", "probability of that class")
     class_probabilities: str | None = column("0 to 1", "probability of every class, as name=value;name=value")

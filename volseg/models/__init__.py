@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib
+import math
 import pkgutil
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from volseg.errors import VolsegError
+from volseg.recipe import Classify, Recipe
 
 if TYPE_CHECKING:
     import torch
@@ -26,8 +28,44 @@ def build_network(name: str, *, in_channels: int, out_channels: int, **settings:
     module = importlib.import_module(f"{__name__}.{name}")
     try:
         return module.build(in_channels=in_channels, out_channels=out_channels, **settings)
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise VolsegError(f"network {name!r}: {error}", fix=f"see volseg/models/{name}.py", code="E_RECIPE") from error
+
+
+def build_segmentation(recipe: Recipe) -> nn.Module:
+    """The recipe's 3D network: (N, channels, R, A, S) → logits (N, 1 + labels, R, A, S)."""
+    return build_network(
+        recipe.network.name,
+        in_channels=len(recipe.data.channels),
+        out_channels=1 + len(recipe.data.labels),
+        **recipe.network.settings,
+    )
+
+
+def build_classifier(settings: Classify) -> nn.Module:
+    """The recipe's 2D network: (N, 2, pixels, pixels) → logits (N, classes)."""
+    return build_network(
+        settings.network.name, in_channels=2, out_channels=len(settings.classes), **settings.network.settings
+    )
+
+
+def check_networks(recipe: Recipe) -> None:
+    """Build the recipe's networks once and see that the patch can be halved as often as the 3D one halves it.
+
+    Raises:
+        VolsegError: a network cannot be built, or the patch does not fit its strides.
+    """
+    build_segmentation(recipe)
+    strides = recipe.network.settings.get("strides", ())
+    for axis, (voxels, *steps) in enumerate(zip(recipe.train.patch_shape, *strides, strict=True)):
+        if voxels % math.prod(steps):
+            raise VolsegError(
+                f"patch_shape has {voxels} voxels along {'RAS'[axis]}, which the strides divide by {math.prod(steps)}",
+                fix=f"make it a multiple of {math.prod(steps)}",
+                code="E_RECIPE",
+            )
+    if recipe.classify is not None:
+        build_classifier(recipe.classify)
 
 
 def weights_of(network: nn.Module) -> dict[str, torch.Tensor]:

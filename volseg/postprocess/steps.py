@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import cc3d
@@ -17,9 +17,10 @@ from scipy.ndimage import binary_dilation
 
 from volseg.errors import VolsegError
 from volseg.postprocess.lesions import Lesions, label_lesions
+from volseg.recipe import Step
 from volseg.volume import BoundingBox, Geometry
 
-Step = Callable[[np.ndarray, Geometry], np.ndarray]
+MaskStep = Callable[[np.ndarray, Geometry], np.ndarray]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,3 +129,24 @@ def _keep(mask: np.ndarray, lesions: Lesions, kept: list[bool]) -> np.ndarray:
 
 
 STEPS = {"remove_small": RemoveSmall, "keep_largest": KeepLargest, "fill_holes": FillHoles}
+
+
+def make_steps(settings: Sequence[Step]) -> list[MaskStep]:
+    """The steps of a recipe, ready to be applied in its order.
+
+    Raises:
+        VolsegError: a name or a setting that is not known, or a value that makes no sense.
+    """
+    made = []
+    for step in settings:
+        if step.step not in STEPS:
+            raise VolsegError(
+                f"post-processing step {step.step!r} is unknown", fix=f"use one of {', '.join(STEPS)}", code="E_RECIPE"
+            )
+        try:
+            made.append(STEPS[step.step](**step.settings))
+        except TypeError as error:
+            raise VolsegError(
+                f"step {step.step!r}: {error}", fix="see volseg/postprocess/steps.py", code="E_RECIPE"
+            ) from error
+    return made

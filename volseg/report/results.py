@@ -19,6 +19,7 @@ from volseg.measure.lesions import CaseRow, LesionMeasurement
 from volseg.report.tables import write_table
 
 RECORDS = ".volseg"
+OUTPUT_FOLDERS = ("masks", "lesion_ids", "figures")
 
 
 @contextmanager
@@ -42,9 +43,10 @@ def held(folder: Path, records: Path) -> Iterator[None]:
             f"{folder}: cannot write there ({error.strerror})", fix="give a folder you may write to", code="E_PERM"
         ) from error
     try:
-        for leftover in folder.rglob(f"{TEMPORARY_PREFIX}*"):
-            if leftover.is_file():
-                leftover.unlink(missing_ok=True)
+        for place in (folder, records, *(folder / name for name in OUTPUT_FOLDERS)):
+            for leftover in place.glob(f"{TEMPORARY_PREFIX}*"):
+                if leftover.is_file():
+                    leftover.unlink(missing_ok=True)
         yield
     finally:
         lock.release()
@@ -84,20 +86,17 @@ class ResultsFolder:
     def commit(
         self, case: CaseRow, *, key: str = "", lesions: Sequence[LesionMeasurement] = (), files: Sequence[Path] = ()
     ) -> None:
-        """Record a case as done or failed. `files` are its outputs, already written."""
+        """Record a case as done or failed. `files` are its outputs, already written; other files of an earlier call go."""
         record = {
             "key": key,
             "case": _plain(case),
             "lesions": [_plain(lesion) for lesion in lesions],
             "files": {file.relative_to(self.path).as_posix(): sha256_of(file) for file in files},
         }
+        earlier = self._read(case.case_id) or {"files": {}}
         write_json_atomic(self._records / f"{case.case_id}.json", record)
-
-    def discard_outputs(self, case_id: str) -> None:
-        """Remove what an earlier call made for a case that now failed, so that no stale mask stands beside the failure."""
-        record = self._read(case_id)
-        for name in (record or {}).get("files", {}):
-            (self.path / name).unlink(missing_ok=True)
+        for name in earlier["files"].keys() - record["files"].keys():
+            (self.path / name).unlink(missing_ok=True)  # a stale picture or mask would stand beside new numbers
 
     def write_tables(self, pending: Sequence[CaseRow] = ()) -> None:
         """lesions.csv and cases.csv of every case that the folder holds, by case id; `pending` ones have no record yet."""

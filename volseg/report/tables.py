@@ -27,7 +27,7 @@ def write_table(path: Path, row_type: type, rows: Iterable[Any]) -> None:
     writer.writerow(names)
     for row in rows:
         values: Mapping[str, Any] = row if isinstance(row, Mapping) else asdict(row)
-        writer.writerow([cell(values[name]) for name in names])
+        writer.writerow([cell(values.get(name)) for name in names])
     write_bytes_atomic(path, text.getvalue().encode("utf-8"))
 
 

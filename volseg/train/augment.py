@@ -8,8 +8,8 @@ import torch
 from torch.nn import functional
 
 from volseg.recipe import Augment
+from volseg.volume import WORLD_AXES
 
-AXES = {"R": 0, "A": 1, "S": 2}
 MARGIN = 1.25  # patches are cut this much larger before a rotation or scaling, so that few corners are empty
 
 
@@ -44,8 +44,8 @@ def augment(
         cut_masks[moved] = functional.grid_sample(one_hot, grid, align_corners=False).argmax(1).to(masks.dtype)
     for name in settings.flip_axes:
         flipped = _draw(len(cut_images), generator) < 0.5
-        cut_images[flipped] = cut_images[flipped].flip(2 + AXES[name])
-        cut_masks[flipped] = cut_masks[flipped].flip(1 + AXES[name])
+        cut_images[flipped] = cut_images[flipped].flip(2 + WORLD_AXES[name])
+        cut_masks[flipped] = cut_masks[flipped].flip(1 + WORLD_AXES[name])
     return _change_intensities(cut_images, settings, generator), cut_masks
 
 

@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from volseg.evaluate.roc import auc
 from volseg.io.prepared import PreparedCase
-from volseg.models import build_network, set_weights, weights_of
+from volseg.models import build_classifier, set_weights, weights_of
 from volseg.recipe import Classify
 
 SHIFT_PIXELS = 3  # largest shift of a training slice: a predicted centroid is not the reference's
@@ -40,9 +40,7 @@ def train_classifier(
     slices, targets = _stack(training, settings)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        network = build_network(
-            settings.network.name, in_channels=2, out_channels=len(settings.classes), **settings.network.settings
-        ).to(device)
+        network = build_classifier(settings).to(device)
         optimizer = torch.optim.AdamW(
             network.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay
         )
@@ -124,5 +122,7 @@ def _validate(
         probabilities = _mean_logits(network, slices.to(device)).softmax(dim=1).cpu().numpy()
     found: dict[str, Any] = {"classifier_validation_lesions": len(targets)}
     for index, name in enumerate(settings.classes):
-        found[f"validation_auc_{name}"] = round(auc(probabilities[:, index], targets.numpy() == index), 4)
+        area = auc(probabilities[:, index], targets.numpy() == index)
+        if not math.isnan(area):  # one class only: there is nothing to tell apart
+            found[f"validation_auc_{name}"] = round(area, 4)
     return found

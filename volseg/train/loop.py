@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -19,7 +21,7 @@ from volseg.evaluate.overlap import dice
 from volseg.infer.backends import TorchBackend
 from volseg.infer.stream import predict_logits
 from volseg.io.prepared import PreparedCase
-from volseg.models import build_network, set_weights, weights_of
+from volseg.models import build_segmentation, set_weights, weights_of
 from volseg.plan import Plan
 from volseg.recipe import Recipe
 from volseg.train.augment import augment, enlarged_shape
@@ -66,6 +68,7 @@ class Trained:
 
 @dataclass(slots=True)
 class _State:
+    identity: str = ""  # of the run: recipe, plan, seed and cases
     step: int = 0
     seconds: float = 0.0
     best_dice: float = -1.0
@@ -103,19 +106,19 @@ def train_segmentation(
         devices=1,
         precision="bf16-mixed" if settings.device.type == "cuda" else "32-true",
     )
-    raw = _new_network(recipe, settings.seed)
+    raw = _new_network(recipe, settings.seed).to(settings.device)  # before the optimizer takes its parameters
     set_weights(raw, weights_of(raw) | _fitting(initial, weights_of(raw)))
     optimizer = torch.optim.AdamW(
         raw.parameters(), lr=recipe.train.learning_rate, weight_decay=recipe.train.weight_decay
     )
     averaged = {key: tensor.clone().to(settings.device) for key, tensor in weights_of(raw).items()}
-    state = _State()
+    state = _State(identity=_identity(training, validation, recipe, plan, settings.seed))
     last, best = checkpoints / "last.safetensors", checkpoints / "best.safetensors"
     if resume and last.exists():
-        state = _restore(last, raw, averaged, optimizer)
+        state = _restore(last, raw, averaged, optimizer, expected=state.identity)
     network, optimizer = fabric.setup(raw, optimizer)
     loss_function = dice_cross_entropy(recipe.train.class_weights).to(settings.device)
-    evaluated = build_like(recipe)
+    evaluated = build_segmentation(recipe)
     watched = _spread(validation, recipe.train.validation_cases)
     started = time.monotonic() - state.seconds
     reserve = 0.0
@@ -185,20 +188,19 @@ def train_segmentation(
     return Trained(weights, history, metrics)
 
 
-def build_like(recipe: Recipe) -> nn.Module:
-    """The recipe's segmentation network with weights that are about to be replaced."""
-    return build_network(
-        recipe.network.name,
-        in_channels=len(recipe.data.channels),
-        out_channels=1 + len(recipe.data.labels),
-        **recipe.network.settings,
-    )
+def _identity(
+    training: Sequence[PreparedCase], validation: Sequence[PreparedCase], recipe: Recipe, plan: Plan, seed: int
+) -> str:
+    """Hash of all that decides what a step does, so that two different runs are never continued as one."""
+    cases = [[case.id, case.record.get("key")] for case in (*training, *validation)]
+    facts = [recipe.sha256, plan.model_dump(mode="json"), seed, cases, len(training)]
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 def _new_network(recipe: Recipe, seed: int) -> nn.Module:
     with torch.random.fork_rng(devices=[]):  # layers draw their first weights from torch's global generator
         torch.manual_seed(seed)
-        return build_like(recipe)
+        return build_segmentation(recipe)
 
 
 def _fitting(initial: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -311,9 +313,20 @@ def _save(
 
 
 def _restore(
-    path: Path, network: nn.Module, averaged: dict[str, torch.Tensor], optimizer: torch.optim.Optimizer
+    path: Path,
+    network: nn.Module,
+    averaged: dict[str, torch.Tensor],
+    optimizer: torch.optim.Optimizer,
+    *,
+    expected: str,
 ) -> _State:
     tensors, state = load_checkpoint(path)
+    if state["identity"] != expected:
+        raise VolsegError(
+            f"{path}: belongs to a run with another recipe, seed, fold or other cases",
+            fix="resume with what it was started with, or delete the folder",
+            code="E_EXISTS",
+        )
     set_weights(network, unflatten("network", tensors))
     for key, tensor in unflatten("averaged", tensors).items():
         averaged[key].copy_(tensor)

@@ -15,8 +15,8 @@ from volseg import __version__
 from volseg.errors import ScanError, VolsegError
 from volseg.execute.local import run
 from volseg.io.cases import Case
-from volseg.io.files import sha256_of, write_bytes_atomic
-from volseg.io.nifti import read_header, write_volume
+from volseg.io.files import make_folder, sha256_of, write_bytes_atomic
+from volseg.io.nifti import intensity_warnings, read_header, write_volume
 from volseg.measure.lesions import CaseRow, LesionMeasurement
 from volseg.report.results import ResultsFolder
 from volseg.volume import Volume
@@ -56,6 +56,7 @@ def run_cases(
     model_name: str,
     stage: str,
     progress: Progress,
+    objects: str = "components",
 ) -> RunReport:
     """Run the task on every case that is not complete; a failure is a row, an interruption leaves pending rows."""
     done, kept, failed, todo = [], [], {}, []
@@ -72,7 +73,6 @@ def run_cases(
                 done.append(case.id)
             else:
                 failed[case.id] = reason_of(outcome.error)
-                results.discard_outputs(case.id)
                 image = next(iter(case.images.values())).name
                 results.commit(
                     CaseRow(case_id=case.id, status="failed", reason=failed[case.id], image=image, model=model_name)
@@ -89,11 +89,15 @@ def run_cases(
                 for case in waiting
             ]
         )
-    return RunReport(out=results.path, done=done, kept=kept, failed=failed)
+    return RunReport(out=results.path, done=done, kept=kept, failed=failed, details={"objects": objects})
 
 
-def done_row(case: Case, lesions: Sequence[LesionMeasurement], path: Path, model_name: str, started: float) -> CaseRow:
-    warnings = [f"{warning.code}: {warning.text}" for warning in read_header(path).warnings]
+def done_row(
+    case: Case, scan: Volume, lesions: Sequence[LesionMeasurement], *, path: Path, unit: str, model: str, started: float
+) -> CaseRow:
+    """The row of a scan that was measured, with all that is odd about it. `unit` is that of its intensities."""
+    oddities = (*read_header(path).warnings, *intensity_warnings(scan, is_ct=unit == "HU"))
+    warnings = [f"{warning.code}: {warning.text}" for warning in oddities]
     if any(lesion.touches_border for lesion in lesions):
         warnings.append("W_BORDER: a lesion touches the border of the scan, so its volume is a lower bound")
     return CaseRow(
@@ -102,14 +106,14 @@ def done_row(case: Case, lesions: Sequence[LesionMeasurement], path: Path, model
         n_lesions=len(lesions),
         total_volume_ml=float(sum(lesion.volume_ml for lesion in lesions)),
         image=path.name,
-        model=model_name,
+        model=model,
         seconds=round(time.monotonic() - started, 2),
         warnings="; ".join(warnings),
     )
 
 
 def write_mask(mask: Volume, path: Path, *, like: Path) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     write_volume(mask, path, like=like)
     return path
 
@@ -118,9 +122,16 @@ def write_figure(scan: Volume, ids: Volume, lesions: Sequence[LesionMeasurement]
     from volseg.report.figures import overlay_png
 
     path = out / "figures" / f"{case_id}.png"
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     write_bytes_atomic(path, overlay_png(scan, ids.array, lesions, title=case_id))
     return path
+
+
+def _files_of(path: Path) -> list[Path]:
+    """The files behind the name of a scan: a `.hdr` has its voxels in an `.img`."""
+    stem, _, suffix = path.name.rpartition(".hdr")
+    partner = path.with_name(f"{stem}.img{suffix}") if stem else path
+    return [file for file in dict.fromkeys((path, partner)) if file.is_file()]
 
 
 def case_key(options: Mapping[str, Any], case: Case) -> str:
@@ -131,7 +142,11 @@ def input_key(settings: str, *inputs: Path | str | None) -> str:
     """Hash of the settings, of texts and of the content of files; a file that cannot be read counts by its name."""
     parts = [__version__, settings]
     for value in inputs:
-        parts.append(sha256_of(value) if isinstance(value, Path) and value.is_file() else str(value))
+        files = _files_of(value) if isinstance(value, Path) else ()
+        try:
+            parts += [sha256_of(file) for file in files] or [str(value)]
+        except OSError:
+            parts.append(str(value))
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 

@@ -12,17 +12,18 @@ from volseg.evaluate.overlap import OverlapRow
 from volseg.io.cases import Case, find_cases
 from volseg.io.nifti import read_header, read_mask, read_volume
 from volseg.measure.lesions import CaseRow, LesionMeasurement
-from volseg.postprocess.steps import STEPS
-from volseg.recipe import Recipe, load_recipe
+from volseg.postprocess.steps import make_steps
+from volseg.recipe import Recipe, load_recipe, shipped_recipes
 from volseg.volume import Volume
 from volseg.workflows.batch import check_pair
+from volseg.workflows.preparing import PREPARED_FILE
 
 
 def check(path: Path | str) -> list[dict[str, str]]:
     """Every problem of a dataset, scan, recipe or model at once, each with its fix; an empty list where there is none."""
     path = Path(path)
     try:
-        if path.suffix == ".toml" or (not path.exists() and path.suffix == ""):
+        if path.suffix == ".toml" or (not path.exists() and str(path) in shipped_recipes()):
             recipe = load_recipe(path)
             _check_names(recipe)
         elif (path / "model.json").is_file():
@@ -31,6 +32,10 @@ def check(path: Path | str) -> list[dict[str, str]]:
             bundle = load_bundle(path)
             bundle.segmentation_network()
             bundle.classifier_network()
+        elif (path / PREPARED_FILE).is_file():
+            raise VolsegError(
+                f"{path}: is a prepared folder", fix="check the dataset that it was made from", code="E_USAGE"
+            )
         elif path.is_dir() or path.suffix == ".csv":
             return [problem for case in find_cases(path, None) for problem in _check_case(case)]
         else:
@@ -47,17 +52,10 @@ def check(path: Path | str) -> list[dict[str, str]]:
 
 def _check_names(recipe: Recipe) -> None:
     """The names in a recipe that are files or rows of tables."""
-    from volseg.models import build_network
+    from volseg.models import check_networks
 
-    for step in recipe.postprocess:
-        if step.step not in STEPS:
-            raise VolsegError(f"post-processing step {step.step!r} is unknown", fix=f"use one of {', '.join(STEPS)}")
-        STEPS[step.step](**step.settings)
-    networks = [(recipe.network, len(recipe.data.channels), 1 + len(recipe.data.labels))]
-    if recipe.classify is not None:
-        networks.append((recipe.classify.network, 2, len(recipe.classify.classes)))
-    for network, n_in, n_out in networks:
-        build_network(network.name, in_channels=n_in, out_channels=n_out, **network.settings)
+    make_steps(recipe.postprocess)
+    check_networks(recipe)
 
 
 def _check_case(case: Case) -> Iterator[dict[str, str]]:
@@ -65,6 +63,8 @@ def _check_case(case: Case) -> Iterator[dict[str, str]]:
     for name, path in case.images.items():
         try:
             volumes[name] = read_volume(path)
+            for warning in read_header(path).warnings:
+                yield {"where": case.id, "code": warning.code, "problem": warning.text, "fix": ""}
         except VolsegError as error:
             yield _problem(case.id, error)
     if case.reference is None:

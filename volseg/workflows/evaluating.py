@@ -69,8 +69,11 @@ def _masks(path: Path) -> dict[str, Path]:
         path.is_file()
         or ((path / "cases.csv").is_file() and not (path / "masks").is_dir())
         or (path / "labels").is_dir()
+        or (path / "dataset.json").is_file()
     ):
         return {case.id: case.reference for case in find_cases(path, None) if case.reference is not None}
+    if (path / RECORDS).is_dir() and not (path / "masks").is_dir():
+        raise VolsegError(f"{path}: holds no masks", fix="give the results of `volseg infer`", code="E_DATASET")
     folder = path / "masks" if (path / "masks").is_dir() else path
     return {case.id: next(iter(case.images.values())) for case in find_scans([folder], ("image",))}
 

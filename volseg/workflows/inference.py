@@ -93,7 +93,15 @@ def _infer_case(case: Case, model: Model, results: ResultsFolder, key: str, figu
         files.append(
             write_figure(images[recipe.data.channels[0]], result.lesion_ids, result.lesions, case.id, results.path)
         )
-    row = done_row(case, result.lesions, scan_path, model_name_of(model.bundle), started)
+    row = done_row(
+        case,
+        images[recipe.data.channels[0]],
+        result.lesions,
+        path=scan_path,
+        unit=recipe.data.intensity_unit,
+        model=model_name_of(model.bundle),
+        started=started,
+    )
     results.commit(row, key=key, lesions=result.lesions, files=files)
 
 

@@ -64,8 +64,13 @@ def measure(
         def task(case: Case) -> None:
             _measure_case(case, results, case_key(options, case), objects, label_names or {}, intensity_unit, figures)
 
-        report = run_cases(found, task, lambda case: case_key(options, case), results, "", "Measuring", progress)
-        results.write_run(run_description("measure", options, report, started) | {"connectivity": 26})
+        report = run_cases(
+            found, task, lambda case: case_key(options, case), results, "", "Measuring", progress, objects
+        )
+        results.write_run(
+            run_description("measure", options, report, started)
+            | {"connectivity": 26 if objects == "components" else None}
+        )
     return report
 
 
@@ -86,8 +91,10 @@ def _pairs(image: Path | str | None, mask: Path | str | None, cases: Path | str 
             fix="give --image and --mask, or --cases",
             code="E_USAGE",
         )
-    case = find_scans([Path(image)], ("image",))[0]
-    return [replace(case, reference=Path(mask))]
+    found = find_scans([Path(image)], ("image",))
+    if Path(image).is_dir() or len(found) != 1:
+        raise VolsegError(f"{image}: is not one scan", fix="give one file, or --cases for several", code="E_USAGE")
+    return [replace(found[0], reference=Path(mask))]
 
 
 def _measure_case(
@@ -104,6 +111,7 @@ def _measure_case(
     assert case.reference is not None
     scan, mask = read_volume(path), read_mask(case.reference)
     check_pair(scan, mask, str(path), str(case.reference))
+    unit = intensity_unit or _guess_unit(scan)
     lesions = label_lesions(mask.array, scan.geometry, objects=cast(Objects, objects))
     rows = measure_lesions(
         scan,
@@ -111,13 +119,14 @@ def _measure_case(
         lesions.labels,
         case_id=case.id,
         label_names={value: label_names.get(value, f"label_{value}") for value in lesions.labels},
-        intensity_unit=intensity_unit or _guess_unit(scan),
+        intensity_unit=unit,
     )
     ids = scan.with_array(lesions.ids)
     files = [write_mask(ids, results.path / "lesion_ids" / f"{case.id}.nii.gz", like=path)]
     if figures:
         files.append(write_figure(scan, ids, rows, case.id, results.path))
-    results.commit(done_row(case, rows, path, "", started), key=key, lesions=rows, files=files)
+    row = done_row(case, scan, rows, path=path, unit=unit, model="", started=started)
+    results.commit(row, key=key, lesions=rows, files=files)
 
 
 def _guess_unit(scan: Volume) -> str:

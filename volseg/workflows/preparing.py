@@ -16,7 +16,7 @@ from volseg.execute.local import run
 from volseg.io.cases import Case, find_cases
 from volseg.io.files import write_json_atomic
 from volseg.io.nifti import read_mask, read_volume
-from volseg.io.prepared import PreparedCase, read_case_record, write_prepared_case
+from volseg.io.prepared import PreparedCase, is_prepared, write_prepared_case
 from volseg.measure.lesions import CaseRow
 from volseg.postprocess.lesions import label_lesions
 from volseg.recipe import Recipe, load_recipe
@@ -29,6 +29,7 @@ if TYPE_CHECKING:  # torch takes seconds to import; only a workflow that needs i
     from volseg.plan import DatasetFingerprint, Plan
 
 PREPARED_FILE = "prepared.json"
+SPLITS = ("train", "val", "test")
 FOREGROUND_PER_LABEL = 4000  # voxels kept per case and label on which training patches are centred
 
 
@@ -37,7 +38,7 @@ def preprocess(
 ) -> RunReport:
     """Scans and masks → a prepared folder: memory-mapped arrays, a JSON per case, fingerprint and plan.
 
-    Cases of the test split, and of any split but train and val, are left alone. A second call prepares only what is missing or has changed.
+    Cases of the test split are left alone. A second call prepares only what is missing or has changed.
 
     Raises:
         VolsegError: the dataset or recipe is wrong, or no case could be read.
@@ -50,8 +51,8 @@ def preprocess(
         facts, failed = _facts(cases, chosen, out, seed, progress)
         usable = [case for case in cases if case.id not in failed]
         settings = json.dumps([facts["plan"], preparation_of(chosen), seed], sort_keys=True)
-        keys = {case.id: input_key(settings, *case.images.values(), case.reference, case.split) for case in usable}
-        missing = [case for case in usable if not _is_prepared(out / "cases", case.id, keys[case.id])]
+        keys = {case.id: input_key(settings, *_inputs_of(case)) for case in usable}
+        missing = [case for case in usable if not is_prepared(out / "cases", case.id, keys[case.id])]
         plan = Plan.model_validate(facts["plan"])
         outcomes = run(lambda case: _prepare_case(case, chosen, plan, out / "cases", keys[case.id], seed), missing)
         done = []
@@ -78,8 +79,8 @@ def _facts(
     """
     from volseg.plan import make_plan
 
-    files = [path for case in cases for path in (*case.images.values(), case.reference, case.split)]
-    key = input_key(json.dumps([recipe.model_dump(mode="json"), seed], sort_keys=True), *files)
+    inputs = [value for case in cases for value in _inputs_of(case)]
+    key = input_key(json.dumps([recipe.model_dump(mode="json"), seed], sort_keys=True), *inputs)
     try:
         earlier = json.loads((out / PREPARED_FILE).read_text(encoding="utf-8"))
         if earlier["key"] == key and not earlier["failed"]:
@@ -94,18 +95,29 @@ def _facts(
     return facts, failed
 
 
-def _is_prepared(folder: Path, case_id: str, key: str) -> bool:
-    record = read_case_record(folder, case_id)
-    return record is not None and record["key"] == key
+def _inputs_of(case: Case) -> list[Path | str | None]:
+    """All on which a prepared case depends besides the recipe: an edited table counts as much as an edited scan."""
+    facts = json.dumps([case.id, case.split, case.patient, case.classes], sort_keys=True)
+    return [*case.images.values(), case.reference, facts]
 
 
 def _training_cases(dataset: Path | str, recipe: Recipe) -> list[Case]:
+    """Cases with a mask outside the test split. A case without a split takes that of its patient, if he has one."""
     cases = find_cases(Path(dataset), recipe.data.channels)
-    labelled = [case for case in cases if case.reference is not None and case.split in (None, "train", "val")]
+    unknown = sorted({case.split for case in cases if case.split} - set(SPLITS))
+    if unknown:
+        raise VolsegError(
+            f"{dataset}: split {unknown[0]!r} is unknown",
+            fix=f"use {', '.join(SPLITS)} or leave it empty",
+            code="E_DATASET",
+        )
+    sides = {case.patient: case.split for case in cases if case.patient and case.split}
+    placed = [replace(case, split=case.split or sides.get(case.patient or "")) for case in cases]
+    labelled = [case for case in placed if case.reference is not None and case.split != "test"]
     if not labelled:
         raise VolsegError(
-            f"{dataset}: none of its {len(cases)} cases has a mask to train on and a split that is train, val or empty",
-            fix="add a `label` column or a labels/ folder with the names of the images, and correct the `split` column",
+            f"{dataset}: none of its {len(cases)} cases has a mask to train on and is outside the test split",
+            fix="add a `label` column or a labels/ folder with the names of the images, and check the `split` column",
             code="E_DATASET",
         )
     return labelled
@@ -160,8 +172,8 @@ def _read_case(case: Case, recipe: Recipe) -> tuple[dict[str, Volume], Volume]:
     images = {name: read_volume(case.images[name]) for name in recipe.data.channels}
     assert case.reference is not None
     reference = read_mask(case.reference)
-    first = next(iter(images.values()))
-    check_pair(first, reference, f"{case.images[recipe.data.channels[0]]}", f"{case.reference}")
+    for name, image in images.items():
+        check_pair(image, reference, str(case.images[name]), str(case.reference))
     unknown = sorted(set(np.unique(reference.array).tolist()) - {0, *recipe.data.labels.values()})
     if unknown:
         raise ScanError(
@@ -192,7 +204,7 @@ def _prepare_case(case: Case, recipe: Recipe, plan: Plan, folder: Path, key: str
     for index, value in enumerate(recipe.data.label_names, start=1):
         mask[values == value] = index
     rng = np.random.default_rng([seed, int(key[:8], 16)])
-    foreground = {index: _sample_voxels(mask == index, rng) for index in range(1, len(recipe.data.labels) + 1)}
+    foreground = {index: sample_voxels(mask == index, rng) for index in range(1, len(recipe.data.labels) + 1)}
     slices, class_name = None, None
     if recipe.classify is not None:
         class_name = _class_of(case, recipe)
@@ -209,7 +221,7 @@ def _prepare_case(case: Case, recipe: Recipe, plan: Plan, folder: Path, key: str
     write_prepared_case(folder, PreparedCase(case.id, prepared.array, mask, foreground, slices, record))
 
 
-def _sample_voxels(inside: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def sample_voxels(inside: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """(n, 3) int16 voxels of a mask, at most `FOREGROUND_PER_LABEL` of them."""
     flat = np.flatnonzero(inside)
     if flat.size > FOREGROUND_PER_LABEL:

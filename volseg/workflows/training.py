@@ -14,6 +14,7 @@ import numpy as np
 from volseg.errors import VolsegError
 from volseg.execute.cpu import keep_freed_memory
 from volseg.io.prepared import PreparedCase, read_prepared_case
+from volseg.postprocess.steps import make_steps
 from volseg.recipe import Recipe, parse_recipe
 from volseg.report.results import held
 from volseg.report.tables import write_table
@@ -60,6 +61,7 @@ def train(
 
     from volseg.bundle import ModelBundle, load_bundle, save_bundle
     from volseg.infer.backends import choose_device
+    from volseg.models import check_networks
     from volseg.train.loop import Epoch, RunSettings, train_segmentation
 
     torch.set_flush_denormal(True)
@@ -77,6 +79,8 @@ def train(
             if report.failed:
                 _refuse_dataset(dataset, report.failed)
         chosen, plan, fingerprint, cases = _load_prepared(prepared, recipe)
+        make_steps(chosen.postprocess)  # a misspelt step should not be found out after an hour of training
+        check_networks(chosen)
         training, validation = _split(cases, fold, seed)
         left = None if time_budget_seconds is None else time_budget_seconds - (time.monotonic() - started)
         if left is not None and left <= 0:
@@ -115,11 +119,9 @@ def train(
         weights: dict[str, Mapping[str, Any]] = {"segmentation": trained.weights}
         metrics = dict(trained.metrics)
         if chosen.classify is not None:
-            seconds = (
-                None
-                if left is None or time_budget_seconds is None
-                else time_budget_seconds - (time.monotonic() - started)
-            )
+            seconds = None
+            if time_budget_seconds is not None:
+                seconds = max(1.0, time_budget_seconds - (time.monotonic() - started))
             classifier, found = _train_classifier(
                 training, validation, chosen, settings.device, seed, seconds, progress
             )
