@@ -51,16 +51,17 @@ import json, resource, sys, time
 from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 kind, image, mask = sys.argv[1:]
-function = "resample_data_or_seg_to_shape" if kind == "default" else "resample_torch_simple"
+function = "resample_data_or_seg_to_shape" if kind == "default" else "resample_torch_fornnunet"
 def kwargs(is_seg):
     if kind == "default":
         return {"is_seg": is_seg, "order": 1 if is_seg else 3, "order_z": 0, "force_separate_z": None}
-    return {"is_seg": is_seg}
+    return {"is_seg": is_seg, "force_separate_z": False, "memefficient_seg_resampling": False}
 plans = {
     "dataset_name": "Dataset001_bench", "plans_name": "bench", "image_reader_writer": "SimpleITKIO",
     "transpose_forward": [0, 1, 2], "transpose_backward": [0, 1, 2], "label_manager": "LabelManager",
     "foreground_intensity_properties_per_channel": {"0": {"mean": 60.0, "std": 60.0, "percentile_00_5": -100.0, "percentile_99_5": 300.0}},
     "configurations": {"3d_fullres": {
+        "architecture": {"network_class_name": "", "arch_kwargs": {}, "_kw_requires_import": []},
         "spacing": [1.5, 1.5, 1.5], "normalization_schemes": ["CTNormalization"], "use_mask_for_norm": [False],
         "resampling_fn_data": function, "resampling_fn_seg": function,
         "resampling_fn_data_kwargs": kwargs(False), "resampling_fn_seg_kwargs": kwargs(True),
@@ -76,8 +77,8 @@ print(json.dumps({"wall": wall, "rss": rss, "shape": data.shape[1:]}))
 """
 
 
-def make_scan(folder: Path) -> tuple[Path, Path]:
-    """A body in air with an organ and a lesion, smooth and noisy, and the mask of both."""
+def make_scan(folder: Path) -> None:
+    """A body in air with an organ and a lesion, noisy, as `ct.nii.gz`, and the mask of both as `mask.nii.gz`."""
     from volseg.io.nifti import write_volume
     from volseg.volume import Geometry, Volume
 
@@ -90,10 +91,8 @@ def make_scan(folder: Path) -> tuple[Path, Path]:
     array = array + rng.integers(-30, 31, SHAPE)
     geometry = Geometry(SHAPE, np.diag([*SPACING_MM, 1.0]))
     mask = (organ < 1).astype(np.uint8) + (lesion < 1)
-    paths = folder / "ct.nii.gz", folder / "mask.nii.gz"
-    write_volume(Volume(np.asfortranarray(array.astype(np.int16)), geometry), paths[0])
-    write_volume(Volume(np.asfortranarray(mask.astype(np.uint8)), geometry), paths[1])
-    return paths
+    write_volume(Volume(np.asfortranarray(array.astype(np.int16)), geometry), folder / "ct.nii.gz")
+    write_volume(Volume(np.asfortranarray(mask.astype(np.uint8)), geometry), folder / "mask.nii.gz")
 
 
 def run_side(side: str, peer: str | None, paths: tuple[Path, Path]) -> dict:
@@ -109,10 +108,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peer", help="python of an environment with nnunetv2; without it volseg alone is run")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--make-scan", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.make_scan:
+        make_scan(arguments.make_scan)
+        return
     sides = [side for side in SIDES if side.startswith("volseg") or arguments.peer]
     with tempfile.TemporaryDirectory() as folder:
-        paths = make_scan(Path(folder))
+        # In a process of its own: a child's peak memory on Linux starts from that of its parent.
+        subprocess.run([sys.executable, __file__, "--make-scan", folder], check=True)
+        paths = Path(folder) / "ct.nii.gz", Path(folder) / "mask.nii.gz"
         found: dict[str, list[dict]] = {side: [] for side in sides}
         for _ in range(arguments.repeats):
             for side in sides:
