@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from laws import GRIDS, ball, ball_volume_mm3, centre_mm, grid_around, oblique, orientations
 
+from volseg.columns import columns_of
 from volseg.errors import ScanError
 from volseg.evaluate.overlap import OverlapRow, dice, evaluate_case, volume_error_ml
-from volseg.measure.lesions import columns
 from volseg.volume import Geometry, Volume
 
 NAMES = {1: "liver", 2: "tumour"}
@@ -133,7 +133,7 @@ def test_bad_shapes_are_refused():
 
 
 def test_columns_have_a_meaning():
-    described = columns(OverlapRow)
+    described = columns_of(OverlapRow)
     assert " ".join(name for name, _, _ in described) == (
         "case_id label label_name dice reference_volume_ml predicted_volume_ml volume_error_ml volume_error_percent"
     )
