@@ -77,6 +77,8 @@ CASES = (
     CaseSpec(number=22, split="train", spacing_mm=(1.2, 1.2, 2.4), tilt_deg=10, n_large=4, n_small=1),
     CaseSpec(number=23, split="train", axis_codes="PSR", spacing_mm=(1.5, 1.5, 2.3), n_large=4),
     CaseSpec(number=24, split="train", spacing_mm=(1.3, 1.3, 2.3), n_large=4, n_small=1, cut_by="S"),
+    CaseSpec(number=25, split="train", spacing_mm=(1.4, 1.4, 2.2), tilt_deg=9, n_large=3, cut_by="R"),
+    CaseSpec(number=26, split="train", axis_codes="RAS", n_large=2, n_small=1, cut_by="L"),
     CaseSpec(number=13, split="val", n_large=3),
     CaseSpec(number=14, split="val", axis_codes="RAS", spacing_mm=(1.5, 1.5, 2.2), tilt_deg=10, n_large=2, n_small=1),
     CaseSpec(number=15, split="test", n_large=4),
