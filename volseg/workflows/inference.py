@@ -49,12 +49,9 @@ def infer(
     """
     started = time.monotonic()
     keep_freed_memory()
-    import torch
-
     from volseg.bundle import load_bundle, shipped_bundle
     from volseg.segment import load_model
 
-    torch.set_flush_denormal(True)
     out = Path(out)
     folder = shipped_bundle() if model is None else Path(model)
     bundle = load_bundle(folder)

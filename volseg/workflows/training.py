@@ -57,14 +57,11 @@ def train(
     """
     started = time.monotonic()
     keep_freed_memory()
-    import torch
-
     from volseg.bundle import ModelBundle, load_bundle, save_bundle
     from volseg.infer.backends import choose_device
     from volseg.models import check_networks
     from volseg.train.loop import Epoch, RunSettings, train_segmentation
 
-    torch.set_flush_denormal(True)
     dataset, out = Path(dataset), Path(out)
     work = out / WORK_FOLDER
     with held(out, work):
