@@ -95,6 +95,7 @@ def _predict(images: Mapping[str, Volume], model: Model) -> tuple[np.ndarray, np
         overlap=recipe.infer.overlap,
         mirror_axes=[WORLD_AXES[name] for name in recipe.infer.mirror_axes],
         batch_size=recipe.infer.batch_size,
+        margin=recipe.infer.margin,
     )
     return restore_mask(logits, prepared.trail, list(recipe.data.label_names))
 

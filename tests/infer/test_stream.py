@@ -48,3 +48,29 @@ def test_a_scan_smaller_than_a_patch_is_padded_and_cut_back(shape):
     array = np.random.default_rng(0).normal(size=(2, *shape)).astype(np.float32)
     found = predict_logits(array, Identity(), patch_shape=(8, 8, 8), overlap=0.5)
     np.testing.assert_allclose(found[:2], array, atol=1e-6)
+
+
+class LeftNeighbour:
+    """A network that answers with each voxel's left neighbour, and 0 at the rim: as blind there as zero padding is."""
+
+    def logits(self, batch):
+        moved = np.zeros_like(batch)
+        moved[:, :, 1:] = batch[:, :, :-1]
+        return np.concatenate([moved, moved], axis=1)
+
+
+def test_with_a_margin_the_faces_of_a_scan_see_their_mirror_image():
+    array = np.random.default_rng(0).normal(size=(1, 12, 9, 5)).astype(np.float32) + 9
+    blind = predict_logits(array, LeftNeighbour(), patch_shape=(12, 9, 5), overlap=0.5)
+    seeing = predict_logits(array, LeftNeighbour(), patch_shape=(16, 13, 9), overlap=0.5, margin=2)
+    np.testing.assert_allclose(blind[0, 0], 0)
+    np.testing.assert_allclose(seeing[0, 0], array[0, 0], atol=1e-5)
+    np.testing.assert_allclose(seeing[0, 1:], array[0, :-1], atol=1e-5)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.tuples(*[st.integers(1, 12)] * 3), st.integers(0, 5))
+def test_a_margin_is_cut_off_again(shape, margin):
+    array = np.random.default_rng(0).normal(size=(1, *shape)).astype(np.float32)
+    found = predict_logits(array, Identity(), patch_shape=(6, 6, 6), overlap=0.5, margin=margin)
+    np.testing.assert_allclose(found[:1], array, atol=1e-5)

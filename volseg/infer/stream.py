@@ -19,6 +19,7 @@ def predict_logits(
     overlap: float,
     mirror_axes: Sequence[int] = (),
     batch_size: int = 1,
+    margin: int = 0,
 ) -> np.ndarray:
     """Gaussian-weighted mean of the logits of overlapping tiles.
 
@@ -26,10 +27,23 @@ def predict_logits(
         array: (channels, R, A, S) float32; an axis shorter than the patch is padded with 0 around its centre.
         overlap: smallest fraction of a patch shared with its neighbour, in [0, 1).
         mirror_axes: axes among 0, 1, 2 over whose mirrored copies the logits are averaged.
+        margin: voxels by which the scan is continued beyond each face with its mirror image. The outermost voxels of a
+            patch are those a network sees worst, and at a face of the scan no neighbouring patch makes up for it.
 
     Returns:
         (classes, R, A, S) float32.
     """
+    if margin:
+        wider = np.pad(array, [(0, 0), *[(margin, margin)] * 3], mode="symmetric")
+        logits = predict_logits(
+            wider,
+            backend,
+            patch_shape=patch_shape,
+            overlap=overlap,
+            mirror_axes=mirror_axes,
+            batch_size=batch_size,
+        )
+        return logits[(slice(None), *(slice(margin, margin + n) for n in array.shape[1:]))]
     shape = array.shape[1:]
     before = [max(0, p - n) // 2 for n, p in zip(shape, patch_shape, strict=True)]
     after = [max(0, p - n) - b for n, p, b in zip(shape, patch_shape, before, strict=True)]
