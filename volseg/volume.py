@@ -78,12 +78,26 @@ class Geometry:
 
     def corner_offset_voxels(self, other: Geometry) -> float:
         """Largest displacement of a corner voxel between two grids of equal shape, in voxels of this grid."""
-        corners = np.array(list(product(*[(0, n - 1) for n in self.shape])), dtype=np.float64)
+        corners = self._corners()
         return float(np.abs(self.to_index(other.to_world_mm(corners)) - corners).max())
 
     def matches(self, other: Geometry) -> bool:
         """Same shape, and every corner within 0.1 voxel."""
-        return self.shape == other.shape and self.corner_offset_voxels(other) < SAME_GRID_TOLERANCE_VOXELS
+        return not self.difference(other)
+
+    def difference(self, other: Geometry) -> str:
+        """How the other grid differs, for an error message; empty where the two match."""
+        if self.shape != other.shape:
+            return f"shape {other.shape} against {self.shape}"
+        voxels = self.corner_offset_voxels(other)
+        if voxels < SAME_GRID_TOLERANCE_VOXELS:
+            return ""
+        mm = np.linalg.norm(self.to_world_mm(self._corners()) - other.to_world_mm(self._corners()), axis=1).max()
+        return f"a corner is off by {voxels:.3g} voxels ({mm:.3g} mm)"
+
+    def _corners(self) -> np.ndarray:
+        """(8, 3) indices of the corner voxels."""
+        return np.array(list(product(*[(0, n - 1) for n in self.shape])), dtype=np.float64)
 
     def crop(self, box: BoundingBox) -> Geometry:
         """The grid of the voxels inside the box, at the same place in the patient."""

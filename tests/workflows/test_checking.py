@@ -18,8 +18,11 @@ def test_every_problem_of_a_dataset_is_reported_at_once(dataset, tmp_path):
     path = data / "images" / "scan_0.nii.gz"
     path.write_bytes(path.read_bytes()[:1000])
     shutil.copy(data / "labels" / "scan_3.nii.gz", data / "labels" / "scan_2.nii.gz")
+    table = data / "cases.csv"
+    table.write_text(table.read_text().rstrip() + "\n" + _row_of_a_lost_scan(table))
     problems = volseg.check(data)
-    assert [(problem["where"], problem["code"]) for problem in problems] == [
+    assert "images/lost.nii.gz' does not exist" in problems[0]["problem"]
+    assert [(problem["where"], problem["code"]) for problem in problems[1:]] == [
         ("scan_0", "E_TRUNCATED"),
         ("scan_2", "E_PAIR"),
     ]
@@ -39,3 +42,8 @@ def test_every_column_has_a_meaning():
     for columns in table_columns().values():
         assert all(meaning for _, _, meaning in columns)
         assert len({name for name, _, _ in columns}) == len(columns)
+
+
+def _row_of_a_lost_scan(table: Path) -> str:
+    columns = table.read_text().splitlines()[0].split(",")
+    return ",".join({"subject": "lost", "image": "images/lost.nii.gz"}.get(name, "") for name in columns) + "\n"

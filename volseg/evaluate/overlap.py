@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import product
 
 import numpy as np
 
@@ -85,13 +84,6 @@ def dice(reference: np.ndarray, predicted: np.ndarray, label: int) -> float:
     return _dice(int(in_reference.sum()), int(in_predicted.sum()), int((in_reference & in_predicted).sum()))
 
 
-def volume_error_ml(reference: np.ndarray, predicted: np.ndarray, label: int, geometry: Geometry) -> float:
-    """Predicted minus reference volume of one label in mL; positive if the prediction is too large."""
-    _check_same_shape(reference, predicted)
-    error = np.count_nonzero(predicted == label) - np.count_nonzero(reference == label)
-    return error * geometry.voxel_volume_mm3 / 1000
-
-
 def _dice(n_reference: int, n_predicted: int, n_both: int) -> float:
     return 2 * n_both / (n_reference + n_predicted) if n_reference + n_predicted else math.nan
 
@@ -103,17 +95,11 @@ def _count(values: np.ndarray) -> dict[int, int]:
 
 
 def _check_same_grid(reference: Geometry, predicted: Geometry, case_id: str) -> None:
-    fix = "save the predicted mask on the grid of the reference; a mask is never moved silently"
-    if reference.shape != predicted.shape:
-        problem = f"{case_id}: the predicted mask has shape {predicted.shape}, the reference {reference.shape}"
-        raise ScanError(problem, fix=fix, code="E_PAIR")
-    if not reference.matches(predicted):
-        corners = np.array(list(product(*[(0, n - 1) for n in reference.shape])), dtype=np.float64)
-        offset_mm = np.linalg.norm(reference.to_world_mm(corners) - predicted.to_world_mm(corners), axis=1).max()
+    difference = reference.difference(predicted)
+    if difference:
         raise ScanError(
-            f"{case_id}: the predicted mask lies elsewhere than the reference: a corner is off by "
-            f"{reference.corner_offset_voxels(predicted):.3g} voxels ({offset_mm:.3g} mm)",
-            fix=fix,
+            f"{case_id}: the predicted mask is not on the grid of the reference: {difference}",
+            fix="save the predicted mask on the grid of the reference; a mask is never moved silently",
             code="E_PAIR",
         )
 

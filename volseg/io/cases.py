@@ -68,6 +68,15 @@ def find_cases(dataset: Path, channels: Sequence[str] | None = (ONE_CHANNEL,)) -
     return _checked(rows, mistakes, str(dataset))
 
 
+def survey_cases(dataset: Path) -> tuple[list[Case], list[str]]:
+    """The cases whose files are all there, and every mistake of the dataset: for a check, which stops at none of them."""
+    mistakes: list[str] = []
+    rows = _rows_of(dataset, None, mistakes)
+    mistakes += _mistakes(rows)
+    sound = [row for row in rows if not _id_mistakes([row]) and not _file_mistakes([row])]
+    return [_case(row) for row in sound], mistakes
+
+
 def find_scans(inputs: Sequence[Path], channels: Sequence[str] | None = (ONE_CHANNEL,)) -> list[Case]:
     """The cases to segment: scans, folders of scans (hidden files and `._*` are skipped), CSV files and data sets.
 
@@ -319,13 +328,21 @@ def _checked(rows: list[_Row], mistakes: list[str], origin: str) -> list[Case]:
     """Cases without a mistake, or one error that names all mistakes."""
     if not rows and not mistakes:
         raise VolsegError(f"no scans found in {origin}", fix=f"give files that end in {', '.join(SUFFIXES)}")
-    mistakes = mistakes + _id_mistakes(rows) + _file_mistakes(rows) + _split_mistakes(rows)
+    mistakes = mistakes + _mistakes(rows)
     if mistakes:
         shown = "; ".join(f"({number}) {text}" for number, text in enumerate(mistakes[:MAX_LISTED], start=1))
         rest = f"; and {len(mistakes) - MAX_LISTED} more" if len(mistakes) > MAX_LISTED else ""
         count = f"{len(mistakes)} mistake{'s' if len(mistakes) > 1 else ''}"
         raise VolsegError(f"{origin}: {count}: {shown}{rest}", fix="correct them and run again; nothing was done yet")
-    return [Case(row.id, dict(row.images), row.reference, row.split, row.patient, dict(row.classes)) for row in rows]
+    return [_case(row) for row in rows]
+
+
+def _case(row: _Row) -> Case:
+    return Case(row.id, dict(row.images), row.reference, row.split, row.patient, dict(row.classes))
+
+
+def _mistakes(rows: list[_Row]) -> list[str]:
+    return _id_mistakes(rows) + _file_mistakes(rows) + _split_mistakes(rows)
 
 
 def _id_mistakes(rows: list[_Row]) -> list[str]:

@@ -164,9 +164,10 @@ def _auto_scaled(volume: Volume, stored: np.ndarray) -> float:
 def _check_one_grid(images: Mapping[str, Volume]) -> None:
     (first_name, first), *others = images.items()
     for name, volume in others:
-        if not first.geometry.matches(volume.geometry):
+        difference = first.geometry.difference(volume.geometry)
+        if difference:
             raise ScanError(
-                f"channels {first_name!r} {first.geometry.shape} and {name!r} {volume.geometry.shape} lie on different grids",
+                f"channel {name!r} is not on the grid of {first_name!r}: {difference}",
                 fix=f"resample {name!r} onto the grid of {first_name!r}",
                 code="E_PAIR",
             )

@@ -168,16 +168,10 @@ def reason_of(error: VolsegError) -> str:
 
 
 def check_pair(image: Volume, mask: Volume, image_name: str, mask_name: str) -> None:
-    if image.geometry.shape != mask.geometry.shape:
+    difference = image.geometry.difference(mask.geometry)
+    if difference:
         raise ScanError(
-            f"{mask_name}: has shape {mask.geometry.shape}, its scan {image_name} has {image.geometry.shape}",
-            fix="give the mask that was drawn on this scan, or resample it onto the scan's grid",
-            code="E_PAIR",
-        )
-    if not image.geometry.matches(mask.geometry):
-        off = image.geometry.corner_offset_voxels(mask.geometry)
-        raise ScanError(
-            f"{mask_name}: corners lie {off:.3g} voxels from those of its scan {image_name}",
+            f"{mask_name}: is not on the grid of its scan {image_name}: {difference}",
             fix="give the mask that was drawn on this scan, or correct the affine of one of them",
             code="E_PAIR",
         )

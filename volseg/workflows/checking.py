@@ -9,7 +9,7 @@ from pathlib import Path
 from volseg.columns import columns_of
 from volseg.errors import VolsegError
 from volseg.evaluate.overlap import OverlapRow
-from volseg.io.cases import Case, find_cases
+from volseg.io.cases import Case, survey_cases
 from volseg.io.nifti import read_header, read_mask, read_volume
 from volseg.measure.lesions import CaseRow, LesionMeasurement
 from volseg.postprocess.steps import make_steps
@@ -37,7 +37,12 @@ def check(path: Path | str) -> list[dict[str, str]]:
                 f"{path}: is a prepared folder", fix="check the dataset that it was made from", code="E_USAGE"
             )
         elif path.is_dir() or path.suffix == ".csv":
-            return [problem for case in find_cases(path, None) for problem in _check_case(case)]
+            cases, mistakes = survey_cases(path)
+            found = [
+                {"where": str(path), "code": "E_REQUEST", "problem": mistake, "fix": "correct the dataset"}
+                for mistake in mistakes
+            ]
+            return found + [problem for case in cases for problem in _check_case(case)]
         else:
             header = read_header(path)
             read_volume(path)
