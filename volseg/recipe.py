@@ -132,7 +132,9 @@ class Infer(Section):
     overlap: Annotated[float, Field(ge=0, lt=1)] = 0.5  # fraction of a patch shared with its neighbour
     mirror_axes: tuple[Literal["R", "A", "S"], ...] = ()  # average over mirrored copies: each axis doubles the time
     batch_size: Annotated[int, Field(ge=1)] = 1
-    margin: Annotated[int, Field(ge=0)] = 0  # voxels by which the scan is continued by its mirror image beyond each face
+    margin: Annotated[int, Field(ge=0)] = (
+        0  # voxels by which the scan is continued by its mirror image beyond each face
+    )
 
 
 class Step(Section):
