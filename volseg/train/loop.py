@@ -104,7 +104,7 @@ def train_segmentation(
     fabric = Fabric(
         accelerator=settings.device.type,
         devices=1,
-        precision="bf16-mixed" if settings.device.type == "cuda" else "32-true",
+        precision="bf16-mixed" if _is_fast_in_bf16(settings.device) else "32-true",
     )
     raw = _new_network(recipe, settings.seed).to(settings.device)  # before the optimizer takes its parameters
     set_weights(raw, weights_of(raw) | _fitting(initial, weights_of(raw)))
@@ -186,6 +186,13 @@ def train_segmentation(
         **_final_metrics(evaluated, validation, recipe, plan, settings.device),
     }
     return Trained(weights, history, metrics)
+
+
+def _is_fast_in_bf16(device: torch.device) -> bool:
+    """GPUs are, and CPUs with AMX, where a step takes half the time; without it, torch falls back to slow kernels."""
+    if device.type == "cpu":
+        return bool(getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16"))
+    return True
 
 
 def _identity(
