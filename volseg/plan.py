@@ -65,7 +65,7 @@ class Plan(_Json):
             spacing_mm=self.spacing_mm,
             normalisers=tuple(self._normaliser(preprocess, channel) for channel in channels),
             interpolation=preprocess.interpolation,
-            crop_to_body=preprocess.crop == "body",
+            crop=preprocess.crop,
             body_above=None if preprocess.body_above == "auto" else preprocess.body_above,
         )
 

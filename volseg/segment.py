@@ -11,11 +11,12 @@ from volseg.bundle import ModelBundle
 from volseg.errors import ScanError
 from volseg.infer.backends import Backend, TorchBackend, choose_device
 from volseg.infer.classify import classify_lesions
-from volseg.infer.stream import predict_logits
+from volseg.infer.stream import Tiling, predict_slabs
+from volseg.infer.tiles import thinnest_axis
 from volseg.measure.lesions import LesionMeasurement, measure_lesions
 from volseg.postprocess.lesions import label_lesions
 from volseg.postprocess.steps import make_steps
-from volseg.preprocess.prepare import prepare, restore_mask
+from volseg.preprocess.prepare import MaskRestorer, Preparation
 from volseg.volume import WORLD_AXES, Volume
 
 
@@ -84,20 +85,23 @@ def segment_case(images: Mapping[str, Volume], model: Model, *, case_id: str) ->
 def _predict(images: Mapping[str, Volume], model: Model) -> tuple[np.ndarray, np.ndarray]:
     """Mask (I, J, K) of label values and confidence (I, J, K) uint8, both on the scan's grid."""
     recipe, plan = model.bundle.recipe, model.bundle.plan
-    prepared = prepare(images, plan.prepare_settings(recipe.preprocess, list(images)))
-    if not prepared.has_body:
-        shape = prepared.trail.geometry.shape
-        return np.zeros(shape, np.uint8, order="F"), np.full(shape, 255, np.uint8, order="F")
-    logits = predict_logits(
-        prepared.array,
-        model.segmentation,
+    preparation = Preparation(images, plan.prepare_settings(recipe.preprocess, list(images)))
+    trail = preparation.trail
+    values = list(recipe.data.label_names)
+    tiling = Tiling(
         patch_shape=plan.patch_shape,
         overlap=recipe.infer.overlap,
         mirror_axes=[WORLD_AXES[name] for name in recipe.infer.mirror_axes],
         batch_size=recipe.infer.batch_size,
         margin=recipe.infer.margin,
+        empty_level=preparation.empty_level,
     )
-    return restore_mask(logits, prepared.trail, list(recipe.data.label_names))
+    axis = thinnest_axis(trail.shape, plan.patch_shape) if trail.separate_axis is None else trail.separate_axis
+    restorer = MaskRestorer(trail, values, axis=axis)
+    if preparation.has_body:
+        for slab in predict_slabs(preparation.planes(axis), model.segmentation, tiling, n_classes=1 + len(values)):
+            restorer.add(slab)
+    return restorer.result()
 
 
 def _present(images: Mapping[str, Volume], wanted: Sequence[str], case_id: str) -> Sequence[str]:

@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from volseg.infer.tiles import gaussian_window, tile_boxes, tile_starts
+from volseg.infer.tiles import TiledAxis, gaussian, thinnest_axis, tile_starts
 
 
 @settings(deadline=None)
@@ -20,20 +20,33 @@ def test_tiles_cover_the_axis_inside_it_and_overlap_as_asked(length, patch, over
     assert gaps.max() <= max(1, patch * (1 - overlap)) + 1
 
 
-def test_boxes_run_along_s_slowest():
-    boxes = tile_boxes((8, 6, 10), (4, 6, 5), 0.0)
-    assert [box[2].start for box in boxes] == sorted(box[2].start for box in boxes)
-    covered = np.zeros((8, 6, 10), int)
-    for box in boxes:
-        covered[box] += 1
-    assert (covered == 1).all()
+@settings(deadline=None, max_examples=60)
+@given(st.integers(1, 60), st.integers(1, 24), st.floats(0, 0.8), st.integers(0, 9))
+def test_shares_sum_to_one_at_every_voxel_and_are_largest_in_the_middle(length, patch, overlap, margin):
+    axis = TiledAxis.of(length, patch, overlap, margin)
+    total = np.zeros(len(axis.source))
+    for start, weights in zip(axis.starts, axis.weights, strict=True):
+        total[start : start + patch] += weights
+    np.testing.assert_allclose(total, 1, rtol=1e-5)
+    np.testing.assert_array_equal(axis.source[axis.before : axis.before + length], np.arange(length))
 
 
-@pytest.mark.parametrize("patch", [(8, 8, 8), (9, 16, 5), (96, 96, 96)])
-def test_the_window_is_symmetric_largest_in_the_centre_and_nowhere_zero(patch):
-    window = gaussian_window(patch)
-    for axis in range(3):
-        np.testing.assert_allclose(window, np.flip(window, axis), rtol=1e-5)
-    assert window.max() == 1
-    assert window[tuple(n // 2 for n in patch)] == pytest.approx(1, abs=0.2)
-    assert window.min() > 0
+def test_a_scan_goes_on_as_its_mirror_image_and_then_as_nothing():
+    axis = TiledAxis.of(3, 9, 0.5, margin=2)
+    np.testing.assert_array_equal(axis.source, [-1, 1, 0, 0, 1, 2, 2, 1, -1])
+    assert axis.before == 3
+
+
+@pytest.mark.parametrize("patch", [8, 9, 96])
+def test_the_gaussian_is_symmetric_largest_in_the_centre_and_nowhere_zero(patch):
+    weights = gaussian(patch)
+    np.testing.assert_allclose(weights, weights[::-1])
+    assert weights.max() == weights[patch // 2] > 0.8
+    assert weights.min() > 0
+
+
+def test_layers_lie_across_the_axis_that_needs_the_smallest_buffer():
+    assert thinnest_axis((239, 239, 400), (128, 128, 128)) == 2
+    assert thinnest_axis((400, 239, 239), (128, 128, 128)) == 0
+    assert thinnest_axis((300, 300, 300), (128, 64, 128)) == 1
+    assert thinnest_axis((50, 50, 50), (64, 64, 64)) == 2

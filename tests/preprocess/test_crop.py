@@ -1,3 +1,5 @@
+import sys
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -6,8 +8,8 @@ from laws import GRIDS, oblique, orientations
 
 from volseg.preprocess.crop import (
     AxisOrder,
-    body_box,
     body_threshold,
+    box_where,
     canonical_geometry,
     crop,
     from_canonical,
@@ -56,9 +58,22 @@ def test_the_body_of_an_mri_is_found_whatever_its_scale():
     scan = np.abs(rng.normal(0, 0.02, (40, 40, 40)))
     scan[10:30, 8:32, 5:35] += 1
     for scale in (1e-3, 1.0, 1e6):
-        box = body_box(scan * scale, body_threshold(scan * scale))
+        box = _over(scan * scale, body_threshold(scan * scale))
         assert box == BoundingBox((10, 8, 5), (30, 32, 35))
 
 
 def test_a_scan_of_air_has_no_body():
-    assert body_box(np.full(SHAPE, -1000), above=-500) is None
+    assert _over(np.full(SHAPE, -1000), -500) is None
+
+
+def _over(array, above):
+    return box_where(lambda part: array[part] > above, array)
+
+
+@pytest.mark.parametrize("layout", ["C", "F"])
+def test_a_box_found_slab_by_slab_is_the_box_of_the_whole(layout, monkeypatch):
+    monkeypatch.setattr(sys.modules["volseg.preprocess.crop"], "SLAB_VOXELS", 40)
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        array = np.asarray(rng.random((9, 8, 7)) > 0.99, order=layout)
+        assert box_where(lambda part, array=array: array[part], array) == BoundingBox.around(array)

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from volseg.errors import VolsegError
-from volseg.preprocess.normalise import Percentile, Window, ZScore
+from volseg.preprocess.normalise import Percentile, Scale, Window, ZScore
 
 ARRAY = np.random.default_rng(0).normal(100, 30, (8, 9, 10)).astype(np.float32)
 BODY = ARRAY > 80
@@ -46,3 +46,37 @@ def test_a_constant_scan_becomes_zero_and_not_nan(normaliser):
 
 def test_an_empty_body_falls_back_to_all_voxels():
     np.testing.assert_array_equal(ZScore()(ARRAY, np.zeros(ARRAY.shape, bool)), ZScore()(ARRAY, None))
+
+
+@pytest.mark.parametrize(
+    "normaliser",
+    [
+        Window(low=0, high=200, mean=50, sd=25),
+        ZScore(),
+        ZScore(region="scan"),
+        ZScore(region="nonzero"),
+        Percentile(low_percent=1, high_percent=99),
+        Scale(subtract=3, divide_by=7),
+    ],
+)
+def test_what_is_fitted_to_the_scan_does_the_same_to_each_slab(normaliser):
+    whole = normaliser(ARRAY, BODY)
+    fitted = normaliser.fit(ARRAY, BODY)
+    slabs = [fitted(ARRAY[part], BODY[part]) for part in (slice(0, 3), slice(3, 4), slice(4, 8))]
+    np.testing.assert_array_equal(np.concatenate(slabs), whole)
+    assert whole.dtype == np.float32
+    assert not np.shares_memory(whole, ARRAY)
+
+
+def test_the_region_says_whose_mean_and_deviation_and_what_is_outside():
+    scan, nonzero = ZScore(region="scan")(ARRAY, BODY), ZScore(region="nonzero")(ARRAY, BODY)
+    assert (scan.mean(), scan.std()) == pytest.approx((0, 1), abs=1e-4)
+    assert (nonzero[BODY].mean(), nonzero[BODY].std()) == pytest.approx((0, 1), abs=1e-4)
+    assert not nonzero[~BODY].any()
+    kept = np.where(BODY, ARRAY, 0)
+    np.testing.assert_array_equal(ZScore(region="nonzero")(kept, None), ZScore(region="nonzero")(kept, kept != 0))
+
+
+def test_stated_numbers_do_not_look_at_the_scan():
+    np.testing.assert_array_equal(Scale()(ARRAY, BODY), ARRAY)
+    np.testing.assert_allclose(Scale(subtract=10, divide_by=255)(ARRAY, None), (ARRAY - 10) / 255, atol=1e-6)

@@ -2,11 +2,21 @@ import sys
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import settings as settings_of_test
+from hypothesis import strategies as st
 from laws import GRIDS, ball, grid_around, oblique, orientations
 
 from volseg.errors import ScanError
-from volseg.preprocess.normalise import Window
-from volseg.preprocess.prepare import PrepareSettings, prepare, prepare_mask, restore_mask
+from volseg.preprocess.normalise import Window, ZScore
+from volseg.preprocess.prepare import (
+    MaskRestorer,
+    Preparation,
+    PrepareSettings,
+    prepare,
+    prepare_mask,
+    restore_mask,
+)
 from volseg.volume import BoundingBox, Geometry, Volume
 
 WINDOW = Window(low=-1000, high=1000, mean=0, sd=1)
@@ -31,17 +41,18 @@ def one_hot(mask, n):
 
 
 @pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS.keys())
-@pytest.mark.parametrize("crop_to_body", [True, False])
-def test_prepare_then_restore_is_the_identity_at_the_own_spacing(grid, crop_to_body):
+@pytest.mark.parametrize("crop", ["body", "none"])
+def test_prepare_then_restore_is_the_identity_at_the_own_spacing(grid, crop):
     geometry = grid_around(8, grid((0.8, 1.0, 2.0)), margin=4)
     scan, inside = phantom(geometry, radius_mm=8)
-    prepared = prepare({"ct": scan}, settings(spacing_mm=_canonical_spacing(geometry), crop_to_body=crop_to_body))
+    prepared = prepare({"ct": scan}, settings(spacing_mm=_canonical_spacing(geometry), crop=crop))
     mask = prepare_mask(inside.astype(np.uint8) * 3, prepared.trail)
     restored, confidence = restore_mask(one_hot(mask // 3, 2), prepared.trail, [3])
     np.testing.assert_array_equal(restored, inside * 3)
     assert restored.dtype == np.uint8
-    assert confidence.min() >= 254
-    assert (prepared.trail.box != BoundingBox.whole(prepared.trail.box.shape)) == crop_to_body
+    assert confidence[inside].min() >= 254
+    assert not confidence[~inside].any()
+    assert (prepared.trail.box != BoundingBox.whole(prepared.trail.box.shape)) == (crop == "body")
 
 
 def _canonical_spacing(geometry):
@@ -98,7 +109,8 @@ def test_confidence_is_the_softmax_probability_of_the_winner():
     mask, confidence = restore_mask(logits, prepared.trail, [1, 2, 3, 4])
     exponents = np.exp(logits - logits.max(axis=0))
     np.testing.assert_array_equal(mask, logits.argmax(axis=0))
-    np.testing.assert_allclose(confidence, 255 / exponents.sum(axis=0), atol=0.51)
+    expected = np.where(mask > 0, 255 / exponents.sum(axis=0), 0)
+    np.testing.assert_allclose(confidence, expected, atol=0.51)
 
 
 def test_outside_the_body_the_mask_is_background_whatever_the_network_says():
@@ -128,3 +140,73 @@ def test_channels_on_different_grids_are_refused():
     with pytest.raises(ScanError, match=r"not on the grid of .t1.: shape") as caught:
         prepare({"t1": first, "t2": second}, settings(normalisers=(WINDOW, WINDOW)))
     assert caught.value.code == "E_PAIR"
+
+
+@settings_of_test(max_examples=30, deadline=None)
+@given(
+    st.tuples(*[st.integers(1, 14)] * 3),
+    st.tuples(*[st.floats(0.5, 3)] * 3),
+    st.integers(0, 2),
+    st.lists(st.integers(1, 5), min_size=1, max_size=6),
+    st.booleans(),
+)
+def test_planes_and_slabs_of_any_size_along_any_axis_give_what_the_whole_gives(shape, spacing, axis, steps, separate):
+    geometry = Geometry(shape, oblique((1.0, 0.9, 1.1)))
+    rng = np.random.default_rng(0)
+    scan = Volume(rng.integers(-400, 400, shape).astype(np.int16), geometry)
+    wanted = settings(
+        spacing_mm=spacing,
+        crop="none",
+        interpolation="cubic",
+        normalisers=(ZScore(),),
+        separate_above=1.5 if separate else None,
+    )
+    preparation = Preparation({"ct": scan}, wanted)
+    trail = preparation.trail
+    axis = axis if trail.separate_axis is None else trail.separate_axis
+    whole = prepare({"ct": scan}, wanted).array
+    logits = rng.normal(size=(3, *trail.shape)).astype(np.float32)
+    planes, restorer = preparation.planes(axis), MaskRestorer(trail, [1, 5], axis=axis)
+    start = 0
+    while start < trail.shape[axis]:
+        part = range(start, min(trail.shape[axis], start + steps[start % len(steps)]))
+        np.testing.assert_allclose(planes.read(part.start, part.stop), np.take(whole, part, 1 + axis), atol=1e-4)
+        restorer.add(np.take(logits, part, 1 + axis))
+        start = part.stop
+    for found, expected in zip(restorer.result(), restore_mask(logits, trail, [1, 5]), strict=True):
+        assert np.mean(found != expected) <= 0.001  # where two logits agree to the last bit
+
+
+def test_regions_are_where_their_logit_is_over_0_and_a_later_one_lies_over_an_earlier_one():
+    geometry = Geometry((5, 6, 7), np.eye(4))
+    scan = Volume(np.zeros(geometry.shape, np.int16), geometry)
+    trail = prepare({"ct": scan}, settings(spacing_mm=(1.0, 1.0, 1.0), crop="none")).trail
+    logits = np.random.default_rng(0).normal(size=(3, 5, 6, 7)).astype(np.float32)
+    mask, confidence = restore_mask(logits, trail, [4, 2, 9], regions=True)
+    expected = np.zeros(geometry.shape, int)
+    probability = np.zeros(geometry.shape)
+    for index, value in enumerate([4, 2, 9]):
+        expected[logits[index] > 0] = value
+        probability[logits[index] > 0] = 1 / (1 + np.exp(-logits[index][logits[index] > 0]))
+    np.testing.assert_array_equal(mask, expected)
+    np.testing.assert_allclose(confidence, 255 * probability, atol=0.51)
+
+
+def test_the_nearest_plane_is_taken_along_the_one_coarse_axis():
+    geometry = Geometry((8, 8, 5), np.diag([1.0, 1.0, 5.0, 1.0]))
+    scan = Volume(np.random.default_rng(0).integers(0, 9, geometry.shape).astype(np.int16), geometry)
+    wanted = settings(spacing_mm=(1.0, 1.0, 2.5), crop="none", separate_above=3.0, interpolation="cubic")
+    preparation = Preparation({"ct": scan}, wanted)
+    assert preparation.trail.separate_axis == 2
+    np.testing.assert_allclose(preparation.planes(2).read(0, 10)[0], np.repeat(scan.array, 2, axis=2), atol=1e-5)
+
+
+def test_stored_axes_are_those_of_the_file_backwards_then_transposed():
+    geometry = Geometry((4, 5, 6), oblique((1, 1, 1)))
+    scan = Volume(np.random.default_rng(0).integers(0, 99, geometry.shape).astype(np.int16), geometry)
+    wanted = settings(spacing_mm=(1.0, 1.0, 1.0), crop="none", axes="stored", transpose=(1, 0, 2))
+    prepared = prepare({"ct": scan}, wanted)
+    np.testing.assert_allclose(prepared.array[0], scan.array.transpose(2, 1, 0).transpose(1, 0, 2), atol=1e-4)
+    np.testing.assert_array_equal(
+        restore_mask(one_hot(prepared.array[0] > 50, 2), prepared.trail, [1])[0], scan.array > 50
+    )

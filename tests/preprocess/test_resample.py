@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from laws import GRIDS, ball, ball_volume_mm3, grid_around, oblique
 from scipy import ndimage
 
-from volseg.preprocess.resample import linear_positions, resample, resample_mask, resampled_geometry, resampled_shape
+from volseg.preprocess.resample import positions, resample, resample_mask, resampled_geometry, resampled_shape
 from volseg.volume import Geometry
 
 SHAPES = st.tuples(*[st.integers(1, 24)] * 3)
@@ -88,8 +88,8 @@ def test_labels_are_not_mixed_into_values_that_were_not_there():
     assert set(np.unique(resample_mask(mask, (15, 7, 10)))) == {2, 9}
 
 
-def test_linear_positions_stay_inside_and_weigh_the_upper_neighbour():
-    lower, upper, weight = linear_positions(4, 8)
+def test_positions_stay_inside_and_weigh_the_upper_neighbour():
+    lower, upper, weight = positions(4, 8)
     np.testing.assert_array_equal(lower, [0, 0, 0, 1, 1, 2, 2, 3])
     np.testing.assert_array_equal(upper, [1, 1, 1, 2, 2, 3, 3, 3])
     np.testing.assert_allclose(weight, [0, 0.25, 0.75, 0.25, 0.75, 0.25, 0.75, 0])

@@ -1,90 +1,299 @@
-"""Run a network over a volume in overlapping tiles and blend their logits."""
+"""Run a network over a volume in overlapping tiles and hand on their blended logits layer by layer.
+
+Tiles are run layer after layer along one axis. Their logits are blended in a ring buffer one patch deep; planes that no later
+tile touches are handed on and forgotten. So memory depends on the patch, on the classes and on the size of a plane, but not on
+the number of planes.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import chain, combinations
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain, combinations, product
+from typing import Protocol
 
 import numpy as np
+import torch
 
 from volseg.infer.backends import Backend
-from volseg.infer.tiles import gaussian_window, tile_boxes
+from volseg.infer.tiles import TiledAxis
 
 
-def predict_logits(
-    array: np.ndarray,
-    backend: Backend,
-    *,
-    patch_shape: tuple[int, int, int],
-    overlap: float,
-    mirror_axes: Sequence[int] = (),
-    batch_size: int = 1,
-    margin: int = 0,
-) -> np.ndarray:
-    """Gaussian-weighted mean of the logits of overlapping tiles.
+class Planes(Protocol):
+    """A volume (C, R, A, S) of `shape` (R, A, S) that is read a few planes at a time along `axis`."""
+
+    shape: tuple[int, int, int]
+    axis: int
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """float32 (C, R, A, S), but `stop - start` long along the axis."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tiling:
+    """How a volume is cut into tiles.
 
     Args:
-        array: (channels, R, A, S) float32; an axis shorter than the patch is padded with 0 around its centre.
         overlap: smallest fraction of a patch shared with its neighbour, in [0, 1).
-        mirror_axes: axes among 0, 1, 2 over whose mirrored copies the logits are averaged.
+        mirror_axes: axes among 0, 1, 2 over whose mirrored copies the logits are averaged; each doubles the work.
+        batch_size: tiles that go through the network together.
         margin: voxels by which the scan is continued beyond each face with its mirror image. The outermost voxels of a
             patch are those a network sees worst, and at a face of the scan no neighbouring patch makes up for it.
-
-    Returns:
-        (classes, R, A, S) float32.
+        empty_level: a tile whose first channel is nowhere over it is not run; None runs all.
     """
-    if margin:
-        wider = np.pad(array, [(0, 0), *[(margin, margin)] * 3], mode="symmetric")
-        logits = predict_logits(
-            wider,
-            backend,
-            patch_shape=patch_shape,
-            overlap=overlap,
-            mirror_axes=mirror_axes,
-            batch_size=batch_size,
-        )
-        return logits[(slice(None), *(slice(margin, margin + n) for n in array.shape[1:]))]
-    shape = array.shape[1:]
-    before = [max(0, p - n) // 2 for n, p in zip(shape, patch_shape, strict=True)]
-    after = [max(0, p - n) - b for n, p, b in zip(shape, patch_shape, before, strict=True)]
-    padded = np.pad(array, [(0, 0), *zip(before, after, strict=True)]) if any(before) or any(after) else array
-    blended = _blend_tiles(padded, backend, patch_shape, overlap, mirror_axes, batch_size)
-    return blended[(slice(None), *(slice(b, b + n) for b, n in zip(before, shape, strict=True)))]
+
+    patch_shape: tuple[int, int, int]
+    overlap: float
+    mirror_axes: Sequence[int] = ()
+    batch_size: int = 1
+    margin: int = 0
+    empty_level: float | None = None
+
+    def axes(self, shape: tuple[int, int, int]) -> list[TiledAxis]:
+        """The tiles along each axis; those of the volume are their product."""
+        return [
+            TiledAxis.of(n, patch, self.overlap, self.margin) for n, patch in zip(shape, self.patch_shape, strict=True)
+        ]
+
+    def n_tiles(self, shape: tuple[int, int, int]) -> int:
+        """Tiles of a volume, empty ones included."""
+        return int(np.prod([len(axis.starts) for axis in self.axes(shape)]))
 
 
-def _blend_tiles(
-    array: np.ndarray,
+BACKGROUND = 20.0  # logit against the labels where nothing was run: a probability of 2e-9
+
+
+def predict_slabs(
+    planes: Planes,
     backend: Backend,
-    patch_shape: tuple[int, int, int],
-    overlap: float,
-    mirror_axes: Sequence[int],
-    batch_size: int,
-) -> np.ndarray:
-    r, a, s = array.shape[1:]
-    boxes = tile_boxes((r, a, s), patch_shape, overlap)
-    window = gaussian_window(patch_shape)
-    weight = np.zeros((r, a, s), np.float32)
-    total: np.ndarray | None = None
-    for start in range(0, len(boxes), batch_size):
-        chosen = boxes[start : start + batch_size]
-        batch = np.stack([array[(slice(None), *box)] for box in chosen])
-        logits = _mirrored_mean(batch, backend, mirror_axes)
-        if total is None:
-            total = np.zeros((logits.shape[1], r, a, s), np.float32)
-        for box, tile in zip(chosen, logits, strict=True):
-            total[(slice(None), *box)] += tile * window
-            weight[box] += window
-    assert total is not None
-    total /= weight
-    return total
+    tiling: Tiling,
+    *,
+    n_classes: int,
+    dtype: torch.dtype = torch.float32,
+    on_tile: Callable[[bool], None] = lambda is_empty: None,
+) -> Iterator[np.ndarray]:
+    """Gaussian-weighted mean of the logits of overlapping tiles, slab by slab in the order of the planes.
+
+    Args:
+        dtype: in which logits are summed; float16 halves the buffer and costs some 1e-3 of their size.
+        on_tile: called after each tile with whether it was empty, for progress.
+
+    Yields:
+        (classes, R, A, S) but only some planes long along the axis, valid until the next slab is asked for; together they
+        are the planes of the volume. Voxels that no tile covers but empty ones are background: 0 for class 0 and
+        a logit of -`BACKGROUND` for the others.
+    """
+    axis = planes.axis
+    tiled = tiling.axes(planes.shape)
+    along = tiled[axis]
+    ring = _Ring(tiled, axis, n_classes, dtype, counts_empty=tiling.empty_level is not None)
+    window = _Window(planes, tiled, axis)
+    across = [range(len(each.starts)) if n != axis else (0,) for n, each in enumerate(tiled)]
+    for layer, start in enumerate(along.starts):
+        layer_input = window.layer(start)
+        places = [tuple(layer if n == axis else p for n, p in enumerate(place)) for place in product(*across)]
+        waiting: list[tuple[tuple[int, ...], np.ndarray]] = []
+        for place in places:
+            tile = layer_input[(slice(None), *_box(tiled, place, axis))]
+            if tiling.empty_level is not None and not (tile[0] > tiling.empty_level).any():
+                ring.skip(place)
+                on_tile(True)
+                continue
+            waiting.append((place, tile))
+            if len(waiting) == tiling.batch_size:
+                _run(waiting, backend, tiling, ring, on_tile)
+        if waiting:
+            _run(waiting, backend, tiling, ring, on_tile)
+        last = layer + 1 == len(along.starts)
+        yield from ring.hand_on(len(along.source) if last else along.starts[layer + 1])
+
+
+def predict_logits(array: np.ndarray, backend: Backend, tiling: Tiling, *, n_classes: int) -> np.ndarray:
+    """The logits (classes, R, A, S) float32 of a whole array (channels, R, A, S), for arrays that are small enough."""
+    slabs = [slab.copy() for slab in predict_slabs(ArrayPlanes(array), backend, tiling, n_classes=n_classes)]
+    return np.concatenate(slabs, axis=3)
+
+
+class ArrayPlanes:
+    """The planes along S of an array (C, R, A, S) in memory."""
+
+    axis = 2
+
+    def __init__(self, array: np.ndarray) -> None:
+        self._array = array
+        self.shape = (array.shape[1], array.shape[2], array.shape[3])
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        return self._array[..., start:stop]
+
+
+class _Window:
+    """The input of one layer of tiles: (C, padded R, padded A, padded S) but one patch long along the axis."""
+
+    def __init__(self, planes: Planes, tiled: Sequence[TiledAxis], axis: int) -> None:
+        self._planes = planes
+        self._tiled = tiled
+        self._axis = axis
+        self._start = 0
+        self._held: np.ndarray | None = None
+
+    def layer(self, start: int) -> np.ndarray:
+        """Padded planes from `start` on; those which the last layer held too are not read again."""
+        along = self._tiled[self._axis]
+        new = self._padded(along.source[start : start + along.patch][self._shared(start) :])
+        if self._held is not None:
+            kept = np.take(self._held, range(start - self._start, along.patch), axis=1 + self._axis)
+            new = np.concatenate([kept, new], axis=1 + self._axis)
+        self._held, self._start = new, start
+        return new
+
+    def _shared(self, start: int) -> int:
+        along = self._tiled[self._axis]
+        return 0 if self._held is None else max(0, self._start + along.patch - start)
+
+    def _padded(self, sources: np.ndarray) -> np.ndarray:
+        """The planes that stand at these padded places, continued beyond the faces of the plane too."""
+        real = sources[sources >= 0]
+        first, last = (int(real.min()), int(real.max()) + 1) if real.size else (0, 1)
+        block = self._planes.read(first, last)
+        for n, tiled in enumerate(self._tiled):
+            block = _at(
+                block,
+                sources - first if n == self._axis else tiled.source,
+                sources if n == self._axis else tiled.source,
+                1 + n,
+            )
+        return block
+
+
+def _at(array: np.ndarray, index: np.ndarray, source: np.ndarray, axis: int) -> np.ndarray:
+    """The array at these places along an axis, 0 where the source is -1; the array itself where that is no change."""
+    if len(index) == array.shape[axis] and np.array_equal(index, np.arange(len(index))):
+        return array
+    taken = np.take(array, np.maximum(index, 0), axis=axis)
+    if (source < 0).any():
+        taken[(slice(None),) * axis + (source < 0,)] = 0
+    return taken
+
+
+class _Ring:
+    """Blended logits of the planes that tiles still touch; padded plane p stands at p modulo its depth."""
+
+    def __init__(
+        self, tiled: Sequence[TiledAxis], axis: int, n_classes: int, dtype: torch.dtype, *, counts_empty: bool
+    ) -> None:
+        self._tiled = tiled
+        self._axis = axis
+        self._depth = tiled[axis].patch
+        shape = [self._depth if n == axis else len(each.source) for n, each in enumerate(tiled)]
+        self._sum = torch.zeros((n_classes, *shape), dtype=dtype)
+        # Shares of the tiles that were run; only needed where some are not, else they sum to 1 by construction.
+        self._share = torch.zeros(shape) if counts_empty else None
+        self._any_skipped = False
+        self._done = 0  # padded planes handed on
+
+    def add(self, place: Sequence[int], logits: torch.Tensor) -> None:
+        """Logits (classes, *patch) of the tile at this place."""
+        share = self._share_of(place)
+        for target, part in self._pieces(place):
+            box = (slice(None), *target)
+            weight = share[part]
+            if self._sum.dtype == torch.float32:
+                self._sum[box].addcmul_(logits[(slice(None), *part)], weight)
+            else:
+                for index in range(len(logits)):  # one class at a time: the product is as large as the tile
+                    self._sum[(index, *target)] += (logits[(index, *part)] * weight).to(self._sum.dtype)
+            if self._share is not None:
+                self._share[target] += weight
+
+    def skip(self, place: Sequence[int]) -> None:
+        """The tile at this place is empty."""
+        self._any_skipped = True
+
+    def hand_on(self, until: int) -> Iterator[np.ndarray]:
+        """The planes before padded plane `until`, in order, and forget them."""
+        along = self._tiled[self._axis]
+        first, last = along.before, along.before + along.length
+        start = self._done
+        while start < until:
+            stop = min(until, (start // self._depth + 1) * self._depth)
+            ring = slice(start % self._depth, start % self._depth + stop - start)
+            real = slice(max(start, first) - start, min(stop, last) - start)
+            if real.start < real.stop:
+                yield self._slab(slice(ring.start + real.start, ring.start + real.stop))
+            self._sum[self._along(ring, 1)] = 0
+            if self._share is not None:
+                self._share[self._along(ring, 0)] = 0
+            start = stop
+        self._done = until
+
+    def _slab(self, ring: slice) -> np.ndarray:
+        inside = tuple(
+            ring if n == self._axis else slice(each.before, each.before + each.length)
+            for n, each in enumerate(self._tiled)
+        )
+        slab = self._sum[(slice(None), *inside)]
+        if self._any_skipped and self._share is not None:
+            share = self._share[inside]
+            slab /= share.clamp(min=1e-6)
+            slab[1:].masked_fill_(share <= 1e-6, -BACKGROUND)
+        return slab.numpy()
+
+    def _along(self, ring: slice, leading: int) -> tuple[slice, ...]:
+        return (slice(None),) * (leading + self._axis) + (ring,)
+
+    def _share_of(self, place: Sequence[int]) -> torch.Tensor:
+        r, a, s = (torch.from_numpy(each.weights[p]) for each, p in zip(self._tiled, place, strict=True))
+        return r[:, None, None] * a[:, None] * s
+
+    def _pieces(self, place: Sequence[int]) -> Iterator[tuple[tuple[slice, ...], tuple[slice, ...]]]:
+        """(box in the ring, box in the tile), two of them where the tile goes over the ring's end."""
+        box = _box(self._tiled, place, self._axis)
+        turn = self._tiled[self._axis].starts[place[self._axis]] % self._depth
+        for ring, tile in (
+            (slice(turn, self._depth), slice(0, self._depth - turn)),
+            (slice(0, turn), slice(self._depth - turn, self._depth)),
+        ):
+            if ring.start < ring.stop:
+                yield (
+                    tuple(ring if n == self._axis else each for n, each in enumerate(box)),
+                    tuple(tile if n == self._axis else slice(None) for n in range(3)),
+                )
+
+
+def _box(tiled: Sequence[TiledAxis], place: Sequence[int], axis: int) -> tuple[slice, ...]:
+    """The tile at this place; all that there is along the axis of the layers."""
+    return tuple(
+        slice(0, each.patch) if n == axis else slice(each.starts[p], each.starts[p] + each.patch)
+        for n, (each, p) in enumerate(zip(tiled, place, strict=True))
+    )
+
+
+def _run(
+    waiting: list[tuple[tuple[int, ...], np.ndarray]],
+    backend: Backend,
+    tiling: Tiling,
+    ring: _Ring,
+    on_tile: Callable[[bool], None],
+) -> None:
+    """Run the tiles that wait as one batch and blend them; none waits any more."""
+    logits = torch.from_numpy(_mirrored_mean(np.stack([tile for _, tile in waiting]), backend, tiling.mirror_axes))
+    for (place, _), tile in zip(waiting, logits, strict=True):
+        ring.add(place, tile)
+        on_tile(False)
+    waiting.clear()
 
 
 def _mirrored_mean(batch: np.ndarray, backend: Backend, mirror_axes: Sequence[int]) -> np.ndarray:
     """Mean of the logits over all combinations of mirrored axes, each mirrored back."""
-    flips = list(
-        chain.from_iterable(combinations([axis + 2 for axis in mirror_axes], n) for n in range(len(mirror_axes) + 1))
-    )
+    axes = [axis + 2 for axis in mirror_axes]
+    flips = list(chain.from_iterable(combinations(axes, n) for n in range(len(axes) + 1)))
     total = backend.logits(batch)
-    for axes in flips[1:]:
-        total = total + np.flip(backend.logits(np.ascontiguousarray(np.flip(batch, axes))), axes)
-    return total / len(flips) if len(flips) > 1 else total
+    if len(flips) == 1:
+        return total
+    total = total.copy()
+    for flip in flips[1:]:
+        total += np.flip(backend.logits(np.ascontiguousarray(np.flip(batch, flip))), flip)
+    total /= len(flips)
+    return total

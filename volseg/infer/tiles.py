@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import product
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -21,24 +21,52 @@ def tile_starts(length: int, patch: int, overlap: float) -> list[int]:
     return [round(index * (length - patch) / (n - 1)) for index in range(n)]
 
 
-def tile_boxes(
-    shape: tuple[int, int, int], patch_shape: tuple[int, int, int], overlap: float
-) -> list[tuple[slice, slice, slice]]:
-    """Boxes of all tiles of a volume that is nowhere smaller than a patch, S slowest."""
-    r, a, s = (tile_starts(n, p, overlap) for n, p in zip(shape, patch_shape, strict=True))
-    i, j, k = patch_shape
-    return [(slice(x, x + i), slice(y, y + j), slice(z, z + k)) for z, y, x in product(s, a, r)]
-
-
-def gaussian_window(patch_shape: tuple[int, int, int]) -> np.ndarray:
-    """Weights (R, A, S) float32, 1 in the centre, σ = patch / 8 per axis, never 0.
+def gaussian(patch: int) -> np.ndarray:
+    """Weights (patch,) along one axis, 1 in the centre, σ = patch / 8; a patch is weighted by the product of three.
 
     Source: Isensee et al., nnU-Net, Nature Methods 18:203 (2021).
     """
-    axes = []
-    for n in patch_shape:
-        offset = (np.arange(n) - (n - 1) / 2) / (n / 8)
-        axes.append(np.exp(-0.5 * offset**2))
-    window = np.einsum("i,j,k->ijk", *axes)
-    # In the corners of a patch the product underflows in half precision and in float32 sums; keep it countable.
-    return np.maximum(window / window.max(), 1e-4).astype(np.float32)
+    offset = (np.arange(patch) - (patch - 1) / 2) / (patch / 8)
+    return np.exp(-0.5 * offset**2)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TiledAxis:
+    """The tiles along one axis of a volume that is continued beyond its faces.
+
+    Tiles are counted in padded voxels; padded voxel p is voxel p - `before` of the volume.
+
+    Args:
+        source: (padded length,) voxel that stands at each padded one, -1 for 0: the volume, mirrored over `margin` voxels beyond its
+            faces, then 0 up to the length of a patch.
+        starts: first padded voxel of each tile.
+        weights: (tiles, patch) share of each tile at its voxels: Gaussian, and summing to 1 over the tiles at every voxel. As
+            the tiles of a volume are the product of those along its axes, so are the shares, and they sum to 1 there too.
+    """
+
+    length: int
+    patch: int
+    before: int
+    source: np.ndarray
+    starts: tuple[int, ...]
+    weights: np.ndarray
+
+    @classmethod
+    def of(cls, length: int, patch: int, overlap: float, margin: int = 0) -> TiledAxis:
+        """Tiles of `patch` voxels over `length` voxels and `margin` mirrored ones beyond each end."""
+        missing = max(0, patch - length - 2 * margin)
+        before = missing // 2 + margin
+        mirrored = np.pad(np.arange(length), margin, mode="symmetric")
+        source = np.pad(mirrored, (missing // 2, missing - missing // 2), constant_values=-1)
+        starts = tile_starts(len(source), patch, overlap)
+        total = np.zeros(len(source))
+        for start in starts:
+            total[start : start + patch] += gaussian(patch)
+        weights = np.stack([gaussian(patch) / total[start : start + patch] for start in starts])
+        return cls(length, patch, before, source, tuple(starts), weights.astype(np.float32))
+
+
+def thinnest_axis(shape: tuple[int, int, int], patch_shape: tuple[int, int, int]) -> int:
+    """The axis along which a layer one patch deep holds the fewest voxels; the last of equal ones."""
+    layers = [min(patch, n) * int(np.prod(shape)) // n for n, patch in zip(shape, patch_shape, strict=True)]
+    return max(range(3), key=lambda axis: (-layers[axis], axis))

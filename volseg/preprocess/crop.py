@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,25 +10,33 @@ import numpy as np
 from volseg.volume import BoundingBox, Geometry
 
 BODY_SUBSAMPLING = 4  # the automatic threshold is a percentile: every fourth voxel of each axis gives the same
+SLAB_VOXELS = 4_000_000  # looked at together: bounds the temporaries
 
 
 @dataclass(frozen=True, slots=True)
 class AxisOrder:
-    """How stored axes become canonical ones: `axes[n]` is the stored axis that grows most along world axis n (R, A, S)."""
+    """How stored axes become prepared ones: `axes[n]` is the stored axis that prepared axis n is, `flipped[n]` if it runs backwards."""
 
     axes: tuple[int, int, int]
     flipped: tuple[bool, bool, bool]
 
     @classmethod
     def of(cls, geometry: Geometry) -> AxisOrder:
+        """Canonical: prepared axis n is the stored one that grows most along world axis n (R, A, S)."""
         codes = geometry.axis_codes
         axes = [next(n for n, code in enumerate(codes) if code in pair) for pair in ("RL", "AP", "SI")]
         flipped = [codes[axis] in "LPI" for axis in axes]
         return cls((axes[0], axes[1], axes[2]), (flipped[0], flipped[1], flipped[2]))
 
+    @classmethod
+    def stored(cls, transpose: tuple[int, int, int]) -> AxisOrder:
+        """As stored, the slowest axis of the file first, then transposed: what networks see that know nothing of orientation."""
+        i, j, k = (2 - axis for axis in transpose)
+        return cls((i, j, k), (False, False, False))
+
 
 def to_canonical(array: np.ndarray, order: AxisOrder) -> np.ndarray:
-    """(I, J, K) as stored → (R, A, S), each axis growing to its name; a view."""
+    """(I, J, K) as stored → the prepared axes, (R, A, S) growing to their names unless the order is another; a view."""
     array = array.transpose(order.axes)
     return array[tuple(slice(None, None, -1) if flip else slice(None) for flip in order.flipped)]
 
@@ -68,6 +77,23 @@ def body_threshold(intensities: np.ndarray) -> float:
     return float(np.percentile(sample, 99)) / 10
 
 
-def body_box(stored: np.ndarray, above: float) -> BoundingBox | None:
-    """Smallest box of the voxels over `above`, in stored units; None where there is no body."""
-    return BoundingBox.around(stored > above)
+def box_where(test: Callable[[tuple[slice, slice, slice]], np.ndarray], array: np.ndarray) -> BoundingBox | None:
+    """Smallest box of the voxels of (I, J, K) for which `test(part)` is true, looked at slab by slab; None where there is none.
+
+    Args:
+        test: a part of the array → bool of that part's shape.
+    """
+    slow = int(np.argmax(np.abs(array.strides)))
+    step = max(1, SLAB_VOXELS * array.shape[slow] // max(1, array.size))
+    filled = [np.zeros(n, bool) for n in array.shape]
+    for start in range(0, array.shape[slow], step):
+        slab = slice(start, min(array.shape[slow], start + step))
+        i, j, k = (slab if axis == slow else slice(None) for axis in range(3))
+        inside = test((i, j, k))
+        for axis in range(3):
+            found = inside.any(axis=tuple(other for other in range(3) if other != axis))
+            filled[axis][slab if axis == slow else slice(None)] |= found
+    if not filled[0].any():
+        return None
+    (i, i_last), (j, j_last), (k, k_last) = (np.flatnonzero(each)[[0, -1]].tolist() for each in filled)
+    return BoundingBox((i, j, k), (i_last + 1, j_last + 1, k_last + 1))

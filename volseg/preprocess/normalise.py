@@ -1,19 +1,65 @@
-"""Intensities → network input. A normaliser is a frozen dataclass whose `__call__` is the maths."""
+"""Intensities → network input. A normaliser is a frozen dataclass: `fit` looks at a scan, what it returns is applied to it.
+
+`body` (I, J, K) bool says which voxels are the patient: those over the body threshold, or, where the recipe crops to the nonzero box,
+those that are not 0 in some channel, with their holes filled.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from math import inf, isinf
+from typing import Literal
 
 import numpy as np
 
 from volseg.errors import VolsegError
 
-Normaliser = Callable[[np.ndarray, np.ndarray | None], np.ndarray]
+Region = Literal["body", "scan", "nonzero"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Window:
+class Scaling:
+    """Clip to [low, high], subtract `shift`, multiply by `factor`. Voxel by voxel, so it can be applied to a part of a scan.
+
+    With `inside_only` voxels outside the body become 0 instead.
+    """
+
+    shift: float
+    factor: float
+    low: float = -inf
+    high: float = inf
+    inside_only: bool = False
+
+    def __call__(self, array: np.ndarray, body: np.ndarray | None = None) -> np.ndarray:
+        """Real numbers of any shape → float32, a new array; without `body` the nonzero voxels are inside."""
+        if isinf(self.low) and isinf(self.high):
+            result = array.astype(np.float32)
+        else:
+            result = np.clip(array, np.float32(self.low), np.float32(self.high)).astype(np.float32, copy=False)
+        result -= np.float32(self.shift)
+        result *= np.float32(self.factor)
+        if self.inside_only:
+            result[array == 0 if body is None else ~body] = 0
+        return result
+
+
+class Normaliser(ABC):
+    """How the intensities of a channel become network input."""
+
+    __slots__ = ()
+
+    @abstractmethod
+    def fit(self, array: np.ndarray, body: np.ndarray | None = None) -> Scaling:
+        """What happens to the voxels of this scan; a slab of it is not enough to know."""
+
+    def __call__(self, array: np.ndarray, body: np.ndarray | None = None) -> np.ndarray:
+        """Intensities (I, J, K) → float32 (I, J, K)."""
+        return self.fit(array, body)(array, body)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Window(Normaliser):
     """Clip to [low, high], subtract `mean`, divide by `sd`; for CT in HU with statistics of the dataset."""
 
     low: float
@@ -29,40 +75,55 @@ class Window:
                 code="E_RECIPE",
             )
 
-    def __call__(self, array: np.ndarray, body: np.ndarray | None = None) -> np.ndarray:
-        result = np.clip(array, np.float32(self.low), np.float32(self.high)).astype(np.float32, copy=False)
-        result -= np.float32(self.mean)
-        result *= np.float32(1 / self.sd)
-        return result
+    def fit(self, array: np.ndarray, body: np.ndarray | None = None) -> Scaling:
+        return Scaling(low=self.low, high=self.high, shift=self.mean, factor=1 / self.sd)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ZScore:
-    """Subtract the mean and divide by the deviation of the voxels in `body`; 0 everywhere for a constant scan."""
+class ZScore(Normaliser):
+    """Subtract the mean and divide by the deviation of the region's voxels; 0 everywhere for a constant scan.
 
-    def __call__(self, array: np.ndarray, body: np.ndarray | None = None) -> np.ndarray:
-        inside = _inside(array, body)
+    With the region `nonzero` the voxels outside the body become 0.
+    """
+
+    region: Region = "body"
+
+    def fit(self, array: np.ndarray, body: np.ndarray | None = None) -> Scaling:
+        inside = _inside(array, body, self.region)
         mean, sd = float(inside.mean(dtype=np.float64)), float(inside.std(dtype=np.float64))
-        return ((array - np.float32(mean)) * np.float32(1 / sd if sd > 0 else 0)).astype(np.float32, copy=False)
+        return Scaling(shift=mean, factor=1 / sd if sd > 0 else 0, inside_only=self.region == "nonzero")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Percentile:
-    """Map two percentiles of the voxels in `body` to 0 and 1 and clip there; 0 everywhere for a constant scan."""
+class Percentile(Normaliser):
+    """Map two percentiles of the region's voxels to 0 and 1 and clip there; 0 everywhere for a constant scan."""
 
     low_percent: float
     high_percent: float
+    region: Region = "body"
 
-    def __call__(self, array: np.ndarray, body: np.ndarray | None = None) -> np.ndarray:
-        low, high = np.percentile(_inside(array, body), (self.low_percent, self.high_percent))
-        width = high - low
-        scaled = (array - np.float32(low)) * np.float32(1 / width if width > 0 else 0)
-        return np.clip(scaled, 0, 1).astype(np.float32, copy=False)
-
-
-def _inside(array: np.ndarray, body: np.ndarray | None) -> np.ndarray:
-    """Values in the body, or all of them where it is empty or not given."""
-    return array[body] if body is not None and body.any() else array
+    def fit(self, array: np.ndarray, body: np.ndarray | None = None) -> Scaling:
+        inside = _inside(array, body, self.region)
+        low, high = (float(value) for value in np.percentile(inside, (self.low_percent, self.high_percent)))
+        return Scaling(low=low, high=high, shift=low, factor=1 / (high - low) if high > low else 0)
 
 
-NORMALISERS = {"window": Window, "zscore": ZScore, "percentile": Percentile}
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scale(Normaliser):
+    """Subtract and divide by numbers that are known beforehand; 0 and 1 leave the intensities as they are."""
+
+    subtract: float = 0.0
+    divide_by: float = 1.0
+
+    def fit(self, array: np.ndarray, body: np.ndarray | None = None) -> Scaling:
+        return Scaling(shift=self.subtract, factor=1 / self.divide_by)
+
+
+def _inside(array: np.ndarray, body: np.ndarray | None, region: Region) -> np.ndarray:
+    """Values of the region, or all of them where it is empty or not given."""
+    if region == "nonzero" and body is None:
+        body = array != 0
+    return array[body] if region != "scan" and body is not None and body.any() else array
+
+
+NORMALISERS = {"window": Window, "zscore": ZScore, "percentile": Percentile, "scale": Scale}

@@ -1,48 +1,66 @@
-"""A scan → network input, and the network's logits → a mask on the scan's own grid."""
+"""A scan → network input, and the network's logits → a mask on the scan's own grid.
+
+Both ways work a few planes at a time, so that neither the network input nor the logits of a whole scan need to exist.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
 
 import numpy as np
 import torch
+from scipy import ndimage
 
 from volseg.errors import ScanError
-from volseg.preprocess.crop import (
-    AxisOrder,
-    body_box,
-    body_threshold,
-    canonical_geometry,
-    crop,
-    to_canonical,
-)
-from volseg.preprocess.normalise import Normaliser
-from volseg.preprocess.resample import Interpolation, linear_positions, resample, resample_mask, resampled_shape
+from volseg.preprocess.crop import AxisOrder, body_threshold, box_where, canonical_geometry, crop, to_canonical
+from volseg.preprocess.normalise import Normaliser, Scaling
+from volseg.preprocess.resample import Kind, PlaneReader, plane_resizer, positions, resample_mask, resampled_shape
 from volseg.volume import BoundingBox, Geometry, Volume
 
-SLAB_VOXELS = 4_000_000  # native voxels restored at a time; bounds the float32 temporaries to some 16 MB per class
+SLAB_VOXELS = 2_000_000  # native voxels restored at a time; bounds the float32 temporaries to some 8 MB each
+SAMPLE_VOXELS = 8_000_000  # of a scan, from which its own mean, deviation or percentiles are taken
+CERTAIN = 255  # confidence of a probability of 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PrepareSettings:
-    """How scans become network input: spacing along R, A and S in mm, and one normaliser per channel."""
+    """How scans become network input: spacing along the prepared axes in mm, one normaliser per channel.
+
+    Args:
+        crop: `body`: to the box of the body, outside which the mask is background by definition; `nonzero`: to the box of the
+            voxels that are not 0 in some channel; `none`.
+        body_above: intensity over which a voxel is body; None: a tenth of the 99th percentile of the first channel.
+        axes: `canonical`: R, A, S; `stored`: as in the file, the slowest first, then transposed by `transpose`.
+        separate_above: where the coarsest spacing, of the scan or else of the target, is more than this many times the finest,
+            the nearest plane is taken along that axis and only the two others are interpolated, on both ways.
+        clip_overshoot: cubic only: nothing beyond the range of the scan, or of the slice where an axis is separate.
+        normalise_first: normalise the scan's own voxels before they are resampled, instead of what comes out.
+    """
 
     spacing_mm: tuple[float, float, float]
     normalisers: tuple[Normaliser, ...]
-    interpolation: Interpolation = "linear"
-    crop_to_body: bool = True
-    body_above: float | None = None  # intensity; None: a tenth of the 99th percentile of the first channel
+    interpolation: Literal["linear", "cubic"] = "linear"
+    crop: Literal["body", "nonzero", "none"] = "body"
+    body_above: float | None = None
+    axes: Literal["canonical", "stored"] = "canonical"
+    transpose: tuple[int, int, int] = (0, 1, 2)
+    separate_above: float | None = None
+    clip_overshoot: bool = False
+    normalise_first: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Trail:
-    """The way back: the scan's grid, its axis order, the box kept (canonical voxels), the resampled shape."""
+    """The way back: the scan's grid, its axis order, the box kept (prepared axes), the resampled shape."""
 
     geometry: Geometry
     order: AxisOrder
     box: BoundingBox
     shape: tuple[int, int, int]
+    separate_axis: int | None = None  # of the prepared axes: takes the nearest plane instead of interpolating
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -58,7 +76,18 @@ class Prepared:
 
 
 def prepare(images: Mapping[str, Volume], settings: PrepareSettings) -> Prepared:
-    """Canonical axes → crop to the body → resample → normalise.
+    """Canonical axes → crop to the body → resample → normalise, all planes at once.
+
+    Raises:
+        ScanError: the channels lie on different grids.
+    """
+    preparation = Preparation(images, settings)
+    planes = preparation.planes()
+    return Prepared(planes.read(0, planes.shape[planes.axis]), preparation.trail, preparation.has_body)
+
+
+class Preparation:
+    """What has to be known of a scan before its planes can be prepared one by one.
 
     Args:
         images: channel name → scan, in the order of the network's input channels; all on one grid.
@@ -66,28 +95,179 @@ def prepare(images: Mapping[str, Volume], settings: PrepareSettings) -> Prepared
     Raises:
         ScanError: the channels lie on different grids.
     """
-    volumes = list(images.values())
-    first = volumes[0]
-    _check_one_grid(images)
-    order = AxisOrder.of(first.geometry)
-    stored = to_canonical(first.array, order)
-    above = _stored_threshold(first, stored, settings.body_above)
-    shape = (stored.shape[0], stored.shape[1], stored.shape[2])
-    body_found = body_box(stored, above) if settings.crop_to_body else None
-    box = body_found or BoundingBox.whole(shape)
-    cropped = canonical_geometry(first.geometry, order).crop(box)
-    shape = resampled_shape(cropped, settings.spacing_mm)
-    array = np.empty((len(volumes), *shape), np.float32)
-    body = None
-    for channel, (volume, normaliser) in enumerate(zip(volumes, settings.normalisers, strict=True)):
-        values = resample(crop(to_canonical(volume.array, order), box), shape, settings.interpolation)
-        if body is None:
-            body = values > above
-        if volume.is_scaled:  # resampling is linear, so the scale may follow it
-            values = values * np.float32(volume.slope) + np.float32(volume.intercept)
-        array[channel] = normaliser(values, body)
-    has_body = body_found is not None or not settings.crop_to_body
-    return Prepared(array, Trail(first.geometry, order, box, shape), has_body)
+
+    def __init__(self, images: Mapping[str, Volume], settings: PrepareSettings) -> None:
+        _check_one_grid(images)
+        self._settings = settings
+        self._volumes = list(images.values())
+        first = self._volumes[0]
+        is_canonical = settings.axes == "canonical"
+        order = AxisOrder.of(first.geometry) if is_canonical else AxisOrder.stored(settings.transpose)
+        stored = [to_canonical(volume.array, order) for volume in self._volumes]
+        self._above = _stored_threshold(first, stored[0], settings.body_above)
+        found = self._find_box(stored)
+        box = found or BoundingBox.whole((stored[0].shape[0], stored[0].shape[1], stored[0].shape[2]))
+        cropped = canonical_geometry(first.geometry, order).crop(box)
+        separate = _separate_axis(cropped.spacing_mm, settings.spacing_mm, settings.separate_above)
+        shape = resampled_shape(cropped, settings.spacing_mm)
+        self.trail = Trail(first.geometry, order, box, shape, separate)
+        self.has_body = found is not None or settings.crop != "body"
+        self._views = [crop(array, box) for array in stored]
+
+    def planes(self, axis: int | None = None) -> PreparedPlanes:
+        """The network input, to be read plane by plane along a prepared axis; None for the one that is slowest in memory."""
+        return PreparedPlanes(self.trail.shape, [self._channel(index, axis) for index in range(len(self._views))])
+
+    @property
+    def empty_level(self) -> float | None:
+        """Network input of the first channel up to which a voxel lies outside the body; None where no rule says so."""
+        if self._settings.crop != "body":
+            return None
+        first = self._volumes[0]
+        above = np.array([self._above * first.slope + first.intercept], np.float32)
+        return float(self._scalings[0](above)[0])
+
+    def _find_box(self, stored: Sequence[np.ndarray]) -> BoundingBox | None:
+        if self._settings.crop == "body":
+            return box_where(lambda part: stored[0][part] > self._above, stored[0])
+        if self._settings.crop == "nonzero":
+            pairs = list(zip(self._volumes, stored, strict=True))
+            return box_where(
+                lambda part: np.any([volume.intensities(array[part]) != 0 for volume, array in pairs], axis=0),
+                stored[0],
+            )
+        return None
+
+    def _channel(self, index: int, axis: int | None) -> tuple[PlaneReader, Callable[[np.ndarray], np.ndarray]]:
+        """The planes of one channel, and what is left to be done to them once they are resampled."""
+        volume, scaling = self._volumes[index], self._scalings[index]
+        if not self._settings.normalise_first:
+            return self._reader(index, axis), lambda planes: scaling(_scaled(planes, volume))
+        nonzero = self._nonzero
+
+        def convert(planes: np.ndarray, which: slice) -> np.ndarray:
+            body = None if nonzero is None else nonzero.transpose(reader.axes)[which]
+            return scaling(_scaled(planes, volume), body)
+
+        reader = self._reader(index, axis, convert)
+        return reader, lambda planes: planes
+
+    def _reader(
+        self, index: int, axis: int | None, convert: Callable[[np.ndarray, slice], np.ndarray] | None = None
+    ) -> PlaneReader:
+        kinds: list[Kind] = [self._settings.interpolation] * 3
+        limits: tuple[float, float] | Literal["plane"] | None = None
+        if self._settings.clip_overshoot and self._settings.interpolation == "cubic":
+            limits = self._range(index, is_converted=convert is not None)
+        if self.trail.separate_axis is not None:
+            kinds[self.trail.separate_axis] = "nearest"
+            limits = "plane" if limits is not None and axis == self.trail.separate_axis else limits
+        return PlaneReader(
+            self._views[index],
+            self.trail.shape,
+            (kinds[0], kinds[1], kinds[2]),
+            axis,
+            convert=convert,
+            limits=limits,
+        )
+
+    def _range(self, index: int, *, is_converted: bool) -> tuple[float, float]:
+        """Smallest and largest value that goes into the resampling."""
+        view = self._views[index]
+        ends = np.array([view.min(), view.max()])
+        if is_converted:
+            ends = self._scalings[index](_scaled(ends, self._volumes[index]), np.ones(2, bool))
+            if self._nonzero is not None:  # outside the body the normaliser puts 0
+                ends = np.array([min(0, ends.min()), max(0, ends.max())])
+        return float(ends.min()), float(ends.max())
+
+    @cached_property
+    def _nonzero(self) -> np.ndarray | None:
+        """(R, A, S) bool of the cropped scan where a normaliser asks for it: not 0 in some channel, holes filled."""
+        if all(getattr(normaliser, "region", "") != "nonzero" for normaliser in self._settings.normalisers):
+            return None
+        found = np.zeros(self._views[0].shape, bool)
+        for volume, view in zip(self._volumes, self._views, strict=True):
+            found |= volume.intensities(view) != 0
+        return ndimage.binary_fill_holes(found)
+
+    @cached_property
+    def _scalings(self) -> list[Scaling]:
+        return [normaliser.fit(self._sample(index)) for index, normaliser in enumerate(self._settings.normalisers)]
+
+    def _sample(self, index: int) -> np.ndarray:
+        """Intensities of the region of which the channel's normaliser wants to know: all, or evenly spread ones of many."""
+        region = getattr(self._settings.normalisers[index], "region", None)
+        if region is None:
+            return np.empty(0, np.float32)
+        volume = self._volumes[index]
+        if self._settings.normalise_first:
+            view, first = self._views[index], self._views[0]
+            every = -(-view.size // SAMPLE_VOXELS)
+            body = None
+            if region == "body":
+                body = first > self._above
+            elif region == "nonzero":
+                body = self._nonzero
+            values = view if body is None or not body.any() else view[body]
+            return _scaled(values.ravel(order="K")[::every], volume)
+        reader, first = self._reader(index, None), self._reader(0, None)
+        every = -(-int(np.prod(self.trail.shape)) // SAMPLE_VOXELS)
+        inside, outside = [], []
+        length = self.trail.shape[reader.axis]
+        step = max(1, SLAB_VOXELS * length // int(np.prod(self.trail.shape)))
+        for start in range(0, length, step):
+            stop = min(length, start + step)
+            values = reader.read(start, stop).ravel(order="K")
+            body = first.read(start, stop).ravel(order="K") > self._above if region == "body" else None
+            phase = -(start * (values.size // (stop - start))) % every
+            chosen = slice(phase, None, every)
+            inside.append(values[chosen] if body is None else values[chosen][body[chosen]])
+            if not any(map(len, inside)):
+                outside.append(values[chosen])
+        found = np.concatenate(inside)
+        return _scaled(found if found.size else np.concatenate(outside), volume)
+
+
+class PreparedPlanes:
+    """Network input (C, R, A, S), read a few planes at a time."""
+
+    def __init__(
+        self,
+        shape: tuple[int, int, int],
+        channels: Sequence[tuple[PlaneReader, Callable[[np.ndarray], np.ndarray]]],
+    ) -> None:
+        self.shape = shape
+        self.axis = channels[0][0].axis
+        self._channels = channels
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Planes `start` to `stop`: float32 (C, R, A, S), but `stop - start` long along the axis."""
+        shape = tuple(stop - start if axis == self.axis else n for axis, n in enumerate(self.shape))
+        result = np.empty((len(self._channels), *shape), np.float32)
+        for index, (reader, finish) in enumerate(self._channels):
+            result[index] = finish(reader.read(start, stop))
+        return result
+
+
+def _scaled(stored: np.ndarray, volume: Volume) -> np.ndarray:
+    """Stored values or what resampling made of them → intensities: resampling is linear, so the scale may follow it."""
+    if not volume.is_scaled:
+        return stored
+    return stored * np.float32(volume.slope) + np.float32(volume.intercept)
+
+
+def _separate_axis(
+    own_mm: tuple[float, float, float], wanted_mm: tuple[float, float, float], above: float | None
+) -> int | None:
+    """The axis along which the nearest plane is taken, if one alone is so coarse."""
+    if above is None:
+        return None
+    for spacing in (own_mm, wanted_mm):
+        if max(spacing) / min(spacing) > above:
+            coarse = [axis for axis in range(3) if spacing[axis] == max(spacing)]
+            return coarse[0] if len(coarse) == 1 else None
+    return None
 
 
 def prepare_mask(reference: np.ndarray, trail: Trail) -> np.ndarray:
@@ -95,59 +275,134 @@ def prepare_mask(reference: np.ndarray, trail: Trail) -> np.ndarray:
     return np.ascontiguousarray(resample_mask(crop(to_canonical(reference, trail.order), trail.box), trail.shape))
 
 
-def restore_mask(logits: np.ndarray, trail: Trail, values: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-    """Interpolate logits linearly on the scan's own grid and take the largest: the way back of `prepare`.
+def restore_mask(
+    logits: np.ndarray, trail: Trail, values: Sequence[int], *, regions: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
+    """The way back of `prepare`, for logits (classes, R, A, S) of the whole prepared grid; see `MaskRestorer`."""
+    restorer = MaskRestorer(trail, values, axis=2, regions=regions)
+    restorer.add(logits)
+    return restorer.result()
 
-    Works slab by slab with a running maximum over the classes, so nothing of classes × native voxels exists.
+
+class MaskRestorer:
+    """Logits of the prepared planes, given in order → the mask on the scan's own grid: the way back of `prepare`.
+
+    Logits are interpolated linearly on the native voxels and reduced to a label and a confidence at once, a few planes at a
+    time, so nothing of classes × native voxels exists.
 
     Args:
-        logits: (classes, R, A, S) on the prepared grid; class 0 is the background.
-        values: mask value of the classes 1, 2, …
-
-    Returns:
-        mask (I, J, K), uint8 or uint16 label values, 0 outside the box;
-        confidence (I, J, K) uint8, 255 × softmax probability of the winning class; 255 outside the box.
+        values: mask value of the classes 1, 2, …; class 0 is the background and the largest logit wins. With `regions`: of the
+            classes 0, 1, …, each of which is there where its logit is over 0, a later one over an earlier one.
+        axis: the prepared axis along which planes come.
     """
-    dtype = np.uint8 if max(values) < 256 else np.uint16
-    mask = np.zeros(trail.geometry.shape, dtype, order="F")
-    confidence = np.full(trail.geometry.shape, 255, np.uint8, order="F")
-    mask_box = crop(to_canonical(mask, trail.order), trail.box)
-    confidence_box = crop(to_canonical(confidence, trail.order), trail.box)
-    table = np.array([0, *values], dtype)
-    r, a, s = trail.box.shape
-    step = max(1, SLAB_VOXELS // (r * a))
-    for start in range(0, s, step):
-        part = slice(start, min(s, start + step))
-        winner, probability = _reduce_slab(logits, (r, a, s), part)
-        mask_box[:, :, part] = table[winner].transpose(1, 2, 0)
-        confidence_box[:, :, part] = probability.transpose(1, 2, 0)
-    return mask, confidence
+
+    def __init__(self, trail: Trail, values: Sequence[int], *, axis: int, regions: bool = False) -> None:
+        self._table = np.array(values if regions else [0, *values], np.uint8 if max(values) < 256 else np.uint16)
+        self._regions = regions
+        # Pages that are never written cost no memory, so only what is foreground is ever written.
+        self._mask = np.zeros(trail.geometry.shape, self._table.dtype, order="F")
+        self._confidence = np.zeros(trail.geometry.shape, np.uint8, order="F")
+        self._axes = (axis, *(other for other in range(3) if other != axis))
+        views = (crop(to_canonical(array, trail.order), trail.box) for array in (self._mask, self._confidence))
+        self._mask_planes, self._confidence_planes = (view.transpose(self._axes) for view in views)
+        native = self._mask_planes.shape
+        kinds: list[Kind] = ["nearest" if other == trail.separate_axis else "linear" for other in self._axes]
+        self._lower, self._upper, weight = positions(trail.shape[axis], native[0], kinds[0])
+        self._weight = torch.from_numpy(weight.astype(np.float32))[:, None, None]
+        self._resize = plane_resizer(
+            tuple(trail.shape[other] for other in self._axes[1:]), native[1:], tuple(kinds[1:])
+        )
+        self._kept: torch.Tensor | None = None  # the last planes that were given, which the next native plane may need
+        self._first = 0  # prepared plane with which they begin
+        self._done = 0  # native planes
+
+    def add(self, logits: np.ndarray) -> None:
+        """The next prepared planes: (classes, R, A, S), any number of planes along the axis; not kept, not changed."""
+        planes = torch.from_numpy(logits).permute(0, *(1 + axis for axis in self._axes))
+        available = self._first + (0 if self._kept is None else self._kept.shape[1]) + planes.shape[1]
+        stop = int(np.searchsorted(self._upper, available))
+        per_plane = self._mask_planes.shape[1] * self._mask_planes.shape[2]
+        step = max(1, SLAB_VOXELS // per_plane)
+        for start in range(self._done, stop, step):
+            self._restore(planes, start, min(stop, start + step))
+        self._done = max(self._done, stop)
+        first = int(self._lower[self._done]) if self._done < len(self._lower) else available
+        self._kept, self._first = self._window(planes, slice(None), first, available).clone(), first
+
+    def result(self) -> tuple[np.ndarray, np.ndarray]:
+        """mask (I, J, K), uint8 or uint16 label values, 0 outside the box;
+        confidence (I, J, K) uint8: 255 × the probability of the label, 0 where the mask is background.
+        """
+        return self._mask, self._confidence
+
+    def _window(self, planes: torch.Tensor, index: int | slice, first: int, last: int) -> torch.Tensor:
+        """Prepared planes `first` to `last` of a class or of all, from those kept and those just given."""
+        kept = planes[:, :0] if self._kept is None else self._kept
+        begin = self._first + kept.shape[1]  # of the planes just given
+        old = kept[index][..., max(0, first - self._first) : max(0, last - self._first), :, :]
+        new = planes[index][..., max(0, first - begin) : max(0, last - begin), :, :]
+        return torch.cat([old.to(new.dtype), new], dim=-3)
+
+    def _restore(self, planes: torch.Tensor, start: int, stop: int) -> None:
+        """Native planes `start` to `stop`."""
+        first, last = int(self._lower[start]), int(self._upper[stop - 1]) + 1
+        lower, upper = (torch.from_numpy(each[start:stop] - first) for each in (self._lower, self._upper))
+        weight = self._weight[start:stop]
+        reduce = _Regions() if self._regions else _LargestWins()
+        for index in range(len(planes)):
+            window = self._window(planes, index, first, last).float()
+            reduce.add(index, self._resize(torch.lerp(window[lower], window[upper], weight)))
+        winner, confidence = reduce.winner.numpy(), reduce.confidence().numpy()
+        is_foreground = winner > 0
+        box = BoundingBox.around(is_foreground)
+        if box is None:
+            return
+        table = np.concatenate([[0], self._table]).astype(self._table.dtype) if self._regions else self._table
+        confidence *= is_foreground
+        native = slice(start, stop)
+        self._mask_planes[native][box.slices] = table[winner[box.slices]]
+        self._confidence_planes[native][box.slices] = confidence[box.slices]
 
 
-def _reduce_slab(logits: np.ndarray, native: tuple[int, int, int], part: slice) -> tuple[np.ndarray, np.ndarray]:
-    """(S part, R, A) winning class and 255 × its softmax probability for the native planes `part` along S."""
-    lower, upper, weight = (values[part] for values in linear_positions(logits.shape[3], native[2]))
-    first, last = int(lower[0]), int(upper[-1]) + 1
-    weights = torch.from_numpy(weight.astype(np.float32))[:, None, None]
-    best = winner = total = None
-    for index in range(logits.shape[0]):
-        planes = torch.from_numpy(np.ascontiguousarray(logits[index, :, :, first:last].transpose(2, 0, 1)))
-        planes = planes.float()
-        planes = torch.lerp(planes[torch.from_numpy(lower - first)], planes[torch.from_numpy(upper - first)], weights)
-        if planes.shape[1:] != native[:2]:
-            planes = torch.nn.functional.interpolate(
-                planes[None], size=native[:2], mode="bilinear", align_corners=False
-            )[0]
-        if best is None or winner is None or total is None:
-            best, winner, total = planes, torch.zeros(planes.shape, dtype=torch.int16), torch.ones_like(planes)
-            continue
-        wins = planes > best
-        # Σ exp(logit − maximum), kept up to date while the maximum moves.
-        total = torch.where(wins, total * torch.exp(best - planes) + 1, total + torch.exp(planes - best))
-        winner[wins] = index
-        best = torch.maximum(best, planes)
-    assert winner is not None and total is not None
-    return winner.numpy(), (255 / total).round_().to(torch.uint8).numpy()
+class _LargestWins:
+    """Classes that exclude each other: 0 is the background."""
+
+    winner: torch.Tensor
+    _best: torch.Tensor
+    _total: torch.Tensor  # Σ exp(logit − largest), kept up to date while the largest moves
+
+    def add(self, index: int, logits: torch.Tensor) -> None:
+        if index == 0:
+            self._best, self.winner = logits, torch.zeros(logits.shape, dtype=torch.int16)
+            self._total = torch.ones_like(logits)
+            return
+        wins = logits > self._best
+        largest = torch.maximum(self._best, logits)
+        # One of the two is the largest, and its own term is 1.
+        other = torch.minimum(self._best, logits).sub_(largest).exp_()
+        self._total = torch.where(wins, self._total * other + 1, self._total + other)
+        self.winner.masked_fill_(wins, index)
+        self._best = largest
+
+    def confidence(self) -> torch.Tensor:
+        return (CERTAIN / self._total).round_().to(torch.uint8)
+
+
+class _Regions:
+    """Classes that may overlap: each is there where its logit is over 0, and a later one lies over an earlier one."""
+
+    winner: torch.Tensor  # 1 + class, 0 for the background
+    _logit: torch.Tensor
+
+    def add(self, index: int, logits: torch.Tensor) -> None:
+        if index == 0:
+            self.winner, self._logit = torch.zeros(logits.shape, dtype=torch.int16), torch.zeros_like(logits)
+        there = logits > 0
+        self.winner.masked_fill_(there, index + 1)
+        self._logit = torch.where(there, logits, self._logit)
+
+    def confidence(self) -> torch.Tensor:
+        return (CERTAIN * torch.sigmoid(self._logit)).round_().to(torch.uint8)
 
 
 def _stored_threshold(volume: Volume, stored: np.ndarray, above: float | None) -> float:

@@ -15,8 +15,10 @@ from scipy import ndimage
 
 from volseg.volume import Geometry
 
-Interpolation = Literal["linear", "cubic"]
+Kind = Literal["linear", "cubic", "nearest"]
+Interpolation = Kind | tuple[Kind, Kind, Kind]
 SLAB_VALUES = 8_000_000  # float32 values converted at a time: 32 MB, which stays near the cache and bounds the peak
+NEGLIGIBLE_WEIGHT = 1e-7  # of a cubic spline's far planes: under the rounding of float32
 
 
 def resampled_shape(geometry: Geometry, spacing_mm: tuple[float, float, float]) -> tuple[int, int, int]:
@@ -42,22 +44,116 @@ def resample(array: np.ndarray, shape: tuple[int, int, int], interpolation: Inte
 
     Args:
         array: any real dtype and memory layout; converted to float32 slab by slab.
-        interpolation: `linear`, or `cubic` = interpolating B-spline of order 3, equal to scipy's with its edges repeated.
+        interpolation: `linear`, `nearest`, or `cubic` = interpolating B-spline of order 3, equal to scipy's with its edges
+            repeated; one for all axes or one per axis.
 
     Returns:
         float32 (I, J, K); values outside the outermost voxel centres repeat the edge.
     """
-    # Work in memory order: a NIfTI array has its last axis slowest, and a slab of it is then one contiguous read.
-    axes = np.argsort([-abs(stride) for stride in array.strides], kind="stable")
-    source = array.transpose(axes)
-    slow, middle, fast = (shape[axis] for axis in axes)
-    planes = np.empty((source.shape[0], middle, fast), np.float32)
-    resize = _plane_resizer(source.shape[1:], (middle, fast), interpolation)
-    for part in _slabs(source.shape[0], source.shape[1] * source.shape[2]):
-        slab = torch.from_numpy(np.ascontiguousarray(source[part], dtype=np.float32))
-        planes[part] = resize(slab).numpy()
-    result = _resize_first_axis(planes, slow, interpolation)
-    return result.transpose(np.argsort(axes))
+    planes = PlaneReader(array, shape, interpolation)
+    return planes.read(0, shape[planes.axis])
+
+
+class PlaneReader:
+    """The planes of a resampled volume along one axis, some at a time; cheapest when asked for in order.
+
+    Source planes that the next planes need too are kept, already resampled within the plane. So what it holds depends on how
+    many planes are asked for at once, not on how many there are.
+
+    Args:
+        array, shape, interpolation: as in `resample`.
+        axis: along which planes are counted; None for the one that is slowest in memory.
+        convert: what happens first to source planes, given as (planes, which), which are transposed by `axes`.
+        limits: the result is clipped to them; `plane`: to the range of each source plane, before planes are mixed.
+    """
+
+    def __init__(
+        self,
+        array: np.ndarray,
+        shape: tuple[int, int, int],
+        interpolation: Interpolation = "linear",
+        axis: int | None = None,
+        *,
+        convert: Callable[[np.ndarray, slice], np.ndarray] | None = None,
+        limits: tuple[float, float] | Literal["plane"] | None = None,
+    ) -> None:
+        # Work in memory order: a NIfTI array has its last axis slowest, and a slab of it is then one contiguous read.
+        order = sorted(range(3), key=lambda n: -abs(array.strides[n]))
+        self.axis = order[0] if axis is None else axis
+        self.axes = (self.axis, *(n for n in order if n != self.axis))
+        self._source = array.transpose(self.axes)
+        n, *plane = self._source.shape
+        wanted, *wanted_plane = (shape[axis] for axis in self.axes)
+        kinds = interpolation if isinstance(interpolation, tuple) else (interpolation, interpolation, interpolation)
+        kind, first_kind, second_kind = (kinds[axis] for axis in self.axes)
+        self._plane_shape = tuple(wanted_plane)
+        self._resize = plane_resizer(tuple(plane), tuple(wanted_plane), (first_kind, second_kind))
+        self._along = _Along(n, wanted, kind)
+        self._convert = convert or (lambda planes, which: planes)
+        self._limits = limits
+        self._kept = (0, np.empty((0, *wanted_plane), np.float32))
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Planes `start` to `stop`: float32, (I, J, K) but `stop - start` long along the axis."""
+        first, last = self._along.needed(start, stop)
+        planes = self._along.combine(self._planes(first, last), first, start, stop)
+        if isinstance(self._limits, tuple):
+            planes = np.clip(planes, *self._limits)
+        return planes.transpose(np.argsort(self.axes))
+
+    def _planes(self, first: int, last: int) -> np.ndarray:
+        """Source planes, resampled within the plane."""
+        kept_first, kept = self._kept
+        planes = np.empty((last - first, *self._plane_shape), np.float32)
+        known = slice(max(first, kept_first), min(last, kept_first + len(kept)))
+        if known.start < known.stop:
+            planes[known.start - first : known.stop - first] = kept[known.start - kept_first : known.stop - kept_first]
+            missing = ((first, known.start), (known.stop, last))
+        else:
+            missing = ((first, last),)
+        for begin, end in missing:
+            for part in _slabs(begin, end, self._source.shape[1] * self._source.shape[2]):
+                slab = torch.from_numpy(np.ascontiguousarray(self._convert(self._source[part], part), dtype=np.float32))
+                resized = self._resize(slab)
+                if self._limits == "plane":
+                    flat = slab.flatten(1)
+                    resized = resized.clamp(flat.amin(1)[:, None, None], flat.amax(1)[:, None, None])
+                planes[part.start - first : part.stop - first] = resized.numpy()
+        if not self._along.is_identity:
+            self._kept = (first, planes)
+        return planes
+
+
+class _Along:
+    """Interpolation between planes along the axis in which a `PlaneReader` counts."""
+
+    def __init__(self, n: int, wanted: int, kind: Kind) -> None:
+        self.is_identity = n == wanted
+        self._matrix = _cubic_matrix(n, wanted) if kind == "cubic" and n != wanted else None
+        if self._matrix is None:
+            self._lower, self._upper, self._weight = positions(n, wanted, kind)
+            return
+        heavy = (self._matrix.abs() > NEGLIGIBLE_WEIGHT).numpy()
+        self._lower, self._upper = heavy.argmax(axis=1), n - 1 - heavy[:, ::-1].argmax(axis=1)
+
+    def needed(self, start: int, stop: int) -> tuple[int, int]:
+        """First and one past the last of the source planes for the output planes `start` to `stop`."""
+        return int(self._lower[start:stop].min()), int(self._upper[start:stop].max()) + 1
+
+    def combine(self, planes: np.ndarray, first: int, start: int, stop: int) -> np.ndarray:
+        """(n, J, I) source planes from `first` on → (stop - start, J, I)."""
+        if self.is_identity:
+            return planes
+        flat = torch.from_numpy(planes.reshape(len(planes), -1))
+        result = np.empty((stop - start, *planes.shape[1:]), np.float32)
+        out = torch.from_numpy(result.reshape(stop - start, -1))
+        if self._matrix is not None:
+            torch.matmul(self._matrix[start:stop, first : first + len(planes)], flat, out=out)
+            return result
+        for row, index in enumerate(range(start, stop)):
+            lower, upper = int(self._lower[index]) - first, int(self._upper[index]) - first
+            torch.lerp(flat[lower], flat[upper], float(self._weight[index]), out=out[row])
+        return result
 
 
 def resample_mask(mask: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:
@@ -86,50 +182,46 @@ def resample_mask(mask: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:
     return result
 
 
-def _slabs(length: int, values_per_plane: int) -> Iterator[slice]:
+def _slabs(first: int, last: int, values_per_plane: int) -> Iterator[slice]:
     step = max(1, SLAB_VALUES // max(1, values_per_plane))
-    return (slice(start, min(length, start + step)) for start in range(0, length, step))
+    return (slice(start, min(last, start + step)) for start in range(first, last, step))
 
 
-def _plane_resizer(
-    size: tuple[int, ...], wanted: tuple[int, int], interpolation: Interpolation
+def plane_resizer(
+    size: tuple[int, ...], wanted: tuple[int, ...], kinds: tuple[Kind, ...]
 ) -> Callable[[torch.Tensor], torch.Tensor]:
     """A function (n, J, I) → (n, *wanted) for planes of `size`."""
-    if tuple(size) == wanted:
+    if size == wanted:
         return lambda planes: planes
-    if interpolation == "linear":
+    if kinds == ("linear", "linear"):
         return lambda planes: torch.nn.functional.interpolate(
             planes[None], size=wanted, mode="bilinear", align_corners=False
         )[0]
-    first, second = (_cubic_matrix(n, m) for n, m in zip(size, wanted, strict=True))
+    first, second = (_matrix(n, m, kind) for n, m, kind in zip(size, wanted, kinds, strict=True))
     # The axis that shrinks most goes first, so that the second product is small.
     if wanted[0] / size[0] < wanted[1] / size[1]:
         return lambda planes: torch.matmul(torch.matmul(first, planes), second.T)
     return lambda planes: torch.matmul(first, torch.matmul(planes, second.T))
 
 
-def _resize_first_axis(planes: np.ndarray, wanted: int, interpolation: Interpolation) -> np.ndarray:
-    """(n, J, I) → (wanted, J, I)."""
-    n = planes.shape[0]
-    if n == wanted:
-        return planes
-    flat = torch.from_numpy(planes.reshape(n, -1))
-    result = np.empty((wanted, *planes.shape[1:]), np.float32)
-    out = torch.from_numpy(result.reshape(wanted, -1))
-    if interpolation == "cubic":
-        torch.matmul(_cubic_matrix(n, wanted), flat, out=out)
-        return result
-    lower, upper, weight = linear_positions(n, wanted)
-    for index in range(wanted):
-        torch.lerp(flat[int(lower[index])], flat[int(upper[index])], float(weight[index]), out=out[index])
-    return result
-
-
-def linear_positions(n: int, wanted: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def positions(n: int, wanted: int, kind: Kind = "linear") -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """For each of `wanted` output voxels the two input voxels it lies between and the weight of the upper one."""
     position = np.clip((np.arange(wanted) + 0.5) * n / wanted - 0.5, 0, n - 1)
+    if kind == "nearest":
+        position = np.floor(position + 0.5)
     lower = np.floor(position).astype(int)
     return lower, np.minimum(lower + 1, n - 1), position - lower
+
+
+def _matrix(n: int, wanted: int, kind: Kind) -> torch.Tensor:
+    """(wanted, n) float32: the interpolation along one axis as one linear map."""
+    if kind == "cubic":
+        return _cubic_matrix(n, wanted)
+    lower, upper, weight = positions(n, wanted, kind)
+    matrix = np.zeros((wanted, n), np.float32)
+    np.add.at(matrix, (np.arange(wanted), lower), 1 - weight)
+    np.add.at(matrix, (np.arange(wanted), upper), weight)
+    return torch.from_numpy(matrix)
 
 
 def _cubic_matrix(n: int, wanted: int) -> torch.Tensor:

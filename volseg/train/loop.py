@@ -19,7 +19,7 @@ from torch import nn
 from volseg.errors import VolsegError
 from volseg.evaluate.overlap import dice
 from volseg.infer.backends import TorchBackend
-from volseg.infer.stream import predict_logits
+from volseg.infer.stream import Tiling, predict_logits
 from volseg.io.prepared import PreparedCase
 from volseg.models import build_segmentation, set_weights, weights_of
 from volseg.plan import Plan
@@ -269,9 +269,9 @@ def _case_dice(
     network: nn.Module, case: PreparedCase, recipe: Recipe, plan: Plan, device: torch.device, overlap: float
 ) -> list[float]:
     """Dice per label of one case on the prepared grid; NaN for a label that neither mask has."""
-    logits = predict_logits(
-        np.asarray(case.image), TorchBackend(network, device), patch_shape=plan.patch_shape, overlap=overlap
-    )
+    tiling = Tiling(patch_shape=plan.patch_shape, overlap=overlap)
+    n_classes = 1 + len(recipe.data.labels)
+    logits = predict_logits(np.asarray(case.image), TorchBackend(network, device), tiling, n_classes=n_classes)
     predicted = logits.argmax(axis=0)
     return [dice(case.mask, predicted, index) for index in range(1, len(logits))]
 
