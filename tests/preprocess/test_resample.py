@@ -91,5 +91,5 @@ def test_labels_are_not_mixed_into_values_that_were_not_there():
 def test_positions_stay_inside_and_weigh_the_upper_neighbour():
     lower, upper, weight = positions(4, 8)
     np.testing.assert_array_equal(lower, [0, 0, 0, 1, 1, 2, 2, 3])
-    np.testing.assert_array_equal(upper, [1, 1, 1, 2, 2, 3, 3, 3])
+    np.testing.assert_array_equal(upper, [0, 1, 1, 2, 2, 3, 3, 3])
     np.testing.assert_allclose(weight, [0, 0.25, 0.75, 0.25, 0.75, 0.25, 0.75, 0])

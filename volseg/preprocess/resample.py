@@ -85,7 +85,7 @@ class PlaneReader:
         n, *plane = self._source.shape
         wanted, *wanted_plane = (shape[axis] for axis in self.axes)
         kinds = interpolation if isinstance(interpolation, tuple) else (interpolation, interpolation, interpolation)
-        kind, first_kind, second_kind = (kinds[axis] for axis in self.axes)
+        kind, first_kind, second_kind = kinds[self.axes[0]], kinds[self.axes[1]], kinds[self.axes[2]]
         self._plane_shape = tuple(wanted_plane)
         self._resize = plane_resizer(tuple(plane), tuple(wanted_plane), (first_kind, second_kind))
         self._along = _Along(n, wanted, kind)
@@ -205,12 +205,12 @@ def plane_resizer(
 
 
 def positions(n: int, wanted: int, kind: Kind = "linear") -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """For each of `wanted` output voxels the two input voxels it lies between and the weight of the upper one."""
+    """For each of `wanted` output voxels the two input voxels it lies between, which may be one, and the weight of the upper one."""
     position = np.clip((np.arange(wanted) + 0.5) * n / wanted - 0.5, 0, n - 1)
     if kind == "nearest":
         position = np.floor(position + 0.5)
     lower = np.floor(position).astype(int)
-    return lower, np.minimum(lower + 1, n - 1), position - lower
+    return lower, np.ceil(position).astype(int), position - lower
 
 
 def _matrix(n: int, wanted: int, kind: Kind) -> torch.Tensor:
