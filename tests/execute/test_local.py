@@ -1,7 +1,9 @@
+from threading import Event
+
 import pytest
 
 from volseg.errors import EnvironmentProblem, ScanError
-from volseg.execute.local import run
+from volseg.execute.local import run, run_overlapped
 
 
 def test_a_failure_is_an_outcome_and_the_others_go_on():
@@ -32,3 +34,62 @@ def test_a_full_disk_stops_the_batch_and_a_bug_is_not_hidden():
         list(run(full, [1, 2]))
     with pytest.raises(ZeroDivisionError):
         list(run(lambda n: 1 / n, [0]))
+
+
+def test_reading_ahead_and_writing_behind_happen_while_the_work_goes_on():
+    events = []
+    next_is_read, last_may_be_written = Event(), Event()
+
+    def read(number):
+        if number == 2:
+            next_is_read.set()
+        return number * 10
+
+    def work(number, value):
+        if number == 1:
+            assert next_is_read.wait(10)  # while this item is worked on
+        if number == 2:
+            last_may_be_written.set()  # the first item can only be written while this one is worked on
+            assert written.wait(10)
+        return value + 1
+
+    written = Event()
+
+    def write(number, value):
+        if number == 1:
+            assert last_may_be_written.wait(10)
+            written.set()
+        events.append((number, value))
+
+    outcomes = list(run_overlapped(read, work, write, [1, 2, 3]))
+    assert [(outcome.item, outcome.error) for outcome in outcomes] == [(1, None), (2, None), (3, None)]
+    assert events == [(1, 11), (2, 21), (3, 31)]
+
+
+@pytest.mark.parametrize("stage", ["read", "work", "write"])
+def test_a_failure_in_any_part_is_that_items_alone(stage):
+    def failing(name):
+        def part(number, value=0):
+            if name == stage and number == 2:
+                raise ScanError("bad", fix="another", code="E_BAD")
+            if name == "write":
+                done.append(number)
+
+        return part
+
+    done = []
+    outcomes = list(run_overlapped(failing("read"), failing("work"), failing("write"), [1, 2, 3]))
+    assert [outcome.error and outcome.error.code for outcome in outcomes] == [None, "E_BAD", None]
+    assert done == [1, 3]
+
+
+def test_a_full_disk_stops_the_overlapped_batch_too():
+    def full(number, _):
+        if number == 2:
+            raise EnvironmentProblem("disk full", fix="free space", code="E_DISK")
+
+    done = []
+    with pytest.raises(EnvironmentProblem):
+        done.extend(run_overlapped(lambda n: n, lambda n, _: n, full, range(100)))
+    assert len(done) <= 2
+    assert list(run_overlapped(lambda n: n, lambda n, _: n, full, [])) == []

@@ -1,15 +1,18 @@
-"""One process: every item in turn, a failure is an outcome and not a crash."""
+"""One process: every item in turn, files read and written beside the work; a failure is an outcome and not a crash."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from functools import partial
+from typing import Generic, TypeVar, cast
 
 from volseg.errors import EnvironmentProblem, VolsegError
 
 Item = TypeVar("Item")
 Value = TypeVar("Value")
+Read = TypeVar("Read")
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,14 +31,63 @@ def run(task: Callable[[Item], Value], items: Iterable[Item]) -> Iterator[Outcom
         EnvironmentProblem: a full disk stops the batch, since every other item would meet it too.
     """
     for item in items:
-        try:
-            yield Outcome(item, value=task(item))
-        except EnvironmentProblem:
-            raise
-        except VolsegError as error:
-            yield Outcome(item, error=error)
-        except MemoryError as error:
-            problem = VolsegError(
-                f"not enough memory ({error})", fix="close other programs or use a larger machine", code="E_OOM"
-            )
-            yield Outcome(item, error=problem)
+        yield _outcome(item, lambda item=item: task(item))
+
+
+def run_overlapped(
+    read: Callable[[Item], Read],
+    work: Callable[[Item, Read], Value],
+    write: Callable[[Item, Value], None],
+    items: Iterable[Item],
+) -> Iterator[Outcome[Item, None]]:
+    """As `run`, for a task in three parts: the next item is read and the last one written while one is worked on.
+
+    At most one item that was read and one that was worked on wait, so memory holds two of each.
+
+    Raises:
+        EnvironmentProblem: as `run`; what was worked on before is written first.
+    """
+    with ThreadPoolExecutor(1, "volseg-read") as reader, ThreadPoolExecutor(1, "volseg-write") as writer:
+        waiting = iter(items)
+        following = _begin(reader, read, waiting)
+        last: Future[Outcome[Item, None]] | None = None
+        while following is not None:
+            item, started = following
+            was_read = started.result()
+            following = _begin(reader, read, waiting)
+            worked = _after(was_read, lambda value, item=item: work(item, value))
+            if last is not None:
+                yield last.result()
+            last = writer.submit(_after, worked, lambda value, item=item: write(item, value))
+        if last is not None:
+            yield last.result()
+
+
+def _begin(
+    reader: Executor, read: Callable[[Item], Read], waiting: Iterator[Item]
+) -> tuple[Item, Future[Outcome[Item, Read]]] | None:
+    for item in waiting:
+        return item, reader.submit(_outcome, item, partial(read, item))
+    return None
+
+
+def _after(outcome: Outcome[Item, Read], task: Callable[[Read], Value]) -> Outcome[Item, Value]:
+    """The next part of an item's task, unless a part before it failed."""
+    if outcome.error is not None:
+        return Outcome(outcome.item, error=outcome.error)
+    return _outcome(outcome.item, lambda: task(cast(Read, outcome.value)))
+
+
+def _outcome(item: Item, task: Callable[[], Value]) -> Outcome[Item, Value]:
+    """What the task gives, or the error that the user can repair."""
+    try:
+        return Outcome(item, value=task())
+    except EnvironmentProblem:
+        raise
+    except VolsegError as error:
+        return Outcome(item, error=error)
+    except MemoryError as error:
+        problem = VolsegError(
+            f"not enough memory ({error})", fix="close other programs or use a larger machine", code="E_OOM"
+        )
+        return Outcome(item, error=problem)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import Any
 
 from volseg import __version__
 from volseg.errors import ScanError, VolsegError
-from volseg.execute.local import run
+from volseg.execute.local import Outcome
 from volseg.io.cases import Case
 from volseg.io.files import make_folder, sha256_of, write_bytes_atomic
 from volseg.io.nifti import intensity_warnings, read_header, write_volume
@@ -50,7 +50,7 @@ def silent(stage: str, share: float, detail: str) -> None:
 
 def run_cases(
     cases: Sequence[Case],
-    task: Callable[[Case], None],
+    run: Callable[[Sequence[Case]], Iterable[Outcome[Case, None]]],
     key_of: Callable[[Case], str],
     results: ResultsFolder,
     model_name: str,
@@ -58,7 +58,7 @@ def run_cases(
     progress: Progress,
     objects: str = "components",
 ) -> RunReport:
-    """Run the task on every case that is not complete; a failure is a row, an interruption leaves pending rows."""
+    """Run every case that is not complete; a failure is a row, an interruption leaves pending rows."""
     done, kept, failed, todo = [], [], {}, []
     for case in cases:
         if results.is_complete(case.id, key_of(case)):
@@ -67,7 +67,7 @@ def run_cases(
             todo.append(case)
     progress(stage, 0.0, f"{len(todo)} of {len(cases)} to do")
     try:
-        for count, outcome in enumerate(run(task, todo), start=1):
+        for count, outcome in enumerate(run(todo), start=1):
             case = outcome.item
             if outcome.error is None:
                 done.append(case.id)
@@ -93,7 +93,7 @@ def run_cases(
 
 
 def done_row(
-    case: Case, scan: Volume, lesions: Sequence[LesionMeasurement], *, path: Path, unit: str, model: str, started: float
+    case: Case, scan: Volume, lesions: Sequence[LesionMeasurement], *, path: Path, unit: str, model: str, seconds: float
 ) -> CaseRow:
     """The row of a scan that was measured, with all that is odd about it. `unit` is that of its intensities."""
     oddities = (*read_header(path).warnings, *intensity_warnings(scan, is_ct=unit == "HU"))
@@ -107,7 +107,7 @@ def done_row(
         total_volume_ml=float(sum(lesion.volume_ml for lesion in lesions)),
         image=path.name,
         model=model,
-        seconds=round(time.monotonic() - started, 2),
+        seconds=round(seconds, 2),
         warnings="; ".join(warnings),
     )
 

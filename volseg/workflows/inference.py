@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from volseg.execute.cpu import keep_freed_memory
+from volseg.execute.local import run_overlapped
 from volseg.io.cases import Case, find_scans
 from volseg.io.nifti import read_volume
 from volseg.report.results import ResultsFolder
+from volseg.volume import Volume
 from volseg.workflows.batch import (
     Progress,
     RunReport,
@@ -25,7 +28,7 @@ from volseg.workflows.batch import (
 
 if TYPE_CHECKING:  # torch takes seconds to import; only a workflow that needs it pays
     from volseg.bundle import ModelBundle
-    from volseg.segment import Model
+    from volseg.segment import CaseResult, Model
 
 
 def infer(
@@ -61,11 +64,20 @@ def infer(
         loaded = load_model(bundle, device)
         options = {"model_sha256": bundle.sha256, "figures": figures}
 
-        def task(case: Case) -> None:
-            _infer_case(case, loaded, results, case_key(options, case), figures)
+        def segment(case: Case, scan: _ReadCase) -> _SegmentedCase:
+            return _segment(case, scan, loaded)
+
+        def write(case: Case, found: _SegmentedCase) -> None:
+            _write(case, found, loaded.bundle, results, case_key(options, case), figures)
 
         report = run_cases(
-            cases, task, lambda case: case_key(options, case), results, model_name_of(bundle), "Segmenting", progress
+            cases,
+            lambda todo: run_overlapped(_read, segment, write, todo),
+            lambda case: case_key(options, case),
+            results,
+            model_name_of(bundle),
+            "Segmenting",
+            progress,
         )
         results.write_run(
             run_description("infer", options, report, started)
@@ -74,30 +86,54 @@ def infer(
     return report
 
 
-def _infer_case(case: Case, model: Model, results: ResultsFolder, key: str, figures: bool) -> None:
+@dataclass(frozen=True, slots=True, eq=False)
+class _ReadCase:
+    images: Mapping[str, Volume]
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _SegmentedCase:
+    scan: Volume
+    result: CaseResult
+    seconds: float  # of reading and segmenting
+
+
+def _read(case: Case) -> _ReadCase:
+    started = time.monotonic()
+    images = {name: read_volume(path) for name, path in case.images.items()}
+    return _ReadCase(images, time.monotonic() - started)
+
+
+def _segment(case: Case, read: _ReadCase, model: Model) -> _SegmentedCase:
     from volseg.segment import segment_case
 
     started = time.monotonic()
-    recipe = model.bundle.recipe
-    images = {name: read_volume(path) for name, path in case.images.items()}
-    result = segment_case(images, model, case_id=case.id)
-    scan_path = case.images[recipe.data.channels[0]]
+    result = segment_case(read.images, model, case_id=case.id)
+    scan = read.images[model.bundle.recipe.data.channels[0]]
+    return _SegmentedCase(scan, result, read.seconds + time.monotonic() - started)
+
+
+def _write(
+    case: Case, found: _SegmentedCase, bundle: ModelBundle, results: ResultsFolder, key: str, figures: bool
+) -> None:
+    started = time.monotonic()
+    scan_path = case.images[bundle.recipe.data.channels[0]]
+    result = found.result
     files = [
         write_mask(result.mask, results.path / "masks" / f"{case.id}.nii.gz", like=scan_path),
         write_mask(result.lesion_ids, results.path / "lesion_ids" / f"{case.id}.nii.gz", like=scan_path),
     ]
     if figures:
-        files.append(
-            write_figure(images[recipe.data.channels[0]], result.lesion_ids, result.lesions, case.id, results.path)
-        )
+        files.append(write_figure(found.scan, result.lesion_ids, result.lesions, case.id, results.path))
     row = done_row(
         case,
-        images[recipe.data.channels[0]],
+        found.scan,
         result.lesions,
         path=scan_path,
-        unit=recipe.data.intensity_unit,
-        model=model_name_of(model.bundle),
-        started=started,
+        unit=bundle.recipe.data.intensity_unit,
+        model=model_name_of(bundle),
+        seconds=found.seconds + time.monotonic() - started,
     )
     results.commit(row, key=key, lesions=result.lesions, files=files)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import cast, get_args
 
 from volseg.errors import VolsegError
+from volseg.execute.local import run
 from volseg.io.cases import Case, find_cases, find_scans
 from volseg.io.nifti import read_mask, read_volume
 from volseg.measure.lesions import measure_lesions
@@ -65,7 +66,14 @@ def measure(
             _measure_case(case, results, case_key(options, case), objects, label_names or {}, intensity_unit, figures)
 
         report = run_cases(
-            found, task, lambda case: case_key(options, case), results, "", "Measuring", progress, objects
+            found,
+            lambda todo: run(task, todo),
+            lambda case: case_key(options, case),
+            results,
+            "",
+            "Measuring",
+            progress,
+            objects,
         )
         results.write_run(
             run_description("measure", options, report, started)
@@ -125,7 +133,7 @@ def _measure_case(
     files = [write_mask(ids, results.path / "lesion_ids" / f"{case.id}.nii.gz", like=path)]
     if figures:
         files.append(write_figure(scan, ids, rows, case.id, results.path))
-    row = done_row(case, scan, rows, path=path, unit=unit, model="", started=started)
+    row = done_row(case, scan, rows, path=path, unit=unit, model="", seconds=time.monotonic() - started)
     results.commit(row, key=key, lesions=rows, files=files)
 
 
