@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from volseg.infer.tiles import TiledAxis, gaussian, thinnest_axis, tile_starts
+from volseg.infer.tiles import TiledAxis, gaussian, thinnest_axis, tile_starts, widest
 
 
 @settings(deadline=None)
@@ -50,3 +50,16 @@ def test_layers_lie_across_the_axis_that_needs_the_smallest_buffer():
     assert thinnest_axis((400, 239, 239), (128, 128, 128)) == 0
     assert thinnest_axis((300, 300, 300), (128, 64, 128)) == 1
     assert thinnest_axis((50, 50, 50), (64, 64, 64)) == 2
+
+
+@settings(deadline=None)
+@given(st.integers(1, 200), st.integers(1, 64), st.floats(0, 0.8), st.data())
+def test_the_widest_interval_holds_the_wanted_one_and_costs_no_tile(length, patch, overlap, data):
+    start = data.draw(st.integers(0, length - 1))
+    stop = data.draw(st.integers(start + 1, length))
+    begin, end = widest(start, stop, length, patch, overlap)
+    assert 0 <= begin <= start < stop <= end <= length
+    n_tiles = len(tile_starts(stop - start, patch, overlap))
+    assert len(tile_starts(end - begin, patch, overlap)) == n_tiles
+    if end - begin < length:
+        assert len(tile_starts(end - begin + 1, patch, overlap)) > n_tiles

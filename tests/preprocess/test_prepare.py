@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from laws import GRIDS, ball, grid_around, oblique, orientations
 
 from volseg.errors import ScanError
+from volseg.preprocess.crop import to_canonical
 from volseg.preprocess.normalise import Window, ZScore
 from volseg.preprocess.prepare import (
     MaskRestorer,
@@ -17,6 +18,7 @@ from volseg.preprocess.prepare import (
     prepare_mask,
     restore_mask,
 )
+from volseg.preprocess.resample import positions
 from volseg.volume import BoundingBox, Geometry, Volume
 
 WINDOW = Window(low=-1000, high=1000, mean=0, sd=1)
@@ -210,3 +212,34 @@ def test_stored_axes_are_those_of_the_file_backwards_then_transposed():
     np.testing.assert_array_equal(
         restore_mask(one_hot(prepared.array[0] > 50, 2), prepared.trail, [1])[0], scan.array > 50
     )
+
+
+@settings_of_test(max_examples=30, deadline=None)
+@given(st.data())
+def test_a_part_of_the_grid_gives_what_the_whole_gives_there_and_background_elsewhere(data):
+    shape = data.draw(st.tuples(*[st.integers(2, 14)] * 3))
+    geometry = Geometry(shape, oblique((1.0, 0.9, 1.1)))
+    rng = np.random.default_rng(0)
+    scan = Volume(rng.integers(-400, 400, shape).astype(np.int16), geometry)
+    preparation = Preparation(
+        {"ct": scan}, settings(spacing_mm=data.draw(st.tuples(*[st.floats(0.5, 3)] * 3)), crop="none")
+    )
+    trail, axis = preparation.trail, data.draw(st.integers(0, 2))
+    ends = [sorted(data.draw(st.lists(st.integers(0, n), min_size=2, max_size=2, unique=True))) for n in trail.shape]
+    part = BoundingBox(tuple(a for a, _ in ends), tuple(b for _, b in ends))
+    whole = preparation.planes(axis).read(0, trail.shape[axis])
+    found = preparation.planes(axis, part).read(0, part.shape[axis])
+    np.testing.assert_allclose(found, whole[(slice(None), *part.slices)], atol=1e-4)
+    logits = rng.normal(size=(3, *trail.shape)).astype(np.float32)
+    restorer = MaskRestorer(trail, [1, 5], axis=axis, part=part)
+    restorer.add(logits[(slice(None), *part.slices)])
+    expected, _ = restore_mask(logits, trail, [1, 5])
+    mask = to_canonical(restorer.result()[0], trail.order)
+    expected = to_canonical(expected, trail.order)
+    inside = np.ones(expected.shape, bool)
+    for n, (m, native) in enumerate(zip(trail.shape, expected.shape, strict=True)):
+        lower, upper, _ = positions(m, native)
+        covered = (lower >= part.start[n]) & (upper < part.stop[n])
+        inside &= covered.reshape([-1 if axis == n else 1 for axis in range(3)])
+    assert not mask[~inside].any()
+    assert np.mean(mask[inside] != expected[inside]) <= 0.001 if inside.any() else True

@@ -5,6 +5,7 @@ Both ways work a few planes at a time, so that neither the network input nor the
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,7 +18,15 @@ from scipy import ndimage
 from volseg.errors import ScanError
 from volseg.preprocess.crop import AxisOrder, body_threshold, box_where, canonical_geometry, crop, to_canonical
 from volseg.preprocess.normalise import Normaliser, Scaling
-from volseg.preprocess.resample import Kind, PlaneReader, plane_resizer, positions, resample_mask, resampled_shape
+from volseg.preprocess.resample import (
+    Kind,
+    PlaneReader,
+    interpolation_matrix,
+    plane_resizer,
+    positions,
+    resample_mask,
+    resampled_shape,
+)
 from volseg.volume import BoundingBox, Geometry, Volume
 
 SLAB_VOXELS = 2_000_000  # native voxels restored at a time; bounds the float32 temporaries to some 8 MB each
@@ -114,9 +123,29 @@ class Preparation:
         self.has_body = found is not None or settings.crop != "body"
         self._views = [crop(array, box) for array in stored]
 
-    def planes(self, axis: int | None = None) -> PreparedPlanes:
-        """The network input, to be read plane by plane along a prepared axis; None for the one that is slowest in memory."""
-        return PreparedPlanes(self.trail.shape, [self._channel(index, axis) for index in range(len(self._views))])
+    def planes(self, axis: int | None = None, part: BoundingBox | None = None) -> PreparedPlanes:
+        """The network input, or a part of the prepared grid, to be read plane by plane along a prepared axis.
+
+        Args:
+            axis: None for the one that is slowest in memory.
+        """
+        axis = self.trail.separate_axis if axis is None else axis
+        channels = [self._channel(index, axis) for index in range(len(self._views))]
+        return PreparedPlanes(self.trail.shape, channels, part)
+
+    def body_box(self) -> BoundingBox | None:
+        """The box of the body on the prepared grid, by the first channel; None where there is none."""
+        view, trail = self._views[0], self.trail
+        box = box_where(lambda part: view[part] > self._above, view)
+        if box is None:
+            return None
+        scale = [n / m for n, m in zip(trail.shape, trail.box.shape, strict=True)]
+        # One voxel more, so that every voxel of the body lies between prepared ones of the box.
+        r, a, s = (max(0, int(start * f) - 1) for start, f in zip(box.start, scale, strict=True))
+        r_stop, a_stop, s_stop = (
+            min(n, math.ceil(stop * f) + 1) for stop, f, n in zip(box.stop, scale, trail.shape, strict=True)
+        )
+        return BoundingBox((r, a, s), (r_stop, a_stop, s_stop))
 
     @property
     def empty_level(self) -> float | None:
@@ -230,14 +259,16 @@ class Preparation:
 
 
 class PreparedPlanes:
-    """Network input (C, R, A, S), read a few planes at a time."""
+    """Network input (C, R, A, S), or a part of it, read a few planes at a time."""
 
     def __init__(
         self,
         shape: tuple[int, int, int],
         channels: Sequence[tuple[PlaneReader, Callable[[np.ndarray], np.ndarray]]],
+        part: BoundingBox | None = None,
     ) -> None:
-        self.shape = shape
+        self._part = part or BoundingBox.whole(shape)
+        self.shape = self._part.shape
         self.axis = channels[0][0].axis
         self._channels = channels
 
@@ -245,8 +276,10 @@ class PreparedPlanes:
         """Planes `start` to `stop`: float32 (C, R, A, S), but `stop - start` long along the axis."""
         shape = tuple(stop - start if axis == self.axis else n for axis, n in enumerate(self.shape))
         result = np.empty((len(self._channels), *shape), np.float32)
+        first = self._part.start[self.axis]
+        across = tuple(slice(None) if axis == self.axis else each for axis, each in enumerate(self._part.slices))
         for index, (reader, finish) in enumerate(self._channels):
-            result[index] = finish(reader.read(start, stop))
+            result[index] = finish(reader.read(first + start, first + stop)[across])
         return result
 
 
@@ -294,9 +327,18 @@ class MaskRestorer:
         values: mask value of the classes 1, 2, …; class 0 is the background and the largest logit wins. With `regions`: of the
             classes 0, 1, …, each of which is there where its logit is over 0, a later one over an earlier one.
         axis: the prepared axis along which planes come.
+        part: of the prepared grid, for which logits come; what cannot be interpolated from it is background. None: all.
     """
 
-    def __init__(self, trail: Trail, values: Sequence[int], *, axis: int, regions: bool = False) -> None:
+    def __init__(
+        self,
+        trail: Trail,
+        values: Sequence[int],
+        *,
+        axis: int,
+        regions: bool = False,
+        part: BoundingBox | None = None,
+    ) -> None:
         self._table = np.array(values if regions else [0, *values], np.uint8 if max(values) < 256 else np.uint16)
         self._regions = regions
         # Pages that are never written cost no memory, so only what is foreground is ever written.
@@ -304,14 +346,17 @@ class MaskRestorer:
         self._confidence = np.zeros(trail.geometry.shape, np.uint8, order="F")
         self._axes = (axis, *(other for other in range(3) if other != axis))
         views = (crop(to_canonical(array, trail.order), trail.box) for array in (self._mask, self._confidence))
-        self._mask_planes, self._confidence_planes = (view.transpose(self._axes) for view in views)
-        native = self._mask_planes.shape
-        kinds: list[Kind] = ["nearest" if other == trail.separate_axis else "linear" for other in self._axes]
-        self._lower, self._upper, weight = positions(trail.shape[axis], native[0], kinds[0])
+        mask, confidence = (view.transpose(self._axes) for view in views)
+        part = part or BoundingBox.whole(trail.shape)
+        ways = []
+        for other, native in zip(self._axes, mask.shape, strict=True):
+            kind: Kind = "nearest" if other == trail.separate_axis else "linear"
+            ways.append(_WayBack(trail.shape[other], native, kind, part.start[other], part.stop[other]))
+        native = tuple(way.native for way in ways)
+        self._mask_planes, self._confidence_planes = mask[native], confidence[native]
+        self._lower, self._upper, weight = ways[0].positions()
         self._weight = torch.from_numpy(weight.astype(np.float32))[:, None, None]
-        self._resize = plane_resizer(
-            tuple(trail.shape[other] for other in self._axes[1:]), native[1:], tuple(kinds[1:])
-        )
+        self._resize = _across(ways[1], ways[2])
         self._kept: torch.Tensor | None = None  # the last planes that were given, which the next native plane may need
         self._first = 0  # prepared plane with which they begin
         self._done = 0  # native planes
@@ -322,11 +367,11 @@ class MaskRestorer:
         available = self._first + (0 if self._kept is None else self._kept.shape[1]) + planes.shape[1]
         stop = int(np.searchsorted(self._upper, available))
         per_plane = self._mask_planes.shape[1] * self._mask_planes.shape[2]
-        step = max(1, SLAB_VOXELS // per_plane)
+        step = max(1, SLAB_VOXELS // max(1, per_plane))
         for start in range(self._done, stop, step):
             self._restore(planes, start, min(stop, start + step))
         self._done = max(self._done, stop)
-        first = int(self._lower[self._done]) if self._done < len(self._lower) else available
+        first = min(available, int(self._lower[self._done])) if self._done < len(self._lower) else available
         self._kept, self._first = self._window(planes, slice(None), first, available).clone(), first
 
     def result(self) -> tuple[np.ndarray, np.ndarray]:
@@ -362,6 +407,38 @@ class MaskRestorer:
         native = slice(start, stop)
         self._mask_planes[native][box.slices] = table[winner[box.slices]]
         self._confidence_planes[native][box.slices] = confidence[box.slices]
+
+
+class _WayBack:
+    """One axis: which native voxels lie between the prepared ones from `start` to `stop`, and where between them."""
+
+    def __init__(self, n: int, n_native: int, kind: Kind, start: int, stop: int) -> None:
+        self.n, self.n_native, self.start, self.stop = n, n_native, start, stop
+        self.kind: Kind = kind
+        lower, upper, _ = positions(n, n_native, kind)
+        inside = np.flatnonzero((lower >= start) & (upper < stop))
+        self.native = slice(int(inside[0]), int(inside[-1]) + 1) if inside.size else slice(0, 0)
+
+    @property
+    def is_whole(self) -> bool:
+        return (self.start, self.stop) == (0, self.n)
+
+    def positions(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Of the native voxels: the two planes of the part that they lie between, and the weight of the upper one."""
+        lower, upper, weight = (each[self.native] for each in positions(self.n, self.n_native, self.kind))
+        return lower - self.start, upper - self.start, weight
+
+    def matrix(self) -> torch.Tensor:
+        """(native voxels, planes of the part) float32."""
+        return interpolation_matrix(self.n, self.n_native, self.kind)[self.native, self.start : self.stop].contiguous()
+
+
+def _across(first: _WayBack, second: _WayBack) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A function (planes, prepared, prepared) → (planes, native, native)."""
+    if first.is_whole and second.is_whole:
+        return plane_resizer((first.n, second.n), (first.n_native, second.n_native), (first.kind, second.kind))
+    rows, columns = first.matrix(), second.matrix()
+    return lambda planes: torch.matmul(torch.matmul(rows, planes), columns.T)
 
 
 class _LargestWins:

@@ -197,7 +197,7 @@ def plane_resizer(
         return lambda planes: torch.nn.functional.interpolate(
             planes[None], size=wanted, mode="bilinear", align_corners=False
         )[0]
-    first, second = (_matrix(n, m, kind) for n, m, kind in zip(size, wanted, kinds, strict=True))
+    first, second = (interpolation_matrix(n, m, kind) for n, m, kind in zip(size, wanted, kinds, strict=True))
     # The axis that shrinks most goes first, so that the second product is small.
     if wanted[0] / size[0] < wanted[1] / size[1]:
         return lambda planes: torch.matmul(torch.matmul(first, planes), second.T)
@@ -213,7 +213,7 @@ def positions(n: int, wanted: int, kind: Kind = "linear") -> tuple[np.ndarray, n
     return lower, np.ceil(position).astype(int), position - lower
 
 
-def _matrix(n: int, wanted: int, kind: Kind) -> torch.Tensor:
+def interpolation_matrix(n: int, wanted: int, kind: Kind) -> torch.Tensor:
     """(wanted, n) float32: the interpolation along one axis as one linear map."""
     if kind == "cubic":
         return _cubic_matrix(n, wanted)
