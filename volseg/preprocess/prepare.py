@@ -29,8 +29,9 @@ from volseg.preprocess.resample import (
 )
 from volseg.volume import BoundingBox, Geometry, Volume
 
-SLAB_VOXELS = 2_000_000  # native voxels restored at a time; bounds the float32 temporaries to some 8 MB each
+SLAB_VOXELS = 524_288  # native voxels restored at a time; bounds the float32 temporaries to some 8 MB each
 SAMPLE_VOXELS = 8_000_000  # of a scan, from which its own mean, deviation or percentiles are taken
+LARGEST_EXPONENT = 80.0  # exp of it is still a float32
 CERTAIN = 255  # confidence of a probability of 1
 
 
@@ -393,10 +394,13 @@ class MaskRestorer:
         first, last = int(self._lower[start]), int(self._upper[stop - 1]) + 1
         lower, upper = (torch.from_numpy(each[start:stop] - first) for each in (self._lower, self._upper))
         weight = self._weight[start:stop]
+        is_between = len(lower) != last - first or bool(weight.any())
         reduce = _Regions() if self._regions else _LargestWins()
         for index in range(len(planes)):
             window = self._window(planes, index, first, last).float()
-            reduce.add(index, self._resize(torch.lerp(window[lower], window[upper], weight)))
+            if is_between:
+                window = torch.lerp(window[lower], window[upper], weight)
+            reduce.add(index, self._resize(window))
         winner, confidence = reduce.winner.numpy(), reduce.confidence().numpy()
         is_foreground = winner > 0
         box = BoundingBox.around(is_foreground)
@@ -445,24 +449,26 @@ class _LargestWins:
     """Classes that exclude each other: 0 is the background."""
 
     winner: torch.Tensor
+    _first: torch.Tensor
     _best: torch.Tensor
-    _total: torch.Tensor  # Σ exp(logit − largest), kept up to date while the largest moves
+    _total: torch.Tensor  # Σ exp(logit − logit of class 0)
 
     def add(self, index: int, logits: torch.Tensor) -> None:
         if index == 0:
-            self._best, self.winner = logits, torch.zeros(logits.shape, dtype=torch.int16)
+            self._first, self._best = logits, logits.clone()
+            self.winner = torch.zeros(logits.shape, dtype=torch.uint8)
             self._total = torch.ones_like(logits)
+            self._scratch = torch.empty_like(logits)
             return
-        wins = logits > self._best
-        largest = torch.maximum(self._best, logits)
-        # One of the two is the largest, and its own term is 1.
-        other = torch.minimum(self._best, logits).sub_(largest).exp_()
-        self._total = torch.where(wins, self._total * other + 1, self._total + other)
-        self.winner.masked_fill_(wins, index)
-        self._best = largest
+        self.winner.masked_fill_(logits > self._best, index)
+        torch.maximum(self._best, logits, out=self._best)
+        self._total += self._above_first(logits)
 
     def confidence(self) -> torch.Tensor:
-        return (CERTAIN / self._total).round_().to(torch.uint8)
+        return self._above_first(self._best).div_(self._total).mul_(CERTAIN).round_().to(torch.uint8)
+
+    def _above_first(self, logits: torch.Tensor) -> torch.Tensor:
+        return torch.sub(logits, self._first, out=self._scratch).clamp_(max=LARGEST_EXPONENT).exp_()
 
 
 class _Regions:
