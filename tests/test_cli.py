@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-COMMANDS = ("preprocess", "train", "infer", "measure", "evaluate", "check", "columns")
+COMMANDS = ("preprocess", "train", "infer", "quantise", "measure", "evaluate", "check", "columns")
 
 
 def run(*arguments, **options):

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
 from volseg.bundle import ModelBundle
 from volseg.errors import ScanError
-from volseg.infer.backends import Backend, TorchBackend, choose_device
+from volseg.infer.backends import Backend, TorchBackend, choose_backend, load_backend
 from volseg.infer.classify import classify_lesions
 from volseg.infer.stream import Tiling, predict_slabs
 from volseg.infer.tiles import thinnest_axis
@@ -38,14 +39,27 @@ class CaseResult:
     lesions: Sequence[LesionMeasurement]
 
 
-def load_model(bundle: ModelBundle, device: str = "auto") -> Model:
-    """Build the bundle's networks on a device: `auto`, `cpu` or `cuda`."""
-    chosen = choose_device(device)
+def load_model(
+    bundle: ModelBundle,
+    device: str = "auto",
+    *,
+    backend: str = "auto",
+    precision: str = "auto",
+    folder: Path | None = None,
+) -> Model:
+    """Make the bundle's networks ready to run.
+
+    Args:
+        device: `auto`, `cpu` or `cuda`. backend: `auto`, `torch` or `openvino`.
+        precision: `auto`, `fp32`, `fp16` or `int8`, of the segmentation; the classifier is small and always runs in torch.
+        folder: the bundle's own, from which files made for OpenVINO are read where it has them.
+    """
+    choice = choose_backend(backend, device, precision)
     classifier = bundle.classifier_network()
     return Model(
         bundle,
-        TorchBackend(bundle.segmentation_network(), chosen),
-        None if classifier is None else TorchBackend(classifier, chosen),
+        load_backend(bundle, choice, folder=folder),
+        None if classifier is None else TorchBackend(classifier, choice.device, precision=choice.precision),
     )
 
 

@@ -1,26 +1,276 @@
+import json
+import platform
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
 
-from volseg.errors import EnvironmentProblem, VolsegError
-from volseg.infer.backends import TorchBackend, choose_device
+from volseg.bundle import load_bundle
+from volseg.errors import EnvironmentProblem, ScanError, VolsegError
+from volseg.infer import backends
+from volseg.infer.backends import (
+    EnsembleBackend,
+    OpenVINOBackend,
+    TorchBackend,
+    choose_backend,
+    choose_device,
+    convert,
+    import_openvino,
+    load_backend,
+    openvino_is_installed,
+    read_exported,
+    write_exported,
+)
 from volseg.models import build_network
 
+SHAPE = (1, 1, 16, 24, 16)
+needs_openvino = pytest.mark.skipif(not openvino_is_installed(), reason="openvino is not installed")
 
-def network():
+
+def network(seed=0, **settings):
+    """A small U-Net with random weights, those of the normalisation too: an identity scale would hide a lost one."""
+    given = {"features": (4, 8, 8), "strides": ((1, 1, 1), (2, 2, 2), (2, 2, 2))} | settings
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return build_network(
-            "unet3d", in_channels=1, out_channels=3, features=(4, 8, 8), strides=((1, 1, 1), (2, 2, 2), (2, 2, 2))
-        )
+        torch.manual_seed(seed)
+        found = build_network("unet3d", in_channels=1, out_channels=3, **given)
+        with torch.no_grad():
+            for parameter in found.parameters():
+                if parameter.ndim == 1:
+                    parameter.add_(torch.randn(parameter.shape) * 0.3)
+    return found.eval()
+
+
+def batch(n=3, shape=SHAPE, seed=0):
+    return np.random.default_rng(seed).normal(size=(n, *shape[1:])).astype(np.float32)
+
+
+def on_torch(found, images):
+    return TorchBackend(found, torch.device("cpu")).logits(images)
 
 
 def test_logits_are_float32_and_do_not_depend_on_the_batch():
     backend = TorchBackend(network(), torch.device("cpu"))
-    batch = np.random.default_rng(0).normal(size=(3, 1, 16, 16, 16)).astype(np.float32)
-    logits = backend.logits(batch)
+    logits = backend.logits(batch())
     assert logits.dtype == np.float32
-    np.testing.assert_allclose(logits[1:2], backend.logits(batch[1:2]), atol=1e-4)
+    np.testing.assert_allclose(logits[1:2], backend.logits(batch()[1:2]), atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"residual": True},
+        {
+            "features": (4, 6, 8, 8),
+            "strides": ((1, 1, 1), (1, 2, 1), (2, 2, 2), (2, 2, 2)),
+            "kernels": ((3, 3, 1), (3, 3, 3), (3, 3, 3), (3, 3, 3)),
+        },
+    ],
+)
+@needs_openvino
+def test_openvino_gives_the_logits_of_torch(settings):
+    found, images = network(**settings), batch()
+    expected = on_torch(found, images)
+    backend = OpenVINOBackend(convert(found, SHAPE), SHAPE)
+    np.testing.assert_allclose(backend.logits(images), expected, atol=1e-3)
+    assert backend.identity == {"backend": "openvino", "precision": "fp32"}
+
+
+@needs_openvino
+def test_batches_of_any_size_and_patches_of_another_shape_run_too():
+    found = network()
+    backend = OpenVINOBackend(convert(found, SHAPE), (2, *SHAPE[1:]))
+    for images in (batch(1), batch(2), batch(5), batch(1, (1, 1, 24, 16, 20)), batch(3)):
+        np.testing.assert_allclose(backend.logits(images), on_torch(found, images), atol=1e-3)
+
+
+@needs_openvino
+def test_a_batch_that_is_not_contiguous_is_read_as_it_looks():
+    found = network()
+    images = np.flip(batch(), axis=3)
+    backend = OpenVINOBackend(convert(found, SHAPE), SHAPE)
+    np.testing.assert_allclose(backend.logits(images), on_torch(found, images.copy()), atol=1e-3)
+
+
+@needs_openvino
+def test_logits_are_the_callers_to_keep_and_releasing_changes_none():
+    backend = OpenVINOBackend(convert(network(), SHAPE), SHAPE)
+    first = backend.logits(batch(1))
+    kept = first.copy()
+    backend.release()
+    second = backend.logits(batch(1, seed=1))
+    assert not np.array_equal(second, kept)
+    np.testing.assert_array_equal(first, kept)
+    np.testing.assert_array_equal(backend.logits(batch(1)), kept)
+
+
+@needs_openvino
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="other chips compile the network otherwise")
+def test_the_normalisation_is_one_layer_of_the_compiled_network_with_its_scale_and_activation():
+    backend = OpenVINOBackend(convert(network(), SHAPE), SHAPE)
+    kinds = [node.get_rt_info()["layerType"].astype(str) for node in backend._compiled.get_runtime_model().get_ops()]
+    assert kinds.count("MVN") == 10
+    assert not {"Multiply", "Add", "Eltwise", "PRelu", "ReduceMean", "Subgraph"} & set(kinds)
+
+
+@needs_openvino
+def test_fp32_is_fp32_and_half_precision_is_refused_where_the_chip_has_none(monkeypatch):
+    openvino = import_openvino()
+    found, images = network(), batch()
+    expected = on_torch(found, images)
+    exact = OpenVINOBackend(convert(found, SHAPE), SHAPE)
+    assert exact._compiled.get_property("INFERENCE_PRECISION_HINT") == openvino.Type.f32
+    if {"BF16", "FP16"} & set(openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")):
+        half = OpenVINOBackend(convert(found, SHAPE), SHAPE, precision="fp16")
+        error = np.abs(half.logits(images) - expected).max() / np.abs(expected).max()
+        assert 1e-5 < error < 0.05
+        assert half.identity["precision"] in ("bf16", "fp16")
+    monkeypatch.setattr(
+        openvino.Core, "get_property", lambda self, device, name: ["FP32"] if "CAPABILITIES" in name else "Old CPU"
+    )
+    with pytest.raises(EnvironmentProblem, match="no half precision on Old CPU"):
+        choose_backend("openvino", "cpu", "fp16")
+
+
+def test_an_ensemble_is_the_mean_of_its_members():
+    members = [TorchBackend(network(seed), torch.device("cpu")) for seed in range(3)]
+    images = batch()
+    expected = np.mean([member.logits(images) for member in members], axis=0)
+    ensemble = EnsembleBackend(members)
+    np.testing.assert_allclose(ensemble.logits(images), expected, atol=1e-5)
+    assert ensemble.identity == {"backend": "torch", "precision": "fp32", "networks": "3"}
+    with pytest.raises(ValueError, match="at least one"):
+        EnsembleBackend([])
+
+
+def test_the_members_of_an_ensemble_are_all_named():
+    class Stored:
+        def __init__(self, digest):
+            self.identity = {"backend": "openvino", "network_sha256": digest}
+
+    found = EnsembleBackend([Stored("a"), Stored("b")]).identity
+    assert found == {"backend": "openvino", "network_sha256": "a,b", "networks": "2"}
+
+
+class Greedy(torch.nn.Module):
+    def forward(self, images):
+        return images.new_empty(2**60)
+
+
+def test_a_batch_that_does_not_fit_into_memory_fails_the_scan_not_the_run():
+    with pytest.raises(ScanError, match=r"\(3, 1, 16, 24, 16\) does not fit into the memory of cpu") as found:
+        on_torch(Greedy(), batch())
+    assert found.value.code == "E_OOM"
+
+
+@needs_openvino
+def test_training_leaves_openvinos_files_and_only_those_of_the_same_model_are_used(model, tmp_path, monkeypatch):
+    bundle = load_bundle(model)
+    assert read_exported(model, "segmentation.fp32", bundle.sha256)[0] is not None
+    assert read_exported(model, "segmentation.fp32", "0" * 64) == (None, {})
+    choice = choose_backend("openvino", "cpu")
+    images = batch(2, (1, 1, 16, 16, 16))
+    expected = on_torch(bundle.segmentation_network(), images)
+    np.testing.assert_allclose(load_backend(bundle, choice).logits(images), expected, atol=1e-3)
+    monkeypatch.setattr(backends, "convert", None)  # must not be needed
+    np.testing.assert_allclose(load_backend(bundle, choice, folder=model).logits(images), expected, atol=1e-3)
+
+
+@pytest.mark.parametrize("damage", ["segmentation.fp32.bin", "segmentation.fp32.xml", "segmentation.fp32.json"])
+@needs_openvino
+def test_a_damaged_file_is_never_used(damage, tmp_path):
+    write_exported(convert(network(), SHAPE), tmp_path, "segmentation.fp32", {"model_sha256": "a"})
+    folder = tmp_path / "openvino"
+    assert sorted(path.name for path in folder.iterdir()) == [
+        f"segmentation.fp32.{suffix}" for suffix in ("bin", "json", "xml")
+    ]
+    found, facts = read_exported(tmp_path, "segmentation.fp32", "a")
+    np.testing.assert_array_equal(
+        OpenVINOBackend(found, SHAPE).logits(batch()), OpenVINOBackend(convert(network(), SHAPE), SHAPE).logits(batch())
+    )
+    assert sorted(json.loads((folder / "segmentation.fp32.json").read_text())["files"]) == sorted(facts["files"])
+    content = bytearray((folder / damage).read_bytes())
+    content[len(content) // 2] ^= 1
+    (folder / damage).write_bytes(content)
+    assert read_exported(tmp_path, "segmentation.fp32", "a") == (None, {})
+    (folder / damage).unlink()
+    assert read_exported(tmp_path, "segmentation.fp32", "a") == (None, {})
+
+
+@needs_openvino
+def test_a_folder_that_cannot_be_written_is_the_environments_problem(tmp_path):
+    (tmp_path / "openvino").write_text("in the way")
+    with pytest.raises(EnvironmentProblem):
+        write_exported(convert(network(), SHAPE), tmp_path, "segmentation.fp32", {"model_sha256": "a"})
+
+
+class Wrong(torch.nn.Module):
+    """Computes something else when it is traced."""
+
+    def forward(self, images):
+        return images * (2 if torch.jit.is_tracing() else 1)
+
+
+@needs_openvino
+def test_a_network_that_is_converted_wrongly_is_not_used():
+    with pytest.raises(VolsegError, match="off by"):
+        convert(Wrong(), SHAPE)
+
+
+@needs_openvino
+def test_auto_takes_what_is_there_and_never_int8(monkeypatch):
+    chosen = choose_backend("auto", "cpu")
+    assert (chosen.backend, chosen.precision) == ("openvino", "fp32")
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    chosen = choose_backend("auto", "cpu")
+    assert (chosen.backend, chosen.precision) == ("torch", "fp32")
+
+
+def test_a_backend_that_is_not_installed_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    for arguments in (("openvino", "cpu"), ("auto", "cpu", "int8"), ("auto", "cpu", "fp16")):
+        with pytest.raises(EnvironmentProblem, match="openvino is not installed") as found:
+            choose_backend(*arguments)
+        assert found.value.fix == "pip install 'volseg[cpu]'"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("tensorrt", "cpu"), "'tensorrt' is unknown; to fix: use auto, torch or openvino"),
+        (("auto", "cpu", "fp8"), "'fp8' is unknown; to fix: use auto, fp32, fp16 or int8"),
+        (("torch", "cpu", "fp16"), "needs the backend openvino"),
+        (("torch", "cpu", "int8"), "needs the backend openvino"),
+        (("openvino", "tpu"), "auto, cpu or cuda"),
+    ],
+)
+def test_what_does_not_go_together_is_refused_in_one_sentence(arguments, said):
+    with pytest.raises(VolsegError) as found:
+        choose_backend(*arguments)
+    assert said in str(found.value)
+    assert "\n" not in str(found.value)
+
+
+@needs_openvino
+def test_int8_without_a_quantised_network_says_how_to_make_one(model):
+    with pytest.raises(VolsegError, match="volseg quantise MODEL DATASET"):
+        load_backend(load_bundle(model), choose_backend("auto", "cpu", "int8"), folder=model)
+
+
+@needs_openvino
+def test_nothing_is_reported_to_the_makers_of_openvino():
+    code = """
+import sys
+from volseg.infer.backends import import_openvino
+from volseg.infer.quantise import import_nncf
+import_openvino()
+import_nncf()
+print([name for name in sys.modules if name.startswith("openvino_telemetry")])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
 
 
 def test_an_unknown_device_is_a_wrong_request_and_a_missing_one_the_environments():
@@ -37,6 +287,25 @@ def test_an_unknown_device_is_a_wrong_request_and_a_missing_one_the_environments
 def test_the_gpu_gives_the_logits_of_the_cpu():
     if not torch.cuda.is_available():
         pytest.skip("torch finds no CUDA device")
-    batch = np.random.default_rng(0).normal(size=(2, 1, 32, 32, 32)).astype(np.float32)
-    cpu, gpu = (TorchBackend(network(), torch.device(name)).logits(batch) for name in ("cpu", "cuda"))
-    np.testing.assert_allclose(gpu, cpu, atol=0.05)
+    images = batch(2, (1, 1, 32, 32, 32))
+    expected = on_torch(network(), images)
+    half = TorchBackend(network(), torch.device("cuda"))
+    assert half.identity["precision"] == "fp16"
+    first = half.logits(images)
+    kept = first.copy()
+    np.testing.assert_allclose(first, expected, atol=0.05)
+    half.release()
+    half.logits(images[::-1].copy())
+    np.testing.assert_array_equal(first, kept)
+    exact = TorchBackend(network(), torch.device("cuda"), precision="fp32")
+    np.testing.assert_allclose(exact.logits(images), expected, atol=1e-3)
+
+
+@pytest.mark.gpu
+def test_auto_takes_the_gpu_and_openvino_is_refused_there():
+    if not torch.cuda.is_available():
+        pytest.skip("torch finds no CUDA device")
+    assert choose_backend().device.type == "cuda"
+    with pytest.raises(VolsegError, match="use --device cpu"):
+        choose_backend("openvino", "cuda")
+    assert choose_backend("openvino", "auto").device.type == "cpu"

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import math
+import os
 import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 # glibc's mallopt parameters, from malloc.h.
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
@@ -22,3 +26,41 @@ def keep_freed_memory() -> None:
     mallopt(M_MMAP_MAX, 0)
     mallopt(M_TRIM_THRESHOLD, -1)
     mallopt(M_TOP_PAD, 256 << 20)
+
+
+def physical_cores(cpus: Iterable[int] | None = None, root: Path = Path("/")) -> int:
+    """Cores that this process may use, at least 1: two hyperthreads share one set of arithmetic units and count once.
+
+    Args:
+        cpus: logical CPUs; None for those on which this process may run.
+        root: where `sys` and `proc` are mounted. Without them (not Linux) every logical CPU counts.
+
+    A container's limit of CPU time (cgroup) lowers the number: more threads than that only wait for each other.
+    """
+    if cpus is None:
+        cpus = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+    topology = root / "sys/devices/system/cpu"
+    cores = {_read(topology / f"cpu{cpu}/topology/thread_siblings_list") or str(cpu) for cpu in cpus}
+    return max(1, min([len(cores), *(math.ceil(limit) for limit in _cpu_limits(root))]))
+
+
+def _cpu_limits(root: Path) -> Iterator[float]:
+    """CPUs' worth of time per second that the control groups of this process allow, innermost group first."""
+    groups = root / "sys/fs/cgroup"
+    own = next((line[3:] for line in _read(root / "proc/self/cgroup").splitlines() if line.startswith("0::")), "/")
+    folder = groups / own.strip("/")
+    while folder.is_relative_to(groups):
+        quota, _, period = _read(folder / "cpu.max").partition(" ")
+        if quota.isdigit() and period.isdigit():
+            yield int(quota) / int(period)
+        folder = folder.parent
+    quota, period = (_read(groups / f"cpu/cpu.cfs_{name}_us") for name in ("quota", "period"))  # control groups v1
+    if quota.isdigit() and period.isdigit():  # -1 is no limit
+        yield int(quota) / int(period)
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="ascii").strip()
+    except (OSError, ValueError):
+        return ""

@@ -2,41 +2,458 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+import importlib.util
+import json
+import os
+import sys
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
 from torch import nn
 
+from volseg.bundle import ModelBundle
 from volseg.errors import EnvironmentProblem, ScanError, VolsegError
+from volseg.execute.cpu import physical_cores
+from volseg.io.files import environment_problem, make_folder, sha256_of, write_json_atomic
+
+if TYPE_CHECKING:
+    import openvino
+
+BACKENDS = ("auto", "torch", "openvino")
+PRECISIONS = ("auto", "fp32", "fp16", "int8")
+EXPORTED = "openvino"  # folder inside a model folder
+EXAMPLE_VOXELS = (32, 64)  # along each axis, of the example to trace: faster than a whole patch
+TRACE_TOLERANCE = 1e-3  # of the largest logit: a converted network that is further from torch's is not used
 
 
 class Backend(Protocol):
+    """One network, ready to run. `logits` must not be called from two threads at once."""
+
+    @property
+    def identity(self) -> Mapping[str, str]:
+        """What decides the numbers besides the weights: part of the key of a result."""
+        ...
+
     def logits(self, batch: np.ndarray) -> np.ndarray:
-        """(N, channels, …) float32 → (N, classes, …) float32."""
+        """(N, channels, …) float32 → (N, classes, …) float32, a new array that is the caller's to change or keep."""
+        ...
+
+    def release(self) -> None:
+        """Give back what is only needed while a scan is being predicted; the next `logits` takes it again."""
         ...
 
 
 class TorchBackend:
-    """A torch module in evaluation mode on one device; half precision on CUDA, float32 elsewhere."""
+    """A torch module in evaluation mode on one device.
 
-    def __init__(self, network: nn.Module, device: torch.device) -> None:
-        self.network = network.to(device).eval()
+    Args:
+        precision: fp32, or fp16 for half precision where the GPU's tensor cores take it (autocast); auto is fp16 on CUDA
+            and fp32 elsewhere.
+        channels_last: on CUDA, keep images and weights in the layout of the tensor cores.
+    """
+
+    def __init__(
+        self, network: nn.Module, device: torch.device, *, precision: str = "auto", channels_last: bool = True
+    ) -> None:
         self.device = device
+        self.half = device.type == "cuda" and precision in ("auto", "fp16")
+        self.channels_last = channels_last and device.type == "cuda"
+        self.network = network.to(device).eval()
+        if self.channels_last:
+            _channels_last(self.network)
+        if device.type == "cpu" and torch.get_num_threads() > physical_cores():
+            torch.set_num_threads(physical_cores())
+
+    @property
+    def identity(self) -> Mapping[str, str]:
+        return {"backend": "torch", "precision": "fp16" if self.half else "fp32"}
 
     def logits(self, batch: np.ndarray) -> np.ndarray:
-        half = torch.autocast(self.device.type, torch.float16, enabled=self.device.type == "cuda")
+        with _out_of_memory_is_the_scans_problem(batch, str(self.device)), torch.inference_mode():
+            if self.device.type == "cuda":
+                return self._logits_on_gpu(batch)
+            return self.network(torch.from_numpy(batch)).float().numpy()
+
+    def release(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _logits_on_gpu(self, batch: np.ndarray) -> np.ndarray:
+        """Copies through page-locked memory, which torch keeps and hands out again: both run at the bus's full speed."""
+        sent = torch.empty(batch.shape, dtype=torch.float32, pin_memory=True)
+        sent.numpy()[...] = batch
+        images = sent.to(self.device, non_blocking=True)
+        # Patches are all alike: cuDNN measures once which algorithm is fastest. TF32 is not fp32.
+        tuned = torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=self.half)
+        with tuned, torch.autocast("cuda", torch.float16, enabled=self.half):
+            layout = _memory_format(images) if self.channels_last else torch.contiguous_format
+            found = self.network(images.contiguous(memory_format=layout))
+        received = torch.empty(found.shape, dtype=torch.float32, pin_memory=True)
+        received.copy_(found, non_blocking=True)
+        torch.cuda.current_stream(self.device).synchronize()
+        return received.numpy()
+
+
+class OpenVINOBackend:
+    """A network compiled by OpenVINO for this CPU and one shape of batch, on all physical cores.
+
+    Args:
+        model: a converted network (see `convert`) or one that was read from a model folder.
+        batch_shape: (N, channels, R, A, S); a batch of more patches runs in parts, one of other patches compiles anew.
+        precision: fp32, fp16 (bf16 or fp16, whichever the chip has) or int8, for a model that was quantised.
+        identity: more of what the numbers depend on.
+    """
+
+    def __init__(
+        self,
+        model: openvino.Model,
+        batch_shape: Sequence[int],
+        *,
+        precision: str = "fp32",
+        identity: Mapping[str, str] | None = None,
+    ) -> None:
+        self._model = model
+        self._type = half_type() if precision == "fp16" else "f32"
+        name = {"f32": precision, "bf16": "bf16", "f16": "fp16"}[self._type]
+        self.identity: Mapping[str, str] = {"backend": "openvino", "precision": name} | dict(identity or {})
+        self._compile(tuple(batch_shape))
+
+    def logits(self, batch: np.ndarray) -> np.ndarray:
+        if batch.shape[1:] != self._shape[1:]:
+            self._compile((self._shape[0], *batch.shape[1:]))
+        with _out_of_memory_is_the_scans_problem(batch, "cpu"):
+            found = np.empty((len(batch), *self._out_shape[1:]), np.float32)
+            for start in range(0, len(batch), self._shape[0]):
+                self._run(batch[start : start + self._shape[0]], found[start : start + self._shape[0]])
+            return found
+
+    def release(self) -> None:
+        self._request = None
+        self._compiled.release_memory()
+
+    def _run(self, patches: np.ndarray, target: np.ndarray) -> None:
+        """Logits of at most one batch, written where they belong: OpenVINO reads and writes the arrays themselves."""
+        openvino = import_openvino()
+        n = len(patches)
+        patches = np.ascontiguousarray(patches, np.float32)
+        written = target
+        if n < self._shape[0]:  # the last patches of a scan do not always fill a batch
+            patches = np.concatenate([patches, np.zeros((self._shape[0] - n, *patches.shape[1:]), np.float32)])
+            written = np.empty(self._out_shape, np.float32)
+        request = self._request = self._request or self._compiled.create_infer_request()
+        request.set_input_tensor(openvino.Tensor(patches, shared_memory=True))
+        request.set_output_tensor(openvino.Tensor(written, shared_memory=True))
+        request.infer()
+        if written is not target:
+            target[...] = written[:n]
+
+    def _compile(self, shape: tuple[int, ...]) -> None:
+        openvino = import_openvino()
+        self._model.reshape(list(shape))
+        hints = {
+            # Else a chip with matrix units for bf16 would compute in bf16 without being asked.
+            "INFERENCE_PRECISION_HINT": self._type,
+            "PERFORMANCE_HINT": "LATENCY",
+            "NUM_STREAMS": 1,
+            "INFERENCE_NUM_THREADS": physical_cores(),
+            # Two runs on one machine would else be bound to the same cores; it brings nothing measurable.
+            "ENABLE_CPU_PINNING": False,
+        }
+        self._shape = shape
+        self._compiled = openvino.Core().compile_model(self._model, "CPU", hints)
+        self._out_shape = tuple(self._compiled.output(0).shape)
+        self._request: openvino.InferRequest | None = None
+
+
+class EnsembleBackend:
+    """The mean of the logits of several networks, such as those of the folds of one training."""
+
+    def __init__(self, backends: Sequence[Backend]) -> None:
+        if not backends:
+            raise ValueError("an ensemble needs at least one network")
+        self.backends = list(backends)
+
+    @property
+    def identity(self) -> Mapping[str, str]:
+        """As of the members, each different value once."""
+        found = {
+            name: ",".join(dict.fromkeys(backend.identity[name] for backend in self.backends))
+            for name in self.backends[0].identity
+        }
+        return found | {"networks": str(len(self.backends))}
+
+    def logits(self, batch: np.ndarray) -> np.ndarray:
+        total = self.backends[0].logits(batch)
+        for backend in self.backends[1:]:
+            total += backend.logits(batch)
+        total /= len(self.backends)
+        return total
+
+    def release(self) -> None:
+        for backend in self.backends:
+            backend.release()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BackendChoice:
+    """Which backend runs where and how: nothing left to decide."""
+
+    backend: str
+    device: torch.device
+    precision: str
+
+
+def choose_backend(backend: str = "auto", device: str = "auto", precision: str = "auto") -> BackendChoice:
+    """What is there and fits together.
+
+    `auto` takes the GPU where there is one, else OpenVINO where it is installed, else torch (docs/benchmarks.md says why);
+    half precision on a GPU and fp32 on a CPU. Never int8, which costs accuracy.
+
+    Raises:
+        EnvironmentProblem: something asked for is not on this machine.
+        VolsegError: a name is unknown, or the three do not go together.
+    """
+    for what, value, known in (("backend", backend, BACKENDS), ("precision", precision, PRECISIONS)):
+        if value not in known:
+            raise VolsegError(
+                f"{what} {value!r} is unknown", fix=f"use {', '.join(known[:-1])} or {known[-1]}", code="E_USAGE"
+            )
+    for_cpus = backend == "openvino" or precision == "int8"
+    chosen = choose_device("cpu" if device == "auto" and for_cpus else device)
+    if chosen.type == "cuda":
+        if for_cpus:
+            asked = "backend openvino" if backend == "openvino" else "precision int8"
+            raise VolsegError(f"{asked} runs on a CPU, not on {device}", fix="use --device cpu", code="E_USAGE")
+        return BackendChoice(backend="torch", device=chosen, precision="fp16" if precision == "auto" else precision)
+    precision = "fp32" if precision == "auto" else precision
+    if backend == "auto":
+        backend = "openvino" if openvino_is_installed() or precision != "fp32" else "torch"
+    if backend == "torch" and precision != "fp32":
+        raise VolsegError(
+            f"precision {precision} on a CPU needs the backend openvino, and torch was asked for",
+            fix="use --backend openvino or --precision fp32",
+            code="E_USAGE",
+        )
+    if backend == "openvino":
+        import_openvino()
+    if precision == "fp16":
+        half_type()
+    return BackendChoice(backend=backend, device=chosen, precision=precision)
+
+
+def load_backend(bundle: ModelBundle, choice: BackendChoice, *, folder: Path | None = None) -> Backend:
+    """Make the bundle's segmentation network ready to run.
+
+    Args:
+        folder: the bundle's own. OpenVINO's files in it are used where they were made from this bundle, else ignored.
+
+    Raises:
+        VolsegError: int8 was asked for and the folder has no quantised network, or OpenVINO cannot take the network.
+    """
+    if choice.backend == "torch":
+        return TorchBackend(bundle.segmentation_network(), choice.device, precision=choice.precision)
+    stored = "int8" if choice.precision == "int8" else "fp32"
+    stem = f"segmentation.{stored}"
+    model, facts = (None, {}) if folder is None else read_exported(folder, stem, bundle.sha256)
+    if model is None and stored == "int8":
+        raise VolsegError(
+            f"{folder or 'the model'}: has no int8 network that was made from its weights",
+            fix="run `volseg quantise MODEL DATASET` first, or use --precision fp32",
+            code="E_PRECISION",
+        )
+    shape = usual_batch_shape(bundle)
+    if model is None:
+        model = convert(bundle.segmentation_network(), shape)
+    identity = {"network_sha256": facts["files"][f"{stem}.bin"]} if stored == "int8" else None
+    return OpenVINOBackend(model, shape, precision=choice.precision, identity=identity)
+
+
+def convert(network: nn.Module, batch_shape: Sequence[int]) -> openvino.Model:
+    """A torch module → an OpenVINO model in fp32 of free shape, checked against the module.
+
+    Args:
+        batch_shape: (N, channels, R, A, S) of the batches that it will be given.
+
+    Raises:
+        VolsegError: OpenVINO cannot take the network, or computes something else.
+    """
+    openvino = import_openvino()
+    from openvino.frontend import FrontEndManager
+    from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
+
+    network = network.cpu().eval()
+    example, expected = _example(network, batch_shape)
+    try:
+        with torch.no_grad(), warnings.catch_warnings():
+            # The tracer warns of its own future and of checks of shapes, which hold for every shape that we give.
+            warnings.simplefilter("ignore")
+            frontend = FrontEndManager().load_by_framework("pytorch")
+            unchecked = {"check_trace": False}  # what comes out is compared below
+            traced = TorchScriptPythonDecoder(
+                network, example_input=example, shared_memory=False, trace_kwargs=unchecked
+            )
+            model = frontend.convert(frontend.load(traced))
+        found = OpenVINOBackend(model, example.shape).logits(example.numpy())
+        model.reshape(openvino.PartialShape([-1, batch_shape[1], *[-1] * (len(batch_shape) - 2)]))
+    except RuntimeError as error:
+        raise VolsegError(
+            f"OpenVINO cannot take this network ({str(error).strip().splitlines()[-1]})",
+            fix="use --backend torch",
+            code="E_BACKEND",
+        ) from error
+    off = float(np.abs(found - expected).max() / max(1.0, float(np.abs(expected).max())))
+    if not off <= TRACE_TOLERANCE:
+        raise VolsegError(
+            f"OpenVINO's logits of this network are off by {off:.2g} of the largest",
+            fix="use --backend torch",
+            code="E_BACKEND",
+        )
+    return model
+
+
+def _example(network: nn.Module, batch_shape: Sequence[int]) -> tuple[torch.Tensor, np.ndarray]:
+    """A batch of one small patch that the network can take, and its logits; a whole patch where it must be."""
+    patch = tuple(batch_shape[2:])
+    for voxels in (*EXAMPLE_VOXELS, max(patch)):
+        shape = (1, batch_shape[1], *(min(voxels, n) for n in patch))
+        example = torch.from_numpy(np.random.default_rng(0).normal(size=shape).astype(np.float32))
         try:
-            with torch.inference_mode(), half:
-                return self.network(torch.from_numpy(batch).to(self.device)).float().cpu().numpy()
-        except RuntimeError as error:
-            if "memory" not in str(error):
+            with torch.inference_mode():
+                return example, network(example).numpy()
+        except (RuntimeError, ValueError):  # too small or not divisible: its deepest level would be without voxels
+            if shape[2:] == patch:
                 raise
-            raise ScanError(
-                f"a batch of patches of shape {batch.shape} does not fit into the memory of {self.device}",
-                fix="close other programs, or use --device cpu",
-                code="E_OOM",
-            ) from error
+    raise AssertionError("the last example is a whole patch")
+
+
+def export_bundle(bundle: ModelBundle, folder: Path) -> None:
+    """Put OpenVINO's files of the segmentation network into the bundle's folder, so that inference need not convert it.
+
+    Does nothing where OpenVINO is not installed or cannot take the network: inference finds out and says so.
+    """
+    if not openvino_is_installed():
+        return
+    with suppress(VolsegError):
+        model = convert(bundle.segmentation_network(), usual_batch_shape(bundle))
+        write_exported(model, folder, "segmentation.fp32", {"model_sha256": bundle.sha256})
+
+
+def usual_batch_shape(bundle: ModelBundle) -> tuple[int, ...]:
+    """(N, channels, R, A, S) of the batches of patches that inference gives to the segmentation network."""
+    recipe = bundle.recipe
+    return (recipe.infer.batch_size, len(recipe.data.channels), *bundle.plan.patch_shape)
+
+
+def write_exported(model: openvino.Model, folder: Path, stem: str, facts: Mapping[str, Any]) -> None:
+    """Write `openvino/<stem>.xml`, `.bin` and, last, `.json` with their hashes and the facts (JSON).
+
+    Raises:
+        EnvironmentProblem: the folder cannot be written.
+    """
+    openvino = import_openvino()
+    target = folder / EXPORTED
+    make_folder(target)
+    try:
+        with tempfile.TemporaryDirectory(prefix=".tmp-", dir=target) as temporary:
+            made = [Path(temporary) / f"{stem}.{suffix}" for suffix in ("xml", "bin")]
+            # Not halved on the disk either: the weights are those that were trained.
+            openvino.save_model(model, made[0], compress_to_fp16=False)
+            hashes = {path.name: sha256_of(path) for path in made}
+            for path in made:
+                os.replace(path, target / path.name)
+    except OSError as error:
+        raise environment_problem(target, error) from error
+    except RuntimeError as error:
+        raise EnvironmentProblem(
+            f"{target}: cannot be written ({str(error).strip().splitlines()[-1]})",
+            fix="free some space, or make the model folder writable",
+            code="E_DISK",
+        ) from error
+    write_json_atomic(target / f"{stem}.json", dict(facts) | {"files": hashes})
+
+
+def read_exported(folder: Path, stem: str, model_sha256: str) -> tuple[openvino.Model | None, dict[str, Any]]:
+    """What `write_exported` wrote, or (None, {}) where it is not there, damaged or of another model."""
+    openvino = import_openvino()
+    target = folder / EXPORTED
+    try:
+        facts = json.loads((target / f"{stem}.json").read_text(encoding="utf-8"))
+        if facts["model_sha256"] != model_sha256:
+            return None, {}
+        hashes = {name: sha256_of(target / name) for name in (f"{stem}.xml", f"{stem}.bin")}
+        if hashes != facts["files"]:
+            return None, {}
+        return openvino.Core().read_model(target / f"{stem}.xml"), facts
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError):
+        return None, {}
+
+
+def openvino_is_installed() -> bool:
+    return importlib.util.find_spec("openvino") is not None
+
+
+def import_openvino() -> ModuleType:
+    """The package openvino.
+
+    Raises:
+        EnvironmentProblem: it is not installed.
+    """
+    if (loaded := sys.modules.get("openvino")) is not None:
+        return loaded
+    try:
+        with without_reports():
+            import openvino
+    except ImportError as error:
+        raise EnvironmentProblem(
+            f"openvino {f'cannot be imported ({error})' if openvino_is_installed() else 'is not installed'}",
+            fix="pip install 'volseg[cpu]'",
+            code="E_BACKEND",
+        ) from error
+    return openvino
+
+
+@contextmanager
+def without_reports() -> Iterator[None]:
+    """Hide `openvino_telemetry` while openvino or nncf is imported.
+
+    With it, the mere import tells its makers over the internet who runs what; without it, as both foresee, it does not.
+    """
+    name = "openvino_telemetry"
+    hidden = {key: module for key, module in list(sys.modules.items()) if key.partition(".")[0] == name}
+    for key in hidden:
+        del sys.modules[key]
+    sys.modules[name] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules[name]
+        sys.modules.update(hidden)
+
+
+def half_type() -> str:
+    """OpenVINO's name of the half precision in which this CPU computes: bf16 or f16.
+
+    Raises:
+        EnvironmentProblem: it has none, so that half precision would only be slower and less exact.
+    """
+    core = import_openvino().Core()
+    known = core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    for capability, name in (("BF16", "bf16"), ("FP16", "f16")):  # bf16 first: more chips have matrix units for it
+        if capability in known:
+            return name
+    raise EnvironmentProblem(
+        f"precision fp16 was asked for, but OpenVINO finds no half precision on {core.get_property('CPU', 'FULL_DEVICE_NAME')}",
+        fix="use --precision fp32",
+        code="E_PRECISION",
+    )
 
 
 def choose_device(name: str) -> torch.device:
@@ -54,3 +471,29 @@ def choose_device(name: str) -> torch.device:
             code="E_DEVICE",
         )
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def _memory_format(images: torch.Tensor) -> torch.memory_format:
+    """Channels last: the layout of a GPU's tensor cores."""
+    return torch.channels_last_3d if images.ndim == 5 else torch.channels_last
+
+
+def _channels_last(network: nn.Module) -> None:
+    for parameter in network.parameters():
+        if parameter.ndim in (4, 5):
+            parameter.data = parameter.data.contiguous(memory_format=_memory_format(parameter))
+
+
+@contextmanager
+def _out_of_memory_is_the_scans_problem(batch: np.ndarray, device: str) -> Iterator[None]:
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        words = ("out of memory", "not enough memory", "allocate memory", "bad_alloc")
+        if not isinstance(error, MemoryError) and not any(word in str(error) for word in words):
+            raise
+        raise ScanError(
+            f"a batch of patches of shape {batch.shape} does not fit into the memory of {device}",
+            fix="close other programs, or use --device cpu" if "cuda" in device else "close other programs",
+            code="E_OOM",
+        ) from error

@@ -29,7 +29,7 @@ from volseg.preprocess.resample import (
 )
 from volseg.volume import BoundingBox, Geometry, Volume
 
-SLAB_VOXELS = 524_288  # native voxels restored at a time; bounds the float32 temporaries to some 8 MB each
+SLAB_VOXELS = 524_288  # native voxels restored at a time; bounds the float32 temporaries to some 2 MB each
 SAMPLE_VOXELS = 8_000_000  # of a scan, from which its own mean, deviation or percentiles are taken
 LARGEST_EXPONENT = 80.0  # exp of it is still a float32
 CERTAIN = 255  # confidence of a probability of 1

@@ -6,6 +6,7 @@ from volseg.workflows.evaluating import evaluate
 from volseg.workflows.inference import infer
 from volseg.workflows.measuring import measure, read_label_names
 from volseg.workflows.preparing import preprocess
+from volseg.workflows.quantising import quantise
 from volseg.workflows.training import train
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "infer",
     "measure",
     "preprocess",
+    "quantise",
     "read_label_names",
     "shipped_model",
     "table_columns",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -37,6 +37,8 @@ def infer(
     model: Path | str | None = None,
     out: Path | str = "volseg_results",
     device: str = "auto",
+    backend: str = "auto",
+    precision: str = "auto",
     figures: bool = False,
     progress: Progress = silent,
 ) -> RunReport:
@@ -45,6 +47,7 @@ def infer(
     Args:
         scans: NIfTI files, folders of them, or tables of cases.
         model: a folder made by `train`; None for the model that ships with volseg.
+        backend: auto, torch or openvino. precision: auto, fp32, fp16 or int8 (see `choose_backend`).
         figures: also write a PNG per scan with its largest lesions outlined.
 
     Raises:
@@ -61,8 +64,8 @@ def infer(
     inputs = [Path(scans)] if isinstance(scans, Path | str) else [Path(scan) for scan in scans]
     cases = find_scans(inputs, bundle.recipe.data.channels)
     with ResultsFolder(out) as results:
-        loaded = load_model(bundle, device)
-        options = {"model_sha256": bundle.sha256, "figures": figures}
+        loaded = load_model(bundle, device, backend=backend, precision=precision, folder=folder)
+        options = {"model_sha256": bundle.sha256, "figures": figures, **loaded.segmentation.identity}
 
         def segment(case: Case, scan: _ReadCase) -> _SegmentedCase:
             return _segment(case, scan, loaded)
@@ -83,7 +86,7 @@ def infer(
             run_description("infer", options, report, started)
             | {"model": model_name_of(bundle), "recipe_sha256": bundle.recipe.sha256, "connectivity": 26}
         )
-    return report
+    return replace(report, details=dict(report.details) | {"computed_with": dict(loaded.segmentation.identity)})
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -34,11 +34,20 @@ FOREGROUND_PER_LABEL = 4000  # voxels kept per case and label on which training 
 
 
 def preprocess(
-    dataset: Path | str, *, recipe: Path | str | Recipe, out: Path | str, seed: int = 0, progress: Progress = silent
+    dataset: Path | str,
+    *,
+    recipe: Path | str | Recipe,
+    out: Path | str,
+    seed: int = 0,
+    plan: Plan | None = None,
+    progress: Progress = silent,
 ) -> RunReport:
     """Scans and masks → a prepared folder: memory-mapped arrays, a JSON per case, fingerprint and plan.
 
     Cases of the test split are left alone. A second call prepares only what is missing or has changed.
+
+    Args:
+        plan: of a model that exists already, in place of the one that follows from this dataset.
 
     Raises:
         VolsegError: the dataset or recipe is wrong, or no case could be read.
@@ -49,12 +58,14 @@ def preprocess(
     cases = _assign_splits(_training_cases(dataset, chosen), chosen.train.validation_share, seed)
     with held(out, out / RECORDS):
         facts, failed = _facts(cases, chosen, out, seed, progress)
+        if plan is not None:
+            facts["plan"] = plan.model_dump(mode="json")
         usable = [case for case in cases if case.id not in failed]
         settings = json.dumps([facts["plan"], preparation_of(chosen), seed], sort_keys=True)
         keys = {case.id: input_key(settings, *_inputs_of(case)) for case in usable}
         missing = [case for case in usable if not is_prepared(out / "cases", case.id, keys[case.id])]
-        plan = Plan.model_validate(facts["plan"])
-        outcomes = run(lambda case: _prepare_case(case, chosen, plan, out / "cases", keys[case.id], seed), missing)
+        used = Plan.model_validate(facts["plan"])
+        outcomes = run(lambda case: _prepare_case(case, chosen, used, out / "cases", keys[case.id], seed), missing)
         done = []
         for count, outcome in enumerate(outcomes, start=1):
             progress("Preparing", count / len(missing), outcome.item.id)
@@ -66,7 +77,7 @@ def preprocess(
         write_json_atomic(out / PREPARED_FILE, facts | {"failed": failed, "cases": listed})
         _write_preparation_table(out, cases, failed)
     kept = [case.id for case in usable if case not in missing]
-    summary = _summary(DatasetFingerprint.model_validate(facts["fingerprint"]), plan)
+    summary = _summary(DatasetFingerprint.model_validate(facts["fingerprint"]), used)
     return RunReport(out=out, done=done, kept=kept, failed=failed, details={"fingerprint": summary})
 
 

@@ -58,7 +58,7 @@ def train(
     started = time.monotonic()
     keep_freed_memory()
     from volseg.bundle import ModelBundle, load_bundle, save_bundle
-    from volseg.infer.backends import choose_device
+    from volseg.infer.backends import choose_device, export_bundle
     from volseg.models import check_networks
     from volseg.train.loop import Epoch, RunSettings, train_segmentation
 
@@ -74,8 +74,8 @@ def train(
                 )
             report = preprocess(dataset, recipe=recipe, out=prepared, seed=seed, progress=progress)
             if report.failed:
-                _refuse_dataset(dataset, report.failed)
-        chosen, plan, fingerprint, cases = _load_prepared(prepared, recipe)
+                refuse_dataset(dataset, report.failed)
+        chosen, plan, fingerprint, cases = load_prepared(prepared, recipe)
         make_steps(chosen.postprocess)  # a misspelt step should not be found out after an hour of training
         check_networks(chosen)
         training, validation = _split(cases, fold, seed)
@@ -129,6 +129,7 @@ def train(
         bundle = save_bundle(
             ModelBundle(recipe=chosen, plan=plan, fingerprint=fingerprint, weights=weights, metrics=metrics), out
         )
+        export_bundle(bundle, out)
     shutil.rmtree(work, ignore_errors=True)
     return RunReport(out=out, done=[chosen.name], details={"metrics": dict(bundle.metrics), "sha256": bundle.sha256})
 
@@ -165,7 +166,7 @@ def _split(cases: Sequence[PreparedCase], fold: int | None, seed: int) -> tuple[
     return sides[0], sides[1]
 
 
-def _refuse_dataset(dataset: Path, failed: Mapping[str, str]) -> None:
+def refuse_dataset(dataset: Path, failed: Mapping[str, str]) -> None:
     first = "; ".join(f"{case}: {reason}" for case, reason in list(failed.items())[:5])
     more = f"; and {len(failed) - 5} more" if len(failed) > 5 else ""
     raise VolsegError(
@@ -175,7 +176,7 @@ def _refuse_dataset(dataset: Path, failed: Mapping[str, str]) -> None:
     )
 
 
-def _load_prepared(
+def load_prepared(
     folder: Path, recipe: Path | str | Recipe | None
 ) -> tuple[Recipe, Plan, DatasetFingerprint, list[PreparedCase]]:
     from volseg.plan import DatasetFingerprint, Plan

@@ -1,0 +1,50 @@
+import os
+
+import pytest
+
+from volseg.execute.cpu import physical_cores
+
+
+def machine(root, siblings, **files):
+    """A Linux file system with the given hyperthreads per CPU and further files."""
+    for cpu, threads in enumerate(siblings):
+        folder = root / f"sys/devices/system/cpu/cpu{cpu}/topology"
+        folder.mkdir(parents=True)
+        (folder / "thread_siblings_list").write_text(f"{threads}\n")
+    for path, text in files.items():
+        file = root / path.replace("__", "/")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text + "\n")
+    return root
+
+
+def test_two_hyperthreads_count_as_one_core(tmp_path):
+    root = machine(tmp_path, ["0,4", "1,5", "2,6", "3,7"] * 2)
+    assert physical_cores(range(8), root) == 4
+    assert physical_cores([0, 4], root) == 1  # a process bound to one core
+    assert physical_cores([0, 1, 5], root) == 2
+
+
+def test_without_a_topology_every_cpu_counts(tmp_path):
+    assert physical_cores(range(6), tmp_path) == 6
+    assert physical_cores([], tmp_path) == 1
+
+
+@pytest.mark.parametrize(
+    ("files", "cores"),
+    [
+        ({"sys__fs__cgroup__cpu.max": "200000 100000"}, 2),
+        ({"sys__fs__cgroup__cpu.max": "150000 100000"}, 2),
+        ({"sys__fs__cgroup__cpu.max": "max 100000"}, 8),
+        ({"sys__fs__cgroup__job__cpu.max": "300000 100000", "proc__self__cgroup": "0::/job/step"}, 3),
+        ({"sys__fs__cgroup__cpu__cpu.cfs_quota_us": "100000", "sys__fs__cgroup__cpu__cpu.cfs_period_us": "100000"}, 1),
+        ({"sys__fs__cgroup__cpu__cpu.cfs_quota_us": "-1", "sys__fs__cgroup__cpu__cpu.cfs_period_us": "100000"}, 8),
+    ],
+)
+def test_a_container_is_held_to_its_share(files, cores, tmp_path):
+    root = machine(tmp_path, [str(cpu) for cpu in range(8)], **files)
+    assert physical_cores(range(8), root) == cores
+
+
+def test_this_machine_has_at_least_one_core_and_no_more_than_it_has_cpus():
+    assert 1 <= physical_cores() <= (os.cpu_count() or 1)

@@ -1,0 +1,171 @@
+"""`volseg quantise`: a model and the dataset that it was trained on → the same network in int8, and what that costs."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from volseg.errors import EnvironmentProblem, VolsegError
+from volseg.evaluate.overlap import dice
+from volseg.execute.cpu import keep_freed_memory
+from volseg.io.prepared import PreparedCase
+from volseg.report.results import held
+from volseg.workflows.batch import Progress, RunReport, silent
+from volseg.workflows.preparing import PREPARED_FILE, preprocess
+from volseg.workflows.training import load_prepared, refuse_dataset
+
+if TYPE_CHECKING:  # torch takes seconds to import; only a workflow that needs it pays
+    from volseg.bundle import ModelBundle
+    from volseg.infer.backends import Backend
+
+WORK_FOLDER = ".quantising"  # inside the model folder while it is being quantised
+PATCHES_PER_CASE = 2  # one on a label, one anywhere
+TIMED_RUNS = 10
+
+
+def quantise(
+    model: Path | str,
+    dataset: Path | str,
+    *,
+    cases: int = 30,
+    seed: int = 0,
+    progress: Progress = silent,
+) -> RunReport:
+    """Put an int8 copy of the segmentation network into a model folder, with its validation Dice beside that of fp32.
+
+    Half precision is measured in passing where the chip has it, for it may be as fast and cost less. Inference takes it only where int8 is asked for. `model.json` stays as it is, and so does the hash of the model.
+
+    Args:
+        dataset: the one that the model was trained on, or the folder that `preprocess` made of it. Its training cases are
+            looked at to find the ranges of the layers, its validation cases to find what int8 costs.
+        cases: training cases to look at, at most.
+        seed: of training: it decides which patients validate where the dataset does not.
+
+    Raises:
+        VolsegError: the dataset does not fit the model, or OpenVINO cannot take the network.
+        EnvironmentProblem: openvino or nncf is not installed.
+    """
+    keep_freed_memory()
+    from volseg.bundle import load_bundle
+    from volseg.infer.backends import OpenVINOBackend, convert, import_openvino, usual_batch_shape, write_exported
+    from volseg.infer.quantise import import_nncf
+    from volseg.infer.quantise import quantise as quantise_network
+
+    import_openvino()
+    import_nncf()
+    model, dataset = Path(model), Path(dataset)
+    bundle = load_bundle(model)
+    work = model / WORK_FOLDER
+    with held(model, work):
+        training, validation = _prepared_cases(bundle, dataset, work / "prepared", seed, progress)
+        shape = usual_batch_shape(bundle)
+        looked_at = [training[round(index)] for index in np.linspace(0, len(training) - 1, min(cases, len(training)))]
+        progress("Quantising", 0.0, f"looking at {len(looked_at)} training cases")
+        patches = _calibration_patches(looked_at, bundle, seed)
+        network = quantise_network(convert(bundle.segmentation_network(), shape), patches)
+        backends: dict[str, Backend] = {
+            "fp32": OpenVINOBackend(convert(bundle.segmentation_network(), shape), shape),
+            "int8": OpenVINOBackend(network, shape, precision="int8"),
+        }
+        with suppress(EnvironmentProblem):
+            half = OpenVINOBackend(convert(bundle.segmentation_network(), shape), shape, precision="fp16")
+            backends[half.identity["precision"]] = half
+        scores: dict[str, list[list[float]]] = {name: [] for name in backends}
+        for count, case in enumerate(validation, start=1):
+            for name, backend in backends.items():
+                scores[name].append(_case_dice(backend, case, bundle))
+            progress("Validating", count / len(validation), case.id)
+        found = {
+            "calibration": {"cases": len(looked_at), "patches": len(patches), "seed": seed},
+            "validation": {"cases": len(validation), "dice": _mean_dice(scores, bundle)},
+            "seconds_per_patch": _seconds_per_patch(backends, patches[0]),
+            "versions": {name: metadata.version(name) for name in ("openvino", "nncf")},
+        }
+        write_exported(network, model, "segmentation.int8", {"model_sha256": bundle.sha256} | found)
+    shutil.rmtree(work, ignore_errors=True)
+    return RunReport(out=model, done=[bundle.recipe.name], details=found)
+
+
+def _prepared_cases(
+    bundle: ModelBundle, dataset: Path, work: Path, seed: int, progress: Progress
+) -> tuple[list[PreparedCase], list[PreparedCase]]:
+    """Training and validation cases, prepared as the model's training prepared them."""
+    if (dataset / PREPARED_FILE).is_file():
+        prepared = dataset
+    else:
+        prepared = work
+        report = preprocess(dataset, recipe=bundle.recipe, out=prepared, seed=seed, plan=bundle.plan, progress=progress)
+        if report.failed:
+            refuse_dataset(dataset, report.failed)
+    _, plan, _, cases = load_prepared(prepared, bundle.recipe)
+    if (plan.spacing_mm, plan.windows) != (bundle.plan.spacing_mm, bundle.plan.windows):
+        raise VolsegError(
+            f"{dataset}: was prepared with another spacing or intensity window than model {bundle.recipe.name!r} was trained with",
+            fix="give the dataset itself instead of a prepared folder",
+            code="E_PREPARED",
+        )
+    sides = [[case for case in cases if case.record["split"] == side] for side in ("train", "val")]
+    if not all(sides):
+        raise VolsegError(
+            f"{dataset}: has {len(sides[0])} training and {len(sides[1])} validation cases; one of each is needed",
+            fix="give the dataset that the model was trained on",
+            code="E_DATASET",
+        )
+    return sides[0], sides[1]
+
+
+def _calibration_patches(cases: Sequence[PreparedCase], bundle: ModelBundle, seed: int) -> list[np.ndarray]:
+    """(1, channels, R, A, S) float32 each, cut as for training but not augmented."""
+    from volseg.train.samples import sample_batch
+
+    patches = []
+    for number, case in enumerate(cases):
+        rng = np.random.default_rng([seed, number])
+        images, _ = sample_batch(
+            [case], bundle.plan.patch_shape, n=PATCHES_PER_CASE, foreground_share=1 / PATCHES_PER_CASE, rng=rng
+        )
+        patches += list(images[:, None])
+    return patches
+
+
+def _case_dice(backend: Backend, case: PreparedCase, bundle: ModelBundle) -> list[float]:
+    """Dice per label on the prepared grid; NaN for a label that neither mask has."""
+    from volseg.infer.stream import Tiling, predict_logits
+
+    infer = bundle.recipe.infer
+    tiling = Tiling(patch_shape=bundle.plan.patch_shape, overlap=infer.overlap, batch_size=infer.batch_size)
+    logits = predict_logits(np.asarray(case.image), backend, tiling, n_classes=1 + len(bundle.recipe.data.labels))
+    predicted = logits.argmax(axis=0)
+    return [dice(case.mask, predicted, index) for index in range(1, len(logits))]
+
+
+def _mean_dice(scores: Mapping[str, list[list[float]]], bundle: ModelBundle) -> dict[str, dict[str, float | None]]:
+    """Label → precision → mean over the validation cases that have the label or were given it by every precision; None without any."""
+    arrays = {name: np.array(values) for name, values in scores.items()}
+    known = ~np.any([np.isnan(values) for values in arrays.values()], axis=0)
+    found = {}
+    for index, label in enumerate(bundle.recipe.data.label_names.values()):
+        chosen = known[:, index]
+        found[label] = {
+            name: round(float(values[chosen, index].mean()), 4) if chosen.any() else None
+            for name, values in arrays.items()
+        }
+    return found
+
+
+def _seconds_per_patch(backends: Mapping[str, Backend], patch: np.ndarray) -> dict[str, float]:
+    """Median of alternating runs."""
+    seconds: dict[str, list[float]] = {name: [] for name in backends}
+    for _ in range(TIMED_RUNS):
+        for name, backend in backends.items():
+            started = time.perf_counter()
+            backend.logits(patch)
+            seconds[name].append(time.perf_counter() - started)
+    return {name: round(float(np.median(values)), 5) for name, values in seconds.items()}
