@@ -86,3 +86,8 @@ def test_the_shipped_bundle_is_small_says_its_limits_and_loads():
     assert "whole chest" in (folder / "card.md").read_text()
     assert "CC BY 3.0" in (folder / "card.md").read_text()
     assert bundle.classifier_network() is not None
+    preprocess = bundle.recipe.preprocess
+    assert (preprocess.axes, preprocess.transpose, preprocess.separate_above) == ("canonical", (0, 1, 2), None)
+    assert (preprocess.normalise_first, preprocess.clip_overshoot, preprocess.normalise_channels) == (False, False, {})
+    assert bundle.recipe.data.regions_class_order is None
+    assert bundle.origin == {}

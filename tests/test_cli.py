@@ -9,8 +9,9 @@ import time
 from pathlib import Path
 
 import pytest
+from nnunet_folder import write_model
 
-COMMANDS = ("preprocess", "train", "infer", "quantise", "measure", "evaluate", "check", "columns")
+COMMANDS = ("preprocess", "train", "infer", "quantise", "measure", "evaluate", "import-nnunet", "check", "columns")
 
 
 def run(*arguments, **options):
@@ -78,6 +79,21 @@ def test_the_main_job_by_hand(model, dataset, tmp_path):
     assert "26 neighbours" in done.stdout
     done = run("check", dataset / "cases.csv")
     assert (done.returncode, "no problem found" in done.stdout) == (0, True)
+
+
+def test_a_model_of_nnunet_is_imported_once_and_refused_in_one_line(tmp_path):
+    folder = write_model(tmp_path)
+    done = run("import-nnunet", folder, "--out", tmp_path / "m", "--folds", "0", "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["model"]["labels"] == "kidney = 1, tumour = 2"
+    assert found["done"] == ["dataset007_test_3d_fullres"]
+    for arguments in (["--out", tmp_path / "m"], ["--out", tmp_path / "n", "--folds", "0,7"]):
+        done = run("import-nnunet", folder, *arguments)
+        assert done.returncode == 2
+        assert len(done.stderr.strip().splitlines()) == 1
+        assert "to fix:" in done.stderr
+    assert not (tmp_path / "n").exists()
 
 
 def test_an_output_folder_that_cannot_be_is_exit_code_5(model, dataset, tmp_path):

@@ -4,7 +4,7 @@ from laws import lps, oblique, orientations
 
 from volseg.errors import VolsegError
 from volseg.plan import CaseFingerprint, Plan, combine_fingerprints, fingerprint_case, make_plan
-from volseg.preprocess.normalise import Window
+from volseg.preprocess.normalise import Window, ZScore
 from volseg.recipe import load_recipe
 from volseg.volume import Geometry, Volume
 
@@ -90,3 +90,29 @@ def test_a_dataset_without_a_labelled_voxel_is_refused():
     empty = CaseFingerprint(spacing_mm=(1, 1, 1), shape=SHAPE, label_voxels={}, samples={"ct": ()})
     with pytest.raises(VolsegError, match="no training mask"):
         combine_fingerprints([empty])
+
+
+def test_channels_may_be_normalised_in_different_ways():
+    loaded = recipe(
+        normalise={"method": "zscore"}, normalise_channels={"ct": {"method": "window"}}, spacing_mm=(1, 1, 1)
+    )
+    data = loaded.data.model_copy(update={"channels": ("t1", "ct")})
+    both = CaseFingerprint(
+        spacing_mm=(1, 1, 1), shape=SHAPE, label_voxels={1: 2}, samples={"ct": (0.0, 8.0), "t1": (1.0, 2.0)}
+    )
+    plan = make_plan(combine_fingerprints([both]), loaded.model_copy(update={"data": data}))
+    assert list(plan.windows) == ["ct"]
+    t1, ct = plan.prepare_settings(loaded.preprocess, ["t1", "ct"]).normalisers
+    assert t1 == ZScore()
+    assert (ct.mean, ct.sd) == (4, 4)
+
+
+def test_recipes_that_can_only_be_run_are_not_planned():
+    fingerprint = combine_fingerprints([case()])
+    regions = recipe(**AUTO)
+    data = regions.data.model_copy(update={"regions_class_order": (1,)})
+    with pytest.raises(VolsegError, match="runs but does not train"):
+        make_plan(fingerprint, regions.model_copy(update={"data": data}))
+    with pytest.raises(VolsegError, match="other axes than R, A, S"):
+        make_plan(fingerprint, recipe(**AUTO, transpose=(2, 0, 1)))
+    assert make_plan(fingerprint, recipe(**AUTO | {"spacing_mm": (3, 1, 1)}, axes="stored")).spacing_mm == (3, 1, 1)

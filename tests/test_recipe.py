@@ -63,6 +63,39 @@ def test_every_mistake_is_named_at_once_with_the_known_keys():
     assert "data.channels" in text
 
 
+def test_a_mistake_in_the_normalisation_of_one_channel_lists_its_keys():
+    content = tomllib.loads(MINIMAL)
+    content["preprocess"]["normalise_channels"] = {"ct": {"method": "zscore", "regoin": "scan"}}
+    with pytest.raises(VolsegError, match="regoin: unknown key; known are method, region"):
+        parse_recipe(content, where="r.toml")
+
+
+@pytest.mark.parametrize(
+    ("section", "change", "message"),
+    [
+        ("preprocess", {"transpose": [0, 1, 1]}, "must hold 0, 1 and 2 once each"),
+        ("preprocess", {"normalise": {"method": "zscore", "region": "nonzero"}}, 'needs crop = "nonzero"'),
+        ("preprocess", {"normalise_channels": {"pet": {"method": "scale"}}}, "names pet, which data.channels does not"),
+        ("preprocess", {"normalise_channels": {"ct": {"method": "window", "low": 2.0, "high": 1.0}}}, "is empty"),
+        ("data", {"regions_class_order": [2]}, "the value of each label once"),
+    ],
+)
+def test_settings_of_imported_models_have_to_fit_together(section, change, message):
+    content = tomllib.loads(MINIMAL)
+    content[section] |= change
+    with pytest.raises(VolsegError, match=message):
+        parse_recipe(content, where="r.toml")
+
+
+def test_outputs_are_the_labels_and_the_background_or_one_per_region():
+    content = tomllib.loads(MINIMAL.replace("{ lesion = 1 }", "{ core = 3, whole = 1, rim = 2 }"))
+    assert parse_recipe(content, where="r.toml").data.n_outputs == 4
+    content["data"]["regions_class_order"] = [1, 3, 2]
+    data = parse_recipe(content, where="r.toml").data
+    assert data.n_outputs == 3
+    assert data.label_names == {1: "whole", 2: "rim", 3: "core"}
+
+
 @pytest.mark.parametrize("labels", ["{ a = 0 }", "{ a = 1, b = 1 }", "{}"])
 def test_labels_that_cannot_be_told_apart_are_refused(labels):
     with pytest.raises(VolsegError, match=r"data"):

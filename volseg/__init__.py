@@ -1,6 +1,7 @@
 """volseg turns 3D CT and MRI scans into lesions, and lesions into numbers that a study can defend.
 
-The workflows of the command line are functions here: `preprocess`, `train`, `infer`, `measure`, `evaluate`, `quantise` and `check`.
+The workflows of the command line are functions here: `preprocess`, `train`, `infer`, `measure`, `evaluate`, `quantise`, `check`
+and `import_nnunet`.
 """
 
 from __future__ import annotations
@@ -11,10 +12,10 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "check", "evaluate", "infer", "measure", "preprocess", "quantise", "train"]
+__all__ = ["__version__", "check", "evaluate", "import_nnunet", "infer", "measure", "preprocess", "quantise", "train"]
 
 if TYPE_CHECKING:
-    from volseg.workflows import check, evaluate, infer, measure, preprocess, quantise, train
+    from volseg.workflows import check, evaluate, import_nnunet, infer, measure, preprocess, quantise, train
 
 
 class _Workflow:
@@ -37,7 +38,7 @@ class _Workflow:
 
 
 class _Package(ModuleType):
-    check, evaluate, infer, measure, preprocess, quantise, train = (_Workflow() for _ in range(7))
+    check, evaluate, import_nnunet, infer, measure, preprocess, quantise, train = (_Workflow() for _ in range(8))
 
 
 sys.modules[__name__].__class__ = _Package

@@ -21,7 +21,7 @@ from volseg.errors import VolsegError
 from volseg.io.files import make_folder, write_bytes_atomic, write_json_atomic
 from volseg.models import build_classifier, build_segmentation, set_weights
 from volseg.plan import DatasetFingerprint, Plan
-from volseg.recipe import Recipe, parse_recipe
+from volseg.recipe import Preprocess, Recipe, parse_recipe
 
 FORMAT_VERSION = 1
 SHIPPED = "lung_nodule_ct"
@@ -31,7 +31,8 @@ SHIPPED = "lung_nodule_ct"
 class ModelBundle:
     """All that inference needs besides the scan.
 
-    `weights` maps a network's name (`segmentation`, `classifier`) to its tensors; `metrics` is what was measured when it was made.
+    `weights` maps a network's name (`segmentation`, `segmentation_1`, …, `classifier`) to its tensors; `metrics` is what was
+    measured when it was made, `origin` where an imported model comes from.
     """
 
     recipe: Recipe
@@ -40,11 +41,20 @@ class ModelBundle:
     weights: Mapping[str, Mapping[str, torch.Tensor]]
     metrics: Mapping[str, Any] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
+    origin: Mapping[str, str] = field(default_factory=dict)
     sha256: str = ""
 
     def segmentation_network(self) -> nn.Module:
-        """The 3D network with its trained weights: (N, channels, R, A, S) → logits (N, 1 + labels, R, A, S)."""
-        return set_weights(build_segmentation(self.recipe), self.weights["segmentation"])
+        """The first 3D network with its trained weights: (N, channels, R, A, S) → logits (N, outputs, R, A, S)."""
+        return self._segmentation_network(segmentation_name(0))
+
+    def segmentation_networks(self) -> tuple[nn.Module, ...]:
+        """All 3D networks of an ensemble, whose logits are to be averaged; one for a model that is none."""
+        names = [name for name in map(segmentation_name, range(len(self.weights))) if name in self.weights]
+        return tuple(self._segmentation_network(name) for name in names)
+
+    def _segmentation_network(self, name: str) -> nn.Module:
+        return set_weights(build_segmentation(self.recipe), self.weights[name])
 
     def classifier_network(self) -> nn.Module | None:
         """The 2D network with its trained weights, where the recipe has one and it could be trained."""
@@ -52,6 +62,11 @@ class ModelBundle:
         if classify is None or "classifier" not in self.weights:
             return None
         return set_weights(build_classifier(classify), self.weights["classifier"])
+
+
+def segmentation_name(index: int) -> str:
+    """The name, in `weights`, of a member of the ensemble."""
+    return "segmentation" if index == 0 else f"segmentation_{index}"
 
 
 def save_bundle(bundle: ModelBundle, folder: Path) -> ModelBundle:
@@ -72,6 +87,7 @@ def save_bundle(bundle: ModelBundle, folder: Path) -> ModelBundle:
         "plan": bundle.plan.model_dump(mode="json"),
         "fingerprint": bundle.fingerprint.model_dump(mode="json"),
         "metrics": dict(bundle.metrics),
+        "origin": dict(bundle.origin),
         "versions": {"volseg": __version__, "torch": torch.__version__.split("+")[0]},
         "weights_sha256": hashes,
     }
@@ -103,12 +119,13 @@ def load_bundle(folder: Path) -> ModelBundle:
             },
             metrics=description["metrics"],
             versions=description["versions"],
+            origin=description.get("origin", {}),
             sha256=hashlib.sha256(text).hexdigest(),
         )
     except OSError as error:
         raise VolsegError(
             f"{folder}: not a model folder ({error.strerror or error})",
-            fix="give a folder made by `volseg train`",
+            fix="give a folder made by `volseg train` or `volseg import-nnunet`",
             code="E_CKPT",
         ) from error
     except (ValueError, KeyError, TypeError, ValidationError) as error:
@@ -126,6 +143,7 @@ def shipped_bundle() -> Path:
 def model_card(bundle: ModelBundle) -> str:
     """Markdown for people: what it is for, what it was made from, what was measured, what it cannot do."""
     recipe, plan = bundle.recipe, bundle.plan
+    axes = _axes(recipe.preprocess)
     labels = ", ".join(f"{name} = {value}" for value, name in recipe.data.label_names.items())
     lines = [
         f"# {recipe.name}",
@@ -154,11 +172,19 @@ def model_card(bundle: ModelBundle) -> str:
         "",
         "## How it was made",
         "",
-        f"Spacing {' × '.join(f'{s:g}' for s in plan.spacing_mm)} mm (R, A, S), patch {' × '.join(map(str, plan.patch_shape))}, "
+        *(f"- {name}: {value}" for name, value in bundle.origin.items()),
+        *([""] if bundle.origin else []),
+        f"Spacing {' × '.join(f'{s:g}' for s in plan.spacing_mm)} mm ({axes}), patch {' × '.join(map(str, plan.patch_shape))}, "
         f"batch {plan.batch_size}; the whole recipe is in model.json.",
         "",
     ]
     return "\n".join(lines)
+
+
+def _axes(preprocess: Preprocess) -> str:
+    """The names of the network's axes: of the patient, or of the file's array."""
+    names = "RAS" if preprocess.axes == "canonical" else "KJI"
+    return ", ".join(names[axis] for axis in preprocess.transpose)
 
 
 def _show(value: Any) -> str:

@@ -257,6 +257,34 @@ def evaluate(
     _finish(report, as_json, lambda: _print_evaluation(report))
 
 
+@app.command("import-nnunet")
+def import_nnunet(
+    folder: Annotated[
+        Path,
+        typer.Argument(help="A trained <trainer>__<plans>__<configuration>, with plans.json, dataset.json and fold_*."),
+    ],
+    out: Annotated[Path, typer.Option(help="Folder for the model.")],
+    folds: Annotated[
+        str | None, typer.Option(help="Such as 0,1,2 or all; without it every numbered fold, as one ensemble.")
+    ] = None,
+    checkpoint: Annotated[
+        str, typer.Option(help="Which of a fold's checkpoints, such as checkpoint_best.pth.")
+    ] = "checkpoint_final.pth",
+    as_json: Json = False,
+) -> None:
+    """Make a volseg model of a trained nnU-Net v2 model, without nnU-Net: then `volseg infer --model MODEL` runs it.
+
+    Plain and residual-encoder U-Nets in 3D. Spacing, axes, normalisation, labels and mirroring are those of its plans; several
+    folds become an ensemble. Nothing in the checkpoint is run: one that asks for other objects than weights is refused.
+    """
+    from volseg import workflows
+
+    report = workflows.import_nnunet(
+        folder, out=out, folds=None if folds is None else folds.split(","), checkpoint=checkpoint
+    )
+    _finish(report, as_json, lambda: _print_imported(report))
+
+
 @app.command()
 def check(
     path: Annotated[Path, typer.Argument(help="A dataset, a scan, a recipe or a model folder.")], as_json: Json = False
@@ -404,6 +432,12 @@ def _print_quantised(report: RunReport) -> None:
     Console().print(table)
     typer.echo(f"mean over {validation['cases']} validation cases; seconds on this machine")
     typer.echo(f"int8 network → {report.out}; use it with `volseg infer --precision int8`")
+
+
+def _print_imported(report: RunReport) -> None:
+    for name, value in report.details["model"].items():
+        typer.echo(f"{name}: {value}")
+    typer.echo(f"model → {report.out}")
 
 
 def _print_evaluation(report: RunReport) -> None:

@@ -57,21 +57,27 @@ class Plan(_Json):
     spacing_mm: tuple[float, float, float]
     patch_shape: tuple[int, int, int]
     batch_size: int
-    windows: dict[str, Window]  # per channel, every number resolved; empty for per-image normalisation
+    windows: dict[str, Window]  # of the channels that have one, every number resolved
 
     def prepare_settings(self, preprocess: Preprocess, channels: Sequence[str]) -> PrepareSettings:
         """The settings of `prepare` for scans with these channels."""
         return PrepareSettings(
             spacing_mm=self.spacing_mm,
-            normalisers=tuple(self._normaliser(preprocess, channel) for channel in channels),
+            normalisers=self.normalisers(preprocess, channels),
             interpolation=preprocess.interpolation,
             crop=preprocess.crop,
             body_above=None if preprocess.body_above == "auto" else preprocess.body_above,
+            axes=preprocess.axes,
+            transpose=preprocess.transpose,
+            separate_above=preprocess.separate_above,
+            clip_overshoot=preprocess.clip_overshoot,
+            normalise_first=preprocess.normalise_first,
         )
 
-    def _normaliser(self, preprocess: Preprocess, channel: str) -> Normaliser:
-        settings = self.windows.get(channel, preprocess.normalise).model_dump()
-        return NORMALISERS[settings.pop("method")](**settings)
+    def normalisers(self, preprocess: Preprocess, channels: Sequence[str]) -> tuple[Normaliser, ...]:
+        """What happens to the intensities of each channel."""
+        forms = [self.windows.get(channel, preprocess.normalise_of(channel)).model_dump() for channel in channels]
+        return tuple(NORMALISERS[form.pop("method")](**form) for form in forms)
 
 
 def fingerprint_case(images: Mapping[str, Volume], reference: Volume, rng: np.random.Generator) -> CaseFingerprint:
@@ -118,12 +124,30 @@ def combine_fingerprints(cases: Sequence[CaseFingerprint]) -> DatasetFingerprint
 
 
 def make_plan(fingerprint: DatasetFingerprint, recipe: Recipe) -> Plan:
-    """Resolve every `auto` of the recipe with the data's fingerprint; what the recipe states stays."""
+    """Resolve every `auto` of the recipe with the data's fingerprint; what the recipe states stays.
+
+    Raises:
+        VolsegError: the recipe is one that can only be run, not trained.
+    """
     preprocess = recipe.preprocess
+    if recipe.data.regions_class_order is not None:
+        raise VolsegError(
+            f"recipe {recipe.name!r} has overlapping regions, which volseg runs but does not train",
+            fix="leave out data.regions_class_order and give every voxel one label",
+            code="E_RECIPE",
+        )
+    if preprocess.spacing_mm == "auto" and (preprocess.axes, preprocess.transpose) != ("canonical", (0, 1, 2)):
+        raise VolsegError(
+            f"recipe {recipe.name!r} has other axes than R, A, S, in which the fingerprint's spacings are",
+            fix="state preprocess.spacing_mm in the order of its axes",
+            code="E_RECIPE",
+        )
     spacing = _spacing(fingerprint) if preprocess.spacing_mm == "auto" else preprocess.spacing_mm
-    windows = {}
-    if isinstance(preprocess.normalise, Window):
-        windows = {name: _window(preprocess.normalise, fingerprint.foreground[name]) for name in recipe.data.channels}
+    windows = {
+        name: _window(form, fingerprint.foreground[name])
+        for name in recipe.data.channels
+        if isinstance(form := preprocess.normalise_of(name), Window)
+    }
     return Plan(
         spacing_mm=spacing,
         patch_shape=recipe.train.patch_shape,

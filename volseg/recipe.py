@@ -32,6 +32,9 @@ class Data(Section):
         dict[str, int], Field(min_length=1)
     ]  # name = value in the mask; every other value but 0 is an error
     intensity_unit: str  # of the first channel, in which lesions are measured: HU, a.u., SUV
+    # Overlapping regions: the mask value that each output channel of the network writes where its sigmoid is over 0.5; a later
+    # channel overwrites an earlier one. None: channel 0 is the background, then the labels, and the largest wins.
+    regions_class_order: tuple[int, ...] | None = None
 
     @model_validator(mode="after")
     def _labels_are_distinct_and_not_background(self) -> Data:
@@ -40,12 +43,19 @@ class Data(Section):
             raise ValueError("two labels share one value")
         if min(values) < 1 or max(values) > 65535:
             raise ValueError("label values are whole numbers from 1 to 65535; 0 is the background")
+        if self.regions_class_order is not None and sorted(self.regions_class_order) != sorted(values):
+            raise ValueError("regions_class_order must hold the value of each label once")
         return self
 
     @property
     def label_names(self) -> dict[int, str]:
-        """Mask value → name, in the order of the network's output channels 1, 2, …"""
+        """Mask value → name by ascending value: the order of the output channels 1, 2, … unless there are regions."""
         return {value: name for name, value in sorted(self.labels.items(), key=lambda item: item[1])}
+
+    @property
+    def n_outputs(self) -> int:
+        """Output channels of the network: the background and the labels, or one per region."""
+        return 1 + len(self.labels) if self.regions_class_order is None else len(self.regions_class_order)
 
 
 class Window(Section):
@@ -62,6 +72,8 @@ class ZScore(Section):
     """MRI: subtract the mean and divide by the deviation of the scan's own body."""
 
     method: Literal["zscore"]
+    # Whose mean and deviation: the body's, the whole (cropped) scan's, or the nonzero voxels', and then the others stay 0.
+    region: Literal["body", "scan", "nonzero"] = "body"
 
 
 class Percentile(Section):
@@ -70,17 +82,55 @@ class Percentile(Section):
     method: Literal["percentile"]
     low_percent: Annotated[float, Field(ge=0, lt=100)] = 1.0
     high_percent: Annotated[float, Field(gt=0, le=100)] = 99.0
+    region: Literal["body", "scan"] = "body"
 
 
-Normalise = Annotated[Window | ZScore | Percentile, Field(discriminator="method")]
+class Scale(Section):
+    """Subtract and divide by stated numbers, whatever the scan: photographs, or intensities that are right already."""
+
+    method: Literal["scale"]
+    subtract: float = 0.0
+    divide_by: Positive = 1.0
+
+
+Normalise = Annotated[Window | ZScore | Percentile | Scale, Field(discriminator="method")]
 
 
 class Preprocess(Section):
+    axes: Literal["canonical", "stored"] = (
+        "canonical"  # R, A, S; or those of the file, slowest first (K, J, I), unflipped
+    )
+    transpose: IntTriple = (
+        0,
+        1,
+        2,
+    )  # then: network axis n is axis transpose[n] of these; spacing and patch are in its order
     spacing_mm: tuple[Positive, Positive, Positive] | Auto = "auto"  # along R, A, S; auto: median of the training cases
     interpolation: Literal["linear", "cubic"] = "linear"
-    crop: Literal["body", "none"] = "body"  # body: outside its box the mask is background by definition
+    # Where the coarsest spacing of the scan, or else the target's, is more than this many times the finest, that axis (if it is
+    # the only one so coarse) takes the nearest slice and only the other two interpolate, on the way there and back.
+    separate_above: Annotated[float, Field(ge=0)] | None = None
+    clip_overshoot: bool = False  # cubic: no value beyond those of the scan (of the slice, where an axis is separate)
+    crop: Literal["body", "nonzero", "none"] = (
+        "body"  # outside the box of the body the mask is background by definition
+    )
     body_above: float | Auto = "auto"  # intensity over which a voxel is body; auto: a tenth of the 99th percentile
     normalise: Normalise
+    normalise_channels: dict[str, Normalise] = {}  # the channels for which it is another one
+    normalise_first: bool = False  # normalise the scan's own voxels before they are resampled, not what comes out
+
+    @model_validator(mode="after")
+    def _settings_fit_together(self) -> Preprocess:
+        if sorted(self.transpose) != [0, 1, 2]:
+            raise ValueError(f"transpose must hold 0, 1 and 2 once each, not {list(self.transpose)}")
+        regions = {getattr(form, "region", None) for form in (self.normalise, *self.normalise_channels.values())}
+        if "nonzero" in regions and self.crop != "nonzero":
+            raise ValueError('region = "nonzero" needs crop = "nonzero"')
+        return self
+
+    def normalise_of(self, channel: str) -> Window | ZScore | Percentile | Scale:
+        """How this channel is normalised."""
+        return self.normalise_channels.get(channel, self.normalise)
 
 
 class Network(Section):
@@ -186,7 +236,11 @@ class Recipe(Section):
         weights, n_classes = self.train.class_weights, 1 + len(self.data.labels)
         if weights is not None and len(weights) != n_classes:
             raise ValueError(f"train.class_weights has {len(weights)} numbers for {n_classes} classes with background")
-        for section in (self.preprocess.normalise, self.classify):
+        unknown = sorted(set(self.preprocess.normalise_channels) - set(self.data.channels))
+        if unknown:
+            raise ValueError(f"preprocess.normalise_channels names {', '.join(unknown)}, which data.channels does not")
+        forms = (self.preprocess.normalise, *self.preprocess.normalise_channels.values())
+        for section in (*forms, self.classify):
             low, high = getattr(section, "low", None), getattr(section, "high", None)
             if isinstance(low, float) and isinstance(high, float) and low >= high:
                 raise ValueError(f"the window from {low:g} to {high:g} is empty")

@@ -101,7 +101,8 @@ def _predict(images: Mapping[str, Volume], model: Model) -> tuple[np.ndarray, np
     recipe, plan = model.bundle.recipe, model.bundle.plan
     preparation = Preparation(images, plan.prepare_settings(recipe.preprocess, list(images)))
     trail = preparation.trail
-    values = list(recipe.data.label_names)
+    regions = recipe.data.regions_class_order
+    values = list(recipe.data.label_names) if regions is None else list(regions)
     tiling = Tiling(
         patch_shape=plan.patch_shape,
         overlap=recipe.infer.overlap,
@@ -111,9 +112,9 @@ def _predict(images: Mapping[str, Volume], model: Model) -> tuple[np.ndarray, np
         empty_level=preparation.empty_level,
     )
     axis = thinnest_axis(trail.shape, plan.patch_shape) if trail.separate_axis is None else trail.separate_axis
-    restorer = MaskRestorer(trail, values, axis=axis)
+    restorer = MaskRestorer(trail, values, axis=axis, regions=regions is not None)
     if preparation.has_body:
-        for slab in predict_slabs(preparation.planes(axis), model.segmentation, tiling, n_classes=1 + len(values)):
+        for slab in predict_slabs(preparation.planes(axis), model.segmentation, tiling, n_classes=recipe.data.n_outputs):
             restorer.add(slab)
     return restorer.result()
 

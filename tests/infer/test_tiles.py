@@ -38,10 +38,11 @@ def test_a_scan_goes_on_as_its_mirror_image_and_then_as_nothing():
 
 
 @pytest.mark.parametrize("patch", [8, 9, 96])
-def test_the_gaussian_is_symmetric_largest_in_the_centre_and_nowhere_zero(patch):
-    weights = gaussian(patch)
-    np.testing.assert_allclose(weights, weights[::-1])
-    assert weights.max() == weights[patch // 2] > 0.8
+def test_the_gaussian_is_1_in_the_centre_falls_off_alike_to_both_sides_and_is_nowhere_zero(patch):
+    weights, centre = gaussian(patch), patch // 2
+    assert weights[centre] == 1
+    np.testing.assert_allclose(weights[centre + 1 :], weights[centre - 1 : 0 if patch % 2 == 0 else None : -1])
+    assert weights[centre + patch // 8] == pytest.approx(np.exp(-0.5 * (patch // 8 / (patch / 8)) ** 2))
     assert weights.min() > 0
 
 

@@ -22,11 +22,11 @@ def tile_starts(length: int, patch: int, overlap: float) -> list[int]:
 
 
 def gaussian(patch: int) -> np.ndarray:
-    """Weights (patch,) along one axis, 1 in the centre, σ = patch / 8; a patch is weighted by the product of three.
+    """Weights (patch,) along one axis, 1 at voxel patch // 2, σ = patch / 8; a patch is weighted by the product of three.
 
     Source: Isensee et al., nnU-Net, Nature Methods 18:203 (2021).
     """
-    offset = (np.arange(patch) - (patch - 1) / 2) / (patch / 8)
+    offset = (np.arange(patch) - patch // 2) / (patch / 8)
     return np.exp(-0.5 * offset**2)
 
 

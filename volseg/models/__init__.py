@@ -33,11 +33,11 @@ def build_network(name: str, *, in_channels: int, out_channels: int, **settings:
 
 
 def build_segmentation(recipe: Recipe) -> nn.Module:
-    """The recipe's 3D network: (N, channels, R, A, S) → logits (N, 1 + labels, R, A, S)."""
+    """The recipe's 3D network: (N, channels, R, A, S) → logits (N, outputs, R, A, S)."""
     return build_network(
         recipe.network.name,
         in_channels=len(recipe.data.channels),
-        out_channels=1 + len(recipe.data.labels),
+        out_channels=recipe.data.n_outputs,
         **recipe.network.settings,
     )
 

@@ -29,10 +29,15 @@ class AxisOrder:
         return cls((axes[0], axes[1], axes[2]), (flipped[0], flipped[1], flipped[2]))
 
     @classmethod
-    def stored(cls, transpose: tuple[int, int, int]) -> AxisOrder:
-        """As stored, the slowest axis of the file first, then transposed: what networks see that know nothing of orientation."""
-        i, j, k = (2 - axis for axis in transpose)
-        return cls((i, j, k), (False, False, False))
+    def stored(cls) -> AxisOrder:
+        """As in the file, the slowest axis first: what networks see that know nothing of orientation."""
+        return cls((2, 1, 0), (False, False, False))
+
+    def transposed(self, transpose: tuple[int, int, int]) -> AxisOrder:
+        """Axis n is axis `transpose[n]` of this order."""
+        r, a, s = transpose
+        axes, flipped = self.axes, self.flipped
+        return AxisOrder((axes[r], axes[a], axes[s]), (flipped[r], flipped[a], flipped[s]))
 
 
 def to_canonical(array: np.ndarray, order: AxisOrder) -> np.ndarray:

@@ -43,7 +43,8 @@ class PrepareSettings:
         crop: `body`: to the box of the body, outside which the mask is background by definition; `nonzero`: to the box of the
             voxels that are not 0 in some channel; `none`.
         body_above: intensity over which a voxel is body; None: a tenth of the 99th percentile of the first channel.
-        axes: `canonical`: R, A, S; `stored`: as in the file, the slowest first, then transposed by `transpose`.
+        axes: `canonical`: R, A, S; `stored`: as in the file, the slowest first.
+        transpose: applied after that: prepared axis n is axis `transpose[n]` of those.
         separate_above: where the coarsest spacing, of the scan or else of the target, is more than this many times the finest,
             the nearest plane is taken along that axis and only the two others are interpolated, on both ways.
         clip_overshoot: cubic only: nothing beyond the range of the scan, or of the slice where an axis is separate.
@@ -112,7 +113,7 @@ class Preparation:
         self._volumes = list(images.values())
         first = self._volumes[0]
         is_canonical = settings.axes == "canonical"
-        order = AxisOrder.of(first.geometry) if is_canonical else AxisOrder.stored(settings.transpose)
+        order = (AxisOrder.of(first.geometry) if is_canonical else AxisOrder.stored()).transposed(settings.transpose)
         stored = [to_canonical(volume.array, order) for volume in self._volumes]
         self._above = _stored_threshold(first, stored[0], settings.body_above)
         found = self._find_box(stored)

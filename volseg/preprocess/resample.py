@@ -24,7 +24,7 @@ NEGLIGIBLE_WEIGHT = 1e-7  # of a cubic spline's far planes: under the rounding o
 def resampled_shape(geometry: Geometry, spacing_mm: tuple[float, float, float]) -> tuple[int, int, int]:
     """Voxels per axis that come nearest to `spacing_mm` over the field of view."""
     i, j, k = (
-        max(1, round(n * own / wanted))
+        max(1, round(own / wanted * n))
         for n, own, wanted in zip(geometry.shape, geometry.spacing_mm, spacing_mm, strict=True)
     )
     return i, j, k

@@ -3,6 +3,7 @@
 from volseg.workflows.batch import Progress, RunReport
 from volseg.workflows.checking import check, shipped_model, table_columns
 from volseg.workflows.evaluating import evaluate
+from volseg.workflows.importing import import_nnunet
 from volseg.workflows.inference import infer
 from volseg.workflows.measuring import measure, read_label_names
 from volseg.workflows.preparing import preprocess
@@ -14,6 +15,7 @@ __all__ = [
     "RunReport",
     "check",
     "evaluate",
+    "import_nnunet",
     "infer",
     "measure",
     "preprocess",

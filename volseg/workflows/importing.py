@@ -1,0 +1,62 @@
+"""`volseg import-nnunet`: a trained nnU-Net v2 folder → a model folder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from volseg.errors import VolsegError
+from volseg.workflows.batch import RunReport
+
+if TYPE_CHECKING:  # torch takes seconds to import; only a workflow that needs it pays
+    from volseg.bundle import ModelBundle
+
+
+def import_nnunet(
+    folder: Path | str,
+    *,
+    out: Path | str,
+    folds: Sequence[str] | None = None,
+    checkpoint: str = "checkpoint_final.pth",
+) -> RunReport:
+    """A trained nnU-Net v2 folder → a model folder that `infer` runs without nnU-Net.
+
+    Args:
+        folder: `<trainer>__<plans>__<configuration>`, with plans.json, dataset.json and fold_*.
+        folds: such as `("0", "1")` or `("all",)`; None for every numbered fold, else `all`. Several become an ensemble.
+        checkpoint: the file in each fold's folder.
+
+    Raises:
+        VolsegError: files are missing or damaged, a checkpoint asks for more than weights, or the model needs something that
+            volseg does not have.
+    """
+    from volseg.bundle import save_bundle
+    from volseg.nnunet import read_nnunet
+
+    out = Path(out)
+    if (out / "model.json").exists():
+        raise VolsegError(
+            f"{out}: holds a finished model", fix="give another --out, or delete it first", code="E_EXISTS"
+        )
+    bundle = save_bundle(read_nnunet(Path(folder), folds=folds, checkpoint=checkpoint), out)
+    return RunReport(out=out, done=[bundle.recipe.name], details={"model": _facts(bundle), "sha256": bundle.sha256})
+
+
+def _facts(bundle: ModelBundle) -> dict[str, str]:
+    """What was imported, for people and for --json."""
+    recipe, plan = bundle.recipe, bundle.plan
+    folds, copies = len(bundle.weights), 2 ** len(recipe.infer.mirror_axes)
+    facts = {
+        "name": recipe.name,
+        "network": f"{recipe.network.name}, {' '.join(map(str, recipe.network.settings['features']))} features",
+        "channels": ", ".join(
+            f"{name} ({recipe.preprocess.normalise_of(name).method})" for name in recipe.data.channels
+        ),
+        "labels": ", ".join(f"{name} = {value}" for value, name in recipe.data.label_names.items()),
+        "spacing": f"{' × '.join(f'{s:g}' for s in plan.spacing_mm)} mm, patch {' × '.join(map(str, plan.patch_shape))}",
+        "networks per patch": f"{folds * copies}: {folds} folds × {copies} with mirroring",
+    }
+    if recipe.data.regions_class_order is not None:
+        facts["regions"] = f"overlapping; written in the order {', '.join(map(str, recipe.data.regions_class_order))}"
+    return facts | dict(bundle.origin) | {name: f"{value:.4g}" for name, value in bundle.metrics.items()}
