@@ -156,6 +156,25 @@ def infer(
             "auto is fp16 on a GPU and fp32 on a CPU."
         ),
     ] = "auto",
+    overlap: Annotated[
+        float | None,
+        typer.Option(help="Overlap of tiles, from 0 to 0.9, instead of the recipe's; 0.5 takes 8 times as long as 0."),
+    ] = None,
+    mirroring: Annotated[
+        bool,
+        typer.Option(
+            "--mirroring/--no-mirroring",
+            help="Average over mirrored copies where the recipe does; each of its axes doubles the time.",
+        ),
+    ] = True,
+    inside: Annotated[
+        str | None,
+        typer.Option(help="Where tiles are run, instead of the recipe's choice: scan, or only the box of the body."),
+    ] = None,
+    fast: Annotated[
+        bool,
+        typer.Option("--fast", help="Resample linearly where the recipe says cubic: quicker, a little less exact."),
+    ] = False,
     figures: Figures = False,
     as_json: Json = False,
 ) -> None:
@@ -177,6 +196,10 @@ def infer(
             device=device,
             backend=backend,
             precision=precision,
+            overlap=overlap,
+            mirroring=mirroring,
+            inside=inside,
+            fast=fast,
             figures=figures,
             progress=show,
         )

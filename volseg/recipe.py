@@ -186,6 +186,10 @@ class Infer(Section):
         0  # voxels by which the scan is continued by its mirror image beyond each face
     )
 
+    # Where tiles are run: on the whole scan, or only on the box of its body, outside which the mask is then background by
+    # definition. Unlike `crop = "body"` it leaves the grid on which the network sees the scan as it is.
+    inside: Literal["scan", "body"] = "scan"
+
 
 class Step(Section):
     """`step` is a row of the table in postprocess/steps.py; every other key goes to it."""

@@ -13,12 +13,12 @@ from volseg.errors import ScanError
 from volseg.infer.backends import Backend, TorchBackend, choose_backend, load_backend
 from volseg.infer.classify import classify_lesions
 from volseg.infer.stream import Tiling, predict_slabs
-from volseg.infer.tiles import thinnest_axis
+from volseg.infer.tiles import thinnest_axis, widest
 from volseg.measure.lesions import LesionMeasurement, measure_lesions
 from volseg.postprocess.lesions import label_lesions
 from volseg.postprocess.steps import make_steps
 from volseg.preprocess.prepare import MaskRestorer, Preparation
-from volseg.volume import WORLD_AXES, Volume
+from volseg.volume import WORLD_AXES, BoundingBox, Volume
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -111,12 +111,34 @@ def _predict(images: Mapping[str, Volume], model: Model) -> tuple[np.ndarray, np
         margin=recipe.infer.margin,
         empty_level=preparation.empty_level,
     )
-    axis = thinnest_axis(trail.shape, plan.patch_shape) if trail.separate_axis is None else trail.separate_axis
-    restorer = MaskRestorer(trail, values, axis=axis, regions=regions is not None)
-    if preparation.has_body:
-        for slab in predict_slabs(preparation.planes(axis), model.segmentation, tiling, n_classes=recipe.data.n_outputs):
+    part = _tiled_part(preparation, tiling, inside_body=recipe.infer.inside == "body")
+    shape = trail.shape if part is None else part.shape
+    axis = thinnest_axis(shape, plan.patch_shape) if trail.separate_axis is None else trail.separate_axis
+    restorer = MaskRestorer(trail, values, axis=axis, regions=regions is not None, part=part)
+    if part is not None:
+        planes = preparation.planes(axis, part)
+        for slab in predict_slabs(planes, model.segmentation, tiling, n_classes=recipe.data.n_outputs):
             restorer.add(slab)
+        model.segmentation.release()
     return restorer.result()
+
+
+def _tiled_part(preparation: Preparation, tiling: Tiling, *, inside_body: bool) -> BoundingBox | None:
+    """The part of the prepared grid that tiles are run on; None where there is no body."""
+    shape = preparation.trail.shape
+    if not preparation.has_body:
+        return None
+    if not inside_body:
+        return BoundingBox.whole(shape)
+    box = preparation.body_box()
+    if box is None:
+        return None
+    ends = [
+        widest(start, stop, n, patch, tiling.overlap)
+        for start, stop, n, patch in zip(box.start, box.stop, shape, tiling.patch_shape, strict=True)
+    ]
+    (r, r_stop), (a, a_stop), (s, s_stop) = ends
+    return BoundingBox((r, a, s), (r_stop, a_stop, s_stop))
 
 
 def _present(images: Mapping[str, Volume], wanted: Sequence[str], case_id: str) -> Sequence[str]:

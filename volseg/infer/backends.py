@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from volseg.bundle import ModelBundle
+from volseg.bundle import ModelBundle, segmentation_name
 from volseg.errors import EnvironmentProblem, ScanError, VolsegError
 from volseg.execute.cpu import physical_cores
 from volseg.io.files import environment_problem, make_folder, sha256_of, write_json_atomic
@@ -258,22 +258,26 @@ def load_backend(bundle: ModelBundle, choice: BackendChoice, *, folder: Path | N
     Raises:
         VolsegError: int8 was asked for and the folder has no quantised network, or OpenVINO cannot take the network.
     """
-    if choice.backend == "torch":
-        return TorchBackend(bundle.segmentation_network(), choice.device, precision=choice.precision)
-    stored = "int8" if choice.precision == "int8" else "fp32"
-    stem = f"segmentation.{stored}"
-    model, facts = (None, {}) if folder is None else read_exported(folder, stem, bundle.sha256)
-    if model is None and stored == "int8":
-        raise VolsegError(
-            f"{folder or 'the model'}: has no int8 network that was made from its weights",
-            fix="run `volseg quantise MODEL DATASET` first, or use --precision fp32",
-            code="E_PRECISION",
-        )
     shape = usual_batch_shape(bundle)
-    if model is None:
-        model = convert(bundle.segmentation_network(), shape)
-    identity = {"network_sha256": facts["files"][f"{stem}.bin"]} if stored == "int8" else None
-    return OpenVINOBackend(model, shape, precision=choice.precision, identity=identity)
+    members: list[Backend] = []
+    for index, network in enumerate(bundle.segmentation_networks()):
+        if choice.backend == "torch":
+            members.append(TorchBackend(network, choice.device, precision=choice.precision))
+            continue
+        stored = "int8" if choice.precision == "int8" else "fp32"
+        stem = f"{segmentation_name(index)}.{stored}"
+        model, facts = (None, {}) if folder is None else read_exported(folder, stem, bundle.sha256)
+        if model is None and stored == "int8":
+            raise VolsegError(
+                f"{folder or 'the model'}: has no int8 network that was made from its weights",
+                fix="run `volseg quantise MODEL DATASET` first, or use --precision fp32",
+                code="E_PRECISION",
+            )
+        identity = {"network_sha256": facts["files"][f"{stem}.bin"]} if stored == "int8" else None
+        if model is None:
+            model = convert(network, shape)
+        members.append(OpenVINOBackend(model, shape, precision=choice.precision, identity=identity))
+    return members[0] if len(members) == 1 else EnsembleBackend(members)
 
 
 def convert(network: nn.Module, batch_shape: Sequence[int]) -> openvino.Model:
@@ -342,8 +346,9 @@ def export_bundle(bundle: ModelBundle, folder: Path) -> None:
     if not openvino_is_installed():
         return
     with suppress(VolsegError):
-        model = convert(bundle.segmentation_network(), usual_batch_shape(bundle))
-        write_exported(model, folder, "segmentation.fp32", {"model_sha256": bundle.sha256})
+        for index, network in enumerate(bundle.segmentation_networks()):
+            model = convert(network, usual_batch_shape(bundle))
+            write_exported(model, folder, f"{segmentation_name(index)}.fp32", {"model_sha256": bundle.sha256})
 
 
 def usual_batch_shape(bundle: ModelBundle) -> tuple[int, ...]:

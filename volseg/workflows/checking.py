@@ -30,7 +30,7 @@ def check(path: Path | str) -> list[dict[str, str]]:
             from volseg.bundle import load_bundle
 
             bundle = load_bundle(path)
-            bundle.segmentation_network()
+            bundle.segmentation_networks()
             bundle.classifier_network()
         elif (path / PREPARED_FILE).is_file():
             raise VolsegError(

@@ -32,6 +32,7 @@ def import_nnunet(
             volseg does not have.
     """
     from volseg.bundle import save_bundle
+    from volseg.infer.backends import export_bundle
     from volseg.nnunet import read_nnunet
 
     out = Path(out)
@@ -40,6 +41,7 @@ def import_nnunet(
             f"{out}: holds a finished model", fix="give another --out, or delete it first", code="E_EXISTS"
         )
     bundle = save_bundle(read_nnunet(Path(folder), folds=folds, checkpoint=checkpoint), out)
+    export_bundle(bundle, out)
     return RunReport(out=out, done=[bundle.recipe.name], details={"model": _facts(bundle), "sha256": bundle.sha256})
 
 

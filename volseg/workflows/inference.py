@@ -6,12 +6,13 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from volseg.execute.cpu import keep_freed_memory
 from volseg.execute.local import run_overlapped
 from volseg.io.cases import Case, find_scans
 from volseg.io.nifti import read_volume
+from volseg.recipe import Recipe, parse_recipe
 from volseg.report.results import ResultsFolder
 from volseg.volume import Volume
 from volseg.workflows.batch import (
@@ -39,6 +40,10 @@ def infer(
     device: str = "auto",
     backend: str = "auto",
     precision: str = "auto",
+    overlap: float | None = None,
+    mirroring: bool = True,
+    inside: str | None = None,
+    fast: bool = False,
     figures: bool = False,
     progress: Progress = silent,
 ) -> RunReport:
@@ -48,6 +53,10 @@ def infer(
         scans: NIfTI files, folders of them, or tables of cases.
         model: a folder made by `train`; None for the model that ships with volseg.
         backend: auto, torch or openvino. precision: auto, fp32, fp16 or int8 (see `choose_backend`).
+        overlap: of tiles, a fraction of a patch; None for the recipe's.
+        mirroring: False leaves out the mirrored copies over which the recipe averages.
+        inside: `scan` or `body`, where tiles are run; None for the recipe's.
+        fast: resample linearly where the recipe says cubic.
         figures: also write a PNG per scan with its largest lesions outlined.
 
     Raises:
@@ -61,11 +70,13 @@ def infer(
     out = Path(out)
     folder = shipped_bundle() if model is None else Path(model)
     bundle = load_bundle(folder)
+    changes = _changes(bundle.recipe, overlap=overlap, mirroring=mirroring, inside=inside, fast=fast)
+    bundle = replace(bundle, recipe=_changed(bundle.recipe, changes))
     inputs = [Path(scans)] if isinstance(scans, Path | str) else [Path(scan) for scan in scans]
     cases = find_scans(inputs, bundle.recipe.data.channels)
     with ResultsFolder(out) as results:
         loaded = load_model(bundle, device, backend=backend, precision=precision, folder=folder)
-        options = {"model_sha256": bundle.sha256, "figures": figures, **loaded.segmentation.identity}
+        options = {"model_sha256": bundle.sha256, "figures": figures, **loaded.segmentation.identity, **changes}
 
         def segment(case: Case, scan: _ReadCase) -> _SegmentedCase:
             return _segment(case, scan, loaded)
@@ -87,6 +98,29 @@ def infer(
             | {"model": model_name_of(bundle), "recipe_sha256": bundle.recipe.sha256, "connectivity": 26}
         )
     return replace(report, details=dict(report.details) | {"computed_with": dict(loaded.segmentation.identity)})
+
+
+def _changes(
+    recipe: Recipe, *, overlap: float | None, mirroring: bool, inside: str | None, fast: bool
+) -> dict[str, Any]:
+    """What the options change of the recipe; nothing where they say what it says."""
+    wanted = {
+        "infer.overlap": recipe.infer.overlap if overlap is None else overlap,
+        "infer.mirror_axes": recipe.infer.mirror_axes if mirroring else (),
+        "infer.inside": recipe.infer.inside if inside is None else inside,
+        "preprocess.interpolation": "linear" if fast else recipe.preprocess.interpolation,
+    }
+    found = recipe.model_dump()
+    return {key: value for key, value in wanted.items() if found[key.split(".")[0]][key.split(".")[1]] != value}
+
+
+def _changed(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
+    """The recipe with other values, checked like one from a file."""
+    content = recipe.model_dump()
+    for key, value in changes.items():
+        section, name = key.split(".")
+        content[section][name] = value
+    return parse_recipe(content, where="the options of infer") if changes else recipe
 
 
 @dataclass(frozen=True, slots=True, eq=False)
