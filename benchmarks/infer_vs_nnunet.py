@@ -167,7 +167,9 @@ def compare(arguments: argparse.Namespace, folder: Path) -> None:
         script = folder / "peer.py"
         script.write_text(code)
         environment = {name: str(folder) for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")}
-        found = run([arguments.peer, str(script), model, str(scan), str(theirs)], folder / "peer.log", environment)
+        found = run(
+            [arguments.peer, str(script), model, str(scan), str(folder / "theirs")], folder / "peer.log", environment
+        )
         rows.append(("nnU-Net 2.8.1", found, "failed, see peer.log" if found.failed else ""))
     for index, options in enumerate(arguments.volseg or [""]):
         out = folder / f"volseg_{index}"
@@ -186,8 +188,8 @@ def compare(arguments: argparse.Namespace, folder: Path) -> None:
         found = run(command, folder / f"volseg_{index}.log")
         remark = f"failed, see volseg_{index}.log"
         if not found.failed:
-            computed = json.loads((out / "run.json").read_text()).get("computed_with", {})
-            remark = " ".join(map(str, computed.values()))
+            computed = json.loads((out / "run.json").read_text())["options"]
+            remark = f"{computed['backend']} {computed['precision']}"
             if theirs.exists():
                 same, share = agreement(theirs, out / "masks" / "scan.nii.gz")
                 remark += f"; {same:.5f} of foreground ({share:.1%} of the scan) agree"

@@ -99,8 +99,14 @@ def train(network, args, heads, shape, generator, torch):
             centre = torch.rand(3, generator=generator) * torch.tensor(shape)
             radius = (0.08 + 0.17 * torch.rand(1, generator=generator)) * min(shape)
             truth[((grid - centre[:, None, None, None]) ** 2).sum(0) < radius**2] = ball + 1
+        # Air round a body, as the scanner sees it: background that is far from all else.
+        semi_axes = (0.35 + 0.6 * torch.rand(3, generator=generator)) * torch.tensor(shape)
+        centre = (0.3 + 0.4 * torch.rand(3, generator=generator)) * torch.tensor(shape)
+        air = (((grid - centre[:, None, None, None]) / semi_axes[:, None, None, None]) ** 2).sum(0) > 1
+        truth[air] = 0
         level = torch.linspace(-1.5, 2.0, heads)
         image = level[truth] + 0.15 * torch.randn(shape, generator=generator)
+        image[air] = -5.5  # of the intensities normalised by the plans below
         image = image[None, None].repeat(1, len(args.channels), 1, 1, 1)
         loss = torch.nn.functional.cross_entropy(network(image), truth[None])
         optimiser.zero_grad()

@@ -516,12 +516,7 @@ def _recipe(
         },
         "network": {"name": network, **settings},
         "train": {"patch_shape": configuration.patch_size, "batch_size": configuration.batch_size},
-        "infer": {
-            "overlap": OVERLAP,
-            "mirror_axes": _mirror_axes(checkpoint, folder),
-            # Air holds no organ and no lesion: two to three times fewer tiles. `volseg infer --inside scan` runs them all.
-            "inside": "body" if schemes[0] == "CTNormalization" else "scan",
-        },
+        "infer": {"overlap": OVERLAP, "mirror_axes": _mirror_axes(checkpoint, folder)},
     }
     return parse_recipe(content, where=str(folder))
 
