@@ -171,6 +171,11 @@ def infer(
         str | None,
         typer.Option(help="Where tiles are run, instead of the recipe's choice: scan, or only the box of the body."),
     ] = None,
+    max_ram: Annotated[
+        str | None,
+        typer.Option(help="Budget of main memory, such as 4G; a scan that does not fit becomes a failed row."),
+    ] = None,
+    max_vram: Annotated[str | None, typer.Option(help="Budget of the GPU's memory, such as 8G.")] = None,
     fast: Annotated[
         bool,
         typer.Option("--fast", help="Resample linearly where the recipe says cubic: quicker, a little less exact."),
@@ -200,8 +205,11 @@ def infer(
             mirroring=mirroring,
             inside=inside,
             fast=fast,
+            max_ram=max_ram,
+            max_vram=max_vram,
             figures=figures,
             progress=show,
+            announce=lambda text: typer.echo(text, err=True),
         )
     _finish(report, as_json, lambda: _print_results(report))
 

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from volseg.bundle import ModelBundle
-from volseg.errors import ScanError
+from volseg.errors import ScanError, VolsegError
 from volseg.infer.backends import Backend, TorchBackend, choose_backend, load_backend
 from volseg.infer.classify import classify_lesions
+from volseg.infer.memory import OVERHEAD, WORKSPACE, MemoryPlan, ScanHeader, plan_memory
 from volseg.infer.stream import Tiling, predict_slabs
 from volseg.infer.tiles import thinnest_axis, widest
 from volseg.measure.lesions import LesionMeasurement, measure_lesions
 from volseg.postprocess.lesions import label_lesions
 from volseg.postprocess.steps import make_steps
 from volseg.preprocess.prepare import MaskRestorer, Preparation
-from volseg.volume import WORLD_AXES, BoundingBox, Volume
+from volseg.volume import WORLD_AXES, BoundingBox, Geometry, Volume
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -28,6 +30,7 @@ class Model:
     bundle: ModelBundle
     segmentation: Backend
     classifier: Backend | None
+    device: str = "cpu"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -60,14 +63,16 @@ def load_model(
         bundle,
         load_backend(bundle, choice, folder=folder),
         None if classifier is None else TorchBackend(classifier, choice.device, precision=choice.precision),
+        choice.device.type,
     )
 
 
-def segment_case(images: Mapping[str, Volume], model: Model, *, case_id: str) -> CaseResult:
+def segment_case(images: Mapping[str, Volume], model: Model, *, case_id: str, half_logits: bool = False) -> CaseResult:
     """Segment, post-process, label, score and measure one scan.
 
     Args:
         images: channel name → scan; every channel of the recipe must be there.
+        half_logits: blend logits in float16: half the buffer, logits rounded to three digits.
 
     Raises:
         ScanError: a channel is missing, or the channels lie on different grids.
@@ -76,7 +81,7 @@ def segment_case(images: Mapping[str, Volume], model: Model, *, case_id: str) ->
     channels = recipe.data.channels
     chosen = {name: images[name] for name in _present(images, channels, case_id)}
     scan = chosen[channels[0]]
-    mask, confidence = _predict(chosen, model)
+    mask, confidence = _predict(chosen, model, half_logits=half_logits)
     for step in make_steps(recipe.postprocess):
         mask = step(mask, scan.geometry)
     lesions = label_lesions(mask, scan.geometry)
@@ -96,28 +101,78 @@ def segment_case(images: Mapping[str, Volume], model: Model, *, case_id: str) ->
     return CaseResult(scan.with_array(mask), scan.with_array(lesions.ids), rows)
 
 
-def _predict(images: Mapping[str, Volume], model: Model) -> tuple[np.ndarray, np.ndarray]:
+def plan_case_memory(geometry: Geometry, itemsize: int, model: Model, needed: int, max_ram: int | None) -> MemoryPlan:
+    """How a scan with this header fits into memory.
+
+    Args:
+        itemsize: bytes per stored voxel over all channels.
+        needed: of the network, from `network_bytes`.
+
+    Raises:
+        ScanError: it does not fit into `max_ram` bytes.
+    """
+    recipe, plan = model.bundle.recipe, model.bundle.plan
+    return plan_memory(
+        ScanHeader(geometry=geometry, itemsize=itemsize),
+        model.bundle,
+        tiling_of(model.bundle),
+        plan.prepare_settings(recipe.preprocess, recipe.data.channels),
+        backend=model.segmentation.identity["backend"],
+        network_bytes=needed,
+        max_ram=max_ram,
+    )
+
+
+def check_gpu_memory(model: Model, needed: int, max_vram: int | None) -> None:
+    """
+    Raises:
+        VolsegError: the network does not fit into `max_vram` bytes of the GPU on which it runs.
+    """
+    if max_vram is None or model.device == "cpu":
+        return
+    share = 0.5 if model.segmentation.identity["precision"] == "fp16" else 1.0
+    total = round(needed * share * OVERHEAD["cuda"] * model.bundle.recipe.infer.batch_size) + WORKSPACE
+    if total > max_vram:
+        raise VolsegError(
+            f"the network takes {total / 2**30:.2f} GB of the GPU's memory, and the budget is {max_vram / 2**30:.2f} GB",
+            fix=f"give --max-vram {total / 2**30 + 0.05:.1f}G, or --device cpu",
+            code="E_VRAM",
+        )
+
+
+def tiling_of(bundle: ModelBundle) -> Tiling:
+    """How the bundle's recipe and plan cut a volume into tiles."""
+    infer = bundle.recipe.infer
+    return Tiling(
+        patch_shape=bundle.plan.patch_shape,
+        overlap=infer.overlap,
+        mirror_axes=[WORLD_AXES[name] for name in infer.mirror_axes],
+        batch_size=infer.batch_size,
+        margin=infer.margin,
+    )
+
+
+def _predict(images: Mapping[str, Volume], model: Model, *, half_logits: bool) -> tuple[np.ndarray, np.ndarray]:
     """Mask (I, J, K) of label values and confidence (I, J, K) uint8, both on the scan's grid."""
     recipe, plan = model.bundle.recipe, model.bundle.plan
     preparation = Preparation(images, plan.prepare_settings(recipe.preprocess, list(images)))
     trail = preparation.trail
     regions = recipe.data.regions_class_order
     values = list(recipe.data.label_names) if regions is None else list(regions)
-    tiling = Tiling(
-        patch_shape=plan.patch_shape,
-        overlap=recipe.infer.overlap,
-        mirror_axes=[WORLD_AXES[name] for name in recipe.infer.mirror_axes],
-        batch_size=recipe.infer.batch_size,
-        margin=recipe.infer.margin,
-        empty_level=preparation.empty_level,
-    )
+    tiling = replace(tiling_of(model.bundle), empty_level=None if regions else preparation.empty_level)
     part = _tiled_part(preparation, tiling, inside_body=recipe.infer.inside == "body")
     shape = trail.shape if part is None else part.shape
     axis = thinnest_axis(shape, plan.patch_shape) if trail.separate_axis is None else trail.separate_axis
     restorer = MaskRestorer(trail, values, axis=axis, regions=regions is not None, part=part)
     if part is not None:
-        planes = preparation.planes(axis, part)
-        for slab in predict_slabs(planes, model.segmentation, tiling, n_classes=recipe.data.n_outputs):
+        slabs = predict_slabs(
+            preparation.planes(axis, part),
+            model.segmentation,
+            tiling,
+            n_classes=recipe.data.n_outputs,
+            dtype=torch.float16 if half_logits else torch.float32,
+        )
+        for slab in slabs:
             restorer.add(slab)
         model.segmentation.release()
     return restorer.result()

@@ -39,14 +39,19 @@ def run_overlapped(
     work: Callable[[Item, Read], Value],
     write: Callable[[Item, Value], None],
     items: Iterable[Item],
+    *,
+    ahead: bool = True,
 ) -> Iterator[Outcome[Item, None]]:
     """As `run`, for a task in three parts: the next item is read and the last one written while one is worked on.
 
-    At most one item that was read and one that was worked on wait, so memory holds two of each.
+    At most one item that was read and one that was worked on wait, so memory holds two of each; without `ahead` one.
 
     Raises:
         EnvironmentProblem: as `run`; what was worked on before is written first.
     """
+    if not ahead:
+        yield from run(lambda item: write(item, work(item, read(item))), items)
+        return
     with ThreadPoolExecutor(1, "volseg-read") as reader, ThreadPoolExecutor(1, "volseg-write") as writer:
         waiting = iter(items)
         following = _begin(reader, read, waiting)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from volseg.errors import ScanError, VolsegError
 from volseg.execute.cpu import keep_freed_memory
 from volseg.execute.local import run_overlapped
 from volseg.io.cases import Case, find_scans
-from volseg.io.nifti import read_volume
+from volseg.io.nifti import read_header, read_volume
 from volseg.recipe import Recipe, parse_recipe
 from volseg.report.results import ResultsFolder
 from volseg.volume import Volume
@@ -29,6 +30,7 @@ from volseg.workflows.batch import (
 
 if TYPE_CHECKING:  # torch takes seconds to import; only a workflow that needs it pays
     from volseg.bundle import ModelBundle
+    from volseg.infer.memory import MemoryPlan
     from volseg.segment import CaseResult, Model
 
 
@@ -44,8 +46,11 @@ def infer(
     mirroring: bool = True,
     inside: str | None = None,
     fast: bool = False,
+    max_ram: str | int | None = None,
+    max_vram: str | int | None = None,
     figures: bool = False,
     progress: Progress = silent,
+    announce: Callable[[str], None] = lambda text: None,
 ) -> RunReport:
     """Scans → masks, lesion ids, a row per lesion and a row per scan.
 
@@ -57,12 +62,16 @@ def infer(
         mirroring: False leaves out the mirrored copies over which the recipe averages.
         inside: `scan` or `body`, where tiles are run; None for the recipe's.
         fast: resample linearly where the recipe says cubic.
+        max_ram: budget of main memory, such as `4G` or a number of bytes; None for none. A scan that cannot be segmented within it is a
+            failed row that says what would do.
+        max_vram: the same for the GPU's memory.
         figures: also write a PNG per scan with its largest lesions outlined.
 
     Raises:
         VolsegError: the request is wrong. A scan that cannot be used is a failed row instead.
     """
     started = time.monotonic()
+    budget, gpu_budget = _bytes(max_ram, "--max-ram"), _bytes(max_vram, "--max-vram")
     keep_freed_memory()
     from volseg.bundle import load_bundle, shipped_bundle
     from volseg.segment import load_model
@@ -78,16 +87,31 @@ def infer(
         loaded = load_model(bundle, device, backend=backend, precision=precision, folder=folder)
         options = {"model_sha256": bundle.sha256, "figures": figures, **loaded.segmentation.identity, **changes}
 
+        plans = _plan_memory(cases, loaded, budget, gpu_budget, announce)
+        known = _known(plans)
+
+        half = {name for name, plan in known.items() if plan.half_logits}
+
+        def key_of(case: Case) -> str:
+            return case_key(options | ({"half_logits": True} if case.id in half else {}), case)
+
+        def read(case: Case) -> _ReadCase:
+            plan = plans[case.id]
+            if isinstance(plan, VolsegError):
+                raise plan
+            return _read(case)
+
         def segment(case: Case, scan: _ReadCase) -> _SegmentedCase:
-            return _segment(case, scan, loaded)
+            return _segment(case, scan, loaded, half_logits=case.id in half)
 
         def write(case: Case, found: _SegmentedCase) -> None:
-            _write(case, found, loaded.bundle, results, case_key(options, case), figures)
+            _write(case, found, loaded.bundle, results, key_of(case), figures)
 
+        ahead = all(plan.read_ahead for plan in known.values())
         report = run_cases(
             cases,
-            lambda todo: run_overlapped(_read, segment, write, todo),
-            lambda case: case_key(options, case),
+            lambda todo: run_overlapped(read, segment, write, todo, ahead=ahead),
+            key_of,
             results,
             model_name_of(bundle),
             "Segmenting",
@@ -98,6 +122,49 @@ def infer(
             | {"model": model_name_of(bundle), "recipe_sha256": bundle.recipe.sha256, "connectivity": 26}
         )
     return replace(report, details=dict(report.details) | {"computed_with": dict(loaded.segmentation.identity)})
+
+
+def _bytes(amount: str | int | None, option: str) -> int | None:
+    from volseg.infer.memory import parse_bytes
+
+    try:
+        return None if amount is None else parse_bytes(str(amount))
+    except ValueError as error:
+        raise VolsegError(
+            f"{option} {amount} is no amount of memory", fix="say it as 4G or 500M", code="E_USAGE"
+        ) from error
+
+
+def _plan_memory(
+    cases: Sequence[Case], model: Model, max_ram: int | None, max_vram: int | None, announce: Callable[[str], None]
+) -> dict[str, MemoryPlan | VolsegError | None]:
+    """How each case fits into memory, or why it does not; None where its header cannot be read, which reading will say."""
+    from volseg.infer.memory import network_bytes
+    from volseg.segment import check_gpu_memory, plan_case_memory
+
+    needed = network_bytes(model.bundle)
+    check_gpu_memory(model, needed, max_vram)
+    plans: dict[str, MemoryPlan | VolsegError | None] = {}
+    for case in cases:
+        try:
+            headers = [read_header(path) for path in case.images.values()]
+        except VolsegError:
+            plans[case.id] = None
+            continue
+        itemsize = sum(header.dtype.itemsize for header in headers)
+        try:
+            plans[case.id] = plan_case_memory(headers[0].geometry, itemsize, model, needed, max_ram)
+        except ScanError as error:
+            plans[case.id] = error
+    known = _known(plans)
+    if known:
+        largest = max(known, key=lambda name: known[name].footprint.total)
+        announce(f"memory: at most {known[largest].footprint}, for {largest}")
+    return plans
+
+
+def _known(plans: Mapping[str, MemoryPlan | VolsegError | None]) -> dict[str, MemoryPlan]:
+    return {name: plan for name, plan in plans.items() if plan is not None and not isinstance(plan, VolsegError)}
 
 
 def _changes(
@@ -142,11 +209,11 @@ def _read(case: Case) -> _ReadCase:
     return _ReadCase(images, time.monotonic() - started)
 
 
-def _segment(case: Case, read: _ReadCase, model: Model) -> _SegmentedCase:
+def _segment(case: Case, read: _ReadCase, model: Model, *, half_logits: bool) -> _SegmentedCase:
     from volseg.segment import segment_case
 
     started = time.monotonic()
-    result = segment_case(read.images, model, case_id=case.id)
+    result = segment_case(read.images, model, case_id=case.id, half_logits=half_logits)
     scan = read.images[model.bundle.recipe.data.channels[0]]
     return _SegmentedCase(scan, result, read.seconds + time.monotonic() - started)
 

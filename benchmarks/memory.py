@@ -1,0 +1,118 @@
+"""Peak memory of `volseg infer` against the number of slices and of classes, file to file.
+
+    python benchmarks/memory.py [--slices 100,200,400,800] [--classes 2,25,117] [--backend openvino] [--patch 64]
+
+The scans are noisy bodies of 512 × 512 × slices voxels of 0.8 × 0.8 × 1.5 mm; the model is a small U-Net with random weights at 1.5 mm whose
+background always wins, so that what is measured is the engine and not the lesions. Each run is a process of its own. Prints the
+peak of the process, what it is beyond the scan's own bytes, and what was predicted from the header.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import subprocess
+import sys
+import tempfile
+import tomllib
+from pathlib import Path
+
+from infer_vs_nnunet import make_scan, run
+
+SPACING_MM = (0.8, 0.8, 1.5)
+RECIPE = """
+name = "memory"
+description = "Random weights."
+[data]
+channels = ["ct"]
+intensity_unit = "HU"
+labels = {{ {labels} }}
+[preprocess]
+spacing_mm = [1.5, 1.5, 1.5]
+crop = "none"
+[preprocess.normalise]
+method = "window"
+low = -1000
+high = 1000
+mean = 0
+sd = 300
+[network]
+name = "unet3d"
+features = [16, 32, 64]
+strides = [[1, 1, 1], [2, 2, 2], [2, 2, 2]]
+[train]
+patch_shape = [{patch}, {patch}, {patch}]
+[infer]
+overlap = 0.25
+"""
+
+
+def make_model(folder: Path, n_classes: int, patch: int) -> None:
+    from volseg.bundle import ModelBundle, save_bundle
+    from volseg.infer.backends import export_bundle
+    from volseg.models import build_segmentation, weights_of
+    from volseg.plan import DatasetFingerprint, Plan
+    from volseg.recipe import parse_recipe
+
+    labels = ", ".join(f"class_{n} = {n}" for n in range(1, n_classes))
+    recipe = parse_recipe(tomllib.loads(RECIPE.format(labels=labels, patch=patch)), where="memory")
+    network = build_segmentation(recipe)
+    weights = weights_of(network)
+    head = next(name for name in reversed(weights) if weights[name].shape == (n_classes,))
+    weights[head][0] += 100
+    fingerprint = DatasetFingerprint(n_cases=1, spacings_mm=(), shapes=(), label_voxels={}, foreground={})
+    windows = {"ct": recipe.preprocess.normalise}
+    plan = Plan(spacing_mm=(1.5, 1.5, 1.5), patch_shape=(patch, patch, patch), batch_size=1, windows=windows)
+    bundle = ModelBundle(recipe=recipe, plan=plan, fingerprint=fingerprint, weights={"segmentation": weights})
+    export_bundle(save_bundle(bundle, folder), folder)
+
+
+def main() -> None:
+    numbers = lambda text: [int(part) for part in text.split(",")]  # noqa: E731
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--slices", type=numbers, default=[100, 200, 400, 800])
+    parser.add_argument("--classes", type=numbers, default=[2, 25, 117])
+    parser.add_argument("--backend", default="openvino")
+    parser.add_argument("--patch", type=int, default=64)
+    parser.add_argument("--make", nargs=2, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.make:
+        kind, path = arguments.make
+        if kind == "scan":
+            make_scan(Path(path), (512, 512, arguments.slices[0]), SPACING_MM)
+        else:
+            make_model(Path(path), arguments.classes[0], arguments.patch)
+        return
+    print("| slices | classes | wall, s | peak, MB | beyond the scan's bytes, MB | predicted peak, MB |")
+    print("|---|---|---|---|---|---|")
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        base = arguments.classes[0]
+        rows = [(n, base) for n in arguments.slices] + [(arguments.slices[0], c) for c in arguments.classes[1:]]
+        for n_slices, n_classes in rows:
+            measure(folder, n_slices, n_classes, arguments)
+
+
+def measure(folder: Path, n_slices: int, n_classes: int, arguments: argparse.Namespace) -> None:
+    scan, model = folder / f"scan_{n_slices}.nii.gz", folder / f"model_{n_classes}"
+    common = [f"--slices={n_slices}", f"--classes={n_classes}", f"--patch={arguments.patch}"]
+    for kind, path in (("scan", scan), ("model", model)):
+        if not path.exists():  # in a process of its own, whose memory is not the next one's
+            subprocess.run([sys.executable, __file__, *common, "--make", kind, str(path)], check=True)
+    log, out = folder / "log", folder / f"out_{n_slices}_{n_classes}"
+    command = [sys.executable, "-m", "volseg", "infer", str(scan), "--model", str(model), "--out", str(out)]
+    found = run([*command, "--backend", arguments.backend], log)
+    text = log.read_text()
+    if found.failed:
+        raise SystemExit(text)
+    said = re.search(r"at most ([0-9.]+) GB", text)
+    predicted = float(said.group(1)) * 1024 if said else float("nan")
+    scan_bytes = 512 * 512 * n_slices * 2 / 2**20
+    print(
+        f"| {n_slices} | {n_classes} | {found.wall:.1f} | {found.peak:.0f} | {found.peak - scan_bytes:.0f} | {predicted:.0f} |",
+        flush=True,
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,116 @@
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from laws import oblique
+
+from volseg.bundle import load_bundle
+from volseg.errors import ScanError
+from volseg.infer.memory import ScanHeader, network_bytes, parse_bytes, plan_memory
+from volseg.segment import tiling_of
+from volseg.volume import Geometry
+
+
+@pytest.fixture(scope="module")
+def bundle(model):
+    return load_bundle(model)
+
+
+def plan_for(bundle, shape, max_ram=None, network=100 << 20, backend="torch"):
+    header = ScanHeader(geometry=Geometry(shape, oblique((0.8, 0.8, 1.5))), itemsize=2)
+    settings = bundle.plan.prepare_settings(bundle.recipe.preprocess, bundle.recipe.data.channels)
+    return plan_memory(
+        header, bundle, tiling_of(bundle), settings, backend=backend, network_bytes=network, max_ram=max_ram
+    )
+
+
+def test_only_scan_and_masks_grow_with_the_number_of_slices(bundle):
+    short, long = (plan_for(bundle, (256, 256, n)).footprint for n in (100, 800))
+    assert short.network == long.network
+    assert long.stream == pytest.approx(short.stream, rel=0.1)  # a short scan may be cut across another axis
+    assert long.restore == pytest.approx(short.restore, rel=0.1)
+    assert long.scans == 8 * short.scans == 2 * 2 * 256 * 256 * 800
+    assert long.masks == 8 * short.masks
+
+
+def test_the_first_way_that_fits_the_budget_is_taken(bundle):
+    large = replace(bundle, plan=bundle.plan.model_copy(update={"patch_shape": (96, 96, 96)}))
+    some = 8 << 20  # the process itself does not hold the same from call to call
+    best = plan_for(large, (400, 400, 400))
+    assert (best.read_ahead, best.half_logits) == (True, False)
+    tighter = plan_for(large, (400, 400, 400), max_ram=best.footprint.total - some)
+    assert (tighter.read_ahead, tighter.half_logits) == (False, False)
+    assert best.footprint.scans == 2 * tighter.footprint.scans
+    tightest = plan_for(large, (400, 400, 400), max_ram=tighter.footprint.total - some)
+    assert (tightest.read_ahead, tightest.half_logits) == (False, True)
+    assert tightest.footprint.stream < tighter.footprint.stream - some
+
+
+def test_a_scan_that_cannot_fit_is_refused_with_the_budget_that_would_do(bundle):
+    with pytest.raises(ScanError, match=r"the budget is 0\.10 GB") as caught:
+        plan_for(bundle, (512, 512, 900), max_ram=100 << 20)
+    assert caught.value.code == "E_RAM"
+    wanted = caught.value.fix.split("--max-ram ")[1].split(",")[0]
+    assert plan_for(bundle, (512, 512, 900), max_ram=parse_bytes(wanted)).footprint.total <= parse_bytes(wanted)
+
+
+def test_the_network_takes_what_its_layers_hold_at_the_worst_moment(bundle):
+    once = network_bytes(bundle)
+    voxels = int(np.prod(bundle.plan.patch_shape))
+    features = bundle.recipe.network.settings["features"][0]
+    assert once >= 2 * features * voxels * 4  # at the finest level a layer's input and output
+    r, a, s = bundle.plan.patch_shape
+    twice = replace(bundle, plan=bundle.plan.model_copy(update={"patch_shape": (2 * r, a, s)}))
+    assert network_bytes(twice) == pytest.approx(2 * once, rel=0.02)
+
+
+@pytest.mark.parametrize(("text", "size"), [("4G", 4 << 30), ("500m", 500 << 20), ("1.5G", 3 << 29), ("4096", 4096)])
+def test_amounts_of_memory_are_read(text, size):
+    assert parse_bytes(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "G", "four", "-1G", "nan", "0"])
+def test_what_is_no_amount_is_refused(text):
+    with pytest.raises(ValueError):
+        parse_bytes(text)
+
+
+LIMITED = """
+import resource, sys
+from pathlib import Path
+import numpy as np
+from volseg.execute.cpu import keep_freed_memory
+keep_freed_memory()
+from volseg.bundle import load_bundle
+from volseg.errors import VolsegError
+from volseg.infer.memory import network_bytes
+from volseg.segment import load_model, plan_case_memory, segment_case
+from volseg.volume import Geometry, Volume
+
+bundle = load_bundle(Path(sys.argv[1]))
+model = load_model(bundle, "cpu", backend="torch")
+channel = bundle.recipe.data.channels[0]
+small = Volume(np.full((24, 24, 24), 40, np.int16), Geometry((24, 24, 24), np.eye(4)))
+segment_case({channel: small}, model, case_id="warm")  # threads have their stacks, libraries are loaded
+geometry = Geometry((320, 320, 160), np.diag([0.8, 0.8, 1.5, 1.0]))
+plan = plan_case_memory(geometry, 2, model, network_bytes(bundle), None)
+held = int(Path("/proc/self/statm").read_text().split()[0]) * 4096
+room = plan.footprint.total - plan.footprint.process if sys.argv[2] == "predicted" else int(sys.argv[2])
+resource.setrlimit(resource.RLIMIT_AS, (held + room, held + room))
+try:
+    array = np.full(geometry.shape, 40, np.int16, order="F")
+    array[:, :, ::2] += 7
+    segment_case({channel: Volume(array, geometry)}, model, case_id="limited")
+    print("segmented")
+except (MemoryError, VolsegError) as error:
+    print("refused", error)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="address space is limited on Linux alone")
+@pytest.mark.parametrize(("room", "outcome"), [("predicted", "segmented"), (str(20 << 20), "refused")])
+def test_a_scan_is_segmented_in_an_address_space_of_the_predicted_size_and_not_in_a_small_one(model, room, outcome):
+    done = subprocess.run([sys.executable, "-c", LIMITED, model, room], capture_output=True, text=True, timeout=300)
+    assert done.stdout.split(maxsplit=1)[:1] == [outcome], done.stderr[-2000:]

@@ -1,0 +1,214 @@
+"""How much memory a scan will take, from its header and the model alone."""
+
+from __future__ import annotations
+
+import math
+import sys
+import weakref
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from volseg.bundle import ModelBundle
+from volseg.errors import ScanError
+from volseg.infer.stream import Tiling
+from volseg.infer.tiles import thinnest_axis
+from volseg.models import build_segmentation
+from volseg.preprocess.crop import AxisOrder, canonical_geometry
+from volseg.preprocess.prepare import SLAB_VOXELS, PrepareSettings
+from volseg.preprocess.resample import resampled_shape
+from volseg.volume import Geometry
+
+# Measured with benchmarks/memory.py: what a backend takes of the tensors that are alive at the worst moment, and beside them.
+OVERHEAD = {"openvino": 1.2, "torch": 2.3, "cuda": 1.3}  # torch on a CPU keeps freed blocks for speed
+WORKSPACE = 150 << 20
+LESION_SHARE = 0.25  # of a scan that the box of all lesions is taken to fill at most
+LABELLING_BYTES = 16  # per voxel of that box
+UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Footprint:
+    """Bytes at the peak, by what they are for."""
+
+    process: int  # libraries and weights, before a scan is read
+    scans: int  # as stored; two of them where the next one is read ahead
+    masks: int  # mask, confidence and lesion ids
+    network: int  # activations and logits of one batch of patches
+    stream: int  # prepared planes and the ring of blended logits, one patch deep
+    restore: int  # planes on their way back to the scan's grid
+    labelling: int  # finding and measuring lesions, when the network's memory is free again
+
+    @property
+    def total(self) -> int:
+        """Inference and labelling follow each other."""
+        inference = self.network + self.stream + self.restore
+        return self.process + self.scans + self.masks + max(inference, self.labelling)
+
+    def __str__(self) -> str:
+        parts = {name: getattr(self, name) for name in ("process", "scans", "masks", "network", "stream")}
+        return (
+            f"{self.total / 2**30:.2f} GB ({', '.join(f'{name} {size / 2**30:.2f}' for name, size in parts.items())})"
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryPlan:
+    """How a scan is segmented so that it fits."""
+
+    footprint: Footprint
+    half_logits: bool  # blend logits in float16
+    read_ahead: bool  # read the next scan meanwhile
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScanHeader:
+    """What a header says of a scan's size: `itemsize` bytes per stored voxel, over all channels."""
+
+    geometry: Geometry
+    itemsize: int
+
+
+def plan_memory(
+    header: ScanHeader,
+    bundle: ModelBundle,
+    tiling: Tiling,
+    settings: PrepareSettings,
+    *,
+    backend: str,
+    network_bytes: int,
+    max_ram: int | None = None,
+) -> MemoryPlan:
+    """The fastest way to segment a scan within a budget of bytes; the first of these that fits: all at its best; without
+    reading ahead; logits blended in float16.
+
+    Raises:
+        ScanError: none fits; says what would.
+    """
+    process = resident_bytes()
+    plans = []
+    for read_ahead, half_logits in ((True, False), (False, False), (False, True)):
+        footprint = _footprint(
+            header, bundle, tiling, settings, process, backend, network_bytes, read_ahead=read_ahead, half=half_logits
+        )
+        plan = MemoryPlan(footprint=footprint, half_logits=half_logits, read_ahead=read_ahead)
+        if max_ram is None or footprint.total <= max_ram:
+            return plan
+        plans.append(plan)
+    least = plans[-1].footprint
+    assert max_ram is not None
+    raise ScanError(
+        f"segmenting this scan takes {least} at the least, and the budget is {max_ram / 2**30:.2f} GB",
+        fix=f"give --max-ram {math.ceil(least.total / 2**30 * 10 + 0.5) / 10:g}G, or a model with a smaller patch",
+        code="E_RAM",
+    )
+
+
+def _footprint(
+    header: ScanHeader,
+    bundle: ModelBundle,
+    tiling: Tiling,
+    settings: PrepareSettings,
+    process: int,
+    backend: str,
+    network_bytes: int,
+    *,
+    read_ahead: bool,
+    half: bool,
+) -> Footprint:
+    canonical = settings.axes == "canonical"
+    order = (AxisOrder.of(header.geometry) if canonical else AxisOrder.stored()).transposed(settings.transpose)
+    geometry = canonical_geometry(header.geometry, order)
+    shape = resampled_shape(geometry, settings.spacing_mm)  # of the whole scan: the body is not known yet
+    axis = thinnest_axis(shape, tiling.patch_shape)
+    padded = [len(tiled.source) for tiled in tiling.axes(shape)]
+    plane = math.prod(n for other, n in enumerate(padded) if other != axis)
+    depth = tiling.patch_shape[axis]
+    channels, classes = len(bundle.recipe.data.channels), bundle.recipe.data.n_outputs
+    # Source planes of one layer, resampled within the plane, and the layer itself before and after new planes join it.
+    source_planes = depth * max(1.0, geometry.shape[axis] / shape[axis]) + 2
+    window = 4 * channels * plane * (2 * source_planes + 3 * depth)
+    voxels = math.prod(header.geometry.shape)
+    label_bytes = 1 if max(bundle.recipe.data.labels.values()) < 256 else 2
+    logits = 4 * classes * tiling.batch_size * math.prod(tiling.patch_shape) * (2 if tiling.mirror_axes else 1)
+    return Footprint(
+        process=process,
+        scans=voxels * header.itemsize * (2 if read_ahead else 1),
+        masks=voxels * (label_bytes + 1 + 2),
+        network=round(network_bytes * tiling.batch_size * OVERHEAD[backend]) + logits + WORKSPACE,
+        stream=round(window + (2 if half else 4) * classes * plane * depth),
+        restore=40 * max(SLAB_VOXELS, math.prod(geometry.shape) // geometry.shape[axis]) + 4 * classes * 3 * plane,
+        labelling=round(LESION_SHARE * LABELLING_BYTES * voxels),
+    )
+
+
+def network_bytes(bundle: ModelBundle) -> int:
+    """Bytes of the tensors that are alive at the worst moment of one patch's way through the segmentation network."""
+    with torch.device("meta"):
+        network: nn.Module = build_segmentation(bundle.recipe).eval()
+        patch = torch.empty(1, len(bundle.recipe.data.channels), *bundle.plan.patch_shape)
+    with torch.inference_mode(), _Live() as live:
+        network(patch)
+    return live.peak
+
+
+class _Live(TorchDispatchMode):
+    """Watches which tensors are alive; with tensors on the device `meta` nothing is computed or allocated."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._known: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(found):
+            if isinstance(tensor, torch.Tensor):
+                self._watch(tensor.untyped_storage())
+        return found
+
+    def _watch(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._known:
+            return
+
+        def forget(_: object) -> None:
+            self._known.pop(key, None)
+            self.now -= size
+
+        self._known[key] = weakref.ref(storage, forget)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+
+
+def resident_bytes() -> int:
+    """Memory that this process holds now; its largest so far where the system does not tell."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        return pages * 4096
+    except OSError:
+        import resource
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
+
+
+def parse_bytes(text: str) -> int:
+    """`4G`, `500M`, `1.5g` or a number of bytes.
+
+    Raises:
+        ValueError: none of these.
+
+    >>> parse_bytes("1.5G")
+    1610612736
+    """
+    unit = text[-1:].upper()
+    number = float(text[:-1]) * UNITS[unit] if unit in UNITS else float(text)
+    if not 0 < number < math.inf:
+        raise ValueError(f"{text} is no amount of memory")
+    return round(number)
