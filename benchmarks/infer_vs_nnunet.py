@@ -44,7 +44,7 @@ class Run:
 
 
 def run(command: list[str], log: Path, environment: dict[str, str] | None = None) -> Run:
-    """Run a command and watch its process tree; memory is that of all its processes together, sampled five times a second."""
+    """Run a command and watch its process tree; memory is that of all its processes together, sampled once a second."""
     started = time.perf_counter()
     with log.open("wb") as file:
         child = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=os.environ | (environment or {}))
@@ -56,7 +56,7 @@ def run(command: list[str], log: Path, environment: dict[str, str] | None = None
                 total += resident
                 cpu[pid] = max(cpu.get(pid, 0.0), seconds)
             peak = max(peak, total)
-            time.sleep(0.2)
+            time.sleep(1.0)  # the memory of a large process is slow to add up
     return Run(time.perf_counter() - started, sum(cpu.values()), peak, child.returncode != 0)
 
 

@@ -396,7 +396,7 @@ class MaskRestorer:
         lower, upper = (torch.from_numpy(each[start:stop] - first) for each in (self._lower, self._upper))
         weight = self._weight[start:stop]
         is_between = len(lower) != last - first or bool(weight.any())
-        reduce = _Regions() if self._regions else _LargestWins()
+        reduce = _Regions() if self._regions else _LargestWins(len(planes))
         for index in range(len(planes)):
             window = self._window(planes, index, first, last).float()
             if is_between:
@@ -454,10 +454,13 @@ class _LargestWins:
     _best: torch.Tensor
     _total: torch.Tensor  # Σ exp(logit − logit of class 0)
 
+    def __init__(self, n_classes: int) -> None:
+        self._dtype = torch.uint8 if n_classes <= 256 else torch.int32
+
     def add(self, index: int, logits: torch.Tensor) -> None:
         if index == 0:
             self._first, self._best = logits, logits.clone()
-            self.winner = torch.zeros(logits.shape, dtype=torch.uint8)
+            self.winner = torch.zeros(logits.shape, dtype=self._dtype)
             self._total = torch.ones_like(logits)
             self._scratch = torch.empty_like(logits)
             return
@@ -480,7 +483,7 @@ class _Regions:
 
     def add(self, index: int, logits: torch.Tensor) -> None:
         if index == 0:
-            self.winner, self._logit = torch.zeros(logits.shape, dtype=torch.int16), torch.zeros_like(logits)
+            self.winner, self._logit = torch.zeros(logits.shape, dtype=torch.int32), torch.zeros_like(logits)
         there = logits > 0
         self.winner.masked_fill_(there, index + 1)
         self._logit = torch.where(there, logits, self._logit)
