@@ -118,7 +118,7 @@ def plan_case_memory(geometry: Geometry, itemsize: int, model: Model, needed: in
         tiling_of(model.bundle),
         plan.prepare_settings(recipe.preprocess, recipe.data.channels),
         backend=model.segmentation.identity["backend"],
-        network_bytes=needed,
+        network_bytes=needed if model.device == "cpu" else 0,
         max_ram=max_ram,
     )
 
@@ -172,9 +172,11 @@ def _predict(images: Mapping[str, Volume], model: Model, *, half_logits: bool) -
             n_classes=recipe.data.n_outputs,
             dtype=torch.float16 if half_logits else torch.float32,
         )
-        for slab in slabs:
-            restorer.add(slab)
-        model.segmentation.release()
+        try:
+            for slab in slabs:
+                restorer.add(slab)
+        finally:
+            model.segmentation.release()
     return restorer.result()
 
 
@@ -188,8 +190,10 @@ def _tiled_part(preparation: Preparation, tiling: Tiling, *, inside_body: bool) 
     box = preparation.body_box()
     if box is None:
         return None
+    # The mirror image goes on from the faces of this part, so the body stays as far from them as from those of the scan.
+    margin = tiling.margin
     ends = [
-        widest(start, stop, n, patch, tiling.overlap)
+        widest(max(0, start - margin), min(n, stop + margin), n, patch, tiling.overlap)
         for start, stop, n, patch in zip(box.start, box.stop, shape, tiling.patch_shape, strict=True)
     ]
     (r, r_stop), (a, a_stop), (s, s_stop) = ends

@@ -13,6 +13,14 @@ from pathlib import Path
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
 
 
+def give_back_freed_memory() -> None:
+    """Give the kernel what glibc keeps of freed blocks, so that what the process holds is what it needs."""
+    if sys.platform.startswith("linux"):
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
+
+
 def keep_freed_memory() -> None:
     """Let glibc keep freed blocks for the next layer of a network instead of giving them back to the kernel.
 

@@ -44,7 +44,7 @@ def run_overlapped(
 ) -> Iterator[Outcome[Item, None]]:
     """As `run`, for a task in three parts: the next item is read and the last one written while one is worked on.
 
-    At most one item that was read and one that was worked on wait, so memory holds two of each; without `ahead` one.
+    So memory holds three items that were read and the results of two at most; without `ahead` one of each.
 
     Raises:
         EnvironmentProblem: as `run`; what was worked on before is written first.
@@ -61,9 +61,10 @@ def run_overlapped(
             was_read = started.result()
             following = _begin(reader, read, waiting)
             worked = _after(was_read, lambda value, item=item: work(item, value))
-            if last is not None:
-                yield last.result()
-            last = writer.submit(_after, worked, lambda value, item=item: write(item, value))
+            earlier, last = last, writer.submit(_after, worked, lambda value, item=item: write(item, value))
+            del was_read, worked, started  # the writer alone holds them now, and only until they are written
+            if earlier is not None:
+                yield earlier.result()
         if last is not None:
             yield last.result()
 
@@ -94,5 +95,14 @@ def _outcome(item: Item, task: Callable[[], Value]) -> Outcome[Item, Value]:
     except MemoryError as error:
         problem = VolsegError(
             f"not enough memory ({error})", fix="close other programs or use a larger machine", code="E_OOM"
+        )
+        return Outcome(item, error=problem)
+    except RuntimeError as error:
+        if "alloc" not in str(error) or "memory" not in str(error):  # torch's words for it
+            raise
+        problem = VolsegError(
+            f"not enough memory ({str(error).strip().splitlines()[-1]})",
+            fix="close other programs or use a larger machine",
+            code="E_OOM",
         )
         return Outcome(item, error=problem)

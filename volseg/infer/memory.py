@@ -16,11 +16,12 @@ from torch.utils._pytree import tree_leaves
 
 from volseg.bundle import ModelBundle
 from volseg.errors import ScanError
+from volseg.execute.cpu import give_back_freed_memory
 from volseg.infer.stream import Tiling
 from volseg.infer.tiles import thinnest_axis
 from volseg.models import build_segmentation
 from volseg.preprocess.crop import AxisOrder, canonical_geometry
-from volseg.preprocess.prepare import SLAB_VOXELS, PrepareSettings
+from volseg.preprocess.prepare import SLAB_VOXELS, PrepareSettings, separate_axis
 from volseg.preprocess.resample import resampled_shape
 from volseg.volume import Geometry
 
@@ -37,7 +38,7 @@ class Footprint:
     """Bytes at the peak, by what they are for."""
 
     process: int  # libraries and weights, before a scan is read
-    scans: int  # as stored; two of them where the next one is read ahead
+    scans: int  # as stored; three where the next one is read and the last one written meanwhile
     masks: int  # mask, confidence and lesion ids
     network: int  # activations and logits of one batch of patches
     stream: int  # prepared planes and the ring of blended logits, one patch deep
@@ -51,7 +52,9 @@ class Footprint:
         return self.process + self.scans + self.masks + max(inference, self.labelling)
 
     def __str__(self) -> str:
-        parts = {name: getattr(self, name) for name in ("process", "scans", "masks", "network", "stream")}
+        inference = self.network + self.stream + self.restore
+        parts = {"process": self.process, "scans": self.scans, "masks": self.masks}
+        parts |= {"network and stream": inference} if inference >= self.labelling else {"lesions": self.labelling}
         return (
             f"{self.total / 2**30:.2f} GB ({', '.join(f'{name} {size / 2**30:.2f}' for name, size in parts.items())})"
         )
@@ -90,6 +93,7 @@ def plan_memory(
     Raises:
         ScanError: none fits; says what would.
     """
+    give_back_freed_memory()
     process = resident_bytes()
     plans = []
     for read_ahead, half_logits in ((True, False), (False, False), (False, True)):
@@ -125,7 +129,8 @@ def _footprint(
     order = (AxisOrder.of(header.geometry) if canonical else AxisOrder.stored()).transposed(settings.transpose)
     geometry = canonical_geometry(header.geometry, order)
     shape = resampled_shape(geometry, settings.spacing_mm)  # of the whole scan: the body is not known yet
-    axis = thinnest_axis(shape, tiling.patch_shape)
+    axis = separate_axis(geometry.spacing_mm, settings.spacing_mm, settings.separate_above)
+    axis = thinnest_axis(shape, tiling.patch_shape) if axis is None else axis
     padded = [len(tiled.source) for tiled in tiling.axes(shape)]
     plane = math.prod(n for other, n in enumerate(padded) if other != axis)
     depth = tiling.patch_shape[axis]
@@ -135,12 +140,17 @@ def _footprint(
     window = 4 * channels * plane * (2 * source_planes + 3 * depth)
     voxels = math.prod(header.geometry.shape)
     label_bytes = 1 if max(bundle.recipe.data.labels.values()) < 256 else 2
-    logits = 4 * classes * tiling.batch_size * math.prod(tiling.patch_shape) * (2 if tiling.mirror_axes else 1)
+    members = sum(name.startswith("segmentation") for name in bundle.weights)
+    summed = 2 if tiling.mirror_axes or members > 1 else 1
+    logits = 4 * classes * tiling.batch_size * math.prod(tiling.patch_shape) * summed
+    # A network that OpenVINO compiled keeps its memory until the scan is done.
+    activations = network_bytes * tiling.batch_size * (members if backend == "openvino" else 1)
+    needs_body = any(getattr(normaliser, "region", "") == "nonzero" for normaliser in settings.normalisers)
     return Footprint(
         process=process,
-        scans=voxels * header.itemsize * (2 if read_ahead else 1),
-        masks=voxels * (label_bytes + 1 + 2),
-        network=round(network_bytes * tiling.batch_size * OVERHEAD[backend]) + logits + WORKSPACE,
+        scans=voxels * header.itemsize * (3 if read_ahead else 1),
+        masks=voxels * (label_bytes + 1 + 2) * (2 if read_ahead else 1) + (3 * voxels if needs_body else 0),
+        network=round(activations * OVERHEAD[backend]) + logits + WORKSPACE,
         stream=round(window + (2 if half else 4) * classes * plane * depth),
         restore=40 * max(SLAB_VOXELS, math.prod(geometry.shape) // geometry.shape[axis]) + 4 * classes * 3 * plane,
         labelling=round(LESION_SHARE * LABELLING_BYTES * voxels),

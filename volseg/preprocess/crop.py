@@ -76,10 +76,10 @@ def uncrop(array: np.ndarray, box: BoundingBox, shape: tuple[int, int, int], fil
     return full
 
 
-def body_threshold(intensities: np.ndarray) -> float:
-    """A tenth of the 99th percentile: MRI air is noise near 0, whatever the scanner's scale."""
-    sample = intensities[tuple(slice(None, None, min(BODY_SUBSAMPLING, max(1, n // 8))) for n in intensities.shape)]
-    return float(np.percentile(sample, 99)) / 10
+def body_threshold(stored: np.ndarray, slope: float = 1.0, intercept: float = 0.0) -> float:
+    """A tenth of the 99th percentile of the intensities: MRI air is noise near 0, whatever the scanner's scale."""
+    sample = stored[tuple(slice(None, None, min(BODY_SUBSAMPLING, max(1, n // 8))) for n in stored.shape)]
+    return (float(np.percentile(sample, 99)) * slope + intercept) / 10
 
 
 def box_where(test: Callable[[tuple[slice, slice, slice]], np.ndarray], array: np.ndarray) -> BoundingBox | None:

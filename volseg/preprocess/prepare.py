@@ -26,6 +26,7 @@ from volseg.preprocess.resample import (
     positions,
     resample_mask,
     resampled_shape,
+    slowest_axis,
 )
 from volseg.volume import BoundingBox, Geometry, Volume
 
@@ -119,7 +120,7 @@ class Preparation:
         found = self._find_box(stored)
         box = found or BoundingBox.whole((stored[0].shape[0], stored[0].shape[1], stored[0].shape[2]))
         cropped = canonical_geometry(first.geometry, order).crop(box)
-        separate = _separate_axis(cropped.spacing_mm, settings.spacing_mm, settings.separate_above)
+        separate = separate_axis(cropped.spacing_mm, settings.spacing_mm, settings.separate_above)
         shape = resampled_shape(cropped, settings.spacing_mm)
         self.trail = Trail(first.geometry, order, box, shape, separate)
         self.has_body = found is not None or settings.crop != "body"
@@ -132,6 +133,7 @@ class Preparation:
             axis: None for the one that is slowest in memory.
         """
         axis = self.trail.separate_axis if axis is None else axis
+        axis = slowest_axis(self._views[0]) if axis is None else axis
         channels = [self._channel(index, axis) for index in range(len(self._views))]
         return PreparedPlanes(self.trail.shape, channels, part)
 
@@ -151,12 +153,12 @@ class Preparation:
 
     @property
     def empty_level(self) -> float | None:
-        """Network input of the first channel up to which a voxel lies outside the body; None where no rule says so."""
-        if self._settings.crop != "body":
-            return None
-        first = self._volumes[0]
-        above = np.array([self._above * first.slope + first.intercept], np.float32)
-        return float(self._scalings[0](above)[0])
+        """Network input of the first channel up to which a voxel lies outside the body; None where that cannot be told from it."""
+        first, scaling = self._volumes[0], self._scalings[0]
+        above = self._above * first.slope + first.intercept
+        if self._settings.crop != "body" or not scaling.low <= above < scaling.high:
+            return None  # a clipped intensity does not say on which side of the threshold it was
+        return float(scaling(np.array([above], np.float32))[0])
 
     def _find_box(self, stored: Sequence[np.ndarray]) -> BoundingBox | None:
         if self._settings.crop == "body":
@@ -218,8 +220,11 @@ class Preparation:
         if all(getattr(normaliser, "region", "") != "nonzero" for normaliser in self._settings.normalisers):
             return None
         found = np.zeros(self._views[0].shape, bool)
-        for volume, view in zip(self._volumes, self._views, strict=True):
-            found |= volume.intensities(view) != 0
+        axis = slowest_axis(self._views[0])
+        for index in range(found.shape[axis]):
+            plane = tuple(index if n == axis else slice(None) for n in range(3))
+            for volume, view in zip(self._volumes, self._views, strict=True):
+                found[plane] |= volume.intensities(view[plane]) != 0
         return ndimage.binary_fill_holes(found)
 
     @cached_property
@@ -232,28 +237,31 @@ class Preparation:
         if region is None:
             return np.empty(0, np.float32)
         volume = self._volumes[index]
+        axis = slowest_axis(self._views[0])
         if self._settings.normalise_first:
-            view, first = self._views[index], self._views[0]
-            every = -(-view.size // SAMPLE_VOXELS)
+            view = self._views[index]
+            # Whole planes of the scan as stored, so that no copy is larger than the sample.
+            every = tuple(slice(None, None, -(-view.size // SAMPLE_VOXELS) if n == axis else None) for n in range(3))
             body = None
             if region == "body":
-                body = first > self._above
-            elif region == "nonzero":
-                body = self._nonzero
-            values = view if body is None or not body.any() else view[body]
-            return _scaled(values.ravel(order="K")[::every], volume)
-        reader, first = self._reader(index, None), self._reader(0, None)
+                body = self._views[0][every] > self._above
+            elif self._nonzero is not None:
+                body = self._nonzero[every]
+            values = view[every]
+            return _scaled(values.ravel() if body is None or not body.any() else values[body], volume)
+        reader, first = self._reader(index, axis), self._reader(0, axis)
         every = -(-int(np.prod(self.trail.shape)) // SAMPLE_VOXELS)
         inside, outside = [], []
-        length = self.trail.shape[reader.axis]
+        length = self.trail.shape[axis]
         step = max(1, SLAB_VOXELS * length // int(np.prod(self.trail.shape)))
         for start in range(0, length, step):
             stop = min(length, start + step)
-            values = reader.read(start, stop).ravel(order="K")
-            body = first.read(start, stop).ravel(order="K") > self._above if region == "body" else None
+            values = np.moveaxis(reader.read(start, stop), axis, 0).ravel()
+            others = np.moveaxis(first.read(start, stop), axis, 0).ravel()
             phase = -(start * (values.size // (stop - start))) % every
             chosen = slice(phase, None, every)
-            inside.append(values[chosen] if body is None else values[chosen][body[chosen]])
+            body = others[chosen] > self._above if region == "body" else None
+            inside.append(values[chosen] if body is None else values[chosen][body])
             if not any(map(len, inside)):
                 outside.append(values[chosen])
         found = np.concatenate(inside)
@@ -292,7 +300,7 @@ def _scaled(stored: np.ndarray, volume: Volume) -> np.ndarray:
     return stored * np.float32(volume.slope) + np.float32(volume.intercept)
 
 
-def _separate_axis(
+def separate_axis(
     own_mm: tuple[float, float, float], wanted_mm: tuple[float, float, float], above: float | None
 ) -> int | None:
     """The axis along which the nearest plane is taken, if one alone is so coarse."""
@@ -494,13 +502,8 @@ class _Regions:
 
 def _stored_threshold(volume: Volume, stored: np.ndarray, above: float | None) -> float:
     """The body threshold in stored units, where the comparison is made without scaling the scan."""
-    if above is None:
-        return body_threshold(stored) if not volume.is_scaled else _auto_scaled(volume, stored)
-    return (above - volume.intercept) / volume.slope
-
-
-def _auto_scaled(volume: Volume, stored: np.ndarray) -> float:
-    return (body_threshold(volume.intensities(stored)) - volume.intercept) / volume.slope
+    intensity = body_threshold(stored, volume.slope, volume.intercept) if above is None else above
+    return (intensity - volume.intercept) / volume.slope
 
 
 def _check_one_grid(images: Mapping[str, Volume]) -> None:

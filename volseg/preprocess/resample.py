@@ -54,6 +54,11 @@ def resample(array: np.ndarray, shape: tuple[int, int, int], interpolation: Inte
     return planes.read(0, shape[planes.axis])
 
 
+def slowest_axis(array: np.ndarray) -> int:
+    """The axis along which neighbours lie furthest apart in memory."""
+    return max(range(array.ndim), key=lambda axis: (abs(array.strides[axis]), -axis))
+
+
 class PlaneReader:
     """The planes of a resampled volume along one axis, some at a time; cheapest when asked for in order.
 

@@ -80,7 +80,8 @@ def run_cases(
             progress(stage, count / len(todo), case.id)
     finally:
         reached = {*done, *kept, *failed}
-        waiting = [case for case in cases if case.id not in reached]
+        # What was written while the run was being stopped is done, though nobody was told.
+        waiting = [case for case in cases if case.id not in reached and not results.is_complete(case.id, key_of(case))]
         results.write_tables(
             pending=[
                 CaseRow(

@@ -92,8 +92,13 @@ def infer(
 
         half = {name for name, plan in known.items() if plan.half_logits}
 
+        keys: dict[str, str] = {}
+
         def key_of(case: Case) -> str:
-            return case_key(options | ({"half_logits": True} if case.id in half else {}), case)
+            """Of the input as it was when the run began."""
+            if case.id not in keys:
+                keys[case.id] = case_key(options | ({"half_logits": True} if case.id in half else {}), case)
+            return keys[case.id]
 
         def read(case: Case) -> _ReadCase:
             plan = plans[case.id]
