@@ -46,14 +46,19 @@ class ModelBundle:
 
     def segmentation_network(self) -> nn.Module:
         """The first 3D network with its trained weights: (N, channels, R, A, S) → logits (N, outputs, R, A, S)."""
-        return self._segmentation_network(segmentation_name(0))
+        return self.member(segmentation_name(0))
 
     def segmentation_networks(self) -> tuple[nn.Module, ...]:
         """All 3D networks of an ensemble, whose logits are to be averaged; one for a model that is none."""
-        names = [name for name in map(segmentation_name, range(len(self.weights))) if name in self.weights]
-        return tuple(self._segmentation_network(name) for name in names)
+        return tuple(self.member(name) for name in self.members)
 
-    def _segmentation_network(self, name: str) -> nn.Module:
+    @property
+    def members(self) -> tuple[str, ...]:
+        """The names, in `weights`, of the 3D networks."""
+        return tuple(name for name in map(segmentation_name, range(len(self.weights))) if name in self.weights)
+
+    def member(self, name: str) -> nn.Module:
+        """One 3D network of the ensemble with its trained weights."""
         return set_weights(build_segmentation(self.recipe), self.weights[name])
 
     def classifier_network(self) -> nn.Module | None:

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from volseg.bundle import ModelBundle, segmentation_name
+from volseg.bundle import ModelBundle
 from volseg.errors import EnvironmentProblem, ScanError, VolsegError
 from volseg.execute.cpu import physical_cores
 from volseg.io.files import environment_problem, make_folder, sha256_of, write_json_atomic
@@ -260,12 +260,12 @@ def load_backend(bundle: ModelBundle, choice: BackendChoice, *, folder: Path | N
     """
     shape = usual_batch_shape(bundle)
     members: list[Backend] = []
-    for index, network in enumerate(bundle.segmentation_networks()):
+    for name in bundle.members:
         if choice.backend == "torch":
-            members.append(TorchBackend(network, choice.device, precision=choice.precision))
+            members.append(TorchBackend(bundle.member(name), choice.device, precision=choice.precision))
             continue
         stored = "int8" if choice.precision == "int8" else "fp32"
-        stem = f"{segmentation_name(index)}.{stored}"
+        stem = f"{name}.{stored}"
         model, facts = (None, {}) if folder is None else read_exported(folder, stem, bundle.sha256)
         if model is None and stored == "int8":
             raise VolsegError(
@@ -275,7 +275,7 @@ def load_backend(bundle: ModelBundle, choice: BackendChoice, *, folder: Path | N
             )
         identity = {"network_sha256": facts["files"][f"{stem}.bin"]} if stored == "int8" else None
         if model is None:
-            model = convert(network, shape)
+            model = convert(bundle.member(name), shape)
         members.append(OpenVINOBackend(model, shape, precision=choice.precision, identity=identity))
     return members[0] if len(members) == 1 else EnsembleBackend(members)
 
@@ -346,9 +346,9 @@ def export_bundle(bundle: ModelBundle, folder: Path) -> None:
     if not openvino_is_installed():
         return
     with suppress(VolsegError):
-        for index, network in enumerate(bundle.segmentation_networks()):
-            model = convert(network, usual_batch_shape(bundle))
-            write_exported(model, folder, f"{segmentation_name(index)}.fp32", {"model_sha256": bundle.sha256})
+        for name in bundle.members:
+            model = convert(bundle.member(name), usual_batch_shape(bundle))
+            write_exported(model, folder, f"{name}.fp32", {"model_sha256": bundle.sha256})
 
 
 def usual_batch_shape(bundle: ModelBundle) -> tuple[int, ...]:

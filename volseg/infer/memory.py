@@ -140,7 +140,7 @@ def _footprint(
     window = 4 * channels * plane * (2 * source_planes + 3 * depth)
     voxels = math.prod(header.geometry.shape)
     label_bytes = 1 if max(bundle.recipe.data.labels.values()) < 256 else 2
-    members = sum(name.startswith("segmentation") for name in bundle.weights)
+    members = len(bundle.members)
     summed = 2 if tiling.mirror_axes or members > 1 else 1
     logits = 4 * classes * tiling.batch_size * math.prod(tiling.patch_shape) * summed
     # A network that OpenVINO compiled keeps its memory until the scan is done.

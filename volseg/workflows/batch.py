@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -50,7 +50,7 @@ def silent(stage: str, share: float, detail: str) -> None:
 
 def run_cases(
     cases: Sequence[Case],
-    run: Callable[[Sequence[Case]], Iterable[Outcome[Case, None]]],
+    run: Callable[[Sequence[Case]], Iterator[Outcome[Case, None]]],
     key_of: Callable[[Case], str],
     results: ResultsFolder,
     model_name: str,
@@ -66,8 +66,9 @@ def run_cases(
         else:
             todo.append(case)
     progress(stage, 0.0, f"{len(todo)} of {len(cases)} to do")
+    outcomes = run(todo)
     try:
-        for count, outcome in enumerate(run(todo), start=1):
+        for count, outcome in enumerate(outcomes, start=1):
             case = outcome.item
             if outcome.error is None:
                 done.append(case.id)
@@ -79,6 +80,8 @@ def run_cases(
                 )
             progress(stage, count / len(todo), case.id)
     finally:
+        if isinstance(outcomes, Generator):
+            outcomes.close()  # waits for what is being written
         reached = {*done, *kept, *failed}
         # What was written while the run was being stopped is done, though nobody was told.
         waiting = [case for case in cases if case.id not in reached and not results.is_complete(case.id, key_of(case))]
