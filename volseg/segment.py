@@ -107,6 +107,7 @@ def plan_case_memory(geometry: Geometry, itemsize: int, model: Model, needed: in
     Args:
         itemsize: bytes per stored voxel over all channels.
         needed: of the network, from `network_bytes`.
+        is_alone: no other scan is read or written meanwhile.
 
     Raises:
         ScanError: it does not fit into `max_ram` bytes.
@@ -119,6 +120,7 @@ def plan_case_memory(geometry: Geometry, itemsize: int, model: Model, needed: in
         plan.prepare_settings(recipe.preprocess, recipe.data.channels),
         backend=model.segmentation.identity["backend"],
         network_bytes=needed if model.device == "cpu" else 0,
+        is_alone=is_alone,
         max_ram=max_ram,
     )
 

@@ -85,10 +85,11 @@ def plan_memory(
     *,
     backend: str,
     network_bytes: int,
+    is_alone: bool = False,
     max_ram: int | None = None,
 ) -> MemoryPlan:
     """The fastest way to segment a scan within a budget of bytes; the first of these that fits: all at its best; without
-    reading ahead; logits blended in float16.
+    reading ahead; logits blended in float16. A scan that `is_alone` has no next one to read.
 
     Raises:
         ScanError: none fits; says what would.
@@ -96,7 +97,7 @@ def plan_memory(
     give_back_freed_memory()
     process = resident_bytes()
     plans = []
-    for read_ahead, half_logits in ((True, False), (False, False), (False, True)):
+    for read_ahead, half_logits in ((True, False), (False, False), (False, True))[1 if is_alone else 0 :]:
         footprint = _footprint(
             header, bundle, tiling, settings, process, backend, network_bytes, read_ahead=read_ahead, half=half_logits
         )

@@ -72,7 +72,6 @@ def infer(
     """
     started = time.monotonic()
     budget, gpu_budget = _bytes(max_ram, "--max-ram"), _bytes(max_vram, "--max-vram")
-    keep_freed_memory()
     from volseg.bundle import load_bundle, shipped_bundle
     from volseg.segment import load_model
 
@@ -85,6 +84,8 @@ def infer(
     cases = find_scans(inputs, bundle.recipe.data.channels)
     with ResultsFolder(out) as results:
         loaded = load_model(bundle, device, backend=backend, precision=precision, folder=folder)
+        if loaded.device == "cpu" and loaded.segmentation.identity["backend"] == "torch":
+            keep_freed_memory()  # OpenVINO gains nothing by it, and masks that hold nothing would take memory
         options = {"model_sha256": bundle.sha256, "figures": figures, **loaded.segmentation.identity, **changes}
 
         plans = _plan_memory(cases, loaded, budget, gpu_budget, announce)
@@ -158,7 +159,9 @@ def _plan_memory(
             continue
         itemsize = sum(header.dtype.itemsize for header in headers)
         try:
-            plans[case.id] = plan_case_memory(headers[0].geometry, itemsize, model, needed, max_ram)
+            plans[case.id] = plan_case_memory(
+                headers[0].geometry, itemsize, model, needed, max_ram, is_alone=len(cases) == 1
+            )
         except ScanError as error:
             plans[case.id] = error
     known = _known(plans)
