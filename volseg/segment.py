@@ -101,7 +101,9 @@ def segment_case(images: Mapping[str, Volume], model: Model, *, case_id: str, ha
     return CaseResult(scan.with_array(mask), scan.with_array(lesions.ids), rows)
 
 
-def plan_case_memory(geometry: Geometry, itemsize: int, model: Model, needed: int, max_ram: int | None) -> MemoryPlan:
+def plan_case_memory(
+    geometry: Geometry, itemsize: int, model: Model, needed: int, max_ram: int | None, *, is_alone: bool = True
+) -> MemoryPlan:
     """How a scan with this header fits into memory.
 
     Args:
