@@ -175,8 +175,10 @@ def test_planes_and_slabs_of_any_size_along_any_axis_give_what_the_whole_gives(s
         np.testing.assert_allclose(planes.read(part.start, part.stop), np.take(whole, part, 1 + axis), atol=1e-4)
         restorer.add(np.take(logits, part, 1 + axis))
         start = part.stop
-    for found, expected in zip(restorer.result(), restore_mask(logits, trail, [1, 5]), strict=True):
-        assert np.mean(found != expected) <= 0.001  # where two logits agree to the last bit
+    (mask, confidence), (whole_mask, whole_confidence) = restorer.result(), restore_mask(logits, trail, [1, 5])
+    same = mask == whole_mask
+    assert np.count_nonzero(~same) <= 1 + 0.001 * mask.size  # where two logits agree to the last bit
+    np.testing.assert_allclose(confidence[same].astype(int), whole_confidence[same].astype(int), atol=1)
 
 
 def test_regions_are_where_their_logit_is_over_0_and_a_later_one_lies_over_an_earlier_one():
@@ -242,4 +244,4 @@ def test_a_part_of_the_grid_gives_what_the_whole_gives_there_and_background_else
         covered = (lower >= part.start[n]) & (upper < part.stop[n])
         inside &= covered.reshape([-1 if axis == n else 1 for axis in range(3)])
     assert not mask[~inside].any()
-    assert np.mean(mask[inside] != expected[inside]) <= 0.001 if inside.any() else True
+    assert np.count_nonzero(mask[inside] != expected[inside]) <= 1 + 0.001 * mask.size
