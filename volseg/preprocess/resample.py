@@ -234,7 +234,7 @@ def _cubic_matrix(n: int, wanted: int) -> torch.Tensor:
     if n == wanted:
         return torch.eye(n)
     # Linear in its input and separable, so its action on unit vectors is all there is to know.
-    matrix = ndimage.zoom(np.eye(n), (wanted / n, 1), order=3, mode="nearest", grid_mode=True)
+    matrix = np.asarray(ndimage.zoom(np.eye(n), (wanted / n, 1), order=3, mode="nearest", grid_mode=True))
     # The tails of the spline become subnormal numbers, with which a product takes twenty times as long.
     matrix[np.abs(matrix) < NEGLIGIBLE_WEIGHT] = 0
     return torch.from_numpy(np.ascontiguousarray(matrix, dtype=np.float32))
