@@ -10,10 +10,10 @@ import numpy as np
 import torch
 
 from volseg.bundle import ModelBundle
-from volseg.errors import ScanError, VolsegError
+from volseg.errors import ScanError
 from volseg.infer.backends import Backend, TorchBackend, choose_backend, load_backend
 from volseg.infer.classify import classify_lesions
-from volseg.infer.memory import OVERHEAD, WORKSPACE, MemoryPlan, ScanHeader, plan_memory
+from volseg.infer.memory import MemoryPlan, ScanHeader, plan_memory
 from volseg.infer.stream import Tiling, predict_slabs
 from volseg.infer.tiles import thinnest_axis, widest
 from volseg.measure.lesions import LesionMeasurement, measure_lesions
@@ -125,23 +125,6 @@ def plan_case_memory(
         is_alone=is_alone,
         max_ram=max_ram,
     )
-
-
-def check_gpu_memory(model: Model, needed: int, max_vram: int | None) -> None:
-    """
-    Raises:
-        VolsegError: the network does not fit into `max_vram` bytes of the GPU on which it runs.
-    """
-    if max_vram is None or model.device == "cpu":
-        return
-    share = 0.5 if model.segmentation.identity["precision"] == "fp16" else 1.0
-    total = round(needed * share * OVERHEAD["cuda"] * model.bundle.recipe.infer.batch_size) + WORKSPACE
-    if total > max_vram:
-        raise VolsegError(
-            f"the network takes {total / 2**30:.2f} GB of the GPU's memory, and the budget is {max_vram / 2**30:.2f} GB",
-            fix=f"give --max-vram {total / 2**30 + 0.05:.1f}G, or --device cpu",
-            code="E_VRAM",
-        )
 
 
 def tiling_of(bundle: ModelBundle) -> Tiling:

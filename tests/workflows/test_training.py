@@ -9,7 +9,7 @@ import volseg
 from volseg.bundle import load_bundle
 from volseg.errors import VolsegError
 from volseg.io.prepared import PreparedCase
-from volseg.workflows.training import _split
+from volseg.workflows.training import split_cases
 
 
 def history(out):
@@ -80,7 +80,7 @@ def test_folds_part_the_patients_and_every_patient_is_held_out_once():
     cases = [PreparedCase(str(n), None, None, {}, None, record) for n, record in enumerate(records)]
     held_out = []
     for fold in range(5):
-        training, validation = _split(cases, fold, seed=0)
+        training, validation = split_cases(cases, fold, seed=0)
         sides = [{case.record["patient"] for case in side} for side in (training, validation)]
         assert not sides[0] & sides[1]
         assert len(training) + len(validation) == 22

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from volseg.bundle import ModelBundle
-from volseg.errors import ScanError
+from volseg.errors import ScanError, VolsegError
 from volseg.execute.cpu import give_back_freed_memory
 from volseg.infer.stream import Tiling
 from volseg.infer.tiles import thinnest_axis
@@ -112,6 +112,20 @@ def plan_memory(
         fix=f"give --max-ram {math.ceil(least.total / 2**30 * 10 + 0.5) / 10:g}G, or a model with a smaller patch",
         code="E_RAM",
     )
+
+
+def check_gpu_memory(network_bytes: int, *, batch_size: int, is_half: bool, max_vram: int) -> None:
+    """
+    Raises:
+        VolsegError: a batch does not fit into `max_vram` bytes of the GPU.
+    """
+    total = round(network_bytes * (0.5 if is_half else 1.0) * OVERHEAD["cuda"] * batch_size) + WORKSPACE
+    if total > max_vram:
+        raise VolsegError(
+            f"the network takes {total / 2**30:.2f} GB of the GPU's memory, and the budget is {max_vram / 2**30:.2f} GB",
+            fix=f"give --max-vram {total / 2**30 + 0.05:.1f}G, or --device cpu",
+            code="E_VRAM",
+        )
 
 
 def _footprint(

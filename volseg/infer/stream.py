@@ -56,10 +56,6 @@ class Tiling:
             TiledAxis.of(n, patch, self.overlap, self.margin) for n, patch in zip(shape, self.patch_shape, strict=True)
         ]
 
-    def n_tiles(self, shape: tuple[int, int, int]) -> int:
-        """Tiles of a volume, empty ones included."""
-        return int(np.prod([len(axis.starts) for axis in self.axes(shape)]))
-
 
 BACKGROUND = 20.0  # logit against the labels where nothing was run: a probability of 2e-9
 
@@ -97,7 +93,7 @@ def predict_slabs(
         for place in places:
             tile = layer_input[(slice(None), *_box(tiled, place, axis))]
             if tiling.empty_level is not None and not (tile[0] > tiling.empty_level).any():
-                ring.skip(place)
+                ring.skip()
                 on_tile(True)
                 continue
             waiting.append((place, tile))
@@ -158,22 +154,16 @@ class _Window:
         first, last = (int(real.min()), int(real.max()) + 1) if real.size else (0, 1)
         block = self._planes.read(first, last)
         for n, tiled in enumerate(self._tiled):
-            block = _at(
-                block,
-                sources - first if n == self._axis else tiled.source,
-                sources if n == self._axis else tiled.source,
-                1 + n,
-            )
+            block = _at(block, sources - first, 1 + n) if n == self._axis else _at(block, tiled.source, 1 + n)
         return block
 
 
-def _at(array: np.ndarray, index: np.ndarray, source: np.ndarray, axis: int) -> np.ndarray:
-    """The array at these places along an axis, 0 where the source is -1; the array itself where that is no change."""
-    if len(index) == array.shape[axis] and np.array_equal(index, np.arange(len(index))):
+def _at(array: np.ndarray, places: np.ndarray, axis: int) -> np.ndarray:
+    """The array at these places along an axis, 0 at negative ones; the array itself where that is no change."""
+    if np.array_equal(places, np.arange(array.shape[axis])):
         return array
-    taken = np.take(array, np.maximum(index, 0), axis=axis)
-    if (source < 0).any():
-        taken[(slice(None),) * axis + (source < 0,)] = 0
+    taken = np.take(array, np.maximum(places, 0), axis=axis)
+    taken[(slice(None),) * axis + (places < 0,)] = 0
     return taken
 
 
@@ -207,8 +197,8 @@ class _Ring:
             if self._share is not None:
                 self._share[target] += weight
 
-    def skip(self, place: Sequence[int]) -> None:
-        """The tile at this place is empty."""
+    def skip(self) -> None:
+        """A tile was left out, so shares no longer sum to 1 everywhere."""
         self._any_skipped = True
 
     def hand_on(self, until: int) -> Iterator[np.ndarray]:
@@ -292,7 +282,6 @@ def _mirrored_mean(batch: np.ndarray, backend: Backend, mirror_axes: Sequence[in
     total = backend.logits(batch)
     if len(flips) == 1:
         return total
-    total = total.copy()
     for flip in flips[1:]:
         total += np.flip(backend.logits(np.ascontiguousarray(np.flip(batch, flip))), flip)
     total /= len(flips)

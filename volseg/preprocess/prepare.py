@@ -249,7 +249,8 @@ class Preparation:
                 body = self._nonzero[every]
             values = view[every]
             return _scaled(values.ravel() if body is None or not body.any() else values[body], volume)
-        reader, first = self._reader(index, axis), self._reader(0, axis)
+        reader = self._reader(index, axis)
+        first = self._reader(0, axis) if region == "body" and index else reader
         every = -(-int(np.prod(self.trail.shape)) // SAMPLE_VOXELS)
         inside, outside = [], []
         length = self.trail.shape[axis]
@@ -257,7 +258,7 @@ class Preparation:
         for start in range(0, length, step):
             stop = min(length, start + step)
             values = np.moveaxis(reader.read(start, stop), axis, 0).ravel()
-            others = np.moveaxis(first.read(start, stop), axis, 0).ravel()
+            others = values if first is reader else np.moveaxis(first.read(start, stop), axis, 0).ravel()
             phase = -(start * (values.size // (stop - start))) % every
             chosen = slice(phase, None, every)
             body = others[chosen] > self._above if region == "body" else None

@@ -87,12 +87,9 @@ def infer(
         if loaded.device == "cpu" and loaded.segmentation.identity["backend"] == "torch":
             keep_freed_memory()  # OpenVINO gains nothing by it, and masks that hold nothing would take memory
         options = {"model_sha256": bundle.sha256, "figures": figures, **loaded.segmentation.identity, **changes}
-
         plans = _plan_memory(cases, loaded, budget, gpu_budget, announce)
         known = _known(plans)
-
         half = {name for name, plan in known.items() if plan.half_logits}
-
         keys: dict[str, str] = {}
 
         def key_of(case: Case) -> str:
@@ -145,11 +142,13 @@ def _plan_memory(
     cases: Sequence[Case], model: Model, max_ram: int | None, max_vram: int | None, announce: Callable[[str], None]
 ) -> dict[str, MemoryPlan | VolsegError | None]:
     """How each case fits into memory, or why it does not; None where its header cannot be read, which reading will say."""
-    from volseg.infer.memory import network_bytes
-    from volseg.segment import check_gpu_memory, plan_case_memory
+    from volseg.infer.memory import check_gpu_memory, network_bytes
+    from volseg.segment import plan_case_memory
 
     needed = network_bytes(model.bundle)
-    check_gpu_memory(model, needed, max_vram)
+    if max_vram is not None and model.device != "cpu":
+        is_half = model.segmentation.identity["precision"] == "fp16"
+        check_gpu_memory(needed, batch_size=model.bundle.recipe.infer.batch_size, is_half=is_half, max_vram=max_vram)
     plans: dict[str, MemoryPlan | VolsegError | None] = {}
     for case in cases:
         try:

@@ -19,7 +19,7 @@ from volseg.io.prepared import PreparedCase
 from volseg.report.results import held
 from volseg.workflows.batch import Progress, RunReport, silent
 from volseg.workflows.preparing import PREPARED_FILE, preprocess
-from volseg.workflows.training import load_prepared, refuse_dataset
+from volseg.workflows.training import load_prepared, refuse_dataset, split_cases
 
 if TYPE_CHECKING:  # torch takes seconds to import; only a workflow that needs it pays
     from volseg.bundle import ModelBundle
@@ -111,14 +111,7 @@ def _prepared_cases(
             fix="give the dataset itself instead of a prepared folder",
             code="E_PREPARED",
         )
-    sides = [[case for case in cases if case.record["split"] == side] for side in ("train", "val")]
-    if not all(sides):
-        raise VolsegError(
-            f"{dataset}: has {len(sides[0])} training and {len(sides[1])} validation cases; one of each is needed",
-            fix="give the dataset that the model was trained on",
-            code="E_DATASET",
-        )
-    return sides[0], sides[1]
+    return split_cases(cases, None, seed)
 
 
 def _calibration_patches(cases: Sequence[PreparedCase], bundle: ModelBundle, seed: int) -> list[np.ndarray]:

@@ -78,7 +78,7 @@ def train(
         chosen, plan, fingerprint, cases = load_prepared(prepared, recipe)
         make_steps(chosen.postprocess)  # a misspelt step should not be found out after an hour of training
         check_networks(chosen)
-        training, validation = _split(cases, fold, seed)
+        training, validation = split_cases(cases, fold, seed)
         left = None if time_budget_seconds is None else time_budget_seconds - (time.monotonic() - started)
         if left is not None and left <= 0:
             raise VolsegError(
@@ -147,7 +147,9 @@ def _check_unfinished(out: Path, work: Path, resume: bool) -> None:
         )
 
 
-def _split(cases: Sequence[PreparedCase], fold: int | None, seed: int) -> tuple[list[PreparedCase], list[PreparedCase]]:
+def split_cases(
+    cases: Sequence[PreparedCase], fold: int | None, seed: int
+) -> tuple[list[PreparedCase], list[PreparedCase]]:
     """Training and validation cases: the prepared split, or a fifth of the patients drawn with the seed."""
     if fold is None:
         sides = [[case for case in cases if case.record["split"] == side] for side in ("train", "val")]
