@@ -1,18 +1,25 @@
 import csv
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 import volseg
 from volseg.errors import VolsegError
-from volseg.io.nifti import read_geometry, read_mask, read_volume
+from volseg.io.nifti import read_geometry, read_mask, read_volume, write_volume
 
 
 def rows(path):
     with path.open(newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
+
+
+def with_infer(bundle, **changes):
+    """The bundle with other settings of `[infer]`."""
+    infer = bundle.recipe.infer.model_copy(update=changes)
+    return replace(bundle, recipe=bundle.recipe.model_copy(update={"infer": infer}))
 
 
 @pytest.fixture(scope="module")
@@ -154,8 +161,6 @@ def test_another_option_or_a_damaged_mask_is_computed_again(dataset, model, tmp_
 
 
 def test_air_alone_has_no_lesion_and_zero_volume(dataset, model, tmp_path):
-    from volseg.io.nifti import write_volume
-
     scan = read_volume(dataset / "images" / "scan_6.nii.gz")
     noise = np.random.default_rng(0).integers(-1010, -990, scan.array.shape).astype(np.int16)
     write_volume(scan.with_array(np.asfortranarray(noise)), tmp_path / "air.nii.gz")
@@ -175,6 +180,51 @@ def test_the_shipped_model_is_used_without_model(tmp_path):
     (lesion, *_) = rows(tmp_path / "out" / "lesions.csv")
     assert lesion["label_name"] == "nodule"
     assert lesion["class_name"] in ("benign", "malignant")
+
+
+@pytest.mark.parametrize(("overlap", "mirror_axes"), [(0.5, ("R", "S")), (0.25, ()), (0.0, ("A",)), (0.0, ())])
+def test_the_cost_of_overlap_and_mirroring_is_said_as_it_is_then_paid(overlap, mirror_axes, dataset, model, tmp_path):
+    from volseg.bundle import load_bundle, save_bundle
+    from volseg.segment import load_model, segment_case
+
+    class Counting:
+        """A backend that counts the tiles that it is given."""
+
+        def __init__(self, backend):
+            self.backend, self.tiles = backend, 0
+
+        def logits(self, batch):
+            self.tiles += len(batch)
+            return self.backend.logits(batch)
+
+        def release(self):
+            self.backend.release()
+
+    scan = read_volume(dataset / "images" / "scan_6.nii.gz")
+    tissue = scan.with_array(np.asfortranarray(np.maximum(scan.array, 0)))  # no air: not cropped, and no tile is empty
+    write_volume(tissue, tmp_path / "scan.nii.gz")
+
+    def paid(overlap, mirror_axes):
+        loaded = load_model(with_infer(load_bundle(model), overlap=overlap, mirror_axes=mirror_axes), "cpu")
+        counting = Counting(loaded.segmentation)
+        segment_case({"ct": tissue}, replace(loaded, segmentation=counting), case_id="scan")
+        return counting.tiles
+
+    tiles, least = paid(overlap, ()), paid(0.0, ())
+    expected = f"tiles: at most {tiles} of 16 × 16 × 16 voxels"
+    assert (least < tiles) == (
+        overlap == 0.5
+    )  # a quarter costs nothing on so small a scan, and then nothing is said of it
+    if least < tiles:
+        expected += f"; {least} without overlap (--overlap 0)"
+    if mirror_axes:
+        names = ", ".join(mirror_axes)
+        times = paid(overlap, mirror_axes) / tiles
+        expected += f"; each is run {times:g} times for mirroring over {names} (--no-mirroring: once)"
+    save_bundle(with_infer(load_bundle(model), overlap=overlap, mirror_axes=mirror_axes), tmp_path / "model")
+    said = []
+    volseg.infer(tmp_path / "scan.nii.gz", model=tmp_path / "model", out=tmp_path / "out", announce=said.append)
+    assert said[1:] == [expected]
 
 
 def test_no_scans_and_no_model_are_wrong_requests(dataset, model, tmp_path):

@@ -167,7 +167,23 @@ def _plan_memory(
     if known:
         largest = max(known, key=lambda name: known[name].footprint.total)
         announce(f"memory: at most {known[largest].footprint}, for {largest}")
+        announce(_cost_of_tiles(known[largest].shape, model))
     return plans
+
+
+def _cost_of_tiles(shape: tuple[int, int, int], model: Model) -> str:
+    """How often the network is run over a prepared grid of this shape, and how much of that overlap and mirroring are."""
+    from volseg.segment import tiling_of
+
+    tiling, axes = tiling_of(model.bundle), model.bundle.recipe.infer.mirror_axes
+    n, least = tiling.count(shape), replace(tiling, overlap=0).count(shape)
+    patch = " × ".join(str(length) for length in tiling.patch_shape)
+    parts = [f"tiles: at most {n} of {patch} voxels"]
+    if least < n:
+        parts.append(f"{least} without overlap (--overlap 0)")
+    if axes:
+        parts.append(f"each is run {2 ** len(axes)} times for mirroring over {', '.join(axes)} (--no-mirroring: once)")
+    return "; ".join(parts)
 
 
 def _known(plans: Mapping[str, MemoryPlan | VolsegError | None]) -> dict[str, MemoryPlan]:
