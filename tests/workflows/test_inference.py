@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from laws import CountingBackend
 
 import volseg
 from volseg.errors import VolsegError
@@ -133,7 +134,7 @@ def test_interrupted_and_repeated_it_computes_only_what_is_missing(dataset, mode
     scans = [dataset / "images" / f"scan_{n}.nii.gz" for n in (5, 6, 7)]
 
     def stop_after_the_first(stage, share, detail):
-        if share >= 0.3:
+        if stage == "Segmenting" and share >= 0.3:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -182,23 +183,43 @@ def test_the_shipped_model_is_used_without_model(tmp_path):
     assert lesion["class_name"] in ("benign", "malignant")
 
 
+def test_the_tiles_of_a_scan_alone_are_its_progress_and_those_of_several_a_stage_of_their_own(dataset, model, tmp_path):
+    from volseg.bundle import load_bundle
+    from volseg.segment import load_model, segment_case
+
+    scans = {name: dataset / "images" / f"{name}.nii.gz" for name in ("scan_6", "scan_7")}
+    loaded, totals = load_model(load_bundle(model), "cpu"), {}
+    for name, path in scans.items():
+        segment_case(
+            {"ct": read_volume(path)},
+            loaded,
+            case_id=name,
+            on_tile=lambda done, total, name=name: totals.update({name: total}),
+        )
+    seen = []
+    volseg.infer(scans["scan_6"], model=model, out=tmp_path / "one", progress=lambda *what: seen.append(what))
+    total = totals["scan_6"]
+    tiles = [("Segmenting", done / total, f"{done} of {total} tiles") for done in range(total + 1)]
+    assert seen == [("Segmenting", 0.0, "1 of 1 to do"), *tiles, ("Segmenting", 1.0, "scan_6")]
+
+    seen.clear()
+    volseg.infer(scans.values(), model=model, out=tmp_path / "two", progress=lambda *what: seen.append(what))
+    assert [what for what in seen if what[0] == "Tiles"] == [
+        ("Tiles", done / total, f"{name}: {done} of {total}")
+        for name, total in totals.items()
+        for done in range(total + 1)
+    ]
+    assert [what for what in seen if what[0] != "Tiles"] == [
+        ("Segmenting", 0.0, "2 of 2 to do"),
+        ("Segmenting", 0.5, "scan_6"),
+        ("Segmenting", 1.0, "scan_7"),
+    ]
+
+
 @pytest.mark.parametrize(("overlap", "mirror_axes"), [(0.5, ("R", "S")), (0.25, ()), (0.0, ("A",)), (0.0, ())])
 def test_the_cost_of_overlap_and_mirroring_is_said_as_it_is_then_paid(overlap, mirror_axes, dataset, model, tmp_path):
     from volseg.bundle import load_bundle, save_bundle
     from volseg.segment import load_model, segment_case
-
-    class Counting:
-        """A backend that counts the tiles that it is given."""
-
-        def __init__(self, backend):
-            self.backend, self.tiles = backend, 0
-
-        def logits(self, batch):
-            self.tiles += len(batch)
-            return self.backend.logits(batch)
-
-        def release(self):
-            self.backend.release()
 
     scan = read_volume(dataset / "images" / "scan_6.nii.gz")
     tissue = scan.with_array(np.asfortranarray(np.maximum(scan.array, 0)))  # no air: not cropped, and no tile is empty
@@ -206,7 +227,7 @@ def test_the_cost_of_overlap_and_mirroring_is_said_as_it_is_then_paid(overlap, m
 
     def paid(overlap, mirror_axes):
         loaded = load_model(with_infer(load_bundle(model), overlap=overlap, mirror_axes=mirror_axes), "cpu")
-        counting = Counting(loaded.segmentation)
+        counting = CountingBackend(loaded.segmentation)
         segment_case({"ct": tissue}, replace(loaded, segmentation=counting), case_id="scan")
         return counting.tiles
 
