@@ -169,7 +169,10 @@ def infer(
     ] = True,
     inside: Annotated[
         str | None,
-        typer.Option(help="Where tiles are run, instead of the recipe's choice: scan, or only the box of the body."),
+        typer.Option(
+            help="Where tiles are run, instead of the recipe's choice: scan (everywhere), or only in the box of the body. "
+            "Either one leaves out the coarse first pass of a recipe with [roi]."
+        ),
     ] = None,
     max_ram: Annotated[
         str | None,

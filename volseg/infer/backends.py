@@ -339,7 +339,7 @@ def _example(network: nn.Module, batch_shape: Sequence[int]) -> tuple[torch.Tens
 
 
 def export_bundle(bundle: ModelBundle, folder: Path) -> None:
-    """Put OpenVINO's files of the segmentation network into the bundle's folder, so that inference need not convert it.
+    """Put OpenVINO's files of the 3D networks into the bundle's folder, so that inference need not convert them.
 
     Does nothing where OpenVINO is not installed or cannot take the network: inference finds out and says so.
     """
@@ -349,6 +349,8 @@ def export_bundle(bundle: ModelBundle, folder: Path) -> None:
         for name in bundle.members:
             model = convert(bundle.member(name), usual_batch_shape(bundle))
             write_exported(model, folder, f"{name}.fp32", {"model_sha256": bundle.sha256})
+    if bundle.coarse is not None:
+        export_bundle(bundle.coarse, folder)
 
 
 def usual_batch_shape(bundle: ModelBundle) -> tuple[int, ...]:
