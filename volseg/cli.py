@@ -112,7 +112,7 @@ def train(
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
-    """Train a segmentation model, and a classifier where the recipe asks for one.
+    """Train a segmentation model, and a coarse first pass and a classifier where the recipe asks for them.
 
     The weights with the best validation Dice become a model folder with a card to read. Interrupt with Ctrl-C and add --resume
     to go on.

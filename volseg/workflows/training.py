@@ -91,13 +91,19 @@ def train(
                 fix="run `volseg preprocess` first and train from the prepared folder, or give more time",
                 code="E_BUDGET",
             )
-        share = sum(part.time_share for part in (chosen.classify, chosen.roi) if part is not None)
+
+        def seconds_left(kept: float = 0.0) -> float | None:
+            """Of the budget, less what is kept for later."""
+            if time_budget_seconds is None:
+                return None
+            return max(1.0, time_budget_seconds - (time.monotonic() - started) - kept)
+
+        for_classifier = 0.0 if left is None or chosen.classify is None else left * chosen.classify.time_share
         settings = RunSettings(
             device=choose_device(device),
             seed=seed,
             epochs=epochs or chosen.train.epochs,
             patience=patience or chosen.train.patience,
-            seconds=None if left is None else left * (1 - share),
         )
         initial = {} if init is None else load_bundle(Path(init)).weights
         weights: dict[str, Mapping[str, Any]] = {}
@@ -135,7 +141,7 @@ def train(
             validation,
             chosen,
             plan,
-            settings,
+            replace(settings, seconds=seconds_left(for_classifier)),
             checkpoints=work,
             resume=resume,
             initial=initial.get("segmentation", {}),
@@ -144,11 +150,8 @@ def train(
         weights["segmentation"] = trained.weights
         metrics = dict(trained.metrics) | metrics
         if chosen.classify is not None:
-            seconds = None
-            if time_budget_seconds is not None:
-                seconds = max(1.0, time_budget_seconds - (time.monotonic() - started))
             classifier, found = _train_classifier(
-                training, validation, chosen, settings.device, seed, seconds, progress
+                training, validation, chosen, settings.device, seed, seconds_left(), progress
             )
             metrics |= found
             if classifier is not None:
