@@ -30,7 +30,7 @@ from volseg.io.nifti import read_mask, read_volume
 from volseg.preprocess.normalise import Window
 from volseg.preprocess.prepare import PrepareSettings, prepare, prepare_mask
 from volseg.preprocess.resample import resample, resampled_shape
-from volseg.workflows.preparing import sample_voxels
+from volseg.train.samples import sample_voxels
 interpolation, image, mask = sys.argv[1:]
 started = time.perf_counter()
 scan, reference = read_volume(image), read_mask(mask)

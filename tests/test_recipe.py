@@ -119,3 +119,64 @@ def test_a_file_that_is_no_toml_is_named_with_its_line(tmp_path):
     path.write_text("name = \n")
     with pytest.raises(VolsegError, match=r"bad\.toml: not a TOML file .*line 1"):
         load_recipe(path)
+
+
+ROI = """
+[roi]
+spacing_mm = [4.0, 4.0, 4.0]
+[roi.network]
+name = "unet3d"
+features = [8, 16, 16]
+strides = [[1, 1, 1], [2, 2, 2], [2, 2, 2]]
+[roi.train]
+patch_shape = [32, 32, 32]
+"""
+
+
+def test_the_recipe_of_the_first_pass_is_that_of_any_label_on_a_coarser_grid():
+    content = tomllib.loads(MINIMAL.replace("{ lesion = 1 }", "{ a = 3, b = 1 }") + ROI)
+    recipe = parse_recipe(content, where="r.toml")
+    coarse = recipe.coarse
+    assert (recipe.roi.margin_mm, coarse.roi, coarse.classify, coarse.postprocess) == (20.0, None, None, ())
+    assert (coarse.data.n_outputs, coarse.data.channels) == (2, recipe.data.channels)
+    assert coarse.preprocess.spacing_mm == (4.0, 4.0, 4.0)
+    assert coarse.preprocess.normalise == recipe.preprocess.normalise
+    assert coarse.train == recipe.roi.train
+    assert parse_recipe(coarse.model_dump(), where="coarse") == coarse
+    assert parse_recipe(recipe.model_dump(mode="json"), where="again").sha256 == recipe.sha256
+    assert parse_recipe(tomllib.loads(MINIMAL), where="without").coarse is None
+
+
+def test_recipes_older_than_the_first_pass_keep_their_hash():
+    recipe = parse_recipe(tomllib.loads(MINIMAL), where="r.toml")
+    assert "roi" not in recipe.model_dump(mode="json")
+    # Computed with the version before there was a first pass.
+    assert recipe.sha256 == "06928fe4af8fcceb41326bb35c6e16c32dfe127fd9d546c94823753126835e74"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"margin_mm": -1}, "roi.margin_mm"),
+        ({"spacing_mm": [4, 0, 4]}, "roi.spacing_mm.1"),
+        ({"margn_mm": 3}, "roi.margn_mm: unknown key; known are spacing_mm, margin_mm, network, train, time_share"),
+        ({"train": {}}, "roi.train.patch_shape"),
+        ({"train": {"patch_shape": [32, 32, 32], "class_weights": [1, 1, 1]}}, "3 numbers; here are two classes"),
+        ({"spacing_mm": [1.0, 1.0, 1.0]}, "no coarser than preprocess.spacing_mm"),
+        ({"time_share": 1.0}, "roi.time_share"),
+    ],
+)
+def test_mistakes_in_the_first_pass_are_reported(change, message):
+    content = tomllib.loads(MINIMAL + ROI)
+    content["preprocess"]["spacing_mm"] = [1.0, 1.0, 1.5]
+    content["roi"] |= change
+    with pytest.raises(VolsegError) as caught:
+        parse_recipe(content, where="r.toml")
+    assert message in str(caught.value)
+
+
+def test_a_coarse_patch_has_to_fit_its_network(tmp_path):
+    path = tmp_path / "r.toml"
+    path.write_text(MINIMAL + ROI.replace("[32, 32, 32]", "[32, 30, 32]"))
+    (problem,) = check(path)
+    assert problem["problem"].startswith("roi.train.patch_shape has 30 voxels along A")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,21 +18,22 @@ from torch import nn
 
 from volseg import __version__
 from volseg.errors import VolsegError
-from volseg.io.files import make_folder, write_bytes_atomic, write_json_atomic
+from volseg.io.files import make_folder, sha256_of, write_bytes_atomic, write_json_atomic
 from volseg.models import build_classifier, build_segmentation, set_weights
 from volseg.plan import DatasetFingerprint, Plan
-from volseg.recipe import Preprocess, Recipe, parse_recipe
+from volseg.recipe import Preprocess, Recipe, Roi, parse_recipe
 
 FORMAT_VERSION = 1
 SHIPPED = "lung_nodule_ct"
+ROI = "roi"  # name of the weights of the coarse first pass
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ModelBundle:
     """All that inference needs besides the scan.
 
-    `weights` maps a network's name (`segmentation`, `segmentation_1`, …, `classifier`) to its tensors; `metrics` is what was
-    measured when it was made, `origin` where an imported model comes from.
+    `weights` maps a network's name (`segmentation`, `segmentation_1`, …, `classifier`, `roi`) to its tensors; `metrics` is what was
+    measured when it was made, `origin` where an imported model comes from, `first` which of the networks the recipe is about.
     """
 
     recipe: Recipe
@@ -43,10 +44,11 @@ class ModelBundle:
     versions: Mapping[str, str] = field(default_factory=dict)
     origin: Mapping[str, str] = field(default_factory=dict)
     sha256: str = ""
+    first: str = "segmentation"
 
     def segmentation_network(self) -> nn.Module:
         """The first 3D network with its trained weights: (N, channels, R, A, S) → logits (N, outputs, R, A, S)."""
-        return self.member(segmentation_name(0))
+        return self.member(self.first)
 
     def segmentation_networks(self) -> tuple[nn.Module, ...]:
         """All 3D networks of an ensemble, whose logits are to be averaged; one for a model that is none."""
@@ -55,11 +57,20 @@ class ModelBundle:
     @property
     def members(self) -> tuple[str, ...]:
         """The names, in `weights`, of the 3D networks."""
-        return tuple(name for name in map(segmentation_name, range(len(self.weights))) if name in self.weights)
+        names = (segmentation_name(index, self.first) for index in range(len(self.weights)))
+        return tuple(name for name in names if name in self.weights)
 
     def member(self, name: str) -> nn.Module:
         """One 3D network of the ensemble with its trained weights."""
         return set_weights(build_segmentation(self.recipe), self.weights[name])
+
+    @property
+    def coarse(self) -> ModelBundle | None:
+        """The first pass as a bundle of its own, where the recipe has one and it was trained: any label against background."""
+        recipe, roi = self.recipe.coarse, self.recipe.roi
+        if recipe is None or roi is None or ROI not in self.weights:
+            return None
+        return replace(self, recipe=recipe, plan=self.plan.coarse(roi), first=ROI)
 
     def classifier_network(self) -> nn.Module | None:
         """The 2D network with its trained weights, where the recipe has one and it could be trained."""
@@ -69,9 +80,9 @@ class ModelBundle:
         return set_weights(build_classifier(classify), self.weights["classifier"])
 
 
-def segmentation_name(index: int) -> str:
+def segmentation_name(index: int, first: str = "segmentation") -> str:
     """The name, in `weights`, of a member of the ensemble."""
-    return "segmentation" if index == 0 else f"segmentation_{index}"
+    return first if index == 0 else f"{first}_{index}"
 
 
 def save_bundle(bundle: ModelBundle, folder: Path) -> ModelBundle:
@@ -119,9 +130,7 @@ def load_bundle(folder: Path) -> ModelBundle:
             recipe=parse_recipe(description["recipe"], where=str(description_path)),
             plan=Plan.model_validate(description["plan"]),
             fingerprint=DatasetFingerprint.model_validate(description["fingerprint"]),
-            weights={
-                name: _read_weights(folder, name, digest) for name, digest in description["weights_sha256"].items()
-            },
+            weights=_StoredWeights(folder, dict(description["weights_sha256"])),
             metrics=description["metrics"],
             versions=description["versions"],
             origin=description.get("origin", {}),
@@ -182,8 +191,17 @@ def model_card(bundle: ModelBundle) -> str:
         f"Spacing {' × '.join(f'{s:g}' for s in plan.spacing_mm)} mm ({axes}), patch {' × '.join(map(str, plan.patch_shape))}, "
         f"batch {plan.batch_size}; the whole recipe is in model.json.",
         "",
+        *([] if recipe.roi is None else [_coarse_pass(recipe.roi), ""]),
     ]
     return "\n".join(lines)
+
+
+def _coarse_pass(roi: Roi) -> str:
+    spacing = " × ".join(f"{s:g}" for s in roi.spacing_mm)
+    return (
+        f"A coarse first pass at {spacing} mm finds the region of interest; beyond {roi.margin_mm:g} mm round it the mask is "
+        "background. Where it finds nothing the whole scan is looked at."
+    )
 
 
 def _axes(preprocess: Preprocess) -> str:
@@ -196,14 +214,46 @@ def _show(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _read_weights(folder: Path, name: str, digest: str) -> dict[str, torch.Tensor]:
-    path = folder / f"{name}.safetensors"
-    content = path.read_bytes()
-    if hashlib.sha256(content).hexdigest() != digest:
-        raise VolsegError(
-            f"{path}: the weights are not those that were saved", fix="copy the model again", code="E_CKPT"
-        )
-    try:
-        return load_tensors(content)
-    except SafetensorError as error:
-        raise VolsegError(f"{path}: damaged ({error})", fix="copy the model again", code="E_CKPT") from error
+class _StoredWeights(Mapping[str, Mapping[str, torch.Tensor]]):
+    """Weights that are read from their files when they are asked for: where OpenVINO has them already, nobody asks.
+
+    Raises:
+        VolsegError: a file is not the one that was saved, found when this is made and again when it is read.
+    """
+
+    def __init__(self, folder: Path, hashes: Mapping[str, str]) -> None:
+        self._folder, self._hashes = folder, hashes
+        for name in hashes:
+            self._check(name, sha256_of(self._path(name)))
+
+    def __getitem__(self, name: str) -> Mapping[str, torch.Tensor]:
+        if name not in self._hashes:
+            raise KeyError(name)
+        content = self._path(name).read_bytes()
+        self._check(name, hashlib.sha256(content).hexdigest())
+        try:
+            return load_tensors(content)
+        except SafetensorError as error:
+            raise VolsegError(
+                f"{self._path(name)}: damaged ({error})", fix="copy the model again", code="E_CKPT"
+            ) from error
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._hashes
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._hashes)
+
+    def __len__(self) -> int:
+        return len(self._hashes)
+
+    def _path(self, name: str) -> Path:
+        return self._folder / f"{name}.safetensors"
+
+    def _check(self, name: str, digest: str) -> None:
+        if digest != self._hashes[name]:
+            raise VolsegError(
+                f"{self._path(name)}: the weights are not those that were saved",
+                fix="copy the model again",
+                code="E_CKPT",
+            )

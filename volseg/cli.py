@@ -111,7 +111,7 @@ def train(
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
-    """Train a segmentation model, and a classifier where the recipe asks for one.
+    """Train a segmentation model, and a coarse first pass and a classifier where the recipe asks for them.
 
     The weights with the best validation Dice become a model folder with a card to read. Interrupt with Ctrl-C and add --resume
     to go on.
@@ -168,7 +168,10 @@ def infer(
     ] = True,
     inside: Annotated[
         str | None,
-        typer.Option(help="Where tiles are run, instead of the recipe's choice: scan, or only the box of the body."),
+        typer.Option(
+            help="Where tiles are run, instead of the recipe's choice: scan (everywhere), or only in the box of the body. "
+            "Either one leaves out the coarse first pass of a recipe with [roi]."
+        ),
     ] = None,
     max_ram: Annotated[
         str | None,

@@ -11,7 +11,7 @@ from volseg.errors import VolsegError
 from volseg.preprocess.crop import AxisOrder, canonical_geometry
 from volseg.preprocess.normalise import NORMALISERS, Normaliser
 from volseg.preprocess.prepare import PrepareSettings
-from volseg.recipe import Preprocess, Recipe, Window
+from volseg.recipe import Preprocess, Recipe, Roi, Window
 from volseg.volume import Volume
 
 SAMPLES_PER_CASE = 10_000  # foreground intensities kept per case: percentiles of a dataset need no more
@@ -78,6 +78,13 @@ class Plan(_Json):
         """What happens to the intensities of each channel."""
         forms = [self.windows.get(channel, preprocess.normalise_of(channel)).model_dump() for channel in channels]
         return tuple(NORMALISERS[form.pop("method")](**form) for form in forms)
+
+    def coarse(self, roi: Roi) -> Plan:
+        """The plan of the first pass, on the coarse grid."""
+        train = roi.train
+        return self.model_copy(
+            update={"spacing_mm": roi.spacing_mm, "patch_shape": train.patch_shape, "batch_size": train.batch_size}
+        )
 
 
 def fingerprint_case(images: Mapping[str, Volume], reference: Volume, rng: np.random.Generator) -> CaseFingerprint:

@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from volseg.errors import VolsegError
 
@@ -221,6 +230,23 @@ class Classify(Section):
     time_share: Annotated[float, Field(gt=0, lt=1)] = 0.15  # of --time-budget
 
 
+class Roi(Section):
+    """A coarse first pass: a small network finds where the labels are, and the recipe's own is run only there."""
+
+    spacing_mm: tuple[Positive, Positive, Positive]  # along R, A, S; several times that of [preprocess]
+    margin_mm: Annotated[float, Field(ge=0)] = 20.0  # by which the region goes beyond the box of what was found
+    network: Network
+    train: Train  # of this network; its patch_shape counts coarse voxels
+    time_share: Annotated[float, Field(gt=0, lt=1)] = 0.15  # of --time-budget
+
+    @model_validator(mode="after")
+    def _weights_are_those_of_two_classes(self) -> Roi:
+        weights = self.train.class_weights
+        if weights is not None and len(weights) != 2:
+            raise ValueError(f"train.class_weights has {len(weights)} numbers; here are two classes, with background")
+        return self
+
+
 class Recipe(Section):
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_]*$")]
     description: str
@@ -234,6 +260,15 @@ class Recipe(Section):
     infer: Infer = Infer()
     postprocess: tuple[Step, ...] = ()
     classify: Classify | None = None
+    roi: Roi | None = None
+
+    @model_serializer(mode="wrap")
+    def _as_before_where_there_is_no_roi(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Recipes older than `roi` keep their hash."""
+        content = dump(self)
+        if self.roi is None:
+            content.pop("roi", None)
+        return content
 
     @model_validator(mode="after")
     def _numbers_fit_together(self) -> Recipe:
@@ -248,7 +283,35 @@ class Recipe(Section):
             low, high = getattr(section, "low", None), getattr(section, "high", None)
             if isinstance(low, float) and isinstance(high, float) and low >= high:
                 raise ValueError(f"the window from {low:g} to {high:g} is empty")
+        if self.roi is not None:
+            fine = self.preprocess.spacing_mm
+            if fine != "auto" and math.prod(self.roi.spacing_mm) <= math.prod(fine):
+                raise ValueError(
+                    "roi.spacing_mm is no coarser than preprocess.spacing_mm, so the first pass saves nothing"
+                )
+            if self.roi.time_share + (self.classify.time_share if self.classify else 0) >= 1:
+                raise ValueError("roi.time_share and classify.time_share leave no time for the network itself")
         return self
+
+    @property
+    def coarse(self) -> Recipe | None:
+        """The recipe of the first pass: any label against the background, on a coarser grid; None where there is none."""
+        if self.roi is None:
+            return None
+        data = {"labels": {"region": 1}, "regions_class_order": None}
+        preprocess = {"spacing_mm": self.roi.spacing_mm, "interpolation": "linear", "separate_above": None}
+        changes = {
+            "name": f"{self.name}_roi",
+            "data": self.data.model_copy(update=data),
+            "preprocess": self.preprocess.model_copy(update=preprocess),
+            "network": self.roi.network,
+            "train": self.roi.train,
+            "infer": Infer(),
+            "postprocess": (),
+            "classify": None,
+            "roi": None,
+        }
+        return self.model_copy(update=changes)
 
     @property
     def sha256(self) -> str:

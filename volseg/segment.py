@@ -12,9 +12,10 @@ import torch
 
 from volseg.bundle import ModelBundle
 from volseg.errors import ScanError
-from volseg.infer.backends import Backend, TorchBackend, choose_backend, load_backend
+from volseg.infer.backends import Backend, EnsembleBackend, OpenVINOBackend, TorchBackend, choose_backend, load_backend
 from volseg.infer.classify import classify_lesions
-from volseg.infer.memory import MemoryPlan, ScanHeader, plan_memory
+from volseg.infer.memory import MemoryPlan, NetworkPass, ScanHeader, network_bytes, plan_memory
+from volseg.infer.roi import find_region, scaled_box
 from volseg.infer.stream import Tiling, predict_slabs
 from volseg.infer.tiles import thinnest_axis, widest
 from volseg.measure.lesions import LesionMeasurement, measure_lesions
@@ -34,6 +35,7 @@ class Model:
     segmentation: Backend
     classifier: Backend | None
     device: str = "cpu"
+    coarse: Model | None = None  # of the first pass, where the recipe has one
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -57,16 +59,23 @@ def load_model(
 
     Args:
         device: `auto`, `cpu` or `cuda`. backend: `auto`, `torch` or `openvino`.
-        precision: `auto`, `fp32`, `fp16` or `int8`, of the segmentation; the classifier is small and always runs in torch.
+        precision: `auto`, `fp32`, `fp16` or `int8`, of the segmentation; the classifier is small and always runs in torch, and a coarse
+            first pass, whose errors cannot be made good, runs in fp32 where int8 is asked for.
         folder: the bundle's own, from which files made for OpenVINO are read where it has them.
     """
     choice = choose_backend(backend, device, precision)
     classifier = bundle.classifier_network()
+    coarse = None
+    if bundle.coarse is not None:
+        exact = replace(choice, precision="fp32") if choice.precision == "int8" else choice
+        first_pass = load_backend(bundle.coarse, exact, folder=folder)
+        coarse = Model(bundle.coarse, first_pass, None, choice.device.type)
     return Model(
         bundle,
         load_backend(bundle, choice, folder=folder),
         None if classifier is None else TorchBackend(classifier, choice.device, precision=choice.precision),
         choice.device.type,
+        coarse,
     )
 
 
@@ -112,29 +121,49 @@ def segment_case(
     return CaseResult(scan.with_array(mask), scan.with_array(lesions.ids), rows)
 
 
+def patch_bytes(model: Model) -> int:
+    """Bytes of the tensors alive at the worst moment of one patch's way through the segmentation network."""
+    backend = model.segmentation.backends[0] if isinstance(model.segmentation, EnsembleBackend) else model.segmentation
+    return backend.patch_bytes if isinstance(backend, OpenVINOBackend) else network_bytes(model.bundle)
+
+
 def plan_case_memory(
-    geometry: Geometry, itemsize: int, model: Model, needed: int, max_ram: int | None, *, is_alone: bool = True
+    geometry: Geometry,
+    itemsize: int,
+    model: Model,
+    needed: int,
+    max_ram: int | None,
+    *,
+    coarse_needed: int = 0,
+    is_alone: bool = True,
 ) -> MemoryPlan:
     """How a scan with this header fits into memory.
 
     Args:
         itemsize: bytes per stored voxel over all channels.
-        needed: of the network, from `network_bytes`.
+        needed, coarse_needed: of the network and of that of the first pass, where there is one, from `patch_bytes`.
         is_alone: no other scan is read or written meanwhile.
 
     Raises:
         ScanError: it does not fit into `max_ram` bytes.
     """
-    recipe, plan = model.bundle.recipe, model.bundle.plan
     return plan_memory(
         ScanHeader(geometry=geometry, itemsize=itemsize),
-        model.bundle,
-        tiling_of(model.bundle),
-        plan.prepare_settings(recipe.preprocess, recipe.data.channels),
-        backend=model.segmentation.identity["backend"],
-        network_bytes=needed if model.device == "cpu" else 0,
+        _network_pass(model, needed),
+        coarse=None if model.coarse is None else _network_pass(model.coarse, coarse_needed),
         is_alone=is_alone,
         max_ram=max_ram,
+    )
+
+
+def _network_pass(model: Model, needed: int) -> NetworkPass:
+    recipe, plan = model.bundle.recipe, model.bundle.plan
+    return NetworkPass(
+        bundle=model.bundle,
+        tiling=tiling_of(model.bundle),
+        settings=plan.prepare_settings(recipe.preprocess, recipe.data.channels),
+        backend=model.segmentation.identity["backend"],
+        network_bytes=needed if model.device == "cpu" else 0,
     )
 
 
@@ -160,7 +189,7 @@ def _predict(
     regions = recipe.data.regions_class_order
     values = list(recipe.data.label_names) if regions is None else list(regions)
     tiling = replace(tiling_of(model.bundle), empty_level=None if regions else preparation.empty_level)
-    part = _tiled_part(preparation, tiling, inside_body=recipe.infer.inside == "body")
+    part = _tiled_part(preparation, tiling, model)
     shape = trail.shape if part is None else part.shape
     axis = thinnest_axis(shape, plan.patch_shape) if trail.separate_axis is None else trail.separate_axis
     restorer = MaskRestorer(trail, values, axis=axis, regions=regions is not None, part=part)
@@ -183,17 +212,19 @@ def _predict(
     return restorer.result()
 
 
-def _tiled_part(preparation: Preparation, tiling: Tiling, *, inside_body: bool) -> BoundingBox | None:
+def _tiled_part(preparation: Preparation, tiling: Tiling, model: Model) -> BoundingBox | None:
     """The part of the prepared grid that tiles are run on; None where there is no body."""
     shape = preparation.trail.shape
     if not preparation.has_body:
         return None
-    if not inside_body:
-        return BoundingBox.whole(shape)
-    box = preparation.body_box()
+    inside_body = model.bundle.recipe.infer.inside == "body"
+    box = preparation.body_box() if inside_body else BoundingBox.whole(shape)
     if box is None:
         return None
-    # The mirror image goes on from the faces of this part, so the body stays as far from them as from those of the scan.
+    region = _region(preparation, model)
+    if region is not None:  # where nothing was found, or only outside the body, nothing is left out
+        box = box.intersection(region) or box
+    # The mirror image goes on from the faces of this part, so what is in it stays as far from them as from those of the scan.
     margin = tiling.margin
     ends = [
         widest(max(0, start - margin), min(n, stop + margin), n, patch, tiling.overlap)
@@ -201,6 +232,25 @@ def _tiled_part(preparation: Preparation, tiling: Tiling, *, inside_body: bool) 
     ]
     (r, r_stop), (a, a_stop), (s, s_stop) = ends
     return BoundingBox((r, a, s), (r_stop, a_stop, s_stop))
+
+
+def _region(preparation: Preparation, model: Model) -> BoundingBox | None:
+    """Where the coarse first pass finds something, with the recipe's margin, on the prepared grid; None where it finds nothing."""
+    roi, coarse = model.bundle.recipe.roi, model.coarse
+    if roi is None or coarse is None:
+        return None
+    whole = preparation.at(coarse.bundle.plan.spacing_mm)
+    tiling = replace(tiling_of(coarse.bundle), empty_level=whole.empty_level)
+    try:
+        found = find_region(
+            whole.planes(thinnest_axis(whole.trail.shape, tiling.patch_shape)), coarse.segmentation, tiling
+        )
+    finally:
+        coarse.segmentation.release()
+    if found is None:
+        return None
+    trail = preparation.trail
+    return scaled_box(found, whole.trail.shape, trail.shape, [roi.margin_mm / mm for mm in trail.spacing_mm])
 
 
 def _present(images: Mapping[str, Volume], wanted: Sequence[str], case_id: str) -> Sequence[str]:

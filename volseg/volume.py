@@ -167,6 +167,14 @@ class BoundingBox:
             stop.append(min(mask.shape[axis], int(filled[-1]) + 1 + margin[axis]))
         return cls((start[0], start[1], start[2]), (stop[0], stop[1], stop[2]))
 
+    def intersection(self, other: BoundingBox) -> BoundingBox | None:
+        """The voxels that lie in both; None where none does."""
+        i, j, k = (max(a, b) for a, b in zip(self.start, other.start))
+        i_stop, j_stop, k_stop = (min(a, b) for a, b in zip(self.stop, other.stop))
+        if i >= i_stop or j >= j_stop or k >= k_stop:
+            return None
+        return BoundingBox((i, j, k), (i_stop, j_stop, k_stop))
+
     @property
     def shape(self) -> tuple[int, int, int]:
         i, j, k = (b - a for a, b in zip(self.start, self.stop))

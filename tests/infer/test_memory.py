@@ -8,7 +8,7 @@ from laws import oblique
 
 from volseg.bundle import load_bundle
 from volseg.errors import ScanError
-from volseg.infer.memory import ScanHeader, network_bytes, parse_bytes, plan_memory
+from volseg.infer.memory import NetworkPass, ScanHeader, network_bytes, parse_bytes, plan_memory
 from volseg.segment import tiling_of
 from volseg.volume import Geometry
 
@@ -21,9 +21,10 @@ def bundle(model):
 def plan_for(bundle, shape, max_ram=None, network=100 << 20, backend="torch"):
     header = ScanHeader(geometry=Geometry(shape, oblique((0.8, 0.8, 1.5))), itemsize=2)
     settings = bundle.plan.prepare_settings(bundle.recipe.preprocess, bundle.recipe.data.channels)
-    return plan_memory(
-        header, bundle, tiling_of(bundle), settings, backend=backend, network_bytes=network, max_ram=max_ram
+    run = NetworkPass(
+        bundle=bundle, tiling=tiling_of(bundle), settings=settings, backend=backend, network_bytes=network
     )
+    return plan_memory(header, run, max_ram=max_ram)
 
 
 def test_only_scan_and_masks_grow_with_the_number_of_slices(bundle):
@@ -64,6 +65,30 @@ def test_the_network_takes_what_its_layers_hold_at_the_worst_moment(bundle):
     r, a, s = bundle.plan.patch_shape
     twice = replace(bundle, plan=bundle.plan.model_copy(update={"patch_shape": (2 * r, a, s)}))
     assert network_bytes(twice) == pytest.approx(2 * once, rel=0.02)
+
+
+def test_two_passes_follow_each_other_so_the_larger_one_counts(bundle):
+    header = ScanHeader(geometry=Geometry((256, 256, 200), oblique((0.8, 0.8, 1.5))), itemsize=2)
+
+    def run(spacing_mm, network):
+        plan = bundle.plan.model_copy(update={"spacing_mm": spacing_mm})
+        settings = plan.prepare_settings(bundle.recipe.preprocess, bundle.recipe.data.channels)
+        return NetworkPass(
+            bundle=replace(bundle, plan=plan),
+            tiling=tiling_of(bundle),
+            settings=settings,
+            backend="torch",
+            network_bytes=network,
+        )
+
+    fine = run((1.0, 1.0, 1.0), 100 << 20)
+    alone = plan_memory(header, fine).footprint
+    small = plan_memory(header, fine, coarse=run((4.0, 4.0, 4.0), 50 << 20)).footprint
+    large = plan_memory(header, fine, coarse=run((4.0, 4.0, 4.0), 400 << 20)).footprint
+    assert replace(small, process=0) == replace(alone, process=0)
+    assert large.network > alone.network + (500 << 20)
+    assert large.stream < alone.stream
+    assert (large.scans, large.masks, large.labelling) == (alone.scans, alone.masks, alone.labelling)
 
 
 @pytest.mark.parametrize(("text", "size"), [("4G", 4 << 30), ("500m", 500 << 20), ("1.5G", 3 << 29), ("4096", 4096)])

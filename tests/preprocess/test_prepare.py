@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import settings as settings_of_test
 from hypothesis import strategies as st
-from laws import GRIDS, ball, grid_around, oblique, orientations
+from laws import GRIDS, ball, grid_around, oblique, orientations, ras
 
 from volseg.errors import ScanError
 from volseg.preprocess.crop import to_canonical
@@ -245,3 +245,20 @@ def test_a_part_of_the_grid_gives_what_the_whole_gives_there_and_background_else
         inside &= covered.reshape([-1 if axis == n else 1 for axis in range(3)])
     assert not mask[~inside].any()
     assert np.count_nonzero(mask[inside] != expected[inside]) <= 1 + 0.001 * mask.size
+
+
+@pytest.mark.parametrize("turned", [ras, oblique])
+def test_the_same_scan_on_a_coarser_grid_is_what_preparing_it_at_that_spacing_gives(turned):
+    geometry = Geometry((25, 30, 16), turned((0.9, 1.1, 2.5)))
+    scan = Volume(np.random.default_rng(0).integers(-1000, 400, geometry.shape).astype(np.int16), geometry)
+    coarse_mm = (3.0, 4.0, 5.0)
+    fine = Preparation({"ct": scan}, settings(interpolation="cubic", separate_above=2.0))
+    expected = prepare({"ct": scan}, settings(spacing_mm=coarse_mm, interpolation="linear", separate_above=None))
+    coarse = fine.at(coarse_mm)
+    assert coarse.trail == expected.trail
+    planes = coarse.planes(2)
+    np.testing.assert_allclose(planes.read(0, planes.shape[2]), expected.array, atol=1e-5)
+    extent = np.array(coarse.trail.shape) * coarse.trail.spacing_mm
+    np.testing.assert_allclose(extent, np.array(fine.trail.shape) * fine.trail.spacing_mm)
+    np.testing.assert_allclose(extent, np.array(fine.trail.box.shape) * np.array([0.9, 1.1, 2.5]), rtol=1e-6)
+    assert fine.trail.separate_axis == 2  # as it was before

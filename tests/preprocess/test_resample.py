@@ -5,7 +5,14 @@ from hypothesis import strategies as st
 from laws import GRIDS, ball, ball_volume_mm3, grid_around, oblique
 from scipy import ndimage
 
-from volseg.preprocess.resample import positions, resample, resample_mask, resampled_geometry, resampled_shape
+from volseg.preprocess.resample import (
+    coarsened_mask,
+    positions,
+    resample,
+    resample_mask,
+    resampled_geometry,
+    resampled_shape,
+)
 from volseg.volume import Geometry
 
 SHAPES = st.tuples(*[st.integers(1, 24)] * 3)
@@ -93,3 +100,18 @@ def test_positions_stay_inside_and_weigh_the_upper_neighbour():
     np.testing.assert_array_equal(lower, [0, 0, 0, 1, 1, 2, 2, 3])
     np.testing.assert_array_equal(upper, [0, 1, 1, 2, 2, 3, 3, 3])
     np.testing.assert_allclose(weight, [0, 0.25, 0.75, 0.25, 0.75, 0.25, 0.75, 0])
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.tuples(*[st.integers(1, 12)] * 3), st.tuples(*[st.integers(1, 12)] * 3))
+def test_a_coarse_cell_is_labelled_where_it_holds_a_label_and_only_there(shape, wanted):
+    mask = (np.random.default_rng(sum(shape)).random(shape) < 0.05).astype(np.uint8) * 3
+    found = coarsened_mask(mask, wanted)
+    assert found.shape == wanted
+    for cell in np.ndindex(*wanted):
+        parts = []
+        for index, n, m in zip(cell, shape, wanted, strict=True):
+            nearest = int((index + 0.5) * n / m)
+            parts.append(slice(index * n // m, -(-(index + 1) * n // m)) if m < n else slice(nearest, nearest + 1))
+        assert found[cell] == bool(mask[tuple(parts)].any())
+    assert not mask.any() or found.any()

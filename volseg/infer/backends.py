@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import os
 import sys
 import tempfile
@@ -154,6 +155,11 @@ class OpenVINOBackend:
             for start in range(0, len(batch), self._shape[0]):
                 self._run(batch[start : start + self._shape[0]], found[start : start + self._shape[0]])
             return found
+
+    @property
+    def patch_bytes(self) -> int:
+        """Of the tensors alive at the worst moment of one patch's way through the network."""
+        return _live_bytes(self._model) // self._shape[0]
 
     def release(self) -> None:
         self._request = None
@@ -385,6 +391,29 @@ def split_joined_convolutions(model: openvino.Model) -> None:
     model.validate_nodes_and_infer_types()
 
 
+def _live_bytes(model: openvino.Model) -> int:
+    """Bytes of the tensors alive at the worst moment, when the operations of a model of static shape run one after the other."""
+    operations = model.get_ordered_ops()
+    last: dict[tuple[str, int], int] = {}
+    for index, operation in enumerate(operations):
+        for source in operation.input_values():
+            last[source.get_node().get_name(), source.get_index()] = index
+    now = peak = 0
+    held: dict[tuple[str, int], int] = {}
+    for index, operation in enumerate(operations):
+        for output in () if operation.get_type_name() == "Constant" else operation.outputs():
+            key = (operation.get_name(), output.get_index())
+            if key in last and output.get_partial_shape().is_static:
+                held[key] = math.prod(output.get_shape()) * output.get_element_type().size
+                now += held[key]
+        peak = max(peak, now)
+        for source in operation.input_values():
+            key = (source.get_node().get_name(), source.get_index())
+            if last[key] == index:
+                now -= held.pop(key, 0)
+    return peak
+
+
 def _example(network: nn.Module, batch_shape: Sequence[int]) -> tuple[torch.Tensor, np.ndarray]:
     """A batch of one small patch that the network can take, and its logits; a whole patch where it must be."""
     patch = tuple(batch_shape[2:])
@@ -401,7 +430,7 @@ def _example(network: nn.Module, batch_shape: Sequence[int]) -> tuple[torch.Tens
 
 
 def export_bundle(bundle: ModelBundle, folder: Path) -> None:
-    """Put OpenVINO's files of the segmentation network into the bundle's folder, so that inference need not convert it.
+    """Put OpenVINO's files of the 3D networks into the bundle's folder, so that inference need not convert them.
 
     Does nothing where OpenVINO is not installed or cannot take the network: inference finds out and says so.
     """
@@ -411,6 +440,8 @@ def export_bundle(bundle: ModelBundle, folder: Path) -> None:
         for name in bundle.members:
             model = convert(bundle.member(name), usual_batch_shape(bundle))
             write_exported(model, folder, f"{name}.fp32", {"model_sha256": bundle.sha256})
+    if bundle.coarse is not None:
+        export_bundle(bundle.coarse, folder)
 
 
 def usual_batch_shape(bundle: ModelBundle) -> tuple[int, ...]:

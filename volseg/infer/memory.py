@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from volseg.preprocess.resample import resampled_shape
 from volseg.volume import Geometry
 
 # Measured with benchmarks/memory.py: what a backend takes of the tensors that are alive at the worst moment, and beside them.
-OVERHEAD = {"openvino": 1.2, "torch": 2.3, "cuda": 1.3}  # torch on a CPU keeps freed blocks for speed
+OVERHEAD = {"openvino": 1.05, "torch": 2.3, "cuda": 1.3}  # torch on a CPU keeps freed blocks for speed
 WORKSPACE = 150 << 20
 LESION_SHARE = 0.25  # of a scan that the box of all lesions is taken to fill at most
 LABELLING_BYTES = 16  # per voxel of that box
@@ -78,31 +78,40 @@ class ScanHeader:
     itemsize: int
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class NetworkPass:
+    """A bundle's network run over a scan: on which grid, in which tiles, by which backend. `network_bytes` is that function's."""
+
+    bundle: ModelBundle
+    tiling: Tiling
+    settings: PrepareSettings
+    backend: str
+    network_bytes: int
+
+
 def plan_memory(
     header: ScanHeader,
-    bundle: ModelBundle,
-    tiling: Tiling,
-    settings: PrepareSettings,
+    fine: NetworkPass,
     *,
-    backend: str,
-    network_bytes: int,
+    coarse: NetworkPass | None = None,
     is_alone: bool = False,
     max_ram: int | None = None,
 ) -> MemoryPlan:
     """The fastest way to segment a scan within a budget of bytes; the first of these that fits: all at its best; without
     reading ahead; logits blended in float16. A scan that `is_alone` has no next one to read.
 
+    Args:
+        coarse: a first pass, whose memory is free again when the other begins.
+
     Raises:
         ScanError: none fits; says what would.
     """
     give_back_freed_memory()
     process = resident_bytes()
-    shape = _prepared_grid(header.geometry, settings)[1]
+    shape = _prepared_grid(header.geometry, fine.settings)[1]
     plans = []
     for read_ahead, half_logits in ((True, False), (False, False), (False, True))[1 if is_alone else 0 :]:
-        footprint = _footprint(
-            header, bundle, tiling, settings, process, backend, network_bytes, read_ahead=read_ahead, half=half_logits
-        )
+        footprint = _footprint(header, fine, coarse, process, read_ahead=read_ahead, half=half_logits)
         plan = MemoryPlan(footprint=footprint, half_logits=half_logits, read_ahead=read_ahead, shape=shape)
         if max_ram is None or footprint.total <= max_ram:
             return plan
@@ -131,43 +140,60 @@ def check_gpu_memory(network_bytes: int, *, batch_size: int, is_half: bool, max_
 
 
 def _footprint(
-    header: ScanHeader,
-    bundle: ModelBundle,
-    tiling: Tiling,
-    settings: PrepareSettings,
-    process: int,
-    backend: str,
-    network_bytes: int,
-    *,
-    read_ahead: bool,
-    half: bool,
+    header: ScanHeader, fine: NetworkPass, coarse: NetworkPass | None, process: int, *, read_ahead: bool, half: bool
 ) -> Footprint:
-    geometry, shape = _prepared_grid(header.geometry, settings)
+    voxels = math.prod(header.geometry.shape)
+    label_bytes = 1 if max(fine.bundle.recipe.data.labels.values()) < 256 else 2
+    needs_body = any(getattr(normaliser, "region", "") == "nonzero" for normaliser in fine.settings.normalisers)
+    passes = [_pass_bytes(header.geometry, fine, half=half)]
+    if coarse is not None:  # looks only for a box: nothing goes back to the scan's grid
+        passes.append(replace(_pass_bytes(header.geometry, coarse, half=False), restore=0))
+    larger = max(passes, key=lambda each: each.total)
+    return Footprint(
+        process=process,
+        scans=voxels * header.itemsize * (3 if read_ahead else 1),
+        masks=voxels * (label_bytes + 1 + 2) * (2 if read_ahead else 1) + (3 * voxels if needs_body else 0),
+        network=larger.network,
+        stream=larger.stream,
+        restore=larger.restore,
+        labelling=round(LESION_SHARE * LABELLING_BYTES * voxels),
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _PassBytes:
+    """As in `Footprint`, of one of two passes."""
+
+    network: int
+    stream: int
+    restore: int
+
+    @property
+    def total(self) -> int:
+        return self.network + self.stream + self.restore
+
+
+def _pass_bytes(grid: Geometry, run: NetworkPass, *, half: bool) -> _PassBytes:
+    settings, tiling, data = run.settings, run.tiling, run.bundle.recipe.data
+    geometry, shape = _prepared_grid(grid, settings)
     axis = separate_axis(geometry.spacing_mm, settings.spacing_mm, settings.separate_above)
     axis = thinnest_axis(shape, tiling.patch_shape) if axis is None else axis
     padded = [len(tiled.source) for tiled in tiling.axes(shape)]
     plane = math.prod(n for other, n in enumerate(padded) if other != axis)
     depth = tiling.patch_shape[axis]
-    channels, classes = len(bundle.recipe.data.channels), bundle.recipe.data.n_outputs
+    channels, classes = len(data.channels), data.n_outputs
     # Source planes of one layer, resampled within the plane, and the layer itself before and after new planes join it.
     source_planes = depth * max(1.0, geometry.shape[axis] / shape[axis]) + 2
     window = 4 * channels * plane * (2 * source_planes + 3 * depth)
-    voxels = math.prod(header.geometry.shape)
-    label_bytes = 1 if max(bundle.recipe.data.labels.values()) < 256 else 2
-    members = len(bundle.members)
+    members = len(run.bundle.members)
     summed = 2 if tiling.mirror_axes or members > 1 else 1
     logits = 4 * classes * tiling.batch_size * math.prod(tiling.patch_shape) * summed
     # A network that OpenVINO compiled keeps its memory until the scan is done.
-    activations = network_bytes * tiling.batch_size * (members if backend == "openvino" else 1)
-    needs_body = any(getattr(normaliser, "region", "") == "nonzero" for normaliser in settings.normalisers)
-    return Footprint(
-        process=process,
-        scans=voxels * header.itemsize * (3 if read_ahead else 1),
-        masks=voxels * (label_bytes + 1 + 2) * (2 if read_ahead else 1) + (3 * voxels if needs_body else 0),
-        network=round(activations * OVERHEAD[backend]) + logits + WORKSPACE,
+    activations = run.network_bytes * tiling.batch_size * (members if run.backend == "openvino" else 1)
+    return _PassBytes(
+        network=round(activations * OVERHEAD[run.backend]) + logits + WORKSPACE,
         stream=round(window + (2 if half else 4) * classes * plane * depth),
         restore=40 * max(SLAB_VOXELS, math.prod(geometry.shape) // geometry.shape[axis]) + 4 * classes * 3 * plane,
-        labelling=round(LESION_SHARE * LABELLING_BYTES * voxels),
     )
 
 

@@ -49,8 +49,11 @@ def build_classifier(settings: Classify) -> nn.Module:
     )
 
 
-def check_networks(recipe: Recipe) -> None:
+def check_networks(recipe: Recipe, *, section: str = "train") -> None:
     """Build the recipe's networks once and see that the patch can be halved as often as the 3D one halves it.
+
+    Args:
+        section: where the patch stands, for the error message.
 
     Raises:
         VolsegError: a network cannot be built, or the patch does not fit its strides.
@@ -60,12 +63,14 @@ def check_networks(recipe: Recipe) -> None:
     for axis, (voxels, *steps) in enumerate(zip(recipe.train.patch_shape, *strides, strict=True)):
         if voxels % math.prod(steps):
             raise VolsegError(
-                f"patch_shape has {voxels} voxels along {'RAS'[axis]}, which the strides divide by {math.prod(steps)}",
+                f"{section}.patch_shape has {voxels} voxels along {'RAS'[axis]}, which the strides divide by {math.prod(steps)}",
                 fix=f"make it a multiple of {math.prod(steps)}",
                 code="E_RECIPE",
             )
     if recipe.classify is not None:
         build_classifier(recipe.classify)
+    if recipe.coarse is not None:
+        check_networks(recipe.coarse, section="roi.train")
 
 
 def weights_of(network: nn.Module) -> dict[str, torch.Tensor]:

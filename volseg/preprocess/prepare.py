@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from copy import copy
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
@@ -74,6 +75,18 @@ class Trail:
     shape: tuple[int, int, int]
     separate_axis: int | None = None  # of the prepared axes: takes the nearest plane instead of interpolating
 
+    @property
+    def cropped(self) -> Geometry:
+        """The scan's own grid inside the box, along the prepared axes."""
+        return canonical_geometry(self.geometry, self.order).crop(self.box)
+
+    @property
+    def spacing_mm(self) -> tuple[float, float, float]:
+        """Of the prepared grid along its axes: what was asked for, but for a whole number of voxels."""
+        own = self.cropped
+        r, a, s = (mm * n / m for mm, n, m in zip(own.spacing_mm, own.shape, self.shape, strict=True))
+        return r, a, s
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Prepared:
@@ -136,6 +149,15 @@ class Preparation:
         axis = slowest_axis(self._views[0]) if axis is None else axis
         channels = [self._channel(index, axis) for index in range(len(self._views))]
         return PreparedPlanes(self.trail.shape, channels, part)
+
+    def at(self, spacing_mm: tuple[float, float, float]) -> Preparation:
+        """The same scan on a grid of another spacing, resampled linearly; box and normalisation stay those of this one."""
+        _ = self._scalings, self._nonzero  # looked for once, on this grid, for both
+        other = copy(self)
+        other._settings = replace(self._settings, spacing_mm=spacing_mm, interpolation="linear", separate_above=None)
+        shape = resampled_shape(self.trail.cropped, spacing_mm)
+        other.trail = replace(self.trail, shape=shape, separate_axis=None)
+        return other
 
     def body_box(self) -> BoundingBox | None:
         """The box of the body on the prepared grid, by the first channel; None where there is none."""

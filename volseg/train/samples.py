@@ -8,6 +8,8 @@ import numpy as np
 
 from volseg.io.prepared import PreparedCase
 
+FOREGROUND_PER_LABEL = 4000  # voxels kept per case and label on which patches are centred
+
 
 def sample_batch(
     cases: Sequence[PreparedCase],
@@ -38,6 +40,14 @@ def cut_patch(array: np.ndarray, start: tuple[int, int, int], patch_shape: tuple
     target = [slice(part.start - a, part.stop - a) for part, a in zip(inside, start, strict=True)]
     patch[(slice(None), *target)] = array[(slice(None), *inside)]
     return patch
+
+
+def sample_voxels(inside: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """(n, 3) int16 voxels of a mask, at most `FOREGROUND_PER_LABEL` of them."""
+    flat = np.flatnonzero(inside)
+    if flat.size > FOREGROUND_PER_LABEL:
+        flat = rng.choice(flat, FOREGROUND_PER_LABEL, replace=False)
+    return np.stack(np.unravel_index(flat, inside.shape), axis=1).astype(np.int16)
 
 
 def _place(

@@ -31,6 +31,8 @@ def check(path: Path | str) -> list[dict[str, str]]:
 
             bundle = load_bundle(path)
             bundle.segmentation_networks()
+            if bundle.coarse is not None:
+                bundle.coarse.segmentation_networks()
             bundle.classifier_network()
         elif (path / PREPARED_FILE).is_file():
             raise VolsegError(

@@ -62,7 +62,8 @@ def infer(
         backend: auto, torch or openvino. precision: auto, fp32, fp16 or int8 (see `choose_backend`).
         overlap: of tiles, a fraction of a patch; None for the recipe's.
         mirroring: False leaves out the mirrored copies over which the recipe averages.
-        inside: `scan` or `body`, where tiles are run; None for the recipe's.
+        inside: `scan` or `body`, where tiles are run; None for the recipe's choice, which may be the region that a coarse first pass
+            finds. Either word leaves that pass out.
         fast: resample linearly where the recipe says cubic.
         max_ram: budget of main memory, such as `4G` or a number of bytes; None for none. A scan that cannot be segmented within it is a
             failed row that says what would do.
@@ -147,13 +148,15 @@ def _plan_memory(
     cases: Sequence[Case], model: Model, max_ram: int | None, max_vram: int | None, announce: Callable[[str], None]
 ) -> dict[str, MemoryPlan | VolsegError | None]:
     """How each case fits into memory, or why it does not; None where its header cannot be read, which reading will say."""
-    from volseg.infer.memory import check_gpu_memory, network_bytes
-    from volseg.segment import plan_case_memory
+    from volseg.infer.memory import check_gpu_memory
+    from volseg.segment import patch_bytes, plan_case_memory
 
-    needed = network_bytes(model.bundle)
+    needed = patch_bytes(model)
+    coarse_needed = 0 if model.coarse is None else patch_bytes(model.coarse)
     if max_vram is not None and model.device != "cpu":
         is_half = model.segmentation.identity["precision"] == "fp16"
         check_gpu_memory(needed, batch_size=model.bundle.recipe.infer.batch_size, is_half=is_half, max_vram=max_vram)
+        check_gpu_memory(coarse_needed, batch_size=1, is_half=is_half, max_vram=max_vram)
     plans: dict[str, MemoryPlan | VolsegError | None] = {}
     for case in cases:
         try:
@@ -164,7 +167,13 @@ def _plan_memory(
         itemsize = sum(header.dtype.itemsize for header in headers)
         try:
             plans[case.id] = plan_case_memory(
-                headers[0].geometry, itemsize, model, needed, max_ram, is_alone=len(cases) == 1
+                headers[0].geometry,
+                itemsize,
+                model,
+                needed,
+                max_ram,
+                coarse_needed=coarse_needed,
+                is_alone=len(cases) == 1,
             )
         except ScanError as error:
             plans[case.id] = error
@@ -183,7 +192,8 @@ def _cost_of_tiles(shape: tuple[int, int, int], model: Model) -> str:
     tiling, axes = tiling_of(model.bundle), model.bundle.recipe.infer.mirror_axes
     n, least = tiling.count(shape), replace(tiling, overlap=0).count(shape)
     patch = " × ".join(str(length) for length in tiling.patch_shape)
-    parts = [f"tiles: at most {n} of {patch} voxels"]
+    coarse = "" if model.coarse is None else " after a coarse first pass (--inside scan: without it, all of them)"
+    parts = [f"tiles: at most {n} of {patch} voxels{coarse}"]
     if least < n:
         parts.append(f"{least} without overlap (--overlap 0)")
     if axes:
@@ -206,15 +216,17 @@ def _changes(
         "preprocess.interpolation": "linear" if fast else recipe.preprocess.interpolation,
     }
     found = recipe.model_dump()
-    return {key: value for key, value in wanted.items() if found[key.split(".")[0]][key.split(".")[1]] != value}
+    changes = {key: value for key, value in wanted.items() if found[key.split(".")[0]][key.split(".")[1]] != value}
+    # Who says where tiles are run wants them there, not in what a first pass finds.
+    return changes | ({"roi": None} if inside is not None and recipe.roi is not None else {})
 
 
 def _changed(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
     """The recipe with other values, checked like one from a file."""
     content = recipe.model_dump()
     for key, value in changes.items():
-        section, name = key.split(".")
-        content[section][name] = value
+        *section, name = key.split(".")
+        (content[section[0]] if section else content)[name] = value
     return parse_recipe(content, where="the options of infer") if changes else recipe
 
 

@@ -22,6 +22,7 @@ from volseg.postprocess.lesions import label_lesions
 from volseg.recipe import Recipe, load_recipe
 from volseg.report.results import RECORDS, held
 from volseg.report.tables import write_table
+from volseg.train.samples import sample_voxels
 from volseg.volume import Volume
 from volseg.workflows.batch import Progress, RunReport, check_pair, input_key, reason_of, silent
 
@@ -30,7 +31,6 @@ if TYPE_CHECKING:  # torch takes seconds to import; only a workflow that needs i
 
 PREPARED_FILE = "prepared.json"
 SPLITS = ("train", "val", "test")
-FOREGROUND_PER_LABEL = 4000  # voxels kept per case and label on which training patches are centred
 
 
 def preprocess(
@@ -230,14 +230,6 @@ def _prepare_case(case: Case, recipe: Recipe, plan: Plan, folder: Path, key: str
         "shape": list(mask.shape),
     }
     write_prepared_case(folder, PreparedCase(case.id, prepared.array, mask, foreground, slices, record))
-
-
-def sample_voxels(inside: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """(n, 3) int16 voxels of a mask, at most `FOREGROUND_PER_LABEL` of them."""
-    flat = np.flatnonzero(inside)
-    if flat.size > FOREGROUND_PER_LABEL:
-        flat = rng.choice(flat, FOREGROUND_PER_LABEL, replace=False)
-    return np.stack(np.unravel_index(flat, inside.shape), axis=1).astype(np.int16)
 
 
 def _class_of(case: Case, recipe: Recipe) -> str | None:

@@ -6,6 +6,8 @@ import json
 import shutil
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +28,7 @@ if TYPE_CHECKING:  # torch takes seconds to import; only a workflow that needs i
 
 N_FOLDS = 5
 WORK_FOLDER = ".training"  # inside a model folder while it is being trained
+ROI_FOLDER = "roi"  # inside that one: cases and checkpoints of the coarse first pass
 
 
 def train(
@@ -47,7 +50,8 @@ def train(
 
     Args:
         recipe: needed for a dataset; a prepared folder brings its own, whose training settings another one may replace.
-        time_budget_seconds: of the whole call, preparation and classifier included.
+        time_budget_seconds: of the whole call, preparation, first pass and classifier included.
+        epochs, patience: in place of the recipe's, and of those of its first pass.
         resume: go on from the last epoch of an interrupted run in `out`.
         init: a model folder whose weights to start from, where their names and shapes agree.
         fold: 0 to 4: validate on this fifth of the patients and train on the others, whatever the dataset's train and val.
@@ -57,10 +61,11 @@ def train(
     """
     started = time.monotonic()
     keep_freed_memory()
-    from volseg.bundle import ModelBundle, load_bundle, save_bundle
+    from volseg.bundle import ROI, ModelBundle, load_bundle, save_bundle
     from volseg.infer.backends import choose_device, export_bundle
     from volseg.models import check_networks
     from volseg.train.loop import Epoch, RunSettings, train_segmentation
+    from volseg.train.roi import train_roi
 
     dataset, out = Path(dataset), Path(out)
     work = out / WORK_FOLDER
@@ -86,41 +91,67 @@ def train(
                 fix="run `volseg preprocess` first and train from the prepared folder, or give more time",
                 code="E_BUDGET",
             )
-        share = chosen.classify.time_share if chosen.classify is not None else 0.0
+
+        def seconds_left(kept: float = 0.0) -> float | None:
+            """Of the budget, less what is kept for later."""
+            if time_budget_seconds is None:
+                return None
+            return max(1.0, time_budget_seconds - (time.monotonic() - started) - kept)
+
+        for_classifier = 0.0 if left is None or chosen.classify is None else left * chosen.classify.time_share
         settings = RunSettings(
             device=choose_device(device),
             seed=seed,
             epochs=epochs or chosen.train.epochs,
             patience=patience or chosen.train.patience,
-            seconds=None if left is None else left * (1 - share),
         )
+        initial = {} if init is None else load_bundle(Path(init)).weights
+        weights: dict[str, Mapping[str, Any]] = {}
+        metrics: dict[str, Any] = {}
 
-        def show(epoch: Epoch, done: float) -> None:
+        def show(stage: str, epoch: Epoch, done: float) -> None:
             progress(
-                "Training",
+                stage,
                 done,
                 f"epoch {epoch.epoch}, loss {epoch.loss:.3f}, validation Dice {epoch.validation_dice:.3f}",
             )
 
+        if chosen.roi is not None:  # first: it is soon done, and what is wrong with the data shows here as well
+            first_pass = train_roi(
+                training,
+                validation,
+                chosen,
+                plan,
+                replace(
+                    settings,
+                    epochs=epochs or chosen.roi.train.epochs,
+                    patience=patience or chosen.roi.train.patience,
+                    seconds=None if left is None else left * chosen.roi.time_share,
+                ),
+                folder=work / ROI_FOLDER,
+                resume=resume,
+                initial=initial.get(ROI, {}),
+                report=partial(show, "Training the first pass"),
+            )
+            weights[ROI] = first_pass.weights
+            metrics = {f"roi_{name}": value for name, value in first_pass.metrics.items()}
+            write_table(out / "history_roi.csv", Epoch, first_pass.history)
         trained = train_segmentation(
             training,
             validation,
             chosen,
             plan,
-            settings,
+            replace(settings, seconds=seconds_left(for_classifier)),
             checkpoints=work,
             resume=resume,
-            initial={} if init is None else load_bundle(Path(init)).weights["segmentation"],
-            report=show,
+            initial=initial.get("segmentation", {}),
+            report=partial(show, "Training"),
         )
-        weights: dict[str, Mapping[str, Any]] = {"segmentation": trained.weights}
-        metrics = dict(trained.metrics)
+        weights["segmentation"] = trained.weights
+        metrics = dict(trained.metrics) | metrics
         if chosen.classify is not None:
-            seconds = None
-            if time_budget_seconds is not None:
-                seconds = max(1.0, time_budget_seconds - (time.monotonic() - started))
             classifier, found = _train_classifier(
-                training, validation, chosen, settings.device, seed, seconds, progress
+                training, validation, chosen, settings.device, seed, seconds_left(), progress
             )
             metrics |= found
             if classifier is not None:
@@ -139,7 +170,7 @@ def _check_unfinished(out: Path, work: Path, resume: bool) -> None:
         raise VolsegError(
             f"{out}: holds a finished model", fix="give another --out, or delete it first", code="E_EXISTS"
         )
-    if (work / "last.safetensors").exists() and not resume:
+    if any((folder / "last.safetensors").exists() for folder in (work, work / ROI_FOLDER)) and not resume:
         raise VolsegError(
             f"{out}: holds an interrupted training run",
             fix="add --resume to go on, or delete the folder",

@@ -1,0 +1,113 @@
+"""Train the coarse first pass, with the one training loop, on the same cases at its spacing."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from volseg.infer.backends import TorchBackend
+from volseg.infer.roi import find_region, scaled_box
+from volseg.infer.stream import ArrayPlanes, Tiling
+from volseg.io.prepared import PreparedCase, is_prepared, read_prepared_case, write_prepared_case
+from volseg.models import build_segmentation, set_weights
+from volseg.plan import Plan
+from volseg.preprocess.resample import coarsened_mask, resample
+from volseg.recipe import Recipe
+from volseg.train.loop import Epoch, RunSettings, Trained, train_segmentation
+from volseg.train.samples import sample_voxels
+
+
+def train_roi(
+    training: Sequence[PreparedCase],
+    validation: Sequence[PreparedCase],
+    recipe: Recipe,
+    plan: Plan,
+    settings: RunSettings,
+    *,
+    folder: Path,
+    resume: bool,
+    initial: Mapping[str, torch.Tensor],
+    report: Callable[[Epoch, float], None],
+) -> Trained:
+    """Train the network of the recipe's first pass: any label against the background.
+
+    The metrics also say what it costs and saves on the validation cases: the mean share of a case's labelled voxels that lie in the region, and the
+    mean share of a scan that the region is.
+
+    Args:
+        training, validation, plan: of the fine pass. folder: for the coarse cases and the checkpoints.
+        settings, resume, initial, report: as in `train_segmentation`.
+    """
+    coarse = recipe.coarse
+    assert recipe.roi is not None and coarse is not None
+    coarse_plan = plan.coarse(recipe.roi)
+    kept = partial(
+        _kept, spacing_mm=plan.spacing_mm, coarse_mm=coarse_plan.spacing_mm, folder=folder, seed=settings.seed
+    )
+    coarse_validation = [kept(case) for case in validation]
+    trained = train_segmentation(
+        [kept(case) for case in training],
+        coarse_validation,
+        coarse,
+        coarse_plan,
+        settings,
+        checkpoints=folder,
+        resume=resume,
+        initial=initial,
+        report=report,
+    )
+    backend = TorchBackend(set_weights(build_segmentation(coarse), trained.weights), settings.device)
+    tiling = Tiling(patch_shape=coarse_plan.patch_shape, overlap=coarse.infer.overlap)
+    margin = [recipe.roi.margin_mm / mm for mm in plan.spacing_mm]
+    shares = []
+    for fine, small in zip(validation, coarse_validation, strict=True):
+        found = find_region(ArrayPlanes(np.asarray(small.image)), backend, tiling)
+        box = None if found is None else scaled_box(found, small.mask.shape, fine.mask.shape, margin)
+        shares.append(_shares(fine.mask, fine.mask if box is None else fine.mask[box.slices]))
+    inside = [share for share, _ in shares if share is not None]
+    metrics = dict(trained.metrics) | {"validation_share_of_scan": round(float(np.mean([s for _, s in shares])), 4)}
+    if inside:
+        metrics["validation_labels_inside"] = round(float(np.mean(inside)), 4)
+    return replace(trained, metrics=metrics)
+
+
+def coarse_case(
+    case: PreparedCase, spacing_mm: Sequence[float], coarse_mm: Sequence[float], rng: np.random.Generator
+) -> PreparedCase:
+    """A prepared case on a coarser grid over the same field of view, with every label as class 1.
+
+    Args:
+        spacing_mm, coarse_mm: along R, A, S, of the case and of the one to make.
+        rng: draws the voxels on which patches are centred.
+    """
+    sizes = zip(case.mask.shape, spacing_mm, coarse_mm, strict=True)
+    r, a, s = (max(1, round(n * fine / coarse)) for n, fine, coarse in sizes)
+    # Copied channel by channel: torch does not take what is mapped read-only from the disk.
+    image = np.stack([resample(np.array(channel), (r, a, s)) for channel in case.image])
+    mask = coarsened_mask(case.mask, (r, a, s))
+    return PreparedCase(case.id, image, mask, {1: sample_voxels(mask == 1, rng)}, None, case.record)
+
+
+def _kept(
+    case: PreparedCase, *, spacing_mm: Sequence[float], coarse_mm: Sequence[float], folder: Path, seed: int
+) -> PreparedCase:
+    """`coarse_case`, kept in a folder and made only once."""
+    key = hashlib.sha256(json.dumps([case.record["key"], spacing_mm, coarse_mm, seed]).encode()).hexdigest()
+    folder = folder / "cases"
+    if not is_prepared(folder, case.id, key):
+        made = coarse_case(case, spacing_mm, coarse_mm, np.random.default_rng([seed, int(key[:8], 16)]))
+        write_prepared_case(folder, replace(made, record=dict(case.record) | {"key": key}))
+    return read_prepared_case(folder, case.id)
+
+
+def _shares(mask: np.ndarray, part: np.ndarray) -> tuple[float | None, float]:
+    """Of the labelled voxels of the mask (None where there are none) and of all its voxels, the share in a part of it."""
+    labelled = np.count_nonzero(mask)
+    return np.count_nonzero(part) / labelled if labelled else None, part.size / mask.size
