@@ -91,3 +91,17 @@ def orientations(volume: Volume) -> Iterator[tuple[np.ndarray, np.ndarray]]:
             step[source, 3] = volume.array.shape[source] - 1 if flip else 0
         array = volume.array.transpose(axes)[tuple(slice(None, None, -1 if flip else 1) for flip in flips)]
         yield np.asfortranarray(array), volume.geometry.affine @ step
+
+
+class CountingBackend:
+    """A backend that counts the tiles which another one is given."""
+
+    def __init__(self, backend):
+        self._backend, self.tiles = backend, 0
+
+    def logits(self, batch: np.ndarray) -> np.ndarray:
+        self.tiles += len(batch)
+        return self._backend.logits(batch)
+
+    def release(self) -> None:
+        self._backend.release()

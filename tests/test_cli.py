@@ -1,5 +1,7 @@
+import contextlib
 import json
 import os
+import pty
 import re
 import resource
 import signal
@@ -94,6 +96,37 @@ def test_a_model_of_nnunet_is_imported_once_and_refused_in_one_line(tmp_path):
         assert len(done.stderr.strip().splitlines()) == 1
         assert "to fix:" in done.stderr
     assert not (tmp_path / "n").exists()
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs a pseudo-terminal")
+def test_bars_move_by_tiles_on_a_terminal_and_are_not_drawn_into_a_pipe(model, dataset, tmp_path):
+    scans = [dataset / "images" / f"scan_{n}.nii.gz" for n in (6, 7)]
+    piped = run("infer", *scans, "--model", model, "--out", tmp_path / "piped")
+    assert piped.returncode == 0
+    assert [line.split(":")[0] for line in piped.stderr.splitlines()] == ["memory", "tiles"]
+    assert "Segmenting" not in piped.stdout
+    ours, theirs = pty.openpty()
+    with subprocess.Popen(
+        [sys.executable, "-m", "volseg", "infer", *scans, "--model", model, "--out", tmp_path / "shown"],
+        stdout=subprocess.DEVNULL,
+        stderr=theirs,
+        env=os.environ | {"TERM": "xterm", "COLUMNS": "120"},
+    ) as process:
+        os.close(theirs)
+        shown = read_all(ours)
+    assert process.returncode == 0
+    assert re.search(r"Segmenting.*scan_7\s*\n", shown), shown
+    assert re.search(r"Tiles.*scan_7: (\d+) of \1\s*\n", shown), shown
+
+
+def read_all(terminal):
+    """What is written to a terminal until its other side is closed, which Linux reports as an error."""
+    parts = []
+    with contextlib.suppress(OSError):
+        while part := os.read(terminal, 65536):
+            parts.append(part)
+    os.close(terminal)
+    return b"".join(parts).decode()
 
 
 def test_an_output_folder_that_cannot_be_is_exit_code_5(model, dataset, tmp_path):

@@ -1,7 +1,9 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from conftest import write_dataset
-from laws import orientations
+from laws import CountingBackend, oblique, orientations
 
 from volseg.bundle import load_bundle
 from volseg.errors import ScanError
@@ -39,6 +41,39 @@ def test_all_48_orders_of_a_scan_give_the_same_lesion(loaded, dataset):
     for (stored, affine), (mask, _) in pairs[::7]:
         found = segment_case({"ct": Volume(stored, Geometry(stored.shape, affine))}, loaded, case_id="a")
         assert np.count_nonzero(found.mask.array != mask) <= 0.002 * np.count_nonzero(mask)
+
+
+def test_tiles_are_counted_up_to_the_number_that_was_said_before_the_first(loaded):
+    bundle = loaded.bundle
+    # A window that does not clip air, so that air can be told from tissue.
+    seeing = bundle.plan.windows["ct"].model_copy(update={"low": -1100.0})
+    infer = bundle.recipe.infer.model_copy(update={"batch_size": 4})
+    changed = replace(
+        bundle,
+        recipe=bundle.recipe.model_copy(update={"infer": infer}),
+        plan=bundle.plan.model_copy(update={"windows": {"ct": seeing}}),
+    )
+    counting = CountingBackend(loaded.segmentation)
+    array = np.full((60, 48, 40), -1000, np.int16, order="F")
+    array[8:24, 8:24, 8:24] = array[36:52, 24:40, 16:32] = 30  # two pieces of tissue with air between them
+    scan = Volume(array, Geometry(array.shape, oblique((2, 2, 2))))
+    seen = []
+    segment_case(
+        {"ct": scan},
+        replace(loaded, bundle=changed, segmentation=counting),
+        case_id="a",
+        on_tile=lambda *n: seen.append(n),
+    )
+    total = 5 * 3 * 2  # over the tissue's box of 44 × 32 × 24 voxels, in patches of 16 of which half is shared
+    assert seen == [(done, total) for done in range(total + 1)]
+    assert 0 < counting.tiles < total  # those of air are counted, but not run
+
+
+def test_where_there_is_no_body_no_tile_is_counted(loaded):
+    air = Volume(np.full((20, 20, 20), -1000, np.int16, order="F"), Geometry((20, 20, 20), oblique((2, 2, 2))))
+    seen = []
+    segment_case({"ct": air}, loaded, case_id="a", on_tile=lambda *n: seen.append(n))
+    assert seen == []
 
 
 def test_a_missing_channel_is_named(loaded, dataset):

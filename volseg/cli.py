@@ -8,14 +8,13 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from volseg import __version__
@@ -371,17 +370,9 @@ def _terminate(number: int, frame: FrameType | None) -> None:
     raise _TerminatedError
 
 
-@dataclass(slots=True)
-class _Shown:
-    """The bar of the stage that is running."""
-
-    stage: str = ""
-    bar: Any = None
-
-
 @contextmanager
 def _progress() -> Iterator[Callable[[str, float, str], None]]:
-    """A progress callback that draws bars on stderr; nothing where stderr is not a terminal."""
+    """A progress callback that draws a bar per stage on stderr; nothing where stderr is not a terminal."""
     console = Console(stderr=True)
     shape = (
         TextColumn("{task.description}"),
@@ -391,12 +382,14 @@ def _progress() -> Iterator[Callable[[str, float, str], None]]:
         TextColumn("{task.fields[detail]}"),
     )
     with Progress(*shape, console=console, disable=not console.is_terminal) as progress:
-        shown = _Shown()
+        bars: dict[str, TaskID] = {}
 
         def show(stage: str, share: float, detail: str) -> None:
-            if stage != shown.stage:
-                shown.stage, shown.bar = stage, progress.add_task(stage, total=1.0, detail="")
-            progress.update(shown.bar, completed=share, detail=detail)
+            if stage not in bars:
+                bars[stage] = progress.add_task(stage, total=1.0, detail="")
+            elif share == 0:
+                progress.reset(bars[stage])  # what is left is reckoned from this beginning
+            progress.update(bars[stage], completed=share, detail=detail)
 
         yield show
 

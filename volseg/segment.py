@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,8 @@ from volseg.postprocess.lesions import label_lesions
 from volseg.postprocess.steps import make_steps
 from volseg.preprocess.prepare import MaskRestorer, Preparation
 from volseg.volume import WORLD_AXES, BoundingBox, Geometry, Volume
+
+OnTile = Callable[[int, int], None]  # tiles done, of how many
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -76,12 +79,20 @@ def load_model(
     )
 
 
-def segment_case(images: Mapping[str, Volume], model: Model, *, case_id: str, half_logits: bool = False) -> CaseResult:
+def segment_case(
+    images: Mapping[str, Volume],
+    model: Model,
+    *,
+    case_id: str,
+    half_logits: bool = False,
+    on_tile: OnTile = lambda done, total: None,
+) -> CaseResult:
     """Segment, post-process, label, score and measure one scan.
 
     Args:
         images: channel name → scan; every channel of the recipe must be there.
         half_logits: blend logits in float16: half the buffer, logits rounded to three digits.
+        on_tile: called before the first tile and after each; not where there is no body to run tiles on.
 
     Raises:
         ScanError: a channel is missing, or the channels lie on different grids.
@@ -90,7 +101,7 @@ def segment_case(images: Mapping[str, Volume], model: Model, *, case_id: str, ha
     channels = recipe.data.channels
     chosen = {name: images[name] for name in _present(images, channels, case_id)}
     scan = chosen[channels[0]]
-    mask, confidence = _predict(chosen, model, half_logits=half_logits)
+    mask, confidence = _predict(chosen, model, half_logits=half_logits, on_tile=on_tile)
     for step in make_steps(recipe.postprocess):
         mask = step(mask, scan.geometry)
     lesions = label_lesions(mask, scan.geometry)
@@ -162,7 +173,9 @@ def tiling_of(bundle: ModelBundle) -> Tiling:
     )
 
 
-def _predict(images: Mapping[str, Volume], model: Model, *, half_logits: bool) -> tuple[np.ndarray, np.ndarray]:
+def _predict(
+    images: Mapping[str, Volume], model: Model, *, half_logits: bool, on_tile: OnTile
+) -> tuple[np.ndarray, np.ndarray]:
     """Mask (I, J, K) of label values and confidence (I, J, K) uint8, both on the scan's grid."""
     recipe, plan = model.bundle.recipe, model.bundle.plan
     preparation = Preparation(images, plan.prepare_settings(recipe.preprocess, list(images)))
@@ -175,12 +188,15 @@ def _predict(images: Mapping[str, Volume], model: Model, *, half_logits: bool) -
     axis = thinnest_axis(shape, plan.patch_shape) if trail.separate_axis is None else trail.separate_axis
     restorer = MaskRestorer(trail, values, axis=axis, regions=regions is not None, part=part)
     if part is not None:
+        done, total = count(1), tiling.count(part.shape)
+        on_tile(0, total)
         slabs = predict_slabs(
             preparation.planes(axis, part),
             model.segmentation,
             tiling,
             n_classes=recipe.data.n_outputs,
             dtype=torch.float16 if half_logits else torch.float32,
+            on_tile=lambda is_empty: on_tile(next(done), total),
         )
         try:
             for slab in slabs:

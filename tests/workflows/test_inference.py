@@ -1,18 +1,26 @@
 import csv
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
+from laws import CountingBackend
 
 import volseg
 from volseg.errors import VolsegError
-from volseg.io.nifti import read_geometry, read_mask, read_volume
+from volseg.io.nifti import read_geometry, read_mask, read_volume, write_volume
 
 
 def rows(path):
     with path.open(newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
+
+
+def with_infer(bundle, **changes):
+    """The bundle with other settings of `[infer]`."""
+    infer = bundle.recipe.infer.model_copy(update=changes)
+    return replace(bundle, recipe=bundle.recipe.model_copy(update={"infer": infer}))
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +134,7 @@ def test_interrupted_and_repeated_it_computes_only_what_is_missing(dataset, mode
     scans = [dataset / "images" / f"scan_{n}.nii.gz" for n in (5, 6, 7)]
 
     def stop_after_the_first(stage, share, detail):
-        if share >= 0.3:
+        if stage == "Segmenting" and share >= 0.3:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -154,8 +162,6 @@ def test_another_option_or_a_damaged_mask_is_computed_again(dataset, model, tmp_
 
 
 def test_air_alone_has_no_lesion_and_zero_volume(dataset, model, tmp_path):
-    from volseg.io.nifti import write_volume
-
     scan = read_volume(dataset / "images" / "scan_6.nii.gz")
     noise = np.random.default_rng(0).integers(-1010, -990, scan.array.shape).astype(np.int16)
     write_volume(scan.with_array(np.asfortranarray(noise)), tmp_path / "air.nii.gz")
@@ -175,6 +181,71 @@ def test_the_shipped_model_is_used_without_model(tmp_path):
     (lesion, *_) = rows(tmp_path / "out" / "lesions.csv")
     assert lesion["label_name"] == "nodule"
     assert lesion["class_name"] in ("benign", "malignant")
+
+
+def test_the_tiles_of_a_scan_alone_are_its_progress_and_those_of_several_a_stage_of_their_own(dataset, model, tmp_path):
+    from volseg.bundle import load_bundle
+    from volseg.segment import load_model, segment_case
+
+    scans = {name: dataset / "images" / f"{name}.nii.gz" for name in ("scan_6", "scan_7")}
+    loaded, totals = load_model(load_bundle(model), "cpu"), {}
+    for name, path in scans.items():
+        segment_case(
+            {"ct": read_volume(path)},
+            loaded,
+            case_id=name,
+            on_tile=lambda done, total, name=name: totals.update({name: total}),
+        )
+    seen = []
+    volseg.infer(scans["scan_6"], model=model, out=tmp_path / "one", progress=lambda *what: seen.append(what))
+    total = totals["scan_6"]
+    tiles = [("Segmenting", done / total, f"{done} of {total} tiles") for done in range(total + 1)]
+    assert seen == [("Segmenting", 0.0, "1 of 1 to do"), *tiles, ("Segmenting", 1.0, "scan_6")]
+
+    seen.clear()
+    volseg.infer(scans.values(), model=model, out=tmp_path / "two", progress=lambda *what: seen.append(what))
+    assert [what for what in seen if what[0] == "Tiles"] == [
+        ("Tiles", done / total, f"{name}: {done} of {total}")
+        for name, total in totals.items()
+        for done in range(total + 1)
+    ]
+    assert [what for what in seen if what[0] != "Tiles"] == [
+        ("Segmenting", 0.0, "2 of 2 to do"),
+        ("Segmenting", 0.5, "scan_6"),
+        ("Segmenting", 1.0, "scan_7"),
+    ]
+
+
+@pytest.mark.parametrize(("overlap", "mirror_axes"), [(0.5, ("R", "S")), (0.25, ()), (0.0, ("A",)), (0.0, ())])
+def test_the_cost_of_overlap_and_mirroring_is_said_as_it_is_then_paid(overlap, mirror_axes, dataset, model, tmp_path):
+    from volseg.bundle import load_bundle, save_bundle
+    from volseg.segment import load_model, segment_case
+
+    scan = read_volume(dataset / "images" / "scan_6.nii.gz")
+    tissue = scan.with_array(np.asfortranarray(np.maximum(scan.array, 0)))  # no air: not cropped, and no tile is empty
+    write_volume(tissue, tmp_path / "scan.nii.gz")
+
+    def paid(overlap, mirror_axes):
+        loaded = load_model(with_infer(load_bundle(model), overlap=overlap, mirror_axes=mirror_axes), "cpu")
+        counting = CountingBackend(loaded.segmentation)
+        segment_case({"ct": tissue}, replace(loaded, segmentation=counting), case_id="scan")
+        return counting.tiles
+
+    tiles, least = paid(overlap, ()), paid(0.0, ())
+    expected = f"tiles: at most {tiles} of 16 × 16 × 16 voxels"
+    assert (least < tiles) == (
+        overlap == 0.5
+    )  # a quarter costs nothing on so small a scan, and then nothing is said of it
+    if least < tiles:
+        expected += f"; {least} without overlap (--overlap 0)"
+    if mirror_axes:
+        names = ", ".join(mirror_axes)
+        times = paid(overlap, mirror_axes) / tiles
+        expected += f"; each is run {times:g} times for mirroring over {names} (--no-mirroring: once)"
+    save_bundle(with_infer(load_bundle(model), overlap=overlap, mirror_axes=mirror_axes), tmp_path / "model")
+    said = []
+    volseg.infer(tmp_path / "scan.nii.gz", model=tmp_path / "model", out=tmp_path / "out", announce=said.append)
+    assert said[1:] == [expected]
 
 
 def test_no_scans_and_no_model_are_wrong_requests(dataset, model, tmp_path):

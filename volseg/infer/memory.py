@@ -67,6 +67,7 @@ class MemoryPlan:
     footprint: Footprint
     half_logits: bool  # blend logits in float16
     read_ahead: bool  # read the next scan meanwhile
+    shape: tuple[int, int, int]  # of the prepared grid over the whole scan, where the body is not known yet
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,10 +108,11 @@ def plan_memory(
     """
     give_back_freed_memory()
     process = resident_bytes()
+    shape = _prepared_grid(header.geometry, fine.settings)[1]
     plans = []
     for read_ahead, half_logits in ((True, False), (False, False), (False, True))[1 if is_alone else 0 :]:
         footprint = _footprint(header, fine, coarse, process, read_ahead=read_ahead, half=half_logits)
-        plan = MemoryPlan(footprint=footprint, half_logits=half_logits, read_ahead=read_ahead)
+        plan = MemoryPlan(footprint=footprint, half_logits=half_logits, read_ahead=read_ahead, shape=shape)
         if max_ram is None or footprint.total <= max_ram:
             return plan
         plans.append(plan)
@@ -173,10 +175,7 @@ class _PassBytes:
 
 def _pass_bytes(grid: Geometry, run: NetworkPass, *, half: bool) -> _PassBytes:
     settings, tiling, data = run.settings, run.tiling, run.bundle.recipe.data
-    canonical = settings.axes == "canonical"
-    order = (AxisOrder.of(grid) if canonical else AxisOrder.stored()).transposed(settings.transpose)
-    geometry = canonical_geometry(grid, order)
-    shape = resampled_shape(geometry, settings.spacing_mm)  # of the whole scan: the body is not known yet
+    geometry, shape = _prepared_grid(grid, settings)
     axis = separate_axis(geometry.spacing_mm, settings.spacing_mm, settings.separate_above)
     axis = thinnest_axis(shape, tiling.patch_shape) if axis is None else axis
     padded = [len(tiled.source) for tiled in tiling.axes(shape)]
@@ -196,6 +195,14 @@ def _pass_bytes(grid: Geometry, run: NetworkPass, *, half: bool) -> _PassBytes:
         stream=round(window + (2 if half else 4) * classes * plane * depth),
         restore=40 * max(SLAB_VOXELS, math.prod(geometry.shape) // geometry.shape[axis]) + 4 * classes * 3 * plane,
     )
+
+
+def _prepared_grid(geometry: Geometry, settings: PrepareSettings) -> tuple[Geometry, tuple[int, int, int]]:
+    """The scan's grid with the prepared axes, and its shape at the prepared spacing: of the whole scan, as the body is not known yet."""
+    canonical = settings.axes == "canonical"
+    order = (AxisOrder.of(geometry) if canonical else AxisOrder.stored()).transposed(settings.transpose)
+    prepared = canonical_geometry(geometry, order)
+    return prepared, resampled_shape(prepared, settings.spacing_mm)
 
 
 def network_bytes(bundle: ModelBundle) -> int:

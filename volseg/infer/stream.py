@@ -7,6 +7,7 @@ the number of planes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, combinations, product
@@ -55,6 +56,10 @@ class Tiling:
         return [
             TiledAxis.of(n, patch, self.overlap, self.margin) for n, patch in zip(shape, self.patch_shape, strict=True)
         ]
+
+    def count(self, shape: tuple[int, int, int]) -> int:
+        """The number of tiles over a volume of this shape, empty ones among them."""
+        return math.prod(len(each.starts) for each in self.axes(shape))
 
 
 BACKGROUND = 20.0  # logit against the labels where nothing was run: a probability of 2e-9

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -101,11 +102,7 @@ def train_segmentation(
     Raises:
         VolsegError: the loss is no longer finite, or the checkpoint to resume from is damaged.
     """
-    fabric = Fabric(
-        accelerator=settings.device.type,
-        devices=1,
-        precision="bf16-mixed" if _is_fast_in_bf16(settings.device) else "32-true",
-    )
+    fabric = _fabric(settings.device)
     raw = _new_network(recipe, settings.seed).to(settings.device)  # before the optimizer takes its parameters
     set_weights(raw, weights_of(raw) | _fitting(initial, weights_of(raw)))
     optimizer = torch.optim.AdamW(
@@ -186,6 +183,21 @@ def train_segmentation(
         **_final_metrics(evaluated, validation, recipe, plan, settings.device),
     }
     return Trained(weights, history, metrics)
+
+
+def _fabric(device: torch.device) -> Fabric:
+    """Fabric in the precision that suits the device, without its line on stderr about it."""
+    logger = logging.getLogger("lightning_fabric.utilities.rank_zero")
+    logger.addFilter(_is_not_about_precision)
+    try:
+        precision = "bf16-mixed" if _is_fast_in_bf16(device) else "32-true"
+        return Fabric(accelerator=device.type, devices=1, precision=precision)
+    finally:
+        logger.removeFilter(_is_not_about_precision)
+
+
+def _is_not_about_precision(record: logging.LogRecord) -> bool:
+    return "Automatic Mixed Precision" not in record.getMessage()
 
 
 def _is_fast_in_bf16(device: torch.device) -> bool:

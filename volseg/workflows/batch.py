@@ -21,7 +21,8 @@ from volseg.measure.lesions import CaseRow, LesionMeasurement
 from volseg.report.results import ResultsFolder
 from volseg.volume import Volume
 
-Progress = Callable[[str, float, str], None]  # what is being done, the share done in [0, 1], a detail
+# What is being done, the share of it that is done in [0, 1], a detail. Stages may take turns; with 0 a stage begins, or begins anew.
+Progress = Callable[[str, float, str], None]
 
 SUCCESS, SOME_FAILED, NONE_SUCCEEDED = 0, 3, 4
 

@@ -31,7 +31,9 @@ from volseg.workflows.batch import (
 if TYPE_CHECKING:  # torch takes seconds to import; only a workflow that needs it pays
     from volseg.bundle import ModelBundle
     from volseg.infer.memory import MemoryPlan
-    from volseg.segment import CaseResult, Model
+    from volseg.segment import CaseResult, Model, OnTile
+
+STAGE, TILES = "Segmenting", "Tiles"
 
 
 def infer(
@@ -67,6 +69,7 @@ def infer(
             failed row that says what would do.
         max_vram: the same for the GPU's memory.
         figures: also write a PNG per scan with its largest lesions outlined.
+        progress: is told of the scans, and of the tiles of the one that is being segmented.
 
     Raises:
         VolsegError: the request is wrong. A scan that cannot be used is a failed row instead.
@@ -106,7 +109,9 @@ def infer(
             return _read(case)
 
         def segment(case: Case, scan: _ReadCase) -> _SegmentedCase:
-            return _segment(case, scan, loaded, half_logits=case.id in half)
+            return _segment(
+                case, scan, loaded, half_logits=case.id in half, on_tile=_tile_progress(case, cases, progress)
+            )
 
         def write(case: Case, found: _SegmentedCase) -> None:
             _write(case, found, loaded.bundle, results, key_of(case), figures)
@@ -118,7 +123,7 @@ def infer(
             key_of,
             results,
             model_name_of(bundle),
-            "Segmenting",
+            STAGE,
             progress,
         )
         results.write_run(
@@ -176,7 +181,23 @@ def _plan_memory(
     if known:
         largest = max(known, key=lambda name: known[name].footprint.total)
         announce(f"memory: at most {known[largest].footprint}, for {largest}")
+        announce(_cost_of_tiles(known[largest].shape, model))
     return plans
+
+
+def _cost_of_tiles(shape: tuple[int, int, int], model: Model) -> str:
+    """How often the network is run over a prepared grid of this shape, and how much of that overlap and mirroring are."""
+    from volseg.segment import tiling_of
+
+    tiling, axes = tiling_of(model.bundle), model.bundle.recipe.infer.mirror_axes
+    n, least = tiling.count(shape), replace(tiling, overlap=0).count(shape)
+    patch = " × ".join(str(length) for length in tiling.patch_shape)
+    parts = [f"tiles: at most {n} of {patch} voxels"]
+    if least < n:
+        parts.append(f"{least} without overlap (--overlap 0)")
+    if axes:
+        parts.append(f"each is run {2 ** len(axes)} times for mirroring over {', '.join(axes)} (--no-mirroring: once)")
+    return "; ".join(parts)
 
 
 def _known(plans: Mapping[str, MemoryPlan | VolsegError | None]) -> dict[str, MemoryPlan]:
@@ -227,11 +248,18 @@ def _read(case: Case) -> _ReadCase:
     return _ReadCase(images, time.monotonic() - started)
 
 
-def _segment(case: Case, read: _ReadCase, model: Model, *, half_logits: bool) -> _SegmentedCase:
+def _tile_progress(case: Case, cases: Sequence[Case], progress: Progress) -> OnTile:
+    """The tiles of a case as a stage that begins anew with each; those of a scan alone are the share of it that is done."""
+    if len(cases) == 1:
+        return lambda done, total: progress(STAGE, done / total, f"{done} of {total} tiles")
+    return lambda done, total: progress(TILES, done / total, f"{case.id}: {done} of {total}")
+
+
+def _segment(case: Case, read: _ReadCase, model: Model, *, half_logits: bool, on_tile: OnTile) -> _SegmentedCase:
     from volseg.segment import segment_case
 
     started = time.monotonic()
-    result = segment_case(read.images, model, case_id=case.id, half_logits=half_logits)
+    result = segment_case(read.images, model, case_id=case.id, half_logits=half_logits, on_tile=on_tile)
     scan = read.images[model.bundle.recipe.data.channels[0]]
     return _SegmentedCase(scan, result, read.seconds + time.monotonic() - started)
 
