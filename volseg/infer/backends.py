@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -52,6 +52,30 @@ class Backend(Protocol):
         ...
 
 
+@runtime_checkable
+class TensorBackend(Backend, Protocol):
+    """A backend that takes and gives tensors on its own device, where scans can then be resampled and logits blended too."""
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def run(self, batch: torch.Tensor) -> torch.Tensor:
+        """As `logits`, on `device`; may return before a GPU is done."""
+        ...
+
+
+def device_of(backend: Backend) -> torch.device:
+    """Where the backend's logits come out."""
+    return backend.device if isinstance(backend, TensorBackend) else torch.device("cpu")
+
+
+def run_on_device(backend: Backend, batch: torch.Tensor) -> torch.Tensor:
+    """(N, channels, …) float32 → (N, classes, …) float32, both on the backend's device."""
+    if isinstance(backend, TensorBackend):
+        return backend.run(batch)
+    return torch.from_numpy(backend.logits(batch.numpy()))
+
+
 class TorchBackend:
     """A torch module in evaluation mode on one device.
 
@@ -78,29 +102,24 @@ class TorchBackend:
         return {"backend": "torch", "precision": "fp16" if self.half else "fp32"}
 
     def logits(self, batch: np.ndarray) -> np.ndarray:
-        with _out_of_memory_is_the_scans_problem(batch, str(self.device)), torch.inference_mode():
-            if self.device.type == "cuda":
-                return self._logits_on_gpu(batch)
-            return self.network(torch.from_numpy(batch)).float().numpy()
+        return self.run(torch.from_numpy(batch).to(self.device)).cpu().numpy()
+
+    def run(self, batch: torch.Tensor) -> torch.Tensor:
+        on_gpu = self.device.type == "cuda"
+        with (
+            _out_of_memory_is_the_scans_problem(tuple(batch.shape), str(self.device)),
+            torch.no_grad(),
+            # Patches are all alike: cuDNN measures once which algorithm is fastest. TF32 is not fp32.
+            torch.backends.cudnn.flags(enabled=True, benchmark=on_gpu, allow_tf32=self.half),
+            torch.autocast("cuda", torch.float16, enabled=self.half),
+        ):
+            if self.channels_last:
+                batch = batch.contiguous(memory_format=_memory_format(batch))
+            return self.network(batch).float()
 
     def release(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-
-    def _logits_on_gpu(self, batch: np.ndarray) -> np.ndarray:
-        """Copies through page-locked memory, which torch keeps and hands out again: both run at the bus's full speed."""
-        sent = torch.empty(batch.shape, dtype=torch.float32, pin_memory=True)
-        sent.numpy()[...] = batch
-        images = sent.to(self.device, non_blocking=True)
-        # Patches are all alike: cuDNN measures once which algorithm is fastest. TF32 is not fp32.
-        tuned = torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=self.half)
-        with tuned, torch.autocast("cuda", torch.float16, enabled=self.half):
-            layout = _memory_format(images) if self.channels_last else torch.contiguous_format
-            found = self.network(images.contiguous(memory_format=layout))
-        received = torch.empty(found.shape, dtype=torch.float32, pin_memory=True)
-        received.copy_(found, non_blocking=True)
-        torch.cuda.current_stream(self.device).synchronize()
-        return received.numpy()
 
 
 class OpenVINOBackend:
@@ -130,7 +149,7 @@ class OpenVINOBackend:
     def logits(self, batch: np.ndarray) -> np.ndarray:
         if batch.shape[1:] != self._shape[1:]:
             self._compile((self._shape[0], *batch.shape[1:]))
-        with _out_of_memory_is_the_scans_problem(batch, "cpu"):
+        with _out_of_memory_is_the_scans_problem(batch.shape, "cpu"):
             found = np.empty((len(batch), *self._out_shape[1:]), np.float32)
             for start in range(0, len(batch), self._shape[0]):
                 self._run(batch[start : start + self._shape[0]], found[start : start + self._shape[0]])
@@ -191,12 +210,18 @@ class EnsembleBackend:
         }
         return found | {"networks": str(len(self.backends))}
 
+    @property
+    def device(self) -> torch.device:
+        return device_of(self.backends[0])
+
     def logits(self, batch: np.ndarray) -> np.ndarray:
-        total = self.backends[0].logits(batch)
+        return self.run(torch.from_numpy(batch).to(self.device)).cpu().numpy()
+
+    def run(self, batch: torch.Tensor) -> torch.Tensor:
+        total = run_on_device(self.backends[0], batch)
         for backend in self.backends[1:]:
-            total += backend.logits(batch)
-        total /= len(self.backends)
-        return total
+            total += run_on_device(backend, batch)
+        return total.div_(len(self.backends))
 
     def release(self) -> None:
         for backend in self.backends:
@@ -529,7 +554,7 @@ def _channels_last(network: nn.Module) -> None:
 
 
 @contextmanager
-def _out_of_memory_is_the_scans_problem(batch: np.ndarray, device: str) -> Iterator[None]:
+def _out_of_memory_is_the_scans_problem(shape: tuple[int, ...], device: str) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
@@ -537,7 +562,7 @@ def _out_of_memory_is_the_scans_problem(batch: np.ndarray, device: str) -> Itera
         if not isinstance(error, MemoryError) and not any(word in str(error) for word in words):
             raise
         raise ScanError(
-            f"a batch of patches of shape {batch.shape} does not fit into the memory of {device}",
+            f"a batch of patches of shape {shape} does not fit into the memory of {device}",
             fix="close other programs, or use --device cpu" if "cuda" in device else "close other programs",
             code="E_OOM",
         ) from error

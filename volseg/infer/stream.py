@@ -16,7 +16,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from volseg.infer.backends import Backend
+from volseg.infer.backends import Backend, device_of, run_on_device
 from volseg.infer.tiles import TiledAxis
 
 
@@ -26,8 +26,8 @@ class Planes(Protocol):
     shape: tuple[int, int, int]
     axis: int
 
-    def read(self, start: int, stop: int) -> np.ndarray:
-        """float32 (C, R, A, S), but `stop - start` long along the axis."""
+    def read(self, start: int, stop: int) -> np.ndarray | torch.Tensor:
+        """float32 (C, R, A, S), but `stop - start` long along the axis; on any device."""
         ...
 
 
@@ -73,8 +73,10 @@ def predict_slabs(
     n_classes: int,
     dtype: torch.dtype = torch.float32,
     on_tile: Callable[[bool], None] = lambda is_empty: None,
-) -> Iterator[np.ndarray]:
+) -> Iterator[torch.Tensor]:
     """Gaussian-weighted mean of the logits of overlapping tiles, slab by slab in the order of the planes.
+
+    All of it happens on the backend's device. A GPU gets its next layer of tiles while it is at the last one.
 
     Args:
         dtype: in which logits are summed; float16 halves the buffer and costs some 1e-3 of their size.
@@ -88,32 +90,31 @@ def predict_slabs(
     axis = planes.axis
     tiled = tiling.axes(planes.shape)
     along = tiled[axis]
-    ring = _Ring(tiled, axis, n_classes, dtype, counts_empty=tiling.empty_level is not None)
-    window = _Window(planes, tiled, axis)
+    device = device_of(backend)
+    ring = _Ring(tiled, axis, n_classes, dtype, device, counts_empty=tiling.empty_level is not None)
+    window = _Window(planes, tiled, axis, device)
     across = [range(len(each.starts)) if n != axis else (0,) for n, each in enumerate(tiled)]
-    for layer, start in enumerate(along.starts):
-        layer_input = window.layer(start)
+    layer_input = window.layer(along.starts[0])
+    for layer, following in enumerate([*along.starts[1:], None]):
         places = [tuple(layer if n == axis else p for n, p in enumerate(place)) for place in product(*across)]
-        waiting: list[tuple[tuple[int, ...], np.ndarray]] = []
-        for place in places:
-            tile = layer_input[(slice(None), *_box(tiled, place, axis))]
-            if tiling.empty_level is not None and not (tile[0] > tiling.empty_level).any():
-                ring.skip()
-                on_tile(True)
-                continue
-            waiting.append((place, tile))
-            if len(waiting) == tiling.batch_size:
-                _run(waiting, backend, tiling, ring, on_tile)
-        if waiting:
-            _run(waiting, backend, tiling, ring, on_tile)
-        last = layer + 1 == len(along.starts)
-        yield from ring.hand_on(len(along.source) if last else along.starts[layer + 1])
+        _run_layer(layer_input, places, backend, tiling, ring, on_tile)
+        # Before planes are handed on, so that it happens while a GPU is still at this layer.
+        if following is not None:
+            layer_input = window.layer(following)
+        yield from ring.hand_on(len(along.source) if following is None else following)
 
 
 def predict_logits(array: np.ndarray, backend: Backend, tiling: Tiling, *, n_classes: int) -> np.ndarray:
     """The logits (classes, R, A, S) float32 of a whole array (channels, R, A, S), for arrays that are small enough."""
-    slabs = [slab.copy() for slab in predict_slabs(ArrayPlanes(array), backend, tiling, n_classes=n_classes)]
-    return np.concatenate(slabs, axis=3)
+    slabs = [slab.cpu().clone() for slab in predict_slabs(ArrayPlanes(array), backend, tiling, n_classes=n_classes)]
+    return torch.cat(slabs, dim=3).numpy()
+
+
+def _are_empty(tiles: Sequence[torch.Tensor], level: float | None) -> Sequence[bool]:
+    """Whether the first channel is nowhere over the level, of each tile (C, *patch); asked at once: each answer waits for a GPU."""
+    if level is None:
+        return [False] * len(tiles)
+    return torch.stack([~(tile[0] > level).any() for tile in tiles]).tolist()
 
 
 class ArrayPlanes:
@@ -126,26 +127,29 @@ class ArrayPlanes:
         self.shape = (array.shape[1], array.shape[2], array.shape[3])
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        return self._array[..., start:stop]
+        return np.require(
+            self._array[..., start:stop], requirements="W"
+        )  # a copy of what is mapped from a file: no tensor may be read-only
 
 
 class _Window:
     """The input of one layer of tiles: (C, padded R, padded A, padded S) but one patch long along the axis."""
 
-    def __init__(self, planes: Planes, tiled: Sequence[TiledAxis], axis: int) -> None:
+    def __init__(self, planes: Planes, tiled: Sequence[TiledAxis], axis: int, device: torch.device) -> None:
         self._planes = planes
         self._tiled = tiled
         self._axis = axis
+        self._device = device
         self._start = 0
-        self._held: np.ndarray | None = None
+        self._held: torch.Tensor | None = None
 
-    def layer(self, start: int) -> np.ndarray:
+    def layer(self, start: int) -> torch.Tensor:
         """Padded planes from `start` on; those which the last layer held too are not read again."""
         along = self._tiled[self._axis]
         new = self._padded(along.source[start : start + along.patch][self._shared(start) :])
         if self._held is not None:
-            kept = np.take(self._held, range(start - self._start, along.patch), axis=1 + self._axis)
-            new = np.concatenate([kept, new], axis=1 + self._axis)
+            kept = self._held.narrow(1 + self._axis, start - self._start, self._shared(start))
+            new = torch.cat([kept, new], dim=1 + self._axis)
         self._held, self._start = new, start
         return new
 
@@ -153,22 +157,26 @@ class _Window:
         along = self._tiled[self._axis]
         return 0 if self._held is None else max(0, self._start + along.patch - start)
 
-    def _padded(self, sources: np.ndarray) -> np.ndarray:
+    def _padded(self, sources: np.ndarray) -> torch.Tensor:
         """The planes that stand at these padded places, continued beyond the faces of the plane too."""
         real = sources[sources >= 0]
         first, last = (int(real.min()), int(real.max()) + 1) if real.size else (0, 1)
-        block = self._planes.read(first, last)
+        block = torch.as_tensor(self._planes.read(first, last))
+        if self._device.type == "cuda" and block.device.type == "cpu":
+            block = block.pin_memory()  # else the copy would wait for the GPU
+        block = block.to(self._device, non_blocking=True)
         for n, tiled in enumerate(self._tiled):
             block = _at(block, sources - first, 1 + n) if n == self._axis else _at(block, tiled.source, 1 + n)
         return block
 
 
-def _at(array: np.ndarray, places: np.ndarray, axis: int) -> np.ndarray:
-    """The array at these places along an axis, 0 at negative ones; the array itself where that is no change."""
-    if np.array_equal(places, np.arange(array.shape[axis])):
-        return array
-    taken = np.take(array, np.maximum(places, 0), axis=axis)
-    taken[(slice(None),) * axis + (places < 0,)] = 0
+def _at(tensor: torch.Tensor, places: np.ndarray, axis: int) -> torch.Tensor:
+    """The tensor at these places along an axis, 0 at negative ones; the tensor itself where that is no change."""
+    if np.array_equal(places, np.arange(tensor.shape[axis])):
+        return tensor
+    taken = tensor.index_select(axis, torch.from_numpy(np.maximum(places, 0)).to(tensor.device))
+    if (places < 0).any():
+        taken[(slice(None),) * axis + (torch.from_numpy(places < 0).to(tensor.device),)] = 0
     return taken
 
 
@@ -176,15 +184,22 @@ class _Ring:
     """Blended logits of the planes that tiles still touch; padded plane p stands at p modulo its depth."""
 
     def __init__(
-        self, tiled: Sequence[TiledAxis], axis: int, n_classes: int, dtype: torch.dtype, *, counts_empty: bool
+        self,
+        tiled: Sequence[TiledAxis],
+        axis: int,
+        n_classes: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        counts_empty: bool,
     ) -> None:
         self._tiled = tiled
         self._axis = axis
         self._depth = tiled[axis].patch
         shape = [self._depth if n == axis else len(each.source) for n, each in enumerate(tiled)]
-        self._sum = torch.zeros((n_classes, *shape), dtype=dtype)
+        self._sum = torch.zeros((n_classes, *shape), dtype=dtype, device=device)
         # Shares of the tiles that were run; only needed where some are not, else they sum to 1 by construction.
-        self._share = torch.zeros(shape) if counts_empty else None
+        self._share = torch.zeros(shape, device=device) if counts_empty else None
         self._any_skipped = False
         self._done = 0  # padded planes handed on
 
@@ -202,11 +217,18 @@ class _Ring:
             if self._share is not None:
                 self._share[target] += weight
 
+    def box(self, place: Sequence[int]) -> tuple[slice, ...]:
+        """The tile at this place; all that there is along the axis of the layers."""
+        return tuple(
+            slice(0, each.patch) if n == self._axis else slice(each.starts[p], each.starts[p] + each.patch)
+            for n, (each, p) in enumerate(zip(self._tiled, place, strict=True))
+        )
+
     def skip(self) -> None:
         """A tile was left out, so shares no longer sum to 1 everywhere."""
         self._any_skipped = True
 
-    def hand_on(self, until: int) -> Iterator[np.ndarray]:
+    def hand_on(self, until: int) -> Iterator[torch.Tensor]:
         """The planes before padded plane `until`, in order, and forget them."""
         along = self._tiled[self._axis]
         first, last = along.before, along.before + along.length
@@ -223,7 +245,7 @@ class _Ring:
             start = stop
         self._done = until
 
-    def _slab(self, ring: slice) -> np.ndarray:
+    def _slab(self, ring: slice) -> torch.Tensor:
         inside = tuple(
             ring if n == self._axis else slice(each.before, each.before + each.length)
             for n, each in enumerate(self._tiled)
@@ -233,18 +255,20 @@ class _Ring:
             share = self._share[inside]
             slab /= share.clamp(min=1e-6)
             slab[1:].masked_fill_(share <= 1e-6, -BACKGROUND)
-        return slab.numpy()
+        return slab
 
     def _along(self, ring: slice, leading: int) -> tuple[slice, ...]:
         return (slice(None),) * (leading + self._axis) + (ring,)
 
     def _share_of(self, place: Sequence[int]) -> torch.Tensor:
-        r, a, s = (torch.from_numpy(each.weights[p]) for each, p in zip(self._tiled, place, strict=True))
+        r, a, s = (
+            torch.from_numpy(each.weights[p]).to(self._sum.device) for each, p in zip(self._tiled, place, strict=True)
+        )
         return r[:, None, None] * a[:, None] * s
 
     def _pieces(self, place: Sequence[int]) -> Iterator[tuple[tuple[slice, ...], tuple[slice, ...]]]:
         """(box in the ring, box in the tile), two of them where the tile goes over the ring's end."""
-        box = _box(self._tiled, place, self._axis)
+        box = self.box(place)
         turn = self._tiled[self._axis].starts[place[self._axis]] % self._depth
         for ring, tile in (
             (slice(turn, self._depth), slice(0, self._depth - turn)),
@@ -257,37 +281,51 @@ class _Ring:
                 )
 
 
-def _box(tiled: Sequence[TiledAxis], place: Sequence[int], axis: int) -> tuple[slice, ...]:
-    """The tile at this place; all that there is along the axis of the layers."""
-    return tuple(
-        slice(0, each.patch) if n == axis else slice(each.starts[p], each.starts[p] + each.patch)
-        for n, (each, p) in enumerate(zip(tiled, place, strict=True))
-    )
+def _run_layer(
+    layer_input: torch.Tensor,
+    places: Sequence[tuple[int, ...]],
+    backend: Backend,
+    tiling: Tiling,
+    ring: _Ring,
+    on_tile: Callable[[bool], None],
+) -> None:
+    """Run the tiles at these places and blend them."""
+    tiles = [layer_input[(slice(None), *ring.box(place))] for place in places]
+    waiting: list[tuple[tuple[int, ...], torch.Tensor]] = []
+    for place, tile, is_empty in zip(places, tiles, _are_empty(tiles, tiling.empty_level), strict=True):
+        if is_empty:
+            ring.skip()
+            on_tile(True)
+            continue
+        waiting.append((place, tile))
+        if len(waiting) == tiling.batch_size:
+            _run(waiting, backend, tiling, ring, on_tile)
+    if waiting:
+        _run(waiting, backend, tiling, ring, on_tile)
 
 
 def _run(
-    waiting: list[tuple[tuple[int, ...], np.ndarray]],
+    waiting: list[tuple[tuple[int, ...], torch.Tensor]],
     backend: Backend,
     tiling: Tiling,
     ring: _Ring,
     on_tile: Callable[[bool], None],
 ) -> None:
     """Run the tiles that wait as one batch and blend them; none waits any more."""
-    logits = torch.from_numpy(_mirrored_mean(np.stack([tile for _, tile in waiting]), backend, tiling.mirror_axes))
+    logits = _mirrored_mean(torch.stack([tile for _, tile in waiting]), backend, tiling.mirror_axes)
     for (place, _), tile in zip(waiting, logits, strict=True):
         ring.add(place, tile)
         on_tile(False)
     waiting.clear()
 
 
-def _mirrored_mean(batch: np.ndarray, backend: Backend, mirror_axes: Sequence[int]) -> np.ndarray:
+def _mirrored_mean(batch: torch.Tensor, backend: Backend, mirror_axes: Sequence[int]) -> torch.Tensor:
     """Mean of the logits over all combinations of mirrored axes, each mirrored back."""
     axes = [axis + 2 for axis in mirror_axes]
     flips = list(chain.from_iterable(combinations(axes, n) for n in range(len(axes) + 1)))
-    total = backend.logits(batch)
+    total = run_on_device(backend, batch)
     if len(flips) == 1:
         return total
     for flip in flips[1:]:
-        total += np.flip(backend.logits(np.ascontiguousarray(np.flip(batch, flip))), flip)
-    total /= len(flips)
-    return total
+        total += run_on_device(backend, batch.flip(flip)).flip(flip)
+    return total.div_(len(flips))

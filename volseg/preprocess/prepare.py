@@ -394,9 +394,9 @@ class MaskRestorer:
         self._first = 0  # prepared plane with which they begin
         self._done = 0  # native planes
 
-    def add(self, logits: np.ndarray) -> None:
+    def add(self, logits: np.ndarray | torch.Tensor) -> None:
         """The next prepared planes: (classes, R, A, S), any number of planes along the axis; not kept, not changed."""
-        planes = torch.from_numpy(logits).permute(0, *(1 + axis for axis in self._axes))
+        planes = torch.as_tensor(logits).permute(0, *(1 + axis for axis in self._axes))
         available = self._first + (0 if self._kept is None else self._kept.shape[1]) + planes.shape[1]
         stop = int(np.searchsorted(self._upper, available))
         per_plane = self._mask_planes.shape[1] * self._mask_planes.shape[2]
