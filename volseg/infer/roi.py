@@ -17,7 +17,7 @@ def find_region(planes: Planes, backend: Backend, tiling: Tiling) -> BoundingBox
     starts, stops = [], []
     first = np.zeros(3, int)  # voxel of the volume with which a slab begins
     for slab in predict_slabs(planes, backend, tiling, n_classes=2):
-        box = BoundingBox.around(slab[1] > slab[0])
+        box = BoundingBox.around((slab[1] > slab[0]).cpu().numpy())
         if box is not None:
             starts.append(first + box.start)
             stops.append(first + box.stop)
