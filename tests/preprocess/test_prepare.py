@@ -332,3 +332,18 @@ def test_half_precision_and_tensors_give_what_arrays_give(regions):
         restorer.add(half)
     for found, wanted in zip(restorer.result(), expected, strict=True):
         np.testing.assert_array_equal(found, wanted)
+
+
+@pytest.mark.parametrize("border", [3, 4, 5])
+def test_many_classes_that_are_nothing_at_every_voxel_count_between_two_that_are_sure(border):
+    """Where 8 and -8 meet the larger logit is 2, beside which 300 others of -8 are more than one in a hundred."""
+    shape = (36, 9, 9)
+    geometry = Geometry(shape, oblique((1.0, 1.0, 1.0)))
+    trail = Trail(geometry, AxisOrder.of(geometry), BoundingBox.whole(shape), (9, 9, 9))
+    logits = np.full((303, 9, 9, 9), -8.0, np.float32)
+    logits[1, :border], logits[2, border:] = 8, 8
+    mask, confidence = (to_canonical(each, trail.order) for each in restore_mask(logits, trail, list(range(1, 303))))
+    dense = interpolated(logits.astype(np.float64), trail)
+    np.testing.assert_array_equal(mask, dense.argmax(0))
+    expected = 255 / np.exp(dense - dense.max(0)).sum(0)
+    np.testing.assert_allclose(confidence, expected, atol=0.76)

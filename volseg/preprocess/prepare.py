@@ -400,13 +400,13 @@ class MaskRestorer:
         """The pieces of each axis whose products are the tiles: as near to cubes as it goes, of some `most` voxels."""
         native = [planes if n == self._axis else slice(0, len(way.lower)) for n, way in enumerate(self._ways)]
         # A tile has many voxels where the finer of the two grids has.
-        most *= math.prod(min(1.0, way.n / way.n_native) for way in self._ways)
+        room = most * math.prod(min(1.0, way.n / way.n_native) for way in self._ways)
         segments: list[list[_Segment]] = [[], [], []]
         by_length = sorted(range(3), key=lambda n: self._ways[n].cells(native[n]))
         for left, axis in zip((3, 2, 1), by_length, strict=True):  # what a thin axis does not use up is for the others
-            edge = min(LARGEST_TILE, max(BLOCK, int(most ** (1 / left))))
+            edge = min(LARGEST_TILE, max(BLOCK, int(room ** (1 / left))))
             segments[axis] = self._ways[axis].segments(native[axis], edge)
-            most /= max((each.last - each.first for each in segments[axis]), default=1)
+            room /= max((each.last - each.first for each in segments[axis]), default=1)
         return segments
 
     def _window(self, planes: torch.Tensor, begin: int, box: Sequence[slice]) -> torch.Tensor:
