@@ -2,18 +2,20 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import settings as settings_of_test
 from hypothesis import strategies as st
 from laws import GRIDS, ball, grid_around, oblique, orientations, ras
 
 from volseg.errors import ScanError
-from volseg.preprocess.crop import to_canonical
+from volseg.preprocess.crop import AxisOrder, to_canonical
 from volseg.preprocess.normalise import Window, ZScore
 from volseg.preprocess.prepare import (
     MaskRestorer,
     Preparation,
     PrepareSettings,
+    Trail,
     prepare,
     prepare_mask,
     restore_mask,
@@ -262,3 +264,103 @@ def test_the_same_scan_on_a_coarser_grid_is_what_preparing_it_at_that_spacing_gi
     np.testing.assert_allclose(extent, np.array(fine.trail.shape) * fine.trail.spacing_mm)
     np.testing.assert_allclose(extent, np.array(fine.trail.box.shape) * np.array([0.9, 1.1, 2.5]), rtol=1e-6)
     assert fine.trail.separate_axis == 2  # as it was before
+
+
+def interpolated(logits, trail):
+    """(classes, R, A, S) float64 on the native voxels of the box, all of them at once."""
+    for axis, (n, native) in enumerate(zip(trail.shape, trail.box.shape, strict=True), start=1):
+        lower, upper, weight = positions(n, native, "nearest" if axis - 1 == trail.separate_axis else "linear")
+        weight = weight.reshape([-1 if other == axis else 1 for other in range(4)])
+        logits = np.take(logits, lower, axis) * (1 - weight) + np.take(logits, upper, axis) * weight
+    return logits
+
+
+def logits_of_kind(kind, n_classes, shape, rng):
+    if kind == "random":
+        return rng.normal(0, 3, (n_classes, *shape)).astype(np.float32)
+    low = torch.from_numpy(rng.normal(0, 3, (1, n_classes, 4, 3, 3)))
+    smooth = torch.nn.functional.interpolate(low, size=shape, mode="trilinear")[0].numpy()
+    if kind == "smooth":
+        return smooth.astype(np.float32)
+    if kind == "ties":
+        return np.round(smooth).astype(np.float32)
+    return np.maximum(20 * (smooth - smooth.max(0)), -rng.uniform(8, 30)).astype(np.float32)
+
+
+@pytest.mark.parametrize("kind", ["smooth", "sharp", "random", "ties"])
+@pytest.mark.parametrize("regions", [False, True])
+@pytest.mark.parametrize("seed", range(12))
+def test_what_is_left_out_changes_no_label_and_no_confidence_by_more_than_one(kind, regions, seed, monkeypatch):
+    rng = np.random.default_rng(seed)
+    shape = tuple(rng.integers(1, 40, 3).tolist())
+    n_classes = int(rng.choice([2, 3, 12, 40, 300]))
+    separate = int(rng.integers(0, 3)) if seed % 3 == 0 else None
+    size = tuple(max(1, round(n * rng.uniform(0.4, 2.5))) if rng.random() < 0.8 else n for n in shape)
+    geometry = Geometry(shape, oblique((1.0, 0.9, 1.1)))
+    trail = Trail(geometry, AxisOrder.of(geometry), BoundingBox.whole(shape), size, separate)
+    size = trail.shape
+    logits = logits_of_kind(kind, n_classes, size, rng)
+    if regions and kind != "ties":
+        logits += 2.0
+    if seed % 2:  # small tiles, so that there are many
+        monkeypatch.setattr(sys.modules["volseg.preprocess.prepare"], "TILE_VALUES", 300 * n_classes)
+    axis, step = int(rng.integers(0, 3)), int(rng.integers(1, 20))
+    values = list(range(1, n_classes + regions))
+    restorer = MaskRestorer(trail, values, axis=axis, regions=regions)
+    for start in range(0, size[axis], step):
+        restorer.add(np.take(logits, range(start, min(size[axis], start + step)), 1 + axis))
+    mask, confidence = (to_canonical(each, trail.order) for each in restorer.result())
+    dense = interpolated(logits.astype(np.float64), trail)
+    if regions:
+        expected = ((dense > 0) * np.arange(1, n_classes + 1)[:, None, None, None]).max(0)
+        winner = np.take_along_axis(dense, np.maximum(0, expected - 1)[None], 0)[0]
+        probability = 1 / (1 + np.exp(-winner))
+        is_close = np.abs(dense).min(0) < 1e-4
+    else:
+        expected = dense.argmax(0)
+        probability = 1 / np.exp(dense - dense.max(0)).sum(0)
+        first, second = np.sort(dense, 0)[[-1, -2]]
+        is_close = first - second < 1e-4
+    same = mask == expected
+    assert (same | is_close).all()
+    assert np.count_nonzero(~same) <= 1 + 0.01 * mask.size or kind == "ties"
+    difference = np.abs(confidence - np.where(expected > 0, np.round(255 * probability), 0))[same]
+    assert difference.max() <= 1
+    assert np.count_nonzero(difference) <= 0.25 * difference.size + 1
+
+
+def test_of_equal_logits_the_first_class_wins_wherever_voxels_lie():
+    geometry = Geometry((9, 9, 9), oblique((1, 1, 1)))
+    trail = Trail(geometry, AxisOrder.of(geometry), BoundingBox.whole((9, 9, 9)), (9, 9, 9))
+    logits = np.random.default_rng(0).integers(0, 3, (6, 9, 9, 9)).astype(np.float32)
+    mask, _ = restore_mask(logits, trail, [1, 2, 3, 4, 5])
+    np.testing.assert_array_equal(to_canonical(mask, trail.order), logits.argmax(0))
+
+
+@pytest.mark.parametrize("regions", [False, True])
+def test_half_precision_and_tensors_give_what_arrays_give(regions):
+    geometry = Geometry((20, 17, 12), oblique((1.0, 0.9, 1.1)))
+    trail = Trail(geometry, AxisOrder.of(geometry), BoundingBox.whole(geometry.shape), (11, 9, 12))
+    logits = logits_of_kind("sharp", 5, trail.shape, np.random.default_rng(0)).astype(np.float16)
+    values = [3, 4, 300, 7, 8][: 5 if regions else 4]
+    expected = restore_mask(logits.astype(np.float32), trail, values, regions=regions)
+    restorer = MaskRestorer(trail, values, axis=2, regions=regions)
+    for half in torch.from_numpy(logits).split(5, dim=3):
+        restorer.add(half)
+    for found, wanted in zip(restorer.result(), expected, strict=True):
+        np.testing.assert_array_equal(found, wanted)
+
+
+@pytest.mark.parametrize("border", [3, 4, 5])
+def test_many_classes_that_are_nothing_at_every_voxel_count_between_two_that_are_sure(border):
+    """Where 8 and -8 meet the larger logit is 2, beside which 300 others of -8 are more than one in a hundred."""
+    shape = (36, 9, 9)
+    geometry = Geometry(shape, oblique((1.0, 1.0, 1.0)))
+    trail = Trail(geometry, AxisOrder.of(geometry), BoundingBox.whole(shape), (9, 9, 9))
+    logits = np.full((303, 9, 9, 9), -8.0, np.float32)
+    logits[1, :border], logits[2, border:] = 8, 8
+    mask, confidence = (to_canonical(each, trail.order) for each in restore_mask(logits, trail, list(range(1, 303))))
+    dense = interpolated(logits.astype(np.float64), trail)
+    np.testing.assert_array_equal(mask, dense.argmax(0))
+    expected = 255 / np.exp(dense - dense.max(0)).sum(0)
+    np.testing.assert_allclose(confidence, expected, atol=0.76)
