@@ -1,8 +1,12 @@
 import os
+import subprocess
+import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
 
-from volseg.execute.cpu import physical_cores
+from volseg.execute.cpu import give_back_mapped, physical_cores
 
 
 def machine(root, siblings, **files):
@@ -48,3 +52,48 @@ def test_a_container_is_held_to_its_share(files, cores, tmp_path):
 
 def test_this_machine_has_at_least_one_core_and_no_more_than_it_has_cpus():
     assert 1 <= physical_cores() <= (os.cpu_count() or 1)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_a_mapped_file_gives_its_pages_back_and_is_still_there(tmp_path):
+    path = tmp_path / "wéights of a network.bin"
+    np.arange(8 << 20, dtype=np.int32).tofile(path)
+    mapped = np.memmap(path, np.int32, mode="r")
+    before = _resident("RssFile")
+    total = int(mapped.sum(dtype=np.int64))
+    assert _resident("RssFile") - before > 30 << 10
+    give_back_mapped(path)
+    assert _resident("RssFile") - before < 2 << 10
+    assert int(mapped.sum(dtype=np.int64)) == total
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's malloc")
+def test_large_blocks_are_given_back_when_they_are_freed():
+    code = """
+import sys
+from volseg.execute.cpu import give_back_large_blocks
+from volseg.infer.memory import resident_bytes
+import numpy as np
+if sys.argv[1] == "yes":
+    give_back_large_blocks()
+np.ones(31 << 20, np.uint8)  # freed; from here on glibc would put blocks of this size on the heap
+kept = [np.ones(31 << 20, np.uint8) for _ in range(8)]
+wedge = np.ones(1 << 20, np.uint8)
+before = resident_bytes()
+del kept
+print((before - resident_bytes()) >> 20)
+"""
+    given = {
+        answer: int(
+            subprocess.run([sys.executable, "-c", code, answer], check=True, capture_output=True, text=True).stdout
+        )
+        for answer in ("yes", "no")
+    }
+    assert given["yes"] >= 8 * 31 - 2
+    assert given["no"] < given["yes"] - 100
+
+
+def _resident(kind: str) -> int:
+    """kB, of this process."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(kind))

@@ -9,8 +9,10 @@ import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-# glibc's mallopt parameters, from malloc.h.
-M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
+# glibc's mallopt parameters, from malloc.h, and madvise's, from mman.h.
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -2, -3, -4
+MADV_DONTNEED = 4
+LARGE_BLOCK = 8 << 20  # bytes, of an array that is worth a call of the kernel
 
 
 def give_back_freed_memory() -> None:
@@ -34,6 +36,26 @@ def keep_freed_memory() -> None:
     mallopt(M_MMAP_MAX, 0)
     mallopt(M_TRIM_THRESHOLD, -1)
     mallopt(M_TOP_PAD, 256 << 20)
+
+
+def give_back_large_blocks() -> None:
+    """Let glibc give each large block back to the kernel as soon as it is freed; by itself it comes to keep those of up to 32 MB."""
+    if sys.platform.startswith("linux"):
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+        if mallopt is not None:
+            mallopt(M_MMAP_THRESHOLD, LARGE_BLOCK)
+
+
+def give_back_mapped(path: Path) -> None:
+    """Let the kernel drop the pages of a file that is mapped for reading; whoever still asks for them gets them from the file."""
+    if not sys.platform.startswith("linux"):
+        return
+    madvise = ctypes.CDLL(None).madvise
+    for line in os.fsdecode(Path("/proc/self/maps").read_bytes()).splitlines():
+        addresses, access, *_, name = line.split(maxsplit=5)
+        if name == str(path.resolve()) and "w" not in access:
+            start, stop = (int(address, 16) for address in addresses.split("-"))
+            madvise(ctypes.c_void_p(start), ctypes.c_size_t(stop - start), MADV_DONTNEED)
 
 
 def physical_cores(cpus: Iterable[int] | None = None, root: Path = Path("/")) -> int:

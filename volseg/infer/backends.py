@@ -23,7 +23,7 @@ from torch import nn
 
 from volseg.bundle import ModelBundle
 from volseg.errors import EnvironmentProblem, ScanError, VolsegError
-from volseg.execute.cpu import physical_cores
+from volseg.execute.cpu import give_back_mapped, physical_cores
 from volseg.io.files import environment_problem, make_folder, sha256_of, write_json_atomic
 
 if TYPE_CHECKING:
@@ -309,6 +309,8 @@ def load_backend(bundle: ModelBundle, choice: BackendChoice, *, folder: Path | N
         if model is None:
             model = convert(bundle.member(name), shape)
         members.append(OpenVINOBackend(model, shape, precision=choice.precision, identity=identity))
+        if folder is not None:  # compiled, a network has its weights in an order of its own
+            give_back_mapped(folder / EXPORTED / f"{stem}.bin")
     return members[0] if len(members) == 1 else EnsembleBackend(members)
 
 

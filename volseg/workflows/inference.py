@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from volseg.errors import ScanError, VolsegError
-from volseg.execute.cpu import keep_freed_memory
+from volseg.execute.cpu import give_back_large_blocks, keep_freed_memory
 from volseg.execute.local import run_overlapped
 from volseg.io.cases import Case, find_scans
 from volseg.io.nifti import read_header, read_volume
@@ -89,7 +89,9 @@ def infer(
     with ResultsFolder(out) as results:
         loaded = load_model(bundle, device, backend=backend, precision=precision, folder=folder)
         if loaded.device == "cpu" and loaded.segmentation.identity["backend"] == "torch":
-            keep_freed_memory()  # OpenVINO gains nothing by it, and masks that hold nothing would take memory
+            keep_freed_memory()
+        else:  # OpenVINO and GPUs gain nothing by it, and masks that hold nothing would take memory
+            give_back_large_blocks()
         options = {"model_sha256": bundle.sha256, "figures": figures, **loaded.segmentation.identity, **changes}
         plans = _plan_memory(cases, loaded, budget, gpu_budget, announce)
         known = _known(plans)
