@@ -87,23 +87,24 @@ def usage(pid: int) -> tuple[float, float]:
     return 0.0, 0.0
 
 
-def make_scan(path: Path, shape: tuple[int, int, int], spacing_mm: tuple[float, float, float]) -> None:
-    """A noisy body of an elliptic section in air, with balls of different density in it."""
+def make_scan(path: Path, shape: tuple[int, int, int], spacing_mm: tuple[float, float, float], classes: int) -> None:
+    """A noisy body of an elliptic section in air with balls in it, of the densities on which `nnunet_model.py` trains."""
     from volseg.io.nifti import write_volume
     from volseg.volume import Geometry, Volume
 
     rng = np.random.default_rng(0)
     r, a, s = (np.linspace(-1, 1, n, dtype=np.float32) for n in shape)
     inside = (r[:, None, None] / 0.75) ** 2 + (a[None, :, None] / 0.5) ** 2 < 1
-    array = np.where(inside, np.int16(40), np.int16(-1000)) * np.ones(shape, np.int16)
+    level = np.linspace(-230, 400, classes).astype(np.int16)  # HU of the background and of each class
+    array = np.where(inside, level[0], np.int16(-1000)) * np.ones(shape, np.int16)
     half_mm = [n * each / 2 for n, each in zip(shape, spacing_mm, strict=True)]
     for index in range(60):
         radius_mm, centre = rng.uniform(8, 40), rng.uniform([-0.5, -0.3, -0.9], [0.5, 0.3, 0.9])
         squares = [((x - c) * h) ** 2 for x, c, h in zip((r, a, s), centre, half_mm, strict=True)]
         ball = squares[0][:, None, None] + squares[1][None, :, None] + squares[2] < radius_mm**2
-        array[ball] = -150 + 8 * index
+        array[ball] = level[1 + index % (classes - 1)]
     for index in range(shape[2]):
-        array[:, :, index] += rng.integers(-25, 26, shape[:2], dtype=np.int16)
+        array[:, :, index] += rng.normal(0, 27, shape[:2]).astype(np.int16)
     affine = np.diag([-spacing_mm[0], -spacing_mm[1], spacing_mm[2], 1.0])
     write_volume(Volume(np.asfortranarray(array), Geometry(shape, affine)), path)
 
@@ -137,7 +138,7 @@ def main() -> None:
     parser.add_argument("--make-scan", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.make_scan:
-        make_scan(arguments.make_scan, arguments.shape, arguments.spacing)
+        make_scan(arguments.make_scan, arguments.shape, arguments.spacing, arguments.classes)
         return
     with tempfile.TemporaryDirectory() as temporary:
         compare(arguments, arguments.keep or Path(temporary))
@@ -151,6 +152,7 @@ def compare(arguments: argparse.Namespace, folder: Path) -> None:
     if not scan.exists():
         # In a process of its own: a child's peak memory on Linux starts from that of its parent.
         shape = [f"--{name}={','.join(map(str, getattr(arguments, name)))}" for name in ("shape", "spacing")]
+        shape.append(f"--classes={arguments.classes}")
         subprocess.run([sys.executable, here, "--peer", "-", *shape, "--make-scan", scan], check=True)
     if not own.exists():
         maker = [arguments.peer, str(here.with_name("nnunet_model.py")), "--out", str(folder / "nnunet")]

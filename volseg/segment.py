@@ -12,7 +12,15 @@ import torch
 
 from volseg.bundle import ModelBundle
 from volseg.errors import ScanError
-from volseg.infer.backends import Backend, EnsembleBackend, OpenVINOBackend, TorchBackend, choose_backend, load_backend
+from volseg.infer.backends import (
+    Backend,
+    EnsembleBackend,
+    OpenVINOBackend,
+    TorchBackend,
+    choose_backend,
+    device_of,
+    load_backend,
+)
 from volseg.infer.classify import classify_lesions
 from volseg.infer.memory import MemoryPlan, NetworkPass, ScanHeader, network_bytes, plan_memory
 from volseg.infer.roi import find_region, scaled_box
@@ -132,8 +140,9 @@ def plan_case_memory(
     itemsize: int,
     model: Model,
     needed: int,
-    max_ram: int | None,
+    max_ram: int | None = None,
     *,
+    max_vram: int | None = None,
     coarse_needed: int = 0,
     is_alone: bool = True,
 ) -> MemoryPlan:
@@ -145,7 +154,7 @@ def plan_case_memory(
         is_alone: no other scan is read or written meanwhile.
 
     Raises:
-        ScanError: it does not fit into `max_ram` bytes.
+        ScanError: it does not fit into `max_ram` bytes of main memory, or `max_vram` of the GPU's.
     """
     return plan_memory(
         ScanHeader(geometry=geometry, itemsize=itemsize),
@@ -153,6 +162,7 @@ def plan_case_memory(
         coarse=None if model.coarse is None else _network_pass(model.coarse, coarse_needed),
         is_alone=is_alone,
         max_ram=max_ram,
+        max_vram=max_vram,
     )
 
 
@@ -163,7 +173,9 @@ def _network_pass(model: Model, needed: int) -> NetworkPass:
         tiling=tiling_of(model.bundle),
         settings=plan.prepare_settings(recipe.preprocess, recipe.data.channels),
         backend=model.segmentation.identity["backend"],
-        network_bytes=needed if model.device == "cpu" else 0,
+        network_bytes=needed,
+        on_gpu=model.device != "cpu",
+        half=model.segmentation.identity["precision"] in ("fp16", "bf16") and model.device != "cpu",
     )
 
 
@@ -197,7 +209,7 @@ def _predict(
         done, total = count(1), tiling.count(part.shape)
         on_tile(0, total)
         slabs = predict_slabs(
-            preparation.planes(axis, part),
+            preparation.planes(axis, part, device_of(model.segmentation)),
             model.segmentation,
             tiling,
             n_classes=recipe.data.n_outputs,
@@ -243,7 +255,9 @@ def _region(preparation: Preparation, model: Model) -> BoundingBox | None:
     tiling = replace(tiling_of(coarse.bundle), empty_level=whole.empty_level)
     try:
         found = find_region(
-            whole.planes(thinnest_axis(whole.trail.shape, tiling.patch_shape)), coarse.segmentation, tiling
+            whole.planes(thinnest_axis(whole.trail.shape, tiling.patch_shape), device=device_of(coarse.segmentation)),
+            coarse.segmentation,
+            tiling,
         )
     finally:
         coarse.segmentation.release()

@@ -18,13 +18,13 @@ def bundle(model):
     return load_bundle(model)
 
 
-def plan_for(bundle, shape, max_ram=None, network=100 << 20, backend="torch"):
+def plan_for(bundle, shape, max_ram=None, network=100 << 20, backend="torch", max_vram=None, **gpu):
     header = ScanHeader(geometry=Geometry(shape, oblique((0.8, 0.8, 1.5))), itemsize=2)
     settings = bundle.plan.prepare_settings(bundle.recipe.preprocess, bundle.recipe.data.channels)
     run = NetworkPass(
-        bundle=bundle, tiling=tiling_of(bundle), settings=settings, backend=backend, network_bytes=network
+        bundle=bundle, tiling=tiling_of(bundle), settings=settings, backend=backend, network_bytes=network, **gpu
     )
-    return plan_memory(header, run, max_ram=max_ram)
+    return plan_memory(header, run, max_ram=max_ram, max_vram=max_vram)
 
 
 def test_only_scan_and_masks_grow_with_the_number_of_slices(bundle):
@@ -89,6 +89,29 @@ def test_two_passes_follow_each_other_so_the_larger_one_counts(bundle):
     assert large.network > alone.network + (500 << 20)
     assert large.stream < alone.stream
     assert (large.scans, large.masks, large.labelling) == (alone.scans, alone.masks, alone.labelling)
+
+
+def test_on_a_gpu_network_and_logits_are_in_its_own_memory(bundle):
+    host = plan_for(bundle, (256, 256, 400)).footprint
+    device = plan_for(bundle, (256, 256, 400), on_gpu=True).footprint
+    assert host.gpu == 0
+    assert (device.network, device.restore) == (0, 0)
+    assert (device.scans, device.masks) == (host.scans, host.masks)
+    assert host.network > device.gpu - host.stream - host.restore > (100 << 20)  # a GPU keeps less of what is freed
+    assert plan_for(bundle, (256, 256, 400), on_gpu=True, half=True).footprint.gpu < device.gpu - (50 << 20)
+
+
+def test_a_gpu_too_small_for_the_ring_blends_in_half_precision_or_says_what_would_do(bundle):
+    large = replace(bundle, plan=bundle.plan.model_copy(update={"patch_shape": (96, 96, 96)}))
+    best = plan_for(large, (400, 400, 400), on_gpu=True)
+    assert not best.half_logits
+    tight = plan_for(large, (400, 400, 400), on_gpu=True, max_vram=best.footprint.gpu - 1)
+    assert tight.half_logits
+    with pytest.raises(ScanError, match="of the GPU's memory at the least") as caught:
+        plan_for(large, (400, 400, 400), on_gpu=True, max_vram=tight.footprint.gpu - 1)
+    assert caught.value.code == "E_VRAM"
+    wanted = parse_bytes(caught.value.fix.split("--max-vram ")[1].split(",")[0])
+    assert plan_for(large, (400, 400, 400), on_gpu=True, max_vram=wanted).footprint.gpu <= wanted
 
 
 @pytest.mark.parametrize(("text", "size"), [("4G", 4 << 30), ("500m", 500 << 20), ("1.5G", 3 << 29), ("4096", 4096)])

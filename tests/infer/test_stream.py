@@ -133,8 +133,9 @@ def test_with_a_margin_the_faces_of_a_scan_see_their_mirror_image():
     np.testing.assert_allclose(seeing[0, 1:], array[0, :-1], atol=1e-5)
 
 
-def test_empty_tiles_are_not_run_and_are_background():
-    array = np.full((1, 8, 8, 64), -3.0, np.float32)
+@pytest.mark.parametrize("thickness", [8, 3])  # of the scan, in a patch of 8: padding is not body
+def test_empty_tiles_are_not_run_and_are_background(thickness):
+    array = np.full((1, thickness, 8, 64), -3.0, np.float32)
     array[..., 20:24] = 1.0
     ran = []
     tiling = Tiling(patch_shape=(8, 8, 8), overlap=0.5, empty_level=-1.0)

@@ -1,13 +1,14 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from importlib.util import find_spec
 
 import numpy as np
 import pytest
 
 import volseg
-from volseg.bundle import load_bundle, save_bundle
+from volseg.bundle import load_bundle, save_bundle, segmentation_name
 from volseg.errors import VolsegError
 from volseg.workflows import quantise
 
@@ -45,6 +46,33 @@ def test_infer_takes_int8_only_when_asked_and_says_so(quantised, dataset, tmp_pa
     assert report.details["computed_with"]["precision"] == "int8"
     assert json.loads((results / "run.json").read_text())["options"]["precision"] == "int8"
     assert volseg.infer(scan, model=folder, out=results, device="cpu", precision="int8").kept == ["scan_6"]
+
+
+def test_every_network_of_an_ensemble_is_quantised(model, dataset, tmp_path):
+    one = load_bundle(model)
+    weights = one.weights["segmentation"]
+    changed = {name: values * (1.02 if name.endswith("weight") else 1) for name, values in weights.items()}
+    folder = tmp_path / "ensemble"
+    save_bundle(replace(one, weights=dict(one.weights) | {segmentation_name(1): changed}), folder)
+    report = quantise(folder, dataset, cases=2)
+    assert report.details["validation"]["dice"]["lesion"]["int8"] == pytest.approx(
+        report.details["validation"]["dice"]["lesion"]["fp32"], abs=0.05
+    )
+    found = volseg.infer(
+        dataset / "images" / "scan_6.nii.gz", model=folder, out=tmp_path / "out", device="cpu", precision="int8"
+    )
+    computed = found.details["computed_with"]
+    assert (computed["precision"], computed["networks"]) == ("int8", "2")
+    assert len(computed["network_sha256"].split(",")) == 2
+
+
+def test_a_model_of_regions_is_not_quantised(model, dataset, tmp_path):
+    one = load_bundle(model)
+    data = one.recipe.data.model_copy(update={"regions_class_order": tuple(one.recipe.data.labels.values())})
+    folder = tmp_path / "regions"
+    save_bundle(replace(one, recipe=one.recipe.model_copy(update={"data": data})), folder)
+    with pytest.raises(VolsegError, match="regions"):
+        quantise(folder, dataset)
 
 
 def test_the_command_prints_what_each_precision_costs(quantised, dataset):

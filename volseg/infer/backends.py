@@ -234,6 +234,11 @@ class EnsembleBackend:
             backend.release()
 
 
+def mean_of(members: Sequence[Backend]) -> Backend:
+    """The networks of a model as one: a single one is itself."""
+    return members[0] if len(members) == 1 else EnsembleBackend(members)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BackendChoice:
     """Which backend runs where and how: nothing left to decide."""
@@ -311,7 +316,7 @@ def load_backend(bundle: ModelBundle, choice: BackendChoice, *, folder: Path | N
         members.append(OpenVINOBackend(model, shape, precision=choice.precision, identity=identity))
         if folder is not None:  # compiled, a network has its weights in an order of its own
             give_back_mapped(folder / EXPORTED / f"{stem}.bin")
-    return members[0] if len(members) == 1 else EnsembleBackend(members)
+    return mean_of(members)
 
 
 def convert(network: nn.Module, batch_shape: Sequence[int]) -> openvino.Model:

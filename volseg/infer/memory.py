@@ -15,19 +15,20 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from volseg.bundle import ModelBundle
-from volseg.errors import ScanError, VolsegError
+from volseg.errors import ScanError
 from volseg.execute.cpu import give_back_freed_memory
 from volseg.infer.stream import Tiling
 from volseg.infer.tiles import thinnest_axis
 from volseg.models import build_segmentation
 from volseg.preprocess.crop import AxisOrder, canonical_geometry
 from volseg.preprocess.prepare import SLAB_VOXELS, PrepareSettings, separate_axis
-from volseg.preprocess.resample import resampled_shape
+from volseg.preprocess.resample import SLAB_VALUES, resampled_shape
 from volseg.volume import Geometry
 
 # Measured with benchmarks/memory.py: what a backend takes of the tensors that are alive at the worst moment, and beside them.
 OVERHEAD = {"openvino": 1.05, "torch": 2.3, "cuda": 1.3}  # torch on a CPU keeps freed blocks for speed
 WORKSPACE = 150 << 20
+STAGING = 2 * 4 * SLAB_VALUES  # source planes on their way to a GPU
 LESION_SHARE = 0.25  # of a scan that the box of all lesions is taken to fill at most
 LABELLING_BYTES = 16  # per voxel of that box
 UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
@@ -44,6 +45,7 @@ class Footprint:
     stream: int  # prepared planes and the ring of blended logits, one patch deep
     restore: int  # planes on their way back to the scan's grid
     labelling: int  # finding and measuring lesions, when the network's memory is free again
+    gpu: int = 0  # of its own memory: there, network, stream and restore take nothing of the main memory
 
     @property
     def total(self) -> int:
@@ -87,6 +89,8 @@ class NetworkPass:
     settings: PrepareSettings
     backend: str
     network_bytes: int
+    on_gpu: bool = False
+    half: bool = False  # activations of two bytes
 
 
 def plan_memory(
@@ -96,8 +100,9 @@ def plan_memory(
     coarse: NetworkPass | None = None,
     is_alone: bool = False,
     max_ram: int | None = None,
+    max_vram: int | None = None,
 ) -> MemoryPlan:
-    """The fastest way to segment a scan within a budget of bytes; the first of these that fits: all at its best; without
+    """The fastest way to segment a scan within budgets of bytes; the first of these that fits: all at its best; without
     reading ahead; logits blended in float16. A scan that `is_alone` has no next one to read.
 
     Args:
@@ -113,30 +118,28 @@ def plan_memory(
     for read_ahead, half_logits in ((True, False), (False, False), (False, True))[1 if is_alone else 0 :]:
         footprint = _footprint(header, fine, coarse, process, read_ahead=read_ahead, half=half_logits)
         plan = MemoryPlan(footprint=footprint, half_logits=half_logits, read_ahead=read_ahead, shape=shape)
-        if max_ram is None or footprint.total <= max_ram:
+        fits = max_ram is None or footprint.total <= max_ram
+        if fits and (max_vram is None or footprint.gpu <= max_vram):
             return plan
         plans.append(plan)
     least = plans[-1].footprint
-    assert max_ram is not None
+    if max_ram is None or least.total <= max_ram:
+        assert max_vram is not None
+        raise ScanError(
+            f"segmenting this scan takes {least.gpu / 2**30:.2f} GB of the GPU's memory at the least, and the budget is {max_vram / 2**30:.2f} GB",
+            fix=f"give --max-vram {_enough(least.gpu)}, or --device cpu, or a model with a smaller patch",
+            code="E_VRAM",
+        )
     raise ScanError(
         f"segmenting this scan takes {least} at the least, and the budget is {max_ram / 2**30:.2f} GB",
-        fix=f"give --max-ram {math.ceil(least.total / 2**30 * 10 + 0.5) / 10:g}G, or a model with a smaller patch",
+        fix=f"give --max-ram {_enough(least.total)}, or a model with a smaller patch",
         code="E_RAM",
     )
 
 
-def check_gpu_memory(network_bytes: int, *, batch_size: int, is_half: bool, max_vram: int) -> None:
-    """
-    Raises:
-        VolsegError: a batch does not fit into `max_vram` bytes of the GPU.
-    """
-    total = round(network_bytes * (0.5 if is_half else 1.0) * OVERHEAD["cuda"] * batch_size) + WORKSPACE
-    if total > max_vram:
-        raise VolsegError(
-            f"the network takes {total / 2**30:.2f} GB of the GPU's memory, and the budget is {max_vram / 2**30:.2f} GB",
-            fix=f"give --max-vram {total / 2**30 + 0.05:.1f}G, or --device cpu",
-            code="E_VRAM",
-        )
+def _enough(size: int) -> str:
+    """A round amount over this one, as the options take it."""
+    return f"{math.ceil(size / 2**30 * 10 + 0.5) / 10:g}G"
 
 
 def _footprint(
@@ -149,14 +152,16 @@ def _footprint(
     if coarse is not None:  # looks only for a box: nothing goes back to the scan's grid
         passes.append(replace(_pass_bytes(header.geometry, coarse, half=False), restore=0))
     larger = max(passes, key=lambda each: each.total)
+    on_host = _PassBytes(network=0, stream=STAGING, restore=0) if fine.on_gpu else larger
     return Footprint(
         process=process,
         scans=voxels * header.itemsize * (3 if read_ahead else 1),
         masks=voxels * (label_bytes + 1 + 2) * (2 if read_ahead else 1) + (3 * voxels if needs_body else 0),
-        network=larger.network,
-        stream=larger.stream,
-        restore=larger.restore,
+        network=on_host.network,
+        stream=on_host.stream,
+        restore=on_host.restore,
         labelling=round(LESION_SHARE * LABELLING_BYTES * voxels),
+        gpu=larger.total if fine.on_gpu else 0,
     )
 
 
@@ -190,8 +195,9 @@ def _pass_bytes(grid: Geometry, run: NetworkPass, *, half: bool) -> _PassBytes:
     logits = 4 * classes * tiling.batch_size * math.prod(tiling.patch_shape) * summed
     # A network that OpenVINO compiled keeps its memory until the scan is done.
     activations = run.network_bytes * tiling.batch_size * (members if run.backend == "openvino" else 1)
+    overhead = OVERHEAD["cuda" if run.on_gpu else run.backend] * (0.5 if run.half else 1)
     return _PassBytes(
-        network=round(activations * OVERHEAD[run.backend]) + logits + WORKSPACE,
+        network=round(activations * overhead) + logits + WORKSPACE,
         stream=round(window + (2 if half else 4) * classes * plane * depth),
         restore=40 * max(SLAB_VOXELS, math.prod(geometry.shape) // geometry.shape[axis]) + 4 * classes * 3 * plane,
     )

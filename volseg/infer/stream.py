@@ -111,7 +111,7 @@ def predict_logits(array: np.ndarray, backend: Backend, tiling: Tiling, *, n_cla
 
 
 def _are_empty(tiles: Sequence[torch.Tensor], level: float | None) -> Sequence[bool]:
-    """Whether the first channel is nowhere over the level, of each tile (C, *patch); asked at once: each answer waits for a GPU."""
+    """Whether the first channel is nowhere over the level, of each tile (C, r, a, s); asked at once: each answer waits for a GPU."""
     if level is None:
         return [False] * len(tiles)
     return torch.stack([~(tile[0] > level).any() for tile in tiles]).tolist()
@@ -161,10 +161,7 @@ class _Window:
         """The planes that stand at these padded places, continued beyond the faces of the plane too."""
         real = sources[sources >= 0]
         first, last = (int(real.min()), int(real.max()) + 1) if real.size else (0, 1)
-        block = torch.as_tensor(self._planes.read(first, last))
-        if self._device.type == "cuda" and block.device.type == "cpu":
-            block = block.pin_memory()  # else the copy would wait for the GPU
-        block = block.to(self._device, non_blocking=True)
+        block = torch.as_tensor(self._planes.read(first, last)).to(self._device)
         for n, tiled in enumerate(self._tiled):
             block = _at(block, sources - first, 1 + n) if n == self._axis else _at(block, tiled.source, 1 + n)
         return block
@@ -223,6 +220,10 @@ class _Ring:
             slice(0, each.patch) if n == self._axis else slice(each.starts[p], each.starts[p] + each.patch)
             for n, (each, p) in enumerate(zip(self._tiled, place, strict=True))
         )
+
+    def real(self, place: Sequence[int]) -> tuple[slice, ...]:
+        """The part of the tile at this place that is no padding."""
+        return tuple(each.real(p) for each, p in zip(self._tiled, place, strict=True))
 
     def skip(self) -> None:
         """A tile was left out, so shares no longer sum to 1 everywhere."""
@@ -292,7 +293,8 @@ def _run_layer(
     """Run the tiles at these places and blend them."""
     tiles = [layer_input[(slice(None), *ring.box(place))] for place in places]
     waiting: list[tuple[tuple[int, ...], torch.Tensor]] = []
-    for place, tile, is_empty in zip(places, tiles, _are_empty(tiles, tiling.empty_level), strict=True):
+    real = [tile[(slice(None), *ring.real(place))] for place, tile in zip(places, tiles, strict=True)]
+    for place, tile, is_empty in zip(places, tiles, _are_empty(real, tiling.empty_level), strict=True):
         if is_empty:
             ring.skip()
             on_tile(True)

@@ -65,6 +65,11 @@ class TiledAxis:
         weights = np.stack([gaussian(patch) / total[start : start + patch] for start in starts])
         return cls(length, patch, before, source, tuple(starts), weights.astype(np.float32))
 
+    def real(self, tile: int) -> slice:
+        """The voxels of a tile at which the volume stands, or its mirror image."""
+        places = np.flatnonzero(self.source[self.starts[tile] : self.starts[tile] + self.patch] >= 0)
+        return slice(int(places[0]), int(places[-1]) + 1)
+
 
 def thinnest_axis(shape: tuple[int, int, int], patch_shape: tuple[int, int, int]) -> int:
     """The axis along which a layer one patch deep holds the fewest voxels; the last of equal ones."""

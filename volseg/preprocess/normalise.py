@@ -12,6 +12,7 @@ from math import inf, isinf
 from typing import Literal
 
 import numpy as np
+import torch
 
 from volseg.errors import VolsegError
 
@@ -33,15 +34,18 @@ class Scaling:
 
     def __call__(self, array: np.ndarray, body: np.ndarray | None = None) -> np.ndarray:
         """Real numbers of any shape → float32, a new array; without `body` the nonzero voxels are inside."""
-        if isinf(self.low) and isinf(self.high):
-            result = array.astype(np.float32)
-        else:
-            result = np.clip(array, np.float32(self.low), np.float32(self.high)).astype(np.float32, copy=False)
-        result -= np.float32(self.shift)
-        result *= np.float32(self.factor)
+        values = torch.from_numpy(array.astype(np.float32))
+        return self.apply_(values, None if body is None else torch.from_numpy(np.array(body))).numpy()
+
+    def apply_(self, values: torch.Tensor, body: torch.Tensor | None = None) -> torch.Tensor:
+        """The same for float32 values on any device, in place."""
+        outside = None
         if self.inside_only:
-            result[array == 0 if body is None else ~body] = 0
-        return result
+            outside = values == 0 if body is None else ~body
+        if not (isinf(self.low) and isinf(self.high)):
+            values.clamp_(self.low, self.high)
+        values.sub_(self.shift).mul_(self.factor)
+        return values if outside is None else values.masked_fill_(outside, 0)
 
 
 class Normaliser(ABC):

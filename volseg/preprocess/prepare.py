@@ -21,6 +21,7 @@ from volseg.errors import ScanError
 from volseg.preprocess.crop import AxisOrder, body_threshold, box_where, canonical_geometry, crop, to_canonical
 from volseg.preprocess.normalise import Normaliser, Scaling
 from volseg.preprocess.resample import (
+    CPU,
     Kind,
     PlaneReader,
     positions,
@@ -111,7 +112,8 @@ def prepare(images: Mapping[str, Volume], settings: PrepareSettings) -> Prepared
     """
     preparation = Preparation(images, settings)
     planes = preparation.planes()
-    return Prepared(planes.read(0, planes.shape[planes.axis]), preparation.trail, preparation.has_body)
+    array = planes.read(0, planes.shape[planes.axis]).numpy()
+    return Prepared(array, preparation.trail, preparation.has_body)
 
 
 class Preparation:
@@ -142,16 +144,19 @@ class Preparation:
         self.has_body = found is not None or settings.crop != "body"
         self._views = [crop(array, box) for array in stored]
 
-    def planes(self, axis: int | None = None, part: BoundingBox | None = None) -> PreparedPlanes:
+    def planes(
+        self, axis: int | None = None, part: BoundingBox | None = None, device: torch.device = CPU
+    ) -> PreparedPlanes:
         """The network input, or a part of the prepared grid, to be read plane by plane along a prepared axis.
 
         Args:
             axis: None for the one that is slowest in memory.
+            device: where planes are resampled and normalised.
         """
         axis = self.trail.separate_axis if axis is None else axis
         axis = slowest_axis(self._views[0]) if axis is None else axis
-        channels = [self._channel(index, axis) for index in range(len(self._views))]
-        return PreparedPlanes(self.trail.shape, channels, part)
+        channels = [self._channel(index, axis, device) for index in range(len(self._views))]
+        return PreparedPlanes(self.trail.shape, channels, part, device)
 
     def at(self, spacing_mm: tuple[float, float, float]) -> Preparation:
         """The same scan on a grid of another spacing, resampled linearly; box and normalisation stay those of this one."""
@@ -196,22 +201,32 @@ class Preparation:
             )
         return None
 
-    def _channel(self, index: int, axis: int | None) -> tuple[PlaneReader, Callable[[np.ndarray], np.ndarray]]:
-        """The planes of one channel, and what is left to be done to them once they are resampled."""
+    def _channel(self, index: int, axis: int | None, device: torch.device) -> tuple[PlaneReader, Finish]:
+        """The planes of one channel, and what is left to be done to them, in place, once they are resampled."""
         volume, scaling = self._volumes[index], self._scalings[index]
         if not self._settings.normalise_first:
-            return self._reader(index, axis), lambda planes: scaling(_scaled(planes, volume))
+
+            def finish(planes: torch.Tensor) -> torch.Tensor:
+                if volume.is_scaled:
+                    planes.mul_(volume.slope).add_(volume.intercept)
+                return scaling.apply_(planes)
+
+            return self._reader(index, axis, device=device), finish
         nonzero = self._nonzero
 
         def convert(planes: np.ndarray, which: slice) -> np.ndarray:
             body = None if nonzero is None else nonzero.transpose(reader.axes)[which]
             return scaling(_scaled(planes, volume), body)
 
-        reader = self._reader(index, axis, convert)
+        reader = self._reader(index, axis, convert, device)
         return reader, lambda planes: planes
 
     def _reader(
-        self, index: int, axis: int | None, convert: Callable[[np.ndarray, slice], np.ndarray] | None = None
+        self,
+        index: int,
+        axis: int | None,
+        convert: Callable[[np.ndarray, slice], np.ndarray] | None = None,
+        device: torch.device = CPU,
     ) -> PlaneReader:
         kinds: list[Kind] = [self._settings.interpolation] * 3
         limits: tuple[float, float] | Literal["plane"] | None = None
@@ -227,6 +242,7 @@ class Preparation:
             axis,
             convert=convert,
             limits=limits,
+            device=device,
         )
 
     def _range(self, index: int, *, is_converted: bool) -> tuple[float, float]:
@@ -282,8 +298,8 @@ class Preparation:
         step = max(1, SLAB_VOXELS * length // int(np.prod(self.trail.shape)))
         for start in range(0, length, step):
             stop = min(length, start + step)
-            values = np.moveaxis(reader.read(start, stop), axis, 0).ravel()
-            others = values if first is reader else np.moveaxis(first.read(start, stop), axis, 0).ravel()
+            values = np.moveaxis(reader.read(start, stop).numpy(), axis, 0).ravel()
+            others = values if first is reader else np.moveaxis(first.read(start, stop).numpy(), axis, 0).ravel()
             phase = -(start * (values.size // (stop - start))) % every
             chosen = slice(phase, None, every)
             body = others[chosen] > self._above if region == "body" else None
@@ -294,26 +310,31 @@ class Preparation:
         return _scaled(found if found.size else np.concatenate(outside), volume)
 
 
+Finish = Callable[[torch.Tensor], torch.Tensor]
+
+
 class PreparedPlanes:
     """Network input (C, R, A, S), or a part of it, read a few planes at a time."""
 
     def __init__(
         self,
         shape: tuple[int, int, int],
-        channels: Sequence[tuple[PlaneReader, Callable[[np.ndarray], np.ndarray]]],
+        channels: Sequence[tuple[PlaneReader, Finish]],
         part: BoundingBox | None = None,
+        device: torch.device = CPU,
     ) -> None:
         self._part = part or BoundingBox.whole(shape)
         self.shape = self._part.shape
         self.axis = channels[0][0].axis
         self._channels = channels
+        self._device = device
 
-    def read(self, start: int, stop: int) -> np.ndarray:
-        """Planes `start` to `stop`: float32 (C, R, A, S), but `stop - start` long along the axis."""
+    def read(self, start: int, stop: int) -> torch.Tensor:
+        """Planes `start` to `stop`: float32 (C, R, A, S) on the device, but `stop - start` long along the axis."""
         shape = tuple(stop - start if axis == self.axis else n for axis, n in enumerate(self.shape))
-        result = np.empty((len(self._channels), *shape), np.float32)
         first = self._part.start[self.axis]
         across = tuple(slice(None) if axis == self.axis else each for axis, each in enumerate(self._part.slices))
+        result = torch.empty((len(self._channels), *shape), device=self._device)
         for index, (reader, finish) in enumerate(self._channels):
             result[index] = finish(reader.read(first + start, first + stop)[across])
         return result

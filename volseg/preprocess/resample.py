@@ -17,6 +17,7 @@ from volseg.volume import Geometry
 
 Kind = Literal["linear", "cubic", "nearest"]
 Interpolation = Kind | tuple[Kind, Kind, Kind]
+CPU = torch.device("cpu")
 SLAB_VALUES = 8_000_000  # float32 values converted at a time: 32 MB, which stays near the cache and bounds the peak
 NEGLIGIBLE_WEIGHT = 1e-7  # of a cubic spline's far planes: under the rounding of float32
 
@@ -51,7 +52,7 @@ def resample(array: np.ndarray, shape: tuple[int, int, int], interpolation: Inte
         float32 (I, J, K); values outside the outermost voxel centres repeat the edge.
     """
     planes = PlaneReader(array, shape, interpolation)
-    return planes.read(0, shape[planes.axis])
+    return planes.read(0, shape[planes.axis]).numpy()
 
 
 def slowest_axis(array: np.ndarray) -> int:
@@ -70,6 +71,7 @@ class PlaneReader:
         axis: along which planes are counted; None for the one that is slowest in memory.
         convert: what happens first to source planes, given as (planes, which), which are transposed by `axes`.
         limits: the result is clipped to them; `plane`: to the range of each source plane, before planes are mixed.
+        device: where planes are resampled; the source's own values are what goes there.
     """
 
     def __init__(
@@ -81,6 +83,7 @@ class PlaneReader:
         *,
         convert: Callable[[np.ndarray, slice], np.ndarray] | None = None,
         limits: tuple[float, float] | Literal["plane"] | None = None,
+        device: torch.device = CPU,
     ) -> None:
         # Work in memory order: a NIfTI array has its last axis slowest, and a slab of it is then one contiguous read.
         order = sorted(range(3), key=lambda n: -abs(array.strides[n]))
@@ -92,24 +95,25 @@ class PlaneReader:
         kinds = interpolation if isinstance(interpolation, tuple) else (interpolation, interpolation, interpolation)
         kind, first_kind, second_kind = kinds[self.axes[0]], kinds[self.axes[1]], kinds[self.axes[2]]
         self._plane_shape = tuple(wanted_plane)
-        self._resize = plane_resizer(tuple(plane), tuple(wanted_plane), (first_kind, second_kind))
-        self._along = _Along(n, wanted, kind)
+        self._resize = plane_resizer(tuple(plane), tuple(wanted_plane), (first_kind, second_kind), device)
+        self._along = _Along(n, wanted, kind, device)
         self._convert = convert or (lambda planes, which: planes)
         self._limits = limits
-        self._kept = (0, np.empty((0, *wanted_plane), np.float32))
+        self._device = device
+        self._kept = (0, torch.empty((0, *wanted_plane), device=device))
 
-    def read(self, start: int, stop: int) -> np.ndarray:
-        """Planes `start` to `stop`: float32, (I, J, K) but `stop - start` long along the axis."""
+    def read(self, start: int, stop: int) -> torch.Tensor:
+        """Planes `start` to `stop`: float32 on the device, (I, J, K) but `stop - start` long along the axis; the caller's to change."""
         first, last = self._along.needed(start, stop)
         planes = self._along.combine(self._planes(first, last), first, start, stop)
         if isinstance(self._limits, tuple):
-            planes = np.clip(planes, *self._limits)
-        return planes.transpose(np.argsort(self.axes))
+            planes.clamp_(*self._limits)
+        return planes.permute(*np.argsort(self.axes).tolist())
 
-    def _planes(self, first: int, last: int) -> np.ndarray:
+    def _planes(self, first: int, last: int) -> torch.Tensor:
         """Source planes, resampled within the plane."""
         kept_first, kept = self._kept
-        planes = np.empty((last - first, *self._plane_shape), np.float32)
+        planes = torch.empty((last - first, *self._plane_shape), device=self._device)
         known = slice(max(first, kept_first), min(last, kept_first + len(kept)))
         if known.start < known.stop:
             planes[known.start - first : known.stop - first] = kept[known.start - kept_first : known.stop - kept_first]
@@ -118,12 +122,12 @@ class PlaneReader:
             missing = ((first, last),)
         for begin, end in missing:
             for part in _slabs(begin, end, self._source.shape[1] * self._source.shape[2]):
-                slab = torch.from_numpy(np.ascontiguousarray(self._convert(self._source[part], part), dtype=np.float32))
+                slab = tensor_of(self._convert(self._source[part], part), self._device)
                 resized = self._resize(slab)
                 if self._limits == "plane":
                     flat = slab.flatten(1)
                     resized = resized.clamp(flat.amin(1)[:, None, None], flat.amax(1)[:, None, None])
-                planes[part.start - first : part.stop - first] = resized.numpy()
+                planes[part.start - first : part.stop - first] = resized
         if not self._along.is_identity:
             self._kept = (first, planes)
         return planes
@@ -132,32 +136,32 @@ class PlaneReader:
 class _Along:
     """Interpolation between planes along the axis in which a `PlaneReader` counts."""
 
-    def __init__(self, n: int, wanted: int, kind: Kind) -> None:
+    def __init__(self, n: int, wanted: int, kind: Kind, device: torch.device) -> None:
         self.is_identity = n == wanted
-        self._matrix = _cubic_matrix(n, wanted) if kind == "cubic" and n != wanted else None
-        if self._matrix is None:
+        self._matrix = None
+        if kind != "cubic" or n == wanted:
             self._lower, self._upper, self._weight = positions(n, wanted, kind)
             return
-        heavy = (self._matrix.abs() > NEGLIGIBLE_WEIGHT).numpy()
+        matrix = _cubic_matrix(n, wanted)
+        self._matrix = matrix.to(device)
+        heavy = (matrix.abs() > NEGLIGIBLE_WEIGHT).numpy()
         self._lower, self._upper = heavy.argmax(axis=1), n - 1 - heavy[:, ::-1].argmax(axis=1)
 
     def needed(self, start: int, stop: int) -> tuple[int, int]:
         """First and one past the last of the source planes for the output planes `start` to `stop`."""
         return int(self._lower[start:stop].min()), int(self._upper[start:stop].max()) + 1
 
-    def combine(self, planes: np.ndarray, first: int, start: int, stop: int) -> np.ndarray:
+    def combine(self, planes: torch.Tensor, first: int, start: int, stop: int) -> torch.Tensor:
         """(n, J, I) source planes from `first` on → (stop - start, J, I)."""
         if self.is_identity:
             return planes
-        flat = torch.from_numpy(planes.reshape(len(planes), -1))
-        result = np.empty((stop - start, *planes.shape[1:]), np.float32)
-        out = torch.from_numpy(result.reshape(stop - start, -1))
         if self._matrix is not None:
-            torch.matmul(self._matrix[start:stop, first : first + len(planes)], flat, out=out)
-            return result
+            mixed = self._matrix[start:stop, first : first + len(planes)] @ planes.flatten(1)
+            return mixed.reshape(stop - start, *planes.shape[1:])
+        result = torch.empty((stop - start, *planes.shape[1:]), device=planes.device)
         for row, index in enumerate(range(start, stop)):
             lower, upper = int(self._lower[index]) - first, int(self._upper[index]) - first
-            torch.lerp(flat[lower], flat[upper], float(self._weight[index]), out=out[row])
+            torch.lerp(planes[lower], planes[upper], float(self._weight[index]), out=result[row])
         return result
 
 
@@ -210,17 +214,29 @@ def _slabs(first: int, last: int, values_per_plane: int) -> Iterator[slice]:
     return (slice(start, min(last, start + step)) for start in range(first, last, step))
 
 
+def tensor_of(values: np.ndarray, device: torch.device = CPU) -> torch.Tensor:
+    """Real numbers of any dtype and memory layout → float32 on a device, contiguous; may be the array's own memory."""
+    if device.type == "cpu" or values.dtype.itemsize > 4:
+        values = np.ascontiguousarray(values, np.float32)
+    tensor = torch.from_numpy(np.ascontiguousarray(values))
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()  # else the copy would wait for the GPU
+    return tensor.to(device, non_blocking=True).float()
+
+
 def plane_resizer(
-    size: tuple[int, ...], wanted: tuple[int, ...], kinds: tuple[Kind, ...]
+    size: tuple[int, ...], wanted: tuple[int, ...], kinds: tuple[Kind, ...], device: torch.device = CPU
 ) -> Callable[[torch.Tensor], torch.Tensor]:
-    """A function (n, J, I) → (n, *wanted) for planes of `size`."""
+    """A function (n, J, I) → (n, *wanted) for planes of `size` on a device."""
     if size == wanted:
         return lambda planes: planes
     if kinds == ("linear", "linear"):
         return lambda planes: torch.nn.functional.interpolate(
             planes[None], size=wanted, mode="bilinear", align_corners=False
         )[0]
-    first, second = (interpolation_matrix(n, m, kind) for n, m, kind in zip(size, wanted, kinds, strict=True))
+    first, second = (
+        interpolation_matrix(n, m, kind).to(device) for n, m, kind in zip(size, wanted, kinds, strict=True)
+    )
     # The axis that shrinks most goes first, so that the second product is small.
     if wanted[0] / size[0] < wanted[1] / size[1]:
         return lambda planes: torch.matmul(torch.matmul(first, planes), second.T)

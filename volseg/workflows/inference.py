@@ -150,15 +150,10 @@ def _plan_memory(
     cases: Sequence[Case], model: Model, max_ram: int | None, max_vram: int | None, announce: Callable[[str], None]
 ) -> dict[str, MemoryPlan | VolsegError | None]:
     """How each case fits into memory, or why it does not; None where its header cannot be read, which reading will say."""
-    from volseg.infer.memory import check_gpu_memory
     from volseg.segment import patch_bytes, plan_case_memory
 
     needed = patch_bytes(model)
     coarse_needed = 0 if model.coarse is None else patch_bytes(model.coarse)
-    if max_vram is not None and model.device != "cpu":
-        is_half = model.segmentation.identity["precision"] == "fp16"
-        check_gpu_memory(needed, batch_size=model.bundle.recipe.infer.batch_size, is_half=is_half, max_vram=max_vram)
-        check_gpu_memory(coarse_needed, batch_size=1, is_half=is_half, max_vram=max_vram)
     plans: dict[str, MemoryPlan | VolsegError | None] = {}
     for case in cases:
         try:
@@ -174,6 +169,7 @@ def _plan_memory(
                 model,
                 needed,
                 max_ram,
+                max_vram=max_vram if model.device != "cpu" else None,
                 coarse_needed=coarse_needed,
                 is_alone=len(cases) == 1,
             )
@@ -182,7 +178,9 @@ def _plan_memory(
     known = _known(plans)
     if known:
         largest = max(known, key=lambda name: known[name].footprint.total)
-        announce(f"memory: at most {known[largest].footprint}, for {largest}")
+        gpu = max(plan.footprint.gpu for plan in known.values())
+        beside = f"; {gpu / 2**30:.2f} GB of the GPU's" if gpu else ""
+        announce(f"memory: at most {known[largest].footprint}, for {largest}{beside}")
         announce(_cost_of_tiles(known[largest].shape, model))
     return plans
 

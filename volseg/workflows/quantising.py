@@ -22,6 +22,8 @@ from volseg.workflows.preparing import PREPARED_FILE, preprocess
 from volseg.workflows.training import load_prepared, refuse_dataset, split_cases
 
 if TYPE_CHECKING:  # torch takes seconds to import; only a workflow that needs it pays
+    import openvino
+
     from volseg.bundle import ModelBundle
     from volseg.infer.backends import Backend
 
@@ -38,7 +40,7 @@ def quantise(
     seed: int = 0,
     progress: Progress = silent,
 ) -> RunReport:
-    """Put an int8 copy of the segmentation network into a model folder, with its validation Dice beside that of fp32.
+    """Put an int8 copy of the segmentation network, or of each of an ensemble, into a model folder, with its validation Dice beside that of fp32.
 
     Half precision is measured in passing where the chip has it, for it may be as fast and cost less. Inference takes it only where int8 is asked for. `model.json` stays as it is, and so does the hash of the model.
 
@@ -54,7 +56,7 @@ def quantise(
     """
     keep_freed_memory()
     from volseg.bundle import load_bundle
-    from volseg.infer.backends import OpenVINOBackend, convert, import_openvino, usual_batch_shape, write_exported
+    from volseg.infer.backends import convert, import_openvino, usual_batch_shape, write_exported
     from volseg.infer.quantise import import_nncf
     from volseg.infer.quantise import quantise as quantise_network
 
@@ -62,6 +64,12 @@ def quantise(
     import_nncf()
     model, dataset = Path(model), Path(dataset)
     bundle = load_bundle(model)
+    if bundle.recipe.data.regions_class_order is not None:
+        raise VolsegError(
+            f"{model}: its labels are regions, of which prepared cases know nothing, so what int8 costs cannot be measured",
+            fix="use --precision fp32 or fp16",
+            code="E_PRECISION",
+        )
     work = model / WORK_FOLDER
     with held(model, work):
         training, validation = _prepared_cases(bundle, dataset, work / "prepared", seed, progress)
@@ -69,14 +77,8 @@ def quantise(
         looked_at = [training[round(index)] for index in np.linspace(0, len(training) - 1, min(cases, len(training)))]
         progress("Quantising", 0.0, f"looking at {len(looked_at)} training cases")
         patches = _calibration_patches(looked_at, bundle, seed)
-        network = quantise_network(convert(bundle.segmentation_network(), shape), patches)
-        backends: dict[str, Backend] = {
-            "fp32": OpenVINOBackend(convert(bundle.segmentation_network(), shape), shape),
-            "int8": OpenVINOBackend(network, shape, precision="int8"),
-        }
-        with suppress(EnvironmentProblem):
-            half = OpenVINOBackend(convert(bundle.segmentation_network(), shape), shape, precision="fp16")
-            backends[half.identity["precision"]] = half
+        networks = [quantise_network(convert(bundle.member(name), shape), patches) for name in bundle.members]
+        backends = _backends(bundle, networks)
         scores: dict[str, list[list[float]]] = {name: [] for name in backends}
         for count, case in enumerate(validation, start=1):
             for name, backend in backends.items():
@@ -88,7 +90,8 @@ def quantise(
             "seconds_per_patch": _seconds_per_patch(backends, patches[0]),
             "versions": {name: metadata.version(name) for name in ("openvino", "nncf")},
         }
-        write_exported(network, model, "segmentation.int8", {"model_sha256": bundle.sha256} | found)
+        for name, network in zip(bundle.members, networks, strict=True):
+            write_exported(network, model, f"{name}.int8", {"model_sha256": bundle.sha256} | found)
     shutil.rmtree(work, ignore_errors=True)
     return RunReport(out=model, done=[bundle.recipe.name], details=found)
 
@@ -126,6 +129,28 @@ def _calibration_patches(cases: Sequence[PreparedCase], bundle: ModelBundle, see
         )
         patches += list(images[:, None])
     return patches
+
+
+def _backends(bundle: ModelBundle, quantised: Sequence[openvino.Model]) -> dict[str, Backend]:
+    """Precision → what runs the network in it, or the ensemble."""
+    from volseg.infer.backends import OpenVINOBackend, convert, mean_of, usual_batch_shape
+
+    shape = usual_batch_shape(bundle)
+
+    def exact(precision: str) -> Backend:
+        return mean_of(
+            [
+                OpenVINOBackend(convert(bundle.member(name), shape), shape, precision=precision)
+                for name in bundle.members
+            ]
+        )
+
+    int8 = mean_of([OpenVINOBackend(network, shape, precision="int8") for network in quantised])
+    found = {"fp32": exact("fp32"), "int8": int8}
+    with suppress(EnvironmentProblem):
+        half = exact("fp16")
+        found[half.identity["precision"]] = half
+    return found
 
 
 def _case_dice(backend: Backend, case: PreparedCase, bundle: ModelBundle) -> list[float]:
