@@ -87,7 +87,9 @@ def usage(pid: int) -> tuple[float, float]:
     return 0.0, 0.0
 
 
-def make_scan(path: Path, shape: tuple[int, int, int], spacing_mm: tuple[float, float, float], classes: int) -> None:
+def make_scan(
+    path: Path, shape: tuple[int, int, int], spacing_mm: tuple[float, float, float], classes: int = 2
+) -> None:
     """A noisy body of an elliptic section in air with balls in it, of the densities on which `nnunet_model.py` trains."""
     from volseg.io.nifti import write_volume
     from volseg.volume import Geometry, Volume

@@ -175,7 +175,7 @@ def _network_pass(model: Model, needed: int) -> NetworkPass:
         backend=model.segmentation.identity["backend"],
         network_bytes=needed,
         on_gpu=model.device != "cpu",
-        half=model.segmentation.identity["precision"] in ("fp16", "bf16") and model.device != "cpu",
+        half=model.segmentation.identity["precision"] in ("fp16", "bf16"),
     )
 
 

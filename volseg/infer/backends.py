@@ -251,8 +251,8 @@ class BackendChoice:
 def choose_backend(backend: str = "auto", device: str = "auto", precision: str = "auto") -> BackendChoice:
     """What is there and fits together.
 
-    `auto` takes the GPU where there is one, else OpenVINO where it is installed, else torch (docs/benchmarks.md says why);
-    half precision on a GPU and fp32 on a CPU. Never int8, which costs accuracy.
+    `auto` takes the GPU where there is one, else OpenVINO where it is installed, else torch; and half precision on a GPU and where
+    OpenVINO finds it in the CPU, else fp32 (docs/benchmarks.md says why). Never int8, which costs accuracy.
 
     Raises:
         EnvironmentProblem: something asked for is not on this machine.
@@ -270,9 +270,10 @@ def choose_backend(backend: str = "auto", device: str = "auto", precision: str =
             asked = "backend openvino" if backend == "openvino" else "precision int8"
             raise VolsegError(f"{asked} runs on a CPU, not on {device}", fix="use --device cpu", code="E_USAGE")
         return BackendChoice(backend="torch", device=chosen, precision="fp16" if precision == "auto" else precision)
-    precision = "fp32" if precision == "auto" else precision
     if backend == "auto":
-        backend = "openvino" if openvino_is_installed() or precision != "fp32" else "torch"
+        backend = "openvino" if openvino_is_installed() or precision in ("fp16", "int8") else "torch"
+    if precision == "auto":
+        precision = "fp16" if backend == "openvino" and find_half_type() else "fp32"
     if backend == "torch" and precision != "fp32":
         raise VolsegError(
             f"precision {precision} on a CPU needs the backend openvino, and torch was asked for",
@@ -543,22 +544,27 @@ def without_reports() -> Iterator[None]:
         sys.modules.update(hidden)
 
 
+def find_half_type() -> str | None:
+    """OpenVINO's name of the half precision in which this CPU computes: bf16 or f16; None where it has none."""
+    known = import_openvino().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    names = {"BF16": "bf16", "FP16": "f16"}  # bf16 first: more chips have matrix units for it
+    return next((name for capability, name in names.items() if capability in known), None)
+
+
 def half_type() -> str:
-    """OpenVINO's name of the half precision in which this CPU computes: bf16 or f16.
+    """As `find_half_type`.
 
     Raises:
         EnvironmentProblem: it has none, so that half precision would only be slower and less exact.
     """
-    core = import_openvino().Core()
-    known = core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-    for capability, name in (("BF16", "bf16"), ("FP16", "f16")):  # bf16 first: more chips have matrix units for it
-        if capability in known:
-            return name
-    raise EnvironmentProblem(
-        f"precision fp16 was asked for, but OpenVINO finds no half precision on {core.get_property('CPU', 'FULL_DEVICE_NAME')}",
-        fix="use --precision fp32",
-        code="E_PRECISION",
-    )
+    name = find_half_type()
+    if name is None:
+        raise EnvironmentProblem(
+            f"precision fp16 was asked for, but OpenVINO finds no half precision on {import_openvino().Core().get_property('CPU', 'FULL_DEVICE_NAME')}",
+            fix="use --precision fp32",
+            code="E_PRECISION",
+        )
+    return name
 
 
 def choose_device(name: str) -> torch.device:

@@ -58,13 +58,13 @@ def write_bytes_atomic(path: Path, data: bytes | str) -> None:
     atomic_write(path, lambda file: _write_all(file, payload), verify)
 
 
-def write_json_atomic(path: Path, obj: Any) -> None:
-    """`atomic_write` of JSON: UTF-8, indented, keys in their own order.
+def write_json_atomic(path: Path, obj: Any, *, indent: int | None = 2) -> None:
+    """`atomic_write` of JSON: UTF-8, keys in their own order; without `indent` on one line, which is many times faster.
 
     Raises:
         ValueError: a number is NaN or infinite, which JSON cannot hold; use None.
     """
-    write_bytes_atomic(path, json.dumps(obj, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    write_bytes_atomic(path, json.dumps(obj, indent=indent, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def make_folder(path: Path) -> None:

@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -94,7 +94,7 @@ class ResultsFolder:
             "files": {file.relative_to(self.path).as_posix(): sha256_of(file) for file in files},
         }
         earlier = self._read(case.case_id) or {"files": {}}
-        write_json_atomic(self._records / f"{case.case_id}.json", record)
+        write_json_atomic(self._records / f"{case.case_id}.json", record, indent=None)
         for name in earlier["files"].keys() - record["files"].keys():
             (self.path / name).unlink(missing_ok=True)  # a stale picture or mask would stand beside new numbers
 
@@ -125,7 +125,8 @@ class ResultsFolder:
 
 def _plain(row: CaseRow | LesionMeasurement) -> dict[str, Any]:
     """Fields of a row for JSON, which has no NaN: unknown is null there and an empty cell in a table."""
+    # Not `asdict`, which copies each value deeply: a noisy mask has ten thousands of rows.
+    values = {field.name: getattr(row, field.name) for field in fields(row)}
     return {
-        name: None if isinstance(value, float) and not math.isfinite(value) else value
-        for name, value in asdict(row).items()
+        name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in values.items()
     }
