@@ -170,7 +170,7 @@ def test_training_leaves_openvinos_files_and_only_those_of_the_same_model_are_us
     bundle = load_bundle(model)
     assert read_exported(model, "segmentation.fp32", bundle.sha256)[0] is not None
     assert read_exported(model, "segmentation.fp32", "0" * 64) == (None, {})
-    choice = choose_backend("openvino", "cpu")
+    choice = choose_backend("openvino", "cpu", "fp32")
     images = batch(2, (1, 1, 16, 16, 16))
     expected = on_torch(bundle.segmentation_network(), images)
     np.testing.assert_allclose(load_backend(bundle, choice).logits(images), expected, atol=1e-3)
