@@ -33,6 +33,7 @@ class Timed:
         self._backend = backend
         self.identity = backend.identity
         self.release = backend.release
+        self.head = backend.head
         self.seconds = 0.0
         self.runs = 0
 

@@ -4,9 +4,8 @@
 
 Logits of 300 × 273 × 273 voxels of 1.5 mm become labels of 300 × 512 × 512 voxels. `sharp` logits are like those of a trained network: balls of
 7 to 45 mm radius on background, in which one logit is 16 over the others within four voxels of the border, and noise of 1; `smooth` ones are random, seldom with a clear winner, as if the
-network had hardly been trained. nnU-Net's side is its resampling function and the largest class, without files; volseg's is `MaskRestorer`, given slabs of 64
-planes, which also writes a confidence. Each run is a process of its own; memory is the peak beyond what was held before, where the logits are: of them
-volseg is given no more than a slab. It includes the labels, and volseg's the confidence too: 79 MB each where they are foreground everywhere.
+network had hardly been trained. nnU-Net's side is its resampling function and the largest class, without files; volseg's is `MaskRestorer`, given the same logits in slabs of 64
+planes, which also writes a confidence. Each run is a process of its own; memory is the peak beyond what was held before, where the logits are. It includes the labels, and volseg's the confidence too: 79 MB each where they are foreground everywhere.
 """
 
 from __future__ import annotations
@@ -53,12 +52,14 @@ from volseg.preprocess.prepare import MaskRestorer, Trail
 from volseg.volume import BoundingBox, Geometry
 geometry = Geometry((512, 512, 300), np.diag([0.8, 0.8, 1.5, 1.0]))
 trail = Trail(geometry, AxisOrder.of(geometry), BoundingBox.whole(geometry.shape), (273, 273, 300))
-slab = np.ascontiguousarray(planes(64).numpy().transpose(0, 2, 3, 1))
+whole = planes(300)
+slabs = [whole[:, start : start + 64].permute(0, 2, 3, 1).contiguous() for start in range(0, 300, 64)]
+del whole
 give_back_freed_memory()
 before, started = measured()
 restorer = MaskRestorer(trail, list(range(1, n)), axis=2)
-for start in range(0, 300, 64):
-    restorer.add(slab[..., : min(64, 300 - start)])
+for slab in slabs:
+    restorer.add(slab)
 mask, confidence = restorer.result()
 print(json.dumps({{"wall": time.perf_counter() - started, "memory": held("VmHWM") - before}}))
 """

@@ -96,6 +96,8 @@ def orientations(volume: Volume) -> Iterator[tuple[np.ndarray, np.ndarray]]:
 class CountingBackend:
     """A backend that counts the tiles which another one is given."""
 
+    head = None
+
     def __init__(self, backend):
         self._backend, self.tiles = backend, 0
 

@@ -167,12 +167,13 @@ def plan_case_memory(
 
 
 def _network_pass(model: Model, needed: int) -> NetworkPass:
-    recipe, plan = model.bundle.recipe, model.bundle.plan
+    recipe, plan, head = model.bundle.recipe, model.bundle.plan, model.segmentation.head
     return NetworkPass(
         bundle=model.bundle,
         tiling=tiling_of(model.bundle),
         settings=plan.prepare_settings(recipe.preprocess, recipe.data.channels),
         backend=model.segmentation.identity["backend"],
+        n_channels=recipe.data.n_outputs if head is None else 1 + head.n_features,
         network_bytes=needed,
         on_gpu=model.device != "cpu",
         half=model.segmentation.identity["precision"] in ("fp16", "bf16"),
@@ -204,7 +205,8 @@ def _predict(
     part = _tiled_part(preparation, tiling, model)
     shape = trail.shape if part is None else part.shape
     axis = thinnest_axis(shape, plan.patch_shape) if trail.separate_axis is None else trail.separate_axis
-    restorer = MaskRestorer(trail, values, axis=axis, regions=regions is not None, part=part)
+    head = model.segmentation.head
+    restorer = MaskRestorer(trail, values, axis=axis, regions=regions is not None, part=part, head=head)
     if part is not None:
         done, total = count(1), tiling.count(part.shape)
         on_tile(0, total)
@@ -212,7 +214,7 @@ def _predict(
             preparation.planes(axis, part, device_of(model.segmentation)),
             model.segmentation,
             tiling,
-            n_classes=recipe.data.n_outputs,
+            n_classes=recipe.data.n_outputs if head is None else head.n_features,
             dtype=torch.float16 if half_logits else torch.float32,
             on_tile=lambda is_empty: on_tile(next(done), total),
         )

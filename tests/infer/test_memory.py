@@ -22,7 +22,13 @@ def plan_for(bundle, shape, max_ram=None, network=100 << 20, backend="torch", ma
     header = ScanHeader(geometry=Geometry(shape, oblique((0.8, 0.8, 1.5))), itemsize=2)
     settings = bundle.plan.prepare_settings(bundle.recipe.preprocess, bundle.recipe.data.channels)
     run = NetworkPass(
-        bundle=bundle, tiling=tiling_of(bundle), settings=settings, backend=backend, network_bytes=network, **gpu
+        bundle=bundle,
+        tiling=tiling_of(bundle),
+        settings=settings,
+        backend=backend,
+        network_bytes=network,
+        n_channels=2,
+        **gpu,
     )
     return plan_memory(header, run, max_ram=max_ram, max_vram=max_vram)
 
@@ -79,6 +85,7 @@ def test_two_passes_follow_each_other_so_the_larger_one_counts(bundle):
             settings=settings,
             backend="torch",
             network_bytes=network,
+            n_channels=2,
         )
 
     fine = run((1.0, 1.0, 1.0), 100 << 20)

@@ -59,6 +59,6 @@ def test_a_scaled_box_covers_the_same_part_of_the_field_of_view_and_no_voxel_mor
     found = scaled_box(box, shape, wanted, margin)
     for axis, (n, m) in enumerate(zip(shape, wanted, strict=True)):
         start, stop = box.start[axis] / n * m - margin[axis], box.stop[axis] / n * m + margin[axis]
-        assert found.start[axis] == 0 or start - 1 < found.start[axis] <= start + 1e-9
-        assert found.stop[axis] == m or stop - 1e-9 <= found.stop[axis] < stop + 1
+        assert found.start[axis] == 0 or start - 1 - 1e-9 < found.start[axis] <= start + 1e-9
+        assert found.stop[axis] == m or stop - 1e-9 <= found.stop[axis] < stop + 1 + 1e-9
     assert scaled_box(BoundingBox.whole(shape), shape, wanted) == BoundingBox.whole(wanted)

@@ -14,12 +14,16 @@ PATCHES = st.tuples(*[st.integers(1, 12)] * 3)
 class Identity:
     """A network whose classes are its channels and their negative: blending must give them back."""
 
+    head = None
+
     def logits(self, batch):
         return np.concatenate([batch, -batch], axis=1)
 
 
 class Lopsided:
     """A network that answers with the position in the patch, which blending has to weigh: no symmetry hides a mistake."""
+
+    head = None
 
     def logits(self, batch):
         r, a, s = np.indices(batch.shape[2:]).astype(np.float32)
@@ -28,6 +32,8 @@ class Lopsided:
 
 class LeftNeighbour:
     """A network that answers with each voxel's left neighbour, and 0 at the rim: as blind there as zero padding is."""
+
+    head = None
 
     def logits(self, batch):
         moved = np.zeros_like(batch)

@@ -24,6 +24,7 @@ from torch import nn
 from volseg.bundle import ModelBundle
 from volseg.errors import EnvironmentProblem, ScanError, VolsegError
 from volseg.execute.cpu import give_back_mapped, physical_cores
+from volseg.infer.head import Head, cut_head, take_head
 from volseg.io.files import environment_problem, make_folder, sha256_of, write_json_atomic
 
 if TYPE_CHECKING:
@@ -42,6 +43,11 @@ class Backend(Protocol):
     @property
     def identity(self) -> Mapping[str, str]:
         """What decides the numbers besides the weights: part of the key of a result."""
+        ...
+
+    @property
+    def head(self) -> Head | None:
+        """The network's last layer where it was taken off: what `logits` gives is then what goes into it."""
         ...
 
     def logits(self, batch: np.ndarray) -> np.ndarray:
@@ -84,12 +90,20 @@ class TorchBackend:
         precision: fp32, or fp16 for half precision where the GPU's tensor cores take it (autocast); auto is fp16 on CUDA
             and fp32 elsewhere.
         channels_last: on CUDA, keep images and weights in the layout of the tensor cores.
+        head: that was taken off the network.
     """
 
     def __init__(
-        self, network: nn.Module, device: torch.device, *, precision: str = "auto", channels_last: bool = True
+        self,
+        network: nn.Module,
+        device: torch.device,
+        *,
+        precision: str = "auto",
+        channels_last: bool = True,
+        head: Head | None = None,
     ) -> None:
         self.device = device
+        self.head = head
         self.half = device.type == "cuda" and precision in ("auto", "fp16")
         self.channels_last = channels_last and device.type == "cuda"
         self.network = network.to(device).eval()
@@ -131,6 +145,7 @@ class OpenVINOBackend:
         batch_shape: (N, channels, R, A, S); a batch of more patches runs in parts, one of other patches compiles anew.
         precision: fp32, fp16 (bf16 or fp16, whichever the chip has) or int8, for a model that was quantised.
         identity: more of what the numbers depend on.
+        head: that was taken off the model.
     """
 
     def __init__(
@@ -140,8 +155,10 @@ class OpenVINOBackend:
         *,
         precision: str = "fp32",
         identity: Mapping[str, str] | None = None,
+        head: Head | None = None,
     ) -> None:
         self._model = model
+        self.head = head
         self._type = half_type() if precision == "fp16" else "f32"
         name = {"f32": precision, "bf16": "bf16", "f16": "fp16"}[self._type]
         self.identity: Mapping[str, str] = {"backend": "openvino", "precision": name} | dict(identity or {})
@@ -206,6 +223,7 @@ class EnsembleBackend:
         if not backends:
             raise ValueError("an ensemble needs at least one network")
         self.backends = list(backends)
+        self.head: Head | None = None  # each member has its own, so none is taken off
 
     @property
     def identity(self) -> Mapping[str, str]:
@@ -298,9 +316,12 @@ def load_backend(bundle: ModelBundle, choice: BackendChoice, *, folder: Path | N
     """
     shape = usual_batch_shape(bundle)
     members: list[Backend] = []
+    is_single = len(bundle.members) == 1  # the heads of an ensemble cannot be put off: each has its own features
     for name in bundle.members:
         if choice.backend == "torch":
-            members.append(TorchBackend(bundle.member(name), choice.device, precision=choice.precision))
+            network = bundle.member(name).eval()
+            head = take_head(network, _example(network, shape)[0]) if is_single else None
+            members.append(TorchBackend(network, choice.device, precision=choice.precision, head=head))
             continue
         stored = "int8" if choice.precision == "int8" else "fp32"
         stem = f"{name}.{stored}"
@@ -314,7 +335,8 @@ def load_backend(bundle: ModelBundle, choice: BackendChoice, *, folder: Path | N
         identity = {"network_sha256": facts["files"][f"{stem}.bin"]} if stored == "int8" else None
         if model is None:
             model = convert(bundle.member(name), shape)
-        members.append(OpenVINOBackend(model, shape, precision=choice.precision, identity=identity))
+        head = cut_head(model) if is_single else None
+        members.append(OpenVINOBackend(model, shape, precision=choice.precision, identity=identity, head=head))
         if folder is not None:  # compiled, a network has its weights in an order of its own
             give_back_mapped(folder / EXPORTED / f"{stem}.bin")
     return mean_of(members)

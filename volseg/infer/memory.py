@@ -89,6 +89,7 @@ class NetworkPass:
     settings: PrepareSettings
     backend: str
     network_bytes: int
+    n_channels: int  # that it gives of each voxel: logits, or features where its head is put off
     on_gpu: bool = False
     half: bool = False  # activations of two bytes
 
@@ -179,14 +180,14 @@ class _PassBytes:
 
 
 def _pass_bytes(grid: Geometry, run: NetworkPass, *, half: bool) -> _PassBytes:
-    settings, tiling, data = run.settings, run.tiling, run.bundle.recipe.data
+    settings, tiling = run.settings, run.tiling
     geometry, shape = _prepared_grid(grid, settings)
     axis = separate_axis(geometry.spacing_mm, settings.spacing_mm, settings.separate_above)
     axis = thinnest_axis(shape, tiling.patch_shape) if axis is None else axis
     padded = [len(tiled.source) for tiled in tiling.axes(shape)]
     plane = math.prod(n for other, n in enumerate(padded) if other != axis)
     depth = tiling.patch_shape[axis]
-    channels, classes = len(data.channels), data.n_outputs
+    channels, classes = len(run.bundle.recipe.data.channels), run.n_channels
     # Source planes of one layer, resampled within the plane, and the layer itself before and after new planes join it.
     source_planes = depth * max(1.0, geometry.shape[axis] / shape[axis]) + 2
     window = 4 * channels * plane * (2 * source_planes + 3 * depth)

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from volseg.infer.backends import Backend, device_of, run_on_device
+from volseg.infer.head import BACKGROUND
 from volseg.infer.tiles import TiledAxis
 
 
@@ -62,9 +63,6 @@ class Tiling:
         return math.prod(len(each.starts) for each in self.axes(shape))
 
 
-BACKGROUND = 20.0  # logit against the labels where nothing was run: a probability of 2e-9
-
-
 def predict_slabs(
     planes: Planes,
     backend: Backend,
@@ -79,19 +77,29 @@ def predict_slabs(
     All of it happens on the backend's device. A GPU gets its next layer of tiles while it is at the last one.
 
     Args:
+        n_classes: of the logits; where the backend's head was taken off, of the features.
         dtype: in which logits are summed; float16 halves the buffer and costs some 1e-3 of their size.
         on_tile: called after each tile with whether it was empty, for progress.
 
     Yields:
         (classes, R, A, S) but only some planes long along the axis, valid until the next slab is asked for; together they
         are the planes of the volume. Voxels that no tile covers but empty ones are background: 0 for class 0 and
-        a logit of -`BACKGROUND` for the others.
+        a logit of -`BACKGROUND` for the others. Of features they are 0, and if any tile may be left out one channel more
+        is 1 there.
     """
     axis = planes.axis
     tiled = tiling.axes(planes.shape)
     along = tiled[axis]
     device = device_of(backend)
-    ring = _Ring(tiled, axis, n_classes, dtype, device, counts_empty=tiling.empty_level is not None)
+    ring = _Ring(
+        tiled,
+        axis,
+        n_classes,
+        dtype,
+        device,
+        counts_empty=tiling.empty_level is not None,
+        is_logits=backend.head is None,
+    )
     window = _Window(planes, tiled, axis, device)
     across = [range(len(each.starts)) if n != axis else (0,) for n, each in enumerate(tiled)]
     layer_input = window.layer(along.starts[0])
@@ -189,22 +197,27 @@ class _Ring:
         device: torch.device,
         *,
         counts_empty: bool,
+        is_logits: bool = True,
     ) -> None:
         self._tiled = tiled
         self._axis = axis
         self._depth = tiled[axis].patch
         shape = [self._depth if n == axis else len(each.source) for n, each in enumerate(tiled)]
-        self._sum = torch.zeros((n_classes, *shape), dtype=dtype, device=device)
+        self._n = n_classes
+        # Where features come, a last channel more flags voxels without a tile: no value of theirs would say background.
+        n_flags = 1 if counts_empty and not is_logits else 0
+        self._sum = torch.zeros((n_classes + n_flags, *shape), dtype=dtype, device=device)
         # Shares of the tiles that were run; only needed where some are not, else they sum to 1 by construction.
         self._share = torch.zeros(shape, device=device) if counts_empty else None
         self._any_skipped = False
+        self._is_logits = is_logits
         self._done = 0  # padded planes handed on
 
     def add(self, place: Sequence[int], logits: torch.Tensor) -> None:
         """Logits (classes, *patch) of the tile at this place."""
         share = self._share_of(place)
         for target, part in self._pieces(place):
-            box = (slice(None), *target)
+            box = (slice(self._n), *target)
             weight = share[part]
             if self._sum.dtype == torch.float32:
                 self._sum[box].addcmul_(logits[(slice(None), *part)], weight)
@@ -254,8 +267,11 @@ class _Ring:
         slab = self._sum[(slice(None), *inside)]
         if self._any_skipped and self._share is not None:
             share = self._share[inside]
-            slab /= share.clamp(min=1e-6)
-            slab[1:].masked_fill_(share <= 1e-6, -BACKGROUND)
+            slab[: self._n] /= share.clamp(min=1e-6)
+            if self._is_logits:
+                slab[1:].masked_fill_(share <= 1e-6, -BACKGROUND)
+            else:
+                slab[-1] = share <= 1e-6
         return slab
 
     def _along(self, ring: slice, leading: int) -> tuple[slice, ...]:

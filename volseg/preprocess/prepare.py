@@ -387,6 +387,7 @@ class MaskRestorer:
             classes 0, 1, …, each of which is there where its logit is over 0, a later one over an earlier one.
         axis: the prepared axis along which planes come.
         part: of the prepared grid, for which logits come; what cannot be interpolated from it is background. None: all.
+        head: makes logits of what comes instead, (features, r, a, s) → (classes, r, a, s), voxel by voxel; None where logits come.
     """
 
     def __init__(
@@ -397,7 +398,10 @@ class MaskRestorer:
         axis: int,
         regions: bool = False,
         part: BoundingBox | None = None,
+        head: Callable[[torch.Tensor], torch.Tensor] | None = None,
     ) -> None:
+        self._head = head
+        self._most = TILE_VALUES // (len(values) + 1)
         self._table = np.array([0, *values], np.uint8 if max(values) < 256 else np.uint16)
         self._reduction = _Regions(len(values)) if regions else _LargestWins(len(values) + 1)
         # Pages that are never written cost no memory, so only what is foreground is ever written.
@@ -418,14 +422,13 @@ class MaskRestorer:
         self._done = 0  # native planes
 
     def add(self, logits: np.ndarray | torch.Tensor) -> None:
-        """The next prepared planes: (classes, R, A, S), any number of planes along the axis; not kept, not changed."""
+        """The next prepared planes: logits or features (n, R, A, S), any number of planes along the axis; not kept, not changed."""
         planes = torch.as_tensor(logits)
         way, along = self._ways[self._axis], 1 + self._axis
         begin = self._first + (0 if self._kept is None else self._kept.shape[along])
         available = begin + planes.shape[along]
         stop = max(self._done, int(np.searchsorted(way.upper, available)))
-        most = TILE_VALUES // len(planes)
-        for tile in product(*self._segments(slice(self._done, stop), most)):
+        for tile in product(*self._segments(slice(self._done, stop))):
             box = [slice(each.first, each.last) for each in tile]
             self._restore(self._window(planes, begin, box), tile)
         self._done = stop
@@ -439,11 +442,11 @@ class MaskRestorer:
         """
         return self._mask, self._confidence
 
-    def _segments(self, planes: slice, most: int) -> list[list[_Segment]]:
-        """The pieces of each axis whose products are the tiles: as near to cubes as it goes, of some `most` voxels."""
+    def _segments(self, planes: slice) -> list[list[_Segment]]:
+        """The pieces of each axis whose products are the tiles: as near to cubes as it goes."""
         native = [planes if n == self._axis else slice(0, len(way.lower)) for n, way in enumerate(self._ways)]
         # A tile has many voxels where the finer of the two grids has.
-        room = most * math.prod(min(1.0, way.n / way.n_native) for way in self._ways)
+        room = self._most * math.prod(min(1.0, way.n / way.n_native) for way in self._ways)
         segments: list[list[_Segment]] = [[], [], []]
         by_length = sorted(range(3), key=lambda n: self._ways[n].cells(native[n]))
         for left, axis in zip((3, 2, 1), by_length, strict=True):  # what a thin axis does not use up is for the others
@@ -464,9 +467,10 @@ class MaskRestorer:
         old = new.narrow(1 + self._axis, 0, 0) if self._kept is None else cut(self._kept, self._first)
         return torch.cat([old.to(new.dtype), new], dim=1 + self._axis)
 
-    def _restore(self, logits: torch.Tensor, tile: Sequence[_Segment]) -> None:
+    def _restore(self, planes: torch.Tensor, tile: Sequence[_Segment]) -> None:
         """The native voxels of a tile, from its prepared ones."""
-        found = self._reduction(logits.float(), tile)
+        logits = planes.float() if self._head is None else self._head(planes.float())
+        found = self._reduction(logits, tile)
         if found is None:
             return
         winner, confidence = (each.cpu().numpy() for each in found)

@@ -1,0 +1,94 @@
+"""The last layer of a network with many classes, put off until a voxel of its scan is needed.
+
+The last layer of a U-Net is a convolution of 1 × 1 × 1: a linear map from the features of a voxel to its logits. Mirroring, blending
+(shares sum to 1) and mirrored copies are linear too, so they may come first. With more classes than features that is less to compute and to hold:
+memory no longer depends on the number of classes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+if TYPE_CHECKING:
+    import openvino
+
+BACKGROUND = 20.0  # logit against the labels where nothing was run: a probability of 2e-9
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Head:
+    """Features → logits, voxel by voxel. `weight` (classes, features) and `bias` (classes,) float32."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor
+
+    @property
+    def n_features(self) -> int:
+        return self.weight.shape[1]
+
+    def __call__(self, features: torch.Tensor) -> torch.Tensor:
+        """(features, r, a, s) → logits (classes, r, a, s), both float32 on one device.
+
+        One more channel than features says with a 1 where no tile was run: background there.
+        """
+        weight, bias = self.weight.to(features.device), self.bias.to(features.device)
+        flat = features.flatten(1)
+        logits = torch.addmm(bias[:, None], weight, flat[: self.n_features])
+        if len(features) > self.n_features:
+            is_empty = flat[-1] > 0.5
+            logits[0].masked_fill_(is_empty, 0)
+            logits[1:].masked_fill_(is_empty, -BACKGROUND)
+        return logits.reshape(-1, *features.shape[1:])
+
+
+def cut_head(model: openvino.Model) -> Head | None:
+    """Take the head off a model of OpenVINO, whose output then are features; None, and nothing done, where it has fewer classes
+    than features or ends otherwise, as after quantisation.
+    """
+    result = model.get_results()[0]
+    total = result.input_value(0).get_node()
+    if total.get_type_name() != "Add":
+        return None
+    convolution, bias = (value.get_node() for value in total.input_values())
+    if bias.get_type_name() == "Reshape":
+        bias = bias.input_value(0).get_node()
+    if (convolution.get_type_name(), bias.get_type_name()) != ("Convolution", "Constant"):
+        return None
+    kernel = convolution.input_value(1).get_node()
+    if kernel.get_type_name() != "Constant":
+        return None
+    weight = torch.from_numpy(kernel.data.copy()).float()
+    if not _is_head(weight):
+        return None
+    result.input(0).replace_source_output(convolution.input_value(0))
+    model.validate_nodes_and_infer_types()
+    return Head(weight.flatten(1), torch.from_numpy(bias.data.copy()).float().flatten())
+
+
+def take_head(network: nn.Module, example: torch.Tensor) -> Head | None:
+    """The same for a torch module, in which an identity takes the place of the head.
+
+    Args:
+        example: (1, channels, R, A, S), a patch to find out on that the module found is the last one.
+    """
+    name, last = [(name, each) for name, each in network.named_modules() if isinstance(each, nn.Conv3d)][-1]
+    if not _is_head(last.weight) or last.bias is None:
+        return None
+    head = Head(last.weight.detach().float().flatten(1), last.bias.detach().float())
+    with torch.inference_mode():
+        expected = network(example)[0]
+        network.set_submodule(name, nn.Identity())
+        features = network(example)[0]
+        if len(features) == head.n_features and torch.allclose(head(features), expected, atol=1e-3, rtol=1e-3):
+            return head
+    network.set_submodule(name, last)
+    return None
+
+
+def _is_head(weight: torch.Tensor) -> bool:
+    """Whether these are the weights (classes, features, 1, 1, 1) of more classes than features."""
+    return tuple(weight.shape[2:]) == (1, 1, 1) and weight.shape[0] > weight.shape[1]
