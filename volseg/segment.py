@@ -241,7 +241,7 @@ def _tiled_part(preparation: Preparation, tiling: Tiling, model: Model) -> Bound
     # The mirror image goes on from the faces of this part, so what is in it stays as far from them as from those of the scan.
     margin = tiling.margin
     ends = [
-        widest(max(0, start - margin), min(n, stop + margin), n, patch, tiling.overlap)
+        widest(max(0, start - margin), min(n, stop + margin), n, patch, tiling.overlap, margin)
         for start, stop, n, patch in zip(box.start, box.stop, shape, tiling.patch_shape, strict=True)
     ]
     (r, r_stop), (a, a_stop), (s, s_stop) = ends

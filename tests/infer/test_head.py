@@ -60,7 +60,7 @@ def test_a_head_that_is_put_off_gives_the_same_mask(kind, regions, empty_level, 
     shape = (1, 1, *PATCH)
     if kind == "torch":
         whole, cut = TorchBackend(network(), CPU), network()
-        head = take_head(cut, torch.randn(shape))
+        head = take_head(cut, lambda: torch.randn(shape))
         late = TorchBackend(cut, CPU, head=head)
     else:
         whole, cut = OpenVINOBackend(convert(network(), shape), shape), convert(network(), shape)
@@ -90,7 +90,7 @@ def test_a_head_of_few_classes_stays_where_it_is():
     few = network(n_classes=3)
     example = torch.randn(1, 1, *PATCH)
     before = few(example)
-    assert take_head(few, example) is None
+    assert take_head(few, lambda: example) is None
     torch.testing.assert_close(few(example), before)
 
 
@@ -108,7 +108,7 @@ class Softened(torch.nn.Module):
 def test_what_is_not_the_last_layer_stays_where_it_is():
     soft, example = Softened(), torch.randn(1, 1, *PATCH)
     before = soft(example)
-    assert take_head(soft, example) is None
+    assert take_head(soft, lambda: example) is None
     torch.testing.assert_close(soft(example), before)
     if find_spec("openvino"):
         model = convert(soft, example.shape)
@@ -124,7 +124,7 @@ def test_monai_networks_put_their_head_off_too():
     example = torch.randn(1, 1, *PATCH)
     with torch.inference_mode():
         expected = unet(example)[0]
-    head = take_head(unet, example)
+    head = take_head(unet, lambda: example)
     assert head is not None
     with torch.inference_mode():
         torch.testing.assert_close(head(unet(example)[0]), expected, atol=1e-4, rtol=1e-4)

@@ -98,6 +98,28 @@ def test_two_passes_follow_each_other_so_the_larger_one_counts(bundle):
     assert (large.scans, large.masks, large.labelling) == (alone.scans, alone.masks, alone.labelling)
 
 
+def test_memory_does_not_grow_with_classes_whose_head_is_put_off(bundle):
+    settings = bundle.plan.prepare_settings(bundle.recipe.preprocess, bundle.recipe.data.channels)
+    header = ScanHeader(geometry=Geometry((256, 256, 400), oblique((0.8, 0.8, 1.5))), itemsize=2)
+
+    def total(n_classes):
+        data = bundle.recipe.data.model_copy(update={"labels": {f"label_{n}": n for n in range(1, n_classes)}})
+        many = replace(bundle, recipe=bundle.recipe.model_copy(update={"data": data}))
+        run = NetworkPass(
+            bundle=many,
+            tiling=tiling_of(many),
+            settings=settings,
+            backend="openvino",
+            network_bytes=100 << 20,
+            n_channels=min(n_classes, 17),
+        )
+        footprint = plan_memory(header, run).footprint
+        return footprint.total - footprint.process
+
+    assert total(25) == total(117)
+    assert total(25) > total(2)
+
+
 def test_on_a_gpu_network_and_logits_are_in_its_own_memory(bundle):
     host = plan_for(bundle, (256, 256, 400)).footprint
     device = plan_for(bundle, (256, 256, 400), on_gpu=True).footprint

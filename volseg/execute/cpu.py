@@ -1,4 +1,4 @@
-"""Make one process use its CPU well. Called by the workflows before torch is imported, never at import."""
+"""Make one process use its CPU well. Called by the workflows, never at import."""
 
 from __future__ import annotations
 

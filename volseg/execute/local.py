@@ -100,9 +100,10 @@ def _outcome(item: Item, task: Callable[[], Value]) -> Outcome[Item, Value]:
     except RuntimeError as error:
         if "alloc" not in str(error) or "memory" not in str(error):  # torch's words for it
             raise
+        on_gpu = "CUDA" in str(error)
         problem = VolsegError(
             f"not enough memory ({str(error).strip().splitlines()[-1]})",
-            fix="close other programs or use a larger machine",
+            fix="use --device cpu" if on_gpu else "close other programs or use a larger machine",
             code="E_OOM",
         )
         return Outcome(item, error=problem)

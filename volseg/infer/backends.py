@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import reduce
+from functools import partial, reduce
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
@@ -103,7 +103,7 @@ class TorchBackend:
         head: Head | None = None,
     ) -> None:
         self.device = device
-        self.head = head
+        self.head = None if head is None else head.to(device)
         self.half = device.type == "cuda" and precision in ("auto", "fp16")
         self.channels_last = channels_last and device.type == "cuda"
         self.network = network.to(device).eval()
@@ -316,11 +316,12 @@ def load_backend(bundle: ModelBundle, choice: BackendChoice, *, folder: Path | N
     """
     shape = usual_batch_shape(bundle)
     members: list[Backend] = []
-    is_single = len(bundle.members) == 1  # the heads of an ensemble cannot be put off: each has its own features
+    # The heads of an ensemble cannot be put off: each has its own features. With two classes there is nothing to gain.
+    may_cut = len(bundle.members) == 1 and bundle.recipe.data.n_outputs > 2
     for name in bundle.members:
         if choice.backend == "torch":
             network = bundle.member(name).eval()
-            head = take_head(network, _example(network, shape)[0]) if is_single else None
+            head = take_head(network, partial(_example_patch, network, shape)) if may_cut else None
             members.append(TorchBackend(network, choice.device, precision=choice.precision, head=head))
             continue
         stored = "int8" if choice.precision == "int8" else "fp32"
@@ -335,7 +336,7 @@ def load_backend(bundle: ModelBundle, choice: BackendChoice, *, folder: Path | N
         identity = {"network_sha256": facts["files"][f"{stem}.bin"]} if stored == "int8" else None
         if model is None:
             model = convert(bundle.member(name), shape)
-        head = cut_head(model) if is_single else None
+        head = cut_head(model) if may_cut else None
         members.append(OpenVINOBackend(model, shape, precision=choice.precision, identity=identity, head=head))
         if folder is not None:  # compiled, a network has its weights in an order of its own
             give_back_mapped(folder / EXPORTED / f"{stem}.bin")
@@ -457,6 +458,10 @@ def _example(network: nn.Module, batch_shape: Sequence[int]) -> tuple[torch.Tens
             if shape[2:] == patch:
                 raise
     raise AssertionError("the last example is a whole patch")
+
+
+def _example_patch(network: nn.Module, batch_shape: Sequence[int]) -> torch.Tensor:
+    return _example(network, batch_shape)[0]
 
 
 def export_bundle(bundle: ModelBundle, folder: Path) -> None:

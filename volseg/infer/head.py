@@ -1,12 +1,13 @@
 """The last layer of a network with many classes, put off until a voxel of its scan is needed.
 
-The last layer of a U-Net is a convolution of 1 × 1 × 1: a linear map from the features of a voxel to its logits. Mirroring, blending
-(shares sum to 1) and mirrored copies are linear too, so they may come first. With more classes than features that is less to compute and to hold:
+The last layer of a U-Net is a convolution of 1 × 1 × 1: a linear map from the features of a voxel to its logits. Blending (shares sum to 1)
+and the mean over mirrored copies are linear too, so they may come first. With more classes than features that is less to compute and to hold:
 memory no longer depends on the number of classes.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -30,14 +31,16 @@ class Head:
     def n_features(self) -> int:
         return self.weight.shape[1]
 
+    def to(self, device: torch.device) -> Head:
+        return Head(self.weight.to(device), self.bias.to(device))
+
     def __call__(self, features: torch.Tensor) -> torch.Tensor:
-        """(features, r, a, s) → logits (classes, r, a, s), both float32 on one device.
+        """(features, r, a, s) on the head's device → logits (classes, r, a, s) float32.
 
         One more channel than features says with a 1 where no tile was run: background there.
         """
-        weight, bias = self.weight.to(features.device), self.bias.to(features.device)
         flat = features.flatten(1)
-        logits = torch.addmm(bias[:, None], weight, flat[: self.n_features])
+        logits = torch.addmm(self.bias[:, None], self.weight, flat[: self.n_features].float())
         if len(features) > self.n_features:
             is_empty = flat[-1] > 0.5
             logits[0].masked_fill_(is_empty, 0)
@@ -69,24 +72,29 @@ def cut_head(model: openvino.Model) -> Head | None:
     return Head(weight.flatten(1), torch.from_numpy(bias.data.copy()).float().flatten())
 
 
-def take_head(network: nn.Module, example: torch.Tensor) -> Head | None:
+def take_head(network: nn.Module, example: Callable[[], torch.Tensor]) -> Head | None:
     """The same for a torch module, in which an identity takes the place of the head.
 
     Args:
-        example: (1, channels, R, A, S), a patch to find out on that the module found is the last one.
+        example: makes a patch (1, channels, R, A, S), to find out on that the module found is the last one.
     """
     name, last = [(name, each) for name, each in network.named_modules() if isinstance(each, nn.Conv3d)][-1]
     if not _is_head(last.weight) or last.bias is None:
         return None
     head = Head(last.weight.detach().float().flatten(1), last.bias.detach().float())
+    patch, is_last = example(), False
     with torch.inference_mode():
-        expected = network(example)[0]
+        expected = network(patch)[0]
         network.set_submodule(name, nn.Identity())
-        features = network(example)[0]
-        if len(features) == head.n_features and torch.allclose(head(features), expected, atol=1e-3, rtol=1e-3):
-            return head
-    network.set_submodule(name, last)
-    return None
+        try:
+            features = network(patch)[0]
+            is_last = len(features) == head.n_features and torch.allclose(
+                head(features), expected, atol=1e-3, rtol=1e-3
+            )
+        finally:
+            if not is_last:
+                network.set_submodule(name, last)
+    return head if is_last else None
 
 
 def _is_head(weight: torch.Tensor) -> bool:

@@ -45,7 +45,9 @@ class Footprint:
     stream: int  # prepared planes and the ring of blended logits, one patch deep
     restore: int  # planes on their way back to the scan's grid
     labelling: int  # finding and measuring lesions, when the network's memory is free again
-    gpu: int = 0  # of its own memory: there, network, stream and restore take nothing of the main memory
+    gpu: int = (
+        0  # of its own memory, with the weights there: network, stream and restore then take nothing of the main memory
+    )
 
     @property
     def total(self) -> int:
@@ -138,6 +140,11 @@ def plan_memory(
     )
 
 
+def gpu_memory() -> int:
+    """Bytes of the GPU's memory that this process has or may have."""
+    return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
+
+
 def _enough(size: int) -> str:
     """A round amount over this one, as the options take it."""
     return f"{math.ceil(size / 2**30 * 10 + 0.5) / 10:g}G"
@@ -162,7 +169,7 @@ def _footprint(
         stream=on_host.stream,
         restore=on_host.restore,
         labelling=round(LESION_SHARE * LABELLING_BYTES * voxels),
-        gpu=larger.total if fine.on_gpu else 0,
+        gpu=larger.total + torch.cuda.memory_allocated() if fine.on_gpu else 0,
     )
 
 
@@ -185,21 +192,23 @@ def _pass_bytes(grid: Geometry, run: NetworkPass, *, half: bool) -> _PassBytes:
     axis = separate_axis(geometry.spacing_mm, settings.spacing_mm, settings.separate_above)
     axis = thinnest_axis(shape, tiling.patch_shape) if axis is None else axis
     padded = [len(tiled.source) for tiled in tiling.axes(shape)]
-    plane = math.prod(n for other, n in enumerate(padded) if other != axis)
+    plane = math.prod(n for other, n in enumerate(padded) if other != axis)  # with what lies beyond its faces
+    ring_plane = math.prod(n for other, n in enumerate(shape) if other != axis)
     depth = tiling.patch_shape[axis]
     channels, classes = len(run.bundle.recipe.data.channels), run.n_channels
     # Source planes of one layer, resampled within the plane, and the layer itself before and after new planes join it.
     source_planes = depth * max(1.0, geometry.shape[axis] / shape[axis]) + 2
     window = 4 * channels * plane * (2 * source_planes + 3 * depth)
     members = len(run.bundle.members)
-    summed = 2 if tiling.mirror_axes or members > 1 else 1
+    summed = 3 if tiling.mirror_axes else 2 if members > 1 else 1  # sum, new logits, the same mirrored back
+    share = 4 * ring_plane * depth if settings.crop == "body" else 0
     logits = 4 * classes * tiling.batch_size * math.prod(tiling.patch_shape) * summed
     # A network that OpenVINO compiled keeps its memory until the scan is done.
     activations = run.network_bytes * tiling.batch_size * (members if run.backend == "openvino" else 1)
     overhead = OVERHEAD["cuda" if run.on_gpu else run.backend] * (0.5 if run.half else 1)
     return _PassBytes(
         network=round(activations * overhead) + logits + WORKSPACE,
-        stream=round(window + (2 if half else 4) * classes * plane * depth),
+        stream=round(window + (2 if half else 4) * classes * ring_plane * depth) + share,
         restore=40 * max(SLAB_VOXELS, math.prod(geometry.shape) // geometry.shape[axis]) + 4 * classes * 3 * plane,
     )
 

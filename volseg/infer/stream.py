@@ -114,8 +114,10 @@ def predict_slabs(
 
 def predict_logits(array: np.ndarray, backend: Backend, tiling: Tiling, *, n_classes: int) -> np.ndarray:
     """The logits (classes, R, A, S) float32 of a whole array (channels, R, A, S), for arrays that are small enough."""
-    slabs = [slab.cpu().clone() for slab in predict_slabs(ArrayPlanes(array), backend, tiling, n_classes=n_classes)]
-    return torch.cat(slabs, dim=3).numpy()
+    head = backend.head
+    n = n_classes if head is None else head.n_features
+    slabs = predict_slabs(ArrayPlanes(array), backend, tiling, n_classes=n)
+    return torch.cat([slab.cpu().clone() if head is None else head(slab).cpu() for slab in slabs], dim=3).numpy()
 
 
 def _are_empty(tiles: Sequence[torch.Tensor], level: float | None) -> Sequence[bool]:
@@ -179,14 +181,23 @@ def _at(tensor: torch.Tensor, places: np.ndarray, axis: int) -> torch.Tensor:
     """The tensor at these places along an axis, 0 at negative ones; the tensor itself where that is no change."""
     if np.array_equal(places, np.arange(tensor.shape[axis])):
         return tensor
-    taken = tensor.index_select(axis, torch.from_numpy(np.maximum(places, 0)).to(tensor.device))
+    taken = tensor.index_select(axis, _sent(np.maximum(places, 0), tensor.device))
     if (places < 0).any():
-        taken[(slice(None),) * axis + (torch.from_numpy(places < 0).to(tensor.device),)] = 0
+        taken.index_fill_(axis, _sent(np.flatnonzero(places < 0), tensor.device), 0)
     return taken
 
 
+def _sent(indices: np.ndarray, device: torch.device) -> torch.Tensor:
+    """Indices on a device, without waiting for what a GPU is at."""
+    tensor = torch.from_numpy(indices)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+
 class _Ring:
-    """Blended logits of the planes that tiles still touch; padded plane p stands at p modulo its depth."""
+    """Blended logits of the planes that tiles still touch; padded plane p stands at p modulo its depth.
+
+    Across the planes it holds the volume alone, not what lies beyond its faces.
+    """
 
     def __init__(
         self,
@@ -202,8 +213,9 @@ class _Ring:
         self._tiled = tiled
         self._axis = axis
         self._depth = tiled[axis].patch
-        shape = [self._depth if n == axis else len(each.source) for n, each in enumerate(tiled)]
+        shape = [self._depth if n == axis else each.length for n, each in enumerate(tiled)]
         self._n = n_classes
+        self._weights = [torch.from_numpy(each.weights).to(device) for each in tiled]
         # Where features come, a last channel more flags voxels without a tile: no value of theirs would say background.
         n_flags = 1 if counts_empty and not is_logits else 0
         self._sum = torch.zeros((n_classes + n_flags, *shape), dtype=dtype, device=device)
@@ -260,10 +272,7 @@ class _Ring:
         self._done = until
 
     def _slab(self, ring: slice) -> torch.Tensor:
-        inside = tuple(
-            ring if n == self._axis else slice(each.before, each.before + each.length)
-            for n, each in enumerate(self._tiled)
-        )
+        inside = tuple(ring if n == self._axis else slice(None) for n in range(3))
         slab = self._sum[(slice(None), *inside)]
         if self._any_skipped and self._share is not None:
             share = self._share[inside]
@@ -278,14 +287,12 @@ class _Ring:
         return (slice(None),) * (leading + self._axis) + (ring,)
 
     def _share_of(self, place: Sequence[int]) -> torch.Tensor:
-        r, a, s = (
-            torch.from_numpy(each.weights[p]).to(self._sum.device) for each, p in zip(self._tiled, place, strict=True)
-        )
+        r, a, s = (weights[p] for weights, p in zip(self._weights, place, strict=True))
         return r[:, None, None] * a[:, None] * s
 
     def _pieces(self, place: Sequence[int]) -> Iterator[tuple[tuple[slice, ...], tuple[slice, ...]]]:
         """(box in the ring, box in the tile), two of them where the tile goes over the ring's end."""
-        box = self.box(place)
+        inside = [each.inside(p) for each, p in zip(self._tiled, place, strict=True)]
         turn = self._tiled[self._axis].starts[place[self._axis]] % self._depth
         for ring, tile in (
             (slice(turn, self._depth), slice(0, self._depth - turn)),
@@ -293,8 +300,8 @@ class _Ring:
         ):
             if ring.start < ring.stop:
                 yield (
-                    tuple(ring if n == self._axis else each for n, each in enumerate(box)),
-                    tuple(tile if n == self._axis else slice(None) for n in range(3)),
+                    tuple(ring if n == self._axis else volume for n, (volume, _) in enumerate(inside)),
+                    tuple(tile if n == self._axis else own for n, (_, own) in enumerate(inside)),
                 )
 
 

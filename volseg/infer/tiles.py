@@ -65,6 +65,12 @@ class TiledAxis:
         weights = np.stack([gaussian(patch) / total[start : start + patch] for start in starts])
         return cls(length, patch, before, source, tuple(starts), weights.astype(np.float32))
 
+    def inside(self, tile: int) -> tuple[slice, slice]:
+        """The voxels of the volume that a tile covers, none where it lies beyond a face, and where they are in the tile."""
+        start = self.starts[tile] - self.before
+        first, last = (min(max(0, end), self.length) for end in (start, start + self.patch))
+        return slice(first, last), slice(max(0, first - start), max(0, last - start))
+
     def real(self, tile: int) -> slice:
         """The voxels of a tile at which the volume stands, or its mirror image."""
         places = np.flatnonzero(self.source[self.starts[tile] : self.starts[tile] + self.patch] >= 0)
@@ -77,13 +83,17 @@ def thinnest_axis(shape: tuple[int, int, int], patch_shape: tuple[int, int, int]
     return max(range(3), key=lambda axis: (-layers[axis], axis))
 
 
-def widest(start: int, stop: int, length: int, patch: int, overlap: float) -> tuple[int, int]:
+def widest(start: int, stop: int, length: int, patch: int, overlap: float, margin: int = 0) -> tuple[int, int]:
     """The widest interval of an axis around [start, stop) that takes no more tiles than it: context that costs nothing.
+
+    Args:
+        margin: mirrored voxels beyond each end, which tiles cover too.
 
     >>> widest(40, 140, 300, 64, 0.5)
     (26, 154)
     """
-    n = len(tile_starts(stop - start, patch, overlap))
-    wide = min(length, patch + (n - 1) * max(1, int(patch * (1 - overlap))))
+    n = len(tile_starts(stop - start + 2 * margin, patch, overlap))
+    covered = patch + (n - 1) * max(1, int(patch * (1 - overlap)))
+    wide = min(length, max(stop - start, covered - 2 * margin))
     begin = min(max(0, start - (wide - (stop - start)) // 2), length - wide)
     return begin, begin + wide

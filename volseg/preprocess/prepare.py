@@ -377,6 +377,8 @@ def restore_mask(
 class MaskRestorer:
     """Logits of the prepared planes, given in order → the mask on the scan's own grid: the way back of `prepare`.
 
+    `add` raises ScanError where logits are not finite.
+
     Logits are interpolated linearly on the native voxels and reduced to a label and a confidence at once, one tile of the grid at
     a time, so nothing of classes × native voxels exists. Interpolation is a mean of the corners, which tells much beforehand: a
     tile at all of whose prepared voxels one label is certain has that label everywhere, and of the others only the classes are
@@ -566,6 +568,16 @@ def _constant(tile: Sequence[_Segment], label: int) -> tuple[torch.Tensor, torch
     return torch.tensor(label).expand(shape), torch.tensor(CERTAIN, dtype=torch.uint8).expand(shape)
 
 
+def _check_finite(largest: torch.Tensor) -> None:
+    """Of the logits at each voxel: NaN, which no mask can be made of, is larger than all."""
+    if not bool(largest.isfinite().all()):
+        raise ScanError(
+            "the network answers with numbers that are not finite",
+            fix="use --precision fp32; if it still does, this model cannot take the intensities of this scan",
+            code="E_LOGITS",
+        )
+
+
 def _rank_dtype(n: int) -> torch.dtype:
     return torch.uint8 if n < 256 else torch.int16 if n < 32768 else torch.int32
 
@@ -581,6 +593,7 @@ class _LargestWins:
         """Logits (classes, r, a, s) on prepared voxels → winner, confidence on native ones; None where all is background."""
         rank = self._rank = self._rank.to(logits.device)
         best = logits.amax(0)
+        _check_finite(best)
         top = ((logits == best) * rank).amax(0)
         share = torch.sub(logits, best).clamp_(min=-LARGEST_EXPONENT).exp_()  # of each class, beside the winner's 1
         is_certain = (top == len(rank)) | (share.sum(0) <= 1 + NEGLIGIBLE)
@@ -635,6 +648,7 @@ class _Regions:
     def __call__(self, logits: torch.Tensor, tile: Sequence[_Segment]) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Logits (classes, r, a, s) on prepared voxels → winner, confidence on native ones; None where all is background."""
         rank = self._rank = self._rank.to(logits.device)
+        _check_finite(logits.amax(0))
         top = ((logits > 0) * rank).amax(0)
         is_certain = ((logits > -math.log(NEGLIGIBLE)) * rank).amax(0) == top
         first = int(top[0, 0, 0])

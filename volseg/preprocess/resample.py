@@ -216,9 +216,10 @@ def _slabs(first: int, last: int, values_per_plane: int) -> Iterator[slice]:
 
 def tensor_of(values: np.ndarray, device: torch.device = CPU) -> torch.Tensor:
     """Real numbers of any dtype and memory layout → float32 on a device, contiguous; may be the array's own memory."""
-    if device.type == "cpu" or values.dtype.itemsize > 4:
-        values = np.ascontiguousarray(values, np.float32)
-    tensor = torch.from_numpy(np.ascontiguousarray(values))
+    # What goes to a GPU goes as stored, which is less. No tensor can be of what is mapped read-only from a file, or of the other byte order.
+    is_sent_as_stored = device.type == "cuda" and values.dtype.itemsize <= 4 and values.dtype.isnative
+    dtype = values.dtype if is_sent_as_stored else np.float32
+    tensor = torch.from_numpy(np.require(values, dtype, ["C", "W"]))
     if device.type == "cuda":
         tensor = tensor.pin_memory()  # else the copy would wait for the GPU
     return tensor.to(device, non_blocking=True).float()

@@ -89,8 +89,7 @@ def coarse_case(
     """
     sizes = zip(case.mask.shape, spacing_mm, coarse_mm, strict=True)
     r, a, s = (max(1, round(n * fine / coarse)) for n, fine, coarse in sizes)
-    # Copied channel by channel: torch does not take what is mapped read-only from the disk.
-    image = np.stack([resample(np.array(channel), (r, a, s)) for channel in case.image])
+    image = np.stack([resample(channel, (r, a, s)) for channel in case.image])
     mask = coarsened_mask(case.mask, (r, a, s))
     return PreparedCase(case.id, image, mask, {1: sample_voxels(mask == 1, rng)}, None, case.record)
 

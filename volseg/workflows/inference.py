@@ -67,7 +67,7 @@ def infer(
         fast: resample linearly where the recipe says cubic.
         max_ram: budget of main memory, such as `4G` or a number of bytes; None for none. A scan that cannot be segmented within it is a
             failed row that says what would do.
-        max_vram: the same for the GPU's memory.
+        max_vram: the same for the GPU's memory; None for what is free there.
         figures: also write a PNG per scan with its largest lesions outlined.
         progress: is told of the scans, and of the tiles of the one that is being segmented.
 
@@ -150,7 +150,13 @@ def _plan_memory(
     cases: Sequence[Case], model: Model, max_ram: int | None, max_vram: int | None, announce: Callable[[str], None]
 ) -> dict[str, MemoryPlan | VolsegError | None]:
     """How each case fits into memory, or why it does not; None where its header cannot be read, which reading will say."""
+    from volseg.infer.memory import gpu_memory
     from volseg.segment import patch_bytes, plan_case_memory
+
+    if model.device == "cpu":
+        max_vram = None
+    elif max_vram is None:
+        max_vram = gpu_memory()
 
     needed = patch_bytes(model)
     coarse_needed = 0 if model.coarse is None else patch_bytes(model.coarse)
@@ -169,7 +175,7 @@ def _plan_memory(
                 model,
                 needed,
                 max_ram,
-                max_vram=max_vram if model.device != "cpu" else None,
+                max_vram=max_vram,
                 coarse_needed=coarse_needed,
                 is_alone=len(cases) == 1,
             )

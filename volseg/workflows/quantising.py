@@ -42,7 +42,7 @@ def quantise(
 ) -> RunReport:
     """Put an int8 copy of the segmentation network, or of each of an ensemble, into a model folder, with its validation Dice beside that of fp32.
 
-    Half precision is measured in passing where the chip has it, for it may be as fast and cost less. Inference takes it only where int8 is asked for. `model.json` stays as it is, and so does the hash of the model.
+    Half precision is measured in passing where the chip has it, for it may be as fast and cost less. Inference takes the int8 copy only where it is asked for. `model.json` stays as it is, and so does the hash of the model.
 
     Args:
         dataset: the one that the model was trained on, or the folder that `preprocess` made of it. Its training cases are
@@ -83,6 +83,7 @@ def quantise(
         for count, case in enumerate(validation, start=1):
             for name, backend in backends.items():
                 scores[name].append(_case_dice(backend, case, bundle))
+                backend.release()  # the others have networks of their own in memory
             progress("Validating", count / len(validation), case.id)
         found = {
             "calibration": {"cases": len(looked_at), "patches": len(patches), "seed": seed},
