@@ -103,7 +103,8 @@ def test_bars_move_by_tiles_on_a_terminal_and_are_not_drawn_into_a_pipe(model, d
     scans = [dataset / "images" / f"scan_{n}.nii.gz" for n in (6, 7)]
     piped = run("infer", *scans, "--model", model, "--out", tmp_path / "piped")
     assert piped.returncode == 0
-    assert [line.split(":")[0] for line in piped.stderr.splitlines()] == ["memory", "tiles"]
+    said = [line.split(":")[0] for line in piped.stderr.splitlines()]
+    assert said in (["memory", "tiles"], ["memory", "tiles", "precision"])  # the last one on CPUs with half precision
     assert "Segmenting" not in piped.stdout
     ours, theirs = pty.openpty()
     with subprocess.Popen(

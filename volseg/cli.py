@@ -152,7 +152,7 @@ def infer(
         str,
         typer.Option(
             help="auto, fp32, fp16 (half precision, where the chip has it) or int8 (see `volseg quantise`); "
-            "auto is fp16 where there is half precision, on a GPU or a CPU, and else fp32."
+            "auto is fp16 on a GPU and fp32 on a CPU."
         ),
     ] = "auto",
     overlap: Annotated[

@@ -64,3 +64,15 @@ def test_the_widest_interval_holds_the_wanted_one_and_costs_no_tile(length, patc
     assert len(tile_starts(end - begin, patch, overlap)) == n_tiles
     if end - begin < length:
         assert len(tile_starts(end - begin + 1, patch, overlap)) > n_tiles
+
+
+@settings(max_examples=200)
+@given(st.data())
+def test_the_widest_interval_takes_no_more_tiles_and_holds_the_one_that_was_asked_for(data):
+    length, patch, margin = (data.draw(st.integers(1, n)) for n in (200, 64, 9))
+    overlap = data.draw(st.sampled_from([0, 0.25, 0.5]))
+    start, stop = sorted(data.draw(st.lists(st.integers(0, length), min_size=2, max_size=2, unique=True)))
+    begin, end = widest(start, stop, length, patch, overlap, margin)
+    assert 0 <= begin <= start < stop <= end <= length
+    n_tiles = [len(tile_starts(n + 2 * margin, patch, overlap)) for n in (stop - start, end - begin)]
+    assert n_tiles[0] == n_tiles[1]

@@ -40,8 +40,7 @@ def test_infer_takes_int8_only_when_asked_and_says_so(quantised, dataset, tmp_pa
     folder, _ = quantised
     scan, results = dataset / "images" / "scan_6.nii.gz", tmp_path / "results"
     report = volseg.infer(scan, model=folder, out=results, device="cpu")
-    assert report.details["computed_with"]["backend"] == "openvino"
-    assert report.details["computed_with"]["precision"] in ("fp32", "bf16", "fp16")
+    assert report.details["computed_with"] == {"backend": "openvino", "precision": "fp32"}
     report = volseg.infer(scan, model=folder, out=results, device="cpu", precision="int8")
     assert report.done == ["scan_6"]  # made with another option, so made again
     assert report.details["computed_with"]["precision"] == "int8"

@@ -269,8 +269,8 @@ class BackendChoice:
 def choose_backend(backend: str = "auto", device: str = "auto", precision: str = "auto") -> BackendChoice:
     """What is there and fits together.
 
-    `auto` takes the GPU where there is one, else OpenVINO where it is installed, else torch; and half precision on a GPU and where
-    OpenVINO finds it in the CPU, else fp32 (docs/benchmarks.md says why). Never int8, which costs accuracy.
+    `auto` takes the GPU where there is one, else OpenVINO where it is installed, else torch (docs/benchmarks.md says why);
+    half precision on a GPU and fp32 on a CPU. Never int8, which costs accuracy.
 
     Raises:
         EnvironmentProblem: something asked for is not on this machine.
@@ -288,10 +288,9 @@ def choose_backend(backend: str = "auto", device: str = "auto", precision: str =
             asked = "backend openvino" if backend == "openvino" else "precision int8"
             raise VolsegError(f"{asked} runs on a CPU, not on {device}", fix="use --device cpu", code="E_USAGE")
         return BackendChoice(backend="torch", device=chosen, precision="fp16" if precision == "auto" else precision)
+    precision = "fp32" if precision == "auto" else precision
     if backend == "auto":
-        backend = "openvino" if openvino_is_installed() or precision in ("fp16", "int8") else "torch"
-    if precision == "auto":
-        precision = "fp16" if backend == "openvino" and find_half_type() else "fp32"
+        backend = "openvino" if openvino_is_installed() or precision != "fp32" else "torch"
     if backend == "torch" and precision != "fp32":
         raise VolsegError(
             f"precision {precision} on a CPU needs the backend openvino, and torch was asked for",
