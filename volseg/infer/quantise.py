@@ -6,17 +6,27 @@ import io
 import logging
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout, suppress
 from types import ModuleType
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from volseg.errors import EnvironmentProblem
-from volseg.infer.backends import import_openvino, without_reports
+from volseg.infer.backends import (
+    Backend,
+    OpenVINOBackend,
+    convert,
+    import_openvino,
+    mean_of,
+    usual_batch_shape,
+    without_reports,
+)
 
 if TYPE_CHECKING:
     import openvino
+
+    from volseg.bundle import ModelBundle
 
 
 def quantise(model: openvino.Model, patches: Sequence[np.ndarray]) -> openvino.Model:
@@ -37,6 +47,26 @@ def quantise(model: openvino.Model, patches: Sequence[np.ndarray]) -> openvino.M
         return nncf.quantize(
             model, nncf.Dataset(list(patches)), preset=nncf.QuantizationPreset.MIXED, subset_size=len(patches)
         )
+
+
+def in_each_precision(bundle: ModelBundle, quantised: Sequence[openvino.Model]) -> dict[str, Backend]:
+    """Precision → what runs the bundle's network or ensemble in it: fp32, int8, and half precision where the chip has it."""
+    shape = usual_batch_shape(bundle)
+
+    def exact(precision: str) -> Backend:
+        return mean_of(
+            [
+                OpenVINOBackend(convert(bundle.member(name), shape), shape, precision=precision)
+                for name in bundle.members
+            ]
+        )
+
+    int8 = mean_of([OpenVINOBackend(network, shape, precision="int8") for network in quantised])
+    found = {"fp32": exact("fp32"), "int8": int8}
+    with suppress(EnvironmentProblem):
+        half = exact("fp16")
+        found[half.identity["precision"]] = half
+    return found
 
 
 def import_nncf() -> ModuleType:

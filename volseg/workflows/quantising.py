@@ -5,14 +5,13 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from volseg.errors import EnvironmentProblem, VolsegError
+from volseg.errors import VolsegError
 from volseg.evaluate.overlap import dice
 from volseg.execute.cpu import keep_freed_memory
 from volseg.io.prepared import PreparedCase
@@ -22,8 +21,6 @@ from volseg.workflows.preparing import PREPARED_FILE, preprocess
 from volseg.workflows.training import load_prepared, refuse_dataset, split_cases
 
 if TYPE_CHECKING:  # torch takes seconds to import; only a workflow that needs it pays
-    import openvino
-
     from volseg.bundle import ModelBundle
     from volseg.infer.backends import Backend
 
@@ -57,7 +54,7 @@ def quantise(
     keep_freed_memory()
     from volseg.bundle import load_bundle
     from volseg.infer.backends import convert, import_openvino, usual_batch_shape, write_exported
-    from volseg.infer.quantise import import_nncf
+    from volseg.infer.quantise import import_nncf, in_each_precision
     from volseg.infer.quantise import quantise as quantise_network
 
     import_openvino()
@@ -78,7 +75,7 @@ def quantise(
         progress("Quantising", 0.0, f"looking at {len(looked_at)} training cases")
         patches = _calibration_patches(looked_at, bundle, seed)
         networks = [quantise_network(convert(bundle.member(name), shape), patches) for name in bundle.members]
-        backends = _backends(bundle, networks)
+        backends = in_each_precision(bundle, networks)
         scores: dict[str, list[list[float]]] = {name: [] for name in backends}
         for count, case in enumerate(validation, start=1):
             for name, backend in backends.items():
@@ -130,28 +127,6 @@ def _calibration_patches(cases: Sequence[PreparedCase], bundle: ModelBundle, see
         )
         patches += list(images[:, None])
     return patches
-
-
-def _backends(bundle: ModelBundle, quantised: Sequence[openvino.Model]) -> dict[str, Backend]:
-    """Precision → what runs the network in it, or the ensemble."""
-    from volseg.infer.backends import OpenVINOBackend, convert, mean_of, usual_batch_shape
-
-    shape = usual_batch_shape(bundle)
-
-    def exact(precision: str) -> Backend:
-        return mean_of(
-            [
-                OpenVINOBackend(convert(bundle.member(name), shape), shape, precision=precision)
-                for name in bundle.members
-            ]
-        )
-
-    int8 = mean_of([OpenVINOBackend(network, shape, precision="int8") for network in quantised])
-    found = {"fp32": exact("fp32"), "int8": int8}
-    with suppress(EnvironmentProblem):
-        half = exact("fp16")
-        found[half.identity["precision"]] = half
-    return found
 
 
 def _case_dice(backend: Backend, case: PreparedCase, bundle: ModelBundle) -> list[float]:
