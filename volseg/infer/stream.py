@@ -19,6 +19,7 @@ import torch
 from volseg.infer.backends import Backend, device_of, run_on_device
 from volseg.infer.head import BACKGROUND
 from volseg.infer.tiles import TiledAxis
+from volseg.preprocess.resample import send
 
 
 class Planes(Protocol):
@@ -137,9 +138,8 @@ class ArrayPlanes:
         self.shape = (array.shape[1], array.shape[2], array.shape[3])
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        return np.require(
-            self._array[..., start:stop], requirements="W"
-        )  # a copy of what is mapped from a file: no tensor may be read-only
+        # A copy of what is mapped from a file: no tensor may be read-only.
+        return np.require(self._array[..., start:stop], requirements="W")
 
 
 class _Window:
@@ -181,16 +181,10 @@ def _at(tensor: torch.Tensor, places: np.ndarray, axis: int) -> torch.Tensor:
     """The tensor at these places along an axis, 0 at negative ones; the tensor itself where that is no change."""
     if np.array_equal(places, np.arange(tensor.shape[axis])):
         return tensor
-    taken = tensor.index_select(axis, _sent(np.maximum(places, 0), tensor.device))
+    taken = tensor.index_select(axis, send(torch.from_numpy(np.maximum(places, 0)), tensor.device))
     if (places < 0).any():
-        taken.index_fill_(axis, _sent(np.flatnonzero(places < 0), tensor.device), 0)
+        taken.index_fill_(axis, send(torch.from_numpy(np.flatnonzero(places < 0)), tensor.device), 0)
     return taken
-
-
-def _sent(indices: np.ndarray, device: torch.device) -> torch.Tensor:
-    """Indices on a device, without waiting for what a GPU is at."""
-    tensor = torch.from_numpy(indices)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 class _Ring:

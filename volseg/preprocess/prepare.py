@@ -471,7 +471,7 @@ class MaskRestorer:
 
     def _restore(self, planes: torch.Tensor, tile: Sequence[_Segment]) -> None:
         """The native voxels of a tile, from its prepared ones."""
-        logits = planes.float() if self._head is None else self._head(planes.float())
+        logits = planes.float() if self._head is None else self._head(planes)
         found = self._reduction(logits, tile)
         if found is None:
             return

@@ -219,10 +219,12 @@ def tensor_of(values: np.ndarray, device: torch.device = CPU) -> torch.Tensor:
     # What goes to a GPU goes as stored, which is less. No tensor can be of what is mapped read-only from a file, or of the other byte order.
     is_sent_as_stored = device.type == "cuda" and values.dtype.itemsize <= 4 and values.dtype.isnative
     dtype = values.dtype if is_sent_as_stored else np.float32
-    tensor = torch.from_numpy(np.require(values, dtype, ["C", "W"]))
-    if device.type == "cuda":
-        tensor = tensor.pin_memory()  # else the copy would wait for the GPU
-    return tensor.to(device, non_blocking=True).float()
+    return send(torch.from_numpy(np.require(values, dtype, ["C", "W"])), device).float()
+
+
+def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor of the host on a device, without waiting for what a GPU is at; itself where that is the host."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 def plane_resizer(
