@@ -112,7 +112,14 @@ def _prepared_cases(
             fix="give the dataset itself instead of a prepared folder",
             code="E_PREPARED",
         )
-    return split_cases(cases, None, seed)
+    try:
+        return split_cases(cases, None, seed)
+    except VolsegError as error:
+        raise VolsegError(
+            f"{dataset}: has too few cases to quantise with: at least one to train on and one to validate on are needed",
+            fix="give the dataset that the model was trained on",
+            code=error.code,
+        ) from error
 
 
 def _calibration_patches(cases: Sequence[PreparedCase], bundle: ModelBundle, seed: int) -> list[np.ndarray]:
