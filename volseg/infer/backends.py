@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import math
 import os
 import sys
 import tempfile
@@ -12,7 +11,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import partial, reduce
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
@@ -24,6 +23,7 @@ from torch import nn
 from volseg.bundle import ModelBundle
 from volseg.errors import EnvironmentProblem, ScanError, VolsegError
 from volseg.execute.cpu import give_back_mapped, physical_cores
+from volseg.infer.graph import live_bytes, split_joined_convolutions, sum_axis_by_axis
 from volseg.infer.head import Head, cut_head, take_head
 from volseg.io.files import environment_problem, make_folder, sha256_of, write_json_atomic
 
@@ -157,9 +157,11 @@ class OpenVINOBackend:
         identity: Mapping[str, str] | None = None,
         head: Head | None = None,
     ) -> None:
-        self._model = model
         self.head = head
         self._type = half_type() if precision == "fp16" else "f32"
+        self._model = model.clone()
+        if self._type == "f32":  # in half precision the steps would be rounded, and OpenVINO's own sums are in float32
+            sum_axis_by_axis(self._model)
         name = {"f32": precision, "bf16": "bf16", "f16": "fp16"}[self._type]
         self.identity: Mapping[str, str] = {"backend": "openvino", "precision": name} | dict(identity or {})
         self._compile(tuple(batch_shape))
@@ -176,7 +178,7 @@ class OpenVINOBackend:
     @property
     def patch_bytes(self) -> int:
         """Of the tensors alive at the worst moment of one patch's way through the network."""
-        return _live_bytes(self._model) // self._shape[0]
+        return live_bytes(self._model) // self._shape[0]
 
     def release(self) -> None:
         self._request = None
@@ -384,64 +386,6 @@ def convert(network: nn.Module, batch_shape: Sequence[int]) -> openvino.Model:
             code="E_BACKEND",
         )
     return model
-
-
-def split_joined_convolutions(model: openvino.Model) -> None:
-    """Let each part of a concatenation of channels go through its own share of the convolution's weights, and add what comes out.
-
-    The sum is the same, and the joined tensor, the largest of a U-Net, never exists: a fifth less memory. OpenVINO adds the second
-    part within the convolution of the first, which is that of the skip connection.
-    """
-    operations = importlib.import_module("openvino.opset13")
-    for joined in model.get_ordered_ops():
-        if joined.get_type_name() != "Concat" or joined.get_axis() != 1:
-            continue
-        inputs = list(joined.output(0).get_target_inputs())
-        convolutions = [each.get_node() for each in inputs]
-        if any(
-            each.get_type_name() != "Convolution" or each.input_value(1).get_node().get_type_name() != "Constant"
-            for each in convolutions
-        ):
-            continue
-        parts = joined.input_values()
-        widths = [part.get_partial_shape()[1].get_length() for part in parts]
-        for convolution in convolutions:
-            weights = np.split(convolution.input_value(1).get_node().data, np.cumsum(widths)[:-1], axis=1)
-            settings = [
-                getattr(convolution, f"get_{name}")()
-                for name in ("strides", "pads_begin", "pads_end", "dilations", "auto_pad")
-            ]
-            found = [
-                operations.convolution(part, operations.constant(np.ascontiguousarray(own)), *settings)
-                for part, own in zip(parts, weights, strict=True)
-            ]
-            total = reduce(operations.add, reversed(found))
-            for following in convolution.output(0).get_target_inputs():
-                following.replace_source_output(total.output(0))
-    model.validate_nodes_and_infer_types()
-
-
-def _live_bytes(model: openvino.Model) -> int:
-    """Bytes of the tensors alive at the worst moment, when the operations of a model of static shape run one after the other."""
-    operations = model.get_ordered_ops()
-    last: dict[tuple[str, int], int] = {}
-    for index, operation in enumerate(operations):
-        for source in operation.input_values():
-            last[source.get_node().get_name(), source.get_index()] = index
-    now = peak = 0
-    held: dict[tuple[str, int], int] = {}
-    for index, operation in enumerate(operations):
-        for output in () if operation.get_type_name() == "Constant" else operation.outputs():
-            key = (operation.get_name(), output.get_index())
-            if key in last and output.get_partial_shape().is_static:
-                held[key] = math.prod(output.get_shape()) * output.get_element_type().size
-                now += held[key]
-        peak = max(peak, now)
-        for source in operation.input_values():
-            key = (source.get_node().get_name(), source.get_index())
-            if last[key] == index:
-                now -= held.pop(key, 0)
-    return peak
 
 
 def _example(network: nn.Module, batch_shape: Sequence[int]) -> tuple[torch.Tensor, np.ndarray]:
