@@ -97,16 +97,17 @@ def make_scan(
     rng = np.random.default_rng(0)
     r, a, s = (np.linspace(-1, 1, n, dtype=np.float32) for n in shape)
     inside = (r[:, None, None] / 0.75) ** 2 + (a[None, :, None] / 0.5) ** 2 < 1
-    level = np.linspace(-230, 400, classes).astype(np.int16)  # HU of the background and of each class
+    level = np.linspace(-230, 400, min(classes, 25)).astype(np.int16)  # HU of the background and of each class
+    noise = min(27.0, 630 / len(level) / 4)
     array = np.where(inside, level[0], np.int16(-1000)) * np.ones(shape, np.int16)
     half_mm = [n * each / 2 for n, each in zip(shape, spacing_mm, strict=True)]
     for index in range(60):
         radius_mm, centre = rng.uniform(8, 40), rng.uniform([-0.5, -0.3, -0.9], [0.5, 0.3, 0.9])
         squares = [((x - c) * h) ** 2 for x, c, h in zip((r, a, s), centre, half_mm, strict=True)]
         ball = squares[0][:, None, None] + squares[1][None, :, None] + squares[2] < radius_mm**2
-        array[ball] = level[1 + index % (classes - 1)]
+        array[ball] = level[1 + index % (len(level) - 1)]
     for index in range(shape[2]):
-        array[:, :, index] += rng.normal(0, 27, shape[:2]).astype(np.int16)
+        array[:, :, index] += rng.normal(0, noise, shape[:2]).astype(np.int16)
     affine = np.diag([-spacing_mm[0], -spacing_mm[1], spacing_mm[2], 1.0])
     write_volume(Volume(np.asfortranarray(array), Geometry(shape, affine)), path)
 

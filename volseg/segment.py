@@ -175,6 +175,7 @@ def _network_pass(model: Model, needed: int) -> NetworkPass:
         backend=model.segmentation.identity["backend"],
         n_channels=recipe.data.n_outputs if head is None else 1 + head.n_features,
         network_bytes=needed,
+        head_is_off=head is not None,
         on_gpu=model.device != "cpu",
         half=model.segmentation.identity["precision"] in ("fp16", "bf16"),
     )

@@ -5,7 +5,7 @@ import pytest
 import torch
 from laws import oblique
 
-from volseg.infer.backends import OpenVINOBackend, TorchBackend, convert
+from volseg.infer.backends import OpenVINOBackend, TorchBackend, convert, find_half_type
 from volseg.infer.head import BACKGROUND, Head, cut_head, take_head
 from volseg.infer.stream import ArrayPlanes, Tiling, predict_slabs
 from volseg.models import build_network
@@ -35,7 +35,7 @@ PLAIN = {
 }
 
 
-def restored(backend, *, regions, empty_level, mirror_axes):
+def restored(backend, *, regions, empty_level, mirror_axes, dtype=torch.float32):
     """Mask and confidence of a scan with air at one end, on an oblique grid of other voxels."""
     array = np.random.default_rng(0).normal(size=(1, 14, 20, 40)).astype(np.float32)
     array[..., 22:] = -3
@@ -45,7 +45,7 @@ def restored(backend, *, regions, empty_level, mirror_axes):
     restorer = MaskRestorer(trail, values, axis=2, regions=regions, head=backend.head)
     tiling = Tiling(patch_shape=PATCH, overlap=0.5, empty_level=empty_level, mirror_axes=mirror_axes)
     n = N_CLASSES if backend.head is None else backend.head.n_features
-    for slab in predict_slabs(ArrayPlanes(array), backend, tiling, n_classes=n):
+    for slab in predict_slabs(ArrayPlanes(array), backend, tiling, n_classes=n, dtype=dtype):
         restorer.add(slab)
     return restorer.result()
 
@@ -75,6 +75,22 @@ def test_a_head_that_is_put_off_gives_the_same_mask(kind, regions, empty_level, 
     assert (mask == expected).mean() > 0.9999
     same = mask == expected
     np.testing.assert_allclose(confidence[same].astype(int), expected_confidence[same], atol=1)
+
+
+@pytest.mark.skipif(not find_spec("openvino") or not find_half_type(), reason="no half precision here")
+def test_in_half_precision_features_take_two_bytes_and_the_mask_hardly_changes():
+    shape = (1, 1, *PATCH)
+    cut = convert(network(), shape)
+    head = cut_head(cut)
+    late = OpenVINOBackend(cut, shape, precision="fp16", head=head)
+    assert late.logits(np.zeros(shape, np.float32)).dtype == np.float16
+    whole = OpenVINOBackend(convert(network(), shape), shape, precision="fp16")
+    options = {"regions": False, "empty_level": None, "mirror_axes": (0,)}
+    mask, confidence = restored(late, **options, dtype=torch.float16)
+    expected, expected_confidence = restored(whole, **options)
+    assert (mask == expected).mean() > 0.99
+    same = mask == expected
+    assert np.abs(confidence[same].astype(int) - expected_confidence[same]).mean() < 2
 
 
 def test_where_no_tile_was_run_there_is_background_whatever_the_bias():

@@ -130,6 +130,14 @@ def test_on_a_gpu_network_and_logits_are_in_its_own_memory(bundle):
     assert plan_for(bundle, (256, 256, 400), on_gpu=True, half=True).footprint.gpu < device.gpu - (50 << 20)
 
 
+def test_on_a_cpu_half_precision_holds_its_features_and_their_sums_in_two_bytes(bundle):
+    header = {"on_gpu": False, "head_is_off": True}
+    full, half = (plan_for(bundle, (256, 256, 400), half=half, **header) for half in (False, True))
+    assert (full.half_logits, half.half_logits) == (False, True)
+    assert half.footprint.stream < full.footprint.stream
+    assert half.footprint.network < full.footprint.network / 2 + (100 << 20)
+
+
 def test_a_gpu_too_small_for_the_ring_blends_in_half_precision_or_says_what_would_do(bundle):
     large = replace(bundle, plan=bundle.plan.model_copy(update={"patch_shape": (96, 96, 96)}))
     best = plan_for(large, (400, 400, 400), on_gpu=True)

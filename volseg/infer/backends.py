@@ -23,7 +23,7 @@ from torch import nn
 from volseg.bundle import ModelBundle
 from volseg.errors import EnvironmentProblem, ScanError, VolsegError
 from volseg.execute.cpu import give_back_mapped, physical_cores
-from volseg.infer.graph import live_bytes, split_joined_convolutions, sum_axis_by_axis
+from volseg.infer.graph import halve_output, live_bytes, split_joined_convolutions, sum_axis_by_axis
 from volseg.infer.head import Head, cut_head, take_head
 from volseg.io.files import environment_problem, make_folder, sha256_of, write_json_atomic
 
@@ -51,7 +51,10 @@ class Backend(Protocol):
         ...
 
     def logits(self, batch: np.ndarray) -> np.ndarray:
-        """(N, channels, …) float32 → (N, classes, …) float32, a new array that is the caller's to change or keep."""
+        """(N, channels, …) float32 → (N, classes, …) float32, a new array that is the caller's to change or keep.
+
+        Features, where the head was taken off a network that runs in half precision on a CPU, are float16.
+        """
         ...
 
     def release(self) -> None:
@@ -162,6 +165,8 @@ class OpenVINOBackend:
         self._model = model.clone()
         if self._type == "f32":  # in half precision the steps would be rounded, and OpenVINO's own sums are in float32
             sum_axis_by_axis(self._model)
+        elif head is not None:
+            halve_output(self._model)
         name = {"f32": precision, "bf16": "bf16", "f16": "fp16"}[self._type]
         self.identity: Mapping[str, str] = {"backend": "openvino", "precision": name} | dict(identity or {})
         self._compile(tuple(batch_shape))
@@ -170,7 +175,7 @@ class OpenVINOBackend:
         if batch.shape[1:] != self._shape[1:]:
             self._compile((self._shape[0], *batch.shape[1:]))
         with _out_of_memory_is_the_scans_problem(batch.shape, "cpu"):
-            found = np.empty((len(batch), *self._out_shape[1:]), np.float32)
+            found = np.empty((len(batch), *self._out_shape[1:]), self._out_type)
             for start in range(0, len(batch), self._shape[0]):
                 self._run(batch[start : start + self._shape[0]], found[start : start + self._shape[0]])
             return found
@@ -192,7 +197,7 @@ class OpenVINOBackend:
         written = target
         if n < self._shape[0]:  # the last patches of a scan do not always fill a batch
             patches = np.concatenate([patches, np.zeros((self._shape[0] - n, *patches.shape[1:]), np.float32)])
-            written = np.empty(self._out_shape, np.float32)
+            written = np.empty(self._out_shape, self._out_type)
         request = self._request = self._request or self._compiled.create_infer_request()
         request.set_input_tensor(openvino.Tensor(patches, shared_memory=True))
         request.set_output_tensor(openvino.Tensor(written, shared_memory=True))
@@ -214,7 +219,8 @@ class OpenVINOBackend:
         }
         self._shape = shape
         self._compiled = openvino.Core().compile_model(self._model, "CPU", hints)
-        self._out_shape = tuple(self._compiled.output(0).shape)
+        output = self._compiled.output(0)
+        self._out_shape, self._out_type = tuple(output.shape), output.get_element_type().to_dtype()
         self._request: openvino.InferRequest | None = None
 
 

@@ -79,6 +79,14 @@ def sum_axis_by_axis(model: openvino.Model) -> None:
     model.validate_nodes_and_infer_types()
 
 
+def halve_output(model: openvino.Model) -> None:
+    """Let the model give float16: of many features, the array is as large as any within the network."""
+    operations = _operations()
+    for result in model.get_results():
+        result.input(0).replace_source_output(operations.convert(result.input_value(0), np.float16).output(0))
+    model.validate_nodes_and_infer_types()
+
+
 def _mean(values: openvino.Output | openvino.Node, axes: Sequence[int]) -> openvino.Node:
     """Over one axis after the other, the last first."""
     operations = _operations()

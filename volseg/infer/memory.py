@@ -92,6 +92,7 @@ class NetworkPass:
     backend: str
     network_bytes: int
     n_channels: int  # that it gives of each voxel: logits, or features where its head is put off
+    head_is_off: bool = False
     on_gpu: bool = False
     half: bool = False  # activations of two bytes
 
@@ -106,7 +107,7 @@ def plan_memory(
     max_vram: int | None = None,
 ) -> MemoryPlan:
     """The fastest way to segment a scan within budgets of bytes; the first of these that fits: all at its best; without
-    reading ahead; logits blended in float16. A scan that `is_alone` has no next one to read.
+    reading ahead; logits blended in float16, as they are on a CPU in half precision anyhow. A scan that `is_alone` has no next one to read.
 
     Args:
         coarse: a first pass, whose memory is free again when the other begins.
@@ -118,7 +119,13 @@ def plan_memory(
     process = resident_bytes()
     shape = _prepared_grid(header.geometry, fine.settings)[1]
     plans = []
-    for read_ahead, half_logits in ((True, False), (False, False), (False, True))[1 if is_alone else 0 :]:
+    # Sums in float16 lose nothing of logits that the chip computed in half precision.
+    ways = (
+        ((True, True), (False, True))
+        if fine.half and not fine.on_gpu
+        else ((True, False), (False, False), (False, True))
+    )
+    for read_ahead, half_logits in ways[1 if is_alone else 0 :]:
         footprint = _footprint(header, fine, coarse, process, read_ahead=read_ahead, half=half_logits)
         plan = MemoryPlan(footprint=footprint, half_logits=half_logits, read_ahead=read_ahead, shape=shape)
         fits = max_ram is None or footprint.total <= max_ram
@@ -202,7 +209,8 @@ def _pass_bytes(grid: Geometry, run: NetworkPass, *, half: bool) -> _PassBytes:
     members = len(run.bundle.members)
     summed = 3 if tiling.mirror_axes else 2 if members > 1 else 1  # sum, new logits, the same mirrored back
     share = 4 * ring_plane * depth if settings.crop == "body" else 0
-    logits = 4 * classes * tiling.batch_size * math.prod(tiling.patch_shape) * summed
+    logits_bytes = 2 if run.half and run.head_is_off and not run.on_gpu else 4
+    logits = logits_bytes * classes * tiling.batch_size * math.prod(tiling.patch_shape) * summed
     # A network that OpenVINO compiled keeps its memory until the scan is done.
     activations = run.network_bytes * tiling.batch_size * (members if run.backend == "openvino" else 1)
     overhead = OVERHEAD["cuda" if run.on_gpu else run.backend] * (0.5 if run.half else 1)

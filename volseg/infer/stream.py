@@ -225,7 +225,7 @@ class _Ring:
         for target, part in self._pieces(place):
             box = (slice(self._n), *target)
             weight = share[part]
-            if self._sum.dtype == torch.float32:
+            if self._sum.dtype == logits.dtype == torch.float32:
                 self._sum[box].addcmul_(logits[(slice(None), *part)], weight)
             else:
                 for index in range(len(logits)):  # one class at a time: the product is as large as the tile
