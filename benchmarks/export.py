@@ -48,7 +48,8 @@ VOLSEG = (
     LOGITS
     + """
 from volseg.preprocess.crop import AxisOrder
-from volseg.preprocess.prepare import MaskRestorer, Trail
+from volseg.preprocess.prepare import Trail
+from volseg.preprocess.restore import MaskRestorer
 from volseg.volume import BoundingBox, Geometry
 geometry = Geometry((512, 512, 300), np.diag([0.8, 0.8, 1.5, 1.0]))
 trail = Trail(geometry, AxisOrder.of(geometry), BoundingBox.whole(geometry.shape), (273, 273, 300))

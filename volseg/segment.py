@@ -23,13 +23,15 @@ from volseg.infer.backends import (
 )
 from volseg.infer.classify import classify_lesions
 from volseg.infer.memory import MemoryPlan, NetworkPass, ScanHeader, network_bytes, plan_memory
-from volseg.infer.roi import find_region, scaled_box
+from volseg.infer.roi import find_region
 from volseg.infer.stream import Tiling, predict_slabs
 from volseg.infer.tiles import thinnest_axis, widest
 from volseg.measure.lesions import LesionMeasurement, measure_lesions
 from volseg.postprocess.lesions import label_lesions
 from volseg.postprocess.steps import make_steps
-from volseg.preprocess.prepare import MaskRestorer, Preparation
+from volseg.preprocess.crop import scaled_box
+from volseg.preprocess.prepare import Preparation
+from volseg.preprocess.restore import MaskRestorer
 from volseg.volume import WORLD_AXES, BoundingBox, Geometry, Volume
 
 OnTile = Callable[[int, int], None]  # tiles done, of how many

@@ -10,7 +10,8 @@ from volseg.infer.head import BACKGROUND, Head, cut_head, take_head
 from volseg.infer.stream import ArrayPlanes, Tiling, predict_slabs
 from volseg.models import build_network
 from volseg.preprocess.crop import AxisOrder
-from volseg.preprocess.prepare import MaskRestorer, Trail
+from volseg.preprocess.prepare import Trail
+from volseg.preprocess.restore import MaskRestorer
 from volseg.volume import BoundingBox, Geometry
 
 CPU = torch.device("cpu")

@@ -5,8 +5,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from volseg.infer.backends import TorchBackend
-from volseg.infer.roi import find_region, scaled_box
+from volseg.infer.roi import find_region
 from volseg.infer.stream import ArrayPlanes, Tiling
+from volseg.preprocess.crop import scaled_box
 from volseg.volume import BoundingBox
 
 

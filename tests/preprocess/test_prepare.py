@@ -12,15 +12,14 @@ from volseg.errors import ScanError
 from volseg.preprocess.crop import AxisOrder, to_canonical
 from volseg.preprocess.normalise import Window, ZScore
 from volseg.preprocess.prepare import (
-    MaskRestorer,
     Preparation,
     PrepareSettings,
     Trail,
     prepare,
     prepare_mask,
-    restore_mask,
 )
 from volseg.preprocess.resample import positions
+from volseg.preprocess.restore import MaskRestorer, restore_mask
 from volseg.volume import BoundingBox, Geometry, Volume
 
 WINDOW = Window(low=-1000, high=1000, mean=0, sd=1)
@@ -303,7 +302,7 @@ def test_what_is_left_out_changes_no_label_and_no_confidence_by_more_than_one(ki
     if regions and kind != "ties":
         logits += 2.0
     if seed % 2:  # small tiles, so that there are many
-        monkeypatch.setattr(sys.modules["volseg.preprocess.prepare"], "TILE_VALUES", 300 * n_classes)
+        monkeypatch.setattr(sys.modules["volseg.preprocess.restore"], "TILE_VALUES", 300 * n_classes)
     axis, step = int(rng.integers(0, 3)), int(rng.integers(1, 20))
     values = list(range(1, n_classes + regions))
     restorer = MaskRestorer(trail, values, axis=axis, regions=regions)

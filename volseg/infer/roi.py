@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-
 import numpy as np
 
 from volseg.infer.backends import Backend
@@ -25,22 +22,4 @@ def find_region(planes: Planes, backend: Backend, tiling: Tiling) -> BoundingBox
     if not starts:
         return None
     (r, a, s), (r_stop, a_stop, s_stop) = np.min(starts, axis=0).tolist(), np.max(stops, axis=0).tolist()
-    return BoundingBox((r, a, s), (r_stop, a_stop, s_stop))
-
-
-def scaled_box(
-    box: BoundingBox, shape: Sequence[int], wanted: Sequence[int], margin_voxels: Sequence[float] = (0, 0, 0)
-) -> BoundingBox:
-    """A box of a grid of `shape` voxels on one of `wanted` voxels over the same field of view, with a margin round it.
-
-    Both grids reach from edge to edge of the field of view. The box goes out to whole voxels and ends with the grid.
-
-    Args:
-        margin_voxels: of the wanted grid, along each axis.
-    """
-    ends = [
-        (max(0, math.floor(start * m / n - margin)), min(m, math.ceil(stop * m / n + margin)))
-        for start, stop, n, m, margin in zip(box.start, box.stop, shape, wanted, margin_voxels, strict=True)
-    ]
-    (r, r_stop), (a, a_stop), (s, s_stop) = ends
     return BoundingBox((r, a, s), (r_stop, a_stop, s_stop))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -102,3 +103,21 @@ def box_where(test: Callable[[tuple[slice, slice, slice]], np.ndarray], array: n
         return None
     (i, i_last), (j, j_last), (k, k_last) = (np.flatnonzero(each)[[0, -1]].tolist() for each in filled)
     return BoundingBox((i, j, k), (i_last + 1, j_last + 1, k_last + 1))
+
+
+def scaled_box(
+    box: BoundingBox, shape: Sequence[int], wanted: Sequence[int], margin_voxels: Sequence[float] = (0, 0, 0)
+) -> BoundingBox:
+    """A box of a grid of `shape` voxels on one of `wanted` voxels over the same field of view, with a margin round it.
+
+    Both grids reach from edge to edge of the field of view. The box goes out to whole voxels and ends with the grid.
+
+    Args:
+        margin_voxels: of the wanted grid, along each axis.
+    """
+    ends = [
+        (max(0, math.floor(start * m / n - margin)), min(m, math.ceil(stop * m / n + margin)))
+        for start, stop, n, m, margin in zip(box.start, box.stop, shape, wanted, margin_voxels, strict=True)
+    ]
+    (r, r_stop), (a, a_stop), (s, s_stop) = ends
+    return BoundingBox((r, a, s), (r_stop, a_stop, s_stop))

@@ -13,11 +13,12 @@ import numpy as np
 import torch
 
 from volseg.infer.backends import TorchBackend
-from volseg.infer.roi import find_region, scaled_box
+from volseg.infer.roi import find_region
 from volseg.infer.stream import ArrayPlanes, Tiling
 from volseg.io.prepared import PreparedCase, is_prepared, read_prepared_case, write_prepared_case
 from volseg.models import build_segmentation, set_weights
 from volseg.plan import Plan
+from volseg.preprocess.crop import scaled_box
 from volseg.preprocess.resample import coarsened_mask, resample
 from volseg.recipe import Recipe
 from volseg.train.loop import Epoch, RunSettings, Trained, train_segmentation
