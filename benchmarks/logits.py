@@ -1,0 +1,93 @@
+"""How far OpenVINO's logits are from torch's in float32, on the tiles of a scan.
+
+    python benchmarks/logits.py SCAN MODEL [--tiles 2]
+
+Tiles from the middle of the scan. "its own sums" is OpenVINO's instance normalisation as it comes, "axis by axis" what volseg
+makes of it in float32 (docs/adr/0013). Seconds are of the fastest of three forward passes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import torch
+
+from volseg.bundle import load_bundle
+from volseg.infer import backends
+from volseg.infer.backends import Backend, OpenVINOBackend, TorchBackend, convert, find_half_type, usual_batch_shape
+from volseg.io.nifti import read_volume
+from volseg.preprocess.prepare import Preparation
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("scan", type=Path)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--tiles", type=int, default=2)
+    arguments = parser.parse_args()
+    bundle = load_bundle(arguments.model)
+    shape = usual_batch_shape(bundle)
+    tiles = tiles_of(arguments.scan, bundle, shape[2:], arguments.tiles)
+    network = bundle.segmentation_network()
+    expected = [TorchBackend(network, torch.device("cpu")).logits(tile) for tile in tiles]
+
+    def its_own() -> Backend:
+        with mock.patch.object(backends, "sum_axis_by_axis", lambda model: None):
+            return OpenVINOBackend(convert(network, shape), shape)
+
+    kinds: dict[str, Callable[[], Backend]] = {
+        "fp32, its own sums": its_own,
+        "fp32, axis by axis": lambda: OpenVINOBackend(convert(network, shape), shape),
+    }
+    if name := find_half_type():
+        kinds[f"half ({name})"] = lambda: OpenVINOBackend(convert(network, shape), shape, precision="fp16")
+    print("| OpenVINO | off in the mean | at most | of logits up to | labels that differ, of 1000 foreground | s |")
+    print("|---|---|---|---|---|---|")
+    for kind, make in kinds.items():
+        backend = make()
+        found = [backend.logits(tile) for tile in tiles]
+        off = [np.abs(one - other) for one, other in zip(found, expected, strict=True)]
+        different, foreground = np.sum([count(*pair) for pair in zip(found, expected, strict=True)], axis=0)
+        print(
+            f"| {kind} | {np.mean(off):.2g} | {np.max(off):.2g} | {np.abs(expected).max():.1f} "
+            f"| {1000 * different / max(1, foreground):.3f} | {min(seconds(backend, tiles[0]) for _ in range(3)):.2f} |",
+            flush=True,
+        )
+
+
+def tiles_of(scan: Path, bundle: backends.ModelBundle, patch: Sequence[int], n: int) -> list[np.ndarray]:
+    """Patches (1, channels, *patch) side by side through the middle of the prepared scan, from its low edge."""
+    volume = read_volume(scan)
+    channels = bundle.recipe.data.channels
+    settings = bundle.plan.prepare_settings(bundle.recipe.preprocess, channels)
+    preparation = Preparation(dict.fromkeys(channels, volume), settings)
+    planes = preparation.planes(2)
+    start = max(0, (planes.shape[2] - patch[2]) // 2)
+    whole = np.asarray(planes.read(start, min(planes.shape[2], start + patch[2])))
+    a = max(0, (whole.shape[2] - patch[1]) // 2)
+    cuts = [whole[:, r : r + patch[0], a : a + patch[1]] for r in range(0, n * patch[0], patch[0])]
+    full = [cut for cut in cuts if cut.shape[1:] == tuple(patch)]
+    if not full:
+        raise SystemExit(f"{scan}: smaller than a patch of {tuple(patch)}")
+    return [np.ascontiguousarray(cut)[None] for cut in full]
+
+
+def count(found: np.ndarray, expected: np.ndarray) -> tuple[int, int]:
+    """Voxels whose label differs, and voxels that are foreground in either."""
+    one, other = found.argmax(1), expected.argmax(1)
+    return int((one != other).sum()), int(((one > 0) | (other > 0)).sum())
+
+
+def seconds(backend: Backend, tile: np.ndarray) -> float:
+    started = time.perf_counter()
+    backend.logits(tile)
+    return time.perf_counter() - started
+
+
+if __name__ == "__main__":
+    main()
