@@ -225,8 +225,8 @@ class _Ring:
         for target, part in self._pieces(place):
             box = (slice(self._n), *target)
             weight = share[part]
-            if self._sum.dtype == logits.dtype == torch.float32:
-                self._sum[box].addcmul_(logits[(slice(None), *part)], weight)
+            if self._sum.dtype == logits.dtype:
+                self._sum[box].addcmul_(logits[(slice(None), *part)], weight.to(logits.dtype))
             else:
                 for index in range(len(logits)):  # one class at a time: the product is as large as the tile
                     self._sum[(index, *target)] += (logits[(index, *part)] * weight).to(self._sum.dtype)

@@ -98,7 +98,7 @@ class MaskRestorer:
         self._done = stop
         first = min(available, int(way.lower[stop])) if stop < len(way.lower) else available
         box = [slice(None) if axis != self._axis else slice(first, available) for axis in range(3)]
-        self._kept, self._first = self._window(planes, begin, box), first
+        self._kept, self._first = self._window(planes, begin, box).clone(), first
 
     def result(self) -> tuple[np.ndarray, np.ndarray]:
         """mask (I, J, K), uint8 or uint16 label values, 0 outside the box;
@@ -120,7 +120,7 @@ class MaskRestorer:
         return segments
 
     def _window(self, planes: torch.Tensor, begin: int, box: Sequence[slice]) -> torch.Tensor:
-        """A box of the prepared voxels, from the planes kept and those just given, which begin with `begin`: a copy."""
+        """A box of the prepared voxels, from the planes kept and those just given, which begin with `begin`; may be a view."""
         wanted = box[self._axis]
 
         def cut(source: torch.Tensor, origin: int) -> torch.Tensor:
@@ -128,12 +128,13 @@ class MaskRestorer:
             return source[(slice(None), *(own if n == self._axis else each for n, each in enumerate(box)))]
 
         new = cut(planes, begin)
-        old = new.narrow(1 + self._axis, 0, 0) if self._kept is None else cut(self._kept, self._first)
-        return torch.cat([old.to(new.dtype), new], dim=1 + self._axis)
+        if self._kept is None or wanted.start >= begin:
+            return new
+        return torch.cat([cut(self._kept, self._first).to(new.dtype), new], dim=1 + self._axis)
 
     def _restore(self, planes: torch.Tensor, tile: Sequence[_Segment]) -> None:
         """The native voxels of a tile, from its prepared ones."""
-        logits = planes.float() if self._head is None else self._head(planes)
+        logits = planes.to(torch.float32, copy=True) if self._head is None else self._head(planes)
         found = self._reduction(logits, tile)
         if found is None:
             return
