@@ -106,6 +106,18 @@ def test_logits_are_the_callers_to_keep_and_releasing_changes_none():
 
 
 @needs_openvino
+def test_the_memory_of_logits_is_used_again_only_when_nobody_holds_them():
+    backend = OpenVINOBackend(convert(network(), SHAPE), SHAPE)
+    place = backend.logits(batch(1)).ctypes.data
+    slice_of_it = torch.from_numpy(backend.logits(batch(1)))[0, :, 2:]
+    assert slice_of_it.data_ptr() - place == slice_of_it.storage_offset() * 4  # the same memory again
+    kept = slice_of_it.clone()
+    other = backend.logits(batch(1, seed=1))
+    assert other.ctypes.data != place
+    assert torch.equal(slice_of_it, kept)
+
+
+@needs_openvino
 def test_a_large_patch_of_constant_air_does_not_blur_the_statistics_of_normalisation():
     found = network()
     images = np.full((1, 1, 128, 128, 128), -0.7, np.float32)

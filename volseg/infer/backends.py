@@ -175,7 +175,7 @@ class OpenVINOBackend:
         if batch.shape[1:] != self._shape[1:]:
             self._compile((self._shape[0], *batch.shape[1:]))
         with _out_of_memory_is_the_scans_problem(batch.shape, "cpu"):
-            found = np.empty((len(batch), *self._out_shape[1:]), self._out_type)
+            found = self._output(len(batch))
             for start in range(0, len(batch), self._shape[0]):
                 self._run(batch[start : start + self._shape[0]], found[start : start + self._shape[0]])
             return found
@@ -186,8 +186,19 @@ class OpenVINOBackend:
         return live_bytes(self._model) // self._shape[0]
 
     def release(self) -> None:
-        self._request = None
+        self._request = self._last = None
         self._compiled.release_memory()
+
+    def _output(self, n: int) -> np.ndarray:
+        """An array for the logits of `n` patches: the last one, if nobody holds it any more.
+
+        The pages of a new one cost a network with many outputs a fourteenth of its time.
+        """
+        shape = (n, *self._out_shape[1:])
+        if self._last is None or self._last.shape != shape or sys.getrefcount(self._last) > self._alone:
+            self._last = np.empty(shape, self._out_type)
+            self._alone = sys.getrefcount(self._last)
+        return self._last
 
     def _run(self, patches: np.ndarray, target: np.ndarray) -> None:
         """Logits of at most one batch, written where they belong: OpenVINO reads and writes the arrays themselves."""
@@ -222,6 +233,8 @@ class OpenVINOBackend:
         output = self._compiled.output(0)
         self._out_shape, self._out_type = tuple(output.shape), output.get_element_type().to_dtype()
         self._request: openvino.InferRequest | None = None
+        self._last: np.ndarray | None = None
+        self._alone = 0  # references to it when nobody else holds it
 
 
 class EnsembleBackend:
