@@ -163,7 +163,7 @@ class OpenVINOBackend:
         self.head = head
         self._type = half_type() if precision == "fp16" else "f32"
         self._model = model.clone()
-        if self._type == "f32":  # in half precision the steps would be rounded, and OpenVINO's own sums are in float32
+        if self._type == "f32":  # in half precision what is handed from step to step would be rounded to it
             sum_axis_by_axis(self._model)
         elif head is not None:
             halve_output(self._model)
@@ -192,7 +192,7 @@ class OpenVINOBackend:
     def _output(self, n: int) -> np.ndarray:
         """An array for the logits of `n` patches: the last one, if nobody holds it any more.
 
-        The pages of a new one cost a network with many outputs a fourteenth of its time.
+        Of many outputs it is large, and its pages would be asked of the kernel anew for each patch.
         """
         shape = (n, *self._out_shape[1:])
         if self._last is None or self._last.shape != shape or sys.getrefcount(self._last) > self._alone:

@@ -45,9 +45,8 @@ class Footprint:
     stream: int  # prepared planes and the ring of blended logits, one patch deep
     restore: int  # planes on their way back to the scan's grid
     labelling: int  # finding and measuring lesions, when the network's memory is free again
-    gpu: int = (
-        0  # of its own memory, with the weights there: network, stream and restore then take nothing of the main memory
-    )
+    # Of its own memory, with the weights there: network, stream and restore then take nothing of the main memory.
+    gpu: int = 0
 
     @property
     def total(self) -> int:

@@ -191,7 +191,7 @@ def _plan_memory(
         announce(_cost_of_tiles(known[largest].shape, model))
         if model.segmentation.identity == {"backend": "openvino", "precision": "fp32"} and find_half_type():
             announce(
-                "precision: fp32; this CPU has half precision too, which is twice as fast or more (--precision fp16)"
+                "precision: fp32; this CPU has half precision too, which takes about half of the time (--precision fp16)"
             )
     return plans
 
