@@ -115,12 +115,13 @@ def read_nnunet(folder: Path, *, folds: Sequence[str] | None = None, checkpoint:
     }
     windows = {channel: recipe.preprocess.normalise_of(channel) for channel in recipe.data.channels}
     assert recipe.preprocess.spacing_mm != "auto"
+    assert recipe.train.patch_shape != "auto"
     return ModelBundle(
         recipe=recipe,
         plan=Plan(
             spacing_mm=recipe.preprocess.spacing_mm,
             patch_shape=recipe.train.patch_shape,
-            batch_size=recipe.train.batch_size,
+            batch_size=configuration.batch_size,
             windows={channel: form for channel, form in windows.items() if isinstance(form, Window)},
         ),
         fingerprint=_fingerprint(dataset, plans, recipe),

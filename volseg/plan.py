@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict
@@ -11,11 +12,21 @@ from volseg.errors import VolsegError
 from volseg.preprocess.crop import AxisOrder, canonical_geometry
 from volseg.preprocess.normalise import NORMALISERS, Normaliser
 from volseg.preprocess.prepare import PrepareSettings
-from volseg.recipe import Preprocess, Recipe, Roi, Window
+from volseg.recipe import Network, Preprocess, Recipe, Roi, Window
+from volseg.sizing import ANISOTROPIC, MOST_FEATURES, SMALLEST_EDGE, STEPS, WIDTHS, Budget, Size, choose_size
 from volseg.volume import Volume
 
 SAMPLES_PER_CASE = 10_000  # foreground intensities kept per case: percentiles of a dataset need no more
 ANISOTROPY = 3.0  # an axis this many times coarser than the finest is resampled to a low percentile, not the median
+FEW_SLICES = 8  # of the median scan along its shortest axis: hardly a volume
+SMALL_SHARE = 0.1  # of the median scan in a patch, under which context is missing
+RARITY = (
+    (0.001, 0.67),
+    (0.05, 0.5),
+    (1.0, 0.34),
+)  # labelled share of the voxels up to which so many patches are centred on them
+DEFAULT_BUDGET = Budget(memory=8 << 30)
+STATED = "stated by the recipe"
 
 
 class _Json(BaseModel):
@@ -51,6 +62,22 @@ class CaseFingerprint(_Json):
     samples: dict[str, tuple[float, ...]]
 
 
+class Line(_Json):
+    """One decision of a plan, for people."""
+
+    setting: str
+    value: str
+    reason: str
+
+
+class Layers(_Json):
+    """Of a U-Net, per level, finest first: what [network] in a recipe leaves open."""
+
+    features: tuple[int, ...]
+    strides: tuple[tuple[int, int, int], ...]
+    kernels: tuple[tuple[int, int, int], ...]
+
+
 class Plan(_Json):
     """The numbers that training and inference share."""
 
@@ -58,6 +85,33 @@ class Plan(_Json):
     patch_shape: tuple[int, int, int]
     batch_size: int
     windows: dict[str, Window]  # of the channels that have one, every number resolved
+    foreground_share: float | None = None  # None: the recipe states it, as with the settings of the network
+    network: Layers | None = None
+    lines: tuple[Line, ...] = ()
+
+    def complete(self, recipe: Recipe) -> Recipe:
+        """The recipe with this plan's numbers where it says "auto".
+
+        Raises:
+            VolsegError: the plan has none for one of them.
+        """
+        train = {
+            "patch_shape": self.patch_shape,
+            "batch_size": self.batch_size,
+            "foreground_share": self.foreground_share,
+        }
+        settings = recipe.network.settings
+        changes = {name: value for name, value in train.items() if getattr(recipe.train, name) == "auto"}
+        layers = {name: getattr(self.network, name, None) for name, value in settings.items() if value == "auto"}
+        missing = [name for name, value in (changes | layers).items() if value is None]
+        if missing:
+            raise VolsegError(
+                f"the plan says nothing of {', '.join(missing)}, which recipe {recipe.name!r} leaves to it",
+                fix="state it in the recipe, or make the plan anew with `volseg plan`",
+                code="E_PLAN",
+            )
+        network = Network(name=recipe.network.name, **(settings | layers))
+        return recipe.model_copy(update={"train": recipe.train.model_copy(update=changes), "network": network})
 
     def prepare_settings(self, preprocess: Preprocess, channels: Sequence[str]) -> PrepareSettings:
         """The settings of `prepare` for scans with these channels."""
@@ -130,11 +184,11 @@ def combine_fingerprints(cases: Sequence[CaseFingerprint]) -> DatasetFingerprint
     )
 
 
-def make_plan(fingerprint: DatasetFingerprint, recipe: Recipe) -> Plan:
+def make_plan(fingerprint: DatasetFingerprint, recipe: Recipe, budget: Budget = DEFAULT_BUDGET) -> Plan:
     """Resolve every `auto` of the recipe with the data's fingerprint; what the recipe states stays.
 
     Raises:
-        VolsegError: the recipe is one that can only be run, not trained.
+        VolsegError: the recipe is one that can only be run, not trained, or nothing fits the budget.
     """
     preprocess = recipe.preprocess
     if recipe.data.regions_class_order is not None:
@@ -149,30 +203,169 @@ def make_plan(fingerprint: DatasetFingerprint, recipe: Recipe) -> Plan:
             fix="state preprocess.spacing_mm in the order of its axes",
             code="E_RECIPE",
         )
-    spacing = _spacing(fingerprint) if preprocess.spacing_mm == "auto" else preprocess.spacing_mm
+    spacing, why_spacing = _spacing(fingerprint) if preprocess.spacing_mm == "auto" else (preprocess.spacing_mm, STATED)
     windows = {
         name: _window(form, fingerprint.foreground[name])
         for name in recipe.data.channels
         if isinstance(form := preprocess.normalise_of(name), Window)
     }
+    median = _median_shape(fingerprint, spacing)
+    lines = [Line(setting="spacing", value=f"{_times(spacing)} mm", reason=why_spacing)]
+    lines += [_normalisation(name, recipe, windows.get(name)) for name in recipe.data.channels]
+    size, layers, size_lines = _size(fingerprint, recipe, spacing, median, budget)
+    share, why_share = _foreground_share(fingerprint)
+    if recipe.train.foreground_share != "auto":
+        share, why_share = recipe.train.foreground_share, STATED
+    lines += size_lines
+    lines.append(Line(setting="patches on labels", value=f"{share:.0%}", reason=why_share))
+    lines.append(_dimensions(median, size.patch_shape))
     return Plan(
         spacing_mm=spacing,
-        patch_shape=recipe.train.patch_shape,
-        batch_size=recipe.train.batch_size,
+        patch_shape=size.patch_shape,
+        batch_size=size.batch_size,
         windows=windows,
+        foreground_share=share,
+        network=layers,
+        lines=tuple(lines),
     )
 
 
-def _spacing(fingerprint: DatasetFingerprint) -> tuple[float, float, float]:
+def _size(
+    fingerprint: DatasetFingerprint,
+    recipe: Recipe,
+    spacing: tuple[float, float, float],
+    median: tuple[float, float, float],
+    budget: Budget,
+) -> tuple[Size, Layers | None, list[Line]]:
+    """Patch, batch and network: what the recipe leaves open is chosen."""
+    train, settings = recipe.train, recipe.network.settings
+    opened = [name for name in ("features", "strides", "kernels") if settings.get(name) == "auto"]
+    patch = None if train.patch_shape == "auto" else train.patch_shape
+    batch = None if train.batch_size == "auto" else train.batch_size
+    channels, outputs = len(recipe.data.channels), recipe.data.n_outputs
+    if opened and (recipe.network.name != "unet3d" or len(opened) < 3):
+        raise VolsegError(
+            f"recipe {recipe.name!r}: only unet3d plans its layers, and features, strides and kernels together",
+            fix='set all three to "auto", or none',
+            code="E_RECIPE",
+        )
+    if not opened:
+        if patch is None or batch is None:
+            raise VolsegError(
+                f'recipe {recipe.name!r}: a patch or batch is "auto", but the network is stated',
+                fix='state train.patch_shape and train.batch_size too, or make features, strides and kernels "auto"',
+                code="E_RECIPE",
+            )
+        size = Size(features=(), strides=(), kernels=(), patch_shape=patch, batch_size=batch)
+        lines = [("patch", f"{_times(patch)} voxels"), ("batch", str(batch)), ("network", recipe.network.name)]
+        return size, None, [Line(setting=name, value=value, reason=STATED) for name, value in lines]
+    size = choose_size(
+        median,
+        spacing,
+        channels=channels,
+        outputs=outputs,
+        n_cases=fingerprint.n_cases,
+        budget=budget,
+        patch_shape=patch,
+        batch_size=batch,
+    )
+    needed = size.training_bytes(channels, outputs, half=budget.half) / 2**30
+    limit = f"a step takes about {needed:.2f} of the {budget.memory / 2**30:.1f} GB"
+    if budget.flops is not None:
+        steps = budget.flops / size.step_flops(channels, outputs)
+        limit += f" and the time allows about {steps:.0f} steps (at least {STEPS})"
+    seen = math.prod(size.patch_shape) / math.prod(median)
+    covers = f"{min(1.0, seen):.0%} of the median scan of {_times(round(n) for n in median)} voxels; {limit}"
+    flat = [f"level {n}" for n, kernel in enumerate(size.kernels) if 1 in kernel]
+    depth = (
+        f"each axis halved while it keeps {SMALLEST_EDGE} voxels and is not {ANISOTROPIC:g} times coarser than another"
+    )
+    layers = Layers(features=size.features, strides=size.strides, kernels=size.kernels)
+    return (
+        size,
+        layers,
+        [
+            Line(setting="patch", value=f"{_times(size.patch_shape)} voxels", reason=STATED if patch else covers),
+            Line(setting="batch", value=str(size.batch_size), reason=STATED if batch else f"what fits; {limit}"),
+            Line(setting="levels", value=str(len(size.strides)), reason=depth),
+            Line(
+                setting="strides",
+                value="; ".join(_times(stride) for stride in size.strides),
+                reason="finest level first",
+            ),
+            Line(
+                setting="kernels",
+                value="3 × 3 × 3" if not flat else f"flat at {', '.join(flat)}",
+                reason="flat along an axis until it is no coarser than the others",
+            ),
+            Line(
+                setting="features",
+                value=", ".join(map(str, size.features)),
+                reason=f"doubled per level up to {MOST_FEATURES}; the widest of {', '.join(map(str, WIDTHS))} that fits with this patch",
+            ),
+        ],
+    )
+
+
+def _median_shape(fingerprint: DatasetFingerprint, spacing: tuple[float, float, float]) -> tuple[float, float, float]:
+    """Of the scans on a grid of this spacing."""
+    extents = np.array(fingerprint.shapes) * np.array(fingerprint.spacings_mm)
+    r, a, s = (float(n) for n in np.median(extents / np.array(spacing), axis=0))
+    return max(1.0, r), max(1.0, a), max(1.0, s)
+
+
+def _foreground_share(fingerprint: DatasetFingerprint) -> tuple[float, str]:
+    """The rarer the labels, the more patches are centred on them."""
+    labelled = sum(fingerprint.label_voxels.values()) / sum(math.prod(shape) for shape in fingerprint.shapes)
+    share = next(share for most, share in RARITY if labelled <= most)
+    return share, f"{labelled:.2%} of the voxels are labelled; the rarer, the more patches are centred on a label"
+
+
+def _dimensions(median: tuple[float, float, float], patch_shape: tuple[int, int, int]) -> Line:
+    """Whether patches of slices, of volumes, or a coarse pass before them suit the data."""
+    if min(median) < FEW_SLICES:
+        return Line(
+            setting="dimensions",
+            value="3D",
+            reason=f"with {min(median):.0f} slices nearly 2D: a patch holds all of them and kernels are flat where slices are thick",
+        )
+    seen = math.prod(min(n, p) for n, p in zip(median, patch_shape, strict=True)) / math.prod(median)
+    if seen < SMALL_SHARE:
+        return Line(
+            setting="dimensions",
+            value="3D",
+            reason=f"a patch sees {seen:.0%} of a scan; a coarse first pass ([roi] in the recipe) would give it context",
+        )
+    return Line(
+        setting="dimensions", value="3D", reason=f"a patch sees {seen:.0%} of a scan, so no coarser pass is needed"
+    )
+
+
+def _normalisation(channel: str, recipe: Recipe, window: Window | None) -> Line:
+    form = recipe.preprocess.normalise_of(channel)
+    if window is None:
+        return Line(setting=f"intensities of {channel}", value=form.method, reason="per scan, as the recipe states")
+    value = f"{window.low:g} to {window.high:g}, less {window.mean:g}, by {window.sd:g}"
+    is_open = "auto" in (form.model_dump().values())
+    why = "0.5 and 99.5 percentiles, mean and deviation under the training labels" if is_open else STATED
+    return Line(setting=f"intensities of {channel}", value=value, reason=why)
+
+
+def _times(numbers: Iterable[float]) -> str:
+    return " × ".join(f"{number:g}" for number in numbers)
+
+
+def _spacing(fingerprint: DatasetFingerprint) -> tuple[tuple[float, float, float], str]:
     """Median per axis; on a strongly anisotropic axis the 10th percentile, so that thin-sliced scans keep detail."""
     spacings = np.array(fingerprint.spacings_mm)
-    spacing = np.median(spacings, axis=0)
+    spacing, why = np.median(spacings, axis=0), "the median of the training scans"
     coarse = int(np.argmax(spacing))
     if spacing[coarse] > ANISOTROPY * spacing.min():
         finer = max(float(np.percentile(spacings[:, coarse], 10)), float(np.delete(spacing, coarse).max()))
+        why += f"; along {'RAS'[coarse]}, {spacing[coarse] / spacing.min():.1f} times coarser, the 10th percentile"
         spacing[coarse] = finer
     r, a, s = (round(float(value), 4) for value in spacing)
-    return r, a, s
+    return (r, a, s), why
 
 
 def _window(window: Window, statistics: IntensityStatistics) -> Window:

@@ -143,7 +143,7 @@ class Preprocess(Section):
 
 
 class Network(Section):
-    """`name` is a file in models/; every other key goes to its `build` function."""
+    """`name` is a file in models/; every other key goes to its `build` function. `features`, `strides` and `kernels` may be "auto"."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
     name: str
@@ -160,30 +160,48 @@ class Augment(Section):
     spatial_probability: Fraction = 0.5
     rotation_degrees: IntTriple = (15, 15, 15)  # largest angle about R, A and S
     scaling: tuple[Positive, Positive] = (0.85, 1.2)
+    elastic_probability: Fraction = 0.0
+    elastic_mm: Positive = 3.0  # standard deviation of the displacement of a control point; there are 5 along each axis
     noise_probability: Fraction = 0.15
     noise_sd: float = 0.1  # of the normalised intensity
     blur_probability: Fraction = 0.1
+    blur_sigma: tuple[Positive, Positive] = (0.5, 1.0)  # voxels
     brightness_probability: Fraction = 0.15
     brightness: tuple[Positive, Positive] = (0.85, 1.15)
     contrast_probability: Fraction = 0.15
     contrast: tuple[Positive, Positive] = (0.8, 1.25)
+    low_resolution_probability: Fraction = 0.1
+    low_resolution: tuple[Positive, Positive] = (0.5, 1.0)  # voxels this much coarser, and interpolated back
     gamma_probability: Fraction = 0.1
     gamma: tuple[Positive, Positive] = (0.8, 1.25)
 
 
+class Loss(Section):
+    """An overlap term over the labels plus cross-entropy voxel by voxel."""
+
+    overlap: Literal["dice", "generalised_dice", "tversky", "none"] = "dice"
+    tversky_extra: Positive = 0.3  # cost of voxels that only the network has; Dice is 0.5 and 0.5
+    tversky_missed: Positive = 0.7  # and of those that it missed
+    focal_gamma: Annotated[float, Field(ge=0)] = (
+        0.0  # over 0, cross-entropy turns its back on voxels that are right already
+    )
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
+
+
 class Train(Section):
-    patch_shape: tuple[PositiveInt, PositiveInt, PositiveInt]  # voxels of the resampled grid
-    batch_size: Annotated[int, Field(ge=1)] = 2
+    patch_shape: tuple[PositiveInt, PositiveInt, PositiveInt] | Auto  # voxels of the resampled grid
+    batch_size: PositiveInt | Auto = 2
     steps_per_epoch: Annotated[int, Field(ge=1)] = 50
     epochs: Annotated[int, Field(ge=1)] = 100
     patience: Annotated[int, Field(ge=1)] = 30  # epochs without a better validation Dice before training stops
     learning_rate: Positive = 2e-3
     weight_decay: Annotated[float, Field(ge=0)] = 1e-3
-    foreground_share: Fraction = 0.5  # of the patches that are centred on a labelled voxel
+    foreground_share: Fraction | Auto = 0.5  # of the patches that are centred on a labelled voxel
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.99  # the averaged weights are validated and kept
     validation_cases: Annotated[int, Field(ge=1)] = 20  # looked at after each epoch; the final metrics use all
     validation_share: Annotated[float, Field(gt=0, lt=1)] = 0.2  # of the patients, where the dataset has no `split`
     class_weights: tuple[Positive, ...] | None = None  # cross-entropy weights of background and labels
+    loss: Loss = Loss()
     augment: Augment = Augment()
 
 
@@ -244,6 +262,10 @@ class Roi(Section):
         weights = self.train.class_weights
         if weights is not None and len(weights) != 2:
             raise ValueError(f"train.class_weights has {len(weights)} numbers; here are two classes, with background")
+        settings = {"train": self.train.model_dump(), "network": self.network.settings}
+        open_ = [f"{part}.{key}" for part, keys in settings.items() for key, value in keys.items() if value == "auto"]
+        if open_:
+            raise ValueError(f"{', '.join(open_)} cannot be auto for the first pass")
         return self
 
 

@@ -1,11 +1,13 @@
 import numpy as np
+import pytest
 import torch
 
 from volseg.recipe import Augment
-from volseg.train.augment import augment, enlarged_shape
+from volseg.train.augment import _blurred, _coarsened, augment, enlarged_shape
 
 PATCH = (24, 20, 16)
-OFF = {f"{name}_probability": 0.0 for name in ("spatial", "noise", "blur", "brightness", "contrast", "gamma")}
+CHANGES = ("spatial", "elastic", "noise", "blur", "brightness", "contrast", "low_resolution", "gamma")
+OFF = {f"{name}_probability": 0.0 for name in CHANGES}
 
 
 def ball(shape, radius_mm, spacing_mm):
@@ -13,16 +15,9 @@ def ball(shape, radius_mm, spacing_mm):
     return torch.from_numpy((np.linalg.norm(index * spacing_mm, axis=-1) <= radius_mm).astype(np.float32))
 
 
-def changed(images, masks, settings, *, seed=0, spacing_mm=(1.0, 1.0, 1.0), n_classes=2):
-    return augment(
-        images,
-        masks,
-        settings,
-        patch_shape=PATCH,
-        spacing_mm=spacing_mm,
-        n_classes=n_classes,
-        generator=torch.Generator().manual_seed(seed),
-    )
+def changed(images, masks, settings, *, seed=0, spacing_mm=(1.0, 1.0, 1.0)):
+    seeds = [(seed, index) for index in range(len(images))]
+    return augment(images, masks, settings, patch_shape=PATCH, spacing_mm=spacing_mm, seeds=seeds)
 
 
 def test_switched_off_it_returns_the_middle_of_what_was_cut():
@@ -58,7 +53,7 @@ def test_scaling_by_a_factor_scales_the_volume_by_its_cube():
 
 
 def test_image_and_mask_move_together():
-    settings = Augment(**(OFF | {"spatial_probability": 1.0}))
+    settings = Augment(**(OFF | {"spatial_probability": 1.0, "elastic_probability": 0.5}))
     source = enlarged_shape(PATCH, settings)
     masks = torch.zeros(6, *source, dtype=torch.uint8)
     masks[:, 5:16, 6:14, 7:15] = 1
@@ -77,10 +72,77 @@ def test_flips_reverse_exactly_the_named_axes():
 
 
 def test_the_same_seed_gives_the_same_patches_and_intensities_change_only_the_image():
-    settings = Augment(flip_axes=(), **dict.fromkeys(OFF, 1.0) | {"spatial_probability": 0.0})
+    settings = Augment(
+        flip_axes=(), **(dict.fromkeys(OFF, 1.0) | {"spatial_probability": 0.0, "elastic_probability": 0.0})
+    )
     images, masks = torch.randn(4, 2, *PATCH), torch.randint(0, 2, (4, *PATCH), dtype=torch.uint8)
     first, second, other = (changed(images, masks, settings, seed=seed) for seed in (1, 1, 2))
     assert torch.equal(first[0], second[0])
     assert not torch.equal(first[0], other[0])
     assert torch.equal(first[1], masks)
     assert torch.isfinite(first[0]).all()
+
+
+def test_a_patch_does_not_depend_on_who_shares_its_batch():
+    settings = Augment(**dict.fromkeys(OFF, 0.7))
+    source = enlarged_shape(PATCH, settings)
+    images, masks = torch.randn(6, 1, *source), torch.randint(0, 3, (6, *source), dtype=torch.uint8)
+    together = changed(images, masks, settings)
+    for index in (0, 3, 5):
+        alone = augment(
+            images[index : index + 1],
+            masks[index : index + 1],
+            settings,
+            patch_shape=PATCH,
+            spacing_mm=(1.0, 1.0, 1.0),
+            seeds=[(0, index)],
+        )
+        torch.testing.assert_close(alone[0][0], together[0][index])
+        assert torch.equal(alone[1][0], together[1][index])
+
+
+def test_what_is_given_is_left_as_it_was():
+    settings = Augment(**dict.fromkeys(OFF, 1.0))
+    images, masks = torch.randn(2, 1, *PATCH), torch.ones(2, *PATCH, dtype=torch.uint8)
+    before = images.clone()
+    changed(images, masks, settings)
+    assert torch.equal(images, before)
+
+
+def test_labels_keep_their_values_under_a_rotation_even_the_one_that_is_ignored():
+    settings = Augment(flip_axes=(), **(OFF | {"spatial_probability": 1.0}))
+    source = enlarged_shape(PATCH, settings)
+    masks = torch.zeros(4, *source, dtype=torch.uint8)
+    masks[:, 8:14], masks[:, 14:20], masks[:, 20:26] = 7, 2, 255
+    _, found = changed(masks[:, None].float(), masks, settings)
+    assert set(torch.unique(found).tolist()) == {0, 2, 7, 255}
+
+
+def test_an_elastic_field_of_nearly_no_size_changes_nearly_nothing():
+    settings = Augment(flip_axes=(), elastic_mm=1e-6, **(OFF | {"elastic_probability": 1.0}))
+    source = enlarged_shape(PATCH, settings)
+    images = torch.randn(2, 1, *source)
+    found, _ = changed(images, torch.zeros(2, *source, dtype=torch.uint8), settings)
+    margins = [(n - p) // 2 for n, p in zip(source, PATCH, strict=True)]
+    r, a, s = (slice(m, m + p) for m, p in zip(margins, PATCH, strict=True))
+    torch.testing.assert_close(found, images[:, :, r, a, s], atol=1e-4, rtol=1e-4)
+
+
+def test_a_blur_spreads_a_point_by_its_sigma_and_keeps_a_constant():
+    point = torch.zeros(1, 21, 21, 21)
+    point[0, 10, 10, 10] = 1
+    for sigma in (0.8, 1.0, 2.0):
+        spread = _blurred(point, sigma)
+        offsets = torch.arange(21) - 10
+        assert float(spread.sum()) == pytest.approx(1, abs=1e-5)
+        for axis in (1, 2, 3):
+            along = spread.sum([other for other in range(4) if other != axis])
+            assert float((along * offsets**2).sum()) == pytest.approx(sigma**2, rel=0.02)
+    torch.testing.assert_close(_blurred(torch.full((2, 6, 5, 4), 3.0), 1.0), torch.full((2, 6, 5, 4), 3.0))
+
+
+def test_a_coarser_scan_has_no_more_detail_than_its_voxels():
+    ramp = torch.arange(16.0)[:, None, None].expand(16, 16, 16)[None]
+    assert torch.equal(_coarsened(ramp, 1.0), ramp)
+    stripes = (torch.arange(16) % 2).float()[:, None, None].expand(16, 16, 16)[None]
+    assert float(_coarsened(stripes, 0.5).std()) < 0.05

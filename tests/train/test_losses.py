@@ -1,29 +1,111 @@
 import pytest
 import torch
+from monai.losses import DiceCELoss, GeneralizedDiceLoss, TverskyLoss
 
-from volseg.train.losses import dice_cross_entropy
+from volseg.recipe import Loss
+from volseg.train.losses import IGNORED, OVERLAPS, SegmentationLoss
 
-
-def test_a_sure_and_right_answer_costs_nothing_and_a_sure_wrong_one_much():
-    target = torch.zeros(2, 1, 6, 6, 6, dtype=torch.uint8)
-    target[:, :, 2:4, 2:4, 2:4] = 1
-    right = torch.cat([1 - target.float(), target.float()], dim=1) * 40 - 20
-    loss = dice_cross_entropy()
-    assert float(loss(right, target)) == pytest.approx(0, abs=1e-3)
-    assert float(loss(-right, target)) > 10
+SHAPE = (6, 7, 8)
+MONAI = {"to_onehot_y": True, "softmax": True, "include_background": False, "batch": True}
 
 
-def test_the_loss_of_uniform_logits_is_that_of_the_formula():
-    target = torch.zeros(1, 1, 4, 4, 4, dtype=torch.uint8)
-    target[..., :2] = 1
-    share, n = 0.5, 64
-    dice = 2 * share * n / 2 / (share * n + n / 2)
-    expected = (1 - dice) + float(torch.log(torch.tensor(2.0)))
-    assert float(dice_cross_entropy()(torch.zeros(1, 2, 4, 4, 4), target)) == pytest.approx(expected, abs=1e-4)
+def problem(n=2, classes=4, seed=0):
+    """Random logits, and class indices of which one label is in the first patch alone."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn((n, classes, *SHAPE), generator=generator)
+    target = torch.randint(0, classes, (n, *SHAPE), generator=generator)
+    target[1:][target[1:] == classes - 1] = 0
+    return logits, target.to(torch.uint8)
+
+
+def sure(target, classes, size=20.0):
+    return (torch.nn.functional.one_hot(target.long(), classes).movedim(-1, 1).float() * 2 - 1) * size
+
+
+def loss_of(logits, target, **settings):
+    own = {name: settings.pop(name) for name in ("class_weights", "regions") if name in settings}
+    return SegmentationLoss(Loss(**settings), **own)(logits, target)
+
+
+@pytest.mark.parametrize("overlap", OVERLAPS)
+@pytest.mark.parametrize("focal_gamma", [0.0, 2.0])
+def test_a_sure_and_right_answer_costs_nothing_and_a_sure_wrong_one_much(overlap, focal_gamma):
+    _, target = problem()
+    right = sure(target, 4)
+    assert float(loss_of(right, target, overlap=overlap, focal_gamma=focal_gamma)) == pytest.approx(0, abs=1e-3)
+    assert float(loss_of(-right, target, overlap=overlap, focal_gamma=focal_gamma)) > 5
+
+
+def test_dice_and_cross_entropy_are_those_of_monai():
+    logits, target = problem()
+    weights = [0.5, 1.0, 2.0, 3.0]
+    expected = DiceCELoss(**MONAI, weight=torch.tensor(weights))(logits, target[:, None])
+    assert float(loss_of(logits, target, class_weights=weights)) == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_tversky_and_generalised_dice_are_those_of_monai():
+    logits, target = problem()
+    voxels = float(loss_of(logits, target, overlap="none"))
+    tversky = float(TverskyLoss(**MONAI, alpha=0.3, beta=0.7)(logits, target[:, None]))
+    assert float(loss_of(logits, target, overlap="tversky")) == pytest.approx(voxels + tversky, rel=1e-4)
+    generalised = float(GeneralizedDiceLoss(**MONAI)(logits, target[:, None]))
+    assert float(loss_of(logits, target, overlap="generalised_dice")) == pytest.approx(voxels + generalised, rel=1e-4)
+
+
+def test_label_smoothing_is_that_of_torch():
+    logits, target = problem()
+    expected = torch.nn.functional.cross_entropy(logits, target.long(), label_smoothing=0.1)
+    assert float(loss_of(logits, target, overlap="none", label_smoothing=0.1)) == pytest.approx(
+        float(expected), rel=1e-5
+    )
+
+
+@pytest.mark.parametrize("overlap", OVERLAPS)
+@pytest.mark.parametrize("regions", [False, True])
+def test_what_is_ignored_changes_neither_the_loss_nor_a_weight(overlap, regions):
+    logits, target = problem()
+    target[:, 2:4] = IGNORED
+    logits.requires_grad_()
+    loss = loss_of(logits, target, overlap=overlap, regions=regions)
+    loss.backward()
+    assert float(logits.grad[:, :, 2:4].abs().max()) == 0
+    assert float(logits.grad[:, :, :2].abs().max()) > 0
+    changed = logits.detach().clone()
+    changed[:, :, 2:4] += 100 * torch.randn(changed[:, :, 2:4].shape)
+    assert float(loss_of(changed, target, overlap=overlap, regions=regions)) == pytest.approx(loss.item(), rel=1e-6)
+
+
+def test_a_batch_that_is_ignored_altogether_costs_a_finite_number():
+    logits, target = problem()
+    assert torch.isfinite(loss_of(logits, torch.full_like(target, IGNORED)))
 
 
 def test_a_patch_without_lesion_does_not_count_as_a_failure_of_the_batch():
-    target = torch.zeros(2, 1, 6, 6, 6, dtype=torch.uint8)
-    target[0, :, 2:4, 2:4, 2:4] = 1
-    right = torch.cat([1 - target.float(), target.float()], dim=1) * 40 - 20
-    assert float(dice_cross_entropy()(right, target)) == pytest.approx(0, abs=1e-3)
+    target = torch.zeros((2, *SHAPE), dtype=torch.uint8)
+    target[0, 2:4, 2:4, 2:4] = 1
+    assert float(loss_of(sure(target, 2), target)) == pytest.approx(0, abs=1e-3)
+
+
+def test_regions_are_nested_and_each_is_judged_by_itself():
+    _, target = problem(classes=4)
+    right = torch.stack([(target >= level).float() * 40 - 20 for level in (1, 2, 3)], dim=1)
+    assert float(loss_of(right, target, regions=True)) == pytest.approx(0, abs=1e-3)
+    wrong_core = right.clone()
+    wrong_core[:, 2] *= -1
+    assert float(loss_of(wrong_core, target, regions=True)) > 1
+
+
+def test_deep_supervision_is_a_mean_that_halves_with_each_depth():
+    logits, target = problem()
+    other, _ = problem(seed=1)
+    alone = [float(loss_of(each, target)) for each in (logits, other)]
+    both = float(loss_of(torch.stack([logits, other], dim=1), target))
+    assert both == pytest.approx((alone[0] + 0.5 * alone[1]) / 1.5, rel=1e-6)
+
+
+def test_the_focal_term_turns_away_from_what_is_right():
+    logits, target = problem()
+    plain, focal = (float(loss_of(logits, target, overlap="none", focal_gamma=gamma)) for gamma in (0.0, 2.0))
+    right = torch.nn.functional.cross_entropy(logits, target.long(), reduction="none")
+    assert focal == pytest.approx(float((right * (1 - torch.exp(-right)) ** 2).mean()), rel=1e-5)
+    assert focal < plain

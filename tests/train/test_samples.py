@@ -20,7 +20,7 @@ def test_a_patch_is_the_scan_inside_it_and_zero_outside():
 
 
 def test_foreground_patches_hold_the_lesion_and_all_lie_in_the_scan():
-    images, masks = sample_batch([case()], (8, 8, 8), n=200, foreground_share=0.5, rng=np.random.default_rng(0))
+    images, masks = sample_batch([case()], (8, 8, 8), n=200, foreground_share=0.5, seed=[0])
     assert (masks[:100].reshape(100, -1).max(axis=1) == 1).all()
     assert 0 < (masks[100:].reshape(100, -1).max(axis=1) == 1).mean() < 0.7
     assert (images != 0).all()  # the scan is larger than a patch on every axis, so nothing is padding
@@ -28,7 +28,7 @@ def test_foreground_patches_hold_the_lesion_and_all_lie_in_the_scan():
 
 def test_a_scan_smaller_than_the_patch_is_centred_as_at_inference():
     small = case(shape=(6, 18, 4), lesion=None)
-    images, _ = sample_batch([small], (10, 8, 8), n=3, foreground_share=1.0, rng=np.random.default_rng(0))
+    images, _ = sample_batch([small], (10, 8, 8), n=3, foreground_share=1.0, seed=[0])
     filled = images[:, 0] != 0
     assert filled[:, 2:8, :, 2:6].all()
     assert filled.sum() == 3 * 6 * 8 * 4
@@ -38,12 +38,21 @@ def test_the_same_seed_gives_the_same_batch_and_another_one_does_not():
     cases = [case(name="a"), case(lesion=None, name="b")]
 
     def draw(seed):
-        return sample_batch(cases, (8, 8, 8), n=4, foreground_share=0.5, rng=np.random.default_rng(seed))
+        return sample_batch(cases, (8, 8, 8), n=4, foreground_share=0.5, seed=[seed])
 
     np.testing.assert_array_equal(draw(1)[0], draw(1)[0])
     assert not np.array_equal(draw(1)[0], draw(2)[0])
 
 
 def test_a_dataset_without_any_lesion_can_be_sampled():
-    _, masks = sample_batch([case(lesion=None)], (8, 8, 8), n=4, foreground_share=1.0, rng=np.random.default_rng(0))
+    _, masks = sample_batch([case(lesion=None)], (8, 8, 8), n=4, foreground_share=1.0, seed=[0])
     assert masks.max() == 0
+
+
+def test_each_patch_of_a_batch_can_be_drawn_by_itself():
+    cases = [case(name="a"), case(lesion=None, name="b")]
+    images, masks = sample_batch(cases, (8, 8, 8), n=6, foreground_share=0.5, seed=[3, 7])
+    for part in ([0, 1, 2], [3, 4, 5], [5, 0]):
+        own, own_masks = sample_batch(cases, (8, 8, 8), n=6, foreground_share=0.5, seed=[3, 7], only=part)
+        np.testing.assert_array_equal(own, images[part])
+        np.testing.assert_array_equal(own_masks, masks[part])

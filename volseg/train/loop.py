@@ -246,13 +246,14 @@ def _schedule(done: float) -> float:
 def _batch(
     cases: Sequence[PreparedCase], recipe: Recipe, plan: Plan, *, seed: int, step: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    settings = recipe.train.augment
+    settings, share = recipe.train.augment, recipe.train.foreground_share
+    assert share != "auto", "the plan completed the recipe"
     rng = np.random.default_rng([seed, step])
     images, masks = sample_batch(
         cases,
         enlarged_shape(plan.patch_shape, settings),
         n=plan.batch_size,
-        foreground_share=recipe.train.foreground_share,
+        foreground_share=share,
         rng=rng,
     )
     return augment(

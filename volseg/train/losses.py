@@ -1,19 +1,128 @@
-"""Losses for segmentation."""
+"""Losses for segmentation: an overlap term over the labels plus a term voxel by voxel."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
-from monai.losses import DiceCELoss
 from torch import nn
+from torch.nn import functional
+
+from volseg.recipe import Loss
+
+IGNORED = 255  # class index of voxels that are not judged
+SMOOTH = 1e-5  # so that a label that is nowhere, and was not found, costs nothing
 
 
-def dice_cross_entropy(class_weights: Sequence[float] | None = None) -> nn.Module:
-    """Soft Dice over the labels of the whole batch plus cross-entropy.
+class SegmentationLoss(nn.Module):
+    """Logits and class indices → one number.
 
-    Takes logits (N, classes, R, A, S) and class indices (N, 1, R, A, S). The background has no share in the Dice term, and
-    the batch is pooled, so that a patch without a lesion does not count as a failure.
+    The overlap is that of the whole batch, so that a patch without a lesion does not count as a failure, and of the labels alone: the
+    background has no share in it. Source of the terms: Milletari et al. 2016 (Dice), Sudre et al. 2017 (generalised Dice), Salehi et al.
+    2017 (Tversky), Lin et al. 2017 (focal).
+
+    Args:
+        class_weights: of the background and each label, by which a label's Dice or Tversky term and each of its voxels count.
+        regions: classes that may overlap: output k is there where the class index is k + 1 or more.
     """
-    weights = None if class_weights is None else torch.tensor(class_weights, dtype=torch.float32)
-    return DiceCELoss(to_onehot_y=True, softmax=True, include_background=False, batch=True, weight=weights)
+
+    def __init__(self, settings: Loss, *, class_weights: Sequence[float] | None = None, regions: bool = False) -> None:
+        super().__init__()
+        self._settings = settings
+        self._regions = regions
+        self._overlap = OVERLAPS[settings.overlap]
+        weights = None if class_weights is None else torch.tensor(class_weights, dtype=torch.float32)
+        self.register_buffer("class_weights", weights, persistent=False)
+
+    def forward(self, logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        """
+        Args:
+            logits: (N, outputs, R, A, S), or (N, depths, outputs, R, A, S) of a network with deep supervision, the final ones first.
+            target: (N, R, A, S) class indices, `IGNORED` where it is not known.
+        """
+        if logits.ndim == target.ndim + 1:
+            return self._one(logits, target)
+        shares = [0.5**depth for depth in range(logits.shape[1])]
+        terms = [share * self._one(logits[:, depth], target) for depth, share in enumerate(shares)]
+        return torch.stack(terms).sum() / sum(shares)
+
+    def _one(self, logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        logits, target = logits.float(), target.long()
+        known = target != IGNORED
+        target = torch.where(known, target, 0)
+        if self._regions:
+            probabilities = logits.sigmoid()
+            order = torch.arange(1, logits.shape[1] + 1, device=logits.device).view(1, -1, 1, 1, 1)
+            truth = (target[:, None] >= order).to(logits.dtype)
+        else:
+            probabilities = logits.softmax(1)[:, 1:]
+            truth = functional.one_hot(target, logits.shape[1]).movedim(-1, 1)[:, 1:].to(logits.dtype)
+        judged = known[:, None].to(logits.dtype)
+        terms = self._overlap(probabilities * judged, truth * judged, self._settings)
+        if self.class_weights is not None and terms.ndim:
+            terms = terms * self.class_weights[1:]
+        return terms.mean() + self._voxels(logits, target, truth, known)
+
+    def _voxels(
+        self, logits: torch.Tensor, target: torch.Tensor, truth: torch.Tensor, known: torch.Tensor
+    ) -> torch.Tensor:
+        """Cross-entropy, or focal loss, as the weighted mean over the known voxels."""
+        smoothing, gamma = self._settings.label_smoothing, self._settings.focal_gamma
+        if self._regions:
+            soft = truth * (1 - smoothing) + smoothing / 2
+            each = functional.binary_cross_entropy_with_logits(logits, soft, reduction="none")
+            if gamma:
+                right = torch.where(truth > 0, logits, -logits).sigmoid()
+                each = each * (1 - right) ** gamma
+            each, weight = each.mean(1), known.to(logits.dtype)
+        else:
+            each = functional.cross_entropy(logits, target, reduction="none", label_smoothing=smoothing)
+            if gamma:
+                right = logits.softmax(1).gather(1, target[:, None])[:, 0]
+                each = each * (1 - right) ** gamma
+            weight = known.to(logits.dtype)
+            if self.class_weights is not None:
+                weight = weight * self.class_weights[target]
+        return (each * weight).sum() / weight.sum().clamp_min(1e-6)
+
+
+def _sums(probabilities: torch.Tensor, truth: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Per label over the batch: what both have, what only the network has, what only the truth has."""
+    axes = [0, *range(2, truth.ndim)]
+    both = (probabilities * truth).sum(axes)
+    return both, probabilities.sum(axes) - both, truth.sum(axes) - both
+
+
+def _dice(probabilities: torch.Tensor, truth: torch.Tensor, settings: Loss) -> torch.Tensor:
+    both, extra, missed = _sums(probabilities, truth)
+    return 1 - (2 * both + SMOOTH) / (2 * both + extra + missed + SMOOTH)
+
+
+def _tversky(probabilities: torch.Tensor, truth: torch.Tensor, settings: Loss) -> torch.Tensor:
+    both, extra, missed = _sums(probabilities, truth)
+    wrong = settings.tversky_extra * extra + settings.tversky_missed * missed
+    return 1 - (both + SMOOTH) / (both + wrong + SMOOTH)
+
+
+def _generalised_dice(probabilities: torch.Tensor, truth: torch.Tensor, settings: Loss) -> torch.Tensor:
+    """Labels weighted by the inverse square of their volume; one that is nowhere counts as the rarest that is there."""
+    both, extra, missed = _sums(probabilities, truth)
+    volume = both + missed
+    weights = torch.where(volume > 0, volume.clamp_min(1) ** -2, 0)
+    weights = torch.where(volume > 0, weights, weights.max().clamp_min(SMOOTH))
+    shared, total = (weights * both).sum(), (weights * (2 * both + extra + missed)).sum()
+    return 1 - (2 * shared + SMOOTH) / (total + SMOOTH)
+
+
+def _none(probabilities: torch.Tensor, truth: torch.Tensor, settings: Loss) -> torch.Tensor:
+    return probabilities.new_zeros(())
+
+
+# One number per label, or one over all of them.
+Overlap = Callable[[torch.Tensor, torch.Tensor, Loss], torch.Tensor]
+OVERLAPS: dict[str, Overlap] = {
+    "dice": _dice,
+    "generalised_dice": _generalised_dice,
+    "tversky": _tversky,
+    "none": _none,
+}

@@ -17,15 +17,22 @@ def sample_batch(
     *,
     n: int,
     foreground_share: float,
-    rng: np.random.Generator,
+    seed: Sequence[int],
+    only: Sequence[int] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """`n` random patches: images (n, channels, *patch_shape) float32 and masks (n, *patch_shape) uint8.
 
     The first `round(n × foreground_share)` patches hold a voxel of a label, each label of a case being equally likely; the
     others lie anywhere. Outside the scan images and masks are 0.
+
+    Args:
+        only: indices of the patches of the batch that are wanted: each depends on the seed and its index alone.
     """
     n_foreground = round(n * foreground_share)
-    chosen = [_place(cases, patch_shape, on_foreground=index < n_foreground, rng=rng) for index in range(n)]
+    chosen = [
+        _place(cases, patch_shape, on_foreground=index < n_foreground, rng=np.random.default_rng([*seed, index]))
+        for index in (range(n) if only is None else only)
+    ]
     images = np.stack([cut_patch(case.image, start, patch_shape) for case, start in chosen])
     masks = np.stack([cut_patch(case.mask[None], start, patch_shape)[0] for case, start in chosen])
     return images, masks

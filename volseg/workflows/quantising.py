@@ -128,9 +128,12 @@ def _calibration_patches(cases: Sequence[PreparedCase], bundle: ModelBundle, see
 
     patches = []
     for number, case in enumerate(cases):
-        rng = np.random.default_rng([seed, number])
         images, _ = sample_batch(
-            [case], bundle.plan.patch_shape, n=PATCHES_PER_CASE, foreground_share=1 / PATCHES_PER_CASE, rng=rng
+            [case],
+            bundle.plan.patch_shape,
+            n=PATCHES_PER_CASE,
+            foreground_share=1 / PATCHES_PER_CASE,
+            seed=[seed, number],
         )
         patches += list(images[:, None])
     return patches

@@ -232,7 +232,9 @@ def load_prepared(
             fix="run `volseg preprocess` with this recipe first",
             code="E_PREPARED",
         )
-    plan = plan.model_copy(update={"patch_shape": chosen.train.patch_shape, "batch_size": chosen.train.batch_size})
+    stated = {name: getattr(chosen.train, name) for name in ("patch_shape", "batch_size")}
+    plan = plan.model_copy(update={name: value for name, value in stated.items() if value != "auto"})
+    chosen = plan.complete(chosen)
     cases = [read_prepared_case(folder / "cases", case_id) for case_id in header["cases"]]
     return chosen, plan, fingerprint, cases
 
