@@ -194,8 +194,15 @@ class Train(Section):
     steps_per_epoch: Annotated[int, Field(ge=1)] = 50
     epochs: Annotated[int, Field(ge=1)] = 100
     patience: Annotated[int, Field(ge=1)] = 30  # epochs without a better validation Dice before training stops
+    optimizer: Literal["adamw", "sgd"] = "adamw"  # sgd: with Nesterov momentum of 0.99
+    schedule: Literal["cosine", "poly"] = (
+        "cosine"  # how the learning rate falls to 0 at the end of the run, or of --time-budget
+    )
     learning_rate: Positive = 2e-3
-    weight_decay: Annotated[float, Field(ge=0)] = 1e-3
+    weight_decay: Annotated[float, Field(ge=0)] = 1e-3  # L2
+    l1: Annotated[float, Field(ge=0)] = 0.0  # times the sum of all absolute weights, added to the loss
+    gradient_norm: Positive = 5.0  # longer gradients are shortened to it
+    accumulate: PositiveInt = 1  # batches whose gradients make one step: a larger batch in the same memory
     foreground_share: Fraction | Auto = 0.5  # of the patches that are centred on a labelled voxel
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.99  # the averaged weights are validated and kept
     validation_cases: Annotated[int, Field(ge=1)] = 20  # looked at after each epoch; the final metrics use all

@@ -21,20 +21,30 @@ def build(
     strides: Sequence[Sequence[int]] = ((1, 1, 1), (2, 2, 2), (2, 2, 2), (2, 2, 2)),
     kernels: Sequence[Sequence[int]] | None = None,
     residual: bool = False,
+    deep_supervision: int = 0,
+    dropout: float = 0.0,
 ) -> nn.Module:
-    """(N, in_channels, R, A, S) → logits (N, out_channels, R, A, S).
+    """(N, in_channels, R, A, S) → logits (N, out_channels, R, A, S); in training with deep supervision (N, depths, out_channels, R, A, S).
 
     Args:
         features: channels per level, finest first.
         strides: down-sampling (R, A, S) into each level; the first is usually (1, 1, 1).
         kernels: convolution size (R, A, S) per level; default 3 × 3 × 3.
         residual: residual instead of plain blocks.
+        deep_supervision: coarser levels whose logits are judged in training too, finest first.
+        dropout: probability with which a feature is left out in training.
     """
     kernels = kernels if kernels is not None else [(3, 3, 3)] * len(features)
     if not 3 <= len(features) == len(strides) == len(kernels):
         raise VolsegError(
             f"unet3d has {len(features)} features, {len(strides)} strides and {len(kernels)} kernels",
             fix="give one of each per level under [network], for at least three levels",
+            code="E_RECIPE",
+        )
+    if not 0 <= deep_supervision <= len(features) - 2:
+        raise VolsegError(
+            f"unet3d cannot supervise {deep_supervision} coarser levels of {len(features)}",
+            fix=f"give 0 to {len(features) - 2} for deep_supervision under [network]",
             code="E_RECIPE",
         )
     return DynUNet(
@@ -48,4 +58,7 @@ def build(
         norm_name=("INSTANCE", {"affine": True}),
         act_name=("leakyrelu", {"inplace": True, "negative_slope": 0.01}),
         res_block=residual,
+        deep_supervision=deep_supervision > 0,
+        deep_supr_num=max(1, deep_supervision),
+        dropout=("DROPOUT", {"p": dropout}) if dropout else None,
     )

@@ -24,10 +24,21 @@ class SegmentationLoss(nn.Module):
     Args:
         class_weights: of the background and each label, by which a label's Dice or Tversky term and each of its voxels count.
         regions: classes that may overlap: output k is there where the class index is k + 1 or more.
+        total: sums a tensor over the ranks that share the batch, so that each computes the loss of all of it.
     """
 
-    def __init__(self, settings: Loss, *, class_weights: Sequence[float] | None = None, regions: bool = False) -> None:
+    class_weights: torch.Tensor | None
+
+    def __init__(
+        self,
+        settings: Loss,
+        *,
+        class_weights: Sequence[float] | None = None,
+        regions: bool = False,
+        total: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    ) -> None:
         super().__init__()
+        self._total = total or (lambda tensor: tensor)
         self._settings = settings
         self._regions = regions
         self._overlap = OVERLAPS[settings.overlap]
@@ -58,7 +69,8 @@ class SegmentationLoss(nn.Module):
             probabilities = logits.softmax(1)[:, 1:]
             truth = functional.one_hot(target, logits.shape[1]).movedim(-1, 1)[:, 1:].to(logits.dtype)
         judged = known[:, None].to(logits.dtype)
-        terms = self._overlap(probabilities * judged, truth * judged, self._settings)
+        both, extra, missed = self._total(_sums(probabilities * judged, truth * judged))
+        terms = self._overlap(both, extra, missed, self._settings)
         if self.class_weights is not None and terms.ndim:
             terms = terms * self.class_weights[1:]
         return terms.mean() + self._voxels(logits, target, truth, known)
@@ -83,30 +95,28 @@ class SegmentationLoss(nn.Module):
             weight = known.to(logits.dtype)
             if self.class_weights is not None:
                 weight = weight * self.class_weights[target]
-        return (each * weight).sum() / weight.sum().clamp_min(1e-6)
+        lost, of = self._total(torch.stack([(each * weight).sum(), weight.sum()]))
+        return lost / of.clamp_min(1e-6)
 
 
-def _sums(probabilities: torch.Tensor, truth: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Per label over the batch: what both have, what only the network has, what only the truth has."""
+def _sums(probabilities: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
+    """(3, labels) over the batch: what both have, what only the network has, what only the truth has."""
     axes = [0, *range(2, truth.ndim)]
     both = (probabilities * truth).sum(axes)
-    return both, probabilities.sum(axes) - both, truth.sum(axes) - both
+    return torch.stack([both, probabilities.sum(axes) - both, truth.sum(axes) - both])
 
 
-def _dice(probabilities: torch.Tensor, truth: torch.Tensor, settings: Loss) -> torch.Tensor:
-    both, extra, missed = _sums(probabilities, truth)
+def _dice(both: torch.Tensor, extra: torch.Tensor, missed: torch.Tensor, settings: Loss) -> torch.Tensor:
     return 1 - (2 * both + SMOOTH) / (2 * both + extra + missed + SMOOTH)
 
 
-def _tversky(probabilities: torch.Tensor, truth: torch.Tensor, settings: Loss) -> torch.Tensor:
-    both, extra, missed = _sums(probabilities, truth)
+def _tversky(both: torch.Tensor, extra: torch.Tensor, missed: torch.Tensor, settings: Loss) -> torch.Tensor:
     wrong = settings.tversky_extra * extra + settings.tversky_missed * missed
     return 1 - (both + SMOOTH) / (both + wrong + SMOOTH)
 
 
-def _generalised_dice(probabilities: torch.Tensor, truth: torch.Tensor, settings: Loss) -> torch.Tensor:
+def _generalised_dice(both: torch.Tensor, extra: torch.Tensor, missed: torch.Tensor, settings: Loss) -> torch.Tensor:
     """Labels weighted by the inverse square of their volume; one that is nowhere counts as the rarest that is there."""
-    both, extra, missed = _sums(probabilities, truth)
     volume = both + missed
     weights = torch.where(volume > 0, volume.clamp_min(1) ** -2, 0)
     weights = torch.where(volume > 0, weights, weights.max().clamp_min(SMOOTH))
@@ -114,12 +124,12 @@ def _generalised_dice(probabilities: torch.Tensor, truth: torch.Tensor, settings
     return 1 - (2 * shared + SMOOTH) / (total + SMOOTH)
 
 
-def _none(probabilities: torch.Tensor, truth: torch.Tensor, settings: Loss) -> torch.Tensor:
-    return probabilities.new_zeros(())
+def _none(both: torch.Tensor, extra: torch.Tensor, missed: torch.Tensor, settings: Loss) -> torch.Tensor:
+    return both.new_zeros(())
 
 
-# One number per label, or one over all of them.
-Overlap = Callable[[torch.Tensor, torch.Tensor, Loss], torch.Tensor]
+# What both, only the network and only the truth have of each label → one number per label, or one over all of them.
+Overlap = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Loss], torch.Tensor]
 OVERLAPS: dict[str, Overlap] = {
     "dice": _dice,
     "generalised_dice": _generalised_dice,
