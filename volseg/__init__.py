@@ -1,6 +1,6 @@
 """volseg turns 3D CT and MRI scans into lesions, and lesions into numbers that a study can defend.
 
-The workflows of the command line are functions here: `preprocess`, `train`, `infer`, `measure`, `evaluate`, `quantise`, `check`
+The workflows of the command line are functions here: `plan`, `preprocess`, `train`, `infer`, `measure`, `evaluate`, `quantise`, `check`
 and `import_nnunet`.
 """
 
@@ -12,16 +12,27 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "check", "evaluate", "import_nnunet", "infer", "measure", "preprocess", "quantise", "train"]
+__all__ = [
+    "__version__",
+    "check",
+    "evaluate",
+    "import_nnunet",
+    "infer",
+    "measure",
+    "plan",
+    "preprocess",
+    "quantise",
+    "train",
+]
 
 if TYPE_CHECKING:
-    from volseg.workflows import check, evaluate, import_nnunet, infer, measure, preprocess, quantise, train
+    from volseg.workflows import check, evaluate, import_nnunet, infer, measure, plan, preprocess, quantise, train
 
 
 class _Workflow:
     """A function of `volseg.workflows`, loaded on first use so that `import volseg` is instant.
 
-    Five workflows share their name with the package that holds their parts. Importing such a package sets it as an attribute here;
+    Six workflows share their name with the package or module that holds their parts. Importing such a package sets it as an attribute here;
     that is ignored, so that `volseg.infer` is always the function. `from volseg.infer.tiles import …` does not go through it.
     """
 
@@ -38,7 +49,7 @@ class _Workflow:
 
 
 class _Package(ModuleType):
-    check, evaluate, import_nnunet, infer, measure, preprocess, quantise, train = (_Workflow() for _ in range(8))
+    check, evaluate, import_nnunet, infer, measure, plan, preprocess, quantise, train = (_Workflow() for _ in range(9))
 
 
 sys.modules[__name__].__class__ = _Package

@@ -25,13 +25,19 @@ if TYPE_CHECKING:
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
-TERMINATED = 143
+INTERRUPTED, TERMINATED = 130, 143
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout instead of text.")]
 Out = Annotated[Path, typer.Option(help="Folder for the results; made if it is not there.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda; auto takes the GPU where there is one.")]
 Seed = Annotated[int, typer.Option(help="Seed of everything random: same seed, same batches.")]
 Figures = Annotated[bool, typer.Option("--figures", help="Also write a PNG per scan with its lesions outlined.")]
+Memory = Annotated[
+    str | None, typer.Option(help="Memory that training may take, such as 8G: the GPU's, or the host's on a CPU.")
+]
+TimeBudget = Annotated[
+    str | None, typer.Option(help="Such as 90s, 20m or 1.5h: of everything, and the learning rate ends with it.")
+]
 RecipeOption = Annotated[str, typer.Option(help="A TOML file, or the name of a recipe that ships with volseg.")]
 DATASET_HELP = (
     "A CSV table, a folder with cases.csv or with images/ and labels/, or an nnU-Net raw or Decathlon folder."
@@ -89,52 +95,113 @@ def preprocess(
 
 
 @app.command()
+def plan(
+    dataset: Annotated[Path, typer.Argument(help=DATASET_HELP)],
+    recipe: Annotated[
+        str | None, typer.Option(help="A TOML file or a shipped name, whose values stay; without one all is planned.")
+    ] = None,
+    vram: Memory = None,
+    time_budget: TimeBudget = None,
+    out: Annotated[
+        Path | None, typer.Option(help="A JSON file for the plan, which `volseg train --plan` takes.")
+    ] = None,
+    device: Device = "auto",
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Say what training would do with a dataset, with a reason per line: spacing, intensities, patches, network.
+
+    Nothing is trained and nothing prepared. With --out the plan becomes a JSON file that may be edited and passed back.
+    """
+    from volseg import workflows
+
+    with _progress() as show:
+        report = workflows.plan(
+            dataset,
+            recipe=recipe,
+            memory=vram,
+            time_budget_seconds=None if time_budget is None else _seconds(time_budget),
+            device=device,
+            seed=seed,
+            out=out,
+            progress=show,
+        )
+    _finish(report, as_json, lambda: _print_plan(report, out))
+
+
+@app.command()
 def train(
     dataset: Annotated[Path, typer.Argument(help=f"{DATASET_HELP} Or a folder made by `volseg preprocess`.")],
     out: Annotated[Path, typer.Option(help="Folder for the model.")],
     recipe: Annotated[
-        str | None, typer.Option(help="A TOML file or a shipped name; a prepared folder brings its own.")
+        str | None,
+        typer.Option(
+            help="A TOML file or a shipped name; a prepared folder brings its own. Without one everything is planned and cross-validated."
+        ),
     ] = None,
-    time_budget: Annotated[
-        str | None, typer.Option(help="Such as 90s, 20m or 1.5h: of everything, and the learning rate ends with it.")
-    ] = None,
+    plan: Annotated[Path | None, typer.Option(help="A file of `volseg plan --out`, edited or not.")] = None,
+    time_budget: TimeBudget = None,
+    vram: Memory = None,
     epochs: Annotated[int | None, typer.Option(min=1, help="Instead of the recipe's number.")] = None,
     patience: Annotated[
         int | None, typer.Option(min=1, help="Stop after so many epochs without a better Dice.")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on where an interrupted run in --out stopped.")] = False,
     init: Annotated[Path | None, typer.Option(help="A model folder whose weights to start from.")] = None,
+    freeze: Annotated[
+        list[str] | None,
+        typer.Option(help="Pattern of layers that stay as they are, such as 'downsamples.*'; may be repeated."),
+    ] = None,
     fold: Annotated[
         int | None, typer.Option(min=0, max=4, help="Validate on this fifth of the patients, train on the others.")
     ] = None,
+    folds: Annotated[
+        int | None,
+        typer.Option(
+            min=1, max=20, help="Train so many networks, each validated on its share of the patients, as an ensemble."
+        ),
+    ] = None,
+    devices: Annotated[int, typer.Option(min=1, help="GPUs, or processes on a CPU, that share each batch.")] = 1,
+    preview: Annotated[
+        bool, typer.Option("--preview", help="Only prepare the data and draw augmented patches with their masks.")
+    ] = False,
     device: Device = "auto",
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
     """Train a segmentation model, and a coarse first pass and a classifier where the recipe asks for them.
 
-    The weights with the best validation Dice become a model folder with a card to read. Interrupt with Ctrl-C and add --resume
-    to go on.
+    The weights with the best validation Dice become a model folder with a card to read. Ctrl-C ends with the best model so far; add
+    --resume to go on. With --time-budget the learning rate falls to its end within the budget.
     """
     from volseg import workflows
 
-    budget = None if time_budget is None else _seconds(time_budget)
     with _progress() as show:
         report = workflows.train(
             dataset,
             recipe=recipe,
+            plan=plan,
             out=out,
-            time_budget_seconds=budget,
+            time_budget_seconds=None if time_budget is None else _seconds(time_budget),
+            memory=vram,
             epochs=epochs,
             patience=patience,
             resume=resume,
             init=init,
+            freeze=freeze or (),
             fold=fold,
+            folds=folds,
+            devices=devices,
+            preview=preview,
             device=device,
             seed=seed,
             progress=show,
         )
-    _finish(report, as_json, lambda: _print_metrics(report))
+    if report.details.get("interrupted") and not as_json:
+        _print_metrics(report)
+        typer.echo("interrupted: this is the best model so far; add --resume to go on", err=True)
+        raise typer.Exit(INTERRUPTED)
+    _finish(report, as_json, lambda: _print_preview(report) if preview else _print_metrics(report))
 
 
 @app.command()
@@ -439,6 +506,19 @@ def _print_fingerprint(report: RunReport) -> None:
     voxels = ", ".join(f"{label}: {count}" for label, count in found["label_voxels"].items())
     typer.echo(f"voxels per label: {voxels}; resampled to {wanted} mm")
     typer.echo(f"{len(report.done)} prepared, {len(report.kept)} were complete already → {report.out}")
+
+
+def _print_plan(report: RunReport, out: Path | None) -> None:
+    table = Table("setting", "value", "why")
+    for line in report.details["plan"]["lines"]:
+        table.add_row(line["setting"], line["value"], line["reason"])
+    Console().print(table)
+    if out is not None:
+        typer.echo(f"plan → {out}")
+
+
+def _print_preview(report: RunReport) -> None:
+    typer.echo(f"augmented patches with their masks → {report.details['preview']}")
 
 
 def _print_metrics(report: RunReport) -> None:

@@ -74,16 +74,33 @@ def physical_cores(cpus: Iterable[int] | None = None, root: Path = Path("/")) ->
     return max(1, min([len(cores), *(math.ceil(limit) for limit in _cpu_limits(root))]))
 
 
-def _cpu_limits(root: Path) -> Iterator[float]:
-    """CPUs' worth of time per second that the control groups of this process allow, innermost group first."""
+def total_memory(root: Path = Path("/")) -> int:
+    """Bytes of main memory that this process may use: the machine's, or what its control group allows."""
+    lines = dict(line.split(":", 1) for line in _read(root / "proc/meminfo").splitlines() if ":" in line)
+    found = [int(lines["MemTotal"].split()[0]) * 1024] if "MemTotal" in lines else []
+    folders = [folder / "memory.max" for folder in _groups(root)]
+    texts = [_read(path) for path in (*folders, root / "sys/fs/cgroup/memory/memory.limit_in_bytes")]
+    found += [int(text) for text in texts if text.isdigit()]
+    return min(found) if found else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _groups(root: Path) -> Iterator[Path]:
+    """Folders of the control groups of this process, innermost first."""
     groups = root / "sys/fs/cgroup"
     own = next((line[3:] for line in _read(root / "proc/self/cgroup").splitlines() if line.startswith("0::")), "/")
     folder = groups / own.strip("/")
     while folder.is_relative_to(groups):
+        yield folder
+        folder = folder.parent
+
+
+def _cpu_limits(root: Path) -> Iterator[float]:
+    """CPUs' worth of time per second that the control groups of this process allow, innermost group first."""
+    for folder in _groups(root):
         quota, _, period = _read(folder / "cpu.max").partition(" ")
         if quota.isdigit() and period.isdigit():
             yield int(quota) / int(period)
-        folder = folder.parent
+    groups = root / "sys/fs/cgroup"
     quota, period = (_read(groups / f"cpu/cpu.cfs_{name}_us") for name in ("quota", "period"))  # control groups v1
     if quota.isdigit() and period.isdigit():  # -1 is no limit
         yield int(quota) / int(period)

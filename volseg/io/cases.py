@@ -94,6 +94,32 @@ def find_scans(inputs: Sequence[Path], channels: Sequence[str] | None = (ONE_CHA
     return _checked(rows, mistakes, ", ".join(map(str, inputs)))
 
 
+def stated_labels(dataset: Path) -> dict[str, int]:
+    """Name → value of the labels that a `dataset.json` states, without the background; {} where there is none.
+
+    Regions, which are lists of values, are left out.
+    """
+    found: dict[str, int] = {}
+    for one, other in _stated(dataset, "labels").items():
+        name, value = (other, one) if str(one).isdecimal() else (one, other)  # the Decathlon has the value first
+        if str(value).isdecimal() and int(value) > 0:
+            found[str(name)] = int(value)
+    return found
+
+
+def stated_modalities(dataset: Path) -> dict[str, str]:
+    """Channel → modality, such as CT, as a `dataset.json` states it; {} where there is none."""
+    names = [str(name) for name in (_stated(dataset, "channel_names") or _stated(dataset, "modality")).values()]
+    return {ONE_CHANNEL: names[0]} | {name: name for name in names} if names else {}
+
+
+def _stated(dataset: Path, key: str) -> dict[str, Any]:
+    if (dataset / "cases.csv").is_file() or not (dataset / "dataset.json").is_file():
+        return {}
+    stated = _json_of(dataset / "dataset.json").get(key)
+    return stated if isinstance(stated, dict) else {}
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Row:
     """A case as it was found, not yet checked; `where` says where, for messages."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from typing import Protocol
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -18,6 +19,17 @@ MAX_LESIONS = 3
 PLANES = (("axial", 2, "R", "L"), ("coronal", 1, "R", "L"), ("sagittal", 0, "A", "P"))
 SCALE_BAR_MM = 10
 WINDOW_REACH_MM = 15.0  # how far round a lesion the grey values are taken from
+
+
+class Epoch(Protocol):
+    """What a line of the history of a training says."""
+
+    @property
+    def seconds(self) -> float: ...
+    @property
+    def loss(self) -> float: ...
+    @property
+    def validation_dice(self) -> float: ...
 
 
 def overlay_png(image: Volume, ids: np.ndarray, lesions: Sequence[LesionMeasurement], *, title: str) -> bytes:
@@ -50,9 +62,7 @@ def overlay_png(image: Volume, ids: np.ndarray, lesions: Sequence[LesionMeasurem
             plot.set_title(f"{name}: {caption}" if column == 0 else name, color="white", fontsize=8, loc="left")
             _decorate(plot, left, right, horizontal)
     figure.suptitle(title, color="white", fontsize=10)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=100, facecolor="black", metadata={"Software": None})
-    return buffer.getvalue()
+    return _png(figure, "black")
 
 
 def _window(
@@ -91,3 +101,87 @@ def _decorate(plot, left: str, right: str, spacing_mm: float) -> None:
     length = SCALE_BAR_MM / spacing_mm / abs(end - start)
     plot.plot([0.04, 0.04 + length], [0.04, 0.04], transform=plot.transAxes, color="white", linewidth=2)
     plot.text(0.04, 0.06, f"{SCALE_BAR_MM} mm", **(box | {"color": "white", "fontsize": 7}))
+
+
+def curves_png(histories: Sequence[Sequence[Epoch]]) -> bytes:
+    """Loss and validation Dice against the hours of training, a line per network."""
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2)
+    for number, history in enumerate(histories):
+        hours = [epoch.seconds / 3600 for epoch in history]
+        name = f"fold {number}" if len(histories) > 1 else None
+        left.plot(hours, [epoch.loss for epoch in history], linewidth=1.2, label=name)
+        right.plot(hours, [epoch.validation_dice for epoch in history], linewidth=1.2, label=name)
+    for plot, title in ((left, "loss of the training batches"), (right, "mean Dice of the watched validation scans")):
+        plot.set_title(title, fontsize=9, loc="left")
+        plot.set_xlabel("hours")
+        plot.grid(alpha=0.3)
+    right.set_ylim(0, 1)
+    if len(histories) > 1:
+        right.legend(fontsize=8)
+    return _png(figure, "white")
+
+
+def patches_png(
+    images: Sequence[np.ndarray], masks: Sequence[np.ndarray], spacing_mm: tuple[float, float, float]
+) -> bytes:
+    """Training patches, each in the axial slice with most of its labels: the first channel, labels outlined.
+
+    Args:
+        images: (C, R, A, S) each. masks: (R, A, S) class indices each.
+    """
+    pictures = [
+        (f"patch {number}", image[0], mask, None)
+        for number, (image, mask) in enumerate(zip(images, masks, strict=True))
+    ]
+    return comparison_png(pictures, spacing_mm)
+
+
+def comparison_png(
+    pictures: Sequence[tuple[str, np.ndarray, np.ndarray, np.ndarray | None]], spacing_mm: tuple[float, float, float]
+) -> bytes:
+    """A tile per picture (title, image, reference, predicted), all (R, A, S): the axial slice with most of either mask.
+
+    The reference is outlined in green, the prediction in orange.
+    """
+    columns = min(4, max(1, len(pictures)))
+    rows = -(-len(pictures) // columns)
+    figure = Figure(figsize=(2.6 * columns, 2.8 * rows + 0.3), layout="constrained", facecolor="black")
+    FigureCanvasAgg(figure)
+    plots = figure.subplots(rows, columns, squeeze=False)
+    for plot in plots.flat:
+        plot.set_axis_off()
+    for plot, (title, image, reference, predicted) in zip(plots.flat, pictures, strict=False):
+        masks = [(reference, "#4dd34d"), *([] if predicted is None else [(predicted, "#ff8c33")])]
+        voxels = sum((mask > 0).sum(axis=(0, 1)) for mask, _ in masks)
+        index = int(np.argmax(voxels)) if np.any(voxels) else image.shape[2] // 2
+        slice_ = image[:, :, index].astype(np.float32)
+        low, high = np.percentile(slice_, (1, 99))
+        plot.imshow(
+            slice_.T,
+            cmap="gray",
+            origin="lower",
+            aspect=spacing_mm[1] / spacing_mm[0],
+            vmin=low,
+            vmax=max(high, low + 1e-6),
+        )
+        for mask, colour in masks:
+            outline = mask[:, :, index]
+            levels = np.unique(outline)
+            if min(outline.shape) > 1 and len(levels) > 1:  # a single row has no contour
+                plot.contour(outline.T, levels=(levels[:-1] + levels[1:]) / 2, colors=[colour], linewidths=1.0)
+        plot.invert_xaxis()  # R grows to the left on the screen
+        plot.set_title(title, color="white", fontsize=8, loc="left")
+    figure.suptitle(
+        "green: reference   orange: prediction" if pictures and pictures[0][3] is not None else "green: labels",
+        color="white",
+        fontsize=8,
+    )
+    return _png(figure, "black")
+
+
+def _png(figure: Figure, colour: str) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=100, facecolor=colour, metadata={"Software": None})
+    return buffer.getvalue()

@@ -20,9 +20,6 @@ from torch import nn
 from torch.distributed.nn.functional import all_reduce
 
 from volseg.errors import VolsegError
-from volseg.evaluate.overlap import dice
-from volseg.infer.backends import TorchBackend
-from volseg.infer.stream import Tiling, predict_logits
 from volseg.io.prepared import PreparedCase
 from volseg.models import build_segmentation, set_weights, weights_of
 from volseg.plan import Plan
@@ -31,6 +28,7 @@ from volseg.train.batches import Batches
 from volseg.train.checkpoint import flatten, load_checkpoint, save_checkpoint, unflatten
 from volseg.train.losses import SegmentationLoss
 from volseg.train.ranks import fabric_of, helpers
+from volseg.train.validate import ValidationRow, mean_dice, summary, validate
 
 WARM_UP = 0.03  # share of the run in which the learning rate rises
 LARGEST_RESERVE = 0.1  # share of the time budget kept for the final validation
@@ -72,6 +70,7 @@ class Trained:
     weights: Mapping[str, torch.Tensor]
     history: Sequence[Epoch]
     metrics: Mapping[str, Any]
+    validation: Sequence[ValidationRow] = ()
     stopped: str = ""  # why, where it was not its end
 
 
@@ -192,7 +191,8 @@ class _Run:
                     raise _DivergedError(f"the loss became {loss} at about step {state.step}")
                 stepping = time.monotonic() - started
                 set_weights(evaluated, self.averaged)
-                score = _mean_dice(evaluated, watched, recipe, plan, self.fabric.device, overlap=VALIDATION_OVERLAP)
+                looked = validate(evaluated, watched, recipe, plan, self.fabric.device, overlap=VALIDATION_OVERLAP)
+                score = mean_dice(looked)
                 if settings.seconds is not None:
                     # The final metrics look at all cases with more overlap: about twice the cost per case, which is kept free.
                     per_case = (time.monotonic() - started - stepping) / len(watched)
@@ -232,9 +232,11 @@ class _Run:
         }
         if stopped:
             metrics |= {"stopped": stopped, "watched_validation_dice": round(float(chosen["validation_dice"]), 4)}
+        rows: list[ValidationRow] = []
         if stopped != "interrupted":
-            metrics |= _final_metrics(evaluated, validation, recipe, plan, self.fabric.device)
-        return Trained(weights, [Epoch(**line) for line in state.history], metrics, stopped)
+            rows = validate(evaluated, validation, recipe, plan, self.fabric.device, overlap=recipe.infer.overlap)
+            metrics |= summary(rows, settings.seed)
+        return Trained(weights, [Epoch(**line) for line in state.history], metrics, rows, stopped)
 
     def follow(self) -> None:
         """The other ranks: step when rank 0 does."""
@@ -412,44 +414,6 @@ def _average(averaged: Mapping[str, torch.Tensor], current: Mapping[str, torch.T
 def _spread(cases: Sequence[PreparedCase], n: int) -> list[PreparedCase]:
     """At most `n` cases, evenly spread over the list."""
     return [cases[round(index)] for index in np.linspace(0, len(cases) - 1, min(n, len(cases)))]
-
-
-def _case_dice(
-    network: nn.Module, case: PreparedCase, recipe: Recipe, plan: Plan, device: torch.device, overlap: float
-) -> list[float]:
-    """Dice per label of one case on the prepared grid; NaN for a label that neither mask has."""
-    tiling = Tiling(patch_shape=plan.patch_shape, overlap=overlap)
-    n_classes = 1 + len(recipe.data.labels)
-    logits = predict_logits(np.asarray(case.image), TorchBackend(network, device), tiling, n_classes=n_classes)
-    predicted = logits.argmax(axis=0)
-    return [dice(case.mask, predicted, index) for index in range(1, len(logits))]
-
-
-def _mean_dice(
-    network: nn.Module,
-    cases: Sequence[PreparedCase],
-    recipe: Recipe,
-    plan: Plan,
-    device: torch.device,
-    *,
-    overlap: float,
-) -> float:
-    """Mean over labels and cases; a label absent from mask and prediction counts as 1, one found where none is as 0."""
-    scores = np.array([_case_dice(network, case, recipe, plan, device, overlap) for case in cases])
-    return float(np.nan_to_num(scores, nan=1.0).mean())
-
-
-def _final_metrics(
-    network: nn.Module, cases: Sequence[PreparedCase], recipe: Recipe, plan: Plan, device: torch.device
-) -> dict[str, Any]:
-    """Dice on the prepared grid, mean over the validation cases that have the label or were given it."""
-    scores = np.array([_case_dice(network, case, recipe, plan, device, recipe.infer.overlap) for case in cases])
-    found: dict[str, Any] = {"validation_cases": len(cases)}
-    for index, name in enumerate(recipe.data.label_names.values()):
-        known = scores[:, index][~np.isnan(scores[:, index])]
-        if known.size:
-            found[f"validation_dice_{name}"] = round(float(known.mean()), 4)
-    return found
 
 
 def _save(

@@ -6,6 +6,7 @@ from volseg.workflows.evaluating import evaluate
 from volseg.workflows.importing import import_nnunet
 from volseg.workflows.inference import infer
 from volseg.workflows.measuring import measure, read_label_names
+from volseg.workflows.planning import plan
 from volseg.workflows.preparing import preprocess
 from volseg.workflows.quantising import quantise
 from volseg.workflows.training import train
@@ -18,6 +19,7 @@ __all__ = [
     "import_nnunet",
     "infer",
     "measure",
+    "plan",
     "preprocess",
     "quantise",
     "read_label_names",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +28,7 @@ from volseg.workflows.batch import Progress, RunReport, check_pair, input_key, r
 
 if TYPE_CHECKING:  # torch takes seconds to import; only a workflow that needs it pays
     from volseg.plan import DatasetFingerprint, Plan
+    from volseg.sizing import Budget
 
 PREPARED_FILE = "prepared.json"
 SPLITS = ("train", "val", "test")
@@ -40,6 +41,7 @@ def preprocess(
     out: Path | str,
     seed: int = 0,
     plan: Plan | None = None,
+    budget: Budget | None = None,
     progress: Progress = silent,
 ) -> RunReport:
     """Scans and masks → a prepared folder: memory-mapped arrays, a JSON per case, fingerprint and plan.
@@ -47,7 +49,8 @@ def preprocess(
     Cases of the test split are left alone. A second call prepares only what is missing or has changed.
 
     Args:
-        plan: of a model that exists already, in place of the one that follows from this dataset.
+        plan: in place of the one that follows from this dataset, such as that of a model that exists already.
+        budget: of the training, where the plan chooses the size of the network and of its patches.
 
     Raises:
         VolsegError: the dataset or recipe is wrong, or no case could be read.
@@ -57,7 +60,7 @@ def preprocess(
     chosen, out = as_recipe(recipe), Path(out)
     cases = _assign_splits(_training_cases(dataset, chosen), chosen.train.validation_share, seed)
     with held(out, out / RECORDS):
-        facts, failed = _facts(cases, chosen, out, seed, progress)
+        facts, failed = _facts(cases, chosen, out, seed, budget, progress)
         if plan is not None:
             facts["plan"] = plan.model_dump(mode="json")
         usable = [case for case in cases if case.id not in failed]
@@ -82,16 +85,17 @@ def preprocess(
 
 
 def _facts(
-    cases: Sequence[Case], recipe: Recipe, out: Path, seed: int, progress: Progress
+    cases: Sequence[Case], recipe: Recipe, out: Path, seed: int, budget: Budget | None, progress: Progress
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """Recipe, fingerprint and plan for `prepared.json`, and the cases that cannot be used with the reason of each.
 
     What an earlier call found out about the same files and the same recipe is taken from its `prepared.json`.
     """
-    from volseg.plan import make_plan
+    from volseg.plan import DEFAULT_BUDGET, make_plan
 
+    budget = budget or DEFAULT_BUDGET
     inputs = [value for case in cases for value in _inputs_of(case)]
-    key = input_key(json.dumps([recipe.model_dump(mode="json"), seed], sort_keys=True), *inputs)
+    key = input_key(json.dumps([recipe.model_dump(mode="json"), seed, asdict(budget)], sort_keys=True), *inputs)
     try:
         earlier = json.loads((out / PREPARED_FILE).read_text(encoding="utf-8"))
         if earlier["key"] == key and not earlier["failed"]:
@@ -99,11 +103,29 @@ def _facts(
     except (OSError, ValueError, KeyError):
         pass  # not there yet, or from an interrupted call: looked at again
     fingerprint, failed = _fingerprint(cases, recipe, seed, progress)
-    found = {"recipe": recipe, "fingerprint": fingerprint, "plan": make_plan(fingerprint, recipe)}
+    found = {"recipe": recipe, "fingerprint": fingerprint, "plan": make_plan(fingerprint, recipe, budget)}
     facts = {"key": key} | {name: model.model_dump(mode="json") for name, model in found.items()}
     if not failed:
         write_json_atomic(out / PREPARED_FILE, facts | {"failed": {}, "cases": {}})
     return facts, failed
+
+
+def fingerprint_of(
+    dataset: Path | str, recipe: Recipe, seed: int, progress: Progress
+) -> tuple[DatasetFingerprint, dict[str, str]]:
+    """The fingerprint of a dataset's training split, and the cases that cannot be used, with the reason."""
+    cases = _assign_splits(_training_cases(dataset, recipe), recipe.train.validation_share, seed)
+    return _fingerprint(cases, recipe, seed, progress)
+
+
+def refuse_dataset(dataset: Path, failed: Mapping[str, str]) -> None:
+    first = "; ".join(f"{case}: {reason}" for case, reason in list(failed.items())[:5])
+    more = f"; and {len(failed) - 5} more" if len(failed) > 5 else ""
+    raise VolsegError(
+        f"{dataset}: {len(failed)} of its cases cannot be used: {first}{more}",
+        fix="mend these files or take them out of the dataset; `volseg check` lists them all",
+        code="E_DATASET",
+    )
 
 
 def _inputs_of(case: Case) -> list[Path | str | None]:

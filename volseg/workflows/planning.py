@@ -1,0 +1,226 @@
+"""`volseg plan`: what training would do with a dataset, and why; and the recipe for those who have none."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from volseg.errors import VolsegError
+from volseg.execute.cpu import physical_cores, total_memory
+from volseg.execute.local import run
+from volseg.io.cases import Case, find_cases, stated_labels, stated_modalities
+from volseg.io.files import write_json_atomic
+from volseg.io.nifti import read_mask, read_volume
+from volseg.recipe import Recipe, parse_recipe
+from volseg.sizing import Budget
+from volseg.workflows.batch import Progress, RunReport, reason_of, silent
+from volseg.workflows.preparing import as_recipe, fingerprint_of, refuse_dataset
+
+if TYPE_CHECKING:  # torch takes seconds to import; only a workflow that needs it pays
+    from volseg.plan import Plan
+
+HOST_SHARE = 0.5  # of main memory that training may take where no budget is given
+GPU_SHARE = 0.85  # of a GPU's
+# Floating-point operations per second that a step reaches, for reckoning how many steps fit into a time budget.
+CPU_CORE_SPEED = 8e10
+GPU_SPEED = 3e13
+CT_AIR_HU = -900
+SCANS_LOOKED_AT = 5
+SIDES = {"R": ("left", "right"), "A": ("anterior", "posterior"), "S": ("superior", "inferior", "upper", "lower")}
+
+
+def plan(
+    dataset: Path | str,
+    *,
+    recipe: Path | str | Recipe | None = None,
+    memory: int | str | None = None,
+    time_budget_seconds: float | None = None,
+    device: str = "auto",
+    seed: int = 0,
+    out: Path | str | None = None,
+    progress: Progress = silent,
+) -> RunReport:
+    """What training would do: spacing, intensities, network, patches, with a reason for each.
+
+    Args:
+        recipe: whose values stay as they are; None plans everything.
+        memory: bytes that training may take, or text such as `8G`, of the GPU or of the host; None: a share of what the device has.
+        out: a JSON file for the plan, which `train` takes, edited or not.
+
+    Raises:
+        VolsegError: a case cannot be used (all of them are named), or nothing fits the budget.
+    """
+    from volseg.plan import make_plan
+
+    cases, chosen = cases_and_recipe(dataset, recipe, progress)
+    fingerprint, failed = fingerprint_of(dataset, chosen, seed, progress)
+    if failed:
+        refuse_dataset(Path(dataset), failed)
+    found = make_plan(fingerprint, chosen, budget_of(device, memory, time_budget_seconds))
+    if out is not None:
+        write_json_atomic(Path(out), found.model_dump(mode="json"))
+    details = {
+        "recipe": chosen.model_dump(mode="json"),
+        "plan": found.model_dump(mode="json"),
+        "cases": len(cases),
+    }
+    return RunReport(out=Path(dataset) if out is None else Path(out), done=[chosen.name], details=details)
+
+
+def read_plan(path: Path | str) -> Plan:
+    """A plan that `volseg plan --out` wrote.
+
+    Raises:
+        VolsegError: it is not there or not a plan; all mistakes are named.
+    """
+    from pydantic import ValidationError
+
+    from volseg.plan import Plan
+
+    try:
+        return Plan.model_validate_json(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise VolsegError(f"{path}: cannot be read ({error.strerror})", fix="check the path", code="E_PLAN") from error
+    except ValidationError as error:
+        mistakes = [f"{'.'.join(map(str, each['loc'])) or 'plan'}: {each['msg'].lower()}" for each in error.errors()]
+        raise VolsegError(
+            f"{path}: not a plan: {'; '.join(mistakes)}",
+            fix="correct it, or write it anew with `volseg plan DATASET --out PLAN.json`",
+            code="E_PLAN",
+        ) from error
+
+
+def budget_of(device: str = "auto", memory: int | str | None = None, seconds: float | None = None) -> Budget:
+    """What training on this device may take; without a stated memory, a share of what the device has.
+
+    Raises:
+        VolsegError: the memory is no amount of memory.
+    """
+    import torch
+
+    from volseg.infer.backends import choose_device
+    from volseg.infer.memory import parse_bytes
+
+    on_gpu = choose_device(device).type == "cuda"
+    try:
+        memory = None if memory is None else parse_bytes(str(memory))
+    except ValueError as error:
+        raise VolsegError(f"--vram: {error}", fix="write it like 8G or 500M", code="E_USAGE") from error
+    if memory is None:
+        has = torch.cuda.get_device_properties(0).total_memory if on_gpu else total_memory()
+        memory = int(has * (GPU_SHARE if on_gpu else HOST_SHARE))
+    speed = GPU_SPEED if on_gpu else CPU_CORE_SPEED * physical_cores()
+    return Budget(memory=memory, flops=None if seconds is None else seconds * speed, half=on_gpu)
+
+
+def cases_and_recipe(
+    dataset: Path | str, recipe: Path | str | Recipe | None, progress: Progress = silent
+) -> tuple[list[Case], Recipe]:
+    """The cases of a dataset and the recipe for it: the one that is given, or one in which all is left to the plan."""
+    if recipe is not None:
+        chosen = as_recipe(recipe)
+        return find_cases(Path(dataset), chosen.data.channels), chosen
+    cases = find_cases(Path(dataset), None)
+    return cases, auto_recipe(Path(dataset), cases, progress)
+
+
+def auto_recipe_of(dataset: Path, progress: Progress = silent) -> Recipe:
+    """As `auto_recipe`, of the dataset's own cases."""
+    return cases_and_recipe(dataset, None, progress)[1]
+
+
+def auto_recipe(dataset: Path, cases: Sequence[Case], progress: Progress = silent) -> Recipe:
+    """A recipe in which everything is left to the plan.
+
+    Labels are the values of the masks, with the names that the dataset states. Scans are taken for CT where the dataset says so or where
+    they hold air of less than -900; else intensities are normalised per scan.
+    """
+    labels = _labels(dataset, cases, progress)
+    channels = list(cases[0].images)
+    forms = {name: _normalise(name, dataset, cases) for name in channels}
+    first = forms[channels[0]]
+    is_ct = first["method"] == "window"
+    names = [name.casefold() for name in labels]
+    flips = [axis for axis, words in SIDES.items() if not any(word in name for word in words for name in names)]
+    kind = "CT" if is_ct else "MR or other"
+    content = {
+        "name": _slug(dataset),
+        "description": f"Segments {', '.join(labels)} in {kind} scans; everything that is not in the data follows from the plan.",
+        "data": {"channels": channels, "labels": labels, "intensity_unit": "HU" if is_ct else "a.u."},
+        "preprocess": {
+            "spacing_mm": "auto",
+            "crop": "nonzero",
+            "normalise": first,
+            "normalise_channels": {name: form for name, form in forms.items() if form != first},
+        },
+        "network": {"name": "unet3d", "features": "auto", "strides": "auto", "kernels": "auto"},
+        "train": {
+            "patch_shape": "auto",
+            "batch_size": "auto",
+            "foreground_share": "auto",
+            "epochs": 300,
+            "patience": 100,
+            "augment": {"flip_axes": flips},
+        },
+        "infer": {"overlap": 0.5},
+    }
+    return parse_recipe(content, where=f"the recipe for {dataset}")
+
+
+def _labels(dataset: Path, cases: Sequence[Case], progress: Progress) -> dict[str, int]:
+    """Name → value of every label in the masks of the cases."""
+    masks = [case for case in cases if case.reference is not None and case.split != "test"]
+    if not masks:
+        raise VolsegError(
+            f"{dataset}: none of its {len(cases)} cases has a mask to train on",
+            fix="add a `label` column or a labels/ folder with the names of the images",
+            code="E_DATASET",
+        )
+    values: set[int] = set()
+    failed: dict[str, str] = {}
+
+    def look(case: Case) -> set[int]:
+        assert case.reference is not None
+        return set(np.unique(read_mask(case.reference).array).tolist())
+
+    for count, outcome in enumerate(run(look, masks), start=1):
+        progress("Looking at the masks", count / len(masks), outcome.item.id)
+        if outcome.error is None:
+            values |= outcome.value or set()
+        else:
+            failed[outcome.item.id] = reason_of(outcome.error)
+    if failed:
+        refuse_dataset(dataset, failed)
+    stated = {value: name for name, value in stated_labels(dataset).items()}
+    labels = {stated.get(value, f"label_{value}"): value for value in sorted(values - {0})}
+    if not labels:
+        raise VolsegError(f"{dataset}: no mask holds a labelled voxel", fix="check the masks", code="E_LABELS")
+    return labels
+
+
+def _normalise(channel: str, dataset: Path, cases: Sequence[Case]) -> dict[str, Any]:
+    stated = stated_modalities(dataset).get(channel, "")
+    column = {case.classes.get("modality", "") for case in cases}
+    names = {channel.casefold(), stated.casefold(), *(name.casefold() for name in column if len(column) == 1)}
+    if any(re.search(r"\bct\b", name.replace("_", " ")) for name in names):
+        return {"method": "window"}
+    if stated or (len(column) == 1 and column != {""}):
+        return {"method": "zscore"}
+    looked = [read_volume(case.images[channel]) for case in list(cases)[:: max(1, len(cases) // SCANS_LOOKED_AT)]]
+    has_air = [float(volume.intensities(volume.array).min()) <= CT_AIR_HU for volume in looked[:SCANS_LOOKED_AT]]
+    return {"method": "window"} if all(has_air) else {"method": "zscore"}
+
+
+def _slug(dataset: Path) -> str:
+    folder = dataset.parent if dataset.suffix == ".csv" else dataset
+    slug = re.sub(r"[^a-z0-9]+", "_", folder.resolve().name.casefold()).strip("_")
+    return slug or "auto"
+
+
+def plan_table(details: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """(setting, value, reason) per line of a plan, as `plan` reports it."""
+    return [(line["setting"], line["value"], line["reason"]) for line in details["plan"]["lines"]]
