@@ -44,6 +44,11 @@ class Data(Section):
     # Overlapping regions: the mask value that each output channel of the network writes where its sigmoid is over 0.5; a later
     # channel overwrites an earlier one. None: channel 0 is the background, then the labels, and the largest wins.
     regions_class_order: tuple[int, ...] | None = None
+    ignore: int | None = None  # mask value of voxels of which nobody says what they are: neither trained on nor judged
+    # Channels on grids of their own are an error, or are brought to the grid of the first one by where they are in the world;
+    # `rigid` also moves them there until they fit, for scans between which the patient moved.
+    grids: Literal["same", "first"] = "same"
+    align: Literal["none", "rigid"] = "none"
 
     @model_validator(mode="after")
     def _labels_are_distinct_and_not_background(self) -> Data:
@@ -52,6 +57,10 @@ class Data(Section):
             raise ValueError("two labels share one value")
         if min(values) < 1 or max(values) > 65535:
             raise ValueError("label values are whole numbers from 1 to 65535; 0 is the background")
+        if self.ignore is not None and self.ignore in (0, *values):
+            raise ValueError(f"ignore = {self.ignore} is the background or a label")
+        if self.align != "none" and self.grids == "same":
+            raise ValueError('align = "rigid" needs grids = "first"')
         if self.regions_class_order is not None and sorted(self.regions_class_order) != sorted(values):
             raise ValueError("regions_class_order must hold the value of each label once")
         return self

@@ -29,6 +29,7 @@ from volseg.infer.tiles import thinnest_axis, widest
 from volseg.measure.lesions import LesionMeasurement, measure_lesions
 from volseg.postprocess.lesions import label_lesions
 from volseg.postprocess.steps import make_steps
+from volseg.preprocess.align import on_one_grid
 from volseg.preprocess.crop import scaled_box
 from volseg.preprocess.prepare import Preparation
 from volseg.preprocess.restore import MaskRestorer
@@ -110,6 +111,8 @@ def segment_case(
     recipe = model.bundle.recipe
     channels = recipe.data.channels
     chosen = {name: images[name] for name in _present(images, channels, case_id)}
+    if recipe.data.grids == "first":
+        chosen = on_one_grid(chosen, align=recipe.data.align == "rigid")
     scan = chosen[channels[0]]
     mask, confidence = _predict(chosen, model, half_logits=half_logits, on_tile=on_tile)
     for step in make_steps(recipe.postprocess):

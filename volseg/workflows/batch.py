@@ -180,3 +180,19 @@ def check_pair(image: Volume, mask: Volume, image_name: str, mask_name: str) -> 
             fix="give the mask that was drawn on this scan, or correct the affine of one of them",
             code="E_PAIR",
         )
+
+
+def amount_of(amount: str | int | None, option: str) -> int | None:
+    """Bytes, from a number of them or text such as 4G.
+
+    Raises:
+        VolsegError: it is no amount of memory.
+    """
+    from volseg.infer.memory import parse_bytes
+
+    try:
+        return None if amount is None else parse_bytes(str(amount))
+    except ValueError as error:
+        raise VolsegError(
+            f"{option} {amount} is no amount of memory", fix="say it as 4G or 500M", code="E_USAGE"
+        ) from error

@@ -19,6 +19,7 @@ from volseg.volume import Volume
 from volseg.workflows.batch import (
     Progress,
     RunReport,
+    amount_of,
     case_key,
     done_row,
     run_cases,
@@ -75,7 +76,7 @@ def infer(
         VolsegError: the request is wrong. A scan that cannot be used is a failed row instead.
     """
     started = time.monotonic()
-    budget, gpu_budget = _bytes(max_ram, "--max-ram"), _bytes(max_vram, "--max-vram")
+    budget, gpu_budget = amount_of(max_ram, "--max-ram"), amount_of(max_vram, "--max-vram")
     from volseg.bundle import load_bundle, shipped_bundle
     from volseg.segment import load_model
 
@@ -133,17 +134,6 @@ def infer(
             | {"model": model_name_of(bundle), "recipe_sha256": bundle.recipe.sha256, "connectivity": 26}
         )
     return replace(report, details=dict(report.details) | {"computed_with": dict(loaded.segmentation.identity)})
-
-
-def _bytes(amount: str | int | None, option: str) -> int | None:
-    from volseg.infer.memory import parse_bytes
-
-    try:
-        return None if amount is None else parse_bytes(str(amount))
-    except ValueError as error:
-        raise VolsegError(
-            f"{option} {amount} is no amount of memory", fix="say it as 4G or 500M", code="E_USAGE"
-        ) from error
 
 
 def _plan_memory(

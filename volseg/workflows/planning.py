@@ -17,7 +17,7 @@ from volseg.io.files import write_json_atomic
 from volseg.io.nifti import read_mask, read_volume
 from volseg.recipe import Recipe, parse_recipe
 from volseg.sizing import Budget
-from volseg.workflows.batch import Progress, RunReport, reason_of, silent
+from volseg.workflows.batch import Progress, RunReport, amount_of, reason_of, silent
 from volseg.workflows.preparing import as_recipe, fingerprint_of, refuse_dataset
 
 if TYPE_CHECKING:  # torch takes seconds to import; only a workflow that needs it pays
@@ -103,18 +103,14 @@ def budget_of(device: str = "auto", memory: int | str | None = None, seconds: fl
     import torch
 
     from volseg.infer.backends import choose_device
-    from volseg.infer.memory import parse_bytes
 
     on_gpu = choose_device(device).type == "cuda"
-    try:
-        memory = None if memory is None else parse_bytes(str(memory))
-    except ValueError as error:
-        raise VolsegError(f"--vram: {error}", fix="write it like 8G or 500M", code="E_USAGE") from error
-    if memory is None:
+    found = amount_of(memory, "--vram")
+    if found is None:
         has = torch.cuda.get_device_properties(0).total_memory if on_gpu else total_memory()
-        memory = int(has * (GPU_SHARE if on_gpu else HOST_SHARE))
+        found = int(has * (GPU_SHARE if on_gpu else HOST_SHARE))
     speed = GPU_SPEED if on_gpu else CPU_CORE_SPEED * physical_cores()
-    return Budget(memory=memory, flops=None if seconds is None else seconds * speed, half=on_gpu)
+    return Budget(memory=found, flops=None if seconds is None else seconds * speed, half=on_gpu)
 
 
 def cases_and_recipe(

@@ -19,6 +19,7 @@ from volseg.io.nifti import read_mask, read_volume
 from volseg.io.prepared import PreparedCase, is_prepared, write_prepared_case
 from volseg.measure.lesions import CaseRow
 from volseg.postprocess.lesions import label_lesions
+from volseg.preprocess.align import on_one_grid
 from volseg.recipe import Recipe, load_recipe
 from volseg.report.results import RECORDS, held
 from volseg.report.tables import write_table
@@ -183,6 +184,8 @@ def _fingerprint(
     def look(case: Case):
         images, reference = _read_case(case, recipe)
         digest = hashlib.sha256(case.id.encode()).digest()
+        if recipe.data.ignore is not None:
+            reference = reference.with_array(np.where(reference.array == recipe.data.ignore, 0, reference.array))
         return fingerprint_case(images, reference, np.random.default_rng([seed, int.from_bytes(digest[:4], "big")]))
 
     for count, outcome in enumerate(run(look, cases), start=1):
@@ -205,9 +208,12 @@ def _read_case(case: Case, recipe: Recipe) -> tuple[dict[str, Volume], Volume]:
     images = {name: read_volume(case.images[name]) for name in recipe.data.channels}
     assert case.reference is not None
     reference = read_mask(case.reference)
+    if recipe.data.grids == "first":
+        images = on_one_grid(images, align=recipe.data.align == "rigid")
     for name, image in images.items():
         check_pair(image, reference, str(case.images[name]), str(case.reference))
-    unknown = sorted(set(np.unique(reference.array).tolist()) - {0, *recipe.data.labels.values()})
+    named = {0, recipe.data.ignore, *recipe.data.labels.values()}
+    unknown = sorted(set(np.unique(reference.array).tolist()) - named)
     if unknown:
         raise ScanError(
             f"{case.reference}: holds values {unknown[:5]}, which the recipe does not name; it names {recipe.data.labels}",
@@ -229,6 +235,7 @@ def preparation_of(recipe: Recipe) -> dict[str, Any]:
 def _prepare_case(case: Case, recipe: Recipe, plan: Plan, folder: Path, key: str, seed: int) -> None:
     from volseg.infer.classify import lesion_slices
     from volseg.preprocess.prepare import prepare, prepare_mask
+    from volseg.train.losses import IGNORED
 
     images, reference = _read_case(case, recipe)
     prepared = prepare(images, plan.prepare_settings(recipe.preprocess, recipe.data.channels))
@@ -236,6 +243,8 @@ def _prepare_case(case: Case, recipe: Recipe, plan: Plan, folder: Path, key: str
     mask = np.zeros(values.shape, np.uint8)
     for index, value in enumerate(recipe.data.label_names, start=1):
         mask[values == value] = index
+    if recipe.data.ignore is not None:
+        mask[values == recipe.data.ignore] = IGNORED
     rng = np.random.default_rng([seed, int(key[:8], 16)])
     foreground = {index: sample_voxels(mask == index, rng) for index in range(1, len(recipe.data.labels) + 1)}
     slices, class_name = None, None

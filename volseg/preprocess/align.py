@@ -1,0 +1,146 @@
+"""Channels on grids of their own → the first channel's grid, by where they are in the world, not by index."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+from scipy import ndimage
+
+from volseg.errors import EnvironmentProblem, ScanError
+from volseg.volume import Geometry, Volume
+
+ALIGNMENT_LEVELS = (4, 2, 1)  # voxels that count as one, coarse to fine
+ALIGNMENT_SHARE = 0.2  # of the voxels at which images are compared
+HISTOGRAM_BINS = 50
+LEAST_COVERED = 0.5  # of the first channel's grid that another one must reach over
+
+
+def on_one_grid(images: Mapping[str, Volume], *, align: bool = False) -> dict[str, Volume]:
+    """The images with all channels on the grid of the first; those that are already on it are returned as they are.
+
+    Where a channel does not reach, it has its smallest intensity: air, or no uptake.
+
+    Args:
+        align: first move a channel rigidly so that it fits the first one (mutual information), for scans between which the patient
+            moved.
+
+    Raises:
+        ScanError: a channel covers less than half of the first one's grid.
+        EnvironmentProblem: alignment was asked for and SimpleITK is not installed.
+    """
+    (first_name, first), *others = images.items()
+    found = {first_name: first}
+    for name, volume in others:
+        if first.geometry.matches(volume.geometry) and not align:
+            found[name] = volume
+            continue
+        moved = rigid_transform(first, volume) if align else np.eye(4)
+        covered = _covered(first.geometry, volume.geometry, moved)
+        if covered < LEAST_COVERED:
+            raise ScanError(
+                f"channel {name!r} covers {covered:.0%} of the grid of {first_name!r}",
+                fix=f"check that both are scans of the same part of the same patient, or leave {name!r} out",
+                code="E_PAIR",
+            )
+        found[name] = resampled_onto(volume, first.geometry, moved)
+    return found
+
+
+def resampled_onto(volume: Volume, grid: Geometry, moved: np.ndarray | None = None) -> Volume:
+    """A scan on another grid: linear in world space, float32 intensities; its smallest intensity where it does not reach.
+
+    Args:
+        moved: (4, 4) rigid transform in RAS mm, from points of the grid to those of the scan that belong there.
+    """
+    matrix = _index_matrix(grid, volume.geometry, moved)
+    values = volume.intensities(volume.array).astype(np.float32, copy=False)
+    array = ndimage.affine_transform(
+        values,
+        matrix[:3, :3],
+        matrix[:3, 3],
+        output_shape=grid.shape,
+        output=np.float32,
+        order=1,
+        mode="constant",
+        cval=float(values.min()),
+    )
+    return Volume(array, grid)
+
+
+def rigid_transform(fixed: Volume, moving: Volume) -> np.ndarray:
+    """(4, 4) in RAS mm: where in `moving` that is what lies at a point of `fixed`.
+
+    Mattes mutual information, which needs no common scale of intensities, from coarse to fine, beginning with the two scans' positions as
+    their headers state them.
+
+    Raises:
+        EnvironmentProblem: SimpleITK is not installed.
+    """
+    itk = _simpleitk()
+    registration = itk.ImageRegistrationMethod()
+    registration.SetMetricAsMattesMutualInformation(HISTOGRAM_BINS)
+    registration.SetMetricSamplingStrategy(registration.REGULAR)
+    registration.SetMetricSamplingPercentage(ALIGNMENT_SHARE)
+    registration.SetInterpolator(itk.sitkLinear)
+    registration.SetOptimizerAsRegularStepGradientDescent(
+        learningRate=1.0, minStep=1e-4, numberOfIterations=200, relaxationFactor=0.6
+    )
+    registration.SetOptimizerScalesFromPhysicalShift()
+    registration.SetShrinkFactorsPerLevel(list(ALIGNMENT_LEVELS))
+    registration.SetSmoothingSigmasPerLevel([level / 2 for level in ALIGNMENT_LEVELS])
+    registration.SmoothingSigmasAreSpecifiedInPhysicalUnitsOff()
+    start = itk.Euler3DTransform()
+    start.SetCenter(_centre(fixed.geometry).tolist())
+    registration.SetInitialTransform(start, inPlace=False)
+    found = registration.Execute(_image(itk, fixed), _image(itk, moving))
+    euler = itk.Euler3DTransform(found.GetNthTransform(0) if hasattr(found, "GetNthTransform") else found)
+    rotation = np.array(euler.GetMatrix()).reshape(3, 3)
+    centre, shift = np.array(euler.GetCenter()), np.array(euler.GetTranslation())
+    matrix = np.eye(4)
+    matrix[:3, :3] = rotation
+    matrix[:3, 3] = centre + shift - rotation @ centre
+    return matrix
+
+
+def _index_matrix(grid: Geometry, source: Geometry, moved: np.ndarray | None) -> np.ndarray:
+    """(4, 4): index on the grid → index in the source."""
+    return np.linalg.inv(source.affine) @ (np.eye(4) if moved is None else moved) @ grid.affine
+
+
+def _covered(grid: Geometry, source: Geometry, moved: np.ndarray) -> float:
+    """Share of the grid's voxels that lie within the source's field of view, from a sample of them."""
+    steps = [np.linspace(0, n - 1, min(n, 24)) for n in grid.shape]
+    indices = np.stack(np.meshgrid(*steps, indexing="ij"), axis=-1).reshape(-1, 3)
+    matrix = _index_matrix(grid, source, moved)
+    places = indices @ matrix[:3, :3].T + matrix[:3, 3]
+    inside = (places >= -0.5) & (places <= np.array(source.shape) - 0.5)
+    return float(inside.all(axis=1).mean())
+
+
+def _centre(geometry: Geometry) -> np.ndarray:
+    return geometry.to_world_mm((np.array(geometry.shape) - 1) / 2)
+
+
+def _image(itk: ModuleType, volume: Volume) -> Any:
+    """In RAS throughout: both images get the same convention, so the transform is in it too."""
+    image = itk.GetImageFromArray(volume.intensities(volume.array).astype(np.float32).T)
+    spacing = np.array(volume.geometry.spacing_mm)
+    image.SetSpacing(spacing.tolist())
+    image.SetOrigin(volume.geometry.affine[:3, 3].tolist())
+    image.SetDirection((volume.geometry.affine[:3, :3] / spacing).ravel().tolist())
+    return image
+
+
+def _simpleitk() -> ModuleType:
+    try:
+        import SimpleITK
+    except ImportError as error:
+        raise EnvironmentProblem(
+            "alignment of channels needs SimpleITK, which is not installed",
+            fix="pip install 'volseg[dicom]', or set align = \"none\" under [data] in the recipe",
+            code="E_BACKEND",
+        ) from error
+    return SimpleITK
