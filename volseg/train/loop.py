@@ -113,19 +113,19 @@ def train_segmentation(
     ranks = settings.devices
     together = (training, validation, recipe, plan, settings, checkpoints, resume, initial)
     with helpers(ranks, _follow, together) as port:
-        run = _Run(*together, rank=0, port=port)
+        run = Run(*together, rank=0, port=port)
         with run.batches:
             return run.lead(validation, report)
 
 
 def _follow(rank: int, port: int, *together: Any) -> None:
     """What the processes of the other ranks do."""
-    run = _Run(*together, rank=rank, port=port)
+    run = Run(*together, rank=rank, port=port)
     with run.batches:
         run.follow()
 
 
-class _Run:
+class Run:
     """A network on its way: what a step changes."""
 
     def __init__(

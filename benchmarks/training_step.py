@@ -1,0 +1,74 @@
+"""What the training loop costs beside its network: a step of the loop against the bare forward, backward and optimizer step.
+
+    python benchmarks/training_step.py PREPARED [--recipe R] [--steps 40] [--device cpu|cuda]
+
+PREPARED is a folder made by `volseg preprocess`. Both sides take the same patches, the bare one from memory. They alternate, ten steps each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from volseg.execute.cpu import keep_freed_memory
+from volseg.train.loop import Run, RunSettings
+from volseg.workflows.training import load_prepared, split_cases
+
+ROUND = 10
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("prepared", type=Path)
+    parser.add_argument("--recipe")
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--device", default="cpu")
+    arguments = parser.parse_args()
+    keep_freed_memory()
+    recipe, plan, _, cases = load_prepared(arguments.prepared, arguments.recipe)
+    training, validation = split_cases(cases, None, 0)
+    settings = RunSettings(device=torch.device(arguments.device), epochs=10, patience=10)
+    loop, bare = [], []
+    with tempfile.TemporaryDirectory() as folder:
+        run = Run(training, validation, recipe, plan, settings, Path(folder), False, {}, rank=0, port=0)
+        run.network.train()
+        with run.batches:
+            images, masks = run.batches.at(10**6)[0]
+            for _ in range(3):
+                run.step(0.1)
+            for _ in range(max(1, arguments.steps // ROUND)):
+                started = time.perf_counter()
+                for _ in range(ROUND):
+                    run.step(0.1)
+                wait(arguments.device)
+                loop.append((time.perf_counter() - started) / ROUND)
+                started = time.perf_counter()
+                for _ in range(ROUND):
+                    run.optimizer.zero_grad(set_to_none=True)
+                    run.fabric.backward(run.loss(run.network(images), masks))
+                    run.optimizer.step()
+                wait(arguments.device)
+                bare.append((time.perf_counter() - started) / ROUND)
+            share = run.batches.waited / sum(loop) / ROUND
+    print("| a step of | s (median) | ratio | target |")
+    print("|---|---|---|---|")
+    ratio = statistics.median(loop) / statistics.median(bare)
+    print(f"| bare network, loss and optimizer | {statistics.median(bare):.4f} | 1.00 | |")
+    print(
+        f"| the loop, with sampling, augmentation and averaging | {statistics.median(loop):.4f} | {ratio:.3f} | ≤ 1.10 |"
+    )
+    print(f"waiting for patches: {share:.1%} of the loop's time")
+
+
+def wait(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+if __name__ == "__main__":
+    main()
