@@ -1,0 +1,144 @@
+import json
+
+import numpy as np
+import pytest
+from laws import ball, oblique
+
+import volseg
+from volseg.bundle import load_bundle
+from volseg.errors import VolsegError
+from volseg.io.nifti import read_mask, write_volume
+from volseg.volume import Geometry, Volume
+from volseg.workflows.planning import auto_recipe_of, budget_of, read_plan
+
+DECATHLON = {
+    "modality": {"0": "MRI"},
+    "labels": {"0": "background", "7": "left ball", "300": "shell"},
+}
+
+
+def write_case(folder, number, *, low, images="images", labels="labels", suffix=""):
+    """A ball of 7 in a shell of 300, noise of any scale round them."""
+    rng = np.random.default_rng(number)
+    geometry = Geometry((26, 24, 20), oblique((1.5, 1.5, 2.0)))
+    inside, outside = ball(6, geometry), ball(10, geometry)
+    mask = np.where(inside, 7, np.where(outside, 300, 0)).astype(np.uint16)
+    array = low + 100 * inside + 60 * outside + rng.normal(0, 10, geometry.shape)
+    name = f"case_{number}"
+    for sub, values, end in ((images, array.astype(np.int16), suffix), (labels, mask, "")):
+        (folder / sub).mkdir(parents=True, exist_ok=True)
+        write_volume(Volume(np.asfortranarray(values), geometry), folder / sub / f"{name}{end}.nii.gz")
+    return name
+
+
+def plain_folder(folder, low=-1000, n=4):
+    for number in range(n):
+        write_case(folder, number, low=low)
+    return folder
+
+
+def nnunet_folder(folder, n=4):
+    for number in range(n):
+        write_case(folder, number, low=50, images="imagesTr", labels="labelsTr", suffix="_0000")
+    description = {"channel_names": {"0": "CT"}, "labels": {"background": 0, "ball": 7, "shell": 300}}
+    (folder / "dataset.json").write_text(json.dumps(description | {"numTraining": n, "file_ending": ".nii.gz"}))
+    return folder
+
+
+def decathlon_folder(folder, n=4):
+    names = [write_case(folder, number, low=0, images="imagesTr", labels="labelsTr") for number in range(n)]
+    listed = [{"image": f"./imagesTr/{name}.nii.gz", "label": f"./labelsTr/{name}.nii.gz"} for name in names]
+    (folder / "dataset.json").write_text(json.dumps(DECATHLON | {"training": listed, "test": []}))
+    return folder
+
+
+def test_the_recipe_follows_from_the_masks_the_description_and_the_intensities(tmp_path):
+    plain = auto_recipe_of(plain_folder(tmp_path / "Liver CT-2"))
+    assert plain.name == "liver_ct_2"
+    assert plain.data.labels == {"label_7": 7, "label_300": 300}
+    assert (plain.preprocess.normalise.method, plain.data.intensity_unit) == ("window", "HU")
+    assert plain.train.augment.flip_axes == ("R", "A", "S")
+    brain = auto_recipe_of(decathlon_folder(tmp_path / "b"))
+    assert brain.data.labels == {"left ball": 7, "shell": 300}
+    assert (brain.preprocess.normalise.method, brain.data.intensity_unit) == ("zscore", "a.u.")
+    assert brain.train.augment.flip_axes == ("A", "S")  # a mirrored left ball would be a right one
+    assert auto_recipe_of(nnunet_folder(tmp_path / "n")).preprocess.normalise.method == "window"
+    dark = auto_recipe_of(plain_folder(tmp_path / "m", low=0))
+    assert dark.preprocess.normalise.method == "zscore"  # nothing says CT, and there is no air
+
+
+def test_a_plan_gives_a_reason_for_each_line_and_comes_back_from_its_file(tmp_path):
+    folder = plain_folder(tmp_path / "d")
+    report = volseg.plan(folder, memory="2G", out=tmp_path / "plan.json")
+    lines = {line["setting"]: line for line in report.details["plan"]["lines"]}
+    assert {"spacing", "intensities of image", "patch", "batch", "levels", "kernels", "features"} <= lines.keys()
+    assert all(line["value"] and line["reason"] for line in lines.values())
+    plan = read_plan(tmp_path / "plan.json")
+    assert plan.model_dump(mode="json") == report.details["plan"]
+    assert plan.spacing_mm == (1.5, 1.5, 2.0)
+    content = json.loads((tmp_path / "plan.json").read_text()) | {"patch_shape": [16, 16], "bacth_size": 3}
+    (tmp_path / "bad.json").write_text(json.dumps(content))
+    with pytest.raises(VolsegError, match=r"not a plan: .*patch_shape.*bacth_size"):
+        read_plan(tmp_path / "bad.json")
+
+
+def test_what_the_recipe_states_overrules_the_plan(dataset, tiny_recipe):
+    found = volseg.plan(dataset, recipe=tiny_recipe).details["plan"]
+    assert found["patch_shape"] == [16, 16, 16]
+    assert found["network"] is None
+    stated = {line["setting"] for line in found["lines"] if line["reason"] == "stated by the recipe"}
+    assert {"spacing", "patch", "batch", "network", "patches on labels"} <= stated
+
+
+def test_a_budget_that_nothing_fits_says_which_number_to_change(tmp_path):
+    with pytest.raises(VolsegError, match="the budget is") as caught:
+        volseg.plan(plain_folder(tmp_path / "d"), memory="1M")
+    assert "G" in caught.value.fix
+    with pytest.raises(VolsegError, match="--vram many is no amount of memory"):
+        volseg.plan(tmp_path / "d", memory="many")
+
+
+def test_a_gpu_plans_activations_of_two_bytes_and_time_becomes_arithmetic():
+    budget = budget_of("cpu", "4G", 10.0)
+    assert (budget.memory, budget.half) == (4 << 30, False)
+    assert budget.flops is not None
+    assert budget_of("cpu", "4G", 20.0).flops == 2 * budget.flops
+
+
+@pytest.mark.parametrize("layout", [plain_folder, nnunet_folder, decathlon_folder])
+def test_a_folder_trains_without_a_recipe_and_is_cross_validated(layout, tmp_path):
+    out = tmp_path / "model"
+    folder = layout(tmp_path / "d")
+    volseg.train(folder, out=out, folds=2, epochs=1, memory="1G", device="cpu", time_budget_seconds=25)
+    bundle = load_bundle(out)
+    assert len(bundle.members) == 2
+    assert bundle.metrics["networks"] == 2
+    lines = (out / "validation.csv").read_text().splitlines()
+    assert len(lines) == 1 + 4 * 2  # each case once, by the network that never saw it
+    for name in ("curves.png", "validation.png", "history.csv", "history_1.csv", "card.md"):
+        assert (out / name).stat().st_size > 0
+    volseg.infer(next(folder.rglob("case_0*.nii.gz")), model=out, out=tmp_path / "r", device="cpu")
+    values = set(np.unique(np.asarray(read_mask(next((tmp_path / "r" / "masks").iterdir())).array)))
+    assert values <= {0, 7, 300}  # the labels' own values
+
+
+def test_a_changed_plan_is_what_is_trained(tmp_path):
+    folder = plain_folder(tmp_path / "d")
+    volseg.plan(folder, memory="1G", out=tmp_path / "plan.json")
+    content = json.loads((tmp_path / "plan.json").read_text())
+    content |= {"patch_shape": [16, 16, 16], "batch_size": 3}
+    content["network"] = {"features": [4, 6, 8], "strides": [[1] * 3, [2] * 3, [2] * 3], "kernels": [[3] * 3] * 3}
+    (tmp_path / "plan.json").write_text(json.dumps(content))
+    volseg.train(folder, out=tmp_path / "m", plan=tmp_path / "plan.json", folds=1, epochs=1, device="cpu",
+                 time_budget_seconds=20)  # fmt: skip
+    bundle = load_bundle(tmp_path / "m")
+    assert bundle.plan.batch_size == 3
+    assert tuple(bundle.recipe.network.settings["features"]) == (4, 6, 8)
+    assert bundle.recipe.train.patch_shape == (16, 16, 16)
+
+
+def test_a_preview_shows_patches_and_trains_nothing(dataset, tiny_recipe, tmp_path):
+    report = volseg.train(dataset, recipe=tiny_recipe, out=tmp_path / "m", preview=True, device="cpu")
+    assert (tmp_path / "m" / "preview.png").read_bytes()[:4] == b"\x89PNG"
+    assert report.details["preview"].endswith("preview.png")
+    assert not (tmp_path / "m" / "model.json").exists()
