@@ -192,6 +192,9 @@ def model_card(bundle: ModelBundle) -> str:
         f"batch {plan.batch_size}; the whole recipe is in model.json.",
         "",
         *([] if recipe.roi is None else [_coarse_pass(recipe.roi), ""]),
+        *([] if not plan.lines else ["| setting | value | why |", "|---|---|---|"]),
+        *(f"| {line.setting} | {line.value} | {line.reason} |" for line in plan.lines),
+        *([""] if plan.lines else []),
     ]
     return "\n".join(lines)
 
@@ -211,6 +214,8 @@ def _axes(preprocess: Preprocess) -> str:
 
 
 def _show(value: Any) -> str:
+    if isinstance(value, list):  # an interval
+        return " to ".join(map(_show, value))
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 

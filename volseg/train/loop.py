@@ -20,6 +20,7 @@ from torch import nn
 from torch.distributed.nn.functional import all_reduce
 
 from volseg.errors import VolsegError
+from volseg.evaluate.validation import ValidationRow, mean_dice, summary
 from volseg.io.prepared import PreparedCase
 from volseg.models import build_segmentation, set_weights, weights_of
 from volseg.plan import Plan
@@ -28,7 +29,7 @@ from volseg.train.batches import Batches
 from volseg.train.checkpoint import flatten, load_checkpoint, save_checkpoint, unflatten
 from volseg.train.losses import SegmentationLoss
 from volseg.train.ranks import fabric_of, helpers
-from volseg.train.validate import ValidationRow, mean_dice, summary, validate
+from volseg.train.validate import validate
 
 WARM_UP = 0.03  # share of the run in which the learning rate rises
 LARGEST_RESERVE = 0.1  # share of the time budget kept for the final validation
@@ -148,7 +149,9 @@ class Run:
         self.raw = _new_network(recipe, settings.seed).to(
             self.fabric.device
         )  # before the optimizer takes its parameters
-        set_weights(self.raw, weights_of(self.raw) | _fitting(initial, weights_of(self.raw)))
+        taken = _fitting(initial, weights_of(self.raw))
+        self.left_out = [name for name in weights_of(self.raw) if initial and name not in taken]
+        set_weights(self.raw, weights_of(self.raw) | taken)
         trained = _unfrozen(self.raw, settings.freeze)
         optimizer = _optimizer(trained, recipe)
         self.averaged = {key: tensor.clone() for key, tensor in weights_of(self.raw).items()}
@@ -230,6 +233,8 @@ class Run:
             "training_seconds": round(state.seconds, 1),
             "best_epoch": chosen["epoch"],
         }
+        if self.left_out:
+            metrics["began_at_random"] = ", ".join(self.left_out)
         if stopped:
             metrics |= {"stopped": stopped, "watched_validation_dice": round(float(chosen["validation_dice"]), 4)}
         rows: list[ValidationRow] = []

@@ -9,6 +9,7 @@ from pathlib import Path
 from volseg.columns import columns_of
 from volseg.errors import VolsegError
 from volseg.evaluate.overlap import OverlapRow
+from volseg.evaluate.validation import ValidationRow
 from volseg.io.cases import Case, survey_cases
 from volseg.io.nifti import read_header, read_mask, read_volume
 from volseg.measure.lesions import CaseRow, LesionMeasurement
@@ -89,8 +90,13 @@ def _problem(where: str, error: VolsegError) -> dict[str, str]:
 
 
 def table_columns() -> dict[str, list[tuple[str, str, str]]]:
-    """(name, unit, meaning) of every column of lesions.csv, cases.csv and evaluation.csv."""
-    tables = {"lesions.csv": LesionMeasurement, "cases.csv": CaseRow, "evaluation.csv": OverlapRow}
+    """(name, unit, meaning) of every column of lesions.csv, cases.csv, evaluation.csv and validation.csv."""
+    tables = {
+        "lesions.csv": LesionMeasurement,
+        "cases.csv": CaseRow,
+        "evaluation.csv": OverlapRow,
+        "validation.csv": ValidationRow,
+    }
     return {name: columns_of(row) for name, row in tables.items()}
 
 

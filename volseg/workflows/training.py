@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from volseg.errors import VolsegError
+from volseg.evaluate.validation import ValidationRow, summary
 from volseg.execute.cpu import keep_freed_memory
 from volseg.io.files import make_folder, write_bytes_atomic
 from volseg.io.prepared import PreparedCase, read_prepared_case
@@ -32,7 +33,6 @@ if TYPE_CHECKING:  # torch takes seconds to import; only a workflow that needs i
 
     from volseg.plan import DatasetFingerprint, Plan
     from volseg.train.loop import Trained
-    from volseg.train.validate import ValidationRow
 
 N_FOLDS = 5
 PREVIEWED = 12  # patches in the picture of --preview
@@ -90,7 +90,6 @@ def train(
     from volseg.models import check_networks
     from volseg.train.loop import Epoch, RunSettings, train_segmentation
     from volseg.train.roi import train_roi
-    from volseg.train.validate import ValidationRow, summary
 
     dataset, out = Path(dataset), Path(out)
     work = out / WORK_FOLDER

@@ -1,0 +1,46 @@
+"""What a network was worth on the scans that it was validated on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from volseg.columns import column
+from volseg.evaluate.intervals import bootstrap_interval
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ValidationRow:
+    """One label of one validation scan. NaN is unknown and is written as an empty cell."""
+
+    case_id: str = column("", "name of the case")
+    patient: str = column("", "whose scan it is")
+    fold: int = column("", "the network that never saw it: 0 but for cross-validation")
+    label: int = column("", "value in the mask")
+    label_name: str = column("", "name of that value")
+    dice: float = column("0 to 1", "2 |R ∩ P| / (|R| + |P|); 0 if one mask is empty; empty if both are")
+    reference_volume_ml: float = column("mL", "volume in the reference mask, on the prepared grid")
+    predicted_volume_ml: float = column("mL", "volume in the predicted mask, on the prepared grid")
+
+
+def mean_dice(rows: Sequence[ValidationRow]) -> float:
+    """Mean over labels and cases; a label absent from mask and prediction counts as 1, one found where none is as 0."""
+    return float(np.nan_to_num([row.dice for row in rows], nan=1.0).mean())
+
+
+def summary(rows: Sequence[ValidationRow], seed: int = 0) -> dict[str, Any]:
+    """Mean Dice per label over the cases that have the label or were given it, with its 95 % interval over patients."""
+    found: dict[str, Any] = {"validation_cases": len({row.case_id for row in rows})}
+    for name in dict.fromkeys(row.label_name for row in rows):
+        own = [row for row in rows if row.label_name == name]
+        known = [row.dice for row in own if not np.isnan(row.dice)]
+        if not known:
+            continue
+        found[f"validation_dice_{name}"] = round(float(np.mean(known)), 4)
+        low, high = bootstrap_interval([row.dice for row in own], [row.patient for row in own], seed=seed)
+        if not np.isnan(low):
+            found[f"validation_dice_{name}_95"] = [round(low, 4), round(high, 4)]
+    return found
