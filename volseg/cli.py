@@ -38,6 +38,12 @@ Memory = Annotated[
 TimeBudget = Annotated[
     str | None, typer.Option(help="Such as 90s, 20m or 1.5h: of everything, and the learning rate ends with it.")
 ]
+Folds = Annotated[
+    int | None,
+    typer.Option(
+        min=1, max=20, help="Train so many networks, each validated on its share of the patients, as an ensemble."
+    ),
+]
 RecipeOption = Annotated[str, typer.Option(help="A TOML file, or the name of a recipe that ships with volseg.")]
 DATASET_HELP = (
     "A CSV table, a folder with cases.csv or with images/ and labels/, or an nnU-Net raw or Decathlon folder."
@@ -79,18 +85,30 @@ def preprocess(
     dataset: Annotated[Path, typer.Argument(help=DATASET_HELP)],
     recipe: RecipeOption,
     out: Out,
+    plan: Annotated[Path | None, typer.Option(help="A file of `volseg plan --out`, edited or not.")] = None,
+    vram: Memory = None,
+    device: Device = "auto",
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
     """Resample, crop and normalise a dataset once, so that training starts at once.
 
     Writes memory-mapped arrays and a JSON per case, and prints the dataset's fingerprint. Cases of the test split are left
-    alone. A second call prepares only what is missing or has changed.
+    alone. A second call prepares only what is missing or has changed. Where the recipe leaves the network and its patches to the plan, --vram
+    says what training may take.
     """
     from volseg import workflows
 
     with _progress() as show:
-        report = workflows.preprocess(dataset, recipe=recipe, out=out, seed=seed, progress=show)
+        report = workflows.preprocess(
+            dataset,
+            recipe=recipe,
+            out=out,
+            seed=seed,
+            plan=None if plan is None else workflows.read_plan(plan),
+            budget=workflows.budget_of(device, vram),
+            progress=show,
+        )
     _finish(report, as_json, lambda: _print_fingerprint(report))
 
 
@@ -102,6 +120,7 @@ def plan(
     ] = None,
     vram: Memory = None,
     time_budget: TimeBudget = None,
+    folds: Folds = None,
     out: Annotated[
         Path | None, typer.Option(help="A JSON file for the plan, which `volseg train --plan` takes.")
     ] = None,
@@ -121,6 +140,7 @@ def plan(
             recipe=recipe,
             memory=vram,
             time_budget_seconds=None if time_budget is None else _seconds(time_budget),
+            folds=folds,
             device=device,
             seed=seed,
             out=out,
@@ -155,13 +175,13 @@ def train(
     fold: Annotated[
         int | None, typer.Option(min=0, max=4, help="Validate on this fifth of the patients, train on the others.")
     ] = None,
-    folds: Annotated[
-        int | None,
+    folds: Folds = None,
+    devices: Annotated[
+        int,
         typer.Option(
-            min=1, max=20, help="Train so many networks, each validated on its share of the patients, as an ensemble."
+            min=1, help="GPUs, or processes on a CPU, that share each batch; torchrun and SLURM say it themselves."
         ),
-    ] = None,
-    devices: Annotated[int, typer.Option(min=1, help="GPUs, or processes on a CPU, that share each batch.")] = 1,
+    ] = 1,
     preview: Annotated[
         bool, typer.Option("--preview", help="Only prepare the data and draw augmented patches with their masks.")
     ] = False,
@@ -197,8 +217,13 @@ def train(
             seed=seed,
             progress=show,
         )
-    if report.details.get("interrupted") and not as_json:
-        _print_metrics(report)
+    if "rank" in report.details:
+        return  # under torchrun or SLURM rank 0 speaks for all
+    if report.details.get("interrupted"):
+        if as_json:
+            _print_json({"out": str(report.out)} | dict(report.details) | {"exit_code": INTERRUPTED})
+        else:
+            _print_metrics(report)
         typer.echo("interrupted: this is the best model so far; add --resume to go on", err=True)
         raise typer.Exit(INTERRUPTED)
     _finish(report, as_json, lambda: _print_preview(report) if preview else _print_metrics(report))
@@ -473,6 +498,8 @@ def _finish(report: RunReport, as_json: bool, show: Callable[[], None]) -> None:
         _print_json(content | dict(report.details) | {"exit_code": report.exit_code})
     else:
         show()
+        for warning in report.details.get("warnings", ()):
+            typer.echo(f"warning: {warning}", err=True)
         for case, reason in report.failed.items():
             typer.echo(f"failed: {case}: {reason}", err=True)
     raise typer.Exit(report.exit_code)

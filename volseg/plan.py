@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from volseg.errors import VolsegError
 from volseg.preprocess.crop import AxisOrder, canonical_geometry
-from volseg.preprocess.normalise import NORMALISERS, Normaliser
+from volseg.preprocess.normalise import NORMALISERS, Absent, Normaliser
 from volseg.preprocess.prepare import PrepareSettings
-from volseg.recipe import Network, Preprocess, Recipe, Roi, Window
+from volseg.recipe import AUTO, Network, Preprocess, Recipe, Roi, Window
 from volseg.sizing import ANISOTROPIC, MOST_FEATURES, SMALLEST_EDGE, STEPS, WIDTHS, Budget, Size, choose_size
 from volseg.volume import Volume
 
@@ -51,6 +52,7 @@ class DatasetFingerprint(_Json):
     shapes: tuple[tuple[int, int, int], ...]
     label_voxels: dict[int, int]
     foreground: dict[str, IntensityStatistics]
+    empty_masks: tuple[str, ...] = ()  # cases whose mask holds no labelled voxel
 
 
 class CaseFingerprint(_Json):
@@ -113,11 +115,16 @@ class Plan(_Json):
         network = Network(name=recipe.network.name, **(settings | layers))
         return recipe.model_copy(update={"train": recipe.train.model_copy(update=changes), "network": network})
 
-    def prepare_settings(self, preprocess: Preprocess, channels: Sequence[str]) -> PrepareSettings:
-        """The settings of `prepare` for scans with these channels."""
+    def prepare_settings(
+        self, preprocess: Preprocess, channels: Sequence[str], absent: Collection[str] = ()
+    ) -> PrepareSettings:
+        """The settings of `prepare` for scans with these channels, some of which a case may be without."""
         return PrepareSettings(
             spacing_mm=self.spacing_mm,
-            normalisers=self.normalisers(preprocess, channels),
+            normalisers=tuple(
+                Absent() if name in absent else normaliser
+                for name, normaliser in zip(channels, self.normalisers(preprocess, channels), strict=True)
+            ),
             interpolation=preprocess.interpolation,
             crop=preprocess.crop,
             body_above=None if preprocess.body_above == "auto" else preprocess.body_above,
@@ -173,8 +180,11 @@ def combine_fingerprints(cases: Sequence[CaseFingerprint]) -> DatasetFingerprint
             voxels[value] = voxels.get(value, 0) + count
     if not voxels:
         raise VolsegError("no training mask holds a labelled voxel", fix="check the masks", code="E_LABELS")
-    channels = list(cases[0].samples)
-    pooled = {name: np.concatenate([np.asarray(case.samples[name]) for case in cases]) for name in channels}
+    channels = dict.fromkeys(name for case in cases for name in case.samples)
+    pooled = {
+        name: np.concatenate([np.asarray(case.samples[name]) for case in cases if name in case.samples])
+        for name in channels
+    }
     return DatasetFingerprint(
         n_cases=len(cases),
         spacings_mm=tuple(case.spacing_mm for case in cases),
@@ -191,10 +201,10 @@ def make_plan(fingerprint: DatasetFingerprint, recipe: Recipe, budget: Budget = 
         VolsegError: the recipe is one that can only be run, not trained, or nothing fits the budget.
     """
     preprocess = recipe.preprocess
-    if recipe.data.regions_class_order is not None:
+    if recipe.data.regions_class_order is not None and recipe.data.regions is None:
         raise VolsegError(
-            f"recipe {recipe.name!r} has overlapping regions, which volseg runs but does not train",
-            fix="leave out data.regions_class_order and give every voxel one label",
+            f"recipe {recipe.name!r} has overlapping regions, but does not say of which labels they are made",
+            fix="add data.regions, such as { tumour = [1, 2], core = [2] }, or leave out data.regions_class_order",
             code="E_RECIPE",
         )
     if preprocess.spacing_mm == "auto" and (preprocess.axes, preprocess.transpose) != ("canonical", (0, 1, 2)):
@@ -230,6 +240,43 @@ def make_plan(fingerprint: DatasetFingerprint, recipe: Recipe, budget: Budget = 
     )
 
 
+def check_budget(plan: Plan, recipe: Recipe, budget: Budget) -> None:
+    """See that a step of training fits into the budget's memory, by the model of `Size.training_bytes`.
+
+    Other networks than unet3d with stated layers are not modelled and pass.
+
+    Raises:
+        VolsegError: it does not; it says which number to change, and to what.
+    """
+    network = plan.complete(recipe).network
+    features, strides = (network.settings.get(name) for name in ("features", "strides"))
+    if network.name != "unet3d" or not features or not strides:
+        return
+    size = Size(
+        features=tuple(features),
+        strides=tuple(strides),
+        kernels=tuple(network.settings.get("kernels") or [(3, 3, 3)] * len(features)),
+        patch_shape=plan.patch_shape,
+        batch_size=plan.batch_size,
+    )
+    channels, outputs = len(recipe.data.channels), recipe.data.n_outputs
+    needed = size.training_bytes(channels, outputs, half=budget.half)
+    if needed <= budget.memory:
+        return
+    smaller = [
+        batch
+        for batch in range(1, size.batch_size)
+        if replace(size, batch_size=batch).training_bytes(channels, outputs, half=budget.half) <= budget.memory
+    ]
+    number = f"batch_size {smaller[-1]}" if smaller else "a smaller patch_shape"
+    raise VolsegError(
+        f"a step with patch {_times(size.patch_shape)}, batch {size.batch_size} and features {', '.join(map(str, size.features))} takes about "
+        f"{needed / 2**30:.2f} GB, and the budget is {budget.memory / 2**30:.2f} GB",
+        fix=f"give --vram {math.ceil(needed / 2**30 * 10) / 10:g}G, or {number} in the plan or recipe",
+        code="E_BUDGET",
+    )
+
+
 def _size(
     fingerprint: DatasetFingerprint,
     recipe: Recipe,
@@ -239,23 +286,11 @@ def _size(
 ) -> tuple[Size, Layers | None, list[Line]]:
     """Patch, batch and network: what the recipe leaves open is chosen."""
     train, settings = recipe.train, recipe.network.settings
-    opened = [name for name in ("features", "strides", "kernels") if settings.get(name) == "auto"]
     patch = None if train.patch_shape == "auto" else train.patch_shape
     batch = None if train.batch_size == "auto" else train.batch_size
     channels, outputs = len(recipe.data.channels), recipe.data.n_outputs
-    if opened and (recipe.network.name != "unet3d" or len(opened) < 3):
-        raise VolsegError(
-            f"recipe {recipe.name!r}: only unet3d plans its layers, and features, strides and kernels together",
-            fix='set all three to "auto", or none',
-            code="E_RECIPE",
-        )
-    if not opened:
-        if patch is None or batch is None:
-            raise VolsegError(
-                f'recipe {recipe.name!r}: a patch or batch is "auto", but the network is stated',
-                fix='state train.patch_shape and train.batch_size too, or make features, strides and kernels "auto"',
-                code="E_RECIPE",
-            )
+    if settings.get("features") != AUTO:
+        assert patch is not None and batch is not None, "the recipe was checked"
         size = Size(features=(), strides=(), kernels=(), patch_shape=patch, batch_size=batch)
         lines = [("patch", f"{_times(patch)} voxels"), ("batch", str(batch)), ("network", recipe.network.name)]
         return size, None, [Line(setting=name, value=value, reason=STATED) for name, value in lines]

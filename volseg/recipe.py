@@ -7,7 +7,7 @@ import json
 import math
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import (
     BaseModel,
@@ -21,21 +21,36 @@ from pydantic import (
 
 from volseg.errors import VolsegError
 
+AUTO = "auto"
 Auto = Literal["auto"]
+PLANNED_LAYERS = ("features", "strides", "kernels")
 Triple = tuple[float, float, float]
 IntTriple = tuple[int, int, int]
 Positive = Annotated[float, Field(gt=0)]
 PositiveInt = Annotated[int, Field(ge=1)]
+MOST_LABELS = 254  # 255 marks voxels of which nobody knows what they are
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    # Settings younger than the first recipes: left out where they are at their default, so that an older recipe keeps its hash.
+    later: ClassVar[frozenset[str]] = frozenset()
+
+    @model_serializer(mode="wrap")
+    def _as_before_later_settings(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        content = dump(self)
+        for name in self.later:
+            if name in content and getattr(self, name) == type(self).model_fields[name].default:
+                del content[name]
+        return content
+
 
 class Data(Section):
     """Which images a case has and what the mask's values mean."""
 
+    later = frozenset({"regions", "ignore", "grids", "align", "missing"})
     channels: Annotated[tuple[str, ...], Field(min_length=1)]
     labels: Annotated[
         dict[str, int], Field(min_length=1)
@@ -44,11 +59,15 @@ class Data(Section):
     # Overlapping regions: the mask value that each output channel of the network writes where its sigmoid is over 0.5; a later
     # channel overwrites an earlier one. None: channel 0 is the background, then the labels, and the largest wins.
     regions_class_order: tuple[int, ...] | None = None
+    # To train such regions: name = the mask values that it is made of, one per output channel.
+    regions: dict[str, tuple[int, ...]] | None = None
     ignore: int | None = None  # mask value of voxels of which nobody says what they are: neither trained on nor judged
     # Channels on grids of their own are an error, or are brought to the grid of the first one by where they are in the world;
     # `rigid` also moves them there until they fit, for scans between which the patient moved.
     grids: Literal["same", "first"] = "same"
     align: Literal["none", "rigid"] = "none"
+    # A case without one of the channels but the first is an error, or has a channel of 0 after normalisation (`empty`).
+    missing: Literal["error", "empty"] = "error"
 
     @model_validator(mode="after")
     def _labels_are_distinct_and_not_background(self) -> Data:
@@ -63,12 +82,32 @@ class Data(Section):
             raise ValueError('align = "rigid" needs grids = "first"')
         if self.regions_class_order is not None and sorted(self.regions_class_order) != sorted(values):
             raise ValueError("regions_class_order must hold the value of each label once")
+        if len(values) > MOST_LABELS:
+            raise ValueError(f"{len(values)} labels are more than the {MOST_LABELS} that a prepared mask can hold")
+        self._check_regions()
         return self
+
+    def _check_regions(self) -> None:
+        if self.regions is None:
+            return
+        if self.regions_class_order is None or len(self.regions_class_order) != len(self.regions):
+            raise ValueError("regions need regions_class_order, with the mask value that each of them writes")
+        unknown = {value for values in self.regions.values() for value in values} - set(self.labels.values())
+        if unknown or not all(self.regions.values()):
+            raise ValueError("every region is made of the values of one or more labels")
 
     @property
     def label_names(self) -> dict[int, str]:
         """Mask value → name by ascending value: the order of the output channels 1, 2, … unless there are regions."""
         return {value: name for name, value in sorted(self.labels.items(), key=lambda item: item[1])}
+
+    @property
+    def region_classes(self) -> tuple[tuple[int, ...], ...] | None:
+        """Per output channel the classes (1 for the smallest mask value, …) of its region; None where nothing overlaps."""
+        if self.regions is None:
+            return None
+        index = {value: number for number, value in enumerate(self.label_names, start=1)}
+        return tuple(tuple(sorted(index[value] for value in values)) for values in self.regions.values())
 
     @property
     def n_outputs(self) -> int:
@@ -165,6 +204,16 @@ class Network(Section):
 class Augment(Section):
     """Random changes of a training patch; a probability of 0 switches one off."""
 
+    later = frozenset(
+        {
+            "elastic_probability",
+            "elastic_mm",
+            "blur_sigma",
+            "low_resolution_probability",
+            "low_resolution",
+            "channel_drop_probability",
+        }
+    )
     flip_axes: tuple[Literal["R", "A", "S"], ...] = ("R", "A", "S")
     spatial_probability: Fraction = 0.5
     rotation_degrees: IntTriple = (15, 15, 15)  # largest angle about R, A and S
@@ -183,6 +232,7 @@ class Augment(Section):
     low_resolution: tuple[Positive, Positive] = (0.5, 1.0)  # voxels this much coarser, and interpolated back
     gamma_probability: Fraction = 0.1
     gamma: tuple[Positive, Positive] = (0.8, 1.25)
+    channel_drop_probability: Fraction = 0.0  # that a channel but the first is 0, for cases in which it is missing
 
 
 class Loss(Section):
@@ -198,6 +248,7 @@ class Loss(Section):
 
 
 class Train(Section):
+    later = frozenset({"optimizer", "schedule", "l1", "gradient_norm", "accumulate", "loss"})
     patch_shape: tuple[PositiveInt, PositiveInt, PositiveInt] | Auto  # voxels of the resampled grid
     batch_size: PositiveInt | Auto = 2
     steps_per_epoch: Annotated[int, Field(ge=1)] = 50
@@ -286,6 +337,7 @@ class Roi(Section):
 
 
 class Recipe(Section):
+    later = frozenset({"roi"})
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_]*$")]
     description: str
     intended_use: str = ""
@@ -300,14 +352,6 @@ class Recipe(Section):
     classify: Classify | None = None
     roi: Roi | None = None
 
-    @model_serializer(mode="wrap")
-    def _as_before_where_there_is_no_roi(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Recipes older than `roi` keep their hash."""
-        content = dump(self)
-        if self.roi is None:
-            content.pop("roi", None)
-        return content
-
     @model_validator(mode="after")
     def _numbers_fit_together(self) -> Recipe:
         weights, n_classes = self.train.class_weights, 1 + len(self.data.labels)
@@ -321,6 +365,16 @@ class Recipe(Section):
             low, high = getattr(section, "low", None), getattr(section, "high", None)
             if isinstance(low, float) and isinstance(high, float) and low >= high:
                 raise ValueError(f"the window from {low:g} to {high:g} is empty")
+        opened = [name for name in PLANNED_LAYERS if self.network.settings.get(name) == AUTO]
+        if opened and (self.network.name != "unet3d" or len(opened) < len(PLANNED_LAYERS)):
+            raise ValueError(
+                f"only unet3d plans its layers, and {', '.join(PLANNED_LAYERS)} together: make all of them {AUTO!r}, or none"
+            )
+        if not opened and AUTO in (self.train.patch_shape, self.train.batch_size):
+            raise ValueError(
+                "train.patch_shape and batch_size cannot be 'auto' for a network that is stated: "
+                f"state them, or make {', '.join(PLANNED_LAYERS)} under [network] 'auto' too"
+            )
         if self.roi is not None:
             fine = self.preprocess.spacing_mm
             if fine != "auto" and math.prod(self.roi.spacing_mm) <= math.prod(fine):
@@ -336,7 +390,7 @@ class Recipe(Section):
         """The recipe of the first pass: any label against the background, on a coarser grid; None where there is none."""
         if self.roi is None:
             return None
-        data = {"labels": {"region": 1}, "regions_class_order": None}
+        data = {"labels": {"region": 1}, "regions_class_order": None, "regions": None, "ignore": None}
         preprocess = {"spacing_mm": self.roi.spacing_mm, "interpolation": "linear", "separate_above": None}
         changes = {
             "name": f"{self.name}_roi",
@@ -350,6 +404,12 @@ class Recipe(Section):
             "roi": None,
         }
         return self.model_copy(update=changes)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether something of the network or its patches is left to the plan."""
+        stated = (self.train.patch_shape, self.train.batch_size, *self.network.settings.values())
+        return any(isinstance(value, str) and value == AUTO for value in stated)
 
     @property
     def sha256(self) -> str:

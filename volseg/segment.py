@@ -29,10 +29,11 @@ from volseg.infer.tiles import thinnest_axis, widest
 from volseg.measure.lesions import LesionMeasurement, measure_lesions
 from volseg.postprocess.lesions import label_lesions
 from volseg.postprocess.steps import make_steps
-from volseg.preprocess.align import on_one_grid
+from volseg.preprocess.align import completed, on_one_grid
 from volseg.preprocess.crop import scaled_box
 from volseg.preprocess.prepare import Preparation
 from volseg.preprocess.restore import MaskRestorer
+from volseg.recipe import Data
 from volseg.volume import WORLD_AXES, BoundingBox, Geometry, Volume
 
 OnTile = Callable[[int, int], None]  # tiles done, of how many
@@ -101,7 +102,7 @@ def segment_case(
     """Segment, post-process, label, score and measure one scan.
 
     Args:
-        images: channel name → scan; every channel of the recipe must be there.
+        images: channel name → scan; every channel of the recipe must be there, unless it says that cases may miss some.
         half_logits: blend logits in float16: half the buffer, logits rounded to three digits.
         on_tile: called before the first tile and after each; not where there is no body to run tiles on.
 
@@ -110,11 +111,12 @@ def segment_case(
     """
     recipe = model.bundle.recipe
     channels = recipe.data.channels
-    chosen = {name: images[name] for name in _present(images, channels, case_id)}
+    chosen = {name: images[name] for name in _present(images, recipe.data, case_id)}
     if recipe.data.grids == "first":
         chosen = on_one_grid(chosen, align=recipe.data.align == "rigid")
     scan = chosen[channels[0]]
-    mask, confidence = _predict(chosen, model, half_logits=half_logits, on_tile=on_tile)
+    absent = [name for name in channels if name not in chosen]
+    mask, confidence = _predict(completed(chosen, channels), absent, model, half_logits=half_logits, on_tile=on_tile)
     for step in make_steps(recipe.postprocess):
         mask = step(mask, scan.geometry)
     lesions = label_lesions(mask, scan.geometry)
@@ -199,11 +201,11 @@ def tiling_of(bundle: ModelBundle) -> Tiling:
 
 
 def _predict(
-    images: Mapping[str, Volume], model: Model, *, half_logits: bool, on_tile: OnTile
+    images: Mapping[str, Volume], absent: Sequence[str], model: Model, *, half_logits: bool, on_tile: OnTile
 ) -> tuple[np.ndarray, np.ndarray]:
     """Mask (I, J, K) of label values and confidence (I, J, K) uint8, both on the scan's grid."""
     recipe, plan = model.bundle.recipe, model.bundle.plan
-    preparation = Preparation(images, plan.prepare_settings(recipe.preprocess, list(images)))
+    preparation = Preparation(images, plan.prepare_settings(recipe.preprocess, list(images), absent))
     trail = preparation.trail
     regions = recipe.data.regions_class_order
     values = list(recipe.data.label_names) if regions is None else list(regions)
@@ -275,12 +277,13 @@ def _region(preparation: Preparation, model: Model) -> BoundingBox | None:
     return scaled_box(found, whole.trail.shape, trail.shape, [roi.margin_mm / mm for mm in trail.spacing_mm])
 
 
-def _present(images: Mapping[str, Volume], wanted: Sequence[str], case_id: str) -> Sequence[str]:
-    missing = [name for name in wanted if name not in images]
-    if missing:
+def _present(images: Mapping[str, Volume], data: Data, case_id: str) -> Sequence[str]:
+    """The channels of the recipe that the case has."""
+    missing = [name for name in data.channels if name not in images]
+    if missing and (data.missing == "error" or data.channels[0] in missing):
         raise ScanError(
             f"case {case_id!r} lacks channels {missing}; it has {sorted(images)}",
             fix=f"add the {missing[0]!r} scan, or use a model without it",
             code="E_CHANNELS",
         )
-    return wanted
+    return [name for name in data.channels if name in images]

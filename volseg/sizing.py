@@ -16,7 +16,7 @@ from volseg.errors import VolsegError
 Triple = tuple[int, int, int]
 
 SMALLEST_EDGE = 4  # voxels of an axis at the coarsest level
-MOST_LEVELS = 6
+LEAST_LEVELS, MOST_LEVELS = 3, 6
 MOST_FEATURES = 320
 ANISOTROPIC = 2.0  # an axis this many times coarser than the finest is neither halved nor convolved along
 LARGEST_PATCH = 256**3  # voxels, before the scans' own size and the budget limit it
@@ -35,6 +35,7 @@ class Budget:
     memory: int
     flops: float | None = None
     half: bool = False  # activations of two bytes, as on a GPU
+    is_stated: bool = False  # by the user, so that what exceeds it is refused
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,7 +120,7 @@ def topology(patch_shape: Triple, spacing_mm: Sequence[float]) -> tuple[tuple[Tr
         r, a, s = (2 if each else 1 for each in halved)
         strides.append((r, a, s))
         kernels.append(_kernel(mm, kernels[-1]))
-    return tuple(strides), tuple(kernels)
+    return _deep_enough(strides, kernels)
 
 
 def choose_size(
@@ -227,7 +228,13 @@ def _dividing(
             break
         size = [n // step for n, step in zip(size, stride, strict=True)]
         kept.append(stride)
-    return tuple(kept), tuple(kernels[: len(kept)])
+    return _deep_enough(kept, list(kernels[: len(kept)]))
+
+
+def _deep_enough(strides: list[Triple], kernels: list[Triple]) -> tuple[tuple[Triple, ...], tuple[Triple, ...]]:
+    """At least the levels that the network needs; the last ones do not halve anything where nothing is left to halve."""
+    more = max(0, LEAST_LEVELS - len(strides))
+    return (*strides, *[(1, 1, 1)] * more), (*kernels, *[kernels[-1]] * more)
 
 
 def _fits(size: Size, budget: Budget, channels: int, outputs: int) -> bool:

@@ -20,6 +20,7 @@ from volseg.errors import VolsegError
 from volseg.io.nifti import SUFFIXES, stem_of
 
 ONE_CHANNEL = "image"  # the channel of data sets that have one and do not name it
+IGNORE = "ignore"  # nnU-Net's label of voxels that are neither trained on nor judged
 MAX_LISTED = 10  # mistakes written out in one message
 ID_PATTERN = r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}"  # safe as a file name everywhere
 
@@ -51,33 +52,40 @@ class Case:
             raise ValueError(f"{self.id!r} is not a safe case id")
 
 
-def find_cases(dataset: Path, channels: Sequence[str] | None = (ONE_CHANNEL,)) -> list[Case]:
+def find_cases(dataset: Path, channels: Sequence[str] | None = (ONE_CHANNEL,), *, may_miss: bool = False) -> list[Case]:
     """The cases of a data set, in the order in which it lists them.
 
     Args:
         dataset: a CSV file; or a folder with `cases.csv`, with `images/` and maybe `labels/` holding equal file
             names, with an nnU-Net raw or Decathlon `dataset.json`, or simply with scans in it.
         channels: what the recipe wants; `image` means “the only one there is”, None all that there are.
+        may_miss: a case may lack channels but the first; it is then without them.
 
     Raises:
         VolsegError: the layout is not known, a channel or file is missing, an id is unsafe or used twice, a patient
             is in two splits. One error names all mistakes.
     """
     mistakes: list[str] = []
-    rows = _rows_of(Path(dataset), channels, mistakes)
+    rows = _rows_of(Path(dataset), _Wanted(channels, may_miss), mistakes)
     return _checked(rows, mistakes, str(dataset))
 
 
-def survey_cases(dataset: Path) -> tuple[list[Case], list[str]]:
+def survey_cases(
+    dataset: Path, channels: Sequence[str] | None = None, *, may_miss: bool = False
+) -> tuple[list[Case], list[str]]:
     """The cases whose files are all there, and every mistake of the dataset: for a check, which stops at none of them."""
     mistakes: list[str] = []
-    rows = _rows_of(dataset, None, mistakes)
+    rows = _rows_of(dataset, _Wanted(channels, may_miss), mistakes)
+    if not rows and not mistakes:
+        mistakes.append(f"no scans found; they end in {', '.join(SUFFIXES)}")
     mistakes += _mistakes(rows)
     sound = [row for row in rows if not _id_mistakes([row]) and not _file_mistakes([row])]
     return [_case(row) for row in sound], mistakes
 
 
-def find_scans(inputs: Sequence[Path], channels: Sequence[str] | None = (ONE_CHANNEL,)) -> list[Case]:
+def find_scans(
+    inputs: Sequence[Path], channels: Sequence[str] | None = (ONE_CHANNEL,), *, may_miss: bool = False
+) -> list[Case]:
     """The cases to segment: scans, folders of scans (hidden files and `._*` are skipped), CSV files and data sets.
 
     Raises:
@@ -87,9 +95,9 @@ def find_scans(inputs: Sequence[Path], channels: Sequence[str] | None = (ONE_CHA
     rows: list[_Row] = []
     for path in map(Path, inputs):
         if path.is_dir() or path.suffix.lower() == ".csv":
-            rows += _rows_of(path, channels, mistakes)
+            rows += _rows_of(path, _Wanted(channels, may_miss), mistakes)
         else:
-            channel = _picked({ONE_CHANNEL: path}, channels, str(path))
+            channel = _picked({ONE_CHANNEL: path}, _Wanted(channels), str(path))
             rows.append(_Row(where=str(path), id=_safe_id(stem_of(path)), images=channel))
     return _checked(rows, mistakes, ", ".join(map(str, inputs)))
 
@@ -97,7 +105,7 @@ def find_scans(inputs: Sequence[Path], channels: Sequence[str] | None = (ONE_CHA
 def stated_labels(dataset: Path) -> dict[str, int]:
     """Name → value of the labels that a `dataset.json` states, without the background; {} where there is none.
 
-    Regions, which are lists of values, are left out.
+    Regions, which are lists of values, are left out; nnU-Net's name for voxels of which nobody knows what they are is `ignore`.
     """
     found: dict[str, int] = {}
     for one, other in _stated(dataset, "labels").items():
@@ -107,6 +115,19 @@ def stated_labels(dataset: Path) -> dict[str, int]:
     return found
 
 
+def stated_regions(dataset: Path) -> tuple[dict[str, tuple[int, ...]], tuple[int, ...]]:
+    """Name → mask values of the overlapping regions that an nnU-Net `dataset.json` states, and the value that each writes."""
+    order = _description(dataset).get("regions_class_order")
+    if not isinstance(order, list):
+        return {}, ()
+    regions = {
+        str(name): tuple(map(int, values if isinstance(values, list) else [values]))
+        for name, values in _stated(dataset, "labels").items()
+        if values != 0 and name != IGNORE
+    }
+    return regions, tuple(map(int, order))
+
+
 def stated_modalities(dataset: Path) -> dict[str, str]:
     """Channel → modality, such as CT, as a `dataset.json` states it; {} where there is none."""
     names = [str(name) for name in (_stated(dataset, "channel_names") or _stated(dataset, "modality")).values()]
@@ -114,10 +135,22 @@ def stated_modalities(dataset: Path) -> dict[str, str]:
 
 
 def _stated(dataset: Path, key: str) -> dict[str, Any]:
+    stated = _description(dataset).get(key)
+    return stated if isinstance(stated, dict) else {}
+
+
+def _description(dataset: Path) -> dict[str, Any]:
     if (dataset / "cases.csv").is_file() or not (dataset / "dataset.json").is_file():
         return {}
-    stated = _json_of(dataset / "dataset.json").get(key)
-    return stated if isinstance(stated, dict) else {}
+    return _json_of(dataset / "dataset.json")
+
+
+@dataclass(frozen=True, slots=True)
+class _Wanted:
+    """The channels that are asked for, None for all; with `may_miss` a case needs the first alone."""
+
+    channels: Sequence[str] | None = None
+    may_miss: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,29 +166,29 @@ class _Row:
     classes: Mapping[str, str] = field(default_factory=dict)
 
 
-def _rows_of(dataset: Path, channels: Sequence[str] | None, mistakes: list[str]) -> list[_Row]:
+def _rows_of(dataset: Path, wanted: _Wanted, mistakes: list[str]) -> list[_Row]:
     """The layout decides who reads it."""
     if not os.path.exists(dataset):
         raise VolsegError(f"{dataset}: no such file or folder", fix="check the path")
     if not os.path.isdir(dataset):
-        return _rows_of_csv(dataset, channels, mistakes)
+        return _rows_of_csv(dataset, wanted, mistakes)
     if (dataset / "cases.csv").is_file():
-        return _rows_of_csv(dataset / "cases.csv", channels, mistakes)
+        return _rows_of_csv(dataset / "cases.csv", wanted, mistakes)
     if (dataset / "dataset.json").is_file():
         description = _json_of(dataset / "dataset.json")
         read = _rows_of_nnunet if _is_nnunet(dataset, description) else _rows_of_decathlon
-        return read(dataset, description, channels, mistakes)
+        return read(dataset, description, wanted, mistakes)
     if (dataset / "imagesTr").is_dir():
         raise VolsegError(
             f"{dataset}: has imagesTr but no dataset.json", fix="add dataset.json, which names the channels"
         )
-    return _rows_of_folder(dataset, channels, mistakes)
+    return _rows_of_folder(dataset, wanted, mistakes)
 
 
 # ---- CSV
 
 
-def _rows_of_csv(path: Path, channels: Sequence[str] | None, mistakes: list[str]) -> list[_Row]:
+def _rows_of_csv(path: Path, wanted: _Wanted, mistakes: list[str]) -> list[_Row]:
     columns, lines = _table_of(path)
     available = {name.removeprefix("image_"): name for name in columns if name == "image" or name.startswith("image_")}
     if not available:
@@ -163,7 +196,7 @@ def _rows_of_csv(path: Path, channels: Sequence[str] | None, mistakes: list[str]
             f"{path}: has no column 'image'; its columns are {_listed(columns)}",
             fix="name the column of scans 'image', or 'image_<channel>' for several channels",
         )
-    picked = _picked(available, channels, str(path))
+    picked = _picked(available, wanted, str(path))
     further = [name for name in columns if name not in _KNOWN_COLUMNS and name not in available.values()]
     rows = []
     for number, cells in lines:
@@ -172,11 +205,12 @@ def _rows_of_csv(path: Path, channels: Sequence[str] | None, mistakes: list[str]
             mistakes.append(f"{where}: has {len(cells)} cells under {len(columns)} columns")
             continue
         row = dict(zip(columns, cells, strict=True))
-        empty = [column for column in picked.values() if not row[column]]
+        present = {name: column for name, column in picked.items() if row[column] or not wanted.may_miss}
+        empty = [column for column in present.values() if not row[column]] or _first_missing(picked, present)
         if empty:
             mistakes.append(f"{where}: the cell of {_listed(empty)} is empty")
             continue
-        images = {channel: path.parent / row[column] for channel, column in picked.items()}
+        images = {channel: path.parent / row[column] for channel, column in present.items()}
         rows.append(
             _Row(
                 where=where,
@@ -219,27 +253,25 @@ def _table_of(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
 # ---- folders
 
 
-def _rows_of_folder(dataset: Path, channels: Sequence[str] | None, mistakes: list[str]) -> list[_Row]:
+def _rows_of_folder(dataset: Path, wanted: _Wanted, mistakes: list[str]) -> list[_Row]:
     """`images/` and `labels/` with equal names, or scans right in the folder."""
     images = dataset / "images" if (dataset / "images").is_dir() else dataset
     labels = {stem_of(path): path for path in _scans_in(dataset / "labels")} if images != dataset else {}
     rows = []
     for path in _scans_in(images):
-        picked = _picked({ONE_CHANNEL: path}, channels, str(images))
+        picked = _picked({ONE_CHANNEL: path}, wanted, str(images))
         stem = stem_of(path)
         rows.append(_Row(where=str(path), id=_safe_id(stem), images=picked, reference=labels.pop(stem, None)))
     mistakes += [f"{path}: no scan of this name in {images}" for path in labels.values()]
     return rows
 
 
-def _rows_of_nnunet(
-    dataset: Path, description: dict, channels: Sequence[str] | None, mistakes: list[str]
-) -> list[_Row]:
+def _rows_of_nnunet(dataset: Path, description: dict, wanted: _Wanted, mistakes: list[str]) -> list[_Row]:
     """imagesTr, labelsTr and imagesTs, one file `<id>_<number>` per channel; Tr has no split, Ts is `test`."""
     names = description.get("channel_names") or description.get("modality")
     if not isinstance(names, dict) or not all(key.isdecimal() for key in names):
         raise VolsegError(f"{dataset}: dataset.json names no channels", fix='add "channel_names": {"0": "CT"}')
-    picked = _picked({str(name): f"{int(key):04d}" for key, name in names.items()}, channels, str(dataset))
+    picked = _picked({str(name): f"{int(key):04d}" for key, name in names.items()}, wanted, str(dataset))
     ending = str(description.get("file_ending", ".nii.gz"))
     rows = []
     for images, labels, split in (("imagesTr", "labelsTr", None), ("imagesTs", "labelsTs", "test")):
@@ -248,6 +280,9 @@ def _rows_of_nnunet(
             if split == "test" and not reference.exists():
                 reference = None
             files = {name: dataset / images / f"{stem}_{number}{ending}" for name, number in picked.items()}
+            if wanted.may_miss:  # what is left of the first channel is a mistake that is found with the other files
+                first = next(iter(files))
+                files = {name: path for name, path in files.items() if name == first or path.is_file()}
             where = f"{images}/{stem}"
             rows.append(_Row(where=where, id=_safe_id(stem), images=files, reference=reference, split=split))
     return rows
@@ -268,9 +303,7 @@ def _numbered(folder: Path, description: dict) -> list[re.Match]:
     return [match for match in matches if match]
 
 
-def _rows_of_decathlon(
-    dataset: Path, description: dict, channels: Sequence[str] | None, mistakes: list[str]
-) -> list[_Row]:
+def _rows_of_decathlon(dataset: Path, description: dict, wanted: _Wanted, mistakes: list[str]) -> list[_Row]:
     """The lists `training`, `validation` and `test` of dataset.json; only `training` has no split."""
     rows = []
     for key, split in (("training", None), ("validation", "val"), ("test", "test")):
@@ -281,7 +314,7 @@ def _rows_of_decathlon(
                 mistakes.append(f"{where}: is {json.dumps(entry)[:60]}, not an image with its label")
                 continue
             image = dataset / entry["image"]
-            picked = _picked({ONE_CHANNEL: image}, channels, str(dataset))
+            picked = _picked({ONE_CHANNEL: image}, wanted, str(dataset))
             reference = dataset / entry["label"] if entry.get("label") else None
             rows.append(_Row(where=where, id=_safe_id(stem_of(image)), images=picked, reference=reference, split=split))
     return rows
@@ -334,13 +367,22 @@ def _unreadable(path: Path, error: OSError) -> VolsegError:
 # ---- rules for all layouts
 
 
-def _picked(available: Mapping[str, Anything], wanted: Sequence[str] | None, origin: str) -> dict[str, Anything]:
+def _first_missing(picked: Mapping[str, str], present: Mapping[str, str]) -> list[str]:
+    """The column of the first channel, where a case is without it."""
+    first = next(iter(picked))
+    return [] if first in present else [picked[first]]
+
+
+def _picked(available: Mapping[str, Anything], asked: _Wanted, origin: str) -> dict[str, Anything]:
     """What stands for each wanted channel; case does not matter, and `image` stands for the only one."""
+    wanted = asked.channels
     if wanted is None:
         return dict(available)
     by_name = {name.casefold(): value for name, value in available.items()}
     if all(name.casefold() in by_name for name in wanted):
         return {name: by_name[name.casefold()] for name in wanted}
+    if asked.may_miss and wanted[0].casefold() in by_name:
+        return {name: by_name[name.casefold()] for name in wanted if name.casefold() in by_name}
     if len(wanted) == len(available) == 1 and ONE_CHANNEL in (wanted[0], *available):
         return {wanted[0]: next(iter(available.values()))}
     missing = [name for name in wanted if name.casefold() not in by_name]

@@ -26,7 +26,7 @@ class PreparedCase:
         image: (channels, R, A, S) float32. mask: (R, A, S) uint8, class index, 0 = background.
         foreground: class index → (n, 3) voxels of it, a sample, empty where the case has none.
         slices: (planes, 2, pixels, pixels) float32 for the classifier, or None.
-        record: what case.json says: split, class, key of the inputs.
+        record: what case.json says: split, class, key of the inputs. folder: that it was read from.
     """
 
     id: str
@@ -35,6 +35,7 @@ class PreparedCase:
     foreground: Mapping[int, np.ndarray]
     slices: np.ndarray | None
     record: Mapping[str, Any]
+    folder: Path | None = None
 
 
 def write_prepared_case(folder: Path, case: PreparedCase) -> None:
@@ -89,4 +90,4 @@ def read_prepared_case(folder: Path, case_id: str) -> PreparedCase:
         raise VolsegError(
             f"{path}: not a prepared case ({error})", fix="run `volseg preprocess` again", code="E_PREPARED"
         ) from error
-    return PreparedCase(case_id, image, mask, foreground, slices, record)
+    return PreparedCase(case_id, image, mask, foreground, slices, record, folder)

@@ -47,7 +47,7 @@ def build(
             fix=f"give 0 to {len(features) - 2} for deep_supervision under [network]",
             code="E_RECIPE",
         )
-    return DynUNet(
+    network = DynUNet(
         spatial_dims=3,
         in_channels=in_channels,
         out_channels=out_channels,
@@ -62,3 +62,7 @@ def build(
         deep_supr_num=max(1, deep_supervision),
         dropout=("DROPOUT", {"p": dropout}) if dropout else None,
     )
+    if dropout:  # MONAI's way also leaves out logits
+        for head in (network.output_block, *network.deep_supervision_heads):
+            head.get_submodule("conv").add_module("adn", nn.Identity())
+    return network

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -14,8 +14,19 @@ from volseg.volume import Geometry, Volume
 
 ALIGNMENT_LEVELS = (4, 2, 1)  # voxels that count as one, coarse to fine
 ALIGNMENT_SHARE = 0.2  # of the voxels at which images are compared
+SHORTEST_AXIS = 8  # voxels that it keeps at the coarsest level
 HISTOGRAM_BINS = 50
+SEED = 1  # of the places within the voxels at which images are compared
 LEAST_COVERED = 0.5  # of the first channel's grid that another one must reach over
+
+
+def completed(images: Mapping[str, Volume], channels: Sequence[str]) -> dict[str, Volume]:
+    """All channels in this order; those that are not there hold zeros on the grid of the first."""
+    grid = images[channels[0]].geometry
+    return {
+        name: images[name] if name in images else Volume(np.zeros(grid.shape, np.uint8, order="F"), grid)
+        for name in channels
+    }
 
 
 def on_one_grid(images: Mapping[str, Volume], *, align: bool = False) -> dict[str, Volume]:
@@ -60,7 +71,7 @@ def resampled_onto(volume: Volume, grid: Geometry, moved: np.ndarray | None = No
     array = ndimage.affine_transform(
         values,
         matrix[:3, :3],
-        matrix[:3, 3],
+        matrix[:3, 3],  # pyright: ignore[reportArgumentType] - SciPy says: or a sequence
         output_shape=grid.shape,
         output=np.float32,
         order=1,
@@ -77,25 +88,35 @@ def rigid_transform(fixed: Volume, moving: Volume) -> np.ndarray:
     their headers state them.
 
     Raises:
+        ScanError: the two do not overlap, or nothing in them can be compared.
         EnvironmentProblem: SimpleITK is not installed.
     """
     itk = _simpleitk()
     registration = itk.ImageRegistrationMethod()
     registration.SetMetricAsMattesMutualInformation(HISTOGRAM_BINS)
     registration.SetMetricSamplingStrategy(registration.REGULAR)
-    registration.SetMetricSamplingPercentage(ALIGNMENT_SHARE)
+    registration.SetMetricSamplingPercentage(ALIGNMENT_SHARE, SEED)
     registration.SetInterpolator(itk.sitkLinear)
     registration.SetOptimizerAsRegularStepGradientDescent(
         learningRate=1.0, minStep=1e-4, numberOfIterations=200, relaxationFactor=0.6
     )
     registration.SetOptimizerScalesFromPhysicalShift()
-    registration.SetShrinkFactorsPerLevel(list(ALIGNMENT_LEVELS))
-    registration.SetSmoothingSigmasPerLevel([level / 2 for level in ALIGNMENT_LEVELS])
+    shortest = min(*fixed.geometry.shape, *moving.geometry.shape)
+    levels = [min(level, max(1, shortest // SHORTEST_AXIS)) for level in ALIGNMENT_LEVELS]
+    registration.SetShrinkFactorsPerLevel(levels)
+    registration.SetSmoothingSigmasPerLevel([level / 2 for level in levels])
     registration.SmoothingSigmasAreSpecifiedInPhysicalUnitsOff()
     start = itk.Euler3DTransform()
     start.SetCenter(_centre(fixed.geometry).tolist())
     registration.SetInitialTransform(start, inPlace=False)
-    found = registration.Execute(_image(itk, fixed), _image(itk, moving))
+    try:
+        found = registration.Execute(_image(itk, fixed), _image(itk, moving))
+    except RuntimeError as error:
+        raise ScanError(
+            f"two channels could not be aligned ({str(error).strip().splitlines()[-1]})",
+            fix='check that they are scans of the same part of the same patient, or set align = "none" under [data] in the recipe',
+            code="E_PAIR",
+        ) from error
     euler = itk.Euler3DTransform(found.GetNthTransform(0) if hasattr(found, "GetNthTransform") else found)
     rotation = np.array(euler.GetMatrix()).reshape(3, 3)
     centre, shift = np.array(euler.GetCenter()), np.array(euler.GetTranslation())

@@ -63,6 +63,14 @@ class Normaliser(ABC):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Absent(Normaliser):
+    """Of a channel that a case does not have: 0, which is about the mean of the others."""
+
+    def fit(self, array: np.ndarray, body: np.ndarray | None = None) -> Scaling:
+        return Scaling(shift=0.0, factor=0.0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Window(Normaliser):
     """Clip to [low, high], subtract `mean`, divide by `sd`; for CT in HU with statistics of the dataset."""
 

@@ -167,7 +167,7 @@ def comparison_png(
             vmax=max(high, low + 1e-6),
         )
         for mask, colour in masks:
-            outline = mask[:, :, index]
+            outline = mask[:, :, index].astype(np.float32)  # class indices would wrap where they are averaged
             levels = np.unique(outline)
             if min(outline.shape) > 1 and len(levels) > 1:  # a single row has no contour
                 plot.contour(outline.T, levels=(levels[:-1] + levels[1:]) / 2, colors=[colour], linewidths=1.0)

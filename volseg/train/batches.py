@@ -42,9 +42,8 @@ class Batches:
         self._seed, self._device = seed, device
         size, parts = plan.batch_size, recipe.train.accumulate
         self._total = size * ranks * parts
-        self._parts = [
-            list(range((part * ranks + rank) * size, (part * ranks + rank + 1) * size)) for part in range(parts)
-        ]
+        # Dealt out like cards: the patches that are centred on labels come first, and each part is to have its share of them.
+        self._parts = [list(range(part * ranks + rank, self._total, parts * ranks)) for part in range(parts)]
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="batches")
         self._ahead: dict[int, Future[Cut]] = {}
         self.waited = 0.0

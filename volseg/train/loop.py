@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
@@ -15,24 +15,23 @@ from typing import Any
 
 import numpy as np
 import torch
-from lightning_fabric import Fabric
 from torch import nn
-from torch.distributed.nn.functional import all_reduce
 
 from volseg.errors import VolsegError
 from volseg.evaluate.validation import ValidationRow, mean_dice, summary
-from volseg.io.prepared import PreparedCase
+from volseg.io.prepared import PreparedCase, read_prepared_case
 from volseg.models import build_segmentation, set_weights, weights_of
 from volseg.plan import Plan
 from volseg.recipe import Recipe
 from volseg.train.batches import Batches
 from volseg.train.checkpoint import flatten, load_checkpoint, save_checkpoint, unflatten
 from volseg.train.losses import SegmentationLoss
-from volseg.train.ranks import fabric_of, helpers
+from volseg.train.ranks import Team, total_over_ranks
 from volseg.train.validate import validate
 
 WARM_UP = 0.03  # share of the run in which the learning rate rises
 LARGEST_RESERVE = 0.1  # share of the time budget kept for the final validation
+INTERRUPTED = "interrupted"
 DIVERGED_FIX = "lower train.learning_rate in the recipe, or train.gradient_norm, and train again"
 VALIDATION_OVERLAP = 0.25  # cheap and close: the final metrics use the recipe's own overlap
 
@@ -41,12 +40,10 @@ VALIDATION_OVERLAP = 0.25  # cheap and close: the final metrics use the recipe's
 class RunSettings:
     """What a run may use. `seconds` is the budget of the whole loop with its final validation, None for no limit."""
 
-    device: torch.device
     seed: int = 0
     epochs: int
     patience: int
     seconds: float | None = None
-    devices: int = 1  # processes, each with a device of its own and its share of each batch
     freeze: tuple[str, ...] = ()  # patterns of the names of parameters that stay as they are
 
 
@@ -64,6 +61,9 @@ class Epoch:
     waiting_share: float  # of the time of the steps, in which they waited for patches to be cut
 
 
+Report = Callable[[Sequence[Epoch], float], None]
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Trained:
     """The best weights, how they came about, and what the whole validation split says of them."""
@@ -77,12 +77,39 @@ class Trained:
 
 @dataclass(slots=True)
 class _State:
-    identity: str = ""  # of the run: recipe, plan, seed and cases
+    identity: str  # of the run: recipe, plan, seed and cases
     step: int = 0
     seconds: float = 0.0
+    reserve: float = 0.0  # seconds of the budget that are kept for the final validation
+    is_finished: bool = False
     best_dice: float = -1.0
     best_epoch: int = 0
     history: list[dict[str, Any]] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """What every rank has to know to take part in a run."""
+
+    training: Sequence[PreparedCase]
+    recipe: Recipe
+    plan: Plan
+    settings: RunSettings
+    checkpoint: Path
+    initial: Mapping[str, torch.Tensor]
+    identity: str
+    resume: bool
+
+    def sent(self) -> tuple[Any, ...]:
+        """As it goes to another process: cases by their place on disk."""
+        places = [(case.folder, case.id) for case in self.training]
+        return (
+            places, self.recipe, self.plan, self.settings, self.checkpoint, dict(self.initial), self.identity, self.resume
+        )  # fmt: skip
+
+    @staticmethod
+    def received(places: Sequence[tuple[Path, str]], *rest: Any) -> _Job:
+        return _Job([read_prepared_case(folder, case_id) for folder, case_id in places], *rest)
 
 
 def train_segmentation(
@@ -92,10 +119,11 @@ def train_segmentation(
     plan: Plan,
     settings: RunSettings,
     *,
+    team: Team,
     checkpoints: Path,
     resume: bool,
     initial: Mapping[str, torch.Tensor],
-    report: Callable[[Epoch, float], None],
+    report: Report,
 ) -> Trained:
     """Train the recipe's network and keep the weights with the best validation Dice.
 
@@ -103,103 +131,85 @@ def train_segmentation(
     Ctrl-C ends, or whose loss is no longer finite, gives the best weights that it has had.
 
     Args:
+        team: the processes that share each batch; called in the one that leads them.
         checkpoints: folder for `last` (written after each epoch) and `best`.
         resume: go on from `last` where it is there.
         initial: weights to start from where name and shape agree with the network's; empty for random ones.
-        report: called after each epoch with it and the share of the run that is done, in [0, 1].
+        report: called after each epoch with the history so far and the share of the run that is done, in [0, 1].
 
     Raises:
         VolsegError: the loss is not finite before there are any weights to keep, or the checkpoint to resume from is damaged.
     """
-    ranks = settings.devices
-    together = (training, validation, recipe, plan, settings, checkpoints, resume, initial)
-    with helpers(ranks, _follow, together) as port:
-        run = Run(*together, rank=0, port=port)
-        with run.batches:
-            return run.lead(validation, report)
-
-
-def _follow(rank: int, port: int, *together: Any) -> None:
-    """What the processes of the other ranks do."""
-    run = Run(*together, rank=rank, port=port)
+    identity = _identity(training, validation, recipe, plan, settings, team.size)
+    job = _Job(training, recipe, plan, settings, checkpoints / "last.safetensors", initial, identity, resume)
+    if team.size > 1:
+        team.tell(job.sent())
+    run = Run(job, team)
     with run.batches:
-        run.follow()
+        return run.lead(validation, report, best=checkpoints / "best.safetensors")
+
+
+def serve(team: Team) -> None:
+    """What the ranks from 1 on do: take part in one run after the other until they are told None."""
+    while (sent := team.tell()) is not None:
+        run = Run(_Job.received(*sent), team)
+        with run.batches:
+            run.follow()
 
 
 class Run:
-    """A network on its way: what a step changes."""
+    """A network on its way, on one rank: what a step changes."""
 
-    def __init__(
-        self,
-        training: Sequence[PreparedCase],
-        validation: Sequence[PreparedCase],
-        recipe: Recipe,
-        plan: Plan,
-        settings: RunSettings,
-        checkpoints: Path,
-        resume: bool,
-        initial: Mapping[str, torch.Tensor],
-        *,
-        rank: int,
-        port: int,
-    ) -> None:
-        self.recipe, self.plan, self.settings = recipe, plan, settings
-        self.last, self.best = checkpoints / "last.safetensors", checkpoints / "best.safetensors"
-        self.fabric = _fabric(settings.device, rank=rank, ranks=settings.devices, port=port)
-        self.raw = _new_network(recipe, settings.seed).to(
-            self.fabric.device
-        )  # before the optimizer takes its parameters
-        taken = _fitting(initial, weights_of(self.raw))
-        self.left_out = [name for name in weights_of(self.raw) if initial and name not in taken]
+    def __init__(self, job: _Job, team: Team) -> None:
+        self.job, self.team = job, team
+        self.recipe, self.settings = job.recipe, job.settings
+        self.device = team.fabric.device
+        # On its device before the optimizer takes its parameters.
+        self.raw = _new_network(job.recipe, job.settings.seed).to(self.device)
+        taken = _fitting(job.initial, weights_of(self.raw))
+        self.left_out = [name for name in weights_of(self.raw) if job.initial and name not in taken]
         set_weights(self.raw, weights_of(self.raw) | taken)
-        trained = _unfrozen(self.raw, settings.freeze)
-        optimizer = _optimizer(trained, recipe)
+        trained = _unfrozen(self.raw, job.settings.freeze)
+        optimizer = _optimizer(trained, job.recipe)
         self.averaged = {key: tensor.clone() for key, tensor in weights_of(self.raw).items()}
-        self.state = _State(identity=_identity(training, validation, recipe, plan, settings))
-        if resume and self.last.exists():
-            self.state = _restore(self.last, self.raw, self.averaged, optimizer, expected=self.state.identity)
-        self.network, self.optimizer = self.fabric.setup(self.raw, optimizer)
+        self.state = _State(identity=job.identity)
+        if job.resume and job.checkpoint.exists():
+            self.state = _restore(job.checkpoint, self.raw, self.averaged, optimizer, expected=job.identity)
+        self.network, self.optimizer = team.fabric.setup(self.raw, optimizer)
         self.loss = SegmentationLoss(
-            recipe.train.loss,
-            class_weights=recipe.train.class_weights,
-            regions=recipe.data.regions_class_order is not None,
-            total=_summed if settings.devices > 1 else None,
-        ).to(self.fabric.device)
+            job.recipe.train.loss,
+            class_weights=job.recipe.train.class_weights,
+            regions=job.recipe.data.region_classes,
+            total=total_over_ranks if team.size > 1 else None,
+        ).to(self.device)
         self.batches = Batches(
-            training,
-            recipe,
-            plan,
-            seed=settings.seed,
-            device=self.fabric.device,
-            rank=rank,
-            ranks=settings.devices,
+            job.training,
+            job.recipe,
+            job.plan,
+            seed=job.settings.seed,
+            device=self.device,
+            rank=team.rank,
+            ranks=team.size,
         )
 
-    def lead(self, validation: Sequence[PreparedCase], report: Callable[[Epoch, float], None]) -> Trained:
+    def lead(self, validation: Sequence[PreparedCase], report: Report, *, best: Path) -> Trained:
         """Rank 0: decides when to go on, validates, keeps and reports."""
-        recipe, plan, settings, state = self.recipe, self.plan, self.settings, self.state
+        recipe, plan, settings, state = self.recipe, self.job.plan, self.settings, self.state
         evaluated = build_segmentation(recipe)
         watched = _spread(validation, recipe.train.validation_cases)
         clock = _Clock(settings, recipe.train.steps_per_epoch, state)
         stopped = ""
         try:
-            while clock.done() < 1 and len(state.history) - state.best_epoch < settings.patience:
-                started, waited, before_step = time.monotonic(), self.batches.waited, state.step
-                losses: list[torch.Tensor] = []
-                self.network.train()
-                while len(losses) < recipe.train.steps_per_epoch and not (losses and clock.done() >= 1):
-                    losses.append(self.step(clock.done()))
-                loss = float(torch.stack(losses).mean())
-                if not math.isfinite(loss):
-                    raise _DivergedError(f"the loss became {loss} at about step {state.step}")
-                stepping = time.monotonic() - started
+            while not state.is_finished:
+                started = time.monotonic()
+                loss, stepping, waited, steps = self._epoch(clock)
                 set_weights(evaluated, self.averaged)
-                looked = validate(evaluated, watched, recipe, plan, self.fabric.device, overlap=VALIDATION_OVERLAP)
+                looked = validate(evaluated, watched, recipe, plan, self.device, overlap=VALIDATION_OVERLAP)
                 score = mean_dice(looked)
                 if settings.seconds is not None:
                     # The final metrics look at all cases with more overlap: about twice the cost per case, which is kept free.
                     per_case = (time.monotonic() - started - stepping) / len(watched)
-                    clock.reserve = min(2 * per_case * len(validation), LARGEST_RESERVE * settings.seconds)
+                    state.reserve = min(2 * per_case * len(validation), LARGEST_RESERVE * settings.seconds)
                 state.seconds = clock.seconds()
                 epoch = Epoch(
                     epoch=len(state.history) + 1,
@@ -208,25 +218,28 @@ class Run:
                     learning_rate=self.optimizer.param_groups[0]["lr"],
                     loss=round(loss, 4),
                     validation_dice=round(score, 4),
-                    steps_per_second=round((state.step - before_step) / stepping, 3),
-                    waiting_share=round((self.batches.waited - waited) / stepping, 4),
+                    steps_per_second=round(steps / stepping, 3),
+                    waiting_share=round(waited / stepping, 4),
                 )
                 state.history.append(asdict(epoch))
                 if score > state.best_dice:
+                    save_checkpoint(best, self.averaged, {"epoch": epoch.epoch, "validation_dice": score})
                     state.best_dice, state.best_epoch = score, epoch.epoch
-                    save_checkpoint(self.best, self.averaged, {"epoch": epoch.epoch, "validation_dice": score})
-                _save(self.last, self.raw, self.averaged, self.optimizer, state)
-                report(epoch, clock.done())
+                state.is_finished = clock.done() >= 1 or len(state.history) - state.best_epoch >= settings.patience
+                _save(self.job.checkpoint, self.raw, self.averaged, self.optimizer, state)
+                report(self._history(), clock.done())
         except KeyboardInterrupt:
-            if not state.best_epoch:
-                raise
-            stopped = "interrupted"
+            stopped = INTERRUPTED
         except _DivergedError as error:
-            if not state.best_epoch:
-                raise VolsegError(str(error), fix=DIVERGED_FIX, code="E_DIVERGED") from error
-            stopped = f"{error}; these are the best weights until then; {DIVERGED_FIX}"
-        self.dismiss()
-        weights, chosen = load_checkpoint(self.best)
+            stopped = str(error)
+        self.team.tell(None)  # lets the other ranks end this run
+        if stopped and not state.best_epoch:
+            if stopped == INTERRUPTED:
+                raise KeyboardInterrupt
+            raise VolsegError(stopped, fix=DIVERGED_FIX, code="E_DIVERGED")
+        if stopped and stopped != INTERRUPTED:
+            stopped = f"{stopped}; these are the best weights until then; {DIVERGED_FIX}"
+        weights, chosen = load_checkpoint(best)
         set_weights(evaluated, weights)
         metrics: dict[str, Any] = {
             "steps": state.step,
@@ -238,48 +251,57 @@ class Run:
         if stopped:
             metrics |= {"stopped": stopped, "watched_validation_dice": round(float(chosen["validation_dice"]), 4)}
         rows: list[ValidationRow] = []
-        if stopped != "interrupted":
-            rows = validate(evaluated, validation, recipe, plan, self.fabric.device, overlap=recipe.infer.overlap)
+        if stopped != INTERRUPTED:
+            rows = validate(evaluated, validation, recipe, plan, self.device, overlap=recipe.infer.overlap)
             metrics |= summary(rows, settings.seed)
-        return Trained(weights, [Epoch(**line) for line in state.history], metrics, rows, stopped)
+        return Trained(weights, self._history(), metrics, rows, stopped)
+
+    def _history(self) -> list[Epoch]:
+        return [Epoch(**line) for line in self.state.history]
 
     def follow(self) -> None:
         """The other ranks: step when rank 0 does."""
         self.network.train()
-        while (done := self.fabric.broadcast(None, src=0)) is not None:
-            self._step(done)
-
-    def dismiss(self) -> None:
-        """Let the other ranks end."""
-        if self.settings.devices > 1:
-            self.fabric.broadcast(None, src=0)
+        while (done := self.team.tell()) is not None:
+            self.step(done)
 
     def step(self, done: float) -> torch.Tensor:
-        """One step of all ranks, `done` of the run being behind; the loss, which a GPU may still be computing."""
-        if self.settings.devices > 1:
-            self.fabric.broadcast(done, src=0)
-        return self._step(done)
-
-    def _step(self, done: float) -> torch.Tensor:
-        train = self.recipe.train
+        """One step of this rank, `done` of the run being behind; the loss, which a GPU may still be computing."""
+        train, fabric = self.recipe.train, self.team.fabric
         for group in self.optimizer.param_groups:
             group["lr"] = train.learning_rate * _schedule(done, train.schedule)
         parts = self.batches.at(self.state.step)
         self.optimizer.zero_grad(set_to_none=True)
-        total = torch.zeros((), device=self.fabric.device)
-        for index, (images, masks) in enumerate(parts):
-            is_last = index + 1 == len(parts)
-            with self.fabric.no_backward_sync(self.network, enabled=not is_last and self.settings.devices > 1):
-                loss = self.loss(self.network(images), masks) / len(parts)
-                if train.l1 and is_last:
-                    loss = loss + train.l1 * sum(weights.abs().sum() for weights in self.raw.parameters())
-                self.fabric.backward(loss)
-            total += loss.detach()
-        self.fabric.clip_gradients(self.network, self.optimizer, max_norm=train.gradient_norm, error_if_nonfinite=False)
+        total = torch.zeros((), device=self.device)
+        with _drawing(self.settings.seed, self.state.step, self.team.rank, self.device):
+            for index, (images, masks) in enumerate(parts):
+                is_last = index + 1 == len(parts)
+                with fabric.no_backward_sync(self.network, enabled=not is_last and self.team.size > 1):
+                    loss = self.loss(self.network(images), masks) / len(parts)
+                    if train.l1 and is_last:
+                        loss = loss + train.l1 * sum(weights.abs().sum() for weights in self.raw.parameters())
+                    fabric.backward(loss)
+                total += loss.detach()
+        fabric.clip_gradients(self.network, self.optimizer, max_norm=train.gradient_norm, error_if_nonfinite=False)
         self.optimizer.step()
         self.state.step += 1
-        _average(self.averaged, weights_of(self.raw), min(train.ema_decay, self.state.step / (self.state.step + 10)))
+        if self.team.rank == 0:
+            decay = min(train.ema_decay, self.state.step / (self.state.step + 10))
+            _average(self.averaged, weights_of(self.raw), decay)
         return total
+
+    def _epoch(self, clock: _Clock) -> tuple[float, float, float, int]:
+        """Mean loss, seconds of the steps, seconds of these in which they waited for patches, and how many they were."""
+        started, waited = time.monotonic(), self.batches.waited
+        losses: list[torch.Tensor] = []
+        self.network.train()
+        while len(losses) < self.recipe.train.steps_per_epoch and not (losses and clock.done() >= 1):
+            with self.team.in_step():
+                losses.append(self.step(self.team.tell(clock.done())))
+        loss = float(torch.stack(losses).mean())
+        if not math.isfinite(loss):
+            raise _DivergedError(f"the loss became {loss} at about step {self.state.step}")
+        return loss, time.monotonic() - started, self.batches.waited - waited, len(losses)
 
 
 class _DivergedError(Exception):
@@ -293,7 +315,6 @@ class _Clock:
         self._settings, self._state = settings, state
         self._steps = settings.epochs * steps_per_epoch
         self._started = time.monotonic() - state.seconds
-        self.reserve = 0.0  # seconds kept for the final validation
 
     def seconds(self) -> float:
         return time.monotonic() - self._started
@@ -301,13 +322,16 @@ class _Clock:
     def done(self) -> float:
         share = self._state.step / self._steps
         if self._settings.seconds is not None:
-            share = max(share, self.seconds() / max(1.0, self._settings.seconds - self.reserve))
+            share = max(share, self.seconds() / max(1.0, self._settings.seconds - self._state.reserve))
         return min(1.0, share)
 
 
-def _summed(tensor: torch.Tensor) -> torch.Tensor:
-    """Over the ranks, in both directions: the gradient of each rank's share is that of the whole."""
-    return all_reduce(tensor)
+@contextmanager
+def _drawing(seed: int, step: int, rank: int, device: torch.device) -> Iterator[None]:
+    """Layers that draw, such as dropout, draw from torch's global generator: here what a resumed run would draw again."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(int(np.random.SeedSequence([seed, step, rank]).generate_state(1)[0]))
+        yield
 
 
 def _optimizer(parameters: Sequence[nn.Parameter], recipe: Recipe) -> torch.optim.Optimizer:
@@ -343,39 +367,18 @@ def _unfrozen(network: nn.Module, freeze: Sequence[str]) -> list[nn.Parameter]:
     return kept
 
 
-def _fabric(device: torch.device, *, rank: int = 0, ranks: int = 1, port: int = 0) -> Fabric:
-    """Fabric in the precision that suits the device, without its line on stderr about it."""
-    logger = logging.getLogger("lightning_fabric.utilities.rank_zero")
-    logger.addFilter(_is_not_about_precision)
-    try:
-        precision = "bf16-mixed" if _is_fast_in_bf16(device) else "32-true"
-        return fabric_of(device, precision, rank=rank, ranks=ranks, port=port)
-    finally:
-        logger.removeFilter(_is_not_about_precision)
-
-
-def _is_not_about_precision(record: logging.LogRecord) -> bool:
-    return "Automatic Mixed Precision" not in record.getMessage()
-
-
-def _is_fast_in_bf16(device: torch.device) -> bool:
-    """GPUs are, and CPUs with AMX, where a step takes half the time; without it, torch falls back to slow kernels."""
-    if device.type == "cpu":
-        return bool(getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16"))
-    return True
-
-
 def _identity(
     training: Sequence[PreparedCase],
     validation: Sequence[PreparedCase],
     recipe: Recipe,
     plan: Plan,
     settings: RunSettings,
+    ranks: int,
 ) -> str:
     """Hash of all that decides what a step does, so that two different runs are never continued as one."""
     cases = [[case.id, case.record.get("key")] for case in (*training, *validation)]
-    chosen = [settings.seed, settings.devices, list(settings.freeze)]
-    facts = [recipe.sha256, plan.model_dump(mode="json"), chosen, cases, len(training)]
+    chosen = [settings.seed, ranks, list(settings.freeze)]
+    facts = [recipe.sha256, plan.model_dump(mode="json", exclude={"lines"}), chosen, cases, len(training)]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 

@@ -23,27 +23,33 @@ class SegmentationLoss(nn.Module):
 
     Args:
         class_weights: of the background and each label, by which a label's Dice or Tversky term and each of its voxels count.
-        regions: classes that may overlap: output k is there where the class index is k + 1 or more.
+        regions: outputs that may overlap: the class indices of which each is made.
         total: sums a tensor over the ranks that share the batch, so that each computes the loss of all of it.
     """
 
     class_weights: torch.Tensor | None
+    regions: torch.Tensor | None  # (outputs, 256): whether a class belongs to an output
 
     def __init__(
         self,
         settings: Loss,
         *,
         class_weights: Sequence[float] | None = None,
-        regions: bool = False,
+        regions: Sequence[Sequence[int]] | None = None,
         total: Callable[[torch.Tensor], torch.Tensor] | None = None,
     ) -> None:
         super().__init__()
         self._total = total or (lambda tensor: tensor)
         self._settings = settings
-        self._regions = regions
         self._overlap = OVERLAPS[settings.overlap]
         weights = None if class_weights is None else torch.tensor(class_weights, dtype=torch.float32)
         self.register_buffer("class_weights", weights, persistent=False)
+        belongs = None
+        if regions is not None:
+            belongs = torch.zeros(len(regions), IGNORED + 1)
+            for output, classes in enumerate(regions):
+                belongs[output, list(classes)] = 1
+        self.register_buffer("regions", belongs, persistent=False)
 
     def forward(self, logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         """
@@ -61,10 +67,9 @@ class SegmentationLoss(nn.Module):
         logits, target = logits.float(), target.long()
         known = target != IGNORED
         target = torch.where(known, target, 0)
-        if self._regions:
+        if self.regions is not None:
             probabilities = logits.sigmoid()
-            order = torch.arange(1, logits.shape[1] + 1, device=logits.device).view(1, -1, 1, 1, 1)
-            truth = (target[:, None] >= order).to(logits.dtype)
+            truth = self.regions[:, target].movedim(0, 1)
         else:
             probabilities = logits.softmax(1)[:, 1:]
             truth = functional.one_hot(target, logits.shape[1]).movedim(-1, 1)[:, 1:].to(logits.dtype)
@@ -80,18 +85,18 @@ class SegmentationLoss(nn.Module):
     ) -> torch.Tensor:
         """Cross-entropy, or focal loss, as the weighted mean over the known voxels."""
         smoothing, gamma = self._settings.label_smoothing, self._settings.focal_gamma
-        if self._regions:
+        if self.regions is not None:
             soft = truth * (1 - smoothing) + smoothing / 2
             each = functional.binary_cross_entropy_with_logits(logits, soft, reduction="none")
             if gamma:
                 right = torch.where(truth > 0, logits, -logits).sigmoid()
-                each = each * (1 - right) ** gamma
+                each = each * (1 - right).clamp_min(SMOOTH) ** gamma
             each, weight = each.mean(1), known.to(logits.dtype)
         else:
             each = functional.cross_entropy(logits, target, reduction="none", label_smoothing=smoothing)
             if gamma:
                 right = logits.softmax(1).gather(1, target[:, None])[:, 0]
-                each = each * (1 - right) ** gamma
+                each = each * (1 - right).clamp_min(SMOOTH) ** gamma
             weight = known.to(logits.dtype)
             if self.class_weights is not None:
                 weight = weight * self.class_weights[target]
@@ -119,7 +124,8 @@ def _generalised_dice(both: torch.Tensor, extra: torch.Tensor, missed: torch.Ten
     """Labels weighted by the inverse square of their volume; one that is nowhere counts as the rarest that is there."""
     volume = both + missed
     weights = torch.where(volume > 0, volume.clamp_min(1) ** -2, 0)
-    weights = torch.where(volume > 0, weights, weights.max().clamp_min(SMOOTH))
+    weights = weights / weights.max().clamp_min(1e-30)  # 1 for the rarest
+    weights = torch.where(volume > 0, weights, 1)
     shared, total = (weights * both).sum(), (weights * (2 * both + extra + missed)).sum()
     return 1 - (2 * shared + SMOOTH) / (total + SMOOTH)
 

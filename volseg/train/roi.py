@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,9 @@ from volseg.plan import Plan
 from volseg.preprocess.crop import scaled_box
 from volseg.preprocess.resample import coarsened_mask, resample
 from volseg.recipe import Recipe
-from volseg.train.loop import Epoch, RunSettings, Trained, train_segmentation
+from volseg.train.loop import Report, RunSettings, Trained, train_segmentation
+from volseg.train.losses import IGNORED
+from volseg.train.ranks import Team
 from volseg.train.samples import sample_voxels
 
 
@@ -32,10 +34,11 @@ def train_roi(
     plan: Plan,
     settings: RunSettings,
     *,
+    team: Team,
     folder: Path,
     resume: bool,
     initial: Mapping[str, torch.Tensor],
-    report: Callable[[Epoch, float], None],
+    report: Report,
 ) -> Trained:
     """Train the network of the recipe's first pass: any label against the background.
 
@@ -44,7 +47,7 @@ def train_roi(
 
     Args:
         training, validation, plan: of the fine pass. folder: for the coarse cases and the checkpoints.
-        settings, resume, initial, report: as in `train_segmentation`.
+        settings, team, resume, initial, report: as in `train_segmentation`.
     """
     coarse = recipe.coarse
     assert recipe.roi is not None and coarse is not None
@@ -59,12 +62,13 @@ def train_roi(
         coarse,
         coarse_plan,
         settings,
+        team=team,
         checkpoints=folder,
         resume=resume,
         initial=initial,
         report=report,
     )
-    backend = TorchBackend(set_weights(build_segmentation(coarse), trained.weights), settings.device)
+    backend = TorchBackend(set_weights(build_segmentation(coarse), trained.weights), team.fabric.device)
     tiling = Tiling(patch_shape=coarse_plan.patch_shape, overlap=coarse.infer.overlap)
     margin = [recipe.roi.margin_mm / mm for mm in plan.spacing_mm]
     shares = []
@@ -91,7 +95,10 @@ def coarse_case(
     sizes = zip(case.mask.shape, spacing_mm, coarse_mm, strict=True)
     r, a, s = (max(1, round(n * fine / coarse)) for n, fine, coarse in sizes)
     image = np.stack([resample(channel, (r, a, s)) for channel in case.image])
-    mask = coarsened_mask(case.mask, (r, a, s))
+    unknown = case.mask == IGNORED
+    mask = coarsened_mask(np.where(unknown, 0, case.mask), (r, a, s))
+    if unknown.any():
+        mask[(coarsened_mask(unknown, (r, a, s)) > 0) & (mask == 0)] = IGNORED
     return PreparedCase(case.id, image, mask, {1: sample_voxels(mask == 1, rng)}, None, case.record)
 
 
@@ -109,5 +116,10 @@ def _kept(
 
 def _shares(mask: np.ndarray, part: np.ndarray) -> tuple[float | None, float]:
     """Of the labelled voxels of the mask (None where there are none) and of all its voxels, the share in a part of it."""
-    labelled = np.count_nonzero(mask)
-    return np.count_nonzero(part) / labelled if labelled else None, part.size / mask.size
+    labelled = _labelled(mask)
+    return _labelled(part) / labelled if labelled else None, part.size / mask.size
+
+
+def _labelled(mask: np.ndarray) -> int:
+    """Voxels of it."""
+    return int(np.count_nonzero((mask > 0) & (mask != IGNORED)))

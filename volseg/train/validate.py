@@ -25,10 +25,14 @@ def predicted_classes(
     tiling = Tiling(patch_shape=plan.patch_shape, overlap=overlap)
     backend = TorchBackend(network, device)
     logits = predict_logits(np.asarray(case.image), backend, tiling, n_classes=recipe.data.n_outputs)
-    if recipe.data.regions_class_order is None:
+    order = recipe.data.regions_class_order
+    if order is None:
         found = logits.argmax(axis=0)
-    else:  # nested: the last region that is there
-        found = (np.arange(1, len(logits) + 1)[:, None, None, None] * (logits > 0)).max(axis=0)
+    else:  # a later region is written over an earlier one
+        found = np.zeros(logits.shape[1:], np.uint8)
+        index = {value: number for number, value in enumerate(recipe.data.label_names, start=1)}
+        for region, value in zip(logits, order, strict=True):
+            found[region > 0] = index[value]
     found[case.mask == IGNORED] = 0
     return found
 
@@ -43,13 +47,14 @@ def validate(
     overlap: float,
     fold: int = 0,
 ) -> list[ValidationRow]:
-    """A row per case and label."""
+    """A row per case and label, or region where labels overlap."""
     ml = float(np.prod(plan.spacing_mm)) / 1000
     rows = []
     for case in cases:
         found = predicted_classes(network, case, recipe, plan, device, overlap=overlap)
         truth = np.where(case.mask == IGNORED, 0, case.mask)
-        for index, (value, name) in enumerate(recipe.data.label_names.items(), start=1):
+        for value, name, classes in _judged(recipe):
+            own, predicted = np.isin(truth, classes), np.isin(found, classes)
             rows.append(
                 ValidationRow(
                     case_id=case.id,
@@ -57,9 +62,17 @@ def validate(
                     fold=fold,
                     label=value,
                     label_name=name,
-                    dice=dice(truth, found, index),
-                    reference_volume_ml=float((truth == index).sum()) * ml,
-                    predicted_volume_ml=float((found == index).sum()) * ml,
+                    dice=dice(own, predicted, 1),
+                    reference_volume_ml=float(own.sum()) * ml,
+                    predicted_volume_ml=float(predicted.sum()) * ml,
                 )
             )
     return rows
+
+
+def _judged(recipe: Recipe) -> list[tuple[int, str, tuple[int, ...]]]:
+    """(mask value, name, class indices) of each label, or of each region."""
+    data = recipe.data
+    if data.regions is None or data.region_classes is None or data.regions_class_order is None:
+        return [(value, name, (index,)) for index, (value, name) in enumerate(data.label_names.items(), start=1)]
+    return list(zip(data.regions_class_order, data.regions, data.region_classes, strict=True))

@@ -6,7 +6,7 @@ from volseg.workflows.evaluating import evaluate
 from volseg.workflows.importing import import_nnunet
 from volseg.workflows.inference import infer
 from volseg.workflows.measuring import measure, read_label_names
-from volseg.workflows.planning import plan
+from volseg.workflows.planning import budget_of, plan, read_plan
 from volseg.workflows.preparing import preprocess
 from volseg.workflows.quantising import quantise
 from volseg.workflows.training import train
@@ -14,6 +14,7 @@ from volseg.workflows.training import train
 __all__ = [
     "Progress",
     "RunReport",
+    "budget_of",
     "check",
     "evaluate",
     "import_nnunet",
@@ -23,6 +24,7 @@ __all__ = [
     "preprocess",
     "quantise",
     "read_label_names",
+    "read_plan",
     "shipped_model",
     "table_columns",
     "train",

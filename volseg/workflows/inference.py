@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from volseg.errors import ScanError, VolsegError
 from volseg.execute.cpu import give_back_large_blocks, keep_freed_memory
 from volseg.execute.local import run_overlapped
 from volseg.io.cases import Case, find_scans
-from volseg.io.nifti import read_header, read_volume
+from volseg.io.nifti import NiftiHeader, read_header, read_volume
 from volseg.recipe import Recipe, parse_recipe
 from volseg.report.results import ResultsFolder
 from volseg.volume import Volume
@@ -86,7 +89,8 @@ def infer(
     changes = _changes(bundle.recipe, overlap=overlap, mirroring=mirroring, inside=inside, fast=fast)
     bundle = replace(bundle, recipe=_changed(bundle.recipe, changes))
     inputs = [Path(scans)] if isinstance(scans, Path | str) else [Path(scan) for scan in scans]
-    cases = find_scans(inputs, bundle.recipe.data.channels)
+    data = bundle.recipe.data
+    cases = find_scans(inputs, data.channels, may_miss=data.missing == "empty")
     with ResultsFolder(out) as results:
         loaded = load_model(bundle, device, backend=backend, precision=precision, folder=folder)
         if loaded.device == "cpu" and loaded.segmentation.identity["backend"] == "torch":
@@ -158,7 +162,7 @@ def _plan_memory(
         except VolsegError:
             plans[case.id] = None
             continue
-        itemsize = sum(header.dtype.itemsize for header in headers)
+        itemsize = _bytes_per_voxel(headers)
         try:
             plans[case.id] = plan_case_memory(
                 headers[0].geometry,
@@ -184,6 +188,17 @@ def _plan_memory(
                 "precision: fp32; this CPU has half precision too, which takes about half of the time (--precision fp16)"
             )
     return plans
+
+
+def _bytes_per_voxel(headers: Sequence[NiftiHeader]) -> int:
+    """Of all channels of a case, per voxel of the first; one with another grid is there twice, as stored and on the first's grid."""
+    first = headers[0]
+    found = float(first.dtype.itemsize)
+    for header in headers[1:]:
+        share = math.prod(header.geometry.shape) / math.prod(first.geometry.shape)
+        found += header.dtype.itemsize * share
+        found += 0 if header.geometry.matches(first.geometry) else np.dtype(np.float32).itemsize
+    return math.ceil(found)
 
 
 def _cost_of_tiles(shape: tuple[int, int, int], model: Model) -> str:

@@ -12,17 +12,18 @@ import numpy as np
 from volseg.errors import VolsegError
 from volseg.execute.cpu import physical_cores, total_memory
 from volseg.execute.local import run
-from volseg.io.cases import Case, find_cases, stated_labels, stated_modalities
+from volseg.io.cases import IGNORE, Case, stated_labels, stated_modalities, stated_regions, survey_cases
 from volseg.io.files import write_json_atomic
 from volseg.io.nifti import read_mask, read_volume
 from volseg.recipe import Recipe, parse_recipe
 from volseg.sizing import Budget
 from volseg.workflows.batch import Progress, RunReport, amount_of, reason_of, silent
-from volseg.workflows.preparing import as_recipe, fingerprint_of, refuse_dataset
+from volseg.workflows.preparing import as_recipe, fingerprint_of, refuse_dataset, warnings_of
 
 if TYPE_CHECKING:  # torch takes seconds to import; only a workflow that needs it pays
     from volseg.plan import Plan
 
+N_FOLDS = 5
 HOST_SHARE = 0.5  # of main memory that training may take where no budget is given
 GPU_SHARE = 0.85  # of a GPU's
 # Floating-point operations per second that a step reaches, for reckoning how many steps fit into a time budget.
@@ -39,6 +40,7 @@ def plan(
     recipe: Path | str | Recipe | None = None,
     memory: int | str | None = None,
     time_budget_seconds: float | None = None,
+    folds: int | None = None,
     device: str = "auto",
     seed: int = 0,
     out: Path | str | None = None,
@@ -49,24 +51,32 @@ def plan(
     Args:
         recipe: whose values stay as they are; None plans everything.
         memory: bytes that training may take, or text such as `8G`, of the GPU or of the host; None: a share of what the device has.
+        time_budget_seconds, folds: as for `train`, which shares the time out to the networks of the folds.
         out: a JSON file for the plan, which `train` takes, edited or not.
 
     Raises:
         VolsegError: a case cannot be used (all of them are named), or nothing fits the budget.
     """
-    from volseg.plan import make_plan
+    from volseg.plan import check_budget, make_plan
 
-    cases, chosen = cases_and_recipe(dataset, recipe, progress)
+    budget_of(device, memory)  # a misspelt amount should not be found out after all scans were read
+    chosen = recipe_for(dataset, recipe, progress)
+    n = folds_of(Path(dataset), chosen, folds, is_auto=recipe is None)
     fingerprint, failed = fingerprint_of(dataset, chosen, seed, progress)
     if failed:
         refuse_dataset(Path(dataset), failed)
-    found = make_plan(fingerprint, chosen, budget_of(device, memory, time_budget_seconds))
+    budget = budget_of(device, memory, None if time_budget_seconds is None else time_budget_seconds / n)
+    found = make_plan(fingerprint, chosen, budget)
+    if budget.is_stated:
+        check_budget(found, chosen, budget)
     if out is not None:
         write_json_atomic(Path(out), found.model_dump(mode="json"))
     details = {
         "recipe": chosen.model_dump(mode="json"),
         "plan": found.model_dump(mode="json"),
-        "cases": len(cases),
+        "cases": fingerprint.n_cases,
+        "folds": n,
+        "warnings": warnings_of(fingerprint, chosen),
     }
     return RunReport(out=Path(dataset) if out is None else Path(out), done=[chosen.name], details=details)
 
@@ -110,23 +120,31 @@ def budget_of(device: str = "auto", memory: int | str | None = None, seconds: fl
         has = torch.cuda.get_device_properties(0).total_memory if on_gpu else total_memory()
         found = int(has * (GPU_SHARE if on_gpu else HOST_SHARE))
     speed = GPU_SPEED if on_gpu else CPU_CORE_SPEED * physical_cores()
-    return Budget(memory=found, flops=None if seconds is None else seconds * speed, half=on_gpu)
+    return Budget(
+        memory=found, flops=None if seconds is None else seconds * speed, half=on_gpu, is_stated=memory is not None
+    )
 
 
-def cases_and_recipe(
-    dataset: Path | str, recipe: Path | str | Recipe | None, progress: Progress = silent
-) -> tuple[list[Case], Recipe]:
-    """The cases of a dataset and the recipe for it: the one that is given, or one in which all is left to the plan."""
+def recipe_for(dataset: Path | str, recipe: Path | str | Recipe | None, progress: Progress = silent) -> Recipe:
+    """The recipe that is given, or else one in which all is left to the plan.
+
+    Mistakes of the dataset are left to who prepares it, who names all of them at once, but for one without a usable case.
+    """
     if recipe is not None:
-        chosen = as_recipe(recipe)
-        return find_cases(Path(dataset), chosen.data.channels), chosen
-    cases = find_cases(Path(dataset), None)
-    return cases, auto_recipe(Path(dataset), cases, progress)
+        return as_recipe(recipe)
+    cases, mistakes = survey_cases(Path(dataset))
+    if not cases:
+        refuse_dataset(Path(dataset), {}, mistakes)
+    return auto_recipe(Path(dataset), cases, progress)
 
 
-def auto_recipe_of(dataset: Path, progress: Progress = silent) -> Recipe:
-    """As `auto_recipe`, of the dataset's own cases."""
-    return cases_and_recipe(dataset, None, progress)[1]
+def folds_of(dataset: Path, recipe: Recipe, folds: int | None, *, is_auto: bool) -> int:
+    """How many networks are trained: as many as are asked for, and without a recipe `N_FOLDS`, or one per patient where they are fewer."""
+    if folds is not None or not is_auto:
+        return folds or 1
+    cases, _ = survey_cases(dataset, recipe.data.channels)
+    trained = [case for case in cases if case.reference is not None and case.split != "test"]
+    return max(1, min(N_FOLDS, len({case.patient or case.id for case in trained})))
 
 
 def auto_recipe(dataset: Path, cases: Sequence[Case], progress: Progress = silent) -> Recipe:
@@ -135,7 +153,8 @@ def auto_recipe(dataset: Path, cases: Sequence[Case], progress: Progress = silen
     Labels are the values of the masks, with the names that the dataset states. Scans are taken for CT where the dataset says so or where
     they hold air of less than -900; else intensities are normalised per scan.
     """
-    labels = _labels(dataset, cases, progress)
+    labels, ignore = _labels(dataset, cases, progress)
+    regions, order = stated_regions(dataset)
     channels = list(cases[0].images)
     forms = {name: _normalise(name, dataset, cases) for name in channels}
     first = forms[channels[0]]
@@ -146,7 +165,14 @@ def auto_recipe(dataset: Path, cases: Sequence[Case], progress: Progress = silen
     content = {
         "name": _slug(dataset),
         "description": f"Segments {', '.join(labels)} in {kind} scans; everything that is not in the data follows from the plan.",
-        "data": {"channels": channels, "labels": labels, "intensity_unit": "HU" if is_ct else "a.u."},
+        "data": {
+            "channels": channels,
+            "labels": labels,
+            "ignore": ignore,
+            "regions": regions or None,
+            "regions_class_order": order or None,
+            "intensity_unit": "HU" if is_ct else "a.u.",
+        },
         "preprocess": {
             "spacing_mm": "auto",
             "crop": "nonzero",
@@ -167,8 +193,11 @@ def auto_recipe(dataset: Path, cases: Sequence[Case], progress: Progress = silen
     return parse_recipe(content, where=f"the recipe for {dataset}")
 
 
-def _labels(dataset: Path, cases: Sequence[Case], progress: Progress) -> dict[str, int]:
-    """Name → value of every label in the masks of the cases."""
+def _labels(dataset: Path, cases: Sequence[Case], progress: Progress) -> tuple[dict[str, int], int | None]:
+    """Name → value of every label in the masks of the cases, and the value of voxels that are to be ignored, if there is one.
+
+    Masks that cannot be read are left to who prepares them, unless none can be.
+    """
     masks = [case for case in cases if case.reference is not None and case.split != "test"]
     if not masks:
         raise VolsegError(
@@ -189,13 +218,15 @@ def _labels(dataset: Path, cases: Sequence[Case], progress: Progress) -> dict[st
             values |= outcome.value or set()
         else:
             failed[outcome.item.id] = reason_of(outcome.error)
-    if failed:
+    if len(failed) == len(masks):
         refuse_dataset(dataset, failed)
-    stated = {value: name for name, value in stated_labels(dataset).items()}
-    labels = {stated.get(value, f"label_{value}"): value for value in sorted(values - {0})}
+    named = stated_labels(dataset)
+    ignore = named.pop(IGNORE, None)
+    stated = {value: name for name, value in named.items()}
+    labels = {stated.get(value, f"label_{value}"): value for value in sorted(values - {0, ignore})}
     if not labels:
         raise VolsegError(f"{dataset}: no mask holds a labelled voxel", fix="check the masks", code="E_LABELS")
-    return labels
+    return labels, ignore
 
 
 def _normalise(channel: str, dataset: Path, cases: Sequence[Case]) -> dict[str, Any]:

@@ -5,21 +5,21 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
 from volseg.errors import ScanError, VolsegError
 from volseg.execute.local import run
-from volseg.io.cases import Case, find_cases
+from volseg.io.cases import Case, survey_cases
 from volseg.io.files import write_json_atomic
 from volseg.io.nifti import read_mask, read_volume
 from volseg.io.prepared import PreparedCase, is_prepared, write_prepared_case
 from volseg.measure.lesions import CaseRow
 from volseg.postprocess.lesions import label_lesions
-from volseg.preprocess.align import on_one_grid
+from volseg.preprocess.align import completed, on_one_grid
 from volseg.recipe import Recipe, load_recipe
 from volseg.report.results import RECORDS, held
 from volseg.report.tables import write_table
@@ -33,6 +33,7 @@ if TYPE_CHECKING:  # torch takes seconds to import; only a workflow that needs i
 
 PREPARED_FILE = "prepared.json"
 SPLITS = ("train", "val", "test")
+MOST_SHOWN = 10  # mistakes of a dataset written out in one message
 
 
 def preprocess(
@@ -59,16 +60,18 @@ def preprocess(
     from volseg.plan import DatasetFingerprint, Plan
 
     chosen, out = as_recipe(recipe), Path(out)
-    cases = _assign_splits(_training_cases(dataset, chosen), chosen.train.validation_share, seed)
+    cases = _training_cases(Path(dataset), chosen, seed, progress)
     with held(out, out / RECORDS):
-        facts, failed = _facts(cases, chosen, out, seed, budget, progress)
-        if plan is not None:
-            facts["plan"] = plan.model_dump(mode="json")
+        facts, failed = _facts(cases, chosen, out, seed, plan, budget, progress)
+        used = Plan.model_validate(facts["plan"])
         usable = [case for case in cases if case.id not in failed]
-        settings = json.dumps([facts["plan"], preparation_of(chosen), seed], sort_keys=True)
+        # Of the plan only what a prepared array depends on: another batch or network is no reason to prepare again.
+        settings = json.dumps(
+            [used.model_dump(mode="json", include={"spacing_mm", "windows"}), preparation_of(chosen), seed],
+            sort_keys=True,
+        )
         keys = {case.id: input_key(settings, *_inputs_of(case)) for case in usable}
         missing = [case for case in usable if not is_prepared(out / "cases", case.id, keys[case.id])]
-        used = Plan.model_validate(facts["plan"])
         outcomes = run(lambda case: _prepare_case(case, chosen, used, out / "cases", keys[case.id], seed), missing)
         done = []
         for count, outcome in enumerate(outcomes, start=1):
@@ -81,30 +84,41 @@ def preprocess(
         write_json_atomic(out / PREPARED_FILE, facts | {"failed": failed, "cases": listed})
         _write_preparation_table(out, cases, failed)
     kept = [case.id for case in usable if case not in missing]
-    summary = _summary(DatasetFingerprint.model_validate(facts["fingerprint"]), used)
-    return RunReport(out=out, done=done, kept=kept, failed=failed, details={"fingerprint": summary})
+    fingerprint = DatasetFingerprint.model_validate(facts["fingerprint"])
+    details = {"fingerprint": _summary(fingerprint, used), "warnings": warnings_of(fingerprint, chosen)}
+    return RunReport(out=out, done=done, kept=kept, failed=failed, details=details)
 
 
 def _facts(
-    cases: Sequence[Case], recipe: Recipe, out: Path, seed: int, budget: Budget | None, progress: Progress
+    cases: Sequence[Case],
+    recipe: Recipe,
+    out: Path,
+    seed: int,
+    plan: Plan | None,
+    budget: Budget | None,
+    progress: Progress,
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """Recipe, fingerprint and plan for `prepared.json`, and the cases that cannot be used with the reason of each.
 
-    What an earlier call found out about the same files and the same recipe is taken from its `prepared.json`.
+    The fingerprint that an earlier call made of the same files is taken from its `prepared.json`.
     """
-    from volseg.plan import DEFAULT_BUDGET, make_plan
+    from volseg.plan import DEFAULT_BUDGET, DatasetFingerprint, check_budget, make_plan
 
-    budget = budget or DEFAULT_BUDGET
     inputs = [value for case in cases for value in _inputs_of(case)]
-    key = input_key(json.dumps([recipe.model_dump(mode="json"), seed, asdict(budget)], sort_keys=True), *inputs)
+    key = input_key(json.dumps([recipe.data.model_dump(mode="json"), seed], sort_keys=True), *inputs)
+    failed: dict[str, str] = {}
     try:
         earlier = json.loads((out / PREPARED_FILE).read_text(encoding="utf-8"))
-        if earlier["key"] == key and not earlier["failed"]:
-            return {name: earlier[name] for name in ("key", "recipe", "fingerprint", "plan")}, {}
-    except (OSError, ValueError, KeyError):
-        pass  # not there yet, or from an interrupted call: looked at again
-    fingerprint, failed = _fingerprint(cases, recipe, seed, progress)
-    found = {"recipe": recipe, "fingerprint": fingerprint, "plan": make_plan(fingerprint, recipe, budget)}
+        if earlier["key"] != key or earlier["failed"]:
+            raise ValueError("made of other files")
+        fingerprint = DatasetFingerprint.model_validate(earlier["fingerprint"])
+    except (OSError, ValueError, KeyError):  # not there yet, or from an interrupted call: looked at again
+        fingerprint, failed = _fingerprint(cases, recipe, seed, progress)
+    if plan is None:
+        plan = make_plan(fingerprint, recipe, budget or DEFAULT_BUDGET)
+    if budget is not None and budget.is_stated:
+        check_budget(plan, recipe, budget)
+    found = {"recipe": recipe, "fingerprint": fingerprint, "plan": plan}
     facts = {"key": key} | {name: model.model_dump(mode="json") for name, model in found.items()}
     if not failed:
         write_json_atomic(out / PREPARED_FILE, facts | {"failed": {}, "cases": {}})
@@ -115,18 +129,39 @@ def fingerprint_of(
     dataset: Path | str, recipe: Recipe, seed: int, progress: Progress
 ) -> tuple[DatasetFingerprint, dict[str, str]]:
     """The fingerprint of a dataset's training split, and the cases that cannot be used, with the reason."""
-    cases = _assign_splits(_training_cases(dataset, recipe), recipe.train.validation_share, seed)
-    return _fingerprint(cases, recipe, seed, progress)
+    return _fingerprint(_training_cases(Path(dataset), recipe, seed, progress), recipe, seed, progress)
 
 
-def refuse_dataset(dataset: Path, failed: Mapping[str, str]) -> None:
-    first = "; ".join(f"{case}: {reason}" for case, reason in list(failed.items())[:5])
-    more = f"; and {len(failed) - 5} more" if len(failed) > 5 else ""
+def refuse_dataset(dataset: Path, failed: Mapping[str, str], mistakes: Sequence[str] = ()) -> NoReturn:
+    """One error for all that is wrong: the cases that cannot be used, with the reason, and the mistakes of the dataset as a whole."""
+    listed = [*mistakes, *(f"{case}: {reason}" for case, reason in failed.items())]
+    shown = "; ".join(f"({number}) {text}" for number, text in enumerate(listed[:MOST_SHOWN], start=1))
+    more = f"; and {len(listed) - MOST_SHOWN} more" if len(listed) > MOST_SHOWN else ""
+    what = f"{len(failed)} of its cases cannot be used" if not mistakes else f"{len(listed)} mistakes"
     raise VolsegError(
-        f"{dataset}: {len(failed)} of its cases cannot be used: {first}{more}",
+        f"{dataset}: {what}: {shown}{more}",
         fix="mend these files or take them out of the dataset; `volseg check` lists them all",
         code="E_DATASET",
     )
+
+
+def warnings_of(fingerprint: DatasetFingerprint, recipe: Recipe) -> list[str]:
+    """What is odd about the training cases, though they can be trained on."""
+    found = []
+    if fingerprint.empty_masks:
+        names = ", ".join(fingerprint.empty_masks[:5]) + (" …" if len(fingerprint.empty_masks) > 5 else "")
+        n = len(fingerprint.empty_masks)
+        found.append(f"W_EMPTY: {n} of {fingerprint.n_cases} training masks hold no labelled voxel: {names}")
+    absent = [name for value, name in recipe.data.label_names.items() if value not in fingerprint.label_voxels]
+    if absent:
+        found.append(f"W_LABELS: no training mask holds {', '.join(absent)}, which cannot be learnt")
+    return found
+
+
+def _rng_of(case: Case, seed: int) -> np.random.Generator:
+    """Of its own for each case, whatever the others are."""
+    digest = hashlib.sha256(case.id.encode()).digest()
+    return np.random.default_rng([seed, int.from_bytes(digest[:4], "big")])
 
 
 def _inputs_of(case: Case) -> list[Path | str | None]:
@@ -135,16 +170,23 @@ def _inputs_of(case: Case) -> list[Path | str | None]:
     return [*case.images.values(), case.reference, facts]
 
 
-def _training_cases(dataset: Path | str, recipe: Recipe) -> list[Case]:
-    """Cases with a mask outside the test split. A case without a split takes that of its patient, if he has one."""
-    cases = find_cases(Path(dataset), recipe.data.channels)
+def _training_cases(dataset: Path, recipe: Recipe, seed: int, progress: Progress) -> list[Case]:
+    """Cases with a mask outside the test split, each with a split. One without takes that of its patient, if he has one.
+
+    Raises:
+        VolsegError: the dataset has mistakes; then its files are looked at as well, and all that is wrong is named at once.
+    """
+    cases, mistakes = survey_cases(dataset, recipe.data.channels, may_miss=recipe.data.missing == "empty")
     unknown = sorted({case.split for case in cases if case.split} - set(SPLITS))
-    if unknown:
-        raise VolsegError(
-            f"{dataset}: split {unknown[0]!r} is unknown",
-            fix=f"use {', '.join(SPLITS)} or leave it empty",
-            code="E_DATASET",
-        )
+    mistakes += [f"split {name!r} is unknown: use {', '.join(SPLITS)} or leave it empty" for name in unknown]
+    if mistakes:
+        looked = run(lambda case: _read_case(case, recipe), [case for case in cases if case.reference is not None])
+        failed = {}
+        for count, outcome in enumerate(looked, start=1):
+            progress("Looking at the dataset", count / len(cases), outcome.item.id)
+            if outcome.error is not None:
+                failed[outcome.item.id] = reason_of(outcome.error)
+        refuse_dataset(dataset, failed, mistakes)
     sides = {case.patient: case.split for case in cases if case.patient and case.split}
     placed = [replace(case, split=case.split or sides.get(case.patient or "")) for case in cases]
     labelled = [case for case in placed if case.reference is not None and case.split != "test"]
@@ -154,7 +196,7 @@ def _training_cases(dataset: Path | str, recipe: Recipe) -> list[Case]:
             fix="add a `label` column or a labels/ folder with the names of the images, and check the `split` column",
             code="E_DATASET",
         )
-    return labelled
+    return _assign_splits(labelled, recipe.train.validation_share, seed)
 
 
 def _assign_splits(cases: Sequence[Case], validation_share: float, seed: int) -> list[Case]:
@@ -179,48 +221,68 @@ def _fingerprint(
     """The fingerprint of the training split, and the cases of either split which cannot be used, with the reason."""
     from volseg.plan import combine_fingerprints, fingerprint_case
 
-    found, failed = [], {}
+    found, failed, empty = [], {}, []
 
     def look(case: Case):
         images, reference = _read_case(case, recipe)
-        digest = hashlib.sha256(case.id.encode()).digest()
-        if recipe.data.ignore is not None:
-            reference = reference.with_array(np.where(reference.array == recipe.data.ignore, 0, reference.array))
-        return fingerprint_case(images, reference, np.random.default_rng([seed, int.from_bytes(digest[:4], "big")]))
+        return fingerprint_case(images, _known(reference, recipe), _rng_of(case, seed))
 
     for count, outcome in enumerate(run(look, cases), start=1):
         progress("Looking at the dataset", count / len(cases), outcome.item.id)
         if outcome.error is not None:
             failed[outcome.item.id] = reason_of(outcome.error)
-        elif outcome.item.split == "train":
+        elif outcome.item.split == "train" and outcome.value is not None:
             found.append(outcome.value)
+            if not outcome.value.label_voxels:
+                empty.append(outcome.item.id)
     if not found:
         raise VolsegError(
             f"no training case can be used; the first problem: {next(iter(failed.values()), 'there is no training case')}",
             fix="run `volseg check` on the dataset",
             code="E_DATASET",
         )
-    return combine_fingerprints(found), failed
+    return combine_fingerprints(found).model_copy(update={"empty_masks": tuple(empty)}), failed
 
 
 def _read_case(case: Case, recipe: Recipe) -> tuple[dict[str, Volume], Volume]:
-    """Images by channel and the mask, checked against each other and the recipe."""
-    images = {name: read_volume(case.images[name]) for name in recipe.data.channels}
+    """Images of the channels that it has and the mask, checked against each other and the recipe.
+
+    Raises:
+        ScanError: naming everything that is wrong with the case.
+    """
+    images = {name: read_volume(case.images[name]) for name in recipe.data.channels if name in case.images}
     assert case.reference is not None
     reference = read_mask(case.reference)
     if recipe.data.grids == "first":
         images = on_one_grid(images, align=recipe.data.align == "rigid")
+    problems: list[VolsegError] = []
     for name, image in images.items():
-        check_pair(image, reference, str(case.images[name]), str(case.reference))
+        try:
+            check_pair(image, reference, str(case.images[name]), str(case.reference))
+        except VolsegError as error:
+            problems.append(error)
     named = {0, recipe.data.ignore, *recipe.data.labels.values()}
     unknown = sorted(set(np.unique(reference.array).tolist()) - named)
     if unknown:
-        raise ScanError(
-            f"{case.reference}: holds values {unknown[:5]}, which the recipe does not name; it names {recipe.data.labels}",
-            fix="name every value under [data] labels in the recipe, or correct the mask",
-            code="E_LABELS",
+        problems.append(
+            ScanError(
+                f"{case.reference}: holds values {unknown[:5]}, which the recipe does not name; it names {recipe.data.labels}",
+                fix="name every value under [data] labels in the recipe, or correct the mask",
+                code="E_LABELS",
+            )
         )
+    if problems:
+        first = problems[0]
+        joined = "; ".join(problem.problem for problem in problems)
+        raise ScanError(joined, fix="; ".join(dict.fromkeys(each.fix for each in problems)), code=first.code)
     return images, reference
+
+
+def _known(reference: Volume, recipe: Recipe) -> Volume:
+    """The mask with background where it says that nobody knows."""
+    if recipe.data.ignore is None:
+        return reference
+    return reference.with_array(np.where(reference.array == recipe.data.ignore, 0, reference.array))
 
 
 def preparation_of(recipe: Recipe) -> dict[str, Any]:
@@ -238,19 +300,21 @@ def _prepare_case(case: Case, recipe: Recipe, plan: Plan, folder: Path, key: str
     from volseg.train.losses import IGNORED
 
     images, reference = _read_case(case, recipe)
-    prepared = prepare(images, plan.prepare_settings(recipe.preprocess, recipe.data.channels))
+    channels = recipe.data.channels
+    absent = [name for name in channels if name not in images]
+    prepared = prepare(completed(images, channels), plan.prepare_settings(recipe.preprocess, channels, absent))
     values = prepare_mask(reference.array, prepared.trail)
     mask = np.zeros(values.shape, np.uint8)
     for index, value in enumerate(recipe.data.label_names, start=1):
         mask[values == value] = index
     if recipe.data.ignore is not None:
         mask[values == recipe.data.ignore] = IGNORED
-    rng = np.random.default_rng([seed, int(key[:8], 16)])
+    rng = _rng_of(case, seed)
     foreground = {index: sample_voxels(mask == index, rng) for index in range(1, len(recipe.data.labels) + 1)}
     slices, class_name = None, None
     if recipe.classify is not None:
         class_name = _class_of(case, recipe)
-        largest = label_lesions(reference.array, reference.geometry).ids == 1
+        largest = label_lesions(_known(reference, recipe).array, reference.geometry).ids == 1
         if class_name is not None and largest.any():
             slices = lesion_slices(images[recipe.data.channels[0]], largest, recipe.classify)
     record = {

@@ -142,11 +142,13 @@ def _calibration_patches(cases: Sequence[PreparedCase], bundle: ModelBundle, see
 def _case_dice(backend: Backend, case: PreparedCase, bundle: ModelBundle) -> list[float]:
     """Dice per label on the prepared grid; NaN for a label that neither mask has."""
     from volseg.infer.stream import Tiling, predict_logits
+    from volseg.train.losses import IGNORED
 
     infer = bundle.recipe.infer
     tiling = Tiling(patch_shape=bundle.plan.patch_shape, overlap=infer.overlap, batch_size=infer.batch_size)
     logits = predict_logits(np.asarray(case.image), backend, tiling, n_classes=1 + len(bundle.recipe.data.labels))
     predicted = logits.argmax(axis=0)
+    predicted[case.mask == IGNORED] = 0
     return [dice(case.mask, predicted, index) for index in range(1, len(logits))]
 
 

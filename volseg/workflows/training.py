@@ -7,7 +7,8 @@ import math
 import shutil
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from contextlib import closing
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,24 +21,28 @@ from volseg.execute.cpu import keep_freed_memory
 from volseg.io.files import make_folder, write_bytes_atomic
 from volseg.io.prepared import PreparedCase, read_prepared_case
 from volseg.postprocess.steps import make_steps
-from volseg.recipe import Recipe, parse_recipe
+from volseg.recipe import Recipe, Train, parse_recipe
 from volseg.report.figures import comparison_png, curves_png, patches_png
 from volseg.report.results import held
+from volseg.report.scalars import Scalars
 from volseg.report.tables import write_table
 from volseg.workflows.batch import Progress, RunReport, silent
-from volseg.workflows.planning import auto_recipe_of, budget_of, read_plan
+from volseg.workflows.planning import N_FOLDS, budget_of, folds_of, read_plan, recipe_for
 from volseg.workflows.preparing import PREPARED_FILE, as_recipe, preparation_of, preprocess, refuse_dataset
 
 if TYPE_CHECKING:  # torch takes seconds to import; only a workflow that needs it pays
     import torch
 
     from volseg.plan import DatasetFingerprint, Plan
-    from volseg.train.loop import Trained
+    from volseg.train.loop import Epoch, RunSettings, Trained
+    from volseg.train.ranks import Team
 
-N_FOLDS = 5
+Split = tuple[Sequence[PreparedCase], Sequence[PreparedCase]]  # to train on, to validate on
 PREVIEWED = 12  # patches in the picture of --preview
 WORST = 6  # validation cases in validation.png
-INTERRUPTED = "interrupted"
+INTERRUPTED = "interrupted"  # why a run stopped, as the loop says it
+DIVERGED = "E_DIVERGED"
+DIVERGED_FIX = "lower train.learning_rate in the recipe, or train.gradient_norm, and train again"
 WORK_FOLDER = ".training"  # inside a model folder while it is being trained
 ROI_FOLDER = "roi"  # inside that one: cases and checkpoints of the coarse first pass
 
@@ -77,152 +82,286 @@ def train(
         freeze: patterns of the names of layers that stay as they are.
         fold: 0 to 4: validate on this fifth of the patients and train on the others, whatever the dataset's train and val.
         folds: train so many networks, each validated on its own share of the patients; the model is their ensemble.
-        devices: processes that share each batch, with a device each.
+        devices: processes that share each batch, with a device each; under torchrun or SLURM their number of ranks counts.
         preview: only prepare the data and write `preview.png`, augmented patches with their masks.
 
     Raises:
         VolsegError: a case cannot be used (all of them are named), or the recipe does not fit the prepared folder.
     """
-    started = time.monotonic()
     keep_freed_memory()
-    from volseg.bundle import ROI, ModelBundle, load_bundle, save_bundle, segmentation_name
-    from volseg.infer.backends import choose_device, export_bundle
-    from volseg.models import check_networks
-    from volseg.train.loop import Epoch, RunSettings, train_segmentation
-    from volseg.train.roi import train_roi
+    from volseg.infer.backends import choose_device
+    from volseg.train.loop import serve
+    from volseg.train.ranks import team_of
 
-    dataset, out = Path(dataset), Path(out)
-    work = out / WORK_FOLDER
-    with held(out, work):
-        _check_unfinished(out, work, resume)
-        prepared = dataset if (dataset / PREPARED_FILE).is_file() else work / "prepared"
-        if prepared is not dataset:
-            wanted = auto_recipe_of(dataset, progress) if recipe is None else as_recipe(recipe)
-            folds = folds or (N_FOLDS if recipe is None and fold is None else 1)
-            report = preprocess(
-                dataset,
-                recipe=wanted,
-                out=prepared,
+    if fold is not None and (folds or 1) > 1:
+        raise VolsegError("--fold and --folds exclude each other", fix="give one of them", code="E_USAGE")
+    with team_of(choose_device(device), devices, serve) as team:
+        if team.rank > 0:  # under torchrun or SLURM every rank is a call of its own
+            serve(team)
+            return RunReport(out=Path(out), details={"rank": team.rank})
+        with closing(Scalars(Path(out) / "tensorboard")) as scalars:
+            return _Training(
+                dataset=Path(dataset),
+                out=Path(out),
+                recipe=recipe,
+                plan=plan,
+                seconds=time_budget_seconds,
+                memory=memory,
+                epochs=epochs,
+                patience=patience,
+                resume=resume,
+                init=None if init is None else Path(init),
+                freeze=tuple(freeze),
+                fold=fold,
+                folds=folds,
                 seed=seed,
-                plan=None if plan is None else read_plan(plan),
-                budget=budget_of(device, memory, None if time_budget_seconds is None else time_budget_seconds / folds),
+                device=device,
+                preview=preview,
                 progress=progress,
+                team=team,
+                scalars=scalars,
+            ).run()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Training:
+    """One call of `train`, in the process that leads it."""
+
+    dataset: Path
+    out: Path
+    recipe: Path | str | Recipe | None
+    plan: Path | str | None
+    seconds: float | None
+    memory: int | str | None
+    epochs: int | None
+    patience: int | None
+    resume: bool
+    init: Path | None
+    freeze: tuple[str, ...]
+    fold: int | None
+    folds: int | None
+    seed: int
+    device: str
+    preview: bool
+    progress: Progress
+    team: Team
+    scalars: Scalars
+    started: float = field(default_factory=time.monotonic)
+
+    @property
+    def work(self) -> Path:
+        return self.out / WORK_FOLDER
+
+    def run(self) -> RunReport:
+        from volseg.bundle import ROI, ModelBundle, load_bundle, save_bundle, segmentation_name
+        from volseg.infer.backends import export_bundle
+        from volseg.models import check_networks
+
+        with held(self.out, self.work):
+            self._check_unfinished()
+            prepared, recipe, plan, folds, warnings = self._prepare()
+            chosen, used, fingerprint, cases = load_prepared(prepared, recipe, plan)
+            make_steps(chosen.postprocess)  # a misspelt step should not be found out after an hour of training
+            check_networks(chosen)
+            splits = [split_cases(cases, number, self.seed, folds) for number in range(folds)] if folds > 1 else []
+            splits = splits or [split_cases(cases, self.fold, self.seed)]
+            if self.preview:
+                path = self.out / "preview.png"
+                write_bytes_atomic(path, _preview(splits[0][0], chosen, used, self.seed))
+                return RunReport(out=self.out, done=[chosen.name], details={"preview": str(path), "warnings": warnings})
+            self._check_time_left()
+            initial = {} if self.init is None else load_bundle(self.init).weights
+            weights: dict[str, Mapping[str, Any]] = {}
+            metrics: dict[str, Any] = {}
+            if chosen.roi is not None:  # first: it is soon done, and what is wrong with the data shows here as well
+                first_pass = self._first_pass(splits[0], chosen, used, initial.get(ROI, {}))
+                weights[ROI] = first_pass.weights
+                metrics = {f"roi_{name}": value for name, value in first_pass.metrics.items()}
+            trained, stopped = self._networks(splits, chosen, used, initial.get("segmentation", {}))
+            for index, found in enumerate(trained.values()):
+                weights[segmentation_name(index)] = found.weights
+            rows = [replace(row, fold=number) for number, found in trained.items() for row in found.validation]
+            metrics = _metrics_of(trained, stopped, summary(rows, self.seed)) | metrics
+            interrupted = INTERRUPTED in stopped.values()
+            if chosen.classify is not None and not interrupted:
+                classifier, found_metrics = _train_classifier(
+                    *splits[0], chosen, self.team.fabric.device, self.seed, self._left(), self.progress
+                )
+                metrics |= found_metrics
+                if classifier is not None:
+                    weights["classifier"] = classifier
+            bundle = save_bundle(
+                ModelBundle(recipe=chosen, plan=used, fingerprint=fingerprint, weights=weights, metrics=metrics),
+                self.out,
             )
-            if report.failed:
-                refuse_dataset(dataset, report.failed)
-            recipe = wanted
-        chosen, used, fingerprint, cases = load_prepared(prepared, recipe, None if plan is None else read_plan(plan))
-        make_steps(chosen.postprocess)  # a misspelt step should not be found out after an hour of training
-        check_networks(chosen)
-        folds = folds or 1
-        if fold is not None and folds > 1:
-            raise VolsegError("--fold and --folds exclude each other", fix="give one of them", code="E_USAGE")
-        splits = [split_cases(cases, number, seed, folds) for number in range(folds)] if folds > 1 else []
-        splits = splits or [split_cases(cases, fold, seed)]
-        if preview:
-            write_bytes_atomic(out / "preview.png", _preview(splits[0][0], chosen, used, seed))
-            return RunReport(out=out, done=[chosen.name], details={"preview": str(out / "preview.png")})
-        left = None if time_budget_seconds is None else time_budget_seconds - (time.monotonic() - started)
-        if left is not None and left <= 0:
+            export_bundle(bundle, self.out)
+            # Pictures come last: nothing that was computed is to be lost over them.
+            write_bytes_atomic(self.out / "curves.png", curves_png([found.history for found in trained.values()]))
+            if rows:
+                write_table(self.out / "validation.csv", ValidationRow, rows)
+                worst = _worst_cases(rows, trained, splits, chosen, used, self.team.fabric.device)
+                write_bytes_atomic(self.out / "validation.png", worst)
+        if not interrupted:
+            shutil.rmtree(self.work, ignore_errors=True)
+        details = {"metrics": dict(bundle.metrics), "sha256": bundle.sha256, "interrupted": interrupted}
+        return RunReport(out=self.out, done=[chosen.name], details=details | {"warnings": warnings})
+
+    def _prepare(self) -> tuple[Path, Recipe | None, Plan | None, int, list[str]]:
+        """The prepared folder, the recipe and plan for it where they are not its own, how many networks, and what is odd about the data."""
+        plan = None if self.plan is None else read_plan(self.plan)
+        if (self.dataset / PREPARED_FILE).is_file():
+            recipe = None if self.recipe is None else as_recipe(self.recipe)
+            return self.dataset, recipe, plan, self.folds or 1, []
+        prepared = self.work / "prepared"
+        recipe = recipe_for(self.dataset, self.recipe, self.progress)
+        folds = 1 if self.fold is not None else folds_of(self.dataset, recipe, self.folds, is_auto=self.recipe is None)
+        if self.resume and plan is None:  # what was begun with is what is gone on with, whatever memory is there today
+            plan = _earlier_plan(prepared)
+        report = preprocess(
+            self.dataset,
+            recipe=recipe,
+            out=prepared,
+            seed=self.seed,
+            plan=plan,
+            budget=budget_of(self.device, self.memory, None if self.seconds is None else self.seconds / folds),
+            progress=self.progress,
+        )
+        if report.failed:
+            refuse_dataset(self.dataset, report.failed)
+        return prepared, recipe, None, folds, list(report.details["warnings"])
+
+    def _first_pass(self, split: Split, recipe: Recipe, plan: Plan, initial: Mapping[str, torch.Tensor]) -> Trained:
+        from volseg.train.roi import train_roi
+
+        assert recipe.roi is not None
+        left = self._left()
+        first_pass = train_roi(
+            *split,
+            recipe,
+            plan,
+            self._settings(recipe.roi.train, None if left is None else left * recipe.roi.time_share, freeze=()),
+            team=self.team,
+            folder=self.work / ROI_FOLDER,
+            resume=self.resume,
+            initial=initial,
+            report=partial(self._report, "Training the first pass", "history_roi.csv"),
+        )
+        if first_pass.stopped == INTERRUPTED:
+            raise KeyboardInterrupt
+        return first_pass
+
+    def _networks(
+        self, splits: Sequence[Split], recipe: Recipe, plan: Plan, initial: Mapping[str, torch.Tensor]
+    ) -> tuple[dict[int, Trained], dict[int, str]]:
+        """What was trained on each split, and why a training ended before its time. What is done is not lost over what is not."""
+        from volseg.train.loop import train_segmentation
+
+        for_classifier = 0.0 if recipe.classify is None else (self._left() or 0.0) * recipe.classify.time_share
+        trained: dict[int, Trained] = {}
+        stopped: dict[int, str] = {}
+        earlier = 0.0  # seconds that networks took in a call which this one resumes
+        for number, (training, validation) in enumerate(splits):
+            left, began = self._left(for_classifier + earlier), time.monotonic()
+            several = len(splits) > 1
+            try:
+                found = train_segmentation(
+                    training,
+                    validation,
+                    recipe,
+                    plan,
+                    self._settings(recipe.train, None if left is None else left / (len(splits) - number)),
+                    team=self.team,
+                    checkpoints=_fold_folder(self.work, number, len(splits)),
+                    resume=self.resume,
+                    initial=initial,
+                    report=partial(
+                        self._report,
+                        f"Training fold {number + 1} of {len(splits)}" if several else "Training",
+                        f"history{'' if number == 0 else f'_{number}'}.csv",
+                    ),
+                )
+            except KeyboardInterrupt:
+                if not trained:
+                    raise
+                stopped[number] = INTERRUPTED
+                break
+            except VolsegError as error:
+                if error.code != DIVERGED or not several:
+                    raise
+                stopped[number] = error.problem
+                continue
+            trained[number] = found
+            earlier += max(0.0, found.metrics["training_seconds"] - (time.monotonic() - began))
+            if found.stopped:
+                stopped[number] = found.stopped
+            if found.stopped == INTERRUPTED:
+                break
+        if not trained:
             raise VolsegError(
-                f"preparing the data took longer than the time budget of {time_budget_seconds:.0f} s",
+                f"no network could be trained: {next(iter(stopped.values()))}", fix=DIVERGED_FIX, code=DIVERGED
+            )
+        return trained, stopped
+
+    def _settings(self, train: Train, seconds: float | None, freeze: tuple[str, ...] | None = None) -> RunSettings:
+        from volseg.train.loop import RunSettings
+
+        return RunSettings(
+            seed=self.seed,
+            epochs=self.epochs or train.epochs,
+            patience=self.patience or train.patience,
+            seconds=seconds,
+            freeze=self.freeze if freeze is None else freeze,
+        )
+
+    def _report(self, stage: str, table: str, history: Sequence[Epoch], done: float) -> None:
+        from volseg.train.loop import Epoch
+
+        write_table(self.out / table, Epoch, history)
+        epoch = history[-1]
+        self.scalars.add(table.removesuffix(".csv"), epoch.step, asdict(epoch))
+        self.progress(
+            stage,
+            done,
+            f"epoch {epoch.epoch}, loss {epoch.loss:.3f}, validation Dice {epoch.validation_dice:.3f}, "
+            f"{epoch.steps_per_second:.3g} steps/s, waiting {epoch.waiting_share:.0%}",
+        )
+
+    def _left(self, kept: float = 0.0) -> float | None:
+        """Seconds of the budget, less what is kept for later; None without a budget."""
+        if self.seconds is None:
+            return None
+        return max(1.0, self.seconds - (time.monotonic() - self.started) - kept)
+
+    def _check_time_left(self) -> None:
+        if self.seconds is not None and time.monotonic() - self.started >= self.seconds:
+            raise VolsegError(
+                f"preparing the data took longer than the time budget of {self.seconds:.0f} s",
                 fix="run `volseg preprocess` first and train from the prepared folder, or give more time",
                 code="E_BUDGET",
             )
 
-        def seconds_left(kept: float = 0.0) -> float | None:
-            """Of the budget, less what is kept for later."""
-            if time_budget_seconds is None:
-                return None
-            return max(1.0, time_budget_seconds - (time.monotonic() - started) - kept)
-
-        for_classifier = 0.0 if left is None or chosen.classify is None else left * chosen.classify.time_share
-        settings = RunSettings(
-            device=choose_device(device),
-            seed=seed,
-            epochs=epochs or chosen.train.epochs,
-            patience=patience or chosen.train.patience,
-            devices=devices,
-            freeze=tuple(freeze),
-        )
-        initial = {} if init is None else load_bundle(Path(init)).weights
-        weights: dict[str, Mapping[str, Any]] = {}
-        metrics: dict[str, Any] = {}
-
-        def show(stage: str, epoch: Epoch, done: float) -> None:
-            progress(
-                stage,
-                done,
-                f"epoch {epoch.epoch}, loss {epoch.loss:.3f}, validation Dice {epoch.validation_dice:.3f}, "
-                f"{epoch.steps_per_second:.3g} steps/s, waiting {epoch.waiting_share:.0%}",
+    def _check_unfinished(self) -> None:
+        unfinished = any(path.is_file() for path in self.work.glob("**/last.safetensors"))
+        if (self.out / "model.json").exists() and not (self.resume and unfinished):
+            raise VolsegError(
+                f"{self.out}: holds a finished model", fix="give another --out, or delete it first", code="E_EXISTS"
+            )
+        if unfinished and not self.resume:
+            raise VolsegError(
+                f"{self.out}: holds an interrupted training run",
+                fix="add --resume to go on, or delete the folder",
+                code="E_EXISTS",
             )
 
-        if chosen.roi is not None:  # first: it is soon done, and what is wrong with the data shows here as well
-            first_pass = train_roi(
-                *splits[0],
-                chosen,
-                used,
-                replace(
-                    settings,
-                    epochs=epochs or chosen.roi.train.epochs,
-                    patience=patience or chosen.roi.train.patience,
-                    seconds=None if left is None else left * chosen.roi.time_share,
-                    freeze=(),
-                ),
-                folder=work / ROI_FOLDER,
-                resume=resume,
-                initial=initial.get(ROI, {}),
-                report=partial(show, "Training the first pass"),
-            )
-            weights[ROI] = first_pass.weights
-            metrics = {f"roi_{name}": value for name, value in first_pass.metrics.items()}
-            write_table(out / "history_roi.csv", Epoch, first_pass.history)
-        trained: list[Trained] = []
-        for number, (training, validation) in enumerate(splits):
-            seconds = seconds_left(for_classifier)
-            stage = "Training" if len(splits) == 1 else f"Training fold {number + 1} of {len(splits)}"
-            found = train_segmentation(
-                training,
-                validation,
-                chosen,
-                used,
-                replace(settings, seconds=None if seconds is None else seconds / (len(splits) - number)),
-                checkpoints=_fold_folder(work, number, len(splits)),
-                resume=resume,
-                initial=initial.get("segmentation", {}),
-                report=partial(show, stage),
-            )
-            trained.append(found)
-            weights[segmentation_name(number)] = found.weights
-            if found.stopped == INTERRUPTED:
-                break
-        rows = [replace(row, fold=number) for number, each in enumerate(trained) for row in each.validation]
-        metrics = _metrics_of(trained, summary(rows, seed)) | metrics
-        interrupted = trained[-1].stopped == INTERRUPTED
-        if chosen.classify is not None and not interrupted:
-            classifier, found_metrics = _train_classifier(
-                *splits[0], chosen, settings.device, seed, seconds_left(), progress
-            )
-            metrics |= found_metrics
-            if classifier is not None:
-                weights["classifier"] = classifier
-        histories = [each.history for each in trained]
-        for number, history in enumerate(histories):
-            write_table(out / f"history{'' if number == 0 else f'_{number}'}.csv", Epoch, history)
-        write_bytes_atomic(out / "curves.png", curves_png(histories))
-        if rows:
-            write_table(out / "validation.csv", ValidationRow, rows)
-            write_bytes_atomic(
-                out / "validation.png", _worst_cases(rows, trained, splits, chosen, used, settings.device)
-            )
-        bundle = save_bundle(
-            ModelBundle(recipe=chosen, plan=used, fingerprint=fingerprint, weights=weights, metrics=metrics), out
-        )
-        export_bundle(bundle, out)
-    if not interrupted:
-        shutil.rmtree(work, ignore_errors=True)
-    details = {"metrics": dict(bundle.metrics), "sha256": bundle.sha256, "interrupted": interrupted}
-    return RunReport(out=out, done=[chosen.name], details=details)
+
+def _earlier_plan(prepared: Path) -> Plan | None:
+    """The plan with which an interrupted run prepared its data; None where it did not come so far."""
+    from volseg.plan import Plan
+
+    try:
+        return Plan.model_validate(json.loads((prepared / PREPARED_FILE).read_text(encoding="utf-8"))["plan"])
+    except (OSError, ValueError, KeyError):
+        return None
 
 
 def _fold_folder(work: Path, number: int, n: int) -> Path:
@@ -234,13 +373,15 @@ def _fold_folder(work: Path, number: int, n: int) -> Path:
     return folder
 
 
-def _metrics_of(trained: Sequence[Trained], validated: Mapping[str, Any]) -> dict[str, Any]:
+def _metrics_of(
+    trained: Mapping[int, Trained], stopped: Mapping[int, str], validated: Mapping[str, Any]
+) -> dict[str, Any]:
     """Of one network as they are; of several those of cross-validation, each case by the network that never saw it."""
-    if len(trained) == 1:
-        return dict(trained[0].metrics)
-    found: dict[str, Any] = {"networks": len(trained), "steps": sum(each.metrics["steps"] for each in trained)}
-    stopped = [each.stopped for each in trained if each.stopped]
-    return found | dict(validated) | ({"stopped": "; ".join(stopped)} if stopped else {})
+    if len(trained) == 1 and not stopped.keys() - trained.keys():
+        return dict(next(iter(trained.values())).metrics)
+    steps = sum(found.metrics["steps"] for found in trained.values())
+    reasons = {"stopped": "; ".join(f"fold {number}: {why}" for number, why in stopped.items())} if stopped else {}
+    return {"networks": len(trained), "steps": steps} | dict(validated) | reasons
 
 
 def _preview(training: Sequence[PreparedCase], recipe: Recipe, plan: Plan, seed: int) -> bytes:
@@ -260,8 +401,8 @@ def _preview(training: Sequence[PreparedCase], recipe: Recipe, plan: Plan, seed:
 
 def _worst_cases(
     rows: Sequence[ValidationRow],
-    trained: Sequence[Trained],
-    splits: Sequence[tuple[Sequence[PreparedCase], Sequence[PreparedCase]]],
+    trained: Mapping[int, Trained],
+    splits: Sequence[Split],
     recipe: Recipe,
     plan: Plan,
     device: torch.device,
@@ -282,20 +423,6 @@ def _worst_cases(
         score = sum(scores[number, case_id]) / len(scores[number, case_id])
         pictures.append((f"{case_id}: Dice {score:.3f}", np.asarray(case.image[0]), np.asarray(case.mask), found))
     return comparison_png(pictures, plan.spacing_mm)
-
-
-def _check_unfinished(out: Path, work: Path, resume: bool) -> None:
-    unfinished = any(path.is_file() for path in work.glob("**/last.safetensors"))
-    if (out / "model.json").exists() and not (resume and unfinished):
-        raise VolsegError(
-            f"{out}: holds a finished model", fix="give another --out, or delete it first", code="E_EXISTS"
-        )
-    if unfinished and not resume:
-        raise VolsegError(
-            f"{out}: holds an interrupted training run",
-            fix="add --resume to go on, or delete the folder",
-            code="E_EXISTS",
-        )
 
 
 def split_cases(

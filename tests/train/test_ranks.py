@@ -4,10 +4,10 @@ import sys
 BF16 = """
 import torch
 from lightning_fabric import Fabric
-from volseg.train import loop
+from volseg.train import ranks
 
-loop._is_fast_in_bf16 = lambda device: True  # as on a CPU with AMX, whatever this one has
-fabric = loop._fabric(torch.device("cpu"))
+ranks._is_fast_in_bf16 = lambda device: True  # as on a CPU with AMX, whatever this one has
+fabric = ranks._quiet_fabric(torch.device("cpu"))
 with fabric.autocast():
     print((torch.ones(2, 2) @ torch.ones(2, 2)).dtype)
 """
