@@ -32,9 +32,12 @@ def test_a_bundle_holds_no_pickle_and_a_card_with_what_was_measured(model):
     assert sorted(path.name for path in model.iterdir() if path.is_file()) == [
         "card.md",
         "classifier.safetensors",
+        "curves.png",
         "history.csv",
         "model.json",
         "segmentation.safetensors",
+        "validation.csv",
+        "validation.png",
     ]
     bundle = load_bundle(model)
     card = (model / "card.md").read_text()

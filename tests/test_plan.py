@@ -111,7 +111,7 @@ def test_recipes_that_can_only_be_run_are_not_planned():
     fingerprint = combine_fingerprints([case()])
     regions = recipe(**AUTO)
     data = regions.data.model_copy(update={"regions_class_order": (1,)})
-    with pytest.raises(VolsegError, match="runs but does not train"):
+    with pytest.raises(VolsegError, match="does not say of which labels"):
         make_plan(fingerprint, regions.model_copy(update={"data": data}))
     with pytest.raises(VolsegError, match="other axes than R, A, S"):
         make_plan(fingerprint, recipe(**AUTO, transpose=(2, 0, 1)))

@@ -182,6 +182,10 @@ def train(
             min=1, help="GPUs, or processes on a CPU, that share each batch; torchrun and SLURM say it themselves."
         ),
     ] = 1,
+    precision: Annotated[
+        str,
+        typer.Option(help="auto, fp32 or half; auto is half (bfloat16) on GPUs and on CPUs with instructions for it."),
+    ] = "auto",
     preview: Annotated[
         bool, typer.Option("--preview", help="Only prepare the data and draw augmented patches with their masks.")
     ] = False,
@@ -212,6 +216,7 @@ def train(
             fold=fold,
             folds=folds,
             devices=devices,
+            precision=precision,
             preview=preview,
             device=device,
             seed=seed,

@@ -61,7 +61,7 @@ def test_label_smoothing_is_that_of_torch():
 
 
 @pytest.mark.parametrize("overlap", OVERLAPS)
-@pytest.mark.parametrize("regions", [False, True])
+@pytest.mark.parametrize("regions", [None, [(1, 2), (2,), (1,), (3,)]])
 def test_what_is_ignored_changes_neither_the_loss_nor_a_weight(overlap, regions):
     logits, target = problem()
     target[:, 2:4] = IGNORED
@@ -86,13 +86,22 @@ def test_a_patch_without_lesion_does_not_count_as_a_failure_of_the_batch():
     assert float(loss_of(sure(target, 2), target)) == pytest.approx(0, abs=1e-3)
 
 
-def test_regions_are_nested_and_each_is_judged_by_itself():
+def test_regions_may_overlap_and_each_is_judged_by_itself():
     _, target = problem(classes=4)
-    right = torch.stack([(target >= level).float() * 40 - 20 for level in (1, 2, 3)], dim=1)
-    assert float(loss_of(right, target, regions=True)) == pytest.approx(0, abs=1e-3)
+    regions = [(1, 2, 3), (1, 3), (3,)]
+    right = torch.stack([torch.isin(target, torch.tensor(each)).float() * 40 - 20 for each in regions], dim=1)
+    assert float(loss_of(right, target, regions=regions)) == pytest.approx(0, abs=1e-3)
     wrong_core = right.clone()
-    wrong_core[:, 2] *= -1
-    assert float(loss_of(wrong_core, target, regions=True)) > 1
+    wrong_core[:, 1] *= -1
+    assert float(loss_of(wrong_core, target, regions=regions)) > 1
+
+
+def test_generalised_dice_of_a_batch_that_lacks_a_label_still_judges_the_others():
+    target = torch.zeros((1, *SHAPE), dtype=torch.uint8)
+    target[0, :4] = 1
+    right, wrong = sure(target, 3), sure(torch.zeros_like(target), 3)
+    assert float(loss_of(right, target, overlap="generalised_dice")) == pytest.approx(0, abs=1e-3)
+    assert float(loss_of(wrong, target, overlap="generalised_dice")) > 1
 
 
 def test_deep_supervision_is_a_mean_that_halves_with_each_depth():

@@ -9,7 +9,7 @@ from volseg.bundle import load_bundle
 from volseg.errors import VolsegError
 from volseg.io.nifti import read_mask, write_volume
 from volseg.volume import Geometry, Volume
-from volseg.workflows.planning import auto_recipe_of, budget_of, read_plan
+from volseg.workflows.planning import budget_of, read_plan, recipe_for
 
 DECATHLON = {
     "modality": {"0": "MRI"},
@@ -53,17 +53,17 @@ def decathlon_folder(folder, n=4):
 
 
 def test_the_recipe_follows_from_the_masks_the_description_and_the_intensities(tmp_path):
-    plain = auto_recipe_of(plain_folder(tmp_path / "Liver CT-2"))
+    plain = recipe_for(plain_folder(tmp_path / "Liver CT-2"), None)
     assert plain.name == "liver_ct_2"
     assert plain.data.labels == {"label_7": 7, "label_300": 300}
     assert (plain.preprocess.normalise.method, plain.data.intensity_unit) == ("window", "HU")
     assert plain.train.augment.flip_axes == ("R", "A", "S")
-    brain = auto_recipe_of(decathlon_folder(tmp_path / "b"))
+    brain = recipe_for(decathlon_folder(tmp_path / "b"), None)
     assert brain.data.labels == {"left ball": 7, "shell": 300}
     assert (brain.preprocess.normalise.method, brain.data.intensity_unit) == ("zscore", "a.u.")
     assert brain.train.augment.flip_axes == ("A", "S")  # a mirrored left ball would be a right one
-    assert auto_recipe_of(nnunet_folder(tmp_path / "n")).preprocess.normalise.method == "window"
-    dark = auto_recipe_of(plain_folder(tmp_path / "m", low=0))
+    assert recipe_for(nnunet_folder(tmp_path / "n"), None).preprocess.normalise.method == "window"
+    dark = recipe_for(plain_folder(tmp_path / "m", low=0), None)
     assert dark.preprocess.normalise.method == "zscore"  # nothing says CT, and there is no air
 
 
@@ -92,7 +92,7 @@ def test_what_the_recipe_states_overrules_the_plan(dataset, tiny_recipe):
 
 def test_a_budget_that_nothing_fits_says_which_number_to_change(tmp_path):
     with pytest.raises(VolsegError, match="the budget is") as caught:
-        volseg.plan(plain_folder(tmp_path / "d"), memory="1M")
+        volseg.plan(plain_folder(tmp_path / "d"), memory="100K")
     assert "G" in caught.value.fix
     with pytest.raises(VolsegError, match="--vram many is no amount of memory"):
         volseg.plan(tmp_path / "d", memory="many")
@@ -142,3 +142,61 @@ def test_a_preview_shows_patches_and_trains_nothing(dataset, tiny_recipe, tmp_pa
     assert (tmp_path / "m" / "preview.png").read_bytes()[:4] == b"\x89PNG"
     assert report.details["preview"].endswith("preview.png")
     assert not (tmp_path / "m" / "model.json").exists()
+
+
+def test_everything_that_is_wrong_with_a_dataset_is_said_at_once(tmp_path):
+    folder = plain_folder(tmp_path / "d", n=6)
+    lines = ["subject,image,label,split,patient"]
+    lines += [
+        f"s{n},images/case_{n}.nii.gz,labels/case_{n}.nii.gz,{'val' if n == 4 else 'train'},p{n % 4}" for n in range(6)
+    ]
+    lines[2] = lines[2].replace("s1,", "s0,")  # an id twice; patient 0 is in train and in val
+    (folder / "cases.csv").write_text("\n".join(lines))
+    off_grid = Geometry((26, 24, 20), oblique((1.5, 1.5, 2.5)))
+    write_volume(Volume(np.zeros(off_grid.shape, np.uint8, order="F"), off_grid), folder / "labels/case_2.nii.gz")
+    mask = read_mask(folder / "labels/case_3.nii.gz")
+    write_volume(mask.with_array(np.where(mask.array == 7, 9, mask.array)), folder / "labels/case_3.nii.gz")
+    (folder / "images/case_5.nii.gz").write_bytes(b"no scan")
+    recipe = recipe_for(plain_folder(tmp_path / "e"), None)
+    with pytest.raises(VolsegError) as caught:
+        volseg.train(folder, out=tmp_path / "m", recipe=recipe, device="cpu")
+    message = str(caught.value)
+    for words in ("id 's0' is used for both", "patient 'p0' is in split 'val'", "s2: E_PAIR", "s3: E_LABELS", "s5: E_"):
+        assert words in message
+    assert not (tmp_path / "m" / "model.json").exists()
+
+
+def test_empty_masks_and_labels_that_are_nowhere_are_warned_of_and_trained_on(tmp_path):
+    folder = plain_folder(tmp_path / "d")
+    recipe = recipe_for(folder, None)
+    for number in (0, 1):
+        path = folder / "labels" / f"case_{number}.nii.gz"
+        mask = read_mask(path)
+        write_volume(mask.with_array(np.zeros(mask.array.shape, np.uint16, order="F")), path)
+    labels = recipe.data.model_copy(update={"labels": dict(recipe.data.labels) | {"cyst": 12}})
+    report = volseg.plan(folder, recipe=recipe.model_copy(update={"data": labels}), memory="1G")
+    empty, absent = report.details["warnings"]
+    assert "training masks hold no labelled voxel" in empty
+    assert "no training mask holds cyst" in absent
+
+
+def test_nnunets_ignore_label_and_regions_are_understood(tmp_path):
+    folder = nnunet_folder(tmp_path / "n")
+    description = json.loads((folder / "dataset.json").read_text())
+    description["labels"] = {"background": 0, "ball": 7, "ignore": 300}
+    (folder / "dataset.json").write_text(json.dumps(description))
+    recipe = recipe_for(folder, None)
+    assert (recipe.data.labels, recipe.data.ignore) == ({"ball": 7}, 300)
+    description["labels"] = {"background": 0, "all": [7, 300], "ball": 7}
+    (folder / "dataset.json").write_text(json.dumps(description | {"regions_class_order": [300, 7]}))
+    recipe = recipe_for(folder, None)
+    assert recipe.data.region_classes == ((1, 2), (1,))
+    volseg.train(folder, out=tmp_path / "m", folds=1, epochs=1, memory="1G", device="cpu", time_budget_seconds=20)
+    rows = (tmp_path / "m" / "validation.csv").read_text().splitlines()
+    assert {row.split(",")[4] for row in rows[1:]} == {"all", "ball"}
+
+
+def test_a_stated_budget_that_a_stated_network_exceeds_says_which_batch_fits(dataset, tiny_recipe, tmp_path):
+    large = tiny_recipe.model_copy(update={"train": tiny_recipe.train.model_copy(update={"batch_size": 32})})
+    with pytest.raises(VolsegError, match=r"takes about .* the budget is .* or batch_size \d+ in the plan or recipe"):
+        volseg.plan(dataset, recipe=large, memory="30M")

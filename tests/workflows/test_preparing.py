@@ -59,7 +59,9 @@ def test_a_bad_case_is_a_row_with_its_reason_and_the_others_are_prepared(own, ti
     assert report.failed["scan_2"].startswith("E_PAIR")
     assert sorted(report.done) == ["scan_0", "scan_3", "scan_4", "scan_5"]
     assert sorted(json.loads((tmp_path / "p" / "prepared.json").read_text())["failed"]) == ["scan_1", "scan_2"]
-    with pytest.raises(VolsegError, match=r"2 of its cases cannot be used: scan_1: E_TRUNCATED.*scan_2: E_PAIR"):
+    with pytest.raises(
+        VolsegError, match=r"2 of its cases cannot be used: \(1\) scan_1: E_TRUNCATED.*\(2\) scan_2: E_PAIR"
+    ):
         volseg.train(own, recipe=tiny_recipe, out=tmp_path / "m")
 
 

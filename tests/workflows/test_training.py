@@ -1,5 +1,7 @@
 import csv
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -131,8 +133,10 @@ def test_frozen_layers_stay_and_a_pattern_that_matches_none_is_refused(dataset, 
 
 def test_two_processes_train_as_one_with_twice_the_batch(dataset, tiny_recipe, tmp_path):
     steady = changed(tiny_recipe, batch_size=2, steps_per_epoch=4)
-    volseg.train(dataset, recipe=steady, out=tmp_path / "two", devices=2, epochs=2, device="cpu")
-    volseg.train(dataset, recipe=changed(steady, batch_size=4), out=tmp_path / "one", epochs=2, device="cpu")
+    volseg.train(dataset, recipe=steady, out=tmp_path / "two", devices=2, epochs=2, device="cpu", precision="fp32")
+    volseg.train(
+        dataset, recipe=changed(steady, batch_size=4), out=tmp_path / "one", epochs=2, device="cpu", precision="fp32"
+    )
     for one, two in zip(history(tmp_path / "one"), history(tmp_path / "two"), strict=True):
         assert float(two["loss"]) == pytest.approx(float(one["loss"]), abs=1e-4)
 
@@ -213,3 +217,55 @@ def test_requests_that_make_no_sense_are_refused(dataset, model, tiny_recipe, tm
         volseg.train(tmp_path / "p", recipe="smoke", out=tmp_path / "m")
     with pytest.raises(VolsegError, match="longer than the time budget"):
         volseg.train(dataset, recipe=tiny_recipe, out=tmp_path / "n", time_budget_seconds=1e-3)
+
+
+def test_torchrun_starts_the_ranks_and_one_of_them_speaks(dataset, tiny_recipe, tmp_path):
+    recipe = tmp_path / "r.json"
+    recipe.write_text(changed(tiny_recipe, steps_per_epoch=2).model_dump_json())
+    script = tmp_path / "run.py"
+    script.write_text(
+        "import json, sys, volseg\n"
+        "from volseg.recipe import parse_recipe\n"
+        "recipe = parse_recipe(json.load(open(sys.argv[1])), where='r')\n"
+        "report = volseg.train(sys.argv[2], recipe=recipe, out=sys.argv[3], epochs=1, device='cpu', precision='fp32')\n"
+        "print(dict(report.details).get('rank', 'leads'))\n"
+    )
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node=2",
+        "--master-port=0",
+        "--rdzv-backend=c10d",
+    ]
+    command += ["--rdzv-endpoint=127.0.0.1:0", str(script), str(recipe), str(dataset), str(tmp_path / "m")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert sorted(done.stdout.split()) == ["1", "leads"]
+    assert load_bundle(tmp_path / "m").metrics["steps"] == 2
+
+
+def test_a_channel_that_some_cases_lack_is_zero_there(dataset, tiny_recipe, tmp_path):
+    with (dataset / "cases.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    for row in rows:
+        row |= {"image": None, "image_ct": dataset / row["image"], "label": dataset / row["label"]}
+        row["image_other"] = "" if row["subject"] in ("scan_1", "scan_6") else row["image_ct"]
+    names = ["subject", "image_ct", "image_other", "label", "split", "grade"]
+    with (tmp_path / "cases.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, names, extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(rows)
+    two = tiny_recipe.data.model_copy(update={"channels": ("ct", "other")})
+    strict = tiny_recipe.model_copy(update={"data": two, "classify": None})
+    with pytest.raises(VolsegError, match="the cell of 'image_other' is empty"):
+        volseg.train(tmp_path, recipe=strict, out=tmp_path / "m", device="cpu")
+    dropping = strict.train.augment.model_copy(update={"channel_drop_probability": 0.3})
+    lenient = changed(strict, augment=dropping).model_copy(update={"data": two.model_copy(update={"missing": "empty"})})
+    volseg.preprocess(tmp_path, recipe=lenient, out=tmp_path / "p")
+    assert not np.load(tmp_path / "p" / "cases" / "scan_1" / "image.npy")[1].any()
+    assert np.load(tmp_path / "p" / "cases" / "scan_0" / "image.npy")[1].any()
+    report = volseg.train(tmp_path / "p", out=tmp_path / "m", device="cpu")
+    assert report.details["metrics"]["validation_dice_lesion"] > 0.6
+    report = volseg.infer(tmp_path / "cases.csv", model=tmp_path / "m", out=tmp_path / "r", device="cpu")
+    assert "scan_6" in report.done and not report.failed

@@ -177,6 +177,9 @@ def _change_intensities(images: torch.Tensor, settings: Augment, draws: Sequence
             low, high = image.amin((1, 2, 3), keepdim=True), image.amax((1, 2, 3), keepdim=True)
             reach = (high - low).clamp_min(1e-6)
             image.sub_(low).div_(reach).clamp_(0, 1).pow_(draw.factor(settings.gamma)).mul_(reach).add_(low)
+        for channel in range(1, len(image)):  # last, so that nothing makes it other than 0
+            if draw.decides(settings.channel_drop_probability):
+                image[channel] = 0
 
 
 def _blurred(image: torch.Tensor, sigma: float) -> torch.Tensor:

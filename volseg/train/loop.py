@@ -140,7 +140,7 @@ def train_segmentation(
     Raises:
         VolsegError: the loss is not finite before there are any weights to keep, or the checkpoint to resume from is damaged.
     """
-    identity = _identity(training, validation, recipe, plan, settings, team.size)
+    identity = _identity(training, validation, recipe, plan, settings, team)
     job = _Job(training, recipe, plan, settings, checkpoints / "last.safetensors", initial, identity, resume)
     if team.size > 1:
         team.tell(job.sent())
@@ -373,11 +373,11 @@ def _identity(
     recipe: Recipe,
     plan: Plan,
     settings: RunSettings,
-    ranks: int,
+    team: Team,
 ) -> str:
     """Hash of all that decides what a step does, so that two different runs are never continued as one."""
     cases = [[case.id, case.record.get("key")] for case in (*training, *validation)]
-    chosen = [settings.seed, ranks, list(settings.freeze)]
+    chosen = [settings.seed, team.size, team.precision, list(settings.freeze)]
     facts = [recipe.sha256, plan.model_dump(mode="json", exclude={"lines"}), chosen, cases, len(training)]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 

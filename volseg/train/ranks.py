@@ -27,6 +27,7 @@ from volseg.errors import EnvironmentProblem, VolsegError
 from volseg.execute.cpu import physical_cores
 
 PATIENCE = timedelta(days=7)  # that the other ranks wait for rank 0, which prepares data and validates
+PRECISIONS = ("auto", "fp32", "half")
 ENDING_SECONDS = 60  # that a process of ours has to end by itself
 
 
@@ -38,6 +39,7 @@ class Team:
     """
 
     fabric: Fabric
+    precision: str
     rank: int = 0
     size: int = 1
     control: distributed.ProcessGroup | None = None
@@ -91,26 +93,34 @@ class _Total(torch.autograd.Function):
 
 
 @contextmanager
-def team_of(device: torch.device, processes: int, serve: Callable[[Team], None]) -> Iterator[Team]:
+def team_of(
+    device: torch.device, processes: int, serve: Callable[[Team], None], precision: str = "auto"
+) -> Iterator[Team]:
     """The team of this call of `train`: this process alone, with `processes` - 1 others that are started here, or one of a launcher's ranks.
 
     Args:
         processes: a launcher's number of ranks counts instead, where there is one.
         serve: what the processes started here do until rank 0 tells them None.
+        precision: fp32; half, for convolutions in two bytes; or auto, which is half where the device is faster so.
 
     Raises:
-        VolsegError: there are fewer GPUs than processes.
+        VolsegError: there are fewer GPUs than processes, or the precision is none of these.
         EnvironmentProblem: one of the processes does not start.
     """
+    if precision not in PRECISIONS:
+        raise VolsegError(
+            f"precision {precision!r} is unknown", fix=f"give one of {', '.join(PRECISIONS)}", code="E_USAGE"
+        )
     launcher = _launcher()
     if launcher is not None and launcher.world_size() > 1:
-        with _joined(device, launcher, _nodes(launcher)) as team:
+        with _joined(device, launcher, _nodes(launcher), precision) as team:
             yield team
             if team.rank == 0:
                 team.tell(None)
         return
     if processes == 1:
-        yield Team(_quiet_fabric(device))
+        kind = _precision_of(device, precision)
+        yield Team(_quiet_fabric(device, kind), kind)
         return
     if device.type == "cuda" and processes > torch.cuda.device_count():
         raise VolsegError(
@@ -118,7 +128,10 @@ def team_of(device: torch.device, processes: int, serve: Callable[[Team], None])
             fix=f"give --devices {torch.cuda.device_count()}, or train on the CPU with --device cpu",
             code="E_USAGE",
         )
-    with _started(device, processes, serve) as port, _joined(device, _OwnProcesses(0, processes, port), 1) as team:
+    with (
+        _started(device, processes, serve, precision) as port,
+        _joined(device, _OwnProcesses(0, processes, port), 1, precision) as team,
+    ):
         yield team
         team.tell(None)
 
@@ -179,7 +192,7 @@ class _OwnProcesses(ClusterEnvironment):
 
 
 @contextmanager
-def _joined(device: torch.device, environment: ClusterEnvironment, nodes: int) -> Iterator[Team]:
+def _joined(device: torch.device, environment: ClusterEnvironment, nodes: int, precision: str) -> Iterator[Team]:
     """This process as one of the ranks; on a CPU with its share of the cores."""
     size, threads = environment.world_size(), torch.get_num_threads()
     per_node = size // nodes
@@ -189,10 +202,11 @@ def _joined(device: torch.device, environment: ClusterEnvironment, nodes: int) -
         cluster_environment=environment, process_group_backend="nccl" if device.type == "cuda" else "gloo"
     )
     try:
-        fabric = _quiet_fabric(device, strategy=strategy, devices=per_node, num_nodes=nodes)
+        kind = _precision_of(device, precision)
+        fabric = _quiet_fabric(device, kind, strategy=strategy, devices=per_node, num_nodes=nodes)
         control = distributed.new_group(backend="gloo", timeout=PATIENCE)
         assert isinstance(control, distributed.ProcessGroup)
-        yield Team(fabric, environment.global_rank(), size, control)
+        yield Team(fabric, kind, environment.global_rank(), size, control)
     finally:
         if distributed.is_initialized():
             distributed.destroy_process_group()
@@ -200,7 +214,7 @@ def _joined(device: torch.device, environment: ClusterEnvironment, nodes: int) -
 
 
 @contextmanager
-def _started(device: torch.device, ranks: int, serve: Callable[[Team], None]) -> Iterator[int]:
+def _started(device: torch.device, ranks: int, serve: Callable[[Team], None], precision: str) -> Iterator[int]:
     """Processes for the ranks from 1 on; yields the port at which all meet. They end with the block."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -211,7 +225,8 @@ def _started(device: torch.device, ranks: int, serve: Callable[[Team], None]) ->
     try:
         for rank in range(1, ranks):
             ours, theirs = context.Pipe(duplex=False)
-            process = context.Process(target=_help, args=(rank, ranks, port, device.type, serve, theirs), daemon=True)
+            arguments = (rank, ranks, port, device.type, serve, precision, theirs)
+            process = context.Process(target=_help, args=arguments, daemon=True)
             process.start()
             theirs.close()
             processes.append(process)
@@ -240,24 +255,31 @@ def _has_said_so(connection: Connection) -> bool:
         return False
 
 
-def _help(rank: int, ranks: int, port: int, device: str, serve: Callable[[Team], None], ready: Connection) -> None:
+def _help(
+    rank: int,
+    ranks: int,
+    port: int,
+    device: str,
+    serve: Callable[[Team], None],
+    precision: str,
+    ready: Connection,
+) -> None:
     """The whole life of a process that was started here. Ctrl-C is rank 0's to hear."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     ready.send(True)
     ready.close()
-    with _joined(torch.device(device), _OwnProcesses(rank, ranks, port), 1) as team:
+    with _joined(torch.device(device), _OwnProcesses(rank, ranks, port), 1, precision) as team:
         serve(team)
 
 
 def _quiet_fabric(
-    device: torch.device, *, strategy: DDPStrategy | str = "auto", devices: int = 1, num_nodes: int = 1
+    device: torch.device, precision: Any, *, strategy: DDPStrategy | str = "auto", devices: int = 1, num_nodes: int = 1
 ) -> Fabric:
-    """Fabric in the precision that suits the device, without its lines on stderr about it and about the ranks."""
+    """Fabric without its lines on stderr about precision and ranks."""
     loggers = [logging.getLogger(f"lightning_fabric.utilities.{name}") for name in ("rank_zero", "distributed")]
     for logger in loggers:
         logger.addFilter(_is_no_announcement)
     try:
-        precision = "bf16-mixed" if _is_fast_in_bf16(device) else "32-true"
         fabric = Fabric(
             accelerator=device.type, devices=devices, num_nodes=num_nodes, precision=precision, strategy=strategy
         )
@@ -269,6 +291,15 @@ def _quiet_fabric(
             logger.removeFilter(_is_no_announcement)
 
 
+def _precision_of(device: torch.device, precision: str) -> str:
+    """Fabric's word for the precision of this device."""
+    if precision == "fp32" or (precision == "auto" and not _is_fast_in_half(device)):
+        return "32-true"
+    if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        return "16-mixed"
+    return "bf16-mixed"
+
+
 def _is_no_announcement(record: logging.LogRecord) -> bool:
     text = record.getMessage()
     return not any(
@@ -276,7 +307,7 @@ def _is_no_announcement(record: logging.LogRecord) -> bool:
     )
 
 
-def _is_fast_in_bf16(device: torch.device) -> bool:
+def _is_fast_in_half(device: torch.device) -> bool:
     """GPUs are, and CPUs with instructions for it, on which a step takes a half to two thirds of the time.
 
     Without them torch falls back to slow kernels.

@@ -65,6 +65,7 @@ def train(
     devices: int = 1,
     seed: int = 0,
     device: str = "auto",
+    precision: str = "auto",
     preview: bool = False,
     progress: Progress = silent,
 ) -> RunReport:
@@ -83,6 +84,7 @@ def train(
         fold: 0 to 4: validate on this fifth of the patients and train on the others, whatever the dataset's train and val.
         folds: train so many networks, each validated on its own share of the patients; the model is their ensemble.
         devices: processes that share each batch, with a device each; under torchrun or SLURM their number of ranks counts.
+        precision: fp32; half, for convolutions in two bytes; or auto, which is half where the device is faster so.
         preview: only prepare the data and write `preview.png`, augmented patches with their masks.
 
     Raises:
@@ -95,7 +97,7 @@ def train(
 
     if fold is not None and (folds or 1) > 1:
         raise VolsegError("--fold and --folds exclude each other", fix="give one of them", code="E_USAGE")
-    with team_of(choose_device(device), devices, serve) as team:
+    with team_of(choose_device(device), devices, serve, precision) as team:
         if team.rank > 0:  # under torchrun or SLURM every rank is a call of its own
             serve(team)
             return RunReport(out=Path(out), details={"rank": team.rank})
