@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import tempfile
 import time
 from pathlib import Path
 
 import torch
 
 from volseg.execute.cpu import keep_freed_memory
-from volseg.train.loop import Run, RunSettings
+from volseg.train.loop import Job, Run, RunSettings, serve
+from volseg.train.ranks import team_of
 from volseg.workflows.training import load_prepared, split_cases
 
 ROUND = 10
@@ -31,11 +31,11 @@ def main() -> None:
     arguments = parser.parse_args()
     keep_freed_memory()
     recipe, plan, _, cases = load_prepared(arguments.prepared, arguments.recipe)
-    training, validation = split_cases(cases, None, 0)
-    settings = RunSettings(device=torch.device(arguments.device), epochs=10, patience=10)
+    training, _ = split_cases(cases, None, 0)
+    job = Job(training, recipe, plan, RunSettings(epochs=10, patience=10), Path("none"), {}, "", False)
     loop, bare = [], []
-    with tempfile.TemporaryDirectory() as folder:
-        run = Run(training, validation, recipe, plan, settings, Path(folder), False, {}, rank=0, port=0)
+    with team_of(torch.device(arguments.device), 1, serve) as team:
+        run = Run(job, team)
         run.network.train()
         with run.batches:
             images, masks = run.batches.at(10**6)[0]
@@ -50,7 +50,7 @@ def main() -> None:
                 started = time.perf_counter()
                 for _ in range(ROUND):
                     run.optimizer.zero_grad(set_to_none=True)
-                    run.fabric.backward(run.loss(run.network(images), masks))
+                    team.fabric.backward(run.loss(run.network(images), masks))
                     run.optimizer.step()
                 wait(arguments.device)
                 bare.append((time.perf_counter() - started) / ROUND)

@@ -321,3 +321,29 @@ def test_auto_takes_the_gpu_and_openvino_is_refused_there():
     with pytest.raises(VolsegError, match="use --device cpu"):
         choose_backend("openvino", "cuda")
     assert choose_backend("openvino", "auto").device.type == "cpu"
+
+
+COMPILED_TWICE = """
+import gc, signal
+import numpy as np
+from volseg.infer.backends import OpenVINOBackend, convert
+from volseg.models import build_network
+
+network = build_network("unet3d", in_channels=1, out_channels=2, features=(2, 4, 4), strides=((1,) * 3, (2,) * 3, (2,) * 3))
+first = OpenVINOBackend(convert(network.eval(), (1, 1, 8, 8, 8)), (1, 1, 8, 8, 8))
+second = OpenVINOBackend(convert(network.eval(), (1, 1, 8, 8, 8)), (1, 1, 8, 8, 8))
+del first
+gc.collect()
+del second
+gc.collect()
+try:
+    signal.raise_signal(signal.SIGINT)
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+
+
+@needs_openvino
+def test_ctrl_c_still_interrupts_after_networks_were_compiled_and_dropped():
+    done = subprocess.run([sys.executable, "-c", COMPILED_TWICE], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "interrupted\n"), done.stderr

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
@@ -217,7 +217,6 @@ class OpenVINOBackend:
             target[...] = written[:n]
 
     def _compile(self, shape: tuple[int, ...]) -> None:
-        openvino = import_openvino()
         self._model.reshape(list(shape))
         hints = {
             # Else a chip with matrix units for bf16 would compute in bf16 without being asked.
@@ -229,7 +228,7 @@ class OpenVINOBackend:
             "ENABLE_CPU_PINNING": False,
         }
         self._shape = shape
-        self._compiled = openvino.Core().compile_model(self._model, "CPU", hints)
+        self._compiled = core().compile_model(self._model, "CPU", hints)
         output = self._compiled.output(0)
         self._out_shape, self._out_type = tuple(output.shape), output.get_element_type().to_dtype()
         self._request: openvino.InferRequest | None = None
@@ -477,7 +476,7 @@ def write_exported(model: openvino.Model, folder: Path, stem: str, facts: Mappin
 
 def read_exported(folder: Path, stem: str, model_sha256: str) -> tuple[openvino.Model | None, dict[str, Any]]:
     """What `write_exported` wrote, or (None, {}) where it is not there, damaged or of another model."""
-    openvino = import_openvino()
+    import_openvino()
     target = folder / EXPORTED
     try:
         facts = json.loads((target / f"{stem}.json").read_text(encoding="utf-8"))
@@ -486,7 +485,7 @@ def read_exported(folder: Path, stem: str, model_sha256: str) -> tuple[openvino.
         hashes = {name: sha256_of(target / name) for name in (f"{stem}.xml", f"{stem}.bin")}
         if hashes != facts["files"]:
             return None, {}
-        return openvino.Core().read_model(target / f"{stem}.xml"), facts
+        return core().read_model(target / f"{stem}.xml"), facts
     except (OSError, ValueError, KeyError, TypeError, RuntimeError):
         return None, {}
 
@@ -533,9 +532,19 @@ def without_reports() -> Iterator[None]:
         sys.modules.update(hidden)
 
 
+@cache
+def core() -> openvino.Core:
+    """OpenVINO's entrance, one for the process.
+
+    Its CPU plugin gives the process a stack for signal handlers when it is loaded, and of several that overlap the last one to go gives back that of another
+    which is no more (2026.4): Ctrl-C then ends in a segmentation fault.
+    """
+    return import_openvino().Core()
+
+
 def find_half_type() -> str | None:
     """OpenVINO's name of the half precision in which this CPU computes: bf16 or f16; None where it has none."""
-    known = import_openvino().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    known = core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     names = {"BF16": "bf16", "FP16": "f16"}  # bf16 first: more chips have matrix units for it
     return next((name for capability, name in names.items() if capability in known), None)
 
@@ -549,7 +558,7 @@ def half_type() -> str:
     name = find_half_type()
     if name is None:
         raise EnvironmentProblem(
-            f"precision fp16 was asked for, but OpenVINO finds no half precision on {import_openvino().Core().get_property('CPU', 'FULL_DEVICE_NAME')}",
+            f"precision fp16 was asked for, but OpenVINO finds no half precision on {core().get_property('CPU', 'FULL_DEVICE_NAME')}",
             fix="use --precision fp32",
             code="E_PRECISION",
         )

@@ -88,7 +88,7 @@ class _State:
 
 
 @dataclass(frozen=True, slots=True)
-class _Job:
+class Job:
     """What every rank has to know to take part in a run."""
 
     training: Sequence[PreparedCase]
@@ -108,8 +108,8 @@ class _Job:
         )  # fmt: skip
 
     @staticmethod
-    def received(places: Sequence[tuple[Path, str]], *rest: Any) -> _Job:
-        return _Job([read_prepared_case(folder, case_id) for folder, case_id in places], *rest)
+    def received(places: Sequence[tuple[Path, str]], *rest: Any) -> Job:
+        return Job([read_prepared_case(folder, case_id) for folder, case_id in places], *rest)
 
 
 def train_segmentation(
@@ -141,7 +141,7 @@ def train_segmentation(
         VolsegError: the loss is not finite before there are any weights to keep, or the checkpoint to resume from is damaged.
     """
     identity = _identity(training, validation, recipe, plan, settings, team)
-    job = _Job(training, recipe, plan, settings, checkpoints / "last.safetensors", initial, identity, resume)
+    job = Job(training, recipe, plan, settings, checkpoints / "last.safetensors", initial, identity, resume)
     if team.size > 1:
         team.tell(job.sent())
     run = Run(job, team)
@@ -152,7 +152,7 @@ def train_segmentation(
 def serve(team: Team) -> None:
     """What the ranks from 1 on do: take part in one run after the other until they are told None."""
     while (sent := team.tell()) is not None:
-        run = Run(_Job.received(*sent), team)
+        run = Run(Job.received(*sent), team)
         with run.batches:
             run.follow()
 
@@ -160,7 +160,7 @@ def serve(team: Team) -> None:
 class Run:
     """A network on its way, on one rank: what a step changes."""
 
-    def __init__(self, job: _Job, team: Team) -> None:
+    def __init__(self, job: Job, team: Team) -> None:
         self.job, self.team = job, team
         self.recipe, self.settings = job.recipe, job.settings
         self.device = team.fabric.device
@@ -216,7 +216,7 @@ class Run:
                     step=state.step,
                     seconds=round(state.seconds, 1),
                     learning_rate=self.optimizer.param_groups[0]["lr"],
-                    loss=round(loss, 4),
+                    loss=round(loss, 6),
                     validation_dice=round(score, 4),
                     steps_per_second=round(steps / stepping, 3),
                     waiting_share=round(waited / stepping, 4),

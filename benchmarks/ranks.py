@@ -1,0 +1,55 @@
+"""Two processes that share each batch against one process with the doubled batch: their losses, epoch by epoch.
+
+    python benchmarks/ranks.py [--epochs 5]
+
+The phantoms of sample_data/ and the recipe `smoke` in float32, on the CPU, over gloo.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import sys
+import tempfile
+from pathlib import Path
+
+import volseg
+from volseg.recipe import load_recipe
+
+DATASET = Path(__file__).parent.parent / "sample_data"
+TARGET = 1e-4
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--epochs", type=int, default=5)
+    arguments = parser.parse_args()
+    recipe = load_recipe("smoke")
+    small = recipe.train.model_copy(update={"patch_shape": (32, 32, 32), "steps_per_epoch": 20})
+    losses = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name, devices in (("one", 1), ("two", 2)):
+            train = small.model_copy(update={"batch_size": 4 // devices})
+            volseg.train(
+                DATASET,
+                recipe=recipe.model_copy(update={"train": train}),
+                out=Path(folder) / name,
+                epochs=arguments.epochs,
+                devices=devices,
+                device="cpu",
+                precision="fp32",
+            )
+            with (Path(folder) / name / "history.csv").open(newline="", encoding="utf-8") as file:
+                losses[name] = [float(row["loss"]) for row in csv.DictReader(file)]
+    print("| epoch | loss, 1 process with batch 4 | 2 processes with batch 2 | difference |")
+    print("|---|---|---|---|")
+    differences = [abs(one - two) for one, two in zip(losses["one"], losses["two"], strict=True)]
+    for number, (one, two, difference) in enumerate(
+        zip(losses["one"], losses["two"], differences, strict=True), start=1
+    ):
+        print(f"| {number} | {one:.6f} | {two:.6f} | {difference:.1e} |")
+    sys.exit(max(differences) > TARGET)
+
+
+if __name__ == "__main__":
+    main()
