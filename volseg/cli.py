@@ -417,7 +417,12 @@ def import_nnunet(
 
 @app.command()
 def check(
-    path: Annotated[Path, typer.Argument(help="A dataset, a scan, a recipe or a model folder.")], as_json: Json = False
+    path: Annotated[Path, typer.Argument(help="A dataset, a scan, a recipe or a model folder.")],
+    recipe: Annotated[
+        str | None,
+        typer.Option(help="For which a dataset is to be fit: its channels and label values are looked at too."),
+    ] = None,
+    as_json: Json = False,
 ) -> None:
     """Report every problem of a dataset, scan, recipe or model at once, each with its fix.
 
@@ -425,7 +430,7 @@ def check(
     """
     from volseg import workflows
 
-    problems = workflows.check(path)
+    problems = workflows.check(path, recipe)
     errors = [problem for problem in problems if problem["code"].startswith("E_")]
     if as_json:
         _print_json({"path": str(path), "problems": problems})

@@ -1,7 +1,10 @@
 import shutil
 from pathlib import Path
 
+import numpy as np
+
 import volseg
+from volseg.io.nifti import read_mask, write_volume
 from volseg.workflows import table_columns
 
 
@@ -27,6 +30,26 @@ def test_every_problem_of_a_dataset_is_reported_at_once(dataset, tmp_path):
         ("scan_2", "E_PAIR"),
     ]
     assert all(problem["fix"] for problem in problems)
+
+
+def test_with_a_recipe_the_label_values_count_too_and_empty_masks_are_pointed_out(dataset, tiny_recipe, tmp_path):
+    shutil.copytree(dataset, tmp_path / "data")
+    mask = read_mask(tmp_path / "data" / "labels" / "scan_0.nii.gz")
+    write_volume(mask.with_array(np.zeros_like(mask.array)), tmp_path / "data" / "labels" / "scan_0.nii.gz")
+    assert [problem["code"] for problem in volseg.check(tmp_path / "data")] == ["W_EMPTY"]
+    other = tiny_recipe.model_copy(update={"data": tiny_recipe.data.model_copy(update={"labels": {"lesion": 4}})})
+    found = [(problem["where"], problem["code"]) for problem in volseg.check(tmp_path / "data", other)]
+    assert found == [("scan_0", "W_EMPTY"), *((f"scan_{number}", "E_LABELS") for number in range(1, 8))]
+
+
+def test_a_recipe_that_leaves_its_network_to_the_plan_has_no_problem(tmp_path, tiny_recipe):
+    text = (Path(__file__).parents[2] / "pipelines" / "smoke.toml").read_text()
+    text = text.replace("features = [16, 32, 48]", 'features = "auto"\nkernels = "auto"')
+    path = tmp_path / "r.toml"
+    path.write_text(text.replace("strides = [[1, 1, 1], [2, 2, 2], [2, 2, 2]]", 'strides = "auto"'))
+    assert volseg.check(path) == []
+    path.write_text(text)
+    assert "make all of them 'auto', or none" in volseg.check(path)[0]["problem"]
 
 
 def test_a_bad_recipe_and_an_unknown_step_are_reported(tmp_path):

@@ -17,16 +17,19 @@ from volseg.postprocess.steps import make_steps
 from volseg.recipe import Recipe, load_recipe, shipped_recipes
 from volseg.volume import Volume
 from volseg.workflows.batch import check_pair
-from volseg.workflows.preparing import PREPARED_FILE
+from volseg.workflows.preparing import PREPARED_FILE, as_recipe, read_training_case
 
 
-def check(path: Path | str) -> list[dict[str, str]]:
-    """Every problem of a dataset, scan, recipe or model at once, each with its fix; an empty list where there is none."""
+def check(path: Path | str, recipe: Path | str | Recipe | None = None) -> list[dict[str, str]]:
+    """Every problem of a dataset, scan, recipe or model at once, each with its fix; an empty list where there is none.
+
+    Args:
+        recipe: for which a dataset is to be fit: its channels, label values and grids are looked at too.
+    """
     path = Path(path)
     try:
         if path.suffix == ".toml" or (not path.exists() and str(path) in shipped_recipes()):
-            recipe = load_recipe(path)
-            _check_names(recipe)
+            _check_names(load_recipe(path))
         elif (path / "model.json").is_file():
             from volseg.bundle import load_bundle
 
@@ -40,12 +43,15 @@ def check(path: Path | str) -> list[dict[str, str]]:
                 f"{path}: is a prepared folder", fix="check the dataset that it was made from", code="E_USAGE"
             )
         elif path.is_dir() or path.suffix == ".csv":
-            cases, mistakes = survey_cases(path)
+            chosen = None if recipe is None else as_recipe(recipe)
+            channels = None if chosen is None else chosen.data.channels
+            may_miss = chosen is not None and chosen.data.missing == "empty"
+            cases, mistakes = survey_cases(path, channels, may_miss=may_miss)
             found = [
                 {"where": str(path), "code": "E_REQUEST", "problem": mistake, "fix": "correct the dataset"}
                 for mistake in mistakes
             ]
-            return found + [problem for case in cases for problem in _check_case(case)]
+            return found + [problem for case in cases for problem in _check_case(case, chosen)]
         else:
             header = read_header(path)
             read_volume(path)
@@ -63,10 +69,11 @@ def _check_names(recipe: Recipe) -> None:
     from volseg.models import check_networks
 
     make_steps(recipe.postprocess)
-    check_networks(recipe)
+    if not recipe.is_open:  # else the plan says what network it is
+        check_networks(recipe)
 
 
-def _check_case(case: Case) -> Iterator[dict[str, str]]:
+def _check_case(case: Case, recipe: Recipe | None) -> Iterator[dict[str, str]]:
     volumes: dict[str, Volume] = {}
     for name, path in case.images.items():
         try:
@@ -79,6 +86,12 @@ def _check_case(case: Case) -> Iterator[dict[str, str]]:
         return
     try:
         mask = read_mask(case.reference)
+        if not mask.array.any():
+            text = f"{case.reference}: holds no labelled voxel"
+            yield {"where": case.id, "code": "W_EMPTY", "problem": text, "fix": ""}
+        if recipe is not None and volumes.keys() == case.images.keys():
+            read_training_case(case, recipe)
+            return
         for name, volume in volumes.items():
             check_pair(volume, mask, str(case.images[name]), str(case.reference))
     except VolsegError as error:

@@ -180,7 +180,9 @@ def _training_cases(dataset: Path, recipe: Recipe, seed: int, progress: Progress
     unknown = sorted({case.split for case in cases if case.split} - set(SPLITS))
     mistakes += [f"split {name!r} is unknown: use {', '.join(SPLITS)} or leave it empty" for name in unknown]
     if mistakes:
-        looked = run(lambda case: _read_case(case, recipe), [case for case in cases if case.reference is not None])
+        looked = run(
+            lambda case: read_training_case(case, recipe), [case for case in cases if case.reference is not None]
+        )
         failed = {}
         for count, outcome in enumerate(looked, start=1):
             progress("Looking at the dataset", count / len(cases), outcome.item.id)
@@ -224,7 +226,7 @@ def _fingerprint(
     found, failed, empty = [], {}, []
 
     def look(case: Case):
-        images, reference = _read_case(case, recipe)
+        images, reference = read_training_case(case, recipe)
         return fingerprint_case(images, _known(reference, recipe), _rng_of(case, seed))
 
     for count, outcome in enumerate(run(look, cases), start=1):
@@ -244,7 +246,7 @@ def _fingerprint(
     return combine_fingerprints(found).model_copy(update={"empty_masks": tuple(empty)}), failed
 
 
-def _read_case(case: Case, recipe: Recipe) -> tuple[dict[str, Volume], Volume]:
+def read_training_case(case: Case, recipe: Recipe) -> tuple[dict[str, Volume], Volume]:
     """Images of the channels that it has and the mask, checked against each other and the recipe.
 
     Raises:
@@ -299,7 +301,7 @@ def _prepare_case(case: Case, recipe: Recipe, plan: Plan, folder: Path, key: str
     from volseg.preprocess.prepare import prepare, prepare_mask
     from volseg.train.losses import IGNORED
 
-    images, reference = _read_case(case, recipe)
+    images, reference = read_training_case(case, recipe)
     channels = recipe.data.channels
     absent = [name for name in channels if name not in images]
     prepared = prepare(completed(images, channels), plan.prepare_settings(recipe.preprocess, channels, absent))
