@@ -20,7 +20,7 @@ import volseg
 FOLDER = Path(__file__).parent
 SURELY_FOUND_RADIUS_MM = 5.0  # smaller ones are in the table, but nothing is promised of them
 VOLUME_TOLERANCE_PERCENT, DENSITY_TOLERANCE_HU, MATCH_MM = 5.0, 2.0, 4.0
-TIME_BUDGET_SECONDS = 200.0
+TIME_BUDGET_SECONDS = 185.0
 
 
 def main() -> int:
