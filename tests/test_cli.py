@@ -13,7 +13,20 @@ from pathlib import Path
 import pytest
 from nnunet_folder import write_model
 
-COMMANDS = ("preprocess", "train", "infer", "quantise", "measure", "evaluate", "import-nnunet", "check", "columns")
+from volseg import cli, workflows
+
+COMMANDS = (
+    "preprocess",
+    "plan",
+    "train",
+    "infer",
+    "quantise",
+    "measure",
+    "evaluate",
+    "import-nnunet",
+    "check",
+    "columns",
+)
 
 
 def run(*arguments, **options):
@@ -177,3 +190,45 @@ def test_the_version_is_that_of_the_package():
 
     assert run("--version").stdout.strip() == volseg.__version__
     assert Path(volseg.__file__).name == "__init__.py"
+
+
+def test_in_a_log_progress_is_a_line_from_time_to_time_with_what_is_left(monkeypatch, capsys):
+    clock = [1000.0]
+    monkeypatch.setattr(cli.time, "monotonic", lambda: clock[0])
+    lines = cli._Lines()
+    for seconds, share in ((40, 0.5), (60, 0.6), (80, 0.7), (90, 0.75), (120, 0.9)):
+        clock[0] = 1000.0 + seconds
+        lines.show("Training", share, f"epoch {seconds}")
+    assert capsys.readouterr().err.splitlines() == [
+        "Training: 50%, epoch 40",
+        "Training: 70%, 0:01:00 left, epoch 80",
+        "Training: 90%, 0:00:20 left, epoch 120",
+    ]
+
+
+def test_ctrl_c_ends_training_with_a_usable_model_and_resume_goes_on(dataset, tiny_recipe, tmp_path):
+    # A prepared folder brings its recipe.
+    slow = tiny_recipe.model_copy(
+        update={"train": tiny_recipe.train.model_copy(update={"epochs": 400, "patience": 400})}
+    )
+    workflows.preprocess(dataset, recipe=slow, out=tmp_path / "p")
+    out = tmp_path / "m"
+    command = ["train", tmp_path / "p", "--out", out, "--device", "cpu"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "volseg", *map(str, command), "--json"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while not (out / "history.csv").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    stdout, stderr = process.communicate(timeout=120)
+    assert process.returncode == 130, stderr
+    found = json.loads(stdout)
+    assert (found["interrupted"], found["exit_code"]) == (True, 130)
+    assert "add --resume to go on" in stderr
+    assert run("infer", dataset / "images" / "scan_7.nii.gz", "--model", out, "--out", tmp_path / "r").returncode == 0
+    epochs = len((out / "history.csv").read_text().splitlines())
+    done = run(*command, "--resume", "--epochs", epochs + 1)
+    assert done.returncode == 0, done.stderr
+    assert len((out / "history.csv").read_text().splitlines()) == epochs + 2

@@ -116,3 +116,38 @@ def test_recipes_that_can_only_be_run_are_not_planned():
     with pytest.raises(VolsegError, match="other axes than R, A, S"):
         make_plan(fingerprint, recipe(**AUTO, transpose=(2, 0, 1)))
     assert make_plan(fingerprint, recipe(**AUTO | {"spacing_mm": (3, 1, 1)}, axes="stored")).spacing_mm == (3, 1, 1)
+
+
+def test_a_recipe_overrules_a_plan_that_is_passed_back_and_the_lines_say_so():
+    values = tuple(np.linspace(0, 100, 1001))
+    plan = make_plan(combine_fingerprints([case(samples=values)]), recipe(**AUTO))
+    edited = plan.model_copy(update={"spacing_mm": (2.0, 2.0, 3.0), "batch_size": 7})
+    same = edited.overruled_by(recipe(**AUTO))
+    assert same.spacing_mm == (2.0, 2.0, 3.0)
+    assert same.batch_size == recipe().train.batch_size  # stated by that recipe
+    lines = {line.setting: line for line in same.lines}
+    assert (lines["spacing"].value, lines["spacing"].reason) == ("2 × 2 × 3 mm", "from the plan that was given")
+    assert lines["batch"].value == str(same.batch_size)
+    stated = edited.overruled_by(recipe(spacing_mm=(1.0, 1.0, 1.0), normalise={"method": "window", "low": -5.0}))
+    assert stated.spacing_mm == (1.0, 1.0, 1.0)
+    assert (stated.windows["ct"].low, stated.windows["ct"].high) == (-5.0, plan.windows["ct"].high)
+    scored = edited.overruled_by(recipe(normalise={"method": "zscore"}))
+    assert scored.windows == {}
+    (normaliser,) = scored.prepare_settings(recipe(normalise={"method": "zscore"}).preprocess, ["ct"]).normalisers
+    assert isinstance(normaliser, ZScore)
+    with pytest.raises(VolsegError, match="the plan has no intensity window for channel 'ct'"):
+        scored.overruled_by(recipe(**AUTO))
+
+
+def test_a_plan_with_numbers_that_cannot_be_is_refused():
+    plan = make_plan(combine_fingerprints([case()]), recipe(**AUTO)).model_dump()
+    layers = {"features": (4, 8), "strides": ((1, 1, 1), (2, 2, 2)), "kernels": ((3, 3, 3),) * 2}
+    for wrong in ({"batch_size": 0}, {"spacing_mm": (0, 1, 1)}, {"patch_shape": (8, -8, 8)}, {"network": layers}):
+        with pytest.raises(ValueError):
+            Plan.model_validate(plan | wrong)
+
+
+def test_a_window_for_a_channel_that_no_training_case_has_cannot_be_found():
+    fingerprint = combine_fingerprints([case().model_copy(update={"samples": {"pet": (1.0, 2.0)}})])
+    with pytest.raises(VolsegError, match="no training case has channel 'ct'"):
+        make_plan(fingerprint, recipe(**AUTO))

@@ -8,7 +8,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from volseg.errors import VolsegError
 from volseg.models import build_network
+from volseg.recipe import Loss
 from volseg.sizing import BATCHES, SMALLEST_EDGE, STEPS, Budget, choose_size, topology
+from volseg.train.losses import SegmentationLoss
 
 GB = 1 << 30
 SCANS = {
@@ -118,3 +120,35 @@ def test_what_cannot_fit_says_which_number_to_change():
     with pytest.raises(VolsegError, match="fewer than") as caught:
         sized("body", budget=Budget(memory=8 * GB, flops=1e9))
     assert "--time-budget" in caught.value.fix
+
+
+@pytest.mark.parametrize("patch_shape", [(32, 32, 32), (48, 40, 16)])
+def test_the_modelled_memory_is_near_what_autograd_keeps_of_a_real_step(patch_shape):
+    size = choose_size(
+        (60, 60, 30),
+        (1, 1, 1.5),
+        channels=1,
+        outputs=3,
+        n_cases=10,
+        budget=Budget(memory=2 * GB),
+        patch_shape=patch_shape,
+        batch_size=2,
+    )
+    network = build_network(
+        "unet3d", in_channels=1, out_channels=3, features=size.features, strides=size.strides, kernels=size.kernels
+    )
+    own = {parameter.untyped_storage().data_ptr() for parameter in network.parameters()}
+    kept = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    images, target = torch.randn(2, 1, *patch_shape), torch.randint(0, 3, (2, *patch_shape), dtype=torch.uint8)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = SegmentationLoss(Loss())(network(images), target)
+    assert torch.isfinite(loss)
+    modelled = size.training_bytes(1, 3) - 5 * 4 * size.n_weights(1, 3)
+    assert 0.7 < modelled / sum(kept.values()) < 1.6

@@ -6,8 +6,10 @@ import json
 import re
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
 INTERRUPTED, TERMINATED = 130, 143
+SECONDS_PER_LINE = 30  # of progress, where stderr is no terminal
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout instead of text.")]
 Out = Annotated[Path, typer.Option(help="Folder for the results; made if it is not there.")]
@@ -474,8 +477,11 @@ def _terminate(number: int, frame: FrameType | None) -> None:
 
 @contextmanager
 def _progress() -> Iterator[Callable[[str, float, str], None]]:
-    """A progress callback that draws a bar per stage on stderr; nothing where stderr is not a terminal."""
+    """A progress callback that draws a bar per stage on stderr; where that is no terminal, a line from time to time."""
     console = Console(stderr=True)
+    if not console.is_terminal:
+        yield _Lines().show
+        return
     shape = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -483,7 +489,7 @@ def _progress() -> Iterator[Callable[[str, float, str], None]]:
         TimeRemainingColumn(),
         TextColumn("{task.fields[detail]}"),
     )
-    with Progress(*shape, console=console, disable=not console.is_terminal) as progress:
+    with Progress(*shape, console=console) as progress:
         bars: dict[str, TaskID] = {}
 
         def show(stage: str, share: float, detail: str) -> None:
@@ -494,6 +500,26 @@ def _progress() -> Iterator[Callable[[str, float, str], None]]:
             progress.update(bars[stage], completed=share, detail=detail)
 
         yield show
+
+
+class _Lines:
+    """Progress for the log of a job: what goes on, how far it is and how long it will still take, twice a minute at most."""
+
+    def __init__(self) -> None:
+        self._stage, self._began, self._first = "", time.monotonic(), 0.0
+        self._said = self._began
+
+    def show(self, stage: str, share: float, detail: str) -> None:
+        now = time.monotonic()
+        if stage != self._stage or share == 0:
+            self._stage, self._began, self._first = stage, now, share
+        if now - self._said < SECONDS_PER_LINE:
+            return
+        self._said = now
+        gained = share - self._first  # a stage may begin with what an earlier call did of it
+        seconds = round((now - self._began) * (1 - share) / gained) if gained > 0 else None
+        left = "" if seconds is None else f", {timedelta(seconds=seconds)} left"
+        typer.echo(f"{stage}: {share:.0%}{left}, {detail}", err=True)
 
 
 def _finish(report: RunReport, as_json: bool, show: Callable[[], None]) -> None:

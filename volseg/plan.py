@@ -5,16 +5,27 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, model_validator
 
 from volseg.errors import VolsegError
 from volseg.preprocess.crop import AxisOrder, canonical_geometry
 from volseg.preprocess.normalise import NORMALISERS, Absent, Normaliser
 from volseg.preprocess.prepare import PrepareSettings
-from volseg.recipe import AUTO, Network, Preprocess, Recipe, Roi, Window
-from volseg.sizing import ANISOTROPIC, MOST_FEATURES, SMALLEST_EDGE, STEPS, WIDTHS, Budget, Size, choose_size
+from volseg.recipe import AUTO, Fraction, Network, Positive, PositiveInt, Preprocess, Recipe, Roi, Window
+from volseg.sizing import (
+    ANISOTROPIC,
+    LEAST_LEVELS,
+    MOST_FEATURES,
+    SMALLEST_EDGE,
+    STEPS,
+    WIDTHS,
+    Budget,
+    Size,
+    choose_size,
+)
 from volseg.volume import Volume
 
 SAMPLES_PER_CASE = 10_000  # foreground intensities kept per case: percentiles of a dataset need no more
@@ -28,6 +39,7 @@ RARITY = (
 )  # labelled share of the voxels up to which so many patches are centred on them
 DEFAULT_BUDGET = Budget(memory=8 << 30)
 STATED = "stated by the recipe"
+EDITED = "from the plan that was given"
 
 
 class _Json(BaseModel):
@@ -75,19 +87,27 @@ class Line(_Json):
 class Layers(_Json):
     """Of a U-Net, per level, finest first: what [network] in a recipe leaves open."""
 
-    features: tuple[int, ...]
-    strides: tuple[tuple[int, int, int], ...]
-    kernels: tuple[tuple[int, int, int], ...]
+    features: tuple[PositiveInt, ...]
+    strides: tuple[tuple[PositiveInt, PositiveInt, PositiveInt], ...]
+    kernels: tuple[tuple[PositiveInt, PositiveInt, PositiveInt], ...]
+
+    @model_validator(mode="after")
+    def _one_of_each_per_level(self) -> Layers:
+        if not LEAST_LEVELS <= len(self.features) == len(self.strides) == len(self.kernels):
+            raise ValueError(
+                f"features, strides and kernels need one entry per level, for {LEAST_LEVELS} levels or more"
+            )
+        return self
 
 
 class Plan(_Json):
     """The numbers that training and inference share."""
 
-    spacing_mm: tuple[float, float, float]
-    patch_shape: tuple[int, int, int]
-    batch_size: int
+    spacing_mm: tuple[Positive, Positive, Positive]
+    patch_shape: tuple[PositiveInt, PositiveInt, PositiveInt]
+    batch_size: PositiveInt
     windows: dict[str, Window]  # of the channels that have one, every number resolved
-    foreground_share: float | None = None  # None: the recipe states it, as with the settings of the network
+    foreground_share: Fraction | None = None  # None: the recipe states it, as with the settings of the network
     network: Layers | None = None
     lines: tuple[Line, ...] = ()
 
@@ -114,6 +134,67 @@ class Plan(_Json):
             )
         network = Network(name=recipe.network.name, **(settings | layers))
         return recipe.model_copy(update={"train": recipe.train.model_copy(update=changes), "network": network})
+
+    def overruled_by(self, recipe: Recipe) -> Plan:
+        """This plan, made for another recipe or edited, with what the recipe states; its lines say what is so, and why.
+
+        Raises:
+            VolsegError: the recipe leaves an intensity window to the plan, which has none for that channel.
+        """
+        spacing, train = recipe.preprocess.spacing_mm, recipe.train
+        changes: dict[str, Any] = {
+            "spacing_mm": self.spacing_mm if spacing == AUTO else spacing,
+            "patch_shape": self.patch_shape if train.patch_shape == AUTO else train.patch_shape,
+            "batch_size": self.batch_size if train.batch_size == AUTO else train.batch_size,
+            "foreground_share": self.foreground_share if train.foreground_share == AUTO else train.foreground_share,
+            "network": self.network if recipe.network.settings.get("features") == AUTO else None,
+            "windows": {
+                name: self._window(name, form)
+                for name in recipe.data.channels
+                if isinstance(form := recipe.preprocess.normalise_of(name), Window)
+            },
+        }
+        found = self.model_copy(update=changes)
+        return found.model_copy(update={"lines": found._lines_for(recipe)})
+
+    def _window(self, channel: str, form: Window) -> Window:
+        """The recipe's numbers, and this plan's for those that it leaves open."""
+        opened = [key for key, value in form.model_dump().items() if value == AUTO]
+        own = self.windows.get(channel)
+        if opened and own is None:
+            raise VolsegError(
+                f"the plan has no intensity window for channel {channel!r}, of which the recipe leaves {', '.join(opened)} to it",
+                fix="state them in the recipe, or make the plan anew with `volseg plan`",
+                code="E_PLAN",
+            )
+        return form.model_copy(update={key: getattr(own, key) for key in opened})
+
+    def _lines_for(self, recipe: Recipe) -> tuple[Line, ...]:
+        """The lines, each with the value that is so; where that is another than it was, with the reason why."""
+        states = recipe.train.model_dump() | {"spacing_mm": recipe.preprocess.spacing_mm}
+        values = {
+            "spacing": (f"{_times(self.spacing_mm)} mm", "spacing_mm"),
+            "patch": (f"{_times(self.patch_shape)} voxels", "patch_shape"),
+            "batch": (str(self.batch_size), "batch_size"),
+        }
+        if self.foreground_share is not None:
+            values["patches on labels"] = (f"{self.foreground_share:.0%}", "foreground_share")
+        said = {
+            setting: Line(setting=setting, value=value, reason=EDITED if states[key] == AUTO else STATED)
+            for setting, (value, key) in values.items()
+        }
+        for name in recipe.data.channels:
+            line = _normalisation(name, recipe, self.windows.get(name))
+            said[line.setting] = line
+        if self.network is not None:
+            said |= {line.setting: line.model_copy(update={"reason": EDITED}) for line in _layer_lines(self.network)}
+        else:
+            said["network"] = Line(setting="network", value=recipe.network.name, reason=STATED)
+        kept = {line.setting: line for line in self.lines if line.setting in said or line.setting == "dimensions"}
+        changed = {
+            setting: line for setting, line in said.items() if setting not in kept or kept[setting].value != line.value
+        }
+        return tuple((kept | changed).values())
 
     def prepare_settings(
         self, preprocess: Preprocess, channels: Sequence[str], absent: Collection[str] = ()
@@ -215,7 +296,7 @@ def make_plan(fingerprint: DatasetFingerprint, recipe: Recipe, budget: Budget = 
         )
     spacing, why_spacing = _spacing(fingerprint) if preprocess.spacing_mm == "auto" else (preprocess.spacing_mm, STATED)
     windows = {
-        name: _window(form, fingerprint.foreground[name])
+        name: _window(name, form, fingerprint)
         for name in recipe.data.channels
         if isinstance(form := preprocess.normalise_of(name), Window)
     }
@@ -250,7 +331,7 @@ def check_budget(plan: Plan, recipe: Recipe, budget: Budget) -> None:
     """
     network = plan.complete(recipe).network
     features, strides = (network.settings.get(name) for name in ("features", "strides"))
-    if network.name != "unet3d" or not features or not strides:
+    if network.name != "unet3d" or not features or not strides or len(features) != len(strides):
         return
     size = Size(
         features=tuple(features),
@@ -311,10 +392,6 @@ def _size(
         limit += f" and the time allows about {steps:.0f} steps (at least {STEPS})"
     seen = math.prod(size.patch_shape) / math.prod(median)
     covers = f"{min(1.0, seen):.0%} of the median scan of {_times(round(n) for n in median)} voxels; {limit}"
-    flat = [f"level {n}" for n, kernel in enumerate(size.kernels) if 1 in kernel]
-    depth = (
-        f"each axis halved while it keeps {SMALLEST_EDGE} voxels and is not {ANISOTROPIC:g} times coarser than another"
-    )
     layers = Layers(features=size.features, strides=size.strides, kernels=size.kernels)
     return (
         size,
@@ -322,24 +399,30 @@ def _size(
         [
             Line(setting="patch", value=f"{_times(size.patch_shape)} voxels", reason=STATED if patch else covers),
             Line(setting="batch", value=str(size.batch_size), reason=STATED if batch else f"what fits; {limit}"),
-            Line(setting="levels", value=str(len(size.strides)), reason=depth),
-            Line(
-                setting="strides",
-                value="; ".join(_times(stride) for stride in size.strides),
-                reason="finest level first",
-            ),
-            Line(
-                setting="kernels",
-                value="3 × 3 × 3" if not flat else f"flat at {', '.join(flat)}",
-                reason="flat along an axis until it is no coarser than the others",
-            ),
-            Line(
-                setting="features",
-                value=", ".join(map(str, size.features)),
-                reason=f"doubled per level up to {MOST_FEATURES}; the widest of {', '.join(map(str, WIDTHS))} that fits with this patch",
-            ),
+            *_layer_lines(layers),
         ],
     )
+
+
+def _layer_lines(layers: Layers) -> list[Line]:
+    """What is said of the layers that were chosen."""
+    flat = [f"level {n}" for n, kernel in enumerate(layers.kernels) if 1 in kernel]
+    depth = (
+        f"each axis halved while it keeps {SMALLEST_EDGE} voxels and is not {ANISOTROPIC:g} times coarser than another"
+    )
+    width = f"doubled per level up to {MOST_FEATURES}; the widest of {', '.join(map(str, WIDTHS))} that fits with this patch"
+    return [
+        Line(setting="levels", value=str(len(layers.strides)), reason=depth),
+        Line(
+            setting="strides", value="; ".join(_times(stride) for stride in layers.strides), reason="finest level first"
+        ),
+        Line(
+            setting="kernels",
+            value="3 × 3 × 3" if not flat else f"flat at {', '.join(flat)}",
+            reason="flat along an axis until it is no coarser than the others",
+        ),
+        Line(setting="features", value=", ".join(map(str, layers.features)), reason=width),
+    ]
 
 
 def _median_shape(fingerprint: DatasetFingerprint, spacing: tuple[float, float, float]) -> tuple[float, float, float]:
@@ -403,9 +486,19 @@ def _spacing(fingerprint: DatasetFingerprint) -> tuple[tuple[float, float, float
     return (r, a, s), why
 
 
-def _window(window: Window, statistics: IntensityStatistics) -> Window:
+def _window(channel: str, window: Window, fingerprint: DatasetFingerprint) -> Window:
+    opened = [key for key, value in window.model_dump().items() if value == AUTO]
+    if not opened:
+        return window
+    if channel not in fingerprint.foreground:
+        raise VolsegError(
+            f"no training case has channel {channel!r}, so its intensity window cannot be found",
+            fix="add cases with it, or leave it out of data.channels",
+            code="E_DATASET",
+        )
+    statistics = fingerprint.foreground[channel]
     found = {"low": statistics.p00_5, "high": statistics.p99_5, "mean": statistics.mean, "sd": statistics.sd}
-    return window.model_copy(update={key: value for key, value in found.items() if getattr(window, key) == "auto"})
+    return window.model_copy(update={key: found[key] for key in opened})
 
 
 def _statistics(values: np.ndarray) -> IntensityStatistics:

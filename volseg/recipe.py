@@ -357,6 +357,10 @@ class Recipe(Section):
         weights, n_classes = self.train.class_weights, 1 + len(self.data.labels)
         if weights is not None and len(weights) != n_classes:
             raise ValueError(f"train.class_weights has {len(weights)} numbers for {n_classes} classes with background")
+        if weights is not None and self.data.regions is not None:
+            raise ValueError(
+                "train.class_weights are those of labels that exclude each other; leave them out with data.regions"
+            )
         unknown = sorted(set(self.preprocess.normalise_channels) - set(self.data.channels))
         if unknown:
             raise ValueError(f"preprocess.normalise_channels names {', '.join(unknown)}, which data.channels does not")

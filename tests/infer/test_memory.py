@@ -55,6 +55,24 @@ def test_the_first_way_that_fits_the_budget_is_taken(bundle):
     assert tightest.footprint.stream < tighter.footprint.stream - some
 
 
+def test_a_budget_takes_fewer_tiles_at_a_time_before_it_takes_digits_from_the_logits(bundle):
+    infer = bundle.recipe.infer.model_copy(update={"batch_size": 6})
+    large = bundle.plan.model_copy(update={"patch_shape": (96, 96, 96)})
+    batched = replace(bundle, plan=large, recipe=bundle.recipe.model_copy(update={"infer": infer}))
+    some = 8 << 20  # the process itself does not hold the same from call to call
+    found = [plan_for(batched, (400, 400, 400))]
+    for _ in range(4):
+        found.append(plan_for(batched, (400, 400, 400), max_ram=found[-1].footprint.total - some))
+    assert [(plan.read_ahead, plan.batch_size, plan.half_logits) for plan in found] == [
+        (True, 6, False),
+        (False, 6, False),
+        (False, 3, False),
+        (False, 1, False),
+        (False, 1, True),
+    ]
+    assert found[3].footprint.network < found[2].footprint.network < found[1].footprint.network
+
+
 def test_a_scan_that_cannot_fit_is_refused_with_the_budget_that_would_do(bundle):
     with pytest.raises(ScanError, match=r"the budget is 0\.10 GB") as caught:
         plan_for(bundle, (512, 512, 900), max_ram=100 << 20)

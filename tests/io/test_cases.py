@@ -285,3 +285,25 @@ def test_real_tables(name, splits):
     if name.startswith("lidc"):
         assert cases[0].classes["malignancy"] == "5"
         assert cases[0].patient == "LIDC-IDRI-0001"
+
+
+def test_two_channels_of_nnunet_with_one_name_are_refused(tmp_path):
+    touch(tmp_path, "imagesTr/p_0000.nii.gz", "imagesTr/p_0001.nii.gz", "labelsTr/p.nii.gz")
+    describe(tmp_path, channel_names={"0": "zScore", "1": "zScore"}, labels={"background": 0}, file_ending=".nii.gz")
+    assert "gives two channels one name" in problem_of(find_cases, tmp_path, None)
+
+
+def test_a_case_may_lack_channels_but_the_first_where_that_is_allowed(tmp_path):
+    touch(tmp_path, "a_t1.nii.gz", "a_flair.nii.gz", "b_t1.nii.gz", "c_flair.nii.gz")
+    table = tmp_path / "cases.csv"
+    table.write_text("subject,image_t1,image_flair\na,a_t1.nii.gz,a_flair.nii.gz\nb,b_t1.nii.gz,\n")
+    assert "the cell of 'image_flair' is empty" in problem_of(find_cases, table, ["t1", "flair"])
+    assert [list(case.images) for case in find_cases(table, ["t1", "flair"], may_miss=True)] == [
+        ["t1", "flair"],
+        ["t1"],
+    ]
+    table.write_text("subject,image_t1,image_flair\nc,,c_flair.nii.gz\n")
+    with pytest.raises(VolsegError, match="the cell of 'image_t1' is empty"):
+        find_cases(table, ["t1", "flair"], may_miss=True)
+    table.write_text("subject,image_t1\na,a_t1.nii.gz\n")
+    assert [list(case.images) for case in find_cases(table, ["t1", "flair"], may_miss=True)] == [["t1"]]

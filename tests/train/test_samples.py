@@ -26,6 +26,20 @@ def test_foreground_patches_hold_the_lesion_and_all_lie_in_the_scan():
     assert (images != 0).all()  # the scan is larger than a patch on every axis, so nothing is padding
 
 
+def test_what_is_cut_round_a_patch_may_lie_outside_but_the_patch_reaches_every_border():
+    corners = [(slice(0, 1),) * 3, (slice(19, 20), slice(17, 18), slice(11, 12))]
+    for corner in corners:
+        _, masks = sample_batch(
+            [case(lesion=corner)], (8, 8, 8), n=50, foreground_share=1.0, seed=[0], cut_shape=(12, 10, 14)
+        )
+        assert masks.shape == (50, 12, 10, 14)
+        assert (masks[:, 2:-2, 1:-1, 3:-3].reshape(50, -1).max(axis=1) == 1).all()
+    whole = [case(lesion=None)]
+    patches, _ = sample_batch(whole, (8, 8, 8), n=20, foreground_share=0.0, seed=[5])
+    cuts, _ = sample_batch(whole, (8, 8, 8), n=20, foreground_share=0.0, seed=[5], cut_shape=(12, 10, 14))
+    np.testing.assert_array_equal(cuts[:, :, 2:-2, 1:-1, 3:-3], patches)
+
+
 def test_a_scan_smaller_than_the_patch_is_centred_as_at_inference():
     small = case(shape=(6, 18, 4), lesion=None)
     images, _ = sample_batch([small], (10, 8, 8), n=3, foreground_share=1.0, seed=[0])

@@ -8,6 +8,7 @@ import pytest
 from laws import CountingBackend
 
 import volseg
+from volseg.bundle import load_bundle, save_bundle
 from volseg.errors import VolsegError
 from volseg.io.nifti import read_geometry, read_mask, read_volume, write_volume
 
@@ -254,3 +255,25 @@ def test_no_scans_and_no_model_are_wrong_requests(dataset, model, tmp_path):
         volseg.infer(tmp_path / "nothing", model=model, out=tmp_path / "out")
     with pytest.raises(VolsegError, match="not a model folder"):
         volseg.infer(dataset / "images", model=dataset, out=tmp_path / "out")
+
+
+def test_a_budget_lowers_the_tiles_at_a_time_and_the_masks_stay_the_same(dataset, model, tmp_path):
+    bundle = load_bundle(model)
+    infer = bundle.recipe.infer.model_copy(update={"batch_size": 8})
+    large = bundle.plan.model_copy(update={"patch_shape": (96, 96, 96)})
+    save_bundle(
+        replace(bundle, plan=large, recipe=bundle.recipe.model_copy(update={"infer": infer})), tmp_path / "model"
+    )
+    scan = dataset / "images" / "scan_6.nii.gz"
+    found = {}
+    for name, budget in (("free", None), ("tight", "tight")):
+        said = []
+        if budget is not None:  # between what eight tiles and one tile take
+            total = float(found["free"][0].split("at most ")[1].split(" GB")[0])
+            budget = f"{total - 0.3:.2f}G"
+        volseg.infer(scan, model=tmp_path / "model", out=tmp_path / name, max_ram=budget, announce=said.append)
+        found[name] = said
+    assert any("at a time, to stay within the memory budget" in text for text in found["tight"]), found
+    masks = [read_mask(tmp_path / name / "masks" / "scan_6.nii.gz").array for name in found]
+    assert masks[0].any()
+    np.testing.assert_array_equal(*masks)

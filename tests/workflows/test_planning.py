@@ -135,6 +135,16 @@ def test_a_changed_plan_is_what_is_trained(tmp_path):
     assert bundle.plan.batch_size == 3
     assert tuple(bundle.recipe.network.settings["features"]) == (4, 6, 8)
     assert bundle.recipe.train.patch_shape == (16, 16, 16)
+    assert "| batch | 3 | from the plan that was given |" in (tmp_path / "m" / "card.md").read_text()
+
+
+def test_without_a_recipe_the_network_of_the_model_to_start_from_is_taken(tmp_path, model):
+    folder = plain_folder(tmp_path / "d")
+    volseg.train(folder, out=tmp_path / "m", init=model, folds=2, epochs=1, device="cpu")
+    found, given = load_bundle(tmp_path / "m"), load_bundle(model)
+    assert found.recipe.network == given.recipe.network
+    assert "output_block" in found.metrics["began_at_random"]  # three labels now, not one
+    assert found.plan.patch_shape == given.plan.patch_shape
 
 
 def test_a_preview_shows_patches_and_trains_nothing(dataset, tiny_recipe, tmp_path):
@@ -158,12 +168,15 @@ def test_everything_that_is_wrong_with_a_dataset_is_said_at_once(tmp_path):
     write_volume(mask.with_array(np.where(mask.array == 7, 9, mask.array)), folder / "labels/case_3.nii.gz")
     (folder / "images/case_5.nii.gz").write_bytes(b"no scan")
     recipe = recipe_for(plain_folder(tmp_path / "e"), None)
-    with pytest.raises(VolsegError) as caught:
-        volseg.train(folder, out=tmp_path / "m", recipe=recipe, device="cpu")
-    message = str(caught.value)
-    for words in ("id 's0' is used for both", "patient 'p0' is in split 'val'", "s2: E_PAIR", "s3: E_LABELS", "s5: E_"):
-        assert words in message
-    assert not (tmp_path / "m" / "model.json").exists()
+    wrong = ["id 's0' is used for both", "patient 'p0' is in split 'val'", "s2: E_PAIR", "s5: E_"]
+    for given, expected in (
+        (recipe, [*wrong, "s3: E_LABELS"]),
+        (None, wrong),
+    ):  # without a recipe every value is a label
+        with pytest.raises(VolsegError) as caught:
+            volseg.train(folder, out=tmp_path / "m", recipe=given, device="cpu")
+        assert [words for words in expected if words not in str(caught.value)] == []
+        assert not (tmp_path / "m" / "model.json").exists()
 
 
 def test_empty_masks_and_labels_that_are_nowhere_are_warned_of_and_trained_on(tmp_path):

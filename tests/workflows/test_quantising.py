@@ -115,7 +115,10 @@ def test_a_prepared_folder_of_another_spacing_is_refused(quantised, dataset, tin
 
 def test_the_models_own_plan_prepares_the_cases(model, dataset, tiny_recipe, tmp_path):
     plan = load_bundle(model).plan.model_copy(update={"spacing_mm": (2.5, 2.5, 2.5)})
-    volseg.preprocess(dataset, recipe=tiny_recipe, out=tmp_path / "own")
-    volseg.preprocess(dataset, recipe=tiny_recipe, out=tmp_path / "given", plan=plan)
+    left = tiny_recipe.model_copy(
+        update={"preprocess": tiny_recipe.preprocess.model_copy(update={"spacing_mm": "auto"})}
+    )
+    volseg.preprocess(dataset, recipe=left, out=tmp_path / "own")
+    volseg.preprocess(dataset, recipe=left, out=tmp_path / "given", plan=plan)
     own, given = (np.load(tmp_path / name / "cases" / "scan_0" / "mask.npy").shape for name in ("own", "given"))
     assert all(fine > coarse for fine, coarse in zip(own, given, strict=True))

@@ -13,6 +13,8 @@ from volseg.errors import VolsegError
 from volseg.io.nifti import read_mask, write_volume
 from volseg.io.prepared import PreparedCase
 from volseg.recipe import Loss
+from volseg.train import loop
+from volseg.train.validate import validate
 from volseg.workflows.training import split_cases
 
 
@@ -56,7 +58,7 @@ def test_an_interrupted_run_resumes_to_the_weights_of_an_unbroken_one(dataset, m
         volseg.train(dataset, recipe=tiny_recipe, out=out, device="cpu", progress=stop_in_epoch_3)
     with pytest.raises(VolsegError, match="add --resume"):
         volseg.train(dataset, recipe=tiny_recipe, out=out, device="cpu")
-    with pytest.raises(VolsegError, match="belongs to a run with another recipe, seed"):
+    with pytest.raises(VolsegError, match="belongs to a run with another recipe, plan, seed, fold"):
         volseg.train(dataset, recipe=tiny_recipe, out=out, device="cpu", resume=True, fold=1)
     volseg.train(dataset, recipe=tiny_recipe, out=out, device="cpu", resume=True)
     assert [line["epoch"] for line in history(out)] == [line["epoch"] for line in history(model)]
@@ -110,8 +112,9 @@ def test_every_way_to_train_learns(train, dataset, tiny_recipe, tmp_path):
     assert 0 <= float(lines[0]["waiting_share"]) < 1
 
 
-def test_deep_supervision_and_dropout_are_for_training_alone(dataset, tiny_recipe, tmp_path):
-    settings = tiny_recipe.network.model_dump() | {"deep_supervision": 1, "dropout": 0.1}
+@pytest.mark.parametrize("own", [{"deep_supervision": 1}, {"dropout": 0.1}, {"deep_supervision": 1, "dropout": 0.1}])
+def test_deep_supervision_and_dropout_are_for_training_alone(own, dataset, tiny_recipe, tmp_path):
+    settings = tiny_recipe.network.model_dump() | own
     deep = tiny_recipe.model_copy(update={"network": type(tiny_recipe.network)(**settings)})
     volseg.train(dataset, recipe=deep, out=tmp_path / "m", epochs=2, device="cpu")
     network = load_bundle(tmp_path / "m").segmentation_network().eval()
@@ -228,7 +231,7 @@ def test_torchrun_starts_the_ranks_and_one_of_them_speaks(dataset, tiny_recipe, 
         "from volseg.recipe import parse_recipe\n"
         "recipe = parse_recipe(json.load(open(sys.argv[1])), where='r')\n"
         "report = volseg.train(sys.argv[2], recipe=recipe, out=sys.argv[3], epochs=1, device='cpu', precision='fp32')\n"
-        "print(dict(report.details).get('rank', 'leads'))\n"
+        "sys.stdout.write(str(dict(report.details).get('rank', 'leads')) + chr(10))\n"
     )
     command = [
         sys.executable,
@@ -269,3 +272,40 @@ def test_a_channel_that_some_cases_lack_is_zero_there(dataset, tiny_recipe, tmp_
     assert report.details["metrics"]["validation_dice_lesion"] > 0.6
     report = volseg.infer(tmp_path / "cases.csv", model=tmp_path / "m", out=tmp_path / "r", device="cpu")
     assert "scan_6" in report.done and not report.failed
+
+
+def test_a_run_is_resumed_with_the_folds_that_it_was_begun_with(dataset, tiny_recipe, tmp_path):
+    def press_in_fold_2(stage, share, detail):
+        if stage.startswith("Training fold 2"):
+            raise KeyboardInterrupt
+
+    out = tmp_path / "m"
+    options = {"recipe": tiny_recipe, "out": out, "epochs": 1, "device": "cpu"}
+    report = volseg.train(dataset, folds=3, progress=press_in_fold_2, **options)
+    assert report.details["interrupted"]
+    assert len(load_bundle(out).members) == 2
+    with pytest.raises(VolsegError, match="begun with another number of folds"):
+        volseg.train(dataset, resume=True, **options)
+    report = volseg.train(dataset, folds=3, resume=True, **options)
+    assert not report.details["interrupted"]
+    assert len(load_bundle(out).members) == 3
+    with pytest.raises(VolsegError, match="give --folds 6 or fewer"):
+        volseg.train(dataset, recipe=tiny_recipe, folds=7, out=tmp_path / "n", device="cpu")
+
+
+def test_ctrl_c_in_the_last_validation_keeps_what_was_trained(dataset, tiny_recipe, tmp_path, monkeypatch):
+    def pressed(*arguments, overlap):
+        if overlap == tiny_recipe.infer.overlap:
+            raise KeyboardInterrupt
+        return validate(*arguments, overlap=overlap)
+
+    monkeypatch.setattr(loop, "validate", pressed)
+    report = volseg.train(dataset, recipe=tiny_recipe, out=tmp_path / "m", epochs=1, device="cpu")
+    assert report.details["interrupted"]
+    assert load_bundle(tmp_path / "m").segmentation_network() is not None
+
+
+def test_a_budget_counts_for_a_prepared_folder_too(dataset, tiny_recipe, tmp_path):
+    volseg.preprocess(dataset, recipe=changed(tiny_recipe, batch_size=32), out=tmp_path / "p")
+    with pytest.raises(VolsegError, match=r"the budget is 0\.03 GB"):
+        volseg.train(tmp_path / "p", out=tmp_path / "m", memory="30M", device="cpu")

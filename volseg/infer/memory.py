@@ -70,6 +70,7 @@ class MemoryPlan:
     footprint: Footprint
     half_logits: bool  # blend logits in float16
     read_ahead: bool  # read the next scan meanwhile
+    batch_size: int  # tiles that go through the network together
     shape: tuple[int, int, int]  # of the prepared grid over the whole scan, where the body is not known yet
 
 
@@ -106,7 +107,10 @@ def plan_memory(
     max_vram: int | None = None,
 ) -> MemoryPlan:
     """The fastest way to segment a scan within budgets of bytes; the first of these that fits: all at its best; without
-    reading ahead; logits blended in float16, as they are on a CPU in half precision anyhow. A scan that `is_alone` has no next one to read.
+    reading ahead; with fewer tiles at a time, half as many and at last one; logits blended in float16, as they are on a CPU in half
+    precision anyhow. A scan that `is_alone` has no next one to read.
+
+    How high a slab is follows from the patch: it is a view of the ring of sums, one patch deep, and takes no memory of its own.
 
     Args:
         coarse: a first pass, whose memory is free again when the other begins.
@@ -118,15 +122,12 @@ def plan_memory(
     process = resident_bytes()
     shape = _prepared_grid(header.geometry, fine.settings)[1]
     plans = []
-    # Sums in float16 lose nothing of logits that the chip computed in half precision.
-    ways = (
-        ((True, True), (False, True))
-        if fine.half and not fine.on_gpu
-        else ((True, False), (False, False), (False, True))
-    )
-    for read_ahead, half_logits in ways[1 if is_alone else 0 :]:
-        footprint = _footprint(header, fine, coarse, process, read_ahead=read_ahead, half=half_logits)
-        plan = MemoryPlan(footprint=footprint, half_logits=half_logits, read_ahead=read_ahead, shape=shape)
+    for read_ahead, batch_size, half_logits in _ways(fine, is_alone=is_alone):
+        run = replace(fine, tiling=replace(fine.tiling, batch_size=batch_size))
+        footprint = _footprint(header, run, coarse, process, read_ahead=read_ahead, half=half_logits)
+        plan = MemoryPlan(
+            footprint=footprint, half_logits=half_logits, read_ahead=read_ahead, batch_size=batch_size, shape=shape
+        )
         fits = max_ram is None or footprint.total <= max_ram
         if fits and (max_vram is None or footprint.gpu <= max_vram):
             return plan
@@ -144,6 +145,17 @@ def plan_memory(
         fix=f"give --max-ram {_enough(least.total)}, or a model with a smaller patch",
         code="E_RAM",
     )
+
+
+def _ways(run: NetworkPass, *, is_alone: bool) -> list[tuple[bool, int, bool]]:
+    """(read ahead, tiles at a time, blend in float16), best first."""
+    # Sums in float16 lose nothing of logits that the chip computed in half precision.
+    half = run.half and not run.on_gpu
+    batches = [run.tiling.batch_size]
+    while batches[-1] > 1:
+        batches.append(batches[-1] // 2)
+    ways = [(not is_alone, batches[0], half), *((False, batch, half) for batch in batches), (False, 1, True)]
+    return list(dict.fromkeys(ways))
 
 
 def gpu_memory() -> int:

@@ -271,6 +271,11 @@ def _rows_of_nnunet(dataset: Path, description: dict, wanted: _Wanted, mistakes:
     names = description.get("channel_names") or description.get("modality")
     if not isinstance(names, dict) or not all(key.isdecimal() for key in names):
         raise VolsegError(f"{dataset}: dataset.json names no channels", fix='add "channel_names": {"0": "CT"}')
+    if len(set(names.values())) < len(names):
+        raise VolsegError(
+            f"{dataset}: dataset.json gives two channels one name ({_listed(map(str, names.values()))})",
+            fix="give each channel a name of its own",
+        )
     picked = _picked({str(name): f"{int(key):04d}" for key, name in names.items()}, wanted, str(dataset))
     ending = str(description.get("file_ending", ".nii.gz"))
     rows = []

@@ -63,6 +63,6 @@ def build(
         dropout=("DROPOUT", {"p": dropout}) if dropout else None,
     )
     if dropout:  # MONAI's way also leaves out logits
-        for head in (network.output_block, *network.deep_supervision_heads):
+        for head in (network.output_block, *(network.deep_supervision_heads if deep_supervision else ())):
             head.get_submodule("conv").add_module("adn", nn.Identity())
     return network

@@ -81,7 +81,8 @@ class Batches:
         return [
             sample_batch(
                 self._cases,
-                enlarged_shape(self._plan.patch_shape, settings),
+                self._plan.patch_shape,
+                cut_shape=enlarged_shape(self._plan.patch_shape, settings),
                 n=self._total,
                 foreground_share=share,
                 seed=[self._seed, step],

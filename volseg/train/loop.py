@@ -248,12 +248,15 @@ class Run:
         }
         if self.left_out:
             metrics["began_at_random"] = ", ".join(self.left_out)
+        rows: list[ValidationRow] = []
+        try:
+            if stopped != INTERRUPTED:
+                rows = validate(evaluated, validation, recipe, plan, self.device, overlap=recipe.infer.overlap)
+                metrics |= summary(rows, settings.seed)
+        except KeyboardInterrupt:
+            stopped = INTERRUPTED
         if stopped:
             metrics |= {"stopped": stopped, "watched_validation_dice": round(float(chosen["validation_dice"]), 4)}
-        rows: list[ValidationRow] = []
-        if stopped != INTERRUPTED:
-            rows = validate(evaluated, validation, recipe, plan, self.device, overlap=recipe.infer.overlap)
-            metrics |= summary(rows, settings.seed)
         return Trained(weights, self._history(), metrics, rows, stopped)
 
     def _history(self) -> list[Epoch]:
@@ -451,7 +454,7 @@ def _restore(
     tensors, state = load_checkpoint(path)
     if state["identity"] != expected:
         raise VolsegError(
-            f"{path}: belongs to a run with another recipe, seed, fold or other cases",
+            f"{path}: belongs to a run with another recipe, plan, seed, fold, precision, number of devices or frozen layers, or to other cases",
             fix="resume with what it was started with, or delete the folder",
             code="E_EXISTS",
         )

@@ -9,7 +9,7 @@ import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
@@ -114,6 +114,8 @@ def team_of(
     launcher = _launcher()
     if launcher is not None and launcher.world_size() > 1:
         with _joined(device, launcher, _nodes(launcher), precision) as team:
+            if team.rank > 0 and threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every rank; it is rank 0's to hear
             yield team
             if team.rank == 0:
                 team.tell(None)
@@ -129,17 +131,23 @@ def team_of(
             code="E_USAGE",
         )
     with (
-        _started(device, processes, serve, precision) as port,
+        _started(device, processes, serve, precision) as (port, others),
         _joined(device, _OwnProcesses(0, processes, port), 1, precision) as team,
     ):
-        yield team
+        try:
+            yield team
+        except BaseException:
+            for process in others:  # before the group is closed under their feet
+                process.terminate()
+            raise
         team.tell(None)
 
 
 def _launcher() -> ClusterEnvironment | None:
     if TorchElasticEnvironment.detect():
         return TorchElasticEnvironment()
-    if "SLURM_NTASKS" in os.environ and SLURMEnvironment.detect():
+    # A batch script that srun did not start is one process, however many tasks it may start.
+    if "SLURM_STEP_ID" in os.environ and SLURMEnvironment.detect():
         return SLURMEnvironment()
     return None
 
@@ -214,8 +222,10 @@ def _joined(device: torch.device, environment: ClusterEnvironment, nodes: int, p
 
 
 @contextmanager
-def _started(device: torch.device, ranks: int, serve: Callable[[Team], None], precision: str) -> Iterator[int]:
-    """Processes for the ranks from 1 on; yields the port at which all meet. They end with the block."""
+def _started(
+    device: torch.device, ranks: int, serve: Callable[[Team], None], precision: str
+) -> Iterator[tuple[int, list[BaseProcess]]]:
+    """Processes for the ranks from 1 on; yields the port at which all meet, and them. They end with the block."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -239,7 +249,7 @@ def _started(device: torch.device, ranks: int, serve: Callable[[Team], None], pr
                     fix="look at its message above; train with --devices 1",
                     code="E_BACKEND",
                 )
-        yield port
+        yield port, processes
         for process in processes:
             process.join(timeout=ENDING_SECONDS)
     finally:
@@ -268,7 +278,8 @@ def _help(
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     ready.send(True)
     ready.close()
-    with _joined(torch.device(device), _OwnProcesses(rank, ranks, port), 1, precision) as team:
+    # What is wrong with the request is said by rank 0, which finds it too.
+    with _joined(torch.device(device), _OwnProcesses(rank, ranks, port), 1, precision) as team, suppress(VolsegError):
         serve(team)
 
 

@@ -19,26 +19,34 @@ def sample_batch(
     foreground_share: float,
     seed: Sequence[int],
     only: Sequence[int] | None = None,
+    cut_shape: tuple[int, int, int] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """`n` random patches: images (n, channels, *patch_shape) float32 and masks (n, *patch_shape) uint8.
+    """`n` random patches: images (n, channels, *cut_shape) float32 and masks (n, *cut_shape) uint8.
 
     The first `round(n × foreground_share)` patches hold a voxel of a label, each label of a case being equally likely; the
     others lie anywhere. Outside the scan images and masks are 0.
 
     Args:
         only: indices of the patches of the batch that are wanted: each depends on the seed and its index alone.
+        cut_shape: what is cut round each patch, for a change of its geometry; None for the patch alone. The patch is placed, not the cut, which
+            may well lie outside the scan: else the network would never see the scan's border.
     """
     n_foreground = round(n * foreground_share)
     chosen = [
         _place(cases, patch_shape, on_foreground=index < n_foreground, rng=np.random.default_rng([*seed, index]))
         for index in (range(n) if only is None else only)
     ]
-    images = np.stack([cut_patch(case.image, start, patch_shape) for case, start in chosen])
-    masks = np.stack([cut_patch(case.mask[None], start, patch_shape)[0] for case, start in chosen])
+    cut = cut_shape or patch_shape
+    around = [
+        (case, tuple(x - (c - p) // 2 for x, c, p in zip(start, cut, patch_shape, strict=True)))
+        for case, start in chosen
+    ]
+    images = np.stack([cut_patch(case.image, start, cut) for case, start in around])
+    masks = np.stack([cut_patch(case.mask[None], start, cut)[0] for case, start in around])
     return images, masks
 
 
-def cut_patch(array: np.ndarray, start: tuple[int, int, int], patch_shape: tuple[int, int, int]) -> np.ndarray:
+def cut_patch(array: np.ndarray, start: Sequence[int], patch_shape: tuple[int, int, int]) -> np.ndarray:
     """(C, *patch_shape) from (C, R, A, S) at `start`, which may lie outside; 0 where there is no scan."""
     inside = [
         slice(max(0, a), max(0, min(n, a + p))) for a, p, n in zip(start, patch_shape, array.shape[1:], strict=True)

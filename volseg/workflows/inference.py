@@ -100,6 +100,12 @@ def infer(
         options = {"model_sha256": bundle.sha256, "figures": figures, **loaded.segmentation.identity, **changes}
         plans = _plan_memory(cases, loaded, budget, gpu_budget, announce)
         known = _known(plans)
+        tiles = min((plan.batch_size for plan in known.values()), default=bundle.recipe.infer.batch_size)
+        if tiles < bundle.recipe.infer.batch_size:  # a network may be made for the batch that it gets
+            bundle = replace(bundle, recipe=_changed(bundle.recipe, {"infer.batch_size": tiles}))
+            del loaded  # before another one is made
+            loaded = load_model(bundle, device, backend=backend, precision=precision, folder=folder)
+            announce(f"tiles: {tiles} at a time, to stay within the memory budget")
         half = {name for name, plan in known.items() if plan.half_logits}
         keys: dict[str, str] = {}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -104,8 +105,19 @@ def read_plan(path: Path | str) -> Plan:
         ) from error
 
 
-def budget_of(device: str = "auto", memory: int | str | None = None, seconds: float | None = None) -> Budget:
-    """What training on this device may take; without a stated memory, a share of what the device has.
+def budget_of(
+    device: str = "auto",
+    memory: int | str | None = None,
+    seconds: float | None = None,
+    *,
+    processes: int = 1,
+    half: bool = True,
+) -> Budget:
+    """What each process of a training may take; without a stated memory, a share of what the device has.
+
+    Args:
+        processes: on this machine. They share the main memory and the cores of a CPU; of GPUs each has its own.
+        half: activations of two bytes, where a GPU is used.
 
     Raises:
         VolsegError: the memory is no amount of memory.
@@ -119,9 +131,12 @@ def budget_of(device: str = "auto", memory: int | str | None = None, seconds: fl
     if found is None:
         has = torch.cuda.get_device_properties(0).total_memory if on_gpu else total_memory()
         found = int(has * (GPU_SHARE if on_gpu else HOST_SHARE))
-    speed = GPU_SPEED if on_gpu else CPU_CORE_SPEED * physical_cores()
+    speed = GPU_SPEED if on_gpu else CPU_CORE_SPEED * physical_cores() / processes
     return Budget(
-        memory=found, flops=None if seconds is None else seconds * speed, half=on_gpu, is_stated=memory is not None
+        memory=found if on_gpu else found // processes,
+        flops=None if seconds is None else seconds * speed,
+        half=on_gpu and half,
+        is_stated=memory is not None,
     )
 
 
@@ -140,11 +155,11 @@ def recipe_for(dataset: Path | str, recipe: Path | str | Recipe | None, progress
 
 def folds_of(dataset: Path, recipe: Recipe, folds: int | None, *, is_auto: bool) -> int:
     """How many networks are trained: as many as are asked for, and without a recipe `N_FOLDS`, or one per patient where they are fewer."""
-    if folds is not None or not is_auto:
+    if not is_auto or folds == 1:
         return folds or 1
     cases, _ = survey_cases(dataset, recipe.data.channels)
-    trained = [case for case in cases if case.reference is not None and case.split != "test"]
-    return max(1, min(N_FOLDS, len({case.patient or case.id for case in trained})))
+    patients = len({case.patient or case.id for case in cases if case.reference is not None and case.split != "test"})
+    return max(1, min(N_FOLDS, patients)) if folds is None else folds
 
 
 def auto_recipe(dataset: Path, cases: Sequence[Case], progress: Progress = silent) -> Recipe:
@@ -237,9 +252,12 @@ def _normalise(channel: str, dataset: Path, cases: Sequence[Case]) -> dict[str, 
         return {"method": "window"}
     if stated or (len(column) == 1 and column != {""}):
         return {"method": "zscore"}
-    looked = [read_volume(case.images[channel]) for case in list(cases)[:: max(1, len(cases) // SCANS_LOOKED_AT)]]
-    has_air = [float(volume.intensities(volume.array).min()) <= CT_AIR_HU for volume in looked[:SCANS_LOOKED_AT]]
-    return {"method": "window"} if all(has_air) else {"method": "zscore"}
+    has_air = []
+    for case in list(cases)[:: max(1, len(cases) // SCANS_LOOKED_AT)][:SCANS_LOOKED_AT]:
+        with suppress(VolsegError):  # a scan that cannot be read is left to who prepares it
+            volume = read_volume(case.images[channel])
+            has_air.append(float(volume.intensities(volume.array).min()) <= CT_AIR_HU)
+    return {"method": "window"} if has_air and all(has_air) else {"method": "zscore"}
 
 
 def _slug(dataset: Path) -> str:

@@ -44,6 +44,7 @@ def preprocess(
     seed: int = 0,
     plan: Plan | None = None,
     budget: Budget | None = None,
+    refuse: bool = False,
     progress: Progress = silent,
 ) -> RunReport:
     """Scans and masks → a prepared folder: memory-mapped arrays, a JSON per case, fingerprint and plan.
@@ -53,6 +54,7 @@ def preprocess(
     Args:
         plan: in place of the one that follows from this dataset, such as that of a model that exists already.
         budget: of the training, where the plan chooses the size of the network and of its patches.
+        refuse: a case that cannot be used is an error, before any is prepared, and not a row.
 
     Raises:
         VolsegError: the dataset or recipe is wrong, or no case could be read.
@@ -63,6 +65,8 @@ def preprocess(
     cases = _training_cases(Path(dataset), chosen, seed, progress)
     with held(out, out / RECORDS):
         facts, failed = _facts(cases, chosen, out, seed, plan, budget, progress)
+        if failed and refuse:
+            refuse_dataset(Path(dataset), failed)
         used = Plan.model_validate(facts["plan"])
         usable = [case for case in cases if case.id not in failed]
         # Of the plan only what a prepared array depends on: another batch or network is no reason to prepare again.
@@ -114,8 +118,7 @@ def _facts(
         fingerprint = DatasetFingerprint.model_validate(earlier["fingerprint"])
     except (OSError, ValueError, KeyError):  # not there yet, or from an interrupted call: looked at again
         fingerprint, failed = _fingerprint(cases, recipe, seed, progress)
-    if plan is None:
-        plan = make_plan(fingerprint, recipe, budget or DEFAULT_BUDGET)
+    plan = make_plan(fingerprint, recipe, budget or DEFAULT_BUDGET) if plan is None else plan.overruled_by(recipe)
     if budget is not None and budget.is_stated:
         check_budget(plan, recipe, budget)
     found = {"recipe": recipe, "fingerprint": fingerprint, "plan": plan}

@@ -33,7 +33,9 @@ from volseg.workflows.preparing import PREPARED_FILE, as_recipe, preparation_of,
 if TYPE_CHECKING:  # torch takes seconds to import; only a workflow that needs it pays
     import torch
 
+    from volseg.bundle import ModelBundle
     from volseg.plan import DatasetFingerprint, Plan
+    from volseg.sizing import Budget
     from volseg.train.loop import Epoch, RunSettings, Trained
     from volseg.train.ranks import Team
 
@@ -158,12 +160,16 @@ class _Training:
         from volseg.bundle import ROI, ModelBundle, load_bundle, save_bundle, segmentation_name
         from volseg.infer.backends import export_bundle
         from volseg.models import check_networks
+        from volseg.plan import check_budget
 
         with held(self.out, self.work):
             self._check_unfinished()
-            prepared, recipe, plan, folds, warnings = self._prepare()
+            model = None if self.init is None else load_bundle(self.init)
+            prepared, recipe, plan, folds, warnings = self._prepare(model)
             chosen, used, fingerprint, cases = load_prepared(prepared, recipe, plan)
-            make_steps(chosen.postprocess)  # a misspelt step should not be found out after an hour of training
+            if self.memory is not None:
+                check_budget(used, chosen, self._budget())
+            make_steps(chosen.postprocess)
             check_networks(chosen)
             splits = [split_cases(cases, number, self.seed, folds) for number in range(folds)] if folds > 1 else []
             splits = splits or [split_cases(cases, self.fold, self.seed)]
@@ -172,23 +178,29 @@ class _Training:
                 write_bytes_atomic(path, _preview(splits[0][0], chosen, used, self.seed))
                 return RunReport(out=self.out, done=[chosen.name], details={"preview": str(path), "warnings": warnings})
             self._check_time_left()
-            initial = {} if self.init is None else load_bundle(self.init).weights
+            self._check_folds(len(splits))
+            initial = {} if model is None else model.weights
             weights: dict[str, Mapping[str, Any]] = {}
             metrics: dict[str, Any] = {}
+            earlier = 0.0
             if chosen.roi is not None:  # first: it is soon done, and what is wrong with the data shows here as well
-                first_pass = self._first_pass(splits[0], chosen, used, initial.get(ROI, {}))
+                first_pass, earlier = self._first_pass(splits[0], chosen, used, initial.get(ROI, {}))
                 weights[ROI] = first_pass.weights
                 metrics = {f"roi_{name}": value for name, value in first_pass.metrics.items()}
-            trained, stopped = self._networks(splits, chosen, used, initial.get("segmentation", {}))
+            trained, stopped = self._networks(splits, chosen, used, initial.get("segmentation", {}), earlier)
             for index, found in enumerate(trained.values()):
                 weights[segmentation_name(index)] = found.weights
             rows = [replace(row, fold=number) for number, found in trained.items() for row in found.validation]
             metrics = _metrics_of(trained, stopped, summary(rows, self.seed)) | metrics
             interrupted = INTERRUPTED in stopped.values()
             if chosen.classify is not None and not interrupted:
-                classifier, found_metrics = _train_classifier(
-                    *splits[0], chosen, self.team.fabric.device, self.seed, self._left(), self.progress
-                )
+                try:
+                    classifier, found_metrics = _train_classifier(
+                        *splits[0], chosen, self.team.fabric.device, self.seed, self._left(), self.progress
+                    )
+                except KeyboardInterrupt:
+                    classifier, found_metrics = None, {"stopped": INTERRUPTED}
+                    interrupted = True
                 metrics |= found_metrics
                 if classifier is not None:
                     weights["classifier"] = classifier
@@ -196,11 +208,12 @@ class _Training:
                 ModelBundle(recipe=chosen, plan=used, fingerprint=fingerprint, weights=weights, metrics=metrics),
                 self.out,
             )
+            if rows:
+                write_table(self.out / "validation.csv", ValidationRow, rows)
             export_bundle(bundle, self.out)
             # Pictures come last: nothing that was computed is to be lost over them.
             write_bytes_atomic(self.out / "curves.png", curves_png([found.history for found in trained.values()]))
             if rows:
-                write_table(self.out / "validation.csv", ValidationRow, rows)
                 worst = _worst_cases(rows, trained, splits, chosen, used, self.team.fabric.device)
                 write_bytes_atomic(self.out / "validation.png", worst)
         if not interrupted:
@@ -208,14 +221,28 @@ class _Training:
         details = {"metrics": dict(bundle.metrics), "sha256": bundle.sha256, "interrupted": interrupted}
         return RunReport(out=self.out, done=[chosen.name], details=details | {"warnings": warnings})
 
-    def _prepare(self) -> tuple[Path, Recipe | None, Plan | None, int, list[str]]:
-        """The prepared folder, the recipe and plan for it where they are not its own, how many networks, and what is odd about the data."""
+    def _prepare(self, model: ModelBundle | None) -> tuple[Path, Recipe | None, Plan | None, int, list[str]]:
+        """The prepared folder, the recipe and plan for it where they are not its own, how many networks, and what is odd about the data.
+
+        Args:
+            model: whose weights to start from.
+        """
+        from volseg.models import check_networks
+
         plan = None if self.plan is None else read_plan(self.plan)
         if (self.dataset / PREPARED_FILE).is_file():
             recipe = None if self.recipe is None else as_recipe(self.recipe)
             return self.dataset, recipe, plan, self.folds or 1, []
         prepared = self.work / "prepared"
         recipe = recipe_for(self.dataset, self.recipe, self.progress)
+        if model is not None and recipe.is_open and plan is None:  # the network and patches of the model to start from
+            train = recipe.train.model_copy(
+                update={"patch_shape": model.plan.patch_shape, "batch_size": model.plan.batch_size}
+            )
+            recipe = recipe.model_copy(update={"network": model.recipe.network, "train": train})
+        make_steps(recipe.postprocess)  # a misspelt step should not be found out after an hour of preparation
+        if not recipe.is_open:
+            check_networks(recipe)
         folds = 1 if self.fold is not None else folds_of(self.dataset, recipe, self.folds, is_auto=self.recipe is None)
         if self.resume and plan is None:  # what was begun with is what is gone on with, whatever memory is there today
             plan = _earlier_plan(prepared)
@@ -225,18 +252,31 @@ class _Training:
             out=prepared,
             seed=self.seed,
             plan=plan,
-            budget=budget_of(self.device, self.memory, None if self.seconds is None else self.seconds / folds),
+            budget=self._budget(folds),
+            refuse=True,
             progress=self.progress,
         )
         if report.failed:
             refuse_dataset(self.dataset, report.failed)
         return prepared, recipe, None, folds, list(report.details["warnings"])
 
-    def _first_pass(self, split: Split, recipe: Recipe, plan: Plan, initial: Mapping[str, torch.Tensor]) -> Trained:
+    def _budget(self, folds: int = 1) -> Budget:
+        return budget_of(
+            self.device,
+            self.memory,
+            None if self.seconds is None else self.seconds / folds,
+            processes=self.team.size,
+            half=self.team.precision != "32-true",
+        )
+
+    def _first_pass(
+        self, split: Split, recipe: Recipe, plan: Plan, initial: Mapping[str, torch.Tensor]
+    ) -> tuple[Trained, float]:
+        """What was trained, and the seconds of it in a call which this one resumes."""
         from volseg.train.roi import train_roi
 
         assert recipe.roi is not None
-        left = self._left()
+        left, began = self._left(), time.monotonic()
         first_pass = train_roi(
             *split,
             recipe,
@@ -250,21 +290,25 @@ class _Training:
         )
         if first_pass.stopped == INTERRUPTED:
             raise KeyboardInterrupt
-        return first_pass
+        return first_pass, _earlier(first_pass, began)
 
     def _networks(
-        self, splits: Sequence[Split], recipe: Recipe, plan: Plan, initial: Mapping[str, torch.Tensor]
+        self, splits: Sequence[Split], recipe: Recipe, plan: Plan, initial: Mapping[str, torch.Tensor], earlier: float
     ) -> tuple[dict[int, Trained], dict[int, str]]:
-        """What was trained on each split, and why a training ended before its time. What is done is not lost over what is not."""
+        """What was trained on each split, and why a training ended before its time. What is done is not lost over what is not.
+
+        Args:
+            earlier: seconds of the budget that were spent in a call which this one resumes.
+        """
         from volseg.train.loop import train_segmentation
 
         for_classifier = 0.0 if recipe.classify is None else (self._left() or 0.0) * recipe.classify.time_share
         trained: dict[int, Trained] = {}
         stopped: dict[int, str] = {}
-        earlier = 0.0  # seconds that networks took in a call which this one resumes
         for number, (training, validation) in enumerate(splits):
             left, began = self._left(for_classifier + earlier), time.monotonic()
             several = len(splits) > 1
+            make_folder(folder := _fold_folder(self.work, number, len(splits)))
             try:
                 found = train_segmentation(
                     training,
@@ -273,7 +317,7 @@ class _Training:
                     plan,
                     self._settings(recipe.train, None if left is None else left / (len(splits) - number)),
                     team=self.team,
-                    checkpoints=_fold_folder(self.work, number, len(splits)),
+                    checkpoints=folder,
                     resume=self.resume,
                     initial=initial,
                     report=partial(
@@ -293,7 +337,7 @@ class _Training:
                 stopped[number] = error.problem
                 continue
             trained[number] = found
-            earlier += max(0.0, found.metrics["training_seconds"] - (time.monotonic() - began))
+            earlier += _earlier(found, began)
             if found.stopped:
                 stopped[number] = found.stopped
             if found.stopped == INTERRUPTED:
@@ -342,6 +386,16 @@ class _Training:
                 code="E_BUDGET",
             )
 
+    def _check_folds(self, n: int) -> None:
+        """That a run to go on with was begun with as many networks."""
+        expected = {self.work / ROI_FOLDER, *(_fold_folder(self.work, number, n) for number in range(n))}
+        if any(path.parent not in expected for path in self.work.glob("**/last.safetensors")):
+            raise VolsegError(
+                f"{self.out}: holds a run that was begun with another number of folds",
+                fix="resume with the --folds that it was begun with, or delete the folder",
+                code="E_EXISTS",
+            )
+
     def _check_unfinished(self) -> None:
         unfinished = any(path.is_file() for path in self.work.glob("**/last.safetensors"))
         if (self.out / "model.json").exists() and not (self.resume and unfinished):
@@ -368,11 +422,12 @@ def _earlier_plan(prepared: Path) -> Plan | None:
 
 def _fold_folder(work: Path, number: int, n: int) -> Path:
     """Where the checkpoints of one of `n` networks are."""
-    if n == 1:
-        return work
-    folder = work / f"fold_{number}"
-    make_folder(folder)
-    return folder
+    return work if n == 1 else work / f"fold_{number}"
+
+
+def _earlier(trained: Trained, began: float) -> float:
+    """Seconds of a training that were not in this call, in which it began at that time."""
+    return max(0.0, trained.metrics["training_seconds"] - (time.monotonic() - began))
 
 
 def _metrics_of(
@@ -383,7 +438,9 @@ def _metrics_of(
         return dict(next(iter(trained.values())).metrics)
     steps = sum(found.metrics["steps"] for found in trained.values())
     reasons = {"stopped": "; ".join(f"fold {number}: {why}" for number, why in stopped.items())} if stopped else {}
-    return {"networks": len(trained), "steps": steps} | dict(validated) | reasons
+    first = next(iter(trained.values())).metrics
+    at_random = {key: first[key] for key in ("began_at_random",) if key in first}
+    return {"networks": len(trained), "steps": steps} | at_random | dict(validated) | reasons
 
 
 def _preview(training: Sequence[PreparedCase], recipe: Recipe, plan: Plan, seed: int) -> bytes:
@@ -437,6 +494,12 @@ def split_cases(
         if not 0 <= fold < folds:
             raise VolsegError(f"fold {fold} does not exist", fix=f"give 0 to {folds - 1}", code="E_USAGE")
         patients = np.random.default_rng(seed).permutation(sorted({case.record["patient"] for case in cases}))
+        if len(patients) < folds:
+            raise VolsegError(
+                f"{len(patients)} patients cannot be divided into {folds} folds",
+                fix=f"give --folds {len(patients)} or fewer",
+                code="E_USAGE",
+            )
         held_out = set(patients[fold::folds].tolist())
         sides = [[case for case in cases if (case.record["patient"] in held_out) == out] for out in (False, True)]
     if not all(sides):
@@ -466,6 +529,7 @@ def load_prepared(
         ) from error
     chosen = own if recipe is None else as_recipe(recipe)
     if changed is not None:
+        changed = changed.overruled_by(chosen)
         if (changed.spacing_mm, changed.windows) != (plan.spacing_mm, plan.windows):
             raise VolsegError(
                 f"{folder}: was prepared with another spacing or other windows than those of the plan",
@@ -479,8 +543,7 @@ def load_prepared(
             fix="run `volseg preprocess` with this recipe first",
             code="E_PREPARED",
         )
-    stated = {name: getattr(chosen.train, name) for name in ("patch_shape", "batch_size")}
-    plan = plan.model_copy(update={name: value for name, value in stated.items() if value != "auto"})
+    plan = plan.overruled_by(chosen)
     chosen = plan.complete(chosen)
     cases = [read_prepared_case(folder / "cases", case_id) for case_id in header["cases"]]
     return chosen, plan, fingerprint, cases
