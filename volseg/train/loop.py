@@ -31,7 +31,8 @@ from volseg.train.validate import validate
 
 WARM_UP = 0.03  # share of the run in which the learning rate rises
 LARGEST_RESERVE = 0.1  # share of the time budget kept for the final validation
-INTERRUPTED = "interrupted"
+INTERRUPTED = "interrupted"  # why a run stopped
+DIVERGED = "E_DIVERGED"
 DIVERGED_FIX = "lower train.learning_rate in the recipe, or train.gradient_norm, and train again"
 VALIDATION_OVERLAP = 0.25  # cheap and close: the final metrics use the recipe's own overlap
 
@@ -236,7 +237,7 @@ class Run:
         if stopped and not state.best_epoch:
             if stopped == INTERRUPTED:
                 raise KeyboardInterrupt
-            raise VolsegError(stopped, fix=DIVERGED_FIX, code="E_DIVERGED")
+            raise VolsegError(stopped, fix=DIVERGED_FIX, code=DIVERGED)
         if stopped and stopped != INTERRUPTED:
             stopped = f"{stopped}; these are the best weights until then; {DIVERGED_FIX}"
         weights, chosen = load_checkpoint(best)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -264,8 +264,3 @@ def _slug(dataset: Path) -> str:
     folder = dataset.parent if dataset.suffix == ".csv" else dataset
     slug = re.sub(r"[^a-z0-9]+", "_", folder.resolve().name.casefold()).strip("_")
     return slug or "auto"
-
-
-def plan_table(details: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    """(setting, value, reason) per line of a plan, as `plan` reports it."""
-    return [(line["setting"], line["value"], line["reason"]) for line in details["plan"]["lines"]]

@@ -42,9 +42,6 @@ if TYPE_CHECKING:  # torch takes seconds to import; only a workflow that needs i
 Split = tuple[Sequence[PreparedCase], Sequence[PreparedCase]]  # to train on, to validate on
 PREVIEWED = 12  # patches in the picture of --preview
 WORST = 6  # validation cases in validation.png
-INTERRUPTED = "interrupted"  # why a run stopped, as the loop says it
-DIVERGED = "E_DIVERGED"
-DIVERGED_FIX = "lower train.learning_rate in the recipe, or train.gradient_norm, and train again"
 WORK_FOLDER = ".training"  # inside a model folder while it is being trained
 ROI_FOLDER = "roi"  # inside that one: cases and checkpoints of the coarse first pass
 
@@ -161,6 +158,7 @@ class _Training:
         from volseg.infer.backends import export_bundle
         from volseg.models import check_networks
         from volseg.plan import check_budget
+        from volseg.train.loop import INTERRUPTED
 
         with held(self.out, self.work):
             self._check_unfinished()
@@ -273,6 +271,7 @@ class _Training:
         self, split: Split, recipe: Recipe, plan: Plan, initial: Mapping[str, torch.Tensor]
     ) -> tuple[Trained, float]:
         """What was trained, and the seconds of it in a call which this one resumes."""
+        from volseg.train.loop import INTERRUPTED
         from volseg.train.roi import train_roi
 
         assert recipe.roi is not None
@@ -300,7 +299,7 @@ class _Training:
         Args:
             earlier: seconds of the budget that were spent in a call which this one resumes.
         """
-        from volseg.train.loop import train_segmentation
+        from volseg.train.loop import DIVERGED, DIVERGED_FIX, INTERRUPTED, train_segmentation
 
         for_classifier = 0.0 if recipe.classify is None else (self._left() or 0.0) * recipe.classify.time_share
         trained: dict[int, Trained] = {}
