@@ -451,17 +451,20 @@ def check(
 
 @app.command()
 def columns(as_json: Json = False) -> None:
-    """List every column of lesions.csv and cases.csv with its unit and meaning."""
+    """List every column of the tables that volseg writes, with its unit, its meaning and where its definition comes from."""
     from volseg import workflows
 
     tables = workflows.table_columns()
     if as_json:
         _print_json(
-            {name: [dict(zip(("name", "unit", "meaning"), line)) for line in lines] for name, lines in tables.items()}
+            {
+                name: [dict(zip(("name", "unit", "meaning", "source"), line)) for line in lines]
+                for name, lines in tables.items()
+            }
         )
         return
     for name, lines in tables.items():
-        table = Table("column", "unit", "meaning", title=name, title_justify="left")
+        table = Table("column", "unit", "meaning", "source", title=name, title_justify="left")
         for line in lines:
             table.add_row(*line)
         Console().print(table)

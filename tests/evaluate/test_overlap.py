@@ -135,7 +135,7 @@ def test_bad_shapes_are_refused():
 
 def test_columns_have_a_meaning():
     described = columns_of(OverlapRow)
-    assert " ".join(name for name, _, _ in described) == (
+    assert " ".join(name for name, *_ in described) == (
         "case_id label label_name dice reference_volume_ml predicted_volume_ml volume_error_ml volume_error_percent"
     )
-    assert all(meaning for _, _, meaning in described)
+    assert all(meaning for _, _, meaning, _ in described)

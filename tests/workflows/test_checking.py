@@ -63,8 +63,8 @@ def test_a_bad_recipe_and_an_unknown_step_are_reported(tmp_path):
 
 def test_every_column_has_a_meaning():
     for columns in table_columns().values():
-        assert all(meaning for _, _, meaning in columns)
-        assert len({name for name, _, _ in columns}) == len(columns)
+        assert all(meaning for _, _, meaning, _ in columns)
+        assert len({name for name, *_ in columns}) == len(columns)
 
 
 def _row_of_a_lost_scan(table: Path) -> str:

@@ -45,8 +45,8 @@ def cell(value: Any) -> str:
     return str(value)
 
 
-def columns_page(tables: Mapping[str, Sequence[tuple[str, str, str]]]) -> str:
-    """docs/columns.md: file name → (column, unit, meaning) lines."""
+def columns_page(tables: Mapping[str, Sequence[tuple[str, str, str, str]]]) -> str:
+    """docs/columns.md: file name → (column, unit, meaning, source) lines."""
     parts = [
         "# Columns",
         "",
@@ -54,7 +54,10 @@ def columns_page(tables: Mapping[str, Sequence[tuple[str, str, str]]]) -> str:
         "",
     ]
     for title, columns in tables.items():
-        parts += [f"## {title}", "", "| column | unit | meaning |", "|---|---|---|"]
-        parts += [f"| `{name}` | {unit} | {meaning.replace('|', chr(92) + '|')} |" for name, unit, meaning in columns]
+        parts += [f"## {title}", "", "| column | unit | meaning | source |", "|---|---|---|---|"]
+        parts += [
+            f"| `{name}` | {unit} | {meaning.replace('|', chr(92) + '|')} | {source} |"
+            for name, unit, meaning, source in columns
+        ]
         parts.append("")
     return "\n".join(parts)

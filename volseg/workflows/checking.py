@@ -102,8 +102,8 @@ def _problem(where: str, error: VolsegError) -> dict[str, str]:
     return {"where": where, "code": error.code, "problem": error.problem, "fix": error.fix}
 
 
-def table_columns() -> dict[str, list[tuple[str, str, str]]]:
-    """(name, unit, meaning) of every column of lesions.csv, cases.csv, evaluation.csv and validation.csv."""
+def table_columns() -> dict[str, list[tuple[str, str, str, str]]]:
+    """(name, unit, meaning, source) of every column of every table."""
     tables = {
         "lesions.csv": LesionMeasurement,
         "cases.csv": CaseRow,
