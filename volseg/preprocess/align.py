@@ -49,10 +49,10 @@ def on_one_grid(images: Mapping[str, Volume], *, align: bool = False) -> dict[st
             found[name] = volume
             continue
         moved = rigid_transform(first, volume) if align else np.eye(4)
-        covered = _covered(first.geometry, volume.geometry, moved)
-        if covered < LEAST_COVERED:
+        share = covered(first.geometry, volume.geometry, moved)
+        if share < LEAST_COVERED:
             raise ScanError(
-                f"channel {name!r} covers {covered:.0%} of the grid of {first_name!r}",
+                f"channel {name!r} covers {share:.0%} of the grid of {first_name!r}",
                 fix=f"check that both are scans of the same part of the same patient, or leave {name!r} out",
                 code="E_PAIR",
             )
@@ -66,7 +66,7 @@ def resampled_onto(volume: Volume, grid: Geometry, moved: np.ndarray | None = No
     Args:
         moved: (4, 4) rigid transform in RAS mm, from points of the grid to those of the scan that belong there.
     """
-    matrix = _index_matrix(grid, volume.geometry, moved)
+    matrix = index_matrix(grid, volume.geometry, moved)
     values = volume.intensities(volume.array).astype(np.float32, copy=False)
     array = ndimage.affine_transform(
         values,
@@ -91,7 +91,10 @@ def rigid_transform(fixed: Volume, moving: Volume) -> np.ndarray:
         ScanError: the two do not overlap, or nothing in them can be compared.
         EnvironmentProblem: SimpleITK is not installed.
     """
-    itk = _simpleitk()
+    itk = simpleitk(
+        "alignment of channels",
+        otherwise='set align = "none" under [data] in the recipe',
+    )
     registration = itk.ImageRegistrationMethod()
     registration.SetMetricAsMattesMutualInformation(HISTOGRAM_BINS)
     registration.SetMetricSamplingStrategy(registration.REGULAR)
@@ -110,32 +113,26 @@ def rigid_transform(fixed: Volume, moving: Volume) -> np.ndarray:
     start.SetCenter(_centre(fixed.geometry).tolist())
     registration.SetInitialTransform(start, inPlace=False)
     try:
-        found = registration.Execute(_image(itk, fixed), _image(itk, moving))
+        found = registration.Execute(itk_image(itk, fixed), itk_image(itk, moving))
     except RuntimeError as error:
         raise ScanError(
             f"two channels could not be aligned ({str(error).strip().splitlines()[-1]})",
             fix='check that they are scans of the same part of the same patient, or set align = "none" under [data] in the recipe',
             code="E_PAIR",
         ) from error
-    euler = itk.Euler3DTransform(found.GetNthTransform(0) if hasattr(found, "GetNthTransform") else found)
-    rotation = np.array(euler.GetMatrix()).reshape(3, 3)
-    centre, shift = np.array(euler.GetCenter()), np.array(euler.GetTranslation())
-    matrix = np.eye(4)
-    matrix[:3, :3] = rotation
-    matrix[:3, 3] = centre + shift - rotation @ centre
-    return matrix
+    return matrix_of(euler_of(itk, found))
 
 
-def _index_matrix(grid: Geometry, source: Geometry, moved: np.ndarray | None) -> np.ndarray:
-    """(4, 4): index on the grid → index in the source."""
+def index_matrix(grid: Geometry, source: Geometry, moved: np.ndarray | None = None) -> np.ndarray:
+    """(4, 4): index on the grid → index in the source. `moved` as in `resampled_onto`."""
     return np.linalg.inv(source.affine) @ (np.eye(4) if moved is None else moved) @ grid.affine
 
 
-def _covered(grid: Geometry, source: Geometry, moved: np.ndarray) -> float:
+def covered(grid: Geometry, source: Geometry, moved: np.ndarray) -> float:
     """Share of the grid's voxels that lie within the source's field of view, from a sample of them."""
     steps = [np.linspace(0, n - 1, min(n, 24)) for n in grid.shape]
     indices = np.stack(np.meshgrid(*steps, indexing="ij"), axis=-1).reshape(-1, 3)
-    matrix = _index_matrix(grid, source, moved)
+    matrix = index_matrix(grid, source, moved)
     places = indices @ matrix[:3, :3].T + matrix[:3, 3]
     inside = (places >= -0.5) & (places <= np.array(source.shape) - 0.5)
     return float(inside.all(axis=1).mean())
@@ -145,9 +142,9 @@ def _centre(geometry: Geometry) -> np.ndarray:
     return geometry.to_world_mm((np.array(geometry.shape) - 1) / 2)
 
 
-def _image(itk: ModuleType, volume: Volume) -> Any:
+def itk_image(itk: ModuleType, volume: Volume) -> Any:
     """In RAS throughout: both images get the same convention, so the transform is in it too."""
-    image = itk.GetImageFromArray(volume.intensities(volume.array).astype(np.float32).T)
+    image = itk.GetImageFromArray(volume.intensities(volume.array).astype(np.float32, copy=False).T)
     spacing = np.array(volume.geometry.spacing_mm)
     image.SetSpacing(spacing.tolist())
     image.SetOrigin(volume.geometry.affine[:3, 3].tolist())
@@ -155,13 +152,36 @@ def _image(itk: ModuleType, volume: Volume) -> Any:
     return image
 
 
-def _simpleitk() -> ModuleType:
+def euler_of(itk: ModuleType, transform: Any) -> Any:
+    """The rigid transform within what a registration returns."""
+    return itk.Euler3DTransform(transform.GetNthTransform(0) if hasattr(transform, "GetNthTransform") else transform)
+
+
+def matrix_of(euler: Any) -> np.ndarray:
+    """(4, 4) of a rigid transform about a centre."""
+    rotation = np.array(euler.GetMatrix()).reshape(3, 3)
+    centre, shift = np.array(euler.GetCenter()), np.array(euler.GetTranslation())
+    matrix = np.eye(4)
+    matrix[:3, :3] = rotation
+    matrix[:3, 3] = centre + shift - rotation @ centre
+    return matrix
+
+
+def simpleitk(what: str, *, otherwise: str) -> ModuleType:
+    """The library, which is optional.
+
+    Args:
+        what: what needs it. otherwise: what to do without it.
+
+    Raises:
+        EnvironmentProblem: it is not installed.
+    """
     try:
         import SimpleITK
     except ImportError as error:
         raise EnvironmentProblem(
-            "alignment of channels needs SimpleITK, which is not installed",
-            fix="pip install 'volseg[dicom]', or set align = \"none\" under [data] in the recipe",
+            f"{what} needs SimpleITK, which is not installed",
+            fix=f"pip install 'volseg[dicom]', or {otherwise}",
             code="E_BACKEND",
         ) from error
     return SimpleITK
