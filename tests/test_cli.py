@@ -23,6 +23,7 @@ COMMANDS = (
     "quantise",
     "measure",
     "evaluate",
+    "compare",
     "import-nnunet",
     "check",
     "columns",

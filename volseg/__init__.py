@@ -1,7 +1,7 @@
 """volseg turns 3D CT and MRI scans into lesions, and lesions into numbers that a study can defend.
 
-The workflows of the command line are functions here: `plan`, `preprocess`, `train`, `infer`, `measure`, `evaluate`, `quantise`, `check`
-and `import_nnunet`.
+The workflows of the command line are functions here: `plan`, `preprocess`, `train`, `infer`, `measure`, `evaluate`, `compare`,
+`quantise`, `check` and `import_nnunet`.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ __version__ = "0.1.0"
 __all__ = [
     "__version__",
     "check",
+    "compare",
     "evaluate",
     "import_nnunet",
     "infer",
@@ -26,7 +27,18 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from volseg.workflows import check, evaluate, import_nnunet, infer, measure, plan, preprocess, quantise, train
+    from volseg.workflows import (
+        check,
+        compare,
+        evaluate,
+        import_nnunet,
+        infer,
+        measure,
+        plan,
+        preprocess,
+        quantise,
+        train,
+    )
 
 
 class _Workflow:
@@ -49,7 +61,9 @@ class _Workflow:
 
 
 class _Package(ModuleType):
-    check, evaluate, import_nnunet, infer, measure, plan, preprocess, quantise, train = (_Workflow() for _ in range(9))
+    check, compare, evaluate, import_nnunet, infer, measure, plan, preprocess, quantise, train = (
+        _Workflow() for _ in range(10)
+    )
 
 
 sys.modules[__name__].__class__ = _Package

@@ -390,6 +390,68 @@ def evaluate(
     _finish(report, as_json, lambda: _print_evaluation(report))
 
 
+@app.command()
+def compare(
+    baseline: Annotated[
+        Path, typer.Argument(help="Results of `volseg infer` or `volseg measure` on the earlier scans.")
+    ],
+    followup: Annotated[Path, typer.Argument(help="Results on the later scans.")],
+    out: Annotated[Path, typer.Option(help="Folder for comparison.csv and response.csv; made if it is not there.")],
+    pairs: Annotated[
+        Path | None,
+        typer.Option(
+            help="A CSV with columns patient, baseline and followup, which hold case ids; without it the same id is the same patient."
+        ),
+    ] = None,
+    baseline_scans: Annotated[
+        Path | None, typer.Option(help="Folder in which to look for the earlier scans by their file names.")
+    ] = None,
+    followup_scans: Annotated[
+        Path | None, typer.Option(help="Folder in which to look for the later scans by their file names.")
+    ] = None,
+    registration: Annotated[
+        bool,
+        typer.Option(
+            "--registration/--no-registration",
+            help="Find out how the patient lies in the later scan, or take world coordinates as they are, which needs no scans.",
+        ),
+    ] = True,
+    max_distance: Annotated[
+        float,
+        typer.Option(
+            help="Largest distance in mm of the centroids of two lesions that do not overlap and are still one."
+        ),
+    ] = 10.0,
+    figures: Annotated[
+        bool,
+        typer.Option("--figures", help="Also write a PNG per patient of the lesion that changed most, at both times."),
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Compare the lesions of patients at two time points: what became of each, and the response by RECIST 1.1.
+
+    The later scan is registered to the earlier one (rigidly), then lesions are matched one to one, by overlap and else by distance. comparison.csv
+    has a row per pair, new, gone, merged or split lesion; response.csv a row per patient, with the rule that decided. A scan without a
+    partner and a patient who cannot be compared are rows too. A second call does only what is missing or has changed.
+    """
+    from volseg import workflows
+
+    with _progress() as show:
+        report = workflows.compare(
+            baseline,
+            followup,
+            out=out,
+            pairs=pairs,
+            baseline_scans=baseline_scans,
+            followup_scans=followup_scans,
+            registration=registration,
+            max_distance_mm=max_distance,
+            figures=figures,
+            progress=show,
+        )
+    _finish(report, as_json, lambda: _print_comparison(report))
+
+
 @app.command("import-nnunet")
 def import_nnunet(
     folder: Annotated[
@@ -623,6 +685,24 @@ def _print_evaluation(report: RunReport) -> None:
     if missing:
         typer.echo(f"{len(missing)} reference masks have no prediction, such as {missing[0]}", err=True)
     typer.echo(f"a row per case and label → {report.out / 'evaluation.csv'}")
+
+
+def _print_comparison(report: RunReport) -> None:
+    table = Table("patient", "response", "why", "new", "gone", "merged", "split", "volume %", title="RECIST 1.1")
+    for row in report.details["patients"]:
+        if row["status"] != "done":
+            continue
+        counts = (str(row[f"n_{status}"]) for status in ("new", "gone", "merged", "split"))
+        percent = row["change_volume_percent"]
+        volume = "" if percent is None else f"{percent:+.1f}"
+        table.add_row(row["patient"], row["response"] or "", row["response_rule"], *counts, volume)
+    Console().print(table)
+    for patient, reason in report.details["unpaired"].items():
+        typer.echo(f"unpaired: {patient}: {reason}", err=True)
+    kept = f", {len(report.kept)} were complete already" if report.kept else ""
+    typer.echo(f"{len(report.done)} compared{kept}, {len(report.failed)} failed")
+    for name in ("comparison.csv", "response.csv"):
+        typer.echo(f"  {report.out / name}")
 
 
 def _announce_shipped_model() -> None:

@@ -189,7 +189,7 @@ def _rows_of(dataset: Path, wanted: _Wanted, mistakes: list[str]) -> list[_Row]:
 
 
 def _rows_of_csv(path: Path, wanted: _Wanted, mistakes: list[str]) -> list[_Row]:
-    columns, lines = _table_of(path)
+    columns, lines = read_table(path)
     available = {name.removeprefix("image_"): name for name in columns if name == "image" or name.startswith("image_")}
     if not available:
         raise VolsegError(
@@ -225,7 +225,7 @@ def _rows_of_csv(path: Path, wanted: _Wanted, mistakes: list[str]) -> list[_Row]
     return rows
 
 
-def _table_of(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
+def read_table(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
     """Column names, and (line number, cells) of each row; commas, semicolons or tabs, with or without a BOM."""
     try:
         text = _bytes_of(path).decode("utf-8-sig")

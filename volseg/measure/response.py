@@ -450,7 +450,7 @@ _REST = {
 _WHY = {
     "PD": "PD from +20 % and +5 mm over the nadir, which is the baseline, as there are two time points",
     "PR": "PR from −30 %",
-    "SD": "neither −30 % (PR) nor +20 % and +5 mm over the nadir (PD), which is the baseline, as there are two time points",
+    "SD": "neither −30 % (PR) nor +20 % and +5 mm (PD) over the nadir, which is the baseline, as there are two time points",
     "NE": "a target lies where the follow-up does not reach, or has no diameter there",
 }
 
@@ -461,7 +461,8 @@ def _sum_text(sums: _Sums | None) -> str:
     if sums.after is None:
         return f"sum of target diameters {sums.before:.1f} mm → at least {sums.least:.1f} mm"
     change, percent = sums.change
-    return f"sum of target diameters {sums.before:.1f} mm → {sums.after:.1f} mm: {change:+.1f} mm, {percent:+.1f} %"
+    text = f"sum of target diameters {sums.before:.1f} mm → {sums.after:.1f} mm: {change:+.1f} mm, {percent:+.1f} %"
+    return text.replace("-", "−")
 
 
 def _size_text(lesion: LesionMeasurement) -> str:

@@ -2,6 +2,7 @@
 
 from volseg.workflows.batch import Progress, RunReport
 from volseg.workflows.checking import check, shipped_model, table_columns
+from volseg.workflows.comparing import compare
 from volseg.workflows.evaluating import evaluate
 from volseg.workflows.importing import import_nnunet
 from volseg.workflows.inference import infer
@@ -16,6 +17,7 @@ __all__ = [
     "RunReport",
     "budget_of",
     "check",
+    "compare",
     "evaluate",
     "import_nnunet",
     "infer",

@@ -13,6 +13,7 @@ from volseg.evaluate.validation import ValidationRow
 from volseg.io.cases import Case, survey_cases
 from volseg.io.nifti import read_header, read_mask, read_volume
 from volseg.measure.lesions import CaseRow, LesionMeasurement
+from volseg.measure.response import LesionChange, PatientResponse
 from volseg.postprocess.steps import make_steps
 from volseg.recipe import Recipe, load_recipe, shipped_recipes
 from volseg.volume import Volume
@@ -107,6 +108,8 @@ def table_columns() -> dict[str, list[tuple[str, str, str, str]]]:
     tables = {
         "lesions.csv": LesionMeasurement,
         "cases.csv": CaseRow,
+        "comparison.csv": LesionChange,
+        "response.csv": PatientResponse,
         "evaluation.csv": OverlapRow,
         "validation.csv": ValidationRow,
     }

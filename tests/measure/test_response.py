@@ -1,0 +1,256 @@
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from volseg.measure.lesions import LesionMeasurement
+from volseg.measure.matching import Match
+from volseg.measure.response import choose_targets, is_lymph_node, judge_response, lesion_changes
+
+NAMES = {"patient": "p", "baseline_case": "a", "followup_case": "b"}
+
+
+def lesion(number, long_mm=None, *, short_mm=None, label="liver", volume_ml=None, measurable=None, **others):
+    """A ball of that long axis, unless its volume is given; measurable by the rule unless it is said."""
+    node = label == "lymph_node"
+    size = short_mm if node else long_mm
+    if measurable is None and size is not None:
+        measurable = size >= (15 if node else 10)
+    if volume_ml is None:
+        volume_ml = math.pi * (long_mm or short_mm or 5.0) ** 3 / 6000
+    values = {"label": 1, "label_name": label, "n_voxels": 100, "volume_mm3": 1000 * volume_ml, "volume_ml": volume_ml}
+    values |= {f"intensity_{name}": 40.0 for name in ("mean", "sd", "min", "p10", "median", "p90", "max")}
+    values |= {"centroid_r_mm": 1.0, "centroid_a_mm": 2.0, "centroid_s_mm": 3.0, "touches_border": False}
+    values |= dict.fromkeys(("confidence_mean", "confidence_p10", "class_name", "class_probability"))
+    values |= {"case_id": "c", "intensity_unit": "HU", "class_probabilities": None, "notes": ""}
+    values |= {"long_axis_mm": long_mm, "short_axis_mm": short_mm, "recist_measurable": measurable}
+    return LesionMeasurement(lesion_id=number, **values | others)
+
+
+def pairs(*rows):
+    """Matches from (status, baseline, followup, group)."""
+    seen = set()
+    matches = []
+    for status, b, f, group in rows:
+        matches.append(Match(status=status, baseline=b, followup=f, group=group, is_first=group not in seen))
+        seen.add(group)
+    return matches
+
+
+def one_to_one(n, start=1):
+    return [("matched", number, number, number) for number in range(start, n + 1)]
+
+
+def judged(rows, before, after):
+    return judge_response(pairs(*rows), before, after, **NAMES)
+
+
+@pytest.mark.parametrize(
+    ("before_mm", "after_mm", "expected"),
+    [
+        (30, 30, "SD"),
+        (30, 36, "PD"),  # exactly +20 %, +6 mm
+        (30, 35.99, "SD"),
+        (20, 24, "SD"),  # +20 %, but +4 mm
+        (20, 25, "PD"),  # exactly +5 mm
+        (20, 24.99, "SD"),
+        (60, 66, "SD"),  # +6 mm, but 10 %
+        (10, 7, "PR"),  # exactly −30 %
+        (10, 7.01, "SD"),
+        (13, 9.1, "PR"),  # −30 %, which floating point makes −29.999…
+        (30, 1, "PR"),
+    ],
+)
+def test_the_limits_of_partial_response_and_progression(before_mm, after_mm, expected):
+    row = judged(one_to_one(1), [lesion(1, before_mm)], [lesion(1, after_mm)])
+    assert (row.response, row.target_response) == (expected, expected)
+    assert row.response_rule.startswith(f"{expected}: sum of target diameters {before_mm:.1f} mm → {after_mm:.1f} mm")
+    assert (row.baseline_sum_mm, row.nadir_sum_mm, row.followup_sum_mm) == (before_mm, before_mm, after_mm)
+    assert row.change_sum_percent == pytest.approx(100 * (after_mm / before_mm - 1))
+    assert ("nadir, which is the baseline, as there are two time points" in row.response_rule) is (expected != "PR")
+
+
+TARGET = {
+    "CR": ("gone", None),
+    "PR": ("matched", 10),
+    "SD": ("matched", 20),
+    "PD": ("matched", 40),
+    "NE": ("outside", None),
+}
+OTHER = {"CR": "gone", "Non-CR/Non-PD": "matched", "NE": "outside", None: None}
+
+
+@pytest.mark.parametrize("new", [False, True])
+@pytest.mark.parametrize(
+    ("target", "other", "expected"),
+    [
+        ("CR", "CR", "CR"),
+        ("CR", None, "CR"),
+        ("CR", "Non-CR/Non-PD", "PR"),
+        ("CR", "NE", "PR"),
+        ("PR", "CR", "PR"),
+        ("PR", "Non-CR/Non-PD", "PR"),
+        ("PR", "NE", "PR"),
+        ("SD", "Non-CR/Non-PD", "SD"),
+        ("SD", "NE", "SD"),
+        ("NE", "Non-CR/Non-PD", "NE"),
+        ("PD", "CR", "PD"),
+        ("PD", "NE", "PD"),
+        (None, "CR", "CR"),
+        (None, "Non-CR/Non-PD", "Non-CR/Non-PD"),
+        (None, "NE", "NE"),
+    ],
+)
+def test_the_tables_of_overall_response(target, other, expected, new):
+    """Tables 1 (with target lesions) and 2 (without) of the guideline; unequivocal progression is not judged here."""
+    before, after, rows = [], [], []
+    if target is not None:
+        status, size = TARGET[target]
+        before.append(lesion(1, 20))
+        after += [] if size is None else [lesion(1, size)]
+        rows.append((status, 1, None if size is None else 1, 1))
+    if other is not None:
+        before.append(lesion(2, 6))
+        after += [lesion(2, 6)] if other == "Non-CR/Non-PD" else []
+        rows.append((OTHER[other], 2, 2 if other == "Non-CR/Non-PD" else None, 2))
+    if new:
+        after.append(lesion(3, 12))
+        rows.append(("new", None, 3, 3))
+    row = judged(rows, before, after)
+    assert row.response == ("PD" if new else expected)
+    assert (row.target_response, row.non_target_response) == (target, other)
+    assert row.response_rule.startswith("PD: new lesion 3" if new else f"{expected}: ")
+
+
+def test_targets_are_the_five_largest_measurable_and_two_per_label():
+    sizes = {"liver": (50, 40, 30), "lung": (12, 11), "kidney": (9.9, 14), "bone": (13,), "skin": (10.5,)}
+    lesions = [
+        lesion(number, size, label=label)
+        for number, (label, size) in enumerate(((label, s) for label, all_ in sizes.items() for s in all_), start=1)
+    ]
+    chosen = choose_targets(lesions)
+    assert [(lesions[n - 1].label_name, lesions[n - 1].long_axis_mm) for n in chosen] == [
+        ("liver", 50), ("liver", 40), ("lung", 12), ("kidney", 14), ("bone", 13),
+    ]  # fmt: skip
+    assert judged(one_to_one(9), lesions, lesions).baseline_sum_mm == 50 + 40 + 12 + 14 + 13
+    shuffled = [lesions[n] for n in np.random.default_rng(0).permutation(9)]
+    assert choose_targets(shuffled) == chosen
+
+
+def test_lymph_nodes_count_by_their_short_axis_and_are_normal_below_10_mm():
+    node, other = lesion(1, 40, short_mm=20, label="lymph_node"), lesion(2, 20)
+    row = judged(one_to_one(2), [node, other], [replace(node, short_axis_mm=14.0), lesion(2, 14)])
+    assert (row.baseline_sum_mm, row.followup_sum_mm, row.response) == (40, 28, "PR")
+    # What is left of a node in complete response is not 0 mm.
+    row = judged([("matched", 1, 1, 1), ("gone", 2, None, 2)], [node, other], [replace(node, short_axis_mm=9.9)])
+    assert (row.followup_sum_mm, row.response) == (9.9, "CR")
+    row = judged([("matched", 1, 1, 1), ("gone", 2, None, 2)], [node, other], [replace(node, short_axis_mm=10.0)])
+    assert row.response == "PR"
+    # A normal node is no disease: neither at baseline nor as a new one.
+    small = lesion(2, 15, short_mm=8, label="lymph_node")
+    row = judged([("gone", 1, None, 1), ("matched", 2, 2, 2)], [lesion(1, 20), small], [small])
+    assert (row.response, row.non_target_response) == ("CR", None)
+    row = judged([("matched", 1, 1, 1), ("new", None, 2, 2)], [lesion(1, 20)], [lesion(1, 20), small])
+    assert (row.response, row.n_new) == ("SD", 1)
+    assert [is_lymph_node(lesion(1, 9, label=name)) for name in ("Lymph nodes", "node", "nodule", "lung_nodule", "anode")] == [
+        True, True, False, False, False,
+    ]  # fmt: skip
+
+
+def test_pieces_of_a_target_are_added_and_targets_that_merged_count_once():
+    row = judged([("split", 1, 1, 1), ("split", 1, 2, 1)], [lesion(1, 30)], [lesion(1, 20), lesion(2, 18)])
+    assert (row.followup_sum_mm, row.response, row.n_split, row.n_new) == (38, "PD", 1, 0)
+    row = judged([("merged", 1, 1, 1), ("merged", 2, 1, 1)], [lesion(1, 30), lesion(2, 20)], [lesion(1, 44)])
+    assert (row.baseline_sum_mm, row.followup_sum_mm, row.response, row.n_merged) == (50, 44, "SD", 2)
+    row = judged([("merged", 1, 1, 1), ("merged", 2, 1, 1)], [lesion(1, 30), lesion(2, 6)], [lesion(1, 35)])
+    assert (row.followup_sum_mm, row.non_target_response) == (35, None)
+    assert "W_MERGED: a target merged with lesions 2" in row.warnings
+
+
+def test_targets_that_were_not_seen_leave_progression_only():
+    """The guideline's example: three targets of 50 mm in all, of which two come to 80 mm."""
+    before = [lesion(1, 20), lesion(2, 15, label="lung"), lesion(3, 15, label="lung")]
+    rows = [*one_to_one(2), ("outside", 3, None, 3)]
+    row = judged(rows, before, [lesion(1, 45), lesion(2, 35, label="lung")])
+    assert (row.response, row.followup_sum_mm, row.change_sum_mm) == ("PD", None, None)
+    assert "at least 80.0 mm" in row.response_rule
+    row = judged(rows, before, [lesion(1, 10), lesion(2, 5, label="lung")])
+    assert (row.response, row.change_volume_ml, row.n_outside) == ("NE", None, 1)
+    row = judged(one_to_one(1), [lesion(1, 20)], [lesion(1, None)])
+    assert (row.response, row.followup_sum_mm) == ("NE", None)
+
+
+def test_without_diameters_only_what_needs_none_is_said():
+    before, after = [lesion(1), lesion(2)], [lesion(1), lesion(2)]
+    row = judged(one_to_one(2), before, after)
+    assert (row.response, row.target_response, row.non_target_response, row.targets) == (None, None, None, None)
+    assert (row.baseline_sum_mm, row.followup_sum_mm, row.volume_response) == (None, None, None)
+    assert "diameters were not measured" in row.response_rule
+    assert row.change_volume_percent == 0
+    assert judged([("gone", 1, None, 1), ("gone", 2, None, 2)], before, []).response == "CR"
+    assert judged([*one_to_one(2), ("new", None, 3, 3)], before, [*after, lesion(3)]).response == "PD"
+    changes = lesion_changes(pairs(*one_to_one(2)), before, after, **NAMES)
+    assert {(c.is_target, c.change_long_axis_mm, c.change_volume_ml) for c in changes} == {(None, None, 0.0)}
+    assert all("long axis: not measured" in change.notes for change in changes)
+
+
+def test_no_lesion_at_either_time_cannot_be_evaluated_and_one_only_later_is_progression():
+    row = judged([], [], [])
+    assert (row.response, row.n_baseline, row.baseline_volume_ml, row.change_volume_percent) == ("NE", 0, 0, None)
+    assert "nothing can respond" in row.response_rule
+    row = judged([("new", None, 1, 1)], [], [lesion(1, 7.5)])
+    assert (row.response, row.targets, row.change_volume_percent) == ("PD", None, None)
+    assert row.response_rule == "PD: new lesion 1 (0.221 mL, 7.5 mm)"
+    assert "W_NEW" in row.warnings
+    assert "W_NEW" not in judged([("new", None, 1, 1)], [], [lesion(1, 10)]).warnings
+
+
+@pytest.mark.parametrize("factor", [0.2, 0.69, 0.71, 1.0, 1.19, 1.21, 2.0])
+def test_of_balls_volume_and_diameter_give_one_response(factor):
+    """Away from 5 mm, which the volume has no counterpart of."""
+    sizes = (30, 24, 18)
+    before = [lesion(n, size, label=f"organ_{n}") for n, size in enumerate(sizes, start=1)]
+    after = [lesion(n, size * factor, label=f"organ_{n}") for n, size in enumerate(sizes, start=1)]
+    row = judged(one_to_one(3), before, after)
+    assert row.volume_response == row.response
+    assert row.change_target_volume_percent == pytest.approx(100 * (factor**3 - 1))
+
+
+def test_the_rows_of_a_group_say_its_change_once():
+    before = [
+        lesion(1, 30, volume_ml=6.0, n_voxels=600, intensity_mean=10.0),
+        lesion(2, 20, volume_ml=2.0, n_voxels=200, intensity_mean=50.0),
+    ]
+    after = [lesion(1, 45, volume_ml=12.0, intensity_mean=30.0)]
+    rows = lesion_changes(pairs(("merged", 1, 1, 1), ("merged", 2, 1, 1)), before, after, **NAMES)
+    assert [(row.change_volume_ml, row.change_volume_percent) for row in rows] == [(4.0, 50.0), (None, None)]
+    assert [(row.change_long_axis_mm, row.change_intensity_mean) for row in rows] == [(-5.0, 10.0), (None, None)]
+    assert "in the row of lesion 1 at baseline and 1 at follow-up" in rows[1].notes
+    assert [(row.baseline_volume_ml, row.followup_volume_ml) for row in rows] == [(6.0, 12.0), (2.0, 12.0)]
+
+
+def test_a_lesion_at_one_time_only_has_zeros_at_the_other_and_one_outside_has_nothing():
+    rows = lesion_changes(
+        pairs(("gone", 1, None, 1), ("outside", 2, None, 2), ("new", None, 1, 3)),
+        [lesion(1, 20, volume_ml=4.0), lesion(2, 12)],
+        [lesion(1, 8, volume_ml=0.5)],
+        **NAMES,
+    )
+    gone, outside, new = rows
+    assert (gone.followup_volume_ml, gone.change_volume_percent, gone.change_long_axis_mm) == (0, -100, -20)
+    assert (new.baseline_volume_ml, new.change_volume_ml, new.change_volume_percent) == (0, 0.5, None)
+    assert "nothing at baseline" in new.notes
+    assert (outside.followup_volume_ml, outside.change_volume_ml) == (None, None)
+    assert "does not reach" in outside.notes
+    assert {row.change_intensity_mean for row in rows} == {None}
+    assert [row.is_target for row in rows] == [True, True, False]
+
+
+def test_intensities_of_different_units_have_no_difference():
+    (row,) = lesion_changes(pairs(*one_to_one(1)), [lesion(1, 20)], [lesion(1, 20, intensity_unit="a.u.")], **NAMES)
+    assert (row.change_intensity_mean, row.intensity_unit) == (None, None)
+    assert "unit is not the same" in row.notes
+    (row,) = lesion_changes(pairs(*one_to_one(1)), [lesion(1, 20)], [lesion(1, 20, intensity_mean=math.nan)], **NAMES)
+    assert row.change_intensity_mean is None
+    assert "intensity: not measured" in row.notes

@@ -1,0 +1,126 @@
+"""What a results folder holds, read back from the record of each case."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+from volseg.errors import ScanError, VolsegError
+from volseg.io.files import sha256_of
+from volseg.measure.lesions import CaseRow, LesionMeasurement
+from volseg.report.results import RECORDS
+
+Row = TypeVar("Row", CaseRow, LesionMeasurement)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CaseRecord:
+    """A case of a results folder.
+
+    Args:
+        lesions: by number. files: path in the folder → SHA-256.
+        sources: channel → scan, as an absolute path; empty in folders that do not hold it.
+    """
+
+    case: CaseRow
+    lesions: Sequence[LesionMeasurement]
+    files: Mapping[str, str]
+    sources: Mapping[str, Path]
+
+
+def case_ids(results: Path) -> list[str]:
+    """The cases of a results folder: those with a record, and those that its table names and no run reached.
+
+    Raises:
+        VolsegError: it is no results folder.
+    """
+    if not (results / RECORDS).is_dir():
+        raise VolsegError(
+            f"{results}: holds no results",
+            fix="give the folder that `volseg infer` or `volseg measure` wrote",
+            code="E_DATASET",
+        )
+    found = {path.stem for path in (results / RECORDS).glob("*.json")}
+    try:
+        with (results / "cases.csv").open(newline="", encoding="utf-8") as file:
+            found |= {row["case_id"] for row in csv.DictReader(file)}
+    except (OSError, ValueError, KeyError, csv.Error):
+        pass  # the records are what counts; the table is made from them
+    return sorted(found)
+
+
+def record_path(results: Path, case_id: str) -> Path:
+    return results / RECORDS / f"{case_id}.json"
+
+
+def read_record(results: Path, case_id: str) -> CaseRecord:
+    """The record of a case, done or failed.
+
+    Raises:
+        ScanError: there is none, or it is damaged.
+    """
+    path = record_path(results, case_id)
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return CaseRecord(
+            case=_row(CaseRow, content["case"]),
+            lesions=[_row(LesionMeasurement, lesion) for lesion in content["lesions"]],
+            files={str(name): str(digest) for name, digest in content["files"].items()},
+            sources={str(channel): Path(source) for channel, source in (content.get("sources") or {}).items()},
+        )
+    except FileNotFoundError as error:
+        raise ScanError(
+            f"{results}: case {case_id!r} was not done yet",
+            fix="run the command that made the folder again",
+            code="E_RECORD",
+        ) from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ScanError(
+            f"{path}: the record of case {case_id!r} is damaged ({type(error).__name__}: {error})",
+            fix="run the command that made the folder again",
+            code="E_RECORD",
+        ) from error
+
+
+def file_of(results: Path, record: CaseRecord, folder: str) -> Path:
+    """The file of a case in `folder`, such as lesion_ids, as it was when its numbers were taken.
+
+    Raises:
+        ScanError: there is none, or it is another one by now.
+    """
+    names = [name for name in record.files if name.startswith(f"{folder}/")]
+    case_id = record.case.case_id
+    if not names or not (results / names[0]).is_file():
+        raise ScanError(
+            f"{results}: case {case_id!r} has no file in {folder}/",
+            fix="run the command that made the folder again",
+            code="E_RECORD",
+        )
+    path = results / names[0]
+    if sha256_of(path) != record.files[names[0]]:
+        raise ScanError(
+            f"{path}: was changed since the case was measured",
+            fix="run the command that made the folder again",
+            code="E_RECORD",
+        )
+    return path
+
+
+def _row(kind: type[Row], values: Mapping[str, Any]) -> Row:
+    """A row from its record: a column that the record does not have is unknown.
+
+    Raises:
+        ValueError: what every row has is missing.
+    """
+    text = ("case_id", "status") if kind is CaseRow else ()
+    numbers = () if kind is CaseRow else ("lesion_id", "label", "n_voxels", "volume_ml")
+    wrong = [name for name in text if not isinstance(values.get(name), str)]
+    wrong += [name for name in numbers if not isinstance(values.get(name), int | float)]
+    if wrong:
+        raise ValueError(f"it lacks {', '.join(wrong)}")
+    texts = {"reason", "image", "model", "warnings", "notes"}
+    return kind(**{item.name: values.get(item.name, "" if item.name in texts else None) for item in fields(kind)})
