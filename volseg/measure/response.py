@@ -71,8 +71,16 @@ class LesionChange:
     intensity_unit: str | None = column(
         "", "unit of the intensities; empty where it is not the same at both times", None
     )
-    baseline_centroid_ras: str | None = column("mm", "centroid in the earlier scan: R A S", None)
-    followup_centroid_ras: str | None = column("mm", "centroid in the later scan, in its own coordinates: R A S", None)
+    baseline_centroid_r_mm: float | None = column(
+        "mm", "centroid in the earlier scan, towards the patient's right", None
+    )
+    baseline_centroid_a_mm: float | None = column("mm", "the same, towards anterior", None)
+    baseline_centroid_s_mm: float | None = column("mm", "the same, towards superior", None)
+    followup_centroid_r_mm: float | None = column(
+        "mm", "centroid in the later scan, in the coordinates of that scan", None
+    )
+    followup_centroid_a_mm: float | None = column("mm", "the same, towards anterior", None)
+    followup_centroid_s_mm: float | None = column("mm", "the same, towards superior", None)
     notes: str = column("", "what is not known and why, and what to look at; empty if nothing", "")
 
 
@@ -508,13 +516,14 @@ def _columns_of(time: str, lesion: LesionMeasurement | None, *, is_absent: bool)
     if lesion is None:
         zero = 0.0 if is_absent else None
         return {f"{time}_{name}": zero for name in ("volume_ml", "long_axis_mm", "short_axis_mm")}
-    centroid = (lesion.centroid_r_mm, lesion.centroid_a_mm, lesion.centroid_s_mm)
     return {
         f"{time}_volume_ml": lesion.volume_ml,
         f"{time}_long_axis_mm": _known(lesion.long_axis_mm),
         f"{time}_short_axis_mm": _known(lesion.short_axis_mm),
         f"{time}_intensity_mean": _known(lesion.intensity_mean),
-        f"{time}_centroid_ras": " ".join(f"{value:.2f}" for value in centroid),
+        f"{time}_centroid_r_mm": lesion.centroid_r_mm,
+        f"{time}_centroid_a_mm": lesion.centroid_a_mm,
+        f"{time}_centroid_s_mm": lesion.centroid_s_mm,
     }
 
 

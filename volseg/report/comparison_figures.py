@@ -59,12 +59,14 @@ def _largest_change(
     back = np.linalg.inv(moved)
     best, place = None, (np.array(grid.shape) - 1) // 2
     for row in changes:
-        if row.change_volume_ml is None:
+        before = (row.baseline_centroid_r_mm, row.baseline_centroid_a_mm, row.baseline_centroid_s_mm)
+        after = (row.followup_centroid_r_mm, row.followup_centroid_a_mm, row.followup_centroid_s_mm)
+        place_mm = after if None in before else before
+        if row.change_volume_ml is None or None in place_mm:
             continue
-        if row.baseline_centroid_ras is not None:
-            point = np.array(row.baseline_centroid_ras.split(), dtype=float)
-        else:
-            point = back[:3, :3] @ np.array((row.followup_centroid_ras or "").split(), dtype=float) + back[:3, 3]
+        point = np.array(place_mm, dtype=float)
+        if place_mm is after:
+            point = back[:3, :3] @ point + back[:3, 3]
         index = np.rint(grid.to_index(point[None])[0]).astype(int)
         is_shown = ((index >= 0) & (index < np.array(grid.shape))).all()
         if is_shown and (best is None or abs(row.change_volume_ml) > abs(best.change_volume_ml or 0.0)):

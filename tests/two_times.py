@@ -1,0 +1,99 @@
+"""A patient at two times: the body of a phantom with balls as lesions, drawn on any grid and after any movement."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+import volseg
+from volseg.io.nifti import write_volume
+from volseg.volume import Geometry, Volume
+
+CENTRE = np.array([12.0, -100.0, 40.0])  # of the body, RAS mm
+Balls = Sequence[tuple[tuple[float, float, float], float]]  # offset from CENTRE in mm, radius in mm
+
+
+def _phantoms():
+    spec = importlib.util.spec_from_file_location(
+        "phantoms_of_two_times", Path(__file__).parents[1] / "sample_data" / "make_phantoms.py"
+    )
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+PHANTOMS = _phantoms()
+REGIONS = PHANTOMS.draw_anatomy(np.random.default_rng(7), CENTRE)
+
+
+def grid(codes: str = "LPS", spacing_mm=(1.5, 1.5, 2.2), tilt_deg: float = 0.0, seed: int = 0) -> Geometry:
+    """A grid about the body."""
+    spec = PHANTOMS.CaseSpec(number=1, split="test", axis_codes=codes, spacing_mm=spacing_mm, tilt_deg=tilt_deg)
+    found = PHANTOMS.draw_grid(spec, np.random.default_rng(seed), CENTRE)
+    return Geometry(found.shape, found.affine)
+
+
+def movement(turn_deg: float, shift_mm, axis=(0.3, 0.5, 1.0)) -> np.ndarray:
+    """(4, 4): a turn about the middle of the body, then a shift."""
+    rotation = PHANTOMS.rotation(np.array(axis), np.deg2rad(turn_deg))
+    moved = np.eye(4)
+    moved[:3, :3] = rotation
+    moved[:3, 3] = CENTRE + np.array(shift_mm) - rotation @ CENTRE
+    return moved
+
+
+def draw(geometry: Geometry, balls: Balls, moved: np.ndarray | None = None, seed: int = 0) -> tuple[Volume, Volume]:
+    """Scan in HU with noise, and mask with 1 in the balls, of the patient after the movement."""
+    back = np.eye(4) if moved is None else np.linalg.inv(moved)
+    points = geometry.to_world_mm(np.moveaxis(np.indices(geometry.shape), 0, -1).reshape(-1, 3))
+    points = points @ back[:3, :3].T + back[:3, 3]
+    density = PHANTOMS.hu_at(points, REGIONS)
+    mask = np.zeros(len(points), np.uint8)
+    for offset, radius in balls:
+        inside = np.linalg.norm(points - CENTRE - offset, axis=1) <= radius
+        density[inside], mask[inside] = 150, 1
+    density += np.random.default_rng(seed).normal(0, 10, density.shape)
+    return (
+        Volume(np.asfortranarray(np.rint(density).astype(np.int16).reshape(geometry.shape)), geometry),
+        Volume(np.asfortranarray(mask.reshape(geometry.shape)), geometry),
+    )
+
+
+def measured(folder: Path, cases: Mapping[str, tuple[Volume, Volume]]) -> Path:
+    """Results of `volseg measure` on (scan, mask) of each case; scans are in `folder`/scans."""
+    (folder / "scans").mkdir(parents=True)
+    lines = [["subject", "image", "label"]]
+    for name, (scan, mask) in cases.items():
+        write_volume(scan, folder / "scans" / f"{name}.nii.gz")
+        write_volume(mask, folder / f"mask_{name}.nii.gz")
+        lines.append([name, f"scans/{name}.nii.gz", f"mask_{name}.nii.gz"])
+    with (folder / "cases.csv").open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows(lines)
+    report = volseg.measure(cases=folder / "cases.csv", out=folder / "results", label_names={1: "tumour"})
+    assert report.exit_code == 0
+    for name in cases:
+        change_record(folder / "results", name, _with_axes)
+    return folder / "results"
+
+
+def _with_axes(record: dict) -> None:
+    """Axes of the balls of these volumes, where they were not measured."""
+    for lesion in record["lesions"]:
+        if lesion["long_axis_mm"] is None:
+            diameter = (6 * lesion["volume_mm3"] / np.pi) ** (1 / 3)
+            lesion |= {"long_axis_mm": diameter, "short_axis_mm": diameter, "recist_measurable": diameter >= 10}
+
+
+def change_record(results: Path, name: str, change) -> None:
+    """Call `change` with the record of a case, and write what it made of it."""
+    path = results / ".volseg" / f"{name}.json"
+    record = json.loads(path.read_text())
+    change(record)
+    path.write_text(json.dumps(record))

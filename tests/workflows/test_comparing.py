@@ -1,0 +1,426 @@
+import csv
+import io
+import json
+import shutil
+from importlib.util import find_spec
+
+import matplotlib.image
+import numpy as np
+import pytest
+from laws import GRIDS, ball, centre_mm, grid_around, orientations
+from two_times import change_record, draw, grid, measured, movement
+from typer.testing import CliRunner
+
+import volseg
+from volseg.cli import app
+from volseg.errors import VolsegError
+from volseg.measure.response import LesionChange
+from volseg.report.comparison_figures import change_png
+from volseg.volume import Geometry, Volume
+
+needs_itk = pytest.mark.skipif(not find_spec("SimpleITK"), reason="SimpleITK is not installed")
+
+
+def rows(path):
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def tables(out):
+    """Rows of patients by name, and the rows of lesions of each."""
+    lesions = {}
+    for row in rows(out / "comparison.csv"):
+        lesions.setdefault(row["patient"], []).append(row)
+    return {row["patient"]: row for row in rows(out / "response.csv")}, lesions
+
+
+def told(lesions):
+    return sorted((row["status"], row["baseline_lesion_id"], row["followup_lesion_id"]) for row in lesions)
+
+
+def scan_of(geometry, balls):
+    """Balls of 60 HU, (offset from the middle, radius in mm), in tissue of 20 HU: scan and mask."""
+    mask = np.zeros(geometry.shape, np.uint8)
+    for offset, radius in balls:
+        mask[ball(radius, geometry, centre_mm(geometry) + offset)] = 1
+    noise = np.random.default_rng(0).integers(-9, 10, geometry.shape)
+    return Volume(np.where(mask, 60, 20).astype(np.int16) + noise.astype(np.int16), geometry), Volume(mask, geometry)
+
+
+def around(spacing, make, radius=32):
+    """A grid about the origin."""
+    affine = make(spacing)
+    shape = grid_around(radius, affine).shape
+    affine[:3, 3] = -affine[:3, :3] @ ((np.array(shape) - 1) / 2)
+    return Geometry(shape, affine)
+
+
+HERE = around((1.5, 1.5, 2.0), GRIDS["lps"])
+LARGE, SMALL, FAR = ((-12, 0, 0), 11), ((16, 8, 4), 6), ((0, -10, 24), 5)
+TIMES = {  # patient: at baseline, at follow-up, response
+    "grows": ([LARGE, SMALL], [(LARGE[0], 15.5), SMALL], "PD"),
+    "shrinks": ([LARGE, SMALL], [(LARGE[0], 6), (SMALL[0], 3.5)], "PR"),
+    "stays": ([LARGE, SMALL], [LARGE, SMALL], "SD"),
+    "vanishes": ([LARGE], [], "CR"),
+    "new": ([LARGE], [LARGE, FAR], "PD"),
+    "never": ([], [], "NE"),
+}
+
+
+@pytest.fixture(scope="module")
+def baseline(tmp_path_factory):
+    return measured(
+        tmp_path_factory.mktemp("baseline"), {name: scan_of(HERE, before) for name, (before, _, _) in TIMES.items()}
+    )
+
+
+@pytest.mark.parametrize("make", [GRIDS["ras"], GRIDS["oblique"]], ids=["ras", "oblique"])
+def test_growth_shrinkage_and_what_is_new_or_gone_on_any_grid(baseline, make, tmp_path):
+    there = around((1.8, 1.3, 1.6), make)
+    followup = measured(tmp_path / "later", {name: scan_of(there, after) for name, (_, after, _) in TIMES.items()})
+    report = volseg.compare(baseline, followup, out=tmp_path / "out", registration=False)
+    assert report.exit_code == 0
+    patients, lesions = tables(tmp_path / "out")
+    assert {name: row["response"] for name, row in patients.items()} == {name: t[2] for name, t in TIMES.items()}
+    large, small = lesions["grows"]
+    assert float(large["change_volume_percent"]) == pytest.approx(100 * ((15.5 / 11) ** 3 - 1), abs=8)
+    assert float(large["change_long_axis_mm"]) == pytest.approx(9, abs=1)
+    assert abs(float(small["change_volume_percent"])) < 6
+    assert float(large["change_intensity_mean"]) == pytest.approx(0, abs=0.6)
+    assert told(lesions["vanishes"]) == [("gone", "1", "")]
+    assert told(lesions["new"]) == [("matched", "1", "1"), ("new", "", "2")]
+    assert "never" not in lesions
+    assert patients["vanishes"]["change_volume_percent"] == "-100"
+    assert float(patients["shrinks"]["change_sum_percent"]) == pytest.approx(100 * (9.5 / 17 - 1), abs=4)
+
+
+def test_a_scan_compared_with_itself_has_not_changed(baseline, tmp_path):
+    report = volseg.compare(baseline, baseline, out=tmp_path / "out", registration=False)
+    assert report.exit_code == 0
+    patients, lesions = tables(tmp_path / "out")
+    for row in (row for of_patient in lesions.values() for row in of_patient):
+        assert (row["status"], row["dice"], row["distance_mm"]) == ("matched", "1", "0")
+        assert row["baseline_lesion_id"] == row["followup_lesion_id"]
+        assert {
+            row[f"change_{name}"] for name in ("volume_ml", "volume_percent", "long_axis_mm", "intensity_mean")
+        } == {"0"}
+    responses = {name: row["response"] for name, row in patients.items()}
+    assert responses.pop("never") == "NE"
+    assert set(responses.values()) == {"SD"}
+
+
+def test_exchanged_folders_exchange_new_and_gone_and_merged_and_split(tmp_path):
+    there = around((1.8, 1.4, 1.5), GRIDS["oblique"])
+    apart = [((-6, 0, 0), 5), ((7, 0, 0), 4), ((0, 20, 0), 5)]
+    joined = [((0, 0, 0), 13), ((0, -22, 0), 5)]
+    one = measured(tmp_path / "one", {"p": scan_of(HERE, apart)})
+    other = measured(tmp_path / "other", {"p": scan_of(there, joined)})
+    found = {}
+    for name, pair in (("forward", (one, other)), ("backward", (other, one))):
+        volseg.compare(*pair, out=tmp_path / name, registration=False)
+        found[name] = tables(tmp_path / name)
+    (forward, lesions), (backward, exchanged) = found["forward"], found["backward"]
+    # The lesions of 5 mm are numbered by their place, so the one at the back is the first of them.
+    assert sorted(status for status, _, _ in told(lesions["p"])) == ["gone", "merged", "merged", "new"]
+    swap = {"merged": "split", "new": "gone", "gone": "new"}
+    assert told(exchanged["p"]) == sorted((swap[status], f, b) for status, b, f in told(lesions["p"]))
+    counts = [(row["n_merged"], row["n_split"], row["n_new"], row["n_gone"]) for row in (forward["p"], backward["p"])]
+    assert counts == [("2", "0", "1", "1"), ("0", "1", "1", "1")]
+    merged, split = (
+        next(row for row in of_patient["p"] if row["status"] == status and row["change_volume_ml"])
+        for of_patient, status in ((lesions, "merged"), (exchanged, "split"))
+    )
+    assert float(merged["change_volume_ml"]) == pytest.approx(-float(split["change_volume_ml"]))
+
+
+def test_axis_orders_of_the_later_scan_do_not_matter(tmp_path):
+    there = around((1.8, 1.3, 1.6), GRIDS["oblique"])
+    scan, mask = scan_of(there, [(LARGE[0], 13), SMALL, FAR])
+    stored = list(zip(orientations(scan), orientations(mask), strict=True))[::9]
+    cases = {
+        f"order_{n}": (Volume(a, Geometry(a.shape, affine)), Volume(m, Geometry(m.shape, affine)))
+        for n, ((a, affine), (m, _)) in enumerate(stored)
+    }
+    one = measured(tmp_path / "one", {"p": scan_of(HERE, [LARGE, SMALL])})
+    other = measured(tmp_path / "other", cases)
+    (tmp_path / "pairs.csv").write_text("patient,baseline,followup\n" + "".join(f"{n},p,{n}\n" for n in cases))
+    volseg.compare(one, other, out=tmp_path / "out", pairs=tmp_path / "pairs.csv", registration=False)
+    patients, lesions = tables(tmp_path / "out")
+    assert len(patients) == len(stored) == 6
+
+    # Files hold affines in single precision, so places agree to a few millionths of a millimetre only.
+    nearly = [
+        "dice",
+        "distance_mm",
+        *(f"{time}_centroid_{axis}_mm" for time in ("baseline", "followup") for axis in "ras"),
+    ]
+
+    def same(row):
+        return {
+            name: value for name, value in row.items() if name not in ("patient", "followup_case", "seconds", *nearly)
+        }
+
+    def numbers(row):
+        return [float(row[name] or "nan") for name in nearly]
+
+    assert [same(row) for row in patients.values()] == [same(patients["order_0"])] * 6
+    for of_patient in lesions.values():
+        assert [same(row) for row in of_patient] == [same(row) for row in lesions["order_0"]]
+        for row, expected in zip(of_patient, lesions["order_0"], strict=True):
+            assert numbers(row) == pytest.approx(numbers(expected), abs=1e-3, nan_ok=True)
+
+
+BEFORE = [((25, 5, 10), 9), ((-22, 8, -10), 7), ((20, 12, -14), 6)]
+AFTER = [((25, 5, 10), 11.5), ((20, 12, -14), 6), ((-26, -2, 12), 6)]
+
+
+@needs_itk
+def test_a_patient_who_moved_is_compared_as_one_who_did_not(tmp_path):
+    """7° and 12 mm between the scans, on grids of their own: the same rows as without motion, and a picture of the change."""
+    here, there = grid("RAS"), grid("PSR", (1.6, 1.8, 2.0), tilt_deg=9)
+    one = measured(tmp_path / "one", {"p": draw(here, BEFORE)})
+    moved = measured(tmp_path / "moved", {"p": draw(there, AFTER, movement(7, (8.0, -6.0, 6.6)), seed=1)})
+    still = measured(tmp_path / "still", {"p": draw(there, AFTER, seed=1)})
+    scans = {"baseline_scans": tmp_path / "one" / "scans", "followup_scans": tmp_path / "moved" / "scans"}
+    report = volseg.compare(one, moved, out=tmp_path / "out", figures=True, **scans)
+    assert report.exit_code == 0
+    volseg.compare(one, still, out=tmp_path / "expected", registration=False)
+    (patients, lesions), (expected, without_motion) = tables(tmp_path / "out"), tables(tmp_path / "expected")
+    row = patients["p"]
+    assert told(lesions["p"]) == told(without_motion["p"])
+    assert sorted({status for status, _, _ in told(lesions["p"])}) == ["gone", "matched", "new"]
+    # The distance of a lesion to itself is what registration did wrong, and the few tenths that its voxels are off.
+    assert max(float(r["distance_mm"]) for r in lesions["p"] if r["distance_mm"]) < 1.0
+    assert (row["registration"], row["response"], row["warnings"]) == ("rigid", expected["p"]["response"], "")
+    assert 5 < float(row["moved_mm"]) < 20
+    assert float(row["turned_deg"]) == pytest.approx(7, abs=0.8)
+    assert float(row["registration_error_mm"]) < 2
+    assert float(row["similarity_after"]) > float(row["similarity_before"])
+    for ours, theirs in zip(lesions["p"], without_motion["p"], strict=True):
+        for name in ("change_volume_ml", "change_long_axis_mm"):
+            assert float(ours[name]) == pytest.approx(float(theirs[name]), abs=0.2)
+    picture = matplotlib.image.imread(tmp_path / "out" / "figures" / "p.png")[..., :3]
+    for colour in ((0.3, 0.83, 0.3), (1.0, 0.55, 0.2)):
+        assert (np.abs(picture - colour).max(axis=-1) < 0.15).sum() > 100
+    # Without registration the lesions are not where they were.
+    volseg.compare(one, moved, out=tmp_path / "blind", registration=False)
+    assert max(float(r["distance_mm"]) for r in tables(tmp_path / "blind")[1]["p"] if r["distance_mm"]) > 5
+
+
+@needs_itk
+def test_a_registration_that_cannot_be_trusted_is_said_in_the_row(tmp_path):
+    geometry = Geometry((32, 32, 20), GRIDS["ras"]((2.0, 2.0, 3.0)))
+    cases = []
+    for seed in (0, 1):
+        noise = np.random.default_rng(seed).normal(0, 100, geometry.shape).astype(np.int16)
+        mask = ball(8, geometry, centre_mm(geometry)).astype(np.uint8)
+        cases.append(measured(tmp_path / str(seed), {"p": (Volume(noise, geometry), Volume(mask, geometry))}))
+    volseg.compare(
+        *cases, out=tmp_path / "out", baseline_scans=tmp_path / "0" / "scans", followup_scans=tmp_path / "1" / "scans"
+    )
+    row = tables(tmp_path / "out")[0]["p"]
+    assert row["status"] == "failed" or "W_REGISTRATION" in row["warnings"]
+
+
+def test_the_same_scan_is_not_registered_however_it_is_packed(baseline, tmp_path):
+    scans = tmp_path / "elsewhere" / "deep"
+    shutil.copytree(baseline.parent / "scans", scans)
+    import nibabel
+
+    image = nibabel.load(scans / "stays.nii.gz")
+    image.header["descrip"] = b"packed again"
+    nibabel.save(image, scans / "stays.nii.gz")
+    options = {"baseline_scans": baseline.parent / "scans", "followup_scans": tmp_path / "elsewhere"}
+    volseg.compare(baseline, baseline, out=tmp_path / "out", **options)
+    patients, _ = tables(tmp_path / "out")
+    assert {name: row["registration"] for name, row in patients.items()} == dict.fromkeys(TIMES, "identical") | {
+        "never": ""
+    }
+    (scans.parent / "other").mkdir()
+    shutil.copy(scans / "grows.nii.gz", scans.parent / "other")
+    report = volseg.compare(baseline, baseline, out=tmp_path / "again", **options)
+    assert list(report.failed) == ["grows"]
+    assert "has 2 files 'grows.nii.gz'" in report.failed["grows"]
+
+
+def test_scans_are_found_through_the_record_and_without_any_the_error_says_what_to_do(baseline, tmp_path):
+    results = tmp_path / "results"
+    shutil.copytree(baseline, results)
+    report = volseg.compare(results, results, out=tmp_path / "out")
+    # Only where there are lesions is there something to place.
+    with_lesions = set(TIMES) - {"never"}
+    assert set(report.failed) == with_lesions or set(report.done) == set(TIMES)
+    for name in TIMES:
+        change_record(results, name, lambda record: record.pop("sources", None))
+    report = volseg.compare(results, results, out=tmp_path / "without")
+    assert (set(report.failed), report.exit_code) == (with_lesions, 3)
+    assert "E_MISSING" in report.failed["stays"]
+    assert "give the folder it is in with --baseline-scans, or --no-registration" in report.failed["stays"]
+    for name in TIMES:
+        path = baseline.parent / "scans" / f"{name}.nii.gz"
+        change_record(
+            results, name, lambda record, path=path: record.update(sources={"pet": "/gone.nii", "ct": str(path)})
+        )
+    report = volseg.compare(results, results, out=tmp_path / "with")
+    assert report.exit_code == 0
+    assert tables(tmp_path / "with")[0]["stays"]["registration"] == "identical"
+
+
+def test_scans_without_partner_and_cases_that_failed_are_rows(baseline, tmp_path):
+    results = tmp_path / "results"
+    shutil.copytree(baseline, results)
+    change_record(results, "grows", lambda record: record["case"].update(status="failed", reason="E_CRC: damaged"))
+    (results / ".volseg" / "shrinks.json").write_text('{"key": "cut o')
+    change_record(results, "vanishes", lambda record: record["lesions"][0].pop("volume_ml"))
+    (results / "lesion_ids" / "stays.nii.gz").write_bytes(b"another file")
+    (results / ".volseg" / "new.json").rename(results / ".volseg" / "renamed.json")
+    (results / "cases.csv").write_text("case_id,status\nrenamed,done\n")
+    report = volseg.compare(baseline, results, out=tmp_path / "out", registration=False)
+    assert report.exit_code == 3
+    patients, _ = tables(tmp_path / "out")
+    assert {name: row["status"] for name, row in patients.items()} == {
+        "grows": "failed", "shrinks": "failed", "stays": "failed", "vanishes": "failed", "never": "done",
+        "new": "unpaired", "renamed": "unpaired",
+    }  # fmt: skip
+    assert "the follow-up case 'grows' is failed: E_CRC: damaged" in patients["grows"]["reason"]
+    assert "is damaged (JSONDecodeError" in patients["shrinks"]["reason"]
+    assert "it lacks volume_ml" in patients["vanishes"]["reason"]
+    assert "was changed since the case was measured" in patients["stays"]["reason"]
+    assert patients["new"]["reason"].startswith("only a baseline scan")
+    assert (patients["renamed"]["baseline_case"], patients["renamed"]["followup_case"]) == ("", "renamed")
+    assert {row["response"] for row in patients.values() if row["status"] != "done"} == {""}
+    # Alone, a patient who failed is a run in which none succeeded.
+    (tmp_path / "pairs.csv").write_text("patient;baseline;followup\np;stays;stays\nq;;new\n")
+    with pytest.raises(VolsegError, match="has no case 'new'"):
+        volseg.compare(baseline, results, out=tmp_path / "one", pairs=tmp_path / "pairs.csv", registration=False)
+    (tmp_path / "pairs.csv").write_text("patient;baseline;followup\np;stays;stays\nq;;renamed\n")
+    report = volseg.compare(baseline, results, out=tmp_path / "one", pairs=tmp_path / "pairs.csv", registration=False)
+    assert report.exit_code == 4
+    assert report.details["not_listed"]["followup"] == ["grows", "never", "shrinks", "vanishes"]
+
+
+def test_a_table_of_pairs_names_patients_and_every_mistake_of_it(baseline, tmp_path):
+    path = tmp_path / "pairs.csv"
+    path.write_text("patient,baseline,followup,site\nann,grows,stays,1\nbob,never,,2\n")
+    report = volseg.compare(baseline, baseline, out=tmp_path / "out", pairs=path, registration=False)
+    assert (list(report.done), list(report.details["unpaired"])) == (["ann"], ["bob"])
+    row = tables(tmp_path / "out")[0]["ann"]
+    assert (row["baseline_case"], row["followup_case"]) == ("grows", "stays")
+    path.write_text("patient,baseline,followup\nann,grows,nobody\nAnn,grows,stays\n../x,grows,stays\ncy,,\n")
+    with pytest.raises(VolsegError) as caught:
+        volseg.compare(baseline, baseline, out=tmp_path / "bad", pairs=path, registration=False)
+    for part in ("line 2: ", "no case 'nobody'", "'Ann' is there twice", "'../x' is no safe", "line 5: names no case"):
+        assert part in str(caught.value)
+    assert not (tmp_path / "bad").exists()
+    path.write_text("id,baseline,followup\n")
+    with pytest.raises(VolsegError, match="has no column 'patient'"):
+        volseg.compare(baseline, baseline, out=tmp_path / "bad", pairs=path)
+
+
+def test_folders_that_cannot_be_compared_are_a_wrong_request(baseline, tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(VolsegError, match="holds no results"):
+        volseg.compare(baseline, tmp_path / "empty", out=tmp_path / "out")
+    with pytest.raises(VolsegError, match="holds the results to compare"):
+        volseg.compare(baseline, baseline, out=baseline)
+    (tmp_path / "other" / ".volseg").mkdir(parents=True)
+    with pytest.raises(VolsegError, match="has the name of one in"):
+        volseg.compare(baseline, tmp_path / "other", out=tmp_path / "out")
+    for options in ({"max_distance_mm": -1}, {"max_distance_mm": float("nan")}, {"followup_scans": tmp_path / "no"}):
+        with pytest.raises(VolsegError):
+            volseg.compare(baseline, baseline, out=tmp_path / "out", **options)
+
+
+def test_a_second_call_does_what_changed_and_no_more(baseline, tmp_path):
+    results, out = tmp_path / "results", tmp_path / "out"
+    shutil.copytree(baseline, results)
+    options = {"out": out, "registration": False}
+    assert len(volseg.compare(baseline, results, **options).done) == len(TIMES)
+    before = {name: (out / name).read_bytes() for name in ("comparison.csv", "response.csv")}
+    report = volseg.compare(baseline, results, **options)
+    assert (len(report.done), len(report.kept)) == (0, len(TIMES))
+    assert {name: (out / name).read_bytes() for name in before} == before
+    assert {row["patient"] for row in report.details["patients"]} == set(TIMES)
+    change_record(results, "stays", lambda record: record["lesions"][0].update(long_axis_mm=40.0))
+    assert list(volseg.compare(baseline, results, **options).done) == ["stays"]
+    assert tables(out)[0]["stays"]["response"] == "PD"
+    assert len(volseg.compare(baseline, results, **options, max_distance_mm=5).done) == len(TIMES)
+
+
+def test_models_and_grids_that_differ_are_warned_of(baseline, tmp_path):
+    thick = measured(tmp_path / "thick", {"stays": scan_of(around((1.5, 1.5, 5.0), GRIDS["lps"]), [LARGE, SMALL])})
+    change_record(thick, "stays", lambda record: record["case"].update(model="other@12"))
+    report = volseg.compare(baseline, thick, out=tmp_path / "out", registration=False)
+    (warning,) = report.details["warnings"]
+    assert "W_MODEL: the masks are of different origin (none; other@12)" in warning
+    assert "W_GRID: voxels of 1.5 × 1.5 × 2 mm and 1.5 × 1.5 × 5 mm" in warning
+
+
+def test_unmeasured_diameters_leave_recist_empty_and_say_so(baseline, tmp_path):
+    results = tmp_path / "results"
+    shutil.copytree(baseline, results)
+
+    def forget(record):
+        for lesion in record["lesions"]:
+            lesion |= {"long_axis_mm": None, "short_axis_mm": None, "recist_measurable": None}
+
+    for name in TIMES:
+        change_record(results, name, forget)
+    volseg.compare(results, results, out=tmp_path / "out", registration=False)
+    row = tables(tmp_path / "out")[0]["stays"]
+    assert [row[name] for name in ("status", "response", "targets", "baseline_sum_mm", "volume_response")] == [
+        "done",
+        *[""] * 4,
+    ]
+    assert "diameters were not measured" in row["response_rule"]
+    assert row["change_volume_percent"] == "0"
+
+
+def test_the_command_prints_responses_and_ends_with_the_code_of_a_batch(baseline, tmp_path):
+    results = tmp_path / "results"
+    shutil.copytree(baseline, results)
+    change_record(results, "grows", lambda record: record["case"].update(status="failed", reason="E_CRC: damaged"))
+
+    arguments = ["compare", str(baseline), str(results), "--no-registration", "--out", str(tmp_path / "out")]
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 3
+    assert "stays" in done.stdout
+    assert "SD" in done.stdout
+    assert "failed: grows: E_RECORD" in done.stderr
+    done = CliRunner().invoke(app, [*arguments, "--json"])
+    content = json.loads(done.stdout)
+    assert (done.exit_code, content["exit_code"]) == (3, 3)
+    assert {row["patient"]: row["response"] for row in content["patients"]}["stays"] == "SD"
+
+
+def test_the_picture_shows_both_outlines_where_the_lesion_is():
+    """A lesion that shrinks, of a patient who moved."""
+    moved = movement(20, (30, -20, 10))
+    here = around((1.5, 1.5, 2.0), GRIDS["lps"], radius=40)
+    there = around((1.8, 1.3, 1.6), GRIDS["oblique"], radius=60)
+    affine = moved @ there.affine
+    place = np.array([20.0, 0.0, 0.0])
+    before = np.array(ball(9, here, place), np.uint16)
+    elsewhere = Geometry(there.shape, affine)
+    after = np.array(ball(5, elsewhere, moved[:3, :3] @ place + moved[:3, 3]), np.uint16)
+    scans = [Volume(np.where(ids, 60, 0).astype(np.int16), g) for ids, g in ((before, here), (after, elsewhere))]
+    row = LesionChange(
+        patient="p", baseline_case="a", followup_case="b", status="matched", group=1, label_name="tumour",
+        baseline_lesion_id=1, followup_lesion_id=1, change_volume_ml=-2.5, 
+        baseline_centroid_r_mm=20.0, baseline_centroid_a_mm=0.0, baseline_centroid_s_mm=0.0,
+    )  # fmt: skip
+    png = change_png((scans[0], scans[1]), (before, after), moved, [row], title="p")
+    picture = matplotlib.image.imread(io.BytesIO(png), format="png")[..., :3]
+    height, width = picture.shape[0] // 2, picture.shape[1] // 3
+    sizes = {}
+    for name, colour in (("before", (0.3, 0.83, 0.3)), ("after", (1.0, 0.55, 0.2))):
+        outline = np.abs(picture - colour).max(axis=-1) < 0.15
+        for line in range(2):
+            for column in range(3):
+                tile = outline[line * height + 30 : (line + 1) * height, column * width : (column + 1) * width]
+                places = np.argwhere(tile)
+                assert len(places) > 20, (name, line, column)
+                sizes[name, line, column] = np.ptp(places, axis=0)
+    for line in range(2):
+        ratio = sizes["after", line, 0] / sizes["before", line, 0]
+        np.testing.assert_allclose(ratio, 5 / 9, atol=0.2)
