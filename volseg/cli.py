@@ -700,7 +700,8 @@ def _print_comparison(report: RunReport) -> None:
     for patient, reason in report.details["unpaired"].items():
         typer.echo(f"unpaired: {patient}: {reason}", err=True)
     kept = f", {len(report.kept)} were complete already" if report.kept else ""
-    typer.echo(f"{len(report.done)} compared{kept}, {len(report.failed)} failed")
+    alone = len(report.details["unpaired"])
+    typer.echo(f"{len(report.done)} compared{kept}, {len(report.failed)} failed, {alone} without a partner")
     for name in ("comparison.csv", "response.csv"):
         typer.echo(f"  {report.out / name}")
 

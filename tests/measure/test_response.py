@@ -58,7 +58,8 @@ def judged(rows, before, after):
         (60, 66, "SD"),  # +6 mm, but 10 %
         (10, 7, "PR"),  # exactly −30 %
         (10, 7.01, "SD"),
-        (13, 9.1, "PR"),  # −30 %, which floating point makes −29.999…
+        (10.1, 7.07, "PR"),  # exactly −30 %, though in floating point it is less
+        (25.1, 30.12, "PD"),  # exactly +20 %, likewise
         (30, 1, "PR"),
     ],
 )

@@ -8,15 +8,17 @@ import matplotlib.image
 import numpy as np
 import pytest
 from laws import GRIDS, ball, centre_mm, grid_around, orientations
-from two_times import change_record, draw, grid, measured, movement
+from two_times import CENTRE, change_record, draw, grid, measured, movement
 from typer.testing import CliRunner
 
 import volseg
 from volseg.cli import app
 from volseg.errors import VolsegError
 from volseg.measure.response import LesionChange
+from volseg.preprocess.register import Registration
 from volseg.report.comparison_figures import change_png
 from volseg.volume import Geometry, Volume
+from volseg.workflows.comparing import as_far_as_trusted
 
 needs_itk = pytest.mark.skipif(not find_spec("SimpleITK"), reason="SimpleITK is not installed")
 
@@ -220,6 +222,26 @@ def test_a_registration_that_cannot_be_trusted_is_said_in_the_row(tmp_path):
     )
     row = tables(tmp_path / "out")[0]["p"]
     assert row["status"] == "failed" or "W_REGISTRATION" in row["warnings"]
+
+
+@pytest.mark.parametrize(
+    ("registration", "expected", "warning"),
+    [
+        (Registration(movement(5, (9, 0, 0)), movement(5, (9, 1, 0)), 0.5, 0.9), "rigid", ""),
+        (Registration(movement(5, (9, 0, 0)), movement(5, (9, 4, 0)), 0.5, 0.9), "rigid", "is uncertain by 4.0 mm"),
+        (Registration(movement(5, (9, 0, 0)), None, 0.5, 0.9), "rigid", "worked in one direction only"),
+        (Registration(movement(5, (60, 0, 0)), movement(5, (60, 0, 0)), None, 0.9), "rigid", "W_MOVED: registration moved a lesion by 60"),
+        (Registration(movement(25, (0, 0, 0)), movement(25, (0, 0, 0)), 0.5, 0.9), "rigid", "turned the scan by 25°"),
+        (Registration(movement(5, (9, 0, 0)), movement(5, (9, 0, 0)), 0.9, 0.8), "none", "nowhere more alike"),
+        (Registration(movement(0, (1, 0, 0)), movement(0, (1, 0, 0)), 0.9, 0.8), "none", ""),
+    ],
+)  # fmt: skip
+def test_how_far_a_registration_is_trusted(registration, expected, warning):
+    placed = as_far_as_trusted(registration, CENTRE[None])
+    assert placed.columns["registration"] == expected
+    np.testing.assert_array_equal(placed.moved, registration.moved if expected == "rigid" else np.eye(4))
+    assert warning in "; ".join(placed.warnings)
+    assert bool(placed.warnings) is bool(warning)
 
 
 def test_the_same_scan_is_not_registered_however_it_is_packed(baseline, tmp_path):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -35,7 +35,7 @@ class Match:
             baseline lesion lies in several of the follow-up, of which this is one. `regrouped`: both. `new`, `gone`: only at one time.
             `outside`: only at one time, but the other scan does not reach there.
         baseline, followup: numbers of the lesions; None where there is none.
-        group: from 1; pairs that merged or split together share it.
+        group: from 1 in the order of the matches; pairs that merged or split together share it.
         is_first: the best pair of its group, or the only one. What is said of the whole group is said there.
         how: what the pair was found by; None without a pair.
         overlap_mm3, dice: of the two lesions; 0 for a pair that was found by distance.
@@ -118,7 +118,9 @@ def match_lesions(
     ]
     matches += _alone(matches, here, there, relabelled)
     last = here.n + there.n + 1
-    return sorted(matches, key=lambda match: (match.baseline or last, match.followup or last))
+    matches.sort(key=lambda match: (match.baseline or last, match.followup or last))
+    numbers = {group: n for n, group in enumerate(dict.fromkeys(match.group for match in matches), start=1)}
+    return [replace(match, group=numbers[match.group]) for match in matches]
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -17,6 +17,7 @@ from volseg.preprocess.crop import AxisOrder, canonical_geometry, to_canonical
 from volseg.volume import BoundingBox, Geometry, Volume
 
 REACH_MM = 40.0  # shown to each side of the lesion
+WINDOW_REACH_MM = 15.0  # how far round it the grey values are taken from
 SCALE_BAR_MM = 10
 BEFORE, AFTER = "#4dd34d", "#ff8c33"
 # Title, the canonical axis that is looked along, the letters at the left and right edge (radiological convention).
@@ -106,7 +107,7 @@ def _draw(
     FigureCanvasAgg(figure)
     axes = figure.subplots(2, len(PLANES), squeeze=False)
     for line, (time, picture) in enumerate(zip(("baseline", "follow-up, registered"), pictures, strict=True)):
-        low, high = np.percentile(picture, (1, 99))
+        low, high = _window(picture, centre, grid.spacing_mm)
         for column, (name, axis, left, right) in enumerate(PLANES):
             plot = axes[line][column]
             horizontal, vertical = (grid.spacing_mm[other] for other in range(3) if other != axis)
@@ -116,7 +117,7 @@ def _draw(
                 origin="lower",
                 aspect=vertical / horizontal,
                 vmin=low,
-                vmax=max(high, low + 1e-6),
+                vmax=high,
             )
             for ids, colour in zip(numbers, (BEFORE, AFTER), strict=True):
                 outline = np.take(ids, centre[axis], axis=axis) > 0
@@ -130,6 +131,15 @@ def _draw(
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=100, facecolor="black", metadata={"Software": None})
     return buffer.getvalue()
+
+
+def _window(picture: np.ndarray, centre: np.ndarray, spacing_mm: tuple[float, float, float]) -> tuple[float, float]:
+    """Grey values from the surroundings of the lesion, so that it stands out whatever else is in the scan."""
+    reach = np.maximum(1, np.rint(WINDOW_REACH_MM / np.array(spacing_mm)).astype(int))
+    box = tuple(slice(max(0, c - n), c + n + 1) for c, n in zip(centre.tolist(), reach.tolist(), strict=True))
+    low, high = np.percentile(picture[box], (5, 95))
+    margin = max(0.3 * (high - low), 1e-6)
+    return float(low - margin), float(high + margin)
 
 
 def _label(plot: Axes, left: str, right: str, spacing_mm: float) -> None:

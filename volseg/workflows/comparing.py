@@ -22,6 +22,7 @@ from volseg.io.nifti import read_mask, read_volume
 from volseg.measure.lesions import LesionMeasurement
 from volseg.measure.matching import MAX_DISTANCE_MM, match_lesions
 from volseg.measure.response import LesionChange, PatientResponse, judge_response, label_of, lesion_changes
+from volseg.preprocess.register import Registration, register, transformed
 from volseg.report.comparisons import ComparisonFolder
 from volseg.report.records import CaseRecord, case_ids, file_of, read_record, record_path
 from volseg.volume import Volume
@@ -387,7 +388,7 @@ def _scan_path(record: CaseRecord, scans: Path | None) -> Path | None:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Placed:
+class Placement:
     """How the patient lies in the later scan: (4, 4) RAS mm, and what the row says about it."""
 
     moved: np.ndarray
@@ -395,27 +396,24 @@ class _Placed:
     warnings: Sequence[str] = ()
 
 
-def _place(before: _Side, after: _Side, settings: CompareSettings) -> _Placed:
+def _place(before: _Side, after: _Side, settings: CompareSettings) -> Placement:
     if not before.lesions and not after.lesions:
-        return _Placed(np.eye(4), {})  # nothing is to be placed
+        return Placement(np.eye(4), {})  # nothing is to be placed
     if not settings.registration:
-        return _Placed(np.eye(4), {"registration": "none"})
+        return Placement(np.eye(4), {"registration": "none"})
     if _are_identical(before, after):
-        return _Placed(np.eye(4), {"registration": "identical"})
-    from volseg.preprocess.register import register, transformed
-
+        return Placement(np.eye(4), {"registration": "identical"})
     found = register(before.scan, after.scan)
-    points = np.concatenate([before.centroids_mm, transformed(np.linalg.inv(found.moved), after.centroids_mm)])
-    shift_mm = float(found.shift_mm(points).max())
-    error = found.disagreement_mm(points)
-    columns = {
-        "registration": "rigid",
-        "moved_mm": shift_mm,
-        "turned_deg": found.turned_deg,
-        "registration_error_mm": None if error is None else float(error.max()),
-        "similarity_before": found.similarity_before,
-        "similarity_after": found.similarity_after,
-    }
+    back = np.linalg.inv(found.moved)
+    return as_far_as_trusted(found, np.concatenate([before.centroids_mm, transformed(back, after.centroids_mm)]))
+
+
+def as_far_as_trusted(found: Registration, points_mm: np.ndarray) -> Placement:
+    """What a registration says about the points (N, 3) of the earlier scan, N ≥ 1; where it made nothing better, nothing is moved."""
+    shift_mm = float(found.shift_mm(points_mm).max())
+    apart_mm = found.disagreement_mm(points_mm)
+    error_mm = None if apart_mm is None else float(apart_mm.max())
+    similarity = {"similarity_before": found.similarity_before, "similarity_after": found.similarity_after}
     warnings = []
     if not found.is_better:
         if shift_mm > SAME_PLACE_MM:
@@ -423,17 +421,17 @@ def _place(before: _Side, after: _Side, settings: CompareSettings) -> _Placed:
                 "W_REGISTRATION: the scans are nowhere more alike than where their headers place them, "
                 "so world coordinates were taken as they are"
             )
-        unmoved = {"registration": "none", "moved_mm": 0.0, "turned_deg": 0.0, "registration_error_mm": None}
-        return _Placed(np.eye(4), columns | unmoved, warnings)
+        return Placement(np.eye(4), {"registration": "none", "moved_mm": 0.0, "turned_deg": 0.0} | similarity, warnings)
     if shift_mm > MAX_MOVED_MM or found.turned_deg > MAX_TURNED_DEG:
         warnings.append(
             f"W_MOVED: registration moved a lesion by {shift_mm:.0f} mm and turned the scan by {found.turned_deg:.0f}°, "
             f"over {MAX_MOVED_MM:.0f} mm or {MAX_TURNED_DEG:.0f}°: look at the picture"
         )
-    if error is None or error.max() > MAX_ERROR_MM:
-        what = "worked in one direction only" if error is None else f"is uncertain by {error.max():.1f} mm"
+    if error_mm is None or error_mm > MAX_ERROR_MM:
+        what = "worked in one direction only" if error_mm is None else f"is uncertain by {error_mm:.1f} mm"
         warnings.append(f"W_REGISTRATION: registration {what}, so lesions may have been matched wrongly")
-    return _Placed(found.moved, columns, warnings)
+    columns = {"registration": "rigid", "moved_mm": shift_mm, "turned_deg": found.turned_deg}
+    return Placement(found.moved, columns | {"registration_error_mm": error_mm} | similarity, warnings)
 
 
 def _are_identical(before: _Side, after: _Side) -> bool:
