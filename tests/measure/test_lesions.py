@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from laws import GRIDS, ball, ball_volume_mm3, centre_mm, grid_around, oblique, orientations, real_data
 
 from volseg.columns import columns_of
-from volseg.measure.lesions import CaseRow, LesionMeasurement, measure_lesions
+from volseg.measure.lesions import CaseRow, LesionMeasurement, measure_lesions, summarise
 from volseg.postprocess.lesions import label_lesions
+from volseg.recipe import Measure
 from volseg.volume import Geometry, Volume
 
 SPACING_MM = (0.7, 0.9, 2.5)
@@ -72,12 +73,105 @@ def test_volume_centroid_and_intensity_of_a_ball(grid, spacing_mm, radius_mm):
         assert row.volume_mm3 == pytest.approx(mask.sum() * abs(np.linalg.det(geometry.affine[:3, :3])), rel=1e-9)
         assert row.volume_ml == row.volume_mm3 / 1000
         assert (row.intensity_mean, row.intensity_sd, row.intensity_min, row.intensity_max) == (40, 0, 40, 40)
+        assert row.density_g_cm3 == pytest.approx(1.031 + (1.1199 - 1.031) * 17 / 77)
+        assert row.mass_g == pytest.approx(row.density_g_cm3 * row.volume_ml)
+        assert row.equiv_sphere_diameter_mm == pytest.approx((6 * row.volume_mm3 / math.pi) ** (1 / 3))
         found = np.array([getattr(row, name) for name in CENTROID])
         assert found == pytest.approx(geometry.to_world_mm(np.argwhere(mask)).mean(axis=0), abs=1e-6)
         assert np.linalg.norm(found - centre) < max(geometry.spacing_mm) / 2
         assert not row.touches_border
     assert np.sort(np.abs(errors))[-3] < 1.5 * BALL_ERRORS[spacing_mm][radius_mm]
     assert abs(np.mean(errors)) < max(0.011, np.abs(errors).max() / 2)  # no bias beyond the scatter
+
+
+def test_lesions_know_their_box_their_neighbour_and_their_axes():
+    mask = np.zeros((30, 20, 12), np.uint8)
+    mask[2:12, 3:7, 5] = 1  # 10 × 4 voxels of one slice
+    mask[20:24, 3:7, 4:6] = 1
+    affine = np.diag([-0.5, -0.5, 2.0, 1.0])
+    affine[:3, 3] = 40, 30, -10
+    first, second = measure(np.zeros(mask.shape), mask, affine)
+    assert (first.bbox_min_ras, first.bbox_max_ras) == ("34.250 26.750 -1.000", "39.250 28.750 1.000")
+    assert first.nearest_lesion_mm == second.nearest_lesion_mm == pytest.approx(8 * 0.5)
+    assert first.axis_slice == 5 and first.long_axis_mm == pytest.approx(math.hypot(5, 1.5))
+    ends = [np.array(text.split(), float) for text in (first.long_axis_p0_ras, first.long_axis_p1_ras)]
+    assert np.linalg.norm(ends[1] - ends[0]) == pytest.approx(first.long_axis_mm, abs=2e-3)
+    assert ends[0][2] == ends[1][2] == 0
+    assert first.recist_measurable is False
+    assert (first.spacing_r_mm, first.spacing_a_mm, first.spacing_s_mm) == (0.5, 0.5, 2.0)
+
+
+@pytest.mark.parametrize("affine", [grid(SPACING_MM) for grid in GRIDS.values()], ids=GRIDS.keys())
+def test_the_box_holds_every_corner_of_every_voxel(affine):
+    _, mask = random_scan()
+    mask = (mask == 1).astype(np.uint8)
+    (row,) = measure(np.zeros(mask.shape), mask, affine, objects="labels")
+    half = np.array([[x, y, z] for x in (-0.5, 0.5) for y in (-0.5, 0.5) for z in (-0.5, 0.5)])
+    corners = Geometry(mask.shape, affine).to_world_mm((np.argwhere(mask)[:, None] + half).reshape(-1, 3))
+    assert np.array(row.bbox_min_ras.split(), float) == pytest.approx(corners.min(axis=0), abs=1e-3)
+    assert np.array(row.bbox_max_ras.split(), float) == pytest.approx(corners.max(axis=0), abs=1e-3)
+
+
+def test_the_expected_volume_counts_what_the_model_doubted():
+    mask = np.zeros((9, 9, 9), np.uint8)
+    mask[3:6, 3:6, 3:6] = 1
+    confidence = np.full(mask.shape, 255, np.uint8)
+    options = {"affine": np.eye(4), "confidence": confidence}
+    (row,) = measure(np.zeros(mask.shape), mask, **options)
+    assert row.volume_expected_ml == pytest.approx(row.volume_ml)
+    confidence[3:6, 3:6, 3] = 153  # nine voxels of the lesion at 0.6
+    confidence[3:6, 3:6, 2] = 204  # and nine of background beside it that are lesion with 0.2
+    confidence[0, 0, 0] = 0  # too far away to be of this lesion
+    (row,) = measure(np.zeros(mask.shape), mask, **options)
+    assert row.volume_expected_ml * 1000 == pytest.approx(27 - 9 * 0.4 + 9 * 0.2)
+
+
+def test_mass_and_calcium_are_of_ct_only():
+    image, mask = np.full((9, 9, 9), 250.0), np.zeros((9, 9, 9), np.uint8)
+    mask[3:6, 3:6, 3:6] = 1
+    settings = Measure(calcium=True, calcium_mg_per_ml_hu=0.8)
+    (row,) = measure(image, mask, np.diag([1, 1, 3, 1]), settings=settings)
+    assert row.agatston_score == pytest.approx(27 * 2)
+    assert row.calcium_volume_mm3 == row.volume_mm3
+    assert row.calcium_mass_mg == pytest.approx(0.8 * 250 * row.volume_ml)
+    (row,) = measure(image, mask, intensity_unit="a.u.", settings=settings)
+    assert (row.mass_g, row.density_g_cm3, row.agatston_score) == (None, None, None)
+    assert "calcium: it is scored in HU, not in a.u." in row.notes
+    (row,) = measure(image, mask, settings=Measure(calcium=True))
+    assert row.calcium_mass_mg is None and "calcium_mass_mg: the recipe has no calcium_mg_per_ml_hu" in row.notes
+    (row,) = measure(np.where(mask, 5000.0, 0), mask, settings=Measure(density_g_cm3=((-1000, 0), (1000, 2))))
+    assert row.density_g_cm3 == 2 and "mass: 27 voxels are over 1000 HU, where the calibration ends" in row.notes
+
+
+def test_a_mask_over_the_whole_scan_and_one_of_one_slice():
+    mask = np.ones((7, 8, 9), np.uint8)
+    (row,) = measure(np.zeros(mask.shape), mask, np.eye(4))
+    assert (row.n_voxels, row.touches_border) == (504, True)
+    assert row.volume_mesh_mm3 < 504 and row.surface_area_mm2 > 0
+    mask[:, :, 1:] = 0
+    (row,) = measure(np.zeros(mask.shape), mask, np.eye(4))
+    assert row.least_axis_mm == row.flatness == 0
+    assert row.intensity_mean_eroded1 is None and THIN in row.notes
+
+
+def test_the_row_of_the_scan_follows_from_its_lesions():
+    mask = np.zeros((60, 40, 12), np.uint8)
+    mask[2:32, 3:9, 5:8] = 2  # 30 mm long
+    mask[2:14, 13:33, 2:4] = 2
+    mask[40:56, 3:19, 4:6] = 3
+    rows = measure(np.zeros(mask.shape), mask, np.eye(4))
+    found = summarise(rows, organ_voxels_ml=1.0)
+    assert (found["n_lesions"], found["n_measurable"]) == (3, 3)
+    assert found["sum_long_axis_mm"] == pytest.approx(sum(row.long_axis_mm for row in rows))
+    assert found["organ_volume_ml"] == pytest.approx(1 + mask.astype(bool).sum() / 1000)
+    assert found["burden"] == pytest.approx(found["total_volume_ml"] / found["organ_volume_ml"])
+    assert found["largest_volume_ml"] == rows[0].volume_ml
+    node = summarise(rows, Measure(lymph_nodes=("cyst",)))
+    cyst = next(row for row in rows if row.label == 3)
+    assert node["sum_long_axis_mm"] == pytest.approx(found["sum_long_axis_mm"] - cyst.long_axis_mm + cyst.short_axis_mm)
+    empty = summarise([])
+    assert (empty["n_lesions"], empty["total_volume_ml"], empty["sum_long_axis_mm"]) == (0, 0, 0)
+    assert empty["largest_volume_ml"] is empty["burden"] is None
 
 
 def test_doubling_the_spacing_makes_eight_times_the_volume():

@@ -1,6 +1,7 @@
 """A lesion's form: its surface, its axes, its diameter. Everything here takes canonical (R, A, S) boxes of one lesion.
 
-The surface is that of marching cubes at 0.5 on the voxels. On a mask a cube between eight voxel centres can look in only 256 ways, so
+The surface is that of marching cubes at 0.5 on the voxels. Where voxels of the lesion touch along an edge only, it joins them, as the
+lesions themselves are joined; Lorensen and Cline's cubes do so for what is low, hence the mask upside down. On a mask a cube between eight voxel centres can look in only 256 ways, so
 the surface is counted, not built: area and volume are sums over how often each of the 256 occurs. That needs a few bytes per voxel
 of one plane, whatever the size of the lesion.
 """
@@ -38,7 +39,7 @@ def mesh(inside: np.ndarray, matrix: np.ndarray) -> tuple[float, float]:
         inside: (R, A, S) bool of its box.
         matrix: (3, 3) voxel → mm.
 
-    Source: IBSI RNU0 and C0JK; Lewiner's marching cubes at 0.5 on the mask with a voxel of background round it.
+    Source: IBSI RNU0 and C0JK; Lorensen and Cline, SIGGRAPH 21:163 (1987).
     """
     cubes, determinant = _cubes(), float(np.linalg.det(matrix))
     # A linear map takes the normal of a surface, as long as its area, by its cofactors.
@@ -74,12 +75,12 @@ def _cubes() -> _Cubes:
     kinds, triangles = [], []
     for kind in range(1, N_CUBES - 1):  # all eight corners outside, or inside: no surface
         corners = np.array([kind >> 7 - bit & 1 for bit in range(8)], np.float32).reshape(2, 2, 2)
-        points, faces, _, _ = marching_cubes(corners, 0.5)
+        points, faces, _, _ = marching_cubes(1 - corners, 0.5, method="lorensen")
         kinds += [kind] * len(faces)
         triangles.append(points[faces].astype(np.float64))
     corner, second, third = np.concatenate(triangles).transpose(1, 0, 2)
     normals = np.cross(second - corner, third - corner) / 2
-    normals *= -np.sign(normals[0].sum())  # the corner (1, 1, 1) alone: its triangle faces (0, 0, 0)
+    normals *= -np.sign(normals[0].sum())  # of the corner (1, 1, 1) alone: it faces (0, 0, 0)
     flux = normals[:, 0] * (corner + second + third)[:, 0] / 3
     return _Cubes(
         np.array(kinds),
