@@ -339,8 +339,12 @@ def quantise(
 
 @app.command()
 def measure(
-    image: Annotated[Path | None, typer.Option(help="The scan that the mask was drawn on.")] = None,
-    mask: Annotated[Path | None, typer.Option(help="Its mask, on the same grid.")] = None,
+    image: Annotated[
+        Path | None, typer.Option(help="The scan that the mask was drawn on, or a folder of scans.")
+    ] = None,
+    mask: Annotated[
+        Path | None, typer.Option(help="Its mask, on the same grid, or a folder of masks with equal file names.")
+    ] = None,
     cases: Annotated[
         Path | None, typer.Option(help="Instead of a pair: a table or dataset with scans and masks.")
     ] = None,
@@ -349,15 +353,32 @@ def measure(
         str, typer.Option(help="components: each connected part is a lesion. labels: each value of the mask is one.")
     ] = "components",
     label_names: Annotated[
-        Path | None, typer.Option(help="JSON object or CSV (columns label and name) that names the mask's values.")
+        Path | None,
+        typer.Option(
+            help="JSON object or CSV (columns label and name) that names the mask's values; else the table in the mask's file."
+        ),
     ] = None,
     unit: Annotated[
         str | None, typer.Option(help="Unit of the intensities: HU, SUV, a.u.; guessed from the scan otherwise.")
     ] = None,
+    recipe: Annotated[
+        str | None, typer.Option(help="A recipe whose label names, unit and [measure] section hold.")
+    ] = None,
+    organ: Annotated[
+        str | None, typer.Option(help="Label (name or value) of the organ round the lesions; `burden` is their share.")
+    ] = None,
+    lymph_node: Annotated[
+        list[str] | None, typer.Option(help="Label of lymph nodes, measured along their short axis; may be repeated.")
+    ] = None,
+    calcium: Annotated[bool, typer.Option("--calcium", help="Agatston, volume and mass score, too.")] = False,
     figures: Figures = False,
     as_json: Json = False,
 ) -> None:
-    """Measure masks on their scans, without any model: volume, density, position of every lesion."""
+    """Measure masks on their scans, without any model: volume, density, form, diameters, position of every lesion.
+
+    `volseg columns` says what each number means and where its definition comes from; `volseg selftest` checks them against
+    published values.
+    """
     from volseg import workflows
 
     with _progress() as show:
@@ -369,6 +390,10 @@ def measure(
             objects=objects,
             label_names=None if label_names is None else workflows.read_label_names(label_names),
             intensity_unit=unit,
+            recipe=recipe,
+            organ=organ,
+            lymph_nodes=lymph_node or (),
+            calcium=calcium,
             figures=figures,
             progress=show,
         )

@@ -389,15 +389,15 @@ def test_small_integers_do_not_overflow():
     assert (row.intensity_mean, row.intensity_sd, row.intensity_max) == (250, 0, 250)
 
 
-def test_voxels_that_are_not_finite_are_left_out_and_named():
+def test_intensities_are_unknown_where_a_voxel_is_not_finite():
     image, mask = np.full((6, 6, 6), 5.0), np.zeros((6, 6, 6), np.uint8)
     mask[1:3, 1:3, 1:3], mask[4, 4, 4] = 1, 2
     image[1, 1, 1], image[1, 1, 2], image[4, 4, 4] = np.nan, np.inf, np.nan
     first, second = measure(image, mask)
-    assert (first.intensity_mean, first.n_voxels) == (5.0, 8)
-    assert first.notes.split("; ") == ["intensity: 2 of 8 voxels are not finite and were left out", FLAT, THIN]
+    assert math.isnan(first.intensity_mean) and (first.n_voxels, first.mass_g) == (8, None)
+    assert first.notes == "intensity: 2 of 8 voxels are not finite"
     assert math.isnan(second.intensity_mean) and math.isnan(second.intensity_p90)
-    assert second.notes.split("; ") == [SINGLE, "intensity: no finite voxel"]
+    assert second.notes.split("; ") == [SINGLE, "intensity: 1 of 1 voxels are not finite"]
     assert second.volume_mm3 > 0  # what could be measured is there
 
 

@@ -59,7 +59,9 @@ class LesionMeasurement:
         None,
     )
     intensity_mean: float = column(
-        "intensity_unit", "mean of the original intensities of the finite voxels", source="IBSI Q4LE"
+        "intensity_unit",
+        "mean of the original intensities; they are empty if a voxel is not finite",
+        source="IBSI Q4LE",
     )
     intensity_sd: float = column(
         "intensity_unit", "their standard deviation, of the population (1/N)", source="root of IBSI ECT3"
@@ -493,26 +495,25 @@ def _touches_border(box: Box, shape: tuple[int, ...]) -> bool:
 def _intensity(
     values: np.ndarray, middle: np.ndarray, lesion: _Lesion, voxel_volume_mm3: float, unit: str, settings: Measure
 ) -> tuple[dict[str, Any], str]:
-    """Statistics of the finite intensities of a lesion, what follows from them, and a note on what does not."""
-    finite = values[np.isfinite(values)]
-    if not finite.size:
-        return dict.fromkeys(INTENSITY_COLUMNS, math.nan), "intensity: no finite voxel"
-    found: dict[str, Any] = {f"intensity_{name}": value for name, value in statistics(finite).items()}
-    n_lost = values.size - finite.size
-    notes = [f"intensity: {n_lost} of {values.size} voxels are not finite and were left out"] if n_lost else []
+    """Statistics of the intensities of a lesion, what follows from them, and a note on what does not."""
+    n_lost = values.size - int(np.isfinite(values).sum())
+    if n_lost:
+        return dict.fromkeys(INTENSITY_COLUMNS, math.nan), f"intensity: {n_lost} of {values.size} voxels are not finite"
+    found: dict[str, Any] = {f"intensity_{name}": value for name, value in statistics(values).items()}
+    notes = []
     if not found["intensity_sd"]:
         notes.append("intensity_skewness and kurtosis: all intensities are equal")
     inner = lesion.scan.image.intensities(lesion.values(lesion.scan.image.array, middle))
-    inner = np.sort(inner[np.isfinite(inner)].astype(np.float64))
+    inner = np.sort(inner.astype(np.float64))
     if inner.size:
         found["intensity_mean_eroded1"] = float(inner.mean()) + 0.0
     else:
         notes.append("intensity_mean_eroded1: no voxel has all its neighbours in the lesion")
     if unit == "HU":
         calibration = settings.density_g_cm3 or SCHNEIDER
-        density = density_g_cm3(finite, calibration)
+        density = density_g_cm3(values, calibration)
         found |= {"density_g_cm3": density, "mass_g": density * values.size * voxel_volume_mm3 / 1000}
-        n_beyond = int((finite > calibration[-1][0]).sum())
+        n_beyond = int((values > calibration[-1][0]).sum())
         if n_beyond:
             notes.append(f"mass: {n_beyond} voxels are over {calibration[-1][0]:g} HU, where the calibration ends")
     if settings.calcium and unit == "HU":
