@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
@@ -493,6 +494,28 @@ def columns(as_json: Json = False) -> None:
         for line in lines:
             table.add_row(*line)
         Console().print(table)
+
+
+@app.command()
+def selftest(as_json: Json = False) -> None:
+    """Measure bodies whose measures are known, and compare: the IBSI digital phantom, balls, rods and a calcified plaque.
+
+    Exit code 0 if every number lies within its tolerance, else 1: then do not trust the numbers of this installation.
+    """
+    from volseg import workflows
+
+    checks = workflows.selftest()
+    n_failed = sum(not check.is_passed for check in checks)
+    if as_json:
+        _print_json({"failed": n_failed, "checks": [asdict(check) | {"passed": check.is_passed} for check in checks]})
+    else:
+        table = Table("body", "measure", "expected", "±", "found", "")
+        for check in checks:
+            numbers = (f"{value:.6g}" for value in (check.expected, check.tolerance, check.found))
+            table.add_row(check.body, check.measure, *numbers, "pass" if check.is_passed else "FAIL")
+        Console().print(table)
+        typer.echo(f"{len(checks) - n_failed} of {len(checks)} measures lie within their tolerance")
+    raise typer.Exit(1 if n_failed else 0)
 
 
 class _TerminatedError(BaseException):
