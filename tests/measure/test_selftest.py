@@ -1,3 +1,4 @@
+import importlib
 from dataclasses import replace
 
 import pytest
@@ -23,5 +24,5 @@ def test_a_wrong_number_is_found(monkeypatch, column, wrong):
     def measure_wrongly(*arguments, **options):
         return [replace(row, **{column: getattr(row, column) * wrong}) for row in right(*arguments, **options)]
 
-    monkeypatch.setattr("volseg.measure.selftest.measure_lesions", measure_wrongly)
+    monkeypatch.setattr(importlib.import_module("volseg.measure.selftest"), "measure_lesions", measure_wrongly)
     assert {check.measure for check in selftest() if not check.is_passed} == {column}
