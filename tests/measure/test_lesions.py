@@ -115,13 +115,13 @@ def test_the_box_holds_every_corner_of_every_voxel(affine):
 def test_the_expected_volume_counts_what_the_model_doubted():
     mask = np.zeros((9, 9, 9), np.uint8)
     mask[3:6, 3:6, 3:6] = 1
-    confidence = np.full(mask.shape, 255, np.uint8)
+    confidence = 255 * mask
     options = {"affine": np.eye(4), "confidence": confidence}
     (row,) = measure(np.zeros(mask.shape), mask, **options)
     assert row.volume_expected_ml == pytest.approx(row.volume_ml)
     confidence[3:6, 3:6, 3] = 153  # nine voxels of the lesion at 0.6
-    confidence[3:6, 3:6, 2] = 204  # and nine of background beside it that are lesion with 0.2
-    confidence[0, 0, 0] = 0  # too far away to be of this lesion
+    confidence[3:6, 3:6, 2] = 51  # and nine of background beside it that are lesion with 0.2
+    confidence[0, 0, 0] = 120  # too far away to be of this lesion
     (row,) = measure(np.zeros(mask.shape), mask, **options)
     assert row.volume_expected_ml * 1000 == pytest.approx(27 - 9 * 0.4 + 9 * 0.2)
 

@@ -227,7 +227,7 @@ def measure_lesions(
         case_id: name of the scan.
         label_names: label value → name.
         intensity_unit: such as `HU`, with which there are densities too.
-        confidence: (I, J, K) of the model in its label, uint8 from 0 to 255 or floating point from 0 to 1.
+        confidence: (I, J, K) of the model in its label, and in the background in any, uint8 from 0 to 255 or floating point from 0 to 1.
         classes: for lesion 1, 2, …, N the probability of each class by name; None for one that was not classified.
         settings: which labels are lymph nodes, whether calcium is scored, and so on.
         connectivity, model: how the lesions were found, for their rows.
@@ -545,12 +545,12 @@ def _confidence(lesion: _Lesion, voxel_volume_mm3: float) -> tuple[dict[str, flo
     values = np.sort(lesion.values(confidence)).astype(np.float64) / full
     if not np.isfinite(values).all():
         return {"confidence_mean": None}, "confidence: not finite"
-    # Outside, where the model chose the background, what is missing to 1 is the probability that it is a lesion after all.
+    # Outside, where the model chose the background, it is the probability that there is a lesion after all.
     box = lesion.grown(EXPECTED_REACH)
     ids = lesion.scan.ids[box]
     near = _grown(ids == lesion.number, EXPECTED_REACH) & (ids == 0)
-    missing = 1 - np.sort(confidence[box][near]).astype(np.float64) / full
-    expected = values.sum() + missing.sum()
+    doubts = np.sort(confidence[box][near]).astype(np.float64) / full
+    expected = values.sum() + doubts.sum()
     return {
         "confidence_mean": float(values.mean()),
         "confidence_p10": float(np.percentile(values, 10)),
