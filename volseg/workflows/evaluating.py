@@ -194,9 +194,9 @@ def _overall(rows: Sequence[OverlapRow], masks: Mapping[str, _Mask], done: Seque
     return {
         "n_cases": len(done),
         "n_patients": len({masks[case_id].patient or ("case", case_id) for case_id in done}),
-        "patients": "as the reference names them"
+        "patients": "named by the reference"
         if not unnamed
-        else f"{unnamed} of {len(done)} cases name no patient and count as one each",
+        else f"{unnamed} of {len(done)} cases name none and count as one each",
         "mean_dice": dice["mean"],
         "mean_dice_95": dice["mean_95"],
     }
