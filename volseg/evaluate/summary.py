@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -176,7 +176,9 @@ def as_json(result: LabelResult) -> dict[str, Any]:
         "n_false": result.n_false,
         "n_absent": result.n_absent,
         "metrics": dict(result.metrics),
-        "volume_agreement_ml": {name: _plain(getattr(result.volumes, name)) for name in Agreement.__dataclass_fields__},
+        "volume_agreement_ml": {
+            name: _plain(getattr(result.volumes, name)) for name in (field.name for field in fields(Agreement))
+        },
         "detection": dict(result.detection),
         "froc": None
         if curve is None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -187,16 +187,18 @@ def _completed(compared: Mapping[str, Sequence[OverlapRow]], masks: Mapping[str,
     return found
 
 
-def _overall(rows: Sequence[OverlapRow], masks: Mapping[str, _Mask], done: Sequence[str] | Any) -> dict[str, Any]:
+def _overall(rows: Sequence[OverlapRow], masks: Mapping[str, _Mask], done: Collection[str]) -> dict[str, Any]:
     """Dice over all labels, and what a patient is."""
     dice = mean_of([row.dice for row in rows], [patient_of(row) for row in rows], [row.label for row in rows])
-    unnamed = sum(masks[case_id].patient is None for case_id in done)
+    named = {masks[case_id].patient for case_id in done} - {None}
+    n_unnamed = sum(masks[case_id].patient is None for case_id in done)
+    said = (
+        f"{n_unnamed} of {len(done)} cases name none and count as one each" if n_unnamed else "named by the reference"
+    )
     return {
         "n_cases": len(done),
-        "n_patients": len({masks[case_id].patient or ("case", case_id) for case_id in done}),
-        "patients": "named by the reference"
-        if not unnamed
-        else f"{unnamed} of {len(done)} cases name none and count as one each",
+        "n_patients": len(named) + n_unnamed,
+        "patients": said,
         "mean_dice": dice["mean"],
         "mean_dice_95": dice["mean_95"],
     }
