@@ -180,6 +180,37 @@ def test_cases_without_a_patient_count_as_one_each_and_it_is_said(folders, tmp_p
     assert report.details["patients"] == "4 of 4 cases name none and count as one each"
 
 
+def test_voxels_that_a_dataset_says_to_ignore_are_judged_in_neither_mask(tmp_path):
+    geometry = Geometry((20, 12, 8), oblique((1, 1, 2)))
+    truth, guess = np.zeros((2, *geometry.shape))
+    truth[2:8, 2:8, 2:6] = guess[2:8, 2:8, 2:6] = 1
+    truth[12:18], guess[13:16, 2:8, 2:6] = 7, 1
+    dataset = tmp_path / "Dataset001"
+    write(dataset / "imagesTr" / "a_0000.nii.gz", truth, geometry)
+    write(dataset / "labelsTr" / "a.nii.gz", truth, geometry)
+    write(tmp_path / "guess" / "a.nii.gz", guess, geometry)
+    stated = {"channel_names": {"0": "CT"}, "labels": {"background": 0, "kidney": 1, "ignore": 7}, "numTraining": 1}
+    (dataset / "dataset.json").write_text(json.dumps(stated | {"file_ending": ".nii.gz"}), encoding="utf-8")
+    report = volseg.evaluate(reference=dataset, predicted=tmp_path / "guess", out=tmp_path / "out")
+    assert list(report.details["labels"]) == ["1"]
+    kidney = report.details["labels"]["1"]
+    assert (kidney["name"], kidney["mean_dice"], kidney["detection"]["n_predicted"]) == ("kidney", 1.0, 1)
+
+
+def test_where_no_pair_can_be_compared_the_tables_are_empty_and_the_reasons_there(folders, tmp_path):
+    truth, guess, *_ = folders
+    volseg.evaluate(reference=truth, predicted=guess, out=tmp_path / "out")
+    geometry = grid_around(12, oblique((1, 1.2, 2)))
+    for name in "abcd":
+        write(guess / f"{name}.nii.gz", np.ones(geometry.shape), geometry)
+    report = volseg.evaluate(reference=truth, predicted=guess, out=tmp_path / "out")
+    assert report.exit_code == 4
+    assert set(report.failed) == set("abcd")
+    assert report.details["mean_dice"] is None
+    assert rows(tmp_path / "out" / "evaluation.csv") == rows(tmp_path / "out" / "detections.csv") == []
+    assert not (tmp_path / "out" / "agreement.png").exists()
+
+
 def test_a_broken_table_of_lesions_is_a_wrong_request(study, tmp_path):
     data, results = study
     (results / "lesions.csv").write_text("case_id,lesion_id\na,1\n", encoding="utf-8")

@@ -15,7 +15,7 @@ from volseg.evaluate.detection import DetectionRow, detect_lesions, with_lesions
 from volseg.evaluate.overlap import OverlapRow, evaluate_case, row_of_absent
 from volseg.evaluate.summary import LabelResult, as_json, mean_of, patient_of, summarise_label
 from volseg.execute.local import run
-from volseg.io.cases import Case, find_cases, find_scans, stated_labels
+from volseg.io.cases import IGNORE, Case, find_cases, find_scans, stated_labels
 from volseg.io.files import write_bytes_atomic, write_json_atomic
 from volseg.io.nifti import read_mask
 from volseg.report.results import RECORDS, held
@@ -53,10 +53,17 @@ def evaluate(
             code="E_DATASET",
         )
     lesions = _Predictions.of(Path(predicted))
-    names = lesions.label_names | {value: name for name, value in _stated_labels(Path(reference)).items()}
+    stated = _stated_labels(Path(reference))
+    ignored = stated.pop(IGNORE, None)
+    names = lesions.label_names | {value: name for name, value in stated.items()}
 
     def compare(case_id: str) -> tuple[list[OverlapRow], list[DetectionRow]]:
         truth, guess = read_mask(truths[case_id].path), read_mask(guesses[case_id].path)
+        if ignored is not None and truth.array.shape == guess.array.shape:
+            known = (
+                truth.array != ignored
+            )  # of the other voxels nobody knows what they are: they are judged as background
+            truth, guess = (mask.with_array(mask.array * known) for mask in (truth, guess))
         own = {int(value) for mask in (truth, guess) for value in np.unique(mask.array[mask.array != 0])}
         own_names = {value: names.get(value, f"label_{value}") for value in own}
         patient = truths[case_id].patient
