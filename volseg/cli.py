@@ -16,6 +16,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
@@ -406,13 +407,21 @@ def evaluate(
     reference: Annotated[Path, typer.Option(help="Folder of reference masks, or a dataset whose labels they are.")],
     predicted: Annotated[Path, typer.Option(help="Folder of masks, or a results folder of `volseg infer`.")],
     out: Out,
+    min_iou: Annotated[
+        float, typer.Option(help="Overlap from which a lesion counts as found; 0: one common voxel is enough.")
+    ] = 0.0,
     as_json: Json = False,
 ) -> None:
-    """Compare predicted masks with reference masks: Dice per label and volume error per case, as CSV and JSON."""
+    """Compare predicted masks with reference masks: overlap, surface distances, volumes and which lesions were found.
+
+    Writes evaluation.csv (a row per case and label: Dice, IoU, HD95, surface Dice at 1 and 2 mm, volume error), detections.csv (a row
+    per lesion, matched one to one), summary.json (means with 95 % intervals over patients), agreement.png (Bland-Altman and
+    correlation of volumes) and, for the results of a model, froc.png. docs/evaluation.md defines each number.
+    """
     from volseg import workflows
 
     with _progress() as show:
-        report = workflows.evaluate(reference=reference, predicted=predicted, out=out, progress=show)
+        report = workflows.evaluate(reference=reference, predicted=predicted, out=out, min_iou=min_iou, progress=show)
     _finish(report, as_json, lambda: _print_evaluation(report))
 
 
@@ -662,15 +671,46 @@ def _print_imported(report: RunReport) -> None:
 
 
 def _print_evaluation(report: RunReport) -> None:
-    table = Table("label", "cases", "mean Dice", "median Dice", "median volume error %")
-    for label, values in report.details["labels"].items():
-        numbers = (values[key] for key in ("mean_dice", "median_dice", "median_volume_error_percent"))
-        table.add_row(label, str(values["n"]), *("" if number is None else f"{number:.4f}" for number in numbers))
+    shown = {  # column of evaluation.csv → its heading and the decimals of an interval
+        "dice": ("Dice", 2),
+        "hd95_mm": ("HD95 mm", 1),
+        "nsd_1mm": ("NSD 1 mm", 2),
+        "nsd_2mm": ("NSD 2 mm", 2),
+        "volume_error_ml": ("volume mL", 1),
+    }
+    headings = ["label", *(heading for heading, _ in shown.values()), "lesion F1"]
+    table = Table(*headings, box=SIMPLE, padding=(0, 1, 0, 0))
+    for found in report.details["labels"].values():
+        cells = [_mean_and_interval(found["metrics"][name], decimals) for name, (_, decimals) in shown.items()]
+        table.add_row(f"{found['name']}\nn = {found['n']}", *cells, _mean_and_interval(found["detection"]["f1"], 2))
     Console().print(table)
+    typer.echo(
+        f"means with 95 % intervals over {report.details['n_patients']} patients ({report.details['patients']}); "
+        "volume mL: predicted − reference"
+    )
+    without = {found["name"]: found["n_missed"] for found in report.details["labels"].values() if found["n_missed"]}
+    for name, n in without.items():
+        typer.echo(f"{name}: missed in {n} cases, which have no HD95", err=True)
     missing = report.details["not_predicted"]
     if missing:
         typer.echo(f"{len(missing)} reference masks have no prediction, such as {missing[0]}", err=True)
-    typer.echo(f"a row per case and label → {report.out / 'evaluation.csv'}")
+    for name, what in (
+        ("evaluation.csv", "a row per case and label"),
+        ("detections.csv", "a row per lesion"),
+        ("summary.json", "every mean, interval and limit of agreement"),
+        ("agreement.png", "Bland-Altman and correlation of volumes"),
+        ("froc.png", "sensitivity against false positives per scan"),
+    ):
+        if (report.out / name).is_file():
+            typer.echo(f"{what} → {report.out / name}")
+
+
+def _mean_and_interval(found: Mapping[str, Any], decimals: int) -> str:
+    """A mean over its interval; nothing where it is unknown."""
+    if found["mean"] is None:
+        return ""
+    low_and_high = "" if found["mean_95"] is None else "({:.{d}f}, {:.{d}f})".format(*found["mean_95"], d=decimals)
+    return f"{found['mean']:.{decimals + 1}f}\n{low_and_high}"
 
 
 def _announce_shipped_model() -> None:
