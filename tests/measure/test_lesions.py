@@ -91,10 +91,10 @@ def test_lesions_know_their_box_their_neighbour_and_their_axes():
     affine = np.diag([-0.5, -0.5, 2.0, 1.0])
     affine[:3, 3] = 40, 30, -10
     first, second = measure(np.zeros(mask.shape), mask, affine)
-    assert (first.bbox_min_ras, first.bbox_max_ras) == ("34.250 26.750 -1.000", "39.250 28.750 1.000")
+    assert (first.bbox_min_ras, first.bbox_max_ras) == ("[34.250, 26.750, -1.000]", "[39.250, 28.750, 1.000]")
     assert first.nearest_lesion_mm == second.nearest_lesion_mm == pytest.approx(8 * 0.5)
     assert first.axis_slice == 5 and first.long_axis_mm == pytest.approx(math.hypot(5, 1.5))
-    ends = [np.array(text.split(), float) for text in (first.long_axis_p0_ras, first.long_axis_p1_ras)]
+    ends = [np.array(json.loads(text)) for text in (first.long_axis_p0_ras, first.long_axis_p1_ras)]
     assert np.linalg.norm(ends[1] - ends[0]) == pytest.approx(first.long_axis_mm, abs=2e-3)
     assert ends[0][2] == ends[1][2] == 0
     assert first.recist_measurable is False
@@ -108,8 +108,8 @@ def test_the_box_holds_every_corner_of_every_voxel(affine):
     (row,) = measure(np.zeros(mask.shape), mask, affine, objects="labels")
     half = np.array([[x, y, z] for x in (-0.5, 0.5) for y in (-0.5, 0.5) for z in (-0.5, 0.5)])
     corners = Geometry(mask.shape, affine).to_world_mm((np.argwhere(mask)[:, None] + half).reshape(-1, 3))
-    assert np.array(row.bbox_min_ras.split(), float) == pytest.approx(corners.min(axis=0), abs=1e-3)
-    assert np.array(row.bbox_max_ras.split(), float) == pytest.approx(corners.max(axis=0), abs=1e-3)
+    assert json.loads(row.bbox_min_ras) == pytest.approx(corners.min(axis=0), abs=1e-3)
+    assert json.loads(row.bbox_max_ras) == pytest.approx(corners.max(axis=0), abs=1e-3)
 
 
 def test_the_expected_volume_counts_what_the_model_doubted():

@@ -139,9 +139,9 @@ class LesionMeasurement:
         "mm", "longest chord perpendicular to it in the same slice", None, source="RECIST 1.1"
     )
     axis_slice: int | None = column("", "that slice, counted from 0 at the lowest slice of the scan", None)
-    long_axis_p0_ras: str | None = column("mm", "one end of the long axis: R A S", None)
+    long_axis_p0_ras: str | None = column("mm", "one end of the long axis: [R, A, S]", None)
     long_axis_p1_ras: str | None = column("mm", "its other end", None)
-    short_axis_p0_ras: str | None = column("mm", "one end of the short axis: R A S", None)
+    short_axis_p0_ras: str | None = column("mm", "one end of the short axis: [R, A, S]", None)
     short_axis_p1_ras: str | None = column("mm", "its other end", None)
     recist_measurable: bool | None = column(
         "",
@@ -152,8 +152,8 @@ class LesionMeasurement:
     centroid_r_mm: float = column("mm", "centre of mass of the voxels, towards the patient's right (RAS world)")
     centroid_a_mm: float = column("mm", "the same, towards anterior")
     centroid_s_mm: float = column("mm", "the same, towards superior")
-    bbox_min_ras: str | None = column("mm", "lowest R, A and S of any of its voxels, edges included", None)
-    bbox_max_ras: str | None = column("mm", "highest R, A and S", None)
+    bbox_min_ras: str | None = column("mm", "lowest [R, A, S] of any of its voxels, edges included", None)
+    bbox_max_ras: str | None = column("mm", "highest [R, A, S]", None)
     touches_border: bool = column("", "a voxel lies on the edge of the array; volume is a lower bound if it was cut")
     nearest_lesion_mm: float | None = column(
         "mm", "distance between its surface and that of the nearest other lesion; empty if there is none", None
@@ -440,8 +440,11 @@ def _axes(found: Diameters, lesion: _Lesion, *, is_node: bool) -> dict[str, Any]
 
 
 def _point(point_mm: np.ndarray) -> str:
-    """R, A and S with three decimals. Rounded twice, so that no last bit decides the last printed digit."""
-    return " ".join(f"{_rounded(value) + 0.0:.3f}".replace("-0.000", "0.000") for value in point_mm.tolist())
+    """R, A and S with three decimals, as JSON: a cell that began with a minus would be a formula to a spreadsheet.
+
+    Rounded twice, so that no last bit decides the last printed digit.
+    """
+    return f"[{', '.join(f'{round(_rounded(value), 3) + 0.0:.3f}' for value in point_mm.tolist())}]"
 
 
 def _rounded(value: float) -> float:
