@@ -46,6 +46,11 @@ class ModelBundle:
     sha256: str = ""
     first: str = "segmentation"
 
+    @property
+    def name(self) -> str:
+        """The recipe's name and the start of the hash, for tables."""
+        return f"{self.recipe.name}@{self.sha256[:12]}"
+
     def segmentation_network(self) -> nn.Module:
         """The first 3D network with its trained weights: (N, channels, R, A, S) → logits (N, outputs, R, A, S)."""
         return self.member(self.first)

@@ -9,12 +9,14 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
@@ -339,8 +341,12 @@ def quantise(
 
 @app.command()
 def measure(
-    image: Annotated[Path | None, typer.Option(help="The scan that the mask was drawn on.")] = None,
-    mask: Annotated[Path | None, typer.Option(help="Its mask, on the same grid.")] = None,
+    image: Annotated[
+        Path | None, typer.Option(help="The scan that the mask was drawn on, or a folder of scans.")
+    ] = None,
+    mask: Annotated[
+        Path | None, typer.Option(help="Its mask, on the same grid, or a folder of masks with equal file names.")
+    ] = None,
     cases: Annotated[
         Path | None, typer.Option(help="Instead of a pair: a table or dataset with scans and masks.")
     ] = None,
@@ -349,15 +355,32 @@ def measure(
         str, typer.Option(help="components: each connected part is a lesion. labels: each value of the mask is one.")
     ] = "components",
     label_names: Annotated[
-        Path | None, typer.Option(help="JSON object or CSV (columns label and name) that names the mask's values.")
+        Path | None,
+        typer.Option(
+            help="JSON object or CSV (columns label and name) that names the mask's values; else the table in the mask's file."
+        ),
     ] = None,
     unit: Annotated[
         str | None, typer.Option(help="Unit of the intensities: HU, SUV, a.u.; guessed from the scan otherwise.")
     ] = None,
+    recipe: Annotated[
+        str | None, typer.Option(help="A recipe whose label names, unit and [measure] section hold.")
+    ] = None,
+    organ: Annotated[
+        str | None, typer.Option(help="Label (name or value) of the organ round the lesions; `burden` is their share.")
+    ] = None,
+    lymph_node: Annotated[
+        list[str] | None, typer.Option(help="Label of lymph nodes, measured along their short axis; may be repeated.")
+    ] = None,
+    calcium: Annotated[bool, typer.Option("--calcium", help="Agatston, volume and mass score, too.")] = False,
     figures: Figures = False,
     as_json: Json = False,
 ) -> None:
-    """Measure masks on their scans, without any model: volume, density, position of every lesion."""
+    """Measure masks on their scans, without any model: volume, density, form, diameters, position of every lesion.
+
+    `volseg columns` says what each number means and where its definition comes from; `volseg selftest` checks them against
+    published values.
+    """
     from volseg import workflows
 
     with _progress() as show:
@@ -369,6 +392,10 @@ def measure(
             objects=objects,
             label_names=None if label_names is None else workflows.read_label_names(label_names),
             intensity_unit=unit,
+            recipe=recipe,
+            organ=organ,
+            lymph_nodes=lymph_node or (),
+            calcium=calcium,
             figures=figures,
             progress=show,
         )
@@ -380,13 +407,21 @@ def evaluate(
     reference: Annotated[Path, typer.Option(help="Folder of reference masks, or a dataset whose labels they are.")],
     predicted: Annotated[Path, typer.Option(help="Folder of masks, or a results folder of `volseg infer`.")],
     out: Out,
+    min_iou: Annotated[
+        float, typer.Option(help="Overlap from which a lesion counts as found; 0: one common voxel is enough.")
+    ] = 0.0,
     as_json: Json = False,
 ) -> None:
-    """Compare predicted masks with reference masks: Dice per label and volume error per case, as CSV and JSON."""
+    """Compare predicted masks with reference masks: overlap, surface distances, volumes and which lesions were found.
+
+    Writes evaluation.csv (a row per case and label: Dice, IoU, HD95, surface Dice at 1 and 2 mm, volume error), detections.csv (a row
+    per lesion, matched one to one), summary.json (means with 95 % intervals over patients), agreement.png (Bland-Altman and
+    correlation of volumes) and, for the results of a model, froc.png. docs/evaluation.md defines each number.
+    """
     from volseg import workflows
 
     with _progress() as show:
-        report = workflows.evaluate(reference=reference, predicted=predicted, out=out, progress=show)
+        report = workflows.evaluate(reference=reference, predicted=predicted, out=out, min_iou=min_iou, progress=show)
     _finish(report, as_json, lambda: _print_evaluation(report))
 
 
@@ -530,6 +565,28 @@ def columns(as_json: Json = False) -> None:
         for line in lines:
             table.add_row(*line)
         Console().print(table)
+
+
+@app.command()
+def selftest(as_json: Json = False) -> None:
+    """Measure bodies whose measures are known, and compare: the IBSI digital phantom, balls, rods and a calcified plaque.
+
+    Exit code 0 if every number lies within its tolerance, else 1: then do not trust the numbers of this installation.
+    """
+    from volseg import workflows
+
+    checks = workflows.selftest()
+    n_failed = sum(not check.is_passed for check in checks)
+    if as_json:
+        _print_json({"failed": n_failed, "checks": [asdict(check) | {"passed": check.is_passed} for check in checks]})
+    else:
+        table = Table("body", "measure", "expected", "±", "found", "")
+        for check in checks:
+            numbers = (f"{value:.6g}" for value in (check.expected, check.tolerance, check.found))
+            table.add_row(check.body, check.measure, *numbers, "pass" if check.is_passed else "FAIL")
+        Console().print(table)
+        typer.echo(f"{len(checks) - n_failed} of {len(checks)} measures lie within their tolerance")
+    raise typer.Exit(1 if n_failed else 0)
 
 
 class _TerminatedError(BaseException):
@@ -676,15 +733,46 @@ def _print_imported(report: RunReport) -> None:
 
 
 def _print_evaluation(report: RunReport) -> None:
-    table = Table("label", "cases", "mean Dice", "median Dice", "median volume error %")
-    for label, values in report.details["labels"].items():
-        numbers = (values[key] for key in ("mean_dice", "median_dice", "median_volume_error_percent"))
-        table.add_row(label, str(values["n"]), *("" if number is None else f"{number:.4f}" for number in numbers))
+    shown = {  # column of evaluation.csv → its heading and the decimals of an interval
+        "dice": ("Dice", 2),
+        "hd95_mm": ("HD95 mm", 1),
+        "nsd_1mm": ("NSD 1 mm", 2),
+        "nsd_2mm": ("NSD 2 mm", 2),
+        "volume_error_ml": ("volume mL", 1),
+    }
+    headings = ["label", *(heading for heading, _ in shown.values()), "lesion F1"]
+    table = Table(*headings, box=SIMPLE, padding=(0, 1, 0, 0))
+    for found in report.details["labels"].values():
+        cells = [_mean_and_interval(found["metrics"][name], decimals) for name, (_, decimals) in shown.items()]
+        table.add_row(f"{found['name']}\nn = {found['n']}", *cells, _mean_and_interval(found["detection"]["f1"], 2))
     Console().print(table)
+    typer.echo(
+        f"means with 95 % intervals over {report.details['n_patients']} patients ({report.details['patients']}); "
+        "volume mL: predicted − reference"
+    )
+    without = {found["name"]: found["n_missed"] for found in report.details["labels"].values() if found["n_missed"]}
+    for name, n in without.items():
+        typer.echo(f"{name}: missed in {n} cases, which have no HD95", err=True)
     missing = report.details["not_predicted"]
     if missing:
         typer.echo(f"{len(missing)} reference masks have no prediction, such as {missing[0]}", err=True)
-    typer.echo(f"a row per case and label → {report.out / 'evaluation.csv'}")
+    for name, what in (
+        ("evaluation.csv", "a row per case and label"),
+        ("detections.csv", "a row per lesion"),
+        ("summary.json", "every mean, interval and limit of agreement"),
+        ("agreement.png", "Bland-Altman and correlation of volumes"),
+        ("froc.png", "sensitivity against false positives per scan"),
+    ):
+        if (report.out / name).is_file():
+            typer.echo(f"{what} → {report.out / name}")
+
+
+def _mean_and_interval(found: Mapping[str, Any], decimals: int) -> str:
+    """A mean over its interval; nothing where it is unknown."""
+    if found["mean"] is None:
+        return ""
+    low_and_high = "" if found["mean_95"] is None else "({:.{d}f}, {:.{d}f})".format(*found["mean_95"], d=decimals)
+    return f"{found['mean']:.{decimals + 1}f}\n{low_and_high}"
 
 
 def _print_comparison(report: RunReport) -> None:

@@ -336,8 +336,31 @@ class Roi(Section):
         return self
 
 
+class Measure(Section):
+    """What the lesions are, where the numbers depend on it."""
+
+    # A label that is the organ in which the others lie: it is no lesion, and `burden` is their share of it.
+    organ: str | None = None
+    lymph_nodes: tuple[str, ...] = ()  # labels that are measured along their short axis
+    max_targets: PositiveInt = 5  # lesions in the sum of diameters
+    max_targets_per_label: PositiveInt = 2
+    density_g_cm3: tuple[tuple[float, float], ...] | None = None  # (HU, g/cm³) points in place of the published ones
+    calcium: bool = False  # Agatston, volume and mass score
+    calcium_threshold_hu: float = 130.0
+    calcium_mg_per_ml_hu: Positive | None = None  # of the scanner, from its calibration phantom; without it no mass
+
+    @model_validator(mode="after")
+    def _density_ascends(self) -> Measure:
+        at = [hu for hu, _ in self.density_g_cm3 or ()]
+        if self.density_g_cm3 is not None and (len(at) < 2 or at != sorted(set(at))):
+            raise ValueError("density_g_cm3 needs two or more points of ascending HU")
+        if any(density < 0 for _, density in self.density_g_cm3 or ()):
+            raise ValueError("density_g_cm3 holds a density below 0")
+        return self
+
+
 class Recipe(Section):
-    later = frozenset({"roi"})
+    later = frozenset({"roi", "measure"})
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_]*$")]
     description: str
     intended_use: str = ""
@@ -351,9 +374,13 @@ class Recipe(Section):
     postprocess: tuple[Step, ...] = ()
     classify: Classify | None = None
     roi: Roi | None = None
+    measure: Measure = Measure()
 
     @model_validator(mode="after")
     def _numbers_fit_together(self) -> Recipe:
+        strange = {self.measure.organ, *self.measure.lymph_nodes} - {None, *self.data.labels}
+        if strange:
+            raise ValueError(f"measure names {', '.join(sorted(map(str, strange)))}, which data.labels does not")
         weights, n_classes = self.train.class_weights, 1 + len(self.data.labels)
         if weights is not None and len(weights) != n_classes:
             raise ValueError(f"train.class_weights has {len(weights)} numbers for {n_classes} classes with background")

@@ -27,7 +27,7 @@ from volseg.infer.roi import find_region
 from volseg.infer.stream import Tiling, predict_slabs
 from volseg.infer.tiles import thinnest_axis, widest
 from volseg.measure.lesions import LesionMeasurement, measure_lesions
-from volseg.postprocess.lesions import label_lesions
+from volseg.postprocess.lesions import label_lesions, without_organ
 from volseg.postprocess.steps import make_steps
 from volseg.preprocess.align import completed, on_one_grid
 from volseg.preprocess.crop import scaled_box
@@ -57,6 +57,7 @@ class CaseResult:
     mask: Volume  # label values of the recipe
     lesion_ids: Volume  # 1 = largest
     lesions: Sequence[LesionMeasurement]
+    organ_voxels: int | None = None  # of the organ's own label; None where no label is the organ
 
 
 def load_model(
@@ -119,7 +120,10 @@ def segment_case(
     mask, confidence = _predict(completed(chosen, channels), absent, model, half_logits=half_logits, on_tile=on_tile)
     for step in make_steps(recipe.postprocess):
         mask = step(mask, scan.geometry)
-    lesions = label_lesions(mask, scan.geometry)
+    organ, organ_voxels, lesion_mask = recipe.measure.organ, None, mask
+    if organ is not None:
+        lesion_mask, organ_voxels = without_organ(mask, recipe.data.labels[organ])
+    lesions = label_lesions(lesion_mask, scan.geometry)
     classes = None
     if model.classifier is not None and recipe.classify is not None:
         classes = classify_lesions(scan, lesions.ids, model.classifier, recipe.classify)
@@ -132,8 +136,11 @@ def segment_case(
         intensity_unit=recipe.data.intensity_unit,
         confidence=confidence,
         classes=classes,
+        settings=recipe.measure,
+        connectivity=26,
+        model=model.bundle.name,
     )
-    return CaseResult(scan.with_array(mask), scan.with_array(lesions.ids), rows)
+    return CaseResult(scan.with_array(mask), scan.with_array(lesions.ids), rows, organ_voxels)
 
 
 def patch_bytes(model: Model) -> int:

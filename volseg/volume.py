@@ -95,6 +95,12 @@ class Geometry:
         mm = np.linalg.norm(self.to_world_mm(self._corners()) - other.to_world_mm(self._corners()), axis=1).max()
         return f"a corner is off by {voxels:.3g} voxels ({mm:.3g} mm)"
 
+    def share_of(self, other: Geometry) -> float:
+        """How much of the other grid lies within this one, from 0 to 1, to about 2 %."""
+        steps = np.stack(np.meshgrid(*[(np.arange(20) + 0.5) / 20] * 3, indexing="ij"), axis=-1).reshape(-1, 3)
+        index = self.to_index(other.to_world_mm(steps * other.shape - 0.5))
+        return float(((index >= -0.5) & (index <= np.array(self.shape) - 0.5)).all(axis=1).mean())
+
     def _corners(self) -> np.ndarray:
         """(8, 3) indices of the corner voxels."""
         return np.array(list(product(*[(0, n - 1) for n in self.shape])), dtype=np.float64)

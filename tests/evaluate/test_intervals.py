@@ -32,3 +32,20 @@ def test_what_cannot_be_known_is_not_a_number():
     assert all(map(math.isnan, bootstrap_interval([0.5, 0.6], ["a", "a"])))
     assert all(map(math.isnan, bootstrap_interval([math.nan, 0.6], ["a", "b"])))
     assert bootstrap_interval([0.5, math.nan, 0.5], ["a", "b", "c"]) == (0.5, 0.5)
+
+
+def test_the_mean_of_labels_is_as_sure_as_their_means_together():
+    rng = np.random.default_rng(3)
+    first, second = rng.normal(0.9, 0.02, 60), rng.normal(0.5, 0.1, 60)
+    values, patients = [*first, *second], [*range(60), *range(60)]
+    together = bootstrap_interval(values, patients, groups=[1] * 60 + [2] * 60)
+    assert together == pytest.approx(bootstrap_interval(((first + second) / 2).tolist(), range(60)))
+    # A label that few scans have weighs as much as one that all have: so the mean is that of means, and not of values.
+    few = bootstrap_interval([*first, *second[:6]], [*range(60), *range(6)], groups=[1] * 60 + [2] * 6)
+    assert few[0] < (first.mean() + second[:6].mean()) / 2 < few[1]
+    assert few[1] < bootstrap_interval([*first, *second[:6]], [*range(60), *range(6)])[0]
+
+
+def test_a_label_that_one_patient_has_is_left_out_of_the_resamples_without_that_patient():
+    low, high = bootstrap_interval([0.0, 0.0, 0.0, 1.0], ["a", "b", "c", "a"], groups=[1, 1, 1, 2])
+    assert (low, high) == (0.0, 0.5)

@@ -1,13 +1,20 @@
 import csv
+import json
 
 import numpy as np
 import pytest
 from laws import ball, grid_around, oblique
+from typer.testing import CliRunner
 
 import volseg
+from volseg.cli import app
 from volseg.errors import VolsegError
+from volseg.evaluate.surface import surface_distances
 from volseg.io.nifti import write_volume
-from volseg.volume import Volume
+from volseg.measure.lesions import LesionMeasurement, measure_lesions
+from volseg.postprocess.lesions import label_lesions
+from volseg.report.tables import write_table
+from volseg.volume import Geometry, Volume
 
 
 def write(path, mask, geometry):
@@ -64,3 +71,161 @@ def test_folders_without_a_common_name_are_a_wrong_request(folders, tmp_path):
     write(other / "z.nii.gz", np.ones(geometry.shape), geometry)
     with pytest.raises(VolsegError, match="no mask of"):
         volseg.evaluate(reference=folders[0], predicted=other, out=tmp_path / "out")
+
+
+def test_rows_hold_the_surfaces_and_the_lesions_and_say_what_is_unknown(folders, tmp_path):
+    truth, guess, whole, half = folders
+    report = volseg.evaluate(reference=truth, predicted=guess, out=tmp_path / "out")
+    table = {row["case_id"]: row for row in rows(tmp_path / "out" / "evaluation.csv")}
+    surface = surface_distances(whole, half, grid_around(10, oblique((1, 1.2, 2))))[1]
+    assert float(table["b"]["hd95_mm"]) == pytest.approx(surface.hd95_mm, abs=1e-3)
+    assert float(table["b"]["nsd_1mm"]) == pytest.approx(surface.nsd(1), abs=1e-4)
+    assert float(table["b"]["iou"]) == pytest.approx(half.sum() / whole.sum(), abs=1e-5)
+    assert (table["a"]["hd95_mm"], table["a"]["nsd_2mm"], table["a"]["notes"]) == ("0", "1", "")
+    assert (table["d"]["hd95_mm"], table["d"]["nsd_2mm"], table["d"]["iou"]) == ("", "0", "0")
+    assert "the prediction lacks the label" in table["d"]["notes"]
+    assert (table["c"]["hd95_mm"], table["c"]["nsd_2mm"], table["c"]["iou"]) == ("", "", "")
+    assert "neither mask has the label" in table["c"]["notes"]
+    assert [table[name]["lesion_f1"] for name in "abcd"] == ["1", "1", "", "0"]
+    assert [row["status"] for row in rows(tmp_path / "out" / "detections.csv")] == ["matched"] * 4 + ["missed"]
+    label = report.details["labels"]["1"]
+    assert (label["n_missed"], label["n_false"], label["n_absent"]) == (1, 0, 1)
+    assert label["detection"]["sensitivity"]["mean"] == pytest.approx(2 / 3)
+    assert label["metrics"]["hd95_mm"]["n"] == 2
+    assert json.loads((tmp_path / "out" / "summary.json").read_text(encoding="utf-8")) == report.details
+    assert (tmp_path / "out" / "agreement.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_an_overlap_that_is_asked_for_is_needed(folders, tmp_path):
+    truth, guess, *_ = folders
+    report = volseg.evaluate(reference=truth, predicted=guess, out=tmp_path / "out", min_iou=0.6)
+    assert report.details["labels"]["1"]["detection"]["n_matched"] == 1  # half of the ball is no find any more
+    with pytest.raises(VolsegError, match="min_iou"):
+        volseg.evaluate(reference=truth, predicted=guess, out=tmp_path / "out", min_iou=1.0)
+
+
+def test_a_label_of_one_case_has_a_row_in_every_case(folders, tmp_path):
+    truth, guess, whole, _ = folders
+    write(truth / "a.nii.gz", 4 * whole, grid_around(10, oblique((1, 1.2, 2))))
+    volseg.evaluate(reference=truth, predicted=guess, out=tmp_path / "out")
+    table = rows(tmp_path / "out" / "evaluation.csv")
+    assert [(row["case_id"], row["label"]) for row in table] == [(name, label) for name in "abcd" for label in "14"]
+    assert all(row["notes"] and row["dice"] == "" for row in table if row["label"] == "4" and row["case_id"] != "a")
+    assert [row["dice"] for row in table if row["case_id"] == "a"] == ["0", "0"]
+
+
+@pytest.fixture
+def study(tmp_path):
+    """A dataset of three scans of two patients, and results whose lesions have a confidence; what each one is."""
+    geometry = Geometry((30, 20, 16), oblique((1, 1.2, 2)))
+    first, second, third = (ball(radius, geometry, centre) for radius, centre in zip((7, 4, 3), centres(geometry)))
+    truths = {"p1_a": first | second, "p1_b": first, "p2": second}
+    guesses = {"p1_a": first | third, "p1_b": first, "p2": second | third}
+    surely = {"first": (first, 0.9), "second": (second, 0.6), "third": (third, 0.4)}
+    lines, measured = [["subject", "image", "label", "patient"]], []
+    for name in truths:
+        write(tmp_path / "data" / f"{name}.nii.gz", truths[name], geometry)
+        write(tmp_path / "results" / "masks" / f"{name}.nii.gz", guesses[name], geometry)
+        lines.append([name, f"{name}.nii.gz", f"{name}.nii.gz", name.split("_")[0]])
+        lesions = label_lesions(guesses[name].astype(np.uint8), geometry)
+        confidence = sum(inside * value for inside, value in surely.values()).astype(np.float32)
+        scan = Volume(np.zeros(geometry.shape, np.int16), geometry)
+        measured += measure_lesions(
+            scan, lesions.ids, lesions.labels,
+            case_id=name, label_names={1: "tumour"}, intensity_unit="HU", confidence=confidence,
+        )  # fmt: skip
+    with (tmp_path / "data" / "cases.csv").open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows(lines)
+    write_table(tmp_path / "results" / "lesions.csv", LesionMeasurement, measured)
+    return tmp_path / "data", tmp_path / "results"
+
+
+def centres(geometry):
+    return (geometry.to_world_mm(np.array([index]))[0] for index in ((8, 9, 7), (20, 9, 7), (26, 15, 12)))
+
+
+def test_patients_names_and_confidence_come_from_the_dataset_and_the_results(study, tmp_path):
+    data, results = study
+    report = volseg.evaluate(reference=data, predicted=results, out=tmp_path / "out")
+    assert (report.details["n_cases"], report.details["n_patients"]) == (3, 2)
+    label = report.details["labels"]["1"]
+    assert label["name"] == "tumour"
+    assert {row["patient"] for row in rows(tmp_path / "out" / "evaluation.csv")} == {"p1", "p2"}
+    # Found: the first lesion twice (0.9), the second once (0.6), missed once; the third is false twice (0.4).
+    assert label["froc"]["threshold"] == pytest.approx([0.9, 0.6, 0.4], abs=1e-6)
+    assert label["froc"]["sensitivity"] == pytest.approx([2 / 4, 3 / 4, 3 / 4])
+    assert label["froc"]["false_positives_per_scan"] == pytest.approx([0, 0, 2 / 3])
+    assert (tmp_path / "out" / "froc.png").is_file()
+    detections = rows(tmp_path / "out" / "detections.csv")
+    assert sorted(row["confidence"] for row in detections if row["side"] == "predicted") == [
+        "0.4", "0.4", "0.6", "0.9", "0.9",
+    ]  # fmt: skip
+    assert all(row["confidence"] == "" for row in detections if row["side"] == "reference")
+
+
+def test_a_confidence_is_not_given_to_another_lesion_and_an_old_curve_goes(study, tmp_path):
+    data, results = study
+    volseg.evaluate(reference=data, predicted=results, out=tmp_path / "out")
+    path = results / "masks" / "p2.nii.gz"
+    write(path, np.ones((30, 20, 16)), Geometry((30, 20, 16), oblique((1, 1.2, 2))))  # edited since it was measured
+    report = volseg.evaluate(reference=data, predicted=results, out=tmp_path / "out")
+    label = report.details["labels"]["1"]
+    assert (label["froc"], label["no_froc"]) == (None, "1 of 4 predicted lesions have no confidence")
+    assert not (tmp_path / "out" / "froc.png").exists()
+
+
+def test_cases_without_a_patient_count_as_one_each_and_it_is_said(folders, tmp_path):
+    report = volseg.evaluate(reference=folders[0], predicted=folders[1], out=tmp_path / "out")
+    assert report.details["n_patients"] == 4
+    assert report.details["patients"] == "4 of 4 cases name none and count as one each"
+
+
+def test_voxels_that_a_dataset_says_to_ignore_are_judged_in_neither_mask(tmp_path):
+    geometry = Geometry((20, 12, 8), oblique((1, 1, 2)))
+    truth, guess = np.zeros((2, *geometry.shape))
+    truth[2:8, 2:8, 2:6] = guess[2:8, 2:8, 2:6] = 1
+    truth[12:18], guess[13:16, 2:8, 2:6] = 7, 1
+    dataset = tmp_path / "Dataset001"
+    write(dataset / "imagesTr" / "a_0000.nii.gz", truth, geometry)
+    write(dataset / "labelsTr" / "a.nii.gz", truth, geometry)
+    write(tmp_path / "guess" / "a.nii.gz", guess, geometry)
+    stated = {"channel_names": {"0": "CT"}, "labels": {"background": 0, "kidney": 1, "ignore": 7}, "numTraining": 1}
+    (dataset / "dataset.json").write_text(json.dumps(stated | {"file_ending": ".nii.gz"}), encoding="utf-8")
+    report = volseg.evaluate(reference=dataset, predicted=tmp_path / "guess", out=tmp_path / "out")
+    assert list(report.details["labels"]) == ["1"]
+    kidney = report.details["labels"]["1"]
+    assert (kidney["name"], kidney["mean_dice"], kidney["detection"]["n_predicted"]) == ("kidney", 1.0, 1)
+
+
+def test_where_no_pair_can_be_compared_the_tables_are_empty_and_the_reasons_there(folders, tmp_path):
+    truth, guess, *_ = folders
+    volseg.evaluate(reference=truth, predicted=guess, out=tmp_path / "out")
+    geometry = grid_around(12, oblique((1, 1.2, 2)))
+    for name in "abcd":
+        write(guess / f"{name}.nii.gz", np.ones(geometry.shape), geometry)
+    report = volseg.evaluate(reference=truth, predicted=guess, out=tmp_path / "out")
+    assert report.exit_code == 4
+    assert set(report.failed) == set("abcd")
+    assert report.details["mean_dice"] is None
+    assert rows(tmp_path / "out" / "evaluation.csv") == rows(tmp_path / "out" / "detections.csv") == []
+    assert not (tmp_path / "out" / "agreement.png").exists()
+
+
+def test_a_broken_table_of_lesions_is_a_wrong_request(study, tmp_path):
+    data, results = study
+    (results / "lesions.csv").write_text("case_id,lesion_id\na,1\n", encoding="utf-8")
+    with pytest.raises(VolsegError, match="is no table of lesions"):
+        volseg.evaluate(reference=data, predicted=results, out=tmp_path / "out")
+
+
+def test_the_command_prints_means_with_their_intervals(study, tmp_path):
+    data, results = study
+    command = ["evaluate", "--reference", str(data), "--predicted", str(results), "--out", str(tmp_path / "out")]
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 0
+    found = json.loads((tmp_path / "out" / "summary.json").read_text(encoding="utf-8"))["labels"]["1"]
+    for metric in ("dice", "nsd_1mm"):
+        assert f"{found['metrics'][metric]['mean']:.3f}" in done.stdout
+    assert f"({found['detection']['f1']['mean_95'][0]:.2f}," in done.stdout
+    assert "over 2 patients (named by the reference)" in " ".join(done.stdout.split())
+    assert "froc.png" in done.stdout

@@ -1,6 +1,8 @@
 import csv
 import json
+import re
 
+import nibabel
 import numpy as np
 import pytest
 from laws import ball, grid_around, oblique, real_data
@@ -51,7 +53,8 @@ def test_a_mask_of_another_scan_is_a_failed_row_with_numbers(pair, tmp_path):
     report = volseg.measure(image=image, mask=mask, out=tmp_path / "out")
     assert report.exit_code == 4
     assert "E_PAIR" in report.failed["scan"]
-    assert "3 voxels" in report.failed["scan"]
+    assert "3 voxels" in report.failed["scan"] and "(2.4 mm)" in report.failed["scan"]
+    assert re.search(r"; 9\d% of it lies within the scan", report.failed["scan"])
 
 
 def test_the_48_files_of_one_scan_give_identical_rows(tmp_path):
@@ -142,3 +145,92 @@ def test_label_names_come_from_json_either_way_round_or_csv(tmp_path):
     (tmp_path / "d.csv").write_text("value,title\n1,spleen\n")
     with pytest.raises(VolsegError, match=r"d\.csv: not a list of label names"):
         read_label_names(tmp_path / "d.csv")
+
+
+def test_two_folders_are_paired_by_name(pair, tmp_path):
+    image, mask = pair
+    scans, masks = tmp_path / "scans", tmp_path / "masks"
+    for folder, file in ((scans, image), (masks, mask)):
+        folder.mkdir()
+        for name in ("a", "b"):
+            (folder / f"{name}.nii.gz").write_bytes(file.read_bytes())
+    report = volseg.measure(image=scans, mask=masks, out=tmp_path / "out")
+    assert sorted(report.done) == ["a", "b"]
+    (masks / "b.nii.gz").unlink()
+    with pytest.raises(VolsegError, match="no mask for 1 of 2 scans, first 'b'"):
+        volseg.measure(image=scans, mask=masks, out=tmp_path / "other")
+    with pytest.raises(VolsegError, match="one is a folder"):
+        volseg.measure(image=scans, mask=mask, out=tmp_path / "other")
+
+
+def test_lesions_in_an_organ_have_a_burden(pair, tmp_path):
+    image, mask = pair
+    report = volseg.measure(
+        image=image, mask=mask, out=tmp_path / "out", label_names={2: "liver", 7: "cyst"}, organ="liver"
+    )
+    assert report.exit_code == 0
+    (cyst,) = rows(tmp_path / "out" / "lesions.csv")
+    (case,) = rows(tmp_path / "out" / "cases.csv")
+    array = read_volume(mask).array
+    assert (cyst["label_name"], cyst["lesion_id"]) == ("cyst", "1")
+    assert float(case["burden"]) == pytest.approx((array == 7).sum() / (array > 0).sum(), rel=1e-5)
+    assert float(case["organ_volume_ml"]) == pytest.approx((array > 0).sum() * 1.6 / 1000, rel=1e-4)
+    report = volseg.measure(image=image, mask=mask, out=tmp_path / "out", organ="spleen")
+    assert "E_LABELS" in report.failed["scan"] and "'spleen'" in report.failed["scan"]
+
+
+def test_names_come_from_the_label_table_of_the_mask(pair, tmp_path):
+    image, mask = pair
+    loaded = nibabel.nifti1.load(mask)
+    table = """<?xml version="1.0"?><CaretExtension><VolumeInformation Index="0"><LabelTable>
+        <Label Key="0" Alpha="0"><![CDATA[???]]></Label><Label Key="2" Red="1"><![CDATA[left kidney]]></Label>
+        <Label Key="7" Red="1">cyst &amp; stone</Label></LabelTable></VolumeInformation></CaretExtension>"""
+    loaded.header.extensions.append(nibabel.nifti1.Nifti1Extension(0, table.encode()))
+    nibabel.nifti1.save(loaded, mask)
+    volseg.measure(image=image, mask=mask, out=tmp_path / "out")
+    assert [row["label_name"] for row in rows(tmp_path / "out" / "lesions.csv")] == ["left kidney", "cyst & stone"]
+    volseg.measure(image=image, mask=mask, out=tmp_path / "out", label_names={2: "mine"})
+    assert [row["label_name"] for row in rows(tmp_path / "out" / "lesions.csv")] == ["mine", "label_7"]
+
+
+def test_a_hole_in_the_scan_empties_the_intensities_of_its_lesion_only(pair, tmp_path):
+    image, mask = pair
+    scan, ids = read_volume(image), read_volume(mask).array
+    array = scan.array.astype(np.float32)
+    array[tuple(np.argwhere(ids == 7)[0])] = np.nan
+    write_volume(scan.with_array(array), image)
+    report = volseg.measure(image=image, mask=mask, out=tmp_path / "out", figures=True)
+    assert report.exit_code == 0
+    large, small = rows(tmp_path / "out" / "lesions.csv")
+    assert (large["intensity_mean"], small["intensity_mean"], small["mass_g"]) == ("40", "", "")
+    assert "voxels are not finite" in small["notes"] and float(small["volume_ml"]) > 0
+    assert "W_NAN" in rows(tmp_path / "out" / "cases.csv")[0]["warnings"]
+
+
+@pytest.mark.parametrize(
+    "values, problem",
+    [(np.float32([0, 0.37, 1]), "0.37"), (np.int16([0, -1, 1]), "-1")],
+)
+def test_masks_that_are_none_are_refused_with_their_values(pair, tmp_path, values, problem):
+    image, mask = pair
+    scan = read_volume(mask)
+    array = values[np.minimum(scan.array, 1)]
+    write_volume(scan.with_array(np.asfortranarray(array)), mask)
+    report = volseg.measure(image=image, mask=mask, out=tmp_path / "out")
+    assert report.exit_code == 4
+    assert "E_LABELS" in report.failed["scan"] and problem in report.failed["scan"]
+
+
+def test_an_empty_mask_is_a_scan_without_lesions(pair, tmp_path):
+    image, mask = pair
+    scan = read_volume(mask)
+    write_volume(scan.with_array(np.zeros_like(scan.array)), mask)
+    volseg.measure(image=image, mask=mask, out=tmp_path / "out")
+    assert rows(tmp_path / "out" / "lesions.csv") == []
+    (case,) = rows(tmp_path / "out" / "cases.csv")
+    assert (case["status"], case["n_lesions"], case["total_volume_ml"], case["largest_volume_ml"]) == (
+        "done",
+        "0",
+        "0",
+        "",
+    )

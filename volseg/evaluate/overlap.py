@@ -1,4 +1,4 @@
-"""How much of a predicted mask lies in the reference mask, and how far their volumes differ."""
+"""How much of a predicted mask lies in the reference mask, and how far their surfaces and volumes differ."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import numpy as np
 
 from volseg.columns import column
 from volseg.errors import ScanError
+from volseg.evaluate.surface import NOWHERE, SurfaceDistances, surface_distances
 from volseg.volume import Geometry, Volume
 
 
@@ -25,6 +26,39 @@ class OverlapRow:
     predicted_volume_ml: float = column("mL", "volume in the predicted mask")
     volume_error_ml: float = column("mL", "predicted minus reference")
     volume_error_percent: float = column("%", "volume_error_ml / reference_volume_ml; empty where that is 0")
+    iou: float = column("0 to 1", "|R ∩ P| / |R ∪ P|; 0 if one mask is empty; empty if both are")
+    hd95_mm: float = column(
+        "mm",
+        "larger of the two directions' 95th percentiles of the distance from a border voxel to the other border; empty if a mask is",
+        source="Hausdorff distance; percentile as in Huttenlocher, IEEE TPAMI 15:850 (1993)",
+    )
+    mean_surface_distance_mm: float = column(
+        "mm", "mean of those distances over the border voxels of both masks; empty if a mask is empty"
+    )
+    nsd_1mm: float = column(
+        "0 to 1",
+        "normalised surface Dice: share of both borders' voxels within 1 mm of the other border; 0 if one mask is empty; empty if both are",
+        source="Nikolov, J Med Internet Res 23:e26151 (2021), on border voxels",
+    )
+    nsd_2mm: float = column("0 to 1", "the same within 2 mm", source="the same")
+    n_reference_lesions: int | None = column("", "connected components (26 neighbours) in the reference", None)
+    n_predicted_lesions: int | None = column("", "connected components in the prediction", None)
+    n_matched_lesions: int | None = column("", "pairs of them, one to one by overlap; see detections.csv", None)
+    lesion_sensitivity: float | None = column(
+        "0 to 1", "n_matched_lesions / n_reference_lesions; empty where that is 0", None
+    )
+    lesion_precision: float | None = column(
+        "0 to 1", "n_matched_lesions / n_predicted_lesions; empty where that is 0", None
+    )
+    lesion_f1: float | None = column(
+        "0 to 1",
+        "2 n_matched_lesions / (n_reference_lesions + n_predicted_lesions); empty if neither mask has a lesion",
+        None,
+    )
+    patient: str | None = column(
+        "", "whose scan it is; intervals are over patients; empty if the reference does not say", None
+    )
+    notes: str = column("", "what could not be measured, and why; empty if nothing", "")
 
 
 def evaluate_case(
@@ -38,36 +72,83 @@ def evaluate_case(
         case_id: name of the case.
 
     Returns:
-        One row per named label in ascending order, also for a label that neither mask has.
+        One row per named label in ascending order, also for a label that neither mask has. What is about lesions and
+        patients is left open.
 
     Raises:
         ScanError: `E_PAIR`, the grids differ; `E_LABEL`, a mask has a value without a name.
     """
     _check_same_grid(reference.geometry, predicted.geometry, case_id)
     layout = "F" if reference.array.flags.f_contiguous else "C"
-    truth, guess = reference.intensities().ravel(order=layout), predicted.intensities().ravel(order=layout)
-    inside = (truth != 0) | (guess != 0)
-    truth, guess = truth[inside], guess[inside]
-    n_truth, n_guess, n_both = _count(truth), _count(guess), _count(truth[truth == guess])
+    truth, guess = reference.intensities(), predicted.intensities()
+    n_truth, n_guess, n_both = _counts(truth.ravel(order=layout), guess.ravel(order=layout))
     _check_named(n_truth | n_guess, label_names, case_id)
+    surfaces = surface_distances(truth, guess, reference.geometry)
     ml = reference.geometry.voxel_volume_mm3 / 1000
-    rows = []
-    for label in sorted(label_names.keys() - {0}):
-        n_reference, n_predicted = n_truth.get(label, 0), n_guess.get(label, 0)
-        error = n_predicted - n_reference
-        rows.append(
-            OverlapRow(
-                case_id=case_id,
-                label=label,
-                label_name=label_names[label],
-                dice=_dice(n_reference, n_predicted, n_both.get(label, 0)),
-                reference_volume_ml=n_reference * ml,
-                predicted_volume_ml=n_predicted * ml,
-                volume_error_ml=error * ml,
-                volume_error_percent=100 * error / n_reference if n_reference else math.nan,
-            )
+    return [
+        _row(
+            Counts(n_truth.get(label, 0), n_guess.get(label, 0), n_both.get(label, 0)),
+            surfaces.get(label, NOWHERE),
+            ml,
+            case_id=case_id,
+            label=label,
+            label_name=label_names[label],
         )
-    return rows
+        for label in sorted(label_names.keys() - {0})
+    ]
+
+
+def row_of_absent(label: int, label_name: str, *, case_id: str) -> OverlapRow:
+    """The row of a label that neither mask of a case has."""
+    return _row(Counts(0, 0, 0), NOWHERE, 0.0, case_id=case_id, label=label, label_name=label_name)
+
+
+def _row(n: Counts, surface: SurfaceDistances, ml: float, *, case_id: str, label: int, label_name: str) -> OverlapRow:
+    error = n.predicted - n.reference
+    return OverlapRow(
+        case_id=case_id,
+        label=label,
+        label_name=label_name,
+        dice=n.dice,
+        reference_volume_ml=n.reference * ml,
+        predicted_volume_ml=n.predicted * ml,
+        volume_error_ml=error * ml,
+        volume_error_percent=100 * error / n.reference if n.reference else math.nan,
+        iou=n.iou,
+        hd95_mm=surface.hd95_mm,
+        mean_surface_distance_mm=surface.mean_mm,
+        nsd_1mm=surface.nsd(1.0),
+        nsd_2mm=surface.nsd(2.0),
+        notes=n.notes,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """Voxels of a label in the reference, in the prediction and in both."""
+
+    reference: int
+    predicted: int
+    both: int
+
+    @property
+    def dice(self) -> float:
+        n = self.reference + self.predicted
+        return 2 * self.both / n if n else math.nan
+
+    @property
+    def iou(self) -> float:
+        n = self.reference + self.predicted - self.both
+        return self.both / n if n else math.nan
+
+    @property
+    def notes(self) -> str:
+        """Which columns are empty, and why."""
+        if not self.reference and not self.predicted:
+            return "overlap, distances, volume_error_percent: neither mask has the label"
+        if not self.reference:
+            return "distances, volume_error_percent: the reference lacks the label"
+        return "" if self.predicted else "distances: the prediction lacks the label"
 
 
 def dice(reference: np.ndarray, predicted: np.ndarray, label: int) -> float:
@@ -81,11 +162,14 @@ def dice(reference: np.ndarray, predicted: np.ndarray, label: int) -> float:
     """
     _check_same_shape(reference, predicted)
     in_reference, in_predicted = reference == label, predicted == label
-    return _dice(int(in_reference.sum()), int(in_predicted.sum()), int((in_reference & in_predicted).sum()))
+    return Counts(int(in_reference.sum()), int(in_predicted.sum()), int((in_reference & in_predicted).sum())).dice
 
 
-def _dice(n_reference: int, n_predicted: int, n_both: int) -> float:
-    return 2 * n_both / (n_reference + n_predicted) if n_reference + n_predicted else math.nan
+def _counts(truth: np.ndarray, guess: np.ndarray) -> tuple[dict[int, int], dict[int, int], dict[int, int]]:
+    """Voxels per label of two masks in one order: in the first, in the second, in both."""
+    inside = (truth != 0) | (guess != 0)
+    truth, guess = truth[inside], guess[inside]
+    return _count(truth), _count(guess), _count(truth[truth == guess])
 
 
 def _count(values: np.ndarray) -> dict[int, int]:

@@ -8,6 +8,7 @@ values found and a fix. What is merely odd is a `ScanWarning` of the header.
 from __future__ import annotations
 
 import errno
+import html
 import io
 import math
 import os
@@ -96,11 +97,12 @@ def read_header(path: Path | str, *, max_bytes: int = MAX_BYTES) -> NiftiHeader:
     return _load_header(Path(path), max_bytes)[0]
 
 
-def read_volume(path: Path | str, *, max_bytes: int = MAX_BYTES) -> Volume:
+def read_volume(path: Path | str, *, max_bytes: int = MAX_BYTES, is_finite: bool = True) -> Volume:
     """A scan, in its stored dtype (native byte order), scaled only on demand by `Volume.intensities`.
 
     Args:
         max_bytes: refuse, before any memory is taken, a header that asks for more voxel bytes.
+        is_finite: False lets a scan pass of which some voxels are NaN or infinite.
 
     Raises:
         ScanError: as `read_header`, and when voxels are missing (`E_TRUNCATED`), damaged (`E_CRC`), not finite
@@ -109,7 +111,7 @@ def read_volume(path: Path | str, *, max_bytes: int = MAX_BYTES) -> Volume:
     path = Path(path)
     header, _ = _load_header(path, max_bytes)
     array = _read_voxels(header, path)
-    low, high = _range(array, path)
+    low, high = _range(array if is_finite or array.dtype.kind != "f" else _finite_or_all(array), path)
     if low == high:
         raise _refusal(path, "E_CONST", f"every voxel is {low:g}", "export the scan again: this one is empty")
     if max(abs(low), abs(high)) * abs(header.slope) > MAX_INTENSITY:
@@ -141,17 +143,35 @@ def read_mask(path: Path | str, *, max_bytes: int = MAX_BYTES, max_labels: int =
     return stored.with_array(labels)
 
 
+def read_label_table(path: Path | str) -> dict[int, str]:
+    """Value → name from the label table that some tools keep between header and voxels; empty where there is none.
+
+    Raises:
+        ScanError: as `read_header`.
+
+    Source: the CARET extension of NIfTI-1 files, an XML element `Label` with an attribute `Key` for each value.
+    """
+    header, _ = _load_header(Path(path), MAX_BYTES)
+    block = bytearray(header.data_offset)
+    with _opened(header.data_path) as stream:
+        del block[_fill(stream, memoryview(block)) :]
+    found = re.findall(r"<Label\s[^>]*\bKey=\"(\d+)\"[^>]*>(.*?)</Label>", block.decode("utf-8", "replace"), re.DOTALL)
+    names = {int(key): re.sub(r"^<!\[CDATA\[(.*)\]\]>$", r"\1", text.strip(), flags=re.DOTALL) for key, text in found}
+    return {value: html.unescape(name).strip() for value, name in names.items() if value and name.strip()}
+
+
 def intensity_warnings(volume: Volume, *, is_ct: bool = False) -> tuple[ScanWarning, ...]:
     """Oddities of a scan's intensities that its header cannot show: saturation, CT values that are not HU."""
     found = []
-    highest = volume.array.max()
+    highest = np.fmax.reduce(volume.array, axis=None)
     clipped = np.count_nonzero(volume.array == highest) / volume.array.size
     if clipped > CLIPPED_FRACTION:
         found.append(ScanWarning("W_CLIP", f"{clipped:.0%} of the voxels have the largest value, {highest:g}"))
     if is_ct:
         step = max(1, round((volume.array.size / 1e6) ** (1 / 3)))  # a median of about a million voxels is enough
         sample = volume.intensities(volume.array[::step, ::step, ::step])
-        if sample.min() >= 0 and np.median(sample) > 500:
+        sample = sample[np.isfinite(sample)]
+        if sample.size and sample.min() >= 0 and np.median(sample) > 500:
             text = f"median {np.median(sample):g} and no negative value: is the rescale intercept missing?"
             found.append(ScanWarning("W_HU", text))
     return tuple(found)
@@ -479,6 +499,11 @@ def _read_voxels(header: NiftiHeader, path: Path) -> np.ndarray:
     if not flat.dtype.isnative:
         flat = flat.byteswap(inplace=True).view(flat.dtype.newbyteorder("="))
     return flat.reshape(header.geometry.shape, order="F")
+
+
+def _finite_or_all(array: np.ndarray) -> np.ndarray:
+    finite = array[np.isfinite(array)]
+    return finite if finite.size else array
 
 
 def _range(array: np.ndarray, path: Path) -> tuple[float, float]:

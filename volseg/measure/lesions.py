@@ -4,16 +4,34 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import cc3d
 import numpy as np
 
+from volseg import __version__
 from volseg.columns import column
+from volseg.measure.density import SCHNEIDER, agatston, core, density_g_cm3, slice_distance_mm, statistics
+from volseg.measure.recist import Diameters, diameters, is_measurable, sum_of_diameters_mm
+from volseg.measure.shape import (
+    axes_mm,
+    equivalent_diameter_mm,
+    gaps_mm,
+    mesh,
+    outermost_points,
+    sphericity,
+    surface_points,
+    widest_pair,
+)
+from volseg.preprocess.crop import AxisOrder, canonical_geometry, to_canonical
+from volseg.recipe import Measure
 from volseg.volume import BoundingBox, Geometry, Volume
 
 Box = tuple[slice, slice, slice]
+AS_USUAL = Measure()
+SMALL_VOXELS = 125  # of a box
+EXPECTED_REACH = 2  # voxels round a lesion that count for its expected volume
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,7 +49,7 @@ class LesionMeasurement:
     volume_mm3: float = column(
         "mm³", "n_voxels × voxel volume |det A| of the scan's own grid, to 12 digits", source="IBSI YEKZ"
     )
-    volume_ml: float = column("mL", "volume_mm3 / 1000", source="IBSI YEKZ")
+    volume_ml: float = column("mL", "volume_mm3 / 1000")
     volume_mesh_mm3: float | None = column(
         "mm³", "volume inside the surface (marching cubes at 0.5 on the voxels)", None, source="IBSI RNU0"
     )
@@ -41,7 +59,9 @@ class LesionMeasurement:
         None,
     )
     intensity_mean: float = column(
-        "intensity_unit", "mean of the original intensities of the finite voxels", source="IBSI Q4LE"
+        "intensity_unit",
+        "mean of the original intensities; they are empty if a voxel is not finite",
+        source="IBSI Q4LE",
     )
     intensity_sd: float = column(
         "intensity_unit", "their standard deviation, of the population (1/N)", source="root of IBSI ECT3"
@@ -119,9 +139,9 @@ class LesionMeasurement:
         "mm", "longest chord perpendicular to it in the same slice", None, source="RECIST 1.1"
     )
     axis_slice: int | None = column("", "that slice, counted from 0 at the lowest slice of the scan", None)
-    long_axis_p0_ras: str | None = column("mm", "one end of the long axis: R A S", None)
+    long_axis_p0_ras: str | None = column("mm", "one end of the long axis: [R, A, S]", None)
     long_axis_p1_ras: str | None = column("mm", "its other end", None)
-    short_axis_p0_ras: str | None = column("mm", "one end of the short axis: R A S", None)
+    short_axis_p0_ras: str | None = column("mm", "one end of the short axis: [R, A, S]", None)
     short_axis_p1_ras: str | None = column("mm", "its other end", None)
     recist_measurable: bool | None = column(
         "",
@@ -132,8 +152,8 @@ class LesionMeasurement:
     centroid_r_mm: float = column("mm", "centre of mass of the voxels, towards the patient's right (RAS world)")
     centroid_a_mm: float = column("mm", "the same, towards anterior")
     centroid_s_mm: float = column("mm", "the same, towards superior")
-    bbox_min_ras: str | None = column("mm", "lowest R, A and S of any of its voxels, edges included", None)
-    bbox_max_ras: str | None = column("mm", "highest R, A and S", None)
+    bbox_min_ras: str | None = column("mm", "lowest [R, A, S] of any of its voxels, edges included", None)
+    bbox_max_ras: str | None = column("mm", "highest [R, A, S]", None)
     touches_border: bool = column("", "a voxel lies on the edge of the array; volume is a lower bound if it was cut")
     nearest_lesion_mm: float | None = column(
         "mm", "distance between its surface and that of the nearest other lesion; empty if there is none", None
@@ -194,6 +214,9 @@ def measure_lesions(
     intensity_unit: str,
     confidence: np.ndarray | None = None,
     classes: Sequence[Mapping[str, float] | None] | None = None,
+    settings: Measure = AS_USUAL,
+    connectivity: int | None = None,
+    model: str | None = None,
 ) -> list[LesionMeasurement]:
     """Measure every lesion of a scan; the same numbers for all 48 axis orders of it.
 
@@ -203,9 +226,11 @@ def measure_lesions(
         labels: label value of lesion 1, 2, …, N.
         case_id: name of the scan.
         label_names: label value → name.
-        intensity_unit: such as `HU`.
-        confidence: (I, J, K) of the model in its label, uint8 from 0 to 255 or floating point from 0 to 1.
+        intensity_unit: such as `HU`, with which there are densities too.
+        confidence: (I, J, K) of the model in its label, and in the background in any, uint8 from 0 to 255 or floating point from 0 to 1.
         classes: for lesion 1, 2, …, N the probability of each class by name; None for one that was not classified.
+        settings: which labels are lymph nodes, whether calcium is scored, and so on.
+        connectivity, model: how the lesions were found, for their rows.
 
     Returns:
         N rows; none for an empty mask.
@@ -217,19 +242,26 @@ def measure_lesions(
     box = BoundingBox.around(ids)
     if box is None:
         return []
-    statistics = cc3d.statistics(ids[box.slices])
-    centroids_mm = _centroids_mm(statistics["centroids"][1:] + box.start, image.geometry)
+    found = cc3d.statistics(ids[box.slices])
+    centroids_mm = _centroids_mm(found["centroids"][1:] + box.start, image.geometry)
+    scan = _Scan.of(image, ids, confidence)
     # |det A| differs in its last bit between axis orders; 12 digits do not.
     voxel_volume_mm3 = float(f"{image.geometry.voxel_volume_mm3:.12g}")
-    rows = []
+    spacing_r_mm, spacing_a_mm, spacing_s_mm = scan.geometry.spacing_mm
+    forms = _Forms(scan.geometry.affine[:3, :3])
+    rows, surfaces = [], []
     for n, label in enumerate(labels, start=1):
-        lesion_box = _shift(statistics["bounding_boxes"][n], box)
-        inside = ids[lesion_box] == n
+        lesion_box = scan.box_of(_shift(found["bounding_boxes"][n], box))
+        lesion = _Lesion(scan, n, lesion_box, scan.ids[lesion_box] == n)
         name_note = "" if label in label_names else f"label_name: value {label} has no name"
-        intensity, intensity_note = _intensity(image, lesion_box, inside)
-        trust, trust_note = _confidence(None if confidence is None else _take(confidence, lesion_box, inside))
+        axes_note = "axes: a single voxel has none" if found["voxel_counts"][n] == 1 else ""
+        is_node = label_names.get(label) in settings.lymph_nodes
+        form = forms.of(lesion.inside)
+        values = scan.image.intensities(lesion.values(scan.image.array))
+        intensity, intensity_note = _intensity(values, form.core, lesion, voxel_volume_mm3, intensity_unit, settings)
+        trust, trust_note = _confidence(lesion, voxel_volume_mm3)
         scores, class_note = _class(classes[n - 1]) if classes is not None else (NO_CLASS, "")
-        n_voxels = int(statistics["voxel_counts"][n])
+        n_voxels = int(found["voxel_counts"][n])
         r, a, s = centroids_mm[n - 1].tolist()
         rows.append(
             LesionMeasurement(
@@ -240,18 +272,184 @@ def measure_lesions(
                 n_voxels=n_voxels,
                 volume_mm3=n_voxels * voxel_volume_mm3,
                 volume_ml=n_voxels * voxel_volume_mm3 / 1000,
+                equiv_sphere_diameter_mm=equivalent_diameter_mm(n_voxels * voxel_volume_mm3),
                 **intensity,
                 intensity_unit=intensity_unit,
+                **form.columns,
+                **_axes(form.diameters, lesion, is_node=is_node),
+                **_extent(lesion),
                 centroid_r_mm=r,
                 centroid_a_mm=a,
                 centroid_s_mm=s,
-                touches_border=_touches_border(lesion_box, ids.shape),
-                confidence_mean=trust,
+                touches_border=_touches_border(lesion_box, scan.ids.shape),
+                **trust,
                 **scores,
-                notes="; ".join(note for note in (name_note, intensity_note, trust_note, class_note) if note),
+                spacing_r_mm=spacing_r_mm,
+                spacing_a_mm=spacing_a_mm,
+                spacing_s_mm=spacing_s_mm,
+                connectivity=connectivity,
+                model=model,
+                volseg_version=__version__,
+                notes="; ".join(
+                    note for note in (name_note, axes_note, intensity_note, trust_note, class_note) if note
+                ),
             )
         )
-    return rows
+        surfaces.append(lesion.to_world_mm(surface_points(lesion.inside)))
+    return [replace(row, nearest_lesion_mm=_rounded(gap)) for row, gap in zip(rows, gaps_mm(surfaces), strict=True)]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Scan:
+    """A scan, its lesion ids and its confidence, all as canonical (R, A, S) views: the same for all 48 axis orders."""
+
+    image: Volume
+    ids: np.ndarray
+    confidence: np.ndarray | None
+    order: AxisOrder
+    memory: tuple[int, int, int]  # the axes from the slowest in memory to the fastest
+
+    @classmethod
+    def of(cls, image: Volume, ids: np.ndarray, confidence: np.ndarray | None) -> _Scan:
+        order = AxisOrder.of(image.geometry)
+        array = to_canonical(image.array, order)
+        i, j, k = np.argsort([-abs(stride) for stride in array.strides], kind="stable").tolist()
+        return cls(
+            replace(image, array=array, geometry=canonical_geometry(image.geometry, order)),
+            to_canonical(ids, order),
+            None if confidence is None else to_canonical(confidence, order),
+            order,
+            (i, j, k),
+        )
+
+    @property
+    def geometry(self) -> Geometry:
+        return self.image.geometry
+
+    def box_of(self, stored: Box) -> Box:
+        """A box of the stored array as one of the canonical views."""
+        sides = []
+        for axis, flip, n in zip(self.order.axes, self.order.flipped, self.ids.shape, strict=True):
+            side = stored[axis]
+            sides.append(slice(n - side.stop, n - side.start) if flip else side)
+        return sides[0], sides[1], sides[2]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Lesion:
+    """One lesion in its bounding box; `inside` is (R, A, S) bool."""
+
+    scan: _Scan
+    number: int
+    box: Box
+    inside: np.ndarray
+
+    @property
+    def matrix(self) -> np.ndarray:
+        """(3, 3) voxels of the box → mm."""
+        return self.scan.geometry.affine[:3, :3]
+
+    def to_world_mm(self, indices: np.ndarray) -> np.ndarray:
+        """(N, 3) voxels of the box → RAS mm."""
+        return self.scan.geometry.to_world_mm(indices + [side.start for side in self.box])
+
+    def values(self, array: np.ndarray, inside: np.ndarray | None = None) -> np.ndarray:
+        """(N,) of a canonical view of the scan where `inside` holds (default: the lesion), in no particular order.
+
+        Boolean indexing is several times faster along memory.
+        """
+        axes = self.scan.memory
+        return array[self.box].transpose(axes)[(self.inside if inside is None else inside).transpose(axes)]
+
+    def grown(self, by: int) -> Box:
+        """Its box and so many voxels on every side, as far as the scan goes."""
+        sides = [
+            slice(max(0, side.start - by), min(n, side.stop + by)) for side, n in zip(self.box, self.scan.ids.shape)
+        ]
+        return sides[0], sides[1], sides[2]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Form:
+    """What follows from the voxels of a lesion and their size alone, wherever it lies."""
+
+    columns: Mapping[str, float]
+    diameters: Diameters
+    core: np.ndarray  # (R, A, S) bool
+
+    @classmethod
+    def of(cls, inside: np.ndarray, matrix: np.ndarray) -> _Form:
+        volume_mm3, area_mm2 = mesh(inside, matrix)
+        major, minor, least = axes_mm(inside, matrix)
+        roundness = sphericity(volume_mm3, area_mm2)
+        columns = {
+            "volume_mesh_mm3": volume_mm3,
+            "surface_area_mm2": area_mm2,
+            "sphericity": roundness,
+            "compactness": roundness**3,
+            "major_axis_mm": major,
+            "minor_axis_mm": minor,
+            "least_axis_mm": least,
+            "elongation": minor / major,
+            "flatness": least / major,
+            "max3d_diameter_mm": widest_pair(outermost_points(inside), matrix)[0],
+        }
+        return cls(columns, diameters(inside, matrix), core(inside))
+
+
+class _Forms:
+    """The forms of the lesions of one scan; small ones, of which a noisy mask has thousands alike, are worked out once."""
+
+    def __init__(self, matrix: np.ndarray) -> None:
+        self._matrix = matrix
+        self._known: dict[tuple[tuple[int, ...], bytes], _Form] = {}
+
+    def of(self, inside: np.ndarray) -> _Form:
+        if inside.size > SMALL_VOXELS:
+            return _Form.of(inside, self._matrix)
+        key = (inside.shape, inside.tobytes())
+        if key not in self._known:
+            self._known[key] = _Form.of(inside, self._matrix)
+        return self._known[key]
+
+
+def _extent(lesion: _Lesion) -> dict[str, str]:
+    centres = lesion.to_world_mm(outermost_points(lesion.inside, axes=(0,)))
+    # The points lie half a voxel beyond the centres along the first axis; a voxel reaches half of each of its axes beyond its centre.
+    reach = np.abs(lesion.matrix[:, 1:]).sum(axis=1) / 2
+    return {
+        "bbox_min_ras": _point(centres.min(axis=0) - reach),
+        "bbox_max_ras": _point(centres.max(axis=0) + reach),
+    }
+
+
+def _axes(found: Diameters, lesion: _Lesion, *, is_node: bool) -> dict[str, Any]:
+    long_ends, short_ends = lesion.to_world_mm(found.long_ends), lesion.to_world_mm(found.short_ends)
+    return {
+        "long_axis_mm": found.long_mm,
+        "short_axis_mm": found.short_mm,
+        "axis_slice": found.slice + lesion.box[2].start,
+        "long_axis_p0_ras": _point(long_ends[0]),
+        "long_axis_p1_ras": _point(long_ends[1]),
+        "short_axis_p0_ras": _point(short_ends[0]),
+        "short_axis_p1_ras": _point(short_ends[1]),
+        "recist_measurable": is_measurable(
+            found.long_mm, found.short_mm, slice_distance_mm(lesion.matrix), is_node=is_node
+        ),
+    }
+
+
+def _point(point_mm: np.ndarray) -> str:
+    """R, A and S with three decimals, as JSON: a cell that began with a minus would be a formula to a spreadsheet.
+
+    Rounded twice, so that no last bit decides the last printed digit.
+    """
+    return f"[{', '.join(f'{round(_rounded(value), 3) + 0.0:.3f}' for value in point_mm.tolist())}]"
+
+
+def _rounded(value: float) -> float:
+    """To 1e-9, under which the axis orders of a scan differ."""
+    return round(value, 9)
 
 
 def _check(
@@ -297,41 +495,79 @@ def _touches_border(box: Box, shape: tuple[int, ...]) -> bool:
     return any(side.start == 0 or side.stop == size for side, size in zip(box, shape, strict=True))
 
 
-def _take(array: np.ndarray, box: Box, inside: np.ndarray) -> np.ndarray:
-    """(N,) values of the box where `inside` holds, in no particular order.
+def _intensity(
+    values: np.ndarray, middle: np.ndarray, lesion: _Lesion, voxel_volume_mm3: float, unit: str, settings: Measure
+) -> tuple[dict[str, Any], str]:
+    """Statistics of the intensities of a lesion, what follows from them, and a note on what does not."""
+    n_lost = values.size - int(np.isfinite(values).sum())
+    if n_lost:
+        return dict.fromkeys(INTENSITY_COLUMNS, math.nan), f"intensity: {n_lost} of {values.size} voxels are not finite"
+    found: dict[str, Any] = {f"intensity_{name}": value for name, value in statistics(values).items()}
+    notes = []
+    if not found["intensity_sd"]:
+        notes.append("intensity_skewness and kurtosis: all intensities are equal")
+    inner = lesion.scan.image.intensities(lesion.values(lesion.scan.image.array, middle))
+    inner = np.sort(inner.astype(np.float64))
+    if inner.size:
+        found["intensity_mean_eroded1"] = float(inner.mean()) + 0.0
+    else:
+        notes.append("intensity_mean_eroded1: no voxel has all its neighbours in the lesion")
+    if unit == "HU":
+        calibration = settings.density_g_cm3 or SCHNEIDER
+        density = density_g_cm3(values, calibration)
+        found |= {"density_g_cm3": density, "mass_g": density * values.size * voxel_volume_mm3 / 1000}
+        n_beyond = int((values > calibration[-1][0]).sum())
+        if n_beyond:
+            notes.append(f"mass: {n_beyond} voxels are over {calibration[-1][0]:g} HU, where the calibration ends")
+    if settings.calcium and unit == "HU":
+        calcium, note = _calcium(lesion, voxel_volume_mm3, settings)
+        found |= calcium
+        notes += [note] if note else []
+    elif settings.calcium:
+        notes.append(f"calcium: it is scored in HU, not in {unit}")
+    return found, "; ".join(notes)
 
-    Boolean indexing is several times faster along memory, which in an array from a NIfTI file is along the first axis.
-    """
-    part = array[box]
-    return part.T[inside.T] if array.flags.f_contiguous else part[inside]
+
+def _calcium(lesion: _Lesion, voxel_volume_mm3: float, settings: Measure) -> tuple[dict[str, Any], str]:
+    hu = lesion.scan.image.intensities(lesion.scan.image.array[lesion.box])
+    score, counted = agatston(hu, lesion.inside, lesion.matrix, threshold_hu=settings.calcium_threshold_hu)
+    volume_mm3 = int(counted.sum()) * voxel_volume_mm3
+    found: dict[str, Any] = {"agatston_score": score, "calcium_volume_mm3": volume_mm3}
+    if settings.calcium_mg_per_ml_hu is None:
+        return found, "calcium_mass_mg: the recipe has no calcium_mg_per_ml_hu"
+    total_hu = float(np.sort(hu[counted].astype(np.float64)).sum())
+    return found | {"calcium_mass_mg": settings.calcium_mg_per_ml_hu * total_hu * voxel_volume_mm3 / 1000}, ""
 
 
-def _intensity(image: Volume, box: Box, inside: np.ndarray) -> tuple[dict[str, float], str]:
-    """Statistics of the finite intensities of a lesion, and a note on the others.
-
-    Source: IBSI 1, section 3.3 (arXiv 1612.07003), except the percentiles: between two values they are interpolated
-    linearly, as in pyradiomics.
-    """
-    values = image.intensities(_take(image.array, box, inside)).astype(np.float64)
-    finite = values[np.isfinite(values)]
-    if not finite.size:
-        return dict.fromkeys(INTENSITY_COLUMNS, math.nan), "intensity: no finite voxel"
-    # Sorted, so that the sums do not depend on the axis order; + 0.0 turns -0 into 0.
-    finite = np.sort(finite) + 0.0
-    p10, median, p90 = np.percentile(finite, (10, 50, 90)).tolist()
-    numbers = (finite.mean(), finite.std(), finite[0], p10, median, p90, finite[-1])
-    n_lost = values.size - finite.size
-    note = f"intensity: {n_lost} of {values.size} voxels are not finite and were left out" if n_lost else ""
-    return dict(zip(INTENSITY_COLUMNS, map(float, numbers), strict=True)), note
-
-
-def _confidence(values: np.ndarray | None) -> tuple[float | None, str]:
-    """Mean confidence from 0 to 1, and a note if it is unknown though there was a model."""
-    if values is None:
-        return None, ""
+def _confidence(lesion: _Lesion, voxel_volume_mm3: float) -> tuple[dict[str, float | None], str]:
+    """What the model's confidence says of a lesion, and a note if it is unknown though there was a model."""
+    confidence = lesion.scan.confidence
+    if confidence is None:
+        return {"confidence_mean": None}, ""
+    full = 255 if confidence.dtype == np.uint8 else 1
+    values = np.sort(lesion.values(confidence)).astype(np.float64) / full
     if not np.isfinite(values).all():
-        return None, "confidence: not finite"
-    return float(np.sort(values).mean(dtype=np.float64)) / (255 if values.dtype == np.uint8 else 1), ""
+        return {"confidence_mean": None}, "confidence: not finite"
+    # Outside, where the model chose the background, it is the probability that there is a lesion after all.
+    box = lesion.grown(EXPECTED_REACH)
+    ids = lesion.scan.ids[box]
+    near = _grown(ids == lesion.number, EXPECTED_REACH) & (ids == 0)
+    doubts = np.sort(confidence[box][near]).astype(np.float64) / full
+    expected = values.sum() + doubts.sum()
+    return {
+        "confidence_mean": float(values.mean()),
+        "confidence_p10": float(np.percentile(values, 10)),
+        "volume_expected_ml": float(expected) * voxel_volume_mm3 / 1000 if np.isfinite(expected) else None,
+    }, ""
+
+
+def _grown(inside: np.ndarray, by: int) -> np.ndarray:
+    """(R, A, S) bool: every voxel with one of the lesion at most `by` away along each axis."""
+    for axis in range(3):
+        padded = np.moveaxis(np.pad(inside, [(by if each == axis else 0,) * 2 for each in range(3)]), axis, 0)
+        n = inside.shape[axis]
+        inside = np.moveaxis(np.any([padded[start : start + n] for start in range(2 * by + 1)], axis=0), 0, axis)
+    return inside
 
 
 def _class(probabilities: Mapping[str, float] | None) -> tuple[dict[str, Any], str]:
@@ -343,6 +579,38 @@ def _class(probabilities: Mapping[str, float] | None) -> tuple[dict[str, Any], s
     name = max(probabilities, key=lambda candidate: probabilities[candidate])
     text = ";".join(f"{candidate}={probability:.4f}" for candidate, probability in probabilities.items())
     return {"class_name": name, "class_probability": float(probabilities[name]), "class_probabilities": text}, ""
+
+
+def summarise(
+    lesions: Sequence[LesionMeasurement], settings: Measure = AS_USUAL, *, organ_voxels_ml: float | None = None
+) -> dict[str, Any]:
+    """The columns of cases.csv that follow from the lesions of a scan.
+
+    Args:
+        organ_voxels_ml: volume of the organ's own label, without the lesions in it; None where no label is the organ.
+    """
+    total_ml = float(sum(lesion.volume_ml for lesion in lesions))
+    targets = [lesion for lesion in lesions if lesion.recist_measurable]
+    lengths = [
+        float((lesion.short_axis_mm if lesion.label_name in settings.lymph_nodes else lesion.long_axis_mm) or 0.0)
+        for lesion in targets
+    ]
+    organ_ml = None if organ_voxels_ml is None else organ_voxels_ml + total_ml
+    return {
+        "n_lesions": len(lesions),
+        "total_volume_ml": total_ml,
+        "largest_volume_ml": max((lesion.volume_ml for lesion in lesions), default=None),
+        "n_measurable": len(targets),
+        "sum_long_axis_mm": sum_of_diameters_mm(
+            lengths,
+            [lesion.label for lesion in targets],
+            most=settings.max_targets,
+            most_per_label=settings.max_targets_per_label,
+        ),
+        "organ_volume_ml": organ_ml,
+        "burden": total_ml / organ_ml if organ_ml else None,
+        "agatston_score": float(sum(lesion.agatston_score or 0.0 for lesion in lesions)) if settings.calcium else None,
+    }
 
 
 INTENSITY_COLUMNS = tuple(f"intensity_{name}" for name in ("mean", "sd", "min", "p10", "median", "p90", "max"))

@@ -71,6 +71,12 @@ def label_lesions(
     return Lesions(ids, labels.tolist(), n_voxels.tolist())
 
 
+def without_organ(mask: np.ndarray, organ: int) -> tuple[np.ndarray, int]:
+    """The mask without the label of the organ in which the lesions lie, and the number of its voxels."""
+    is_organ = mask == organ
+    return np.where(is_organ, mask.dtype.type(0), mask), int(is_organ.sum())
+
+
 def _check(mask: np.ndarray, geometry: Geometry, objects: str, connectivity: int) -> None:
     if objects not in get_args(Objects):
         raise VolsegError(f"objects = {objects!r} is unknown", fix=f"choose one of {', '.join(get_args(Objects))}")

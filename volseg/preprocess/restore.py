@@ -24,6 +24,7 @@ CERTAIN = 255  # confidence of a probability of 1
 TILE_VALUES = 1_000_000  # logits of a tile on its way back to the scan's grid, all classes: float32 temporaries of 4 MB stay in the cache
 LARGEST_TILE = 32  # prepared voxels along an edge
 BLOCK = 4  # prepared voxels along an edge, over which is judged which classes are needed
+DOUBT = 0.1  # of any label where the background wins: below it, tiles of background alone are not looked at
 NEGLIGIBLE = 2.0**-10  # of a probability: a quarter of one count of the confidence
 
 
@@ -102,7 +103,8 @@ class MaskRestorer:
 
     def result(self) -> tuple[np.ndarray, np.ndarray]:
         """mask (I, J, K), uint8 or uint16 label values, 0 outside the box;
-        confidence (I, J, K) uint8: 255 × the probability of the label, 0 where the mask is background.
+        confidence (I, J, K) uint8: 255 × the probability of the label; where the mask is background that of any label, or 0 if it is
+        less than `DOUBT` all around.
         """
         return self._mask, self._confidence
 
@@ -140,12 +142,12 @@ class MaskRestorer:
             return
         winner, confidence = (each.cpu().numpy() for each in found)
         native = tuple(each.native for each in tile)
-        box = BoundingBox.around(winner > 0)
+        box = BoundingBox.around(confidence)
         if box is None:
             return
         winner, confidence = winner[box.slices], confidence[box.slices]
         self._mask_view[native][box.slices] = self._table.take(winner)
-        self._confidence_view[native][box.slices] = confidence * (winner > 0)
+        self._confidence_view[native][box.slices] = confidence
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -259,7 +261,8 @@ class _LargestWins:
         _check_finite(best)
         top = ((logits == best) * rank).amax(0)
         share = torch.sub(logits, best).clamp_(min=-LARGEST_EXPONENT).exp_()  # of each class, beside the winner's 1
-        is_certain = (top == len(rank)) | (share.sum(0) <= 1 + NEGLIGIBLE)
+        total = share.sum(0)
+        is_certain = (total <= 1 + NEGLIGIBLE) | ((top == len(rank)) & (total <= 1 / (1 - DOUBT)))
         first = int(top[0, 0, 0])
         if bool(((top == first) & is_certain).all()):
             return _constant(tile, len(rank) - first)
@@ -267,8 +270,8 @@ class _LargestWins:
         values = _interpolate(logits if needed is None else logits[needed], tile)
         best = values.amax(0)
         winner = len(rank) - ((values == best) * (rank if needed is None else rank[needed])).amax(0)
-        total = values.sub_(best).clamp_(min=-LARGEST_EXPONENT).exp_().sum(0)
-        return winner, total.reciprocal_().mul_(CERTAIN).round_().to(torch.uint8)
+        won = values.sub_(best).clamp_(min=-LARGEST_EXPONENT).exp_().sum(0).reciprocal_()
+        return winner, torch.where(winner == 0, 1 - won, won).mul_(CERTAIN).round_().to(torch.uint8)
 
     def _needed(
         self, logits: torch.Tensor, best: torch.Tensor, share: torch.Tensor, top: torch.Tensor, is_certain: torch.Tensor
@@ -313,14 +316,16 @@ class _Regions:
         rank = self._rank = self._rank.to(logits.device)
         _check_finite(logits.amax(0))
         top = ((logits > 0) * rank).amax(0)
+        doubtful = math.log(DOUBT / (1 - DOUBT))
         is_certain = ((logits > -math.log(NEGLIGIBLE)) * rank).amax(0) == top
+        is_certain &= (top > 0) | (logits.amax(0) <= doubtful)
         first = int(top[0, 0, 0])
         if bool(((top == first) & is_certain).all()):
             return _constant(tile, first)
-        needed = (logits.flatten(1).amax(1) > 0).nonzero().flatten()
+        needed = (logits.flatten(1).amax(1) > doubtful).nonzero().flatten()
         values = _interpolate(logits[needed], tile)
         winner = ((values > 0) * rank[needed]).amax(0)
-        logit = (values * (rank[needed] == winner)).sum(0)
+        logit = torch.where(winner == 0, values.amax(0), (values * (rank[needed] == winner)).sum(0))
         return winner, logit.sigmoid_().mul_(CERTAIN).round_().to(torch.uint8)
 
 

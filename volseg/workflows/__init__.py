@@ -1,5 +1,6 @@
 """The imperative shell: read files, loop over cases, write folders and tables. Everything below is pure."""
 
+from volseg.measure.selftest import selftest
 from volseg.workflows.batch import Progress, RunReport
 from volseg.workflows.checking import check, shipped_model, table_columns
 from volseg.workflows.comparing import compare
@@ -27,6 +28,7 @@ __all__ = [
     "quantise",
     "read_label_names",
     "read_plan",
+    "selftest",
     "shipped_model",
     "table_columns",
     "train",

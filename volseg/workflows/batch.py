@@ -11,13 +11,16 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from volseg import __version__
 from volseg.errors import ScanError, VolsegError
 from volseg.execute.local import Outcome
 from volseg.io.cases import Case
 from volseg.io.files import make_folder, sha256_of, write_bytes_atomic
 from volseg.io.nifti import intensity_warnings, read_header, write_volume
-from volseg.measure.lesions import CaseRow, LesionMeasurement
+from volseg.measure.lesions import CaseRow, LesionMeasurement, summarise
+from volseg.recipe import Measure
 from volseg.report.results import ResultsFolder
 from volseg.volume import Volume
 
@@ -98,18 +101,37 @@ def run_cases(
 
 
 def done_row(
-    case: Case, scan: Volume, lesions: Sequence[LesionMeasurement], *, path: Path, unit: str, model: str, seconds: float
+    case: Case,
+    scan: Volume,
+    lesions: Sequence[LesionMeasurement],
+    *,
+    path: Path,
+    unit: str,
+    model: str,
+    seconds: float,
+    settings: Measure,
+    organ_voxels: int | None,
 ) -> CaseRow:
-    """The row of a scan that was measured, with all that is odd about it. `unit` is that of its intensities."""
+    """The row of a scan that was measured, with all that is odd about it.
+
+    Args:
+        unit: of its intensities.
+        organ_voxels: of the organ's own label; None where no label is the organ.
+    """
     oddities = (*read_header(path).warnings, *intensity_warnings(scan, is_ct=unit == "HU"))
     warnings = [f"{warning.code}: {warning.text}" for warning in oddities]
+    if scan.array.dtype.kind == "f" and not np.isfinite(scan.array).all():
+        warnings.append("W_NAN: some voxels are not finite; lesions that hold one have no intensities")
     if any(lesion.touches_border for lesion in lesions):
         warnings.append("W_BORDER: a lesion touches the border of the scan, so its volume is a lower bound")
     return CaseRow(
         case_id=case.id,
         status="done",
-        n_lesions=len(lesions),
-        total_volume_ml=float(sum(lesion.volume_ml for lesion in lesions)),
+        **summarise(
+            lesions,
+            settings,
+            organ_voxels_ml=None if organ_voxels is None else organ_voxels * scan.geometry.voxel_volume_mm3 / 1000,
+        ),
         image=path.name,
         model=model,
         seconds=round(seconds, 2),
@@ -175,8 +197,9 @@ def reason_of(error: VolsegError) -> str:
 def check_pair(image: Volume, mask: Volume, image_name: str, mask_name: str) -> None:
     difference = image.geometry.difference(mask.geometry)
     if difference:
+        shared = image.geometry.share_of(mask.geometry)
         raise ScanError(
-            f"{mask_name}: is not on the grid of its scan {image_name}: {difference}",
+            f"{mask_name}: is not on the grid of its scan {image_name}: {difference}; {shared:.0%} of it lies within the scan",
             fix="give the mask that was drawn on this scan, or correct the affine of one of them",
             code="E_PAIR",
         )

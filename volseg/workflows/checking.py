@@ -8,6 +8,7 @@ from pathlib import Path
 
 from volseg.columns import columns_of
 from volseg.errors import VolsegError
+from volseg.evaluate.detection import DetectionRow
 from volseg.evaluate.overlap import OverlapRow
 from volseg.evaluate.validation import ValidationRow
 from volseg.io.cases import Case, survey_cases
@@ -111,6 +112,7 @@ def table_columns() -> dict[str, list[tuple[str, str, str, str]]]:
         "comparison.csv": LesionChange,
         "response.csv": PatientResponse,
         "evaluation.csv": OverlapRow,
+        "detections.csv": DetectionRow,
         "validation.csv": ValidationRow,
     }
     return {name: columns_of(row) for name, row in tables.items()}

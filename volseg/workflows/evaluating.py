@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import csv
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from volseg.errors import ScanError, VolsegError
-from volseg.evaluate.overlap import OverlapRow, evaluate_case
+from volseg.errors import VolsegError
+from volseg.evaluate.detection import DetectionRow, detect_lesions, with_lesions
+from volseg.evaluate.overlap import OverlapRow, evaluate_case, row_of_absent
+from volseg.evaluate.summary import LabelResult, as_json, mean_of, patient_of, summarise_label
 from volseg.execute.local import run
-from volseg.io.cases import find_cases, find_scans
-from volseg.io.files import write_json_atomic
+from volseg.io.cases import IGNORE, Case, find_cases, find_scans, stated_labels
+from volseg.io.files import write_bytes_atomic, write_json_atomic
 from volseg.io.nifti import read_mask
 from volseg.report.results import RECORDS, held
 from volseg.report.tables import write_table
@@ -20,18 +24,26 @@ from volseg.workflows.batch import Progress, RunReport, reason_of, silent
 
 
 def evaluate(
-    *, reference: Path | str, predicted: Path | str, out: Path | str, progress: Progress = silent
+    *,
+    reference: Path | str,
+    predicted: Path | str,
+    out: Path | str,
+    min_iou: float = 0.0,
+    progress: Progress = silent,
 ) -> RunReport:
-    """Dice per label and volume error of predicted masks against reference masks, matched by name.
+    """Overlap, surface distances, volumes and detected lesions of predicted masks against reference masks, matched by name.
 
     Args:
-        reference: folder of masks, or a dataset whose labels they are.
-        predicted: folder of masks, or a results folder (its masks/ is taken).
+        reference: folder of masks, or a dataset whose labels they are; its patients are those of the intervals.
+        predicted: folder of masks, or a results folder (its masks/ is taken, and the confidence of its lesions).
+        min_iou: overlap from which a predicted lesion counts as one of the reference, below 1; 0: a common voxel is enough.
 
     Raises:
         VolsegError: no case has both. A pair that cannot be compared is a failed row instead.
     """
     out = Path(out)
+    if not 0 <= min_iou < 1:
+        raise VolsegError(f"min_iou = {min_iou} is outside [0, 1)", fix="0 or 0.5 are usual", code="E_USAGE")
     truths, guesses = _masks(Path(reference)), _masks(Path(predicted))
     common = [name for name in truths if name in guesses]
     if not common:
@@ -40,67 +52,175 @@ def evaluate(
             fix="give masks named after their cases",
             code="E_DATASET",
         )
+    lesions = _Predictions.of(Path(predicted))
+    stated = _stated_labels(Path(reference))
+    ignored = stated.pop(IGNORE, None)
+    names = lesions.label_names | {value: name for name, value in stated.items()}
 
-    def compare(name: str) -> list[OverlapRow]:
-        truth, guess = read_mask(truths[name]), read_mask(guesses[name])
-        values = (set(np.unique(truth.array).tolist()) | set(np.unique(guess.array).tolist())) - {0}
-        names = {value: f"label_{value}" for value in sorted(values | labels)}
-        return evaluate_case(truth, guess, names, case_id=name)
+    def compare(case_id: str) -> tuple[list[OverlapRow], list[DetectionRow]]:
+        truth, guess = read_mask(truths[case_id].path), read_mask(guesses[case_id].path)
+        if ignored is not None and truth.array.shape == guess.array.shape:
+            known = (
+                truth.array != ignored
+            )  # of the other voxels nobody knows what they are: they are judged as background
+            truth, guess = (mask.with_array(mask.array * known) for mask in (truth, guess))
+        own = {int(value) for mask in (truth, guess) for value in np.unique(mask.array[mask.array != 0])}
+        own_names = {value: names.get(value, f"label_{value}") for value in own}
+        patient = truths[case_id].patient
+        rows = evaluate_case(truth, guess, own_names, case_id=case_id)
+        found = detect_lesions(truth, guess, own_names, case_id=case_id, min_iou=min_iou)
+        found = [replace(row, patient=patient, confidence=lesions.confidence_of(row)) for row in found]
+        return [with_lesions(replace(row, patient=patient), found) for row in rows], found
 
     with held(out, out / RECORDS):
-        labels = _all_labels([truths[name] for name in common])
-        rows, failed, done = [], {}, []
+        compared: dict[str, tuple[list[OverlapRow], list[DetectionRow]]] = {}
+        failed: dict[str, str] = {}
         for count, outcome in enumerate(run(compare, common), start=1):
             progress("Comparing", count / len(common), outcome.item)
-            if outcome.error is None:
-                rows += outcome.value or []
-                done.append(outcome.item)
-            else:
+            if outcome.error is None and outcome.value is not None:
+                compared[outcome.item] = outcome.value
+            elif outcome.error is not None:
                 failed[outcome.item] = reason_of(outcome.error)
+        rows = _completed({name: rows for name, (rows, _) in compared.items()}, truths)
+        detections = [row for _, found in compared.values() for row in found]
+        results = [
+            summarise_label(
+                [row for row in rows if row.label == label], [row for row in detections if row.label == label]
+            )
+            for label in sorted({row.label for row in rows})
+        ]
         write_table(out / "evaluation.csv", OverlapRow, rows)
-        summary = _evaluation_summary(rows, sorted(set(truths) - set(guesses)), failed)
+        write_table(out / "detections.csv", DetectionRow, detections)
+        _draw(results, out)
+        summary = {
+            **_overall(rows, truths, compared.keys()),
+            "labels": {str(result.label): as_json(result) for result in results},
+            "min_iou": min_iou,
+            "not_predicted": sorted(set(truths) - set(guesses)),
+            "failed": failed,
+        }
         write_json_atomic(out / "summary.json", summary)
-    return RunReport(out=out, done=done, failed=failed, details=summary)
+    return RunReport(out=out, done=list(compared), failed=failed, details=summary)
 
 
-def _masks(path: Path) -> dict[str, Path]:
-    """Case id → mask of a folder of masks, a results folder or a dataset."""
-    if (
+@dataclass(frozen=True, slots=True)
+class _Mask:
+    path: Path
+    patient: str | None = None
+
+
+def _masks(path: Path) -> dict[str, _Mask]:
+    """Case id → mask of a folder of masks, a results folder or a dataset, which may know the patients."""
+    if _is_dataset(path):
+        return {
+            case.id: _Mask(case.reference, case.patient)
+            for case in find_cases(path, None)
+            if case.reference is not None
+        }
+    if (path / RECORDS).is_dir() and not (path / "masks").is_dir():
+        raise VolsegError(f"{path}: holds no masks", fix="give the results of `volseg infer`", code="E_DATASET")
+    folder = path / "masks" if (path / "masks").is_dir() else path
+    return {case.id: _Mask(_only_file(case)) for case in find_scans([folder], ("image",))}
+
+
+def _is_dataset(path: Path) -> bool:
+    return (
         path.is_file()
         or ((path / "cases.csv").is_file() and not (path / "masks").is_dir())
         or (path / "labels").is_dir()
         or (path / "dataset.json").is_file()
-    ):
-        return {case.id: case.reference for case in find_cases(path, None) if case.reference is not None}
-    if (path / RECORDS).is_dir() and not (path / "masks").is_dir():
-        raise VolsegError(f"{path}: holds no masks", fix="give the results of `volseg infer`", code="E_DATASET")
-    folder = path / "masks" if (path / "masks").is_dir() else path
-    return {case.id: next(iter(case.images.values())) for case in find_scans([folder], ("image",))}
+    )
 
 
-def _all_labels(paths: Sequence[Path]) -> set[int]:
-    """Values of any reference: a label missing from one case's two masks still has a row there."""
-    labels: set[int] = set()
-    for path in paths:
+def _only_file(case: Case) -> Path:
+    return next(iter(case.images.values()))
+
+
+def _stated_labels(reference: Path) -> dict[str, int]:
+    return stated_labels(reference) if _is_dataset(reference) else {}
+
+
+@dataclass(frozen=True, slots=True)
+class _Predictions:
+    """What lesions.csv of a results folder knows of the lesions in its masks; nothing for other folders.
+
+    Args:
+        confidence: (case, lesion id) → label, number of voxels, mean confidence.
+        label_names: value → name.
+    """
+
+    confidence: Mapping[tuple[str, int], tuple[int, int, float]]
+    label_names: dict[int, str]
+
+    @classmethod
+    def of(cls, folder: Path) -> _Predictions:
+        table = folder / "lesions.csv"
+        if not ((folder / "masks").is_dir() and table.is_file()):
+            return cls({}, {})
         try:
-            labels |= set(np.unique(read_mask(path).array).tolist())
-        except ScanError:
-            continue  # compared, and reported as a failed row, below
-    return labels - {0}
+            with table.open(newline="", encoding="utf-8") as file:
+                lines = list(csv.DictReader(file))
+            confidence = {
+                (line["case_id"], int(line["lesion_id"])): (
+                    int(line["label"]),
+                    int(line["n_voxels"]),
+                    float(line["confidence_mean"]),
+                )
+                for line in lines
+                if line["confidence_mean"]
+            }
+            return cls(confidence, {int(line["label"]): line["label_name"] for line in lines if line["label_name"]})
+        except (OSError, ValueError, KeyError) as error:
+            raise VolsegError(
+                f"{table}: is no table of lesions ({error!r})", fix="run `volseg infer` again", code="E_DATASET"
+            ) from error
+
+    def confidence_of(self, lesion: DetectionRow) -> float | None:
+        """Of a predicted lesion, if the table means the same one: a mask may have been changed since."""
+        label, n_voxels, confidence = self.confidence.get((lesion.case_id, lesion.lesion_id), (0, 0, 0.0))
+        is_same = lesion.side == "predicted" and (label, n_voxels) == (lesion.label, lesion.n_voxels)
+        return confidence if is_same else None
 
 
-def _evaluation_summary(rows: Sequence[Any], missing: Sequence[str], failed: Mapping[str, str]) -> dict[str, Any]:
-    summary: dict[str, Any] = {"n_cases": len({row.case_id for row in rows}), "labels": {}}
-    for label in sorted({row.label for row in rows}):
-        scores = np.array([row.dice for row in rows if row.label == label])
-        errors = np.array([row.volume_error_percent for row in rows if row.label == label])
-        known, sized = scores[~np.isnan(scores)], errors[~np.isnan(errors)]
-        summary["labels"][str(label)] = {
-            "n": int(known.size),
-            "mean_dice": float(known.mean()) if known.size else None,
-            "median_dice": float(np.median(known)) if known.size else None,
-            "median_volume_error_percent": float(np.median(sized)) if sized.size else None,
-        }
-    means = [values["mean_dice"] for values in summary["labels"].values() if values["mean_dice"] is not None]
-    summary["mean_dice"] = float(np.mean(means)) if means else None
-    return summary | {"not_predicted": list(missing), "failed": dict(failed)}
+def _completed(compared: Mapping[str, Sequence[OverlapRow]], masks: Mapping[str, _Mask]) -> list[OverlapRow]:
+    """A row of every label for every case: one that is missing from both masks of a case is known to be."""
+    names = {row.label: row.label_name for rows in compared.values() for row in rows}
+    found = []
+    for case_id, rows in compared.items():
+        own = {row.label: row for row in rows}
+        for label in sorted(names):
+            absent = row_of_absent(label, names[label], case_id=case_id)
+            found.append(own.get(label) or with_lesions(replace(absent, patient=masks[case_id].patient), ()))
+    return found
+
+
+def _overall(rows: Sequence[OverlapRow], masks: Mapping[str, _Mask], done: Collection[str]) -> dict[str, Any]:
+    """Dice over all labels, and what a patient is."""
+    dice = mean_of([row.dice for row in rows], [patient_of(row) for row in rows], [row.label for row in rows])
+    named = {masks[case_id].patient for case_id in done} - {None}
+    n_unnamed = sum(masks[case_id].patient is None for case_id in done)
+    said = (
+        f"{n_unnamed} of {len(done)} cases name none and count as one each" if n_unnamed else "named by the reference"
+    )
+    return {
+        "n_cases": len(done),
+        "n_patients": len(named) + n_unnamed,
+        "patients": said,
+        "mean_dice": dice["mean"],
+        "mean_dice_95": dice["mean_95"],
+    }
+
+
+def _draw(results: Sequence[LabelResult], out: Path) -> None:
+    """The plots that can be drawn; one of an earlier call that cannot be drawn any more goes."""
+    from volseg.report.plots import agreement_png, froc_png
+
+    curves = [(result.name, result.curve) for result in results if result.curve is not None]
+    for name, is_there, picture in (
+        ("agreement.png", any(result.reference_ml.size for result in results), lambda: agreement_png(results)),
+        ("froc.png", bool(curves), lambda: froc_png(curves)),
+    ):
+        if is_there:
+            write_bytes_atomic(out / name, picture())
+        else:
+            (out / name).unlink(missing_ok=True)

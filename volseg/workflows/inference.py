@@ -135,13 +135,13 @@ def infer(
             lambda todo: run_overlapped(read, segment, write, todo, ahead=ahead),
             key_of,
             results,
-            model_name_of(bundle),
+            bundle.name,
             STAGE,
             progress,
         )
         results.write_run(
             run_description("infer", options, report, started)
-            | {"model": model_name_of(bundle), "recipe_sha256": bundle.recipe.sha256, "connectivity": 26}
+            | {"model": bundle.name, "recipe_sha256": bundle.recipe.sha256, "connectivity": 26}
         )
     return replace(report, details=dict(report.details) | {"computed_with": dict(loaded.segmentation.identity)})
 
@@ -305,11 +305,9 @@ def _write(
         result.lesions,
         path=scan_path,
         unit=bundle.recipe.data.intensity_unit,
-        model=model_name_of(bundle),
+        model=bundle.name,
         seconds=found.seconds + time.monotonic() - started,
+        settings=bundle.recipe.measure,
+        organ_voxels=result.organ_voxels,
     )
     results.commit(row, key=key, lesions=result.lesions, files=files)
-
-
-def model_name_of(bundle: ModelBundle) -> str:
-    return f"{bundle.recipe.name}@{bundle.sha256[:12]}"

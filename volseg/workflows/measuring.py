@@ -5,17 +5,20 @@ from __future__ import annotations
 import csv
 import json
 import time
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast, get_args
+
+import numpy as np
 
 from volseg.errors import VolsegError
 from volseg.execute.local import run
 from volseg.io.cases import Case, find_cases, find_scans
-from volseg.io.nifti import read_mask, read_volume
+from volseg.io.nifti import read_label_table, read_mask, read_volume
 from volseg.measure.lesions import measure_lesions
-from volseg.postprocess.lesions import Objects, label_lesions
+from volseg.postprocess.lesions import Objects, label_lesions, without_organ
+from volseg.recipe import Measure, load_recipe
 from volseg.report.results import ResultsFolder
 from volseg.volume import Volume
 from volseg.workflows.batch import (
@@ -41,15 +44,22 @@ def measure(
     objects: str = "components",
     label_names: Mapping[int, str] | None = None,
     intensity_unit: str | None = None,
+    recipe: Path | str | None = None,
+    organ: str | None = None,
+    lymph_nodes: Sequence[str] = (),
+    calcium: bool = False,
     figures: bool = False,
     progress: Progress = silent,
 ) -> RunReport:
-    """Measure any masks on their scans, without a model: one pair, or a table of cases.
+    """Measure any masks on their scans, without a model: one pair, two folders with equal file names, or a table of cases.
 
     Args:
         objects: `components`, each connected part is a lesion; `labels`, each value of the mask is one.
-        label_names: value → name; a value without one is `label_<value>`.
+        label_names: value → name; None for those that the mask's own file holds. A value without one is `label_<value>`.
         intensity_unit: of the scans; None: HU where the scan looks like CT in HU, else a.u.
+        recipe: whose label names, unit and `[measure]` section hold; what else is given goes before it.
+        organ, lymph_nodes: labels, by name or value, that are an organ with lesions in it, and lymph nodes.
+        calcium: score calcium, too.
 
     Raises:
         VolsegError: the request is wrong. A pair that cannot be used is a failed row instead.
@@ -58,12 +68,22 @@ def measure(
     if objects not in get_args(Objects):
         raise VolsegError(f"objects {objects!r} is unknown", fix="use components or labels", code="E_USAGE")
     found = _pairs(image, mask, cases)
-    options = {"objects": objects, "label_names": {str(k): v for k, v in (label_names or {}).items()}}
-    options |= {"intensity_unit": intensity_unit, "figures": figures}
+    read = None if recipe is None else load_recipe(recipe)
+    asked = {"organ": organ, "lymph_nodes": tuple(lymph_nodes), "calcium": calcium}
+    wanted = _Wanted(
+        objects=cast(Objects, objects),
+        label_names=dict(label_names or (read.data.label_names if read else {})),
+        intensity_unit=intensity_unit or (read.data.intensity_unit if read else None),
+        settings=(read.measure if read else Measure()).model_copy(update={k: v for k, v in asked.items() if v}),
+        figures=figures,
+    )
+    options = {"objects": objects, "label_names": {str(k): v for k, v in wanted.label_names.items()}}
+    options |= {"intensity_unit": wanted.intensity_unit, "figures": figures}
+    options |= {"measure": wanted.settings.model_dump(mode="json")}
     with ResultsFolder(Path(out)) as results:
 
         def task(case: Case) -> None:
-            _measure_case(case, results, case_key(options, case), objects, label_names or {}, intensity_unit, figures)
+            _measure_case(case, results, case_key(options, case), wanted)
 
         report = run_cases(
             found,
@@ -95,51 +115,101 @@ def _pairs(image: Path | str | None, mask: Path | str | None, cases: Path | str 
         return found
     if image is None or mask is None or cases is not None:
         raise VolsegError(
-            "measure needs a scan and its mask, or a table of cases",
+            "measure needs a scan and its mask, two folders of them, or a table of cases",
             fix="give --image and --mask, or --cases",
             code="E_USAGE",
         )
-    found = find_scans([Path(image)], ("image",))
-    if Path(image).is_dir() or len(found) != 1:
-        raise VolsegError(f"{image}: is not one scan", fix="give one file, or --cases for several", code="E_USAGE")
-    return [replace(found[0], reference=Path(mask))]
+    image, mask = Path(image), Path(mask)
+    if image.is_dir() != mask.is_dir():
+        raise VolsegError(
+            f"{image} and {mask}: one is a folder, the other is not",
+            fix="give two files or two folders",
+            code="E_USAGE",
+        )
+    scans = find_scans([image], ("image",))
+    if not image.is_dir():
+        return [replace(scans[0], reference=mask)]
+    masks = {case.id: next(iter(case.images.values())) for case in find_scans([mask], ("image",))}
+    alone = [case.id for case in scans if case.id not in masks]
+    if alone:
+        raise VolsegError(
+            f"{mask}: has no mask for {len(alone)} of {len(scans)} scans, first {alone[0]!r}",
+            fix="name each mask as its scan, or give --cases with a table of pairs",
+            code="E_DATASET",
+        )
+    return [replace(case, reference=masks[case.id]) for case in scans]
 
 
-def _measure_case(
-    case: Case,
-    results: ResultsFolder,
-    key: str,
-    objects: str,
-    label_names: Mapping[int, str],
-    intensity_unit: str | None,
-    figures: bool,
-) -> None:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Wanted:
+    """How every case is measured."""
+
+    objects: Objects
+    label_names: Mapping[int, str]
+    intensity_unit: str | None
+    settings: Measure
+    figures: bool
+
+
+def _measure_case(case: Case, results: ResultsFolder, key: str, wanted: _Wanted) -> None:
     started = time.monotonic()
     path = case.images["image"]
     assert case.reference is not None
-    scan, mask = read_volume(path), read_mask(case.reference)
+    scan, mask = read_volume(path, is_finite=False), read_mask(case.reference)
     check_pair(scan, mask, str(path), str(case.reference))
-    unit = intensity_unit or _guess_unit(scan)
-    lesions = label_lesions(mask.array, scan.geometry, objects=cast(Objects, objects))
+    unit = wanted.intensity_unit or _guess_unit(scan)
+    names = wanted.label_names or read_label_table(case.reference)
+    array, organ_voxels, settings = mask.array, None, wanted.settings
+    if settings.organ is not None:
+        array, organ_voxels = without_organ(array, _value_of(settings.organ, names, case.reference))
+    lesions = label_lesions(array, scan.geometry, objects=wanted.objects)
+    names = {value: names.get(value, f"label_{value}") for value in lesions.labels}
+    nodes = tuple(name for value, name in names.items() if {name, str(value)} & set(settings.lymph_nodes))
+    settings = settings.model_copy(update={"lymph_nodes": nodes})
     rows = measure_lesions(
         scan,
         lesions.ids,
         lesions.labels,
         case_id=case.id,
-        label_names={value: label_names.get(value, f"label_{value}") for value in lesions.labels},
+        label_names=names,
         intensity_unit=unit,
+        settings=settings,
+        connectivity=26 if wanted.objects == "components" else None,
     )
     ids = scan.with_array(lesions.ids)
     files = [write_mask(ids, results.path / "lesion_ids" / f"{case.id}.nii.gz", like=path)]
-    if figures:
+    if wanted.figures:
         files.append(write_figure(scan, ids, rows, case.id, results.path))
-    row = done_row(case, scan, rows, path=path, unit=unit, model="", seconds=time.monotonic() - started)
+    row = done_row(
+        case,
+        scan,
+        rows,
+        path=path,
+        unit=unit,
+        model="",
+        seconds=time.monotonic() - started,
+        settings=settings,
+        organ_voxels=organ_voxels,
+    )
     results.commit(row, key=key, lesions=rows, files=files)
 
 
 def _guess_unit(scan: Volume) -> str:
     """HU for a scan that reaches below −200, as air and lung do on a CT and nothing does on MRI or PET."""
-    return "HU" if float(scan.intensities(scan.array.min())) < -200 else "a.u."
+    return "HU" if float(scan.intensities(np.fmin.reduce(scan.array, axis=None))) < -200 else "a.u."
+
+
+def _value_of(label: str, names: Mapping[int, str], path: Path) -> int:
+    """The value of a label given by its name, or as `label_7` or `7`."""
+    by_name = {name: value for value, name in names.items()}
+    number = label.removeprefix("label_")
+    if label in by_name or number.isdigit():
+        return by_name[label] if label in by_name else int(number)
+    raise VolsegError(
+        f"{path}: has no label {label!r}; named are {', '.join(by_name) or 'none'}",
+        fix="give the label's value, or name the values with --label-names",
+        code="E_LABELS",
+    )
 
 
 def read_label_names(path: Path | str) -> dict[int, str]:

@@ -1,0 +1,155 @@
+"""Every measure of 200 lesions in a 512 × 512 × 300 CT: volseg, pyradiomics and SimpleITK's label statistics.
+
+    python benchmarks/measure.py --peer PEER/bin/python [--slices 300] [--lesions 200] [--peer-lesions 8]
+
+PEER holds pyradiomics 3.0.1 and SimpleITK. Each side is a process of its own that reads the same files (not compressed), in turn; wall
+time without imports, peak memory of the process beyond what it holds after its imports. pyradiomics works lesion by lesion: its time
+is that of the first few, times the number of lesions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import nibabel
+import numpy as np
+
+COMMON = """
+import json, resource, sys, time
+folder, n_lesions = sys.argv[1], int(sys.argv[2])
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+"""
+
+VOLSEG = (
+    COMMON
+    + """
+from volseg.io.nifti import read_mask, read_volume
+from volseg.measure.lesions import measure_lesions
+from volseg.measure.shape import _cubes
+from volseg.postprocess.lesions import label_lesions
+import scipy.spatial, skimage.measure
+before, started = peak(), time.perf_counter()
+scan, mask = read_volume(folder + "/scan.nii"), read_mask(folder + "/mask.nii")
+lesions = label_lesions(mask.array, scan.geometry, objects="labels")
+rows = measure_lesions(scan, lesions.ids, lesions.labels, case_id="scan", label_names={}, intensity_unit="HU")
+found = [[r.label, r.volume_mm3, r.intensity_mean, r.surface_area_mm2, r.max3d_diameter_mm] for r in rows]
+print(json.dumps({"seconds": time.perf_counter() - started, "mb": peak() - before, "found": found}))
+"""
+)
+
+PYRADIOMICS = (
+    COMMON
+    + """
+import logging
+import SimpleITK as sitk
+from radiomics import featureextractor
+logging.getLogger("radiomics").setLevel(logging.ERROR)
+before, started = peak(), time.perf_counter()
+scan, mask = sitk.ReadImage(folder + "/scan.nii"), sitk.ReadImage(folder + "/mask.nii")
+extractor = featureextractor.RadiomicsFeatureExtractor(additionalInfo=False)
+extractor.disableAllFeatures()
+extractor.enableFeatureClassByName("shape")
+extractor.enableFeatureClassByName("firstorder")
+read, found = time.perf_counter() - started, []
+started = time.perf_counter()
+for label in range(1, n_lesions + 1):
+    f = extractor.execute(scan, mask, label=label)
+    found.append([label, *(float(f["original_" + k]) for k in
+                  ("shape_VoxelVolume", "firstorder_Mean", "shape_SurfaceArea", "shape_Maximum3DDiameter"))])
+print(json.dumps({"read": read, "seconds": time.perf_counter() - started, "mb": peak() - before, "found": found}))
+"""
+)
+
+SIMPLEITK = (
+    COMMON
+    + """
+import SimpleITK as sitk
+before, started = peak(), time.perf_counter()
+scan, mask = sitk.ReadImage(folder + "/scan.nii"), sitk.ReadImage(folder + "/mask.nii")
+shape = sitk.LabelShapeStatisticsImageFilter()
+shape.ComputeFeretDiameterOn()
+shape.ComputePerimeterOn()
+shape.Execute(mask)
+intensity = sitk.LabelIntensityStatisticsImageFilter()
+intensity.Execute(mask, scan)
+found = [[n, shape.GetPhysicalSize(n), intensity.GetMean(n), shape.GetPerimeter(n), shape.GetFeretDiameter(n)] for n in shape.GetLabels()]
+print(json.dumps({"seconds": time.perf_counter() - started, "mb": peak() - before, "found": found}))
+"""
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--peer", required=True, help="Python that has pyradiomics and SimpleITK")
+    parser.add_argument("--slices", type=int, default=300)
+    parser.add_argument("--lesions", type=int, default=200)
+    parser.add_argument("--peer-lesions", type=int, default=8, help="how many of them pyradiomics measures")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        make_scan(Path(folder), options.slices, options.lesions)
+        sides = {
+            "volseg": run(sys.executable, VOLSEG, folder, options.lesions),
+            "pyradiomics": run(options.peer, PYRADIOMICS, folder, options.peer_lesions),
+            "SimpleITK": run(options.peer, SIMPLEITK, folder, options.lesions),
+        }
+    radiomics = sides["pyradiomics"]
+    radiomics["seconds"] = radiomics["read"] + radiomics["seconds"] / options.peer_lesions * options.lesions
+    ours = sides["volseg"]
+    print("| | wall | × volseg | memory | volseg's share of it | volume | mean | area | max. diameter |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    for name, side in sides.items():
+        print(
+            f"| {name} | {side['seconds']:.1f} s | {side['seconds'] / ours['seconds']:.1f} | {side['mb']:.0f} MB "
+            f"| {ours['mb'] / side['mb']:.2f} | {' | '.join(off(ours['found'], side['found']))} |"
+        )
+
+
+def run(python: str, script: str, folder: str, n_lesions: int) -> dict:
+    return json.loads(
+        subprocess.check_output([python, "-c", script, folder, str(n_lesions)], text=True).splitlines()[-1]
+    )
+
+
+def off(ours: list[list[float]], theirs: list[list[float]]) -> list[str]:
+    """Largest relative difference of each measure, over the lesions that both have."""
+    mine = {row[0]: row[1:] for row in ours}
+    pairs = np.array([(mine[row[0]], row[1:]) for row in theirs])
+    return [f"{value:.1e}" for value in np.abs(pairs[:, 0] / pairs[:, 1] - 1).max(axis=0)]
+
+
+def make_scan(folder: Path, n_slices: int, n_lesions: int) -> None:
+    """Ellipsoids with bumps of 4 to 15 mm half-axis on a jittered lattice, a value of the mask each, in noisy soft tissue."""
+    rng = np.random.default_rng(0)
+    shape, spacing = (512, 512, n_slices), np.array([0.8, 0.8, 1.5])
+    mask = np.zeros(shape, np.uint16, order="F")
+    scan = np.empty(shape, np.int16, order="F")
+    for k in range(n_slices):
+        scan[:, :, k] = rng.normal(30, 15, shape[:2])
+    cells = [(i, j, k) for i in range(9) for j in range(9) for k in range(max(1, n_slices // 43))]
+    for label, cell in enumerate(rng.permutation(cells)[:n_lesions], start=1):
+        half_mm = rng.uniform(4, 15, 3)
+        centre = (np.array(cell) + 0.5) * [56, 56, 43]
+        reach = np.ceil(half_mm * 1.2 / spacing).astype(int)
+        low, high = (centre - reach).astype(int), (centre + reach).astype(int) + 1
+        low, high = np.maximum(low, 0), np.minimum(high, shape)
+        axes = [np.arange(a, b) for a, b in zip(low, high, strict=True)]
+        mm = [(axis - c) * s / h for axis, c, s, h in zip(axes, centre, spacing, half_mm, strict=True)]
+        x, y, z = np.meshgrid(*mm, indexing="ij")
+        bumps = 1 + 0.12 * np.sin(5 * x + label) * np.cos(4 * y) * np.cos(3 * z)
+        inside = x**2 + y**2 + z**2 <= bumps
+        box = tuple(slice(a, b) for a, b in zip(low, high, strict=True))
+        mask[box][inside] = label
+        scan[box][inside] += np.int16(rng.integers(20, 200))
+    affine = np.diag([-spacing[0], -spacing[1], spacing[2], 1])
+    for name, array in (("scan", scan), ("mask", mask)):
+        nibabel.save(nibabel.Nifti1Image(array, affine), folder / f"{name}.nii")
+
+
+if __name__ == "__main__":
+    main()

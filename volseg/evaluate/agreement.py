@@ -1,0 +1,149 @@
+"""How well two ways to measure agree: limits of agreement and correlation."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.special import nctdtrit, stdtrit
+
+from volseg.evaluate.intervals import ends, resampled
+
+Interval = tuple[float, float]
+UNKNOWN: Interval = (math.nan, math.nan)
+NORMAL_95 = 1.959963984540054  # standard deviations that hold the middle 95 % of a normal distribution
+FEWEST = 3  # pairs from which anything is said
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Agreement:
+    """Differences (predicted − reference) and correlation of N pairs, in their unit; NaN is unknown.
+
+    Args:
+        n, n_patients: pairs, and the patients that they come from.
+        bias: mean difference. sd: standard deviation of the differences, 1/(N − 1).
+        lower_limit, upper_limit: bias ∓ 1.96 sd: 95 % of differences are expected between them.
+        pearson: correlation r. concordance: Lin's ρ_c, which falls below r where the pairs leave the line of identity.
+        …_95: 95 % intervals.
+    """
+
+    n: int
+    n_patients: int
+    bias: float = math.nan
+    bias_95: Interval = UNKNOWN
+    sd: float = math.nan
+    lower_limit: float = math.nan
+    lower_limit_95: Interval = UNKNOWN
+    upper_limit: float = math.nan
+    upper_limit_95: Interval = UNKNOWN
+    pearson: float = math.nan
+    pearson_95: Interval = UNKNOWN
+    concordance: float = math.nan
+    concordance_95: Interval = UNKNOWN
+
+
+def agreement(
+    reference: Sequence[float], predicted: Sequence[float], patients: Sequence[Hashable], *, seed: int = 0
+) -> Agreement:
+    """Bland–Altman limits of agreement, Pearson's and Lin's correlation of paired measurements, with their 95 % intervals.
+
+    The intervals of bias and limits are exact for normal differences where each patient has one pair; where one has
+    several, these are no independent differences, and the intervals are from a bootstrap over patients, as those of the
+    correlations always are.
+
+    Args:
+        reference, predicted: (N,) finite measurements of the same things.
+        patients: whose each is.
+
+    Returns:
+        All NaN for fewer than three pairs; correlations NaN where all of one side are equal, intervals for fewer than
+        three patients.
+
+    Source: Bland and Altman, Lancet i:307 (1986) and Stat Methods Med Res 8:135 (1999); intervals of the limits: Carkeet,
+        Optom Vis Sci 92:e71 (2015); concordance: Lin, Biometrics 45:255 (1989).
+    """
+    x, y = np.asarray(reference, dtype=np.float64), np.asarray(predicted, dtype=np.float64)
+    if x.shape != y.shape or x.ndim != 1 or len(patients) != x.size:
+        raise ValueError(
+            f"{x.shape} reference and {y.shape} predicted values of {len(patients)} patients; all are (N,)"
+        )
+    if not (np.isfinite(x).all() and np.isfinite(y).all()):
+        raise ValueError("measurements are finite; leave out the pairs that are not")
+    n, n_patients = x.size, len(set(patients))
+    if n < FEWEST:
+        return Agreement(n=n, n_patients=n_patients)
+    found = _statistics(_moments(x, y).sum(axis=0, keepdims=True))
+    bias, sd, lower, upper, pearson, concordance = (float(value[0]) for value in found)
+    if n_patients < FEWEST:
+        intervals = (UNKNOWN,) * 5
+    else:
+        intervals = _bootstrapped(x, y, patients, seed)
+        if n_patients == n:
+            intervals = (*_exact(bias, sd, n), *intervals[3:])
+    return Agreement(
+        n=n,
+        n_patients=n_patients,
+        bias=bias,
+        bias_95=intervals[0],
+        sd=sd,
+        lower_limit=lower,
+        lower_limit_95=intervals[1],
+        upper_limit=upper,
+        upper_limit_95=intervals[2],
+        pearson=pearson,
+        pearson_95=intervals[3],
+        concordance=concordance,
+        concordance_95=intervals[4],
+    )
+
+
+def _exact(bias: float, sd: float, n: int) -> tuple[Interval, Interval, Interval]:
+    """Intervals of the bias and of both limits, if the differences are normal and independent.
+
+    (limit − bias) √n / sd follows a non-central t distribution, so its quantiles are how far out the true limit may lie.
+    """
+    half = float(stdtrit(n - 1, 0.975)) * sd / math.sqrt(n)
+    shift = NORMAL_95 * math.sqrt(n)
+    near, far = (float(nctdtrit(n - 1, shift, p)) * sd / math.sqrt(n) for p in (0.025, 0.975))
+    return (bias - half, bias + half), (bias - far, bias - near), (bias + near, bias + far)
+
+
+def _bootstrapped(x: np.ndarray, y: np.ndarray, patients: Sequence[Hashable], seed: int) -> tuple[Interval, ...]:
+    """Intervals of bias, lower and upper limit, Pearson's and Lin's correlation from resampling patients."""
+    numbers = {patient: number for number, patient in enumerate(dict.fromkeys(patients))}
+    of_patients = np.zeros((len(numbers), 6))
+    np.add.at(of_patients, [numbers[patient] for patient in patients], _moments(x, y))
+    bias, _, lower, upper, pearson, concordance = _statistics(resampled(len(numbers), seed) @ of_patients)
+    return tuple(_known_ends(each) for each in (bias, lower, upper, pearson, concordance))
+
+
+def _known_ends(found: np.ndarray) -> Interval:
+    """The ends of the resamples that gave a number: one that drew equal pairs alone has no correlation."""
+    known = found[~np.isnan(found)]
+    return ends(known) if known.size > found.size / 2 else UNKNOWN
+
+
+def _moments(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """(N, 6) terms whose sums are all that the statistics need; centred, so that large numbers do not cancel."""
+    x, y = x - x.mean(), y - x.mean()
+    return np.stack([np.ones_like(x), x, y, x * x, y * y, x * y], axis=1)
+
+
+def _statistics(sums: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Bias, SD, lower and upper limit, Pearson's and Lin's correlation from (B, 6) sums of `_moments`."""
+    n, x, y, xx, yy, xy = sums.T
+    mean_x, mean_y = x / n, y / n
+    var_x, var_y, covariance = xx / n - mean_x**2, yy / n - mean_y**2, xy / n - mean_x * mean_y
+    bias = mean_y - mean_x
+    with np.errstate(divide="ignore", invalid="ignore"):
+        spread = np.maximum(var_x + var_y - 2 * covariance, 0) * n / (n - 1)
+        varies = (var_x > _NOISE * xx / n) & (var_y > _NOISE * yy / n)
+        pearson = np.where(varies, np.clip(covariance / np.sqrt(var_x * var_y), -1, 1), np.nan)
+        concordance = np.where(varies, 2 * covariance / (var_x + var_y + bias**2), np.nan)
+    sd = np.sqrt(spread)
+    return bias, sd, bias - NORMAL_95 * sd, bias + NORMAL_95 * sd, pearson, concordance
+
+
+_NOISE = 1e-12  # a variance that is this share of the squares is rounding

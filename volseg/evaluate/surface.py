@@ -1,0 +1,188 @@
+"""How far the surfaces of two masks lie apart, in millimetres."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.spatial import KDTree
+
+from volseg.volume import BoundingBox, Geometry
+
+PERCENTILE = 95
+NEAR_VOXELS = 200  # nearest grid points that are looked at one by one before a k-d tree is asked
+SAME_DISTANCE_MM = 1e-4  # over the rounding of float32 affines: a distance that is the tolerance lies within it
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SurfaceDistances:
+    """Of one label: from each border voxel of a mask to the nearest border voxel of the other one, in mm.
+
+    Args:
+        from_reference, from_predicted: (N,) and (M,), ascending; empty where the mask lacks the label, NaN where the other mask does.
+    """
+
+    from_reference: np.ndarray
+    from_predicted: np.ndarray
+
+    @property
+    def hd95_mm(self) -> float:
+        """95th percentile Hausdorff distance: the larger of the 95th percentiles of the two directions; NaN if a mask is empty."""
+        if not self.from_reference.size or not self.from_predicted.size:
+            return math.nan
+        return max(float(np.percentile(each, PERCENTILE)) for each in (self.from_reference, self.from_predicted))
+
+    @property
+    def mean_mm(self) -> float:
+        """Mean over the border voxels of both masks; NaN if a mask is empty."""
+        n = self.from_reference.size + self.from_predicted.size
+        return float(self.from_reference.sum() + self.from_predicted.sum()) / n if n else math.nan
+
+    def nsd(self, tolerance_mm: float) -> float:
+        """Normalised surface Dice: share of the border voxels of both masks that lie within the tolerance of the other border.
+
+        Returns:
+            From 0 to 1; 0 if one mask is empty, since nothing of the other one's border is then near; NaN if both are.
+
+        Source: Nikolov et al., J Med Internet Res 23:e26151 (2021), with border voxels in place of their surface elements.
+        """
+        n = self.from_reference.size + self.from_predicted.size
+        within = sum(
+            int(np.count_nonzero(each <= tolerance_mm + SAME_DISTANCE_MM))
+            for each in (self.from_reference, self.from_predicted)
+        )
+        return within / n if n else math.nan
+
+
+NOWHERE = SurfaceDistances(np.empty(0), np.empty(0))  # of a label that neither mask has
+
+
+def surface_distances(reference: np.ndarray, predicted: np.ndarray, geometry: Geometry) -> dict[int, SurfaceDistances]:
+    """Distances between the surfaces of two masks, for every label of either.
+
+    A border voxel is a voxel of the label with a neighbour across a face that is not of it; outside of the array nothing
+    is of it. Distances go from voxel centre to voxel centre in world millimetres, to 1e-9 mm: through the whole affine, so
+    that they are right on oblique and sheared grids too.
+
+    Args:
+        reference, predicted: (I, J, K) label values, 0 is background, on the grid of `geometry`.
+
+    Returns:
+        Label → its distances; {} for two empty masks.
+    """
+    if reference.shape != predicted.shape or reference.shape != geometry.shape:
+        raise ValueError(f"shapes differ: {reference.shape}, {predicted.shape}, and {geometry.shape} of the grid")
+    box = _box_round(reference, predicted)
+    if box is None:
+        return {}
+    to_mm = geometry.affine[:3, :3]
+    first, second = reference[box], predicted[box]
+    if not first.flags.c_contiguous and first.strides[0] < first.strides[2]:  # walk through memory as it lies there
+        first, second, to_mm = first.T, second.T, to_mm[:, ::-1]
+    steps, steps_mm = _nearest_steps(to_mm)
+    margin = np.maximum(np.abs(steps).max(axis=0), 1)
+    one, other = _Border.of(first, margin), _Border.of(second, margin)
+    there, back = _nearest_mm(one, other, steps, steps_mm, to_mm), _nearest_mm(other, one, steps, steps_mm, to_mm)
+    labels = sorted({*one.labels.tolist(), *other.labels.tolist()})
+    # Sorted, so that sums do not depend on the order in which the voxels are stored.
+    return {
+        int(label): SurfaceDistances(np.sort(there[one.labels == label]), np.sort(back[other.labels == label]))
+        for label in labels
+    }
+
+
+def _box_round(*masks: np.ndarray) -> tuple[slice, ...] | None:
+    """Where any mask is not 0: nothing else is looked at."""
+    boxes = [box for box in map(BoundingBox.around, masks) if box is not None]
+    if not boxes:
+        return None
+    start = np.min([box.start for box in boxes], axis=0)
+    stop = np.max([box.stop for box in boxes], axis=0)
+    return tuple(slice(a, b) for a, b in zip(start.tolist(), stop.tolist(), strict=True))
+
+
+def _nearest_steps(to_mm: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(S, 3) index steps to the grid points nearest to one, about 200 in order of their distance, and (S,) that distance in mm."""
+    radius_mm = (3 * NEAR_VOXELS * abs(np.linalg.det(to_mm)) / (4 * math.pi)) ** (1 / 3)
+    reach = np.floor(np.linalg.norm(np.linalg.inv(to_mm), axis=1) * radius_mm).astype(int)
+    steps = np.stack(np.meshgrid(*(np.arange(-n, n + 1) for n in reach), indexing="ij"), axis=-1).reshape(-1, 3)
+    distances_mm = np.round(np.linalg.norm(steps @ to_mm.T, axis=1), 9)
+    near = np.flatnonzero(distances_mm <= radius_mm)
+    order = near[np.argsort(distances_mm[near], kind="stable")]
+    return steps[order], distances_mm[order]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Border:
+    """The border voxels of a mask inside a box with a margin.
+
+    Args:
+        shape: of the box with its margin. lattice: its voxels in C order: the label in a border voxel, 0 elsewhere.
+        positions, labels: (N,) of the border voxels, in the lattice.
+    """
+
+    shape: tuple[int, ...]
+    lattice: np.ndarray
+    positions: np.ndarray
+    labels: np.ndarray
+
+    @classmethod
+    def of(cls, mask: np.ndarray, margin: np.ndarray) -> _Border:
+        shape = tuple((np.array(mask.shape) + 2 * margin).tolist())
+        padded = np.zeros(shape, mask.dtype)
+        padded[tuple(slice(m, m + n) for m, n in zip(margin.tolist(), mask.shape, strict=True))] = mask
+        lattice = padded.reshape(-1)
+        # The margin is empty, so that no step along an axis reaches a voxel at the other end of the box.
+        is_core = np.ones(lattice.size, bool)
+        for step in _strides(shape):
+            is_same = lattice[step:] == lattice[:-step]
+            is_core[step:] &= is_same
+            is_core[:-step] &= is_same
+        lattice[is_core] = 0
+        positions = np.flatnonzero(lattice)
+        return cls(shape, lattice, positions, lattice[positions])
+
+    def points_mm(self, chosen: np.ndarray, to_mm: np.ndarray) -> np.ndarray:
+        """(N, 3) mm from the corner of the lattice."""
+        # (3, 3) @ (3, N) takes a fortieth of the time of (N, 3) @ (3, 3).
+        return (to_mm @ np.array(np.unravel_index(self.positions[chosen], self.shape), dtype=np.float64)).T
+
+
+def _strides(shape: tuple[int, ...]) -> tuple[int, int, int]:
+    return shape[1] * shape[2], shape[2], 1
+
+
+def _nearest_mm(one: _Border, other: _Border, steps: np.ndarray, steps_mm: np.ndarray, to_mm: np.ndarray) -> np.ndarray:
+    """(N,) distance of each border voxel of `one` to the nearest of its label in `other`; NaN where that has none.
+
+    Two good masks lie within a few voxels of each other, where stepping through the grid finds the nearest voxel several
+    times as fast as a tree; what is farther away is left to a tree per label.
+    """
+    nearest_mm = np.full(one.positions.size, np.nan)
+    waiting = np.flatnonzero(np.isin(one.labels, other.labels))
+    positions, labels = one.positions[waiting], one.labels[waiting]
+    for shell, distance_mm in _shells(steps @ np.array(_strides(one.shape)), steps_mm):
+        if not waiting.size:
+            break
+        is_met = np.zeros(waiting.size, bool)
+        for step in shell:
+            is_met |= other.lattice[positions + step] == labels
+        nearest_mm[waiting[is_met]] = distance_mm
+        waiting, positions, labels = waiting[~is_met], positions[~is_met], labels[~is_met]
+    for label in np.unique(labels):
+        far = waiting[labels == label]
+        # Neither a balanced tree nor tight boxes repay what they cost to make for one round of questions.
+        tree = KDTree(other.points_mm(other.labels == label, to_mm), balanced_tree=False, compact_nodes=False)
+        nearest_mm[far] = np.round(tree.query(one.points_mm(far, to_mm))[0], 9)
+    return nearest_mm
+
+
+def _shells(steps: np.ndarray, distances_mm: np.ndarray) -> Iterator[tuple[list[int], float]]:
+    """The steps of one length together, from the shortest."""
+    ends = np.append(np.flatnonzero(np.diff(distances_mm)) + 1, len(steps))
+    start = 0
+    for end in ends.tolist():
+        yield steps[start:end].tolist(), float(distances_mm[start])
+        start = end

@@ -1,0 +1,122 @@
+"""Diameters as RECIST 1.1 wants them: on the contour, in one axial slice.
+
+Source: Eisenhauer et al., Eur J Cancer 45:228 (2009).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from volseg.measure.shape import outermost_points, widest_pair
+
+MEASURABLE_MM = 10.0  # of the long axis
+MEASURABLE_NODE_MM = 15.0  # of the short axis of a lymph node
+THICK_SLICE_MM = 5.0  # over it a lesion must be twice as long as slices are apart
+SAME_LENGTH_MM = 1e-9
+CONTOUR_PLACES = 4000  # along the long axis, at which the width is looked at
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Diameters:
+    """The long and the short axis of a lesion in the slice in which the long one is longest."""
+
+    long_mm: float
+    short_mm: float
+    slice: int  # of the box
+    long_ends: np.ndarray  # (2, 3) in voxels of the box
+    short_ends: np.ndarray  # (2, 3)
+
+
+def diameters(inside: np.ndarray, matrix: np.ndarray) -> Diameters:
+    """Longest chord between two points of the contour over all axial slices, and the longest one perpendicular to it there.
+
+    The contour runs half-way between the centres of voxels inside and outside. From centre to centre a diameter would be about
+    one voxel too short. Of slices with equally long chords it is the one with the largest cross-section, then the lowest.
+
+    Args:
+        inside: (R, A, S) bool of a lesion's box. matrix: (3, 3) voxel → mm. Slices follow each other along S.
+    """
+    points = outermost_points(inside, axes=(0, 1))
+    voxels = inside.sum(axis=(0, 1))
+    places = points @ matrix.T
+    chosen, pair, longest = -1, np.zeros((2, 3)), -1.0
+    order = np.argsort(points[:, 2], kind="stable")
+    slices, starts = np.unique(points[order, 2], return_index=True)
+    groups = np.split(order, starts[1:])
+    # No chord is longer than the diagonal of the box round its slice: the likely slices first, the hopeless never.
+    bounds = np.array([np.linalg.norm(np.ptp(places[group], axis=0)) for group in groups])
+    for n in np.argsort(-bounds, kind="stable"):
+        if bounds[n] < longest - SAME_LENGTH_MM:
+            break
+        length, ends = widest_pair(points[groups[n]], matrix)
+        index = int(slices[n])
+        is_longer = length > longest + SAME_LENGTH_MM
+        is_equal = abs(length - longest) <= SAME_LENGTH_MM
+        if is_longer or (is_equal and (-voxels[index], index) < (-voxels[chosen], chosen)):
+            chosen, pair, longest = index, ends, max(length, longest)
+    short_mm, short_ends = _short_axis(inside[:, :, chosen], pair, matrix)
+    return Diameters(longest, short_mm, chosen, pair, np.insert(short_ends, 2, chosen, axis=1))
+
+
+def _short_axis(plane: np.ndarray, long_ends: np.ndarray, matrix: np.ndarray) -> tuple[float, np.ndarray]:
+    """Length and (2, 2) ends, in voxels, of the longest chord of the contour that is perpendicular to the long axis."""
+    from skimage.measure import find_contours
+
+    along = matrix @ (long_ends[1] - long_ends[0])
+    along /= np.linalg.norm(along)
+    normal = np.cross(matrix[:, 0], matrix[:, 1])
+    across = np.cross(normal / np.linalg.norm(normal), along)
+    frame = np.stack([along, across]) @ matrix[:, :2]  # (2, 2) voxels of the plane → mm along and across
+    contours = find_contours(np.pad(plane, 1).astype(np.float32), 0.5)
+    starts = np.concatenate([line[:-1] for line in contours]) - 1
+    ends = np.concatenate([line[1:] for line in contours]) - 1
+    u, v = (starts @ frame.T).T
+    u_end, v_end = (ends @ frame.T).T
+    low, high = np.minimum(u, u_end), np.maximum(u, u_end)
+    # The width along the long axis is linear between corners of the contour, so it is largest at one of them.
+    places = np.unique(np.round(u, 9))
+    if len(places) > CONTOUR_PLACES:  # a lesion of thousands of voxels across: at every n-th corner
+        places = places[:: -(-len(places) // CONTOUR_PLACES)]
+    best, found = -1.0, (0.0, 0.0, 0.0)
+    for place in places.tolist():
+        hit = (low <= place + 1e-9) & (high >= place - 1e-9)
+        length = np.where(hit, u_end - u, 0)[hit]
+        level = np.abs(length) < 1e-9  # a piece of contour that is itself perpendicular: both of its ends count
+        share = np.clip((place - u[hit]) / np.where(level, 1, length), 0, 1)
+        values = np.where(level, v[hit], v[hit] + share * (v_end[hit] - v[hit]))
+        values = np.concatenate([values, v_end[hit][level]])
+        if values.size and np.ptp(values) > best + SAME_LENGTH_MM:
+            best, found = float(np.ptp(values)), (place, float(values.min()), float(values.max()))
+    place, bottom, top = found
+    return best, np.linalg.solve(frame, np.array([[place, place], [bottom, top]])).T
+
+
+def is_measurable(long_mm: float, short_mm: float, slice_mm: float, *, is_node: bool) -> bool:
+    """Whether a lesion counts as measurable disease.
+
+    Args:
+        slice_mm: distance between slices.
+    """
+    if is_node:
+        return short_mm >= MEASURABLE_NODE_MM
+    return long_mm >= max(MEASURABLE_MM, 2 * slice_mm if slice_mm > THICK_SLICE_MM else 0.0)
+
+
+def sum_of_diameters_mm(
+    lengths_mm: Sequence[float], labels: Sequence[int], *, most: int = 5, most_per_label: int = 2
+) -> float:
+    """Sum of the longest measurable diameters, so many in all and so many per organ.
+
+    >>> sum_of_diameters_mm([30.0, 12.0, 20.0, 11.0], [1, 1, 1, 2])
+    61.0
+    """
+    taken: dict[int, int] = {}
+    total, n = 0.0, 0
+    for length, label in sorted(zip(lengths_mm, labels, strict=True), key=lambda each: -each[0]):
+        if n < most and taken.get(label, 0) < most_per_label:
+            taken[label] = taken.get(label, 0) + 1
+            total, n = total + length, n + 1
+    return total

@@ -1,0 +1,172 @@
+"""Are the numbers right here? Bodies whose measures are known, measured as every lesion is."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from volseg.columns import column
+from volseg.measure.lesions import LesionMeasurement, measure_lesions
+from volseg.recipe import Measure
+from volseg.volume import Geometry, Volume
+
+# The IBSI digital phantom (CC BY 4.0, theibsi/data_sets): x fastest, rows are y, lines are z; . is outside the lesion; voxels of 2 mm.
+IBSI_PHANTOM = """
+1 4 4 1 1 / 1 4 6 1 1 / 4 1 6 4 1 / 4 4 6 4 1
+1 4 4 1 1 / 1 1 6 1 1 / . 1 3 1 1 / 4 4 6 1 1
+1 4 4 . . / 1 1 1 1 1 / 1 1 . 1 1 / 1 1 6 1 1
+1 4 4 . . / 1 1 1 1 1 / 1 1 1 1 1 / 1 1 6 1 1
+"""
+
+# Column, published value, its tolerance; where IBSI states none, half of the last printed digit.
+# Source: the IBSI reference manual (arXiv 1612.07003), digital phantom.
+IBSI_VALUES = (
+    ("volume_mm3", 592.0, 4.0),
+    ("volume_mesh_mm3", 556.0, 4.0),
+    ("surface_area_mm2", 388.0, 3.0),
+    ("sphericity", 0.843, 0.005),
+    ("compactness", 0.599, 0.004),
+    ("max3d_diameter_mm", 13.1, 0.1),
+    ("major_axis_mm", 11.4, 0.1),
+    ("minor_axis_mm", 9.31, 0.06),
+    ("least_axis_mm", 8.54, 0.05),
+    ("elongation", 0.816, 0.005),
+    ("flatness", 0.749, 0.005),
+    ("intensity_mean", 2.15, 0.005),
+    ("intensity_sd", math.sqrt(3.05), 0.002),
+    ("intensity_skewness", 1.08, 0.005),
+    ("intensity_kurtosis", -0.355, 0.0005),
+    ("intensity_median", 1.0, 0.0),
+    ("intensity_min", 1.0, 0.0),
+    ("intensity_p10", 1.0, 0.0),
+    ("intensity_p25", 1.0, 0.0),
+    ("intensity_p75", 4.0, 0.0),
+    ("intensity_p90", 4.0, 0.0),
+    ("intensity_max", 6.0, 0.0),
+)
+
+BALL_MM, ROD_MM = 10.0, (3.0, 24.0)  # radius; radius and length
+GRIDS = {  # spacing in mm, angles about R, A and S in radians, allowed share of the volume (fault plan: 1.5 × what voxels do)
+    "1 mm": ((1.0, 1.0, 1.0), (0.0, 0.0, 0.0), 0.011),
+    "0.8 × 0.8 × 2.5 mm, oblique": ((0.8, 0.8, 2.5), (0.3, -0.2, 0.5), 0.017),
+    "0.5 × 0.5 × 5 mm, oblique": ((0.5, 0.5, 5.0), (-0.1, 0.2, 0.7), 0.08),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Check:
+    """A measure that is known, and what is found here."""
+
+    body: str = column("", "what was measured")
+    measure: str = column("", "column of lesions.csv")
+    expected: float = column("", "what it must be")
+    tolerance: float = column("", "and by how much it may be off")
+    found: float = column("", "what it is")
+
+    @property
+    def is_passed(self) -> bool:
+        return abs(self.found - self.expected) <= self.tolerance + 1e-9
+
+
+def selftest() -> list[Check]:
+    """Measure the IBSI digital phantom and analytic bodies, and compare with what is known of them."""
+    return [*_ibsi(), *(check for name in GRIDS for check in _bodies(name)), *_calcium()]
+
+
+def _ibsi() -> Iterator[Check]:
+    rows = [[row.split() for row in line.split("/")] for line in IBSI_PHANTOM.strip().splitlines()]
+    image = np.array([[[0 if v == "." else int(v) for v in row] for row in plane] for plane in rows], np.int16).T
+    found = _measure(Volume(image, Geometry(image.shape, np.diag([2.0, 2.0, 2.0, 1.0]))), image > 0)
+    for name, expected, tolerance in IBSI_VALUES:
+        value = float(getattr(found, name))
+        yield Check(body="IBSI digital phantom", measure=name, expected=expected, tolerance=tolerance, found=value)
+
+
+def _bodies(grid: str) -> Iterator[Check]:
+    spacing_mm, angles, share = GRIDS[grid]
+    coarse = max(spacing_mm)
+    ball_ml = 4 / 3 * math.pi * BALL_MM**3 / 1000
+    ball = _body(spacing_mm, angles, lambda mm: np.linalg.norm(mm, axis=1) <= BALL_MM)
+    known = [
+        ("volume_ml", ball_ml, share * ball_ml),
+        ("equiv_sphere_diameter_mm", 2 * BALL_MM, share * 2 * BALL_MM / 3),
+        ("long_axis_mm", 2 * BALL_MM, 1.01 * coarse),
+        ("short_axis_mm", 2 * BALL_MM, 1.01 * coarse),
+        ("max3d_diameter_mm", 2 * BALL_MM, 1.01 * coarse),
+        ("major_axis_mm", 4 * BALL_MM / math.sqrt(5), coarse / 3),
+        ("intensity_mean", 40.0, 0.0),
+        ("mass_g", 1.0506 * ball_ml, share * 1.06 * ball_ml),  # 40 HU are 1.0506 g/cm³
+    ]
+    yield from _checks(f"ball, radius 10 mm, {grid}", ball, known)
+    radius, length = ROD_MM
+    rod = _body(
+        spacing_mm, angles, lambda mm: (np.hypot(mm[:, 1], mm[:, 2]) <= radius) & (np.abs(mm[:, 0]) <= length / 2)
+    )
+    known = [
+        ("max3d_diameter_mm", math.hypot(length, 2 * radius), 1.5 * coarse),
+        ("major_axis_mm", 4 * length / math.sqrt(12), 1.2 * coarse),
+    ]
+    yield from _checks(f"rod, 24 × 6 mm, {grid}", rod, known)
+
+
+def _checks(body: str, found: LesionMeasurement, known: list[tuple[str, float, float]]) -> Iterator[Check]:
+    for name, expected, tolerance in known:
+        value = float(getattr(found, name))
+        yield Check(body=body, measure=name, expected=expected, tolerance=tolerance, found=value)
+
+
+def _calcium() -> Iterator[Check]:
+    image = np.zeros((12, 12, 6), np.int16)
+    image[3:7, 3:9, 1] = 250  # 24 pixels of 0.25 mm², weight 2
+    image[3:7, 3:9, 2] = 420  # the same, weight 4
+    volume = Volume(image, Geometry(image.shape, np.diag([0.5, 0.5, 3.0, 1.0])))
+    found = _measure(volume, image > 0, Measure(calcium=True, calcium_mg_per_ml_hu=0.8))
+    body = "plaque in two slices of 3 mm"
+    yield from _checks(
+        body,
+        found,
+        [
+            ("agatston_score", 6 * 2 + 6 * 4, 0.0),
+            ("calcium_volume_mm3", 36.0, 0.0),
+            ("calcium_mass_mg", 0.8 * (250 + 420) / 2 * 0.036, 1e-6),
+        ],
+    )
+
+
+def _body(
+    spacing_mm: tuple[float, float, float],
+    angles: tuple[float, float, float],
+    is_inside: Callable[[np.ndarray], np.ndarray],
+) -> LesionMeasurement:
+    """A body of 40 HU in −100, given by a test of points (N, 3) in mm from its centre, on a rotated grid."""
+    matrix = np.diag(spacing_mm)
+    for axis, angle in enumerate(angles):
+        first, second = (each for each in range(3) if each != axis)
+        turn = np.eye(3)
+        turn[first, first] = turn[second, second] = math.cos(angle)
+        turn[first, second], turn[second, first] = -math.sin(angle), math.sin(angle)
+        matrix = turn @ matrix
+    reach = max(ROD_MM[1] / 2, BALL_MM) + 2 * max(spacing_mm)
+    i, j, k = (2 * math.ceil(reach / mm) + 1 for mm in spacing_mm)
+    affine = np.eye(4)
+    affine[:3, :3] = matrix
+    affine[:3, 3] = -matrix @ [(n - 1) / 2 for n in (i, j, k)]
+    geometry = Geometry((i, j, k), affine)
+    inside = is_inside(geometry.to_world_mm(np.indices((i, j, k)).reshape(3, -1).T)).reshape(i, j, k)
+    return _measure(Volume(np.where(inside, np.int16(40), np.int16(-100)), geometry), inside)
+
+
+def _measure(image: Volume, inside: np.ndarray, settings: Measure | None = None) -> LesionMeasurement:
+    (row,) = measure_lesions(
+        image,
+        inside.astype(np.uint8),
+        [1],
+        case_id="selftest",
+        label_names={1: "body"},
+        intensity_unit="HU",
+        settings=settings or Measure(),
+    )
+    return row
