@@ -66,7 +66,7 @@ def draw(geometry: Geometry, balls: Balls, moved: np.ndarray | None = None, seed
     )
 
 
-def measured(folder: Path, cases: Mapping[str, tuple[Volume, Volume]]) -> Path:
+def measured(folder: Path, cases: Mapping[str, tuple[Volume, Volume]], *, names=None, lymph_nodes=()) -> Path:
     """Results of `volseg measure` on (scan, mask) of each case; scans are in `folder`/scans."""
     (folder / "scans").mkdir(parents=True)
     lines = [["subject", "image", "label"]]
@@ -76,19 +76,11 @@ def measured(folder: Path, cases: Mapping[str, tuple[Volume, Volume]]) -> Path:
         lines.append([name, f"scans/{name}.nii.gz", f"mask_{name}.nii.gz"])
     with (folder / "cases.csv").open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows(lines)
-    report = volseg.measure(cases=folder / "cases.csv", out=folder / "results", label_names={1: "tumour"})
+    report = volseg.measure(
+        cases=folder / "cases.csv", out=folder / "results", label_names=names or {1: "tumour"}, lymph_nodes=lymph_nodes
+    )
     assert report.exit_code == 0
-    for name in cases:
-        change_record(folder / "results", name, _with_axes)
     return folder / "results"
-
-
-def _with_axes(record: dict) -> None:
-    """Axes of the balls of these volumes, where they were not measured."""
-    for lesion in record["lesions"]:
-        if lesion["long_axis_mm"] is None:
-            diameter = (6 * lesion["volume_mm3"] / np.pi) ** (1 / 3)
-            lesion |= {"long_axis_mm": diameter, "short_axis_mm": diameter, "recist_measurable": diameter >= 10}
 
 
 def change_record(results: Path, name: str, change) -> None:

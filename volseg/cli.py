@@ -457,6 +457,12 @@ def compare(
             help="Largest distance in mm of the centroids of two lesions that do not overlap and are still one."
         ),
     ] = 10.0,
+    lymph_node: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Label of lymph nodes, which count by their short axis; may be repeated. Without it those that were measured as such."
+        ),
+    ] = None,
     figures: Annotated[
         bool,
         typer.Option("--figures", help="Also write a PNG per patient of the lesion that changed most, at both times."),
@@ -481,6 +487,7 @@ def compare(
             followup_scans=followup_scans,
             registration=registration,
             max_distance_mm=max_distance,
+            lymph_nodes=lymph_node or None,
             figures=figures,
             progress=show,
         )

@@ -43,7 +43,7 @@ def one_to_one(n, start=1):
 
 
 def judged(rows, before, after):
-    return judge_response(pairs(*rows), before, after, **NAMES)
+    return judge_response(pairs(*rows), before, after, **NAMES, lymph_nodes=["lymph_node"])
 
 
 @pytest.mark.parametrize(
@@ -154,9 +154,16 @@ def test_lymph_nodes_count_by_their_short_axis_and_are_normal_below_10_mm():
     assert (row.response, row.non_target_response) == ("CR", None)
     row = judged([("matched", 1, 1, 1), ("new", None, 2, 2)], [lesion(1, 20)], [lesion(1, 20), small])
     assert (row.response, row.n_new) == ("SD", 1)
-    assert [is_lymph_node(lesion(1, 9, label=name)) for name in ("Lymph nodes", "node", "nodule", "lung_nodule", "anode")] == [
-        True, True, False, False, False,
-    ]  # fmt: skip
+    # A label is a node because that was said, by name or value, and not because of how it sounds.
+    assert [is_lymph_node(node, names) for names in (["lymph_node"], ["1"], ["other"], ())] == [
+        True,
+        True,
+        False,
+        False,
+    ]
+    for name, is_warned in (("Lymph nodes", True), ("node", True), ("lung_nodule", False), ("anode", False)):
+        row = judged(one_to_one(1), [lesion(1, 20, label=name)], [lesion(1, 20, label=name)])
+        assert (row.baseline_sum_mm, "W_NODE" in row.warnings) == (20, is_warned)
 
 
 def test_pieces_of_a_target_are_added_and_targets_that_merged_count_once():

@@ -106,6 +106,10 @@ def test_a_scan_compared_with_itself_has_not_changed(baseline, tmp_path):
         assert {
             row[f"change_{name}"] for name in ("volume_ml", "volume_percent", "long_axis_mm", "intensity_mean")
         } == {"0"}
+    for case in rows(baseline / "cases.csv"):
+        assert patients[case["case_id"]]["baseline_sum_mm"] == (
+            case["sum_long_axis_mm"] if case["n_lesions"] != "0" else ""
+        )
     responses = {name: row["response"] for name, row in patients.items()}
     assert responses.pop("never") == "NE"
     assert set(responses.values()) == {"SD"}
@@ -138,7 +142,7 @@ def test_exchanged_folders_exchange_new_and_gone_and_merged_and_split(tmp_path):
 def test_axis_orders_of_the_later_scan_do_not_matter(tmp_path):
     there = around((1.8, 1.3, 1.6), GRIDS["oblique"])
     scan, mask = scan_of(there, [(LARGE[0], 13), SMALL, FAR])
-    stored = list(zip(orientations(scan), orientations(mask), strict=True))[::9]
+    stored = list(zip(orientations(scan), orientations(mask), strict=True))[::13]
     cases = {
         f"order_{n}": (Volume(a, Geometry(a.shape, affine)), Volume(m, Geometry(m.shape, affine)))
         for n, ((a, affine), (m, _)) in enumerate(stored)
@@ -148,7 +152,7 @@ def test_axis_orders_of_the_later_scan_do_not_matter(tmp_path):
     (tmp_path / "pairs.csv").write_text("patient,baseline,followup\n" + "".join(f"{n},p,{n}\n" for n in cases))
     volseg.compare(one, other, out=tmp_path / "out", pairs=tmp_path / "pairs.csv", registration=False)
     patients, lesions = tables(tmp_path / "out")
-    assert len(patients) == len(stored) == 6
+    assert len(patients) == len(stored) == 4
 
     # Files hold affines in single precision, so places agree to a few millionths of a millimetre only.
     nearly = [
@@ -165,7 +169,7 @@ def test_axis_orders_of_the_later_scan_do_not_matter(tmp_path):
     def numbers(row):
         return [float(row[name] or "nan") for name in nearly]
 
-    assert [same(row) for row in patients.values()] == [same(patients["order_0"])] * 6
+    assert [same(row) for row in patients.values()] == [same(patients["order_0"])] * 4
     for of_patient in lesions.values():
         assert [same(row) for row in of_patient] == [same(row) for row in lesions["order_0"]]
         for row, expected in zip(of_patient, lesions["order_0"], strict=True):
@@ -199,8 +203,8 @@ def test_a_patient_who_moved_is_compared_as_one_who_did_not(tmp_path):
     assert float(row["registration_error_mm"]) < 2
     assert float(row["similarity_after"]) > float(row["similarity_before"])
     for ours, theirs in zip(lesions["p"], without_motion["p"], strict=True):
-        for name in ("change_volume_ml", "change_long_axis_mm"):
-            assert float(ours[name]) == pytest.approx(float(theirs[name]), abs=0.2)
+        for name, tolerance in (("change_volume_ml", 0.2), ("change_long_axis_mm", 1.6)):  # mm: a voxel
+            assert float(ours[name]) == pytest.approx(float(theirs[name]), abs=tolerance)
     picture = matplotlib.image.imread(tmp_path / "out" / "figures" / "p.png")[..., :3]
     for colour in ((0.3, 0.83, 0.3), (1.0, 0.55, 0.2)):
         assert (np.abs(picture - colour).max(axis=-1) < 0.15).sum() > 100
@@ -376,6 +380,28 @@ def test_models_and_grids_that_differ_are_warned_of(baseline, tmp_path):
     (warning,) = report.details["warnings"]
     assert "W_MODEL: the masks are of different origin (none; other@12)" in warning
     assert "W_GRID: voxels of 1.5 × 1.5 × 2 mm and 1.5 × 1.5 × 5 mm" in warning
+
+
+def test_lymph_nodes_are_those_that_were_measured_as_such_or_that_are_named(tmp_path):
+    """Two discs of 20 mm that are 10 mm thin along A: their short axis is 10 mm, so as nodes they are not measurable."""
+    place = np.abs(HERE.to_world_mm(np.indices(HERE.shape).reshape(3, -1).T)).reshape(*HERE.shape, 3)
+    mask = (place < (10.2, 5.2, 8)).all(axis=-1).astype(np.uint8)
+    scan = Volume(np.where(mask, 60, 20).astype(np.int16), HERE)
+    results = measured(tmp_path / "one", {"p": (scan, Volume(mask, HERE))}, names={1: "nodes"}, lymph_nodes=["nodes"])
+    volseg.compare(results, results, out=tmp_path / "out", registration=False)
+    row = tables(tmp_path / "out")[0]["p"]
+    assert (row["response"], row["targets"], row["warnings"]) == ("Non-CR/Non-PD", "", "")
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["options"]["lymph_nodes"] == ["nodes"]
+    (results / "run.json").unlink()
+    volseg.compare(results, results, out=tmp_path / "out", registration=False)
+    assert "W_NODE: nodes sounds like lymph nodes" in tables(tmp_path / "out")[0]["p"]["warnings"]
+    volseg.compare(results, results, out=tmp_path / "out", registration=False, lymph_nodes=["1"])
+    assert tables(tmp_path / "out")[0]["p"]["warnings"] == ""
+    (results / "run.json").write_text(
+        '{"measure": {"lymph_nodes": ["nodes"]}}'
+    )  # as infer says it, from its model's recipe
+    volseg.compare(results, results, out=tmp_path / "again", registration=False)
+    assert tables(tmp_path / "again")[0]["p"]["warnings"] == ""
 
 
 def test_unmeasured_diameters_leave_recist_empty_and_say_so(baseline, tmp_path):

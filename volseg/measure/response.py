@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -179,17 +179,17 @@ def label_of(lesion: LesionMeasurement) -> str:
     return lesion.label_name or str(lesion.label)
 
 
-def is_lymph_node(lesion: LesionMeasurement) -> bool:
-    """Whether the label says so, as `lymph_nodes` and `node` do and `nodule` does not."""
-    return bool(re.search(r"lymph|(?<![a-z])nodes?(?![a-z])", label_of(lesion).lower()))
+def is_lymph_node(lesion: LesionMeasurement, lymph_nodes: Collection[str]) -> bool:
+    """Whether its label is one of those, by name or value."""
+    return not {label_of(lesion), str(lesion.label)}.isdisjoint(lymph_nodes)
 
 
-def diameter_mm(lesion: LesionMeasurement) -> float | None:
+def diameter_mm(lesion: LesionMeasurement, lymph_nodes: Collection[str] = ()) -> float | None:
     """The diameter that counts: the short axis of a lymph node, else the long axis; None if unknown."""
-    return _known(lesion.short_axis_mm if is_lymph_node(lesion) else lesion.long_axis_mm)
+    return _known(lesion.short_axis_mm if is_lymph_node(lesion, lymph_nodes) else lesion.long_axis_mm)
 
 
-def choose_targets(lesions: Sequence[LesionMeasurement]) -> list[int] | None:
+def choose_targets(lesions: Sequence[LesionMeasurement], lymph_nodes: Collection[str] = ()) -> list[int] | None:
     """Numbers of the target lesions: the five largest measurable ones by diameter, two per label at most.
 
     Returns:
@@ -199,8 +199,10 @@ def choose_targets(lesions: Sequence[LesionMeasurement]) -> list[int] | None:
     """
     if lesions and all(lesion.recist_measurable is None for lesion in lesions):
         return None
-    sizes = {lesion.lesion_id: diameter_mm(lesion) or 0.0 for lesion in lesions if lesion.recist_measurable}
     labels = {lesion.lesion_id: label_of(lesion) for lesion in lesions}
+    sizes = {
+        lesion.lesion_id: diameter_mm(lesion, lymph_nodes) or 0.0 for lesion in lesions if lesion.recist_measurable
+    }
     chosen: list[int] = []
     for number in sorted(sizes, key=lambda number: (-sizes[number], number)):
         is_free = sum(labels[other] == labels[number] for other in chosen) < MAX_TARGETS_PER_LABEL
@@ -217,11 +219,12 @@ def lesion_changes(
     patient: str,
     baseline_case: str,
     followup_case: str,
+    lymph_nodes: Collection[str] = (),
 ) -> list[LesionChange]:
-    """A row per match, in their order."""
+    """A row per match, in their order. `lymph_nodes` are labels, by name or value."""
     before, after = ({lesion.lesion_id: lesion for lesion in lesions} for lesions in (baseline, followup))
-    targets = choose_targets(baseline)
-    groups = {group.number: group for group in _groups(matches, baseline, followup)}
+    targets = choose_targets(baseline, lymph_nodes)
+    groups = {group.number: group for group in _groups(matches, baseline, followup, lymph_nodes)}
     rows = []
     for match in matches:
         b = None if match.baseline is None else before[match.baseline]
@@ -260,20 +263,30 @@ def judge_response(
     patient: str,
     baseline_case: str,
     followup_case: str,
+    lymph_nodes: Collection[str] = (),
 ) -> PatientResponse:
     """The row of a patient: response by RECIST 1.1 with the rule that decided, sums, volumes and counts.
 
     With two time points the baseline is the nadir. Unequivocal progression of non-target lesions is a reader's judgement and is not made here.
 
+    Args:
+        lymph_nodes: labels, by name or value, whose lesions count by their short axis and are normal under 10 mm.
+
     Source: RECIST 1.1, sections 4.3 and 4.4, tables 1 and 2.
     """
-    targets = choose_targets(baseline)
-    groups = _groups(matches, baseline, followup)
+    targets = choose_targets(baseline, lymph_nodes)
+    groups = _groups(matches, baseline, followup, lymph_nodes)
     of_targets = [group for group in groups if any(lesion.lesion_id in (targets or ()) for lesion in group.before)]
     others = [group for group in groups if group.before and group not in of_targets and not group.was_normal]
-    new = [lesion for group in groups if group.status == "new" for lesion in group.after if not _is_normal(lesion)]
+    new = [
+        lesion
+        for group in groups
+        if group.status == "new"
+        for lesion in group.after
+        if not _is_normal(lesion, lymph_nodes)
+    ]
     chosen = [lesion for lesion in baseline if lesion.lesion_id in (targets or ())]
-    sums = _Sums.of(chosen, of_targets, diameter_mm) if chosen else None
+    sums = _Sums.of(chosen, of_targets, lambda lesion: diameter_mm(lesion, lymph_nodes)) if chosen else None
     volumes = _Sums.of(chosen, of_targets, lambda lesion: _known(lesion.volume_ml)) if chosen else None
     is_gone = all(group.is_gone for group in of_targets)
     target = None if sums is None else _target_response(sums, SIZE, is_gone=is_gone)
@@ -316,7 +329,7 @@ def judge_response(
         n_split=sum(len(group.before) for group in groups if group.status == "split"),
         n_regrouped=sum(len(group.before) for group in groups if group.status == "regrouped"),
         n_outside=n_outside,
-        warnings="; ".join(_warnings(matches, of_targets, chosen, new, baseline, followup)),
+        warnings="; ".join(_warnings(matches, of_targets, chosen, new, baseline, followup, lymph_nodes)),
     )
 
 
@@ -329,19 +342,24 @@ class _Group:
     status: str
     before: Sequence[LesionMeasurement]
     after: Sequence[LesionMeasurement]
+    lymph_nodes: Collection[str]
 
     @property
     def was_normal(self) -> bool:
-        return all(_is_normal(lesion) for lesion in self.before)
+        return all(_is_normal(lesion, self.lymph_nodes) for lesion in self.before)
 
     @property
     def is_gone(self) -> bool:
         """Whether nothing is left of it; a lymph node may be there, if it is of normal size."""
-        return self.status == "gone" or (bool(self.after) and all(_is_normal(lesion) for lesion in self.after))
+        are_normal = all(_is_normal(lesion, self.lymph_nodes) for lesion in self.after)
+        return self.status == "gone" or (bool(self.after) and are_normal)
 
 
 def _groups(
-    matches: Sequence[Match], baseline: Sequence[LesionMeasurement], followup: Sequence[LesionMeasurement]
+    matches: Sequence[Match],
+    baseline: Sequence[LesionMeasurement],
+    followup: Sequence[LesionMeasurement],
+    lymph_nodes: Collection[str],
 ) -> list[_Group]:
     before, after = ({lesion.lesion_id: lesion for lesion in lesions} for lesions in (baseline, followup))
     members: dict[int, list[Match]] = defaultdict(list)
@@ -353,15 +371,16 @@ def _groups(
             group[0].status,
             [before[n] for n in dict.fromkeys(match.baseline for match in group) if n is not None],
             [after[n] for n in dict.fromkeys(match.followup for match in group) if n is not None],
+            lymph_nodes,
         )
         for number, group in members.items()
     ]
 
 
-def _is_normal(lesion: LesionMeasurement) -> bool:
+def _is_normal(lesion: LesionMeasurement, lymph_nodes: Collection[str]) -> bool:
     """A lymph node too small to be of disease; one whose size is unknown is taken for disease."""
-    size = diameter_mm(lesion)
-    return is_lymph_node(lesion) and size is not None and size < NORMAL_NODE_MM
+    size = diameter_mm(lesion, lymph_nodes)
+    return is_lymph_node(lesion, lymph_nodes) and size is not None and size < NORMAL_NODE_MM
 
 
 # ---- RECIST
@@ -485,9 +504,14 @@ def _warnings(
     new: Sequence[LesionMeasurement],
     baseline: Sequence[LesionMeasurement],
     followup: Sequence[LesionMeasurement],
+    lymph_nodes: Collection[str],
 ) -> list[str]:
     found = []
-    sizes = [diameter_mm(lesion) for lesion in new]
+    names = {label_of(lesion) for lesion in (*baseline, *followup) if not is_lymph_node(lesion, lymph_nodes)}
+    nodes = sorted(name for name in names if re.search(r"lymph|(?<![a-z])nodes?(?![a-z])", name.lower()))
+    if nodes:
+        found.append(f"W_NODE: {', '.join(nodes)} sounds like lymph nodes, but was not said to be: long axes are taken")
+    sizes = [diameter_mm(lesion, lymph_nodes) for lesion in new]
     if new and not any(size is None or size >= MEASURABLE_MM for size in sizes):
         found.append("W_NEW: every new lesion is under 10 mm; RECIST asks that a new lesion be unequivocal: look at it")
     if any(match.relabelled for match in matches):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -40,12 +40,14 @@ class CompareSettings:
     """What a comparison is made with.
 
     Args:
+        lymph_nodes: labels, by name or value, that count by their short axis.
         registration: find out how the patient lies in the later scan; else world coordinates are taken as they are.
         baseline_scans, followup_scans: folders in which the scans are looked for by their file names; None: where the results say.
     """
 
     registration: bool = True
     max_distance_mm: float = MAX_DISTANCE_MM
+    lymph_nodes: tuple[str, ...] = ()
     figures: bool = False
     baseline_scans: Path | None = None
     followup_scans: Path | None = None
@@ -70,6 +72,7 @@ def compare(
     followup_scans: Path | str | None = None,
     registration: bool = True,
     max_distance_mm: float = MAX_DISTANCE_MM,
+    lymph_nodes: Sequence[str] | None = None,
     figures: bool = False,
     progress: Progress = silent,
 ) -> RunReport:
@@ -79,6 +82,7 @@ def compare(
         baseline, followup: results folders of `infer` or `measure`.
         pairs: a CSV with columns patient, baseline and followup, which hold case ids; None: cases with the same id in both are one patient.
         max_distance_mm: between the centroids of two lesions that do not overlap and are still taken for one.
+        lymph_nodes: labels, by name or value; None: those that the two folders were measured with.
 
     Raises:
         VolsegError: the request is wrong. A patient who cannot be compared is a failed row instead; a scan without partner is a row too.
@@ -88,6 +92,7 @@ def compare(
     settings = CompareSettings(
         registration=registration,
         max_distance_mm=max_distance_mm,
+        lymph_nodes=tuple(sorted(set(_measured_nodes(folders) if lymph_nodes is None else lymph_nodes))),
         figures=figures,
         baseline_scans=None if baseline_scans is None else Path(baseline_scans),
         followup_scans=None if followup_scans is None else Path(followup_scans),
@@ -112,6 +117,17 @@ def compare(
         rest = {name: report.details[name] for name in ("unpaired", "not_listed")}
         results.write_run(run_description("compare", options, report, started) | rest)
     return report
+
+
+def _measured_nodes(folders: tuple[Path, Path]) -> Iterator[str]:
+    """The labels that either folder's run.json says were measured as lymph nodes."""
+    for folder in folders:
+        try:
+            content = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+            settings = content.get("measure") or content["options"].get("measure") or {}
+            yield from map(str, settings.get("lymph_nodes") or ())
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            continue  # an interrupted run has none; a label that sounds like nodes is then warned of
 
 
 # ---- pairs
@@ -240,7 +256,7 @@ def _partnerless(pair: _Pair) -> PatientResponse:
 def _key(pair: _Pair, settings: CompareSettings) -> str:
     """Changes with anything that the rows of a patient depend on."""
     options = {"registration": settings.registration, "max_distance_mm": settings.max_distance_mm}
-    options |= {"figures": settings.figures, "names": pair.names}
+    options |= {"figures": settings.figures, "lymph_nodes": settings.lymph_nodes, "names": pair.names}
     inputs: list[Path | str | None] = []
     for folder, case, scans in _sides(pair, settings):
         inputs.append(record_path(folder, case))
@@ -322,8 +338,9 @@ def _compare_pair(pair: _Pair, settings: CompareSettings, results: ComparisonFol
         moved=placed.moved,
         max_distance_mm=settings.max_distance_mm,
     )
-    rows = lesion_changes(matches, before.lesions, after.lesions, **pair.names)
-    response = judge_response(matches, before.lesions, after.lesions, **pair.names)
+    rule: dict[str, Any] = pair.names | {"lymph_nodes": settings.lymph_nodes}
+    rows = lesion_changes(matches, before.lesions, after.lesions, **rule)
+    response = judge_response(matches, before.lesions, after.lesions, **rule)
     warnings = [*placed.warnings, *_differences(before, after), *([response.warnings] if response.warnings else [])]
     files = []
     if settings.figures:

@@ -142,6 +142,7 @@ def infer(
         results.write_run(
             run_description("infer", options, report, started)
             | {"model": bundle.name, "recipe_sha256": bundle.recipe.sha256, "connectivity": 26}
+            | {"measure": bundle.recipe.measure.model_dump(mode="json")}
         )
     return replace(report, details=dict(report.details) | {"computed_with": dict(loaded.segmentation.identity)})
 
