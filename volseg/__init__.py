@@ -1,7 +1,7 @@
 """volseg turns 3D CT and MRI scans into lesions, and lesions into numbers that a study can defend.
 
-The workflows of the command line are functions here: `plan`, `preprocess`, `train`, `infer`, `measure`, `evaluate`, `quantise`, `check`
-and `import_nnunet`.
+The workflows of the command line are functions here: `plan`, `preprocess`, `train`, `infer`, `measure`, `evaluate`, `report`, `quantise`,
+`check` and `import_nnunet`.
 """
 
 from __future__ import annotations
@@ -22,17 +22,29 @@ __all__ = [
     "plan",
     "preprocess",
     "quantise",
+    "report",
     "train",
 ]
 
 if TYPE_CHECKING:
-    from volseg.workflows import check, evaluate, import_nnunet, infer, measure, plan, preprocess, quantise, train
+    from volseg.workflows import (
+        check,
+        evaluate,
+        import_nnunet,
+        infer,
+        measure,
+        plan,
+        preprocess,
+        quantise,
+        report,
+        train,
+    )
 
 
 class _Workflow:
     """A function of `volseg.workflows`, loaded on first use so that `import volseg` is instant.
 
-    Six workflows share their name with the package or module that holds their parts. Importing such a package sets it as an attribute here;
+    Seven workflows share their name with the package or module that holds their parts. Importing such a package sets it as an attribute here;
     that is ignored, so that `volseg.infer` is always the function. `from volseg.infer.tiles import …` does not go through it.
     """
 
@@ -49,7 +61,9 @@ class _Workflow:
 
 
 class _Package(ModuleType):
-    check, evaluate, import_nnunet, infer, measure, plan, preprocess, quantise, train = (_Workflow() for _ in range(9))
+    check, evaluate, import_nnunet, infer, measure, plan, preprocess, quantise, report, train = (
+        _Workflow() for _ in range(10)
+    )
 
 
 sys.modules[__name__].__class__ = _Package

@@ -35,6 +35,12 @@ Out = Annotated[Path, typer.Option(help="Folder for the results; made if it is n
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda; auto takes the GPU where there is one.")]
 Seed = Annotated[int, typer.Option(help="Seed of everything random: same seed, same batches.")]
 Figures = Annotated[bool, typer.Option("--figures", help="Also write a PNG per scan with its lesions outlined.")]
+Pages = Annotated[
+    bool,
+    typer.Option(
+        "--report/--no-report", help="Write report.html and a page per scan that shows its lesions, or do not."
+    ),
+]
 Memory = Annotated[
     str | None, typer.Option(help="Memory that training may take, such as 8G: the GPU's, or the host's on a CPU.")
 ]
@@ -283,6 +289,7 @@ def infer(
         typer.Option("--fast", help="Resample linearly where the recipe says cubic: quicker, a little less exact."),
     ] = False,
     figures: Figures = False,
+    pages: Pages = True,
     as_json: Json = False,
 ) -> None:
     """Segment scans and measure every lesion: masks, lesions.csv, cases.csv.
@@ -310,6 +317,7 @@ def infer(
             max_ram=max_ram,
             max_vram=max_vram,
             figures=figures,
+            pages=pages,
             progress=show,
             announce=lambda text: typer.echo(text, err=True),
         )
@@ -355,6 +363,7 @@ def measure(
         str | None, typer.Option(help="Unit of the intensities: HU, SUV, a.u.; guessed from the scan otherwise.")
     ] = None,
     figures: Figures = False,
+    pages: Pages = True,
     as_json: Json = False,
 ) -> None:
     """Measure masks on their scans, without any model: volume, density, position of every lesion."""
@@ -370,6 +379,7 @@ def measure(
             label_names=None if label_names is None else workflows.read_label_names(label_names),
             intensity_unit=unit,
             figures=figures,
+            pages=pages,
             progress=show,
         )
     _finish(report, as_json, lambda: _print_results(report))
@@ -388,6 +398,22 @@ def evaluate(
     with _progress() as show:
         report = workflows.evaluate(reference=reference, predicted=predicted, out=out, progress=show)
     _finish(report, as_json, lambda: _print_evaluation(report))
+
+
+@app.command()
+def report(
+    results: Annotated[Path, typer.Argument(help="The --out folder of `volseg infer` or `volseg measure`.")],
+    as_json: Json = False,
+) -> None:
+    """Make report.html and the page of each scan again from a results folder.
+
+    A scan that is no longer where it was keeps its earlier page, and report.html says so.
+    """
+    from volseg import workflows
+
+    with _progress() as show:
+        done = workflows.report(results, progress=show)
+    _finish(done, as_json, lambda: typer.echo(f"{len(done.done)} pages made → {done.details['page']}"))
 
 
 @app.command("import-nnunet")
@@ -554,7 +580,7 @@ def _print_results(report: RunReport) -> None:
         typer.echo("lesions: connected components of each label, 26 neighbours, 1 = largest")
     else:
         typer.echo("lesions: one per value of the mask, in ascending order")
-    for name in ("lesions.csv", "cases.csv"):
+    for name in ("lesions.csv", "cases.csv", *(("report.html",) if report.details["pages"] else ())):
         typer.echo(f"  {report.out / name}")
 
 

@@ -77,7 +77,7 @@ def _window(
 
 
 def _slice(array: np.ndarray, axis: int, index: int) -> np.ndarray:
-    return np.take(array, index, axis=axis)
+    return array[(slice(None),) * axis + (index,)]  # `np.take` would first copy an array whose axes are turned
 
 
 def _centre(inside: np.ndarray) -> np.ndarray:

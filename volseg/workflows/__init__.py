@@ -9,6 +9,7 @@ from volseg.workflows.measuring import measure, read_label_names
 from volseg.workflows.planning import budget_of, plan, read_plan
 from volseg.workflows.preparing import preprocess
 from volseg.workflows.quantising import quantise
+from volseg.workflows.reporting import report
 from volseg.workflows.training import train
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "quantise",
     "read_label_names",
     "read_plan",
+    "report",
     "shipped_model",
     "table_columns",
     "train",

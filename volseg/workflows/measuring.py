@@ -21,6 +21,7 @@ from volseg.volume import Volume
 from volseg.workflows.batch import (
     Progress,
     RunReport,
+    about_run,
     case_key,
     check_pair,
     done_row,
@@ -30,6 +31,7 @@ from volseg.workflows.batch import (
     write_figure,
     write_mask,
 )
+from volseg.workflows.pages import source_of, write_page
 
 
 def measure(
@@ -42,6 +44,7 @@ def measure(
     label_names: Mapping[int, str] | None = None,
     intensity_unit: str | None = None,
     figures: bool = False,
+    pages: bool = True,
     progress: Progress = silent,
 ) -> RunReport:
     """Measure any masks on their scans, without a model: one pair, or a table of cases.
@@ -50,6 +53,7 @@ def measure(
         objects: `components`, each connected part is a lesion; `labels`, each value of the mask is one.
         label_names: value → name; a value without one is `label_<value>`.
         intensity_unit: of the scans; None: HU where the scan looks like CT in HU, else a.u.
+        pages: also write report.html, and a page per scan to look at its lesions.
 
     Raises:
         VolsegError: the request is wrong. A pair that cannot be used is a failed row instead.
@@ -60,10 +64,13 @@ def measure(
     found = _pairs(image, mask, cases)
     options = {"objects": objects, "label_names": {str(k): v for k, v in (label_names or {}).items()}}
     options |= {"intensity_unit": intensity_unit, "figures": figures}
+    about = about_run("measure", "")
     with ResultsFolder(Path(out)) as results:
 
         def task(case: Case) -> None:
-            _measure_case(case, results, case_key(options, case), objects, label_names or {}, intensity_unit, figures)
+            _measure_case(
+                case, results, case_key(options, case), objects, label_names or {}, intensity_unit, figures, pages
+            )
 
         report = run_cases(
             found,
@@ -74,9 +81,11 @@ def measure(
             "Measuring",
             progress,
             objects,
+            about if pages else None,
         )
         results.write_run(
             run_description("measure", options, report, started)
+            | about
             | {"connectivity": 26 if objects == "components" else None}
         )
     return report
@@ -113,6 +122,7 @@ def _measure_case(
     label_names: Mapping[int, str],
     intensity_unit: str | None,
     figures: bool,
+    pages: bool,
 ) -> None:
     started = time.monotonic()
     path = case.images["image"]
@@ -134,7 +144,10 @@ def _measure_case(
     if figures:
         files.append(write_figure(scan, ids, rows, case.id, results.path))
     row = done_row(case, scan, rows, path=path, unit=unit, model="", seconds=time.monotonic() - started)
-    results.commit(row, key=key, lesions=rows, files=files)
+    if pages:
+        files += write_page(row, rows, scan, lesions.ids, unit=unit, out=results.path)
+    row = replace(row, seconds=round(time.monotonic() - started, 2))
+    results.commit(row, key=key, lesions=rows, files=files, source=source_of(path, unit))
 
 
 def _guess_unit(scan: Volume) -> str:
