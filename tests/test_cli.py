@@ -23,6 +23,7 @@ COMMANDS = (
     "quantise",
     "measure",
     "evaluate",
+    "report",
     "import-nnunet",
     "check",
     "columns",

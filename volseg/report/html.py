@@ -28,7 +28,7 @@ NIIVUE, NIIVUE_LICENCE = "niivue-0.69.0.umd.js", "niivue-LICENSE.txt"
 MAX_VIEWER_ROWS = 1000  # lesions in the table of a viewer page
 RESERVED_BYTES = 150_000  # of a page: its style, script and text
 PICTURE_BYTES = 3_000_000  # of the pictures in report.html, before base64
-PICTURE_HEIGHTS = (144, 112, 96, 72, 56, 40)  # pixels; the largest with which all of them fit is taken
+PICTURE_HEIGHTS = (96, 72, 56, 40)  # pixels; the largest with which all of them fit is taken
 HINT = "words, or volume_ml > 1"
 
 # What a reader looks for first; the other columns can be chosen.
@@ -64,10 +64,8 @@ SCAN_COLUMNS = (
     "burden",
     "agatston_score",
     "warnings",
-    "reason",
 )
 VIEWER_COLUMNS = ("lesion_id", "label_name", "volume_ml", "long_axis_mm", "short_axis_mm", "intensity_mean")
-FEW_LABELS = 1  # a column with one name all over is not shown at first
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -241,10 +239,13 @@ def page_table(
 
     Args:
         rows: field name → value.
-        shown: columns to be seen at first, where any row knows them and the column says something. The others can be chosen.
+        shown: columns that come first, and are seen at first where any row knows them. The others can be chosen.
         only: leave the other columns out.
     """
     columns = [column for column in columns_of(row_type) if only is None or column[0] in only]
+    columns.sort(key=lambda column: shown.index(column[0]) if column[0] in shown else len(shown))
+    units = {row.get("intensity_unit") for row in rows}
+    own_unit = (units.pop() if len(units) == 1 else None) or "intensity_unit"
     values = [[_number(row.get(column[0])) for column in columns] for row in rows]
     content = {
         "name": name,
@@ -253,7 +254,7 @@ def page_table(
         "columns": [
             {
                 "name": column,
-                "unit": unit,
+                "unit": own_unit if unit == "intensity_unit" else unit,
                 "meaning": meaning,
                 "shown": column in shown and (not rows or _says_something(column, [row[n] for row in values])),
             }
@@ -266,7 +267,7 @@ def page_table(
 
 def _says_something(column: str, values: Sequence[Any]) -> bool:
     known = {value for value in values if value is not None and value != ""}
-    return len(known) > FEW_LABELS if column == "label_name" and len(values) > 1 else bool(known)
+    return len(known) > 1 if column == "label_name" else bool(known)  # one name all over says nothing of a row
 
 
 def _fitting_lesions(lesions: Sequence[Mapping[str, Any]], max_bytes: int) -> PageTable:
@@ -322,17 +323,15 @@ def _facts(cases: Sequence[Mapping[str, Any]], lesions: Sequence[Mapping[str, An
 
 
 def _plots(lesions: Sequence[Mapping[str, Any]]) -> list[Markup]:
-    volumes = [lesion["volume_ml"] for lesion in lesions if lesion.get("volume_ml") is not None]
-    plots = [histogram_svg(volumes, title="Volume", unit="mL", log=True)]
-    units = sorted({lesion.get("intensity_unit") or "" for lesion in lesions})
-    for unit in units:
-        means = [
-            lesion["intensity_mean"]
-            for lesion in lesions
-            if (lesion.get("intensity_unit") or "") == unit and lesion.get("intensity_mean") is not None
-        ]
+    def known(column: str, rows: Sequence[Mapping[str, Any]]) -> list[float]:
+        return [row[column] for row in rows if row.get(column) is not None]
+
+    plots = [histogram_svg(known("volume_ml", lesions), title="Volume", unit="mL", log=True)]
+    for unit in sorted({lesion.get("intensity_unit") or "" for lesion in lesions}):
+        rows = [lesion for lesion in lesions if (lesion.get("intensity_unit") or "") == unit]
         title = "Mean density" if unit == "HU" else "Mean intensity"
-        plots.append(histogram_svg(means, title=title, unit=unit))
+        plots.append(histogram_svg(known("intensity_mean", rows), title=title, unit=unit))
+    plots.append(histogram_svg(known("long_axis_mm", lesions), title="Long axis", unit="mm"))
     return [plot for plot in plots if plot is not None]
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from markupsafe import Markup, escape
 
 WIDTH, HEIGHT = 400, 170
-LEFT, RIGHT, TOP, BOTTOM = 34, 12, 24, 36
+LEFT, RIGHT, TOP, BOTTOM = 46, 18, 24, 36
 MAX_BINS = 24
 
 
@@ -27,7 +27,10 @@ def histogram_svg(values: Sequence[float], *, title: str, unit: str, log: bool =
     n_bins = int(min(MAX_BINS, max(5, math.ceil(2 * known.size ** (1 / 3)))))
     counts, edges = np.histogram(seen, bins=n_bins)
     ticks = _log_ticks(seen.min(), seen.max()) if log else _ticks(seen.min(), seen.max())
-    low, high = min(edges[0], *(at for at, _ in ticks)), max(edges[-1], *(at for at, _ in ticks))
+    low, high = edges[0], edges[-1]
+    inside = [(at, text) for at, text in ticks if low <= at <= high]
+    if len(inside) < 2:  # the axis goes out to round numbers where none would be on it
+        inside, low, high = ticks, min(low, ticks[0][0]), max(high, ticks[-1][0])
     steps = [(at, text) for at, text in _ticks(0, int(counts.max())) if at == int(at)]
     top = max(counts.max(), steps[-1][0])
 
@@ -53,7 +56,7 @@ def histogram_svg(values: Sequence[float], *, title: str, unit: str, log: bool =
             shape = f'x="{x(start) + 0.5:.1f}" y="{y(count):.1f}" width="{max(x(stop) - x(start) - 1, 1):.1f}"'
             parts.append(f'<rect class="filled" {shape} height="{y(0) - y(count):.1f}"/>')
     parts.append(f'<path class="axis" d="M{LEFT} {y(0):.1f}H{WIDTH - RIGHT}"/>')
-    for at, text in ticks:
+    for at, text in inside:
         parts.append(f'<path class="axis" d="M{x(at):.1f} {y(0):.1f}v4"/>')
         parts.append(f'<text x="{x(at):.1f}" y="{y(0) + 16:.1f}" text-anchor="middle">{text}</text>')
     at = x(math.log10(median) if log else median)

@@ -388,7 +388,10 @@ def _window(
     lesions: BoundingBox | None,
     unit: str,
 ) -> tuple[float, float]:
-    """Black and white. CT: what lies within 15 mm of the first five lesions but air, 200 HU wide at least; else 98 % of the body and 90 % of the lesions."""
+    """Black and white: both hold 90 % of the voxels of each of the first five lesions.
+
+    CT: also 90 % of what lies within 15 mm of them, air outside the body left out; 200 HU wide at least. Else: also 98 % of the body.
+    """
     within = _sample(image[body.slices])
     boxes = []
     if lesions is not None:
@@ -397,19 +400,18 @@ def _window(
                 i, j, k = (part.start + start for part, start in zip(found, lesions.start))
                 i_stop, j_stop, k_stop = (part.stop + start for part, start in zip(found, lesions.start))
                 boxes.append(_widened(BoundingBox((i, j, k), (i_stop, j_stop, k_stop)), geometry, WINDOW_REACH_MM))
+    inside = [_finite(image[box.slices][numbers[box.slices] > 0]) for box in boxes]
+    ends = [np.percentile(scan.intensities(values), (5, 95)) for values in inside]
     if unit == "HU":
         samples = [_sample(image[box.slices]) for box in boxes] or [within]
-        ends = np.array([np.percentile(_without_air(scan.intensities(sample)), (5, 95)) for sample in samples])
-        low, high = float(ends[:, 0].min()), float(ends[:, 1].max())
+        ends += [np.percentile(_without_air(scan.intensities(sample)), (5, 95)) for sample in samples]
+        low, high = float(np.min(ends)), float(np.max(ends))
         margin = 0.3 * (high - low)
         low, high = max(low - margin, CT_RANGE_HU[0]), min(high + margin, CT_RANGE_HU[1])
         missing = max(0.0, MIN_WINDOW_HU - (high - low)) / 2
         return low - missing, high + missing
-    low, high = np.percentile(scan.intensities(within), (1, 99)).tolist()
-    for box in boxes:
-        inside = _finite(image[box.slices][numbers[box.slices] > 0])
-        lesion_low, lesion_high = np.percentile(scan.intensities(inside), (5, 95)).tolist()
-        low, high = min(low, lesion_low), max(high, lesion_high)
+    ends.append(np.percentile(scan.intensities(within), (1, 99)))
+    low, high = float(np.min(ends)), float(np.max(ends))
     if high - low > 1e-6 * max(abs(low), abs(high)):
         return low, high
     ends = scan.intensities(np.array([np.fmin.reduce(image, axis=None), np.fmax.reduce(image, axis=None)]))

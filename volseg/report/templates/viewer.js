@@ -19,6 +19,7 @@ function colourOf(number) {
 
 // ---- the table and the numbers of the chosen lesion
 
+content.table.columns.find((column) => column.name === "lesion_id").number = false; // a button, not a number to compare
 const table = new DataTable(at("lesions"), content.table, {
   cell: (column, row, own) => {
     if (column.name !== "lesion_id") return null;
@@ -46,12 +47,24 @@ function choose(number, { move = true } = {}) {
   showNumbers(row);
   const point = content.points[number];
   if (move && viewer && point) {
-    viewer.scene.crosshairPos = viewer.mm2frac(point);
+    viewer.scene.crosshairPos = fractionOf(viewer, point);
     viewer.drawScene();
     viewer.createOnLocationChange();
   } else if (move && viewer) {
     at("place").textContent = `Lesion ${number} is too small to be drawn here.`;
   }
+}
+
+// The lesion that the address asks for (#lesion=3), else the first.
+function chooseFirst() {
+  const asked = Number(new URLSearchParams(location.hash.slice(1)).get("lesion"));
+  if (rowOf(asked)) choose(asked);
+  else if (content.table.rows.length) choose(table.value(content.table.rows[0], "lesion_id"));
+}
+
+// Of the volume, from 0 to 1 along its axes. Without the last argument NiiVue takes an oblique grid for one along the world's axes.
+function fractionOf(nv, point) {
+  return nv.mm2frac(point, 0, true);
 }
 
 function showNumbers(row) {
@@ -90,9 +103,9 @@ async function start() {
   // The policy of this page lets only scripts run whose hash it names, NiiVue's among them.
   document.head.append(make("script", {}, await inflated("niivue")));
   const nv = new niivue.Niivue({
-    isRadiologicalConvention: true, backColor: [0, 0, 0, 1], crosshairColor: [0.45, 0.75, 1, 0.8], crosshairWidth: 0.5, crosshairGap: 6,
+    isRadiologicalConvention: true, backColor: [0, 0, 0, 1], crosshairColor: [0.45, 0.75, 1, 0.8], crosshairWidth: 0.25, crosshairWidthUnit: "percent", crosshairGap: 6,
     fontColor: [1, 0.82, 0.3, 1], showLegend: false, dragAndDropEnabled: false, logLevel: "error", loadingText: "", scrollRequiresFocus: false,
-    isNearestInterpolation: false, isCornerOrientationText: false, sagittalNoseLeft: true,
+    isNearestInterpolation: false, isCornerOrientationText: false, showAllOrientationMarkers: true, sagittalNoseLeft: true,
   });
   await nv.attachToCanvas(at("canvas"));
   const image = await niivue.NVImage.loadFromBase64({
@@ -114,10 +127,8 @@ async function start() {
   control(nv, image);
   at("montage").open = false;
   nv.drawScene();
-  const first = content.table.rows.length ? table.value(content.table.rows[0], "lesion_id") : null;
-  const asked = Number(new URLSearchParams(location.hash.slice(1)).get("lesion"));
-  if (rowOf(asked) ?? rowOf(first)) choose(rowOf(asked) ? asked : first);
-  else nv.createOnLocationChange();
+  chooseFirst();
+  if (chosen === null) nv.createOnLocationChange();
   document.documentElement.dataset.ready = "1";
 }
 
@@ -200,7 +211,7 @@ function drawLines(nv) {
   let drawn = 0;
   for (const [number, lines] of Object.entries(content.axes)) {
     lines.forEach(([from, to], n) => {
-      const fracs = [nv.mm2frac(from), nv.mm2frac(to)];
+      const fracs = [fractionOf(nv, from), fractionOf(nv, to)];
       if (fracs.some((frac) => Math.abs(layer(frac) - here) > 0)) return;
       const ends = fracs.map((frac) => nv.frac2canvasPosWithTile(frac, AXIAL)?.pos);
       if (!ends[0] || !ends[1]) return;
@@ -225,7 +236,7 @@ function drawLines(nv) {
 
 function drawBar(pen, slice, scale) {
   const [left, top, width, height] = slice.leftTopWidthHeight;
-  const perMm = Math.abs(width) / slice.fovMM[0];
+  const perMm = Math.abs(width) / Math.abs(slice.fovMM[0]);
   const mm = BARS_MM.filter((bar) => bar * perMm < Math.abs(width) / 3).pop();
   if (!mm || !Number.isFinite(perMm)) return;
   const x = Math.min(left, left + width) + 10 * scale, y = top + height - 10 * scale;
@@ -250,6 +261,7 @@ function withoutViewer(state, text) {
   at("controls").closest("section").hidden = true;
   at("viewer").prepend(at("montage"));
   at("montage").open = true;
+  chooseFirst();
   document.documentElement.dataset.ready = state;
 }
 
