@@ -79,8 +79,9 @@ def test_the_largest_lesions_are_shown_whatever_their_numbers():
     geometry = grid_around(24, ras((1, 1, 1)))
     centre = geometry.to_world_mm((np.array([geometry.shape]) - 1) / 2)[0]
     mask = np.zeros(geometry.shape, np.uint8)
-    for value, x in enumerate((-18, -12, -6, 10), start=1):
-        mask[ball(9 if value == 4 else 1.5, geometry, centre + [x, 0, 0])] = value
+    for value, x in enumerate((-18, -12, -6), start=1):
+        mask[ball(1.5, geometry, centre + [x, -14, -14])] = value
+    mask[ball(9, geometry, centre + [10, 10, 10])] = 4  # in no slice through the others
     lesions = label_lesions(mask, geometry, objects="labels")
     scan = Volume(mask.astype(np.int16), geometry)
     rows = measure_lesions(scan, lesions.ids, lesions.labels, case_id="a", label_names={}, intensity_unit="a.u.")

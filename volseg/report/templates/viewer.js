@@ -1,6 +1,8 @@
 // The viewer page of a scan: slices, lesions and their numbers.
 
 const AXIAL = 0, CORONAL = 1, SAGITTAL = 2;
+const BORDER = 0.35; // how much less the border of a lesion lets through than its inside
+const HARDLY = 0.001; // opacity; a layer of none would not be drawn at all
 const BARS_MM = [1, 2, 5, 10, 20, 50, 100, 200];
 const THREE_PLANES = [
   { sliceType: AXIAL, position: [0, 0, 0.6, 1] },
@@ -113,13 +115,14 @@ async function start() {
   });
   const ids = await niivue.NVImage.loadFromBase64({ base64: at("ids").textContent, name: "ids.nii.gz", opacity: Number(at("opacity").value) });
   ids.setColormapLabel(labelColours());
+  ids.hdr.intent_code = 1002; // labels: their colours are looked up by number. Without it NiiVue tints the background of more than 128.
   nv.addVolume(image);
   nv.addVolume(ids);
   [image.cal_min, image.cal_max] = content.window;
   nv.opts.multiplanarShowRender = niivue.SHOW_RENDER.NEVER;
   nv.setSliceType(niivue.SLICE_TYPE.MULTIPLANAR);
   nv.setCustomLayout(THREE_PLANES);
-  nv.updateGLVolume();
+  showMask(nv);
   const draw = nv.drawScene.bind(nv);
   nv.drawScene = () => { const text = draw(); drawLines(nv); return text; };
   nv.onLocationChange = showPlace;
@@ -136,7 +139,6 @@ function labelColours() {
   const n = content.colours.length / 6;
   const channel = (offset) => [0, ...Array.from({ length: n }, (_, i) => parseInt(content.colours.slice(6 * i + offset, 6 * i + offset + 2), 16))];
   const numbers = Array.from({ length: n + 1 }, (_, i) => i);
-  // Two rows at least: a table of one colour is taken for none.
   return { R: channel(0), G: channel(2), B: channel(4), A: numbers.map((i) => (i ? 255 : 0)), I: numbers, labels: numbers.map(String) };
 }
 
@@ -165,8 +167,8 @@ function control(nv, image) {
     nv.drawScene();
     at("side").textContent = radiological ? "R is left" : "R is right";
   });
-  at("opacity").addEventListener("input", () => nv.setOpacity(1, Number(at("opacity").value)));
-  pressed("outline", (only) => { nv.overlayOutlineWidth = only ? 1 : 0; nv.setOpacity(1, only ? 1 : Number(at("opacity").value)); });
+  at("opacity").addEventListener("input", () => showMask(nv));
+  pressed("outline", () => showMask(nv));
   at("axes").hidden = !Object.keys(content.axes).length;
   pressed("axes", () => nv.drawScene());
   const edges = [at("low"), at("high")];
@@ -191,6 +193,15 @@ function control(nv, image) {
     nv.moveCrosshairInVox(...step);
     nv.createOnLocationChange();
   }, { capture: true });
+}
+
+// Voxels at the border of a lesion are drawn more strongly than those within, so that one of a single voxel is seen too.
+function showMask(nv) {
+  const only = at("outline").getAttribute("aria-pressed") === "true";
+  const within = Number(at("opacity").value);
+  at("opacity").disabled = only;
+  nv.opts.atlasOutline = only ? 1 : within && Math.min(1, within + BORDER);
+  nv.setOpacity(1, only ? HARDLY : within);
 }
 
 // ---- what is drawn over the slices: the diameters of the lesions in this axial slice, and scale bars
