@@ -77,7 +77,7 @@ def with_axes(row, centre, radius, geometry):
 
 
 def page_of(scan, ids, rows, case=CASE):
-    preview = make_preview(scan, ids, unit="HU", max_bytes=image_budget(len(rows)))
+    preview = make_preview(scan, ids, unit="HU", max_bytes=image_budget(rows))
     montage = montage_jpeg(scan, ids, window=preview.window, point_mm=None, extent_mm=0)
     return viewer_html(case, rows, preview, montage, unit="HU")
 
@@ -198,8 +198,9 @@ def test_a_viewer_page_of_a_large_noisy_scan_stays_within_six_megabytes():
     ids = np.zeros(shape, np.uint16, order="F")
     ids[100:110, 120:130, 20:24], ids[400:404, 380:390, 180:184] = 1, 2
     scan = Volume(noise, Geometry(shape, lps((0.7, 0.7, 1.0))))
-    rows = [lesion(lesion_id=n, n_voxels=9, label_name="node") for n in (1, 2)]
+    rows = [lesion(lesion_id=n, n_voxels=9, label_name=HOSTILE, notes=HOSTILE * 3) for n in range(1, 1500)]
     page = page_of(scan, ids, rows)
+    assert "The first 1000 of 1499 lesions" in page
     assert 2_000_000 < len(page.encode()) <= 6_000_000
 
 

@@ -1,6 +1,7 @@
 import csv
 import json
 import shutil
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -8,8 +9,12 @@ from laws import ball, centre_mm, grid_around, oblique
 
 import volseg
 from volseg.errors import VolsegError
+from volseg.infer.memory import PAGE
 from volseg.io.nifti import write_volume
-from volseg.volume import Volume
+from volseg.measure.lesions import CaseRow, measure_lesions
+from volseg.postprocess.lesions import label_lesions
+from volseg.volume import Geometry, Volume
+from volseg.workflows.pages import write_page
 
 
 @pytest.fixture
@@ -48,6 +53,28 @@ def test_each_scan_gets_a_page_and_the_run_one_over_all_of_them(cases, tmp_path)
     assert page.index("1 of 3 scans failed") < page.index("<strong>b</strong>") < page.index('id="scans-data"')
     assert '<script type="application/json" id="pages">["a","c"]</script>' in page
     assert str(tmp_path) not in (out / "viewer" / "a.html").read_text(encoding="utf-8")  # it may be handed on
+
+
+def test_making_a_page_takes_the_memory_that_is_planned_for_it(tmp_path):
+    """The largest preview there is, with more lesions than a byte can number."""
+    shape = (400, 400, 74)
+    array = np.zeros(shape, np.int16, order="F")
+    array[100:300, 100:300] = np.random.default_rng(0).integers(0, 400, (200, 200, 74))
+    mask = np.zeros(shape, np.uint8, order="F")
+    mask[::25, ::25, ::12] = 1
+    scan = Volume(array, Geometry(shape, oblique((0.9, 0.9, 2.0))))
+    found = label_lesions(mask, scan.geometry)
+    rows = measure_lesions(scan, found.ids, found.labels, case_id="a", label_names={1: "speck"}, intensity_unit="a.u.")
+    assert len(rows) > 1000
+    case = CaseRow(case_id="a", status="done", n_lesions=len(rows))
+    write_page(case, rows[:1], scan, found.ids, unit="a.u.", out=tmp_path)  # NiiVue is packed once
+    tracemalloc.start()
+    page, _ = write_page(case, rows, scan, found.ids, unit="a.u.", out=tmp_path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert PAGE / 2 < peak < PAGE
+    assert page.stat().st_size <= 6_000_000
+    assert f"The first 1000 of {len(rows)} lesions" in page.read_text(encoding="utf-8")
 
 
 def test_a_call_that_finds_all_done_leaves_every_page_alone(cases, tmp_path):

@@ -26,7 +26,8 @@ from volseg.report.preview import Preview, lesion_colour, lesion_points, point_o
 MAX_PAGE_BYTES = 6_000_000
 NIIVUE, NIIVUE_LICENCE = "niivue-0.69.0.umd.js", "niivue-LICENSE.txt"
 MAX_VIEWER_ROWS = 1000  # lesions in the table of a viewer page
-RESERVED_BYTES = 150_000  # of a page: its style, script and text
+RESERVED_BYTES = 300_000  # of a page: its style, script, text and one picture
+POINTS_BYTES = 250  # of a viewer page, for where a lesion is and where its diameters end
 PICTURE_BYTES = 3_000_000  # of the pictures in report.html, before base64
 PICTURE_HEIGHTS = (96, 72, 56, 40)  # pixels; the largest with which all of them fit is taken
 HINT = "words, or volume_ml > 1"
@@ -84,14 +85,16 @@ def viewer_html(
     """The page of one scan: its slices with the lesions over them, a row per lesion, and a picture where there is no WebGL.
 
     Args:
-        case, lesions: columns of cases.csv and of lesions.csv; None, or a column that is not there, is unknown.
+        case, lesions: columns of cases.csv and of lesions.csv; None, or a column that is not there, is unknown. Lesions beyond the first 1000
+            need not be given.
         montage: JPEG of the scan's largest lesion.
         unit: of the intensities.
     """
     rows = sorted(lesions, key=lambda lesion: lesion["lesion_id"])[:MAX_VIEWER_ROWS]
     remark = ""
-    if len(rows) < len(lesions):
-        remark = f"The first {len(rows)} of {len(lesions)} lesions; lesions.csv has them all."
+    n_lesions = max(case.get("n_lesions") or 0, len(lesions))
+    if len(rows) < n_lesions:
+        remark = f"The first {len(rows)} of {n_lesions} lesions; lesions.csv has them all."
     if preview.not_drawn:
         remark += (
             f" {preview.not_drawn} lesions are too small beside others, or too many, to be drawn at this resolution."
@@ -133,10 +136,11 @@ def viewer_html(
     )
 
 
-def image_budget(n_lesions: int) -> int:
-    """Compressed bytes of image and lesion ids with which a viewer page stays within its size."""
-    rows = min(n_lesions, MAX_VIEWER_ROWS) * 900
-    return int((MAX_PAGE_BYTES - RESERVED_BYTES - len(_packed_niivue()) - rows) * 0.74)  # base64 takes 4 for 3
+def image_budget(lesions: Sequence[Mapping[str, Any]]) -> int:
+    """Compressed bytes of image and lesion ids with which the viewer page of these lesions stays within its size."""
+    rows = lesions[:MAX_VIEWER_ROWS]
+    table = _size(lesion_table(rows).content) + POINTS_BYTES * len(rows)
+    return int((MAX_PAGE_BYTES - RESERVED_BYTES - len(_packed_niivue()) - table) * 0.74)  # base64 takes 4 for 3
 
 
 def report_html(

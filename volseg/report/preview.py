@@ -15,7 +15,6 @@ from scipy import ndimage
 
 from volseg.io.nifti import volume_bytes
 from volseg.preprocess.crop import (
-    SLAB_VOXELS,
     AxisOrder,
     body_threshold,
     box_where,
@@ -36,7 +35,8 @@ MAX_DRAWN = 8191  # lesions; a row of colours is a texture, and 8192 pixels are 
 WINDOW_REACH_MM, WINDOW_LESIONS = 15.0, 5
 MIN_WINDOW_HU, CT_RANGE_HU = 200.0, (-1024.0, 3071.0)
 BEYOND_WINDOW = 0.25  # of the window's width, stored on either side of it, so that the reader can move it
-SAMPLE_SLABS, SAMPLE_VOXELS = 8, 1_000_000
+SAMPLE_SLABS, SAMPLE_VOXELS = 8, 1_000_000  # looked at for an estimate
+PIECE_VOXELS = 1_000_000  # worked on together: bounds the temporaries
 MIN_VOXELS = 4  # along an axis, where the scan has them
 MONTAGE_PLANES = ((0, 1, 2, "R", "L"), (0, 2, 1, "R", "L"), (1, 2, 0, "A", "P"))  # across, up, through; left and right
 MIN_FIELD_MM, FIELD_EXTENTS = 50.0, 2.2  # what a picture of the montage shows: so many times the lesion's extent
@@ -86,6 +86,7 @@ def make_preview(scan: Volume, ids: np.ndarray, *, unit: str, max_bytes: int) ->
     for part, box, factors in _candidates(source):
         if math.prod(_blocks(box, factors)) > MAX_VOXELS or source.predicted_bytes(box, factors) > max_bytes * 1.1:
             continue
+        best = None  # before another one is made
         best = source.preview(part, box, factors)
         if len(best.packed_image) + len(best.packed_ids) <= max_bytes:
             break
@@ -284,11 +285,11 @@ class _Source:
                 numbers = self.numbers[scan_part]
                 if self.n_ids > MAX_DRAWN:
                     numbers = np.where(numbers > MAX_DRAWN, 0, numbers)
-                present += np.bincount(numbers.ravel("K"), minlength=drawn + 1)
+                present += _counts(numbers, drawn)
                 ids[blocks] = _majority(numbers, factors)
         if math.prod(factors) > 1 and drawn:
             self._keep_small(ids, box, factors, present)
-        not_drawn = self.n_ids - np.count_nonzero(np.bincount(ids.ravel("K"), minlength=drawn + 1)[1:])
+        not_drawn = self.n_ids - np.count_nonzero(_counts(ids, drawn)[1:])
         low, high = self.stored_range
         geometry = _block_geometry(self.geometry, box, factors)
         slope = np.float32((high - low) / 255)  # as a header stores them
@@ -312,7 +313,7 @@ class _Source:
 
     def _keep_small(self, ids: np.ndarray, box: BoundingBox, factors: Factors, present: np.ndarray) -> None:
         """Draw lesions that would lose more than half of their volume in every free block that they touch, and in one in any case."""
-        drawn = np.bincount(ids.ravel("K"), minlength=len(present)) * math.prod(factors)
+        drawn = _counts(ids, len(present) - 1) * math.prod(factors)
         lost = [n for n in range(1, len(present)) if drawn[n] * 2 < present[n]]
         if not lost:
             return
@@ -464,7 +465,7 @@ def _slabs(
 ) -> Iterator[tuple[tuple[slice, slice, slice], tuple[slice, slice, slice]]]:
     """Parts of the box and the blocks that they become, a slab of whole blocks at a time."""
     across = math.prod(box.shape) // box.shape[slow]
-    n_blocks = max(1, SLAB_VOXELS // (across * factors[slow]))
+    n_blocks = max(1, PIECE_VOXELS // (across * factors[slow]))
     for first in range(0, _blocks(box, factors)[slow], n_blocks):
         part, blocks = list(box.slices), [slice(0, n) for n in _blocks(box, factors)]
         start = box.start[slow] + first * factors[slow]
@@ -506,6 +507,15 @@ def _majority(numbers: np.ndarray, factors: Factors) -> np.ndarray:
     for axis, factor in enumerate(factors):
         highest = _reduced(highest, axis, factor, np.maximum)
     return np.where(filled, highest, 0)
+
+
+def _counts(numbers: np.ndarray, highest: int) -> np.ndarray:
+    """How often each number from 0 to `highest` occurs. A piece at a time: `bincount` makes eight bytes of each."""
+    flat = numbers.ravel("K")
+    found = np.zeros(highest + 1, np.int64)
+    for start in range(0, flat.size, PIECE_VOXELS):
+        found += np.bincount(flat[start : start + PIECE_VOXELS], minlength=highest + 1)
+    return found
 
 
 def _slice(array: np.ndarray, axis: int, index: int) -> np.ndarray:

@@ -37,13 +37,13 @@ def write_page(
     Args:
         ids: (I, J, K) lesion ids on the scan's grid. unit: of its intensities.
     """
-    from volseg.report.html import image_budget, viewer_html
+    from volseg.report.html import MAX_VIEWER_ROWS, image_budget, viewer_html
     from volseg.report.preview import lesion_points, make_preview, montage_jpeg
 
     row = plain(case) if isinstance(case, CaseRow) else case
-    rows = [plain(lesion) if isinstance(lesion, LesionMeasurement) else lesion for lesion in lesions]
-    preview = make_preview(scan, ids, unit=unit, max_bytes=image_budget(len(rows)))
-    largest = max(rows, key=lambda lesion: lesion["n_voxels"], default=None)
+    rows = [_plain(lesion) for lesion in lesions[:MAX_VIEWER_ROWS]]  # of a noisy mask there are ten thousands
+    preview = make_preview(scan, ids, unit=unit, max_bytes=image_budget(rows))
+    largest = max(rows, key=lambda lesion: lesion.get("n_voxels") or 0, default=None)
     point_mm = None if largest is None else lesion_points(preview, [largest]).get(largest["lesion_id"])
     montage = montage_jpeg(
         scan,
@@ -58,6 +58,10 @@ def write_page(
     write_bytes_atomic(page, viewer_html(row, rows, preview, montage, unit=unit))
     write_bytes_atomic(picture, montage)
     return [page, picture]
+
+
+def _plain(lesion: LesionMeasurement | Mapping[str, Any]) -> Mapping[str, Any]:
+    return plain(lesion) if isinstance(lesion, LesionMeasurement) else lesion
 
 
 def _extent_mm(ids: Volume, number: int) -> float:
