@@ -148,8 +148,10 @@ def test_failures_come_first_with_their_code_and_reason():
     page = report_of_all_states()
     assert page.index("1 of 14 scans failed") < page.index("<code>E_PAIR</code>") < page.index("scans done")
     assert "1 scans have not been reached yet" in page
+    assert page.count("<svg") == 2  # volume and density of twelve lesions; nobody knows a long axis
     cut = report_html({}, [{"case_id": "b", "status": "failed", "reason": None}], [], montages={}, pages=[])
     assert "<strong>b</strong>: no reason is known" in cut
+    assert "<svg" not in cut
 
 
 def test_rows_hold_the_numbers_of_the_csv_and_unknown_is_null():

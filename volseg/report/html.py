@@ -30,6 +30,7 @@ RESERVED_BYTES = 300_000  # of a page: its style, script, text and one picture
 POINTS_BYTES = 250  # of a viewer page, for where a lesion is and where its diameters end
 PICTURE_BYTES = 3_000_000  # of the pictures in report.html, before base64
 PICTURE_HEIGHTS = (96, 72, 56, 40)  # pixels; the largest with which all of them fit is taken
+MIN_PLOTTED = 5  # lesions; the distribution of fewer is their table
 HINT = "words, or volume_ml > 1"
 
 # What a reader looks for first; the other columns can be chosen.
@@ -330,6 +331,8 @@ def _plots(lesions: Sequence[Mapping[str, Any]]) -> list[Markup]:
     def known(column: str, rows: Sequence[Mapping[str, Any]]) -> list[float]:
         return [row[column] for row in rows if row.get(column) is not None]
 
+    if len(lesions) < MIN_PLOTTED:
+        return []
     plots = [histogram_svg(known("volume_ml", lesions), title="Volume", unit="mL", log=True)]
     for unit in sorted({lesion.get("intensity_unit") or "" for lesion in lesions}):
         rows = [lesion for lesion in lesions if (lesion.get("intensity_unit") or "") == unit]
