@@ -24,6 +24,7 @@ COMMANDS = (
     "measure",
     "evaluate",
     "compare",
+    "report",
     "import-nnunet",
     "check",
     "columns",

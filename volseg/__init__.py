@@ -1,7 +1,7 @@
 """volseg turns 3D CT and MRI scans into lesions, and lesions into numbers that a study can defend.
 
 The workflows of the command line are functions here: `plan`, `preprocess`, `train`, `infer`, `measure`, `evaluate`, `compare`,
-`quantise`, `check` and `import_nnunet`.
+`report`, `quantise`, `check` and `import_nnunet`.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ __all__ = [
     "plan",
     "preprocess",
     "quantise",
+    "report",
     "train",
 ]
 
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
         plan,
         preprocess,
         quantise,
+        report,
         train,
     )
 
@@ -44,7 +46,7 @@ if TYPE_CHECKING:
 class _Workflow:
     """A function of `volseg.workflows`, loaded on first use so that `import volseg` is instant.
 
-    Six workflows share their name with the package or module that holds their parts. Importing such a package sets it as an attribute here;
+    Seven workflows share their name with the package or module that holds their parts. Importing such a package sets it as an attribute here;
     that is ignored, so that `volseg.infer` is always the function. `from volseg.infer.tiles import …` does not go through it.
     """
 
@@ -61,8 +63,8 @@ class _Workflow:
 
 
 class _Package(ModuleType):
-    check, compare, evaluate, import_nnunet, infer, measure, plan, preprocess, quantise, train = (
-        _Workflow() for _ in range(10)
+    check, compare, evaluate, import_nnunet, infer, measure, plan, preprocess, quantise, report, train = (
+        _Workflow() for _ in range(11)
     )
 
 

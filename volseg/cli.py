@@ -37,6 +37,12 @@ Out = Annotated[Path, typer.Option(help="Folder for the results; made if it is n
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda; auto takes the GPU where there is one.")]
 Seed = Annotated[int, typer.Option(help="Seed of everything random: same seed, same batches.")]
 Figures = Annotated[bool, typer.Option("--figures", help="Also write a PNG per scan with its lesions outlined.")]
+Pages = Annotated[
+    bool,
+    typer.Option(
+        "--report/--no-report", help="Write report.html and a page per scan that shows its lesions, or do not."
+    ),
+]
 Memory = Annotated[
     str | None, typer.Option(help="Memory that training may take, such as 8G: the GPU's, or the host's on a CPU.")
 ]
@@ -285,6 +291,7 @@ def infer(
         typer.Option("--fast", help="Resample linearly where the recipe says cubic: quicker, a little less exact."),
     ] = False,
     figures: Figures = False,
+    pages: Pages = True,
     as_json: Json = False,
 ) -> None:
     """Segment scans and measure every lesion: masks, lesions.csv, cases.csv.
@@ -312,6 +319,7 @@ def infer(
             max_ram=max_ram,
             max_vram=max_vram,
             figures=figures,
+            pages=pages,
             progress=show,
             announce=lambda text: typer.echo(text, err=True),
         )
@@ -374,6 +382,7 @@ def measure(
     ] = None,
     calcium: Annotated[bool, typer.Option("--calcium", help="Agatston, volume and mass score, too.")] = False,
     figures: Figures = False,
+    pages: Pages = True,
     as_json: Json = False,
 ) -> None:
     """Measure masks on their scans, without any model: volume, density, form, diameters, position of every lesion.
@@ -397,6 +406,7 @@ def measure(
             lymph_nodes=lymph_node or (),
             calcium=calcium,
             figures=figures,
+            pages=pages,
             progress=show,
         )
     _finish(report, as_json, lambda: _print_results(report))
@@ -492,6 +502,22 @@ def compare(
             progress=show,
         )
     _finish(report, as_json, lambda: _print_comparison(report))
+
+
+@app.command()
+def report(
+    results: Annotated[Path, typer.Argument(help="The --out folder of `volseg infer` or `volseg measure`.")],
+    as_json: Json = False,
+) -> None:
+    """Make report.html and the page of each scan again from a results folder.
+
+    A scan that is no longer where it was keeps its earlier page, and report.html says so.
+    """
+    from volseg import workflows
+
+    with _progress() as show:
+        done = workflows.report(results, progress=show)
+    _finish(done, as_json, lambda: typer.echo(f"{len(done.done)} pages made → {done.details['page']}"))
 
 
 @app.command("import-nnunet")
@@ -680,7 +706,7 @@ def _print_results(report: RunReport) -> None:
         typer.echo("lesions: connected components of each label, 26 neighbours, 1 = largest")
     else:
         typer.echo("lesions: one per value of the mask, in ascending order")
-    for name in ("lesions.csv", "cases.csv"):
+    for name in ("lesions.csv", "cases.csv", *(("report.html",) if report.details["pages"] else ())):
         typer.echo(f"  {report.out / name}")
 
 

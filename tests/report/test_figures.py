@@ -60,3 +60,31 @@ def test_all_48_orders_give_the_same_picture():
 def test_tiny_scans_do_not_break_the_picture(shape):
     scan = Volume(np.zeros(shape, np.int16), Geometry(shape, ras((1, 1, 1))))
     assert picture(scan, np.ones(shape, np.uint8)).size > 0
+
+
+def test_a_lesion_larger_than_its_surroundings_is_not_all_noise():
+    """A ball of 60 mm: the grey values are those of the ball and of what is round it, not of its middle alone."""
+    geometry = grid_around(40, ras((2, 2, 2)))
+    inside = ball(30, geometry)
+    noise = np.random.default_rng(0).normal(0, 10, geometry.shape)
+    image = picture(Volume((noise + np.where(inside, 100, -100)).astype(np.int16), geometry), inside.astype(np.uint8))
+    axial = image[:, : image.shape[1] // 3]
+    rows, columns = np.nonzero(outlined(axial))
+    middle = axial[rows.min() + 40 : rows.max() - 40, columns.min() + 40 : columns.max() - 40]
+    assert middle.mean() > 0.6
+    assert middle.std() < 0.1
+
+
+def test_the_largest_lesions_are_shown_whatever_their_numbers():
+    geometry = grid_around(24, ras((1, 1, 1)))
+    centre = geometry.to_world_mm((np.array([geometry.shape]) - 1) / 2)[0]
+    mask = np.zeros(geometry.shape, np.uint8)
+    for value, x in enumerate((-18, -12, -6), start=1):
+        mask[ball(1.5, geometry, centre + [x, -14, -14])] = value
+    mask[ball(9, geometry, centre + [10, 10, 10])] = 4  # in no slice through the others
+    lesions = label_lesions(mask, geometry, objects="labels")
+    scan = Volume(mask.astype(np.int16), geometry)
+    rows = measure_lesions(scan, lesions.ids, lesions.labels, case_id="a", label_names={}, intensity_unit="a.u.")
+    image = matplotlib.image.imread(io.BytesIO(overlay_png(scan, lesions.ids, rows, title="a")), format="png")[..., :3]
+    first = outlined(image[: image.shape[0] // 3])
+    assert np.ptp(np.nonzero(first)[0]) > 50  # in the first row of pictures stands the ball of 18 mm

@@ -68,7 +68,7 @@ def test_the_48_files_of_one_scan_give_identical_rows(tmp_path):
         lines.append(f"{path.name.split('.')[0]},{path},mask_{path.name}")
     (tmp_path / "cases.csv").write_text("\n".join(lines) + "\n")
     assert len(lines) == 49
-    report = volseg.measure(cases=tmp_path / "cases.csv", out=tmp_path / "out")
+    report = volseg.measure(cases=tmp_path / "cases.csv", out=tmp_path / "out", pages=False)
     assert report.exit_code == 0
     by_case = {}
     for row in rows(tmp_path / "out" / "lesions.csv"):

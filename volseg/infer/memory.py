@@ -31,6 +31,7 @@ WORKSPACE = 150 << 20
 STAGING = 2 * 4 * SLAB_VALUES  # source planes on their way to a GPU
 LESION_SHARE = 0.25  # of a scan that the box of all lesions is taken to fill at most
 LABELLING_BYTES = 16  # per voxel of that box
+PAGE = 64 << 20  # making the page of a scan, whatever its size: slabs of it, 12 million voxels, their base64
 UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
@@ -45,6 +46,7 @@ class Footprint:
     stream: int  # prepared planes and the ring of blended logits, one patch deep
     restore: int  # planes on their way back to the scan's grid
     labelling: int  # finding and measuring lesions, when the network's memory is free again
+    page: int = 0  # of the scan before, where it is made meanwhile
     # Of its own memory, with the weights there: network, stream and restore then take nothing of the main memory.
     gpu: int = 0
 
@@ -52,11 +54,12 @@ class Footprint:
     def total(self) -> int:
         """Inference and labelling follow each other."""
         inference = self.network + self.stream + self.restore
-        return self.process + self.scans + self.masks + max(inference, self.labelling)
+        return self.process + self.scans + self.masks + self.page + max(inference, self.labelling)
 
     def __str__(self) -> str:
         inference = self.network + self.stream + self.restore
         parts = {"process": self.process, "scans": self.scans, "masks": self.masks}
+        parts |= {"page": self.page} if self.page else {}
         parts |= {"network and stream": inference} if inference >= self.labelling else {"lesions": self.labelling}
         return (
             f"{self.total / 2**30:.2f} GB ({', '.join(f'{name} {size / 2**30:.2f}' for name, size in parts.items())})"
@@ -187,6 +190,7 @@ def _footprint(
         stream=on_host.stream,
         restore=on_host.restore,
         labelling=round(LESION_SHARE * LABELLING_BYTES * voxels),
+        page=PAGE if read_ahead else 0,  # else it follows inference, and takes less
         gpu=larger.total + torch.cuda.memory_allocated() if fine.on_gpu else 0,
     )
 

@@ -211,6 +211,22 @@ def write_volume(volume: Volume, path: Path | str, like: Path | str | None = Non
     )
 
 
+def volume_bytes(volume: Volume) -> bytes:
+    """The bytes of a `.nii.gz`, for a file that holds more than the volume.
+
+    The affine is stored in float32. Equal volumes give equal bytes.
+
+    Raises:
+        ScanError, ValueError: as `write_volume`.
+    """
+    header = _new_header(volume, Path("volume.nii.gz"), None)
+    array = np.asfortranarray(volume.array, dtype=volume.array.dtype.newbyteorder("<"))
+    packed = io.BytesIO()
+    prefix = header.binaryblock + bytes(4)
+    _write(packed, True, prefix, array.reshape(-1, order="F").view(np.uint8).data, level=3)
+    return packed.getvalue()
+
+
 def stem_of(path: Path) -> str:
     """File name without `.nii`, `.nii.gz`, `.hdr`, `.img` and the like, in either case."""
     return re.sub(r"\.(nii|hdr|img)(\.gz)?$", "", path.name, flags=re.IGNORECASE)
@@ -585,9 +601,9 @@ def _new_header(volume: Volume, path: Path, like: Path | str | None) -> Nifti1He
     return header
 
 
-def _write(file: BinaryIO, compressed: bool, prefix: bytes, voxels: memoryview) -> None:
+def _write(file: BinaryIO, compressed: bool, prefix: bytes, voxels: memoryview, *, level: int = 1) -> None:
     if compressed:
-        with igzip.IGzipFile(filename="", mode="wb", compresslevel=1, fileobj=file, mtime=0) as packed:
+        with igzip.IGzipFile(filename="", mode="wb", compresslevel=level, fileobj=file, mtime=0) as packed:
             _write(cast(BinaryIO, packed), False, prefix, voxels)
         return
     for chunk in _chunks(prefix, voxels):

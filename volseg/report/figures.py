@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -41,13 +42,14 @@ def overlay_png(image: Volume, ids: np.ndarray, lesions: Sequence[LesionMeasurem
     order = AxisOrder.of(image.geometry)
     geometry = canonical_geometry(image.geometry, order)
     stored, numbers = to_canonical(image.array, order), to_canonical(ids, order)
-    shown = list(lesions[:MAX_LESIONS])
-    centres = [_centre(numbers == lesion.lesion_id) for lesion in shown] or [np.array(stored.shape) // 2]
+    shown = sorted(lesions, key=lambda lesion: -lesion.n_voxels)[:MAX_LESIONS]
+    places = [np.argwhere(numbers == lesion.lesion_id) for lesion in shown] or [np.array([stored.shape]) // 2]
+    centres = [_centre(voxels) for voxels in places]
     figure = Figure(figsize=(9, 3.2 * len(centres) + 0.4), layout="constrained", facecolor="black")
     FigureCanvasAgg(figure)
     axes = figure.subplots(len(centres), len(PLANES), squeeze=False)
     for row, centre in enumerate(centres):
-        low, high = _window(image, stored, centre, geometry.spacing_mm)
+        low, high = _window(image, stored, places[row], geometry.spacing_mm)
         caption = "no lesion found" if not shown else _caption(shown[row])
         for column, (name, axis, left, right) in enumerate(PLANES):
             plot = axes[row][column]
@@ -66,29 +68,30 @@ def overlay_png(image: Volume, ids: np.ndarray, lesions: Sequence[LesionMeasurem
 
 
 def _window(
-    image: Volume, stored: np.ndarray, centre: np.ndarray, spacing_mm: tuple[float, float, float]
+    image: Volume, stored: np.ndarray, voxels: np.ndarray, spacing_mm: tuple[float, float, float]
 ) -> tuple[float, float]:
-    """Grey values from the surroundings of the lesion, so that it stands out whatever else is in the scan."""
+    """Grey values from a lesion and its surroundings, so that it stands out whatever else is in the scan."""
     reach = [max(1, round(WINDOW_REACH_MM / spacing)) for spacing in spacing_mm]
-    box = tuple(slice(max(0, int(c) - n), int(c) + n + 1) for c, n in zip(centre, reach, strict=True))
-    low, high = np.percentile(image.intensities(stored[box]), (5, 95))
+    ends = zip(voxels.min(axis=0).tolist(), voxels.max(axis=0).tolist(), reach, strict=True)
+    box = tuple(slice(max(0, first - n), last + n + 1) for first, last, n in ends)
+    values = image.intensities(stored[box])
+    low, high = np.percentile(values[np.isfinite(values)] if np.isfinite(values).any() else np.zeros(1), (5, 95))
     margin = max(0.3 * (high - low), 1e-6)
     return float(low - margin), float(high + margin)
 
 
 def _slice(array: np.ndarray, axis: int, index: int) -> np.ndarray:
-    return np.take(array, index, axis=axis)
+    return array[(slice(None),) * axis + (index,)]  # `np.take` would first copy an array whose axes are turned
 
 
-def _centre(inside: np.ndarray) -> np.ndarray:
-    """The voxel of the lesion that lies nearest to its centroid, so that the slices surely cut it."""
-    voxels = np.argwhere(inside)
+def _centre(voxels: np.ndarray) -> np.ndarray:
+    """The voxel (of N, 3) that lies nearest to their centroid, so that the slices surely cut the lesion."""
     return voxels[np.argmin(((voxels - voxels.mean(axis=0)) ** 2).sum(axis=1))]
 
 
 def _caption(lesion: LesionMeasurement) -> str:
-    text = f"#{lesion.lesion_id} {lesion.label_name}, {lesion.volume_ml:.3g} ml"
-    if lesion.intensity_mean is not None:
+    text = f"#{lesion.lesion_id} {lesion.label_name or f'value {lesion.label}'}, {lesion.volume_ml:.3g} mL"
+    if lesion.intensity_mean is not None and math.isfinite(lesion.intensity_mean):
         text += f", {lesion.intensity_mean:.3g} {lesion.intensity_unit}"
     return f"{text}, {lesion.class_name} {lesion.class_probability:.2f}" if lesion.class_name else text
 

@@ -23,13 +23,13 @@ class CaseRecord:
 
     Args:
         lesions: by number. files: path in the folder → SHA-256.
-        sources: channel → scan, as an absolute path; empty in folders that do not hold it.
+        scan: where it was, as an absolute path; None in folders that do not say.
     """
 
     case: CaseRow
     lesions: Sequence[LesionMeasurement]
     files: Mapping[str, str]
-    sources: Mapping[str, Path]
+    scan: Path | None
 
 
 def case_ids(results: Path) -> list[str]:
@@ -70,7 +70,7 @@ def read_record(results: Path, case_id: str) -> CaseRecord:
             case=_row(CaseRow, content["case"]),
             lesions=[_row(LesionMeasurement, lesion) for lesion in content["lesions"]],
             files={str(name): str(digest) for name, digest in content["files"].items()},
-            sources={str(channel): Path(source) for channel, source in (content.get("sources") or {}).items()},
+            scan=Path(scan) if (scan := (content.get("source") or {}).get("scan")) else None,
         )
     except FileNotFoundError as error:
         raise ScanError(

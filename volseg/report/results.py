@@ -19,7 +19,7 @@ from volseg.measure.lesions import CaseRow, LesionMeasurement
 from volseg.report.tables import write_table
 
 RECORDS = ".volseg"
-OUTPUT_FOLDERS = ("masks", "lesion_ids", "figures")
+OUTPUT_FOLDERS = ("masks", "lesion_ids", "figures", "viewer", "viewer/thumbnails")
 
 
 @contextmanager
@@ -84,29 +84,52 @@ class ResultsFolder:
         )
 
     def commit(
-        self, case: CaseRow, *, key: str = "", lesions: Sequence[LesionMeasurement] = (), files: Sequence[Path] = ()
+        self,
+        case: CaseRow,
+        *,
+        key: str = "",
+        lesions: Sequence[LesionMeasurement] = (),
+        files: Sequence[Path] = (),
+        source: Mapping[str, str] | None = None,
     ) -> None:
-        """Record a case as done or failed. `files` are its outputs, already written; other files of an earlier call go."""
+        """Record a case as done or failed. `files` are its outputs, already written; other files of an earlier call go.
+
+        Args:
+            source: what is needed to make its page again, such as where its scan is.
+        """
         record = {
             "key": key,
-            "case": _plain(case),
-            "lesions": [_plain(lesion) for lesion in lesions],
-            "files": {file.relative_to(self.path).as_posix(): sha256_of(file) for file in files},
+            "case": plain(case),
+            "lesions": [plain(lesion) for lesion in lesions],
+            "files": self._hashes(files),
+            "source": dict(source or {}),
         }
         earlier = self._read(case.case_id) or {"files": {}}
         write_json_atomic(self._records / f"{case.case_id}.json", record, indent=None)
         for name in earlier["files"].keys() - record["files"].keys():
             (self.path / name).unlink(missing_ok=True)  # a stale picture or mask would stand beside new numbers
 
+    def add_files(self, case_id: str, files: Sequence[Path]) -> None:
+        """Name further files, already written, in the record of a case that is complete; those of the same name are replaced."""
+        record = self._read(case_id)
+        assert record is not None, f"{case_id} has no record"
+        record["files"] |= self._hashes(files)
+        write_json_atomic(self._records / f"{case_id}.json", record, indent=None)
+
+    def records(self) -> dict[str, dict[str, Any]]:
+        """Case id → record, by case id; damaged ones are left out. One made by an older version may lack what was added since."""
+        found = {path.stem: self._read(path.stem) for path in sorted(self._records.glob("*.json"))}
+        return {name: record for name, record in found.items() if record is not None}
+
     def write_tables(self, pending: Sequence[CaseRow] = ()) -> None:
         """lesions.csv and cases.csv of every case that the folder holds, by case id; `pending` ones have no record yet."""
-        records = {path.stem: self._read(path.stem) for path in self._records.glob("*.json")}
+        records = self.records()
         rows: dict[str, Mapping[str, Any]] = {row.case_id: asdict(row) for row in pending}
-        rows |= {name: record["case"] for name, record in records.items() if record is not None and name not in rows}
+        rows |= {name: record["case"] for name, record in records.items() if name not in rows}
         lesions = [
             lesion
-            for name in sorted(records)
-            for lesion in (records[name] or {"lesions": []})["lesions"]
+            for name, record in sorted(records.items())
+            for lesion in record["lesions"]
             if rows[name]["status"] == "done"
         ]
         write_table(self.path / "lesions.csv", LesionMeasurement, lesions)
@@ -116,6 +139,9 @@ class ResultsFolder:
         """run.json: what was run, with what, on what."""
         write_json_atomic(self.path / "run.json", dict(description))
 
+    def _hashes(self, files: Sequence[Path]) -> dict[str, str]:
+        return {file.relative_to(self.path).as_posix(): sha256_of(file) for file in files}
+
     def _read(self, case_id: str) -> dict[str, Any] | None:
         try:
             return json.loads((self._records / f"{case_id}.json").read_text(encoding="utf-8"))
@@ -123,7 +149,7 @@ class ResultsFolder:
             return None
 
 
-def _plain(row: CaseRow | LesionMeasurement) -> dict[str, Any]:
+def plain(row: CaseRow | LesionMeasurement) -> dict[str, Any]:
     """Fields of a row for JSON, which has no NaN: unknown is null there and an empty cell in a table."""
     # Not `asdict`, which copies each value deeply: a noisy mask has ten thousands of rows.
     values = {field.name: getattr(row, field.name) for field in fields(row)}

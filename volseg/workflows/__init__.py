@@ -11,6 +11,7 @@ from volseg.workflows.measuring import measure, read_label_names
 from volseg.workflows.planning import budget_of, plan, read_plan
 from volseg.workflows.preparing import preprocess
 from volseg.workflows.quantising import quantise
+from volseg.workflows.reporting import report
 from volseg.workflows.training import train
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "quantise",
     "read_label_names",
     "read_plan",
+    "report",
     "selftest",
     "shipped_model",
     "table_columns",

@@ -7,6 +7,7 @@ import json
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,9 @@ from volseg.io.files import make_folder, sha256_of, write_bytes_atomic
 from volseg.io.nifti import intensity_warnings, read_header, write_volume
 from volseg.measure.lesions import CaseRow, LesionMeasurement, summarise
 from volseg.recipe import Measure
-from volseg.report.results import ResultsFolder
+from volseg.report.results import ResultsFolder, plain
 from volseg.volume import Volume
+from volseg.workflows.pages import VIEWERS, files_of, remake_page, write_report
 
 # What is being done, the share of it that is done in [0, 1], a detail. Stages may take turns; with 0 a stage begins, or begins anew.
 Progress = Callable[[str, float, str], None]
@@ -61,8 +63,13 @@ def run_cases(
     stage: str,
     progress: Progress,
     objects: str = "components",
+    about: Mapping[str, Any] | None = None,
 ) -> RunReport:
-    """Run every case that is not complete; a failure is a row, an interruption leaves pending rows."""
+    """Run every case that is not complete; a failure is a row, an interruption leaves pending rows.
+
+    Args:
+        about: what report.html is to say of the run; None: it is not made, nor are pages that complete cases lack.
+    """
     done, kept, failed, todo = [], [], {}, []
     for case in cases:
         if results.is_complete(case.id, key_of(case)):
@@ -83,21 +90,32 @@ def run_cases(
                     CaseRow(case_id=case.id, status="failed", reason=failed[case.id], image=image, model=model_name)
                 )
             progress(stage, count / len(todo), case.id)
+        if about is not None:
+            _add_pages(results, kept)
     finally:
         if isinstance(outcomes, Generator):
             outcomes.close()  # waits for what is being written
         reached = {*done, *kept, *failed}
         # What was written while the run was being stopped is done, though nobody was told.
         waiting = [case for case in cases if case.id not in reached and not results.is_complete(case.id, key_of(case))]
-        results.write_tables(
-            pending=[
-                CaseRow(
-                    case_id=case.id, status="pending", image=next(iter(case.images.values())).name, model=model_name
-                )
-                for case in waiting
-            ]
-        )
-    return RunReport(out=results.path, done=done, kept=kept, failed=failed, details={"objects": objects})
+        pending = [
+            CaseRow(case_id=case.id, status="pending", image=next(iter(case.images.values())).name, model=model_name)
+            for case in waiting
+        ]
+        results.write_tables(pending=pending)
+        if about is not None:
+            write_report(results, about, [plain(row) for row in pending])
+    return RunReport(
+        out=results.path, done=done, kept=kept, failed=failed, details={"objects": objects, "pages": about is not None}
+    )
+
+
+def _add_pages(results: ResultsFolder, kept: Sequence[str]) -> None:
+    """Viewer pages of cases that an earlier run made without them."""
+    records = results.records() if kept else {}
+    for name in kept:
+        if not any(file.startswith(f"{VIEWERS}/") for file in records[name]["files"]):
+            remake_page(results, name, records[name])
 
 
 def done_row(
@@ -154,13 +172,6 @@ def write_figure(scan: Volume, ids: Volume, lesions: Sequence[LesionMeasurement]
     return path
 
 
-def _files_of(path: Path) -> list[Path]:
-    """The files behind the name of a scan: a `.hdr` has its voxels in an `.img`."""
-    stem, _, suffix = path.name.rpartition(".hdr")
-    partner = path.with_name(f"{stem}.img{suffix}") if stem else path
-    return [file for file in dict.fromkeys((path, partner)) if file.is_file()]
-
-
 def case_key(options: Mapping[str, Any], case: Case) -> str:
     return input_key(json.dumps(dict(options), sort_keys=True), *case.images.values(), case.reference)
 
@@ -169,12 +180,18 @@ def input_key(settings: str, *inputs: Path | str | None) -> str:
     """Hash of the settings, of texts and of the content of files; a file that cannot be read counts by its name."""
     parts = [__version__, settings]
     for value in inputs:
-        files = _files_of(value) if isinstance(value, Path) else ()
+        files = files_of(value) if isinstance(value, Path) else ()
         try:
             parts += [sha256_of(file) for file in files] or [str(value)]
         except OSError:
             parts.append(str(value))
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def about_run(command: str, model: str) -> dict[str, str]:
+    """What run.json and report.html say of a run before it begins."""
+    now = datetime.now().astimezone().isoformat(sep=" ", timespec="minutes")
+    return {"command": command, "volseg": __version__, "model": model, "started": now}
 
 
 def run_description(command: str, options: Mapping[str, Any], report: RunReport, started: float) -> dict[str, Any]:

@@ -302,7 +302,7 @@ class _Side:
         """
         path = _scan_path(self.record, self.scans)
         if path is None:
-            wanted = self.record.sources.get(next(iter(self.record.sources), ""), self.record.case.image or "its scan")
+            wanted = self.record.scan or self.record.case.image or "its scan"
             raise ScanError(
                 f"the {self.time} scan of case {self.record.case.case_id!r} was not found: {wanted}",
                 fix=f"give the folder it is in with --{self.time.replace('-', '')}-scans, or --no-registration "
@@ -397,11 +397,7 @@ def _scan_path(record: CaseRecord, scans: Path | None) -> Path | None:
             )
         if found:
             return found[0]
-    sources = list(record.sources.values())
-    for path in [path for path in sources if path.name == name] or sources[:1]:
-        if path.is_file():
-            return path
-    return None
+    return record.scan if record.scan is not None and record.scan.is_file() else None
 
 
 @dataclass(frozen=True, slots=True, eq=False)

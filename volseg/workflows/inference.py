@@ -22,6 +22,7 @@ from volseg.volume import Volume
 from volseg.workflows.batch import (
     Progress,
     RunReport,
+    about_run,
     amount_of,
     case_key,
     done_row,
@@ -31,6 +32,7 @@ from volseg.workflows.batch import (
     write_figure,
     write_mask,
 )
+from volseg.workflows.pages import source_of, write_page
 
 if TYPE_CHECKING:  # torch takes seconds to import; only a workflow that needs it pays
     from volseg.bundle import ModelBundle
@@ -55,6 +57,7 @@ def infer(
     max_ram: str | int | None = None,
     max_vram: str | int | None = None,
     figures: bool = False,
+    pages: bool = True,
     progress: Progress = silent,
     announce: Callable[[str], None] = lambda text: None,
 ) -> RunReport:
@@ -73,6 +76,7 @@ def infer(
             failed row that says what would do.
         max_vram: the same for the GPU's memory; None for what is free there.
         figures: also write a PNG per scan with its largest lesions outlined.
+        pages: also write report.html, and a page per scan to look at its lesions.
         progress: is told of the scans, and of the tiles of the one that is being segmented.
 
     Raises:
@@ -127,8 +131,9 @@ def infer(
             )
 
         def write(case: Case, found: _SegmentedCase) -> None:
-            _write(case, found, loaded.bundle, results, key_of(case), figures)
+            _write(case, found, loaded.bundle, results, key_of(case), figures, pages)
 
+        about = about_run("infer", bundle.name)
         ahead = all(plan.read_ahead for plan in known.values())
         report = run_cases(
             cases,
@@ -138,10 +143,12 @@ def infer(
             bundle.name,
             STAGE,
             progress,
+            about=about if pages else None,
         )
         results.write_run(
             run_description("infer", options, report, started)
-            | {"model": bundle.name, "recipe_sha256": bundle.recipe.sha256, "connectivity": 26}
+            | about
+            | {"recipe_sha256": bundle.recipe.sha256, "connectivity": 26}
             | {"measure": bundle.recipe.measure.model_dump(mode="json")}
         )
     return replace(report, details=dict(report.details) | {"computed_with": dict(loaded.segmentation.identity)})
@@ -289,7 +296,13 @@ def _segment(case: Case, read: _ReadCase, model: Model, *, half_logits: bool, on
 
 
 def _write(
-    case: Case, found: _SegmentedCase, bundle: ModelBundle, results: ResultsFolder, key: str, figures: bool
+    case: Case,
+    found: _SegmentedCase,
+    bundle: ModelBundle,
+    results: ResultsFolder,
+    key: str,
+    figures: bool,
+    pages: bool,
 ) -> None:
     started = time.monotonic()
     scan_path = case.images[bundle.recipe.data.channels[0]]
@@ -300,15 +313,19 @@ def _write(
     ]
     if figures:
         files.append(write_figure(found.scan, result.lesion_ids, result.lesions, case.id, results.path))
+    unit = bundle.recipe.data.intensity_unit
     row = done_row(
         case,
         found.scan,
         result.lesions,
         path=scan_path,
-        unit=bundle.recipe.data.intensity_unit,
+        unit=unit,
         model=bundle.name,
-        seconds=found.seconds + time.monotonic() - started,
+        seconds=found.seconds,
         settings=bundle.recipe.measure,
         organ_voxels=result.organ_voxels,
     )
-    results.commit(row, key=key, lesions=result.lesions, files=files)
+    if pages:
+        files += write_page(row, result.lesions, found.scan, result.lesion_ids.array, unit=unit, out=results.path)
+    row = replace(row, seconds=round(found.seconds + time.monotonic() - started, 2))
+    results.commit(row, key=key, lesions=result.lesions, files=files, source=source_of(scan_path, unit))

@@ -24,6 +24,7 @@ from volseg.volume import Volume
 from volseg.workflows.batch import (
     Progress,
     RunReport,
+    about_run,
     case_key,
     check_pair,
     done_row,
@@ -33,6 +34,7 @@ from volseg.workflows.batch import (
     write_figure,
     write_mask,
 )
+from volseg.workflows.pages import source_of, write_page
 
 
 def measure(
@@ -49,6 +51,7 @@ def measure(
     lymph_nodes: Sequence[str] = (),
     calcium: bool = False,
     figures: bool = False,
+    pages: bool = True,
     progress: Progress = silent,
 ) -> RunReport:
     """Measure any masks on their scans, without a model: one pair, two folders with equal file names, or a table of cases.
@@ -60,6 +63,7 @@ def measure(
         recipe: whose label names, unit and `[measure]` section hold; what else is given goes before it.
         organ, lymph_nodes: labels, by name or value, that are an organ with lesions in it, and lymph nodes.
         calcium: score calcium, too.
+        pages: also write report.html, and a page per scan to look at its lesions.
 
     Raises:
         VolsegError: the request is wrong. A pair that cannot be used is a failed row instead.
@@ -76,10 +80,12 @@ def measure(
         intensity_unit=intensity_unit or (read.data.intensity_unit if read else None),
         settings=(read.measure if read else Measure()).model_copy(update={k: v for k, v in asked.items() if v}),
         figures=figures,
+        pages=pages,
     )
     options = {"objects": objects, "label_names": {str(k): v for k, v in wanted.label_names.items()}}
     options |= {"intensity_unit": wanted.intensity_unit, "figures": figures}
     options |= {"measure": wanted.settings.model_dump(mode="json")}
+    about = about_run("measure", "")
     with ResultsFolder(Path(out)) as results:
 
         def task(case: Case) -> None:
@@ -94,9 +100,11 @@ def measure(
             "Measuring",
             progress,
             objects,
+            about if pages else None,
         )
         results.write_run(
             run_description("measure", options, report, started)
+            | about
             | {"connectivity": 26 if objects == "components" else None}
         )
     return report
@@ -149,6 +157,7 @@ class _Wanted:
     intensity_unit: str | None
     settings: Measure
     figures: bool
+    pages: bool
 
 
 def _measure_case(case: Case, results: ResultsFolder, key: str, wanted: _Wanted) -> None:
@@ -191,7 +200,10 @@ def _measure_case(case: Case, results: ResultsFolder, key: str, wanted: _Wanted)
         settings=settings,
         organ_voxels=organ_voxels,
     )
-    results.commit(row, key=key, lesions=rows, files=files)
+    if wanted.pages:
+        files += write_page(row, rows, scan, lesions.ids, unit=unit, out=results.path)
+    row = replace(row, seconds=round(time.monotonic() - started, 2))
+    results.commit(row, key=key, lesions=rows, files=files, source=source_of(path, unit))
 
 
 def _guess_unit(scan: Volume) -> str:

@@ -1,0 +1,184 @@
+import csv
+import json
+import shutil
+import tracemalloc
+
+import numpy as np
+import pytest
+from laws import ball, centre_mm, grid_around, oblique
+
+import volseg
+from volseg.errors import VolsegError
+from volseg.infer.memory import PAGE
+from volseg.io.nifti import write_volume
+from volseg.measure.lesions import CaseRow, measure_lesions
+from volseg.postprocess.lesions import label_lesions
+from volseg.volume import Geometry, Volume
+from volseg.workflows.pages import write_page
+
+
+@pytest.fixture
+def cases(tmp_path):
+    """A table of three scans with a ball each; the second scan is damaged."""
+    geometry = grid_around(12, oblique((1.0, 1.2, 2.0)))
+    rng = np.random.default_rng(0)
+    lines = ["subject,image,label"]
+    for n, name in enumerate("abc"):
+        mask = ball(5 + n, geometry, centre_mm(geometry) + n).astype(np.uint8)
+        array = (rng.normal(-80, 10, geometry.shape) + mask * 120).astype(np.int16)
+        write_volume(Volume(array, geometry), tmp_path / f"{name}.nii.gz")
+        write_volume(Volume(mask, geometry), tmp_path / f"{name}_mask.nii.gz")
+        lines.append(f"{name},{name}.nii.gz,{name}_mask.nii.gz")
+    path = tmp_path / "b.nii.gz"
+    path.write_bytes(path.read_bytes()[:500])
+    (tmp_path / "cases.csv").write_text("\n".join(lines) + "\n")
+    return tmp_path / "cases.csv"
+
+
+def pages(out):
+    return sorted(path.relative_to(out).as_posix() for path in (out / "viewer").rglob("*.*"))
+
+
+def record(out, name):
+    return json.loads((out / ".volseg" / f"{name}.json").read_text())
+
+
+def test_each_scan_gets_a_page_and_the_run_one_over_all_of_them(cases, tmp_path):
+    out = tmp_path / "out"
+    report = volseg.measure(cases=cases, out=out, intensity_unit="HU")
+    assert report.exit_code == 3
+    assert pages(out) == ["viewer/a.html", "viewer/c.html", "viewer/thumbnails/a.jpg", "viewer/thumbnails/c.jpg"]
+    assert set(pages(out)[::2]) <= set(record(out, "a")["files"]) | set(record(out, "c")["files"])
+    page = (out / "report.html").read_text(encoding="utf-8")
+    assert page.index("1 of 3 scans failed") < page.index("<strong>b</strong>") < page.index('id="scans-data"')
+    assert '<script type="application/json" id="pages">["a","c"]</script>' in page
+    assert str(tmp_path) not in (out / "viewer" / "a.html").read_text(encoding="utf-8")  # it may be handed on
+
+
+def test_making_a_page_takes_the_memory_that_is_planned_for_it(tmp_path):
+    """The largest preview there is, with more lesions than a byte can number."""
+    shape = (400, 400, 74)
+    array = np.zeros(shape, np.int16, order="F")
+    array[100:300, 100:300] = np.random.default_rng(0).integers(0, 400, (200, 200, 74))
+    mask = np.zeros(shape, np.uint8, order="F")
+    mask[::25, ::25, ::12] = 1
+    scan = Volume(array, Geometry(shape, oblique((0.9, 0.9, 2.0))))
+    found = label_lesions(mask, scan.geometry)
+    rows = measure_lesions(scan, found.ids, found.labels, case_id="a", label_names={1: "speck"}, intensity_unit="a.u.")
+    assert len(rows) > 1000
+    case = CaseRow(case_id="a", status="done", n_lesions=len(rows))
+    write_page(case, rows[:1], scan, found.ids, unit="a.u.", out=tmp_path)  # NiiVue is packed once
+    tracemalloc.start()
+    page, _ = write_page(case, rows, scan, found.ids, unit="a.u.", out=tmp_path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert PAGE / 2 < peak < PAGE
+    assert page.stat().st_size <= 6_000_000
+    assert f"The first 1000 of {len(rows)} lesions" in page.read_text(encoding="utf-8")
+
+
+def test_a_call_that_finds_all_done_leaves_every_page_alone(cases, tmp_path):
+    out = tmp_path / "out"
+    volseg.measure(cases=cases, out=out, intensity_unit="HU")
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*.html")}
+    assert list(volseg.measure(cases=cases, out=out, intensity_unit="HU").kept) == ["a", "c"]
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*.html")} == before
+
+
+def test_pages_can_be_left_out_and_are_added_later_without_measuring_again(cases, tmp_path):
+    out = tmp_path / "out"
+    volseg.measure(cases=cases, out=out, intensity_unit="HU", pages=False)
+    assert not (out / "viewer").exists()
+    assert not (out / "report.html").exists()
+    report = volseg.measure(cases=cases, out=out, intensity_unit="HU")
+    assert list(report.kept) == ["a", "c"]
+    assert len(pages(out)) == 4
+    volseg.measure(cases=cases, out=tmp_path / "at_once", intensity_unit="HU")
+    for name in pages(out):
+        assert (out / name).read_bytes() == (tmp_path / "at_once" / name).read_bytes()
+    # They are complete, as if they had been made at once; and one that is damaged is made again.
+    assert list(volseg.measure(cases=cases, out=out, intensity_unit="HU").kept) == ["a", "c"]
+    (out / "viewer" / "a.html").write_text("half")
+    assert list(volseg.measure(cases=cases, out=out, intensity_unit="HU").done) == ["a"]
+
+
+def test_an_interrupted_run_has_its_page_with_what_is_pending(cases, tmp_path):
+    def stop(stage, share, detail):
+        if detail == "a":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        volseg.measure(cases=cases, out=tmp_path / "out", intensity_unit="HU", progress=stop)
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert "2 scans have not been reached yet" in page
+    assert '["a"]</script>' in page
+    volseg.report(tmp_path / "out")  # has no run.json, and knows what is pending from cases.csv
+    assert "2 scans have not been reached yet" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    volseg.measure(cases=cases, out=tmp_path / "out", intensity_unit="HU")
+    assert "not been reached" not in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+
+
+def test_a_folder_gives_the_same_pages_again(cases, tmp_path):
+    out = tmp_path / "out"
+    volseg.measure(cases=cases, out=out, intensity_unit="HU")
+    before = {path: path.read_bytes() for path in (*out.rglob("*.html"), *out.rglob("*.jpg"))}
+    shutil.rmtree(out / "viewer")
+    (out / "report.html").unlink()
+    report = volseg.report(out)
+    assert (report.exit_code, list(report.done), list(report.kept)) == (0, ["a", "c"], [])
+    for path, content in before.items():
+        assert path.read_bytes() == content
+    assert list(volseg.measure(cases=cases, out=out, intensity_unit="HU").kept) == ["a", "c"]
+
+
+def test_where_a_scan_is_gone_or_changed_the_earlier_page_stays_and_it_is_said(cases, tmp_path):
+    out = tmp_path / "out"
+    volseg.measure(cases=cases, out=out, intensity_unit="HU")
+    before = (out / "viewer" / "a.html").read_bytes()
+    (cases.parent / "a.nii.gz").unlink()
+    shutil.copy(cases.parent / "a_mask.nii.gz", cases.parent / "c.nii.gz")
+    (out / "viewer" / "c.html").unlink()
+    report = volseg.report(out)
+    assert (list(report.done), list(report.kept)) == ([], ["a", "c"])
+    assert (out / "viewer" / "a.html").read_bytes() == before
+    page = (out / "report.html").read_text(encoding="utf-8")
+    assert (
+        "The page of a could not be made again: its scan a.nii.gz is no longer where it was; the earlier page stays."
+        in page
+    )
+    assert "The page of c could not be made again: its scan c.nii.gz has been changed since, so it has no page." in page
+    assert list(report.details["warnings"]) == [line for line in report.details["warnings"] if line in page]
+
+
+def test_a_folder_of_an_older_version_still_gets_its_report(cases, tmp_path):
+    out = tmp_path / "out"
+    volseg.measure(cases=cases, out=out, intensity_unit="HU", pages=False)
+    for name in ("a", "c"):
+        old = record(out, name)
+        del old["source"]
+        old["case"] = {key: old["case"][key] for key in ("case_id", "status", "n_lesions")}
+        old["lesions"] = [
+            {key: lesion[key] for key in ("case_id", "lesion_id", "volume_ml")} for lesion in old["lesions"]
+        ]
+        (out / ".volseg" / f"{name}.json").write_text(json.dumps(old))
+    (out / "run.json").write_text("[]")
+    report = volseg.report(out)
+    assert (list(report.done), list(report.kept)) == ([], ["a", "c"])
+    assert "does not say where the scan is" in (out / "report.html").read_text(encoding="utf-8")
+
+
+def test_only_a_results_folder_has_a_report(tmp_path):
+    with pytest.raises(VolsegError, match="is no results folder"):
+        volseg.report(tmp_path / "nowhere")
+    assert not (tmp_path / "nowhere").exists()
+
+
+def test_a_case_that_fails_later_loses_its_page(cases, tmp_path):
+    out = tmp_path / "out"
+    volseg.measure(cases=cases, out=out, intensity_unit="HU")
+    (cases.parent / "a.nii.gz").write_bytes(b"")
+    volseg.measure(cases=cases, out=out, intensity_unit="HU")
+    assert pages(out) == ["viewer/c.html", "viewer/thumbnails/c.jpg"]
+    with (out / "cases.csv").open(newline="") as file:
+        assert [row["status"] for row in csv.DictReader(file)] == ["failed", "failed", "done"]
+    assert "2 of 3 scans failed" in (out / "report.html").read_text(encoding="utf-8")

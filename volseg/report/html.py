@@ -1,0 +1,447 @@
+"""The pages that people open: report.html of a run, and a viewer page per scan. Each is one file that asks the network for nothing."""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import hashlib
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from volseg import __version__
+from volseg.columns import columns_of
+from volseg.measure.lesions import CaseRow, LesionMeasurement
+from volseg.report.histogram import histogram_svg
+from volseg.report.preview import Preview, lesion_colour, lesion_points, point_of, smaller_jpeg
+
+MAX_PAGE_BYTES = 6_000_000
+NIIVUE, NIIVUE_LICENCE = "niivue-0.69.0.umd.js", "niivue-LICENSE.txt"
+MAX_VIEWER_ROWS = 1000  # lesions in the table of a viewer page
+RESERVED_BYTES = 300_000  # of a page: its style, script, text and one picture
+POINTS_BYTES = 250  # of a viewer page, for where a lesion is and where its diameters end
+PICTURE_BYTES = 3_000_000  # of the pictures in report.html, before base64
+PICTURE_HEIGHTS = (96, 72, 56, 40)  # pixels; the largest with which all of them fit is taken
+MIN_PLOTTED = 5  # lesions; the distribution of fewer is their table
+HINT = "words, or volume_ml > 1"
+
+# What a reader looks for first; the other columns can be chosen.
+LESION_COLUMNS = (
+    "case_id",
+    "lesion_id",
+    "label_name",
+    "volume_ml",
+    "long_axis_mm",
+    "short_axis_mm",
+    "intensity_mean",
+    "intensity_sd",
+    "density_g_cm3",
+    "mass_g",
+    "agatston_score",
+    "sphericity",
+    "class_name",
+    "class_probability",
+    "confidence_mean",
+    "recist_measurable",
+    "touches_border",
+    "notes",
+)
+SCAN_COLUMNS = (
+    "case_id",
+    "montage",
+    "status",
+    "n_lesions",
+    "total_volume_ml",
+    "largest_volume_ml",
+    "sum_long_axis_mm",
+    "n_measurable",
+    "burden",
+    "agatston_score",
+    "warnings",
+)
+VIEWER_COLUMNS = ("lesion_id", "label_name", "volume_ml", "long_axis_mm", "short_axis_mm", "intensity_mean")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PageTable:
+    """A table of a page. `content` is what its script reads: name, caption, hint, columns and rows."""
+
+    name: str
+    caption: str
+    content: Mapping[str, Any]
+    remark: str = ""
+
+
+def viewer_html(
+    case: Mapping[str, Any], lesions: Sequence[Mapping[str, Any]], preview: Preview, montage: bytes, *, unit: str
+) -> str:
+    """The page of one scan: its slices with the lesions over them, a row per lesion, and a picture where there is no WebGL.
+
+    Args:
+        case, lesions: columns of cases.csv and of lesions.csv; None, or a column that is not there, is unknown. Lesions beyond the first 1000
+            need not be given.
+        montage: JPEG of the scan's largest lesion.
+        unit: of the intensities.
+    """
+    rows = sorted(lesions, key=lambda lesion: lesion["lesion_id"])[:MAX_VIEWER_ROWS]
+    remark = ""
+    n_lesions = max(case.get("n_lesions") or 0, len(lesions))
+    if len(rows) < n_lesions:
+        remark = f"The first {len(rows)} of {n_lesions} lesions; lesions.csv has them all."
+    if preview.not_drawn:
+        remark += (
+            f" {preview.not_drawn} lesions are too small beside others, or too many, to be drawn at this resolution."
+        )
+    table = lesion_table(rows, name="lesions", shown=VIEWER_COLUMNS)
+    points = lesion_points(preview, rows)
+    content = {
+        "table": table.content,
+        "unit": unit,
+        "window": [_number(value) for value in preview.window],
+        "points": {number: [round(part, 3) for part in point] for number, point in points.items()},
+        "axes": {lesion["lesion_id"]: axes for lesion in rows if (axes := _axes(lesion))},
+        "colours": "".join(bytes(lesion_colour(n)).hex() for n in range(1, int(preview.ids.array.max(initial=0)) + 1)),
+    }
+    script = _script("table.js", "viewer.js")
+    facts = [
+        case.get("image") or "",
+        case.get("model") or "",
+        f"volseg {__version__}",
+        _counted(case.get("n_lesions"), "lesion"),
+        f"{_shown(case.get('total_volume_ml'))} mL" if lesions else "",
+    ]
+    return _page(
+        "viewer.html.jinja",
+        scripts=(script, _asset("vendor", NIIVUE)),
+        case={"case_id": case["case_id"], "warnings": case.get("warnings") or ""},
+        facts=[fact for fact in facts if fact],
+        unit=unit,
+        shown_part=_shown_part(preview),
+        invitation="Choose a lesion in the table or in the slices." if rows else "No lesion was found.",
+        remark=remark.strip(),
+        content=content,
+        montage=_base64(montage),
+        image=_base64(preview.packed_image),
+        ids=_base64(preview.packed_ids),
+        niivue=_packed_niivue(),
+        licences=Markup(_asset("vendor", NIIVUE_LICENCE)),  # noqa: S704 a file of our own, see `_asset`
+        script=Markup(script),  # noqa: S704
+    )
+
+
+def image_budget(lesions: Sequence[Mapping[str, Any]]) -> int:
+    """Compressed bytes of image and lesion ids with which the viewer page of these lesions stays within its size."""
+    rows = lesions[:MAX_VIEWER_ROWS]
+    table = _size(lesion_table(rows).content) + POINTS_BYTES * len(rows)
+    return int((MAX_PAGE_BYTES - RESERVED_BYTES - len(_packed_niivue()) - table) * 0.74)  # base64 takes 4 for 3
+
+
+def report_html(
+    about: Mapping[str, Any],
+    cases: Sequence[Mapping[str, Any]],
+    lesions: Sequence[Mapping[str, Any]],
+    *,
+    montages: Mapping[str, bytes],
+    pages: Iterable[str],
+    remarks: Sequence[str] = (),
+    more: Sequence[PageTable] = (),
+    digest: str = "",
+) -> str:
+    """The page of a run: failures, distributions, a table of scans and one of lesions.
+
+    Args:
+        about: of the run: `command`, `volseg`, `model`, `started`, as in run.json.
+        cases, lesions: rows of cases.csv and of lesions.csv; None, or a column that is not there, is unknown.
+        montages: case id → JPEG.
+        pages: ids of the cases that have a viewer page.
+        remarks: sentences to be read before the numbers.
+        more: further tables, such as of a comparison of two time points; they come before the others.
+        digest: what the page was made from, kept in it.
+    """
+    height, pictures, unpictured = _fitting(montages)
+    remarks = [
+        *remarks,
+        *([f"{unpictured} scans have no picture here, to keep this page small."] if unpictured else []),
+    ]
+    scans = scan_table(cases, with_pictures=bool(pictures))
+    plain = [scans, *more]
+    left = MAX_PAGE_BYTES - RESERVED_BYTES - sum(_size(table.content) for table in plain) - _size(pictures)
+    tables = [*more, scans, _fitting_lesions(lesions, left)]
+    failed = [_failure(case) for case in cases if case.get("status") == "failed"]
+    n_pending = sum(case.get("status") == "pending" for case in cases)
+    if n_pending:
+        remarks = [f"{n_pending} scans have not been reached yet: run the same command again to go on.", *remarks]
+    script = _script("table.js", "report.js")
+    made_with = [f"volseg {about.get('volseg') or __version__}", about.get("model"), about.get("started")]
+    return _page(
+        "report.html.jinja",
+        scripts=(script,),
+        title=f"volseg {about.get('command') or 'results'}: {_counted(len(cases), 'scan')}",
+        made_with=[text for text in made_with if text],
+        digest=digest,
+        failed=failed,
+        n_cases=len(cases),
+        remarks=remarks,
+        facts=_facts(cases, lesions),
+        plots=_plots(lesions),
+        tables=tables,
+        pages=sorted(pages),
+        pictures=pictures,
+        picture_height=height,
+        limits="Made for research; not a medical device.",
+        script=Markup(script),  # noqa: S704
+    )
+
+
+def lesion_table(
+    lesions: Sequence[Mapping[str, Any]],
+    *,
+    name: str = "lesions",
+    shown: Sequence[str] = LESION_COLUMNS,
+    remark: str = "",
+) -> PageTable:
+    """A row per lesion, with all columns of lesions.csv."""
+    return page_table(name, "Lesions", LesionMeasurement, lesions, shown=shown, remark=remark)
+
+
+def scan_table(cases: Sequence[Mapping[str, Any]], *, with_pictures: bool) -> PageTable:
+    """A row per scan; its column of pictures is filled by the page."""
+    table = page_table("scans", "Scans", CaseRow, cases, shown=SCAN_COLUMNS)
+    if not with_pictures:
+        return table
+    picture = {
+        "name": "montage",
+        "unit": "",
+        "meaning": "axial, coronal and sagittal slice through the largest lesion",
+        "shown": True,
+    }
+    columns = [table.content["columns"][0], picture, *table.content["columns"][1:]]
+    rows = [[row[0], "", *row[1:]] for row in table.content["rows"]]
+    return PageTable(
+        name=table.name, caption=table.caption, content=dict(table.content) | {"columns": columns, "rows": rows}
+    )
+
+
+def page_table(
+    name: str,
+    caption: str,
+    row_type: type,
+    rows: Sequence[Mapping[str, Any]],
+    *,
+    shown: Sequence[str],
+    only: Sequence[str] | None = None,
+    remark: str = "",
+) -> PageTable:
+    """A table whose columns are the fields of the dataclass `row_type`.
+
+    Args:
+        rows: field name → value.
+        shown: columns that come first, and are seen at first where any row knows them. The others can be chosen.
+        only: leave the other columns out.
+    """
+    columns = [column for column in columns_of(row_type) if only is None or column[0] in only]
+    columns.sort(key=lambda column: shown.index(column[0]) if column[0] in shown else len(shown))
+    units = {row.get("intensity_unit") for row in rows}
+    own_unit = (units.pop() if len(units) == 1 else None) or "intensity_unit"
+    values = [[_number(row.get(column[0])) for column in columns] for row in rows]
+    content = {
+        "name": name,
+        "caption": caption,
+        "hint": HINT if row_type is LesionMeasurement else "words, or n_lesions > 1",
+        "columns": [
+            {
+                "name": column,
+                "unit": own_unit if unit == "intensity_unit" else unit,
+                "meaning": meaning,
+                "shown": column in shown and (not rows or _says_something(column, [row[n] for row in values])),
+            }
+            for n, (column, unit, meaning, _) in enumerate(columns)
+        ],
+        "rows": values,
+    }
+    return PageTable(name=name, caption=caption, content=content, remark=remark)
+
+
+def _says_something(column: str, values: Sequence[Any]) -> bool:
+    known = {value for value in values if value is not None and value != ""}
+    return len(known) > 1 if column == "label_name" else bool(known)  # one name all over says nothing of a row
+
+
+def _fitting_lesions(lesions: Sequence[Mapping[str, Any]], max_bytes: int) -> PageTable:
+    """All columns if they fit, else the important ones, else of the largest lesions only."""
+    table = lesion_table(lesions)
+    if _size(table.content) <= max_bytes:
+        return table
+    only = (*LESION_COLUMNS, "label", "intensity_unit")
+    rows, remark = lesions, "Only the most important columns, to keep this page small; lesions.csv has them all."
+    while True:
+        table = page_table(
+            "lesions", "Lesions", LesionMeasurement, rows, shown=LESION_COLUMNS, only=only, remark=remark
+        )
+        size = _size(table.content)
+        if size <= max_bytes or not rows:
+            return table
+        kept = int(len(rows) * 0.95 * max_bytes / size)
+        rows = sorted(lesions, key=lambda lesion: -(lesion.get("volume_ml") or 0))[:kept]
+        remark = (
+            f"The {kept} largest of {len(lesions)} lesions and their most important columns; lesions.csv has them all."
+        )
+
+
+def _fitting(montages: Mapping[str, bytes]) -> tuple[int, dict[str, str], int]:
+    """(height in pixels, case id → JPEG in base64, number left out) of pictures that fit into the page together."""
+    names = sorted(montages)
+    sample = names[:: max(1, len(names) // 16)]
+    height = PICTURE_HEIGHTS[-1]
+    for height in PICTURE_HEIGHTS:
+        size = sum(len(smaller_jpeg(montages[name], height)) for name in sample) / max(1, len(sample))
+        if size * 1.1 * len(names) <= PICTURE_BYTES:
+            break
+    pictures, size = {}, 0
+    for name in names:
+        picture = smaller_jpeg(montages[name], height)
+        size += len(picture)
+        if size > PICTURE_BYTES:
+            break
+        pictures[name] = _base64(picture)
+    return height, pictures, len(names) - len(pictures)
+
+
+def _facts(cases: Sequence[Mapping[str, Any]], lesions: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
+    states = [case.get("status") for case in cases]
+    volumes = [lesion["volume_ml"] for lesion in lesions if lesion.get("volume_ml") is not None]
+    facts = [(f"scans {state}", str(states.count(state))) for state in ("done", "failed", "pending") if state in states]
+    facts.append(("scans without a lesion", str(sum(case.get("n_lesions") == 0 for case in cases))))
+    facts.append(("lesions", str(len(lesions))))
+    if volumes:
+        facts.append(("total volume", f"{_shown(math.fsum(volumes))} mL"))
+        facts.append(("largest lesion", f"{_shown(max(volumes))} mL"))
+    return facts
+
+
+def _plots(lesions: Sequence[Mapping[str, Any]]) -> list[Markup]:
+    def known(column: str, rows: Sequence[Mapping[str, Any]]) -> list[float]:
+        return [row[column] for row in rows if row.get(column) is not None]
+
+    if len(lesions) < MIN_PLOTTED:
+        return []
+    plots = [histogram_svg(known("volume_ml", lesions), title="Volume", unit="mL", log=True)]
+    for unit in sorted({lesion.get("intensity_unit") or "" for lesion in lesions}):
+        rows = [lesion for lesion in lesions if (lesion.get("intensity_unit") or "") == unit]
+        title = "Mean density" if unit == "HU" else "Mean intensity"
+        plots.append(histogram_svg(known("intensity_mean", rows), title=title, unit=unit))
+    plots.append(histogram_svg(known("long_axis_mm", lesions), title="Long axis", unit="mm"))
+    return [plot for plot in plots if plot is not None]
+
+
+def _failure(case: Mapping[str, Any]) -> tuple[str, str, str]:
+    """(case id, code, reason) of a failed case."""
+    reason = case.get("reason") or "no reason is known"
+    found = re.fullmatch(r"([EW]_[A-Z_]+): (.*)", reason, flags=re.DOTALL)
+    return (case["case_id"], found[1], found[2]) if found else (case["case_id"], "", reason)
+
+
+def _axes(lesion: Mapping[str, Any]) -> list[list[tuple[float, float, float]]]:
+    """The ends of the long and of the short axis in RAS mm; empty where they are unknown."""
+    axes = []
+    for name in ("long", "short"):
+        ends = [point_of(lesion.get(f"{name}_axis_p{end}_ras")) for end in (0, 1)]
+        if ends[0] is None or ends[1] is None:
+            return axes
+        axes.append([ends[0], ends[1]])
+    return axes
+
+
+def _shown_part(preview: Preview) -> str:
+    spacing = " × ".join(f"{value:.3g}" for value in preview.image.geometry.spacing_mm)
+    coarser = "the scan's own resolution"
+    if max(preview.factors) > 1:
+        blocks = " × ".join(map(str, preview.factors))
+        coarser = f"means of {blocks} voxels of the scan; measured was the scan itself"
+    return f"Shown: {preview.part}, in voxels of {spacing} mm ({coarser}), 256 grey values."
+
+
+def _counted(number: int | None, noun: str) -> str:
+    return "" if number is None else f"{number} {noun}{'s' * (number != 1)}"
+
+
+def _shown(value: float | None) -> str:
+    return "–" if value is None else f"{value:.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+def _number(value: Any) -> Any:
+    """For JSON: unknown is null, and floating point has the digits of the CSV files."""
+    if not isinstance(value, float):
+        return value
+    return None if not math.isfinite(value) else round(value, 4) if abs(value) >= 1 else float(f"{value:.6g}")
+
+
+# ---- the page around it
+
+
+def _page(template: str, *, scripts: Sequence[str], **values: Any) -> str:
+    style = _asset("templates", "style.css")
+    return (
+        _environment()
+        .get_template(template)
+        .render(version=__version__, style=Markup(style), policy=_policy(scripts, style), **values)  # noqa: S704
+    )
+
+
+def _policy(scripts: Sequence[str], style: str) -> str:
+    """A content security policy under which these scripts and this style run, and nothing else: no other script, no request."""
+    hashes = " ".join(_hash(script) for script in scripts)
+    return f"default-src 'none'; script-src {hashes}; style-src {_hash(style)}; img-src data: blob:; base-uri 'none'; form-action 'none'"
+
+
+def _hash(text: str) -> str:
+    return f"'sha256-{_base64(hashlib.sha256(text.encode()).digest())}'"
+
+
+@cache
+def _environment() -> Environment:
+    environment = Environment(
+        loader=PackageLoader("volseg.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.policies["json.dumps_kwargs"] = {"ensure_ascii": False, "separators": (",", ":"), "allow_nan": False}
+    return environment
+
+
+@cache
+def _asset(folder: str, name: str) -> str:
+    """A file of this package that goes into a page as it is."""
+    text = resources.files("volseg.report").joinpath(folder, name).read_text(encoding="utf-8")
+    # NiiVue is packed before it goes in.
+    assert name == NIIVUE or not re.search(r"</(script|style)|<!--", text, re.IGNORECASE), name
+    return text
+
+
+def _script(*names: str) -> str:
+    return "\n".join(_asset("templates", name) for name in names)
+
+
+@cache
+def _packed_niivue() -> str:
+    """NiiVue as gzip in base64: less than half of it, a million bytes less per page."""
+    return _base64(gzip.compress(_asset("vendor", NIIVUE).encode(), 9, mtime=0))
+
+
+def _base64(data: bytes) -> str:
+    return base64.b64encode(data).decode("ascii")
+
+
+def _size(content: Any) -> int:
+    """Bytes of a JSON island, with room for what HTML escapes."""
+    return int(len(json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode()) * 1.02)

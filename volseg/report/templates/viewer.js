@@ -1,0 +1,280 @@
+// The viewer page of a scan: slices, lesions and their numbers.
+
+const AXIAL = 0, CORONAL = 1, SAGITTAL = 2;
+const BORDER = 0.35; // how much less the border of a lesion lets through than its inside
+const HARDLY = 0.001; // opacity; a layer of none would not be drawn at all
+const BARS_MM = [1, 2, 5, 10, 20, 50, 100, 200];
+const THREE_PLANES = [
+  { sliceType: AXIAL, position: [0, 0, 0.6, 1] },
+  { sliceType: CORONAL, position: [0.6, 0, 0.4, 0.5] },
+  { sliceType: SAGITTAL, position: [0.6, 0.5, 0.4, 0.5] },
+];
+
+const content = island("content");
+const at = (id) => document.getElementById(id);
+let viewer = null;
+let chosen = null;
+
+function colourOf(number) {
+  return `#${content.colours.slice(6 * number - 6, 6 * number)}`;
+}
+
+// ---- the table and the numbers of the chosen lesion
+
+content.table.columns.find((column) => column.name === "lesion_id").number = false; // a button, not a number to compare
+const table = new DataTable(at("lesions"), content.table, {
+  cell: (column, row, own) => {
+    if (column.name !== "lesion_id") return null;
+    const number = own.value(row, "lesion_id");
+    const swatch = make("span", { class: "swatch", "aria-hidden": "true" });
+    swatch.style.background = colourOf(number);
+    const button = make("button", { type: "button", "data-key": String(number), "aria-label": `Show lesion ${number}` }, swatch, String(number));
+    return make("td", {}, button);
+  },
+  look: (line, row, own) => {
+    line.dataset.lesion = own.value(row, "lesion_id");
+    line.addEventListener("click", () => choose(own.value(row, "lesion_id")));
+  },
+});
+
+function rowOf(number) {
+  return content.table.rows.find((row) => table.value(row, "lesion_id") === number) ?? null;
+}
+
+function choose(number, { move = true } = {}) {
+  const row = rowOf(number);
+  if (row === null) return;
+  chosen = number;
+  table.mark(row);
+  showNumbers(row);
+  const point = content.points[number];
+  if (move && viewer && point) {
+    viewer.scene.crosshairPos = fractionOf(viewer, point);
+    viewer.drawScene();
+    viewer.createOnLocationChange();
+  } else if (move && viewer) {
+    at("place").textContent = `Lesion ${number} is too small to be drawn here.`;
+  }
+}
+
+// The lesion that the address asks for (#lesion=3), else the first.
+function chooseFirst() {
+  const asked = Number(new URLSearchParams(location.hash.slice(1)).get("lesion"));
+  if (rowOf(asked)) choose(asked);
+  else if (content.table.rows.length) choose(table.value(content.table.rows[0], "lesion_id"));
+}
+
+// Of the volume, from 0 to 1 along its axes. Without the last argument NiiVue takes an oblique grid for one along the world's axes.
+function fractionOf(nv, point) {
+  return nv.mm2frac(point, 0, true);
+}
+
+function showNumbers(row) {
+  const list = make("dl");
+  const unknown = [];
+  for (const column of content.table.columns) {
+    const value = table.value(row, column.name);
+    if (value === null) unknown.push(column);
+    else if (value !== "" && column.name !== "case_id") {
+      const unit = column.unit === "intensity_unit" ? content.unit : column.unit;
+      const isMeasure = typeof value === "number" || / /.test(String(value));
+      list.append(make("dt", { title: column.meaning }, column.name), make("dd", {}, shown(value), isMeasure && unit && column.name !== "notes" ? ` ${unit}` : ""));
+    }
+  }
+  const reasons = make("ul", {}, ...unknown.map((column) => make("li", {}, `${column.name}: ${table.reason(column, row)}`)));
+  const rest = unknown.length ? [make("details", {}, make("summary", {}, `${unknown.length} unknown`), reasons)] : [];
+  at("numbers").replaceChildren(make("h3", {}, `Lesion ${table.value(row, "lesion_id")}`), list, ...rest);
+}
+
+// ---- the slices
+
+async function inflated(id) {
+  const bytes = Uint8Array.from(atob(at(id).textContent), (character) => character.charCodeAt(0));
+  return new Response(new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"))).text();
+}
+
+function hasWebGL() {
+  try { return at("lines").ownerDocument.createElement("canvas").getContext("webgl2") !== null; } catch { return false; }
+}
+
+async function start() {
+  if (!hasWebGL()) {
+    withoutViewer("no-webgl", "This browser shows no WebGL 2, so the slices cannot be moved through. The table and the picture below need none.");
+    return;
+  }
+  // The policy of this page lets only scripts run whose hash it names, NiiVue's among them.
+  document.head.append(make("script", {}, await inflated("niivue")));
+  const nv = new niivue.Niivue({
+    isRadiologicalConvention: true, backColor: [0, 0, 0, 1], crosshairColor: [0.45, 0.75, 1, 0.8], crosshairWidth: 0.25, crosshairWidthUnit: "percent", crosshairGap: 6,
+    fontColor: [1, 0.82, 0.3, 1], showLegend: false, dragAndDropEnabled: false, logLevel: "error", loadingText: "", scrollRequiresFocus: false,
+    isNearestInterpolation: false, isCornerOrientationText: false, showAllOrientationMarkers: true, sagittalNoseLeft: true,
+  });
+  await nv.attachToCanvas(at("canvas"));
+  const image = await niivue.NVImage.loadFromBase64({
+    base64: at("image").textContent, name: "image.nii.gz", colormap: "gray", cal_min: content.window[0], cal_max: content.window[1], trustCalMinMax: false,
+  });
+  const ids = await niivue.NVImage.loadFromBase64({ base64: at("ids").textContent, name: "ids.nii.gz", opacity: Number(at("opacity").value) });
+  ids.setColormapLabel(labelColours());
+  ids.hdr.intent_code = 1002; // labels: their colours are looked up by number. Without it NiiVue tints the background of more than 128.
+  nv.addVolume(image);
+  nv.addVolume(ids);
+  [image.cal_min, image.cal_max] = content.window;
+  nv.opts.multiplanarShowRender = niivue.SHOW_RENDER.NEVER;
+  nv.setSliceType(niivue.SLICE_TYPE.MULTIPLANAR);
+  nv.setCustomLayout(THREE_PLANES);
+  showMask(nv);
+  const draw = nv.drawScene.bind(nv);
+  nv.drawScene = () => { const text = draw(); drawLines(nv); return text; };
+  nv.onLocationChange = showPlace;
+  viewer = nv;
+  control(nv, image);
+  at("montage").open = false;
+  nv.drawScene();
+  chooseFirst();
+  if (chosen === null) nv.createOnLocationChange();
+  document.documentElement.dataset.ready = "1";
+}
+
+function labelColours() {
+  const n = content.colours.length / 6;
+  const channel = (offset) => [0, ...Array.from({ length: n }, (_, i) => parseInt(content.colours.slice(6 * i + offset, 6 * i + offset + 2), 16))];
+  const numbers = Array.from({ length: n + 1 }, (_, i) => i);
+  return { R: channel(0), G: channel(2), B: channel(4), A: numbers.map((i) => (i ? 255 : 0)), I: numbers, labels: numbers.map(String) };
+}
+
+function showPlace(location) {
+  const [r, a, s] = location.mm;
+  const [value, id] = location.values.map((each) => each.value);
+  const number = Math.round(id);
+  const place = at("place");
+  Object.assign(place.dataset, { r, a, s, id: number, value });
+  place.textContent = `R ${r.toFixed(1)}  A ${a.toFixed(1)}  S ${s.toFixed(1)} mm · about ${shown(Math.round(value * 10) / 10)} ${content.unit} · ${number ? `lesion ${number}` : "no lesion"}`;
+  if (number && number !== chosen) choose(number, { move: false });
+}
+
+function control(nv, image) {
+  const pressed = (id, act) => at(id).addEventListener("click", () => {
+    const now = at(id).getAttribute("aria-pressed") !== "true";
+    at(id).setAttribute("aria-pressed", String(now));
+    act(now);
+  });
+  at("plane").addEventListener("change", () => {
+    const value = at("plane").value;
+    nv.setCustomLayout(value === "all" ? THREE_PLANES : [{ sliceType: Number(value), position: [0, 0, 1, 1] }]);
+  });
+  pressed("side", (radiological) => {
+    nv.setRadiologicalConvention(radiological);
+    nv.drawScene();
+    at("side").textContent = radiological ? "R is left" : "R is right";
+  });
+  at("opacity").addEventListener("input", () => showMask(nv));
+  pressed("outline", () => showMask(nv));
+  at("axes").hidden = !Object.keys(content.axes).length;
+  pressed("axes", () => nv.drawScene());
+  const edges = [at("low"), at("high")];
+  edges.forEach((input, n) => {
+    input.value = shown(content.window[n]);
+    input.addEventListener("change", () => {
+      const [low, high] = edges.map((each) => Number(each.value));
+      if (!(low < high)) return;
+      [image.cal_min, image.cal_max] = [low, high];
+      nv.updateGLVolume();
+    });
+  });
+  // NiiVue's own arrow keys change the frame of a series, of which there is none here.
+  at("canvas").addEventListener("keydown", (event) => {
+    const toRight = nv.opts.isRadiologicalConvention ? -1 : 1;
+    const step = {
+      ArrowLeft: [-toRight, 0, 0], ArrowRight: [toRight, 0, 0], ArrowUp: [0, 1, 0], ArrowDown: [0, -1, 0], PageUp: [0, 0, 1], PageDown: [0, 0, -1],
+    }[event.key];
+    if (event.key !== "Tab") event.stopImmediatePropagation();
+    if (!step) return;
+    event.preventDefault();
+    nv.moveCrosshairInVox(...step);
+    nv.createOnLocationChange();
+  }, { capture: true });
+}
+
+// Voxels at the border of a lesion are drawn more strongly than those within, so that one of a single voxel is seen too.
+function showMask(nv) {
+  const only = at("outline").getAttribute("aria-pressed") === "true";
+  const within = Number(at("opacity").value);
+  at("opacity").disabled = only;
+  nv.opts.atlasOutline = only ? 1 : within && Math.min(1, within + BORDER);
+  nv.setOpacity(1, only ? HARDLY : within);
+}
+
+// ---- what is drawn over the slices: the diameters of the lesions in this axial slice, and scale bars
+
+function drawLines(nv) {
+  const canvas = at("lines");
+  if (canvas.width !== nv.canvas.width) canvas.width = nv.canvas.width;
+  if (canvas.height !== nv.canvas.height) canvas.height = nv.canvas.height;
+  const pen = canvas.getContext("2d");
+  const scale = nv.uiData.dpr || 1;
+  pen.clearRect(0, 0, canvas.width, canvas.height);
+  pen.font = `${12 * scale}px sans-serif`;
+  for (const slice of nv.screenSlices) drawBar(pen, slice, scale);
+  if (at("axes").getAttribute("aria-pressed") !== "true") return;
+  const depth = nv.volumes[0].dims[3];
+  const layer = (frac) => Math.floor(Math.min(frac[2], 0.999999) * depth);
+  const here = layer(nv.scene.crosshairPos);
+  let drawn = 0;
+  for (const [number, lines] of Object.entries(content.axes)) {
+    lines.forEach(([from, to], n) => {
+      const fracs = [fractionOf(nv, from), fractionOf(nv, to)];
+      if (fracs.some((frac) => Math.abs(layer(frac) - here) > 0)) return;
+      const ends = fracs.map((frac) => nv.frac2canvasPosWithTile(frac, AXIAL)?.pos);
+      if (!ends[0] || !ends[1]) return;
+      drawn += 1;
+      for (const [width, colour] of [[4, "#000000"], [2, n ? "#7fdfff" : "#ffffff"]]) {
+        pen.lineWidth = width * scale;
+        pen.strokeStyle = colour;
+        pen.beginPath();
+        pen.moveTo(...ends[0]);
+        pen.lineTo(...ends[1]);
+        pen.stroke();
+      }
+      if (Number(number) === chosen) {
+        const row = rowOf(chosen);
+        const length = row && table.value(row, n ? "short_axis_mm" : "long_axis_mm");
+        if (length !== null) write(pen, `${shown(length)} mm`, Math.max(ends[0][0], ends[1][0]) + 5 * scale, ends[ends[0][0] > ends[1][0] ? 0 : 1][1], scale);
+      }
+    });
+  }
+  canvas.dataset.drawn = String(drawn);
+}
+
+function drawBar(pen, slice, scale) {
+  const [left, top, width, height] = slice.leftTopWidthHeight;
+  const perMm = Math.abs(width) / Math.abs(slice.fovMM[0]);
+  const mm = BARS_MM.filter((bar) => bar * perMm < Math.abs(width) / 3).pop();
+  if (!mm || !Number.isFinite(perMm)) return;
+  const x = Math.min(left, left + width) + 10 * scale, y = top + height - 10 * scale;
+  pen.fillStyle = "#000000";
+  pen.fillRect(x - scale, y - scale, mm * perMm + 2 * scale, 4 * scale);
+  pen.fillStyle = "#ffffff";
+  pen.fillRect(x, y, mm * perMm, 2 * scale);
+  write(pen, `${mm} mm`, x, y - 5 * scale, scale);
+}
+
+function write(pen, text, x, y, scale) {
+  pen.lineWidth = 3 * scale;
+  pen.strokeStyle = "#000000";
+  pen.fillStyle = "#ffffff";
+  pen.strokeText(text, x, y);
+  pen.fillText(text, x, y);
+}
+
+function withoutViewer(state, text) {
+  at("message").textContent = text;
+  at("message").hidden = false;
+  at("controls").closest("section").hidden = true;
+  at("viewer").prepend(at("montage"));
+  at("montage").open = true;
+  chooseFirst();
+  document.documentElement.dataset.ready = state;
+}
+
+followTheme();
+start().catch((error) => withoutViewer("error", `The slices cannot be shown (${error.message}). The table and the picture below need none of it.`));
