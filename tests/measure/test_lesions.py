@@ -486,20 +486,20 @@ def test_numbers_that_do_not_agree_are_refused():
 def test_the_columns_of_both_tables_are_a_contract():
     described, cases = columns_of(LesionMeasurement), columns_of(CaseRow)
     assert " ".join(name for name, *_ in described) == (
-        "case_id lesion_id label label_name n_voxels volume_mm3 volume_ml volume_mesh_mm3 volume_expected_ml "
-        "intensity_mean intensity_sd intensity_min intensity_p05 intensity_p10 intensity_p25 intensity_median "
-        "intensity_p75 intensity_p90 intensity_p95 intensity_max intensity_skewness intensity_kurtosis "
-        "intensity_mean_eroded1 intensity_unit density_g_cm3 mass_g agatston_score calcium_volume_mm3 calcium_mass_mg "
-        "surface_area_mm2 sphericity compactness elongation flatness major_axis_mm minor_axis_mm least_axis_mm "
-        "max3d_diameter_mm equiv_sphere_diameter_mm long_axis_mm short_axis_mm axis_slice long_axis_p0_ras "
-        "long_axis_p1_ras short_axis_p0_ras short_axis_p1_ras recist_measurable centroid_r_mm centroid_a_mm "
-        "centroid_s_mm bbox_min_ras bbox_max_ras touches_border nearest_lesion_mm confidence_mean confidence_p10 "
-        "class_name class_probability class_probabilities spacing_r_mm spacing_a_mm spacing_s_mm connectivity model "
+        "case_id lesion_id label label_name n_voxels volume_mm3 volume_ml intensity_mean intensity_sd intensity_min "
+        "intensity_p10 intensity_median intensity_p90 intensity_max intensity_unit centroid_r_mm centroid_a_mm "
+        "centroid_s_mm touches_border confidence_mean class_name class_probability class_probabilities "
+        "volume_mesh_mm3 volume_expected_ml intensity_p05 intensity_p25 intensity_p75 intensity_p95 "
+        "intensity_skewness intensity_kurtosis intensity_mean_eroded1 density_g_cm3 mass_g agatston_score "
+        "calcium_volume_mm3 calcium_mass_mg surface_area_mm2 sphericity compactness elongation flatness major_axis_mm "
+        "minor_axis_mm least_axis_mm max3d_diameter_mm equiv_sphere_diameter_mm long_axis_mm short_axis_mm axis_slice "
+        "long_axis_p0_ras long_axis_p1_ras short_axis_p0_ras short_axis_p1_ras recist_measurable bbox_min_ras "
+        "bbox_max_ras nearest_lesion_mm confidence_p10 spacing_r_mm spacing_a_mm spacing_s_mm connectivity model "
         "volseg_version notes"
     )
     assert " ".join(name for name, *_ in cases) == (
-        "case_id status reason n_lesions total_volume_ml largest_volume_ml sum_long_axis_mm n_measurable "
-        "organ_volume_ml burden agatston_score image model seconds warnings"
+        "case_id status reason n_lesions total_volume_ml image model seconds warnings largest_volume_ml "
+        "sum_long_axis_mm n_measurable organ_volume_ml burden agatston_score"
     )
     assert all(meaning for _, _, meaning, _ in described + cases)
     units = {name: unit for name, unit, *_ in described}

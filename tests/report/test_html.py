@@ -12,7 +12,6 @@ from laws import ball, centre_mm, grid_around, lps, oblique, orientations, ras
 
 from volseg.measure.lesions import CaseRow, LesionMeasurement, measure_lesions
 from volseg.postprocess.lesions import label_lesions
-from volseg.preprocess.crop import AxisOrder, canonical_geometry
 from volseg.report.html import image_budget, lesion_table, report_html, viewer_html
 from volseg.report.preview import make_preview, montage_jpeg
 from volseg.report.results import plain
@@ -62,18 +61,6 @@ def scene(affine=None, radii=(8, 5, 3), n_small=0):
     names = {1: HOSTILE, 2: "speck"}
     rows = measure_lesions(scan, found.ids, found.labels, case_id=HOSTILE, label_names=names, intensity_unit="HU")
     return scan, found.ids, [plain(row) for row in rows], centres
-
-
-def with_axes(row, centre, radius, geometry):
-    """The row with the diameters of a ball in its axial slice: along the two axes of the grid that lie in it."""
-    canonical = canonical_geometry(geometry, AxisOrder.of(geometry))
-    across = canonical.affine[:3, :2] / canonical.spacing_mm[:2] * radius
-    middle = canonical.to_index(centre[None])
-    middle = canonical.to_world_mm(np.column_stack([middle[:, :2], np.rint(middle[:, 2])]))[0]
-    ends = [middle + sign * axis for axis in across.T for sign in (-1, 1)]
-    names = ("long_axis_p0_ras", "long_axis_p1_ras", "short_axis_p0_ras", "short_axis_p1_ras")
-    written = {name: json.dumps(end.tolist()) for name, end in zip(names, ends, strict=True)}
-    return row | written | {"long_axis_mm": 2.0 * radius, "short_axis_mm": 2.0 * radius}
 
 
 def page_of(scan, ids, rows, case=CASE):
@@ -312,9 +299,6 @@ def test_a_click_on_a_lesion_leads_to_it(kind, browser, tmp_path):
         stored, affine = list(orientations(scan))[29]
         numbers, _ = list(orientations(scan.with_array(ids)))[29]
         scan, ids = Volume(stored, Geometry(stored.shape, affine)), numbers
-    rows = [
-        with_axes(row, centre, radius, scan.geometry) for row, centre, radius in zip(rows, centres, (8, 5, 3))
-    ] + rows[3:]
     path = tmp_path / "a.html"
     path.write_text(page_of(scan, ids, rows, CASE | {"case_id": HOSTILE, "warnings": HOSTILE}), encoding="utf-8")
     visit = Visit(browser, path, "#lesion=3")
@@ -329,7 +313,8 @@ def test_a_click_on_a_lesion_leads_to_it(kind, browser, tmp_path):
         assert f"lesion {number}" in page.inner_text("#place")
         assert float(place["value"]) == pytest.approx(100, abs=60)  # HU, in one voxel of noise
         assert page.inner_text("#numbers h3") == f"Lesion {number}"
-        assert page.get_attribute("#lines", "data-drawn") == "2"  # long and short axis
+        drawn = int(page.get_attribute("#lines", "data-drawn") or 0)
+        assert drawn == 2 or (kind == "many" and drawn > 2)  # long and short axis, of neighbours in the slice too
         assert page.get_attribute(f'tr[data-lesion="{number}"]', "aria-current") == "true"
     if kind == "many":
         button = page.get_by_role("button", name="Show lesion 303", exact=True)

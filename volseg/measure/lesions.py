@@ -50,14 +50,6 @@ class LesionMeasurement:
         "mm³", "n_voxels × voxel volume |det A| of the scan's own grid, to 12 digits", source="IBSI YEKZ"
     )
     volume_ml: float = column("mL", "volume_mm3 / 1000")
-    volume_mesh_mm3: float | None = column(
-        "mm³", "volume inside the surface (marching cubes at 0.5 on the voxels)", None, source="IBSI RNU0"
-    )
-    volume_expected_ml: float | None = column(
-        "mL",
-        "sum of the model's probability of a lesion over its voxels and those up to 2 away; empty without a model",
-        None,
-    )
     intensity_mean: float = column(
         "intensity_unit",
         "mean of the original intensities; they are empty if a voxel is not finite",
@@ -67,24 +59,45 @@ class LesionMeasurement:
         "intensity_unit", "their standard deviation, of the population (1/N)", source="root of IBSI ECT3"
     )
     intensity_min: float = column("intensity_unit", "their minimum", source="IBSI 1GSF")
-    intensity_p05: float | None = column("intensity_unit", "their 5th percentile, linear between values", None)
     intensity_p10: float = column(
         "intensity_unit", "their 10th percentile, linear between neighbouring values", source="IBSI QG58"
     )
-    intensity_p25: float | None = column("intensity_unit", "their 25th percentile", None)
     intensity_median: float = column("intensity_unit", "their median", source="IBSI Y12H")
-    intensity_p75: float | None = column("intensity_unit", "their 75th percentile", None)
     intensity_p90: float = column(
         "intensity_unit", "their 90th percentile, linear between neighbouring values", source="IBSI 8DWT"
     )
-    intensity_p95: float | None = column("intensity_unit", "their 95th percentile", None)
     intensity_max: float = column("intensity_unit", "their maximum", source="IBSI 84IY")
+    intensity_unit: str = column("", "unit of the intensities: HU, SUV, a.u.")
+    centroid_r_mm: float = column("mm", "centre of mass of the voxels, towards the patient's right (RAS world)")
+    centroid_a_mm: float = column("mm", "the same, towards anterior")
+    centroid_s_mm: float = column("mm", "the same, towards superior")
+    touches_border: bool = column("", "a voxel lies on the edge of the array; volume is a lower bound if it was cut")
+    confidence_mean: float | None = column(
+        "0 to 1", "mean probability of the class that the model chose, before post-processing; empty without a model"
+    )
+    class_name: str | None = column("", "most probable class; empty without a classifier")
+    class_probability: float | None = column("0 to 1", "probability of that class")
+    class_probabilities: str | None = column("0 to 1", "probability of every class, as name=value;name=value")
+    volume_mesh_mm3: float | None = column(
+        "mm³", "volume inside the surface (marching cubes at 0.5 on the voxels)", None, source="IBSI RNU0"
+    )
+    volume_expected_ml: float | None = column(
+        "mL",
+        "sum of the model's probability of a lesion over its voxels and those up to 2 away; empty without a model",
+        None,
+    )
+    intensity_p05: float | None = column(
+        "intensity_unit", "5th percentile of the intensities, linear between neighbouring values", None
+    )
+    intensity_p25: float | None = column("intensity_unit", "25th percentile of the intensities", None)
+    intensity_p75: float | None = column("intensity_unit", "75th percentile of the intensities", None)
+    intensity_p95: float | None = column("intensity_unit", "95th percentile of the intensities", None)
     intensity_skewness: float | None = column(
-        "", "their skewness m₃ / m₂^1.5; empty if all are equal", None, source="IBSI KE2A"
+        "", "skewness of the intensities, m₃ / m₂^1.5; empty if all are equal", None, source="IBSI KE2A"
     )
     intensity_kurtosis: float | None = column(
         "",
-        "their excess kurtosis m₄ / m₂² − 3: 0 for a normal distribution; empty if all are equal",
+        "excess kurtosis of the intensities, m₄ / m₂² − 3: 0 for a normal distribution; empty if all are equal",
         None,
         source="IBSI IPH6",
     )
@@ -93,7 +106,6 @@ class LesionMeasurement:
         "mean of the core: voxels whose six neighbours are all in the lesion, so that none holds part of something else",
         None,
     )
-    intensity_unit: str = column("", "unit of the intensities: HU, SUV, a.u.")
     density_g_cm3: float | None = column(
         "g/cm³",
         "mean mass density of the voxels from their HU, by a piecewise-linear calibration; CT only",
@@ -149,22 +161,14 @@ class LesionMeasurement:
         None,
         source="RECIST 1.1",
     )
-    centroid_r_mm: float = column("mm", "centre of mass of the voxels, towards the patient's right (RAS world)")
-    centroid_a_mm: float = column("mm", "the same, towards anterior")
-    centroid_s_mm: float = column("mm", "the same, towards superior")
     bbox_min_ras: str | None = column("mm", "lowest [R, A, S] of any of its voxels, edges included", None)
     bbox_max_ras: str | None = column("mm", "highest [R, A, S]", None)
-    touches_border: bool = column("", "a voxel lies on the edge of the array; volume is a lower bound if it was cut")
     nearest_lesion_mm: float | None = column(
         "mm", "distance between its surface and that of the nearest other lesion; empty if there is none", None
     )
-    confidence_mean: float | None = column(
-        "0 to 1", "mean probability of the class that the model chose, before post-processing; empty without a model"
+    confidence_p10: float | None = column(
+        "0 to 1", "10th percentile of the probability whose mean is confidence_mean", None
     )
-    confidence_p10: float | None = column("0 to 1", "10th percentile of that probability", None)
-    class_name: str | None = column("", "most probable class; empty without a classifier")
-    class_probability: float | None = column("0 to 1", "probability of that class")
-    class_probabilities: str | None = column("0 to 1", "probability of every class, as name=value;name=value")
     spacing_r_mm: float | None = column("mm", "distance of voxels along the array axis nearest to R", None)
     spacing_a_mm: float | None = column("mm", "the same, nearest to A", None)
     spacing_s_mm: float | None = column("mm", "the same, nearest to S", None)
@@ -185,6 +189,10 @@ class CaseRow:
     reason: str = column("", "why it failed and what to do; empty if it did not", default="")
     n_lesions: int | None = column("", "number of rows in lesions.csv; 0 is a scan without lesions", default=None)
     total_volume_ml: float | None = column("mL", "sum of the volumes of all lesions", default=None)
+    image: str = column("", "file of the scan", default="")
+    model: str = column("", "name and hash of the model; empty for a mask from elsewhere", default="")
+    seconds: float | None = column("s", "time taken for this scan", default=None)
+    warnings: str = column("", "what to know before trusting the numbers; empty if nothing", default="")
     largest_volume_ml: float | None = column("mL", "volume of the largest lesion; empty if there is none", default=None)
     sum_long_axis_mm: float | None = column(
         "mm",
@@ -198,10 +206,6 @@ class CaseRow:
     )
     burden: float | None = column("0 to 1", "lesion volume / organ volume", default=None)
     agatston_score: float | None = column("", "sum over its lesions; only where asked for", default=None)
-    image: str = column("", "file of the scan", default="")
-    model: str = column("", "name and hash of the model; empty for a mask from elsewhere", default="")
-    seconds: float | None = column("s", "time taken for this scan", default=None)
-    warnings: str = column("", "what to know before trusting the numbers; empty if nothing", default="")
 
 
 def measure_lesions(
