@@ -1,6 +1,7 @@
 import csv
 import io
 import json
+import re
 import shutil
 from importlib.util import find_spec
 
@@ -34,6 +35,14 @@ def tables(out):
     for row in rows(out / "comparison.csv"):
         lesions.setdefault(row["patient"], []).append(row)
     return {row["patient"]: row for row in rows(out / "response.csv")}, lesions
+
+
+def on_page(page, table):
+    """Rows of a table of report.html, as its script reads them."""
+    island = re.search(rf'id="{table}-data">(.*?)</script>', page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    content = json.loads(island[1])
+    names = [column["name"] for column in content["columns"]]
+    return [dict(zip(names, row, strict=True)) for row in content["rows"]]
 
 
 def told(lesions):
@@ -94,6 +103,12 @@ def test_growth_shrinkage_and_what_is_new_or_gone_on_any_grid(baseline, make, tm
     assert "never" not in lesions
     assert patients["vanishes"]["change_volume_percent"] == "-100"
     assert float(patients["shrinks"]["change_sum_percent"]) == pytest.approx(100 * (9.5 / 17 - 1), abs=4)
+    shown = {row["patient"]: row["response"] for row in on_page(tmp_path / "out" / "report.html", "patients")}
+    assert shown == {name: row["response"] for name, row in patients.items()}
+    changes = on_page(tmp_path / "out" / "report.html", "changes")
+    assert sorted(row["status"] for row in changes) == sorted(
+        row["status"] for each in lesions.values() for row in each
+    )
 
 
 def test_a_scan_compared_with_itself_has_not_changed(baseline, tmp_path):

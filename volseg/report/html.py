@@ -8,6 +8,7 @@ import hashlib
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -20,6 +21,7 @@ from markupsafe import Markup
 from volseg import __version__
 from volseg.columns import columns_of
 from volseg.measure.lesions import CaseRow, LesionMeasurement
+from volseg.measure.response import LesionChange, PatientResponse
 from volseg.report.histogram import histogram_svg
 from volseg.report.preview import Preview, lesion_colour, lesion_points, point_of, smaller_jpeg
 
@@ -31,7 +33,12 @@ POINTS_BYTES = 250  # of a viewer page, for where a lesion is and where its diam
 PICTURE_BYTES = 3_000_000  # of the pictures in report.html, before base64
 PICTURE_HEIGHTS = (96, 72, 56, 40)  # pixels; the largest with which all of them fit is taken
 MIN_PLOTTED = 5  # lesions; the distribution of fewer is their table
-HINT = "words, or volume_ml > 1"
+HINTS = {  # how a table may be filtered
+    LesionMeasurement: "words, or volume_ml > 1",
+    CaseRow: "words, or n_lesions > 1",
+    PatientResponse: "words, or n_new > 0",
+    LesionChange: "words, or change_volume_percent > 20",
+}
 
 # What a reader looks for first; the other columns can be chosen.
 LESION_COLUMNS = (
@@ -66,6 +73,42 @@ SCAN_COLUMNS = (
     "burden",
     "agatston_score",
     "warnings",
+)
+RESPONSE_COLUMNS = (
+    "patient",
+    "response",
+    "response_rule",
+    "baseline_sum_mm",
+    "followup_sum_mm",
+    "change_sum_percent",
+    "change_volume_ml",
+    "change_volume_percent",
+    "n_baseline",
+    "n_followup",
+    "n_new",
+    "n_gone",
+    "n_merged",
+    "n_split",
+    "status",
+    "reason",
+    "warnings",
+)
+CHANGE_COLUMNS = (
+    "patient",
+    "status",
+    "label_name",
+    "baseline_lesion_id",
+    "followup_lesion_id",
+    "is_target",
+    "baseline_volume_ml",
+    "followup_volume_ml",
+    "change_volume_percent",
+    "baseline_long_axis_mm",
+    "followup_long_axis_mm",
+    "change_long_axis_mm",
+    "change_long_axis_percent",
+    "change_intensity_mean",
+    "notes",
 )
 VIEWER_COLUMNS = ("lesion_id", "label_name", "volume_ml", "long_axis_mm", "short_axis_mm", "intensity_mean")
 
@@ -189,6 +232,8 @@ def report_html(
         digest=digest,
         failed=failed,
         n_cases=len(cases),
+        what="scans",
+        files="cases.csv and lesions.csv",
         remarks=remarks,
         facts=_facts(cases, lesions),
         plots=_plots(lesions),
@@ -196,6 +241,63 @@ def report_html(
         pages=sorted(pages),
         pictures=pictures,
         picture_height=height,
+        limits="Made for research; not a medical device.",
+        script=Markup(script),  # noqa: S704
+    )
+
+
+def comparison_html(
+    about: Mapping[str, Any], patients: Sequence[Mapping[str, Any]], lesions: Sequence[Mapping[str, Any]]
+) -> str:
+    """The page of a comparison of two time points: failures, a table of patients and one of lesions.
+
+    Args:
+        about: of the run: `command`, `volseg`, `started`.
+        patients, lesions: rows of response.csv and of comparison.csv.
+    """
+    script = _script("table.js", "report.js")
+    responses = Counter(row.get("response") or "not evaluable" for row in patients if row.get("status") == "done")
+    left = MAX_PAGE_BYTES - RESERVED_BYTES
+    tables = [page_table("patients", "Patients", PatientResponse, patients, shown=RESPONSE_COLUMNS)]
+    changes = page_table("changes", "Lesions at both times", LesionChange, lesions, shown=CHANGE_COLUMNS)
+    if _size(changes.content) > left - _size(tables[0].content):
+        remark = "Only the most important columns, to keep this page small; comparison.csv has them all."
+        changes = page_table(
+            "changes",
+            "Lesions at both times",
+            LesionChange,
+            lesions,
+            shown=CHANGE_COLUMNS,
+            only=CHANGE_COLUMNS,
+            remark=remark,
+        )
+    n_pending = sum(row.get("status") == "pending" for row in patients)
+    return _page(
+        "report.html.jinja",
+        scripts=(script,),
+        title=f"volseg compare: {_counted(len(patients), 'patient')}",
+        made_with=[text for text in (f"volseg {about.get('volseg') or __version__}", about.get("started")) if text],
+        digest="",
+        failed=[
+            _failure({"case_id": row["patient"], "reason": row.get("reason")})
+            for row in patients
+            if row.get("status") == "failed"
+        ],
+        n_cases=len(patients),
+        what="patients",
+        files="response.csv and comparison.csv",
+        remarks=[f"{n_pending} patients have not been reached yet: run the same command again."] if n_pending else [],
+        facts=[
+            ("Patients", str(len(patients))),
+            *((name, str(count)) for name, count in sorted(responses.items())),
+            ("New lesions", str(sum(row.get("n_new") or 0 for row in patients))),
+            ("Lesions gone", str(sum(row.get("n_gone") or 0 for row in patients))),
+        ],
+        plots=[],
+        tables=[*tables, changes],
+        pages=[],
+        pictures={},
+        picture_height=0,
         limits="Made for research; not a medical device.",
         script=Markup(script),  # noqa: S704
     )
@@ -255,7 +357,7 @@ def page_table(
     content = {
         "name": name,
         "caption": caption,
-        "hint": HINT if row_type is LesionMeasurement else "words, or n_lesions > 1",
+        "hint": HINTS.get(row_type, "words"),
         "columns": [
             {
                 "name": column,

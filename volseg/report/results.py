@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 from filelock import FileLock, Timeout
 
@@ -52,19 +52,21 @@ def held(folder: Path, records: Path) -> Iterator[None]:
         lock.release()
 
 
-class ResultsFolder:
-    """A folder of results, held by one run at a time. Use it with `with`.
+class RecordFolder:
+    """A folder of which each item has a record, held by one run at a time. Use it with `with`.
 
-    A case is complete when its record is there and says that it was made from the same input, model and options (`key`); its
+    An item is complete when its record is there and says that it was made from the same input, model and options (`key`); its
     files carry the hashes that the record names. So an interrupted run leaves nothing that looks finished and is not.
     """
+
+    row = "case"  # where a record holds the row of its item
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._records = path / RECORDS
         self._held = held(path, self._records)
 
-    def __enter__(self) -> ResultsFolder:
+    def __enter__(self) -> Self:
         self._held.__enter__()
         return self
 
@@ -73,15 +75,40 @@ class ResultsFolder:
     ) -> None:
         self._held.__exit__(kind, error, trace)
 
-    def is_complete(self, case_id: str, key: str) -> bool:
-        """Whether the case was done with this key and its files are still as they were written."""
-        record = self._read(case_id)
-        if record is None or record.get("key") != key or record["case"]["status"] != "done":
+    def is_complete(self, name: str, key: str) -> bool:
+        """Whether the item was done with this key and its files are still as they were written."""
+        record = self._read(name)
+        if record is None or record.get("key") != key or record[self.row]["status"] != "done":
             return False
         return all(
-            (self.path / name).is_file() and sha256_of(self.path / name) == digest
-            for name, digest in record["files"].items()
+            (self.path / file).is_file() and sha256_of(self.path / file) == digest
+            for file, digest in record["files"].items()
         )
+
+    def write_run(self, description: Mapping[str, Any]) -> None:
+        """run.json: what was run, with what, on what."""
+        write_json_atomic(self.path / "run.json", dict(description))
+
+    def _write(self, name: str, record: Mapping[str, Any], files: Sequence[Path]) -> None:
+        """Record an item. `files` are its outputs, already written; other files of an earlier call go."""
+        hashes = self._hashes(files)
+        earlier = self._read(name) or {"files": {}}
+        write_json_atomic(self._records / f"{name}.json", dict(record) | {"files": hashes}, indent=None)
+        for stale in earlier["files"].keys() - hashes.keys():
+            (self.path / stale).unlink(missing_ok=True)  # a stale picture or mask would stand beside new numbers
+
+    def _hashes(self, files: Sequence[Path]) -> dict[str, str]:
+        return {file.relative_to(self.path).as_posix(): sha256_of(file) for file in files}
+
+    def _read(self, name: str) -> dict[str, Any] | None:
+        try:
+            return json.loads((self._records / f"{name}.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+
+
+class ResultsFolder(RecordFolder):
+    """The folder of `infer` and `measure`: a record per case."""
 
     def commit(
         self,
@@ -92,22 +119,14 @@ class ResultsFolder:
         files: Sequence[Path] = (),
         source: Mapping[str, str] | None = None,
     ) -> None:
-        """Record a case as done or failed. `files` are its outputs, already written; other files of an earlier call go.
+        """Record a case as done or failed.
 
         Args:
+            files: its outputs, already written; other files of an earlier call go.
             source: what is needed to make its page again, such as where its scan is.
         """
-        record = {
-            "key": key,
-            "case": plain(case),
-            "lesions": [plain(lesion) for lesion in lesions],
-            "files": self._hashes(files),
-            "source": dict(source or {}),
-        }
-        earlier = self._read(case.case_id) or {"files": {}}
-        write_json_atomic(self._records / f"{case.case_id}.json", record, indent=None)
-        for name in earlier["files"].keys() - record["files"].keys():
-            (self.path / name).unlink(missing_ok=True)  # a stale picture or mask would stand beside new numbers
+        record = {"key": key, "case": plain(case), "lesions": [plain(lesion) for lesion in lesions]}
+        self._write(case.case_id, record | {"source": dict(source or {})}, files)
 
     def add_files(self, case_id: str, files: Sequence[Path]) -> None:
         """Name further files, already written, in the record of a case that is complete; those of the same name are replaced."""
@@ -135,21 +154,8 @@ class ResultsFolder:
         write_table(self.path / "lesions.csv", LesionMeasurement, lesions)
         write_table(self.path / "cases.csv", CaseRow, [rows[name] for name in sorted(rows)])
 
-    def write_run(self, description: Mapping[str, Any]) -> None:
-        """run.json: what was run, with what, on what."""
-        write_json_atomic(self.path / "run.json", dict(description))
 
-    def _hashes(self, files: Sequence[Path]) -> dict[str, str]:
-        return {file.relative_to(self.path).as_posix(): sha256_of(file) for file in files}
-
-    def _read(self, case_id: str) -> dict[str, Any] | None:
-        try:
-            return json.loads((self._records / f"{case_id}.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return None
-
-
-def plain(row: CaseRow | LesionMeasurement) -> dict[str, Any]:
+def plain(row: Any) -> dict[str, Any]:
     """Fields of a row for JSON, which has no NaN: unknown is null there and an empty cell in a table."""
     # Not `asdict`, which copies each value deeply: a noisy mask has ten thousands of rows.
     values = {field.name: getattr(row, field.name) for field in fields(row)}

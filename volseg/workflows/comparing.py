@@ -26,7 +26,16 @@ from volseg.preprocess.register import Registration, register, transformed
 from volseg.report.comparisons import ComparisonFolder
 from volseg.report.records import CaseRecord, case_ids, file_of, read_record, record_path
 from volseg.volume import Volume
-from volseg.workflows.batch import Progress, RunReport, check_pair, input_key, reason_of, run_description, silent
+from volseg.workflows.batch import (
+    Progress,
+    RunReport,
+    about_run,
+    check_pair,
+    input_key,
+    reason_of,
+    run_description,
+    silent,
+)
 
 STAGE = "Comparing"
 MAX_MOVED_MM, MAX_TURNED_DEG = 50.0, 20.0  # of a patient on the table; more may be right, but is worth a look
@@ -234,6 +243,7 @@ def _run_pairs(
         results.write_tables(
             [pair.patient for pair in pairs],
             pending=[PatientResponse(**pair.names, status="pending", reason="not reached yet") for pair in waiting],
+            about=about_run("compare", ""),
         )
     rows = [dict(record.response) for pair in pairs if (record := results.record(pair.patient)) is not None]
     warnings = [f"{row['patient']}: {row['warnings']}" for row in rows if row["warnings"]]
