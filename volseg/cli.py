@@ -809,21 +809,23 @@ def _mean_and_interval(found: Mapping[str, Any], decimals: int) -> str:
 
 
 def _print_comparison(report: RunReport) -> None:
-    table = Table("patient", "response", "why", "new", "gone", "merged", "split", "volume %", title="RECIST 1.1")
+    table = Table("patient", "response", "sum %", "new", "gone", "merged", "split", "volume %", title="RECIST 1.1")
     for row in report.details["patients"]:
         if row["status"] != "done":
             continue
         counts = (str(row[f"n_{status}"]) for status in ("new", "gone", "merged", "split"))
-        percent = row["change_volume_percent"]
-        volume = "" if percent is None else f"{percent:+.1f}"
-        table.add_row(row["patient"], row["response"] or "", row["response_rule"], *counts, volume)
+        sums, volume = (
+            "" if row[name] is None else f"{row[name]:+.1f}" for name in ("change_sum_percent", "change_volume_percent")
+        )
+        table.add_row(row["patient"], row["response"] or "", sums, *counts, volume)
     Console().print(table)
+    typer.echo("sum: of the target diameters; response.csv holds the rule that decided for each patient")
     for patient, reason in report.details["unpaired"].items():
         typer.echo(f"unpaired: {patient}: {reason}", err=True)
     kept = f", {len(report.kept)} were complete already" if report.kept else ""
     alone = len(report.details["unpaired"])
     typer.echo(f"{len(report.done)} compared{kept}, {len(report.failed)} failed, {alone} without a partner")
-    for name in ("comparison.csv", "response.csv"):
+    for name in ("comparison.csv", "response.csv", "report.html"):
         typer.echo(f"  {report.out / name}")
 
 
