@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from laws import GRIDS, ball, centre_mm, grid_around, oblique
+from laws import GRIDS, ball, ball_volume_mm3, centre_mm, grid_around, oblique
 from scipy.spatial.distance import cdist
 from skimage.measure import marching_cubes, mesh_surface_area
 
@@ -103,9 +103,17 @@ def test_the_long_axis_is_the_longest_chord_of_any_slice(inside):
 def test_balls_ellipsoids_and_rods_have_their_sizes(spacing_mm, angles):
     affine, voxel = oblique(spacing_mm, angles), max(spacing_mm)
     geometry = grid_around(12, affine)
-    inside, matrix = canonical(ball(10, geometry), geometry)
+    off_centre = centre_mm(geometry) + geometry.affine[:3, :3] @ [0.3, 0.17, -0.23]
+    inside, matrix = canonical(ball(10, geometry, off_centre), geometry)
     volume_mm3, area_mm2 = mesh(inside, matrix)
-    assert volume_mm3 == pytest.approx(4 / 3 * math.pi * 10**3, rel=0.06)
+    # What voxels of that size do to a ball of 10 mm, times 1.5.
+    share = 1.5 * (0.007 if voxel <= 1 else 0.011 if voxel <= 2.5 else 0.053)
+    counted_mm3 = inside.sum() * abs(np.linalg.det(matrix))
+    assert counted_mm3 == pytest.approx(ball_volume_mm3(10), rel=share)
+    assert density_g_cm3(np.full(inside.sum(), 40)) * counted_mm3 == pytest.approx(
+        1.0506 * ball_volume_mm3(10), rel=share
+    )
+    assert volume_mm3 == pytest.approx(ball_volume_mm3(10), rel=0.06)
     assert 0.8 < sphericity(volume_mm3, area_mm2) < 1
     assert widest_pair(outermost_points(inside), matrix)[0] == pytest.approx(20, abs=1.01 * voxel)
     assert axes_mm(inside, matrix) == pytest.approx([4 * 10 / math.sqrt(5)] * 3, rel=0.04)
