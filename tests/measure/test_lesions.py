@@ -14,6 +14,7 @@ from laws import GRIDS, ball, ball_volume_mm3, centre_mm, grid_around, oblique, 
 
 from volseg.columns import columns_of
 from volseg.measure.lesions import CaseRow, LesionMeasurement, measure_lesions, summarise
+from volseg.measure.selftest import ibsi_phantom
 from volseg.postprocess.lesions import label_lesions
 from volseg.recipe import Measure
 from volseg.volume import Geometry, Volume
@@ -287,18 +288,8 @@ def test_the_same_real_scan_in_48_files():
             )
 
 
-# The IBSI digital phantom (CC BY 4.0, theibsi/data_sets): x fastest, rows are y, lines are z; . is outside the lesion.
-IBSI_PHANTOM = """
-1 4 4 1 1 / 1 4 6 1 1 / 4 1 6 4 1 / 4 4 6 4 1
-1 4 4 1 1 / 1 1 6 1 1 / . 1 3 1 1 / 4 4 6 1 1
-1 4 4 . . / 1 1 1 1 1 / 1 1 . 1 1 / 1 1 6 1 1
-1 4 4 . . / 1 1 1 1 1 / 1 1 1 1 1 / 1 1 6 1 1
-"""
-
-
 def test_ibsi_digital_phantom():
-    values = [[row.split() for row in line.split("/")] for line in IBSI_PHANTOM.strip().splitlines()]
-    image = np.array([[[0 if v == "." else int(v) for v in row] for row in rows] for rows in values], np.uint8).T
+    image = ibsi_phantom()
     (row,) = measure(image, (image > 0).astype(np.uint8), np.diag([2.0, 2.0, 2.0, 1.0]))
     assert (row.n_voxels, row.volume_mm3, row.volume_ml) == (74, 592.0, 0.592)
     assert row.intensity_mean == pytest.approx(2.1486, abs=5e-5)

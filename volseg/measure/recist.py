@@ -5,7 +5,7 @@ Source: Eisenhauer et al., Eur J Cancer 45:228 (2009).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -105,18 +105,25 @@ def is_measurable(long_mm: float, short_mm: float, slice_mm: float, *, is_node: 
     return long_mm >= max(MEASURABLE_MM, 2 * slice_mm if slice_mm > THICK_SLICE_MM else 0.0)
 
 
+def choose_targets(
+    lengths_mm: Sequence[float], labels: Sequence[Hashable], *, most: int = 5, most_per_label: int = 2
+) -> list[int]:
+    """Positions of the target lesions among measurable ones: the longest, so many in all and so many per organ."""
+    chosen: list[int] = []
+    for at in sorted(range(len(lengths_mm)), key=lambda at: -lengths_mm[at]):
+        if len(chosen) < most and sum(labels[other] == labels[at] for other in chosen) < most_per_label:
+            chosen.append(at)
+    return chosen
+
+
 def sum_of_diameters_mm(
-    lengths_mm: Sequence[float], labels: Sequence[int], *, most: int = 5, most_per_label: int = 2
+    lengths_mm: Sequence[float], labels: Sequence[Hashable], *, most: int = 5, most_per_label: int = 2
 ) -> float:
     """Sum of the longest measurable diameters, so many in all and so many per organ.
 
     >>> sum_of_diameters_mm([30.0, 12.0, 20.0, 11.0], [1, 1, 1, 2])
     61.0
     """
-    taken: dict[int, int] = {}
-    total, n = 0.0, 0
-    for length, label in sorted(zip(lengths_mm, labels, strict=True), key=lambda each: -each[0]):
-        if n < most and taken.get(label, 0) < most_per_label:
-            taken[label] = taken.get(label, 0) + 1
-            total, n = total + length, n + 1
-    return total
+    return sum(
+        (lengths_mm[at] for at in choose_targets(lengths_mm, labels, most=most, most_per_label=most_per_label)), 0.0
+    )

@@ -10,12 +10,11 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from volseg.columns import column
+from volseg.measure import recist
 from volseg.measure.lesions import LesionMeasurement
 from volseg.measure.matching import Match
 
-MAX_TARGETS, MAX_TARGETS_PER_LABEL = 5, 2
 NORMAL_NODE_MM = 10.0  # a lymph node with a shorter short axis is normal
-MEASURABLE_MM = 10.0  # a new lesion under it may not be unequivocal
 ROUNDING = 1e-9  # 12 mm are 20 % more than 10 mm, whatever the last bit says
 
 RECIST = "RECIST 1.1, Eur J Cancer 45:228 (2009)"
@@ -199,16 +198,13 @@ def choose_targets(lesions: Sequence[LesionMeasurement], lymph_nodes: Collection
     """
     if lesions and all(lesion.recist_measurable is None for lesion in lesions):
         return None
-    labels = {lesion.lesion_id: label_of(lesion) for lesion in lesions}
-    sizes = {
-        lesion.lesion_id: diameter_mm(lesion, lymph_nodes) or 0.0 for lesion in lesions if lesion.recist_measurable
-    }
-    chosen: list[int] = []
-    for number in sorted(sizes, key=lambda number: (-sizes[number], number)):
-        is_free = sum(labels[other] == labels[number] for other in chosen) < MAX_TARGETS_PER_LABEL
-        if sizes[number] > 0 and is_free and len(chosen) < MAX_TARGETS:
-            chosen.append(number)
-    return sorted(chosen)
+    measured = [
+        (size, lesion)
+        for lesion in sorted(lesions, key=lambda lesion: lesion.lesion_id)
+        if lesion.recist_measurable and (size := diameter_mm(lesion, lymph_nodes))
+    ]
+    chosen = recist.choose_targets([size for size, _ in measured], [label_of(lesion) for _, lesion in measured])
+    return sorted(measured[at][1].lesion_id for at in chosen)
 
 
 def lesion_changes(
@@ -512,7 +508,7 @@ def _warnings(
     if nodes:
         found.append(f"W_NODE: {', '.join(nodes)} sounds like lymph nodes, but was not said to be: long axes are taken")
     sizes = [diameter_mm(lesion, lymph_nodes) for lesion in new]
-    if new and not any(size is None or size >= MEASURABLE_MM for size in sizes):
+    if new and not any(size is None or size >= recist.MEASURABLE_MM for size in sizes):
         found.append("W_NEW: every new lesion is under 10 mm; RECIST asks that a new lesion be unequivocal: look at it")
     if any(match.relabelled for match in matches):
         found.append("W_LABEL: a lesion overlaps one of another label, and counts as gone or new")

@@ -76,9 +76,14 @@ def selftest() -> list[Check]:
     return [*_ibsi(), *(check for name in GRIDS for check in _bodies(name)), *_calcium()]
 
 
+def ibsi_phantom() -> np.ndarray:
+    """(5, 4, 4) intensities of the digital phantom, 0 outside its lesion."""
+    planes = [[row.split() for row in line.split("/")] for line in IBSI_PHANTOM.strip().splitlines()]
+    return np.array([[[0 if v == "." else int(v) for v in row] for row in plane] for plane in planes], np.int16).T
+
+
 def _ibsi() -> Iterator[Check]:
-    rows = [[row.split() for row in line.split("/")] for line in IBSI_PHANTOM.strip().splitlines()]
-    image = np.array([[[0 if v == "." else int(v) for v in row] for row in plane] for plane in rows], np.int16).T
+    image = ibsi_phantom()
     found = _measure(Volume(image, Geometry(image.shape, np.diag([2.0, 2.0, 2.0, 1.0]))), image > 0)
     for name, expected, tolerance in IBSI_VALUES:
         value = float(getattr(found, name))

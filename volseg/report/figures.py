@@ -64,7 +64,7 @@ def overlay_png(image: Volume, ids: np.ndarray, lesions: Sequence[LesionMeasurem
             plot.set_title(f"{name}: {caption}" if column == 0 else name, color="white", fontsize=8, loc="left")
             _decorate(plot, left, right, horizontal)
     figure.suptitle(title, color="white", fontsize=10)
-    return _png(figure, "black")
+    return png_bytes(figure, "black")
 
 
 def _window(
@@ -123,7 +123,7 @@ def curves_png(histories: Sequence[Sequence[Epoch]]) -> bytes:
     right.set_ylim(0, 1)
     if len(histories) > 1:
         right.legend(fontsize=8)
-    return _png(figure, "white")
+    return png_bytes(figure, "white")
 
 
 def patches_png(
@@ -181,10 +181,10 @@ def comparison_png(
         color="white",
         fontsize=8,
     )
-    return _png(figure, "black")
+    return png_bytes(figure, "black")
 
 
-def _png(figure: Figure, colour: str) -> bytes:
+def png_bytes(figure: Figure, colour: str, dpi: int = 100) -> bytes:
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=100, facecolor=colour, metadata={"Software": None})
+    figure.savefig(buffer, format="png", dpi=dpi, facecolor=colour, metadata={"Software": None})
     return buffer.getvalue()

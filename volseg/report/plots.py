@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -14,6 +13,7 @@ from matplotlib.figure import Figure
 from volseg.evaluate.agreement import Agreement, Interval
 from volseg.evaluate.detection import FALSE_POSITIVE_RATES, Froc
 from volseg.evaluate.summary import LabelResult
+from volseg.report.figures import png_bytes
 
 MAX_LABELS = 8
 POINT, BIAS, LIMIT = "#1f5fa8", "#222222", "#b5400f"
@@ -144,6 +144,4 @@ def froc_png(curves: Sequence[tuple[str, Froc]]) -> bytes:
 
 
 def _png(figure: Figure) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110, facecolor="white", metadata={"Software": None})
-    return buffer.getvalue()
+    return png_bytes(figure, "white", dpi=110)
