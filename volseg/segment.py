@@ -27,7 +27,7 @@ from volseg.infer.roi import find_region
 from volseg.infer.stream import Tiling, predict_slabs
 from volseg.infer.tiles import thinnest_axis, widest
 from volseg.measure.lesions import LesionMeasurement, measure_lesions
-from volseg.postprocess.lesions import label_lesions, without_organ
+from volseg.postprocess.lesions import CONNECTIVITY, label_lesions, without_organ
 from volseg.postprocess.steps import make_steps
 from volseg.preprocess.align import completed, on_one_grid
 from volseg.preprocess.crop import scaled_box
@@ -137,7 +137,7 @@ def segment_case(
         confidence=confidence,
         classes=classes,
         settings=recipe.measure,
-        connectivity=26,
+        connectivity=CONNECTIVITY,
         model=model.bundle.name,
     )
     return CaseResult(scan.with_array(mask), scan.with_array(lesions.ids), rows, organ_voxels)

@@ -13,6 +13,7 @@ from volseg.volume import BoundingBox, Geometry
 
 Objects = Literal["components", "labels"]
 Connectivity = Literal[6, 18, 26]  # neighbours share a face; or an edge; or a corner
+CONNECTIVITY: Connectivity = 26  # unless told otherwise
 SAME_PLACE_MM = 1e-3  # over the rounding of float32 affines in file headers, under any distance between two lesions
 
 
@@ -32,7 +33,7 @@ class Lesions:
 
 
 def label_lesions(
-    mask: np.ndarray, geometry: Geometry, *, objects: Objects = "components", connectivity: Connectivity = 26
+    mask: np.ndarray, geometry: Geometry, *, objects: Objects = "components", connectivity: Connectivity = CONNECTIVITY
 ) -> Lesions:
     """Number the lesions of a mask.
 

@@ -16,6 +16,7 @@ from volseg.execute.cpu import give_back_large_blocks, keep_freed_memory
 from volseg.execute.local import run_overlapped
 from volseg.io.cases import Case, find_scans
 from volseg.io.nifti import NiftiHeader, read_header, read_volume
+from volseg.postprocess.lesions import CONNECTIVITY
 from volseg.recipe import Recipe, parse_recipe
 from volseg.report.results import ResultsFolder
 from volseg.volume import Volume
@@ -148,7 +149,7 @@ def infer(
         results.write_run(
             run_description("infer", options, report, started)
             | about
-            | {"recipe_sha256": bundle.recipe.sha256, "connectivity": 26}
+            | {"recipe_sha256": bundle.recipe.sha256, "connectivity": CONNECTIVITY}
             | {"measure": bundle.recipe.measure.model_dump(mode="json")}
         )
     return replace(report, details=dict(report.details) | {"computed_with": dict(loaded.segmentation.identity)})

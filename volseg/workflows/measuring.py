@@ -17,7 +17,7 @@ from volseg.execute.local import run
 from volseg.io.cases import Case, find_cases, find_scans
 from volseg.io.nifti import read_label_table, read_mask, read_volume
 from volseg.measure.lesions import measure_lesions
-from volseg.postprocess.lesions import Objects, label_lesions, without_organ
+from volseg.postprocess.lesions import CONNECTIVITY, Objects, label_lesions, without_organ
 from volseg.recipe import Measure, load_recipe
 from volseg.report.results import ResultsFolder
 from volseg.volume import Volume
@@ -105,7 +105,7 @@ def measure(
         results.write_run(
             run_description("measure", options, report, started)
             | about
-            | {"connectivity": 26 if objects == "components" else None}
+            | {"connectivity": CONNECTIVITY if objects == "components" else None}
         )
     return report
 
@@ -183,7 +183,7 @@ def _measure_case(case: Case, results: ResultsFolder, key: str, wanted: _Wanted)
         label_names=names,
         intensity_unit=unit,
         settings=settings,
-        connectivity=26 if wanted.objects == "components" else None,
+        connectivity=CONNECTIVITY if wanted.objects == "components" else None,
     )
     ids = scan.with_array(lesions.ids)
     files = [write_mask(ids, results.path / "lesion_ids" / f"{case.id}.nii.gz", like=path)]
