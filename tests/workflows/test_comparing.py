@@ -277,6 +277,9 @@ def test_the_same_scan_is_not_registered_however_it_is_packed(baseline, tmp_path
     assert {name: row["registration"] for name, row in patients.items()} == dict.fromkeys(TIMES, "identical") | {
         "never": ""
     }
+    warned = {name: row["warnings"] for name, row in patients.items() if "W_SCAN" in row["warnings"]}
+    assert list(warned) == ["stays"]
+    assert "the follow-up scan stays.nii.gz is not the file that was measured" in warned["stays"]
     (scans.parent / "other").mkdir()
     shutil.copy(scans / "grows.nii.gz", scans.parent / "other")
     report = volseg.compare(baseline, baseline, out=tmp_path / "again", **options)

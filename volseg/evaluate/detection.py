@@ -10,13 +10,11 @@ from typing import Literal
 
 import cc3d
 import numpy as np
-from scipy.optimize import linear_sum_assignment
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 
 from volseg.columns import column
 from volseg.evaluate.overlap import OverlapRow
 from volseg.postprocess.lesions import Lesions, label_lesions
+from volseg.postprocess.pairing import best_pairs
 from volseg.volume import BoundingBox, Geometry, Volume
 
 SIZE_BINS_MM = (5.0, 10.0, 20.0)  # bounds of the equivalent diameter; 10 mm is where RECIST 1.1 begins to measure
@@ -90,10 +88,14 @@ def match_lesions(reference: Lesions, predicted: Lesions, *, min_iou: float = 0.
     rows, columns, iou = _overlaps(reference, predicted)
     np.add.at(found.n_over_reference, rows, 1)
     np.add.at(found.n_over_predicted, columns, 1)
-    may = iou >= min_iou
-    for row, column_, value in _best_pairs(rows[may], columns[may], iou[may], (n, m)):
+    gains = {
+        (row, column_): value
+        for row, column_, value in zip(rows.tolist(), columns.tolist(), iou.tolist(), strict=True)
+        if value >= min_iou
+    }
+    for row, column_ in best_pairs(gains):
         found.partner_of_reference[row], found.partner_of_predicted[column_] = column_ + 1, row + 1
-        found.iou_of_reference[row] = found.iou_of_predicted[column_] = value
+        found.iou_of_reference[row] = found.iou_of_predicted[column_] = gains[row, column_]
     return found
 
 
@@ -109,27 +111,6 @@ def _overlaps(reference: Lesions, predicted: Lesions) -> tuple[np.ndarray, np.nd
     rows, columns, shared = rows[alike], columns[alike], shared[alike]
     either = np.array(reference.n_voxels)[rows] + np.array(predicted.n_voxels)[columns] - shared
     return rows, columns, shared / either
-
-
-def _best_pairs(
-    rows: np.ndarray, columns: np.ndarray, iou: np.ndarray, shape: tuple[int, int]
-) -> list[tuple[int, int, float]]:
-    """One to one with the largest sum of IoU. Lesions that touch no common other lesion are solved apart: the tables stay small."""
-    if not rows.size:
-        return []
-    edges = coo_array((np.ones(rows.size), (rows, shape[0] + columns)), shape=(sum(shape), sum(shape)))
-    cluster = connected_components(edges, directed=False)[1][rows]
-    order = np.argsort(cluster, kind="stable")
-    pairs: list[tuple[int, int, float]] = []
-    for part in np.split(order, np.flatnonzero(np.diff(cluster[order])) + 1):
-        own_rows, i = np.unique(rows[part], return_inverse=True)
-        own_columns, j = np.unique(columns[part], return_inverse=True)
-        gain = np.zeros((own_rows.size, own_columns.size))
-        gain[i, j] = iou[part]
-        for a, b in zip(*linear_sum_assignment(gain, maximize=True), strict=True):
-            if gain[a, b] > 0:
-                pairs.append((int(own_rows[a]), int(own_columns[b]), float(gain[a, b])))
-    return pairs
 
 
 def detect_lesions(

@@ -8,17 +8,14 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
-from scipy.optimize import linear_sum_assignment
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 from scipy.spatial import KDTree
 
+from volseg.postprocess.pairing import Pair, best_pairs
 from volseg.preprocess.crop import AxisOrder, canonical_geometry, to_canonical
 from volseg.volume import BoundingBox, Geometry, Volume
 
 Status = Literal["matched", "merged", "split", "regrouped", "new", "gone", "outside"]
 How = Literal["overlap", "distance"]
-Pair = tuple[int, int]  # a lesion of the baseline, one of the follow-up
 
 MIN_SHARE = 0.1  # of the smaller lesion that lies in the other one, from which the two overlap: neighbours may touch
 MAX_DISTANCE_MM = 10.0  # between the centroids of two lesions that do not overlap and are still the same one
@@ -95,7 +92,7 @@ def match_lesions(
         (b, f): 2 * mm3 / float(here.volumes_mm3[b - 1] + there.volumes_mm3[f - 1])
         for (b, f), mm3 in overlap_mm3.items()
     }
-    groups = _groups(_best_pairs({pair: value**2 for pair, value in dice.items()}), overlap_mm3)
+    groups = _groups(best_pairs({pair: value**2 for pair, value in dice.items()}), overlap_mm3)
     free = [
         [n for n in range(1, side.n + 1) if n not in used and side.covered[n - 1] >= MIN_COVERED]
         for side, used in ((here, {b for b, _ in overlap_mm3}), (there, {f for _, f in overlap_mm3}))
@@ -208,26 +205,6 @@ def _overlaps(
     return same, different
 
 
-def _best_pairs(gains: Mapping[Pair, float]) -> list[Pair]:
-    """The pairs, no lesion in two of them, with the largest sum of gains (> 0); each connected part of the graph on its own."""
-    if not gains:
-        return []
-    pairs = np.array(sorted(gains))
-    (befores, rows), (afters, columns) = (np.unique(pairs[:, side], return_inverse=True) for side in (0, 1))
-    n = len(befores) + len(afters)
-    graph = coo_array((np.ones(len(pairs)), (rows, columns + len(befores))), shape=(n, n))
-    parts = connected_components(graph, directed=False)[1][rows]
-    chosen = []
-    for members in np.split(np.argsort(parts, kind="stable"), np.flatnonzero(np.diff(np.sort(parts))) + 1):
-        (left, i), (right, j) = (np.unique(pairs[members, side], return_inverse=True) for side in (0, 1))
-        matrix = np.zeros((len(left), len(right)))
-        matrix[i, j] = [gains[b, f] for b, f in pairs[members].tolist()]
-        for row, column in zip(*linear_sum_assignment(matrix, maximize=True), strict=True):
-            if matrix[row, column] > 0:
-                chosen.append((int(left[row]), int(right[column])))
-    return sorted(chosen)
-
-
 def _groups(firsts: Sequence[Pair], overlap_mm3: Mapping[Pair, float]) -> list[list[Pair]]:
     """Each pair with those that join it: a lesion without partner goes with the lesion that it overlaps most, and its partner."""
     first_of_b, first_of_f = {pair[0]: pair for pair in firsts}, {pair[1]: pair for pair in firsts}
@@ -267,7 +244,7 @@ def _near_pairs(
             for f in (afters[j] for j in candidates):
                 distance_mm = float(np.linalg.norm(centroids_mm[0][b - 1] - centroids_mm[1][f - 1]))
                 gains[b, f] = max(limit_mm - distance_mm, 1e-9)  # at the limit it is still a pair
-    return _best_pairs(gains)
+    return best_pairs(gains)
 
 
 def _alone(matches: Sequence[Match], here: _Lesions, there: _Lesions, relabelled: Sequence[Pair]) -> list[Match]:

@@ -23,13 +23,14 @@ class CaseRecord:
 
     Args:
         lesions: by number. files: path in the folder → SHA-256.
-        scan: where it was, as an absolute path; None in folders that do not say.
+        scan, scan_sha256: where it was, as an absolute path, and what was in it; None in folders that do not say.
     """
 
     case: CaseRow
     lesions: Sequence[LesionMeasurement]
     files: Mapping[str, str]
     scan: Path | None
+    scan_sha256: str | None
 
 
 def case_ids(results: Path) -> list[str]:
@@ -66,11 +67,13 @@ def read_record(results: Path, case_id: str) -> CaseRecord:
     path = record_path(results, case_id)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
+        source = content.get("source") or {}
         return CaseRecord(
             case=_row(CaseRow, content["case"]),
             lesions=[_row(LesionMeasurement, lesion) for lesion in content["lesions"]],
             files={str(name): str(digest) for name, digest in content["files"].items()},
-            scan=Path(scan) if (scan := (content.get("source") or {}).get("scan")) else None,
+            scan=Path(source["scan"]) if source.get("scan") else None,
+            scan_sha256=source.get("sha256"),
         )
     except FileNotFoundError as error:
         raise ScanError(

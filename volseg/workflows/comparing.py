@@ -17,7 +17,7 @@ from volseg import __version__
 from volseg.errors import ScanError, VolsegError
 from volseg.execute.local import run
 from volseg.io.cases import ID_PATTERN, read_table
-from volseg.io.files import make_folder, sha256_of, write_bytes_atomic
+from volseg.io.files import make_folder, write_bytes_atomic
 from volseg.io.nifti import read_mask, read_volume
 from volseg.measure.lesions import LesionMeasurement
 from volseg.measure.matching import MAX_DISTANCE_MM, match_lesions
@@ -36,6 +36,7 @@ from volseg.workflows.batch import (
     run_description,
     silent,
 )
+from volseg.workflows.pages import scan_digest
 
 STAGE = "Comparing"
 MAX_MOVED_MM, MAX_TURNED_DEG = 50.0, 20.0  # of a patient on the table; more may be right, but is worth a look
@@ -327,6 +328,20 @@ class _Side:
         check_pair(scan, self.ids, str(self.path), f"the lesions of case {self.record.case.case_id!r}")
         return scan
 
+    @cached_property
+    def digest(self) -> str:
+        return scan_digest(self.path)
+
+    @property
+    def change(self) -> str:
+        """A warning if the file of the scan is not the one that was measured, or not packed as it was; empty without a file."""
+        known = self.record.scan_sha256
+        if known is None or _scan_path(self.record, self.scans) is None or known == self.digest:
+            return ""
+        return (
+            f"W_SCAN: the {self.time} scan {self.path.name} is not the file that was measured, or was written anew since"
+        )
+
     @property
     def centroids_mm(self) -> np.ndarray:
         """(N, 3) RAS mm."""
@@ -352,6 +367,8 @@ def _compare_pair(pair: _Pair, settings: CompareSettings, results: ComparisonFol
     rows = lesion_changes(matches, before.lesions, after.lesions, **rule)
     response = judge_response(matches, before.lesions, after.lesions, **rule)
     warnings = [*placed.warnings, *_differences(before, after), *([response.warnings] if response.warnings else [])]
+    if settings.registration or settings.figures:
+        warnings += [side.change for side in (before, after) if side.change]
     files = []
     if settings.figures:
         try:
@@ -459,7 +476,7 @@ def as_far_as_trusted(found: Registration, points_mm: np.ndarray) -> Placement:
 
 def _are_identical(before: _Side, after: _Side) -> bool:
     """Whether both results are of one scan; its files may differ in how they are packed."""
-    if before.path.resolve() == after.path.resolve() or sha256_of(before.path) == sha256_of(after.path):
+    if before.path.resolve() == after.path.resolve() or before.digest == after.digest:
         return True
     one, other = before.scan, after.scan
     return (
