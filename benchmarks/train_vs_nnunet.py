@@ -42,6 +42,7 @@ def main():
     preprocess([801], configurations=["3d_fullres"], num_processes=[2])
     (prepared / "splits_final.json").write_text((folder / "splits_final.json").read_text())
     plans = json.loads((prepared / "nnUNetPlans.json").read_text())
+    plans["continue_training"] = False  # as nnU-Net's own front end says it
     dataset = json.loads((folder / "nnUNet_raw" / name / "dataset.json").read_text())
     trainer = nnUNetTrainer(plans, "3d_fullres", 0, dataset, torch.device("cpu"))
     trainer.disable_checkpointing = False
@@ -56,10 +57,6 @@ def main():
         trainer.train_step(next(trainer.dataloader_train))
         steps += 1
     spent = time.time() - started
-    for key in ("mean_fg_dice", "train_losses", "val_losses", "lrs", "epoch_start_timestamps", "epoch_end_timestamps"):
-        trainer.logger.log(key, 0.0, 0)
-    trainer.logger.log("dice_per_class_or_region", [0.0], 0)
-    trainer._best_ema = 0.0
     trainer.save_checkpoint(os.path.join(trainer.output_folder, "checkpoint_final.pth"))
     for loader in (trainer.dataloader_train, trainer.dataloader_val):
         if hasattr(loader, "_finish"):

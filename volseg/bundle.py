@@ -183,12 +183,20 @@ def model_card(bundle: ModelBundle) -> str:
         "",
         recipe.data_source or "Not stated by the recipe.",
         "",
-        f"{bundle.fingerprint.n_cases} training cases; channels: {', '.join(recipe.data.channels)}; labels: {labels}.",
+        f"{bundle.metrics.get('training_cases', bundle.fingerprint.n_cases)} training cases; channels: {', '.join(recipe.data.channels)}; labels: {labels}.",
         "",
         "## Metrics",
         "",
         *(f"- {name}: {_show(value)}" for name, value in bundle.metrics.items()),
         "",
+        *(
+            [
+                "The weights are those of the run that were best on validation cases, so validation flatters them a little.",
+                "",
+            ]
+            if "best_epoch" in bundle.metrics or "networks" in bundle.metrics
+            else []
+        ),
         "## How it was made",
         "",
         *(f"- {name}: {value}" for name, value in bundle.origin.items()),

@@ -35,7 +35,7 @@ SECONDS_PER_LINE = 30  # of progress, where stderr is no terminal
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout instead of text.")]
 Out = Annotated[Path, typer.Option(help="Folder for the results; made if it is not there.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda; auto takes the GPU where there is one.")]
-Seed = Annotated[int, typer.Option(help="Seed of everything random: same seed, same batches.")]
+Seed = Annotated[int, typer.Option(min=0, help="Seed of everything random: same seed, same batches.")]
 Figures = Annotated[bool, typer.Option("--figures", help="Also write a PNG per scan with its lesions outlined.")]
 Pages = Annotated[
     bool,
@@ -232,6 +232,7 @@ def train(
             device=device,
             seed=seed,
             progress=show,
+            announce=lambda text: typer.echo(text, err=True),
         )
     if "rank" in report.details:
         return  # under torchrun or SLURM rank 0 speaks for all
@@ -242,7 +243,7 @@ def train(
             _print_metrics(report)
         typer.echo("interrupted: this is the best model so far; add --resume to go on", err=True)
         raise typer.Exit(INTERRUPTED)
-    _finish(report, as_json, lambda: _print_preview(report) if preview else _print_metrics(report))
+    _finish(report, as_json, lambda: _print_preview(report) if preview else _print_metrics(report), has_warned=True)
 
 
 @app.command()
@@ -333,7 +334,7 @@ def quantise(
         Path, typer.Argument(help="The dataset that it was trained on, or the folder `volseg preprocess` made of it.")
     ],
     cases: Annotated[int, typer.Option(min=1, help="Training cases to look at, at most.")] = 30,
-    seed: Annotated[int, typer.Option(help="The seed of training, which drew the validation cases.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="The seed of training, which drew the validation cases.")] = 0,
     as_json: Json = False,
 ) -> None:
     """Make an int8 copy of a model's network for `volseg infer --precision int8`: faster on a CPU, a little less accurate.
@@ -677,8 +678,8 @@ class _Lines:
         typer.echo(f"{stage}: {share:.0%}{left}, {detail}", err=True)
 
 
-def _finish(report: RunReport, as_json: bool, show: Callable[[], None]) -> None:
-    """Print what was done and leave with the report's exit code."""
+def _finish(report: RunReport, as_json: bool, show: Callable[[], None], *, has_warned: bool = False) -> None:
+    """Print what was done, and warnings that were not printed yet, and leave with the report's exit code."""
     if as_json:
         content = {
             "out": str(report.out),
@@ -689,7 +690,7 @@ def _finish(report: RunReport, as_json: bool, show: Callable[[], None]) -> None:
         _print_json(content | dict(report.details) | {"exit_code": report.exit_code})
     else:
         show()
-        for warning in report.details.get("warnings", ()):
+        for warning in () if has_warned else report.details.get("warnings", ()):
             typer.echo(f"warning: {warning}", err=True)
         for case, reason in report.failed.items():
             typer.echo(f"failed: {case}: {reason}", err=True)

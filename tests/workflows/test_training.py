@@ -13,7 +13,7 @@ from volseg.errors import VolsegError
 from volseg.io.nifti import read_mask, write_volume
 from volseg.io.prepared import PreparedCase
 from volseg.recipe import Loss
-from volseg.train import loop
+from volseg.train import watch
 from volseg.train.validate import validate
 from volseg.workflows.training import split_cases
 
@@ -283,7 +283,7 @@ def test_a_run_is_resumed_with_the_folds_that_it_was_begun_with(dataset, tiny_re
     options = {"recipe": tiny_recipe, "out": out, "epochs": 1, "device": "cpu"}
     report = volseg.train(dataset, folds=3, progress=press_in_fold_2, **options)
     assert report.details["interrupted"]
-    assert len(load_bundle(out).members) == 2
+    assert len(load_bundle(out).members) == 1  # half a network has no vote beside a whole one
     with pytest.raises(VolsegError, match="begun with another number of folds"):
         volseg.train(dataset, resume=True, **options)
     report = volseg.train(dataset, folds=3, resume=True, **options)
@@ -299,7 +299,7 @@ def test_ctrl_c_in_the_last_validation_keeps_what_was_trained(dataset, tiny_reci
             raise KeyboardInterrupt
         return validate(*arguments, overlap=overlap)
 
-    monkeypatch.setattr(loop, "validate", pressed)
+    monkeypatch.setattr(watch, "validate", pressed)
     report = volseg.train(dataset, recipe=tiny_recipe, out=tmp_path / "m", epochs=1, device="cpu")
     assert report.details["interrupted"]
     assert load_bundle(tmp_path / "m").segmentation_network() is not None

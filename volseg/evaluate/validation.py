@@ -27,8 +27,12 @@ class ValidationRow:
 
 
 def mean_dice(rows: Sequence[ValidationRow]) -> float:
-    """Mean over labels and cases; a label absent from mask and prediction counts as 1, one found where none is as 0."""
-    return float(np.nan_to_num([row.dice for row in rows], nan=1.0).mean())
+    """Mean over labels and cases, of those with the label or that were given it; 1 if there is none.
+
+    A label that is neither in the mask nor found does not count: else a network that finds nothing would be good at scans without lesions.
+    """
+    known = [row.dice for row in rows if not np.isnan(row.dice)]
+    return float(np.mean(known)) if known else 1.0
 
 
 def summary(rows: Sequence[ValidationRow], seed: int = 0) -> dict[str, Any]:

@@ -111,3 +111,9 @@ def _read(path: Path) -> str:
         return path.read_text(encoding="ascii").strip()
     except (OSError, ValueError):
         return ""
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an error says that memory is full: that of the machine, or of a GPU, which torch and OpenVINO say in words."""
+    words = ("out of memory", "not enough memory", "allocate memory", "bad_alloc")
+    return isinstance(error, MemoryError) or any(word in str(error) for word in words)

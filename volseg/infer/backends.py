@@ -22,7 +22,7 @@ from torch import nn
 
 from volseg.bundle import ModelBundle
 from volseg.errors import EnvironmentProblem, ScanError, VolsegError
-from volseg.execute.cpu import give_back_mapped, physical_cores
+from volseg.execute.cpu import give_back_mapped, is_out_of_memory, physical_cores
 from volseg.infer.graph import halve_output, live_bytes, split_joined_convolutions, sum_axis_by_axis
 from volseg.infer.head import Head, cut_head, take_head
 from volseg.io.files import environment_problem, make_folder, sha256_of, write_json_atomic
@@ -598,8 +598,7 @@ def _out_of_memory_is_the_scans_problem(shape: tuple[int, ...], device: str) -> 
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        words = ("out of memory", "not enough memory", "allocate memory", "bad_alloc")
-        if not isinstance(error, MemoryError) and not any(word in str(error) for word in words):
+        if not is_out_of_memory(error):
             raise
         raise ScanError(
             f"a batch of patches of shape {shape} does not fit into the memory of {device}",

@@ -30,7 +30,7 @@ class Epoch(Protocol):
     @property
     def loss(self) -> float: ...
     @property
-    def validation_dice(self) -> float: ...
+    def validation_dice(self) -> float | None: ...
 
 
 def overlay_png(image: Volume, ids: np.ndarray, lesions: Sequence[LesionMeasurement], *, title: str) -> bytes:
@@ -115,7 +115,14 @@ def curves_png(histories: Sequence[Sequence[Epoch]]) -> bytes:
         hours = [epoch.seconds / 3600 for epoch in history]
         name = f"fold {number}" if len(histories) > 1 else None
         left.plot(hours, [epoch.loss for epoch in history], linewidth=1.2, label=name)
-        right.plot(hours, [epoch.validation_dice for epoch in history], linewidth=1.2, label=name)
+        looks = [
+            (hour, dice)
+            for hour, epoch in zip(hours, history, strict=True)
+            if (dice := epoch.validation_dice) is not None
+        ]
+        right.plot(
+            *zip(*looks, strict=True), linewidth=1.2, label=name, marker="." if len(looks) < len(history) else None
+        )
     for plot, title in ((left, "loss of the training batches"), (right, "mean Dice of the watched validation scans")):
         plot.set_title(title, fontsize=9, loc="left")
         plot.set_xlabel("hours")

@@ -85,7 +85,8 @@ class Batches:
                 cut_shape=enlarged_shape(self._plan.patch_shape, settings),
                 n=self._total,
                 foreground_share=share,
-                seed=[self._seed, step],
+                seed=self._seed,
+                step=step,
                 only=part,
             )
             for part in self._parts

@@ -19,6 +19,7 @@ from torch import nn
 
 from volseg.errors import VolsegError
 from volseg.evaluate.validation import ValidationRow, mean_dice, summary
+from volseg.execute.cpu import is_out_of_memory
 from volseg.io.prepared import PreparedCase, read_prepared_case
 from volseg.models import build_segmentation, set_weights, weights_of
 from volseg.plan import Plan
@@ -27,22 +28,26 @@ from volseg.train.batches import Batches
 from volseg.train.checkpoint import flatten, load_checkpoint, save_checkpoint, unflatten
 from volseg.train.losses import SegmentationLoss
 from volseg.train.ranks import Team, total_over_ranks
-from volseg.train.validate import validate
+from volseg.train.watch import Watch
 
 WARM_UP = 0.03  # share of the run in which the learning rate rises
-LARGEST_RESERVE = 0.1  # share of the time budget kept for the final validation
 INTERRUPTED = "interrupted"  # why a run stopped
 DIVERGED = "E_DIVERGED"
 DIVERGED_FIX = "lower train.learning_rate in the recipe, or train.gradient_norm, and train again"
-VALIDATION_OVERLAP = 0.25  # cheap and close: the final metrics use the recipe's own overlap
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunSettings:
-    """What a run may use. `seconds` is the budget of the whole loop with its final validation, None for no limit."""
+    """What a run may use.
+
+    Args:
+        epochs: after which it ends; None: when its time is over, which then has to be given.
+        patience: looks at the watched cases, one after another, none of them better than the best, that end it.
+        seconds: the budget of the whole loop with its final validation, None for no limit.
+    """
 
     seed: int = 0
-    epochs: int
+    epochs: int | None
     patience: int
     seconds: float | None = None
     freeze: tuple[str, ...] = ()  # patterns of the names of parameters that stay as they are
@@ -57,7 +62,7 @@ class Epoch:
     seconds: float
     learning_rate: float
     loss: float
-    validation_dice: float
+    validation_dice: float | None  # of the watched cases; empty where a time budget left no time to look
     steps_per_second: float
     waiting_share: float  # of the time of the steps, in which they waited for patches to be cut
 
@@ -78,7 +83,7 @@ class Trained:
 
 @dataclass(slots=True)
 class _State:
-    identity: str  # of the run: recipe, plan, seed and cases
+    identity: str  # of the run: recipe, plan, seed, cases and first weights
     step: int = 0
     seconds: float = 0.0
     reserve: float = 0.0  # seconds of the budget that are kept for the final validation
@@ -141,7 +146,7 @@ def train_segmentation(
     Raises:
         VolsegError: the loss is not finite before there are any weights to keep, or the checkpoint to resume from is damaged.
     """
-    identity = _identity(training, validation, recipe, plan, settings, team)
+    identity = _identity(training, validation, recipe, plan, settings, team, initial)
     job = Job(training, recipe, plan, settings, checkpoints / "last.safetensors", initial, identity, resume)
     if team.size > 1:
         team.tell(job.sent())
@@ -195,38 +200,35 @@ class Run:
 
     def lead(self, validation: Sequence[PreparedCase], report: Report, *, best: Path) -> Trained:
         """Rank 0: decides when to go on, validates, keeps and reports."""
-        recipe, plan, settings, state = self.recipe, self.job.plan, self.settings, self.state
-        evaluated = build_segmentation(recipe)
-        watched = _spread(validation, recipe.train.validation_cases)
-        clock = _Clock(settings, recipe.train.steps_per_epoch, state)
+        settings, state = self.settings, self.state
+        watch = Watch(validation, self.recipe, self.job.plan, self.device, settings.seconds)
+        state.reserve = watch.reserve
+        clock = _Clock(settings, self.recipe.train.steps_per_epoch, state)
         stopped = ""
         try:
             while not state.is_finished:
-                started = time.monotonic()
                 loss, stepping, waited, steps = self._epoch(clock)
-                set_weights(evaluated, self.averaged)
-                looked = validate(evaluated, watched, recipe, plan, self.device, overlap=VALIDATION_OVERLAP)
-                score = mean_dice(looked)
-                if settings.seconds is not None:
-                    # The final metrics look at all cases with more overlap: about twice the cost per case, which is kept free.
-                    per_case = (time.monotonic() - started - stepping) / len(watched)
-                    state.reserve = min(2 * per_case * len(validation), LARGEST_RESERVE * settings.seconds)
+                score, number = None, len(state.history) + 1
+                if watch.is_due(stepping) or clock.done() >= 1:
+                    score = mean_dice(watch.look(self._finite_weights()))
+                    state.reserve = watch.reserve
                 state.seconds = clock.seconds()
                 epoch = Epoch(
-                    epoch=len(state.history) + 1,
+                    epoch=number,
                     step=state.step,
                     seconds=round(state.seconds, 1),
                     learning_rate=self.optimizer.param_groups[0]["lr"],
                     loss=round(loss, 6),
-                    validation_dice=round(score, 4),
+                    validation_dice=None if score is None else round(score, 4),
                     steps_per_second=round(steps / stepping, 3),
                     waiting_share=round(waited / stepping, 4),
                 )
                 state.history.append(asdict(epoch))
-                if score > state.best_dice:
-                    save_checkpoint(best, self.averaged, {"epoch": epoch.epoch, "validation_dice": score})
-                    state.best_dice, state.best_epoch = score, epoch.epoch
-                state.is_finished = clock.done() >= 1 or len(state.history) - state.best_epoch >= settings.patience
+                if score is not None and score > state.best_dice:
+                    save_checkpoint(best, self.averaged, {"epoch": number, "validation_dice": score})
+                    state.best_dice, state.best_epoch = score, number
+                looks = [each for each in state.history[state.best_epoch :] if each["validation_dice"] is not None]
+                state.is_finished = clock.done() >= 1 or len(looks) >= settings.patience
                 _save(self.job.checkpoint, self.raw, self.averaged, self.optimizer, state)
                 report(self._history(), clock.done())
         except KeyboardInterrupt:
@@ -241,24 +243,39 @@ class Run:
         if stopped and stopped != INTERRUPTED:
             stopped = f"{stopped}; these are the best weights until then; {DIVERGED_FIX}"
         weights, chosen = load_checkpoint(best)
-        set_weights(evaluated, weights)
-        metrics: dict[str, Any] = {
-            "steps": state.step,
-            "training_seconds": round(state.seconds, 1),
-            "best_epoch": chosen["epoch"],
-        }
-        if self.left_out:
-            metrics["began_at_random"] = ", ".join(self.left_out)
+        metrics: dict[str, Any] = {"steps": state.step, "training_seconds": round(state.seconds, 1)}
         rows: list[ValidationRow] = []
         try:
             if stopped != INTERRUPTED:
-                rows = validate(evaluated, validation, recipe, plan, self.device, overlap=recipe.infer.overlap)
-                metrics |= summary(rows, settings.seed)
+                rows = watch.validate(weights)
+            if not stopped and watch.compares_last and state.best_epoch < len(state.history):
+                last = watch.validate(self.averaged)
+                if mean_dice(last) > mean_dice(rows):
+                    rows, weights, chosen = (
+                        last,
+                        {name: tensor.cpu() for name, tensor in self.averaged.items()},
+                        {"epoch": len(state.history)},
+                    )
         except KeyboardInterrupt:
             stopped = INTERRUPTED
+        metrics["best_epoch"] = chosen["epoch"]
+        if self.left_out:
+            metrics["began_at_random"] = ", ".join(self.left_out)
+        if rows:
+            metrics |= summary(rows, settings.seed)
         if stopped:
-            metrics |= {"stopped": stopped, "watched_validation_dice": round(float(chosen["validation_dice"]), 4)}
+            metrics |= {"stopped": stopped, "watched_validation_dice": round(float(state.best_dice), 4)}
         return Trained(weights, self._history(), metrics, rows, stopped)
+
+    def _finite_weights(self) -> Mapping[str, torch.Tensor]:
+        """The averaged weights.
+
+        Raises:
+            _DivergedError: one is not finite, though the losses were: the last step of an epoch did it.
+        """
+        if not all(bool(torch.isfinite(tensor).all()) for tensor in self.averaged.values()):
+            raise _DivergedError(f"the weights were no longer finite after step {self.state.step}")
+        return self.averaged
 
     def _history(self) -> list[Epoch]:
         return [Epoch(**line) for line in self.state.history]
@@ -294,13 +311,27 @@ class Run:
             _average(self.averaged, weights_of(self.raw), decay)
         return total
 
+    @contextmanager
+    def _fitting_into_memory(self) -> Iterator[None]:
+        try:
+            yield
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            patch = " × ".join(map(str, self.job.plan.patch_shape))
+            raise VolsegError(
+                f"{self.job.plan.batch_size} patches of {patch} voxels do not fit into the memory of {self.device}",
+                fix="lower train.batch_size or train.patch_shape in the recipe, or make them 'auto' and state the memory with --vram",
+                code="E_BUDGET",
+            ) from error
+
     def _epoch(self, clock: _Clock) -> tuple[float, float, float, int]:
         """Mean loss, seconds of the steps, seconds of these in which they waited for patches, and how many they were."""
         started, waited = time.monotonic(), self.batches.waited
         losses: list[torch.Tensor] = []
         self.network.train()
         while len(losses) < self.recipe.train.steps_per_epoch and not (losses and clock.done() >= 1):
-            with self.team.in_step():
+            with self.team.in_step(), self._fitting_into_memory():
                 losses.append(self.step(self.team.tell(clock.done())))
         loss = float(torch.stack(losses).mean())
         if not math.isfinite(loss):
@@ -313,11 +344,11 @@ class _DivergedError(Exception):
 
 
 class _Clock:
-    """How much of a run is done: by its steps, or by its seconds where they end first."""
+    """How much of a run is done: by its steps, by its seconds, or, where both are limited, by what ends first."""
 
     def __init__(self, settings: RunSettings, steps_per_epoch: int, state: _State) -> None:
         self._settings, self._state = settings, state
-        self._steps = settings.epochs * steps_per_epoch
+        self._steps = math.inf if settings.epochs is None else settings.epochs * steps_per_epoch
         self._started = time.monotonic() - state.seconds
 
     def seconds(self) -> float:
@@ -378,12 +409,16 @@ def _identity(
     plan: Plan,
     settings: RunSettings,
     team: Team,
+    initial: Mapping[str, torch.Tensor],
 ) -> str:
     """Hash of all that decides what a step does, so that two different runs are never continued as one."""
     cases = [[case.id, case.record.get("key")] for case in (*training, *validation)]
     chosen = [settings.seed, team.size, team.precision, list(settings.freeze)]
     facts = [recipe.sha256, plan.model_dump(mode="json", exclude={"lines"}), chosen, cases, len(training)]
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+    found = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
+    for name in sorted(initial):
+        found.update(name.encode() + initial[name].cpu().contiguous().numpy().tobytes())
+    return found.hexdigest()
 
 
 def _new_network(recipe: Recipe, seed: int) -> nn.Module:
@@ -423,11 +458,6 @@ def _average(averaged: Mapping[str, torch.Tensor], current: Mapping[str, torch.T
             tensor.copy_(current[key])
 
 
-def _spread(cases: Sequence[PreparedCase], n: int) -> list[PreparedCase]:
-    """At most `n` cases, evenly spread over the list."""
-    return [cases[round(index)] for index in np.linspace(0, len(cases) - 1, min(n, len(cases)))]
-
-
 def _save(
     path: Path,
     network: nn.Module,
@@ -455,7 +485,7 @@ def _restore(
     tensors, state = load_checkpoint(path)
     if state["identity"] != expected:
         raise VolsegError(
-            f"{path}: belongs to a run with another recipe, plan, seed, fold, precision, number of devices or frozen layers, or to other cases",
+            f"{path}: belongs to a run with another recipe, plan, seed, fold, precision, number of devices, frozen layers or --init, or to other cases",
             fix="resume with what it was started with, or delete the folder",
             code="E_EXISTS",
         )

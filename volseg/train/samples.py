@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -17,23 +18,24 @@ def sample_batch(
     *,
     n: int,
     foreground_share: float,
-    seed: Sequence[int],
+    seed: int,
+    step: int = 0,
     only: Sequence[int] | None = None,
     cut_shape: tuple[int, int, int] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """`n` random patches: images (n, channels, *cut_shape) float32 and masks (n, *cut_shape) uint8.
 
-    The first `round(n × foreground_share)` patches hold a voxel of a label, each label of a case being equally likely; the
-    others lie anywhere. Outside the scan images and masks are 0.
+    The first of them hold a voxel of a label, each label of a case being equally likely; the others lie anywhere. How many the first are
+    differs from step to step, so that of all patches until then they are `foreground_share`, even with one patch a step. Outside the scan images and masks are 0.
 
     Args:
-        only: indices of the patches of the batch that are wanted: each depends on the seed and its index alone.
+        only: indices of the patches of the batch that are wanted: each depends on the seed, the step and its index alone.
         cut_shape: what is cut round each patch, for a change of its geometry; None for the patch alone. The patch is placed, not the cut, which
             may well lie outside the scan: else the network would never see the scan's border.
     """
-    n_foreground = round(n * foreground_share)
+    n_foreground = _whole((step + 1) * n * foreground_share) - _whole(step * n * foreground_share)
     chosen = [
-        _place(cases, patch_shape, on_foreground=index < n_foreground, rng=np.random.default_rng([*seed, index]))
+        _place(cases, patch_shape, on_foreground=index < n_foreground, rng=np.random.default_rng([seed, step, index]))
         for index in (range(n) if only is None else only)
     ]
     cut = cut_shape or patch_shape
@@ -44,6 +46,10 @@ def sample_batch(
     images = np.stack([cut_patch(case.image, start, cut) for case, start in around])
     masks = np.stack([cut_patch(case.mask[None], start, cut)[0] for case, start in around])
     return images, masks
+
+
+def _whole(number: float) -> int:
+    return math.floor(number + 1e-6)  # 3 × (1/3) is 1
 
 
 def cut_patch(array: np.ndarray, start: Sequence[int], patch_shape: tuple[int, int, int]) -> np.ndarray:

@@ -11,7 +11,7 @@ from torch import nn
 from volseg.evaluate.overlap import dice
 from volseg.evaluate.validation import ValidationRow
 from volseg.infer.backends import TorchBackend
-from volseg.infer.stream import Tiling, predict_logits
+from volseg.infer.stream import ArrayPlanes, Tiling, predict_slabs
 from volseg.io.prepared import PreparedCase
 from volseg.plan import Plan
 from volseg.recipe import Recipe
@@ -21,19 +21,28 @@ from volseg.train.losses import IGNORED
 def predicted_classes(
     network: nn.Module, case: PreparedCase, recipe: Recipe, plan: Plan, device: torch.device, *, overlap: float
 ) -> np.ndarray:
-    """(R, A, S) class index of each prepared voxel, 0 where the reference is not known."""
+    """(R, A, S) uint8 class index of each prepared voxel, 0 where the reference is not known.
+
+    Logits become classes slab by slab, so that memory does not grow with classes × voxels.
+    """
     tiling = Tiling(patch_shape=plan.patch_shape, overlap=overlap)
     backend = TorchBackend(network, device)
-    logits = predict_logits(np.asarray(case.image), backend, tiling, n_classes=recipe.data.n_outputs)
+    planes = ArrayPlanes(np.asarray(case.image))
+    slabs = predict_slabs(planes, backend, tiling, n_classes=recipe.data.n_outputs)
+    found = np.concatenate([_classes(slab, recipe).cpu().numpy() for slab in slabs], axis=planes.axis)
+    found[case.mask == IGNORED] = 0
+    return found
+
+
+def _classes(logits: torch.Tensor, recipe: Recipe) -> torch.Tensor:
+    """(outputs, R, A, S) → (R, A, S) uint8 class indices."""
     order = recipe.data.regions_class_order
     if order is None:
-        found = logits.argmax(axis=0)
-    else:  # a later region is written over an earlier one
-        found = np.zeros(logits.shape[1:], np.uint8)
-        index = {value: number for number, value in enumerate(recipe.data.label_names, start=1)}
-        for region, value in zip(logits, order, strict=True):
-            found[region > 0] = index[value]
-    found[case.mask == IGNORED] = 0
+        return logits.argmax(dim=0).to(torch.uint8)
+    found = torch.zeros(logits.shape[1:], dtype=torch.uint8, device=logits.device)
+    index = {value: number for number, value in enumerate(recipe.data.label_names, start=1)}
+    for region, value in zip(logits, order, strict=True):  # a later region is written over an earlier one
+        found[region > 0] = index[value]
     return found
 
 
@@ -45,7 +54,6 @@ def validate(
     device: torch.device,
     *,
     overlap: float,
-    fold: int = 0,
 ) -> list[ValidationRow]:
     """A row per case and label, or region where labels overlap."""
     ml = float(np.prod(plan.spacing_mm)) / 1000
@@ -59,7 +67,7 @@ def validate(
                 ValidationRow(
                     case_id=case.id,
                     patient=str(case.record.get("patient", case.id)),
-                    fold=fold,
+                    fold=0,
                     label=value,
                     label_name=name,
                     dice=dice(own, predicted, 1),

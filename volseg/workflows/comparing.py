@@ -338,9 +338,7 @@ class _Side:
         known = self.record.scan_sha256
         if known is None or _scan_path(self.record, self.scans) is None or known == self.digest:
             return ""
-        return (
-            f"W_SCAN: the {self.time} scan {self.path.name} is not the file that was measured, or was written anew since"
-        )
+        return f"W_SCAN: the {self.time} scan {self.path.name} is not the file that was measured, or was written anew since"
 
     @property
     def centroids_mm(self) -> np.ndarray:

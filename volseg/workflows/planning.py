@@ -187,6 +187,7 @@ def auto_recipe(dataset: Path, cases: Sequence[Case], progress: Progress = silen
             "regions": regions or None,
             "regions_class_order": order or None,
             "intensity_unit": "HU" if is_ct else "a.u.",
+            "grids": "first" if len(channels) > 1 else "same",
         },
         "preprocess": {
             "spacing_mm": "auto",
@@ -220,7 +221,7 @@ def _labels(dataset: Path, cases: Sequence[Case], progress: Progress) -> tuple[d
             fix="add a `label` column or a labels/ folder with the names of the images",
             code="E_DATASET",
         )
-    values: set[int] = set()
+    found: dict[str, set[int]] = {}
     failed: dict[str, str] = {}
 
     def look(case: Case) -> set[int]:
@@ -230,14 +231,23 @@ def _labels(dataset: Path, cases: Sequence[Case], progress: Progress) -> tuple[d
     for count, outcome in enumerate(run(look, masks), start=1):
         progress("Looking at the masks", count / len(masks), outcome.item.id)
         if outcome.error is None:
-            values |= outcome.value or set()
+            found[outcome.item.id] = outcome.value or set()
         else:
             failed[outcome.item.id] = reason_of(outcome.error)
-    if len(failed) == len(masks):
-        refuse_dataset(dataset, failed)
     named = stated_labels(dataset)
     ignore = named.pop(IGNORE, None)
     stated = {value: name for name, value in named.items()}
+    known = {0, ignore, *stated, *(value for values in stated_regions(dataset)[0].values() for value in values)}
+    if stated:
+        strange = {case: sorted(values - known) for case, values in found.items()}
+        failed |= {
+            case: f"E_LABELS: its mask holds values {values[:5]}, which dataset.json does not name; it names {sorted(stated)}"
+            for case, values in strange.items()
+            if values
+        }
+    if len(failed) == len(masks) or any(case in found for case in failed):
+        refuse_dataset(dataset, failed)
+    values = set[int]().union(*found.values())
     labels = {stated.get(value, f"label_{value}"): value for value in sorted(values - {0, ignore})}
     if not labels:
         raise VolsegError(f"{dataset}: no mask holds a labelled voxel", fix="check the masks", code="E_LABELS")

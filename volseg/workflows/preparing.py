@@ -64,7 +64,7 @@ def preprocess(
     chosen, out = as_recipe(recipe), Path(out)
     cases = _training_cases(Path(dataset), chosen, seed, progress)
     with held(out, out / RECORDS):
-        facts, failed = _facts(cases, chosen, out, seed, plan, budget, progress)
+        facts, failed = _facts(Path(dataset), cases, chosen, out, seed, plan, budget, progress)
         if failed and refuse:
             refuse_dataset(Path(dataset), failed)
         used = Plan.model_validate(facts["plan"])
@@ -85,15 +85,17 @@ def preprocess(
             else:
                 failed[outcome.item.id] = reason_of(outcome.error)
         listed = {case.id: case.split for case in usable if case.id not in failed}
-        write_json_atomic(out / PREPARED_FILE, facts | {"failed": failed, "cases": listed})
+        fingerprint = DatasetFingerprint.model_validate(facts["fingerprint"])
+        warnings = warnings_of(fingerprint, chosen)
+        write_json_atomic(out / PREPARED_FILE, facts | {"failed": failed, "cases": listed, "warnings": warnings})
         _write_preparation_table(out, cases, failed)
     kept = [case.id for case in usable if case not in missing]
-    fingerprint = DatasetFingerprint.model_validate(facts["fingerprint"])
-    details = {"fingerprint": _summary(fingerprint, used), "warnings": warnings_of(fingerprint, chosen)}
+    details = {"fingerprint": _summary(fingerprint, used), "warnings": warnings}
     return RunReport(out=out, done=done, kept=kept, failed=failed, details=details)
 
 
 def _facts(
+    dataset: Path,
     cases: Sequence[Case],
     recipe: Recipe,
     out: Path,
@@ -117,7 +119,7 @@ def _facts(
             raise ValueError("made of other files")
         fingerprint = DatasetFingerprint.model_validate(earlier["fingerprint"])
     except (OSError, ValueError, KeyError):  # not there yet, or from an interrupted call: looked at again
-        fingerprint, failed = _fingerprint(cases, recipe, seed, progress)
+        fingerprint, failed = _fingerprint(dataset, cases, recipe, seed, progress)
     plan = make_plan(fingerprint, recipe, budget or DEFAULT_BUDGET) if plan is None else plan.overruled_by(recipe)
     if budget is not None and budget.is_stated:
         check_budget(plan, recipe, budget)
@@ -132,7 +134,7 @@ def fingerprint_of(
     dataset: Path | str, recipe: Recipe, seed: int, progress: Progress
 ) -> tuple[DatasetFingerprint, dict[str, str]]:
     """The fingerprint of a dataset's training split, and the cases that cannot be used, with the reason."""
-    return _fingerprint(_training_cases(Path(dataset), recipe, seed, progress), recipe, seed, progress)
+    return _fingerprint(Path(dataset), _training_cases(Path(dataset), recipe, seed, progress), recipe, seed, progress)
 
 
 def refuse_dataset(dataset: Path, failed: Mapping[str, str], mistakes: Sequence[str] = ()) -> NoReturn:
@@ -158,6 +160,20 @@ def warnings_of(fingerprint: DatasetFingerprint, recipe: Recipe) -> list[str]:
     absent = [name for value, name in recipe.data.label_names.items() if value not in fingerprint.label_voxels]
     if absent:
         found.append(f"W_LABELS: no training mask holds {', '.join(absent)}, which cannot be learnt")
+    return found
+
+
+def prepared_warnings(folder: Path) -> list[str]:
+    """What was odd about the cases of a prepared folder, and which of them are not in it."""
+    try:
+        content = json.loads((folder / PREPARED_FILE).read_text(encoding="utf-8"))
+        found, failed = [str(text) for text in content.get("warnings", ())], dict(content["failed"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return []  # who loads the folder says what is wrong with it
+    if failed:
+        found.append(
+            f"W_LEFT_OUT: {len(failed)} cases could not be prepared and are not trained on: {', '.join(list(failed)[:5])}"
+        )
     return found
 
 
@@ -221,7 +237,7 @@ def _assign_splits(cases: Sequence[Case], validation_share: float, seed: int) ->
 
 
 def _fingerprint(
-    cases: Sequence[Case], recipe: Recipe, seed: int, progress: Progress
+    dataset: Path, cases: Sequence[Case], recipe: Recipe, seed: int, progress: Progress
 ) -> tuple[DatasetFingerprint, dict[str, str]]:
     """The fingerprint of the training split, and the cases of either split which cannot be used, with the reason."""
     from volseg.plan import combine_fingerprints, fingerprint_case
@@ -240,10 +256,12 @@ def _fingerprint(
             found.append(outcome.value)
             if not outcome.value.label_voxels:
                 empty.append(outcome.item.id)
+    if not found and failed:
+        refuse_dataset(dataset, failed)
     if not found:
         raise VolsegError(
-            f"no training case can be used; the first problem: {next(iter(failed.values()), 'there is no training case')}",
-            fix="run `volseg check` on the dataset",
+            f"{dataset}: no case is left to train on: all {len(cases)} are for validation",
+            fix="give some of them the split `train`",
             code="E_DATASET",
         )
     return combine_fingerprints(found).model_copy(update={"empty_masks": tuple(empty)}), failed
@@ -265,6 +283,9 @@ def read_training_case(case: Case, recipe: Recipe) -> tuple[dict[str, Volume], V
         try:
             check_pair(image, reference, str(case.images[name]), str(case.reference))
         except VolsegError as error:
+            if len(images) > 1 and recipe.data.grids == "same":
+                others = 'make data.grids = "first" in the recipe if the channels have grids of their own'
+                error = ScanError(error.problem, fix=f"{error.fix}; {others}", code=error.code)
             problems.append(error)
     named = {0, recipe.data.ignore, *recipe.data.labels.values()}
     unknown = sorted(set(np.unique(reference.array).tolist()) - named)

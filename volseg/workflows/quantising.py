@@ -133,7 +133,8 @@ def _calibration_patches(cases: Sequence[PreparedCase], bundle: ModelBundle, see
             bundle.plan.patch_shape,
             n=PATCHES_PER_CASE,
             foreground_share=1 / PATCHES_PER_CASE,
-            seed=[seed, number],
+            seed=seed,
+            step=number,
         )
         patches += list(images[:, None])
     return patches

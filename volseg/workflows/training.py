@@ -6,7 +6,7 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -28,7 +28,14 @@ from volseg.report.scalars import Scalars
 from volseg.report.tables import write_table
 from volseg.workflows.batch import Progress, RunReport, silent
 from volseg.workflows.planning import N_FOLDS, budget_of, folds_of, read_plan, recipe_for
-from volseg.workflows.preparing import PREPARED_FILE, as_recipe, preparation_of, preprocess, refuse_dataset
+from volseg.workflows.preparing import (
+    PREPARED_FILE,
+    as_recipe,
+    preparation_of,
+    prepared_warnings,
+    preprocess,
+    refuse_dataset,
+)
 
 if TYPE_CHECKING:  # torch takes seconds to import; only a workflow that needs it pays
     import torch
@@ -43,6 +50,10 @@ Split = tuple[Sequence[PreparedCase], Sequence[PreparedCase]]  # to train on, to
 PREVIEWED = 12  # patches in the picture of --preview
 WORST = 6  # validation cases in validation.png
 WORK_FOLDER = ".training"  # inside a model folder while it is being trained
+FINISHING_SHARE, FINISHING_SECONDS = 0.03, 60.0  # of a time budget that pictures and the export are left, at most
+STEPS_SHARE = (
+    0.75  # of a time budget that goes into steps, for the size of the network; preparation and validation take the rest
+)
 ROI_FOLDER = "roi"  # inside that one: cases and checkpoints of the coarse first pass
 
 
@@ -67,6 +78,7 @@ def train(
     precision: str = "auto",
     preview: bool = False,
     progress: Progress = silent,
+    announce: Callable[[str], None] = lambda text: None,
 ) -> RunReport:
     """A dataset or a prepared folder → a model folder.
 
@@ -76,7 +88,7 @@ def train(
         plan: a JSON file of `volseg plan`, edited or not, in place of the one that follows from the dataset.
         time_budget_seconds: of the whole call, preparation, first pass and classifier included.
         memory: bytes that training may take, or text such as `8G`, where the plan chooses the size of the network and of its patches.
-        epochs, patience: in place of the recipe's, and of those of its first pass.
+        epochs, patience: in place of the recipe's, and of those of its first pass; with a time budget the recipe's number of epochs does not count.
         resume: go on from the last epoch of an interrupted run in `out`.
         init: a model folder whose weights to start from, where their names and shapes agree.
         freeze: patterns of the names of layers that stay as they are.
@@ -85,6 +97,7 @@ def train(
         devices: processes that share each batch, with a device each; under torchrun or SLURM their number of ranks counts.
         precision: fp32; half, for convolutions in two bytes; or auto, which is half where the device is faster so.
         preview: only prepare the data and write `preview.png`, augmented patches with their masks.
+        announce: told before the first step what is odd about the data.
 
     Raises:
         VolsegError: a case cannot be used (all of them are named), or the recipe does not fit the prepared folder.
@@ -119,6 +132,7 @@ def train(
                 device=device,
                 preview=preview,
                 progress=progress,
+                announce=announce,
                 team=team,
                 scalars=scalars,
             ).run()
@@ -145,6 +159,7 @@ class _Training:
     device: str
     preview: bool
     progress: Progress
+    announce: Callable[[str], None]
     team: Team
     scalars: Scalars
     started: float = field(default_factory=time.monotonic)
@@ -164,6 +179,8 @@ class _Training:
             self._check_unfinished()
             model = None if self.init is None else load_bundle(self.init)
             prepared, recipe, plan, folds, warnings = self._prepare(model)
+            for warning in warnings:
+                self.announce(f"warning: {warning}")
             chosen, used, fingerprint, cases = load_prepared(prepared, recipe, plan)
             if self.memory is not None:
                 check_budget(used, chosen, self._budget())
@@ -190,6 +207,7 @@ class _Training:
                 weights[segmentation_name(index)] = found.weights
             rows = [replace(row, fold=number) for number, found in trained.items() for row in found.validation]
             metrics = _metrics_of(trained, stopped, summary(rows, self.seed)) | metrics
+            metrics["training_cases"] = len({case.id for number in trained for case in splits[number][0]})
             interrupted = INTERRUPTED in stopped.values()
             if chosen.classify is not None and not interrupted:
                 try:
@@ -230,7 +248,7 @@ class _Training:
         plan = None if self.plan is None else read_plan(self.plan)
         if (self.dataset / PREPARED_FILE).is_file():
             recipe = None if self.recipe is None else as_recipe(self.recipe)
-            return self.dataset, recipe, plan, self.folds or 1, []
+            return self.dataset, recipe, plan, self.folds or 1, prepared_warnings(self.dataset)
         prepared = self.work / "prepared"
         recipe = recipe_for(self.dataset, self.recipe, self.progress)
         if model is not None and recipe.is_open and plan is None:  # the network and patches of the model to start from
@@ -262,7 +280,7 @@ class _Training:
         return budget_of(
             self.device,
             self.memory,
-            None if self.seconds is None else self.seconds / folds,
+            None if self.seconds is None else STEPS_SHARE * self.seconds / folds,
             processes=self.team.size,
             half=self.team.precision != "32-true",
         )
@@ -302,10 +320,11 @@ class _Training:
         from volseg.train.loop import DIVERGED, DIVERGED_FIX, INTERRUPTED, train_segmentation
 
         for_classifier = 0.0 if recipe.classify is None else (self._left() or 0.0) * recipe.classify.time_share
+        for_the_end = min(FINISHING_SHARE * (self.seconds or 0.0), FINISHING_SECONDS)
         trained: dict[int, Trained] = {}
         stopped: dict[int, str] = {}
         for number, (training, validation) in enumerate(splits):
-            left, began = self._left(for_classifier + earlier), time.monotonic()
+            left, began = self._left(for_classifier + for_the_end + earlier), time.monotonic()
             several = len(splits) > 1
             make_folder(folder := _fold_folder(self.work, number, len(splits)))
             try:
@@ -335,10 +354,12 @@ class _Training:
                     raise
                 stopped[number] = error.problem
                 continue
-            trained[number] = found
-            earlier += _earlier(found, began)
             if found.stopped:
                 stopped[number] = found.stopped
+            if found.stopped == INTERRUPTED and trained:
+                break  # half a network would have a whole vote
+            trained[number] = found
+            earlier += _earlier(found, began)
             if found.stopped == INTERRUPTED:
                 break
         if not trained:
@@ -352,7 +373,7 @@ class _Training:
 
         return RunSettings(
             seed=self.seed,
-            epochs=self.epochs or train.epochs,
+            epochs=self.epochs or (train.epochs if seconds is None else None),
             patience=self.patience or train.patience,
             seconds=seconds,
             freeze=self.freeze if freeze is None else freeze,
@@ -363,11 +384,14 @@ class _Training:
 
         write_table(self.out / table, Epoch, history)
         epoch = history[-1]
-        self.scalars.add(table.removesuffix(".csv"), epoch.step, asdict(epoch))
+        known = {name: value for name, value in asdict(epoch).items() if value is not None}
+        self.scalars.add(table.removesuffix(".csv"), epoch.step, known)
+        looks = [each.validation_dice for each in history if each.validation_dice is not None]
+        seen = f"validation Dice {looks[-1]:.3f}, " if looks else ""
         self.progress(
             stage,
             done,
-            f"epoch {epoch.epoch}, loss {epoch.loss:.3f}, validation Dice {epoch.validation_dice:.3f}, "
+            f"epoch {epoch.epoch}, loss {epoch.loss:.3f}, {seen}"
             f"{epoch.steps_per_second:.3g} steps/s, waiting {epoch.waiting_share:.0%}",
         )
 
@@ -544,6 +568,10 @@ def load_prepared(
         )
     plan = plan.overruled_by(chosen)
     chosen = plan.complete(chosen)
+    if not header["cases"]:
+        raise VolsegError(
+            f"{folder}: preparing it was interrupted", fix="run `volseg preprocess` again", code="E_PREPARED"
+        )
     cases = [read_prepared_case(folder / "cases", case_id) for case_id in header["cases"]]
     return chosen, plan, fingerprint, cases
 
