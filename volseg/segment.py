@@ -122,7 +122,9 @@ def segment_case(
         mask = step(mask, scan.geometry)
     organ, organ_voxels, lesion_mask = recipe.measure.organ, None, mask
     if organ is not None:
-        lesion_mask, organ_voxels = without_organ(mask, recipe.data.labels[organ])
+        value = recipe.data.labels[organ]
+        lesion_mask, organ_voxels = without_organ(mask, value)
+        confidence[mask == value] = 0  # of being the organ, which says nothing of a lesion
     lesions = label_lesions(lesion_mask, scan.geometry)
     classes = None
     if model.classifier is not None and recipe.classify is not None:

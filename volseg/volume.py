@@ -87,12 +87,13 @@ class Geometry:
 
     def difference(self, other: Geometry) -> str:
         """How the other grid differs, for an error message; empty where the two match."""
+        offsets = self.to_world_mm(self._corners()) - other.to_world_mm(other._corners())
+        mm = float(np.linalg.norm(offsets, axis=1).max())
         if self.shape != other.shape:
-            return f"shape {other.shape} against {self.shape}"
+            return f"shape {other.shape} against {self.shape}, a corner is off by {mm:.3g} mm"
         voxels = self.corner_offset_voxels(other)
         if voxels < SAME_GRID_TOLERANCE_VOXELS:
             return ""
-        mm = np.linalg.norm(self.to_world_mm(self._corners()) - other.to_world_mm(self._corners()), axis=1).max()
         return f"a corner is off by {voxels:.3g} voxels ({mm:.3g} mm)"
 
     def share_of(self, other: Geometry) -> float:

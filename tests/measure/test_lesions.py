@@ -161,18 +161,39 @@ def test_the_row_of_the_scan_follows_from_its_lesions():
     mask[2:14, 13:33, 2:4] = 2
     mask[40:56, 3:19, 4:6] = 3
     rows = measure(np.zeros(mask.shape), mask, np.eye(4))
-    found = summarise(rows, organ_voxels_ml=1.0)
+    found = summarise(rows, Measure(), unit="HU", organ_voxels_ml=1.0)
     assert (found["n_lesions"], found["n_measurable"]) == (3, 3)
     assert found["sum_long_axis_mm"] == pytest.approx(sum(row.long_axis_mm for row in rows))
     assert found["organ_volume_ml"] == pytest.approx(1 + mask.astype(bool).sum() / 1000)
     assert found["burden"] == pytest.approx(found["total_volume_ml"] / found["organ_volume_ml"])
     assert found["largest_volume_ml"] == rows[0].volume_ml
-    node = summarise(rows, Measure(lymph_nodes=("cyst",)))
+    node = summarise(rows, Measure(lymph_nodes=("cyst",)), unit="HU", organ_voxels_ml=None)
     cyst = next(row for row in rows if row.label == 3)
     assert node["sum_long_axis_mm"] == pytest.approx(found["sum_long_axis_mm"] - cyst.long_axis_mm + cyst.short_axis_mm)
-    empty = summarise([])
+    empty = summarise([], Measure(), unit="HU", organ_voxels_ml=0.0)
     assert (empty["n_lesions"], empty["total_volume_ml"], empty["sum_long_axis_mm"]) == (0, 0, 0)
-    assert empty["largest_volume_ml"] is empty["burden"] is None
+    assert empty["largest_volume_ml"] is empty["burden"] is empty["organ_volume_ml"] is None
+    none_found = summarise(rows, Measure(), unit="HU", organ_voxels_ml=0.0)  # else all of the organ would be lesion
+    assert none_found["burden"] is none_found["organ_volume_ml"] is None
+
+
+def test_a_calcium_score_of_a_scan_is_0_or_unknown_and_never_the_one_for_the_other():
+    image, mask = np.full((9, 9, 9), 250.0), np.zeros((9, 9, 9), np.uint8)
+    mask[1:4, 1:4, 1:4], mask[5:8, 5:8, 5:8] = 1, 1
+    settings = Measure(calcium=True)
+
+    def score(image, unit="HU"):
+        rows = measure(image, mask, np.diag([1, 1, 3, 1]), settings=settings, intensity_unit=unit)
+        return summarise(rows, settings, unit=unit, organ_voxels_ml=None)["agatston_score"]
+
+    assert score(image) == pytest.approx(2 * 27 * 2)
+    assert score(np.zeros(mask.shape)) == 0
+    assert score(image, "a.u.") is None
+    image[6, 6, 6] = np.nan
+    assert score(image) is None
+    assert summarise([], settings, unit="HU", organ_voxels_ml=None)["agatston_score"] == 0
+    assert summarise([], settings, unit="a.u.", organ_voxels_ml=None)["agatston_score"] is None
+    assert summarise([], Measure(), unit="HU", organ_voxels_ml=None)["agatston_score"] is None
 
 
 def test_doubling_the_spacing_makes_eight_times_the_volume():

@@ -189,6 +189,64 @@ def test_targets_that_were_not_seen_leave_progression_only():
     assert (row.response, row.followup_sum_mm) == ("NE", None)
 
 
+def test_a_target_that_a_border_cuts_off_was_not_all_seen():
+    """What is left of it in the scan says that it grew, or that it was larger, and nothing else."""
+    cut = {"touches_border": True}
+    whole, parts = [lesion(1, 20)], {mm: [lesion(1, mm, **cut)] for mm in (10, 20, 30)}
+    for mm, expected in ((10, "NE"), (20, "NE"), (30, "PD")):
+        row = judged(one_to_one(1), whole, parts[mm])
+        assert (row.response, row.followup_sum_mm) == (expected, None)
+    for mm, expected in ((10, "PR"), (20, "NE"), (30, "NE")):
+        row = judged(one_to_one(1), parts[20], [lesion(1, mm)])
+        assert (row.response, row.change_sum_mm) == (expected, None)
+        assert "at least 20.0 mm" in row.response_rule
+    assert judged([("gone", 1, None, 1)], parts[20], []).response == "CR"
+
+
+def test_a_lesion_where_the_baseline_does_not_reach_is_new():
+    """RECIST 1.1, section 4.3.5."""
+    row = judged([("gone", 1, None, 1), ("outside", None, 1, 2)], [lesion(1, 20)], [lesion(1, 30)])
+    assert (row.response, row.n_new, row.n_outside) == ("PD", 0, 1)
+    assert row.response_rule.startswith("PD: new lesion 1")
+
+
+def test_what_a_reader_has_to_say_first_leaves_the_response_open_but_for_progression():
+    small, grown = (lesion(2, 25, short_mm=mm, label="lymph_node") for mm in (8, 20))
+    gone = ("gone", 1, None, 1)
+    row = judged([gone, ("matched", 2, 2, 2)], [lesion(1, 20), small], [grown])
+    assert (row.response, row.volume_response, row.target_response) == (None, None, "CR")
+    assert "lymph node 2 was normal at baseline and is not any more" in row.response_rule
+    row = judged([*one_to_one(2)], [lesion(1, 20), small], [lesion(1, 40), grown])
+    assert row.response == "PD"
+    renamed = replace(pairs(("new", None, 3, 2))[0], relabelled=(1,))
+    for after_mm, expected in ((20, None), (40, "PD")):
+        matches = [*pairs(*one_to_one(1)), renamed]
+        row = judge_response(matches, [lesion(1, 20)], [lesion(1, after_mm), lesion(3, 12, label="cyst")], **NAMES)
+        assert row.response == expected
+    assert (
+        "lesion 3 is new or had another label"
+        in judge_response(matches[:0] + [renamed], [], [lesion(3, 12)], **NAMES).response_rule
+    )
+
+
+def test_matches_that_cannot_be_trusted_make_no_response():
+    rows = pairs(("gone", 1, None, 1), ("new", None, 1, 2))
+    row = judge_response(rows, [lesion(1, 20)], [lesion(1, 20)], **NAMES, doubt="registration is uncertain")
+    assert (row.response, row.volume_response, row.response_rule) == (None, None, "registration is uncertain")
+    # Where one of the scans has no lesion there is nothing to match.
+    row = judge_response(rows[:1], [lesion(1, 20)], [], **NAMES, doubt="registration is uncertain")
+    assert row.response == "CR"
+
+
+def test_nodes_that_were_not_measured_as_such_are_measurable_by_their_short_axis():
+    thin = lesion(1, 20, short_mm=9, measurable=True, label="lymph_node")
+    assert choose_targets([thin]) == [1]
+    assert choose_targets([thin], ["lymph_node"]) == []
+    thick = lesion(1, 12, short_mm=9, measurable=False, spacing_s_mm=5.0)
+    assert choose_targets([thick]) == [1]
+    assert choose_targets([replace(thick, spacing_s_mm=7.0)]) == []  # two slices are 14 mm
+
+
 def test_without_diameters_only_what_needs_none_is_said():
     before, after = [lesion(1), lesion(2)], [lesion(1), lesion(2)]
     row = judged(one_to_one(2), before, after)

@@ -3,7 +3,7 @@ import io
 import matplotlib.image
 import numpy as np
 import pytest
-from laws import ball, grid_around, lps, orientations, ras
+from laws import ball, centre_mm, grid_around, lps, orientations, ras
 
 from volseg.measure.lesions import measure_lesions
 from volseg.postprocess.lesions import label_lesions
@@ -88,3 +88,17 @@ def test_the_largest_lesions_are_shown_whatever_their_numbers():
     image = matplotlib.image.imread(io.BytesIO(overlay_png(scan, lesions.ids, rows, title="a")), format="png")[..., :3]
     first = outlined(image[: image.shape[0] // 3])
     assert np.ptp(np.nonzero(first)[0]) > 50  # in the first row of pictures stands the ball of 18 mm
+
+
+def test_a_label_or_case_that_looks_like_a_formula_is_text():
+    geometry = grid_around(8, ras((1, 1, 2)))
+    inside = ball(4, geometry, centre_mm(geometry))
+    scan, lesions = (
+        Volume(np.where(inside, 80, 0).astype(np.int16), geometry),
+        label_lesions(inside.astype(np.uint8), geometry),
+    )
+    rows = measure_lesions(
+        scan, lesions.ids, lesions.labels, case_id="a", label_names={1: r"$\bad{$"}, intensity_unit="HU"
+    )
+    image = matplotlib.image.imread(io.BytesIO(overlay_png(scan, lesions.ids, rows, title=r"$\frac$")), format="png")
+    assert outlined(image[..., :3]).any()

@@ -241,6 +241,7 @@ def test_a_registration_that_cannot_be_trusted_is_said_in_the_row(tmp_path):
     )
     row = tables(tmp_path / "out")[0]["p"]
     assert row["status"] == "failed" or "W_REGISTRATION" in row["warnings"]
+    assert row["response"] == ""  # lesions that may have been matched wrongly decide nothing
 
 
 @pytest.mark.parametrize(
@@ -261,6 +262,7 @@ def test_how_far_a_registration_is_trusted(registration, expected, warning):
     np.testing.assert_array_equal(placed.moved, registration.moved if expected == "rigid" else np.eye(4))
     assert warning in "; ".join(placed.warnings)
     assert bool(placed.warnings) is bool(warning)
+    assert bool(placed.doubt) is ("W_REGISTRATION" in "; ".join(placed.warnings))
 
 
 def test_the_same_scan_is_not_registered_however_it_is_packed(baseline, tmp_path):

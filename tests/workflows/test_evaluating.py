@@ -10,7 +10,7 @@ import volseg
 from volseg.cli import app
 from volseg.errors import VolsegError
 from volseg.evaluate.surface import surface_distances
-from volseg.io.nifti import write_volume
+from volseg.io.nifti import read_mask, write_volume
 from volseg.measure.lesions import LesionMeasurement, measure_lesions
 from volseg.postprocess.lesions import label_lesions
 from volseg.report.tables import write_table
@@ -62,6 +62,13 @@ def test_masks_on_different_grids_are_a_failed_row(folders, tmp_path):
     report = volseg.evaluate(reference=truth, predicted=guess, out=tmp_path / "out")
     assert report.exit_code == 3
     assert "E_PAIR" in report.failed["a"]
+    assert "mm; " in report.failed["a"] and "% of it lies within the reference" in report.failed["a"]
+    table = {row["case_id"]: row for row in rows(tmp_path / "out" / "evaluation.csv")}
+    assert (table["a"]["status"], table["a"]["reason"], table["a"]["dice"]) == ("failed", report.failed["a"], "")
+    assert {table[name]["status"] for name in "bcd"} == {"done"}
+    assert report.details["mean_dice"] == pytest.approx(
+        float(table["b"]["dice"]) / 2, abs=1e-5
+    )  # b and d, as without it
 
 
 def test_folders_without_a_common_name_are_a_wrong_request(folders, tmp_path):
@@ -163,6 +170,18 @@ def test_patients_names_and_confidence_come_from_the_dataset_and_the_results(stu
     assert all(row["confidence"] == "" for row in detections if row["side"] == "reference")
 
 
+def test_lesions_have_their_confidence_where_an_organ_is_a_label_too(study, tmp_path):
+    """Their numbers in lesions.csv leave out the organ; evaluation numbers it with them, and first, as it is the largest."""
+    data, results = study
+    for path in (*(results / "masks").iterdir(), *data.glob("*.nii.gz")):
+        mask = read_mask(path)
+        array = mask.array.copy()
+        array[:, 12:, :][array[:, 12:, :] == 0] = 2
+        write_volume(mask.with_array(array), path)
+    report = volseg.evaluate(reference=data, predicted=results, out=tmp_path / "out")
+    assert report.details["labels"]["1"]["froc"]["threshold"] == pytest.approx([0.9, 0.6, 0.4], abs=1e-6)
+
+
 def test_a_confidence_is_not_given_to_another_lesion_and_an_old_curve_goes(study, tmp_path):
     data, results = study
     volseg.evaluate(reference=data, predicted=results, out=tmp_path / "out")
@@ -207,7 +226,8 @@ def test_where_no_pair_can_be_compared_the_tables_are_empty_and_the_reasons_ther
     assert report.exit_code == 4
     assert set(report.failed) == set("abcd")
     assert report.details["mean_dice"] is None
-    assert rows(tmp_path / "out" / "evaluation.csv") == rows(tmp_path / "out" / "detections.csv") == []
+    assert [row["status"] for row in rows(tmp_path / "out" / "evaluation.csv")] == ["failed"] * 4
+    assert rows(tmp_path / "out" / "detections.csv") == []
     assert not (tmp_path / "out" / "agreement.png").exists()
 
 

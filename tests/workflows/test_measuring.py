@@ -10,7 +10,7 @@ from laws import ball, grid_around, oblique, real_data
 import volseg
 from volseg.errors import VolsegError
 from volseg.io.nifti import read_volume, write_volume
-from volseg.volume import Volume
+from volseg.volume import Geometry, Volume
 from volseg.workflows import read_label_names
 
 
@@ -175,8 +175,28 @@ def test_lesions_in_an_organ_have_a_burden(pair, tmp_path):
     assert (cyst["label_name"], cyst["lesion_id"]) == ("cyst", "1")
     assert float(case["burden"]) == pytest.approx((array == 7).sum() / (array > 0).sum(), rel=1e-5)
     assert float(case["organ_volume_ml"]) == pytest.approx((array > 0).sum() * 1.6 / 1000, rel=1e-4)
-    report = volseg.measure(image=image, mask=mask, out=tmp_path / "out", organ="spleen")
-    assert "E_LABELS" in report.failed["scan"] and "'spleen'" in report.failed["scan"]
+    for misspelt in ({"organ": "spleen"}, {"lymph_nodes": ["spleen"]}):
+        report = volseg.measure(image=image, mask=mask, out=tmp_path / "out", **misspelt)
+        assert "E_LABELS" in report.failed["scan"] and "'spleen'" in report.failed["scan"]
+    volseg.measure(image=image, mask=mask, out=tmp_path / "out", organ="9")  # that no voxel has
+    (case,) = rows(tmp_path / "out" / "cases.csv")
+    assert (case["burden"], case["organ_volume_ml"]) == ("", "")
+    assert "W_ORGAN: no voxel is 9" in case["warnings"]
+
+
+@pytest.mark.parametrize(("share", "unit"), [(0.0, "a.u."), (0.002, "a.u."), (0.05, "HU")])
+def test_a_few_voxels_below_air_do_not_make_a_scan_ct(share, unit, tmp_path):
+    values = np.random.default_rng(0).normal(100, 20, (20, 20, 20)).astype(np.float32)
+    values.ravel()[: int(share * values.size)] = -900
+    values[10, 10, 10] = -np.inf
+    np.random.default_rng(1).shuffle(values.ravel())
+    mask = np.zeros(values.shape, np.uint8)
+    mask[5:8, 5:8, 5:8] = 1
+    geometry = Geometry(values.shape, np.diag([1.0, 1.0, 2.0, 1.0]))
+    write_volume(Volume(values, geometry), tmp_path / "scan.nii.gz")
+    write_volume(Volume(mask, geometry), tmp_path / "mask.nii.gz")
+    volseg.measure(image=tmp_path / "scan.nii.gz", mask=tmp_path / "mask.nii.gz", out=tmp_path / "out")
+    assert rows(tmp_path / "out" / "lesions.csv")[0]["intensity_unit"] == unit
 
 
 def test_names_come_from_the_label_table_of_the_mask(pair, tmp_path):

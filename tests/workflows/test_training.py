@@ -15,7 +15,7 @@ from volseg.io.prepared import PreparedCase
 from volseg.recipe import Loss
 from volseg.train import watch
 from volseg.train.validate import validate
-from volseg.workflows.training import split_cases
+from volseg.workflows.training import load_prepared, split_cases
 
 
 def history(out):
@@ -196,10 +196,55 @@ def test_a_run_starts_from_the_weights_of_another_model(dataset, model, tiny_rec
         volseg.train(dataset, recipe=tiny_recipe.model_copy(update={"network": wider}), out=tmp_path / "n", init=model)
 
 
-def test_another_seed_gives_other_weights(dataset, model, tiny_recipe, tmp_path):
-    volseg.train(dataset, recipe=tiny_recipe, out=tmp_path / "m", seed=1, epochs=1, device="cpu")
-    first = next(iter(weights(model)))
-    assert not np.allclose(weights(model)[first], weights(tmp_path / "m")[first])
+def test_another_seed_gives_other_weights(dataset, tiny_recipe, tmp_path):
+    for out, seed in (("a", 0), ("b", 1), ("c", 0)):
+        volseg.train(dataset, recipe=tiny_recipe, out=tmp_path / out, seed=seed, epochs=1, device="cpu")
+    found = [next(iter(weights(tmp_path / out).values())) for out in "abc"]
+    assert torch.equal(found[0], found[2])
+    assert not torch.allclose(found[0], found[1])
+
+
+def test_the_numbers_of_the_card_are_those_of_the_weights_that_were_kept(dataset, tiny_recipe, tmp_path):
+    """One of two validation cases is watched: in the end the best and the last weights are compared on both."""
+    recipe = changed(tiny_recipe, validation_cases=1)
+    volseg.preprocess(dataset, recipe=recipe, out=tmp_path / "p")
+    volseg.train(tmp_path / "p", out=tmp_path / "m", device="cpu")
+    bundle = load_bundle(tmp_path / "m")
+    _, plan, _, cases = load_prepared(tmp_path / "p", None)
+    _, held_out = split_cases(cases, None, 0)
+    network = bundle.segmentation_network()
+    found = validate(network, held_out, bundle.recipe, plan, torch.device("cpu"), overlap=recipe.infer.overlap)
+    with (tmp_path / "m" / "validation.csv").open(newline="") as file:
+        written = {row["case_id"]: float(row["dice"]) for row in csv.DictReader(file)}
+    assert written == {row.case_id: pytest.approx(row.dice, abs=1e-4) for row in found}
+    assert "4 training cases" in (tmp_path / "m" / "card.md").read_text(encoding="utf-8")
+
+
+def test_data_that_go_bad_in_the_middle_leave_the_best_weights_until_then(dataset, tiny_recipe, tmp_path):
+    volseg.preprocess(dataset, recipe=tiny_recipe, out=tmp_path / "p")
+
+    def spoil(stage, share, detail):
+        if detail.startswith("epoch 2"):
+            for number in range(4):
+                np.load(tmp_path / "p" / "cases" / f"scan_{number}" / "image.npy", mmap_mode="r+")[:] = np.nan
+
+    report = volseg.train(tmp_path / "p", out=tmp_path / "m", device="cpu", progress=spoil)
+    assert "the loss became nan" in report.details["metrics"]["stopped"]
+    assert report.details["metrics"]["best_epoch"] <= 2
+    assert len(history(tmp_path / "m")) == 2
+    assert all(torch.isfinite(tensor).all() for tensor in weights(tmp_path / "m").values())
+
+
+def test_what_is_odd_about_the_data_is_said_before_the_first_step(dataset, tiny_recipe, tmp_path):
+    shutil.copytree(dataset, tmp_path / "data")
+    path = tmp_path / "data" / "labels" / "scan_1.nii.gz"
+    mask = read_mask(path)
+    write_volume(mask.with_array(np.zeros_like(mask.array)), path)
+    said = []
+    options = {"recipe": tiny_recipe, "epochs": 1, "device": "cpu", "announce": said.append}
+    volseg.train(tmp_path / "data", out=tmp_path / "m", progress=lambda *now: said.append(now), **options)
+    first = next(index for index, entry in enumerate(said) if entry[0] == "Training")
+    assert any("W_EMPTY" in entry for entry in said[:first] if isinstance(entry, str))
 
 
 def test_a_class_without_a_training_case_leaves_the_model_without_classifier(dataset, tiny_recipe, tmp_path):

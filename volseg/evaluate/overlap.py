@@ -19,7 +19,7 @@ class OverlapRow:
     """One label of one case. NaN is unknown and is written as an empty cell."""
 
     case_id: str = column("", "name of the case")
-    label: int = column("", "value in the mask")
+    label: int | None = column("", "value in the mask; empty for a pair of masks that could not be compared")
     label_name: str = column("", "name of that value")
     dice: float = column("0 to 1", "2 |R ∩ P| / (|R| + |P|); 0 if one mask is empty; empty if both are")
     reference_volume_ml: float = column("mL", "volume in the reference mask")
@@ -59,6 +59,8 @@ class OverlapRow:
         "", "whose scan it is; intervals are over patients; empty if the reference does not say", None
     )
     notes: str = column("", "what could not be measured, and why; empty if nothing", "")
+    status: str = column("", "done, or failed: the masks could not be compared", "done")
+    reason: str = column("", "why not, and what to do; empty if done", "")
 
 
 def evaluate_case(
@@ -182,7 +184,8 @@ def _check_same_grid(reference: Geometry, predicted: Geometry, case_id: str) -> 
     difference = reference.difference(predicted)
     if difference:
         raise ScanError(
-            f"{case_id}: the predicted mask is not on the grid of the reference: {difference}",
+            f"{case_id}: the predicted mask is not on the grid of the reference: {difference}; "
+            f"{reference.share_of(predicted):.0%} of it lies within the reference",
             fix="save the predicted mask on the grid of the reference; a mask is never moved silently",
             code="E_PAIR",
         )

@@ -550,7 +550,10 @@ def _check_labels(stored: Volume, path: Path, max_labels: int) -> int:
                 whole = np.rint(values)
                 fractions = values[np.abs(values - whole) > LABEL_TOLERANCE]
                 if fractions.size:
-                    problem = f"mask holds {fractions[0]:g}, which is not a whole number"
+                    held = ", ".join(f"{value:g}" for value in np.unique(fractions)[:5])
+                    problem = (
+                        f"mask holds {held}, which {'are no whole numbers' if ',' in held else 'is not a whole number'}"
+                    )
                     raise _refusal(path, "E_LABELS", problem, f"resample labels with nearest neighbour; or {mistaken}")
         low, high = whole.min(), whole.max()
         if low < 0 or high >= 2**53:

@@ -557,12 +557,13 @@ def _confidence(lesion: _Lesion, voxel_volume_mm3: float) -> tuple[dict[str, flo
     ids = lesion.scan.ids[box]
     near = _grown(ids == lesion.number, EXPECTED_REACH) & (ids == 0)
     doubts = np.sort(confidence[box][near]).astype(np.float64) / full
-    expected = values.sum() + doubts.sum()
+    expected = float(values.sum() + doubts.sum())
+    is_known = math.isfinite(expected)
     return {
         "confidence_mean": float(values.mean()),
         "confidence_p10": float(np.percentile(values, 10)),
-        "volume_expected_ml": float(expected) * voxel_volume_mm3 / 1000 if np.isfinite(expected) else None,
-    }, ""
+        "volume_expected_ml": expected * voxel_volume_mm3 / 1000 if is_known else None,
+    }, "" if is_known else "volume_expected_ml: the confidence round the lesion is not finite"
 
 
 def _grown(inside: np.ndarray, by: int) -> np.ndarray:
@@ -586,12 +587,14 @@ def _class(probabilities: Mapping[str, float] | None) -> tuple[dict[str, Any], s
 
 
 def summarise(
-    lesions: Sequence[LesionMeasurement], settings: Measure = AS_USUAL, *, organ_voxels_ml: float | None = None
+    lesions: Sequence[LesionMeasurement], settings: Measure, *, unit: str, organ_voxels_ml: float | None
 ) -> dict[str, Any]:
     """The columns of cases.csv that follow from the lesions of a scan.
 
     Args:
-        organ_voxels_ml: volume of the organ's own label, without the lesions in it; None where no label is the organ.
+        unit: of the intensities.
+        organ_voxels_ml: volume of the organ's own label, without the lesions in it; None where no label is the organ. An organ without
+            a voxel was not found: how much of it is lesion is then unknown.
     """
     total_ml = float(sum(lesion.volume_ml for lesion in lesions))
     targets = [lesion for lesion in lesions if lesion.recist_measurable]
@@ -599,7 +602,9 @@ def summarise(
         float((lesion.short_axis_mm if lesion.label_name in settings.lymph_nodes else lesion.long_axis_mm) or 0.0)
         for lesion in targets
     ]
-    organ_ml = None if organ_voxels_ml is None else organ_voxels_ml + total_ml
+    organ_ml = organ_voxels_ml + total_ml if organ_voxels_ml else None
+    scores = [lesion.agatston_score for lesion in lesions]
+    is_scored = settings.calcium and unit == "HU" and not any(score is None or math.isnan(score) for score in scores)
     return {
         "n_lesions": len(lesions),
         "total_volume_ml": total_ml,
@@ -613,7 +618,7 @@ def summarise(
         ),
         "organ_volume_ml": organ_ml,
         "burden": total_ml / organ_ml if organ_ml else None,
-        "agatston_score": float(sum(lesion.agatston_score or 0.0 for lesion in lesions)) if settings.calcium else None,
+        "agatston_score": float(sum(score or 0.0 for score in scores)) if is_scored else None,
     }
 
 

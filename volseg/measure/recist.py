@@ -15,6 +15,7 @@ from volseg.measure.shape import outermost_points, widest_pair
 MEASURABLE_MM = 10.0  # of the long axis
 MEASURABLE_NODE_MM = 15.0  # of the short axis of a lymph node
 THICK_SLICE_MM = 5.0  # over it a lesion must be twice as long as slices are apart
+ROUNDING_MM = 1e-4  # what a float32 affine is off by: ten voxels of 1 mm are 10 mm
 SAME_LENGTH_MM = 1e-9
 CONTOUR_PLACES = 4000  # along the long axis, at which the width is looked at
 
@@ -101,8 +102,8 @@ def is_measurable(long_mm: float, short_mm: float, slice_mm: float, *, is_node: 
         slice_mm: distance between slices.
     """
     if is_node:
-        return short_mm >= MEASURABLE_NODE_MM
-    return long_mm >= max(MEASURABLE_MM, 2 * slice_mm if slice_mm > THICK_SLICE_MM else 0.0)
+        return short_mm >= MEASURABLE_NODE_MM - ROUNDING_MM
+    return long_mm >= max(MEASURABLE_MM, 2 * slice_mm if slice_mm > THICK_SLICE_MM + ROUNDING_MM else 0.0) - ROUNDING_MM
 
 
 def choose_targets(

@@ -201,10 +201,21 @@ def choose_targets(lesions: Sequence[LesionMeasurement], lymph_nodes: Collection
     measured = [
         (size, lesion)
         for lesion in sorted(lesions, key=lambda lesion: lesion.lesion_id)
-        if lesion.recist_measurable and (size := diameter_mm(lesion, lymph_nodes))
+        if _is_measurable(lesion, lymph_nodes) and (size := diameter_mm(lesion, lymph_nodes))
     ]
     chosen = recist.choose_targets([size for size, _ in measured], [label_of(lesion) for _, lesion in measured])
     return sorted(measured[at][1].lesion_id for at in chosen)
+
+
+def _is_measurable(lesion: LesionMeasurement, lymph_nodes: Collection[str]) -> bool:
+    """As it was measured, unless its label was not known as lymph nodes then and is now, or the other way round."""
+    long_mm, short_mm, slice_mm = (
+        _known(value) for value in (lesion.long_axis_mm, lesion.short_axis_mm, lesion.spacing_s_mm)
+    )
+    is_node = is_lymph_node(lesion, lymph_nodes)
+    if is_node or (long_mm is not None and slice_mm is not None):
+        return recist.is_measurable(long_mm or 0.0, short_mm or 0.0, slice_mm or 0.0, is_node=is_node)
+    return bool(lesion.recist_measurable)
 
 
 def lesion_changes(
@@ -260,6 +271,7 @@ def judge_response(
     baseline_case: str,
     followup_case: str,
     lymph_nodes: Collection[str] = (),
+    doubt: str = "",
 ) -> PatientResponse:
     """The row of a patient: response by RECIST 1.1 with the rule that decided, sums, volumes and counts.
 
@@ -267,6 +279,7 @@ def judge_response(
 
     Args:
         lymph_nodes: labels, by name or value, whose lesions count by their short axis and are normal under 10 mm.
+        doubt: why the matches cannot be trusted; then there is no response, for that is the reason. Empty if they can.
 
     Source: RECIST 1.1, sections 4.3 and 4.4, tables 1 and 2.
     """
@@ -274,22 +287,25 @@ def judge_response(
     groups = _groups(matches, baseline, followup, lymph_nodes)
     of_targets = [group for group in groups if any(lesion.lesion_id in (targets or ()) for lesion in group.before)]
     others = [group for group in groups if group.before and group not in of_targets and not group.was_normal]
+    relabelled = {match.group for match in matches if match.relabelled}
+    # Where the baseline does not reach counts as new too (section 4.3.5); under another label it may have been there before.
     new = [
         lesion
         for group in groups
-        if group.status == "new"
+        if group.status in ("new", "outside") and group.number not in relabelled
         for lesion in group.after
         if not _is_normal(lesion, lymph_nodes)
     ]
+    verdict = _Verdict(new, _unclear(groups, relabelled, lymph_nodes), doubt if baseline and followup else "")
     chosen = [lesion for lesion in baseline if lesion.lesion_id in (targets or ())]
     sums = _Sums.of(chosen, of_targets, lambda lesion: diameter_mm(lesion, lymph_nodes)) if chosen else None
     volumes = _Sums.of(chosen, of_targets, lambda lesion: _known(lesion.volume_ml)) if chosen else None
     is_gone = all(group.is_gone for group in of_targets)
     target = None if sums is None else _target_response(sums, SIZE, is_gone=is_gone)
     non_target = _non_target_response(others)
-    response, rule = _decide(target, non_target, new, sums, targets_are_known=targets is not None)
+    response, rule = verdict.of(target, non_target, sums, targets_are_known=targets is not None)
     by_volume = None if volumes is None else _target_response(volumes, VOLUME, is_gone=is_gone)
-    volume_response, _ = _decide(by_volume, non_target, new, None, targets_are_known=targets is not None)
+    volume_response, _ = verdict.of(by_volume, non_target, None, targets_are_known=targets is not None)
     n_outside = sum(group.status == "outside" for group in groups)
     total_before, total_after = (sum(lesion.volume_ml for lesion in lesions) for lesions in (baseline, followup))
     change_ml, change_percent = (None, None) if n_outside else _change(total_before, total_after)
@@ -345,10 +361,13 @@ class _Group:
         return all(_is_normal(lesion, self.lymph_nodes) for lesion in self.before)
 
     @property
+    def is_normal(self) -> bool:
+        return all(_is_normal(lesion, self.lymph_nodes) for lesion in self.after)
+
+    @property
     def is_gone(self) -> bool:
         """Whether nothing is left of it; a lymph node may be there, if it is of normal size."""
-        are_normal = all(_is_normal(lesion, self.lymph_nodes) for lesion in self.after)
-        return self.status == "gone" or (bool(self.after) and are_normal)
+        return self.status == "gone" or (bool(self.after) and self.is_normal)
 
 
 def _groups(
@@ -397,11 +416,18 @@ VOLUME = _Limits(0.7**3 - 1, 1.2**3 - 1, 0.0)  # of balls whose diameters change
 
 @dataclass(frozen=True, slots=True)
 class _Sums:
-    """Sum over the targets at both times, None where one of them is unknown; `least` is that of those that are known."""
+    """Sum over the targets at both times.
+
+    Args:
+        after: None where one of them is not known, or is cut off by the border of its scan.
+        least: of those that are known, and of the parts that are seen.
+        is_least_before: whether one of them is cut off at baseline, so that the sum is a lower bound.
+    """
 
     before: float
     after: float | None
     least: float
+    is_least_before: bool
 
     @classmethod
     def of(
@@ -412,23 +438,32 @@ class _Sums:
     ) -> _Sums:
         after = [size(lesion) for group in groups for lesion in group.after]
         least = sum(value for value in after if value is not None)
-        is_known = None not in after and not any(group.status == "outside" for group in groups)
-        return cls(sum(size(lesion) or 0.0 for lesion in targets), least if is_known else None, least)
+        is_cut = any(lesion.touches_border for group in groups for lesion in group.after)
+        is_known = None not in after and not is_cut and not any(group.status == "outside" for group in groups)
+        return cls(
+            sum(size(lesion) or 0.0 for lesion in targets),
+            least if is_known else None,
+            least,
+            any(lesion.touches_border for lesion in targets),
+        )
 
     @property
     def change(self) -> tuple[float | None, float | None]:
-        return _change(self.before, self.after)
+        return (None, None) if self.is_least_before else _change(self.before, self.after)
 
 
 def _target_response(sums: _Sums, limits: _Limits, *, is_gone: bool) -> str:
     if is_gone:
         return "CR"
     rise = sums.least - sums.before
-    if rise >= limits.progression * sums.before - ROUNDING and rise >= limits.least_rise - ROUNDING:
+    has_grown = rise >= limits.progression * sums.before - ROUNDING and rise >= limits.least_rise - ROUNDING
+    if has_grown and not sums.is_least_before:
         return "PD"  # whatever the targets that are not known have become
     if sums.after is None:
         return "NE"
-    return "PR" if rise <= limits.partial * sums.before + ROUNDING else "SD"
+    if rise <= limits.partial * sums.before + ROUNDING:
+        return "PR"  # the more so if there was more at baseline than was seen
+    return "NE" if sums.is_least_before else "SD"
 
 
 def _non_target_response(groups: Sequence[_Group]) -> str | None:
@@ -439,20 +474,51 @@ def _non_target_response(groups: Sequence[_Group]) -> str | None:
     return "NE" if any(group.status == "outside" for group in groups) else "CR"
 
 
-def _decide(
-    target: str | None,
-    non_target: str | None,
-    new: Sequence[LesionMeasurement],
-    sums: _Sums | None,
-    *,
-    targets_are_known: bool,
+def _unclear(groups: Sequence[_Group], relabelled: Collection[int], lymph_nodes: Collection[str]) -> str:
+    """What keeps anything but progression from being said; empty if nothing does."""
+    found = []
+    grown = [group for group in groups if group.before and group.was_normal and group.after and not group.is_normal]
+    if grown:
+        listed = ", ".join(str(lesion.lesion_id) for group in grown for lesion in group.after)
+        found.append(f"lymph node {listed} was normal at baseline and is not any more: say whether that is new disease")
+    named = [lesion for group in groups if group.number in relabelled and not group.before for lesion in group.after]
+    if named := [str(lesion.lesion_id) for lesion in named if not _is_normal(lesion, lymph_nodes)]:
+        found.append(f"lesion {', '.join(named)} is new or had another label at baseline: say which")
+    return "; ".join(found)
+
+
+@dataclass(frozen=True, slots=True)
+class _Verdict:
+    """What the overall response depends on besides targets and other lesions.
+
+    Args:
+        new: lesions that count as new.
+        unclear: what keeps anything but progression from being said. doubt: what keeps everything from being said.
+    """
+
+    new: Sequence[LesionMeasurement]
+    unclear: str
+    doubt: str
+
+    def of(
+        self, target: str | None, non_target: str | None, sums: _Sums | None, *, targets_are_known: bool
+    ) -> tuple[str | None, str]:
+        """Response and the rule that decided. `non_target` is of all lesions where the targets are not known."""
+        if self.doubt:
+            return None, self.doubt
+        if self.new:
+            listed = ", ".join(f"{lesion.lesion_id} ({_size_text(lesion)})" for lesion in self.new)
+            return "PD", f"PD: new lesion{'s' * (len(self.new) > 1)} {listed}"
+        found, rule = _overall(target, non_target, sums, targets_are_known=targets_are_known)
+        return (None, self.unclear) if self.unclear and found != "PD" else (found, rule)
+
+
+def _overall(
+    target: str | None, non_target: str | None, sums: _Sums | None, *, targets_are_known: bool
 ) -> tuple[str | None, str]:
-    """Response and the rule that decided. `non_target` is of all lesions where the targets are not known."""
-    if new:
-        listed = ", ".join(f"{lesion.lesion_id} ({_size_text(lesion)})" for lesion in new)
-        return "PD", f"PD: new lesion{'s' * (len(new) > 1)} {listed}"
+    """Of a patient without new lesions."""
     if target is None and non_target is None:
-        return "NE", "NE: no lesion at baseline and none at follow-up, so nothing can respond"
+        return "NE", "NE: no lesion of disease at baseline and no new one, so nothing can respond"
     if {target, non_target} <= {"CR", None}:
         return "CR", "CR: all lesions of the baseline are gone, and no lesion is new"
     if not targets_are_known:
@@ -474,7 +540,7 @@ _WHY = {
     "PD": "PD from +20 % and +5 mm over the nadir, which is the baseline, as there are two time points",
     "PR": "PR from −30 %",
     "SD": "neither −30 % (PR) nor +20 % and +5 mm (PD) over the nadir, which is the baseline, as there are two time points",
-    "NE": "a target lies where the follow-up does not reach, or has no diameter there",
+    "NE": "a target lies where the follow-up does not reach, is cut off by the border of a scan, or has no diameter there",
 }
 
 
@@ -482,10 +548,16 @@ def _sum_text(sums: _Sums | None) -> str:
     if sums is None:
         return ""
     if sums.after is None:
-        return f"sum of target diameters {sums.before:.1f} mm → at least {sums.least:.1f} mm"
+        return f"sum of target diameters {_before_text(sums)} → at least {sums.least:.1f} mm"
+    text = f"sum of target diameters {_before_text(sums)} → {sums.after:.1f} mm"
     change, percent = sums.change
-    text = f"sum of target diameters {sums.before:.1f} mm → {sums.after:.1f} mm: {change:+.1f} mm, {percent:+.1f} %"
+    if change is not None and percent is not None:
+        text += f": {change:+.1f} mm, {percent:+.1f} %"
     return text.replace("-", "−")
+
+
+def _before_text(sums: _Sums) -> str:
+    return f"{'at least ' if sums.is_least_before else ''}{sums.before:.1f} mm"
 
 
 def _size_text(lesion: LesionMeasurement) -> str:
@@ -511,7 +583,7 @@ def _warnings(
     if new and not any(size is None or size >= recist.MEASURABLE_MM for size in sizes):
         found.append("W_NEW: every new lesion is under 10 mm; RECIST asks that a new lesion be unequivocal: look at it")
     if any(match.relabelled for match in matches):
-        found.append("W_LABEL: a lesion overlaps one of another label, and counts as gone or new")
+        found.append("W_LABEL: a lesion overlaps one of another label; it counts as gone, and not as new")
     for group in of_targets:
         joined = [lesion.lesion_id for lesion in group.before if lesion not in targets]
         if joined:
@@ -521,7 +593,7 @@ def _warnings(
             )
     if any(match.status == "outside" for match in matches):
         found.append(
-            "W_OUTSIDE: lesions lie where the other scan does not reach; neither gone nor new can be said of them"
+            "W_OUTSIDE: lesions lie where the other scan does not reach; those of the follow-up count as new (RECIST 1.1, section 4.3.5)"
         )
     if any(lesion.touches_border for lesion in (*baseline, *followup)):
         found.append("W_BORDER: a lesion touches the border of its scan, so its size is a lower bound")

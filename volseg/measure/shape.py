@@ -111,6 +111,7 @@ def axes_mm(inside: np.ndarray, matrix: np.ndarray) -> tuple[float, float, float
         )
     covariance = (products - np.outer(sums, sums) / n) / (n - 1)
     values = np.linalg.eigvalsh(matrix @ covariance @ matrix.T)
+    values[values < 1e-12 * values[-1]] = 0  # a lesion of one slice has no depth, however its grid is turned
     least, minor, major = (4 * np.sqrt(np.maximum(values, 0))).tolist()
     return major, minor, least
 

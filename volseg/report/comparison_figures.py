@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 
 import numpy as np
@@ -14,6 +13,7 @@ from scipy import ndimage
 from volseg.measure.response import LesionChange
 from volseg.preprocess.align import index_matrix, resampled_onto
 from volseg.preprocess.crop import AxisOrder, canonical_geometry, to_canonical
+from volseg.report.figures import png_bytes
 from volseg.volume import BoundingBox, Geometry, Volume
 
 REACH_MM = 40.0  # shown to each side of the lesion
@@ -128,9 +128,7 @@ def _draw(
             plot.set_title(f"{time}, {name}", color="white", fontsize=8, loc="left")
             _label(plot, left, right, horizontal)
     figure.suptitle(f"{title}: {caption}\ngreen: baseline   orange: follow-up", color="white", fontsize=9)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=100, facecolor="black", metadata={"Software": None})
-    return buffer.getvalue()
+    return png_bytes(figure, "black")
 
 
 def _window(picture: np.ndarray, centre: np.ndarray, spacing_mm: tuple[float, float, float]) -> tuple[float, float]:

@@ -10,6 +10,7 @@ from typing import Protocol
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 
 from volseg.measure.lesions import LesionMeasurement
 from volseg.preprocess.crop import AxisOrder, canonical_geometry, to_canonical
@@ -192,6 +193,8 @@ def comparison_png(
 
 
 def png_bytes(figure: Figure, colour: str, dpi: int = 100) -> bytes:
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)  # a label may be named $x$, and is no formula
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=dpi, facecolor=colour, metadata={"Software": None})
     return buffer.getvalue()

@@ -5,17 +5,17 @@ from __future__ import annotations
 import base64
 import gzip
 import hashlib
-import json
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib import resources
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2.utils import htmlsafe_json_dumps
 from markupsafe import Markup
 
 from volseg import __version__
@@ -143,7 +143,7 @@ def viewer_html(
         remark += (
             f" {preview.not_drawn} lesions are too small beside others, or too many, to be drawn at this resolution."
         )
-    table = lesion_table(rows, name="lesions", shown=VIEWER_COLUMNS)
+    table = lesion_table(rows, shown=VIEWER_COLUMNS)
     points = lesion_points(preview, rows)
     content = {
         "table": table.content,
@@ -195,7 +195,6 @@ def report_html(
     montages: Mapping[str, bytes],
     pages: Iterable[str],
     remarks: Sequence[str] = (),
-    more: Sequence[PageTable] = (),
     digest: str = "",
 ) -> str:
     """The page of a run: failures, distributions, a table of scans and one of lesions.
@@ -206,30 +205,34 @@ def report_html(
         montages: case id → JPEG.
         pages: ids of the cases that have a viewer page.
         remarks: sentences to be read before the numbers.
-        more: further tables, such as of a comparison of two time points; they come before the others.
         digest: what the page was made from, kept in it.
     """
     height, pictures, unpictured = _fitting(montages)
+    n_pending = sum(case.get("status") == "pending" for case in cases)
+    failed = [_failure(case["case_id"], case) for case in cases if case.get("status") == "failed"]
+    linked = sorted(pages)
     remarks = [
+        *([f"{n_pending} scans have not been reached yet: run the same command again to go on."] if n_pending else []),
         *remarks,
         *([f"{unpictured} scans have no picture here, to keep this page small."] if unpictured else []),
     ]
-    scans = scan_table(cases, with_pictures=bool(pictures))
-    plain = [scans, *more]
-    left = MAX_PAGE_BYTES - RESERVED_BYTES - sum(_size(table.content) for table in plain) - _size(pictures)
-    tables = [*more, scans, _fitting_lesions(lesions, left)]
-    failed = [_failure(case) for case in cases if case.get("status") == "failed"]
-    n_pending = sum(case.get("status") == "pending" for case in cases)
-    if n_pending:
-        remarks = [f"{n_pending} scans have not been reached yet: run the same command again to go on.", *remarks]
-    script = _script("table.js", "report.js")
-    made_with = [f"volseg {about.get('volseg') or __version__}", about.get("model"), about.get("started")]
-    return _page(
-        "report.html.jinja",
-        scripts=(script,),
-        title=f"volseg {about.get('command') or 'results'}: {_counted(len(cases), 'scan')}",
-        made_with=[text for text in made_with if text],
-        digest=digest,
+    left = MAX_PAGE_BYTES - RESERVED_BYTES - sum(map(_size, (pictures, linked, failed, remarks)))
+    scans = scan_table(cases, with_pictures=bool(pictures), max_bytes=left // 2)
+    table = fitting_table(
+        "lesions",
+        "Lesions",
+        LesionMeasurement,
+        lesions,
+        shown=LESION_COLUMNS,
+        needed=("label", "intensity_unit"),
+        max_bytes=left - _size(scans.content),
+        file="lesions.csv",
+        rank=lambda lesion: -(lesion.get("volume_ml") or 0),
+        kept="largest",
+    )
+    return _run_page(
+        f"volseg {about.get('command') or 'results'}: {_counted(len(cases), 'scan')}",
+        about,
         failed=failed,
         n_cases=len(cases),
         what="scans",
@@ -237,12 +240,11 @@ def report_html(
         remarks=remarks,
         facts=_facts(cases, lesions),
         plots=_plots(lesions),
-        tables=tables,
-        pages=sorted(pages),
+        tables=[scans, table],
+        pages=linked,
         pictures=pictures,
         picture_height=height,
-        limits="Made for research; not a medical device.",
-        script=Markup(script),  # noqa: S704
+        digest=digest,
     )
 
 
@@ -255,34 +257,32 @@ def comparison_html(
         about: of the run: `command`, `volseg`, `started`.
         patients, lesions: rows of response.csv and of comparison.csv.
     """
-    script = _script("table.js", "report.js")
     responses = Counter(row.get("response") or "not evaluable" for row in patients if row.get("status") == "done")
-    left = MAX_PAGE_BYTES - RESERVED_BYTES
-    tables = [page_table("patients", "Patients", PatientResponse, patients, shown=RESPONSE_COLUMNS)]
-    changes = page_table("changes", "Lesions at both times", LesionChange, lesions, shown=CHANGE_COLUMNS)
-    if _size(changes.content) > left - _size(tables[0].content):
-        remark = "Only the most important columns, to keep this page small; comparison.csv has them all."
-        changes = page_table(
-            "changes",
-            "Lesions at both times",
-            LesionChange,
-            lesions,
-            shown=CHANGE_COLUMNS,
-            only=CHANGE_COLUMNS,
-            remark=remark,
-        )
     n_pending = sum(row.get("status") == "pending" for row in patients)
-    return _page(
-        "report.html.jinja",
-        scripts=(script,),
-        title=f"volseg compare: {_counted(len(patients), 'patient')}",
-        made_with=[text for text in (f"volseg {about.get('volseg') or __version__}", about.get("started")) if text],
-        digest="",
-        failed=[
-            _failure({"case_id": row["patient"], "reason": row.get("reason")})
-            for row in patients
-            if row.get("status") == "failed"
-        ],
+    failed = [_failure(row["patient"], row) for row in patients if row.get("status") == "failed"]
+    left = MAX_PAGE_BYTES - RESERVED_BYTES - _size(failed)
+    table = fitting_table(
+        "patients",
+        "Patients",
+        PatientResponse,
+        patients,
+        shown=RESPONSE_COLUMNS,
+        max_bytes=left // 2,
+        file="response.csv",
+    )
+    changes = fitting_table(
+        "changes",
+        "Lesions at both times",
+        LesionChange,
+        lesions,
+        shown=CHANGE_COLUMNS,
+        max_bytes=left - _size(table.content),
+        file="comparison.csv",
+    )
+    return _run_page(
+        f"volseg compare: {_counted(len(patients), 'patient')}",
+        about,
+        failed=failed,
         n_cases=len(patients),
         what="patients",
         files="response.csv and comparison.csv",
@@ -293,30 +293,51 @@ def comparison_html(
             ("New lesions", str(sum(row.get("n_new") or 0 for row in patients))),
             ("Lesions gone", str(sum(row.get("n_gone") or 0 for row in patients))),
         ],
-        plots=[],
-        tables=[*tables, changes],
-        pages=[],
-        pictures={},
-        picture_height=0,
-        limits="Made for research; not a medical device.",
-        script=Markup(script),  # noqa: S704
+        tables=[table, changes],
     )
 
 
-def lesion_table(
-    lesions: Sequence[Mapping[str, Any]],
+def _run_page(
+    title: str,
+    about: Mapping[str, Any],
     *,
-    name: str = "lesions",
-    shown: Sequence[str] = LESION_COLUMNS,
-    remark: str = "",
-) -> PageTable:
+    facts: Sequence[tuple[str, str]],
+    tables: Sequence[PageTable],
+    plots: Sequence[Markup] = (),
+    pages: Sequence[str] = (),
+    pictures: Mapping[str, str] | None = None,
+    picture_height: int = 0,
+    digest: str = "",
+    **texts: Any,
+) -> str:
+    script = _script("table.js", "report.js")
+    made_with = [f"volseg {about.get('volseg') or __version__}", about.get("model"), about.get("started")]
+    return _page(
+        "report.html.jinja",
+        scripts=(script,),
+        title=title,
+        made_with=[text for text in made_with if text],
+        facts=facts,
+        tables=tables,
+        plots=plots,
+        pages=pages,
+        pictures=pictures or {},
+        picture_height=picture_height,
+        digest=digest,
+        limits="Made for research; not a medical device.",
+        script=Markup(script),  # noqa: S704
+        **texts,
+    )
+
+
+def lesion_table(lesions: Sequence[Mapping[str, Any]], *, shown: Sequence[str] = LESION_COLUMNS) -> PageTable:
     """A row per lesion, with all columns of lesions.csv."""
-    return page_table(name, "Lesions", LesionMeasurement, lesions, shown=shown, remark=remark)
+    return page_table("lesions", "Lesions", LesionMeasurement, lesions, shown=shown)
 
 
-def scan_table(cases: Sequence[Mapping[str, Any]], *, with_pictures: bool) -> PageTable:
+def scan_table(cases: Sequence[Mapping[str, Any]], *, with_pictures: bool, max_bytes: int) -> PageTable:
     """A row per scan; its column of pictures is filled by the page."""
-    table = page_table("scans", "Scans", CaseRow, cases, shown=SCAN_COLUMNS)
+    table = fitting_table("scans", "Scans", CaseRow, cases, shown=SCAN_COLUMNS, max_bytes=max_bytes, file="cases.csv")
     if not with_pictures:
         return table
     picture = {
@@ -327,9 +348,7 @@ def scan_table(cases: Sequence[Mapping[str, Any]], *, with_pictures: bool) -> Pa
     }
     columns = [table.content["columns"][0], picture, *table.content["columns"][1:]]
     rows = [[row[0], "", *row[1:]] for row in table.content["rows"]]
-    return PageTable(
-        name=table.name, caption=table.caption, content=dict(table.content) | {"columns": columns, "rows": rows}
-    )
+    return replace(table, content=dict(table.content) | {"columns": columns, "rows": rows})
 
 
 def page_table(
@@ -349,10 +368,12 @@ def page_table(
         shown: columns that come first, and are seen at first where any row knows them. The others can be chosen.
         only: leave the other columns out.
     """
+    units = {row.get("intensity_unit") for row in rows}
+    if len(units) > 1 and "intensity_unit" not in shown:  # a number's unit is then in its row
+        shown = (*shown, "intensity_unit")
     columns = [column for column in columns_of(row_type) if only is None or column[0] in only]
     columns.sort(key=lambda column: shown.index(column[0]) if column[0] in shown else len(shown))
-    units = {row.get("intensity_unit") for row in rows}
-    own_unit = (units.pop() if len(units) == 1 else None) or "intensity_unit"
+    own_unit = (units.pop() if len(units) == 1 else None) or ""
     values = [[_number(row.get(column[0])) for column in columns] for row in rows]
     content = {
         "name": name,
@@ -377,25 +398,38 @@ def _says_something(column: str, values: Sequence[Any]) -> bool:
     return len(known) > 1 if column == "label_name" else bool(known)  # one name all over says nothing of a row
 
 
-def _fitting_lesions(lesions: Sequence[Mapping[str, Any]], max_bytes: int) -> PageTable:
-    """All columns if they fit, else the important ones, else of the largest lesions only."""
-    table = lesion_table(lesions)
+def fitting_table(
+    name: str,
+    caption: str,
+    row_type: type,
+    rows: Sequence[Mapping[str, Any]],
+    *,
+    shown: Sequence[str],
+    max_bytes: int,
+    file: str,
+    needed: Sequence[str] = (),
+    rank: Callable[[Mapping[str, Any]], float] = lambda row: 0,
+    kept: str = "first",
+) -> PageTable:
+    """All columns if they fit, else the important ones, else of some rows only.
+
+    Args:
+        shown, needed: the important columns; of those that are only needed nothing is seen at first.
+        max_bytes: in which the table has to fit; of a table of which not even one row fits the columns remain.
+        file: that has all of it. rank: of a row; rows of a lower one stay sooner, and `kept` says which these are.
+    """
+    table = page_table(name, caption, row_type, rows, shown=shown)
     if _size(table.content) <= max_bytes:
         return table
-    only = (*LESION_COLUMNS, "label", "intensity_unit")
-    rows, remark = lesions, "Only the most important columns, to keep this page small; lesions.csv has them all."
+    some, remark = rows, f"Only the most important columns, to keep this page small; {file} has them all."
     while True:
-        table = page_table(
-            "lesions", "Lesions", LesionMeasurement, rows, shown=LESION_COLUMNS, only=only, remark=remark
-        )
+        table = page_table(name, caption, row_type, some, shown=shown, only=(*shown, *needed), remark=remark)
         size = _size(table.content)
-        if size <= max_bytes or not rows:
+        if size <= max_bytes or not some:
             return table
-        kept = int(len(rows) * 0.95 * max_bytes / size)
-        rows = sorted(lesions, key=lambda lesion: -(lesion.get("volume_ml") or 0))[:kept]
-        remark = (
-            f"The {kept} largest of {len(lesions)} lesions and their most important columns; lesions.csv has them all."
-        )
+        n = max(0, int(len(some) * 0.95 * max_bytes / size))
+        some = sorted(rows, key=rank)[:n]
+        remark = f"The {n} {kept} of {len(rows)} rows and their most important columns; {file} has them all."
 
 
 def _fitting(montages: Mapping[str, bytes]) -> tuple[int, dict[str, str], int]:
@@ -444,11 +478,11 @@ def _plots(lesions: Sequence[Mapping[str, Any]]) -> list[Markup]:
     return [plot for plot in plots if plot is not None]
 
 
-def _failure(case: Mapping[str, Any]) -> tuple[str, str, str]:
-    """(case id, code, reason) of a failed case."""
-    reason = case.get("reason") or "no reason is known"
+def _failure(name: str, row: Mapping[str, Any]) -> tuple[str, str, str]:
+    """(its name, code, reason) of what failed."""
+    reason = row.get("reason") or "no reason is known"
     found = re.fullmatch(r"([EW]_[A-Z_]+): (.*)", reason, flags=re.DOTALL)
-    return (case["case_id"], found[1], found[2]) if found else (case["case_id"], "", reason)
+    return (name, found[1], found[2]) if found else (name, "", reason)
 
 
 def _axes(lesion: Mapping[str, Any]) -> list[list[tuple[float, float, float]]]:
@@ -545,5 +579,5 @@ def _base64(data: bytes) -> str:
 
 
 def _size(content: Any) -> int:
-    """Bytes of a JSON island, with room for what HTML escapes."""
-    return int(len(json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode()) * 1.02)
+    """Bytes of it as a JSON island, in which HTML's own characters are escaped."""
+    return len(htmlsafe_json_dumps(content, **_environment().policies["json.dumps_kwargs"]).encode())

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
 from volseg.errors import ScanError, VolsegError
+from volseg.io.cases import ID_PATTERN
 from volseg.io.files import sha256_of
 from volseg.measure.lesions import CaseRow, LesionMeasurement
 from volseg.report.results import RECORDS
@@ -48,7 +50,7 @@ def case_ids(results: Path) -> list[str]:
     found = {path.stem for path in (results / RECORDS).glob("*.json")}
     try:
         with (results / "cases.csv").open(newline="", encoding="utf-8") as file:
-            found |= {row["case_id"] for row in csv.DictReader(file)}
+            found |= {row["case_id"] for row in csv.DictReader(file) if re.fullmatch(ID_PATTERN, row["case_id"])}
     except (OSError, ValueError, KeyError, csv.Error):
         pass  # the records are what counts; the table is made from them
     return sorted(found)
@@ -89,14 +91,16 @@ def read_record(results: Path, case_id: str) -> CaseRecord:
         ) from error
 
 
-def file_of(results: Path, record: CaseRecord, folder: str) -> Path:
+def file_of(results: Path, case_id: str, files: Mapping[str, str], folder: str) -> Path:
     """The file of a case in `folder`, such as lesion_ids, as it was when its numbers were taken.
+
+    Args:
+        files: of its record: path in the results folder → SHA-256.
 
     Raises:
         ScanError: there is none, or it is another one by now.
     """
-    names = [name for name in record.files if name.startswith(f"{folder}/")]
-    case_id = record.case.case_id
+    names = [name for name in files if name.startswith(f"{folder}/")]
     if not names or not (results / names[0]).is_file():
         raise ScanError(
             f"{results}: case {case_id!r} has no file in {folder}/",
@@ -104,7 +108,7 @@ def file_of(results: Path, record: CaseRecord, folder: str) -> Path:
             code="E_RECORD",
         )
     path = results / names[0]
-    if sha256_of(path) != record.files[names[0]]:
+    if sha256_of(path) != files[names[0]]:
         raise ScanError(
             f"{path}: was changed since the case was measured",
             fix="run the command that made the folder again",

@@ -13,7 +13,7 @@ from typing import Any, Self
 
 from filelock import FileLock, Timeout
 
-from volseg.errors import EnvironmentProblem
+from volseg.errors import EnvironmentProblem, VolsegError
 from volseg.io.files import TEMPORARY_PREFIX, sha256_of, write_json_atomic
 from volseg.measure.lesions import CaseRow, LesionMeasurement
 from volseg.report.tables import write_table
@@ -67,7 +67,21 @@ class RecordFolder:
         self._held = held(path, self._records)
 
     def __enter__(self) -> Self:
+        """Hold the folder.
+
+        Raises:
+            VolsegError: another kind of command wrote it; its files would be lost.
+        """
         self._held.__enter__()
+        name = next((path.stem for path in sorted(self._records.glob("*.json"))), None)
+        record = None if name is None else self._read(name)
+        if record is not None and self.row not in record:
+            self._held.__exit__(None, None, None)
+            raise VolsegError(
+                f"{self.path}: {'is the folder of a comparison' if self.row == 'case' else 'holds the results of scans'}",
+                fix="give another folder",
+                code="E_USAGE",
+            )
         return self
 
     def __exit__(

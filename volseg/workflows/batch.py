@@ -140,6 +140,12 @@ def done_row(
     warnings = [f"{warning.code}: {warning.text}" for warning in oddities]
     if scan.array.dtype.kind == "f" and not np.isfinite(scan.array).all():
         warnings.append("W_NAN: some voxels are not finite; lesions that hold one have no intensities")
+    if organ_voxels == 0:
+        warnings.append(f"W_ORGAN: no voxel is {settings.organ}, so its volume and the burden are unknown")
+    if settings.calcium and any(lesion.agatston_score is None for lesion in lesions):
+        warnings.append("W_CALCIUM: a lesion has no score, its notes say why, so the scan has none")
+    elif settings.calcium and unit != "HU":
+        warnings.append(f"W_CALCIUM: calcium is scored in HU, not in {unit}")
     if any(lesion.touches_border for lesion in lesions):
         warnings.append("W_BORDER: a lesion touches the border of the scan, so its volume is a lower bound")
     return CaseRow(
@@ -148,6 +154,7 @@ def done_row(
         **summarise(
             lesions,
             settings,
+            unit=unit,
             organ_voxels_ml=None if organ_voxels is None else organ_voxels * scan.geometry.voxel_volume_mm3 / 1000,
         ),
         image=path.name,

@@ -363,7 +363,7 @@ def _compare_pair(pair: _Pair, settings: CompareSettings, results: ComparisonFol
     )
     rule: dict[str, Any] = pair.names | {"lymph_nodes": settings.lymph_nodes}
     rows = lesion_changes(matches, before.lesions, after.lesions, **rule)
-    response = judge_response(matches, before.lesions, after.lesions, **rule)
+    response = judge_response(matches, before.lesions, after.lesions, doubt=placed.doubt, **rule)
     warnings = [*placed.warnings, *_differences(before, after), *([response.warnings] if response.warnings else [])]
     if settings.registration or settings.figures:
         warnings += [side.change for side in (before, after) if side.change]
@@ -394,7 +394,7 @@ def _read_side(time_: str, folder: Path, case: str, scans: Path | None) -> _Side
             code="E_RECORD",
         )
     lesions = sorted(record.lesions, key=lambda lesion: lesion.lesion_id)
-    path = file_of(folder, record, "lesion_ids")
+    path = file_of(folder, case, record.files, "lesion_ids")
     ids = read_mask(path, max_labels=len(lesions) + 1000)
     if [lesion.lesion_id for lesion in lesions] != list(range(1, int(ids.array.max()) + 1)):
         raise ScanError(
@@ -427,11 +427,15 @@ def _scan_path(record: CaseRecord, scans: Path | None) -> Path | None:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Placement:
-    """How the patient lies in the later scan: (4, 4) RAS mm, and what the row says about it."""
+    """How the patient lies in the later scan: (4, 4) RAS mm, and what the row says about it.
+
+    `doubt` is why lesions matched by it cannot be trusted; empty if they can.
+    """
 
     moved: np.ndarray
     columns: Mapping[str, Any]
     warnings: Sequence[str] = ()
+    doubt: str = ""
 
 
 def _place(before: _Side, after: _Side, settings: CompareSettings) -> Placement:
@@ -452,24 +456,31 @@ def as_far_as_trusted(found: Registration, points_mm: np.ndarray) -> Placement:
     apart_mm = found.disagreement_mm(points_mm)
     error_mm = None if apart_mm is None else float(apart_mm.max())
     similarity = {"similarity_before": found.similarity_before, "similarity_after": found.similarity_after}
-    warnings = []
+    warnings, doubt = [], ""
     if not found.is_better:
         if shift_mm > SAME_PLACE_MM:
-            warnings.append(
-                "W_REGISTRATION: the scans are nowhere more alike than where their headers place them, "
-                "so world coordinates were taken as they are"
-            )
-        return Placement(np.eye(4), {"registration": "none", "moved_mm": 0.0, "turned_deg": 0.0} | similarity, warnings)
+            doubt = "the scans are nowhere more alike than where their headers place them"
+            warnings.append(f"W_REGISTRATION: {doubt}, so world coordinates were taken as they are")
+        columns = {"registration": "none", "moved_mm": 0.0, "turned_deg": 0.0} | similarity
+        return Placement(np.eye(4), columns, warnings, _no_response(doubt))
     if shift_mm > MAX_MOVED_MM or found.turned_deg > MAX_TURNED_DEG:
         warnings.append(
             f"W_MOVED: registration moved a lesion by {shift_mm:.0f} mm and turned the scan by {found.turned_deg:.0f}°, "
             f"over {MAX_MOVED_MM:.0f} mm or {MAX_TURNED_DEG:.0f}°: look at the picture"
         )
     if error_mm is None or error_mm > MAX_ERROR_MM:
-        what = "worked in one direction only" if error_mm is None else f"is uncertain by {error_mm:.1f} mm"
-        warnings.append(f"W_REGISTRATION: registration {what}, so lesions may have been matched wrongly")
+        doubt = "worked in one direction only" if error_mm is None else f"is uncertain by {error_mm:.1f} mm"
+        doubt = f"registration {doubt}"
+        warnings.append(f"W_REGISTRATION: {doubt}, so lesions may have been matched wrongly")
     columns = {"registration": "rigid", "moved_mm": shift_mm, "turned_deg": found.turned_deg}
-    return Placement(found.moved, columns | {"registration_error_mm": error_mm} | similarity, warnings)
+    columns |= {"registration_error_mm": error_mm} | similarity
+    return Placement(found.moved, columns, warnings, _no_response(doubt))
+
+
+def _no_response(doubt: str) -> str:
+    if not doubt:
+        return ""
+    return f"{doubt}: look at the picture (--figures), and if world coordinates can be trusted, compare with --no-registration"
 
 
 def _are_identical(before: _Side, after: _Side) -> bool:

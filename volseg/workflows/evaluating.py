@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import math
+from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,8 @@ from volseg.io.nifti import read_mask
 from volseg.report.results import RECORDS, held
 from volseg.report.tables import write_table
 from volseg.workflows.batch import Progress, RunReport, reason_of, silent
+
+SAME_PLACE_MM = 0.01  # tables have four digits of a centroid
 
 
 def evaluate(
@@ -89,7 +93,7 @@ def evaluate(
             )
             for label in sorted({row.label for row in rows})
         ]
-        write_table(out / "evaluation.csv", OverlapRow, rows)
+        write_table(out / "evaluation.csv", OverlapRow, [*rows, *(_failed_row(*each) for each in failed.items())])
         write_table(out / "detections.csv", DetectionRow, detections)
         _draw(results, out)
         summary = {
@@ -97,6 +101,7 @@ def evaluate(
             "labels": {str(result.label): as_json(result) for result in results},
             "min_iou": min_iou,
             "not_predicted": sorted(set(truths) - set(guesses)),
+            "not_in_reference": sorted(set(guesses) - set(truths)),
             "failed": failed,
         }
         write_json_atomic(out / "summary.json", summary)
@@ -145,11 +150,12 @@ class _Predictions:
     """What lesions.csv of a results folder knows of the lesions in its masks; nothing for other folders.
 
     Args:
-        confidence: (case, lesion id) → label, number of voxels, mean confidence.
+        confidence: (case, label, number of voxels) → centroid in RAS mm and mean confidence of each such lesion. Their numbers are not
+            those that lesions have here where an organ is a label too.
         label_names: value → name.
     """
 
-    confidence: Mapping[tuple[str, int], tuple[int, int, float]]
+    confidence: Mapping[tuple[str, int, int], Sequence[tuple[np.ndarray, float]]]
     label_names: dict[int, str]
 
     @classmethod
@@ -160,15 +166,12 @@ class _Predictions:
         try:
             with table.open(newline="", encoding="utf-8") as file:
                 lines = list(csv.DictReader(file))
-            confidence = {
-                (line["case_id"], int(line["lesion_id"])): (
-                    int(line["label"]),
-                    int(line["n_voxels"]),
-                    float(line["confidence_mean"]),
-                )
-                for line in lines
-                if line["confidence_mean"]
-            }
+            confidence = defaultdict(list)
+            for line in lines:
+                if line["confidence_mean"]:
+                    centre = np.array([float(line[f"centroid_{axis}_mm"]) for axis in "ras"])
+                    key = (line["case_id"], int(line["label"]), int(line["n_voxels"]))
+                    confidence[key].append((centre, float(line["confidence_mean"])))
             return cls(confidence, {int(line["label"]): line["label_name"] for line in lines if line["label_name"]})
         except (OSError, ValueError, KeyError) as error:
             raise VolsegError(
@@ -177,9 +180,16 @@ class _Predictions:
 
     def confidence_of(self, lesion: DetectionRow) -> float | None:
         """Of a predicted lesion, if the table means the same one: a mask may have been changed since."""
-        label, n_voxels, confidence = self.confidence.get((lesion.case_id, lesion.lesion_id), (0, 0, 0.0))
-        is_same = lesion.side == "predicted" and (label, n_voxels) == (lesion.label, lesion.n_voxels)
-        return confidence if is_same else None
+        if lesion.side != "predicted":
+            return None
+        centre = np.array([lesion.centroid_r_mm, lesion.centroid_a_mm, lesion.centroid_s_mm])
+        alike = self.confidence.get((lesion.case_id, lesion.label, lesion.n_voxels), ())
+        return next((confidence for place, confidence in alike if np.abs(place - centre).max() < SAME_PLACE_MM), None)
+
+
+def _failed_row(case_id: str, reason: str) -> OverlapRow:
+    unknown = {item.name: math.nan for item in fields(OverlapRow) if item.type == "float"}
+    return OverlapRow(case_id=case_id, label=None, label_name="", status="failed", reason=reason, **unknown)
 
 
 def _completed(compared: Mapping[str, Sequence[OverlapRow]], masks: Mapping[str, _Mask]) -> list[OverlapRow]:

@@ -15,7 +15,7 @@ import numpy as np
 from volseg.errors import VolsegError
 from volseg.execute.local import run
 from volseg.io.cases import Case, find_cases, find_scans
-from volseg.io.nifti import read_label_table, read_mask, read_volume
+from volseg.io.nifti import MAX_LABELS, read_label_table, read_mask, read_volume
 from volseg.measure.lesions import measure_lesions
 from volseg.postprocess.lesions import CONNECTIVITY, Objects, label_lesions, without_organ
 from volseg.recipe import Measure, load_recipe
@@ -35,6 +35,10 @@ from volseg.workflows.batch import (
     write_mask,
 )
 from volseg.workflows.pages import source_of, write_page
+
+CT_BELOW, CT_SHARE = -200.0, 0.01  # HU, and the share of voxels under it from which a scan is taken for CT
+KNOWN_UNITS = {"hu": "HU", "suv": "SUV"}  # by which much is decided, however they are written
+MOST_OBJECTS = 2**20  # values of a mask in which each is an object
 
 
 def measure(
@@ -164,16 +168,19 @@ def _measure_case(case: Case, results: ResultsFolder, key: str, wanted: _Wanted)
     started = time.monotonic()
     path = case.images["image"]
     assert case.reference is not None
-    scan, mask = read_volume(path, is_finite=False), read_mask(case.reference)
+    scan = read_volume(path, is_finite=False)
+    mask = read_mask(case.reference, max_labels=MAX_LABELS if wanted.objects == "components" else MOST_OBJECTS)
     check_pair(scan, mask, str(path), str(case.reference))
-    unit = wanted.intensity_unit or _guess_unit(scan)
+    stated = wanted.intensity_unit
+    unit = _guess_unit(scan) if stated is None else KNOWN_UNITS.get(stated.lower(), stated)
     names = wanted.label_names or read_label_table(case.reference)
     array, organ_voxels, settings = mask.array, None, wanted.settings
     if settings.organ is not None:
         array, organ_voxels = without_organ(array, _value_of(settings.organ, names, case.reference))
+    nodes_wanted = {_value_of(label, names, case.reference) for label in settings.lymph_nodes}
     lesions = label_lesions(array, scan.geometry, objects=wanted.objects)
     names = {value: names.get(value, f"label_{value}") for value in lesions.labels}
-    nodes = tuple(name for value, name in names.items() if {name, str(value)} & set(settings.lymph_nodes))
+    nodes = tuple(name for value, name in names.items() if value in nodes_wanted)
     settings = settings.model_copy(update={"lymph_nodes": nodes})
     rows = measure_lesions(
         scan,
@@ -207,15 +214,19 @@ def _measure_case(case: Case, results: ResultsFolder, key: str, wanted: _Wanted)
 
 
 def _guess_unit(scan: Volume) -> str:
-    """HU for a scan that reaches below −200, as air and lung do on a CT and nothing does on MRI or PET."""
-    return "HU" if float(scan.intensities(np.fmin.reduce(scan.array, axis=None))) < -200 else "a.u."
+    """HU for a scan with a hundredth of its voxels under −200, as air and lung are on a CT and nothing is on MRI or PET.
+
+    Less than that may be what interpolation made of an edge.
+    """
+    some = scan.intensities(scan.array[::2, ::2, ::2])
+    return "HU" if np.count_nonzero(some[np.isfinite(some)] < CT_BELOW) >= CT_SHARE * some.size else "a.u."
 
 
 def _value_of(label: str, names: Mapping[int, str], path: Path) -> int:
     """The value of a label given by its name, or as `label_7` or `7`."""
     by_name = {name: value for value, name in names.items()}
     number = label.removeprefix("label_")
-    if label in by_name or number.isdigit():
+    if label in by_name or number.isdecimal():
         return by_name[label] if label in by_name else int(number)
     raise VolsegError(
         f"{path}: has no label {label!r}; named are {', '.join(by_name) or 'none'}",
@@ -231,7 +242,7 @@ def read_label_names(path: Path | str) -> dict[int, str]:
         text = path.read_text(encoding="utf-8-sig")
         if path.suffix.lower() == ".json":
             pairs = json.loads(text).items()
-            return dict((int(k), str(v)) if str(k).isdigit() else (int(v), str(k)) for k, v in pairs)
+            return dict((int(k), str(v)) if str(k).isdecimal() else (int(v), str(k)) for k, v in pairs)
         return {int(row["label"]): row["name"] for row in csv.DictReader(text.splitlines())}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise VolsegError(

@@ -15,6 +15,7 @@ from volseg.errors import ScanError
 from volseg.io.files import make_folder, sha256_of, write_bytes_atomic
 from volseg.io.nifti import read_mask, read_volume
 from volseg.measure.lesions import CaseRow, LesionMeasurement
+from volseg.report.records import file_of
 from volseg.report.results import ResultsFolder, plain
 from volseg.volume import Volume
 
@@ -103,8 +104,8 @@ def remake_page(results: ResultsFolder, case_id: str, record: Mapping[str, Any])
     if scan_digest(path) != source["sha256"]:
         return f"its scan {path.name} has been changed since"
     try:
-        scan = read_volume(path, is_finite=False)
-        ids = read_mask(results.path / "lesion_ids" / f"{case_id}.nii.gz", max_labels=ANY_NUMBER)
+        found = file_of(results.path, case_id, record["files"], "lesion_ids")
+        scan, ids = read_volume(path, is_finite=False), read_mask(found, max_labels=ANY_NUMBER)
     except ScanError as error:
         return str(error)
     difference = scan.geometry.difference(ids.geometry)
@@ -124,12 +125,15 @@ def write_report(
     about: Mapping[str, Any],
     pending: Sequence[Mapping[str, Any]] = (),
     remarks: Sequence[str] = (),
+    *,
+    is_anew: bool = False,
 ) -> Path:
-    """report.html of all that the folder holds. One that was made from the same is left as it is.
+    """report.html of all that the folder holds.
 
     Args:
         about: of the run: `command`, `volseg`, `model`, `started`.
         pending: rows of cases that were not reached and have no record.
+        is_anew: write it even if one is there that was made from the same.
     """
     from volseg.report.html import report_html
 
@@ -137,7 +141,7 @@ def write_report(
     records = results.records()
     content = [__version__, list(pending), list(remarks), records]
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-    if _made_from(path) == digest:
+    if not is_anew and _made_from(path) == digest:
         return path
     rows = {row["case_id"]: row for row in pending}
     rows |= {name: record["case"] for name, record in records.items() if name not in rows}

@@ -41,7 +41,7 @@ def report(results: Path | str, *, progress: Progress = silent) -> RunReport:
                 remade.append(name)
             progress("Pages", count / len(done), name)
         remarks = [f"The page of {name} could not be made again: {reason}." for name, reason in kept.items()]
-        write_report(folder, _about(out), _pending(out, set(folder.records())), remarks)
+        write_report(folder, _about(out), _pending(out, set(folder.records())), remarks, is_anew=True)
     return RunReport(
         out=out, done=remade, kept=list(kept), details={"warnings": remarks, "page": str(out / "report.html")}
     )
