@@ -63,6 +63,23 @@ def test_every_mistake_is_named_at_once_with_the_known_keys():
     assert "data.channels" in text
 
 
+def test_numbers_that_do_not_fit_together_are_named_at_once_too():
+    content = tomllib.loads(MINIMAL)
+    content["measure"] = {"organ": "liver"}
+    content["train"]["class_weights"] = [1.0, 2.0, 3.0, 4.0, 5.0]
+    content["preprocess"]["normalise_channels"] = {"pet": {"method": "zscore"}}
+    with pytest.raises(VolsegError) as caught:
+        parse_recipe(content, where="r.toml")
+    text = str(caught.value)
+    assert "3 mistakes" in text and "\n" not in text
+    for part in ("measure names liver", "has 5 numbers for", "normalise_channels names pet"):
+        assert part in text
+    content = tomllib.loads(MINIMAL)
+    content["data"] |= {"labels": {"a": 1, "b": 1, "c": 70000}, "ignore": 1}
+    with pytest.raises(VolsegError, match=r"3 mistakes.*share one value.*1 to 65535.*ignore = 1"):
+        parse_recipe(content, where="r.toml")
+
+
 def test_a_mistake_in_the_normalisation_of_one_channel_lists_its_keys():
     content = tomllib.loads(MINIMAL)
     content["preprocess"]["normalise_channels"] = {"ct": {"method": "zscore", "regoin": "scan"}}

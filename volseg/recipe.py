@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import tomllib
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
@@ -71,30 +72,30 @@ class Data(Section):
 
     @model_validator(mode="after")
     def _labels_are_distinct_and_not_background(self) -> Data:
-        values = list(self.labels.values())
-        if len(set(values)) < len(values):
-            raise ValueError("two labels share one value")
-        if min(values) < 1 or max(values) > 65535:
-            raise ValueError("label values are whole numbers from 1 to 65535; 0 is the background")
-        if self.ignore is not None and self.ignore in (0, *values):
-            raise ValueError(f"ignore = {self.ignore} is the background or a label")
-        if self.align != "none" and self.grids == "same":
-            raise ValueError('align = "rigid" needs grids = "first"')
-        if self.regions_class_order is not None and sorted(self.regions_class_order) != sorted(values):
-            raise ValueError("regions_class_order must hold the value of each label once")
-        if len(values) > MOST_LABELS:
-            raise ValueError(f"{len(values)} labels are more than the {MOST_LABELS} that a prepared mask can hold")
-        self._check_regions()
+        _refuse(self._mistakes())
         return self
 
-    def _check_regions(self) -> None:
+    def _mistakes(self) -> Iterator[str]:
+        values = list(self.labels.values())
+        if len(set(values)) < len(values):
+            yield "two labels share one value"
+        if min(values) < 1 or max(values) > 65535:
+            yield "label values are whole numbers from 1 to 65535; 0 is the background"
+        if self.ignore is not None and self.ignore in (0, *values):
+            yield f"ignore = {self.ignore} is the background or a label"
+        if self.align != "none" and self.grids == "same":
+            yield 'align = "rigid" needs grids = "first"'
+        if self.regions_class_order is not None and sorted(self.regions_class_order) != sorted(values):
+            yield "regions_class_order must hold the value of each label once"
+        if len(values) > MOST_LABELS:
+            yield f"{len(values)} labels are more than the {MOST_LABELS} that a prepared mask can hold"
         if self.regions is None:
             return
         if self.regions_class_order is None or len(self.regions_class_order) != len(self.regions):
-            raise ValueError("regions need regions_class_order, with the mask value that each of them writes")
+            yield "regions need regions_class_order, with the mask value that each of them writes"
         unknown = {value for values in self.regions.values() for value in values} - set(self.labels.values())
         if unknown or not all(self.regions.values()):
-            raise ValueError("every region is made of the values of one or more labels")
+            yield "every region is made of the values of one or more labels"
 
     @property
     def label_names(self) -> dict[int, str]:
@@ -378,43 +379,42 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _numbers_fit_together(self) -> Recipe:
+        _refuse(self._mistakes())
+        return self
+
+    def _mistakes(self) -> Iterator[str]:
         strange = {self.measure.organ, *self.measure.lymph_nodes} - {None, *self.data.labels}
         if strange:
-            raise ValueError(f"measure names {', '.join(sorted(map(str, strange)))}, which data.labels does not")
+            yield f"measure names {', '.join(sorted(map(str, strange)))}, which data.labels does not"
         weights, n_classes = self.train.class_weights, 1 + len(self.data.labels)
         if weights is not None and len(weights) != n_classes:
-            raise ValueError(f"train.class_weights has {len(weights)} numbers for {n_classes} classes with background")
+            yield f"train.class_weights has {len(weights)} numbers for {n_classes} classes with background"
         if weights is not None and self.data.regions is not None:
-            raise ValueError(
-                "train.class_weights are those of labels that exclude each other; leave them out with data.regions"
-            )
+            yield "train.class_weights are those of labels that exclude each other; leave them out with data.regions"
         unknown = sorted(set(self.preprocess.normalise_channels) - set(self.data.channels))
         if unknown:
-            raise ValueError(f"preprocess.normalise_channels names {', '.join(unknown)}, which data.channels does not")
+            yield f"preprocess.normalise_channels names {', '.join(unknown)}, which data.channels does not"
         forms = (self.preprocess.normalise, *self.preprocess.normalise_channels.values())
         for section in (*forms, self.classify):
             low, high = getattr(section, "low", None), getattr(section, "high", None)
             if isinstance(low, float) and isinstance(high, float) and low >= high:
-                raise ValueError(f"the window from {low:g} to {high:g} is empty")
+                yield f"the window from {low:g} to {high:g} is empty"
         opened = [name for name in PLANNED_LAYERS if self.network.settings.get(name) == AUTO]
         if opened and (self.network.name != "unet3d" or len(opened) < len(PLANNED_LAYERS)):
-            raise ValueError(
+            yield (
                 f"only unet3d plans its layers, and {', '.join(PLANNED_LAYERS)} together: make all of them {AUTO!r}, or none"
             )
         if not opened and AUTO in (self.train.patch_shape, self.train.batch_size):
-            raise ValueError(
+            yield (
                 "train.patch_shape and batch_size cannot be 'auto' for a network that is stated: "
                 f"state them, or make {', '.join(PLANNED_LAYERS)} under [network] 'auto' too"
             )
         if self.roi is not None:
             fine = self.preprocess.spacing_mm
             if fine != "auto" and math.prod(self.roi.spacing_mm) <= math.prod(fine):
-                raise ValueError(
-                    "roi.spacing_mm is no coarser than preprocess.spacing_mm, so the first pass saves nothing"
-                )
+                yield "roi.spacing_mm is no coarser than preprocess.spacing_mm, so the first pass saves nothing"
             if self.roi.time_share + (self.classify.time_share if self.classify else 0) >= 1:
-                raise ValueError("roi.time_share and classify.time_share leave no time for the network itself")
-        return self
+                yield "roi.time_share and classify.time_share leave no time for the network itself"
 
     @property
     def coarse(self) -> Recipe | None:
@@ -449,6 +449,13 @@ class Recipe(Section):
         return hashlib.sha256(text.encode()).hexdigest()
 
 
+def _refuse(mistakes: Iterable[str]) -> None:
+    """Raise one ValueError that names all of them, a line each; none if there is none."""
+    found = list(mistakes)
+    if found:
+        raise ValueError("\n".join(found))
+
+
 def load_recipe(recipe: str | Path) -> Recipe:
     """Read a recipe from a TOML file, or one that ships with volseg by its name.
 
@@ -468,7 +475,7 @@ def parse_recipe(content: dict[str, Any], *, where: str) -> Recipe:
     try:
         return Recipe.model_validate(content)
     except ValidationError as error:
-        mistakes = [_sentence(mistake) for mistake in error.errors()]
+        mistakes = [text for mistake in error.errors() for text in _sentences(mistake)]
         raise VolsegError(
             f"{where}: {len(mistakes)} mistake{'s' * (len(mistakes) > 1)}: " + "; ".join(mistakes),
             fix="correct the recipe; pipelines/README.md explains each key",
@@ -497,11 +504,12 @@ def _find(recipe: str | Path) -> Path:
     )
 
 
-def _sentence(mistake: Any) -> str:
+def _sentences(mistake: Any) -> list[str]:
     path = ".".join(str(part) for part in mistake["loc"])
     if mistake["type"] == "extra_forbidden":
-        return f"{path}: unknown key; known are {', '.join(_known_keys(mistake['loc']))}"
-    return f"{path or 'recipe'}: {mistake['msg'].removeprefix('Value error, ').lower()}"
+        return [f"{path}: unknown key; known are {', '.join(_known_keys(mistake['loc']))}"]
+    lines = mistake["msg"].removeprefix("Value error, ").splitlines()
+    return [f"{path or 'recipe'}: {line.lower()}" for line in lines]
 
 
 def _known_keys(location: tuple[int | str, ...]) -> list[str]:

@@ -96,10 +96,47 @@ def test_pages_can_be_left_out_and_are_added_later_without_measuring_again(cases
     volseg.measure(cases=cases, out=tmp_path / "at_once", intensity_unit="HU")
     for name in pages(out):
         assert (out / name).read_bytes() == (tmp_path / "at_once" / name).read_bytes()
-    # They are complete, as if they had been made at once; and one that is damaged is made again.
-    assert list(volseg.measure(cases=cases, out=out, intensity_unit="HU").kept) == ["a", "c"]
+    # Pages that are damaged or gone are made again from what is there, and nothing else is.
+    whole = (out / "viewer" / "a.html").read_bytes()
     (out / "viewer" / "a.html").write_text("half")
-    assert list(volseg.measure(cases=cases, out=out, intensity_unit="HU").done) == ["a"]
+    (out / "viewer" / "c.html").unlink()
+    assert list(volseg.measure(cases=cases, out=out, intensity_unit="HU").kept) == ["a", "c"]
+    assert (out / "viewer" / "a.html").read_bytes() == whole
+    assert len(pages(out)) == 4
+
+
+def test_a_run_on_scans_that_were_moved_does_nothing_but_learn_where_they_are(cases, tmp_path):
+    out = tmp_path / "out"
+    volseg.measure(cases=cases, out=out, intensity_unit="HU")
+    shutil.copytree(cases.parent, tmp_path / "moved", ignore=shutil.ignore_patterns("out"))
+    for path in cases.parent.glob("*.nii.gz"):
+        path.unlink()
+    assert list(volseg.measure(cases=tmp_path / "moved" / "cases.csv", out=out, intensity_unit="HU").kept) == ["a", "c"]
+    assert record(out, "a")["source"]["scan"] == str(tmp_path / "moved" / "a.nii.gz")
+    assert list(volseg.report(out).done) == ["a", "c"]
+
+
+def test_outlines_that_were_edited_are_not_shown_beside_older_numbers(cases, tmp_path):
+    out = tmp_path / "out"
+    volseg.measure(cases=cases, out=out, intensity_unit="HU")
+    shutil.copy(out / "lesion_ids" / "c.nii.gz", out / "lesion_ids" / "a.nii.gz")
+    report = volseg.report(out)
+    assert (list(report.done), list(report.kept)) == (["c"], ["a"])
+    assert "was changed since the case was measured" in report.details["warnings"][0]
+
+
+def test_results_and_comparisons_do_not_overwrite_each_other(cases, tmp_path):
+    volseg.measure(cases=cases, out=tmp_path / "out", intensity_unit="HU")
+    volseg.measure(cases=cases, out=tmp_path / "again", intensity_unit="HU")
+    volseg.compare(tmp_path / "out", tmp_path / "again", out=tmp_path / "compared", registration=False)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(VolsegError, match="holds the results of scans"):
+        volseg.compare(tmp_path / "out", tmp_path / "out", out=tmp_path / "again", registration=False)
+    with pytest.raises(VolsegError, match="is the folder of a comparison"):
+        volseg.measure(cases=cases, out=tmp_path / "compared", intensity_unit="HU")
+    with pytest.raises(VolsegError, match="is the folder of a comparison"):
+        volseg.report(tmp_path / "compared")
+    assert {path: path.read_bytes() for path in before} == before
 
 
 def test_an_interrupted_run_has_its_page_with_what_is_pending(cases, tmp_path):

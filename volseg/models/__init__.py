@@ -67,6 +67,13 @@ def check_networks(recipe: Recipe, *, section: str = "train") -> None:
                 fix=f"make it a multiple of {math.prod(steps)}",
                 code="E_RECIPE",
             )
+    coarsest = [voxels // math.prod(steps) for voxels, *steps in zip(recipe.train.patch_shape, *strides, strict=True)]
+    if strides and math.prod(coarsest) == 1:
+        raise VolsegError(
+            f"{section}.patch_shape {recipe.train.patch_shape} is a single voxel at the network's coarsest level, which cannot be normalised",
+            fix="make the patch larger, or take a level off the network",
+            code="E_RECIPE",
+        )
     if recipe.classify is not None:
         build_classifier(recipe.classify)
     if recipe.coarse is not None:

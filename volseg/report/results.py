@@ -19,7 +19,8 @@ from volseg.measure.lesions import CaseRow, LesionMeasurement
 from volseg.report.tables import write_table
 
 RECORDS = ".volseg"
-OUTPUT_FOLDERS = ("masks", "lesion_ids", "figures", "viewer", "viewer/thumbnails")
+VIEWERS, THUMBNAILS = "viewer", "viewer/thumbnails"
+OUTPUT_FOLDERS = ("masks", "lesion_ids", "figures", VIEWERS, THUMBNAILS)
 
 
 @contextmanager
@@ -90,13 +91,15 @@ class RecordFolder:
         self._held.__exit__(kind, error, trace)
 
     def is_complete(self, name: str, key: str) -> bool:
-        """Whether the item was done with this key and its files are still as they were written."""
+        """Whether the item was done with this key and its files are still as they were written, but for pages, which are soon made again."""
         record = self._read(name)
         if record is None or record.get("key") != key or record[self.row]["status"] != "done":
             return False
+        return self._are_there({n: digest for n, digest in record["files"].items() if not n.startswith(f"{VIEWERS}/")})
+
+    def _are_there(self, files: Mapping[str, str]) -> bool:
         return all(
-            (self.path / file).is_file() and sha256_of(self.path / file) == digest
-            for file, digest in record["files"].items()
+            (self.path / file).is_file() and sha256_of(self.path / file) == digest for file, digest in files.items()
         )
 
     def write_run(self, description: Mapping[str, Any]) -> None:
@@ -148,6 +151,18 @@ class ResultsFolder(RecordFolder):
         assert record is not None, f"{case_id} has no record"
         record["files"] |= self._hashes(files)
         write_json_atomic(self._records / f"{case_id}.json", record, indent=None)
+
+    def has_pages(self, record: Mapping[str, Any]) -> bool:
+        """Whether a case has its page and its picture, as they were written."""
+        pages = {name: digest for name, digest in record["files"].items() if name.startswith(f"{VIEWERS}/")}
+        return bool(pages) and self._are_there(pages)
+
+    def is_at(self, case_id: str, scan: Path) -> None:
+        """Say where the scan of a complete case is now."""
+        record = self._read(case_id)
+        if record is not None and record.get("source") and record["source"].get("scan") != str(scan.absolute()):
+            record["source"]["scan"] = str(scan.absolute())
+            write_json_atomic(self._records / f"{case_id}.json", record, indent=None)
 
     def records(self) -> dict[str, dict[str, Any]]:
         """Case id → record, by case id; damaged ones are left out. One made by an older version may lack what was added since."""

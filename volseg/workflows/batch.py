@@ -6,6 +6,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
 from importlib import metadata
@@ -24,7 +25,7 @@ from volseg.measure.lesions import CaseRow, LesionMeasurement, summarise
 from volseg.recipe import Measure
 from volseg.report.results import ResultsFolder, plain
 from volseg.volume import Volume
-from volseg.workflows.pages import VIEWERS, files_of, remake_page, write_report
+from volseg.workflows.pages import files_of, remake_page, write_report
 
 # What is being done, the share of it that is done in [0, 1], a detail. Stages may take turns; with 0 a stage begins, or begins anew.
 Progress = Callable[[str, float, str], None]
@@ -74,10 +75,11 @@ def run_cases(
     for case in cases:
         if results.is_complete(case.id, key_of(case)):
             kept.append(case.id)
+            results.is_at(case.id, next(iter(case.images.values())))
         else:
             todo.append(case)
     progress(stage, 0.0, f"{len(todo)} of {len(cases)} to do")
-    outcomes = run(todo)
+    outcomes, remarks = run(todo), []
     try:
         for count, outcome in enumerate(outcomes, start=1):
             case = outcome.item
@@ -91,7 +93,7 @@ def run_cases(
                 )
             progress(stage, count / len(todo), case.id)
         if about is not None:
-            _add_pages(results, kept)
+            remarks = _add_pages(results, kept)
     finally:
         if isinstance(outcomes, Generator):
             outcomes.close()  # waits for what is being written
@@ -106,16 +108,19 @@ def run_cases(
         if about is not None:
             write_report(results, about, [plain(row) for row in pending])
     return RunReport(
-        out=results.path, done=done, kept=kept, failed=failed, details={"objects": objects, "pages": about is not None}
+        out=results.path,
+        done=done,
+        kept=kept,
+        failed=failed,
+        details={"objects": objects, "pages": about is not None, "warnings": remarks},
     )
 
 
-def _add_pages(results: ResultsFolder, kept: Sequence[str]) -> None:
-    """Viewer pages of cases that an earlier run made without them."""
+def _add_pages(results: ResultsFolder, kept: Sequence[str]) -> list[str]:
+    """Make the viewer pages that complete cases lack, and say why one cannot be made."""
     records = results.records() if kept else {}
-    for name in kept:
-        if not any(file.startswith(f"{VIEWERS}/") for file in records[name]["files"]):
-            remake_page(results, name, records[name])
+    reasons = {name: remake_page(results, name, records[name]) for name in kept if not results.has_pages(records[name])}
+    return [f"W_PAGE: {name} has no page: {reason}" for name, reason in reasons.items() if reason]
 
 
 def done_row(
@@ -162,6 +167,18 @@ def done_row(
         seconds=round(seconds, 2),
         warnings="; ".join(warnings),
     )
+
+
+@contextmanager
+def all_or_none() -> Iterator[list[Path]]:
+    """The files of a case, to be filled while they are written: if one cannot be made, none stays."""
+    files: list[Path] = []
+    try:
+        yield files
+    except BaseException:
+        for file in files:
+            file.unlink(missing_ok=True)
+        raise
 
 
 def write_mask(mask: Volume, path: Path, *, like: Path) -> Path:

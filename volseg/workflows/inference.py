@@ -24,6 +24,7 @@ from volseg.workflows.batch import (
     Progress,
     RunReport,
     about_run,
+    all_or_none,
     amount_of,
     case_key,
     done_row,
@@ -308,25 +309,24 @@ def _write(
     started = time.monotonic()
     scan_path = case.images[bundle.recipe.data.channels[0]]
     result = found.result
-    files = [
-        write_mask(result.mask, results.path / "masks" / f"{case.id}.nii.gz", like=scan_path),
-        write_mask(result.lesion_ids, results.path / "lesion_ids" / f"{case.id}.nii.gz", like=scan_path),
-    ]
-    if figures:
-        files.append(write_figure(found.scan, result.lesion_ids, result.lesions, case.id, results.path))
     unit = bundle.recipe.data.intensity_unit
-    row = done_row(
-        case,
-        found.scan,
-        result.lesions,
-        path=scan_path,
-        unit=unit,
-        model=bundle.name,
-        seconds=found.seconds,
-        settings=bundle.recipe.measure,
-        organ_voxels=result.organ_voxels,
-    )
-    if pages:
-        files += write_page(row, result.lesions, found.scan, result.lesion_ids.array, unit=unit, out=results.path)
+    with all_or_none() as files:
+        for folder, mask in (("masks", result.mask), ("lesion_ids", result.lesion_ids)):
+            files.append(write_mask(mask, results.path / folder / f"{case.id}.nii.gz", like=scan_path))
+        if figures:
+            files.append(write_figure(found.scan, result.lesion_ids, result.lesions, case.id, results.path))
+        row = done_row(
+            case,
+            found.scan,
+            result.lesions,
+            path=scan_path,
+            unit=unit,
+            model=bundle.name,
+            seconds=found.seconds,
+            settings=bundle.recipe.measure,
+            organ_voxels=result.organ_voxels,
+        )
+        if pages:
+            files += write_page(row, result.lesions, found.scan, result.lesion_ids.array, unit=unit, out=results.path)
     row = replace(row, seconds=round(found.seconds + time.monotonic() - started, 2))
     results.commit(row, key=key, lesions=result.lesions, files=files, source=source_of(scan_path, unit))

@@ -25,6 +25,7 @@ from volseg.workflows.batch import (
     Progress,
     RunReport,
     about_run,
+    all_or_none,
     case_key,
     check_pair,
     done_row,
@@ -193,22 +194,23 @@ def _measure_case(case: Case, results: ResultsFolder, key: str, wanted: _Wanted)
         connectivity=CONNECTIVITY if wanted.objects == "components" else None,
     )
     ids = scan.with_array(lesions.ids)
-    files = [write_mask(ids, results.path / "lesion_ids" / f"{case.id}.nii.gz", like=path)]
-    if wanted.figures:
-        files.append(write_figure(scan, ids, rows, case.id, results.path))
-    row = done_row(
-        case,
-        scan,
-        rows,
-        path=path,
-        unit=unit,
-        model="",
-        seconds=time.monotonic() - started,
-        settings=settings,
-        organ_voxels=organ_voxels,
-    )
-    if wanted.pages:
-        files += write_page(row, rows, scan, lesions.ids, unit=unit, out=results.path)
+    with all_or_none() as files:
+        files.append(write_mask(ids, results.path / "lesion_ids" / f"{case.id}.nii.gz", like=path))
+        if wanted.figures:
+            files.append(write_figure(scan, ids, rows, case.id, results.path))
+        row = done_row(
+            case,
+            scan,
+            rows,
+            path=path,
+            unit=unit,
+            model="",
+            seconds=time.monotonic() - started,
+            settings=settings,
+            organ_voxels=organ_voxels,
+        )
+        if wanted.pages:
+            files += write_page(row, rows, scan, lesions.ids, unit=unit, out=results.path)
     row = replace(row, seconds=round(time.monotonic() - started, 2))
     results.commit(row, key=key, lesions=rows, files=files, source=source_of(path, unit))
 

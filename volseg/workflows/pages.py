@@ -16,10 +16,9 @@ from volseg.io.files import make_folder, sha256_of, write_bytes_atomic
 from volseg.io.nifti import read_mask, read_volume
 from volseg.measure.lesions import CaseRow, LesionMeasurement
 from volseg.report.records import file_of
-from volseg.report.results import ResultsFolder, plain
+from volseg.report.results import THUMBNAILS, VIEWERS, ResultsFolder, plain
 from volseg.volume import Volume
 
-VIEWERS, THUMBNAILS = "viewer", "viewer/thumbnails"
 HEAD_BYTES = 4096  # of report.html, in which it says what it was made from
 ANY_NUMBER = 2**32  # of lesions in a file of lesion ids
 

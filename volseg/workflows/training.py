@@ -252,6 +252,12 @@ class _Training:
         prepared = self.work / "prepared"
         recipe = recipe_for(self.dataset, self.recipe, self.progress)
         if model is not None and recipe.is_open and plan is None:  # the network and patches of the model to start from
+            if model.recipe.preprocess.axes != "canonical":
+                raise VolsegError(
+                    f"{self.init}: its network was made for scans in the axis order of their files",
+                    fix="give a --recipe with its [network], strides and kernels along R, A, S, and [preprocess] as you want it",
+                    code="E_CKPT",
+                )
             train = recipe.train.model_copy(
                 update={"patch_shape": model.plan.patch_shape, "batch_size": model.plan.batch_size}
             )

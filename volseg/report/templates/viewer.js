@@ -61,6 +61,7 @@ function choose(number, { move = true } = {}) {
 function chooseFirst() {
   const asked = Number(new URLSearchParams(location.hash.slice(1)).get("lesion"));
   if (rowOf(asked)) choose(asked);
+  else if (asked) say(`Lesion ${asked} has no row here; lesions.csv has all of them.`);
   else if (content.table.rows.length) choose(table.value(content.table.rows[0], "lesion_id"));
 }
 
@@ -224,7 +225,8 @@ function drawLines(nv) {
     lines.forEach(([from, to], n) => {
       const fracs = [fractionOf(nv, from), fractionOf(nv, to)];
       if (fracs.some((frac) => Math.abs(layer(frac) - here) > 0)) return;
-      const ends = fracs.map((frac) => nv.frac2canvasPosWithTile(frac, AXIAL)?.pos);
+      // In the plane that is shown: NiiVue has no place on the canvas for a point far before or behind it, as in thick slices.
+      const ends = fracs.map(([r, a]) => nv.frac2canvasPosWithTile([r, a, nv.scene.crosshairPos[2]], AXIAL)?.pos);
       if (!ends[0] || !ends[1]) return;
       drawn += 1;
       for (const [width, colour] of [[4, "#000000"], [2, n ? "#7fdfff" : "#ffffff"]]) {
@@ -266,9 +268,13 @@ function write(pen, text, x, y, scale) {
   pen.fillText(text, x, y);
 }
 
-function withoutViewer(state, text) {
-  at("message").textContent = text;
+function say(text) {
+  at("message").textContent = [at("message").textContent, text].filter(Boolean).join(" ");
   at("message").hidden = false;
+}
+
+function withoutViewer(state, text) {
+  say(text);
   at("controls").closest("section").hidden = true;
   at("viewer").prepend(at("montage"));
   at("montage").open = true;
