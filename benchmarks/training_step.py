@@ -17,7 +17,7 @@ import torch
 from volseg.execute.cpu import keep_freed_memory
 from volseg.train.loop import Job, Run, RunSettings, serve
 from volseg.train.ranks import team_of
-from volseg.workflows.training import load_prepared, split_cases
+from volseg.workflows.prepared import load_prepared, split_cases
 
 ROUND = 10
 

@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -123,7 +124,8 @@ def test_what_cannot_fit_says_which_number_to_change():
 
 
 @pytest.mark.parametrize("patch_shape", [(32, 32, 32), (48, 40, 16)])
-def test_the_modelled_memory_is_near_what_autograd_keeps_of_a_real_step(patch_shape):
+@pytest.mark.parametrize("extra", [{}, {"residual": True}, {"deep_supervision": 1}, {"dropout": 0.2}])
+def test_the_modelled_memory_is_near_what_autograd_keeps_of_a_real_step(patch_shape, extra):
     size = choose_size(
         (60, 60, 30),
         (1, 1, 1.5),
@@ -134,8 +136,13 @@ def test_the_modelled_memory_is_near_what_autograd_keeps_of_a_real_step(patch_sh
         patch_shape=patch_shape,
         batch_size=2,
     )
-    network = build_network(
-        "unet3d", in_channels=1, out_channels=3, features=size.features, strides=size.strides, kernels=size.kernels
+    layers = {"features": size.features, "strides": size.strides, "kernels": size.kernels}
+    network = build_network("unet3d", in_channels=1, out_channels=3, **layers, **extra)
+    size = replace(
+        size,
+        depths=1 + extra.get("deep_supervision", 0),
+        residual="residual" in extra,
+        dropout="dropout" in extra,
     )
     own = {parameter.untyped_storage().data_ptr() for parameter in network.parameters()}
     kept = {}

@@ -339,6 +339,9 @@ def check_budget(plan: Plan, recipe: Recipe, budget: Budget) -> None:
         kernels=tuple(network.settings.get("kernels") or [(3, 3, 3)] * len(features)),
         patch_shape=plan.patch_shape,
         batch_size=plan.batch_size,
+        depths=1 + int(network.settings.get("deep_supervision", 0)),
+        residual=bool(network.settings.get("residual", False)),
+        dropout=bool(network.settings.get("dropout", 0)),
     )
     channels, outputs = len(recipe.data.channels), recipe.data.n_outputs
     needed = size.training_bytes(channels, outputs, half=budget.half)

@@ -40,23 +40,33 @@ class Budget:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Size:
-    """A U-Net (`unet3d`) and its batches. Strides and kernels as in a recipe, finest level first."""
+    """A U-Net (`unet3d`) and its batches. Strides and kernels as in a recipe, finest level first.
+
+    Args:
+        depths: of which logits are judged: 1, and one more for each with deep supervision.
+        residual, dropout: what its blocks do besides.
+    """
 
     features: tuple[int, ...]
     strides: tuple[Triple, ...]
     kernels: tuple[Triple, ...]
     patch_shape: Triple
     batch_size: int
+    depths: int = 1
+    residual: bool = False
+    dropout: bool = False
 
     def training_bytes(self, channels: int, outputs: int, *, half: bool = False) -> int:
         """Of one training step: what autograd keeps, gradients, weights, their moments and averages."""
         saved = 0
         for level, (width, voxels) in enumerate(zip(self.features, self._voxels, strict=True)):
             # Each layer keeps what it convolves to and what comes out of norm and activation; on the way up the joined tensor too.
-            saved += width * voxels * (4 if level == len(self.features) - 1 else 4 + 6)
+            blocks = 1 if level == len(self.features) - 1 else 2
+            more = 2 * self.residual + 2 * self.dropout  # the shorter way and the sum; what is left out of two layers
+            saved += width * voxels * ((4 if blocks == 1 else 4 + 6) + more * blocks)
         finest = self._voxels[0]
         passing = 2 * self.features[0] * finest  # gradients on their way at the finest level
-        loss = 6 * outputs * finest + channels * finest
+        loss = 6 * self.depths * outputs * finest + channels * finest
         activations = (2 if half else 4) * (saved + passing) + 4 * loss
         return self.batch_size * activations + 5 * 4 * self.n_weights(channels, outputs)
 

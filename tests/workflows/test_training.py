@@ -15,7 +15,7 @@ from volseg.io.prepared import PreparedCase
 from volseg.recipe import Loss
 from volseg.train import watch
 from volseg.train.validate import validate
-from volseg.workflows.training import load_prepared, split_cases
+from volseg.workflows.prepared import load_prepared, split_cases
 
 
 def history(out):

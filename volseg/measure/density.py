@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import cc3d
 import numpy as np
@@ -24,6 +24,7 @@ SCHNEIDER = (
     (3000.0, 2.8),
 )
 
+SUMMED_TOGETHER = 2**20  # voxels
 AGATSTON_SLICE_MM = 3.0  # for which the score is defined
 AGATSTON_STEPS_HU = (200.0, 300.0, 400.0)  # of the peak, from which a slice counts 2, 3 and 4 times
 AGATSTON_SMALLEST_MM2 = 1.0
@@ -37,27 +38,40 @@ def statistics(values: np.ndarray) -> dict[str, float]:
 
     Source: IBSI 1, section 3.3 (arXiv 1612.07003).
     """
-    # Sorted, so that the sums do not depend on the axis order; + 0.0 turns -0 into 0.
-    values = np.sort(values.astype(np.float64)) + 0.0
-    mean = float(values.mean())
-    off = values - mean
-    variance = float((off**2).mean())
-    is_flat = values[0] == values[-1]
-    found = dict(zip(PERCENTILES, np.percentile(values, list(PERCENTILES.values())).tolist(), strict=True))
-    return found | {
-        "mean": mean,
-        "sd": 0.0 if is_flat else math.sqrt(variance),
-        "min": float(values[0]),
-        "max": float(values[-1]),
-        "skewness": math.nan if is_flat else float((off**3).mean()) / variance**1.5,
-        "kurtosis": math.nan if is_flat else float((off**4).mean()) / variance**2 - 3,
-    }
+    values = np.sort(values)  # so that the sums do not depend on the axis order
+    low, high = float(values[0]) + 0.0, float(values[-1]) + 0.0  # + 0.0 turns -0 into 0
+    middle = _mean(values, lambda part: part)
+    found = {name: _percentile(values, percent) for name, percent in PERCENTILES.items()}
+    found |= {"mean": middle, "sd": 0.0, "min": low, "max": high, "skewness": math.nan, "kurtosis": math.nan}
+    if low < high:
+        variance, third, fourth = (_mean(values, lambda part, p=power: (part - middle) ** p) for power in (2, 3, 4))
+        found |= {"sd": math.sqrt(variance), "skewness": third / variance**1.5, "kurtosis": fourth / variance**2 - 3}
+    return found
 
 
 def density_g_cm3(hu: np.ndarray, calibration: Sequence[tuple[float, float]] = SCHNEIDER) -> float:
     """Mean mass density of (N,) voxels, N ≥ 1, linear between the points (HU, g/cm³) of the calibration and constant beyond them."""
     at, density = np.array(calibration).T
-    return float(np.interp(np.sort(hu), at, density).mean())
+    return _mean(np.sort(hu), lambda part: np.interp(part, at, density))
+
+
+def mean(values: np.ndarray) -> float:
+    """Of (N,) finite values, N ≥ 1, whatever their order."""
+    return _mean(np.sort(values), lambda part: part)
+
+
+def _mean(values: np.ndarray, of: Callable[[np.ndarray], np.ndarray]) -> float:
+    """Mean of a function of the values, some at a time: a lesion may be all of a scan, and float64 is four times as large."""
+    parts = (values[start : start + SUMMED_TOGETHER] for start in range(0, values.size, SUMMED_TOGETHER))
+    return sum(float(of(part.astype(np.float64)).sum()) for part in parts) / values.size + 0.0
+
+
+def _percentile(values: np.ndarray, percent: float) -> float:
+    """Of sorted values, linear between neighbours."""
+    at = percent / 100 * (values.size - 1)
+    below = math.floor(at)
+    low, high = float(values[below]), float(values[min(below + 1, values.size - 1)])
+    return low + (high - low) * (at - below) + 0.0
 
 
 def agatston(

@@ -12,7 +12,7 @@ import numpy as np
 
 from volseg import __version__
 from volseg.columns import column
-from volseg.measure.density import SCHNEIDER, agatston, core, density_g_cm3, slice_distance_mm, statistics
+from volseg.measure.density import SCHNEIDER, agatston, core, density_g_cm3, mean, slice_distance_mm, statistics
 from volseg.measure.recist import Diameters, diameters, is_measurable, sum_of_diameters_mm
 from volseg.measure.shape import (
     axes_mm,
@@ -511,9 +511,8 @@ def _intensity(
     if not found["intensity_sd"]:
         notes.append("intensity_skewness and kurtosis: all intensities are equal")
     inner = lesion.scan.image.intensities(lesion.values(lesion.scan.image.array, middle))
-    inner = np.sort(inner.astype(np.float64))
     if inner.size:
-        found["intensity_mean_eroded1"] = float(inner.mean()) + 0.0
+        found["intensity_mean_eroded1"] = mean(inner)
     else:
         notes.append("intensity_mean_eroded1: no voxel has all its neighbours in the lesion")
     if unit == "HU":

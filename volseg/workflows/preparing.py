@@ -163,20 +163,6 @@ def warnings_of(fingerprint: DatasetFingerprint, recipe: Recipe) -> list[str]:
     return found
 
 
-def prepared_warnings(folder: Path) -> list[str]:
-    """What was odd about the cases of a prepared folder, and which of them are not in it."""
-    try:
-        content = json.loads((folder / PREPARED_FILE).read_text(encoding="utf-8"))
-        found, failed = [str(text) for text in content.get("warnings", ())], dict(content["failed"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return []  # who loads the folder says what is wrong with it
-    if failed:
-        found.append(
-            f"W_LEFT_OUT: {len(failed)} cases could not be prepared and are not trained on: {', '.join(list(failed)[:5])}"
-        )
-    return found
-
-
 def _rng_of(case: Case, seed: int) -> np.random.Generator:
     """Of its own for each case, whatever the others are."""
     digest = hashlib.sha256(case.id.encode()).digest()

@@ -17,8 +17,8 @@ from volseg.execute.cpu import keep_freed_memory
 from volseg.io.prepared import PreparedCase
 from volseg.report.results import held
 from volseg.workflows.batch import Progress, RunReport, silent
-from volseg.workflows.preparing import PREPARED_FILE, preprocess
-from volseg.workflows.training import load_prepared, refuse_dataset, split_cases
+from volseg.workflows.prepared import load_prepared, split_cases
+from volseg.workflows.preparing import PREPARED_FILE, preprocess, refuse_dataset
 
 if TYPE_CHECKING:  # torch takes seconds to import; only a workflow that needs it pays
     from volseg.bundle import ModelBundle

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -13,42 +12,32 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from volseg.errors import VolsegError
 from volseg.evaluate.validation import ValidationRow, summary
 from volseg.execute.cpu import keep_freed_memory
 from volseg.io.files import make_folder, write_bytes_atomic
-from volseg.io.prepared import PreparedCase, read_prepared_case
+from volseg.io.prepared import PreparedCase
 from volseg.postprocess.steps import make_steps
-from volseg.recipe import Recipe, Train, parse_recipe
-from volseg.report.figures import comparison_png, curves_png, patches_png
+from volseg.recipe import Recipe, Train
+from volseg.report.figures import curves_png
 from volseg.report.results import held
 from volseg.report.scalars import Scalars
 from volseg.report.tables import write_table
 from volseg.workflows.batch import Progress, RunReport, silent
-from volseg.workflows.planning import N_FOLDS, budget_of, folds_of, read_plan, recipe_for
-from volseg.workflows.preparing import (
-    PREPARED_FILE,
-    as_recipe,
-    preparation_of,
-    prepared_warnings,
-    preprocess,
-    refuse_dataset,
-)
+from volseg.workflows.planning import budget_of, folds_of, read_plan, recipe_for
+from volseg.workflows.prepared import Split, load_prepared, prepared_warnings, split_cases
+from volseg.workflows.preparing import PREPARED_FILE, as_recipe, preprocess, refuse_dataset
+from volseg.workflows.training_pictures import preview_png, worst_cases_png
 
 if TYPE_CHECKING:  # torch takes seconds to import; only a workflow that needs it pays
     import torch
 
     from volseg.bundle import ModelBundle
-    from volseg.plan import DatasetFingerprint, Plan
+    from volseg.plan import Plan
     from volseg.sizing import Budget
     from volseg.train.loop import Epoch, RunSettings, Trained
     from volseg.train.ranks import Team
 
-Split = tuple[Sequence[PreparedCase], Sequence[PreparedCase]]  # to train on, to validate on
-PREVIEWED = 12  # patches in the picture of --preview
-WORST = 6  # validation cases in validation.png
 WORK_FOLDER = ".training"  # inside a model folder while it is being trained
 FINISHING_SHARE, FINISHING_SECONDS = 0.03, 60.0  # of a time budget that pictures and the export are left, at most
 STEPS_SHARE = (
@@ -190,7 +179,7 @@ class _Training:
             splits = splits or [split_cases(cases, self.fold, self.seed)]
             if self.preview:
                 path = self.out / "preview.png"
-                write_bytes_atomic(path, _preview(splits[0][0], chosen, used, self.seed))
+                write_bytes_atomic(path, preview_png(splits[0][0], chosen, used, self.seed))
                 return RunReport(out=self.out, done=[chosen.name], details={"preview": str(path), "warnings": warnings})
             self._check_time_left()
             self._check_folds(len(splits))
@@ -230,7 +219,7 @@ class _Training:
             # Pictures come last: nothing that was computed is to be lost over them.
             write_bytes_atomic(self.out / "curves.png", curves_png([found.history for found in trained.values()]))
             if rows:
-                worst = _worst_cases(rows, trained, splits, chosen, used, self.team.fabric.device)
+                worst = worst_cases_png(rows, trained, splits, chosen, used, self.team.fabric.device)
                 write_bytes_atomic(self.out / "validation.png", worst)
         if not interrupted:
             shutil.rmtree(self.work, ignore_errors=True)
@@ -470,116 +459,6 @@ def _metrics_of(
     first = next(iter(trained.values())).metrics
     at_random = {key: first[key] for key in ("began_at_random",) if key in first}
     return {"networks": len(trained), "steps": steps} | at_random | dict(validated) | reasons
-
-
-def _preview(training: Sequence[PreparedCase], recipe: Recipe, plan: Plan, seed: int) -> bytes:
-    """The first batches of the training as the network will see them."""
-    import torch
-
-    from volseg.train.batches import Batches
-
-    images, masks = [], []
-    with Batches(training, recipe, plan, seed=seed, device=torch.device("cpu")) as batches:
-        for step in range(-(-PREVIEWED // plan.batch_size)):
-            for batch_images, batch_masks in batches.at(step):
-                images += list(batch_images.numpy())
-                masks += list(batch_masks.numpy())
-    return patches_png(images[:PREVIEWED], masks[:PREVIEWED], plan.spacing_mm)
-
-
-def _worst_cases(
-    rows: Sequence[ValidationRow],
-    trained: Mapping[int, Trained],
-    splits: Sequence[Split],
-    recipe: Recipe,
-    plan: Plan,
-    device: torch.device,
-) -> bytes:
-    """A picture of the validation cases with the lowest mean Dice: reference and prediction outlined."""
-    from volseg.models import build_segmentation, set_weights
-    from volseg.train.validate import predicted_classes
-
-    scores: dict[tuple[int, str], list[float]] = {}
-    for row in rows:
-        scores.setdefault((row.fold, row.case_id), []).append(1.0 if math.isnan(row.dice) else row.dice)
-    worst = sorted(scores, key=lambda key: sum(scores[key]) / len(scores[key]))[:WORST]
-    pictures = []
-    for number, case_id in worst:
-        case = next(case for case in splits[number][1] if case.id == case_id)
-        network = set_weights(build_segmentation(recipe), trained[number].weights)
-        found = predicted_classes(network, case, recipe, plan, device, overlap=recipe.infer.overlap)
-        score = sum(scores[number, case_id]) / len(scores[number, case_id])
-        pictures.append((f"{case_id}: Dice {score:.3f}", np.asarray(case.image[0]), np.asarray(case.mask), found))
-    return comparison_png(pictures, plan.spacing_mm)
-
-
-def split_cases(
-    cases: Sequence[PreparedCase], fold: int | None, seed: int, folds: int = N_FOLDS
-) -> tuple[list[PreparedCase], list[PreparedCase]]:
-    """Training and validation cases: the prepared split, or one of `folds` shares of the patients drawn with the seed."""
-    if fold is None:
-        sides = [[case for case in cases if case.record["split"] == side] for side in ("train", "val")]
-    else:
-        if not 0 <= fold < folds:
-            raise VolsegError(f"fold {fold} does not exist", fix=f"give 0 to {folds - 1}", code="E_USAGE")
-        patients = np.random.default_rng(seed).permutation(sorted({case.record["patient"] for case in cases}))
-        if len(patients) < folds:
-            raise VolsegError(
-                f"{len(patients)} patients cannot be divided into {folds} folds",
-                fix=f"give --folds {len(patients)} or fewer",
-                code="E_USAGE",
-            )
-        held_out = set(patients[fold::folds].tolist())
-        sides = [[case for case in cases if (case.record["patient"] in held_out) == out] for out in (False, True)]
-    if not all(sides):
-        raise VolsegError(
-            f"{len(sides[0])} cases to train on and {len(sides[1])} to validate on are too few",
-            fix="add cases; training and validation need at least one each",
-            code="E_DATASET",
-        )
-    return sides[0], sides[1]
-
-
-def load_prepared(
-    folder: Path, recipe: Path | str | Recipe | None, changed: Plan | None = None
-) -> tuple[Recipe, Plan, DatasetFingerprint, list[PreparedCase]]:
-    from volseg.plan import DatasetFingerprint, Plan
-
-    try:
-        header = json.loads((folder / PREPARED_FILE).read_text(encoding="utf-8"))
-        own = parse_recipe(header["recipe"], where=str(folder / PREPARED_FILE))
-        plan, fingerprint = (
-            Plan.model_validate(header["plan"]),
-            DatasetFingerprint.model_validate(header["fingerprint"]),
-        )
-    except (OSError, ValueError, KeyError) as error:
-        raise VolsegError(
-            f"{folder}: not a prepared folder ({error})", fix="run `volseg preprocess` again", code="E_PREPARED"
-        ) from error
-    chosen = own if recipe is None else as_recipe(recipe)
-    if changed is not None:
-        changed = changed.overruled_by(chosen)
-        if (changed.spacing_mm, changed.windows) != (plan.spacing_mm, plan.windows):
-            raise VolsegError(
-                f"{folder}: was prepared with another spacing or other windows than those of the plan",
-                fix="run `volseg preprocess` with this plan first, or train from the dataset",
-                code="E_PLAN",
-            )
-        plan = changed
-    if preparation_of(chosen) != preparation_of(own):
-        raise VolsegError(
-            f"{folder}: was prepared for recipe {own.name!r} with other [data], [preprocess] or [classify] settings",
-            fix="run `volseg preprocess` with this recipe first",
-            code="E_PREPARED",
-        )
-    plan = plan.overruled_by(chosen)
-    chosen = plan.complete(chosen)
-    if not header["cases"]:
-        raise VolsegError(
-            f"{folder}: preparing it was interrupted", fix="run `volseg preprocess` again", code="E_PREPARED"
-        )
-    cases = [read_prepared_case(folder / "cases", case_id) for case_id in header["cases"]]
-    return chosen, plan, fingerprint, cases
 
 
 def _train_classifier(

@@ -1,0 +1,104 @@
+"""A prepared folder → recipe, plan and cases, and the cases to train on and to validate on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from volseg.errors import VolsegError
+from volseg.io.prepared import PreparedCase, read_prepared_case
+from volseg.recipe import Recipe, parse_recipe
+from volseg.workflows.planning import N_FOLDS
+from volseg.workflows.preparing import PREPARED_FILE, as_recipe, preparation_of
+
+if TYPE_CHECKING:
+    from volseg.plan import DatasetFingerprint, Plan
+
+Split = tuple[Sequence[PreparedCase], Sequence[PreparedCase]]  # to train on, to validate on
+
+
+def split_cases(
+    cases: Sequence[PreparedCase], fold: int | None, seed: int, folds: int = N_FOLDS
+) -> tuple[list[PreparedCase], list[PreparedCase]]:
+    """Training and validation cases: the prepared split, or one of `folds` shares of the patients drawn with the seed."""
+    if fold is None:
+        sides = [[case for case in cases if case.record["split"] == side] for side in ("train", "val")]
+    else:
+        if not 0 <= fold < folds:
+            raise VolsegError(f"fold {fold} does not exist", fix=f"give 0 to {folds - 1}", code="E_USAGE")
+        patients = np.random.default_rng(seed).permutation(sorted({case.record["patient"] for case in cases}))
+        if len(patients) < folds:
+            raise VolsegError(
+                f"{len(patients)} patients cannot be divided into {folds} folds",
+                fix=f"give --folds {len(patients)} or fewer",
+                code="E_USAGE",
+            )
+        held_out = set(patients[fold::folds].tolist())
+        sides = [[case for case in cases if (case.record["patient"] in held_out) == out] for out in (False, True)]
+    if not all(sides):
+        raise VolsegError(
+            f"{len(sides[0])} cases to train on and {len(sides[1])} to validate on are too few",
+            fix="add cases; training and validation need at least one each",
+            code="E_DATASET",
+        )
+    return sides[0], sides[1]
+
+
+def load_prepared(
+    folder: Path, recipe: Path | str | Recipe | None, changed: Plan | None = None
+) -> tuple[Recipe, Plan, DatasetFingerprint, list[PreparedCase]]:
+    from volseg.plan import DatasetFingerprint, Plan
+
+    try:
+        header = json.loads((folder / PREPARED_FILE).read_text(encoding="utf-8"))
+        own = parse_recipe(header["recipe"], where=str(folder / PREPARED_FILE))
+        plan, fingerprint = (
+            Plan.model_validate(header["plan"]),
+            DatasetFingerprint.model_validate(header["fingerprint"]),
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise VolsegError(
+            f"{folder}: not a prepared folder ({error})", fix="run `volseg preprocess` again", code="E_PREPARED"
+        ) from error
+    chosen = own if recipe is None else as_recipe(recipe)
+    if changed is not None:
+        changed = changed.overruled_by(chosen)
+        if (changed.spacing_mm, changed.windows) != (plan.spacing_mm, plan.windows):
+            raise VolsegError(
+                f"{folder}: was prepared with another spacing or other windows than those of the plan",
+                fix="run `volseg preprocess` with this plan first, or train from the dataset",
+                code="E_PLAN",
+            )
+        plan = changed
+    if preparation_of(chosen) != preparation_of(own):
+        raise VolsegError(
+            f"{folder}: was prepared for recipe {own.name!r} with other [data], [preprocess] or [classify] settings",
+            fix="run `volseg preprocess` with this recipe first",
+            code="E_PREPARED",
+        )
+    plan = plan.overruled_by(chosen)
+    chosen = plan.complete(chosen)
+    if not header["cases"]:
+        raise VolsegError(
+            f"{folder}: preparing it was interrupted", fix="run `volseg preprocess` again", code="E_PREPARED"
+        )
+    cases = [read_prepared_case(folder / "cases", case_id) for case_id in header["cases"]]
+    return chosen, plan, fingerprint, cases
+
+
+def prepared_warnings(folder: Path) -> list[str]:
+    """What was odd about the cases of a prepared folder, and which of them are not in it."""
+    try:
+        content = json.loads((folder / PREPARED_FILE).read_text(encoding="utf-8"))
+        found, failed = [str(text) for text in content.get("warnings", ())], dict(content["failed"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return []  # who loads the folder says what is wrong with it
+    if failed:
+        found.append(
+            f"W_LEFT_OUT: {len(failed)} cases could not be prepared and are not trained on: {', '.join(list(failed)[:5])}"
+        )
+    return found
