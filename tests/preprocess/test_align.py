@@ -71,6 +71,21 @@ def test_where_a_channel_does_not_reach_it_has_its_smallest_intensity():
     assert found[:, :, 6:14].max() > 8
 
 
+def test_a_coarse_channel_reaches_to_the_faces_of_its_outermost_voxels():
+    """PET of 4 mm under MR of 1 mm over the same box: no voxel of the MR lacks a value, and the next one beyond does."""
+    coarse = around((6, 7, 5), (4.0, 4.0, 4.0))
+    scan = np.full(coarse.shape, 7.0, np.float32)
+    scan[3, 3, 2] = 1.0  # the smallest intensity
+    found = resampled_onto(
+        Volume(scan, coarse), around((26, 30, 22), (1.0, 1.0, 1.0))
+    ).array  # a voxel more on each side
+    edge = np.ones(found.shape, bool)
+    edge[1:-1, 1:-1, 1:-1] = False
+    assert (found[edge] == 1).all()
+    np.testing.assert_allclose(found[1:5, 1:-1, 1:-1], 7, atol=1e-5)
+    np.testing.assert_allclose(found[1:-1, 1:-1, -5:-1], 7, atol=1e-5)
+
+
 def test_scans_of_different_places_are_refused():
     here = around((20, 20, 20), (2.0, 2.0, 2.0))
     affine = here.affine.copy()

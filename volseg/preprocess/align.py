@@ -63,21 +63,20 @@ def on_one_grid(images: Mapping[str, Volume], *, align: bool = False) -> dict[st
 def resampled_onto(volume: Volume, grid: Geometry, moved: np.ndarray | None = None) -> Volume:
     """A scan on another grid: linear in world space, float32 intensities; its smallest intensity where it does not reach.
 
+    It reaches to the outer faces of its outermost voxels, which within half a voxel of them are all there is.
+
     Args:
         moved: (4, 4) rigid transform in RAS mm, from points of the grid to those of the scan that belong there.
     """
     matrix = index_matrix(grid, volume.geometry, moved)
     values = volume.intensities(volume.array).astype(np.float32, copy=False)
-    array = ndimage.affine_transform(
-        values,
-        matrix[:3, :3],
-        matrix[:3, 3],  # pyright: ignore[reportArgumentType] - SciPy says: or a sequence
-        output_shape=grid.shape,
-        output=np.float32,
-        order=1,
-        mode="constant",
-        cval=float(values.min()),
-    )
+    offset: Any = matrix[:3, 3]  # a sequence, which SciPy takes and its types do not name
+    places = {"output_shape": grid.shape, "matrix": matrix[:3, :3], "offset": offset}
+    array = ndimage.affine_transform(values, **places, output=np.float32, order=1, mode="nearest")
+    # The nearest voxel's centre is half a voxel away at most.
+    there = np.ones(values.shape, np.uint8)
+    inside = ndimage.affine_transform(there, **places, output=np.uint8, order=0, mode="grid-constant", cval=0)
+    array[inside == 0] = values.min()
     return Volume(array, grid)
 
 
