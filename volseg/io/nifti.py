@@ -296,7 +296,7 @@ def _shape(raw: Nifti1Header, path: Path) -> tuple[int, int, int]:
             path,
             "E_NDIM",
             f"has shape {'×'.join(map(str, sizes))}; a volume has three axes of at least 2 voxels",
-            "give one 3-D volume: extract it from a series, or export all slices of the scan",
+            "give one 3-D volume: extract it from a series, export all slices of the scan, or give each channel a file of its own",
         )
     i, j, k = sizes
     return i, j, k
