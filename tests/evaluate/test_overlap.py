@@ -138,6 +138,6 @@ def test_columns_have_a_meaning():
     assert " ".join(name for name, *_ in described) == (
         "case_id label label_name dice reference_volume_ml predicted_volume_ml volume_error_ml volume_error_percent "
         "iou hd95_mm mean_surface_distance_mm nsd_1mm nsd_2mm n_reference_lesions n_predicted_lesions n_matched_lesions "
-        "lesion_sensitivity lesion_precision lesion_f1 patient notes"
+        "lesion_sensitivity lesion_precision lesion_f1 patient notes status reason"
     )
     assert all(meaning for _, _, meaning, _ in described)

@@ -55,6 +55,14 @@ def test_dice_and_volume_error_are_those_of_the_masks(folders, tmp_path):
     assert report.exit_code == 0
 
 
+def test_a_folder_of_predictions_may_hold_the_description_of_its_model(folders, tmp_path):
+    """nnU-Net writes one there."""
+    truth, guess, *_ = folders
+    (guess / "dataset.json").write_text('{"labels": {"background": 0, "kidney": 1}, "file_ending": ".nii.gz"}')
+    report = volseg.evaluate(reference=truth, predicted=guess, out=tmp_path / "out")
+    assert list(report.done) == ["a", "b", "c", "d"]
+
+
 def test_masks_on_different_grids_are_a_failed_row(folders, tmp_path):
     truth, guess, *_ = folders
     geometry = grid_around(12, oblique((1, 1.2, 2)))

@@ -166,6 +166,11 @@ class _Row:
     classes: Mapping[str, str] = field(default_factory=dict)
 
 
+def is_described(folder: Path) -> bool:
+    """Whether a `dataset.json` says what is in the subfolders. Beside scans it is that of the model that made them, as nnU-Net lays it there."""
+    return (folder / "dataset.json").is_file() and not _scans_in(folder)
+
+
 def _rows_of(dataset: Path, wanted: _Wanted, mistakes: list[str]) -> list[_Row]:
     """The layout decides who reads it."""
     if not os.path.exists(dataset):
@@ -174,7 +179,7 @@ def _rows_of(dataset: Path, wanted: _Wanted, mistakes: list[str]) -> list[_Row]:
         return _rows_of_csv(dataset, wanted, mistakes)
     if (dataset / "cases.csv").is_file():
         return _rows_of_csv(dataset / "cases.csv", wanted, mistakes)
-    if (dataset / "dataset.json").is_file():
+    if is_described(dataset):
         description = _json_of(dataset / "dataset.json")
         read = _rows_of_nnunet if _is_nnunet(dataset, description) else _rows_of_decathlon
         return read(dataset, description, wanted, mistakes)

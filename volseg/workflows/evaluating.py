@@ -17,7 +17,7 @@ from volseg.evaluate.detection import DetectionRow, detect_lesions, with_lesions
 from volseg.evaluate.overlap import OverlapRow, evaluate_case, row_of_absent
 from volseg.evaluate.summary import LabelResult, as_json, mean_of, patient_of, summarise_label
 from volseg.execute.local import run
-from volseg.io.cases import IGNORE, Case, find_cases, find_scans, stated_labels
+from volseg.io.cases import IGNORE, Case, find_cases, find_scans, is_described, stated_labels
 from volseg.io.files import write_bytes_atomic, write_json_atomic
 from volseg.io.nifti import read_mask
 from volseg.report.results import RECORDS, held
@@ -133,7 +133,7 @@ def _is_dataset(path: Path) -> bool:
         path.is_file()
         or ((path / "cases.csv").is_file() and not (path / "masks").is_dir())
         or (path / "labels").is_dir()
-        or (path / "dataset.json").is_file()
+        or is_described(path)
     )
 
 
