@@ -199,9 +199,9 @@ def test_a_run_starts_from_the_weights_of_another_model(dataset, model, tiny_rec
 def test_another_seed_gives_other_weights(dataset, tiny_recipe, tmp_path):
     for out, seed in (("a", 0), ("b", 1), ("c", 0)):
         volseg.train(dataset, recipe=tiny_recipe, out=tmp_path / out, seed=seed, epochs=1, device="cpu")
-    found = [next(iter(weights(tmp_path / out).values())) for out in "abc"]
-    assert torch.equal(found[0], found[2])
-    assert not torch.allclose(found[0], found[1])
+    first, other, again = (weights(tmp_path / out) for out in "abc")
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not all(torch.allclose(first[name], other[name]) for name in first)
 
 
 def test_the_numbers_of_the_card_are_those_of_the_weights_that_were_kept(dataset, tiny_recipe, tmp_path):
