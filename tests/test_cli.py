@@ -229,8 +229,7 @@ def test_ctrl_c_ends_training_with_a_usable_model_and_resume_goes_on(dataset, ti
     found = json.loads(stdout)
     assert (found["interrupted"], found["exit_code"]) == (True, 130)
     assert "add --resume to go on" in stderr
-    assert run("infer", dataset / "images" / "scan_7.nii.gz", "--model", out, "--out", tmp_path / "r").returncode == 0
+    assert workflows.infer(dataset / "images" / "scan_7.nii.gz", model=out, out=tmp_path / "r").exit_code == 0
     epochs = len((out / "history.csv").read_text().splitlines())
-    done = run(*command, "--resume", "--epochs", epochs + 1)
-    assert done.returncode == 0, done.stderr
+    workflows.train(tmp_path / "p", out=out, device="cpu", resume=True, epochs=epochs + 1)
     assert len((out / "history.csv").read_text().splitlines()) == epochs + 2

@@ -19,7 +19,7 @@ class OverlapRow:
     """One label of one case. NaN is unknown and is written as an empty cell."""
 
     case_id: str = column("", "name of the case")
-    label: int | None = column("", "value in the mask; empty for a pair of masks that could not be compared")
+    label: int = column("", "value in the mask; empty for a pair of masks that could not be compared")
     label_name: str = column("", "name of that value")
     dice: float = column("0 to 1", "2 |R ∩ P| / (|R| + |P|); 0 if one mask is empty; empty if both are")
     reference_volume_ml: float = column("mL", "volume in the reference mask")

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import csv
-import math
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +92,14 @@ def evaluate(
             )
             for label in sorted({row.label for row in rows})
         ]
-        write_table(out / "evaluation.csv", OverlapRow, [*rows, *(_failed_row(*each) for each in failed.items())])
+        write_table(
+            out / "evaluation.csv",
+            OverlapRow,
+            [
+                *rows,
+                *({"case_id": case_id, "status": "failed", "reason": reason} for case_id, reason in failed.items()),
+            ],
+        )
         write_table(out / "detections.csv", DetectionRow, detections)
         _draw(results, out)
         summary = {
@@ -185,11 +191,6 @@ class _Predictions:
         centre = np.array([lesion.centroid_r_mm, lesion.centroid_a_mm, lesion.centroid_s_mm])
         alike = self.confidence.get((lesion.case_id, lesion.label, lesion.n_voxels), ())
         return next((confidence for place, confidence in alike if np.abs(place - centre).max() < SAME_PLACE_MM), None)
-
-
-def _failed_row(case_id: str, reason: str) -> OverlapRow:
-    unknown = {item.name: math.nan for item in fields(OverlapRow) if item.type == "float"}
-    return OverlapRow(case_id=case_id, label=None, label_name="", status="failed", reason=reason, **unknown)
 
 
 def _completed(compared: Mapping[str, Sequence[OverlapRow]], masks: Mapping[str, _Mask]) -> list[OverlapRow]:
