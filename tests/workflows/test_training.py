@@ -85,6 +85,26 @@ def test_ctrl_c_ends_with_a_usable_model_and_resume_goes_on(dataset, model, tiny
         assert torch.equal(weights(out)[name], tensor)
 
 
+def test_ctrl_c_before_the_first_look_leaves_a_usable_model_too(dataset, tiny_recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr(watch, "LOOKING_SHARE", 1e-6)  # no epoch earns a look
+
+    def press(stage, share, detail):
+        if stage == "Training" and detail.startswith("epoch 1"):
+            raise KeyboardInterrupt
+
+    report = volseg.train(
+        dataset,
+        recipe=changed(tiny_recipe, steps_per_epoch=1),
+        out=tmp_path / "m",
+        device="cpu",
+        time_budget_seconds=3600,
+        progress=press,
+    )
+    assert report.details["interrupted"]
+    assert history(tmp_path / "m")[0]["validation_dice"] == ""
+    assert load_bundle(tmp_path / "m").segmentation_network() is not None
+
+
 def changed(recipe, **train):
     return recipe.model_copy(update={"train": recipe.train.model_copy(update=train)})
 

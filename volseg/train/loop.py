@@ -236,6 +236,11 @@ class Run:
         except _DivergedError as error:
             stopped = str(error)
         self.team.tell(None)  # lets the other ranks end this run
+        if (
+            stopped == INTERRUPTED and state.history and not state.best_epoch
+        ):  # nobody has looked yet: these are all there is
+            save_checkpoint(best, self.averaged, {"epoch": len(state.history)})
+            state.best_epoch = len(state.history)
         if stopped and not state.best_epoch:
             if stopped == INTERRUPTED:
                 raise KeyboardInterrupt
@@ -251,11 +256,8 @@ class Run:
             if not stopped and watch.compares_last and state.best_epoch < len(state.history):
                 last = watch.validate(self.averaged)
                 if mean_dice(last) > mean_dice(rows):
-                    rows, weights, chosen = (
-                        last,
-                        {name: tensor.cpu() for name, tensor in self.averaged.items()},
-                        {"epoch": len(state.history)},
-                    )
+                    rows, chosen = last, {"epoch": len(state.history)}
+                    weights = {name: tensor.cpu() for name, tensor in self.averaged.items()}
         except KeyboardInterrupt:
             stopped = INTERRUPTED
         metrics["best_epoch"] = chosen["epoch"]
@@ -264,7 +266,9 @@ class Run:
         if rows:
             metrics |= summary(rows, settings.seed)
         if stopped:
-            metrics |= {"stopped": stopped, "watched_validation_dice": round(float(state.best_dice), 4)}
+            metrics["stopped"] = stopped
+        if stopped and state.best_dice >= 0:
+            metrics["watched_validation_dice"] = round(float(state.best_dice), 4)
         return Trained(weights, self._history(), metrics, rows, stopped)
 
     def _finite_weights(self) -> Mapping[str, torch.Tensor]:

@@ -102,10 +102,8 @@ class Watch:
 
     def _time_a_tile(self) -> float:
         tile = np.zeros((len(self._recipe.data.channels), *self._plan.patch_shape), np.float32)
-        backend, tiling = (
-            TorchBackend(self._network, self._device),
-            Tiling(patch_shape=self._plan.patch_shape, overlap=0),
-        )
+        backend = TorchBackend(self._network, self._device)
+        tiling = Tiling(patch_shape=self._plan.patch_shape, overlap=0)
         predict_logits(tile, backend, tiling, n_classes=self._recipe.data.n_outputs)  # finds memory and kernels
         began = time.monotonic()
         predict_logits(tile, backend, tiling, n_classes=self._recipe.data.n_outputs)

@@ -40,9 +40,7 @@ if TYPE_CHECKING:  # torch takes seconds to import; only a workflow that needs i
 
 WORK_FOLDER = ".training"  # inside a model folder while it is being trained
 FINISHING_SHARE, FINISHING_SECONDS = 0.03, 60.0  # of a time budget that pictures and the export are left, at most
-STEPS_SHARE = (
-    0.75  # of a time budget that goes into steps, for the size of the network; preparation and validation take the rest
-)
+STEPS_SHARE = 0.75  # of a time budget that goes into steps, from which the network's size follows
 ROI_FOLDER = "roi"  # inside that one: cases and checkpoints of the coarse first pass
 
 
