@@ -182,6 +182,15 @@ def test_gaps_are_the_smallest_distances_between_surfaces(seed, n):
     assert np.isnan(gaps_mm(surfaces[:1])).all() and gaps_mm([]) == []
 
 
+@pytest.mark.parametrize("n", [33, 90, 160])
+def test_gaps_of_many_small_lesions_between_a_few_large_ones_are_found_too(n):
+    rng = np.random.default_rng(n)
+    sizes = rng.choice([0.5, 2.0, 20.0], n, p=[0.6, 0.35, 0.05])
+    surfaces = [rng.normal(rng.uniform(-60, 60, 3), size, (rng.integers(1, 60), 3)) for size in sizes]
+    expected = [min(cdist(one, other).min() for other in surfaces if other is not one) for one in surfaces]
+    assert gaps_mm(surfaces) == pytest.approx(expected)
+
+
 def test_two_boxes_are_as_far_apart_as_their_faces():
     one, other = np.zeros((12, 4, 4), bool), np.zeros((12, 4, 4), bool)
     one[:3], other[7:] = True, True

@@ -8,6 +8,7 @@ of one plane, whatever the size of the lesion.
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -19,6 +20,7 @@ from scipy.spatial.distance import cdist
 N_CUBES = 256
 FEW_POINTS = 64  # of so few points all distances are found sooner than their hull
 POINTS_AT_ONCE = 2000
+MANY_BOXES = 32
 ROUNDING_MM = 1e-9
 
 
@@ -179,23 +181,62 @@ def gaps_mm(surfaces: Sequence[np.ndarray]) -> list[float]:
     """For each of the (N, 3) surfaces in mm the distance of its points to those of the nearest other one; NaN if there is none."""
     if len(surfaces) < 2:
         return [np.nan] * len(surfaces)
-    low = np.array([points.min(axis=0) for points in surfaces])
-    high = np.array([points.max(axis=0) for points in surfaces])
+    boxes = _Boxes.around(surfaces)
     found = np.full(len(surfaces), np.inf)
     trees: dict[int, KDTree] = {}
     for n, points in enumerate(surfaces):
-        least = np.linalg.norm(
-            _apart(low, high, low[n], high[n]), axis=1
-        )  # between the boxes: the surfaces are no nearer
-        least[n] = np.inf
-        for other in np.argsort(least, kind="stable").tolist():
-            if least[other] >= found[n]:
+        for least, other in boxes.nearest_first(n):  # surfaces are no nearer than their boxes
+            if least >= found[n]:
                 break
             if other not in trees:
                 trees[other] = KDTree(surfaces[other])
-            gap = _gap_mm(points, trees[other], low[other], high[other], float(found[n]))
+            gap = _gap_mm(points, trees[other], boxes.low[other], boxes.high[other], float(found[n]))
             found[n], found[other] = min(found[n], gap), min(found[other], gap)
     return found.tolist()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Boxes:
+    """Bounding boxes in mm, (N, 3) each, and the balls round them. The largest few are always looked at, the others by their centres."""
+
+    low: np.ndarray
+    high: np.ndarray
+    radii: np.ndarray
+    large: np.ndarray
+    small: np.ndarray
+    centres: KDTree | None  # of the small ones
+
+    @classmethod
+    def around(cls, surfaces: Sequence[np.ndarray]) -> _Boxes:
+        low = np.array([points.min(axis=0) for points in surfaces])
+        high = np.array([points.max(axis=0) for points in surfaces])
+        radii = np.linalg.norm(high - low, axis=1) / 2
+        order = np.argsort(-radii, kind="stable")
+        large, small = order[:MANY_BOXES], order[MANY_BOXES:]
+        return cls(low, high, radii, large, small, KDTree((low + high)[small] / 2) if small.size else None)
+
+    def nearest_first(self, n: int) -> Iterator[tuple[float, int]]:
+        """(distance, number) of every other box, in ascending order; found out as far as it is asked for."""
+        waiting: list[tuple[float, int]] = []
+        self._add(waiting, n, self.large)
+        known, wanted, bound = 0, MANY_BOXES, -np.inf if self.small.size else np.inf
+        while waiting or known < self.small.size:
+            if waiting and waiting[0][0] <= bound:
+                yield heapq.heappop(waiting)
+                continue
+            assert self.centres is not None
+            wanted = min(4 * wanted, self.small.size)
+            away, at = self.centres.query((self.low[n] + self.high[n]) / 2, k=np.arange(known + 1, wanted + 1))
+            self._add(waiting, n, self.small[at])
+            known = wanted
+            # Those that are not known yet are further away, from centre to centre.
+            bound = np.inf if known == self.small.size else away[-1] - self.radii[n] - self.radii[self.small[0]]
+
+    def _add(self, waiting: list[tuple[float, int]], n: int, others: np.ndarray) -> None:
+        gaps = np.linalg.norm(_apart(self.low[others], self.high[others], self.low[n], self.high[n]), axis=1)
+        for gap, other in zip(gaps.tolist(), others.tolist(), strict=True):
+            if other != n:
+                heapq.heappush(waiting, (gap, other))
 
 
 def _gap_mm(points: np.ndarray, tree: KDTree, low: np.ndarray, high: np.ndarray, most: float) -> float:

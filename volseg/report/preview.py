@@ -173,7 +173,7 @@ def montage_jpeg(
     bar_mm = max([bar for bar in SCALE_BARS_MM if bar <= field_mm / 3], default=field_mm / 3)
     canvas = Image.new("RGB", (3 * pixels, pixels))
     draw = ImageDraw.Draw(canvas)
-    font = ImageFont.load_default(max(10, pixels // 20))
+    font = ImageFont.load_default(max(10, pixels // 11))  # to be read in the smaller copies of report.html too
     away_mm = ((pixels - 1) / 2 - np.arange(pixels)) * field_mm / pixels  # indices fall to the right and downwards
     style = {"font": font, "stroke_width": 1, "stroke_fill": "black"}
     for place, (across, up, through, left, right) in enumerate(MONTAGE_PLANES):
@@ -197,8 +197,9 @@ def montage_jpeg(
         draw.text((start + 4, pixels // 2), left, fill="#ffd24d", anchor="lm", **style)
         draw.text((start + width - 4, pixels // 2), right, fill="#ffd24d", anchor="rm", **style)
         length = bar_mm / field_mm * pixels
-        draw.rectangle((start + 8, pixels - 10, start + 8 + length, pixels - 8), fill="white", outline="black")
-        draw.text((start + 8, pixels - 13), f"{bar_mm:g} mm", fill="white", anchor="ls", **style)
+        top = pixels - 8 - max(2, pixels // 50)
+        draw.rectangle((start + 8, top, start + 8 + length, pixels - 8), fill="white", outline="black")
+        draw.text((start + 8, top - 3), f"{bar_mm:g} mm", fill="white", anchor="ls", **style)
         if place:
             draw.line((start, 0, start, pixels), fill="#444")
     return _jpeg(canvas, 88)
