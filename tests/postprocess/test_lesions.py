@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import tracemalloc
 from itertools import pairwise
 
 import numpy as np
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 from laws import GRIDS, oblique, orientations
 
 from volseg.errors import VolsegError
+from volseg.postprocess import lesions as lesions_module
 from volseg.postprocess.lesions import label_lesions
 from volseg.volume import Geometry, Volume
 
@@ -145,3 +147,16 @@ def test_unknown_settings_are_refused_with_the_known_ones():
         label_lesions(mask.astype(np.float32), geometry_of(mask))
     with pytest.raises(ValueError, match="shape"):
         label_lesions(mask, Geometry((2, 2, 3), oblique(SPACING_MM)))
+
+
+@pytest.mark.parametrize("objects", ["components", "labels"])
+def test_a_mask_over_all_of_a_large_scan_takes_a_few_bytes_per_voxel(objects, monkeypatch):
+    """Its copy, 4 for the components, 2 for the numbers, twice."""
+    monkeypatch.setattr(lesions_module, "PIECE_VOXELS", 2**16)
+    mask = np.ones((200, 200, 100), np.uint8, order="F")
+    tracemalloc.start()
+    lesions = label_lesions(mask, Geometry(mask.shape, np.eye(4)), objects=objects)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert lesions.n_voxels == [mask.size]
+    assert peak < 10 * mask.size

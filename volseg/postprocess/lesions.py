@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -14,6 +16,7 @@ from volseg.volume import BoundingBox, Geometry
 Objects = Literal["components", "labels"]
 Connectivity = Literal[6, 18, 26]  # neighbours share a face; or an edge; or a corner
 CONNECTIVITY: Connectivity = 26  # unless told otherwise
+PIECE_VOXELS = 2**22  # looked at together
 SAME_PLACE_MM = 1e-3  # over the rounding of float32 affines in file headers, under any distance between two lesions
 
 
@@ -60,15 +63,14 @@ def label_lesions(
         return Lesions(np.zeros(mask.shape, np.uint16, order=layout), [], [])
     # A copy in one piece and native byte order: cc3d takes no other, and is fastest on it.
     part = np.array(mask[box.slices], dtype=mask.dtype.newbyteorder("="), order=layout)
-    inside = np.flatnonzero(part.ravel(order=layout))
-    if objects == "components":
-        numbers, labels, n_voxels = _components(part, inside, geometry.crop(box), connectivity, layout)
-    else:
-        numbers, labels, n_voxels = _one_per_label(part.ravel(order=layout)[inside])
-    part_ids = np.zeros(part.size, np.uint16 if labels.size <= np.iinfo(np.uint16).max else np.uint32)
-    part_ids[inside] = numbers
+    find = _components if objects == "components" else _one_per_label
+    lesions, labels, n_voxels = find(part, geometry.crop(box), connectivity, layout)
+    part_ids = np.zeros(part.shape, np.uint16 if labels.size <= np.iinfo(np.uint16).max else np.uint32, order=layout)
+    flat = part_ids.ravel(order=layout)  # a view
+    for piece in _pieces(flat.size):
+        flat[piece] = lesions(piece)
     ids = np.zeros(mask.shape, part_ids.dtype, order=layout)
-    ids[box.slices] = part_ids.reshape(part.shape, order=layout)
+    ids[box.slices] = part_ids
     return Lesions(ids, labels.tolist(), n_voxels.tolist())
 
 
@@ -89,26 +91,48 @@ def _check(mask: np.ndarray, geometry: Geometry, objects: str, connectivity: int
         raise ValueError(f"mask has shape {mask.shape}, its geometry {geometry.shape}")
 
 
+# A piece of the mask in the order of memory → the numbers of the lesions there.
+Numbers = Callable[[slice], np.ndarray]
+
+
+def _pieces(size: int) -> Iterator[slice]:
+    """Of an array in the order of memory: a mask over all of a large scan makes no temporary as large as the scan."""
+    return (slice(start, min(start + PIECE_VOXELS, size)) for start in range(0, size, PIECE_VOXELS))
+
+
 def _components(
-    part: np.ndarray, inside: np.ndarray, geometry: Geometry, connectivity: Connectivity, layout: Literal["C", "F"]
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Number of the component at each voxel `inside` (positions in memory); label and size of each component."""
-    found, n_found = cc3d.connected_components(part, connectivity=connectivity, return_N=True)
-    statistics = cc3d.statistics(found, no_slice_conversion=True)
-    found_inside = found.ravel(order=layout)[inside]
-    labels = np.zeros(n_found, np.int64)
-    labels[found_inside - 1] = part.ravel(order=layout)[inside]
+    part: np.ndarray, geometry: Geometry, connectivity: Connectivity, layout: Literal["C", "F"]
+) -> tuple[Numbers, np.ndarray, np.ndarray]:
+    """Number of the component at each voxel; label and size of each component."""
+    components, n_found = cc3d.connected_components(part, connectivity=connectivity, return_N=True)
+    statistics = cc3d.statistics(components, no_slice_conversion=True)
+    found, values = components.ravel(order=layout), part.ravel(order=layout)
+    labels = np.zeros(n_found + 1, np.int64)
+    for piece in _pieces(found.size):
+        labels[found[piece]] = values[piece]
     n_voxels = statistics["voxel_counts"][1:].astype(np.int64)
-    ranking = _ranking(n_voxels, geometry.to_world_mm(statistics["centroids"][1:]), labels)
+    ranking = _ranking(n_voxels, geometry.to_world_mm(statistics["centroids"][1:]), labels[1:])
     number_of_found = np.zeros(n_found + 1, np.uint32)
     number_of_found[ranking + 1] = np.arange(1, n_found + 1)
-    return number_of_found[found_inside], labels[ranking], n_voxels[ranking]
+    return lambda piece: number_of_found[found[piece]], labels[1:][ranking], n_voxels[ranking]
 
 
-def _one_per_label(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Number of the label at each voxel of these values; ascending labels, and their sizes."""
-    labels, n_voxels = np.unique(values, return_counts=True)
-    return np.searchsorted(labels, values) + 1, labels.astype(np.int64), n_voxels
+def _one_per_label(
+    part: np.ndarray, geometry: Geometry, connectivity: Connectivity, layout: Literal["C", "F"]
+) -> tuple[Numbers, np.ndarray, np.ndarray]:
+    """Number of the label at each voxel; ascending labels, and their sizes."""
+    values = part.ravel(order=layout)
+    counts: Counter[int] = Counter()
+    for piece in _pieces(values.size):
+        found, n = np.unique(values[piece], return_counts=True)
+        counts.update(dict(zip(found.tolist(), n.tolist(), strict=True)))
+    del counts[0]
+    labels = np.array(sorted(counts))
+
+    def numbers(piece: slice) -> np.ndarray:
+        return np.where(values[piece] == 0, 0, np.searchsorted(labels, values[piece]) + 1)
+
+    return numbers, labels.astype(np.int64), np.array([counts[label] for label in labels.tolist()])
 
 
 def _ranking(n_voxels: np.ndarray, centroids_mm: np.ndarray, labels: np.ndarray) -> np.ndarray:
