@@ -29,8 +29,8 @@ from volseg.volume import Geometry
 OVERHEAD = {"openvino": 1.05, "torch": 2.3, "cuda": 1.3}  # torch on a CPU keeps freed blocks for speed
 WORKSPACE = 150 << 20
 STAGING = 2 * 4 * SLAB_VALUES  # source planes on their way to a GPU
-LESION_SHARE = 0.25  # of a scan that the box of all lesions is taken to fill at most
-LABELLING_BYTES = 16  # per voxel of that box
+LESION_SHARE = 0.5  # of a scan that the box of all lesions is taken to fill at most
+LABELLING_BYTES = 8  # per voxel of that box
 PAGE = 64 << 20  # making the page of a scan, whatever its size: slabs of it, 12 million voxels, their base64
 UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
