@@ -283,6 +283,11 @@ def test_requests_that_make_no_sense_are_refused(dataset, model, tiny_recipe, tm
     volseg.preprocess(dataset, recipe=tiny_recipe, out=tmp_path / "p")
     with pytest.raises(VolsegError, match="was prepared for recipe 'tiny'"):
         volseg.train(tmp_path / "p", recipe="smoke", out=tmp_path / "m")
+    with pytest.raises(VolsegError, match="there is no such recipe"):
+        volseg.train(dataset, recipe="smok", out=tmp_path / "never")
+    with pytest.raises(VolsegError):
+        volseg.train(dataset, plan=dataset / "cases.csv", out=tmp_path / "never")
+    assert not (tmp_path / "never").exists()
     with pytest.raises(VolsegError, match="longer than the time budget"):
         volseg.train(dataset, recipe=tiny_recipe, out=tmp_path / "n", time_budget_seconds=1e-3)
 

@@ -162,6 +162,10 @@ class _Training:
         from volseg.plan import check_budget
         from volseg.train.loop import INTERRUPTED
 
+        if self.recipe is not None:
+            as_recipe(self.recipe)  # a misspelt name leaves no folder
+        if self.plan is not None:
+            read_plan(self.plan)
         with held(self.out, self.work):
             self._check_unfinished()
             model = None if self.init is None else load_bundle(self.init)
