@@ -363,6 +363,37 @@ def test_a_click_on_a_lesion_leads_to_it(kind, browser, tmp_path):
     visit.end()
 
 
+SHORT_AXES = """() => {
+  const canvas = document.getElementById("lines"), {width, height} = canvas;
+  const {data} = canvas.getContext("2d").getImageData(0, 0, width, height);
+  const scale = width / canvas.getBoundingClientRect().width, found = [];
+  for (let i = 0; i < data.length; i += 4) {
+    const [r, g, b, a] = data.subarray(i, i + 4);
+    if (a > 250 && Math.abs(r - 127) + Math.abs(g - 223) + Math.abs(b - 255) < 30) found.push([(i / 4) % width / scale, Math.floor(i / 4 / width) / scale]);
+  }
+  return found;
+}"""
+
+
+@pytest.mark.browser
+def test_a_diameter_is_drawn_where_it_was_measured(browser, tmp_path):
+    """A click on either end of the drawn short axis puts the crosshair where the table says that it ends."""
+    scan, ids, rows, _ = scene()
+    (tmp_path / "a.html").write_text(page_of(scan, ids, rows), encoding="utf-8")
+    visit = Visit(browser, tmp_path / "a.html", "#lesion=1")
+    drawn = np.array(visit.page.evaluate(SHORT_AXES), float)
+    between = np.linalg.norm(drawn[:, None] - drawn[None], axis=-1)
+    left, top, *_ = visit.page.evaluate(
+        "Object.values(document.getElementById('canvas').getBoundingClientRect().toJSON())"
+    )
+    ends = [np.array(json.loads(rows[0][f"short_axis_p{end}_ras"])) for end in (0, 1)]
+    for x, y in drawn[list(np.unravel_index(between.argmax(), between.shape))]:
+        visit.page.mouse.click(left + x, top + y)
+        found = np.array([float(visit.place()[axis]) for axis in "ras"])
+        assert min(np.linalg.norm(found - end) for end in ends) < 1.5 * max(scan.geometry.spacing_mm[:2])
+    visit.end()
+
+
 @pytest.mark.browser
 def test_without_webgl_the_picture_and_the_table_remain_and_it_is_said(playwright, tmp_path):
     scan, ids, rows, _ = scene(ras((1.0, 1.0, 2.0)))
