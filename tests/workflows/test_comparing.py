@@ -390,6 +390,24 @@ def test_a_second_call_does_what_changed_and_no_more(baseline, tmp_path):
     assert len(volseg.compare(baseline, results, **options, max_distance_mm=5).done) == len(TIMES)
 
 
+def test_a_label_without_a_name_at_one_time_has_that_of_the_other(baseline, tmp_path):
+    for copy, name in (("nameless", "label_1"), ("named", "nodule")):
+        shutil.copytree(baseline, tmp_path / copy)
+        for case in TIMES:
+            change_record(
+                tmp_path / copy,
+                case,
+                lambda record, name=name: [lesion.update(label_name=name) for lesion in record["lesions"]],
+            )
+    volseg.compare(baseline, baseline, out=tmp_path / "expected", registration=False)
+    expected = {name: row["response"] for name, row in tables(tmp_path / "expected")[0].items()}
+    for first, second in (("nameless", "named"), ("named", "nameless")):
+        volseg.compare(tmp_path / first, tmp_path / second, out=tmp_path / f"from_{first}", registration=False)
+        patients, lesions = tables(tmp_path / f"from_{first}")
+        assert {name: row["response"] for name, row in patients.items()} == expected
+        assert {row["label_name"] for own in lesions.values() for row in own} == {"nodule"}
+
+
 def test_models_and_grids_that_differ_are_warned_of(baseline, tmp_path):
     thick = measured(tmp_path / "thick", {"stays": scan_of(around((1.5, 1.5, 5.0), GRIDS["lps"]), [LARGE, SMALL])})
     change_record(thick, "stays", lambda record: record["case"].update(model="other@12"))

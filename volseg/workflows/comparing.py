@@ -352,6 +352,7 @@ def _compare_pair(pair: _Pair, settings: CompareSettings, results: ComparisonFol
     before, after = (
         _read_side(time_, *side) for time_, side in zip(("baseline", "follow-up"), _sides(pair, settings), strict=True)
     )
+    before, after = _named_alike(before, after)
     placed = _place(before, after, settings)
     matches = match_lesions(
         before.ids,
@@ -403,6 +404,26 @@ def _read_side(time_: str, folder: Path, case: str, scans: Path | None) -> _Side
             code="E_RECORD",
         )
     return _Side(time_, folder, replace(record, lesions=lesions), ids, scans)
+
+
+def _named_alike(*sides: _Side) -> tuple[_Side, _Side]:
+    """A label that has no name at one time, because nobody gave `measure` one, has that of the other time."""
+    names = {
+        lesion.label: lesion.label_name
+        for side in sides
+        for lesion in side.lesions
+        if lesion.label_name not in (None, f"label_{lesion.label}")
+    }
+    before, after = (
+        replace(side, record=replace(side.record, lesions=[_named(lesion, names) for lesion in side.lesions]))
+        for side in sides
+    )
+    return before, after
+
+
+def _named(lesion: LesionMeasurement, names: Mapping[int, str | None]) -> LesionMeasurement:
+    is_nameless = lesion.label_name in (None, f"label_{lesion.label}")
+    return replace(lesion, label_name=names.get(lesion.label, lesion.label_name)) if is_nameless else lesion
 
 
 def _scan_path(record: CaseRecord, scans: Path | None) -> Path | None:
