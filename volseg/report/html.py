@@ -77,6 +77,7 @@ SCAN_COLUMNS = (
 RESPONSE_COLUMNS = (
     "patient",
     "response",
+    "response_rule",
     "baseline_sum_mm",
     "followup_sum_mm",
     "change_sum_percent",
@@ -88,7 +89,6 @@ RESPONSE_COLUMNS = (
     "n_gone",
     "n_merged",
     "n_split",
-    "response_rule",
     "status",
     "reason",
     "warnings",
