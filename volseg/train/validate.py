@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -17,6 +18,14 @@ from volseg.plan import Plan
 from volseg.recipe import Recipe
 from volseg.train.losses import IGNORED
 
+TILED_VOXELS = 64**3  # of the tiles that are run together
+
+
+def tiling_of(plan: Plan, overlap: float) -> Tiling:
+    """Small tiles go through the network together: one alone leaves most of a device idle."""
+    together = max(1, TILED_VOXELS // math.prod(plan.patch_shape))
+    return Tiling(patch_shape=plan.patch_shape, overlap=overlap, batch_size=together)
+
 
 def predicted_classes(
     network: nn.Module, case: PreparedCase, recipe: Recipe, plan: Plan, device: torch.device, *, overlap: float
@@ -25,7 +34,7 @@ def predicted_classes(
 
     Logits become classes slab by slab, so that memory does not grow with classes × voxels.
     """
-    tiling = Tiling(patch_shape=plan.patch_shape, overlap=overlap)
+    tiling = tiling_of(plan, overlap)
     backend = TorchBackend(network, device)
     planes = ArrayPlanes(np.asarray(case.image))
     slabs = predict_slabs(planes, backend, tiling, n_classes=recipe.data.n_outputs)

@@ -10,12 +10,12 @@ import torch
 
 from volseg.evaluate.validation import ValidationRow
 from volseg.infer.backends import TorchBackend
-from volseg.infer.stream import Tiling, predict_logits
+from volseg.infer.stream import predict_logits
 from volseg.io.prepared import PreparedCase
 from volseg.models import build_segmentation, set_weights
 from volseg.plan import Plan
 from volseg.recipe import Recipe
-from volseg.train.validate import validate
+from volseg.train.validate import tiling_of, validate
 
 WATCHED_OVERLAP = 0.25  # cheap and close: the final metrics use the recipe's own overlap
 LOOKING_SHARE = 0.15  # of a time budget that looks may take: they are rarer where they take long
@@ -97,17 +97,17 @@ class Watch:
         return self._seconds_per_tile * self._tiles(cases, overlap)
 
     def _tiles(self, cases: Sequence[PreparedCase], overlap: float) -> int:
-        tiling = Tiling(patch_shape=self._plan.patch_shape, overlap=overlap)
+        tiling = tiling_of(self._plan, overlap)
         return sum(tiling.count(case.mask.shape) for case in cases)
 
     def _time_a_tile(self) -> float:
-        tile = np.zeros((len(self._recipe.data.channels), *self._plan.patch_shape), np.float32)
-        backend = TorchBackend(self._network, self._device)
-        tiling = Tiling(patch_shape=self._plan.patch_shape, overlap=0)
-        predict_logits(tile, backend, tiling, n_classes=self._recipe.data.n_outputs)  # finds memory and kernels
+        backend, tiling = TorchBackend(self._network, self._device), tiling_of(self._plan, 0.0)
+        r, a, s = self._plan.patch_shape
+        tiles = np.zeros((len(self._recipe.data.channels), r, a, s * tiling.batch_size), np.float32)
+        predict_logits(tiles, backend, tiling, n_classes=self._recipe.data.n_outputs)  # finds memory and kernels
         began = time.monotonic()
-        predict_logits(tile, backend, tiling, n_classes=self._recipe.data.n_outputs)
-        return max(time.monotonic() - began, 1e-6)
+        predict_logits(tiles, backend, tiling, n_classes=self._recipe.data.n_outputs)
+        return max(time.monotonic() - began, 1e-6) / tiling.batch_size
 
 
 def _spread(cases: Sequence[PreparedCase], n: int) -> list[PreparedCase]:
