@@ -19,13 +19,13 @@ The same tensors appear again under `….all_modules.{n}.…` and `decoder.encod
 from __future__ import annotations
 
 import json
-import pickle
 import pickletools
 import re
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError  # what torch raises with weights_only; nothing is unpickled here
 from typing import Any, TypeVar
 
 import numpy as np
@@ -63,7 +63,7 @@ ALLOWED = frozenset(
     }
 )
 _DAMAGE = (  # what reading a file that is no checkpoint can raise
-    pickle.UnpicklingError,
+    UnpicklingError,
     zipfile.BadZipFile,
     RuntimeError,
     ValueError,

@@ -283,6 +283,9 @@ def test_requests_that_make_no_sense_are_refused(dataset, model, tiny_recipe, tm
     volseg.preprocess(dataset, recipe=tiny_recipe, out=tmp_path / "p")
     with pytest.raises(VolsegError, match="was prepared for recipe 'tiny'"):
         volseg.train(tmp_path / "p", recipe="smoke", out=tmp_path / "m")
+    single = changed(tiny_recipe, patch_shape=(4, 4, 4))  # as often as its strides halve it
+    with pytest.raises(VolsegError, match="single voxel at the network's coarsest level"):
+        volseg.train(dataset, recipe=single, out=tmp_path / "single")
     with pytest.raises(VolsegError, match="there is no such recipe"):
         volseg.train(dataset, recipe="smok", out=tmp_path / "never")
     with pytest.raises(VolsegError):

@@ -60,15 +60,15 @@ def check_networks(recipe: Recipe, *, section: str = "train") -> None:
     """
     build_segmentation(recipe)
     strides = recipe.network.settings.get("strides", ())
-    for axis, (voxels, *steps) in enumerate(zip(recipe.train.patch_shape, *strides, strict=True)):
-        if voxels % math.prod(steps):
+    divisors = [math.prod(steps) for steps in zip(*strides, strict=True)]
+    for axis, (voxels, divisor) in enumerate(zip(recipe.train.patch_shape, divisors, strict=False)):
+        if voxels % divisor:
             raise VolsegError(
-                f"{section}.patch_shape has {voxels} voxels along {'RAS'[axis]}, which the strides divide by {math.prod(steps)}",
-                fix=f"make it a multiple of {math.prod(steps)}",
+                f"{section}.patch_shape has {voxels} voxels along {'RAS'[axis]}, which the strides divide by {divisor}",
+                fix=f"make it a multiple of {divisor}",
                 code="E_RECIPE",
             )
-    coarsest = [voxels // math.prod(steps) for voxels, *steps in zip(recipe.train.patch_shape, *strides, strict=True)]
-    if strides and math.prod(coarsest) == 1:
+    if list(recipe.train.patch_shape) == divisors:
         raise VolsegError(
             f"{section}.patch_shape {recipe.train.patch_shape} is a single voxel at the network's coarsest level, which cannot be normalised",
             fix="make the patch larger, or take a level off the network",

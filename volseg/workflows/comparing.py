@@ -490,8 +490,8 @@ def as_far_as_trusted(found: Registration, points_mm: np.ndarray) -> Placement:
             f"over {MAX_MOVED_MM:.0f} mm or {MAX_TURNED_DEG:.0f}°: look at the picture"
         )
     if error_mm is None or error_mm > MAX_ERROR_MM:
-        doubt = "worked in one direction only" if error_mm is None else f"is uncertain by {error_mm:.1f} mm"
-        doubt = f"registration {doubt}"
+        what = "worked in one direction only" if error_mm is None else f"is uncertain by {error_mm:.1f} mm"
+        doubt = f"registration {what}"
         warnings.append(f"W_REGISTRATION: {doubt}, so lesions may have been matched wrongly")
     columns = {"registration": "rigid", "moved_mm": shift_mm, "turned_deg": found.turned_deg}
     columns |= {"registration_error_mm": error_mm} | similarity

@@ -51,6 +51,15 @@ def split_cases(
 def load_prepared(
     folder: Path, recipe: Path | str | Recipe | None, changed: Plan | None = None
 ) -> tuple[Recipe, Plan, DatasetFingerprint, list[PreparedCase]]:
+    """Recipe, plan, fingerprint and cases of a prepared folder.
+
+    Args:
+        recipe: whose training settings replace the folder's; None keeps them.
+        changed: a plan in place of the folder's.
+
+    Raises:
+        VolsegError: it is no prepared folder, was not finished, or does not fit the recipe or the plan.
+    """
     from volseg.plan import DatasetFingerprint, Plan
 
     try:
