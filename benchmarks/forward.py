@@ -110,33 +110,21 @@ def cuda_backend(variant: str, network, batch):
     import torch
 
     from volseg.infer.backends import TorchBackend
+    from volseg.infer.cuda_graph import CudaGraph
 
     precision = "fp32" if "fp32" in variant else "fp16"
     backend = TorchBackend(network, torch.device("cuda"), precision=precision, channels_last="channels-last" in variant)
     if "torch.compile" in variant:
         backend.network = torch.compile(network)
     if "graph" in variant:
-        backend.network = captured(network, torch.from_numpy(batch).cuda())
+        images = torch.from_numpy(batch).cuda()
+        with (
+            torch.no_grad(),
+            torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=True),
+            torch.autocast("cuda", torch.float16, cache_enabled=False),
+        ):
+            backend.network = CudaGraph(network, images)
     return backend
-
-
-def captured(network, example):
-    """The network as a CUDA graph of one shape."""
-    import torch
-
-    with torch.inference_mode(), torch.autocast("cuda", torch.float16):
-        for _ in range(3):
-            network(example)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            logits = network(example)
-
-    def replay(images):
-        example.copy_(images)
-        graph.replay()
-        return logits
-
-    return replay
 
 
 def work(variant: str, name: str, device: str) -> None:

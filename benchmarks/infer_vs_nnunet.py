@@ -22,8 +22,13 @@ from pathlib import Path
 import numpy as np
 
 PEER = """
-import sys, torch
-from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+import inspect, sys, torch
+import nnunetv2.inference.predict_from_raw_data as module
+if {float_sums}:  # as shipped it adds the weighted logits of overlapping tiles up in half precision
+    source = inspect.getsource(module)
+    assert source.count("dtype=torch.half") == 2
+    exec(compile(source.replace("dtype=torch.half", "dtype=torch.float32"), module.__file__, "exec"), module.__dict__)
+nnUNetPredictor = module.nnUNetPredictor
 model, scan, out = sys.argv[1:]
 torch.set_num_threads(int({threads}))
 predictor = nnUNetPredictor(use_mirroring=False, perform_everything_on_device=False, device=torch.device("cpu"), verbose=False, allow_tqdm=False)
@@ -31,6 +36,7 @@ predictor.initialize_from_trained_model_folder(model, use_folds=(0,), checkpoint
 if __name__ == "__main__":
     predictor.predict_from_files([[scan]], [out], save_probabilities=False, overwrite=True, num_processes_preprocessing=1, num_processes_segmentation_export=1)
 """
+PEERS = (("nnU-Net 2.8.1", False), ("nnU-Net, sums in float32", True))
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +127,15 @@ def agreement(first: Path, second: Path) -> tuple[float, float]:
     return float((one[foreground] == other[foreground]).mean()), float(foreground.mean())
 
 
+def agreements(mask: Path, others: dict[str, Path]) -> str:
+    """The agreement of a mask with each of others, as text."""
+    shares = {name: agreement(other, mask) for name, other in others.items() if other.exists()}
+    return "".join(
+        f"; {same:.5f} of foreground ({share:.1%} of the scan) agree with {name}"
+        for name, (same, share) in shares.items()
+    )
+
+
 def main() -> None:
     numbers = lambda kind: lambda text: tuple(kind(part) for part in text.split(","))  # noqa: E731
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -135,6 +150,11 @@ def main() -> None:
         "--volseg", action="append", help="further options of `volseg infer`, one run for each", default=None
     )
     parser.add_argument("--no-peer", action="store_true", help="run volseg alone")
+    parser.add_argument(
+        "--float-sums",
+        action="store_true",
+        help="run nnU-Net once more with its sums of overlapping tiles in float32, and compare every mask with that too",
+    )
     parser.add_argument(
         "--keep", type=Path, help="folder for the model and the scan, which are made again if not there"
     )
@@ -166,16 +186,20 @@ def compare(arguments: argparse.Namespace, folder: Path) -> None:
         subprocess.run([*volseg, "import-nnunet", made.stdout.splitlines()[-1], "--out", own], check=True)
     model = (folder / "nnunet_model.txt").read_text()
     rows: list[tuple[str, Run, str]] = []
-    theirs = folder / "theirs.nii.gz"
-    if not arguments.no_peer:
-        code = PEER.format(threads=os.cpu_count())
-        script = folder / "peer.py"
-        script.write_text(code)
+    masks: dict[str, Path] = {}  # without the peer: those that it made in an earlier run
+    for name, float_sums in PEERS[: 1 + arguments.float_sums]:
+        stem = "theirs_float" if float_sums else "theirs"
+        mask = folder / f"{stem}.nii.gz"
+        if arguments.no_peer:
+            masks[name] = mask
+            continue
+        script = folder / f"{stem}.py"
+        script.write_text(PEER.format(threads=os.cpu_count(), float_sums=float_sums))
         environment = {name: str(folder) for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")}
-        found = run(
-            [arguments.peer, str(script), model, str(scan), str(folder / "theirs")], folder / "peer.log", environment
-        )
-        rows.append(("nnU-Net 2.8.1", found, "failed, see peer.log" if found.failed else ""))
+        command = [arguments.peer, str(script), model, str(scan), str(folder / stem)]
+        found = run(command, folder / f"{stem}.log", environment)
+        rows.append((name, found, f"failed, see {stem}.log" if found.failed else agreements(mask, masks)))
+        masks[name] = mask
     for index, options in enumerate(arguments.volseg or [""]):
         out = folder / f"volseg_{index}"
         subprocess.run(["rm", "-rf", out], check=True)
@@ -195,9 +219,7 @@ def compare(arguments: argparse.Namespace, folder: Path) -> None:
         if not found.failed:
             computed = json.loads((out / "run.json").read_text())["options"]
             remark = f"{computed['backend']} {computed['precision']}"
-            if theirs.exists():
-                same, share = agreement(theirs, out / "masks" / "scan.nii.gz")
-                remark += f"; {same:.5f} of foreground ({share:.1%} of the scan) agree"
+            remark += agreements(out / "masks" / "scan.nii.gz", masks)
         rows.append((f"volseg {options}".strip(), found, remark))
     base = rows[0][1]
     print(f"{arguments.classes} classes, {' × '.join(map(str, arguments.shape))} voxels, patch {arguments.patch}")

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
-INTERRUPTED, TERMINATED = 130, 143
+EXIT_INTERRUPTED, EXIT_TERMINATED = 130, 143
 SECONDS_PER_LINE = 30  # of progress, where stderr is no terminal
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout instead of text.")]
@@ -69,7 +69,7 @@ def main() -> None:
     except VolsegError as error:
         _fail(error)
     except _TerminatedError:
-        sys.exit(TERMINATED)
+        sys.exit(EXIT_TERMINATED)
 
 
 def _print_version(wanted: bool) -> None:
@@ -238,11 +238,11 @@ def train(
         return  # under torchrun or SLURM rank 0 speaks for all
     if report.details.get("interrupted"):
         if as_json:
-            _print_json({"out": str(report.out)} | dict(report.details) | {"exit_code": INTERRUPTED})
+            _print_json({"out": str(report.out)} | dict(report.details) | {"exit_code": EXIT_INTERRUPTED})
         else:
             _print_metrics(report)
         typer.echo("interrupted: this is the best model so far; add --resume to go on", err=True)
-        raise typer.Exit(INTERRUPTED)
+        raise typer.Exit(EXIT_INTERRUPTED)
     _finish(report, as_json, lambda: _print_preview(report) if preview else _print_metrics(report), has_warned=True)
 
 

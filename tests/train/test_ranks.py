@@ -1,11 +1,13 @@
+import os
 import signal
+import socket
 import subprocess
 import sys
 
 import pytest
 import torch
 
-from volseg.errors import VolsegError
+from volseg.errors import EnvironmentProblem, VolsegError
 from volseg.train.ranks import Team, team_of
 
 BF16 = """
@@ -26,6 +28,58 @@ def test_training_in_bf16_does_not_announce_it_and_other_users_of_fabric_still_h
     own = BF16 + "Fabric(accelerator='cpu', devices=1, precision='bf16-mixed')"
     heard = subprocess.run([sys.executable, "-c", own], capture_output=True, text=True, check=True)
     assert heard.stderr == "Using bfloat16 Automatic Mixed Precision (AMP)\n"
+
+
+SLURM = """
+import sys, torch
+from volseg.errors import VolsegError
+from volseg.train.ranks import team_of, total_over_ranks
+
+try:
+    with team_of(torch.device("cpu"), 1, print, "fp32") as team:
+        told = team.tell("trains" if team.rank == 0 else None)
+        sys.stdout.write(f"{team.rank} of {team.size} {told} {total_over_ranks(torch.tensor(1.0 + team.rank)).item()}\\n")
+except VolsegError as error:
+    sys.exit(str(error))
+"""
+
+
+def slurm_tasks(n, **more):
+    """Processes with what srun gives its tasks on one node."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    common = os.environ | {
+        "SLURM_JOB_ID": "7",
+        "SLURM_STEP_ID": "0",
+        "SLURM_JOB_NAME": "volseg",
+        "SLURM_NTASKS": str(n),
+    }
+    common |= {"SLURM_NNODES": "1", "SLURM_NODEID": "0", "SLURM_NODELIST": "localhost", "MASTER_PORT": port} | more
+    return [
+        subprocess.Popen(
+            [sys.executable, "-c", SLURM],
+            env=common | {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(n)
+    ]
+
+
+def test_the_tasks_of_slurm_are_one_team():
+    tasks = slurm_tasks(2, SLURM_NTASKS_PER_NODE="2")
+    said = [task.communicate(timeout=120) for task in tasks]
+    assert [out for out, _ in said] == ["0 of 2 trains 3.0\n", "1 of 2 trains 3.0\n"], said
+
+
+def test_tasks_of_slurm_without_their_number_per_node_are_refused(monkeypatch):
+    for name, value in {"SLURM_STEP_ID": "0", "SLURM_NTASKS": "2", "SLURM_JOB_NAME": "volseg"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("SLURM_NTASKS_PER_NODE", raising=False)
+    with pytest.raises(EnvironmentProblem, match="--ntasks-per-node"), team_of(torch.device("cpu"), 1, print):
+        pass
 
 
 def test_an_unknown_precision_is_refused():

@@ -23,6 +23,7 @@ from torch import nn
 from volseg.bundle import ModelBundle
 from volseg.errors import EnvironmentProblem, ScanError, VolsegError
 from volseg.execute.cpu import give_back_mapped, is_out_of_memory, physical_cores
+from volseg.infer.cuda_graph import Recorded
 from volseg.infer.graph import halve_output, live_bytes, split_joined_convolutions, sum_axis_by_axis
 from volseg.infer.head import Head, cut_head, take_head
 from volseg.io.files import environment_problem, make_folder, sha256_of, write_json_atomic
@@ -94,6 +95,7 @@ class TorchBackend:
             and fp32 elsewhere.
         channels_last: on CUDA, keep images and weights in the layout of the tensor cores.
         head: that was taken off the network.
+        may_record: on CUDA, send the work for a batch as one recording where that is faster; the network's weights must stay where they are.
     """
 
     def __init__(
@@ -104,6 +106,7 @@ class TorchBackend:
         precision: str = "auto",
         channels_last: bool = True,
         head: Head | None = None,
+        may_record: bool = False,
     ) -> None:
         self.device = device
         self.head = None if head is None else head.to(device)
@@ -112,6 +115,7 @@ class TorchBackend:
         self.network = network.to(device).eval()
         if self.channels_last:
             _channels_last(self.network)
+        self._recorded = Recorded(self._forward) if may_record and device.type == "cuda" else None
         if device.type == "cpu" and torch.get_num_threads() > physical_cores():
             torch.set_num_threads(physical_cores())
 
@@ -129,15 +133,21 @@ class TorchBackend:
             torch.no_grad(),
             # Patches are all alike: cuDNN measures once which algorithm is fastest. TF32 is not fp32.
             torch.backends.cudnn.flags(enabled=True, benchmark=on_gpu, allow_tf32=self.half),
-            torch.autocast("cuda", torch.float16, enabled=self.half),
+            # Each weight is used once, and a recording must not keep casts that somebody else frees.
+            torch.autocast("cuda", torch.float16, enabled=self.half, cache_enabled=False),
         ):
             if self.channels_last:
                 batch = batch.contiguous(memory_format=_memory_format(batch))
-            return self.network(batch).float()
+            return (self._recorded or self._forward)(batch)
 
     def release(self) -> None:
+        if self._recorded is not None:
+            self._recorded.release()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+
+    def _forward(self, batch: torch.Tensor) -> torch.Tensor:
+        return self.network(batch).float()
 
 
 class OpenVINOBackend:
@@ -341,7 +351,10 @@ def load_backend(bundle: ModelBundle, choice: BackendChoice, *, folder: Path | N
         if choice.backend == "torch":
             network = bundle.member(name).eval()
             head = take_head(network, partial(_example_patch, network, shape)) if may_cut else None
-            members.append(TorchBackend(network, choice.device, precision=choice.precision, head=head))
+            alone = len(bundle.members) == 1  # the recordings of several would hold their memory all at a time
+            members.append(
+                TorchBackend(network, choice.device, precision=choice.precision, head=head, may_record=alone)
+            )
             continue
         stored = "int8" if choice.precision == "int8" else "fp32"
         stem = f"{name}.{stored}"

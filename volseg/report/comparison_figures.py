@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from scipy import ndimage
@@ -13,15 +12,11 @@ from scipy import ndimage
 from volseg.measure.response import LesionChange
 from volseg.preprocess.align import index_matrix, resampled_onto
 from volseg.preprocess.crop import AxisOrder, canonical_geometry, to_canonical
-from volseg.report.figures import png_bytes
+from volseg.report.slices import PLANES, draw_slice, label_slice, png_bytes, slice_of, surroundings, window_round
 from volseg.volume import BoundingBox, Geometry, Volume
 
 REACH_MM = 40.0  # shown to each side of the lesion
-WINDOW_REACH_MM = 15.0  # how far round it the grey values are taken from
-SCALE_BAR_MM = 10
 BEFORE, AFTER = "#4dd34d", "#ff8c33"
-# Title, the canonical axis that is looked along, the letters at the left and right edge (radiological convention).
-PLANES = (("axial", 2, "R", "L"), ("coronal", 1, "R", "L"), ("sagittal", 0, "A", "P"))
 
 
 def change_png(
@@ -107,47 +102,17 @@ def _draw(
     FigureCanvasAgg(figure)
     axes = figure.subplots(2, len(PLANES), squeeze=False)
     for line, (time, picture) in enumerate(zip(("baseline", "follow-up, registered"), pictures, strict=True)):
-        low, high = _window(picture, centre, grid.spacing_mm)
+        window = window_round(picture[surroundings(centre[None], grid.spacing_mm)])
         for column, (name, axis, left, right) in enumerate(PLANES):
-            plot = axes[line][column]
-            horizontal, vertical = (grid.spacing_mm[other] for other in range(3) if other != axis)
-            plot.imshow(
-                np.take(picture, centre[axis], axis=axis).T,
-                cmap="gray",
-                origin="lower",
-                aspect=vertical / horizontal,
-                vmin=low,
-                vmax=high,
-            )
-            for ids, colour in zip(numbers, (BEFORE, AFTER), strict=True):
-                outline = np.take(ids, centre[axis], axis=axis) > 0
-                if outline.any() and not outline.all() and min(outline.shape) > 1:  # a single row has no contour
-                    plot.contour(outline.T, levels=[0.5], colors=[colour], linewidths=1.2)
-            plot.invert_xaxis()  # R (and A) grow to the left on the screen
-            plot.set_axis_off()
-            plot.set_title(f"{time}, {name}", color="white", fontsize=8, loc="left")
-            _label(plot, left, right, horizontal)
+            plot, index = axes[line][column], int(centre[axis])
+            across, up = (grid.spacing_mm[other] for other in range(3) if other != axis)
+            outlines = [
+                (slice_of(ids, axis, index) > 0, colour) for ids, colour in zip(numbers, (BEFORE, AFTER), strict=True)
+            ]
+            draw_slice(plot, slice_of(picture, axis, index), outlines, (across, up), window, f"{time}, {name}")
+            label_slice(plot, left, right, across)
     figure.suptitle(f"{title}: {caption}\ngreen: baseline   orange: follow-up", color="white", fontsize=9)
     return png_bytes(figure, "black")
-
-
-def _window(picture: np.ndarray, centre: np.ndarray, spacing_mm: tuple[float, float, float]) -> tuple[float, float]:
-    """Grey values from the surroundings of the lesion, so that it stands out whatever else is in the scan."""
-    reach = np.maximum(1, np.rint(WINDOW_REACH_MM / np.array(spacing_mm)).astype(int))
-    box = tuple(slice(max(0, c - n), c + n + 1) for c, n in zip(centre.tolist(), reach.tolist(), strict=True))
-    low, high = np.percentile(picture[box], (5, 95))
-    margin = max(0.3 * (high - low), 1e-6)
-    return float(low - margin), float(high + margin)
-
-
-def _label(plot: Axes, left: str, right: str, spacing_mm: float) -> None:
-    style = {"transform": plot.transAxes, "color": "#ffd24d", "fontsize": 8, "va": "center"}
-    plot.text(0.01, 0.5, left, ha="left", **style)
-    plot.text(0.99, 0.5, right, ha="right", **style)
-    start, end = plot.get_xlim()
-    length = SCALE_BAR_MM / spacing_mm / abs(end - start)
-    plot.plot([0.04, 0.04 + length], [0.04, 0.04], transform=plot.transAxes, color="white", linewidth=2)
-    plot.text(0.04, 0.06, f"{SCALE_BAR_MM} mm", transform=plot.transAxes, color="white", fontsize=7)
 
 
 def _caption(row: LesionChange) -> str:

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from volseg.evaluate.agreement import Agreement, Interval
 from volseg.evaluate.detection import FALSE_POSITIVE_RATES, Froc
 from volseg.evaluate.summary import LabelResult
-from volseg.report.figures import png_bytes
+from volseg.report.slices import png_bytes
 
 MAX_LABELS = 8
 POINT, BIAS, LIMIT = "#1f5fa8", "#222222", "#b5400f"

@@ -105,7 +105,7 @@ def team_of(
 
     Raises:
         VolsegError: there are fewer GPUs than processes, or the precision is none of these.
-        EnvironmentProblem: one of the processes does not start.
+        EnvironmentProblem: one of the processes does not start, or SLURM was told of tasks but not how many each node has.
     """
     if precision not in PRECISIONS:
         raise VolsegError(
@@ -148,7 +148,14 @@ def _launcher() -> ClusterEnvironment | None:
         return TorchElasticEnvironment()
     # A batch script that srun did not start is one process, however many tasks it may start.
     if "SLURM_STEP_ID" in os.environ and SLURMEnvironment.detect():
-        return SLURMEnvironment()
+        try:
+            return SLURMEnvironment()
+        except RuntimeError as error:  # of --ntasks without --ntasks-per-node
+            raise EnvironmentProblem(
+                f"SLURM started {os.environ.get('SLURM_NTASKS')} tasks without saying how many each node has",
+                fix="ask for them with srun --ntasks-per-node=N",
+                code="E_BACKEND",
+            ) from error
     return None
 
 

@@ -19,10 +19,10 @@ from volseg.io.files import make_folder, write_bytes_atomic
 from volseg.io.prepared import PreparedCase
 from volseg.postprocess.steps import make_steps
 from volseg.recipe import Recipe, Train
-from volseg.report.figures import curves_png
 from volseg.report.results import held
 from volseg.report.scalars import Scalars
 from volseg.report.tables import write_table
+from volseg.report.training_figures import curves_png
 from volseg.workflows.batch import Progress, RunReport, silent
 from volseg.workflows.planning import budget_of, folds_of, read_plan, recipe_for
 from volseg.workflows.prepared import Split, load_prepared, prepared_warnings, split_cases

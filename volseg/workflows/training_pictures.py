@@ -11,7 +11,7 @@ import numpy as np
 from volseg.evaluate.validation import ValidationRow
 from volseg.io.prepared import PreparedCase
 from volseg.recipe import Recipe
-from volseg.report.figures import comparison_png, patches_png
+from volseg.report.training_figures import comparison_png, patches_png
 from volseg.workflows.prepared import Split
 
 if TYPE_CHECKING:

@@ -1,0 +1,81 @@
+"""Slices of a scan as pictures: lesions outlined, the directions' letters, a scale bar."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.text import Text
+
+# Title, the canonical axis that is looked along, the letters at the left and right edge (radiological convention).
+PLANES = (("axial", 2, "R", "L"), ("coronal", 1, "R", "L"), ("sagittal", 0, "A", "P"))
+SCALE_BAR_MM = 10
+WINDOW_REACH_MM = 15.0  # how far round a lesion the grey values are taken from
+
+
+def slice_of(array: np.ndarray, axis: int, index: int) -> np.ndarray:
+    """A view; `np.take` would first copy an array whose axes are turned."""
+    return array[(slice(None),) * axis + (index,)]
+
+
+def surroundings(voxels: np.ndarray, spacing_mm: tuple[float, float, float]) -> tuple[slice, ...]:
+    """The box of voxels (N, 3) and what lies round it."""
+    reach = [max(1, round(WINDOW_REACH_MM / spacing)) for spacing in spacing_mm]
+    ends = zip(voxels.min(axis=0).tolist(), voxels.max(axis=0).tolist(), reach, strict=True)
+    return tuple(slice(max(0, first - n), last + n + 1) for first, last, n in ends)
+
+
+def window_round(values: np.ndarray) -> tuple[float, float]:
+    """Black and white from the grey values of a lesion and its surroundings, so that it stands out whatever else is in the scan."""
+    finite = values[np.isfinite(values)]
+    low, high = np.percentile(finite if finite.size else np.zeros(1), (5, 95))
+    margin = max(0.3 * (high - low), 1e-6)
+    return float(low - margin), float(high + margin)
+
+
+def draw_slice(
+    plot: Axes,
+    picture: np.ndarray,
+    outlines: Sequence[tuple[np.ndarray, str]],
+    spacing_mm: tuple[float, float],
+    window: tuple[float, float],
+    title: str,
+) -> None:
+    """A grey slice with the borders between the values of each mask in its colour.
+
+    Args:
+        picture: (across, up) with axes that grow to R or A and to S or A: R and A are then at the left.
+    """
+    plot.imshow(
+        picture.T, cmap="gray", origin="lower", aspect=spacing_mm[1] / spacing_mm[0], vmin=window[0], vmax=window[1]
+    )
+    for mask, colour in outlines:
+        outline = mask.astype(np.float32)  # class indices would wrap where they are averaged
+        levels = np.unique(outline)
+        if min(outline.shape) > 1 and len(levels) > 1:  # a single row has no contour
+            plot.contour(outline.T, levels=(levels[:-1] + levels[1:]) / 2, colors=[colour], linewidths=1.2)
+    plot.invert_xaxis()
+    plot.set_axis_off()
+    plot.set_title(title, color="white", fontsize=8, loc="left")
+
+
+def label_slice(plot: Axes, left: str, right: str, spacing_mm: float) -> None:
+    """The letters at both edges, and a scale bar."""
+    style = {"transform": plot.transAxes, "color": "#ffd24d", "fontsize": 8, "va": "center"}
+    plot.text(0.01, 0.5, left, ha="left", **style)
+    plot.text(0.99, 0.5, right, ha="right", **style)
+    start, end = plot.get_xlim()
+    length = SCALE_BAR_MM / spacing_mm / abs(end - start)
+    plot.plot([0.04, 0.04 + length], [0.04, 0.04], transform=plot.transAxes, color="white", linewidth=2)
+    plot.text(0.04, 0.06, f"{SCALE_BAR_MM} mm", transform=plot.transAxes, color="white", fontsize=7)
+
+
+def png_bytes(figure: Figure, colour: str, dpi: int = 100) -> bytes:
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)  # a label may be named $x$, and is no formula
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=dpi, facecolor=colour, metadata={"Software": None})
+    return buffer.getvalue()
