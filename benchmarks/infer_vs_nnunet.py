@@ -41,29 +41,31 @@ PEERS = (("nnU-Net 2.8.1", False), ("nnU-Net, sums in float32", True))
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One process with its children: seconds of wall and CPU, peak resident memory in MB."""
+    """One process with its children: seconds of wall and CPU, peak resident memory in MB of all together and of the largest alone."""
 
     wall: float
     cpu: float
     peak: float
+    largest: float
     failed: bool = False
 
 
 def run(command: list[str], log: Path, environment: dict[str, str] | None = None) -> Run:
-    """Run a command and watch its process tree; memory is that of all its processes together, sampled once a second."""
+    """Run a command and watch its process tree; memory of all its processes together is sampled once a second, of each alone the kernel knows the peak."""
     started = time.perf_counter()
     with log.open("wb") as file:
         child = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=os.environ | (environment or {}))
-        peak, cpu = 0.0, {}
+        peak, largest, cpu = 0.0, 0.0, {}
         while child.poll() is None:
             total = 0.0
             for pid in tree(child.pid):
-                resident, seconds = usage(pid)
+                resident, highest, seconds = usage(pid)
                 total += resident
+                largest = max(largest, highest)
                 cpu[pid] = max(cpu.get(pid, 0.0), seconds)
             peak = max(peak, total)
             time.sleep(1.0)  # the memory of a large process is slow to add up
-    return Run(time.perf_counter() - started, sum(cpu.values()), peak, child.returncode != 0)
+    return Run(time.perf_counter() - started, sum(cpu.values()), peak, largest, child.returncode != 0)
 
 
 def tree(pid: int) -> list[int]:
@@ -80,17 +82,21 @@ def tree(pid: int) -> list[int]:
     return found
 
 
-def usage(pid: int) -> tuple[float, float]:
-    """Proportional resident memory in MB and CPU seconds of a process."""
+def usage(pid: int) -> tuple[float, float, float]:
+    """Proportional resident memory in MB, the highest resident memory so far, and CPU seconds of a process."""
+    seconds = 0.0
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
         seconds = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-        for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
-            if line.startswith("Pss:"):
-                return int(line.split()[1]) / 1024, seconds
+        return kilobytes(pid, "smaps_rollup", "Pss") / 1024, kilobytes(pid, "status", "VmHWM") / 1024, seconds
     except (OSError, IndexError):
-        pass
-    return 0.0, 0.0
+        return 0.0, 0.0, seconds
+
+
+def kilobytes(pid: int, file: str, name: str) -> int:
+    """A number from a table of /proc; 0 where it is not there."""
+    lines = Path(f"/proc/{pid}/{file}").read_text().splitlines()
+    return next((int(line.split()[1]) for line in lines if line.startswith(f"{name}:")), 0)
 
 
 def make_scan(

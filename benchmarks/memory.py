@@ -4,7 +4,7 @@
 
 The scans are noisy bodies of 512 × 512 × slices voxels of 0.8 × 0.8 × 1.5 mm; the model is a small U-Net with random weights at 1.5 mm whose
 background always wins, so that what is measured is the engine and not the lesions. Each run is a process of its own. Prints the
-peak of the process, what it is beyond the scan's own bytes, and what was predicted from the header.
+highest resident memory of the process, what it is beyond the scan's own bytes, and what was predicted from the header.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ def measure(folder: Path, n_slices: int, n_classes: int, arguments: argparse.Nam
     predicted = float(said.group(1)) * 1024 if said else float("nan")
     scan_bytes = 512 * 512 * n_slices * 2 / 2**20
     print(
-        f"| {n_slices} | {n_classes} | {found.wall:.1f} | {found.peak:.0f} | {found.peak - scan_bytes:.0f} | {predicted:.0f} |",
+        f"| {n_slices} | {n_classes} | {found.wall:.1f} | {found.largest:.0f} | {found.largest - scan_bytes:.0f} | {predicted:.0f} |",
         flush=True,
     )
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
 
 import numpy as np
 
 WORLD_AXES = {"R": 0, "A": 1, "S": 2}  # the names of canonical axes, in their order
+SLAB_VOXELS = 4_000_000  # looked at together: bounds the temporaries
 SAME_GRID_TOLERANCE_VOXELS = 0.1  # corner displacement up to which two affines name the same grid
 
 
@@ -191,3 +193,14 @@ class BoundingBox:
     def slices(self) -> tuple[slice, slice, slice]:
         i, j, k = (slice(a, b) for a, b in zip(self.start, self.stop))
         return i, j, k
+
+
+def slabs_of(array: np.ndarray) -> Iterator[tuple[slice, slice, slice]]:
+    """The parts of (I, J, K) along the axis that is slowest in memory: what is made of one of them is not as large as the scan."""
+    slow = int(np.argmax(np.abs(array.strides)))
+    step = max(1, SLAB_VOXELS * array.shape[slow] // max(1, array.size))
+    whole = [slice(0, n) for n in array.shape]
+    for start in range(0, array.shape[slow], step):
+        slab = slice(start, min(array.shape[slow], start + step))
+        i, j, k = (slab if axis == slow else whole[axis] for axis in range(3))
+        yield i, j, k

@@ -450,6 +450,15 @@ def test_intensity_warnings():
     assert [w.code for w in intensity_warnings(Volume(ramp.clip(0, 3000), geometry))] == ["W_CLIP"]
 
 
+def test_looking_for_oddities_makes_nothing_as_large_as_the_scan():
+    scan = Volume(np.zeros((256, 256, 300), np.int16, order="F"), Geometry((256, 256, 300), np.eye(4)))
+    tracemalloc.start()
+    assert [warning.code for warning in intensity_warnings(scan)] == ["W_CLIP"]
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < scan.array.size / 3
+
+
 # ---- masks
 
 LABELS = (np.random.default_rng(2).random(SHAPE) * 4).astype(np.uint8)

@@ -72,7 +72,7 @@ def _over(array, above):
 
 @pytest.mark.parametrize("layout", ["C", "F"])
 def test_a_box_found_slab_by_slab_is_the_box_of_the_whole(layout, monkeypatch):
-    monkeypatch.setattr(sys.modules["volseg.preprocess.crop"], "SLAB_VOXELS", 40)
+    monkeypatch.setattr(sys.modules["volseg.volume"], "SLAB_VOXELS", 40)
     rng = np.random.default_rng(0)
     for _ in range(20):
         array = np.asarray(rng.random((9, 8, 7)) > 0.99, order=layout)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain, combinations, product
+from itertools import chain, combinations, pairwise, product
 from typing import Protocol
 
 import numpy as np
@@ -75,7 +75,7 @@ def predict_slabs(
 ) -> Iterator[torch.Tensor]:
     """Gaussian-weighted mean of the logits of overlapping tiles, slab by slab in the order of the planes.
 
-    All of it happens on the backend's device. A GPU gets its next layer of tiles while it is at the last one.
+    All of it happens on the backend's device. A GPU gets its next layer of tiles while it is at the last one; a CPU would only need memory for both.
 
     Args:
         n_classes: of the logits; where the backend's head was taken off, of the features.
@@ -103,13 +103,11 @@ def predict_slabs(
     )
     window = _Window(planes, tiled, axis, device)
     across = [range(len(each.starts)) if n != axis else (0,) for n, each in enumerate(tiled)]
-    layer_input = window.layer(along.starts[0])
-    for layer, following in enumerate([*along.starts[1:], None]):
+    for layer, (start, following) in enumerate(pairwise([*along.starts, None])):
         places = [tuple(layer if n == axis else p for n, p in enumerate(place)) for place in product(*across)]
-        _run_layer(layer_input, places, backend, tiling, ring, on_tile)
-        # Before planes are handed on, so that it happens while a GPU is still at this layer.
-        if following is not None:
-            layer_input = window.layer(following)
+        _run_layer(window.layer(start), places, backend, tiling, ring, on_tile)
+        if following is not None and device.type != "cpu":
+            window.layer(following)
         yield from ring.hand_on(len(along.source) if following is None else following)
 
 
@@ -154,18 +152,23 @@ class _Window:
         self._held: torch.Tensor | None = None
 
     def layer(self, start: int) -> torch.Tensor:
-        """Padded planes from `start` on; those which the last layer held too are not read again."""
-        along = self._tiled[self._axis]
-        new = self._padded(along.source[start : start + along.patch][self._shared(start) :])
-        if self._held is not None:
-            kept = self._held.narrow(1 + self._axis, start - self._start, self._shared(start))
-            new = torch.cat([kept, new], dim=1 + self._axis)
-        self._held, self._start = new, start
-        return new
-
-    def _shared(self, start: int) -> int:
-        along = self._tiled[self._axis]
-        return 0 if self._held is None else max(0, self._start + along.patch - start)
+        """Padded planes from `start` on, until the next layer is asked for; those which the last one held too are not read again."""
+        along, axis = self._tiled[self._axis], 1 + self._axis
+        if self._held is not None and start == self._start:
+            return self._held
+        step = along.patch if self._held is None else start - self._start
+        shared = max(0, along.patch - step)
+        new = self._padded(along.source[start : start + along.patch][shared:])
+        if self._held is None:
+            self._held = torch.empty(
+                new.shape, dtype=new.dtype, device=new.device
+            )  # what was read may be somebody's own
+        elif shared:
+            kept = self._held.narrow(axis, step, shared)
+            self._held.narrow(axis, 0, shared).copy_(kept.clone() if step < shared else kept)
+        self._held.narrow(axis, shared, along.patch - shared).copy_(new)
+        self._start = start
+        return self._held
 
     def _padded(self, sources: np.ndarray) -> torch.Tensor:
         """The planes that stand at these padded places, continued beyond the faces of the plane too."""

@@ -28,7 +28,7 @@ from nibabel.spatialimages import HeaderDataError
 
 from volseg.errors import ScanError
 from volseg.io.files import atomic_write, read_back_problem
-from volseg.volume import SAME_GRID_TOLERANCE_VOXELS, Geometry, Volume
+from volseg.volume import SAME_GRID_TOLERANCE_VOXELS, Geometry, Volume, slabs_of
 
 SUFFIXES = (".nii", ".nii.gz", ".hdr", ".hdr.gz")  # .img is reached through its .hdr
 MAX_BYTES = 16 * 2**30  # voxel bytes that a header may ask for
@@ -164,7 +164,9 @@ def intensity_warnings(volume: Volume, *, is_ct: bool = False) -> tuple[ScanWarn
     """Oddities of a scan's intensities that its header cannot show: saturation, CT values that are not HU."""
     found = []
     highest = np.fmax.reduce(volume.array, axis=None)
-    clipped = np.count_nonzero(volume.array == highest) / volume.array.size
+    clipped = (
+        sum(np.count_nonzero(volume.array[part] == highest) for part in slabs_of(volume.array)) / volume.array.size
+    )
     if clipped > CLIPPED_FRACTION:
         found.append(ScanWarning("W_CLIP", f"{clipped:.0%} of the voxels have the largest value, {highest:g}"))
     if is_ct:

@@ -12,7 +12,7 @@ from scipy.spatial import KDTree
 
 from volseg.postprocess.pairing import Pair, best_pairs
 from volseg.preprocess.crop import AxisOrder, canonical_geometry, to_canonical
-from volseg.volume import BoundingBox, Geometry, Volume
+from volseg.volume import BoundingBox, Geometry, Volume, slabs_of
 
 Status = Literal["matched", "merged", "split", "regrouped", "new", "gone", "outside"]
 How = Literal["overlap", "distance"]
@@ -20,7 +20,6 @@ How = Literal["overlap", "distance"]
 MIN_SHARE = 0.1  # of the smaller lesion that lies in the other one, from which the two overlap: neighbours may touch
 MAX_DISTANCE_MM = 10.0  # between the centroids of two lesions that do not overlap and are still the same one
 MIN_COVERED = 0.5  # of a lesion that lies in the field of view of the other scan, from which it would be seen there
-SLAB_VOXELS = 4_000_000  # looked at together: bounds the temporaries
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -179,10 +178,9 @@ def _canonical(ids: Volume) -> tuple[np.ndarray, Geometry]:
 def _slabs(numbers: np.ndarray, box: BoundingBox) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Parts of the array that hold all lesions, each with the index at which it begins."""
     part = numbers[box.slices]
-    step = max(1, SLAB_VOXELS // max(1, part.shape[0] * part.shape[1]))
-    for k in range(0, part.shape[2], step):
-        if part[:, :, k : k + step].any():
-            yield part[:, :, k : k + step], np.array(box.start) + [0, 0, k]
+    for slab in slabs_of(part):
+        if part[slab].any():
+            yield part[slab], np.array(box.start) + [each.start for each in slab]
 
 
 def _overlaps(

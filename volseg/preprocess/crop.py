@@ -8,10 +8,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from volseg.volume import BoundingBox, Geometry
+from volseg.volume import BoundingBox, Geometry, slabs_of
 
 BODY_SUBSAMPLING = 4  # the automatic threshold is a percentile: every fourth voxel of each axis gives the same
-SLAB_VOXELS = 4_000_000  # looked at together: bounds the temporaries
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,16 +88,11 @@ def box_where(test: Callable[[tuple[slice, slice, slice]], np.ndarray], array: n
     Args:
         test: a part of the array → bool of that part's shape.
     """
-    slow = int(np.argmax(np.abs(array.strides)))
-    step = max(1, SLAB_VOXELS * array.shape[slow] // max(1, array.size))
     filled = [np.zeros(n, bool) for n in array.shape]
-    for start in range(0, array.shape[slow], step):
-        slab = slice(start, min(array.shape[slow], start + step))
-        i, j, k = (slab if axis == slow else slice(None) for axis in range(3))
-        inside = test((i, j, k))
-        for axis in range(3):
-            found = inside.any(axis=tuple(other for other in range(3) if other != axis))
-            filled[axis][slab if axis == slow else slice(None)] |= found
+    for part in slabs_of(array):
+        inside = test(part)
+        for axis, slab in enumerate(part):
+            filled[axis][slab] |= inside.any(axis=tuple(other for other in range(3) if other != axis))
     if not filled[0].any():
         return None
     (i, i_last), (j, j_last), (k, k_last) = (np.flatnonzero(each)[[0, -1]].tolist() for each in filled)

@@ -326,6 +326,9 @@ class PreparedPlanes:
         shape = tuple(stop - start if axis == self.axis else n for axis, n in enumerate(self.shape))
         first = self._part.start[self.axis]
         across = tuple(slice(None) if axis == self.axis else each for axis, each in enumerate(self._part.slices))
+        if len(self._channels) == 1:  # which nothing has to stand beside
+            reader, finish = self._channels[0]
+            return finish(reader.read(first + start, first + stop)[across])[None]
         result = torch.empty((len(self._channels), *shape), device=self._device)
         for index, (reader, finish) in enumerate(self._channels):
             result[index] = finish(reader.read(first + start, first + stop)[across])
