@@ -598,7 +598,7 @@ def columns(as_json: Json = False) -> None:
         table = Table("column", "unit", "meaning", "source", title=name, title_justify="left")
         for line in lines:
             table.add_row(*line)
-        Console().print(table)
+        Console(markup=False).print(table)
 
 
 @app.command()
@@ -618,7 +618,7 @@ def selftest(as_json: Json = False) -> None:
         for check in checks:
             numbers = (f"{value:.6g}" for value in (check.expected, check.tolerance, check.found))
             table.add_row(check.body, check.measure, *numbers, "pass" if check.is_passed else "FAIL")
-        Console().print(table)
+        Console(markup=False).print(table)
         typer.echo(f"{len(checks) - n_failed} of {len(checks)} measures lie within their tolerance")
     raise typer.Exit(1 if n_failed else 0)
 
@@ -731,7 +731,7 @@ def _print_plan(report: RunReport, out: Path | None) -> None:
     table = Table("setting", "value", "why")
     for line in report.details["plan"]["lines"]:
         table.add_row(line["setting"], line["value"], line["reason"])
-    Console().print(table)
+    Console(markup=False).print(table)
     if out is not None:
         typer.echo(f"plan → {out}")
 
@@ -755,7 +755,7 @@ def _print_quantised(report: RunReport) -> None:
             for values in validation["dice"].values()
         )
         table.add_row(name, *scores, f"{seconds[name]:.3g}", f"{seconds['fp32'] / seconds[name]:.1f}")
-    Console().print(table)
+    Console(markup=False).print(table)
     typer.echo(f"mean over {validation['cases']} validation cases; seconds on this machine")
     typer.echo(f"int8 network → {report.out}; use it with `volseg infer --precision int8`")
 
@@ -779,7 +779,7 @@ def _print_evaluation(report: RunReport) -> None:
     for found in report.details["labels"].values():
         cells = [_mean_and_interval(found["metrics"][name], decimals) for name, (_, decimals) in shown.items()]
         table.add_row(f"{found['name']}\nn = {found['n']}", *cells, _mean_and_interval(found["detection"]["f1"], 2))
-    Console().print(table)
+    Console(markup=False).print(table)
     typer.echo(
         f"means with 95 % intervals over {report.details['n_patients']} patients ({report.details['patients']}); "
         "volume mL: predicted − reference"
@@ -819,7 +819,7 @@ def _print_comparison(report: RunReport) -> None:
             "" if row[name] is None else f"{row[name]:+.1f}" for name in ("change_sum_percent", "change_volume_percent")
         )
         table.add_row(row["patient"], row["response"] or "", sums, *counts, volume)
-    Console().print(table)
+    Console(markup=False).print(table)
     typer.echo("sum: of the target diameters; response.csv holds the rule that decided for each patient")
     for patient, reason in report.details["unpaired"].items():
         typer.echo(f"unpaired: {patient}: {reason}", err=True)

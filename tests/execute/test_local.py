@@ -1,3 +1,4 @@
+import weakref
 from threading import Event
 
 import pytest
@@ -24,6 +25,28 @@ def test_running_out_of_memory_is_a_failed_case():
     (outcome,) = run(greedy, ["scan"])
     assert outcome.error is not None
     assert outcome.error.code == "E_OOM"
+
+
+def test_what_a_failed_item_had_in_memory_is_gone_before_the_next_one():
+    class Scan:
+        pass
+
+    alive = []
+
+    def work(number, read):
+        scan = Scan()
+        alive.append(weakref.ref(scan))
+        try:
+            raise RuntimeError("CUDA error: out of memory")
+        except RuntimeError as error:
+            if number == 1:
+                raise
+            raise ScanError("no", fix="yes", code="E_NO") from error
+        finally:
+            assert [ref() is None for ref in alive[:-1]] == [True] * (len(alive) - 1)
+
+    outcomes = list(run_overlapped(lambda n: n, work, lambda n, value: None, range(4)))
+    assert [outcome.error and outcome.error.code for outcome in outcomes] == ["E_NO", "E_OOM", "E_NO", "E_NO"]
 
 
 def test_a_full_disk_stops_the_batch_and_a_bug_is_not_hidden():

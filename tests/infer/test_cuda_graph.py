@@ -1,14 +1,15 @@
 """When a recording is taken, on any machine, where a copy of the network stands for its recording; what a CUDA graph computes, on a GPU."""
 
 import copy
-import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+from volseg.infer import cuda_graph
 from volseg.infer.backends import TorchBackend
-from volseg.infer.cuda_graph import TRIAL_AFTER, CudaGraph, Recorded
+from volseg.infer.cuda_graph import AGAIN_AFTER, TRIAL_AFTER, Recorded
 from volseg.models import build_network
 
 SHAPE = (2, 1, 16, 16, 16)
@@ -25,17 +26,19 @@ def batch(seed=0, n=2):
 
 
 class Recorder:
-    """Records by copying and counts what was asked of it; `slower` of each call, seconds, of the recording or of the pass itself."""
+    """Records by copying and counts what was asked of it; a call takes so many seconds of a clock of its own."""
 
-    def __init__(self, forward, *, recording_slower=0.0, forward_slower=0.0):
+    def __init__(self, forward, monkeypatch, *, recording_s=1.0, forward_s=1.0):
         self.recordings = self.replays = self.emptied = 0
-        self.recording_slower = recording_slower
+        self.recording_s, self.now = recording_s, 0.0
+        monkeypatch.setattr(cuda_graph, "time", SimpleNamespace(perf_counter=lambda: self.now))
 
         def run(images):
-            time.sleep(forward_slower)
+            self.now += forward_s
             return forward(images)
 
-        self.recorded = Recorded(run, record=self.record, synchronize=lambda: None, empty_cache=self.empty)
+        self.run = run
+        self.recorded = Recorded(record=self.record, synchronize=lambda: None, empty_cache=self.empty)
         self.forward = forward
 
     def record(self, forward, images):
@@ -44,7 +47,7 @@ class Recorder:
 
         def replay(given):
             self.replays += 1
-            time.sleep(self.recording_slower)
+            self.now += self.recording_s
             return copied(given)
 
         return replay
@@ -54,26 +57,36 @@ class Recorder:
 
     @torch.no_grad()
     def __call__(self, images):
-        return self.recorded(images)
+        return self.recorded.run(self.run, images)
 
 
-def test_a_faster_recording_is_taken_after_the_trial_and_gives_the_same_logits():
+def test_a_faster_recording_is_taken_after_the_trial_and_gives_the_same_logits(monkeypatch):
     found = network()
-    run = Recorder(found, forward_slower=0.02)
+    run = Recorder(found, monkeypatch, forward_s=2.0)
     for index in range(TRIAL_AFTER + 4):
         images = batch(index)
         with torch.no_grad():
             torch.testing.assert_close(run(images), found(images), rtol=1e-5, atol=1e-5)
         assert run.recordings == (index >= TRIAL_AFTER)
-    replays = run.replays
+
+
+def test_a_recording_is_dropped_when_a_batch_of_another_shape_comes(monkeypatch):
+    found = network()
+    run = Recorder(found, monkeypatch, forward_s=2.0)
+    for index in range(TRIAL_AFTER + 1):
+        run(batch(index))
+    emptied, replays = run.emptied, run.replays
     rest = batch(99, n=1)
     with torch.no_grad():  # the last tiles of a layer
-        torch.testing.assert_close(run(rest), found(rest), rtol=1e-5, atol=1e-5)
-    assert (run.recordings, run.replays) == (1, replays + 1)
+        torch.testing.assert_close(run(rest), found(rest))
+    assert (run.emptied, run.replays) == (emptied + 1, replays)
+    for index in range(2 * TRIAL_AFTER):  # never so many of one shape in a row
+        run(batch(index, n=1 + index % 2))
+    assert run.recordings == 1
 
 
-def test_a_slower_recording_is_dropped_with_its_memory_and_not_tried_again():
-    run = Recorder(network(), recording_slower=0.02)
+def test_a_slower_recording_is_dropped_with_its_memory_and_not_tried_again(monkeypatch):
+    run = Recorder(network(), monkeypatch, recording_s=2.0)
     for index in range(3 * TRIAL_AFTER):
         run(batch(index))
     assert run.recordings == 1
@@ -88,54 +101,68 @@ def test_what_cannot_be_recorded_runs_as_it_is():
         raise RuntimeError("operation not permitted when stream is capturing")
 
     calls = []
-    recorded = Recorded(
-        lambda images: (calls.append(1), images + 1)[1], record=fail, synchronize=lambda: None, empty_cache=lambda: None
-    )
+
+    def forward(images):
+        calls.append(1)
+        return images + 1
+
+    recorded = Recorded(record=fail, synchronize=lambda: None, empty_cache=lambda: None)
     for index in range(2 * TRIAL_AFTER):
-        torch.testing.assert_close(recorded(batch(index)), batch(index) + 1)
+        torch.testing.assert_close(recorded.run(forward, batch(index)), batch(index) + 1)
     assert len(calls) == 2 * TRIAL_AFTER + 3  # three to know how long it takes
 
 
-def test_a_released_recording_is_made_again_without_another_trial_and_other_patches_start_anew():
-    run = Recorder(network(), forward_slower=0.02)
+def test_a_released_recording_is_made_again_without_another_trial_once_the_next_scan_has_some_tiles(monkeypatch):
+    run = Recorder(network(), monkeypatch, forward_s=2.0)
     for index in range(TRIAL_AFTER + 1):
         run(batch(index))
     run.recorded.release()
     replays = run.replays
-    run(batch())
-    assert (run.recordings, run.replays) == (2, replays + 1)
-    run(torch.zeros(2, 1, 24, 16, 16))
+    for index in range(AGAIN_AFTER):
+        run(batch(index))
+    assert (run.recordings, run.replays) == (1, replays)
     run(batch())
     assert (run.recordings, run.replays) == (2, replays + 1)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
-def test_a_cuda_graph_gives_the_logits_of_the_pass_that_it_records(precision):
+def test_a_gpu_gives_the_same_logits_before_and_after_it_records(precision, monkeypatch):
     if not torch.cuda.is_available():
         pytest.skip("torch finds no CUDA device")
-    backend = TorchBackend(network(), torch.device("cuda"), precision=precision)
-    recorded = TorchBackend(network(), torch.device("cuda"), precision=precision)
-    images = batch(1).cuda()
-    with torch.no_grad(), torch.autocast("cuda", torch.float16, enabled=precision == "fp16", cache_enabled=False):
-        recorded.network = CudaGraph(recorded.network, images)
-    first = recorded.run(images)
-    kept = first.clone()
-    torch.testing.assert_close(first, backend.run(images), rtol=1e-2, atol=1e-2 if precision == "fp16" else 1e-4)
-    rest = batch(2, n=1).cuda()
-    torch.testing.assert_close(recorded.run(rest), backend.run(rest), rtol=1e-2, atol=1e-2)
-    torch.testing.assert_close(first, kept, rtol=0, atol=0)  # a caller may keep what it was given
+    monkeypatch.setattr(cuda_graph, "WORTH", 1e9)  # whatever it gains
+    device = torch.device("cuda")
+    backend = TorchBackend(network(), device, precision=precision, may_record=True)
+    as_it_is = TorchBackend(network(), device, precision=precision)
+    images = [batch(index).cuda() for index in range(TRIAL_AFTER + 3)]
+    found = [backend.run(each) for each in images]  # kept, as a caller may
+    assert backend._recorded._recording is not None
+    for each, logits in zip(images, found, strict=True):
+        torch.testing.assert_close(logits, as_it_is.run(each), rtol=1e-2, atol=1e-2)
+    before = torch.cuda.memory_reserved()
+    backend.release()
+    assert torch.cuda.memory_reserved() < before
+    torch.testing.assert_close(backend.run(images[0]), found[0], rtol=1e-2, atol=1e-2)
 
 
 @pytest.mark.gpu
-def test_a_gpu_gives_the_same_logits_before_and_after_it_records():
+def test_a_network_that_asks_for_results_on_the_way_runs_as_it_is():
     if not torch.cuda.is_available():
         pytest.skip("torch finds no CUDA device")
-    backend = TorchBackend(network(), torch.device("cuda"), may_record=True)
-    images = batch(3).cuda()
-    first = backend.run(images).clone()
+
+    class Asking(torch.nn.Module):
+        def forward(self, images):
+            return images * (2 if images.mean().item() > -1e9 else 3)
+
+    stream = torch.cuda.current_stream()
+    backend = TorchBackend(Asking(), torch.device("cuda"), precision="fp32", may_record=True)
+    images = batch().cuda()
     for _ in range(2 * TRIAL_AFTER):
-        found = backend.run(images)
-    torch.testing.assert_close(found, first, rtol=1e-2, atol=1e-2)
+        torch.testing.assert_close(backend.run(images), images * 2)
+    assert backend._recorded._recording is None
+    assert torch.cuda.current_stream() == stream
+    large = torch.empty(2**28, device="cuda")
+    del large
+    reserved = torch.cuda.memory_reserved()
     backend.release()
-    torch.testing.assert_close(backend.run(images), first, rtol=1e-2, atol=1e-2)
+    assert torch.cuda.memory_reserved() < reserved

@@ -84,6 +84,8 @@ def test_streaming_equals_blending_all_at_once(shape, patch, overlap, axis, batc
     slabs = [slab.clone().numpy() for slab in predict_slabs(Along(array, axis), Lopsided(), tiling, n_classes=3)]
     found = np.concatenate(slabs, axis=1 + axis)
     np.testing.assert_allclose(found, blended_at_once(array, Lopsided(), patch, overlap), atol=1e-4)
+    ahead = predict_slabs(Along(array, axis), Lopsided(), tiling, n_classes=3, read_ahead=True)
+    np.testing.assert_array_equal(np.concatenate([slab.numpy().copy() for slab in ahead], axis=1 + axis), found)
     half = predict_slabs(Along(array, axis), Lopsided(), tiling, n_classes=3, dtype=torch.float16)
     rounded = np.concatenate([slab.float().numpy() for slab in half], axis=1 + axis)
     np.testing.assert_allclose(rounded, found, atol=5e-3 * max(1, np.abs(found).max()))

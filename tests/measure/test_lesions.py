@@ -407,9 +407,9 @@ def test_intensities_are_unknown_where_a_voxel_is_not_finite():
     image[1, 1, 1], image[1, 1, 2], image[4, 4, 4] = np.nan, np.inf, np.nan
     first, second = measure(image, mask)
     assert math.isnan(first.intensity_mean) and (first.n_voxels, first.mass_g) == (8, None)
-    assert first.notes == "intensity: 2 of 8 voxels are not finite"
+    assert first.notes == "intensity, mass, density: 2 of 8 voxels are not finite"
     assert math.isnan(second.intensity_mean) and math.isnan(second.intensity_p90)
-    assert second.notes.split("; ") == [SINGLE, "intensity: 1 of 1 voxels are not finite"]
+    assert second.notes.split("; ") == [SINGLE, "intensity, mass, density: 1 of 1 voxels are not finite"]
     assert second.volume_mm3 > 0  # what could be measured is there
 
 

@@ -245,6 +245,9 @@ def test_nodes_that_were_not_measured_as_such_are_measurable_by_their_short_axis
     thick = lesion(1, 12, short_mm=9, measurable=False, spacing_s_mm=5.0)
     assert choose_targets([thick]) == [1]
     assert choose_targets([replace(thick, spacing_s_mm=7.0)]) == []  # two slices are 14 mm
+    assert choose_targets([replace(thick, spacing_s_mm=0.5, spacing_r_mm=7.0)]) == []  # of a sagittal scan
+    for name in ("lymph_node", "1", "label_1"):  # whatever `measure` was told
+        assert is_lymph_node(thin, [name])
 
 
 def test_without_diameters_only_what_needs_none_is_said():

@@ -96,6 +96,37 @@ def test_the_long_axis_is_the_longest_chord_of_any_slice(inside):
     assert abs(long @ short) < 1e-6 * found.long_mm * max(found.short_mm, 1)
     assert 0 < found.short_mm <= found.long_mm + 1e-9
     assert set(found.long_ends[:, 2]) == set(found.short_ends[:, 2]) == {found.slice}
+    assert found.short_mm == pytest.approx(widest_across(inside[:, :, found.slice], found.long_ends), rel=1e-6)
+
+
+def widest_across(plane, long_ends):
+    """Longest chord of the contour perpendicular to the long axis, at every place along it where the contour has a corner."""
+    plane = np.pad(plane, 1)
+    edges = []  # of the polygon between the middles of the sides of four neighbouring centres
+    for i in range(plane.shape[0] - 1):
+        for j in range(plane.shape[1] - 1):
+            corners = [(i, j), (i + 1, j), (i + 1, j + 1), (i, j + 1)]
+            values = [plane[corner] for corner in corners]
+            cuts = [(np.array(corners[n]) + corners[n - 3]) / 2 - 1 for n in range(4) if values[n] != values[n - 3]]
+            if len(cuts) == 2:
+                edges.append(cuts)
+            elif cuts:  # a saddle: whether its two pieces join or part, they have the same four ends
+                edges += [[cuts[0], cuts[3]], [cuts[1], cuts[2]], [cuts[0], cuts[1]], [cuts[2], cuts[3]]]
+    points = np.array(edges) @ MATRIX[:, :2].T  # (n, 2, 3)
+    along = MATRIX @ (long_ends[1] - long_ends[0])
+    along /= np.linalg.norm(along)
+    normal = np.cross(MATRIX[:, 0], MATRIX[:, 1])
+    across = np.cross(normal / np.linalg.norm(normal), along)
+    u, v = points @ along, points @ across
+    best = 0.0
+    for place in np.unique(u):
+        hit = (u.min(axis=1) <= place + 1e-9) & (u.max(axis=1) >= place - 1e-9)
+        (a, b), (c, d) = u[hit].T, v[hit].T
+        flat = np.abs(b - a) < 1e-12
+        at = c + (d - c) * np.clip((place - a) / np.where(flat, 1, b - a), 0, 1)
+        values = np.concatenate([at[~flat], c[flat], d[flat]])
+        best = max(best, float(np.ptp(values)))
+    return best
 
 
 @pytest.mark.parametrize("angles", ANGLES, ids=str)
@@ -262,6 +293,15 @@ def test_agatston_of_one_plaque(peak, weight):
     assert (score, counted.sum()) == (pytest.approx(6 * 0.25 * weight), 6)
     # Half the slice distance: twice the slices for the same plaque, half the score for each.
     assert agatston(hu, inside, np.diag([0.5, 0.5, 1.5]))[0] == pytest.approx(score / 2)
+
+
+def test_four_pixels_of_half_a_millimetre_are_a_square_millimetre_however_the_scan_is_turned():
+    hu = np.zeros((4, 4, 1))
+    hu[1:3, 1:3] = 150
+    for seed in range(50):
+        angles = np.random.default_rng(seed).uniform(-1, 1, 3)
+        matrix = oblique((0.5, 0.5, 3.0), angles)[:3, :3].astype(np.float32).astype(float)
+        assert agatston(hu, np.ones(hu.shape, bool), matrix)[0] == pytest.approx(1, rel=1e-4)
 
 
 def test_agatston_leaves_out_noise_and_what_is_not_in_the_lesion():

@@ -10,7 +10,7 @@ from laws import GRIDS, ball, grid_around, oblique, orientations, ras
 
 from volseg.errors import ScanError
 from volseg.preprocess.crop import AxisOrder, to_canonical
-from volseg.preprocess.normalise import Window, ZScore
+from volseg.preprocess.normalise import Percentile, Window, ZScore
 from volseg.preprocess.prepare import (
     Preparation,
     PrepareSettings,
@@ -93,13 +93,33 @@ def test_all_48_orders_prepare_to_the_same_network_input_and_restore_to_the_same
         np.testing.assert_array_equal(restored, mask)
 
 
+@pytest.mark.parametrize(
+    "normaliser",
+    [ZScore(region="scan"), ZScore(region="nonzero"), Percentile(low_percent=0, high_percent=100, region="scan")],
+)
+def test_what_is_normalised_as_stored_is_so_by_every_voxel_of_it(normaliser, monkeypatch):
+    monkeypatch.setattr(sys.modules["volseg.preprocess.prepare"], "SAMPLE_VOXELS", 50)
+    monkeypatch.setattr(sys.modules["volseg.volume"], "SLAB_VOXELS", 100)
+    geometry = Geometry((6, 7, 30), np.eye(4))
+    array = np.random.default_rng(0).integers(1, 50, geometry.shape).astype(np.int16)
+    array[:2] = 0
+    array[3, 3, 17] = 3000  # in a plane that a sample would miss
+    changes = {"spacing_mm": (1.0, 1.0, 1.0), "crop": "none", "normalise_first": True, "normalisers": (normaliser,)}
+    found = prepare({"ct": Volume(np.asfortranarray(array), geometry)}, settings(**changes))
+    inside = array > 0 if normaliser.region == "nonzero" else np.ones(array.shape, bool)
+    values = array[inside].astype(float)
+    low, size = (values.mean(), values.std()) if isinstance(normaliser, ZScore) else (values.min(), np.ptp(values))
+    np.testing.assert_allclose(found.array[0], np.where(inside, (array - low) / size, 0), atol=1e-5)
+    assert found.array.flags.c_contiguous
+
+
 def test_restoring_by_slabs_equals_the_interpolation_of_all_logits_at_once(monkeypatch):
     geometry = Geometry((20, 18, 40), oblique((1.0, 0.9, 1.1)))
     scan = Volume(np.random.default_rng(0).integers(-400, 400, geometry.shape).astype(np.int16), geometry)
     prepared = prepare({"ct": scan}, settings(spacing_mm=(1.3, 1.3, 1.7)))
     logits = np.random.default_rng(1).normal(size=(4, *prepared.array.shape[1:])).astype(np.float32)
     whole = restore_mask(logits, prepared.trail, [1, 2, 9])
-    monkeypatch.setattr(sys.modules["volseg.preprocess.prepare"], "SLAB_VOXELS", 900)
+    monkeypatch.setattr(sys.modules["volseg.preprocess.restore"], "TILE_VALUES", 900)
     for found, expected in zip(restore_mask(logits, prepared.trail, [1, 2, 9]), whole, strict=True):
         np.testing.assert_array_equal(found, expected)
 

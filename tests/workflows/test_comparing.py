@@ -200,7 +200,10 @@ def test_a_patient_who_moved_is_compared_as_one_who_did_not(tmp_path):
     """7° and 12 mm between the scans, on grids of their own: the same rows as without motion, and a picture of the change."""
     here, there = grid("RAS"), grid("PSR", (1.6, 1.8, 2.0), tilt_deg=9)
     one = measured(tmp_path / "one", {"p": draw(here, BEFORE)})
-    moved = measured(tmp_path / "moved", {"p": draw(there, AFTER, movement(7, (8.0, -6.0, 6.6)), seed=1)})
+    scan, mask = draw(there, AFTER, movement(7, (8.0, -6.0, 6.6)), seed=1)
+    values = scan.array.astype(np.float32)
+    values[0, 0, 0] = np.nan  # as `measure` takes it
+    moved = measured(tmp_path / "moved", {"p": (scan.with_array(values), mask)})
     still = measured(tmp_path / "still", {"p": draw(there, AFTER, seed=1)})
     scans = {"baseline_scans": tmp_path / "one" / "scans", "followup_scans": tmp_path / "moved" / "scans"}
     report = volseg.compare(one, moved, out=tmp_path / "out", figures=True, **scans)
@@ -369,7 +372,12 @@ def test_folders_that_cannot_be_compared_are_a_wrong_request(baseline, tmp_path)
     (tmp_path / "other" / ".volseg").mkdir(parents=True)
     with pytest.raises(VolsegError, match="has the name of one in"):
         volseg.compare(baseline, tmp_path / "other", out=tmp_path / "out")
-    for options in ({"max_distance_mm": -1}, {"max_distance_mm": float("nan")}, {"followup_scans": tmp_path / "no"}):
+    for options in (
+        {"max_distance_mm": -1},
+        {"max_distance_mm": float("nan")},
+        {"max_distance_mm": float("inf")},
+        {"followup_scans": tmp_path / "no"},
+    ):
         with pytest.raises(VolsegError):
             volseg.compare(baseline, baseline, out=tmp_path / "out", **options)
 

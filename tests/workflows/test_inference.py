@@ -11,6 +11,7 @@ import volseg
 from volseg.bundle import load_bundle, save_bundle
 from volseg.errors import VolsegError
 from volseg.io.nifti import read_geometry, read_mask, read_volume, write_volume
+from volseg.volume import Geometry, Volume
 
 
 def rows(path):
@@ -255,6 +256,20 @@ def test_no_scans_and_no_model_are_wrong_requests(dataset, model, tmp_path):
         volseg.infer(tmp_path / "nothing", model=model, out=tmp_path / "out")
     with pytest.raises(VolsegError, match="not a model folder"):
         volseg.infer(dataset / "images", model=dataset, out=tmp_path / "out")
+
+
+def test_a_scan_over_the_budget_is_a_failed_row_and_the_others_are_done(dataset, model, tmp_path):
+    large = Volume(np.zeros((400, 400, 400), np.uint8, order="F"), Geometry((400, 400, 400), np.eye(4)))
+    write_volume(large, tmp_path / "large.nii.gz")
+    small, said = dataset / "images" / "scan_6.nii.gz", []
+    volseg.infer(small, model=model, out=tmp_path / "alone", announce=said.append)
+    enough = float(said[0].split("at most ")[1].split(" GB")[0]) + 0.2
+    report = volseg.infer(
+        [small, tmp_path / "large.nii.gz"], model=model, out=tmp_path / "out", max_ram=f"{enough:.2f}G"
+    )
+    assert report.done == ["scan_6"] and report.exit_code == 3
+    assert "to fix: give --max-ram" in report.failed["large"]
+    assert sorted(path.name for path in (tmp_path / "out" / "masks").iterdir()) == ["scan_6.nii.gz"]
 
 
 def test_a_budget_lowers_the_tiles_at_a_time_and_the_masks_stay_the_same(dataset, model, tmp_path):

@@ -140,8 +140,12 @@ def _detection(rows: Sequence[OverlapRow], detections: Sequence[DetectionRow]) -
 
 
 def _rate(lesions: Sequence[DetectionRow]) -> dict[str, Any]:
-    """Share of these lesions that have a partner. Of reference and predicted ones together it is F1."""
-    return _rate_of([lesion.status == "matched" for lesion in lesions], [patient_of(lesion) for lesion in lesions])
+    """Share of these lesions that have a partner. Of reference and predicted ones together it is F1.
+
+    A share of 0 or 1 has no interval: resampling what is all alike shows nothing else, however few they are.
+    """
+    found = _rate_of([lesion.status == "matched" for lesion in lesions], [patient_of(lesion) for lesion in lesions])
+    return found | {"mean_95": None} if found["mean"] in (0.0, 1.0) else found
 
 
 def _rate_of(values: Sequence[float | None], patients: Sequence[Hashable]) -> dict[str, Any]:

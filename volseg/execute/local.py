@@ -9,6 +9,7 @@ from functools import partial
 from typing import Generic, TypeVar, cast
 
 from volseg.errors import EnvironmentProblem, VolsegError
+from volseg.execute.cpu import is_out_of_memory
 
 Item = TypeVar("Item")
 Value = TypeVar("Value")
@@ -91,19 +92,23 @@ def _outcome(item: Item, task: Callable[[], Value]) -> Outcome[Item, Value]:
     except EnvironmentProblem:
         raise
     except VolsegError as error:
-        return Outcome(item, error=error)
-    except MemoryError as error:
-        problem = VolsegError(
-            f"not enough memory ({error})", fix="close other programs or use a larger machine", code="E_OOM"
-        )
-        return Outcome(item, error=problem)
-    except RuntimeError as error:
-        if "alloc" not in str(error) or "memory" not in str(error):  # torch's words for it
+        return Outcome(item, error=_without_frames(error))
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
             raise
-        on_gpu = "CUDA" in str(error)
+        said = str(error).strip().splitlines() or ["MemoryError"]
         problem = VolsegError(
-            f"not enough memory ({str(error).strip().splitlines()[-1]})",
-            fix="use --device cpu" if on_gpu else "close other programs or use a larger machine",
+            f"not enough memory ({said[-1]})",
+            fix="use --device cpu" if "CUDA" in str(error) else "close other programs or use a larger machine",
             code="E_OOM",
         )
         return Outcome(item, error=problem)
+
+
+def _without_frames(error: VolsegError) -> VolsegError:
+    """The error alone: the frames in which it was raised hold a scan and all that was made of it, and the next scans want their memory."""
+    each: BaseException | None = error
+    while each is not None:
+        each.__traceback__ = None
+        each = each.__cause__ or each.__context__
+    return error

@@ -115,7 +115,7 @@ class TorchBackend:
         self.network = network.to(device).eval()
         if self.channels_last:
             _channels_last(self.network)
-        self._recorded = Recorded(self._forward) if may_record and device.type == "cuda" else None
+        self._recorded = Recorded() if may_record and device.type == "cuda" else None
         if device.type == "cpu" and torch.get_num_threads() > physical_cores():
             torch.set_num_threads(physical_cores())
 
@@ -138,7 +138,9 @@ class TorchBackend:
         ):
             if self.channels_last:
                 batch = batch.contiguous(memory_format=_memory_format(batch))
-            return (self._recorded or self._forward)(batch)
+            if self._recorded is None:
+                return self._forward(batch)
+            return self._recorded.run(self._forward, batch)
 
     def release(self) -> None:
         if self._recorded is not None:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+import os
 import sys
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -166,6 +169,19 @@ def gpu_memory() -> int:
     return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
 
 
+@contextmanager
+def limited_gpu(limit: int | None) -> Iterator[None]:
+    """Let torch take no more than this many bytes of the GPU, so that what cuDNN tries out stays within it; None: no limit."""
+    if limit is None or not torch.cuda.is_available():
+        yield
+        return
+    torch.cuda.set_per_process_memory_fraction(min(1.0, limit / torch.cuda.mem_get_info()[1]))
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+
+
 def _enough(size: int) -> str:
     """A round amount over this one, as the options take it."""
     return f"{math.ceil(size / 2**30 * 10 + 0.5) / 10:g}G"
@@ -226,6 +242,8 @@ def _pass_bytes(grid: Geometry, run: NetworkPass, *, half: bool) -> _PassBytes:
     share = 4 * ring_plane * depth if settings.crop == "body" else 0
     logits_bytes = 2 if run.half and run.head_is_off and not run.on_gpu else 4
     logits = logits_bytes * classes * tiling.batch_size * math.prod(tiling.patch_shape) * summed
+    if run.on_gpu and members == 1:  # a recording has an input and an output of its own
+        logits += 4 * (classes + channels) * tiling.batch_size * math.prod(tiling.patch_shape)
     # A network that OpenVINO compiled keeps its memory until the scan is done.
     activations = run.network_bytes * tiling.batch_size * (members if run.backend == "openvino" else 1)
     overhead = OVERHEAD["cuda" if run.on_gpu else run.backend] * (0.5 if run.half else 1)
@@ -287,7 +305,7 @@ def resident_bytes() -> int:
     """Memory that this process holds now; its largest so far where the system does not tell."""
     try:
         pages = int(Path("/proc/self/statm").read_text().split()[1])
-        return pages * 4096
+        return pages * os.sysconf("SC_PAGE_SIZE")
     except OSError:
         import resource
 

@@ -71,15 +71,18 @@ def predict_slabs(
     *,
     n_classes: int,
     dtype: torch.dtype = torch.float32,
+    read_ahead: bool | None = None,
     on_tile: Callable[[bool], None] = lambda is_empty: None,
 ) -> Iterator[torch.Tensor]:
     """Gaussian-weighted mean of the logits of overlapping tiles, slab by slab in the order of the planes.
 
-    All of it happens on the backend's device. A GPU gets its next layer of tiles while it is at the last one; a CPU would only need memory for both.
+    All of it happens on the backend's device.
 
     Args:
         n_classes: of the logits; where the backend's head was taken off, of the features.
         dtype: in which logits are summed; float16 halves the buffer and costs some 1e-3 of their size.
+        read_ahead: read the next layer of tiles before planes are handed on, so that a GPU gets it while it is still at this one; a CPU
+            would only need more memory. None: on a GPU.
         on_tile: called after each tile with whether it was empty, for progress.
 
     Yields:
@@ -106,7 +109,7 @@ def predict_slabs(
     for layer, (start, following) in enumerate(pairwise([*along.starts, None])):
         places = [tuple(layer if n == axis else p for n, p in enumerate(place)) for place in product(*across)]
         _run_layer(window.layer(start), places, backend, tiling, ring, on_tile)
-        if following is not None and device.type != "cpu":
+        if following is not None and (device.type != "cpu" if read_ahead is None else read_ahead):
             window.layer(following)
         yield from ring.hand_on(len(along.source) if following is None else following)
 

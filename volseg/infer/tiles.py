@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,9 +17,13 @@ def tile_starts(length: int, patch: int, overlap: float) -> list[int]:
     """
     if length <= patch:
         return [0]
-    step = max(1, int(patch * (1 - overlap)))
-    n = -(-(length - patch) // step) + 1
+    n = math.ceil((length - patch) / _step(patch, overlap)) + 1
     return [round(index * (length - patch) / (n - 1)) for index in range(n)]
+
+
+def _step(patch: int, overlap: float) -> float:
+    """Voxels from one tile to the next at the most."""
+    return max(1.0, round(patch * (1 - overlap), 9))
 
 
 def gaussian(patch: int) -> np.ndarray:
@@ -93,7 +98,7 @@ def widest(start: int, stop: int, length: int, patch: int, overlap: float, margi
     (26, 154)
     """
     n = len(tile_starts(stop - start + 2 * margin, patch, overlap))
-    covered = patch + (n - 1) * max(1, int(patch * (1 - overlap)))
+    covered = patch + math.floor((n - 1) * _step(patch, overlap))
     wide = min(length, max(stop - start, covered - 2 * margin))
     begin = min(max(0, start - (wide - (stop - start)) // 2), length - wide)
     return begin, begin + wide

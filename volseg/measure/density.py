@@ -28,6 +28,7 @@ SUMMED_TOGETHER = 2**20  # voxels
 AGATSTON_SLICE_MM = 3.0  # for which the score is defined
 AGATSTON_STEPS_HU = (200.0, 300.0, 400.0)  # of the peak, from which a slice counts 2, 3 and 4 times
 AGATSTON_SMALLEST_MM2 = 1.0
+ROUNDING = 1e-4  # of an area on an oblique grid of a float32 affine: four pixels of 0.25 mm² are 1 mm²
 
 
 def statistics(values: np.ndarray) -> dict[str, float]:
@@ -96,7 +97,7 @@ def agatston(
         for patch in range(1, n + 1):
             here = patches == patch
             area_mm2 = float(here.sum()) * pixel_mm2
-            if area_mm2 >= AGATSTON_SMALLEST_MM2:
+            if area_mm2 >= AGATSTON_SMALLEST_MM2 * (1 - ROUNDING):
                 counted[:, :, s] |= here
                 score += area_mm2 * (
                     1 + int(np.searchsorted(AGATSTON_STEPS_HU, float(hu[:, :, s][here].max()), "right"))

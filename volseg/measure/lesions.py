@@ -12,7 +12,7 @@ import numpy as np
 
 from volseg import __version__
 from volseg.columns import column
-from volseg.measure.density import SCHNEIDER, agatston, core, density_g_cm3, mean, slice_distance_mm, statistics
+from volseg.measure.density import SCHNEIDER, agatston, core, density_g_cm3, mean, statistics
 from volseg.measure.recist import Diameters, diameters, is_measurable, sum_of_diameters_mm
 from volseg.measure.shape import (
     axes_mm,
@@ -44,7 +44,7 @@ class LesionMeasurement:
         "number of the lesion in the scan and in lesion_ids; 1 is the largest, or with `--objects labels` the smallest value",
     )
     label: int = column("", "value of the lesion in the mask")
-    label_name: str | None = column("", "name of that value; empty if it has none")
+    label_name: str | None = column("", "name of that value; where it has none empty, or from `measure` label_7")
     n_voxels: int = column("voxels", "number of voxels")
     volume_mm3: float = column(
         "mm³", "n_voxels × voxel volume |det A| of the scan's own grid, to 12 digits", source="IBSI YEKZ"
@@ -196,15 +196,21 @@ class CaseRow:
     largest_volume_ml: float | None = column("mL", "volume of the largest lesion; empty if there is none", default=None)
     sum_long_axis_mm: float | None = column(
         "mm",
-        "sum of diameters: long axes (short ones of lymph nodes) of the five largest measurable lesions, two per label at most",
+        "sum of diameters: long axes (short ones of lymph nodes) of the five largest measurable lesions, two per label at most, or as many as the recipe says",
         default=None,
         source="RECIST 1.1, Eur J Cancer 45:228 (2009)",
     )
     n_measurable: int | None = column("", "lesions that are measurable by that rule", default=None)
     organ_volume_ml: float | None = column(
-        "mL", "volume of the organ with the lesions in it; empty where no label is the organ", default=None
+        "mL",
+        "volume of the organ and of all lesions, whatever their label; empty where no label is the organ",
+        default=None,
     )
-    burden: float | None = column("0 to 1", "lesion volume / organ volume", default=None)
+    burden: float | None = column(
+        "0 to 1",
+        "volume of all lesions / organ_volume_ml: every other label counts as lesions of the organ",
+        default=None,
+    )
     agatston_score: float | None = column("", "sum over its lesions; only where asked for", default=None)
 
 
@@ -438,7 +444,7 @@ def _axes(found: Diameters, lesion: _Lesion, *, is_node: bool) -> dict[str, Any]
         "short_axis_p0_ras": _point(short_ends[0]),
         "short_axis_p1_ras": _point(short_ends[1]),
         "recist_measurable": is_measurable(
-            found.long_mm, found.short_mm, slice_distance_mm(lesion.matrix), is_node=is_node
+            found.long_mm, found.short_mm, float(np.linalg.norm(lesion.matrix, axis=0).max()), is_node=is_node
         ),
     }
 
@@ -505,7 +511,10 @@ def _intensity(
     """Statistics of the intensities of a lesion, what follows from them, and a note on what does not."""
     n_lost = values.size - int(np.isfinite(values).sum())
     if n_lost:
-        return dict.fromkeys(INTENSITY_COLUMNS, math.nan), f"intensity: {n_lost} of {values.size} voxels are not finite"
+        why = f"{n_lost} of {values.size} voxels are not finite"
+        scored = ["agatston_score", "calcium"] if settings.calcium else []
+        names = ["intensity", *(["mass", "density"] if unit == "HU" else []), *scored]
+        return dict.fromkeys(INTENSITY_COLUMNS, math.nan), f"{', '.join(names)}: {why}"
     found: dict[str, Any] = {f"intensity_{name}": value for name, value in statistics(values).items()}
     notes = []
     if not found["intensity_sd"]:
@@ -519,9 +528,12 @@ def _intensity(
         calibration = settings.density_g_cm3 or SCHNEIDER
         density = density_g_cm3(values, calibration)
         found |= {"density_g_cm3": density, "mass_g": density * values.size * voxel_volume_mm3 / 1000}
-        n_beyond = int((values > calibration[-1][0]).sum())
-        if n_beyond:
-            notes.append(f"mass: {n_beyond} voxels are over {calibration[-1][0]:g} HU, where the calibration ends")
+        for is_beyond, end, word in (
+            (values > calibration[-1][0], calibration[-1][0], "over"),
+            (values < calibration[0][0], calibration[0][0], "under"),
+        ):
+            if n_beyond := int(is_beyond.sum()):
+                notes.append(f"mass: {n_beyond} voxels are {word} {end:g} HU, where the calibration ends")
     if settings.calcium and unit == "HU":
         calcium, note = _calcium(lesion, voxel_volume_mm3, settings)
         found |= calcium

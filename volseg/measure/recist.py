@@ -99,7 +99,7 @@ def is_measurable(long_mm: float, short_mm: float, slice_mm: float, *, is_node: 
     """Whether a lesion counts as measurable disease.
 
     Args:
-        slice_mm: distance between slices.
+        slice_mm: distance between slices as they were acquired, whichever way: the largest spacing of the grid.
     """
     if is_node:
         return short_mm >= MEASURABLE_NODE_MM - ROUNDING_MM

@@ -180,7 +180,7 @@ def label_of(lesion: LesionMeasurement) -> str:
 
 def is_lymph_node(lesion: LesionMeasurement, lymph_nodes: Collection[str]) -> bool:
     """Whether its label is one of those, by name or value."""
-    return not {label_of(lesion), str(lesion.label)}.isdisjoint(lymph_nodes)
+    return not {label_of(lesion), str(lesion.label), f"label_{lesion.label}"}.isdisjoint(lymph_nodes)
 
 
 def diameter_mm(lesion: LesionMeasurement, lymph_nodes: Collection[str] = ()) -> float | None:
@@ -209,9 +209,9 @@ def choose_targets(lesions: Sequence[LesionMeasurement], lymph_nodes: Collection
 
 def _is_measurable(lesion: LesionMeasurement, lymph_nodes: Collection[str]) -> bool:
     """As it was measured, unless its label was not known as lymph nodes then and is now, or the other way round."""
-    long_mm, short_mm, slice_mm = (
-        _known(value) for value in (lesion.long_axis_mm, lesion.short_axis_mm, lesion.spacing_s_mm)
-    )
+    long_mm, short_mm = _known(lesion.long_axis_mm), _known(lesion.short_axis_mm)
+    spacing_mm = [_known(value) for value in (lesion.spacing_r_mm, lesion.spacing_a_mm, lesion.spacing_s_mm)]
+    slice_mm = max((each for each in spacing_mm if each is not None), default=None)
     is_node = is_lymph_node(lesion, lymph_nodes)
     if is_node or (long_mm is not None and slice_mm is not None):
         return recist.is_measurable(long_mm or 0.0, short_mm or 0.0, slice_mm or 0.0, is_node=is_node)

@@ -11,7 +11,7 @@ import cc3d
 import numpy as np
 
 from volseg.errors import VolsegError
-from volseg.volume import BoundingBox, Geometry
+from volseg.volume import BoundingBox, Geometry, slabs_of
 
 Objects = Literal["components", "labels"]
 Connectivity = Literal[6, 18, 26]  # neighbours share a face; or an edge; or a corner
@@ -76,8 +76,12 @@ def label_lesions(
 
 def without_organ(mask: np.ndarray, organ: int) -> tuple[np.ndarray, int]:
     """The mask without the label of the organ in which the lesions lie, and the number of its voxels."""
-    is_organ = mask == organ
-    return np.where(is_organ, mask.dtype.type(0), mask), int(is_organ.sum())
+    lesions, n_organ = mask.copy(order="K"), 0
+    for part in slabs_of(mask):
+        is_organ = mask[part] == organ
+        lesions[part][is_organ] = 0
+        n_organ += int(np.count_nonzero(is_organ))
+    return lesions, n_organ
 
 
 def _check(mask: np.ndarray, geometry: Geometry, objects: str, connectivity: int) -> None:

@@ -5,28 +5,24 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import numpy as np
-from scipy.optimize import linear_sum_assignment
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
+from scipy.sparse import csr_array
+from scipy.sparse.csgraph import min_weight_full_bipartite_matching
 
 Pair = tuple[int, int]  # numbers of a lesion of the first mask and of one of the second
 
 
 def best_pairs(gains: Mapping[Pair, float]) -> list[Pair]:
-    """The pairs, no lesion in two of them, with the largest sum of gains (> 0); each connected part of the graph on its own."""
+    """The pairs, no lesion in two of them, with the largest sum of gains (> 0). Takes memory for the pairs given, not for all that there could be."""
     if not gains:
         return []
-    pairs = np.array(sorted(gains))
-    (befores, rows), (afters, columns) = (np.unique(pairs[:, side], return_inverse=True) for side in (0, 1))
-    n = len(befores) + len(afters)
-    graph = coo_array((np.ones(len(pairs)), (rows, columns + len(befores))), shape=(n, n))
-    parts = connected_components(graph, directed=False)[1][rows]
-    chosen = []
-    for members in np.split(np.argsort(parts, kind="stable"), np.flatnonzero(np.diff(np.sort(parts))) + 1):
-        (left, i), (right, j) = (np.unique(pairs[members, side], return_inverse=True) for side in (0, 1))
-        matrix = np.zeros((len(left), len(right)))
-        matrix[i, j] = [gains[b, f] for b, f in pairs[members].tolist()]
-        for row, column in zip(*linear_sum_assignment(matrix, maximize=True), strict=True):
-            if matrix[row, column] > 0:
-                chosen.append((int(left[row]), int(right[column])))
-    return sorted(chosen)
+    pairs = sorted(gains)
+    (befores, rows), (afters, columns) = (np.unique([p[side] for p in pairs], return_inverse=True) for side in (0, 1))
+    values = np.array([gains[pair] for pair in pairs])
+    # A lesion may stay alone: it then goes with a partner of its own that brings nothing. A weight of 0 would be no edge, so all are raised alike.
+    n, m = len(befores), len(afters)
+    alone = values.max() + 1
+    weights = np.concatenate([alone - values, np.full(n, alone)])
+    places = (np.concatenate([rows, np.arange(n)]), np.concatenate([columns, m + np.arange(n)]))
+    left, right = min_weight_full_bipartite_matching(csr_array((weights, places), shape=(n, m + n)))
+    chosen = zip(left.tolist(), right.tolist(), strict=True)
+    return sorted((int(befores[row]), int(afters[column])) for row, column in chosen if column < m)

@@ -7,8 +7,9 @@ those that are not 0 in some channel, with their holes filled.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from dataclasses import dataclass
-from math import inf, isinf
+from math import inf, isinf, sqrt
 from typing import Literal
 
 import numpy as np
@@ -57,6 +58,10 @@ class Normaliser(ABC):
     def fit(self, array: np.ndarray, body: np.ndarray | None = None) -> Scaling:
         """What happens to the voxels of this scan; a slab of it is not enough to know."""
 
+    def fit_parts(self, parts: Iterable[np.ndarray]) -> Scaling | None:
+        """As `fit`, from all voxels of the region, some at a time; None where there are none, or all would be needed at once."""
+        return None
+
     def __call__(self, array: np.ndarray, body: np.ndarray | None = None) -> np.ndarray:
         """Intensities (I, J, K) → float32 (I, J, K)."""
         return self.fit(array, body)(array, body)
@@ -102,7 +107,21 @@ class ZScore(Normaliser):
 
     def fit(self, array: np.ndarray, body: np.ndarray | None = None) -> Scaling:
         inside = _inside(array, body, self.region)
-        mean, sd = float(inside.mean(dtype=np.float64)), float(inside.std(dtype=np.float64))
+        return self._scaling(float(inside.mean(dtype=np.float64)), float(inside.std(dtype=np.float64)))
+
+    def fit_parts(self, parts: Iterable[np.ndarray]) -> Scaling | None:
+        n, mean, squares = 0, 0.0, 0.0
+        for part in parts:
+            if part.size:
+                own = float(part.mean(dtype=np.float64))
+                squares += float(part.var(dtype=np.float64)) * part.size + (own - mean) ** 2 * n * part.size / (
+                    n + part.size
+                )
+                n += part.size
+                mean += (own - mean) * part.size / n
+        return self._scaling(mean, sqrt(squares / n)) if n else None
+
+    def _scaling(self, mean: float, sd: float) -> Scaling:
         return Scaling(shift=mean, factor=1 / sd if sd > 0 else 0, inside_only=self.region == "nonzero")
 
 
@@ -117,6 +136,15 @@ class Percentile(Normaliser):
     def fit(self, array: np.ndarray, body: np.ndarray | None = None) -> Scaling:
         inside = _inside(array, body, self.region)
         low, high = (float(value) for value in np.percentile(inside, (self.low_percent, self.high_percent)))
+        return self._scaling(low, high)
+
+    def fit_parts(self, parts: Iterable[np.ndarray]) -> Scaling | None:
+        if (self.low_percent, self.high_percent) != (0, 100):
+            return None
+        ends = [(float(part.min()), float(part.max())) for part in parts if part.size]
+        return self._scaling(min(low for low, _ in ends), max(high for _, high in ends)) if ends else None
+
+    def _scaling(self, low: float, high: float) -> Scaling:
         return Scaling(low=low, high=high, shift=low, factor=1 / (high - low) if high > low else 0)
 
 

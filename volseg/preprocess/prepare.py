@@ -5,7 +5,7 @@ It works a few planes at a time, so that the network input of a whole scan need 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -34,7 +34,7 @@ from volseg.preprocess.resample import (
     resampled_shape,
     slowest_axis,
 )
-from volseg.volume import BoundingBox, Geometry, Volume
+from volseg.volume import BoundingBox, Geometry, Volume, slabs_of
 
 SLAB_VOXELS = 524_288  # native voxels looked at together; bounds the float32 temporaries to some 2 MB each
 SAMPLE_VOXELS = 8_000_000  # of a scan, from which its own mean, deviation or percentiles are taken
@@ -112,7 +112,7 @@ def prepare(images: Mapping[str, Volume], settings: PrepareSettings) -> Prepared
     preparation = Preparation(images, settings)
     planes = preparation.planes()
     array = planes.read(0, planes.shape[planes.axis]).numpy()
-    return Prepared(array, preparation.trail, preparation.has_body)
+    return Prepared(np.ascontiguousarray(array), preparation.trail, preparation.has_body)
 
 
 class Preparation:
@@ -262,7 +262,22 @@ class Preparation:
 
     @cached_property
     def _scalings(self) -> list[Scaling]:
-        return [normaliser.fit(self._sample(index)) for index, normaliser in enumerate(self._settings.normalisers)]
+        found = []
+        for index, normaliser in enumerate(self._settings.normalisers):
+            # What is normalised as it is stored was trained on statistics of every voxel, and extremes are in no sample.
+            exact = normaliser.fit_parts(self._parts(index)) if self._settings.normalise_first else None
+            found.append(exact or normaliser.fit(self._sample(index)))
+        return found
+
+    def _parts(self, index: int) -> Iterator[np.ndarray]:
+        """The intensities as stored, of the region of which the channel's normaliser wants to know."""
+        region, view = getattr(self._settings.normalisers[index], "region", None), self._views[index]
+        for part in slabs_of(view):
+            values = _scaled(view[part], self._volumes[index])
+            if region == "body":
+                yield values[self._views[0][part] > self._above]
+            else:
+                yield values.ravel() if self._nonzero is None or region != "nonzero" else values[self._nonzero[part]]
 
     def _sample(self, index: int) -> np.ndarray:
         """Intensities of the region of which the channel's normaliser wants to know: all, or evenly spread ones of many."""

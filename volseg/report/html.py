@@ -257,7 +257,7 @@ def comparison_html(
         about: of the run: `command`, `volseg`, `started`.
         patients, lesions: rows of response.csv and of comparison.csv.
     """
-    responses = Counter(row.get("response") or "not evaluable" for row in patients if row.get("status") == "done")
+    responses = Counter(row.get("response") or "left open" for row in patients if row.get("status") == "done")
     n_pending = sum(row.get("status") == "pending" for row in patients)
     failed = [_failure(row["patient"], row) for row in patients if row.get("status") == "failed"]
     left = MAX_PAGE_BYTES - RESERVED_BYTES - _size(failed)

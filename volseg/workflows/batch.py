@@ -24,7 +24,7 @@ from volseg.io.nifti import intensity_warnings, read_header, write_volume
 from volseg.measure.lesions import CaseRow, LesionMeasurement, summarise
 from volseg.recipe import Measure
 from volseg.report.results import ResultsFolder, plain
-from volseg.volume import Volume
+from volseg.volume import Volume, slabs_of
 from volseg.workflows.pages import files_of, remake_page, write_report
 
 # What is being done, the share of it that is done in [0, 1], a detail. Stages may take turns; with 0 a stage begins, or begins anew.
@@ -143,7 +143,7 @@ def done_row(
     """
     oddities = (*read_header(path).warnings, *intensity_warnings(scan, is_ct=unit == "HU"))
     warnings = [f"{warning.code}: {warning.text}" for warning in oddities]
-    if scan.array.dtype.kind == "f" and not np.isfinite(scan.array).all():
+    if scan.array.dtype.kind == "f" and not all(np.isfinite(scan.array[part]).all() for part in slabs_of(scan.array)):
         warnings.append("W_NAN: some voxels are not finite; lesions that hold one have no intensities")
     if organ_voxels == 0:
         warnings.append(f"W_ORGAN: no voxel is {settings.organ}, so its volume and the burden are unknown")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -63,7 +64,7 @@ class CompareSettings:
     followup_scans: Path | None = None
 
     def __post_init__(self) -> None:
-        if not self.max_distance_mm >= 0:
+        if not 0 <= self.max_distance_mm < math.inf:
             raise VolsegError(
                 f"a largest distance of {self.max_distance_mm} mm is none", fix="give 0 or more", code="E_USAGE"
             )
@@ -196,7 +197,9 @@ def _read_pairs(path: Path, folders: tuple[Path, Path], known: tuple[Sequence[st
         if not re.fullmatch(ID_PATTERN, patient):
             mistakes.append(f"line {number}: patient {patient!r} is no safe file name")
         elif patient.casefold() in seen:
-            mistakes.append(f"line {number}: patient {patient!r} is there twice; give each pair a name of its own")
+            mistakes.append(
+                f"line {number}: patient {patient!r} is there twice; give each pair a name of its own: each is judged by itself"
+            )
         seen.add(patient.casefold())
         for case, folder, ids in ((before, folders[0], known[0]), (after, folders[1], known[1])):
             if case and case not in ids:
@@ -324,9 +327,11 @@ class _Side:
 
     @cached_property
     def scan(self) -> Volume:
-        scan = read_volume(self.path)
+        scan = read_volume(self.path, is_finite=False)  # as it was measured
         check_pair(scan, self.ids, str(self.path), f"the lesions of case {self.record.case.case_id!r}")
-        return scan
+        known = np.isfinite(scan.array) if scan.array.dtype.kind == "f" else np.ones(1, bool)
+        # To register, what is not known is the darkest there is.
+        return scan if known.all() else scan.with_array(np.where(known, scan.array, scan.array[known].min(initial=0)))
 
     @cached_property
     def digest(self) -> str:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from volseg.errors import ScanError, VolsegError
-from volseg.execute.cpu import give_back_large_blocks, keep_freed_memory
+from volseg.execute.cpu import give_back_large_blocks, keep_freed_memory, total_memory
 from volseg.execute.local import run_overlapped
 from volseg.io.cases import Case, find_scans
 from volseg.io.nifti import NiftiHeader, read_header, read_volume
@@ -87,6 +87,7 @@ def infer(
     started = time.monotonic()
     budget, gpu_budget = amount_of(max_ram, "--max-ram"), amount_of(max_vram, "--max-vram")
     from volseg.bundle import load_bundle, shipped_bundle
+    from volseg.infer.memory import limited_gpu
     from volseg.segment import load_model
 
     out = Path(out)
@@ -137,16 +138,17 @@ def infer(
 
         about = about_run("infer", bundle.name)
         ahead = all(plan.read_ahead for plan in known.values())
-        report = run_cases(
-            cases,
-            lambda todo: run_overlapped(read, segment, write, todo, ahead=ahead),
-            key_of,
-            results,
-            bundle.name,
-            STAGE,
-            progress,
-            about=about if pages else None,
-        )
+        with limited_gpu(None if loaded.device == "cpu" else gpu_budget):
+            report = run_cases(
+                cases,
+                lambda todo: run_overlapped(read, segment, write, todo, ahead=ahead),
+                key_of,
+                results,
+                bundle.name,
+                STAGE,
+                progress,
+                about=about if pages else None,
+            )
         results.write_run(
             run_description("infer", options, report, started)
             | about
@@ -198,6 +200,11 @@ def _plan_memory(
         gpu = max(plan.footprint.gpu for plan in known.values())
         beside = f"; {gpu / 2**30:.2f} GB of the GPU's" if gpu else ""
         announce(f"memory: at most {known[largest].footprint}, for {largest}{beside}")
+        machine = total_memory()
+        if max_ram is None and known[largest].footprint.total > machine:
+            announce(
+                f"memory: this machine has {machine / 2**30:.2f} GB; --max-ram takes as little as it can, and refuses scans that do not fit"
+            )
         announce(_cost_of_tiles(known[largest].shape, model))
         if model.segmentation.identity == {"backend": "openvino", "precision": "fp32"} and find_half_type():
             announce(

@@ -39,6 +39,10 @@ from volseg.workflows.pages import source_of, write_page
 
 CT_BELOW, CT_SHARE = -200.0, 0.01  # HU, and the share of voxels under it from which a scan is taken for CT
 KNOWN_UNITS = {"hu": "HU", "suv": "SUV"}  # by which much is decided, however they are written
+GUESSES = {  # in a warning
+    "HU": "over 1 % of the voxels are under -200, so it was taken for HU: give --unit if it is none",
+    "a.u.": "it does not look like HU, so there is no mass and no density: give --unit HU if it is a CT",
+}
 MOST_OBJECTS = 2**20  # values of a mask in which each is an object
 
 
@@ -76,7 +80,7 @@ def measure(
     started = time.monotonic()
     if objects not in get_args(Objects):
         raise VolsegError(f"objects {objects!r} is unknown", fix="use components or labels", code="E_USAGE")
-    found = _pairs(image, mask, cases)
+    found, unused = _pairs(image, mask, cases)
     read = None if recipe is None else load_recipe(recipe)
     asked = {"organ": organ, "lymph_nodes": tuple(lymph_nodes), "calcium": calcium}
     wanted = _Wanted(
@@ -107,15 +111,19 @@ def measure(
             objects,
             about if pages else None,
         )
+        if unused:
+            remark = f"W_MASK: no scan for {len(unused)} of {len(unused) + len(found)} masks, such as {unused[0]!r}: left out"
+            report = replace(report, details={**report.details, "warnings": [*report.details["warnings"], remark]})
         results.write_run(
             run_description("measure", options, report, started)
             | about
+            | {"masks_without_scan": unused}
             | {"connectivity": CONNECTIVITY if objects == "components" else None}
         )
     return report
 
 
-def _pairs(image: Path | str | None, mask: Path | str | None, cases: Path | str | None) -> list[Case]:
+def _pairs(image: Path | str | None, mask: Path | str | None, cases: Path | str | None) -> tuple[list[Case], list[str]]:
     if cases is not None and image is None and mask is None:
         found = find_cases(Path(cases), ("image",))
         without = [case.id for case in found if case.reference is None]
@@ -125,7 +133,7 @@ def _pairs(image: Path | str | None, mask: Path | str | None, cases: Path | str 
                 fix="fill the `label` column",
                 code="E_DATASET",
             )
-        return found
+        return found, []
     if image is None or mask is None or cases is not None:
         raise VolsegError(
             "measure needs a scan and its mask, two folders of them, or a table of cases",
@@ -141,7 +149,7 @@ def _pairs(image: Path | str | None, mask: Path | str | None, cases: Path | str 
         )
     scans = find_scans([image], ("image",))
     if not image.is_dir():
-        return [replace(scans[0], reference=mask)]
+        return [replace(scans[0], reference=mask)], []
     masks = {case.id: next(iter(case.images.values())) for case in find_scans([mask], ("image",))}
     alone = [case.id for case in scans if case.id not in masks]
     if alone:
@@ -150,7 +158,9 @@ def _pairs(image: Path | str | None, mask: Path | str | None, cases: Path | str 
             fix="name each mask as its scan, or give --cases with a table of pairs",
             code="E_DATASET",
         )
-    return [replace(case, reference=masks[case.id]) for case in scans]
+    return [replace(case, reference=masks[case.id]) for case in scans], sorted(
+        masks.keys() - {case.id for case in scans}
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -174,6 +184,7 @@ def _measure_case(case: Case, results: ResultsFolder, key: str, wanted: _Wanted)
     check_pair(scan, mask, str(path), str(case.reference))
     stated = wanted.intensity_unit
     unit = _guess_unit(scan) if stated is None else KNOWN_UNITS.get(stated.lower(), stated)
+    guess = "" if stated is not None else f"W_UNIT: nobody said the unit; {GUESSES[unit]}"
     names = wanted.label_names or read_label_table(case.reference)
     array, organ_voxels, settings = mask.array, None, wanted.settings
     if settings.organ is not None:
@@ -209,6 +220,8 @@ def _measure_case(case: Case, results: ResultsFolder, key: str, wanted: _Wanted)
             settings=settings,
             organ_voxels=organ_voxels,
         )
+        if guess:
+            row = replace(row, warnings="; ".join(filter(None, (row.warnings, guess))))
         if wanted.pages:
             files += write_page(row, rows, scan, lesions.ids, unit=unit, out=results.path)
     row = replace(row, seconds=round(time.monotonic() - started, 2))

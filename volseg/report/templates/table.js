@@ -146,11 +146,11 @@ class DataTable {
     return line;
   }
 
-  // Why a cell is empty: what `notes` says of it ("name: why; name: why"), else what the column means.
+  // Why a cell is empty: what `notes` says of it ("name: why; name, name: why"), else what the column means.
   reason(column, row) {
     for (const note of String(this.value(row, "notes") ?? "").split("; ")) {
       const [name, ...rest] = note.split(": ");
-      if (rest.length && (column.name === name || column.name.startsWith(`${name}_`))) return `unknown: ${rest.join(": ")}`;
+      if (rest.length && name.split(", ").some((each) => column.name === each || column.name.startsWith(`${each}_`))) return `unknown: ${rest.join(": ")}`;
     }
     return `unknown (${column.meaning})`;
   }

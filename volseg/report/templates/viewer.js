@@ -163,7 +163,9 @@ function control(nv, image) {
     const value = at("plane").value;
     nv.setCustomLayout(value === "all" ? THREE_PLANES : [{ sliceType: Number(value), position: [0, 0, 1, 1] }]);
   });
-  pressed("side", (radiological) => {
+  let radiological = true;
+  at("side").addEventListener("click", () => {
+    radiological = !radiological;
     nv.setRadiologicalConvention(radiological);
     nv.drawScene();
     at("side").textContent = radiological ? "R is left" : "R is right";
