@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain, combinations, pairwise, product
+from itertools import chain, combinations, product, zip_longest
 from typing import Protocol
 
 import numpy as np
@@ -106,7 +106,7 @@ def predict_slabs(
     )
     window = _Window(planes, tiled, axis, device)
     across = [range(len(each.starts)) if n != axis else (0,) for n, each in enumerate(tiled)]
-    for layer, (start, following) in enumerate(pairwise([*along.starts, None])):
+    for layer, (start, following) in enumerate(zip_longest(along.starts, along.starts[1:])):
         places = [tuple(layer if n == axis else p for n, p in enumerate(place)) for place in product(*across)]
         _run_layer(window.layer(start), places, backend, tiling, ring, on_tile)
         if following is not None and (device.type != "cpu" if read_ahead is None else read_ahead):
