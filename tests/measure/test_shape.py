@@ -152,7 +152,10 @@ def test_balls_ellipsoids_and_rods_have_their_sizes(spacing_mm, angles):
     assert [found.long_mm, found.short_mm] == pytest.approx([20, 20], abs=1.01 * voxel)
 
     half_mm = np.array([11.0, 7.0, 5.0])  # along R, A and S of the patient, whatever the grid
-    inside, matrix = canonical(body(geometry, lambda p: ((p / half_mm) ** 2).sum(axis=1) <= 1), geometry)
+    shift = off_centre - centre_mm(geometry)
+    inside, matrix = canonical(body(geometry, lambda p: (((p - shift) / half_mm) ** 2).sum(axis=1) <= 1), geometry)
+    counted_mm3 = inside.sum() * abs(np.linalg.det(matrix))  # as a ball of its least half axis
+    assert counted_mm3 == pytest.approx(4 / 3 * math.pi * half_mm.prod(), rel=1.5 * (0.018 if voxel <= 1 else 0.044))
     assert mesh(inside, matrix)[0] == pytest.approx(4 / 3 * math.pi * half_mm.prod(), rel=0.03 + 0.04 * voxel)
     assert widest_pair(outermost_points(inside), matrix)[0] == pytest.approx(22, abs=1.5 * voxel)
     assert axes_mm(inside, matrix) == pytest.approx((4 * half_mm / math.sqrt(5)).tolist(), abs=voxel / 2)
