@@ -295,6 +295,7 @@ def test_requests_that_make_no_sense_are_refused(dataset, model, tiny_recipe, tm
         volseg.train(dataset, recipe=tiny_recipe, out=tmp_path / "n", time_budget_seconds=1e-3)
 
 
+@pytest.mark.slow
 def test_torchrun_starts_the_ranks_and_one_of_them_speaks(dataset, tiny_recipe, tmp_path):
     recipe = tmp_path / "r.json"
     recipe.write_text(changed(tiny_recipe, steps_per_epoch=2).model_dump_json())
