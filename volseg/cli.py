@@ -446,7 +446,8 @@ def compare(
     pairs: Annotated[
         Path | None,
         typer.Option(
-            help="A CSV with columns patient, baseline and followup, which hold case ids; without it the same id is the same patient."
+            help="A CSV with columns patient, baseline and followup, which hold case ids: a line per pair of scans, several lines for a patient with "
+            "several scans at a time; without it the same id is the same patient."
         ),
     ] = None,
     baseline_scans: Annotated[

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from volseg.execute.cpu import give_back_mapped, physical_cores
+from volseg.execute.cpu import give_back_mapped, physical_cores, untouched_zeros
 
 
 def machine(root, siblings, **files):
@@ -91,6 +91,42 @@ print((before - resident_bytes()) >> 20)
     }
     assert given["yes"] >= 8 * 31 - 2
     assert given["no"] < given["yes"] - 100
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's malloc")
+def test_zeros_take_memory_only_where_they_are_written():
+    code = """
+from volseg.execute.cpu import keep_freed_memory, untouched_zeros
+from volseg.infer.memory import resident_bytes
+import numpy as np
+keep_freed_memory()
+np.ones(120 << 20, np.uint8)  # freed, and kept for the next block
+held = [resident_bytes()]
+zeros = untouched_zeros((1024, 1024, 100), np.uint8)
+held.append(resident_bytes())
+zeros[..., 7] = 1
+held.append(resident_bytes())
+assert zeros[..., 7].all() and not zeros[..., 8:].any() and not zeros[..., :7].any()
+print(*(after - before >> 20 for before, after in zip(held, held[1:])))
+"""
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    made, written = map(int, done.stdout.split())
+    assert made <= 1
+    assert 1 <= written <= 4
+
+
+def test_zeros_are_an_array_like_any_other():
+    zeros = untouched_zeros((3, 4, 5), np.uint16)
+    assert (zeros.shape, zeros.dtype, zeros.flags.f_contiguous, zeros.flags.writeable) == (
+        (3, 4, 5),
+        np.uint16,
+        True,
+        True,
+    )
+    assert not zeros.any()
+    assert untouched_zeros((0, 4, 5), np.uint8).shape == (0, 4, 5)
+    with pytest.raises(MemoryError, match="no room"):
+        untouched_zeros((1 << 20, 1 << 20, 1 << 20), np.uint8)
 
 
 def _resident(kind: str) -> int:

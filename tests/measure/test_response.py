@@ -4,11 +4,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from volseg.measure.changes import ScanPair, lesion_changes
 from volseg.measure.lesions import LesionMeasurement
 from volseg.measure.matching import Match
-from volseg.measure.response import choose_targets, is_lymph_node, judge_response, lesion_changes
-
-NAMES = {"patient": "p", "baseline_case": "a", "followup_case": "b"}
+from volseg.measure.response import judge_response
+from volseg.measure.targets import choose_targets, is_lymph_node
 
 
 def lesion(number, long_mm=None, *, short_mm=None, label="liver", volume_ml=None, measurable=None, **others):
@@ -42,8 +42,20 @@ def one_to_one(n, start=1):
     return [("matched", number, number, number) for number in range(start, n + 1)]
 
 
+def scans(matches, before, after, case="a", doubt=""):
+    """A scan of each time, both called `case`."""
+    before, after = ([replace(each, case_id=case) for each in lesions] for lesions in (before, after))
+    return ScanPair(
+        baseline_case=case, followup_case=case, baseline=before, followup=after, matches=matches, doubt=doubt
+    )
+
+
 def judged(rows, before, after):
-    return judge_response(pairs(*rows), before, after, **NAMES, lymph_nodes=["lymph_node"])
+    return judge_response([scans(pairs(*rows), before, after)], patient="p", lymph_nodes=["lymph_node"])
+
+
+def changed(rows, before, after):
+    return lesion_changes([scans(pairs(*rows), before, after)], patient="p")
 
 
 @pytest.mark.parametrize(
@@ -131,12 +143,12 @@ def test_targets_are_the_five_largest_measurable_and_two_per_label():
         for number, (label, size) in enumerate(((label, s) for label, all_ in sizes.items() for s in all_), start=1)
     ]
     chosen = choose_targets(lesions)
-    assert [(lesions[n - 1].label_name, lesions[n - 1].long_axis_mm) for n in chosen] == [
+    assert [(each.label_name, each.long_axis_mm) for each in chosen] == [
         ("liver", 50), ("liver", 40), ("lung", 12), ("kidney", 14), ("bone", 13),
     ]  # fmt: skip
     assert judged(one_to_one(9), lesions, lesions).baseline_sum_mm == 50 + 40 + 12 + 14 + 13
     shuffled = [lesions[n] for n in np.random.default_rng(0).permutation(9)]
-    assert choose_targets(shuffled) == chosen
+    assert sorted(each.lesion_id for each in choose_targets(shuffled)) == [each.lesion_id for each in chosen]
 
 
 def test_lymph_nodes_count_by_their_short_axis_and_are_normal_below_10_mm():
@@ -221,29 +233,30 @@ def test_what_a_reader_has_to_say_first_leaves_the_response_open_but_for_progres
     renamed = replace(pairs(("new", None, 3, 2))[0], relabelled=(1,))
     for after_mm, expected in ((20, None), (40, "PD")):
         matches = [*pairs(*one_to_one(1)), renamed]
-        row = judge_response(matches, [lesion(1, 20)], [lesion(1, after_mm), lesion(3, 12, label="cyst")], **NAMES)
+        found = scans(matches, [lesion(1, 20)], [lesion(1, after_mm), lesion(3, 12, label="cyst")])
+        row = judge_response([found], patient="p")
         assert row.response == expected
-    assert (
-        "lesion 3 is new or had another label"
-        in judge_response(matches[:0] + [renamed], [], [lesion(3, 12)], **NAMES).response_rule
-    )
+    row = judge_response([scans([renamed], [], [lesion(3, 12)])], patient="p")
+    assert "lesion 3 is new or had another label" in row.response_rule
 
 
 def test_matches_that_cannot_be_trusted_make_no_response():
     rows = pairs(("gone", 1, None, 1), ("new", None, 1, 2))
-    row = judge_response(rows, [lesion(1, 20)], [lesion(1, 20)], **NAMES, doubt="registration is uncertain")
+    row = judge_response(
+        [scans(rows, [lesion(1, 20)], [lesion(1, 20)], doubt="registration is uncertain")], patient="p"
+    )
     assert (row.response, row.volume_response, row.response_rule) == (None, None, "registration is uncertain")
     # Where one of the scans has no lesion there is nothing to match.
-    row = judge_response(rows[:1], [lesion(1, 20)], [], **NAMES, doubt="registration is uncertain")
+    row = judge_response([scans(rows[:1], [lesion(1, 20)], [], doubt="registration is uncertain")], patient="p")
     assert row.response == "CR"
 
 
 def test_nodes_that_were_not_measured_as_such_are_measurable_by_their_short_axis():
     thin = lesion(1, 20, short_mm=9, measurable=True, label="lymph_node")
-    assert choose_targets([thin]) == [1]
+    assert choose_targets([thin]) == [thin]
     assert choose_targets([thin], ["lymph_node"]) == []
     thick = lesion(1, 12, short_mm=9, measurable=False, spacing_s_mm=5.0)
-    assert choose_targets([thick]) == [1]
+    assert choose_targets([thick]) == [thick]
     assert choose_targets([replace(thick, spacing_s_mm=7.0)]) == []  # two slices are 14 mm
     assert choose_targets([replace(thick, spacing_s_mm=0.5, spacing_r_mm=7.0)]) == []  # of a sagittal scan
     for name in ("lymph_node", "1", "label_1"):  # whatever `measure` was told
@@ -259,7 +272,7 @@ def test_without_diameters_only_what_needs_none_is_said():
     assert row.change_volume_percent == 0
     assert judged([("gone", 1, None, 1), ("gone", 2, None, 2)], before, []).response == "CR"
     assert judged([*one_to_one(2), ("new", None, 3, 3)], before, [*after, lesion(3)]).response == "PD"
-    changes = lesion_changes(pairs(*one_to_one(2)), before, after, **NAMES)
+    changes = changed(one_to_one(2), before, after)
     assert {(c.is_target, c.change_long_axis_mm, c.change_volume_ml) for c in changes} == {(None, None, 0.0)}
     assert all("long axis: not measured" in change.notes for change in changes)
 
@@ -292,7 +305,7 @@ def test_the_rows_of_a_group_say_its_change_once():
         lesion(2, 20, volume_ml=2.0, n_voxels=200, intensity_mean=50.0),
     ]
     after = [lesion(1, 45, volume_ml=12.0, intensity_mean=30.0)]
-    rows = lesion_changes(pairs(("merged", 1, 1, 1), ("merged", 2, 1, 1)), before, after, **NAMES)
+    rows = changed([("merged", 1, 1, 1), ("merged", 2, 1, 1)], before, after)
     assert [(row.change_volume_ml, row.change_volume_percent) for row in rows] == [(4.0, 50.0), (None, None)]
     assert [(row.change_long_axis_mm, row.change_intensity_mean) for row in rows] == [(-5.0, 10.0), (None, None)]
     assert "in the row of lesion 1 at baseline and 1 at follow-up" in rows[1].notes
@@ -300,26 +313,129 @@ def test_the_rows_of_a_group_say_its_change_once():
 
 
 def test_a_lesion_at_one_time_only_has_zeros_at_the_other_and_one_outside_has_nothing():
-    rows = lesion_changes(
-        pairs(("gone", 1, None, 1), ("outside", 2, None, 2), ("new", None, 1, 3)),
+    rows = changed(
+        [("gone", 1, None, 1), ("outside", 2, None, 2), ("new", None, 1, 3)],
         [lesion(1, 20, volume_ml=4.0), lesion(2, 12)],
         [lesion(1, 8, volume_ml=0.5)],
-        **NAMES,
     )
     gone, outside, new = rows
     assert (gone.followup_volume_ml, gone.change_volume_percent, gone.change_long_axis_mm) == (0, -100, -20)
     assert (new.baseline_volume_ml, new.change_volume_ml, new.change_volume_percent) == (0, 0.5, None)
     assert "nothing at baseline" in new.notes
     assert (outside.followup_volume_ml, outside.change_volume_ml) == (None, None)
-    assert "does not reach" in outside.notes
+    assert "no scan of the other time reaches there" in outside.notes
     assert {row.change_intensity_mean for row in rows} == {None}
     assert [row.is_target for row in rows] == [True, True, False]
 
 
 def test_intensities_of_different_units_have_no_difference():
-    (row,) = lesion_changes(pairs(*one_to_one(1)), [lesion(1, 20)], [lesion(1, 20, intensity_unit="a.u.")], **NAMES)
+    (row,) = changed(one_to_one(1), [lesion(1, 20)], [lesion(1, 20, intensity_unit="a.u.")])
     assert (row.change_intensity_mean, row.intensity_unit) == (None, None)
     assert "unit is not the same" in row.notes
-    (row,) = lesion_changes(pairs(*one_to_one(1)), [lesion(1, 20)], [lesion(1, 20, intensity_mean=math.nan)], **NAMES)
+    (row,) = changed(one_to_one(1), [lesion(1, 20)], [lesion(1, 20, intensity_mean=math.nan)])
     assert row.change_intensity_mean is None
     assert "intensity: not measured" in row.notes
+
+
+def two_scans(chest, abdomen, *, places=((0.0, 0.0, 300.0), (0.0, 0.0, 0.0)), doubts=("", "")):
+    """Chest and abdomen of one patient, each (matches, before, after); lesions of a scan lie 40 mm apart."""
+    pairs_of = []
+    for name, (rows, before, after), place, doubt in zip(
+        ("chest", "abdomen"), (chest, abdomen), places, doubts, strict=True
+    ):
+        r, a, s = place
+        before, after = (
+            [replace(x, centroid_r_mm=r + 40 * x.lesion_id, centroid_a_mm=a, centroid_s_mm=s) for x in lesions]
+            for lesions in (before, after)
+        )
+        pairs_of.append(scans(pairs(*rows), before, after, name, doubt))
+    return pairs_of
+
+
+def both(*of_patient):
+    return judge_response(two_scans(*of_patient), patient="p", lymph_nodes=["lymph_node"])
+
+
+@pytest.mark.parametrize(
+    ("chest_mm", "abdomen_mm", "expected"),
+    [
+        ((20, 28), (80, 80), "SD"),  # +40 % in one scan, +8 % over both: PD by the chest alone
+        ((20, 28), (80, 60), "SD"),
+        ((20, 10), (40, 30), "PR"),  # −50 % and −25 %: −33 % over both
+        ((20, 20), (40, 52), "PD"),  # 0 % and +30 %: exactly +20 % over both
+        ((20, 0), (40, 0), "CR"),
+        ((20, 0), (40, 40), "PR"),  # −33 %
+    ],
+)
+def test_a_patient_with_several_scans_is_judged_by_one_sum(chest_mm, abdomen_mm, expected):
+    def part(before_mm, after_mm, label):
+        rows = one_to_one(1) if after_mm else [("gone", 1, None, 1)]
+        return rows, [lesion(1, before_mm, label=label)], [lesion(1, after_mm, label=label)] if after_mm else []
+
+    chest, abdomen = part(*chest_mm, "lung"), part(*abdomen_mm, "liver")
+    row = both(chest, abdomen)
+    assert (row.response, row.target_response) == (expected, expected)
+    assert row.targets == "chest:1;abdomen:1"
+    assert (row.baseline_case, row.followup_case) == ("chest;abdomen", "chest;abdomen")
+    assert row.baseline_sum_mm == chest_mm[0] + abdomen_mm[0]
+    assert row.followup_sum_mm == chest_mm[1] + abdomen_mm[1]
+    # As if all lesions were of one scan, and whichever scan is told first.
+    swapped = judge_response(two_scans(chest, abdomen)[::-1], patient="p")
+    rows = [(*abdomen[0][0][:1], *(None if n is None else 2 for n in abdomen[0][0][1:3]), 2)]
+    one = judged(
+        [*chest[0], *rows], *([*c, *(replace(x, lesion_id=2) for x in a)] for c, a in zip(chest[1:], abdomen[1:]))
+    )
+    for other in (swapped, one):
+        assert (other.response, other.volume_response) == (row.response, row.volume_response)
+        assert (other.followup_sum_mm, other.change_volume_percent) == pytest.approx(
+            (row.followup_sum_mm, row.change_volume_percent)
+        )
+
+
+def test_targets_are_five_and_two_per_label_over_all_scans():
+    def part(label, *sizes_mm):
+        lesions = [lesion(n, mm, label=label) for n, mm in enumerate(sizes_mm, start=1)]
+        return one_to_one(len(lesions)), lesions, lesions
+
+    assert both(part("liver", 40, 12, 30), part("liver", 35, 50)).targets == "chest:1;abdomen:2"
+    found = two_scans(part("liver", 40, 12), part("spleen", 15, 50))
+    assert judge_response(found, patient="p").targets == "chest:1;chest:2;abdomen:1;abdomen:2"
+    changes = lesion_changes(found, patient="p")
+    assert [(row.baseline_case, row.baseline_lesion_id, row.group) for row in changes] == [
+        ("chest", 1, 1), ("chest", 2, 2), ("abdomen", 1, 3), ("abdomen", 2, 4),
+    ]  # fmt: skip
+    assert all(row.is_target for row in changes)
+    changes = lesion_changes(two_scans(part("liver", 40, 12, 30), part("liver", 35, 50)), patient="p")
+    assert [row.is_target for row in changes] == [True, False, False, False, True]
+
+
+def test_a_new_lesion_in_one_scan_is_progression_whatever_is_doubted_in_another():
+    chest = ([*one_to_one(1), ("new", None, 2, 2)], [lesion(1, 20)], [lesion(1, 20), lesion(2, 12)])
+    abdomen = (one_to_one(1), [lesion(1, 30)], [lesion(1, 10)])
+    row = both(chest, abdomen)
+    assert row.response == "PD"
+    assert row.response_rule == "PD: new lesion chest:2 (0.905 mL, 12.0 mm)"
+    row = judge_response(two_scans(chest, abdomen, doubts=("", "registration failed")), patient="p")
+    assert (row.response, row.volume_response) == ("PD", "PD")
+    row = judge_response(two_scans(chest, abdomen, doubts=("registration failed", "")), patient="p")
+    assert (row.response, row.response_rule) == (None, "chest: registration failed")
+
+
+def test_a_region_that_was_scanned_once_is_not_evaluable_before_and_new_after():
+    chest = (one_to_one(1), [lesion(1, 20)], [lesion(1, 10)])
+    once = [("outside", 1, None, 1)]
+    row = both(chest, (once, [lesion(1, 30)], []))
+    assert (row.response, row.n_outside, row.change_volume_ml) == ("NE", 1, None)
+    assert "W_OUTSIDE" in row.warnings
+    row = both(chest, ([("outside", None, 1, 1)], [], [lesion(1, 30)]))
+    assert (row.response, row.response_rule) == ("PD", "PD: new lesion abdomen:1 (14.1 mL, 30.0 mm)")
+
+
+def test_a_lesion_that_two_scans_of_a_day_show_is_warned_of():
+    part = (one_to_one(1), [lesion(1, 20)], [lesion(1, 10)])
+    assert "W_TWICE" not in both(part, part).warnings
+    for apart_mm, expected in ((9.9, 2), (10.1, 0)):
+        found = two_scans(part, part, places=((0.0, 0.0, 0.0), (0.0, 0.0, apart_mm)))
+        assert judge_response(found, patient="p").warnings.count("W_TWICE") == expected
+        warned = judge_response(found, patient="p").warnings
+        assert ("at baseline chest:1 and abdomen:1 lie at one place" in warned) is bool(expected)

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 import volseg
 from volseg.cli import app
 from volseg.errors import VolsegError
-from volseg.measure.response import LesionChange
+from volseg.measure.changes import LesionChange
 from volseg.preprocess.register import Registration
 from volseg.report.comparison_figures import change_png
 from volseg.volume import Geometry, Volume
@@ -355,12 +355,73 @@ def test_a_table_of_pairs_names_patients_and_every_mistake_of_it(baseline, tmp_p
     path.write_text("patient,baseline,followup\nann,grows,nobody\nAnn,grows,stays\n../x,grows,stays\ncy,,\n")
     with pytest.raises(VolsegError) as caught:
         volseg.compare(baseline, baseline, out=tmp_path / "bad", pairs=path, registration=False)
-    for part in ("line 2: ", "no case 'nobody'", "'Ann' is there twice", "'../x' is no safe", "line 5: names no case"):
+    for part in (
+        "line 2: ",
+        "no case 'nobody'",
+        "'Ann' and 'ann' differ in upper and lower case only",
+        "'../x' is no safe",
+        "line 5: names no case",
+    ):
         assert part in str(caught.value)
     assert not (tmp_path / "bad").exists()
     path.write_text("id,baseline,followup\n")
     with pytest.raises(VolsegError, match="has no column 'patient'"):
         volseg.compare(baseline, baseline, out=tmp_path / "bad", pairs=path)
+
+
+def test_the_scans_of_a_patient_are_matched_one_by_one_and_judged_together(baseline, tmp_path):
+    """Each pair by itself would be PD, PR, CR; all lesions of the patient together respond."""
+    names = ("grows", "shrinks", "vanishes")
+    later = measured(tmp_path / "later", {name: scan_of(HERE, TIMES[name][1]) for name in (*names, "new")})
+    path = tmp_path / "pairs.csv"
+    path.write_text("patient,baseline,followup\n" + "".join(f"ann,{name},{name}\n" for name in names))
+    options = {"pairs": path, "registration": False}
+    report = volseg.compare(baseline, later, out=tmp_path / "out", figures=True, **options)
+    assert (list(report.done), report.exit_code) == (["ann"], 0)
+    patients, lesions = tables(tmp_path / "out")
+    row = patients["ann"]
+    assert (row["baseline_case"], row["followup_case"]) == (";".join(names), ";".join(names))
+    assert (row["n_baseline"], row["n_matched"], row["n_gone"]) == ("5", "4", "1")
+    alone = volseg.compare(baseline, later, out=tmp_path / "alone", figures=True, registration=False)
+    single = {each["patient"]: each for each in alone.details["patients"]}
+    assert float(row["baseline_volume_ml"]) == pytest.approx(sum(single[name]["baseline_volume_ml"] for name in names))
+    assert [single[name]["response"] for name in names] == ["PD", "PR", "CR"]
+    # Two lesions of a label are targets: two of the three large ones, of 22 mm each.
+    assert len(row["targets"].split(";")) == 2
+    assert sum(each["is_target"] == "true" for each in lesions["ann"]) == 2
+    assert [each["group"] for each in lesions["ann"]] == ["1", "2", "3", "4", "5"]
+    assert [each["baseline_case"] for each in lesions["ann"]] == ["grows", "grows", "shrinks", "shrinks", "vanishes"]
+    assert row["registration"] == "none;none;none"
+    assert "W_TWICE: at baseline grows:1 and shrinks:1" in row["warnings"]  # the phantoms lie at one place of the world
+    picture, one = (
+        matplotlib.image.imread(tmp_path / path) for path in ("out/figures/ann.png", "alone/figures/grows.png")
+    )
+    assert picture.shape[:2] == (3 * one.shape[0], one.shape[1])
+    shown = on_page(tmp_path / "out" / "report.html", "changes")
+    assert {each["baseline_case"] for each in shown} == set(names)
+    # A region that was scanned once: its lesions cannot be evaluated, or are new. Nothing is done twice that has not changed.
+    assert list(volseg.compare(baseline, later, out=tmp_path / "out", figures=True, **options).kept) == ["ann"]
+    path.write_text("patient,baseline,followup\nann,stays,\nann,shrinks,shrinks\nbob,stays,\nbob,,new\n")
+    report = volseg.compare(baseline, later, out=tmp_path / "out", **options)
+    patients, lesions = tables(tmp_path / "out")
+    assert (patients["ann"]["n_outside"], patients["ann"]["change_volume_ml"]) == ("2", "")
+    assert "W_UNPAIRED: stays: there is no follow-up scan of what it shows" in patients["ann"]["warnings"]
+    assert [(each["status"], each["followup_case"]) for each in lesions["ann"]][:2] == [("outside", "")] * 2
+    assert (patients["bob"]["status"], patients["bob"]["baseline_case"]) == ("unpaired", "stays")
+    assert "no line of the table has both" in patients["bob"]["reason"]
+    path.write_text("patient,baseline,followup\nann,,new\nann,shrinks,shrinks\n")
+    volseg.compare(baseline, later, out=tmp_path / "out", **options)
+    row = tables(tmp_path / "out")[0]["ann"]
+    assert (row["response"], row["response_rule"][:15]) == ("PD", "PD: new lesions")
+    # One scan that cannot be compared is a patient that cannot be judged.
+    (later / "lesion_ids" / "new.nii.gz").write_bytes(b"another file")
+    path.write_text("patient,baseline,followup\nann,new,new\nann,shrinks,shrinks\n")
+    report = volseg.compare(baseline, later, out=tmp_path / "out", **options)
+    assert "case 'new'" in report.failed["ann"] or "new.nii.gz" in report.failed["ann"]
+    assert tables(tmp_path / "out")[0]["ann"]["response"] == ""
+    path.write_text("patient,baseline,followup\nann,new,new\nann,new,shrinks\n")
+    with pytest.raises(VolsegError, match="has the baseline 'new' twice"):
+        volseg.compare(baseline, later, out=tmp_path / "out", **options)
 
 
 def test_folders_that_cannot_be_compared_are_a_wrong_request(baseline, tmp_path):

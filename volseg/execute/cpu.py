@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import ctypes
 import math
+import mmap
 import os
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
 
 # glibc's mallopt parameters, from malloc.h, and madvise's, from mman.h.
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -2, -3, -4
@@ -56,6 +60,23 @@ def give_back_mapped(path: Path) -> None:
         if name == str(path.resolve()) and "w" not in access:
             start, stop = (int(address, 16) for address in addresses.split("-"))
             madvise(ctypes.c_void_p(start), ctypes.c_size_t(stop - start), MADV_DONTNEED)
+
+
+def untouched_zeros(shape: tuple[int, ...], dtype: npt.DTypeLike) -> np.ndarray:
+    """Zeros in Fortran order that take memory only where they are written.
+
+    `np.zeros` writes every one of them where malloc has freed memory to take them from, as after `keep_freed_memory`.
+
+    Raises:
+        MemoryError: there is no room for them.
+    """
+    dtype, n = np.dtype(dtype), math.prod(shape)
+    private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if sys.platform != "win32" else {}
+    try:
+        pages = mmap.mmap(-1, max(1, n * dtype.itemsize), **private)
+    except OSError as error:
+        raise MemoryError(f"no room for {n} values of {dtype}") from error
+    return np.frombuffer(pages, dtype, n).reshape(shape, order="F")
 
 
 def physical_cores(cpus: Iterable[int] | None = None, root: Path = Path("/")) -> int:

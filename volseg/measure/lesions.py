@@ -305,7 +305,7 @@ def measure_lesions(
                 ),
             )
         )
-        surfaces.append(lesion.to_world_mm(surface_points(lesion.inside)))
+        surfaces.append(lesion.to_world_mm(form.surface))
     return [replace(row, nearest_lesion_mm=_rounded(gap)) for row, gap in zip(rows, gaps_mm(surfaces), strict=True)]
 
 
@@ -386,6 +386,7 @@ class _Form:
     columns: Mapping[str, float]
     diameters: Diameters
     core: np.ndarray  # (R, A, S) bool
+    surface: np.ndarray  # (N, 3) voxels of the box
 
     @classmethod
     def of(cls, inside: np.ndarray, matrix: np.ndarray) -> _Form:
@@ -404,7 +405,7 @@ class _Form:
             "flatness": least / major,
             "max3d_diameter_mm": widest_pair(outermost_points(inside), matrix)[0],
         }
-        return cls(columns, diameters(inside, matrix), core(inside))
+        return cls(columns, diameters(inside, matrix), core(inside), surface_points(inside))
 
 
 class _Forms:
@@ -580,9 +581,12 @@ def _confidence(lesion: _Lesion, voxel_volume_mm3: float) -> tuple[dict[str, flo
 def _grown(inside: np.ndarray, by: int) -> np.ndarray:
     """(R, A, S) bool: every voxel with one of the lesion at most `by` away along each axis."""
     for axis in range(3):
-        padded = np.moveaxis(np.pad(inside, [(by if each == axis else 0,) * 2 for each in range(3)]), axis, 0)
-        n = inside.shape[axis]
-        inside = np.moveaxis(np.any([padded[start : start + n] for start in range(2 * by + 1)], axis=0), 0, axis)
+        grown = inside.copy()
+        here, there = (np.moveaxis(each, axis, 0) for each in (inside, grown))
+        for step in range(1, min(by + 1, len(here))):
+            there[step:] |= here[:-step]
+            there[:-step] |= here[step:]
+        inside = grown
     return inside
 
 

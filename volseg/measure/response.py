@@ -1,86 +1,24 @@
-"""Matched lesions of two scans and their measurements → what changed, and the response of the patient by RECIST 1.1."""
+"""What changed in the lesions of a patient → the response by RECIST 1.1, with the rule that decided."""
 
 from __future__ import annotations
 
-import math
 import re
-from collections import defaultdict
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from itertools import combinations
+from typing import Literal
+
+import numpy as np
+from scipy.spatial import KDTree
 
 from volseg.columns import column
 from volseg.measure import recist
+from volseg.measure.changes import LesionGroup, ScanPair, difference, groups_of, lesions_of
 from volseg.measure.lesions import LesionMeasurement
-from volseg.measure.matching import Match
+from volseg.measure.targets import RECIST, choose_targets, diameter_mm, is_lymph_node, is_normal, known, label_of
 
-NORMAL_NODE_MM = 10.0  # a lymph node with a shorter short axis is normal
 ROUNDING = 1e-9  # 12 mm are 20 % more than 10 mm, whatever the last bit says
-
-RECIST = "RECIST 1.1, Eur J Cancer 45:228 (2009)"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LesionChange:
-    """A row of comparison.csv: a pair of lesions, or a lesion that is there at one time only. None is an empty cell; `notes` says why."""
-
-    patient: str = column("", "name of the patient: a row of response.csv")
-    baseline_case: str = column("", "the earlier scan")
-    followup_case: str = column("", "the later scan")
-    status: str = column(
-        "",
-        "matched: one lesion at both times; merged: one of several that are one later; split: one of several that were one; "
-        "regrouped: several were several others; new; gone; outside: where the other scan does not reach",
-    )
-    group: int = column("", "rows that merged or split together share it; every other row has its own")
-    label_name: str | None = column("", "name of the label, or its value where it has no name")
-    baseline_lesion_id: int | None = column("", "number of the lesion in the earlier scan; empty if it is not there")
-    followup_lesion_id: int | None = column("", "number of the lesion in the later scan; empty if it is not there")
-    is_target: bool | None = column(
-        "", "a target lesion, chosen at baseline; empty where targets could not be chosen", None, source=RECIST
-    )
-    matched_by: str | None = column(
-        "", "overlap, or distance: of centroids; empty for a lesion without a partner", None
-    )
-    dice: float | None = column("0 to 1", "Dice coefficient of the two lesions after registration", None)
-    distance_mm: float | None = column("mm", "distance of their centroids after registration", None)
-    baseline_volume_ml: float | None = column("mL", "volume of the earlier lesion; 0 of a new one", None)
-    followup_volume_ml: float | None = column("mL", "volume of the later lesion; 0 of one that is gone", None)
-    change_volume_ml: float | None = column(
-        "mL",
-        "later less earlier; of merged or split lesions the sum of all of them, in the first row of the group",
-        None,
-    )
-    change_volume_percent: float | None = column("%", "that change in percent of the earlier volume", None)
-    baseline_long_axis_mm: float | None = column("mm", "long axis of the earlier lesion; 0 of a new one", None)
-    followup_long_axis_mm: float | None = column("mm", "long axis of the later lesion; 0 of one that is gone", None)
-    change_long_axis_mm: float | None = column(
-        "mm", "later less earlier; of split lesions their sum, in the first row of the group", None, source=RECIST
-    )
-    change_long_axis_percent: float | None = column("%", "that change in percent of the earlier long axis", None)
-    baseline_short_axis_mm: float | None = column("mm", "short axis of the earlier lesion; 0 of a new one", None)
-    followup_short_axis_mm: float | None = column("mm", "short axis of the later lesion; 0 of one that is gone", None)
-    baseline_intensity_mean: float | None = column("intensity_unit", "mean intensity of the earlier lesion", None)
-    followup_intensity_mean: float | None = column("intensity_unit", "mean intensity of the later lesion", None)
-    change_intensity_mean: float | None = column(
-        "intensity_unit",
-        "later less earlier; of merged or split lesions of the means over their voxels, in the first row of the group",
-        None,
-    )
-    intensity_unit: str | None = column(
-        "", "unit of the intensities; empty where it is not the same at both times", None
-    )
-    baseline_centroid_r_mm: float | None = column(
-        "mm", "centroid in the earlier scan, towards the patient's right", None
-    )
-    baseline_centroid_a_mm: float | None = column("mm", "the same, towards anterior", None)
-    baseline_centroid_s_mm: float | None = column("mm", "the same, towards superior", None)
-    followup_centroid_r_mm: float | None = column(
-        "mm", "centroid in the later scan, in the coordinates of that scan", None
-    )
-    followup_centroid_a_mm: float | None = column("mm", "the same, towards anterior", None)
-    followup_centroid_s_mm: float | None = column("mm", "the same, towards superior", None)
-    notes: str = column("", "what is not known and why, and what to look at; empty if nothing", "")
+ONE_PLACE_MM = 10.0  # of lesions in two scans of a day, which are then perhaps one
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,8 +26,10 @@ class PatientResponse:
     """A row of response.csv. A patient who could not be compared is a row too; None is unknown and is written as an empty cell."""
 
     patient: str = column("", "name of the patient")
-    baseline_case: str | None = column("", "the earlier scan; empty if there is none", None)
-    followup_case: str | None = column("", "the later scan; empty if there is none", None)
+    baseline_case: str | None = column(
+        "", "the earlier scan; several with ; between them; empty if there is none", None
+    )
+    followup_case: str | None = column("", "the later scan; several with ; between them; empty if there is none", None)
     status: Literal["done", "failed", "unpaired", "pending"] = column(
         "", "done; failed; unpaired: a scan without a partner; pending: not reached yet"
     )
@@ -112,7 +52,7 @@ class PatientResponse:
     )
     targets: str | None = column(
         "",
-        "numbers of the target lesions at baseline, such as 1;3: the five largest measurable ones, two per label at most",
+        "numbers of the target lesions at baseline, such as 1;3, or chest:1;abdomen:3 in several scans: the five largest measurable ones, two per label at most",
         None,
         source=RECIST,
     )
@@ -155,151 +95,63 @@ class PatientResponse:
     n_regrouped: int | None = column("", "lesions of the baseline that are in several, each with others", None)
     n_outside: int | None = column("", "lesions of either time where the other scan does not reach", None)
     registration: str | None = column(
-        "", "rigid; identical: the two scans are the same; none: world coordinates as they are", None
+        "",
+        "rigid; identical: the two scans are the same; none: world coordinates as they are; several with ; between them",
+        None,
     )
     moved_mm: float | None = column("mm", "largest distance that registration moved the centroid of a lesion", None)
-    turned_deg: float | None = column("°", "angle of the rotation", None)
+    turned_deg: float | None = column("°", "angle of the rotation; of several the largest", None)
     registration_error_mm: float | None = column(
         "mm", "largest distance at a lesion between registration of the scans one way and the other", None
     )
     similarity_before: float | None = column(
         "nats",
-        "mutual information of the scans where their headers place them; empty if they do not overlap there",
+        "mutual information of the scans where their headers place them, of several pairs the least; empty if they do not overlap there",
         None,
     )
-    similarity_after: float | None = column("nats", "mutual information of the scans after registration", None)
+    similarity_after: float | None = column(
+        "nats", "mutual information of the scans after registration, of several pairs the least", None
+    )
     warnings: str = column("", "what to know before trusting the row; empty if nothing", "")
     seconds: float | None = column("s", "time taken for this patient", None)
     volseg_version: str | None = column("", "version that compared", None)
 
 
-def label_of(lesion: LesionMeasurement) -> str:
-    """What two lesions must share to be the same: the name of their label, or its value where it has none."""
-    return lesion.label_name or str(lesion.label)
-
-
-def is_lymph_node(lesion: LesionMeasurement, lymph_nodes: Collection[str]) -> bool:
-    """Whether its label is one of those, by name or value."""
-    return not {label_of(lesion), str(lesion.label), f"label_{lesion.label}"}.isdisjoint(lymph_nodes)
-
-
-def diameter_mm(lesion: LesionMeasurement, lymph_nodes: Collection[str] = ()) -> float | None:
-    """The diameter that counts: the short axis of a lymph node, else the long axis; None if unknown."""
-    return _known(lesion.short_axis_mm if is_lymph_node(lesion, lymph_nodes) else lesion.long_axis_mm)
-
-
-def choose_targets(lesions: Sequence[LesionMeasurement], lymph_nodes: Collection[str] = ()) -> list[int] | None:
-    """Numbers of the target lesions: the five largest measurable ones by diameter, two per label at most.
-
-    Returns:
-        None where there are lesions, and of none of them is known whether it is measurable.
-
-    Source: RECIST 1.1, section 3.2; a label is an organ.
-    """
-    if lesions and all(lesion.recist_measurable is None for lesion in lesions):
-        return None
-    measured = [
-        (size, lesion)
-        for lesion in sorted(lesions, key=lambda lesion: lesion.lesion_id)
-        if _is_measurable(lesion, lymph_nodes) and (size := diameter_mm(lesion, lymph_nodes))
-    ]
-    chosen = recist.choose_targets([size for size, _ in measured], [label_of(lesion) for _, lesion in measured])
-    return sorted(measured[at][1].lesion_id for at in chosen)
-
-
-def _is_measurable(lesion: LesionMeasurement, lymph_nodes: Collection[str]) -> bool:
-    """As it was measured, unless its label was not known as lymph nodes then and is now, or the other way round."""
-    long_mm, short_mm = _known(lesion.long_axis_mm), _known(lesion.short_axis_mm)
-    spacing_mm = [_known(value) for value in (lesion.spacing_r_mm, lesion.spacing_a_mm, lesion.spacing_s_mm)]
-    slice_mm = max((each for each in spacing_mm if each is not None), default=None)
-    is_node = is_lymph_node(lesion, lymph_nodes)
-    if is_node or (long_mm is not None and slice_mm is not None):
-        return recist.is_measurable(long_mm or 0.0, short_mm or 0.0, slice_mm or 0.0, is_node=is_node)
-    return bool(lesion.recist_measurable)
-
-
-def lesion_changes(
-    matches: Sequence[Match],
-    baseline: Sequence[LesionMeasurement],
-    followup: Sequence[LesionMeasurement],
-    *,
-    patient: str,
-    baseline_case: str,
-    followup_case: str,
-    lymph_nodes: Collection[str] = (),
-) -> list[LesionChange]:
-    """A row per match, in their order. `lymph_nodes` are labels, by name or value."""
-    before, after = ({lesion.lesion_id: lesion for lesion in lesions} for lesions in (baseline, followup))
-    targets = choose_targets(baseline, lymph_nodes)
-    groups = {group.number: group for group in _groups(matches, baseline, followup, lymph_nodes)}
-    rows = []
-    for match in matches:
-        b = None if match.baseline is None else before[match.baseline]
-        f = None if match.followup is None else after[match.followup]
-        changes, notes = _changes(groups[match.group]) if match.is_first else ({}, [_referral(match, matches)])
-        units = {lesion.intensity_unit for lesion in (b, f) if lesion is not None}
-        rows.append(
-            LesionChange(
-                patient=patient,
-                baseline_case=baseline_case,
-                followup_case=followup_case,
-                status=match.status,
-                group=match.group,
-                label_name=next(label_of(lesion) for lesion in (b, f) if lesion is not None),
-                baseline_lesion_id=match.baseline,
-                followup_lesion_id=match.followup,
-                is_target=None if targets is None else match.baseline in targets,
-                matched_by=match.how,
-                dice=match.dice,
-                distance_mm=match.distance_mm,
-                **_columns_of("baseline", b, is_absent=match.status == "new"),
-                **_columns_of("followup", f, is_absent=match.status == "gone"),
-                **changes,
-                intensity_unit=units.pop() if len(units) == 1 else None,
-                notes="; ".join([*notes, *_notes(match, b, f)]),
-            )
-        )
-    return rows
-
-
-def judge_response(
-    matches: Sequence[Match],
-    baseline: Sequence[LesionMeasurement],
-    followup: Sequence[LesionMeasurement],
-    *,
-    patient: str,
-    baseline_case: str,
-    followup_case: str,
-    lymph_nodes: Collection[str] = (),
-    doubt: str = "",
-) -> PatientResponse:
+def judge_response(pairs: Sequence[ScanPair], *, patient: str, lymph_nodes: Collection[str] = ()) -> PatientResponse:
     """The row of a patient: response by RECIST 1.1 with the rule that decided, sums, volumes and counts.
 
-    With two time points the baseline is the nadir. Unequivocal progression of non-target lesions is a reader's judgement and is not made here.
+    Targets are chosen, added up and judged over all scans of the patient. With two time points the baseline is the nadir. Unequivocal
+    progression of non-target lesions is a reader's judgement and is not made here. Where the matches of a pair cannot be trusted there
+    is no response, for that is the reason, unless a lesion is new in another one.
 
     Args:
         lymph_nodes: labels, by name or value, whose lesions count by their short axis and are normal under 10 mm.
-        doubt: why the matches cannot be trusted; then there is no response, for that is the reason. Empty if they can.
 
     Source: RECIST 1.1, sections 4.3 and 4.4, tables 1 and 2.
     """
+    name_of = _numbered if len(pairs) == 1 else _numbered_in_its_scan
+    baseline, followup = lesions_of(pairs)
     targets = choose_targets(baseline, lymph_nodes)
-    groups = _groups(matches, baseline, followup, lymph_nodes)
-    of_targets = [group for group in groups if any(lesion.lesion_id in (targets or ()) for lesion in group.before)]
+    chosen = targets or []
+    groups = groups_of(pairs, lymph_nodes)
+    of_targets = [group for group in groups if any(target is each for target in chosen for each in group.before)]
     others = [group for group in groups if group.before and group not in of_targets and not group.was_normal]
-    relabelled = {match.group for match in matches if match.relabelled}
+    doubtful = [pair for pair in pairs if pair.doubt and pair.baseline and pair.followup]
     # Where the baseline does not reach counts as new too (section 4.3.5); under another label it may have been there before.
     new = [
         lesion
         for group in groups
-        if group.status in ("new", "outside") and group.number not in relabelled
+        if group.status in ("new", "outside") and not group.is_relabelled and group.pair not in doubtful
         for lesion in group.after
-        if not _is_normal(lesion, lymph_nodes)
+        if not is_normal(lesion, lymph_nodes)
     ]
-    verdict = _Verdict(new, _unclear(groups, relabelled, lymph_nodes), doubt if baseline and followup else "")
-    chosen = [lesion for lesion in baseline if lesion.lesion_id in (targets or ())]
+    verdict = _Verdict(
+        [f"{name_of(lesion)} ({_size_text(lesion)})" for lesion in new],
+        _unclear(groups, lymph_nodes, name_of),
+        "; ".join(pair.doubt if len(pairs) == 1 else f"{pair.followup_case}: {pair.doubt}" for pair in doubtful),
+    )
     sums = _Sums.of(chosen, of_targets, lambda lesion: diameter_mm(lesion, lymph_nodes)) if chosen else None
-    volumes = _Sums.of(chosen, of_targets, lambda lesion: _known(lesion.volume_ml)) if chosen else None
+    volumes = _Sums.of(chosen, of_targets, lambda lesion: known(lesion.volume_ml)) if chosen else None
     is_gone = all(group.is_gone for group in of_targets)
     target = None if sums is None else _target_response(sums, SIZE, is_gone=is_gone)
     non_target = _non_target_response(others)
@@ -308,17 +160,17 @@ def judge_response(
     volume_response, _ = verdict.of(by_volume, non_target, None, targets_are_known=targets is not None)
     n_outside = sum(group.status == "outside" for group in groups)
     total_before, total_after = (sum(lesion.volume_ml for lesion in lesions) for lesions in (baseline, followup))
-    change_ml, change_percent = (None, None) if n_outside else _change(total_before, total_after)
+    change_ml, change_percent = (None, None) if n_outside else difference(total_before, total_after)
     return PatientResponse(
         patient=patient,
-        baseline_case=baseline_case,
-        followup_case=followup_case,
+        baseline_case=";".join(pair.baseline_case for pair in pairs if pair.baseline_case),
+        followup_case=";".join(pair.followup_case for pair in pairs if pair.followup_case),
         status="done",
         response=response,
         response_rule=rule,
         target_response=target,
         non_target_response=None if targets is None else non_target,
-        targets=";".join(map(str, targets)) if targets else None,
+        targets=";".join(map(name_of, chosen)) or None,
         baseline_sum_mm=sums and sums.before,
         nadir_sum_mm=sums and sums.before,
         followup_sum_mm=sums and sums.after,
@@ -341,61 +193,19 @@ def judge_response(
         n_split=sum(len(group.before) for group in groups if group.status == "split"),
         n_regrouped=sum(len(group.before) for group in groups if group.status == "regrouped"),
         n_outside=n_outside,
-        warnings="; ".join(_warnings(matches, of_targets, chosen, new, baseline, followup, lymph_nodes)),
+        warnings="; ".join(_warnings(pairs, groups, of_targets, chosen, new, lymph_nodes, name_of)),
     )
 
 
-# ---- groups: the lesions of one row, or those that merged or split together
+_Name = Callable[[LesionMeasurement], str]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Group:
-    number: int
-    status: str
-    before: Sequence[LesionMeasurement]
-    after: Sequence[LesionMeasurement]
-    lymph_nodes: Collection[str]
-
-    @property
-    def was_normal(self) -> bool:
-        return all(_is_normal(lesion, self.lymph_nodes) for lesion in self.before)
-
-    @property
-    def is_normal(self) -> bool:
-        return all(_is_normal(lesion, self.lymph_nodes) for lesion in self.after)
-
-    @property
-    def is_gone(self) -> bool:
-        """Whether nothing is left of it; a lymph node may be there, if it is of normal size."""
-        return self.status == "gone" or (bool(self.after) and self.is_normal)
+def _numbered(lesion: LesionMeasurement) -> str:
+    return str(lesion.lesion_id)
 
 
-def _groups(
-    matches: Sequence[Match],
-    baseline: Sequence[LesionMeasurement],
-    followup: Sequence[LesionMeasurement],
-    lymph_nodes: Collection[str],
-) -> list[_Group]:
-    before, after = ({lesion.lesion_id: lesion for lesion in lesions} for lesions in (baseline, followup))
-    members: dict[int, list[Match]] = defaultdict(list)
-    for match in matches:
-        members[match.group].append(match)
-    return [
-        _Group(
-            number,
-            group[0].status,
-            [before[n] for n in dict.fromkeys(match.baseline for match in group) if n is not None],
-            [after[n] for n in dict.fromkeys(match.followup for match in group) if n is not None],
-            lymph_nodes,
-        )
-        for number, group in members.items()
-    ]
-
-
-def _is_normal(lesion: LesionMeasurement, lymph_nodes: Collection[str]) -> bool:
-    """A lymph node too small to be of disease; one whose size is unknown is taken for disease."""
-    size = diameter_mm(lesion, lymph_nodes)
-    return is_lymph_node(lesion, lymph_nodes) and size is not None and size < NORMAL_NODE_MM
+def _numbered_in_its_scan(lesion: LesionMeasurement) -> str:
+    return f"{lesion.case_id}:{lesion.lesion_id}"
 
 
 # ---- RECIST
@@ -433,7 +243,7 @@ class _Sums:
     def of(
         cls,
         targets: Sequence[LesionMeasurement],
-        groups: Sequence[_Group],
+        groups: Sequence[LesionGroup],
         size: Callable[[LesionMeasurement], float | None],
     ) -> _Sums:
         after = [size(lesion) for group in groups for lesion in group.after]
@@ -449,7 +259,7 @@ class _Sums:
 
     @property
     def change(self) -> tuple[float | None, float | None]:
-        return (None, None) if self.is_least_before else _change(self.before, self.after)
+        return (None, None) if self.is_least_before else difference(self.before, self.after)
 
 
 def _target_response(sums: _Sums, limits: _Limits, *, is_gone: bool) -> str:
@@ -466,7 +276,7 @@ def _target_response(sums: _Sums, limits: _Limits, *, is_gone: bool) -> str:
     return "NE" if sums.is_least_before else "SD"
 
 
-def _non_target_response(groups: Sequence[_Group]) -> str | None:
+def _non_target_response(groups: Sequence[LesionGroup]) -> str | None:
     if not groups:
         return None
     if any(not group.is_gone and group.status != "outside" for group in groups):
@@ -474,15 +284,15 @@ def _non_target_response(groups: Sequence[_Group]) -> str | None:
     return "NE" if any(group.status == "outside" for group in groups) else "CR"
 
 
-def _unclear(groups: Sequence[_Group], relabelled: Collection[int], lymph_nodes: Collection[str]) -> str:
+def _unclear(groups: Sequence[LesionGroup], lymph_nodes: Collection[str], name_of: _Name) -> str:
     """What keeps anything but progression from being said; empty if nothing does."""
     found = []
     grown = [group for group in groups if group.before and group.was_normal and group.after and not group.is_normal]
     if grown:
-        listed = ", ".join(str(lesion.lesion_id) for group in grown for lesion in group.after)
+        listed = ", ".join(name_of(lesion) for group in grown for lesion in group.after)
         found.append(f"lymph node {listed} was normal at baseline and is not any more: say whether that is new disease")
-    named = [lesion for group in groups if group.number in relabelled and not group.before for lesion in group.after]
-    if named := [str(lesion.lesion_id) for lesion in named if not _is_normal(lesion, lymph_nodes)]:
+    named = [lesion for group in groups if group.is_relabelled and not group.before for lesion in group.after]
+    if named := [name_of(lesion) for lesion in named if not is_normal(lesion, lymph_nodes)]:
         found.append(f"lesion {', '.join(named)} is new or had another label at baseline: say which")
     return "; ".join(found)
 
@@ -492,11 +302,11 @@ class _Verdict:
     """What the overall response depends on besides targets and other lesions.
 
     Args:
-        new: lesions that count as new.
+        new: lesions that count as new, with their sizes.
         unclear: what keeps anything but progression from being said. doubt: what keeps everything from being said.
     """
 
-    new: Sequence[LesionMeasurement]
+    new: Sequence[str]
     unclear: str
     doubt: str
 
@@ -504,11 +314,10 @@ class _Verdict:
         self, target: str | None, non_target: str | None, sums: _Sums | None, *, targets_are_known: bool
     ) -> tuple[str | None, str]:
         """Response and the rule that decided. `non_target` is of all lesions where the targets are not known."""
+        if self.new:
+            return "PD", f"PD: new lesion{'s' * (len(self.new) > 1)} {', '.join(self.new)}"
         if self.doubt:
             return None, self.doubt
-        if self.new:
-            listed = ", ".join(f"{lesion.lesion_id} ({_size_text(lesion)})" for lesion in self.new)
-            return "PD", f"PD: new lesion{'s' * (len(self.new) > 1)} {listed}"
         found, rule = _overall(target, non_target, sums, targets_are_known=targets_are_known)
         return (None, self.unclear) if self.unclear and found != "PD" else (found, rule)
 
@@ -566,128 +375,56 @@ def _size_text(lesion: LesionMeasurement) -> str:
 
 
 def _warnings(
-    matches: Sequence[Match],
-    of_targets: Sequence[_Group],
+    pairs: Sequence[ScanPair],
+    groups: Sequence[LesionGroup],
+    of_targets: Sequence[LesionGroup],
     targets: Sequence[LesionMeasurement],
     new: Sequence[LesionMeasurement],
-    baseline: Sequence[LesionMeasurement],
-    followup: Sequence[LesionMeasurement],
     lymph_nodes: Collection[str],
-) -> list[str]:
-    found = []
-    names = {label_of(lesion) for lesion in (*baseline, *followup) if not is_lymph_node(lesion, lymph_nodes)}
+    name_of: _Name,
+) -> Iterator[str]:
+    lesions = [lesion for time in lesions_of(pairs) for lesion in time]
+    names = {label_of(lesion) for lesion in lesions if not is_lymph_node(lesion, lymph_nodes)}
     nodes = sorted(name for name in names if re.search(r"lymph|(?<![a-z])nodes?(?![a-z])", name.lower()))
     if nodes:
-        found.append(f"W_NODE: {', '.join(nodes)} sounds like lymph nodes, but was not said to be: long axes are taken")
+        yield f"W_NODE: {', '.join(nodes)} sounds like lymph nodes, but was not said to be: long axes are taken"
     sizes = [diameter_mm(lesion, lymph_nodes) for lesion in new]
     if new and not any(size is None or size >= recist.MEASURABLE_MM for size in sizes):
-        found.append("W_NEW: every new lesion is under 10 mm; RECIST asks that a new lesion be unequivocal: look at it")
-    if any(match.relabelled for match in matches):
-        found.append("W_LABEL: a lesion overlaps one of another label; it counts as gone, and not as new")
+        yield "W_NEW: every new lesion is under 10 mm; RECIST asks that a new lesion be unequivocal: look at it"
+    if any(group.is_relabelled for group in groups):
+        yield "W_LABEL: a lesion overlaps one of another label; it counts as gone, and not as new"
     for group in of_targets:
-        joined = [lesion.lesion_id for lesion in group.before if lesion not in targets]
+        joined = [name_of(lesion) for lesion in group.before if not any(target is lesion for target in targets)]
         if joined:
-            listed = ", ".join(map(str, joined))
-            found.append(
-                f"W_MERGED: a target merged with lesions {listed}, which are no targets; the whole counts as target"
+            listed = ", ".join(joined)
+            yield f"W_MERGED: a target merged with lesions {listed}, which are no targets; the whole counts as target"
+    if any(group.status == "outside" for group in groups):
+        yield "W_OUTSIDE: lesions lie where no scan of the other time reaches; those of the follow-up count as new (RECIST 1.1, section 4.3.5)"
+    if any(lesion.touches_border for lesion in lesions):
+        yield "W_BORDER: a lesion touches the border of its scan, so its size is a lower bound"
+    for time, scans in (("baseline", [p.baseline for p in pairs]), ("follow-up", [p.followup for p in pairs])):
+        twins = [
+            f"{name_of(a)} and {name_of(b)}" for one, other in combinations(scans, 2) for a, b in _twins(one, other)
+        ]
+        if twins:
+            yield (
+                f"W_TWICE: at {time} {', '.join(twins)} lie at one place of the world: if they are one lesion that both scans show, "
+                "it counts twice; leave it out of one mask"
             )
-    if any(match.status == "outside" for match in matches):
-        found.append(
-            "W_OUTSIDE: lesions lie where the other scan does not reach; those of the follow-up count as new (RECIST 1.1, section 4.3.5)"
-        )
-    if any(lesion.touches_border for lesion in (*baseline, *followup)):
-        found.append("W_BORDER: a lesion touches the border of its scan, so its size is a lower bound")
-    return found
 
 
-# ---- rows of lesions
+def _twins(
+    lesions: Sequence[LesionMeasurement], others: Sequence[LesionMeasurement]
+) -> Iterator[tuple[LesionMeasurement, LesionMeasurement]]:
+    """Lesions of two scans of one day that may be the same one: of one label, and near in world coordinates."""
+    if not lesions or not others:
+        return
+    distances_mm, nearest = map(np.asarray, KDTree(_centroids_mm(others)).query(_centroids_mm(lesions)))
+    for lesion, mm, at in zip(lesions, distances_mm.tolist(), nearest.tolist(), strict=True):
+        if mm <= ONE_PLACE_MM and label_of(lesion) == label_of(others[at]):
+            yield lesion, others[at]
 
 
-def _columns_of(time: str, lesion: LesionMeasurement | None, *, is_absent: bool) -> dict[str, Any]:
-    """The columns of one time; zeros for a lesion that is not there then, empty ones where that is not known."""
-    if lesion is None:
-        zero = 0.0 if is_absent else None
-        return {f"{time}_{name}": zero for name in ("volume_ml", "long_axis_mm", "short_axis_mm")}
-    return {
-        f"{time}_volume_ml": lesion.volume_ml,
-        f"{time}_long_axis_mm": _known(lesion.long_axis_mm),
-        f"{time}_short_axis_mm": _known(lesion.short_axis_mm),
-        f"{time}_intensity_mean": _known(lesion.intensity_mean),
-        f"{time}_centroid_r_mm": lesion.centroid_r_mm,
-        f"{time}_centroid_a_mm": lesion.centroid_a_mm,
-        f"{time}_centroid_s_mm": lesion.centroid_s_mm,
-    }
-
-
-def _changes(group: _Group) -> tuple[dict[str, Any], list[str]]:
-    """The columns of change of a group, and why some of them are empty."""
-    if group.status == "outside":
-        return {}, ["change: the other scan does not reach there"]
-    volume = _change(_total(group.before, "volume_ml"), _total(group.after, "volume_ml"))
-    axis = _change(_total(group.before, "long_axis_mm"), _total(group.after, "long_axis_mm"))
-    intensity, note = _intensity_change(group)
-    notes = [note] if note else []
-    if axis[0] is None:
-        notes.insert(0, "long axis: not measured")
-    if group.status == "new":
-        notes.insert(0, "percent: there was nothing at baseline")
-    return {
-        "change_volume_ml": volume[0],
-        "change_volume_percent": volume[1],
-        "change_long_axis_mm": axis[0],
-        "change_long_axis_percent": axis[1],
-        "change_intensity_mean": intensity,
-    }, notes
-
-
-def _intensity_change(group: _Group) -> tuple[float | None, str]:
-    if not group.before or not group.after:
-        return None, "intensity: a lesion at one time only has no change"
-    if len({lesion.intensity_unit for lesion in (*group.before, *group.after)}) > 1:
-        return None, "intensity: the unit is not the same at both times"
-    before, after = _mean_intensity(group.before), _mean_intensity(group.after)
-    return (None, "intensity: not measured") if before is None or after is None else (after - before, "")
-
-
-def _mean_intensity(lesions: Sequence[LesionMeasurement]) -> float | None:
-    """Over the voxels of all of them."""
-    means = [_known(lesion.intensity_mean) for lesion in lesions]
-    weights = [lesion.n_voxels for lesion in lesions]
-    if None in means:
-        return None
-    return sum(mean * weight for mean, weight in zip(means, weights) if mean is not None) / sum(weights)
-
-
-def _total(lesions: Sequence[LesionMeasurement], name: str) -> float | None:
-    values = [_known(getattr(lesion, name)) for lesion in lesions]
-    return None if None in values else float(sum(value for value in values if value is not None))
-
-
-def _referral(match: Match, matches: Sequence[Match]) -> str:
-    first = next(other for other in matches if other.group == match.group and other.is_first)
-    return f"change: in the row of lesion {first.baseline} at baseline and {first.followup} at follow-up, with which it belongs"
-
-
-def _notes(match: Match, b: LesionMeasurement | None, f: LesionMeasurement | None) -> list[str]:
-    notes = []
-    if match.how == "distance":
-        notes.append("no overlap: matched by the distance of the centroids")
-    if match.relabelled:
-        time = "baseline" if b is None else "follow-up"
-        notes.append(f"overlaps lesion {', '.join(map(str, match.relabelled))} at {time}, which has another label")
-    for time, lesion in (("baseline", b), ("follow-up", f)):
-        if lesion is not None and lesion.touches_border:
-            notes.append(f"touches the border of the scan at {time}: its size is a lower bound")
-    return notes
-
-
-def _change(before: float | None, after: float | None) -> tuple[float | None, float | None]:
-    """Difference, and in percent of `before`; None where unknown."""
-    if before is None or after is None:
-        return None, None
-    return after - before, 100 * (after - before) / before if before > 0 else None
-
-
-def _known(value: float | None) -> float | None:
-    """None for NaN too."""
-    return None if value is None or math.isnan(value) else value
+def _centroids_mm(lesions: Sequence[LesionMeasurement]) -> np.ndarray:
+    """(N, 3) RAS mm."""
+    return np.array([(each.centroid_r_mm, each.centroid_a_mm, each.centroid_s_mm) for each in lesions], dtype=float)

@@ -21,6 +21,7 @@ N_CUBES = 256
 FEW_POINTS = 64  # of so few points all distances are found sooner than their hull
 POINTS_AT_ONCE = 2000
 MANY_BOXES = 32
+SMALL_SURFACE = 16
 ROUNDING_MM = 1e-9
 
 
@@ -135,7 +136,8 @@ def outermost_points(inside: np.ndarray, axes: tuple[int, ...] = (0, 1, 2)) -> n
 
 def surface_points(inside: np.ndarray) -> np.ndarray:
     """(N, 3) every vertex of the surface, in voxels: half-way between a voxel inside and a neighbour outside."""
-    padded = np.pad(inside, 1)
+    padded = np.zeros([n + 2 for n in inside.shape], bool)
+    padded[1:-1, 1:-1, 1:-1] = inside
     found = []
     for axis in range(3):
         ends = np.argwhere(np.diff(padded, axis=axis)).astype(np.float64) - 1
@@ -182,9 +184,11 @@ def gaps_mm(surfaces: Sequence[np.ndarray]) -> list[float]:
     if len(surfaces) < 2:
         return [np.nan] * len(surfaces)
     boxes = _Boxes.around(surfaces)
-    found = np.full(len(surfaces), np.inf)
+    found = _gaps_of_small(surfaces)
     trees: dict[int, KDTree] = {}
     for n, points in enumerate(surfaces):
+        if len(points) <= SMALL_SURFACE:
+            continue
         for least, other in boxes.nearest_first(n):  # surfaces are no nearer than their boxes
             if least >= found[n]:
                 break
@@ -193,6 +197,28 @@ def gaps_mm(surfaces: Sequence[np.ndarray]) -> list[float]:
             gap = _gap_mm(points, trees[other], boxes.low[other], boxes.high[other], float(found[n]))
             found[n], found[other] = min(found[n], gap), min(found[other], gap)
     return found.tolist()
+
+
+def _gaps_of_small(surfaces: Sequence[np.ndarray]) -> np.ndarray:
+    """(N,) the gap of each surface of up to `SMALL_SURFACE` points, all of them at once; of a larger one what that says it is at most."""
+    sizes = [len(points) for points in surfaces]
+    points, owners = np.concatenate(surfaces), np.repeat(np.arange(len(surfaces)), sizes)
+    found = np.full(len(surfaces), np.inf)
+    small = np.flatnonzero(np.repeat(sizes, sizes) <= SMALL_SURFACE)
+    if not small.size:
+        return found
+    tree, n_neighbours = (
+        KDTree(points),
+        min(SMALL_SURFACE + 1, len(points)),
+    )  # so many that one of them belongs to another
+    for start in range(0, small.size, POINTS_AT_ONCE):
+        at = small[start : start + POINTS_AT_ONCE]
+        mm, neighbours = tree.query(points[at], k=n_neighbours)
+        others = owners[neighbours]
+        mm[others == owners[at, None]] = np.inf
+        np.minimum.at(found, owners[at], mm.min(axis=1))
+        np.minimum.at(found, others, mm)
+    return found
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from volseg.errors import ScanError
+from volseg.execute.cpu import untouched_zeros
 from volseg.preprocess.crop import crop, to_canonical
 from volseg.preprocess.prepare import Trail
 from volseg.preprocess.resample import Kind, positions
@@ -69,9 +70,8 @@ class MaskRestorer:
         self._most = TILE_VALUES // (len(values) + 1)
         self._table = np.array([0, *values], np.uint8 if max(values) < 256 else np.uint16)
         self._reduction = _Regions(len(values)) if regions else _LargestWins(len(values) + 1)
-        # Pages that are never written cost no memory, so only what is foreground is ever written.
-        self._mask = np.zeros(trail.geometry.shape, self._table.dtype, order="F")
-        self._confidence = np.zeros(trail.geometry.shape, np.uint8, order="F")
+        self._mask = untouched_zeros(trail.geometry.shape, self._table.dtype)
+        self._confidence = untouched_zeros(trail.geometry.shape, np.uint8)
         views = (crop(to_canonical(array, trail.order), trail.box) for array in (self._mask, self._confidence))
         self._mask_view, self._confidence_view = views
         self._axis = axis
@@ -136,18 +136,22 @@ class MaskRestorer:
 
     def _restore(self, planes: torch.Tensor, tile: Sequence[_Segment]) -> None:
         """The native voxels of a tile, from its prepared ones."""
-        logits = planes.to(torch.float32, copy=True) if self._head is None else self._head(planes)
-        found = self._reduction(logits, tile)
+        logits = planes.to(torch.float32) if self._head is None else self._head(planes)
+        label = self._reduction.certain(logits)
+        if label is None:
+            found = self._reduction(logits.clone() if logits.data_ptr() == planes.data_ptr() else logits, tile)
+        else:
+            found = _constant(tile, label)
         if found is None:
             return
         winner, confidence = (each.cpu().numpy() for each in found)
         native = tuple(each.native for each in tile)
-        box = BoundingBox.around(confidence)
-        if box is None:
-            return
-        winner, confidence = winner[box.slices], confidence[box.slices]
-        self._mask_view[native][box.slices] = self._table.take(winner)
-        self._confidence_view[native][box.slices] = confidence
+        for view, values in ((self._mask_view, self._table.take(winner)), (self._confidence_view, confidence)):
+            box = BoundingBox.around(
+                values
+            )  # zeros are there already, and their pages cost memory once they are written
+            if box is not None:
+                view[native][box.slices] = values[box.slices]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -254,6 +258,14 @@ class _LargestWins:
         # Falling, so that of classes with the same logit the first one has the largest rank and wins.
         self._rank = torch.arange(n_classes, 0, -1).to(_rank_dtype(n_classes))[:, None, None, None]
 
+    def certain(self, logits: torch.Tensor) -> int | None:
+        """The label that all of the tile certainly has, as far as one look at the logits (classes, r, a, s) can tell; None: look closer."""
+        first = int(logits[:, 0, 0, 0].argmax())
+        others = [part.amax(0) for part in (logits[:first], logits[first + 1 :]) if len(part)]
+        least, most = (logits[first] - (others[0] if len(others) == 1 else torch.maximum(*others))).aminmax()
+        share = DOUBT / (1 - DOUBT) if first == 0 else NEGLIGIBLE  # of all others together, beside the winner's 1
+        return first if math.log((len(logits) - 1) / share) <= float(least) <= float(most) < math.inf else None
+
     def __call__(self, logits: torch.Tensor, tile: Sequence[_Segment]) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Logits (classes, r, a, s) on prepared voxels → winner, confidence on native ones; None where all is background."""
         rank = self._rank = self._rank.to(logits.device)
@@ -310,6 +322,10 @@ class _Regions:
 
     def __init__(self, n_classes: int) -> None:
         self._rank = torch.arange(1, n_classes + 1).to(_rank_dtype(n_classes))[:, None, None, None]
+
+    def certain(self, logits: torch.Tensor) -> int | None:
+        """Background, where no class is likely at any prepared voxel of the tile; None: look closer."""
+        return 0 if bool(logits.amax() <= math.log(DOUBT / (1 - DOUBT))) else None
 
     def __call__(self, logits: torch.Tensor, tile: Sequence[_Segment]) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Logits (classes, r, a, s) on prepared voxels → winner, confidence on native ones; None where all is background."""

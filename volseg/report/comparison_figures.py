@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from PIL import Image
 from scipy import ndimage
 
-from volseg.measure.response import LesionChange
+from volseg.measure.changes import LesionChange
 from volseg.preprocess.align import index_matrix, resampled_onto
 from volseg.preprocess.crop import AxisOrder, canonical_geometry, to_canonical
 from volseg.report.slices import PLANES, draw_slice, label_slice, png_bytes, slice_of, surroundings, window_round
@@ -46,6 +48,21 @@ def change_png(
     )
     numbers = (to_canonical(ids[0], order)[box.slices], _nearest(ids[1], scans[1].geometry, part, moved))
     return _draw(pictures, numbers, part, centre - box.start, "no lesion" if row is None else _caption(row), title)
+
+
+def stacked(pictures: Sequence[bytes]) -> bytes:
+    """PNGs of one width below each other, as one PNG."""
+    if len(pictures) == 1:
+        return pictures[0]
+    opened = [Image.open(io.BytesIO(picture)).convert("RGB") for picture in pictures]
+    whole = Image.new("RGB", (max(each.width for each in opened), sum(each.height for each in opened)))
+    top = 0
+    for each in opened:
+        whole.paste(each, (0, top))
+        top += each.height
+    found = io.BytesIO()
+    whole.save(found, "png")
+    return found.getvalue()
 
 
 def _largest_change(

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from volseg.io.files import write_bytes_atomic
-from volseg.measure.response import LesionChange, PatientResponse
+from volseg.measure.changes import LesionChange
+from volseg.measure.response import PatientResponse
 from volseg.report.html import comparison_html
 from volseg.report.results import RecordFolder, plain
 from volseg.report.tables import write_table

@@ -20,8 +20,9 @@ from markupsafe import Markup
 
 from volseg import __version__
 from volseg.columns import columns_of
+from volseg.measure.changes import LesionChange
 from volseg.measure.lesions import CaseRow, LesionMeasurement
-from volseg.measure.response import LesionChange, PatientResponse
+from volseg.measure.response import PatientResponse
 from volseg.report.histogram import histogram_svg
 from volseg.report.preview import Preview, lesion_colour, lesion_points, point_of, smaller_jpeg
 
@@ -270,12 +271,13 @@ def comparison_html(
         max_bytes=left // 2,
         file="response.csv",
     )
+    has_several = any(";" in str(row.get(name)) for row in patients for name in ("baseline_case", "followup_case"))
     changes = fitting_table(
         "changes",
         "Lesions at both times",
         LesionChange,
         lesions,
-        shown=CHANGE_COLUMNS,
+        shown=("patient", "baseline_case", "followup_case", *CHANGE_COLUMNS[1:]) if has_several else CHANGE_COLUMNS,
         max_bytes=left - _size(table.content),
         file="comparison.csv",
     )

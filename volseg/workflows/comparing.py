@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -17,12 +16,13 @@ import numpy as np
 from volseg import __version__
 from volseg.errors import ScanError, VolsegError
 from volseg.execute.local import run
-from volseg.io.cases import ID_PATTERN, read_table
 from volseg.io.files import make_folder, write_bytes_atomic
 from volseg.io.nifti import read_mask, read_volume
+from volseg.measure.changes import ScanPair, lesion_changes
 from volseg.measure.lesions import LesionMeasurement
-from volseg.measure.matching import MAX_DISTANCE_MM, match_lesions
-from volseg.measure.response import LesionChange, PatientResponse, judge_response, label_of, lesion_changes
+from volseg.measure.matching import MAX_DISTANCE_MM, Match, match_lesions
+from volseg.measure.response import PatientResponse, judge_response
+from volseg.measure.targets import label_of
 from volseg.preprocess.register import Registration, register, transformed
 from volseg.report.comparisons import ComparisonFolder
 from volseg.report.records import CaseRecord, case_ids, file_of, read_record, record_path
@@ -38,6 +38,7 @@ from volseg.workflows.batch import (
     silent,
 )
 from volseg.workflows.pages import scan_digest
+from volseg.workflows.patients import Patient, read_pairs, same_ids
 
 STAGE = "Comparing"
 MAX_MOVED_MM, MAX_TURNED_DEG = 50.0, 20.0  # of a patient on the table; more may be right, but is worth a look
@@ -62,6 +63,11 @@ class CompareSettings:
     figures: bool = False
     baseline_scans: Path | None = None
     followup_scans: Path | None = None
+
+    @property
+    def scans(self) -> tuple[Path | None, Path | None]:
+        """The folders of the scans of both times."""
+        return self.baseline_scans, self.followup_scans
 
     def __post_init__(self) -> None:
         if not 0 <= self.max_distance_mm < math.inf:
@@ -91,7 +97,8 @@ def compare(
 
     Args:
         baseline, followup: results folders of `infer` or `measure`.
-        pairs: a CSV with columns patient, baseline and followup, which hold case ids; None: cases with the same id in both are one patient.
+        pairs: a CSV with columns patient, baseline and followup, which hold case ids; a patient with several scans at a time has a line for
+            each. None: cases with the same id in both are one patient.
         max_distance_mm: between the centroids of two lesions that do not overlap and are still taken for one.
         lymph_nodes: labels, by name or value; None: those that the two folders were measured with.
 
@@ -111,7 +118,7 @@ def compare(
     known = (case_ids(folders[0]), case_ids(folders[1]))
     if out.resolve() in {folder.resolve() for folder in folders}:
         raise VolsegError(f"{out}: holds the results to compare", fix="give another folder to --out", code="E_USAGE")
-    listed = _same_ids(folders, known) if pairs is None else _read_pairs(Path(pairs), folders, known)
+    patients = same_ids(folders, known) if pairs is None else read_pairs(Path(pairs), folders, known)
     options = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(settings).items()}
     options |= {
         "baseline": str(folders[0]),
@@ -119,11 +126,11 @@ def compare(
         "pairs": None if pairs is None else str(pairs),
     }
     not_listed = {
-        time_: sorted(set(ids) - {each[side] for each in listed})
-        for side, (time_, ids) in enumerate(zip(("baseline", "followup"), known, strict=True), start=1)
+        time_: sorted(set(ids) - {scans[side] for patient in patients for scans in patient.scans})
+        for side, (time_, ids) in enumerate(zip(("baseline", "followup"), known, strict=True))
     }
     with ComparisonFolder(out) as results:
-        report = _run_pairs([_Pair(*each, folders) for each in listed], settings, results, progress)
+        report = _run_patients(patients, folders, settings, results, progress)
         report = replace(report, details={**report.details, "not_listed": not_listed})
         rest = {name: report.details[name] for name in ("unpaired", "not_listed")}
         results.write_run(run_description("compare", options, report, started) | rest)
@@ -141,153 +148,74 @@ def _measured_nodes(folders: tuple[Path, Path]) -> Iterator[str]:
             continue  # an interrupted run has none; a label that sounds like nodes is then warned of
 
 
-# ---- pairs
-
-
-@dataclass(frozen=True, slots=True)
-class _Pair:
-    """A patient and the ids of the two cases, None where there is none."""
-
-    patient: str
-    baseline: str | None
-    followup: str | None
-    folders: tuple[Path, Path]
-
-    @property
-    def names(self) -> dict[str, Any]:
-        return {"patient": self.patient, "baseline_case": self.baseline or "", "followup_case": self.followup or ""}
-
-
-_Listed = tuple[str, str | None, str | None]
-
-
-def _same_ids(folders: tuple[Path, Path], known: tuple[Sequence[str], Sequence[str]]) -> list[_Listed]:
-    here, there = set(known[0]), set(known[1])
-    if not here & there:
-        raise VolsegError(
-            f"no case of {folders[1]} has the name of one in {folders[0]}, such as {next(iter(known[0]), 'none')!r}",
-            fix="say which belong together in a CSV with columns patient, baseline and followup, and give it with --pairs",
-            code="E_DATASET",
-        )
-    return [(name, name if name in here else None, name if name in there else None) for name in sorted(here | there)]
-
-
-def _read_pairs(path: Path, folders: tuple[Path, Path], known: tuple[Sequence[str], Sequence[str]]) -> list[_Listed]:
-    """The pairs that a table names; an empty cell is a scan without a partner.
-
-    Raises:
-        VolsegError: one error with every mistake of the table.
-    """
-    columns, lines = read_table(path)
-    wanted = ("patient", "baseline", "followup")
-    missing = [name for name in wanted if name not in columns]
-    if missing:
-        raise VolsegError(
-            f"{path}: has no column {', '.join(map(repr, missing))}",
-            fix="give it the columns patient, baseline and followup, which hold case ids",
-            code="E_DATASET",
-        )
-    mistakes, listed, seen = [], [], set()
-    for number, cells in lines:
-        if len(cells) != len(columns):
-            mistakes.append(f"line {number} has {len(cells)} cells under {len(columns)} columns")
-            continue
-        row = dict(zip(columns, cells, strict=True))
-        patient, before, after = (row[name] for name in wanted)
-        if not re.fullmatch(ID_PATTERN, patient):
-            mistakes.append(f"line {number}: patient {patient!r} is no safe file name")
-        elif patient.casefold() in seen:
-            mistakes.append(
-                f"line {number}: patient {patient!r} is there twice; give each pair a name of its own: each is judged by itself"
-            )
-        seen.add(patient.casefold())
-        for case, folder, ids in ((before, folders[0], known[0]), (after, folders[1], known[1])):
-            if case and case not in ids:
-                mistakes.append(f"line {number}: {folder} has no case {case!r}")
-        if not before and not after:
-            mistakes.append(f"line {number}: names no case")
-        listed.append((patient, before or None, after or None))
-    if not any(before and after for _, before, after in listed) and not mistakes:
-        mistakes.append("no line has a baseline and a followup")
-    if mistakes:
-        raise VolsegError(
-            f"{path}: {'; '.join(mistakes[:10])}", fix="correct the table; nothing was done yet", code="E_DATASET"
-        )
-    return listed
-
-
 # ---- the loop
 
 
-def _run_pairs(
-    pairs: Sequence[_Pair], settings: CompareSettings, results: ComparisonFolder, progress: Progress
+_Folders = tuple[Path, Path]  # of the baseline and of the follow-up
+
+
+def _run_patients(
+    patients: Sequence[Patient],
+    folders: _Folders,
+    settings: CompareSettings,
+    results: ComparisonFolder,
+    progress: Progress,
 ) -> RunReport:
-    unpaired = {pair.patient: _partnerless(pair) for pair in pairs if pair.baseline is None or pair.followup is None}
+    unpaired = {
+        patient.name: PatientResponse(**patient.columns, status="unpaired", reason=patient.problem)
+        for patient in patients
+        if not patient.is_paired
+    }
     for row in unpaired.values():
         results.commit(row)
-    keys = {pair.patient: _key(pair, settings) for pair in pairs if pair.patient not in unpaired}
+    keys = {patient.name: _key(patient, folders, settings) for patient in patients if patient.is_paired}
     kept = [name for name in keys if results.is_complete(name, keys[name])]
-    todo = [pair for pair in pairs if pair.patient in keys and pair.patient not in kept]
+    todo = [patient for patient in patients if patient.name in keys and patient.name not in kept]
     done, failed = [], {}
-    progress(STAGE, 0.0, f"{len(todo)} of {len(pairs)} to do")
+    progress(STAGE, 0.0, f"{len(todo)} of {len(patients)} to do")
     try:
         for count, outcome in enumerate(
-            run(lambda pair: _compare_pair(pair, settings, results, keys[pair.patient]), todo), start=1
+            run(lambda patient: _compare_patient(patient, folders, settings, results, keys[patient.name]), todo),
+            start=1,
         ):
-            pair = outcome.item
+            patient = outcome.item
             if outcome.error is None:
-                done.append(pair.patient)
+                done.append(patient.name)
             else:
-                failed[pair.patient] = reason_of(outcome.error)
-                results.commit(PatientResponse(**pair.names, status="failed", reason=failed[pair.patient]))
-            progress(STAGE, count / len(todo), pair.patient)
+                failed[patient.name] = reason_of(outcome.error)
+                results.commit(PatientResponse(**patient.columns, status="failed", reason=failed[patient.name]))
+            progress(STAGE, count / len(todo), patient.name)
     finally:
         reached = {*unpaired, *kept, *done, *failed}
-        waiting = [pair for pair in pairs if pair.patient not in reached]
+        waiting = [patient for patient in patients if patient.name not in reached]
         results.write_tables(
-            [pair.patient for pair in pairs],
-            pending=[PatientResponse(**pair.names, status="pending", reason="not reached yet") for pair in waiting],
+            [patient.name for patient in patients],
+            pending=[PatientResponse(**each.columns, status="pending", reason="not reached yet") for each in waiting],
             about=about_run("compare", ""),
         )
-    rows = [dict(record.response) for pair in pairs if (record := results.record(pair.patient)) is not None]
+    rows = [dict(record.response) for patient in patients if (record := results.record(patient.name)) is not None]
     warnings = [f"{row['patient']}: {row['warnings']}" for row in rows if row["warnings"]]
     details: dict[str, Any] = {"patients": rows, "warnings": warnings}
     details["unpaired"] = {name: row.reason for name, row in unpaired.items()}
     return RunReport(out=results.path, done=done, kept=kept, failed=failed, details=details)
 
 
-def _partnerless(pair: _Pair) -> PatientResponse:
-    here, there = ("follow-up", pair.folders[0]) if pair.baseline is None else ("baseline", pair.folders[1])
-    return PatientResponse(
-        patient=pair.patient,
-        baseline_case=pair.baseline,
-        followup_case=pair.followup,
-        status="unpaired",
-        reason=f"only a {here} scan: {there} has no case for it; if it has another name there, give --pairs",
-    )
-
-
-def _key(pair: _Pair, settings: CompareSettings) -> str:
+def _key(patient: Patient, folders: _Folders, settings: CompareSettings) -> str:
     """Changes with anything that the rows of a patient depend on."""
     options = {"registration": settings.registration, "max_distance_mm": settings.max_distance_mm}
-    options |= {"figures": settings.figures, "lymph_nodes": settings.lymph_nodes, "names": pair.names}
+    options |= {"figures": settings.figures, "lymph_nodes": settings.lymph_nodes}
+    options |= {"patient": patient.name, "scans": patient.scans}
     inputs: list[Path | str | None] = []
-    for folder, case, scans in _sides(pair, settings):
-        inputs.append(record_path(folder, case))
-        try:
-            inputs.append(_scan_path(read_record(folder, case), scans))
-        except ScanError as error:
-            inputs.append(str(error))  # told when the patient is compared
+    for pair in patient.scans:
+        for case, folder, scans in zip(pair, folders, settings.scans, strict=True):
+            if case is None:
+                continue
+            inputs.append(record_path(folder, case))
+            try:
+                inputs.append(_scan_path(read_record(folder, case), scans))
+            except ScanError as error:
+                inputs.append(str(error))  # told when the patient is compared
     return input_key(json.dumps(options, sort_keys=True), *inputs)
-
-
-def _sides(pair: _Pair, settings: CompareSettings) -> list[tuple[Path, str, Path | None]]:
-    """Folder, case and folder of scans of each time."""
-    assert pair.baseline is not None and pair.followup is not None
-    return [
-        (pair.folders[0], pair.baseline, settings.baseline_scans),
-        (pair.folders[1], pair.followup, settings.followup_scans),
-    ]
 
 
 # ---- one patient
@@ -352,11 +280,51 @@ class _Side:
         return np.array(rows, dtype=float).reshape(-1, 3)
 
 
-def _compare_pair(pair: _Pair, settings: CompareSettings, results: ComparisonFolder, key: str) -> None:
+def _compare_patient(
+    patient: Patient, folders: _Folders, settings: CompareSettings, results: ComparisonFolder, key: str
+) -> None:
     started = time.monotonic()
-    before, after = (
-        _read_side(time_, *side) for time_, side in zip(("baseline", "follow-up"), _sides(pair, settings), strict=True)
+    compared = [_compare_scans(cases, folders, settings, patient) for cases in patient.scans]
+    pairs = [each.pair for each in compared]
+    rows = lesion_changes(pairs, patient=patient.name, lymph_nodes=settings.lymph_nodes)
+    response = judge_response(pairs, patient=patient.name, lymph_nodes=settings.lymph_nodes)
+    warnings = [_of_scan(text, each.pair, pairs) for each in compared for text in each.warnings]
+    files = []
+    if pictures := [each.picture for each in compared if each.picture]:
+        from volseg.report.comparison_figures import stacked
+
+        files.append(results.path / "figures" / f"{patient.name}.png")
+        make_folder(files[0].parent)
+        write_bytes_atomic(files[0], stacked(pictures))
+    response = replace(
+        response,
+        **_worst([each.columns for each in compared]),
+        warnings="; ".join([*warnings, *([response.warnings] if response.warnings else [])]),
+        seconds=round(time.monotonic() - started, 2),
+        volseg_version=__version__,
     )
+    results.commit(response, key=key, lesions=rows, files=files)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Compared:
+    """What is kept of two scans. `columns`: how they lie; `picture`: PNG."""
+
+    pair: ScanPair
+    columns: Mapping[str, Any]
+    warnings: Sequence[str]
+    picture: bytes | None = None
+
+
+def _compare_scans(
+    cases: tuple[str | None, str | None], folders: _Folders, settings: CompareSettings, patient: Patient
+) -> _Compared:
+    before, after = (
+        None if case is None else _read_side(time_, folder, case, scans)
+        for time_, folder, case, scans in zip(("baseline", "follow-up"), folders, cases, settings.scans, strict=True)
+    )
+    if before is None or after is None:
+        return _alone(before, after)
     before, after = _named_alike(before, after)
     placed = _place(before, after, settings)
     matches = match_lesions(
@@ -367,28 +335,77 @@ def _compare_pair(pair: _Pair, settings: CompareSettings, results: ComparisonFol
         moved=placed.moved,
         max_distance_mm=settings.max_distance_mm,
     )
-    rule: dict[str, Any] = pair.names | {"lymph_nodes": settings.lymph_nodes}
-    rows = lesion_changes(matches, before.lesions, after.lesions, **rule)
-    response = judge_response(matches, before.lesions, after.lesions, doubt=placed.doubt, **rule)
-    warnings = [*placed.warnings, *_differences(before, after), *([response.warnings] if response.warnings else [])]
+    pair = ScanPair(
+        baseline_case=cases[0],
+        followup_case=cases[1],
+        baseline=before.lesions,
+        followup=after.lesions,
+        matches=matches,
+        doubt=placed.doubt,
+    )
+    warnings = [*placed.warnings, *_differences(before, after)]
     if settings.registration or settings.figures:
         warnings += [side.change for side in (before, after) if side.change]
-    files = []
+    picture = None
     if settings.figures:
+        from volseg.report.comparison_figures import change_png
+
+        title = patient.name if len(patient.scans) == 1 else f"{patient.name}, {cases[0]} → {cases[1]}"
+        rows = lesion_changes([pair], patient=patient.name, lymph_nodes=settings.lymph_nodes)
         try:
-            files.append(_write_figure(pair.patient, before, after, placed.moved, rows, results.path))
+            ids = (before.ids.array, after.ids.array)
+            picture = change_png((before.scan, after.scan), ids, placed.moved, rows, title=title)
         except ScanError as error:
             if settings.registration:
                 raise
             warnings.append(f"W_FIGURE: no picture: {error.problem}")
-    response = replace(
-        response,
-        **placed.columns,
-        warnings="; ".join(warnings),
-        seconds=round(time.monotonic() - started, 2),
-        volseg_version=__version__,
+    return _Compared(pair, placed.columns, warnings, picture)
+
+
+def _alone(before: _Side | None, after: _Side | None) -> _Compared:
+    """A scan of a region that was not scanned at the other time: all its lesions lie outside what was."""
+    here = [] if before is None else before.lesions
+    there = [] if after is None else after.lesions
+    matches = [Match(status="outside", baseline=each.lesion_id, followup=None, group=each.lesion_id) for each in here]
+    matches += [Match(status="outside", baseline=None, followup=each.lesion_id, group=each.lesion_id) for each in there]
+    pair = ScanPair(
+        baseline_case=before and before.record.case.case_id,
+        followup_case=after and after.record.case.case_id,
+        baseline=here,
+        followup=there,
+        matches=matches,
     )
-    results.commit(response, key=key, lesions=rows, files=files)
+    other = "follow-up" if after is None else "baseline"
+    return _Compared(pair, {}, [f"W_UNPAIRED: there is no {other} scan of what it shows"])
+
+
+def _of_scan(text: str, pair: ScanPair, pairs: Sequence[ScanPair]) -> str:
+    """A warning, with the scan it is about where there are several."""
+    if len(pairs) == 1:
+        return text
+    code, rest = text.split(": ", 1)
+    return f"{code}: {pair.followup_case or pair.baseline_case}: {rest}"
+
+
+WORST = {
+    "moved_mm": max,
+    "turned_deg": max,
+    "registration_error_mm": max,
+    "similarity_before": min,
+    "similarity_after": min,
+}
+
+
+def _worst(columns: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """How the scans of a patient lie: where several were placed, what is worst among them; None where one is unknown."""
+    placed = [each for each in columns if each]
+    if len(placed) == 1:
+        return dict(placed[0])
+    found: dict[str, Any] = {"registration": ";".join(each["registration"] for each in placed) or None}
+    for name, worst in WORST.items():
+        values = [each[name] for each in placed if name in each]
+        found[name] = worst(values) if values and None not in values else None
+    return found
 
 
 def _read_side(time_: str, folder: Path, case: str, scans: Path | None) -> _Side:
@@ -534,15 +551,3 @@ def _differences(before: _Side, after: _Side) -> list[str]:
         texts = [" × ".join(f"{mm:.2g}" for mm in size) for size in sizes]
         found.append(f"W_GRID: voxels of {texts[0]} mm and {texts[1]} mm: small lesions differ in size by that alone")
     return found
-
-
-def _write_figure(
-    patient: str, before: _Side, after: _Side, moved: np.ndarray, rows: Sequence[LesionChange], out: Path
-) -> Path:
-    from volseg.report.comparison_figures import change_png
-
-    picture = change_png((before.scan, after.scan), (before.ids.array, after.ids.array), moved, rows, title=patient)
-    path = out / "figures" / f"{patient}.png"
-    make_folder(path.parent)
-    write_bytes_atomic(path, picture)
-    return path

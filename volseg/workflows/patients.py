@@ -1,0 +1,125 @@
+"""Which scans of two results folders show the same patient: by their ids, or as a table says."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from volseg.errors import VolsegError
+from volseg.io.cases import ID_PATTERN, read_table
+
+COLUMNS = ("patient", "baseline", "followup")
+
+
+@dataclass(frozen=True, slots=True)
+class Patient:
+    """A patient and the ids of the cases of both times.
+
+    Args:
+        scans: per region that was scanned, the case at baseline and the one at follow-up; None where there is none.
+    """
+
+    name: str
+    scans: tuple[tuple[str | None, str | None], ...]
+
+    @property
+    def is_paired(self) -> bool:
+        """Whether any region was scanned at both times."""
+        return any(baseline and followup for baseline, followup in self.scans)
+
+    @property
+    def columns(self) -> Mapping[str, Any]:
+        """What a row of response.csv calls the patient and the scans."""
+        baseline, followup = (";".join(case for case in cases if case) for cases in zip(*self.scans, strict=True))
+        return {"patient": self.name, "baseline_case": baseline, "followup_case": followup}
+
+    @property
+    def problem(self) -> str:
+        """Why there is nothing to compare; empty if there is."""
+        if self.is_paired:
+            return ""
+        times = [time for time, cases in zip(("baseline", "follow-up"), zip(*self.scans, strict=True)) if any(cases)]
+        if len(times) == 2:
+            return "no line of the table has both a baseline and a follow-up scan of this patient"
+        other = "follow-up" if times == ["baseline"] else "baseline"
+        return f"only a {times[0]} scan: the {other} has no case for it; if it has another name there, give --pairs"
+
+
+def same_ids(folders: tuple[Path, Path], known: tuple[Sequence[str], Sequence[str]]) -> list[Patient]:
+    """Cases with one id in both folders are one patient; `known` are the ids in each.
+
+    Raises:
+        VolsegError: no id is in both.
+    """
+    here, there = set(known[0]), set(known[1])
+    if not here & there:
+        raise VolsegError(
+            f"no case of {folders[1]} has the name of one in {folders[0]}, such as {next(iter(known[0]), 'none')!r}",
+            fix="say which belong together in a CSV with columns patient, baseline and followup, and give it with --pairs",
+            code="E_DATASET",
+        )
+    return [
+        Patient(name, ((name if name in here else None, name if name in there else None),))
+        for name in sorted(here | there)
+    ]
+
+
+def read_pairs(path: Path, folders: tuple[Path, Path], known: tuple[Sequence[str], Sequence[str]]) -> list[Patient]:
+    """The patients that a table names, a line per pair of scans; an empty cell is a scan without a partner.
+
+    Raises:
+        VolsegError: one error with every mistake of the table.
+    """
+    columns, lines = read_table(path)
+    missing = [name for name in COLUMNS if name not in columns]
+    if missing:
+        raise VolsegError(
+            f"{path}: has no column {', '.join(map(repr, missing))}",
+            fix="give it the columns patient, baseline and followup, which hold case ids",
+            code="E_DATASET",
+        )
+    mistakes: list[str] = []
+    scans: dict[str, list[tuple[str | None, str | None]]] = defaultdict(list)
+    for number, cells in lines:
+        if len(cells) != len(columns):
+            mistakes.append(f"line {number} has {len(cells)} cells under {len(columns)} columns")
+            continue
+        row = dict(zip(columns, cells, strict=True))
+        name, before, after = (row[column] for column in COLUMNS)
+        mistakes += [f"line {number}: {text}" for text in _mistakes(name, (before, after), scans, folders, known)]
+        scans[name].append((before or None, after or None))
+    patients = [Patient(name, tuple(pairs)) for name, pairs in scans.items()]
+    if not mistakes and not any(patient.is_paired for patient in patients):
+        mistakes.append("no line has a baseline and a followup")
+    if mistakes:
+        raise VolsegError(
+            f"{path}: {'; '.join(mistakes[:10])}", fix="correct the table; nothing was done yet", code="E_DATASET"
+        )
+    return patients
+
+
+def _mistakes(
+    name: str,
+    cases: tuple[str, str],
+    scans: Mapping[str, Sequence[tuple[str | None, str | None]]],
+    folders: tuple[Path, Path],
+    known: tuple[Sequence[str], Sequence[str]],
+) -> Iterator[str]:
+    """What is wrong with a line, after those that `scans` holds."""
+    if not re.fullmatch(ID_PATTERN, name):
+        yield f"patient {name!r} is no safe file name"
+    alike = [other for other in scans if other != name and other.casefold() == name.casefold()]
+    if alike:
+        yield f"patient {name!r} and {alike[0]!r} differ in upper and lower case only: write one of them otherwise"
+    for side, time in enumerate(("baseline", "followup")):
+        case = cases[side]
+        if case and case not in known[side]:
+            yield f"{folders[side]} has no case {case!r}"
+        if case and any(pair[side] == case for pair in scans.get(name, ())):
+            yield f"patient {name!r} has the {time} {case!r} twice: each of its lesions would count twice"
+    if not any(cases):
+        yield "names no case"
