@@ -197,7 +197,7 @@ model = load_model(bundle, "cpu", backend="torch")
 channel = bundle.recipe.data.channels[0]
 small = Volume(np.full((24, 24, 24), 40, np.int16), Geometry((24, 24, 24), np.eye(4)))
 segment_case({channel: small}, model, case_id="warm")  # threads have their stacks, libraries are loaded
-geometry = Geometry((320, 320, 80), np.diag([0.8, 0.8, 1.5, 1.0]))
+geometry = Geometry((256, 256, 64), np.diag([0.8, 0.8, 1.5, 1.0]))
 plan = plan_case_memory(geometry, 2, model, network_bytes(bundle), None)
 held = int(Path("/proc/self/statm").read_text().split()[0]) * 4096
 room = plan.footprint.total - plan.footprint.process if sys.argv[2] == "predicted" else int(sys.argv[2])

@@ -323,7 +323,7 @@ def test_a_lesion_at_one_time_only_has_zeros_at_the_other_and_one_outside_has_no
     assert (new.baseline_volume_ml, new.change_volume_ml, new.change_volume_percent) == (0, 0.5, None)
     assert "nothing at baseline" in new.notes
     assert (outside.followup_volume_ml, outside.change_volume_ml) == (None, None)
-    assert "no scan of the other time reaches there" in outside.notes
+    assert "the other scan does not reach there" in outside.notes
     assert {row.change_intensity_mean for row in rows} == {None}
     assert [row.is_target for row in rows] == [True, True, False]
 
@@ -427,8 +427,33 @@ def test_a_region_that_was_scanned_once_is_not_evaluable_before_and_new_after():
     row = both(chest, (once, [lesion(1, 30)], []))
     assert (row.response, row.n_outside, row.change_volume_ml) == ("NE", 1, None)
     assert "W_OUTSIDE" in row.warnings
-    row = both(chest, ([("outside", None, 1, 1)], [], [lesion(1, 30)]))
+    later = ([("outside", None, 1, 1)], [], [lesion(1, 30)])
+    row = both(chest, later)
     assert (row.response, row.response_rule) == ("PD", "PD: new lesion abdomen:1 (14.1 mL, 30.0 mm)")
+    # Where another scan shows it too, or may have shown it before, it is not called new.
+    seen = judge_response(two_scans(chest, later, places=((0.0, 0.0, 0.0), (0.0, 0.0, 3.0))), patient="p")
+    lost = both((once, [lesion(1, 20)], []), later)
+    for row in (seen, lost):
+        assert row.response is None
+        assert "lesion abdomen:1 is new or one that another scan of the patient shows too" in row.response_rule
+    other = (once, [lesion(1, 20, label="kidney")], [])
+    assert both(other, later).response == "PD"
+
+
+def test_diameters_that_only_one_scan_has_choose_no_targets():
+    row = both((one_to_one(1), [lesion(1)], [lesion(1)]), (one_to_one(1), [lesion(1, 20)], [lesion(1, 10)]))
+    assert (row.response, row.targets) == (None, None)
+    assert "diameters were not measured" in row.response_rule
+
+
+def test_a_twin_is_found_beside_a_nearer_lesion_of_another_label():
+    part = (one_to_one(1), [lesion(1, 20)], [lesion(1, 10)])
+    near = lesion(2, 12, label="cyst", centroid_r_mm=40.0)
+    found = two_scans(part, part, places=((0.0, 0.0, 0.0), (0.0, 0.0, 5.0)))
+    second = replace(
+        found[1], baseline=[*found[1].baseline, near], matches=[*found[1].matches, *pairs(("gone", 2, None, 2))]
+    )
+    assert "W_TWICE: at baseline chest:1 and abdomen:1" in judge_response([found[0], second], patient="p").warnings
 
 
 def test_a_lesion_that_two_scans_of_a_day_show_is_warned_of():

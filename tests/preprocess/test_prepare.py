@@ -394,12 +394,13 @@ def test_many_classes_that_are_nothing_at_every_voxel_count_between_two_that_are
 
 
 @pytest.mark.parametrize("regions", [False, True])
-@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_logits_that_are_not_finite_fail_the_scan_with_a_reason(regions, value):
     geometry = Geometry((12, 12, 12), np.eye(4))
     trail = Trail(geometry, AxisOrder.of(geometry), BoundingBox.whole(geometry.shape), (6, 6, 6))
     logits = np.zeros((3, 6, 6, 6), np.float32)
-    logits[1, 2, 3, 4] = value
+    logits[1 if value != -np.inf else slice(None), 2, 3, 4] = value
+    logits -= 8 * regions  # where no region is likely, too
     restorer = MaskRestorer(trail, [1, 2, 3] if regions else [1, 2], axis=2, regions=regions)
     with pytest.raises(ScanError, match="not finite"):
         restorer.add(logits)

@@ -407,21 +407,27 @@ def test_the_scans_of_a_patient_are_matched_one_by_one_and_judged_together(basel
     assert (patients["ann"]["n_outside"], patients["ann"]["change_volume_ml"]) == ("2", "")
     assert "W_UNPAIRED: stays: there is no follow-up scan of what it shows" in patients["ann"]["warnings"]
     assert [(each["status"], each["followup_case"]) for each in lesions["ann"]][:2] == [("outside", "")] * 2
-    assert (patients["bob"]["status"], patients["bob"]["baseline_case"]) == ("unpaired", "stays")
+    assert (patients["ann"]["baseline_case"], patients["ann"]["followup_case"]) == ("stays;shrinks", ";shrinks")
+    assert (patients["bob"]["status"], patients["bob"]["baseline_case"]) == ("unpaired", "stays;")
     assert "no line of the table has both" in patients["bob"]["reason"]
     path.write_text("patient,baseline,followup\nann,,new\nann,shrinks,shrinks\n")
     volseg.compare(baseline, later, out=tmp_path / "out", **options)
     row = tables(tmp_path / "out")[0]["ann"]
-    assert (row["response"], row["response_rule"][:15]) == ("PD", "PD: new lesions")
+    # The larger one lies where the other scan has one, as the phantoms all do.
+    assert (row["response"], row["response_rule"].split(" (")[0]) == ("PD", "PD: new lesion new:2")
     # One scan that cannot be compared is a patient that cannot be judged.
     (later / "lesion_ids" / "new.nii.gz").write_bytes(b"another file")
     path.write_text("patient,baseline,followup\nann,new,new\nann,shrinks,shrinks\n")
     report = volseg.compare(baseline, later, out=tmp_path / "out", **options)
     assert "case 'new'" in report.failed["ann"] or "new.nii.gz" in report.failed["ann"]
     assert tables(tmp_path / "out")[0]["ann"]["response"] == ""
-    path.write_text("patient,baseline,followup\nann,new,new\nann,new,shrinks\n")
-    with pytest.raises(VolsegError, match="has the baseline 'new' twice"):
-        volseg.compare(baseline, later, out=tmp_path / "out", **options)
+    for second, text in (
+        ("new,shrinks", "has the baseline 'new' twice"),
+        ("grows,new", "a follow-up on another|a baseline on one line"),
+    ):
+        path.write_text(f"patient,baseline,followup\nann,new,stays\nann,{second}\n".replace("stays", "vanishes"))
+        with pytest.raises(VolsegError, match=text):
+            volseg.compare(baseline, later, out=tmp_path / "out", **options)
 
 
 def test_folders_that_cannot_be_compared_are_a_wrong_request(baseline, tmp_path):

@@ -107,7 +107,7 @@ class LesionChange:
     status: str = column(
         "",
         "matched: one lesion at both times; merged: one of several that are one later; split: one of several that were one; "
-        "regrouped: several were several others; new; gone; outside: where no scan of the other time reaches",
+        "regrouped: several were several others; new; gone; outside: where the other scan does not reach",
     )
     group: int = column("", "rows that merged or split together share it; every other row has its own")
     label_name: str | None = column("", "name of the label, or its value where it has no name")
@@ -217,7 +217,7 @@ def _columns_of(time: str, lesion: LesionMeasurement | None, *, is_absent: bool)
 def _changes(group: LesionGroup) -> tuple[dict[str, Any], list[str]]:
     """The columns of change of a group, and why some of them are empty."""
     if group.status == "outside":
-        return {}, ["change: no scan of the other time reaches there"]
+        return {}, ["change: the other scan does not reach there, or there is none"]
     volume = difference(_total(group.before, "volume_ml"), _total(group.after, "volume_ml"))
     axis = difference(_total(group.before, "long_axis_mm"), _total(group.after, "long_axis_mm"))
     intensity, note = _intensity_change(group)

@@ -27,16 +27,18 @@ class PatientResponse:
 
     patient: str = column("", "name of the patient")
     baseline_case: str | None = column(
-        "", "the earlier scan; several with ; between them; empty if there is none", None
+        "", "the earlier scan; of several pairs one each, with ; between; empty if there is none", None
     )
-    followup_case: str | None = column("", "the later scan; several with ; between them; empty if there is none", None)
+    followup_case: str | None = column(
+        "", "the later scan; of several pairs one each, with ; between; empty if there is none", None
+    )
     status: Literal["done", "failed", "unpaired", "pending"] = column(
-        "", "done; failed; unpaired: a scan without a partner; pending: not reached yet"
+        "", "done; failed; unpaired: no scan has a partner; pending: not reached yet"
     )
     reason: str = column("", "why it was not compared and what to do; empty if it was", "")
     response: str | None = column(
         "",
-        "CR, PR, SD, PD; Non-CR/Non-PD without target lesions; NE: not evaluable; empty if what it needs was not measured",
+        "CR, PR, SD, PD; Non-CR/Non-PD without target lesions; NE: not evaluable; empty if what it needs was not measured or is for a reader to say",
         None,
         source=RECIST,
     )
@@ -96,7 +98,7 @@ class PatientResponse:
     n_outside: int | None = column("", "lesions of either time where the other scan does not reach", None)
     registration: str | None = column(
         "",
-        "rigid; identical: the two scans are the same; none: world coordinates as they are; several with ; between them",
+        "rigid; identical: the two scans are the same; none: world coordinates as they are; of several pairs one each, with ; between",
         None,
     )
     moved_mm: float | None = column("mm", "largest distance that registration moved the centroid of a lesion", None)
@@ -137,17 +139,27 @@ def judge_response(pairs: Sequence[ScanPair], *, patient: str, lymph_nodes: Coll
     of_targets = [group for group in groups if any(target is each for target in chosen for each in group.before)]
     others = [group for group in groups if group.before and group not in of_targets and not group.was_normal]
     doubtful = [pair for pair in pairs if pair.doubt and pair.baseline and pair.followup]
+    twins = [_twins(scans) for scans in ([pair.baseline for pair in pairs], [pair.followup for pair in pairs])]
     # Where the baseline does not reach counts as new too (section 4.3.5); under another label it may have been there before.
-    new = [
-        lesion
+    only_later = [
+        group
         for group in groups
         if group.status in ("new", "outside") and not group.is_relabelled and group.pair not in doubtful
-        for lesion in group.after
-        if not is_normal(lesion, lymph_nodes)
     ]
+    uncertain = {id(group) for group in only_later if _may_be_known(group, groups, twins[1])}
+    new, perhaps_new = (
+        [
+            lesion
+            for group in only_later
+            if (id(group) in uncertain) is is_uncertain
+            for lesion in group.after
+            if not is_normal(lesion, lymph_nodes)
+        ]
+        for is_uncertain in (False, True)
+    )
     verdict = _Verdict(
         [f"{name_of(lesion)} ({_size_text(lesion)})" for lesion in new],
-        _unclear(groups, lymph_nodes, name_of),
+        _unclear(groups, perhaps_new, lymph_nodes, name_of),
         "; ".join(pair.doubt if len(pairs) == 1 else f"{pair.followup_case}: {pair.doubt}" for pair in doubtful),
     )
     sums = _Sums.of(chosen, of_targets, lambda lesion: diameter_mm(lesion, lymph_nodes)) if chosen else None
@@ -163,8 +175,8 @@ def judge_response(pairs: Sequence[ScanPair], *, patient: str, lymph_nodes: Coll
     change_ml, change_percent = (None, None) if n_outside else difference(total_before, total_after)
     return PatientResponse(
         patient=patient,
-        baseline_case=";".join(pair.baseline_case for pair in pairs if pair.baseline_case),
-        followup_case=";".join(pair.followup_case for pair in pairs if pair.followup_case),
+        baseline_case=";".join(pair.baseline_case or "" for pair in pairs),
+        followup_case=";".join(pair.followup_case or "" for pair in pairs),
         status="done",
         response=response,
         response_rule=rule,
@@ -193,7 +205,7 @@ def judge_response(pairs: Sequence[ScanPair], *, patient: str, lymph_nodes: Coll
         n_split=sum(len(group.before) for group in groups if group.status == "split"),
         n_regrouped=sum(len(group.before) for group in groups if group.status == "regrouped"),
         n_outside=n_outside,
-        warnings="; ".join(_warnings(pairs, groups, of_targets, chosen, new, lymph_nodes, name_of)),
+        warnings="; ".join(_warnings(groups, of_targets, chosen, new, twins, lymph_nodes, name_of)),
     )
 
 
@@ -279,12 +291,30 @@ def _target_response(sums: _Sums, limits: _Limits, *, is_gone: bool) -> str:
 def _non_target_response(groups: Sequence[LesionGroup]) -> str | None:
     if not groups:
         return None
-    if any(not group.is_gone and group.status != "outside" for group in groups):
-        return "Non-CR/Non-PD"
-    return "NE" if any(group.status == "outside" for group in groups) else "CR"
+    if any(group.status == "outside" for group in groups):
+        return "NE"  # not all of them were seen
+    return "CR" if all(group.is_gone for group in groups) else "Non-CR/Non-PD"
 
 
-def _unclear(groups: Sequence[LesionGroup], lymph_nodes: Collection[str], name_of: _Name) -> str:
+def _may_be_known(group: LesionGroup, groups: Sequence[LesionGroup], twins: Sequence[_Twins]) -> bool:
+    """Whether a lesion of the follow-up alone may be one that another scan of the patient shows."""
+    if any(lesion is each for pair in twins for each in pair for lesion in group.after):
+        return True
+    labels = {label_of(lesion) for lesion in group.after}
+    return group.status == "outside" and any(
+        other.status == "outside" and label_of(lesion) in labels
+        for other in groups
+        if other.pair is not group.pair
+        for lesion in other.before
+    )
+
+
+def _unclear(
+    groups: Sequence[LesionGroup],
+    perhaps_new: Sequence[LesionMeasurement],
+    lymph_nodes: Collection[str],
+    name_of: _Name,
+) -> str:
     """What keeps anything but progression from being said; empty if nothing does."""
     found = []
     grown = [group for group in groups if group.before and group.was_normal and group.after and not group.is_normal]
@@ -294,6 +324,9 @@ def _unclear(groups: Sequence[LesionGroup], lymph_nodes: Collection[str], name_o
     named = [lesion for group in groups if group.is_relabelled and not group.before for lesion in group.after]
     if named := [name_of(lesion) for lesion in named if not is_normal(lesion, lymph_nodes)]:
         found.append(f"lesion {', '.join(named)} is new or had another label at baseline: say which")
+    if perhaps_new:
+        listed = ", ".join(map(name_of, perhaps_new))
+        found.append(f"lesion {listed} is new or one that another scan of the patient shows too: say which")
     return "; ".join(found)
 
 
@@ -375,15 +408,15 @@ def _size_text(lesion: LesionMeasurement) -> str:
 
 
 def _warnings(
-    pairs: Sequence[ScanPair],
     groups: Sequence[LesionGroup],
     of_targets: Sequence[LesionGroup],
     targets: Sequence[LesionMeasurement],
     new: Sequence[LesionMeasurement],
+    twins: Sequence[Sequence[_Twins]],
     lymph_nodes: Collection[str],
     name_of: _Name,
 ) -> Iterator[str]:
-    lesions = [lesion for time in lesions_of(pairs) for lesion in time]
+    lesions = [lesion for group in groups for lesion in (*group.before, *group.after)]
     names = {label_of(lesion) for lesion in lesions if not is_lymph_node(lesion, lymph_nodes)}
     nodes = sorted(name for name in names if re.search(r"lymph|(?<![a-z])nodes?(?![a-z])", name.lower()))
     if nodes:
@@ -399,30 +432,32 @@ def _warnings(
             listed = ", ".join(joined)
             yield f"W_MERGED: a target merged with lesions {listed}, which are no targets; the whole counts as target"
     if any(group.status == "outside" for group in groups):
-        yield "W_OUTSIDE: lesions lie where no scan of the other time reaches; those of the follow-up count as new (RECIST 1.1, section 4.3.5)"
+        yield "W_OUTSIDE: lesions lie where the other scan does not reach; those of the follow-up count as new (RECIST 1.1, section 4.3.5)"
     if any(lesion.touches_border for lesion in lesions):
         yield "W_BORDER: a lesion touches the border of its scan, so its size is a lower bound"
-    for time, scans in (("baseline", [p.baseline for p in pairs]), ("follow-up", [p.followup for p in pairs])):
-        twins = [
-            f"{name_of(a)} and {name_of(b)}" for one, other in combinations(scans, 2) for a, b in _twins(one, other)
-        ]
-        if twins:
+    for time, found in zip(("baseline", "follow-up"), twins, strict=True):
+        if found:
+            listed = ", ".join(f"{name_of(one)} and {name_of(other)}" for one, other in found)
             yield (
-                f"W_TWICE: at {time} {', '.join(twins)} lie at one place of the world: if they are one lesion that both scans show, "
-                "it counts twice; leave it out of one mask"
+                f"W_TWICE: at {time} {listed} lie at one place of the world: if they are one lesion that two scans show, it counts "
+                "twice; leave it out of the masks of one scan, at both times"
             )
 
 
-def _twins(
-    lesions: Sequence[LesionMeasurement], others: Sequence[LesionMeasurement]
-) -> Iterator[tuple[LesionMeasurement, LesionMeasurement]]:
-    """Lesions of two scans of one day that may be the same one: of one label, and near in world coordinates."""
-    if not lesions or not others:
-        return
-    distances_mm, nearest = map(np.asarray, KDTree(_centroids_mm(others)).query(_centroids_mm(lesions)))
-    for lesion, mm, at in zip(lesions, distances_mm.tolist(), nearest.tolist(), strict=True):
-        if mm <= ONE_PLACE_MM and label_of(lesion) == label_of(others[at]):
-            yield lesion, others[at]
+_Twins = tuple[LesionMeasurement, LesionMeasurement]
+
+
+def _twins(scans: Sequence[Sequence[LesionMeasurement]]) -> list[_Twins]:
+    """Lesions in two scans of a day that may be the same one: of one label, and near each other in world coordinates."""
+    found = []
+    for one, other in combinations(scans, 2):
+        for label in dict.fromkeys(map(label_of, one)):
+            here, there = ([lesion for lesion in lesions if label_of(lesion) == label] for lesions in (one, other))
+            if there:
+                mm, nearest = map(np.asarray, KDTree(_centroids_mm(there)).query(_centroids_mm(here)))
+                near = np.flatnonzero(mm <= ONE_PLACE_MM).tolist()
+                found += [(here[at], there[int(nearest[at])]) for at in near]
+    return found
 
 
 def _centroids_mm(lesions: Sequence[LesionMeasurement]) -> np.ndarray:

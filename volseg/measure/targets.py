@@ -48,11 +48,11 @@ def choose_targets(
         lesions: of the baseline, of all its scans.
 
     Returns:
-        None where there are lesions, and of none of them is known whether it is measurable.
+        None where it is not known of some whether they are measurable: without diameters no lesion can be told to be a smaller one.
 
     Source: RECIST 1.1, section 3.2; a label is an organ.
     """
-    if lesions and all(lesion.recist_measurable is None for lesion in lesions):
+    if any(lesion.recist_measurable is None for lesion in lesions):
         return None
     measured = [
         (size, at)

@@ -147,9 +147,8 @@ class MaskRestorer:
         winner, confidence = (each.cpu().numpy() for each in found)
         native = tuple(each.native for each in tile)
         for view, values in ((self._mask_view, self._table.take(winner)), (self._confidence_view, confidence)):
-            box = BoundingBox.around(
-                values
-            )  # zeros are there already, and their pages cost memory once they are written
+            # Zeros are there already, and their pages cost memory once they are written.
+            box = BoundingBox.around(values)
             if box is not None:
                 view[native][box.slices] = values[box.slices]
 
@@ -325,7 +324,8 @@ class _Regions:
 
     def certain(self, logits: torch.Tensor) -> int | None:
         """Background, where no class is likely at any prepared voxel of the tile; None: look closer."""
-        return 0 if bool(logits.amax() <= math.log(DOUBT / (1 - DOUBT))) else None
+        least, most = logits.amax(0).aminmax()
+        return 0 if -math.inf < float(least) <= float(most) <= math.log(DOUBT / (1 - DOUBT)) else None
 
     def __call__(self, logits: torch.Tensor, tile: Sequence[_Segment]) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Logits (classes, r, a, s) on prepared voxels → winner, confidence on native ones; None where all is background."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -162,7 +163,7 @@ def _run_patients(
     progress: Progress,
 ) -> RunReport:
     unpaired = {
-        patient.name: PatientResponse(**patient.columns, status="unpaired", reason=patient.problem)
+        patient.name: PatientResponse(**patient.cells, status="unpaired", reason=patient.why_unpaired(folders))
         for patient in patients
         if not patient.is_paired
     }
@@ -183,14 +184,14 @@ def _run_patients(
                 done.append(patient.name)
             else:
                 failed[patient.name] = reason_of(outcome.error)
-                results.commit(PatientResponse(**patient.columns, status="failed", reason=failed[patient.name]))
+                results.commit(PatientResponse(**patient.cells, status="failed", reason=failed[patient.name]))
             progress(STAGE, count / len(todo), patient.name)
     finally:
         reached = {*unpaired, *kept, *done, *failed}
         waiting = [patient for patient in patients if patient.name not in reached]
         results.write_tables(
             [patient.name for patient in patients],
-            pending=[PatientResponse(**each.columns, status="pending", reason="not reached yet") for each in waiting],
+            pending=[PatientResponse(**each.cells, status="pending", reason="not reached yet") for each in waiting],
             about=about_run("compare", ""),
         )
     rows = [dict(record.response) for patient in patients if (record := results.record(patient.name)) is not None]
@@ -284,7 +285,8 @@ def _compare_patient(
     patient: Patient, folders: _Folders, settings: CompareSettings, results: ComparisonFolder, key: str
 ) -> None:
     started = time.monotonic()
-    compared = [_compare_scans(cases, folders, settings, patient) for cases in patient.scans]
+    names = _shared_names(patient, folders)
+    compared = [_compare_scans(cases, folders, settings, patient, names) for cases in patient.scans]
     pairs = [each.pair for each in compared]
     rows = lesion_changes(pairs, patient=patient.name, lymph_nodes=settings.lymph_nodes)
     response = judge_response(pairs, patient=patient.name, lymph_nodes=settings.lymph_nodes)
@@ -317,15 +319,20 @@ class _Compared:
 
 
 def _compare_scans(
-    cases: tuple[str | None, str | None], folders: _Folders, settings: CompareSettings, patient: Patient
+    cases: tuple[str | None, str | None],
+    folders: _Folders,
+    settings: CompareSettings,
+    patient: Patient,
+    names: Mapping[int, str],
 ) -> _Compared:
-    before, after = (
+    """One line of a patient. `names`: what a label is called that has no name in either scan."""
+    read = (
         None if case is None else _read_side(time_, folder, case, scans)
         for time_, folder, case, scans in zip(("baseline", "follow-up"), folders, cases, settings.scans, strict=True)
     )
+    before, after = _named_alike(*read, names=names)
     if before is None or after is None:
         return _alone(before, after)
-    before, after = _named_alike(before, after)
     placed = _place(before, after, settings)
     matches = match_lesions(
         before.ids,
@@ -364,15 +371,15 @@ def _compare_scans(
 
 def _alone(before: _Side | None, after: _Side | None) -> _Compared:
     """A scan of a region that was not scanned at the other time: all its lesions lie outside what was."""
-    here = [] if before is None else before.lesions
-    there = [] if after is None else after.lesions
-    matches = [Match(status="outside", baseline=each.lesion_id, followup=None, group=each.lesion_id) for each in here]
-    matches += [Match(status="outside", baseline=None, followup=each.lesion_id, group=each.lesion_id) for each in there]
+    baseline = [] if before is None else before.lesions
+    followup = [] if after is None else after.lesions
+    matches = [Match(status="outside", baseline=n.lesion_id, followup=None, group=n.lesion_id) for n in baseline]
+    matches += [Match(status="outside", baseline=None, followup=n.lesion_id, group=n.lesion_id) for n in followup]
     pair = ScanPair(
         baseline_case=before and before.record.case.case_id,
         followup_case=after and after.record.case.case_id,
-        baseline=here,
-        followup=there,
+        baseline=baseline,
+        followup=followup,
         matches=matches,
     )
     other = "follow-up" if after is None else "baseline"
@@ -387,7 +394,7 @@ def _of_scan(text: str, pair: ScanPair, pairs: Sequence[ScanPair]) -> str:
     return f"{code}: {pair.followup_case or pair.baseline_case}: {rest}"
 
 
-WORST = {
+_WORST = {
     "moved_mm": max,
     "turned_deg": max,
     "registration_error_mm": max,
@@ -401,8 +408,10 @@ def _worst(columns: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     placed = [each for each in columns if each]
     if len(placed) == 1:
         return dict(placed[0])
-    found: dict[str, Any] = {"registration": ";".join(each["registration"] for each in placed) or None}
-    for name, worst in WORST.items():
+    if not placed:
+        return {}
+    found: dict[str, Any] = {"registration": ";".join(each.get("registration", "") for each in columns)}
+    for name, worst in _WORST.items():
         values = [each[name] for each in placed if name in each]
         found[name] = worst(values) if values and None not in values else None
     return found
@@ -428,22 +437,37 @@ def _read_side(time_: str, folder: Path, case: str, scans: Path | None) -> _Side
     return _Side(time_, folder, replace(record, lesions=lesions), ids, scans)
 
 
-def _named_alike(*sides: _Side) -> tuple[_Side, _Side]:
-    """A label that has no name at one time, because nobody gave `measure` one, has that of the other time."""
-    names = {
-        lesion.label: lesion.label_name
-        for side in sides
-        for lesion in side.lesions
-        if lesion.label_name not in (None, f"label_{lesion.label}")
-    }
+def _shared_names(patient: Patient, folders: _Folders) -> dict[int, str]:
+    """What the scans of a patient call a label, where those that have a name for it agree."""
+    names: dict[int, set[str]] = defaultdict(set)
+    for cases in patient.scans:
+        for case, folder in zip(cases, folders, strict=True):
+            if case is not None:
+                for label, name in _names(read_record(folder, case).lesions).items():
+                    names[label].add(name)
+    return {label: found.pop() for label, found in names.items() if len(found) == 1}
+
+
+def _names(lesions: Sequence[LesionMeasurement]) -> dict[int, str]:
+    named = ((lesion.label, lesion.label_name) for lesion in lesions)
+    return {label: name for label, name in named if name and name != f"label_{label}"}
+
+
+def _named_alike(
+    before: _Side | None, after: _Side | None, *, names: Mapping[int, str]
+) -> tuple[_Side | None, _Side | None]:
+    """A label that has no name at one time, because nobody gave `measure` one, has that of the other time, or else of another scan."""
+    known = dict(names)
+    for side in (before, after):
+        known |= {} if side is None else _names(side.lesions)
     before, after = (
-        replace(side, record=replace(side.record, lesions=[_named(lesion, names) for lesion in side.lesions]))
-        for side in sides
+        side and replace(side, record=replace(side.record, lesions=[_named(lesion, known) for lesion in side.lesions]))
+        for side in (before, after)
     )
     return before, after
 
 
-def _named(lesion: LesionMeasurement, names: Mapping[int, str | None]) -> LesionMeasurement:
+def _named(lesion: LesionMeasurement, names: Mapping[int, str]) -> LesionMeasurement:
     is_nameless = lesion.label_name in (None, f"label_{lesion.label}")
     return replace(lesion, label_name=names.get(lesion.label, lesion.label_name)) if is_nameless else lesion
 

@@ -32,21 +32,20 @@ class Patient:
         return any(baseline and followup for baseline, followup in self.scans)
 
     @property
-    def columns(self) -> Mapping[str, Any]:
+    def cells(self) -> Mapping[str, Any]:
         """What a row of response.csv calls the patient and the scans."""
-        baseline, followup = (";".join(case for case in cases if case) for cases in zip(*self.scans, strict=True))
+        baseline, followup = (
+            ";".join(case or "" for case in cases) if any(cases) else None for cases in zip(*self.scans, strict=True)
+        )
         return {"patient": self.name, "baseline_case": baseline, "followup_case": followup}
 
-    @property
-    def problem(self) -> str:
-        """Why there is nothing to compare; empty if there is."""
-        if self.is_paired:
-            return ""
-        times = [time for time, cases in zip(("baseline", "follow-up"), zip(*self.scans, strict=True)) if any(cases)]
-        if len(times) == 2:
+    def why_unpaired(self, folders: tuple[Path, Path]) -> str:
+        """Why there is nothing to compare."""
+        has_baseline, has_followup = (any(cases) for cases in zip(*self.scans, strict=True))
+        if has_baseline and has_followup:
             return "no line of the table has both a baseline and a follow-up scan of this patient"
-        other = "follow-up" if times == ["baseline"] else "baseline"
-        return f"only a {times[0]} scan: the {other} has no case for it; if it has another name there, give --pairs"
+        here, there = ("baseline", folders[1]) if has_baseline else ("follow-up", folders[0])
+        return f"only a {here} scan: {there} has no case for it; if it has another name there, give --pairs"
 
 
 def same_ids(folders: tuple[Path, Path], known: tuple[Sequence[str], Sequence[str]]) -> list[Patient]:
@@ -120,6 +119,8 @@ def _mistakes(
         if case and case not in known[side]:
             yield f"{folders[side]} has no case {case!r}"
         if case and any(pair[side] == case for pair in scans.get(name, ())):
-            yield f"patient {name!r} has the {time} {case!r} twice: each of its lesions would count twice"
+            yield f"patient {name!r} has the {time} {case!r} twice; two scans against one cannot be compared"
+        if case and any(pair[1 - side] == case for pair in scans.get(name, ())):
+            yield f"{case!r} is a baseline on one line of {name!r} and a follow-up on another: give each two times a name of their own"
     if not any(cases):
         yield "names no case"
