@@ -1,6 +1,7 @@
 """What takes long to make, made once: a small dataset and a model trained on it for a few steps."""
 
 import csv
+import signal
 import tomllib
 from pathlib import Path
 
@@ -57,6 +58,12 @@ epochs = 2
 name = "cnn2d"
 features = [4, 8]
 """
+
+
+def pytest_configure() -> None:
+    # A shell that starts the tests in the background has SIGINT ignored, and so would every process that they start.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
