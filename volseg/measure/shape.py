@@ -202,11 +202,11 @@ def gaps_mm(surfaces: Sequence[np.ndarray]) -> list[float]:
 def _gaps_of_small(surfaces: Sequence[np.ndarray]) -> np.ndarray:
     """(N,) the gap of each surface of up to `SMALL_SURFACE` points, all of them at once; of a larger one that to the nearest small one seen."""
     sizes = [len(points) for points in surfaces]
-    points, owners = np.concatenate(surfaces), np.repeat(np.arange(len(surfaces)), sizes)
     found = np.full(len(surfaces), np.inf)
-    small = np.flatnonzero(np.repeat(sizes, sizes) <= SMALL_SURFACE)
-    if not small.size:
+    if min(sizes) > SMALL_SURFACE:
         return found
+    points, owners = np.concatenate(surfaces), np.repeat(np.arange(len(surfaces)), sizes)
+    small = np.flatnonzero(np.repeat(sizes, sizes) <= SMALL_SURFACE)
     tree = KDTree(points)
     n_neighbours = min(SMALL_SURFACE + 1, len(points))  # one of them belongs to another surface
     for start in range(0, small.size, POINTS_AT_ONCE):
