@@ -7,6 +7,8 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from volseg.columns import column
 from volseg.measure.lesions import LesionMeasurement
 from volseg.measure.matching import Match
@@ -85,6 +87,12 @@ def lesions_of(pairs: Sequence[ScanPair]) -> tuple[list[LesionMeasurement], list
     """All lesions of the baseline and of the follow-up."""
     baseline = [lesion for pair in pairs for lesion in pair.baseline]
     return baseline, [lesion for pair in pairs for lesion in pair.followup]
+
+
+def centroids_mm(lesions: Sequence[LesionMeasurement]) -> np.ndarray:
+    """(N, 3) RAS mm."""
+    rows = [(each.centroid_r_mm, each.centroid_a_mm, each.centroid_s_mm) for each in lesions]
+    return np.array(rows, dtype=float).reshape(-1, 3)
 
 
 def difference(before: float | None, after: float | None) -> tuple[float | None, float | None]:

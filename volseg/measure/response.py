@@ -13,7 +13,7 @@ from scipy.spatial import KDTree
 
 from volseg.columns import column
 from volseg.measure import recist
-from volseg.measure.changes import LesionGroup, ScanPair, difference, groups_of, lesions_of
+from volseg.measure.changes import LesionGroup, ScanPair, centroids_mm, difference, groups_of, lesions_of
 from volseg.measure.lesions import LesionMeasurement
 from volseg.measure.targets import RECIST, choose_targets, diameter_mm, is_lymph_node, is_normal, known, label_of
 
@@ -454,12 +454,7 @@ def _twins(scans: Sequence[Sequence[LesionMeasurement]]) -> list[_Twins]:
         for label in dict.fromkeys(map(label_of, one)):
             here, there = ([lesion for lesion in lesions if label_of(lesion) == label] for lesions in (one, other))
             if there:
-                mm, nearest = map(np.asarray, KDTree(_centroids_mm(there)).query(_centroids_mm(here)))
+                mm, nearest = map(np.asarray, KDTree(centroids_mm(there)).query(centroids_mm(here)))
                 near = np.flatnonzero(mm <= ONE_PLACE_MM).tolist()
                 found += [(here[at], there[int(nearest[at])]) for at in near]
     return found
-
-
-def _centroids_mm(lesions: Sequence[LesionMeasurement]) -> np.ndarray:
-    """(N, 3) RAS mm."""
-    return np.array([(each.centroid_r_mm, each.centroid_a_mm, each.centroid_s_mm) for each in lesions], dtype=float)

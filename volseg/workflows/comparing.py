@@ -19,7 +19,7 @@ from volseg.errors import ScanError, VolsegError
 from volseg.execute.local import run
 from volseg.io.files import make_folder, write_bytes_atomic
 from volseg.io.nifti import read_mask, read_volume
-from volseg.measure.changes import ScanPair, lesion_changes
+from volseg.measure.changes import ScanPair, centroids_mm, lesion_changes
 from volseg.measure.lesions import LesionMeasurement
 from volseg.measure.matching import MAX_DISTANCE_MM, Match, match_lesions
 from volseg.measure.response import PatientResponse, judge_response
@@ -274,12 +274,6 @@ class _Side:
             return ""
         return f"W_SCAN: the {self.time} scan {self.path.name} is not the file that was measured, or was written anew since"
 
-    @property
-    def centroids_mm(self) -> np.ndarray:
-        """(N, 3) RAS mm."""
-        rows = [(lesion.centroid_r_mm, lesion.centroid_a_mm, lesion.centroid_s_mm) for lesion in self.lesions]
-        return np.array(rows, dtype=float).reshape(-1, 3)
-
 
 def _compare_patient(
     patient: Patient, folders: _Folders, settings: CompareSettings, results: ComparisonFolder, key: str
@@ -405,9 +399,9 @@ _WORST = {
 
 def _worst(columns: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """How the scans of a patient lie: where several were placed, what is worst among them; None where one is unknown."""
+    if len(columns) == 1:
+        return dict(columns[0])
     placed = [each for each in columns if each]
-    if len(placed) == 1:
-        return dict(placed[0])
     if not placed:
         return {}
     found: dict[str, Any] = {"registration": ";".join(each.get("registration", "") for each in columns)}
@@ -514,7 +508,9 @@ def _place(before: _Side, after: _Side, settings: CompareSettings) -> Placement:
         return Placement(np.eye(4), {"registration": "identical"})
     found = register(before.scan, after.scan)
     back = np.linalg.inv(found.moved)
-    return as_far_as_trusted(found, np.concatenate([before.centroids_mm, transformed(back, after.centroids_mm)]))
+    return as_far_as_trusted(
+        found, np.concatenate([centroids_mm(before.lesions), transformed(back, centroids_mm(after.lesions))])
+    )
 
 
 def as_far_as_trusted(found: Registration, points_mm: np.ndarray) -> Placement:
