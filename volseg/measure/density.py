@@ -42,7 +42,7 @@ def statistics(values: np.ndarray) -> dict[str, float]:
     values = np.sort(values)  # so that the sums do not depend on the axis order
     low, high = float(values[0]) + 0.0, float(values[-1]) + 0.0  # + 0.0 turns -0 into 0
     middle = _mean(values, lambda part: part)
-    found = {name: _percentile(values, percent) for name, percent in PERCENTILES.items()}
+    found = {name: percentile(values, percent) for name, percent in PERCENTILES.items()}
     found |= {"mean": middle, "sd": 0.0, "min": low, "max": high, "skewness": math.nan, "kurtosis": math.nan}
     if low < high:
         variance, third, fourth = (_mean(values, lambda part, p=power: (part - middle) ** p) for power in (2, 3, 4))
@@ -61,18 +61,18 @@ def mean(values: np.ndarray) -> float:
     return _mean(np.sort(values), lambda part: part)
 
 
-def _mean(values: np.ndarray, of: Callable[[np.ndarray], np.ndarray]) -> float:
-    """Mean of a function of the values, some at a time: a lesion may be all of a scan, and float64 is four times as large."""
-    parts = (values[start : start + SUMMED_TOGETHER] for start in range(0, values.size, SUMMED_TOGETHER))
-    return sum(float(of(part.astype(np.float64)).sum()) for part in parts) / values.size + 0.0
-
-
-def _percentile(values: np.ndarray, percent: float) -> float:
-    """Of sorted values, linear between neighbours."""
+def percentile(values: np.ndarray, percent: float) -> float:
+    """Of (N,) sorted values, N ≥ 1, linear between neighbours."""
     at = percent / 100 * (values.size - 1)
     below = math.floor(at)
     low, high = float(values[below]), float(values[min(below + 1, values.size - 1)])
     return low + (high - low) * (at - below) + 0.0
+
+
+def _mean(values: np.ndarray, of: Callable[[np.ndarray], np.ndarray]) -> float:
+    """Mean of a function of the values, some at a time: a lesion may be all of a scan, and float64 is four times as large."""
+    parts = (values[start : start + SUMMED_TOGETHER] for start in range(0, values.size, SUMMED_TOGETHER))
+    return sum(float(of(part.astype(np.float64)).sum()) for part in parts) / values.size + 0.0
 
 
 def agatston(
@@ -113,7 +113,8 @@ def slice_distance_mm(matrix: np.ndarray) -> float:
 
 def core(inside: np.ndarray) -> np.ndarray:
     """(R, A, S) bool: the voxels whose six neighbours all lie in the lesion."""
-    padded = np.pad(inside, 1)
+    padded = np.zeros([n + 2 for n in inside.shape], bool)
+    padded[1:-1, 1:-1, 1:-1] = inside
     kept = inside.copy()
     for axis in range(3):
         for side in (slice(None, -2), slice(2, None)):

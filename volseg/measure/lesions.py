@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import cc3d
@@ -12,7 +13,7 @@ import numpy as np
 
 from volseg import __version__
 from volseg.columns import column
-from volseg.measure.density import SCHNEIDER, agatston, core, density_g_cm3, mean, statistics
+from volseg.measure.density import SCHNEIDER, agatston, core, density_g_cm3, mean, percentile, statistics
 from volseg.measure.recist import Diameters, diameters, is_measurable, sum_of_diameters_mm
 from volseg.measure.shape import (
     axes_mm,
@@ -274,7 +275,8 @@ def measure_lesions(
         n_voxels = int(found["voxel_counts"][n])
         r, a, s = centroids_mm[n - 1].tolist()
         rows.append(
-            LesionMeasurement(
+            partial(
+                LesionMeasurement,
                 case_id=case_id,
                 lesion_id=n,
                 label=int(label),
@@ -286,8 +288,8 @@ def measure_lesions(
                 **intensity,
                 intensity_unit=intensity_unit,
                 **form.columns,
-                **_axes(form.diameters, lesion, is_node=is_node),
-                **_extent(lesion),
+                **_axes(form, lesion, is_node=is_node),
+                **_extent(form, lesion),
                 centroid_r_mm=r,
                 centroid_a_mm=a,
                 centroid_s_mm=s,
@@ -305,8 +307,8 @@ def measure_lesions(
                 ),
             )
         )
-        surfaces.append(lesion.to_world_mm(form.surface))
-    return [replace(row, nearest_lesion_mm=_rounded(gap)) for row, gap in zip(rows, gaps_mm(surfaces), strict=True)]
+        surfaces.append(lesion.start_mm + form.surface_mm)
+    return [row(nearest_lesion_mm=_rounded(gap)) for row, gap in zip(rows, gaps_mm(surfaces), strict=True)]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -359,9 +361,10 @@ class _Lesion:
         """(3, 3) voxels of the box → mm."""
         return self.scan.geometry.affine[:3, :3]
 
-    def to_world_mm(self, indices: np.ndarray) -> np.ndarray:
-        """(N, 3) voxels of the box → RAS mm."""
-        return self.scan.geometry.to_world_mm(indices + [side.start for side in self.box])
+    @property
+    def start_mm(self) -> np.ndarray:
+        """(3,) RAS of the centre of the first voxel of its box."""
+        return self.scan.geometry.to_world_mm(np.array([side.start for side in self.box]))
 
     def values(self, array: np.ndarray, inside: np.ndarray | None = None) -> np.ndarray:
         """(N,) of a canonical view of the scan where `inside` holds (default: the lesion), in no particular order.
@@ -381,12 +384,14 @@ class _Lesion:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Form:
-    """What follows from the voxels of a lesion and their size alone, wherever it lies."""
+    """What follows from the voxels of a lesion and their size alone, wherever it lies. Points are mm from the first voxel of its box."""
 
     columns: Mapping[str, float]
     diameters: Diameters
+    axes_mm: np.ndarray  # (4, 3) ends of the long axis, ends of the short one
+    extent_mm: np.ndarray  # (2, 3) lowest and highest R, A, S of any of its voxels
     core: np.ndarray  # (R, A, S) bool
-    surface: np.ndarray  # (N, 3) voxels of the box
+    surface_mm: np.ndarray  # (N, 3)
 
     @classmethod
     def of(cls, inside: np.ndarray, matrix: np.ndarray) -> _Form:
@@ -405,7 +410,9 @@ class _Form:
             "flatness": least / major,
             "max3d_diameter_mm": widest_pair(outermost_points(inside), matrix)[0],
         }
-        return cls(columns, diameters(inside, matrix), core(inside), surface_points(inside))
+        found = diameters(inside, matrix)
+        ends_mm = np.concatenate([found.long_ends, found.short_ends]) @ matrix.T
+        return cls(columns, found, ends_mm, _reach_mm(inside, matrix), core(inside), surface_points(inside) @ matrix.T)
 
 
 class _Forms:
@@ -424,26 +431,29 @@ class _Forms:
         return self._known[key]
 
 
-def _extent(lesion: _Lesion) -> dict[str, str]:
-    centres = lesion.to_world_mm(outermost_points(lesion.inside, axes=(0,)))
+def _reach_mm(inside: np.ndarray, matrix: np.ndarray) -> np.ndarray:
+    """(2, 3) lowest and highest R, A, S in mm of any voxel of a lesion, edges included, from the centre of its box's first voxel."""
+    centres = outermost_points(inside, axes=(0,)) @ matrix.T
     # The points lie half a voxel beyond the centres along the first axis; a voxel reaches half of each of its axes beyond its centre.
-    reach = np.abs(lesion.matrix[:, 1:]).sum(axis=1) / 2
-    return {
-        "bbox_min_ras": _point(centres.min(axis=0) - reach),
-        "bbox_max_ras": _point(centres.max(axis=0) + reach),
-    }
+    reach = np.abs(matrix[:, 1:]).sum(axis=1) / 2
+    return np.stack([centres.min(axis=0) - reach, centres.max(axis=0) + reach])
 
 
-def _axes(found: Diameters, lesion: _Lesion, *, is_node: bool) -> dict[str, Any]:
-    long_ends, short_ends = lesion.to_world_mm(found.long_ends), lesion.to_world_mm(found.short_ends)
+def _extent(form: _Form, lesion: _Lesion) -> dict[str, str]:
+    low, high = lesion.start_mm + form.extent_mm
+    return {"bbox_min_ras": _point(low), "bbox_max_ras": _point(high)}
+
+
+def _axes(form: _Form, lesion: _Lesion, *, is_node: bool) -> dict[str, Any]:
+    found, ends = form.diameters, lesion.start_mm + form.axes_mm
     return {
         "long_axis_mm": found.long_mm,
         "short_axis_mm": found.short_mm,
         "axis_slice": found.slice + lesion.box[2].start,
-        "long_axis_p0_ras": _point(long_ends[0]),
-        "long_axis_p1_ras": _point(long_ends[1]),
-        "short_axis_p0_ras": _point(short_ends[0]),
-        "short_axis_p1_ras": _point(short_ends[1]),
+        "long_axis_p0_ras": _point(ends[0]),
+        "long_axis_p1_ras": _point(ends[1]),
+        "short_axis_p0_ras": _point(ends[2]),
+        "short_axis_p1_ras": _point(ends[3]),
         "recist_measurable": is_measurable(
             found.long_mm, found.short_mm, float(np.linalg.norm(lesion.matrix, axis=0).max()), is_node=is_node
         ),
@@ -573,7 +583,7 @@ def _confidence(lesion: _Lesion, voxel_volume_mm3: float) -> tuple[dict[str, flo
     is_known = math.isfinite(expected)
     return {
         "confidence_mean": float(values.mean()),
-        "confidence_p10": float(np.percentile(values, 10)),
+        "confidence_p10": percentile(values, 10),
         "volume_expected_ml": expected * voxel_volume_mm3 / 1000 if is_known else None,
     }, "" if is_known else "volume_expected_ml: the confidence round the lesion is not finite"
 
@@ -581,11 +591,11 @@ def _confidence(lesion: _Lesion, voxel_volume_mm3: float) -> tuple[dict[str, flo
 def _grown(inside: np.ndarray, by: int) -> np.ndarray:
     """(R, A, S) bool: every voxel with one of the lesion at most `by` away along each axis."""
     for axis in range(3):
-        grown = inside.copy()
-        here, there = (np.moveaxis(each, axis, 0) for each in (inside, grown))
-        for step in range(1, min(by + 1, len(here))):
-            there[step:] |= here[:-step]
-            there[:-step] |= here[step:]
+        grown, others = inside.copy(), (slice(None),) * axis
+        for step in range(1, min(by + 1, inside.shape[axis])):
+            ahead, behind = (*others, slice(step, None)), (*others, slice(None, -step))
+            grown[ahead] |= inside[behind]
+            grown[behind] |= inside[ahead]
         inside = grown
     return inside
 

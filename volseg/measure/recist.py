@@ -18,6 +18,7 @@ THICK_SLICE_MM = 5.0  # over it a lesion must be twice as long as slices are apa
 ROUNDING_MM = 1e-4  # what a float32 affine is off by: ten voxels of 1 mm are 10 mm
 SAME_LENGTH_MM = 1e-9
 CONTOUR_PLACES = 4000  # along the long axis, at which the width is looked at
+LOOKED_AT_TOGETHER = 2**20  # places × pieces of contour
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -81,18 +82,21 @@ def _short_axis(plane: np.ndarray, long_ends: np.ndarray, matrix: np.ndarray) ->
     places = np.unique(np.round(u, 9))
     if len(places) > CONTOUR_PLACES:  # a lesion of thousands of voxels across: at every n-th corner
         places = places[:: -(-len(places) // CONTOUR_PLACES)]
-    best, found = -1.0, (0.0, 0.0, 0.0)
-    for place in places.tolist():
-        hit = (low <= place + 1e-9) & (high >= place - 1e-9)
-        length = np.where(hit, u_end - u, 0)[hit]
-        level = np.abs(length) < 1e-9  # a piece of contour that is itself perpendicular: both of its ends count
-        share = np.clip((place - u[hit]) / np.where(level, 1, length), 0, 1)
-        values = np.where(level, v[hit], v[hit] + share * (v_end[hit] - v[hit]))
-        values = np.concatenate([values, v_end[hit][level]])
-        if values.size and np.ptp(values) > best + SAME_LENGTH_MM:
-            best, found = float(np.ptp(values)), (place, float(values.min()), float(values.max()))
-    place, bottom, top = found
-    return best, np.linalg.solve(frame, np.array([[place, place], [bottom, top]])).T
+    rise, is_level = v_end - v, np.abs(u_end - u) < 1e-9  # a level piece is itself perpendicular: all of it counts
+    run, n_together = np.where(is_level, 1, u_end - u), max(1, LOOKED_AT_TOGETHER // len(u))
+    bottoms, tops = [], []
+    for start in range(0, len(places), n_together):
+        some = places[start : start + n_together]
+        place, at = np.nonzero((low <= some[:, None] + 1e-9) & (high >= some[:, None] - 1e-9))
+        crossing = v[at] + np.clip((some[place] - u[at]) / run[at], 0, 1) * rise[at]
+        firsts = np.searchsorted(place, np.arange(len(some)))
+        for found, best, end in ((bottoms, np.minimum, np.minimum(v, v_end)), (tops, np.maximum, np.maximum(v, v_end))):
+            found.append(best.reduceat(np.where(is_level[at], end[at], crossing), firsts))
+    bottom, top = np.concatenate(bottoms), np.concatenate(tops)
+    widths = top - bottom
+    best = int(np.argmax(widths >= widths.max() - SAME_LENGTH_MM))  # the first of those that are equally wide
+    ends = np.array([[places[best], places[best]], [bottom[best], top[best]]])
+    return float(widths[best]), np.linalg.solve(frame, ends).T
 
 
 def is_measurable(long_mm: float, short_mm: float, slice_mm: float, *, is_node: bool) -> bool:

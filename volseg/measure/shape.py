@@ -3,7 +3,7 @@
 The surface is that of marching cubes at 0.5 on the voxels. Where voxels of the lesion touch along an edge only, it joins them, as the
 lesions themselves are joined; Lorensen and Cline's cubes do so for what is low, hence the mask upside down. On a mask a cube between eight voxel centres can look in only 256 ways, so
 the surface is counted, not built: area and volume are sums over how often each of the 256 occurs. That needs a few bytes per voxel
-of one plane, whatever the size of the lesion.
+of a few planes, whatever the size of the lesion.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from scipy.spatial import ConvexHull, KDTree
 from scipy.spatial.distance import cdist
 
 N_CUBES = 256
+COUNTED_TOGETHER = 2**16  # voxels of neighbouring planes
 FEW_POINTS = 64  # of so few points all distances are found sooner than their hull
 POINTS_AT_ONCE = 2000
 MANY_BOXES = 32
@@ -48,27 +49,25 @@ def mesh(inside: np.ndarray, matrix: np.ndarray) -> tuple[float, float]:
     # A linear map takes the normal of a surface, as long as its area, by its cofactors.
     areas_mm2 = np.linalg.norm(cubes.normals @ (determinant * np.linalg.inv(matrix)), axis=1)
     area_mm2 = np.bincount(cubes.kinds, areas_mm2, minlength=N_CUBES)
-    volume, area = 0.0, 0.0
-    for x, counts in enumerate(_count_cubes(inside), start=-1):
-        volume += float(counts @ cubes.flux + x * (counts @ cubes.facing))
-        area += float(counts @ area_mm2)
-    return volume * abs(determinant), area
+    counts = _count_cubes(inside)
+    x = np.arange(-1, len(inside))
+    volume = float((counts @ cubes.flux + x * (counts @ cubes.facing)).sum())
+    return volume * abs(determinant), float((counts @ area_mm2).sum())
 
 
-def _count_cubes(inside: np.ndarray) -> Iterator[np.ndarray]:
-    """(256,) how often each kind of cube occurs between planes x and x + 1, for x from −1."""
-    empty = np.zeros((inside.shape[1] + 1, inside.shape[2] + 1), np.uint8)
-    low = empty
-    for plane in (*inside, None):
-        high = empty if plane is None else _corners(plane)
-        yield np.bincount((16 * low + high).ravel(), minlength=N_CUBES)
-        low = high
-
-
-def _corners(plane: np.ndarray) -> np.ndarray:
-    """(A + 1, S + 1) four bits for the four corners that a cube has in this plane of voxels."""
-    padded = np.pad(plane.astype(np.uint8), 1)
-    return 8 * padded[:-1, :-1] + 4 * padded[:-1, 1:] + 2 * padded[1:, :-1] + padded[1:, 1:]
+def _count_cubes(inside: np.ndarray) -> np.ndarray:
+    """(R + 1, 256) how often each kind of cube occurs between planes x and x + 1, for x from −1."""
+    n_planes, counts = max(1, COUNTED_TOGETHER // inside[0].size), []
+    for start in range(-1, len(inside), n_planes):
+        stop = min(start + n_planes, len(inside))
+        padded = np.zeros((stop + 1 - start, inside.shape[1] + 2, inside.shape[2] + 2), np.uint8)
+        padded[max(0, -start) : len(inside) - start, 1:-1, 1:-1] = inside[max(0, start) : stop + 1]
+        # Four bits for the four corners that a cube has in each plane of voxels.
+        low = 8 * padded[:, :-1, :-1] + 4 * padded[:, :-1, 1:] + 2 * padded[:, 1:, :-1] + padded[:, 1:, 1:]
+        kinds = (16 * low[:-1] + low[1:]).reshape(stop - start, -1) + N_CUBES * np.arange(stop - start)[:, None]
+        found = np.bincount(kinds.ravel(), minlength=N_CUBES * (stop - start))
+        counts.append(found.reshape(-1, N_CUBES))
+    return np.concatenate(counts)
 
 
 @cache
@@ -127,10 +126,11 @@ def outermost_points(inside: np.ndarray, axes: tuple[int, ...] = (0, 1, 2)) -> n
     found = []
     for axis in axes:
         hit = inside.any(axis=axis)
-        first = inside.argmax(axis=axis)[hit] - 0.5
-        last = inside.shape[axis] - 0.5 - np.flip(inside, axis).argmax(axis=axis)[hit]
-        others = np.argwhere(hit).astype(np.float64)
-        found += [np.insert(others, axis, end, axis=1) for end in (first, last)]
+        ends = np.empty((2, int(hit.sum()), 3))
+        ends[:, :, [other for other in range(3) if other != axis]] = np.argwhere(hit)
+        ends[0, :, axis] = inside.argmax(axis=axis)[hit] - 0.5
+        ends[1, :, axis] = inside.shape[axis] - 0.5 - np.flip(inside, axis).argmax(axis=axis)[hit]
+        found += [ends[0], ends[1]]
     return np.concatenate(found)
 
 
