@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from laws import GRIDS, ball, ball_volume_mm3, centre_mm, grid_around, oblique, orientations, real_data
 
 from volseg.columns import columns_of
+from volseg.measure import lesions as measure_lesions_module
 from volseg.measure.lesions import CaseRow, LesionMeasurement, measure_lesions, summarise
 from volseg.measure.selftest import ibsi_phantom
 from volseg.postprocess.lesions import label_lesions
@@ -256,6 +257,18 @@ def test_all_48_orientations_give_identical_rows(grid, spacing_mm):
             )
             assert exact(row) == exact(before)
             assert printed(row) == printed(before)
+
+
+@pytest.mark.parametrize("voxels", [1, 30, 200])
+def test_lesions_measured_together_have_the_rows_of_each_measured_alone(voxels, monkeypatch):
+    image, mask = random_scan(background=0.97)
+    confidence = np.random.default_rng(2).random(image.shape)
+    image[3, 3, 3] = confidence[0] = np.nan
+    together = measure(image, mask, confidence=confidence)
+    monkeypatch.setattr(measure_lesions_module, "MEASURED_TOGETHER", voxels)
+    assert [exact(row) for row in measure(image, mask, confidence=confidence)] == [exact(row) for row in together]
+    assert any(math.isnan(row.intensity_mean) for row in together)
+    assert any(row.confidence_mean is None for row in together)
 
 
 def test_no_last_bit_decides_the_last_printed_digit_of_a_centroid():

@@ -10,7 +10,9 @@ from laws import GRIDS, ball, ball_volume_mm3, centre_mm, grid_around, oblique
 from scipy.spatial.distance import cdist
 from skimage.measure import marching_cubes, mesh_surface_area
 
+from volseg.measure import ragged
 from volseg.measure.density import agatston, core, density_g_cm3, slice_distance_mm, statistics
+from volseg.measure.ragged import Ragged
 from volseg.measure.recist import diameters, is_measurable, sum_of_diameters_mm
 from volseg.measure.shape import axes_mm, gaps_mm, mesh, outermost_points, sphericity, surface_points, widest_pair
 from volseg.preprocess.crop import AxisOrder, canonical_geometry, to_canonical
@@ -141,9 +143,7 @@ def test_balls_ellipsoids_and_rods_have_their_sizes(spacing_mm, angles):
     share = 1.5 * (0.007 if voxel <= 1 else 0.011 if voxel <= 2.5 else 0.053)
     counted_mm3 = inside.sum() * abs(np.linalg.det(matrix))
     assert counted_mm3 == pytest.approx(ball_volume_mm3(10), rel=share)
-    assert density_g_cm3(np.full(inside.sum(), 40)) * counted_mm3 == pytest.approx(
-        1.0506 * ball_volume_mm3(10), rel=share
-    )
+    assert density(40) * counted_mm3 == pytest.approx(1.0506 * ball_volume_mm3(10), rel=share)
     assert volume_mm3 == pytest.approx(ball_volume_mm3(10), rel=0.06)
     assert 0.8 < sphericity(volume_mm3, area_mm2) < 1
     assert widest_pair(outermost_points(inside), matrix)[0] == pytest.approx(20, abs=1.01 * voxel)
@@ -263,25 +263,49 @@ def test_the_core_is_what_no_face_of_the_outside_touches():
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.integers(0, 2**32 - 1), st.integers(2, 300))
-def test_statistics_by_their_definition(seed, n):
-    values = np.random.default_rng(seed).normal(50, 20, n)
-    found = statistics(values)
-    z = (values - values.mean()) / values.std()
-    assert found["skewness"] == pytest.approx((z**3).mean())
-    assert found["kurtosis"] == pytest.approx((z**4).mean() - 3)
-    assert [found[f"p{q:02}"] for q in (5, 10, 25, 75, 90, 95)] == pytest.approx(
-        np.percentile(values, [5, 10, 25, 75, 90, 95]).tolist(), rel=1e-12
-    )
-    flat = statistics(np.full(n, 0.1))
-    assert flat["sd"] == 0 and np.isnan(flat["skewness"]) and np.isnan(flat["kurtosis"])
+@given(st.integers(0, 2**32 - 1), st.lists(st.integers(1, 300), min_size=1, max_size=6))
+def test_statistics_by_their_definition(seed, sizes):
+    random = np.random.default_rng(seed)
+    parts = [random.normal(50, 20, n) for n in sizes]
+    found = statistics(Ragged.of([*parts, np.full(7, 0.1)]))
+    for n, values in enumerate(parts):
+        assert [found[name][n] for name in ("mean", "sd", "min", "max")] == pytest.approx(
+            [values.mean(), values.std(), values.min(), values.max()], rel=1e-12, abs=1e-9
+        )
+        percents = {"p05": 5, "p10": 10, "p25": 25, "median": 50, "p75": 75, "p90": 90, "p95": 95}
+        assert [found[name][n] for name in percents] == pytest.approx(
+            np.percentile(values, list(percents.values())).tolist(), rel=1e-12
+        )
+        if len(values) > 1:
+            z = (values - values.mean()) / values.std()
+            assert found["skewness"][n] == pytest.approx((z**3).mean())
+            assert found["kurtosis"][n] == pytest.approx((z**4).mean() - 3)
+    assert found["sd"][-1] == 0 and np.isnan(found["skewness"][-1]) and np.isnan(found["kurtosis"][-1])
+
+
+@pytest.mark.parametrize("together", [1, 3, 7, 2**20])
+def test_sums_over_lesions_do_not_depend_on_how_many_values_are_summed_at_a_time(together, monkeypatch):
+    monkeypatch.setattr(ragged, "SUMMED_TOGETHER", together)
+    random = np.random.default_rng(0)
+    parts = [random.integers(-99, 99, n).astype(np.int16) for n in (0, 1, 5, 0, 0, 12, 2, 0)]
+    found = Ragged.of(parts)
+    assert found.sum().tolist() == [part.sum() for part in parts]
+    assert found.sum(lambda values, lesion: values * lesion).tolist() == [
+        n * part.sum() for n, part in enumerate(parts)
+    ]
+    assert Ragged.of([np.zeros(0, np.uint8)] * 3).sum().tolist() == [0, 0, 0]
+
+
+def density(*hu, **settings):
+    """Mean of the voxels of one lesion."""
+    return density_g_cm3(Ragged.of([np.array(hu, float)]), **settings).item()
 
 
 def test_density_goes_through_the_published_points():
     for hu, expected in [(-1000, 0.00121), (-98, 0.93), (14, 1.03), (100, 1.1199), (1600, 1.9642)]:
-        assert density_g_cm3(np.array([hu])) == pytest.approx(expected)
-    assert density_g_cm3(np.array([-2000.0, 9000.0])) == pytest.approx((0.00121 + 2.8) / 2)
-    assert density_g_cm3(np.array([0.0]), [(-1000, 0), (0, 1), (1000, 2)]) == 1
+        assert density(hu) == pytest.approx(expected)
+    assert density(-2000, 9000) == pytest.approx((0.00121 + 2.8) / 2)
+    assert density(0, calibration=[(-1000, 0), (0, 1), (1000, 2)]) == 1
 
 
 @pytest.mark.parametrize(

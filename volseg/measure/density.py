@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import cc3d
 import numpy as np
+
+from volseg.measure.ragged import Ragged
 
 PERCENTILES = {"p05": 5, "p10": 10, "p25": 25, "median": 50, "p75": 75, "p90": 90, "p95": 95}
 
@@ -24,55 +25,41 @@ SCHNEIDER = (
     (3000.0, 2.8),
 )
 
-SUMMED_TOGETHER = 2**20  # voxels
 AGATSTON_SLICE_MM = 3.0  # for which the score is defined
 AGATSTON_STEPS_HU = (200.0, 300.0, 400.0)  # of the peak, from which a slice counts 2, 3 and 4 times
 AGATSTON_SMALLEST_MM2 = 1.0
 ROUNDING = 1e-4  # of an area on an oblique grid of a float32 affine: four pixels of 0.25 mm² are 1 mm²
 
 
-def statistics(values: np.ndarray) -> dict[str, float]:
-    """Mean, SD and so on of (N,) finite intensities, N ≥ 1, by the end of their column's name.
+def statistics(values: Ragged) -> dict[str, np.ndarray]:
+    """Mean, SD and so on of the finite intensities of L lesions, (L,) each, by the end of their column's name.
 
     Percentiles are interpolated linearly between neighbouring values, as pyradiomics does; skewness and excess kurtosis are those of
     the population and NaN where all values are equal.
 
     Source: IBSI 1, section 3.3 (arXiv 1612.07003).
     """
-    values = np.sort(values)  # so that the sums do not depend on the axis order
-    low, high = float(values[0]) + 0.0, float(values[-1]) + 0.0  # + 0.0 turns -0 into 0
-    middle = _mean(values, lambda part: part)
-    found = {name: percentile(values, percent) for name, percent in PERCENTILES.items()}
-    found |= {"mean": middle, "sd": 0.0, "min": low, "max": high, "skewness": math.nan, "kurtosis": math.nan}
-    if low < high:
-        variance, third, fourth = (_mean(values, lambda part, p=power: (part - middle) ** p) for power in (2, 3, 4))
-        found |= {"sd": math.sqrt(variance), "skewness": third / variance**1.5, "kurtosis": fourth / variance**2 - 3}
-    return found
+    low, high = values.first.astype(np.float64) + 0.0, values.last.astype(np.float64) + 0.0  # + 0.0 turns -0 into 0
+    middle = values.mean()
+    found = {name: values.percentile(percent) for name, percent in PERCENTILES.items()}
+    variance, third, fourth = (
+        values.mean(lambda part, lesion, p=power: (part - middle[lesion]) ** p) for power in (2, 3, 4)
+    )
+    variance = np.where(low < high, variance, np.nan)  # the mean of equal values may be off in its last bit
+    return found | {
+        "mean": middle,
+        "sd": np.where(low < high, np.sqrt(variance), 0.0),
+        "min": low,
+        "max": high,
+        "skewness": third / variance**1.5,
+        "kurtosis": fourth / variance**2 - 3,
+    }
 
 
-def density_g_cm3(hu: np.ndarray, calibration: Sequence[tuple[float, float]] = SCHNEIDER) -> float:
-    """Mean mass density of (N,) voxels, N ≥ 1, linear between the points (HU, g/cm³) of the calibration and constant beyond them."""
+def density_g_cm3(hu: Ragged, calibration: Sequence[tuple[float, float]] = SCHNEIDER) -> np.ndarray:
+    """(L,) mean mass density of the voxels, linear between the points (HU, g/cm³) of the calibration and constant beyond them."""
     at, density = np.array(calibration).T
-    return _mean(np.sort(hu), lambda part: np.interp(part, at, density))
-
-
-def mean(values: np.ndarray) -> float:
-    """Of (N,) finite values, N ≥ 1, whatever their order."""
-    return _mean(np.sort(values), lambda part: part)
-
-
-def percentile(values: np.ndarray, percent: float) -> float:
-    """Of (N,) sorted values, N ≥ 1, linear between neighbours."""
-    at = percent / 100 * (values.size - 1)
-    below = math.floor(at)
-    low, high = float(values[below]), float(values[min(below + 1, values.size - 1)])
-    return low + (high - low) * (at - below) + 0.0
-
-
-def _mean(values: np.ndarray, of: Callable[[np.ndarray], np.ndarray]) -> float:
-    """Mean of a function of the values, some at a time: a lesion may be all of a scan, and float64 is four times as large."""
-    parts = (values[start : start + SUMMED_TOGETHER] for start in range(0, values.size, SUMMED_TOGETHER))
-    return sum(float(of(part.astype(np.float64)).sum()) for part in parts) / values.size + 0.0
+    return hu.mean(lambda part, lesion: np.interp(part, at, density))
 
 
 def agatston(

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, Literal
 
 import cc3d
@@ -13,7 +13,8 @@ import numpy as np
 
 from volseg import __version__
 from volseg.columns import column
-from volseg.measure.density import SCHNEIDER, agatston, core, density_g_cm3, mean, percentile, statistics
+from volseg.measure.density import SCHNEIDER, agatston, core, density_g_cm3, statistics
+from volseg.measure.ragged import Ragged
 from volseg.measure.recist import Diameters, diameters, is_measurable, sum_of_diameters_mm
 from volseg.measure.shape import (
     axes_mm,
@@ -32,6 +33,7 @@ from volseg.volume import BoundingBox, Geometry, Volume
 Box = tuple[slice, slice, slice]
 AS_USUAL = Measure()
 SMALL_VOXELS = 125  # of a box
+MEASURED_TOGETHER = 2**20  # voxels in the boxes of lesions
 EXPECTED_REACH = 2  # voxels round a lesion that count for its expected volume
 
 
@@ -258,56 +260,57 @@ def measure_lesions(
     scan = _Scan.of(image, ids, confidence)
     # |det A| differs in its last bit between axis orders; 12 digits do not.
     voxel_volume_mm3 = float(f"{image.geometry.voxel_volume_mm3:.12g}")
-    spacing_r_mm, spacing_a_mm, spacing_s_mm = scan.geometry.spacing_mm
+    spacing_r_mm, spacing_a_mm, spacing_s_mm = scan.spacing_mm
     forms = _Forms(scan.geometry.affine[:3, :3])
     rows, surfaces = [], []
-    for n, label in enumerate(labels, start=1):
-        lesion_box = scan.box_of(_shift(found["bounding_boxes"][n], box))
-        lesion = _Lesion(scan, n, lesion_box, scan.ids[lesion_box] == n)
-        name_note = "" if label in label_names else f"label_name: value {label} has no name"
-        axes_note = "axes: a single voxel has none" if found["voxel_counts"][n] == 1 else ""
-        is_node = label_names.get(label) in settings.lymph_nodes
-        form = forms.of(lesion.inside)
-        values = scan.image.intensities(lesion.values(scan.image.array))
-        intensity, intensity_note = _intensity(values, form.core, lesion, voxel_volume_mm3, intensity_unit, settings)
-        trust, trust_note = _confidence(lesion, voxel_volume_mm3)
-        scores, class_note = _class(classes[n - 1]) if classes is not None else (NO_CLASS, "")
-        n_voxels = int(found["voxel_counts"][n])
-        r, a, s = centroids_mm[n - 1].tolist()
-        rows.append(
-            partial(
-                LesionMeasurement,
-                case_id=case_id,
-                lesion_id=n,
-                label=int(label),
-                label_name=label_names.get(label),
-                n_voxels=n_voxels,
-                volume_mm3=n_voxels * voxel_volume_mm3,
-                volume_ml=n_voxels * voxel_volume_mm3 / 1000,
-                equiv_sphere_diameter_mm=equivalent_diameter_mm(n_voxels * voxel_volume_mm3),
-                **intensity,
-                intensity_unit=intensity_unit,
-                **form.columns,
-                **_axes(form, lesion, is_node=is_node),
-                **_extent(form, lesion),
-                centroid_r_mm=r,
-                centroid_a_mm=a,
-                centroid_s_mm=s,
-                touches_border=_touches_border(lesion_box, scan.ids.shape),
-                **trust,
-                **scores,
-                spacing_r_mm=spacing_r_mm,
-                spacing_a_mm=spacing_a_mm,
-                spacing_s_mm=spacing_s_mm,
-                connectivity=connectivity,
-                model=model,
-                volseg_version=__version__,
-                notes="; ".join(
-                    note for note in (name_note, axes_note, intensity_note, trust_note, class_note) if note
-                ),
+    boxes = [scan.box_of(_shift(each, box)) for each in found["bounding_boxes"][1:]]
+    for numbers in _groups(boxes):
+        lesions = [_Lesion.of(scan, n, boxes[n - 1], forms) for n in numbers]
+        intensities = _intensities(lesions, voxel_volume_mm3, intensity_unit, settings)
+        trusts = _confidences(lesions, voxel_volume_mm3)
+        for lesion, (intensity, intensity_note), (trust, trust_note) in zip(lesions, intensities, trusts, strict=True):
+            n, form = lesion.number, lesion.form
+            label = int(labels[n - 1])
+            name_note = "" if label in label_names else f"label_name: value {label} has no name"
+            n_voxels = int(found["voxel_counts"][n])
+            axes_note = "axes: a single voxel has none" if n_voxels == 1 else ""
+            is_node = label_names.get(label) in settings.lymph_nodes
+            scores, class_note = _class(classes[n - 1]) if classes is not None else (NO_CLASS, "")
+            r, a, s = centroids_mm[n - 1].tolist()
+            rows.append(
+                partial(
+                    LesionMeasurement,
+                    case_id=case_id,
+                    lesion_id=n,
+                    label=label,
+                    label_name=label_names.get(label),
+                    n_voxels=n_voxels,
+                    volume_mm3=n_voxels * voxel_volume_mm3,
+                    volume_ml=n_voxels * voxel_volume_mm3 / 1000,
+                    equiv_sphere_diameter_mm=equivalent_diameter_mm(n_voxels * voxel_volume_mm3),
+                    **intensity,
+                    intensity_unit=intensity_unit,
+                    **form.columns,
+                    **_axes(lesion, is_node=is_node),
+                    **_extent(lesion),
+                    centroid_r_mm=r,
+                    centroid_a_mm=a,
+                    centroid_s_mm=s,
+                    touches_border=_touches_border(lesion.box, scan.ids.shape),
+                    **trust,
+                    **scores,
+                    spacing_r_mm=spacing_r_mm,
+                    spacing_a_mm=spacing_a_mm,
+                    spacing_s_mm=spacing_s_mm,
+                    connectivity=connectivity,
+                    model=model,
+                    volseg_version=__version__,
+                    notes="; ".join(
+                        note for note in (name_note, axes_note, intensity_note, trust_note, class_note) if note
+                    ),
+                )
             )
-        )
-        surfaces.append(lesion.start_mm + form.surface_mm)
+            surfaces.append(lesion.start_mm + form.surface_mm)
     return [row(nearest_lesion_mm=_rounded(gap)) for row, gap in zip(rows, gaps_mm(surfaces), strict=True)]
 
 
@@ -320,18 +323,21 @@ class _Scan:
     confidence: np.ndarray | None
     order: AxisOrder
     memory: tuple[int, int, int]  # the axes from the slowest in memory to the fastest
+    spacing_mm: tuple[float, float, float]
 
     @classmethod
     def of(cls, image: Volume, ids: np.ndarray, confidence: np.ndarray | None) -> _Scan:
         order = AxisOrder.of(image.geometry)
         array = to_canonical(image.array, order)
         i, j, k = np.argsort([-abs(stride) for stride in array.strides], kind="stable").tolist()
+        geometry = canonical_geometry(image.geometry, order)
         return cls(
-            replace(image, array=array, geometry=canonical_geometry(image.geometry, order)),
+            replace(image, array=array, geometry=geometry),
             to_canonical(ids, order),
             None if confidence is None else to_canonical(confidence, order),
             order,
             (i, j, k),
+            geometry.spacing_mm,
         )
 
     @property
@@ -347,24 +353,32 @@ class _Scan:
         return sides[0], sides[1], sides[2]
 
 
+def _groups(boxes: Sequence[Box]) -> Iterator[range]:
+    """Numbers of lesions that are measured together: thousands of specks, or one that is as large as the scan."""
+    first, size = 1, 0
+    for n, box in enumerate(boxes, start=1):
+        voxels = math.prod(side.stop - side.start for side in box)
+        if n > first and size + voxels > MEASURED_TOGETHER:
+            yield range(first, n)
+            first, size = n, 0
+        size += voxels
+    yield range(first, len(boxes) + 1)
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class _Lesion:
-    """One lesion in its bounding box; `inside` is (R, A, S) bool."""
+    """One lesion in its bounding box, whose first voxel has its centre at `start_mm` (3,) RAS."""
 
     scan: _Scan
     number: int
     box: Box
-    inside: np.ndarray
+    start_mm: np.ndarray
+    form: _Form
 
-    @property
-    def matrix(self) -> np.ndarray:
-        """(3, 3) voxels of the box → mm."""
-        return self.scan.geometry.affine[:3, :3]
-
-    @property
-    def start_mm(self) -> np.ndarray:
-        """(3,) RAS of the centre of the first voxel of its box."""
-        return self.scan.geometry.to_world_mm(np.array([side.start for side in self.box]))
+    @classmethod
+    def of(cls, scan: _Scan, number: int, box: Box, forms: _Forms) -> _Lesion:
+        start_mm = scan.geometry.to_world_mm(np.array([side.start for side in box]))
+        return cls(scan, number, box, start_mm, forms.of(scan.ids[box] == number))
 
     def values(self, array: np.ndarray, inside: np.ndarray | None = None) -> np.ndarray:
         """(N,) of a canonical view of the scan where `inside` holds (default: the lesion), in no particular order.
@@ -372,25 +386,29 @@ class _Lesion:
         Boolean indexing is several times faster along memory.
         """
         axes = self.scan.memory
-        return array[self.box].transpose(axes)[(self.inside if inside is None else inside).transpose(axes)]
+        return array[self.box].transpose(axes)[(self.form.inside if inside is None else inside).transpose(axes)]
 
-    def grown(self, by: int) -> Box:
-        """Its box and so many voxels on every side, as far as the scan goes."""
-        sides = [
-            slice(max(0, side.start - by), min(n, side.stop + by)) for side, n in zip(self.box, self.scan.ids.shape)
-        ]
-        return sides[0], sides[1], sides[2]
+    def doubted(self) -> np.ndarray:
+        """(N,) confidence in the background round the lesion, in no particular order."""
+        assert self.scan.confidence is not None
+        by, sides, halo_sides = EXPECTED_REACH, [], []
+        for side, n in zip(self.box, self.scan.ids.shape, strict=True):
+            start, stop = max(0, side.start - by), min(n, side.stop + by)
+            sides.append(slice(start, stop))
+            halo_sides.append(slice(start - side.start + by, stop - side.start + by))
+        box = tuple(sides)
+        return self.scan.confidence[box][self.form.halo[tuple(halo_sides)] & (self.scan.ids[box] == 0)]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class _Form:
     """What follows from the voxels of a lesion and their size alone, wherever it lies. Points are mm from the first voxel of its box."""
 
+    inside: np.ndarray  # (R, A, S) bool
     columns: Mapping[str, float]
     diameters: Diameters
     axes_mm: np.ndarray  # (4, 3) ends of the long axis, ends of the short one
     extent_mm: np.ndarray  # (2, 3) lowest and highest R, A, S of any of its voxels
-    core: np.ndarray  # (R, A, S) bool
     surface_mm: np.ndarray  # (N, 3)
 
     @classmethod
@@ -412,7 +430,21 @@ class _Form:
         }
         found = diameters(inside, matrix)
         ends_mm = np.concatenate([found.long_ends, found.short_ends]) @ matrix.T
-        return cls(columns, found, ends_mm, _reach_mm(inside, matrix), core(inside), surface_points(inside) @ matrix.T)
+        return cls(inside, columns, found, ends_mm, _reach_mm(inside, matrix), surface_points(inside) @ matrix.T)
+
+    @cached_property
+    def core(self) -> np.ndarray:
+        """(R, A, S) bool: the voxels whose neighbours all lie in the lesion."""
+        return core(self.inside)
+
+    @cached_property
+    def has_core(self) -> bool:
+        return bool(self.core.any())
+
+    @cached_property
+    def halo(self) -> np.ndarray:
+        """(R, A, S) bool of the box and `EXPECTED_REACH` voxels on every side: those with one of the lesion so near along each axis."""
+        return _grown(np.pad(self.inside, EXPECTED_REACH), EXPECTED_REACH)
 
 
 class _Forms:
@@ -439,13 +471,13 @@ def _reach_mm(inside: np.ndarray, matrix: np.ndarray) -> np.ndarray:
     return np.stack([centres.min(axis=0) - reach, centres.max(axis=0) + reach])
 
 
-def _extent(form: _Form, lesion: _Lesion) -> dict[str, str]:
-    low, high = lesion.start_mm + form.extent_mm
+def _extent(lesion: _Lesion) -> dict[str, str]:
+    low, high = lesion.start_mm + lesion.form.extent_mm
     return {"bbox_min_ras": _point(low), "bbox_max_ras": _point(high)}
 
 
-def _axes(form: _Form, lesion: _Lesion, *, is_node: bool) -> dict[str, Any]:
-    found, ends = form.diameters, lesion.start_mm + form.axes_mm
+def _axes(lesion: _Lesion, *, is_node: bool) -> dict[str, Any]:
+    found, ends = lesion.form.diameters, lesion.start_mm + lesion.form.axes_mm
     return {
         "long_axis_mm": found.long_mm,
         "short_axis_mm": found.short_mm,
@@ -454,9 +486,7 @@ def _axes(form: _Form, lesion: _Lesion, *, is_node: bool) -> dict[str, Any]:
         "long_axis_p1_ras": _point(ends[1]),
         "short_axis_p0_ras": _point(ends[2]),
         "short_axis_p1_ras": _point(ends[3]),
-        "recist_measurable": is_measurable(
-            found.long_mm, found.short_mm, float(np.linalg.norm(lesion.matrix, axis=0).max()), is_node=is_node
-        ),
+        "recist_measurable": is_measurable(found.long_mm, found.short_mm, max(lesion.scan.spacing_mm), is_node=is_node),
     }
 
 
@@ -465,7 +495,8 @@ def _point(point_mm: np.ndarray) -> str:
 
     Rounded twice, so that no last bit decides the last printed digit.
     """
-    return f"[{', '.join(f'{round(_rounded(value), 3) + 0.0:.3f}' for value in point_mm.tolist())}]"
+    r, a, s = (round(_rounded(value), 3) + 0.0 for value in point_mm.tolist())
+    return f"[{r:.3f}, {a:.3f}, {s:.3f}]"
 
 
 def _rounded(value: float) -> float:
@@ -516,47 +547,73 @@ def _touches_border(box: Box, shape: tuple[int, ...]) -> bool:
     return any(side.start == 0 or side.stop == size for side, size in zip(box, shape, strict=True))
 
 
-def _intensity(
-    values: np.ndarray, middle: np.ndarray, lesion: _Lesion, voxel_volume_mm3: float, unit: str, settings: Measure
-) -> tuple[dict[str, Any], str]:
-    """Statistics of the intensities of a lesion, what follows from them, and a note on what does not."""
-    n_lost = values.size - int(np.isfinite(values).sum())
-    if n_lost:
-        why = f"{n_lost} of {values.size} voxels are not finite"
-        scored = ["agatston_score", "calcium"] if settings.calcium else []
-        names = ["intensity", *(["mass", "density"] if unit == "HU" else []), *scored]
-        return dict.fromkeys(INTENSITY_COLUMNS, math.nan), f"{', '.join(names)}: {why}"
-    found: dict[str, Any] = {f"intensity_{name}": value for name, value in statistics(values).items()}
-    notes = []
-    if not found["intensity_sd"]:
-        notes.append("intensity_skewness and kurtosis: all intensities are equal")
-    inner = lesion.scan.image.intensities(lesion.values(lesion.scan.image.array, middle))
-    if inner.size:
-        found["intensity_mean_eroded1"] = mean(inner)
-    else:
-        notes.append("intensity_mean_eroded1: no voxel has all its neighbours in the lesion")
-    if unit == "HU":
-        calibration = settings.density_g_cm3 or SCHNEIDER
-        density = density_g_cm3(values, calibration)
-        found |= {"density_g_cm3": density, "mass_g": density * values.size * voxel_volume_mm3 / 1000}
-        for is_beyond, end, word in (
-            (values > calibration[-1][0], calibration[-1][0], "over"),
-            (values < calibration[0][0], calibration[0][0], "under"),
-        ):
-            if n_beyond := int(is_beyond.sum()):
-                notes.append(f"mass: {n_beyond} voxels are {word} {end:g} HU, where the calibration ends")
-    if settings.calcium and unit == "HU":
-        calcium, note = _calcium(lesion, voxel_volume_mm3, settings)
-        found |= calcium
-        notes += [note] if note else []
-    elif settings.calcium:
-        notes.append(f"calcium: it is scored in HU, not in {unit}")
-    return found, "; ".join(notes)
+def _intensities(
+    lesions: Sequence[_Lesion], voxel_volume_mm3: float, unit: str, settings: Measure
+) -> list[tuple[dict[str, Any], str]]:
+    """Of each lesion statistics of its intensities, what follows from them, and a note on what does not."""
+    image, is_hu = lesions[0].scan.image, unit == "HU"
+    values = Ragged.of([image.intensities(lesion.values(image.array)) for lesion in lesions])
+    cores = Ragged.of(
+        [
+            image.intensities(
+                lesion.values(image.array, lesion.form.core) if lesion.form.has_core else image.array[:0, 0, 0]
+            )
+            for lesion in lesions
+        ]
+    )
+    calibration = settings.density_g_cm3 or SCHNEIDER
+    with np.errstate(invalid="ignore", divide="ignore"):  # of lesions with voxels that are not finite nothing is taken
+        known = {f"intensity_{name}": found.tolist() for name, found in statistics(values).items()}
+        core_means = np.where(cores.counts > 0, cores.sum() / cores.counts + 0.0, np.nan).tolist()
+        densities = density_g_cm3(values, calibration).tolist() if is_hu else []
+    (low_hu, _), (high_hu, _) = calibration[0], calibration[-1]
+    # Sorted: what is not finite, or beyond the calibration, shows at the ends.
+    lost = _counts(values, ~(np.isfinite(values.first) & np.isfinite(values.last)), lambda part: ~np.isfinite(part))
+    over = _counts(values, values.last > high_hu, lambda part: part > high_hu)
+    under = _counts(values, values.first < low_hu, lambda part: part < low_hu)
+    measured = []
+    for n, (lesion, size) in enumerate(zip(lesions, values.counts.tolist(), strict=True)):
+        if lost[n]:
+            scored = ["agatston_score", "calcium"] if settings.calcium else []
+            names = ["intensity", *(["mass", "density"] if is_hu else []), *scored]
+            note = f"{', '.join(names)}: {lost[n]} of {size} voxels are not finite"
+            measured.append((dict.fromkeys(INTENSITY_COLUMNS, math.nan), note))
+            continue
+        found: dict[str, Any] = {name: column[n] for name, column in known.items()}
+        notes = []
+        if not found["intensity_sd"]:
+            notes.append("intensity_skewness and kurtosis: all intensities are equal")
+        if lesion.form.has_core:
+            found["intensity_mean_eroded1"] = core_means[n]
+        else:
+            notes.append("intensity_mean_eroded1: no voxel has all its neighbours in the lesion")
+        if is_hu:
+            found |= {"density_g_cm3": densities[n], "mass_g": densities[n] * size * voxel_volume_mm3 / 1000}
+            for n_beyond, end, word in ((over[n], high_hu, "over"), (under[n], low_hu, "under")):
+                if n_beyond:
+                    notes.append(f"mass: {n_beyond} voxels are {word} {end:g} HU, where the calibration ends")
+        if settings.calcium and is_hu:
+            calcium, note = _calcium(lesion, voxel_volume_mm3, settings)
+            found |= calcium
+            notes += [note] if note else []
+        elif settings.calcium:
+            notes.append(f"calcium: it is scored in HU, not in {unit}")
+        measured.append((found, "; ".join(notes)))
+    return measured
+
+
+def _counts(values: Ragged, anywhere: np.ndarray, is_counted: Callable[[np.ndarray], np.ndarray]) -> list[int]:
+    """(L,) how many values of each lesion are counted; `anywhere` (L,) bool: where there are any."""
+    if not anywhere.any():
+        return [0] * len(anywhere)
+    return values.sum(lambda part, lesion: is_counted(part).astype(np.float64)).astype(np.int64).tolist()
 
 
 def _calcium(lesion: _Lesion, voxel_volume_mm3: float, settings: Measure) -> tuple[dict[str, Any], str]:
     hu = lesion.scan.image.intensities(lesion.scan.image.array[lesion.box])
-    score, counted = agatston(hu, lesion.inside, lesion.matrix, threshold_hu=settings.calcium_threshold_hu)
+    score, counted = agatston(
+        hu, lesion.form.inside, lesion.scan.geometry.affine[:3, :3], threshold_hu=settings.calcium_threshold_hu
+    )
     volume_mm3 = int(counted.sum()) * voxel_volume_mm3
     found: dict[str, Any] = {"agatston_score": score, "calcium_volume_mm3": volume_mm3}
     if settings.calcium_mg_per_ml_hu is None:
@@ -565,27 +622,29 @@ def _calcium(lesion: _Lesion, voxel_volume_mm3: float, settings: Measure) -> tup
     return found | {"calcium_mass_mg": settings.calcium_mg_per_ml_hu * total_hu * voxel_volume_mm3 / 1000}, ""
 
 
-def _confidence(lesion: _Lesion, voxel_volume_mm3: float) -> tuple[dict[str, float | None], str]:
-    """What the model's confidence says of a lesion, and a note if it is unknown though there was a model."""
-    confidence = lesion.scan.confidence
+def _confidences(lesions: Sequence[_Lesion], voxel_volume_mm3: float) -> list[tuple[dict[str, float | None], str]]:
+    """What the model's confidence says of each lesion, and a note if it is unknown though there was a model."""
+    confidence = lesions[0].scan.confidence
     if confidence is None:
-        return {"confidence_mean": None}, ""
+        return [({"confidence_mean": None}, "")] * len(lesions)
     full = 255 if confidence.dtype == np.uint8 else 1
-    values = np.sort(lesion.values(confidence)).astype(np.float64) / full
-    if not np.isfinite(values).all():
-        return {"confidence_mean": None}, "confidence: not finite"
+    values = Ragged.of([lesion.values(confidence) for lesion in lesions])
     # Outside, where the model chose the background, it is the probability that there is a lesion after all.
-    box = lesion.grown(EXPECTED_REACH)
-    ids = lesion.scan.ids[box]
-    near = _grown(ids == lesion.number, EXPECTED_REACH) & (ids == 0)
-    doubts = np.sort(confidence[box][near]).astype(np.float64) / full
-    expected = float(values.sum() + doubts.sum())
-    is_known = math.isfinite(expected)
-    return {
-        "confidence_mean": float(values.mean()),
-        "confidence_p10": percentile(values, 10),
-        "volume_expected_ml": expected * voxel_volume_mm3 / 1000 if is_known else None,
-    }, "" if is_known else "volume_expected_ml: the confidence round the lesion is not finite"
+    doubts = Ragged.of([lesion.doubted() for lesion in lesions])
+    with np.errstate(invalid="ignore"):
+        sums, doubtful = values.sum(), doubts.sum()
+        means, tenths = (sums / values.counts / full).tolist(), (values.percentile(10) / full).tolist()
+        expected_ml = ((sums + doubtful) / full * voxel_volume_mm3 / 1000).tolist()
+    told = []
+    for mean, tenth, expected in zip(means, tenths, expected_ml, strict=True):
+        if not math.isfinite(mean):
+            told.append(({"confidence_mean": None}, "confidence: not finite"))
+            continue
+        is_known = math.isfinite(expected)
+        found = {"confidence_mean": mean, "confidence_p10": tenth, "volume_expected_ml": expected if is_known else None}
+        note = "" if is_known else "volume_expected_ml: the confidence round the lesion is not finite"
+        told.append((found, note))
+    return told
 
 
 def _grown(inside: np.ndarray, by: int) -> np.ndarray:

@@ -21,7 +21,9 @@ N_CUBES = 256
 COUNTED_TOGETHER = 2**16  # voxels of neighbouring planes
 FEW_POINTS = 64  # of so few points all distances are found sooner than their hull
 POINTS_AT_ONCE = 2000
-MANY_BOXES = 32
+MANY_BOXES = 32, 512  # the largest boxes, which are always looked at: so many at the least, and at the most
+FAR_LARGER = 4  # times the usual
+FIRST_BOXES = 4  # a fourth of what is looked at first of the others
 SMALL_SURFACE = 16
 ROUNDING_MM = 1e-9
 
@@ -189,7 +191,7 @@ def gaps_mm(surfaces: Sequence[np.ndarray]) -> list[float]:
     for n, points in enumerate(surfaces):
         if len(points) <= SMALL_SURFACE:
             continue
-        for least, other in boxes.nearest_first(n):  # surfaces are no nearer than their boxes
+        for least, other in boxes.nearest_first(n, float(found[n])):  # surfaces are no nearer than their boxes
             if least >= found[n]:
                 break
             if other not in trees:
@@ -221,7 +223,7 @@ def _gaps_of_small(surfaces: Sequence[np.ndarray]) -> np.ndarray:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Boxes:
-    """Bounding boxes in mm, (N, 3) each, and the balls round them. The largest few are always looked at, the others by their centres."""
+    """Bounding boxes in mm, (N, 3) each, and the balls round them. The largest are always looked at, the others by their centres."""
 
     low: np.ndarray
     high: np.ndarray
@@ -236,31 +238,32 @@ class _Boxes:
         high = np.array([points.max(axis=0) for points in surfaces])
         radii = np.linalg.norm(high - low, axis=1) / 2
         order = np.argsort(-radii, kind="stable")
-        large, small = order[:MANY_BOXES], order[MANY_BOXES:]
+        n_large = int(np.clip(np.count_nonzero(radii > FAR_LARGER * np.median(radii)), *MANY_BOXES))
+        large, small = order[:n_large], order[n_large:]
         return cls(low, high, radii, large, small, KDTree((low + high)[small] / 2) if small.size else None)
 
-    def nearest_first(self, n: int) -> Iterator[tuple[float, int]]:
-        """(distance, number) of every other box, in ascending order; found out as far as it is asked for."""
+    def nearest_first(self, n: int, most: float) -> Iterator[tuple[float, int]]:
+        """(distance, number) of every other box nearer than `most`, in ascending order; found out as far as it is asked for."""
         waiting: list[tuple[float, int]] = []
-        self._add(waiting, n, self.large)
-        known, wanted, bound = 0, MANY_BOXES, -np.inf if self.small.size else np.inf
-        while waiting or known < self.small.size:
+        self._add(waiting, n, self.large, most)
+        known, wanted, bound = 0, FIRST_BOXES, -np.inf if self.small.size else np.inf
+        while waiting or bound < most:
             if waiting and waiting[0][0] <= bound:
                 yield heapq.heappop(waiting)
                 continue
             assert self.centres is not None
             wanted = min(4 * wanted, self.small.size)
             away, at = self.centres.query((self.low[n] + self.high[n]) / 2, k=np.arange(known + 1, wanted + 1))
-            self._add(waiting, n, self.small[at])
+            self._add(waiting, n, self.small[at], most)
             known = wanted
             # Those that are not known yet are further away, from centre to centre.
             bound = np.inf if known == self.small.size else away[-1] - self.radii[n] - self.radii[self.small[0]]
 
-    def _add(self, waiting: list[tuple[float, int]], n: int, others: np.ndarray) -> None:
+    def _add(self, waiting: list[tuple[float, int]], n: int, others: np.ndarray, most: float) -> None:
         gaps = np.linalg.norm(_apart(self.low[others], self.high[others], self.low[n], self.high[n]), axis=1)
-        for gap, other in zip(gaps.tolist(), others.tolist(), strict=True):
-            if other != n:
-                heapq.heappush(waiting, (gap, other))
+        is_near = (gaps < most) & (others != n)
+        for gap, other in zip(gaps[is_near].tolist(), others[is_near].tolist(), strict=True):
+            heapq.heappush(waiting, (gap, other))
 
 
 def _gap_mm(points: np.ndarray, tree: KDTree, low: np.ndarray, high: np.ndarray, most: float) -> float:
