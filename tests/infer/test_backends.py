@@ -1,6 +1,7 @@
 import json
 import subprocess
 import sys
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -115,6 +116,17 @@ def test_the_memory_of_logits_is_used_again_only_when_nobody_holds_them():
     other = backend.logits(batch(1, seed=1))
     assert other.ctypes.data != place
     assert torch.equal(slice_of_it, kept)
+
+
+@needs_openvino
+def test_logits_are_not_copied_on_their_way_out():
+    backend, images = OpenVINOBackend(convert(network(), SHAPE), SHAPE), batch(1)
+    size = backend.logits(images).nbytes
+    tracemalloc.start()
+    backend.logits(images)  # into the memory of those before, which nobody holds
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < size / 2
 
 
 @needs_openvino

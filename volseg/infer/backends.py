@@ -224,7 +224,7 @@ class OpenVINOBackend:
         request = self._request = self._request or self._compiled.create_infer_request()
         request.set_input_tensor(openvino.Tensor(patches, shared_memory=True))
         request.set_output_tensor(openvino.Tensor(written, shared_memory=True))
-        request.infer()
+        request.infer(share_outputs=True)  # else it hands out a copy too, as large as the output
         if written is not target:
             target[...] = written[:n]
 
