@@ -50,6 +50,12 @@ def test_help_needs_neither_torch_nor_a_second_of_cpu_time():
     assert done.stdout.strip() == "False"
 
 
+def test_a_command_pays_in_time_and_memory_only_for_the_libraries_that_it_uses():
+    code = "import sys, volseg.workflows; print({'torch', 'matplotlib', 'openvino', 'skimage', 'pandas', 'SimpleITK'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "set()"
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_a_help_page_with_every_option_explained(command):
     done = run(command, "--help", env=os.environ | {"COLUMNS": "200"})

@@ -22,7 +22,6 @@ from volseg.recipe import Recipe, Train
 from volseg.report.results import held
 from volseg.report.scalars import Scalars
 from volseg.report.tables import write_table
-from volseg.report.training_figures import curves_png
 from volseg.workflows.batch import Progress, RunReport, silent
 from volseg.workflows.planning import budget_of, folds_of, read_plan, recipe_for
 from volseg.workflows.prepared import Split, load_prepared, prepared_warnings, split_cases
@@ -218,6 +217,8 @@ class _Training:
             if rows:
                 write_table(self.out / "validation.csv", ValidationRow, rows)
             export_bundle(bundle, self.out)
+            from volseg.report.training_figures import curves_png
+
             # Pictures come last: nothing that was computed is to be lost over them.
             write_bytes_atomic(self.out / "curves.png", curves_png([found.history for found in trained.values()]))
             if rows:

@@ -11,7 +11,6 @@ import numpy as np
 from volseg.evaluate.validation import ValidationRow
 from volseg.io.prepared import PreparedCase
 from volseg.recipe import Recipe
-from volseg.report.training_figures import comparison_png, patches_png
 from volseg.workflows.prepared import Split
 
 if TYPE_CHECKING:
@@ -28,6 +27,7 @@ def preview_png(training: Sequence[PreparedCase], recipe: Recipe, plan: Plan, se
     """The first batches of the training as the network will see them."""
     import torch
 
+    from volseg.report.training_figures import patches_png
     from volseg.train.batches import Batches
 
     images, masks = [], []
@@ -49,6 +49,7 @@ def worst_cases_png(
 ) -> bytes:
     """A picture of the validation cases with the lowest mean Dice: reference and prediction outlined."""
     from volseg.models import build_segmentation, set_weights
+    from volseg.report.training_figures import comparison_png
     from volseg.train.validate import predicted_classes
 
     scores: dict[tuple[int, str], list[float]] = {}
