@@ -26,7 +26,8 @@ from volseg.infer.memory import MemoryPlan, NetworkPass, ScanHeader, network_byt
 from volseg.infer.roi import find_region
 from volseg.infer.stream import Tiling, predict_slabs
 from volseg.infer.tiles import thinnest_axis, widest
-from volseg.measure.lesions import LesionMeasurement, measure_lesions
+from volseg.measure.lesions import measure_lesions
+from volseg.measure.rows import LesionMeasurement
 from volseg.postprocess.lesions import CONNECTIVITY, label_lesions, without_organ
 from volseg.postprocess.steps import make_steps
 from volseg.preprocess.align import completed, on_one_grid

@@ -14,7 +14,8 @@ from laws import GRIDS, ball, ball_volume_mm3, centre_mm, grid_around, oblique, 
 
 from volseg.columns import columns_of
 from volseg.measure import lesions as measure_lesions_module
-from volseg.measure.lesions import CaseRow, LesionMeasurement, measure_lesions, summarise
+from volseg.measure.lesions import measure_lesions, summarise
+from volseg.measure.rows import CaseRow, LesionMeasurement
 from volseg.measure.selftest import ibsi_phantom
 from volseg.postprocess.lesions import label_lesions
 from volseg.recipe import Measure

@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 
 from volseg.measure.changes import ScanPair, lesion_changes
-from volseg.measure.lesions import LesionMeasurement
 from volseg.measure.matching import Match
 from volseg.measure.response import judge_response
+from volseg.measure.rows import LesionMeasurement
 from volseg.measure.targets import choose_targets, is_lymph_node
 
 

@@ -11,7 +11,8 @@ import pytest
 from jinja2.utils import htmlsafe_json_dumps
 from laws import ball, centre_mm, grid_around, lps, oblique, orientations, ras
 
-from volseg.measure.lesions import CaseRow, LesionMeasurement, measure_lesions
+from volseg.measure.lesions import measure_lesions
+from volseg.measure.rows import CaseRow, LesionMeasurement
 from volseg.postprocess.lesions import label_lesions
 from volseg.report.html import fitting_table, image_budget, lesion_table, report_html, viewer_html
 from volseg.report.preview import make_preview, montage_jpeg

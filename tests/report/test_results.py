@@ -3,7 +3,7 @@ import csv
 import pytest
 
 from volseg.errors import EnvironmentProblem
-from volseg.measure.lesions import CaseRow
+from volseg.measure.rows import CaseRow
 from volseg.report.results import ResultsFolder
 
 

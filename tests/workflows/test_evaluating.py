@@ -11,7 +11,8 @@ from volseg.cli import app
 from volseg.errors import VolsegError
 from volseg.evaluate.surface import surface_distances
 from volseg.io.nifti import read_mask, write_volume
-from volseg.measure.lesions import LesionMeasurement, measure_lesions
+from volseg.measure.lesions import measure_lesions
+from volseg.measure.rows import LesionMeasurement
 from volseg.postprocess.lesions import label_lesions
 from volseg.report.tables import write_table
 from volseg.volume import Geometry, Volume

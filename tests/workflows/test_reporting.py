@@ -11,7 +11,8 @@ import volseg
 from volseg.errors import VolsegError
 from volseg.infer.memory import PAGE
 from volseg.io.nifti import write_volume
-from volseg.measure.lesions import CaseRow, measure_lesions
+from volseg.measure.lesions import measure_lesions
+from volseg.measure.rows import CaseRow
 from volseg.postprocess.lesions import label_lesions
 from volseg.volume import Geometry, Volume
 from volseg.workflows.pages import write_page

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from volseg.columns import column
-from volseg.measure.lesions import LesionMeasurement
 from volseg.measure.matching import Match
+from volseg.measure.rows import LesionMeasurement
 from volseg.measure.targets import RECIST, choose_targets, is_normal, known, label_of
 
 

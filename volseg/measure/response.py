@@ -14,7 +14,7 @@ from scipy.spatial import KDTree
 from volseg.columns import column
 from volseg.measure import recist
 from volseg.measure.changes import LesionGroup, ScanPair, centroids_mm, difference, groups_of, lesions_of
-from volseg.measure.lesions import LesionMeasurement
+from volseg.measure.rows import LesionMeasurement
 from volseg.measure.targets import RECIST, choose_targets, diameter_mm, is_lymph_node, is_normal, known, label_of
 
 ROUNDING = 1e-9  # 12 mm are 20 % more than 10 mm, whatever the last bit says

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from volseg.columns import column
-from volseg.measure.lesions import LesionMeasurement, measure_lesions
+from volseg.measure.lesions import measure_lesions
+from volseg.measure.rows import LesionMeasurement
 from volseg.recipe import Measure
 from volseg.volume import Geometry, Volume
 

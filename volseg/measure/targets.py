@@ -6,7 +6,7 @@ import math
 from collections.abc import Collection, Sequence
 
 from volseg.measure import recist
-from volseg.measure.lesions import LesionMeasurement
+from volseg.measure.rows import LesionMeasurement
 
 NORMAL_NODE_MM = 10.0  # a lymph node with a shorter short axis is normal
 

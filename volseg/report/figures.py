@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from volseg.measure.lesions import LesionMeasurement
+from volseg.measure.rows import LesionMeasurement
 from volseg.preprocess.crop import AxisOrder, canonical_geometry, to_canonical
 from volseg.report.slices import PLANES, draw_slice, label_slice, png_bytes, slice_of, surroundings, window_round
 from volseg.volume import Volume

@@ -21,8 +21,8 @@ from markupsafe import Markup
 from volseg import __version__
 from volseg.columns import columns_of
 from volseg.measure.changes import LesionChange
-from volseg.measure.lesions import CaseRow, LesionMeasurement
 from volseg.measure.response import PatientResponse
+from volseg.measure.rows import CaseRow, LesionMeasurement
 from volseg.report.histogram import histogram_svg
 from volseg.report.preview import Preview, lesion_colour, lesion_points, point_of, smaller_jpeg
 

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from volseg.errors import ScanError, VolsegError
 from volseg.io.cases import ID_PATTERN
 from volseg.io.files import sha256_of
-from volseg.measure.lesions import CaseRow, LesionMeasurement
+from volseg.measure.rows import CaseRow, LesionMeasurement
 from volseg.report.results import RECORDS
 
 Row = TypeVar("Row", CaseRow, LesionMeasurement)

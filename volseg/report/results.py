@@ -15,7 +15,7 @@ from filelock import FileLock, Timeout
 
 from volseg.errors import EnvironmentProblem, VolsegError
 from volseg.io.files import TEMPORARY_PREFIX, sha256_of, write_json_atomic
-from volseg.measure.lesions import CaseRow, LesionMeasurement
+from volseg.measure.rows import CaseRow, LesionMeasurement
 from volseg.report.tables import write_table
 
 RECORDS = ".volseg"

@@ -21,7 +21,8 @@ from volseg.execute.local import Outcome
 from volseg.io.cases import Case
 from volseg.io.files import make_folder, sha256_of, write_bytes_atomic
 from volseg.io.nifti import intensity_warnings, read_header, write_volume
-from volseg.measure.lesions import CaseRow, LesionMeasurement, summarise
+from volseg.measure.lesions import summarise
+from volseg.measure.rows import CaseRow, LesionMeasurement
 from volseg.recipe import Measure
 from volseg.report.results import ResultsFolder, plain
 from volseg.volume import Volume, slabs_of

@@ -14,8 +14,8 @@ from volseg.evaluate.validation import ValidationRow
 from volseg.io.cases import Case, survey_cases
 from volseg.io.nifti import read_header, read_mask, read_volume
 from volseg.measure.changes import LesionChange
-from volseg.measure.lesions import CaseRow, LesionMeasurement
 from volseg.measure.response import PatientResponse
+from volseg.measure.rows import CaseRow, LesionMeasurement
 from volseg.postprocess.steps import make_steps
 from volseg.recipe import Recipe, load_recipe, shipped_recipes
 from volseg.volume import Volume

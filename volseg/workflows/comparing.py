@@ -20,9 +20,9 @@ from volseg.execute.local import run
 from volseg.io.files import make_folder, write_bytes_atomic
 from volseg.io.nifti import read_mask, read_volume
 from volseg.measure.changes import ScanPair, centroids_mm, lesion_changes
-from volseg.measure.lesions import LesionMeasurement
 from volseg.measure.matching import MAX_DISTANCE_MM, Match, match_lesions
 from volseg.measure.response import PatientResponse, judge_response
+from volseg.measure.rows import LesionMeasurement
 from volseg.measure.targets import label_of
 from volseg.preprocess.register import Registration, register, transformed
 from volseg.report.comparisons import ComparisonFolder

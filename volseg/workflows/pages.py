@@ -14,7 +14,7 @@ from volseg import __version__
 from volseg.errors import ScanError
 from volseg.io.files import make_folder, sha256_of, write_bytes_atomic
 from volseg.io.nifti import read_mask, read_volume
-from volseg.measure.lesions import CaseRow, LesionMeasurement
+from volseg.measure.rows import CaseRow, LesionMeasurement
 from volseg.report.records import file_of
 from volseg.report.results import THUMBNAILS, VIEWERS, ResultsFolder, plain
 from volseg.volume import Volume

@@ -17,7 +17,7 @@ from volseg.io.cases import Case, survey_cases
 from volseg.io.files import write_json_atomic
 from volseg.io.nifti import read_mask, read_volume
 from volseg.io.prepared import PreparedCase, is_prepared, write_prepared_case
-from volseg.measure.lesions import CaseRow
+from volseg.measure.rows import CaseRow
 from volseg.postprocess.lesions import label_lesions
 from volseg.preprocess.align import completed, on_one_grid
 from volseg.recipe import Recipe, load_recipe
