@@ -402,6 +402,10 @@ def _intensities(
         found: dict[str, Any] = {name: column[n] for name, column in known.items()}
         notes = []
         if not found["intensity_sd"]:
+            found |= {
+                "intensity_skewness": math.nan,
+                "intensity_kurtosis": math.nan,
+            }  # one NaN, so that equal rows are equal
             notes.append("intensity_skewness and kurtosis: all intensities are equal")
         if lesion.form.has_core:
             found["intensity_mean_eroded1"] = core_means[n]
