@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from volseg.report.tables import columns_page
+from volseg.store.tables import columns_page
 from volseg.workflows import table_columns
 
 if __name__ == "__main__":

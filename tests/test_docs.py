@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from volseg.report.tables import columns_page
+from volseg.store.tables import columns_page
 from volseg.workflows import table_columns
 
 ROOT = Path(__file__).parents[1]

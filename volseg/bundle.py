@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from volseg.recipe import Preprocess, Recipe, Roi, parse_recipe
 
 FORMAT_VERSION = 1
 SHIPPED = "lung_nodule_ct"
+EXPORTED = "openvino"  # folder of what OpenVINO needs, inside a model folder
 ROI = "roi"  # name of the weights of the coarse first pass
 
 
@@ -114,6 +115,13 @@ def save_bundle(bundle: ModelBundle, folder: Path) -> ModelBundle:
     }
     write_json_atomic(folder / "model.json", description)
     return load_bundle(folder)
+
+
+def bundle_files(networks: Iterable[str]) -> list[str]:
+    """Paths in a model folder of all files that these networks make, OpenVINO's included."""
+    names = list(networks)
+    exported = [f"{EXPORTED}/{name}.fp32.{suffix}" for name in names for suffix in ("xml", "bin", "json")]
+    return ["model.json", "card.md", *(f"{name}.safetensors" for name in names), *exported]
 
 
 def load_bundle(folder: Path) -> ModelBundle:

@@ -299,7 +299,7 @@ def infer(
 
     Masks come back on the scan's own grid. Connected voxels (26 neighbours) of one label are one lesion; lesion 1 is the
     largest. A scan that cannot be used becomes a failed row with its reason and does not stop the others. A second call does
-    only what is missing or has changed.
+    only what is missing or has changed. A mask that was corrected by hand is kept: `volseg measure RESULTS` measures it.
     """
     from volseg import workflows
 
@@ -350,6 +350,10 @@ def quantise(
 
 @app.command()
 def measure(
+    results: Annotated[
+        Path | None,
+        typer.Argument(help="Results of `volseg infer`, whose masks that were corrected by hand are measured again."),
+    ] = None,
     image: Annotated[
         Path | None, typer.Option(help="The scan that the mask was drawn on, or a folder of scans.")
     ] = None,
@@ -359,7 +363,9 @@ def measure(
     cases: Annotated[
         Path | None, typer.Option(help="Instead of a pair: a table or dataset with scans and masks.")
     ] = None,
-    out: Out = Path("volseg_results"),
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for the results, volseg_results if not given; made if it is not there.")
+    ] = None,
     objects: Annotated[
         str, typer.Option(help="components: each connected part is a lesion. labels: each value of the mask is one.")
     ] = "components",
@@ -388,6 +394,8 @@ def measure(
 ) -> None:
     """Measure masks on their scans, without any model: volume, density, form, diameters, position of every lesion.
 
+    Give --image and --mask, or --cases, or the results folder of `volseg infer` after correcting masks in it by hand.
+
     `volseg columns` says what each number means and where its definition comes from; `volseg selftest` checks them against
     published values.
     """
@@ -395,6 +403,7 @@ def measure(
 
     with _progress() as show:
         report = workflows.measure(
+            results,
             image=image,
             mask=mask,
             cases=cases,

@@ -123,12 +123,15 @@ class Volume:
         array: (I, J, K) in the dtype in which it was stored.
         geometry: its grid; the shapes must agree.
         slope, intercept: intensity = stored value × slope + intercept, applied only when asked for.
+        sha256: of the bytes of the file, or of both files joined by `+`, as they were when it was read; empty for
+            a volume that was computed.
     """
 
     array: np.ndarray
     geometry: Geometry
     slope: float = 1.0
     intercept: float = 0.0
+    sha256: str = ""
 
     def __post_init__(self) -> None:
         if self.array.shape != self.geometry.shape:

@@ -12,7 +12,7 @@ from monai.metrics import compute_average_surface_distance, compute_hausdorff_di
 from scipy.ndimage import binary_erosion, distance_transform_edt, gaussian_filter
 
 from volseg.evaluate.surface import NOWHERE, surface_distances
-from volseg.report.tables import cell
+from volseg.store.tables import cell
 from volseg.volume import Geometry, Volume
 
 FACES = [step for step in product((-1, 0, 1), repeat=3) if sum(map(abs, step)) == 1]

@@ -16,7 +16,7 @@ from volseg.measure.rows import CaseRow, LesionMeasurement
 from volseg.postprocess.lesions import label_lesions
 from volseg.report.html import fitting_table, image_budget, lesion_table, report_html, viewer_html
 from volseg.report.preview import make_preview, montage_jpeg
-from volseg.report.results import plain
+from volseg.store.results import plain
 from volseg.volume import Geometry, Volume
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\"'&{{7*7}} <!--\u2028"

@@ -14,7 +14,7 @@ from volseg.io.nifti import read_mask, write_volume
 from volseg.measure.lesions import measure_lesions
 from volseg.measure.rows import LesionMeasurement
 from volseg.postprocess.lesions import label_lesions
-from volseg.report.tables import write_table
+from volseg.store.tables import table
 from volseg.volume import Geometry, Volume
 
 
@@ -152,7 +152,8 @@ def study(tmp_path):
         )  # fmt: skip
     with (tmp_path / "data" / "cases.csv").open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows(lines)
-    write_table(tmp_path / "results" / "lesions.csv", LesionMeasurement, measured)
+    with (tmp_path / "results" / "lesions.csv").open("wb") as file:
+        table(LesionMeasurement, measured)(file)
     return tmp_path / "data", tmp_path / "results"
 
 

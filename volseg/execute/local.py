@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Generic, TypeVar, cast
 
-from volseg.errors import EnvironmentProblem, VolsegError
+from volseg.errors import EnvironmentProblem, UnexpectedError, VolsegError
 from volseg.execute.cpu import is_out_of_memory
 
 Item = TypeVar("Item")
@@ -93,9 +93,9 @@ def _outcome(item: Item, task: Callable[[], Value]) -> Outcome[Item, Value]:
         raise
     except VolsegError as error:
         return Outcome(item, error=_without_frames(error))
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
+    except Exception as error:
+        if not is_out_of_memory(error):  # a bug, met by this item and maybe by no other
+            return Outcome(item, error=UnexpectedError(error))
         said = str(error).strip().splitlines() or ["MemoryError"]
         problem = VolsegError(
             f"not enough memory ({said[-1]})",

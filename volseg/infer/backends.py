@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from volseg.bundle import ModelBundle
+from volseg.bundle import EXPORTED, ModelBundle
 from volseg.errors import EnvironmentProblem, ScanError, VolsegError
 from volseg.execute.cpu import give_back_mapped, is_out_of_memory, physical_cores
 from volseg.infer.cuda_graph import Recorded
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 
 BACKENDS = ("auto", "torch", "openvino")
 PRECISIONS = ("auto", "fp32", "fp16", "int8")
-EXPORTED = "openvino"  # folder inside a model folder
 EXAMPLE_VOXELS = (32, 64)  # along each axis, of the example to trace: faster than a whole patch
 TRACE_TOLERANCE = 1e-3  # of the largest logit: a converted network that is further from torch's is not used
 

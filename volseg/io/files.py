@@ -8,12 +8,13 @@ import hashlib
 import json
 import os
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from volseg.errors import EnvironmentProblem
+from volseg.errors import EnvironmentProblem, VolsegError
 
+SEAL = "written_by_volseg"  # key of a JSON file that stands alone: hash of all else in it
 TEMPORARY_PREFIX = ".tmp-"  # what a killed process may leave behind; never a finished file
 
 
@@ -38,7 +39,7 @@ def atomic_write(path: Path, write: Callable[[BinaryIO], None], verify: Callable
         if verify is not None:
             verify(temporary)
         os.replace(temporary, path)
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
     except BaseException as error:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -64,7 +65,57 @@ def write_json_atomic(path: Path, obj: Any, *, indent: int | None = 2) -> None:
     Raises:
         ValueError: a number is NaN or infinite, which JSON cannot hold; use None.
     """
-    write_bytes_atomic(path, json.dumps(obj, indent=indent, ensure_ascii=False, allow_nan=False) + "\n")
+    write_bytes_atomic(path, json_text(obj, indent=indent))
+
+
+def json_text(obj: Any, *, indent: int | None = 2) -> str:
+    """The text of a JSON file.
+
+    Raises:
+        ValueError: as `write_json_atomic`.
+    """
+    return json.dumps(obj, indent=indent, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def write_sealed(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON file that stands alone, with a seal by which volseg knows it again as long as nobody changed it.
+
+    Raises:
+        VolsegError: a file that volseg did not write, or that was changed since, is there (`E_EXISTS`).
+    """
+    refuse_unsealed(path)
+    write_json_atomic(path, dict(content) | {SEAL: _seal_of(content)})
+
+
+def refuse_unsealed(path: Path) -> None:
+    """Check that a file may be written by `write_sealed`; raises as that does."""
+    if not os.path.lexists(path):
+        return
+    try:
+        content = json.loads(path.read_bytes())
+        is_sealed = not path.is_symlink() and content.pop(SEAL) == _seal_of(content)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        is_sealed = False
+    if not is_sealed:
+        raise VolsegError(
+            f"{path}: already there, and not as volseg wrote it",
+            fix="move or rename it, or give another name to --out",
+            code="E_EXISTS",
+        )
+
+
+def read_sealed(path: Path) -> Any:
+    """What a JSON file holds, which may have been changed since it was written, without its seal.
+
+    Raises:
+        OSError, ValueError: it cannot be read, or is not JSON.
+    """
+    content = json.loads(path.read_bytes())
+    return {name: value for name, value in content.items() if name != SEAL} if isinstance(content, dict) else content
+
+
+def _seal_of(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def make_folder(path: Path) -> None:
@@ -98,7 +149,7 @@ def _write_all(file: BinaryIO, payload: bytes) -> None:
     file.write(payload)
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Make a rename in the folder durable; some network file systems cannot, and say EINVAL."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:

@@ -8,17 +8,19 @@ values found and a fix. What is merely odd is a `ScanWarning` of the header.
 from __future__ import annotations
 
 import errno
+import hashlib
 import html
 import io
 import math
 import os
 import re
 import stat
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import BinaryIO, Protocol, cast
 
 import numpy as np
 from isal import igzip, igzip_lib
@@ -27,7 +29,7 @@ from nibabel.nifti2 import Nifti2Header
 from nibabel.spatialimages import HeaderDataError
 
 from volseg.errors import ScanError
-from volseg.io.files import atomic_write, read_back_problem
+from volseg.io.files import atomic_write, read_back_problem, sha256_of
 from volseg.volume import SAME_GRID_TOLERANCE_VOXELS, Geometry, Volume, slabs_of
 
 SUFFIXES = (".nii", ".nii.gz", ".hdr", ".hdr.gz")  # .img is reached through its .hdr
@@ -47,6 +49,12 @@ MAX_TAIL_BYTES = 2**20  # after the last voxel
 MAX_OFFSET_BYTES = 64 * 2**20  # header extensions before the first voxel
 GZIP_MAX_RATIO = 1032  # deflate cannot compress more than that
 CHUNK_BYTES = 2**18
+
+
+class Digest(Protocol):
+    """A hash that is being computed."""
+
+    def update(self, data, /) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,14 +117,14 @@ def read_volume(path: Path | str, *, max_bytes: int = MAX_BYTES, is_finite: bool
             (`E_NAN`) or all equal (`E_CONST`). A gzip file is read to its end, so its checksum is always verified.
     """
     path = Path(path)
-    header, _ = _load_header(path, max_bytes)
-    array = _read_voxels(header, path)
+    header, raw = _load_header(path, max_bytes)
+    array, sha256 = _read_voxels(header, raw, path)
     low, high = _range(array if is_finite or array.dtype.kind != "f" else _finite_or_all(array), path)
     if low == high:
         raise _refusal(path, "E_CONST", f"every voxel is {low:g}", "export the scan again: this one is empty")
     if max(abs(low), abs(high)) * abs(header.slope) > MAX_INTENSITY:
         raise _refusal(path, "E_SCALE", f"intensities reach {high:g} × {header.slope:g}", "export the scan again")
-    return Volume(array, header.geometry, header.slope, header.intercept)
+    return Volume(array, header.geometry, header.slope, header.intercept, sha256)
 
 
 def read_mask(path: Path | str, *, max_bytes: int = MAX_BYTES, max_labels: int = MAX_LABELS) -> Volume:
@@ -130,17 +138,19 @@ def read_mask(path: Path | str, *, max_bytes: int = MAX_BYTES, max_labels: int =
             `max_labels` different ones, as when an image is given in place of its mask.
     """
     path = Path(path)
-    header, _ = _load_header(path, max_bytes)
-    stored = Volume(_read_voxels(header, path), header.geometry, header.slope, header.intercept)
+    header, raw = _load_header(path, max_bytes)
+    array, sha256 = _read_voxels(header, raw, path)
+    stored = Volume(array, header.geometry, header.slope, header.intercept)
     _range(stored.array, path)  # NaN labels
     highest = _check_labels(stored, path, max_labels)
     dtype = np.min_scalar_type(highest)
     if stored.array.dtype.kind in "iu" and not stored.is_scaled:
-        return stored.with_array(stored.array.astype(dtype, order="K", copy=False))
-    labels = np.empty(stored.array.shape, dtype, order="F")
-    for k in range(stored.geometry.shape[2]):
-        labels[:, :, k] = np.rint(stored.intensities(stored.array[:, :, k]))
-    return stored.with_array(labels)
+        labels = stored.array.astype(dtype, order="K", copy=False)
+    else:
+        labels = np.empty(stored.array.shape, dtype, order="F")
+        for k in range(stored.geometry.shape[2]):
+            labels[:, :, k] = np.rint(stored.intensities(stored.array[:, :, k]))
+    return Volume(labels, stored.geometry, sha256=sha256)
 
 
 def read_label_table(path: Path | str) -> dict[int, str]:
@@ -239,7 +249,7 @@ def stem_of(path: Path) -> str:
 
 def _load_header(path: Path, max_bytes: int) -> tuple[NiftiHeader, Nifti1Header]:
     """The checked header, and nibabel's view of the raw fields."""
-    header_path = _partner(path, ".hdr") if re.search(r"\.img(\.gz)?$", path.name, re.IGNORECASE) else path
+    header_path = _header_path(path)
     raw, is_single, header_is_gzip = _raw_header(header_path)
     shape = _shape(raw, path)
     dtype = _dtype(raw, path)
@@ -257,6 +267,10 @@ def _load_header(path: Path, max_bytes: int) -> tuple[NiftiHeader, Nifti1Header]
     header = NiftiHeader(geometry, dtype, slope, intercept, data_path, offset, tuple(warnings))
     _check_size(header, path, max_bytes)
     return header, raw
+
+
+def _header_path(path: Path) -> Path:
+    return _partner(path, ".hdr") if re.search(r"\.img(\.gz)?$", path.name, re.IGNORECASE) else path
 
 
 def _raw_header(path: Path) -> tuple[Nifti1Header, bool, bool]:
@@ -504,19 +518,56 @@ def _check_against_sform(raw: Nifti1Header, pixdim: np.ndarray, geometry: Geomet
 # ---- voxels
 
 
-def _read_voxels(header: NiftiHeader, path: Path) -> np.ndarray:
-    """(I, J, K) in Fortran order, as stored, in native byte order."""
+def _read_voxels(header: NiftiHeader, raw: Nifti1Header, path: Path) -> tuple[np.ndarray, str]:
+    """(I, J, K) in Fortran order, as stored, in native byte order; and the SHA-256 of the file, or files, they come from.
+
+    Raises:
+        ScanError: `E_CHANGED` when the file is no longer the one whose header was read.
+    """
     flat = np.empty(math.prod(header.geometry.shape), header.dtype)
     target = flat.view(np.uint8).data
-    with _opened(header.data_path) as stream:
-        _skip(stream, header.data_offset)
+    digest, block = hashlib.sha256(), raw.binaryblock
+    header_path = _header_path(path)
+    before = "" if header_path == header.data_path else sha256_of(header_path) + "+"
+    with _opened(header.data_path, digest) as stream:
+        start = bytearray(min(len(block), header.data_offset))
+        is_as_read = _fill(stream, memoryview(start)) == len(start) and (bool(before) or block.startswith(start))
+        _skip(stream, header.data_offset - len(start))
         held = _fill(stream, target)
         if held == len(target):
             held += _skip(stream, MAX_TAIL_BYTES + 1)  # to the end, where gzip keeps its checksum
+    if not is_as_read or (before and _raw_header(header_path)[0].binaryblock != block):
+        raise _refusal(path, "E_CHANGED", "was replaced while it was being read", "run again")
     _check_held(held, len(target), path)
     if not flat.dtype.isnative:
         flat = flat.byteswap(inplace=True).view(flat.dtype.newbyteorder("="))
-    return flat.reshape(header.geometry.shape, order="F")
+    return flat.reshape(header.geometry.shape, order="F"), before + digest.hexdigest()
+
+
+def scan_files(path: Path) -> tuple[Path, ...]:
+    """The files behind the name of a scan: one, or an `.hdr` and its `.img`, in this order.
+
+    Raises:
+        ScanError: half of a pair is missing.
+    """
+    header_path = _header_path(path)
+    is_pair = re.search(r"\.hdr(\.gz)?$", header_path.name, re.IGNORECASE)
+    return (header_path, _partner(path, ".img")) if is_pair else (path,)
+
+
+def scan_digest(path: Path) -> str:
+    """`Volume.sha256` of a file that is not to be read into memory.
+
+    Raises:
+        ScanError: it cannot be read.
+    """
+    digests = []
+    for file in scan_files(path):
+        digest = hashlib.sha256()
+        with _opened_raw(file, digest) as stream:
+            _skip(stream, sys.maxsize)
+        digests.append(digest.hexdigest())
+    return "+".join(digests)
 
 
 def _finite_or_all(array: np.ndarray) -> np.ndarray:
@@ -639,8 +690,21 @@ def _chunks(prefix: bytes, voxels: memoryview) -> Iterator[memoryview]:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[io.RawIOBase]:
-    """The contents of a file, decompressed if they are gzip whatever the name says."""
+def _opened(path: Path, digest: Digest | None = None) -> Iterator[io.RawIOBase]:
+    """The contents of a file, decompressed if they are gzip whatever the name says.
+
+    Args:
+        digest: is told of all bytes of the file, as stored, by the time that the end is reached.
+    """
+    with _opened_raw(path, digest) as file:
+        start = file.read(2)
+        is_gzip = start == b"\x1f\x8b"
+        file.seek(0)
+        yield _Inflated(file, path) if is_gzip else file
+
+
+@contextmanager
+def _opened_raw(path: Path, digest: Digest | None = None) -> Iterator[io.RawIOBase]:
     try:
         mode = os.stat(path).st_mode
     except (OSError, ValueError) as error:  # ValueError: a name with a zero byte
@@ -650,11 +714,33 @@ def _opened(path: Path) -> Iterator[io.RawIOBase]:
         raise _refusal(path, "E_NOTFILE", f"is {kind}, not a file", "give the path of a NIfTI file")
     try:
         with open(path, "rb", buffering=0) as file:
-            is_gzip = file.read(2) == b"\x1f\x8b"
-            file.seek(0)
-            yield _Inflated(file, path) if is_gzip else file
+            yield file if digest is None else _Digested(file, digest)
     except OSError as error:
         raise _read_refusal(path, error) from error
+
+
+class _Digested(io.RawIOBase):
+    """A file whose bytes are hashed in passing. They are read once from start to end; seeking to the start begins anew."""
+
+    def __init__(self, file: io.RawIOBase, digest: Digest) -> None:
+        self._file, self._digest = file, digest
+        self._hashed = self._position = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._position = self._file.seek(offset, whence)
+        return self._position
+
+    def readinto(self, target) -> int:
+        n = self._file.readinto(target) or 0
+        fresh = self._position + n - self._hashed
+        if fresh > 0:
+            self._digest.update(memoryview(target)[n - fresh : n])
+            self._hashed += fresh
+        self._position += n
+        return n
 
 
 class _Inflated(io.RawIOBase):

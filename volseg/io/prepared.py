@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,27 +37,25 @@ class PreparedCase:
 
 
 def write_prepared_case(folder: Path, case: PreparedCase) -> None:
-    """Write the case's folder, whole or not at all."""
+    """Write the files of a case into a folder that is there for them."""
     arrays = {"image": case.image, "mask": case.mask}
     arrays |= {f"foreground_{index}": voxels for index, voxels in case.foreground.items()}
     if case.slices is not None:
         arrays["slices"] = case.slices
-    target = folder / case.id
-    temporary = folder / f".tmp-{case.id}"
-    shutil.rmtree(temporary, ignore_errors=True)
     try:
-        temporary.mkdir(parents=True)
         for name, array in arrays.items():
-            np.save(temporary / f"{name}.npy", array, allow_pickle=False)
-        sizes = {file.name: file.stat().st_size for file in sorted(temporary.iterdir())}
+            np.save(folder / f"{name}.npy", array, allow_pickle=False)
+        sizes = {file.name: file.stat().st_size for file in sorted(folder.glob("*.npy"))}
         record = dict(case.record) | {"files": sizes}
-        (temporary / CASE_FILE).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        shutil.rmtree(target, ignore_errors=True)
-        os.replace(temporary, target)
+        (folder / CASE_FILE).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     except OSError as error:
-        raise environment_problem(target, error) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        raise environment_problem(folder, error) from error
+
+
+def prepared_files(case_id: str, n_labels: int) -> list[str]:
+    """Paths in a prepared folder of all files that a case may have."""
+    arrays = ["image", "mask", "slices", *(f"foreground_{index}" for index in range(1, n_labels + 1))]
+    return [f"cases/{case_id}/{name}" for name in (CASE_FILE, *(f"{array}.npy" for array in arrays))]
 
 
 def is_prepared(folder: Path, case_id: str, key: str) -> bool:

@@ -159,7 +159,9 @@ class CaseRow:
     """A row of cases.csv. A case that failed is a row too; None is unknown and is written as an empty cell."""
 
     case_id: str = column("", "name of the scan")
-    status: Literal["done", "failed", "pending"] = column("", "done, failed, or pending: not reached yet")
+    status: Literal["done", "failed", "pending", "unknown"] = column(
+        "", "done, failed, pending (not reached yet) or unknown (the record of the case is damaged)"
+    )
     reason: str = column("", "why it failed and what to do; empty if it did not", default="")
     n_lesions: int | None = column("", "number of rows in lesions.csv; 0 is a scan without lesions", default=None)
     total_volume_ml: float | None = column("mL", "sum of the volumes of all lesions", default=None)

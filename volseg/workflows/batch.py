@@ -5,8 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from importlib import metadata
@@ -16,21 +15,26 @@ from typing import Any
 import numpy as np
 
 from volseg import __version__
-from volseg.errors import ScanError, VolsegError
+from volseg.errors import ScanError, UnexpectedError, VolsegError
 from volseg.execute.local import Outcome
 from volseg.io.cases import Case
-from volseg.io.files import make_folder, sha256_of, write_bytes_atomic
-from volseg.io.nifti import intensity_warnings, read_header, write_volume
+from volseg.io.nifti import intensity_warnings, read_header, scan_digest, write_volume
 from volseg.measure.lesions import summarise
 from volseg.measure.rows import CaseRow, LesionMeasurement
 from volseg.recipe import Measure
-from volseg.report.results import ResultsFolder, plain
+from volseg.store.outputs import Commit
+from volseg.store.results import THUMBNAILS, VIEWERS, ResultsFolder, State
 from volseg.volume import Volume, slabs_of
-from volseg.workflows.pages import files_of, remake_page, write_report
+from volseg.workflows.pages import remake_page, write_report
 
 # What is being done, the share of it that is done in [0, 1], a detail. Stages may take turns; with 0 a stage begins, or begins anew.
 Progress = Callable[[str, float, str], None]
 
+FIGURES = "figures"
+EDITED = (
+    "W_EDITED: {case}: its mask was changed by hand after it was measured and is kept; "
+    "`volseg measure {out}` measures it as it is now"
+)
 SUCCESS, SOME_FAILED, NONE_SUCCEEDED = 0, 3, 4
 
 
@@ -56,31 +60,91 @@ def silent(stage: str, share: float, detail: str) -> None:
     """The progress callback of those who do not look."""
 
 
+@dataclass(frozen=True, slots=True)
+class CaseFiles:
+    """What a run writes per case. `folders`: those of its files besides the record and the pages."""
+
+    folders: Sequence[str]
+    figures: bool
+    pages: bool
+
+    def names(self, case_id: str) -> list[str]:
+        """Paths in the output folder of the files of a case."""
+        return [
+            *(f"{folder}/{case_id}.nii.gz" for folder in self.folders),
+            *((f"{FIGURES}/{case_id}.png",) if self.figures else ()),
+            *((f"{VIEWERS}/{case_id}.html", f"{THUMBNAILS}/{case_id}.jpg") if self.pages else ()),
+        ]
+
+    @property
+    def shared(self) -> list[str]:
+        """Paths of the files of all cases together."""
+        return ["lesions.csv", "cases.csv", "run.json", *(("report.html",) if self.pages else ())]
+
+
+class Inputs:
+    """SHA-256 of the files of each case: as they were read, else as they were when first asked for.
+
+    A file is hashed only to find out whether an earlier result is of it; who reads a file hashes it in passing.
+
+    Args:
+        of_masks: the masks of the cases are inputs, too.
+    """
+
+    def __init__(self, *, of_masks: bool) -> None:
+        self._of_masks = of_masks
+        self._digests: dict[str, tuple[str, ...]] = {}
+
+    def of(self, case: Case) -> tuple[str, ...]:
+        if case.id not in self._digests:
+            paths = files_of_case(case) if self._of_masks else case.images.values()
+            self._digests[case.id] = tuple(map(digest_of, paths))
+        return self._digests[case.id]
+
+    def were_read(self, case: Case, digests: Iterable[str]) -> None:
+        """Say what was read of a case: its images and, where it has one, its mask."""
+        self._digests[case.id] = tuple(digests)
+
+
 def run_cases(
     cases: Sequence[Case],
     run: Callable[[Sequence[Case]], Iterator[Outcome[Case, None]]],
     key_of: Callable[[Case], str],
     results: ResultsFolder,
-    model_name: str,
+    *,
+    inputs: Inputs,
+    files: CaseFiles,
     stage: str,
     progress: Progress,
+    model_name: str = "",
     objects: str = "components",
     about: Mapping[str, Any] | None = None,
 ) -> RunReport:
     """Run every case that is not complete; a failure is a row, an interruption leaves pending rows.
 
     Args:
+        key_of: of the model, the options and the inputs of a case; asked only where the folder knows the case.
         about: what report.html is to say of the run; None: it is not made, nor are pages that complete cases lack.
+
+    Raises:
+        VolsegError: a file that volseg did not write is in the way (`E_EXISTS`), before any case is run.
     """
-    done, kept, failed, todo = [], [], {}, []
+    done, kept, failed, todo, remarks = [], [], {}, [], []
     for case in cases:
-        if results.is_complete(case.id, key_of(case)):
-            kept.append(case.id)
-            results.is_at(case.id, next(iter(case.images.values())))
-        else:
+        state = results.state_of(case.id, key_of(case)) if results.has_record(case.id) else State.MISSING
+        if state is State.MISSING:
             todo.append(case)
+        else:
+            kept.append(case.id)
+    results.refuse_foreign([*files.shared, *(name for case in todo for name in files.names(case.id))])
+    for case in cases:
+        if case.id in kept:
+            is_edited = results.state_of(case.id, None) is State.EDITED
+            remark = EDITED.format(case=case.id, out=results.path) if is_edited else ""
+            remarks += [remark] if remark else []
+            results.keep(case.id, next(iter(case.images.values())), remark)
     progress(stage, 0.0, f"{len(todo)} of {len(cases)} to do")
-    outcomes, remarks = run(todo), []
+    outcomes = run(todo)
     try:
         for count, outcome in enumerate(outcomes, start=1):
             case = outcome.item
@@ -88,26 +152,40 @@ def run_cases(
                 done.append(case.id)
             else:
                 failed[case.id] = reason_of(outcome.error)
-                image = next(iter(case.images.values())).name
-                results.commit(
-                    CaseRow(case_id=case.id, status="failed", reason=failed[case.id], image=image, model=model_name)
+                results.commit_failure(
+                    case.id,
+                    CaseRow(
+                        case_id=case.id,
+                        status="failed",
+                        reason=failed[case.id],
+                        image=next(iter(case.images.values())).name,
+                        model=model_name,
+                    ),
+                    inputs.of(case),
+                    trace_of(outcome.error),
                 )
             progress(stage, count / len(todo), case.id)
         if about is not None:
-            remarks = _add_pages(results, kept)
+            remarks += _add_pages(results, kept)
     finally:
         if isinstance(outcomes, Generator):
             outcomes.close()  # waits for what is being written
         reached = {*done, *kept, *failed}
         # What was written while the run was being stopped is done, though nobody was told.
-        waiting = [case for case in cases if case.id not in reached and not results.is_complete(case.id, key_of(case))]
+        waiting = [
+            case
+            for case in todo
+            if case.id not in reached
+            and not (results.has_record(case.id) and results.is_complete(case.id, key_of(case)))
+        ]
         pending = [
             CaseRow(case_id=case.id, status="pending", image=next(iter(case.images.values())).name, model=model_name)
             for case in waiting
         ]
-        results.write_tables(pending=pending)
+        rows = results.write_tables(pending=pending)
         if about is not None:
-            write_report(results, about, [plain(row) for row in pending])
+            write_report(results, about, rows)
+    remarks += [f"W_RECORD: {row['case_id']}: {row['reason']}" for row in rows if row["status"] == "unknown"]
     return RunReport(
         out=results.path,
         done=done,
@@ -119,8 +197,11 @@ def run_cases(
 
 def _add_pages(results: ResultsFolder, kept: Sequence[str]) -> list[str]:
     """Make the viewer pages that complete cases lack, and say why one cannot be made."""
-    records = results.records() if kept else {}
-    reasons = {name: remake_page(results, name, records[name]) for name in kept if not results.has_pages(records[name])}
+    reasons = {}
+    for name in kept:
+        record = results.record(name)
+        if record is not None and not results.has_pages(record):
+            reasons[name] = remake_page(results, name, record)
     return [f"W_PAGE: {name} has no page: {reason}" for name, reason in reasons.items() if reason]
 
 
@@ -170,47 +251,43 @@ def done_row(
     )
 
 
-@contextmanager
-def all_or_none() -> Iterator[list[Path]]:
-    """The files of a case, to be filled while they are written: if one cannot be made, none stays."""
-    files: list[Path] = []
+def write_mask(mask: Volume, commit: Commit, folder: str, case_id: str, *, like: Path) -> None:
+    """Write a mask on the grid of the scan `like`.
+
+    Raises:
+        ScanError: the file of the scan is no longer the one that was read.
+    """
     try:
-        yield files
-    except BaseException:
-        for file in files:
-            file.unlink(missing_ok=True)
-        raise
+        write_volume(mask, commit.path(f"{folder}/{case_id}.nii.gz"), like=like)
+    except ValueError as error:
+        raise ScanError(
+            f"{like}: was replaced by a scan on another grid while it was being used", fix="run again", code="E_CHANGED"
+        ) from error
 
 
-def write_mask(mask: Volume, path: Path, *, like: Path) -> Path:
-    make_folder(path.parent)
-    write_volume(mask, path, like=like)
-    return path
-
-
-def write_figure(scan: Volume, ids: Volume, lesions: Sequence[LesionMeasurement], case_id: str, out: Path) -> Path:
+def write_figure(scan: Volume, ids: Volume, lesions: Sequence[LesionMeasurement], case_id: str, commit: Commit) -> None:
     from volseg.report.figures import overlay_png
 
-    path = out / "figures" / f"{case_id}.png"
-    make_folder(path.parent)
-    write_bytes_atomic(path, overlay_png(scan, ids.array, lesions, title=case_id))
-    return path
+    commit.write(f"{FIGURES}/{case_id}.png", overlay_png(scan, ids.array, lesions, title=case_id))
 
 
-def case_key(options: Mapping[str, Any], case: Case) -> str:
-    return input_key(json.dumps(dict(options), sort_keys=True), *case.images.values(), case.reference)
-
-
-def input_key(settings: str, *inputs: Path | str | None) -> str:
-    """Hash of the settings, of texts and of the content of files; a file that cannot be read counts by its name."""
-    parts = [__version__, settings]
-    for value in inputs:
-        files = files_of(value) if isinstance(value, Path) else ()
-        try:
-            parts += [sha256_of(file) for file in files] or [str(value)]
-        except OSError:
-            parts.append(str(value))
+def input_key(options: Mapping[str, Any], digests: Iterable[str]) -> str:
+    """Hash of the options and of the hashes of the inputs: equal where the results would be."""
+    parts = [__version__, json.dumps(dict(options), sort_keys=True), *digests]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def files_of_case(case: Case) -> list[Path]:
+    """Its images, and its mask where it has one."""
+    return [*case.images.values(), *(() if case.reference is None else (case.reference,))]
+
+
+def digest_of(path: Path) -> str:
+    """SHA-256 of a scan; one that cannot be read counts by its name."""
+    try:
+        return scan_digest(path)
+    except ScanError:
+        return str(path)
 
 
 def about_run(command: str, model: str) -> dict[str, str]:
@@ -234,6 +311,11 @@ def run_description(command: str, options: Mapping[str, Any], report: RunReport,
 
 def reason_of(error: VolsegError) -> str:
     return f"{error.code}: {error}"
+
+
+def trace_of(error: VolsegError) -> str:
+    """The traceback of a bug; empty for what the user can repair."""
+    return error.trace if isinstance(error, UnexpectedError) else ""
 
 
 def check_pair(image: Volume, mask: Volume, image_name: str, mask_name: str) -> None:

@@ -17,7 +17,7 @@ import numpy as np
 from volseg import __version__
 from volseg.errors import ScanError, VolsegError
 from volseg.execute.local import run
-from volseg.io.files import make_folder, write_bytes_atomic
+from volseg.io.files import sha256_of
 from volseg.io.nifti import read_mask, read_volume
 from volseg.measure.changes import ScanPair, centroids_mm, lesion_changes
 from volseg.measure.matching import MAX_DISTANCE_MM, Match, match_lesions
@@ -25,20 +25,22 @@ from volseg.measure.response import PatientResponse, judge_response
 from volseg.measure.rows import LesionMeasurement
 from volseg.measure.targets import label_of
 from volseg.preprocess.register import Registration, register, transformed
-from volseg.report.comparisons import ComparisonFolder
-from volseg.report.records import CaseRecord, case_ids, file_of, read_record, record_path
+from volseg.report.html import comparison_html
+from volseg.store.comparisons import ComparisonFolder
+from volseg.store.records import CaseRecord, case_ids, file_of, read_record, record_files
 from volseg.volume import Volume
 from volseg.workflows.batch import (
     Progress,
     RunReport,
     about_run,
     check_pair,
+    digest_of,
     input_key,
     reason_of,
     run_description,
     silent,
+    trace_of,
 )
-from volseg.workflows.pages import scan_digest
 from volseg.workflows.patients import Patient, read_pairs, same_ids
 
 STAGE = "Comparing"
@@ -130,7 +132,8 @@ def compare(
         time_: sorted(set(ids) - {scans[side] for patient in patients for scans in patient.scans})
         for side, (time_, ids) in enumerate(zip(("baseline", "followup"), known, strict=True))
     }
-    with ComparisonFolder(out) as results:
+    used = [path for path in (*folders, *settings.scans) if path is not None]
+    with ComparisonFolder(out, "compare", inputs=used if pairs is None else [*used, Path(pairs)]) as results:
         report = _run_patients(patients, folders, settings, results, progress)
         report = replace(report, details={**report.details, "not_listed": not_listed})
         rest = {name: report.details[name] for name in ("unpaired", "not_listed")}
@@ -167,56 +170,76 @@ def _run_patients(
         for patient in patients
         if not patient.is_paired
     }
-    for row in unpaired.values():
-        results.commit(row)
-    keys = {patient.name: _key(patient, folders, settings) for patient in patients if patient.is_paired}
+    inputs = {patient.name: _inputs(patient, folders, settings) for patient in patients if patient.is_paired}
+    keys = {patient.name: _key(patient, inputs[patient.name], settings) for patient in patients if patient.is_paired}
     kept = [name for name in keys if results.is_complete(name, keys[name])]
     todo = [patient for patient in patients if patient.name in keys and patient.name not in kept]
+    pictures = [f"figures/{patient.name}.png" for patient in todo] if settings.figures else []
+    results.refuse_foreign(["comparison.csv", "response.csv", "report.html", "run.json", *pictures])
+    for name, row in unpaired.items():
+        results.commit_failure(name, row, ())
+    for name in kept:
+        results.settle(name)
+
+    def task(patient: Patient) -> None:
+        name = patient.name
+        _compare_patient(patient, folders, settings, results, keys[name], inputs[name])
+
     done, failed = [], {}
     progress(STAGE, 0.0, f"{len(todo)} of {len(patients)} to do")
     try:
-        for count, outcome in enumerate(
-            run(lambda patient: _compare_patient(patient, folders, settings, results, keys[patient.name]), todo),
-            start=1,
-        ):
+        for count, outcome in enumerate(run(task, todo), start=1):
             patient = outcome.item
             if outcome.error is None:
                 done.append(patient.name)
             else:
                 failed[patient.name] = reason_of(outcome.error)
-                results.commit(PatientResponse(**patient.cells, status="failed", reason=failed[patient.name]))
+                row = PatientResponse(**patient.cells, status="failed", reason=failed[patient.name])
+                results.commit_failure(patient.name, row, inputs[patient.name], trace_of(outcome.error))
             progress(STAGE, count / len(todo), patient.name)
     finally:
         reached = {*unpaired, *kept, *done, *failed}
         waiting = [patient for patient in patients if patient.name not in reached]
-        results.write_tables(
+        shown = results.write_tables(
             [patient.name for patient in patients],
-            pending=[PatientResponse(**each.cells, status="pending", reason="not reached yet") for each in waiting],
-            about=about_run("compare", ""),
+            pending=[
+                PatientResponse(**patient.cells, status="pending", reason="not reached yet") for patient in waiting
+            ],
         )
-    rows = [dict(record.response) for patient in patients if (record := results.record(patient.name)) is not None]
+        page = comparison_html(about_run("compare", ""), shown.patients, shown.lesions)
+        results.write("report.html", page)
+    rows = [dict(row) for row in shown.patients]
     warnings = [f"{row['patient']}: {row['warnings']}" for row in rows if row["warnings"]]
     details: dict[str, Any] = {"patients": rows, "warnings": warnings}
     details["unpaired"] = {name: row.reason for name, row in unpaired.items()}
     return RunReport(out=results.path, done=done, kept=kept, failed=failed, details=details)
 
 
-def _key(patient: Patient, folders: _Folders, settings: CompareSettings) -> str:
-    """Changes with anything that the rows of a patient depend on."""
-    options = {"registration": settings.registration, "max_distance_mm": settings.max_distance_mm}
-    options |= {"figures": settings.figures, "lymph_nodes": settings.lymph_nodes}
-    options |= {"patient": patient.name, "scans": patient.scans}
-    inputs: list[Path | str | None] = []
+def _inputs(patient: Patient, folders: _Folders, settings: CompareSettings) -> tuple[str, ...]:
+    """SHA-256 of all files that the rows of a patient depend on."""
+    digests: list[str] = []
     for pair in patient.scans:
         for case, folder, scans in zip(pair, folders, settings.scans, strict=True):
             if case is None:
                 continue
-            inputs.append(record_path(folder, case))
+            digests += [_file_digest(path) for path in record_files(folder, case)]
             try:
-                inputs.append(_scan_path(read_record(folder, case), scans))
+                path = _scan_path(read_record(folder, case), scans)
+                digests.append("none" if path is None else digest_of(path))
             except ScanError as error:
-                inputs.append(str(error))  # told when the patient is compared
-    return input_key(json.dumps(options, sort_keys=True), *inputs)
+                digests.append(str(error))  # told when the patient is compared
+    return tuple(digests)
+
+
+def _file_digest(path: Path) -> str:
+    return sha256_of(path) if path.is_file() else str(path)
+
+
+def _key(patient: Patient, inputs: Sequence[str], settings: CompareSettings) -> str:
+    """Changes with anything that the rows of a patient depend on."""
+    options = {"registration": settings.registration, "max_distance_mm": settings.max_distance_mm}
+    options |= {"figures": settings.figures, "lymph_nodes": settings.lymph_nodes}
+    return input_key(options | {"patient": patient.name, "scans": patient.scans}, inputs)
 
 
 # ---- one patient
@@ -260,11 +283,13 @@ class _Side:
         check_pair(scan, self.ids, str(self.path), f"the lesions of case {self.record.case.case_id!r}")
         known = np.isfinite(scan.array) if scan.array.dtype.kind == "f" else np.ones(1, bool)
         # To register, what is not known is the darkest there is.
-        return scan if known.all() else scan.with_array(np.where(known, scan.array, scan.array[known].min(initial=0)))
+        if known.all():
+            return scan
+        return replace(scan, array=np.where(known, scan.array, scan.array[known].min(initial=0)))
 
     @cached_property
     def digest(self) -> str:
-        return scan_digest(self.path)
+        return self.scan.sha256 or digest_of(self.path)
 
     @property
     def change(self) -> str:
@@ -276,7 +301,12 @@ class _Side:
 
 
 def _compare_patient(
-    patient: Patient, folders: _Folders, settings: CompareSettings, results: ComparisonFolder, key: str
+    patient: Patient,
+    folders: _Folders,
+    settings: CompareSettings,
+    results: ComparisonFolder,
+    key: str,
+    inputs: Sequence[str],
 ) -> None:
     started = time.monotonic()
     names = _shared_names(patient, folders)
@@ -285,13 +315,6 @@ def _compare_patient(
     rows = lesion_changes(pairs, patient=patient.name, lymph_nodes=settings.lymph_nodes)
     response = judge_response(pairs, patient=patient.name, lymph_nodes=settings.lymph_nodes)
     warnings = [_of_scan(text, each.pair, pairs) for each in compared for text in each.warnings]
-    files = []
-    if pictures := [each.picture for each in compared if each.picture]:
-        from volseg.report.comparison_figures import stacked
-
-        files.append(results.path / "figures" / f"{patient.name}.png")
-        make_folder(files[0].parent)
-        write_bytes_atomic(files[0], stacked(pictures))
     response = replace(
         response,
         **_worst([each.columns for each in compared]),
@@ -299,7 +322,12 @@ def _compare_patient(
         seconds=round(time.monotonic() - started, 2),
         volseg_version=__version__,
     )
-    results.commit(response, key=key, lesions=rows, files=files)
+    with results.staged() as commit:
+        if pictures := [scans.picture for scans in compared if scans.picture]:
+            from volseg.report.comparison_figures import stacked
+
+            commit.write(f"figures/{patient.name}.png", stacked(pictures))
+        results.commit(response, commit, key=key, inputs=inputs, lesions=rows)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

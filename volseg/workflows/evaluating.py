@@ -17,12 +17,13 @@ from volseg.evaluate.overlap import OverlapRow, evaluate_case, row_of_absent
 from volseg.evaluate.summary import LabelResult, as_json, mean_of, patient_of, summarise_label
 from volseg.execute.local import run
 from volseg.io.cases import IGNORE, Case, find_cases, find_scans, is_described, stated_labels
-from volseg.io.files import write_bytes_atomic, write_json_atomic
+from volseg.io.files import json_text
 from volseg.io.nifti import read_mask
-from volseg.report.results import RECORDS, held
-from volseg.report.tables import write_table
+from volseg.store.outputs import RECORDS, OutputFolder
+from volseg.store.tables import table
 from volseg.workflows.batch import Progress, RunReport, reason_of, silent
 
+TABLES, PICTURES = ("evaluation.csv", "detections.csv", "summary.json"), ("agreement.png", "froc.png")
 SAME_PLACE_MM = 0.01  # tables have four digits of a centroid
 
 
@@ -75,7 +76,9 @@ def evaluate(
         found = [replace(row, patient=patient, confidence=lesions.confidence_of(row)) for row in found]
         return [with_lesions(replace(row, patient=patient), found) for row in rows], found
 
-    with held(out, out / RECORDS):
+    used = [Path(reference), Path(predicted), *(mask.path for mask in (*truths.values(), *guesses.values()))]
+    with OutputFolder(out, "evaluate", inputs=used) as outputs:
+        outputs.refuse_foreign([*TABLES, *PICTURES])
         compared: dict[str, tuple[list[OverlapRow], list[DetectionRow]]] = {}
         failed: dict[str, str] = {}
         for count, outcome in enumerate(run(compare, common), start=1):
@@ -92,16 +95,6 @@ def evaluate(
             )
             for label in sorted({row.label for row in rows})
         ]
-        write_table(
-            out / "evaluation.csv",
-            OverlapRow,
-            [
-                *rows,
-                *({"case_id": case_id, "status": "failed", "reason": reason} for case_id, reason in failed.items()),
-            ],
-        )
-        write_table(out / "detections.csv", DetectionRow, detections)
-        _draw(results, out)
         summary = {
             **_overall(rows, truths, compared.keys()),
             "labels": {str(result.label): as_json(result) for result in results},
@@ -110,7 +103,15 @@ def evaluate(
             "not_in_reference": sorted(set(guesses) - set(truths)),
             "failed": failed,
         }
-        write_json_atomic(out / "summary.json", summary)
+        failures = [{"case_id": case_id, "status": "failed", "reason": reason} for case_id, reason in failed.items()]
+        with outputs.staged() as commit:
+            commit.write("evaluation.csv", table(OverlapRow, [*rows, *failures]))
+            commit.write("detections.csv", table(DetectionRow, detections))
+            commit.write("summary.json", json_text(summary))
+            pictures = _pictures(results)
+            for name, picture in pictures.items():
+                commit.write(name, picture)
+            commit.finish(removed=[name for name in PICTURES if name not in pictures])
     return RunReport(out=out, done=list(compared), failed=failed, details=summary)
 
 
@@ -222,16 +223,14 @@ def _overall(rows: Sequence[OverlapRow], masks: Mapping[str, _Mask], done: Colle
     }
 
 
-def _draw(results: Sequence[LabelResult], out: Path) -> None:
-    """The plots that can be drawn; one of an earlier call that cannot be drawn any more goes."""
+def _pictures(results: Sequence[LabelResult]) -> dict[str, bytes]:
+    """The plots that can be drawn, as PNG; one of an earlier call that cannot be drawn any more goes."""
     from volseg.report.plots import agreement_png, froc_png
 
+    pictures = {}
+    if any(result.reference_ml.size for result in results):
+        pictures["agreement.png"] = agreement_png(results)
     curves = [(result.name, result.curve) for result in results if result.curve is not None]
-    for name, is_there, picture in (
-        ("agreement.png", any(result.reference_ml.size for result in results), lambda: agreement_png(results)),
-        ("froc.png", bool(curves), lambda: froc_png(curves)),
-    ):
-        if is_there:
-            write_bytes_atomic(out / name, picture())
-        else:
-            (out / name).unlink(missing_ok=True)
+    if curves:
+        pictures["froc.png"] = froc_png(curves)
+    return pictures

@@ -7,7 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from volseg.errors import VolsegError
+from volseg.store.outputs import OutputFolder
 from volseg.workflows.batch import RunReport
+
+MODEL_FILE = "model.json"
 
 if TYPE_CHECKING:  # torch takes seconds to import; only a workflow that needs it pays
     from volseg.bundle import ModelBundle
@@ -31,17 +34,25 @@ def import_nnunet(
         VolsegError: files are missing or damaged, a checkpoint asks for more than weights, or the model needs something that
             volseg does not have.
     """
-    from volseg.bundle import save_bundle
+    from volseg.bundle import bundle_files, load_bundle, save_bundle
     from volseg.infer.backends import export_bundle
     from volseg.nnunet import read_nnunet
 
     out = Path(out)
-    if (out / "model.json").exists():
+    if (out / MODEL_FILE).exists():
         raise VolsegError(
             f"{out}: holds a finished model", fix="give another --out, or delete it first", code="E_EXISTS"
         )
-    bundle = save_bundle(read_nnunet(Path(folder), folds=folds, checkpoint=checkpoint), out)
-    export_bundle(bundle, out)
+    bundle = read_nnunet(Path(folder), folds=folds, checkpoint=checkpoint)
+    with OutputFolder(out, "import-nnunet", inputs=[Path(folder)]) as outputs:
+        outputs.refuse_foreign(bundle_files(bundle.weights))
+        with outputs.staged() as commit:
+            save_bundle(bundle, commit.folder)
+            commit.finish(last=MODEL_FILE)
+        bundle = load_bundle(out)
+        with outputs.staged() as commit:
+            export_bundle(bundle, commit.folder)
+            commit.finish()
     return RunReport(out=out, done=[bundle.recipe.name], details={"model": _facts(bundle), "sha256": bundle.sha256})
 
 

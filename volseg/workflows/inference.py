@@ -18,16 +18,18 @@ from volseg.io.cases import Case, find_scans
 from volseg.io.nifti import NiftiHeader, read_header, read_volume
 from volseg.postprocess.lesions import CONNECTIVITY
 from volseg.recipe import Recipe, parse_recipe
-from volseg.report.results import ResultsFolder
+from volseg.store.results import LESION_IDS, MASKS, ResultsFolder
 from volseg.volume import Volume
 from volseg.workflows.batch import (
+    CaseFiles,
+    Inputs,
     Progress,
     RunReport,
     about_run,
-    all_or_none,
     amount_of,
-    case_key,
     done_row,
+    files_of_case,
+    input_key,
     run_cases,
     run_description,
     silent,
@@ -98,7 +100,8 @@ def infer(
     inputs = [Path(scans)] if isinstance(scans, Path | str) else [Path(scan) for scan in scans]
     data = bundle.recipe.data
     cases = find_scans(inputs, data.channels, may_miss=data.missing == "empty")
-    with ResultsFolder(out) as results:
+    used = [*inputs, folder, *(path for case in cases for path in files_of_case(case))]
+    with ResultsFolder(out, "infer", inputs=used) as results:
         loaded = load_model(bundle, device, backend=backend, precision=precision, folder=folder)
         if loaded.device == "cpu" and loaded.segmentation.identity["backend"] == "torch":
             keep_freed_memory()
@@ -114,13 +117,10 @@ def infer(
             loaded = load_model(bundle, device, backend=backend, precision=precision, folder=folder)
             announce(f"tiles: {tiles} at a time, to stay within the memory budget")
         half = {name for name, plan in known.items() if plan.half_logits}
-        keys: dict[str, str] = {}
+        digests = Inputs(of_masks=False)
 
         def key_of(case: Case) -> str:
-            """Of the input as it was when the run began."""
-            if case.id not in keys:
-                keys[case.id] = case_key(options | ({"half_logits": True} if case.id in half else {}), case)
-            return keys[case.id]
+            return input_key(options | ({"half_logits": True} if case.id in half else {}), digests.of(case))
 
         def read(case: Case) -> _ReadCase:
             plan = plans[case.id]
@@ -134,8 +134,10 @@ def infer(
             )
 
         def write(case: Case, found: _SegmentedCase) -> None:
-            _write(case, found, loaded.bundle, results, key_of(case), figures, pages)
+            digests.were_read(case, found.sha256)
+            _write(case, found, loaded.bundle, results, key_of(case), digests.of(case), files)
 
+        files = CaseFiles((MASKS, LESION_IDS), figures, pages)
         about = about_run("infer", bundle.name)
         ahead = all(plan.read_ahead for plan in known.values())
         with limited_gpu(None if loaded.device == "cpu" else gpu_budget):
@@ -144,9 +146,11 @@ def infer(
                 lambda todo: run_overlapped(read, segment, write, todo, ahead=ahead),
                 key_of,
                 results,
-                bundle.name,
-                STAGE,
-                progress,
+                inputs=digests,
+                files=files,
+                stage=STAGE,
+                progress=progress,
+                model_name=bundle.name,
                 about=about if pages else None,
             )
         results.write_run(
@@ -280,6 +284,7 @@ class _SegmentedCase:
     scan: Volume
     result: CaseResult
     seconds: float  # of reading and segmenting
+    sha256: tuple[str, ...]  # of the files that were read
 
 
 def _read(case: Case) -> _ReadCase:
@@ -301,39 +306,48 @@ def _segment(case: Case, read: _ReadCase, model: Model, *, half_logits: bool, on
     started = time.monotonic()
     result = segment_case(read.images, model, case_id=case.id, half_logits=half_logits, on_tile=on_tile)
     scan = read.images[model.bundle.recipe.data.channels[0]]
-    return _SegmentedCase(scan, result, read.seconds + time.monotonic() - started)
+    digests = tuple(image.sha256 for image in read.images.values())
+    return _SegmentedCase(scan, result, read.seconds + time.monotonic() - started, digests)
 
 
 def _write(
     case: Case,
-    found: _SegmentedCase,
+    segmented: _SegmentedCase,
     bundle: ModelBundle,
     results: ResultsFolder,
     key: str,
-    figures: bool,
-    pages: bool,
+    inputs: Sequence[str],
+    files: CaseFiles,
 ) -> None:
     started = time.monotonic()
-    scan_path = case.images[bundle.recipe.data.channels[0]]
-    result = found.result
-    unit = bundle.recipe.data.intensity_unit
-    with all_or_none() as files:
-        for folder, mask in (("masks", result.mask), ("lesion_ids", result.lesion_ids)):
-            files.append(write_mask(mask, results.path / folder / f"{case.id}.nii.gz", like=scan_path))
-        if figures:
-            files.append(write_figure(found.scan, result.lesion_ids, result.lesions, case.id, results.path))
+    data, settings = bundle.recipe.data, bundle.recipe.measure
+    scan_path = case.images[data.channels[0]]
+    scan, result = segmented.scan, segmented.result
+    with results.staged() as commit:
+        write_mask(result.mask, commit, MASKS, case.id, like=scan_path)
+        write_mask(result.lesion_ids, commit, LESION_IDS, case.id, like=scan_path)
+        if files.figures:
+            write_figure(scan, result.lesion_ids, result.lesions, case.id, commit)
         row = done_row(
             case,
-            found.scan,
+            scan,
             result.lesions,
             path=scan_path,
-            unit=unit,
+            unit=data.intensity_unit,
             model=bundle.name,
-            seconds=found.seconds,
-            settings=bundle.recipe.measure,
+            seconds=segmented.seconds,
+            settings=settings,
             organ_voxels=result.organ_voxels,
         )
-        if pages:
-            files += write_page(row, result.lesions, found.scan, result.lesion_ids.array, unit=unit, out=results.path)
-    row = replace(row, seconds=round(found.seconds + time.monotonic() - started, 2))
-    results.commit(row, key=key, lesions=result.lesions, files=files, source=source_of(scan_path, unit))
+        if files.pages:
+            write_page(row, result.lesions, scan, result.lesion_ids.array, unit=data.intensity_unit, commit=commit)
+        results.commit(
+            replace(row, seconds=round(segmented.seconds + time.monotonic() - started, 2)),
+            commit,
+            key=key,
+            inputs=inputs,
+            lesions=result.lesions,
+            source=source_of(scan_path, scan, data.intensity_unit)
+            | {"label_names": {str(value): name for value, name in data.label_names.items()}}
+            | {"measure": settings.model_dump(mode="json")},
+        )

@@ -12,31 +12,37 @@ from typing import cast, get_args
 
 import numpy as np
 
-from volseg.errors import VolsegError
+from volseg.errors import ScanError, VolsegError
 from volseg.execute.local import run
 from volseg.io.cases import Case, find_cases, find_scans
 from volseg.io.nifti import MAX_LABELS, read_label_table, read_mask, read_volume
 from volseg.measure.lesions import measure_lesions
+from volseg.measure.rows import CaseRow, LesionMeasurement
 from volseg.postprocess.lesions import CONNECTIVITY, Objects, label_lesions, without_organ
 from volseg.recipe import Measure, load_recipe
-from volseg.report.results import ResultsFolder
+from volseg.store.outputs import SAME_KIND, Commit, folder_content
+from volseg.store.results import LESION_IDS, MASKS, ResultsFolder, State
 from volseg.volume import Volume
 from volseg.workflows.batch import (
+    CaseFiles,
+    Inputs,
     Progress,
     RunReport,
     about_run,
-    all_or_none,
-    case_key,
     check_pair,
     done_row,
+    files_of_case,
+    input_key,
+    reason_of,
     run_cases,
     run_description,
     silent,
     write_figure,
     write_mask,
 )
-from volseg.workflows.pages import source_of, write_page
+from volseg.workflows.pages import read_about, source_of, write_page, write_report
 
+STAGE = "Measuring"
 CT_BELOW, CT_SHARE = -200.0, 0.01  # HU, and the share of voxels under it from which a scan is taken for CT
 KNOWN_UNITS = {"hu": "HU", "suv": "SUV"}  # by which much is decided, however they are written
 GUESSES = {  # in a warning
@@ -47,11 +53,12 @@ MOST_OBJECTS = 2**20  # values of a mask in which each is an object
 
 
 def measure(
+    results: Path | str | None = None,
     *,
     image: Path | str | None = None,
     mask: Path | str | None = None,
     cases: Path | str | None = None,
-    out: Path | str = "volseg_results",
+    out: Path | str | None = None,
     objects: str = "components",
     label_names: Mapping[int, str] | None = None,
     intensity_unit: str | None = None,
@@ -65,7 +72,12 @@ def measure(
 ) -> RunReport:
     """Measure any masks on their scans, without a model: one pair, two folders with equal file names, or a table of cases.
 
+    Or measure again what was corrected by hand in the results of `infer`.
+
     Args:
+        results: the folder of `infer`, whose masks that were changed since are measured with the settings of its model;
+            nothing but figures and pages may be given beside it.
+        out: None for `volseg_results`.
         objects: `components`, each connected part is a lesion; `labels`, each value of the mask is one.
         label_names: value → name; None for those that the mask's own file holds. A value without one is `label_<value>`.
         intensity_unit: of the scans; None: HU where the scan looks like CT in HU, else a.u.
@@ -78,6 +90,15 @@ def measure(
         VolsegError: the request is wrong. A pair that cannot be used is a failed row instead.
     """
     started = time.monotonic()
+    if results is not None:
+        others = (image, mask, cases, out, label_names, intensity_unit, recipe, organ, *lymph_nodes)
+        if any(value is not None for value in others) or calcium or objects != "components":
+            raise VolsegError(
+                f"{results}: its corrected masks are measured as its model was told to, into the same folder",
+                fix="give the results folder alone, or --image and --mask with another --out",
+                code="E_USAGE",
+            )
+        return measure_corrected(Path(results), figures=figures, pages=pages, progress=progress)
     if objects not in get_args(Objects):
         raise VolsegError(f"objects {objects!r} is unknown", fix="use components or labels", code="E_USAGE")
     found, unused = _pairs(image, mask, cases)
@@ -95,32 +116,146 @@ def measure(
     options |= {"intensity_unit": wanted.intensity_unit, "figures": figures}
     options |= {"measure": wanted.settings.model_dump(mode="json")}
     about = about_run("measure", "")
-    with ResultsFolder(Path(out)) as results:
+    given = [Path(path) for path in (image, mask, cases) if path is not None]
+    used = [*given, *(path for case in found for path in files_of_case(case))]
+    if recipe is not None and Path(recipe).is_file():
+        used.append(Path(recipe))
+    digests = Inputs(of_masks=True)
+
+    def key_of(case: Case) -> str:
+        return input_key(options, digests.of(case))
+
+    with ResultsFolder(Path(out or "volseg_results"), "measure", inputs=used) as folder:
 
         def task(case: Case) -> None:
-            _measure_case(case, results, case_key(options, case), wanted)
+            measured = _measure_case(case, wanted)
+            digests.were_read(case, measured.sha256)
+            with folder.staged() as commit:
+                row = _write_case(case, measured, wanted, commit)
+                folder.commit(
+                    row,
+                    commit,
+                    key=key_of(case),
+                    inputs=digests.of(case),
+                    lesions=measured.rows,
+                    source=source_of(case.images["image"], measured.scan, measured.unit),
+                )
 
         report = run_cases(
             found,
             lambda todo: run(task, todo),
-            lambda case: case_key(options, case),
-            results,
-            "",
-            "Measuring",
-            progress,
-            objects,
-            about if pages else None,
+            key_of,
+            folder,
+            inputs=digests,
+            files=CaseFiles((LESION_IDS,), figures, pages),
+            stage=STAGE,
+            progress=progress,
+            objects=objects,
+            about=about if pages else None,
         )
         if unused:
             remark = f"W_MASK: no scan for {len(unused)} of {len(unused) + len(found)} masks, such as {unused[0]!r}: left out"
             report = replace(report, details={**report.details, "warnings": [*report.details["warnings"], remark]})
-        results.write_run(
+        folder.write_run(
             run_description("measure", options, report, started)
             | about
             | {"masks_without_scan": unused}
             | {"connectivity": CONNECTIVITY if objects == "components" else None}
         )
     return report
+
+
+def measure_corrected(results: Path, *, figures: bool, pages: bool, progress: Progress) -> RunReport:
+    """Measure the masks in a folder of `infer` that were changed by hand since they were measured.
+
+    A corrected mask is the user's from then on: no later run of `infer` replaces it.
+
+    Raises:
+        VolsegError: it is no folder of `infer`.
+    """
+    started = time.monotonic()
+    if folder_content(results) != SAME_KIND["infer"]:
+        raise VolsegError(
+            f"{results}: holds no results of infer",
+            fix="give the --out folder of `volseg infer`, or --image and --mask",
+            code="E_USAGE",
+        )
+    done, kept, failed = [], [], {}
+    with ResultsFolder(results, "infer") as folder:
+        rows = folder.case_rows()
+        edited = [row["case_id"] for row in rows if folder.state_of(row["case_id"], None) is State.EDITED]
+        kept = [row["case_id"] for row in rows if row["status"] == "done" and row["case_id"] not in edited]
+        files = CaseFiles((LESION_IDS,), figures, pages)
+        folder.refuse_foreign([*files.shared, *(path for name in edited for path in files.names(name))])
+        progress(STAGE, 0.0, f"{len(edited)} of {len(rows)} masks were changed by hand")
+        outcomes = run(lambda name: _measure_corrected_case(folder, name, figures=figures, pages=pages), edited)
+        try:
+            for count, outcome in enumerate(outcomes, start=1):
+                name = outcome.item
+                if outcome.error is None:
+                    done.append(name)
+                else:
+                    failed[name] = reason_of(outcome.error)
+                progress(STAGE, count / len(edited), name)
+        finally:
+            rows = folder.write_tables()
+            about = read_about(results)
+            if pages:
+                write_report(folder, about, rows)
+        warnings = [f"{row['case_id']}: {row['warnings']}" for row in rows if row["case_id"] in done]
+        report = RunReport(
+            out=results,
+            done=done,
+            kept=kept,
+            failed=failed,
+            details={"objects": "components", "pages": pages, "warnings": warnings},
+        )
+        measured = run_description("measure", {"figures": figures}, report, started)
+        folder.write_run(dict(about) | {"measured_again": measured})
+    return report
+
+
+def _measure_corrected_case(folder: ResultsFolder, name: str, *, figures: bool, pages: bool) -> None:
+    record = folder.record(name)
+    assert record is not None
+    source = record["source"]
+    mask = f"{MASKS}/{name}.nii.gz"
+    try:
+        case = Case(name, {"image": Path(source["scan"])}, reference=folder.path / mask)
+        wanted = _Wanted(
+            objects="components",
+            label_names={int(value): str(text) for value, text in source["label_names"].items()},
+            intensity_unit=str(source["unit"]),
+            settings=Measure.model_validate(source["measure"]),
+            figures=figures,
+            pages=pages,
+        )
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ScanError(
+            f"{folder.path}: the record of case {name!r} does not say how it was measured ({error!r})",
+            fix="measure the mask with --image, --mask and another --out",
+            code="E_RECORD",
+        ) from error
+    measured = _measure_case(case, wanted)
+    if measured.scan.sha256 != source.get("sha256"):
+        raise ScanError(
+            f"{case.images['image']}: is not the scan that the mask was made from any more",
+            fix="put that scan back, or measure the mask with --image, --mask and another --out",
+            code="E_CHANGED",
+        )
+    model = record["case"].get("model") or ""
+    remark = f"W_CORRECTED: the mask of {model} was corrected by hand, so there is no confidence and no class"
+    with folder.staged() as commit:
+        row = _write_case(case, measured, wanted, commit, model=model, remark=remark)
+        folder.commit(
+            row,
+            commit,
+            key=str(record.get("key", "")),
+            inputs=record.get("inputs", ()),
+            lesions=measured.rows,
+            source=source,
+            corrected={mask: measured.sha256[-1]},
+        )
 
 
 def _pairs(image: Path | str | None, mask: Path | str | None, cases: Path | str | None) -> tuple[list[Case], list[str]]:
@@ -175,7 +310,22 @@ class _Wanted:
     pages: bool
 
 
-def _measure_case(case: Case, results: ResultsFolder, key: str, wanted: _Wanted) -> None:
+@dataclass(frozen=True, slots=True, eq=False)
+class _Measured:
+    """What was measured of a case. `sha256`: of the scan and of the mask that were read; `guess`: a warning about the unit."""
+
+    scan: Volume
+    ids: Volume
+    rows: Sequence[LesionMeasurement]
+    unit: str
+    guess: str
+    settings: Measure
+    organ_voxels: int | None
+    sha256: tuple[str, ...]
+    seconds: float
+
+
+def _measure_case(case: Case, wanted: _Wanted) -> _Measured:
     started = time.monotonic()
     path = case.images["image"]
     assert case.reference is not None
@@ -204,28 +354,43 @@ def _measure_case(case: Case, results: ResultsFolder, key: str, wanted: _Wanted)
         settings=settings,
         connectivity=CONNECTIVITY if wanted.objects == "components" else None,
     )
-    ids = scan.with_array(lesions.ids)
-    with all_or_none() as files:
-        files.append(write_mask(ids, results.path / "lesion_ids" / f"{case.id}.nii.gz", like=path))
-        if wanted.figures:
-            files.append(write_figure(scan, ids, rows, case.id, results.path))
-        row = done_row(
-            case,
-            scan,
-            rows,
-            path=path,
-            unit=unit,
-            model="",
-            seconds=time.monotonic() - started,
-            settings=settings,
-            organ_voxels=organ_voxels,
-        )
-        if guess:
-            row = replace(row, warnings="; ".join(filter(None, (row.warnings, guess))))
-        if wanted.pages:
-            files += write_page(row, rows, scan, lesions.ids, unit=unit, out=results.path)
-    row = replace(row, seconds=round(time.monotonic() - started, 2))
-    results.commit(row, key=key, lesions=rows, files=files, source=source_of(path, unit))
+    return _Measured(
+        scan=scan,
+        ids=scan.with_array(lesions.ids),
+        rows=rows,
+        unit=unit,
+        guess=guess,
+        settings=settings,
+        organ_voxels=organ_voxels,
+        sha256=(scan.sha256, mask.sha256),
+        seconds=time.monotonic() - started,
+    )
+
+
+def _write_case(
+    case: Case, measured: _Measured, wanted: _Wanted, commit: Commit, *, model: str = "", remark: str = ""
+) -> CaseRow:
+    """Write the files of a case; returns its row. `remark`: a further warning."""
+    started = time.monotonic()
+    path, scan, ids, rows = case.images["image"], measured.scan, measured.ids, measured.rows
+    write_mask(ids, commit, LESION_IDS, case.id, like=path)
+    if wanted.figures:
+        write_figure(scan, ids, rows, case.id, commit)
+    row = done_row(
+        case,
+        scan,
+        rows,
+        path=path,
+        unit=measured.unit,
+        model=model,
+        seconds=measured.seconds,
+        settings=measured.settings,
+        organ_voxels=measured.organ_voxels,
+    )
+    row = replace(row, warnings="; ".join(filter(None, (row.warnings, measured.guess, remark))))
+    if wanted.pages:
+        write_page(row, rows, scan, ids.array, unit=measured.unit, commit=commit)
+    return replace(row, seconds=round(measured.seconds + time.monotonic() - started, 2))
 
 
 def _guess_unit(scan: Volume) -> str:

@@ -12,13 +12,14 @@ import numpy as np
 
 from volseg import __version__
 from volseg.errors import ScanError
-from volseg.io.files import make_folder, sha256_of, write_bytes_atomic
 from volseg.io.nifti import read_mask, read_volume
 from volseg.measure.rows import CaseRow, LesionMeasurement
-from volseg.report.records import file_of
-from volseg.report.results import THUMBNAILS, VIEWERS, ResultsFolder, plain
+from volseg.store.outputs import Commit
+from volseg.store.records import file_of
+from volseg.store.results import THUMBNAILS, VIEWERS, ResultsFolder, plain
 from volseg.volume import Volume
 
+REPORT = "report.html"
 HEAD_BYTES = 4096  # of report.html, in which it says what it was made from
 ANY_NUMBER = 2**32  # of lesions in a file of lesion ids
 
@@ -30,9 +31,9 @@ def write_page(
     ids: np.ndarray,
     *,
     unit: str,
-    out: Path,
-) -> list[Path]:
-    """The viewer page of a scan and its picture for report.html: the two files that were written.
+    commit: Commit,
+) -> None:
+    """Write the viewer page of a scan and its picture for report.html.
 
     Args:
         ids: (I, J, K) lesion ids on the scan's grid. unit: of its intensities.
@@ -52,12 +53,8 @@ def write_page(
         point_mm=point_mm,
         extent_mm=0.0 if largest is None else _extent_mm(preview.ids, largest["lesion_id"]),
     )
-    page = out / VIEWERS / f"{row['case_id']}.html"
-    picture = out / THUMBNAILS / f"{row['case_id']}.jpg"
-    make_folder(picture.parent)
-    write_bytes_atomic(page, viewer_html(row, rows, preview, montage, unit=unit))
-    write_bytes_atomic(picture, montage)
-    return [page, picture]
+    commit.write(f"{VIEWERS}/{row['case_id']}.html", viewer_html(row, rows, preview, montage, unit=unit))
+    commit.write(f"{THUMBNAILS}/{row['case_id']}.jpg", montage)
 
 
 def _plain(lesion: LesionMeasurement | Mapping[str, Any]) -> Mapping[str, Any]:
@@ -72,20 +69,9 @@ def _extent_mm(ids: Volume, number: int) -> float:
     return float(((np.ptp(voxels, axis=0) + 1) * ids.geometry.spacing_mm).max())
 
 
-def source_of(path: Path, unit: str) -> dict[str, str]:
-    """What a record keeps so that the page can be made again: the scan, what is in it, and the unit of its intensities."""
-    return {"scan": str(path.absolute()), "sha256": scan_digest(path), "unit": unit}
-
-
-def scan_digest(path: Path) -> str:
-    return "+".join(sha256_of(file) for file in files_of(path))
-
-
-def files_of(path: Path) -> list[Path]:
-    """The files behind the name of a scan: a `.hdr` has its voxels in an `.img`."""
-    stem, _, suffix = path.name.rpartition(".hdr")
-    partner = path.with_name(f"{stem}.img{suffix}") if stem else path
-    return [file for file in dict.fromkeys((path, partner)) if file.is_file()]
+def source_of(path: Path, scan: Volume, unit: str) -> dict[str, str]:
+    """What a record keeps so that the page can be made again: the scan, what was read of it, and the unit of its intensities."""
+    return {"scan": str(path.absolute()), "sha256": scan.sha256, "unit": unit}
 
 
 def remake_page(results: ResultsFolder, case_id: str, record: Mapping[str, Any]) -> str:
@@ -94,24 +80,26 @@ def remake_page(results: ResultsFolder, case_id: str, record: Mapping[str, Any])
     Returns:
         Why that cannot be done; then the earlier page stays. Empty where it was.
     """
-    source = record.get("source") or {}
-    if "scan" not in source:
-        return "its record, of an older version, does not say where the scan is"
+    source = record["source"]
+    if not all(isinstance(source.get(name), str) for name in ("scan", "sha256", "unit")):
+        return "its record does not say where the scan is"
     path = Path(source["scan"])
-    if not files_of(path):
+    if not path.exists():
         return f"its scan {path.name} is no longer where it was"
-    if scan_digest(path) != source["sha256"]:
-        return f"its scan {path.name} has been changed since"
     try:
-        found = file_of(results.path, case_id, record["files"], "lesion_ids")
-        scan, ids = read_volume(path, is_finite=False), read_mask(found, max_labels=ANY_NUMBER)
+        scan = read_volume(path, is_finite=False)
+        if scan.sha256 != source["sha256"]:
+            return f"its scan {path.name} has been changed since"
+        ids = read_mask(file_of(results.path, case_id, record["files"], "lesion_ids"), max_labels=ANY_NUMBER)
     except ScanError as error:
         return str(error)
     difference = scan.geometry.difference(ids.geometry)
     if difference:
         return f"its lesion ids are not on the grid of its scan: {difference}"
-    files = write_page(record["case"], record["lesions"], scan, ids.array, unit=source["unit"], out=results.path)
-    results.add_files(case_id, files)
+    rows = list(results.rows_of(case_id))
+    with results.staged() as commit:
+        write_page(record["case"], rows, scan, ids.array, unit=source["unit"], commit=commit)
+        results.add_files(case_id, commit)
     return ""
 
 
@@ -122,41 +110,45 @@ def has_page(results: ResultsFolder, case_id: str) -> bool:
 def write_report(
     results: ResultsFolder,
     about: Mapping[str, Any],
-    pending: Sequence[Mapping[str, Any]] = (),
+    rows: Sequence[Mapping[str, Any]],
     remarks: Sequence[str] = (),
     *,
     is_anew: bool = False,
-) -> Path:
+) -> None:
     """report.html of all that the folder holds.
 
     Args:
         about: of the run: `command`, `volseg`, `model`, `started`.
-        pending: rows of cases that were not reached and have no record.
+        rows: of cases.csv.
         is_anew: write it even if one is there that was made from the same.
     """
     from volseg.report.html import report_html
 
-    path = results.path / "report.html"
-    records = results.records()
-    content = [__version__, list(pending), list(remarks), records]
-    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-    if not is_anew and _made_from(path) == digest:
-        return path
-    rows = {row["case_id"]: row for row in pending}
-    rows |= {name: record["case"] for name, record in records.items() if name not in rows}
-    done = [name for name, row in rows.items() if row["status"] == "done"]
+    lesions = list(results.lesion_rows(rows))
+    digest = hashlib.sha256(json.dumps([__version__, *rows, *remarks, *lesions], sort_keys=True).encode()).hexdigest()
+    if not is_anew and _made_from(results.path / REPORT) == digest:
+        return
+    done = [row["case_id"] for row in rows if row["status"] == "done"]
     pictures = {name: results.path / THUMBNAILS / f"{name}.jpg" for name in done}
     page = report_html(
         about,
-        [rows[name] for name in sorted(rows)],
-        [lesion for name in sorted(done) for lesion in records[name]["lesions"]],
+        rows,
+        lesions,
         montages={name: picture.read_bytes() for name, picture in pictures.items() if picture.is_file()},
         pages=[name for name in done if has_page(results, name)],
         remarks=remarks,
         digest=digest,
     )
-    write_bytes_atomic(path, page)
-    return path
+    results.write(REPORT, page)
+
+
+def read_about(out: Path) -> dict[str, Any]:
+    """What run.json says of the run; nothing where an interrupted run left none."""
+    try:
+        found = json.loads((out / "run.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _made_from(path: Path) -> str | None:

@@ -14,7 +14,7 @@ from volseg.errors import VolsegError
 from volseg.execute.cpu import physical_cores, total_memory
 from volseg.execute.local import run
 from volseg.io.cases import IGNORE, Case, stated_labels, stated_modalities, stated_regions, survey_cases
-from volseg.io.files import write_json_atomic
+from volseg.io.files import read_sealed, refuse_unsealed, write_sealed
 from volseg.io.nifti import read_mask, read_volume
 from volseg.recipe import Recipe, parse_recipe
 from volseg.sizing import Budget
@@ -60,6 +60,8 @@ def plan(
     """
     from volseg.plan import check_budget, make_plan
 
+    if out is not None:
+        refuse_unsealed(Path(out))
     budget_of(device, memory)  # a misspelt amount should not be found out after all scans were read
     chosen = recipe_for(dataset, recipe, progress)
     n = folds_of(Path(dataset), chosen, folds, is_auto=recipe is None)
@@ -71,7 +73,7 @@ def plan(
     if budget.is_stated:
         check_budget(found, chosen, budget)
     if out is not None:
-        write_json_atomic(Path(out), found.model_dump(mode="json"))
+        write_sealed(Path(out), found.model_dump(mode="json"))
     details = {
         "recipe": chosen.model_dump(mode="json"),
         "plan": found.model_dump(mode="json"),
@@ -93,11 +95,12 @@ def read_plan(path: Path | str) -> Plan:
     from volseg.plan import Plan
 
     try:
-        return Plan.model_validate_json(Path(path).read_text(encoding="utf-8"))
+        return Plan.model_validate(read_sealed(Path(path)))
     except OSError as error:
         raise VolsegError(f"{path}: cannot be read ({error.strerror})", fix="check the path", code="E_PLAN") from error
-    except ValidationError as error:
-        mistakes = [f"{'.'.join(map(str, each['loc'])) or 'plan'}: {each['msg'].lower()}" for each in error.errors()]
+    except ValueError as error:
+        details = error.errors() if isinstance(error, ValidationError) else [{"loc": (), "msg": str(error)}]
+        mistakes = [f"{'.'.join(map(str, each['loc'])) or 'plan'}: {each['msg'].lower()}" for each in details]
         raise VolsegError(
             f"{path}: not a plan: {'; '.join(mistakes)}",
             fix="correct it, or write it anew with `volseg plan DATASET --out PLAN.json`",

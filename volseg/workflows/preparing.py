@@ -14,18 +14,18 @@ import numpy as np
 from volseg.errors import ScanError, VolsegError
 from volseg.execute.local import run
 from volseg.io.cases import Case, survey_cases
-from volseg.io.files import write_json_atomic
+from volseg.io.files import json_text
 from volseg.io.nifti import read_mask, read_volume
-from volseg.io.prepared import PreparedCase, is_prepared, write_prepared_case
+from volseg.io.prepared import PreparedCase, is_prepared, prepared_files, write_prepared_case
 from volseg.measure.rows import CaseRow
 from volseg.postprocess.lesions import label_lesions
 from volseg.preprocess.align import completed, on_one_grid
 from volseg.recipe import Recipe, load_recipe
-from volseg.report.results import RECORDS, held
-from volseg.report.tables import write_table
+from volseg.store.outputs import OutputFolder
+from volseg.store.tables import table
 from volseg.train.samples import sample_voxels
 from volseg.volume import Volume
-from volseg.workflows.batch import Progress, RunReport, check_pair, input_key, reason_of, silent
+from volseg.workflows.batch import Inputs, Progress, RunReport, check_pair, files_of_case, input_key, reason_of, silent
 
 if TYPE_CHECKING:  # torch takes seconds to import; only a workflow that needs it pays
     from volseg.plan import DatasetFingerprint, Plan
@@ -63,20 +63,33 @@ def preprocess(
 
     chosen, out = as_recipe(recipe), Path(out)
     cases = _training_cases(Path(dataset), chosen, seed, progress)
-    with held(out, out / RECORDS):
-        facts, failed = _facts(Path(dataset), cases, chosen, out, seed, plan, budget, progress)
+    inputs = [Path(dataset), *(path for case in cases for path in files_of_case(case))]
+    if not isinstance(recipe, Recipe) and Path(recipe).is_file():
+        inputs.append(Path(recipe))
+    with OutputFolder(out, "preprocess", inputs=inputs) as outputs:
+        outputs.refuse_foreign([PREPARED_FILE, "cases.csv"])
+        digests = Inputs(of_masks=True)
+        facts, failed = _facts(Path(dataset), cases, chosen, outputs, seed, plan, budget, progress, digests)
         if failed and refuse:
             refuse_dataset(Path(dataset), failed)
         used = Plan.model_validate(facts["plan"])
         usable = [case for case in cases if case.id not in failed]
         # Of the plan only what a prepared array depends on: another batch or network is no reason to prepare again.
-        settings = json.dumps(
-            [used.model_dump(mode="json", include={"spacing_mm", "windows"}), preparation_of(chosen), seed],
-            sort_keys=True,
-        )
-        keys = {case.id: input_key(settings, *_inputs_of(case)) for case in usable}
+        settings = used.model_dump(mode="json", include={"spacing_mm", "windows"}) | {"seed": seed}
+        settings |= {"recipe": preparation_of(chosen)}
+        keys = {case.id: input_key(settings, _inputs_of(case, digests)) for case in usable}
         missing = [case for case in usable if not is_prepared(out / "cases", case.id, keys[case.id])]
-        outcomes = run(lambda case: _prepare_case(case, chosen, used, out / "cases", keys[case.id], seed), missing)
+        n_labels = len(chosen.data.labels)
+        outputs.refuse_foreign(name for case in missing for name in prepared_files(case.id, n_labels))
+
+        def prepare(case: Case) -> None:
+            prepared = _prepare_case(case, chosen, used, keys[case.id], seed, digests.of(case))
+            names = prepared_files(case.id, n_labels)
+            with outputs.staged() as commit:
+                write_prepared_case(commit.path(names[0]).parent, prepared)
+                commit.finish(last=names[0], removed=names)
+
+        outcomes = run(prepare, missing)
         done = []
         for count, outcome in enumerate(outcomes, start=1):
             progress("Preparing", count / len(missing), outcome.item.id)
@@ -87,8 +100,10 @@ def preprocess(
         listed = {case.id: case.split for case in usable if case.id not in failed}
         fingerprint = DatasetFingerprint.model_validate(facts["fingerprint"])
         warnings = warnings_of(fingerprint, chosen)
-        write_json_atomic(out / PREPARED_FILE, facts | {"failed": failed, "cases": listed, "warnings": warnings})
-        _write_preparation_table(out, cases, failed)
+        with outputs.staged() as commit:
+            commit.write(PREPARED_FILE, json_text(facts | {"failed": failed, "cases": listed, "warnings": warnings}))
+            commit.write("cases.csv", table(CaseRow, _preparation_rows(cases, failed)))
+            commit.finish(last=PREPARED_FILE)
     kept = [case.id for case in usable if case not in missing]
     details = {"fingerprint": _summary(fingerprint, used), "warnings": warnings}
     return RunReport(out=out, done=done, kept=kept, failed=failed, details=details)
@@ -98,11 +113,12 @@ def _facts(
     dataset: Path,
     cases: Sequence[Case],
     recipe: Recipe,
-    out: Path,
+    outputs: OutputFolder,
     seed: int,
     plan: Plan | None,
     budget: Budget | None,
     progress: Progress,
+    digests: Inputs,
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """Recipe, fingerprint and plan for `prepared.json`, and the cases that cannot be used with the reason of each.
 
@@ -110,11 +126,11 @@ def _facts(
     """
     from volseg.plan import DEFAULT_BUDGET, DatasetFingerprint, check_budget, make_plan
 
-    inputs = [value for case in cases for value in _inputs_of(case)]
-    key = input_key(json.dumps([recipe.data.model_dump(mode="json"), seed], sort_keys=True), *inputs)
+    parts = {"data": recipe.data.model_dump(mode="json"), "seed": seed}
+    key = input_key(parts, [digest for case in cases for digest in _inputs_of(case, digests)])
     failed: dict[str, str] = {}
     try:
-        earlier = json.loads((out / PREPARED_FILE).read_text(encoding="utf-8"))
+        earlier = json.loads((outputs.path / PREPARED_FILE).read_text(encoding="utf-8"))
         if earlier["key"] != key or earlier["failed"]:
             raise ValueError("made of other files")
         fingerprint = DatasetFingerprint.model_validate(earlier["fingerprint"])
@@ -126,7 +142,7 @@ def _facts(
     found = {"recipe": recipe, "fingerprint": fingerprint, "plan": plan}
     facts = {"key": key} | {name: model.model_dump(mode="json") for name, model in found.items()}
     if not failed:
-        write_json_atomic(out / PREPARED_FILE, facts | {"failed": {}, "cases": {}})
+        outputs.write(PREPARED_FILE, json_text(facts | {"failed": {}, "cases": {}}))
     return facts, failed
 
 
@@ -169,10 +185,10 @@ def _rng_of(case: Case, seed: int) -> np.random.Generator:
     return np.random.default_rng([seed, int.from_bytes(digest[:4], "big")])
 
 
-def _inputs_of(case: Case) -> list[Path | str | None]:
+def _inputs_of(case: Case, digests: Inputs) -> list[str]:
     """All on which a prepared case depends besides the recipe: an edited table counts as much as an edited scan."""
     facts = json.dumps([case.id, case.split, case.patient, case.classes], sort_keys=True)
-    return [*case.images.values(), case.reference, facts]
+    return [*digests.of(case), facts]
 
 
 def _training_cases(dataset: Path, recipe: Recipe, seed: int, progress: Progress) -> list[Case]:
@@ -253,8 +269,13 @@ def _fingerprint(
     return combine_fingerprints(found).model_copy(update={"empty_masks": tuple(empty)}), failed
 
 
-def read_training_case(case: Case, recipe: Recipe) -> tuple[dict[str, Volume], Volume]:
+def read_training_case(
+    case: Case, recipe: Recipe, digests: Sequence[str] | None = None
+) -> tuple[dict[str, Volume], Volume]:
     """Images of the channels that it has and the mask, checked against each other and the recipe.
+
+    Args:
+        digests: SHA-256 of its files, if they have to be those.
 
     Raises:
         ScanError: naming everything that is wrong with the case.
@@ -262,6 +283,12 @@ def read_training_case(case: Case, recipe: Recipe) -> tuple[dict[str, Volume], V
     images = {name: read_volume(case.images[name]) for name in recipe.data.channels if name in case.images}
     assert case.reference is not None
     reference = read_mask(case.reference)
+    if digests is not None and not {volume.sha256 for volume in (*images.values(), reference)} <= set(digests):
+        raise ScanError(
+            f"case {case.id!r}: a file was replaced while the dataset was being prepared",
+            fix="run again",
+            code="E_CHANGED",
+        )
     if recipe.data.grids == "first":
         images = on_one_grid(images, align=recipe.data.align == "rigid")
     problems: list[VolsegError] = []
@@ -306,12 +333,13 @@ def preparation_of(recipe: Recipe) -> dict[str, Any]:
     return content
 
 
-def _prepare_case(case: Case, recipe: Recipe, plan: Plan, folder: Path, key: str, seed: int) -> None:
+def _prepare_case(case: Case, recipe: Recipe, plan: Plan, key: str, seed: int, digests: Sequence[str]) -> PreparedCase:
+    """The arrays of a case and what its record says. `digests`: SHA-256 of its files, of which `key` was made."""
     from volseg.infer.classify import lesion_slices
     from volseg.preprocess.prepare import prepare, prepare_mask
     from volseg.train.losses import IGNORED
 
-    images, reference = read_training_case(case, recipe)
+    images, reference = read_training_case(case, recipe, digests)
     channels = recipe.data.channels
     absent = [name for name in channels if name not in images]
     prepared = prepare(completed(images, channels), plan.prepare_settings(recipe.preprocess, channels, absent))
@@ -336,7 +364,7 @@ def _prepare_case(case: Case, recipe: Recipe, plan: Plan, folder: Path, key: str
         "class": class_name,
         "shape": list(mask.shape),
     }
-    write_prepared_case(folder, PreparedCase(case.id, prepared.array, mask, foreground, slices, record))
+    return PreparedCase(case.id, prepared.array, mask, foreground, slices, record)
 
 
 def _class_of(case: Case, recipe: Recipe) -> str | None:
@@ -357,8 +385,8 @@ def _class_of(case: Case, recipe: Recipe) -> str | None:
     return next((name for name, (lowest, highest) in ranges if lowest <= value <= highest), None)
 
 
-def _write_preparation_table(out: Path, cases: Sequence[Case], failed: Mapping[str, str]) -> None:
-    rows = [
+def _preparation_rows(cases: Sequence[Case], failed: Mapping[str, str]) -> list[CaseRow]:
+    return [
         CaseRow(
             case_id=case.id,
             status="failed" if case.id in failed else "done",
@@ -367,7 +395,6 @@ def _write_preparation_table(out: Path, cases: Sequence[Case], failed: Mapping[s
         )
         for case in cases
     ]
-    write_table(out / "cases.csv", CaseRow, rows)
 
 
 def _summary(fingerprint: DatasetFingerprint, plan: Plan) -> dict[str, Any]:

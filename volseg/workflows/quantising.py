@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Mapping, Sequence
 from importlib import metadata
@@ -15,7 +14,7 @@ from volseg.errors import VolsegError
 from volseg.evaluate.overlap import dice
 from volseg.execute.cpu import keep_freed_memory
 from volseg.io.prepared import PreparedCase
-from volseg.report.results import held
+from volseg.store.outputs import OutputFolder, delete_written
 from volseg.workflows.batch import Progress, RunReport, silent
 from volseg.workflows.prepared import load_prepared, split_cases
 from volseg.workflows.preparing import PREPARED_FILE, preprocess, refuse_dataset
@@ -52,7 +51,7 @@ def quantise(
         EnvironmentProblem: openvino or nncf is not installed.
     """
     keep_freed_memory()
-    from volseg.bundle import load_bundle
+    from volseg.bundle import EXPORTED, load_bundle
     from volseg.infer.backends import convert, import_openvino, usual_batch_shape, write_exported
     from volseg.infer.quantise import import_nncf, in_each_precision
     from volseg.infer.quantise import quantise as quantise_network
@@ -68,7 +67,10 @@ def quantise(
             code="E_PRECISION",
         )
     work = model / WORK_FOLDER
-    with held(model, work):
+    with OutputFolder(model, "quantise", inputs=[dataset]) as outputs:
+        exported = [f"{EXPORTED}/{name}.int8.{end}" for name in bundle.members for end in ("xml", "bin", "json")]
+        outputs.refuse_foreign(exported)
+        outputs.work_folder(WORK_FOLDER)
         training, validation = _prepared_cases(bundle, dataset, work / "prepared", seed, progress)
         shape = usual_batch_shape(bundle)
         looked_at = [training[round(index)] for index in np.linspace(0, len(training) - 1, min(cases, len(training)))]
@@ -88,9 +90,12 @@ def quantise(
             "seconds_per_patch": _seconds_per_patch(backends, patches[0]),
             "versions": {name: metadata.version(name) for name in ("openvino", "nncf")},
         }
-        for name, network in zip(bundle.members, networks, strict=True):
-            write_exported(network, model, f"{name}.int8", {"model_sha256": bundle.sha256} | found)
-    shutil.rmtree(work, ignore_errors=True)
+        with outputs.staged() as commit:
+            for name, network in zip(bundle.members, networks, strict=True):
+                write_exported(network, commit.folder, f"{name}.int8", {"model_sha256": bundle.sha256} | found)
+            commit.finish()
+        delete_written(work / "prepared")
+        delete_written(work)
     return RunReport(out=model, done=[bundle.recipe.name], details=found)
 
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import csv
-import json
 from pathlib import Path
-from typing import Any
 
 from volseg.errors import VolsegError
-from volseg.report.results import RECORDS, ResultsFolder
+from volseg.measure.rows import CaseRow
+from volseg.store.outputs import SAME_KIND, folder_content
+from volseg.store.results import THUMBNAILS, VIEWERS, ResultsFolder
 from volseg.workflows.batch import Progress, RunReport, silent
-from volseg.workflows.pages import has_page, remake_page, write_report
+from volseg.workflows.pages import REPORT, has_page, read_about, remake_page, write_report
 
 
 def report(results: Path | str, *, progress: Progress = silent) -> RunReport:
@@ -22,17 +22,22 @@ def report(results: Path | str, *, progress: Progress = silent) -> RunReport:
         VolsegError: it is no results folder.
     """
     out = Path(results)
-    if not (out / RECORDS).is_dir():
+    if folder_content(out) not in (SAME_KIND["infer"], SAME_KIND["measure"]):
         raise VolsegError(
             f"{out}: is no results folder",
             fix="give the --out folder of volseg infer or volseg measure",
             code="E_USAGE",
         )
     remade, kept = [], {}
-    with ResultsFolder(out) as folder:
-        done = {name: record for name, record in folder.records().items() if record["case"]["status"] == "done"}
+    with ResultsFolder(out, None) as folder:
+        rows = folder.case_rows(_pending(out))
+        done = [row["case_id"] for row in rows if row["status"] == "done"]
+        pages = (page for name in done for page in (f"{VIEWERS}/{name}.html", f"{THUMBNAILS}/{name}.jpg"))
+        folder.refuse_foreign([REPORT, *pages])
         progress("Pages", 0.0, f"{len(done)} scans")
-        for count, (name, record) in enumerate(done.items(), start=1):
+        for count, name in enumerate(done, start=1):
+            record = folder.record(name)
+            assert record is not None
             reason = remake_page(folder, name, record)
             if reason:
                 earlier = "; the earlier page stays" if has_page(folder, name) else ", so it has no page"
@@ -41,30 +46,19 @@ def report(results: Path | str, *, progress: Progress = silent) -> RunReport:
                 remade.append(name)
             progress("Pages", count / len(done), name)
         remarks = [f"The page of {name} could not be made again: {reason}." for name, reason in kept.items()]
-        write_report(folder, _about(out), _pending(out, set(folder.records())), remarks, is_anew=True)
-    return RunReport(
-        out=out, done=remade, kept=list(kept), details={"warnings": remarks, "page": str(out / "report.html")}
-    )
+        write_report(folder, read_about(out), rows, remarks, is_anew=True)
+    return RunReport(out=out, done=remade, kept=list(kept), details={"warnings": remarks, "page": str(out / REPORT)})
 
 
-def _about(out: Path) -> dict[str, Any]:
-    """What run.json says of the run; nothing where an interrupted run left none."""
-    try:
-        found = json.loads((out / "run.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
-def _pending(out: Path, known: set[str]) -> list[dict[str, Any]]:
-    """Rows of cases.csv that were not reached and have no record."""
+def _pending(out: Path) -> list[CaseRow]:
+    """Rows of cases.csv that were not reached."""
     try:
         with (out / "cases.csv").open(newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
-    except (OSError, UnicodeDecodeError):
+    except (OSError, UnicodeDecodeError, csv.Error):
         return []
     return [
-        {"case_id": row["case_id"], "status": "pending", "image": row.get("image")}
+        CaseRow(case_id=row["case_id"], status="pending", image=row.get("image") or "")
         for row in rows
-        if row.get("status") == "pending" and row.get("case_id") not in known
+        if row.get("status") == "pending" and row.get("case_id")
     ]

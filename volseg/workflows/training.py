@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import shutil
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
@@ -15,14 +15,15 @@ from typing import TYPE_CHECKING, Any
 from volseg.errors import VolsegError
 from volseg.evaluate.validation import ValidationRow, summary
 from volseg.execute.cpu import keep_freed_memory
-from volseg.io.files import make_folder, write_bytes_atomic
+from volseg.io.files import TEMPORARY_PREFIX, make_folder
 from volseg.io.prepared import PreparedCase
 from volseg.postprocess.steps import make_steps
 from volseg.recipe import Recipe, Train
-from volseg.report.results import held
 from volseg.report.scalars import Scalars
-from volseg.report.tables import write_table
+from volseg.store.outputs import OutputFolder, delete_written
+from volseg.store.tables import table
 from volseg.workflows.batch import Progress, RunReport, silent
+from volseg.workflows.importing import MODEL_FILE
 from volseg.workflows.planning import budget_of, folds_of, read_plan, recipe_for
 from volseg.workflows.prepared import Split, load_prepared, prepared_warnings, split_cases
 from volseg.workflows.preparing import PREPARED_FILE, as_recipe, preprocess, refuse_dataset
@@ -37,6 +38,11 @@ if TYPE_CHECKING:  # torch takes seconds to import; only a workflow that needs i
     from volseg.train.loop import Epoch, RunSettings, Trained
     from volseg.train.ranks import Team
 
+MAX_FOLDS = 20
+HISTORY_ROI, VALIDATION = "history_roi.csv", "validation.csv"
+PREVIEW, CURVES, WORST = "preview.png", "curves.png", "validation.png"
+PICTURES = (VALIDATION, PREVIEW, CURVES, WORST)
+PREPARED_FOLDER = "prepared"  # inside the work folder
 WORK_FOLDER = ".training"  # inside a model folder while it is being trained
 FINISHING_SHARE, FINISHING_SECONDS = 0.03, 60.0  # of a time budget that pictures and the export are left, at most
 STEPS_SHARE = 0.75  # of a time budget that goes into steps, from which the network's size follows
@@ -121,7 +127,14 @@ def train(
                 announce=announce,
                 team=team,
                 scalars=scalars,
+                outputs=OutputFolder(Path(out), "train", inputs=_input_paths(dataset, recipe, plan, init)),
             ).run()
+
+
+def _input_paths(*inputs: Path | str | Recipe | None) -> list[Path]:
+    """Those inputs of a training that are files or folders."""
+    paths = [Path(value) for value in inputs if isinstance(value, Path | str)]
+    return [path for path in paths if path.exists()]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -148,6 +161,7 @@ class _Training:
     announce: Callable[[str], None]
     team: Team
     scalars: Scalars
+    outputs: OutputFolder
     started: float = field(default_factory=time.monotonic)
 
     @property
@@ -155,7 +169,7 @@ class _Training:
         return self.out / WORK_FOLDER
 
     def run(self) -> RunReport:
-        from volseg.bundle import ROI, ModelBundle, load_bundle, save_bundle, segmentation_name
+        from volseg.bundle import ROI, ModelBundle, bundle_files, load_bundle, save_bundle, segmentation_name
         from volseg.infer.backends import export_bundle
         from volseg.models import check_networks
         from volseg.plan import check_budget
@@ -165,8 +179,12 @@ class _Training:
             as_recipe(self.recipe)  # a misspelt name leaves no folder
         if self.plan is not None:
             read_plan(self.plan)
-        with held(self.out, self.work):
+        with self.outputs:
             self._check_unfinished()
+            names = (segmentation_name(index) for index in range(MAX_FOLDS))
+            histories = [HISTORY_ROI, *(_history_name(number) for number in range(MAX_FOLDS))]
+            self.outputs.refuse_foreign([*bundle_files([*names, ROI, "classifier"]), *histories, *PICTURES])
+            self.outputs.work_folder(WORK_FOLDER)
             model = None if self.init is None else load_bundle(self.init)
             prepared, recipe, plan, folds, warnings = self._prepare(model)
             for warning in warnings:
@@ -179,9 +197,9 @@ class _Training:
             splits = [split_cases(cases, number, self.seed, folds) for number in range(folds)] if folds > 1 else []
             splits = splits or [split_cases(cases, self.fold, self.seed)]
             if self.preview:
-                path = self.out / "preview.png"
-                write_bytes_atomic(path, preview_png(splits[0][0], chosen, used, self.seed))
-                return RunReport(out=self.out, done=[chosen.name], details={"preview": str(path), "warnings": warnings})
+                self.outputs.write(PREVIEW, preview_png(splits[0][0], chosen, used, self.seed))
+                details = {"preview": str(self.out / PREVIEW), "warnings": warnings}
+                return RunReport(out=self.out, done=[chosen.name], details=details)
             self._check_time_left()
             self._check_folds(len(splits))
             initial = {} if model is None else model.weights
@@ -210,22 +228,26 @@ class _Training:
                 metrics |= found_metrics
                 if classifier is not None:
                     weights["classifier"] = classifier
-            bundle = save_bundle(
-                ModelBundle(recipe=chosen, plan=used, fingerprint=fingerprint, weights=weights, metrics=metrics),
-                self.out,
-            )
-            if rows:
-                write_table(self.out / "validation.csv", ValidationRow, rows)
-            export_bundle(bundle, self.out)
+            made = ModelBundle(recipe=chosen, plan=used, fingerprint=fingerprint, weights=weights, metrics=metrics)
+            with self.outputs.staged() as commit:
+                save_bundle(made, commit.folder)
+                if rows:
+                    commit.write(VALIDATION, table(ValidationRow, rows))
+                commit.finish(last=MODEL_FILE)
+            bundle = load_bundle(self.out)
+            with self.outputs.staged() as commit:
+                export_bundle(bundle, commit.folder)
+                commit.finish()
             from volseg.report.training_figures import curves_png
 
             # Pictures come last: nothing that was computed is to be lost over them.
-            write_bytes_atomic(self.out / "curves.png", curves_png([found.history for found in trained.values()]))
+            self.outputs.write(CURVES, curves_png([network.history for network in trained.values()]))
             if rows:
                 worst = worst_cases_png(rows, trained, splits, chosen, used, self.team.fabric.device)
-                write_bytes_atomic(self.out / "validation.png", worst)
-        if not interrupted:
-            shutil.rmtree(self.work, ignore_errors=True)
+                self.outputs.write(WORST, worst)
+            if not interrupted:
+                delete_written(self.work / PREPARED_FOLDER)
+                delete_written(self.work, _is_checkpoint)
         details = {"metrics": dict(bundle.metrics), "sha256": bundle.sha256, "interrupted": interrupted}
         return RunReport(out=self.out, done=[chosen.name], details=details | {"warnings": warnings})
 
@@ -241,7 +263,7 @@ class _Training:
         if (self.dataset / PREPARED_FILE).is_file():
             recipe = None if self.recipe is None else as_recipe(self.recipe)
             return self.dataset, recipe, plan, self.folds or 1, prepared_warnings(self.dataset)
-        prepared = self.work / "prepared"
+        prepared = self.work / PREPARED_FOLDER
         recipe = recipe_for(self.dataset, self.recipe, self.progress)
         if model is not None and recipe.is_open and plan is None:  # the network and patches of the model to start from
             if model.recipe.preprocess.axes != "canonical":
@@ -301,7 +323,7 @@ class _Training:
             folder=self.work / ROI_FOLDER,
             resume=self.resume,
             initial=initial,
-            report=partial(self._report, "Training the first pass", "history_roi.csv"),
+            report=partial(self._report, "Training the first pass", HISTORY_ROI),
         )
         if first_pass.stopped == INTERRUPTED:
             raise KeyboardInterrupt
@@ -339,7 +361,7 @@ class _Training:
                     report=partial(
                         self._report,
                         f"Training fold {number + 1} of {len(splits)}" if several else "Training",
-                        f"history{'' if number == 0 else f'_{number}'}.csv",
+                        _history_name(number),
                     ),
                 )
             except KeyboardInterrupt:
@@ -377,13 +399,13 @@ class _Training:
             freeze=self.freeze if freeze is None else freeze,
         )
 
-    def _report(self, stage: str, table: str, history: Sequence[Epoch], done: float) -> None:
+    def _report(self, stage: str, name: str, history: Sequence[Epoch], done: float) -> None:
         from volseg.train.loop import Epoch
 
-        write_table(self.out / table, Epoch, history)
+        self.outputs.write(name, table(Epoch, history))
         epoch = history[-1]
-        known = {name: value for name, value in asdict(epoch).items() if value is not None}
-        self.scalars.add(table.removesuffix(".csv"), epoch.step, known)
+        values = {key: value for key, value in asdict(epoch).items() if value is not None}
+        self.scalars.add(name.removesuffix(".csv"), epoch.step, values)
         looks = [each.validation_dice for each in history if each.validation_dice is not None]
         seen = f"validation Dice {looks[-1]:.3f}, " if looks else ""
         self.progress(
@@ -439,6 +461,17 @@ def _earlier_plan(prepared: Path) -> Plan | None:
         return Plan.model_validate(json.loads((prepared / PREPARED_FILE).read_text(encoding="utf-8"))["plan"])
     except (OSError, ValueError, KeyError):
         return None
+
+
+def _is_checkpoint(name: str) -> bool:
+    """Whether a file in the work folder is a checkpoint, or what a killed process left of one."""
+    return (
+        re.fullmatch(rf"(.*/)?((last|best)\.safetensors|{re.escape(TEMPORARY_PREFIX)}[0-9a-f]{{16}})", name) is not None
+    )
+
+
+def _history_name(number: int) -> str:
+    return f"history{'' if number == 0 else f'_{number}'}.csv"
 
 
 def _fold_folder(work: Path, number: int, n: int) -> Path:

@@ -5,30 +5,32 @@ from __future__ import annotations
 import csv
 import io
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, fields
-from pathlib import Path
-from typing import Any
-
-from volseg.io.files import write_bytes_atomic
+from typing import Any, BinaryIO
 
 FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")  # a spreadsheet would run a text that starts so
 
 
-def write_table(path: Path, row_type: type, rows: Iterable[Any]) -> None:
-    """One line per row, the fields of the dataclass `row_type` as columns; written whole or not at all.
+def table(row_type: type, rows: Iterable[Any]) -> Callable[[BinaryIO], None]:
+    """A CSV table, to be written into an open file: the fields of the dataclass `row_type` as columns, a line per row.
 
     Args:
-        rows: instances of `row_type`, or mappings with its field names.
+        rows: instances of `row_type`, or mappings with its field names; taken one after another.
     """
     names = [field.name for field in fields(row_type)]
-    text = io.StringIO(newline="")
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(names)
-    for row in rows:
-        values: Mapping[str, Any] = row if isinstance(row, Mapping) else asdict(row)
-        writer.writerow([cell(values.get(name)) for name in names])
-    write_bytes_atomic(path, text.getvalue().encode("utf-8"))
+
+    def write(file: BinaryIO) -> None:
+        text = io.TextIOWrapper(file, "utf-8", errors="backslashreplace", newline="")
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(names)
+        for row in rows:
+            values: Mapping[str, Any] = row if isinstance(row, Mapping) else asdict(row)
+            writer.writerow([cell(values.get(name)) for name in names])
+        text.flush()
+        text.detach()  # else the file would be closed with it
+
+    return write
 
 
 def cell(value: Any) -> str:

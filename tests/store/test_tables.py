@@ -3,7 +3,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from volseg.report.tables import cell, write_table
+from volseg.store.tables import cell, table
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,11 @@ class Row:
 )
 def test_cells(value, text):
     assert cell(value) == text
+
+
+def write_table(path, row_type, rows):
+    with path.open("wb") as file:
+        table(row_type, rows)(file)
 
 
 def test_a_table_reads_back_as_it_was_with_unknown_as_empty_cells(tmp_path):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -14,7 +13,8 @@ from volseg.errors import ScanError, VolsegError
 from volseg.io.cases import ID_PATTERN
 from volseg.io.files import sha256_of
 from volseg.measure.rows import CaseRow, LesionMeasurement
-from volseg.report.results import RECORDS
+from volseg.store.outputs import RECORDS
+from volseg.store.results import read_json_record, read_rows, rows_name, shown_row
 
 Row = TypeVar("Row", CaseRow, LesionMeasurement)
 
@@ -56,6 +56,11 @@ def case_ids(results: Path) -> list[str]:
     return sorted(found)
 
 
+def record_files(results: Path, case_id: str) -> tuple[Path, Path]:
+    """The record of a case and the file of its rows."""
+    return record_path(results, case_id), results / rows_name(case_id)
+
+
 def record_path(results: Path, case_id: str) -> Path:
     return results / RECORDS / f"{case_id}.json"
 
@@ -67,23 +72,25 @@ def read_record(results: Path, case_id: str) -> CaseRecord:
         ScanError: there is none, or it is damaged.
     """
     path = record_path(results, case_id)
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        source = content.get("source") or {}
-        return CaseRecord(
-            case=_row(CaseRow, content["case"]),
-            lesions=[_row(LesionMeasurement, lesion) for lesion in content["lesions"]],
-            files={str(name): str(digest) for name, digest in content["files"].items()},
-            scan=Path(source["scan"]) if source.get("scan") else None,
-            scan_sha256=source.get("sha256"),
-        )
-    except FileNotFoundError as error:
+    if not path.is_file():
         raise ScanError(
             f"{results}: case {case_id!r} was not done yet",
             fix="run the command that made the folder again",
             code="E_RECORD",
-        ) from error
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        )
+    try:
+        content = read_json_record(path, "case")
+        if content is None:
+            raise ValueError("it is not as volseg writes it")
+        source = content["source"]
+        return CaseRecord(
+            case=_row(CaseRow, shown_row(content)),
+            lesions=[_row(LesionMeasurement, lesion) for lesion in read_rows(results, case_id)],
+            files=content["files"],
+            scan=Path(source["scan"]) if source.get("scan") else None,
+            scan_sha256=source.get("sha256"),
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ScanError(
             f"{path}: the record of case {case_id!r} is damaged ({type(error).__name__}: {error})",
             fix="run the command that made the folder again",

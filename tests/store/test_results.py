@@ -1,0 +1,151 @@
+import csv
+import json
+
+import pytest
+
+from volseg.errors import EnvironmentProblem, VolsegError
+from volseg.measure.rows import CaseRow
+from volseg.store.results import ResultsFolder, State
+
+
+def rows(path):
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def done(name):
+    return CaseRow(case_id=name, status="done", n_lesions=0, total_volume_ml=0.0)
+
+
+def failed(name):
+    return CaseRow(case_id=name, status="failed", reason="E_CRC: damaged")
+
+
+def commit(results, name, files=(), **more):
+    """Record a case as done, with files of some bytes."""
+    with results.staged() as files_of_case:
+        for file in files:
+            files_of_case.write(file, b"mask")
+        results.commit(done(name), files_of_case, **more)
+
+
+def test_a_case_is_complete_only_with_its_key_and_its_untouched_files(tmp_path):
+    with ResultsFolder(tmp_path / "out", "infer") as results:
+        assert not results.is_complete("a", "key")
+        commit(results, "a", ["lesion_ids/a.nii.gz"], key="key")
+        assert results.is_complete("a", "key")
+        assert not results.is_complete("a", "other model")
+        (results.path / "lesion_ids" / "a.nii.gz").write_bytes(b"changed")
+        assert not results.is_complete("a", "key")
+
+
+def test_a_mask_that_was_changed_by_hand_is_edited_whatever_the_key_is(tmp_path):
+    with ResultsFolder(tmp_path / "out", "infer") as results:
+        commit(results, "a", ["masks/a.nii.gz"], key="key")
+        mask = results.path / "masks" / "a.nii.gz"
+        mask.write_bytes(b"corrected")
+        assert results.state_of("a", "key") is results.state_of("a", "other") is State.EDITED
+        mask.unlink()
+        assert results.state_of("a", "key") is State.MISSING
+
+
+def test_tables_hold_every_case_of_the_folder_and_what_is_pending(tmp_path):
+    with ResultsFolder(tmp_path, "measure") as results:
+        commit(results, "b")
+        results.commit_failure("a", failed("a"), ())
+        results.write_tables(pending=[CaseRow(case_id="c", status="pending")])
+    assert [(row["case_id"], row["status"]) for row in rows(tmp_path / "cases.csv")] == [
+        ("a", "failed"),
+        ("b", "done"),
+        ("c", "pending"),
+    ]
+    assert rows(tmp_path / "cases.csv")[0]["n_lesions"] == ""
+    assert rows(tmp_path / "cases.csv")[1]["n_lesions"] == "0"
+    assert rows(tmp_path / "lesions.csv") == []
+
+
+@pytest.mark.parametrize(("inputs", "status"), [(("same",), "done"), (("other",), "failed")])
+def test_a_case_that_fails_later_keeps_the_files_of_its_earlier_success(inputs, status, tmp_path):
+    with ResultsFolder(tmp_path, "infer") as results:
+        commit(results, "a", ["masks/a.nii.gz"], key="key", inputs=("same",))
+        results.commit_failure("a", failed("a"), inputs)
+        results.write_tables()
+        row = rows(tmp_path / "cases.csv")[0]
+        assert row["status"] == status
+        assert "E_CRC" in row["warnings"] + row["reason"]
+        assert (tmp_path / "masks" / "a.nii.gz").read_bytes() == b"mask"
+        results.keep("a", tmp_path / "scan.nii.gz")  # complete with the key of the earlier run
+        results.write_tables()
+        assert (rows(tmp_path / "cases.csv")[0]["status"], rows(tmp_path / "cases.csv")[0]["warnings"]) == ("done", "")
+
+
+def test_an_earlier_result_stays_in_the_tables_until_its_case_is_reached(tmp_path):
+    with ResultsFolder(tmp_path, "infer") as results:
+        commit(results, "a", key="key")
+        results.write_tables(pending=[CaseRow(case_id="a", status="pending")])
+    row = rows(tmp_path / "cases.csv")[0]
+    assert row["status"] == "done"
+    assert row["warnings"].startswith("W_STALE")
+
+
+@pytest.mark.parametrize("damage", [b"", b'{"case": {"sta', b"[" * 100_000, b'{"case": {"status": 1}, "files": {}}'])
+def test_a_damaged_record_is_an_unknown_row(damage, tmp_path):
+    with ResultsFolder(tmp_path, "infer") as results:
+        commit(results, "a", key="key")
+        commit(results, "b", key="key")
+        (tmp_path / ".volseg" / "a.json").write_bytes(damage)
+        results.write_tables()
+        assert [row["status"] for row in rows(tmp_path / "cases.csv")] == ["unknown", "done"]
+        assert not results.is_complete("a", "key")
+        commit(results, "a", key="key")
+        results.write_tables()
+    assert [row["status"] for row in rows(tmp_path / "cases.csv")] == ["done", "done"]
+
+
+def test_a_record_whose_rows_are_damaged_is_an_unknown_row(tmp_path):
+    with ResultsFolder(tmp_path, "infer") as results:
+        commit(results, "a", key="key")
+        (tmp_path / ".volseg" / "a.rows.jsonl").write_bytes(b'{"cut of')
+        results.write_tables()
+    assert [row["status"] for row in rows(tmp_path / "cases.csv")] == ["unknown"]
+
+
+@pytest.mark.parametrize("name", ["../victim.txt", "/victim.txt", "link/victim.txt", "a/../../victim.txt"])
+def test_a_record_of_a_stranger_reaches_nothing_outside_its_folder(name, tmp_path):
+    victim, out = tmp_path / "victim.txt", tmp_path / "out"
+    victim.write_bytes(b"mask")
+    with ResultsFolder(out, "infer") as results:
+        commit(results, "a", ["masks/a.nii.gz"], key="key")
+    (out / "link").symlink_to(tmp_path)
+    record = json.loads((out / ".volseg" / "a.json").read_text())
+    record["files"][name] = record["files"]["masks/a.nii.gz"]
+    (out / ".volseg" / "a.json").write_text(json.dumps(record))
+    with (out / ".volseg" / "ledger.jsonl").open("a") as ledger:
+        ledger.write(json.dumps({"path": name, "sha256": record["files"]["masks/a.nii.gz"]}) + "\n")
+    with ResultsFolder(out, "infer") as results:
+        commit(results, "a", key="other")
+    assert victim.read_bytes() == b"mask"
+
+
+def test_two_runs_cannot_hold_one_folder(tmp_path):
+    with (
+        ResultsFolder(tmp_path, "infer"),
+        pytest.raises(EnvironmentProblem, match="in use"),
+        ResultsFolder(tmp_path, "infer"),
+    ):
+        pass
+    with ResultsFolder(tmp_path, "infer"):
+        pass
+
+
+def test_a_folder_of_another_command_is_refused(tmp_path):
+    with ResultsFolder(tmp_path, "infer") as results:
+        commit(results, "a")
+    with pytest.raises(VolsegError, match="holds the results of infer"), ResultsFolder(tmp_path, "measure"):
+        pass
+
+
+def test_a_file_where_the_folder_should_be_is_an_environment_problem(tmp_path):
+    (tmp_path / "out").write_text("a file")
+    with pytest.raises(EnvironmentProblem, match="cannot write"), ResultsFolder(tmp_path / "out", "infer"):
+        pass

@@ -1,0 +1,299 @@
+"""The results folder: a record per case as the mark that it is complete, and the tables made from the records."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import fields
+from enum import Enum
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from volseg.io.files import json_text, sha256_of
+from volseg.measure.rows import CaseRow, LesionMeasurement
+from volseg.store.outputs import RECORDS, Commit, OutputFolder, confined
+from volseg.store.tables import table
+
+VIEWERS, THUMBNAILS = "viewer", "viewer/thumbnails"
+MASKS, LESION_IDS = "masks", "lesion_ids"
+STALE = "W_STALE"
+
+
+class State(Enum):
+    """What a folder holds of an item."""
+
+    MISSING = "missing"  # nothing, or not all of it, or of another model, option or input
+    COMPLETE = "complete"
+    EDITED = "edited"  # a mask that was changed by hand since it was measured
+
+
+class RecordFolder(OutputFolder):
+    """A folder in which each item has a record, held by one run at a time. Use it with `with`.
+
+    An item is complete when its record says that it was made from the same input, model and options (`key`), and its files
+    carry the hashes that the record names.
+    """
+
+    row = "case"  # where a record holds the row of its item
+
+    def state_of(self, name: str, key: str | None) -> State:
+        """Whether an item needs to be done. A mask that was corrected by hand is kept whatever the key is.
+
+        Args:
+            key: of the input, model and options; None: whatever they were.
+        """
+        record = self.record(name)
+        if record is None or record[self.row]["status"] != "done":
+            return State.MISSING
+        corrected = record.get("corrected", {})
+        masks = {path: digest for path, digest in {**record["files"], **corrected}.items() if _is_mask(path)}
+        if any((self.path / path).is_file() and not self._is_as(path, digest) for path, digest in masks.items()):
+            return State.EDITED
+        if corrected and all((self.path / path).is_file() for path in corrected):
+            return State.COMPLETE
+        if key is not None and (record.get("key") != key or corrected):
+            return State.MISSING
+        needed = {path: digest for path, digest in record["files"].items() if not path.startswith(f"{VIEWERS}/")}
+        return State.COMPLETE if self._are_there(needed) else State.MISSING
+
+    def is_complete(self, name: str, key: str) -> bool:
+        """Whether the item was done with this key and its files are as they were written; pages are soon made again."""
+        return self.state_of(name, key) is State.COMPLETE
+
+    def has_record(self, name: str) -> bool:
+        return (self._records / f"{name}.json").exists()
+
+    def record(self, name: str) -> dict[str, Any] | None:
+        """What was recorded of an item; None if nothing was or the record is damaged."""
+        return read_json_record(self._records / f"{name}.json", self.row)
+
+    def rows_of(self, name: str) -> Iterator[dict[str, Any]]:
+        """The rows of an item, one after another, as column → value; None is unknown."""
+        return read_rows(self.path, name)
+
+    def records(self) -> Iterator[tuple[str, dict[str, Any] | None]]:
+        """(name, record) by name, one after another; None for one that is damaged, or whose rows are."""
+        for path in sorted(self._records.glob("*.json")):
+            record = read_json_record(path, self.row)
+            rows = rows_name(path.stem)
+            is_sound = record is not None and (rows not in record["files"] or self._is_as(rows, record["files"][rows]))
+            yield path.stem, record if is_sound else None
+
+    def write_run(self, description: Mapping[str, Any]) -> None:
+        """run.json: what was run, with what, on what."""
+        self.write("run.json", json_text(dict(description)))
+
+    def update(self, name: str, record: Mapping[str, Any]) -> None:
+        """Replace the record of an item whose rows and files stay."""
+        self.write(_record_name(name), json_text(record, indent=None))
+
+    def settle(self, name: str, remark: str = "") -> None:
+        """Forget, of an item that is complete, that a later run failed; `remark` is what is to be said of it instead."""
+        record = self.record(name) or {}
+        settled = {key: value for key, value in record.items() if key not in ("remark", "failed")}
+        settled |= {"remark": remark} if remark else {}
+        if settled != record:
+            self.update(name, settled)
+
+    def commit_failure(self, name: str, row: Any, inputs: Sequence[str], trace: str = "") -> None:
+        """Record that an item failed. What an earlier run made of it stays.
+
+        Where that was of the same input, its rows stay in the tables too, with a warning; of another input they would be
+        numbers of something that is not there any more.
+
+        Args:
+            row: a dataclass with `status` and `reason`.
+            inputs: SHA-256 of each file of the item.
+            trace: of an unexpected exception, for a file beside the record.
+        """
+        record = self.record(name)
+        if record is None or record[self.row]["status"] != "done":
+            record = {"key": "", "inputs": list(inputs), self.row: plain(row), "files": {}, "source": {}}
+        elif list(inputs) == record.get("inputs"):
+            record |= {"remark": f"{STALE}: the last run failed ({row.reason}); these numbers are of an earlier one"}
+        else:
+            record |= {"failed": plain(row)}
+        with self.staged() as commit:
+            if trace:
+                commit.write(f"{RECORDS}/{name}.traceback.txt", trace)
+            commit.write(_record_name(name), json_text(record, indent=None))
+            commit.finish()
+
+    def _are_there(self, files: Mapping[str, str]) -> bool:
+        return all(self._is_as(path, digest) for path, digest in files.items())
+
+    def _is_as(self, name: str, digest: str) -> bool:
+        path = confined(self.path, name)
+        return path is not None and path.is_file() and sha256_of(path) == digest
+
+    def _finish(
+        self, name: str, commit: Commit, content: Mapping[str, Any], rows: Iterable[Any], *, keeps: Sequence[str] = ()
+    ) -> None:
+        """Let the files of an item appear together with its rows and its record; other files of an earlier call go.
+
+        Args:
+            rows: dataclasses; taken one after another.
+            keeps: earlier files that stay the item's.
+        """
+        earlier = (self.record(name) or {}).get("files", {})
+        commit.write(rows_name(name), lambda file: write_rows(file, rows))
+        files = {path: earlier[path] for path in keeps if path in earlier} | commit.hashes()
+        commit.write(_record_name(name), json_text(dict(content) | {"files": files}, indent=None))
+        stale = [path for path in earlier if path not in files]
+        commit.finish(last=_record_name(name), removed=[*stale, f"{RECORDS}/{name}.traceback.txt"])
+
+
+class ResultsFolder(RecordFolder):
+    """The folder of `infer` and `measure`: a record per case."""
+
+    def commit(
+        self,
+        case: CaseRow,
+        commit: Commit,
+        *,
+        key: str = "",
+        inputs: Sequence[str] = (),
+        lesions: Iterable[LesionMeasurement] = (),
+        source: Mapping[str, Any] | None = None,
+        corrected: Mapping[str, str] | None = None,
+    ) -> None:
+        """Record a case that was done, whose other files are in the commit.
+
+        Args:
+            inputs: SHA-256 of each file that was read.
+            lesions: its rows, taken one after another, so that they need not be in memory together.
+            source: what is needed to measure it or make its page again, such as where its scan is.
+            corrected: masks that were changed by hand, path → SHA-256, from which the numbers were taken.
+        """
+        content = {"key": key, "inputs": list(inputs), "case": plain(case), "source": dict(source or {})}
+        self._finish(case.case_id, commit, content | ({"corrected": dict(corrected)} if corrected else {}), lesions)
+
+    def keep(self, case_id: str, scan: Path, remark: str = "") -> None:
+        """Say where the scan of a complete case is now, and what is to be said of it; an earlier failure is settled."""
+        self.settle(case_id, remark)
+        record = self.record(case_id)
+        if record is not None and record["source"].get("scan") not in (None, str(scan.absolute())):
+            self.update(case_id, record | {"source": record["source"] | {"scan": str(scan.absolute())}})
+
+    def add_files(self, case_id: str, commit: Commit) -> None:
+        """Let further files of a complete case appear; those of the same name are replaced."""
+        record = self.record(case_id)
+        assert record is not None, f"{case_id} has no record"
+        record["files"] |= commit.hashes()
+        commit.write(_record_name(case_id), json_text(record, indent=None))
+        commit.finish()
+
+    def has_pages(self, record: Mapping[str, Any]) -> bool:
+        """Whether a case has its page and its picture, as they were written."""
+        pages = {name: digest for name, digest in record["files"].items() if name.startswith(f"{VIEWERS}/")}
+        return bool(pages) and self._are_there(pages)
+
+    def case_rows(self, pending: Sequence[CaseRow] = ()) -> list[dict[str, Any]]:
+        """The row of every case that the folder holds, by case id.
+
+        Args:
+            pending: rows of cases that were not reached; of one with an earlier result that result is shown.
+        """
+        rows = {row.case_id: plain(row) for row in pending}
+        for name, record in self.records():
+            if record is None:
+                rows[name] = plain(unknown_row(name))
+            elif name not in rows or record["case"]["status"] == "done":
+                rows[name] = shown_row(record, is_pending=name in rows)
+        return [rows[name] for name in sorted(rows)]
+
+    def lesion_rows(self, cases: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+        """The rows of lesions.csv of these cases, one after another."""
+        for case in cases:
+            if case["status"] == "done":
+                yield from self.rows_of(case["case_id"])
+
+    def write_tables(self, pending: Sequence[CaseRow] = ()) -> list[dict[str, Any]]:
+        """lesions.csv and cases.csv of every case that the folder holds, by case id; the rows of cases.csv."""
+        rows = self.case_rows(pending)
+        with self.staged() as commit:
+            commit.write("lesions.csv", table(LesionMeasurement, self.lesion_rows(rows)))
+            commit.write("cases.csv", table(CaseRow, rows))
+            commit.finish()
+        return rows
+
+
+def shown_row(record: Mapping[str, Any], row_name: str = "case", *, is_pending: bool = False) -> dict[str, Any]:
+    """The row of an item as tables and pages show it.
+
+    Args:
+        row_name: where the record holds it.
+        is_pending: the present run was to do it again and did not reach it.
+    """
+    if "failed" in record:
+        return dict(record["failed"])
+    row = dict(record[row_name])
+    remark = record.get("remark", "")
+    if is_pending and not remark:
+        remark = f"{STALE}: of an earlier run; the one that was to replace it was interrupted"
+    return row | ({"warnings": "; ".join(filter(None, (row.get("warnings"), remark)))} if remark else {})
+
+
+def unknown_row(case_id: str) -> CaseRow:
+    """The row of a case whose record cannot be read."""
+    return CaseRow(
+        case_id=case_id,
+        status="unknown",
+        reason="E_RECORD: its record is damaged; to fix: run the command that made it again",
+    )
+
+
+def read_json_record(path: Path, row: str) -> dict[str, Any] | None:
+    """A record as it was written; None where it is not there or damaged. It may come from a stranger."""
+    try:
+        record = json.loads(path.read_bytes())
+        status, files = record[row]["status"], record["files"]
+        record.setdefault("source", {})
+        masks = record.get("corrected", {})
+        is_sound = isinstance(status, str) and all(isinstance(text, str) for text in (*files, *files.values()))
+        is_sound &= isinstance(record["source"], dict) and all(isinstance(text, str) for text in masks.values())
+        folder = path.parent.parent
+        is_sound &= all(confined(folder, name) is not None for name in (*files, *masks))
+        return record if is_sound else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
+
+
+def write_rows(file: BinaryIO, rows: Iterable[Any]) -> None:
+    """A JSON object per line."""
+    for row in rows:
+        file.write(json_text(plain(row), indent=None).encode("utf-8", "backslashreplace"))
+
+
+def read_rows(folder: Path, name: str) -> Iterator[dict[str, Any]]:
+    """What `write_rows` wrote for an item.
+
+    Raises:
+        OSError, ValueError: the file is not there or damaged.
+    """
+    with (folder / rows_name(name)).open("rb") as file:
+        for line in file:
+            yield json.loads(line)
+
+
+def plain(row: Any) -> dict[str, Any]:
+    """Fields of a row for JSON, which has no NaN: unknown is null there and an empty cell in a table."""
+    # Not `asdict`, which copies each value deeply: a noisy mask has ten thousands of rows.
+    values = {field.name: getattr(row, field.name) for field in fields(row)}
+    return {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in values.items()
+    }
+
+
+def _record_name(name: str) -> str:
+    return f"{RECORDS}/{name}.json"
+
+
+def rows_name(name: str) -> str:
+    """Path in the folder of the file with the rows of an item."""
+    return f"{RECORDS}/{name}.rows.jsonl"
+
+
+def _is_mask(path: str) -> bool:
+    return path.startswith(f"{MASKS}/")
