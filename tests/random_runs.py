@@ -1,0 +1,288 @@
+"""Random runs of every command over random files of a user's, ended at random: nothing of the user's may be lost.
+
+A run is drawn from a seed: a command, an output folder (new, with results of this or another command, with files of the user's, or an
+input), files of the user's whose names may be those of outputs, results changed by hand, and an end: by itself, by SIGINT, SIGTERM or
+SIGKILL after some time, or by a disk that takes no more. Afterwards every file that volseg did not write has to be as it was, and the
+tables have to hold every case that was done. `benchmarks/random_runs.py` does many, the suite a few.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import os
+import re
+import resource
+import shutil
+import signal
+import time
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+COMMANDS = (
+    "infer", "measure", "measure-cases", "measure-results", "evaluate", "compare", "preprocess", "train", "plan", "report",
+    "import-nnunet", "quantise",
+)  # fmt: skip
+ENDS = ("itself", "SIGINT", "SIGTERM", "SIGKILL", "full disk")
+RECIPE = """
+name = "tiny"
+description = "Bright balls in noise."
+[data]
+channels = ["ct"]
+intensity_unit = "HU"
+labels = { lesion = 3 }
+[preprocess]
+spacing_mm = [2.0, 2.0, 2.0]
+body_above = -500.0
+[preprocess.normalise]
+method = "window"
+low = -200
+high = 300
+[network]
+name = "unet3d"
+features = [4, 8, 8]
+strides = [[1, 1, 1], [2, 2, 2], [2, 2, 2]]
+[train]
+patch_shape = [16, 16, 16]
+batch_size = 2
+steps_per_epoch = 2
+epochs = 2
+"""
+USERS_NAMES = (
+    "lesions.csv", "cases.csv", "run.json", "report.html", "summary.json", "evaluation.csv", "detections.csv", "froc.png",
+    "comparison.csv", "response.csv", "model.json", "card.md", "segmentation.safetensors", "history.csv", "curves.png",
+    "plan.json", "prepared.json", "notes.txt", ".tmp-anything", ".tmp-0123456789abcdef", "masks/scan_0.nii.gz",
+    "masks/notes.txt", "lesion_ids/scan_1.nii.gz", "lesion_ids/.tmp-mine", "figures/scan_0.png", "viewer/scan_0.html",
+    "viewer/thumbnails/scan_0.jpg", "cases/scan_0/image.npy", "cases/scan_0/notes.txt", "openvino/segmentation.int8.xml",
+    "masks", "lesion_ids", "viewer", ".training/notes.txt", ".volseg/notes.txt", ".volseg/scan_0.json",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run that was drawn: its arguments, the output folder and how it ends."""
+
+    command: str
+    place: str
+    arguments: Sequence[str]
+    out: Path
+    end: str
+    seconds: float
+    file_bytes: int
+
+
+def make_world(folder: Path, write_dataset, make_nnunet) -> Path:
+    """A dataset, a model, and results of every command, each made by the command itself.
+
+    Args:
+        write_dataset: (folder, n) → writes a dataset of n scans.
+        make_nnunet: folder → writes a trained nnU-Net model into it.
+    """
+    write_dataset(folder / "data", n=5)
+    (folder / "recipe.toml").write_text(RECIPE)
+    make_nnunet(folder / "nnunet")
+    for command in ("train", "infer", "measure", "measure-cases", "compare", "preprocess", "evaluate", "plan", "import-nnunet"):
+        out = folder / "done" / command
+        out.parent.mkdir(exist_ok=True)
+        if command == "plan":
+            out.mkdir()
+        code, output = run_command(arguments_of(command, folder, out, option=False))
+        assert code == 0, (command, output)
+    shutil.copytree(folder / "done" / "infer", folder / "done" / "measure-results")
+    shutil.copytree(folder / "done" / "infer", folder / "done" / "report")
+    shutil.copytree(folder / "done" / "train", folder / "done" / "quantise")
+    return folder
+
+
+def arguments_of(command: str, world: Path, out: Path, *, option: bool) -> list[str]:
+    """The command line; `option` adds one that makes an earlier result another's."""
+    data, model, done = world / "data", world / "done" / "train", world / "done"
+    pair = ["--image", data / "images", "--mask", data / "labels"]
+    line: list[str | Path] = {
+        "infer": ["infer", data / "images", "--model", model, "--backend", "torch", "--out", out],
+        "measure": ["measure", *pair, "--unit", "HU", "--out", out],
+        "measure-cases": ["measure", "--cases", data / "cases.csv", "--unit", "HU", "--out", out],
+        "measure-results": ["measure", out],
+        "evaluate": ["evaluate", "--reference", data / "labels", "--predicted", done / "infer", "--out", out],
+        "compare": ["compare", done / "measure", done / "measure-cases", "--no-registration", "--out", out],
+        "preprocess": ["preprocess", data, "--recipe", world / "recipe.toml", "--out", out],
+        "train": ["train", data, "--recipe", world / "recipe.toml", "--device", "cpu", "--out", out],
+        "plan": ["plan", data, "--recipe", world / "recipe.toml", "--out", out / "plan.json"],
+        "report": ["report", out],
+        "import-nnunet": ["import-nnunet", next((world / "nnunet").iterdir()), "--out", out],
+        "quantise": ["quantise", out, data],
+    }[command]  # fmt: skip
+    options: dict[str, list[str]] = {
+        "infer": ["--figures", "--overlap", "0.1"],
+        "measure": ["--calcium"],
+        "measure-cases": ["--figures"],
+        "evaluate": ["--min-iou", "0.5"],
+        "compare": ["--max-distance", "3"],
+        "preprocess": ["--seed", "1"],
+        "train": ["--resume"],
+    }
+    return [str(part) for part in [*line, *(options.get(command, []) if option else [])]]
+
+
+def run_command(arguments: Sequence[str], *, end: str = "itself", seconds: float = 0, file_bytes: int = 0):
+    """Run the command line in a process of its own, which is ended as asked; its exit code and what it printed."""
+    out, into = os.pipe()
+    child = os.fork()
+    if child == 0:
+        code = 70
+        try:
+            os.close(out)
+            os.dup2(into, 1)
+            os.dup2(into, 2)
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            if end == "full disk":
+                signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+                resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, file_bytes))
+            code = _main(arguments)
+        except BaseException:
+            os.write(2, traceback.format_exc().encode())
+        finally:
+            os._exit(code)
+    os.close(into)
+    if end.startswith("SIG"):
+        time.sleep(seconds)
+        os.kill(child, getattr(signal, end))  # a child that has ended is not reaped yet, so this is harmless
+    output = b""
+    while chunk := os.read(out, 65536):
+        output += chunk
+    os.close(out)
+    _, status = os.waitpid(child, 0)
+    return os.waitstatus_to_exitcode(status), output.decode("utf-8", "replace")
+
+
+def _main(arguments: Sequence[str]) -> int:
+    import sys
+
+    from volseg.cli import main
+
+    sys.argv = ["volseg", *arguments]
+    sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
+    try:
+        main()
+    except SystemExit as ended:
+        return int(ended.code or 0)
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    return 0
+
+
+def draw_run(seed: int, world: Path, seconds: float) -> Run:
+    """A run over a world of its own, in which the user's files lie by now. `seconds`: within which a signal may come."""
+    rng = np.random.default_rng(seed)
+    command = COMMANDS[seed % len(COMMANDS)]
+    places = ["new", "users", "done", "done", "done", "other", "data", "images", "labels"]
+    if command in ("measure-results", "report", "quantise"):
+        places = ["done"]
+    place = str(rng.choice(places))
+    others = [name for name in COMMANDS if name != command]
+    folders = {
+        "new": world / "new",
+        "users": world / "users",
+        "done": world / "done" / command,
+        "other": world / "done" / str(rng.choice(others)),
+        "data": world / "data",
+        "images": world / "data" / "images",
+        "labels": world / "data" / "labels",
+    }
+    out = folders[place]
+    for name in rng.permutation(USERS_NAMES)[: int(rng.integers(0, 4)) if place != "new" else 0]:
+        path = out / name
+        if not os.path.lexists(path) and not any(parent.is_file() for parent in path.parents):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(f"mine {seed}")
+    return Run(
+        command=command,
+        place=place,
+        arguments=arguments_of(command, world, out, option=bool(rng.random() < 0.5)),
+        out=out,
+        end=str(rng.choice(ENDS)),
+        seconds=float(rng.uniform(0, seconds)),
+        file_bytes=int(rng.choice([0, 500, 3_000, 20_000, 100_000])),
+    )
+
+
+def edit_results(seed: int, out: Path) -> list[Path]:
+    """Change some results by hand, as a user may; which."""
+    rng = np.random.default_rng([seed, 1])
+    files = [path for path in sorted(out.rglob("*")) if path.is_file() and ".volseg" not in path.parts]
+    chosen = [path for path in files if rng.random() < min(0.5, 1.5 / max(1, len(files)))]
+    for path in chosen:
+        path.write_bytes(path.read_bytes() + b"by hand")
+    return chosen
+
+
+def check_run(seed: int, template: Path, folder: Path, seconds: float = 4.0) -> tuple[Run, list[str], int]:
+    """Do one random run; what was drawn, all that is wrong afterwards, and the exit code."""
+    world = folder / "world"
+    shutil.copytree(template, world, symlinks=True)
+    _move_paths(world, template)
+    volsegs = set(_tree(world / "done"))  # what a command wrote here before the user came
+    run = draw_run(seed, world, seconds)
+    edited = set(edit_results(seed, run.out)) if run.place == "done" else set()
+    before = _tree(world)
+    users = {path: digest for path, digest in before.items() if path not in volsegs or path in edited or run.out not in path.parents}
+    done = _done_ids(run.out) if run.place == "done" else set()
+    code, output = run_command(run.arguments, end=run.end, seconds=run.seconds, file_bytes=run.file_bytes)
+    faults = _lost(users, world, "after the run") + _rows_lost(run, done, edited)
+    if "Traceback" in output:
+        faults.append(f"traceback: {output[-600:]}")
+    again, output = run_command(run.arguments)
+    faults += _lost(users, world, "after a second run") + _rows_lost(run, done, edited)
+    if "Traceback" in output or again not in (0, 2, 3, 4):
+        faults.append(f"second run: exit {again}: {output[-600:]}")
+    hidden = run.out / ".volseg"
+    left = [path for path in hidden.glob("*") if re.match(r"(tmp|ready)-", path.name)] if again == 0 else []
+    faults += [f"left behind: {path}" for path in left]
+    shutil.rmtree(world)
+    return run, faults, code
+
+
+def _move_paths(world: Path, template: Path) -> None:
+    """The records of the template name its scans; here they are those of the copy."""
+    for path in (world / "done").rglob(".volseg/*.json"):
+        path.write_bytes(path.read_bytes().replace(str(template).encode(), str(world).encode()))
+
+
+def _tree(folder: Path) -> dict[Path, str]:
+    """Every file but the ledgers and locks, with its hash; what volseg keeps in `.volseg` is its own."""
+    return {
+        path: hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in folder.rglob("*")
+        if path.is_file() and (path.parent.name != ".volseg" or path.read_bytes().startswith(b"mine"))
+    }
+
+
+def _lost(users: dict[Path, str], world: Path, when: str) -> list[str]:
+    after = _tree(world)
+    gone = [path for path, digest in users.items() if after.get(path) != digest]
+    # A file of the user's in `.volseg` may be set aside under another name, with all its bytes.
+    kept = set(after.values())
+    lost = [path for path in gone if not (".volseg" in path.parts and users[path] in kept)]
+    return [f"{'changed' if path in after else 'lost'} {when}: {path.relative_to(world)}" for path in lost]
+
+
+def _done_ids(out: Path) -> set[str]:
+    """The cases or patients that the folder's table says were done."""
+    for name, column in (("cases.csv", "case_id"), ("response.csv", "patient")):
+        try:
+            with (out / name).open(newline="", encoding="utf-8") as file:
+                return {row[column] for row in csv.DictReader(file) if row.get("status") == "done" and row.get(column)}
+        except (OSError, KeyError, ValueError):
+            continue
+    return set()
+
+
+def _rows_lost(run: Run, done: set[str], edited: set[Path]) -> list[str]:
+    tables = {run.out / "cases.csv", run.out / "response.csv"}
+    missing = set() if tables & edited else done - _done_ids(run.out)
+    return [f"rows lost: {sorted(missing)}"] if missing else []

@@ -1,0 +1,365 @@
+"""What a user keeps in an output folder is never lost, by whatever command; results already there are kept until replaced."""
+
+import csv
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+import textwrap
+
+import numpy as np
+import pytest
+
+import volseg
+from volseg.errors import EnvironmentProblem, VolsegError
+from volseg.io.nifti import read_mask, read_volume, write_volume
+from volseg.workflows import batch, measuring
+
+
+def rows(path):
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def digests(folder):
+    """Path → SHA-256 of every file but the ledger, to which each run adds a line."""
+    return {
+        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in folder.rglob("*")
+        if path.is_file() and path.name != "ledger.jsonl"
+    }
+
+
+@pytest.fixture
+def data(dataset, tmp_path):
+    """A dataset of its own with two scans and their masks."""
+    folder = tmp_path / "data"
+    for sub in ("images", "labels"):
+        (folder / sub).mkdir(parents=True)
+        for n in (6, 7):
+            shutil.copy(dataset / sub / f"scan_{n}.nii.gz", folder / sub)
+    return folder
+
+
+def measure(data, out, **options):
+    return volseg.measure(
+        image=data / "images", mask=data / "labels", out=out, **{"intensity_unit": "HU", "pages": False} | options
+    )
+
+
+def erode(mask):
+    """Correct a mask by hand: its first slice with a label becomes background."""
+    volume = read_mask(mask)
+    array = volume.array.copy()
+    array[:, :, np.flatnonzero(array.any(axis=(0, 1)))[0]] = 0
+    write_volume(volume.with_array(array), mask, like=mask)
+
+
+@pytest.fixture
+def refused():
+    def check(call, *, names, folder):
+        before = digests(folder)
+        with pytest.raises(VolsegError) as refusal:
+            call()
+        assert (refusal.value.code, refusal.value.exit_code) == ("E_EXISTS", 2), refusal.value
+        assert names in str(refusal.value)
+        assert digests(folder) == before
+
+    return check
+
+
+def test_a_mask_corrected_by_hand_is_kept_and_measured(model, data, tmp_path):
+    out = tmp_path / "out"
+    volseg.infer(data / "images", model=model, out=out, figures=True)
+    before = {row["case_id"]: row for row in rows(out / "lesions.csv") if row["lesion_id"] == "1"}
+    mask = out / "masks" / "scan_6.nii.gz"
+    erode(mask)
+    corrected = mask.read_bytes()
+
+    again = volseg.infer(data / "images", model=model, out=out, figures=True, overlap=0.1)  # another option, too
+    assert mask.read_bytes() == corrected
+    assert "scan_6" in again.kept
+    assert any("W_EDITED: scan_6" in warning for warning in again.details["warnings"])
+    assert "W_EDITED" in {row["case_id"]: row for row in rows(out / "cases.csv")}["scan_6"]["warnings"]
+
+    report = volseg.measure(out)
+    assert (report.exit_code, list(report.done), list(report.kept)) == (0, ["scan_6"], ["scan_7"])
+    assert mask.read_bytes() == corrected
+    after = {row["case_id"]: row for row in rows(out / "lesions.csv") if row["lesion_id"] == "1"}
+    assert (
+        int(after["scan_6"]["n_voxels"]) == np.count_nonzero(read_mask(mask).array) < int(before["scan_6"]["n_voxels"])
+    )
+    assert after["scan_6"]["confidence_mean"] == after["scan_6"]["class_name"] == ""
+    assert after["scan_6"]["label_name"] == before["scan_6"]["label_name"] == "lesion"
+    case = {row["case_id"]: row for row in rows(out / "cases.csv")}["scan_6"]
+    assert "W_CORRECTED" in case["warnings"]
+    assert "W_EDITED" not in case["warnings"]
+    np.testing.assert_array_equal(read_mask(out / "lesion_ids" / "scan_6.nii.gz").array > 0, read_mask(mask).array > 0)
+
+    assert list(volseg.measure(out).done) == []
+    third = volseg.infer(data / "images", model=model, out=out, figures=True)
+    assert mask.read_bytes() == corrected
+    assert "scan_6" in third.kept
+    assert rows(out / "lesions.csv") != []
+    assert {row["case_id"]: row for row in rows(out / "lesions.csv") if row["lesion_id"] == "1"}["scan_6"] == after[
+        "scan_6"
+    ]
+
+    erode(mask)
+    assert list(volseg.measure(out).done) == ["scan_6"]
+
+
+def test_other_results_that_were_changed_by_hand_are_refused_not_replaced(model, data, tmp_path, refused):
+    out = tmp_path / "out"
+    scan = data / "images" / "scan_6.nii.gz"
+    volseg.infer(scan, model=model, out=out)
+    (out / "lesion_ids" / "scan_6.nii.gz").write_bytes(b"mine")
+    refused(lambda: volseg.infer(scan, model=model, out=out), names="lesion_ids/scan_6.nii.gz", folder=out)
+    (out / "lesion_ids" / "scan_6.nii.gz").unlink()
+    (out / "lesions.csv").write_text("edited in a spreadsheet")
+    refused(lambda: volseg.infer(scan, model=model, out=out), names="lesions.csv", folder=out)
+    (out / "lesions.csv").unlink()
+    assert volseg.infer(scan, model=model, out=out).exit_code == 0
+
+
+def test_outputs_that_are_inputs_are_refused(model, data, tmp_path, refused):
+    results = tmp_path / "results"
+    volseg.infer(data / "images", model=model, out=results)
+    shutil.copytree(results, tmp_path / "r")
+    calls = {
+        "results of infer": lambda: volseg.measure(
+            image=data / "images" / "scan_6.nii.gz", mask=results / "masks" / "scan_6.nii.gz", out=results
+        ),
+        "another folder": lambda: volseg.infer(results / "masks", model=model, out=results),
+    }
+    for names, call in calls.items():
+        refused(call, names=names, folder=tmp_path)
+
+    ids = data / "lesion_ids"
+    shutil.copytree(data / "labels", ids)
+    (ids / "scan_7.nii.gz").unlink()
+    image = data / "images" / "scan_6.nii.gz"
+    for mask in (ids, ids / "scan_6.nii.gz"):
+        images = image.parent if mask.is_dir() else image
+        if mask.is_dir():
+            (image.parent / "scan_7.nii.gz").unlink()
+        refused(lambda m=mask, i=images: volseg.measure(image=i, mask=m, out=data), names="lesion_ids", folder=data)
+
+
+def test_a_reference_beside_the_scans_is_not_overwritten(model, data, refused):
+    (data / "labels").rename(data / "masks")
+    refused(lambda: volseg.infer(data / "images", model=model, out=data), names="masks/scan_6.nii.gz", folder=data)
+    assert not (data / ".volseg").exists()
+
+
+def test_the_table_of_a_dataset_is_not_overwritten(data, tiny_recipe, model, tmp_path, refused):
+    table = data / "cases.csv"
+    table.write_text("image,label\n" + "".join(f"images/scan_{n}.nii.gz,labels/scan_{n}.nii.gz\n" for n in (6, 7)))
+    calls = {
+        "measure": lambda: volseg.measure(cases=table, out=data, intensity_unit="HU"),
+        "measure, folder": lambda: volseg.measure(cases=data, out=data, intensity_unit="HU"),
+        "preprocess": lambda: volseg.preprocess(data, recipe=tiny_recipe, out=data),
+        "train": lambda: volseg.train(data, recipe=tiny_recipe, out=data),
+        "infer": lambda: volseg.infer(table, model=model, out=data),
+        "evaluate": lambda: volseg.evaluate(reference=data, predicted=data / "labels", out=data),
+        "import": lambda: volseg.import_nnunet(data, out=data),
+    }
+    for name, call in calls.items():
+        before = digests(data)
+        with pytest.raises(VolsegError):
+            call()
+        assert digests(data) == before, name
+
+
+@pytest.mark.parametrize("name", ["evaluation.csv", "detections.csv", "summary.json", "agreement.png", "froc.png"])
+def test_evaluate_replaces_no_file_of_the_users(name, data, tmp_path, refused):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / name).write_text("mine")
+    refused(
+        lambda: volseg.evaluate(reference=data / "labels", predicted=data / "labels", out=out), names=name, folder=out
+    )
+
+
+@pytest.mark.parametrize("name", ["run.json", "lesions.csv", "cases.csv", "report.html", "lesion_ids/scan_7.nii.gz"])
+def test_measure_replaces_no_file_of_the_users(name, data, tmp_path, refused):
+    out = tmp_path / "out"
+    (out / name).parent.mkdir(parents=True)
+    (out / name).write_text("mine")
+    refused(lambda: measure(data, out, pages=True), names=name, folder=out)
+
+
+@pytest.mark.parametrize("name", ["model.json", "segmentation_3.safetensors", "history_1.csv", "curves.png", "card.md"])
+def test_train_replaces_no_file_of_the_users(name, dataset, tiny_recipe, tmp_path, refused):
+    (tmp_path / name).write_text("mine")
+    refused(lambda: volseg.train(dataset, recipe=tiny_recipe, out=tmp_path), names=str(tmp_path), folder=tmp_path)
+
+
+@pytest.mark.parametrize("name", ["prepared.json", "cases.csv", "cases/scan_0/image.npy", "cases/scan_1"])
+def test_preprocess_replaces_no_file_of_the_users(name, dataset, tiny_recipe, tmp_path, refused):
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / name).write_text("mine")
+    before = digests(tmp_path)
+    with pytest.raises(VolsegError, match=name.replace("/", ".")) as refusal:
+        volseg.preprocess(dataset, recipe=tiny_recipe, out=tmp_path)
+    assert refusal.value.code == "E_EXISTS"
+    assert before.items() <= digests(tmp_path).items()
+
+
+def test_preparing_a_case_again_keeps_what_the_user_put_beside_it(dataset, tiny_recipe, tmp_path):
+    volseg.preprocess(dataset, recipe=tiny_recipe, out=tmp_path / "out")
+    notes = [tmp_path / "out" / "cases" / "scan_0" / "notes.txt", tmp_path / "out" / "cases" / ".tmp-scan_0"]
+    for note in notes:
+        note.write_text("mine")
+    other = tiny_recipe.model_copy(
+        update={"preprocess": tiny_recipe.preprocess.model_copy(update={"spacing_mm": (2.5, 2.5, 2.5)})}
+    )
+    report = volseg.preprocess(dataset, recipe=other, out=tmp_path / "out")
+    assert len(report.done) == 6
+    assert [note.read_text() for note in notes] == ["mine", "mine"]
+
+
+def test_a_plan_is_written_over_only_as_volseg_wrote_it(data, tiny_recipe, tmp_path):
+    out = tmp_path / "plan.json"
+    volseg.plan(data, recipe=tiny_recipe, out=out)
+    written = out.read_bytes()
+    volseg.plan(data, recipe=tiny_recipe, out=out)
+    assert out.read_bytes() == written
+    volseg.workflows.read_plan(out)  # the seal is no part of the plan
+    plan = json.loads(written)
+    plan["batch_size"] = 7
+    for content in (json.dumps(plan), "my notes", ""):
+        out.write_text(content)
+        with pytest.raises(VolsegError) as refusal:
+            volseg.plan(data, recipe=tiny_recipe, out=out)
+        assert refusal.value.code == "E_EXISTS"
+        assert out.read_text() == content
+
+
+def test_rows_stay_in_the_tables_until_their_case_is_done_again(data, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    measure(data, out)
+    before = (out / "lesions.csv").read_bytes()
+
+    def full(*args, **kwargs):
+        raise EnvironmentProblem("disk full", fix="free some space", code="E_DISK")
+
+    monkeypatch.setattr(measuring, "write_mask", full)
+    files = digests(out / "lesion_ids")
+    with pytest.raises(EnvironmentProblem):
+        measure(data, out, calcium=True)
+    assert (out / "lesions.csv").read_bytes() == before
+    assert digests(out / "lesion_ids") == files
+    assert {row["status"] for row in rows(out / "cases.csv")} == {"done"}
+    assert all("W_STALE" in row["warnings"] for row in rows(out / "cases.csv"))
+
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(measuring, "write_mask", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        measure(data, out, calcium=True)
+    assert (out / "lesions.csv").read_bytes() == before
+    monkeypatch.undo()
+    assert list(measure(data, out).kept) == ["scan_6", "scan_7"]  # nothing of it was lost
+    assert not any("W_STALE" in row["warnings"] for row in rows(out / "cases.csv"))
+    assert list(measure(data, out, calcium=True).done) == ["scan_6", "scan_7"]
+
+
+def test_a_damaged_record_is_said_and_its_case_done_again(data, tmp_path):
+    out = tmp_path / "out"
+    measure(data, out)
+    record = out / ".volseg" / "scan_6.json"
+    record.write_bytes(record.read_bytes()[:100])
+    (data / "images" / "scan_6.nii.gz").rename(tmp_path / "scan_6.nii.gz")
+    report = measure(data, out)
+    assert any("W_RECORD: scan_6" in warning for warning in report.details["warnings"])
+    assert [row["status"] for row in rows(out / "cases.csv")] == ["unknown", "done"]
+    (tmp_path / "scan_6.nii.gz").rename(data / "images" / "scan_6.nii.gz")
+    assert list(measure(data, out).done) == ["scan_6"]
+    assert [row["status"] for row in rows(out / "cases.csv")] == ["done", "done"]
+
+
+def test_a_scan_replaced_while_it_is_measured_is_recorded_as_it_was_read(data, tmp_path, monkeypatch):
+    out, scan = tmp_path / "out", data / "images" / "scan_6.nii.gz"
+    read = hashlib.sha256(scan.read_bytes()).hexdigest()
+    original = measuring.measure_lesions
+
+    def replacing(image, *args, **kwargs):
+        if scan.exists() and hashlib.sha256(scan.read_bytes()).hexdigest() == read:
+            brighter = read_volume(scan)
+            write_volume(brighter.with_array(brighter.array + 100), scan, like=scan)
+        return original(image, *args, **kwargs)
+
+    monkeypatch.setattr(measuring, "measure_lesions", replacing)
+    measure(data, out)
+    record = json.loads((out / ".volseg" / "scan_6.json").read_text())
+    assert record["source"]["sha256"] == record["inputs"][0] == read
+    monkeypatch.undo()
+    assert list(measure(data, out).done) == ["scan_6"]
+    assert json.loads((out / ".volseg" / "scan_6.json").read_text())["inputs"][0] != read
+
+
+def test_no_input_is_hashed_apart_from_reading_unless_an_earlier_result_is_there(data, tmp_path, monkeypatch):
+    hashed = []
+    original = batch.digest_of
+    monkeypatch.setattr(batch, "digest_of", lambda path: hashed.append(path) or original(path))
+    measure(data, tmp_path / "out")
+    assert hashed == []
+    measure(data, tmp_path / "out")
+    assert len(hashed) == len(set(hashed)) == 4
+
+
+def test_a_bug_in_one_case_is_a_failed_row_and_the_others_go_on(data, tmp_path, monkeypatch):
+    out, original = tmp_path / "out", measuring.measure_lesions
+
+    def buggy(image, *args, case_id, **kwargs):
+        if case_id == "scan_6":
+            raise ZeroDivisionError("a bug")
+        return original(image, *args, case_id=case_id, **kwargs)
+
+    monkeypatch.setattr(measuring, "measure_lesions", buggy)
+    report = measure(data, out)
+    assert report.exit_code == 3
+    assert [(row["status"], row["reason"][:5]) for row in rows(out / "cases.csv")] == [
+        ("failed", "E_BUG"),
+        ("done", ""),
+    ]
+    assert "ZeroDivisionError: a bug" in (out / ".volseg" / "scan_6.traceback.txt").read_text()
+    monkeypatch.undo()
+    assert measure(data, out).exit_code == 0
+    assert not (out / ".volseg" / "scan_6.traceback.txt").exists()
+
+
+def test_a_label_name_without_bytes_ends_no_batch(data, tmp_path):
+    report = measure(data, tmp_path / "out", label_names={3: "lesion \ud800"}, figures=True, pages=True)
+    assert report.exit_code in (0, 3, 4)
+    assert len(rows(tmp_path / "out" / "cases.csv")) == 2
+
+
+def test_a_full_disk_in_the_first_case_loses_nothing(data, tmp_path):
+    """With a limit on the size of files, which ends a write as a full disk does."""
+    out = tmp_path / "out"
+    measure(data, out, pages=True)
+    before = digests(out)
+    script = f"""
+        import resource, sys
+        resource.setrlimit(resource.RLIMIT_FSIZE, (700, 700))
+        import volseg
+        from volseg.errors import EnvironmentProblem
+        try:
+            volseg.measure(image={str(data / "images")!r}, mask={str(data / "labels")!r}, out={str(out)!r},
+                           intensity_unit="HU", calcium=True)
+        except EnvironmentProblem as problem:
+            sys.exit(problem.exit_code)
+    """
+    ended = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], timeout=120)
+    assert ended.returncode == 5
+    after = digests(out)
+    names = [name for name in before if not name.startswith(".volseg/ledger")]
+    assert [
+        name for name in names if after.get(name) != before[name] and not name.endswith(("cases.csv", ".html"))
+    ] == []
+    assert list(measure(data, out, pages=True).kept) == ["scan_6", "scan_7"]
+    assert digests(out)["lesions.csv"] == before["lesions.csv"]
