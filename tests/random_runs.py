@@ -85,7 +85,17 @@ def make_world(folder: Path, write_dataset, make_nnunet) -> Path:
     write_dataset(folder / "data", n=5)
     (folder / "recipe.toml").write_text(RECIPE)
     make_nnunet(folder / "nnunet")
-    for command in ("train", "infer", "measure", "measure-cases", "compare", "preprocess", "evaluate", "plan", "import-nnunet"):
+    for command in (
+        "train",
+        "infer",
+        "measure",
+        "measure-cases",
+        "compare",
+        "preprocess",
+        "evaluate",
+        "plan",
+        "import-nnunet",
+    ):
         out = folder / "done" / command
         out.parent.mkdir(exist_ok=True)
         if command == "plan":
@@ -230,7 +240,11 @@ def check_run(seed: int, template: Path, folder: Path, seconds: float = 4.0) -> 
     run = draw_run(seed, world, seconds)
     edited = set(edit_results(seed, run.out)) if run.place == "done" else set()
     before = _tree(world)
-    users = {path: digest for path, digest in before.items() if path not in volsegs or path in edited or run.out not in path.parents}
+    users = {
+        path: digest
+        for path, digest in before.items()
+        if path not in volsegs or path in edited or run.out not in path.parents
+    }
     done = _done_ids(run.out) if run.place == "done" else set()
     code, output = run_command(run.arguments, end=run.end, seconds=run.seconds, file_bytes=run.file_bytes)
     faults = _lost(users, world, "after the run") + _rows_lost(run, done, edited)

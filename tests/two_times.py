@@ -13,6 +13,7 @@ import numpy as np
 
 import volseg
 from volseg.io.nifti import write_volume
+from volseg.store.records import record_files
 from volseg.volume import Geometry, Volume
 
 CENTRE = np.array([12.0, -100.0, 40.0])  # of the body, RAS mm
@@ -84,8 +85,9 @@ def measured(folder: Path, cases: Mapping[str, tuple[Volume, Volume]], *, names=
 
 
 def change_record(results: Path, name: str, change) -> None:
-    """Call `change` with the record of a case, and write what it made of it."""
-    path = results / ".volseg" / f"{name}.json"
-    record = json.loads(path.read_text())
+    """Call `change` with the record of a case and its rows as `lesions`, and write what it made of them."""
+    path, rows = record_files(results, name)
+    record = json.loads(path.read_text()) | {"lesions": [json.loads(line) for line in rows.read_text().splitlines()]}
     change(record)
+    rows.write_text("".join(json.dumps(lesion) + "\n" for lesion in record.pop("lesions")))
     path.write_text(json.dumps(record))

@@ -49,14 +49,17 @@ def test_what_a_failed_item_had_in_memory_is_gone_before_the_next_one():
     assert [outcome.error and outcome.error.code for outcome in outcomes] == ["E_NO", "E_OOM", "E_NO", "E_NO"]
 
 
-def test_a_full_disk_stops_the_batch_and_a_bug_is_not_hidden():
+def test_a_full_disk_stops_the_batch_and_a_bug_is_an_outcome_with_its_traceback():
     def full(_):
         raise EnvironmentProblem("disk full", fix="free space", code="E_DISK")
 
     with pytest.raises(EnvironmentProblem):
         list(run(full, [1, 2]))
-    with pytest.raises(ZeroDivisionError):
-        list(run(lambda n: 1 / n, [0]))
+    bug, one = run(lambda n: 1 / n, [0, 1])
+    assert bug.error is not None
+    assert bug.error.code == "E_BUG"
+    assert "ZeroDivisionError: division by zero" in bug.error.trace
+    assert one.value == 1
 
 
 def test_reading_ahead_and_writing_behind_happen_while_the_work_goes_on():

@@ -14,6 +14,7 @@ from volseg.io.nifti import write_volume
 from volseg.measure.lesions import measure_lesions
 from volseg.measure.rows import CaseRow
 from volseg.postprocess.lesions import label_lesions
+from volseg.store.results import ResultsFolder
 from volseg.volume import Geometry, Volume
 from volseg.workflows.pages import write_page
 
@@ -68,11 +69,14 @@ def test_making_a_page_takes_the_memory_that_is_planned_for_it(tmp_path):
     rows = measure_lesions(scan, found.ids, found.labels, case_id="a", label_names={1: "speck"}, intensity_unit="a.u.")
     assert len(rows) > 1000
     case = CaseRow(case_id="a", status="done", n_lesions=len(rows))
-    write_page(case, rows[:1], scan, found.ids, unit="a.u.", out=tmp_path)  # NiiVue is packed once
-    tracemalloc.start()
-    page, _ = write_page(case, rows, scan, found.ids, unit="a.u.", out=tmp_path)
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
+    with ResultsFolder(tmp_path, "measure") as results, results.staged() as commit:
+        write_page(case, rows[:1], scan, found.ids, unit="a.u.", commit=commit)  # NiiVue is packed once
+        tracemalloc.start()
+        write_page(case, rows, scan, found.ids, unit="a.u.", commit=commit)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        commit.finish()
+    page = tmp_path / "viewer" / "a.html"
     assert PAGE / 2 < peak < PAGE
     assert page.stat().st_size <= 6_000_000
     assert f"The first 1000 of {len(rows)} lesions" in page.read_text(encoding="utf-8")
@@ -97,9 +101,12 @@ def test_pages_can_be_left_out_and_are_added_later_without_measuring_again(cases
     volseg.measure(cases=cases, out=tmp_path / "at_once", intensity_unit="HU")
     for name in pages(out):
         assert (out / name).read_bytes() == (tmp_path / "at_once" / name).read_bytes()
-    # Pages that are damaged or gone are made again from what is there, and nothing else is.
+    # Pages that are gone are made again from what is there, and nothing else is.
     whole = (out / "viewer" / "a.html").read_bytes()
-    (out / "viewer" / "a.html").write_text("half")
+    (out / "viewer" / "a.html").write_text("changed by hand")
+    with pytest.raises(VolsegError, match=r"viewer/a\.html: already there"):
+        volseg.measure(cases=cases, out=out, intensity_unit="HU")
+    (out / "viewer" / "a.html").unlink()
     (out / "viewer" / "c.html").unlink()
     assert list(volseg.measure(cases=cases, out=out, intensity_unit="HU").kept) == ["a", "c"]
     assert (out / "viewer" / "a.html").read_bytes() == whole
@@ -131,11 +138,11 @@ def test_results_and_comparisons_do_not_overwrite_each_other(cases, tmp_path):
     volseg.measure(cases=cases, out=tmp_path / "again", intensity_unit="HU")
     volseg.compare(tmp_path / "out", tmp_path / "again", out=tmp_path / "compared", registration=False)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    with pytest.raises(VolsegError, match="holds the results of scans"):
+    with pytest.raises(VolsegError, match="holds the results of measure"):
         volseg.compare(tmp_path / "out", tmp_path / "out", out=tmp_path / "again", registration=False)
-    with pytest.raises(VolsegError, match="is the folder of a comparison"):
+    with pytest.raises(VolsegError, match="holds a comparison"):
         volseg.measure(cases=cases, out=tmp_path / "compared", intensity_unit="HU")
-    with pytest.raises(VolsegError, match="is the folder of a comparison"):
+    with pytest.raises(VolsegError, match="is no results folder"):
         volseg.report(tmp_path / "compared")
     assert {path: path.read_bytes() for path in before} == before
 
@@ -188,35 +195,19 @@ def test_where_a_scan_is_gone_or_changed_the_earlier_page_stays_and_it_is_said(c
     assert list(report.details["warnings"]) == [line for line in report.details["warnings"] if line in page]
 
 
-def test_a_folder_of_an_older_version_still_gets_its_report(cases, tmp_path):
-    out = tmp_path / "out"
-    volseg.measure(cases=cases, out=out, intensity_unit="HU", pages=False)
-    for name in ("a", "c"):
-        old = record(out, name)
-        del old["source"]
-        old["case"] = {key: old["case"][key] for key in ("case_id", "status", "n_lesions")}
-        old["lesions"] = [
-            {key: lesion[key] for key in ("case_id", "lesion_id", "volume_ml")} for lesion in old["lesions"]
-        ]
-        (out / ".volseg" / f"{name}.json").write_text(json.dumps(old))
-    (out / "run.json").write_text("[]")
-    report = volseg.report(out)
-    assert (list(report.done), list(report.kept)) == ([], ["a", "c"])
-    assert "does not say where the scan is" in (out / "report.html").read_text(encoding="utf-8")
-
-
 def test_only_a_results_folder_has_a_report(tmp_path):
     with pytest.raises(VolsegError, match="is no results folder"):
         volseg.report(tmp_path / "nowhere")
     assert not (tmp_path / "nowhere").exists()
 
 
-def test_a_case_that_fails_later_loses_its_page(cases, tmp_path):
+def test_a_case_that_fails_later_is_shown_as_failed_and_its_files_stay(cases, tmp_path):
     out = tmp_path / "out"
     volseg.measure(cases=cases, out=out, intensity_unit="HU")
     (cases.parent / "a.nii.gz").write_bytes(b"")
     volseg.measure(cases=cases, out=out, intensity_unit="HU")
-    assert pages(out) == ["viewer/c.html", "viewer/thumbnails/c.jpg"]
+    assert len(pages(out)) == 4
+    assert '<script type="application/json" id="pages">["c"]</script>' in (out / "report.html").read_text("utf-8")
     with (out / "cases.csv").open(newline="") as file:
         assert [row["status"] for row in csv.DictReader(file)] == ["failed", "failed", "done"]
     assert "2 of 3 scans failed" in (out / "report.html").read_text(encoding="utf-8")

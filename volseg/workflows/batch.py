@@ -73,8 +73,11 @@ class CaseFiles:
         return [
             *(f"{folder}/{case_id}.nii.gz" for folder in self.folders),
             *((f"{FIGURES}/{case_id}.png",) if self.figures else ()),
-            *((f"{VIEWERS}/{case_id}.html", f"{THUMBNAILS}/{case_id}.jpg") if self.pages else ()),
+            *self.page_names(case_id),
         ]
+
+    def page_names(self, case_id: str) -> list[str]:
+        return [f"{VIEWERS}/{case_id}.html", f"{THUMBNAILS}/{case_id}.jpg"] if self.pages else []
 
     @property
     def shared(self) -> list[str]:
@@ -136,7 +139,8 @@ def run_cases(
             todo.append(case)
         else:
             kept.append(case.id)
-    results.refuse_foreign([*files.shared, *(name for case in todo for name in files.names(case.id))])
+    lost_pages = (name for case_id in kept for name in files.page_names(case_id)) if about is not None else ()
+    results.refuse_foreign([*files.shared, *(name for case in todo for name in files.names(case.id)), *lost_pages])
     for case in cases:
         if case.id in kept:
             is_edited = results.state_of(case.id, None) is State.EDITED
