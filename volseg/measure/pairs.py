@@ -6,7 +6,7 @@ orientation: that of the baseline's axial planes.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,7 +15,7 @@ from scipy import ndimage
 
 from volseg.measure.changes import ScanPair
 from volseg.measure.crumbs import find_crumbs
-from volseg.measure.matching import MAX_DISTANCE_MM, Match, match_lesions
+from volseg.measure.matching import MAX_DISTANCE_MM, MIN_SHARE, Match, match_lesions
 from volseg.measure.recist import diameters
 from volseg.measure.rows import LesionMeasurement
 from volseg.measure.sections import axial_normal, section_diameters, tilt_deg
@@ -71,8 +71,9 @@ def pair_scans(
     is_tilted = angle is not None and angle >= SAME_PLANE_DEG
     normal = moved[:3, :3] @ axial_normal(baseline.ids.geometry) if is_tilted else None
     crumbs = _crumbs_of(matches)
-    before, crumbs_before = wholes_of(baseline, crumbs[0])
-    after, crumbs_after = wholes_of(followup, crumbs[1], normal=normal)
+    spanned = _spanned(matches, (baseline, followup))
+    before, crumbs_before = wholes_of(baseline, crumbs[0], spanned=spanned[0])
+    after, crumbs_after = wholes_of(followup, crumbs[1], spanned=spanned[1], normal=normal)
     return ScanPair(
         baseline_case=baseline.case,
         followup_case=followup.case,
@@ -120,24 +121,29 @@ def lone_scan(baseline: MeasuredScan | None, followup: MeasuredScan | None) -> S
 
 
 def wholes_of(
-    scan: MeasuredScan, crumbs: Mapping[int, int], *, normal: np.ndarray | None = None
+    scan: MeasuredScan,
+    crumbs: Mapping[int, int],
+    *,
+    spanned: Collection[int] = (),
+    normal: np.ndarray | None = None,
 ) -> tuple[list[LesionMeasurement], list[LesionMeasurement]]:
     """Give the lesions of a scan with what their crumbs add, and the crumbs.
 
     Args:
-        crumbs: number of a crumb → number of its lesion.
+        crumbs: number of a crumb → number of its lesion. Its volume is added to that one's.
+        spanned: crumbs that the diameters of their lesions reach to, over what is missing.
         normal: (3,) of the planes in which diameters are taken again; None: in the axial slices,
-            and only of lesions that have crumbs. What was not measured stays unknown.
+            and only with spanned crumbs. What was not measured stays unknown.
     """
     members = {lesion.lesion_id: [lesion] for lesion in scan.lesions if lesion.lesion_id not in crumbs}
     for crumb, whole in sorted(crumbs.items()):
         members[whole].append(scan.lesions[crumb - 1])
-    retaken = [
-        pieces
-        for pieces in members.values()
-        if (normal is not None or len(pieces) > 1) and known(pieces[0].long_axis_mm) is not None
-    ]
-    axes = dict(zip([pieces[0].lesion_id for pieces in retaken], _axes(scan.ids, retaken, normal)))
+    retaken = {}
+    for number, (lesion, *pieces) in members.items():
+        numbers = [number, *(piece.lesion_id for piece in pieces if piece.lesion_id in spanned)]
+        if known(lesion.long_axis_mm) is not None and (normal is not None or len(numbers) > 1):
+            retaken[number] = numbers
+    axes = dict(zip(retaken, _axes(scan.ids, list(retaken.values()), normal), strict=True))
     wholes = [replace(pieces[0], **_joined(pieces), **axes.get(number, {})) for number, pieces in members.items()]
     return wholes, [scan.lesions[crumb - 1] for crumb in sorted(crumbs)]
 
@@ -150,6 +156,21 @@ def _crumbs_of(matches: Iterable[Match]) -> tuple[dict[int, int], dict[int, int]
             if match.whole is not None and number is not None:
                 numbers[number] = match.whole
     return crumbs
+
+
+def _spanned(matches: Iterable[Match], scans: tuple[MeasuredScan, MeasuredScan]) -> tuple[set[int], set[int]]:
+    """Crumbs of each scan that lie where the other one shows the lesion: parts of it, surely.
+
+    Of others, which may be something new beside it, only the volume is counted with it.
+    """
+    spanned: tuple[set[int], set[int]] = set(), set()
+    for match in matches:
+        for side, number in enumerate((match.baseline, match.followup)):
+            if match.status == "crumb" and number is not None:
+                volume_mm3 = scans[side].lesions[number - 1].volume_mm3
+                if (match.overlap_mm3 or 0.0) >= MIN_SHARE * volume_mm3:
+                    spanned[side].add(number)
+    return spanned
 
 
 def _joined(pieces: Sequence[LesionMeasurement]) -> dict[str, Any]:
@@ -172,18 +193,15 @@ def _joined(pieces: Sequence[LesionMeasurement]) -> dict[str, Any]:
     }
 
 
-def _axes(
-    ids: Volume, groups: Sequence[Sequence[LesionMeasurement]], normal: np.ndarray | None
-) -> list[dict[str, Any]]:
-    """Long and short axis of each lesion with its crumbs; where they end is not kept."""
+def _axes(ids: Volume, groups: Sequence[Sequence[int]], normal: np.ndarray | None) -> list[dict[str, Any]]:
+    """Long and short axis of lesions, each several numbers together; their ends are not kept."""
     if not groups:
         return []
     order = AxisOrder.of(ids.geometry)
     numbers, grid = to_canonical(ids.array, order), canonical_geometry(ids.geometry, order)
     matrix, boxes = grid.affine[:3, :3], ndimage.find_objects(numbers)
     measured = []
-    for pieces in groups:
-        members = [piece.lesion_id for piece in pieces]
+    for members in groups:
         sides = zip(*(boxes[number - 1] for number in members), strict=True)
         box = tuple(slice(min(s.start for s in side), max(s.stop for s in side)) for side in sides)
         inside = np.isin(numbers[box], members)
