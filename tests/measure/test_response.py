@@ -153,7 +153,8 @@ def test_targets_are_the_five_largest_measurable_and_two_per_label():
 
 def test_lymph_nodes_count_by_their_short_axis_and_are_normal_below_10_mm():
     node, other = lesion(1, 40, short_mm=20, label="lymph_node"), lesion(2, 20)
-    row = judged(one_to_one(2), [node, other], [replace(node, short_axis_mm=14.0), lesion(2, 14)])
+    shrunken = replace(node, short_axis_mm=14.0, volume_ml=0.7**3 * node.volume_ml)
+    row = judged(one_to_one(2), [node, other], [shrunken, lesion(2, 14)])
     assert (row.baseline_sum_mm, row.followup_sum_mm, row.response) == (40, 28, "PR")
     # What is left of a node in complete response is not 0 mm.
     row = judged([("matched", 1, 1, 1), ("gone", 2, None, 2)], [node, other], [replace(node, short_axis_mm=9.9)])
@@ -179,13 +180,53 @@ def test_lymph_nodes_count_by_their_short_axis_and_are_normal_below_10_mm():
 
 
 def test_pieces_of_a_target_are_added_and_targets_that_merged_count_once():
-    row = judged([("split", 1, 1, 1), ("split", 1, 2, 1)], [lesion(1, 30)], [lesion(1, 20), lesion(2, 18)])
-    assert (row.followup_sum_mm, row.response, row.n_split, row.n_new) == (38, "PD", 1, 0)
-    row = judged([("merged", 1, 1, 1), ("merged", 2, 1, 1)], [lesion(1, 30), lesion(2, 20)], [lesion(1, 44)])
+    row = judged([("split", 1, 1, 1), ("split", 1, 2, 1)], [lesion(1, 30)], [lesion(1, 36), lesion(2, 18)])
+    assert (row.followup_sum_mm, row.response, row.n_split, row.n_new) == (54, "PD", 1, 0)
+    two = [lesion(1, 30), lesion(2, 20)]
+    whole = lesion(1, 44, volume_ml=two[0].volume_ml + two[1].volume_ml)
+    row = judged([("merged", 1, 1, 1), ("merged", 2, 1, 1)], two, [whole])
     assert (row.baseline_sum_mm, row.followup_sum_mm, row.response, row.n_merged) == (50, 44, "SD", 2)
     row = judged([("merged", 1, 1, 1), ("merged", 2, 1, 1)], [lesion(1, 30), lesion(2, 6)], [lesion(1, 35)])
     assert (row.followup_sum_mm, row.non_target_response) == (35, None)
     assert "W_MERGED: a target merged with lesions 2" in row.warnings
+
+
+@pytest.mark.parametrize(
+    ("rows", "before", "after", "classes"),
+    [
+        # Two pieces that are half of what was there, and longer together.
+        ([("split", 1, 1, 1), ("split", 1, 2, 1)], [(30, 14)], [(20, 4), (18, 3)], ("PD", "SD")),
+        # A lesion that was as it is, cut by a tilted slice.
+        (one_to_one(1), [(40, 14)], [(27.8, 14)], ("PR", "SD")),
+        (one_to_one(1), [(27.8, 14)], [(40, 14)], ("PD", "SD")),
+        (one_to_one(1), [(30, 14)], [(31, 28)], ("SD", "PD")),
+        (one_to_one(1), [(30, 14)], [(29, 4)], ("SD", "PR")),
+    ],
+)
+def test_diameters_and_volumes_that_disagree_give_no_response(rows, before, after, classes):
+    before, after = (
+        [lesion(n, mm, volume_ml=ml) for n, (mm, ml) in enumerate(sizes, start=1)] for sizes in (before, after)
+    )
+    row = judged(rows, before, after)
+    assert (row.response, row.target_response, row.volume_response) == (None, *classes)
+    told = f"the targets are {classes[0]} by their diameters"
+    assert f"W_DISAGREE: {told}" in row.warnings
+    assert row.response_rule.startswith(told)
+    assert f" and {classes[1]} by their volumes" in row.response_rule
+    # A new lesion is progression whatever the targets are.
+    row = judged([*rows, ("new", None, 3, 9)], before, [*after, lesion(3, 12)])
+    assert (row.response, "W_DISAGREE" in row.warnings) == ("PD", True)
+
+
+def test_a_small_target_that_goes_weighs_less_in_a_sum_of_volumes_and_is_no_disagreement():
+    """−33 % of the diameters, −11 % of the volume, and each target's diameter fits its volume."""
+    rows = [("matched", 1, 1, 1), ("gone", 2, None, 2)]
+    row = judged(rows, [lesion(1, 40), lesion(2, 20)], [lesion(1, 40)])
+    assert (row.response, row.volume_response) == ("PR", "SD")
+    assert "W_VOLUME: the sum of volumes alone would be SD (−11.1 %)" in row.warnings
+    # Under 5 mm more there is no progression by diameters, which has no counterpart for volumes.
+    row = judged(one_to_one(1), [lesion(1, 20)], [lesion(1, 24.5)])
+    assert (row.response, row.volume_response, row.warnings) == ("SD", "PD", "")
 
 
 def test_targets_that_were_not_seen_leave_progression_only():

@@ -459,7 +459,7 @@ def test_a_second_call_does_what_changed_and_no_more(baseline, tmp_path):
     assert (len(report.done), len(report.kept)) == (0, len(TIMES))
     assert {name: (out / name).read_bytes() for name in before} == before
     assert {row["patient"] for row in report.details["patients"]} == set(TIMES)
-    change_record(results, "stays", lambda record: record["lesions"][0].update(long_axis_mm=40.0))
+    change_record(results, "stays", lambda record: record["lesions"][0].update(long_axis_mm=40.0, volume_ml=33.0))
     assert list(volseg.compare(baseline, results, **options).done) == ["stays"]
     assert tables(out)[0]["stays"]["response"] == "PD"
     assert len(volseg.compare(baseline, results, **options, max_distance_mm=5).done) == len(TIMES)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,9 +21,12 @@ class ScanPair:
 
     Args:
         baseline_case, followup_case: None where the region was scanned at the other time only.
-        baseline, followup: the lesions of the two scans, each in the order of their numbers.
+        baseline, followup: the lesions of the two scans, each in the order of their numbers. What their crumbs add is in them.
         matches: of all of them; without a scan at the other time they are `outside`.
         doubt: why the matches cannot be trusted; empty if they can.
+        baseline_crumbs, followup_crumbs: crumbs of these lesions, which are no lesions by themselves.
+        tilt_deg: angle between the axial slices of the two scans in the patient; None where the scans were not placed.
+        is_retaken: whether the diameters of the follow-up were taken again, in the axial planes of the baseline.
     """
 
     baseline_case: str | None
@@ -32,11 +35,18 @@ class ScanPair:
     followup: Sequence[LesionMeasurement]
     matches: Sequence[Match]
     doubt: str = ""
+    baseline_crumbs: Sequence[LesionMeasurement] = ()
+    followup_crumbs: Sequence[LesionMeasurement] = ()
+    tilt_deg: float | None = None
+    is_retaken: bool = False
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LesionGroup:
-    """The lesions of one row, or those that merged or split together. `number`: from 1 over all scans of a patient."""
+    """The lesions of one row, or those that merged or split together. `number`: from 1 over all scans of a patient.
+
+    `crumbs_before`, `crumbs_after` are counted with the lesions `before` and `after`, and are not among them.
+    """
 
     number: int
     pair: ScanPair
@@ -44,10 +54,12 @@ class LesionGroup:
     before: Sequence[LesionMeasurement]
     after: Sequence[LesionMeasurement]
     lymph_nodes: Collection[str]
+    crumbs_before: Sequence[LesionMeasurement] = ()
+    crumbs_after: Sequence[LesionMeasurement] = ()
 
     @property
     def status(self) -> str:
-        return self.matches[0].status
+        return next(match.status for match in self.matches if match.status != "crumb")
 
     @property
     def is_relabelled(self) -> bool:
@@ -72,19 +84,36 @@ def groups_of(pairs: Sequence[ScanPair], lymph_nodes: Collection[str]) -> list[L
     """Every lesion of a patient in one group."""
     groups: list[LesionGroup] = []
     for pair in pairs:
-        before, after = ({each.lesion_id: each for each in lesions} for lesions in (pair.baseline, pair.followup))
+        before, after = _by_number(pair)
         members: dict[int, list[Match]] = defaultdict(list)
         for match in pair.matches:
             members[match.group].append(match)
         for matches in members.values():
-            here = [before[n] for n in dict.fromkeys(match.baseline for match in matches) if n is not None]
-            there = [after[n] for n in dict.fromkeys(match.followup for match in matches) if n is not None]
-            groups.append(LesionGroup(len(groups) + 1, pair, matches, here, there, lymph_nodes))
+            lesions = [match for match in matches if match.status != "crumb"]
+            crumbs = [match for match in matches if match.status == "crumb"]
+            groups.append(
+                LesionGroup(
+                    len(groups) + 1,
+                    pair,
+                    matches,
+                    [before[n] for n in dict.fromkeys(match.baseline for match in lesions) if n is not None],
+                    [after[n] for n in dict.fromkeys(match.followup for match in lesions) if n is not None],
+                    lymph_nodes,
+                    [before[match.baseline] for match in crumbs if match.baseline is not None],
+                    [after[match.followup] for match in crumbs if match.followup is not None],
+                )
+            )
     return groups
 
 
+def _by_number(pair: ScanPair) -> tuple[dict[int, LesionMeasurement], dict[int, LesionMeasurement]]:
+    """The lesions and crumbs of each time by their numbers."""
+    before = {lesion.lesion_id: lesion for lesion in (*pair.baseline, *pair.baseline_crumbs)}
+    return before, {lesion.lesion_id: lesion for lesion in (*pair.followup, *pair.followup_crumbs)}
+
+
 def lesions_of(pairs: Sequence[ScanPair]) -> tuple[list[LesionMeasurement], list[LesionMeasurement]]:
-    """All lesions of the baseline and of the follow-up."""
+    """All lesions of the baseline and of the follow-up, without crumbs."""
     baseline = [lesion for pair in pairs for lesion in pair.baseline]
     return baseline, [lesion for pair in pairs for lesion in pair.followup]
 
@@ -115,9 +144,12 @@ class LesionChange:
     status: str = column(
         "",
         "matched: one lesion at both times; merged: one of several that are one later; split: one of several that were one; "
-        "regrouped: several were several others; new; gone; outside: where the other scan does not reach",
+        "regrouped: several were several others; new; gone; outside: where the other scan does not reach; "
+        "crumb: a small piece beside a lesion of its scan, counted with it",
     )
-    group: int = column("", "rows that merged or split together share it; every other row has its own")
+    group: int = column(
+        "", "rows that merged or split together, and a lesion and its crumbs, share it; every other row has its own"
+    )
     label_name: str | None = column("", "name of the label, or its value where it has no name")
     baseline_lesion_id: int | None = column("", "number of the lesion in the earlier scan; empty if it is not there")
     followup_lesion_id: int | None = column("", "number of the lesion in the later scan; empty if it is not there")
@@ -129,22 +161,34 @@ class LesionChange:
     )
     dice: float | None = column("0 to 1", "Dice coefficient of the two lesions after registration", None)
     distance_mm: float | None = column("mm", "distance of their centroids after registration", None)
-    baseline_volume_ml: float | None = column("mL", "volume of the earlier lesion; 0 of a new one", None)
-    followup_volume_ml: float | None = column("mL", "volume of the later lesion; 0 of one that is gone", None)
+    baseline_volume_ml: float | None = column("mL", "volume of the earlier lesion and its crumbs; 0 of a new one", None)
+    followup_volume_ml: float | None = column(
+        "mL", "volume of the later lesion and its crumbs; 0 of one that is gone", None
+    )
     change_volume_ml: float | None = column(
         "mL",
         "later less earlier; of merged or split lesions the sum of all of them, in the first row of the group",
         None,
     )
     change_volume_percent: float | None = column("%", "that change in percent of the earlier volume", None)
-    baseline_long_axis_mm: float | None = column("mm", "long axis of the earlier lesion; 0 of a new one", None)
-    followup_long_axis_mm: float | None = column("mm", "long axis of the later lesion; 0 of one that is gone", None)
+    baseline_long_axis_mm: float | None = column(
+        "mm", "long axis of the earlier lesion with its crumbs; 0 of a new one", None
+    )
+    followup_long_axis_mm: float | None = column(
+        "mm",
+        "long axis of the later lesion with its crumbs, in the axial planes of the earlier scan; 0 of one that is gone",
+        None,
+    )
     change_long_axis_mm: float | None = column(
         "mm", "later less earlier; of split lesions their sum, in the first row of the group", None, source=RECIST
     )
     change_long_axis_percent: float | None = column("%", "that change in percent of the earlier long axis", None)
-    baseline_short_axis_mm: float | None = column("mm", "short axis of the earlier lesion; 0 of a new one", None)
-    followup_short_axis_mm: float | None = column("mm", "short axis of the later lesion; 0 of one that is gone", None)
+    baseline_short_axis_mm: float | None = column(
+        "mm", "short axis of the earlier lesion, likewise; 0 of a new one", None
+    )
+    followup_short_axis_mm: float | None = column(
+        "mm", "short axis of the later lesion, likewise; 0 of one that is gone", None
+    )
     baseline_intensity_mean: float | None = column("intensity_unit", "mean intensity of the earlier lesion", None)
     followup_intensity_mean: float | None = column("intensity_unit", "mean intensity of the later lesion", None)
     change_intensity_mean: float | None = column(
@@ -174,13 +218,16 @@ def lesion_changes(pairs: Sequence[ScanPair], *, patient: str, lymph_nodes: Coll
     groups = groups_of(pairs, lymph_nodes)
     rows = []
     for pair in pairs:
-        before, after = ({each.lesion_id: each for each in lesions} for lesions in (pair.baseline, pair.followup))
+        before, after = _by_number(pair)
         of_pair = {group.matches[0].group: group for group in groups if group.pair is pair}
         for match in pair.matches:
             b = None if match.baseline is None else before[match.baseline]
             f = None if match.followup is None else after[match.followup]
             group = of_pair[match.group]
+            is_crumb = match.status == "crumb"
             changes, notes = _changes(group) if match.is_first else ({}, [_referral(group)])
+            if is_crumb:
+                notes = [_crumb_note(match, before if match.followup is None else after)]
             units = {lesion.intensity_unit for lesion in (b, f) if lesion is not None}
             rows.append(
                 LesionChange(
@@ -196,11 +243,11 @@ def lesion_changes(pairs: Sequence[ScanPair], *, patient: str, lymph_nodes: Coll
                     matched_by=match.how,
                     dice=match.dice,
                     distance_mm=match.distance_mm,
-                    **_columns_of("baseline", b, is_absent=match.status == "new"),
-                    **_columns_of("followup", f, is_absent=match.status == "gone"),
+                    **({} if is_crumb else _columns_of("baseline", b, is_absent=match.status == "new")),
+                    **({} if is_crumb else _columns_of("followup", f, is_absent=match.status == "gone")),
                     **changes,
                     intensity_unit=units.pop() if len(units) == 1 else None,
-                    notes="; ".join([*notes, *_notes(match, b, f)]),
+                    notes="; ".join([*notes, *_notes(match, b, f, pair)]),
                 )
             )
     return rows
@@ -266,13 +313,24 @@ def _total(lesions: Sequence[LesionMeasurement], name: str) -> float | None:
     return None if None in values else float(sum(value for value in values if value is not None))
 
 
+def _crumb_note(match: Match, lesions: Mapping[int, LesionMeasurement]) -> str:
+    time, number = ("baseline", match.baseline) if match.followup is None else ("follow-up", match.followup)
+    assert number is not None
+    volume_ml = lesions[number].volume_ml
+    return f"crumb: {volume_ml:.3g} mL beside lesion {match.whole} at {time}, with which it is counted"
+
+
 def _referral(group: LesionGroup) -> str:
     first = next(match for match in group.matches if match.is_first)
     return f"change: in the row of lesion {first.baseline} at baseline and {first.followup} at follow-up, with which it belongs"
 
 
-def _notes(match: Match, b: LesionMeasurement | None, f: LesionMeasurement | None) -> list[str]:
+def _notes(match: Match, b: LesionMeasurement | None, f: LesionMeasurement | None, pair: ScanPair) -> list[str]:
     notes = []
+    if pair.is_retaken and f is not None and match.status != "crumb":
+        notes.append(
+            f"diameters at follow-up: in the axial planes of the baseline, {pair.tilt_deg:.1f}° from its own slices"
+        )
     if match.how == "distance":
         notes.append("no overlap: matched by the distance of the centroids")
     if match.relabelled:

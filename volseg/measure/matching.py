@@ -14,7 +14,7 @@ from volseg.postprocess.pairing import Pair, best_pairs
 from volseg.preprocess.crop import AxisOrder, canonical_geometry, to_canonical
 from volseg.volume import BoundingBox, Geometry, Volume, slabs_of
 
-Status = Literal["matched", "merged", "split", "regrouped", "new", "gone", "outside"]
+Status = Literal["matched", "merged", "split", "regrouped", "new", "gone", "outside", "crumb"]
 How = Literal["overlap", "distance"]
 
 MIN_SHARE = 0.1  # of the smaller lesion that lies in the other one, from which the two overlap: neighbours may touch
@@ -29,14 +29,17 @@ class Match:
     Args:
         status: `matched`: one of each. `merged`: the follow-up lesion holds several of the baseline, of which this is one. `split`: the
             baseline lesion lies in several of the follow-up, of which this is one. `regrouped`: both. `new`, `gone`: only at one time.
-            `outside`: only at one time, but the other scan does not reach there.
+            `outside`: only at one time, but the other scan does not reach there. `crumb`: a small piece beside a lesion of its own
+            scan, counted as a part of that one, whose group it has.
         baseline, followup: numbers of the lesions; None where there is none.
         group: from 1 in the order of the matches; pairs that merged or split together share it.
         is_first: the best pair of its group, or the only one. What is said of the whole group is said there.
         how: what the pair was found by; None without a pair.
-        overlap_mm3, dice: of the two lesions; 0 for a pair that was found by distance.
+        overlap_mm3, dice: of the two lesions; 0 for a pair that was found by distance. Of a crumb the overlap with all
+            lesions of the other scan that have its label.
         distance_mm: between their centroids.
         relabelled: numbers of lesions of the other scan that overlap this one under another label, where it has no partner.
+        whole: of a crumb the number of its lesion, in its own scan; None of every other lesion.
     """
 
     status: Status
@@ -49,6 +52,7 @@ class Match:
     dice: float | None = None
     distance_mm: float | None = None
     relabelled: tuple[int, ...] = ()
+    whole: int | None = None
 
 
 def match_lesions(
@@ -57,6 +61,8 @@ def match_lesions(
     *,
     baseline_labels: Sequence[Hashable],
     followup_labels: Sequence[Hashable],
+    baseline_crumbs: Mapping[int, int] | None = None,
+    followup_crumbs: Mapping[int, int] | None = None,
     moved: np.ndarray | None = None,
     max_distance_mm: float = MAX_DISTANCE_MM,
 ) -> list[Match]:
@@ -67,10 +73,12 @@ def match_lesions(
     squares (Hungarian method), and what is left over joins the pair that it overlaps most: it merged into it or split from it. Then by
     distance: lesions that overlap none are paired so that the sum of the distances of their centroids is smallest, where a lesion
     without partner costs as much as half of the largest distance allowed. A lesion is never paired with one of another label.
+    A crumb is a part of its lesion in all this, unless it overlaps a lesion that is no crumb and that its own lesion does not overlap.
 
     Args:
         baseline, followup: lesion ids (I, J, K) on the grid of each scan; n in the voxels of lesion n, 0 elsewhere.
         baseline_labels, followup_labels: label of lesion 1, 2, …, N.
+        baseline_crumbs, followup_crumbs: number of a crumb → number of the lesion that it may be a part of.
         moved: (4, 4) rigid, in RAS mm, from a point of the baseline to the same point of the patient in the follow-up; None: the same.
         max_distance_mm: between the centroids of a pair that does not overlap.
 
@@ -85,6 +93,9 @@ def match_lesions(
     labels = (baseline_labels, followup_labels)
     here = _lesions_of(baseline, followup, moved, len(baseline_labels), len(followup_labels))
     there = _lesions_of(followup, baseline, back, len(followup_labels), len(baseline_labels))
+    crumbs = _crumbs((here, there), labels, (baseline_crumbs or {}, followup_crumbs or {}))
+    pieces = (here, there)
+    here, there = here.joined(*crumbs), there.joined(*crumbs[::-1])
     centroids_mm = (here.centroids_mm, there.centroids_mm @ back[:3, :3].T + back[:3, 3])
     overlap_mm3, relabelled = _overlaps(here, there, labels)
     dice = {
@@ -94,7 +105,10 @@ def match_lesions(
     groups = _groups(best_pairs({pair: value**2 for pair, value in dice.items()}), overlap_mm3)
     free = [
         [n for n in range(1, side.n + 1) if n not in used and side.covered[n - 1] >= MIN_COVERED]
-        for side, used in ((here, {b for b, _ in overlap_mm3}), (there, {f for _, f in overlap_mm3}))
+        for side, used in (
+            (here, {b for b, _ in overlap_mm3} | set(crumbs[0])),
+            (there, {f for _, f in overlap_mm3} | set(crumbs[1])),
+        )
     ]
     groups += [[pair] for pair in _near_pairs(centroids_mm, labels, free, max_distance_mm)]
     matches = [
@@ -112,7 +126,8 @@ def match_lesions(
         for number, pairs in enumerate(sorted(groups, key=min), start=1)
         for n, (b, f) in enumerate(pairs)
     ]
-    matches += _alone(matches, here, there, relabelled)
+    matches += _alone(matches, here, there, relabelled, crumbs)
+    matches += _crumb_matches(matches, pieces, labels, crumbs)
     last = here.n + there.n + 1
     matches.sort(key=lambda match: (match.baseline or last, match.followup or last))
     numbers = {group: n for n, group in enumerate(dict.fromkeys(match.group for match in matches), start=1)}
@@ -134,6 +149,27 @@ class _Lesions:
     centroids_mm: np.ndarray
     covered: np.ndarray
     found_mm3: Mapping[Pair, float]
+
+    def joined(self, crumbs: Mapping[int, int], other_crumbs: Mapping[int, int]) -> _Lesions:
+        """The same with every crumb as a part of its lesion; what is left in its own place is not to be looked at."""
+        if not crumbs and not other_crumbs:
+            return self
+        wholes = np.array([crumbs.get(n, n) for n in range(1, self.n + 1)], dtype=np.int64) - 1
+        volumes_mm3 = np.bincount(wholes, self.volumes_mm3, minlength=self.n)
+        weights = self.volumes_mm3 / np.where(volumes_mm3 > 0, volumes_mm3, 1.0)[wholes]
+        centroids_mm, covered = np.zeros_like(self.centroids_mm), np.zeros_like(self.covered)
+        np.add.at(centroids_mm, wholes, weights[:, None] * self.centroids_mm)
+        np.add.at(covered, wholes, weights * self.covered)
+        shared_mm3: dict[Pair, float] = defaultdict(float)
+        for (n, other), mm3 in self.found_mm3.items():
+            shared_mm3[crumbs.get(n, n), other_crumbs.get(other, other)] += mm3
+        return replace(
+            self,
+            volumes_mm3=volumes_mm3,
+            centroids_mm=centroids_mm,
+            covered=covered,
+            found_mm3=shared_mm3,
+        )
 
 
 def _lesions_of(ids: Volume, other: Volume, moved: np.ndarray, n: int, n_other: int) -> _Lesions:
@@ -187,13 +223,8 @@ def _overlaps(
     here: _Lesions, there: _Lesions, labels: tuple[Sequence[Hashable], Sequence[Hashable]]
 ) -> tuple[dict[Pair, float], list[Pair]]:
     """Volume in mm³ that two lesions of one label share, where it is enough of the smaller one; such pairs of different labels."""
-    mm3: dict[Pair, float] = defaultdict(float)
-    for (b, f), volume in here.found_mm3.items():
-        mm3[b, f] += volume / 2
-    for (f, b), volume in there.found_mm3.items():
-        mm3[b, f] += volume / 2
     same, different = {}, []
-    for (b, f), volume in sorted(mm3.items()):
+    for (b, f), volume in _shared_mm3(here, there):
         if volume < MIN_SHARE * min(here.volumes_mm3[b - 1], there.volumes_mm3[f - 1]):
             continue
         if labels[0][b - 1] == labels[1][f - 1]:
@@ -201,6 +232,72 @@ def _overlaps(
         else:
             different.append((b, f))
     return same, different
+
+
+def _shared_mm3(here: _Lesions, there: _Lesions) -> list[tuple[Pair, float]]:
+    """Volume in mm³ that two lesions share, whatever their labels: the mean of both directions."""
+    mm3: dict[Pair, float] = defaultdict(float)
+    for (b, f), volume in here.found_mm3.items():
+        mm3[b, f] += volume / 2
+    for (f, b), volume in there.found_mm3.items():
+        mm3[b, f] += volume / 2
+    return sorted(mm3.items())
+
+
+def _crumbs(
+    sides: tuple[_Lesions, _Lesions],
+    labels: tuple[Sequence[Hashable], Sequence[Hashable]],
+    candidates: tuple[Mapping[int, int], Mapping[int, int]],
+) -> tuple[dict[int, int], dict[int, int]]:
+    """The candidates that are parts of their lesions by what the other scan shows.
+
+    One that overlaps a lesion there which is no candidate, and which its own lesion does not overlap, is a lesion by itself.
+    """
+    if not any(candidates):
+        return {}, {}
+    overlaps: tuple[dict[int, set[int]], dict[int, set[int]]] = defaultdict(set), defaultdict(set)
+    for b, f in _overlaps(*sides, labels)[0]:
+        overlaps[0][b].add(f)
+        overlaps[1][f].add(b)
+    kept = []
+    for side in (0, 1):
+        at_other = {
+            n: overlaps[side][n] - set(candidates[1 - side]) for n in {*candidates[side], *candidates[side].values()}
+        }
+        kept.append({n: whole for n, whole in candidates[side].items() if at_other[n] <= at_other[whole]})
+    return kept[0], kept[1]
+
+
+def _crumb_matches(
+    matches: Sequence[Match],
+    sides: tuple[_Lesions, _Lesions],
+    labels: tuple[Sequence[Hashable], Sequence[Hashable]],
+    crumbs: tuple[Mapping[int, int], Mapping[int, int]],
+) -> list[Match]:
+    """A match for each crumb, in the group of its lesion.
+
+    Args:
+        sides: crumbs and lesions each by itself.
+    """
+    groups = {match.baseline: match.group for match in matches}, {match.followup: match.group for match in matches}
+    shared_mm3: tuple[dict[int, float], dict[int, float]] = defaultdict(float), defaultdict(float)
+    for (b, f), mm3 in _shared_mm3(*sides) if any(crumbs) else ():
+        if labels[0][b - 1] == labels[1][f - 1]:
+            shared_mm3[0][b] += mm3
+            shared_mm3[1][f] += mm3
+    return [
+        Match(
+            status="crumb",
+            baseline=None if side else n,
+            followup=n if side else None,
+            group=groups[side][whole],
+            is_first=False,
+            overlap_mm3=shared_mm3[side][n],
+            whole=whole,
+        )
+        for side in (0, 1)
+        for n, whole in crumbs[side].items()
+    ]
 
 
 def _groups(firsts: Sequence[Pair], overlap_mm3: Mapping[Pair, float]) -> list[list[Pair]]:
@@ -245,9 +342,18 @@ def _near_pairs(
     return best_pairs(gains)
 
 
-def _alone(matches: Sequence[Match], here: _Lesions, there: _Lesions, relabelled: Sequence[Pair]) -> list[Match]:
-    """A match for each lesion that is in none."""
-    paired = {match.baseline for match in matches}, {match.followup for match in matches}
+def _alone(
+    matches: Sequence[Match],
+    here: _Lesions,
+    there: _Lesions,
+    relabelled: Sequence[Pair],
+    crumbs: tuple[Mapping[int, int], Mapping[int, int]],
+) -> list[Match]:
+    """A match for each lesion that is in none, and is no crumb."""
+    paired = (
+        {match.baseline for match in matches} | set(crumbs[0]),
+        {match.followup for match in matches} | set(crumbs[1]),
+    )
     others: tuple[dict[int, list[int]], dict[int, list[int]]] = defaultdict(list), defaultdict(list)
     for b, f in relabelled:
         others[0][b].append(f)

@@ -75,11 +75,24 @@ def _short_axis(plane: np.ndarray, long_ends: np.ndarray, matrix: np.ndarray) ->
     contours = find_contours(np.pad(plane, 1).astype(np.float32), 0.5)
     starts = np.concatenate([line[:-1] for line in contours]) - 1
     ends = np.concatenate([line[1:] for line in contours]) - 1
-    u, v = (starts @ frame.T).T
-    u_end, v_end = (ends @ frame.T).T
+    width_mm, chord = widest_across(starts @ frame.T, ends @ frame.T)
+    return width_mm, np.linalg.solve(frame, chord).T
+
+
+def widest_across(starts: np.ndarray, ends: np.ndarray) -> tuple[float, np.ndarray]:
+    """Measure the longest chord of a contour perpendicular to the long axis.
+
+    Args:
+        starts, ends: (N, 2) mm along and across the long axis, of the straight pieces of the
+            contour in any order.
+
+    Returns:
+        Its length in mm, and (2, 2) where its ends lie: along the long axis, and across it.
+    """
+    (u, v), (u_end, v_end) = starts.T, ends.T
     low, high = np.minimum(u, u_end), np.maximum(u, u_end)
     # The width along the long axis is linear between corners of the contour, so it is largest at one of them.
-    places = np.unique(np.round(u, 9))
+    places = np.unique(np.round(np.concatenate([u, u_end]), 9))
     if len(places) > CONTOUR_PLACES:  # a lesion of thousands of voxels across: at every n-th corner
         places = places[:: -(-len(places) // CONTOUR_PLACES)]
     rise, is_level = v_end - v, np.abs(u_end - u) < 1e-9  # a level piece is itself perpendicular: all of it counts
@@ -95,8 +108,7 @@ def _short_axis(plane: np.ndarray, long_ends: np.ndarray, matrix: np.ndarray) ->
     bottom, top = np.concatenate(bottoms), np.concatenate(tops)
     widths = top - bottom
     best = int(np.argmax(widths >= widths.max() - SAME_LENGTH_MM))  # the first of those that are equally wide
-    ends = np.array([[places[best], places[best]], [bottom[best], top[best]]])
-    return float(widths[best]), np.linalg.solve(frame, ends).T
+    return float(widths[best]), np.array([[places[best], places[best]], [bottom[best], top[best]]])
 
 
 def is_measurable(long_mm: float, short_mm: float, slice_mm: float, *, is_node: bool) -> bool:

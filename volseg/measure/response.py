@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Literal
 
@@ -14,10 +14,12 @@ from scipy.spatial import KDTree
 from volseg.columns import column
 from volseg.measure import recist
 from volseg.measure.changes import LesionGroup, ScanPair, centroids_mm, difference, groups_of, lesions_of
+from volseg.measure.matching import MIN_SHARE
 from volseg.measure.rows import LesionMeasurement
 from volseg.measure.targets import RECIST, choose_targets, diameter_mm, is_lymph_node, is_normal, known, label_of
 
 ROUNDING = 1e-9  # 12 mm are 20 % more than 10 mm, whatever the last bit says
+MOST_NAMED = 5  # crumbs in a warning
 ONE_PLACE_MM = 10.0  # of lesions in two scans of a day, which are then perhaps one
 
 
@@ -38,7 +40,8 @@ class PatientResponse:
     reason: str = column("", "why it was not compared and what to do; empty if it was", "")
     response: str | None = column(
         "",
-        "CR, PR, SD, PD; Non-CR/Non-PD without target lesions; NE: not evaluable; empty if what it needs was not measured or is for a reader to say",
+        "CR, PR, SD, PD; Non-CR/Non-PD without target lesions; NE: not evaluable; empty if what it needs was not measured, "
+        "if diameters and volumes disagree, or if it is for a reader to say",
         None,
         source=RECIST,
     )
@@ -96,6 +99,9 @@ class PatientResponse:
     n_split: int | None = column("", "lesions of the baseline that split into several", None)
     n_regrouped: int | None = column("", "lesions of the baseline that are in several, each with others", None)
     n_outside: int | None = column("", "lesions of either time where the other scan does not reach", None)
+    n_crumbs: int | None = column(
+        "", "small pieces of either time beside a lesion: counted with it, and in none of the numbers above", None
+    )
     registration: str | None = column(
         "",
         "rigid; identical: the two scans are the same; none: world coordinates as they are; of several pairs one each, with ; between",
@@ -103,6 +109,12 @@ class PatientResponse:
     )
     moved_mm: float | None = column("mm", "largest distance that registration moved the centroid of a lesion", None)
     turned_deg: float | None = column("°", "angle of the rotation; of several the largest", None)
+    tilt_deg: float | None = column(
+        "°",
+        "angle between the axial slices of the two scans in the patient, of several pairs the largest; from 1° on "
+        "the follow-up's diameters are taken in the axial planes of the baseline",
+        None,
+    )
     registration_error_mm: float | None = column(
         "mm", "largest distance at a lesion between registration of the scans one way and the other", None
     )
@@ -124,7 +136,8 @@ def judge_response(pairs: Sequence[ScanPair], *, patient: str, lymph_nodes: Coll
 
     Targets are chosen, added up and judged over all scans of the patient. With two time points the baseline is the nadir. Unequivocal
     progression of non-target lesions is a reader's judgement and is not made here. Where the matches of a pair cannot be trusted there
-    is no response, for that is the reason, unless a lesion is new in another one.
+    is no response, for that is the reason, unless a lesion is new in another one. Where diameters and volumes of the targets are of
+    different classes there is none either, unless a lesion is new.
 
     Args:
         lymph_nodes: labels, by name or value, whose lesions count by their short axis and are normal under 10 mm.
@@ -157,9 +170,10 @@ def judge_response(pairs: Sequence[ScanPair], *, patient: str, lymph_nodes: Coll
         ]
         for is_uncertain in (False, True)
     )
+    new_pieces = _new_pieces(groups, lymph_nodes)
     verdict = _Verdict(
         [f"{name_of(lesion)} ({_size_text(lesion)})" for lesion in new],
-        _unclear(groups, perhaps_new, lymph_nodes, name_of),
+        _unclear(groups, perhaps_new, new_pieces, lymph_nodes, name_of),
         "; ".join(pair.doubt if len(pairs) == 1 else f"{pair.followup_case}: {pair.doubt}" for pair in doubtful),
     )
     sums = _Sums.of(chosen, of_targets, lambda lesion: diameter_mm(lesion, lymph_nodes)) if chosen else None
@@ -167,8 +181,12 @@ def judge_response(pairs: Sequence[ScanPair], *, patient: str, lymph_nodes: Coll
     is_gone = all(group.is_gone for group in of_targets)
     target = None if sums is None else _target_response(sums, SIZE, is_gone=is_gone)
     non_target = _non_target_response(others)
-    response, rule = verdict.of(target, non_target, sums, targets_are_known=targets is not None)
     by_volume = None if volumes is None else _target_response(volumes, VOLUME, is_gone=is_gone)
+    sizes = {id(lesion): diameter_mm(lesion, lymph_nodes) or 0.0 for lesion in chosen}
+    contradiction, difference_of_sums = _disagreement(sums, volumes, of_targets, sizes, is_gone=is_gone)
+    response, rule = verdict.of(target, non_target, sums, targets_are_known=targets is not None)
+    if contradiction and not verdict.is_decided:
+        response, rule = None, contradiction
     volume_response, _ = verdict.of(by_volume, non_target, None, targets_are_known=targets is not None)
     n_outside = sum(group.status == "outside" for group in groups)
     total_before, total_after = (sum(lesion.volume_ml for lesion in lesions) for lesions in (baseline, followup))
@@ -205,11 +223,21 @@ def judge_response(pairs: Sequence[ScanPair], *, patient: str, lymph_nodes: Coll
         n_split=sum(len(group.before) for group in groups if group.status == "split"),
         n_regrouped=sum(len(group.before) for group in groups if group.status == "regrouped"),
         n_outside=n_outside,
-        warnings="; ".join(_warnings(groups, of_targets, chosen, new, twins, lymph_nodes, name_of)),
+        n_crumbs=sum(len(group.crumbs_before) + len(group.crumbs_after) for group in groups),
+        tilt_deg=max((pair.tilt_deg for pair in pairs if pair.tilt_deg is not None), default=None),
+        warnings="; ".join(
+            [
+                *_warnings(groups, of_targets, chosen, new, twins, lymph_nodes, name_of),
+                *_crumb_warnings(groups, name_of),
+                *([f"W_DISAGREE: {contradiction}"] if contradiction else []),
+                *([f"W_VOLUME: {difference_of_sums}"] if difference_of_sums else []),
+            ]
+        ),
     )
 
 
 _Name = Callable[[LesionMeasurement], str]
+_Sizes = Mapping[int, float]  # id() of a target → its diameter at baseline in mm
 
 
 def _numbered(lesion: LesionMeasurement) -> str:
@@ -288,6 +316,53 @@ def _target_response(sums: _Sums, limits: _Limits, *, is_gone: bool) -> str:
     return "NE" if sums.is_least_before else "SD"
 
 
+def _disagreement(
+    sums: _Sums | None, volumes: _Sums | None, of_targets: Sequence[LesionGroup], sizes: _Sizes, *, is_gone: bool
+) -> tuple[str, str]:
+    """Why diameters and volumes of the targets contradict each other, and, if they do not, why their classes differ.
+
+    A lesion that keeps its shape grows in diameter by the cube root of the factor of its volume. So the volumes tell what the
+    sum of diameters should be; if that is of another class, one of the two is wrong, or the lesions changed their shape.
+    The class of the sum of volumes may differ without that, as large lesions weigh more in it.
+    """
+    if sums is None or volumes is None:
+        return "", ""
+    by_size = _target_response(sums, SIZE, is_gone=is_gone)
+    by_volume = _target_response(volumes, VOLUME, is_gone=is_gone)
+    if "NE" in (by_size, by_volume):
+        return "", ""
+    implied_mm = _implied_mm(of_targets, sizes)
+    implied = _target_response(replace(sums, after=implied_mm, least=implied_mm), SIZE, is_gone=is_gone)
+    (_, size_percent), (_, volume_percent) = sums.change, volumes.change
+    by_diameters = f"{by_size} by their diameters{_percent_text(size_percent)}"
+    if implied != by_size:
+        return (
+            f"the targets are {by_diameters} and {implied} by their volumes{_percent_text(volume_percent)}, from which "
+            f"a sum of diameters of {implied_mm:.1f} mm would follow: look at both masks and say which is right"
+        ), ""
+    without_rise = _target_response(sums, replace(SIZE, least_rise=0.0), is_gone=is_gone)
+    if by_volume in (by_size, without_rise):
+        return "", ""  # the rise of 5 mm has no counterpart for volumes
+    return "", (
+        f"the sum of volumes alone would be {by_volume}{_percent_text(volume_percent)}, the targets are {by_diameters}: "
+        "large targets weigh more in a sum of volumes"
+    )
+
+
+def _implied_mm(of_targets: Sequence[LesionGroup], sizes: _Sizes) -> float:
+    """Sum of diameters at follow-up if every target had kept its shape."""
+    total_mm = 0.0
+    for group in of_targets:
+        before_ml, after_ml = (sum(lesion.volume_ml for lesion in lesions) for lesions in (group.before, group.after))
+        before_mm = sum(sizes.get(id(lesion), 0.0) for lesion in group.before)
+        total_mm += before_mm * (after_ml / before_ml) ** (1 / 3) if before_ml else 0.0
+    return total_mm
+
+
+def _percent_text(percent: float | None) -> str:
+    return "" if percent is None else f" ({percent:+.1f} %)".replace("-", "−")
+
+
 def _non_target_response(groups: Sequence[LesionGroup]) -> str | None:
     if not groups:
         return None
@@ -309,9 +384,35 @@ def _may_be_known(group: LesionGroup, groups: Sequence[LesionGroup], twins: Sequ
     )
 
 
+def _new_pieces(groups: Sequence[LesionGroup], lymph_nodes: Collection[str]) -> list[LesionMeasurement]:
+    """Crumbs as long as a measurable lesion, beside one that was there before, where there was nothing."""
+    pieces = []
+    for group in groups:
+        shared_mm3 = {match.followup: match.overlap_mm3 or 0.0 for match in group.matches if match.status == "crumb"}
+        for crumb in group.crumbs_after if group.before else ():
+            size_mm = diameter_mm(crumb, lymph_nodes)
+            is_new = shared_mm3[crumb.lesion_id] < MIN_SHARE * crumb.volume_mm3
+            if is_new and size_mm is not None and size_mm >= recist.MEASURABLE_MM:
+                pieces.append(crumb)
+    return pieces
+
+
+def _crumb_warnings(groups: Sequence[LesionGroup], name_of: _Name) -> Iterator[str]:
+    for time, crumbs in (
+        ("baseline", [crumb for group in groups for crumb in group.crumbs_before]),
+        ("follow-up", [crumb for group in groups for crumb in group.crumbs_after]),
+    ):
+        if not crumbs:
+            continue
+        names = ", ".join(f"{name_of(crumb)} ({_size_text(crumb)})" for crumb in crumbs[:MOST_NAMED])
+        more = f" and {len(crumbs) - MOST_NAMED} more" if len(crumbs) > MOST_NAMED else ""
+        yield f"W_CRUMB: {names}{more} at {time}: small pieces beside a lesion, counted with it"
+
+
 def _unclear(
     groups: Sequence[LesionGroup],
     perhaps_new: Sequence[LesionMeasurement],
+    new_pieces: Sequence[LesionMeasurement],
     lymph_nodes: Collection[str],
     name_of: _Name,
 ) -> str:
@@ -327,6 +428,9 @@ def _unclear(
     if perhaps_new:
         listed = ", ".join(map(name_of, perhaps_new))
         found.append(f"lesion {listed} is new or one that another scan of the patient shows too: say which")
+    if new_pieces:
+        listed = ", ".join(f"{name_of(lesion)} ({_size_text(lesion)})" for lesion in new_pieces)
+        found.append(f"piece {listed} beside a lesion is new: say whether it is new disease or a part of that lesion")
     return "; ".join(found)
 
 
@@ -342,6 +446,11 @@ class _Verdict:
     new: Sequence[str]
     unclear: str
     doubt: str
+
+    @property
+    def is_decided(self) -> bool:
+        """Whether the targets do not matter."""
+        return bool(self.new or self.doubt)
 
     def of(
         self, target: str | None, non_target: str | None, sums: _Sums | None, *, targets_are_known: bool

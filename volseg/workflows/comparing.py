@@ -20,10 +20,10 @@ from volseg.execute.local import run
 from volseg.io.files import sha256_of
 from volseg.io.nifti import read_mask, read_volume
 from volseg.measure.changes import ScanPair, centroids_mm, lesion_changes
-from volseg.measure.matching import MAX_DISTANCE_MM, Match, match_lesions
+from volseg.measure.matching import MAX_DISTANCE_MM
+from volseg.measure.pairs import MeasuredScan, lone_scan, pair_scans
 from volseg.measure.response import PatientResponse, judge_response
 from volseg.measure.rows import LesionMeasurement
-from volseg.measure.targets import label_of
 from volseg.preprocess.register import Registration, register, transformed
 from volseg.report.html import comparison_html
 from volseg.store.comparisons import ComparisonFolder
@@ -260,6 +260,10 @@ class _Side:
         return self.record.lesions
 
     @property
+    def measured(self) -> MeasuredScan:
+        return MeasuredScan(self.record.case.case_id, self.ids, self.lesions)
+
+    @property
     def path(self) -> Path:
         """The file of the scan.
 
@@ -356,21 +360,12 @@ def _compare_scans(
     if before is None or after is None:
         return _alone(before, after)
     placed = _place(before, after, settings)
-    matches = match_lesions(
-        before.ids,
-        after.ids,
-        baseline_labels=[label_of(lesion) for lesion in before.lesions],
-        followup_labels=[label_of(lesion) for lesion in after.lesions],
+    pair = pair_scans(
+        before.measured,
+        after.measured,
         moved=placed.moved,
-        max_distance_mm=settings.max_distance_mm,
-    )
-    pair = ScanPair(
-        baseline_case=cases[0],
-        followup_case=cases[1],
-        baseline=before.lesions,
-        followup=after.lesions,
-        matches=matches,
         doubt=placed.doubt,
+        max_distance_mm=settings.max_distance_mm,
     )
     warnings = [*placed.warnings, *_differences(before, after)]
     if settings.registration or settings.figures:
@@ -393,17 +388,7 @@ def _compare_scans(
 
 def _alone(before: _Side | None, after: _Side | None) -> _Compared:
     """A scan of a region that was not scanned at the other time: all its lesions lie outside what was."""
-    baseline = [] if before is None else before.lesions
-    followup = [] if after is None else after.lesions
-    matches = [Match(status="outside", baseline=n.lesion_id, followup=None, group=n.lesion_id) for n in baseline]
-    matches += [Match(status="outside", baseline=None, followup=n.lesion_id, group=n.lesion_id) for n in followup]
-    pair = ScanPair(
-        baseline_case=before and before.record.case.case_id,
-        followup_case=after and after.record.case.case_id,
-        baseline=baseline,
-        followup=followup,
-        matches=matches,
-    )
+    pair = lone_scan(before and before.measured, after and after.measured)
     other = "follow-up" if after is None else "baseline"
     return _Compared(pair, {}, [f"W_UNPAIRED: there is no {other} scan of what it shows"])
 

@@ -1,0 +1,217 @@
+"""Lesions of two scans, as they were measured → a pair of scans whose lesions can be compared.
+
+Crumbs are joined with their lesions, lesions are matched, and diameters are taken in one
+orientation: that of the baseline's axial planes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from scipy import ndimage
+
+from volseg.measure.changes import ScanPair
+from volseg.measure.crumbs import find_crumbs
+from volseg.measure.matching import MAX_DISTANCE_MM, MIN_SHARE, Match, match_lesions
+from volseg.measure.recist import diameters
+from volseg.measure.rows import LesionMeasurement
+from volseg.measure.sections import axial_normal, section_diameters, tilt_deg
+from volseg.measure.targets import known, label_of
+from volseg.preprocess.crop import AxisOrder, canonical_geometry, to_canonical
+from volseg.volume import Volume
+
+SAME_PLANE_DEG = 1.0  # planes that differ by less are taken for one: diameters then differ by 1 %
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class MeasuredScan:
+    """A scan of one time: `ids` (I, J, K), n in the voxels of lesion n, and lesions 1, 2, …, N."""
+
+    case: str
+    ids: Volume
+    lesions: Sequence[LesionMeasurement]
+
+    @property
+    def labels(self) -> list[str]:
+        return [label_of(lesion) for lesion in self.lesions]
+
+    def crumbs(self) -> dict[int, int]:
+        return find_crumbs(self.ids.array, self.lesions, self.ids.geometry.spacing_mm)
+
+
+def pair_scans(
+    baseline: MeasuredScan,
+    followup: MeasuredScan,
+    *,
+    moved: np.ndarray,
+    doubt: str = "",
+    max_distance_mm: float = MAX_DISTANCE_MM,
+) -> ScanPair:
+    """Match the lesions of two scans of a patient, and make their sizes comparable.
+
+    Args:
+        moved: (4, 4) rigid, in RAS mm, from a point of the baseline to the same point of the
+            patient in the follow-up.
+        doubt: why `moved` cannot be trusted; diameters are then those of each scan's own slices.
+    """
+    matches = match_lesions(
+        baseline.ids,
+        followup.ids,
+        baseline_labels=baseline.labels,
+        followup_labels=followup.labels,
+        baseline_crumbs=baseline.crumbs(),
+        followup_crumbs=followup.crumbs(),
+        moved=moved,
+        max_distance_mm=max_distance_mm,
+    )
+    angle = None if doubt else tilt_deg(baseline.ids.geometry, followup.ids.geometry, moved)
+    is_tilted = angle is not None and angle >= SAME_PLANE_DEG
+    normal = moved[:3, :3] @ axial_normal(baseline.ids.geometry) if is_tilted else None
+    crumbs = _crumbs_of(matches)
+    spanned = _spanned(matches, (baseline, followup))
+    before, crumbs_before = wholes_of(baseline, crumbs[0], spanned=spanned[0])
+    after, crumbs_after = wholes_of(followup, crumbs[1], spanned=spanned[1], normal=normal)
+    return ScanPair(
+        baseline_case=baseline.case,
+        followup_case=followup.case,
+        baseline=before,
+        followup=after,
+        matches=matches,
+        doubt=doubt,
+        baseline_crumbs=crumbs_before,
+        followup_crumbs=crumbs_after,
+        tilt_deg=angle,
+        is_retaken=is_tilted,
+    )
+
+
+def lone_scan(baseline: MeasuredScan | None, followup: MeasuredScan | None) -> ScanPair:
+    """A scan without one of the other time, which is None: all its lesions lie outside of that."""
+    matches: list[Match] = []
+    wholes: list[tuple[list[LesionMeasurement], list[LesionMeasurement]]] = []
+    for side, scan in enumerate((baseline, followup)):
+        crumbs = {} if scan is None else scan.crumbs()
+        wholes.append(([], []) if scan is None else wholes_of(scan, crumbs))
+        for lesion in () if scan is None else scan.lesions:
+            number = lesion.lesion_id
+            whole = crumbs.get(number)
+            matches.append(
+                Match(
+                    status="outside" if whole is None else "crumb",
+                    baseline=None if side else number,
+                    followup=number if side else None,
+                    group=whole or number,
+                    is_first=whole is None,
+                    whole=whole,
+                )
+            )
+    (before, crumbs_before), (after, crumbs_after) = wholes
+    return ScanPair(
+        baseline_case=baseline and baseline.case,
+        followup_case=followup and followup.case,
+        baseline=before,
+        followup=after,
+        matches=matches,
+        baseline_crumbs=crumbs_before,
+        followup_crumbs=crumbs_after,
+    )
+
+
+def wholes_of(
+    scan: MeasuredScan,
+    crumbs: Mapping[int, int],
+    *,
+    spanned: Collection[int] = (),
+    normal: np.ndarray | None = None,
+) -> tuple[list[LesionMeasurement], list[LesionMeasurement]]:
+    """Give the lesions of a scan with what their crumbs add, and the crumbs.
+
+    Args:
+        crumbs: number of a crumb → number of its lesion. Its volume is added to that one's.
+        spanned: crumbs that the diameters of their lesions reach to, over what is missing.
+        normal: (3,) of the planes in which diameters are taken again; None: in the axial slices,
+            and only with spanned crumbs. What was not measured stays unknown.
+    """
+    members = {lesion.lesion_id: [lesion] for lesion in scan.lesions if lesion.lesion_id not in crumbs}
+    for crumb, whole in sorted(crumbs.items()):
+        members[whole].append(scan.lesions[crumb - 1])
+    retaken = {}
+    for number, (lesion, *pieces) in members.items():
+        numbers = [number, *(piece.lesion_id for piece in pieces if piece.lesion_id in spanned)]
+        if known(lesion.long_axis_mm) is not None and (normal is not None or len(numbers) > 1):
+            retaken[number] = numbers
+    axes = dict(zip(retaken, _axes(scan.ids, list(retaken.values()), normal), strict=True))
+    wholes = [replace(pieces[0], **_joined(pieces), **axes.get(number, {})) for number, pieces in members.items()]
+    return wholes, [scan.lesions[crumb - 1] for crumb in sorted(crumbs)]
+
+
+def _crumbs_of(matches: Iterable[Match]) -> tuple[dict[int, int], dict[int, int]]:
+    """Number of each crumb of the baseline, and of the follow-up → number of its lesion."""
+    crumbs: tuple[dict[int, int], dict[int, int]] = {}, {}
+    for match in matches:
+        for numbers, number in zip(crumbs, (match.baseline, match.followup), strict=True):
+            if match.whole is not None and number is not None:
+                numbers[number] = match.whole
+    return crumbs
+
+
+def _spanned(matches: Iterable[Match], scans: tuple[MeasuredScan, MeasuredScan]) -> tuple[set[int], set[int]]:
+    """Crumbs of each scan that lie where the other one shows the lesion: parts of it, surely.
+
+    Of others, which may be something new beside it, only the volume is counted with it.
+    """
+    spanned: tuple[set[int], set[int]] = set(), set()
+    for match in matches:
+        for side, number in enumerate((match.baseline, match.followup)):
+            if match.status == "crumb" and number is not None:
+                volume_mm3 = scans[side].lesions[number - 1].volume_mm3
+                if (match.overlap_mm3 or 0.0) >= MIN_SHARE * volume_mm3:
+                    spanned[side].add(number)
+    return spanned
+
+
+def _joined(pieces: Sequence[LesionMeasurement]) -> dict[str, Any]:
+    """The columns of a lesion and its crumbs together that a comparison reads."""
+    if len(pieces) == 1:
+        return {}
+    n_voxels = np.array([piece.n_voxels for piece in pieces])
+
+    def mean(name: str) -> float:
+        values = [known(getattr(piece, name)) for piece in pieces]
+        return float(np.average([np.nan if x is None else x for x in values], weights=n_voxels))
+
+    return {
+        "n_voxels": int(n_voxels.sum()),
+        "volume_mm3": sum(piece.volume_mm3 for piece in pieces),
+        "volume_ml": sum(piece.volume_ml for piece in pieces),
+        "touches_border": any(piece.touches_border for piece in pieces),
+        **{f"centroid_{axis}_mm": mean(f"centroid_{axis}_mm") for axis in "ras"},
+        "intensity_mean": mean("intensity_mean"),
+    }
+
+
+def _axes(ids: Volume, groups: Sequence[Sequence[int]], normal: np.ndarray | None) -> list[dict[str, Any]]:
+    """Long and short axis of lesions, each several numbers together; their ends are not kept."""
+    if not groups:
+        return []
+    order = AxisOrder.of(ids.geometry)
+    numbers, grid = to_canonical(ids.array, order), canonical_geometry(ids.geometry, order)
+    matrix, boxes = grid.affine[:3, :3], ndimage.find_objects(numbers)
+    measured = []
+    for members in groups:
+        sides = zip(*(boxes[number - 1] for number in members), strict=True)
+        box = tuple(slice(min(s.start for s in side), max(s.stop for s in side)) for side in sides)
+        inside = np.isin(numbers[box], members)
+        if normal is None:
+            sizes = diameters(inside, matrix)
+            long_mm, short_mm = sizes.long_mm, sizes.short_mm
+        else:
+            long_mm, short_mm = section_diameters(inside, matrix, normal)
+        measured.append(
+            dict.fromkeys(("axis_slice", *(f"{axis}_axis_p{n}_ras" for axis in ("long", "short") for n in (0, 1))))
+            | {"long_axis_mm": long_mm, "short_axis_mm": short_mm}
+        )
+    return measured

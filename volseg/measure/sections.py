@@ -1,0 +1,164 @@
+"""The diameters of a lesion in planes that are no slices of its scan, such as the axial planes of an earlier one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import numpy as np
+
+from volseg.measure.recist import SAME_LENGTH_MM, widest_across
+from volseg.measure.shape import widest_pair
+from volseg.preprocess.crop import AxisOrder, canonical_geometry
+from volseg.volume import Geometry
+
+MESHED_TOGETHER = 2**21  # voxels of a lesion's box: bounds the memory
+FLAT_MM = 1e-6  # a section that is no wider is a line
+
+
+def axial_normal(geometry: Geometry) -> np.ndarray:
+    """(3,) unit normal, in RAS, of the axial slices: the planes of the axes nearest to R and A."""
+    matrix = canonical_geometry(geometry, AxisOrder.of(geometry)).affine[:3, :3]
+    normal = np.cross(matrix[:, 0], matrix[:, 1])
+    return normal / np.linalg.norm(normal)
+
+
+def tilt_deg(baseline: Geometry, followup: Geometry, moved: np.ndarray) -> float:
+    """Angle in degrees between the axial slices of two scans, as they lie in the patient.
+
+    Args:
+        moved: (4, 4) rigid, in RAS mm, from a point of the baseline to the same point of the
+            patient in the follow-up.
+    """
+    normal = moved[:3, :3] @ axial_normal(baseline)
+    other = axial_normal(followup)
+    # From the sine too: near 0 the cosine alone loses half of the digits.
+    sine, cosine = float(np.linalg.norm(np.cross(normal, other))), abs(float(normal @ other))
+    return math.degrees(math.atan2(sine, cosine))
+
+
+def section_diameters(inside: np.ndarray, matrix: np.ndarray, normal: np.ndarray) -> tuple[float, float]:
+    """Measure the long and the short axis of a lesion in the planes perpendicular to `normal`.
+
+    The surface (marching cubes at 0.5 on the voxels) is cut by planes as far apart as the slices
+    are; where the planes are the slices themselves, the cuts are their contours, and the axes
+    those of `recist.diameters`. One of the planes meets a slice at the lesion's centroid.
+
+    Args:
+        inside: (R, A, S) bool of a lesion's box, with at least one voxel.
+        matrix: (3, 3) voxel → mm. Slices follow each other along S.
+        normal: (3,) of length 1, in mm.
+
+    Returns:
+        The longest chord between points of the surface in one plane, and the longest one
+        perpendicular to it there, in mm.
+    """
+    frame = _frame(normal)
+    planes = _Planes.of(inside, matrix, normal)
+    pieces = [piece for mesh in _meshes(inside) for piece in _cuts(mesh @ matrix.T, planes)]
+    numbers = np.concatenate([number for number, _ in pieces])
+    ends = np.concatenate([ends for _, ends in pieces]) @ frame.T  # (N, 2 ends, 2) mm
+    order = np.argsort(numbers, kind="stable")
+    _, starts = np.unique(numbers[order], return_index=True)
+    longest, widest = -1.0, -1.0
+    for members in np.split(order, starts[1:]):
+        points = ends[members].reshape(-1, 2)
+        if np.linalg.norm(np.ptp(points, axis=0)) < longest - SAME_LENGTH_MM:
+            continue  # no chord is longer than the diagonal of the box round it
+        length, pair = _widest(points)
+        if length < longest - SAME_LENGTH_MM:
+            continue
+        along = (pair[1] - pair[0]) / length if length > 0 else np.array([1.0, 0.0])
+        turn = np.stack([along, (-along[1], along[0])])
+        width, _ = widest_across(ends[members, 0] @ turn.T, ends[members, 1] @ turn.T)
+        is_longer = length > longest + SAME_LENGTH_MM
+        widest = width if is_longer else max(width, widest)
+        longest = max(length, longest)
+    return longest, widest
+
+
+class _Planes:
+    """Parallel planes: plane n holds the points whose product with `normal` is `first` + n × `step`."""
+
+    def __init__(self, normal: np.ndarray, first: float, step: float) -> None:
+        self.normal, self.first, self.step = normal, first, step
+
+    @classmethod
+    def of(cls, inside: np.ndarray, matrix: np.ndarray, normal: np.ndarray) -> _Planes:
+        """Planes as far apart as slices, one of which passes a slice where the centroid is."""
+        n_voxels = [inside.sum(axis=tuple({0, 1, 2} - {axis})) for axis in range(3)]
+        centroid = np.array([n @ np.arange(len(n)) / n.sum() for n in n_voxels])
+        step = 1 / float(np.linalg.norm(np.linalg.inv(matrix)[2]))
+        to_slice = round(float(centroid[2])) - float(centroid[2])
+        sense = math.copysign(1.0, float(normal @ matrix[:, 2]))
+        return cls(normal, float(normal @ (matrix @ centroid)) + sense * to_slice * step, step)
+
+
+def _frame(normal: np.ndarray) -> np.ndarray:
+    """(2, 3) two unit vectors in the plane."""
+    helper = np.eye(3)[int(np.argmin(np.abs(normal)))]
+    first = np.cross(normal, helper)
+    first /= np.linalg.norm(first)
+    return np.stack([first, np.cross(normal, first)])
+
+
+def _meshes(inside: np.ndarray) -> Iterator[np.ndarray]:
+    """(T, 3 corners, 3) triangles of the surface, in voxels of the box, part by part."""
+    from skimage.measure import marching_cubes
+
+    padded = (inside.shape[0] + 2) * (inside.shape[1] + 2)
+    thick = max(1, MESHED_TOGETHER // padded)
+    for start in range(-1, inside.shape[2], thick):
+        stop = min(start + thick, inside.shape[2])  # cubes between planes start … stop
+        outside = np.ones((*(n + 2 for n in inside.shape[:2]), stop - start + 1), np.float32)
+        held = inside[:, :, max(0, start) : stop + 1]
+        outside[1:-1, 1:-1, max(0, -start) : max(0, -start) + held.shape[2]] = ~held
+        if outside.all() or not outside.any():
+            continue
+        # As in `shape`: voxels that touch along an edge belong together, so the mask is upside down.
+        points, faces, _, _ = marching_cubes(outside, 0.5, method="lorensen")
+        yield points[faces].astype(np.float64) + (-1, -1, start)
+
+
+def _cuts(triangles: np.ndarray, planes: _Planes) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Where triangles (T, 3, 3) in mm are cut by planes: numbers (N,) of the planes, and the
+    ends (N, 2, 3) of what they have in common."""
+    heights = (triangles @ planes.normal - planes.first) / planes.step
+    heights = np.round(heights, 9)  # a corner in a plane is in it
+    order = np.argsort(heights, axis=1, kind="stable")
+    heights = np.take_along_axis(heights, order, axis=1)
+    low, middle, high = np.take_along_axis(triangles, order[:, :, None], axis=1).transpose(1, 0, 2)
+    lowest = np.ceil(heights[:, 0])
+    for n in range(int((np.floor(heights[:, 2]) - lowest).max(initial=-1)) + 1):
+        plane = lowest + n
+        cut = plane <= heights[:, 2]
+        number, (h_low, h_middle, h_high) = plane[cut], heights[cut].T
+        long_edge = _between(low[cut], high[cut], h_low, h_high, number)
+        lower = _between(low[cut], middle[cut], h_low, h_middle, number)
+        upper = _between(middle[cut], high[cut], h_middle, h_high, number)
+        short_edge = np.where((number <= h_middle)[:, None], lower, upper)
+        yield number, np.stack([long_edge, short_edge], axis=1)
+        level = h_low == h_high  # a triangle in the plane: its other edges too
+        if level.any():
+            for one, other in ((low, middle), (middle, high)):
+                yield number[level], np.stack([one[cut][level], other[cut][level]], axis=1)
+
+
+def _between(
+    low: np.ndarray, high: np.ndarray, h_low: np.ndarray, h_high: np.ndarray, height: np.ndarray
+) -> np.ndarray:
+    """(N, 3) points of the edges from `low` to `high` at a height."""
+    run = h_high - h_low
+    share = np.clip((height - h_low) / np.where(run > 0, run, 1.0), 0.0, 1.0)
+    return low + share[:, None] * (high - low)
+
+
+def _widest(points: np.ndarray) -> tuple[float, np.ndarray]:
+    """Largest distance between two of (N, 2) points in mm, and the (2, 2) two."""
+    centred = points - points.mean(axis=0)
+    _, sizes, axes = np.linalg.svd(centred, full_matrices=False)
+    if sizes[-1] <= FLAT_MM * math.sqrt(len(points)):  # a line has no hull
+        along = centred @ axes[0]
+        pair = points[[int(along.argmin()), int(along.argmax())]]
+        return float(np.linalg.norm(pair[1] - pair[0])), pair
+    return widest_pair(points, np.eye(2))
