@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
+from volseg.io.csv_text import csv_bytes
 from volseg.io.files import write_bytes_atomic
 
 FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")  # a spreadsheet would run a text that starts so
@@ -18,17 +17,20 @@ FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")  # a spreadsheet would run a t
 def write_table(path: Path, row_type: type, rows: Iterable[Any]) -> None:
     """One line per row, the fields of the dataclass `row_type` as columns; written whole or not at all.
 
+    Whatever a cell holds, every reader finds as many rows as there are: see `csv_text`.
+
     Args:
         rows: instances of `row_type`, or mappings with its field names.
     """
     names = [field.name for field in fields(row_type)]
-    text = io.StringIO(newline="")
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(names)
+    write_bytes_atomic(path, csv_bytes(_lines(names, rows)))
+
+
+def _lines(names: Sequence[str], rows: Iterable[Any]) -> Iterator[Sequence[str]]:
+    yield names
     for row in rows:
         values: Mapping[str, Any] = row if isinstance(row, Mapping) else asdict(row)
-        writer.writerow([cell(values.get(name)) for name in names])
-    write_bytes_atomic(path, text.getvalue().encode("utf-8"))
+        yield [cell(values.get(name)) for name in names]
 
 
 def cell(value: Any) -> str:
@@ -51,6 +53,8 @@ def columns_page(tables: Mapping[str, Sequence[tuple[str, str, str, str]]]) -> s
         "# Columns",
         "",
         "Written by `make docs` from the code. An empty cell is unknown; 0 is zero. World coordinates are RAS+ millimetres.",
+        "Tables are CSV in UTF-8 (RFC 4180): a cell is quoted where it holds a comma, a quote or anything that a reader",
+        "takes for the end of a line, and cut after 32 767 characters, the most that a spreadsheet keeps.",
         "",
     ]
     for title, columns in tables.items():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,6 +16,7 @@ from volseg.evaluate.overlap import OverlapRow, evaluate_case, row_of_absent
 from volseg.evaluate.summary import METRICS, LabelResult, as_json, mean_of, patient_of, summarise_label
 from volseg.execute.local import run
 from volseg.io.cases import IGNORE, Case, find_cases, find_scans, is_described, stated_labels
+from volseg.io.csv_text import read_csv
 from volseg.io.files import write_bytes_atomic, write_json_atomic
 from volseg.io.nifti import read_mask
 from volseg.report.results import RECORDS, held
@@ -170,8 +170,7 @@ class _Predictions:
         if not ((folder / "masks").is_dir() and table.is_file()):
             return cls({}, {})
         try:
-            with table.open(newline="", encoding="utf-8") as file:
-                lines = list(csv.DictReader(file))
+            lines = read_csv(table)
             confidence = defaultdict(list)
             for line in lines:
                 if line["confidence_mean"]:

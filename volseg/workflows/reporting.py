@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import csv
 import json
 from pathlib import Path
 from typing import Any
 
 from volseg.errors import VolsegError
+from volseg.io.csv_text import read_csv
 from volseg.report.results import RECORDS, ResultsFolder
 from volseg.workflows.batch import Progress, RunReport, silent
 from volseg.workflows.pages import has_page, remake_page, write_report
@@ -59,12 +59,11 @@ def _about(out: Path) -> dict[str, Any]:
 def _pending(out: Path, known: set[str]) -> list[dict[str, Any]]:
     """Rows of cases.csv that were not reached and have no record."""
     try:
-        with (out / "cases.csv").open(newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
-    except (OSError, UnicodeDecodeError):
+        rows = read_csv(out / "cases.csv")
+    except (OSError, ValueError):
         return []
     return [
         {"case_id": row["case_id"], "status": "pending", "image": row.get("image")}
         for row in rows
-        if row.get("status") == "pending" and row.get("case_id") not in known
+        if row.get("status") == "pending" and row.get("case_id", "") not in {"", *known}
     ]
