@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 import volseg
-from volseg.evaluate.intervals import bootstrap_interval
+from volseg.evaluate.intervals import mean_interval
 from volseg.recipe import load_recipe, parse_recipe
 
 CHANNELS = {"T1": ["t1"], "T1 + PET": ["t1", "pet"]}
@@ -49,13 +49,15 @@ def main() -> None:
     print("|---|---|---|---|---|")
     for name, scores in dice.items():
         values = np.array(list(scores.values()))
-        low, high = bootstrap_interval(values, list(scores))
-        print(f"| {name} | {n} | {values.mean():.3f} | {low:.3f} to {high:.3f} | {np.median(values):.3f} |")
+        interval = mean_interval(values.tolist(), list(scores), bounds=(0.0, 1.0))
+        print(
+            f"| {name} | {n} | {values.mean():.3f} | {interval.low:.3f} to {interval.high:.3f} | {np.median(values):.3f} |"
+        )
     first, second = dice.values()
     gain = np.array([second[patient] - first[patient] for patient in first])
-    low, high = bootstrap_interval(gain, list(first))
+    interval = mean_interval(gain.tolist(), list(first), bounds=(-1.0, 1.0))
     print(
-        f"paired difference per patient {gain.mean():+.3f} ({low:+.3f} to {high:+.3f}); better for {(gain > 0).sum()} of {n}"
+        f"paired difference per patient {gain.mean():+.3f} ({interval.low:+.3f} to {interval.high:+.3f}); better for {(gain > 0).sum()} of {n}"
     )
 
 

@@ -7,7 +7,7 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import timedelta
@@ -794,6 +794,8 @@ def _print_evaluation(report: RunReport) -> None:
         f"means with 95 % intervals over {report.details['n_patients']} patients ({report.details['patients']}); "
         "volume mL: predicted − reference"
     )
+    for reason in _reasons_without_interval(report.details["labels"].values(), shown):
+        typer.echo(f"(none): no interval; {reason}")
     without = {found["name"]: found["n_missed"] for found in report.details["labels"].values() if found["n_missed"]}
     for name, n in without.items():
         typer.echo(f"{name}: missed in {n} cases, which have no HD95", err=True)
@@ -815,8 +817,19 @@ def _mean_and_interval(found: Mapping[str, Any], decimals: int) -> str:
     """A mean over its interval; nothing where it is unknown."""
     if found["mean"] is None:
         return ""
-    low_and_high = "" if found["mean_95"] is None else "({:.{d}f}, {:.{d}f})".format(*found["mean_95"], d=decimals)
+    if found["mean_95"] is None:
+        low_and_high = "(none)"
+    else:
+        low_and_high = "({:.{d}f}, {:.{d}f})".format(*found["mean_95"], d=decimals)
     return f"{found['mean']:.{decimals + 1}f}\n{low_and_high}"
+
+
+def _reasons_without_interval(labels: Iterable[Mapping[str, Any]], metrics: Iterable[str]) -> list[str]:
+    """Why means of the table have no interval, each reason once."""
+    means = [
+        mean for label in labels for mean in (*(label["metrics"][name] for name in metrics), label["detection"]["f1"])
+    ]
+    return sorted({mean["no_mean_95"] for mean in means if mean["mean"] is not None} - {""})
 
 
 def _print_comparison(report: RunReport) -> None:
@@ -853,7 +866,7 @@ def _print_json(content: Any) -> None:
 
 def _seconds(text: str) -> float:
     """`90s`, `20m`, `1.5h` or plain seconds → seconds."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([smh]?)\s*", text)
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smh]?)", text.strip())
     if match is None or float(match[1]) == 0:
         raise VolsegError(
             f"time budget {text!r} is not a duration", fix="write it like 90s, 20m or 1.5h", code="E_USAGE"

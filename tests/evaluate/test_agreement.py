@@ -67,14 +67,28 @@ def test_large_numbers_do_not_cancel():
 def test_the_intervals_hold_the_truth_about_as_often_as_they_say():
     rng = np.random.default_rng(2)
     held = np.zeros(4)
-    for seed in range(150):
+    for _ in range(150):
         x = rng.normal(50, 10, 12)
-        found = agreement(x, x + rng.normal(1, 2, 12), range(12), seed=seed)
+        found = agreement(x, x + rng.normal(1, 2, 12), range(12))
         truths = (1, 1 - 1.959964 * 2, 1 + 1.959964 * 2, 10 / math.hypot(10, 2))
         intervals = (found.bias_95, found.lower_limit_95, found.upper_limit_95, found.pearson_95)
         held += [low <= truth <= high for truth, (low, high) in zip(truths, intervals, strict=True)]
     assert (held[:3] / 150 >= 0.91).all()  # exact for normal differences: 0.95 less what chance takes
-    assert held[3] / 150 >= 0.8  # the bootstrap is a little narrow for twelve patients
+    assert held[3] / 150 >= 0.91
+
+
+def test_intervals_of_patients_with_several_pairs_hold_the_truth_about_as_often_as_they_say():
+    rng = np.random.default_rng(6)
+    held = np.zeros(4)
+    for _ in range(300):
+        x = rng.normal(50, 10, (6, 3))
+        y = x + 1 + rng.normal(0, 1, (6, 1)) + rng.normal(0, math.sqrt(3), (6, 3))
+        found = agreement(x.ravel(), y.ravel(), np.repeat(np.arange(6), 3).tolist())
+        truths = (1, 1 - 1.959964 * 2, 1 + 1.959964 * 2, 10 / math.hypot(10, 2))
+        intervals = (found.bias_95, found.lower_limit_95, found.upper_limit_95, found.pearson_95)
+        held += [low <= truth <= high for truth, (low, high) in zip(truths, intervals, strict=True)]
+        assert -1 < found.concordance_95[0] <= found.concordance <= found.concordance_95[1] < 1
+    assert (held / 300 >= 0.91).all()
 
 
 def test_scans_of_one_patient_do_not_make_the_limits_surer():
@@ -94,6 +108,7 @@ def test_scans_of_one_patient_do_not_make_the_limits_surer():
 def test_what_cannot_be_known_is_not_a_number():
     few = asdict(agreement([1, 2], [1, 3], "ab"))
     assert (few.pop("n"), few.pop("n_patients")) == (2, 2)
+    assert few.pop("no_intervals") == "2 patients; an interval needs at least 5"
     assert all(np.isnan(value).all() for value in few.values())
     constant = agreement([5, 5, 5], [4, 5, 6], "abc")
     assert math.isnan(constant.pearson) and math.isnan(constant.concordance_95[0])
@@ -101,6 +116,12 @@ def test_what_cannot_be_known_is_not_a_number():
     one = agreement([1, 2, 3, 4], [1, 2, 3, 5], "aaab")  # two patients: a number, but nobody knows how sure
     assert one.bias == 0.25
     assert math.isnan(one.bias_95[0]) and math.isnan(one.pearson_95[0])
+    four = agreement([1, 2, 3, 4], [1, 2, 3, 5], "abcd")
+    assert math.isnan(four.bias_95[0]) and math.isnan(four.upper_limit_95[0])
+    assert four.no_intervals == "4 patients; an interval needs at least 5"
+    line = agreement([1, 2, 3, 4, 5], [2, 4, 6, 8, 10], "abcde")
+    assert not math.isnan(line.concordance_95[0]) and math.isnan(line.pearson_95[0])
+    assert line.no_intervals == "pearson: the pairs lie on a line"
 
 
 def test_bad_input_is_refused():

@@ -74,13 +74,16 @@ def test_rates_over_lesions_are_those_of_the_counts():
 
 
 def test_without_a_patient_each_case_is_one_and_with_one_both_are_his():
-    pairs = list(CASES.values())[:3]
+    pairs = [*CASES.values()][:3] + [*CASES.values()][:2]
     apart = summarise(*(compare(str(n), *pair) for n, pair in enumerate(pairs)))
-    assert apart.metrics["dice"]["n_patients"] == 3
+    assert apart.metrics["dice"]["n_patients"] == 5
     assert apart.metrics["dice"]["mean_95"] is not None
+    assert apart.metrics["dice"]["no_mean_95"] == ""
     one = summarise(*(compare(str(n), *pair, patient="a") for n, pair in enumerate(pairs)))
     assert one.metrics["dice"]["n_patients"] == 1
     assert one.metrics["dice"]["mean_95"] is None
+    assert one.metrics["dice"]["no_mean_95"] == "1 patient; an interval needs at least 5"
+    assert as_json(one)["volume_agreement_ml"]["no_intervals"] == one.metrics["dice"]["no_mean_95"]
     assert one.metrics["dice"]["mean"] == apart.metrics["dice"]["mean"]
 
 
@@ -108,5 +111,25 @@ def test_a_mean_over_labels_weighs_labels_alike():
     found = mean_of([1.0, 1.0, 1.0, 0.0, None], "abcaz", [1, 1, 1, 2, 2])
     assert (found["mean"], found["median"], found["n"], found["n_patients"]) == (0.5, 1.0, 4, 3)
     assert mean_of([None, float("nan")], "ab") == {
-        "mean": None, "mean_95": None, "median": None, "n": 0, "n_patients": 0,
+        "mean": None, "mean_95": None, "no_mean_95": "0 patients; an interval needs at least 5",
+        "median": None, "n": 0, "n_patients": 0,
     }  # fmt: skip
+
+
+def test_every_interval_lies_where_its_metric_can_be():
+    """Five perfect and missed cases: a mean ± t standard errors would leave [0, 1] and [0, ∞)."""
+    pairs = [CASES["same"], CASES["missed"], CASES["false"], CASES["split"]]
+    found = summarise(*(compare(str(n), *pairs[n % 4]) for n in range(8)))
+    for name, (lowest, highest) in METRICS.items():
+        interval = found.metrics[name]["mean_95"]
+        assert interval is None or lowest <= interval[0] <= interval[1] <= highest
+    rates = [found.detection[name]["mean_95"] for name in ("sensitivity", "precision", "f1")]
+    assert all(0 <= low <= high <= 1 for low, high in rates)
+    assert found.detection["false_positives_per_scan"]["mean_95"][0] >= 0
+
+
+def test_a_sensitivity_of_one_has_the_exact_interval():
+    found = summarise(*(compare(str(n), *CASES["same"]) for n in range(6)))
+    assert found.detection["sensitivity"]["mean_95"] == pytest.approx([0.025 ** (1 / 6), 1])
+    assert found.metrics["hd95_mm"]["mean_95"] is None
+    assert found.metrics["hd95_mm"]["no_mean_95"].startswith("all 6 patients are alike")

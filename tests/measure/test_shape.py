@@ -344,3 +344,65 @@ def test_slices_of_a_tilted_gantry_are_nearer_than_their_spacing():
     matrix = np.array([[1, 0, 0], [0, 1, 3], [0, 0, 4]], float)
     assert slice_distance_mm(matrix) == pytest.approx(4)
     assert np.linalg.norm(matrix[:, 2]) == 5
+
+
+def test_three_pixels_of_a_quarter_square_millimetre_do_not_score():
+    hu = np.array([0, 0, 0, 200, 200, 200, 0.0]).reshape(1, 7, 1)
+    matrix = np.diag([0.5, 0.5, 3.0])
+    for turned in (hu, hu.transpose(1, 0, 2)):
+        score, counted = agatston(turned, np.ones(turned.shape, bool), matrix)
+        assert score == 0 and not counted.any()
+    hu[0, 2] = 150
+    score, counted = agatston(hu, np.ones(hu.shape, bool), matrix)
+    assert (score, counted.sum()) == (pytest.approx(1.0 * 2), 4)
+
+
+def agatston_by_definition(hu, inside, matrix):
+    """The score, pixel by pixel: the area of every patch of each axial slice by flood fill."""
+    across, along, up = matrix.T
+    normal = np.cross(across, along)
+    pixel_mm2 = math.sqrt(normal @ normal)
+    spacing_mm = abs(up @ normal) / pixel_mm2
+    score, counted = 0.0, set()
+    for s in range(hu.shape[2]):
+        calcified = {
+            (r, a) for r in range(hu.shape[0]) for a in range(hu.shape[1]) if inside[r, a, s] and hu[r, a, s] > 130
+        }
+        while calcified:
+            patch, edge = [], [calcified.pop()]
+            while edge:
+                r, a = pixel = edge.pop()
+                patch.append(pixel)
+                for neighbour in [(r + i, a + j) for i in (-1, 0, 1) for j in (-1, 0, 1)]:
+                    if neighbour in calcified:
+                        calcified.remove(neighbour)
+                        edge.append(neighbour)
+            area_mm2 = len(patch) * pixel_mm2
+            peak = max(hu[r, a, s] for r, a in patch)
+            weight = 1 if peak < 200 else 2 if peak < 300 else 3 if peak < 400 else 4
+            if area_mm2 >= 1:
+                score += area_mm2 * weight
+                counted |= {(r, a, s) for r, a in patch}
+    return score * spacing_mm / 3, counted
+
+
+def test_agatston_is_that_of_the_definition_for_5000_random_lesions():
+    rng = np.random.default_rng(7)
+    n_scored = 0
+    for n in range(5000):
+        shape = (*rng.integers(1, [4, 6, 9][n % 3], 2), int(rng.integers(1, 4)))
+        steps = np.array([-50, 60, 130, 131, 180, 199.9, 200, 299, 300, 399, 400, 700])
+        hu = rng.choice(steps, shape, p=rng.dirichlet(np.full(steps.size, 0.4)))
+        hu[rng.random(shape) < 0.02] = np.nan
+        hu = hu.astype([np.float32, np.float64][n % 2])
+        inside = rng.random(shape) < rng.choice([0.2, 0.5, 0.8, 1.0])
+        spacing = (rng.choice([0.3, 0.5, 0.6, 1.0]), rng.choice([0.25, 0.5, 0.9]), rng.uniform(0.4, 5))
+        matrix = np.diag(spacing)
+        if n % 4 == 0:  # a tilted gantry
+            matrix[1, 2] = rng.uniform(-1, 1)
+        score, counted = agatston(hu, inside, matrix)
+        expected, voxels = agatston_by_definition(hu, inside, matrix)
+        assert score == pytest.approx(expected, rel=1e-6, abs=1e-6), (hu.tolist(), matrix)
+        assert {tuple(index) for index in np.argwhere(counted).tolist()} == voxels
+        n_scored += expected > 0
+    assert n_scored > 1000

@@ -78,6 +78,13 @@ def test_a_row_per_label_up_to_a_number_and_then_the_largest(monkeypatch):
     assert drawn == [1, 1, 2, 4, 5]
 
 
+def test_a_plot_of_few_patients_says_why_it_has_no_intervals():
+    plot = Figure().subplots()
+    plots._bland_altman(plot, result(1, [4, 5, 6, 9], [5, 5, 7, 8]))
+    assert "no intervals: 4 patients; an interval needs at least 5" in plot.get_title(loc="left")
+    assert not plot.patches
+
+
 def test_few_cases_none_and_equal_ones_are_drawn_too():
     same = result(1, [4, 5, 6, 7], [4, 5, 6, 7])
     for results in ([same], [result(1, [4], [0])], [result(1, [], []), same], [result(1, [], [])]):

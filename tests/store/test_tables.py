@@ -1,9 +1,22 @@
+import ast
 import csv
-from dataclasses import dataclass
+import importlib
+import io
+from dataclasses import dataclass, fields
+from pathlib import Path
 
 import pytest
 
+import volseg
+from volseg.evaluate.detection import DetectionRow
+from volseg.evaluate.overlap import OverlapRow
+from volseg.evaluate.validation import ValidationRow
+from volseg.io.csv_text import read_csv
+from volseg.measure.changes import LesionChange
+from volseg.measure.response import PatientResponse
+from volseg.measure.rows import CaseRow, LesionMeasurement
 from volseg.store.tables import cell, table
+from volseg.train.loop import Epoch
 
 
 @dataclass(frozen=True)
@@ -49,3 +62,40 @@ def test_a_table_reads_back_as_it_was_with_unknown_as_empty_cells(tmp_path):
 def test_a_table_without_rows_still_has_its_header(tmp_path):
     write_table(tmp_path / "t.csv", Row, [])
     assert (tmp_path / "t.csv").read_text() == "name,size,cut\n"
+
+
+def row_types():
+    """Every type of rows that the package writes, as its calls of `table` name them."""
+    for path in sorted(Path(volseg.__file__).parent.rglob("*.py")):
+        nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+        imports = {
+            alias.name: node.module for node in nodes if isinstance(node, ast.ImportFrom) for alias in node.names
+        }
+        for node in nodes:
+            is_call = isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
+            if is_call and node.func.id == "table":
+                name = node.args[0].id
+                yield getattr(importlib.import_module(imports[name]), name)
+
+
+@pytest.mark.parametrize("row_type", dict.fromkeys(row_types()))
+def test_every_table_has_the_rows_that_were_written_whatever_they_hold(row_type, tmp_path):
+    names = [field.name for field in fields(row_type)]
+    texts = ["a\rb", "\r", "a\x0bb", "\x0c", "a\x1cb\x1db\x1e", "a\x85b", "a\u2028b\u2029", '"\r\n,', "\udcff", "a"]
+    rows = [{name: texts[(n + shift) % len(texts)] for n, name in enumerate(names)} for shift in range(10)]
+    write_table(tmp_path / "t.csv", row_type, rows)
+    with (tmp_path / "t.csv").open(newline="", encoding="utf-8") as file:
+        assert len(list(csv.DictReader(file))) == len(rows)
+    text = (tmp_path / "t.csv").read_text(encoding="utf-8")  # \r becomes \n
+    for lines in (io.StringIO(text), text.splitlines()):
+        parsed = list(csv.reader(lines))
+        assert len(parsed) == 1 + len(rows)
+        assert {len(cells) for cells in parsed} == {len(names)}
+    (first, *_) = read_csv(tmp_path / "t.csv")
+    assert first[names[0]] == "a\rb"
+
+
+def test_all_tables_of_the_documentation_are_tried():
+    types = set(row_types())
+    assert {LesionMeasurement, CaseRow, LesionChange, PatientResponse, OverlapRow, DetectionRow} < types
+    assert {ValidationRow, Epoch} < types

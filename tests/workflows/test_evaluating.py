@@ -256,6 +256,43 @@ def test_the_command_prints_means_with_their_intervals(study, tmp_path):
     found = json.loads((tmp_path / "out" / "summary.json").read_text(encoding="utf-8"))["labels"]["1"]
     for metric in ("dice", "nsd_1mm"):
         assert f"{found['metrics'][metric]['mean']:.3f}" in done.stdout
-    assert f"({found['detection']['f1']['mean_95'][0]:.2f}," in done.stdout
-    assert "over 2 patients (named by the reference)" in " ".join(done.stdout.split())
+    assert found["detection"]["f1"]["mean_95"] is None
+    assert "(none)" in done.stdout
+    words = " ".join(done.stdout.split())
+    assert "over 2 patients (named by the reference)" in words
+    assert "(none): no interval; 2 patients; an interval needs at least 5" in words
     assert "froc.png" in done.stdout
+
+
+def test_the_command_prints_intervals_of_five_patients_and_not_of_four(tmp_path):
+    geometry = grid_around(8, oblique((1, 1.2, 2)))
+    whole = ball(7, geometry)
+    for n in range(5):
+        guess = whole.copy()
+        guess[: geometry.shape[0] // 2 - n] = False
+        write(tmp_path / "truth" / f"{n}.nii.gz", whole, geometry)
+        write(tmp_path / "guess" / f"{n}.nii.gz", guess, geometry)
+
+    def evaluate(out):
+        folders = (str(tmp_path / "truth"), "--predicted", str(tmp_path / "guess"))
+        done = CliRunner().invoke(app, ["evaluate", "--reference", *folders, "--out", str(out)])
+        assert done.exit_code == 0
+        return done.stdout, json.loads((out / "summary.json").read_text(encoding="utf-8"))
+
+    stdout, summary = evaluate(tmp_path / "five")
+    found = summary["labels"]["1"]
+    for name, decimals in (("dice", 2), ("volume_error_ml", 1)):
+        low, high = found["metrics"][name]["mean_95"]
+        assert low < found["metrics"][name]["mean"] < high
+        assert f"({low:.{decimals}f}," in stdout
+    assert 0 <= summary["mean_dice_95"][0] < summary["mean_dice_95"][1] <= 1
+    assert summary["no_mean_dice_95"] == ""
+    # Each patient's one lesion is found: the exact interval of 5 of 5.
+    assert found["detection"]["sensitivity"]["mean_95"] == pytest.approx([0.4782, 1], abs=1e-4)
+    (tmp_path / "guess" / "4.nii.gz").unlink()
+    stdout, summary = evaluate(tmp_path / "four")
+    assert (summary["mean_dice_95"], summary["no_mean_dice_95"]) == (
+        None,
+        "4 patients; an interval needs at least 5",
+    )
+    assert "(none): no interval; 4 patients; an interval needs at least 5" in stdout

@@ -147,6 +147,38 @@ def test_label_names_come_from_json_either_way_round_or_csv(tmp_path):
         read_label_names(tmp_path / "d.csv")
 
 
+def test_label_names_of_a_csv_may_hold_what_other_readers_split_on(tmp_path):
+    names = {1: "a\rb", 2: "c\u2028d", 3: "e\x0bf\x85g", 4: 'say "h, i"'}
+    quoted = "".join('{},"{}"\r\n'.format(n, name.replace('"', '""')) for n, name in names.items())
+    (tmp_path / "names.csv").write_bytes(f"label,name\r\n{quoted}".encode())
+    assert read_label_names(tmp_path / "names.csv") == names
+    unquoted = "label,name\n2,c\u2028d\n3,e\x0bf\x85g\n"
+    (tmp_path / "plain.csv").write_bytes(unquoted.encode())
+    assert read_label_names(tmp_path / "plain.csv") == {2: "c\u2028d", 3: "e\x0bf\x85g"}
+    (tmp_path / "excel.csv").write_bytes("\ufefflabel;name\r1;Milz, groß\r".encode())
+    assert read_label_names(tmp_path / "excel.csv") == {1: "Milz, groß"}
+    with pytest.raises(VolsegError, match=r"none\.csv: not a list of label names"):
+        read_label_names(tmp_path / "none.csv")
+
+
+def test_line_breaks_in_names_of_files_and_labels_make_no_rows(pair, tmp_path):
+    image, mask = pair
+    hostile = tmp_path / "scan\rof\x0ba\u2028day.nii.gz"
+    image.rename(hostile)
+    volseg.measure(image=hostile, mask=mask, out=tmp_path / "out", label_names={2: "left\rkidney", 7: "\x85cyst\x1c"})
+    for name, n_rows in (("lesions.csv", 2), ("cases.csv", 1)):
+        table = rows(tmp_path / "out" / name)
+        text = (tmp_path / "out" / name).read_text(encoding="utf-8")
+        assert len(table) == len(list(csv.DictReader(text.splitlines()))) == n_rows
+    assert table[0]["image"].endswith(hostile.name)
+    assert [row["label_name"] for row in rows(tmp_path / "out" / "lesions.csv")] == ["left\rkidney", "\x85cyst\x1c"]
+    assert volseg.report(tmp_path / "out").done == list(
+        volseg.measure(
+            image=hostile, mask=mask, out=tmp_path / "out", label_names={2: "left\rkidney", 7: "\x85cyst\x1c"}
+        ).kept
+    )
+
+
 def test_two_folders_are_paired_by_name(pair, tmp_path):
     image, mask = pair
     scans, masks = tmp_path / "scans", tmp_path / "masks"

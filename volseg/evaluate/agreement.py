@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from scipy.special import nctdtrit, stdtrit
 
-from volseg.evaluate.intervals import ends, resampled
+from volseg.evaluate.intervals import (
+    FEWEST_PATIENTS,
+    Interval,
+    jackknife_interval,
+    too_few,
+)
 
-Interval = tuple[float, float]
-UNKNOWN: Interval = (math.nan, math.nan)
+Ends = tuple[float, float]
+UNKNOWN: Ends = (math.nan, math.nan)
 NORMAL_95 = 1.959963984540054  # standard deviations that hold the middle 95 % of a normal distribution
 FEWEST = 3  # pairs from which anything is said
 
@@ -26,32 +31,31 @@ class Agreement:
         bias: mean difference. sd: standard deviation of the differences, 1/(N − 1).
         lower_limit, upper_limit: bias ∓ 1.96 sd: 95 % of differences are expected between them.
         pearson: correlation r. concordance: Lin's ρ_c, which falls below r where the pairs leave the line of identity.
-        …_95: 95 % intervals.
+        …_95: 95 % intervals. no_intervals: why some or all are unknown; empty where none is.
     """
 
     n: int
     n_patients: int
     bias: float = math.nan
-    bias_95: Interval = UNKNOWN
+    bias_95: Ends = UNKNOWN
     sd: float = math.nan
     lower_limit: float = math.nan
-    lower_limit_95: Interval = UNKNOWN
+    lower_limit_95: Ends = UNKNOWN
     upper_limit: float = math.nan
-    upper_limit_95: Interval = UNKNOWN
+    upper_limit_95: Ends = UNKNOWN
     pearson: float = math.nan
-    pearson_95: Interval = UNKNOWN
+    pearson_95: Ends = UNKNOWN
     concordance: float = math.nan
-    concordance_95: Interval = UNKNOWN
+    concordance_95: Ends = UNKNOWN
+    no_intervals: str = ""
 
 
-def agreement(
-    reference: Sequence[float], predicted: Sequence[float], patients: Sequence[Hashable], *, seed: int = 0
-) -> Agreement:
+def agreement(reference: Sequence[float], predicted: Sequence[float], patients: Sequence[Hashable]) -> Agreement:
     """Bland–Altman limits of agreement, Pearson's and Lin's correlation of paired measurements, with their 95 % intervals.
 
     The intervals of bias and limits are exact for normal differences where each patient has one pair; where one has
-    several, these are no independent differences, and the intervals are from a bootstrap over patients, as those of the
-    correlations always are.
+    several, these are no independent differences, and the intervals are from a jackknife over patients, as those of
+    the correlations always are, on Fisher's scale.
 
     Args:
         reference, predicted: (N,) finite measurements of the same things.
@@ -59,10 +63,10 @@ def agreement(
 
     Returns:
         All NaN for fewer than three pairs; correlations NaN where all of one side are equal, intervals for fewer than
-        three patients.
+        five patients.
 
     Source: Bland and Altman, Lancet i:307 (1986) and Stat Methods Med Res 8:135 (1999); intervals of the limits: Carkeet,
-        Optom Vis Sci 92:e71 (2015); concordance: Lin, Biometrics 45:255 (1989).
+        Optom Vis Sci 92:e71 (2015); concordance: Lin, Biometrics 45:255 (1989), also for Fisher's scale.
     """
     x, y = np.asarray(reference, dtype=np.float64), np.asarray(predicted, dtype=np.float64)
     if x.shape != y.shape or x.ndim != 1 or len(patients) != x.size:
@@ -73,33 +77,27 @@ def agreement(
         raise ValueError("measurements are finite; leave out the pairs that are not")
     n, n_patients = x.size, len(set(patients))
     if n < FEWEST:
-        return Agreement(n=n, n_patients=n_patients)
-    found = _statistics(_moments(x, y).sum(axis=0, keepdims=True))
-    bias, sd, lower, upper, pearson, concordance = (float(value[0]) for value in found)
-    if n_patients < FEWEST:
-        intervals = (UNKNOWN,) * 5
-    else:
-        intervals = _bootstrapped(x, y, patients, seed)
-        if n_patients == n:
-            intervals = (*_exact(bias, sd, n), *intervals[3:])
+        return Agreement(n=n, n_patients=n_patients, no_intervals=too_few(n_patients))
+    statistics = _statistics(_moments(x, y).sum(axis=0, keepdims=True))
+    bias, sd, lower, upper, pearson, concordance = (float(value[0]) for value in statistics)
+    intervals = _intervals(x, y, patients)
+    if n_patients == n >= FEWEST_PATIENTS:
+        intervals |= _exact(bias, sd, n)
     return Agreement(
         n=n,
         n_patients=n_patients,
         bias=bias,
-        bias_95=intervals[0],
         sd=sd,
         lower_limit=lower,
-        lower_limit_95=intervals[1],
         upper_limit=upper,
-        upper_limit_95=intervals[2],
         pearson=pearson,
-        pearson_95=intervals[3],
         concordance=concordance,
-        concordance_95=intervals[4],
+        no_intervals=_reasons(intervals),
+        **{f"{name}_95": interval.ends or UNKNOWN for name, interval in intervals.items()},
     )
 
 
-def _exact(bias: float, sd: float, n: int) -> tuple[Interval, Interval, Interval]:
+def _exact(bias: float, sd: float, n: int) -> dict[str, Interval]:
     """Intervals of the bias and of both limits, if the differences are normal and independent.
 
     (limit − bias) √n / sd follows a non-central t distribution, so its quantiles are how far out the true limit may lie.
@@ -107,22 +105,50 @@ def _exact(bias: float, sd: float, n: int) -> tuple[Interval, Interval, Interval
     half = float(stdtrit(n - 1, 0.975)) * sd / math.sqrt(n)
     shift = NORMAL_95 * math.sqrt(n)
     near, far = (float(nctdtrit(n - 1, shift, p)) * sd / math.sqrt(n) for p in (0.025, 0.975))
-    return (bias - half, bias + half), (bias - far, bias - near), (bias + near, bias + far)
+    return {
+        "bias": Interval(bias - half, bias + half),
+        "lower_limit": Interval(bias - far, bias - near),
+        "upper_limit": Interval(bias + near, bias + far),
+    }
 
 
-def _bootstrapped(x: np.ndarray, y: np.ndarray, patients: Sequence[Hashable], seed: int) -> tuple[Interval, ...]:
-    """Intervals of bias, lower and upper limit, Pearson's and Lin's correlation from resampling patients."""
+def _intervals(x: np.ndarray, y: np.ndarray, patients: Sequence[Hashable]) -> dict[str, Interval]:
+    """Intervals of bias, both limits and both correlations, by leaving out each patient in turn."""
     numbers = {patient: number for number, patient in enumerate(dict.fromkeys(patients))}
     of_patients = np.zeros((len(numbers), 6))
     np.add.at(of_patients, [numbers[patient] for patient in patients], _moments(x, y))
-    bias, _, lower, upper, pearson, concordance = _statistics(resampled(len(numbers), seed) @ of_patients)
-    return tuple(_known_ends(each) for each in (bias, lower, upper, pearson, concordance))
+    if len(numbers) < FEWEST_PATIENTS:
+        return dict.fromkeys(_WITH_INTERVAL, Interval(reason=too_few(len(numbers))))
+    total = of_patients.sum(axis=0)
+    of_all, without_one = _statistics(total[None]), _statistics(total - of_patients)
+    intervals = {}
+    for name, position in _WITH_INTERVAL.items():
+        estimate, others = float(of_all[position][0]), without_one[position]
+        is_correlation = name in ("pearson", "concordance")
+        find = _of_correlation if is_correlation else jackknife_interval
+        intervals[name] = find(estimate, others)
+    return intervals
 
 
-def _known_ends(found: np.ndarray) -> Interval:
-    """The ends of the resamples that gave a number: one that drew equal pairs alone has no correlation."""
-    known = found[~np.isnan(found)]
-    return ends(known) if known.size > found.size / 2 else UNKNOWN
+def _of_correlation(estimate: float, without_one: np.ndarray) -> Interval:
+    """The interval of a correlation, found on Fisher's scale, artanh r, on which it has no bounds."""
+    if not (np.isfinite(estimate) and np.isfinite(without_one).all()):
+        return Interval(reason="all measurements of one side are equal, or all but one patient's")
+    if np.abs([estimate, *without_one]).max() >= 1 - _NOISE:
+        return Interval(reason="the pairs lie on a line")
+    interval = jackknife_interval(math.atanh(estimate), np.arctanh(without_one))
+    return Interval(math.tanh(interval.low), math.tanh(interval.high), interval.reason)
+
+
+def _reasons(intervals: Mapping[str, Interval]) -> str:
+    """Why intervals are unknown: once, if it is one reason for all."""
+    names: dict[str, list[str]] = {}
+    for name, interval in intervals.items():
+        if interval.reason:
+            names.setdefault(interval.reason, []).append(name)
+    if any(len(of_reason) == len(intervals) for of_reason in names.values()):
+        return next(iter(names))
+    return "; ".join(f"{', '.join(of_reason)}: {reason}" for reason, of_reason in names.items())
 
 
 def _moments(x: np.ndarray, y: np.ndarray) -> np.ndarray:
@@ -146,4 +172,12 @@ def _statistics(sums: np.ndarray) -> tuple[np.ndarray, ...]:
     return bias, sd, bias - NORMAL_95 * sd, bias + NORMAL_95 * sd, pearson, concordance
 
 
+# Name of an interval → position of its estimate in `_statistics`.
+_WITH_INTERVAL = {
+    "bias": 0,
+    "lower_limit": 2,
+    "upper_limit": 3,
+    "pearson": 4,
+    "concordance": 5,
+}
 _NOISE = 1e-12  # a variance that is this share of the squares is rounding

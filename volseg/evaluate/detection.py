@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Literal
 
-import cc3d
 import numpy as np
 
 from volseg.columns import column
 from volseg.evaluate.overlap import OverlapRow
+from volseg.postprocess.components import component_statistics
 from volseg.postprocess.lesions import Lesions, label_lesions
 from volseg.postprocess.pairing import best_pairs
 from volseg.volume import BoundingBox, Geometry, Volume
@@ -205,7 +205,7 @@ def _centroids_mm(ids: np.ndarray, geometry: Geometry) -> np.ndarray:
     box = BoundingBox.around(ids)
     if box is None:
         return np.empty((0, 3))
-    centroids = cc3d.statistics(ids[box.slices], no_slice_conversion=True)["centroids"][1:]
+    centroids = component_statistics(ids[box.slices]).centroids
     return np.round(geometry.to_world_mm(centroids + box.start), 9) + 0.0
 
 

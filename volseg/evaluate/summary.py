@@ -17,19 +17,23 @@ from volseg.evaluate.detection import (
     froc,
     size_bins,
 )
-from volseg.evaluate.intervals import bootstrap_interval
+from volseg.evaluate.intervals import ANY_NUMBER, mean_interval
 from volseg.evaluate.overlap import OverlapRow
 
-METRICS = (
-    "dice",
-    "iou",
-    "hd95_mm",
-    "mean_surface_distance_mm",
-    "nsd_1mm",
-    "nsd_2mm",
-    "volume_error_ml",
-    "volume_error_percent",
-)
+SHARE = (0.0, 1.0)
+NOT_NEGATIVE = (0.0, math.inf)
+
+# Column of evaluation.csv → the smallest and largest value that it can have.
+METRICS = {
+    "dice": SHARE,
+    "iou": SHARE,
+    "hd95_mm": NOT_NEGATIVE,
+    "mean_surface_distance_mm": NOT_NEGATIVE,
+    "nsd_1mm": SHARE,
+    "nsd_2mm": SHARE,
+    "volume_error_ml": ANY_NUMBER,
+    "volume_error_percent": (-100.0, math.inf),
+}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -73,7 +77,10 @@ def summarise_label(rows: Sequence[OverlapRow], detections: Sequence[DetectionRo
         n_missed=sum(row.reference_volume_ml > 0 and row.predicted_volume_ml == 0 for row in rows),
         n_false=sum(row.reference_volume_ml == 0 and row.predicted_volume_ml > 0 for row in rows),
         n_absent=len(rows) - len(present),
-        metrics={name: mean_of([getattr(row, name) for row in present], patients) for name in METRICS},
+        metrics={
+            name: mean_of([getattr(row, name) for row in present], patients, bounds=bounds)
+            for name, bounds in METRICS.items()
+        },
         reference_ml=reference,
         predicted_ml=predicted,
         volumes=agreement(reference.tolist(), predicted.tolist(), patients),
@@ -89,20 +96,29 @@ def patient_of(row: OverlapRow | DetectionRow) -> tuple[str, str]:
 
 
 def mean_of(
-    values: Sequence[float | None], patients: Sequence[Hashable], groups: Sequence[Hashable] | None = None
+    values: Sequence[float | None],
+    patients: Sequence[Hashable],
+    groups: Sequence[Hashable] | None = None,
+    *,
+    bounds: tuple[float, float] = ANY_NUMBER,
 ) -> dict[str, Any]:
     """Mean, its 95 % interval, median and how many of how many patients are known; None is unknown.
 
     Args:
         groups: the mean is that of the means of these.
+        bounds: smallest and largest value that there can be.
+
+    Returns:
+        `no_mean_95` says why there is no interval; it is empty where there is one.
     """
     numbers = [math.nan if value is None else float(value) for value in values]
     known = [not math.isnan(number) for number in numbers]
     kept = [number for number, is_known in zip(numbers, known) if is_known]
-    low, high = bootstrap_interval(numbers, patients, groups=groups)
+    interval = mean_interval(numbers, patients, groups=groups, bounds=bounds)
     return {
         "mean": _mean(numbers, groups) if kept else None,
-        "mean_95": None if math.isnan(low) else [low, high],
+        "mean_95": None if interval.ends is None else list(interval.ends),
+        "no_mean_95": interval.reason,
         "median": float(np.median(kept)) if kept else None,
         "n": len(kept),
         "n_patients": len({patient for patient, is_known in zip(patients, known) if is_known}),
@@ -118,7 +134,7 @@ def _mean(numbers: Sequence[float], groups: Sequence[Hashable] | None) -> float:
 
 
 def _detection(rows: Sequence[OverlapRow], detections: Sequence[DetectionRow]) -> dict[str, Any]:
-    """Rates over lesions: each is a mean of yes and no over lesions, so that patients can be resampled."""
+    """Rates over lesions: each is a mean of yes and no over lesions, so that patients can be left out in turn."""
     truths = [lesion for lesion in detections if lesion.side == "reference"]
     guesses = [lesion for lesion in detections if lesion.side == "predicted"]
     false = {row.case_id: 0 for row in rows}
@@ -131,7 +147,7 @@ def _detection(rows: Sequence[OverlapRow], detections: Sequence[DetectionRow]) -
         "sensitivity": _rate(truths),
         "precision": _rate(guesses),
         "f1": _rate([*truths, *guesses]),
-        "false_positives_per_scan": _rate_of(list(false.values()), [patient_of(row) for row in rows]),
+        "false_positives_per_scan": _rate_of(list(false.values()), [patient_of(row) for row in rows], NOT_NEGATIVE),
         "iou_of_matched": _rate_of([lesion.iou for lesion in truths], [patient_of(lesion) for lesion in truths]),
         "sensitivity_by_diameter_mm": {
             name: _rate([lesion for lesion in truths if lesion.size_bin == name]) for name in size_bins()
@@ -140,17 +156,17 @@ def _detection(rows: Sequence[OverlapRow], detections: Sequence[DetectionRow]) -
 
 
 def _rate(lesions: Sequence[DetectionRow]) -> dict[str, Any]:
-    """Share of these lesions that have a partner. Of reference and predicted ones together it is F1.
-
-    A share of 0 or 1 has no interval: resampling what is all alike shows nothing else, however few they are.
-    """
-    found = _rate_of([lesion.status == "matched" for lesion in lesions], [patient_of(lesion) for lesion in lesions])
-    return found | {"mean_95": None} if found["mean"] in (0.0, 1.0) else found
+    """Share of these lesions that have a partner. Of reference and predicted ones together it is F1."""
+    return _rate_of([lesion.status == "matched" for lesion in lesions], [patient_of(lesion) for lesion in lesions])
 
 
-def _rate_of(values: Sequence[float | None], patients: Sequence[Hashable]) -> dict[str, Any]:
-    found = mean_of(values, patients)
-    return {name: found[name] for name in ("mean", "mean_95", "n", "n_patients")}
+def _rate_of(
+    values: Sequence[float | None],
+    patients: Sequence[Hashable],
+    bounds: tuple[float, float] = SHARE,
+) -> dict[str, Any]:
+    summary = mean_of(values, patients, bounds=bounds)
+    return {name: value for name, value in summary.items() if name != "median"}
 
 
 def _curve(detections: Sequence[DetectionRow], n_scans: int) -> tuple[Froc | None, str]:
@@ -199,8 +215,10 @@ def as_json(result: LabelResult) -> dict[str, Any]:
     }
 
 
-def _plain(value: float | tuple[float, float]) -> float | list[float] | None:
+def _plain(value: float | str | tuple[float, float]) -> float | str | list[float] | None:
     """For JSON, which has no NaN."""
+    if isinstance(value, str):
+        return value
     if isinstance(value, tuple):
         return None if math.isnan(value[0]) else list(value)
     return None if math.isnan(value) else value

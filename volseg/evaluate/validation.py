@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from volseg.columns import column
-from volseg.evaluate.intervals import bootstrap_interval
+from volseg.evaluate.intervals import mean_interval
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,8 +35,11 @@ def mean_dice(rows: Sequence[ValidationRow]) -> float:
     return float(np.mean(known)) if known else 1.0
 
 
-def summary(rows: Sequence[ValidationRow], seed: int = 0) -> dict[str, Any]:
-    """Mean Dice per label over the cases that have the label or were given it, with its 95 % interval over patients."""
+def summary(rows: Sequence[ValidationRow]) -> dict[str, Any]:
+    """Mean Dice per label over the cases that have the label or were given it, with its 95 % interval over patients.
+
+    Where there is no interval, `no_validation_dice_<label>_95` says why.
+    """
     found: dict[str, Any] = {"validation_cases": len({row.case_id for row in rows})}
     for name in dict.fromkeys(row.label_name for row in rows):
         own = [row for row in rows if row.label_name == name]
@@ -44,7 +47,10 @@ def summary(rows: Sequence[ValidationRow], seed: int = 0) -> dict[str, Any]:
         if not known:
             continue
         found[f"validation_dice_{name}"] = round(float(np.mean(known)), 4)
-        low, high = bootstrap_interval([row.dice for row in own], [row.patient for row in own], seed=seed)
-        if not np.isnan(low):
-            found[f"validation_dice_{name}_95"] = [round(low, 4), round(high, 4)]
+        patients = [row.patient for row in own]
+        interval = mean_interval([row.dice for row in own], patients, bounds=(0.0, 1.0))
+        if interval.ends is None:
+            found[f"no_validation_dice_{name}_95"] = interval.reason
+        else:
+            found[f"validation_dice_{name}_95"] = [round(end, 4) for end in interval.ends]
     return found

@@ -6,17 +6,18 @@ Only paths are handled here; no scan is opened. All mistakes of a data set are r
 from __future__ import annotations
 
 import csv
-import io
 import json
 import os
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 from volseg.errors import VolsegError
+from volseg.io.csv_text import csv_rows
 from volseg.io.nifti import SUFFIXES, stem_of
 
 ONE_CHANNEL = "image"  # the channel of data sets that have one and do not name it
@@ -238,18 +239,20 @@ def read_table(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
         raise VolsegError(
             f"{path}: is not UTF-8 text ({error.reason} at byte {error.start})", fix="save it as “CSV UTF-8”"
         ) from error
-    first = text.split("\n", 1)[0]
+    first = re.split(r"[\r\n]", text, maxsplit=1)[0]
     delimiter = max(",;\t", key=first.count)
-    reader = csv.reader(io.StringIO(text, newline=None), delimiter=delimiter, strict=True)
+    lines: list[tuple[int, list[str]]] = []
+    number = 0
     try:
-        lines = [(reader.line_num, [cell.strip() for cell in cells]) for cells in reader]
+        for number, cells in csv_rows(text, delimiter=delimiter, strict=True):
+            lines.append((number, [cell.strip() for cell in cells]))
     except csv.Error as error:
-        raise VolsegError(f"{path}: line {reader.line_num} is not CSV ({error})", fix="check its quotes") from error
+        raise VolsegError(f"{path}: line {number + 1} is not CSV ({error})", fix="check its quotes") from error
     lines = [(number, cells) for number, cells in lines if any(cells)]
     if not lines:
         raise VolsegError(f"{path}: is empty", fix="give it a header line and a row per scan")
     columns = lines[0][1]
-    twice = sorted({name for name in columns if columns.count(name) > 1})
+    twice = sorted(name for name, n in Counter(columns).items() if n > 1)
     if twice:
         raise VolsegError(f"{path}: has columns {_listed(twice)} twice", fix="give every column its own name")
     return columns, lines[1:]

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import html
 import io
 import math
 import os
@@ -30,6 +29,7 @@ from nibabel.spatialimages import HeaderDataError
 
 from volseg.errors import ScanError
 from volseg.io.files import atomic_write, read_back_problem, sha256_of
+from volseg.io.label_table import parse_label_table
 from volseg.volume import SAME_GRID_TOLERANCE_VOXELS, Geometry, Volume, slabs_of
 
 SUFFIXES = (".nii", ".nii.gz", ".hdr", ".hdr.gz")  # .img is reached through its .hdr
@@ -165,9 +165,7 @@ def read_label_table(path: Path | str) -> dict[int, str]:
     block = bytearray(header.data_offset)
     with _opened(header.data_path) as stream:
         del block[_fill(stream, memoryview(block)) :]
-    found = re.findall(r"<Label\s[^>]*\bKey=\"(\d+)\"[^>]*>(.*?)</Label>", block.decode("utf-8", "replace"), re.DOTALL)
-    names = {int(key): re.sub(r"^<!\[CDATA\[(.*)\]\]>$", r"\1", text.strip(), flags=re.DOTALL) for key, text in found}
-    return {value: html.unescape(name).strip() for value, name in names.items() if value and name.strip()}
+    return parse_label_table(block.decode("utf-8", "replace"))
 
 
 def intensity_warnings(volume: Volume, *, is_ct: bool = False) -> tuple[ScanWarning, ...]:

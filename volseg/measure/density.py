@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import cc3d
 import numpy as np
 
 from volseg.measure.ragged import Ragged
+from volseg.postprocess.components import label_components
 
 PERCENTILES = {"p05": 5, "p10": 10, "p25": 25, "median": 50, "p75": 75, "p90": 90, "p95": 95}
 
@@ -80,15 +80,15 @@ def agatston(
     calcium = inside & (np.nan_to_num(hu, nan=-np.inf) > threshold_hu)
     score = 0.0
     for s in np.flatnonzero(calcium.any(axis=(0, 1))):
-        patches, n = cc3d.connected_components(np.ascontiguousarray(calcium[:, :, s]), connectivity=8, return_N=True)
-        for patch in range(1, n + 1):
-            here = patches == patch
-            area_mm2 = float(here.sum()) * pixel_mm2
-            if area_mm2 >= AGATSTON_SMALLEST_MM2 * (1 - ROUNDING):
-                counted[:, :, s] |= here
-                score += area_mm2 * (
-                    1 + int(np.searchsorted(AGATSTON_STEPS_HU, float(hu[:, :, s][here].max()), "right"))
-                )
+        in_slice = calcium[:, :, s]
+        patches, n = label_components(np.ascontiguousarray(in_slice), 8)
+        patch_of_pixel = patches[in_slice]
+        areas_mm2 = np.bincount(patch_of_pixel, minlength=n + 1) * pixel_mm2
+        peaks = np.full(n + 1, -np.inf)
+        np.maximum.at(peaks, patch_of_pixel, hu[:, :, s][in_slice])
+        areas_mm2[areas_mm2 < AGATSTON_SMALLEST_MM2 * (1 - ROUNDING)] = 0.0
+        counted[:, :, s] = areas_mm2[patches] > 0
+        score += float(areas_mm2 @ (1 + np.searchsorted(AGATSTON_STEPS_HU, peaks, "right")))
     return score * slice_distance_mm(matrix) / AGATSTON_SLICE_MM, counted
 
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
 
-import cc3d
 import numpy as np
 
 from volseg import __version__
@@ -26,6 +25,7 @@ from volseg.measure.shape import (
     surface_points,
     widest_pair,
 )
+from volseg.postprocess.components import component_statistics
 from volseg.preprocess.crop import AxisOrder, canonical_geometry, to_canonical
 from volseg.recipe import Measure
 from volseg.volume import BoundingBox, Geometry, Volume
@@ -75,15 +75,15 @@ def measure_lesions(
     box = BoundingBox.around(ids)
     if box is None:
         return []
-    found = cc3d.statistics(ids[box.slices])
-    centroids_mm = _centroids_mm(found["centroids"][1:] + box.start, image.geometry)
+    found = component_statistics(ids[box.slices])
+    centroids_mm = _centroids_mm(found.centroids + box.start, image.geometry)
     scan = _Scan.of(image, ids, confidence)
     # |det A| differs in its last bit between axis orders; 12 digits do not.
     voxel_volume_mm3 = float(f"{image.geometry.voxel_volume_mm3:.12g}")
     spacing_r_mm, spacing_a_mm, spacing_s_mm = scan.spacing_mm
     forms = _Forms(scan.geometry.affine[:3, :3])
     rows, surfaces = [], []
-    boxes = [scan.box_of(_shift(each, box)) for each in found["bounding_boxes"][1:]]
+    boxes = [scan.box_of(_shift(each, box)) for each in found.boxes()]
     for numbers in _groups(boxes):
         lesions = [_Lesion.of(scan, n, boxes[n - 1], forms) for n in numbers]
         intensities = _intensities(lesions, voxel_volume_mm3, intensity_unit, settings)
@@ -92,7 +92,7 @@ def measure_lesions(
             n, form = lesion.number, lesion.form
             label = int(labels[n - 1])
             name_note = "" if label in label_names else f"label_name: value {label} has no name"
-            n_voxels = int(found["voxel_counts"][n])
+            n_voxels = int(found.n_voxels[n - 1])
             axes_note = "axes: a single voxel has none" if n_voxels == 1 else ""
             is_node = label_names.get(label) in settings.lymph_nodes
             scores, class_note = _class(classes[n - 1]) if classes is not None else (NO_CLASS, "")

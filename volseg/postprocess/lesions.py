@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-import cc3d
 import numpy as np
 
 from volseg.errors import VolsegError
+from volseg.postprocess.components import component_statistics, label_components
 from volseg.volume import BoundingBox, Geometry, slabs_of
 
 Objects = Literal["components", "labels"]
@@ -61,7 +61,7 @@ def label_lesions(
     box = BoundingBox.around(mask)
     if box is None:
         return Lesions(np.zeros(mask.shape, np.uint16, order=layout), [], [])
-    # A copy in one piece and native byte order: cc3d takes no other, and is fastest on it.
+    # A copy in one piece and native byte order: components are found in no other, and fastest.
     part = np.array(mask[box.slices], dtype=mask.dtype.newbyteorder("="), order=layout)
     find = _components if objects == "components" else _one_per_label
     lesions, labels, n_voxels = find(part, geometry.crop(box), connectivity, layout)
@@ -108,14 +108,14 @@ def _components(
     part: np.ndarray, geometry: Geometry, connectivity: Connectivity, layout: Literal["C", "F"]
 ) -> tuple[Numbers, np.ndarray, np.ndarray]:
     """Number of the component at each voxel; label and size of each component."""
-    components, n_found = cc3d.connected_components(part, connectivity=connectivity, return_N=True)
-    statistics = cc3d.statistics(components, no_slice_conversion=True)
+    components, n_found = label_components(part, connectivity)
+    statistics = component_statistics(components)
     found, values = components.ravel(order=layout), part.ravel(order=layout)
     labels = np.zeros(n_found + 1, np.int64)
     for piece in _pieces(found.size):
         labels[found[piece]] = values[piece]
-    n_voxels = statistics["voxel_counts"][1:].astype(np.int64)
-    ranking = _ranking(n_voxels, geometry.to_world_mm(statistics["centroids"][1:]), labels[1:])
+    n_voxels = statistics.n_voxels
+    ranking = _ranking(n_voxels, geometry.to_world_mm(statistics.centroids), labels[1:])
     number_of_found = np.zeros(n_found + 1, np.uint32)
     number_of_found[ranking + 1] = np.arange(1, n_found + 1)
     return lambda piece: number_of_found[found[piece]], labels[1:][ranking], n_voxels[ranking]

@@ -11,11 +11,11 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import cc3d
 import numpy as np
 from scipy.ndimage import binary_dilation
 
 from volseg.errors import VolsegError
+from volseg.postprocess.components import component_statistics, label_components
 from volseg.postprocess.lesions import Lesions, label_lesions
 from volseg.recipe import Step
 from volseg.volume import BoundingBox, Geometry
@@ -99,8 +99,8 @@ class FillHoles:
         if box is None:
             return filled
         part = filled[box.slices]  # a view; what is enclosed by labels lies strictly inside their box
-        background = cc3d.connected_components(part == 0, connectivity=6)
-        for n, inner in enumerate(cc3d.statistics(background)["bounding_boxes"][1:], start=1):
+        background, _ = label_components(part == 0, 6)
+        for n, inner in enumerate(component_statistics(background).boxes(), start=1):
             if any(side.start == 0 or side.stop == size for side, size in zip(inner, part.shape, strict=True)):
                 continue
             around = tuple(slice(side.start - 1, side.stop + 1) for side in inner)

@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from volseg.evaluate.agreement import Agreement, Interval
+from volseg.evaluate.agreement import Agreement, Ends
 from volseg.evaluate.detection import FALSE_POSITIVE_RATES, Froc
 from volseg.evaluate.summary import LabelResult
 from volseg.report.slices import png_bytes
@@ -98,10 +98,12 @@ def _correlation(plot: Any, result: LabelResult) -> None:
 def _cases(found: Agreement) -> str:
     of = "" if found.n == found.n_patients else f" of {found.n_patients} patient{'s' * (found.n_patients != 1)}"
     few = "; too few for limits" if math.isnan(found.bias) else ""
-    return f"{found.n} case{'s' * (found.n != 1)}{of}{few}"
+    no_interval = math.isnan(found.bias_95[0]) and not few
+    why = f"\nno intervals: {found.no_intervals}" if no_interval else ""
+    return f"{found.n} case{'s' * (found.n != 1)}{of}{few}{why}"
 
 
-def _interval(interval: Interval) -> str:
+def _interval(interval: Ends) -> str:
     return "" if math.isnan(interval[0]) else f"[{interval[0]:.3g}, {interval[1]:.3g}]"
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -11,6 +10,7 @@ from typing import Any, TypeVar
 
 from volseg.errors import ScanError, VolsegError
 from volseg.io.cases import ID_PATTERN
+from volseg.io.csv_text import read_csv
 from volseg.io.files import sha256_of
 from volseg.measure.rows import CaseRow, LesionMeasurement
 from volseg.store.outputs import RECORDS
@@ -49,9 +49,9 @@ def case_ids(results: Path) -> list[str]:
         )
     found = {path.stem for path in (results / RECORDS).glob("*.json")}
     try:
-        with (results / "cases.csv").open(newline="", encoding="utf-8") as file:
-            found |= {row["case_id"] for row in csv.DictReader(file) if re.fullmatch(ID_PATTERN, row["case_id"])}
-    except (OSError, ValueError, KeyError, csv.Error):
+        rows = read_csv(results / "cases.csv")
+        found |= {row["case_id"] for row in rows if re.fullmatch(ID_PATTERN, row["case_id"])}
+    except (OSError, ValueError, KeyError):
         pass  # the records are what counts; the table is made from them
     return sorted(found)
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, fields
 from typing import Any, BinaryIO
+
+from volseg.io.csv_text import write_csv
 
 FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")  # a spreadsheet would run a text that starts so
 
@@ -15,20 +15,20 @@ FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")  # a spreadsheet would run a t
 def table(row_type: type, rows: Iterable[Any]) -> Callable[[BinaryIO], None]:
     """A CSV table, to be written into an open file: the fields of the dataclass `row_type` as columns, a line per row.
 
+    Whatever a cell holds, every reader finds as many rows as there are: see `csv_text`.
+
     Args:
         rows: instances of `row_type`, or mappings with its field names; taken one after another.
     """
     names = [field.name for field in fields(row_type)]
 
     def write(file: BinaryIO) -> None:
-        text = io.TextIOWrapper(file, "utf-8", errors="backslashreplace", newline="")
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(names)
-        for row in rows:
-            values: Mapping[str, Any] = row if isinstance(row, Mapping) else asdict(row)
-            writer.writerow([cell(values.get(name)) for name in names])
-        text.flush()
-        text.detach()  # else the file would be closed with it
+        write_csv(file, [names])
+        write_csv(file, map(cells, rows))
+
+    def cells(row: Any) -> list[str]:
+        values: Mapping[str, Any] = row if isinstance(row, Mapping) else asdict(row)
+        return [cell(values.get(name)) for name in names]
 
     return write
 
@@ -53,6 +53,8 @@ def columns_page(tables: Mapping[str, Sequence[tuple[str, str, str, str]]]) -> s
         "# Columns",
         "",
         "Written by `make docs` from the code. An empty cell is unknown; 0 is zero. World coordinates are RAS+ millimetres.",
+        "Tables are CSV in UTF-8 (RFC 4180): a cell is quoted where it holds a comma, a quote or anything that a reader",
+        "takes for the end of a line, and cut after 32 767 characters, the most that a spreadsheet keeps.",
         "",
     ]
     for title, columns in tables.items():

@@ -264,7 +264,7 @@ class Run:
         if self.left_out:
             metrics["began_at_random"] = ", ".join(self.left_out)
         if rows:
-            metrics |= summary(rows, settings.seed)
+            metrics |= summary(rows)
         if stopped:
             metrics["stopped"] = stopped
         if stopped and state.best_dice >= 0:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,9 +13,10 @@ import numpy as np
 from volseg.errors import VolsegError
 from volseg.evaluate.detection import DetectionRow, detect_lesions, with_lesions
 from volseg.evaluate.overlap import OverlapRow, evaluate_case, row_of_absent
-from volseg.evaluate.summary import LabelResult, as_json, mean_of, patient_of, summarise_label
+from volseg.evaluate.summary import METRICS, LabelResult, as_json, mean_of, patient_of, summarise_label
 from volseg.execute.local import run
 from volseg.io.cases import IGNORE, Case, find_cases, find_scans, is_described, stated_labels
+from volseg.io.csv_text import read_csv
 from volseg.io.files import json_text
 from volseg.io.nifti import read_mask
 from volseg.store.outputs import RECORDS, OutputFolder
@@ -171,8 +171,7 @@ class _Predictions:
         if not ((folder / "masks").is_dir() and table.is_file()):
             return cls({}, {})
         try:
-            with table.open(newline="", encoding="utf-8") as file:
-                lines = list(csv.DictReader(file))
+            lines = read_csv(table)
             confidence = defaultdict(list)
             for line in lines:
                 if line["confidence_mean"]:
@@ -208,7 +207,8 @@ def _completed(compared: Mapping[str, Sequence[OverlapRow]], masks: Mapping[str,
 
 def _overall(rows: Sequence[OverlapRow], masks: Mapping[str, _Mask], done: Collection[str]) -> dict[str, Any]:
     """Dice over all labels, and what a patient is."""
-    dice = mean_of([row.dice for row in rows], [patient_of(row) for row in rows], [row.label for row in rows])
+    patients, labels = [patient_of(row) for row in rows], [row.label for row in rows]
+    dice = mean_of([row.dice for row in rows], patients, labels, bounds=METRICS["dice"])
     named = {masks[case_id].patient for case_id in done} - {None}
     n_unnamed = sum(masks[case_id].patient is None for case_id in done)
     said = (
@@ -220,6 +220,7 @@ def _overall(rows: Sequence[OverlapRow], masks: Mapping[str, _Mask], done: Colle
         "patients": said,
         "mean_dice": dice["mean"],
         "mean_dice_95": dice["mean_95"],
+        "no_mean_dice_95": dice["no_mean_95"],
     }
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import time
 from collections.abc import Mapping, Sequence
@@ -14,7 +13,7 @@ import numpy as np
 
 from volseg.errors import ScanError, VolsegError
 from volseg.execute.local import run
-from volseg.io.cases import Case, find_cases, find_scans
+from volseg.io.cases import Case, find_cases, find_scans, read_table
 from volseg.io.nifti import MAX_LABELS, read_label_table, read_mask, read_volume
 from volseg.measure.lesions import measure_lesions
 from volseg.measure.rows import CaseRow, LesionMeasurement
@@ -419,12 +418,14 @@ def read_label_names(path: Path | str) -> dict[int, str]:
     """Value → name from a JSON object (either way round) or a CSV with columns `label` and `name`."""
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8-sig")
         if path.suffix.lower() == ".json":
-            pairs = json.loads(text).items()
+            pairs = json.loads(path.read_text(encoding="utf-8-sig")).items()
             return dict((int(k), str(v)) if str(k).isdecimal() else (int(v), str(k)) for k, v in pairs)
-        return {int(row["label"]): row["name"] for row in csv.DictReader(text.splitlines())}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        path.stat()  # a file that is not there is said so below
+        columns, lines = read_table(path)
+        label, name = columns.index("label"), columns.index("name")
+        return {int(cells[label]): cells[name] for _, cells in lines}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise VolsegError(
             f"{path}: not a list of label names ({error})",
             fix='give JSON such as {"1": "spleen"}, or a CSV with columns label and name',

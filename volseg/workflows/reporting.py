@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import csv
 from pathlib import Path
 
 from volseg.errors import VolsegError
+from volseg.io.csv_text import read_csv
 from volseg.measure.rows import CaseRow
 from volseg.store.outputs import SAME_KIND, folder_content
 from volseg.store.results import THUMBNAILS, VIEWERS, ResultsFolder
@@ -53,9 +53,8 @@ def report(results: Path | str, *, progress: Progress = silent) -> RunReport:
 def _pending(out: Path) -> list[CaseRow]:
     """Rows of cases.csv that were not reached."""
     try:
-        with (out / "cases.csv").open(newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
-    except (OSError, UnicodeDecodeError, csv.Error):
+        rows = read_csv(out / "cases.csv")
+    except (OSError, ValueError):
         return []
     return [
         CaseRow(case_id=row["case_id"], status="pending", image=row.get("image") or "")

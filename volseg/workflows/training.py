@@ -214,7 +214,7 @@ class _Training:
             for index, found in enumerate(trained.values()):
                 weights[segmentation_name(index)] = found.weights
             rows = [replace(row, fold=number) for number, found in trained.items() for row in found.validation]
-            metrics = _metrics_of(trained, stopped, summary(rows, self.seed)) | metrics
+            metrics = _metrics_of(trained, stopped, summary(rows)) | metrics
             metrics["training_cases"] = len({case.id for number in trained for case in splits[number][0]})
             interrupted = INTERRUPTED in stopped.values()
             if chosen.classify is not None and not interrupted:

@@ -93,7 +93,7 @@ class DataTable {
   // Words that have to occur, and comparisons such as volume_ml>1.
   matching() {
     const tests = [];
-    const words = this.filter.value.replace(/([a-z0-9_]+)\s*(>=|<=|!=|>|<|=)\s*(\S+)/gi, (term, name, relation, text) => {
+    const words = this.filter.value.replace(/\b([a-z0-9_]+)\s*(>=|<=|!=|>|<|=)\s*(\S+)/gi, (term, name, relation, text) => {
       const column = this.index[name.toLowerCase()];
       if (column === undefined) return term;
       tests.push((row) => compare(row[column], relation, text));

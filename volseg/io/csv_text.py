@@ -1,0 +1,74 @@
+"""Rows of cells ↔ CSV text that every reader splits into the same rows."""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import BinaryIO
+
+MAX_CELL = 32_767  # characters that a spreadsheet keeps; Python's csv module reads up to 131 072
+
+# What ends a line for some reader: the csv module, `str.splitlines`, pandas, R, a text editor.
+LINE_BREAKS = "\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029"
+_SPECIAL = re.compile(f'[",{LINE_BREAKS}]')
+_NOT_ALONE = re.compile(f'["{LINE_BREAKS}]')
+
+
+def csv_line(cells: Sequence[str]) -> str:
+    """One row, ended by a line feed; a cell is quoted where it holds what a reader would split on.
+
+    A cell of more than 32 767 characters is cut and ends in an ellipsis, as csv and spreadsheets
+    refuse longer ones.
+
+    >>> csv_line(["a", "b\\rc", 'd"e', ""])
+    'a,"b\\rc","d""e",\\n'
+    """
+    line = ",".join(cells)
+    is_plain = line.count(",") == len(cells) - 1 and not _NOT_ALONE.search(line)
+    if len(line) > MAX_CELL or not is_plain:
+        line = ",".join(map(_quoted, cells))
+    return f"{line}\n" if line else '""\n'  # an empty line is no row
+
+
+def write_csv(file: BinaryIO, rows: Iterable[Sequence[str]]) -> None:
+    """Write rows as UTF-8; half of a surrogate pair, as in a name that is no UTF-8, as \\udcff."""
+    for row in rows:
+        file.write(csv_line(row).encode("utf-8", "backslashreplace"))
+
+
+def csv_rows(text: str, *, delimiter: str = ",", strict: bool = False) -> Iterator[tuple[int, list[str]]]:
+    """(number of its last line, cells) of each row; lines end in \\n, \\r or \\r\\n and nothing else.
+
+    Raises:
+        csv.Error: a quote that does not fit, if strict; a cell of more than 131 072 characters.
+    """
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=strict)
+    for cells in reader:
+        yield reader.line_num, cells
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    """The rows of a table by the names in its first row; a cell that is missing is empty.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is not UTF-8 or not CSV.
+    """
+    text = path.read_bytes().decode("utf-8-sig")
+    try:
+        rows = [cells for _, cells in csv_rows(text) if cells]
+    except csv.Error as error:
+        raise ValueError(f"not CSV: {error}") from error
+    if not rows:
+        return []
+    names = rows[0]
+    return [dict(zip(names, cells + [""] * (len(names) - len(cells)))) for cells in rows[1:]]
+
+
+def _quoted(cell: str) -> str:
+    if len(cell) > MAX_CELL:
+        cell = cell[: MAX_CELL - 1] + "…"
+    return '"{}"'.format(cell.replace('"', '""')) if _SPECIAL.search(cell) else cell

@@ -1,0 +1,63 @@
+"""The label table that some tools keep in a NIfTI extension, from text that may be hostile."""
+
+from __future__ import annotations
+
+import html
+import re
+
+MAX_DIGITS = 10  # of a label's value; no mask holds larger ones
+_KEY = re.compile(rf"""\bKey=["']([0-9]{{1,{MAX_DIGITS}}})["']""")
+_NOT_SPACE = re.compile(r"\S")
+_CDATA, _CDATA_END = "<![CDATA[", "]]>"
+
+
+def parse_label_table(text: str) -> dict[int, str]:
+    """Value → name from the XML elements `Label` with an attribute `Key`; empty where there is none.
+
+    The time is proportional to the length of the text, whatever it holds: each step goes on where
+    the last one ended. The background, 0, and labels without a name are left out.
+
+    >>> parse_label_table('<Label Key="2" Red="1"><![CDATA[left kidney]]></Label>')
+    {2: 'left kidney'}
+    """
+    names: dict[int, str] = {}
+    position = 0
+    while (start := text.find("<Label", position)) >= 0:
+        opened = text.find(">", start)
+        if opened < 0:
+            break
+        position = opened + 1
+        tag = text[start:opened]
+        key = _KEY.search(tag)
+        if key is None or not tag[6].isspace():
+            continue
+        name, position = _content(text, position)
+        if name is None:
+            break
+        if int(key[1]) and name:
+            names[int(key[1])] = name
+    return names
+
+
+def _content(text: str, start: int) -> tuple[str | None, int]:
+    """The name that starts there and where the element ends; None if it does not end."""
+    first = _NOT_SPACE.search(text, start)
+    closing_from = start
+    if first is not None and text.startswith(_CDATA, first.start()):
+        closing_from = text.find(_CDATA_END, first.start())
+        if closing_from < 0:
+            return None, len(text)
+    end = text.find("</Label>", closing_from)
+    if end < 0:
+        return None, len(text)
+    name = text[start:end].strip()
+    if name.startswith(_CDATA) and name.endswith(_CDATA_END):
+        name = name[len(_CDATA) : -len(_CDATA_END)]
+    return _unescaped(name).strip(), end + len("</Label>")
+
+
+def _unescaped(text: str) -> str:
+    try:
+        return html.unescape(text)
+    except ValueError:  # a character number of thousands of digits
+        return text
