@@ -8,7 +8,16 @@ import time
 
 import pytest
 
-from volseg.inputs import MAX_DEPTH, NotAFileError, open_regular, parse_json, read_bytes, read_json, read_toml, shortened
+from volseg.inputs import (
+    MAX_DEPTH,
+    NotAFileError,
+    open_regular,
+    parse_json,
+    read_bytes,
+    read_json,
+    read_toml,
+    shortened,
+)
 
 NESTED = (
     b"[" * 100_000,

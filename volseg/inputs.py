@@ -17,11 +17,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
-MAX_TEXT_BYTES = 32 << 20  # of a JSON or CSV file: that of 100 000 cases is smaller; parsed, it takes about 20 times as much
+MAX_TEXT_BYTES = (
+    32 << 20
+)  # of a JSON or CSV file: that of 100 000 cases is smaller; parsed, it takes about 20 times as much
 MAX_TOML_BYTES = 1 << 20
+MAX_RECORD_BYTES = 1 << 30  # of a record with a row for each of several 100 000 lesions
 MAX_DEPTH = 64  # lists and objects within each other; more would exhaust the stack of whoever walks through them
 MAX_INTEGER = 2**63 - 1
 MAX_DIGITS = 20  # of a 64-bit number, with its sign
+MAX_NAME = 200  # characters of the name of a label, a channel or a column
 # Text in which a number may be too long or too large, or a character half of a pair; all other text needs no second look.
 _DOUBTFUL = re.compile(r"\d{18}|[eE]\+?\d{3}|\\u[dD][89a-fA-F]")
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from volseg.errors import EnvironmentProblem
+from volseg.inputs import open_regular
 
 TEMPORARY_PREFIX = ".tmp-"  # what a killed process may leave behind; never a finished file
 
@@ -80,8 +81,8 @@ def make_folder(path: Path) -> None:
 
 
 def sha256_of(path: Path) -> str:
-    """SHA-256 of the bytes of a file, in hexadecimal."""
-    with open(path, "rb") as file:
+    """SHA-256 of the bytes of a regular file, in hexadecimal; raises OSError where it is none."""
+    with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import importlib
 import math
 import pkgutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from volseg.errors import VolsegError
+from volseg.execute.cpu import total_memory
 from volseg.recipe import Classify, Recipe
 
 if TYPE_CHECKING:
@@ -26,10 +28,32 @@ def build_network(name: str, *, in_channels: int, out_channels: int, **settings:
     if name not in known:
         raise VolsegError(f"network {name!r} is unknown", fix=f"use one of {', '.join(known)}", code="E_RECIPE")
     module = importlib.import_module(f"{__name__}.{name}")
+    build = partial(module.build, in_channels=in_channels, out_channels=out_channels, **settings)
     try:
-        return module.build(in_channels=in_channels, out_channels=out_channels, **settings)
-    except (TypeError, ValueError) as error:
-        raise VolsegError(f"network {name!r}: {error}", fix=f"see volseg/models/{name}.py", code="E_RECIPE") from error
+        _check_size(name, build)
+        return build()
+    except (TypeError, ValueError, RuntimeError, OverflowError, IndexError, AttributeError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise VolsegError(f"network {name!r}: {reason}", fix=f"see volseg/models/{name}.py", code="E_RECIPE") from error
+
+
+def _check_size(name: str, build: Callable[[], nn.Module]) -> None:
+    """Refuse a network whose weights do not fit into the machine's memory, before any of them takes memory.
+
+    Raises:
+        VolsegError: they do not fit.
+    """
+    import torch
+
+    with torch.device("meta"):  # names and shapes alone
+        size = sum(tensor.numel() * tensor.element_size() for tensor in build().state_dict().values())
+    memory = total_memory()
+    if size > memory:
+        raise VolsegError(
+            f"network {name!r} has weights of {size / 2**30:,.0f} GB, and this machine has {memory / 2**30:.0f} GB of memory",
+            fix="give fewer features or levels under [network]",
+            code="E_RAM",
+        )
 
 
 def build_segmentation(recipe: Recipe) -> nn.Module:
@@ -89,7 +113,7 @@ def set_weights(network: nn.Module, weights: Mapping[str, torch.Tensor]) -> nn.M
     """Copy what `weights_of` gave into a network of the same architecture, and return it.
 
     Raises:
-        VolsegError: tensors are missing or of another shape.
+        VolsegError: tensors are missing or of another shape, or hold NaN.
     """
     wanted = weights_of(network)
     misfits = [name for name in wanted if name not in weights or weights[name].shape != wanted[name].shape]
@@ -99,6 +123,23 @@ def set_weights(network: nn.Module, weights: Mapping[str, torch.Tensor]) -> nn.M
             fix="use the recipe with which the weights were trained",
             code="E_CKPT",
         )
+    check_finite(weights)
     for name, tensor in wanted.items():
         tensor.copy_(weights[name])
     return network
+
+
+def check_finite(weights: Mapping[str, torch.Tensor]) -> None:
+    """Refuse weights of which some are NaN or infinite: a mask made with them would look like one and be none.
+
+    Raises:
+        VolsegError: some are; it names the first tensor.
+    """
+    for name, tensor in weights.items():
+        if tensor.is_floating_point() and tensor.numel() and not bool(tensor.isfinite().all()):
+            n = int((~tensor.isfinite()).sum())
+            raise VolsegError(
+                f"{n:,} of the {tensor.numel():,} weights of {name!r} are NaN or infinite",
+                fix="copy the model again, or take a checkpoint from before its training diverged",
+                code="E_CKPT",
+            )

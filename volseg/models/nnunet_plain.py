@@ -19,6 +19,7 @@ from torch import nn
 from volseg.errors import VolsegError
 
 Shapes = Sequence[Sequence[int]]
+MAX_LEVELS, MAX_STEPS = 16, 64  # of a network, and convolutions or blocks of a level
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -151,6 +152,12 @@ def check_levels(
             f"{name} has {len(features)} features, {len(strides)} strides, {len(kernels)} kernels, {len(n_down)} stages down "
             f"and {len(n_up)} up",
             fix="give one of each per level under [network], three numbers per stride and kernel, one stage fewer up",
+            code="E_RECIPE",
+        )
+    if len(features) > MAX_LEVELS or max(*n_down, *n_up) > MAX_STEPS:
+        raise VolsegError(
+            f"{name} has {len(features)} levels with up to {max(*n_down, *n_up)} convolutions or blocks each",
+            fix=f"give at most {MAX_LEVELS} levels with {MAX_STEPS} each under [network]",
             code="E_RECIPE",
         )
     if any(n % 2 == 0 for kernel in kernels for n in kernel):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-import json
+import io
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from volseg.errors import ScanError, VolsegError
+from volseg.inputs import MAX_RECORD_BYTES, read_json, read_text
 from volseg.io.cases import ID_PATTERN
 from volseg.io.files import sha256_of
 from volseg.measure.rows import CaseRow, LesionMeasurement
@@ -49,8 +50,8 @@ def case_ids(results: Path) -> list[str]:
         )
     found = {path.stem for path in (results / RECORDS).glob("*.json")}
     try:
-        with (results / "cases.csv").open(newline="", encoding="utf-8") as file:
-            found |= {row["case_id"] for row in csv.DictReader(file) if re.fullmatch(ID_PATTERN, row["case_id"])}
+        rows = csv.DictReader(io.StringIO(read_text(results / "cases.csv"), newline=""))
+        found |= {row["case_id"] for row in rows if re.fullmatch(ID_PATTERN, row["case_id"] or "")}
     except (OSError, ValueError, KeyError, csv.Error):
         pass  # the records are what counts; the table is made from them
     return sorted(found)
@@ -68,7 +69,7 @@ def read_record(results: Path, case_id: str) -> CaseRecord:
     """
     path = record_path(results, case_id)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path, max_bytes=MAX_RECORD_BYTES)
         source = content.get("source") or {}
         return CaseRecord(
             case=_row(CaseRow, content["case"]),

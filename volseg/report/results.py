@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ from typing import Any, Self
 from filelock import FileLock, Timeout
 
 from volseg.errors import EnvironmentProblem, VolsegError
+from volseg.inputs import MAX_RECORD_BYTES, read_json
 from volseg.io.files import TEMPORARY_PREFIX, sha256_of, write_json_atomic
 from volseg.measure.rows import CaseRow, LesionMeasurement
 from volseg.report.tables import write_table
@@ -119,9 +119,10 @@ class RecordFolder:
 
     def _read(self, name: str) -> dict[str, Any] | None:
         try:
-            return json.loads((self._records / f"{name}.json").read_text(encoding="utf-8"))
+            record = read_json(self._records / f"{name}.json", max_bytes=MAX_RECORD_BYTES)
         except (OSError, ValueError):
             return None
+        return record if isinstance(record, dict) else None
 
 
 class ResultsFolder(RecordFolder):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from volseg.errors import VolsegError
 from volseg.evaluate.detection import DetectionRow
 from volseg.evaluate.overlap import OverlapRow
 from volseg.evaluate.validation import ValidationRow
+from volseg.inputs import read_json
 from volseg.io.cases import Case, survey_cases
 from volseg.io.nifti import read_header, read_mask, read_volume
 from volseg.measure.changes import LesionChange
@@ -123,5 +123,5 @@ def shipped_model() -> tuple[str, str, str]:
     """Name, intended use and limits of the model that ships with the package, without loading it."""
     from volseg.bundle import shipped_bundle
 
-    recipe = json.loads((shipped_bundle() / "model.json").read_text(encoding="utf-8"))["recipe"]
+    recipe = read_json(shipped_bundle() / "model.json")["recipe"]
     return recipe["name"], recipe["intended_use"], recipe["limits"]

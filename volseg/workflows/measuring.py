@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,6 +13,7 @@ import numpy as np
 
 from volseg.errors import VolsegError
 from volseg.execute.local import run
+from volseg.inputs import MAX_NAME, read_json, read_text, shortened
 from volseg.io.cases import Case, find_cases, find_scans
 from volseg.io.nifti import MAX_LABELS, read_label_table, read_mask, read_volume
 from volseg.measure.lesions import measure_lesions
@@ -185,7 +185,8 @@ def _measure_case(case: Case, results: ResultsFolder, key: str, wanted: _Wanted)
     stated = wanted.intensity_unit
     unit = _guess_unit(scan) if stated is None else KNOWN_UNITS.get(stated.lower(), stated)
     guess = "" if stated is not None else f"W_UNIT: nobody said the unit; {GUESSES[unit]}"
-    names = wanted.label_names or read_label_table(case.reference)
+    stored = {} if wanted.label_names else read_label_table(case.reference)
+    names = wanted.label_names or {value: shortened(name, MAX_NAME) for value, name in stored.items()}
     array, organ_voxels, settings = mask.array, None, wanted.settings
     if settings.organ is not None:
         array, organ_voxels = without_organ(array, _value_of(settings.organ, names, case.reference))
@@ -254,14 +255,20 @@ def read_label_names(path: Path | str) -> dict[int, str]:
     """Value → name from a JSON object (either way round) or a CSV with columns `label` and `name`."""
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8-sig")
         if path.suffix.lower() == ".json":
-            pairs = json.loads(text).items()
-            return dict((int(k), str(v)) if str(k).isdecimal() else (int(v), str(k)) for k, v in pairs)
-        return {int(row["label"]): row["name"] for row in csv.DictReader(text.splitlines())}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            pairs = read_json(path).items()
+            names = dict((int(k), str(v)) if str(k).isdecimal() else (int(v), str(k)) for k, v in pairs)
+        else:
+            names = {int(row["label"]): row["name"] for row in csv.DictReader(read_text(path).splitlines())}
+        for value, name in names.items():
+            if not 0 <= value < 2**32 or not isinstance(name, str) or not 0 < len(name) <= MAX_NAME:
+                raise ValueError(
+                    f"{value} = {shortened(str(name))!r}: a value is a whole number, a name has 1 to {MAX_NAME} characters"
+                )
+        return names
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, csv.Error) as error:
         raise VolsegError(
-            f"{path}: not a list of label names ({error})",
+            f"{path}: not a list of label names ({error.strerror if isinstance(error, OSError) else error})",
             fix='give JSON such as {"1": "spleen"}, or a CSV with columns label and name',
             code="E_LABELS",
         ) from error

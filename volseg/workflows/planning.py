@@ -13,10 +13,11 @@ import numpy as np
 from volseg.errors import VolsegError
 from volseg.execute.cpu import physical_cores, total_memory
 from volseg.execute.local import run
+from volseg.inputs import read_json
 from volseg.io.cases import IGNORE, Case, stated_labels, stated_modalities, stated_regions, survey_cases
 from volseg.io.files import write_json_atomic
 from volseg.io.nifti import read_mask, read_volume
-from volseg.recipe import Recipe, parse_recipe
+from volseg.recipe import Recipe, listed, mistakes_of, parse_recipe
 from volseg.sizing import Budget
 from volseg.workflows.batch import Progress, RunReport, amount_of, reason_of, silent
 from volseg.workflows.preparing import as_recipe, fingerprint_of, refuse_dataset, warnings_of
@@ -93,13 +94,13 @@ def read_plan(path: Path | str) -> Plan:
     from volseg.plan import Plan
 
     try:
-        return Plan.model_validate_json(Path(path).read_text(encoding="utf-8"))
+        return Plan.model_validate(read_json(path))
     except OSError as error:
         raise VolsegError(f"{path}: cannot be read ({error.strerror})", fix="check the path", code="E_PLAN") from error
-    except ValidationError as error:
-        mistakes = [f"{'.'.join(map(str, each['loc'])) or 'plan'}: {each['msg'].lower()}" for each in error.errors()]
+    except ValueError as error:
+        reason = listed(mistakes_of(error, Plan)) if isinstance(error, ValidationError) else str(error)
         raise VolsegError(
-            f"{path}: not a plan: {'; '.join(mistakes)}",
+            f"{path}: not a plan: {reason}",
             fix="correct it, or write it anew with `volseg plan DATASET --out PLAN.json`",
             code="E_PLAN",
         ) from error

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import csv
-import json
+import io
 from pathlib import Path
 from typing import Any
 
 from volseg.errors import VolsegError
+from volseg.inputs import read_json, read_text
 from volseg.report.results import RECORDS, ResultsFolder
 from volseg.workflows.batch import Progress, RunReport, silent
 from volseg.workflows.pages import has_page, remake_page, write_report
@@ -50,7 +51,7 @@ def report(results: Path | str, *, progress: Progress = silent) -> RunReport:
 def _about(out: Path) -> dict[str, Any]:
     """What run.json says of the run; nothing where an interrupted run left none."""
     try:
-        found = json.loads((out / "run.json").read_text(encoding="utf-8"))
+        found = read_json(out / "run.json")
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
@@ -59,9 +60,8 @@ def _about(out: Path) -> dict[str, Any]:
 def _pending(out: Path, known: set[str]) -> list[dict[str, Any]]:
     """Rows of cases.csv that were not reached and have no record."""
     try:
-        with (out / "cases.csv").open(newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
-    except (OSError, UnicodeDecodeError):
+        rows = list(csv.DictReader(io.StringIO(read_text(out / "cases.csv"), newline="")))
+    except (OSError, ValueError, csv.Error):
         return []
     return [
         {"case_id": row["case_id"], "status": "pending", "image": row.get("image")}
