@@ -8,7 +8,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
@@ -23,6 +23,7 @@ from rich.table import Table
 
 from volseg import __version__
 from volseg.errors import VolsegError
+from volseg.terminal import one_line, printing, problem_of, takes_unicode
 
 if TYPE_CHECKING:
     from volseg.workflows import RunReport
@@ -65,9 +66,12 @@ def main() -> None:
     """Entry point of the `volseg` command."""
     signal.signal(signal.SIGTERM, _terminate)
     try:
-        app(standalone_mode=True)
+        with printing():
+            app(standalone_mode=True)
     except VolsegError as error:
         _fail(error)
+    except (OSError, MemoryError) as error:
+        _fail(problem_of(error))
     except _TerminatedError:
         sys.exit(EXIT_TERMINATED)
 
@@ -839,7 +843,7 @@ def _announce_shipped_model() -> None:
 
 
 def _print_json(content: Any) -> None:
-    typer.echo(json.dumps(content, ensure_ascii=False))
+    typer.echo(json.dumps(content, ensure_ascii=not takes_unicode()))
 
 
 def _seconds(text: str) -> float:
@@ -853,5 +857,6 @@ def _seconds(text: str) -> float:
 
 
 def _fail(error: VolsegError) -> None:
-    typer.echo(f"error: [{error.code}] {error}", err=True)
+    with suppress(OSError):  # stderr may be full too
+        typer.echo(one_line(f"error: [{error.code}] {error}"), err=True)
     sys.exit(error.exit_code)
