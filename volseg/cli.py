@@ -36,7 +36,7 @@ SECONDS_PER_LINE = 30  # of progress, where stderr is no terminal
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout instead of text.")]
 Out = Annotated[Path, typer.Option(help="Folder for the results; made if it is not there.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda; auto takes the GPU where there is one.")]
-Seed = Annotated[int, typer.Option(min=0, help="Seed of everything random: same seed, same batches.")]
+Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of everything random: same seed, same batches.")]
 Figures = Annotated[bool, typer.Option("--figures", help="Also write a PNG per scan with its lesions outlined.")]
 Pages = Annotated[
     bool,
@@ -177,9 +177,9 @@ def train(
     plan: Annotated[Path | None, typer.Option(help="A file of `volseg plan --out`, edited or not.")] = None,
     time_budget: TimeBudget = None,
     vram: Memory = None,
-    epochs: Annotated[int | None, typer.Option(min=1, help="Instead of the recipe's number.")] = None,
+    epochs: Annotated[int | None, typer.Option(min=1, max=1_000_000, help="Instead of the recipe's number.")] = None,
     patience: Annotated[
-        int | None, typer.Option(min=1, help="Stop after so many epochs without a better Dice.")
+        int | None, typer.Option(min=1, max=1_000_000, help="Stop after so many epochs without a better Dice.")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on where an interrupted run in --out stopped.")] = False,
     init: Annotated[Path | None, typer.Option(help="A model folder whose weights to start from.")] = None,
@@ -194,7 +194,9 @@ def train(
     devices: Annotated[
         int,
         typer.Option(
-            min=1, help="GPUs, or processes on a CPU, that share each batch; torchrun and SLURM say it themselves."
+            min=1,
+            max=1024,
+            help="GPUs, or processes on a CPU, that share each batch; torchrun and SLURM say it themselves.",
         ),
     ] = 1,
     precision: Annotated[
@@ -337,8 +339,10 @@ def quantise(
     dataset: Annotated[
         Path, typer.Argument(help="The dataset that it was trained on, or the folder `volseg preprocess` made of it.")
     ],
-    cases: Annotated[int, typer.Option(min=1, help="Training cases to look at, at most.")] = 30,
-    seed: Annotated[int, typer.Option(min=0, help="The seed of training, which drew the validation cases.")] = 0,
+    cases: Annotated[int, typer.Option(min=1, max=1_000_000, help="Training cases to look at, at most.")] = 30,
+    seed: Annotated[
+        int, typer.Option(min=0, max=2**32 - 1, help="The seed of training, which drew the validation cases.")
+    ] = 0,
     as_json: Json = False,
 ) -> None:
     """Make an int8 copy of a model's network for `volseg infer --precision int8`: faster on a CPU, a little less accurate.
@@ -848,7 +852,7 @@ def _print_json(content: Any) -> None:
 
 def _seconds(text: str) -> float:
     """`90s`, `20m`, `1.5h` or plain seconds → seconds."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([smh]?)\s*", text)
+    match = re.fullmatch(r"\s*(\d{1,9}(?:\.\d{1,9})?)\s*([smh]?)\s*", text)
     if match is None or float(match[1]) == 0:
         raise VolsegError(
             f"time budget {text!r} is not a duration", fix="write it like 90s, 20m or 1.5h", code="E_USAGE"

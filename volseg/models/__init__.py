@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from volseg.errors import VolsegError
 from volseg.execute.cpu import total_memory
-from volseg.recipe import Classify, Recipe
+from volseg.recipe import AUTO, Classify, Recipe
+from volseg.sizing import Size
 
 if TYPE_CHECKING:
     import torch
@@ -80,7 +81,7 @@ def check_networks(recipe: Recipe, *, section: str = "train") -> None:
         section: where the patch stands, for the error message.
 
     Raises:
-        VolsegError: a network cannot be built, or the patch does not fit its strides.
+        VolsegError: a network cannot be built, the patch does not fit its strides, or a step of training cannot fit into the memory.
     """
     build_segmentation(recipe)
     strides = recipe.network.settings.get("strides", ())
@@ -98,10 +99,40 @@ def check_networks(recipe: Recipe, *, section: str = "train") -> None:
             fix="make the patch larger, or take a level off the network",
             code="E_RECIPE",
         )
+    _check_step(recipe, section)
     if recipe.classify is not None:
         build_classifier(recipe.classify)
     if recipe.coarse is not None:
         check_networks(recipe.coarse, section="roi.train")
+
+
+def _check_step(recipe: Recipe, section: str) -> None:
+    """Refuse a batch of patches that is larger than all memory of this machine or its GPU, before any of it is allocated."""
+    import torch
+
+    patch, batch_size, settings = recipe.train.patch_shape, recipe.train.batch_size, recipe.network.settings
+    assert patch != AUTO and batch_size != AUTO, "nothing is left to a plan"
+    channels, outputs = len(recipe.data.channels), recipe.data.n_outputs
+    least = 4 * batch_size * math.prod(patch) * (channels + 2 * outputs)  # patches, logits and their gradients
+    features, strides = settings.get("features"), settings.get("strides")
+    if recipe.network.name == "unet3d" and features and strides:
+        size = Size(
+            features=tuple(features),
+            strides=tuple(strides),
+            kernels=tuple(settings.get("kernels") or [(3, 3, 3)] * len(features)),
+            patch_shape=patch,
+            batch_size=batch_size,
+        )
+        least = max(least, size.training_bytes(channels, outputs, half=True))
+    gpu = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else 0
+    memory = max(total_memory(), gpu)
+    if least > memory:
+        raise VolsegError(
+            f"{section}: a step with {batch_size} patches of {' × '.join(map(str, patch))} voxels takes at least {least / 2**30:,.0f} GB, "
+            f"and this machine has {memory / 2**30:.0f} GB of memory",
+            fix=f"lower {section}.batch_size or {section}.patch_shape",
+            code="E_BUDGET",
+        )
 
 
 def weights_of(network: nn.Module) -> dict[str, torch.Tensor]:
