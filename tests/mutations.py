@@ -145,7 +145,7 @@ KINDS: dict[str, Callable[[Path], tuple[Path, list[list[Any]]]]] = {
 
 
 def outcome(arguments: Sequence[Any]) -> tuple[int, str]:
-    """Exit code and what was printed to stderr by the command, run by its own entry point."""
+    """Exit code of a command, run by its own entry point, and what it printed: to stderr, then to stdout. A traceback is code 1."""
     messages, sys.argv = io.StringIO(), ["volseg", *map(str, arguments)]
     code = 0
     with contextlib.redirect_stdout(io.StringIO()) as printed, contextlib.redirect_stderr(messages):

@@ -67,7 +67,15 @@ def main() -> None:
     signal.signal(signal.SIGTERM, _terminate)
     try:
         with printing():
-            app(standalone_mode=True)
+            _run()
+    except VolsegError as error:  # of stdout itself
+        _fail(error)
+
+
+def _run() -> None:
+    """Run the command that was asked for, and turn what ends it into a line and an exit code."""
+    try:
+        app(standalone_mode=True)
     except VolsegError as error:
         _fail(error)
     except (OSError, MemoryError) as error:
@@ -579,12 +587,14 @@ def check(
         _print_json({"path": str(path), "problems": problems})
     for problem in [] if as_json else problems:
         fix = f"; to fix: {problem['fix']}" if problem["fix"] else ""
-        typer.echo(f"{problem['where']}: [{problem['code']}] {problem['problem']}{fix}")
+        typer.echo(one_line(f"{problem['where']}: [{problem['code']}] {problem['problem']}{fix}"))
     if not as_json:
         typer.echo(
-            f"{path}: {len(errors)} problem{'s' * (len(errors) != 1)} found"
-            if problems
-            else f"{path}: no problem found"
+            one_line(
+                f"{path}: {len(errors)} problem{'s' * (len(errors) != 1)} found"
+                if problems
+                else f"{path}: no problem found"
+            )
         )
     raise typer.Exit(2 if errors else 0)
 
@@ -700,9 +710,9 @@ def _finish(report: RunReport, as_json: bool, show: Callable[[], None], *, has_w
     else:
         show()
         for warning in () if has_warned else report.details.get("warnings", ()):
-            typer.echo(f"warning: {warning}", err=True)
+            typer.echo(one_line(f"warning: {warning}"), err=True)
         for case, reason in report.failed.items():
-            typer.echo(f"failed: {case}: {reason}", err=True)
+            typer.echo(one_line(f"failed: {case}: {reason}"), err=True)
     raise typer.Exit(report.exit_code)
 
 

@@ -438,7 +438,7 @@ def _configuration(plans: _Plans, name: str, where: Path) -> _Configuration:
             f"configuration {name!r} is the second stage of a cascade, fed with the masks of {content['previous_stage']!r}",
             fix="import the 3d_fullres or 3d_lowres model of the same dataset",
         )
-    if len(content.get("patch_size", ())) == 2:
+    if isinstance(patch := content.get("patch_size"), list) and len(patch) == 2:
         raise _unsupported(
             where,
             f"configuration {name!r} is 2D; volseg runs 3D networks",
@@ -672,7 +672,7 @@ def _network(architecture: _Architecture, where: Path) -> tuple[str, dict[str, A
             settings["stem_channels"] = rest.pop("stem_channels", None)
             if str(rest.get("block", "BasicBlockD")).endswith("BasicBlockD"):
                 rest.pop("block", None)
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise _unsupported(where, f"architecture {kind} is not described as nnU-Net does ({error!r})") from error
     if not str(rest.pop("conv_op", "Conv3d")).endswith("Conv3d"):
         raise _unsupported(where, "the network is not 3D", fix="import a 3D configuration of the same dataset")

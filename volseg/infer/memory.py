@@ -283,7 +283,7 @@ def network_bytes(bundle: ModelBundle) -> int:
     try:
         with torch.inference_mode(), _Live() as live:
             network(patch)
-    except (RuntimeError, ValueError) as error:
+    except (RuntimeError, ValueError, IndexError, TypeError) as error:
         raise VolsegError(
             f"{bundle.recipe.name}: its network cannot be run on a patch of {' × '.join(map(str, bundle.plan.patch_shape))} "
             f"voxels ({str(error).strip().splitlines()[0]})",

@@ -27,6 +27,7 @@ from nibabel.nifti2 import Nifti2Header
 from nibabel.spatialimages import HeaderDataError
 
 from volseg.errors import ScanError
+from volseg.inputs import kind_of, open_regular
 from volseg.io.files import atomic_write, read_back_problem
 from volseg.volume import SAME_GRID_TOLERANCE_VOXELS, Geometry, Volume, slabs_of
 
@@ -646,10 +647,9 @@ def _opened(path: Path) -> Iterator[io.RawIOBase]:
     except (OSError, ValueError) as error:  # ValueError: a name with a zero byte
         raise _read_refusal(path, error) from error
     if not stat.S_ISREG(mode):  # a pipe or a device would be read for ever
-        kind = "a folder" if stat.S_ISDIR(mode) else "a device or pipe"
-        raise _refusal(path, "E_NOTFILE", f"is {kind}, not a file", "give the path of a NIfTI file")
+        raise _refusal(path, "E_NOTFILE", f"is {kind_of(mode)}, not a file", "give the path of a NIfTI file")
     try:
-        with open(path, "rb", buffering=0) as file:
+        with open_regular(path, buffering=0) as file:
             is_gzip = file.read(2) == b"\x1f\x8b"
             file.seek(0)
             yield _Inflated(file, path) if is_gzip else file

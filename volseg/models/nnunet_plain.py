@@ -160,7 +160,9 @@ def check_levels(
             fix=f"give at most {MAX_LEVELS} levels with {MAX_STEPS} each under [network]",
             code="E_RECIPE",
         )
-    if any(n % 2 == 0 for kernel in kernels for n in kernel):
+    if any(n < 1 for stride in strides for n in stride):
+        raise VolsegError(f"{name}: a stride is less than 1", fix="use strides of 1 or more", code="E_RECIPE")
+    if any(n < 1 or n % 2 == 0 for kernel in kernels for n in kernel):
         raise VolsegError(f"{name}: a kernel of even size moves the grid", fix="use odd kernels", code="E_RECIPE")
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from volseg.errors import VolsegError
+from volseg.execute.cpu import total_memory
 from volseg.workflows.batch import RunReport
 
 if TYPE_CHECKING:  # torch takes seconds to import; only a workflow that needs it pays
@@ -33,6 +34,7 @@ def import_nnunet(
     """
     from volseg.bundle import save_bundle
     from volseg.infer.backends import export_bundle
+    from volseg.infer.memory import check_patch, network_bytes
     from volseg.nnunet import read_nnunet
 
     out = Path(out)
@@ -40,7 +42,9 @@ def import_nnunet(
         raise VolsegError(
             f"{out}: holds a finished model", fix="give another --out, or delete it first", code="E_EXISTS"
         )
-    bundle = save_bundle(read_nnunet(Path(folder), folds=folds, checkpoint=checkpoint), out)
+    found = read_nnunet(Path(folder), folds=folds, checkpoint=checkpoint)
+    check_patch(found, network_bytes(found), total_memory())
+    bundle = save_bundle(found, out)
     export_bundle(bundle, out)
     return RunReport(out=out, done=[bundle.recipe.name], details={"model": _facts(bundle), "sha256": bundle.sha256})
 
