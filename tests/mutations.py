@@ -1,7 +1,7 @@
 """Run commands on JSON files in which one value was exchanged for nonsense, in a process whose memory and time are bounded.
 
-`python mutations.py FOLDER KIND NUMBER SEED` makes the files of a kind in the folder, tries `NUMBER` of all mutations (0: every one) and
-prints a JSON object with how many were tried and what went wrong.
+`python mutations.py FOLDER NUMBER SEED` makes the files of each kind in the folder, tries `NUMBER` of all mutations of each (0: every one)
+and prints a JSON object with how many were tried and what went wrong.
 """
 
 from __future__ import annotations
@@ -158,7 +158,9 @@ def outcome(arguments: Sequence[Any]) -> tuple[int, str]:
     return code, messages.getvalue() + printed.getvalue()
 
 
-def main(folder: Path, kind: str, number: int, seed: int) -> None:
+def try_kind(folder: Path, kind: str, number: int, seed: int) -> dict[str, Any]:
+    """How many mutations were tried, the seconds of the slowest command, and those that went wrong."""
+    folder.mkdir()
     path, commands = KINDS[kind](folder)
     text = path.read_text()
     content = json.loads(text)
@@ -186,8 +188,13 @@ def main(folder: Path, kind: str, number: int, seed: int) -> None:
                 wrong.append([command[0], list(at), value[:40], code, round(seconds, 1), lines[-1:], messages[-1500:]])
             shutil.rmtree(folder / "out", ignore_errors=True)
     path.write_text(text)
-    print(json.dumps({"tried": len(cases), "slowest": round(slowest, 2), "wrong": wrong}), file=sys.__stdout__)
+    return {"tried": len(cases), "slowest": round(slowest, 2), "wrong": wrong}
+
+
+def main(folder: Path, number: int, seed: int) -> None:
+    found = {kind: try_kind(folder / str(n), kind, number, seed) for n, kind in enumerate(KINDS)}
+    print(json.dumps(found), file=sys.__stdout__)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))
+    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))

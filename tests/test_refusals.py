@@ -30,7 +30,8 @@ from volseg.recipe import SpacingMm, shipped_recipes
 
 DEEP = "[" * 100_000 + "]" * 100_000
 SECONDS = 5.0  # of a refusal, on a machine that does other things too
-OTHER_ENCODINGS = ("cp1252", "latin-1", "ascii")
+ENCODINGS = ("ascii", *(pytest.param(name, marks=pytest.mark.slow) for name in ("cp1252", "latin-1")))
+OTHER_COMMANDS = ("columns --json", "selftest", "--help", "check /nowhere")
 
 
 @contextmanager
@@ -223,7 +224,7 @@ def test_a_checkpoint_that_unpacks_to_very_many_opcodes_is_refused_soon(tmp_path
 def test_other_damage_of_a_checkpoint_is_refused_soon(tmp_path):
     for number, data in enumerate(
         [
-            b"\x80\x02" + b"(" * 1_000_000 + b"N.",
+            b"\x80\x02" + b"(" * 100_000 + b"N.",
             b"\x80\x02" + b"]" * 100_000 + b"a" * 99_999 + b".",  # lists in lists
             b"\x80\x02\x8b\xff\xff\xff\x7f",
             b"\x80\x02J\xff",
@@ -467,7 +468,8 @@ def test_a_path_of_5000_letters_is_one_line(tmp_path, arguments, dataset, monkey
 
 
 @pytest.mark.parametrize(
-    "arguments", ["columns", "columns --json", "selftest", "--help", "train --help", "check /nowhere"]
+    "arguments",
+    ["train --help", "columns", *(pytest.param(words, marks=pytest.mark.slow) for words in OTHER_COMMANDS)],
 )
 def test_a_full_disk_under_stdout_is_exit_code_5_and_one_line(arguments):
     for unbuffered in ("1", ""):
@@ -522,7 +524,7 @@ def printed(monkeypatch, encoding, *arguments):
     return end.value.code, out.text, err.text
 
 
-@pytest.mark.parametrize("encoding", OTHER_ENCODINGS)
+@pytest.mark.parametrize("encoding", ENCODINGS)
 def test_every_command_prints_in_an_encoding_without_arrows(monkeypatch, tmp_path, untrained, encoding):
     image, out = scan(tmp_path / "scän.nii.gz"), tmp_path / "r → ☃"
     pair = ["--image", image, "--mask", mask(tmp_path / "mask.nii.gz")]
@@ -550,9 +552,7 @@ def test_every_command_prints_in_an_encoding_without_arrows(monkeypatch, tmp_pat
     assert json.loads(text)["out"] == str(out / "a")
 
 
-@pytest.mark.parametrize(
-    "encoding", ["ascii", *(pytest.param(name, marks=pytest.mark.slow) for name in OTHER_ENCODINGS[:2])]
-)
+@pytest.mark.parametrize("encoding", ENCODINGS)
 def test_training_ends_well_in_an_encoding_without_arrows(monkeypatch, tmp_path, dataset, encoding):
     recipe, model = tmp_path / "recipe.toml", tmp_path / "☃"
     recipe.write_text(TINY.replace("epochs = 5", "epochs = 1"))
@@ -596,24 +596,21 @@ def test_pictures_are_drawn_whatever_backend_the_environment_names(tmp_path):
     image = scan(tmp_path / "scan.nii.gz")
     mask(tmp_path / "mask.nii.gz")
     command = f"volseg measure --image {image} --mask {tmp_path}/mask.nii.gz --out {tmp_path}/out --figures"
-    done = shell(command, MPLBACKEND="module://no_such.notebook")
+    done = shell(command, MPLBACKEND="nonsense")
     assert done.returncode == 0, done.stderr
-    done = shell(command.replace("/out", "/out2"), MPLBACKEND="nonsense")
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "out2" / "figures" / "scan.png").is_file()
+    assert (tmp_path / "out" / "figures" / "scan.png").is_file()
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_no_value_in_a_json_file_makes_a_traceback_or_takes_the_memory(tmp_path, kind):
-    number = 12 if kind != "label names" else 60
+@pytest.mark.parametrize("number", [10, pytest.param(250, marks=pytest.mark.slow)])
+def test_no_value_in_a_json_file_makes_a_traceback_or_takes_the_memory(tmp_path, number):
     done = subprocess.run(
-        [sys.executable, Path(__file__).parent / "mutations.py", tmp_path, kind, str(number), "3"],
+        [sys.executable, Path(__file__).parent / "mutations.py", tmp_path, str(number), "3"],
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=3600,
         env=os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])},
     )
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
-    assert found["tried"] >= 10
-    assert found["wrong"] == []
+    for kind, found in json.loads(done.stdout).items():
+        assert found["tried"] >= 10, kind
+        assert found["wrong"] == [], kind

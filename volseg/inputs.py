@@ -7,6 +7,7 @@ line of text; who reads it says in a `VolsegError` what the file was for.
 from __future__ import annotations
 
 import errno
+import io
 import json
 import math
 import os
@@ -15,7 +16,7 @@ import stat
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn
+from typing import Any, NoReturn
 
 MAX_TEXT_BYTES = (
     32 << 20
@@ -44,7 +45,7 @@ def kind_of(mode: int) -> str:
     return kinds.get(stat.S_IFMT(mode), "a device")
 
 
-def open_regular(path: Path | str, *, buffering: int = -1) -> BinaryIO:
+def open_regular(path: Path | str) -> io.BufferedReader:
     """Open a regular file, or a link to one, for reading bytes. Never waits for a pipe and never opens a device.
 
     Raises:
@@ -58,7 +59,7 @@ def open_regular(path: Path | str, *, buffering: int = -1) -> BinaryIO:
         raise FileNotFoundError(errno.ENOENT, "does not exist", str(path)) from error
     try:
         _refuse_other_kinds(path, os.fstat(descriptor).st_mode)  # of what was opened, if it was replaced meanwhile
-        return open(descriptor, "rb", buffering=buffering)
+        return open(descriptor, "rb")
     except BaseException:
         os.close(descriptor)
         raise

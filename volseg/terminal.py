@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import errno
+import io
 import os
 import sys
 from collections.abc import Iterator
@@ -54,7 +55,7 @@ def printing() -> Iterator[None]:
         )
     codecs.register_error(PLAIN, _plain)
     for stream in streams:
-        if hasattr(stream, "reconfigure"):
+        if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors=PLAIN)
     sys.stdout = cast(TextIO, _Output(streams[0]))
     sys.stderr = cast(TextIO, _Messages(streams[1])) if streams[1] is not None else None

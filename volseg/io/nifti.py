@@ -649,7 +649,8 @@ def _opened(path: Path) -> Iterator[io.RawIOBase]:
     if not stat.S_ISREG(mode):  # a pipe or a device would be read for ever
         raise _refusal(path, "E_NOTFILE", f"is {kind_of(mode)}, not a file", "give the path of a NIfTI file")
     try:
-        with open_regular(path, buffering=0) as file:
+        with open_regular(path) as buffered:
+            file = buffered.raw
             is_gzip = file.read(2) == b"\x1f\x8b"
             file.seek(0)
             yield _Inflated(file, path) if is_gzip else file
