@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
@@ -18,15 +17,19 @@ from torch import nn
 
 from volseg import __version__
 from volseg.errors import VolsegError
+from volseg.inputs import MAX_TEXT_BYTES, open_regular, parse_json, read_bytes
 from volseg.io.files import make_folder, sha256_of, write_bytes_atomic, write_json_atomic
 from volseg.models import build_classifier, build_segmentation, set_weights
 from volseg.plan import DatasetFingerprint, Plan
-from volseg.recipe import Preprocess, Recipe, Roi, parse_recipe
+from volseg.recipe import AUTO, Preprocess, Recipe, Roi, Text, Window, listed, mistakes_of, parse_recipe
 
 FORMAT_VERSION = 1
 SHIPPED = "lung_nodule_ct"
 EXPORTED = "openvino"  # folder of what OpenVINO needs, inside a model folder
+FIRST = "segmentation"  # name of the weights of the 3D network; the others of an ensemble are numbered
 ROI = "roi"  # name of the weights of the coarse first pass
+NetworkName = Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_]{0,63}$")]  # a file name in the model's folder
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -45,7 +48,7 @@ class ModelBundle:
     versions: Mapping[str, str] = field(default_factory=dict)
     origin: Mapping[str, str] = field(default_factory=dict)
     sha256: str = ""
-    first: str = "segmentation"
+    first: str = FIRST
 
     @property
     def name(self) -> str:
@@ -86,7 +89,7 @@ class ModelBundle:
         return set_weights(build_classifier(classify), self.weights["classifier"])
 
 
-def segmentation_name(index: int, first: str = "segmentation") -> str:
+def segmentation_name(index: int, first: str = FIRST) -> str:
     """The name, in `weights`, of a member of the ensemble."""
     return first if index == 0 else f"{first}_{index}"
 
@@ -132,34 +135,65 @@ def load_bundle(folder: Path) -> ModelBundle:
     """
     description_path = folder / "model.json"
     try:
-        text = description_path.read_bytes()
-        description = json.loads(text)
-        version = description["format_version"]
-        if version > FORMAT_VERSION:
+        text = read_bytes(description_path, max_bytes=MAX_TEXT_BYTES)
+        content = parse_json(text)
+        version = content.get("format_version") if isinstance(content, dict) else None
+        if isinstance(version, int) and version > FORMAT_VERSION:
             raise VolsegError(
                 f"{folder}: model format {version} is newer than this volseg", fix="update volseg", code="E_VERSION"
             )
-        bundle = ModelBundle(
-            recipe=parse_recipe(description["recipe"], where=str(description_path)),
-            plan=Plan.model_validate(description["plan"]),
-            fingerprint=DatasetFingerprint.model_validate(description["fingerprint"]),
-            weights=_StoredWeights(folder, dict(description["weights_sha256"])),
-            metrics=description["metrics"],
-            versions=description["versions"],
-            origin=description.get("origin", {}),
+        description = _Description.model_validate(content)
+        return ModelBundle(
+            recipe=_closed(parse_recipe(description.recipe, where=str(description_path)), description.plan),
+            plan=description.plan,
+            fingerprint=description.fingerprint,
+            weights=_StoredWeights(folder, description.weights_sha256),
+            metrics=description.metrics,
+            versions=description.versions,
+            origin=description.origin,
             sha256=hashlib.sha256(text).hexdigest(),
         )
     except OSError as error:
         raise VolsegError(
-            f"{folder}: not a model folder ({error.strerror or error})",
+            f"{folder}: not a model folder ({Path(error.filename or folder).name}: {error.strerror or error})",
             fix="give a folder made by `volseg train` or `volseg import-nnunet`",
             code="E_CKPT",
         ) from error
-    except (ValueError, KeyError, TypeError, ValidationError) as error:
+    except ValueError as error:
+        reason = listed(mistakes_of(error, _Description)) if isinstance(error, ValidationError) else str(error)
         raise VolsegError(
-            f"{description_path}: damaged ({error})", fix="copy the model again", code="E_CKPT"
+            f"{description_path}: damaged ({reason})", fix="copy the model again", code="E_CKPT"
         ) from error
-    return bundle
+
+
+class _Description(BaseModel):
+    """What model.json holds."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True, allow_inf_nan=False)
+    format_version: Literal[1]
+    recipe: dict[str, Any]
+    plan: Plan
+    fingerprint: DatasetFingerprint
+    metrics: dict[str, Any]
+    versions: dict[str, Text]
+    origin: dict[str, Text] = {}
+    weights_sha256: Annotated[dict[NetworkName, Sha256], Field(min_length=1, max_length=1000)]
+
+    @model_validator(mode="after")
+    def _holds_a_network(self) -> _Description:
+        if FIRST not in self.weights_sha256:
+            raise ValueError(f"names no network {FIRST!r}, only {', '.join(self.weights_sha256)}")
+        return self
+
+
+def _closed(recipe: Recipe, plan: Plan) -> Recipe:
+    """The recipe, if nothing in it waits for a plan but what the plan of this model says."""
+    forms = {name: recipe.preprocess.normalise_of(name) for name in recipe.data.channels if name not in plan.windows}
+    opened = [name for name, form in forms.items() if isinstance(form, Window) and AUTO in form.model_dump().values()]
+    if opened or recipe.is_open:
+        what = f"the intensity windows of {', '.join(opened)}" if opened else "its network or its patches"
+        raise ValueError(f"the recipe of a trained model leaves {what} open")
+    return recipe
 
 
 def shipped_bundle() -> Path:
@@ -255,11 +289,19 @@ class _StoredWeights(Mapping[str, Mapping[str, torch.Tensor]]):
     def __getitem__(self, name: str) -> Mapping[str, torch.Tensor]:
         if name not in self._hashes:
             raise KeyError(name)
-        content = self._path(name).read_bytes()
+        try:
+            with open_regular(self._path(name)) as file:
+                content = file.read()
+        except OSError as error:
+            raise VolsegError(
+                f"{self._path(name)}: cannot be read ({error.strerror or error})",
+                fix="copy the model again",
+                code="E_CKPT",
+            ) from error
         self._check(name, hashlib.sha256(content).hexdigest())
         try:
             return load_tensors(content)
-        except SafetensorError as error:
+        except (SafetensorError, KeyError, ValueError) as error:  # KeyError: of a type of number that torch lacks
             raise VolsegError(
                 f"{self._path(name)}: damaged ({error})", fix="copy the model again", code="E_CKPT"
             ) from error

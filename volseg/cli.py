@@ -8,7 +8,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
@@ -23,6 +23,7 @@ from rich.table import Table
 
 from volseg import __version__
 from volseg.errors import VolsegError
+from volseg.terminal import one_line, printing, problem_of, takes_unicode
 
 if TYPE_CHECKING:
     from volseg.workflows import RunReport
@@ -35,7 +36,7 @@ SECONDS_PER_LINE = 30  # of progress, where stderr is no terminal
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout instead of text.")]
 Out = Annotated[Path, typer.Option(help="Folder for the results; made if it is not there.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda; auto takes the GPU where there is one.")]
-Seed = Annotated[int, typer.Option(min=0, help="Seed of everything random: same seed, same batches.")]
+Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of everything random: same seed, same batches.")]
 Figures = Annotated[bool, typer.Option("--figures", help="Also write a PNG per scan with its lesions outlined.")]
 Pages = Annotated[
     bool,
@@ -65,9 +66,20 @@ def main() -> None:
     """Entry point of the `volseg` command."""
     signal.signal(signal.SIGTERM, _terminate)
     try:
+        with printing():
+            _run()
+    except VolsegError as error:  # of stdout itself
+        _fail(error)
+
+
+def _run() -> None:
+    """Run the command that was asked for, and turn what ends it into a line and an exit code."""
+    try:
         app(standalone_mode=True)
     except VolsegError as error:
         _fail(error)
+    except (OSError, MemoryError) as error:
+        _fail(problem_of(error))
     except _TerminatedError:
         sys.exit(EXIT_TERMINATED)
 
@@ -173,9 +185,9 @@ def train(
     plan: Annotated[Path | None, typer.Option(help="A file of `volseg plan --out`, edited or not.")] = None,
     time_budget: TimeBudget = None,
     vram: Memory = None,
-    epochs: Annotated[int | None, typer.Option(min=1, help="Instead of the recipe's number.")] = None,
+    epochs: Annotated[int | None, typer.Option(min=1, max=1_000_000, help="Instead of the recipe's number.")] = None,
     patience: Annotated[
-        int | None, typer.Option(min=1, help="Stop after so many epochs without a better Dice.")
+        int | None, typer.Option(min=1, max=1_000_000, help="Stop after so many epochs without a better Dice.")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on where an interrupted run in --out stopped.")] = False,
     init: Annotated[Path | None, typer.Option(help="A model folder whose weights to start from.")] = None,
@@ -190,7 +202,9 @@ def train(
     devices: Annotated[
         int,
         typer.Option(
-            min=1, help="GPUs, or processes on a CPU, that share each batch; torchrun and SLURM say it themselves."
+            min=1,
+            max=1024,
+            help="GPUs, or processes on a CPU, that share each batch; torchrun and SLURM say it themselves.",
         ),
     ] = 1,
     precision: Annotated[
@@ -333,8 +347,10 @@ def quantise(
     dataset: Annotated[
         Path, typer.Argument(help="The dataset that it was trained on, or the folder `volseg preprocess` made of it.")
     ],
-    cases: Annotated[int, typer.Option(min=1, help="Training cases to look at, at most.")] = 30,
-    seed: Annotated[int, typer.Option(min=0, help="The seed of training, which drew the validation cases.")] = 0,
+    cases: Annotated[int, typer.Option(min=1, max=1_000_000, help="Training cases to look at, at most.")] = 30,
+    seed: Annotated[
+        int, typer.Option(min=0, max=2**32 - 1, help="The seed of training, which drew the validation cases.")
+    ] = 0,
     as_json: Json = False,
 ) -> None:
     """Make an int8 copy of a model's network for `volseg infer --precision int8`: faster on a CPU, a little less accurate.
@@ -580,12 +596,14 @@ def check(
         _print_json({"path": str(path), "problems": problems})
     for problem in [] if as_json else problems:
         fix = f"; to fix: {problem['fix']}" if problem["fix"] else ""
-        typer.echo(f"{problem['where']}: [{problem['code']}] {problem['problem']}{fix}")
+        typer.echo(one_line(f"{problem['where']}: [{problem['code']}] {problem['problem']}{fix}"))
     if not as_json:
         typer.echo(
-            f"{path}: {len(errors)} problem{'s' * (len(errors) != 1)} found"
-            if problems
-            else f"{path}: no problem found"
+            one_line(
+                f"{path}: {len(errors)} problem{'s' * (len(errors) != 1)} found"
+                if problems
+                else f"{path}: no problem found"
+            )
         )
     raise typer.Exit(2 if errors else 0)
 
@@ -701,9 +719,9 @@ def _finish(report: RunReport, as_json: bool, show: Callable[[], None], *, has_w
     else:
         show()
         for warning in () if has_warned else report.details.get("warnings", ()):
-            typer.echo(f"warning: {warning}", err=True)
+            typer.echo(one_line(f"warning: {warning}"), err=True)
         for case, reason in report.failed.items():
-            typer.echo(f"failed: {case}: {reason}", err=True)
+            typer.echo(one_line(f"failed: {case}: {reason}"), err=True)
     raise typer.Exit(report.exit_code)
 
 
@@ -861,12 +879,12 @@ def _announce_shipped_model() -> None:
 
 
 def _print_json(content: Any) -> None:
-    typer.echo(json.dumps(content, ensure_ascii=False))
+    typer.echo(json.dumps(content, ensure_ascii=not takes_unicode()))
 
 
 def _seconds(text: str) -> float:
     """`90s`, `20m`, `1.5h` or plain seconds → seconds."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smh]?)", text.strip())
+    match = re.fullmatch(r"\s*(\d{1,9}(?:\.\d{1,9})?)\s*([smh]?)\s*", text)
     if match is None or float(match[1]) == 0:
         raise VolsegError(
             f"time budget {text!r} is not a duration", fix="write it like 90s, 20m or 1.5h", code="E_USAGE"
@@ -875,5 +893,6 @@ def _seconds(text: str) -> float:
 
 
 def _fail(error: VolsegError) -> None:
-    typer.echo(f"error: [{error.code}] {error}", err=True)
+    with suppress(OSError):  # stderr may be full too
+        typer.echo(one_line(f"error: [{error.code}] {error}"), err=True)
     sys.exit(error.exit_code)

@@ -18,10 +18,11 @@ The same tensors appear again under `….all_modules.{n}.…` and `decoder.encod
 
 from __future__ import annotations
 
-import json
 import pickletools
 import re
+import struct
 import zipfile
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,10 +35,11 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from volseg.bundle import ModelBundle, segmentation_name
 from volseg.errors import VolsegError
+from volseg.inputs import open_regular, read_bytes, read_json, shortened
 from volseg.io.files import sha256_of
-from volseg.models import build_segmentation, set_weights, weights_of
-from volseg.plan import DatasetFingerprint, IntensityStatistics, Plan
-from volseg.recipe import Recipe, Window, parse_recipe
+from volseg.models import build_segmentation, check_finite, weights_of
+from volseg.plan import Count, DatasetFingerprint, IntensityStatistics, Plan
+from volseg.recipe import Intensity, LabelValue, Name, Recipe, Window, listed, mistakes_of, parse_recipe
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -72,7 +74,15 @@ _DAMAGE = (  # what reading a file that is no checkpoint can raise
     IndexError,
     AttributeError,
     EOFError,
+    OverflowError,
+    MemoryError,
+    struct.error,
+    zlib.error,
 )
+MAX_PICKLE_BYTES = 64 << 20  # of the log of 8000 epochs with 117 classes it is half; the weights lie beside it
+MAX_PICKLE_RATIO = 20  # of what a pickle unpacks to; `torch.save` does not compress at all
+MAX_OPCODES = 10_000_000
+MAX_MEMBERS = 100_000  # files in the archive: one per tensor
 _DTYPES = ("float64", "float32", "float16", "int64", "int32", "int16", "int8", "uint8", "bool")
 
 _AXES = {  # reader → do its arrays have the file's axes (slowest first), or those of the patient (S, A, R)?
@@ -140,15 +150,15 @@ def read_nnunet(folder: Path, *, folds: Sequence[str] | None = None, checkpoint:
 class _Loose(BaseModel):
     """A part of nnU-Net's JSON: what is needed is checked, the rest is ignored."""
 
-    model_config = ConfigDict(extra="ignore", frozen=True)
+    model_config = ConfigDict(extra="ignore", frozen=True, allow_inf_nan=False)
 
 
 class _Dataset(_Loose):
-    channel_names: dict[str, str] | None = None
-    modality: dict[str, str] | None = None  # what older files call the channels
-    labels: dict[str, int | list[int]]
-    regions_class_order: list[int] | None = None
-    numTraining: int = 0  # noqa: N815
+    channel_names: dict[Name, Name] | None = None
+    modality: dict[Name, Name] | None = None  # what older files call the channels
+    labels: dict[Name, LabelValue | list[LabelValue]]
+    regions_class_order: list[LabelValue] | None = None
+    numTraining: Count = 0  # noqa: N815
     description: Any = None
     reference: Any = None
     licence: Any = None
@@ -197,11 +207,11 @@ class _Configuration(_Loose):
 
 
 class _Intensities(_Loose):
-    mean: float
-    median: float
-    std: float
-    percentile_00_5: float
-    percentile_99_5: float
+    mean: Intensity
+    median: Intensity
+    std: Intensity
+    percentile_00_5: Intensity
+    percentile_99_5: Intensity
 
 
 class _Plans(_Loose):
@@ -232,7 +242,7 @@ class _Checkpoint:
 
 def _json_of(folder: Path, name: str) -> Any:
     try:
-        return json.loads((folder / name).read_bytes())
+        return read_json(folder / name)
     except OSError as error:
         inner = sorted(path.parent for path in folder.glob("*/plans.json"))
         raise VolsegError(
@@ -248,9 +258,8 @@ def _checked(model: type[Model], content: Any, where: Path | str) -> Model:
     try:
         return model.model_validate(content)
     except ValidationError as error:
-        mistakes = [f"{'.'.join(map(str, m['loc'])) or 'content'}: {m['msg'].lower()}" for m in error.errors()]
         raise VolsegError(
-            f"{where}: not as nnU-Net v2 writes it: {'; '.join(mistakes[:5])}",
+            f"{where}: not as nnU-Net v2 writes it: {listed(mistakes_of(error, model))}",
             fix="give the files of nnU-Net v2; models of version 1 have to be trained again",
             code="E_NNUNET",
         ) from error
@@ -283,6 +292,8 @@ def _folds(folder: Path, wanted: Sequence[str] | None) -> list[str]:
 def _checkpoint_path(folder: Path, fold: str, checkpoint: str) -> Path:
     path = folder / f"fold_{fold}" / checkpoint
     if not path.is_file():
+        if path.exists():
+            raise VolsegError(f"{path}: is not a file", fix="give the checkpoint itself", code="E_NOTFILE")
         there = sorted(other.name for other in path.parent.glob("checkpoint_*.pth"))
         others = f"--checkpoint {there[0]}" if there else "copy it"
         raise VolsegError(
@@ -312,8 +323,8 @@ def _read_checkpoint(path: Path) -> _Checkpoint:
         mirror_axes = content.get("inference_allowed_mirroring_axes")
         return _Checkpoint(
             weights={str(key): tensor.detach() for key, tensor in weights.items()},
-            trainer=str(content["trainer_name"]),
-            configuration=str(arguments["configuration"]),
+            trainer=shortened(str(content["trainer_name"]), 200),
+            configuration=shortened(str(arguments["configuration"]), 200),
             mirror_axes=tuple(int(axis) for axis in mirror_axes or ()),
         )
     except _DAMAGE as error:
@@ -344,11 +355,18 @@ def _refuse_other_names(path: Path) -> None:
 
 def _pickle_of(path: Path) -> bytes:
     """The pickle in a file of `torch.save`, which is a zip archive; any other file is taken to be one itself."""
-    if not zipfile.is_zipfile(path):
-        return path.read_bytes()
-    with zipfile.ZipFile(path) as archive:
-        (name,) = (name for name in archive.namelist() if name.endswith("/data.pkl"))
-        return archive.read(name)
+    with open_regular(path) as file:
+        if not zipfile.is_zipfile(file):
+            return read_bytes(path, max_bytes=MAX_PICKLE_BYTES)
+        with zipfile.ZipFile(file) as archive:
+            members = archive.infolist()
+            if len(members) > MAX_MEMBERS:
+                raise ValueError(f"holds {len(members):,} files, more than {MAX_MEMBERS:,}")
+            (member,) = (member for member in members if member.filename.endswith("/data.pkl"))
+            size, packed = member.file_size, member.compress_size
+            if size > min(MAX_PICKLE_BYTES, MAX_PICKLE_RATIO * packed):
+                raise ValueError(f"its pickle of {packed:,} bytes unpacks to {size:,}")
+            return archive.read(member)
 
 
 def _names_in(data: bytes) -> tuple[set[str], bool]:
@@ -360,7 +378,9 @@ def _names_in(data: bytes) -> tuple[set[str], bool]:
     from_the_stack = False
     texts, memo = ["", ""], {}
     last: str | None = None
-    for opcode, argument, _ in pickletools.genops(data):
+    for number, (opcode, argument, _) in enumerate(pickletools.genops(data)):
+        if number == MAX_OPCODES:
+            raise ValueError(f"its pickle holds more than {MAX_OPCODES:,} instructions")
         if opcode.name in ("GLOBAL", "INST"):
             names.add(str(argument).replace(" ", "."))
         elif opcode.name in ("STACK_GLOBAL", "EXT1", "EXT2", "EXT4"):
@@ -371,7 +391,7 @@ def _names_in(data: bytes) -> tuple[set[str], bool]:
             continue
         last = memo.get(argument) if opcode.name in ("BINGET", "LONG_BINGET") else argument
         if isinstance(last, str):
-            texts.append(last)
+            texts = [texts[-1], last]
     return names, from_the_stack
 
 
@@ -418,7 +438,7 @@ def _configuration(plans: _Plans, name: str, where: Path) -> _Configuration:
             f"configuration {name!r} is the second stage of a cascade, fed with the masks of {content['previous_stage']!r}",
             fix="import the 3d_fullres or 3d_lowres model of the same dataset",
         )
-    if len(content.get("patch_size", ())) == 2:
+    if isinstance(patch := content.get("patch_size"), list) and len(patch) == 2:
         raise _unsupported(
             where,
             f"configuration {name!r} is 2D; volseg runs 3D networks",
@@ -496,9 +516,11 @@ def _recipe(
     labels, order = _labels(dataset, folder / "dataset.json")
     title = f"{plans.dataset_name}_{name}"
     content = {
-        "name": re.sub(r"[^a-z0-9_]", "_", title.lower()).lstrip("_") or "nnunet",
-        "description": str(dataset.description or f"nnU-Net model {plans.dataset_name}, configuration {name}."),
-        "data_source": "; ".join(str(text) for text in (dataset.reference, dataset.licence) if text),
+        "name": re.sub(r"[^a-z0-9_]", "_", title.lower()).lstrip("_")[:200] or "nnunet",
+        "description": shortened(
+            str(dataset.description or f"nnU-Net model {plans.dataset_name}, configuration {name}."), 5000
+        ),
+        "data_source": shortened("; ".join(str(text) for text in (dataset.reference, dataset.licence) if text), 5000),
         "data": {
             "channels": channels,
             "labels": labels,
@@ -650,7 +672,7 @@ def _network(architecture: _Architecture, where: Path) -> tuple[str, dict[str, A
             settings["stem_channels"] = rest.pop("stem_channels", None)
             if str(rest.get("block", "BasicBlockD")).endswith("BasicBlockD"):
                 rest.pop("block", None)
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise _unsupported(where, f"architecture {kind} is not described as nnU-Net does ({error!r})") from error
     if not str(rest.pop("conv_op", "Conv3d")).endswith("Conv3d"):
         raise _unsupported(where, "the network is not 3D", fix="import a 3D configuration of the same dataset")
@@ -706,8 +728,19 @@ def _weights(found: Mapping[str, torch.Tensor], recipe: Recipe, path: Path) -> d
             fix="give the plans.json of this training; a trainer that changes the network cannot be imported",
             code="E_CKPT",
         )
+    shapes = {name: tensor.shape for name, tensor in weights_of(network).items()}
+    misfits = [key for name, key in theirs.items() if found[key].shape != shapes[name]]
+    if misfits:  # before any is copied: a tensor that repeats one number may claim any size
+        raise VolsegError(
+            f"{path}: is not the network of plans.json: {len(misfits)} of its tensors do not fit the network {misfits[:3]}",
+            fix="give the plans.json of this training; a trainer that changes the network cannot be imported",
+            code="E_CKPT",
+        )
     weights = {name: found[key].to(torch.float32, copy=True) for name, key in theirs.items()}
-    set_weights(network, weights)
+    try:
+        check_finite(weights)
+    except VolsegError as error:
+        raise VolsegError(f"{path}: {error.problem}", fix=error.fix, code=error.code) from error
     return weights
 
 
@@ -754,8 +787,8 @@ def _validation_dice(folder: Path, folds: Sequence[str], checkpoint: str) -> dic
     metrics = {}
     for fold in folds if checkpoint == FINAL else ():
         try:
-            summary = json.loads((folder / f"fold_{fold}" / "validation" / "summary.json").read_bytes())
+            summary = read_json(folder / f"fold_{fold}" / "validation" / "summary.json", is_finite=False)
             metrics[f"nnunet_validation_dice_fold_{fold}"] = float(summary["foreground_mean"]["Dice"])
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, OverflowError):
             continue
     return {name: value for name, value in metrics.items() if np.isfinite(value)}

@@ -5,16 +5,30 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from volseg.errors import VolsegError
 from volseg.preprocess.crop import AxisOrder, canonical_geometry
 from volseg.preprocess.normalise import NORMALISERS, Absent, Normaliser
 from volseg.preprocess.prepare import PrepareSettings
-from volseg.recipe import AUTO, Fraction, Network, Positive, PositiveInt, Preprocess, Recipe, Roi, Window
+from volseg.recipe import (
+    AUTO,
+    BatchSize,
+    Edge,
+    Fraction,
+    Intensity,
+    Network,
+    Preprocess,
+    Recipe,
+    Roi,
+    SpacingMm,
+    Text,
+    Window,
+    oversized_patch,
+)
 from volseg.sizing import (
     ANISOTROPIC,
     LEAST_LEVELS,
@@ -42,27 +56,34 @@ STATED = "stated by the recipe"
 EDITED = "from the plan that was given"
 
 
+Feature = Annotated[int, Field(ge=1, le=4096)]  # channels of a level
+Step = Annotated[int, Field(ge=1, le=64)]  # of a stride or a kernel along one axis
+Count = Annotated[int, Field(ge=0, le=2**62)]
+Length = Annotated[float, Field(gt=0, le=1e6)]  # mm
+ScanEdge = Annotated[int, Field(ge=1, le=2**31)]  # voxels
+
+
 class _Json(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class IntensityStatistics(_Json):
     """Of the labelled voxels of the training cases, one channel."""
 
-    mean: float
-    sd: float
-    p00_5: float
-    median: float
-    p99_5: float
+    mean: Intensity
+    sd: Intensity
+    p00_5: Intensity
+    median: Intensity
+    p99_5: Intensity
 
 
 class DatasetFingerprint(_Json):
     """Spacings (mm) and shapes of the scans along R, A, S, voxels per label, intensities under the labels."""
 
-    n_cases: int
-    spacings_mm: tuple[tuple[float, float, float], ...]
-    shapes: tuple[tuple[int, int, int], ...]
-    label_voxels: dict[int, int]
+    n_cases: Count
+    spacings_mm: tuple[tuple[Length, Length, Length], ...]
+    shapes: tuple[tuple[ScanEdge, ScanEdge, ScanEdge], ...]
+    label_voxels: dict[int, Count]
     foreground: dict[str, IntensityStatistics]
     empty_masks: tuple[str, ...] = ()  # cases whose mask holds no labelled voxel
 
@@ -79,17 +100,17 @@ class CaseFingerprint(_Json):
 class Line(_Json):
     """One decision of a plan, for people."""
 
-    setting: str
-    value: str
-    reason: str
+    setting: Text
+    value: Text
+    reason: Text
 
 
 class Layers(_Json):
     """Of a U-Net, per level, finest first: what [network] in a recipe leaves open."""
 
-    features: tuple[PositiveInt, ...]
-    strides: tuple[tuple[PositiveInt, PositiveInt, PositiveInt], ...]
-    kernels: tuple[tuple[PositiveInt, PositiveInt, PositiveInt], ...]
+    features: Annotated[tuple[Feature, ...], Field(max_length=16)]
+    strides: Annotated[tuple[tuple[Step, Step, Step], ...], Field(max_length=16)]
+    kernels: Annotated[tuple[tuple[Step, Step, Step], ...], Field(max_length=16)]
 
     @model_validator(mode="after")
     def _one_of_each_per_level(self) -> Layers:
@@ -103,13 +124,26 @@ class Layers(_Json):
 class Plan(_Json):
     """The numbers that training and inference share."""
 
-    spacing_mm: tuple[Positive, Positive, Positive]
-    patch_shape: tuple[PositiveInt, PositiveInt, PositiveInt]
-    batch_size: PositiveInt
+    spacing_mm: tuple[SpacingMm, SpacingMm, SpacingMm]
+    patch_shape: tuple[Edge, Edge, Edge]
+    batch_size: BatchSize
     windows: dict[str, Window]  # of the channels that have one, every number resolved
     foreground_share: Fraction | None = None  # None: the recipe states it, as with the settings of the network
     network: Layers | None = None
     lines: tuple[Line, ...] = ()
+
+    @model_validator(mode="after")
+    def _patch_is_not_too_large(self) -> Plan:
+        for mistake in oversized_patch(self.patch_shape):
+            raise ValueError(mistake)
+        return self
+
+    @model_validator(mode="after")
+    def _windows_are_resolved(self) -> Plan:
+        opened = [name for name, window in self.windows.items() if AUTO in window.model_dump().values()]
+        if opened:
+            raise ValueError(f"the windows of {', '.join(opened)} hold {AUTO!r} in place of a number")
+        return self
 
     def complete(self, recipe: Recipe) -> Recipe:
         """The recipe with this plan's numbers where it says "auto".

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import tomllib
+import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, get_args
@@ -21,20 +21,40 @@ from pydantic import (
 )
 
 from volseg.errors import VolsegError
+from volseg.inputs import MAX_NAME, NotAFileError, read_toml, shortened
 
 AUTO = "auto"
 Auto = Literal["auto"]
 PLANNED_LAYERS = ("features", "strides", "kernels")
 Triple = tuple[float, float, float]
 IntTriple = tuple[int, int, int]
-Positive = Annotated[float, Field(gt=0)]
-PositiveInt = Annotated[int, Field(ge=1)]
 MOST_LABELS = 254  # 255 marks voxels of which nobody knows what they are
+MAX_PATCH_VOXELS = 2**28  # 645 along each axis
+MAX_PIXELS = 2**28  # of a batch of the classifier
+MAX_SETTING, MAX_SETTINGS = 4096, 1000  # the largest number under [network], and how many there may be
+MOST_MISTAKES = 20  # written out in one message
+
+# Bounds far beyond what is sensible, but within what arrays, float32 and a day of work can hold: a recipe is a stranger's file.
+Positive = Annotated[float, Field(gt=0, le=1e6)]
+PositiveInt = Annotated[int, Field(ge=1, le=65_536)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Weight = Annotated[float, Field(ge=0, le=1e6)]
+Intensity = Annotated[float, Field(ge=-1e39, le=1e39)]  # float32 ends at 3.4e38
+Deviation = Annotated[float, Field(ge=1e-12, le=1e39)]  # of intensities, which are divided by it
+SpacingMm = Annotated[float, Field(ge=0.01, le=100)]  # as of the scans that are read
+Factor = Annotated[float, Field(ge=0.01, le=100)]
+Degrees = Annotated[int, Field(ge=0, le=360)]
+Millimetres = Annotated[float, Field(ge=0, le=10_000)]
+Edge = Annotated[int, Field(ge=1, le=4096)]  # voxels of a patch along one axis
+BatchSize = Annotated[int, Field(ge=1, le=4096)]
+Repeats = Annotated[int, Field(ge=1, le=1_000_000)]
+LabelValue = Annotated[int, Field(ge=-(2**31), lt=2**31)]  # the rule about label values has its own words
+Name = Annotated[str, Field(max_length=MAX_NAME)]
+Text = Annotated[str, Field(max_length=20_000)]
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     # Settings younger than the first recipes: left out where they are at their default, so that an older recipe keeps its hash.
     later: ClassVar[frozenset[str]] = frozenset()
@@ -52,17 +72,19 @@ class Data(Section):
     """Which images a case has and what the mask's values mean."""
 
     later = frozenset({"regions", "ignore", "grids", "align", "missing"})
-    channels: Annotated[tuple[str, ...], Field(min_length=1)]
+    channels: Annotated[tuple[Name, ...], Field(min_length=1, max_length=64)]
     labels: Annotated[
-        dict[str, int], Field(min_length=1)
+        dict[Name, LabelValue], Field(min_length=1, max_length=1000)
     ]  # name = value in the mask; every other value but 0 is an error
-    intensity_unit: str  # of the first channel, in which lesions are measured: HU, a.u., SUV
+    intensity_unit: Name  # of the first channel, in which lesions are measured: HU, a.u., SUV
     # Overlapping regions: the mask value that each output channel of the network writes where its sigmoid is over 0.5; a later
     # channel overwrites an earlier one. None: channel 0 is the background, then the labels, and the largest wins.
-    regions_class_order: tuple[int, ...] | None = None
+    regions_class_order: Annotated[tuple[LabelValue, ...], Field(max_length=1000)] | None = None
     # To train such regions: name = the mask values that it is made of, one per output channel.
-    regions: dict[str, tuple[int, ...]] | None = None
-    ignore: int | None = None  # mask value of voxels of which nobody says what they are: neither trained on nor judged
+    regions: Annotated[dict[Name, tuple[LabelValue, ...]], Field(max_length=1000)] | None = None
+    ignore: LabelValue | None = (
+        None  # mask value of voxels of which nobody says what they are: neither trained on nor judged
+    )
     # Channels on grids of their own are an error, or are brought to the grid of the first one by where they are in the world;
     # `rigid` also moves them there until they fit, for scans between which the patient moved.
     grids: Literal["same", "first"] = "same"
@@ -120,10 +142,10 @@ class Window(Section):
     """CT: clip to [low, high], subtract the dataset's foreground mean, divide by its deviation."""
 
     method: Literal["window"]
-    low: float | Auto = "auto"  # auto: 0.5 percentile of the foreground of the training cases
-    high: float | Auto = "auto"  # auto: 99.5 percentile
-    mean: float | Auto = "auto"
-    sd: Positive | Auto = "auto"
+    low: Intensity | Auto = "auto"  # auto: 0.5 percentile of the foreground of the training cases
+    high: Intensity | Auto = "auto"  # auto: 99.5 percentile
+    mean: Intensity | Auto = "auto"
+    sd: Deviation | Auto = "auto"
 
 
 class ZScore(Section):
@@ -147,8 +169,8 @@ class Scale(Section):
     """Subtract and divide by stated numbers, whatever the scan: photographs, or intensities that are right already."""
 
     method: Literal["scale"]
-    subtract: float = 0.0
-    divide_by: Positive = 1.0
+    subtract: Intensity = 0.0
+    divide_by: Deviation = 1.0
 
 
 Normalise = Annotated[Window | ZScore | Percentile | Scale, Field(discriminator="method")]
@@ -163,18 +185,20 @@ class Preprocess(Section):
         1,
         2,
     )  # then: network axis n is axis transpose[n] of these; spacing and patch are in its order
-    spacing_mm: tuple[Positive, Positive, Positive] | Auto = "auto"  # along R, A, S; auto: median of the training cases
+    spacing_mm: tuple[SpacingMm, SpacingMm, SpacingMm] | Auto = (
+        "auto"  # along R, A, S; auto: median of the training cases
+    )
     interpolation: Literal["linear", "cubic"] = "linear"
     # Where the coarsest spacing of the scan, or else the target's, is more than this many times the finest, that axis (if it is
     # the only one so coarse) takes the nearest slice and only the other two interpolate, on the way there and back.
-    separate_above: Annotated[float, Field(ge=0)] | None = None
+    separate_above: Weight | None = None
     clip_overshoot: bool = False  # cubic: no value beyond those of the scan (of the slice, where an axis is separate)
     crop: Literal["body", "nonzero", "none"] = (
         "body"  # outside the box of the body the mask is background by definition
     )
-    body_above: float | Auto = "auto"  # intensity over which a voxel is body; auto: a tenth of the 99th percentile
+    body_above: Intensity | Auto = "auto"  # intensity over which a voxel is body; auto: a tenth of the 99th percentile
     normalise: Normalise
-    normalise_channels: dict[str, Normalise] = {}  # the channels for which it is another one
+    normalise_channels: dict[Name, Normalise] = {}  # the channels for which it is another one
     normalise_first: bool = False  # normalise the scan's own voxels before they are resampled, not what comes out
 
     @model_validator(mode="after")
@@ -195,7 +219,12 @@ class Network(Section):
     """`name` is a file in models/; every other key goes to its `build` function. `features`, `strides` and `kernels` may be "auto"."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
-    name: str
+    name: Name
+
+    @model_validator(mode="after")
+    def _settings_are_of_a_network_that_can_be_built(self) -> Network:
+        _refuse(_oversized(self.settings, MAX_SETTING))
+        return self
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -217,22 +246,24 @@ class Augment(Section):
     )
     flip_axes: tuple[Literal["R", "A", "S"], ...] = ("R", "A", "S")
     spatial_probability: Fraction = 0.5
-    rotation_degrees: IntTriple = (15, 15, 15)  # largest angle about R, A and S
-    scaling: tuple[Positive, Positive] = (0.85, 1.2)
+    rotation_degrees: tuple[Degrees, Degrees, Degrees] = (15, 15, 15)  # largest angle about R, A and S
+    scaling: tuple[Factor, Factor] = (0.85, 1.2)
     elastic_probability: Fraction = 0.0
-    elastic_mm: Positive = 3.0  # standard deviation of the displacement of a control point; there are 5 along each axis
+    elastic_mm: Annotated[float, Field(gt=0, le=1000)] = (
+        3.0  # standard deviation of the displacement of a control point; there are 5 along each axis
+    )
     noise_probability: Fraction = 0.15
-    noise_sd: float = 0.1  # of the normalised intensity
+    noise_sd: Weight = 0.1  # of the normalised intensity
     blur_probability: Fraction = 0.1
-    blur_sigma: tuple[Positive, Positive] = (0.5, 1.0)  # voxels
+    blur_sigma: tuple[Factor, Factor] = (0.5, 1.0)  # voxels
     brightness_probability: Fraction = 0.15
-    brightness: tuple[Positive, Positive] = (0.85, 1.15)
+    brightness: tuple[Factor, Factor] = (0.85, 1.15)
     contrast_probability: Fraction = 0.15
-    contrast: tuple[Positive, Positive] = (0.8, 1.25)
+    contrast: tuple[Factor, Factor] = (0.8, 1.25)
     low_resolution_probability: Fraction = 0.1
-    low_resolution: tuple[Positive, Positive] = (0.5, 1.0)  # voxels this much coarser, and interpolated back
+    low_resolution: tuple[Factor, Factor] = (0.5, 1.0)  # voxels this much coarser, and interpolated back
     gamma_probability: Fraction = 0.1
-    gamma: tuple[Positive, Positive] = (0.8, 1.25)
+    gamma: tuple[Factor, Factor] = (0.8, 1.25)
     channel_drop_probability: Fraction = 0.0  # that a channel but the first is 0, for cases in which it is missing
 
 
@@ -242,7 +273,7 @@ class Loss(Section):
     overlap: Literal["dice", "generalised_dice", "tversky", "none"] = "dice"
     tversky_extra: Positive = 0.3  # cost of voxels that only the network has; Dice is 0.5 and 0.5
     tversky_missed: Positive = 0.7  # and of those that it missed
-    focal_gamma: Annotated[float, Field(ge=0)] = (
+    focal_gamma: Annotated[float, Field(ge=0, le=100)] = (
         0.0  # over 0, cross-entropy turns its back on voxels that are right already
     )
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
@@ -250,34 +281,39 @@ class Loss(Section):
 
 class Train(Section):
     later = frozenset({"optimizer", "schedule", "l1", "gradient_norm", "accumulate", "loss"})
-    patch_shape: tuple[PositiveInt, PositiveInt, PositiveInt] | Auto  # voxels of the resampled grid
-    batch_size: PositiveInt | Auto = 2
-    steps_per_epoch: Annotated[int, Field(ge=1)] = 50
-    epochs: Annotated[int, Field(ge=1)] = 100
-    patience: Annotated[int, Field(ge=1)] = 30  # epochs without a better validation Dice before training stops
+    patch_shape: tuple[Edge, Edge, Edge] | Auto  # voxels of the resampled grid
+    batch_size: BatchSize | Auto = 2
+    steps_per_epoch: Repeats = 50
+    epochs: Repeats = 100
+    patience: Repeats = 30  # epochs without a better validation Dice before training stops
     optimizer: Literal["adamw", "sgd"] = "adamw"  # sgd: with Nesterov momentum of 0.99
     schedule: Literal["cosine", "poly"] = (
         "cosine"  # how the learning rate falls to 0 at the end of the run, or of --time-budget
     )
     learning_rate: Positive = 2e-3
-    weight_decay: Annotated[float, Field(ge=0)] = 1e-3  # L2
-    l1: Annotated[float, Field(ge=0)] = 0.0  # times the sum of all absolute weights, added to the loss
+    weight_decay: Weight = 1e-3  # L2
+    l1: Weight = 0.0  # times the sum of all absolute weights, added to the loss
     gradient_norm: Positive = 5.0  # longer gradients are shortened to it
     accumulate: PositiveInt = 1  # batches whose gradients make one step: a larger batch in the same memory
     foreground_share: Fraction | Auto = 0.5  # of the patches that are centred on a labelled voxel
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.99  # the averaged weights are validated and kept
-    validation_cases: Annotated[int, Field(ge=1)] = 20  # looked at after each epoch; the final metrics use all
+    validation_cases: Repeats = 20  # looked at after each epoch; the final metrics use all
     validation_share: Annotated[float, Field(gt=0, lt=1)] = 0.2  # of the patients, where the dataset has no `split`
     class_weights: tuple[Positive, ...] | None = None  # cross-entropy weights of background and labels
     loss: Loss = Loss()
     augment: Augment = Augment()
 
+    @model_validator(mode="after")
+    def _patch_is_not_too_large(self) -> Train:
+        _refuse(() if self.patch_shape == AUTO else oversized_patch(self.patch_shape))
+        return self
+
 
 class Infer(Section):
     overlap: Annotated[float, Field(ge=0, lt=1)] = 0.5  # fraction of a patch shared with its neighbour
     mirror_axes: tuple[Literal["R", "A", "S"], ...] = ()  # average over mirrored copies: each axis doubles the time
-    batch_size: Annotated[int, Field(ge=1)] = 1
-    margin: Annotated[int, Field(ge=0)] = (
+    batch_size: BatchSize = 1
+    margin: Annotated[int, Field(ge=0, le=1024)] = (
         0  # voxels by which the scan is continued by its mirror image beyond each face
     )
 
@@ -290,7 +326,12 @@ class Step(Section):
     """`step` is a row of the table in postprocess/steps.py; every other key goes to it."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
-    step: str
+    step: Name
+
+    @model_validator(mode="after")
+    def _settings_are_plain(self) -> Step:
+        _refuse(_oversized(self.settings, 1e15))
+        return self
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -300,27 +341,35 @@ class Step(Section):
 class Classify(Section):
     """A 2D network that scores each lesion from slices through it."""
 
-    column: str  # of cases.csv: a number per case
+    column: Name  # of cases.csv: a number per case
     classes: Annotated[
-        dict[str, tuple[float, float]], Field(min_length=2)
+        dict[Name, tuple[Intensity, Intensity]], Field(min_length=2, max_length=1000)
     ]  # name = [lowest, highest] value; others are not used
     network: Network
-    field_of_view_mm: Positive = 48.0
-    pixels: Annotated[int, Field(ge=8)] = 64
-    low: float  # intensity window of the slices
-    high: float
-    batch_size: Annotated[int, Field(ge=1)] = 32
-    epochs: Annotated[int, Field(ge=1)] = 60
+    field_of_view_mm: Annotated[float, Field(gt=0, le=10_000)] = 48.0
+    pixels: Annotated[int, Field(ge=8, le=4096)] = 64
+    low: Intensity  # intensity window of the slices
+    high: Intensity
+    batch_size: BatchSize = 32
+    epochs: Repeats = 60
     learning_rate: Positive = 1e-3
-    weight_decay: Annotated[float, Field(ge=0)] = 1e-2
+    weight_decay: Weight = 1e-2
     time_share: Annotated[float, Field(gt=0, lt=1)] = 0.15  # of --time-budget
+
+    @model_validator(mode="after")
+    def _batch_is_not_too_large(self) -> Classify:
+        if self.batch_size * self.pixels**2 > MAX_PIXELS:
+            raise ValueError(
+                f"batch_size {self.batch_size} × {self.pixels}² pixels are more than {MAX_PIXELS:,} pixels"
+            )
+        return self
 
 
 class Roi(Section):
     """A coarse first pass: a small network finds where the labels are, and the recipe's own is run only there."""
 
-    spacing_mm: tuple[Positive, Positive, Positive]  # along R, A, S; several times that of [preprocess]
-    margin_mm: Annotated[float, Field(ge=0)] = 20.0  # by which the region goes beyond the box of what was found
+    spacing_mm: tuple[SpacingMm, SpacingMm, SpacingMm]  # along R, A, S; several times that of [preprocess]
+    margin_mm: Millimetres = 20.0  # by which the region goes beyond the box of what was found
     network: Network
     train: Train  # of this network; its patch_shape counts coarse voxels
     time_share: Annotated[float, Field(gt=0, lt=1)] = 0.15  # of --time-budget
@@ -341,13 +390,15 @@ class Measure(Section):
     """What the lesions are, where the numbers depend on it."""
 
     # A label that is the organ in which the others lie: it is no lesion, and `burden` is their share of it.
-    organ: str | None = None
-    lymph_nodes: tuple[str, ...] = ()  # labels that are measured along their short axis
+    organ: Name | None = None
+    lymph_nodes: tuple[Name, ...] = ()  # labels that are measured along their short axis
     max_targets: PositiveInt = 5  # lesions in the sum of diameters
     max_targets_per_label: PositiveInt = 2
-    density_g_cm3: tuple[tuple[float, float], ...] | None = None  # (HU, g/cm³) points in place of the published ones
+    density_g_cm3: Annotated[tuple[tuple[Intensity, Intensity], ...], Field(max_length=1000)] | None = (
+        None  # (HU, g/cm³) points in place of the published ones
+    )
     calcium: bool = False  # Agatston, volume and mass score
-    calcium_threshold_hu: float = 130.0
+    calcium_threshold_hu: Intensity = 130.0
     calcium_mg_per_ml_hu: Positive | None = None  # of the scanner, from its calibration phantom; without it no mass
 
     @model_validator(mode="after")
@@ -362,17 +413,17 @@ class Measure(Section):
 
 class Recipe(Section):
     later = frozenset({"roi", "measure"})
-    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_]*$")]
-    description: str
-    intended_use: str = ""
-    limits: str = ""
-    data_source: str = ""  # attribution that the model card repeats
+    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_]*$", max_length=200)]
+    description: Text
+    intended_use: Text = ""
+    limits: Text = ""
+    data_source: Text = ""  # attribution that the model card repeats
     data: Data
     preprocess: Preprocess
     network: Network
     train: Train
     infer: Infer = Infer()
-    postprocess: tuple[Step, ...] = ()
+    postprocess: Annotated[tuple[Step, ...], Field(max_length=100)] = ()
     classify: Classify | None = None
     roi: Roi | None = None
     measure: Measure = Measure()
@@ -456,6 +507,28 @@ def _refuse(mistakes: Iterable[str]) -> None:
         raise ValueError("\n".join(found))
 
 
+def oversized_patch(shape: tuple[int, int, int]) -> Iterator[str]:
+    """The mistake of a patch that no machine holds."""
+    voxels = math.prod(shape)
+    if voxels > MAX_PATCH_VOXELS:
+        yield f"a patch of {' × '.join(map(str, shape))} has {voxels:,} voxels, more than {MAX_PATCH_VOXELS:,}"
+
+
+def _oversized(settings: dict[str, Any], largest: float) -> Iterator[str]:
+    """The mistakes of settings whose names and kinds are not known yet: numbers that are too large, or too many of them."""
+    values: list[Any] = list(settings.values())
+    count = 0
+    while values and count <= MAX_SETTINGS:
+        value = values.pop()
+        count += 1
+        if isinstance(value, dict | list | tuple):
+            values.extend(value.values() if isinstance(value, dict) else value)
+        elif isinstance(value, int | float) and not abs(value) <= largest:
+            yield f"holds {shortened(str(value))}; the largest number is {largest:g}"
+    if values:
+        yield f"holds more than {MAX_SETTINGS} values"
+
+
 def load_recipe(recipe: str | Path) -> Recipe:
     """Read a recipe from a TOML file, or one that ships with volseg by its name.
 
@@ -464,8 +537,14 @@ def load_recipe(recipe: str | Path) -> Recipe:
     """
     path = _find(recipe)
     try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        content = read_toml(path)
+    except NotAFileError as error:
+        raise VolsegError(f"{path}: {error.strerror}", fix="give a TOML file", code="E_NOTFILE") from error
+    except OSError as error:
+        raise VolsegError(
+            f"{path}: cannot be read ({error.strerror})", fix="check its permissions", code="E_PERM"
+        ) from error
+    except ValueError as error:
         raise VolsegError(f"{path}: not a TOML file ({error})", fix="correct that line", code="E_RECIPE") from error
     return parse_recipe(content, where=str(path))
 
@@ -475,12 +554,25 @@ def parse_recipe(content: dict[str, Any], *, where: str) -> Recipe:
     try:
         return Recipe.model_validate(content)
     except ValidationError as error:
-        mistakes = [text for mistake in error.errors() for text in _sentences(mistake)]
+        mistakes = mistakes_of(error)
         raise VolsegError(
-            f"{where}: {len(mistakes)} mistake{'s' * (len(mistakes) > 1)}: " + "; ".join(mistakes),
+            f"{where}: {len(mistakes)} mistake{'s' * (len(mistakes) > 1)}: {listed(mistakes)}",
             fix="correct the recipe; pipelines/README.md explains each key",
             code="E_RECIPE",
         ) from error
+
+
+def mistakes_of(error: ValidationError, model: type[BaseModel] = Recipe) -> list[str]:
+    """A sentence for each mistake that a model, such as `Recipe`, found in a stranger's content."""
+    mistakes = error.errors(include_input=False, include_url=False)
+    return [text for mistake in mistakes for text in _sentences(mistake, model)]
+
+
+def listed(mistakes: list[str]) -> str:
+    """The mistakes for one message; of very many the first."""
+    more = len(mistakes) - MOST_MISTAKES
+    shown = "; ".join(shortened(text, 1000) for text in mistakes[:MOST_MISTAKES])
+    return shown + (f"; and {more} more" if more > 0 else "")
 
 
 def shipped_recipes() -> dict[str, Path]:
@@ -493,10 +585,10 @@ def shipped_recipes() -> dict[str, Path]:
 
 
 def _find(recipe: str | Path) -> Path:
-    path = Path(recipe)
-    if path.is_file():
-        return path
     shipped = shipped_recipes()
+    path = Path(recipe)
+    if os.path.exists(path) and not (str(recipe) in shipped and path.is_dir()):  # a pipe is refused where it is opened
+        return path
     if str(recipe) in shipped:
         return shipped[str(recipe)]
     raise VolsegError(
@@ -504,23 +596,27 @@ def _find(recipe: str | Path) -> Path:
     )
 
 
-def _sentences(mistake: Any) -> list[str]:
-    path = ".".join(str(part) for part in mistake["loc"])
+def _sentences(mistake: Any, model: type[BaseModel]) -> list[str]:
+    path = ".".join(shortened(str(part)) for part in mistake["loc"])
     if mistake["type"] == "extra_forbidden":
-        return [f"{path}: unknown key; known are {', '.join(_known_keys(mistake['loc']))}"]
+        return [f"{path}: unknown key; known are {', '.join(_known_keys(mistake['loc'], model))}"]
     lines = mistake["msg"].removeprefix("Value error, ").splitlines()
-    return [f"{path or 'recipe'}: {line.lower()}" for line in lines]
+    return [f"{path or model.__name__.strip('_').lower()}: {line.lower()}" for line in lines]
 
 
-def _known_keys(location: tuple[int | str, ...]) -> list[str]:
+def _known_keys(location: tuple[int | str, ...], model: type[BaseModel]) -> list[str]:
     """Keys of the section in which an unknown key was found."""
-    candidates: list[type[BaseModel]] = [Recipe]
+    candidates: list[type[BaseModel]] = [model]
     for part in location[:-1]:
         field = candidates[0].model_fields.get(str(part))
         if field is not None:
             candidates = _models_in(field.annotation)
         else:  # the tag of a union, such as `window` in preprocess.normalise.window.hihg
-            tagged = [model for model in candidates if part in get_args(model.model_fields["method"].annotation)]
+            tagged = [
+                candidate
+                for candidate in candidates
+                if (tag := candidate.model_fields.get("method")) is not None and part in get_args(tag.annotation)
+            ]
             candidates = tagged or candidates
     return list(candidates[0].model_fields)
 

@@ -12,6 +12,7 @@ import torch
 
 from volseg.bundle import ModelBundle
 from volseg.errors import ScanError
+from volseg.execute.cpu import total_memory
 from volseg.infer.backends import (
     Backend,
     EnsembleBackend,
@@ -22,7 +23,7 @@ from volseg.infer.backends import (
     load_backend,
 )
 from volseg.infer.classify import classify_lesions
-from volseg.infer.memory import MemoryPlan, NetworkPass, ScanHeader, network_bytes, plan_memory
+from volseg.infer.memory import MemoryPlan, NetworkPass, ScanHeader, check_patch, network_bytes, plan_memory
 from volseg.infer.roi import find_region
 from volseg.infer.stream import Tiling, predict_slabs
 from volseg.infer.tiles import thinnest_axis, widest
@@ -78,6 +79,11 @@ def load_model(
         folder: the bundle's own, from which files made for OpenVINO are read where it has them.
     """
     choice = choose_backend(backend, device, precision)
+    on_cpu = choice.device.type == "cpu"
+    memory = total_memory() if on_cpu else torch.cuda.get_device_properties(choice.device).total_memory
+    for part in (bundle, bundle.coarse):
+        if part is not None:
+            check_patch(part, network_bytes(part) // (1 if choice.precision == "fp32" else 2), memory)
     classifier = bundle.classifier_network()
     coarse = None
     if bundle.coarse is not None:

@@ -107,7 +107,7 @@ def test_channels(tmp_path):
         ("image,label\na.nii,\n,a.nii\n", "utf-8", "line 3: the cell of 'image' is empty"),
         ("image\nb.nii\n", "utf-8", "line 2: file '{}/b.nii' does not exist"),
         ("image,label\na.nii,b.nii\n", "utf-8", "line 2: file '{}/b.nii' does not exist"),
-        ("image\n.\n", "utf-8", "does not exist"),
+        ("image\n.\n", "utf-8", "is a folder, not a file"),
         ("subject,image\n../../x,a.nii\n", "utf-8", "subject '../../x' is no safe file name; 'x' would be"),
         ("subject,image\n=cmd|calc,a.nii\n", "utf-8", "subject '=cmd|calc' is no safe file name; 'cmd_calc' would be"),
         ("subject,image\nJürgen K,a.nii\n", "utf-8", "'Jurgen_K' would be"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 import sys
 import tempfile
@@ -26,6 +25,7 @@ from volseg.execute.cpu import give_back_mapped, is_out_of_memory, physical_core
 from volseg.infer.cuda_graph import Recorded
 from volseg.infer.graph import halve_output, live_bytes, split_joined_convolutions, sum_axis_by_axis
 from volseg.infer.head import Head, cut_head, take_head
+from volseg.inputs import read_json
 from volseg.io.files import environment_problem, make_folder, sha256_of, write_json_atomic
 
 if TYPE_CHECKING:
@@ -493,7 +493,7 @@ def read_exported(folder: Path, stem: str, model_sha256: str) -> tuple[openvino.
     import_openvino()
     target = folder / EXPORTED
     try:
-        facts = json.loads((target / f"{stem}.json").read_text(encoding="utf-8"))
+        facts = read_json(target / f"{stem}.json")
         if facts["model_sha256"] != model_sha256:
             return None, {}
         hashes = {name: sha256_of(target / name) for name in (f"{stem}.xml", f"{stem}.bin")}

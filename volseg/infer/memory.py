@@ -18,8 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from volseg.bundle import ModelBundle
-from volseg.errors import ScanError
-from volseg.execute.cpu import give_back_freed_memory
+from volseg.errors import ScanError, VolsegError
+from volseg.execute.cpu import give_back_freed_memory, total_memory
 from volseg.infer.stream import Tiling
 from volseg.infer.tiles import thinnest_axis
 from volseg.models import build_segmentation
@@ -54,16 +54,21 @@ class Footprint:
     gpu: int = 0
 
     @property
+    def inference(self) -> int:
+        """Of the network and what is prepared for it and comes out of it."""
+        return self.network + self.stream + self.restore
+
+    @property
     def total(self) -> int:
         """Inference and labelling follow each other."""
-        inference = self.network + self.stream + self.restore
-        return self.process + self.scans + self.masks + self.page + max(inference, self.labelling)
+        return self.process + self.scans + self.masks + self.page + max(self.inference, self.labelling)
 
     def __str__(self) -> str:
-        inference = self.network + self.stream + self.restore
         parts = {"process": self.process, "scans": self.scans, "masks": self.masks}
         parts |= {"page": self.page} if self.page else {}
-        parts |= {"network and stream": inference} if inference >= self.labelling else {"lesions": self.labelling}
+        parts |= (
+            {"network and stream": self.inference} if self.inference >= self.labelling else {"lesions": self.labelling}
+        )
         return (
             f"{self.total / 2**30:.2f} GB ({', '.join(f'{name} {size / 2**30:.2f}' for name, size in parts.items())})"
         )
@@ -134,11 +139,19 @@ def plan_memory(
         plan = MemoryPlan(
             footprint=footprint, half_logits=half_logits, read_ahead=read_ahead, batch_size=batch_size, shape=shape
         )
-        fits = max_ram is None or footprint.total <= max_ram
+        # Without a budget only what this machine can never hold is refused, as where a wrong spacing makes the grid far too fine.
+        fits = footprint.inference <= total_memory() if max_ram is None else footprint.total <= max_ram
         if fits and (max_vram is None or footprint.gpu <= max_vram):
             return plan
         plans.append(plan)
     least = plans[-1].footprint
+    if max_ram is None and least.inference > (memory := total_memory()):
+        raise ScanError(
+            f"segmenting this scan takes {least.inference / 2**30:,.1f} GB for the network and its grid of {' × '.join(map(str, shape))} voxels, "
+            f"and this machine has {memory / 2**30:.1f} GB of memory",
+            fix="check the spacing of the scan, or use a model of a coarser one",
+            code="E_RAM",
+        )
     if max_ram is None or least.total <= max_ram:
         assert max_vram is not None
         raise ScanError(
@@ -267,9 +280,36 @@ def network_bytes(bundle: ModelBundle) -> int:
     with torch.device("meta"):
         network: nn.Module = build_segmentation(bundle.recipe).eval()
         patch = torch.empty(1, len(bundle.recipe.data.channels), *bundle.plan.patch_shape)
-    with torch.inference_mode(), _Live() as live:
-        network(patch)
+    try:
+        with torch.inference_mode(), _Live() as live:
+            network(patch)
+    except (RuntimeError, ValueError, IndexError, TypeError) as error:
+        raise VolsegError(
+            f"{bundle.recipe.name}: its network cannot be run on a patch of {' × '.join(map(str, bundle.plan.patch_shape))} "
+            f"voxels ({str(error).strip().splitlines()[0]})",
+            fix="copy the model again, or make the patch a multiple of the network's strides",
+            code="E_CKPT",
+        ) from error
     return live.peak
+
+
+def check_patch(bundle: ModelBundle, needed: int, memory: int) -> None:
+    """Refuse a model of which one batch of patches does not fit into the memory, before any of it is allocated.
+
+    Args:
+        needed: `network_bytes` of the bundle.
+
+    Raises:
+        VolsegError: it does not fit.
+    """
+    batch_size, patch = bundle.recipe.infer.batch_size, bundle.plan.patch_shape
+    if needed * batch_size > memory:
+        raise VolsegError(
+            f"{bundle.recipe.name}: a batch of {batch_size} patches of {' × '.join(map(str, patch))} voxels takes "
+            f"{needed * batch_size / 2**30:,.1f} GB, and this machine has {memory / 2**30:.1f} GB of memory",
+            fix="use a machine with more memory, or a model with a smaller patch",
+            code="E_RAM",
+        )
 
 
 class _Live(TorchDispatchMode):

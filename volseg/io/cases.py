@@ -11,19 +11,22 @@ import os
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 from volseg.errors import VolsegError
+from volseg.inputs import MAX_NAME, MAX_TEXT_BYTES, NotAFileError, kind_of, parse_json, read_bytes, shortened
 from volseg.io.csv_text import csv_rows
 from volseg.io.nifti import SUFFIXES, stem_of
 
 ONE_CHANNEL = "image"  # the channel of data sets that have one and do not name it
 IGNORE = "ignore"  # nnU-Net's label of voxels that are neither trained on nor judged
 MAX_LISTED = 10  # mistakes written out in one message
-ID_PATTERN = r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}"  # safe as a file name everywhere
+# Safe as the name of a file and of a folder everywhere: Windows keeps some names for devices, whatever their ending, and drops a last dot.
+_DEVICES = r"(?i:con|prn|aux|nul|conin|conout|com[0-9]|lpt[0-9])"
+ID_PATTERN = rf"(?!{_DEVICES}(?:\.|\Z))[A-Za-z0-9](?:[A-Za-z0-9._-]{{0,126}}[A-Za-z0-9_-])?"
 
 Anything = TypeVar("Anything")
 
@@ -95,7 +98,7 @@ def find_scans(
     mistakes: list[str] = []
     rows: list[_Row] = []
     for path in map(Path, inputs):
-        if path.is_dir() or path.suffix.lower() == ".csv":
+        if os.path.isdir(path) or path.suffix.lower() == ".csv":
             rows += _rows_of(path, _Wanted(channels, may_miss), mistakes)
         else:
             channel = _picked({ONE_CHANNEL: path}, _Wanted(channels), str(path))
@@ -118,15 +121,47 @@ def stated_labels(dataset: Path) -> dict[str, int]:
 
 def stated_regions(dataset: Path) -> tuple[dict[str, tuple[int, ...]], tuple[int, ...]]:
     """Name → mask values of the overlapping regions that an nnU-Net `dataset.json` states, and the value that each writes."""
-    order = _description(dataset).get("regions_class_order")
+    description = _description(dataset)
+    order = description.get("regions_class_order")
     if not isinstance(order, list):
         return {}, ()
+    for mistake in _description_mistakes(description):
+        raise VolsegError(f"{dataset}: {mistake}", fix="correct dataset.json", code="E_DATASET")
     regions = {
-        str(name): tuple(map(int, values if isinstance(values, list) else [values]))
-        for name, values in _stated(dataset, "labels").items()
+        name: tuple(map(int, values if isinstance(values, list) else [values]))
+        for name, values in description["labels"].items()
         if values != 0 and name != IGNORE
     }
     return regions, tuple(map(int, order))
+
+
+def _description_mistakes(description: Mapping[str, Any]) -> Iterator[str]:
+    """What is wrong with the labels, regions and channels that a dataset.json states."""
+    for key in ("labels", "channel_names", "modality"):
+        stated = description.get(key, {})
+        if not isinstance(stated, dict):
+            yield f"dataset.json: {key!r} is {shortened(json.dumps(stated))}, not an object of names"
+            continue
+        for name, value in stated.items():
+            is_region = key == "labels" and isinstance(value, list) and bool(value)
+            values = value if is_region else [name if key == "labels" and str(name).isdecimal() else value]
+            is_right = all(map(_is_label_value, values)) if key == "labels" else isinstance(value, str)
+            is_short = len(str(name)) <= MAX_NAME and (is_region or len(str(value)) <= MAX_NAME)
+            if not is_right or not is_short:
+                text = f"{json.dumps(shortened(name))}: {shortened(json.dumps(value))}"
+                expected = "a whole number, or a list of them" if key == "labels" else "a name"
+                yield f"dataset.json: {key} holds {text}, where {expected} is expected"
+    order = description.get("regions_class_order")
+    if order is not None and not (isinstance(order, list) and order and all(map(_is_label_value, order))):
+        yield f"dataset.json: regions_class_order is {shortened(json.dumps(order))}, not a list of whole numbers"
+    elif order is not None and not isinstance(description.get("labels"), dict):
+        yield "dataset.json: regions_class_order stands without labels"
+
+
+def _is_label_value(value: Any) -> bool:
+    """Whether it is a value of a mask, which the Decathlon writes as text."""
+    is_number = isinstance(value, int) and not isinstance(value, bool)
+    return 0 <= value < 2**32 if is_number else isinstance(value, str) and value.isdecimal() and len(value) < 10
 
 
 def stated_modalities(dataset: Path) -> dict[str, str]:
@@ -177,11 +212,12 @@ def _rows_of(dataset: Path, wanted: _Wanted, mistakes: list[str]) -> list[_Row]:
     if not os.path.exists(dataset):
         raise VolsegError(f"{dataset}: no such file or folder", fix="check the path")
     if not os.path.isdir(dataset):
-        return _rows_of_csv(dataset, wanted, mistakes)
+        return _rows_of_csv(dataset, wanted, mistakes)  # a pipe or a device is refused where it would be opened
     if (dataset / "cases.csv").is_file():
         return _rows_of_csv(dataset / "cases.csv", wanted, mistakes)
     if is_described(dataset):
         description = _json_of(dataset / "dataset.json")
+        mistakes += _description_mistakes(description)
         read = _rows_of_nnunet if _is_nnunet(dataset, description) else _rows_of_decathlon
         return read(dataset, description, wanted, mistakes)
     if (dataset / "imagesTr").is_dir():
@@ -277,9 +313,9 @@ def _rows_of_folder(dataset: Path, wanted: _Wanted, mistakes: list[str]) -> list
 def _rows_of_nnunet(dataset: Path, description: dict, wanted: _Wanted, mistakes: list[str]) -> list[_Row]:
     """imagesTr, labelsTr and imagesTs, one file `<id>_<number>` per channel; Tr has no split, Ts is `test`."""
     names = description.get("channel_names") or description.get("modality")
-    if not isinstance(names, dict) or not all(key.isdecimal() for key in names):
+    if not isinstance(names, dict) or not names or not all(key.isdecimal() and len(key) < 10 for key in names):
         raise VolsegError(f"{dataset}: dataset.json names no channels", fix='add "channel_names": {"0": "CT"}')
-    if len(set(names.values())) < len(names):
+    if len(set(map(str, names.values()))) < len(names):
         raise VolsegError(
             f"{dataset}: dataset.json gives two channels one name ({_listed(map(str, names.values()))})",
             fix="give each channel a name of its own",
@@ -344,7 +380,7 @@ def _is_pair(entry: Any) -> bool:
 
 def _json_of(path: Path) -> dict[str, Any]:
     try:
-        description = json.loads(_bytes_of(path))
+        description = parse_json(_bytes_of(path))
     except ValueError as error:
         raise VolsegError(
             f"{path}: is not JSON ({error})", fix="repair it, or describe the data by cases.csv"
@@ -368,12 +404,16 @@ def _visible(folder: Path) -> list[Path]:
 
 def _bytes_of(path: Path) -> bytes:
     try:
-        return path.read_bytes()
+        return read_bytes(path, max_bytes=MAX_TEXT_BYTES)
     except OSError as error:
         raise _unreadable(path, error) from error
+    except ValueError as error:
+        raise VolsegError(f"{path}: {error}", fix="give a table or description of cases") from error
 
 
 def _unreadable(path: Path, error: OSError) -> VolsegError:
+    if isinstance(error, NotAFileError):
+        return VolsegError(f"{path}: {error.strerror}", fix="give the path of a file", code="E_NOTFILE")
     return VolsegError(f"{path}: cannot be read ({error.strerror})", fix="check its permissions", code="E_PERM")
 
 
@@ -441,11 +481,19 @@ def _id_mistakes(rows: list[_Row]) -> list[str]:
 
 def _file_mistakes(rows: list[_Row]) -> list[str]:
     return [
-        f"{row.where}: file {str(path)!r} does not exist"
+        f"{row.where}: file {shortened(str(path), 300)!r} {_what_it_is(path)}"
         for row in rows
         for path in (*row.images.values(), row.reference)
         if path is not None and not os.path.isfile(path)
     ]
+
+
+def _what_it_is(path: Path) -> str:
+    """What a path leads to that is not a file."""
+    try:
+        return f"is {kind_of(os.stat(path).st_mode)}, not a file"
+    except (OSError, ValueError):
+        return "does not exist"
 
 
 def _split_mistakes(rows: list[_Row]) -> list[str]:
@@ -461,9 +509,11 @@ def _split_mistakes(rows: list[_Row]) -> list[str]:
 
 
 def _safe_id(name: str) -> str:
-    """A name that matches `ID_PATTERN`: accents dropped, other characters replaced by `_`."""
+    """A name that matches `ID_PATTERN`: accents dropped, other characters replaced by `_`, which also follows the name of a device."""
     plain = "".join(c for c in unicodedata.normalize("NFKD", name) if not unicodedata.combining(c))
-    return re.sub(r"[^A-Za-z0-9._-]", "_", plain).lstrip("._-")[:128] or "scan"
+    safe = re.sub(r"[^A-Za-z0-9._-]", "_", plain).lstrip("._-")
+    safe = re.sub(rf"^({_DEVICES})(?=\.|\Z)", r"\1_", safe)
+    return safe[:128].rstrip(".") or "scan"
 
 
 def _listed(names: Iterable[str]) -> str:

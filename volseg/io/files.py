@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from volseg.errors import EnvironmentProblem, VolsegError
+from volseg.inputs import open_regular, read_json
 
 SEAL = "written_by_volseg"  # key of a JSON file that stands alone: hash of all else in it
 TEMPORARY_PREFIX = ".tmp-"  # what a killed process may leave behind; never a finished file
@@ -92,9 +93,9 @@ def refuse_unsealed(path: Path) -> None:
     if not os.path.lexists(path):
         return
     try:
-        content = json.loads(path.read_bytes())
+        content = read_json(path)
         is_sealed = not path.is_symlink() and content.pop(SEAL) == _seal_of(content)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         is_sealed = False
     if not is_sealed:
         raise VolsegError(
@@ -110,7 +111,7 @@ def read_sealed(path: Path) -> Any:
     Raises:
         OSError, ValueError: it cannot be read, or is not JSON.
     """
-    content = json.loads(path.read_bytes())
+    content = read_json(path)
     return {name: value for name, value in content.items() if name != SEAL} if isinstance(content, dict) else content
 
 
@@ -131,8 +132,8 @@ def make_folder(path: Path) -> None:
 
 
 def sha256_of(path: Path) -> str:
-    """SHA-256 of the bytes of a file, in hexadecimal."""
-    with open(path, "rb") as file:
+    """SHA-256 of the bytes of a regular file, in hexadecimal; raises OSError where it is none."""
+    with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

@@ -28,6 +28,7 @@ from nibabel.nifti2 import Nifti2Header
 from nibabel.spatialimages import HeaderDataError
 
 from volseg.errors import ScanError
+from volseg.inputs import kind_of, open_regular
 from volseg.io.files import atomic_write, read_back_problem, sha256_of
 from volseg.io.label_table import parse_label_table
 from volseg.volume import SAME_GRID_TOLERANCE_VOXELS, Geometry, Volume, slabs_of
@@ -708,10 +709,10 @@ def _opened_raw(path: Path, digest: Digest | None = None) -> Iterator[io.RawIOBa
     except (OSError, ValueError) as error:  # ValueError: a name with a zero byte
         raise _read_refusal(path, error) from error
     if not stat.S_ISREG(mode):  # a pipe or a device would be read for ever
-        kind = "a folder" if stat.S_ISDIR(mode) else "a device or pipe"
-        raise _refusal(path, "E_NOTFILE", f"is {kind}, not a file", "give the path of a NIfTI file")
+        raise _refusal(path, "E_NOTFILE", f"is {kind_of(mode)}, not a file", "give the path of a NIfTI file")
     try:
-        with open(path, "rb", buffering=0) as file:
+        with open_regular(path) as buffered:
+            file = cast(io.RawIOBase, buffered.raw)
             yield file if digest is None else _Digested(file, digest)
     except OSError as error:
         raise _read_refusal(path, error) from error

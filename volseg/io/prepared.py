@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from volseg.errors import VolsegError
+from volseg.inputs import read_json
 from volseg.io.files import environment_problem
 
 CASE_FILE = "case.json"
@@ -62,9 +63,9 @@ def is_prepared(folder: Path, case_id: str, key: str) -> bool:
     """Whether the case was prepared from the inputs that the key stands for, and its files are all there."""
     path = folder / case_id
     try:
-        record = json.loads((path / CASE_FILE).read_text(encoding="utf-8"))
+        record = read_json(path / CASE_FILE)
         return record["key"] == key and all((path / name).stat().st_size == n for name, n in record["files"].items())
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
 
 
@@ -76,13 +77,15 @@ def read_prepared_case(folder: Path, case_id: str) -> PreparedCase:
     """
     path = folder / case_id
     try:
-        record = json.loads((path / CASE_FILE).read_text(encoding="utf-8"))
+        record = read_json(path / CASE_FILE)
+        if not isinstance(record, dict) or record.keys() < {"split", "patient", "class"}:
+            raise ValueError(f"{CASE_FILE} does not say split, patient and class")
         foreground = {
             int(file.stem.removeprefix("foreground_")): np.load(file) for file in sorted(path.glob("foreground_*.npy"))
         }
         slices = np.load(path / "slices.npy") if (path / "slices.npy").exists() else None
         image, mask = np.load(path / "image.npy", mmap_mode="r"), np.load(path / "mask.npy", mmap_mode="r")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError, MemoryError) as error:
         raise VolsegError(
             f"{path}: not a prepared case ({error})", fix="run `volseg preprocess` again", code="E_PREPARED"
         ) from error

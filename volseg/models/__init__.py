@@ -5,11 +5,14 @@ from __future__ import annotations
 import importlib
 import math
 import pkgutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from volseg.errors import VolsegError
-from volseg.recipe import Classify, Recipe
+from volseg.execute.cpu import total_memory
+from volseg.recipe import AUTO, Classify, Recipe
+from volseg.sizing import Size
 
 if TYPE_CHECKING:
     import torch
@@ -26,10 +29,32 @@ def build_network(name: str, *, in_channels: int, out_channels: int, **settings:
     if name not in known:
         raise VolsegError(f"network {name!r} is unknown", fix=f"use one of {', '.join(known)}", code="E_RECIPE")
     module = importlib.import_module(f"{__name__}.{name}")
+    build = partial(module.build, in_channels=in_channels, out_channels=out_channels, **settings)
     try:
-        return module.build(in_channels=in_channels, out_channels=out_channels, **settings)
-    except (TypeError, ValueError) as error:
-        raise VolsegError(f"network {name!r}: {error}", fix=f"see volseg/models/{name}.py", code="E_RECIPE") from error
+        _check_size(name, build)
+        return build()
+    except (TypeError, ValueError, RuntimeError, OverflowError, IndexError, AttributeError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise VolsegError(f"network {name!r}: {reason}", fix=f"see volseg/models/{name}.py", code="E_RECIPE") from error
+
+
+def _check_size(name: str, build: Callable[[], nn.Module]) -> None:
+    """Refuse a network whose weights do not fit into the machine's memory, before any of them takes memory.
+
+    Raises:
+        VolsegError: they do not fit.
+    """
+    import torch
+
+    with torch.device("meta"):  # names and shapes alone
+        size = sum(tensor.numel() * tensor.element_size() for tensor in build().state_dict().values())
+    memory = total_memory()
+    if size > memory:
+        raise VolsegError(
+            f"network {name!r} has weights of {size / 2**30:,.0f} GB, and this machine has {memory / 2**30:.0f} GB of memory",
+            fix="give fewer features or levels under [network]",
+            code="E_RAM",
+        )
 
 
 def build_segmentation(recipe: Recipe) -> nn.Module:
@@ -56,7 +81,7 @@ def check_networks(recipe: Recipe, *, section: str = "train") -> None:
         section: where the patch stands, for the error message.
 
     Raises:
-        VolsegError: a network cannot be built, or the patch does not fit its strides.
+        VolsegError: a network cannot be built, the patch does not fit its strides, or a step of training cannot fit into the memory.
     """
     build_segmentation(recipe)
     strides = recipe.network.settings.get("strides", ())
@@ -74,10 +99,40 @@ def check_networks(recipe: Recipe, *, section: str = "train") -> None:
             fix="make the patch larger, or take a level off the network",
             code="E_RECIPE",
         )
+    _check_step(recipe, section)
     if recipe.classify is not None:
         build_classifier(recipe.classify)
     if recipe.coarse is not None:
         check_networks(recipe.coarse, section="roi.train")
+
+
+def _check_step(recipe: Recipe, section: str) -> None:
+    """Refuse a batch of patches that is larger than all memory of this machine or its GPU, before any of it is allocated."""
+    import torch
+
+    patch, batch_size, settings = recipe.train.patch_shape, recipe.train.batch_size, recipe.network.settings
+    assert patch != AUTO and batch_size != AUTO, "nothing is left to a plan"
+    channels, outputs = len(recipe.data.channels), recipe.data.n_outputs
+    least = 4 * batch_size * math.prod(patch) * (channels + 2 * outputs)  # patches, logits and their gradients
+    features, strides = settings.get("features"), settings.get("strides")
+    if recipe.network.name == "unet3d" and features and strides:
+        size = Size(
+            features=tuple(features),
+            strides=tuple(strides),
+            kernels=tuple(settings.get("kernels") or [(3, 3, 3)] * len(features)),
+            patch_shape=patch,
+            batch_size=batch_size,
+        )
+        least = max(least, size.training_bytes(channels, outputs, half=True))
+    gpu = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else 0
+    memory = max(total_memory(), gpu)
+    if least > memory:
+        raise VolsegError(
+            f"{section}: a step with {batch_size} patches of {' × '.join(map(str, patch))} voxels takes at least {least / 2**30:,.0f} GB, "
+            f"and this machine has {memory / 2**30:.0f} GB of memory",
+            fix=f"lower {section}.batch_size or {section}.patch_shape",
+            code="E_BUDGET",
+        )
 
 
 def weights_of(network: nn.Module) -> dict[str, torch.Tensor]:
@@ -89,7 +144,7 @@ def set_weights(network: nn.Module, weights: Mapping[str, torch.Tensor]) -> nn.M
     """Copy what `weights_of` gave into a network of the same architecture, and return it.
 
     Raises:
-        VolsegError: tensors are missing or of another shape.
+        VolsegError: tensors are missing or of another shape, or hold NaN.
     """
     wanted = weights_of(network)
     misfits = [name for name in wanted if name not in weights or weights[name].shape != wanted[name].shape]
@@ -99,6 +154,23 @@ def set_weights(network: nn.Module, weights: Mapping[str, torch.Tensor]) -> nn.M
             fix="use the recipe with which the weights were trained",
             code="E_CKPT",
         )
+    check_finite(weights)
     for name, tensor in wanted.items():
         tensor.copy_(weights[name])
     return network
+
+
+def check_finite(weights: Mapping[str, torch.Tensor]) -> None:
+    """Refuse weights of which some are NaN or infinite: a mask made with them would look like one and be none.
+
+    Raises:
+        VolsegError: some are; it names the first tensor.
+    """
+    for name, tensor in weights.items():
+        if tensor.is_floating_point() and tensor.numel() and not bool(tensor.isfinite().all()):
+            n = int((~tensor.isfinite()).sum())
+            raise VolsegError(
+                f"{n:,} of the {tensor.numel():,} weights of {name!r} are NaN or infinite",
+                fix="copy the model again, or take a checkpoint from before its training diverged",
+                code="E_CKPT",
+            )

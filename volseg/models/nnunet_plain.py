@@ -19,6 +19,7 @@ from torch import nn
 from volseg.errors import VolsegError
 
 Shapes = Sequence[Sequence[int]]
+MAX_LEVELS, MAX_STEPS = 16, 64  # of a network, and convolutions or blocks of a level
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -153,7 +154,15 @@ def check_levels(
             fix="give one of each per level under [network], three numbers per stride and kernel, one stage fewer up",
             code="E_RECIPE",
         )
-    if any(n % 2 == 0 for kernel in kernels for n in kernel):
+    if len(features) > MAX_LEVELS or max(*n_down, *n_up) > MAX_STEPS:
+        raise VolsegError(
+            f"{name} has {len(features)} levels with up to {max(*n_down, *n_up)} convolutions or blocks each",
+            fix=f"give at most {MAX_LEVELS} levels with {MAX_STEPS} each under [network]",
+            code="E_RECIPE",
+        )
+    if any(n < 1 for stride in strides for n in stride):
+        raise VolsegError(f"{name}: a stride is less than 1", fix="use strides of 1 or more", code="E_RECIPE")
+    if any(n < 1 or n % 2 == 0 for kernel in kernels for n in kernel):
         raise VolsegError(f"{name}: a kernel of even size moves the grid", fix="use odd kernels", code="E_RECIPE")
 
 

@@ -41,6 +41,10 @@ def build(
             fix="give one of each per level under [network], for at least three levels",
             code="E_RECIPE",
         )
+    if min(*features, *(n for numbers in (*strides, *kernels) for n in numbers)) < 1:
+        raise VolsegError(
+            "unet3d has features, strides or kernels of less than 1", fix="give numbers from 1", code="E_RECIPE"
+        )
     if not 0 <= deep_supervision <= len(features) - 2:
         raise VolsegError(
             f"unet3d cannot supervise {deep_supervision} coarser levels of {len(features)}",

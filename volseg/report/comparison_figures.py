@@ -6,14 +6,13 @@ import io
 from collections.abc import Sequence
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from PIL import Image
 from scipy import ndimage
 
 from volseg.measure.changes import LesionChange
 from volseg.preprocess.align import index_matrix, resampled_onto
 from volseg.preprocess.crop import AxisOrder, canonical_geometry, to_canonical
+from volseg.report.canvas import Figure, FigureCanvasAgg
 from volseg.report.slices import PLANES, draw_slice, label_slice, png_bytes, slice_of, surroundings, window_round
 from volseg.volume import BoundingBox, Geometry, Volume
 

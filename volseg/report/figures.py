@@ -6,11 +6,11 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
+from volseg.inputs import shortened
 from volseg.measure.rows import LesionMeasurement
 from volseg.preprocess.crop import AxisOrder, canonical_geometry, to_canonical
+from volseg.report.canvas import Figure, FigureCanvasAgg
 from volseg.report.slices import PLANES, draw_slice, label_slice, png_bytes, slice_of, surroundings, window_round
 from volseg.volume import Volume
 
@@ -54,7 +54,7 @@ def _centre(voxels: np.ndarray) -> np.ndarray:
 
 
 def _caption(lesion: LesionMeasurement) -> str:
-    text = f"#{lesion.lesion_id} {lesion.label_name or f'value {lesion.label}'}, {lesion.volume_ml:.3g} mL"
+    text = f"#{lesion.lesion_id} {shortened(lesion.label_name or f'value {lesion.label}')}, {lesion.volume_ml:.3g} mL"
     if lesion.intensity_mean is not None and math.isfinite(lesion.intensity_mean):
         text += f", {lesion.intensity_mean:.3g} {lesion.intensity_unit}"
-    return f"{text}, {lesion.class_name} {lesion.class_probability:.2f}" if lesion.class_name else text
+    return f"{text}, {shortened(lesion.class_name)} {lesion.class_probability:.2f}" if lesion.class_name else text

@@ -7,12 +7,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
 from volseg.evaluate.agreement import Agreement, Ends
 from volseg.evaluate.detection import FALSE_POSITIVE_RATES, Froc
 from volseg.evaluate.summary import LabelResult
+from volseg.report.canvas import Figure, FigureCanvasAgg
 from volseg.report.slices import png_bytes
 
 MAX_LABELS = 8

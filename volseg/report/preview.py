@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import colorsys
 import io
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ import numpy as np
 from isal import igzip
 from scipy import ndimage
 
+from volseg.inputs import parse_json
 from volseg.io.nifti import volume_bytes
 from volseg.preprocess.crop import (
     AxisOrder,
@@ -128,7 +128,7 @@ def lesion_points(preview: Preview, lesions: Sequence[Mapping[str, Any]]) -> dic
 def point_of(text: str | None) -> tuple[float, float, float] | None:
     """`[R, A, S]` in mm, as the tables write a point; None for what is no point."""
     try:
-        r, a, s = (float(part) for part in json.loads(text or ""))
+        r, a, s = (float(part) for part in parse_json(text or ""))
     except (TypeError, ValueError):
         return None
     return (r, a, s) if all(map(math.isfinite, (r, a, s))) else None

@@ -6,13 +6,14 @@ import io
 from collections.abc import Sequence
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.text import Text
+
+from volseg.inputs import shortened
+from volseg.report.canvas import Axes, Figure, Text
 
 # Title, the canonical axis that is looked along, the letters at the left and right edge (radiological convention).
 PLANES = (("axial", 2, "R", "L"), ("coronal", 1, "R", "L"), ("sagittal", 0, "A", "P"))
 SCALE_BAR_MM = 10
+MOST_LETTERS = 200  # of a text in a picture: more would make a picture of any width in memory
 WINDOW_REACH_MM = 15.0  # how far round a lesion the grey values are taken from
 
 
@@ -76,6 +77,7 @@ def label_slice(plot: Axes, left: str, right: str, spacing_mm: float) -> None:
 def png_bytes(figure: Figure, colour: str, dpi: int = 100) -> bytes:
     for text in figure.findobj(Text):
         text.set_parse_math(False)  # a label may be named $x$, and is no formula
+        text.set_text(shortened(text.get_text().encode(errors="replace").decode(), MOST_LETTERS))
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=dpi, facecolor=colour, metadata={"Software": None})
     return buffer.getvalue()

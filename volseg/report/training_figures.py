@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
+from volseg.report.canvas import Figure, FigureCanvasAgg
 from volseg.report.slices import draw_slice, png_bytes
 
 

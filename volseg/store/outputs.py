@@ -28,6 +28,7 @@ from filelock import FileLock, Timeout
 
 from volseg import __version__
 from volseg.errors import EnvironmentProblem, VolsegError
+from volseg.inputs import open_regular, parse_json, read_json
 from volseg.io.files import environment_problem, make_folder, read_back_problem, sha256_of, sync_folder
 
 RECORDS = ".volseg"
@@ -44,6 +45,7 @@ SAME_KIND = {  # command → what its folder holds; commands with the same words
     "quantise": "a model",
 }
 BUFFER_BYTES = 2**20
+MAX_LINE_BYTES = 2**16  # of the ledger
 MAX_LISTED = 5  # paths in one message
 
 
@@ -288,7 +290,7 @@ class OutputFolder:
     def _apply(self, ready: Path) -> None:
         """Do what a decided commit says; safe to repeat."""
         try:
-            manifest = json.loads((ready / MANIFEST).read_bytes())
+            manifest = read_json(ready / MANIFEST)
             names, removed = [str(name) for name in manifest["files"]], [str(name) for name in manifest["removed"]]
         except (OSError, ValueError, KeyError, TypeError):
             names = []
@@ -430,10 +432,10 @@ def _is_ours(records: Path) -> bool:
 def _read_lines(ledger: Path) -> Iterator[dict[str, Any]]:
     """The lines of a ledger; damaged ones are skipped, so that what they listed counts as the user's."""
     try:
-        with ledger.open("rb") as file:
-            for text in file:
-                with contextlib.suppress(ValueError, RecursionError):
-                    line = json.loads(text)
+        with open_regular(ledger) as file:
+            while text := file.readline(MAX_LINE_BYTES):
+                with contextlib.suppress(ValueError):
+                    line = parse_json(text)
                     if isinstance(line, dict):
                         yield line
     except OSError:
@@ -494,7 +496,7 @@ def _write_synced(path: Path, content: bytes | str | Callable[[BinaryIO], None])
             content(buffered)
         else:
             # A lone surrogate, of which a label's name may hold one, has no bytes in UTF-8.
-            buffered.write(content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content)
+            buffered.write(content.encode("utf-8", "replace") if isinstance(content, str) else content)
         buffered.flush()
         os.fsync(file.fileno())
     return hashing.digest.hexdigest()

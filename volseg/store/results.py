@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
@@ -10,11 +9,13 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from volseg.inputs import open_regular, parse_json, read_json
 from volseg.io.files import json_text, sha256_of
 from volseg.measure.rows import CaseRow, LesionMeasurement
 from volseg.store.outputs import RECORDS, Commit, OutputFolder, confined
 from volseg.store.tables import table
 
+MAX_ROW_BYTES = 2**20  # of a line of a stranger's file; a row takes about one thousandth of it
 VIEWERS, THUMBNAILS = "viewer", "viewer/thumbnails"
 MASKS, LESION_IDS = "masks", "lesion_ids"
 STALE = "W_STALE"
@@ -247,7 +248,7 @@ def unknown_row(case_id: str) -> CaseRow:
 def read_json_record(path: Path, row: str) -> dict[str, Any] | None:
     """A record as it was written; None where it is not there or damaged. It may come from a stranger."""
     try:
-        record = json.loads(path.read_bytes())
+        record = read_json(path)
         status, files = record[row]["status"], record["files"]
         record.setdefault("source", {})
         masks = record.get("corrected", {})
@@ -256,14 +257,14 @@ def read_json_record(path: Path, row: str) -> dict[str, Any] | None:
         folder = path.parent.parent
         is_sound &= all(confined(folder, name) is not None for name in (*files, *masks))
         return record if is_sound else None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
 
 def write_rows(file: BinaryIO, rows: Iterable[Any]) -> None:
     """A JSON object per line."""
     for row in rows:
-        file.write(json_text(plain(row), indent=None).encode("utf-8", "backslashreplace"))
+        file.write(json_text(plain(row), indent=None).encode("utf-8", "replace"))
 
 
 def read_rows(folder: Path, name: str) -> Iterator[dict[str, Any]]:
@@ -272,9 +273,9 @@ def read_rows(folder: Path, name: str) -> Iterator[dict[str, Any]]:
     Raises:
         OSError, ValueError: the file is not there or damaged.
     """
-    with (folder / rows_name(name)).open("rb") as file:
-        for line in file:
-            yield json.loads(line)
+    with open_regular(folder / rows_name(name)) as file:
+        while line := file.readline(MAX_ROW_BYTES):
+            yield parse_json(line)
 
 
 def plain(row: Any) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as save_tensors
 
 from volseg.errors import VolsegError
+from volseg.inputs import parse_json
 from volseg.io.files import write_bytes_atomic
 
 
@@ -29,7 +30,9 @@ def load_checkpoint(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]
     """
     try:
         with safe_open(path, framework="pt") as file:
-            state = json.loads((file.metadata() or {})["state"])
+            state = parse_json((file.metadata() or {})["state"], is_finite=False)
+            if not isinstance(state, dict):
+                raise ValueError("its state is not a JSON object")
             return {key: file.get_tensor(key) for key in file.keys()}, state  # noqa: SIM118 - not a mapping
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise VolsegError(

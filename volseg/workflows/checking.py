@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +10,8 @@ from volseg.errors import VolsegError
 from volseg.evaluate.detection import DetectionRow
 from volseg.evaluate.overlap import OverlapRow
 from volseg.evaluate.validation import ValidationRow
+from volseg.execute.cpu import total_memory
+from volseg.inputs import read_json
 from volseg.io.cases import Case, survey_cases
 from volseg.io.nifti import read_header, read_mask, read_volume
 from volseg.measure.changes import LesionChange
@@ -35,11 +36,13 @@ def check(path: Path | str, recipe: Path | str | Recipe | None = None) -> list[d
             _check_names(load_recipe(path))
         elif (path / "model.json").is_file():
             from volseg.bundle import load_bundle
+            from volseg.infer.memory import check_patch, network_bytes
 
             bundle = load_bundle(path)
-            bundle.segmentation_networks()
-            if bundle.coarse is not None:
-                bundle.coarse.segmentation_networks()
+            for part in (bundle, bundle.coarse):
+                if part is not None:
+                    check_patch(part, network_bytes(part), total_memory())
+                    part.segmentation_networks()
             bundle.classifier_network()
         elif (path / PREPARED_FILE).is_file():
             raise VolsegError(
@@ -123,5 +126,5 @@ def shipped_model() -> tuple[str, str, str]:
     """Name, intended use and limits of the model that ships with the package, without loading it."""
     from volseg.bundle import shipped_bundle
 
-    recipe = json.loads((shipped_bundle() / "model.json").read_text(encoding="utf-8"))["recipe"]
+    recipe = read_json(shipped_bundle() / "model.json")["recipe"]
     return recipe["name"], recipe["intended_use"], recipe["limits"]

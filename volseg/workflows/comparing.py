@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections import defaultdict
@@ -17,6 +16,7 @@ import numpy as np
 from volseg import __version__
 from volseg.errors import ScanError, VolsegError
 from volseg.execute.local import run
+from volseg.inputs import read_json
 from volseg.io.files import sha256_of
 from volseg.io.nifti import read_mask, read_volume
 from volseg.measure.changes import ScanPair, centroids_mm, lesion_changes
@@ -145,7 +145,7 @@ def _measured_nodes(folders: tuple[Path, Path]) -> Iterator[str]:
     """The labels that either folder's run.json says were measured as lymph nodes."""
     for folder in folders:
         try:
-            content = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+            content = read_json(folder / "run.json")
             settings = content.get("measure") or content["options"].get("measure") or {}
             yield from map(str, settings.get("lymph_nodes") or ())
         except (OSError, ValueError, KeyError, TypeError, AttributeError):

@@ -179,7 +179,7 @@ class _Predictions:
                     key = (line["case_id"], int(line["label"]), int(line["n_voxels"]))
                     confidence[key].append((centre, float(line["confidence_mean"])))
             return cls(confidence, {int(line["label"]): line["label_name"] for line in lines if line["label_name"]})
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
             raise VolsegError(
                 f"{table}: is no table of lesions ({error!r})", fix="run `volseg infer` again", code="E_DATASET"
             ) from error

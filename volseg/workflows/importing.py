@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from volseg.errors import VolsegError
+from volseg.execute.cpu import total_memory
 from volseg.store.outputs import OutputFolder
 from volseg.workflows.batch import RunReport
 
@@ -36,6 +37,7 @@ def import_nnunet(
     """
     from volseg.bundle import bundle_files, load_bundle, save_bundle
     from volseg.infer.backends import export_bundle
+    from volseg.infer.memory import check_patch, network_bytes
     from volseg.nnunet import read_nnunet
 
     out = Path(out)
@@ -44,6 +46,7 @@ def import_nnunet(
             f"{out}: holds a finished model", fix="give another --out, or delete it first", code="E_EXISTS"
         )
     bundle = read_nnunet(Path(folder), folds=folds, checkpoint=checkpoint)
+    check_patch(bundle, network_bytes(bundle), total_memory())
     with OutputFolder(out, "import-nnunet", inputs=[Path(folder)]) as outputs:
         outputs.refuse_foreign(bundle_files(bundle.weights))
         with outputs.staged() as commit:

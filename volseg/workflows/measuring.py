@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -13,6 +12,7 @@ import numpy as np
 
 from volseg.errors import ScanError, VolsegError
 from volseg.execute.local import run
+from volseg.inputs import MAX_NAME, read_json, shortened
 from volseg.io.cases import Case, find_cases, find_scans, read_table
 from volseg.io.nifti import MAX_LABELS, read_label_table, read_mask, read_volume
 from volseg.measure.lesions import measure_lesions
@@ -334,7 +334,8 @@ def _measure_case(case: Case, wanted: _Wanted) -> _Measured:
     stated = wanted.intensity_unit
     unit = _guess_unit(scan) if stated is None else KNOWN_UNITS.get(stated.lower(), stated)
     guess = "" if stated is not None else f"W_UNIT: nobody said the unit; {GUESSES[unit]}"
-    names = wanted.label_names or read_label_table(case.reference)
+    stored = {} if wanted.label_names else read_label_table(case.reference)
+    names = wanted.label_names or {value: shortened(name, MAX_NAME) for value, name in stored.items()}
     array, organ_voxels, settings = mask.array, None, wanted.settings
     if settings.organ is not None:
         array, organ_voxels = without_organ(array, _value_of(settings.organ, names, case.reference))
@@ -419,15 +420,22 @@ def read_label_names(path: Path | str) -> dict[int, str]:
     path = Path(path)
     try:
         if path.suffix.lower() == ".json":
-            pairs = json.loads(path.read_text(encoding="utf-8-sig")).items()
-            return dict((int(k), str(v)) if str(k).isdecimal() else (int(v), str(k)) for k, v in pairs)
-        path.stat()  # a file that is not there is said so below
-        columns, lines = read_table(path)
-        label, name = columns.index("label"), columns.index("name")
-        return {int(cells[label]): cells[name] for _, cells in lines}
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+            pairs = read_json(path).items()
+            names = dict((int(k), str(v)) if str(k).isdecimal() else (int(v), str(k)) for k, v in pairs)
+        else:
+            path.stat()  # a file that is not there is said so below
+            columns, lines = read_table(path)
+            label, name = columns.index("label"), columns.index("name")
+            names = {int(cells[label]): cells[name] for _, cells in lines}
+        for value, name in names.items():
+            if not 0 <= value < 2**32 or not isinstance(name, str) or not 0 < len(name) <= MAX_NAME:
+                raise ValueError(
+                    f"{value} = {shortened(str(name))!r}: a value is a whole number, a name has 1 to {MAX_NAME} characters"
+                )
+        return names
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
         raise VolsegError(
-            f"{path}: not a list of label names ({error})",
+            f"{path}: not a list of label names ({error.strerror if isinstance(error, OSError) else error})",
             fix='give JSON such as {"1": "spleen"}, or a CSV with columns label and name',
             code="E_LABELS",
         ) from error

@@ -12,6 +12,7 @@ import numpy as np
 
 from volseg import __version__
 from volseg.errors import ScanError
+from volseg.inputs import read_json
 from volseg.io.nifti import read_mask, read_volume
 from volseg.measure.rows import CaseRow, LesionMeasurement
 from volseg.store.outputs import Commit
@@ -145,7 +146,7 @@ def write_report(
 def read_about(out: Path) -> dict[str, Any]:
     """What run.json says of the run; nothing where an interrupted run left none."""
     try:
-        found = json.loads((out / "run.json").read_text(encoding="utf-8"))
+        found = read_json(out / "run.json")
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}

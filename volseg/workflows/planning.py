@@ -16,7 +16,7 @@ from volseg.execute.local import run
 from volseg.io.cases import IGNORE, Case, stated_labels, stated_modalities, stated_regions, survey_cases
 from volseg.io.files import read_sealed, refuse_unsealed, write_sealed
 from volseg.io.nifti import read_mask, read_volume
-from volseg.recipe import Recipe, parse_recipe
+from volseg.recipe import Recipe, listed, mistakes_of, parse_recipe
 from volseg.sizing import Budget
 from volseg.workflows.batch import Progress, RunReport, amount_of, reason_of, silent
 from volseg.workflows.preparing import as_recipe, fingerprint_of, refuse_dataset, warnings_of
@@ -99,10 +99,9 @@ def read_plan(path: Path | str) -> Plan:
     except OSError as error:
         raise VolsegError(f"{path}: cannot be read ({error.strerror})", fix="check the path", code="E_PLAN") from error
     except ValueError as error:
-        details = error.errors() if isinstance(error, ValidationError) else [{"loc": (), "msg": str(error)}]
-        mistakes = [f"{'.'.join(map(str, each['loc'])) or 'plan'}: {each['msg'].lower()}" for each in details]
+        reason = listed(mistakes_of(error, Plan)) if isinstance(error, ValidationError) else str(error)
         raise VolsegError(
-            f"{path}: not a plan: {'; '.join(mistakes)}",
+            f"{path}: not a plan: {reason}",
             fix="correct it, or write it anew with `volseg plan DATASET --out PLAN.json`",
             code="E_PLAN",
         ) from error

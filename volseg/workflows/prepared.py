@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from volseg.errors import VolsegError
+from volseg.inputs import read_json
+from volseg.io.cases import ID_PATTERN
 from volseg.io.prepared import PreparedCase, read_prepared_case
 from volseg.recipe import Recipe, parse_recipe
 from volseg.workflows.planning import N_FOLDS
@@ -63,13 +65,16 @@ def load_prepared(
     from volseg.plan import DatasetFingerprint, Plan
 
     try:
-        header = json.loads((folder / PREPARED_FILE).read_text(encoding="utf-8"))
+        header = read_json(folder / PREPARED_FILE)
         own = parse_recipe(header["recipe"], where=str(folder / PREPARED_FILE))
         plan, fingerprint = (
             Plan.model_validate(header["plan"]),
             DatasetFingerprint.model_validate(header["fingerprint"]),
         )
-    except (OSError, ValueError, KeyError) as error:
+        listed = list(header["cases"])
+        if not all(isinstance(name, str) and re.fullmatch(ID_PATTERN, name) for name in listed):
+            raise ValueError("cases holds a name that is not a case id")
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise VolsegError(
             f"{folder}: not a prepared folder ({error})", fix="run `volseg preprocess` again", code="E_PREPARED"
         ) from error
@@ -91,18 +96,18 @@ def load_prepared(
         )
     plan = plan.overruled_by(chosen)
     chosen = plan.complete(chosen)
-    if not header["cases"]:
+    if not listed:
         raise VolsegError(
             f"{folder}: preparing it was interrupted", fix="run `volseg preprocess` again", code="E_PREPARED"
         )
-    cases = [read_prepared_case(folder / "cases", case_id) for case_id in header["cases"]]
+    cases = [read_prepared_case(folder / "cases", case_id) for case_id in listed]
     return chosen, plan, fingerprint, cases
 
 
 def prepared_warnings(folder: Path) -> list[str]:
     """What was odd about the cases of a prepared folder, and which of them are not in it."""
     try:
-        content = json.loads((folder / PREPARED_FILE).read_text(encoding="utf-8"))
+        content = read_json(folder / PREPARED_FILE)
         found, failed = [str(text) for text in content.get("warnings", ())], dict(content["failed"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return []  # who loads the folder says what is wrong with it

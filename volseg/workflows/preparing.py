@@ -13,6 +13,7 @@ import numpy as np
 
 from volseg.errors import ScanError, VolsegError
 from volseg.execute.local import run
+from volseg.inputs import read_json
 from volseg.io.cases import Case, survey_cases
 from volseg.io.files import json_text
 from volseg.io.nifti import read_mask, read_volume
@@ -130,11 +131,11 @@ def _facts(
     key = input_key(parts, [digest for case in cases for digest in _inputs_of(case, digests)])
     failed: dict[str, str] = {}
     try:
-        earlier = json.loads((outputs.path / PREPARED_FILE).read_text(encoding="utf-8"))
+        earlier = read_json(outputs.path / PREPARED_FILE)
         if earlier["key"] != key or earlier["failed"]:
             raise ValueError("made of other files")
         fingerprint = DatasetFingerprint.model_validate(earlier["fingerprint"])
-    except (OSError, ValueError, KeyError):  # not there yet, or from an interrupted call: looked at again
+    except (OSError, ValueError, KeyError, TypeError):  # not there yet, or from an interrupted call: looked at again
         fingerprint, failed = _fingerprint(dataset, cases, recipe, seed, progress)
     plan = make_plan(fingerprint, recipe, budget or DEFAULT_BUDGET) if plan is None else plan.overruled_by(recipe)
     if budget is not None and budget.is_stated:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from volseg.errors import VolsegError
 from volseg.evaluate.validation import ValidationRow, summary
 from volseg.execute.cpu import keep_freed_memory
+from volseg.inputs import read_json
 from volseg.io.files import TEMPORARY_PREFIX, make_folder
 from volseg.io.prepared import PreparedCase
 from volseg.postprocess.steps import make_steps
@@ -458,8 +458,8 @@ def _earlier_plan(prepared: Path) -> Plan | None:
     from volseg.plan import Plan
 
     try:
-        return Plan.model_validate(json.loads((prepared / PREPARED_FILE).read_text(encoding="utf-8"))["plan"])
-    except (OSError, ValueError, KeyError):
+        return Plan.model_validate(read_json(prepared / PREPARED_FILE)["plan"])
+    except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
