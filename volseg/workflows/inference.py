@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,7 @@ import numpy as np
 
 from volseg.errors import ScanError, VolsegError
 from volseg.execute.cpu import give_back_large_blocks, keep_freed_memory, total_memory
-from volseg.execute.local import run_overlapped
+from volseg.execute.local import Outcome, run_overlapped
 from volseg.io.cases import Case, find_scans
 from volseg.io.nifti import NiftiHeader, read_header, read_volume
 from volseg.postprocess.lesions import CONNECTIVITY
@@ -58,6 +58,7 @@ def infer(
     fast: bool = False,
     max_ram: str | int | None = None,
     max_vram: str | int | None = None,
+    accept_mismatch: bool = False,
     figures: bool = False,
     pages: bool = True,
     progress: Progress = silent,
@@ -77,6 +78,8 @@ def infer(
         max_ram: budget of main memory, such as `4G` or a number of bytes; None for none. A scan that cannot be segmented within it is a
             failed row that says what would do.
         max_vram: the same for the GPU's memory; None for what is free there.
+        accept_mismatch: segment scans of another modality than the model's training scans, too. Their rows carry W_MODALITY, and they
+            have no density, mass, calcium score or class; without it they are failed rows (E_MODALITY).
         figures: also write a PNG per scan with its largest lesions outlined.
         pages: also write report.html, and a page per scan to look at its lesions.
         progress: is told of the scans, and of the tiles of the one that is being segmented.
@@ -88,7 +91,7 @@ def infer(
     budget, gpu_budget = amount_of(max_ram, "--max-ram"), amount_of(max_vram, "--max-vram")
     from volseg.bundle import load_bundle, shipped_bundle
     from volseg.infer.memory import limited_gpu
-    from volseg.segment import load_model
+    from volseg.segment import load_model, work_ahead
 
     out = Path(out)
     folder = shipped_bundle() if model is None else Path(model)
@@ -105,6 +108,7 @@ def infer(
         else:  # OpenVINO and GPUs gain nothing by it, and masks that hold nothing would take memory
             give_back_large_blocks()
         options = {"model_sha256": bundle.sha256, "figures": figures, **loaded.segmentation.identity, **changes}
+        options |= {"accept_mismatch": True} if accept_mismatch else {}
         plans = _plan_memory(cases, loaded, budget, gpu_budget, announce)
         known = _known(plans)
         tiles = min((plan.batch_size for plan in known.values()), default=bundle.recipe.infer.batch_size)
@@ -128,10 +132,30 @@ def infer(
                 raise plan
             return _read(case)
 
+        ahead_of: list[Case] = []  # what is to be done, until the time that it takes was announced
+
+        def before_tiles(case: Case, on_tile: OnTile) -> OnTile:
+            """Announce the time for this scan and those after it before the first tile of the first that is not refused."""
+
+            def told(done: int, total: int) -> None:
+                if ahead_of:
+                    left = ahead_of[ahead_of.index(case) :]
+                    shapes = [known[item.id].shape for item in left if item.id in known]
+                    announce(work_ahead(loaded, shapes).announcement())
+                    ahead_of.clear()
+                on_tile(done, total)
+
+            return told
+
         def segment(case: Case, scan: _ReadCase) -> _SegmentedCase:
+            on_tile = before_tiles(case, _tile_progress(case, cases, progress))
             return _segment(
-                case, scan, loaded, half_logits=case.id in half, on_tile=_tile_progress(case, cases, progress)
+                case, scan, loaded, half_logits=case.id in half, accept_mismatch=accept_mismatch, on_tile=on_tile
             )
+
+        def start(todo: Sequence[Case]) -> Iterator[Outcome[Case, None]]:
+            ahead_of.extend(todo)
+            return run_overlapped(read, segment, write, todo, ahead=ahead)
 
         def write(case: Case, found: _SegmentedCase) -> None:
             _write(case, found, loaded.bundle, results, key_of(case), figures, pages)
@@ -141,7 +165,7 @@ def infer(
         with limited_gpu(None if loaded.device == "cpu" else gpu_budget):
             report = run_cases(
                 cases,
-                lambda todo: run_overlapped(read, segment, write, todo, ahead=ahead),
+                start,
                 key_of,
                 results,
                 bundle.name,
@@ -295,11 +319,20 @@ def _tile_progress(case: Case, cases: Sequence[Case], progress: Progress) -> OnT
     return lambda done, total: progress(TILES, done / total, f"{case.id}: {done} of {total}")
 
 
-def _segment(case: Case, read: _ReadCase, model: Model, *, half_logits: bool, on_tile: OnTile) -> _SegmentedCase:
+def _segment(
+    case: Case, read: _ReadCase, model: Model, *, half_logits: bool, accept_mismatch: bool, on_tile: OnTile
+) -> _SegmentedCase:
     from volseg.segment import segment_case
 
     started = time.monotonic()
-    result = segment_case(read.images, model, case_id=case.id, half_logits=half_logits, on_tile=on_tile)
+    result = segment_case(
+        read.images,
+        model,
+        case_id=case.id,
+        half_logits=half_logits,
+        accept_mismatch=accept_mismatch,
+        on_tile=on_tile,
+    )
     scan = read.images[model.bundle.recipe.data.channels[0]]
     return _SegmentedCase(scan, result, read.seconds + time.monotonic() - started)
 
@@ -316,7 +349,7 @@ def _write(
     started = time.monotonic()
     scan_path = case.images[bundle.recipe.data.channels[0]]
     result = found.result
-    unit = bundle.recipe.data.intensity_unit
+    unit = result.resemblance.unit
     with all_or_none() as files:
         for folder, mask in (("masks", result.mask), ("lesion_ids", result.lesion_ids)):
             files.append(write_mask(mask, results.path / folder / f"{case.id}.nii.gz", like=scan_path))
@@ -332,8 +365,9 @@ def _write(
             seconds=found.seconds,
             settings=bundle.recipe.measure,
             organ_voxels=result.organ_voxels,
+            remarks=result.resemblance.remarks,
         )
         if pages:
-            files += write_page(row, result.lesions, found.scan, result.lesion_ids.array, unit=unit, out=results.path)
+            files += write_page(row, result.lesions, found.scan, result.lesion_ids.array, unit=unit.name, out=results.path)
     row = replace(row, seconds=round(found.seconds + time.monotonic() - started, 2))
-    results.commit(row, key=key, lesions=result.lesions, files=files, source=source_of(scan_path, unit))
+    results.commit(row, key=key, lesions=result.lesions, files=files, source=source_of(scan_path, unit.name))

@@ -10,17 +10,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast, get_args
 
-import numpy as np
-
 from volseg.errors import VolsegError
 from volseg.execute.local import run
 from volseg.io.cases import Case, find_cases, find_scans
 from volseg.io.nifti import MAX_LABELS, read_label_table, read_mask, read_volume
 from volseg.measure.lesions import measure_lesions
+from volseg.measure.units import judge_unit
 from volseg.postprocess.lesions import CONNECTIVITY, Objects, label_lesions, without_organ
 from volseg.recipe import Measure, load_recipe
 from volseg.report.results import ResultsFolder
-from volseg.volume import Volume
 from volseg.workflows.batch import (
     Progress,
     RunReport,
@@ -37,12 +35,6 @@ from volseg.workflows.batch import (
 )
 from volseg.workflows.pages import source_of, write_page
 
-CT_BELOW, CT_SHARE = -200.0, 0.01  # HU, and the share of voxels under it from which a scan is taken for CT
-KNOWN_UNITS = {"hu": "HU", "suv": "SUV"}  # by which much is decided, however they are written
-GUESSES = {  # in a warning
-    "HU": "over 1 % of the voxels are under -200, so it was taken for HU: give --unit if it is none",
-    "a.u.": "it does not look like HU, so there is no mass and no density: give --unit HU if it is a CT",
-}
 MOST_OBJECTS = 2**20  # values of a mask in which each is an object
 
 
@@ -68,7 +60,8 @@ def measure(
     Args:
         objects: `components`, each connected part is a lesion; `labels`, each value of the mask is one.
         label_names: value → name; None for those that the mask's own file holds. A value without one is `label_<value>`.
-        intensity_unit: of the scans; None: HU where the scan looks like CT in HU, else a.u.
+        intensity_unit: of the scans; None: guessed, HU where the scan looks like CT in HU, else a.u. There is no density, mass or
+            calcium score without a unit that is stated, and that the intensities do not contradict.
         recipe: whose label names, unit and `[measure]` section hold; what else is given goes before it.
         organ, lymph_nodes: labels, by name or value, that are an organ with lesions in it, and lymph nodes.
         calcium: score calcium, too.
@@ -86,7 +79,8 @@ def measure(
     wanted = _Wanted(
         objects=cast(Objects, objects),
         label_names=dict(label_names or (read.data.label_names if read else {})),
-        intensity_unit=intensity_unit or (read.data.intensity_unit if read else None),
+        intensity_unit=intensity_unit or (read.data.intensity_unit if read and not read.data.unit_guessed else None),
+        stated_by="--unit" if intensity_unit else "the recipe",
         settings=(read.measure if read else Measure()).model_copy(update={k: v for k, v in asked.items() if v}),
         figures=figures,
         pages=pages,
@@ -170,6 +164,7 @@ class _Wanted:
     objects: Objects
     label_names: Mapping[int, str]
     intensity_unit: str | None
+    stated_by: str  # `--unit` or the recipe
     settings: Measure
     figures: bool
     pages: bool
@@ -182,9 +177,7 @@ def _measure_case(case: Case, results: ResultsFolder, key: str, wanted: _Wanted)
     scan = read_volume(path, is_finite=False)
     mask = read_mask(case.reference, max_labels=MAX_LABELS if wanted.objects == "components" else MOST_OBJECTS)
     check_pair(scan, mask, str(path), str(case.reference))
-    stated = wanted.intensity_unit
-    unit = _guess_unit(scan) if stated is None else KNOWN_UNITS.get(stated.lower(), stated)
-    guess = "" if stated is not None else f"W_UNIT: nobody said the unit; {GUESSES[unit]}"
+    unit = judge_unit(scan, wanted.intensity_unit, by=wanted.stated_by)
     names = wanted.label_names or read_label_table(case.reference)
     array, organ_voxels, settings = mask.array, None, wanted.settings
     if settings.organ is not None:
@@ -200,7 +193,8 @@ def _measure_case(case: Case, results: ResultsFolder, key: str, wanted: _Wanted)
         lesions.labels,
         case_id=case.id,
         label_names=names,
-        intensity_unit=unit,
+        intensity_unit=unit.name,
+        unit_doubt=unit.doubt,
         settings=settings,
         connectivity=CONNECTIVITY if wanted.objects == "components" else None,
     )
@@ -219,22 +213,12 @@ def _measure_case(case: Case, results: ResultsFolder, key: str, wanted: _Wanted)
             seconds=time.monotonic() - started,
             settings=settings,
             organ_voxels=organ_voxels,
+            remarks=(f"W_UNIT: {unit.doubt}",) if unit.doubt else (),
         )
-        if guess:
-            row = replace(row, warnings="; ".join(filter(None, (row.warnings, guess))))
         if wanted.pages:
-            files += write_page(row, rows, scan, lesions.ids, unit=unit, out=results.path)
+            files += write_page(row, rows, scan, lesions.ids, unit=unit.name, out=results.path)
     row = replace(row, seconds=round(time.monotonic() - started, 2))
-    results.commit(row, key=key, lesions=rows, files=files, source=source_of(path, unit))
-
-
-def _guess_unit(scan: Volume) -> str:
-    """HU for a scan with a hundredth of its voxels under −200, as air and lung are on a CT and nothing is on MRI or PET.
-
-    Less than that may be what interpolation made of an edge.
-    """
-    some = scan.intensities(scan.array[::2, ::2, ::2])
-    return "HU" if np.count_nonzero(some[np.isfinite(some)] < CT_BELOW) >= CT_SHARE * some.size else "a.u."
+    results.commit(row, key=key, lesions=rows, files=files, source=source_of(path, unit.name))
 
 
 def _value_of(label: str, names: Mapping[int, str], path: Path) -> int:
