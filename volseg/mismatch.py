@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
-from volseg.measure.units import HU, SUV, Unit, judge_unit, looks_like_ct, robust_range
+from volseg.measure.units import ARBITRARY, HU, SUV, Unit, judge_unit, looks_like_ct, robust_range
 from volseg.plan import DatasetFingerprint
 from volseg.preprocess.crop import AxisOrder, canonical_geometry
 from volseg.recipe import Recipe, Scale, Window
@@ -47,34 +47,32 @@ def compare_scan(images: Mapping[str, Volume], recipe: Recipe, fingerprint: Data
     Args:
         images: channel name → scan, of the channels that the case has; the first of the recipe is one of them.
     """
-    first = recipe.data.channels[0]
-    unit = judge_unit(images[first], recipe.data.intensity_unit, by="the model")
-    contradictions = [f"{first}: {unit.doubt}"] if unit.is_contradicted else []
-    for name in recipe.data.channels:
-        if name not in images or (name == first and recipe.data.intensity_unit in (HU, SUV)):
-            continue
-        reason = _foreign(images[name], name, recipe, fingerprint)
+    first, unit, contradictions = recipe.data.channels[0], Unit(name=recipe.data.intensity_unit), []
+    if _says_its_unit(recipe, fingerprint):
+        unit = judge_unit(images[first], recipe.data.intensity_unit, by="the model")
+        contradictions += [f"{first}: {unit.doubt}"] if unit.is_contradicted else []
+    for name in recipe.data.channels[1:] if _says_its_unit(recipe, fingerprint) else recipe.data.channels:
+        reason = _foreign(images[name], name, recipe, fingerprint) if name in images else ""
         contradictions += [f"{name}: {reason}"] if reason else []
     warnings = tuple(_unusual(images[first].geometry, fingerprint))
+    doubt = _doubt_of_model(recipe, fingerprint)
     if contradictions:
-        unit = replace(unit, doubt=f"{MODALITY}: {contradictions[0]}", is_contradicted=True)
-    elif recipe.data.unit_guessed:
-        unit = replace(unit, doubt=GUESSED)
-        warnings = (f"{UNIT}: {GUESSED}", *warnings)
+        unit = Unit(name=unit.name, doubt=f"{MODALITY}: {contradictions[0]}", is_contradicted=True)
+    elif doubt:
+        unit = Unit(name=unit.name if doubt == GUESSED else ARBITRARY, doubt=doubt)
+        warnings = (f"{UNIT}: {doubt}", *warnings)
     return Resemblance(unit=unit, contradictions=tuple(contradictions), warnings=warnings)
 
 
 def checks_of(recipe: Recipe, fingerprint: DatasetFingerprint) -> list[str]:
     """What a model can tell of a scan before it segments it, a sentence each, for its card."""
-    first, unit = recipe.data.channels[0], recipe.data.intensity_unit
-    checks = []
-    if unit in (HU, SUV):
-        checks.append(f"modality: {first} has to be in {unit}; a scan that cannot be is refused (E_MODALITY)")
-    for name in recipe.data.channels[1:] if unit in (HU, SUV) else recipe.data.channels:
-        if _is_absolute(recipe, name):
-            if name in fingerprint.foreground:
-                checks.append(f"modality: {name} has to have some of the intensities under the training labels")
-        elif _never_was_ct(fingerprint, name):
+    first, says_its_unit, checks = recipe.data.channels[0], _says_its_unit(recipe, fingerprint), []
+    if says_its_unit:
+        checks.append(f"modality: {first} has to be in {recipe.data.intensity_unit}; a scan that cannot be is refused")
+    for name in recipe.data.channels[1:] if says_its_unit else recipe.data.channels:
+        if _is_absolute(recipe, name) and name in fingerprint.foreground:
+            checks.append(f"modality: {name} has to have some of the intensities under the training labels")
+        if _never_was_ct(fingerprint, name):
             checks.append(f"modality: {name} may not look like a CT in HU; other modalities are not told apart")
     if not checks:
         checks.append("modality: none, as the model does not say what its intensities were")
@@ -87,17 +85,32 @@ def checks_of(recipe: Recipe, fingerprint: DatasetFingerprint) -> list[str]:
 
 def _foreign(scan: Volume, channel: str, recipe: Recipe, fingerprint: DatasetFingerprint) -> str:
     """Why a channel without a stated unit is of another modality than in training; empty where it may be the same."""
+    if _never_was_ct(fingerprint, channel) and looks_like_ct(scan):
+        return "it looks like a CT in HU, and the scans that the model was trained on did not"
     statistics = fingerprint.foreground.get(channel)
-    if not _is_absolute(recipe, channel):
-        is_foreign = _never_was_ct(fingerprint, channel) and looks_like_ct(scan)
-        return "it looks like a CT in HU, and the scans that the model was trained on did not" if is_foreign else ""
+    if statistics is None or not _is_absolute(recipe, channel):
+        return ""
     low, high = robust_range(scan)
-    if statistics is None or (low <= statistics.p99_5 and statistics.p00_5 <= high):
+    if low <= statistics.p99_5 and statistics.p00_5 <= high:
         return ""
     return (
         f"its intensities go from {low:.4g} to {high:.4g}, those under the training labels from "
         f"{statistics.p00_5:.4g} to {statistics.p99_5:.4g}"
     )
+
+
+def _says_its_unit(recipe: Recipe, fingerprint: DatasetFingerprint) -> bool:
+    """Whether the model states a unit that a scan can contradict, and its own training scans did not."""
+    return recipe.data.intensity_unit in (HU, SUV) and 2 * len(fingerprint.doubted_units) < max(1, fingerprint.n_cases)
+
+
+def _doubt_of_model(recipe: Recipe, fingerprint: DatasetFingerprint) -> str:
+    """Why no number should be made of the unit that the model states; empty where it is one, and not a guess."""
+    unit = recipe.data.intensity_unit
+    if unit in (HU, SUV) and not _says_its_unit(recipe, fingerprint):
+        n, of = len(fingerprint.doubted_units), fingerprint.n_cases
+        return f"the model states {unit}, but {n} of the {of} scans that it was trained on cannot be in it"
+    return GUESSED if recipe.data.unit_guessed else ""
 
 
 def _is_absolute(recipe: Recipe, channel: str) -> bool:

@@ -18,10 +18,11 @@ PADDING_SHARE = 0.01  # of the voxels that share the lowest value, from which on
 
 # Water is 0 HU, fat about -100 and air -1000 by definition, and nothing but bone, contrast agent and metal is over 500.
 AIR_BELOW_HU, AIR_SHARE = -200.0, 0.01  # from this share on a scan holds air or lung; less may be an interpolated edge
+AIR_HU = (-1100.0, -900.0)
 LOW_PERCENTILE, LOW_HU = 0.1, -5.0  # below which noise alone brings a thousandth of the voxels in water or brain
 RINGING = 0.05  # of the 99.5 percentile: what cubic interpolation leaves below 0 in a scan without negative values
 DENSE_ABOVE_HU, DENSE_SHARE = 500.0, 0.3
-VOID_BELOW_HU, VOID_SHARE = -1100.0, 0.1
+VOID_SHARE = 0.1  # of voxels below air
 
 # An SUV of 1 is the mean of the body by definition.
 SUV_MEDIAN, SUV_P95, SUV_BELOW, SUV_NEGATIVE_SHARE = 20.0, 100.0, -1.0, 0.01
@@ -100,17 +101,18 @@ def not_hu(values: np.ndarray) -> str:
     """Why intensities cannot be the HU of a patient; empty where they can."""
     constant = _constant(values)
     if constant:
-        return constant
+        is_air = values.size > 0 and AIR_HU[0] <= values[0] <= AIR_HU[1]
+        return "" if is_air else constant
     low, high = np.percentile(values, (LOW_PERCENTILE, 99.5))
     if low > min(LOW_HU, -RINGING * high):
-        return f"there is neither air nor fat: the lowest thousandth of the voxels is at {low:.4g}{_offset(values)}"
+        return f"there is neither air nor fat: the voxels go from {low:.4g} to {high:.4g}{_offset(values)}"
     inside = _without_padding(values)
     dense = np.count_nonzero(inside > DENSE_ABOVE_HU) / inside.size
     if dense > DENSE_SHARE:
         return f"{dense:.0%} of the voxels are over {DENSE_ABOVE_HU:g}, as only bone and metal are{_offset(values)}"
-    void = np.count_nonzero(inside < VOID_BELOW_HU) / inside.size
+    void = np.count_nonzero(inside < AIR_HU[0]) / inside.size
     if void > VOID_SHARE:
-        return f"{void:.0%} of the voxels are below {VOID_BELOW_HU:g}, and nothing is below air at -1000"
+        return f"{void:.0%} of the voxels are below {AIR_HU[0]:g}, and nothing is below air at -1000"
     return ""
 
 
