@@ -18,6 +18,7 @@ from volseg.io.cases import Case, find_scans
 from volseg.io.nifti import NiftiHeader, read_header, read_volume
 from volseg.postprocess.lesions import CONNECTIVITY
 from volseg.recipe import Recipe, parse_recipe
+from volseg.report.model_box import ModelBox, model_box
 from volseg.report.results import ResultsFolder
 from volseg.volume import Volume
 from volseg.workflows.batch import (
@@ -158,9 +159,10 @@ def infer(
             return run_overlapped(read, segment, write, todo, ahead=ahead)
 
         def write(case: Case, found: _SegmentedCase) -> None:
-            _write(case, found, loaded.bundle, results, key_of(case), figures, pages)
+            _write(case, found, loaded.bundle, box, results, key_of(case), figures, pages)
 
-        about = about_run("infer", bundle.name)
+        box = model_box(bundle.name, bundle.recipe, bundle.fingerprint, bundle.metrics)
+        about = about_run("infer", bundle.name) | {"model_box": box.model_dump(mode="json")}
         ahead = all(plan.read_ahead for plan in known.values())
         with limited_gpu(None if loaded.device == "cpu" else gpu_budget):
             report = run_cases(
@@ -341,6 +343,7 @@ def _write(
     case: Case,
     found: _SegmentedCase,
     bundle: ModelBundle,
+    box: ModelBox,
     results: ResultsFolder,
     key: str,
     figures: bool,
@@ -368,6 +371,7 @@ def _write(
             remarks=result.resemblance.remarks,
         )
         if pages:
-            files += write_page(row, result.lesions, found.scan, result.lesion_ids.array, unit=unit.name, out=results.path)
+            ids = result.lesion_ids.array
+            files += write_page(row, result.lesions, found.scan, ids, unit=unit.name, out=results.path, box=box)
     row = replace(row, seconds=round(found.seconds + time.monotonic() - started, 2))
-    results.commit(row, key=key, lesions=result.lesions, files=files, source=source_of(scan_path, unit.name))
+    results.commit(row, key=key, lesions=result.lesions, files=files, source=source_of(scan_path, unit.name, box))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from volseg.errors import ScanError
 from volseg.io.files import make_folder, sha256_of, write_bytes_atomic
 from volseg.io.nifti import read_mask, read_volume
 from volseg.measure.rows import CaseRow, LesionMeasurement
+from volseg.report.model_box import ModelBox, read_model_box
 from volseg.report.records import file_of
 from volseg.report.results import THUMBNAILS, VIEWERS, ResultsFolder, plain
 from volseg.volume import Volume
@@ -31,11 +32,12 @@ def write_page(
     *,
     unit: str,
     out: Path,
+    box: ModelBox | None = None,
 ) -> list[Path]:
     """The viewer page of a scan and its picture for report.html: the two files that were written.
 
     Args:
-        ids: (I, J, K) lesion ids on the scan's grid. unit: of its intensities.
+        ids: (I, J, K) lesion ids on the scan's grid. unit: of its intensities. box: of the model, where there is one.
     """
     from volseg.report.html import MAX_VIEWER_ROWS, image_budget, viewer_html
     from volseg.report.preview import lesion_points, make_preview, montage_jpeg
@@ -55,7 +57,7 @@ def write_page(
     page = out / VIEWERS / f"{row['case_id']}.html"
     picture = out / THUMBNAILS / f"{row['case_id']}.jpg"
     make_folder(picture.parent)
-    write_bytes_atomic(page, viewer_html(row, rows, preview, montage, unit=unit))
+    write_bytes_atomic(page, viewer_html(row, rows, preview, montage, unit=unit, box=box))
     write_bytes_atomic(picture, montage)
     return [page, picture]
 
@@ -72,9 +74,10 @@ def _extent_mm(ids: Volume, number: int) -> float:
     return float(((np.ptp(voxels, axis=0) + 1) * ids.geometry.spacing_mm).max())
 
 
-def source_of(path: Path, unit: str) -> dict[str, str]:
-    """What a record keeps so that the page can be made again: the scan, what is in it, and the unit of its intensities."""
-    return {"scan": str(path.absolute()), "sha256": scan_digest(path), "unit": unit}
+def source_of(path: Path, unit: str, box: ModelBox | None = None) -> dict[str, str]:
+    """What a record keeps so that the page can be made again: the scan, what is in it, the unit of its intensities, the model."""
+    model = {} if box is None else {"model_box": box.model_dump_json()}
+    return {"scan": str(path.absolute()), "sha256": scan_digest(path), "unit": unit} | model
 
 
 def scan_digest(path: Path) -> str:
@@ -110,7 +113,10 @@ def remake_page(results: ResultsFolder, case_id: str, record: Mapping[str, Any])
     difference = scan.geometry.difference(ids.geometry)
     if difference:
         return f"its lesion ids are not on the grid of its scan: {difference}"
-    files = write_page(record["case"], record["lesions"], scan, ids.array, unit=source["unit"], out=results.path)
+    box = read_model_box(source.get("model_box"))
+    files = write_page(
+        record["case"], record["lesions"], scan, ids.array, unit=source["unit"], out=results.path, box=box
+    )
     results.add_files(case_id, files)
     return ""
 
@@ -138,7 +144,8 @@ def write_report(
 
     path = results.path / "report.html"
     records = results.records()
-    content = [__version__, list(pending), list(remarks), records]
+    boxes = _boxes(about, records.values())
+    content = [__version__, list(pending), list(remarks), [box.model_dump_json() for box in boxes], records]
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
     if not is_anew and _made_from(path) == digest:
         return path
@@ -152,11 +159,23 @@ def write_report(
         [lesion for name in sorted(done) for lesion in records[name]["lesions"]],
         montages={name: picture.read_bytes() for name, picture in pictures.items() if picture.is_file()},
         pages=[name for name in done if has_page(results, name)],
+        boxes=boxes,
         remarks=remarks,
         digest=digest,
     )
     write_bytes_atomic(path, page)
     return path
+
+
+def _boxes(about: Mapping[str, Any], records: Iterable[Mapping[str, Any]]) -> list[ModelBox]:
+    """The boxes of the models behind the cases, each once: the run's own, and those of cases that an earlier run made."""
+    contents = [about.get("model_box"), *((record.get("source") or {}).get("model_box") for record in records)]
+    boxes = [read_model_box(content) for content in dict.fromkeys(map(_as_text, contents)) if content]
+    return list({box.name: box for box in boxes if box is not None}.values())
+
+
+def _as_text(content: Any) -> str:
+    return content if isinstance(content, str) else json.dumps(content) if content else ""
 
 
 def _made_from(path: Path) -> str | None:
