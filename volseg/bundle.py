@@ -19,8 +19,8 @@ from torch import nn
 from volseg import __version__
 from volseg.errors import VolsegError
 from volseg.io.files import make_folder, sha256_of, write_bytes_atomic, write_json_atomic
-from volseg.models import build_classifier, build_segmentation, set_weights
 from volseg.mismatch import checks_of
+from volseg.models import build_classifier, build_segmentation, set_weights
 from volseg.plan import DatasetFingerprint, Plan
 from volseg.recipe import Preprocess, Recipe, Roi, parse_recipe
 

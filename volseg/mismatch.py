@@ -14,11 +14,10 @@ from volseg.recipe import Recipe, Scale, Window
 from volseg.volume import Geometry, Volume
 
 MODALITY, UNIT, SPACING, FIELD_OF_VIEW, SLICES = "W_MODALITY", "W_UNIT", "W_SPACING", "W_FOV", "W_SLICES"
-CODES = (MODALITY, UNIT, SPACING, FIELD_OF_VIEW, SLICES)
+UNLIKE = (MODALITY, SPACING, FIELD_OF_VIEW, SLICES)  # codes of a scan that does not resemble the training scans
+CODES = (*UNLIKE, UNIT)
 TOLERANCE = 1.5  # times the largest, or by which the smallest value of the training scans is divided
-GUESSED = (
-    "the model states HU by a guess from its training scans: give the dataset a `modality` column, or a recipe, and train again"
-)
+GUESSED = "the model states HU by a guess from its training scans: give the dataset a `modality` column, or a recipe, and train again"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

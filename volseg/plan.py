@@ -66,7 +66,9 @@ class DatasetFingerprint(_Json):
     label_voxels: dict[int, int]
     foreground: dict[str, IntensityStatistics]
     empty_masks: tuple[str, ...] = ()  # cases whose mask holds no labelled voxel
-    n_ct_like: dict[str, int] = {}  # channel → scans that look like a CT in HU; a fingerprint that did not look has none
+    n_ct_like: dict[
+        str, int
+    ] = {}  # channel → scans that look like a CT in HU; a fingerprint that did not look has none
     doubted_units: dict[str, str] = {}  # cases whose first channel contradicts the recipe's unit → why
 
 

@@ -142,7 +142,11 @@ def segment_case(
     classes = None
     if model.classifier is not None and recipe.classify is not None:
         is_doubted = bool(resemblance.unit.doubt)
-        classes = [None] * len(lesions.labels) if is_doubted else classify_lesions(scan, lesions.ids, model.classifier, recipe.classify)
+        classes = (
+            [None] * len(lesions.labels)
+            if is_doubted
+            else classify_lesions(scan, lesions.ids, model.classifier, recipe.classify)
+        )
     rows = measure_lesions(
         scan,
         lesions.ids,

@@ -41,7 +41,9 @@ class LesionMeasurement:
         "intensity_unit", "their 90th percentile, linear between neighbouring values", source="IBSI 8DWT"
     )
     intensity_max: float = column("intensity_unit", "their maximum", source="IBSI 84IY")
-    intensity_unit: str = column("", "unit of the intensities: HU, SUV; a.u. if unknown or contradicted; `notes` says if it is a guess")
+    intensity_unit: str = column(
+        "", "unit of the intensities: HU, SUV; a.u. if unknown or contradicted; `notes` says if it is a guess"
+    )
     centroid_r_mm: float = column("mm", "centre of mass of the voxels, towards the patient's right (RAS world)")
     centroid_a_mm: float = column("mm", "the same, towards anterior")
     centroid_s_mm: float = column("mm", "the same, towards superior")
@@ -49,7 +51,9 @@ class LesionMeasurement:
     confidence_mean: float | None = column(
         "0 to 1", "mean probability of the class that the model chose, before post-processing; empty without a model"
     )
-    class_name: str | None = column("", "most probable class; empty without a classifier, and of a scan that is not like those it learnt from")
+    class_name: str | None = column(
+        "", "most probable class; empty without a classifier, and of a scan that is not like those it learnt from"
+    )
     class_probability: float | None = column("0 to 1", "probability of that class")
     class_probabilities: str | None = column("0 to 1", "probability of every class, as name=value;name=value")
     volume_mesh_mm3: float | None = column(

@@ -94,7 +94,7 @@ def _guess(scan: Volume) -> Unit:
 
 
 def _looks_like_ct(values: np.ndarray) -> bool:
-    return not not_hu(values) and np.count_nonzero(values < AIR_BELOW_HU) >= AIR_SHARE * values.size
+    return not not_hu(values) and bool(np.count_nonzero(values < AIR_BELOW_HU) >= AIR_SHARE * values.size)
 
 
 def not_hu(values: np.ndarray) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from volseg.mismatch import CODES, checks_of
+from volseg.mismatch import UNLIKE, checks_of
 from volseg.plan import DatasetFingerprint
 from volseg.recipe import Recipe
 
@@ -86,9 +86,7 @@ class Likeness:
     is_like: bool
 
 
-def model_box(
-    name: str, recipe: Recipe, fingerprint: DatasetFingerprint, metrics: Mapping[str, Any]
-) -> ModelBox:
+def model_box(name: str, recipe: Recipe, fingerprint: DatasetFingerprint, metrics: Mapping[str, Any]) -> ModelBox:
     """The box of a model, from what its bundle holds."""
     return ModelBox(
         name=name,
@@ -111,18 +109,18 @@ def read_model_box(content: Any) -> ModelBox | None:
 
 def likeness_of_scan(warnings: str) -> Likeness:
     """Of one scan, from its warnings in cases.csv."""
-    codes = [code for code in CODES if f"{code}:" in warnings]
+    codes = [code for code in UNLIKE if f"{code}:" in warnings]
     if not codes:
-        return Likeness(text="This scan: no difference from the training scans was found by these checks.", is_like=True)
+        return Likeness(
+            text="This scan: no difference from the training scans was found by these checks.", is_like=True
+        )
     return Likeness(text=f"This scan does not resemble the training scans: {', '.join(codes)}.", is_like=False)
 
 
 def likeness_of_run(rows: list[Mapping[str, Any]], model: str) -> Likeness:
     """Of the scans of a run that were given to this model, from their rows of cases.csv."""
     done = [row for row in rows if row.get("status") == "done" and row.get("model") == model]
-    refused = sum(
-        (row.get("reason") or "").startswith("E_MODALITY") for row in rows if row.get("model") == model
-    )
+    refused = sum((row.get("reason") or "").startswith("E_MODALITY") for row in rows if row.get("model") == model)
     like = sum(likeness_of_scan(row.get("warnings") or "").is_like for row in done)
     total = len(done) + refused
     beside = f"; {refused} of another modality were refused" if refused else ""

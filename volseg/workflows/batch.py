@@ -159,7 +159,9 @@ def done_row(
     if settings.calcium and any(lesion.agatston_score is None for lesion in lesions):
         warnings.append("W_CALCIUM: a lesion has no score, its notes say why, so the scan has none")
     elif settings.calcium and not unit.is_hu:
-        warnings.append(f"W_CALCIUM: calcium is scored in HU, {'not in ' + unit.name if not unit.doubt else unit.doubt}")
+        warnings.append(
+            f"W_CALCIUM: calcium is scored in HU, {'not in ' + unit.name if not unit.doubt else unit.doubt}"
+        )
     if any(lesion.touches_border for lesion in lesions):
         warnings.append("W_BORDER: a lesion touches the border of the scan, so its volume is a lower bound")
     return CaseRow(
