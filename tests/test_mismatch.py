@@ -1,4 +1,4 @@
-"""Whether a scan is like those that a model learnt from: the rule itself, on made fingerprints and on the shipped model's."""
+"""Whether a scan is like a model's training scans: made fingerprints, and the shipped model's."""
 
 import csv
 from dataclasses import replace
@@ -56,8 +56,8 @@ def test_a_scan_like_those_of_training_passes_in_all_48_orders(tiny_recipe):
     scan = ct()
     for stored, affine in orientations(scan):
         turned = Volume(stored, Geometry(stored.shape, affine))
-        found = compare_scan({"scan": turned}, recipe(tiny_recipe), fingerprint())
-        assert found.remarks == () and found.unit.is_hu
+        resemblance = compare_scan({"scan": turned}, recipe(tiny_recipe), fingerprint())
+        assert resemblance.remarks == () and resemblance.unit.is_hu
 
 
 @pytest.mark.parametrize(
@@ -76,10 +76,10 @@ def test_a_scan_like_those_of_training_passes_in_all_48_orders(tiny_recipe):
     ],
 )
 def test_another_modality_is_a_contradiction(unit, method, scan, fields, is_foreign, tiny_recipe):
-    found = compare_scan({"scan": scan()}, recipe(tiny_recipe, unit, method), fingerprint(**fields))
-    assert bool(found.contradictions) == is_foreign
-    assert codes(found) == ["W_MODALITY"] * is_foreign
-    assert ("W_MODALITY" in found.unit.doubt) == is_foreign
+    resemblance = compare_scan({"scan": scan()}, recipe(tiny_recipe, unit, method), fingerprint(**fields))
+    assert bool(resemblance.contradictions) == is_foreign
+    assert codes(resemblance) == ["W_MODALITY"] * is_foreign
+    assert ("W_MODALITY" in resemblance.unit.doubt) == is_foreign
 
 
 @pytest.mark.parametrize(
@@ -95,10 +95,10 @@ def test_another_modality_is_a_contradiction(unit, method, scan, fields, is_fore
     ],
 )
 def test_an_unusual_grid_is_a_warning_with_both_numbers(spacing_mm, shape, expected, tiny_recipe):
-    found = compare_scan({"scan": ct(spacing_mm, shape)}, recipe(tiny_recipe), fingerprint())
-    assert codes(found) == expected
-    assert found.unit.is_hu  # it says nothing of the intensities
-    text = " ".join(found.remarks)
+    resemblance = compare_scan({"scan": ct(spacing_mm, shape)}, recipe(tiny_recipe), fingerprint())
+    assert codes(resemblance) == expected
+    assert resemblance.unit.is_hu  # it says nothing of the intensities
+    text = " ".join(resemblance.remarks)
     if "W_SPACING" in expected:
         assert f"{spacing_mm[2]:.3g} mm" in text and "2.5 to 2.5 mm" in text
     if "W_FOV" in expected:
@@ -108,17 +108,17 @@ def test_an_unusual_grid_is_a_warning_with_both_numbers(spacing_mm, shape, expec
 
 
 def test_a_unit_that_the_model_guessed_gives_no_numbers_but_is_no_contradiction(tiny_recipe):
-    found = compare_scan({"scan": ct()}, recipe(tiny_recipe, unit_guessed=True), fingerprint())
-    assert not found.contradictions and not found.unit.is_hu
-    assert codes(found) == ["W_UNIT"]
+    resemblance = compare_scan({"scan": ct()}, recipe(tiny_recipe, unit_guessed=True), fingerprint())
+    assert not resemblance.contradictions and not resemblance.unit.is_hu
+    assert codes(resemblance) == ["W_UNIT"]
     assert compare_scan({"scan": mr()}, recipe(tiny_recipe, unit_guessed=True), fingerprint()).contradictions
 
 
 def test_a_model_whose_own_scans_contradict_its_unit_takes_them_but_makes_no_numbers(tiny_recipe):
     own = fingerprint(p00_5=0.0, p99_5=900.0, doubted_units={"a": "no air", "b": "no air"})
-    found = compare_scan({"scan": mr()}, recipe(tiny_recipe), own)
-    assert not found.contradictions and codes(found) == ["W_UNIT"]
-    assert (found.unit.name, found.unit.is_hu) == ("a.u.", False)
+    resemblance = compare_scan({"scan": mr()}, recipe(tiny_recipe), own)
+    assert not resemblance.contradictions and codes(resemblance) == ["W_UNIT"]
+    assert (resemblance.unit.name, resemblance.unit.is_hu) == ("a.u.", False)
 
 
 def test_the_card_says_which_checks_a_model_can_make(tiny_recipe):
@@ -156,7 +156,7 @@ def test_no_nodule_of_the_test_split_is_marked_and_every_other_modality_is_refus
     assert [path.name for path in nodules if compare(path).remarks or not compare(path).unit.is_hu] == []
     assert [path.name for path in others if not compare(path).contradictions] == []
     chest = read_volume(real_data("totalseg_example_ct/images/example_ct.nii.gz"))
-    found = compare_scan({"ct": chest}, bundle.recipe, bundle.fingerprint)
-    assert codes(found) == ["W_SPACING", "W_FOV", "W_SLICES"] and found.unit.is_hu
+    resemblance = compare_scan({"ct": chest}, bundle.recipe, bundle.fingerprint)
+    assert codes(resemblance) == ["W_SPACING", "W_FOV", "W_SLICES"] and resemblance.unit.is_hu
     shifted = replace(chest, intercept=chest.intercept + 1024)
     assert compare_scan({"ct": shifted}, bundle.recipe, bundle.fingerprint).contradictions

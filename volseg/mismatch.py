@@ -1,4 +1,4 @@
-"""Whether a scan is like those that a model learnt from: modality, spacing, field of view and slices, from the model's fingerprint. Pure."""
+"""Whether a scan is like a model's training scans: modality, spacing, field of view, slices. Pure."""
 
 from __future__ import annotations
 
@@ -14,10 +14,13 @@ from volseg.recipe import Recipe, Scale, Window
 from volseg.volume import Geometry, Volume
 
 MODALITY, UNIT, SPACING, FIELD_OF_VIEW, SLICES = "W_MODALITY", "W_UNIT", "W_SPACING", "W_FOV", "W_SLICES"
-UNLIKE = (MODALITY, SPACING, FIELD_OF_VIEW, SLICES)  # codes of a scan that does not resemble the training scans
+UNLIKE = (MODALITY, SPACING, FIELD_OF_VIEW, SLICES)  # of a scan unlike the training scans
 CODES = (*UNLIKE, UNIT)
-TOLERANCE = 1.5  # times the largest, or by which the smallest value of the training scans is divided
-GUESSED = "the model states HU by a guess from its training scans: give the dataset a `modality` column, or a recipe, and train again"
+TOLERANCE = 1.5  # factor beyond the least and the largest value of the training scans
+GUESSED = (
+    "the model states HU by a guess from its training scans: "
+    "train it again with a `modality` column in the dataset, or with a recipe"
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,7 +47,7 @@ def compare_scan(images: Mapping[str, Volume], recipe: Recipe, fingerprint: Data
     """Compare a scan with what a model's fingerprint says of its training scans.
 
     Args:
-        images: channel name → scan, of the channels that the case has; the first of the recipe is one of them.
+        images: channel name → scan; the first channel of the recipe is one of them.
     """
     first, unit, contradictions = recipe.data.channels[0], Unit(name=recipe.data.intensity_unit), []
     if _says_its_unit(recipe, fingerprint):
@@ -83,7 +86,7 @@ def checks_of(recipe: Recipe, fingerprint: DatasetFingerprint) -> list[str]:
 
 
 def _foreign(scan: Volume, channel: str, recipe: Recipe, fingerprint: DatasetFingerprint) -> str:
-    """Why a channel without a stated unit is of another modality than in training; empty where it may be the same."""
+    """Why a channel is of another modality than in training; empty where it may be the same."""
     if _never_was_ct(fingerprint, channel) and looks_like_ct(scan):
         return "it looks like a CT in HU, and the scans that the model was trained on did not"
     statistics = fingerprint.foreground.get(channel)
@@ -99,16 +102,16 @@ def _foreign(scan: Volume, channel: str, recipe: Recipe, fingerprint: DatasetFin
 
 
 def _says_its_unit(recipe: Recipe, fingerprint: DatasetFingerprint) -> bool:
-    """Whether the model states a unit that a scan can contradict, and its own training scans did not."""
+    """Whether the model states a unit that can be contradicted, and its training scans did not."""
     return recipe.data.intensity_unit in (HU, SUV) and 2 * len(fingerprint.doubted_units) < max(1, fingerprint.n_cases)
 
 
 def _doubt_of_model(recipe: Recipe, fingerprint: DatasetFingerprint) -> str:
-    """Why no number should be made of the unit that the model states; empty where it is one, and not a guess."""
+    """Why no number is made of the unit that the model states; empty where it may be."""
     unit = recipe.data.intensity_unit
     if unit in (HU, SUV) and not _says_its_unit(recipe, fingerprint):
-        n, of = len(fingerprint.doubted_units), fingerprint.n_cases
-        return f"the model states {unit}, but {n} of the {of} scans that it was trained on cannot be in it"
+        share = f"{len(fingerprint.doubted_units)} of its {fingerprint.n_cases} training scans"
+        return f"the model states {unit}, but {share} cannot be in it"
     return GUESSED if recipe.data.unit_guessed else ""
 
 
@@ -118,14 +121,17 @@ def _is_absolute(recipe: Recipe, channel: str) -> bool:
 
 
 def _never_was_ct(fingerprint: DatasetFingerprint, channel: str) -> bool:
-    """Whether no training scan looked like a CT; of fingerprints that did not look, where no label lay on a negative value."""
+    """Whether no training scan looked like a CT.
+
+    Of a fingerprint that did not look: whether no label lay on a negative value.
+    """
     if channel in fingerprint.n_ct_like:
         return fingerprint.n_ct_like[channel] == 0
     return channel in fingerprint.foreground and fingerprint.foreground[channel].p00_5 >= 0
 
 
 def _unusual(geometry: Geometry, fingerprint: DatasetFingerprint) -> Iterator[str]:
-    """A warning for each size of the scan that is beyond those of the training scans, with both numbers."""
+    """A warning with both numbers for each size that is beyond those of the training scans."""
     canonical = canonical_geometry(geometry, AxisOrder.of(geometry))
     shape, spacing_mm = np.array([canonical.shape]), np.array([canonical.spacing_mm])
     for size in _sizes(fingerprint):
@@ -136,7 +142,7 @@ def _unusual(geometry: Geometry, fingerprint: DatasetFingerprint) -> Iterator[st
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Size:
-    """One size of scans along R, A, S (or along one axis) and its least and largest value in training."""
+    """A size of scans along R, A, S, or along one axis, with its range in training."""
 
     code: str
     what: str
@@ -157,7 +163,8 @@ def _sizes(fingerprint: DatasetFingerprint) -> list[_Size]:
         return []
     shapes, spacings_mm = np.array(fingerprint.shapes), np.array(fingerprint.spacings_mm)
     medians_mm = np.median(spacings_mm, axis=0)
-    across = int(np.flatnonzero(medians_mm == medians_mm.max())[-1])  # slices lie along the coarsest axis, else along S
+    # Slices lie along the coarsest axis, or along S where all are alike.
+    across = int(np.flatnonzero(medians_mm == medians_mm.max())[-1])
     kinds: tuple[tuple[str, str, str, Callable[[np.ndarray, np.ndarray], np.ndarray]], ...] = (
         (SPACING, "spacing along R, A, S", " mm", lambda n, mm: mm),
         (FIELD_OF_VIEW, "field of view along R, A, S", " mm", lambda n, mm: n * mm),

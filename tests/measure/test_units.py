@@ -1,4 +1,4 @@
-"""What a scan in HU or SUV must be like, by the definitions of both units, and what is done to scans that are not."""
+"""Scans in HU and SUV by the definitions of both units, and what is done to them in files."""
 
 import numpy as np
 import pytest

@@ -52,8 +52,8 @@ def test_how_many_scans_resemble_those_of_training():
         {"status": "failed", "model": "m", "reason": "E_TRUNCATED: cut off"},
         {"status": "done", "model": "another", "warnings": ""},
     ]
-    found = likeness_of_run(rows, "m")
-    assert found.text.startswith("1 of 3 scans resemble") and "1 of another modality were refused" in found.text
-    assert not found.is_like
+    likeness = likeness_of_run(rows, "m")
+    assert likeness.text.startswith("1 of 3 scans resemble") and "1 of another modality were refused" in likeness.text
+    assert not likeness.is_like
     assert likeness_of_scan("W_CLIP: 20% of the voxels").is_like
     assert not likeness_of_scan("W_MODALITY: x").is_like

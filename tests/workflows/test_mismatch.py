@@ -1,4 +1,4 @@
-"""A scan whose unit is guessed or contradicted, or that is unlike those of training, through `measure`, `infer` and `train`."""
+"""Scans with a doubted unit, or unlike those of training, through `measure`, `infer`, `train`."""
 
 import csv
 import json

@@ -1,4 +1,4 @@
-"""How long a run will take, from one tile and the number of tiles, and which options would make it shorter."""
+"""How long a run will take, from the time of one tile, and which options would make it shorter."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 from volseg.infer.backends import Backend
 from volseg.infer.stream import Tiling
 
-QUICK_SECONDS = 5.0  # of a first batch, under which a second one is timed: the first also compiles and allocates
+QUICK_SECONDS = 5.0  # of a first batch, which also compiles; if it took less a second is timed
 LONG_SECONDS = 600.0  # ahead without a GPU, from which on the cheapest option is named first
 UNITS = ((86_400.0, "days"), (3600.0, "h"), (60.0, "min"), (1.0, "s"))
 LARGEST = 1.5  # of a unit, under which the next smaller one is used
@@ -22,7 +22,8 @@ class Work:
     """The tiles of a run.
 
     Args:
-        shapes: of the prepared grid of each scan. seconds_per_tile: of one run of the network over one patch.
+        shapes: of the prepared grid of each scan.
+        seconds_per_tile: of one run of the network over one patch.
     """
 
     tiling: Tiling
@@ -56,7 +57,7 @@ class Work:
                 yield name, work.seconds
 
     def announcement(self) -> str:
-        """One line: the time ahead and what would be quicker; the cheapest option first where a CPU will need long."""
+        """The time ahead and what would be quicker; the cheapest first where a CPU needs long."""
         copies = f" × {self.n_copies} mirrored copies" if self.n_copies > 1 else ""
         scans = f" in {len(self.shapes)} scans" if len(self.shapes) > 1 else ""
         asked = f"at most {self.n_tiles} tiles{copies}{scans}, about {duration(self.seconds)}"
@@ -69,7 +70,7 @@ class Work:
 
 
 def seconds_per_tile(backend: Backend, batch_shape: Sequence[int]) -> float:
-    """How long the network takes for one patch, from a blank batch (N, channels, R, A, S); it warms the backend up, too."""
+    """Time the network over a blank batch (N, channels, R, A, S), which warms it up too."""
     batch = np.zeros(batch_shape, np.float32)
     seconds = _seconds(backend, batch)
     if seconds < QUICK_SECONDS:

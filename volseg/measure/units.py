@@ -1,4 +1,4 @@
-"""The unit of a scan's intensities: stated, guessed, or contradicted by the intensities themselves. Every command asks here."""
+"""The unit of a scan's intensities: stated, guessed or contradicted. Every command asks here."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ HU, SUV, ARBITRARY = "HU", "SUV", "a.u."
 SPELLINGS = {unit.casefold(): unit for unit in (HU, SUV, ARBITRARY)}
 
 SAMPLED = 2**18  # voxels of a scan that are looked at
-PADDING_SHARE = 0.01  # of the voxels that share the lowest value, from which on it may be padding round the scan
+PADDING_SHARE = 0.01  # of voxels with the lowest value, from which on it may be padding
 
-# Water is 0 HU, fat about -100 and air -1000 by definition, and nothing but bone, contrast agent and metal is over 500.
-AIR_BELOW_HU, AIR_SHARE = -200.0, 0.01  # from this share on a scan holds air or lung; less may be an interpolated edge
+# Water is 0 HU, fat about -100, air -1000; only bone, contrast agent and metal are over 500.
+AIR_BELOW_HU, AIR_SHARE = -200.0, 0.01  # less may be an interpolated edge
 AIR_HU = (-1100.0, -900.0)
-LOW_PERCENTILE, LOW_HU = 0.1, -5.0  # below which noise alone brings a thousandth of the voxels in water or brain
-RINGING = 0.05  # of the 99.5 percentile: what cubic interpolation leaves below 0 in a scan without negative values
+LOW_PERCENTILE, LOW_HU = 0.1, -5.0  # noise alone brings a thousandth of water or brain below
+RINGING = 0.05  # of the 99.5 percentile: how far cubic interpolation overshoots below 0
 DENSE_ABOVE_HU, DENSE_SHARE = 500.0, 0.3
 VOID_SHARE = 0.1  # of voxels below air
 
@@ -34,7 +34,7 @@ class Unit:
 
     Args:
         name: as in the column `intensity_unit`; a.u. where what was stated is contradicted.
-        doubt: one sentence; empty where the unit was stated and the intensities do not contradict it.
+        doubt: a sentence; empty where the unit was stated and nothing contradicts it.
         is_contradicted: the unit was stated, and the intensities cannot be in it.
     """
 
@@ -52,7 +52,7 @@ def judge_unit(scan: Volume, stated: str | None, *, by: str = "--unit") -> Unit:
     """The unit of a scan's intensities; the same for all 48 axis orders.
 
     Args:
-        stated: HU, SUV, a.u. or any other name; None where nobody stated it, and then it is guessed.
+        stated: HU, SUV, a.u. or any other name; None has it guessed.
         by: who stated it, for the sentence of doubt.
     """
     if stated is None:
@@ -65,13 +65,13 @@ def judge_unit(scan: Volume, stated: str | None, *, by: str = "--unit") -> Unit:
 
 
 def contradiction(scan: Volume, unit: str) -> str:
-    """Why the intensities of a scan cannot be in this unit; empty where they can, or where nothing is known of the unit."""
+    """Why the intensities of a scan cannot be in this unit; empty where they can be."""
     check = CONTRADICTIONS.get(unit)
     return "" if check is None else check(_sample(scan))
 
 
 def looks_like_ct(scan: Volume) -> bool:
-    """Whether a scan holds air or lung in HU, and nothing contradicts HU; so do few scans of another modality."""
+    """Whether a scan holds air or lung in HU, and nothing contradicts HU."""
     return _looks_like_ct(_sample(scan))
 
 
@@ -142,13 +142,13 @@ def _offset(values: np.ndarray) -> str:
 
 
 def _without_padding(values: np.ndarray) -> np.ndarray:
-    """The values without the lowest one, where so many voxels share it that it may fill what was not scanned."""
+    """The values without the lowest, where so many share it that it may be padding."""
     inside = values[values > values.min()]
     return inside if values.size - inside.size >= PADDING_SHARE * values.size else values
 
 
 def _sample(scan: Volume) -> np.ndarray:
-    """(N,) finite intensities of a regular grid of voxels, at least `SAMPLED` of a larger scan; all of a small one."""
+    """(N,) finite intensities of a regular grid of about `SAMPLED` voxels; all of a small scan."""
     array = to_canonical(scan.array, AxisOrder.of(scan.geometry))
     step = max(1, math.floor((array.size / SAMPLED) ** (1 / 3)))
     steps = [step if n >= 8 * step else 1 for n in array.shape]  # of a few slices each is looked at

@@ -1,4 +1,4 @@
-"""What a reader must know of a model before its numbers: what it is for, its limits, how good it was, and on what."""
+"""What a reader must know of a model: what it is for, its limits, how good it was, on what."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ NNUNET_FOLD = "nnunet_validation_dice_fold_"
 
 
 class LabelDice(BaseModel):
-    """Validation Dice of one label, with its 95 % interval over patients where the model holds one."""
+    """Validation Dice of one label, with its 95 % interval where the model holds one."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     label: str
@@ -48,11 +48,11 @@ class ModelBox(BaseModel):
 
     @property
     def poor_line(self) -> str:
-        """One line for a model with a label whose validation Dice is under 0.5; empty for others."""
-        poor = sorted((found for found in self.dice if found.mean < POOR_DICE), key=lambda found: found.mean)
+        """A warning for a label with a validation Dice under 0.5; empty without one."""
+        poor = sorted((score for score in self.dice if score.mean < POOR_DICE), key=lambda score: score.mean)
         if not poor:
             return ""
-        names = ", ".join(f"{found.label} {found.mean:.2f}" for found in poor[:MOST_LABELS])
+        names = ", ".join(f"{score.label} {score.mean:.2f}" for score in poor[:MOST_LABELS])
         more = f" and {len(poor) - MOST_LABELS} more labels" if len(poor) > MOST_LABELS else ""
         return f"Poor model: validation Dice under {POOR_DICE}: {names}{more}. Do not rely on these masks and numbers."
 
@@ -61,11 +61,11 @@ class ModelBox(BaseModel):
         """The validation Dice in words; lower confidence where none is known."""
         if not self.dice:
             return "unknown: the model holds none, so have less confidence in its masks"
-        shown = sorted(self.dice, key=lambda found: found.mean)[:MOST_LABELS] if self._is_long else self.dice
-        listed = "; ".join(found.text for found in shown)
+        shown = sorted(self.dice, key=lambda score: score.mean)[:MOST_LABELS] if self._is_long else self.dice
+        listed = "; ".join(score.text for score in shown)
         if not self._is_long:
             return listed
-        mean = math.fsum(found.mean for found in self.dice) / len(self.dice)
+        mean = math.fsum(score.mean for score in self.dice) / len(self.dice)
         return f"mean of {len(self.dice)} labels {mean:.2f}; the worst: {listed}"
 
     @property
@@ -100,7 +100,7 @@ def model_box(name: str, recipe: Recipe, fingerprint: DatasetFingerprint, metric
 
 
 def read_model_box(content: Any) -> ModelBox | None:
-    """A box from JSON text, or from what it holds, of a record or of run.json; None where it is none."""
+    """The box that a record (as text) or run.json (parsed) holds; None where it is none."""
     try:
         return ModelBox.model_validate_json(content) if isinstance(content, str) else ModelBox.model_validate(content)
     except ValidationError:
@@ -129,13 +129,13 @@ def likeness_of_run(rows: list[Mapping[str, Any]], model: str) -> Likeness:
 
 
 def _dice(recipe: Recipe, metrics: Mapping[str, Any]) -> list[LabelDice]:
-    found = []
+    scores = []
     for label in dict.fromkeys((*recipe.data.labels, *(recipe.data.regions or ()))):
         mean, interval = metrics.get(f"validation_dice_{label}"), metrics.get(f"validation_dice_{label}_95")
         if isinstance(mean, int | float):
             low, high = interval if isinstance(interval, list | tuple) and len(interval) == 2 else (None, None)
-            found.append(LabelDice(label=label, mean=mean, low=low, high=high))
+            scores.append(LabelDice(label=label, mean=mean, low=low, high=high))
     folds = [value for name, value in metrics.items() if name.startswith(NNUNET_FOLD)]
-    if not found and folds:
-        found.append(LabelDice(label="all labels", mean=math.fsum(folds) / len(folds)))
-    return found
+    if not scores and folds:
+        scores.append(LabelDice(label="all labels", mean=math.fsum(folds) / len(folds)))
+    return scores

@@ -1,4 +1,4 @@
-"""Warnings of single scans that belong on the terminal too, not only into cases.csv: a doubted unit, a scan unlike those of training."""
+"""Warnings of single scans for the terminal: a doubted unit, a scan unlike those of training."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ MOST_SCANS = 5  # named per code
 
 
 def remarks_on_scans(table: Path, case_ids: Collection[str]) -> list[str]:
-    """A line for each of these scans with such a warning, as `W_CODE: case: sentence`; of many scans with one code the first.
+    """Collect `W_CODE: case: sentence` for each of these scans; of many with one code the first.
 
     Args:
         table: cases.csv, as it was just written.
     """
-    found: dict[str, list[str]] = {code: [] for code in CODES}
+    lines_by_code: dict[str, list[str]] = {code: [] for code in CODES}
     with table.open(newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file):
             if row["case_id"] not in case_ids:
                 continue
             for warning in re.split(r"; (?=W_[A-Z]+: )", row["warnings"]):
                 code, _, text = warning.partition(": ")
-                if code in found:
-                    found[code].append(f"{code}: {row['case_id']}: {text}")
-    return [line for code, lines in found.items() for line in _shortened(code, lines)]
+                if code in lines_by_code:
+                    lines_by_code[code].append(f"{code}: {row['case_id']}: {text}")
+    return [line for code, lines in lines_by_code.items() for line in _shortened(code, lines)]
 
 
 def _shortened(code: str, lines: list[str]) -> list[str]:
