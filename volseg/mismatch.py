@@ -7,15 +7,25 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from volseg.measure.units import ARBITRARY, HU, SUV, Unit, judge_unit, looks_like_ct, robust_range
+from volseg.measure.units import (
+    ARBITRARY,
+    FIELD_OF_VIEW,
+    HU,
+    MODALITY,
+    SLICES,
+    SPACING,
+    SUV,
+    UNIT,
+    Unit,
+    judge_unit,
+    looks_like_ct,
+    robust_range,
+)
 from volseg.plan import DatasetFingerprint
 from volseg.preprocess.crop import AxisOrder, canonical_geometry
 from volseg.recipe import Recipe, Scale, Window
 from volseg.volume import Geometry, Volume
 
-MODALITY, UNIT, SPACING, FIELD_OF_VIEW, SLICES = "W_MODALITY", "W_UNIT", "W_SPACING", "W_FOV", "W_SLICES"
-UNLIKE = (MODALITY, SPACING, FIELD_OF_VIEW, SLICES)  # of a scan unlike the training scans
-CODES = (*UNLIKE, UNIT)
 TOLERANCE = 1.5  # factor beyond the least and the largest value of the training scans
 GUESSED = (
     "the model states HU by a guess from its training scans: "

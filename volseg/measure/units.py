@@ -13,6 +13,11 @@ from volseg.volume import Volume
 HU, SUV, ARBITRARY = "HU", "SUV", "a.u."
 SPELLINGS = {unit.casefold(): unit for unit in (HU, SUV, ARBITRARY)}
 
+# Codes of the warnings that a unit or a model's training scans give rise to.
+MODALITY, UNIT, SPACING, FIELD_OF_VIEW, SLICES = "W_MODALITY", "W_UNIT", "W_SPACING", "W_FOV", "W_SLICES"
+UNLIKE = (MODALITY, SPACING, FIELD_OF_VIEW, SLICES)  # of a scan unlike the training scans
+CODES = (*UNLIKE, UNIT)
+
 SAMPLED = 2**18  # voxels of a scan that are looked at
 PADDING_SHARE = 0.01  # of voxels with the lowest value, from which on it may be padding
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from volseg.mismatch import UNLIKE, checks_of
-from volseg.plan import DatasetFingerprint
+from volseg.measure.units import UNLIKE
 from volseg.recipe import Recipe
+
+if TYPE_CHECKING:  # torch takes seconds to import; only a workflow that needs it pays
+    from volseg.plan import DatasetFingerprint
 
 POOR_DICE = 0.5  # under which a model says that it is not to be relied on
 MOST_LABELS = 8  # whose Dice is listed; of more the worst
@@ -88,6 +90,8 @@ class Likeness:
 
 def model_box(name: str, recipe: Recipe, fingerprint: DatasetFingerprint, metrics: Mapping[str, Any]) -> ModelBox:
     """The box of a model, from what its bundle holds."""
+    from volseg.mismatch import checks_of
+
     return ModelBox(
         name=name,
         intended_use=recipe.intended_use or NOT_STATED,

@@ -7,7 +7,7 @@ import re
 from collections.abc import Collection
 from pathlib import Path
 
-from volseg.mismatch import CODES
+from volseg.measure.units import CODES
 
 MOST_SCANS = 5  # named per code
 
