@@ -19,6 +19,7 @@ from volseg import __version__
 from volseg.errors import VolsegError
 from volseg.inputs import MAX_TEXT_BYTES, open_regular, parse_json, read_bytes
 from volseg.io.files import make_folder, sha256_of, write_bytes_atomic, write_json_atomic
+from volseg.mismatch import checks_of
 from volseg.models import build_classifier, build_segmentation, set_weights
 from volseg.plan import DatasetFingerprint, Plan
 from volseg.recipe import AUTO, Preprocess, Recipe, Roi, Text, Window, listed, mistakes_of, parse_recipe
@@ -226,6 +227,12 @@ def model_card(bundle: ModelBundle) -> str:
         recipe.data_source or "Not stated by the recipe.",
         "",
         f"{bundle.metrics.get('training_cases', bundle.fingerprint.n_cases)} training cases; channels: {', '.join(recipe.data.channels)}; labels: {labels}.",
+        "",
+        "## Which scans it can tell apart",
+        "",
+        "Before a scan is segmented it is compared with the training scans:",
+        "",
+        *(f"- {check}" for check in checks_of(recipe, bundle.fingerprint)),
         "",
         "## Metrics",
         "",

@@ -305,6 +305,13 @@ def infer(
         bool,
         typer.Option("--fast", help="Resample linearly where the recipe says cubic: quicker, a little less exact."),
     ] = False,
+    accept_mismatch: Annotated[
+        bool,
+        typer.Option(
+            "--accept-mismatch",
+            help="Segment scans of another modality than in training, too; without density or class.",
+        ),
+    ] = False,
     figures: Figures = False,
     pages: Pages = True,
     as_json: Json = False,
@@ -333,6 +340,7 @@ def infer(
             fast=fast,
             max_ram=max_ram,
             max_vram=max_vram,
+            accept_mismatch=accept_mismatch,
             figures=figures,
             pages=pages,
             progress=show,

@@ -11,6 +11,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from volseg.errors import VolsegError
+from volseg.measure.units import looks_like_ct
 from volseg.preprocess.crop import AxisOrder, canonical_geometry
 from volseg.preprocess.normalise import NORMALISERS, Absent, Normaliser
 from volseg.preprocess.prepare import PrepareSettings
@@ -86,6 +87,10 @@ class DatasetFingerprint(_Json):
     label_voxels: dict[int, Count]
     foreground: dict[str, IntensityStatistics]
     empty_masks: tuple[str, ...] = ()  # cases whose mask holds no labelled voxel
+    n_ct_like: dict[
+        str, int
+    ] = {}  # channel → scans that look like a CT in HU; a fingerprint that did not look has none
+    doubted_units: dict[str, str] = {}  # cases whose first channel contradicts the recipe's unit → why
 
 
 class CaseFingerprint(_Json):
@@ -95,6 +100,7 @@ class CaseFingerprint(_Json):
     shape: tuple[int, int, int]
     label_voxels: dict[int, int]
     samples: dict[str, tuple[float, ...]]
+    is_ct_like: dict[str, bool] = {}
 
 
 class Line(_Json):
@@ -280,6 +286,7 @@ def fingerprint_case(images: Mapping[str, Volume], reference: Volume, rng: np.ra
         shape=canonical.shape,
         label_voxels={int(value): int(count) for value, count in zip(values, counts, strict=True)},
         samples=samples,
+        is_ct_like={name: looks_like_ct(volume) for name, volume in images.items()},
     )
 
 
@@ -306,6 +313,7 @@ def combine_fingerprints(cases: Sequence[CaseFingerprint]) -> DatasetFingerprint
         shapes=tuple(case.shape for case in cases),
         label_voxels=dict(sorted(voxels.items())),
         foreground={name: _statistics(values) for name, values in pooled.items()},
+        n_ct_like={name: sum(case.is_ct_like.get(name, False) for case in cases) for name in channels},
     )
 
 

@@ -71,12 +71,14 @@ class Section(BaseModel):
 class Data(Section):
     """Which images a case has and what the mask's values mean."""
 
-    later = frozenset({"regions", "ignore", "grids", "align", "missing"})
+    later = frozenset({"unit_guessed", "regions", "ignore", "grids", "align", "missing"})
     channels: Annotated[tuple[Name, ...], Field(min_length=1, max_length=64)]
     labels: Annotated[
         dict[Name, LabelValue], Field(min_length=1, max_length=1000)
     ]  # name = value in the mask; every other value but 0 is an error
     intensity_unit: Name  # of the first channel, in which lesions are measured: HU, a.u., SUV
+    # Nobody stated that unit: it was guessed from the training scans, so no density, mass or calcium score is made with it.
+    unit_guessed: bool = False
     # Overlapping regions: the mask value that each output channel of the network writes where its sigmoid is over 0.5; a later
     # channel overwrites an earlier one. None: channel 0 is the background, then the labels, and the largest wins.
     regions_class_order: Annotated[tuple[LabelValue, ...], Field(max_length=1000)] | None = None

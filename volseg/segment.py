@@ -23,12 +23,14 @@ from volseg.infer.backends import (
     load_backend,
 )
 from volseg.infer.classify import classify_lesions
+from volseg.infer.duration import Work, seconds_per_tile
 from volseg.infer.memory import MemoryPlan, NetworkPass, ScanHeader, check_patch, network_bytes, plan_memory
 from volseg.infer.roi import find_region
 from volseg.infer.stream import Tiling, predict_slabs
 from volseg.infer.tiles import thinnest_axis, widest
 from volseg.measure.lesions import measure_lesions
 from volseg.measure.rows import LesionMeasurement
+from volseg.mismatch import Resemblance, compare_scan
 from volseg.postprocess.lesions import CONNECTIVITY, label_lesions, without_organ
 from volseg.postprocess.steps import make_steps
 from volseg.preprocess.align import completed, on_one_grid
@@ -59,6 +61,7 @@ class CaseResult:
     mask: Volume  # label values of the recipe
     lesion_ids: Volume  # 1 = largest
     lesions: Sequence[LesionMeasurement]
+    resemblance: Resemblance  # to the training scans of the model
     organ_voxels: int | None = None  # of the organ's own label; None where no label is the organ
 
 
@@ -105,17 +108,19 @@ def segment_case(
     *,
     case_id: str,
     half_logits: bool = False,
+    accept_mismatch: bool = False,
     on_tile: OnTile = lambda done, total: None,
 ) -> CaseResult:
-    """Segment, post-process, label, score and measure one scan.
+    """Compare one scan with those of training, then segment, post-process, label, score and measure it.
 
     Args:
         images: channel name → scan; every channel of the recipe must be there, unless it says that cases may miss some.
         half_logits: blend logits in float16: half the buffer, logits rounded to three digits.
+        accept_mismatch: segment a scan of another modality than in training too; it has no density, mass, calcium score or class then.
         on_tile: called before the first tile and after each; not where there is no body to run tiles on.
 
     Raises:
-        ScanError: a channel is missing, or the channels lie on different grids.
+        ScanError: a channel is missing, the channels lie on different grids, or the scan is of another modality.
     """
     recipe = model.bundle.recipe
     channels = recipe.data.channels
@@ -123,6 +128,13 @@ def segment_case(
     if recipe.data.grids == "first":
         chosen = on_one_grid(chosen, align=recipe.data.align == "rigid")
     scan = chosen[channels[0]]
+    resemblance = compare_scan(chosen, recipe, model.bundle.fingerprint)
+    if resemblance.contradictions and not accept_mismatch:
+        raise ScanError(
+            f"case {case_id!r} is not of the modality that model {recipe.name!r} was trained on: {'; '.join(resemblance.contradictions)}",
+            fix="use a model for it, or --accept-mismatch to segment it all the same, without density and class",
+            code="E_MODALITY",
+        )
     absent = [name for name in channels if name not in chosen]
     mask, confidence = _predict(completed(chosen, channels), absent, model, half_logits=half_logits, on_tile=on_tile)
     for step in make_steps(recipe.postprocess):
@@ -135,21 +147,27 @@ def segment_case(
     lesions = label_lesions(lesion_mask, scan.geometry)
     classes = None
     if model.classifier is not None and recipe.classify is not None:
-        classes = classify_lesions(scan, lesions.ids, model.classifier, recipe.classify)
+        is_doubted = bool(resemblance.unit.doubt)
+        classes = (
+            [None] * len(lesions.labels)
+            if is_doubted
+            else classify_lesions(scan, lesions.ids, model.classifier, recipe.classify)
+        )
     rows = measure_lesions(
         scan,
         lesions.ids,
         lesions.labels,
         case_id=case_id,
         label_names=recipe.data.label_names,
-        intensity_unit=recipe.data.intensity_unit,
+        intensity_unit=resemblance.unit.name,
+        unit_doubt=resemblance.unit.doubt,
         confidence=confidence,
         classes=classes,
         settings=recipe.measure,
         connectivity=CONNECTIVITY,
         model=model.bundle.name,
     )
-    return CaseResult(scan.with_array(mask), scan.with_array(lesions.ids), rows, organ_voxels)
+    return CaseResult(scan.with_array(mask), scan.with_array(lesions.ids), rows, resemblance, organ_voxels)
 
 
 def patch_bytes(model: Model) -> int:
@@ -202,6 +220,15 @@ def _network_pass(model: Model, needed: int) -> NetworkPass:
         on_gpu=model.device != "cpu",
         half=model.segmentation.identity["precision"] in ("fp16", "bf16"),
     )
+
+
+def work_ahead(model: Model, shapes: Sequence[tuple[int, int, int]]) -> Work:
+    """The tiles over prepared grids of these shapes, and what one costs: a blank batch is run to find that out."""
+    recipe, plan = model.bundle.recipe, model.bundle.plan
+    tiling = tiling_of(model.bundle)
+    batch_shape = (tiling.batch_size, len(recipe.data.channels), *plan.patch_shape)
+    seconds = seconds_per_tile(model.segmentation, batch_shape)
+    return Work(tiling=tiling, shapes=shapes, seconds_per_tile=seconds, on_gpu=model.device != "cpu")
 
 
 def tiling_of(bundle: ModelBundle) -> Tiling:

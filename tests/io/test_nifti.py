@@ -443,10 +443,8 @@ def test_header_is_read_without_the_voxels(tmp_path):
 def test_intensity_warnings():
     geometry = Geometry(SHAPE, oblique())
     ramp = np.arange(math.prod(SHAPE), dtype=np.uint16).reshape(SHAPE)
-    assert intensity_warnings(Volume(VOXELS, geometry), is_ct=True) == ()
-    assert [w.code for w in intensity_warnings(Volume(ramp, geometry), is_ct=True)] == ["W_HU"]
+    assert intensity_warnings(Volume(VOXELS, geometry)) == ()
     assert intensity_warnings(Volume(ramp, geometry)) == ()
-    assert intensity_warnings(Volume(ramp, geometry, intercept=-1024.0), is_ct=True) == ()
     assert [w.code for w in intensity_warnings(Volume(ramp.clip(0, 3000), geometry))] == ["W_CLIP"]
 
 

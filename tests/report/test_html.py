@@ -15,6 +15,7 @@ from volseg.measure.lesions import measure_lesions
 from volseg.measure.rows import CaseRow, LesionMeasurement
 from volseg.postprocess.lesions import label_lesions
 from volseg.report.html import fitting_table, image_budget, lesion_table, report_html, viewer_html
+from volseg.report.model_box import LabelDice, ModelBox
 from volseg.report.preview import make_preview, montage_jpeg
 from volseg.store.results import plain
 from volseg.volume import Geometry, Volume
@@ -454,3 +455,57 @@ def test_the_report_is_sorted_filtered_and_arranged_by_keyboard(browser, tmp_pat
     page.locator("#theme").press("Enter")
     assert page.evaluate("getComputedStyle(document.body).backgroundColor") != before
     visit.end()
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("is_poor", [False, True])
+def test_the_box_is_seen_on_the_report_and_on_the_viewer_page(is_poor, browser, tmp_path):
+    box = ModelBox(
+        name="lung@1234",
+        intended_use=HOSTILE,
+        limits="Never a whole chest.",
+        training_cases=601,
+        dice=(LabelDice(label="nodule", mean=0.12 if is_poor else 0.8, low=0.05, high=0.9),),
+        checks=("modality: ct has to be in HU",),
+    )
+    scan, ids, rows, _ = scene()
+    warnings = "W_FOV: field of view along R, A, S 300 x 300 x 200 mm"
+    case = CASE | {"model": box.name, "warnings": warnings}
+    preview = make_preview(scan, ids, unit="HU", max_bytes=image_budget(rows))
+    montage = montage_jpeg(scan, ids, window=preview.window, point_mm=None, extent_mm=0)
+    pages = {
+        "viewer": viewer_html(case, rows, preview, montage, unit="HU", box=box),
+        "report": report_html(
+            {"command": "infer"},
+            [plain(CaseRow(case_id="a", status="done", model=box.name, warnings=warnings, n_lesions=3))],
+            rows,
+            montages={},
+            pages=[],
+            boxes=[box],
+        ),
+    }
+    for name, page in pages.items():
+        (tmp_path / f"{name}.html").write_text(page, encoding="utf-8")
+        visit = Visit(browser, tmp_path / f"{name}.html")
+        section = visit.page.locator("section.model")
+        assert section.count() == 1 and section.is_visible()
+        text = section.inner_text()
+        assert "<script>alert(1)</script>" in text and "601 cases" in text and "whole chest" in text
+        assert (
+            "This scan does not resemble the training scans: W_FOV." in text
+            if name == "viewer"
+            else "0 of 1 scans" in text
+        )
+        poor = section.locator(".poor")
+        assert poor.count() == is_poor
+        if is_poor:
+            assert poor.is_visible() and "nodule 0.12" in poor.inner_text()
+            red, green, blue = map(int, re.findall(r"\d+", poor.evaluate("part => getComputedStyle(part).color"))[:3])
+            assert red > 1.5 * max(green, blue)
+            assert poor.bounding_box()["height"] < 30  # one line
+        visit.end()
+
+
+def test_a_mask_from_elsewhere_has_no_box():
+    scan, ids, rows, _ = scene()
+    assert '<section class="model"' not in page_of(scan, ids, rows)

@@ -228,7 +228,9 @@ def test_the_cost_of_overlap_and_mirroring_is_said_as_it_is_then_paid(overlap, m
     from volseg.segment import load_model, segment_case
 
     scan = read_volume(dataset / "images" / "scan_6.nii.gz")
-    tissue = scan.with_array(np.asfortranarray(np.maximum(scan.array, 0)))  # no air: not cropped, and no tile is empty
+    tissue = scan.with_array(
+        np.asfortranarray(np.maximum(scan.array, -100))
+    )  # no air: not cropped, and no tile is empty
     write_volume(tissue, tmp_path / "scan.nii.gz")
 
     def paid(overlap, mirror_axes):

@@ -169,23 +169,15 @@ def read_label_table(path: Path | str) -> dict[int, str]:
     return parse_label_table(block.decode("utf-8", "replace"))
 
 
-def intensity_warnings(volume: Volume, *, is_ct: bool = False) -> tuple[ScanWarning, ...]:
-    """Oddities of a scan's intensities that its header cannot show: saturation, CT values that are not HU."""
-    found = []
+def intensity_warnings(volume: Volume) -> tuple[ScanWarning, ...]:
+    """Oddities of a scan's intensities that its header cannot show: saturation."""
     highest = np.fmax.reduce(volume.array, axis=None)
     clipped = (
         sum(np.count_nonzero(volume.array[part] == highest) for part in slabs_of(volume.array)) / volume.array.size
     )
-    if clipped > CLIPPED_FRACTION:
-        found.append(ScanWarning("W_CLIP", f"{clipped:.0%} of the voxels have the largest value, {highest:g}"))
-    if is_ct:
-        step = max(1, round((volume.array.size / 1e6) ** (1 / 3)))  # a median of about a million voxels is enough
-        sample = volume.intensities(volume.array[::step, ::step, ::step])
-        sample = sample[np.isfinite(sample)]
-        if sample.size and sample.min() >= 0 and np.median(sample) > 500:
-            text = f"median {np.median(sample):g} and no negative value: is the rescale intercept missing?"
-            found.append(ScanWarning("W_HU", text))
-    return tuple(found)
+    if clipped <= CLIPPED_FRACTION:
+        return ()
+    return (ScanWarning("W_CLIP", f"{clipped:.0%} of the voxels have the largest value, {highest:g}"),)
 
 
 def write_volume(volume: Volume, path: Path | str, like: Path | str | None = None) -> None:

@@ -45,6 +45,7 @@ def measure_lesions(
     case_id: str,
     label_names: Mapping[int, str],
     intensity_unit: str,
+    unit_doubt: str = "",
     confidence: np.ndarray | None = None,
     classes: Sequence[Mapping[str, float] | None] | None = None,
     settings: Measure = AS_USUAL,
@@ -60,6 +61,8 @@ def measure_lesions(
         case_id: name of the scan.
         label_names: label value → name.
         intensity_unit: such as `HU`, with which there are densities too.
+        unit_doubt: why the scan may not be in that unit (`judge_unit`): no density, mass, calcium score or class is then made of it, and
+            each row says so.
         confidence: (I, J, K) of the model in its label, and in the background in any, uint8 from 0 to 255 or floating point from 0 to 1.
         classes: for lesion 1, 2, …, N the probability of each class by name; None for one that was not classified.
         settings: which labels are lymph nodes, whether calcium is scored, and so on.
@@ -84,9 +87,13 @@ def measure_lesions(
     forms = _Forms(scan.geometry.affine[:3, :3])
     rows, surfaces = [], []
     boxes = [scan.box_of(_shift(each, box)) for each in found.boxes()]
+    doubt_note = ""
+    if unit_doubt:
+        doubt_note = _withheld(unit_doubt, settings, has_classes=classes is not None)
+        classes, settings = None, settings.model_copy(update={"calcium": False})
     for numbers in _groups(boxes):
         lesions = [_Lesion.of(scan, n, boxes[n - 1], forms) for n in numbers]
-        intensities = _intensities(lesions, voxel_volume_mm3, intensity_unit, settings)
+        intensities = _intensities(lesions, voxel_volume_mm3, "" if unit_doubt else intensity_unit, settings)
         trusts = _confidences(lesions, voxel_volume_mm3)
         for lesion, (intensity, intensity_note), (trust, trust_note) in zip(lesions, intensities, trusts, strict=True):
             n, form = lesion.number, lesion.form
@@ -126,7 +133,9 @@ def measure_lesions(
                     model=model,
                     volseg_version=__version__,
                     notes="; ".join(
-                        note for note in (name_note, axes_note, intensity_note, trust_note, class_note) if note
+                        note
+                        for note in (name_note, axes_note, doubt_note, intensity_note, trust_note, class_note)
+                        if note
                     ),
                 )
             )
@@ -481,6 +490,12 @@ def _grown(inside: np.ndarray, by: int) -> np.ndarray:
             grown[behind] |= inside[ahead]
         inside = grown
     return inside
+
+
+def _withheld(unit_doubt: str, settings: Measure, *, has_classes: bool) -> str:
+    """Note on what is not made of a scan whose unit is doubted."""
+    names = ["density", "mass", *(["calcium"] if settings.calcium else []), *(["class"] if has_classes else [])]
+    return f"{', '.join(names)}: {unit_doubt}"
 
 
 def _class(probabilities: Mapping[str, float] | None) -> tuple[dict[str, Any], str]:

@@ -41,7 +41,9 @@ class LesionMeasurement:
         "intensity_unit", "their 90th percentile, linear between neighbouring values", source="IBSI 8DWT"
     )
     intensity_max: float = column("intensity_unit", "their maximum", source="IBSI 84IY")
-    intensity_unit: str = column("", "unit of the intensities: HU, SUV, a.u.")
+    intensity_unit: str = column(
+        "", "unit of the intensities: HU, SUV; a.u. if unknown or contradicted; `notes` says if it is a guess"
+    )
     centroid_r_mm: float = column("mm", "centre of mass of the voxels, towards the patient's right (RAS world)")
     centroid_a_mm: float = column("mm", "the same, towards anterior")
     centroid_s_mm: float = column("mm", "the same, towards superior")
@@ -49,7 +51,9 @@ class LesionMeasurement:
     confidence_mean: float | None = column(
         "0 to 1", "mean probability of the class that the model chose, before post-processing; empty without a model"
     )
-    class_name: str | None = column("", "most probable class; empty without a classifier")
+    class_name: str | None = column(
+        "", "most probable class; empty without a classifier, and of a scan that is not like those it learnt from"
+    )
     class_probability: float | None = column("0 to 1", "probability of that class")
     class_probabilities: str | None = column("0 to 1", "probability of every class, as name=value;name=value")
     volume_mesh_mm3: float | None = column(
@@ -82,11 +86,11 @@ class LesionMeasurement:
     )
     density_g_cm3: float | None = column(
         "g/cm³",
-        "mean mass density of the voxels from their HU, by a piecewise-linear calibration; CT only",
+        "mean mass density of the voxels from their HU, by a piecewise-linear calibration; only of a CT in HU, which `--unit` or the model states",
         None,
         source="Schneider, Phys Med Biol 45:459 (2000), or the recipe's",
     )
-    mass_g: float | None = column("g", "density_g_cm3 × volume_ml; CT only", None)
+    mass_g: float | None = column("g", "density_g_cm3 × volume_ml", None)
     agatston_score: float | None = column(
         "",
         "calcium: area over 130 HU per slice × 1 to 4 by its peak, summed, × slice distance / 3 mm; only where asked for",

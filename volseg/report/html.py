@@ -24,6 +24,7 @@ from volseg.measure.changes import LesionChange
 from volseg.measure.response import PatientResponse
 from volseg.measure.rows import CaseRow, LesionMeasurement
 from volseg.report.histogram import histogram_svg
+from volseg.report.model_box import Likeness, ModelBox, likeness_of_run, likeness_of_scan
 from volseg.report.preview import Preview, lesion_colour, lesion_points, point_of, smaller_jpeg
 
 MAX_PAGE_BYTES = 6_000_000
@@ -125,7 +126,13 @@ class PageTable:
 
 
 def viewer_html(
-    case: Mapping[str, Any], lesions: Sequence[Mapping[str, Any]], preview: Preview, montage: bytes, *, unit: str
+    case: Mapping[str, Any],
+    lesions: Sequence[Mapping[str, Any]],
+    preview: Preview,
+    montage: bytes,
+    *,
+    unit: str,
+    box: ModelBox | None = None,
 ) -> str:
     """The page of one scan: its slices with the lesions over them, a row per lesion, and a picture where there is no WebGL.
 
@@ -134,6 +141,7 @@ def viewer_html(
             need not be given.
         montage: JPEG of the scan's largest lesion.
         unit: of the intensities.
+        box: of the model; None for masks from elsewhere.
     """
     rows = sorted(lesions, key=lambda lesion: lesion["lesion_id"])[:MAX_VIEWER_ROWS]
     remark = ""
@@ -169,6 +177,8 @@ def viewer_html(
         facts=[fact for fact in facts if fact],
         unit=unit,
         shown_part=_shown_part(preview),
+        box=box,
+        likeness=likeness_of_scan(case.get("warnings") or ""),
         invitation="Choose a lesion in the table or in the slices." if rows else "No lesion was found.",
         remark=remark.strip(),
         content=content,
@@ -195,6 +205,7 @@ def report_html(
     *,
     montages: Mapping[str, bytes],
     pages: Iterable[str],
+    boxes: Sequence[ModelBox] = (),
     remarks: Sequence[str] = (),
     digest: str = "",
 ) -> str:
@@ -205,6 +216,7 @@ def report_html(
         cases, lesions: rows of cases.csv and of lesions.csv; None, or a column that is not there, is unknown.
         montages: case id → JPEG.
         pages: ids of the cases that have a viewer page.
+        boxes: of the models that made the masks.
         remarks: sentences to be read before the numbers.
         digest: what the page was made from, kept in it.
     """
@@ -238,6 +250,7 @@ def report_html(
         n_cases=len(cases),
         what="scans",
         files="cases.csv and lesions.csv",
+        boxes=[(box, likeness_of_run(list(cases), box.name)) for box in boxes],
         remarks=remarks,
         facts=_facts(cases, lesions),
         plots=_plots(lesions),
@@ -309,6 +322,7 @@ def _run_page(
     pages: Sequence[str] = (),
     pictures: Mapping[str, str] | None = None,
     picture_height: int = 0,
+    boxes: Sequence[tuple[ModelBox, Likeness]] = (),
     digest: str = "",
     **texts: Any,
 ) -> str:
@@ -325,6 +339,7 @@ def _run_page(
         pages=pages,
         pictures=pictures or {},
         picture_height=picture_height,
+        boxes=boxes,
         digest=digest,
         limits="Made for research; not a medical device.",
         script=Markup(script),  # noqa: S704
@@ -474,8 +489,7 @@ def _plots(lesions: Sequence[Mapping[str, Any]]) -> list[Markup]:
     plots = [histogram_svg(known("volume_ml", lesions), title="Volume", unit="mL", log=True)]
     for unit in sorted({lesion.get("intensity_unit") or "" for lesion in lesions}):
         rows = [lesion for lesion in lesions if (lesion.get("intensity_unit") or "") == unit]
-        title = "Mean density" if unit == "HU" else "Mean intensity"
-        plots.append(histogram_svg(known("intensity_mean", rows), title=title, unit=unit))
+        plots.append(histogram_svg(known("intensity_mean", rows), title="Mean intensity", unit=unit))
     plots.append(histogram_svg(known("long_axis_mm", lesions), title="Long axis", unit="mm"))
     return [plot for plot in plots if plot is not None]
 

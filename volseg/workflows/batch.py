@@ -21,11 +21,13 @@ from volseg.io.cases import Case
 from volseg.io.nifti import intensity_warnings, read_header, scan_digest, write_volume
 from volseg.measure.lesions import summarise
 from volseg.measure.rows import CaseRow, LesionMeasurement
+from volseg.measure.units import Unit
 from volseg.recipe import Measure
 from volseg.store.outputs import Commit
 from volseg.store.results import THUMBNAILS, VIEWERS, ResultsFolder, State
 from volseg.volume import Volume, slabs_of
 from volseg.workflows.pages import remake_page, write_report
+from volseg.workflows.remarks import remarks_on_scans
 
 # What is being done, the share of it that is done in [0, 1], a detail. Stages may take turns; with 0 a stage begins, or begins anew.
 Progress = Callable[[str, float, str], None]
@@ -195,7 +197,11 @@ def run_cases(
         done=done,
         kept=kept,
         failed=failed,
-        details={"objects": objects, "pages": about is not None, "warnings": remarks},
+        details={
+            "objects": objects,
+            "pages": about is not None,
+            "warnings": remarks + remarks_on_scans(rows, [case.id for case in cases]),
+        },
     )
 
 
@@ -215,28 +221,32 @@ def done_row(
     lesions: Sequence[LesionMeasurement],
     *,
     path: Path,
-    unit: str,
+    unit: Unit,
     model: str,
     seconds: float,
     settings: Measure,
     organ_voxels: int | None,
+    remarks: Sequence[str] = (),
 ) -> CaseRow:
     """The row of a scan that was measured, with all that is odd about it.
 
     Args:
         unit: of its intensities.
         organ_voxels: of the organ's own label; None where no label is the organ.
+        remarks: on its unit and on how it resembles the model's training scans, as `W_CODE: sentence`.
     """
-    oddities = (*read_header(path).warnings, *intensity_warnings(scan, is_ct=unit == "HU"))
-    warnings = [f"{warning.code}: {warning.text}" for warning in oddities]
+    oddities = (*read_header(path).warnings, *intensity_warnings(scan))
+    warnings = [*remarks, *(f"{warning.code}: {warning.text}" for warning in oddities)]
     if scan.array.dtype.kind == "f" and not all(np.isfinite(scan.array[part]).all() for part in slabs_of(scan.array)):
         warnings.append("W_NAN: some voxels are not finite; lesions that hold one have no intensities")
     if organ_voxels == 0:
         warnings.append(f"W_ORGAN: no voxel is {settings.organ}, so its volume and the burden are unknown")
     if settings.calcium and any(lesion.agatston_score is None for lesion in lesions):
         warnings.append("W_CALCIUM: a lesion has no score, its notes say why, so the scan has none")
-    elif settings.calcium and unit != "HU":
-        warnings.append(f"W_CALCIUM: calcium is scored in HU, not in {unit}")
+    elif settings.calcium and not unit.is_hu:
+        warnings.append(
+            f"W_CALCIUM: calcium is scored in HU, {'not in ' + unit.name if not unit.doubt else unit.doubt}"
+        )
     if any(lesion.touches_border for lesion in lesions):
         warnings.append("W_BORDER: a lesion touches the border of the scan, so its volume is a lower bound")
     return CaseRow(
@@ -245,7 +255,7 @@ def done_row(
         **summarise(
             lesions,
             settings,
-            unit=unit,
+            unit=unit.name if not unit.doubt else "",
             organ_voxels_ml=None if organ_voxels is None else organ_voxels * scan.geometry.voxel_volume_mm3 / 1000,
         ),
         image=path.name,

@@ -17,6 +17,7 @@ from volseg.io.nifti import read_header, read_mask, read_volume
 from volseg.measure.changes import LesionChange
 from volseg.measure.response import PatientResponse
 from volseg.measure.rows import CaseRow, LesionMeasurement
+from volseg.measure.units import judge_unit
 from volseg.postprocess.steps import make_steps
 from volseg.recipe import Recipe, load_recipe, shipped_recipes
 from volseg.volume import Volume
@@ -88,6 +89,15 @@ def _check_case(case: Case, recipe: Recipe | None) -> Iterator[dict[str, str]]:
                 yield {"where": case.id, "code": warning.code, "problem": warning.text, "fix": ""}
         except VolsegError as error:
             yield _problem(case.id, error)
+    if recipe is not None and recipe.data.channels[0] in volumes:
+        doubt = judge_unit(volumes[recipe.data.channels[0]], recipe.data.intensity_unit, by="the recipe").doubt
+        if doubt:
+            yield {
+                "where": case.id,
+                "code": "W_UNIT",
+                "problem": doubt,
+                "fix": "correct data.intensity_unit or the scan",
+            }
     if case.reference is None:
         return
     try:

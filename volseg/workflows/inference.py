@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,11 +13,12 @@ import numpy as np
 
 from volseg.errors import ScanError, VolsegError
 from volseg.execute.cpu import give_back_large_blocks, keep_freed_memory, total_memory
-from volseg.execute.local import run_overlapped
+from volseg.execute.local import Outcome, run_overlapped
 from volseg.io.cases import Case, find_scans
 from volseg.io.nifti import NiftiHeader, read_header, read_volume
 from volseg.postprocess.lesions import CONNECTIVITY
 from volseg.recipe import Recipe, parse_recipe
+from volseg.report.model_box import ModelBox, model_box
 from volseg.store.results import LESION_IDS, MASKS, ResultsFolder
 from volseg.volume import Volume
 from volseg.workflows.batch import (
@@ -60,6 +61,7 @@ def infer(
     fast: bool = False,
     max_ram: str | int | None = None,
     max_vram: str | int | None = None,
+    accept_mismatch: bool = False,
     figures: bool = False,
     pages: bool = True,
     progress: Progress = silent,
@@ -79,6 +81,8 @@ def infer(
         max_ram: budget of main memory, such as `4G` or a number of bytes; None for none. A scan that cannot be segmented within it is a
             failed row that says what would do.
         max_vram: the same for the GPU's memory; None for what is free there.
+        accept_mismatch: segment scans of another modality than the model's training scans, too. Their rows carry W_MODALITY, and they
+            have no density, mass, calcium score or class; without it they are failed rows (E_MODALITY).
         figures: also write a PNG per scan with its largest lesions outlined.
         pages: also write report.html, and a page per scan to look at its lesions.
         progress: is told of the scans, and of the tiles of the one that is being segmented.
@@ -90,7 +94,7 @@ def infer(
     budget, gpu_budget = amount_of(max_ram, "--max-ram"), amount_of(max_vram, "--max-vram")
     from volseg.bundle import load_bundle, shipped_bundle
     from volseg.infer.memory import limited_gpu
-    from volseg.segment import load_model
+    from volseg.segment import load_model, work_ahead
 
     out = Path(out)
     folder = shipped_bundle() if model is None else Path(model)
@@ -108,6 +112,7 @@ def infer(
         else:  # OpenVINO and GPUs gain nothing by it, and masks that hold nothing would take memory
             give_back_large_blocks()
         options = {"model_sha256": bundle.sha256, "figures": figures, **loaded.segmentation.identity, **changes}
+        options |= {"accept_mismatch": True} if accept_mismatch else {}
         plans = _plan_memory(cases, loaded, budget, gpu_budget, announce)
         known = _known(plans)
         tiles = min((plan.batch_size for plan in known.values()), default=bundle.recipe.infer.batch_size)
@@ -128,22 +133,43 @@ def infer(
                 raise plan
             return _read(case)
 
+        ahead_of: list[Case] = []  # what is to be done, until the time that it takes was announced
+
+        def before_tiles(case: Case, on_tile: OnTile) -> OnTile:
+            """Announce the time for this scan and those after it before the first tile of the first that is not refused."""
+
+            def told(done: int, total: int) -> None:
+                if ahead_of:
+                    left = ahead_of[ahead_of.index(case) :]
+                    shapes = [known[item.id].shape for item in left if item.id in known]
+                    announce(work_ahead(loaded, shapes).announcement())
+                    ahead_of.clear()
+                on_tile(done, total)
+
+            return told
+
         def segment(case: Case, scan: _ReadCase) -> _SegmentedCase:
+            on_tile = before_tiles(case, _tile_progress(case, cases, progress))
             return _segment(
-                case, scan, loaded, half_logits=case.id in half, on_tile=_tile_progress(case, cases, progress)
+                case, scan, loaded, half_logits=case.id in half, accept_mismatch=accept_mismatch, on_tile=on_tile
             )
 
         def write(case: Case, found: _SegmentedCase) -> None:
             digests.were_read(case, found.sha256)
-            _write(case, found, loaded.bundle, results, key_of(case), digests.of(case), files)
+            _write(case, found, loaded.bundle, box, results, key_of(case), digests.of(case), files)
 
+        def start(todo: Sequence[Case]) -> Iterator[Outcome[Case, None]]:
+            ahead_of.extend(todo)
+            return run_overlapped(read, segment, write, todo, ahead=ahead)
+
+        box = model_box(bundle.name, bundle.recipe, bundle.fingerprint, bundle.metrics)
         files = CaseFiles((MASKS, LESION_IDS), figures, pages)
-        about = about_run("infer", bundle.name)
+        about = about_run("infer", bundle.name) | {"model_box": box.model_dump(mode="json")}
         ahead = all(plan.read_ahead for plan in known.values())
         with limited_gpu(None if loaded.device == "cpu" else gpu_budget):
             report = run_cases(
                 cases,
-                lambda todo: run_overlapped(read, segment, write, todo, ahead=ahead),
+                start,
                 key_of,
                 results,
                 inputs=digests,
@@ -300,11 +326,20 @@ def _tile_progress(case: Case, cases: Sequence[Case], progress: Progress) -> OnT
     return lambda done, total: progress(TILES, done / total, f"{case.id}: {done} of {total}")
 
 
-def _segment(case: Case, read: _ReadCase, model: Model, *, half_logits: bool, on_tile: OnTile) -> _SegmentedCase:
+def _segment(
+    case: Case, read: _ReadCase, model: Model, *, half_logits: bool, accept_mismatch: bool, on_tile: OnTile
+) -> _SegmentedCase:
     from volseg.segment import segment_case
 
     started = time.monotonic()
-    result = segment_case(read.images, model, case_id=case.id, half_logits=half_logits, on_tile=on_tile)
+    result = segment_case(
+        read.images,
+        model,
+        case_id=case.id,
+        half_logits=half_logits,
+        accept_mismatch=accept_mismatch,
+        on_tile=on_tile,
+    )
     scan = read.images[model.bundle.recipe.data.channels[0]]
     digests = tuple(image.sha256 for image in read.images.values())
     return _SegmentedCase(scan, result, read.seconds + time.monotonic() - started, digests)
@@ -314,6 +349,7 @@ def _write(
     case: Case,
     segmented: _SegmentedCase,
     bundle: ModelBundle,
+    box: ModelBox,
     results: ResultsFolder,
     key: str,
     inputs: Sequence[str],
@@ -323,6 +359,7 @@ def _write(
     data, settings = bundle.recipe.data, bundle.recipe.measure
     scan_path = case.images[data.channels[0]]
     scan, result = segmented.scan, segmented.result
+    unit = result.resemblance.unit
     with results.staged() as commit:
         write_mask(result.mask, commit, MASKS, case.id, like=scan_path)
         write_mask(result.lesion_ids, commit, LESION_IDS, case.id, like=scan_path)
@@ -333,21 +370,23 @@ def _write(
             scan,
             result.lesions,
             path=scan_path,
-            unit=data.intensity_unit,
+            unit=unit,
             model=bundle.name,
             seconds=segmented.seconds,
             settings=settings,
             organ_voxels=result.organ_voxels,
+            remarks=result.resemblance.remarks,
         )
         if files.pages:
-            write_page(row, result.lesions, scan, result.lesion_ids.array, unit=data.intensity_unit, commit=commit)
+            ids = result.lesion_ids.array
+            write_page(row, result.lesions, scan, ids, unit=unit.name, commit=commit, box=box)
         results.commit(
             replace(row, seconds=round(segmented.seconds + time.monotonic() - started, 2)),
             commit,
             key=key,
             inputs=inputs,
             lesions=result.lesions,
-            source=source_of(scan_path, scan, data.intensity_unit)
-            | {"label_names": {str(value): name for value, name in data.label_names.items()}}
-            | {"measure": settings.model_dump(mode="json")},
+            source=source_of(scan_path, scan, unit.name, box)
+            | {"unit_doubt": unit.doubt, "measure": settings.model_dump(mode="json")}
+            | {"label_names": {str(value): name for value, name in data.label_names.items()}},
         )

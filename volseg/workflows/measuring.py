@@ -8,8 +8,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast, get_args
 
-import numpy as np
-
 from volseg.errors import ScanError, VolsegError
 from volseg.execute.local import run
 from volseg.inputs import MAX_NAME, read_json, shortened
@@ -17,6 +15,7 @@ from volseg.io.cases import Case, find_cases, find_scans, read_table
 from volseg.io.nifti import MAX_LABELS, read_label_table, read_mask, read_volume
 from volseg.measure.lesions import measure_lesions
 from volseg.measure.rows import CaseRow, LesionMeasurement
+from volseg.measure.units import Unit, judge_unit
 from volseg.postprocess.lesions import CONNECTIVITY, Objects, label_lesions, without_organ
 from volseg.recipe import Measure, load_recipe
 from volseg.store.outputs import SAME_KIND, Commit, folder_content
@@ -42,12 +41,6 @@ from volseg.workflows.batch import (
 from volseg.workflows.pages import read_about, source_of, write_page, write_report
 
 STAGE = "Measuring"
-CT_BELOW, CT_SHARE = -200.0, 0.01  # HU, and the share of voxels under it from which a scan is taken for CT
-KNOWN_UNITS = {"hu": "HU", "suv": "SUV"}  # by which much is decided, however they are written
-GUESSES = {  # in a warning
-    "HU": "over 1 % of the voxels are under -200, so it was taken for HU: give --unit if it is none",
-    "a.u.": "it does not look like HU, so there is no mass and no density: give --unit HU if it is a CT",
-}
 MOST_OBJECTS = 2**20  # values of a mask in which each is an object
 
 
@@ -79,7 +72,8 @@ def measure(
         out: None for `volseg_results`.
         objects: `components`, each connected part is a lesion; `labels`, each value of the mask is one.
         label_names: value → name; None for those that the mask's own file holds. A value without one is `label_<value>`.
-        intensity_unit: of the scans; None: HU where the scan looks like CT in HU, else a.u.
+        intensity_unit: of the scans; None: guessed, HU where the scan looks like CT in HU, else a.u. There is no density, mass or
+            calcium score without a unit that is stated, and that the intensities do not contradict.
         recipe: whose label names, unit and `[measure]` section hold; what else is given goes before it.
         organ, lymph_nodes: labels, by name or value, that are an organ with lesions in it, and lymph nodes.
         calcium: score calcium, too.
@@ -106,7 +100,8 @@ def measure(
     wanted = _Wanted(
         objects=cast(Objects, objects),
         label_names=dict(label_names or (read.data.label_names if read else {})),
-        intensity_unit=intensity_unit or (read.data.intensity_unit if read else None),
+        intensity_unit=intensity_unit or (read.data.intensity_unit if read and not read.data.unit_guessed else None),
+        stated_by="--unit" if intensity_unit else "the recipe",
         settings=(read.measure if read else Measure()).model_copy(update={k: v for k, v in asked.items() if v}),
         figures=figures,
         pages=pages,
@@ -137,7 +132,7 @@ def measure(
                     key=key_of(case),
                     inputs=digests.of(case),
                     lesions=measured.rows,
-                    source=source_of(case.images["image"], measured.scan, measured.unit),
+                    source=source_of(case.images["image"], measured.scan, measured.unit.name),
                 )
 
         report = run_cases(
@@ -225,6 +220,8 @@ def _measure_corrected_case(folder: ResultsFolder, name: str, *, figures: bool, 
             objects="components",
             label_names={int(value): str(text) for value, text in source["label_names"].items()},
             intensity_unit=str(source["unit"]),
+            stated_by="the model",
+            unit_doubt=str(source.get("unit_doubt", "")),
             settings=Measure.model_validate(source["measure"]),
             figures=figures,
             pages=pages,
@@ -304,6 +301,8 @@ class _Wanted:
     objects: Objects
     label_names: Mapping[int, str]
     intensity_unit: str | None
+    stated_by: str  # `--unit`, the recipe or the model
+    unit_doubt: str = ""  # that the model's results had already
     settings: Measure
     figures: bool
     pages: bool
@@ -311,13 +310,12 @@ class _Wanted:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Measured:
-    """What was measured of a case. `sha256`: of the scan and of the mask that were read; `guess`: a warning about the unit."""
+    """What was measured of a case. `sha256`: of the scan and of the mask that were read."""
 
     scan: Volume
     ids: Volume
     rows: Sequence[LesionMeasurement]
-    unit: str
-    guess: str
+    unit: Unit
     settings: Measure
     organ_voxels: int | None
     sha256: tuple[str, ...]
@@ -331,11 +329,10 @@ def _measure_case(case: Case, wanted: _Wanted) -> _Measured:
     scan = read_volume(path, is_finite=False)
     mask = read_mask(case.reference, max_labels=MAX_LABELS if wanted.objects == "components" else MOST_OBJECTS)
     check_pair(scan, mask, str(path), str(case.reference))
-    stated = wanted.intensity_unit
-    unit = _guess_unit(scan) if stated is None else KNOWN_UNITS.get(stated.lower(), stated)
-    guess = "" if stated is not None else f"W_UNIT: nobody said the unit; {GUESSES[unit]}"
-    stored = {} if wanted.label_names else read_label_table(case.reference)
-    names = wanted.label_names or {value: shortened(name, MAX_NAME) for value, name in stored.items()}
+    unit = judge_unit(scan, wanted.intensity_unit, by=wanted.stated_by)
+    if wanted.unit_doubt and not unit.doubt:
+        unit = replace(unit, doubt=wanted.unit_doubt)
+    names = wanted.label_names or read_label_table(case.reference)
     array, organ_voxels, settings = mask.array, None, wanted.settings
     if settings.organ is not None:
         array, organ_voxels = without_organ(array, _value_of(settings.organ, names, case.reference))
@@ -350,7 +347,8 @@ def _measure_case(case: Case, wanted: _Wanted) -> _Measured:
         lesions.labels,
         case_id=case.id,
         label_names=names,
-        intensity_unit=unit,
+        intensity_unit=unit.name,
+        unit_doubt=unit.doubt,
         settings=settings,
         connectivity=CONNECTIVITY if wanted.objects == "components" else None,
     )
@@ -359,7 +357,6 @@ def _measure_case(case: Case, wanted: _Wanted) -> _Measured:
         ids=scan.with_array(lesions.ids),
         rows=rows,
         unit=unit,
-        guess=guess,
         settings=settings,
         organ_voxels=organ_voxels,
         sha256=(scan.sha256, mask.sha256),
@@ -386,20 +383,11 @@ def _write_case(
         seconds=measured.seconds,
         settings=measured.settings,
         organ_voxels=measured.organ_voxels,
+        remarks=[*((f"W_UNIT: {measured.unit.doubt}",) if measured.unit.doubt else ()), *((remark,) if remark else ())],
     )
-    row = replace(row, warnings="; ".join(filter(None, (row.warnings, measured.guess, remark))))
     if wanted.pages:
-        write_page(row, rows, scan, ids.array, unit=measured.unit, commit=commit)
+        write_page(row, rows, scan, ids.array, unit=measured.unit.name, commit=commit)
     return replace(row, seconds=round(measured.seconds + time.monotonic() - started, 2))
-
-
-def _guess_unit(scan: Volume) -> str:
-    """HU for a scan with a hundredth of its voxels under −200, as air and lung are on a CT and nothing is on MRI or PET.
-
-    Less than that may be what interpolation made of an edge.
-    """
-    some = scan.intensities(scan.array[::2, ::2, ::2])
-    return "HU" if np.count_nonzero(some[np.isfinite(some)] < CT_BELOW) >= CT_SHARE * some.size else "a.u."
 
 
 def _value_of(label: str, names: Mapping[int, str], path: Path) -> int:

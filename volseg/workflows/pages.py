@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from volseg.errors import ScanError
 from volseg.inputs import read_json
 from volseg.io.nifti import read_mask, read_volume
 from volseg.measure.rows import CaseRow, LesionMeasurement
+from volseg.report.model_box import ModelBox, read_model_box
 from volseg.store.outputs import Commit
 from volseg.store.records import file_of
 from volseg.store.results import THUMBNAILS, VIEWERS, ResultsFolder, plain
@@ -33,11 +34,12 @@ def write_page(
     *,
     unit: str,
     commit: Commit,
+    box: ModelBox | None = None,
 ) -> None:
     """Write the viewer page of a scan and its picture for report.html.
 
     Args:
-        ids: (I, J, K) lesion ids on the scan's grid. unit: of its intensities.
+        ids: (I, J, K) lesion ids on the scan's grid. unit: of its intensities. box: of the model, where there is one.
     """
     from volseg.report.html import MAX_VIEWER_ROWS, image_budget, viewer_html
     from volseg.report.preview import lesion_points, make_preview, montage_jpeg
@@ -54,7 +56,7 @@ def write_page(
         point_mm=point_mm,
         extent_mm=0.0 if largest is None else _extent_mm(preview.ids, largest["lesion_id"]),
     )
-    commit.write(f"{VIEWERS}/{row['case_id']}.html", viewer_html(row, rows, preview, montage, unit=unit))
+    commit.write(f"{VIEWERS}/{row['case_id']}.html", viewer_html(row, rows, preview, montage, unit=unit, box=box))
     commit.write(f"{THUMBNAILS}/{row['case_id']}.jpg", montage)
 
 
@@ -70,9 +72,10 @@ def _extent_mm(ids: Volume, number: int) -> float:
     return float(((np.ptp(voxels, axis=0) + 1) * ids.geometry.spacing_mm).max())
 
 
-def source_of(path: Path, scan: Volume, unit: str) -> dict[str, str]:
-    """What a record keeps so that the page can be made again: the scan, what was read of it, and the unit of its intensities."""
-    return {"scan": str(path.absolute()), "sha256": scan.sha256, "unit": unit}
+def source_of(path: Path, scan: Volume, unit: str, box: ModelBox | None = None) -> dict[str, Any]:
+    """What a record keeps so that the page can be made again: the scan, what was read of it, its unit, the model."""
+    model = {} if box is None else {"model_box": box.model_dump_json()}
+    return {"scan": str(path.absolute()), "sha256": scan.sha256, "unit": unit} | model
 
 
 def remake_page(results: ResultsFolder, case_id: str, record: Mapping[str, Any]) -> str:
@@ -98,8 +101,9 @@ def remake_page(results: ResultsFolder, case_id: str, record: Mapping[str, Any])
     if difference:
         return f"its lesion ids are not on the grid of its scan: {difference}"
     rows = list(results.rows_of(case_id))
+    box = read_model_box(source.get("model_box"))
     with results.staged() as commit:
-        write_page(record["case"], rows, scan, ids.array, unit=source["unit"], commit=commit)
+        write_page(record["case"], rows, scan, ids.array, unit=source["unit"], commit=commit, box=box)
         results.add_files(case_id, commit)
     return ""
 
@@ -126,7 +130,9 @@ def write_report(
     from volseg.report.html import report_html
 
     lesions = list(results.lesion_rows(rows))
-    digest = hashlib.sha256(json.dumps([__version__, *rows, *remarks, *lesions], sort_keys=True).encode()).hexdigest()
+    boxes = _boxes(about, (record for _, record in results.records() if record is not None))
+    content = [__version__, *rows, *remarks, *lesions, *(box.model_dump_json() for box in boxes)]
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
     if not is_anew and _made_from(results.path / REPORT) == digest:
         return
     done = [row["case_id"] for row in rows if row["status"] == "done"]
@@ -137,6 +143,7 @@ def write_report(
         lesions,
         montages={name: picture.read_bytes() for name, picture in pictures.items() if picture.is_file()},
         pages=[name for name in done if has_page(results, name)],
+        boxes=boxes,
         remarks=remarks,
         digest=digest,
     )
@@ -150,6 +157,17 @@ def read_about(out: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
+
+
+def _boxes(about: Mapping[str, Any], records: Iterable[Mapping[str, Any]]) -> list[ModelBox]:
+    """The boxes of the models behind the cases, each once: the run's own, and those of cases that an earlier run made."""
+    contents = [about.get("model_box"), *((record.get("source") or {}).get("model_box") for record in records)]
+    boxes = [read_model_box(content) for content in dict.fromkeys(map(_as_text, contents)) if content]
+    return list({box.name: box for box in boxes if box is not None}.values())
+
+
+def _as_text(content: Any) -> str:
+    return content if isinstance(content, str) else json.dumps(content) if content else ""
 
 
 def _made_from(path: Path) -> str | None:

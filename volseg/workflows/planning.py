@@ -16,6 +16,7 @@ from volseg.execute.local import run
 from volseg.io.cases import IGNORE, Case, stated_labels, stated_modalities, stated_regions, survey_cases
 from volseg.io.files import read_sealed, refuse_unsealed, write_sealed
 from volseg.io.nifti import read_mask, read_volume
+from volseg.measure.units import looks_like_ct
 from volseg.recipe import Recipe, listed, mistakes_of, parse_recipe
 from volseg.sizing import Budget
 from volseg.workflows.batch import Progress, RunReport, amount_of, reason_of, silent
@@ -30,7 +31,6 @@ GPU_SHARE = 0.85  # of a GPU's
 # Floating-point operations per second that a step reaches, for reckoning how many steps fit into a time budget.
 CPU_CORE_SPEED = 8e10
 GPU_SPEED = 3e13
-CT_AIR_HU = -900
 SCANS_LOOKED_AT = 5
 SIDES = {"R": ("left", "right"), "A": ("anterior", "posterior"), "S": ("superior", "inferior", "upper", "lower")}
 
@@ -168,7 +168,7 @@ def auto_recipe(dataset: Path, cases: Sequence[Case], progress: Progress = silen
     """A recipe in which everything is left to the plan.
 
     Labels are the values of the masks, with the names that the dataset states. Scans are taken for CT where the dataset says so or where
-    they hold air of less than -900; else intensities are normalised per scan.
+    they look like it, and then HU is a guess; else intensities are normalised per scan.
     """
     labels, ignore = _labels(dataset, cases, progress)
     regions, order = stated_regions(dataset)
@@ -176,6 +176,7 @@ def auto_recipe(dataset: Path, cases: Sequence[Case], progress: Progress = silen
     forms = {name: _normalise(name, dataset, cases) for name in channels}
     first = forms[channels[0]]
     is_ct = first["method"] == "window"
+    is_guess = is_ct and not _is_stated_ct(channels[0], dataset, cases)
     names = [name.casefold() for name in labels]
     flips = [axis for axis, words in SIDES.items() if not any(word in name for word in words for name in names)]
     kind = "CT" if is_ct else "MR or other"
@@ -189,6 +190,7 @@ def auto_recipe(dataset: Path, cases: Sequence[Case], progress: Progress = silen
             "regions": regions or None,
             "regions_class_order": order or None,
             "intensity_unit": "HU" if is_ct else "a.u.",
+            "unit_guessed": is_guess,
             "grids": "first" if len(channels) > 1 else "same",
         },
         "preprocess": {
@@ -257,19 +259,28 @@ def _labels(dataset: Path, cases: Sequence[Case], progress: Progress) -> tuple[d
 
 
 def _normalise(channel: str, dataset: Path, cases: Sequence[Case]) -> dict[str, Any]:
-    stated = stated_modalities(dataset).get(channel, "")
-    column = {case.classes.get("modality", "") for case in cases}
-    names = {channel.casefold(), stated.casefold(), *(name.casefold() for name in column if len(column) == 1)}
-    if any(re.search(r"\bct\b", name.replace("_", " ")) for name in names):
+    if _is_stated_ct(channel, dataset, cases):
         return {"method": "window"}
-    if stated or (len(column) == 1 and column != {""}):
+    if _stated_modality(channel, dataset, cases):
         return {"method": "zscore"}
-    has_air = []
+    are_ct_like = []
     for case in list(cases)[:: max(1, len(cases) // SCANS_LOOKED_AT)][:SCANS_LOOKED_AT]:
         with suppress(VolsegError):  # a scan that cannot be read is left to who prepares it
             volume = read_volume(case.images[channel])
-            has_air.append(float(volume.intensities(volume.array).min()) <= CT_AIR_HU)
-    return {"method": "window"} if has_air and all(has_air) else {"method": "zscore"}
+            are_ct_like.append(looks_like_ct(volume))
+    return {"method": "window"} if are_ct_like and all(are_ct_like) else {"method": "zscore"}
+
+
+def _is_stated_ct(channel: str, dataset: Path, cases: Sequence[Case]) -> bool:
+    names = (channel, *_stated_modality(channel, dataset, cases))
+    return any(re.search(r"\bct\b", name.casefold().replace("_", " ")) for name in names)
+
+
+def _stated_modality(channel: str, dataset: Path, cases: Sequence[Case]) -> list[str]:
+    """What dataset.json and the column `modality` say that the channel is, where they say one thing of all cases."""
+    column = {case.classes.get("modality", "") for case in cases}
+    stated = {stated_modalities(dataset).get(channel, ""), *(column if len(column) == 1 else ())}
+    return sorted(stated - {""})
 
 
 def _slug(dataset: Path) -> str:

@@ -19,6 +19,7 @@ from volseg.io.files import json_text
 from volseg.io.nifti import read_mask, read_volume
 from volseg.io.prepared import PreparedCase, is_prepared, prepared_files, write_prepared_case
 from volseg.measure.rows import CaseRow
+from volseg.measure.units import judge_unit
 from volseg.postprocess.lesions import label_lesions
 from volseg.preprocess.align import completed, on_one_grid
 from volseg.recipe import Recipe, load_recipe
@@ -177,6 +178,12 @@ def warnings_of(fingerprint: DatasetFingerprint, recipe: Recipe) -> list[str]:
     absent = [name for value, name in recipe.data.label_names.items() if value not in fingerprint.label_voxels]
     if absent:
         found.append(f"W_LABELS: no training mask holds {', '.join(absent)}, which cannot be learnt")
+    if fingerprint.doubted_units:
+        case, reason = next(iter(fingerprint.doubted_units.items()))
+        found.append(
+            f"W_UNIT: {len(fingerprint.doubted_units)} of {fingerprint.n_cases} training scans cannot be in the unit of "
+            f"the recipe, and a model refuses such scans, first {case}: {reason}; correct data.intensity_unit or the scans"
+        )
     return found
 
 
@@ -245,10 +252,13 @@ def _fingerprint(
     """The fingerprint of the training split, and the cases of either split which cannot be used, with the reason."""
     from volseg.plan import combine_fingerprints, fingerprint_case
 
-    found, failed, empty = [], {}, []
+    found, failed, empty, doubted = [], {}, [], {}
 
     def look(case: Case):
         images, reference = read_training_case(case, recipe)
+        doubt = judge_unit(images[recipe.data.channels[0]], recipe.data.intensity_unit, by="the recipe").doubt
+        if doubt and case.split == "train":
+            doubted[case.id] = doubt
         return fingerprint_case(images, _known(reference, recipe), _rng_of(case, seed))
 
     for count, outcome in enumerate(run(look, cases), start=1):
@@ -267,7 +277,9 @@ def _fingerprint(
             fix="give some of them the split `train`",
             code="E_DATASET",
         )
-    return combine_fingerprints(found).model_copy(update={"empty_masks": tuple(empty)}), failed
+    return combine_fingerprints(found).model_copy(
+        update={"empty_masks": tuple(empty), "doubted_units": doubted}
+    ), failed
 
 
 def read_training_case(

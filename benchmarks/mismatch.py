@@ -1,0 +1,150 @@
+"""Give models scans that they are not made for; count what is refused, marked or taken for HU.
+
+    python benchmarks/mismatch.py SHARED_DATA --out FOLDER
+
+SHARED_DATA holds lidc_nodules, sts_sarcoma, msd_hippocampus, msd_spleen_ct, totalseg_example_ct,
+openkbp_headneck_ct, lgg_mri_flair, pyradiomics_cases and nifti_zoo. The nodule model is the shipped
+one; the hippocampus model is trained for some seconds, for its fingerprint.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+import volseg
+from volseg.io.nifti import read_volume
+from volseg.measure.units import judge_unit
+from volseg.volume import Volume
+
+QUICK = {"mirroring": False, "overlap": 0.0, "pages": False, "device": "cpu"}
+NUMBERS = ("density_g_cm3", "mass_g", "agatston_score", "class_name")
+FAULTS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "intercept of 1024 missing": lambda hu: hu + 1024,
+    "the same, unsigned": lambda hu: np.clip(hu + 1024, 0, None),
+    "intercept applied twice": lambda hu: hu - 1024,
+    "windowed to 0..255": lambda hu: np.round(np.clip((hu + 1000) / 1400, 0, 1) * 255),
+    "scaled to 0..1": lambda hu: np.clip((hu + 1000) / 1400, 0, 1),
+    "scaled to -1..1": lambda hu: np.clip((hu + 1000) / 700 - 1, -1, 1),
+    "standardised": lambda hu: (hu - hu.mean()) / hu.std(),
+    "clipped to 0..80": lambda hu: np.clip(hu, 0, 80),
+    "constant": lambda hu: np.full_like(hu, 40),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--out", type=Path, required=True)
+    arguments = parser.parse_args()
+    data, out = arguments.data, arguments.out
+    print("| scans | model | n | refused | accepted: marked | numbers or classes |")
+    print("|---|---|---|---|---|---|")
+    hippocampus = train_hippocampus(data / "msd_hippocampus", out)
+    report_strangers("MR and PET", scans_of_other_modalities(data), "shipped nodule model", None, out / "nodule")
+    report_strangers("CT", ct_scans(data), "hippocampus", hippocampus, out / "hippocampus")
+    print()
+    report_nodules(data / "lidc_nodules", out / "test_split")
+    print()
+    print("| CTs outside the test splits | n | contradict HU |")
+    print("|---|---|---|")
+    cts = [path for path in all_ct(data) if not path.startswith("test ")]
+    for name, change in {"as they are": lambda hu: hu, **FAULTS}.items():
+        n = sum(contradicts(scan, change) for scan in map(read_volume, map(Path, cts)))
+        print(f"| {name} | {len(cts)} | {n} |")
+
+
+def train_hippocampus(dataset: Path, out: Path) -> Path:
+    """A model of twelve training cases, trained for some seconds."""
+    out.mkdir(parents=True, exist_ok=True)
+    table = out / "cases.csv"
+    rows = [row for row in rows_of(dataset / "cases.csv") if row["split"] == "train"][:12]
+    with table.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["subject", "image", "label", "split"])
+        for n, row in enumerate(rows):
+            paths = [str((dataset / row[name]).resolve()) for name in ("image", "label")]
+            writer.writerow([row["subject"], *paths, "val" if n % 4 == 0 else "train"])
+    if not (out / "model" / "model.json").exists():
+        volseg.train(table, recipe="hippocampus_mri", out=out / "model", time_budget_seconds=20, device="cpu")
+    return out / "model"
+
+
+def report_strangers(name: str, scans: Sequence[Path], model_name: str, model: Path | None, out: Path) -> None:
+    """A line of the table: refused as they are, and what is in the tables where they are accepted."""
+    refused = volseg.infer(scans, model=model, out=out / "refused", **QUICK)
+    n_refused = sum(reason.startswith("E_MODALITY") for reason in refused.failed.values())
+    smallest = sorted(scans, key=lambda path: path.stat().st_size)[:20]
+    volseg.infer(smallest, model=model, out=out / "accepted", accept_mismatch=True, **QUICK)
+    cases, lesions = (rows_of(out / "accepted" / f"{table}.csv") for table in ("cases", "lesions"))
+    marked = sum(row["status"] == "done" and "W_MODALITY" in row["warnings"] for row in cases)
+    unmarked = sum("W_MODALITY" not in row["notes"] for row in lesions)
+    n_numbers = sum(bool(row[column]) for row in lesions for column in NUMBERS)
+    shown = f"{marked} of {len(cases)}; {len(lesions) - unmarked} of {len(lesions)} lesions"
+    print(f"| {name} | {model_name} | {len(scans)} | {n_refused} | {shown} | {n_numbers} |", flush=True)
+
+
+def report_nodules(dataset: Path, out: Path) -> None:
+    """Whether the nodules of the test split are taken for what they are, and how well the time was foretold."""
+    scans = [dataset / row["image"] for row in rows_of(dataset / "cases.csv") if row["split"] == "test"]
+    lines: list[str] = []
+    started = time.monotonic()
+    report = volseg.infer(scans, out=out, announce=lines.append, **QUICK)
+    seconds = time.monotonic() - started
+    cases, lesions = rows_of(out / "cases.csv"), rows_of(out / "lesions.csv")
+    marked = sum(
+        any(f"W_{code}:" in row["warnings"] for code in ("MODALITY", "UNIT", "SPACING", "FOV", "SLICES"))
+        for row in cases
+    )
+    with_numbers = sum(all(row[column] for column in ("density_g_cm3", "mass_g", "class_name")) for row in lesions)
+    print("| test nodules | refused | marked | lesions | with density, mass and class |")
+    print("|---|---|---|---|---|")
+    print(f"| {len(cases)} | {len(report.failed)} | {marked} | {len(lesions)} | {with_numbers} |")
+    print(
+        f"\n{next(line for line in lines if line.startswith('time: '))}; the whole run took {seconds:.0f} s", flush=True
+    )
+
+
+def scans_of_other_modalities(data: Path) -> list[Path]:
+    """All MR and PET of sarcomas, and some MR of brains."""
+    sarcoma = sorted((data / "sts_sarcoma" / "images").glob("*_[MP][RE]*.nii.gz"))
+    brains = [*sorted((data / "msd_hippocampus" / "images").glob("*.nii.gz"))[:20]]
+    brains += [*sorted((data / "lgg_mri_flair" / "images").glob("*.nii.gz"))[:20]]
+    zoo = [data / "nifti_zoo" / f"{name}.nii.gz" for name in ("niivue_d__FLAIR", "niivueimages__CT_AVM")]
+    return [*sarcoma, *brains, data / "pyradiomics_cases" / "images" / "brain1.nii.gz", *zoo]
+
+
+def all_ct(data: Path) -> Iterator[str]:
+    """Every CT, with its split in front of the path where that is `test`."""
+    for name in ("lidc_nodules/cases.csv", "openkbp_headneck_ct/cases.csv", "sts_sarcoma/cases_ct.csv"):
+        for row in rows_of(data / name):
+            yield ("test " if row["split"] == "test" else "") + str((data / name).parent / row["image"])
+    yield str(data / "msd_spleen_ct" / "images" / "spleen2.nii.gz")
+    yield from map(str, sorted((data / "totalseg_example_ct" / "images").glob("*.nii.gz")))
+
+
+def ct_scans(data: Path) -> list[Path]:
+    """Forty CTs of chest, abdomen, thigh and head, each kind among them."""
+    paths = [Path(path.removeprefix("test ")) for path in all_ct(data)]
+    kinds = ("lidc_nodules", "openkbp_headneck_ct")
+    some = [path for kind in kinds for path in [path for path in paths if kind in path.parts][:17]]
+    return some + [path for path in paths if not any(kind in path.parts for kind in kinds)]
+
+
+def contradicts(scan: Volume, change: Callable[[np.ndarray], np.ndarray]) -> bool:
+    changed = change(np.asarray(scan.intensities(), np.float64))
+    return judge_unit(scan.with_array(np.asfortranarray(changed)), "HU").is_contradicted
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,65 @@
+import time
+
+import pytest
+
+from volseg.infer.duration import Work, duration, seconds_per_tile
+from volseg.infer.stream import Tiling
+
+SHAPES = [(100, 100, 60), (64, 64, 32)]
+
+
+def work(seconds_per_tile=0.1, on_gpu=False, **settings):
+    tiling = Tiling(**({"patch_shape": (32, 32, 16), "overlap": 0.5, "mirror_axes": (0, 1, 2)} | settings))
+    return Work(tiling=tiling, shapes=SHAPES, seconds_per_tile=seconds_per_tile, on_gpu=on_gpu)
+
+
+def test_the_time_is_that_of_all_tiles_and_copies_and_an_option_takes_what_a_run_with_it_takes():
+    asked = work()
+    assert asked.seconds == pytest.approx(0.1 * 8 * sum(asked.tiling.count(shape) for shape in SHAPES))
+    assert dict(asked.options()) == pytest.approx(
+        {
+            "--no-mirroring": work(mirror_axes=()).seconds,
+            "--overlap 0": work(overlap=0.0).seconds,
+            "--no-mirroring --overlap 0": work(mirror_axes=(), overlap=0.0).seconds,
+        }
+    )
+    assert list(work(mirror_axes=(), overlap=0.0).options()) == []
+    assert [name for name, _ in work(overlap=0.0).options()] == ["--no-mirroring"]
+
+
+def test_without_a_gpu_and_over_ten_minutes_the_cheapest_option_comes_first():
+    tiles = work().n_tiles
+    asked = f"at most {tiles} tiles × 8 mirrored copies in 2 scans, about "
+    assert work(600 / tiles / 8).announcement().startswith(f"time: {asked}10 min; --no-mirroring about ")
+    long = work(601 / tiles / 8).announcement()
+    assert long.startswith("time: --no-mirroring --overlap 0 takes about ")
+    assert long.endswith(f"as asked: {asked}10 min")
+    assert work(601 / tiles / 8, on_gpu=True).announcement().startswith(f"time: {asked}")
+    # Nothing is cheaper: it is said as it is.
+    assert work(100.0, mirror_axes=(), overlap=0.0).announcement().startswith("time: at most ")
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.2, "a second"), (45, "45 s"), (2700, "45 min"), (21600, "6 h"), (22000, "6.1 h"), (200_000, "2.3 days")],
+)
+def test_a_duration_has_two_digits_of_a_unit_that_fits(seconds, text):
+    assert duration(seconds) == text
+
+
+class Slow:
+    """A backend whose first batch takes longer, as one that compiles does."""
+
+    def __init__(self, first, others):
+        self.waits, self.batches = [first, others, others], []
+
+    def logits(self, batch):
+        self.batches.append(batch.shape)
+        time.sleep(self.waits.pop(0))
+        return batch
+
+
+def test_one_tile_is_timed_without_what_the_first_batch_takes_besides():
+    backend = Slow(0.3, 0.04)
+    assert seconds_per_tile(backend, (2, 1, 8, 8, 4)) == pytest.approx(0.02, abs=0.01)
+    assert backend.batches == [(2, 1, 8, 8, 4)] * 2

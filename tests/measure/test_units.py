@@ -1,0 +1,116 @@
+"""Scans in HU and SUV by the definitions of both units, and what is done to them in files."""
+
+import numpy as np
+import pytest
+from laws import ball, grid_around, oblique, orientations, real_data
+
+from volseg.io.nifti import read_volume
+from volseg.measure.units import contradiction, judge_unit, looks_like_ct
+from volseg.volume import Geometry, Volume
+
+
+def chest(seed=0):
+    """A body of fat and muscle with lung in air, in HU, with the noise of a CT."""
+    geometry = grid_around(30, oblique((1.0, 1.2, 2.5)), 3)
+    values = np.full(geometry.shape, -1000.0)
+    for radius, hu in ((30, -100), (26, 40), (15, -850), (5, 60)):
+        values[ball(radius, geometry)] = hu
+    values += np.random.default_rng(seed).normal(0, 12, geometry.shape)
+    return Volume(np.asfortranarray(values.astype(np.float32)), geometry)
+
+
+FAULTS = {  # what people do to a CT on its way into a file
+    "intercept not applied": lambda hu: np.clip(hu + 1024, 0, None),
+    "intercept not applied, with padding": lambda hu: np.where(hu < -980, -2000 + 1024, hu + 1024),
+    "intercept applied twice": lambda hu: hu - 1024,
+    "windowed to 0..255": lambda hu: np.round(np.clip((hu + 1000) / 1400, 0, 1) * 255),
+    "scaled to 0..1": lambda hu: np.clip((hu + 1000) / 1400, 0, 1),
+    "scaled to -1..1": lambda hu: np.clip((hu + 1000) / 700 - 1, -1, 1),
+    "standardised": lambda hu: (hu - hu.mean()) / hu.std(),
+    "clipped to a brain window": lambda hu: np.clip(hu, 0, 80),
+    "in thousands": lambda hu: hu / 1000,
+    "constant": lambda hu: np.full_like(hu, 40),
+    "not a number": lambda hu: np.full_like(hu, np.nan),
+}
+
+
+def test_a_scan_in_hu_is_in_hu_whatever_its_axes():
+    scan = chest()
+    for stored, affine in orientations(scan):
+        turned = Volume(stored, Geometry(stored.shape, affine))
+        assert judge_unit(turned, "hu") == judge_unit(scan, "HU")
+        assert judge_unit(turned, "hu").is_hu and looks_like_ct(turned)
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_what_was_done_to_a_ct_contradicts_hu_with_a_number(fault):
+    scan = chest()
+    unit = judge_unit(scan.with_array(np.asfortranarray(FAULTS[fault](scan.array))), "HU")
+    assert unit.is_contradicted and not unit.is_hu
+    assert unit.name == "a.u."
+    assert "--unit states HU, but" in unit.doubt
+    assert any(letter.isdigit() for letter in unit.doubt) or fault == "not a number"
+
+
+@pytest.mark.parametrize("slope", [1.0, 2.0, 0.5])
+def test_slope_and_intercept_count(slope):
+    scan = chest()
+    stored = Volume(((scan.array + 1024) / slope).astype(np.float32), scan.geometry, slope, -1024.0)
+    assert judge_unit(stored, "HU").is_hu
+
+
+def test_a_guess_of_hu_is_a_guess():
+    unit = judge_unit(chest(), None)
+    assert unit.name == "HU" and not unit.is_contradicted
+    assert not unit.is_hu and "pass --unit HU" in unit.doubt
+
+
+def test_soft_tissue_alone_is_hu_where_it_is_stated_and_is_not_guessed():
+    geometry = Geometry((30, 30, 20), oblique((1, 1, 2)))
+    values = np.random.default_rng(0).normal(60, 15, geometry.shape)
+    values[:, :6] -= 160  # fat
+    scan = Volume(np.asfortranarray(values.astype(np.int16)), geometry)
+    assert judge_unit(scan, "HU").is_hu
+    assert judge_unit(scan, None).name == "a.u."
+
+
+def test_ringing_below_zero_is_no_air():
+    """Cubic interpolation of an MR scan leaves values below 0 round its edges; they are small beside its own."""
+    geometry = Geometry((30, 30, 20), oblique((1, 1, 2)))
+    values = np.random.default_rng(0).gamma(4, 120, geometry.shape)
+    values[:4] = np.random.default_rng(1).normal(0, 8, values[:4].shape)
+    scan = Volume(np.asfortranarray(values), geometry)
+    assert contradiction(scan, "HU")
+    assert judge_unit(scan, None).name == "a.u."
+
+
+@pytest.mark.parametrize(("values", "is_suv"), [((2, 1), True), ((300, 100), False), ((-500, 200), False)])
+def test_an_suv_of_one_is_the_mean_of_a_body(values, is_suv):
+    mean, sd = values
+    scan = Volume(
+        np.abs(np.random.default_rng(0).normal(mean, sd, (20, 20, 20))) * np.sign(mean), Geometry((20,) * 3, np.eye(4))
+    )
+    assert bool(contradiction(scan, "SUV")) != is_suv
+
+
+def test_air_alone_is_in_hu():
+    geometry = Geometry((20, 20, 20), np.diag([1, 1, 2, 1.0]))
+    assert judge_unit(Volume(np.full((20, 20, 20), -1000, np.int16), geometry), "HU").is_hu
+
+
+@pytest.mark.parametrize(
+    ("file", "unit"),
+    [
+        ("lidc_nodules/images/LIDC-IDRI-0001_R_1.nii.gz", "HU"),
+        ("msd_spleen_ct/images/spleen2.nii.gz", "HU"),
+        ("totalseg_example_ct/images/example_ct_sm.nii.gz", "HU"),
+        ("sts_sarcoma/images/STS_003_MR_T1.nii.gz", ""),
+        ("sts_sarcoma/images/STS_003_PET.nii.gz", "SUV"),
+        ("msd_hippocampus/images/hippocampus_001.nii.gz", ""),
+        ("nifti_zoo/niivueimages__CT_AVM.nii.gz", ""),  # a head CT, windowed to 8 bits
+    ],
+)
+def test_real_scans_are_in_the_unit_that_they_are_in(file, unit):
+    scan = read_volume(real_data(file))
+    assert judge_unit(scan, "HU").is_hu == (unit == "HU")
+    assert bool(contradiction(scan, "SUV")) == (unit != "SUV") or unit == ""

@@ -1,0 +1,243 @@
+"""Scans with a doubted unit, or unlike those of training, through `measure`, `infer`, `train`."""
+
+import csv
+import json
+import shutil
+
+import numpy as np
+import pytest
+from laws import ball, grid_around, oblique, real_data
+
+import volseg
+from volseg.bundle import load_bundle
+from volseg.cli import app
+from volseg.io.nifti import read_volume, write_volume
+from volseg.volume import Volume
+
+WITHHELD = ("density_g_cm3", "mass_g", "agatston_score", "calcium_volume_mm3", "calcium_mass_mg")
+CLASS = ("class_name", "class_probability", "class_probabilities")
+UNITS = {  # --unit → what is done to the CT, and whether numbers may be made of it
+    "proved": ("HU", lambda hu: hu, True),
+    "guessed": (None, lambda hu: hu, False),
+    "no ct, guessed": (None, lambda hu: hu + 1024, False),
+    "intercept missing": ("HU", lambda hu: hu + 1024, False),
+    "scaled to 0..1": ("HU", lambda hu: (hu + 1000) / 1400, False),
+    "standardised": ("HU", lambda hu: (hu - hu.mean()) / hu.std(), False),
+    "all but constant": ("HU", lambda hu: np.where(hu == hu.max(), 201, 200), False),
+}
+
+
+def rows(path):
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture
+def plaque(tmp_path):
+    """A calcified plaque of 400 HU in tissue in air, and its mask."""
+    geometry = grid_around(16, oblique((0.8, 1.0, 2.0)), margin=3)
+    values = np.where(ball(14, geometry), 40.0, -1000.0)
+    inside = ball(6, geometry)
+    values[inside] = 400
+    write_volume(Volume(np.asfortranarray(inside.astype(np.uint8)), geometry), tmp_path / "mask.nii.gz")
+    return Volume(np.asfortranarray(values.astype(np.float32)), geometry)
+
+
+@pytest.mark.parametrize("case", UNITS)
+def test_from_a_guessed_or_contradicted_unit_there_is_no_density_mass_or_calcium(case, plaque, tmp_path):
+    unit, change, is_proved = UNITS[case]
+    write_volume(plaque.with_array(np.asfortranarray(change(plaque.array))), tmp_path / "scan.nii.gz")
+    files = {"image": tmp_path / "scan.nii.gz", "mask": tmp_path / "mask.nii.gz"}
+    report = volseg.measure(**files, out=tmp_path / "out", intensity_unit=unit, calcium=True)
+    (lesion,), (row,) = (rows(tmp_path / "out" / f"{name}.csv") for name in ("lesions", "cases"))
+    assert [bool(lesion[name]) for name in WITHHELD[:4]] == [is_proved] * 4
+    assert bool(row["agatston_score"]) == is_proved
+    assert float(lesion["volume_ml"]) > 0 and lesion["intensity_mean"]  # what needs no unit stays
+    told = [warning for warning in report.details["warnings"] if warning.startswith("W_UNIT: scan: ")]
+    assert len(told) == (not is_proved)
+    if not is_proved:
+        assert "density, mass, calcium: " in lesion["notes"]
+        assert told[0].removeprefix("W_UNIT: scan: ") in lesion["notes"]
+        assert "W_UNIT: " in row["warnings"]
+        assert lesion["intensity_unit"] == ("HU" if case == "guessed" else "a.u.")
+
+
+def test_a_mask_without_lesions_has_no_calcium_score_of_zero_in_a_doubted_unit(plaque, tmp_path):
+    write_volume(plaque, tmp_path / "scan.nii.gz")
+    empty = plaque.with_array(np.zeros(plaque.array.shape, np.uint8))
+    write_volume(empty, tmp_path / "mask.nii.gz")
+    files = {"image": tmp_path / "scan.nii.gz", "mask": tmp_path / "mask.nii.gz"}
+    for unit, score in (("HU", "0"), (None, "")):
+        volseg.measure(**files, out=tmp_path / "out", intensity_unit=unit, calcium=True)
+        assert rows(tmp_path / "out" / "cases.csv")[0]["agatston_score"] == score
+
+
+def test_a_recipe_states_the_unit_unless_it_was_guessed(plaque, tmp_path):
+    from conftest import TINY
+
+    write_volume(plaque, tmp_path / "scan.nii.gz")
+    files = {"image": tmp_path / "scan.nii.gz", "mask": tmp_path / "mask.nii.gz"}
+    for line, is_proved in (("", True), ("unit_guessed = true\n", False)):
+        (tmp_path / "r.toml").write_text(TINY.replace('intensity_unit = "HU"\n', f'intensity_unit = "HU"\n{line}'))
+        volseg.measure(**files, out=tmp_path / "out", recipe=tmp_path / "r.toml")
+        assert bool(rows(tmp_path / "out" / "lesions.csv")[0]["mass_g"]) == is_proved
+
+
+def magnetic(scan):
+    """What the scan would look like on MRI: no air below 0, tissue and ball brighter than it."""
+    values = np.where(scan.array < -500, 0, 300 + 3.0 * scan.array)
+    return scan.with_array(np.asfortranarray(np.abs(values).astype(np.float32)))
+
+
+def test_a_scan_of_another_modality_is_refused_and_marked_where_it_is_accepted(dataset, model, tmp_path, capsys):
+    scans = tmp_path / "scans"
+    scans.mkdir()
+    shutil.copy(dataset / "images" / "scan_6.nii.gz", scans)
+    write_volume(magnetic(read_volume(dataset / "images" / "scan_7.nii.gz")), scans / "mr.nii.gz")
+    seen = []
+    report = volseg.infer(
+        scans, model=model, out=tmp_path / "out", device="cpu", progress=lambda *what: seen.append(what)
+    )
+    assert report.exit_code == 3 and list(report.failed) == ["mr"]
+    assert report.failed["mr"].startswith("E_MODALITY: ") and "--accept-mismatch" in report.failed["mr"]
+    assert not any(detail.startswith("mr: ") for _, _, detail in seen)  # no tile of it was run
+    assert not (tmp_path / "out" / "masks" / "mr.nii.gz").exists()
+    (lesion,) = rows(tmp_path / "out" / "lesions.csv")
+    assert lesion["density_g_cm3"] and lesion["class_name"]
+
+    for _ in range(2):  # the second call finds all done, and warns again
+        with pytest.raises(SystemExit) as left:
+            app(
+                [
+                    "infer",
+                    str(scans),
+                    "--model",
+                    str(model),
+                    "--out",
+                    str(tmp_path / "out"),
+                    "--device",
+                    "cpu",
+                    "--accept-mismatch",
+                ]
+            )
+        assert left.value.code == 0
+        assert "warning: W_MODALITY: mr: " in capsys.readouterr().err
+    marked = [row for row in rows(tmp_path / "out" / "lesions.csv") if row["case_id"] == "mr"]
+    row = {row["case_id"]: row for row in rows(tmp_path / "out" / "cases.csv")}["mr"]
+    assert marked and "W_MODALITY: " in row["warnings"]
+    for lesion in marked:
+        assert "W_MODALITY: " in lesion["notes"] and lesion["notes"].startswith("density, mass, class: ")
+        assert not any(lesion[name] for name in (*WITHHELD, *CLASS))
+        assert lesion["intensity_unit"] == "a.u." and float(lesion["volume_ml"]) > 0
+    page = (tmp_path / "out" / "viewer" / "mr.html").read_text(encoding="utf-8")
+    assert "W_MODALITY: " in page and "This scan does not resemble the training scans: W_MODALITY" in page
+
+    report = volseg.infer(
+        scans, model=model, out=tmp_path / "out", device="cpu"
+    )  # without the option it is refused again
+    assert list(report.failed) == ["mr"]
+    assert "mr" not in {row["case_id"] for row in rows(tmp_path / "out" / "lesions.csv")}
+
+
+def test_an_unusual_grid_is_a_warning_on_row_page_and_terminal(dataset, model, tmp_path):
+    scan = read_volume(dataset / "images" / "scan_6.nii.gz")
+    padded = np.pad(scan.array, ((0, 60), (0, 0), (0, 0)), mode="edge")
+    affine = scan.geometry.affine
+    write_volume(Volume(np.asfortranarray(padded), type(scan.geometry)(padded.shape, affine)), tmp_path / "wide.nii.gz")
+    report = volseg.infer(tmp_path / "wide.nii.gz", model=model, out=tmp_path / "out", device="cpu")
+    (row,) = rows(tmp_path / "out" / "cases.csv")
+    assert (
+        row["status"] == "done"
+        and "W_FOV: field of view along R, A, S 144 x 52 x 52.8 mm, in training 48" in row["warnings"]
+    )
+    assert [warning.partition(": field")[0] for warning in report.details["warnings"]] == ["W_FOV: wide"]
+    assert all(row["density_g_cm3"] for row in rows(tmp_path / "out" / "lesions.csv"))
+    assert "does not resemble the training scans: W_FOV." in (tmp_path / "out" / "viewer" / "wide.html").read_text(
+        "utf-8"
+    )
+
+
+def test_of_many_scans_with_one_warning_the_first_are_named(dataset, model, tmp_path):
+    (tmp_path / "scans").mkdir()
+    for n in range(7):
+        write_volume(magnetic(read_volume(dataset / "images" / "scan_7.nii.gz")), tmp_path / "scans" / f"mr_{n}.nii.gz")
+    report = volseg.infer(tmp_path / "scans", model=model, out=tmp_path / "out", device="cpu", accept_mismatch=True)
+    told = [warning for warning in report.details["warnings"] if warning.startswith("W_MODALITY: ")]
+    assert len(told) == 6 and told[-1] == "W_MODALITY: 2 more scans; cases.csv names them"
+
+
+def test_the_time_of_all_scans_is_said_before_the_first_tile_of_the_first_that_is_not_refused(dataset, model, tmp_path):
+    (tmp_path / "scans").mkdir()
+    write_volume(magnetic(read_volume(dataset / "images" / "scan_7.nii.gz")), tmp_path / "scans" / "a.nii.gz")
+    for n in (6, 7):
+        shutil.copy(dataset / "images" / f"scan_{n}.nii.gz", tmp_path / "scans")
+    said = []
+    options = {"model": model, "out": tmp_path / "out", "device": "cpu"}
+    options |= {"announce": said.append, "progress": lambda *what: said.append(what)}
+    volseg.infer(tmp_path / "scans", **options)
+    (line,) = (line for line in said if isinstance(line, str) and line.startswith("time: "))
+    first_tile = next(n for n, what in enumerate(said) if what[0] == "Tiles")
+    assert said.index(line) < first_tile
+    tiles = {what[2].split()[-1] for what in said if what[0] == "Tiles"}
+    assert "tiles in 2 scans, about " in line and len(tiles) > 0
+    said.clear()
+    volseg.infer(tmp_path / "scans" / "scan_6.nii.gz", **options)  # complete already: nothing to time
+    assert not any(isinstance(line, str) and line.startswith("time: ") for line in said)
+
+
+def test_run_json_and_both_pages_hold_the_model_box(dataset, model, tmp_path):
+    volseg.infer(dataset / "images" / "scan_6.nii.gz", model=model, out=tmp_path / "out", device="cpu")
+    bundle = load_bundle(model)
+    box = json.loads((tmp_path / "out" / "run.json").read_text())["model_box"]
+    assert (box["name"], box["intended_use"], box["limits"]) == (bundle.name, "Tests.", "Tests only.")
+    assert box["training_cases"] == 4
+    assert box["dice"][0]["mean"] == bundle.metrics["validation_dice_lesion"]
+
+    def boxes():
+        pages = (tmp_path / "out" / "report.html", tmp_path / "out" / "viewer" / "scan_6.html")
+        return [
+            page.read_text("utf-8").partition('<section class="model"')[2].partition("</section>")[0] for page in pages
+        ]
+
+    before = boxes()
+    for text in before:
+        assert bundle.name in text and "Tests only." in text and "4 cases, validated on 2" in text
+        assert f"lesion {bundle.metrics['validation_dice_lesion']:.2f}" in text
+    volseg.report(tmp_path / "out")  # the pages made again, from the folder alone
+    assert boxes() == before
+
+
+def test_a_plan_without_a_recipe_marks_its_unit_as_a_guess_unless_the_dataset_says_ct(dataset, tmp_path):
+    from volseg.workflows.planning import recipe_for
+
+    guessed = recipe_for(dataset, None)
+    assert (guessed.data.intensity_unit, guessed.data.unit_guessed) == ("HU", True)
+    table = rows(dataset / "cases.csv")
+    shutil.copytree(dataset, tmp_path / "d")
+    with (tmp_path / "d" / "cases.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, [*table[0], "modality"])
+        writer.writeheader()
+        writer.writerows(row | {"modality": "CT"} for row in table)
+    stated = recipe_for(tmp_path / "d", None)
+    assert (stated.data.intensity_unit, stated.data.unit_guessed) == ("HU", False)
+
+
+def test_training_scans_that_contradict_the_recipes_unit_are_named(dataset, tmp_path, tiny_recipe):
+    shutil.copytree(dataset, tmp_path / "d")
+    for n in range(3):
+        path = tmp_path / "d" / "images" / f"scan_{n}.nii.gz"
+        scan = read_volume(path)
+        write_volume(scan.with_array(np.asfortranarray(scan.array + 1024)), path)
+    report = volseg.plan(tmp_path / "d", recipe=tiny_recipe)
+    (warning,) = report.details["warnings"]
+    assert warning.startswith("W_UNIT: 3 of 4 training scans cannot be in the unit of the recipe")
+    problems = volseg.check(tmp_path / "d", tiny_recipe)
+    assert [problem["where"] for problem in problems if problem["code"] == "W_UNIT"] == ["scan_0", "scan_1", "scan_2"]
+
+
+def test_a_pet_and_an_mr_get_no_hu_density_mass_or_class_from_the_shipped_model(tmp_path):
+    scans = [real_data(f"sts_sarcoma/images/STS_018_{name}.nii.gz") for name in ("PET", "MR_T1")]
+    report = volseg.infer(scans, out=tmp_path / "out", device="cpu")
+    assert report.exit_code == 4
+    assert all(reason.startswith("E_MODALITY: ") for reason in report.failed.values())
+    assert rows(tmp_path / "out" / "lesions.csv") == []

@@ -1,0 +1,164 @@
+"""The unit of a scan's intensities: stated, guessed or contradicted. Every command asks here."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from volseg.preprocess.crop import AxisOrder, to_canonical
+from volseg.volume import Volume
+
+HU, SUV, ARBITRARY = "HU", "SUV", "a.u."
+SPELLINGS = {unit.casefold(): unit for unit in (HU, SUV, ARBITRARY)}
+
+# Codes of the warnings that a unit or a model's training scans give rise to.
+MODALITY, UNIT, SPACING, FIELD_OF_VIEW, SLICES = "W_MODALITY", "W_UNIT", "W_SPACING", "W_FOV", "W_SLICES"
+UNLIKE = (MODALITY, SPACING, FIELD_OF_VIEW, SLICES)  # of a scan unlike the training scans
+CODES = (*UNLIKE, UNIT)
+
+SAMPLED = 2**18  # voxels of a scan that are looked at
+PADDING_SHARE = 0.01  # of voxels with the lowest value, from which on it may be padding
+
+# Water is 0 HU, fat about -100, air -1000; only bone, contrast agent and metal are over 500.
+AIR_BELOW_HU, AIR_SHARE = -200.0, 0.01  # less may be an interpolated edge
+AIR_HU = (-1100.0, -900.0)
+LOW_PERCENTILE, LOW_HU = 0.1, -5.0  # noise alone brings a thousandth of water or brain below
+RINGING = 0.05  # of the 99.5 percentile: how far cubic interpolation overshoots below 0
+DENSE_ABOVE_HU, DENSE_SHARE = 500.0, 0.3
+VOID_SHARE = 0.1  # of voxels below air
+
+# An SUV of 1 is the mean of the body by definition.
+SUV_MEDIAN, SUV_P95, SUV_BELOW, SUV_NEGATIVE_SHARE = 20.0, 100.0, -1.0, 0.01
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Unit:
+    """The unit of a scan's intensities, and why numbers that need it must not be made.
+
+    Args:
+        name: as in the column `intensity_unit`; a.u. where what was stated is contradicted.
+        doubt: a sentence; empty where the unit was stated and nothing contradicts it.
+        is_contradicted: the unit was stated, and the intensities cannot be in it.
+    """
+
+    name: str
+    doubt: str = ""
+    is_contradicted: bool = False
+
+    @property
+    def is_hu(self) -> bool:
+        """Whether density, mass and calcium may be taken: HU, stated and not contradicted."""
+        return self.name == HU and not self.doubt
+
+
+def judge_unit(scan: Volume, stated: str | None, *, by: str = "--unit") -> Unit:
+    """The unit of a scan's intensities; the same for all 48 axis orders.
+
+    Args:
+        stated: HU, SUV, a.u. or any other name; None has it guessed.
+        by: who stated it, for the sentence of doubt.
+    """
+    if stated is None:
+        return _guess(scan)
+    name = SPELLINGS.get(stated.casefold(), stated)
+    reason = contradiction(scan, name)
+    if not reason:
+        return Unit(name=name)
+    return Unit(name=ARBITRARY, doubt=f"{by} states {name}, but {reason}", is_contradicted=True)
+
+
+def contradiction(scan: Volume, unit: str) -> str:
+    """Why the intensities of a scan cannot be in this unit; empty where they can be."""
+    check = CONTRADICTIONS.get(unit)
+    return "" if check is None else check(_sample(scan))
+
+
+def looks_like_ct(scan: Volume) -> bool:
+    """Whether a scan holds air or lung in HU, and nothing contradicts HU."""
+    return _looks_like_ct(_sample(scan))
+
+
+def robust_range(scan: Volume) -> tuple[float, float]:
+    """The 0.5 and 99.5 percentiles of the finite intensities; NaN twice where there are none."""
+    values = _sample(scan)
+    if not values.size:
+        return math.nan, math.nan
+    low, high = np.percentile(values, (0.5, 99.5))
+    return float(low), float(high)
+
+
+def _guess(scan: Volume) -> Unit:
+    values = _sample(scan)
+    if _looks_like_ct(values):
+        reason = f"over {AIR_SHARE:.0%} of the voxels are below {AIR_BELOW_HU:g}, so HU is a guess"
+        return Unit(name=HU, doubt=f"no --unit given; {reason}: pass --unit HU if it is right")
+    reason = not_hu(values) or f"few voxels are below {AIR_BELOW_HU:g}"
+    return Unit(name=ARBITRARY, doubt=f"no --unit given, and it does not look like HU: {reason}")
+
+
+def _looks_like_ct(values: np.ndarray) -> bool:
+    return not not_hu(values) and bool(np.count_nonzero(values < AIR_BELOW_HU) >= AIR_SHARE * values.size)
+
+
+def not_hu(values: np.ndarray) -> str:
+    """Why intensities cannot be the HU of a patient; empty where they can."""
+    constant = _constant(values)
+    if constant:
+        is_air = values.size > 0 and AIR_HU[0] <= values[0] <= AIR_HU[1]
+        return "" if is_air else constant
+    low, high = np.percentile(values, (LOW_PERCENTILE, 99.5))
+    if low > min(LOW_HU, -RINGING * high):
+        return f"there is neither air nor fat: the voxels go from {low:.4g} to {high:.4g}{_offset(values)}"
+    inside = _without_padding(values)
+    dense = np.count_nonzero(inside > DENSE_ABOVE_HU) / inside.size
+    if dense > DENSE_SHARE:
+        return f"{dense:.0%} of the voxels are over {DENSE_ABOVE_HU:g}, as only bone and metal are{_offset(values)}"
+    void = np.count_nonzero(inside < AIR_HU[0]) / inside.size
+    if void > VOID_SHARE:
+        return f"{void:.0%} of the voxels are below {AIR_HU[0]:g}, and nothing is below air at -1000"
+    return ""
+
+
+def not_suv(values: np.ndarray) -> str:
+    """Why intensities cannot be standardised uptake values; empty where they can."""
+    constant = _constant(values)
+    if constant:
+        return constant
+    negative = np.count_nonzero(values < SUV_BELOW) / values.size
+    if negative > SUV_NEGATIVE_SHARE:
+        return f"{negative:.0%} of the voxels are below {SUV_BELOW:g}, and no uptake is negative"
+    median, p95 = np.percentile(values, (50, 95))
+    if median > SUV_MEDIAN or p95 > SUV_P95:
+        return f"the median is {median:.4g} and the 95th percentile {p95:.4g}, and the mean of a body is an SUV of 1"
+    return ""
+
+
+def _constant(values: np.ndarray) -> str:
+    if not values.size:
+        return "no voxel is finite"
+    return f"every voxel has the same value, {values.min():.4g}" if values.min() == values.max() else ""
+
+
+def _offset(values: np.ndarray) -> str:
+    """A hint at what went wrong, where it can be seen."""
+    return "; is the rescale intercept missing?" if np.median(_without_padding(values)) > DENSE_ABOVE_HU else ""
+
+
+def _without_padding(values: np.ndarray) -> np.ndarray:
+    """The values without the lowest, where so many share it that it may be padding."""
+    inside = values[values > values.min()]
+    return inside if values.size - inside.size >= PADDING_SHARE * values.size else values
+
+
+def _sample(scan: Volume) -> np.ndarray:
+    """(N,) finite intensities of a regular grid of about `SAMPLED` voxels; all of a small scan."""
+    array = to_canonical(scan.array, AxisOrder.of(scan.geometry))
+    step = max(1, math.floor((array.size / SAMPLED) ** (1 / 3)))
+    steps = [step if n >= 8 * step else 1 for n in array.shape]  # of a few slices each is looked at
+    values = np.asarray(scan.intensities(array[:: steps[0], :: steps[1], :: steps[2]]), np.float64).ravel()
+    return values[np.isfinite(values)]
+
+
+CONTRADICTIONS = {HU: not_hu, SUV: not_suv}

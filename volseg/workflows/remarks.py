@@ -1,0 +1,35 @@
+"""Warnings of single scans for the terminal: a doubted unit, a scan unlike those of training."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any
+
+from volseg.measure.units import CODES
+
+MOST_SCANS = 5  # named per code
+
+
+def remarks_on_scans(rows: Iterable[Mapping[str, Any]], case_ids: Collection[str]) -> list[str]:
+    """Collect `W_CODE: case: sentence` for each of these scans; of many with one code the first.
+
+    Args:
+        rows: of cases.csv.
+    """
+    lines_by_code: dict[str, list[str]] = {code: [] for code in CODES}
+    for row in rows:
+        if row["case_id"] not in case_ids:
+            continue
+        for warning in re.split(r"; (?=W_[A-Z]+: )", row["warnings"] or ""):
+            code, _, text = warning.partition(": ")
+            if code in lines_by_code:
+                lines_by_code[code].append(f"{code}: {row['case_id']}: {text}")
+    return [line for code, lines in lines_by_code.items() for line in _shortened(code, lines)]
+
+
+def _shortened(code: str, lines: list[str]) -> list[str]:
+    more = len(lines) - MOST_SCANS
+    if more <= 0:
+        return lines
+    return [*lines[:MOST_SCANS], f"{code}: {more} more scans; cases.csv names them"]
