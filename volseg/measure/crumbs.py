@@ -1,4 +1,4 @@
-"""Crumbs: small pieces of a lesion that missing voxels cut off, so that they were numbered as lesions."""
+"""Crumbs: small pieces of a lesion that missing voxels cut off, numbered as lesions."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ def _distinct(keys: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def _parts(ids: np.ndarray, reach: tuple[int, int, int]) -> Iterator[np.ndarray]:
-    """Slabs that hold all lesions, each with a rim of what lies around it; zeros beyond the scan."""
+    """Slabs that hold all lesions, each with a rim of its surroundings; zeros beyond the scan."""
     box = BoundingBox.around(ids)
     if box is None:
         return

@@ -1,4 +1,4 @@
-"""The diameters of a lesion in planes that are no slices of its scan, such as the axial planes of an earlier one."""
+"""Diameters of a lesion in planes that are no slices of its scan, such as those of an earlier one."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def section_diameters(
 
 
 class _Planes:
-    """Parallel planes: plane n holds the points whose product with `normal` is `first` + n × `step`."""
+    """Parallel planes; plane n: where the product with `normal` is `first` + n × `step`."""
 
     def __init__(self, normal: np.ndarray, first: float, step: float) -> None:
         self.normal, self.first, self.step = normal, first, step
@@ -122,7 +122,7 @@ def _meshes(inside: np.ndarray, meshed_together: int) -> Iterator[np.ndarray]:
         outside[1:-1, 1:-1, max(0, -start) : max(0, -start) + held.shape[2]] = ~held
         if outside.all() or not outside.any():
             continue
-        # As in `shape`: voxels that touch along an edge belong together, so the mask is upside down.
+        # As in `shape`: voxels that touch along an edge belong together: the mask upside down.
         points, faces, _, _ = marching_cubes(outside, 0.5, method="lorensen")
         yield points[faces].astype(np.float64) + (-1, -1, start)
 

@@ -45,7 +45,7 @@ from volseg.workflows.patients import Patient, read_pairs, same_ids
 STAGE = "Comparing"
 MAX_MOVED_MM, MAX_TURNED_DEG = 50.0, 20.0  # of a patient on the table; more may be right, but is worth a look
 MAX_ERROR_MM = 3.0  # between registration one way and the other
-MAX_TILT_ERROR_DEG = 5.0  # of the axial plane, likewise: diameters are then wrong by up to 15 %
+MAX_TILT_ERROR_DEG = 5.0  # of the axial plane: a long axis may then be 16 % off (docs/benchmarks.md)
 SAME_PLACE_MM = 2.0  # no better place was found, and what was found is where the headers say
 GRID_RATIO = 1.5  # of voxel sizes, from which small lesions differ in size by that alone
 
