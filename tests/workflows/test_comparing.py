@@ -253,6 +253,8 @@ def test_a_registration_that_cannot_be_trusted_is_said_in_the_row(tmp_path):
         (Registration(movement(5, (9, 0, 0)), movement(5, (9, 1, 0)), 0.5, 0.9), "rigid", ""),
         (Registration(movement(5, (9, 0, 0)), movement(5, (9, 4, 0)), 0.5, 0.9), "rigid", "is uncertain by 4.0 mm"),
         (Registration(movement(5, (9, 0, 0)), None, 0.5, 0.9), "rigid", "worked in one direction only"),
+        (Registration(movement(5, (9, 0, 0)), movement(12, (9, 0, 0), axis=(1, 0, 0)), 0.5, 0.9), "rigid", "about the axial plane"),
+        (Registration(movement(5, (9, 0, 0)), movement(40, (9, 0, 0), axis=(0, 0, 1)), 0.5, 0.9), "rigid", ""),
         (Registration(movement(5, (60, 0, 0)), movement(5, (60, 0, 0)), None, 0.9), "rigid", "W_MOVED: registration moved a lesion by 60"),
         (Registration(movement(25, (0, 0, 0)), movement(25, (0, 0, 0)), 0.5, 0.9), "rigid", "turned the scan by 25°"),
         (Registration(movement(5, (9, 0, 0)), movement(5, (9, 0, 0)), 0.9, 0.8), "none", "nowhere more alike"),
@@ -582,3 +584,53 @@ def test_the_picture_shows_both_outlines_where_the_lesion_is():
     for line in range(2):
         ratio = sizes["after", line, 0] / sizes["before", line, 0]
         np.testing.assert_allclose(ratio, 5 / 9, atol=0.2)
+
+
+def rod(turn_deg=0.0):
+    """A patient with a rod along A, whose head tilted: scan and mask."""
+    balls = [((20, y, 0), 4.2) for y in range(-24, 25, 3)]
+    return draw(grid("LPS", (2.0, 2.0, 2.0)), balls, movement(turn_deg, (0, 0, 0), axis=(1, 0, 0)))
+
+
+@needs_itk
+def test_a_head_that_tilted_between_the_scans_is_measured_in_the_planes_of_the_baseline(tmp_path):
+    """The same rod, which the slices of the later scan cut at 14°."""
+    one, other = (measured(tmp_path / name, {"p": rod(deg)}) for name, deg in (("one", 0), ("other", 14)))
+    own = [float(rows(folder / "lesions.csv")[0]["long_axis_mm"]) for folder in (one, other)]
+    assert own[1] < 0.8 * own[0]
+    volseg.compare(one, other, out=tmp_path / "out")
+    patients, lesions = tables(tmp_path / "out")
+    row, (lesion,) = patients["p"], lesions["p"]
+    assert row["response"] == "SD"
+    assert abs(float(row["change_sum_percent"])) < 4
+    assert float(row["tilt_deg"]) == pytest.approx(14, abs=0.5)
+    assert "in the axial planes of the baseline" in lesion["notes"]
+    # If world coordinates are said to be right, the lesion did shrink in its plane, and its volume tells that it did not.
+    volseg.compare(one, other, out=tmp_path / "blind", registration=False)
+    row = tables(tmp_path / "blind")[0]["p"]
+    assert (row["response"], row["target_response"], row["volume_response"]) == ("", "PR", "SD")
+    assert "W_DISAGREE: the targets are PR by their diameters" in row["warnings"]
+
+
+def test_a_fringe_that_missing_voxels_cut_off_is_no_progression(tmp_path):
+    """A plane of the scan is missing below the surface, as a scanner leaves it out: the mask has a hole there."""
+    scan, mask = scan_of(HERE, [LARGE, SMALL])
+    values, cut = scan.array.astype(np.float32), mask.array.copy()
+    for middle, radius in (LARGE, SMALL):
+        lesion = mask.array.astype(bool) & ball(radius + 1, HERE, centre_mm(HERE) + middle)
+        plane = np.flatnonzero(lesion.any(axis=(0, 1)))[-1] - 1
+        values[:, :, plane][lesion[:, :, plane]] = np.nan
+        cut[:, :, plane][lesion[:, :, plane]] = 0
+    before = measured(tmp_path / "before", {"p": (scan, mask)})
+    after = measured(tmp_path / "after", {"p": (scan.with_array(values), mask.with_array(cut))})
+    assert len(rows(after / "lesions.csv")) == 4
+    volseg.compare(before, after, out=tmp_path / "out", registration=False)
+    patients, lesions = tables(tmp_path / "out")
+    row = patients["p"]
+    assert (row["response"], row["n_new"], row["n_split"]) == ("SD", "0", "0")
+    assert row["n_crumbs"] == "2"
+    assert "W_CRUMB" in row["warnings"]
+    assert sorted(each["status"] for each in lesions["p"]) == ["crumb", "crumb", "matched", "matched"]
+    assert abs(float(row["change_sum_percent"])) < 1
+    shown = on_page(tmp_path / "out" / "report.html", "changes")
+    assert sorted(each["status"] for each in shown) == ["crumb", "crumb", "matched", "matched"]

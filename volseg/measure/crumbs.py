@@ -1,8 +1,8 @@
-"""Crumbs: small pieces of a lesion that missing voxels cut off, so that they were numbered as lesions."""
+"""Crumbs: small pieces of a lesion that missing voxels cut off, numbered as lesions."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import product
 
 import numpy as np
@@ -17,12 +17,16 @@ CRUMB_SHARE = 0.1  # of the lesion's volume, up to which a short piece is a crum
 CRUMB_MM = 10.0  # long axis from which a piece is not short: that of a measurable lesion
 THIN_SHARE = 1 / 3  # the same share for a thin piece: one that is nowhere three voxels thick
 ROUNDS = 2  # a crumb of a crumb is one of the lesion, and so is the next
-PAIRS_AT_ONCE = 2**18  # voxels whose neighbours are looked up together
-
-Parents = Mapping[int, int]  # number of a crumb → number of the lesion that it belongs to
+VOXELS_AT_ONCE = 2**16
 
 
-def find_crumbs(ids: np.ndarray, lesions: Sequence[LesionMeasurement], spacing_mm: Sequence[float]) -> dict[int, int]:
+def find_crumbs(
+    ids: np.ndarray,
+    lesions: Sequence[LesionMeasurement],
+    spacing_mm: Sequence[float],
+    *,
+    voxels_at_once: int = VOXELS_AT_ONCE,
+) -> dict[int, int]:
     """Find the lesions of a scan that are crumbs of another one, and of which.
 
     A crumb has the label of its lesion and lies beside it: along each axis at most two voxels
@@ -35,6 +39,7 @@ def find_crumbs(ids: np.ndarray, lesions: Sequence[LesionMeasurement], spacing_m
         ids: (I, J, K) lesion ids; n in the voxels of lesion n, 0 elsewhere.
         lesions: 1, 2, …, N.
         spacing_mm: distance of voxels along each axis of `ids`.
+        voxels_at_once: whose neighbours are looked up together, which bounds the memory.
     """
     sizes = np.array([0, *(lesion.n_voxels for lesion in lesions)], dtype=float)
     names = {name: n for n, name in enumerate(dict.fromkeys(map(label_of, lesions)))}
@@ -45,21 +50,21 @@ def find_crumbs(ids: np.ndarray, lesions: Sequence[LesionMeasurement], spacing_m
     is_small[1:] = sizes[1:] <= THIN_SHARE * largest[labels[1:]]
     if not is_small.any():
         return {}
-    neighbours, is_thin = _neighbours(ids, is_small, _reach(spacing_mm))
+    neighbours, is_thin = _neighbours(ids, is_small, _reach(spacing_mm), voxels_at_once)
     neighbours = neighbours[labels[neighbours[:, 0]] == labels[neighbours[:, 1]]]
     lengths_mm = np.array([0.0, *map(_length_mm, lesions)])
     limits = np.where(lengths_mm < CRUMB_MM, CRUMB_SHARE, 0.0)
     limits[is_thin] = THIN_SHARE
     parents = np.zeros(len(sizes), dtype=np.int64)
+    crumbs_beside, wholes_beside = neighbours.T
     for _ in range(1 + ROUNDS):
-        crumbs, wholes = neighbours.T
+        crumbs, wholes = crumbs_beside, wholes_beside
         roots = _roots(parents)[wholes]
         fits = (parents[crumbs] == 0) & (roots != crumbs)
         fits &= sizes[crumbs] <= limits[crumbs] * sizes[roots]
         crumbs, roots = crumbs[fits], roots[fits]
         order = np.lexsort((-roots, sizes[roots]))  # the largest last, and of equals the first
         parents[crumbs[order]] = roots[order]
-        # From now on only what lies beside a crumb is new.
     roots = _roots(parents)
     return {n: int(roots[n]) for n in np.flatnonzero(parents).tolist()}
 
@@ -86,7 +91,12 @@ def _roots(parents: np.ndarray) -> np.ndarray:
         roots = higher
 
 
-def _neighbours(ids: np.ndarray, is_small: np.ndarray, reach: tuple[int, int, int]) -> tuple[np.ndarray, np.ndarray]:
+def _neighbours(
+    ids: np.ndarray,
+    is_small: np.ndarray,
+    reach: tuple[int, int, int],
+    voxels_at_once: int,
+) -> tuple[np.ndarray, np.ndarray]:
     """(P, 2) small lesions with each lesion that lies beside them, and (N + 1,) bool, which of
     the small ones are thin."""
     n, has_core = len(is_small), np.zeros(len(is_small), bool)
@@ -98,8 +108,8 @@ def _neighbours(ids: np.ndarray, is_small: np.ndarray, reach: tuple[int, int, in
         index = np.argwhere(is_small[part[inner]]) + reach
         places = index @ steps
         offsets = np.array(list(product(*(range(-by, by + 1) for by in reach)))) @ steps
-        for start in range(0, len(places), PAIRS_AT_ONCE):
-            some = places[start : start + PAIRS_AT_ONCE]
+        for start in range(0, len(places), voxels_at_once):
+            some = places[start : start + voxels_at_once]
             numbers = values[some].astype(np.int64)
             is_inside = np.ones(len(some), bool)
             for step in (*steps, *-steps):
@@ -109,14 +119,23 @@ def _neighbours(ids: np.ndarray, is_small: np.ndarray, reach: tuple[int, int, in
             for offset in offsets:
                 others = values[some + offset].astype(np.int64)
                 beside = (others > 0) & (others != numbers)
-                together.append(np.unique(numbers[beside] * n + others[beside]))
-            keys.append(np.unique(np.concatenate(together)))
-    pairs = np.unique(np.concatenate([*keys, np.zeros(0, dtype=np.int64)]))
+                together.append(numbers[beside] * n + others[beside])
+            keys.append(_distinct(together))
+    pairs = _distinct([*keys, np.zeros(0, dtype=np.int64)])
     return np.stack(np.divmod(pairs, n), axis=1), is_small & ~has_core
 
 
+def _distinct(keys: Sequence[np.ndarray]) -> np.ndarray:
+    """Sorted, each once; NumPy's `unique` hashes whole numbers, which takes ten times as long."""
+    values = np.concatenate(keys)
+    values.sort()
+    is_first = np.ones(len(values), bool)
+    is_first[1:] = values[1:] != values[:-1]
+    return values[is_first]
+
+
 def _parts(ids: np.ndarray, reach: tuple[int, int, int]) -> Iterator[np.ndarray]:
-    """Slabs that hold all lesions, each with a rim of what lies around it; zeros beyond the scan."""
+    """Slabs that hold all lesions, each with a rim of its surroundings; zeros beyond the scan."""
     box = BoundingBox.around(ids)
     if box is None:
         return

@@ -23,12 +23,12 @@ from volseg.measure.targets import known, label_of
 from volseg.preprocess.crop import AxisOrder, canonical_geometry, to_canonical
 from volseg.volume import Volume
 
-SAME_PLANE_DEG = 1.0  # planes that differ by less are taken for one: diameters then differ by 1 %
+SAME_PLANE_DEG = 2.0  # below, taking them again errs as much as not doing so (benchmarks.md)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class MeasuredScan:
-    """A scan of one time: `ids` (I, J, K), n in the voxels of lesion n, and lesions 1, 2, …, N."""
+    """A scan of one time: `ids` (I, J, K), n in the voxels of lesion n, and lesions 1, …, N."""
 
     case: str
     ids: Volume

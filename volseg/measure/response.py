@@ -111,7 +111,7 @@ class PatientResponse:
     turned_deg: float | None = column("°", "angle of the rotation; of several the largest", None)
     tilt_deg: float | None = column(
         "°",
-        "angle between the axial slices of the two scans in the patient, of several pairs the largest; from 1° on "
+        "angle between the axial slices of the two scans in the patient, of several pairs the largest; from 2° on "
         "the follow-up's diameters are taken in the axial planes of the baseline",
         None,
     )

@@ -1,4 +1,4 @@
-"""The diameters of a lesion in planes that are no slices of its scan, such as the axial planes of an earlier one."""
+"""Diameters of a lesion in planes that are no slices of its scan, such as those of an earlier one."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from volseg.measure.shape import widest_pair
 from volseg.preprocess.crop import AxisOrder, canonical_geometry
 from volseg.volume import Geometry
 
-MESHED_TOGETHER = 2**21  # voxels of a lesion's box: bounds the memory
+MESHED_TOGETHER = 2**21  # voxels of a lesion's box
 FLAT_MM = 1e-6  # a section that is no wider is a line
 
 
@@ -37,7 +37,13 @@ def tilt_deg(baseline: Geometry, followup: Geometry, moved: np.ndarray) -> float
     return math.degrees(math.atan2(sine, cosine))
 
 
-def section_diameters(inside: np.ndarray, matrix: np.ndarray, normal: np.ndarray) -> tuple[float, float]:
+def section_diameters(
+    inside: np.ndarray,
+    matrix: np.ndarray,
+    normal: np.ndarray,
+    *,
+    meshed_together: int = MESHED_TOGETHER,
+) -> tuple[float, float]:
     """Measure the long and the short axis of a lesion in the planes perpendicular to `normal`.
 
     The surface (marching cubes at 0.5 on the voxels) is cut by planes as far apart as the slices
@@ -48,6 +54,7 @@ def section_diameters(inside: np.ndarray, matrix: np.ndarray, normal: np.ndarray
         inside: (R, A, S) bool of a lesion's box, with at least one voxel.
         matrix: (3, 3) voxel → mm. Slices follow each other along S.
         normal: (3,) of length 1, in mm.
+        meshed_together: voxels whose surface is held at once, which bounds the memory.
 
     Returns:
         The longest chord between points of the surface in one plane, and the longest one
@@ -55,7 +62,7 @@ def section_diameters(inside: np.ndarray, matrix: np.ndarray, normal: np.ndarray
     """
     frame = _frame(normal)
     planes = _Planes.of(inside, matrix, normal)
-    pieces = [piece for mesh in _meshes(inside) for piece in _cuts(mesh @ matrix.T, planes)]
+    pieces = [piece for mesh in _meshes(inside, meshed_together) for piece in _cuts(mesh @ matrix.T, planes)]
     numbers = np.concatenate([number for number, _ in pieces])
     ends = np.concatenate([ends for _, ends in pieces]) @ frame.T  # (N, 2 ends, 2) mm
     order = np.argsort(numbers, kind="stable")
@@ -78,7 +85,7 @@ def section_diameters(inside: np.ndarray, matrix: np.ndarray, normal: np.ndarray
 
 
 class _Planes:
-    """Parallel planes: plane n holds the points whose product with `normal` is `first` + n × `step`."""
+    """Parallel planes; plane n: where the product with `normal` is `first` + n × `step`."""
 
     def __init__(self, normal: np.ndarray, first: float, step: float) -> None:
         self.normal, self.first, self.step = normal, first, step
@@ -102,12 +109,12 @@ def _frame(normal: np.ndarray) -> np.ndarray:
     return np.stack([first, np.cross(normal, first)])
 
 
-def _meshes(inside: np.ndarray) -> Iterator[np.ndarray]:
+def _meshes(inside: np.ndarray, meshed_together: int) -> Iterator[np.ndarray]:
     """(T, 3 corners, 3) triangles of the surface, in voxels of the box, part by part."""
     from skimage.measure import marching_cubes
 
     padded = (inside.shape[0] + 2) * (inside.shape[1] + 2)
-    thick = max(1, MESHED_TOGETHER // padded)
+    thick = max(1, meshed_together // padded)
     for start in range(-1, inside.shape[2], thick):
         stop = min(start + thick, inside.shape[2])  # cubes between planes start … stop
         outside = np.ones((*(n + 2 for n in inside.shape[:2]), stop - start + 1), np.float32)
@@ -115,7 +122,7 @@ def _meshes(inside: np.ndarray) -> Iterator[np.ndarray]:
         outside[1:-1, 1:-1, max(0, -start) : max(0, -start) + held.shape[2]] = ~held
         if outside.all() or not outside.any():
             continue
-        # As in `shape`: voxels that touch along an edge belong together, so the mask is upside down.
+        # As in `shape`: voxels that touch along an edge belong together: the mask upside down.
         points, faces, _, _ = marching_cubes(outside, 0.5, method="lorensen")
         yield points[faces].astype(np.float64) + (-1, -1, start)
 

@@ -69,6 +69,13 @@ class Registration:
             return None
         return np.linalg.norm(transformed(self.moved, points_mm) - transformed(self.other, points_mm), axis=1)
 
+    def plane_disagreement_deg(self, normal: np.ndarray) -> float | None:
+        """Angle between where the two directions put the planes with this (3,) normal of the first scan."""
+        if self.other is None:
+            return None
+        one, other = (matrix[:3, :3] @ normal for matrix in (self.moved, self.other))
+        return math.degrees(math.atan2(float(np.linalg.norm(np.cross(one, other))), float(one @ other)))
+
 
 def transformed(matrix: np.ndarray, points_mm: np.ndarray) -> np.ndarray:
     """(N, 3) points, moved by a (4, 4) matrix."""

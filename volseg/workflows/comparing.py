@@ -24,6 +24,7 @@ from volseg.measure.matching import MAX_DISTANCE_MM
 from volseg.measure.pairs import MeasuredScan, lone_scan, pair_scans
 from volseg.measure.response import PatientResponse, judge_response
 from volseg.measure.rows import LesionMeasurement
+from volseg.measure.sections import axial_normal
 from volseg.preprocess.register import Registration, register, transformed
 from volseg.report.html import comparison_html
 from volseg.store.comparisons import ComparisonFolder
@@ -46,6 +47,7 @@ from volseg.workflows.patients import Patient, read_pairs, same_ids
 STAGE = "Comparing"
 MAX_MOVED_MM, MAX_TURNED_DEG = 50.0, 20.0  # of a patient on the table; more may be right, but is worth a look
 MAX_ERROR_MM = 3.0  # between registration one way and the other
+MAX_TILT_ERROR_DEG = 5.0  # of the axial plane: a long axis may then be 16 % off (docs/benchmarks.md)
 SAME_PLACE_MM = 2.0  # no better place was found, and what was found is where the headers say
 GRID_RATIO = 1.5  # of voxel sizes, from which small lesions differ in size by that alone
 
@@ -522,12 +524,17 @@ def _place(before: _Side, after: _Side, settings: CompareSettings) -> Placement:
     found = register(before.scan, after.scan)
     back = np.linalg.inv(found.moved)
     return as_far_as_trusted(
-        found, np.concatenate([centroids_mm(before.lesions), transformed(back, centroids_mm(after.lesions))])
+        found,
+        np.concatenate([centroids_mm(before.lesions), transformed(back, centroids_mm(after.lesions))]),
+        normal=axial_normal(before.ids.geometry),
     )
 
 
-def as_far_as_trusted(found: Registration, points_mm: np.ndarray) -> Placement:
-    """What a registration says about the points (N, 3) of the earlier scan, N ≥ 1; where it made nothing better, nothing is moved."""
+def as_far_as_trusted(found: Registration, points_mm: np.ndarray, *, normal: np.ndarray | None = None) -> Placement:
+    """What a registration says about the points (N, 3) of the earlier scan, N ≥ 1; where it made nothing better, nothing is moved.
+
+    `normal`: (3,) of the axial slices of the earlier scan, in which diameters are taken; None: the S axis.
+    """
     shift_mm = float(found.shift_mm(points_mm).max())
     apart_mm = found.disagreement_mm(points_mm)
     error_mm = None if apart_mm is None else float(apart_mm.max())
@@ -548,6 +555,10 @@ def as_far_as_trusted(found: Registration, points_mm: np.ndarray) -> Placement:
         what = "worked in one direction only" if error_mm is None else f"is uncertain by {error_mm:.1f} mm"
         doubt = f"registration {what}"
         warnings.append(f"W_REGISTRATION: {doubt}, so lesions may have been matched wrongly")
+    tilt_deg = found.plane_disagreement_deg(np.array([0.0, 0.0, 1.0]) if normal is None else normal)
+    if not doubt and tilt_deg is not None and tilt_deg > MAX_TILT_ERROR_DEG:
+        doubt = f"registration is uncertain by {tilt_deg:.0f}° about the axial plane"
+        warnings.append(f"W_REGISTRATION: {doubt}, so diameters may have been taken in another plane")
     columns = {"registration": "rigid", "moved_mm": shift_mm, "turned_deg": found.turned_deg}
     columns |= {"registration_error_mm": error_mm} | similarity
     return Placement(found.moved, columns, warnings, _no_response(doubt))

@@ -1,0 +1,103 @@
+import numpy as np
+import pytest
+from laws import GRIDS, ball, centre_mm, grid_around, ras
+from scipy.ndimage import gaussian_filter, label
+
+from volseg.measure.recist import diameters
+from volseg.measure.sections import axial_normal, section_diameters, tilt_deg
+from volseg.volume import Geometry
+
+
+def blob(seed, shape=(14, 16, 9)):
+    """The largest piece of smoothed noise, in its box."""
+    noise = gaussian_filter(np.random.default_rng(seed).normal(size=shape), 1.2)
+    pieces, _ = label(noise > np.quantile(noise, 0.7), np.ones((3, 3, 3)))
+    inside = pieces == np.argmax(np.bincount(pieces.ravel())[1:]) + 1
+    index = np.argwhere(inside)
+    return inside[tuple(slice(low, high + 1) for low, high in zip(index.min(axis=0), index.max(axis=0)))]
+
+
+@pytest.mark.parametrize("make", GRIDS.values(), ids=GRIDS)
+def test_in_the_planes_of_the_slices_the_diameters_are_those_of_the_slices(make):
+    # No two chords of these spacings are equally long, which would leave it open which one is the long axis.
+    matrix = make((0.7071, 0.8123, 2.0))[:3, :3] @ [[1, 0.013, 0], [0, 1, 0], [0, 0, 1]]
+    matrix *= np.sign(np.diag(matrix))  # canonical: axes grow to R, A and S
+    normal = np.cross(matrix[:, 0], matrix[:, 1])
+    normal /= np.linalg.norm(normal)
+    for seed in range(8):
+        inside = blob(seed)
+        slices = [diameters(inside[:, :, [at]], matrix) for at in range(inside.shape[2])]
+        longest_mm = max(each.long_mm for each in slices)
+        # Of slices that are equally long it is open which one counts.
+        widths_mm = [each.short_mm for each in slices if each.long_mm > longest_mm - 1e-6]
+        for sense in (1, -1):
+            long_mm, short_mm = section_diameters(inside, matrix, sense * normal)
+            assert long_mm == pytest.approx(diameters(inside, matrix).long_mm, abs=1e-6)
+            assert short_mm == pytest.approx(max(widths_mm), abs=1e-6)
+    parts = section_diameters(inside, matrix, normal, meshed_together=1)
+    assert parts == pytest.approx((long_mm, short_mm), abs=1e-6)
+
+
+def ellipse_mm(radii_mm, normal):
+    """Long and short axis of the section of an ellipsoid through its centre."""
+    frame = np.linalg.svd(normal[None])[2][1:]
+    return np.sort(2 / np.sqrt(np.linalg.eigvalsh(frame @ np.diag(1 / np.array(radii_mm) ** 2) @ frame.T)))[::-1]
+
+
+@pytest.mark.parametrize("make", GRIDS.values(), ids=GRIDS)
+def test_an_ellipsoid_cut_at_any_angle_has_the_axes_of_the_ellipse(make):
+    radii_mm = np.array([8.3, 21.0, 6.1])
+    geometry = grid_around(22, make((0.9, 1.1, 1.4)))
+    index = np.indices(geometry.shape).reshape(3, -1).T
+    places = geometry.to_world_mm(index) - centre_mm(geometry)
+    inside = (np.linalg.norm(places / radii_mm, axis=1) <= 1).reshape(geometry.shape)
+    for angle_deg in (1, 5, 14, 30, 60, 90):
+        angle = np.deg2rad(angle_deg)
+        normal = np.array([0.1, np.sin(angle), np.cos(angle)])
+        normal /= np.linalg.norm(normal)
+        measured = section_diameters(inside, geometry.affine[:3, :3], normal)
+        assert measured == pytest.approx(ellipse_mm(radii_mm, normal), abs=1.4)  # a voxel
+
+
+def test_the_smallest_lesions_and_planes_that_graze_a_face_have_diameters():
+    voxel = np.ones((1, 1, 1), bool)
+    assert section_diameters(voxel, np.diag([1.0, 1.0, 5.0]), np.array([0.0, 0.0, 1.0])) == pytest.approx((1, 1))
+    stick = np.ones((120, 1, 1), bool)
+    for angle in np.deg2rad([0.0, 10.0, 45.0, 90.0]):  # about the stick's own axis
+        long_mm, short_mm = section_diameters(stick, np.eye(3), np.array([0.0, np.sin(angle), np.cos(angle)]))
+        assert long_mm == pytest.approx(120, abs=1e-6)
+        assert 0.5 <= short_mm <= 1.5
+    box = np.ones((90, 20, 10), bool)
+    long_mm, _ = section_diameters(box, np.eye(3), np.array([0.0, 1.0, 0.0]))
+    assert long_mm == pytest.approx(np.hypot(90, 9), abs=0.2)  # from edge to edge of its marching cubes
+
+
+def test_a_lesion_of_two_thick_slices_is_cut_wherever_its_planes_lie():
+    geometry = grid_around(9, ras((1.0, 1.0, 5.0)))
+    inside = ball(8.0, geometry)
+    inside[:, :, inside.any(axis=(0, 1)).argmax() + 2 :] = False
+    for angle in np.deg2rad(np.arange(0, 90, 7)):
+        normal = np.array([0.0, np.sin(angle), np.cos(angle)])
+        long_mm, short_mm = section_diameters(inside, geometry.affine[:3, :3], normal)
+        assert 0 < short_mm <= long_mm < 25
+
+
+def test_the_tilt_is_the_angle_between_slices_and_not_that_of_a_turn_within_them():
+    def turned(angle_deg, axis):
+        c, s = np.cos(np.deg2rad(angle_deg)), np.sin(np.deg2rad(angle_deg))
+        turn = np.eye(4)
+        first, second = (at for at in range(3) if at != axis)
+        turn[[first, first, second, second], [first, second, first, second]] = c, -s, s, c
+        return turn
+
+    affine = ras((1.0, 1.2, 3.0))
+    here = Geometry((4, 4, 4), affine)
+    for axis, expected in ((0, 11.0), (1, 11.0), (2, 0.0)):
+        there = Geometry((4, 4, 4), turned(11, axis) @ affine)
+        assert tilt_deg(here, there, np.eye(4)) == pytest.approx(expected)
+        assert tilt_deg(here, here, turned(11, axis)) == pytest.approx(expected)
+        assert tilt_deg(here, there, turned(11, axis)) == pytest.approx(0, abs=1e-6)
+    # As stored, or upside down: the same slices.
+    flipped = Geometry((4, 4, 4), affine @ np.diag([-1.0, 1.0, -1.0, 1.0]))
+    assert tilt_deg(here, flipped, np.eye(4)) == pytest.approx(0, abs=1e-6)
+    np.testing.assert_allclose(axial_normal(flipped), (0, 0, 1))
