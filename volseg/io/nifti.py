@@ -650,7 +650,7 @@ def _opened(path: Path) -> Iterator[io.RawIOBase]:
         raise _refusal(path, "E_NOTFILE", f"is {kind_of(mode)}, not a file", "give the path of a NIfTI file")
     try:
         with open_regular(path) as buffered:
-            file = buffered.raw
+            file = cast(io.RawIOBase, buffered.raw)
             is_gzip = file.read(2) == b"\x1f\x8b"
             file.seek(0)
             yield _Inflated(file, path) if is_gzip else file
