@@ -1,7 +1,7 @@
 """Run commands on JSON files in which one value was exchanged for nonsense, in a process whose memory and time are bounded.
 
-`python mutations.py FOLDER NUMBER SEED` makes the files of each kind in the folder, tries `NUMBER` of all mutations of each (0: every one)
-and prints a JSON object with how many were tried and what went wrong.
+`python mutations.py FOLDER NUMBER SEED [KIND...]` makes the files of each kind in the folder, tries `NUMBER` of all mutations of each
+(0: every one) and prints a JSON object with how many were tried and what went wrong.
 """
 
 from __future__ import annotations
@@ -191,10 +191,10 @@ def try_kind(folder: Path, kind: str, number: int, seed: int) -> dict[str, Any]:
     return {"tried": len(cases), "slowest": round(slowest, 2), "wrong": wrong}
 
 
-def main(folder: Path, number: int, seed: int) -> None:
-    found = {kind: try_kind(folder / str(n), kind, number, seed) for n, kind in enumerate(KINDS)}
+def main(folder: Path, number: int, seed: int, kinds: Sequence[str]) -> None:
+    found = {kind: try_kind(folder / str(n), kind, number, seed) for n, kind in enumerate(kinds)}
     print(json.dumps(found), file=sys.__stdout__)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
+    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4:] or list(KINDS))

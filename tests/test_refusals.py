@@ -601,10 +601,14 @@ def test_pictures_are_drawn_whatever_backend_the_environment_names(tmp_path):
     assert (tmp_path / "out" / "figures" / "scan.png").is_file()
 
 
-@pytest.mark.parametrize("number", [10, pytest.param(250, marks=pytest.mark.slow)])
-def test_no_value_in_a_json_file_makes_a_traceback_or_takes_the_memory(tmp_path, number):
+@pytest.mark.parametrize(
+    ("number", "kinds"),
+    [(10, ["model.json", "dataset.json of scans", "label names"]), pytest.param(250, [], marks=pytest.mark.slow)],
+    ids=["some", "many"],
+)
+def test_no_value_in_a_json_file_makes_a_traceback_or_takes_the_memory(tmp_path, number, kinds):
     done = subprocess.run(
-        [sys.executable, Path(__file__).parent / "mutations.py", tmp_path, str(number), "3"],
+        [sys.executable, Path(__file__).parent / "mutations.py", tmp_path, str(number), "3", *kinds],
         capture_output=True,
         text=True,
         timeout=3600,
