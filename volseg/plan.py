@@ -9,8 +9,10 @@ from typing import Any
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, model_validator
+from scipy import ndimage
 
 from volseg.errors import VolsegError
+from volseg.postprocess.lesions import label_lesions
 from volseg.preprocess.crop import AxisOrder, canonical_geometry
 from volseg.preprocess.normalise import NORMALISERS, Absent, Normaliser
 from volseg.preprocess.prepare import PrepareSettings
@@ -30,6 +32,10 @@ from volseg.volume import Volume
 
 SAMPLES_PER_CASE = 10_000  # foreground intensities kept per case: percentiles of a dataset need no more
 ANISOTROPY = 3.0  # an axis this many times coarser than the finest is resampled to a low percentile, not the median
+LESIONS_PER_CASE = 1000  # of which the extent is kept: the largest of a case
+CRUMB_SHARE = 0.01  # of the largest lesion of a case, under which a component says nothing of the size of lesions
+SMALLEST_PATCH = 16  # voxels along an axis of a patch that is chosen, or all of the scan: less shows no context
+LARGEST_LESION = 128**3  # voxels of a patch that lesions may ask for: organs are seen part by part
 FEW_SLICES = 8  # of the median scan along its shortest axis: hardly a volume
 SMALL_SHARE = 0.1  # of the median scan in a patch, under which context is missing
 RARITY = (
@@ -65,15 +71,22 @@ class DatasetFingerprint(_Json):
     label_voxels: dict[int, int]
     foreground: dict[str, IntensityStatistics]
     empty_masks: tuple[str, ...] = ()  # cases whose mask holds no labelled voxel
+    # The median length of the lesions along R, A, S; None in what was written before it was measured.
+    lesion_extent_mm: tuple[float, float, float] | None = None
 
 
 class CaseFingerprint(_Json):
-    """One case's share of the fingerprint; `samples` are intensities under the labels, per channel."""
+    """One case's share of the fingerprint.
+
+    `samples` are intensities under the labels, per channel; `lesion_extents_mm` the lengths along R, A, S of each
+    connected component of a label, without crumbs.
+    """
 
     spacing_mm: tuple[float, float, float]
     shape: tuple[int, int, int]
     label_voxels: dict[int, int]
     samples: dict[str, tuple[float, ...]]
+    lesion_extents_mm: tuple[tuple[float, float, float], ...] = ()
 
 
 class Line(_Json):
@@ -190,7 +203,7 @@ class Plan(_Json):
             said |= {line.setting: line.model_copy(update={"reason": EDITED}) for line in _layer_lines(self.network)}
         else:
             said["network"] = Line(setting="network", value=recipe.network.name, reason=STATED)
-        kept = {line.setting: line for line in self.lines if line.setting in said or line.setting == "dimensions"}
+        kept = {line.setting: line for line in self.lines if line.setting in said or line.setting in ("dimensions", "median lesion")}
         changed = {
             setting: line for setting, line in said.items() if setting not in kept or kept[setting].value != line.value
         }
@@ -246,7 +259,21 @@ def fingerprint_case(images: Mapping[str, Volume], reference: Volume, rng: np.ra
         shape=canonical.shape,
         label_voxels={int(value): int(count) for value, count in zip(values, counts, strict=True)},
         samples=samples,
+        lesion_extents_mm=_lesion_extents_mm(reference),
     )
+
+
+def _lesion_extents_mm(reference: Volume) -> tuple[tuple[float, float, float], ...]:
+    """Lengths along R, A, S of the largest lesions of a mask."""
+    lesions = label_lesions(reference.array, reference.geometry)
+    smallest = CRUMB_SHARE * max(lesions.n_voxels, default=0)
+    n = min(LESIONS_PER_CASE, sum(size >= smallest for size in lesions.n_voxels))
+    order, spacing = AxisOrder.of(reference.geometry), reference.geometry.spacing_mm
+    extents = []
+    for box in ndimage.find_objects(lesions.ids, max_label=n) if n else ():
+        r, a, s = ((box[axis].stop - box[axis].start) * spacing[axis] for axis in order.axes)
+        extents.append((round(r, 4), round(a, 4), round(s, 4)))
+    return tuple(extents)
 
 
 def combine_fingerprints(cases: Sequence[CaseFingerprint]) -> DatasetFingerprint:
@@ -261,6 +288,8 @@ def combine_fingerprints(cases: Sequence[CaseFingerprint]) -> DatasetFingerprint
             voxels[value] = voxels.get(value, 0) + count
     if not voxels:
         raise VolsegError("no training mask holds a labelled voxel", fix="check the masks", code="E_LABELS")
+    extents = [extent for case in cases for extent in case.lesion_extents_mm]
+    r, a, s = np.median(extents, axis=0).tolist() if extents else (0.0, 0.0, 0.0)
     channels = dict.fromkeys(name for case in cases for name in case.samples)
     pooled = {
         name: np.concatenate([np.asarray(case.samples[name]) for case in cases if name in case.samples])
@@ -272,6 +301,7 @@ def combine_fingerprints(cases: Sequence[CaseFingerprint]) -> DatasetFingerprint
         shapes=tuple(case.shape for case in cases),
         label_voxels=dict(sorted(voxels.items())),
         foreground={name: _statistics(values) for name, values in pooled.items()},
+        lesion_extent_mm=(r, a, s) if extents else None,
     )
 
 
@@ -378,9 +408,11 @@ def _size(
         size = Size(features=(), strides=(), kernels=(), patch_shape=patch, batch_size=batch)
         lines = [("patch", f"{_times(patch)} voxels"), ("batch", str(batch)), ("network", recipe.network.name)]
         return size, None, [Line(setting=name, value=value, reason=STATED) for name, value in lines]
+    lesion = lesion_shape(fingerprint, spacing)
     size = choose_size(
         median,
         spacing,
+        smallest_patch=_smallest_patch(lesion, median),
         channels=channels,
         outputs=outputs,
         n_cases=fingerprint.n_cases,
@@ -392,7 +424,7 @@ def _size(
     limit = f"a step takes about {needed:.2f} of the {budget.memory / 2**30:.1f} GB"
     if budget.flops is not None:
         steps = budget.flops / size.step_flops(channels, outputs)
-        limit += f" and the time allows about {steps:.0f} steps (at least {STEPS})"
+        limit += f" and the time allows about {steps:.0f} steps ({STEPS} are sought)"
     seen = math.prod(size.patch_shape) / math.prod(median)
     covers = f"{min(1.0, seen):.0%} of the median scan of {_times(round(n) for n in median)} voxels; {limit}"
     layers = Layers(features=size.features, strides=size.strides, kernels=size.kernels)
@@ -403,7 +435,40 @@ def _size(
             Line(setting="patch", value=f"{_times(size.patch_shape)} voxels", reason=STATED if patch else covers),
             Line(setting="batch", value=str(size.batch_size), reason=STATED if batch else f"what fits; {limit}"),
             *_layer_lines(layers),
+            *([] if lesion is None else [_lesion_line(lesion, size.patch_shape)]),
         ],
+    )
+
+
+def lesion_shape(
+    fingerprint: DatasetFingerprint, spacing: tuple[float, float, float]
+) -> tuple[int, int, int] | None:
+    """The median lesion in voxels of a grid of this spacing; None where the fingerprint does not say."""
+    if fingerprint.lesion_extent_mm is None:
+        return None
+    lengths = zip(fingerprint.lesion_extent_mm, spacing, strict=True)
+    r, a, s = (max(1, math.ceil(length / mm - 1e-3)) for length, mm in lengths)
+    return r, a, s
+
+
+def _smallest_patch(
+    lesion: tuple[int, int, int] | None, median: tuple[float, float, float]
+) -> tuple[int, int, int]:
+    """The smallest patch in which a network can learn what a lesion looks like."""
+    edges = [max(n, SMALLEST_PATCH) for n in lesion or (1, 1, 1)]
+    shrink = max(1.0, math.prod(edges) / LARGEST_LESION) ** (1 / 3)
+    r, a, s = (
+        max(1, min(math.ceil(edge / shrink), math.ceil(n))) for edge, n in zip(edges, median, strict=True)
+    )
+    return r, a, s
+
+
+def _lesion_line(lesion: tuple[int, int, int], patch_shape: tuple[int, int, int]) -> Line:
+    cut = any(p < n for p, n in zip(patch_shape, lesion, strict=True))
+    return Line(
+        setting="median lesion",
+        value=f"{_times(lesion)} voxels",
+        reason="larger than a patch, so it is seen part by part" if cut else "a patch holds all of it",
     )
 
 
