@@ -203,7 +203,11 @@ class Plan(_Json):
             said |= {line.setting: line.model_copy(update={"reason": EDITED}) for line in _layer_lines(self.network)}
         else:
             said["network"] = Line(setting="network", value=recipe.network.name, reason=STATED)
-        kept = {line.setting: line for line in self.lines if line.setting in said or line.setting in ("dimensions", "median lesion")}
+        kept = {
+            line.setting: line
+            for line in self.lines
+            if line.setting in said or line.setting in ("dimensions", "median lesion")
+        }
         changed = {
             setting: line for setting, line in said.items() if setting not in kept or kept[setting].value != line.value
         }
@@ -359,20 +363,9 @@ def check_budget(plan: Plan, recipe: Recipe, budget: Budget) -> None:
     Raises:
         VolsegError: it does not; it says which number to change, and to what.
     """
-    network = plan.complete(recipe).network
-    features, strides = (network.settings.get(name) for name in ("features", "strides"))
-    if network.name != "unet3d" or not features or not strides or len(features) != len(strides):
+    size = size_of(plan, recipe)
+    if size is None:
         return
-    size = Size(
-        features=tuple(features),
-        strides=tuple(strides),
-        kernels=tuple(network.settings.get("kernels") or [(3, 3, 3)] * len(features)),
-        patch_shape=plan.patch_shape,
-        batch_size=plan.batch_size,
-        depths=1 + int(network.settings.get("deep_supervision", 0)),
-        residual=bool(network.settings.get("residual", False)),
-        dropout=bool(network.settings.get("dropout", 0)),
-    )
     channels, outputs = len(recipe.data.channels), recipe.data.n_outputs
     needed = size.training_bytes(channels, outputs, half=budget.half)
     if needed <= budget.memory:
@@ -388,6 +381,24 @@ def check_budget(plan: Plan, recipe: Recipe, budget: Budget) -> None:
         f"{needed / 2**30:.2f} GB, and the budget is {budget.memory / 2**30:.2f} GB",
         fix=f"give --vram {math.ceil(needed / 2**30 * 10) / 10:g}G, or {number} in the plan or recipe",
         code="E_BUDGET",
+    )
+
+
+def size_of(plan: Plan, recipe: Recipe) -> Size | None:
+    """The network and batches of a plan; None for other networks than unet3d with stated layers."""
+    network = plan.complete(recipe).network
+    features, strides = (network.settings.get(name) for name in ("features", "strides"))
+    if network.name != "unet3d" or not features or not strides or len(features) != len(strides):
+        return None
+    return Size(
+        features=tuple(features),
+        strides=tuple(strides),
+        kernels=tuple(network.settings.get("kernels") or [(3, 3, 3)] * len(features)),
+        patch_shape=plan.patch_shape,
+        batch_size=plan.batch_size,
+        depths=1 + int(network.settings.get("deep_supervision", 0)),
+        residual=bool(network.settings.get("residual", False)),
+        dropout=bool(network.settings.get("dropout", 0)),
     )
 
 
@@ -440,9 +451,7 @@ def _size(
     )
 
 
-def lesion_shape(
-    fingerprint: DatasetFingerprint, spacing: tuple[float, float, float]
-) -> tuple[int, int, int] | None:
+def lesion_shape(fingerprint: DatasetFingerprint, spacing: tuple[float, float, float]) -> tuple[int, int, int] | None:
     """The median lesion in voxels of a grid of this spacing; None where the fingerprint does not say."""
     if fingerprint.lesion_extent_mm is None:
         return None
@@ -451,15 +460,11 @@ def lesion_shape(
     return r, a, s
 
 
-def _smallest_patch(
-    lesion: tuple[int, int, int] | None, median: tuple[float, float, float]
-) -> tuple[int, int, int]:
+def _smallest_patch(lesion: tuple[int, int, int] | None, median: tuple[float, float, float]) -> tuple[int, int, int]:
     """The smallest patch in which a network can learn what a lesion looks like."""
     edges = [max(n, SMALLEST_PATCH) for n in lesion or (1, 1, 1)]
     shrink = max(1.0, math.prod(edges) / LARGEST_LESION) ** (1 / 3)
-    r, a, s = (
-        max(1, min(math.ceil(edge / shrink), math.ceil(n))) for edge, n in zip(edges, median, strict=True)
-    )
+    r, a, s = (max(1, min(math.ceil(edge / shrink), math.ceil(n))) for edge, n in zip(edges, median, strict=True))
     return r, a, s
 
 

@@ -37,6 +37,7 @@ class Budget:
     flops: float | None = None
     half: bool = False  # activations of two bytes, as on a GPU
     is_stated: bool = False  # by the user, so that what exceeds it is refused
+    is_least: bool = False  # the smallest size that can learn is wanted, not the best one
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -178,6 +179,8 @@ def choose_size(
             budget=budget,
             batch_size=batch_size,
         )
+    if budget.is_least and _fits_memory(least, budget, channels, outputs):
+        return least
     tried = (size for limit in PATCHES for width in WIDTHS for size in sizes(limit, width))
     found = next((size for size in tried if _fits(size, budget, channels, outputs)), None)
     if found is None and _fits(least, budget, channels, outputs, steps=LEAST_STEPS):
@@ -199,9 +202,7 @@ def choose_size(
     return found
 
 
-def _patches(
-    shape: Sequence[float], spacing_mm: Sequence[float], limit: int, smallest: Triple
-) -> Iterator[Triple]:
+def _patches(shape: Sequence[float], spacing_mm: Sequence[float], limit: int, smallest: Triple) -> Iterator[Triple]:
     """Patches from the largest sensible one down to about `limit` voxels: a cube in mm, no longer than the scans.
 
     None is smaller than `smallest` along any axis.
@@ -214,9 +215,7 @@ def _patches(
             break
         short = math.prod(median[n] for n in range(3) if n not in free)
         edge = (LARGEST_PATCH / short * math.prod(spacing_mm[n] for n in free)) ** (1 / len(free))
-    patch = [
-        max(min(n, edge / mm), least) for n, mm, least in zip(median, spacing_mm, smallest, strict=True)
-    ]
+    patch = [max(min(n, edge / mm), least) for n, mm, least in zip(median, spacing_mm, smallest, strict=True)]
     seen = None
     while True:
         padded, steps = _padded(patch, spacing_mm)

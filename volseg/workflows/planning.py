@@ -19,7 +19,7 @@ from volseg.io.nifti import read_mask, read_volume
 from volseg.recipe import Recipe, parse_recipe
 from volseg.sizing import Budget
 from volseg.workflows.batch import Progress, RunReport, amount_of, reason_of, silent
-from volseg.workflows.preparing import as_recipe, fingerprint_of, refuse_dataset, warnings_of
+from volseg.workflows.preparing import MASKS, as_recipe, fingerprint_of, refuse_dataset, warnings_of
 
 if TYPE_CHECKING:  # torch takes seconds to import; only a workflow that needs it pays
     from volseg.plan import Plan
@@ -229,7 +229,7 @@ def _labels(dataset: Path, cases: Sequence[Case], progress: Progress) -> tuple[d
         return set(np.unique(read_mask(case.reference).array).tolist())
 
     for count, outcome in enumerate(run(look, masks), start=1):
-        progress("Looking at the masks", count / len(masks), outcome.item.id)
+        progress(MASKS, count / len(masks), outcome.item.id)
         if outcome.error is None:
             found[outcome.item.id] = outcome.value or set()
         else:

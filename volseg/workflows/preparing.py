@@ -28,10 +28,11 @@ from volseg.volume import Volume
 from volseg.workflows.batch import Progress, RunReport, check_pair, input_key, reason_of, silent
 
 if TYPE_CHECKING:  # torch takes seconds to import; only a workflow that needs it pays
-    from volseg.plan import DatasetFingerprint, Plan
+    from volseg.plan import CaseFingerprint, DatasetFingerprint, Plan
     from volseg.sizing import Budget
 
 PREPARED_FILE = "prepared.json"
+MASKS, HASHING, LOOKING, PREPARING = "Looking at the masks", "Reading the files", "Looking at the dataset", "Preparing"
 SPLITS = ("train", "val", "test")
 MOST_SHOWN = 10  # mistakes of a dataset written out in one message
 
@@ -39,8 +40,8 @@ MOST_SHOWN = 10  # mistakes of a dataset written out in one message
 def preprocess(
     dataset: Path | str,
     *,
-    recipe: Path | str | Recipe,
     out: Path | str,
+    recipe: Path | str | Recipe | None = None,
     seed: int = 0,
     plan: Plan | None = None,
     budget: Budget | None = None,
@@ -52,6 +53,7 @@ def preprocess(
     Cases of the test split are left alone. A second call prepares only what is missing or has changed.
 
     Args:
+        recipe: None leaves everything to the plan, as `train` does without one.
         plan: in place of the one that follows from this dataset, such as that of a model that exists already.
         budget: of the training, where the plan chooses the size of the network and of its patches.
         refuse: a case that cannot be used is an error, before any is prepared, and not a row.
@@ -60,26 +62,24 @@ def preprocess(
         VolsegError: the dataset or recipe is wrong, or no case could be read.
     """
     from volseg.plan import DatasetFingerprint, Plan
+    from volseg.workflows.planning import recipe_for
 
-    chosen, out = as_recipe(recipe), Path(out)
-    cases = _training_cases(Path(dataset), chosen, seed, progress)
+    chosen, out = recipe_for(dataset, recipe, progress), Path(out)
+    cases = training_cases(Path(dataset), chosen, seed, progress)
     with held(out, out / RECORDS):
-        facts, failed = _facts(Path(dataset), cases, chosen, out, seed, plan, budget, progress)
+        digests = _digests(cases, progress)
+        facts, failed = _facts(Path(dataset), cases, digests, chosen, out, seed, plan, budget, progress)
+        facts |= {"is_planned": plan is None, "is_auto": recipe is None}
         if failed and refuse:
             refuse_dataset(Path(dataset), failed)
         used = Plan.model_validate(facts["plan"])
         usable = [case for case in cases if case.id not in failed]
-        # Of the plan only what a prepared array depends on: another batch or network is no reason to prepare again.
-        settings = json.dumps(
-            [used.model_dump(mode="json", include={"spacing_mm", "windows"}), preparation_of(chosen), seed],
-            sort_keys=True,
-        )
-        keys = {case.id: input_key(settings, *_inputs_of(case)) for case in usable}
+        keys = {case.id: case_key(digests[case.id], chosen, used, seed) for case in usable}
         missing = [case for case in usable if not is_prepared(out / "cases", case.id, keys[case.id])]
-        outcomes = run(lambda case: _prepare_case(case, chosen, used, out / "cases", keys[case.id], seed), missing)
+        outcomes = run(lambda case: prepare_case(case, chosen, used, out / "cases", keys[case.id], seed), missing)
         done = []
         for count, outcome in enumerate(outcomes, start=1):
-            progress("Preparing", count / len(missing), outcome.item.id)
+            progress(PREPARING, count / len(missing), outcome.item.id)
             if outcome.error is None:
                 done.append(outcome.item.id)
             else:
@@ -97,6 +97,7 @@ def preprocess(
 def _facts(
     dataset: Path,
     cases: Sequence[Case],
+    digests: Mapping[str, str],
     recipe: Recipe,
     out: Path,
     seed: int,
@@ -110,8 +111,7 @@ def _facts(
     """
     from volseg.plan import DEFAULT_BUDGET, DatasetFingerprint, check_budget, make_plan
 
-    inputs = [value for case in cases for value in _inputs_of(case)]
-    key = input_key(json.dumps([recipe.data.model_dump(mode="json"), seed], sort_keys=True), *inputs)
+    key = input_key(json.dumps([recipe.data.model_dump(mode="json"), seed], sort_keys=True), *digests.values())
     failed: dict[str, str] = {}
     try:
         earlier = json.loads((out / PREPARED_FILE).read_text(encoding="utf-8"))
@@ -134,7 +134,7 @@ def fingerprint_of(
     dataset: Path | str, recipe: Recipe, seed: int, progress: Progress
 ) -> tuple[DatasetFingerprint, dict[str, str]]:
     """The fingerprint of a dataset's training split, and the cases that cannot be used, with the reason."""
-    return _fingerprint(Path(dataset), _training_cases(Path(dataset), recipe, seed, progress), recipe, seed, progress)
+    return _fingerprint(Path(dataset), training_cases(Path(dataset), recipe, seed, progress), recipe, seed, progress)
 
 
 def refuse_dataset(dataset: Path, failed: Mapping[str, str], mistakes: Sequence[str] = ()) -> NoReturn:
@@ -175,7 +175,29 @@ def _inputs_of(case: Case) -> list[Path | str | None]:
     return [*case.images.values(), case.reference, facts]
 
 
-def _training_cases(dataset: Path, recipe: Recipe, seed: int, progress: Progress) -> list[Case]:
+def digest_of(case: Case) -> str:
+    """Hash of all that a prepared case depends on besides recipe and plan, its files read once."""
+    return input_key("", *_inputs_of(case))
+
+
+def case_key(digest: str, recipe: Recipe, plan: Plan, seed: int) -> str:
+    """What a prepared case was made from.
+
+    Of the plan only what a prepared array depends on: another batch or network is no reason to prepare again.
+    """
+    grid = plan.model_dump(mode="json", include={"spacing_mm", "windows"})
+    return input_key(json.dumps([grid, preparation_of(recipe), seed], sort_keys=True), digest)
+
+
+def _digests(cases: Sequence[Case], progress: Progress) -> dict[str, str]:
+    digests = {}
+    for count, case in enumerate(cases, start=1):
+        digests[case.id] = digest_of(case)
+        progress(HASHING, count / len(cases), case.id)
+    return digests
+
+
+def training_cases(dataset: Path, recipe: Recipe, seed: int, progress: Progress) -> list[Case]:
     """Cases with a mask outside the test split, each with a split. One without takes that of its patient, if he has one.
 
     Raises:
@@ -190,7 +212,7 @@ def _training_cases(dataset: Path, recipe: Recipe, seed: int, progress: Progress
         )
         failed = {}
         for count, outcome in enumerate(looked, start=1):
-            progress("Looking at the dataset", count / len(cases), outcome.item.id)
+            progress(LOOKING, count / len(cases), outcome.item.id)
             if outcome.error is not None:
                 failed[outcome.item.id] = reason_of(outcome.error)
         refuse_dataset(dataset, failed, mistakes)
@@ -226,16 +248,12 @@ def _fingerprint(
     dataset: Path, cases: Sequence[Case], recipe: Recipe, seed: int, progress: Progress
 ) -> tuple[DatasetFingerprint, dict[str, str]]:
     """The fingerprint of the training split, and the cases of either split which cannot be used, with the reason."""
-    from volseg.plan import combine_fingerprints, fingerprint_case
+    from volseg.plan import combine_fingerprints
 
     found, failed, empty = [], {}, []
 
-    def look(case: Case):
-        images, reference = read_training_case(case, recipe)
-        return fingerprint_case(images, _known(reference, recipe), _rng_of(case, seed))
-
-    for count, outcome in enumerate(run(look, cases), start=1):
-        progress("Looking at the dataset", count / len(cases), outcome.item.id)
+    for count, outcome in enumerate(run(lambda case: look_at(case, recipe, seed), cases), start=1):
+        progress(LOOKING, count / len(cases), outcome.item.id)
         if outcome.error is not None:
             failed[outcome.item.id] = reason_of(outcome.error)
         elif outcome.item.split == "train" and outcome.value is not None:
@@ -251,6 +269,18 @@ def _fingerprint(
             code="E_DATASET",
         )
     return combine_fingerprints(found).model_copy(update={"empty_masks": tuple(empty)}), failed
+
+
+def look_at(case: Case, recipe: Recipe, seed: int) -> CaseFingerprint:
+    """The fingerprint of one case.
+
+    Raises:
+        ScanError: as `read_training_case`.
+    """
+    from volseg.plan import fingerprint_case
+
+    images, reference = read_training_case(case, recipe)
+    return fingerprint_case(images, _known(reference, recipe), _rng_of(case, seed))
 
 
 def read_training_case(case: Case, recipe: Recipe) -> tuple[dict[str, Volume], Volume]:
@@ -306,7 +336,8 @@ def preparation_of(recipe: Recipe) -> dict[str, Any]:
     return content
 
 
-def _prepare_case(case: Case, recipe: Recipe, plan: Plan, folder: Path, key: str, seed: int) -> None:
+def prepare_case(case: Case, recipe: Recipe, plan: Plan, folder: Path, key: str, seed: int) -> None:
+    """Put the arrays of one case into the folder."""
     from volseg.infer.classify import lesion_slices
     from volseg.preprocess.prepare import prepare, prepare_mask
     from volseg.train.losses import IGNORED

@@ -1,0 +1,54 @@
+"""How long a step of training takes here and now, found out by a few of them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from volseg.io.prepared import PreparedCase
+from volseg.plan import Plan
+from volseg.recipe import Recipe
+from volseg.train.loop import Job, Run, RunSettings
+from volseg.train.ranks import Team
+
+MOST_STEPS = 4  # that are timed, after a first one in which memory and kernels are found
+MOST_SECONDS = 4.0  # that they may take; a first step that takes as long is itself the answer
+
+
+def seconds_per_step(
+    training: Sequence[PreparedCase],
+    recipe: Recipe,
+    plan: Plan,
+    *,
+    team: Team,
+    seed: int = 0,
+    tick: Callable[[str], None] = lambda doing: None,
+) -> float:
+    """Seconds of one step of the recipe's network with this plan: cutting, augmenting, forward, backward, optimizer.
+
+    Nothing of it is kept.
+
+    Args:
+        training: cases of which patches are cut; one is enough.
+        team: called in the process that leads it, with the others serving.
+        tick: called after each step.
+    """
+    settings = RunSettings(seed=seed, epochs=1, patience=1)
+    job = Job(training, recipe, plan, settings, Path(), {}, "timed", resume=False)
+    if team.size > 1:
+        team.tell(job.sent())
+    run = Run(job, team)
+    run.network.train()
+    taken: list[float] = []
+    with run.batches:
+        while len(taken) <= MOST_STEPS and sum(taken) < MOST_SECONDS:
+            began = time.monotonic()
+            with team.in_step():
+                loss = run.step(team.tell(0.0))
+            float(loss)  # waits for a GPU
+            taken.append(time.monotonic() - began)
+            tick("timing a step")
+        team.tell(None)
+    later = taken[1:] or taken
+    return sum(later) / len(later)
