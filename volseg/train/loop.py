@@ -20,6 +20,7 @@ from torch import nn
 from volseg.errors import VolsegError
 from volseg.evaluate.validation import ValidationRow, mean_dice, summary
 from volseg.execute.cpu import is_out_of_memory
+from volseg.execute.threads import Threads
 from volseg.io.prepared import PreparedCase, read_prepared_case
 from volseg.models import build_segmentation, set_weights, weights_of
 from volseg.plan import Plan
@@ -136,6 +137,7 @@ def train_segmentation(
     initial: Mapping[str, torch.Tensor],
     report: Report,
     tick: Tick = no_tick,
+    threads: Threads | None = None,
 ) -> Trained:
     """Train the recipe's network and keep the weights with the best validation Dice.
 
@@ -149,6 +151,7 @@ def train_segmentation(
         initial: weights to start from where name and shape agree with the network's; empty for random ones.
         report: called after each epoch with the history so far and the share of the run that is done, in [0, 1].
         tick: called after each step and each validated tile.
+        threads: told how long each step takes, where their number may change during the run.
 
     Raises:
         VolsegError: the loss is not finite before there are any weights to keep, or the checkpoint to resume from is damaged.
@@ -160,6 +163,7 @@ def train_segmentation(
         team.tell(job.sent())
     run = Run(job, team)
     with run.batches:
+        run.threads = threads
         return run.lead(validation, report, tick, best=checkpoints / "best.safetensors", began=began)
 
 
@@ -176,6 +180,7 @@ class Run:
 
     def __init__(self, job: Job, team: Team) -> None:
         self.job, self.team = job, team
+        self.threads: Threads | None = None
         self.recipe, self.settings = job.recipe, job.settings
         self.device = team.fabric.device
         # On its device before the optimizer takes its parameters.
@@ -360,8 +365,11 @@ class Run:
         losses: list[torch.Tensor] = []
         self.network.train()
         while len(losses) < self.recipe.train.steps_per_epoch and not (losses and clock.done() >= 1):
+            began = time.monotonic()
             with self.team.in_step(), self._fitting_into_memory():
                 losses.append(self.step(self.team.tell(clock.done())))
+            if self.threads is not None:
+                self.threads.took(time.monotonic() - began)
             tick(f"step {self.state.step}", clock.done())
         loss = float(torch.stack(losses).mean())
         if not math.isfinite(loss):

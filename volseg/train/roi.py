@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from volseg.execute.threads import Threads
 from volseg.infer.backends import TorchBackend
 from volseg.infer.roi import find_region
 from volseg.infer.stream import ArrayPlanes, Tiling
@@ -42,6 +43,7 @@ def train_roi(
     initial: Mapping[str, torch.Tensor],
     report: Report,
     tick: Tick = no_tick,
+    threads: Threads | None = None,
 ) -> Trained:
     """Train the network of the recipe's first pass: any label against the background.
 
@@ -50,7 +52,7 @@ def train_roi(
 
     Args:
         training, validation, plan: of the fine pass. folder: for the coarse cases and the checkpoints.
-        settings, team, resume, initial, report, tick: as in `train_segmentation`.
+        settings, team, resume, initial, report, tick, threads: as in `train_segmentation`.
     """
     ends = math.inf if settings.seconds is None else time.monotonic() + settings.seconds
     coarse = recipe.coarse
@@ -80,6 +82,7 @@ def train_roi(
         initial=initial,
         report=report,
         tick=tick,
+        threads=threads,
     )
     backend = TorchBackend(set_weights(build_segmentation(coarse), trained.weights), team.fabric.device)
     tiling = Tiling(patch_shape=coarse_plan.patch_shape, overlap=coarse.infer.overlap)

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from volseg.execute.threads import Threads
 from volseg.io.prepared import PreparedCase
 from volseg.plan import Plan
 from volseg.recipe import Recipe
 from volseg.train.loop import Job, Run, RunSettings
 from volseg.train.ranks import Team
 
-MOST_STEPS = 4  # that are timed, after a first one in which memory and kernels are found
-MOST_SECONDS = 4.0  # that they may take; a first step that takes as long is itself the answer
+MOST_STEPS = 12  # that are timed, after a first one in which memory and kernels are found
+MOST_SECONDS = 3.0  # after which no further one is timed
+LONG_SECONDS = 10.0  # of the first step, which is then itself the answer
 
 
 def seconds_per_step(
@@ -23,6 +26,7 @@ def seconds_per_step(
     *,
     team: Team,
     seed: int = 0,
+    threads: Threads | None = None,
     tick: Callable[[str], None] = lambda doing: None,
 ) -> float:
     """Seconds of one step of the recipe's network with this plan: cutting, augmenting, forward, backward, optimizer.
@@ -32,6 +36,7 @@ def seconds_per_step(
     Args:
         training: cases of which patches are cut; one is enough.
         team: called in the process that leads it, with the others serving.
+        threads: whose fastest number is found first.
         tick: called after each step.
     """
     settings = RunSettings(seed=seed, epochs=1, patience=1)
@@ -42,13 +47,17 @@ def seconds_per_step(
     run.network.train()
     taken: list[float] = []
     with run.batches:
-        while len(taken) <= MOST_STEPS and sum(taken) < MOST_SECONDS:
+        while len(taken) <= MOST_STEPS and sum(taken[1:]) < MOST_SECONDS and sum(taken[:1]) < LONG_SECONDS:
+            was_settled = threads is None or threads.is_settled
             began = time.monotonic()
             with team.in_step():
                 loss = run.step(team.tell(0.0))
             float(loss)  # waits for a GPU
             taken.append(time.monotonic() - began)
             tick("timing a step")
+            if threads is not None:
+                threads.took(taken[-1])
+            if not was_settled and threads is not None and threads.is_settled:
+                taken = []  # with the threads of now
         team.tell(None)
-    later = taken[1:] or taken
-    return sum(later) / len(later)
+    return statistics.median(taken[1:] or taken)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from volseg.errors import VolsegError
+from volseg.execute.threads import Threads
 from volseg.io.cases import Case, survey_cases
 from volseg.io.prepared import CASE_FILE, PreparedCase, read_prepared_case
 from volseg.recipe import Recipe
@@ -87,6 +88,7 @@ def forecast_of(
     enough: float,
     *,
     team: Team,
+    threads: Threads | None = None,
     seed: int,
     progress: Progress = silent,
 ) -> Forecast | None:
@@ -145,6 +147,7 @@ def forecast_of(
         timed.plan,
         team=team,
         seed=seed,
+        threads=threads,
         tick=lambda doing: progress("Timing the first case", 1.0, doing),
     )
     network = size_of(timed.plan, timed.recipe)

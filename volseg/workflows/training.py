@@ -6,8 +6,8 @@ import math
 import shlex
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from volseg.errors import VolsegError
 from volseg.evaluate.validation import ValidationRow, mean_dice, summary
-from volseg.execute.cpu import keep_freed_memory
+from volseg.execute.cpu import idle_cores, keep_freed_memory, physical_cores
+from volseg.execute.threads import Threads
 from volseg.execute.time_budget import TimeBudget
 from volseg.io.files import make_folder, write_bytes_atomic
 from volseg.io.prepared import PreparedCase
@@ -123,7 +124,10 @@ def train(
         if team.rank > 0:  # under torchrun or SLURM every rank is a call of its own
             serve(team)
             return RunReport(out=Path(out), details={"rank": team.rank})
-        with closing(Scalars(Path(out) / "tensorboard")) as scalars:
+        with (
+            closing(Scalars(Path(out) / "tensorboard")) as scalars,
+            _threads(team, time_budget) as threads,
+        ):
             return _Training(
                 dataset=Path(dataset),
                 out=Path(out),
@@ -145,7 +149,24 @@ def train(
                 announce=announce,
                 team=team,
                 scalars=scalars,
+                threads=threads,
             ).run()
+
+
+@contextmanager
+def _threads(team: Team, time_budget: TimeBudget) -> Iterator[Threads | None]:
+    """Looks for the fastest number of threads, where no result has to be the same bit for bit; undone in the end."""
+    import torch
+
+    if time_budget.seconds is None or team.size > 1 or team.fabric.device.type != "cpu":
+        yield None
+        return
+    before = torch.get_num_threads()
+    most = min(before, physical_cores())
+    try:
+        yield Threads(most, torch.set_num_threads, first=min(most, idle_cores()))
+    finally:
+        torch.set_num_threads(before)
 
 
 class _Steady:
@@ -206,6 +227,7 @@ class _Training:
     announce: Callable[[str], None]
     team: Team
     scalars: Scalars
+    threads: Threads | None
     warnings: list[str] = field(default_factory=list)
 
     @property
@@ -369,6 +391,7 @@ class _Training:
             replace(self._budget(), is_least=True),
             PREPARING_SHARE * self.time.seconds,
             team=self.team,
+            threads=self.threads,
             seed=self.seed,
             progress=self.progress,
         )
@@ -457,6 +480,7 @@ class _Training:
                 candidate,
                 team=self.team,
                 seed=self.seed,
+                threads=self.threads,
                 tick=lambda doing: self.steady.tick("Planning", 0.5, doing),
             )
 
@@ -564,6 +588,7 @@ class _Training:
             initial=initial,
             report=partial(self._report, "Training the first pass", "history_roi.csv"),
             tick=self._tick("Training the first pass"),
+            threads=self.threads,
         )
         if first_pass.stopped == INTERRUPTED:
             raise KeyboardInterrupt
@@ -610,6 +635,7 @@ class _Training:
                         f"history{'' if number == 0 else f'_{number}'}.csv",
                     ),
                     tick=self._tick(stage),
+                    threads=self.threads,
                 )
             except KeyboardInterrupt:
                 if not trained:
