@@ -76,7 +76,7 @@ def test_ctrl_c_ends_with_a_usable_model_and_resume_goes_on(dataset, model, tiny
     assert report.details["interrupted"]
     assert report.details["metrics"]["stopped"] == "interrupted"
     assert load_bundle(out).segmentation_network() is not None
-    with pytest.raises(VolsegError, match="holds a finished model"):
+    with pytest.raises(VolsegError, match="holds an interrupted training run; to fix: add --resume"):
         volseg.train(dataset, recipe=tiny_recipe, out=out, device="cpu")
     report = volseg.train(dataset, recipe=tiny_recipe, out=out, device="cpu", resume=True)
     assert not report.details["interrupted"]
@@ -291,7 +291,7 @@ def test_requests_that_make_no_sense_are_refused(dataset, model, tiny_recipe, tm
     with pytest.raises(VolsegError):
         volseg.train(dataset, plan=dataset / "cases.csv", out=tmp_path / "never")
     assert not (tmp_path / "never").exists()
-    with pytest.raises(VolsegError, match="longer than the time budget"):
+    with pytest.raises(VolsegError, match="the time budget of 0.001 s is too short"):
         volseg.train(dataset, recipe=tiny_recipe, out=tmp_path / "n", time_budget_seconds=1e-3)
 
 
@@ -368,10 +368,10 @@ def test_a_run_is_resumed_with_the_folds_that_it_was_begun_with(dataset, tiny_re
 
 
 def test_ctrl_c_in_the_last_validation_keeps_what_was_trained(dataset, tiny_recipe, tmp_path, monkeypatch):
-    def pressed(*arguments, overlap):
+    def pressed(*arguments, overlap, **options):
         if overlap == tiny_recipe.infer.overlap:
             raise KeyboardInterrupt
-        return validate(*arguments, overlap=overlap)
+        return validate(*arguments, overlap=overlap, **options)
 
     monkeypatch.setattr(watch, "validate", pressed)
     report = volseg.train(dataset, recipe=tiny_recipe, out=tmp_path / "m", epochs=1, device="cpu")

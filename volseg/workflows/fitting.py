@@ -13,6 +13,7 @@ from volseg.sizing import LEAST_STEPS, STEPS
 if TYPE_CHECKING:  # pydantic takes a while to import
     from volseg.plan import Plan
 
+ROOM = 2  # times the steps that a network needs at least are planned for each of several
 SUGGESTED = 1.5  # times what a budget needs is suggested: a machine is not equally fast from one minute to the next
 
 
@@ -43,8 +44,11 @@ def fit_to_time(
     time_step: Callable[[Plan], float],
     smaller: Callable[[], Plan] | None = None,
     least_steps: int = LEAST_STEPS,
+    enough: float = 1.0,
 ) -> Fit:
     """Give each network `least_steps`: with fewer folds, else with a smaller network.
+
+    Several folds are kept only while each has `ROOM` times as many, so that a machine that gets slower does not spoil all.
 
     Args:
         plan: what would be trained if there were time enough.
@@ -53,31 +57,33 @@ def fit_to_time(
         time_step: seconds that a step takes with a plan.
         smaller: gives the plan of the smallest network that can learn; None where the network is stated.
 
+        enough: share of these steps with which one network is trained all the same, rather than refused.
+
     Raises:
         TooShortError: not even the smallest network of the fewest folds has its steps.
     """
     fewest = 1 if may_drop_folds else folds
     taken = time_step(plan)
-    affordable = math.floor(seconds / (least_steps * taken))
+    steps = seconds / taken
     reasons: list[str] = []
-    if affordable < fewest and smaller is not None:
+    if steps < fewest * least_steps and smaller is not None:
         least = smaller()
         if least != plan and (least_taken := time_step(least)) < taken:
             reasons.append(
                 f"a smaller network, patches of {' × '.join(map(str, least.patch_shape))} voxels: "
-                f"{seconds:.0f} s hold {seconds / taken / fewest:.0f} steps of the one that was planned"
+                f"{seconds:.0f} s hold {steps / fewest:.0f} steps of the one that was planned"
             )
-            plan, taken = least, least_taken
-            affordable = math.floor(seconds / (least_steps * taken))
-    if affordable < fewest:
+            plan, taken, steps = least, least_taken, seconds / least_taken
+    if steps < enough * fewest * least_steps:
         raise TooShortError(fewest * least_steps * taken)
+    affordable = max(fewest, min(folds, math.floor(steps / (ROOM * least_steps))))
     if affordable < folds:
         reasons.insert(
             0,
-            f"{affordable} of {folds} folds: {seconds:.0f} s hold {seconds / taken / folds:.0f} steps for each "
-            f"of {folds} networks, and a network needs {least_steps} at least",
+            f"{affordable} instead of {folds} folds: {seconds:.0f} s hold about {steps / folds:.0f} steps for each "
+            f"of {folds} networks, and {ROOM * least_steps} are planned for each of several",
         )
-    return Fit(plan=plan, folds=min(folds, affordable), seconds_per_step=taken, reasons=tuple(reasons))
+    return Fit(plan=plan, folds=affordable, seconds_per_step=taken, reasons=tuple(reasons))
 
 
 def best_plan(

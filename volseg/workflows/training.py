@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -511,10 +512,11 @@ class _Training:
                 may_drop_folds=self.folds is None,
                 time_step=time_step,
                 smaller=None if least is None else lambda: least,
-                least_steps=math.ceil(late * self._least_steps),
+                least_steps=self._least_steps,
+                enough=late,
             )
         except TooShortError as error:
-            needed = error.needed / late / _steps_share(recipe) + _finishing(folds)
+            needed = error.needed / _steps_share(recipe) + _finishing(folds)
             again = f"; {self._kept(data.folder)}" if is_own else ""
             fewer = f", or --folds 1 instead of {self.folds}" if (self.folds or 1) > 1 else ""
             what = f"{self._least_steps} steps for each network, with validation, take about {duration(needed)}"
@@ -556,9 +558,7 @@ class _Training:
 
         def has_time(name: str) -> bool:
             now = time.monotonic()
-            longest = max(
-                (later - earlier for earlier, later in zip(began, [*began[1:], now], strict=True)), default=0.0
-            )
+            longest = max((later - earlier for earlier, later in pairwise([*began, now])), default=0.0)
             if now + longest > self.time.ends:
                 self.announce(f"time budget: no time was left for {name}")
                 return False
