@@ -40,6 +40,16 @@ class Threads:
         self._settled_at = clock()
         self._change(most if first is None else first)
 
+    @property
+    def fastest(self) -> float:
+        """Seconds of a step with the best number of a round of trials that is not over; infinite where there is none."""
+        return math.inf if self.is_settled else min(self._seconds.values(), default=math.inf)
+
+    def begin(self) -> None:
+        """Say that the steps from now on are of another network: what was measured in a round begun before is void."""
+        if not self.is_settled:
+            self._timed, self._seconds = [], {}
+
     def took(self, seconds: float) -> None:
         """Say how long the last step took; the number for the next one is set."""
         if self._most == 1:

@@ -164,6 +164,8 @@ def train_segmentation(
     run = Run(job, team)
     with run.batches:
         run.threads = threads
+        if threads is not None:
+            threads.begin()
         return run.lead(validation, report, tick, best=checkpoints / "best.safetensors", began=began)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -27,6 +28,7 @@ def seconds_per_step(
     team: Team,
     seed: int = 0,
     threads: Threads | None = None,
+    until: float = math.inf,
     tick: Callable[[str], None] = lambda doing: None,
 ) -> float:
     """Seconds of one step of the recipe's network with this plan: cutting, augmenting, forward, backward, optimizer.
@@ -37,6 +39,7 @@ def seconds_per_step(
         training: cases of which patches are cut; one is enough.
         team: called in the process that leads it, with the others serving.
         threads: whose fastest number is found first.
+        until: a time of `time.monotonic` after which no step is begun that the answer can do without.
         tick: called after each step.
     """
     settings = RunSettings(seed=seed, epochs=1, patience=1)
@@ -45,9 +48,13 @@ def seconds_per_step(
         team.tell(job.sent())
     run = Run(job, team)
     run.network.train()
+    if threads is not None:
+        threads.begin()
     taken: list[float] = []
     with run.batches:
         while len(taken) <= MOST_STEPS and sum(taken[1:]) < MOST_SECONDS and sum(taken[:1]) < LONG_SECONDS:
+            if len(taken) > 1 and time.monotonic() > until:
+                break
             was_settled = threads is None or threads.is_settled
             began = time.monotonic()
             with team.in_step():
@@ -58,6 +65,7 @@ def seconds_per_step(
             if threads is not None:
                 threads.took(taken[-1])
             if not was_settled and threads is not None and threads.is_settled:
-                taken = []  # with the threads of now
+                taken = [taken[0]]  # the others are to be with the threads of now
         team.tell(None)
-    return statistics.median(taken[1:] or taken)
+    fastest = math.inf if threads is None else threads.fastest
+    return min(fastest, statistics.median(taken[1:] or taken))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -89,6 +90,7 @@ def forecast_of(
     *,
     team: Team,
     threads: Threads | None = None,
+    until: float = math.inf,
     seed: int,
     progress: Progress = silent,
 ) -> Forecast | None:
@@ -101,6 +103,7 @@ def forecast_of(
         recipe, plan: None where they follow from the data; then from those of the timed case alone.
         prepared: folder where cases are prepared, of which an earlier call may have done some.
         budget: memory that training may take.
+        until: a time of `time.monotonic` by which the answer is wanted.
     """
     from volseg.plan import size_of
     from volseg.train.speed import seconds_per_step
@@ -135,7 +138,7 @@ def forecast_of(
         stages = {
             stage: min(rate[stage] for rate in rates) * sum(size[each.id] for each in todo[stage]) for stage in STAGES
         }
-        is_long = time.monotonic() - began > TIMING_SECONDS
+        is_long = time.monotonic() - began > TIMING_SECONDS or time.monotonic() > until
         if sum(stages.values()) <= enough or len(rates) == TIMED_CASES or is_long:
             break
     if timed is None:
@@ -148,6 +151,7 @@ def forecast_of(
         team=team,
         seed=seed,
         threads=threads,
+        until=until,
         tick=lambda doing: progress("Timing the first case", 1.0, doing),
     )
     network = size_of(timed.plan, timed.recipe)

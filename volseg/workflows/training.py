@@ -57,6 +57,7 @@ FINISHING_SHARE, FINISHING_SECONDS = 0.03, 60.0  # of a time budget that picture
 FINISHING_LEAST = 3.0  # seconds for these, and for each network
 STEPS_SHARE = 0.7  # of the time of a network that goes into steps; the rest is for validation
 PREPARING_SHARE = 0.5  # of a time budget in which the data are prepared without a second look at how long that takes
+ANSWER_SECONDS = 25.0  # by which a time budget that is too short is refused, if the first case can be timed by then
 LATE_SHARE = 0.5  # of the steps that a network needs, with which training still begins once the data are prepared
 STARTING_SECONDS = 20.0  # that Python and its packages take to load on a slow disk, in a time that is suggested
 LOW_DICE = 0.5  # under which a model is of little use, and says so
@@ -393,6 +394,7 @@ class _Training:
             PREPARING_SHARE * self.time.seconds,
             team=self.team,
             threads=self.threads,
+            until=self.time.started + ANSWER_SECONDS,
             seed=self.seed,
             progress=self.progress,
         )
