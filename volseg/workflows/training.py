@@ -54,7 +54,7 @@ if TYPE_CHECKING:  # torch takes seconds to import; only a workflow that needs i
 
 WORK_FOLDER = ".training"  # inside a model folder while it is being trained
 FINISHING_SHARE, FINISHING_SECONDS = 0.03, 60.0  # of a time budget that pictures and the export are left, at most
-FINISHING_LEAST = 3.0  # seconds for these, and for each network
+FINISHING_LEAST, FINISHING_MOST = 3.0, 0.1  # seconds for pictures and for each network; share of a short time budget
 STEPS_SHARE = 0.7  # of the time of a network that goes into steps; the rest is for validation
 PREPARING_SHARE = 0.5  # of a time budget in which the data are prepared without a second look at how long that takes
 ANSWER_SECONDS = 25.0  # by which a time budget that is too short is refused, if the first case can be timed by then
@@ -414,6 +414,12 @@ class _Training:
             lambda ahead: self._refuse(ahead, forecast, recipe, prepared),
         ).show
 
+    def _finishing(self, networks: int) -> float:
+        """Seconds of the time budget that are left for export and pictures."""
+        seconds = self.time.seconds or 0.0
+        usual = min(FINISHING_SHARE * seconds, FINISHING_SECONDS)
+        return max(usual, min(FINISHING_LEAST * (1 + networks), FINISHING_MOST * seconds))
+
     @property
     def _least_steps(self) -> int:
         """Steps that each network is to have, unless its epochs end before."""
@@ -422,7 +428,7 @@ class _Training:
     def _least_seconds(self, step: float, recipe: Recipe | None) -> float:
         """Seconds without which no network can learn, from the first step to the end of the call."""
         networks = self.folds or 1
-        return _finishing(networks) + networks * self._least_steps * step / _steps_share(recipe)
+        return self._finishing(networks) + networks * self._least_steps * step / _steps_share(recipe)
 
     def _refuse(self, ahead: float, forecast: Forecast, recipe: Recipe | None, prepared: Path) -> NoReturn:
         """Say that the time does not hold the seconds that are ahead before training, and training itself."""
@@ -474,7 +480,7 @@ class _Training:
         stated = data.recipe or parse_recipe(header["recipe"], where=str(data.folder))
         is_own = data.folder != self.dataset  # prepared by this call, or by one that this one goes on with
         is_open = stated.is_open and self.plan is None and (is_own or header.get("is_planned", True))
-        seconds = (self.time.left(_finishing(folds)) or 0.0) * _steps_share(recipe)
+        seconds = (self.time.left(self._finishing(folds)) or 0.0) * _steps_share(recipe)
 
         def time_step(candidate: Plan) -> float:
             return seconds_per_step(
@@ -518,7 +524,7 @@ class _Training:
                 enough=late,
             )
         except TooShortError as error:
-            needed = error.needed / _steps_share(recipe) + _finishing(folds)
+            needed = error.needed / _steps_share(recipe) + self._finishing(folds)
             again = f"; {self._kept(data.folder)}" if is_own else ""
             fewer = f", or --folds 1 instead of {self.folds}" if (self.folds or 1) > 1 else ""
             what = f"{self._least_steps} steps for each network, with validation, take about {duration(needed)}"
@@ -607,7 +613,7 @@ class _Training:
         from volseg.train.loop import DIVERGED, DIVERGED_FIX, INTERRUPTED, train_segmentation
 
         for_classifier = 0.0 if recipe.classify is None else (self.time.left() or 0.0) * recipe.classify.time_share
-        for_the_end = max(min(FINISHING_SHARE * (self.time.seconds or 0.0), FINISHING_SECONDS), _finishing(len(splits)))
+        for_the_end = self._finishing(len(splits))
         trained: dict[int, Trained] = {}
         stopped: dict[int, str] = {}
         for number, (training, validation) in enumerate(splits):
@@ -726,11 +732,6 @@ class _Training:
             raise VolsegError(
                 f"{self.out}: holds a finished model", fix="give another --out, or delete it first", code="E_EXISTS"
             )
-
-
-def _finishing(networks: int) -> float:
-    """Seconds of a time budget that export and pictures are left at least."""
-    return FINISHING_LEAST * (1 + networks)
 
 
 def _steps_share(recipe: Recipe | None) -> float:
