@@ -213,9 +213,9 @@ def train(
     The weights with the best validation Dice become a model folder with a card to read. Ctrl-C ends with the best model so far; add
     --resume to go on. With --time-budget the learning rate falls to its end within the budget.
     """
-    from volseg import workflows
-
     with _progress() as show:
+        from volseg import workflows  # takes seconds, in which a line is due too
+
         report = workflows.train(
             dataset,
             recipe=recipe,
@@ -672,9 +672,9 @@ class _Lines:
     """
 
     def __init__(self) -> None:
-        self._stage, self._began, self._first = "", time.monotonic(), 0.0
+        self._stage, self._began, self._first = "Starting", time.monotonic(), 0.0
         self._said = self._heard = self._began
-        self._detail, self._over = "", threading.Event()
+        self._detail, self._over = "loading packages", threading.Event()
         self._thread = threading.Thread(target=self._watch, name="volseg-progress", daemon=True)
 
     def __enter__(self) -> _Lines:
@@ -688,7 +688,7 @@ class _Lines:
     def _watch(self) -> None:
         while not self._over.wait(1.0):
             now = time.monotonic()
-            if self._stage and now - self._said >= SILENT_SECONDS:
+            if now - self._said >= SILENT_SECONDS:
                 self._said = now
                 waited = timedelta(seconds=round(now - self._heard))
                 typer.echo(f"{self._stage}: still going on after {waited}, {self._detail}", err=True)

@@ -213,19 +213,28 @@ class Guard:
         ends: the time of `time.monotonic` at which all has to be over.
         least: seconds after the last stage without which nothing can be trained.
         refuse: raises; called with the seconds that are ahead before training.
+        clock: gives the time of `time.monotonic`.
     """
 
     def __init__(
-        self, progress: Progress, forecast: Forecast, ends: float, least: float, refuse: Callable[[float], None]
+        self,
+        progress: Progress,
+        forecast: Forecast,
+        ends: float,
+        least: float,
+        refuse: Callable[[float], None],
+        *,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._progress, self._forecast, self._ends, self._least = progress, forecast, ends, least
         self._refuse = refuse
-        self._stage, self._began, self._last = "", time.monotonic(), time.monotonic()
+        self._clock = clock
+        self._stage, self._began, self._last = "", clock(), clock()
 
     def show(self, stage: str, share: float, detail: str) -> None:
         """Report, and refuse if the time is too short."""
         self._progress(stage, share, detail)
-        now = time.monotonic()
+        now = self._clock()
         if stage != self._stage:
             self._stage, self._began = stage, self._last
         self._last = now

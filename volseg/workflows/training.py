@@ -60,6 +60,7 @@ PREPARING_SHARE = 0.5  # of a time budget in which the data are prepared without
 ANSWER_SECONDS = 25.0  # by which a time budget that is too short is refused, if the first case can be timed by then
 LATE_SHARE = 0.5  # of the steps that a network needs, with which training still begins once the data are prepared
 STARTING_SECONDS = 20.0  # that Python and its packages take to load on a slow disk, in a time that is suggested
+FINE_TUNING_STEPS = 20  # that a network needs at least which starts from a trained one
 LOW_DICE = 0.5  # under which a model is of little use, and says so
 TICK_SECONDS = 5.0  # without a word, after which the next step or tile is reported
 ROI_FOLDER = "roi"  # inside that one: cases and checkpoints of the coarse first pass
@@ -422,8 +423,9 @@ class _Training:
 
     @property
     def _least_steps(self) -> int:
-        """Steps that each network is to have, unless its epochs end before."""
-        return LEAST_STEPS if self.epochs is None else min(LEAST_STEPS, self.epochs)  # an epoch has a step or more
+        """Steps that each network is to have, unless its epochs end before or it only goes on learning."""
+        least = LEAST_STEPS if self.init is None else FINE_TUNING_STEPS
+        return least if self.epochs is None else min(least, self.epochs)  # an epoch has a step or more
 
     def _least_seconds(self, step: float, recipe: Recipe | None) -> float:
         """Seconds without which no network can learn, from the first step to the end of the call."""
@@ -539,7 +541,7 @@ class _Training:
         return fit.folds, fit.plan
 
     def _kept(self, prepared: Path) -> str:
-        return f"what was prepared is kept in {prepared} and is used by the next call with this --out"
+        return f"what was prepared is kept in {prepared}, and the next call with this --out uses all of it that fits its plan"
 
     def _warn(self, *warnings: str) -> None:
         for warning in warnings:
