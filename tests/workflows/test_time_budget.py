@@ -38,7 +38,7 @@ class Heard:
 def test_too_short_a_budget_is_refused_after_the_first_case_and_that_case_is_kept(dataset, tiny_recipe, tmp_path):
     heard = Heard()
     # Intensities of each scan by itself: with a window for all, a plan of one case is not that of all.
-    preprocess = tiny_recipe.preprocess.model_copy(update={"normalise": ZScore()})
+    preprocess = tiny_recipe.preprocess.model_copy(update={"normalise": ZScore(method="zscore")})
     recipe = tiny_recipe.model_copy(update={"preprocess": preprocess, "classify": None})
     options = {"recipe": recipe, "out": tmp_path / "m", "device": "cpu", "time_budget_seconds": 2}
     with pytest.raises(VolsegError, match="the time budget of 2 s is too short") as caught:
