@@ -58,6 +58,7 @@ FINISHING_LEAST, FINISHING_MOST = 3.0, 0.1  # seconds for pictures and for each 
 STEPS_SHARE = 0.7  # of the time of a network that goes into steps; the rest is for validation
 PREPARING_SHARE = 0.5  # of a time budget in which the data are prepared without a second look at how long that takes
 ANSWER_SECONDS = 25.0  # by which a time budget that is too short is refused, if the first case can be timed by then
+APART_SHARE = 0.2  # of what is ahead that preparing takes, from which to prepare first is a remedy
 LATE_SHARE = 0.5  # of the steps that a network needs, with which training still begins once the data are prepared
 STARTING_SECONDS = 20.0  # that Python and its packages take to load on a slow disk, in a time that is suggested
 FINE_TUNING_STEPS = 20  # that a network needs at least which starts from a trained one
@@ -444,6 +445,8 @@ class _Training:
             f"{shlex.quote(str(apart))}, and then volseg train {shlex.quote(str(apart))} --out "
             f"{shlex.quote(str(self.out))} --time-budget {shorter}"
         )
+        if ahead < APART_SHARE * (ahead + least):
+            remedy = ""
         network = "the smallest network that can learn" if recipe is None or recipe.is_open else "the recipe's network"
         refuse_time(
             self.time.seconds,
@@ -626,9 +629,9 @@ class _Training:
                 self.announce(f"time budget: no time was left for fold {number + 1} of {len(splits)}")
                 break
             stage = f"Training fold {number + 1} of {len(splits)}" if several else "Training"
-            self.progress(stage, 0.0, f"{len(training)} cases, {len(validation)} to validate on")
             make_folder(folder := _fold_folder(self.work, number, len(splits)))
             try:
+                self.progress(stage, 0.0, f"{len(training)} cases, {len(validation)} to validate on")
                 found = train_segmentation(
                     training,
                     validation,
