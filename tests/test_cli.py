@@ -210,6 +210,7 @@ def test_in_a_log_progress_is_a_line_from_time_to_time_with_what_is_left(monkeyp
         lines.show("Training", share, f"epoch {seconds}")
     assert capsys.readouterr().err.splitlines() == [
         "Training: 50%, epoch 40",
+        "Training: 60%, 0:01:20 left, epoch 60",
         "Training: 70%, 0:01:00 left, epoch 80",
         "Training: 90%, 0:00:20 left, epoch 120",
     ]

@@ -1,11 +1,12 @@
 import numpy as np
 import pytest
-from laws import lps, oblique, orientations
+from laws import lps, oblique, orientations, ras
 
 from volseg.errors import VolsegError
-from volseg.plan import CaseFingerprint, Plan, combine_fingerprints, fingerprint_case, make_plan
+from volseg.plan import CaseFingerprint, DatasetFingerprint, Plan, combine_fingerprints, fingerprint_case, make_plan
 from volseg.preprocess.normalise import Window, ZScore
 from volseg.recipe import load_recipe
+from volseg.sizing import LEAST_STEPS, Budget
 from volseg.volume import Geometry, Volume
 
 SHAPE = (20, 22, 12)
@@ -151,3 +152,47 @@ def test_a_window_for_a_channel_that_no_training_case_has_cannot_be_found():
     fingerprint = combine_fingerprints([case().model_copy(update={"samples": {"pet": (1.0, 2.0)}})])
     with pytest.raises(VolsegError, match="no training case has channel 'ct'"):
         make_plan(fingerprint, recipe(**AUTO))
+
+
+def boxes(spacing_mm, lengths_mm, affine=ras):
+    """A scan and a mask with a box of each of these lengths (R, A, S, mm) in a row along R."""
+    geometry = Geometry((90, 40, 30), affine(spacing_mm))
+    array, at = np.zeros(geometry.shape, np.uint8), 1
+    for lengths in lengths_mm:
+        r, a, s = (round(length / mm) for length, mm in zip(lengths, spacing_mm, strict=True))
+        array[at : at + r, 1 : 1 + a, 1 : 1 + s] = 1
+        at += r + 2
+    return Volume(np.asfortranarray(array), geometry)
+
+
+def test_the_median_lesion_is_measured_per_axis_in_all_48_orders():
+    lengths = [(8, 12, 9), (16, 20, 15), (24, 16, 12), (2, 2, 1.5)]
+    mask = boxes((1.0, 2.0, 1.5), lengths)
+    for array, affine in orientations(mask):
+        turned = Volume(array, Geometry(array.shape, affine))
+        found = fingerprint_case({"ct": turned}, turned, np.random.default_rng(0))
+        assert np.median(found.lesion_extents_mm[:3], axis=0) == pytest.approx((16, 16, 12))
+        assert len(found.lesion_extents_mm) == 3  # a crumb is no lesion
+
+
+def test_a_patch_is_never_smaller_than_the_median_lesion():
+    mask = boxes((1.0, 1.0, 1.0), [(30, 26, 20), (26, 30, 22)])
+    found = combine_fingerprints([fingerprint_case({"ct": mask}, mask, np.random.default_rng(0))])
+    assert found.lesion_extent_mm == (28, 28, 21)
+    network = type(recipe().network)(name="unet3d", features="auto", strides="auto", kernels="auto")
+    train = recipe().train.model_copy(update={"patch_shape": "auto", "batch_size": "auto"})
+    open_recipe = recipe(**AUTO).model_copy(update={"network": network, "train": train})
+    for flops in (1e18, 1e15, 1e14, 1e13, 3e12):
+        plan = make_plan(found, open_recipe, Budget(memory=8 << 30, flops=flops))
+        assert all(edge >= lesion for edge, lesion in zip(plan.patch_shape, (28, 28, 21), strict=True))
+        assert "28 × 28 × 21" in next(line.value for line in plan.lines if line.setting == "median lesion")
+    with pytest.raises(VolsegError, match=f"fewer than {LEAST_STEPS} steps"):
+        make_plan(found, open_recipe, Budget(memory=8 << 30, flops=1e11))
+
+
+def test_a_fingerprint_of_before_lesions_were_measured_is_read():
+    mask = boxes((1.0, 1.0, 1.0), [(30, 26, 20)])
+    found = combine_fingerprints([fingerprint_case({"ct": mask}, mask, np.random.default_rng(0))])
+    content = found.model_dump(mode="json")
+    del content["lesion_extent_mm"]
+    assert make_plan(DatasetFingerprint.model_validate(content), recipe()).patch_shape

@@ -6,13 +6,14 @@ import json
 import re
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
-from types import FrameType
+from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -23,6 +24,7 @@ from rich.table import Table
 
 from volseg import __version__
 from volseg.errors import VolsegError
+from volseg.execute.time_budget import process_age
 from volseg.terminal import one_line, printing, problem_of, takes_unicode
 
 if TYPE_CHECKING:
@@ -31,7 +33,8 @@ if TYPE_CHECKING:
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
 EXIT_INTERRUPTED, EXIT_TERMINATED = 130, 143
-SECONDS_PER_LINE = 30  # of progress, where stderr is no terminal
+SILENT_SECONDS = 20  # after which a line says that something is not over yet
+SECONDS_PER_LINE = 15  # of progress, where stderr is no terminal
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout instead of text.")]
 Out = Annotated[Path, typer.Option(help="Folder for the results; made if it is not there.")]
@@ -56,7 +59,6 @@ Folds = Annotated[
         min=1, max=20, help="Train so many networks, each validated on its share of the patients, as an ensemble."
     ),
 ]
-RecipeOption = Annotated[str, typer.Option(help="A TOML file, or the name of a recipe that ships with volseg.")]
 DATASET_HELP = (
     "A CSV table, a folder with cases.csv or with images/ and labels/, or an nnU-Net raw or Decathlon folder."
 )
@@ -106,8 +108,10 @@ def volseg(
 @app.command()
 def preprocess(
     dataset: Annotated[Path, typer.Argument(help=DATASET_HELP)],
-    recipe: RecipeOption,
     out: Out,
+    recipe: Annotated[
+        str | None, typer.Option(help="A TOML file or a shipped name; without one everything is planned.")
+    ] = None,
     plan: Annotated[Path | None, typer.Option(help="A file of `volseg plan --out`, edited or not.")] = None,
     vram: Memory = None,
     device: Device = "auto",
@@ -223,15 +227,16 @@ def train(
     The weights with the best validation Dice become a model folder with a card to read. Ctrl-C ends with the best model so far; add
     --resume to go on. With --time-budget the learning rate falls to its end within the budget.
     """
-    from volseg import workflows
-
     with _progress() as show:
+        from volseg import workflows  # takes seconds, in which a line is due too
+
         report = workflows.train(
             dataset,
             recipe=recipe,
             plan=plan,
             out=out,
             time_budget_seconds=None if time_budget is None else _seconds(time_budget),
+            spent_seconds=process_age(),
             memory=vram,
             epochs=epochs,
             patience=patience,
@@ -672,7 +677,8 @@ def _progress() -> Iterator[Callable[[str, float, str], None]]:
     """A progress callback that draws a bar per stage on stderr; where that is no terminal, a line from time to time."""
     console = Console(stderr=True)
     if not console.is_terminal:
-        yield _Lines().show
+        with _Lines() as lines:
+            yield lines.show
         return
     shape = (
         TextColumn("{task.description}"),
@@ -695,14 +701,36 @@ def _progress() -> Iterator[Callable[[str, float, str], None]]:
 
 
 class _Lines:
-    """Progress for the log of a job: what goes on, how far it is and how long it will still take, twice a minute at most."""
+    """Progress for the log of a job: what goes on, how far it is and how long it will still take, some times a minute.
+
+    With `with`, a line also says that a step is not over yet where it takes long.
+    """
 
     def __init__(self) -> None:
-        self._stage, self._began, self._first = "", time.monotonic(), 0.0
-        self._said = self._began
+        self._stage, self._began, self._first = "Starting", time.monotonic(), 0.0
+        self._said = self._heard = self._began
+        self._detail, self._over = "loading packages", threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="volseg-progress", daemon=True)
+
+    def __enter__(self) -> _Lines:
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._over.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._over.wait(1.0):
+            now = time.monotonic()
+            if now - self._said >= SILENT_SECONDS:
+                self._said = now
+                waited = timedelta(seconds=round(now - self._heard))
+                typer.echo(f"{self._stage}: still going on after {waited}, {self._detail}", err=True)
 
     def show(self, stage: str, share: float, detail: str) -> None:
         now = time.monotonic()
+        self._heard, self._detail = now, detail
         if stage != self._stage or share == 0:
             self._stage, self._began, self._first = stage, now, share
         if now - self._said < SECONDS_PER_LINE:

@@ -9,9 +9,11 @@ from typing import Annotated, Any
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+from scipy import ndimage
 
 from volseg.errors import VolsegError
 from volseg.measure.units import looks_like_ct
+from volseg.postprocess.lesions import label_lesions
 from volseg.preprocess.crop import AxisOrder, canonical_geometry
 from volseg.preprocess.normalise import NORMALISERS, Absent, Normaliser
 from volseg.preprocess.prepare import PrepareSettings
@@ -45,6 +47,10 @@ from volseg.volume import Volume
 
 SAMPLES_PER_CASE = 10_000  # foreground intensities kept per case: percentiles of a dataset need no more
 ANISOTROPY = 3.0  # an axis this many times coarser than the finest is resampled to a low percentile, not the median
+LESIONS_PER_CASE = 1000  # of which the extent is kept: the largest of a case
+CRUMB_SHARE = 0.01  # of the largest lesion of a case, under which a component says nothing of the size of lesions
+SMALLEST_PATCH = 16  # voxels along an axis of a patch that is chosen, or all of the scan: less shows no context
+LARGEST_LESION = 128**3  # voxels of a patch that lesions may ask for: organs are seen part by part
 FEW_SLICES = 8  # of the median scan along its shortest axis: hardly a volume
 SMALL_SHARE = 0.1  # of the median scan in a patch, under which context is missing
 RARITY = (
@@ -91,16 +97,24 @@ class DatasetFingerprint(_Json):
         str, int
     ] = {}  # channel → scans that look like a CT in HU; a fingerprint that did not look has none
     doubted_units: dict[str, str] = {}  # cases whose first channel contradicts the recipe's unit → why
+    # The median length of the lesions along R, A, S; None in what was written before it was measured.
+    lesion_extent_mm: tuple[float, float, float] | None = None
 
 
 class CaseFingerprint(_Json):
-    """One case's share of the fingerprint; `samples` are intensities under the labels, per channel."""
+    """One case's share of the fingerprint.
+
+    `samples` are intensities under the labels, per channel; `lesion_extents_mm` the lengths along R, A, S of each
+    connected component of a label, without crumbs.
+    """
 
     spacing_mm: tuple[float, float, float]
     shape: tuple[int, int, int]
     label_voxels: dict[int, int]
     samples: dict[str, tuple[float, ...]]
     is_ct_like: dict[str, bool] = {}
+    unit_doubt: str = ""  # why its first channel cannot be in the recipe's unit
+    lesion_extents_mm: tuple[tuple[float, float, float], ...] = ()
 
 
 class Line(_Json):
@@ -230,7 +244,11 @@ class Plan(_Json):
             said |= {line.setting: line.model_copy(update={"reason": EDITED}) for line in _layer_lines(self.network)}
         else:
             said["network"] = Line(setting="network", value=recipe.network.name, reason=STATED)
-        kept = {line.setting: line for line in self.lines if line.setting in said or line.setting == "dimensions"}
+        kept = {
+            line.setting: line
+            for line in self.lines
+            if line.setting in said or line.setting in ("dimensions", "median lesion")
+        }
         changed = {
             setting: line for setting, line in said.items() if setting not in kept or kept[setting].value != line.value
         }
@@ -287,7 +305,21 @@ def fingerprint_case(images: Mapping[str, Volume], reference: Volume, rng: np.ra
         label_voxels={int(value): int(count) for value, count in zip(values, counts, strict=True)},
         samples=samples,
         is_ct_like={name: looks_like_ct(volume) for name, volume in images.items()},
+        lesion_extents_mm=_lesion_extents_mm(reference),
     )
+
+
+def _lesion_extents_mm(reference: Volume) -> tuple[tuple[float, float, float], ...]:
+    """Lengths along R, A, S of the largest lesions of a mask."""
+    lesions = label_lesions(reference.array, reference.geometry)
+    smallest = CRUMB_SHARE * max(lesions.n_voxels, default=0)
+    n = min(LESIONS_PER_CASE, sum(size >= smallest for size in lesions.n_voxels))
+    order, spacing = AxisOrder.of(reference.geometry), reference.geometry.spacing_mm
+    extents = []
+    for box in ndimage.find_objects(lesions.ids, max_label=n) if n else ():
+        r, a, s = ((box[axis].stop - box[axis].start) * spacing[axis] for axis in order.axes)
+        extents.append((round(r, 4), round(a, 4), round(s, 4)))
+    return tuple(extents)
 
 
 def combine_fingerprints(cases: Sequence[CaseFingerprint]) -> DatasetFingerprint:
@@ -302,6 +334,8 @@ def combine_fingerprints(cases: Sequence[CaseFingerprint]) -> DatasetFingerprint
             voxels[value] = voxels.get(value, 0) + count
     if not voxels:
         raise VolsegError("no training mask holds a labelled voxel", fix="check the masks", code="E_LABELS")
+    extents = [extent for case in cases for extent in case.lesion_extents_mm]
+    r, a, s = np.median(extents, axis=0).tolist() if extents else (0.0, 0.0, 0.0)
     channels = dict.fromkeys(name for case in cases for name in case.samples)
     pooled = {
         name: np.concatenate([np.asarray(case.samples[name]) for case in cases if name in case.samples])
@@ -314,6 +348,7 @@ def combine_fingerprints(cases: Sequence[CaseFingerprint]) -> DatasetFingerprint
         label_voxels=dict(sorted(voxels.items())),
         foreground={name: _statistics(values) for name, values in pooled.items()},
         n_ct_like={name: sum(case.is_ct_like.get(name, False) for case in cases) for name in channels},
+        lesion_extent_mm=(r, a, s) if extents else None,
     )
 
 
@@ -371,20 +406,9 @@ def check_budget(plan: Plan, recipe: Recipe, budget: Budget) -> None:
     Raises:
         VolsegError: it does not; it says which number to change, and to what.
     """
-    network = plan.complete(recipe).network
-    features, strides = (network.settings.get(name) for name in ("features", "strides"))
-    if network.name != "unet3d" or not features or not strides or len(features) != len(strides):
+    size = size_of(plan, recipe)
+    if size is None:
         return
-    size = Size(
-        features=tuple(features),
-        strides=tuple(strides),
-        kernels=tuple(network.settings.get("kernels") or [(3, 3, 3)] * len(features)),
-        patch_shape=plan.patch_shape,
-        batch_size=plan.batch_size,
-        depths=1 + int(network.settings.get("deep_supervision", 0)),
-        residual=bool(network.settings.get("residual", False)),
-        dropout=bool(network.settings.get("dropout", 0)),
-    )
     channels, outputs = len(recipe.data.channels), recipe.data.n_outputs
     needed = size.training_bytes(channels, outputs, half=budget.half)
     if needed <= budget.memory:
@@ -400,6 +424,24 @@ def check_budget(plan: Plan, recipe: Recipe, budget: Budget) -> None:
         f"{needed / 2**30:.2f} GB, and the budget is {budget.memory / 2**30:.2f} GB",
         fix=f"give --vram {math.ceil(needed / 2**30 * 10) / 10:g}G, or {number} in the plan or recipe",
         code="E_BUDGET",
+    )
+
+
+def size_of(plan: Plan, recipe: Recipe) -> Size | None:
+    """The network and batches of a plan; None for other networks than unet3d with stated layers."""
+    network = plan.complete(recipe).network
+    features, strides = (network.settings.get(name) for name in ("features", "strides"))
+    if network.name != "unet3d" or not features or not strides or len(features) != len(strides):
+        return None
+    return Size(
+        features=tuple(features),
+        strides=tuple(strides),
+        kernels=tuple(network.settings.get("kernels") or [(3, 3, 3)] * len(features)),
+        patch_shape=plan.patch_shape,
+        batch_size=plan.batch_size,
+        depths=1 + int(network.settings.get("deep_supervision", 0)),
+        residual=bool(network.settings.get("residual", False)),
+        dropout=bool(network.settings.get("dropout", 0)),
     )
 
 
@@ -420,9 +462,11 @@ def _size(
         size = Size(features=(), strides=(), kernels=(), patch_shape=patch, batch_size=batch)
         lines = [("patch", f"{_times(patch)} voxels"), ("batch", str(batch)), ("network", recipe.network.name)]
         return size, None, [Line(setting=name, value=value, reason=STATED) for name, value in lines]
+    lesion = lesion_shape(fingerprint, spacing)
     size = choose_size(
         median,
         spacing,
+        smallest_patch=_smallest_patch(lesion, median),
         channels=channels,
         outputs=outputs,
         n_cases=fingerprint.n_cases,
@@ -434,7 +478,7 @@ def _size(
     limit = f"a step takes about {needed:.2f} of the {budget.memory / 2**30:.1f} GB"
     if budget.flops is not None:
         steps = budget.flops / size.step_flops(channels, outputs)
-        limit += f" and the time allows about {steps:.0f} steps (at least {STEPS})"
+        limit += f" and the time allows about {steps:.0f} steps ({STEPS} are sought)"
     seen = math.prod(size.patch_shape) / math.prod(median)
     covers = f"{min(1.0, seen):.0%} of the median scan of {_times(round(n) for n in median)} voxels; {limit}"
     layers = Layers(features=size.features, strides=size.strides, kernels=size.kernels)
@@ -445,7 +489,34 @@ def _size(
             Line(setting="patch", value=f"{_times(size.patch_shape)} voxels", reason=STATED if patch else covers),
             Line(setting="batch", value=str(size.batch_size), reason=STATED if batch else f"what fits; {limit}"),
             *_layer_lines(layers),
+            *([] if lesion is None else [_lesion_line(lesion, size.patch_shape)]),
         ],
+    )
+
+
+def lesion_shape(fingerprint: DatasetFingerprint, spacing: tuple[float, float, float]) -> tuple[int, int, int] | None:
+    """The median lesion in voxels of a grid of this spacing; None where the fingerprint does not say."""
+    if fingerprint.lesion_extent_mm is None:
+        return None
+    lengths = zip(fingerprint.lesion_extent_mm, spacing, strict=True)
+    r, a, s = (max(1, math.ceil(length / mm - 1e-3)) for length, mm in lengths)
+    return r, a, s
+
+
+def _smallest_patch(lesion: tuple[int, int, int] | None, median: tuple[float, float, float]) -> tuple[int, int, int]:
+    """The smallest patch in which a network can learn what a lesion looks like."""
+    edges = [max(n, SMALLEST_PATCH) for n in lesion or (1, 1, 1)]
+    shrink = max(1.0, math.prod(edges) / LARGEST_LESION) ** (1 / 3)
+    r, a, s = (max(1, min(math.ceil(edge / shrink), math.ceil(n))) for edge, n in zip(edges, median, strict=True))
+    return r, a, s
+
+
+def _lesion_line(lesion: tuple[int, int, int], patch_shape: tuple[int, int, int]) -> Line:
+    cut = any(p < n for p, n in zip(patch_shape, lesion, strict=True))
+    return Line(
+        setting="median lesion",
+        value=f"{_times(lesion)} voxels",
+        reason="larger than a patch, so it is seen part by part" if cut else "a patch holds all of it",
     )
 
 

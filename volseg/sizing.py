@@ -26,6 +26,7 @@ PATCHES = (64**3, 48**3, 32**3, 24**3, 16**3, 8**3)
 BATCHES = (2, 24)  # least and most patches per step
 SHARE_PER_BATCH = 0.05  # of all training voxels in one batch at most: larger batches would see the same scans again
 STEPS = 2500  # that a time budget should allow
+LEAST_STEPS = 200  # under which a network learns next to nothing: such a plan is refused
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,6 +37,7 @@ class Budget:
     flops: float | None = None
     half: bool = False  # activations of two bytes, as on a GPU
     is_stated: bool = False  # by the user, so that what exceeds it is refused
+    is_least: bool = False  # the smallest size that can learn is wanted, not the best one
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -143,33 +145,47 @@ def choose_size(
     budget: Budget,
     patch_shape: Triple | None = None,
     batch_size: int | None = None,
+    smallest_patch: Triple = (1, 1, 1),
 ) -> Size:
     """The best size that fits.
 
     The patch is as large as the scans and gives way down to the first of `PATCHES`, then the features do, then the patch again. What
-    is left makes the batch larger.
+    is left makes the batch larger. Where the time allows no size `STEPS` steps, the one that makes most steps is taken if it makes
+    `LEAST_STEPS`.
 
     Args:
         shape: the median shape of the training scans on the prepared grid.
         patch_shape, batch_size: where they are not to be chosen.
+        smallest_patch: a patch that is chosen is no smaller along any axis, unless memory holds no such patch.
 
     Raises:
         VolsegError: not even the smallest fits.
     """
     smallest = batch_size or BATCHES[0]
-    sizes = (
-        _sized(patch, spacing_mm, width, smallest, is_fixed=patch_shape is not None)
-        for limit in PATCHES
-        for width in WIDTHS
-        for patch in ([patch_shape] if patch_shape else _patches(shape, spacing_mm, limit))
-    )
-    found = least = None
-    for least in sizes:
-        if _fits(least, budget, channels, outputs):
-            found = least
-            break
+
+    def sizes(limit: int, width: int) -> Iterator[Size]:
+        patches = [patch_shape] if patch_shape else _patches(shape, spacing_mm, limit, smallest_patch)
+        for patch in patches:
+            yield _sized(patch, spacing_mm, width, smallest, is_fixed=patch_shape is not None)
+
+    least = min(sizes(PATCHES[-1], WIDTHS[-1]), key=lambda size: size.step_flops(channels, outputs))
+    if not patch_shape and max(smallest_patch) > 1 and not _fits_memory(least, budget, channels, outputs):
+        return choose_size(
+            shape,
+            spacing_mm,
+            channels=channels,
+            outputs=outputs,
+            n_cases=n_cases,
+            budget=budget,
+            batch_size=batch_size,
+        )
+    if budget.is_least and _fits_memory(least, budget, channels, outputs):
+        return least
+    tried = (size for limit in PATCHES for width in WIDTHS for size in sizes(limit, width))
+    found = next((size for size in tried if _fits(size, budget, channels, outputs)), None)
+    if found is None and _fits(least, budget, channels, outputs, steps=LEAST_STEPS):
+        return least
     if found is None:
-        assert least is not None
         raise VolsegError(
             _too_large(least, budget, channels, outputs),
             fix=_remedy(least, budget, channels, outputs),
@@ -186,8 +202,11 @@ def choose_size(
     return found
 
 
-def _patches(shape: Sequence[float], spacing_mm: Sequence[float], limit: int) -> Iterator[Triple]:
-    """Patches from the largest sensible one down to about `limit` voxels: a cube in mm, no longer than the scans."""
+def _patches(shape: Sequence[float], spacing_mm: Sequence[float], limit: int, smallest: Triple) -> Iterator[Triple]:
+    """Patches from the largest sensible one down to about `limit` voxels: a cube in mm, no longer than the scans.
+
+    None is smaller than `smallest` along any axis.
+    """
     median = [max(1.0, float(n)) for n in shape]
     edge = (LARGEST_PATCH * math.prod(spacing_mm)) ** (1 / 3)
     for _ in range(3):  # what a short axis does not use is for the others
@@ -196,7 +215,7 @@ def _patches(shape: Sequence[float], spacing_mm: Sequence[float], limit: int) ->
             break
         short = math.prod(median[n] for n in range(3) if n not in free)
         edge = (LARGEST_PATCH / short * math.prod(spacing_mm[n] for n in free)) ** (1 / len(free))
-    patch = [min(n, edge / mm) for n, mm in zip(median, spacing_mm, strict=True)]
+    patch = [max(min(n, edge / mm), least) for n, mm, least in zip(median, spacing_mm, smallest, strict=True)]
     seen = None
     while True:
         padded, steps = _padded(patch, spacing_mm)
@@ -204,7 +223,10 @@ def _patches(shape: Sequence[float], spacing_mm: Sequence[float], limit: int) ->
             yield padded
             seen = padded
         # The axis that sees most of the scan gives way.
-        axis = max(range(3), key=lambda n: (padded[n] > 2 * SMALLEST_EDGE, padded[n] / median[n]))
+        free = [n for n in range(3) if padded[n] - steps[n] >= smallest[n]]
+        if not free:
+            return
+        axis = max(free, key=lambda n: (padded[n] > 2 * SMALLEST_EDGE, padded[n] / median[n]))
         shorter = [padded[n] - (steps[n] if n == axis else 0) for n in range(3)]
         if shorter[axis] < SMALLEST_EDGE or math.prod(shorter) < limit:
             return
@@ -247,10 +269,13 @@ def _deep_enough(strides: list[Triple], kernels: list[Triple]) -> tuple[tuple[Tr
     return (*strides, *[(1, 1, 1)] * more), (*kernels, *[kernels[-1]] * more)
 
 
-def _fits(size: Size, budget: Budget, channels: int, outputs: int) -> bool:
-    in_memory = size.training_bytes(channels, outputs, half=budget.half) <= budget.memory
-    in_time = budget.flops is None or STEPS * size.step_flops(channels, outputs) <= budget.flops
-    return in_memory and in_time
+def _fits(size: Size, budget: Budget, channels: int, outputs: int, *, steps: int = STEPS) -> bool:
+    in_time = budget.flops is None or steps * size.step_flops(channels, outputs) <= budget.flops
+    return in_time and _fits_memory(size, budget, channels, outputs)
+
+
+def _fits_memory(size: Size, budget: Budget, channels: int, outputs: int) -> bool:
+    return size.training_bytes(channels, outputs, half=budget.half) <= budget.memory
 
 
 def _too_large(least: Size, budget: Budget, channels: int, outputs: int) -> str:
@@ -258,7 +283,7 @@ def _too_large(least: Size, budget: Budget, channels: int, outputs: int) -> str:
     what = f"{' × '.join(map(str, least.patch_shape))} voxels, batch {least.batch_size}, {least.features[0]} features"
     if needed > budget.memory:
         return f"the smallest plan ({what}) takes {needed / 2**30:.2f} GB, and the budget is {budget.memory / 2**30:.2f} GB"
-    return f"the smallest plan ({what}) makes fewer than {STEPS} steps in the time budget"
+    return f"the smallest plan ({what}) makes fewer than {LEAST_STEPS} steps in the time budget"
 
 
 def _remedy(least: Size, budget: Budget, channels: int, outputs: int) -> str:
@@ -267,7 +292,7 @@ def _remedy(least: Size, budget: Budget, channels: int, outputs: int) -> str:
         enough = math.ceil(needed / 2**30 * 10 + 0.5) / 10
         return f"give a memory budget of {enough:g}G, or a smaller train.patch_shape or train.batch_size in the recipe"
     assert budget.flops is not None
-    times = STEPS * least.step_flops(channels, outputs) / budget.flops
+    times = LEAST_STEPS * least.step_flops(channels, outputs) / budget.flops
     return f"give {times:.1f} times the --time-budget, or a smaller train.patch_shape or train.batch_size in the recipe"
 
 

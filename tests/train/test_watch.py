@@ -1,3 +1,5 @@
+import time
+
 import numpy as np
 import pytest
 import torch
@@ -50,6 +52,17 @@ def test_with_a_budget_too_small_for_it_one_case_is_watched_and_half_of_the_time
     assert len(watch.look(weights)) == 1
     assert watch.reserve == LARGEST_RESERVE * 1e-4
     assert not watch.compares_last
+
+
+def test_no_case_is_begun_after_the_time_is_over_and_what_was_seen_counts(watching):
+    watch, weights = watching(1e6)
+    assert watch.look(weights, until=0.0) == []
+    assert watch.validate(weights, until=0.0) == []
+    assert seen(watch.validate(weights, until=time.monotonic() + 1e3)) == [f"case_{n}" for n in range(5)]
+    began = time.monotonic()
+    watch.validate(weights)
+    partly = watch.validate(weights, until=time.monotonic() + 0.5 * (time.monotonic() - began))
+    assert seen(partly) == sorted(seen(partly))
 
 
 @pytest.mark.parametrize(

@@ -134,10 +134,14 @@ def test_infer_runs_the_first_pass_and_where_tiles_are_asked_for_leaves_it_out(t
 
 
 def test_a_time_budget_is_shared_by_both(dataset, recipe, tmp_path):
+    long = {"epochs": 10_000, "steps_per_epoch": 100}
     endless = recipe.model_copy(
-        update={"roi": recipe.roi.model_copy(update={"train": recipe.roi.train.model_copy(update={"epochs": 10_000})})}
+        update={
+            "roi": recipe.roi.model_copy(update={"train": recipe.roi.train.model_copy(update=long)}),
+            "train": recipe.train.model_copy(update=long),
+        }
     )
-    volseg.train(dataset, recipe=endless, out=tmp_path / "m", epochs=10_000, time_budget_seconds=7, device="cpu")
+    volseg.train(dataset, recipe=endless, out=tmp_path / "m", epochs=50, time_budget_seconds=10, device="cpu")
     first, second = (rows(tmp_path / "m" / name) for name in ("history_roi.csv", "history.csv"))
     assert float(first[-1]["seconds"]) < float(second[-1]["seconds"])
     assert float(second[-1]["learning_rate"]) < recipe.train.learning_rate / 2

@@ -95,6 +95,12 @@ def physical_cores(cpus: Iterable[int] | None = None, root: Path = Path("/")) ->
     return max(1, min([len(cores), *(math.ceil(limit) for limit in _cpu_limits(root))]))
 
 
+def idle_cores() -> int:
+    """Cores that other programs leave to this process, at least 1, by the load of the last minute."""
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    return max(1, round(physical_cores() - max(0.0, load - 1)))  # one of those that run is this process
+
+
 def total_memory(root: Path = Path("/")) -> int:
     """Bytes of main memory that this process may use: the machine's, or what its control group allows."""
     lines = dict(line.split(":", 1) for line in _read(root / "proc/meminfo").splitlines() if ":" in line)

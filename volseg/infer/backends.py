@@ -7,7 +7,7 @@ import os
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache, partial
@@ -439,19 +439,22 @@ def _example_patch(network: nn.Module, batch_shape: Sequence[int]) -> torch.Tens
     return _example(network, batch_shape)[0]
 
 
-def export_bundle(bundle: ModelBundle, folder: Path) -> None:
+def export_bundle(bundle: ModelBundle, folder: Path, *, before: Callable[[str], bool] = lambda name: True) -> None:
     """Put OpenVINO's files of the 3D networks into the bundle's folder, so that inference need not convert them.
 
+    `before` is called with the name of each network; where it says no, this and all others are left to inference.
     Does nothing where OpenVINO is not installed or cannot take the network: inference finds out and says so.
     """
     if not openvino_is_installed():
         return
     with suppress(VolsegError):
         for name in bundle.members:
+            if not before(name):
+                return
             model = convert(bundle.member(name), usual_batch_shape(bundle))
             write_exported(model, folder, f"{name}.fp32", {"model_sha256": bundle.sha256})
     if bundle.coarse is not None:
-        export_bundle(bundle.coarse, folder)
+        export_bundle(bundle.coarse, folder, before=before)
 
 
 def usual_batch_shape(bundle: ModelBundle) -> tuple[int, ...]:

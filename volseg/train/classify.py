@@ -64,6 +64,8 @@ def train_classifier(
                 optimizer.step()
                 for key, tensor in weights_of(network).items():
                     averaged[key].lerp_(tensor, 1 - EMA_DECAY)
+                if seconds is not None and time.monotonic() - started >= seconds:
+                    break
             epoch += 1
             done = epoch / settings.epochs
             if seconds is not None:

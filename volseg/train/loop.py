@@ -20,6 +20,7 @@ from torch import nn
 from volseg.errors import VolsegError
 from volseg.evaluate.validation import ValidationRow, mean_dice, summary
 from volseg.execute.cpu import is_out_of_memory
+from volseg.execute.threads import Threads
 from volseg.io.prepared import PreparedCase, read_prepared_case
 from volseg.models import build_segmentation, set_weights, weights_of
 from volseg.plan import Plan
@@ -68,6 +69,11 @@ class Epoch:
 
 
 Report = Callable[[Sequence[Epoch], float], None]
+Tick = Callable[[str, float], None]  # what is being done within an epoch, and the share of the run that is done
+
+
+def no_tick(doing: str, done: float) -> None:
+    """The callback of those who only want to hear of epochs."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -130,6 +136,8 @@ def train_segmentation(
     resume: bool,
     initial: Mapping[str, torch.Tensor],
     report: Report,
+    tick: Tick = no_tick,
+    threads: Threads | None = None,
 ) -> Trained:
     """Train the recipe's network and keep the weights with the best validation Dice.
 
@@ -142,17 +150,23 @@ def train_segmentation(
         resume: go on from `last` where it is there.
         initial: weights to start from where name and shape agree with the network's; empty for random ones.
         report: called after each epoch with the history so far and the share of the run that is done, in [0, 1].
+        tick: called after each step and each validated tile.
+        threads: told how long each step takes, where their number may change during the run.
 
     Raises:
         VolsegError: the loss is not finite before there are any weights to keep, or the checkpoint to resume from is damaged.
     """
+    began = time.monotonic()
     identity = _identity(training, validation, recipe, plan, settings, team, initial)
     job = Job(training, recipe, plan, settings, checkpoints / "last.safetensors", initial, identity, resume)
     if team.size > 1:
         team.tell(job.sent())
     run = Run(job, team)
     with run.batches:
-        return run.lead(validation, report, best=checkpoints / "best.safetensors")
+        run.threads = threads
+        if threads is not None:
+            threads.begin()
+        return run.lead(validation, report, tick, best=checkpoints / "best.safetensors", began=began)
 
 
 def serve(team: Team) -> None:
@@ -168,6 +182,7 @@ class Run:
 
     def __init__(self, job: Job, team: Team) -> None:
         self.job, self.team = job, team
+        self.threads: Threads | None = None
         self.recipe, self.settings = job.recipe, job.settings
         self.device = team.fabric.device
         # On its device before the optimizer takes its parameters.
@@ -198,19 +213,29 @@ class Run:
             ranks=team.size,
         )
 
-    def lead(self, validation: Sequence[PreparedCase], report: Report, *, best: Path) -> Trained:
-        """Rank 0: decides when to go on, validates, keeps and reports."""
+    def lead(
+        self, validation: Sequence[PreparedCase], report: Report, tick: Tick, *, best: Path, began: float
+    ) -> Trained:
+        """Rank 0: decides when to go on, validates, keeps and reports. `began` is when this call began."""
         settings, state = self.settings, self.state
-        watch = Watch(validation, self.recipe, self.job.plan, self.device, settings.seconds)
+        clock = _Clock(settings, self.recipe.train.steps_per_epoch, state, began)
+        watch = Watch(
+            validation,
+            self.recipe,
+            self.job.plan,
+            self.device,
+            settings.seconds,
+            tick=lambda doing: tick(doing, clock.done()),
+        )
         state.reserve = watch.reserve
-        clock = _Clock(settings, self.recipe.train.steps_per_epoch, state)
         stopped = ""
         try:
             while not state.is_finished:
-                loss, stepping, waited, steps = self._epoch(clock)
+                loss, stepping, waited, steps = self._epoch(clock, tick)
                 score, number = None, len(state.history) + 1
                 if watch.is_due(stepping) or clock.done() >= 1:
-                    score = mean_dice(watch.look(self._finite_weights()))
+                    looked = watch.look(self._finite_weights(), clock.ends)
+                    score = mean_dice(looked) if looked else None
                     state.reserve = watch.reserve
                 state.seconds = clock.seconds()
                 epoch = Epoch(
@@ -236,9 +261,8 @@ class Run:
         except _DivergedError as error:
             stopped = str(error)
         self.team.tell(None)  # lets the other ranks end this run
-        if (
-            stopped == INTERRUPTED and state.history and not state.best_epoch
-        ):  # nobody has looked yet: these are all there is
+        # Nobody has looked, or there was no time to: these are all there is.
+        if stopped in ("", INTERRUPTED) and state.history and not state.best_epoch:
             save_checkpoint(best, self.averaged, {"epoch": len(state.history)})
             state.best_epoch = len(state.history)
         if stopped and not state.best_epoch:
@@ -250,10 +274,18 @@ class Run:
         weights, chosen = load_checkpoint(best)
         metrics: dict[str, Any] = {"steps": state.step, "training_seconds": round(state.seconds, 1)}
         rows: list[ValidationRow] = []
+        until = clock.ends
+        if self.job.resume:  # an earlier call may have spent the time of the run, but not that of its validation
+            until = max(until, time.monotonic() + state.reserve)
         try:
+            since = time.monotonic()
             if stopped != INTERRUPTED:
-                rows = watch.validate(weights)
-            if not stopped and watch.compares_last and state.best_epoch < len(state.history):
+                rows = watch.validate(weights, until)
+            took, missed = time.monotonic() - since, len(validation) - len({row.case_id for row in rows})
+            if stopped != INTERRUPTED and missed:
+                metrics["not_validated"] = missed
+            in_time = not missed and time.monotonic() + took <= until
+            if not stopped and in_time and watch.compares_last and state.best_epoch < len(state.history):
                 last = watch.validate(self.averaged)
                 if mean_dice(last) > mean_dice(rows):
                     rows, chosen = last, {"epoch": len(state.history)}
@@ -329,14 +361,18 @@ class Run:
                 code="E_BUDGET",
             ) from error
 
-    def _epoch(self, clock: _Clock) -> tuple[float, float, float, int]:
+    def _epoch(self, clock: _Clock, tick: Tick) -> tuple[float, float, float, int]:
         """Mean loss, seconds of the steps, seconds of these in which they waited for patches, and how many they were."""
         started, waited = time.monotonic(), self.batches.waited
         losses: list[torch.Tensor] = []
         self.network.train()
         while len(losses) < self.recipe.train.steps_per_epoch and not (losses and clock.done() >= 1):
+            began = time.monotonic()
             with self.team.in_step(), self._fitting_into_memory():
                 losses.append(self.step(self.team.tell(clock.done())))
+            if self.threads is not None:
+                self.threads.took(time.monotonic() - began)
+            tick(f"step {self.state.step}", clock.done())
         loss = float(torch.stack(losses).mean())
         if not math.isfinite(loss):
             raise _DivergedError(f"the loss became {loss} at about step {self.state.step}")
@@ -350,10 +386,15 @@ class _DivergedError(Exception):
 class _Clock:
     """How much of a run is done: by its steps, by its seconds, or, where both are limited, by what ends first."""
 
-    def __init__(self, settings: RunSettings, steps_per_epoch: int, state: _State) -> None:
+    def __init__(self, settings: RunSettings, steps_per_epoch: int, state: _State, began: float) -> None:
         self._settings, self._state = settings, state
         self._steps = math.inf if settings.epochs is None else settings.epochs * steps_per_epoch
-        self._started = time.monotonic() - state.seconds
+        self._started = began - state.seconds
+
+    @property
+    def ends(self) -> float:
+        """The time of `time.monotonic` at which the run has to be over, its validation included."""
+        return math.inf if self._settings.seconds is None else self._started + self._settings.seconds
 
     def seconds(self) -> float:
         return time.monotonic() - self._started

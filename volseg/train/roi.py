@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -12,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from volseg.execute.threads import Threads
 from volseg.infer.backends import TorchBackend
 from volseg.infer.roi import find_region
 from volseg.infer.stream import ArrayPlanes, Tiling
@@ -21,7 +24,7 @@ from volseg.plan import Plan
 from volseg.preprocess.crop import scaled_box
 from volseg.preprocess.resample import coarsened_mask, resample
 from volseg.recipe import Recipe
-from volseg.train.loop import Report, RunSettings, Trained, train_segmentation
+from volseg.train.loop import Report, RunSettings, Tick, Trained, no_tick, train_segmentation
 from volseg.train.losses import IGNORED
 from volseg.train.ranks import Team
 from volseg.train.samples import sample_voxels
@@ -39,6 +42,8 @@ def train_roi(
     resume: bool,
     initial: Mapping[str, torch.Tensor],
     report: Report,
+    tick: Tick = no_tick,
+    threads: Threads | None = None,
 ) -> Trained:
     """Train the network of the recipe's first pass: any label against the background.
 
@@ -47,17 +52,26 @@ def train_roi(
 
     Args:
         training, validation, plan: of the fine pass. folder: for the coarse cases and the checkpoints.
-        settings, team, resume, initial, report: as in `train_segmentation`.
+        settings, team, resume, initial, report, tick, threads: as in `train_segmentation`.
     """
+    ends = math.inf if settings.seconds is None else time.monotonic() + settings.seconds
     coarse = recipe.coarse
     assert recipe.roi is not None and coarse is not None
     coarse_plan = plan.coarse(recipe.roi)
-    kept = partial(
+    make = partial(
         _kept, spacing_mm=plan.spacing_mm, coarse_mm=coarse_plan.spacing_mm, folder=folder, seed=settings.seed
     )
+
+    def kept(case: PreparedCase) -> PreparedCase:
+        tick(f"a coarse copy of {case.id}", 0.0)
+        return make(case)
+
     coarse_validation = [kept(case) for case in validation]
+    coarse_training = [kept(case) for case in training]
+    if settings.seconds is not None:
+        settings = replace(settings, seconds=max(1.0, ends - time.monotonic()))
     trained = train_segmentation(
-        [kept(case) for case in training],
+        coarse_training,
         coarse_validation,
         coarse,
         coarse_plan,
@@ -67,12 +81,17 @@ def train_roi(
         resume=resume,
         initial=initial,
         report=report,
+        tick=tick,
+        threads=threads,
     )
     backend = TorchBackend(set_weights(build_segmentation(coarse), trained.weights), team.fabric.device)
     tiling = Tiling(patch_shape=coarse_plan.patch_shape, overlap=coarse.infer.overlap)
     margin = [recipe.roi.margin_mm / mm for mm in plan.spacing_mm]
     shares = []
     for fine, small in zip(validation, coarse_validation, strict=True):
+        if shares and time.monotonic() > ends:
+            break
+        tick(f"finding the region of {fine.id}", 1.0)
         found = find_region(ArrayPlanes(np.asarray(small.image)), backend, tiling)
         box = None if found is None else scaled_box(found, small.mask.shape, fine.mask.shape, margin)
         shares.append(_shares(fine.mask, fine.mask if box is None else fine.mask[box.slices]))

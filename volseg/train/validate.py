@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 
 from volseg.evaluate.overlap import dice
 from volseg.evaluate.validation import ValidationRow
+from volseg.execute.time_budget import OutOfTime
 from volseg.infer.backends import TorchBackend
 from volseg.infer.stream import ArrayPlanes, Tiling, predict_slabs
 from volseg.io.prepared import PreparedCase
@@ -28,16 +30,24 @@ def tiling_of(plan: Plan, overlap: float) -> Tiling:
 
 
 def predicted_classes(
-    network: nn.Module, case: PreparedCase, recipe: Recipe, plan: Plan, device: torch.device, *, overlap: float
+    network: nn.Module,
+    case: PreparedCase,
+    recipe: Recipe,
+    plan: Plan,
+    device: torch.device,
+    *,
+    overlap: float,
+    on_tile: Callable[[bool], None] = lambda is_empty: None,
 ) -> np.ndarray:
     """(R, A, S) uint8 class index of each prepared voxel, 0 where the reference is not known.
 
-    Logits become classes slab by slab, so that memory does not grow with classes × voxels.
+    Logits become classes slab by slab, so that memory does not grow with classes × voxels. `on_tile` is called after
+    each tile; what it raises ends the prediction.
     """
     tiling = tiling_of(plan, overlap)
     backend = TorchBackend(network, device)
     planes = ArrayPlanes(np.asarray(case.image))
-    slabs = predict_slabs(planes, backend, tiling, n_classes=recipe.data.n_outputs)
+    slabs = predict_slabs(planes, backend, tiling, n_classes=recipe.data.n_outputs, on_tile=on_tile)
     found = np.concatenate([_classes(slab, recipe).cpu().numpy() for slab in slabs], axis=planes.axis)
     found[case.mask == IGNORED] = 0
     return found
@@ -63,12 +73,31 @@ def validate(
     device: torch.device,
     *,
     overlap: float,
+    until: float = math.inf,
+    on_tile: Callable[[str], None] = lambda case_id: None,
 ) -> list[ValidationRow]:
-    """A row per case and label, or region where labels overlap."""
+    """A row per case and label, or region where labels overlap.
+
+    Args:
+        until: a time of `time.monotonic` after which no tile is begun: the cases done by then have rows.
+        on_tile: called after each tile with the case's id, for progress.
+    """
     ml = float(np.prod(plan.spacing_mm)) / 1000
     rows = []
+
+    def look(case: PreparedCase) -> np.ndarray:
+        def after_tile(is_empty: bool) -> None:
+            on_tile(case.id)
+            if time.monotonic() > until:
+                raise OutOfTime
+
+        return predicted_classes(network, case, recipe, plan, device, overlap=overlap, on_tile=after_tile)
+
     for case in cases:
-        found = predicted_classes(network, case, recipe, plan, device, overlap=overlap)
+        try:
+            found = look(case)
+        except OutOfTime:
+            break
         truth = np.where(case.mask == IGNORED, 0, case.mask)
         for value, name, classes in _judged(recipe):
             own, predicted = np.isin(truth, classes), np.isin(found, classes)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ WATCHED_OVERLAP = 0.25  # cheap and close: the final metrics use the recipe's ow
 LOOKING_SHARE = 0.15  # of a time budget that looks may take: they are rarer where they take long
 FEWEST_LOOKS = 6  # that a time budget should leave room for: fewer cases are watched where they take long
 SECOND_OPINION = 0.1  # share of a time budget up to which two sets of weights are validated on all cases, and not one
-LARGEST_RESERVE = 0.5  # share of a time budget that is kept for validation
+LARGEST_RESERVE = 0.35  # share of a time budget that is kept for validation
 
 
 class Watch:
@@ -33,6 +34,7 @@ class Watch:
     Args:
         validation: cases, of which some are looked at in training and all in the end.
         seconds: the budget of the whole run, None for no limit.
+        tick: called with what is looked at, tile by tile.
     """
 
     def __init__(
@@ -42,9 +44,11 @@ class Watch:
         plan: Plan,
         device: torch.device,
         seconds: float | None,
+        *,
+        tick: Callable[[str], None] = lambda doing: None,
     ) -> None:
         self._validation, self._recipe, self._plan, self._device = validation, recipe, plan, device
-        self._seconds = seconds
+        self._seconds, self._tick = seconds, tick
         self._network = build_segmentation(recipe)
         self._cases = _spread(validation, recipe.train.validation_cases)
         self._seconds_per_tile = 0.0
@@ -75,23 +79,42 @@ class Watch:
         self._trained_for += trained_for
         return LOOKING_SHARE * self._trained_for >= self._cost(self._cases, WATCHED_OVERLAP) or self._seconds is None
 
-    def look(self, weights: Mapping[str, torch.Tensor]) -> list[ValidationRow]:
-        """What these weights are worth on the watched cases."""
+    def look(self, weights: Mapping[str, torch.Tensor], until: float = math.inf) -> list[ValidationRow]:
+        """What these weights are worth on the watched cases; nothing where time was over before all were seen."""
         began = time.monotonic()
-        rows = self._validate(weights, self._cases, WATCHED_OVERLAP)
+        rows = self._validate(weights, self._cases, WATCHED_OVERLAP, until)
         self._trained_for = 0.0
+        if len({row.case_id for row in rows}) < len(self._cases):
+            return []
         self._seconds_per_tile = (time.monotonic() - began) / self._tiles(self._cases, WATCHED_OVERLAP)
         return rows
 
-    def validate(self, weights: Mapping[str, torch.Tensor]) -> list[ValidationRow]:
-        """What they are worth on all validation cases, with the overlap of inference."""
-        return self._validate(weights, self._validation, self._recipe.infer.overlap)
+    def validate(self, weights: Mapping[str, torch.Tensor], until: float = math.inf) -> list[ValidationRow]:
+        """What they are worth on all validation cases, with the overlap of inference.
+
+        Until that time (`time.monotonic`) the cases come in a drawn order, so that those that are seen stand for all.
+        """
+        cases = self._validation
+        if until < math.inf:
+            cases = [cases[index] for index in np.random.default_rng(0).permutation(len(cases))]
+        rows = self._validate(weights, cases, self._recipe.infer.overlap, until)
+        places = {case.id: place for place, case in enumerate(self._validation)}
+        return sorted(rows, key=lambda row: places[row.case_id])
 
     def _validate(
-        self, weights: Mapping[str, torch.Tensor], cases: Sequence[PreparedCase], overlap: float
+        self, weights: Mapping[str, torch.Tensor], cases: Sequence[PreparedCase], overlap: float, until: float
     ) -> list[ValidationRow]:
         network = set_weights(self._network, weights)
-        return validate(network, cases, self._recipe, self._plan, self._device, overlap=overlap)
+        return validate(
+            network,
+            cases,
+            self._recipe,
+            self._plan,
+            self._device,
+            overlap=overlap,
+            until=until,
+            on_tile=lambda case_id: self._tick(f"validating {case_id}"),
+        )
 
     def _cost(self, cases: Sequence[PreparedCase], overlap: float) -> float:
         return self._seconds_per_tile * self._tiles(cases, overlap)

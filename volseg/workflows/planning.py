@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,10 +21,10 @@ from volseg.measure.units import looks_like_ct
 from volseg.recipe import Recipe, listed, mistakes_of, parse_recipe
 from volseg.sizing import Budget
 from volseg.workflows.batch import Progress, RunReport, amount_of, reason_of, silent
-from volseg.workflows.preparing import as_recipe, fingerprint_of, refuse_dataset, warnings_of
+from volseg.workflows.preparing import MASKS, as_recipe, fingerprint_of, refuse_dataset, warnings_of
 
 if TYPE_CHECKING:  # torch takes seconds to import; only a workflow that needs it pays
-    from volseg.plan import Plan
+    from volseg.plan import DatasetFingerprint, Plan
 
 N_FOLDS = 5
 HOST_SHARE = 0.5  # of main memory that training may take where no budget is given
@@ -58,7 +59,7 @@ def plan(
     Raises:
         VolsegError: a case cannot be used (all of them are named), or nothing fits the budget.
     """
-    from volseg.plan import check_budget, make_plan
+    from volseg.plan import check_budget
 
     if out is not None:
         refuse_unsealed(Path(out))
@@ -68,8 +69,9 @@ def plan(
     fingerprint, failed = fingerprint_of(dataset, chosen, seed, progress)
     if failed:
         refuse_dataset(Path(dataset), failed)
-    budget = budget_of(device, memory, None if time_budget_seconds is None else time_budget_seconds / n)
-    found = make_plan(fingerprint, chosen, budget)
+    budget = budget_of(device, memory, time_budget_seconds)
+    may_drop_folds = folds is None and time_budget_seconds is not None  # as `train` does
+    found, n = _plan_of_folds(fingerprint, chosen, budget, n, 1 if may_drop_folds else n)
     if budget.is_stated:
         check_budget(found, chosen, budget)
     if out is not None:
@@ -82,6 +84,20 @@ def plan(
         "warnings": warnings_of(fingerprint, chosen),
     }
     return RunReport(out=Path(dataset) if out is None else Path(out), done=[chosen.name], details=details)
+
+
+def _plan_of_folds(
+    fingerprint: DatasetFingerprint, recipe: Recipe, budget: Budget, folds: int, fewest: int
+) -> tuple[Plan, int]:
+    """The plan of the most folds of which each has its share of the arithmetic, and their number."""
+    from volseg.plan import make_plan
+
+    for n in range(folds, fewest, -1):
+        share = budget if budget.flops is None else replace(budget, flops=budget.flops / n)
+        with suppress(VolsegError):
+            return make_plan(fingerprint, recipe, share), n
+    share = budget if budget.flops is None else replace(budget, flops=budget.flops / fewest)
+    return make_plan(fingerprint, recipe, share), fewest
 
 
 def read_plan(path: Path | str) -> Plan:
@@ -233,7 +249,7 @@ def _labels(dataset: Path, cases: Sequence[Case], progress: Progress) -> tuple[d
         return set(np.unique(read_mask(case.reference).array).tolist())
 
     for count, outcome in enumerate(run(look, masks), start=1):
-        progress("Looking at the masks", count / len(masks), outcome.item.id)
+        progress(MASKS, count / len(masks), outcome.item.id)
         if outcome.error is None:
             found[outcome.item.id] = outcome.value or set()
         else:

@@ -30,10 +30,11 @@ from volseg.volume import Volume
 from volseg.workflows.batch import Inputs, Progress, RunReport, check_pair, files_of_case, input_key, reason_of, silent
 
 if TYPE_CHECKING:  # torch takes seconds to import; only a workflow that needs it pays
-    from volseg.plan import DatasetFingerprint, Plan
+    from volseg.plan import CaseFingerprint, DatasetFingerprint, Plan
     from volseg.sizing import Budget
 
 PREPARED_FILE = "prepared.json"
+MASKS, HASHING, LOOKING, PREPARING = "Looking at the masks", "Reading the files", "Looking at the dataset", "Preparing"
 SPLITS = ("train", "val", "test")
 MOST_SHOWN = 10  # mistakes of a dataset written out in one message
 
@@ -41,8 +42,8 @@ MOST_SHOWN = 10  # mistakes of a dataset written out in one message
 def preprocess(
     dataset: Path | str,
     *,
-    recipe: Path | str | Recipe,
     out: Path | str,
+    recipe: Path | str | Recipe | None = None,
     seed: int = 0,
     plan: Plan | None = None,
     budget: Budget | None = None,
@@ -54,6 +55,7 @@ def preprocess(
     Cases of the test split are left alone. A second call prepares only what is missing or has changed.
 
     Args:
+        recipe: None leaves everything to the plan, as `train` does without one.
         plan: in place of the one that follows from this dataset, such as that of a model that exists already.
         budget: of the training, where the plan chooses the size of the network and of its patches.
         refuse: a case that cannot be used is an error, before any is prepared, and not a row.
@@ -62,39 +64,30 @@ def preprocess(
         VolsegError: the dataset or recipe is wrong, or no case could be read.
     """
     from volseg.plan import DatasetFingerprint, Plan
+    from volseg.workflows.planning import recipe_for
 
-    chosen, out = as_recipe(recipe), Path(out)
-    cases = _training_cases(Path(dataset), chosen, seed, progress)
+    chosen, out = recipe_for(dataset, recipe, progress), Path(out)
+    cases = training_cases(Path(dataset), chosen, seed, progress)
     inputs = [Path(dataset), *(path for case in cases for path in files_of_case(case))]
-    if not isinstance(recipe, Recipe) and Path(recipe).is_file():
+    if isinstance(recipe, Path | str) and Path(recipe).is_file():
         inputs.append(Path(recipe))
     with OutputFolder(out, "preprocess", inputs=inputs) as outputs:
         outputs.refuse_foreign([PREPARED_FILE, "cases.csv"])
-        digests = Inputs(of_masks=True)
-        facts, failed = _facts(Path(dataset), cases, chosen, outputs, seed, plan, budget, progress, digests)
+        digests = _hashed(cases, progress)
+        facts, failed = _facts(Path(dataset), cases, digests, chosen, outputs, seed, plan, budget, progress)
+        facts |= {"is_planned": plan is None, "is_auto": recipe is None}
         if failed and refuse:
             refuse_dataset(Path(dataset), failed)
         used = Plan.model_validate(facts["plan"])
         usable = [case for case in cases if case.id not in failed]
-        # Of the plan only what a prepared array depends on: another batch or network is no reason to prepare again.
-        settings = used.model_dump(mode="json", include={"spacing_mm", "windows"}) | {"seed": seed}
-        settings |= {"recipe": preparation_of(chosen)}
-        keys = {case.id: input_key(settings, _inputs_of(case, digests)) for case in usable}
+        keys = {case.id: case_key(inputs_of(case, digests), chosen, used, seed) for case in usable}
         missing = [case for case in usable if not is_prepared(out / "cases", case.id, keys[case.id])]
         n_labels = len(chosen.data.labels)
         outputs.refuse_foreign(name for case in missing for name in prepared_files(case.id, n_labels))
-
-        def prepare(case: Case) -> None:
-            prepared = _prepare_case(case, chosen, used, keys[case.id], seed, digests.of(case))
-            names = prepared_files(case.id, n_labels)
-            with outputs.staged() as commit:
-                write_prepared_case(commit.path(names[0]).parent, prepared)
-                commit.finish(last=names[0], removed=names)
-
-        outcomes = run(prepare, missing)
+        outcomes = run(lambda case: prepare_case(case, chosen, used, outputs, keys[case.id], seed, digests), missing)
         done = []
         for count, outcome in enumerate(outcomes, start=1):
-            progress("Preparing", count / len(missing), outcome.item.id)
+            progress(PREPARING, count / len(missing), outcome.item.id)
             if outcome.error is None:
                 done.append(outcome.item.id)
             else:
@@ -114,13 +107,13 @@ def preprocess(
 def _facts(
     dataset: Path,
     cases: Sequence[Case],
+    digests: Inputs,
     recipe: Recipe,
     outputs: OutputFolder,
     seed: int,
     plan: Plan | None,
     budget: Budget | None,
     progress: Progress,
-    digests: Inputs,
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """Recipe, fingerprint and plan for `prepared.json`, and the cases that cannot be used with the reason of each.
 
@@ -129,7 +122,7 @@ def _facts(
     from volseg.plan import DEFAULT_BUDGET, DatasetFingerprint, check_budget, make_plan
 
     parts = {"data": recipe.data.model_dump(mode="json"), "seed": seed}
-    key = input_key(parts, [digest for case in cases for digest in _inputs_of(case, digests)])
+    key = input_key(parts, [digest for case in cases for digest in inputs_of(case, digests)])
     failed: dict[str, str] = {}
     try:
         earlier = read_json(outputs.path / PREPARED_FILE)
@@ -152,7 +145,7 @@ def fingerprint_of(
     dataset: Path | str, recipe: Recipe, seed: int, progress: Progress
 ) -> tuple[DatasetFingerprint, dict[str, str]]:
     """The fingerprint of a dataset's training split, and the cases that cannot be used, with the reason."""
-    return _fingerprint(Path(dataset), _training_cases(Path(dataset), recipe, seed, progress), recipe, seed, progress)
+    return _fingerprint(Path(dataset), training_cases(Path(dataset), recipe, seed, progress), recipe, seed, progress)
 
 
 def refuse_dataset(dataset: Path, failed: Mapping[str, str], mistakes: Sequence[str] = ()) -> NoReturn:
@@ -193,13 +186,33 @@ def _rng_of(case: Case, seed: int) -> np.random.Generator:
     return np.random.default_rng([seed, int.from_bytes(digest[:4], "big")])
 
 
-def _inputs_of(case: Case, digests: Inputs) -> list[str]:
+def inputs_of(case: Case, digests: Inputs) -> list[str]:
     """All on which a prepared case depends besides the recipe: an edited table counts as much as an edited scan."""
     facts = json.dumps([case.id, case.split, case.patient, case.classes], sort_keys=True)
     return [*digests.of(case), facts]
 
 
-def _training_cases(dataset: Path, recipe: Recipe, seed: int, progress: Progress) -> list[Case]:
+def case_key(inputs: Sequence[str], recipe: Recipe, plan: Plan, seed: int) -> str:
+    """What a prepared case was made from.
+
+    Of the plan only what a prepared array depends on: another batch or network is no reason to prepare again.
+
+    Args:
+        inputs: of the case, from `inputs_of`.
+    """
+    settings = plan.model_dump(mode="json", include={"spacing_mm", "windows"}) | {"seed": seed}
+    return input_key(settings | {"recipe": preparation_of(recipe)}, inputs)
+
+
+def _hashed(cases: Sequence[Case], progress: Progress) -> Inputs:
+    digests = Inputs(of_masks=True)
+    for count, case in enumerate(cases, start=1):
+        digests.of(case)
+        progress(HASHING, count / len(cases), case.id)
+    return digests
+
+
+def training_cases(dataset: Path, recipe: Recipe, seed: int, progress: Progress) -> list[Case]:
     """Cases with a mask outside the test split, each with a split. One without takes that of its patient, if he has one.
 
     Raises:
@@ -214,7 +227,7 @@ def _training_cases(dataset: Path, recipe: Recipe, seed: int, progress: Progress
         )
         failed = {}
         for count, outcome in enumerate(looked, start=1):
-            progress("Looking at the dataset", count / len(cases), outcome.item.id)
+            progress(LOOKING, count / len(cases), outcome.item.id)
             if outcome.error is not None:
                 failed[outcome.item.id] = reason_of(outcome.error)
         refuse_dataset(dataset, failed, mistakes)
@@ -250,25 +263,19 @@ def _fingerprint(
     dataset: Path, cases: Sequence[Case], recipe: Recipe, seed: int, progress: Progress
 ) -> tuple[DatasetFingerprint, dict[str, str]]:
     """The fingerprint of the training split, and the cases of either split which cannot be used, with the reason."""
-    from volseg.plan import combine_fingerprints, fingerprint_case
+    from volseg.plan import combine_fingerprints
 
     found, failed, empty, doubted = [], {}, [], {}
-
-    def look(case: Case):
-        images, reference = read_training_case(case, recipe)
-        doubt = judge_unit(images[recipe.data.channels[0]], recipe.data.intensity_unit, by="the recipe").doubt
-        if doubt and case.split == "train":
-            doubted[case.id] = doubt
-        return fingerprint_case(images, _known(reference, recipe), _rng_of(case, seed))
-
-    for count, outcome in enumerate(run(look, cases), start=1):
-        progress("Looking at the dataset", count / len(cases), outcome.item.id)
+    for count, outcome in enumerate(run(lambda case: look_at(case, recipe, seed), cases), start=1):
+        progress(LOOKING, count / len(cases), outcome.item.id)
         if outcome.error is not None:
             failed[outcome.item.id] = reason_of(outcome.error)
         elif outcome.item.split == "train" and outcome.value is not None:
             found.append(outcome.value)
             if not outcome.value.label_voxels:
                 empty.append(outcome.item.id)
+            if outcome.value.unit_doubt:
+                doubted[outcome.item.id] = outcome.value.unit_doubt
     if not found and failed:
         refuse_dataset(dataset, failed)
     if not found:
@@ -280,6 +287,20 @@ def _fingerprint(
     return combine_fingerprints(found).model_copy(
         update={"empty_masks": tuple(empty), "doubted_units": doubted}
     ), failed
+
+
+def look_at(case: Case, recipe: Recipe, seed: int) -> CaseFingerprint:
+    """The fingerprint of one case.
+
+    Raises:
+        ScanError: as `read_training_case`.
+    """
+    from volseg.plan import fingerprint_case
+
+    images, reference = read_training_case(case, recipe)
+    doubt = judge_unit(images[recipe.data.channels[0]], recipe.data.intensity_unit, by="the recipe").doubt
+    fingerprint = fingerprint_case(images, _known(reference, recipe), _rng_of(case, seed))
+    return fingerprint.model_copy(update={"unit_doubt": doubt})
 
 
 def read_training_case(
@@ -346,7 +367,18 @@ def preparation_of(recipe: Recipe) -> dict[str, Any]:
     return content
 
 
-def _prepare_case(case: Case, recipe: Recipe, plan: Plan, key: str, seed: int, digests: Sequence[str]) -> PreparedCase:
+def prepare_case(
+    case: Case, recipe: Recipe, plan: Plan, outputs: OutputFolder, key: str, seed: int, digests: Inputs
+) -> None:
+    """Put the arrays of one case into a prepared folder."""
+    prepared = _prepared(case, recipe, plan, key, seed, digests.of(case))
+    names = prepared_files(case.id, len(recipe.data.labels))
+    with outputs.staged() as commit:
+        write_prepared_case(commit.path(names[0]).parent, prepared)
+        commit.finish(last=names[0], removed=names)
+
+
+def _prepared(case: Case, recipe: Recipe, plan: Plan, key: str, seed: int, digests: Sequence[str]) -> PreparedCase:
     """The arrays of a case and what its record says. `digests`: SHA-256 of its files, of which `key` was made."""
     from volseg.infer.classify import lesion_slices
     from volseg.preprocess.prepare import prepare, prepare_mask

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -46,8 +46,13 @@ def worst_cases_png(
     recipe: Recipe,
     plan: Plan,
     device: torch.device,
+    *,
+    before: Callable[[str], bool] = lambda case_id: True,
 ) -> bytes:
-    """A picture of the validation cases with the lowest mean Dice: reference and prediction outlined."""
+    """A picture of the validation cases with the lowest mean Dice: reference and prediction outlined.
+
+    `before` is called with the id of each case; where it says no, the picture ends with the one before. Nothing without any.
+    """
     from volseg.models import build_segmentation, set_weights
     from volseg.report.training_figures import comparison_png
     from volseg.train.validate import predicted_classes
@@ -58,9 +63,11 @@ def worst_cases_png(
     worst = sorted(scores, key=lambda key: sum(scores[key]) / len(scores[key]))[:WORST]
     pictures = []
     for number, case_id in worst:
+        if not before(case_id):
+            break
         case = next(case for case in splits[number][1] if case.id == case_id)
         network = set_weights(build_segmentation(recipe), trained[number].weights)
         found = predicted_classes(network, case, recipe, plan, device, overlap=recipe.infer.overlap)
         score = sum(scores[number, case_id]) / len(scores[number, case_id])
         pictures.append((f"{case_id}: Dice {score:.3f}", np.asarray(case.image[0]), np.asarray(case.mask), found))
-    return comparison_png(pictures, plan.spacing_mm)
+    return comparison_png(pictures, plan.spacing_mm) if pictures else b""

@@ -1,0 +1,88 @@
+"""What an earlier call of `train` found out and left in its work folder, for the one that goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from volseg.errors import VolsegError
+from volseg.inputs import read_json
+from volseg.io.cases import survey_cases
+from volseg.io.files import write_json_atomic
+from volseg.recipe import Recipe, parse_recipe
+from volseg.workflows.batch import Progress
+from volseg.workflows.planning import recipe_for
+from volseg.workflows.preparing import PREPARED_FILE
+
+if TYPE_CHECKING:  # torch takes seconds to import; only a workflow that needs it pays
+    from volseg.plan import Plan
+
+RECIPE_FILE, FITTED_FILE = "recipe.json", "fitted.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Fitted:
+    """What is trained in the time that was given: the number of networks, and their plan."""
+
+    folds: int
+    plan: Plan
+
+
+def recipe_once(dataset: Path, work: Path, progress: Progress) -> Recipe:
+    """The recipe that follows from a dataset, its masks looked at only once while their sizes and dates are the same."""
+    files = _dates(dataset)
+    try:
+        content = read_json(work / RECIPE_FILE)
+        if content["files"] == files:
+            return parse_recipe(content["recipe"], where=str(work / RECIPE_FILE))
+    except (OSError, ValueError, KeyError, TypeError, VolsegError):
+        pass  # not there yet, or of an earlier volseg
+    recipe = recipe_for(dataset, None, progress)
+    write_json_atomic(work / RECIPE_FILE, {"files": files, "recipe": recipe.model_dump(mode="json")})
+    return recipe
+
+
+def _dates(dataset: Path) -> dict[str, list[int]]:
+    """Size and date of change of all on which the recipe of a dataset depends."""
+    cases, _ = survey_cases(dataset)
+    paths = [path for case in cases for path in (*case.images.values(), case.reference) if path is not None]
+    paths += [dataset] if dataset.is_file() else [dataset / "cases.csv", dataset / "dataset.json"]
+    facts = {str(path): path.stat() for path in paths if path.is_file()}
+    return {path: [stat.st_size, stat.st_mtime_ns] for path, stat in facts.items()}
+
+
+def write_fitted(work: Path, fitted: Fitted) -> None:
+    """Keep what is trained for who resumes."""
+    write_json_atomic(work / FITTED_FILE, {"folds": fitted.folds, "plan": fitted.plan.model_dump(mode="json")})
+
+
+def read_fitted(work: Path) -> Fitted | None:
+    """What an interrupted call trains; None where it was not fitted to a time, or did not come so far."""
+    from volseg.plan import Plan
+
+    try:
+        content = read_json(work / FITTED_FILE)
+        return Fitted(folds=int(content["folds"]), plan=Plan.model_validate(content["plan"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def read_header(prepared: Path) -> Mapping[str, Any]:
+    """`prepared.json`; nothing where it is not there or damaged."""
+    try:
+        content = read_json(prepared / PREPARED_FILE)
+        return content if isinstance(content, dict) else {}
+    except (OSError, ValueError):
+        return {}
+
+
+def earlier_plan(prepared: Path) -> Plan | None:
+    """The plan with which an interrupted run prepared its data; None where it did not come so far."""
+    from volseg.plan import Plan
+
+    try:
+        return Plan.model_validate(read_header(prepared)["plan"])
+    except (ValueError, KeyError):
+        return None
