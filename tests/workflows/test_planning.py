@@ -109,7 +109,7 @@ def test_a_gpu_plans_activations_of_two_bytes_and_time_becomes_arithmetic():
 def test_a_folder_trains_without_a_recipe_and_is_cross_validated(layout, tmp_path):
     out = tmp_path / "model"
     folder = layout(tmp_path / "d")
-    volseg.train(folder, out=out, folds=2, epochs=1, memory="1G", device="cpu", time_budget_seconds=25)
+    volseg.train(folder, out=out, folds=2, epochs=1, memory="1G", device="cpu", time_budget_seconds=60)
     bundle = load_bundle(out)
     assert len(bundle.members) == 2
     assert bundle.metrics["networks"] == 2

@@ -48,7 +48,8 @@ class Threads:
     def begin(self) -> None:
         """Say that the steps from now on are of another network: what was measured in a round begun before is void."""
         if not self.is_settled:
-            self._timed, self._seconds = [], {}
+            self._change(min(self._seconds, key=lambda n: self._seconds[n], default=self.n))
+            self._seconds = {}
 
     def took(self, seconds: float) -> None:
         """Say how long the last step took; the number for the next one is set."""

@@ -18,6 +18,7 @@ from volseg.train.ranks import Team
 MOST_STEPS = 12  # that are timed, after a first one in which memory and kernels are found
 MOST_SECONDS = 3.0  # after which no further one is timed
 LONG_SECONDS = 60.0  # of the first step, which is then itself the answer
+SETTLING_SECONDS = 40.0  # after which the number of threads is looked for no longer
 
 
 def seconds_per_step(
@@ -51,10 +52,9 @@ def seconds_per_step(
     if threads is not None:
         threads.begin()
     taken: list[float] = []
+    started = time.monotonic()
     with run.batches:
-        while len(taken) <= MOST_STEPS and sum(taken[1:]) < MOST_SECONDS and sum(taken[:1]) < LONG_SECONDS:
-            if len(taken) > 1 and time.monotonic() > until:
-                break
+        while not _is_enough(taken, time.monotonic() - started, until, threads):
             was_settled = threads is None or threads.is_settled
             began = time.monotonic()
             with team.in_step():
@@ -69,3 +69,14 @@ def seconds_per_step(
         team.tell(None)
     fastest = math.inf if threads is None else threads.fastest
     return min(fastest, statistics.median(taken[1:] or taken))
+
+
+def _is_enough(taken: Sequence[float], passed: float, until: float, threads: Threads | None) -> bool:
+    """Whether the steps that were taken in the seconds that passed tell how long one takes."""
+    if len(taken) < 2:
+        return sum(taken) > LONG_SECONDS
+    if time.monotonic() > until:
+        return True
+    if threads is not None and not threads.is_settled:
+        return passed > SETTLING_SECONDS
+    return len(taken) > MOST_STEPS or sum(taken[1:]) > MOST_SECONDS
