@@ -231,6 +231,16 @@ def test_of_a_work_folder_only_what_was_written_is_deleted(tmp_path):
     }
 
 
+@pytest.mark.parametrize("is_used", [True, False])
+def test_a_work_folder_is_known_again_after_a_run_that_wrote_nothing_else(is_used, tmp_path):
+    for _ in range(2):
+        with OutputFolder(tmp_path / "model", "train") as outputs:
+            work = outputs.work_folder(".training")
+            if is_used:
+                (work / "recipe.json").write_text("{}")
+    assert (tmp_path / "model").exists() == is_used
+
+
 def test_a_work_folder_that_volseg_did_not_make_is_refused(tmp_path):
     (tmp_path / ".training").mkdir()
     with OutputFolder(tmp_path, "train") as outputs, pytest.raises(VolsegError, match="not made by volseg"):

@@ -68,6 +68,7 @@ class OutputFolder:
         self._guard = threading.Lock()  # commits come from the thread that writes and from the one that loops
         self._hashes: dict[str, set[str]] = {}
         self._commits = 0
+        self._work: list[Path] = []
         self._created: list[Path] = []  # folders that this run made, removed again if it writes nothing
 
     # ---- holding
@@ -114,7 +115,10 @@ class OutputFolder:
     ) -> None:
         try:
             shutil.rmtree(self._scratch, ignore_errors=True)
-            if self._records in self._created and not self._hashes:
+            for folder in self._work:
+                with contextlib.suppress(OSError):
+                    folder.rmdir()  # only if it is empty
+            if self._records in self._created and not self._hashes and not any(map(os.path.lexists, self._work)):
                 (self._records / LEDGER).unlink(missing_ok=True)
                 (self._records / LOCK).unlink(missing_ok=True)
                 for folder in self._created:
@@ -253,6 +257,7 @@ class OutputFolder:
         with self._written(path):
             self._append([{"folder": name}])
             path.mkdir(exist_ok=True)
+        self._work.append(path)
         return path
 
     def remove(self, name: str) -> None:
