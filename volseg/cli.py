@@ -227,7 +227,7 @@ def train(
     The weights with the best validation Dice become a model folder with a card to read. Ctrl-C ends with the best model so far; add
     --resume to go on. With --time-budget the learning rate falls to its end within the budget.
     """
-    with _progress() as show:
+    with _progress("Starting") as show:
         from volseg import workflows  # takes seconds, in which a line is due too
 
         report = workflows.train(
@@ -673,11 +673,14 @@ def _terminate(number: int, frame: FrameType | None) -> None:
 
 
 @contextmanager
-def _progress() -> Iterator[Callable[[str, float, str], None]]:
-    """A progress callback that draws a bar per stage on stderr; where that is no terminal, a line from time to time."""
+def _progress(first: str = "") -> Iterator[Callable[[str, float, str], None]]:
+    """A progress callback that draws a bar per stage on stderr; where that is no terminal, a line from time to time.
+
+    `first` is what goes on before the first call.
+    """
     console = Console(stderr=True)
     if not console.is_terminal:
-        with _Lines() as lines:
+        with _Lines(first) as lines:
             yield lines.show
         return
     shape = (
@@ -706,8 +709,8 @@ class _Lines:
     With `with`, a line also says that a step is not over yet where it takes long.
     """
 
-    def __init__(self) -> None:
-        self._stage, self._began, self._first = "Starting", time.monotonic(), 0.0
+    def __init__(self, stage: str = "") -> None:
+        self._stage, self._began, self._first = stage, time.monotonic(), 0.0
         self._said = self._heard = self._began
         self._detail, self._over = "loading packages", threading.Event()
         self._thread = threading.Thread(target=self._watch, name="volseg-progress", daemon=True)
@@ -723,7 +726,7 @@ class _Lines:
     def _watch(self) -> None:
         while not self._over.wait(1.0):
             now = time.monotonic()
-            if now - self._said >= SILENT_SECONDS:
+            if self._stage and now - self._said >= SILENT_SECONDS:
                 self._said = now
                 waited = timedelta(seconds=round(now - self._heard))
                 typer.echo(f"{self._stage}: still going on after {waited}, {self._detail}", err=True)

@@ -141,7 +141,7 @@ def test_a_time_budget_is_shared_by_both(dataset, recipe, tmp_path):
             "train": recipe.train.model_copy(update=long),
         }
     )
-    volseg.train(dataset, recipe=endless, out=tmp_path / "m", epochs=50, time_budget_seconds=10, device="cpu")
+    volseg.train(dataset, recipe=endless, out=tmp_path / "m", epochs=20, time_budget_seconds=20, device="cpu")
     first, second = (rows(tmp_path / "m" / name) for name in ("history_roi.csv", "history.csv"))
     assert float(first[-1]["seconds"]) < float(second[-1]["seconds"])
     assert float(second[-1]["learning_rate"]) < recipe.train.learning_rate / 2

@@ -45,7 +45,7 @@ def curves_png(histories: Sequence[Sequence[Epoch]]) -> bytes:
         plot.grid(alpha=0.3)
     right.set_ylim(0, 1)
     if len(histories) > 1:
-        right.legend(fontsize=8)
+        left.legend(fontsize=8)  # of all networks: of some nobody may have looked at the validation scans
     return png_bytes(figure, "white")
 
 
