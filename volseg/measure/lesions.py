@@ -293,59 +293,61 @@ class _Lesion:
         if not self.is_large:
             return self.values(array, self.form.core) if self.form.has_core else array[:0, 0, 0].copy()
 
+        inside, values = (each.transpose(self.scan.memory) for each in (self.form.inside, array[self.box]))
+
         def parts() -> Iterator[np.ndarray]:
-            for start, stop in self._slabs():
+            for start, stop in _slabs(inside):
                 low, high = max(0, start - 1), stop + 1
-                inner = core(self.form.inside[low:high])[start - low : stop - low]
-                yield array[self.box][start:stop][inner]
+                yield values[start:stop][core(inside[low:high])[start - low : stop - low]]
 
         return _gathered(parts, array.dtype)
 
     def doubted(self) -> np.ndarray:
         """(N,) confidence in the background round the lesion, in no particular order."""
         assert self.scan.confidence is not None
+        by = EXPECTED_REACH
         if not self.is_large:
-            return self._doubted(self.box, self.form.halo)
+            return _doubted(self.scan.confidence, self.scan.ids, self.box, self.form.halo, (by, by))
+        axes = self.scan.memory
+        inside, ids, confidence = (
+            each.transpose(axes) for each in (self.form.inside, self.scan.ids, self.scan.confidence)
+        )
+        first, *others = (self.box[axis] for axis in axes)
 
         def parts() -> Iterator[np.ndarray]:
-            by, n = EXPECTED_REACH, self.form.inside.shape[0]
-            for start, stop in self._slabs():
-                # What is grown into this slab comes from as far as that before and after it.
+            n = len(inside)
+            for start, stop in _slabs(inside):
+                # What grows into this slab comes from as far as that before and after it.
                 low, high = max(0, start - by), min(n, stop + by)
-                grown = _grown(np.pad(self.form.inside[low:high], by), by)
-                first, last = start - low if start else -by, stop - low if stop < n else stop + by - low
-                side = self.box[0]
-                slab = slice(side.start + start, side.start + stop)
-                box = (slab, *self.box[1:])
-                ends = (0 if start else by, 0 if stop < n else by)
-                yield self._doubted(box, grown[first + by : last + by], ends)
+                before, after = (0 if start else by), (0 if stop < n else by)
+                grown = _grown(np.pad(inside[low:high], by), by)[start - low + by - before : stop - low + by + after]
+                box = (slice(first.start + start, first.start + stop), others[0], others[1])
+                yield _doubted(confidence, ids, box, grown, (before, after))
 
-        return _gathered(parts, self.scan.confidence.dtype)
-
-    def _doubted(
-        self, box: Box, halo: np.ndarray, ends: tuple[int, int] = (EXPECTED_REACH, EXPECTED_REACH)
-    ) -> np.ndarray:
-        """Of a box whose halo goes `ends` voxels beyond it along R, and `EXPECTED_REACH` along A and S."""
-        by, sides, halo_sides = EXPECTED_REACH, [], []
-        for axis, (side, n) in enumerate(zip(box, self.scan.ids.shape, strict=True)):
-            before, after = (by, by) if axis else ends
-            start, stop = max(0, side.start - before), min(n, side.stop + after)
-            sides.append(slice(start, stop))
-            halo_sides.append(slice(start - side.start + before, stop - side.start + before))
-        part = tuple(sides)
-        assert self.scan.confidence is not None
-        return self.scan.confidence[part][halo[tuple(halo_sides)] & (self.scan.ids[part] == 0)]
+        return _gathered(parts, confidence.dtype)
 
     @property
     def is_large(self) -> bool:
         """Whether nothing as large as its box is made of it but its mask."""
         return self.form.inside.size > MEASURED_TOGETHER
 
-    def _slabs(self) -> Iterator[tuple[int, int]]:
-        """Along R, of the box."""
-        inside = self.form.inside
-        step = max(1, MEASURED_TOGETHER // inside[0].size)
-        return ((start, min(start + step, len(inside))) for start in range(0, len(inside), step))
+
+def _doubted(confidence: np.ndarray, ids: np.ndarray, box: Box, halo: np.ndarray, ends: tuple[int, int]) -> np.ndarray:
+    """Of a box whose halo goes `ends` voxels beyond it along the first axis, and `EXPECTED_REACH` along the others."""
+    sides, halo_sides = [], []
+    for axis, (side, n) in enumerate(zip(box, ids.shape, strict=True)):
+        before, after = (EXPECTED_REACH, EXPECTED_REACH) if axis else ends
+        start, stop = max(0, side.start - before), min(n, side.stop + after)
+        sides.append(slice(start, stop))
+        halo_sides.append(slice(start - side.start + before, stop - side.start + before))
+    part = tuple(sides)
+    return confidence[part][halo[tuple(halo_sides)] & (ids[part] == 0)]
+
+
+def _slabs(array: np.ndarray) -> Iterator[tuple[int, int]]:
+    """Ends of parts along its first axis."""
+    step = max(1, MEASURED_TOGETHER // array[0].size)
+    return ((start, min(start + step, len(array))) for start in range(0, len(array), step))
 
 
 def _gathered(parts: Callable[[], Iterator[np.ndarray]], dtype: np.dtype) -> np.ndarray:
@@ -397,12 +399,11 @@ class _Form:
             return len(self.surface_mm)
         n = 0
         for axis in range(3):
-            for at in range(self.inside.shape[axis] + 1):
-                planes = [(slice(None),) * axis + (each,) for each in (at - 1, at)]
-                low, high = (
-                    self.inside[plane] if 0 <= plane[axis] < self.inside.shape[axis] else False for plane in planes
-                )
-                n += int(np.count_nonzero(low != high))
+            planes = np.moveaxis(self.inside, axis, 0)
+            n += int(np.count_nonzero(planes[0])) + int(np.count_nonzero(planes[-1]))
+            for start, stop in _slabs(planes):
+                part = planes[start : stop + 1]
+                n += int(np.count_nonzero(part[1:] != part[:-1]))
         return n
 
     @cached_property

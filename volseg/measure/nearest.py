@@ -118,19 +118,19 @@ def _blocks(box: Box) -> Iterator[Box]:
 
 def _faces(window: np.ndarray, number: int, block: Box, corner: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(N, 3) and (M, 3) points in voxels: those of the lesion's surface at a block, and those of others in the window."""
-    is_one, is_other = window == number, (window != number) & (window > 0)
     start, stop = (np.array([getattr(side, end) for side in block]) for end in ("start", "stop"))
     inside, others = [], []
     for axis in range(3):
-        before, after = (
-            tuple(slice(*ends) if other == axis else slice(None) for other in range(3))
+        low, high = (
+            window[tuple(slice(*ends) if other == axis else slice(None) for other in range(3))]
             for ends in ((None, -1), (1, None))
         )
-        is_face = window[before] != window[after]
-        for chosen, found in ((is_one, inside), (is_other, others)):
-            points = np.argwhere(is_face & (chosen[before] | chosen[after])) + corner
-            points[:, axis] += 0.5
-            found.append(points)
+        index = np.nonzero(low != high)
+        one, other = low[index], high[index]
+        points = np.stack(index, axis=1) + corner
+        points[:, axis] += 0.5
+        inside.append(points[(one == number) | (other == number)])
+        others.append(points[((one > 0) & (one != number)) | ((other > 0) & (other != number))])
     surface = np.concatenate(inside)
     # The next block has the others.
     return surface[((surface > start - 0.75) & (surface < stop - 0.25)).all(axis=1)], np.concatenate(others)
