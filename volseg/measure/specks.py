@@ -31,7 +31,7 @@ from volseg.postprocess.lesions import MANY
 from volseg.recipe import Measure
 from volseg.volume import Volume, slabs_of
 
-TOGETHER_VOXELS = 2**21  # of lesions that are looked at together
+TOGETHER_VOXELS = 2**20  # of lesions that are looked at together
 TOGETHER_ROWS = 2**17
 SLAB_VOXELS = 2**20
 

@@ -17,6 +17,7 @@ import numpy as np
 
 from volseg import __version__
 from volseg.errors import ScanError, VolsegError
+from volseg.execute.cpu import parse_bytes
 from volseg.execute.local import Outcome
 from volseg.io.cases import Case
 from volseg.io.files import make_folder, sha256_of, write_bytes_atomic
@@ -253,8 +254,6 @@ def amount_of(amount: str | int | None, option: str) -> int | None:
     Raises:
         VolsegError: it is no amount of memory.
     """
-    from volseg.infer.memory import parse_bytes
-
     try:
         return None if amount is None else parse_bytes(str(amount))
     except ValueError as error:

@@ -17,7 +17,7 @@ from volseg.io.nifti import read_mask, read_volume
 from volseg.measure.rows import CaseRow, LesionMeasurement
 from volseg.report.records import file_of
 from volseg.report.results import THUMBNAILS, VIEWERS, ResultsFolder, plain
-from volseg.volume import Volume
+from volseg.volume import BoundingBox, Volume
 
 HEAD_BYTES = 4096  # of report.html, in which it says what it was made from
 ANY_NUMBER = 2**32  # of lesions in a file of lesion ids
@@ -66,10 +66,8 @@ def _plain(lesion: LesionMeasurement | Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _extent_mm(ids: Volume, number: int) -> float:
     """Longest edge of the box of a lesion, along the axes of the grid."""
-    voxels = np.argwhere(ids.array == number)
-    if not len(voxels):
-        return 0.0
-    return float(((np.ptp(voxels, axis=0) + 1) * ids.geometry.spacing_mm).max())
+    box = BoundingBox.around(ids.array == number)
+    return 0.0 if box is None else float((np.array(box.shape) * ids.geometry.spacing_mm).max())
 
 
 def source_of(path: Path, unit: str) -> dict[str, str]:
