@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -56,6 +56,23 @@ def write_bytes_atomic(path: Path, data: bytes | str) -> None:
             raise read_back_problem(path)
 
     atomic_write(path, lambda file: _write_all(file, payload), verify)
+
+
+def write_lines_atomic(path: Path, lines: Iterable[str]) -> None:
+    """`atomic_write` of lines in UTF-8 that are made one at a time, read back and compared by their checksum."""
+    digest = hashlib.sha256()
+
+    def write(file: BinaryIO) -> None:
+        for line in lines:
+            data = f"{line}\n".encode()
+            digest.update(data)
+            _write_all(file, data)
+
+    def verify(temporary: Path) -> None:
+        if sha256_of(temporary) != digest.hexdigest():
+            raise read_back_problem(path)
+
+    atomic_write(path, write, verify)
 
 
 def write_json_atomic(path: Path, obj: Any, *, indent: int | None = 2) -> None:

@@ -7,6 +7,8 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, fields
+from heapq import merge
+from operator import itemgetter
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -14,11 +16,13 @@ from typing import Any, Self
 from filelock import FileLock, Timeout
 
 from volseg.errors import EnvironmentProblem, VolsegError
-from volseg.io.files import TEMPORARY_PREFIX, sha256_of, write_json_atomic
+from volseg.io.files import TEMPORARY_PREFIX, sha256_of, write_json_atomic, write_lines_atomic
 from volseg.measure.rows import CaseRow, LesionMeasurement
+from volseg.measure.specks import MeasuredLesions
 from volseg.report.tables import write_table
 
 RECORDS = ".volseg"
+SPECKS = ".specks.jsonl"  # beside the record of a case: rows of the lesions beyond the largest, one per line
 VIEWERS, THUMBNAILS = "viewer", "viewer/thumbnails"
 OUTPUT_FOLDERS = ("masks", "lesion_ids", "figures", VIEWERS, THUMBNAILS)
 
@@ -132,7 +136,7 @@ class ResultsFolder(RecordFolder):
         case: CaseRow,
         *,
         key: str = "",
-        lesions: Sequence[LesionMeasurement] = (),
+        lesions: Sequence[LesionMeasurement] | MeasuredLesions = (),
         files: Sequence[Path] = (),
         source: Mapping[str, str] | None = None,
     ) -> None:
@@ -142,6 +146,13 @@ class ResultsFolder(RecordFolder):
             files: its outputs, already written; other files of an earlier call go.
             source: what is needed to make its page again, such as where its scan is.
         """
+        specks, side_file = None, self._records / f"{case.case_id}{SPECKS}"
+        if isinstance(lesions, MeasuredLesions):
+            lesions, specks = lesions.largest, lesions.specks
+        if specks is None:
+            side_file.unlink(missing_ok=True)
+        else:
+            write_lines_atomic(side_file, (json.dumps(known_values(speck)) for speck in specks))
         record = {"key": key, "case": plain(case), "lesions": [plain(lesion) for lesion in lesions]}
         self._write(case.case_id, record | {"source": dict(source or {})}, files)
 
@@ -174,14 +185,32 @@ class ResultsFolder(RecordFolder):
         records = self.records()
         rows: dict[str, Mapping[str, Any]] = {row.case_id: asdict(row) for row in pending}
         rows |= {name: record["case"] for name, record in records.items() if name not in rows}
-        lesions = [
+        lesions = (
             lesion
             for name, record in sorted(records.items())
-            for lesion in record["lesions"]
             if rows[name]["status"] == "done"
-        ]
+            for lesion in merge(record["lesions"], self._specks(name), key=itemgetter("lesion_id"))
+        )
         write_table(self.path / "lesions.csv", LesionMeasurement, lesions)
         write_table(self.path / "cases.csv", CaseRow, [rows[name] for name in sorted(rows)])
+
+    def _specks(self, case_id: str) -> Iterator[dict[str, Any]]:
+        """Rows of the lesions that are not in the record of a case, one at a time."""
+        try:
+            with open(self._records / f"{case_id}{SPECKS}", encoding="utf-8") as file:
+                yield from map(json.loads, file)
+        except FileNotFoundError:
+            return
+
+    def case_warnings(self, case_ids: Sequence[str], code: str) -> list[str]:
+        """Those of this code that the rows of these cases hold."""
+        texts = ((name, record["case"].get("warnings") or "") for name in case_ids if (record := self._read(name)))
+        return [f"{part} ({name})" for name, text in texts for part in text.split("; ") if part.startswith(code)]
+
+
+def known_values(row: Any) -> dict[str, Any]:
+    """As `plain`, without what is unknown."""
+    return {name: value for name, value in plain(row).items() if value is not None}
 
 
 def plain(row: Any) -> dict[str, Any]:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import csv
 import io
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, fields
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from volseg.io.files import write_bytes_atomic
+from volseg.io.files import write_lines_atomic
 
 FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")  # a spreadsheet would run a text that starts so
 
@@ -22,13 +22,19 @@ def write_table(path: Path, row_type: type, rows: Iterable[Any]) -> None:
         rows: instances of `row_type`, or mappings with its field names.
     """
     names = [field.name for field in fields(row_type)]
-    text = io.StringIO(newline="")
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(names)
-    for row in rows:
-        values: Mapping[str, Any] = row if isinstance(row, Mapping) else asdict(row)
-        writer.writerow([cell(values.get(name)) for name in names])
-    write_bytes_atomic(path, text.getvalue().encode("utf-8"))
+
+    def lines() -> Iterator[str]:
+        text = io.StringIO(newline="")
+        writer = csv.writer(text, lineterminator="")
+        writer.writerow(names)
+        yield text.getvalue()
+        for row in rows:
+            text.seek(0)
+            text.truncate()
+            writer.writerow([cell(row.get(name) if isinstance(row, Mapping) else getattr(row, name)) for name in names])
+            yield text.getvalue()
+
+    write_lines_atomic(path, lines())
 
 
 def cell(value: Any) -> str:
