@@ -26,9 +26,9 @@ from volseg.infer.memory import MemoryPlan, NetworkPass, ScanHeader, network_byt
 from volseg.infer.roi import find_region
 from volseg.infer.stream import Tiling, predict_slabs
 from volseg.infer.tiles import thinnest_axis, widest
-from volseg.measure.lesions import measure_lesions
 from volseg.measure.rows import LesionMeasurement
-from volseg.postprocess.lesions import CONNECTIVITY, label_lesions, without_organ
+from volseg.measure.specks import MeasuredLesions, Specks, measure_largest
+from volseg.postprocess.lesions import CONNECTIVITY, MANY, label_lesions, without_organ
 from volseg.postprocess.steps import make_steps
 from volseg.preprocess.align import completed, on_one_grid
 from volseg.preprocess.crop import scaled_box
@@ -57,8 +57,14 @@ class CaseResult:
 
     mask: Volume  # label values of the recipe
     lesion_ids: Volume  # 1 = largest
-    lesions: Sequence[LesionMeasurement]
+    lesions: Sequence[LesionMeasurement]  # of a mask that looks like noise the largest; `specks` are the others
     organ_voxels: int | None = None  # of the organ's own label; None where no label is the organ
+    specks: Specks | None = None
+
+    @property
+    def measured(self) -> MeasuredLesions:
+        """All lesions, of which rows are made when they are asked for."""
+        return MeasuredLesions(self.lesions, self.specks)
 
 
 def load_model(
@@ -129,8 +135,8 @@ def segment_case(
     lesions = label_lesions(lesion_mask, scan.geometry)
     classes = None
     if model.classifier is not None and recipe.classify is not None:
-        classes = classify_lesions(scan, lesions.ids, model.classifier, recipe.classify)
-    rows = measure_lesions(
+        classes = classify_lesions(scan, lesions.ids, model.classifier, recipe.classify, most=MANY)
+    measured = measure_largest(
         scan,
         lesions.ids,
         lesions.labels,
@@ -143,7 +149,8 @@ def segment_case(
         connectivity=CONNECTIVITY,
         model=model.bundle.name,
     )
-    return CaseResult(scan.with_array(mask), scan.with_array(lesions.ids), rows, organ_voxels)
+    ids = scan.with_array(lesions.ids)
+    return CaseResult(scan.with_array(mask), ids, measured.largest, organ_voxels, measured.specks)
 
 
 def patch_bytes(model: Model) -> int:

@@ -129,7 +129,7 @@ def test_memory_does_not_grow_with_classes_whose_head_is_put_off(bundle):
             tiling=tiling_of(many),
             settings=settings,
             backend="openvino",
-            network_bytes=100 << 20,
+            network_bytes=600 << 20,
             n_channels=min(n_classes, 17),
         )
         footprint = plan_memory(header, run).footprint

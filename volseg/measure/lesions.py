@@ -694,16 +694,25 @@ def _class(probabilities: Mapping[str, float] | None) -> tuple[dict[str, Any], s
 
 
 def summarise(
-    lesions: Sequence[LesionMeasurement], settings: Measure, *, unit: str, organ_voxels_ml: float | None
+    lesions: Sequence[LesionMeasurement],
+    settings: Measure,
+    *,
+    unit: str,
+    organ_voxels_ml: float | None,
+    n_specks: int = 0,
+    specks_ml: float = 0.0,
+    may_be_measurable: bool = False,
 ) -> dict[str, Any]:
     """The columns of cases.csv that follow from the lesions of a scan.
 
     Args:
+        n_specks, specks_ml: number and volume of further lesions, of which little more is known.
+        may_be_measurable: whether one of those may be long enough; then it is unknown how many are.
         unit: of the intensities.
         organ_voxels_ml: volume of the organ's own label, without the lesions in it; None where no label is the organ. An organ without
             a voxel was not found: how much of it is lesion is then unknown.
     """
-    total_ml = float(sum(lesion.volume_ml for lesion in lesions))
+    total_ml = float(sum(lesion.volume_ml for lesion in lesions)) + specks_ml
     targets = [lesion for lesion in lesions if lesion.recist_measurable]
     lengths = [
         float((lesion.short_axis_mm if lesion.label_name in settings.lymph_nodes else lesion.long_axis_mm) or 0.0)
@@ -711,13 +720,20 @@ def summarise(
     ]
     organ_ml = organ_voxels_ml + total_ml if organ_voxels_ml else None
     scores = [lesion.agatston_score for lesion in lesions]
-    is_scored = settings.calcium and unit == "HU" and not any(score is None or math.isnan(score) for score in scores)
+    is_scored = (
+        settings.calcium
+        and unit == "HU"
+        and not n_specks
+        and not any(score is None or math.isnan(score) for score in scores)
+    )
     return {
-        "n_lesions": len(lesions),
+        "n_lesions": len(lesions) + n_specks,
         "total_volume_ml": total_ml,
         "largest_volume_ml": max((lesion.volume_ml for lesion in lesions), default=None),
-        "n_measurable": len(targets),
-        "sum_long_axis_mm": sum_of_diameters_mm(
+        "n_measurable": None if may_be_measurable else len(targets),
+        "sum_long_axis_mm": None
+        if may_be_measurable
+        else sum_of_diameters_mm(
             lengths,
             [lesion.label for lesion in targets],
             most=settings.max_targets,

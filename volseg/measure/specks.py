@@ -77,14 +77,18 @@ class Specks:
 
     @property
     def warning(self) -> str:
-        """What a reader of any number of the scan must know; empty where there are none of them."""
-        if not self.n:
-            return ""
+        """What a reader of any number of the scan must know."""
         n_full = self.n_lesions - self.n
         return (
-            f"W_SPECKS: {spaced(self.n_lesions)} components: this mask looks like noise; only the {spaced(n_full)} "
-            "largest have every column"
+            f"W_SPECKS: {spaced(self.n_lesions)} components: this mask looks like noise, and only the "
+            f"{spaced(n_full)} largest have every column"
         )
+
+    @property
+    def touches_border(self) -> bool:
+        """Whether any lesion of the scan does."""
+        ends = ((axis, at) for axis in range(3) for at in (0, -1))
+        return any(bool(np.moveaxis(self.ids, axis, 0)[at].any()) for axis, at in ends)
 
     @property
     def may_be_measurable(self) -> bool:
@@ -92,13 +96,12 @@ class Specks:
         matrix = CanonicalScan.of(self.image, self.ids, None).geometry.affine[:3, :3]
         diagonal_mm = max(float(np.linalg.norm(matrix[:, 0] + sign * matrix[:, 1])) for sign in (1, -1))
         connected = self.connectivity is not None
-        return bool(self.n) and not (connected and self.most_voxels * diagonal_mm < MEASURABLE_MM - ROUNDING_MM)
+        return not (connected and self.most_voxels * diagonal_mm < MEASURABLE_MM - ROUNDING_MM)
 
     def __iter__(self) -> Iterator[LesionMeasurement]:
-        if self.n:
-            scan = CanonicalScan.of(self.image, self.ids, self.confidence)
-            for start, stop in self._ranges():
-                yield from self._rows(scan, start, stop)
+        scan = CanonicalScan.of(self.image, self.ids, self.confidence)
+        for start, stop in self._ranges():
+            yield from self._rows(scan, start, stop)
 
     def _ranges(self) -> Iterator[tuple[int, int]]:
         """Numbers of lesions that are looked at together."""
@@ -222,14 +225,21 @@ class MeasuredLesions:
     """The lesions of a scan: the largest with every column, and the others, whose rows are made when they are asked for."""
 
     largest: Sequence[LesionMeasurement]
-    specks: Specks
+    specks: Specks | None = None
 
     def __len__(self) -> int:
-        return len(self.largest) + len(self.specks)
+        return len(self.largest) + len(self.specks or ())
 
     def __iter__(self) -> Iterator[LesionMeasurement]:
         """All rows, by number; each only as long as it is looked at."""
-        return merge(self.largest, self.specks, key=attrgetter("lesion_id"))
+        return merge(self.largest, self.specks or (), key=attrgetter("lesion_id"))
+
+    @property
+    def touches_border(self) -> bool:
+        """Whether any of them does."""
+        return any(lesion.touches_border for lesion in self.largest) or (
+            self.specks is not None and self.specks.touches_border
+        )
 
 
 def measure_largest(
@@ -284,6 +294,8 @@ def measure_largest(
         only=only,
         **options,
     )
+    if only is None:
+        return MeasuredLesions(largest)
     specks = Specks(
         image=image,
         ids=ids,

@@ -24,6 +24,7 @@ from volseg.io.files import make_folder, sha256_of, write_bytes_atomic
 from volseg.io.nifti import intensity_warnings, read_header, write_volume
 from volseg.measure.lesions import summarise
 from volseg.measure.rows import CaseRow, LesionMeasurement
+from volseg.measure.specks import MeasuredLesions
 from volseg.recipe import Measure
 from volseg.report.results import ResultsFolder, plain
 from volseg.volume import Volume, slabs_of
@@ -114,7 +115,11 @@ def run_cases(
         done=done,
         kept=kept,
         failed=failed,
-        details={"objects": objects, "pages": about is not None, "warnings": remarks},
+        details={
+            "objects": objects,
+            "pages": about is not None,
+            "warnings": [*results.case_warnings([*done, *kept], "W_SPECKS"), *remarks],
+        },
     )
 
 
@@ -128,7 +133,7 @@ def _add_pages(results: ResultsFolder, kept: Sequence[str]) -> list[str]:
 def done_row(
     case: Case,
     scan: Volume,
-    lesions: Sequence[LesionMeasurement],
+    measured: MeasuredLesions,
     *,
     path: Path,
     unit: str,
@@ -143,17 +148,20 @@ def done_row(
         unit: of its intensities.
         organ_voxels: of the organ's own label; None where no label is the organ.
     """
+    lesions, specks = measured.largest, measured.specks
     oddities = (*read_header(path).warnings, *intensity_warnings(scan, is_ct=unit == "HU"))
     warnings = [f"{warning.code}: {warning.text}" for warning in oddities]
     if scan.array.dtype.kind == "f" and not all(np.isfinite(scan.array[part]).all() for part in slabs_of(scan.array)):
         warnings.append("W_NAN: some voxels are not finite; lesions that hold one have no intensities")
+    if specks is not None:
+        warnings.insert(0, specks.warning)
     if organ_voxels == 0:
         warnings.append(f"W_ORGAN: no voxel is {settings.organ}, so its volume and the burden are unknown")
-    if settings.calcium and any(lesion.agatston_score is None for lesion in lesions):
+    if settings.calcium and (specks is not None or any(lesion.agatston_score is None for lesion in lesions)):
         warnings.append("W_CALCIUM: a lesion has no score, its notes say why, so the scan has none")
     elif settings.calcium and unit != "HU":
         warnings.append(f"W_CALCIUM: calcium is scored in HU, not in {unit}")
-    if any(lesion.touches_border for lesion in lesions):
+    if measured.touches_border:
         warnings.append("W_BORDER: a lesion touches the border of the scan, so its volume is a lower bound")
     return CaseRow(
         case_id=case.id,
@@ -163,6 +171,9 @@ def done_row(
             settings,
             unit=unit,
             organ_voxels_ml=None if organ_voxels is None else organ_voxels * scan.geometry.voxel_volume_mm3 / 1000,
+            n_specks=len(specks or ()),
+            specks_ml=0.0 if specks is None else specks.volume_ml,
+            may_be_measurable=specks is not None and specks.may_be_measurable,
         ),
         image=path.name,
         model=model,

@@ -325,7 +325,7 @@ def _write(
         row = done_row(
             case,
             found.scan,
-            result.lesions,
+            result.measured,
             path=scan_path,
             unit=unit,
             model=bundle.name,
@@ -336,4 +336,4 @@ def _write(
         if pages:
             files += write_page(row, result.lesions, found.scan, result.lesion_ids.array, unit=unit, out=results.path)
     row = replace(row, seconds=round(found.seconds + time.monotonic() - started, 2))
-    results.commit(row, key=key, lesions=result.lesions, files=files, source=source_of(scan_path, unit))
+    results.commit(row, key=key, lesions=result.measured, files=files, source=source_of(scan_path, unit))

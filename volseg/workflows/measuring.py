@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast, get_args
 
 import numpy as np
 
-from volseg.errors import VolsegError
+from volseg.errors import ScanError, VolsegError
+from volseg.execute.cpu import give_back_large_blocks
 from volseg.execute.local import run
 from volseg.io.cases import Case, find_cases, find_scans
-from volseg.io.nifti import MAX_LABELS, read_label_table, read_mask, read_volume
-from volseg.measure.lesions import measure_lesions
+from volseg.io.nifti import MAX_LABELS, read_header, read_label_table, read_mask, read_volume
+from volseg.measure.memory import MeasurePlan, plan_measuring
+from volseg.measure.specks import measure_largest
 from volseg.postprocess.lesions import CONNECTIVITY, Objects, label_lesions, without_organ
 from volseg.recipe import Measure, load_recipe
 from volseg.report.results import ResultsFolder
@@ -26,6 +29,7 @@ from volseg.workflows.batch import (
     RunReport,
     about_run,
     all_or_none,
+    amount_of,
     case_key,
     check_pair,
     done_row,
@@ -61,7 +65,9 @@ def measure(
     calcium: bool = False,
     figures: bool = False,
     pages: bool = True,
+    max_ram: str | int | None = None,
     progress: Progress = silent,
+    announce: Callable[[str], None] = lambda text: None,
 ) -> RunReport:
     """Measure any masks on their scans, without a model: one pair, two folders with equal file names, or a table of cases.
 
@@ -73,11 +79,14 @@ def measure(
         organ, lymph_nodes: labels, by name or value, that are an organ with lesions in it, and lymph nodes.
         calcium: score calcium, too.
         pages: also write report.html, and a page per scan to look at its lesions.
+        max_ram: budget of main memory, such as `4G` or a number of bytes; None for none. A pair that may not fit within it is a
+            failed row that says what would do.
 
     Raises:
         VolsegError: the request is wrong. A pair that cannot be used is a failed row instead.
     """
     started = time.monotonic()
+    budget = amount_of(max_ram, "--max-ram")
     if objects not in get_args(Objects):
         raise VolsegError(f"objects {objects!r} is unknown", fix="use components or labels", code="E_USAGE")
     found, unused = _pairs(image, mask, cases)
@@ -96,8 +105,11 @@ def measure(
     options |= {"measure": wanted.settings.model_dump(mode="json")}
     about = about_run("measure", "")
     with ResultsFolder(Path(out)) as results:
+        refusals = _refused(found, wanted, budget, announce)
 
         def task(case: Case) -> None:
+            if case.id in refusals:
+                raise refusals[case.id]
             _measure_case(case, results, case_key(options, case), wanted)
 
         report = run_cases(
@@ -121,6 +133,36 @@ def measure(
             | {"connectivity": CONNECTIVITY if objects == "components" else None}
         )
     return report
+
+
+def _refused(
+    cases: Sequence[Case], wanted: _Wanted, max_ram: int | None, announce: Callable[[str], None]
+) -> dict[str, ScanError]:
+    """The cases that may take more memory than the budget, and why; announces what the largest of the others takes."""
+    give_back_large_blocks()
+    refusals: dict[str, ScanError] = {}
+    plans: dict[str, MeasurePlan] = {}
+    for case in cases:
+        assert case.reference is not None
+        try:
+            scan, mask = read_header(case.images["image"]), read_header(case.reference)
+        except VolsegError:
+            continue  # reading it will say why
+        try:
+            plans[case.id] = plan_measuring(
+                math.prod(scan.geometry.shape),
+                scan.dtype.itemsize,
+                mask.dtype.itemsize,
+                has_organ=wanted.settings.organ is not None,
+                calcium=wanted.settings.calcium,
+                max_ram=max_ram,
+            )
+        except ScanError as error:
+            refusals[case.id] = error
+    if plans:
+        largest = max(plans, key=lambda name: plans[name].total)
+        announce(f"memory: at most {plans[largest]}, for {largest}")
+    return refusals
 
 
 def _pairs(image: Path | str | None, mask: Path | str | None, cases: Path | str | None) -> tuple[list[Case], list[str]]:
@@ -191,10 +233,10 @@ def _measure_case(case: Case, results: ResultsFolder, key: str, wanted: _Wanted)
         array, organ_voxels = without_organ(array, _value_of(settings.organ, names, case.reference))
     nodes_wanted = {_value_of(label, names, case.reference) for label in settings.lymph_nodes}
     lesions = label_lesions(array, scan.geometry, objects=wanted.objects)
-    names = {value: names.get(value, f"label_{value}") for value in lesions.labels}
+    names = {value: names.get(value, f"label_{value}") for value in dict.fromkeys(lesions.labels)}
     nodes = tuple(name for value, name in names.items() if value in nodes_wanted)
     settings = settings.model_copy(update={"lymph_nodes": nodes})
-    rows = measure_lesions(
+    measured = measure_largest(
         scan,
         lesions.ids,
         lesions.labels,
@@ -204,6 +246,7 @@ def _measure_case(case: Case, results: ResultsFolder, key: str, wanted: _Wanted)
         settings=settings,
         connectivity=CONNECTIVITY if wanted.objects == "components" else None,
     )
+    rows = measured.largest
     ids = scan.with_array(lesions.ids)
     with all_or_none() as files:
         files.append(write_mask(ids, results.path / "lesion_ids" / f"{case.id}.nii.gz", like=path))
@@ -212,7 +255,7 @@ def _measure_case(case: Case, results: ResultsFolder, key: str, wanted: _Wanted)
         row = done_row(
             case,
             scan,
-            rows,
+            measured,
             path=path,
             unit=unit,
             model="",
@@ -225,7 +268,7 @@ def _measure_case(case: Case, results: ResultsFolder, key: str, wanted: _Wanted)
         if wanted.pages:
             files += write_page(row, rows, scan, lesions.ids, unit=unit, out=results.path)
     row = replace(row, seconds=round(time.monotonic() - started, 2))
-    results.commit(row, key=key, lesions=rows, files=files, source=source_of(path, unit))
+    results.commit(row, key=key, lesions=measured, files=files, source=source_of(path, unit))
 
 
 def _guess_unit(scan: Volume) -> str:
