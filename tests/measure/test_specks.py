@@ -192,7 +192,7 @@ def test_a_lesion_as_large_as_the_scan_is_measured_slab_by_slab(monkeypatch):
 
 @pytest.mark.parametrize("share", [0.01, 0.2, 1.0])
 def test_measuring_takes_a_few_bytes_per_voxel_and_per_lesion_whatever_the_mask(share):
-    shape = (120, 130, 100)
+    shape = (90, 100, 100)
     mask = np.asfortranarray(noise(share, 1, shape=shape))
     values = np.random.default_rng(0).normal(0, 100, shape).astype(np.int16)
     image = Volume(np.asfortranarray(values), Geometry(shape, oblique((0.8, 0.8, 1.5))), 0.5, -10.0)

@@ -31,7 +31,8 @@ def write_table(path: Path, row_type: type, rows: Iterable[Any]) -> None:
         for row in rows:
             text.seek(0)
             text.truncate()
-            writer.writerow([cell(row.get(name) if isinstance(row, Mapping) else getattr(row, name)) for name in names])
+            values = map(row.get, names) if isinstance(row, Mapping) else (getattr(row, name) for name in names)
+            writer.writerow(["" if value is None else cell(value) for value in values])
             yield text.getvalue()
 
     write_lines_atomic(path, lines())

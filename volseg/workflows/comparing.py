@@ -24,6 +24,7 @@ from volseg.measure.matching import MAX_DISTANCE_MM, Match, match_lesions
 from volseg.measure.response import PatientResponse, judge_response
 from volseg.measure.rows import LesionMeasurement
 from volseg.measure.targets import label_of
+from volseg.postprocess.lesions import MANY
 from volseg.preprocess.register import Registration, register, transformed
 from volseg.report.comparisons import ComparisonFolder
 from volseg.report.records import CaseRecord, case_ids, file_of, read_record, record_path
@@ -418,6 +419,12 @@ def _read_side(time_: str, folder: Path, case: str, scans: Path | None) -> _Side
             f"the {time_} case {case!r} is {record.case.status}: {record.case.reason or 'no reason is given'}",
             fix="repair it and run the command that made the folder again",
             code="E_RECORD",
+        )
+    if (record.case.n_lesions or 0) > MANY:
+        raise ScanError(
+            f"the {time_} case {case!r} has {record.case.n_lesions:,} lesions: its mask looks like noise",
+            fix="correct the mask and measure it again: what is noise has no response",
+            code="E_SPECKS",
         )
     lesions = sorted(record.lesions, key=lambda lesion: lesion.lesion_id)
     path = file_of(folder, case, record.files, "lesion_ids")

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from volseg.errors import VolsegError
-from volseg.evaluate.detection import DetectionRow, detect_lesions, with_lesions
+from volseg.evaluate.detection import DetectionRow, NoisyMaskError, detect_lesions, with_lesions
 from volseg.evaluate.overlap import OverlapRow, evaluate_case, row_of_absent
 from volseg.evaluate.summary import LabelResult, as_json, mean_of, patient_of, summarise_label
 from volseg.execute.local import run
@@ -21,6 +21,7 @@ from volseg.io.files import write_bytes_atomic, write_json_atomic
 from volseg.io.nifti import read_mask
 from volseg.report.results import RECORDS, held
 from volseg.report.tables import write_table
+from volseg.volume import slabs_of
 from volseg.workflows.batch import Progress, RunReport, reason_of, silent
 
 SAME_PLACE_MM = 0.01  # tables have four digits of a centroid
@@ -67,11 +68,20 @@ def evaluate(
                 truth.array != ignored
             )  # of the other voxels nobody knows what they are: they are judged as background
             truth, guess = (mask.with_array(mask.array * known) for mask in (truth, guess))
-        own = {int(value) for mask in (truth, guess) for value in np.unique(mask.array[mask.array != 0])}
+        own = {
+            value
+            for mask in (truth, guess)
+            for part in slabs_of(mask.array)
+            for value in np.unique(mask.array[part]).tolist()
+            if value
+        }
         own_names = {value: names.get(value, f"label_{value}") for value in own}
         patient = truths[case_id].patient
         rows = evaluate_case(truth, guess, own_names, case_id=case_id)
-        found = detect_lesions(truth, guess, own_names, case_id=case_id, min_iou=min_iou)
+        try:
+            found = detect_lesions(truth, guess, own_names, case_id=case_id, min_iou=min_iou)
+        except NoisyMaskError as error:
+            return [replace(row, patient=patient, notes=_joined(row.notes, error)) for row in rows], []
         found = [replace(row, patient=patient, confidence=lesions.confidence_of(row)) for row in found]
         return [with_lesions(replace(row, patient=patient), found) for row in rows], found
 
@@ -109,9 +119,20 @@ def evaluate(
             "not_predicted": sorted(set(truths) - set(guesses)),
             "not_in_reference": sorted(set(guesses) - set(truths)),
             "failed": failed,
+            "warnings": _noisy(rows),
         }
         write_json_atomic(out / "summary.json", summary)
     return RunReport(out=out, done=list(compared), failed=failed, details=summary)
+
+
+def _noisy(rows: Sequence[OverlapRow]) -> list[str]:
+    """A warning for each case whose lesions were not matched."""
+    parts = {row.case_id: part for row in rows for part in row.notes.split("; ") if "W_SPECKS" in part}
+    return [f"{part.removeprefix('lesions: ')} ({case_id})" for case_id, part in parts.items()]
+
+
+def _joined(notes: str, error: NoisyMaskError) -> str:
+    return "; ".join(filter(None, (notes, f"lesions: {error.code}: {error.problem}, so they were not matched")))
 
 
 @dataclass(frozen=True, slots=True)
