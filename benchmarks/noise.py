@@ -3,7 +3,7 @@
     python benchmarks/noise.py [--shapes 256,256,256] [--shares 0.01,0.05,0.2] [--labels 1,117] [--infer 25]
 
 Each mask has this share of its voxels filled at random with labels drawn at random; the scan is noise in int16. `--infer` adds a model
-of so many classes with random weights at the scan's own spacing (0: none). Each run is a process of its own; peak is the highest
+of so many classes with random weights at the scan's own spacing (0: none), and smooths the scan a little, as a real one is. Each run is a process of its own; peak is the highest
 resident memory that the kernel counted for it. Seconds are of the whole command, per 100 000 lesions beside it.
 """
 
@@ -135,6 +135,10 @@ def make(folder: Path, shape: tuple[int, ...], share: float, n_labels: int) -> N
     for k in range(shape[2]):
         scan[:, :, k] = rng.normal(30, 100, shape[:2])
         mask[:, :, k] = rng.integers(1, n_labels + 1, shape[:2]) * (rng.random(shape[:2]) < share)
+    if not share:
+        from scipy.ndimage import gaussian_filter
+
+        scan = np.asfortranarray(gaussian_filter(scan.astype(np.float32), 1.5) * 8).astype(np.int16, order="F")
     affine = np.diag([-SPACING_MM[0], -SPACING_MM[1], SPACING_MM[2], 1])
     nibabel.save(nibabel.Nifti1Image(scan, affine), folder / "scan.nii")
     if share:
