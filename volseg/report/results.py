@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, fields
+from functools import cache
 from heapq import merge
 from operator import itemgetter
 from pathlib import Path
@@ -210,7 +211,17 @@ class ResultsFolder(RecordFolder):
 
 def known_values(row: Any) -> dict[str, Any]:
     """As `plain`, without what is unknown."""
-    return {name: value for name, value in plain(row).items() if value is not None}
+    values = ((name, getattr(row, name)) for name in _names(type(row)))
+    return {
+        name: value
+        for name, value in values
+        if value is not None and not (isinstance(value, float) and not math.isfinite(value))
+    }
+
+
+@cache
+def _names(row_type: type) -> tuple[str, ...]:
+    return tuple(field.name for field in fields(row_type))
 
 
 def plain(row: Any) -> dict[str, Any]:
