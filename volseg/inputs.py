@@ -74,7 +74,9 @@ def read_bytes(path: Path | str, *, max_bytes: int) -> bytes:
     """
     content = bytearray()
     with open_regular(path) as file:
-        while part := file.read(READ_TOGETHER):  # at once, `read` would take `max_bytes` of memory for a short file, too
+        while part := file.read(
+            READ_TOGETHER
+        ):  # at once, `read` would take `max_bytes` of memory for a short file, too
             content += part
             if len(content) > max_bytes:
                 raise ValueError(f"holds more than {max_bytes / 2**20:g} MB")

@@ -206,3 +206,29 @@ def test_measuring_takes_a_few_bytes_per_voxel_and_per_lesion_whatever_the_mask(
     tracemalloc.stop()
     assert n == len(lesions.labels)
     assert peak < 4 * mask.size + 8 * n + 100 * 2**20
+
+
+@pytest.mark.parametrize("settings", [Measure(), Measure(calcium=True)])
+def test_under_a_doubted_unit_specks_hold_what_the_largest_hold(settings):
+    mask = noise()
+    image = scan_of(mask.shape)
+    lesions = label_lesions(mask, image.geometry)
+    options = OPTIONS | {"unit_doubt": "HU is a guess", "settings": settings}
+    options["classes"] = [{"benign": 1.0}] * 5
+    measured = measure_largest(image, lesions.ids, lesions.labels, most=5, **options)
+    calcium = "calcium, " if settings.calcium else ""
+    for row in measured:
+        assert row.notes.count(f"density, mass, {calcium}class: HU is a guess") == 1
+        withheld = (row.density_g_cm3, row.mass_g, row.agatston_score, row.class_name)
+        assert withheld == (None, None, None, None)
+        assert row.intensity_unit == "HU" and row.intensity_mean is not None
+
+
+def test_specks_name_the_class_and_calcium_that_they_lack():
+    mask = noise()
+    image = scan_of(mask.shape)
+    lesions = label_lesions(mask, image.geometry)
+    options = OPTIONS | {"settings": Measure(calcium=True), "classes": [{"benign": 1.0}] * 5}
+    measured = measure_largest(image, lesions.ids, lesions.labels, most=5, **options)
+    assert {row.class_name for row in measured.largest} == {"benign"}
+    assert all("calcium, class: not measured" in row.notes for row in measured.specks)

@@ -69,6 +69,17 @@ def refused():
     return check
 
 
+def test_a_corrected_mask_is_measured_within_the_memory_that_is_announced(model, data, tmp_path):
+    out, texts = tmp_path / "out", []
+    volseg.infer(data / "images", model=model, out=out)
+    erode(out / "masks" / "scan_6.nii.gz")
+    report = volseg.measure(out, max_ram="10M")
+    assert list(report.failed) == ["scan_6"] and report.failed["scan_6"].startswith("E_RAM")
+    report = volseg.measure(out, max_ram="20G", announce=texts.append)
+    assert list(report.done) == ["scan_6"]
+    assert len(texts) == 1 and texts[0].startswith("memory: at most") and texts[0].endswith("for scan_6")
+
+
 def test_a_mask_corrected_by_hand_is_kept_and_measured(model, data, tmp_path):
     out = tmp_path / "out"
     volseg.infer(data / "images", model=model, out=out, figures=True)
