@@ -417,6 +417,10 @@ def measure(
         list[str] | None, typer.Option(help="Label of lymph nodes, measured along their short axis; may be repeated.")
     ] = None,
     calcium: Annotated[bool, typer.Option("--calcium", help="Agatston, volume and mass score, too.")] = False,
+    max_ram: Annotated[
+        str | None,
+        typer.Option(help="Budget of main memory, such as 4G; a pair that may not fit becomes a failed row."),
+    ] = None,
     figures: Figures = False,
     pages: Pages = True,
     as_json: Json = False,
@@ -446,7 +450,9 @@ def measure(
             calcium=calcium,
             figures=figures,
             pages=pages,
+            max_ram=max_ram,
             progress=show,
+            announce=lambda text: typer.echo(text, err=True),
         )
     _finish(report, as_json, lambda: _print_results(report))
 

@@ -23,6 +23,7 @@ MAX_TEXT_BYTES = (
 )  # of a JSON or CSV file: that of 100 000 cases is smaller; parsed, it takes about 20 times as much
 MAX_TOML_BYTES = 1 << 20
 MAX_RECORD_BYTES = 1 << 30  # of a record with a row for each of several 100 000 lesions
+READ_TOGETHER = 2**20  # bytes
 MAX_DEPTH = 64  # lists and objects within each other; more would exhaust the stack of whoever walks through them
 MAX_INTEGER = 2**63 - 1
 MAX_DIGITS = 20  # of a 64-bit number, with its sign
@@ -71,11 +72,15 @@ def read_bytes(path: Path | str, *, max_bytes: int) -> bytes:
     Raises:
         OSError: as `open_regular`. ValueError: it holds more than `max_bytes`.
     """
+    content = bytearray()
     with open_regular(path) as file:
-        content = file.read(max_bytes + 1)
-    if len(content) > max_bytes:
-        raise ValueError(f"holds more than {max_bytes / 2**20:g} MB")
-    return content
+        while part := file.read(
+            READ_TOGETHER
+        ):  # at once, `read` would take `max_bytes` of memory for a short file, too
+            content += part
+            if len(content) > max_bytes:
+                raise ValueError(f"holds more than {max_bytes / 2**20:g} MB")
+    return bytes(content)
 
 
 def read_text(path: Path | str, *, max_bytes: int = MAX_TEXT_BYTES) -> str:

@@ -28,10 +28,10 @@ from volseg.infer.memory import MemoryPlan, NetworkPass, ScanHeader, check_patch
 from volseg.infer.roi import find_region
 from volseg.infer.stream import Tiling, predict_slabs
 from volseg.infer.tiles import thinnest_axis, widest
-from volseg.measure.lesions import measure_lesions
 from volseg.measure.rows import LesionMeasurement
+from volseg.measure.specks import MeasuredLesions, Specks, measure_largest
 from volseg.mismatch import Resemblance, compare_scan
-from volseg.postprocess.lesions import CONNECTIVITY, label_lesions, without_organ
+from volseg.postprocess.lesions import CONNECTIVITY, MANY, label_lesions, without_organ
 from volseg.postprocess.steps import make_steps
 from volseg.preprocess.align import completed, on_one_grid
 from volseg.preprocess.crop import scaled_box
@@ -60,9 +60,15 @@ class CaseResult:
 
     mask: Volume  # label values of the recipe
     lesion_ids: Volume  # 1 = largest
-    lesions: Sequence[LesionMeasurement]
+    lesions: Sequence[LesionMeasurement]  # of a mask that looks like noise the largest; `specks` are the others
     resemblance: Resemblance  # to the training scans of the model
     organ_voxels: int | None = None  # of the organ's own label; None where no label is the organ
+    specks: Specks | None = None
+
+    @property
+    def measured(self) -> MeasuredLesions:
+        """All lesions, of which rows are made when they are asked for."""
+        return MeasuredLesions(self.lesions, self.specks)
 
 
 def load_model(
@@ -147,13 +153,13 @@ def segment_case(
     lesions = label_lesions(lesion_mask, scan.geometry)
     classes = None
     if model.classifier is not None and recipe.classify is not None:
-        is_doubted = bool(resemblance.unit.doubt)
+        # Under a doubted unit no lesion has a class; of noise the largest have one.
         classes = (
-            [None] * len(lesions.labels)
-            if is_doubted
-            else classify_lesions(scan, lesions.ids, model.classifier, recipe.classify)
+            [None] * min(MANY, len(lesions.labels))
+            if resemblance.unit.doubt
+            else classify_lesions(scan, lesions.ids, model.classifier, recipe.classify, most=MANY)
         )
-    rows = measure_lesions(
+    measured = measure_largest(
         scan,
         lesions.ids,
         lesions.labels,
@@ -167,7 +173,15 @@ def segment_case(
         connectivity=CONNECTIVITY,
         model=model.bundle.name,
     )
-    return CaseResult(scan.with_array(mask), scan.with_array(lesions.ids), rows, resemblance, organ_voxels)
+    ids = scan.with_array(lesions.ids)
+    return CaseResult(
+        mask=scan.with_array(mask),
+        lesion_ids=ids,
+        lesions=measured.largest,
+        resemblance=resemblance,
+        organ_voxels=organ_voxels,
+        specks=measured.specks,
+    )
 
 
 def patch_bytes(model: Model) -> int:

@@ -198,10 +198,10 @@ class BoundingBox:
         return i, j, k
 
 
-def slabs_of(array: np.ndarray) -> Iterator[tuple[slice, slice, slice]]:
+def slabs_of(array: np.ndarray, voxels: int = SLAB_VOXELS) -> Iterator[tuple[slice, slice, slice]]:
     """The parts of (I, J, K) along the axis that is slowest in memory: what is made of one of them is not as large as the scan."""
     slow = int(np.argmax(np.abs(array.strides)))
-    step = max(1, SLAB_VOXELS * array.shape[slow] // max(1, array.size))
+    step = max(1, voxels * array.shape[slow] // max(1, array.size))
     whole = [slice(0, n) for n in array.shape]
     for start in range(0, array.shape[slow], step):
         slab = slice(start, min(array.shape[slow], start + step))

@@ -72,7 +72,7 @@ def test_large_blocks_are_given_back_when_they_are_freed():
     code = """
 import sys
 from volseg.execute.cpu import give_back_large_blocks
-from volseg.infer.memory import resident_bytes
+from volseg.execute.cpu import resident_bytes
 import numpy as np
 if sys.argv[1] == "yes":
     give_back_large_blocks()
@@ -97,7 +97,7 @@ print((before - resident_bytes()) >> 20)
 def test_zeros_take_memory_only_where_they_are_written():
     code = """
 from volseg.execute.cpu import keep_freed_memory, untouched_zeros
-from volseg.infer.memory import resident_bytes
+from volseg.execute.cpu import resident_bytes
 import numpy as np
 keep_freed_memory()
 np.ones(120 << 20, np.uint8)  # freed, and kept for the next block

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import volseg
-from volseg.io.csv_text import LINE_BREAKS, MAX_CELL, csv_line, csv_rows, read_csv, write_csv
+from volseg.io.csv_text import LINE_BREAKS, MAX_CELL, csv_line, csv_rows, iterate_csv, read_csv, write_csv
 
 HOSTILE = (
     "a\rb",
@@ -148,3 +148,13 @@ def test_no_other_file_of_the_package_reads_or_writes_csv():
         if uses.search(path.read_text(encoding="utf-8"))
     }
     assert files == {"io/csv_text.py"}
+
+
+def test_rows_one_after_another_are_those_of_the_table(tmp_path):
+    path = tmp_path / "table.csv"
+    with path.open("wb") as file:
+        write_csv(file, [["a", "b"], *([cell, "1"] for cell in HOSTILE), ["short"]])
+    assert list(iterate_csv(path)) == read_csv(path)
+    path.write_bytes(b"a\n" + b"x" * 200_000)
+    with pytest.raises(ValueError, match="not CSV"):
+        list(iterate_csv(path))

@@ -152,7 +152,7 @@ def test_unknown_settings_are_refused_with_the_known_ones():
 @pytest.mark.parametrize("objects", ["components", "labels"])
 def test_a_mask_over_all_of_a_large_scan_takes_a_few_bytes_per_voxel(objects, monkeypatch):
     """Its copy, 4 for the components, 2 for the numbers, twice."""
-    monkeypatch.setattr(lesions_module, "PIECE_VOXELS", 2**16)
+    monkeypatch.setattr(lesions_module, "SUMMED_VOXELS", 2**16)
     mask = np.ones((200, 200, 100), np.uint8, order="F")
     tracemalloc.start()
     lesions = label_lesions(mask, Geometry(mask.shape, np.eye(4)), objects=objects)

@@ -1,10 +1,11 @@
 import csv
 import json
+from dataclasses import fields
 
 import pytest
 
 from volseg.errors import EnvironmentProblem, VolsegError
-from volseg.measure.rows import CaseRow
+from volseg.measure.rows import CaseRow, LesionMeasurement
 from volseg.store.results import ResultsFolder, State
 
 
@@ -15,6 +16,11 @@ def rows(path):
 
 def done(name):
     return CaseRow(case_id=name, status="done", n_lesions=0, total_volume_ml=0.0)
+
+
+def lesion(number, n_voxels):
+    unknown = dict.fromkeys((field.name for field in fields(LesionMeasurement)), None)
+    return LesionMeasurement(**unknown | {"case_id": "a", "lesion_id": number, "n_voxels": n_voxels})
 
 
 def failed(name):
@@ -149,3 +155,13 @@ def test_a_file_where_the_folder_should_be_is_an_environment_problem(tmp_path):
     (tmp_path / "out").write_text("a file")
     with pytest.raises(EnvironmentProblem, match="cannot write"), ResultsFolder(tmp_path / "out", "infer"):
         pass
+
+
+def test_the_largest_rows_are_those_with_most_voxels_in_their_order(tmp_path):
+    sizes = [3, 9, 9, 1, 7]
+    rows_of_a = [lesion(n, size) for n, size in enumerate(sizes, start=1)]
+    with ResultsFolder(tmp_path, "measure") as results:
+        commit(results, "a", lesions=iter(rows_of_a))
+        numbers = [row["lesion_id"] for row in results.largest_rows("a", 2)]
+        assert numbers == [2, 3]
+        assert [row["lesion_id"] for row in results.largest_rows("a", 10)] == [1, 2, 3, 4, 5]

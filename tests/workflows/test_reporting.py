@@ -9,9 +9,9 @@ from laws import ball, centre_mm, grid_around, oblique
 
 import volseg
 from volseg.errors import VolsegError
-from volseg.infer.memory import PAGE
 from volseg.io.nifti import write_volume
 from volseg.measure.lesions import measure_lesions
+from volseg.measure.memory import PAGE
 from volseg.measure.rows import CaseRow
 from volseg.postprocess.lesions import label_lesions
 from volseg.store.results import ResultsFolder

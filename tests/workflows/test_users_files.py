@@ -69,6 +69,17 @@ def refused():
     return check
 
 
+def test_a_corrected_mask_is_measured_within_the_memory_that_is_announced(model, data, tmp_path):
+    out, texts = tmp_path / "out", []
+    volseg.infer(data / "images", model=model, out=out)
+    erode(out / "masks" / "scan_6.nii.gz")
+    report = volseg.measure(out, max_ram="10M")
+    assert list(report.failed) == ["scan_6"] and report.failed["scan_6"].startswith("E_RAM")
+    report = volseg.measure(out, max_ram="20G", announce=texts.append)
+    assert list(report.done) == ["scan_6"]
+    assert len(texts) == 1 and texts[0].startswith("memory: at most") and texts[0].endswith("for scan_6")
+
+
 def test_a_mask_corrected_by_hand_is_kept_and_measured(model, data, tmp_path):
     out = tmp_path / "out"
     volseg.infer(data / "images", model=model, out=out, figures=True)
@@ -284,7 +295,7 @@ def test_a_damaged_record_is_said_and_its_case_done_again(data, tmp_path):
 def test_a_scan_replaced_while_it_is_measured_is_recorded_as_it_was_read(data, tmp_path, monkeypatch):
     out, scan = tmp_path / "out", data / "images" / "scan_6.nii.gz"
     read = hashlib.sha256(scan.read_bytes()).hexdigest()
-    original = measuring.measure_lesions
+    original = measuring.measure_largest
 
     def replacing(image, *args, **kwargs):
         if scan.exists() and hashlib.sha256(scan.read_bytes()).hexdigest() == read:
@@ -292,7 +303,7 @@ def test_a_scan_replaced_while_it_is_measured_is_recorded_as_it_was_read(data, t
             write_volume(brighter.with_array(brighter.array + 100), scan, like=scan)
         return original(image, *args, **kwargs)
 
-    monkeypatch.setattr(measuring, "measure_lesions", replacing)
+    monkeypatch.setattr(measuring, "measure_largest", replacing)
     measure(data, out)
     record = json.loads((out / ".volseg" / "scan_6.json").read_text())
     assert record["source"]["sha256"] == record["inputs"][0] == read
@@ -312,14 +323,14 @@ def test_no_input_is_hashed_apart_from_reading_unless_an_earlier_result_is_there
 
 
 def test_a_bug_in_one_case_is_a_failed_row_and_the_others_go_on(data, tmp_path, monkeypatch):
-    out, original = tmp_path / "out", measuring.measure_lesions
+    out, original = tmp_path / "out", measuring.measure_largest
 
     def buggy(image, *args, case_id, **kwargs):
         if case_id == "scan_6":
             raise ZeroDivisionError("a bug")
         return original(image, *args, case_id=case_id, **kwargs)
 
-    monkeypatch.setattr(measuring, "measure_lesions", buggy)
+    monkeypatch.setattr(measuring, "measure_largest", buggy)
     report = measure(data, out)
     assert report.exit_code == 3
     assert [(row["status"], row["reason"][:5]) for row in rows(out / "cases.csv")] == [

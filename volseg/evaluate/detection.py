@@ -11,9 +11,10 @@ from typing import Literal
 import numpy as np
 
 from volseg.columns import column
+from volseg.errors import ScanError
 from volseg.evaluate.overlap import OverlapRow
 from volseg.postprocess.components import component_statistics
-from volseg.postprocess.lesions import Lesions, label_lesions
+from volseg.postprocess.lesions import MANY, Lesions, label_lesions
 from volseg.postprocess.pairing import best_pairs
 from volseg.volume import BoundingBox, Geometry, Volume
 
@@ -120,6 +121,7 @@ def detect_lesions(
     *,
     case_id: str,
     min_iou: float = 0.0,
+    many: int = MANY,
 ) -> list[DetectionRow]:
     """Every lesion of a reference and a predicted mask, with its partner in the other one.
 
@@ -131,9 +133,15 @@ def detect_lesions(
 
     Returns:
         The reference lesions by their number, then the predicted ones.
+
+    Raises:
+        NoisyMaskError: a mask has more than `many` components; they are no lesions, and are not matched.
     """
     geometry = reference.geometry
-    truth, guess = label_lesions(reference.array, geometry), label_lesions(predicted.array, geometry)
+    truth, guess = (
+        _lesions_of(mask, geometry, side, many)
+        for side, mask in (("reference", reference.array), ("prediction", predicted.array))
+    )
     matches = match_lesions(truth, guess, min_iou=min_iou)
     return [
         *_rows(
@@ -157,6 +165,25 @@ def detect_lesions(
             matches.n_over_predicted,
         ),
     ]
+
+
+class NoisyMaskError(ScanError):
+    """A mask of so many components that they are no lesions."""
+
+
+def _lesions_of(mask: np.ndarray, geometry: Geometry, side: str, many: int) -> Lesions:
+    try:
+        lesions = label_lesions(mask, geometry)
+    except ScanError as error:
+        if error.code == "E_SPECKS":
+            raise NoisyMaskError(f"the {side} has {error.problem}", fix=error.fix, code="W_SPECKS") from error
+        raise
+    if len(lesions.labels) > many:
+        n = f"{len(lesions.labels):,}".replace(",", " ")
+        raise NoisyMaskError(
+            f"the {side} has {n} components: this mask looks like noise", fix="look at it", code="W_SPECKS"
+        )
+    return lesions
 
 
 def _rows(

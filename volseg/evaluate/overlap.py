@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -12,6 +13,8 @@ from volseg.columns import column
 from volseg.errors import ScanError
 from volseg.evaluate.surface import NOWHERE, SurfaceDistances, surface_distances
 from volseg.volume import Geometry, Volume
+
+COUNTED_TOGETHER = 2**22  # voxels of two masks
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -169,9 +172,12 @@ def dice(reference: np.ndarray, predicted: np.ndarray, label: int) -> float:
 
 def _counts(truth: np.ndarray, guess: np.ndarray) -> tuple[dict[int, int], dict[int, int], dict[int, int]]:
     """Voxels per label of two masks in one order: in the first, in the second, in both."""
-    inside = (truth != 0) | (guess != 0)
-    truth, guess = truth[inside], guess[inside]
-    return _count(truth), _count(guess), _count(truth[truth == guess])
+    counts: tuple[Counter[int], Counter[int], Counter[int]] = (Counter(), Counter(), Counter())
+    for start in range(0, truth.size, COUNTED_TOGETHER):
+        one, other = (values[start : start + COUNTED_TOGETHER] for values in (truth, guess))
+        for total, values in zip(counts, (one, other, one[one == other])):
+            total.update(_count(values))
+    return dict(counts[0]), dict(counts[1]), dict(counts[2])
 
 
 def _count(values: np.ndarray) -> dict[int, int]:

@@ -13,6 +13,7 @@ from volseg.volume import BoundingBox, Geometry
 
 PERCENTILE = 95
 NEAR_VOXELS = 200  # nearest grid points that are looked at one by one before a k-d tree is asked
+LOOKED_UP_TOGETHER = 2**20  # border voxels: a noisy mask is all border
 SAME_DISTANCE_MM = 1e-4  # over the rounding of float32 affines: a distance that is the tolerance lies within it
 
 
@@ -161,21 +162,30 @@ def _nearest_mm(one: _Border, other: _Border, steps: np.ndarray, steps_mm: np.nd
     times as fast as a tree; what is farther away is left to a tree per label.
     """
     nearest_mm = np.full(one.positions.size, np.nan)
-    waiting = np.flatnonzero(np.isin(one.labels, other.labels))
-    positions, labels = one.positions[waiting], one.labels[waiting]
-    for shell, distance_mm in _shells(steps @ np.array(_strides(one.shape)), steps_mm):
-        if not waiting.size:
-            break
-        is_met = np.zeros(waiting.size, bool)
-        for step in shell:
-            is_met |= other.lattice[positions + step] == labels
-        nearest_mm[waiting[is_met]] = distance_mm
-        waiting, positions, labels = waiting[~is_met], positions[~is_met], labels[~is_met]
+    strides, far_away = np.array(_strides(one.shape)), []
+    shells = list(_shells(steps @ strides, steps_mm))
+    for start in range(0, one.positions.size, LOOKED_UP_TOGETHER):
+        piece = slice(start, start + LOOKED_UP_TOGETHER)
+        waiting = np.flatnonzero(np.isin(one.labels[piece], other.labels)) + start
+        positions, labels = one.positions[waiting], one.labels[waiting]
+        for shell, distance_mm in shells:
+            if not waiting.size:
+                break
+            is_met = np.zeros(waiting.size, bool)
+            for step in shell:
+                is_met |= other.lattice[positions + step] == labels
+            nearest_mm[waiting[is_met]] = distance_mm
+            waiting, positions, labels = waiting[~is_met], positions[~is_met], labels[~is_met]
+        far_away.append(waiting)
+    waiting = np.concatenate(far_away) if far_away else np.empty(0, np.int64)
+    labels = one.labels[waiting]
     for label in np.unique(labels):
         far = waiting[labels == label]
         # Neither a balanced tree nor tight boxes repay what they cost to make for one round of questions.
         tree = KDTree(other.points_mm(other.labels == label, to_mm), balanced_tree=False, compact_nodes=False)
-        nearest_mm[far] = np.round(tree.query(one.points_mm(far, to_mm))[0], 9)
+        for start in range(0, far.size, LOOKED_UP_TOGETHER):
+            some = far[start : start + LOOKED_UP_TOGETHER]
+            nearest_mm[some] = np.round(tree.query(one.points_mm(some, to_mm))[0], 9)
     return nearest_mm
 
 

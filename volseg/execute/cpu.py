@@ -16,6 +16,7 @@ import numpy.typing as npt
 # glibc's mallopt parameters, from malloc.h, and madvise's, from mman.h.
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -2, -3, -4
 MADV_DONTNEED = 4
+UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 LARGE_BLOCK = 8 << 20  # bytes, of an array that is worth a call of the kernel
 
 
@@ -109,6 +110,39 @@ def total_memory(root: Path = Path("/")) -> int:
     texts = [_read(path) for path in (*folders, root / "sys/fs/cgroup/memory/memory.limit_in_bytes")]
     found += [int(text) for text in texts if text.isdigit()]
     return min(found) if found else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def resident_bytes() -> int:
+    """Memory that this process holds now; its largest so far where the system does not tell."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        import resource
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
+
+
+def enough_bytes(size: int) -> str:
+    """A round amount over this one, as the options take it."""
+    return f"{math.ceil(size / 2**30 * 10 + 0.5) / 10:g}G"
+
+
+def parse_bytes(text: str) -> int:
+    """`4G`, `500M`, `1.5g` or a number of bytes.
+
+    Raises:
+        ValueError: none of these.
+
+    >>> parse_bytes("1.5G")
+    1610612736
+    """
+    unit = text[-1:].upper()
+    number = float(text[:-1]) * UNITS[unit] if unit in UNITS else float(text)
+    if not 0 < number < math.inf:
+        raise ValueError(f"{text} is no amount of memory")
+    return round(number)
 
 
 def _groups(root: Path) -> Iterator[Path]:

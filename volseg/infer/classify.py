@@ -45,11 +45,17 @@ def lesion_slices(image: Volume, inside: np.ndarray, settings: Classify) -> np.n
     return slices
 
 
-def classify_lesions(image: Volume, ids: np.ndarray, backend: Backend, settings: Classify) -> list[Mapping[str, float]]:
-    """Class name → probability for each of the lesions 1, 2, … of `ids`: softmax of the logits averaged over the slices."""
+def classify_lesions(
+    image: Volume, ids: np.ndarray, backend: Backend, settings: Classify, *, most: int = 0
+) -> list[Mapping[str, float]]:
+    """Class name → probability for each of the lesions 1, 2, … of `ids`: softmax of the logits averaged over the slices.
+
+    Args:
+        most: of the lesions, the first; 0: all.
+    """
     names = list(settings.classes)
     found = []
-    for lesion, box in enumerate(ndimage.find_objects(ids), start=1):
+    for lesion, box in enumerate(ndimage.find_objects(ids, max_label=min(most, int(ids.max()))), start=1):
         near = _neighbourhood(box, image, settings.field_of_view_mm)
         part = Volume(image.array[near.slices], image.geometry.crop(near), image.slope, image.intercept)
         logits = _mean_logits(part, ids[near.slices] == lesion, backend, settings)

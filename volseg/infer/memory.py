@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import math
-import os
-import sys
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,9 +16,10 @@ from torch.utils._pytree import tree_leaves
 
 from volseg.bundle import ModelBundle
 from volseg.errors import ScanError, VolsegError
-from volseg.execute.cpu import give_back_freed_memory, total_memory
+from volseg.execute.cpu import enough_bytes, give_back_freed_memory, resident_bytes, total_memory
 from volseg.infer.stream import Tiling
 from volseg.infer.tiles import thinnest_axis
+from volseg.measure.memory import ID_BYTES, lesion_bytes, writing_bytes
 from volseg.models import build_segmentation
 from volseg.preprocess.crop import AxisOrder, canonical_geometry
 from volseg.preprocess.prepare import SLAB_VOXELS, PrepareSettings, separate_axis
@@ -32,10 +30,6 @@ from volseg.volume import Geometry
 OVERHEAD = {"openvino": 1.05, "torch": 2.3, "cuda": 1.3}  # torch on a CPU keeps freed blocks for speed
 WORKSPACE = 150 << 20
 STAGING = 2 * 4 * SLAB_VALUES  # source planes on their way to a GPU
-LESION_SHARE = 0.5  # of a scan that the box of all lesions is taken to fill at most
-LABELLING_BYTES = 8  # per voxel of that box
-PAGE = 64 << 20  # making the page of a scan, whatever its size: slabs of it, 12 million voxels, their base64
-UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,8 +42,8 @@ class Footprint:
     network: int  # activations and logits of one batch of patches
     stream: int  # prepared planes and the ring of blended logits, one patch deep
     restore: int  # planes on their way back to the scan's grid
-    labelling: int  # finding and measuring lesions, when the network's memory is free again
-    page: int = 0  # of the scan before, where it is made meanwhile
+    lesions: int  # finding and measuring them, whatever the mask, when the network's memory is free again
+    page: int = 0  # and rows of the scan before, where they are made meanwhile
     # Of its own memory, with the weights there: network, stream and restore then take nothing of the main memory.
     gpu: int = 0
 
@@ -60,15 +54,13 @@ class Footprint:
 
     @property
     def total(self) -> int:
-        """Inference and labelling follow each other."""
-        return self.process + self.scans + self.masks + self.page + max(self.inference, self.labelling)
+        """Inference and lesions follow each other."""
+        return self.process + self.scans + self.masks + self.page + max(self.inference, self.lesions)
 
     def __str__(self) -> str:
         parts = {"process": self.process, "scans": self.scans, "masks": self.masks}
         parts |= {"page": self.page} if self.page else {}
-        parts |= (
-            {"network and stream": self.inference} if self.inference >= self.labelling else {"lesions": self.labelling}
-        )
+        parts |= {"network and stream": self.inference} if self.inference >= self.lesions else {"lesions": self.lesions}
         return (
             f"{self.total / 2**30:.2f} GB ({', '.join(f'{name} {size / 2**30:.2f}' for name, size in parts.items())})"
         )
@@ -156,12 +148,12 @@ def plan_memory(
         assert max_vram is not None
         raise ScanError(
             f"segmenting this scan takes {least.gpu / 2**30:.2f} GB of the GPU's memory at the least, and the budget is {max_vram / 2**30:.2f} GB",
-            fix=f"give --max-vram {_enough(least.gpu)}, or --device cpu, or a model with a smaller patch",
+            fix=f"give --max-vram {enough_bytes(least.gpu)}, or --device cpu, or a model with a smaller patch",
             code="E_VRAM",
         )
     raise ScanError(
         f"segmenting this scan takes {least} at the least, and the budget is {max_ram / 2**30:.2f} GB",
-        fix=f"give --max-ram {_enough(least.total)}, or a model with a smaller patch",
+        fix=f"give --max-ram {enough_bytes(least.total)}, or a model with a smaller patch",
         code="E_RAM",
     )
 
@@ -195,11 +187,6 @@ def limited_gpu(limit: int | None) -> Iterator[None]:
         torch.cuda.set_per_process_memory_fraction(1.0)
 
 
-def _enough(size: int) -> str:
-    """A round amount over this one, as the options take it."""
-    return f"{math.ceil(size / 2**30 * 10 + 0.5) / 10:g}G"
-
-
 def _footprint(
     header: ScanHeader, fine: NetworkPass, coarse: NetworkPass | None, process: int, *, read_ahead: bool, half: bool
 ) -> Footprint:
@@ -210,16 +197,20 @@ def _footprint(
     if coarse is not None:  # looks only for a box: nothing goes back to the scan's grid
         passes.append(replace(_pass_bytes(header.geometry, coarse, half=False), restore=0))
     larger = max(passes, key=lambda each: each.total)
+    recipe = fine.bundle.recipe
+    # Steps hold the mask without other labels and the cleaned one; an organ, the mask without it and where it is.
+    copies = 2 * label_bytes if recipe.postprocess or recipe.measure.organ is not None else 0
+    lesions = lesion_bytes(voxels, header.itemsize, copies=copies, calcium=recipe.measure.calcium)
     on_host = _PassBytes(network=0, stream=STAGING, restore=0) if fine.on_gpu else larger
     return Footprint(
         process=process,
         scans=voxels * header.itemsize * (3 if read_ahead else 1),
-        masks=voxels * (label_bytes + 1 + 2) * (2 if read_ahead else 1) + (3 * voxels if needs_body else 0),
+        masks=voxels * (label_bytes + 1 + ID_BYTES) * (2 if read_ahead else 1) + (3 * voxels if needs_body else 0),
         network=on_host.network,
         stream=on_host.stream,
         restore=on_host.restore,
-        labelling=round(LESION_SHARE * LABELLING_BYTES * voxels),
-        page=PAGE if read_ahead else 0,  # else it follows inference, and takes less
+        lesions=max(lesions, 0 if read_ahead else writing_bytes()),
+        page=writing_bytes() if read_ahead else 0,  # else it follows inference
         gpu=larger.total + torch.cuda.memory_allocated() if fine.on_gpu else 0,
     )
 
@@ -339,31 +330,3 @@ class _Live(TorchDispatchMode):
         self._known[key] = weakref.ref(storage, forget)
         self.now += size
         self.peak = max(self.peak, self.now)
-
-
-def resident_bytes() -> int:
-    """Memory that this process holds now; its largest so far where the system does not tell."""
-    try:
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-        return pages * os.sysconf("SC_PAGE_SIZE")
-    except OSError:
-        import resource
-
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak if sys.platform == "darwin" else peak * 1024
-
-
-def parse_bytes(text: str) -> int:
-    """`4G`, `500M`, `1.5g` or a number of bytes.
-
-    Raises:
-        ValueError: none of these.
-
-    >>> parse_bytes("1.5G")
-    1610612736
-    """
-    unit = text[-1:].upper()
-    number = float(text[:-1]) * UNITS[unit] if unit in UNITS else float(text)
-    if not 0 < number < math.inf:
-        raise ValueError(f"{text} is no amount of memory")
-    return round(number)

@@ -9,6 +9,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
+from volseg.inputs import open_regular
+
 MAX_CELL = 32_767  # characters that a spreadsheet keeps; Python's csv module reads up to 131 072
 
 # What ends a line for some reader: the csv module, `str.splitlines`, pandas, R, a text editor.
@@ -66,6 +68,25 @@ def read_csv(path: Path) -> list[dict[str, str]]:
         return []
     names = rows[0]
     return [dict(zip(names, cells + [""] * (len(names) - len(cells)))) for cells in rows[1:]]
+
+
+def iterate_csv(path: Path) -> Iterator[dict[str, str]]:
+    """As `read_csv`, but one row after another, so that a table may be larger than memory.
+
+    Raises:
+        OSError, ValueError: as `read_csv`, while the rows are taken.
+    """
+    with open_regular(path) as file:
+        reader = csv.reader(io.TextIOWrapper(file, "utf-8-sig", newline=""))
+        names: list[str] | None = None
+        try:
+            for cells in filter(None, reader):
+                if names is None:
+                    names = cells
+                else:
+                    yield dict(zip(names, cells + [""] * (len(names) - len(cells))))
+        except csv.Error as error:
+            raise ValueError(f"not CSV: {error}") from error
 
 
 def _quoted(cell: str) -> str:

@@ -120,7 +120,7 @@ def read_volume(path: Path | str, *, max_bytes: int = MAX_BYTES, is_finite: bool
     path = Path(path)
     header, raw = _load_header(path, max_bytes)
     array, sha256 = _read_voxels(header, raw, path)
-    low, high = _range(array if is_finite or array.dtype.kind != "f" else _finite_or_all(array), path)
+    low, high = _range(array, path) if is_finite or array.dtype.kind != "f" else _finite_range(array, path)
     if low == high:
         raise _refusal(path, "E_CONST", f"every voxel is {low:g}", "export the scan again: this one is empty")
     if max(abs(low), abs(high)) * abs(header.slope) > MAX_INTENSITY:
@@ -561,9 +561,13 @@ def scan_digest(path: Path) -> str:
     return "+".join(digests)
 
 
-def _finite_or_all(array: np.ndarray) -> np.ndarray:
-    finite = array[np.isfinite(array)]
-    return finite if finite.size else array
+def _finite_range(array: np.ndarray, path: Path) -> tuple[float, float]:
+    """Smallest and largest of the finite stored values, a slab at a time."""
+    some = (array[part] for part in slabs_of(array))
+    ends = [(finite.min(), finite.max()) for slab in some if (finite := slab[np.isfinite(slab)]).size]
+    if not ends:
+        return _range(array, path)
+    return float(min(low for low, _ in ends)), float(max(high for _, high in ends))
 
 
 def _range(array: np.ndarray, path: Path) -> tuple[float, float]:

@@ -12,6 +12,7 @@ import numpy as np
 
 from volseg import __version__
 from volseg.measure.density import SCHNEIDER, agatston, core, density_g_cm3, statistics
+from volseg.measure.nearest import NearestLesion
 from volseg.measure.ragged import Ragged
 from volseg.measure.recist import Diameters, diameters, is_measurable, sum_of_diameters_mm
 from volseg.measure.rows import LesionMeasurement
@@ -28,13 +29,14 @@ from volseg.measure.shape import (
 from volseg.postprocess.components import component_statistics
 from volseg.preprocess.crop import AxisOrder, canonical_geometry, to_canonical
 from volseg.recipe import Measure
-from volseg.volume import BoundingBox, Geometry, Volume
+from volseg.volume import BoundingBox, Geometry, Volume, slabs_of
 
 Box = tuple[slice, slice, slice]
 AS_USUAL = Measure()
 SMALL_VOXELS = 125  # of a box
 MEASURED_TOGETHER = 2**20  # voxels in the boxes of lesions
 EXPECTED_REACH = 2  # voxels round a lesion that count for its expected volume
+MOST_POINTS = 2**20  # of all surfaces; of more the nearest lesions are looked for in the scan itself
 
 
 def measure_lesions(
@@ -51,6 +53,8 @@ def measure_lesions(
     settings: Measure = AS_USUAL,
     connectivity: int | None = None,
     model: str | None = None,
+    only: np.ndarray | None = None,
+    most_points: int = MOST_POINTS,
 ) -> list[LesionMeasurement]:
     """Measure every lesion of a scan; the same numbers for all 48 axis orders of it.
 
@@ -64,46 +68,51 @@ def measure_lesions(
         unit_doubt: why the scan may not be in that unit (`judge_unit`): no density, mass, calcium score or class is then made of it, and
             each row says so.
         confidence: (I, J, K) of the model in its label, and in the background in any, uint8 from 0 to 255 or floating point from 0 to 1.
-        classes: for lesion 1, 2, …, N the probability of each class by name; None for one that was not classified.
+        classes: for lesion 1, 2, …, N, or up to the last of `only`, the probability of each class by name; None for one that was
+            not classified.
         settings: which labels are lymph nodes, whether calcium is scored, and so on.
         connectivity, model: how the lesions were found, for their rows.
+        only: (M,) ascending numbers of the lesions to be measured, beside all others; None: all.
+        most_points: of all their surfaces that may be held together.
 
     Returns:
-        N rows; none for an empty mask.
+        N rows, or M; none for an empty mask.
 
     Raises:
         ValueError: arrays of different shape, or numbers of lesions that do not agree.
     """
-    _check(image, ids, labels, confidence, classes)
+    _check(image, ids, labels, confidence, classes, only)
     box = BoundingBox.around(ids)
     if box is None:
         return []
-    found = component_statistics(ids[box.slices])
-    centroids_mm = _centroids_mm(found.centroids + box.start, image.geometry)
-    scan = _Scan.of(image, ids, confidence)
-    # |det A| differs in its last bit between axis orders; 12 digits do not.
-    voxel_volume_mm3 = float(f"{image.geometry.voxel_volume_mm3:.12g}")
+    some = np.arange(1, len(labels) + 1) if only is None else only
+    counts, centroids, stored_boxes = _places(ids, box, only, len(labels))
+    centroids_mm = centres_mm(centroids, image.geometry)
+    scan = CanonicalScan.of(image, ids, confidence)
+    voxel_mm3 = voxel_volume_mm3(image)
     spacing_r_mm, spacing_a_mm, spacing_s_mm = scan.spacing_mm
     forms = _Forms(scan.geometry.affine[:3, :3])
-    rows, surfaces = [], []
-    boxes = [scan.box_of(_shift(each, box)) for each in found.boxes()]
+    rows, surfaces = [], _Surfaces(most_points if only is None else 0)
+    boxes = [scan.box_of(_shift(each, box)) for each in stored_boxes]
     doubt_note = ""
     if unit_doubt:
-        doubt_note = _withheld(unit_doubt, settings, has_classes=classes is not None)
+        doubt_note = withheld(unit_doubt, settings, has_classes=classes is not None)
         classes, settings = None, settings.model_copy(update={"calcium": False})
-    for numbers in _groups(boxes):
-        lesions = [_Lesion.of(scan, n, boxes[n - 1], forms) for n in numbers]
-        intensities = _intensities(lesions, voxel_volume_mm3, "" if unit_doubt else intensity_unit, settings)
-        trusts = _confidences(lesions, voxel_volume_mm3)
-        for lesion, (intensity, intensity_note), (trust, trust_note) in zip(lesions, intensities, trusts, strict=True):
+    for places in _groups(boxes):
+        lesions = [_Lesion.of(scan, int(some[at]), boxes[at], forms) for at in places]
+        intensities = _intensities(lesions, voxel_mm3, "" if unit_doubt else intensity_unit, settings)
+        trusts = _confidences(lesions, voxel_mm3)
+        for at, lesion, (intensity, intensity_note), (trust, trust_note) in zip(
+            places, lesions, intensities, trusts, strict=True
+        ):
             n, form = lesion.number, lesion.form
             label = int(labels[n - 1])
             name_note = "" if label in label_names else f"label_name: value {label} has no name"
-            n_voxels = int(found.n_voxels[n - 1])
+            n_voxels = int(counts[at])
             axes_note = "axes: a single voxel has none" if n_voxels == 1 else ""
             is_node = label_names.get(label) in settings.lymph_nodes
             scores, class_note = _class(classes[n - 1]) if classes is not None else (NO_CLASS, "")
-            r, a, s = centroids_mm[n - 1].tolist()
+            r, a, s = centroids_mm[at].tolist()
             rows.append(
                 partial(
                     LesionMeasurement,
@@ -112,9 +121,9 @@ def measure_lesions(
                     label=label,
                     label_name=label_names.get(label),
                     n_voxels=n_voxels,
-                    volume_mm3=n_voxels * voxel_volume_mm3,
-                    volume_ml=n_voxels * voxel_volume_mm3 / 1000,
-                    equiv_sphere_diameter_mm=equivalent_diameter_mm(n_voxels * voxel_volume_mm3),
+                    volume_mm3=n_voxels * voxel_mm3,
+                    volume_ml=n_voxels * voxel_mm3 / 1000,
+                    equiv_sphere_diameter_mm=equivalent_diameter_mm(n_voxels * voxel_mm3),
                     **intensity,
                     intensity_unit=intensity_unit,
                     **form.columns,
@@ -139,12 +148,79 @@ def measure_lesions(
                     ),
                 )
             )
-            surfaces.append(lesion.start_mm + form.surface_mm)
-    return [row(nearest_lesion_mm=_rounded(gap)) for row, gap in zip(rows, gaps_mm(surfaces), strict=True)]
+            surfaces.add(lesion)
+    if surfaces.has_all:
+        gaps = gaps_mm(surfaces.points_mm)
+    else:
+        # Lesions of one label that were found over corners have a plane of voxels between them.
+        is_apart = connectivity == 26 and min(labels) == max(labels)
+        nearest = NearestLesion(scan.ids, scan.geometry.affine[:3, :3], is_apart=is_apart)
+        some_gaps = (nearest.gap_mm(int(n), box_) for n, box_ in zip(some, boxes, strict=True))
+        gaps = [gap if math.isfinite(gap) else math.nan for gap in some_gaps]
+    return [row(nearest_lesion_mm=_rounded(gap)) for row, gap in zip(rows, gaps, strict=True)]
+
+
+def voxel_volume_mm3(image: Volume) -> float:
+    """|det A| differs in its last bit between axis orders; 12 digits do not."""
+    return float(f"{image.geometry.voxel_volume_mm3:.12g}")
+
+
+def _places(
+    ids: np.ndarray, box: BoundingBox, only: np.ndarray | None, n_lesions: int
+) -> tuple[np.ndarray, np.ndarray, Sequence[Box | None]]:
+    """(M,) voxels, (M, 3) mean index and box, within that of all, of each lesion, or only of some."""
+    part = ids[box.slices]
+    if only is None:
+        measured = component_statistics(part)
+        return measured.n_voxels, measured.centroids + box.start, measured.boxes()
+    place = np.zeros(n_lesions + 1, np.uint32)
+    place[only] = np.arange(1, len(only) + 1)
+    n = len(only) + 1
+    counts, sums = np.zeros(n, np.int64), np.zeros((3, n))
+    low, high = np.full((3, n), np.iinfo(np.int32).max, np.int32), np.full((3, n), -1, np.int32)
+    for slab in slabs_of(part, MEASURED_TOGETHER):
+        places = place[part[slab]]
+        index = np.nonzero(places)
+        inside = places[index]
+        counts += np.bincount(inside, minlength=n)
+        for axis in range(3):
+            at = (index[axis] + slab[axis].start).astype(np.int32)
+            sums[axis] += np.bincount(inside, at, minlength=n)
+            np.minimum.at(low[axis], inside, at)
+            np.maximum.at(high[axis], inside, at)
+    boxes = [
+        tuple(slice(start, stop + 1) for start, stop in zip(starts, stops)) if count else None
+        for count, starts, stops in zip(counts[1:].tolist(), low.T[1:].tolist(), high.T[1:].tolist())
+    ]
+    with np.errstate(invalid="ignore"):
+        centroids = (sums[:, 1:] / counts[1:]).T + box.start
+    return counts[1:], centroids, boxes  # type: ignore[return-value]
+
+
+class _Surfaces:
+    """The surfaces of lesions in mm, as long as all of them together are not too many points."""
+
+    def __init__(self, most_points: int) -> None:
+        self._room = most_points
+        self.points_mm: list[np.ndarray] = []
+
+    @property
+    def has_all(self) -> bool:
+        return self._room > 0
+
+    def add(self, lesion: _Lesion) -> None:
+        if not self.has_all:
+            return
+        n = lesion.form.n_surface
+        self._room -= n
+        if self.has_all:
+            self.points_mm.append(lesion.start_mm + lesion.form.surface_mm)
+        else:
+            self.points_mm.clear()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Scan:
+class CanonicalScan:
     """A scan, its lesion ids and its confidence, all as canonical (R, A, S) views: the same for all 48 axis orders."""
 
     image: Volume
@@ -155,7 +231,7 @@ class _Scan:
     spacing_mm: tuple[float, float, float]
 
     @classmethod
-    def of(cls, image: Volume, ids: np.ndarray, confidence: np.ndarray | None) -> _Scan:
+    def of(cls, image: Volume, ids: np.ndarray, confidence: np.ndarray | None) -> CanonicalScan:
         order = AxisOrder.of(image.geometry)
         array = to_canonical(image.array, order)
         i, j, k = np.argsort([-abs(stride) for stride in array.strides], kind="stable").tolist()
@@ -183,29 +259,33 @@ class _Scan:
 
 
 def _groups(boxes: Sequence[Box]) -> Iterator[range]:
-    """Numbers of lesions that are measured together: thousands of specks, or one that is as large as the scan."""
-    first, size = 1, 0
-    for n, box in enumerate(boxes, start=1):
-        voxels = math.prod(side.stop - side.start for side in box)
-        if n > first and size + voxels > MEASURED_TOGETHER:
-            yield range(first, n)
-            first, size = n, 0
+    """Places of lesions that are measured together: thousands of specks, or one that is as large as the scan."""
+    first, size = 0, 0
+    for at, box in enumerate(boxes):
+        voxels = _n_voxels(box)
+        if at > first and size + voxels > MEASURED_TOGETHER:
+            yield range(first, at)
+            first, size = at, 0
         size += voxels
-    yield range(first, len(boxes) + 1)
+    yield range(first, len(boxes))
+
+
+def _n_voxels(box: Box) -> int:
+    return math.prod(side.stop - side.start for side in box)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Lesion:
     """One lesion in its bounding box, whose first voxel has its centre at `start_mm` (3,) RAS."""
 
-    scan: _Scan
+    scan: CanonicalScan
     number: int
     box: Box
     start_mm: np.ndarray
     form: _Form
 
     @classmethod
-    def of(cls, scan: _Scan, number: int, box: Box, forms: _Forms) -> _Lesion:
+    def of(cls, scan: CanonicalScan, number: int, box: Box, forms: _Forms) -> _Lesion:
         start_mm = scan.geometry.to_world_mm(np.array([side.start for side in box]))
         return cls(scan, number, box, start_mm, forms.of(scan.ids[box] == number))
 
@@ -217,16 +297,76 @@ class _Lesion:
         axes = self.scan.memory
         return array[self.box].transpose(axes)[(self.form.inside if inside is None else inside).transpose(axes)]
 
+    def core_values(self, array: np.ndarray) -> np.ndarray:
+        """(N,) of a canonical view of the scan in the core of the lesion, in no particular order."""
+        if not self.is_large:
+            return self.values(array, self.form.core) if self.form.has_core else array[:0, 0, 0].copy()
+
+        inside, values = (each.transpose(self.scan.memory) for each in (self.form.inside, array[self.box]))
+
+        def parts() -> Iterator[np.ndarray]:
+            for start, stop in _slabs(inside):
+                low, high = max(0, start - 1), stop + 1
+                yield values[start:stop][core(inside[low:high])[start - low : stop - low]]
+
+        return _gathered(parts, array.dtype)
+
     def doubted(self) -> np.ndarray:
         """(N,) confidence in the background round the lesion, in no particular order."""
         assert self.scan.confidence is not None
-        by, sides, halo_sides = EXPECTED_REACH, [], []
-        for side, n in zip(self.box, self.scan.ids.shape, strict=True):
-            start, stop = max(0, side.start - by), min(n, side.stop + by)
-            sides.append(slice(start, stop))
-            halo_sides.append(slice(start - side.start + by, stop - side.start + by))
-        box = tuple(sides)
-        return self.scan.confidence[box][self.form.halo[tuple(halo_sides)] & (self.scan.ids[box] == 0)]
+        by = EXPECTED_REACH
+        if not self.is_large:
+            return _doubted(self.scan.confidence, self.scan.ids, self.box, self.form.halo, (by, by))
+        axes = self.scan.memory
+        inside, ids, confidence = (
+            each.transpose(axes) for each in (self.form.inside, self.scan.ids, self.scan.confidence)
+        )
+        first, *others = (self.box[axis] for axis in axes)
+
+        def parts() -> Iterator[np.ndarray]:
+            n = len(inside)
+            for start, stop in _slabs(inside):
+                # What grows into this slab comes from as far as that before and after it.
+                low, high = max(0, start - by), min(n, stop + by)
+                before, after = (0 if start else by), (0 if stop < n else by)
+                grown = _grown(np.pad(inside[low:high], by), by)[start - low + by - before : stop - low + by + after]
+                box = (slice(first.start + start, first.start + stop), others[0], others[1])
+                yield _doubted(confidence, ids, box, grown, (before, after))
+
+        return _gathered(parts, confidence.dtype)
+
+    @property
+    def is_large(self) -> bool:
+        """Whether nothing as large as its box is made of it but its mask."""
+        return self.form.inside.size > MEASURED_TOGETHER
+
+
+def _doubted(confidence: np.ndarray, ids: np.ndarray, box: Box, halo: np.ndarray, ends: tuple[int, int]) -> np.ndarray:
+    """Of a box whose halo goes `ends` voxels beyond it along the first axis, and `EXPECTED_REACH` along the others."""
+    sides, halo_sides = [], []
+    for axis, (side, n) in enumerate(zip(box, ids.shape, strict=True)):
+        before, after = (EXPECTED_REACH, EXPECTED_REACH) if axis else ends
+        start, stop = max(0, side.start - before), min(n, side.stop + after)
+        sides.append(slice(start, stop))
+        halo_sides.append(slice(start - side.start + before, stop - side.start + before))
+    part = tuple(sides)
+    return confidence[part][halo[tuple(halo_sides)] & (ids[part] == 0)]
+
+
+def _slabs(array: np.ndarray) -> Iterator[tuple[int, int]]:
+    """Ends of parts along its first axis."""
+    step = max(1, MEASURED_TOGETHER // array[0].size)
+    return ((start, min(start + step, len(array))) for start in range(0, len(array), step))
+
+
+def _gathered(parts: Callable[[], Iterator[np.ndarray]], dtype: np.dtype) -> np.ndarray:
+    """All values of the parts, which are made twice, so that they are never there twice."""
+    values = np.empty(sum(part.size for part in parts()), dtype)
+    start = 0
+    for part in parts():
+        values[start : start + part.size] = part
+        start += part.size
+    return values
 
 
 @dataclass(frozen=True, eq=False)
@@ -238,7 +378,7 @@ class _Form:
     diameters: Diameters
     axes_mm: np.ndarray  # (4, 3) ends of the long axis, ends of the short one
     extent_mm: np.ndarray  # (2, 3) lowest and highest R, A, S of any of its voxels
-    surface_mm: np.ndarray  # (N, 3)
+    matrix: np.ndarray  # (3, 3) voxel → mm
 
     @classmethod
     def of(cls, inside: np.ndarray, matrix: np.ndarray) -> _Form:
@@ -259,7 +399,26 @@ class _Form:
         }
         found = diameters(inside, matrix)
         ends_mm = np.concatenate([found.long_ends, found.short_ends]) @ matrix.T
-        return cls(inside, columns, found, ends_mm, _reach_mm(inside, matrix), surface_points(inside) @ matrix.T)
+        return cls(inside, columns, found, ends_mm, _reach_mm(inside, matrix), matrix)
+
+    @cached_property
+    def n_surface(self) -> int:
+        """Points of the surface."""
+        if self.inside.size <= MEASURED_TOGETHER:
+            return len(self.surface_mm)
+        n = 0
+        for axis in range(3):
+            planes = np.moveaxis(self.inside, axis, 0)
+            n += int(np.count_nonzero(planes[0])) + int(np.count_nonzero(planes[-1]))
+            for start, stop in _slabs(planes):
+                part = planes[start : stop + 1]
+                n += int(np.count_nonzero(part[1:] != part[:-1]))
+        return n
+
+    @cached_property
+    def surface_mm(self) -> np.ndarray:
+        """(N, 3) every point of the surface."""
+        return surface_points(self.inside) @ self.matrix.T
 
     @cached_property
     def core(self) -> np.ndarray:
@@ -302,7 +461,7 @@ def _reach_mm(inside: np.ndarray, matrix: np.ndarray) -> np.ndarray:
 
 def _extent(lesion: _Lesion) -> dict[str, str]:
     low, high = lesion.start_mm + lesion.form.extent_mm
-    return {"bbox_min_ras": _point(low), "bbox_max_ras": _point(high)}
+    return {"bbox_min_ras": point_text(low), "bbox_max_ras": point_text(high)}
 
 
 def _axes(lesion: _Lesion, *, is_node: bool) -> dict[str, Any]:
@@ -311,15 +470,15 @@ def _axes(lesion: _Lesion, *, is_node: bool) -> dict[str, Any]:
         "long_axis_mm": found.long_mm,
         "short_axis_mm": found.short_mm,
         "axis_slice": found.slice + lesion.box[2].start,
-        "long_axis_p0_ras": _point(ends[0]),
-        "long_axis_p1_ras": _point(ends[1]),
-        "short_axis_p0_ras": _point(ends[2]),
-        "short_axis_p1_ras": _point(ends[3]),
+        "long_axis_p0_ras": point_text(ends[0]),
+        "long_axis_p1_ras": point_text(ends[1]),
+        "short_axis_p0_ras": point_text(ends[2]),
+        "short_axis_p1_ras": point_text(ends[3]),
         "recist_measurable": is_measurable(found.long_mm, found.short_mm, max(lesion.scan.spacing_mm), is_node=is_node),
     }
 
 
-def _point(point_mm: np.ndarray) -> str:
+def point_text(point_mm: np.ndarray) -> str:
     """R, A and S with three decimals, as JSON: a cell that began with a minus would be a formula to a spreadsheet.
 
     Rounded twice, so that no last bit decides the last printed digit.
@@ -339,6 +498,7 @@ def _check(
     labels: Sequence[int],
     confidence: np.ndarray | None,
     classes: Sequence[Mapping[str, float] | None] | None,
+    only: np.ndarray | None,
 ) -> None:
     if ids.shape != image.array.shape:
         raise ValueError(f"lesion ids have shape {ids.shape}, their image {image.array.shape}")
@@ -352,11 +512,12 @@ def _check(
         raise ValueError(f"confidence is uint8 or floating point, got {confidence.dtype}")
     if confidence is not None and confidence.dtype != np.uint8 and np.fmax.reduce(confidence, axis=None) > 1:
         raise ValueError(f"confidence goes from 0 to 1, got {np.fmax.reduce(confidence, axis=None)}")
-    if classes is not None and len(classes) != len(labels):
+    n_needed = len(labels) if only is None else int(only.max(initial=0))
+    if classes is not None and not n_needed <= len(classes) <= len(labels):
         raise ValueError(f"{len(classes)} lesions are classified, but there are {len(labels)}")
 
 
-def _centroids_mm(indices: np.ndarray, geometry: Geometry) -> np.ndarray:
+def centres_mm(indices: np.ndarray, geometry: Geometry) -> np.ndarray:
     """(N, 3) mean voxel indices → (N, 3) RAS mm, to 1e-9 mm.
 
     The last bits differ between axis orders. Without this rounding they would decide the last printed digit of a
@@ -377,23 +538,45 @@ def _touches_border(box: Box, shape: tuple[int, ...]) -> bool:
 
 
 def _intensities(
-    lesions: Sequence[_Lesion], voxel_volume_mm3: float, unit: str, settings: Measure
+    lesions: Sequence[_Lesion], voxel_mm3: float, unit: str, settings: Measure
 ) -> list[tuple[dict[str, Any], str]]:
     """Of each lesion statistics of its intensities, what follows from them, and a note on what does not."""
-    image, is_hu = lesions[0].scan.image, unit == "HU"
-    values = Ragged.of([image.intensities(lesion.values(image.array)) for lesion in lesions])
-    cores = Ragged.of(
-        [
-            image.intensities(
-                lesion.values(image.array, lesion.form.core) if lesion.form.has_core else image.array[:0, 0, 0]
-            )
-            for lesion in lesions
-        ]
+    image = lesions[0].scan.image
+    # The core first: of a lesion as large as the scan the values of one of the two are there at a time.
+    cores = Ragged.of([lesion.core_values(image.array) for lesion in lesions], image)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        means = np.where(cores.counts > 0, cores.sum() / cores.counts + 0.0, np.nan).tolist()
+    core_means = [mean if count else None for mean, count in zip(means, cores.counts.tolist())]
+    del cores
+    return intensity_columns(
+        Ragged.of([lesion.values(image.array) for lesion in lesions], image),
+        voxel_mm3,
+        unit,
+        settings,
+        core_means=core_means,
+        calcium=lambda n: _calcium(lesions[n], voxel_mm3, settings),
     )
+
+
+def intensity_columns(
+    values: Ragged,
+    voxel_mm3: float,
+    unit: str,
+    settings: Measure,
+    *,
+    core_means: Sequence[float | None] | None = None,
+    calcium: Callable[[int], tuple[dict[str, Any], str]] | None = None,
+) -> list[tuple[dict[str, Any], str]]:
+    """Of each lesion statistics of its intensities, what follows from them, and a note on what does not.
+
+    Args:
+        core_means: of each lesion, None where it has no core. None: they were not measured.
+        calcium: its columns and a note, of lesion n from 0 on. None: it was not scored.
+    """
+    is_hu = unit == "HU"
     calibration = settings.density_g_cm3 or SCHNEIDER
     with np.errstate(invalid="ignore", divide="ignore"):  # of lesions with voxels that are not finite nothing is taken
         known = {f"intensity_{name}": found.tolist() for name, found in statistics(values).items()}
-        core_means = np.where(cores.counts > 0, cores.sum() / cores.counts + 0.0, np.nan).tolist()
         densities = density_g_cm3(values, calibration).tolist() if is_hu else []
     (low_hu, _), (high_hu, _) = calibration[0], calibration[-1]
     # Sorted: what is not finite, or beyond the calibration, shows at the ends.
@@ -401,10 +584,10 @@ def _intensities(
     over = _counts(values, values.last > high_hu, lambda part: part > high_hu)
     under = _counts(values, values.first < low_hu, lambda part: part < low_hu)
     measured = []
-    for n, (lesion, size) in enumerate(zip(lesions, values.counts.tolist(), strict=True)):
+    for n, size in enumerate(values.counts.tolist()):
         if lost[n]:
-            scored = ["agatston_score", "calcium"] if settings.calcium else []
-            names = ["intensity", *(["mass", "density"] if is_hu else []), *scored]
+            unscored = ["agatston_score", "calcium"] if settings.calcium else []
+            names = ["intensity", *(["mass", "density"] if is_hu else []), *unscored]
             note = f"{', '.join(names)}: {lost[n]} of {size} voxels are not finite"
             measured.append((dict.fromkeys(INTENSITY_COLUMNS, math.nan), note))
             continue
@@ -416,20 +599,21 @@ def _intensities(
                 "intensity_kurtosis": math.nan,
             }  # one NaN, so that equal rows are equal
             notes.append("intensity_skewness and kurtosis: all intensities are equal")
-        if lesion.form.has_core:
-            found["intensity_mean_eroded1"] = core_means[n]
-        else:
+        core_mean = math.nan if core_means is None else core_means[n]
+        if core_mean is not None and core_means is not None:
+            found["intensity_mean_eroded1"] = core_mean
+        if core_mean is None:
             notes.append("intensity_mean_eroded1: no voxel has all its neighbours in the lesion")
         if is_hu:
-            found |= {"density_g_cm3": densities[n], "mass_g": densities[n] * size * voxel_volume_mm3 / 1000}
+            found |= {"density_g_cm3": densities[n], "mass_g": densities[n] * size * voxel_mm3 / 1000}
             for n_beyond, end, word in ((over[n], high_hu, "over"), (under[n], low_hu, "under")):
                 if n_beyond:
                     notes.append(f"mass: {n_beyond} voxels are {word} {end:g} HU, where the calibration ends")
-        if settings.calcium and is_hu:
-            calcium, note = _calcium(lesion, voxel_volume_mm3, settings)
-            found |= calcium
+        if settings.calcium and is_hu and calcium is not None:
+            scored, note = calcium(n)
+            found |= scored
             notes += [note] if note else []
-        elif settings.calcium:
+        elif settings.calcium and not is_hu:
             notes.append(f"calcium: it is scored in HU, not in {unit}")
         measured.append((found, "; ".join(notes)))
     return measured
@@ -442,39 +626,56 @@ def _counts(values: Ragged, anywhere: np.ndarray, is_counted: Callable[[np.ndarr
     return values.sum(lambda part, lesion: is_counted(part).astype(np.float64)).astype(np.int64).tolist()
 
 
-def _calcium(lesion: _Lesion, voxel_volume_mm3: float, settings: Measure) -> tuple[dict[str, Any], str]:
+def _calcium(lesion: _Lesion, voxel_mm3: float, settings: Measure) -> tuple[dict[str, Any], str]:
     hu = lesion.scan.image.intensities(lesion.scan.image.array[lesion.box])
     score, counted = agatston(
         hu, lesion.form.inside, lesion.scan.geometry.affine[:3, :3], threshold_hu=settings.calcium_threshold_hu
     )
-    volume_mm3 = int(counted.sum()) * voxel_volume_mm3
+    volume_mm3 = int(counted.sum()) * voxel_mm3
     found: dict[str, Any] = {"agatston_score": score, "calcium_volume_mm3": volume_mm3}
     if settings.calcium_mg_per_ml_hu is None:
         return found, "calcium_mass_mg: the recipe has no calcium_mg_per_ml_hu"
     total_hu = float(np.sort(hu[counted].astype(np.float64)).sum())
-    return found | {"calcium_mass_mg": settings.calcium_mg_per_ml_hu * total_hu * voxel_volume_mm3 / 1000}, ""
+    return found | {"calcium_mass_mg": settings.calcium_mg_per_ml_hu * total_hu * voxel_mm3 / 1000}, ""
 
 
-def _confidences(lesions: Sequence[_Lesion], voxel_volume_mm3: float) -> list[tuple[dict[str, float | None], str]]:
+def _confidences(lesions: Sequence[_Lesion], voxel_mm3: float) -> list[tuple[dict[str, Any], str]]:
     """What the model's confidence says of each lesion, and a note if it is unknown though there was a model."""
     confidence = lesions[0].scan.confidence
     if confidence is None:
         return [({"confidence_mean": None}, "")] * len(lesions)
-    full = 255 if confidence.dtype == np.uint8 else 1
-    values = Ragged.of([lesion.values(confidence) for lesion in lesions])
     # Outside, where the model chose the background, it is the probability that there is a lesion after all.
     doubts = Ragged.of([lesion.doubted() for lesion in lesions])
     with np.errstate(invalid="ignore"):
-        sums, doubtful = values.sum(), doubts.sum()
+        doubtful = doubts.sum()
+    del doubts
+    return confidence_columns(Ragged.of([lesion.values(confidence) for lesion in lesions]), doubtful, voxel_mm3)
+
+
+def confidence_columns(
+    values: Ragged, doubtful: np.ndarray | None, voxel_mm3: float
+) -> list[tuple[dict[str, Any], str]]:
+    """As `_confidences`, from the confidence in the voxels of each lesion.
+
+    Args:
+        doubtful: (L,) sum of the confidence round each lesion; None: that was not looked at.
+    """
+    full = 255 if values.values.dtype == np.uint8 else 1
+    with np.errstate(invalid="ignore"):
+        sums = values.sum()
         means, tenths = (sums / values.counts / full).tolist(), (values.percentile(10) / full).tolist()
-        expected_ml = ((sums + doubtful) / full * voxel_volume_mm3 / 1000).tolist()
+        expected_ml = ((sums + (0 if doubtful is None else doubtful)) / full * voxel_mm3 / 1000).tolist()
     told = []
     for mean, tenth, expected in zip(means, tenths, expected_ml, strict=True):
         if not math.isfinite(mean):
             told.append(({"confidence_mean": None}, "confidence: not finite"))
             continue
+        found: dict[str, Any] = {"confidence_mean": mean, "confidence_p10": tenth}
+        if doubtful is None:
+            told.append((found, ""))
+            continue
         is_known = math.isfinite(expected)
-        found = {"confidence_mean": mean, "confidence_p10": tenth, "volume_expected_ml": expected if is_known else None}
+        found["volume_expected_ml"] = expected if is_known else None
         note = "" if is_known else "volume_expected_ml: the confidence round the lesion is not finite"
         told.append((found, note))
     return told
@@ -492,7 +693,7 @@ def _grown(inside: np.ndarray, by: int) -> np.ndarray:
     return inside
 
 
-def _withheld(unit_doubt: str, settings: Measure, *, has_classes: bool) -> str:
+def withheld(unit_doubt: str, settings: Measure, *, has_classes: bool) -> str:
     """Note on what is not made of a scan whose unit is doubted."""
     names = ["density", "mass", *(["calcium"] if settings.calcium else []), *(["class"] if has_classes else [])]
     return f"{', '.join(names)}: {unit_doubt}"
@@ -510,16 +711,25 @@ def _class(probabilities: Mapping[str, float] | None) -> tuple[dict[str, Any], s
 
 
 def summarise(
-    lesions: Sequence[LesionMeasurement], settings: Measure, *, unit: str, organ_voxels_ml: float | None
+    lesions: Sequence[LesionMeasurement],
+    settings: Measure,
+    *,
+    unit: str,
+    organ_voxels_ml: float | None,
+    n_specks: int = 0,
+    specks_ml: float = 0.0,
+    may_be_measurable: bool = False,
 ) -> dict[str, Any]:
     """The columns of cases.csv that follow from the lesions of a scan.
 
     Args:
+        n_specks, specks_ml: number and volume of further lesions, of which little more is known.
+        may_be_measurable: whether one of those may be long enough; then it is unknown how many are.
         unit: of the intensities.
         organ_voxels_ml: volume of the organ's own label, without the lesions in it; None where no label is the organ. An organ without
             a voxel was not found: how much of it is lesion is then unknown.
     """
-    total_ml = float(sum(lesion.volume_ml for lesion in lesions))
+    total_ml = float(sum(lesion.volume_ml for lesion in lesions)) + specks_ml
     targets = [lesion for lesion in lesions if lesion.recist_measurable]
     lengths = [
         float((lesion.short_axis_mm if lesion.label_name in settings.lymph_nodes else lesion.long_axis_mm) or 0.0)
@@ -527,13 +737,20 @@ def summarise(
     ]
     organ_ml = organ_voxels_ml + total_ml if organ_voxels_ml else None
     scores = [lesion.agatston_score for lesion in lesions]
-    is_scored = settings.calcium and unit == "HU" and not any(score is None or math.isnan(score) for score in scores)
+    is_scored = (
+        settings.calcium
+        and unit == "HU"
+        and not n_specks
+        and not any(score is None or math.isnan(score) for score in scores)
+    )
     return {
-        "n_lesions": len(lesions),
+        "n_lesions": len(lesions) + n_specks,
         "total_volume_ml": total_ml,
         "largest_volume_ml": max((lesion.volume_ml for lesion in lesions), default=None),
-        "n_measurable": len(targets),
-        "sum_long_axis_mm": sum_of_diameters_mm(
+        "n_measurable": None if may_be_measurable else len(targets),
+        "sum_long_axis_mm": None
+        if may_be_measurable
+        else sum_of_diameters_mm(
             lengths,
             [lesion.label for lesion in targets],
             most=settings.max_targets,

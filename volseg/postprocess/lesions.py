@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+from array import array
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 import numpy as np
 
 from volseg.errors import VolsegError
-from volseg.postprocess.components import component_statistics, label_components
+from volseg.postprocess.components import PIECE, Components, Connectivity, by_size, find_components, relabel
 from volseg.volume import BoundingBox, Geometry, slabs_of
 
 Objects = Literal["components", "labels"]
-Connectivity = Literal[6, 18, 26]  # neighbours share a face; or an edge; or a corner
 CONNECTIVITY: Connectivity = 26  # unless told otherwise
-PIECE_VOXELS = 2**22  # looked at together
+MANY = 10_000  # lesions of one scan, over which a mask looks like noise
+SUMMED_VOXELS = 2**20  # of a slab whose indices are summed
 SAME_PLACE_MM = 1e-3  # over the rounding of float32 affines in file headers, under any distance between two lesions
 
 
@@ -26,17 +27,22 @@ class Lesions:
 
     Args:
         ids: (I, J, K) uint16, uint32 above 65 535 lesions; n in the voxels of lesion n, 0 elsewhere.
-        labels: value which the lesion has in the mask.
-        n_voxels: size of the lesion.
+        labels: value which the lesion has in the mask; a list, or of many lesions an `array`.
+        n_voxels: size of the lesion; as `labels`.
     """
 
     ids: np.ndarray
-    labels: list[int]
-    n_voxels: list[int]
+    labels: Sequence[int]
+    n_voxels: Sequence[int]
 
 
 def label_lesions(
-    mask: np.ndarray, geometry: Geometry, *, objects: Objects = "components", connectivity: Connectivity = CONNECTIVITY
+    mask: np.ndarray,
+    geometry: Geometry,
+    *,
+    objects: Objects = "components",
+    connectivity: Connectivity = CONNECTIVITY,
+    many: int = MANY,
 ) -> Lesions:
     """Number the lesions of a mask.
 
@@ -47,31 +53,44 @@ def label_lesions(
             labels, and equal sizes are ordered by centroid (R, then A, then S in mm), then by label.
             `labels`: a lesion is all voxels of one label; numbered by ascending label.
         connectivity: 6, 18 or 26 neighbours of a voxel; without meaning for `labels`.
+        many: of more lesions those of equal size are ordered by their first voxel in the patient, not by centroid.
 
     Returns:
         The same lesions under the same numbers for all 48 axis orders of a scan, unless two lesions share size, label
         and centroid to 1e-3 mm. No lesions for an empty mask.
 
     Raises:
-        VolsegError: `objects` or `connectivity` is unknown.
+        VolsegError: `objects` or `connectivity` is unknown; there are more components than one per five voxels (E_SPECKS).
         ValueError: the mask has no whole numbers, or another shape than its geometry.
+
+    Memory: 4 bytes per voxel of the box of all lesions, some 60 MB, and about 17 bytes per component.
     """
     _check(mask, geometry, objects, connectivity)
     layout = "F" if mask.flags.f_contiguous else "C"
     box = BoundingBox.around(mask)
     if box is None:
         return Lesions(np.zeros(mask.shape, np.uint16, order=layout), [], [])
-    # A copy in one piece and native byte order: components are found in no other, and fastest.
-    part = np.array(mask[box.slices], dtype=mask.dtype.newbyteorder("="), order=layout)
-    find = _components if objects == "components" else _one_per_label
-    lesions, labels, n_voxels = find(part, geometry.crop(box), connectivity, layout)
-    part_ids = np.zeros(part.shape, np.uint16 if labels.size <= np.iinfo(np.uint16).max else np.uint32, order=layout)
-    flat = part_ids.ravel(order=layout)  # a view
-    for piece in _pieces(flat.size):
-        flat[piece] = lesions(piece)
-    ids = np.zeros(mask.shape, part_ids.dtype, order=layout)
-    ids[box.slices] = part_ids
-    return Lesions(ids, labels.tolist(), n_voxels.tolist())
+    if objects == "labels":
+        return _one_per_label(mask, box, layout)
+    components = find_components(mask, geometry, connectivity=connectivity, box=box)
+    n = len(components)
+    dtype = np.uint16 if n <= np.iinfo(np.uint16).max else np.uint32
+    table = by_size(components.sizes) if n > many else _by_centroid(components, geometry, box)
+    labels, n_voxels = (_listed(values[1:], table, many) for values in (components.values, components.sizes))
+    return Lesions(relabel(components, table, dtype), labels, n_voxels)
+
+
+def _listed(values: np.ndarray, table: np.ndarray, many: int) -> Sequence[int]:
+    """The value of each component at the place of its number."""
+    placed = np.empty_like(values)
+    placed[table[1:] - 1] = values
+    if len(placed) <= many:
+        return placed.tolist()
+    fits = placed.min() >= np.iinfo(np.int32).min and placed.max() <= np.iinfo(np.int32).max
+    listed = array("i" if fits else "q")
+    for start in range(0, len(placed), PIECE):
+        listed.frombytes(placed[start : start + PIECE].astype(np.int32 if fits else np.int64).tobytes())
+    return listed
 
 
 def without_organ(mask: np.ndarray, organ: int) -> tuple[np.ndarray, int]:
@@ -95,48 +114,41 @@ def _check(mask: np.ndarray, geometry: Geometry, objects: str, connectivity: int
         raise ValueError(f"mask has shape {mask.shape}, its geometry {geometry.shape}")
 
 
-# A piece of the mask in the order of memory → the numbers of the lesions there.
-Numbers = Callable[[slice], np.ndarray]
+def _by_centroid(components: Components, geometry: Geometry, box: BoundingBox) -> np.ndarray:
+    """(N + 1,) number of each component: the largest first, then by place in the patient, then by label."""
+    n = len(components)
+    part = components.ids[box.slices]
+    sums = np.zeros((3, n + 1))
+    for slab in slabs_of(part, SUMMED_VOXELS):
+        numbers = components.number[part[slab]]
+        index = np.nonzero(numbers)
+        inside = numbers[index]
+        for axis in range(3):
+            sums[axis] += np.bincount(inside, index[axis] + slab[axis].start, minlength=n + 1)
+    centroids = (sums[:, 1:] / components.sizes[1:]).T
+    values = components.values[1:].astype(np.int64)
+    sizes = components.sizes[1:].astype(np.int64)
+    ranking = _ranking(sizes, geometry.crop(box).to_world_mm(centroids), values)
+    table = np.zeros(n + 1, np.uint32)
+    table[ranking + 1] = np.arange(1, n + 1)
+    return table
 
 
-def _pieces(size: int) -> Iterator[slice]:
-    """Of an array in the order of memory: a mask over all of a large scan makes no temporary as large as the scan."""
-    return (slice(start, min(start + PIECE_VOXELS, size)) for start in range(0, size, PIECE_VOXELS))
-
-
-def _components(
-    part: np.ndarray, geometry: Geometry, connectivity: Connectivity, layout: Literal["C", "F"]
-) -> tuple[Numbers, np.ndarray, np.ndarray]:
-    """Number of the component at each voxel; label and size of each component."""
-    components, n_found = label_components(part, connectivity)
-    statistics = component_statistics(components)
-    found, values = components.ravel(order=layout), part.ravel(order=layout)
-    labels = np.zeros(n_found + 1, np.int64)
-    for piece in _pieces(found.size):
-        labels[found[piece]] = values[piece]
-    n_voxels = statistics.n_voxels
-    ranking = _ranking(n_voxels, geometry.to_world_mm(statistics.centroids), labels[1:])
-    number_of_found = np.zeros(n_found + 1, np.uint32)
-    number_of_found[ranking + 1] = np.arange(1, n_found + 1)
-    return lambda piece: number_of_found[found[piece]], labels[1:][ranking], n_voxels[ranking]
-
-
-def _one_per_label(
-    part: np.ndarray, geometry: Geometry, connectivity: Connectivity, layout: Literal["C", "F"]
-) -> tuple[Numbers, np.ndarray, np.ndarray]:
-    """Number of the label at each voxel; ascending labels, and their sizes."""
-    values = part.ravel(order=layout)
+def _one_per_label(mask: np.ndarray, box: BoundingBox, layout: Literal["C", "F"]) -> Lesions:
+    """A lesion per value of the mask, by ascending value."""
     counts: Counter[int] = Counter()
-    for piece in _pieces(values.size):
-        found, n = np.unique(values[piece], return_counts=True)
+    part = mask[box.slices]
+    for slab in slabs_of(part, SUMMED_VOXELS):
+        found, n = np.unique(part[slab], return_counts=True)
         counts.update(dict(zip(found.tolist(), n.tolist(), strict=True)))
-    del counts[0]
+    counts.pop(0, None)
     labels = np.array(sorted(counts))
-
-    def numbers(piece: slice) -> np.ndarray:
-        return np.where(values[piece] == 0, 0, np.searchsorted(labels, values[piece]) + 1)
-
-    return numbers, labels.astype(np.int64), np.array([counts[label] for label in labels.tolist()])
+    ids = np.zeros(mask.shape, np.uint16 if labels.size <= np.iinfo(np.uint16).max else np.uint32, order=layout)
+    part_ids = ids[box.slices]
+    for slab in slabs_of(part, SUMMED_VOXELS):
+        values = part[slab]
+        part_ids[slab] = np.where(values == 0, 0, np.searchsorted(labels, values) + 1)
+    return Lesions(ids, labels.tolist(), [counts[label] for label in labels.tolist()])
 
 
 def _ranking(n_voxels: np.ndarray, centroids_mm: np.ndarray, labels: np.ndarray) -> np.ndarray:

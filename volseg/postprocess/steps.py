@@ -7,18 +7,16 @@ input, and none depends on the axis order in which a scan is stored.
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.ndimage import binary_dilation
 
 from volseg.errors import VolsegError
-from volseg.postprocess.components import component_statistics, label_components
+from volseg.postprocess.components import Components, find_components
 from volseg.postprocess.lesions import Lesions, label_lesions
 from volseg.recipe import Step
-from volseg.volume import BoundingBox, Geometry
+from volseg.volume import BoundingBox, Geometry, slabs_of
 
 MaskStep = Callable[[np.ndarray, Geometry], np.ndarray]
 
@@ -48,7 +46,7 @@ class RemoveSmall:
         lesions = label_lesions(_only(mask, self.label), geometry)
         # The small allowance keeps the last bit of |det A| from deciding over a lesion of exactly that volume.
         fewest = math.ceil(self.min_volume_mm3 / geometry.voxel_volume_mm3 * (1 - 1e-9))
-        return _keep(mask, lesions, [n >= fewest for n in lesions.n_voxels])
+        return _keep(mask, lesions, np.asarray(lesions.n_voxels) >= fewest)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,11 +68,10 @@ class KeepLargest:
 
     def __call__(self, mask: np.ndarray, geometry: Geometry) -> np.ndarray:
         lesions = label_lesions(_only(mask, self.label), geometry)
-        n_seen: Counter[int] = Counter()
-        kept = []
-        for label in lesions.labels:  # the largest first
-            n_seen[label] += 1
-            kept.append(n_seen[label] <= self.n)
+        labels = np.asarray(lesions.labels)
+        kept = np.zeros(len(labels), bool)
+        for label in np.unique(labels):
+            kept[np.flatnonzero(labels == label)[: self.n]] = True  # the largest first
         return _keep(mask, lesions, kept)
 
 
@@ -99,16 +96,39 @@ class FillHoles:
         if box is None:
             return filled
         part = filled[box.slices]  # a view; what is enclosed by labels lies strictly inside their box
-        background, _ = label_components(part == 0, 6)
-        for n, inner in enumerate(component_statistics(background).boxes(), start=1):
-            if any(side.start == 0 or side.stop == size for side, size in zip(inner, part.shape, strict=True)):
-                continue
-            around = tuple(slice(side.start - 1, side.stop + 1) for side in inner)
-            cavity = background[around] == n
-            border = np.unique(part[around][binary_dilation(cavity) & ~cavity])
-            if border.size == 1 and self.label in (None, border[0]):
-                part[around][cavity] = border[0]
+        background = find_components(part == 0, geometry.crop(box), connectivity=6)
+        low, high = _labels_round(part, background)
+        is_filled = low == high if self.label is None else (low == high) & (low == self.label)
+        fill = np.where(is_filled, low, 0).astype(part.dtype)
+        for slab in slabs_of(part):
+            numbers = background.number[background.ids[slab]]
+            inside = numbers > 0
+            part[slab][inside] = fill[numbers[inside]]
         return filled
+
+
+def _labels_round(part: np.ndarray, background: Components) -> tuple[np.ndarray, np.ndarray]:
+    """(N + 1,) lowest and highest label that each part of the background borders on; different where it reaches the edge."""
+    part = part.view(np.uint8) if part.dtype == np.bool_ else part
+    least, most = np.iinfo(part.dtype).min, np.iinfo(part.dtype).max
+    low, high = (np.full(len(background) + 1, value, part.dtype) for value in (most, least))
+    for axis in range(3):
+        before, after = (
+            tuple(slice(*ends) if other == axis else slice(None) for other in range(3))
+            for ends in ((None, -1), (1, None))
+        )
+        for one, other in ((before, after), (after, before)):
+            ids, labels = background.ids[one], part[other]
+            for slab in slabs_of(labels):
+                at_border = (ids[slab] > 0) & (labels[slab] != 0)
+                numbers, found = background.number[ids[slab][at_border]], labels[slab][at_border]
+                np.minimum.at(low, numbers, found)
+                np.maximum.at(high, numbers, found)
+        for plane in (0, -1):
+            numbers = background.number[np.unique(np.take(background.ids, plane, axis=axis))]
+            low[numbers], high[numbers] = least, most
+    low[0], high[0] = least, most
+    return low, high
 
 
 def _check_label(label: int | None) -> None:
@@ -123,9 +143,12 @@ def _only(mask: np.ndarray, label: int | None) -> np.ndarray:
     return mask if label is None else mask * (mask == label)
 
 
-def _keep(mask: np.ndarray, lesions: Lesions, kept: list[bool]) -> np.ndarray:
-    """The mask without the lesions whose entry is False."""
-    return mask * np.array([True, *kept])[lesions.ids]
+def _keep(mask: np.ndarray, lesions: Lesions, kept: np.ndarray) -> np.ndarray:
+    """The mask without the lesions whose entry in (N,) bool is False."""
+    is_kept, cleaned = np.concatenate([[True], kept]), np.empty_like(mask)
+    for slab in slabs_of(mask):
+        cleaned[slab] = mask[slab] * is_kept[lesions.ids[slab]]
+    return cleaned
 
 
 STEPS = {"remove_small": RemoveSmall, "keep_largest": KeepLargest, "fill_holes": FillHoles}

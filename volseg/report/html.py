@@ -473,9 +473,12 @@ def _facts(cases: Sequence[Mapping[str, Any]], lesions: Sequence[Mapping[str, An
     volumes = [lesion["volume_ml"] for lesion in lesions if lesion.get("volume_ml") is not None]
     facts = [(f"scans {state}", str(states.count(state))) for state in ("done", "failed", "pending") if state in states]
     facts.append(("scans without a lesion", str(sum(case.get("n_lesions") == 0 for case in cases))))
-    facts.append(("lesions", str(len(lesions))))
+    # By the cases: of a noisy mask only the largest lesions are given.
+    n_lesions = sum(case.get("n_lesions") or 0 for case in cases)
+    facts.append(("lesions", str(max(n_lesions, len(lesions)))))
     if volumes:
-        facts.append(("total volume", f"{_shown(math.fsum(volumes))} mL"))
+        total_ml = math.fsum(case.get("total_volume_ml") or 0.0 for case in cases)
+        facts.append(("total volume", f"{_shown(max(total_ml, math.fsum(volumes)))} mL"))
         facts.append(("largest lesion", f"{_shown(max(volumes))} mL"))
     return facts
 

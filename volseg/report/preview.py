@@ -107,8 +107,10 @@ def lesion_points(preview: Preview, lesions: Sequence[Mapping[str, Any]]) -> dic
         box = boxes[number - 1] if number <= len(boxes) else None
         if box is None:
             continue
-        voxels = np.argwhere(preview.ids.array[box] == number) + [part.start for part in box]
         ends = [point_of(lesion.get(f"long_axis_p{end}_ras")) for end in (0, 1)]
+        if math.prod(part.stop - part.start for part in box) > PIECE_VOXELS:
+            box = _one_slice(preview, number, box, ends)
+        voxels = np.argwhere(preview.ids.array[box] == number) + [part.start for part in box]
         centroid = [lesion.get(f"centroid_{axis}_mm") for axis in "ras"]
         if ends[0] is not None and ends[1] is not None:
             aim = (np.array(ends[0]) + ends[1]) / 2
@@ -123,6 +125,20 @@ def lesion_points(preview: Preview, lesions: Sequence[Mapping[str, Any]]) -> dic
         r, a, s = points[np.argmin(((points - aim) ** 2).sum(axis=1))].tolist()
         found[number] = (r, a, s)
     return found
+
+
+def _one_slice(
+    preview: Preview, number: int, box: tuple[slice, ...], ends: Sequence[tuple[float, float, float] | None]
+) -> tuple[slice, ...]:
+    """The slice of a large lesion in which its long axis lies, or else the nearest one to it that has a voxel."""
+    start, stop = box[2].start, box[2].stop
+    aim = (start + stop) // 2
+    if ends[0] is not None and ends[1] is not None:
+        middle = (np.array(ends[0]) + ends[1]) / 2
+        aim = round(float(preview.ids.geometry.to_index(middle[None])[0, 2]))
+    slices = sorted(range(start, stop), key=lambda k: abs(k - aim))
+    k = next(k for k in slices if (preview.ids.array[(*box[:2], k)] == number).any())
+    return (*box[:2], slice(k, k + 1))
 
 
 def point_of(text: str | None) -> tuple[float, float, float] | None:
@@ -319,15 +335,33 @@ class _Source:
         lost = [n for n in range(1, len(present)) if drawn[n] * 2 < present[n]]
         if not lost:
             return
-        boxes = ndimage.find_objects(self.numbers[box.slices])
+        boxes = ndimage.find_objects(self.numbers[box.slices], max_label=len(present) - 1)
         for number in lost:
             place = boxes[number - 1]
+            if math.prod(part.stop - part.start for part in place) > PIECE_VOXELS:
+                self._keep_sparse(ids, box, factors, number)
+                continue
             voxels = np.argwhere(self.numbers[box.slices][place] == number) + [part.start for part in place]
             blocks, counts = np.unique(voxels // factors, axis=0, return_counts=True)
             free = blocks[ids[tuple(blocks.T)] == 0]
             ids[tuple(free.T)] = number
             if not len(free) and not (ids[tuple(blocks.T)] == number).any():
                 ids[tuple(blocks[np.argmax(counts)])] = number
+
+    def _keep_sparse(self, ids: np.ndarray, box: BoundingBox, factors: Factors, number: int) -> None:
+        """As `_keep_small`, of a lesion whose box is large, though it fills little of it: a slab of it at a time."""
+        best, most = None, 0
+        for scan_part, blocks in _slabs(box, factors, _slow_axis(self.image)):
+            share = _block_means(self.numbers[scan_part] == number, factors)
+            touched = share > 0
+            drawn = ids[blocks]  # a view
+            drawn[touched & (drawn == 0)] = number
+            if share.max(initial=0) > most:
+                most = float(share.max())
+                at = np.unravel_index(int(share.argmax()), share.shape)
+                best = tuple(int(place) + part.start for place, part in zip(at, blocks))
+        if best is not None and not (ids == number).any():
+            ids[best] = number
 
 
 def _candidates(source: _Source) -> Iterator[tuple[str, BoundingBox, Factors]]:
@@ -403,7 +437,7 @@ def _window(
                 i, j, k = (part.start + start for part, start in zip(found, lesions.start))
                 i_stop, j_stop, k_stop = (part.stop + start for part, start in zip(found, lesions.start))
                 boxes.append(_widened(BoundingBox((i, j, k), (i_stop, j_stop, k_stop)), geometry, WINDOW_REACH_MM))
-    inside = [_finite(image[box.slices][numbers[box.slices] > 0]) for box in boxes]
+    inside = [_lesion_sample(image[box.slices], numbers[box.slices]) for box in boxes]
     ends = [np.percentile(scan.intensities(values), (5, 95)) for values in inside]
     if unit == "HU":
         samples = [_sample(image[box.slices]) for box in boxes] or [within]
@@ -432,6 +466,14 @@ def _sample(array: np.ndarray) -> np.ndarray:
     """About a million finite voxels, evenly spread; one 0 where there are none."""
     step = max(1, math.ceil((array.size / SAMPLE_VOXELS) ** (1 / 3)))
     return _finite(array[tuple(slice(None, None, min(step, max(1, n // 8))) for n in array.shape)])
+
+
+def _lesion_sample(image: np.ndarray, numbers: np.ndarray) -> np.ndarray:
+    """The finite voxels of lesions in a box; of a large one some million, evenly spread."""
+    step = max(1, math.floor((image.size / PIECE_VOXELS) ** (1 / 3))) if image.size > 8 * PIECE_VOXELS else 1
+    sparse = (slice(None, None, step),) * 3
+    values = image[sparse][numbers[sparse] > 0]
+    return _finite(values if values.size else image[numbers > 0])
 
 
 def _finite(values: np.ndarray) -> np.ndarray:

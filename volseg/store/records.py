@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,6 +14,7 @@ from volseg.io.cases import ID_PATTERN
 from volseg.io.csv_text import read_csv
 from volseg.io.files import sha256_of
 from volseg.measure.rows import CaseRow, LesionMeasurement
+from volseg.postprocess.lesions import MANY
 from volseg.store.outputs import RECORDS
 from volseg.store.results import read_json_record, read_rows, rows_name, shown_row
 
@@ -24,7 +26,7 @@ class CaseRecord:
     """A case of a results folder.
 
     Args:
-        lesions: by number. files: path in the folder → SHA-256.
+        lesions: by number; none of a mask of so many that it looks like noise. files: path in the folder → SHA-256.
         scan, scan_sha256: where it was, as an absolute path, and what was in it; None in folders that do not say.
     """
 
@@ -83,9 +85,14 @@ def read_record(results: Path, case_id: str) -> CaseRecord:
         if content is None:
             raise ValueError("it is not as volseg writes it")
         source = content["source"]
+        case = _row(CaseRow, shown_row(content))
+        n_read = 0 if (case.n_lesions or 0) > MANY else MANY + 1
+        lesions = [_row(LesionMeasurement, lesion) for lesion in islice(read_rows(results, case_id), n_read)]
+        if len(lesions) > MANY:
+            raise ValueError(f"it has over {MANY} rows, and {case.n_lesions} lesions")
         return CaseRecord(
-            case=_row(CaseRow, shown_row(content)),
-            lesions=[_row(LesionMeasurement, lesion) for lesion in read_rows(results, case_id)],
+            case=case,
+            lesions=lesions,
             files=content["files"],
             scan=Path(source["scan"]) if source.get("scan") else None,
             scan_sha256=source.get("sha256"),

@@ -6,6 +6,8 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from enum import Enum
+from heapq import nlargest
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -72,6 +74,11 @@ class RecordFolder(OutputFolder):
     def rows_of(self, name: str) -> Iterator[dict[str, Any]]:
         """The rows of an item, one after another, as column → value; None is unknown."""
         return read_rows(self.path, name)
+
+    def largest_rows(self, name: str, most: int) -> list[dict[str, Any]]:
+        """The rows of the largest lesions of an item, in their order; of equal ones the first. Up to `most` rows: all of them."""
+        rows = nlargest(most, enumerate(self.rows_of(name)), key=lambda place_and_row: _size_of(place_and_row[1]))
+        return [row for _, row in sorted(rows, key=itemgetter(0))]
 
     def records(self) -> Iterator[tuple[str, dict[str, Any] | None]]:
         """(name, record) by name, one after another; None for one that is damaged, or whose rows are."""
@@ -285,6 +292,12 @@ def plain(row: Any) -> dict[str, Any]:
     return {
         name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in values.items()
     }
+
+
+def _size_of(row: Mapping[str, Any]) -> float:
+    """Voxels of a lesion, by its row, which may come from a stranger."""
+    n_voxels = row.get("n_voxels")
+    return n_voxels if isinstance(n_voxels, int | float) else 0
 
 
 def _record_name(name: str) -> str:

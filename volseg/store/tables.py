@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, fields
+from dataclasses import fields
 from typing import Any, BinaryIO
 
 from volseg.io.csv_text import write_csv
@@ -27,8 +27,9 @@ def table(row_type: type, rows: Iterable[Any]) -> Callable[[BinaryIO], None]:
         write_csv(file, map(cells, rows))
 
     def cells(row: Any) -> list[str]:
-        values: Mapping[str, Any] = row if isinstance(row, Mapping) else asdict(row)
-        return [cell(values.get(name)) for name in names]
+        # Not `asdict`, which copies each value deeply: a noisy mask has ten thousands of rows.
+        values = map(row.get, names) if isinstance(row, Mapping) else (getattr(row, name) for name in names)
+        return [cell(value) for value in values]
 
     return write
 

@@ -16,11 +16,13 @@ import numpy as np
 
 from volseg import __version__
 from volseg.errors import ScanError, UnexpectedError, VolsegError
+from volseg.execute.cpu import parse_bytes
 from volseg.execute.local import Outcome
 from volseg.io.cases import Case
 from volseg.io.nifti import intensity_warnings, read_header, scan_digest, write_volume
 from volseg.measure.lesions import summarise
 from volseg.measure.rows import CaseRow, LesionMeasurement
+from volseg.measure.specks import MeasuredLesions
 from volseg.measure.units import Unit
 from volseg.recipe import Measure
 from volseg.store.outputs import Commit
@@ -218,7 +220,7 @@ def _add_pages(results: ResultsFolder, kept: Sequence[str]) -> list[str]:
 def done_row(
     case: Case,
     scan: Volume,
-    lesions: Sequence[LesionMeasurement],
+    measured: MeasuredLesions,
     *,
     path: Path,
     unit: Unit,
@@ -235,19 +237,22 @@ def done_row(
         organ_voxels: of the organ's own label; None where no label is the organ.
         remarks: on its unit and on how it resembles the model's training scans, as `W_CODE: sentence`.
     """
+    lesions, specks = measured.largest, measured.specks
     oddities = (*read_header(path).warnings, *intensity_warnings(scan))
     warnings = [*remarks, *(f"{warning.code}: {warning.text}" for warning in oddities)]
     if scan.array.dtype.kind == "f" and not all(np.isfinite(scan.array[part]).all() for part in slabs_of(scan.array)):
         warnings.append("W_NAN: some voxels are not finite; lesions that hold one have no intensities")
+    if specks is not None:
+        warnings.insert(0, specks.warning)
     if organ_voxels == 0:
         warnings.append(f"W_ORGAN: no voxel is {settings.organ}, so its volume and the burden are unknown")
-    if settings.calcium and any(lesion.agatston_score is None for lesion in lesions):
+    if settings.calcium and (specks is not None or any(lesion.agatston_score is None for lesion in lesions)):
         warnings.append("W_CALCIUM: a lesion has no score, its notes say why, so the scan has none")
     elif settings.calcium and not unit.is_hu:
         warnings.append(
             f"W_CALCIUM: calcium is scored in HU, {'not in ' + unit.name if not unit.doubt else unit.doubt}"
         )
-    if any(lesion.touches_border for lesion in lesions):
+    if measured.touches_border:
         warnings.append("W_BORDER: a lesion touches the border of the scan, so its volume is a lower bound")
     return CaseRow(
         case_id=case.id,
@@ -257,6 +262,9 @@ def done_row(
             settings,
             unit=unit.name if not unit.doubt else "",
             organ_voxels_ml=None if organ_voxels is None else organ_voxels * scan.geometry.voxel_volume_mm3 / 1000,
+            n_specks=len(specks or ()),
+            specks_ml=0.0 if specks is None else specks.volume_ml,
+            may_be_measurable=specks is not None and specks.may_be_measurable,
         ),
         image=path.name,
         model=model,
@@ -349,8 +357,6 @@ def amount_of(amount: str | int | None, option: str) -> int | None:
     Raises:
         VolsegError: it is no amount of memory.
     """
-    from volseg.infer.memory import parse_bytes
-
     try:
         return None if amount is None else parse_bytes(str(amount))
     except ValueError as error:

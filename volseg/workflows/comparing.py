@@ -25,6 +25,7 @@ from volseg.measure.pairs import MeasuredScan, lone_scan, pair_scans
 from volseg.measure.response import PatientResponse, judge_response
 from volseg.measure.rows import LesionMeasurement
 from volseg.measure.sections import axial_normal
+from volseg.postprocess.lesions import MANY
 from volseg.preprocess.register import Registration, register, transformed
 from volseg.report.html import comparison_html
 from volseg.store.comparisons import ComparisonFolder
@@ -433,6 +434,12 @@ def _read_side(time_: str, folder: Path, case: str, scans: Path | None) -> _Side
             f"the {time_} case {case!r} is {record.case.status}: {record.case.reason or 'no reason is given'}",
             fix="repair it and run the command that made the folder again",
             code="E_RECORD",
+        )
+    if (record.case.n_lesions or 0) > MANY:
+        raise ScanError(
+            f"the {time_} case {case!r} has {record.case.n_lesions:,} lesions: its mask looks like noise",
+            fix="correct the mask and measure it again: what is noise has no response",
+            code="E_SPECKS",
         )
     lesions = sorted(record.lesions, key=lambda lesion: lesion.lesion_id)
     path = file_of(folder, case, record.files, "lesion_ids")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,16 +11,18 @@ from typing import Any
 import numpy as np
 
 from volseg.errors import VolsegError
-from volseg.evaluate.detection import DetectionRow, detect_lesions, with_lesions
+from volseg.evaluate.detection import DetectionRow, NoisyMaskError, detect_lesions, with_lesions
 from volseg.evaluate.overlap import OverlapRow, evaluate_case, row_of_absent
 from volseg.evaluate.summary import METRICS, LabelResult, as_json, mean_of, patient_of, summarise_label
 from volseg.execute.local import run
 from volseg.io.cases import IGNORE, Case, find_cases, find_scans, is_described, stated_labels
-from volseg.io.csv_text import read_csv
+from volseg.io.csv_text import iterate_csv
 from volseg.io.files import json_text
 from volseg.io.nifti import read_mask
+from volseg.postprocess.lesions import MANY
 from volseg.store.outputs import RECORDS, OutputFolder
 from volseg.store.tables import table
+from volseg.volume import slabs_of
 from volseg.workflows.batch import Progress, RunReport, reason_of, silent
 
 TABLES, PICTURES = ("evaluation.csv", "detections.csv", "summary.json"), ("agreement.png", "froc.png")
@@ -68,11 +70,20 @@ def evaluate(
                 truth.array != ignored
             )  # of the other voxels nobody knows what they are: they are judged as background
             truth, guess = (mask.with_array(mask.array * known) for mask in (truth, guess))
-        own = {int(value) for mask in (truth, guess) for value in np.unique(mask.array[mask.array != 0])}
+        own = {
+            value
+            for mask in (truth, guess)
+            for part in slabs_of(mask.array)
+            for value in np.unique(mask.array[part]).tolist()
+            if value
+        }
         own_names = {value: names.get(value, f"label_{value}") for value in own}
         patient = truths[case_id].patient
         rows = evaluate_case(truth, guess, own_names, case_id=case_id)
-        found = detect_lesions(truth, guess, own_names, case_id=case_id, min_iou=min_iou)
+        try:
+            found = detect_lesions(truth, guess, own_names, case_id=case_id, min_iou=min_iou)
+        except NoisyMaskError as error:
+            return [replace(row, patient=patient, notes=_joined(row.notes, error)) for row in rows], []
         found = [replace(row, patient=patient, confidence=lesions.confidence_of(row)) for row in found]
         return [with_lesions(replace(row, patient=patient), found) for row in rows], found
 
@@ -102,6 +113,7 @@ def evaluate(
             "not_predicted": sorted(set(truths) - set(guesses)),
             "not_in_reference": sorted(set(guesses) - set(truths)),
             "failed": failed,
+            "warnings": _noisy(rows),
         }
         failures = [{"case_id": case_id, "status": "failed", "reason": reason} for case_id, reason in failed.items()]
         with outputs.staged() as commit:
@@ -113,6 +125,16 @@ def evaluate(
                 commit.write(name, picture)
             commit.finish(removed=[name for name in PICTURES if name not in pictures])
     return RunReport(out=out, done=list(compared), failed=failed, details=summary)
+
+
+def _noisy(rows: Sequence[OverlapRow]) -> list[str]:
+    """A warning for each case whose lesions were not matched."""
+    parts = {row.case_id: part for row in rows for part in row.notes.split("; ") if "W_SPECKS" in part}
+    return [f"{part.removeprefix('lesions: ')} ({case_id})" for case_id, part in parts.items()]
+
+
+def _joined(notes: str, error: NoisyMaskError) -> str:
+    return "; ".join(filter(None, (notes, f"lesions: {error.code}: {error.problem}, so they were not matched")))
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,12 +179,12 @@ class _Predictions:
     """What lesions.csv of a results folder knows of the lesions in its masks; nothing for other folders.
 
     Args:
-        confidence: (case, label, number of voxels) → centroid in RAS mm and mean confidence of each such lesion. Their numbers are not
-            those that lesions have here where an organ is a label too.
+        confidence: case → (label, number of voxels) → centroid in RAS mm and mean confidence of each such lesion. Their numbers are
+            not those that lesions have here where an organ is a label too. Noise, whose lesions are not matched, has none.
         label_names: value → name.
     """
 
-    confidence: Mapping[tuple[str, int, int], Sequence[tuple[np.ndarray, float]]]
+    confidence: Mapping[str, Mapping[tuple[int, int], Sequence[tuple[np.ndarray, float]]]]
     label_names: dict[int, str]
 
     @classmethod
@@ -171,14 +193,21 @@ class _Predictions:
         if not ((folder / "masks").is_dir() and table.is_file()):
             return cls({}, {})
         try:
-            lines = read_csv(table)
-            confidence = defaultdict(list)
-            for line in lines:
-                if line["confidence_mean"]:
+            confidence = defaultdict(lambda: defaultdict(list))
+            names: dict[int, str] = {}
+            n_lines: Counter[str] = Counter()
+            for line in iterate_csv(table):
+                name = line["case_id"]
+                n_lines[name] += 1
+                if line["label_name"]:
+                    names[int(line["label"])] = line["label_name"]
+                if n_lines[name] > MANY:
+                    confidence.pop(name, None)
+                elif line["confidence_mean"]:
                     centre = np.array([float(line[f"centroid_{axis}_mm"]) for axis in "ras"])
-                    key = (line["case_id"], int(line["label"]), int(line["n_voxels"]))
-                    confidence[key].append((centre, float(line["confidence_mean"])))
-            return cls(confidence, {int(line["label"]): line["label_name"] for line in lines if line["label_name"]})
+                    key = int(line["label"]), int(line["n_voxels"])
+                    confidence[name][key].append((centre, float(line["confidence_mean"])))
+            return cls(confidence, names)
         except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
             raise VolsegError(
                 f"{table}: is no table of lesions ({error!r})", fix="run `volseg infer` again", code="E_DATASET"
@@ -189,7 +218,7 @@ class _Predictions:
         if lesion.side != "predicted":
             return None
         centre = np.array([lesion.centroid_r_mm, lesion.centroid_a_mm, lesion.centroid_s_mm])
-        alike = self.confidence.get((lesion.case_id, lesion.label, lesion.n_voxels), ())
+        alike = self.confidence.get(lesion.case_id, {}).get((lesion.label, lesion.n_voxels), ())
         return next((confidence for place, confidence in alike if np.abs(place - centre).max() < SAME_PLACE_MM), None)
 
 

@@ -368,7 +368,7 @@ def _write(
         row = done_row(
             case,
             scan,
-            result.lesions,
+            result.measured,
             path=scan_path,
             unit=unit,
             model=bundle.name,
@@ -385,7 +385,7 @@ def _write(
             commit,
             key=key,
             inputs=inputs,
-            lesions=result.lesions,
+            lesions=result.measured,
             source=source_of(scan_path, scan, unit.name, box)
             | {"unit_doubt": unit.doubt, "measure": settings.model_dump(mode="json")}
             | {"label_names": {str(value): name for value, name in data.label_names.items()}},

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast, get_args
 
 from volseg.errors import ScanError, VolsegError
+from volseg.execute.cpu import give_back_large_blocks
 from volseg.execute.local import run
 from volseg.inputs import MAX_NAME, read_json, shortened
 from volseg.io.cases import Case, find_cases, find_scans, read_table
-from volseg.io.nifti import MAX_LABELS, read_label_table, read_mask, read_volume
-from volseg.measure.lesions import measure_lesions
-from volseg.measure.rows import CaseRow, LesionMeasurement
+from volseg.io.nifti import MAX_LABELS, read_header, read_label_table, read_mask, read_volume
+from volseg.measure.memory import MeasurePlan, plan_measuring
+from volseg.measure.rows import CaseRow
+from volseg.measure.specks import MeasuredLesions, measure_largest
 from volseg.measure.units import Unit, judge_unit
 from volseg.postprocess.lesions import CONNECTIVITY, Objects, label_lesions, without_organ
 from volseg.recipe import Measure, load_recipe
@@ -27,6 +31,7 @@ from volseg.workflows.batch import (
     Progress,
     RunReport,
     about_run,
+    amount_of,
     check_pair,
     done_row,
     files_of_case,
@@ -60,7 +65,9 @@ def measure(
     calcium: bool = False,
     figures: bool = False,
     pages: bool = True,
+    max_ram: str | int | None = None,
     progress: Progress = silent,
+    announce: Callable[[str], None] = lambda text: None,
 ) -> RunReport:
     """Measure any masks on their scans, without a model: one pair, two folders with equal file names, or a table of cases.
 
@@ -68,7 +75,7 @@ def measure(
 
     Args:
         results: the folder of `infer`, whose masks that were changed since are measured with the settings of its model;
-            nothing but figures and pages may be given beside it.
+            nothing but figures, pages and the memory budget may be given beside it.
         out: None for `volseg_results`.
         objects: `components`, each connected part is a lesion; `labels`, each value of the mask is one.
         label_names: value → name; None for those that the mask's own file holds. A value without one is `label_<value>`.
@@ -78,11 +85,14 @@ def measure(
         organ, lymph_nodes: labels, by name or value, that are an organ with lesions in it, and lymph nodes.
         calcium: score calcium, too.
         pages: also write report.html, and a page per scan to look at its lesions.
+        max_ram: budget of main memory, such as `4G` or a number of bytes; None for none. A pair that may not fit within it is a
+            failed row that says what would do.
 
     Raises:
         VolsegError: the request is wrong. A pair that cannot be used is a failed row instead.
     """
     started = time.monotonic()
+    budget = amount_of(max_ram, "--max-ram")
     if results is not None:
         others = (image, mask, cases, out, label_names, intensity_unit, recipe, organ, *lymph_nodes)
         if any(value is not None for value in others) or calcium or objects != "components":
@@ -91,7 +101,9 @@ def measure(
                 fix="give the results folder alone, or --image and --mask with another --out",
                 code="E_USAGE",
             )
-        return measure_corrected(Path(results), figures=figures, pages=pages, progress=progress)
+        return measure_corrected(
+            Path(results), figures=figures, pages=pages, max_ram=budget, progress=progress, announce=announce
+        )
     if objects not in get_args(Objects):
         raise VolsegError(f"objects {objects!r} is unknown", fix="use components or labels", code="E_USAGE")
     found, unused = _pairs(image, mask, cases)
@@ -120,8 +132,11 @@ def measure(
         return input_key(options, digests.of(case))
 
     with ResultsFolder(Path(out or "volseg_results"), "measure", inputs=used) as folder:
+        refusals = _refused(((case, wanted.settings) for case in found), budget, announce)
 
         def task(case: Case) -> None:
+            if case.id in refusals:
+                raise refusals[case.id]
             measured = _measure_case(case, wanted)
             digests.were_read(case, measured.sha256)
             with folder.staged() as commit:
@@ -131,7 +146,7 @@ def measure(
                     commit,
                     key=key_of(case),
                     inputs=digests.of(case),
-                    lesions=measured.rows,
+                    lesions=measured.lesions,
                     source=source_of(case.images["image"], measured.scan, measured.unit.name),
                 )
 
@@ -159,10 +174,21 @@ def measure(
     return report
 
 
-def measure_corrected(results: Path, *, figures: bool, pages: bool, progress: Progress) -> RunReport:
+def measure_corrected(
+    results: Path,
+    *,
+    figures: bool,
+    pages: bool,
+    max_ram: int | None,
+    progress: Progress,
+    announce: Callable[[str], None],
+) -> RunReport:
     """Measure the masks in a folder of `infer` that were changed by hand since they were measured.
 
     A corrected mask is the user's from then on: no later run of `infer` replaces it.
+
+    Args:
+        max_ram: bytes; a mask that may not fit within it fails.
 
     Raises:
         VolsegError: it is no folder of `infer`.
@@ -182,7 +208,14 @@ def measure_corrected(results: Path, *, figures: bool, pages: bool, progress: Pr
         files = CaseFiles((LESION_IDS,), figures, pages)
         folder.refuse_foreign([*files.shared, *(path for name in edited for path in files.names(name))])
         progress(STAGE, 0.0, f"{len(edited)} of {len(rows)} masks were changed by hand")
-        outcomes = run(lambda name: _measure_corrected_case(folder, name, figures=figures, pages=pages), edited)
+        refusals = _refused(_corrected_cases(folder, edited), max_ram, announce)
+
+        def task(name: str) -> None:
+            if name in refusals:
+                raise refusals[name]
+            _measure_corrected_case(folder, name, figures=figures, pages=pages)
+
+        outcomes = run(task, edited)
         try:
             for count, outcome in enumerate(outcomes, start=1):
                 name = outcome.item
@@ -209,13 +242,25 @@ def measure_corrected(results: Path, *, figures: bool, pages: bool, progress: Pr
     return report
 
 
-def _measure_corrected_case(folder: ResultsFolder, name: str, *, figures: bool, pages: bool) -> None:
+def _corrected_cases(folder: ResultsFolder, names: Sequence[str]) -> Iterator[tuple[Case, Measure]]:
+    """The corrected cases of which the record says how they are measured; measuring the others says what is wrong."""
+    for name in names:
+        with contextlib.suppress(ScanError):
+            case, wanted = _corrected_case(folder, name, figures=False, pages=False)
+            yield case, wanted.settings
+
+
+def _corrected_case(folder: ResultsFolder, name: str, *, figures: bool, pages: bool) -> tuple[Case, _Wanted]:
+    """A corrected mask on its scan, and how it is measured.
+
+    Raises:
+        ScanError: its record does not say it.
+    """
     record = folder.record(name)
     assert record is not None
     source = record["source"]
-    mask = f"{MASKS}/{name}.nii.gz"
     try:
-        case = Case(name, {"image": Path(source["scan"])}, reference=folder.path / mask)
+        case = Case(name, {"image": Path(source["scan"])}, reference=folder.path / MASKS / f"{name}.nii.gz")
         wanted = _Wanted(
             objects="components",
             label_names={int(value): str(text) for value, text in source["label_names"].items()},
@@ -232,6 +277,14 @@ def _measure_corrected_case(folder: ResultsFolder, name: str, *, figures: bool, 
             fix="measure the mask with --image, --mask and another --out",
             code="E_RECORD",
         ) from error
+    return case, wanted
+
+
+def _measure_corrected_case(folder: ResultsFolder, name: str, *, figures: bool, pages: bool) -> None:
+    record = folder.record(name)
+    assert record is not None
+    source = record["source"]
+    case, wanted = _corrected_case(folder, name, figures=figures, pages=pages)
     measured = _measure_case(case, wanted)
     if measured.scan.sha256 != source.get("sha256"):
         raise ScanError(
@@ -248,10 +301,45 @@ def _measure_corrected_case(folder: ResultsFolder, name: str, *, figures: bool, 
             commit,
             key=str(record.get("key", "")),
             inputs=record.get("inputs", ()),
-            lesions=measured.rows,
+            lesions=measured.lesions,
             source=source,
-            corrected={mask: measured.sha256[-1]},
+            corrected={f"{MASKS}/{name}.nii.gz": measured.sha256[-1]},
         )
+
+
+def _refused(
+    cases: Iterable[tuple[Case, Measure]], max_ram: int | None, announce: Callable[[str], None]
+) -> dict[str, ScanError]:
+    """The cases that may take more memory than the budget, and why; announces what the largest of the others takes.
+
+    Args:
+        cases: each with how it is measured.
+        max_ram: bytes; None for no budget.
+    """
+    give_back_large_blocks()
+    refusals: dict[str, ScanError] = {}
+    plans: dict[str, MeasurePlan] = {}
+    for case, settings in cases:
+        assert case.reference is not None
+        try:
+            scan, mask = read_header(case.images["image"]), read_header(case.reference)
+        except VolsegError:
+            continue  # reading it will say why
+        try:
+            plans[case.id] = plan_measuring(
+                math.prod(scan.geometry.shape),
+                scan.dtype.itemsize,
+                mask.dtype.itemsize,
+                has_organ=settings.organ is not None,
+                calcium=settings.calcium,
+                max_ram=max_ram,
+            )
+        except ScanError as error:
+            refusals[case.id] = error
+    if plans:
+        largest = max(plans, key=lambda name: plans[name].total)
+        announce(f"memory: at most {plans[largest]}, for {largest}")
+    return refusals
 
 
 def _pairs(image: Path | str | None, mask: Path | str | None, cases: Path | str | None) -> tuple[list[Case], list[str]]:
@@ -314,7 +402,7 @@ class _Measured:
 
     scan: Volume
     ids: Volume
-    rows: Sequence[LesionMeasurement]
+    lesions: MeasuredLesions
     unit: Unit
     settings: Measure
     organ_voxels: int | None
@@ -338,10 +426,10 @@ def _measure_case(case: Case, wanted: _Wanted) -> _Measured:
         array, organ_voxels = without_organ(array, _value_of(settings.organ, names, case.reference))
     nodes_wanted = {_value_of(label, names, case.reference) for label in settings.lymph_nodes}
     lesions = label_lesions(array, scan.geometry, objects=wanted.objects)
-    names = {value: names.get(value, f"label_{value}") for value in lesions.labels}
+    names = {value: names.get(value, f"label_{value}") for value in dict.fromkeys(lesions.labels)}
     nodes = tuple(name for value, name in names.items() if value in nodes_wanted)
     settings = settings.model_copy(update={"lymph_nodes": nodes})
-    rows = measure_lesions(
+    measured = measure_largest(
         scan,
         lesions.ids,
         lesions.labels,
@@ -355,7 +443,7 @@ def _measure_case(case: Case, wanted: _Wanted) -> _Measured:
     return _Measured(
         scan=scan,
         ids=scan.with_array(lesions.ids),
-        rows=rows,
+        lesions=measured,
         unit=unit,
         settings=settings,
         organ_voxels=organ_voxels,
@@ -369,14 +457,15 @@ def _write_case(
 ) -> CaseRow:
     """Write the files of a case; returns its row. `remark`: a further warning."""
     started = time.monotonic()
-    path, scan, ids, rows = case.images["image"], measured.scan, measured.ids, measured.rows
+    path, scan, ids = case.images["image"], measured.scan, measured.ids
+    largest = measured.lesions.largest
     write_mask(ids, commit, LESION_IDS, case.id, like=path)
     if wanted.figures:
-        write_figure(scan, ids, rows, case.id, commit)
+        write_figure(scan, ids, largest, case.id, commit)
     row = done_row(
         case,
         scan,
-        rows,
+        measured.lesions,
         path=path,
         unit=measured.unit,
         model=model,
@@ -386,7 +475,7 @@ def _write_case(
         remarks=[*((f"W_UNIT: {measured.unit.doubt}",) if measured.unit.doubt else ()), *((remark,) if remark else ())],
     )
     if wanted.pages:
-        write_page(row, rows, scan, ids.array, unit=measured.unit.name, commit=commit)
+        write_page(row, largest, scan, ids.array, unit=measured.unit.name, commit=commit)
     return replace(row, seconds=round(measured.seconds + time.monotonic() - started, 2))
 
 

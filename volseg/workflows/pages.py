@@ -15,14 +15,16 @@ from volseg.errors import ScanError
 from volseg.inputs import read_json
 from volseg.io.nifti import read_mask, read_volume
 from volseg.measure.rows import CaseRow, LesionMeasurement
+from volseg.postprocess.lesions import MANY
 from volseg.report.model_box import ModelBox, read_model_box
 from volseg.store.outputs import Commit
 from volseg.store.records import file_of
 from volseg.store.results import THUMBNAILS, VIEWERS, ResultsFolder, plain
-from volseg.volume import Volume
+from volseg.volume import BoundingBox, Volume
 
 REPORT = "report.html"
 HEAD_BYTES = 4096  # of report.html, in which it says what it was made from
+MOST_NAMED = 5  # scans in one remark
 ANY_NUMBER = 2**32  # of lesions in a file of lesion ids
 
 
@@ -66,10 +68,8 @@ def _plain(lesion: LesionMeasurement | Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _extent_mm(ids: Volume, number: int) -> float:
     """Longest edge of the box of a lesion, along the axes of the grid."""
-    voxels = np.argwhere(ids.array == number)
-    if not len(voxels):
-        return 0.0
-    return float(((np.ptp(voxels, axis=0) + 1) * ids.geometry.spacing_mm).max())
+    box = BoundingBox.around(ids.array == number)
+    return 0.0 if box is None else float((np.array(box.shape) * ids.geometry.spacing_mm).max())
 
 
 def source_of(path: Path, scan: Volume, unit: str, box: ModelBox | None = None) -> dict[str, Any]:
@@ -100,7 +100,7 @@ def remake_page(results: ResultsFolder, case_id: str, record: Mapping[str, Any])
     difference = scan.geometry.difference(ids.geometry)
     if difference:
         return f"its lesion ids are not on the grid of its scan: {difference}"
-    rows = list(results.rows_of(case_id))
+    rows = results.largest_rows(case_id, MANY)
     box = read_model_box(source.get("model_box"))
     with results.staged() as commit:
         write_page(record["case"], rows, scan, ids.array, unit=source["unit"], commit=commit, box=box)
@@ -126,28 +126,55 @@ def write_report(
         about: of the run: `command`, `volseg`, `model`, `started`.
         rows: of cases.csv.
         is_anew: write it even if one is there that was made from the same.
-    """
-    from volseg.report.html import report_html
 
-    lesions = list(results.lesion_rows(rows))
+    Of a scan whose mask looks like noise only the largest lesions are on the page, which says so.
+    """
+    from volseg.report.html import MAX_VIEWER_ROWS, report_html
+
+    done = [row for row in rows if row["status"] == "done"]
+    noisy = [row["case_id"] for row in done if _is_noisy(row)]
+    lesions = [
+        lesion
+        for row in done
+        for lesion in results.largest_rows(row["case_id"], MAX_VIEWER_ROWS if _is_noisy(row) else MANY)
+    ]
+    if noisy:
+        listed = f"The {MAX_VIEWER_ROWS} largest lesions of {', '.join(noisy[:MOST_NAMED])}"
+        more = f" and {len(noisy) - MOST_NAMED} more scans" if len(noisy) > MOST_NAMED else ""
+        remarks = [*remarks, f"{listed}{more} are listed; lesions.csv has them all."]
     boxes = _boxes(about, (record for _, record in results.records() if record is not None))
-    content = [__version__, *rows, *remarks, *lesions, *(box.model_dump_json() for box in boxes)]
-    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    digest = _digest([__version__], rows, remarks, lesions, (box.model_dump_json() for box in boxes))
     if not is_anew and _made_from(results.path / REPORT) == digest:
         return
-    done = [row["case_id"] for row in rows if row["status"] == "done"]
-    pictures = {name: results.path / THUMBNAILS / f"{name}.jpg" for name in done}
+    names = [row["case_id"] for row in done]
+    pictures = {name: results.path / THUMBNAILS / f"{name}.jpg" for name in names}
     page = report_html(
         about,
         rows,
         lesions,
         montages={name: picture.read_bytes() for name, picture in pictures.items() if picture.is_file()},
-        pages=[name for name in done if has_page(results, name)],
+        pages=[name for name in names if has_page(results, name)],
         boxes=boxes,
         remarks=remarks,
         digest=digest,
     )
     results.write(REPORT, page)
+
+
+def _is_noisy(case: Mapping[str, Any]) -> bool:
+    """Whether a case has so many lesions that its mask looks like noise; its row may come from a stranger."""
+    n_lesions = case.get("n_lesions")
+    return isinstance(n_lesions, int | float) and n_lesions > MANY
+
+
+def _digest(*parts: Iterable[Any]) -> str:
+    """SHA-256 of what a page is made from, without a text of all of it."""
+    digest = hashlib.sha256()
+    for part in parts:
+        for item in part:
+            digest.update(json.dumps(item, sort_keys=True).encode() + b"\n")
+        digest.update(b"\n")
+    return digest.hexdigest()
 
 
 def read_about(out: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Warnings of single scans for the terminal: a doubted unit, a scan unlike those of training."""
+"""Warnings of single scans for the terminal: a mask of noise, a doubted unit, a scan unlike those of training."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
+from volseg.measure.specks import SPECKS
 from volseg.measure.units import CODES
 
 MOST_SCANS = 5  # named per code
@@ -17,7 +18,7 @@ def remarks_on_scans(rows: Iterable[Mapping[str, Any]], case_ids: Collection[str
     Args:
         rows: of cases.csv.
     """
-    lines_by_code: dict[str, list[str]] = {code: [] for code in CODES}
+    lines_by_code: dict[str, list[str]] = {code: [] for code in (SPECKS, *CODES)}
     for row in rows:
         if row["case_id"] not in case_ids:
             continue

@@ -1,0 +1,234 @@
+"""Noise: the largest lesions have all columns, the others those of one look at the scan, and no list of all is made."""
+
+from __future__ import annotations
+
+import math
+import tracemalloc
+from dataclasses import fields, replace
+
+import numpy as np
+import pytest
+from laws import GRIDS, oblique, orientations
+
+from volseg.measure import lesions as lesions_module
+from volseg.measure.lesions import measure_lesions
+from volseg.measure.rows import LesionMeasurement
+from volseg.measure.specks import measure_largest
+from volseg.postprocess.lesions import label_lesions
+from volseg.recipe import Measure
+from volseg.volume import Geometry, Volume
+
+SPACING_MM = (0.7, 0.9, 2.5)
+NAMES = {1: "liver", 2: "tumour"}
+OPTIONS = {"case_id": "scan", "label_names": NAMES, "intensity_unit": "HU", "connectivity": 26, "model": "m"}
+# What a speck is not looked at for.
+UNKNOWN = {
+    "volume_mesh_mm3", "volume_expected_ml", "intensity_mean_eroded1", "surface_area_mm2", "sphericity",
+    "compactness", "elongation", "flatness", "major_axis_mm", "minor_axis_mm", "least_axis_mm",
+    "max3d_diameter_mm", "long_axis_mm", "short_axis_mm", "axis_slice", "long_axis_p0_ras", "long_axis_p1_ras",
+    "short_axis_p0_ras", "short_axis_p1_ras", "recist_measurable", "nearest_lesion_mm",
+}  # fmt: skip
+
+
+def noise(share=0.12, n_labels=3, shape=(14, 15, 12), seed=0):
+    rng = np.random.default_rng(seed)
+    return (rng.integers(1, n_labels + 1, shape) * (rng.random(shape) < share)).astype(np.uint8)
+
+
+def scan_of(shape, affine=None, *, dtype=np.int16, slope=1.0, intercept=0.0, seed=1):
+    values = np.random.default_rng(seed).normal(30, 200, shape).astype(dtype)
+    return Volume(values, Geometry(shape, oblique(SPACING_MM) if affine is None else affine), slope, intercept)
+
+
+def alike(one, other):
+    return one == other or (isinstance(one, float) and isinstance(other, float) and math.isnan(one + other))
+
+
+def assert_equal_rows(rows, expected):
+    for row, known in zip(rows, expected, strict=True):
+        for field in fields(LesionMeasurement):
+            pair = getattr(row, field.name), getattr(known, field.name)
+            assert alike(*pair), (row.lesion_id, field.name, *pair)
+
+
+SCALES = [(np.int16, 1.0, 0.0), (np.int16, 0.5, -1000.0), (np.int16, -0.5, 7.0), (np.float32, 1.0, 0.0)]
+
+
+@pytest.mark.parametrize(("dtype", "slope", "intercept"), [*SCALES, (np.float32, -2.0, 1.0)])
+@pytest.mark.parametrize("objects", ["components", "labels"])
+def test_the_largest_are_measured_as_without_the_limit_and_the_others_in_the_cheap_columns(
+    objects, dtype, slope, intercept
+):
+    mask = noise(n_labels=20 if objects == "labels" else 3)
+    image = scan_of(mask.shape, dtype=dtype, slope=slope, intercept=intercept)
+    lesions = label_lesions(mask, image.geometry, objects=objects)
+    options = OPTIONS | {"connectivity": 26 if objects == "components" else None}
+    options["confidence"] = np.random.default_rng(2).integers(0, 256, mask.shape).astype(np.uint8)
+    every = measure_lesions(image, lesions.ids, lesions.labels, **options)
+    most = len(every) // 3
+    measured = measure_largest(image, lesions.ids, lesions.labels, most=most, **options)
+    assert len(measured) == len(every) and len(measured.specks) == len(every) - most
+    largest = sorted(every, key=lambda row: (-row.n_voxels, row.lesion_id))[:most]
+    assert_equal_rows(measured.largest, sorted(largest, key=lambda row: row.lesion_id))
+    rows = list(measured)
+    assert [row.lesion_id for row in rows] == [row.lesion_id for row in every]
+    full = {row.lesion_id for row in measured.largest}
+    for row, known in zip(rows, every, strict=True):
+        if row.lesion_id in full:
+            continue
+        for field in fields(LesionMeasurement):
+            value, expected = getattr(row, field.name), getattr(known, field.name)
+            if field.name in UNKNOWN:
+                assert value is None
+            elif field.name != "notes":
+                assert alike(value, expected), (field.name, value, expected)
+        assert f"only the {most} largest of {len(every)} lesions" in row.notes
+    assert sum(row.volume_ml for row in measured.specks) == pytest.approx(measured.specks.volume_ml)
+    assert measured.specks.warning.startswith(f"W_SPECKS: {len(every)} components: this mask looks like noise")
+
+
+def test_up_to_the_limit_nothing_is_a_speck():
+    mask = noise()
+    image = scan_of(mask.shape)
+    lesions = label_lesions(mask, image.geometry)
+    every = measure_lesions(image, lesions.ids, lesions.labels, **OPTIONS)
+    measured = measure_largest(image, lesions.ids, lesions.labels, most=len(every), **OPTIONS)
+    assert_equal_rows(measured, every)
+    assert measured.specks is None
+    empty = measure_largest(image, np.zeros(mask.shape, np.uint16), [], most=0, **OPTIONS)
+    assert (len(empty), list(empty)) == (0, [])
+
+
+@pytest.mark.parametrize(("voxels", "rows"), [(1, 1), (7, 1000), (1000, 7)])
+def test_rows_are_the_same_however_many_are_made_together(voxels, rows):
+    mask = noise()
+    image = scan_of(mask.shape)
+    lesions = label_lesions(mask, image.geometry)
+    measured = measure_largest(image, lesions.ids, lesions.labels, most=5, **OPTIONS)
+    few = replace(measured.specks, together_voxels=voxels, together_rows=rows)
+    assert_equal_rows(list(few), list(measured.specks))
+
+
+def test_voxels_that_are_not_finite_leave_the_intensities_of_their_speck_empty():
+    mask = np.zeros((6, 6, 6), np.uint8)
+    mask[0, 0, :4] = mask[3, 3, 2:4] = mask[5, 5, 5] = 1
+    image = scan_of(mask.shape, dtype=np.float32)
+    image.array[3, 3, 3] = np.nan
+    lesions = label_lesions(mask, image.geometry)
+    _, broken, single = measure_largest(image, lesions.ids, lesions.labels, most=1, **OPTIONS)
+    assert math.isnan(broken.intensity_mean) and broken.mass_g is None
+    assert broken.notes.startswith("intensity, mass, density: 1 of 2 voxels are not finite")
+    assert single.intensity_sd == 0 and math.isnan(single.intensity_skewness)
+
+
+def test_calcium_of_a_speck_is_unknown_and_not_zero():
+    mask = noise()
+    image = scan_of(mask.shape)
+    lesions = label_lesions(mask, image.geometry)
+    options = OPTIONS | {"settings": Measure(calcium=True)}
+    measured = measure_largest(image, lesions.ids, lesions.labels, most=2, **options)
+    assert all(row.agatston_score is not None for row in measured.largest)
+    assert all(row.agatston_score is None for row in measured.specks)
+
+
+def test_specks_have_the_same_rows_in_all_48_orientations():
+    mask = noise(shape=(6, 7, 8), share=0.2)
+    image = scan_of(mask.shape, dtype=np.float32)
+    lesions = label_lesions(mask, image.geometry, many=0)
+    expected = list(measure_largest(image, lesions.ids, lesions.labels, most=4, **OPTIONS))
+    spacings = {f"spacing_{axis}_mm" for axis in "ras"}
+    for (array, affine), (stored, _) in zip(
+        orientations(Volume(mask, image.geometry)), orientations(image), strict=True
+    ):
+        geometry = Geometry(array.shape, affine)
+        found = label_lesions(array, geometry, many=0)
+        rows = measure_largest(Volume(stored, geometry), found.ids, found.labels, most=4, **OPTIONS)
+        for row, known in zip(rows, expected, strict=True):
+            for field in fields(LesionMeasurement):
+                one, other = getattr(row, field.name), getattr(known, field.name)
+                if field.name in spacings:
+                    continue
+                assert alike(one, other) or one == pytest.approx(other, rel=1e-9, abs=1e-9), field.name
+
+
+@pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS.keys())
+@pytest.mark.parametrize(
+    ("share", "n_labels", "connectivity"), [(0.03, 1, 26), (0.2, 1, 26), (0.3, 3, 26), (0.3, 1, 6)]
+)
+def test_the_nearest_lesion_looked_for_in_the_scan_is_that_among_all_surfaces(share, n_labels, connectivity, grid):
+    mask = noise(share, n_labels, shape=(17, 13, 11))
+    image = scan_of(mask.shape, grid(SPACING_MM))
+    lesions = label_lesions(mask, image.geometry, connectivity=connectivity)
+    options = OPTIONS | {"connectivity": connectivity}
+    expected = measure_lesions(image, lesions.ids, lesions.labels, **options)
+    found = measure_lesions(image, lesions.ids, lesions.labels, most_points=0, **options)
+    assert [row.nearest_lesion_mm for row in found] == [row.nearest_lesion_mm for row in expected]
+
+
+def test_a_far_neighbour_is_found_and_one_that_is_not_there_is_not():
+    mask = np.zeros((150, 70, 40), np.uint8)
+    mask[2:40, 3:40, 3:37] = noise(0.7, 1, shape=(38, 37, 34))
+    mask[145, 60, 20] = 1
+    image = scan_of(mask.shape)
+    lesions = label_lesions(mask, image.geometry)
+    expected = measure_lesions(image, lesions.ids, lesions.labels, **OPTIONS)
+    found = measure_lesions(image, lesions.ids, lesions.labels, most_points=0, **OPTIONS)
+    assert [row.nearest_lesion_mm for row in found] == [row.nearest_lesion_mm for row in expected]
+    alone = (lesions.ids == 1).astype(np.uint8)
+    (row,) = measure_lesions(image, alone, [1], most_points=0, **OPTIONS)
+    assert math.isnan(row.nearest_lesion_mm)
+
+
+def test_a_lesion_as_large_as_the_scan_is_measured_slab_by_slab(monkeypatch):
+    mask = noise(0.6, 1, shape=(23, 14, 12))
+    image = scan_of(mask.shape)
+    lesions = label_lesions(mask, image.geometry)
+    options = OPTIONS | {"confidence": np.random.default_rng(2).integers(0, 256, mask.shape).astype(np.uint8)}
+    expected = measure_lesions(image, lesions.ids, lesions.labels, **options)
+    for together in (1, 500):
+        monkeypatch.setattr(lesions_module, "MEASURED_TOGETHER", together)
+        assert_equal_rows(measure_lesions(image, lesions.ids, lesions.labels, **options), expected)
+
+
+@pytest.mark.parametrize("share", [0.01, 0.2, 1.0])
+def test_measuring_takes_a_few_bytes_per_voxel_and_per_lesion_whatever_the_mask(share):
+    shape = (90, 100, 100)
+    mask = np.asfortranarray(noise(share, 1, shape=shape))
+    values = np.random.default_rng(0).normal(0, 100, shape).astype(np.int16)
+    image = Volume(np.asfortranarray(values), Geometry(shape, oblique((0.8, 0.8, 1.5))), 0.5, -10.0)
+    confidence = np.full(shape, 200, np.uint8, order="F")
+    lesions = label_lesions(mask, image.geometry)
+    options = OPTIONS | {"confidence": confidence, "most": 300}
+    tracemalloc.start()
+    measured = measure_largest(image, lesions.ids, lesions.labels, **options)
+    n = sum(1 for _ in measured)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert n == len(lesions.labels)
+    assert peak < 4 * mask.size + 8 * n + 100 * 2**20
+
+
+@pytest.mark.parametrize("settings", [Measure(), Measure(calcium=True)])
+def test_under_a_doubted_unit_specks_hold_what_the_largest_hold(settings):
+    mask = noise()
+    image = scan_of(mask.shape)
+    lesions = label_lesions(mask, image.geometry)
+    options = OPTIONS | {"unit_doubt": "HU is a guess", "settings": settings}
+    options["classes"] = [{"benign": 1.0}] * 5
+    measured = measure_largest(image, lesions.ids, lesions.labels, most=5, **options)
+    calcium = "calcium, " if settings.calcium else ""
+    for row in measured:
+        assert row.notes.count(f"density, mass, {calcium}class: HU is a guess") == 1
+        withheld = (row.density_g_cm3, row.mass_g, row.agatston_score, row.class_name)
+        assert withheld == (None, None, None, None)
+        assert row.intensity_unit == "HU" and row.intensity_mean is not None
+
+
+def test_specks_name_the_class_and_calcium_that_they_lack():
+    mask = noise()
+    image = scan_of(mask.shape)
+    lesions = label_lesions(mask, image.geometry)
+    options = OPTIONS | {"settings": Measure(calcium=True), "classes": [{"benign": 1.0}] * 5}
+    measured = measure_largest(image, lesions.ids, lesions.labels, most=5, **options)
+    assert {row.class_name for row in measured.largest} == {"benign"}
+    assert all("calcium, class: not measured" in row.notes for row in measured.specks)

@@ -1,0 +1,337 @@
+"""Lesions of a mask that has more of them than any patient: the largest are measured in full, the others in one look at the scan."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from heapq import merge
+from operator import attrgetter
+from typing import Any
+
+import numpy as np
+
+from volseg import __version__
+from volseg.measure.lesions import (
+    AS_USUAL,
+    NO_CLASS,
+    CanonicalScan,
+    centres_mm,
+    confidence_columns,
+    intensity_columns,
+    measure_lesions,
+    point_text,
+    voxel_volume_mm3,
+    withheld,
+)
+from volseg.measure.ragged import Ragged
+from volseg.measure.recist import MEASURABLE_MM, ROUNDING_MM
+from volseg.measure.rows import LesionMeasurement
+from volseg.measure.shape import equivalent_diameter_mm
+from volseg.measure.units import HU
+from volseg.postprocess.components import by_size
+from volseg.postprocess.lesions import MANY
+from volseg.recipe import Measure
+from volseg.volume import Volume, slabs_of
+
+SPECKS = "W_SPECKS"  # code of the warning that a mask looks like noise
+TOGETHER_VOXELS = 2**20  # of lesions that are looked at together
+TOGETHER_ROWS = 2**17
+SLAB_VOXELS = 2**20
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Specks:
+    """The lesions of a scan that are not among its largest. Iterating over them makes their rows, some at a time.
+
+    Args:
+        image, ids, confidence, labels, case_id, label_names, unit, unit_doubt, settings, connectivity, model: as `measure_largest` got them.
+        has_classes: whether the largest have a class.
+        sizes: (N + 1,) voxels of each lesion of the scan; 0 for those that are measured in full, and for 0.
+        n: of them. n_lesions: all lesions of the scan.
+    """
+
+    image: Volume
+    ids: np.ndarray
+    confidence: np.ndarray | None
+    labels: Sequence[int]
+    case_id: str
+    label_names: Mapping[int, str]
+    unit: str
+    unit_doubt: str
+    has_classes: bool
+    settings: Measure
+    connectivity: int | None
+    model: str | None
+    sizes: np.ndarray
+    n: int
+    n_lesions: int
+    together_voxels: int = TOGETHER_VOXELS
+    together_rows: int = TOGETHER_ROWS
+
+    def __len__(self) -> int:
+        return self.n
+
+    @property
+    def volume_ml(self) -> float:
+        """Of all of them."""
+        return int(self.sizes.sum(dtype=np.int64)) * voxel_volume_mm3(self.image) / 1000
+
+    @property
+    def most_voxels(self) -> int:
+        """Of the largest of them."""
+        return int(self.sizes.max(initial=0))
+
+    @property
+    def warning(self) -> str:
+        """What a reader of any number of the scan must know."""
+        n_full = self.n_lesions - self.n
+        return (
+            f"{SPECKS}: {spaced(self.n_lesions)} components: this mask looks like noise, and only the "
+            f"{spaced(n_full)} largest have every column"
+        )
+
+    @property
+    def touches_border(self) -> bool:
+        """Whether any lesion of the scan does."""
+        ends = ((axis, at) for axis in range(3) for at in (0, -1))
+        return any(bool(np.moveaxis(self.ids, axis, 0)[at].any()) for axis, at in ends)
+
+    @property
+    def may_be_measurable(self) -> bool:
+        """Whether one of them may be long enough to be measurable: each voxel adds at most the diagonal of its face."""
+        matrix = CanonicalScan.of(self.image, self.ids, None).geometry.affine[:3, :3]
+        diagonal_mm = max(float(np.linalg.norm(matrix[:, 0] + sign * matrix[:, 1])) for sign in (1, -1))
+        connected = self.connectivity is not None
+        return not (connected and self.most_voxels * diagonal_mm < MEASURABLE_MM - ROUNDING_MM)
+
+    def __iter__(self) -> Iterator[LesionMeasurement]:
+        scan = CanonicalScan.of(self.image, self.ids, self.confidence)
+        for start, stop in self._ranges():
+            yield from self._rows(scan, start, stop)
+
+    def _unmeasured(self) -> list[str]:
+        """What rows of the largest hold and those of the others do not."""
+        is_scored = self.settings.calcium and self.unit == HU and not self.unit_doubt
+        return [
+            "form",
+            "axes",
+            "nearest_lesion_mm",
+            "intensity_mean_eroded1",
+            *(["volume_expected_ml"] if self.confidence is not None else []),
+            *(["calcium"] if is_scored else []),
+            *(["class"] if self.has_classes and not self.unit_doubt else []),
+        ]
+
+    def _ranges(self) -> Iterator[tuple[int, int]]:
+        """Numbers of lesions that are looked at together."""
+        start = 1
+        while start < len(self.sizes):
+            some = self.sizes[start : start + self.together_rows]
+            stop = start + max(1, int(np.searchsorted(some.cumsum(dtype=np.int64), self.together_voxels, "right")))
+            if self.sizes[start:stop].any():
+                yield start, stop
+            start = stop
+
+    def _rows(self, scan: CanonicalScan, start: int, stop: int) -> Iterator[LesionMeasurement]:
+        sizes = self.sizes[start:stop]
+        numbers = np.flatnonzero(sizes) + start
+        voxels = _Voxels.of(scan, start, sizes)
+        n = len(numbers)
+        ends = np.cumsum(sizes[numbers - start], dtype=np.int64)
+        starts, counts = ends - sizes[numbers - start], sizes[numbers - start].astype(np.int64)
+        volume_mm3 = voxel_volume_mm3(self.image)  # of a voxel
+        doubt_note, settings = "", self.settings
+        if self.unit_doubt:
+            doubt_note = withheld(self.unit_doubt, settings, has_classes=self.has_classes)
+            settings = settings.model_copy(update={"calcium": False})
+        unit = "" if self.unit_doubt else self.unit
+        intensities = intensity_columns(Ragged(voxels.intensities, starts, counts), volume_mm3, unit, settings)
+        trusts: list[tuple[dict[str, Any], str]] = [({"confidence_mean": None}, "")] * n
+        if voxels.confidence is not None:
+            trusts = confidence_columns(Ragged(voxels.confidence, starts, counts), None, volume_mm3)
+        low, high = (reduce.reduceat(voxels.index, starts, axis=1) for reduce in (np.minimum, np.maximum))
+        shape = np.array(scan.ids.shape)[:, None]
+        touches = ((low == 0) | (high == shape - 1)).any(axis=0).tolist()
+        centres = np.add.reduceat(voxels.index, starts, axis=1, dtype=np.int64) / counts
+        centroids_mm = centres_mm(centres.T, scan.geometry).tolist()
+        matrix = scan.geometry.affine[:3, :3]
+        reach = np.abs(matrix).sum(axis=1)[:, None] / 2
+        places = matrix @ voxels.index + scan.geometry.affine[:3, 3:]
+        low_mm = (np.minimum.reduceat(places, starts, axis=1) - reach).T
+        high_mm = (np.maximum.reduceat(places, starts, axis=1) + reach).T
+        del voxels, places
+        shared: dict[str, Any] = {
+            "case_id": self.case_id,
+            "intensity_unit": self.unit,
+            "connectivity": self.connectivity,
+            "model": self.model,
+            "volseg_version": __version__,
+            **NO_CLASS,
+            **{f"spacing_{axis}_mm": mm for axis, mm in zip("ras", scan.spacing_mm)},
+        }
+        why = (
+            f"{', '.join(self._unmeasured())}: not measured, since only the {spaced(self.n_lesions - self.n)} largest of "
+            f"{spaced(self.n_lesions)} lesions are"
+        )
+        for at, (number, size) in enumerate(zip(numbers.tolist(), counts.tolist())):
+            label = int(self.labels[number - 1])
+            intensity, note = intensities[at]
+            trust, trust_note = trusts[at]
+            r, a, s = centroids_mm[at]
+            unnamed = "" if label in self.label_names else f"label_name: value {label} has no name"
+            yield LesionMeasurement(
+                **shared,
+                lesion_id=number,
+                label=label,
+                label_name=self.label_names.get(label),
+                n_voxels=size,
+                volume_mm3=size * volume_mm3,
+                volume_ml=size * volume_mm3 / 1000,
+                equiv_sphere_diameter_mm=equivalent_diameter_mm(size * volume_mm3),
+                **intensity,
+                **trust,
+                centroid_r_mm=r,
+                centroid_a_mm=a,
+                centroid_s_mm=s,
+                touches_border=touches[at],
+                bbox_min_ras=point_text(low_mm[at]),
+                bbox_max_ras=point_text(high_mm[at]),
+                notes="; ".join(filter(None, (unnamed, doubt_note, note, trust_note, why))),
+            )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Voxels:
+    """The voxels of some lesions, one lesion after the other.
+
+    Args:
+        index: (3, M) int32 along R, A, S. intensities, confidence: (M,), sorted within each lesion.
+    """
+
+    index: np.ndarray
+    intensities: np.ndarray
+    confidence: np.ndarray | None
+
+    @classmethod
+    def of(cls, scan: CanonicalScan, start: int, sizes: np.ndarray) -> _Voxels:
+        """Of the lesions from number `start` on that have voxels in `sizes`."""
+        n, stop, at = int(sizes.sum(dtype=np.int64)), start + len(sizes), 0
+        index, numbers = np.empty((3, n), np.int32), np.empty(n, np.int32)
+        stored = np.empty(n, scan.image.array.dtype)
+        confidence = None if scan.confidence is None else np.empty(n, scan.confidence.dtype)
+        skips = not sizes.all()
+        for slab in slabs_of(scan.ids, SLAB_VOXELS):
+            ids = scan.ids[slab]
+            chosen = (ids >= start) & (ids < stop)
+            if skips:
+                chosen[chosen] = sizes[ids[chosen] - start] > 0
+            some = np.nonzero(chosen)
+            piece = slice(at, at + len(some[0]))
+            for axis in range(3):
+                index[axis, piece] = some[axis] + slab[axis].start
+            numbers[piece] = ids[some] - ids.dtype.type(start)
+            stored[piece] = scan.image.array[slab][some]
+            if confidence is not None and scan.confidence is not None:
+                confidence[piece] = scan.confidence[slab][some]
+            at = piece.stop
+        index = index[:, np.argsort(numbers, kind="stable")]
+        values = scan.image.intensities(stored)
+        values = values[np.lexsort((values, numbers))]
+        if confidence is not None:
+            confidence = confidence[np.lexsort((confidence, numbers))]
+        return cls(index, values, confidence)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class MeasuredLesions:
+    """The lesions of a scan: the largest with every column, and the others, whose rows are made when they are asked for."""
+
+    largest: Sequence[LesionMeasurement]
+    specks: Specks | None = None
+
+    def __len__(self) -> int:
+        return len(self.largest) + len(self.specks or ())
+
+    def __iter__(self) -> Iterator[LesionMeasurement]:
+        """All rows, by number; each only as long as it is looked at."""
+        return merge(self.largest, self.specks or (), key=attrgetter("lesion_id"))
+
+    @property
+    def touches_border(self) -> bool:
+        """Whether any of them does."""
+        return any(lesion.touches_border for lesion in self.largest) or (
+            self.specks is not None and self.specks.touches_border
+        )
+
+
+def measure_largest(
+    image: Volume,
+    ids: np.ndarray,
+    labels: Sequence[int],
+    *,
+    case_id: str,
+    label_names: Mapping[int, str],
+    intensity_unit: str,
+    unit_doubt: str = "",
+    confidence: np.ndarray | None = None,
+    classes: Sequence[Mapping[str, float] | None] | None = None,
+    settings: Measure = AS_USUAL,
+    connectivity: int | None = None,
+    model: str | None = None,
+    most: int = MANY,
+) -> MeasuredLesions:
+    """Measure the lesions of a scan in bounded memory and time, however many there are.
+
+    Args:
+        most: lesions that are measured in full, the largest; of equal ones the first.
+        classes: of these lesions at least, the first of all.
+        The others are those of `measure_lesions`.
+
+    Returns:
+        Up to `most` lesions all rows are those of `measure_lesions`. Of more, the largest have the same rows as without the limit; the
+        others have the columns that one look at the scan gives, and say in `notes` that the others were not measured.
+
+    Memory: beside the scan, the ids and the confidence 2 + the bytes of a voxel for each voxel of the largest lesion, 8 bytes per lesion,
+    some 10 kB per lesion measured in full, and some 150 MB.
+    """
+    n = len(labels)
+    sizes, only = np.zeros(1, np.uint32), None
+    if n > most:
+        sizes = np.zeros(n + 1, np.uint32)
+        for slab in slabs_of(ids, SLAB_VOXELS):
+            np.add.at(sizes, ids[slab].ravel("K"), np.uint32(1))
+        sizes[0] = 0
+        only = np.flatnonzero(by_size(sizes) <= most)[1:]
+        sizes[only] = 0
+    options: dict[str, Any] = {"case_id": case_id, "label_names": label_names, "settings": settings}
+    options |= {"unit_doubt": unit_doubt, "connectivity": connectivity, "model": model}
+    largest = measure_lesions(
+        image,
+        ids,
+        labels,
+        intensity_unit=intensity_unit,
+        confidence=confidence,
+        classes=classes,
+        only=only,
+        **options,
+    )
+    if only is None:
+        return MeasuredLesions(largest)
+    specks = Specks(
+        image=image,
+        ids=ids,
+        confidence=confidence,
+        labels=labels,
+        unit=intensity_unit,
+        has_classes=classes is not None,
+        sizes=sizes,
+        n=n - len(largest),
+        n_lesions=n,
+        **options,
+    )
+    return MeasuredLesions(largest, specks)
+
+
+def spaced(number: int) -> str:
+    """With a thin gap between thousands: 328 562."""
+    return f"{number:,}".replace(",", " ")
