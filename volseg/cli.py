@@ -72,6 +72,10 @@ def main() -> None:
             _run()
     except VolsegError as error:  # of stdout itself
         _fail(error)
+    except KeyboardInterrupt:  # before or after the command itself
+        sys.exit(EXIT_INTERRUPTED)
+    except _TerminatedError:
+        sys.exit(EXIT_TERMINATED)
 
 
 def _run() -> None:
@@ -82,8 +86,6 @@ def _run() -> None:
         _fail(error)
     except (OSError, MemoryError) as error:
         _fail(problem_of(error))
-    except _TerminatedError:
-        sys.exit(EXIT_TERMINATED)
 
 
 def _print_version(wanted: bool) -> None:
