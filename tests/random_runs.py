@@ -75,8 +75,8 @@ class Run:
     file_bytes: int
 
 
-def make_world(folder: Path, write_dataset, make_nnunet) -> Path:
-    """A dataset, a model, and results of every command, each made by the command itself.
+def make_world(folder: Path, write_dataset, make_nnunet, commands: Sequence[str] = COMMANDS) -> Path:
+    """A dataset, a model, and results of the commands, each made by the command itself.
 
     Args:
         write_dataset: (folder, n) → writes a dataset of n scans.
@@ -96,15 +96,17 @@ def make_world(folder: Path, write_dataset, make_nnunet) -> Path:
         "plan",
         "import-nnunet",
     ):
+        if command not in commands:
+            continue
         out = folder / "done" / command
         out.parent.mkdir(exist_ok=True)
         if command == "plan":
             out.mkdir()
         code, output = run_command(arguments_of(command, folder, out, option=False))
         assert code == 0, (command, output)
-    shutil.copytree(folder / "done" / "infer", folder / "done" / "measure-results")
-    shutil.copytree(folder / "done" / "infer", folder / "done" / "report")
-    shutil.copytree(folder / "done" / "train", folder / "done" / "quantise")
+    for command, maker in (("measure-results", "infer"), ("report", "infer"), ("quantise", "train")):
+        if command in commands:
+            shutil.copytree(folder / "done" / maker, folder / "done" / command)
     return folder
 
 
@@ -112,12 +114,13 @@ def arguments_of(command: str, world: Path, out: Path, *, option: bool) -> list[
     """The command line; `option` adds one that makes an earlier result another's."""
     data, model, done = world / "data", world / "done" / "train", world / "done"
     pair = ["--image", data / "images", "--mask", data / "labels"]
+    predicted = done / "infer" if (done / "infer").exists() else data / "labels"
     line: list[str | Path] = {
         "infer": ["infer", data / "images", "--model", model, "--backend", "torch", "--out", out],
         "measure": ["measure", *pair, "--unit", "HU", "--out", out],
         "measure-cases": ["measure", "--cases", data / "cases.csv", "--unit", "HU", "--out", out],
         "measure-results": ["measure", out],
-        "evaluate": ["evaluate", "--reference", data / "labels", "--predicted", done / "infer", "--out", out],
+        "evaluate": ["evaluate", "--reference", data / "labels", "--predicted", predicted, "--out", out],
         "compare": ["compare", done / "measure", done / "measure-cases", "--no-registration", "--out", out],
         "preprocess": ["preprocess", data, "--recipe", world / "recipe.toml", "--out", out],
         "train": ["train", data, "--recipe", world / "recipe.toml", "--device", "cpu", "--out", out],
@@ -186,15 +189,15 @@ def _main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def draw_run(seed: int, world: Path, seconds: float) -> Run:
+def draw_run(seed: int, world: Path, seconds: float, commands: Sequence[str]) -> Run:
     """A run over a world of its own, in which the user's files lie by now. `seconds`: within which a signal may come."""
     rng = np.random.default_rng(seed)
-    command = COMMANDS[seed % len(COMMANDS)]
+    command = commands[seed % len(commands)]
     places = ["new", "users", "done", "done", "done", "other", "data", "images", "labels"]
     if command in ("measure-results", "report", "quantise"):
         places = ["done"]
     place = str(rng.choice(places))
-    others = [name for name in COMMANDS if name != command]
+    others = [name for name in commands if name != command]
     folders = {
         "new": world / "new",
         "users": world / "users",
@@ -231,13 +234,15 @@ def edit_results(seed: int, out: Path) -> list[Path]:
     return chosen
 
 
-def check_run(seed: int, template: Path, folder: Path, seconds: float = 4.0) -> tuple[Run, list[str], int]:
+def check_run(
+    seed: int, template: Path, folder: Path, seconds: float = 4.0, commands: Sequence[str] = COMMANDS
+) -> tuple[Run, list[str], int]:
     """Do one random run; what was drawn, all that is wrong afterwards, and the exit code."""
     world = folder / "world"
     shutil.copytree(template, world, symlinks=True)
     _move_paths(world, template)
     volsegs = set(_tree(world / "done"))  # what a command wrote here before the user came
-    run = draw_run(seed, world, seconds)
+    run = draw_run(seed, world, seconds, commands)
     edited = set(edit_results(seed, run.out)) if run.place == "done" else set()
     before = _tree(world)
     users = {
