@@ -136,7 +136,8 @@ def test_a_scan_of_another_modality_is_refused_and_marked_where_it_is_accepted(d
         scans, model=model, out=tmp_path / "out", device="cpu"
     )  # without the option it is refused again
     assert list(report.failed) == ["mr"]
-    assert "mr" not in {row["case_id"] for row in rows(tmp_path / "out" / "lesions.csv")}
+    row = {row["case_id"]: row for row in rows(tmp_path / "out" / "cases.csv")}["mr"]
+    assert "W_MODALITY: " in row["warnings"] and "W_STALE: the last run failed (E_MODALITY" in row["warnings"]
 
 
 def test_an_unusual_grid_is_a_warning_on_row_page_and_terminal(dataset, model, tmp_path):
