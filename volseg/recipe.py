@@ -35,7 +35,7 @@ MAX_SETTING, MAX_SETTINGS = 4096, 1000  # the largest number under [network], an
 MOST_MISTAKES = 20  # written out in one message
 
 # Bounds far beyond what is sensible, but within what arrays, float32 and a day of work can hold: a recipe is a stranger's file.
-Positive = Annotated[float, Field(gt=0, le=1e6)]
+Positive = Annotated[float, Field(gt=0, le=1e39)]
 PositiveInt = Annotated[int, Field(ge=1, le=65_536)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Weight = Annotated[float, Field(ge=0, le=1e6)]
