@@ -926,7 +926,7 @@ def _print_json(content: Any) -> None:
 
 def _seconds(text: str) -> float:
     """`90s`, `20m`, `1.5h` or plain seconds → seconds."""
-    match = re.fullmatch(r"\s*(\d{1,9}(?:\.\d{1,9})?)\s*([smh]?)\s*", text)
+    match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)\s*([smh]?)", text.strip())
     if match is None or float(match[1]) == 0:
         raise VolsegError(
             f"time budget {text!r} is not a duration", fix="write it like 90s, 20m or 1.5h", code="E_USAGE"
