@@ -25,15 +25,15 @@ def write_table(path: Path, row_type: type, rows: Iterable[Any]) -> None:
 
     def lines() -> Iterator[str]:
         text = io.StringIO(newline="")
-        writer = csv.writer(text, lineterminator="")
+        writer = csv.writer(text, lineterminator="\n")  # it quotes what it would end a line by
         writer.writerow(names)
-        yield text.getvalue()
+        yield text.getvalue().removesuffix("\n")
         for row in rows:
             text.seek(0)
             text.truncate()
             values = map(row.get, names) if isinstance(row, Mapping) else (getattr(row, name) for name in names)
             writer.writerow(["" if value is None else cell(value) for value in values])
-            yield text.getvalue()
+            yield text.getvalue().removesuffix("\n")
 
     write_lines_atomic(path, lines())
 
