@@ -37,13 +37,13 @@ BUILT = {
 
 def constants_of(tree):
     """Name → text of the module's constants."""
-    return {
-        target.id: node.value.value
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant)
-        for target in node.targets
-        if isinstance(target, ast.Name) and isinstance(node.value.value, str)
-    }
+    constants = {}
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant | ast.JoinedStr):
+            text = text_of(node.value, constants)
+            names = [target.id for target in node.targets if isinstance(target, ast.Name)]
+            constants |= dict.fromkeys(names, text) if isinstance(text, str) else {}
+    return constants
 
 
 def text_of(node, constants):
@@ -51,7 +51,10 @@ def text_of(node, constants):
     if isinstance(node, ast.Constant):
         return node.value
     if isinstance(node, ast.JoinedStr):
-        return "".join(str(part.value) if isinstance(part, ast.Constant) else "1" for part in node.values)
+        return "".join(
+            str(part.value) if isinstance(part, ast.Constant) else text_of(part.value, constants) or "1"
+            for part in node.values
+        )
     return constants.get(node.id) if isinstance(node, ast.Name) else None
 
 

@@ -72,7 +72,7 @@ class RecordFolder(OutputFolder):
         return read_json_record(self._records / f"{name}.json", self.row)
 
     def rows_of(self, name: str) -> Iterator[dict[str, Any]]:
-        """The rows of an item, one after another, as column → value; None is unknown."""
+        """The rows of an item, one after another, as column → value; one that is not there is unknown."""
         return read_rows(self.path, name)
 
     def largest_rows(self, name: str, most: int) -> list[dict[str, Any]]:
@@ -269,13 +269,14 @@ def read_json_record(path: Path, row: str) -> dict[str, Any] | None:
 
 
 def write_rows(file: BinaryIO, rows: Iterable[Any]) -> None:
-    """A JSON object per line."""
+    """A JSON object per line, without what is unknown: of noise that is half of each row."""
     for row in rows:
-        file.write(json_text(plain(row), indent=None).encode("utf-8", "replace"))
+        values = {name: value for name, value in plain(row).items() if value is not None}
+        file.write(json_text(values, indent=None).encode("utf-8", "replace"))
 
 
 def read_rows(folder: Path, name: str) -> Iterator[dict[str, Any]]:
-    """What `write_rows` wrote for an item.
+    """What `write_rows` wrote for an item; a column that is not there is unknown.
 
     Raises:
         OSError, ValueError: the file is not there or damaged.
