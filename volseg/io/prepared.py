@@ -38,7 +38,8 @@ class PreparedCase:
 
 
 def write_prepared_case(folder: Path, case: PreparedCase) -> None:
-    """Write the files of a case into a folder that is there for them."""
+    """Write the files of a case into a folder that is there for them; `case.json` last, without which it is not prepared."""
+    (folder / CASE_FILE).unlink(missing_ok=True)
     arrays = {"image": case.image, "mask": case.mask}
     arrays |= {f"foreground_{index}": voxels for index, voxels in case.foreground.items()}
     if case.slices is not None:

@@ -18,6 +18,7 @@ from volseg.execute.threads import Threads
 from volseg.infer.backends import TorchBackend
 from volseg.infer.roi import find_region
 from volseg.infer.stream import ArrayPlanes, Tiling
+from volseg.io.files import make_folder
 from volseg.io.prepared import PreparedCase, is_prepared, read_prepared_case, write_prepared_case
 from volseg.models import build_segmentation, set_weights
 from volseg.plan import Plan
@@ -129,7 +130,8 @@ def _kept(
     folder = folder / "cases"
     if not is_prepared(folder, case.id, key):
         made = coarse_case(case, spacing_mm, coarse_mm, np.random.default_rng([seed, int(key[:8], 16)]))
-        write_prepared_case(folder, replace(made, record=dict(case.record) | {"key": key}))
+        make_folder(folder / case.id)
+        write_prepared_case(folder / case.id, replace(made, record=dict(case.record) | {"key": key}))
     return read_prepared_case(folder, case.id)
 
 

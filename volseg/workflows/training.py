@@ -768,14 +768,11 @@ def _steps_share(recipe: Recipe | None) -> float:
 
 
 def _is_intermediate(name: str) -> bool:
-    """Whether a file in the work folder is a checkpoint or a note for who resumes, or what a killed process left of one."""
-    return (
-        re.fullmatch(
-            rf"(.*/)?((last|best)\.safetensors|{FITTED_FILE}|{RECIPE_FILE}|{re.escape(TEMPORARY_PREFIX)}[0-9a-f]{{16}})",
-            name,
-        )
-        is not None
-    )
+    """Whether a file in the work folder is a checkpoint, a coarse case or a note for who resumes, or left of one."""
+    notes = "|".join(map(re.escape, ("last.safetensors", "best.safetensors", FITTED_FILE, RECIPE_FILE)))
+    temporary = rf"{re.escape(TEMPORARY_PREFIX)}[0-9a-f]{{16}}"
+    coarse = rf"{ROI_FOLDER}/cases/[^/]+/(case\.json|(image|mask|foreground_\d+)\.npy)"
+    return re.fullmatch(rf"([^/]+/)?({notes}|{temporary})|{coarse}", name) is not None
 
 
 def _history_name(number: int) -> str:
