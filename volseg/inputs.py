@@ -22,7 +22,6 @@ MAX_TEXT_BYTES = (
     32 << 20
 )  # of a JSON or CSV file: that of 100 000 cases is smaller; parsed, it takes about 20 times as much
 MAX_TOML_BYTES = 1 << 20
-MAX_RECORD_BYTES = 1 << 30  # of a record with a row for each of several 100 000 lesions
 READ_TOGETHER = 2**20  # bytes
 MAX_DEPTH = 64  # lists and objects within each other; more would exhaust the stack of whoever walks through them
 MAX_INTEGER = 2**63 - 1

@@ -101,7 +101,8 @@ def test_a_budget_that_does_not_hold_is_a_failed_row_that_says_what_would(tmp_pa
 
 def test_the_plan_grows_with_the_grid_alone():
     small, large = (plan_measuring(voxels, 2, 1) for voxels in (256**3, 512 * 512 * 300))
-    assert small.total < 1.5 * GB
+    # Beside what the process holds already, which depends on who calls.
+    assert small.total - small.process < 1.1 * GB
     assert large.lesions - small.lesions < 7 * (512 * 512 * 300 - 256**3)
     assert lesion_bytes(256**3, 8) - lesion_bytes(256**3, 2) == 6 * 256**3
 

@@ -14,6 +14,7 @@ from volseg.io.nifti import read_mask, write_volume
 from volseg.io.prepared import PreparedCase
 from volseg.recipe import Loss
 from volseg.train import watch
+from volseg.train.checkpoint import load_checkpoint, save_checkpoint
 from volseg.train.validate import validate
 from volseg.workflows.prepared import load_prepared, split_cases
 
@@ -64,6 +65,37 @@ def test_an_interrupted_run_resumes_to_the_weights_of_an_unbroken_one(dataset, m
     assert [line["epoch"] for line in history(out)] == [line["epoch"] for line in history(model)]
     for name, tensor in weights(model).items():
         assert torch.equal(weights(out)[name], tensor)
+
+
+DAMAGE = {
+    "of no run": lambda tensors, state: state.pop("identity"),
+    "a state of other names": lambda tensors, state: state.update(mood="good"),
+    "averages of another network": lambda tensors, state: tensors.update({"averaged.other": torch.ones(3)}),
+    "averages of another shape": lambda tensors, state: tensors.update(
+        {next(key for key in tensors if key.startswith("averaged.")): torch.ones(3, 7)}
+    ),
+    "moments of nothing": lambda tensors, state: tensors.update({"optimizer.first": torch.ones(3)}),
+}
+
+
+def test_a_checkpoint_that_another_program_changed_is_refused_in_one_line(dataset, tiny_recipe, tmp_path):
+    def stop_in_epoch_2(stage, share, detail):
+        if detail.startswith("epoch 2"):
+            raise Interrupt
+
+    out = tmp_path / "m"
+    with pytest.raises(Interrupt):
+        volseg.train(dataset, recipe=tiny_recipe, out=out, device="cpu", progress=stop_in_epoch_2)
+    (path,) = (out / ".training").rglob("last.safetensors")
+    for damage in DAMAGE.values():
+        tensors, state = load_checkpoint(path)
+        kept = path.read_bytes()
+        damage(tensors, state)
+        save_checkpoint(path, tensors, state)
+        with pytest.raises(VolsegError, match=r"last\.safetensors: not a usable checkpoint") as caught:
+            volseg.train(dataset, recipe=tiny_recipe, out=out, device="cpu", resume=True)
+        assert caught.value.code == "E_CKPT"
+        path.write_bytes(kept)
 
 
 def test_ctrl_c_ends_with_a_usable_model_and_resume_goes_on(dataset, model, tiny_recipe, tmp_path):

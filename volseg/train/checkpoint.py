@@ -35,11 +35,15 @@ def load_checkpoint(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]
                 raise ValueError("its state is not a JSON object")
             return {key: file.get_tensor(key) for key in file.keys()}, state  # noqa: SIM118 - not a mapping
     except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise VolsegError(
-            f"{path}: not a usable checkpoint ({error})",
-            fix="delete it and train again without --resume",
-            code="E_CKPT",
-        ) from error
+        raise unusable_checkpoint(path, error) from error
+
+
+def unusable_checkpoint(path: Path, why: object) -> VolsegError:
+    return VolsegError(
+        f"{path}: not a usable checkpoint ({why})",
+        fix="delete it and train again without --resume",
+        code="E_CKPT",
+    )
 
 
 def flatten(prefix: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -26,7 +26,7 @@ from volseg.models import build_segmentation, set_weights, weights_of
 from volseg.plan import Plan
 from volseg.recipe import Recipe
 from volseg.train.batches import Batches
-from volseg.train.checkpoint import flatten, load_checkpoint, save_checkpoint, unflatten
+from volseg.train.checkpoint import flatten, load_checkpoint, save_checkpoint, unflatten, unusable_checkpoint
 from volseg.train.losses import SegmentationLoss
 from volseg.train.ranks import Team, total_over_ranks
 from volseg.train.watch import Watch
@@ -528,6 +528,8 @@ def _restore(
     expected: str,
 ) -> _State:
     tensors, state = load_checkpoint(path)
+    if "identity" not in state:
+        raise unusable_checkpoint(path, "it names no run")
     if state["identity"] != expected:
         raise VolsegError(
             f"{path}: belongs to a run with another recipe, plan, seed, fold, precision, number of devices, frozen layers or --init, or to other cases",
@@ -535,11 +537,14 @@ def _restore(
             code="E_EXISTS",
         )
     set_weights(network, unflatten("network", tensors))
-    for key, tensor in unflatten("averaged", tensors).items():
-        averaged[key].copy_(tensor)
-    moments: dict[int, dict[str, torch.Tensor]] = {}
-    for key, tensor in unflatten("optimizer", tensors).items():
-        index, name = key.split(".", 1)
-        moments.setdefault(int(index), {})[name] = tensor
-    optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
-    return _State(**state)
+    try:
+        for key, tensor in unflatten("averaged", tensors).items():
+            averaged[key].copy_(tensor)
+        moments: dict[int, dict[str, torch.Tensor]] = {}
+        for key, tensor in unflatten("optimizer", tensors).items():
+            index, name = key.split(".", 1)
+            moments.setdefault(int(index), {})[name] = tensor
+        optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
+        return _State(**state)
+    except (KeyError, ValueError, TypeError, RuntimeError) as error:
+        raise unusable_checkpoint(path, error) from error
