@@ -144,6 +144,7 @@ def arguments_of(command: str, world: Path, out: Path, *, option: bool) -> list[
 def run_command(arguments: Sequence[str], *, end: str = "itself", seconds: float = 0, file_bytes: int = 0):
     """Run the command line in a process of its own, which is ended as asked; its exit code and what it printed."""
     out, into = os.pipe()
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # until the command itself begins
     child = os.fork()
     if child == 0:
         code = 70
@@ -160,6 +161,7 @@ def run_command(arguments: Sequence[str], *, end: str = "itself", seconds: float
             os.write(2, traceback.format_exc().encode())
         finally:
             os._exit(code)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
     os.close(into)
     if end.startswith("SIG"):
         time.sleep(seconds)
@@ -175,10 +177,14 @@ def run_command(arguments: Sequence[str], *, end: str = "itself", seconds: float
 def _main(arguments: Sequence[str]) -> int:
     import sys
 
-    from volseg.cli import main
+    from volseg.__main__ import main
 
     sys.argv = ["volseg", *arguments]
     sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
+    try:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
+    except KeyboardInterrupt:
+        return 130
     try:
         main()
     except SystemExit as ended:

@@ -218,6 +218,22 @@ def test_in_a_log_progress_is_a_line_from_time_to_time_with_what_is_left(monkeyp
     ]
 
 
+@pytest.mark.parametrize("module", ["typer", "volseg.cli", "volseg.errors"])
+def test_ctrl_c_while_the_command_is_loaded_is_130_and_no_trace(module):
+    code = f"""
+import sys
+class Pressed:
+    def find_spec(self, name, path=None, target=None):
+        if name == {module!r}:
+            raise KeyboardInterrupt
+sys.meta_path.insert(0, Pressed())
+from volseg.__main__ import main
+main()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
 def test_ctrl_c_ends_training_with_a_usable_model_and_resume_goes_on(dataset, tiny_recipe, tmp_path):
     # A prepared folder brings its recipe.
     slow = tiny_recipe.model_copy(

@@ -15,6 +15,7 @@ import re
 import stat
 import tomllib
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -120,13 +121,9 @@ def parse_json(data: bytes | str, *, is_finite: bool = True) -> Any:
         if isinstance(data, bytes):
             data = data.decode("utf-8-sig" if data.startswith(b"\xef\xbb\xbf") else json.detect_encoding(data))
         is_doubtful = any(pattern.search(data) for pattern in _DOUBTFUL)
-        content = json.loads(
-            data,
-            object_pairs_hook=_object_of,
-            parse_constant=_refuse_constant if is_finite else None,
-            parse_int=_integer_of if is_doubtful else None,
-        )
-        _check_depth(content)
+        content = _decoder(is_finite, is_doubtful).decode(data)
+        if data.count("{") + data.count("[") > MAX_DEPTH:
+            _check_depth(content)
         if is_doubtful:
             _check_values(content, is_finite=is_finite)
     except RecursionError:
@@ -134,6 +131,15 @@ def parse_json(data: bytes | str, *, is_finite: bool = True) -> Any:
     except MemoryError:
         raise ValueError("takes more memory than there is") from None
     return content
+
+
+@cache
+def _decoder(is_finite: bool, is_doubtful: bool) -> json.JSONDecoder:
+    return json.JSONDecoder(
+        object_pairs_hook=_object_of,
+        parse_constant=_refuse_constant if is_finite else None,
+        parse_int=_integer_of if is_doubtful else None,
+    )
 
 
 def read_toml(path: Path | str) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from enum import Enum
+from functools import cache
 from heapq import nlargest
 from operator import itemgetter
 from pathlib import Path
@@ -271,8 +272,7 @@ def read_json_record(path: Path, row: str) -> dict[str, Any] | None:
 def write_rows(file: BinaryIO, rows: Iterable[Any]) -> None:
     """A JSON object per line, without what is unknown: of noise that is half of each row."""
     for row in rows:
-        values = {name: value for name, value in plain(row).items() if value is not None}
-        file.write(json_text(values, indent=None).encode("utf-8", "replace"))
+        file.write(json_text(known(row), indent=None).encode("utf-8", "replace"))
 
 
 def read_rows(folder: Path, name: str) -> Iterator[dict[str, Any]]:
@@ -288,11 +288,22 @@ def read_rows(folder: Path, name: str) -> Iterator[dict[str, Any]]:
 
 def plain(row: Any) -> dict[str, Any]:
     """Fields of a row for JSON, which has no NaN: unknown is null there and an empty cell in a table."""
+    return dict.fromkeys(_names(type(row))) | known(row)
+
+
+def known(row: Any) -> dict[str, Any]:
+    """Fields of a row that are known, for JSON."""
     # Not `asdict`, which copies each value deeply: a noisy mask has ten thousands of rows.
-    values = {field.name: getattr(row, field.name) for field in fields(row)}
     return {
-        name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in values.items()
+        name: value
+        for name in _names(type(row))
+        if (value := getattr(row, name)) is not None and not (isinstance(value, float) and not math.isfinite(value))
     }
+
+
+@cache
+def _names(row_type: type) -> tuple[str, ...]:
+    return tuple(field.name for field in fields(row_type))
 
 
 def _size_of(row: Mapping[str, Any]) -> float:

@@ -29,18 +29,20 @@ def table(row_type: type, rows: Iterable[Any]) -> Callable[[BinaryIO], None]:
     def cells(row: Any) -> list[str]:
         # Not `asdict`, which copies each value deeply: a noisy mask has ten thousands of rows.
         values = map(row.get, names) if isinstance(row, Mapping) else (getattr(row, name) for name in names)
-        return [cell(value) for value in values]
+        return ["" if value is None else cell(value) for value in values]  # of noise that is half of each row
 
     return write
 
 
 def cell(value: Any) -> str:
     """Text of one cell: 4 decimals (6 significant digits below 1), nothing for unknown, true/false, harmless text."""
-    if value is None or (isinstance(value, float) and math.isnan(value)):
+    if value is None:
         return ""
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, float):
+        if math.isnan(value):
+            return ""
         rounded = round(value, 4) if abs(value) >= 1 else float(f"{value:.6g}")
         return f"{rounded + 0.0:.15g}"
     if isinstance(value, str):
