@@ -74,7 +74,7 @@ def test_one_line_and_exit_code_2_for_a_wrong_request(tmp_path):
         done = run(*arguments)
         assert done.returncode == 2, done.stderr
         assert done.stdout == ""
-        lines = [line for line in done.stderr.strip().splitlines() if "still going on" not in line]  # of a busy machine
+        lines = [line for line in done.stderr.strip().splitlines() if "still running" not in line]  # of a busy machine
         assert len(lines) == 1
         assert "to fix:" in lines[0]
 

@@ -52,7 +52,7 @@ def test_json_at_the_bounds_is_taken_as_it_stands():
         (f'{{"a": {"9" * 400}}}', "400 digits"),
         ("9" * 5000, "5000 digits"),
         (str(2**63), "64 bits"),
-        ('{"a": 1, "b": 2, "a": 3}', "'a' stands twice"),
+        ('{"a": 1, "b": 2, "a": 3}', "'a' appears twice"),
         (r'{"a": "\ud800"}', "surrogate"),
         (r'{"\udfff": 1}', "surrogate"),
         ("", "Expecting value"),

@@ -210,7 +210,7 @@ def train(
         typer.Option(
             min=1,
             max=1024,
-            help="GPUs, or processes on a CPU, that share each batch; torchrun and SLURM say it themselves.",
+            help="GPUs, or processes on a CPU, that share each batch; torchrun and SLURM set the number themselves.",
         ),
     ] = 1,
     precision: Annotated[
@@ -316,7 +316,7 @@ def infer(
         bool,
         typer.Option(
             "--accept-mismatch",
-            help="Segment scans of another modality than in training, too; without density or class.",
+            help="Also segment scans of another modality than in training, without density or class.",
         ),
     ] = False,
     figures: Figures = False,
@@ -327,7 +327,7 @@ def infer(
 
     Masks come back on the scan's own grid. Connected voxels (26 neighbours) of one label are one lesion; lesion 1 is the
     largest. A scan that cannot be used becomes a failed row with its reason and does not stop the others. A second call does
-    only what is missing or has changed. A mask that was corrected by hand is kept: `volseg measure RESULTS` measures it.
+    only what is missing or has changed. A mask corrected by hand is kept; `volseg measure RESULTS` measures it.
     """
     from volseg import workflows
 
@@ -383,7 +383,7 @@ def quantise(
 def measure(
     results: Annotated[
         Path | None,
-        typer.Argument(help="Results of `volseg infer`, whose masks that were corrected by hand are measured again."),
+        typer.Argument(help="Results of `volseg infer`; masks in it that were corrected by hand are measured again."),
     ] = None,
     image: Annotated[
         Path | None, typer.Option(help="The scan that the mask was drawn on, or a folder of scans.")
@@ -395,7 +395,7 @@ def measure(
         Path | None, typer.Option(help="Instead of a pair: a table or dataset with scans and masks.")
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="Folder for the results, volseg_results if not given; made if it is not there.")
+        Path | None, typer.Option(help="Folder for the results, by default volseg_results; made if it is not there.")
     ] = None,
     objects: Annotated[
         str, typer.Option(help="components: each connected part is a lesion. labels: each value of the mask is one.")
@@ -429,7 +429,7 @@ def measure(
 ) -> None:
     """Measure masks on their scans, without any model: volume, density, form, diameters, position of every lesion.
 
-    Give --image and --mask, or --cases, or the results folder of `volseg infer` after correcting masks in it by hand.
+    Give --image and --mask, or --cases, or a results folder of `volseg infer` whose masks were corrected by hand.
 
     `volseg columns` says what each number means and where its definition comes from; `volseg selftest` checks them against
     published values.
@@ -737,7 +737,7 @@ class _Lines:
             if self._stage and now - self._said >= SILENT_SECONDS:
                 self._said = now
                 waited = timedelta(seconds=round(now - self._heard))
-                typer.echo(f"{self._stage}: still going on after {waited}, {self._detail}", err=True)
+                typer.echo(f"{self._stage}: still running after {waited}, {self._detail}", err=True)
 
     def show(self, stage: str, share: float, detail: str) -> None:
         now = time.monotonic()

@@ -114,7 +114,7 @@ def parse_json(data: bytes | str, *, is_finite: bool = True) -> Any:
         is_finite: False takes NaN and infinity, which some tools write.
 
     Raises:
-        ValueError: it is not JSON; it is nested more than `MAX_DEPTH` deep; a name stands twice in one object; an integer needs
+        ValueError: it is not JSON; it is nested more than `MAX_DEPTH` deep; a name appears twice in one object; an integer needs
             more than 64 bits; a number is NaN or infinite; a text holds half of a surrogate pair.
     """
     try:
@@ -129,7 +129,7 @@ def parse_json(data: bytes | str, *, is_finite: bool = True) -> Any:
     except RecursionError:
         raise _nested() from None
     except MemoryError:
-        raise ValueError("takes more memory than there is") from None
+        raise ValueError("needs more memory than there is") from None
     return content
 
 
@@ -168,13 +168,13 @@ def _object_of(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     if len(content) < len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"{shortened(twice)!r} stands twice in one object")
+        raise ValueError(f"{shortened(twice)!r} appears twice in one object")
     return content
 
 
 def _integer_of(text: str) -> int:
     if len(text) > MAX_DIGITS:
-        raise ValueError(f"a whole number of {len(text)} digits is larger than 64 bits hold")
+        raise ValueError(f"a whole number of {len(text)} digits does not fit into 64 bits")
     return int(text)
 
 
@@ -211,7 +211,7 @@ def _check_values(content: Any, *, is_finite: bool) -> None:
         except UnicodeEncodeError as error:
             raise ValueError(f"the text {shortened(content)!a} holds half of a surrogate pair") from error
     elif isinstance(content, int) and not -MAX_INTEGER - 1 <= content <= MAX_INTEGER:
-        raise ValueError(f"a whole number of {content.bit_length()} bits is larger than 64 bits hold")
+        raise ValueError(f"a whole number of {content.bit_length()} bits does not fit into 64 bits")
     elif isinstance(content, float) and is_finite and not math.isfinite(content):
         raise ValueError("a number is too large to be finite")
 

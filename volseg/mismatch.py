@@ -28,7 +28,7 @@ from volseg.volume import Geometry, Volume
 
 TOLERANCE = 1.5  # factor beyond the least and the largest value of the training scans
 GUESSED = (
-    "the model states HU by a guess from its training scans: "
+    "the unit HU of the model was guessed from its training scans: "
     "train it again with a `modality` column in the dataset, or with a recipe"
 )
 
@@ -80,12 +80,14 @@ def checks_of(recipe: Recipe, fingerprint: DatasetFingerprint) -> list[str]:
     """What a model can tell of a scan before it segments it, a sentence each, for its card."""
     first, says_its_unit, checks = recipe.data.channels[0], _says_its_unit(recipe, fingerprint), []
     if says_its_unit:
-        checks.append(f"modality: {first} has to be in {recipe.data.intensity_unit}; a scan that cannot be is refused")
+        checks.append(
+            f"modality: {first} must be in {recipe.data.intensity_unit}; a scan whose intensities contradict it is refused"
+        )
     for name in recipe.data.channels[1:] if says_its_unit else recipe.data.channels:
         if _is_absolute(recipe, name) and name in fingerprint.foreground:
-            checks.append(f"modality: {name} has to have some of the intensities under the training labels")
+            checks.append(f"modality: the range of {name} must overlap the intensities under the training labels")
         if _never_was_ct(fingerprint, name):
-            checks.append(f"modality: {name} may not look like a CT in HU; other modalities are not told apart")
+            checks.append(f"modality: {name} must not look like a CT in HU; other modalities are not told apart")
     if not checks:
         checks.append("modality: none, as the model does not say what its intensities were")
     sizes = _sizes(fingerprint)
@@ -98,7 +100,7 @@ def checks_of(recipe: Recipe, fingerprint: DatasetFingerprint) -> list[str]:
 def _foreign(scan: Volume, channel: str, recipe: Recipe, fingerprint: DatasetFingerprint) -> str:
     """Why a channel is of another modality than in training; empty where it may be the same."""
     if _never_was_ct(fingerprint, channel) and looks_like_ct(scan):
-        return "it looks like a CT in HU, and the scans that the model was trained on did not"
+        return "it looks like a CT in HU, unlike the scans that the model was trained on"
     statistics = fingerprint.foreground.get(channel)
     if statistics is None or not _is_absolute(recipe, channel):
         return ""
@@ -121,7 +123,7 @@ def _doubt_of_model(recipe: Recipe, fingerprint: DatasetFingerprint) -> str:
     unit = recipe.data.intensity_unit
     if unit in (HU, SUV) and not _says_its_unit(recipe, fingerprint):
         share = f"{len(fingerprint.doubted_units)} of its {fingerprint.n_cases} training scans"
-        return f"the model states {unit}, but {share} cannot be in it"
+        return f"the model states {unit}, but {share} contradict it"
     return GUESSED if recipe.data.unit_guessed else ""
 
 

@@ -478,7 +478,7 @@ def _size(
     limit = f"a step takes about {needed:.2f} of the {budget.memory / 2**30:.1f} GB"
     if budget.flops is not None:
         steps = budget.flops / size.step_flops(channels, outputs)
-        limit += f" and the time allows about {steps:.0f} steps ({STEPS} are sought)"
+        limit += f" and the time allows about {steps:.0f} steps ({STEPS} are wanted)"
     seen = math.prod(size.patch_shape) / math.prod(median)
     covers = f"{min(1.0, seen):.0%} of the median scan of {_times(round(n) for n in median)} voxels; {limit}"
     layers = Layers(features=size.features, strides=size.strides, kernels=size.kernels)

@@ -138,7 +138,7 @@ def segment_case(
     if resemblance.contradictions and not accept_mismatch:
         raise ScanError(
             f"case {case_id!r} is not of the modality that model {recipe.name!r} was trained on: {'; '.join(resemblance.contradictions)}",
-            fix="use a model for it, or --accept-mismatch to segment it all the same, without density and class",
+            fix="use a model for its modality, or --accept-mismatch to segment it anyway, without density and class",
             code="E_MODALITY",
         )
     absent = [name for name in channels if name not in chosen]

@@ -132,7 +132,7 @@ def test_patients_who_are_all_alike_have_the_exact_interval_at_a_bound_and_else_
     for value, bounds in ((0.7, SHARE), (0.0, (0, math.inf)), (3.0, (-math.inf, math.inf))):
         interval = mean_interval([value] * 6, range(6), bounds=bounds)
         assert interval.ends is None
-        assert interval.reason.startswith("all 6 patients are alike")
+        assert interval.reason.startswith("all 6 patients have the same value")
 
 
 def test_the_mean_of_labels_is_as_sure_as_their_means_together():

@@ -132,4 +132,4 @@ def test_a_sensitivity_of_one_has_the_exact_interval():
     found = summarise(*(compare(str(n), *CASES["same"]) for n in range(6)))
     assert found.detection["sensitivity"]["mean_95"] == pytest.approx([0.025 ** (1 / 6), 1])
     assert found.metrics["hd95_mm"]["mean_95"] is None
-    assert found.metrics["hd95_mm"]["no_mean_95"].startswith("all 6 patients are alike")
+    assert found.metrics["hd95_mm"]["no_mean_95"].startswith("all 6 patients have the same value")

@@ -466,7 +466,7 @@ def test_the_box_is_seen_on_the_report_and_on_the_viewer_page(is_poor, browser, 
         limits="Never a whole chest.",
         training_cases=601,
         dice=(LabelDice(label="nodule", mean=0.12 if is_poor else 0.8, low=0.05, high=0.9),),
-        checks=("modality: ct has to be in HU",),
+        checks=("modality: ct must be in HU",),
     )
     scan, ids, rows, _ = scene()
     warnings = "W_FOV: field of view along R, A, S 300 x 300 x 200 mm"

@@ -40,7 +40,7 @@ def test_a_dice_has_its_interval_and_under_a_half_one_red_line():
 
 
 def test_without_a_known_dice_confidence_is_lower_and_of_nnunet_it_is_the_mean_of_the_folds():
-    assert "have less confidence" in box_of({}).dice_text
+    assert "trust its masks less" in box_of({}).dice_text
     assert box_of({"nnunet_validation_dice_fold_0": 0.4, "nnunet_validation_dice_fold_1": 0.2}).poor_line
 
 

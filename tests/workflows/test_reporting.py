@@ -191,7 +191,7 @@ def test_where_a_scan_is_gone_or_changed_the_earlier_page_stays_and_it_is_said(c
         "The page of a could not be made again: its scan a.nii.gz is no longer where it was; the earlier page stays."
         in page
     )
-    assert "The page of c could not be made again: its scan c.nii.gz has been changed since, so it has no page." in page
+    assert "The page of c could not be made again: its scan c.nii.gz has changed since, so it has no page." in page
     assert list(report.details["warnings"]) == [line for line in report.details["warnings"] if line in page]
 
 

@@ -133,7 +133,7 @@ def _intervals(x: np.ndarray, y: np.ndarray, patients: Sequence[Hashable]) -> di
 def _of_correlation(estimate: float, without_one: np.ndarray) -> Interval:
     """The interval of a correlation, found on Fisher's scale, artanh r, on which it has no bounds."""
     if not (np.isfinite(estimate) and np.isfinite(without_one).all()):
-        return Interval(reason="all measurements of one side are equal, or all but one patient's")
+        return Interval(reason="all volumes of one side are equal, or all but those of one patient")
     if np.abs([estimate, *without_one]).max() >= 1 - _NOISE:
         return Interval(reason="the pairs lie on a line")
     interval = jackknife_interval(math.atanh(estimate), np.arctanh(without_one))

@@ -181,7 +181,7 @@ def _lesions_of(mask: np.ndarray, geometry: Geometry, side: str, many: int) -> L
     if len(lesions.labels) > many:
         n = f"{len(lesions.labels):,}".replace(",", " ")
         raise NoisyMaskError(
-            f"the {side} has {n} components: this mask looks like noise", fix="look at it", code="W_SPECKS"
+            f"the {side} has {n} components: this mask looks like noise", fix="check it", code="W_SPECKS"
         )
     return lesions
 

@@ -91,7 +91,7 @@ def jackknife_interval(
         return Interval(reason=too_few(n))
     pseudo = n * estimate - (n - 1) * without_one
     if not np.isfinite(pseudo).all():
-        return Interval(reason="the value hangs on a single patient")
+        return Interval(reason="the value depends on a single patient")
     deviations = pseudo - pseudo.mean()
     if np.abs(deviations).max() <= ROUNDING * max(np.abs(pseudo).max(), abs(estimate)):
         return _of_patients_alike(estimate, n, bounds)
@@ -146,7 +146,7 @@ def _of_patients_alike(value: float, n: int, bounds: tuple[float, float]) -> Int
         return Interval(high - unseen * (high - low), high)
     if math.isfinite(high - low) and math.isclose(value, low, abs_tol=ROUNDING):
         return Interval(low, low + unseen * (high - low))
-    return Interval(reason=f"all {n} patients are alike; that does not show how much others differ")
+    return Interval(reason=f"all {n} patients have the same value; how much others differ is unknown")
 
 
 def _numbered(names: Sequence[Hashable]) -> np.ndarray:

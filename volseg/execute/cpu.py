@@ -141,7 +141,7 @@ def parse_bytes(text: str) -> int:
     unit = text[-1:].upper()
     number = float(text[:-1]) * UNITS[unit] if unit in UNITS else float(text)
     if not 0 < number < math.inf:
-        raise ValueError(f"{text} is no amount of memory")
+        raise ValueError(f"{text} is not an amount of memory")
     return round(number)
 
 

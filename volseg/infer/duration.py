@@ -66,7 +66,7 @@ class Work:
             return "time: " + "; ".join([asked, *(f"{name} about {duration(seconds)}" for name, seconds in options)])
         options.sort(key=lambda option: option[1])
         cheapest, *others = (f"{name} takes about {duration(seconds)}" for name, seconds in options)
-        return f"time: {'; '.join([f'{cheapest} on this CPU, a little less exact', *others, f'as asked: {asked}'])}"
+        return f"time: {'; '.join([f'{cheapest} on this CPU, slightly less accurate', *others, f'as asked: {asked}'])}"
 
 
 def seconds_per_tile(backend: Backend, batch_shape: Sequence[int]) -> float:

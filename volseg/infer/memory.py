@@ -141,7 +141,7 @@ def plan_memory(
         raise ScanError(
             f"segmenting this scan takes {least.inference / 2**30:,.1f} GB for the network and its grid of {' × '.join(map(str, shape))} voxels, "
             f"and this machine has {memory / 2**30:.1f} GB of memory",
-            fix="check the spacing of the scan, or use a model of a coarser one",
+            fix="check the spacing of the scan, or use a model with a coarser spacing",
             code="E_RAM",
         )
     if max_ram is None or least.total <= max_ram:

@@ -155,7 +155,7 @@ def _description_mistakes(description: Mapping[str, Any]) -> Iterator[str]:
     if order is not None and not (isinstance(order, list) and order and all(map(_is_label_value, order))):
         yield f"dataset.json: regions_class_order is {shortened(json.dumps(order))}, not a list of whole numbers"
     elif order is not None and not isinstance(description.get("labels"), dict):
-        yield "dataset.json: regions_class_order stands without labels"
+        yield "dataset.json: regions_class_order is given without labels"
 
 
 def _is_label_value(value: Any) -> bool:

@@ -317,7 +317,7 @@ def _crumb_note(match: Match, lesions: Mapping[int, LesionMeasurement]) -> str:
     time, number = ("baseline", match.baseline) if match.followup is None else ("follow-up", match.followup)
     assert number is not None
     volume_ml = lesions[number].volume_ml
-    return f"crumb: {volume_ml:.3g} mL beside lesion {match.whole} at {time}, with which it is counted"
+    return f"crumb: {volume_ml:.3g} mL beside lesion {match.whole} at {time}, counted with it"
 
 
 def _referral(group: LesionGroup) -> str:

@@ -100,7 +100,7 @@ class PatientResponse:
     n_regrouped: int | None = column("", "lesions of the baseline that are in several, each with others", None)
     n_outside: int | None = column("", "lesions of either time where the other scan does not reach", None)
     n_crumbs: int | None = column(
-        "", "small pieces of either time beside a lesion: counted with it, and in none of the numbers above", None
+        "", "small pieces beside a lesion at either time: counted with it, and in none of the numbers above", None
     )
     registration: str | None = column(
         "",
@@ -111,8 +111,8 @@ class PatientResponse:
     turned_deg: float | None = column("°", "angle of the rotation; of several the largest", None)
     tilt_deg: float | None = column(
         "°",
-        "angle between the axial slices of the two scans in the patient, of several pairs the largest; from 2° on "
-        "the follow-up's diameters are taken in the axial planes of the baseline",
+        "angle between the axial slices of the two scans in the patient, of several pairs the largest; from 2° "
+        "the follow-up's diameters are measured in the axial planes of the baseline",
         None,
     )
     registration_error_mm: float | None = column(
@@ -337,8 +337,8 @@ def _disagreement(
     by_diameters = f"{by_size} by their diameters{_percent_text(size_percent)}"
     if implied != by_size:
         return (
-            f"the targets are {by_diameters} and {implied} by their volumes{_percent_text(volume_percent)}, from which "
-            f"a sum of diameters of {implied_mm:.1f} mm would follow: look at both masks and say which is right"
+            f"the targets are {by_diameters} and {implied} by their volumes{_percent_text(volume_percent)}, which "
+            f"imply a sum of diameters of {implied_mm:.1f} mm: look at both masks to see which is right"
         ), ""
     without_rise = _target_response(sums, replace(SIZE, least_rise=0.0), is_gone=is_gone)
     if by_volume in (by_size, without_rise):

@@ -52,7 +52,7 @@ class LesionMeasurement:
         "0 to 1", "mean probability of the class that the model chose, before post-processing; empty without a model"
     )
     class_name: str | None = column(
-        "", "most probable class; empty without a classifier, and of a scan that is not like those it learnt from"
+        "", "most probable class; empty without a classifier, or if the modality or unit of the scan is in doubt"
     )
     class_probability: float | None = column("0 to 1", "probability of that class")
     class_probabilities: str | None = column("0 to 1", "probability of every class, as name=value;name=value")
@@ -86,7 +86,7 @@ class LesionMeasurement:
     )
     density_g_cm3: float | None = column(
         "g/cm³",
-        "mean mass density of the voxels from their HU, by a piecewise-linear calibration; only of a CT in HU, which `--unit` or the model states",
+        "mean mass density of the voxels from their HU, by a piecewise-linear calibration; only if `--unit` or the model states HU",
         None,
         source="Schneider, Phys Med Biol 45:459 (2000), or the recipe's",
     )

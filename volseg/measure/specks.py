@@ -86,7 +86,7 @@ class Specks:
         """What a reader of any number of the scan must know."""
         n_full = self.n_lesions - self.n
         return (
-            f"{SPECKS}: {spaced(self.n_lesions)} components: this mask looks like noise, and only the "
+            f"{SPECKS}: {spaced(self.n_lesions)} components: this mask looks like noise; only the "
             f"{spaced(n_full)} largest have every column"
         )
 

@@ -93,7 +93,7 @@ def _guess(scan: Volume) -> Unit:
     values = _sample(scan)
     if _looks_like_ct(values):
         reason = f"over {AIR_SHARE:.0%} of the voxels are below {AIR_BELOW_HU:g}, so HU is a guess"
-        return Unit(name=HU, doubt=f"no --unit given; {reason}: pass --unit HU if it is right")
+        return Unit(name=HU, doubt=f"no --unit given; {reason}: pass --unit HU if it is correct")
     reason = not_hu(values) or f"few voxels are below {AIR_BELOW_HU:g}"
     return Unit(name=ARBITRARY, doubt=f"no --unit given, and it does not look like HU: {reason}")
 
@@ -110,14 +110,14 @@ def not_hu(values: np.ndarray) -> str:
         return "" if is_air else constant
     low, high = np.percentile(values, (LOW_PERCENTILE, 99.5))
     if low > min(LOW_HU, -RINGING * high):
-        return f"there is neither air nor fat: the voxels go from {low:.4g} to {high:.4g}{_offset(values)}"
+        return f"there is neither air nor fat: the voxels range from {low:.4g} to {high:.4g}{_offset(values)}"
     inside = _without_padding(values)
     dense = np.count_nonzero(inside > DENSE_ABOVE_HU) / inside.size
     if dense > DENSE_SHARE:
         return f"{dense:.0%} of the voxels are over {DENSE_ABOVE_HU:g}, as only bone and metal are{_offset(values)}"
     void = np.count_nonzero(inside < AIR_HU[0]) / inside.size
     if void > VOID_SHARE:
-        return f"{void:.0%} of the voxels are below {AIR_HU[0]:g}, and nothing is below air at -1000"
+        return f"{void:.0%} of the voxels are below {AIR_HU[0]:g}, but nothing is below air at -1000"
     return ""
 
 
@@ -128,10 +128,10 @@ def not_suv(values: np.ndarray) -> str:
         return constant
     negative = np.count_nonzero(values < SUV_BELOW) / values.size
     if negative > SUV_NEGATIVE_SHARE:
-        return f"{negative:.0%} of the voxels are below {SUV_BELOW:g}, and no uptake is negative"
+        return f"{negative:.0%} of the voxels are below {SUV_BELOW:g}, but uptake is never negative"
     median, p95 = np.percentile(values, (50, 95))
     if median > SUV_MEDIAN or p95 > SUV_P95:
-        return f"the median is {median:.4g} and the 95th percentile {p95:.4g}, and the mean of a body is an SUV of 1"
+        return f"the median is {median:.4g} and the 95th percentile {p95:.4g}, but the body has a mean SUV of 1"
     return ""
 
 

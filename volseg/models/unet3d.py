@@ -43,7 +43,7 @@ def build(
         )
     if min(*features, *(n for numbers in (*strides, *kernels) for n in numbers)) < 1:
         raise VolsegError(
-            "unet3d has features, strides or kernels of less than 1", fix="give numbers from 1", code="E_RECIPE"
+            "unet3d has features, strides or kernels of less than 1", fix="use numbers of 1 or more", code="E_RECIPE"
         )
     if not 0 <= deep_supervision <= len(features) - 2:
         raise VolsegError(

@@ -62,7 +62,7 @@ class ModelBox(BaseModel):
     def dice_text(self) -> str:
         """The validation Dice in words; lower confidence where none is known."""
         if not self.dice:
-            return "unknown: the model holds none, so have less confidence in its masks"
+            return "unknown: the model holds none, so trust its masks less"
         shown = sorted(self.dice, key=lambda score: score.mean)[:MOST_LABELS] if self._is_long else self.dice
         listed = "; ".join(score.text for score in shown)
         if not self._is_long:
@@ -115,9 +115,7 @@ def likeness_of_scan(warnings: str) -> Likeness:
     """Of one scan, from its warnings in cases.csv."""
     codes = [code for code in UNLIKE if f"{code}:" in warnings]
     if not codes:
-        return Likeness(
-            text="This scan: no difference from the training scans was found by these checks.", is_like=True
-        )
+        return Likeness(text="These checks found no difference between this scan and the training scans.", is_like=True)
     return Likeness(text=f"This scan does not resemble the training scans: {', '.join(codes)}.", is_like=False)
 
 

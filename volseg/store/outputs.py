@@ -176,7 +176,7 @@ class OutputFolder:
         """Check, before any work, that outputs of these paths in the folder would replace nothing of the user's.
 
         Raises:
-            VolsegError: `E_EXISTS`, naming the files in the way, or `E_USAGE` for an output that is an input.
+            VolsegError: `E_EXISTS`, naming the files in the way, or the output that is an input.
         """
         names = list(dict.fromkeys(names))
         self._refuse_inputs(names)
@@ -203,7 +203,7 @@ class OutputFolder:
             output = self.path / name
             if _identity(output) in files or output.parent.resolve() in folders:
                 raise VolsegError(
-                    f"{output}: would be written over an input of this run or into its folder",
+                    f"{output}: would overwrite an input of this run or lie in a folder of inputs",
                     fix="give another folder to --out",
                     code="E_EXISTS",
                 )
@@ -218,7 +218,7 @@ class OutputFolder:
         if path is None:
             raise VolsegError(
                 f"{self.path / name}: leads out of the output folder",
-                fix="replace the link by a folder, or give another folder to --out",
+                fix="replace the link with a folder, or give another folder to --out",
                 code="E_EXISTS",
             )
         return path
@@ -270,7 +270,7 @@ class OutputFolder:
         with self._guard:
             foreign = [self.path / name for name in hashes if not _is_hidden(name) and self._is_foreign(name)]
             if foreign:
-                raise _exists(foreign, "changed while it was to be written", "move or rename it, then run again")
+                raise _exists(foreign, "was changed during this run", "move or rename it, then run again")
             removed = [name for name in removed if name not in hashes and self.is_own(name)]
             ready = self._records / f"ready-{self.run_id}-{folder.name}"
             with self._written(self._records):

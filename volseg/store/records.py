@@ -76,7 +76,7 @@ def read_record(results: Path, case_id: str) -> CaseRecord:
     path = record_path(results, case_id)
     if not path.is_file():
         raise ScanError(
-            f"{results}: case {case_id!r} was not done yet",
+            f"{results}: case {case_id!r} has not been done yet",
             fix="run the command that made the folder again",
             code="E_RECORD",
         )

@@ -120,7 +120,7 @@ class RecordFolder(OutputFolder):
         if record is None or record[self.row]["status"] != "done":
             record = {"key": "", "inputs": list(inputs), self.row: plain(row), "files": {}, "source": {}}
         elif list(inputs) == record.get("inputs"):
-            record |= {"remark": f"{STALE}: the last run failed ({row.reason}); these numbers are of an earlier one"}
+            record |= {"remark": f"{STALE}: the last run failed ({row.reason}); these numbers are from an earlier one"}
         else:
             record |= {"failed": plain(row)}
         with self.staged() as commit:
@@ -240,7 +240,7 @@ def shown_row(record: Mapping[str, Any], row_name: str = "case", *, is_pending: 
     row = dict(record[row_name])
     remark = record.get("remark", "")
     if is_pending and not remark:
-        remark = f"{STALE}: of an earlier run; the one that was to replace it was interrupted"
+        remark = f"{STALE}: from an earlier run; the run that was to replace it was interrupted"
     return row | ({"warnings": "; ".join(filter(None, (row.get("warnings"), remark)))} if remark else {})
 
 

@@ -361,5 +361,5 @@ def amount_of(amount: str | int | None, option: str) -> int | None:
         return None if amount is None else parse_bytes(str(amount))
     except ValueError as error:
         raise VolsegError(
-            f"{option} {amount} is no amount of memory", fix="say it as 4G or 500M", code="E_USAGE"
+            f"{option} {amount} is not an amount of memory", fix="say it as 4G or 500M", code="E_USAGE"
         ) from error

@@ -438,7 +438,7 @@ def _read_side(time_: str, folder: Path, case: str, scans: Path | None) -> _Side
     if (record.case.n_lesions or 0) > MANY:
         raise ScanError(
             f"the {time_} case {case!r} has {record.case.n_lesions:,} lesions: its mask looks like noise",
-            fix="correct the mask and measure it again: what is noise has no response",
+            fix="correct the mask and measure it again; noise has no response",
             code="E_SPECKS",
         )
     lesions = sorted(record.lesions, key=lambda lesion: lesion.lesion_id)

@@ -71,7 +71,7 @@ def fit_to_time(
         if least != plan and (least_taken := time_step(least)) < taken:
             reasons.append(
                 f"a smaller network, patches of {' × '.join(map(str, least.patch_shape))} voxels: "
-                f"{seconds:.0f} s hold {steps / fewest:.0f} steps of the one that was planned"
+                f"{seconds:.0f} s allow only {steps / fewest:.0f} steps of the planned one"
             )
             plan, taken, steps = least, least_taken, seconds / least_taken
     if steps < enough * fewest * least_steps:
@@ -80,8 +80,8 @@ def fit_to_time(
     if affordable < folds:
         reasons.insert(
             0,
-            f"{affordable} instead of {folds} folds: {seconds:.0f} s hold about {steps / folds:.0f} steps for each "
-            f"of {folds} networks, and {ROOM * least_steps} are planned for each of several",
+            f"{affordable} instead of {folds} folds: {seconds:.0f} s allow about {steps / folds:.0f} steps in each "
+            f"of {folds} networks; at least {ROOM * least_steps} in each are planned",
         )
     return Fit(plan=plan, folds=affordable, seconds_per_step=taken, reasons=tuple(reasons))
 

@@ -97,7 +97,7 @@ def measure(
         others = (image, mask, cases, out, label_names, intensity_unit, recipe, organ, *lymph_nodes)
         if any(value is not None for value in others) or calcium or objects != "components":
             raise VolsegError(
-                f"{results}: its corrected masks are measured as its model was told to, into the same folder",
+                f"{results}: its corrected masks are measured with the model's settings, into the same folder",
                 fix="give the results folder alone, or --image and --mask with another --out",
                 code="E_USAGE",
             )
@@ -288,7 +288,7 @@ def _measure_corrected_case(folder: ResultsFolder, name: str, *, figures: bool, 
     measured = _measure_case(case, wanted)
     if measured.scan.sha256 != source.get("sha256"):
         raise ScanError(
-            f"{case.images['image']}: is not the scan that the mask was made from any more",
+            f"{case.images['image']}: is no longer the scan that the mask was made from",
             fix="put that scan back, or measure the mask with --image, --mask and another --out",
             code="E_CHANGED",
         )

@@ -93,7 +93,7 @@ def remake_page(results: ResultsFolder, case_id: str, record: Mapping[str, Any])
     try:
         scan = read_volume(path, is_finite=False)
         if scan.sha256 != source["sha256"]:
-            return f"its scan {path.name} has been changed since"
+            return f"its scan {path.name} has changed since"
         ids = read_mask(file_of(results.path, case_id, record["files"], "lesion_ids"), max_labels=ANY_NUMBER)
     except ScanError as error:
         return str(error)

@@ -174,8 +174,8 @@ def warnings_of(fingerprint: DatasetFingerprint, recipe: Recipe) -> list[str]:
     if fingerprint.doubted_units:
         case, reason = next(iter(fingerprint.doubted_units.items()))
         found.append(
-            f"W_UNIT: {len(fingerprint.doubted_units)} of {fingerprint.n_cases} training scans cannot be in the unit of "
-            f"the recipe, and a model refuses such scans, first {case}: {reason}; correct data.intensity_unit or the scans"
+            f"W_UNIT: {len(fingerprint.doubted_units)} of {fingerprint.n_cases} training scans contradict the unit of the "
+            f"recipe, and a model refuses such scans, first {case}: {reason}; correct data.intensity_unit or the scans"
         )
     return found
 

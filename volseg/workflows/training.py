@@ -564,7 +564,7 @@ class _Training:
         return fit.folds, fit.plan
 
     def _kept(self, prepared: Path) -> str:
-        return f"what was prepared is kept in {prepared}, and the next call with this --out uses all of it that fits its plan"
+        return f"the prepared data are kept in {prepared}, and the next call with this --out uses what fits its plan"
 
     def _warn(self, *warnings: str) -> None:
         for warning in warnings:
@@ -576,8 +576,8 @@ class _Training:
         steps = [int(network.metrics["steps"]) for network in trained.values()]
         if self.time.seconds is not None and min(steps) < self._least_steps:
             self._warn(
-                f"W_FEW_STEPS: a network was trained for {min(steps)} steps only; under {self._least_steps} it learns "
-                "next to nothing: give more --time-budget"
+                f"W_FEW_STEPS: a network was trained for only {min(steps)} steps; under {self._least_steps} it learns "
+                "next to nothing: give a longer --time-budget"
             )
         missed = sum(int(network.metrics.get("not_validated", 0)) for network in trained.values())
         if missed:
@@ -750,7 +750,7 @@ class _Training:
         if unfinished and not self.resume:
             raise VolsegError(
                 f"{self.out}: holds an interrupted training run",
-                fix="add --resume to go on, or give another --out to begin anew",
+                fix="add --resume to go on, or give another --out to start over",
                 code="E_EXISTS",
             )
         if (self.out / "model.json").exists() and not unfinished:
