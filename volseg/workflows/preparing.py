@@ -153,7 +153,11 @@ def refuse_dataset(dataset: Path, failed: Mapping[str, str], mistakes: Sequence[
     listed = [*mistakes, *(f"{case}: {reason}" for case, reason in failed.items())]
     shown = "; ".join(f"({number}) {text}" for number, text in enumerate(listed[:MOST_SHOWN], start=1))
     more = f"; and {len(listed) - MOST_SHOWN} more" if len(listed) > MOST_SHOWN else ""
-    what = f"{len(failed)} of its cases cannot be used" if not mistakes else f"{len(listed)} mistake{'s' * (len(listed) > 1)}"
+    what = (
+        f"{len(failed)} of its cases cannot be used"
+        if not mistakes
+        else f"{len(listed)} mistake{'s' * (len(listed) > 1)}"
+    )
     raise VolsegError(
         f"{dataset}: {what}: {shown}{more}",
         fix="mend these files or take them out of the dataset; `volseg check` lists them all",
