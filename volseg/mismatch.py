@@ -60,10 +60,10 @@ def compare_scan(images: Mapping[str, Volume], recipe: Recipe, fingerprint: Data
         images: channel name → scan; the first channel of the recipe is one of them.
     """
     first, unit, contradictions = recipe.data.channels[0], Unit(name=recipe.data.intensity_unit), []
-    if _says_its_unit(recipe, fingerprint):
+    if says_its_unit(recipe, fingerprint):
         unit = judge_unit(images[first], recipe.data.intensity_unit, by="the model")
         contradictions += [f"{first}: {unit.doubt}"] if unit.is_contradicted else []
-    for name in recipe.data.channels[1:] if _says_its_unit(recipe, fingerprint) else recipe.data.channels:
+    for name in recipe.data.channels[1:] if says_its_unit(recipe, fingerprint) else recipe.data.channels:
         reason = _foreign(images[name], name, recipe, fingerprint) if name in images else ""
         contradictions += [f"{name}: {reason}"] if reason else []
     warnings = tuple(_unusual(images[first].geometry, fingerprint))
@@ -78,12 +78,12 @@ def compare_scan(images: Mapping[str, Volume], recipe: Recipe, fingerprint: Data
 
 def checks_of(recipe: Recipe, fingerprint: DatasetFingerprint) -> list[str]:
     """What a model can tell of a scan before it segments it, a sentence each, for its card."""
-    first, says_its_unit, checks = recipe.data.channels[0], _says_its_unit(recipe, fingerprint), []
-    if says_its_unit:
+    first, says_unit, checks = recipe.data.channels[0], says_its_unit(recipe, fingerprint), []
+    if says_unit:
         checks.append(
             f"modality: {first} must be in {recipe.data.intensity_unit}; a scan whose intensities contradict it is refused"
         )
-    for name in recipe.data.channels[1:] if says_its_unit else recipe.data.channels:
+    for name in recipe.data.channels[1:] if says_unit else recipe.data.channels:
         if _is_absolute(recipe, name) and name in fingerprint.foreground:
             checks.append(f"modality: the range of {name} must overlap the intensities under the training labels")
         if _never_was_ct(fingerprint, name):
@@ -113,7 +113,7 @@ def _foreign(scan: Volume, channel: str, recipe: Recipe, fingerprint: DatasetFin
     )
 
 
-def _says_its_unit(recipe: Recipe, fingerprint: DatasetFingerprint) -> bool:
+def says_its_unit(recipe: Recipe, fingerprint: DatasetFingerprint) -> bool:
     """Whether the model states a unit that can be contradicted, and its training scans did not."""
     return recipe.data.intensity_unit in (HU, SUV) and 2 * len(fingerprint.doubted_units) < max(1, fingerprint.n_cases)
 
@@ -121,7 +121,7 @@ def _says_its_unit(recipe: Recipe, fingerprint: DatasetFingerprint) -> bool:
 def _doubt_of_model(recipe: Recipe, fingerprint: DatasetFingerprint) -> str:
     """Why no number is made of the unit that the model states; empty where it may be."""
     unit = recipe.data.intensity_unit
-    if unit in (HU, SUV) and not _says_its_unit(recipe, fingerprint):
+    if unit in (HU, SUV) and not says_its_unit(recipe, fingerprint):
         share = f"{len(fingerprint.doubted_units)} of its {fingerprint.n_cases} training scans"
         return f"the model states {unit}, but {share} contradict it"
     return GUESSED if recipe.data.unit_guessed else ""

@@ -436,8 +436,9 @@ def test_folders_that_cannot_be_compared_are_a_wrong_request(baseline, tmp_path)
     (tmp_path / "empty").mkdir()
     with pytest.raises(VolsegError, match="holds no results"):
         volseg.compare(baseline, tmp_path / "empty", out=tmp_path / "out")
-    with pytest.raises(VolsegError, match="holds the results to compare"):
+    with pytest.raises(VolsegError, match="holds the results to compare") as caught:
         volseg.compare(baseline, baseline, out=baseline)
+    assert caught.value.code == "E_EXISTS"
     (tmp_path / "other" / ".volseg").mkdir(parents=True)
     with pytest.raises(VolsegError, match="has the name of one in"):
         volseg.compare(baseline, tmp_path / "other", out=tmp_path / "out")

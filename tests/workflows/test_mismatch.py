@@ -229,9 +229,9 @@ def test_training_scans_that_contradict_the_recipes_unit_are_named(dataset, tmp_
         path = tmp_path / "d" / "images" / f"scan_{n}.nii.gz"
         scan = read_volume(path)
         write_volume(scan.with_array(np.asfortranarray(scan.array + 1024)), path)
-    report = volseg.plan(tmp_path / "d", recipe=tiny_recipe)
-    (warning,) = report.details["warnings"]
-    assert warning.startswith("W_UNIT: 3 of 4 training scans contradict the unit of the recipe")
+        (warning,) = volseg.plan(tmp_path / "d", recipe=tiny_recipe).details["warnings"]
+        assert warning.startswith(f"W_UNIT: {n + 1} of 4 training scans contradict the unit of the recipe")
+        assert ("a model refuses such scans" if n == 0 else "a model gives no number in that unit") in warning
     problems = volseg.check(tmp_path / "d", tiny_recipe)
     assert [problem["where"] for problem in problems if problem["code"] == "W_UNIT"] == ["scan_0", "scan_1", "scan_2"]
 

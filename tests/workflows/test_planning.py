@@ -69,14 +69,14 @@ def test_the_recipe_follows_from_the_masks_the_description_and_the_intensities(t
 
 def test_a_plan_gives_a_reason_for_each_line_and_comes_back_from_its_file(tmp_path):
     folder = plain_folder(tmp_path / "d")
-    report = volseg.plan(folder, memory="2G", out=tmp_path / "plan.json")
+    report = volseg.plan(folder, memory="2G", out=tmp_path / "new" / "plan.json")
     lines = {line["setting"]: line for line in report.details["plan"]["lines"]}
     assert {"spacing", "intensities of image", "patch", "batch", "levels", "kernels", "features"} <= lines.keys()
     assert all(line["value"] and line["reason"] for line in lines.values())
-    plan = read_plan(tmp_path / "plan.json")
+    plan = read_plan(tmp_path / "new" / "plan.json")
     assert plan.model_dump(mode="json") == report.details["plan"]
     assert plan.spacing_mm == (1.5, 1.5, 2.0)
-    content = json.loads((tmp_path / "plan.json").read_text()) | {"patch_shape": [16, 16], "bacth_size": 3}
+    content = json.loads((tmp_path / "new" / "plan.json").read_text()) | {"patch_shape": [16, 16], "bacth_size": 3}
     (tmp_path / "bad.json").write_text(json.dumps(content))
     with pytest.raises(VolsegError, match=r"not a plan: .*patch_shape.*bacth_size"):
         read_plan(tmp_path / "bad.json")

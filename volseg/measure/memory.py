@@ -22,7 +22,7 @@ LIBRARIES = 110 << 20  # that are imported when they are needed
 def lesion_bytes(voxels: int, itemsize: int, *, copies: int = 0, calcium: bool = False) -> int:
     """Bytes for finding and measuring lesions, beside the scan, the mask, the lesion ids and the confidence.
 
-    A mask has one component per five voxels at most, or it is refused. One lesion may fill the whole scan: then its mask, and its
+    A mask of more than a million components has one per five voxels at most, or it is refused. One lesion may fill the whole scan: then its mask, and its
     intensities in order, are there at once.
 
     Args:

@@ -92,7 +92,7 @@ def robust_range(scan: Volume) -> tuple[float, float]:
 def _guess(scan: Volume) -> Unit:
     values = _sample(scan)
     if _looks_like_ct(values):
-        reason = f"over {AIR_SHARE:.0%} of the voxels are below {AIR_BELOW_HU:g}, so HU is a guess"
+        reason = f"{AIR_SHARE:.0%} of the voxels or more are below {AIR_BELOW_HU:g}, so HU is a guess"
         return Unit(name=HU, doubt=f"no --unit given; {reason}: pass --unit HU if it is correct")
     reason = not_hu(values) or f"few voxels are below {AIR_BELOW_HU:g}"
     return Unit(name=ARBITRARY, doubt=f"no --unit given, and it does not look like HU: {reason}")

@@ -123,7 +123,7 @@ def compare(
     )
     known = (case_ids(folders[0]), case_ids(folders[1]))
     if out.resolve() in {folder.resolve() for folder in folders}:
-        raise VolsegError(f"{out}: holds the results to compare", fix="give another folder to --out", code="E_USAGE")
+        raise VolsegError(f"{out}: holds the results to compare", fix="give another folder to --out", code="E_EXISTS")
     patients = same_ids(folders, known) if pairs is None else read_pairs(Path(pairs), folders, known)
     options = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(settings).items()}
     options |= {

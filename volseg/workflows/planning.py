@@ -15,7 +15,7 @@ from volseg.errors import VolsegError
 from volseg.execute.cpu import physical_cores, total_memory
 from volseg.execute.local import run
 from volseg.io.cases import IGNORE, Case, stated_labels, stated_modalities, stated_regions, survey_cases
-from volseg.io.files import read_sealed, refuse_unsealed, write_sealed
+from volseg.io.files import make_folder, read_sealed, refuse_unsealed, write_sealed
 from volseg.io.nifti import read_mask, read_volume
 from volseg.measure.units import looks_like_ct
 from volseg.recipe import Recipe, listed, mistakes_of, parse_recipe
@@ -63,6 +63,7 @@ def plan(
 
     if out is not None:
         refuse_unsealed(Path(out))
+        make_folder(Path(out).parent)
     budget_of(device, memory)  # a misspelt amount should not be found out after all scans were read
     chosen = recipe_for(dataset, recipe, progress)
     n = folds_of(Path(dataset), chosen, folds, is_auto=recipe is None)

@@ -20,6 +20,7 @@ from volseg.io.nifti import read_mask, read_volume
 from volseg.io.prepared import PreparedCase, is_prepared, prepared_files, write_prepared_case
 from volseg.measure.rows import CaseRow
 from volseg.measure.units import judge_unit
+from volseg.mismatch import says_its_unit
 from volseg.postprocess.lesions import label_lesions
 from volseg.preprocess.align import completed, on_one_grid
 from volseg.recipe import Recipe, load_recipe
@@ -177,9 +178,10 @@ def warnings_of(fingerprint: DatasetFingerprint, recipe: Recipe) -> list[str]:
         found.append(f"W_LABELS: no training mask holds {', '.join(absent)}, which cannot be learnt")
     if fingerprint.doubted_units:
         case, reason = next(iter(fingerprint.doubted_units.items()))
+        effect = "refuses such scans" if says_its_unit(recipe, fingerprint) else "gives no number in that unit"
         found.append(
             f"W_UNIT: {len(fingerprint.doubted_units)} of {fingerprint.n_cases} training scans contradict the unit of the "
-            f"recipe, and a model refuses such scans, first {case}: {reason}; correct data.intensity_unit or the scans"
+            f"recipe, and a model {effect}, first {case}: {reason}; correct data.intensity_unit or the scans"
         )
     return found
 
