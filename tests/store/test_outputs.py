@@ -207,6 +207,36 @@ def test_a_ledger_that_was_cut_off_goes_on_at_a_new_line(tmp_path):
     assert damaged == ['{"path": "b.csv", "sha2']
 
 
+def test_a_line_of_the_ledger_torn_by_a_full_disk_does_not_swallow_the_next(tmp_path, monkeypatch):
+    def torn(file):
+        """Half a line fits on the disk."""
+        with (tmp_path / ".volseg" / "ledger.jsonl").open("ab") as other:
+            other.write(b'{"path": "a.csv", "sh')
+        raise OSError(28, "No space left on device")
+
+    with OutputFolder(tmp_path, "infer") as outputs:
+        monkeypatch.setattr(os, "fsync", lambda file: None)
+        monkeypatch.setattr("volseg.store.outputs._line", lambda line: torn(line) if "path" in line else b"")
+        with pytest.raises(EnvironmentProblem):
+            outputs.write("a.csv", "1")
+        monkeypatch.undo()
+        outputs.write("b.csv", "2")
+    with OutputFolder(tmp_path, "infer") as outputs:
+        outputs.refuse_foreign(["a.csv", "b.csv"])
+    assert tree(tmp_path) == {"b.csv": b"2"}
+
+
+@pytest.mark.parametrize("name", ["../victim.html", "viewer/../../victim.html", "/victim.html"])
+def test_a_commit_writes_nothing_outside_of_itself(name, tmp_path):
+    with (
+        OutputFolder(tmp_path / "a" / "b", "infer") as outputs,
+        outputs.staged() as commit,
+        pytest.raises(VolsegError, match="leads out"),
+    ):
+        commit.write(name, "gotcha")
+    assert not list(tmp_path.rglob("*victim*"))
+
+
 def _is_json(line):
     try:
         return bool(json.loads(line))

@@ -374,3 +374,135 @@ def test_a_full_disk_in_the_first_case_loses_nothing(data, tmp_path):
     ] == []
     assert list(measure(data, out, pages=True).kept) == ["scan_6", "scan_7"]
     assert digests(out)["lesions.csv"] == before["lesions.csv"]
+
+
+def test_a_mask_put_back_to_what_volseg_drew_earlier_is_kept_as_a_correction(model, data, tmp_path):
+    out, other = tmp_path / "out", tmp_path / "other"
+    shutil.copytree(model, other)
+    content = json.loads((other / "model.json").read_text())
+    content["recipe"]["postprocess"] = [{"step": "remove_small", "min_volume_mm3": 1e6}]
+    (other / "model.json").write_text(json.dumps(content))
+    scan = data / "images" / "scan_6.nii.gz"
+    volseg.infer(scan, model=model, out=out)
+    mask = out / "masks" / "scan_6.nii.gz"
+    earlier = mask.read_bytes()
+    volseg.infer(scan, model=other, out=out)
+    assert not read_mask(mask).array.any()
+    mask.write_bytes(earlier)
+    assert list(volseg.measure(out).done) == ["scan_6"]
+    assert mask.read_bytes() == earlier
+    assert list(volseg.infer(scan, model=model, out=out).kept) == ["scan_6"]
+    assert mask.read_bytes() == earlier
+
+
+@pytest.mark.parametrize("is_measured", [False, True])
+def test_a_corrected_mask_is_not_the_result_of_another_scan_of_that_name(is_measured, model, data, tmp_path):
+    out, other = tmp_path / "out", tmp_path / "other"
+    scan = data / "images" / "scan_6.nii.gz"
+    volseg.infer(scan, model=model, out=out)
+    mask = out / "masks" / "scan_6.nii.gz"
+    erode(mask)
+    if is_measured:
+        volseg.measure(out)
+    corrected, numbers = mask.read_bytes(), rows(out / "lesions.csv")
+    other.mkdir()
+    shutil.copy(data / "images" / "scan_7.nii.gz", other / "scan_6.nii.gz")
+
+    report = volseg.infer(other / "scan_6.nii.gz", model=model, out=out)
+    assert (report.exit_code, list(report.kept)) == (4, [])
+    assert report.failed["scan_6"].startswith("E_CHANGED") and "corrected by hand" in report.failed["scan_6"]
+    assert (rows(out / "lesions.csv"), rows(out / "cases.csv")[0]["status"]) == ([], "failed")
+    assert mask.read_bytes() == corrected
+
+    report = volseg.infer(scan, model=model, out=out)  # that scan is put back
+    assert (list(report.kept), report.exit_code) == (["scan_6"], 0)
+    assert (rows(out / "lesions.csv"), rows(out / "cases.csv")[0]["status"]) == (numbers, "done")
+
+
+def test_what_was_measured_of_a_corrected_mask_is_measured_again_where_it_is_damaged(model, data, tmp_path):
+    out = tmp_path / "out"
+    volseg.infer(data / "images", model=model, out=out)
+    erode(out / "masks" / "scan_6.nii.gz")
+    volseg.measure(out)
+    numbers = rows(out / "lesions.csv")
+    for name in (".volseg/scan_6.rows.jsonl", "lesion_ids/scan_6.nii.gz"):
+        (out / name).unlink()
+        assert list(volseg.measure(out).done) == ["scan_6"], name
+        assert rows(out / "lesions.csv") == numbers
+
+
+def test_a_case_that_failed_on_another_scan_says_so_no_longer_when_its_own_scan_is_back(data, tmp_path):
+    out, scan = tmp_path / "out", data / "images" / "scan_6.nii.gz"
+    good = scan.read_bytes()
+    measure(data, out)
+    numbers = rows(out / "lesions.csv")
+    scan.write_bytes(good[: len(good) // 2])
+    assert list(measure(data, out).failed) == ["scan_6"]
+    scan.write_bytes(good)
+    assert list(measure(data, out, calcium=True, max_ram="10M").failed) == ["scan_6", "scan_7"]
+    assert rows(out / "lesions.csv") == numbers
+    (row,) = (row for row in rows(out / "cases.csv") if row["case_id"] == "scan_6")
+    assert row["status"] == "done" and "W_STALE" in row["warnings"] and "E_RAM" in row["warnings"]
+
+
+@pytest.mark.parametrize("place", ["case", "failed"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"case_id": "../../../index"},
+        {"case_id": "scan_7"},
+        {"case_id": None},
+        {"warnings": 7},
+        {"reason": ["a"]},
+        {"total_volume_ml": "much"},
+        {"image": {"a": 1}},
+    ],
+    ids=str,
+)
+def test_a_record_of_a_stranger_writes_nothing_elsewhere_and_is_a_row_unknown(place, change, data, tmp_path):
+    out, victim = tmp_path / "a" / "out", tmp_path / "a" / "index.html"
+    measure(data, out)
+    victim.write_text("mine")
+    path = out / ".volseg" / "scan_6.json"
+    record = json.loads(path.read_text())
+    row = {"case_id": "scan_6", "status": "failed", "reason": "E_X: so", "image": "scan_6.nii.gz"}
+    record[place] = {**(record["case"] if place == "case" else row), **change}
+    record["files"] = {name: digest for name, digest in record["files"].items() if not name.startswith("viewer/")}
+    path.write_text(json.dumps(record))
+    volseg.report(out)
+    (data / "images" / "scan_6.nii.gz").rename(data / "scan_6.nii.gz")
+    report = measure(data, out, pages=True)
+    assert any("W_RECORD: scan_6" in warning for warning in report.details["warnings"])
+    assert {row["case_id"]: row["status"] for row in rows(out / "cases.csv")} == {"scan_6": "unknown", "scan_7": "done"}
+    (data / "scan_6.nii.gz").rename(data / "images" / "scan_6.nii.gz")
+    assert "scan_6" in measure(data, out, pages=True).done
+    assert victim.read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    "change", [{"failed": 3}, {"remark": 1}, {"files": {}}, {"source": []}, {"corrected": []}], ids=str
+)
+def test_other_parts_of_a_record_are_checked_too(change, data, tmp_path):
+    out = tmp_path / "out"
+    measure(data, out)
+    path = out / ".volseg" / "scan_6.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    volseg.report(out)
+    assert list(measure(data, out).done) == ["scan_6"]
+
+
+def test_rows_of_a_stranger_that_are_none_are_one_line_that_says_what_helps(data, tmp_path):
+    out = tmp_path / "out"
+    measure(data, out)
+    path, lines = out / ".volseg" / "scan_6.json", out / ".volseg" / "scan_6.rows.jsonl"
+    for content in (b"[1]\n", b'{"n_voxels": "many"}\n', b'{"lesion_id": 1, "notes": 3}\n', b"7\n"):
+        lines.write_bytes(content)
+        record = json.loads(path.read_text())
+        record["files"][".volseg/scan_6.rows.jsonl"] = hashlib.sha256(content).hexdigest()
+        path.write_text(json.dumps(record))
+        for call in (lambda: volseg.report(out), lambda: measure(data, out)):
+            with pytest.raises(VolsegError, match=r"scan_6\.rows\.jsonl: not as volseg writes it") as refusal:
+                call()
+            assert refusal.value.code == "E_RECORD" and f"delete {path}" in str(refusal.value)
+        path.unlink()
+        assert list(measure(data, out).done) == ["scan_6"]

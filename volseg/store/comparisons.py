@@ -25,6 +25,8 @@ class ComparisonFolder(RecordFolder):
     """The folder of `compare`: comparison.csv, response.csv, figures and report.html, with a record per patient."""
 
     row = "response"
+    row_types = (PatientResponse, LesionChange)
+    name_column = "patient"
 
     def commit(
         self,

@@ -144,10 +144,6 @@ class OutputFolder:
         path = self._records / LEDGER
         self._hashes = {name: set(hashes) for name, hashes in _read_hashes(path).items()}
         with self._written(path):
-            is_torn = path.is_file() and path.stat().st_size > 0 and not _ends_in_newline(path)
-            if is_torn:  # by a power loss; what the line announced had not happened
-                with path.open("ab") as file:
-                    file.write(b"\n")
             line = {"run": self.run_id, "volseg": __version__}
             self._append([line if self.command is None else line | {"command": self.command}])
 
@@ -209,19 +205,8 @@ class OutputFolder:
                 )
 
     def _confined(self, name: str) -> Path:
-        """The path of an output, which lies in this folder also where its parts are links.
-
-        Raises:
-            VolsegError: it leads out of the folder: a record may come from a stranger.
-        """
-        path = confined(self.path, name)
-        if path is None:
-            raise VolsegError(
-                f"{self.path / name}: leads out of the output folder",
-                fix="replace the link with a folder, or give another folder to --out",
-                code="E_EXISTS",
-            )
-        return path
+        """The path of an output, which lies in this folder also where its parts are links: a record may come from a stranger."""
+        return confined_path(self.path, name)
 
     # ---- writing
 
@@ -287,7 +272,11 @@ class OutputFolder:
             self._hashes.setdefault(name, set()).add(digest)
 
     def _append(self, lines: Sequence[Mapping[str, Any]]) -> None:
-        with (self._records / LEDGER).open("ab") as file:
+        path = self._records / LEDGER
+        # A line that was torn, by a full disk or a power loss: what it announced had not happened.
+        is_torn = path.is_file() and path.stat().st_size > 0 and not _ends_in_newline(path)
+        with path.open("ab") as file:
+            file.write(b"\n" * is_torn)
             file.writelines(map(_line, lines))
             file.flush()
             os.fsync(file.fileno())
@@ -334,8 +323,12 @@ class Commit:
         self.folder = folder
 
     def path(self, name: str) -> Path:
-        """Where to write the output `name` for now; its folder is there."""
-        path = self.folder / name
+        """Where to write the output `name` for now; its folder is there.
+
+        Raises:
+            VolsegError: it leads out of the folder: the name of a case in a record may come from a stranger.
+        """
+        path = confined_path(self.folder, name)
         make_folder(path.parent)
         return path
 
@@ -392,6 +385,22 @@ def confined(folder: Path, name: str) -> Path | None:
     except (OSError, RuntimeError):
         return None
     return path if is_inside else None
+
+
+def confined_path(folder: Path, name: str) -> Path:
+    """`confined`, where another path is an error.
+
+    Raises:
+        VolsegError: it leads out of the folder (`E_EXISTS`).
+    """
+    path = confined(folder, name)
+    if path is None:
+        raise VolsegError(
+            f"{folder / name}: leads out of the output folder",
+            fix="replace the link with a folder, or give another folder to --out",
+            code="E_EXISTS",
+        )
+    return path
 
 
 def delete_written(folder: Path, is_intermediate: Callable[[str], bool] = lambda name: False) -> None:

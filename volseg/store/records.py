@@ -81,7 +81,7 @@ def read_record(results: Path, case_id: str) -> CaseRecord:
             code="E_RECORD",
         )
     try:
-        content = read_json_record(path, "case")
+        content = read_json_record(path)
         if content is None:
             raise ValueError("it is not as volseg writes it")
         source = content["source"]

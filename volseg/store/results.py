@@ -10,8 +10,10 @@ from functools import cache
 from heapq import nlargest
 from operator import itemgetter
 from pathlib import Path
-from typing import Any, BinaryIO
+from types import NoneType
+from typing import Any, BinaryIO, ClassVar, Literal, get_args, get_origin, get_type_hints
 
+from volseg.errors import ScanError
 from volseg.inputs import open_regular, parse_json, read_json
 from volseg.io.files import json_text, sha256_of
 from volseg.measure.rows import CaseRow, LesionMeasurement
@@ -30,6 +32,7 @@ class State(Enum):
     MISSING = "missing"  # nothing, or not all of it, or of another model, option or input
     COMPLETE = "complete"
     EDITED = "edited"  # a mask that was changed by hand since it was measured
+    OTHER_INPUT = "other input"  # a mask that was corrected by hand, of another scan than this one
 
 
 class RecordFolder(OutputFolder):
@@ -39,27 +42,37 @@ class RecordFolder(OutputFolder):
     carry the hashes that the record names.
     """
 
-    row = "case"  # where a record holds the row of its item
+    # Where a record holds the row of its item, what that row and those of its lesions are, and which column names the item.
+    row: ClassVar[str] = "case"
+    row_types: ClassVar[tuple[type, type]] = (CaseRow, LesionMeasurement)
+    name_column: ClassVar[str] = "case_id"
 
-    def state_of(self, name: str, key: str | None) -> State:
-        """Whether an item needs to be done. A mask that was corrected by hand is kept whatever the key is.
+    def state_of(self, name: str, key: str | None, inputs: Sequence[str] | None = None) -> State:
+        """Whether an item needs to be done. A mask that was corrected by hand is kept whatever the model and options are.
 
         Args:
             key: of the input, model and options; None: whatever they were.
+            inputs: SHA-256 of each file of the item; None: whatever they were.
         """
         record = self.record(name)
         if record is None or record[self.row]["status"] != "done":
             return State.MISSING
         corrected = record.get("corrected", {})
         masks = {path: digest for path, digest in {**record["files"], **corrected}.items() if _is_mask(path)}
-        if any((self.path / path).is_file() and not self._is_as(path, digest) for path, digest in masks.items()):
+        is_edited = any(
+            (self.path / path).is_file() and not self._is_as(path, digest) for path, digest in masks.items()
+        )
+        is_corrected = bool(corrected) and all((self.path / path).is_file() for path in corrected)
+        if (is_edited or is_corrected) and inputs is not None and list(inputs) != record.get("inputs"):
+            return State.OTHER_INPUT
+        if is_edited:
             return State.EDITED
-        if corrected and all((self.path / path).is_file() for path in corrected):
-            return State.COMPLETE
-        if key is not None and (record.get("key") != key or corrected):
+        if key is not None and not is_corrected and (record.get("key") != key or corrected):
             return State.MISSING
         needed = {path: digest for path, digest in record["files"].items() if not path.startswith(f"{VIEWERS}/")}
-        return State.COMPLETE if self._are_there(needed) else State.MISSING
+        if self._are_there(needed):
+            return State.COMPLETE
+        return State.EDITED if is_corrected else State.MISSING  # what was measured of the corrected mask is damaged
 
     def is_complete(self, name: str, key: str) -> bool:
         """Whether the item was done with this key and its files are as they were written; pages are soon made again."""
@@ -70,11 +83,11 @@ class RecordFolder(OutputFolder):
 
     def record(self, name: str) -> dict[str, Any] | None:
         """What was recorded of an item; None if nothing was or the record is damaged."""
-        return read_json_record(self._records / f"{name}.json", self.row)
+        return read_json_record(self._records / f"{name}.json", type(self))
 
     def rows_of(self, name: str) -> Iterator[dict[str, Any]]:
         """The rows of an item, one after another, as column → value; one that is not there is unknown."""
-        return read_rows(self.path, name)
+        return read_rows(self.path, name, self.row_types[1])
 
     def largest_rows(self, name: str, most: int) -> list[dict[str, Any]]:
         """The rows of the largest lesions of an item, in their order; of equal ones the first. Up to `most` rows: all of them."""
@@ -84,7 +97,7 @@ class RecordFolder(OutputFolder):
     def records(self) -> Iterator[tuple[str, dict[str, Any] | None]]:
         """(name, record) by name, one after another; None for one that is damaged, or whose rows are."""
         for path in sorted(self._records.glob("*.json")):
-            record = read_json_record(path, self.row)
+            record = read_json_record(path, type(self))
             rows = rows_name(path.stem)
             is_sound = record is not None and (rows not in record["files"] or self._is_as(rows, record["files"][rows]))
             yield path.stem, record if is_sound else None
@@ -120,6 +133,7 @@ class RecordFolder(OutputFolder):
         if record is None or record[self.row]["status"] != "done":
             record = {"key": "", "inputs": list(inputs), self.row: plain(row), "files": {}, "source": {}}
         elif list(inputs) == record.get("inputs"):
+            record.pop("failed", None)  # of another input
             record |= {"remark": f"{STALE}: the last run failed ({row.reason}); these numbers are from an earlier one"}
         else:
             record |= {"failed": plain(row)}
@@ -149,7 +163,10 @@ class RecordFolder(OutputFolder):
         commit.write(rows_name(name), lambda file: write_rows(file, rows))
         files = {path: earlier[path] for path in keeps if path in earlier} | commit.hashes()
         commit.write(_record_name(name), json_text(dict(content) | {"files": files}, indent=None))
-        stale = [path for path in earlier if path not in files]
+        corrected = content.get(
+            "corrected", ()
+        )  # even where it is a mask that volseg drew once: its own again by its hash
+        stale = [path for path in earlier if path not in files and path not in corrected]
         commit.finish(last=_record_name(name), removed=[*stale, f"{RECORDS}/{name}.traceback.txt"])
 
 
@@ -253,20 +270,40 @@ def unknown_row(case_id: str) -> CaseRow:
     )
 
 
-def read_json_record(path: Path, row: str) -> dict[str, Any] | None:
+def read_json_record(path: Path, kind: type[RecordFolder] = RecordFolder) -> dict[str, Any] | None:
     """A record as it was written; None where it is not there or damaged. It may come from a stranger."""
     try:
         record = read_json(path)
-        status, files = record[row]["status"], record["files"]
         record.setdefault("source", {})
-        masks = record.get("corrected", {})
-        is_sound = isinstance(status, str) and all(isinstance(text, str) for text in (*files, *files.values()))
-        is_sound &= isinstance(record["source"], dict) and all(isinstance(text, str) for text in masks.values())
-        folder = path.parent.parent
-        is_sound &= all(confined(folder, name) is not None for name in (*files, *masks))
+        line, files, masks = record[kind.row], record["files"], record.get("corrected", {})
+        failed = record.get("failed", {kind.name_column: path.stem})
+        is_sound = all(row[kind.name_column] == path.stem and _fits(row, kind.row_types[0]) for row in (line, failed))
+        is_sound &= isinstance(line["status"], str) and (line["status"] != "done" or rows_name(path.stem) in files)
+        is_sound &= isinstance(record["source"], dict) and isinstance(record.get("remark", ""), str)
+        is_sound &= all(isinstance(text, str) for text in (*files, *files.values(), *masks, *masks.values()))
+        is_sound &= all(confined(path.parent.parent, name) is not None for name in (*files, *masks))
         return record if is_sound else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
+
+
+def _fits(row: Mapping[str, Any], row_type: type) -> bool:
+    """Whether each value of a row that was read is one that its column may have."""
+    kinds = _kinds(row_type)
+    return all(isinstance(value, kinds.get(name, object)) for name, value in row.items())
+
+
+@cache
+def _kinds(row_type: type) -> dict[str, tuple[type, ...]]:
+    """Column → types of its values in JSON, in which unknown is null and a whole number may stand for another."""
+
+    def kinds_of(hint: Any) -> tuple[type, ...]:
+        if get_origin(hint) is Literal:
+            return (str,)
+        parts = get_args(hint) or (hint,)
+        return (*parts, NoneType, int) if float in parts else (*parts, NoneType)
+
+    return {name: kinds_of(hint) for name, hint in get_type_hints(row_type).items()}
 
 
 def write_rows(file: BinaryIO, rows: Iterable[Any]) -> None:
@@ -275,15 +312,27 @@ def write_rows(file: BinaryIO, rows: Iterable[Any]) -> None:
         file.write(json_text(known(row), indent=None).encode("utf-8", "replace"))
 
 
-def read_rows(folder: Path, name: str) -> Iterator[dict[str, Any]]:
+def read_rows(folder: Path, name: str, row_type: type = LesionMeasurement) -> Iterator[dict[str, Any]]:
     """What `write_rows` wrote for an item; a column that is not there is unknown.
 
     Raises:
-        OSError, ValueError: the file is not there or damaged.
+        OSError: the file is not there.
+        ScanError: it is not as volseg writes it (`E_RECORD`).
     """
-    with open_regular(folder / rows_name(name)) as file:
+    path = folder / rows_name(name)
+    with open_regular(path) as file:
         while line := file.readline(MAX_ROW_BYTES):
-            yield parse_json(line)
+            try:
+                row = parse_json(line)
+                if not isinstance(row, dict) or not _fits(row, row_type):
+                    raise ValueError("a line is no row")
+            except ValueError as error:
+                raise ScanError(
+                    f"{path}: not as volseg writes it ({error})",
+                    fix=f"delete {folder / _record_name(name)} and run the command that made it again",
+                    code="E_RECORD",
+                ) from error
+            yield row
 
 
 def plain(row: Any) -> dict[str, Any]:

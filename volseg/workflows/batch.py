@@ -26,7 +26,7 @@ from volseg.measure.specks import MeasuredLesions
 from volseg.measure.units import Unit
 from volseg.recipe import Measure
 from volseg.store.outputs import Commit
-from volseg.store.results import THUMBNAILS, VIEWERS, ResultsFolder, State
+from volseg.store.results import MASKS, THUMBNAILS, VIEWERS, ResultsFolder, State
 from volseg.volume import Volume, slabs_of
 from volseg.workflows.pages import remake_page, write_report
 from volseg.workflows.remarks import remarks_on_scans
@@ -136,21 +136,34 @@ def run_cases(
     Raises:
         VolsegError: a file that volseg did not write is in the way (`E_EXISTS`), before any case is run.
     """
-    done, kept, failed, todo, remarks = [], [], {}, [], []
-    for case in cases:
-        state = results.state_of(case.id, key_of(case)) if results.has_record(case.id) else State.MISSING
-        if state is State.MISSING:
-            todo.append(case)
-        else:
-            kept.append(case.id)
+    states = {
+        case.id: results.state_of(case.id, key_of(case), inputs.of(case))
+        if results.has_record(case.id)
+        else State.MISSING
+        for case in cases
+    }
+    todo = [case for case in cases if states[case.id] is State.MISSING]
+    kept = [case.id for case in cases if states[case.id] in (State.COMPLETE, State.EDITED)]
+    done: list[str] = []
+    failed: dict[str, str] = {}
+    remarks: list[str] = []
     lost_pages = (name for case_id in kept for name in files.page_names(case_id)) if about is not None else ()
     results.refuse_foreign([*files.shared, *(name for case in todo for name in files.names(case.id)), *lost_pages])
+
+    def fail(case: Case, error: Exception) -> None:
+        failed[case.id] = reason_of(error)
+        image = _scan_of(case).name
+        row = CaseRow(case_id=case.id, status="failed", reason=failed[case.id], image=image, model=model_name)
+        results.commit_failure(case.id, row, inputs.of(case), trace_of(error))
+
     for case in cases:
-        if case.id in kept:
-            is_edited = results.state_of(case.id, None) is State.EDITED
+        if states[case.id] is State.OTHER_INPUT:
+            fail(case, _corrected_for_another_scan(case, results))
+        elif states[case.id] is not State.MISSING:
+            is_edited = states[case.id] is State.EDITED
             remark = EDITED.format(case=case.id, out=results.path) if is_edited else ""
             remarks += [remark] if remark else []
-            results.keep(case.id, next(iter(case.images.values())), remark)
+            results.keep(case.id, _scan_of(case), remark)
     progress(stage, 0.0, f"{len(todo)} of {len(cases)} to do")
     outcomes = run(todo)
     try:
@@ -159,19 +172,7 @@ def run_cases(
             if outcome.error is None:
                 done.append(case.id)
             else:
-                failed[case.id] = reason_of(outcome.error)
-                results.commit_failure(
-                    case.id,
-                    CaseRow(
-                        case_id=case.id,
-                        status="failed",
-                        reason=failed[case.id],
-                        image=next(iter(case.images.values())).name,
-                        model=model_name,
-                    ),
-                    inputs.of(case),
-                    trace_of(outcome.error),
-                )
+                fail(case, outcome.error)
             progress(stage, count / len(todo), case.id)
         if about is not None:
             remarks += _add_pages(results, kept)
@@ -187,8 +188,7 @@ def run_cases(
             and not (results.has_record(case.id) and results.is_complete(case.id, key_of(case)))
         ]
         pending = [
-            CaseRow(case_id=case.id, status="pending", image=next(iter(case.images.values())).name, model=model_name)
-            for case in waiting
+            CaseRow(case_id=case.id, status="pending", image=_scan_of(case).name, model=model_name) for case in waiting
         ]
         rows = results.write_tables(pending=pending)
         if about is not None:
@@ -204,6 +204,19 @@ def run_cases(
             "pages": about is not None,
             "warnings": remarks + remarks_on_scans(rows, [case.id for case in cases]),
         },
+    )
+
+
+def _scan_of(case: Case) -> Path:
+    """Its first image, by which tables name it."""
+    return next(iter(case.images.values()))
+
+
+def _corrected_for_another_scan(case: Case, results: ResultsFolder) -> ScanError:
+    return ScanError(
+        f"{_scan_of(case)}: is another scan than the one whose mask in {results.path / MASKS} was corrected by hand",
+        fix="put that scan back, give another folder to --out, or move the corrected mask away",
+        code="E_CHANGED",
     )
 
 
