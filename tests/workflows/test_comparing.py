@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from importlib.util import find_spec
+from pathlib import Path
 
 import matplotlib.image
 import numpy as np
@@ -18,7 +19,9 @@ from volseg.errors import VolsegError
 from volseg.measure.changes import LesionChange
 from volseg.preprocess.register import Registration
 from volseg.report.comparison_figures import change_png
+from volseg.store.records import read_record
 from volseg.volume import Geometry, Volume
+from volseg.workflows import comparing
 from volseg.workflows.comparing import as_far_as_trusted
 
 needs_itk = pytest.mark.skipif(not find_spec("SimpleITK"), reason="SimpleITK is not installed")
@@ -466,6 +469,25 @@ def test_a_second_call_does_what_changed_and_no_more(baseline, tmp_path):
     assert list(volseg.compare(baseline, results, **options).done) == ["stays"]
     assert tables(out)[0]["stays"]["response"] == "PD"
     assert len(volseg.compare(baseline, results, **options, max_distance_mm=5).done) == len(TIMES)
+
+
+def test_a_scan_or_record_replaced_while_it_is_compared_fails_its_patient(baseline, tmp_path, monkeypatch):
+    scans = tmp_path / "scans"
+    shutil.copytree(Path(read_record(baseline, "stays").scan).parent, scans)
+    other = next(path for path in scans.iterdir() if path.name.startswith("vanishes"))
+    target = next(path for path in scans.iterdir() if path.name.startswith("stays"))
+    inputs_of = comparing._inputs
+
+    def replaced_afterwards(patient, *arguments):
+        digests = inputs_of(patient, *arguments)
+        if patient.name == "stays":
+            shutil.copy(other, target)
+        return digests
+
+    monkeypatch.setattr(comparing, "_inputs", replaced_afterwards)
+    report = volseg.compare(baseline, baseline, out=tmp_path / "out", baseline_scans=scans, followup_scans=scans)
+    assert list(report.failed) == ["stays"]
+    assert report.failed["stays"].startswith("E_CHANGED") and target.name in report.failed["stays"]
 
 
 def test_a_label_without_a_name_at_one_time_has_that_of_the_other(baseline, tmp_path):

@@ -150,7 +150,7 @@ def run_cases(
     lost_pages = (name for case_id in kept for name in files.page_names(case_id)) if about is not None else ()
     results.refuse_foreign([*files.shared, *(name for case in todo for name in files.names(case.id)), *lost_pages])
 
-    def fail(case: Case, error: Exception) -> None:
+    def fail(case: Case, error: VolsegError) -> None:
         failed[case.id] = reason_of(error)
         image = _scan_of(case).name
         row = CaseRow(case_id=case.id, status="failed", reason=failed[case.id], image=image, model=model_name)

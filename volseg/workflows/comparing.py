@@ -250,13 +250,18 @@ def _key(patient: Patient, inputs: Sequence[str], settings: CompareSettings) -> 
 
 @dataclass(frozen=True, eq=False)
 class _Side:
-    """A time point of a patient: what was measured, and the scan, which is read once it is needed."""
+    """A time point of a patient: what was measured, and the scan, which is read once it is needed.
+
+    Args:
+        inputs: SHA-256 of the patient's files when the comparison began.
+    """
 
     time: str
     folder: Path
     record: CaseRecord
     ids: Volume
     scans: Path | None
+    inputs: Sequence[str]
 
     @property
     def lesions(self) -> Sequence[LesionMeasurement]:
@@ -287,6 +292,7 @@ class _Side:
     @cached_property
     def scan(self) -> Volume:
         scan = read_volume(self.path, is_finite=False)  # as it was measured
+        _check_unchanged(self.path, scan.sha256 or digest_of(self.path), self.inputs)
         check_pair(scan, self.ids, str(self.path), f"the lesions of case {self.record.case.case_id!r}")
         known = np.isfinite(scan.array) if scan.array.dtype.kind == "f" else np.ones(1, bool)
         # To register, what is not known is the darkest there is.
@@ -317,7 +323,7 @@ def _compare_patient(
 ) -> None:
     started = time.monotonic()
     names = _shared_names(patient, folders)
-    compared = [_compare_scans(cases, folders, settings, patient, names) for cases in patient.scans]
+    compared = [_compare_scans(cases, folders, settings, patient, names, inputs) for cases in patient.scans]
     pairs = [each.pair for each in compared]
     rows = lesion_changes(pairs, patient=patient.name, lymph_nodes=settings.lymph_nodes)
     response = judge_response(pairs, patient=patient.name, lymph_nodes=settings.lymph_nodes)
@@ -353,10 +359,11 @@ def _compare_scans(
     settings: CompareSettings,
     patient: Patient,
     names: Mapping[int, str],
+    inputs: Sequence[str],
 ) -> _Compared:
     """One line of a patient. `names`: what a label is called that has no name in either scan."""
     read = (
-        None if case is None else _read_side(time_, folder, case, scans)
+        None if case is None else _read_side(time_, folder, case, scans, inputs)
         for time_, folder, case, scans in zip(("baseline", "follow-up"), folders, cases, settings.scans, strict=True)
     )
     before, after = _named_alike(*read, names=names)
@@ -427,8 +434,16 @@ def _worst(columns: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _read_side(time_: str, folder: Path, case: str, scans: Path | None) -> _Side:
+def _check_unchanged(path: Path, digest: str, inputs: Sequence[str]) -> None:
+    """That a file is as it was when the comparison began, by whose hash its rows will be known."""
+    if digest not in inputs:
+        raise ScanError(f"{path}: was replaced while it was being compared", fix="run again", code="E_CHANGED")
+
+
+def _read_side(time_: str, folder: Path, case: str, scans: Path | None, inputs: Sequence[str]) -> _Side:
     record = read_record(folder, case)
+    for path in record_files(folder, case):
+        _check_unchanged(path, _file_digest(path), inputs)
     if record.case.status != "done":
         raise ScanError(
             f"the {time_} case {case!r} is {record.case.status}: {record.case.reason or 'no reason is given'}",
@@ -450,7 +465,7 @@ def _read_side(time_: str, folder: Path, case: str, scans: Path | None) -> _Side
             fix="run the command that made the folder again",
             code="E_RECORD",
         )
-    return _Side(time_, folder, replace(record, lesions=lesions), ids, scans)
+    return _Side(time_, folder, replace(record, lesions=lesions), ids, scans, inputs)
 
 
 def _shared_names(patient: Patient, folders: _Folders) -> dict[int, str]:
