@@ -13,7 +13,7 @@ demo: $(INSTALLED)
 	$(BIN)/python sample_data/demo.py --out demo_results
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	$(BIN)/python -m pytest -n auto --dist loadfile -m "not slow and not gpu"
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -75,6 +75,7 @@ def test_a_model_of_regions_is_not_quantised(model, dataset, tmp_path):
         quantise(folder, dataset)
 
 
+@pytest.mark.slow
 def test_the_command_prints_what_each_precision_costs(quantised, dataset):
     folder, _ = quantised
     done = run("quantise", folder, dataset, "--cases", "2", "--json")

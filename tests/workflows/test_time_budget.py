@@ -88,6 +88,7 @@ def test_the_advice_of_a_refusal_works_as_it_stands(dataset, tmp_path):
     assert done.exit_code == 0, (longer, done.output, done.exception)
 
 
+@pytest.mark.slow
 def test_preprocess_plans_without_a_recipe_and_train_cross_validates_it(dataset, tmp_path):
     volseg.preprocess(dataset, out=tmp_path / "p")
     header = read_header(tmp_path / "p")
