@@ -5,6 +5,7 @@ import math
 import os
 import socket
 import time
+import tomllib
 
 import pytest
 
@@ -94,6 +95,30 @@ def test_toml_with_such_contents_is_a_value_error(tmp_path, text):
     (tmp_path / "recipe.toml").write_text(text)
     with pytest.raises(ValueError):
         read_toml(tmp_path / "recipe.toml")
+
+
+def test_dots_count_in_keys_alone(tmp_path):
+    dots = ".".join("a" * 100)
+    text = f"""# {dots}
+{".".join("a" * MAX_DEPTH)} = 1
+b = "{dots}\\" {dots}"
+c = '{dots}'
+d = \"\"\"
+{dots}"" \\\"\"\" {dots}\"\"\"\"
+e = '''{dots}'' {dots}'''''  # {dots} " {dots}
+f = [{", ".join(["1.5"] * 100)}]
+g = "" # '
+"{dots}" = {{ "{dots}" = 1.5 }}
+""".replace("\n", "\r\n")
+    (tmp_path / "recipe.toml").write_bytes(text.encode())
+    assert read_toml(tmp_path / "recipe.toml") == tomllib.loads(text)
+    (tmp_path / "recipe.toml").write_bytes(text.encode() + b"'" + b"'.".join([b"a"] * (MAX_DEPTH + 1)) + b" = 1")
+    with pytest.raises(ValueError, match="at line"):  # it is not TOML, and that is said
+        read_toml(tmp_path / "recipe.toml")
+    for key in (".".join("a" * (MAX_DEPTH + 1)), " .\t".join(['"a"'] * (MAX_DEPTH + 1))):
+        (tmp_path / "recipe.toml").write_bytes(text.encode() + key.encode() + b" = 1")
+        with pytest.raises(ValueError, match=r"nested more than 64 levels"):
+            read_toml(tmp_path / "recipe.toml")
 
 
 def test_only_regular_files_are_opened_and_nothing_is_waited_for(tmp_path, monkeypatch):

@@ -104,7 +104,7 @@ def pieces_of(parsed):
                 for kind, value in argument
                 if str(kind) == "CATEGORY"
             )
-        elif name in ("MAX_REPEAT", "MIN_REPEAT"):
+        elif name in ("MAX_REPEAT", "MIN_REPEAT", "POSSESSIVE_REPEAT"):
             yield from pieces_of(argument[2])
         elif name in ("SUBPATTERN", "ASSERT", "ASSERT_NOT"):
             yield from pieces_of(argument[-1])

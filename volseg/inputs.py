@@ -14,6 +14,7 @@ import os
 import re
 import stat
 import tomllib
+from collections import Counter
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -34,6 +35,12 @@ _DOUBTFUL = (
     re.compile(r"[0-9][0-9]{17}"),
     re.compile(r"[eE][+0-9][0-9]{2}"),
     re.compile(r"\\u[dD][89a-fA-F]"),
+)
+# What decides where a key of TOML begins and ends: text in quotes and comments, in which dots count for nothing, dots,
+# and what stands between keys. A quote that is not closed is where the TOML ends.
+_TOML_PARTS = re.compile(
+    r'''"""(?:[^"\\]|\\[\s\S]|"{1,2}(?!"))*+"{3,5}|"(?!"")(?:[^"\\\n]|\\.)*+"'''
+    r"""|'{3}(?:[^']|'{1,2}(?!'))*+'{3,5}|'(?!'')[^'\n]*+'|#.*+|(?P<open>["'])|(?P<dot>\.)|(?P<end>[=,\n{}\[\]])"""
 )
 
 
@@ -149,6 +156,7 @@ def read_toml(path: Path | str) -> dict[str, Any]:
         OSError, ValueError: as `read_bytes`; also where it is not TOML.
     """
     text = read_text(path, max_bytes=MAX_TOML_BYTES)
+    _check_keys(text)
     try:
         content = tomllib.loads(text)
         _check_depth(content)
@@ -166,8 +174,7 @@ def _refuse_other_kinds(path: Path | str, mode: int) -> None:
 def _object_of(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     content = dict(pairs)
     if len(content) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
+        twice = next(name for name, n in Counter(name for name, _ in pairs).items() if n > 1)
         raise ValueError(f"{shortened(twice)!r} appears twice in one object")
     return content
 
@@ -180,6 +187,17 @@ def _integer_of(text: str) -> int:
 
 def _refuse_constant(text: str) -> NoReturn:
     raise ValueError(f"holds {text}, which is not a number in JSON")
+
+
+def _check_keys(text: str) -> None:
+    """Refuse a TOML key `a.b.c` of more parts than levels are allowed: the parser's time grows with their number squared."""
+    dots = 0
+    for part in _TOML_PARTS.finditer(text):
+        if part["open"]:
+            return  # the parser will say so
+        dots = dots + 1 if part["dot"] else 0 if part["end"] else dots
+        if dots >= MAX_DEPTH:
+            raise _nested()
 
 
 def _check_depth(content: Any) -> None:

@@ -23,6 +23,7 @@ import re
 import struct
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -167,7 +168,8 @@ class _Dataset(_Loose):
     def channels(self) -> tuple[str, ...]:
         """Names in the order of the files `_0000`, `_0001`, …; a name that stands there twice gets its number."""
         names = list((self.channel_names or self.modality or {}).values())
-        return tuple(name if names.count(name) == 1 else f"{name}_{n:04d}" for n, name in enumerate(names))
+        counts = Counter(names)
+        return tuple(name if counts[name] == 1 else f"{name}_{n:04d}" for n, name in enumerate(names))
 
 
 class _Architecture(_Loose):
@@ -424,13 +426,14 @@ def _configuration(plans: _Plans, name: str, where: Path) -> _Configuration:
         VolsegError: it is 2D, the second stage of a cascade, or needs code that volseg does not have.
     """
     content: dict[str, Any] = {}
-    visited: list[str] = []
+    visited: set[str] = set()
     parent: Any = name
     while parent is not None:
         if parent in visited or parent not in plans.configurations:
             raise _unsupported(where, f"configuration {name!r} inherits from {parent!r}, which is missing or itself")
-        visited.append(parent)
-        content = plans.configurations[parent] | content
+        visited.add(parent)
+        for key, value in plans.configurations[parent].items():
+            content.setdefault(key, value)
         parent = plans.configurations[parent].get("inherits_from")
     if content.get("previous_stage"):
         raise _unsupported(

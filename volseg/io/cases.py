@@ -239,7 +239,8 @@ def _rows_of_csv(path: Path, wanted: _Wanted, mistakes: list[str]) -> list[_Row]
             fix="name the column of scans 'image', or 'image_<channel>' for several channels",
         )
     picked = _picked(available, wanted, str(path))
-    further = [name for name in columns if name not in _KNOWN_COLUMNS and name not in available.values()]
+    not_classes = {*_KNOWN_COLUMNS, *available.values()}
+    further = [name for name in columns if name not in not_classes]
     rows = []
     for number, cells in lines:
         where = f"{path.name} line {number}"

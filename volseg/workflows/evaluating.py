@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -27,6 +27,7 @@ from volseg.workflows.batch import Progress, RunReport, reason_of, silent
 
 TABLES, PICTURES = ("evaluation.csv", "detections.csv", "summary.json"), ("agreement.png", "froc.png")
 SAME_PLACE_MM = 0.01  # tables have four digits of a centroid
+Row = TypeVar("Row", OverlapRow, DetectionRow)
 
 
 def evaluate(
@@ -85,7 +86,8 @@ def evaluate(
         except NoisyMaskError as error:
             return [replace(row, patient=patient, notes=_joined(row.notes, error)) for row in rows], []
         found = [replace(row, patient=patient, confidence=lesions.confidence_of(row)) for row in found]
-        return [with_lesions(replace(row, patient=patient), found) for row in rows], found
+        lesions_of = _by_label(found)
+        return [with_lesions(replace(row, patient=patient), lesions_of.get(row.label, ())) for row in rows], found
 
     used = [Path(reference), Path(predicted), *(mask.path for mask in (*truths.values(), *guesses.values()))]
     with OutputFolder(out, "evaluate", inputs=used) as outputs:
@@ -100,12 +102,8 @@ def evaluate(
                 failed[outcome.item] = reason_of(outcome.error)
         rows = _completed({name: rows for name, (rows, _) in compared.items()}, truths)
         detections = [row for _, found in compared.values() for row in found]
-        results = [
-            summarise_label(
-                [row for row in rows if row.label == label], [row for row in detections if row.label == label]
-            )
-            for label in sorted({row.label for row in rows})
-        ]
+        rows_of, lesions_of = _by_label(rows), _by_label(detections)
+        results = [summarise_label(rows_of[label], lesions_of.get(label, ())) for label in sorted(rows_of)]
         summary = {
             **_overall(rows, truths, compared.keys()),
             "labels": {str(result.label): as_json(result) for result in results},
@@ -125,6 +123,14 @@ def evaluate(
                 commit.write(name, picture)
             commit.finish(removed=[name for name in PICTURES if name not in pictures])
     return RunReport(out=out, done=list(compared), failed=failed, details=summary)
+
+
+def _by_label(rows: Iterable[Row]) -> dict[int, list[Row]]:
+    """Label → its rows, in their order."""
+    rows_by_label: dict[int, list[Row]] = defaultdict(list)
+    for row in rows:
+        rows_by_label[row.label].append(row)
+    return rows_by_label
 
 
 def _noisy(rows: Sequence[OverlapRow]) -> list[str]:

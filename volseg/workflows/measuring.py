@@ -204,7 +204,8 @@ def measure_corrected(
     with ResultsFolder(results, "infer") as folder:
         rows = folder.case_rows()
         edited = [row["case_id"] for row in rows if folder.state_of(row["case_id"], None) is State.EDITED]
-        kept = [row["case_id"] for row in rows if row["status"] == "done" and row["case_id"] not in edited]
+        edited_ids = frozenset(edited)
+        kept = [row["case_id"] for row in rows if row["status"] == "done" and row["case_id"] not in edited_ids]
         files = CaseFiles((LESION_IDS,), figures, pages)
         folder.refuse_foreign([*files.shared, *(path for name in edited for path in files.names(name))])
         progress(STAGE, 0.0, f"{len(edited)} of {len(rows)} masks were changed by hand")
@@ -229,7 +230,8 @@ def measure_corrected(
             about = read_about(results)
             if pages:
                 write_report(folder, about, rows)
-        warnings = [f"{row['case_id']}: {row['warnings']}" for row in rows if row["case_id"] in done]
+        measured_ids = frozenset(done)
+        warnings = [f"{row['case_id']}: {row['warnings']}" for row in rows if row["case_id"] in measured_ids]
         report = RunReport(
             out=results,
             done=done,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,6 +82,7 @@ def read_pairs(path: Path, folders: tuple[Path, Path], known: tuple[Sequence[str
             code="E_DATASET",
         )
     mistakes: list[str] = []
+    seen = _Seen(folders, (frozenset(known[0]), frozenset(known[1])))
     scans: dict[str, list[tuple[str | None, str | None]]] = defaultdict(list)
     for number, cells in lines:
         if len(cells) != len(columns):
@@ -89,7 +90,7 @@ def read_pairs(path: Path, folders: tuple[Path, Path], known: tuple[Sequence[str
             continue
         row = dict(zip(columns, cells, strict=True))
         name, before, after = (row[column] for column in COLUMNS)
-        mistakes += [f"line {number}: {text}" for text in _mistakes(name, (before, after), scans, folders, known)]
+        mistakes += [f"line {number}: {text}" for text in seen.add(name, (before, after))]
         scans[name].append((before or None, after or None))
     patients = [Patient(name, tuple(pairs)) for name, pairs in scans.items()]
     if not mistakes and not any(patient.is_paired for patient in patients):
@@ -101,26 +102,38 @@ def read_pairs(path: Path, folders: tuple[Path, Path], known: tuple[Sequence[str
     return patients
 
 
-def _mistakes(
-    name: str,
-    cases: tuple[str, str],
-    scans: Mapping[str, Sequence[tuple[str | None, str | None]]],
-    folders: tuple[Path, Path],
-    known: tuple[Sequence[str], Sequence[str]],
-) -> Iterator[str]:
-    """What is wrong with a line, after those that `scans` holds."""
-    if not re.fullmatch(ID_PATTERN, name):
-        yield f"patient {name!r} is no safe file name"
-    alike = [other for other in scans if other != name and other.casefold() == name.casefold()]
-    if alike:
-        yield f"patient {name!r} and {alike[0]!r} differ in upper and lower case only: write one of them otherwise"
-    for side, time in enumerate(("baseline", "followup")):
-        case = cases[side]
-        if case and case not in known[side]:
-            yield f"{folders[side]} has no case {case!r}"
-        if case and any(pair[side] == case for pair in scans.get(name, ())):
-            yield f"patient {name!r} has the {time} {case!r} twice; two scans against one cannot be compared"
-        if case and any(pair[1 - side] == case for pair in scans.get(name, ())):
-            yield f"{case!r} is a baseline on one line of {name!r} and a follow-up on another: give each two times a name of their own"
-    if not any(cases):
-        yield "names no case"
+class _Seen:
+    """The lines of a table so far, by what each further line is checked against."""
+
+    def __init__(self, folders: tuple[Path, Path], known: tuple[Collection[str], Collection[str]]) -> None:
+        self._folders, self._known = folders, known
+        self._spellings: dict[str, str] = {}  # name in lower case → how the first line writes it
+        self._cases: tuple[set[tuple[str, str]], set[tuple[str, str]]] = set(), set()  # of each time: (patient, case)
+
+    def add(self, name: str, cases: tuple[str, str]) -> list[str]:
+        """Add a line of a patient, with the cases of both times; returns what is wrong with it."""
+        mistakes = []
+        if not re.fullmatch(ID_PATTERN, name):
+            mistakes.append(f"patient {name!r} is no safe file name")
+        other = self._spellings.setdefault(name.casefold(), name)
+        if other != name:
+            mistakes.append(
+                f"patient {name!r} and {other!r} differ in upper and lower case only: write one of them otherwise"
+            )
+        for side, time in enumerate(("baseline", "followup")):
+            case = cases[side]
+            if case and case not in self._known[side]:
+                mistakes.append(f"{self._folders[side]} has no case {case!r}")
+            if case and (name, case) in self._cases[side]:
+                mistakes.append(
+                    f"patient {name!r} has the {time} {case!r} twice; two scans against one cannot be compared"
+                )
+            if case and (name, case) in self._cases[1 - side]:
+                mistakes.append(
+                    f"{case!r} is a baseline on one line of {name!r} and a follow-up on another: give each two times a name of their own"
+                )
+        if not any(cases):
+            mistakes.append("names no case")
+        for side, case in enumerate(cases):
+            self._cases[side].add((name, case))
+        return mistakes

@@ -82,7 +82,9 @@ def preprocess(
         used = Plan.model_validate(facts["plan"])
         usable = [case for case in cases if case.id not in failed]
         keys = {case.id: case_key(inputs_of(case, digests), chosen, used, seed) for case in usable}
-        missing = [case for case in usable if not is_prepared(out / "cases", case.id, keys[case.id])]
+        kept, missing = [], []
+        for case in usable:
+            (kept if is_prepared(out / "cases", case.id, keys[case.id]) else missing).append(case)
         n_labels = len(chosen.data.labels)
         outputs.refuse_foreign(name for case in missing for name in prepared_files(case.id, n_labels))
         outcomes = run(lambda case: prepare_case(case, chosen, used, outputs, keys[case.id], seed, digests), missing)
@@ -100,9 +102,8 @@ def preprocess(
             commit.write(PREPARED_FILE, json_text(facts | {"failed": failed, "cases": listed, "warnings": warnings}))
             commit.write("cases.csv", table(CaseRow, _preparation_rows(cases, failed)))
             commit.finish(last=PREPARED_FILE)
-    kept = [case.id for case in usable if case not in missing]
     details = {"fingerprint": _summary(fingerprint, used), "warnings": warnings}
-    return RunReport(out=out, done=done, kept=kept, failed=failed, details=details)
+    return RunReport(out=out, done=done, kept=[case.id for case in kept], failed=failed, details=details)
 
 
 def _facts(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from volseg.measure.specks import SPECKS
@@ -12,12 +12,13 @@ from volseg.measure.units import CODES
 MOST_SCANS = 5  # named per code
 
 
-def remarks_on_scans(rows: Iterable[Mapping[str, Any]], case_ids: Collection[str]) -> list[str]:
+def remarks_on_scans(rows: Iterable[Mapping[str, Any]], case_ids: Iterable[str]) -> list[str]:
     """Collect `W_CODE: case: sentence` for each of these scans; of many with one code the first.
 
     Args:
         rows: of cases.csv.
     """
+    case_ids = set(case_ids)
     lines_by_code: dict[str, list[str]] = {code: [] for code in (SPECKS, *CODES)}
     for row in rows:
         if row["case_id"] not in case_ids:
