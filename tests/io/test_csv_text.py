@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import csv
 import io
+import os
 import random
 import re
 from importlib.util import find_spec
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import volseg
+from volseg.inputs import NotAFileError
 from volseg.io.csv_text import LINE_BREAKS, MAX_CELL, csv_line, csv_rows, iterate_csv, read_csv, write_csv
 
 HOSTILE = (
@@ -136,6 +138,13 @@ def test_a_table_is_read_by_its_names(tmp_path):
         path.write_bytes(content)
         with pytest.raises(ValueError):
             read_csv(path)
+
+
+@pytest.mark.parametrize("read", [read_csv, lambda path: list(iterate_csv(path))])
+def test_a_pipe_is_not_waited_for(read, tmp_path):
+    os.mkfifo(tmp_path / "cases.csv")
+    with pytest.raises(NotAFileError, match="is a pipe"):
+        read(tmp_path / "cases.csv")
 
 
 def test_no_other_file_of_the_package_reads_or_writes_csv():

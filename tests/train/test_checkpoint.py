@@ -1,3 +1,5 @@
+import os
+
 import pytest
 import torch
 
@@ -13,6 +15,12 @@ def test_tensors_and_state_come_back_bit_for_bit(tmp_path):
     assert found_state == state
     assert torch.equal(unflatten("network", found)["a.weight"], tensors["network.a.weight"])
     assert list(unflatten("optimizer", found)) == ["0.step"]
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "last.safetensors")
+    with pytest.raises(VolsegError, match="is a pipe"):
+        load_checkpoint(tmp_path / "last.safetensors")
 
 
 @pytest.mark.parametrize("damage", [lambda b: b[: len(b) // 2], lambda b: b"", lambda b: b"<html>" + b[6:]])

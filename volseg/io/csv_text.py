@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
-from volseg.inputs import open_regular
+from volseg.inputs import open_regular, read_text
 
 MAX_CELL = 32_767  # characters that a spreadsheet keeps; Python's csv module reads up to 131 072
 
@@ -57,10 +57,10 @@ def read_csv(path: Path) -> list[dict[str, str]]:
     """The rows of a table by the names in its first row; a cell that is missing is empty.
 
     Raises:
-        OSError: the file cannot be read.
-        ValueError: it is not UTF-8 or not CSV.
+        OSError: it cannot be read, or is no regular file.
+        ValueError: it is not UTF-8, not CSV or larger than 32 MB: `iterate_csv` has no such limit.
     """
-    text = path.read_bytes().decode("utf-8-sig")
+    text = read_text(path)
     try:
         rows = [cells for _, cells in csv_rows(text) if cells]
     except csv.Error as error:

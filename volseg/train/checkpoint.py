@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as save_tensors
 
 from volseg.errors import VolsegError
-from volseg.inputs import parse_json
+from volseg.inputs import open_regular, parse_json
 from volseg.io.files import write_bytes_atomic
 
 
@@ -29,6 +29,7 @@ def load_checkpoint(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]
         VolsegError: the file is damaged or not a checkpoint.
     """
     try:
+        open_regular(path).close()  # opening as below would wait for a pipe
         with safe_open(path, framework="pt") as file:
             state = parse_json((file.metadata() or {})["state"], is_finite=False)
             if not isinstance(state, dict):

@@ -1,0 +1,73 @@
+"""A prepared case comes back as it was written; what a stranger made of it is one line."""
+
+import json
+import os
+
+import numpy as np
+import pytest
+
+from volseg.errors import VolsegError
+from volseg.io.prepared import CASE_FILE, PreparedCase, is_prepared, read_prepared_case, write_prepared_case
+
+RECORD = {"key": "k", "split": "train", "patient": "p", "class": None, "shape": [4, 3, 2]}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    mask = np.zeros((4, 3, 2), np.uint8)
+    mask[1, 1, 1] = 1
+    case = PreparedCase("a", mask[None].astype(np.float32), mask, {1: np.argwhere(mask)}, mask[None], RECORD)
+    (tmp_path / "a").mkdir()
+    write_prepared_case(tmp_path / "a", case)
+    return tmp_path
+
+
+def change(folder, **values):
+    content = json.loads((folder / "a" / CASE_FILE).read_text()) | values
+    (folder / "a" / CASE_FILE).write_text(json.dumps({key: value for key, value in content.items() if value != "gone"}))
+
+
+def test_a_case_comes_back_as_it_was_written(folder):
+    case = read_prepared_case(folder, "a")
+    assert isinstance(case.image, np.memmap) and isinstance(case.mask, np.memmap)
+    assert (case.image[0] == case.mask).all() and (case.slices[0] == case.mask).all()
+    assert case.foreground[1].tolist() == [[1, 1, 1]]
+    assert {key: case.record[key] for key in RECORD} == RECORD
+    assert is_prepared(folder, "a", "k") and not is_prepared(folder, "a", "another")
+
+
+@pytest.mark.parametrize("key", ["key", "split", "patient", "class"])
+@pytest.mark.parametrize("value", ["gone", 3, ["a"]])
+def test_a_record_that_does_not_say_what_training_asks_for_is_refused(key, value, folder):
+    change(folder, **{key: value})
+    with pytest.raises(VolsegError, match="key, split, patient and class") as refusal:
+        read_prepared_case(folder, "a")
+    assert refusal.value.code == "E_PREPARED"
+
+
+@pytest.mark.parametrize("name", ["image.npy", "mask.npy", "slices.npy", "foreground_1.npy", CASE_FILE])
+@pytest.mark.parametrize("kind", ["pipe", "archive"])
+def test_a_pipe_is_not_waited_for_and_an_archive_is_no_array(name, kind, folder):
+    path = folder / "a" / name
+    path.unlink()
+    if kind == "pipe":
+        os.mkfifo(path)
+    else:
+        with path.open("wb") as file:
+            np.savez(file, a=np.zeros(3))
+    with pytest.raises(VolsegError) as refusal:
+        read_prepared_case(folder, "a")
+    assert refusal.value.code == "E_PREPARED"
+
+
+def test_the_files_are_on_the_disk_before_the_record_says_so(tmp_path, monkeypatch):
+    synced, fsync = [], os.fsync
+
+    def keep(descriptor):
+        synced.append(os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}")))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", keep)
+    mask = np.zeros((4, 3, 2), np.uint8)
+    write_prepared_case(tmp_path, PreparedCase("a", mask[None], mask, {1: np.argwhere(mask)}, None, RECORD))
+    assert synced == ["image.npy", "mask.npy", "foreground_1.npy", CASE_FILE]
