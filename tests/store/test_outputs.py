@@ -132,6 +132,25 @@ def test_a_commit_that_cannot_be_written_leaves_what_was_there(tmp_path):
     assert not list((tmp_path / ".volseg").glob("tmp-*"))
 
 
+def test_a_file_that_something_else_wrote_into_a_commit_is_on_the_disk_before_it_appears(tmp_path, monkeypatch):
+    happened, fsync, rename = [], os.fsync, os.rename
+
+    def keep_sync(descriptor):
+        happened.append(os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}")))
+        fsync(descriptor)
+
+    def keep_rename(source, target):
+        happened.append("commit")
+        rename(source, target)
+
+    with OutputFolder(tmp_path, "preprocess") as outputs, outputs.staged() as commit:
+        commit.path("cases/a/image.npy").write_bytes(b"array")
+        monkeypatch.setattr(os, "fsync", keep_sync)
+        monkeypatch.setattr(os, "rename", keep_rename)
+        commit.finish()
+    assert happened.index("image.npy") < happened.index("commit")
+
+
 def test_a_file_that_the_user_makes_meanwhile_is_not_replaced(tmp_path):
     with OutputFolder(tmp_path, "infer") as outputs, outputs.staged() as commit:
         commit.write("a.csv", "new")

@@ -35,8 +35,7 @@ def atomic_write(path: Path, write: Callable[[BinaryIO], None], verify: Callable
     try:
         with open(temporary, "xb") as file:
             write(file)
-            file.flush()
-            os.fsync(file.fileno())
+            sync_file(file)
         if verify is not None:
             verify(temporary)
         os.replace(temporary, path)
@@ -148,6 +147,12 @@ def read_back_problem(path: Path) -> EnvironmentProblem:
 
 def _write_all(file: BinaryIO, payload: bytes) -> None:
     file.write(payload)
+
+
+def sync_file(file: BinaryIO) -> None:
+    """Make what was written into an open file durable."""
+    file.flush()
+    os.fsync(file.fileno())
 
 
 def sync_folder(folder: Path) -> None:

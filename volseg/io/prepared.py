@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from volseg.errors import VolsegError
-from volseg.inputs import read_json
-from volseg.io.files import environment_problem
+from volseg.inputs import open_regular, read_json
+from volseg.io.files import environment_problem, sync_file
 
 CASE_FILE = "case.json"
 
@@ -46,10 +46,14 @@ def write_prepared_case(folder: Path, case: PreparedCase) -> None:
         arrays["slices"] = case.slices
     try:
         for name, array in arrays.items():
-            np.save(folder / f"{name}.npy", array, allow_pickle=False)
+            with open(folder / f"{name}.npy", "wb") as file:
+                np.save(file, array, allow_pickle=False)
+                sync_file(file)
         sizes = {file.name: file.stat().st_size for file in sorted(folder.glob("*.npy"))}
         record = dict(case.record) | {"files": sizes}
-        (folder / CASE_FILE).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        with open(folder / CASE_FILE, "wb") as file:
+            file.write((json.dumps(record, indent=1) + "\n").encode())
+            sync_file(file)
     except OSError as error:
         raise environment_problem(folder, error) from error
 
@@ -79,15 +83,40 @@ def read_prepared_case(folder: Path, case_id: str) -> PreparedCase:
     path = folder / case_id
     try:
         record = read_json(path / CASE_FILE)
-        if not isinstance(record, dict) or record.keys() < {"split", "patient", "class"}:
-            raise ValueError(f"{CASE_FILE} does not say split, patient and class")
+        if not _is_record(record):
+            raise ValueError(f"{CASE_FILE} does not say key, split, patient and class")
         foreground = {
-            int(file.stem.removeprefix("foreground_")): np.load(file) for file in sorted(path.glob("foreground_*.npy"))
+            int(file.stem.removeprefix("foreground_")): _read_array(file)
+            for file in sorted(path.glob("foreground_*.npy"))
         }
-        slices = np.load(path / "slices.npy") if (path / "slices.npy").exists() else None
-        image, mask = np.load(path / "image.npy", mmap_mode="r"), np.load(path / "mask.npy", mmap_mode="r")
+        slices = _read_array(path / "slices.npy") if (path / "slices.npy").exists() else None
+        image, mask = _map_array(path / "image.npy"), _map_array(path / "mask.npy")
     except (OSError, ValueError, EOFError, MemoryError) as error:
         raise VolsegError(
             f"{path}: not a prepared case ({error})", fix="run `volseg preprocess` again", code="E_PREPARED"
         ) from error
     return PreparedCase(case_id, image, mask, foreground, slices, record, folder)
+
+
+def _is_record(content: Any) -> bool:
+    """Whether it says of a case what training asks for."""
+    if not isinstance(content, dict):
+        return False
+    texts = [content.get(key) for key in ("key", "split", "patient")]
+    return all(isinstance(text, str) for text in texts) and isinstance(content.get("class", 0), str | type(None))
+
+
+def _read_array(path: Path) -> np.ndarray:
+    """Read a .npy file, which may come from a stranger.
+
+    Raises:
+        OSError, ValueError: it is no regular file, or no array.
+    """
+    with open_regular(path) as file:
+        return np.lib.format.read_array(file, allow_pickle=False)
+
+
+def _map_array(path: Path) -> np.ndarray:
+    """Memory-map a .npy file; raises as `_read_array`."""
+    open_regular(path).close()  # mapping would wait for a pipe
+    return np.lib.format.open_memmap(path, mode="r")

@@ -29,7 +29,7 @@ from filelock import FileLock, Timeout
 from volseg import __version__
 from volseg.errors import EnvironmentProblem, VolsegError
 from volseg.inputs import open_regular, parse_json, read_json
-from volseg.io.files import environment_problem, make_folder, read_back_problem, sha256_of, sync_folder
+from volseg.io.files import environment_problem, make_folder, read_back_problem, sha256_of, sync_file, sync_folder
 
 RECORDS = ".volseg"
 LEDGER, LOCK = "ledger.jsonl", "lock"
@@ -344,9 +344,14 @@ class Commit:
         self._hashes[name] = digest
 
     def hashes(self) -> dict[str, str]:
-        """Path → SHA-256 of the files that were written so far."""
+        """Path → SHA-256 of the files that were written so far; those that others wrote are durable from here on."""
         for name in _files_below(self.folder):
             if name not in self._hashes:
+                try:
+                    with open(self.folder / name, "rb+") as file:
+                        sync_file(file)
+                except OSError as error:
+                    raise environment_problem(self._outputs.path / name, error) from error
                 self._hashes[name] = sha256_of(self.folder / name)
         return dict(self._hashes)
 
