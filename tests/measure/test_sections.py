@@ -82,6 +82,25 @@ def test_a_lesion_of_two_thick_slices_is_cut_wherever_its_planes_lie():
         assert 0 < short_mm <= long_mm < 25
 
 
+@pytest.mark.parametrize("make", GRIDS.values(), ids=GRIDS)
+def test_a_lesion_that_lies_between_two_planes_is_cut_through_its_centroid(make):
+    matrix = make((1.0, 1.0, 5.0))[:3, :3]
+    upright = np.cross(matrix[:, 0], matrix[:, 1])
+    upright /= np.linalg.norm(upright)
+    for size in ((1, 1, 2), (2, 2, 2), (1, 3, 4), (3, 1, 2)):
+        inside = np.ones(size, bool)
+        sides_mm = np.linalg.norm(matrix, axis=0) * size
+        for angle in np.deg2rad(np.arange(0, 181, 3)):
+            for across in (matrix[:, 0], matrix[:, 1]):
+                across = across - upright * (upright @ across)
+                normal = np.cos(angle) * upright + np.sin(angle) * across / np.linalg.norm(across)
+                long_mm, short_mm = section_diameters(inside, matrix, normal)
+                assert 0 <= short_mm <= long_mm <= sides_mm.sum()
+    long_mm, short_mm = section_diameters(np.ones((1, 1, 2), bool), np.diag([1.0, 1, 5]), np.array([0, 1.0, 0]))
+    assert long_mm == pytest.approx(10, abs=0.1)  # both slices, of 5 mm
+    assert short_mm == pytest.approx(1, abs=0.1)
+
+
 def test_the_tilt_is_the_angle_between_slices_and_not_that_of_a_turn_within_them():
     def turned(angle_deg, axis):
         c, s = np.cos(np.deg2rad(angle_deg)), np.sin(np.deg2rad(angle_deg))

@@ -48,7 +48,8 @@ def section_diameters(
 
     The surface (marching cubes at 0.5 on the voxels) is cut by planes as far apart as the slices
     are; where the planes are the slices themselves, the cuts are their contours, and the axes
-    those of `recist.diameters`. One of the planes meets a slice at the lesion's centroid.
+    those of `recist.diameters`. One of the planes meets a slice at the lesion's centroid; where
+    the whole lesion lies between two of them, the plane through the centroid cuts it instead.
 
     Args:
         inside: (R, A, S) bool of a lesion's box, with at least one voxel.
@@ -62,7 +63,9 @@ def section_diameters(
     """
     frame = _frame(normal)
     planes = _Planes.of(inside, matrix, normal)
-    pieces = [piece for mesh in _meshes(inside, meshed_together) for piece in _cuts(mesh @ matrix.T, planes)]
+    pieces = list(_pieces(inside, matrix, planes, meshed_together))
+    if not pieces:
+        pieces = list(_pieces(inside, matrix, planes.through_centroid(), meshed_together))
     numbers = np.concatenate([number for number, _ in pieces])
     ends = np.concatenate([ends for _, ends in pieces]) @ frame.T  # (N, 2 ends, 2) mm
     order = np.argsort(numbers, kind="stable")
@@ -85,10 +88,13 @@ def section_diameters(
 
 
 class _Planes:
-    """Parallel planes; plane n: where the product with `normal` is `first` + n × `step`."""
+    """Parallel planes; plane n: where the product with `normal` is `first` + n × `step`.
 
-    def __init__(self, normal: np.ndarray, first: float, step: float) -> None:
-        self.normal, self.first, self.step = normal, first, step
+    `centroid` is the product with `normal` at the centroid of the lesion.
+    """
+
+    def __init__(self, normal: np.ndarray, first: float, step: float, centroid: float) -> None:
+        self.normal, self.first, self.step, self.centroid = normal, first, step, centroid
 
     @classmethod
     def of(cls, inside: np.ndarray, matrix: np.ndarray, normal: np.ndarray) -> _Planes:
@@ -98,7 +104,12 @@ class _Planes:
         step = 1 / float(np.linalg.norm(np.linalg.inv(matrix)[2]))
         to_slice = round(float(centroid[2])) - float(centroid[2])
         sense = math.copysign(1.0, float(normal @ matrix[:, 2]))
-        return cls(normal, float(normal @ (matrix @ centroid)) + sense * to_slice * step, step)
+        height = float(normal @ (matrix @ centroid))
+        return cls(normal, height + sense * to_slice * step, step, height)
+
+    def through_centroid(self) -> _Planes:
+        """As far apart, but one of them passes the centroid itself."""
+        return _Planes(self.normal, self.centroid, self.step, self.centroid)
 
 
 def _frame(normal: np.ndarray) -> np.ndarray:
@@ -107,6 +118,14 @@ def _frame(normal: np.ndarray) -> np.ndarray:
     first = np.cross(normal, helper)
     first /= np.linalg.norm(first)
     return np.stack([first, np.cross(normal, first)])
+
+
+def _pieces(
+    inside: np.ndarray, matrix: np.ndarray, planes: _Planes, meshed_together: int
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Where the surface is cut by planes, as `_cuts` gives it."""
+    for mesh in _meshes(inside, meshed_together):
+        yield from _cuts(mesh @ matrix.T, planes)
 
 
 def _meshes(inside: np.ndarray, meshed_together: int) -> Iterator[np.ndarray]:
