@@ -14,6 +14,7 @@ from volseg.bundle import load_bundle
 from volseg.cli import app
 from volseg.errors import VolsegError
 from volseg.recipe import ZScore
+from volseg.workflows import training
 from volseg.workflows.earlier import read_header, recipe_once
 from volseg.workflows.forecast import GUARDED_SECONDS, STAGES, Forecast, Guard
 from volseg.workflows.preparing import LOOKING, MASKS, PREPARING
@@ -135,6 +136,21 @@ def test_a_fold_that_cannot_have_its_steps_is_left_out_and_said(dataset, tiny_re
         return
     assert any(text.startswith("warning: W_FEW_STEPS: a network was trained for") for text in said)
     assert "W_FEW_STEPS" in load_bundle(tmp_path / "m").metrics["warnings"]
+
+
+def test_the_classifier_leaves_time_for_export_and_pictures(dataset, tiny_recipe, tmp_path, monkeypatch):
+    kept, train_classifier = [], training._train_classifier
+    said, seconds, began = [], 600, time.monotonic()
+
+    def keep(*arguments):
+        kept.append(seconds - (time.monotonic() - began) - arguments[-2])
+        return train_classifier(*arguments)
+
+    monkeypatch.setattr(training, "_train_classifier", keep)
+    options = {"recipe": tiny_recipe, "device": "cpu", "epochs": 1, "folds": 1, "announce": said.append}
+    volseg.train(dataset, out=tmp_path / "m", time_budget_seconds=seconds, **options)
+    assert kept == pytest.approx([seconds * training.FINISHING_SHARE], abs=2)
+    assert not any("no time was left" in text for text in said)
 
 
 def test_the_fingerprint_of_the_model_that_ships_is_still_read():

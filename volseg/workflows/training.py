@@ -23,6 +23,7 @@ from volseg.io.files import TEMPORARY_PREFIX, make_folder
 from volseg.io.prepared import PreparedCase
 from volseg.postprocess.steps import make_steps
 from volseg.recipe import Recipe, Train, parse_recipe
+from volseg.report.model_box import POOR_DICE
 from volseg.report.scalars import Scalars
 from volseg.sizing import LEAST_STEPS, Budget
 from volseg.store.outputs import OutputFolder, delete_written
@@ -69,7 +70,6 @@ APART_SHARE = 0.2  # of what is ahead that preparing takes, from which to prepar
 LATE_SHARE = 0.5  # of the steps that a network needs, with which training still begins once the data are prepared
 STARTING_SECONDS = 20.0  # that Python and its packages take to load on a slow disk, in a time that is suggested
 FINE_TUNING_STEPS = 20  # that a network needs at least which starts from a trained one
-LOW_DICE = 0.5  # under which a model is of little use, and says so
 TICK_SECONDS = 5.0  # without a word, after which the next step or tile is reported
 ROI_FOLDER = "roi"  # inside that one: cases and checkpoints of the coarse first pass
 
@@ -313,9 +313,10 @@ class _Training:
             metrics["training_cases"] = len({case.id for number in trained for case in splits[number][0]})
             interrupted = INTERRUPTED in stopped.values()
             if chosen.classify is not None and not interrupted:
+                left = self.time.left(self._finishing(len(splits)))
                 try:
                     classifier, found_metrics = _train_classifier(
-                        *splits[0], chosen, self.team.fabric.device, self.seed, self.time.left(), self.progress
+                        *splits[0], chosen, self.team.fabric.device, self.seed, left, self.progress
                     )
                 except KeyboardInterrupt:
                     classifier, found_metrics = None, {"stopped": INTERRUPTED}
@@ -582,7 +583,7 @@ class _Training:
         missed = sum(int(network.metrics.get("not_validated", 0)) for network in trained.values())
         if missed:
             self._warn(f"W_NOT_VALIDATED: the time budget left no time to validate on {missed} cases")
-        if rows and (score := mean_dice(rows)) < LOW_DICE:
+        if rows and (score := mean_dice(rows)) < POOR_DICE:
             self._warn(f"W_DICE: the mean validation Dice is {score:.3f}: train longer, or on more cases")
 
     def _time_for(self, stage: str) -> Callable[[str], bool]:
