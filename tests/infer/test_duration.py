@@ -2,7 +2,7 @@ import time
 
 import pytest
 
-from volseg.infer.duration import Work, duration, seconds_per_tile
+from volseg.infer.duration import Work, seconds_per_tile
 from volseg.infer.stream import Tiling
 
 SHAPES = [(100, 100, 60), (64, 64, 32)]
@@ -37,14 +37,6 @@ def test_without_a_gpu_and_over_ten_minutes_the_cheapest_option_comes_first():
     assert work(601 / tiles / 8, on_gpu=True).announcement().startswith(f"time: {asked}")
     # Nothing is cheaper: it is said as it is.
     assert work(100.0, mirror_axes=(), overlap=0.0).announcement().startswith("time: at most ")
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [(0.2, "a second"), (45, "45 s"), (2700, "45 min"), (21600, "6 h"), (22000, "6.1 h"), (200_000, "2.3 days")],
-)
-def test_a_duration_has_two_digits_of_a_unit_that_fits(seconds, text):
-    assert duration(seconds) == text
 
 
 class Slow:

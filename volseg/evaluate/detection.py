@@ -17,6 +17,7 @@ from volseg.postprocess.components import component_statistics
 from volseg.postprocess.lesions import MANY, Lesions, label_lesions
 from volseg.postprocess.pairing import best_pairs
 from volseg.volume import BoundingBox, Geometry, Volume
+from volseg.words import spaced
 
 SIZE_BINS_MM = (5.0, 10.0, 20.0)  # bounds of the equivalent diameter; 10 mm is where RECIST 1.1 begins to measure
 FALSE_POSITIVE_RATES = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)  # per scan: those of LUNA16's score
@@ -179,7 +180,7 @@ def _lesions_of(mask: np.ndarray, geometry: Geometry, side: str, many: int) -> L
             raise NoisyMaskError(f"the {side} has {error.problem}", fix=error.fix, code="W_SPECKS") from error
         raise
     if len(lesions.labels) > many:
-        n = f"{len(lesions.labels):,}".replace(",", " ")
+        n = spaced(len(lesions.labels))
         raise NoisyMaskError(
             f"the {side} has {n} components: this mask looks like noise", fix="check it", code="W_SPECKS"
         )

@@ -10,11 +10,10 @@ import numpy as np
 
 from volseg.infer.backends import Backend
 from volseg.infer.stream import Tiling
+from volseg.words import duration
 
 QUICK_SECONDS = 5.0  # of a first batch, which also compiles; if it took less a second is timed
 LONG_SECONDS = 600.0  # ahead without a GPU, from which on the cheapest option is named first
-UNITS = ((86_400.0, "days"), (3600.0, "h"), (60.0, "min"), (1.0, "s"))
-LARGEST = 1.5  # of a unit, under which the next smaller one is used
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,12 +81,3 @@ def _seconds(backend: Backend, batch: np.ndarray) -> float:
     started = time.perf_counter()
     backend.logits(batch)
     return time.perf_counter() - started
-
-
-def duration(seconds: float) -> str:
-    """In the largest unit of which it is 1.5 or more, with two digits: `45 min`, `6.2 h`."""
-    for size, unit in UNITS:
-        if seconds >= LARGEST * size:
-            value = seconds / size
-            return f"{value:.0f} {unit}" if value >= 9.95 else f"{value:.2g} {unit}"
-    return "a second"

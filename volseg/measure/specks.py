@@ -32,6 +32,7 @@ from volseg.postprocess.components import by_size
 from volseg.postprocess.lesions import MANY
 from volseg.recipe import Measure
 from volseg.volume import Volume, slabs_of
+from volseg.words import spaced
 
 SPECKS = "W_SPECKS"  # code of the warning that a mask looks like noise
 TOGETHER_VOXELS = 2**20  # of lesions that are looked at together
@@ -330,8 +331,3 @@ def measure_largest(
         **options,
     )
     return MeasuredLesions(largest, specks)
-
-
-def spaced(number: int) -> str:
-    """With a thin gap between thousands: 328 562."""
-    return f"{number:,}".replace(",", " ")

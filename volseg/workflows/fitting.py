@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from volseg.errors import VolsegError
 from volseg.sizing import LEAST_STEPS, STEPS
+from volseg.words import duration
 
 if TYPE_CHECKING:  # pydantic takes a while to import
     from volseg.plan import Plan
@@ -124,14 +125,3 @@ def suggested(needed: float) -> str:
     """A duration for `--time-budget` that holds what is needed, with room."""
     seconds = SUGGESTED * needed
     return f"{math.ceil(seconds / 10) * 10}s" if seconds < 115 else f"{math.ceil(seconds / 60)}m"
-
-
-def duration(seconds: float) -> str:
-    """Seconds for people."""
-    return (
-        f"{seconds:.3g} s"
-        if seconds < 120
-        else f"{seconds / 60:.3g} min"
-        if seconds < 7200
-        else f"{seconds / 3600:.3g} h"
-    )

@@ -28,6 +28,7 @@ from volseg.report.scalars import Scalars
 from volseg.sizing import LEAST_STEPS, Budget
 from volseg.store.outputs import OutputFolder, delete_written
 from volseg.store.tables import table
+from volseg.words import duration
 from volseg.workflows.batch import Progress, RunReport, silent
 from volseg.workflows.earlier import (
     FITTED_FILE,
@@ -39,7 +40,7 @@ from volseg.workflows.earlier import (
     recipe_once,
     write_fitted,
 )
-from volseg.workflows.fitting import TooShortError, best_plan, duration, fit_to_time, refuse_time, suggested
+from volseg.workflows.fitting import TooShortError, best_plan, fit_to_time, refuse_time, suggested
 from volseg.workflows.forecast import Forecast, Guard, forecast_of
 from volseg.workflows.importing import MODEL_FILE
 from volseg.workflows.planning import N_FOLDS, budget_of, folds_of, read_plan
