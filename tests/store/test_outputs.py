@@ -294,3 +294,28 @@ def test_a_work_folder_that_volseg_did_not_make_is_refused(tmp_path):
     (tmp_path / ".training").mkdir()
     with OutputFolder(tmp_path, "train") as outputs, pytest.raises(VolsegError, match="not made by volseg"):
         outputs.work_folder(".training")
+
+
+def test_a_link_in_place_of_a_work_folder_is_refused_and_nothing_is_written_through_it(tmp_path):
+    out, elsewhere = tmp_path / "model", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    with OutputFolder(out, "train") as outputs:
+        (outputs.work_folder(".training") / "recipe.json").write_text("{}")
+    (out / ".training").rename(tmp_path / "moved")
+    (out / ".training").symlink_to(elsewhere)
+    with OutputFolder(out, "train") as outputs, pytest.raises(VolsegError, match="not made by volseg") as refusal:
+        outputs.work_folder(".training")
+    assert refusal.value.code == "E_EXISTS"
+    assert not list(elsewhere.iterdir())
+
+
+def test_a_file_that_the_lock_links_to_stays_as_it_was(tmp_path):
+    (tmp_path / "mine.txt").write_text("mine")
+    with OutputFolder(tmp_path / "out", "infer") as outputs:
+        outputs.write("a.csv", "1")
+    lock = tmp_path / "out" / ".volseg" / "lock"
+    lock.unlink(missing_ok=True)
+    lock.symlink_to(tmp_path / "mine.txt")
+    with pytest.raises(VolsegError), OutputFolder(tmp_path / "out", "infer"):
+        pass
+    assert (tmp_path / "mine.txt").read_text() == "mine"

@@ -4,6 +4,9 @@
 while its bytes still have a hash that the ledger lists for its path; anything else belongs to the user. Files appear in
 commits: they are written whole in a folder of the run, listed, and then renamed together, so that a commit happens
 entirely or not at all, whatever ends the process.
+
+Two kinds of files are not listed: those in a work folder, which the ledger names as a whole and of which only files
+with a name that volseg gives are deleted, and TensorBoard's events in `tensorboard/`, which are never replaced or deleted.
 """
 
 from __future__ import annotations
@@ -193,7 +196,7 @@ class OutputFolder:
         return any(os.path.lexists(self.path / part) and not (self.path / part).is_dir() for part in between)
 
     def _refuse_inputs(self, names: Sequence[str]) -> None:
-        files = {_identity(path) for path in self.inputs if not path.is_dir()} - {None}
+        files = {_identity(path) for path in self.inputs if not path.is_dir()}
         folders = {path.resolve() for path in self.inputs if path.is_dir()}
         for name in names:
             output = self.path / name
@@ -234,10 +237,11 @@ class OutputFolder:
         """A folder in this one for intermediate files of the run, or of one that it goes on with.
 
         Raises:
-            VolsegError: a folder of this name was not made by volseg (`E_EXISTS`).
+            VolsegError: what is there under this name was not made by volseg, such as a link (`E_EXISTS`).
         """
         path = self._confined(name)
-        if os.path.lexists(path) and name not in _read_folders(self._records / LEDGER):
+        is_listed = name in _read_folders(self._records / LEDGER)
+        if path.is_symlink() or (os.path.lexists(path) and not is_listed):
             raise _exists([path], "was not made by volseg", "move or rename it, or give another folder")
         with self._written(path):
             self._append([{"folder": name}])
@@ -482,7 +486,7 @@ def _files_below(folder: Path) -> list[str]:
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
 
 
-def _identity(path: Path) -> tuple[int, int] | Path | None:
+def _identity(path: Path) -> tuple[int, int] | Path:
     """What tells whether two paths mean one file, also through links and hard links."""
     try:
         status = os.stat(path)
