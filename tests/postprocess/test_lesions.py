@@ -149,6 +149,19 @@ def test_unknown_settings_are_refused_with_the_known_ones():
         label_lesions(mask, Geometry((2, 2, 3), oblique(SPACING_MM)))
 
 
+@pytest.mark.parametrize("order", "CF")
+def test_labels_that_lie_in_several_slabs_are_counted_once(order, monkeypatch):
+    monkeypatch.setattr(lesions_module, "SUMMED_VOXELS", 64)
+    mask = np.random.default_rng(0).choice([0, 1, 5, 9, 2**31, 2**32 - 1], (9, 8, 7)).astype(np.uint32, order=order)
+    mask[4:] = np.where(mask[4:] == 5, 4, mask[4:])
+    lesions = label_lesions(mask, geometry_of(mask), objects="labels")
+    values, counts = np.unique(mask[mask > 0], return_counts=True)
+    assert (lesions.labels, lesions.n_voxels) == (values.tolist(), counts.tolist())
+    assert np.array_equal(np.array([0, *lesions.labels])[lesions.ids], mask)
+    many = label_lesions(mask, geometry_of(mask), objects="labels", many=2)
+    assert (list(many.labels), list(many.n_voxels)) == (lesions.labels, lesions.n_voxels)
+
+
 @pytest.mark.parametrize("objects", ["components", "labels"])
 def test_a_mask_over_all_of_a_large_scan_takes_a_few_bytes_per_voxel(objects, monkeypatch):
     """Its copy, 4 for the components, 2 for the numbers, twice."""

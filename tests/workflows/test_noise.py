@@ -6,15 +6,18 @@ import csv
 import re
 import subprocess
 import sys
+import tracemalloc
 
 import nibabel
 import numpy as np
 import pytest
 
 import volseg
+from volseg.errors import ScanError
 from volseg.execute.cpu import parse_bytes
-from volseg.measure.memory import lesion_bytes, plan_measuring
+from volseg.measure.memory import KEPT, lesion_bytes, plan_measuring
 from volseg.postprocess.lesions import MANY
+from volseg.workflows import measuring
 
 AFFINE = np.diag([-0.8, -0.8, 1.5, 1.0])
 GB = 2**30
@@ -105,6 +108,31 @@ def test_the_plan_grows_with_the_grid_alone():
     assert small.total - small.process < 1.1 * GB
     assert large.lesions - small.lesions < 7 * (512 * 512 * 300 - 256**3)
     assert lesion_bytes(256**3, 8) - lesion_bytes(256**3, 2) == 6 * 256**3
+
+
+def test_a_million_labels_are_not_named_before_their_rows_are_written(tmp_path, monkeypatch):
+    shape = (64, 64, 32)
+    n = np.prod(shape)
+    labels = np.random.default_rng(0).permutation(np.arange(1, n + 1, dtype=np.int32)).reshape(shape)
+    for name, array in (("scan", labels.astype(np.int16)), ("mask", labels)):
+        nibabel.nifti1.save(nibabel.nifti1.Nifti1Image(array, AFFINE), tmp_path / f"{name}.nii")
+    held = []
+
+    def look(scan, ids, labels, *, label_names, **options):
+        held.append(tracemalloc.get_traced_memory()[0] - scan.array.nbytes - ids.nbytes)
+        assert (len(labels), label_names[n], label_names[1]) == (n, f"label_{n}", "spleen")
+        raise ScanError("looked", fix="", code="E_LOOKED")
+
+    monkeypatch.setattr(measuring, "measure_largest", look)
+    wanted = {"objects": "labels", "label_names": {1: "spleen"}, "pages": False, "out": tmp_path / "out"}
+    volseg.measure(image=tmp_path / "scan.nii", mask=tmp_path / "mask.nii", lymph_nodes=["spleen"], **wanted)
+    tracemalloc.start()
+    try:
+        report = volseg.measure(image=tmp_path / "scan.nii", mask=tmp_path / "mask.nii", **wanted)
+    finally:
+        tracemalloc.stop()
+    assert report.failed["scan"].startswith("E_LOOKED")
+    assert held[1] < labels.nbytes + KEPT * n + 1e6  # the mask, and what the plan counts
 
 
 MEASURE = """

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from array import array
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -71,19 +70,24 @@ def label_lesions(
     if box is None:
         return Lesions(np.zeros(mask.shape, np.uint16, order=layout), [], [])
     if objects == "labels":
-        return _one_per_label(mask, box, layout)
+        return _one_per_label(mask, box, layout, many)
     components = find_components(mask, geometry, connectivity=connectivity, box=box)
     n = len(components)
     dtype = np.uint16 if n <= np.iinfo(np.uint16).max else np.uint32
     table = by_size(components.sizes) if n > many else _by_centroid(components, geometry, box)
-    labels, n_voxels = (_listed(values[1:], table, many) for values in (components.values, components.sizes))
+    labels, n_voxels = (_listed(_placed(values[1:], table), many) for values in (components.values, components.sizes))
     return Lesions(relabel(components, table, dtype), labels, n_voxels)
 
 
-def _listed(values: np.ndarray, table: np.ndarray, many: int) -> Sequence[int]:
+def _placed(values: np.ndarray, table: np.ndarray) -> np.ndarray:
     """The value of each component at the place of its number."""
     placed = np.empty_like(values)
     placed[table[1:] - 1] = values
+    return placed
+
+
+def _listed(placed: np.ndarray, many: int) -> Sequence[int]:
+    """As a list, or of many as an `array`, whose numbers take 4 or 8 bytes each."""
     if len(placed) <= many:
         return placed.tolist()
     fits = placed.min() >= np.iinfo(np.int32).min and placed.max() <= np.iinfo(np.int32).max
@@ -134,21 +138,31 @@ def _by_centroid(components: Components, geometry: Geometry, box: BoundingBox) -
     return table
 
 
-def _one_per_label(mask: np.ndarray, box: BoundingBox, layout: Literal["C", "F"]) -> Lesions:
+def _one_per_label(mask: np.ndarray, box: BoundingBox, layout: Literal["C", "F"], many: int) -> Lesions:
     """A lesion per value of the mask, by ascending value."""
-    counts: Counter[int] = Counter()
     part = mask[box.slices]
-    for slab in slabs_of(part, SUMMED_VOXELS):
-        found, n = np.unique(part[slab], return_counts=True)
-        counts.update(dict(zip(found.tolist(), n.tolist(), strict=True)))
-    counts.pop(0, None)
-    labels = np.array(sorted(counts))
+    labels, n_voxels = _counted(part)
     ids = np.zeros(mask.shape, np.uint16 if labels.size <= np.iinfo(np.uint16).max else np.uint32, order=layout)
     part_ids = ids[box.slices]
     for slab in slabs_of(part, SUMMED_VOXELS):
         values = part[slab]
         part_ids[slab] = np.where(values == 0, 0, np.searchsorted(labels, values) + 1)
-    return Lesions(ids, labels.tolist(), [counts[label] for label in labels.tolist()])
+    return Lesions(ids, _listed(labels, many), _listed(n_voxels, many))
+
+
+def _counted(part: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The values of a mask but 0, ascending, and the voxels of each."""
+    labels, n_voxels = np.empty(0, part.dtype), np.empty(0, np.int64)
+    for slab in slabs_of(part, SUMMED_VOXELS):
+        values, counts = np.unique(part[slab], return_counts=True)
+        at = np.searchsorted(labels, values)
+        is_known = at < len(labels)
+        is_known[is_known] = labels[at[is_known]] == values[is_known]
+        n_voxels[at[is_known]] += counts[is_known]
+        is_new = ~is_known & (values != 0)
+        labels = np.insert(labels, at[is_new], values[is_new])
+        n_voxels = np.insert(n_voxels, at[is_new], counts[is_new])
+    return labels, n_voxels
 
 
 def _ranking(n_voxels: np.ndarray, centroids_mm: np.ndarray, labels: np.ndarray) -> np.ndarray:

@@ -412,6 +412,26 @@ class _Measured:
     seconds: float
 
 
+@dataclass(frozen=True, slots=True)
+class _Names(Mapping[int, str]):
+    """The names of all values of a mask; one that is not among the `stated` is `label_<value>`, and is kept nowhere."""
+
+    stated: Mapping[int, str]
+
+    def __getitem__(self, value: int) -> str:
+        name = self.stated.get(value)
+        return f"label_{value}" if name is None else name
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.stated)
+
+    def __len__(self) -> int:
+        return len(self.stated)
+
+    def __contains__(self, value: object) -> bool:
+        return isinstance(value, int)
+
+
 def _measure_case(case: Case, wanted: _Wanted) -> _Measured:
     started = time.monotonic()
     path = case.images["image"]
@@ -422,14 +442,13 @@ def _measure_case(case: Case, wanted: _Wanted) -> _Measured:
     unit = judge_unit(scan, wanted.intensity_unit, by=wanted.stated_by)
     if wanted.unit_doubt and not unit.doubt:
         unit = replace(unit, doubt=wanted.unit_doubt)
-    names = wanted.label_names or read_label_table(case.reference)
+    names = _Names(wanted.label_names or read_label_table(case.reference))
     array, organ_voxels, settings = mask.array, None, wanted.settings
     if settings.organ is not None:
         array, organ_voxels = without_organ(array, _value_of(settings.organ, names, case.reference))
     nodes_wanted = {_value_of(label, names, case.reference) for label in settings.lymph_nodes}
     lesions = label_lesions(array, scan.geometry, objects=wanted.objects)
-    names = {value: names.get(value, f"label_{value}") for value in dict.fromkeys(lesions.labels)}
-    nodes = tuple(name for value, name in names.items() if value in nodes_wanted)
+    nodes = tuple(names[value] for value in dict.fromkeys(filter(nodes_wanted.__contains__, lesions.labels)))
     settings = settings.model_copy(update={"lymph_nodes": nodes})
     measured = measure_largest(
         scan,
