@@ -59,7 +59,12 @@ def untrained_model(folder: Path) -> Path:
     window = Window(method="window", low=-200, high=300, mean=40, sd=100)
     plan = Plan(spacing_mm=(2, 2, 2), patch_shape=(16, 16, 16), batch_size=2, windows={"ct": window})
     weights = {"segmentation": weights_of(build_segmentation(recipe))}
-    save_bundle(ModelBundle(recipe=recipe, plan=plan, fingerprint=fingerprint, weights=weights), folder)
+    metrics = {"training_cases": 4, "validation_cases": 1, "best_epoch": 2, "training_seconds": 1.5, "warnings": "few"}
+    metrics |= {"validation_dice_lesion": 0.8, "validation_dice_lesion_95": [0.7, 0.9]}
+    metrics |= {"nnunet_validation_dice_fold_0": 0.8}
+    save_bundle(
+        ModelBundle(recipe=recipe, plan=plan, fingerprint=fingerprint, weights=weights, metrics=metrics), folder
+    )
     return folder
 
 

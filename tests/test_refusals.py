@@ -121,6 +121,18 @@ def changed(bundle, *keys, value):
         (["recipe", "preprocess", "normalise"], {"method": "window", "low": -200, "high": 300, "sd": 1e-300}, "sd"),
         (["plan", "windows"], {}, "windows"),
         (["metrics"], [1], "metrics"),
+        *(
+            (["metrics"], {name: value}, rf"metrics: {name} is ")
+            for name, values in {
+                "training_cases": ("many", 2.5, -1, True, None),
+                "validation_cases": ("x", [1, 2]),
+                "validation_dice_lesion": ("x", {"mean": 0.5}),
+                "validation_dice_lesion_95": (["a", "b"], [0.1], [0.1, 0.2, 0.3]),
+                "nnunet_validation_dice_fold_0": ("x", [0.1, 0.2]),
+                "warnings": (["text"], {}),
+            }.items()
+            for value in values
+        ),
         (["recipe", "data", "labels"], {"n" * 100_000: 3}, "labels"),
     ],
 )

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
@@ -17,7 +17,7 @@ from torch import nn
 
 from volseg import __version__
 from volseg.errors import VolsegError
-from volseg.inputs import MAX_TEXT_BYTES, open_regular, parse_json, read_bytes
+from volseg.inputs import MAX_TEXT_BYTES, open_regular, parse_json, read_bytes, shortened
 from volseg.io.files import make_folder, sha256_of, write_bytes_atomic, write_json_atomic
 from volseg.mismatch import checks_of
 from volseg.models import build_classifier, build_segmentation, set_weights
@@ -29,6 +29,9 @@ SHIPPED = "lung_nodule_ct"
 EXPORTED = "openvino"  # folder of what OpenVINO needs, inside a model folder
 FIRST = "segmentation"  # name of the weights of the 3D network; the others of an ensemble are numbered
 ROI = "roi"  # name of the weights of the coarse first pass
+# Names of metrics that are read again, by the box of the model; after the last two a label or a fold.
+COUNTS = ("training_cases", "validation_cases")
+DICE, NNUNET_DICE = "validation_dice_", "nnunet_validation_dice_fold_"
 NetworkName = Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_]{0,63}$")]  # a file name in the model's folder
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
@@ -180,11 +183,35 @@ class _Description(BaseModel):
     origin: dict[str, Text] = {}
     weights_sha256: Annotated[dict[NetworkName, Sha256], Field(min_length=1, max_length=1000)]
 
+    @field_validator("metrics")
+    @classmethod
+    def _are_as_they_are_written(cls, metrics: dict[str, Any]) -> dict[str, Any]:
+        wrong = [name for name, value in metrics.items() if not _is_metric(name, value)]
+        if wrong:
+            raise ValueError(f"{shortened(wrong[0])} is {shortened(repr(metrics[wrong[0]]))}")
+        return metrics
+
     @model_validator(mode="after")
     def _holds_a_network(self) -> _Description:
         if FIRST not in self.weights_sha256:
             raise ValueError(f"names no network {FIRST!r}, only {', '.join(self.weights_sha256)}")
         return self
+
+
+def _is_metric(name: str, value: Any) -> bool:
+    """Whether it is a number, a text or an interval, as far as the name allows it."""
+    if name in COUNTS:
+        return _is_number(value) and isinstance(value, int) and value >= 0
+    is_interval = isinstance(value, list) and len(value) == 2 and all(map(_is_number, value))
+    if name.startswith(NNUNET_DICE):
+        return _is_number(value)
+    if name.startswith(DICE):
+        return _is_number(value) or is_interval
+    return _is_number(value) or is_interval or isinstance(value, str)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _closed(recipe: Recipe, plan: Plan) -> Recipe:

@@ -34,7 +34,7 @@ import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from volseg.bundle import ModelBundle, segmentation_name
+from volseg.bundle import NNUNET_DICE, ModelBundle, segmentation_name
 from volseg.errors import VolsegError
 from volseg.inputs import open_regular, read_bytes, read_json, shortened
 from volseg.io.files import sha256_of
@@ -791,7 +791,7 @@ def _validation_dice(folder: Path, folds: Sequence[str], checkpoint: str) -> dic
     for fold in folds if checkpoint == FINAL else ():
         try:
             summary = read_json(folder / f"fold_{fold}" / "validation" / "summary.json", is_finite=False)
-            metrics[f"nnunet_validation_dice_fold_{fold}"] = float(summary["foreground_mean"]["Dice"])
+            metrics[f"{NNUNET_DICE}{fold}"] = float(summary["foreground_mean"]["Dice"])
         except (OSError, ValueError, KeyError, TypeError, OverflowError):
             continue
     return {name: value for name, value in metrics.items() if np.isfinite(value)}

@@ -15,10 +15,9 @@ from volseg.recipe import Recipe
 if TYPE_CHECKING:  # torch takes seconds to import; only a workflow that needs it pays
     from volseg.plan import DatasetFingerprint
 
-POOR_DICE = 0.5  # under which a model says that it is not to be relied on
+POOR_DICE = 0.5  # of validation, under which training warns and a model says that it is not to be relied on
 MOST_LABELS = 8  # whose Dice is listed; of more the worst
 NOT_STATED = "not stated by the recipe"
-NNUNET_FOLD = "nnunet_validation_dice_fold_"
 
 
 class LabelDice(BaseModel):
@@ -131,13 +130,15 @@ def likeness_of_run(rows: list[Mapping[str, Any]], model: str) -> Likeness:
 
 
 def _dice(recipe: Recipe, metrics: Mapping[str, Any]) -> list[LabelDice]:
+    from volseg.bundle import DICE, NNUNET_DICE
+
     scores = []
     for label in dict.fromkeys((*recipe.data.labels, *(recipe.data.regions or ()))):
-        mean, interval = metrics.get(f"validation_dice_{label}"), metrics.get(f"validation_dice_{label}_95")
+        mean, interval = metrics.get(f"{DICE}{label}"), metrics.get(f"{DICE}{label}_95")
         if isinstance(mean, int | float):
             low, high = interval if isinstance(interval, list | tuple) and len(interval) == 2 else (None, None)
             scores.append(LabelDice(label=label, mean=mean, low=low, high=high))
-    folds = [value for name, value in metrics.items() if name.startswith(NNUNET_FOLD)]
+    folds = [value for name, value in metrics.items() if name.startswith(NNUNET_DICE)]
     if not scores and folds:
         scores.append(LabelDice(label="all labels", mean=math.fsum(folds) / len(folds)))
     return scores
