@@ -15,14 +15,13 @@ from volseg.errors import ScanError
 from volseg.evaluate.overlap import OverlapRow
 from volseg.postprocess.components import component_statistics, finding_bytes, runs_of
 from volseg.postprocess.lesions import MANY, Lesions, label_lesions
-from volseg.postprocess.pairing import best_pairs
+from volseg.postprocess.pairing import MOST_PAIRS, PAIR_BYTES, best_pairs
 from volseg.volume import BoundingBox, Geometry, Volume
 
 SIZE_BINS_MM = (5.0, 10.0, 20.0)  # bounds of the equivalent diameter; 10 mm is where RECIST 1.1 begins to measure
-MOST_PAIRS = 100_000  # of lesions that share a voxel: ten of each
 COUNTED_TOGETHER = 2**18  # voxels of two masks
-# Measured: bytes per such voxel, per pair, and per lesion with its row.
-COUNTED_BYTES, PAIR_BYTES, LESION_BYTES = 60, 700, 1500
+# Measured: bytes per such voxel, and per lesion with its row.
+COUNTED_BYTES, LESION_BYTES = 60, 1500
 FALSE_POSITIVE_RATES = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)  # per scan: those of LUNA16's score
 
 Side = Literal["reference", "predicted"]
