@@ -537,6 +537,10 @@ def compare(
         bool,
         typer.Option("--figures", help="Also write a PNG per patient of the lesion that changed most, at both times."),
     ] = False,
+    max_ram: Annotated[
+        str | None,
+        typer.Option(help="Budget of main memory, such as 4G; a patient who may not fit becomes a failed row."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Compare the lesions of patients at two time points: what became of each, and the response by RECIST 1.1.
@@ -559,7 +563,9 @@ def compare(
             max_distance_mm=max_distance,
             lymph_nodes=lymph_node or None,
             figures=figures,
+            max_ram=max_ram,
             progress=show,
+            announce=lambda text: typer.echo(text, err=True),
         )
     _finish(report, as_json, lambda: _print_comparison(report))
 
