@@ -75,21 +75,27 @@ class Matches:
     n_over_predicted: np.ndarray
 
 
-def match_lesions(reference: Lesions, predicted: Lesions, *, min_iou: float = 0.0) -> Matches:
+def match_lesions(
+    reference: Lesions, predicted: Lesions, *, min_iou: float = 0.0, most_pairs: int = MOST_PAIRS
+) -> Matches:
     """Pair lesions of one label one to one, so that the sum of the overlaps (IoU) of the pairs is the largest that there is.
 
     Args:
         min_iou: overlap from which two lesions may be a pair; 0: a common voxel is enough.
+        most_pairs: of lesions that share a voxel; more are noise.
 
     Returns:
         Of a lesion that was predicted in parts, one part at most has a partner; the others are false.
+
+    Raises:
+        NoisyMaskError: more pairs share a voxel.
     """
     n, m = len(reference.labels), len(predicted.labels)
     found = Matches(
         np.zeros(n, np.int64), np.zeros(m, np.int64), np.full(n, np.nan), np.full(m, np.nan),
         np.zeros(n, np.int64), np.zeros(m, np.int64),
     )  # fmt: skip
-    rows, columns, iou = _overlaps(reference, predicted)
+    rows, columns, iou = _overlaps(reference, predicted, most_pairs)
     np.add.at(found.n_over_reference, rows, 1)
     np.add.at(found.n_over_predicted, columns, 1)
     gains = {
@@ -103,7 +109,7 @@ def match_lesions(reference: Lesions, predicted: Lesions, *, min_iou: float = 0.
     return found
 
 
-def _overlaps(reference: Lesions, predicted: Lesions) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _overlaps(reference: Lesions, predicted: Lesions, most_pairs: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Positions of the reference and the predicted lesion, and their IoU, for every two of one label that share a voxel."""
     layout = "F" if reference.ids.flags.f_contiguous else "C"
     first, second = reference.ids.ravel(order=layout), predicted.ids.ravel(order=layout)
@@ -117,9 +123,9 @@ def _overlaps(reference: Lesions, predicted: Lesions) -> tuple[np.ndarray, np.nd
         some, n_shared = np.unique(one[both].astype(np.int64) * width + other[both], return_counts=True)
         pairs, places = np.unique(np.concatenate([pairs, some]), return_inverse=True)
         shared = np.bincount(places, np.concatenate([shared, n_shared]), len(pairs)).astype(np.int64)
-        if len(pairs) > MOST_PAIRS:
+        if len(pairs) > most_pairs:
             raise NoisyMaskError(
-                f"over {MOST_PAIRS:,} pairs of lesions that overlap: a mask looks like noise".replace(",", " "),
+                f"over {most_pairs:,} pairs of lesions that overlap: a mask looks like noise".replace(",", " "),
                 fix="check both masks",
                 code="W_SPECKS",
             )
