@@ -5,24 +5,27 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import nibabel
 import numpy as np
 import pytest
+from scipy.ndimage import gaussian_filter
 
 import volseg
 from volseg.execute.cpu import parse_bytes
 
 AFFINE = np.diag([-0.8, -0.8, 1.5, 1.0])
 GB = 2**30
-NOISE = {"few": (0.01, 1), "many labels": (0.2, 40), "much": (0.2, 1)}  # share of the voxels, labels
+NOISE = {"few": (0.01, 1), "many labels": (0.1, 40), "much": (0.2, 1)}  # share of the voxels, labels
+needs_itk = pytest.mark.skipif(not find_spec("SimpleITK"), reason="SimpleITK is not installed")
 on_linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="address space is limited on Linux alone")
 
 
-def save(path: Path, array: np.ndarray) -> None:
+def save(path: Path, array: np.ndarray, affine: np.ndarray = AFFINE) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    nibabel.nifti1.save(nibabel.nifti1.Nifti1Image(np.asfortranarray(array), AFFINE), path)
+    nibabel.nifti1.save(nibabel.nifti1.Nifti1Image(np.asfortranarray(array), affine), path)
 
 
 def noise(shape, share, n_labels, seed):
@@ -58,7 +61,7 @@ def limited(run):
     def announced(text):
         said = float(text.split("at most ")[1].split(" GB")[0]) * 2**30
         held, resident = pages()
-        beyond = said - resident - LIBRARIES + (32 << 20)  # libraries are there; addresses are rounded up
+        beyond = said - resident - LIBRARIES + (8 << 20)  # libraries are there; addresses are rounded up
         resource.setrlimit(resource.RLIMIT_AS, (held + int(beyond), resource.RLIM_INFINITY))
         texts.append(text)
 
@@ -82,19 +85,71 @@ for name in sorted(path.name for path in folder.iterdir()):
 
 @on_linux
 def test_noise_and_a_ball_are_evaluated_in_the_announced_memory(tmp_path):
-    shape = (150, 140, 120)
+    shapes = {"few": (100, 90, 80), "many labels": (50, 50, 40), "much": (180, 160, 140)}
     for name, (share, n_labels) in NOISE.items():
         for seed, side in enumerate(("truth", "guess")):
-            save(
-                tmp_path / name / side / "case.nii",
-                noise(shape if n_labels == 1 else (70, 60, 50), share, n_labels, seed),
-            )
+            save(tmp_path / name / side / "case.nii", noise(shapes[name], share, n_labels, seed))
     for side, off in (("truth", 0), ("guess", 3)):
-        save(tmp_path / "ball" / side / "case.nii", ball(shape, 50, off).astype(np.int16))
+        save(tmp_path / "ball" / side / "case.nii", ball((100, 90, 80), 30, off).astype(np.int16))
         save(tmp_path / "small" / side / "case.nii", noise((24, 24, 24), 0.1, 3, off))
     lines = run_limited(EVALUATE, tmp_path).splitlines()
     assert len(lines) == len(NOISE) + 2
     assert all(" done 1 " in line for line in lines), lines
+
+
+COMPARE = """
+from volseg.execute.memory import LIBRARIES
+
+def compare(name, announce, **options):
+    at = folder / name
+    return volseg.compare(at / "baseline", at / "followup", out=at / "out", announce=announce, **options)
+
+compare("small", lambda text: None, figures=True)  # imports what is needed
+for name in sorted(path.name for path in folder.iterdir()):
+    options = {"registration": False} if name == "tilted" else {}
+    limited(lambda announce: compare(name, announce, **options))
+"""
+
+
+def two_times(folder: Path, masks, tilt_rad=0.0):
+    """Results of `measure` on noise that was scanned twice, the second time with the head tilted."""
+    turned = np.eye(4)
+    turned[1:3, 1:3] = [[np.cos(tilt_rad), -np.sin(tilt_rad)], [np.sin(tilt_rad), np.cos(tilt_rad)]]
+    anatomy = gaussian_filter(np.random.default_rng(3).normal(size=masks[0].shape).astype(np.float32), 4) * 3000
+    for time, mask, affine in zip(("baseline", "followup"), masks, (AFFINE, turned @ AFFINE), strict=True):
+        scan = anatomy + np.random.default_rng(len(time)).normal(0, 5, mask.shape)
+        save(folder / time / "scan.nii", scan.astype(np.int16), affine)
+        save(folder / time / "mask.nii", mask, affine)
+        paths = {"image": folder / time / "scan.nii", "mask": folder / time / "mask.nii"}
+        assert not volseg.measure(**paths, out=folder / time, pages=False).failed
+    return folder
+
+
+@on_linux
+@needs_itk
+def test_noise_and_a_ball_are_compared_in_the_announced_memory(tmp_path):
+    shape = (40, 40, 30)
+    for name, tilt_rad in (("much", 0.0), ("tilted", 0.1)):
+        two_times(tmp_path / name, [noise(shape, 0.2, 1, seed) for seed in (0, 1)], tilt_rad)
+    two_times(tmp_path / "many labels", [noise(shape, 0.01, 40, seed) for seed in (0, 1)])
+    two_times(tmp_path / "ball", [ball((90, 90, 70), 25, off) for off in (0, 2)])
+    two_times(tmp_path / "small", [noise((30, 30, 30), 0.02, 2, seed) for seed in (0, 1)])
+    lines = run_limited(COMPARE, tmp_path).splitlines()
+    assert len(lines) == 5
+    assert all(" done 1 " in line for line in lines), lines
+
+
+@needs_itk
+def test_a_patient_over_the_budget_is_a_failed_row_that_says_what_would_do(tmp_path):
+    folder = two_times(tmp_path, [ball((30, 30, 30), 8, off) for off in (0, 2)])
+    scans = {"baseline": folder / "baseline", "followup": folder / "followup", "out": tmp_path / "out"}
+    report = volseg.compare(**scans, max_ram="100M")
+    (reason,) = report.failed.values()
+    assert reason.startswith("E_RAM: comparing these scans takes up to") and "the budget is 0.10 GB" in reason
+    enough = re.search(r"--max-ram ([0-9.]+G)", reason)[1]
+    texts = []
+    assert not volseg.compare(**scans, max_ram=enough, announce=texts.append).failed
+    assert amounts(texts)[0] <= parse_bytes(enough)
 
 
 @pytest.fixture
