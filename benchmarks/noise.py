@@ -1,8 +1,9 @@
-"""Masks that are noise, through `volseg measure` and `volseg infer`: what was announced and what it took.
+"""Masks that are noise, through `volseg measure`, `evaluate` and `infer`: what was announced and what it took.
 
-    python benchmarks/noise.py [--shapes 256,256,256] [--shares 0.01,0.05,0.2] [--labels 1,117] [--infer 25]
+    python benchmarks/noise.py [--shapes 256,256,256] [--shares 0.01,0.05,0.2] [--labels 1,117] [--commands measure,evaluate] [--infer 25]
 
-Each mask has this share of its voxels filled at random with labels drawn at random; the scan is noise in int16. `--infer` adds a model
+Each mask has this share of its voxels filled at random with labels drawn at random; the scan is noise in int16. `evaluate` compares the mask
+with another one of the same kind. `--infer` adds a model
 of so many classes with random weights at the scan's own spacing (0: none), and smooths the scan a little, as a real one is. Each run is a process of its own; peak is the highest
 resident memory that the kernel counted for it. Seconds are of the whole command, per 100 000 lesions beside it.
 """
@@ -69,6 +70,7 @@ def main() -> None:
     parser.add_argument("--shapes", default="256,256,256", help="several with a space between")
     parser.add_argument("--shares", type=numbers(float), default=[0.01, 0.05, 0.2])
     parser.add_argument("--labels", type=numbers(int), default=[1, 117])
+    parser.add_argument("--commands", type=numbers(str), default=["measure", "evaluate"])
     parser.add_argument("--infer", type=int, default=25)
     parser.add_argument("--make", nargs=4, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -81,8 +83,12 @@ def main() -> None:
         for share in options.shares:
             for n_labels in options.labels:
                 with temporary(shape, share, n_labels) as folder:
-                    pair = ["--image", f"{folder}/scan.nii", "--mask", f"{folder}/mask.nii"]
-                    measure(folder, shape, f"{share:.0%}, {n_labels} labels", ["measure", *pair])
+                    pairs = {
+                        "measure": ["--image", f"{folder}/scan.nii", "--mask", f"{folder}/truth/mask.nii"],
+                        "evaluate": ["--reference", f"{folder}/truth", "--predicted", f"{folder}/guess"],
+                    }
+                    for command in options.commands:
+                        measure(folder, shape, f"{share:.0%}, {n_labels} labels", [command, *pairs[command]])
         if options.infer:
             with temporary(shape, 0, options.infer) as folder:
                 command = ["infer", f"{folder}/scan.nii", "--model", f"{folder}/model"]
@@ -111,16 +117,18 @@ def measure(folder: str, shape: str, mask: str, command: list[str]) -> None:
         child.returncode = os.waitstatus_to_exitcode(status)
     wall = time.perf_counter() - started
     text = Path(folder, "log").read_text()
-    announced = re.search(r"at most ([0-9.]+) GB", text)
+    announced = re.findall(r"at most ([0-9.]+) GB", text)
     cpu = usage.ru_utime + usage.ru_stime
     cells = [command[0], shape.replace(",", " × "), mask]
+    taken = [max(announced, key=float, default=""), f"{usage.ru_maxrss / 2**20:.2f}", f"{wall:.0f}", f"{cpu:.0f}"]
     if child.returncode:
         cells += [text.strip().splitlines()[-1]]
+    elif command[0] == "evaluate":
+        cells += ["", *taken, "", ""]
     else:
         n = int(next(rows(out / "cases.csv"))["n_lesions"])
         size = (out / "lesions.csv").stat().st_size / 1e6
-        cells += [f"{n:,}", announced[1] if announced else "", f"{usage.ru_maxrss / 2**20:.2f}"]
-        cells += [f"{wall:.0f}", f"{cpu:.0f}", f"{cpu / n * 1e5:.1f}", f"{size:.0f}"]
+        cells += [f"{n:,}", *taken, f"{cpu / n * 1e5:.1f}", f"{size:.0f}"]
     print("| " + " | ".join(cells) + " |", flush=True)
 
 
@@ -131,20 +139,24 @@ def rows(path: Path) -> Iterator[dict[str, str]]:
 
 def make(folder: Path, shape: tuple[int, ...], share: float, n_labels: int) -> None:
     rng = np.random.default_rng(0)
-    scan, mask = np.empty(shape, np.int16, order="F"), np.zeros(shape, np.uint8, order="F")
+    affine = np.diag([-SPACING_MM[0], -SPACING_MM[1], SPACING_MM[2], 1])
+    scan = np.empty(shape, np.int16, order="F")
     for k in range(shape[2]):
         scan[:, :, k] = rng.normal(30, 100, shape[:2])
-        mask[:, :, k] = rng.integers(1, n_labels + 1, shape[:2]) * (rng.random(shape[:2]) < share)
     if not share:
         from scipy.ndimage import gaussian_filter
 
         scan = np.asfortranarray(gaussian_filter(scan.astype(np.float32), 1.5) * 8).astype(np.int16, order="F")
-    affine = np.diag([-SPACING_MM[0], -SPACING_MM[1], SPACING_MM[2], 1])
     nibabel.save(nibabel.Nifti1Image(scan, affine), folder / "scan.nii")
-    if share:
-        nibabel.save(nibabel.Nifti1Image(mask, affine), folder / "mask.nii")
-    else:
+    if not share:
         make_model(folder / "model", n_labels)
+        return
+    for side in ("truth", "guess"):
+        mask = np.zeros(shape, np.uint8, order="F")
+        for k in range(shape[2]):
+            mask[:, :, k] = rng.integers(1, n_labels + 1, shape[:2]) * (rng.random(shape[:2]) < share)
+        (folder / side).mkdir()
+        nibabel.save(nibabel.Nifti1Image(mask, affine), folder / side / "mask.nii")
 
 
 def make_model(folder: Path, n_classes: int) -> None:

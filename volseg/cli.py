@@ -467,6 +467,10 @@ def evaluate(
     min_iou: Annotated[
         float, typer.Option(help="Overlap from which a lesion counts as found; 0: one common voxel is enough.")
     ] = 0.0,
+    max_ram: Annotated[
+        str | None,
+        typer.Option(help="Budget of main memory, such as 4G; a pair that may not fit becomes a failed row."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Compare predicted masks with reference masks: overlap, surface distances, volumes and which lesions were found.
@@ -478,7 +482,15 @@ def evaluate(
     from volseg import workflows
 
     with _progress() as show:
-        report = workflows.evaluate(reference=reference, predicted=predicted, out=out, min_iou=min_iou, progress=show)
+        report = workflows.evaluate(
+            reference=reference,
+            predicted=predicted,
+            out=out,
+            min_iou=min_iou,
+            max_ram=max_ram,
+            progress=show,
+            announce=lambda text: typer.echo(text, err=True),
+        )
     _finish(report, as_json, lambda: _print_evaluation(report))
 
 
@@ -525,6 +537,10 @@ def compare(
         bool,
         typer.Option("--figures", help="Also write a PNG per patient of the lesion that changed most, at both times."),
     ] = False,
+    max_ram: Annotated[
+        str | None,
+        typer.Option(help="Budget of main memory, such as 4G; a patient who may not fit becomes a failed row."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Compare the lesions of patients at two time points: what became of each, and the response by RECIST 1.1.
@@ -547,7 +563,9 @@ def compare(
             max_distance_mm=max_distance,
             lymph_nodes=lymph_node or None,
             figures=figures,
+            max_ram=max_ram,
             progress=show,
+            announce=lambda text: typer.echo(text, err=True),
         )
     _finish(report, as_json, lambda: _print_comparison(report))
 

@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 
 import volseg
-from volseg.evaluate.detection import NoisyMaskError, detect_lesions
+from volseg.evaluate.detection import NoisyMaskError, detect_lesions, match_lesions
 from volseg.evaluate.surface import surface_distances
 from volseg.measure.rows import CaseRow
+from volseg.postprocess.lesions import label_lesions
 from volseg.store.results import ResultsFolder
 from volseg.volume import Geometry, Volume
 
@@ -34,6 +35,19 @@ def test_lesions_of_noise_are_not_matched():
     assert detect_lesions(*masks, names, case_id="x")
     with pytest.raises(NoisyMaskError, match=r"the prediction has .* this mask looks like noise"):
         detect_lesions(*masks, names, case_id="x", many=100)
+
+
+def test_lesions_that_overlap_in_too_many_ways_are_not_matched():
+    rods, others = np.zeros((2, 142, 142, 10), np.uint8)
+    rods[::2], others[:, ::2] = 1, 1
+    rods[:, :, 1::2] = others[:, :, 1::2] = 0
+    masks = (Volume(mask, Geometry(mask.shape, AFFINE)) for mask in (rods, others))
+    reference, predicted = (label_lesions(mask.array, mask.geometry) for mask in masks)
+    assert len(reference.labels) == len(predicted.labels) == 355
+    with pytest.raises(NoisyMaskError, match="over 20 000 pairs of lesions that overlap"):
+        match_lesions(reference, predicted, most_pairs=20_000)
+    matches = match_lesions(reference, predicted)
+    assert matches.n_over_reference.tolist() == [71] * 355
 
 
 def test_a_noisy_prediction_has_its_overlap_and_a_warning_and_no_lesions(tmp_path):

@@ -1,10 +1,12 @@
+import tracemalloc
+
 import numpy as np
 import pytest
 from laws import GRIDS, ball, centre_mm, grid_around, ras
 from scipy.ndimage import gaussian_filter, label
 
 from volseg.measure.recist import diameters
-from volseg.measure.sections import axial_normal, section_diameters, tilt_deg
+from volseg.measure.sections import axial_normal, section_bytes, section_diameters, tilt_deg
 from volseg.volume import Geometry
 
 
@@ -120,3 +122,23 @@ def test_the_tilt_is_the_angle_between_slices_and_not_that_of_a_turn_within_them
     flipped = Geometry((4, 4, 4), affine @ np.diag([-1.0, 1.0, -1.0, 1.0]))
     assert tilt_deg(here, flipped, np.eye(4)) == pytest.approx(0, abs=1e-6)
     np.testing.assert_allclose(axial_normal(flipped), (0, 0, 1))
+
+
+def test_some_planes_at_a_time_give_the_same_diameters():
+    normal = np.array([0.2, -0.1, 1.0]) / np.linalg.norm([0.2, -0.1, 1.0])
+    matrix = np.diag([0.8, 0.7, 1.5])
+    for seed in range(6):
+        inside = blob(seed) if seed % 2 else np.random.default_rng(seed).random((13, 12, 11)) < 0.3
+        whole = section_diameters(inside, matrix, normal)
+        pieces = section_diameters(inside, matrix, normal, meshed_together=300, surface_together=0, some_pieces=1500)
+        assert pieces == pytest.approx(whole, rel=1e-12)
+
+
+def test_the_diameters_of_noise_take_no_more_memory_than_is_said():
+    inside = np.random.default_rng(0).random((90, 80, 30)) < 0.3  # 1400 bytes per voxel if all planes are cut at once
+    section_diameters(inside[:4, :4, :4], np.eye(3), np.array([0.0, 0.0, 1.0]))  # imports what is needed
+    tracemalloc.start()
+    section_diameters(inside, np.diag([0.8, 0.8, 1.5]), np.array([0.0, 0.1, 1.0]) / np.hypot(0.1, 1))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < section_bytes(inside.shape)

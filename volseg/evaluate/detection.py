@@ -13,13 +13,16 @@ import numpy as np
 from volseg.columns import column
 from volseg.errors import ScanError
 from volseg.evaluate.overlap import OverlapRow
-from volseg.postprocess.components import component_statistics
+from volseg.postprocess.components import component_statistics, finding_bytes, runs_of
 from volseg.postprocess.lesions import MANY, Lesions, label_lesions
-from volseg.postprocess.pairing import best_pairs
+from volseg.postprocess.pairing import MOST_PAIRS, PAIR_BYTES, best_pairs
 from volseg.volume import BoundingBox, Geometry, Volume
 from volseg.words import spaced
 
 SIZE_BINS_MM = (5.0, 10.0, 20.0)  # bounds of the equivalent diameter; 10 mm is where RECIST 1.1 begins to measure
+COUNTED_TOGETHER = 2**18  # voxels of two masks
+# Measured: bytes per such voxel, and per lesion with its row.
+COUNTED_BYTES, LESION_BYTES = 60, 1500
 FALSE_POSITIVE_RATES = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)  # per scan: those of LUNA16's score
 
 Side = Literal["reference", "predicted"]
@@ -73,21 +76,27 @@ class Matches:
     n_over_predicted: np.ndarray
 
 
-def match_lesions(reference: Lesions, predicted: Lesions, *, min_iou: float = 0.0) -> Matches:
+def match_lesions(
+    reference: Lesions, predicted: Lesions, *, min_iou: float = 0.0, most_pairs: int = MOST_PAIRS
+) -> Matches:
     """Pair lesions of one label one to one, so that the sum of the overlaps (IoU) of the pairs is the largest that there is.
 
     Args:
         min_iou: overlap from which two lesions may be a pair; 0: a common voxel is enough.
+        most_pairs: of lesions that share a voxel; more are noise.
 
     Returns:
         Of a lesion that was predicted in parts, one part at most has a partner; the others are false.
+
+    Raises:
+        NoisyMaskError: more pairs share a voxel.
     """
     n, m = len(reference.labels), len(predicted.labels)
     found = Matches(
         np.zeros(n, np.int64), np.zeros(m, np.int64), np.full(n, np.nan), np.full(m, np.nan),
         np.zeros(n, np.int64), np.zeros(m, np.int64),
     )  # fmt: skip
-    rows, columns, iou = _overlaps(reference, predicted)
+    rows, columns, iou = _overlaps(reference, predicted, most_pairs)
     np.add.at(found.n_over_reference, rows, 1)
     np.add.at(found.n_over_predicted, columns, 1)
     gains = {
@@ -101,13 +110,26 @@ def match_lesions(reference: Lesions, predicted: Lesions, *, min_iou: float = 0.
     return found
 
 
-def _overlaps(reference: Lesions, predicted: Lesions) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _overlaps(reference: Lesions, predicted: Lesions, most_pairs: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Positions of the reference and the predicted lesion, and their IoU, for every two of one label that share a voxel."""
     layout = "F" if reference.ids.flags.f_contiguous else "C"
     first, second = reference.ids.ravel(order=layout), predicted.ids.ravel(order=layout)
-    both = np.flatnonzero((first != 0) & (second != 0))
     width = len(predicted.labels) + 1
-    pairs, shared = np.unique(first[both].astype(np.int64) * width + second[both], return_counts=True)
+    pairs, shared = np.empty(0, np.int64), np.empty(0, np.int64)
+    for start in range(0, first.size, COUNTED_TOGETHER):
+        one, other = (ids[start : start + COUNTED_TOGETHER] for ids in (first, second))
+        both = np.flatnonzero((one != 0) & (other != 0))
+        if not both.size:
+            continue
+        some, n_shared = np.unique(one[both].astype(np.int64) * width + other[both], return_counts=True)
+        pairs, places = np.unique(np.concatenate([pairs, some]), return_inverse=True)
+        shared = np.bincount(places, np.concatenate([shared, n_shared]), len(pairs)).astype(np.int64)
+        if len(pairs) > most_pairs:
+            raise NoisyMaskError(
+                f"over {most_pairs:,} pairs of lesions that overlap: a mask looks like noise".replace(",", " "),
+                fix="check both masks",
+                code="W_SPECKS",
+            )
     rows, columns = pairs // width - 1, pairs % width - 1
     alike = np.array(reference.labels, np.int64)[rows] == np.array(predicted.labels, np.int64)[columns]
     rows, columns, shared = rows[alike], columns[alike], shared[alike]
@@ -136,7 +158,8 @@ def detect_lesions(
         The reference lesions by their number, then the predicted ones.
 
     Raises:
-        NoisyMaskError: a mask has more than `many` components; they are no lesions, and are not matched.
+        NoisyMaskError: a mask has more than `many` components, or they overlap in more than ten ways each; they are no lesions,
+            and are not matched.
     """
     geometry = reference.geometry
     truth, guess = (
@@ -166,6 +189,26 @@ def detect_lesions(
             matches.n_over_predicted,
         ),
     ]
+
+
+def matching_bytes(reference: np.ndarray, predicted: np.ndarray) -> int:
+    """Most memory that `detect_lesions` of these masks takes beside them, which a look at runs of voxels tells."""
+    n_runs = (runs_of(reference), runs_of(predicted))
+    return _matching_bytes(reference.size, n_runs, runs_of(reference, predicted))
+
+
+def most_matching_bytes(voxels: int) -> int:
+    """The same for any two masks of so many voxels."""
+    return _matching_bytes(voxels, (voxels, voxels), voxels)
+
+
+def _matching_bytes(voxels: int, n_lesions: tuple[int, int], n_pairs: int) -> int:
+    """Peak of what follows each other, for at most so many lesions and pairs of them that overlap."""
+    # The second mask's ids are there in four bytes and in two, beside those of the first.
+    finding = 8 * voxels + finding_bytes(voxels, max(n_lesions))
+    rows = LESION_BYTES * sum(min(n, MANY) for n in n_lesions)
+    counting = COUNTED_BYTES * min(voxels, COUNTED_TOGETHER) + PAIR_BYTES * min(n_pairs, MOST_PAIRS)
+    return max(finding, 6 * voxels + counting + rows)
 
 
 class NoisyMaskError(ScanError):

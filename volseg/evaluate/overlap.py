@@ -14,7 +14,7 @@ from volseg.errors import ScanError
 from volseg.evaluate.surface import NOWHERE, SurfaceDistances, surface_distances
 from volseg.volume import Geometry, Volume
 
-COUNTED_TOGETHER = 2**22  # voxels of two masks
+COUNTED_TOGETHER = 2**20  # voxels of two masks
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 from volseg.bundle import ModelBundle
 from volseg.errors import ScanError, VolsegError
 from volseg.execute.cpu import enough_bytes, give_back_freed_memory, resident_bytes, total_memory
+from volseg.execute.memory import over_budget
 from volseg.infer.stream import Tiling
 from volseg.infer.tiles import thinnest_axis
 from volseg.measure.memory import ID_BYTES, lesion_bytes, writing_bytes
@@ -151,10 +152,11 @@ def plan_memory(
             fix=f"give --max-vram {enough_bytes(least.gpu)}, or --device cpu, or a model with a smaller patch",
             code="E_VRAM",
         )
-    raise ScanError(
-        f"segmenting this scan takes {least} at the least, and the budget is {max_ram / 2**30:.2f} GB",
-        fix=f"give --max-ram {enough_bytes(least.total)}, or a model with a smaller patch",
-        code="E_RAM",
+    raise over_budget(
+        f"segmenting this scan takes {least} at the least",
+        max_ram,
+        enough=least.total,
+        otherwise="a model with a smaller patch",
     )
 
 

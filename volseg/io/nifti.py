@@ -91,6 +91,12 @@ class NiftiHeader:
         """Bytes of all voxels, uncompressed."""
         return math.prod(self.geometry.shape) * self.dtype.itemsize
 
+    @property
+    def mask_bytes(self) -> int:
+        """Most bytes of the labels that `read_mask` makes of these voxels, whatever they are."""
+        is_exact = self.dtype.kind in "iu" and self.slope == 1 and self.intercept == 0
+        return self.n_bytes if is_exact else math.prod(self.geometry.shape) * 8
+
 
 def read_geometry(path: Path | str) -> Geometry:
     """The grid of a scan, without its voxels; raises as `read_header`."""

@@ -17,7 +17,7 @@ CRUMB_SHARE = 0.1  # of the lesion's volume, up to which a short piece is a crum
 CRUMB_MM = 10.0  # long axis from which a piece is not short: that of a measurable lesion
 THIN_SHARE = 1 / 3  # the same share for a thin piece: one that is nowhere three voxels thick
 ROUNDS = 2  # a crumb of a crumb is one of the lesion, and so is the next
-VOXELS_AT_ONCE = 2**16
+VOXELS_AT_ONCE, SLAB_VOXELS = 2**13, 2**20
 
 
 def find_crumbs(
@@ -140,7 +140,7 @@ def _parts(ids: np.ndarray, reach: tuple[int, int, int]) -> Iterator[np.ndarray]
     if box is None:
         return
     held = ids[box.slices]
-    for slab in slabs_of(held):
+    for slab in slabs_of(held, SLAB_VOXELS):
         starts = [side.start - by for side, by in zip(slab, reach, strict=True)]
         stops = [side.stop + by for side, by in zip(slab, reach, strict=True)]
         part = np.zeros([stop - start for start, stop in zip(starts, stops, strict=True)], ids.dtype)

@@ -10,13 +10,15 @@ from typing import Literal
 import numpy as np
 from scipy.spatial import KDTree
 
-from volseg.postprocess.pairing import Pair, best_pairs
+from volseg.errors import ScanError
+from volseg.postprocess.pairing import MOST_PAIRS, Pair, best_pairs
 from volseg.preprocess.crop import AxisOrder, canonical_geometry, to_canonical
 from volseg.volume import BoundingBox, Geometry, Volume, slabs_of
 
 Status = Literal["matched", "merged", "split", "regrouped", "new", "gone", "outside", "crumb"]
 How = Literal["overlap", "distance"]
 
+SLAB_VOXELS = 2**18  # whose places in the other scan are looked up together
 MIN_SHARE = 0.1  # of the smaller lesion that lies in the other one, from which the two overlap: neighbours may touch
 MAX_DISTANCE_MM = 10.0  # between the centroids of two lesions that do not overlap and are still the same one
 MIN_COVERED = 0.5  # of a lesion that lies in the field of view of the other scan, from which it would be seen there
@@ -87,6 +89,7 @@ def match_lesions(
 
     Raises:
         ValueError: numbers of lesions and labels do not agree.
+        ScanError: E_SPECKS, more lesions overlap than those of real masks do.
     """
     moved = np.eye(4) if moved is None else moved
     back = np.linalg.inv(moved)
@@ -179,7 +182,7 @@ def _lesions_of(ids: Volume, other: Volume, moved: np.ndarray, n: int, n_other: 
     box = BoundingBox.around(numbers)
     matrix = np.linalg.inv(other_grid.affine) @ moved @ grid.affine
     counts, inside, sums = np.zeros(n + 1), np.zeros(n + 1), np.zeros((n + 1, 3))
-    found: dict[Pair, float] = defaultdict(float)
+    found: dict[Pair, int] = defaultdict(int)
     for slab, start in () if box is None else _slabs(numbers, box):
         index = np.argwhere(slab) + start
         values = numbers[tuple(index.T)].astype(np.int64)
@@ -194,7 +197,13 @@ def _lesions_of(ids: Volume, other: Volume, moved: np.ndarray, n: int, n_other: 
         hits = others[tuple(nearest[seen].T)].astype(np.int64)
         keys, voxels = np.unique(values[seen][hits > 0] * (n_other + 1) + hits[hits > 0], return_counts=True)
         for key, count in zip(keys.tolist(), voxels.tolist(), strict=True):
-            found[divmod(key, n_other + 1)] += count * grid.voxel_volume_mm3
+            found[divmod(key, n_other + 1)] += count
+        if len(found) > MOST_PAIRS:
+            raise ScanError(
+                f"over {MOST_PAIRS:,} pairs of lesions of the two scans overlap: a mask looks like noise",
+                fix="correct the masks and measure them again; noise has no response",
+                code="E_SPECKS",
+            )
     if n and not counts[1:].all():
         raise ValueError("lesion ids skip a number: every label needs a lesion with voxels")
     return _Lesions(
@@ -202,7 +211,7 @@ def _lesions_of(ids: Volume, other: Volume, moved: np.ndarray, n: int, n_other: 
         volumes_mm3=counts[1:] * grid.voxel_volume_mm3,
         centroids_mm=grid.to_world_mm(sums[1:] / counts[1:, None]) if n else np.zeros((0, 3)),
         covered=inside[1:] / counts[1:],
-        found_mm3=found,
+        found_mm3={pair: count * grid.voxel_volume_mm3 for pair, count in found.items()},
     )
 
 
@@ -214,7 +223,7 @@ def _canonical(ids: Volume) -> tuple[np.ndarray, Geometry]:
 def _slabs(numbers: np.ndarray, box: BoundingBox) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Parts of the array that hold all lesions, each with the index at which it begins."""
     part = numbers[box.slices]
-    for slab in slabs_of(part):
+    for slab in slabs_of(part, SLAB_VOXELS):
         if part[slab].any():
             yield part[slab], np.array(box.start) + [each.start for each in slab]
 

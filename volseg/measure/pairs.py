@@ -6,6 +6,7 @@ orientation: that of the baseline's axial planes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,11 +19,15 @@ from volseg.measure.crumbs import find_crumbs
 from volseg.measure.matching import MAX_DISTANCE_MM, MIN_SHARE, Match, match_lesions
 from volseg.measure.recist import diameters
 from volseg.measure.rows import LesionMeasurement
-from volseg.measure.sections import axial_normal, section_diameters, tilt_deg
+from volseg.measure.sections import axial_normal, section_bytes, section_diameters, tilt_deg
 from volseg.measure.targets import known, label_of
+from volseg.postprocess.pairing import MOST_PAIRS, PAIR_BYTES
 from volseg.preprocess.crop import AxisOrder, canonical_geometry, to_canonical
-from volseg.volume import Volume
+from volseg.volume import Volume, slabs_of
 
+SLAB_VOXELS = 2**20
+# Measured: bytes while neighbours and overlaps are looked up, per voxel of a lesion whose diameters are taken, and per lesion.
+MATCHING, DIAMETER_BYTES, LESION_BYTES = 110 << 20, 6, 5000
 SAME_PLANE_DEG = 2.0  # below, taking them again errs as much as not doing so (benchmarks.md)
 
 
@@ -204,7 +209,7 @@ def _axes(ids: Volume, groups: Sequence[Sequence[int]], normal: np.ndarray | Non
     for members in groups:
         sides = zip(*(boxes[number - 1] for number in members), strict=True)
         box = tuple(slice(min(s.start for s in side), max(s.stop for s in side)) for side in sides)
-        inside = np.isin(numbers[box], members)
+        inside = _inside(numbers[box], members)
         if normal is None:
             sizes = diameters(inside, matrix)
             long_mm, short_mm = sizes.long_mm, sizes.short_mm
@@ -215,3 +220,21 @@ def _axes(ids: Volume, groups: Sequence[Sequence[int]], normal: np.ndarray | Non
             | {"long_axis_mm": long_mm, "short_axis_mm": short_mm}
         )
     return measured
+
+
+def _inside(numbers: np.ndarray, members: Sequence[int]) -> np.ndarray:
+    """(I, J, K) bool: where one of these numbers is; `np.isin` takes ten bytes per voxel."""
+    is_member = np.zeros(max(int(numbers.max()), *members) + 1, bool)
+    is_member[list(members)] = True
+    inside = np.empty(numbers.shape, bool)
+    for slab in slabs_of(numbers, SLAB_VOXELS):
+        inside[slab] = is_member[numbers[slab]]
+    return inside
+
+
+def pairing_bytes(shapes: Sequence[tuple[int, int, int]], n_lesions: Sequence[int]) -> int:
+    """Most memory that `pair_scans` takes for two scans of these shapes and any lesions in them, beside their ids."""
+    largest = max(map(math.prod, shapes))
+    matching = MATCHING + PAIR_BYTES * min(math.prod(n_lesions), MOST_PAIRS)
+    retaking = largest + max(DIAMETER_BYTES * largest, *map(section_bytes, shapes))
+    return max(matching, retaking) + LESION_BYTES * sum(n_lesions)

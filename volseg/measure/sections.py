@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from itertools import chain, pairwise, product
 
 import numpy as np
 
@@ -13,6 +14,11 @@ from volseg.preprocess.crop import AxisOrder, canonical_geometry
 from volseg.volume import Geometry
 
 MESHED_TOGETHER = 2**21  # voxels of a lesion's box
+SURFACE_TOGETHER = 2**16  # faces of its voxels: noise has more, and is cut by some planes at a time
+SOME_VOXELS, SOME_TRIANGLES, SOME_PIECES = 2**17, 2**15, 2**20  # of such a surface that are held at once
+PIECES = 3  # of surface in a plane, per voxel that the plane meets
+# Measured with masks of noise: bytes per voxel that is meshed, per piece, and of the triangles that are cut.
+MESH_BYTES, PIECE_BYTES, CUTTING = 200, 100, 64 << 20
 FLAT_MM = 1e-6  # a section that is no wider is a line
 
 
@@ -43,6 +49,8 @@ def section_diameters(
     normal: np.ndarray,
     *,
     meshed_together: int = MESHED_TOGETHER,
+    surface_together: int = SURFACE_TOGETHER,
+    some_pieces: int = SOME_PIECES,
 ) -> tuple[float, float]:
     """Measure the long and the short axis of a lesion in the planes perpendicular to `normal`.
 
@@ -56,6 +64,7 @@ def section_diameters(
         matrix: (3, 3) voxel → mm. Slices follow each other along S.
         normal: (3,) of length 1, in mm.
         meshed_together: voxels whose surface is held at once, which bounds the memory.
+        surface_together: faces of voxels that are cut at once; of a larger surface `some_pieces` of what the planes cut.
 
     Returns:
         The longest chord between points of the surface in one plane, and the longest one
@@ -63,16 +72,19 @@ def section_diameters(
     """
     frame = _frame(normal)
     planes = _Planes.of(inside, matrix, normal)
-    pieces = list(_pieces(inside, matrix, planes, meshed_together))
-    if not pieces:
-        pieces = list(_pieces(inside, matrix, planes.through_centroid(), meshed_together))
-    numbers = np.concatenate([number for number, _ in pieces])
-    ends = np.concatenate([ends for _, ends in pieces]) @ frame.T  # (N, 2 ends, 2) mm
-    order = np.argsort(numbers, kind="stable")
-    _, starts = np.unique(numbers[order], return_index=True)
+    lowest, highest = planes.reach(matrix, np.zeros(3), np.array(inside.shape))
+    band, triangles = highest - lowest + 1, meshed_together * 5  # a cube has five at most
+    if _n_faces(inside) > surface_together:
+        band = max(1, some_pieces // (PIECES * _largest_section(inside.shape)))
+        meshed_together, triangles = min(meshed_together, SOME_VOXELS), SOME_TRIANGLES
     longest, widest = -1.0, -1.0
-    for members in np.split(order, starts[1:]):
-        points = ends[members].reshape(-1, 2)
+    together = (band, meshed_together, triangles)
+    sections = _sections(inside, matrix, planes, frame, together)
+    first = next(sections, None)
+    if first is None:  # the lesion lies between two planes
+        sections = _sections(inside, matrix, planes.through_centroid(), frame, together)
+    for ends in sections if first is None else chain([first], sections):
+        points = ends.reshape(-1, 2)
         if np.linalg.norm(np.ptp(points, axis=0)) < longest - SAME_LENGTH_MM:
             continue  # no chord is longer than the diagonal of the box round it
         length, pair = _widest(points)
@@ -80,11 +92,60 @@ def section_diameters(
             continue
         along = (pair[1] - pair[0]) / length if length > 0 else np.array([1.0, 0.0])
         turn = np.stack([along, (-along[1], along[0])])
-        width, _ = widest_across(ends[members, 0] @ turn.T, ends[members, 1] @ turn.T)
+        width, _ = widest_across(ends[:, 0] @ turn.T, ends[:, 1] @ turn.T)
         is_longer = length > longest + SAME_LENGTH_MM
         widest = width if is_longer else max(width, widest)
         longest = max(length, longest)
     return longest, widest
+
+
+def section_bytes(shape: tuple[int, ...]) -> int:
+    """Most memory that `section_diameters` takes for any lesion whose box has this shape, beside that box."""
+    meshed = max(SOME_VOXELS, 2 * math.prod(shape) // min(shape))
+    pieces = max(min(SOME_PIECES, PIECES * math.prod(shape)), PIECES * _largest_section(shape))
+    return MESH_BYTES * meshed + PIECE_BYTES * pieces + CUTTING
+
+
+def _largest_section(shape: tuple[int, ...]) -> int:
+    """Voxels that a plane meets in a box at most: √3 times its largest face."""
+    return math.ceil(math.sqrt(3) * math.prod(shape) / min(shape))
+
+
+def _n_faces(inside: np.ndarray) -> int:
+    """Faces between a voxel inside and one outside, those at the border of the box aside."""
+    return sum(
+        int(np.count_nonzero(plane != after))
+        for axis in range(3)
+        for plane, after in pairwise(np.moveaxis(inside, axis, 0))
+    )
+
+
+def _sections(
+    inside: np.ndarray, matrix: np.ndarray, planes: _Planes, frame: np.ndarray, together: tuple[int, int, int]
+) -> Iterator[np.ndarray]:
+    """(N, 2 ends, 2) mm: the pieces of surface in each plane that meets the lesion, plane by plane in their order.
+
+    Args:
+        together: planes, voxels that are meshed, and triangles, at a time; what lies beyond these planes is meshed again for the next.
+    """
+    band, meshed, triangles = together
+    lowest, highest = planes.reach(matrix, np.zeros(3), np.array(inside.shape))
+    for first in range(lowest, highest + 1, band):
+        last = first + band - 1
+        pieces = [
+            (number, ends @ frame.T)
+            for part in _parts(inside, meshed)
+            if planes.meet(matrix, inside.shape, part, first, last)
+            for mesh in _meshes(inside, part, triangles)
+            for number, ends in _cuts(mesh @ matrix.T, planes, first, last)
+        ]
+        numbers = np.concatenate([np.empty(0), *(number for number, _ in pieces)])
+        ends = np.concatenate([np.empty((0, 2, 2)), *(some for _, some in pieces)])
+        del pieces
+        order = np.argsort(numbers, kind="stable")
+        _, starts = np.unique(numbers[order], return_index=True)
+        for members in np.split(order, starts[1:]) if order.size else ():
+            yield ends[members]
 
 
 class _Planes:
@@ -111,6 +172,17 @@ class _Planes:
         """As far apart, but one of them passes the centroid itself."""
         return _Planes(self.normal, self.centroid, self.step, self.centroid)
 
+    def reach(self, matrix: np.ndarray, start: np.ndarray, stop: np.ndarray) -> tuple[int, int]:
+        """Lowest and highest plane that may meet the surface of voxels `start` ≤ index < `stop`."""
+        corners = np.array(list(product(*zip(start - 1, stop, strict=True)))) @ matrix.T
+        heights = (corners @ self.normal - self.first) / self.step
+        return math.floor(heights.min()), math.ceil(heights.max())
+
+    def meet(self, matrix: np.ndarray, shape: tuple[int, ...], part: tuple[int, int], first: int, last: int) -> bool:
+        """Whether one of these planes may meet the surface between two slices of a box."""
+        lowest, highest = self.reach(matrix, np.array([0, 0, part[0]]), np.array([*shape[:2], part[1] + 1]))
+        return lowest <= last and first <= highest
+
 
 def _frame(normal: np.ndarray) -> np.ndarray:
     """(2, 3) two unit vectors in the plane."""
@@ -120,35 +192,32 @@ def _frame(normal: np.ndarray) -> np.ndarray:
     return np.stack([first, np.cross(normal, first)])
 
 
-def _pieces(
-    inside: np.ndarray, matrix: np.ndarray, planes: _Planes, meshed_together: int
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Where the surface is cut by planes, as `_cuts` gives it."""
-    for mesh in _meshes(inside, meshed_together):
-        yield from _cuts(mesh @ matrix.T, planes)
-
-
-def _meshes(inside: np.ndarray, meshed_together: int) -> Iterator[np.ndarray]:
-    """(T, 3 corners, 3) triangles of the surface, in voxels of the box, part by part."""
-    from skimage.measure import marching_cubes
-
+def _parts(inside: np.ndarray, meshed_together: int) -> Iterator[tuple[int, int]]:
+    """First and last slice of what is meshed together, from -1; the last one is the first of the next."""
     padded = (inside.shape[0] + 2) * (inside.shape[1] + 2)
     thick = max(1, meshed_together // padded)
-    for start in range(-1, inside.shape[2], thick):
-        stop = min(start + thick, inside.shape[2])  # cubes between planes start … stop
-        outside = np.ones((*(n + 2 for n in inside.shape[:2]), stop - start + 1), np.float32)
-        held = inside[:, :, max(0, start) : stop + 1]
-        outside[1:-1, 1:-1, max(0, -start) : max(0, -start) + held.shape[2]] = ~held
-        if outside.all() or not outside.any():
-            continue
-        # As in `shape`: voxels that touch along an edge belong together: the mask upside down.
-        points, faces, _, _ = marching_cubes(outside, 0.5, method="lorensen")
-        yield points[faces].astype(np.float64) + (-1, -1, start)
+    return ((start, min(start + thick, inside.shape[2])) for start in range(-1, inside.shape[2], thick))
 
 
-def _cuts(triangles: np.ndarray, planes: _Planes) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Where triangles (T, 3, 3) in mm are cut by planes: numbers (N,) of the planes, and the
-    ends (N, 2, 3) of what they have in common."""
+def _meshes(inside: np.ndarray, part: tuple[int, int], triangles: int) -> Iterator[np.ndarray]:
+    """(T, 3 corners, 3) triangles of the surface between two slices, in voxels of the box, some at a time."""
+    from skimage.measure import marching_cubes
+
+    start, stop = part
+    outside = np.ones((*(n + 2 for n in inside.shape[:2]), stop - start + 1), np.float32)
+    held = inside[:, :, max(0, start) : stop + 1]
+    outside[1:-1, 1:-1, max(0, -start) : max(0, -start) + held.shape[2]] = ~held
+    if outside.all() or not outside.any():
+        return
+    # As in `shape`: voxels that touch along an edge belong together: the mask upside down.
+    points, faces, _, _ = marching_cubes(outside, 0.5, method="lorensen")
+    for first in range(0, len(faces), triangles):
+        yield points[faces[first : first + triangles]].astype(np.float64) + (-1, -1, start)
+
+
+def _cuts(triangles: np.ndarray, planes: _Planes, first: int, last: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Where triangles (T, 3, 3) in mm are cut by planes `first` to `last`: numbers (N,) of the
+    planes, and the ends (N, 2, 3) of what they have in common."""
     heights = (triangles @ planes.normal - planes.first) / planes.step
     heights = np.round(heights, 9)  # a corner in a plane is in it
     order = np.argsort(heights, axis=1, kind="stable")
@@ -157,7 +226,7 @@ def _cuts(triangles: np.ndarray, planes: _Planes) -> Iterator[tuple[np.ndarray, 
     lowest = np.ceil(heights[:, 0])
     for n in range(int((np.floor(heights[:, 2]) - lowest).max(initial=-1)) + 1):
         plane = lowest + n
-        cut = plane <= heights[:, 2]
+        cut = (plane <= heights[:, 2]) & (plane >= first) & (plane <= last)
         number, (h_low, h_middle, h_high) = plane[cut], heights[cut].T
         long_edge = _between(low[cut], high[cut], h_low, h_high, number)
         lower = _between(low[cut], middle[cut], h_low, h_middle, number)

@@ -19,12 +19,15 @@ from scipy.sparse.csgraph import connected_components as connected_nodes
 from volseg.errors import ScanError
 from volseg.execute.cpu import untouched_zeros
 from volseg.preprocess.crop import AxisOrder, to_canonical
-from volseg.volume import BoundingBox, Geometry
+from volseg.volume import BoundingBox, Geometry, slabs_of
 
 SLAB_VOXELS = 2**22  # of the mask, looked at together
 PIECE = 2**20  # entries of a table, worked on together
 MOST_SHARE = 5  # one component per so many voxels: more are no objects
 ALWAYS_ALLOWED = 2**20  # components, in a grid however small
+
+# Measured with benchmarks/noise.py: bytes per entry of a piece, and per component while they are found and put in order.
+PIECE_BYTES, COMPONENT_BYTES = 64, 21
 
 InPlane = Literal[4, 8]  # neighbours share an edge; or a corner
 Connectivity = Literal[6, 18, 26]  # neighbours share a face; or an edge; or a corner
@@ -156,7 +159,7 @@ def find_components(
 
     Memory: 4 bytes per voxel of the box for `ids`, some 60 MB, and about 17 bytes per component.
     """
-    most = max(mask.size // MOST_SHARE, ALWAYS_ALLOWED) if most is None else most
+    most = most_components(mask.size) if most is None else most
     ids = _like(mask, np.uint32)
     box = BoundingBox.whole(geometry.shape) if box is None else box
     order = AxisOrder.of(geometry)
@@ -183,6 +186,34 @@ def find_components(
     if n > most:
         raise _too_many(n, mask.size)
     return Components(ids, number, *_of_components(number, n, sizes, values))
+
+
+def most_components(voxels: int) -> int:
+    """How many components a mask of so many voxels may have; one of more is refused."""
+    return min(voxels, max(voxels // MOST_SHARE, ALWAYS_ALLOWED))
+
+
+def runs_of(*masks: np.ndarray) -> int:
+    """Number of runs along an axis in which every mask keeps a value other than 0.
+
+    A mask has no more components than runs, of whatever connectivity; two masks no more pairs of components that overlap.
+    """
+    n = 0
+    for part in slabs_of(masks[0], PIECE):
+        slabs = [mask[part] for mask in masks]
+        along = int(np.argmin(np.abs(slabs[0].strides)))
+        starts = np.ones(slabs[0].shape, bool)
+        after, before = ((slice(None),) * along + (side,) for side in (slice(1, None), slice(None, -1)))
+        starts[after] = np.any([slab[after] != slab[before] for slab in slabs], axis=0)
+        for slab in slabs:
+            starts &= slab != 0
+        n += int(np.count_nonzero(starts))
+    return n
+
+
+def finding_bytes(voxels: int, n_components: int) -> int:
+    """Bytes for finding at most so many components and putting them in order, beside the mask and its ids."""
+    return PIECE_BYTES * min(voxels, PIECE) + COMPONENT_BYTES * min(n_components, most_components(voxels))
 
 
 def _too_many(n: int, n_voxels: int, *, is_least: bool = False) -> ScanError:

@@ -8,6 +8,9 @@ import numpy as np
 from scipy.sparse import csr_array
 from scipy.sparse.csgraph import min_weight_full_bipartite_matching
 
+MOST_PAIRS = 100_000  # of lesions that overlap, ten for each that a mask may have: more are noise
+PAIR_BYTES = 1000  # measured, while the best of them are chosen
+
 Pair = tuple[int, int]  # numbers of a lesion of the first mask and of one of the second
 
 

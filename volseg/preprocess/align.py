@@ -10,12 +10,13 @@ import numpy as np
 from scipy import ndimage
 
 from volseg.errors import EnvironmentProblem, ScanError
-from volseg.volume import Geometry, Volume
+from volseg.volume import Geometry, Volume, slabs_of
 
 ALIGNMENT_LEVELS = (4, 2, 1)  # voxels that count as one, coarse to fine
 ALIGNMENT_SHARE = 0.2  # of the voxels at which images are compared
 SHORTEST_AXIS = 8  # voxels that it keeps at the coarsest level
 HISTOGRAM_BINS = 50
+CONVERTED_TOGETHER = 2**20  # voxels
 SEED = 1  # of the places within the voxels at which images are compared
 LEAST_COVERED = 0.5  # of the first channel's grid that another one must reach over
 
@@ -143,7 +144,12 @@ def _centre(geometry: Geometry) -> np.ndarray:
 
 def itk_image(itk: ModuleType, volume: Volume) -> Any:
     """In RAS throughout: both images get the same convention, so the transform is in it too."""
-    image = itk.GetImageFromArray(volume.intensities(volume.array).astype(np.float32, copy=False).T)
+    array = volume.array
+    if volume.is_scaled or array.dtype != np.float32:
+        array = np.empty(volume.array.shape, np.float32, order="F")
+        for slab in slabs_of(volume.array, CONVERTED_TOGETHER):  # scaled ones are in float64 before
+            array[slab] = volume.intensities(volume.array[slab])
+    image = itk.GetImageFromArray(array.T)
     spacing = np.array(volume.geometry.spacing_mm)
     image.SetSpacing(spacing.tolist())
     image.SetOrigin(volume.geometry.affine[:3, 3].tolist())

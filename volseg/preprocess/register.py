@@ -27,6 +27,8 @@ LEAST_VOXELS = 16  # that an axis keeps at the coarsest level: thin scans stay a
 MAX_SAMPLES = 60_000  # places at which the scans are compared, which bounds the time
 CLIPPED_PERCENT = 1.0  # of the intensities at either end: metal and padding would take most bins of the histogram
 SAME_START_MM = 10.0  # about a voxel of the coarsest level
+# Measured: bytes per voxel of a scan while its images are made, and per voxel of the finest while movements are tried.
+MAKING_BYTES, FITTING_BYTES, SAMPLE, FITTING = 9, 36, 48 << 20, 80 << 20
 LEAST_COVERED = 0.25  # of the smaller field of view that the other one must reach over
 
 
@@ -125,13 +127,37 @@ def _pyramid(itk: ModuleType, scan: Volume) -> list[Any]:
         image = itk.Clamp(image, itk.sitkFloat32, float(low), float(high))
     images = []
     for level_mm in reversed(LEVELS_MM):  # each from the one before, which is smaller
-        factors = [
-            max(1, min(int(level_mm / mm), n // LEAST_VOXELS))
-            for mm, n in zip(image.GetSpacing(), image.GetSize(), strict=True)
-        ]
+        factors = _factors(level_mm, image.GetSpacing(), image.GetSize())
         image = itk.BinShrink(image, factors) if max(factors) > 1 else image
         images.append(image)
     return images[::-1]
+
+
+def _factors(level_mm: float, spacing_mm: Sequence[float], shape: Sequence[int]) -> list[int]:
+    """Voxels that become one along each axis."""
+    return [max(1, min(int(level_mm / mm), n // LEAST_VOXELS)) for mm, n in zip(spacing_mm, shape, strict=True)]
+
+
+def registering_bytes(first: Geometry, second: Geometry) -> int:
+    """Most memory that `register` takes for two scans on these grids, beside them."""
+    held, making, finest = 0, 0, 0
+    for geometry in (first, second):
+        levels = _level_voxels(geometry)
+        making = max(making, held + MAKING_BYTES * math.prod(geometry.shape))
+        held += 4 * sum(levels)
+        finest = max(finest, *levels)
+    return max(making + SAMPLE, held + FITTING_BYTES * finest + FITTING)
+
+
+def _level_voxels(geometry: Geometry) -> list[int]:
+    """Voxels of the images of `_pyramid`."""
+    spacing_mm, shape, voxels = list(geometry.spacing_mm), list(geometry.shape), []
+    for level_mm in reversed(LEVELS_MM):
+        factors = _factors(level_mm, spacing_mm, shape)
+        shape = [n // factor for n, factor in zip(shape, factors, strict=True)]
+        spacing_mm = [mm * factor for mm, factor in zip(spacing_mm, factors, strict=True)]
+        voxels.append(math.prod(shape))
+    return voxels
 
 
 def _step(scan: Volume) -> int:

@@ -114,6 +114,22 @@ def file_of(results: Path, case_id: str, files: Mapping[str, str], folder: str) 
     Raises:
         ScanError: there is none, or it is another one by now.
     """
+    path = path_of(results, case_id, files, folder)
+    if sha256_of(path) != files[path.relative_to(results).as_posix()]:
+        raise ScanError(
+            f"{path}: was changed since the case was measured",
+            fix="run the command that made the folder again",
+            code="E_RECORD",
+        )
+    return path
+
+
+def path_of(results: Path, case_id: str, files: Mapping[str, str], folder: str) -> Path:
+    """The same, whatever is in it by now.
+
+    Raises:
+        ScanError: there is none.
+    """
     names = [name for name in files if name.startswith(f"{folder}/")]
     if not names or not (results / names[0]).is_file():
         raise ScanError(
@@ -121,14 +137,7 @@ def file_of(results: Path, case_id: str, files: Mapping[str, str], folder: str) 
             fix="run the command that made the folder again",
             code="E_RECORD",
         )
-    path = results / names[0]
-    if sha256_of(path) != files[names[0]]:
-        raise ScanError(
-            f"{path}: was changed since the case was measured",
-            fix="run the command that made the folder again",
-            code="E_RECORD",
-        )
-    return path
+    return results / names[0]
 
 
 def _row(kind: type[Row], values: Mapping[str, Any]) -> Row:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -16,25 +17,28 @@ import numpy as np
 from volseg import __version__
 from volseg.errors import ScanError, VolsegError
 from volseg.execute.local import run
+from volseg.execute.memory import Budget, Peak
 from volseg.inputs import read_json
 from volseg.io.files import sha256_of
-from volseg.io.nifti import read_mask, read_volume
+from volseg.io.nifti import NiftiHeader, read_header, read_mask, read_volume
 from volseg.measure.changes import ScanPair, centroids_mm, lesion_changes
 from volseg.measure.matching import MAX_DISTANCE_MM
-from volseg.measure.pairs import MeasuredScan, lone_scan, pair_scans
+from volseg.measure.pairs import MeasuredScan, lone_scan, pair_scans, pairing_bytes
 from volseg.measure.response import PatientResponse, judge_response
 from volseg.measure.rows import LesionMeasurement
 from volseg.measure.sections import axial_normal
 from volseg.postprocess.lesions import MANY
-from volseg.preprocess.register import Registration, register, transformed
+from volseg.preprocess.register import Registration, register, registering_bytes, transformed
 from volseg.report.html import comparison_html
 from volseg.store.comparisons import ComparisonFolder
-from volseg.store.records import CaseRecord, case_ids, file_of, read_record, record_files
+from volseg.store.records import CaseRecord, case_ids, file_of, path_of, read_record, record_files
+from volseg.store.results import LESION_IDS
 from volseg.volume import Volume
 from volseg.workflows.batch import (
     Progress,
     RunReport,
     about_run,
+    amount_of,
     check_pair,
     digest_of,
     input_key,
@@ -45,7 +49,8 @@ from volseg.workflows.batch import (
 )
 from volseg.workflows.patients import Patient, read_pairs, same_ids
 
-STAGE = "Comparing"
+STAGE, TIMES = "Comparing", ("baseline", "follow-up")
+PICTURE_BYTES = 22  # per voxel of a scan that is drawn, if it is scaled
 MAX_MOVED_MM, MAX_TURNED_DEG = 50.0, 20.0  # of a patient on the table; more may be right, but is worth a look
 MAX_ERROR_MM = 3.0  # between registration one way and the other
 MAX_TILT_ERROR_DEG = 5.0  # of the axial plane: a long axis may then be 16 % off (docs/benchmarks.md)
@@ -97,7 +102,9 @@ def compare(
     max_distance_mm: float = MAX_DISTANCE_MM,
     lymph_nodes: Sequence[str] | None = None,
     figures: bool = False,
+    max_ram: str | int | None = None,
     progress: Progress = silent,
+    announce: Callable[[str], None] = lambda text: None,
 ) -> RunReport:
     """Compare the lesions of each patient at two time points: comparison.csv and response.csv.
 
@@ -107,11 +114,20 @@ def compare(
             each. None: cases with the same id in both are one patient.
         max_distance_mm: between the centroids of two lesions that do not overlap and are still taken for one.
         lymph_nodes: labels, by name or value; None: those that the two folders were measured with.
+        max_ram: budget of main memory, such as `4G` or a number of bytes; None for none. A patient who may not fit within it is a
+            failed row that says what would do.
+        announce: told what the largest patient takes at most.
 
     Raises:
         VolsegError: the request is wrong. A patient who cannot be compared is a failed row instead; a scan without partner is a row too.
     """
     started = time.monotonic()
+    budget = Budget(
+        amount_of(max_ram, "--max-ram"),
+        announce,
+        what="comparing these scans",
+        otherwise="cut the scans and their masks to the region that matters and measure them again",
+    )
     folders, out = (Path(baseline), Path(followup)), Path(out)
     settings = CompareSettings(
         registration=registration,
@@ -137,7 +153,7 @@ def compare(
     }
     used = [path for path in (*folders, *settings.scans) if path is not None]
     with ComparisonFolder(out, "compare", inputs=used if pairs is None else [*used, Path(pairs)]) as results:
-        report = _run_patients(patients, folders, settings, results, progress)
+        report = _run_patients(patients, folders, settings, results, progress, budget)
         report = replace(report, details={**report.details, "not_listed": not_listed})
         rest = {name: report.details[name] for name in ("unpaired", "not_listed")}
         results.write_run(run_description("compare", options, report, started) | rest)
@@ -167,6 +183,7 @@ def _run_patients(
     settings: CompareSettings,
     results: ComparisonFolder,
     progress: Progress,
+    budget: Budget,
 ) -> RunReport:
     unpaired = {
         patient.name: PatientResponse(**patient.cells, status="unpaired", reason=patient.why_unpaired(folders))
@@ -184,8 +201,12 @@ def _run_patients(
     for name in kept:
         results.settle(name)
 
+    refusals = budget.refused(dict(_peaks(todo, folders, settings, budget.process)))
+
     def task(patient: Patient) -> None:
         name = patient.name
+        if name in refusals:
+            raise refusals[name]
         _compare_patient(patient, folders, settings, results, keys[name], inputs[name])
 
     done, failed = [], {}
@@ -216,6 +237,52 @@ def _run_patients(
     details: dict[str, Any] = {"patients": rows, "warnings": warnings}
     details["unpaired"] = {name: row.reason for name, row in unpaired.items()}
     return RunReport(out=results.path, done=done, kept=kept, failed=failed, details=details)
+
+
+def _peaks(
+    patients: Sequence[Patient], folders: _Folders, settings: CompareSettings, process: int
+) -> Iterator[tuple[str, Peak]]:
+    """What comparing the scans of each patient takes at most, from their headers; comparing the others says what is wrong."""
+    for patient in patients:
+        with contextlib.suppress(ScanError):
+            peaks = [_peak(pair, folders, settings, process) for pair in patient.scans]
+            yield patient.name, max(peaks, key=lambda peak: peak.total)
+
+
+def _peak(cases: tuple[str | None, str | None], folders: _Folders, settings: CompareSettings, process: int) -> Peak:
+    """What comparing two scans takes at most; or a scan that has none of the other time.
+
+    Raises:
+        ScanError: the files cannot be read.
+    """
+    masks, scans, n_lesions = [], [], []
+    for time_, case, folder, places in zip(TIMES, cases, folders, settings.scans, strict=True):
+        if case is None:
+            continue
+        record = _read_usable(time_, folder, case)
+        n_lesions.append(len(record.lesions))
+        masks.append(read_header(path_of(folder, case, record.files, LESION_IDS)))
+        path = _scan_path(record, places) if settings.registration or settings.figures else None
+        scans += [] if path is None else [read_header(path)]
+    work = {"lesions": pairing_bytes([mask.geometry.shape for mask in masks], n_lesions)}
+    if len(scans) == 2 and settings.registration:
+        work["registration"] = registering_bytes(scans[0].geometry, scans[1].geometry)
+    if len(scans) == 2 and settings.figures:
+        work["figure"] = PICTURE_BYTES * math.prod(scans[1].geometry.shape)
+    largest = max(work, key=lambda name: work[name])
+    return Peak(
+        {
+            "process": process,
+            # A scan with NaN is there twice while they are filled, a mask while it is read.
+            "scans": sum(scan.n_bytes for scan in scans) + max((_filled_bytes(scan) for scan in scans), default=0),
+            "masks": sum(mask.mask_bytes for mask in masks) + max(mask.n_bytes for mask in masks),
+            largest: work[largest],
+        }
+    )
+
+
+def _filled_bytes(scan: NiftiHeader) -> int:
+    return scan.n_bytes + math.prod(scan.geometry.shape) if scan.dtype.kind == "f" else 0
 
 
 def _inputs(patient: Patient, folders: _Folders, settings: CompareSettings) -> tuple[str, ...]:
@@ -364,7 +431,7 @@ def _compare_scans(
     """One line of a patient. `names`: what a label is called that has no name in either scan."""
     read = (
         None if case is None else _read_side(time_, folder, case, scans, inputs)
-        for time_, folder, case, scans in zip(("baseline", "follow-up"), folders, cases, settings.scans, strict=True)
+        for time_, folder, case, scans in zip(TIMES, folders, cases, settings.scans, strict=True)
     )
     before, after = _named_alike(*read, names=names)
     if before is None or after is None:
@@ -441,9 +508,28 @@ def _check_unchanged(path: Path, digest: str, inputs: Sequence[str]) -> None:
 
 
 def _read_side(time_: str, folder: Path, case: str, scans: Path | None, inputs: Sequence[str]) -> _Side:
-    record = read_record(folder, case)
     for path in record_files(folder, case):
         _check_unchanged(path, _file_digest(path), inputs)
+    record = _read_usable(time_, folder, case)
+    lesions = sorted(record.lesions, key=lambda lesion: lesion.lesion_id)
+    path = file_of(folder, case, record.files, LESION_IDS)
+    ids = read_mask(path, max_labels=len(lesions) + 1000)
+    if [lesion.lesion_id for lesion in lesions] != list(range(1, int(ids.array.max()) + 1)):
+        raise ScanError(
+            f"{path}: holds {ids.array.max()} lesions, the record of case {case!r} {len(lesions)}",
+            fix="run the command that made the folder again",
+            code="E_RECORD",
+        )
+    return _Side(time_, folder, replace(record, lesions=lesions), ids, scans, inputs)
+
+
+def _read_usable(time_: str, folder: Path, case: str) -> CaseRecord:
+    """The record of a case that was measured.
+
+    Raises:
+        ScanError: it was not, or its mask is noise.
+    """
+    record = read_record(folder, case)
     if record.case.status != "done":
         raise ScanError(
             f"the {time_} case {case!r} is {record.case.status}: {record.case.reason or 'no reason is given'}",
@@ -456,16 +542,7 @@ def _read_side(time_: str, folder: Path, case: str, scans: Path | None, inputs: 
             fix="correct the mask and measure it again; noise has no response",
             code="E_SPECKS",
         )
-    lesions = sorted(record.lesions, key=lambda lesion: lesion.lesion_id)
-    path = file_of(folder, case, record.files, "lesion_ids")
-    ids = read_mask(path, max_labels=len(lesions) + 1000)
-    if [lesion.lesion_id for lesion in lesions] != list(range(1, int(ids.array.max()) + 1)):
-        raise ScanError(
-            f"{path}: holds {ids.array.max()} lesions, the record of case {case!r} {len(lesions)}",
-            fix="run the command that made the folder again",
-            code="E_RECORD",
-        )
-    return _Side(time_, folder, replace(record, lesions=lesions), ids, scans, inputs)
+    return record
 
 
 def _shared_names(patient: Patient, folders: _Folders) -> dict[int, str]:

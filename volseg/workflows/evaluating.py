@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -12,18 +12,20 @@ import numpy as np
 
 from volseg.errors import VolsegError
 from volseg.evaluate.detection import DetectionRow, NoisyMaskError, detect_lesions, with_lesions
-from volseg.evaluate.overlap import OverlapRow, evaluate_case, row_of_absent
+from volseg.evaluate.memory import LIBRARIES, most_evaluating, plan_evaluating, plan_reading
+from volseg.evaluate.overlap import COUNTED_TOGETHER, OverlapRow, evaluate_case, row_of_absent
 from volseg.evaluate.summary import METRICS, LabelResult, as_json, mean_of, patient_of, summarise_label
 from volseg.execute.local import run
+from volseg.execute.memory import Budget
 from volseg.io.cases import IGNORE, Case, find_cases, find_scans, is_described, stated_labels
 from volseg.io.csv_text import iterate_csv
 from volseg.io.files import json_text
-from volseg.io.nifti import read_mask
+from volseg.io.nifti import read_header, read_mask
 from volseg.postprocess.lesions import MANY
 from volseg.store.outputs import RECORDS, OutputFolder
 from volseg.store.tables import table
-from volseg.volume import slabs_of
-from volseg.workflows.batch import Progress, RunReport, reason_of, silent
+from volseg.volume import Volume, slabs_of
+from volseg.workflows.batch import Progress, RunReport, amount_of, reason_of, silent
 
 TABLES, PICTURES = ("evaluation.csv", "detections.csv", "summary.json"), ("agreement.png", "froc.png")
 SAME_PLACE_MM = 0.01  # tables have four digits of a centroid
@@ -36,7 +38,9 @@ def evaluate(
     predicted: Path | str,
     out: Path | str,
     min_iou: float = 0.0,
+    max_ram: str | int | None = None,
     progress: Progress = silent,
+    announce: Callable[[str], None] = lambda text: None,
 ) -> RunReport:
     """Overlap, surface distances, volumes and detected lesions of predicted masks against reference masks, matched by name.
 
@@ -44,6 +48,9 @@ def evaluate(
         reference: folder of masks, or a dataset whose labels they are; its patients are those of the intervals.
         predicted: folder of masks, or a results folder (its masks/ is taken, and the confidence of its lesions).
         min_iou: overlap from which a predicted lesion counts as one of the reference, below 1; 0: a common voxel is enough.
+        max_ram: budget of main memory, such as `4G` or a number of bytes; None for none. A pair that may not fit within it is a
+            failed row that says what would do.
+        announce: told what the largest pair so far takes at most, once its masks are read.
 
     Raises:
         VolsegError: no case has both. A pair that cannot be compared is a failed row instead.
@@ -64,17 +71,26 @@ def evaluate(
     ignored = stated.pop(IGNORE, None)
     names = lesions.label_names | {value: name for name, value in stated.items()}
 
+    budget = Budget(
+        amount_of(max_ram, "--max-ram"),
+        announce,
+        what="comparing these masks",
+        otherwise="cut both masks to the region that matters",
+        libraries=LIBRARIES,
+    )
+
     def compare(case_id: str) -> tuple[list[OverlapRow], list[DetectionRow]]:
-        truth, guess = read_mask(truths[case_id].path), read_mask(guesses[case_id].path)
+        truth, guess = _read_within(budget, case_id, truths[case_id].path, guesses[case_id].path)
         if ignored is not None and truth.array.shape == guess.array.shape:
-            known = (
-                truth.array != ignored
-            )  # of the other voxels nobody knows what they are: they are judged as background
-            truth, guess = (mask.with_array(mask.array * known) for mask in (truth, guess))
+            for part in slabs_of(truth.array):
+                unknown = (
+                    truth.array[part] == ignored
+                )  # nobody knows what these voxels are: they are judged as background
+                truth.array[part][unknown] = guess.array[part][unknown] = 0
         own = {
             value
             for mask in (truth, guess)
-            for part in slabs_of(mask.array)
+            for part in slabs_of(mask.array, COUNTED_TOGETHER)
             for value in np.unique(mask.array[part]).tolist()
             if value
         }
@@ -131,6 +147,26 @@ def _by_label(rows: Iterable[Row]) -> dict[int, list[Row]]:
     for row in rows:
         rows_by_label[row.label].append(row)
     return rows_by_label
+
+
+def _read_within(budget: Budget, case_id: str, *paths: Path) -> tuple[Volume, Volume]:
+    """Both masks of a case; announces what comparing them takes.
+
+    Raises:
+        ScanError: E_RAM, that may be more than the budget; or they cannot be read.
+    """
+    process, headers = budget.process, [read_header(path) for path in paths]
+    reading = plan_reading(headers, process=process)
+    if refusal := budget.refusal(reading, enough=most_evaluating(headers, process=process).total):
+        raise refusal
+    truth, guess = (read_mask(path) for path in paths)
+    if truth.geometry.difference(guess.geometry):
+        return truth, guess  # evaluating them will say so
+    peak = max(reading, plan_evaluating(truth, guess, process=process), key=lambda each: each.total)
+    if refusal := budget.refusal(peak):
+        raise refusal
+    budget.announce(peak, case_id)
+    return truth, guess
 
 
 def _noisy(rows: Sequence[OverlapRow]) -> list[str]:

@@ -14,6 +14,7 @@ import numpy as np
 from volseg.errors import ScanError, VolsegError
 from volseg.execute.cpu import give_back_large_blocks, keep_freed_memory, total_memory
 from volseg.execute.local import Outcome, run_overlapped
+from volseg.execute.memory import announcement
 from volseg.io.cases import Case, find_scans
 from volseg.io.nifti import NiftiHeader, read_header, read_volume
 from volseg.postprocess.lesions import CONNECTIVITY
@@ -229,7 +230,7 @@ def _plan_memory(
         largest = max(known, key=lambda name: known[name].footprint.total)
         gpu = max(plan.footprint.gpu for plan in known.values())
         beside = f"; {gpu / 2**30:.2f} GB of the GPU's" if gpu else ""
-        announce(f"memory: at most {known[largest].footprint}, for {largest}{beside}")
+        announce(announcement(known[largest].footprint, largest) + beside)
         machine = total_memory()
         if max_ram is None and known[largest].footprint.total > machine:
             announce(

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import cast, get_args
 
 from volseg.errors import ScanError, VolsegError
-from volseg.execute.cpu import give_back_large_blocks
 from volseg.execute.local import run
+from volseg.execute.memory import Budget, Peak
 from volseg.inputs import MAX_NAME, read_json, shortened
 from volseg.io.cases import Case, find_cases, find_scans, read_table
 from volseg.io.nifti import MAX_LABELS, read_header, read_label_table, read_mask, read_volume
-from volseg.measure.memory import MeasurePlan, plan_measuring
+from volseg.measure.memory import plan_measuring
 from volseg.measure.rows import CaseRow
 from volseg.measure.specks import MeasuredLesions, measure_largest
 from volseg.measure.units import Unit, judge_unit
@@ -318,30 +318,23 @@ def _refused(
         cases: each with how it is measured.
         max_ram: bytes; None for no budget.
     """
-    give_back_large_blocks()
-    refusals: dict[str, ScanError] = {}
-    plans: dict[str, MeasurePlan] = {}
+    budget = Budget(
+        max_ram, announce, what="measuring this mask", otherwise="cut scan and mask to the region that matters"
+    )
+    plans: dict[str, Peak] = {}
     for case, settings in cases:
         assert case.reference is not None
-        try:
+        with contextlib.suppress(VolsegError):  # reading it will say why
             scan, mask = read_header(case.images["image"]), read_header(case.reference)
-        except VolsegError:
-            continue  # reading it will say why
-        try:
             plans[case.id] = plan_measuring(
                 math.prod(scan.geometry.shape),
                 scan.dtype.itemsize,
                 mask.dtype.itemsize,
+                process=budget.process,
                 has_organ=settings.organ is not None,
                 calcium=settings.calcium,
-                max_ram=max_ram,
             )
-        except ScanError as error:
-            refusals[case.id] = error
-    if plans:
-        largest = max(plans, key=lambda name: plans[name].total)
-        announce(f"memory: at most {plans[largest]}, for {largest}")
-    return refusals
+    return budget.refused(plans)
 
 
 def _pairs(image: Path | str | None, mask: Path | str | None, cases: Path | str | None) -> tuple[list[Case], list[str]]:

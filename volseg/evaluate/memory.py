@@ -1,0 +1,48 @@
+"""How much memory comparing a predicted mask with its reference takes at most: from what the two masks hold."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from volseg.evaluate.detection import matching_bytes, most_matching_bytes
+from volseg.evaluate.surface import most_surface_bytes, surface_bytes
+from volseg.execute.memory import Peak
+from volseg.io.nifti import NiftiHeader
+from volseg.volume import Volume
+
+LIBRARIES = 64 << 20  # that draw the plots, and what they draw
+SLABS = 32 << 20  # of a mask, while it is read
+PLANE_BYTES = 40  # per voxel of a plane, while a mask is read
+
+
+def plan_reading(masks: Sequence[NiftiHeader], *, process: int) -> Peak:
+    """What reading masks takes at most, one after another. `process`: bytes, before they are read."""
+    held = largest = 0
+    for header in masks:
+        i, j, _k = header.geometry.shape
+        largest = max(largest, held + header.n_bytes + header.mask_bytes + PLANE_BYTES * i * j)
+        held += header.mask_bytes
+    return Peak({"process": process, "reading the masks": largest + SLABS})
+
+
+def plan_evaluating(reference: Volume, predicted: Volume, *, process: int) -> Peak:
+    """What comparing two masks of one grid takes at most. `process`: bytes, before they were read."""
+    truth, guess = reference.array, predicted.array
+    surfaces = surface_bytes(truth, guess, reference.geometry)
+    return _peak(process, truth.nbytes + guess.nbytes, surfaces, matching_bytes(truth, guess))
+
+
+def most_evaluating(masks: Sequence[NiftiHeader], *, process: int) -> Peak:
+    """The same for any two masks with these headers."""
+    geometry = masks[0].geometry
+    voxels = math.prod(geometry.shape)
+    itemsize = max(header.mask_bytes for header in masks) // voxels
+    surfaces = most_surface_bytes(geometry, itemsize)
+    return _peak(process, sum(header.mask_bytes for header in masks), surfaces, most_matching_bytes(voxels))
+
+
+def _peak(process: int, masks: int, surfaces: int, lesions: int) -> Peak:
+    """Surfaces are measured before lesions are matched."""
+    work = {"surfaces": surfaces} if surfaces > lesions else {"lesions": lesions}
+    return Peak({"process": process, "masks": masks} | work)
