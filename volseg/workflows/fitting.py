@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, NoReturn
 
 from volseg.errors import VolsegError
 from volseg.sizing import LEAST_STEPS, STEPS
-from volseg.words import duration
 
 if TYPE_CHECKING:  # pydantic takes a while to import
     from volseg.plan import Plan
@@ -115,7 +114,7 @@ def refuse_time(seconds: float, needed: float, what: str, *, remedy: str = "", k
         remedy: another way than more time. kept: what was done and is used next time.
     """
     raise VolsegError(
-        f"the time budget of {duration(seconds)} is too short: {what}",
+        f"the time budget of {seconds:g} s is too short: {what}",
         fix=f"give --time-budget {suggested(needed)} or more{remedy}{kept}",
         code="E_BUDGET",
     )
