@@ -193,7 +193,8 @@ def _run_patients(
     inputs = {patient.name: _inputs(patient, folders, settings) for patient in patients if patient.is_paired}
     keys = {patient.name: _key(patient, inputs[patient.name], settings) for patient in patients if patient.is_paired}
     kept = [name for name in keys if results.is_complete(name, keys[name])]
-    todo = [patient for patient in patients if patient.name in keys and patient.name not in kept]
+    to_compare = keys.keys() - kept
+    todo = [patient for patient in patients if patient.name in to_compare]
     pictures = [f"figures/{patient.name}.png" for patient in todo] if settings.figures else []
     results.refuse_foreign(["comparison.csv", "response.csv", "report.html", "run.json", *pictures])
     for name, row in unpaired.items():

@@ -12,7 +12,7 @@ import numpy as np
 
 from volseg import __version__
 from volseg.errors import ScanError
-from volseg.inputs import read_json
+from volseg.inputs import open_regular, read_json
 from volseg.io.nifti import read_mask, read_volume
 from volseg.measure.rows import CaseRow, LesionMeasurement
 from volseg.postprocess.lesions import MANY
@@ -199,7 +199,7 @@ def _as_text(content: Any) -> str:
 
 def _made_from(path: Path) -> str | None:
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             head = file.read(HEAD_BYTES).decode("utf-8", "replace")
     except OSError:
         return None
