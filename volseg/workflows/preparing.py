@@ -20,7 +20,6 @@ from volseg.io.nifti import read_mask, read_volume
 from volseg.io.prepared import PreparedCase, is_prepared, prepared_files, write_prepared_case
 from volseg.measure.rows import CaseRow
 from volseg.measure.units import judge_unit
-from volseg.mismatch import says_its_unit
 from volseg.postprocess.lesions import label_lesions
 from volseg.preprocess.align import completed, on_one_grid
 from volseg.recipe import Recipe, load_recipe
@@ -169,6 +168,8 @@ def refuse_dataset(dataset: Path, failed: Mapping[str, str], mistakes: Sequence[
 
 def warnings_of(fingerprint: DatasetFingerprint, recipe: Recipe) -> list[str]:
     """What is odd about the training cases, though they can be trained on."""
+    from volseg.mismatch import says_its_unit  # loads torch
+
     found = []
     if fingerprint.empty_masks:
         names = ", ".join(fingerprint.empty_masks[:5]) + (" …" if len(fingerprint.empty_masks) > 5 else "")
