@@ -47,7 +47,7 @@ def test_too_short_a_budget_is_refused_after_the_first_case_and_that_case_is_kep
     assert caught.value.code == "E_BUDGET"
     assert {stage for _, stage in heard.calls} <= {"Starting", "Timing the first case"}
     kept = tmp_path / "m" / ".training" / "prepared"
-    assert f"is kept in {kept}" in caught.value.fix
+    assert f"are kept in {kept}" in caught.value.fix
     cases = {path.parent.name for path in (kept / "cases").glob("*/case.json")}
     assert len(cases) >= 1
     report = volseg.preprocess(dataset, recipe=recipe, out=kept)  # what the next call does in that folder
