@@ -12,8 +12,9 @@ INSTALLED := $(VENV)/.installed
 demo: $(INSTALLED)
 	$(BIN)/python sample_data/demo.py --out demo_results
 
+# A process per core, of one thread each: more threads than cores wait for each other.
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -n auto --dist loadfile -m "not slow and not gpu"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile -m "not slow and not gpu"
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
