@@ -107,7 +107,7 @@ class temporary(tempfile.TemporaryDirectory):  # noqa: N801
 
 def measure(folder: str, shape: str, mask: str, command: list[str]) -> None:
     """Run a command and print its line."""
-    out = Path(folder) / "out"
+    out = Path(folder) / command[0]
     started = time.perf_counter()
     with open(f"{folder}/log", "wb") as log:
         child = subprocess.Popen(
