@@ -28,7 +28,7 @@ channels = ["ct"]
 intensity_unit = "HU"
 labels = {{ {labels} }}
 [preprocess]
-spacing_mm = [1.5, 1.5, 1.5]
+spacing_mm = [{spacing}]
 crop = "none"
 [preprocess.normalise]
 method = "window"
@@ -55,7 +55,9 @@ def make_model(folder: Path, n_classes: int, patch: int) -> None:
     from volseg.recipe import parse_recipe
 
     labels = ", ".join(f"class_{n} = {n}" for n in range(1, n_classes))
-    recipe = parse_recipe(tomllib.loads(RECIPE.format(labels=labels, patch=patch)), where="memory")
+    recipe = parse_recipe(
+        tomllib.loads(RECIPE.format(labels=labels, patch=patch, spacing="1.5, 1.5, 1.5")), where="memory"
+    )
     network = build_segmentation(recipe)
     weights = weights_of(network)
     head = next(name for name in reversed(weights) if weights[name].shape == (n_classes,))

@@ -37,31 +37,6 @@ HEAD = (
     "CPU s per 1e5 lesions",
     "lesions.csv, MB",
 )
-RECIPE = """
-name = "untrained"
-description = "Random weights."
-[data]
-channels = ["ct"]
-intensity_unit = "HU"
-labels = {{ {labels} }}
-[preprocess]
-spacing_mm = [0.8, 0.8, 1.5]
-crop = "none"
-[preprocess.normalise]
-method = "window"
-low = -1000
-high = 1000
-mean = 0
-sd = 300
-[network]
-name = "unet3d"
-features = [16, 32, 64]
-strides = [[1, 1, 1], [2, 2, 2], [2, 2, 2]]
-[train]
-patch_shape = [96, 96, 96]
-[infer]
-overlap = 0.25
-"""
 
 
 def main() -> None:
@@ -163,6 +138,7 @@ def make_model(folder: Path, n_classes: int) -> None:
     import tomllib
 
     import torch
+    from memory import RECIPE
 
     from volseg.bundle import ModelBundle, save_bundle
     from volseg.infer.backends import export_bundle
@@ -172,7 +148,9 @@ def make_model(folder: Path, n_classes: int) -> None:
 
     torch.manual_seed(0)
     labels = ", ".join(f"class_{n} = {n}" for n in range(1, n_classes))
-    recipe = parse_recipe(tomllib.loads(RECIPE.format(labels=labels)), where="noise")
+    recipe = parse_recipe(
+        tomllib.loads(RECIPE.format(labels=labels, patch=96, spacing=", ".join(map(str, SPACING_MM)))), where="noise"
+    )
     weights = weights_of(build_segmentation(recipe))
     fingerprint = DatasetFingerprint(n_cases=1, spacings_mm=(), shapes=(), label_voxels={}, foreground={})
     windows = {"ct": recipe.preprocess.normalise}
