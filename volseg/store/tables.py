@@ -36,17 +36,16 @@ def table(row_type: type, rows: Iterable[Any]) -> Callable[[BinaryIO], None]:
 
 def cell(value: Any) -> str:
     """Text of one cell: 4 decimals (6 significant digits below 1), nothing for unknown, true/false, harmless text."""
+    if isinstance(value, float):
+        if math.isnan(value):
+            return ""
+        return f"{round(value, 4):.15g}" if abs(value) >= 1 else f"{value + 0.0:.6g}"
+    if isinstance(value, str):
+        return f"'{value}" if value.startswith(FORMULA_STARTS) else value
     if value is None:
         return ""
     if isinstance(value, bool):
         return "true" if value else "false"
-    if isinstance(value, float):
-        if math.isnan(value):
-            return ""
-        rounded = round(value, 4) if abs(value) >= 1 else float(f"{value:.6g}")
-        return f"{rounded + 0.0:.15g}"
-    if isinstance(value, str):
-        return f"'{value}" if value.startswith(FORMULA_STARTS) else value
     return str(value)
 
 
