@@ -93,7 +93,9 @@ class RecordFolder(OutputFolder):
     def largest_rows(self, name: str, most: int) -> list[dict[str, Any]]:
         """The rows of the largest lesions of an item, in their order; of equal ones the first. Up to `most` rows: all of them."""
         # Lines are told apart before they are parsed: of noise a few of 100 000 are wanted.
-        lines = nlargest(most, enumerate(_lines(self.path, name)), key=lambda place_and_line: _size_of(place_and_line[1]))
+        lines = nlargest(
+            most, enumerate(_lines(self.path, name)), key=lambda place_and_line: _size_of(place_and_line[1])
+        )
         return [_row_of(line, self.path, name, self.row_types[1]) for _, line in sorted(lines)]
 
     def records(self) -> Iterator[tuple[str, dict[str, Any] | None]]:
