@@ -3,8 +3,11 @@
 import re
 import shlex
 import time
+from importlib import import_module
 from itertools import pairwise
 
+import nibabel
+import numpy as np
 import pytest
 from laws import real_data
 from typer.testing import CliRunner
@@ -54,6 +57,28 @@ def test_too_short_a_budget_is_refused_after_the_first_case_and_that_case_is_kep
     assert set(report.kept) == cases
     volseg.train(dataset, recipe=recipe, out=tmp_path / "m", device="cpu", epochs=1)
     assert load_bundle(tmp_path / "m").segmentation_network() is not None
+
+
+def test_the_network_that_is_timed_is_that_of_all_lesions_not_of_the_first_case(tmp_path, monkeypatch):
+    """The median lesion decides how large a patch is; the one of the first case may be a tenth of it."""
+    rng, timed = np.random.default_rng(0), []
+    for n, width in enumerate((4, 24, 24, 24, 24)):
+        mask = np.zeros((40, 40, 40), np.uint8)
+        mask[8 : 8 + width, 8 : 8 + width, 8 : 8 + width] = 1
+        scan = (rng.normal(0, 10, mask.shape) + 100 * mask).astype(np.int16)
+        for folder, array in (("images", scan), ("labels", mask)):
+            (tmp_path / "data" / folder).mkdir(parents=True, exist_ok=True)
+            nibabel.save(nibabel.Nifti1Image(array, np.eye(4)), tmp_path / "data" / folder / f"c{n}.nii")
+
+    def seconds_per_step(cases, recipe, plan, **_):
+        timed.append(plan.patch_shape)
+        return 1e9
+
+    monkeypatch.setattr(import_module("volseg.train.speed"), "seconds_per_step", seconds_per_step)
+    with pytest.raises(VolsegError, match="too short"):
+        volseg.train(tmp_path / "data", out=tmp_path / "m", device="cpu", time_budget_seconds=60)
+    (patch,) = timed
+    assert min(patch) >= 24
 
 
 def test_the_masks_are_looked_at_once_until_a_file_changes(dataset, tmp_path):

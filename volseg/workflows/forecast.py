@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -34,12 +35,13 @@ from volseg.workflows.preparing import (
 )
 
 if TYPE_CHECKING:  # torch takes seconds to import; only a workflow that needs it pays
-    from volseg.plan import Plan
+    from volseg.plan import CaseFingerprint, Plan
     from volseg.sizing import Budget
     from volseg.train.ranks import Team
 
 TIMED_CASES = 3  # at most, where one alone says that the time is too short: the first loads packages as well
 TIMING_SECONDS = 10.0  # after which no further case is timed
+LOOKED_SECONDS = 4.0  # for a look at further masks: how large lesions are decides how large patches and the network are
 GUARDED_SECONDS = 5.0  # of a stage, before which its pace says little
 STAGES = (MASKS, HASHING, LOOKING, PREPARING)  # in the order in which they come
 
@@ -78,6 +80,7 @@ class _Timed:
     seconds: Mapping[str, float]  # of each stage
     recipe: Recipe
     plan: Plan
+    fingerprint: CaseFingerprint
     prepared: PreparedCase
 
 
@@ -97,16 +100,17 @@ def forecast_of(
 ) -> Forecast | None:
     """Prepare a case of about the median size, take a few steps on it, and reckon what all of them will take.
 
-    Where that exceeds `enough` seconds, up to two more cases are timed. None where no case can be used: who prepares
+    The network is that of the plan which follows from this case and as many others as a few seconds allow a look at. Where
+    preparing all exceeds `enough` seconds, up to two more cases are timed. None where no case can be used: who prepares
     the dataset says why.
 
     Args:
-        recipe, plan: None where they follow from the data; then from those of the timed case alone.
+        recipe, plan: None where they follow from the data; the recipe then from the timed case alone.
         prepared: folder where cases are prepared, of which an earlier call may have done some.
         budget: memory that training may take.
         until: a time of `time.monotonic` by which the answer is wanted.
     """
-    from volseg.plan import size_of
+    from volseg.plan import combine_fingerprints, make_plan, size_of
     from volseg.train.speed import seconds_per_step
 
     channels = None if recipe is None else recipe.data.channels
@@ -144,18 +148,23 @@ def forecast_of(
             break
     if timed is None:
         return None
-    chosen = timed.plan.complete(timed.recipe)
+    used = timed.plan
+    if plan is None:
+        others = [case for case in cases if case.id != timed.prepared.id]
+        seen = _look_at_some(dataset, others, timed.recipe, seed, min(time.monotonic() + LOOKED_SECONDS, until))
+        used = make_plan(combine_fingerprints([timed.fingerprint, *seen]), timed.recipe, budget)
+    chosen = used.complete(timed.recipe)
     step = seconds_per_step(
         [timed.prepared],
         chosen,
-        timed.plan,
+        used,
         team=team,
         seed=seed,
         threads=threads,
         until=until,
         tick=lambda doing: progress("Timing the first case", 1.0, doing),
     )
-    network = size_of(timed.plan, timed.recipe)
+    network = size_of(used, timed.recipe)
     flops = None
     if network is not None:
         n, outputs = len(chosen.data.channels), chosen.data.n_outputs
@@ -182,15 +191,33 @@ def _time_case(
     digests = Inputs(of_masks=True)
     inputs = inputs_of(placed, digests)
     laps.append(time.monotonic())
-    fingerprint = combine_fingerprints([look_at(placed, stated, seed)])
+    fingerprint = look_at(placed, stated, seed)
     laps.append(time.monotonic())
-    chosen = make_plan(fingerprint, stated, budget) if plan is None else plan.overruled_by(stated)
+    chosen = (
+        make_plan(combine_fingerprints([fingerprint]), stated, budget) if plan is None else plan.overruled_by(stated)
+    )
     with OutputFolder(prepared, "preprocess") as outputs:
         prepare_case(placed, stated, chosen, outputs, case_key(inputs, stated, chosen, seed), seed, digests)
     laps.append(time.monotonic())
     seconds: dict[str, float] = dict(zip(STAGES, np.diff(laps).tolist(), strict=True))
     made = read_prepared_case(prepared / "cases", case.id)
-    return _Timed(seconds=seconds, recipe=stated, plan=chosen, prepared=made)
+    return _Timed(seconds=seconds, recipe=stated, plan=chosen, fingerprint=fingerprint, prepared=made)
+
+
+def _look_at_some(
+    dataset: Path, cases: Sequence[Case], recipe: Recipe, seed: int, until: float
+) -> Iterator[CaseFingerprint]:
+    """Cases from all over the list, first its middle, then its quarters, and so on, until a time of `time.monotonic`."""
+    placed = {case.id: case for case in training_cases(dataset, recipe, seed, silent)}
+    n = len(cases)
+    places = dict.fromkeys(
+        n * odd // 2**level for level in range(1, n.bit_length() + 1) for odd in range(1, 2**level, 2)
+    )
+    for place in places:
+        if time.monotonic() > until:
+            return
+        with suppress(VolsegError, KeyError):  # who prepares the dataset names what is wrong with a case
+            yield look_at(placed[cases[place].id], recipe, seed)
 
 
 def _bytes(case: Case) -> int:

@@ -538,7 +538,7 @@ class _Training:
                 folds,
                 lambda candidate, each: each / operations(candidate),
             )
-        late = 1.0 if data.forecast is None else LATE_SHARE
+        is_late = data.forecast is not None and self.time.spent() > ANSWER_SECONDS
         try:
             fit = fit_to_time(
                 plan,
@@ -548,7 +548,7 @@ class _Training:
                 time_step=time_step,
                 smaller=None if least is None else lambda: least,
                 least_steps=self._least_steps,
-                enough=late,
+                enough=LATE_SHARE if is_late else 1.0,
             )
         except TooShortError as error:
             needed = error.needed / _steps_share(recipe) + self._finishing(folds)
