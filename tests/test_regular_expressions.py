@@ -124,7 +124,9 @@ def attacks_on(pattern, length):
 
 
 def seconds_of(function, pattern, text):
-    arguments = ("", text) if function in ("sub", "subn") else (text,)
+    if isinstance(pattern, bytes):
+        text = text.encode()
+    arguments = (text[:0], text) if function in ("sub", "subn") else (text,)
     began = time.process_time()
     result = getattr(re, function)(pattern, *arguments)
     if function == "finditer":
