@@ -154,11 +154,11 @@ def read_all(terminal):
     return b"".join(parts).decode()
 
 
-def test_an_output_folder_that_cannot_be_is_exit_code_5(model, dataset, tmp_path):
+def test_a_file_in_place_of_the_output_folder_is_exit_code_2(model, dataset, tmp_path):
     (tmp_path / "file").write_text("in the way")
     done = run("infer", dataset / "images" / "scan_0.nii.gz", "--model", model, "--out", tmp_path / "file")
-    assert done.returncode == 5
-    assert len(done.stderr.strip().splitlines()) == 1
+    assert done.returncode == 2
+    assert len(done.stderr.strip().splitlines()) == 1 and "[E_EXISTS]" in done.stderr
 
 
 def test_cuda_where_there_is_none_is_exit_code_5(model, dataset, tmp_path):

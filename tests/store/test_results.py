@@ -151,10 +151,20 @@ def test_a_folder_of_another_command_is_refused(tmp_path):
         pass
 
 
-def test_a_file_where_the_folder_should_be_is_an_environment_problem(tmp_path):
+@pytest.mark.parametrize("name", ["out", "out/deep/er", "link/deep"])
+def test_a_file_where_the_folder_should_be_is_refused(name, tmp_path):
     (tmp_path / "out").write_text("a file")
-    with pytest.raises(EnvironmentProblem, match="cannot write"), ResultsFolder(tmp_path / "out", "infer"):
+    (tmp_path / "link").symlink_to("nowhere")
+    with pytest.raises(VolsegError, match="is not a folder") as refusal, ResultsFolder(tmp_path / name, "infer"):
         pass
+    assert (refusal.value.code, refusal.value.exit_code) == ("E_EXISTS", 2)
+
+
+def test_a_file_called_as_the_folder_of_records_is_refused(tmp_path):
+    (tmp_path / ".volseg").write_text("mine")
+    with pytest.raises(VolsegError, match="not made by volseg") as refusal, ResultsFolder(tmp_path, "infer"):
+        pass
+    assert refusal.value.code == "E_EXISTS"
 
 
 def test_the_largest_rows_are_those_with_most_voxels_in_their_order(tmp_path):

@@ -118,12 +118,29 @@ def _seal_of(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
+def refuse_file(path: Path) -> None:
+    """Check that a folder is there or can be made: neither it nor one above it is something else.
+
+    Raises:
+        VolsegError: what is in the way (`E_EXISTS`).
+    """
+    for folder in (path, *path.parents):
+        if os.path.isdir(folder):
+            return
+        if os.path.lexists(folder):
+            raise VolsegError(
+                f"{folder}: is not a folder", fix="move or rename it, or give another --out", code="E_EXISTS"
+            )
+
+
 def make_folder(path: Path) -> None:
     """Make a folder and those above it.
 
     Raises:
+        VolsegError: as `refuse_file`.
         EnvironmentProblem: it cannot be made there.
     """
+    refuse_file(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:

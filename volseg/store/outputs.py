@@ -32,7 +32,15 @@ from filelock import FileLock, Timeout
 from volseg import __version__
 from volseg.errors import EnvironmentProblem, VolsegError
 from volseg.inputs import open_regular, parse_json, read_json
-from volseg.io.files import environment_problem, make_folder, read_back_problem, sha256_of, sync_file, sync_folder
+from volseg.io.files import (
+    environment_problem,
+    make_folder,
+    read_back_problem,
+    refuse_file,
+    sha256_of,
+    sync_file,
+    sync_folder,
+)
 
 RECORDS = ".volseg"
 LEDGER, LOCK = "ledger.jsonl", "lock"
@@ -137,7 +145,8 @@ class OutputFolder:
 
     def _check_kind(self) -> None:
         """That what is there is a folder of volseg's, of a command of the same kind."""
-        if os.path.islink(self._records) or (self._records.is_dir() and not _is_ours(self._records)):
+        refuse_file(self.path)
+        if os.path.lexists(self._records) and not _is_ours(self._records):
             raise _exists([self._records], "was not made by volseg", "move it away, or give another folder")
         content = folder_content(self.path)
         if content is not None and self.command is not None and content != SAME_KIND[self.command]:
@@ -428,7 +437,7 @@ def delete_written(folder: Path, is_intermediate: Callable[[str], bool] = lambda
         is_own = name in hashes and sha256_of(path) in hashes[name]
         if is_own or is_intermediate(name):
             path.unlink(missing_ok=True)
-    if (folder / RECORDS).is_dir() and _is_ours(folder / RECORDS):
+    if _is_ours(folder / RECORDS):
         shutil.rmtree(folder / RECORDS, ignore_errors=True)
     for path in sorted((path for path in folder.rglob("*") if path.is_dir()), reverse=True):
         with contextlib.suppress(OSError):
@@ -443,6 +452,8 @@ def _is_hidden(name: str) -> bool:
 
 def _is_ours(records: Path) -> bool:
     """Whether a folder called `.volseg` was made by volseg: its ledger begins with a run, or nothing was written yet."""
+    if records.is_symlink() or not records.is_dir():
+        return False
     ledger = records / LEDGER
     if ledger.is_symlink() or (ledger.exists() and not ledger.is_file()):
         return False
