@@ -29,6 +29,7 @@ MAX_DEPTH = 64  # lists and objects within each other; more would exhaust the st
 MAX_INTEGER = 2**63 - 1
 MAX_DIGITS = 20  # of a 64-bit number, with its sign
 MAX_NAME = 200  # characters of the name of a label, a channel or a column
+MAX_LABEL = 2**32 - 1  # the largest value of a mask
 # Bytes in which a number may be too long or too large, or a character half of a pair; all others need no second look. Digits
 # are made alike and bytes looked for, not a pattern, which takes ten times as long: noise has 100 000 rows.
 _ALIKE = bytes.maketrans(b"123456789+DE", b"0000000000de")
@@ -234,6 +235,17 @@ def _check_values(content: Any, *, is_finite: bool) -> None:
 
 def _nested() -> ValueError:
     return ValueError(f"is nested more than {MAX_DEPTH} levels deep")
+
+
+def label_value(text: str) -> int | None:
+    """The value of a mask that a text says in digits; None where it says none.
+
+    >>> label_value("7"), label_value("1.7"), label_value("9" * 5000)
+    (7, None, None)
+    """
+    if not text.isdecimal() or len(text) > len(str(MAX_LABEL)) or int(text) > MAX_LABEL:
+        return None
+    return int(text)
 
 
 def shortened(text: str, length: int = 60) -> str:

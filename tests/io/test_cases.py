@@ -252,6 +252,20 @@ def test_bad_dataset_json(text, tmp_path):
     assert "dataset.json" in problem_of(find_cases, tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("labels", "twice"),
+    [
+        ({"background": 0, "liver": 1, "spleen": 1}, "1"),
+        ({"0": "background", "1": "liver", "2": "liver"}, "'liver'"),
+        ({"1": "liver", "01": "spleen"}, "1"),
+    ],
+)
+def test_a_label_or_value_that_a_dataset_states_twice_is_a_mistake(labels, twice, tmp_path):
+    touch(tmp_path, "imagesTr/p_0000.nii.gz", "labelsTr/p.nii.gz")
+    describe(tmp_path, channel_names={"0": "CT"}, labels=labels)
+    assert f"dataset.json: labels has {twice} twice" in problem_of(find_cases, tmp_path, ["ct"])
+
+
 def test_images_tr_alone_is_not_guessed(tmp_path):
     touch(tmp_path, "imagesTr/p_0000.nii.gz")
     assert "has imagesTr but no dataset.json" in problem_of(find_cases, tmp_path)

@@ -296,3 +296,59 @@ def test_an_empty_mask_is_a_scan_without_lesions(pair, tmp_path):
         "0",
         "",
     )
+
+
+def test_one_mask_and_a_table_of_several_scans_are_no_pair(pair, tmp_path):
+    image, mask = pair
+    table = tmp_path / "scans.csv"
+    table.write_text(f"subject,image\na,{image}\n")
+    assert list(volseg.measure(image=table, mask=mask, out=tmp_path / "one").done) == ["a"]
+    table.write_text(f"subject,image\na,{image}\nb,{image}\n")
+    with pytest.raises(VolsegError, match=r"scans\.csv: lists 2 scans, but .*mask\.nii\.gz is one mask") as refusal:
+        volseg.measure(image=table, mask=mask, out=tmp_path / "out")
+    assert refusal.value.code == "E_USAGE" and f"--cases {table}" in refusal.value.fix
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "label", ["0", "label_0", "air", "4294967296", "9" * 5000, "²", "-1", "1.0", "", "label_", "part"]
+)
+@pytest.mark.parametrize("option", ["organ", "lymph_nodes"])
+def test_a_label_is_a_value_of_a_mask_or_the_name_of_one_and_never_the_background(option, label, pair, tmp_path):
+    image, mask = pair
+    names = {0: "air", 1: "part", 2: "part"}
+    wanted = {"organ": label} if option == "organ" else {"lymph_nodes": [label]}
+    report = volseg.measure(image=image, mask=mask, out=tmp_path / "out", label_names=names, **wanted)
+    assert report.failed["scan"].startswith("E_LABELS: ") and len(report.failed["scan"]) < 500
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        ('{"liver": 1.7, "spleen": 2}', "1.7"),
+        ('{"liver": true}', "true"),
+        ('{"liver": 1.0}', "1.0"),
+        ('{"liver": null}', "null"),
+        ('{"liver": 1, "spleen": 1}', "1 is both 'liver' and 'spleen'"),
+        ('{"1": "liver", "01": "spleen"}', "1 is both 'liver' and 'spleen'"),
+        ('{"1": "liver", "1": "spleen"}', "'1' appears twice"),
+        ('{"liver": 1, "liver": 2}', "'liver' appears twice"),
+        ('{"1": 2}', "2"),
+        ('{"1": ["liver"]}', "liver"),
+        ('{"liver": "9999999999999"}', "9999999999999"),
+        ('{"%s": "liver"}' % ("9" * 5000), "999"),
+        ('{"liver": -1}', "-1"),
+        ('["liver"]', "not a list of label names"),
+        ("label,name\n1,liver\n1,spleen\n", "1 is both 'liver' and 'spleen'"),
+        ("label,name\n1.0,liver\n", "1.0"),
+        ("label,name\n1_0,liver\n", "1_0"),
+        ("label,name\n%s,liver\n" % ("9" * 5000), "999"),
+    ],
+)  # fmt: skip
+def test_label_names_that_say_no_whole_number_or_one_value_twice_are_refused(content, problem, tmp_path):
+    path = tmp_path / ("names.json" if content[0] in "{[" else "names.csv")
+    path.write_text(content)
+    with pytest.raises(VolsegError, match=re.escape(f"{path}: not a list of label names")) as refusal:
+        read_label_names(path)
+    assert refusal.value.code == "E_LABELS" and problem in refusal.value.problem
+    assert len(refusal.value.problem) < 300 + len(str(path))

@@ -17,7 +17,16 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from volseg.errors import VolsegError
-from volseg.inputs import MAX_NAME, MAX_TEXT_BYTES, NotAFileError, kind_of, parse_json, read_bytes, shortened
+from volseg.inputs import (
+    MAX_NAME,
+    MAX_TEXT_BYTES,
+    NotAFileError,
+    kind_of,
+    label_value,
+    parse_json,
+    read_bytes,
+    shortened,
+)
 from volseg.io.csv_text import csv_rows
 from volseg.io.nifti import SUFFIXES, stem_of
 
@@ -111,12 +120,16 @@ def stated_labels(dataset: Path) -> dict[str, int]:
 
     Regions, which are lists of values, are left out; nnU-Net's name for voxels of which nobody knows what they are is `ignore`.
     """
-    found: dict[str, int] = {}
-    for one, other in _stated(dataset, "labels").items():
+    return {name: value for name, value in _named_values(_stated(dataset, "labels")) if value}
+
+
+def _named_values(labels: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
+    """(name, value) of each label that is not a region."""
+    for one, other in labels.items():
         name, value = (other, one) if str(one).isdecimal() else (one, other)  # the Decathlon has the value first
-        if str(value).isdecimal() and int(value) > 0:
-            found[str(name)] = int(value)
-    return found
+        number = label_value(str(value))
+        if number is not None:
+            yield str(name), number
 
 
 def stated_regions(dataset: Path) -> tuple[dict[str, tuple[int, ...]], tuple[int, ...]]:
@@ -151,6 +164,11 @@ def _description_mistakes(description: Mapping[str, Any]) -> Iterator[str]:
                 text = f"{json.dumps(shortened(name))}: {shortened(json.dumps(value))}"
                 expected = "a whole number, or a list of them" if key == "labels" else "a name"
                 yield f"dataset.json: {key} holds {text}, where {expected} is expected"
+    labels = description.get("labels")
+    pairs = list(_named_values(labels)) if isinstance(labels, dict) else []
+    for n_used in (Counter(name for name, _ in pairs), Counter(value for _, value in pairs)):
+        for part in (part for part, n in n_used.items() if n > 1):
+            yield f"dataset.json: labels has {shortened(repr(part))} twice"
     order = description.get("regions_class_order")
     if order is not None and not (isinstance(order, list) and order and all(map(_is_label_value, order))):
         yield f"dataset.json: regions_class_order is {shortened(json.dumps(order))}, not a list of whole numbers"

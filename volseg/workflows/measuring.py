@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -13,7 +14,7 @@ from typing import cast, get_args
 from volseg.errors import ScanError, VolsegError
 from volseg.execute.local import run
 from volseg.execute.memory import Budget, Peak
-from volseg.inputs import MAX_NAME, read_json, shortened
+from volseg.inputs import MAX_LABEL, MAX_NAME, label_value, read_json, shortened
 from volseg.io.cases import Case, find_cases, find_scans, read_table
 from volseg.io.nifti import MAX_LABELS, read_header, read_label_table, read_mask, read_volume
 from volseg.measure.memory import plan_measuring
@@ -114,7 +115,9 @@ def measure(
         label_names=dict(label_names or (read.data.label_names if read else {})),
         intensity_unit=intensity_unit or (read.data.intensity_unit if read and not read.data.unit_guessed else None),
         stated_by="--unit" if intensity_unit else "the recipe",
-        settings=(read.measure if read else Measure()).model_copy(update={k: v for k, v in asked.items() if v}),
+        settings=(read.measure if read else Measure()).model_copy(
+            update={name: value for name, value in asked.items() if value not in (None, (), False)}
+        ),
         figures=figures,
         pages=pages,
     )
@@ -363,6 +366,12 @@ def _pairs(image: Path | str | None, mask: Path | str | None, cases: Path | str 
         )
     scans = find_scans([image], ("image",))
     if not image.is_dir():
+        if len(scans) > 1:
+            raise VolsegError(
+                f"{image}: lists {len(scans)} scans, but {mask} is one mask",
+                fix=f"give --cases {image}, with the mask of each scan in its `label` column",
+                code="E_USAGE",
+            )
         return [replace(scans[0], reference=mask)], []
     masks = {case.id: next(iter(case.images.values())) for case in find_scans([mask], ("image",))}
     alone = [case.id for case in scans if case.id not in masks]
@@ -494,14 +503,19 @@ def _write_case(
 
 
 def _value_of(label: str, names: Mapping[int, str], path: Path) -> int:
-    """The value of a label given by its name, or as `label_7` or `7`."""
-    by_name = {name: value for value, name in names.items()}
-    number = label.removeprefix("label_")
-    if label in by_name or number.isdecimal():
-        return by_name[label] if label in by_name else int(number)
+    """The value of a label given by its name, or as `label_7` or `7`; never the background."""
+    values = [value for value, name in names.items() if name == label]
+    values = values or [label_value(label.removeprefix("label_")) or 0]
+    if len(values) == 1 and values[0] > 0:
+        return values[0]
+    shown = f"label {shortened(label)!r}"
+    named = ", ".join(names.values()) or "none"
+    problem = (
+        f"{shown} is the name of {len(values)} values" if len(values) > 1 else f"has no {shown}; named are {named}"
+    )
     raise VolsegError(
-        f"{path}: has no label {label!r}; named are {', '.join(by_name) or 'none'}",
-        fix="give the label's value, or name the values with --label-names",
+        f"{path}: {problem}",
+        fix="give the label's value, 1 or more, or name the values with --label-names",
         code="E_LABELS",
     )
 
@@ -509,20 +523,23 @@ def _value_of(label: str, names: Mapping[int, str], path: Path) -> int:
 def read_label_names(path: Path | str) -> dict[int, str]:
     """Value → name from a JSON object (either way round) or a CSV with columns `label` and `name`."""
     path = Path(path)
+    names: dict[int, str] = {}
     try:
         if path.suffix.lower() == ".json":
-            pairs = read_json(path).items()
-            names = dict((int(k), str(v)) if str(k).isdecimal() else (int(v), str(k)) for k, v in pairs)
+            pairs = [(one, other) if one.isdecimal() else (other, one) for one, other in read_json(path).items()]
         else:
             path.stat()  # a file that is not there is said so below
             columns, lines = read_table(path)
             label, name = columns.index("label"), columns.index("name")
-            names = {int(cells[label]): cells[name] for _, cells in lines}
-        for value, name in names.items():
-            if not 0 <= value < 2**32 or not isinstance(name, str) or not 0 < len(name) <= MAX_NAME:
-                raise ValueError(
-                    f"{value} = {shortened(str(name))!r}: a value is a whole number, a name has 1 to {MAX_NAME} characters"
-                )
+            pairs = [(cells[label], cells[name]) for _, cells in lines]
+        for stated, name in pairs:
+            value = _label_value(stated)
+            if value is None or not isinstance(name, str) or not 0 < len(name) <= MAX_NAME:
+                shown = " = ".join(shortened(json.dumps(part, ensure_ascii=False)) for part in (stated, name))
+                raise ValueError(f"{shown}: a value is a whole number, a name has 1 to {MAX_NAME} characters")
+            if value in names:
+                raise ValueError(f"{value} is both {names[value]!r} and {name!r}")
+            names[value] = name
         return names
     except (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
         raise VolsegError(
@@ -530,3 +547,10 @@ def read_label_names(path: Path | str) -> dict[int, str]:
             fix='give JSON such as {"1": "spleen"}, or a CSV with columns label and name',
             code="E_LABELS",
         ) from error
+
+
+def _label_value(stated: object) -> int | None:
+    """The value of a mask that JSON or a cell states; None where it states none."""
+    if isinstance(stated, str):
+        return label_value(stated)
+    return stated if type(stated) is int and 0 <= stated <= MAX_LABEL else None
