@@ -242,3 +242,42 @@ def test_a_pet_and_an_mr_get_no_hu_density_mass_or_class_from_the_shipped_model(
     assert report.exit_code == 4
     assert all(reason.startswith("E_MODALITY: ") for reason in report.failed.values())
     assert rows(tmp_path / "out" / "lesions.csv") == []
+
+
+def test_a_corrected_mask_keeps_the_warnings_of_its_scan_and_the_model_box(dataset, model, tmp_path):
+    scans, out = tmp_path / "scans", tmp_path / "out"
+    scans.mkdir()
+    scan = read_volume(dataset / "images" / "scan_6.nii.gz")
+    padded = np.asfortranarray(np.pad(scan.array, ((0, 60), (0, 0), (0, 0)), mode="edge"))
+    write_volume(Volume(padded, type(scan.geometry)(padded.shape, scan.geometry.affine)), scans / "wide.nii.gz")
+    write_volume(magnetic(read_volume(dataset / "images" / "scan_7.nii.gz")), scans / "mr.nii.gz")
+    volseg.infer(scans, model=model, out=out, device="cpu", accept_mismatch=True)
+
+    def on_pages():
+        pages = [(out / name).read_text("utf-8") for name in ("report.html", "viewer/mr.html", "viewer/wide.html")]
+        return [page.partition('<section class="model"')[2].partition("</section>")[0] for page in pages]
+
+    before, boxes = {row["case_id"]: row["warnings"] for row in rows(out / "cases.csv")}, on_pages()
+    assert "W_FOV: " in before["wide"] and before["mr"].startswith("W_MODALITY: ") and all(boxes)
+    for _ in range(2):  # corrected, and corrected again
+        for name in before:
+            mask = read_volume(out / "masks" / f"{name}.nii.gz")
+            array = mask.array.copy()
+            array[tuple(np.argwhere(array)[0])] = 0
+            write_volume(mask.with_array(array), out / "masks" / f"{name}.nii.gz")
+        assert sorted(volseg.measure(out).done) == ["mr", "wide"]
+        for row in rows(out / "cases.csv"):
+            assert row["warnings"].startswith(before[row["case_id"]].split("; W_BORDER")[0])
+            assert "W_CORRECTED: " in row["warnings"]
+        assert on_pages() == boxes
+        marked = [row for row in rows(out / "lesions.csv") if row["case_id"] == "mr"]
+        assert marked
+        for lesion in marked:
+            assert "W_MODALITY: " in lesion["notes"] and not any(lesion[name] for name in (*WITHHELD, *CLASS))
+    record = out / ".volseg" / "wide.json"
+    content = json.loads(record.read_text())
+    for remarks in ("W_FOV", ["W_FOV: so", 3], None):  # of a stranger
+        content["source"]["remarks"] = remarks
+        record.write_text(json.dumps(content))
+        shutil.copy(out / "lesion_ids" / "wide.nii.gz", out / "masks" / "wide.nii.gz")
+        assert volseg.measure(out).failed["wide"].startswith("E_RECORD: ")

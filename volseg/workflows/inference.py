@@ -388,6 +388,7 @@ def _write(
             inputs=inputs,
             lesions=result.measured,
             source=source_of(scan_path, scan, unit.name, box)
-            | {"unit_doubt": unit.doubt, "measure": settings.model_dump(mode="json")}
+            | {"unit_doubt": unit.doubt, "remarks": list(result.resemblance.remarks)}
+            | {"measure": settings.model_dump(mode="json")}
             | {"label_names": {str(value): name for value, name in data.label_names.items()}},
         )

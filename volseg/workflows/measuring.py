@@ -23,6 +23,7 @@ from volseg.measure.specks import MeasuredLesions, measure_largest
 from volseg.measure.units import Unit, judge_unit
 from volseg.postprocess.lesions import CONNECTIVITY, Objects, label_lesions, without_organ
 from volseg.recipe import Measure, load_recipe
+from volseg.report.model_box import ModelBox, read_model_box
 from volseg.store.outputs import SAME_KIND, Commit, folder_content
 from volseg.store.results import LESION_IDS, MASKS, ResultsFolder, State
 from volseg.volume import Volume
@@ -272,6 +273,8 @@ def _corrected_case(folder: ResultsFolder, name: str, *, figures: bool, pages: b
             intensity_unit=str(source["unit"]),
             stated_by="the model",
             unit_doubt=str(source.get("unit_doubt", "")),
+            remarks=_texts(source["remarks"]),
+            box=read_model_box(source.get("model_box")),
             settings=Measure.model_validate(source["measure"]),
             figures=figures,
             pages=pages,
@@ -283,6 +286,12 @@ def _corrected_case(folder: ResultsFolder, name: str, *, figures: bool, pages: b
             code="E_RECORD",
         ) from error
     return case, wanted
+
+
+def _texts(content: object) -> tuple[str, ...]:
+    if not isinstance(content, list) or not all(isinstance(text, str) for text in content):
+        raise TypeError(f"{shortened(repr(content))} is no list of texts")
+    return tuple(content)
 
 
 def _measure_corrected_case(folder: ResultsFolder, name: str, *, figures: bool, pages: bool) -> None:
@@ -395,6 +404,8 @@ class _Wanted:
     intensity_unit: str | None
     stated_by: str  # `--unit`, the recipe or the model
     unit_doubt: str = ""  # that the model's results had already
+    remarks: tuple[str, ...] = ()  # on how the scan resembles the model's training scans
+    box: ModelBox | None = None  # of the model
     settings: Measure
     figures: bool
     pages: bool
@@ -442,7 +453,7 @@ def _measure_case(case: Case, wanted: _Wanted) -> _Measured:
     mask = read_mask(case.reference, max_labels=MAX_LABELS if wanted.objects == "components" else MOST_OBJECTS)
     check_pair(scan, mask, str(path), str(case.reference))
     unit = judge_unit(scan, wanted.intensity_unit, by=wanted.stated_by)
-    if wanted.unit_doubt and not unit.doubt:
+    if wanted.unit_doubt:
         unit = replace(unit, doubt=wanted.unit_doubt)
     names = _Names(wanted.label_names or read_label_table(case.reference))
     array, organ_voxels, settings = mask.array, None, wanted.settings
@@ -485,6 +496,9 @@ def _write_case(
     write_mask(ids, commit, LESION_IDS, case.id, like=path)
     if wanted.figures:
         write_figure(scan, ids, largest, case.id, commit)
+    remarks = [*wanted.remarks, *((remark,) if remark else ())]
+    if measured.unit.doubt and not any(measured.unit.doubt in text for text in remarks):
+        remarks.insert(0, f"W_UNIT: {measured.unit.doubt}")
     row = done_row(
         case,
         scan,
@@ -495,10 +509,10 @@ def _write_case(
         seconds=measured.seconds,
         settings=measured.settings,
         organ_voxels=measured.organ_voxels,
-        remarks=[*((f"W_UNIT: {measured.unit.doubt}",) if measured.unit.doubt else ()), *((remark,) if remark else ())],
+        remarks=remarks,
     )
     if wanted.pages:
-        write_page(row, largest, scan, ids.array, unit=measured.unit.name, commit=commit)
+        write_page(row, largest, scan, ids.array, unit=measured.unit.name, commit=commit, box=wanted.box)
     return replace(row, seconds=round(measured.seconds + time.monotonic() - started, 2))
 
 
