@@ -657,3 +657,38 @@ def test_a_fringe_that_missing_voxels_cut_off_is_no_progression(tmp_path):
     assert abs(float(row["change_sum_percent"])) < 1
     shown = on_page(tmp_path / "out" / "report.html", "changes")
     assert sorted(each["status"] for each in shown) == ["crumb", "crumb", "matched", "matched"]
+
+
+@pytest.mark.parametrize(
+    "image", ["/etc/x", "**x", "**", "*", "..", "/", "a\0b", "x" * 300, "[", "../scans/stays.nii.gz", "a/../..", "."]
+)
+def test_the_name_of_a_scan_in_a_record_of_a_stranger_is_no_pattern_and_no_path(image, baseline, tmp_path):
+    results, scans = tmp_path / "results", tmp_path / "elsewhere"
+    shutil.copytree(baseline, results)
+    shutil.copytree(baseline.parent / "scans", scans / "deep")
+    change_record(results, "stays", lambda record: (record["case"].update(image=image), record.pop("source")))
+    options = {"baseline_scans": scans, "followup_scans": scans}
+    report = volseg.compare(results, results, out=tmp_path / "out", **options)
+    assert set(report.done) >= TIMES.keys() - {"stays"}
+    if image.endswith("stays.nii.gz"):  # the name is taken, not where it leads
+        assert report.exit_code == 0
+    else:
+        assert report.failed["stays"].startswith("E_MISSING: ")
+    assert volseg.compare(results, results, out=tmp_path / "blind", registration=False, **options).exit_code == 0
+
+
+@pytest.mark.parametrize("name", ["p[1].nii.gz", "p*.nii.gz", "p?.nii.gz", "[!p].nii.gz"])
+def test_a_scan_is_found_below_the_folder_whatever_its_name(name, baseline, tmp_path):
+    results, scans = tmp_path / "results", tmp_path / "elsewhere"
+    shutil.copytree(baseline, results)
+    for time in TIMES:
+        deep = scans / time
+        deep.mkdir(parents=True)
+        shutil.copy(
+            baseline.parent / "scans" / f"{time}.nii.gz", deep / (name if time == "stays" else f"{time}.nii.gz")
+        )
+    (scans / "folder" / name).mkdir(parents=True)
+    change_record(results, "stays", lambda record: (record["case"].update(image=name), record.pop("source")))
+    volseg.compare(results, results, out=tmp_path / "out", baseline_scans=scans, followup_scans=scans)
+    row = tables(tmp_path / "out")[0]["stays"]
+    assert (row["status"], row["registration"], row["response"]) == ("done", "identical", "SD")

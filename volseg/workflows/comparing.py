@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
+import os
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -190,8 +190,16 @@ def _run_patients(
         for patient in patients
         if not patient.is_paired
     }
-    inputs = {patient.name: _inputs(patient, folders, settings) for patient in patients if patient.is_paired}
-    keys = {patient.name: _key(patient, inputs[patient.name], settings) for patient in patients if patient.is_paired}
+    inputs: dict[str, tuple[str, ...]] = {}
+    refusals: dict[str, VolsegError] = {}
+    keys: dict[str, str] = {}
+    for outcome in run(
+        lambda patient: _inputs(patient, folders, settings), [each for each in patients if each.is_paired]
+    ):
+        name = outcome.item.name
+        inputs[name] = outcome.value or ()
+        keys[name] = _key(outcome.item, inputs[name], settings)
+        refusals |= {} if outcome.error is None else {name: outcome.error}
     kept = [name for name in keys if results.is_complete(name, keys[name])]
     to_compare = keys.keys() - kept
     todo = [patient for patient in patients if patient.name in to_compare]
@@ -202,7 +210,7 @@ def _run_patients(
     for name in kept:
         results.settle(name)
 
-    refusals = budget.refused(dict(_peaks(todo, folders, settings, budget.process)))
+    refusals |= budget.refused(_peaks(todo, folders, settings, budget.process))
 
     def task(patient: Patient) -> None:
         name = patient.name
@@ -240,14 +248,15 @@ def _run_patients(
     return RunReport(out=results.path, done=done, kept=kept, failed=failed, details=details)
 
 
-def _peaks(
-    patients: Sequence[Patient], folders: _Folders, settings: CompareSettings, process: int
-) -> Iterator[tuple[str, Peak]]:
+def _peaks(patients: Sequence[Patient], folders: _Folders, settings: CompareSettings, process: int) -> dict[str, Peak]:
     """What comparing the scans of each patient takes at most, from their headers; comparing the others says what is wrong."""
-    for patient in patients:
-        with contextlib.suppress(ScanError):
-            peaks = [_peak(pair, folders, settings, process) for pair in patient.scans]
-            yield patient.name, max(peaks, key=lambda peak: peak.total)
+
+    def largest(patient: Patient) -> Peak:
+        peaks = [_peak(pair, folders, settings, process) for pair in patient.scans]
+        return max(peaks, key=lambda peak: peak.total)
+
+    outcomes = run(largest, patients)
+    return {outcome.item.name: outcome.value for outcome in outcomes if outcome.value is not None}
 
 
 def _peak(cases: tuple[str | None, str | None], folders: _Folders, settings: CompareSettings, process: int) -> Peak:
@@ -587,9 +596,11 @@ def _scan_path(record: CaseRecord, scans: Path | None) -> Path | None:
     Raises:
         ScanError: the folder has several of this name.
     """
-    name = record.case.image
+    name = Path(record.case.image or "").name  # a record of a stranger may name a path
     if scans is not None and name:
-        found = [scans / name] if (scans / name).is_file() else sorted(scans.rglob(name))
+        found = [scans / name]
+        if not os.path.isfile(found[0]):
+            found = sorted(Path(folder, name) for folder, _, files in os.walk(scans) if name in files)
         if len(found) > 1:
             raise ScanError(
                 f"{scans}: has {len(found)} files {name!r}, such as {found[0]} and {found[1]}",
@@ -598,7 +609,7 @@ def _scan_path(record: CaseRecord, scans: Path | None) -> Path | None:
             )
         if found:
             return found[0]
-    return record.scan if record.scan is not None and record.scan.is_file() else None
+    return record.scan if record.scan is not None and os.path.isfile(record.scan) else None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
