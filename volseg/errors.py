@@ -48,7 +48,7 @@ class UnexpectedError(ScanError):
         said = (str(error).strip().splitlines() or [""])[0][:MAX_SAID]
         super().__init__(
             f"unexpected {type(error).__name__}{where}: {said}",
-            fix="report it with the traceback beside the record of the case",
+            fix="report it with this line",
             code="E_BUG",
         )
         self.trace = "".join(traceback.format_exception(error))

@@ -14,7 +14,7 @@ import pytest
 import volseg
 from volseg.errors import EnvironmentProblem, VolsegError
 from volseg.io.nifti import read_mask, read_volume, write_volume
-from volseg.workflows import batch, measuring
+from volseg.workflows import batch, comparing, evaluating, measuring, preparing
 
 
 def rows(path):
@@ -506,3 +506,128 @@ def test_rows_of_a_stranger_that_are_none_are_one_line_that_says_what_helps(data
             assert refusal.value.code == "E_RECORD" and f"delete {path}" in str(refusal.value)
         path.unlink()
         assert list(measure(data, out).done) == ["scan_6"]
+
+
+def infer_and_erode(model, data, out):
+    volseg.infer(data / "images", model=model, out=out)
+    erode(out / "masks" / "scan_6.nii.gz")
+
+
+def test_a_corrected_mask_that_cannot_be_measured_leaves_no_number_unmarked(model, data, tmp_path):
+    out = tmp_path / "out"
+    volseg.infer(data / "images", model=model, out=out)
+    mask = out / "masks" / "scan_6.nii.gz"
+    good, numbers = mask.read_bytes(), rows(out / "lesions.csv")
+    mask.write_bytes(b"garbage")
+    report = volseg.measure(out)
+    assert (report.exit_code, list(report.failed)) == (3, ["scan_6"])
+    warnings = {row["case_id"]: row["warnings"] for row in rows(out / "cases.csv")}
+    assert "W_STALE: the last run failed (E_" in warnings["scan_6"] and "W_EDITED: " in warnings["scan_6"]
+    assert f"`volseg measure {out}`" in warnings["scan_6"]
+    assert "W_STALE" not in warnings["scan_7"] and "W_EDITED" not in warnings["scan_7"]
+    assert "W_EDITED: " in (out / "report.html").read_text("utf-8")
+    assert rows(out / "lesions.csv") == numbers
+    mask.write_bytes(good)
+    erode(mask)
+    assert list(volseg.measure(out).done) == ["scan_6"]
+    warnings = {row["case_id"]: row["warnings"] for row in rows(out / "cases.csv")}
+    assert "W_STALE" not in warnings["scan_6"] and "W_EDITED" not in warnings["scan_6"]
+
+
+def test_a_corrected_mask_that_was_not_measured_yet_is_said_on_the_pages(model, data, tmp_path):
+    out = tmp_path / "out"
+    infer_and_erode(model, data, out)
+    report = volseg.report(out)
+    assert [warning for warning in report.details["warnings"] if warning.startswith("W_EDITED: scan_6: ")]
+    for page in ("report.html", "viewer/scan_6.html"):
+        assert "W_EDITED: " in (out / page).read_text("utf-8"), page
+    assert "W_EDITED: " not in (out / "viewer" / "scan_7.html").read_text("utf-8")
+    volseg.measure(out)
+    volseg.report(out)
+    assert not any("W_EDITED: " in page.read_text("utf-8") for page in out.rglob("*.html"))
+
+
+@pytest.mark.parametrize("time", ["before", "after"])
+def test_lesions_of_a_mask_that_was_corrected_and_not_measured_are_not_compared(time, model, data, tmp_path):
+    folders = {name: tmp_path / name for name in ("before", "after")}
+    for folder in folders.values():
+        volseg.infer(data / "images", model=model, out=folder)
+    call = {"out": tmp_path / "out", "registration": False}
+    volseg.compare(*folders.values(), **call)
+    mask = folders[time] / "masks" / "scan_6.nii.gz"
+    drawn = mask.read_bytes()
+    erode(mask)
+    report = volseg.compare(*folders.values(), **call)
+    assert (list(report.failed), list(report.kept)) == (["scan_6"], ["scan_7"])
+    assert report.failed["scan_6"].startswith(f"E_EDITED: {mask}: ")
+    assert report.failed["scan_6"].endswith(f"run `volseg measure {folders[time]}` first")
+    assert {row["patient"]: row["response"] for row in rows(tmp_path / "out" / "response.csv")}["scan_6"] == ""
+    corrected = mask.read_bytes()
+    mask.write_bytes(drawn)  # put back as it was
+    assert volseg.compare(*folders.values(), **call).exit_code == 0
+    mask.write_bytes(corrected)
+    volseg.measure(folders[time])
+    report = volseg.compare(*folders.values(), **call)
+    assert (list(report.done), list(report.kept)) == (["scan_6"], ["scan_7"])
+
+
+@pytest.fixture
+def calls(data, dataset, model, tiny_recipe, tmp_path):
+    """Command → what calls it with an output folder."""
+    results, labels = tmp_path / "results", data / "labels"
+    measure(data, results)
+    return {
+        "measure": lambda out: measure(data, out),
+        "measure again": lambda out: volseg.measure(out),
+        "evaluate": lambda out: volseg.evaluate(reference=labels, predicted=labels, out=out),
+        "compare": lambda out: volseg.compare(results, results, out=out, registration=False),
+        "infer": lambda out: volseg.infer(data / "images", model=model, out=out),
+        "preprocess": lambda out: volseg.preprocess(dataset, recipe=tiny_recipe, out=out),
+        "train": lambda out: volseg.train(dataset, recipe=tiny_recipe, out=out),
+        "plan": lambda out: volseg.plan(dataset, recipe=tiny_recipe, out=out),
+    }
+
+
+@pytest.mark.parametrize(
+    ("command", "module", "name"),
+    [
+        ("measure", measuring, "_measure_case"),
+        ("measure again", measuring, "_measure_case"),
+        ("evaluate", evaluating, "evaluate_case"),
+        ("compare", comparing, "_compare_scans"),
+        ("compare", comparing, "_inputs"),
+        ("preprocess", preparing, "look_at"),
+        ("preprocess", preparing, "prepare_case"),
+    ],
+)
+def test_the_traceback_that_a_reason_names_is_there_until_the_case_is_done(
+    command, module, name, calls, model, data, tmp_path, monkeypatch
+):
+    out, call, met = tmp_path / "out", calls[command], []
+    if command == "measure again":
+        infer_and_erode(model, data, out)
+    original = getattr(module, name)
+
+    def buggy(*args, **kwargs):
+        if not met:
+            met.append(args)
+            raise ZeroDivisionError("a bug")
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(module, name, buggy)
+    ((case, reason),) = call(out).failed.items()
+    trace = out / ".volseg" / f"{case}.traceback.txt"
+    assert reason.startswith("E_BUG: unexpected ZeroDivisionError at ")
+    assert reason.endswith(f"; to fix: report it with {trace}")
+    assert "ZeroDivisionError: a bug" in trace.read_text()
+    monkeypatch.undo()
+    assert call(out).exit_code == 0
+    assert not trace.exists()
+
+
+@pytest.mark.parametrize("below", ["", "deep/er"])
+@pytest.mark.parametrize("command", ["measure", "evaluate", "compare", "infer", "preprocess", "train", "plan"])
+def test_a_file_where_the_output_folder_has_to_be_is_refused(command, below, calls, tmp_path, refused):
+    file = tmp_path / "file"
+    file.write_text("mine")
+    refused(lambda: calls[command](file / below), names=str(file), folder=tmp_path)

@@ -386,6 +386,11 @@ class Commit:
             self._outputs.publish(self.folder, hashes, list(removed))
 
 
+def trace_name(item: str) -> str:
+    """Path in the folder of the traceback of a bug that an item met."""
+    return f"{RECORDS}/{item}.traceback.txt"
+
+
 def folder_content(path: Path) -> str | None:
     """What the folder of a volseg command holds, such as `the results of infer`; None for another folder."""
     commands = [line["command"] for line in _read_lines(path / RECORDS / LEDGER) if "command" in line]

@@ -16,7 +16,7 @@ from volseg.io.files import sha256_of
 from volseg.measure.rows import CaseRow, LesionMeasurement
 from volseg.postprocess.lesions import MANY
 from volseg.store.outputs import RECORDS
-from volseg.store.results import read_json_record, read_rows, rows_name, shown_row
+from volseg.store.results import masks_of, read_json_record, read_rows, rows_name, shown_row
 
 Row = TypeVar("Row", CaseRow, LesionMeasurement)
 
@@ -27,12 +27,14 @@ class CaseRecord:
 
     Args:
         lesions: by number; none of a mask of so many that it looks like noise. files: path in the folder → SHA-256.
+        masks: the same of those that the numbers were taken from.
         scan, scan_sha256: where it was, as an absolute path, and what was in it; None in folders that do not say.
     """
 
     case: CaseRow
     lesions: Sequence[LesionMeasurement]
     files: Mapping[str, str]
+    masks: Mapping[str, str]
     scan: Path | None
     scan_sha256: str | None
 
@@ -94,6 +96,7 @@ def read_record(results: Path, case_id: str) -> CaseRecord:
             case=case,
             lesions=lesions,
             files=content["files"],
+            masks=masks_of(content),
             scan=Path(source["scan"]) if source.get("scan") else None,
             scan_sha256=source.get("sha256"),
         )

@@ -17,13 +17,13 @@ from volseg.errors import ScanError
 from volseg.inputs import open_regular, parse_json, read_json
 from volseg.io.files import json_text, sha256_of
 from volseg.measure.rows import CaseRow, LesionMeasurement
-from volseg.store.outputs import RECORDS, Commit, OutputFolder, confined
+from volseg.store.outputs import RECORDS, Commit, OutputFolder, confined, trace_name
 from volseg.store.tables import table
 
 MAX_ROW_BYTES = 2**20  # of a line of a stranger's file; a row takes about one thousandth of it
 VIEWERS, THUMBNAILS = "viewer", "viewer/thumbnails"
 MASKS, LESION_IDS = "masks", "lesion_ids"
-STALE = "W_STALE"
+STALE, EDITED = "W_STALE", "W_EDITED"
 _N_VOXELS = re.compile(rb'"n_voxels": ([0-9]{1,18})\b')
 
 
@@ -58,11 +58,7 @@ class RecordFolder(OutputFolder):
         record = self.record(name)
         if record is None or record[self.row]["status"] != "done":
             return State.MISSING
-        corrected = record.get("corrected", {})
-        masks = {path: digest for path, digest in {**record["files"], **corrected}.items() if _is_mask(path)}
-        is_edited = any(
-            (self.path / path).is_file() and not self._is_as(path, digest) for path, digest in masks.items()
-        )
+        corrected, is_edited = record.get("corrected", {}), self.is_edited(record)
         is_corrected = bool(corrected) and all((self.path / path).is_file() for path in corrected)
         if (is_edited or is_corrected) and inputs is not None and list(inputs) != record.get("inputs"):
             return State.OTHER_INPUT
@@ -74,6 +70,23 @@ class RecordFolder(OutputFolder):
         if self._are_there(needed):
             return State.COMPLETE
         return State.EDITED if is_corrected else State.MISSING  # what was measured of the corrected mask is damaged
+
+    def is_edited(self, record: Mapping[str, Any]) -> bool:
+        """Whether a mask was changed by hand since the numbers of its item were taken."""
+        masks = masks_of(record).items()
+        return any((self.path / path).is_file() and not self._is_as(path, digest) for path, digest in masks)
+
+    @property
+    def edited_text(self) -> str:
+        """What is to be said of an item whose mask was changed by hand and not measured."""
+        command = f"`volseg measure {self.path}`"
+        return f"its mask was changed by hand after it was measured and is kept; {command} measures it as it is now"
+
+    def shown(self, record: Mapping[str, Any], *, is_pending: bool = False) -> dict[str, Any]:
+        """`shown_row`, with a warning if the mask is not the one that was measured."""
+        row = shown_row(record, self.row, is_pending=is_pending)
+        is_edited = row["status"] == "done" and self.is_edited(record)
+        return _warned(row, f"{EDITED}: {self.edited_text}") if is_edited else row
 
     def is_complete(self, name: str, key: str) -> bool:
         """Whether the item was done with this key and its files are as they were written; pages are soon made again."""
@@ -114,15 +127,14 @@ class RecordFolder(OutputFolder):
         """Replace the record of an item whose rows and files stay."""
         self.write(_record_name(name), json_text(record, indent=None))
 
-    def settle(self, name: str, remark: str = "") -> None:
-        """Forget, of an item that is complete, that a later run failed; `remark` is what is to be said of it instead."""
+    def settle(self, name: str) -> None:
+        """Forget, of an item that is complete, that a later run failed."""
         record = self.record(name) or {}
         settled = {key: value for key, value in record.items() if key not in ("remark", "failed")}
-        settled |= {"remark": remark} if remark else {}
         if settled != record:
             self.update(name, settled)
 
-    def commit_failure(self, name: str, row: Any, inputs: Sequence[str], trace: str = "") -> None:
+    def commit_failure(self, name: str, row: Any, inputs: Sequence[str]) -> None:
         """Record that an item failed. What an earlier run made of it stays.
 
         Where that was of the same input, its rows stay in the tables too, with a warning; of another input they would be
@@ -131,7 +143,6 @@ class RecordFolder(OutputFolder):
         Args:
             row: a dataclass with `status` and `reason`.
             inputs: SHA-256 of each file of the item.
-            trace: of an unexpected exception, for a file beside the record.
         """
         record = self.record(name)
         if record is None or record[self.row]["status"] != "done":
@@ -141,11 +152,7 @@ class RecordFolder(OutputFolder):
             record |= {"remark": f"{STALE}: the last run failed ({row.reason}); these numbers are from an earlier one"}
         else:
             record |= {"failed": plain(row)}
-        with self.staged() as commit:
-            if trace:
-                commit.write(f"{RECORDS}/{name}.traceback.txt", trace)
-            commit.write(_record_name(name), json_text(record, indent=None))
-            commit.finish()
+        self.update(name, record)
 
     def _are_there(self, files: Mapping[str, str]) -> bool:
         return all(self._is_as(path, digest) for path, digest in files.items())
@@ -171,7 +178,7 @@ class RecordFolder(OutputFolder):
             "corrected", ()
         )  # even where it is a mask that volseg drew once: its own again by its hash
         stale = [path for path in earlier if path not in files and path not in corrected]
-        commit.finish(last=_record_name(name), removed=[*stale, f"{RECORDS}/{name}.traceback.txt"])
+        commit.finish(last=_record_name(name), removed=[*stale, trace_name(name)])
 
 
 class ResultsFolder(RecordFolder):
@@ -199,9 +206,9 @@ class ResultsFolder(RecordFolder):
         content = {"key": key, "inputs": list(inputs), "case": plain(case), "source": dict(source or {})}
         self._finish(case.case_id, commit, content | ({"corrected": dict(corrected)} if corrected else {}), lesions)
 
-    def keep(self, case_id: str, scan: Path, remark: str = "") -> None:
-        """Say where the scan of a complete case is now, and what is to be said of it; an earlier failure is settled."""
-        self.settle(case_id, remark)
+    def keep(self, case_id: str, scan: Path) -> None:
+        """Say where the scan of a complete case is now; an earlier failure is settled."""
+        self.settle(case_id)
         record = self.record(case_id)
         if record is not None and record["source"].get("scan") not in (None, str(scan.absolute())):
             self.update(case_id, record | {"source": record["source"] | {"scan": str(scan.absolute())}})
@@ -230,7 +237,7 @@ class ResultsFolder(RecordFolder):
             if record is None:
                 rows[name] = plain(unknown_row(name))
             elif name not in rows or record["case"]["status"] == "done":
-                rows[name] = shown_row(record, is_pending=name in rows)
+                rows[name] = self.shown(record, is_pending=name in rows)
         return [rows[name] for name in sorted(rows)]
 
     def lesion_rows(self, cases: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
@@ -262,7 +269,17 @@ def shown_row(record: Mapping[str, Any], row_name: str = "case", *, is_pending: 
     remark = record.get("remark", "")
     if is_pending and not remark:
         remark = f"{STALE}: from an earlier run; the run that was to replace it was interrupted"
-    return row | ({"warnings": "; ".join(filter(None, (row.get("warnings"), remark)))} if remark else {})
+    return _warned(row, remark) if remark else row
+
+
+def _warned(row: Mapping[str, Any], warning: str) -> dict[str, Any]:
+    return {**row, "warnings": "; ".join(filter(None, (row.get("warnings"), warning)))}
+
+
+def masks_of(record: Mapping[str, Any]) -> dict[str, str]:
+    """Path → SHA-256 of each mask that the numbers of an item were taken from."""
+    masks = {**record["files"], **record.get("corrected", {})}
+    return {path: digest for path, digest in masks.items() if path.startswith(f"{MASKS}/")}
 
 
 def unknown_row(case_id: str) -> CaseRow:
@@ -379,7 +396,3 @@ def _record_name(name: str) -> str:
 def rows_name(name: str) -> str:
     """Path in the folder of the file with the rows of an item."""
     return f"{RECORDS}/{name}.rows.jsonl"
-
-
-def _is_mask(path: str) -> bool:
-    return path.startswith(f"{MASKS}/")

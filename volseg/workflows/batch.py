@@ -25,8 +25,8 @@ from volseg.measure.rows import CaseRow, LesionMeasurement
 from volseg.measure.specks import MeasuredLesions
 from volseg.measure.units import Unit
 from volseg.recipe import Measure
-from volseg.store.outputs import Commit
-from volseg.store.results import MASKS, THUMBNAILS, VIEWERS, ResultsFolder, State
+from volseg.store.outputs import Commit, OutputFolder, trace_name
+from volseg.store.results import EDITED, MASKS, THUMBNAILS, VIEWERS, ResultsFolder, State
 from volseg.volume import Volume, slabs_of
 from volseg.workflows.pages import remake_page, write_report
 from volseg.workflows.remarks import remarks_on_scans
@@ -35,10 +35,6 @@ from volseg.workflows.remarks import remarks_on_scans
 Progress = Callable[[str, float, str], None]
 
 FIGURES = "figures"
-EDITED = (
-    "W_EDITED: {case}: its mask was changed by hand after it was measured and is kept; "
-    "`volseg measure {out}` measures it as it is now"
-)
 SUCCESS, SOME_FAILED, NONE_SUCCEEDED = 0, 3, 4
 
 
@@ -151,19 +147,18 @@ def run_cases(
     results.refuse_foreign([*files.shared, *(name for case in todo for name in files.names(case.id)), *lost_pages])
 
     def fail(case: Case, error: VolsegError) -> None:
-        failed[case.id] = reason_of(error)
+        failed[case.id] = failure_reason(results, case.id, error)
         image = _scan_of(case).name
         row = CaseRow(case_id=case.id, status="failed", reason=failed[case.id], image=image, model=model_name)
-        results.commit_failure(case.id, row, inputs.of(case), trace_of(error))
+        results.commit_failure(case.id, row, inputs.of(case))
 
     for case in cases:
         if states[case.id] is State.OTHER_INPUT:
             fail(case, _corrected_for_another_scan(case, results))
         elif states[case.id] is not State.MISSING:
-            is_edited = states[case.id] is State.EDITED
-            remark = EDITED.format(case=case.id, out=results.path) if is_edited else ""
-            remarks += [remark] if remark else []
-            results.keep(case.id, _scan_of(case), remark)
+            if states[case.id] is State.EDITED:
+                remarks.append(f"{EDITED}: {case.id}: {results.edited_text}")
+            results.keep(case.id, _scan_of(case))
     progress(stage, 0.0, f"{len(todo)} of {len(cases)} to do")
     outcomes = run(todo)
     try:
@@ -348,9 +343,12 @@ def reason_of(error: VolsegError) -> str:
     return f"{error.code}: {error}"
 
 
-def trace_of(error: VolsegError) -> str:
-    """The traceback of a bug; empty for what the user can repair."""
-    return error.trace if isinstance(error, UnexpectedError) else ""
+def failure_reason(outputs: OutputFolder, name: str, error: VolsegError) -> str:
+    """Why an item failed, for its row; the traceback of a bug is written into a file, which the reason names."""
+    if not isinstance(error, UnexpectedError):
+        return reason_of(error)
+    outputs.write(trace_name(name), error.trace)
+    return f"{error.code}: {error.problem}; to fix: report it with {outputs.path / trace_name(name)}"
 
 
 def check_pair(image: Volume, mask: Volume, image_name: str, mask_name: str) -> None:

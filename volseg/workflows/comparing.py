@@ -41,11 +41,10 @@ from volseg.workflows.batch import (
     amount_of,
     check_pair,
     digest_of,
+    failure_reason,
     input_key,
-    reason_of,
     run_description,
     silent,
-    trace_of,
 )
 from volseg.workflows.patients import Patient, read_pairs, same_ids
 
@@ -226,9 +225,9 @@ def _run_patients(
             if outcome.error is None:
                 done.append(patient.name)
             else:
-                failed[patient.name] = reason_of(outcome.error)
+                failed[patient.name] = failure_reason(results, patient.name, outcome.error)
                 row = PatientResponse(**patient.cells, status="failed", reason=failed[patient.name])
-                results.commit_failure(patient.name, row, inputs[patient.name], trace_of(outcome.error))
+                results.commit_failure(patient.name, row, inputs[patient.name])
             progress(STAGE, count / len(todo), patient.name)
     finally:
         reached = {*unpaired, *kept, *done, *failed}
@@ -304,7 +303,9 @@ def _inputs(patient: Patient, folders: _Folders, settings: CompareSettings) -> t
                 continue
             digests += [_file_digest(path) for path in record_files(folder, case)]
             try:
-                path = _scan_path(read_record(folder, case), scans)
+                record = read_record(folder, case)
+                digests += [_file_digest(folder / mask) for mask in record.masks]
+                path = _scan_path(record, scans)
                 digests.append("none" if path is None else digest_of(path))
             except ScanError as error:
                 digests.append(str(error))  # told when the patient is compared
@@ -521,6 +522,7 @@ def _read_side(time_: str, folder: Path, case: str, scans: Path | None, inputs: 
     for path in record_files(folder, case):
         _check_unchanged(path, _file_digest(path), inputs)
     record = _read_usable(time_, folder, case)
+    _check_measured(folder, record)
     lesions = sorted(record.lesions, key=lambda lesion: lesion.lesion_id)
     path = file_of(folder, case, record.files, LESION_IDS)
     ids = read_mask(path, max_labels=len(lesions) + 1000)
@@ -531,6 +533,17 @@ def _read_side(time_: str, folder: Path, case: str, scans: Path | None, inputs: 
             code="E_RECORD",
         )
     return _Side(time_, folder, replace(record, lesions=lesions), ids, scans, inputs)
+
+
+def _check_measured(folder: Path, record: CaseRecord) -> None:
+    """That the numbers of a case are those of its mask, which may have been corrected by hand."""
+    for name, digest in record.masks.items():
+        if (folder / name).is_file() and sha256_of(folder / name) != digest:
+            raise ScanError(
+                f"{folder / name}: was changed by hand after it was measured",
+                fix=f"run `volseg measure {folder}` first",
+                code="E_EDITED",
+            )
 
 
 def _read_usable(time_: str, folder: Path, case: str) -> CaseRecord:

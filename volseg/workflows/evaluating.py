@@ -22,10 +22,10 @@ from volseg.io.csv_text import iterate_csv
 from volseg.io.files import json_text
 from volseg.io.nifti import read_header, read_mask
 from volseg.postprocess.lesions import MANY
-from volseg.store.outputs import RECORDS, OutputFolder
+from volseg.store.outputs import RECORDS, OutputFolder, trace_name
 from volseg.store.tables import table
 from volseg.volume import Volume, slabs_of
-from volseg.workflows.batch import Progress, RunReport, amount_of, reason_of, silent
+from volseg.workflows.batch import Progress, RunReport, amount_of, failure_reason, silent
 
 TABLES, PICTURES = ("evaluation.csv", "detections.csv", "summary.json"), ("agreement.png", "froc.png")
 SAME_PLACE_MM = 0.01  # tables have four digits of a centroid
@@ -115,7 +115,7 @@ def evaluate(
             if outcome.error is None and outcome.value is not None:
                 compared[outcome.item] = outcome.value
             elif outcome.error is not None:
-                failed[outcome.item] = reason_of(outcome.error)
+                failed[outcome.item] = failure_reason(outputs, outcome.item, outcome.error)
         rows = _completed({name: rows for name, (rows, _) in compared.items()}, truths)
         detections = [row for _, found in compared.values() for row in found]
         rows_of, lesions_of = _by_label(rows), _by_label(detections)
@@ -137,7 +137,7 @@ def evaluate(
             pictures = _pictures(results)
             for name, picture in pictures.items():
                 commit.write(name, picture)
-            commit.finish(removed=[name for name in PICTURES if name not in pictures])
+            commit.finish(removed=[*(name for name in PICTURES if name not in pictures), *map(trace_name, compared)])
     return RunReport(out=out, done=list(compared), failed=failed, details=summary)
 
 

@@ -36,9 +36,9 @@ from volseg.workflows.batch import (
     amount_of,
     check_pair,
     done_row,
+    failure_reason,
     files_of_case,
     input_key,
-    reason_of,
     run_cases,
     run_description,
     silent,
@@ -227,7 +227,8 @@ def measure_corrected(
                 if outcome.error is None:
                     done.append(name)
                 else:
-                    failed[name] = reason_of(outcome.error)
+                    failed[name] = failure_reason(folder, name, outcome.error)
+                    _keep_failed(folder, name, failed[name])
                 progress(STAGE, count / len(edited), name)
         finally:
             rows = folder.write_tables()
@@ -246,6 +247,14 @@ def measure_corrected(
         measured = run_description("measure", {"figures": figures}, report, started)
         folder.write_run(dict(about) | {"measured_again": measured})
     return report
+
+
+def _keep_failed(folder: ResultsFolder, name: str, reason: str) -> None:
+    """Say of a corrected mask that could not be measured that the numbers are older than it."""
+    record = folder.record(name)
+    assert record is not None
+    row = CaseRow(case_id=name, status="failed", reason=reason)
+    folder.commit_failure(name, row, record.get("inputs", ()))
 
 
 def _corrected_cases(folder: ResultsFolder, names: Sequence[str]) -> Iterator[tuple[Case, Measure]]:

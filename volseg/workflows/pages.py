@@ -103,7 +103,8 @@ def remake_page(results: ResultsFolder, case_id: str, record: Mapping[str, Any])
     rows = results.largest_rows(case_id, MANY)
     box = read_model_box(source.get("model_box"))
     with results.staged() as commit:
-        write_page(record["case"], rows, scan, ids.array, unit=source["unit"], commit=commit, box=box)
+        row = results.shown(record)
+        write_page(row, rows, scan, ids.array, unit=source["unit"], commit=commit, box=box)
         results.add_files(case_id, commit)
     return ""
 

@@ -23,11 +23,21 @@ from volseg.measure.units import judge_unit
 from volseg.postprocess.lesions import label_lesions
 from volseg.preprocess.align import completed, on_one_grid
 from volseg.recipe import Recipe, load_recipe
-from volseg.store.outputs import OutputFolder
+from volseg.store.outputs import OutputFolder, trace_name
 from volseg.store.tables import table
 from volseg.train.samples import sample_voxels
 from volseg.volume import Volume
-from volseg.workflows.batch import Inputs, Progress, RunReport, check_pair, files_of_case, input_key, reason_of, silent
+from volseg.workflows.batch import (
+    Inputs,
+    Progress,
+    RunReport,
+    check_pair,
+    failure_reason,
+    files_of_case,
+    input_key,
+    reason_of,
+    silent,
+)
 
 if TYPE_CHECKING:  # torch takes seconds to import; only a workflow that needs it pays
     from volseg.plan import CaseFingerprint, DatasetFingerprint, Plan
@@ -93,7 +103,7 @@ def preprocess(
             if outcome.error is None:
                 done.append(outcome.item.id)
             else:
-                failed[outcome.item.id] = reason_of(outcome.error)
+                failed[outcome.item.id] = failure_reason(outputs, outcome.item.id, outcome.error)
         listed = {case.id: case.split for case in usable if case.id not in failed}
         fingerprint = DatasetFingerprint.model_validate(facts["fingerprint"])
         warnings = warnings_of(fingerprint, chosen)
@@ -131,7 +141,7 @@ def _facts(
             raise ValueError("made of other files")
         fingerprint = DatasetFingerprint.model_validate(earlier["fingerprint"])
     except (OSError, ValueError, KeyError, TypeError):  # not there yet, or from an interrupted call: looked at again
-        fingerprint, failed = _fingerprint(dataset, cases, recipe, seed, progress)
+        fingerprint, failed = _fingerprint(dataset, cases, recipe, seed, progress, outputs)
     plan = make_plan(fingerprint, recipe, budget or DEFAULT_BUDGET) if plan is None else plan.overruled_by(recipe)
     if budget is not None and budget.is_stated:
         check_budget(plan, recipe, budget)
@@ -268,16 +278,25 @@ def _assign_splits(cases: Sequence[Case], validation_share: float, seed: int) ->
 
 
 def _fingerprint(
-    dataset: Path, cases: Sequence[Case], recipe: Recipe, seed: int, progress: Progress
+    dataset: Path,
+    cases: Sequence[Case],
+    recipe: Recipe,
+    seed: int,
+    progress: Progress,
+    outputs: OutputFolder | None = None,
 ) -> tuple[DatasetFingerprint, dict[str, str]]:
-    """The fingerprint of the training split, and the cases of either split which cannot be used, with the reason."""
+    """The fingerprint of the training split, and the cases of either split which cannot be used, with the reason.
+
+    `outputs`: the folder for tracebacks; None where nothing is written.
+    """
     from volseg.plan import combine_fingerprints
 
     found, failed, empty, doubted = [], {}, [], {}
     for count, outcome in enumerate(run(lambda case: look_at(case, recipe, seed), cases), start=1):
         progress(LOOKING, count / len(cases), outcome.item.id)
         if outcome.error is not None:
-            failed[outcome.item.id] = reason_of(outcome.error)
+            name, error = outcome.item.id, outcome.error
+            failed[name] = reason_of(error) if outputs is None else failure_reason(outputs, name, error)
         elif outcome.item.split == "train" and outcome.value is not None:
             found.append(outcome.value)
             if not outcome.value.label_voxels:
@@ -383,7 +402,7 @@ def prepare_case(
     names = prepared_files(case.id, len(recipe.data.labels))
     with outputs.staged() as commit:
         write_prepared_case(commit.path(names[0]).parent, prepared)
-        commit.finish(last=names[0], removed=names)
+        commit.finish(last=names[0], removed=[*names, trace_name(case.id)])
 
 
 def _prepared(case: Case, recipe: Recipe, plan: Plan, key: str, seed: int, digests: Sequence[str]) -> PreparedCase:

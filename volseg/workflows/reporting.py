@@ -8,7 +8,7 @@ from volseg.errors import VolsegError
 from volseg.io.csv_text import read_csv
 from volseg.measure.rows import CaseRow
 from volseg.store.outputs import SAME_KIND, folder_content
-from volseg.store.results import THUMBNAILS, VIEWERS, ResultsFolder
+from volseg.store.results import EDITED, THUMBNAILS, VIEWERS, ResultsFolder
 from volseg.workflows.batch import Progress, RunReport, silent
 from volseg.workflows.pages import REPORT, has_page, read_about, remake_page, write_report
 
@@ -28,7 +28,7 @@ def report(results: Path | str, *, progress: Progress = silent) -> RunReport:
             fix="give the --out folder of volseg infer or volseg measure",
             code="E_USAGE",
         )
-    remade, kept = [], {}
+    remade, kept, edited = [], {}, []
     with ResultsFolder(out, None) as folder:
         rows = folder.case_rows(_pending(out))
         done = [row["case_id"] for row in rows if row["status"] == "done"]
@@ -39,6 +39,7 @@ def report(results: Path | str, *, progress: Progress = silent) -> RunReport:
             record = folder.record(name)
             assert record is not None
             reason = remake_page(folder, name, record)
+            edited += [f"{EDITED}: {name}: {folder.edited_text}"] if folder.is_edited(record) else []
             if reason:
                 earlier = "; the earlier page stays" if has_page(folder, name) else ", so it has no page"
                 kept[name] = reason + earlier
@@ -47,7 +48,9 @@ def report(results: Path | str, *, progress: Progress = silent) -> RunReport:
             progress("Pages", count / len(done), name)
         remarks = [f"The page of {name} could not be made again: {reason}." for name, reason in kept.items()]
         write_report(folder, read_about(out), rows, remarks, is_anew=True)
-    return RunReport(out=out, done=remade, kept=list(kept), details={"warnings": remarks, "page": str(out / REPORT)})
+    return RunReport(
+        out=out, done=remade, kept=list(kept), details={"warnings": edited + remarks, "page": str(out / REPORT)}
+    )
 
 
 def _pending(out: Path) -> list[CaseRow]:
