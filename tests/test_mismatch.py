@@ -39,7 +39,7 @@ def recipe(tiny_recipe, unit="HU", method="window", **data):
 
 def ct(spacing_mm=SPACING_MM, shape=SHAPE):
     values = np.random.default_rng(0).normal(40, 15, shape)
-    values[: shape[0] // 3] = -900
+    values[: shape[0] // 3] -= 940
     return Volume(np.asfortranarray(values), Geometry(shape, oblique(spacing_mm)))
 
 
