@@ -6,12 +6,15 @@ import shutil
 
 import numpy as np
 import pytest
+from conftest import TINY
 from laws import ball, grid_around, oblique, real_data
 
 import volseg
 from volseg.bundle import load_bundle
 from volseg.cli import app
+from volseg.errors import VolsegError
 from volseg.io.nifti import read_volume, write_volume
+from volseg.recipe import load_recipe
 from volseg.volume import Volume
 
 WITHHELD = ("density_g_cm3", "mass_g", "agatston_score", "calcium_volume_mm3", "calcium_mass_mg")
@@ -62,6 +65,48 @@ def test_from_a_guessed_or_contradicted_unit_there_is_no_density_mass_or_calcium
         assert lesion["intensity_unit"] == ("HU" if case == "guessed" else "a.u.")
 
 
+@pytest.mark.parametrize("spelling", ["HU ", "hu", "H.U.", "Hounsfield", "hounsfield units", " Hounsfield_Unit"])
+def test_hu_is_hu_however_it_is_written(spelling, plaque, tmp_path):
+    write_volume(plaque, tmp_path / "scan.nii.gz")
+    files = {"image": tmp_path / "scan.nii.gz", "mask": tmp_path / "mask.nii.gz"}
+    volseg.measure(**files, out=tmp_path / "out", intensity_unit=spelling)
+    (lesion,) = rows(tmp_path / "out" / "lesions.csv")
+    assert lesion["intensity_unit"] == "HU" and lesion["mass_g"]
+    (tmp_path / "r.toml").write_text(TINY.replace('intensity_unit = "HU"', f'intensity_unit = "{spelling}"'))
+    assert load_recipe(tmp_path / "r.toml").data.intensity_unit == "HU"
+
+
+@pytest.mark.parametrize("misspelt", ["HUs", "Hounsfeld", "houndsfield units", "SUVs"])
+def test_what_is_almost_a_known_unit_is_refused(misspelt, plaque, tmp_path):
+    write_volume(plaque, tmp_path / "scan.nii.gz")
+    files = {"image": tmp_path / "scan.nii.gz", "mask": tmp_path / "mask.nii.gz"}
+    with pytest.raises(VolsegError, match=f"--unit '{misspelt}' is almost the unit (HU|SUV): write") as caught:
+        volseg.measure(**files, out=tmp_path / "out", intensity_unit=misspelt)
+    assert caught.value.code == "E_USAGE"
+    (tmp_path / "r.toml").write_text(TINY.replace('intensity_unit = "HU"', f'intensity_unit = "{misspelt}"'))
+    with pytest.raises(VolsegError, match="is almost the unit"):
+        load_recipe(tmp_path / "r.toml")
+
+
+@pytest.mark.parametrize("unit", ["Bq/mL", "SUV", "mm2/s", "T1 in ms", "a. u."])
+def test_in_another_unit_than_hu_every_lesion_says_why_there_is_no_mass(unit, plaque, tmp_path):
+    scan = plaque.with_array(np.asfortranarray((plaque.array + 1000) / 400))
+    write_volume(scan, tmp_path / "scan.nii.gz")
+    files = {"image": tmp_path / "scan.nii.gz", "mask": tmp_path / "mask.nii.gz"}
+    volseg.measure(**files, out=tmp_path / "out", intensity_unit=unit)
+    (lesion,) = rows(tmp_path / "out" / "lesions.csv")
+    assert not lesion["mass_g"] and not lesion["density_g_cm3"]
+    assert f"density, mass: made of HU, and the unit is {lesion['intensity_unit']}" in lesion["notes"]
+
+
+def test_a_unit_of_spaces_is_none(plaque, tmp_path):
+    write_volume(plaque, tmp_path / "scan.nii.gz")
+    files = {"image": tmp_path / "scan.nii.gz", "mask": tmp_path / "mask.nii.gz"}
+    volseg.measure(**files, out=tmp_path / "out", intensity_unit="  ")
+    (lesion,) = rows(tmp_path / "out" / "lesions.csv")
+    assert "no --unit given" in lesion["notes"]
+
+
 def test_a_mask_without_lesions_has_no_calcium_score_of_zero_in_a_doubted_unit(plaque, tmp_path):
     write_volume(plaque, tmp_path / "scan.nii.gz")
     empty = plaque.with_array(np.zeros(plaque.array.shape, np.uint8))
@@ -73,8 +118,6 @@ def test_a_mask_without_lesions_has_no_calcium_score_of_zero_in_a_doubted_unit(p
 
 
 def test_a_recipe_states_the_unit_unless_it_was_guessed(plaque, tmp_path):
-    from conftest import TINY
-
     write_volume(plaque, tmp_path / "scan.nii.gz")
     files = {"image": tmp_path / "scan.nii.gz", "mask": tmp_path / "mask.nii.gz"}
     for line, is_proved in (("", True), ("unit_guessed = true\n", False)):

@@ -9,10 +9,8 @@ import numpy as np
 from scipy import ndimage
 
 from volseg.preprocess.crop import AxisOrder, to_canonical
+from volseg.recipe import ARBITRARY, HU, SUV, unit_named
 from volseg.volume import Volume
-
-HU, SUV, ARBITRARY = "HU", "SUV", "a.u."
-SPELLINGS = {unit.casefold(): unit for unit in (HU, SUV, ARBITRARY)}
 
 # Codes of the warnings that a unit or a model's training scans give rise to.
 MODALITY, UNIT, SPACING, FIELD_OF_VIEW, SLICES = "W_MODALITY", "W_UNIT", "W_SPACING", "W_FOV", "W_SLICES"
@@ -66,10 +64,13 @@ def judge_unit(scan: Volume, stated: str | None, *, by: str = "--unit") -> Unit:
     Args:
         stated: HU, SUV, a.u. or any other name; None has it guessed.
         by: who stated it, for the sentence of doubt.
+
+    Raises:
+        ValueError: what was stated is almost one of the first three.
     """
     if stated is None:
         return _guess(scan)
-    name = SPELLINGS.get(stated.casefold(), stated)
+    name = unit_named(stated)
     reason = contradiction(scan, name)
     if not reason:
         return Unit(name=name)
