@@ -36,7 +36,7 @@ FAULTS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "constant": lambda hu: np.full_like(hu, 40),
 }
 PADDINGS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
-    f"{share:.1%} of the voxels filled with {fill}": lambda values, share=share, fill=fill: filled(values, share, fill)
+    f"{share:.1%} filled with {fill}": lambda values, share=share, fill=fill: filled(values, share, fill)
     for share, fill in ((0.002, -1000), (0.02, -1024), (0.1, -2000), (0.3, -3024), (0.3, 3071))
 }
 

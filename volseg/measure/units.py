@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from scipy import ndimage
@@ -25,6 +26,7 @@ MOST_LEVELS_OF_DRAWING = 15
 FILL_VOXELS, FILL_RATIO, FILL_REACH = 8, 5, 0.01  # of the range of intensities
 BESIDE_FILL = 2  # voxels
 LEAST_CONTENT = 256  # voxels; of less nothing is said
+LEAST_AWAY = 0.25  # of them, or the scan has too few slices to leave out what is beside a fill value
 
 # Water is 0 HU, fat about -100, air -1000; only bone, contrast agent and metal are over 500.
 AIR_BELOW_HU, AIR_SHARE = -200.0, 0.01  # less may be an interpolated edge
@@ -56,6 +58,13 @@ class Unit:
     def is_hu(self) -> bool:
         """Whether density, mass and calcium may be taken: HU, stated and not contradicted."""
         return self.name == HU and not self.doubt
+
+
+class _Content(NamedTuple):
+    """Finite intensities, (N,), that were not filled in, and those of them away from what was."""
+
+    inside: np.ndarray
+    away: np.ndarray
 
 
 def judge_unit(scan: Volume, stated: str | None, *, by: str = "--unit") -> Unit:
@@ -91,10 +100,10 @@ def looks_like_ct(scan: Volume) -> bool:
 
 def robust_range(scan: Volume) -> tuple[float, float]:
     """The 0.5 and 99.5 percentiles of the finite intensities; NaN twice where there are none."""
-    values = _content(_sample(scan))
-    if not values.size:
+    away = _content(_sample(scan)).away
+    if not away.size:
         return math.nan, math.nan
-    low, high = np.percentile(values, (0.5, 99.5))
+    low, high = np.percentile(away, (0.5, 99.5))
     return float(low), float(high)
 
 
@@ -114,13 +123,14 @@ def _holds_air(sample: np.ndarray) -> bool:
     return bool(below >= AIR_SHARE * np.count_nonzero(np.isfinite(sample)))
 
 
-def not_hu(values: np.ndarray) -> str:
-    """Why intensities, without fill values, cannot be the HU of a patient; empty where they can."""
+def not_hu(content: _Content) -> str:
+    """Why intensities cannot be the HU of a patient; empty where they can."""
+    values = content.inside
     constant = _constant(values)
     if constant:
         is_air = values.size > 0 and AIR_HU[0] <= values[0] <= AIR_HU[1]
         return "" if is_air else constant
-    low, high = np.percentile(values, (LOW_PERCENTILE, 99.5))
+    low, high = np.percentile(content.away, (LOW_PERCENTILE, 99.5))
     if low > min(LOW_HU, -RINGING * high):
         return f"there is neither air nor fat: the voxels range from {low:.4g} to {high:.4g}{_offset(values)}"
     dense = np.count_nonzero(values > DENSE_ABOVE_HU) / values.size
@@ -132,8 +142,9 @@ def not_hu(values: np.ndarray) -> str:
     return ""
 
 
-def not_suv(values: np.ndarray) -> str:
+def not_suv(content: _Content) -> str:
     """Why intensities cannot be standardised uptake values; empty where they can."""
+    values = content.away
     constant = _constant(values)
     if constant:
         return constant
@@ -157,17 +168,20 @@ def _offset(values: np.ndarray) -> str:
     return "; is the rescale intercept missing?" if np.median(values) > DENSE_ABOVE_HU else ""
 
 
-def _content(sample: np.ndarray) -> np.ndarray:
-    """(N,) finite values of a sample without fill values and the voxels beside them."""
+def _content(sample: np.ndarray) -> _Content:
+    """What of a sample is the scan's own: no fill value, nor, where enough is left, beside one."""
     is_finite = np.isfinite(sample)
     is_fill = _fills(sample, is_finite)
+    inside = sample[is_finite & ~is_fill]
+    if inside.size < LEAST_CONTENT:
+        inside = sample[is_finite]
+        return _Content(inside, inside)
+    away = inside
     if is_fill.any():
         is_beside = ndimage.maximum_filter(is_fill, size=2 * BESIDE_FILL + 1)
-        for left_out in (is_beside, is_fill):
-            inside = sample[is_finite & ~left_out]
-            if inside.size >= LEAST_CONTENT:
-                return inside
-    return sample[is_finite]
+        away = sample[is_finite & ~is_beside]
+    is_enough = away.size >= max(LEAST_CONTENT, LEAST_AWAY * inside.size)
+    return _Content(inside, away if is_enough else inside)
 
 
 def _fills(sample: np.ndarray, is_finite: np.ndarray) -> np.ndarray:
