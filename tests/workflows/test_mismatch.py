@@ -15,6 +15,7 @@ from volseg.cli import app
 from volseg.errors import VolsegError
 from volseg.io.nifti import read_volume, write_volume
 from volseg.recipe import load_recipe
+from volseg.report import figures
 from volseg.volume import Volume
 
 WITHHELD = ("density_g_cm3", "mass_g", "agatston_score", "calcium_volume_mm3", "calcium_mass_mg")
@@ -63,6 +64,31 @@ def test_from_a_guessed_or_contradicted_unit_there_is_no_density_mass_or_calcium
         assert told[0].removeprefix("W_UNIT: scan: ") in lesion["notes"]
         assert "W_UNIT: " in row["warnings"]
         assert lesion["intensity_unit"] == ("HU" if case == "guessed" else "a.u.")
+
+
+@pytest.mark.parametrize(
+    ("unit", "shown"), [("HU", "HU"), (None, "HU (in doubt)"), ("SUV", "a.u."), ("Bq/mL", "Bq/mL")]
+)
+def test_pages_and_pictures_mark_a_unit_in_doubt(unit, shown, plaque, tmp_path, monkeypatch):
+    captions = []
+    draw = figures.draw_slice
+    monkeypatch.setattr(figures, "draw_slice", lambda *given: captions.append(given[-1]) or draw(*given))
+    noise = np.random.default_rng(0).normal(0, 9, plaque.array.shape).astype(np.float32)
+    write_volume(plaque.with_array(np.asfortranarray(plaque.array + noise)), tmp_path / "scan.nii.gz")
+    mask = np.zeros(plaque.array.shape, np.uint8)
+    for n in range(6):  # enough for a histogram
+        mask[2 + 3 * n : 4 + 3 * n, 5, 5] = 1
+    write_volume(plaque.with_array(np.asfortranarray(mask)), tmp_path / "mask.nii.gz")
+    files = {"image": tmp_path / "scan.nii.gz", "mask": tmp_path / "mask.nii.gz"}
+    volseg.measure(**files, out=tmp_path / "out", intensity_unit=unit, figures=True)
+    assert captions[0].endswith(f" {shown}")
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    axis, table = page.partition("Mean intensity")[2], page.partition('id="lesions-data">')[2]
+    assert f">{shown}</text>" in axis.partition("</svg>")[0]
+    assert f'"unit": "{shown}"' in table.replace('":"', '": "').partition("</script>")[0]
+    viewer = (tmp_path / "out" / "viewer" / "scan.html").read_text(encoding="utf-8")
+    assert f'aria-label="Intensity shown white"> {shown}</span>' in viewer
+    assert f'"unit": "{shown}"' in viewer.replace('":"', '": "')
 
 
 @pytest.mark.parametrize("spelling", ["HU ", "hu", "H.U.", "Hounsfield", "hounsfield units", " Hounsfield_Unit"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -58,6 +59,22 @@ class Unit:
     def is_hu(self) -> bool:
         """Whether density, mass and calcium may be taken: HU, stated and not contradicted."""
         return self.name == HU and not self.doubt
+
+
+def warnings_in(text: str) -> list[tuple[str, str]]:
+    """(code, sentence) of each of a scan's warnings, as cases.csv holds them."""
+    parts = re.split(r"; (?=W_[A-Z]+: )", text)
+    return [(code, sentence) for code, _, sentence in (part.partition(": ") for part in parts)]
+
+
+def doubt_of(warnings: str) -> str:
+    """Why the unit of a scan with these warnings is in doubt; empty where it is not."""
+    return next((sentence for code, sentence in warnings_in(warnings) if code in (UNIT, MODALITY)), "")
+
+
+def shown_unit(name: str, *, is_doubted: bool) -> str:
+    """The unit as pictures and pages write it after a number: with a mark where it is in doubt."""
+    return f"{name} (in doubt)" if is_doubted and name != ARBITRARY else name
 
 
 class _Content(NamedTuple):

@@ -485,7 +485,7 @@ def _write_case(
     largest = measured.lesions.largest
     write_mask(ids, commit, LESION_IDS, case.id, like=path)
     if wanted.figures:
-        write_figure(scan, ids, largest, case.id, commit)
+        write_figure(scan, ids, largest, case.id, commit, unit=measured.unit)
     row = done_row(
         case,
         scan,
