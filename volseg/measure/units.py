@@ -195,7 +195,7 @@ def _content(sample: np.ndarray) -> _Content:
         return _Content(inside, inside)
     away = inside
     if is_fill.any():
-        is_beside = ndimage.maximum_filter(is_fill, size=2 * BESIDE_FILL + 1)
+        is_beside = np.asarray(ndimage.maximum_filter(is_fill, size=2 * BESIDE_FILL + 1), bool)
         away = sample[is_finite & ~is_beside]
     is_enough = away.size >= max(LEAST_CONTENT, LEAST_AWAY * inside.size)
     return _Content(inside, away if is_enough else inside)
