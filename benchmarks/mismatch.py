@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 import volseg
-from volseg.io.nifti import read_volume
+from volseg.io.nifti import read_volume, write_volume
 from volseg.measure.units import judge_unit
 from volseg.volume import Volume
 
@@ -35,6 +35,10 @@ FAULTS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "clipped to 0..80": lambda hu: np.clip(hu, 0, 80),
     "constant": lambda hu: np.full_like(hu, 40),
 }
+PADDINGS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    f"{share:.1%} filled with {fill}": lambda values, share=share, fill=fill: filled(values, share, fill)
+    for share, fill in ((0.002, -1000), (0.02, -1024), (0.1, -2000), (0.3, -3024), (0.3, 3071))
+}
 
 
 def main() -> None:
@@ -47,6 +51,8 @@ def main() -> None:
     print("|---|---|---|---|---|---|")
     hippocampus = train_hippocampus(data / "msd_hippocampus", out)
     report_strangers("MR and PET", scans_of_other_modalities(data), "shipped nodule model", None, out / "nodule")
+    padded = padded_scans(scans_of_other_modalities(data), out / "padded")
+    report_strangers("MR and PET, padded", padded, "shipped nodule model", None, out / "padded_nodule")
     report_strangers("CT", ct_scans(data), "hippocampus", hippocampus, out / "hippocampus")
     print()
     report_nodules(data / "lidc_nodules", out / "test_split")
@@ -54,13 +60,13 @@ def main() -> None:
     print("| CTs outside the test splits | n | contradict HU |")
     print("|---|---|---|")
     cts = [path for path in all_ct(data) if not path.startswith("test ")]
-    for name, change in {"as they are": lambda hu: hu, **FAULTS}.items():
+    for name, change in {"as they are": lambda hu: hu, **PADDINGS, **FAULTS}.items():
         n = sum(contradicts(scan, change) for scan in map(read_volume, map(Path, cts)))
         print(f"| {name} | {len(cts)} | {n} |")
 
 
 def train_hippocampus(dataset: Path, out: Path) -> Path:
-    """A model of twelve training cases, trained for some seconds."""
+    """A model of twelve training cases, trained for some minutes: which scans it takes depends on its data only."""
     out.mkdir(parents=True, exist_ok=True)
     table = out / "cases.csv"
     rows = [row for row in rows_of(dataset / "cases.csv") if row["split"] == "train"][:12]
@@ -71,7 +77,7 @@ def train_hippocampus(dataset: Path, out: Path) -> Path:
             paths = [str((dataset / row[name]).resolve()) for name in ("image", "label")]
             writer.writerow([row["subject"], *paths, "val" if n % 4 == 0 else "train"])
     if not (out / "model" / "model.json").exists():
-        volseg.train(table, recipe="hippocampus_mri", out=out / "model", time_budget_seconds=20, device="cpu")
+        volseg.train(table, recipe="hippocampus_mri", out=out / "model", time_budget_seconds=300, device="cpu")
     return out / "model"
 
 
@@ -117,6 +123,25 @@ def scans_of_other_modalities(data: Path) -> list[Path]:
     brains += [*sorted((data / "lgg_mri_flair" / "images").glob("*.nii.gz"))[:20]]
     zoo = [data / "nifti_zoo" / f"{name}.nii.gz" for name in ("niivue_d__FLAIR", "niivueimages__CT_AVM")]
     return [*sarcoma, *brains, data / "pyradiomics_cases" / "images" / "brain1.nii.gz", *zoo]
+
+
+def padded_scans(scans: Sequence[Path], folder: Path) -> list[Path]:
+    """The scans with each of the paddings in turn."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paddings, paths = list(PADDINGS.values())[:4], []
+    for n, path in enumerate(scans):
+        scan = read_volume(path)
+        values = paddings[n % len(paddings)](np.asarray(scan.intensities(), np.float32))
+        paths.append(folder / path.name)
+        write_volume(Volume(np.asfortranarray(values), scan.geometry), paths[-1])
+    return paths
+
+
+def filled(values: np.ndarray, share: float, fill: float) -> np.ndarray:
+    """The array with the first voxels of the file set to a value."""
+    padded = values.copy(order="F")
+    padded.ravel(order="K")[: int(share * values.size)] = fill
+    return padded
 
 
 def all_ct(data: Path) -> Iterator[str]:

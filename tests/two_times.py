@@ -67,8 +67,10 @@ def draw(geometry: Geometry, balls: Balls, moved: np.ndarray | None = None, seed
     )
 
 
-def measured(folder: Path, cases: Mapping[str, tuple[Volume, Volume]], *, names=None, lymph_nodes=()) -> Path:
-    """Results of `volseg measure` on (scan, mask) of each case; scans are in `folder`/scans."""
+def measured(
+    folder: Path, cases: Mapping[str, tuple[Volume, Volume]], *, names=None, lymph_nodes=(), unit="Bq/mL"
+) -> Path:
+    """Results of `volseg measure` on (scan, mask) of each case; scans are in `folder`/scans. No scan contradicts `unit`."""
     (folder / "scans").mkdir(parents=True)
     lines = [["subject", "image", "label"]]
     for name, (scan, mask) in cases.items():
@@ -77,9 +79,8 @@ def measured(folder: Path, cases: Mapping[str, tuple[Volume, Volume]], *, names=
         lines.append([name, f"scans/{name}.nii.gz", f"mask_{name}.nii.gz"])
     with (folder / "cases.csv").open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows(lines)
-    report = volseg.measure(
-        cases=folder / "cases.csv", out=folder / "results", label_names=names or {1: "tumour"}, lymph_nodes=lymph_nodes
-    )
+    options = {"label_names": names or {1: "tumour"}, "lymph_nodes": lymph_nodes, "intensity_unit": unit}
+    report = volseg.measure(cases=folder / "cases.csv", out=folder / "results", **options)
     assert report.exit_code == 0
     return folder / "results"
 

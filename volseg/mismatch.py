@@ -8,13 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from volseg.measure.units import (
-    ARBITRARY,
     FIELD_OF_VIEW,
-    HU,
     MODALITY,
     SLICES,
     SPACING,
-    SUV,
     UNIT,
     Unit,
     judge_unit,
@@ -23,7 +20,7 @@ from volseg.measure.units import (
 )
 from volseg.plan import DatasetFingerprint
 from volseg.preprocess.crop import AxisOrder, canonical_geometry
-from volseg.recipe import Recipe, Scale, Window
+from volseg.recipe import ARBITRARY, HU, SUV, Recipe, Scale, Window
 from volseg.volume import Geometry, Volume
 
 TOLERANCE = 1.5  # factor beyond the least and the largest value of the training scans

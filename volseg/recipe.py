@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 import math
 import os
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -50,6 +53,31 @@ BatchSize = Annotated[int, Field(ge=1, le=4096)]
 Repeats = Annotated[int, Field(ge=1, le=1_000_000)]
 LabelValue = Annotated[int, Field(ge=-(2**31), lt=2**31)]  # the rule about label values has its own words
 Name = Annotated[str, Field(max_length=MAX_NAME)]
+
+HU, SUV, ARBITRARY = "HU", "SUV", "a.u."
+SPELLINGS = {HU: ("hu", "hounsfield", "hounsfieldunit", "hounsfieldunits"), SUV: ("suv",)}
+SPELLINGS |= {ARBITRARY: ("au", "arbitrary", "arbitraryunit", "arbitraryunits")}
+UNITS = {spelling: unit for unit, spellings in SPELLINGS.items() for spelling in spellings}
+MISSPELT = 0.75  # similarity to a known spelling, from which on a unit is taken for a slip of the pen
+
+
+def unit_named(text: str) -> str:
+    """The unit of intensities that a text means: HU, SUV or a.u. in any usual spelling, else the text.
+
+    Raises:
+        ValueError: it is almost one of these.
+
+    >>> unit_named("Hounsfield units "), unit_named("Bq/mL")
+    ('HU', 'Bq/mL')
+    """
+    plain = re.sub(r"[\s._-]", "", text.casefold())
+    near = difflib.get_close_matches(plain, UNITS, n=1, cutoff=MISSPELT)
+    if near and plain not in UNITS:
+        raise ValueError(f"{shortened(text)!r} is almost the unit {UNITS[near[0]]}: write {UNITS[near[0]]}")
+    return UNITS.get(plain, text.strip())
+
+
+IntensityUnit = Annotated[Name, AfterValidator(unit_named)]
 Text = Annotated[str, Field(max_length=20_000)]
 
 
@@ -76,7 +104,7 @@ class Data(Section):
     labels: Annotated[
         dict[Name, LabelValue], Field(min_length=1, max_length=1000)
     ]  # name = value in the mask; every other value but 0 is an error
-    intensity_unit: Name  # of the first channel, in which lesions are measured: HU, a.u., SUV
+    intensity_unit: IntensityUnit  # of the first channel, in which lesions are measured: HU, a.u., SUV
     # Nobody stated that unit: it was guessed from the training scans, so no density, mass or calcium score is made with it.
     unit_guessed: bool = False
     # Overlapping regions: the mask value that each output channel of the network writes where its sigmoid is over 0.5; a later

@@ -25,6 +25,7 @@ SPACING_MM = (0.7, 0.9, 2.5)
 NAMES = {1: "liver", 2: "tumour", 3: "cyst"}
 FLAT = "intensity_skewness and kurtosis: all intensities are equal"
 THIN = "intensity_mean_eroded1: no voxel has all its neighbours in the lesion"
+NOT_HU = "density, mass: made of HU, and the unit is a.u."
 SINGLE = "axes: a single voxel has none"
 CENTROID = ("centroid_r_mm", "centroid_a_mm", "centroid_s_mm")
 
@@ -139,7 +140,11 @@ def test_mass_and_calcium_are_of_ct_only():
     assert row.calcium_mass_mg == pytest.approx(0.8 * 250 * row.volume_ml)
     (row,) = measure(image, mask, intensity_unit="a.u.", settings=settings)
     assert (row.mass_g, row.density_g_cm3, row.agatston_score) == (None, None, None)
-    assert "calcium: it is scored in HU, not in a.u." in row.notes
+    assert "density, mass, calcium: made of HU, and the unit is a.u." in row.notes
+    image[4, 4, 4] = np.nan
+    (row,) = measure(image, mask, intensity_unit="Bq/mL")
+    assert "intensity: 1 of 27 voxels are not finite; density, mass: made of HU, and the unit is Bq/mL" in row.notes
+    image[4, 4, 4] = 250
     (row,) = measure(image, mask, settings=Measure(calcium=True))
     assert row.calcium_mass_mg is None and "calcium_mass_mg: the recipe has no calcium_mg_per_ml_hu" in row.notes
     (row,) = measure(np.where(mask, 5000.0, 0), mask, settings=Measure(density_g_cm3=((-1000, 0), (1000, 2))))
@@ -476,7 +481,7 @@ def test_names():
     assert (named.case_id, named.lesion_id, named.label, named.label_name) == ("p01", 1, 2, "tumour")
     assert named.intensity_unit == "a.u."
     assert (nameless.label, nameless.label_name) == (9, None)
-    assert nameless.notes.split("; ") == ["label_name: value 9 has no name", SINGLE, FLAT, THIN]
+    assert nameless.notes.split("; ") == ["label_name: value 9 has no name", SINGLE, NOT_HU, FLAT, THIN]
 
 
 @pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS.keys())

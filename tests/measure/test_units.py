@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from laws import ball, grid_around, oblique, orientations, real_data
+from scipy import ndimage
 
 from volseg.io.nifti import read_volume
 from volseg.measure.units import contradiction, judge_unit, looks_like_ct
@@ -32,6 +33,77 @@ FAULTS = {  # what people do to a CT on its way into a file
     "constant": lambda hu: np.full_like(hu, 40),
     "not a number": lambda hu: np.full_like(hu, np.nan),
 }
+
+
+def magnetic(seed=0):
+    """The same body on MRI: no value below 0, and a background of noise."""
+    scan = chest(seed)
+    values = np.where(scan.array < -950, 0, 300 + 0.25 * scan.array)
+    noise = np.random.default_rng(seed).normal(0, 8, (2, *values.shape))
+    values = np.hypot(values + noise[0], noise[1])
+    return scan.with_array(np.asfortranarray(np.rint(values).astype(np.int16)))
+
+
+def emission(seed=0):
+    """The same body on PET, in SUV."""
+    scan = chest(seed)
+    values = np.where(scan.array < -950, 0.01, 0.5 + (scan.array > 30))
+    values *= np.random.default_rng(seed).gamma(20, 1 / 20, values.shape)
+    return scan.with_array(np.asfortranarray(values.astype(np.float32)))
+
+
+def frame(values, width, fill):
+    return np.pad(values[width:-width, width:-width], ((width, width), (width, width), (0, 0)), constant_values=fill)
+
+
+def first_voxels(values, share, fill):
+    filled = values.copy()
+    filled.flat[: int(share * values.size)] = fill
+    return filled
+
+
+PADDINGS = {  # what resampling, cropping and scanners leave where nothing was measured
+    "five voxels in a thousand": lambda values: first_voxels(values, 0.005, -1024),
+    "two voxels in a thousand": lambda values: first_voxels(values, 0.002, -1000),
+    "a tenth": lambda values: first_voxels(values, 0.1, -3024),
+    "a half": lambda values: first_voxels(values, 0.5, -2000),
+    "a frame": lambda values: frame(values, 4, -1024),
+    "two fill values": lambda values: first_voxels(frame(values, 3, -1024), 0.05, -2000),
+    "a value over all others": lambda values: first_voxels(values, 0.4, 3071),
+    "a value over, and one under all others": lambda values: first_voxels(frame(values, 3, -1000), 0.1, 3071),
+    "a value among the others": lambda values: frame(values, 3, 100),
+    "not a number": lambda values: first_voxels(values.astype(np.float32), 0.1, np.nan),
+    "turned": lambda values: ndimage.rotate(values, 17, reshape=False, order=1, cval=-1000),
+    "resampled again": lambda values: ndimage.zoom(
+        np.pad(values.astype(np.float32), 4, constant_values=-1024), (0.83, 0.87, 0.91), order=1
+    ),
+}
+
+
+@pytest.mark.parametrize("padding", PADDINGS)
+def test_padding_changes_nothing_about_the_unit(padding):
+    """What was filled in says nothing of the modality, whatever its value and share."""
+    for made, unit in ((chest, "HU"), (magnetic, ""), (emission, "SUV")):
+        padded = np.asfortranarray(PADDINGS[padding](made().array))
+        scan = Volume(padded, Geometry(padded.shape, oblique((1.0, 1.2, 2.5))))
+        assert judge_unit(scan, "HU").is_hu == looks_like_ct(scan) == (unit == "HU")
+        assert judge_unit(scan, None).name == ("HU" if unit == "HU" else "a.u.")
+        assert bool(contradiction(scan, "SUV")) == (unit != "SUV")
+
+
+def test_a_padded_scan_is_judged_alike_in_all_48_orders():
+    scan = magnetic().with_array(np.asfortranarray(frame(magnetic().array, 2, -1024)))
+    for stored, affine in orientations(scan):
+        assert judge_unit(Volume(stored, Geometry(stored.shape, affine)), "HU") == judge_unit(scan, "HU")
+
+
+def test_air_that_was_cut_off_at_one_value_is_air():
+    for lowest in (-1000, -1024):
+        values = np.maximum(np.rint(chest().array), lowest)
+        values[chest().array < -940] = lowest
+        scan = chest().with_array(np.asfortranarray(values.astype(np.int16)))
+        assert np.mean(values == lowest) > 0.3
+        assert judge_unit(scan, "HU").is_hu and looks_like_ct(scan)
 
 
 def test_a_scan_in_hu_is_in_hu_whatever_its_axes():
@@ -114,3 +186,24 @@ def test_real_scans_are_in_the_unit_that_they_are_in(file, unit):
     scan = read_volume(real_data(file))
     assert judge_unit(scan, "HU").is_hu == (unit == "HU")
     assert bool(contradiction(scan, "SUV")) == (unit != "SUV") or unit == ""
+
+
+@pytest.mark.parametrize("fill", [-1024, -1000, -3024, -32768])
+@pytest.mark.parametrize(
+    ("file", "is_hu"),
+    [
+        ("lidc_nodules/images/LIDC-IDRI-0001_R_1.nii.gz", True),
+        ("totalseg_example_ct/images/example_ct_sm.nii.gz", True),
+        ("sts_sarcoma/images/STS_003_MR_T1.nii.gz", False),
+        ("sts_sarcoma/images/STS_003_PET.nii.gz", False),
+        ("msd_hippocampus/images/hippocampus_001.nii.gz", False),
+        ("nifti_zoo/niivueimages__CT_AVM.nii.gz", False),
+    ],
+)
+def test_real_scans_that_were_padded_are_judged_as_they_were(file, is_hu, fill):
+    scan = read_volume(real_data(file))
+    for share in (0.002, 0.02, 0.3):
+        values = first_voxels(np.asarray(scan.intensities(), np.float32), share, fill)
+        padded = Volume(np.asfortranarray(values), scan.geometry)
+        assert judge_unit(padded, "HU").is_hu == looks_like_ct(padded) == is_hu
+        assert judge_unit(padded, None).name == ("HU" if is_hu else "a.u.")

@@ -133,6 +133,43 @@ def test_a_scan_compared_with_itself_has_not_changed(baseline, tmp_path):
     assert set(responses.values()) == {"SD"}
 
 
+@pytest.mark.parametrize("shift_mm", [(0, 0, 1000), (0, 0, -60), (-90, 0, 0), (300, 300, 300)])
+def test_scans_that_do_not_overlap_in_the_world_have_no_response(shift_mm, tmp_path):
+    """The same scan and mask, and a header that puts the patient elsewhere."""
+    scan, mask = scan_of(HERE, [LARGE, SMALL])
+    affine = HERE.affine.copy()
+    affine[:3, 3] += shift_mm
+    moved = tuple(Volume(each.array, Geometry(each.array.shape, affine)) for each in (scan, mask))
+    before, after = (measured(tmp_path / name, {"p": pair}) for name, pair in (("a", (scan, mask)), ("b", moved)))
+    for one, other in ((before, after), (after, before)):
+        volseg.compare(one, other, out=tmp_path / f"from_{one.parent.name}", registration=False)
+        row = tables(tmp_path / f"from_{one.parent.name}")[0]["p"]
+        overlaps = max(map(abs, shift_mm)) < 65
+        assert (row["response"], row["volume_response"]) == (("PD", "PD") if overlaps else ("", ""))
+        assert ("nowhere overlap in world coordinates: compare without --no-reg" in row["response_rule"]) != overlaps
+        assert ("W_APART: " in row["warnings"], "count as new" in row["warnings"]) == (not overlaps, overlaps)
+
+
+@pytest.mark.parametrize("unit", [None, "a.u.", "Bq/mL"])
+def test_no_intensity_is_compared_in_a_unit_in_doubt_or_without_a_common_scale(unit, tmp_path):
+    scan, mask = scan_of(HERE, [LARGE])
+    air = scan.array.copy()
+    air[:5] -= 1000  # with which HU is guessed
+    scan = scan.with_array(air)
+    one, other = (measured(tmp_path / name, {"p": (scan, mask)}, unit=unit) for name in ("a", "b"))
+    report = volseg.compare(one, other, out=tmp_path / "out", registration=False)
+    (patient,), (row,) = (rows(tmp_path / "out" / f"{name}.csv") for name in ("response", "comparison"))
+    assert row["baseline_intensity_mean"] == row["followup_intensity_mean"] != ""
+    assert (row["change_intensity_mean"] == "0") == (unit == "Bq/mL")
+    assert row["intensity_unit"] == (unit or "")
+    for time in ("baseline", "follow-up"):
+        assert (f"intensity: its unit at {time} is in doubt (no --unit given; " in row["notes"]) == (unit is None)
+        warning = f"W_UNIT: the unit at {time} is in doubt (no --unit given; "
+        assert (warning in patient["warnings"]) == (unit is None)
+        assert any(warning in told for told in report.details["warnings"]) == (unit is None)
+    assert ("no two scans share the scale of a.u." in row["notes"]) == (unit == "a.u.")
+
+
 def test_exchanged_folders_exchange_new_and_gone_and_merged_and_split(tmp_path):
     there = around((1.8, 1.4, 1.5), GRIDS["oblique"])
     apart = [((-6, 0, 0), 5), ((7, 0, 0), 4), ((0, 20, 0), 5)]

@@ -223,7 +223,7 @@ def test_lesions_in_an_organ_have_a_burden(pair, tmp_path):
 @pytest.mark.parametrize(("share", "unit"), [(0.0, "a.u."), (0.002, "a.u."), (0.05, "HU")])
 def test_a_few_voxels_below_air_do_not_make_a_scan_ct(share, unit, tmp_path):
     values = np.random.default_rng(0).normal(100, 20, (20, 20, 20)).astype(np.float32)
-    values.ravel()[: int(share * values.size)] = -900
+    values.ravel()[: int(share * values.size)] -= 1000
     values[10, 10, 10] = -np.inf
     np.random.default_rng(1).shuffle(values.ravel())
     mask = np.zeros(values.shape, np.uint8)

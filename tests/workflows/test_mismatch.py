@@ -6,12 +6,16 @@ import shutil
 
 import numpy as np
 import pytest
+from conftest import TINY
 from laws import ball, grid_around, oblique, real_data
 
 import volseg
 from volseg.bundle import load_bundle
 from volseg.cli import app
+from volseg.errors import VolsegError
 from volseg.io.nifti import read_volume, write_volume
+from volseg.recipe import load_recipe
+from volseg.report import figures
 from volseg.volume import Volume
 
 WITHHELD = ("density_g_cm3", "mass_g", "agatston_score", "calcium_volume_mm3", "calcium_mass_mg")
@@ -62,6 +66,73 @@ def test_from_a_guessed_or_contradicted_unit_there_is_no_density_mass_or_calcium
         assert lesion["intensity_unit"] == ("HU" if case == "guessed" else "a.u.")
 
 
+@pytest.mark.parametrize(
+    ("unit", "shown"), [("HU", "HU"), (None, "HU (in doubt)"), ("SUV", "a.u."), ("Bq/mL", "Bq/mL")]
+)
+def test_pages_and_pictures_mark_a_unit_in_doubt(unit, shown, plaque, tmp_path, monkeypatch):
+    captions = []
+    draw = figures.draw_slice
+    monkeypatch.setattr(figures, "draw_slice", lambda *given: captions.append(given[-1]) or draw(*given))
+    noise = np.random.default_rng(0).normal(0, 9, plaque.array.shape).astype(np.float32)
+    write_volume(plaque.with_array(np.asfortranarray(plaque.array + noise)), tmp_path / "scan.nii.gz")
+    mask = np.zeros(plaque.array.shape, np.uint8)
+    for n in range(6):  # enough for a histogram
+        mask[2 + 3 * n : 4 + 3 * n, 5, 5] = 1
+    write_volume(plaque.with_array(np.asfortranarray(mask)), tmp_path / "mask.nii.gz")
+    files = {"image": tmp_path / "scan.nii.gz", "mask": tmp_path / "mask.nii.gz"}
+    volseg.measure(**files, out=tmp_path / "out", intensity_unit=unit, figures=True)
+    assert captions[0].endswith(f" {shown}")
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    axis, table = page.partition("Mean intensity")[2], page.partition('id="lesions-data">')[2]
+    assert f">{shown}</text>" in axis.partition("</svg>")[0]
+    assert f'"unit": "{shown}"' in table.replace('":"', '": "').partition("</script>")[0]
+    viewer = (tmp_path / "out" / "viewer" / "scan.html").read_text(encoding="utf-8")
+    assert f'aria-label="Intensity shown white"> {shown}</span>' in viewer
+    assert f'"unit": "{shown}"' in viewer.replace('":"', '": "')
+
+
+@pytest.mark.parametrize("spelling", ["HU ", "hu", "H.U.", "Hounsfield", "hounsfield units", " Hounsfield_Unit"])
+def test_hu_is_hu_however_it_is_written(spelling, plaque, tmp_path):
+    write_volume(plaque, tmp_path / "scan.nii.gz")
+    files = {"image": tmp_path / "scan.nii.gz", "mask": tmp_path / "mask.nii.gz"}
+    volseg.measure(**files, out=tmp_path / "out", intensity_unit=spelling)
+    (lesion,) = rows(tmp_path / "out" / "lesions.csv")
+    assert lesion["intensity_unit"] == "HU" and lesion["mass_g"]
+    (tmp_path / "r.toml").write_text(TINY.replace('intensity_unit = "HU"', f'intensity_unit = "{spelling}"'))
+    assert load_recipe(tmp_path / "r.toml").data.intensity_unit == "HU"
+
+
+@pytest.mark.parametrize("misspelt", ["HUs", "Hounsfeld", "houndsfield units", "SUVs"])
+def test_what_is_almost_a_known_unit_is_refused(misspelt, plaque, tmp_path):
+    write_volume(plaque, tmp_path / "scan.nii.gz")
+    files = {"image": tmp_path / "scan.nii.gz", "mask": tmp_path / "mask.nii.gz"}
+    with pytest.raises(VolsegError, match=f"--unit '{misspelt}' is almost the unit (HU|SUV): write") as caught:
+        volseg.measure(**files, out=tmp_path / "out", intensity_unit=misspelt)
+    assert caught.value.code == "E_USAGE"
+    (tmp_path / "r.toml").write_text(TINY.replace('intensity_unit = "HU"', f'intensity_unit = "{misspelt}"'))
+    with pytest.raises(VolsegError, match="is almost the unit"):
+        load_recipe(tmp_path / "r.toml")
+
+
+@pytest.mark.parametrize("unit", ["Bq/mL", "SUV", "mm2/s", "T1 in ms", "a. u."])
+def test_in_another_unit_than_hu_every_lesion_says_why_there_is_no_mass(unit, plaque, tmp_path):
+    scan = plaque.with_array(np.asfortranarray((plaque.array + 1000) / 400))
+    write_volume(scan, tmp_path / "scan.nii.gz")
+    files = {"image": tmp_path / "scan.nii.gz", "mask": tmp_path / "mask.nii.gz"}
+    volseg.measure(**files, out=tmp_path / "out", intensity_unit=unit)
+    (lesion,) = rows(tmp_path / "out" / "lesions.csv")
+    assert not lesion["mass_g"] and not lesion["density_g_cm3"]
+    assert f"density, mass: made of HU, and the unit is {lesion['intensity_unit']}" in lesion["notes"]
+
+
+def test_a_unit_of_spaces_is_none(plaque, tmp_path):
+    write_volume(plaque, tmp_path / "scan.nii.gz")
+    files = {"image": tmp_path / "scan.nii.gz", "mask": tmp_path / "mask.nii.gz"}
+    volseg.measure(**files, out=tmp_path / "out", intensity_unit="  ")
+    (lesion,) = rows(tmp_path / "out" / "lesions.csv")
+    assert "no --unit given" in lesion["notes"]
+
+
 def test_a_mask_without_lesions_has_no_calcium_score_of_zero_in_a_doubted_unit(plaque, tmp_path):
     write_volume(plaque, tmp_path / "scan.nii.gz")
     empty = plaque.with_array(np.zeros(plaque.array.shape, np.uint8))
@@ -73,8 +144,6 @@ def test_a_mask_without_lesions_has_no_calcium_score_of_zero_in_a_doubted_unit(p
 
 
 def test_a_recipe_states_the_unit_unless_it_was_guessed(plaque, tmp_path):
-    from conftest import TINY
-
     write_volume(plaque, tmp_path / "scan.nii.gz")
     files = {"image": tmp_path / "scan.nii.gz", "mask": tmp_path / "mask.nii.gz"}
     for line, is_proved in (("", True), ("unit_guessed = true\n", False)):

@@ -13,6 +13,7 @@ from volseg.columns import column
 from volseg.measure.matching import Match
 from volseg.measure.rows import LesionMeasurement
 from volseg.measure.targets import RECIST, choose_targets, is_normal, known, label_of
+from volseg.recipe import ARBITRARY
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -26,6 +27,7 @@ class ScanPair:
         doubt: why the matches cannot be trusted; empty if they can.
         baseline_crumbs, followup_crumbs: crumbs of these lesions, which are no lesions by themselves.
         tilt_deg: angle between the axial slices of the two scans in the patient; None where the scans were not placed.
+        unit_doubts: why the unit of the baseline, and of the follow-up, is in doubt; empty if it is not.
         is_retaken: whether the diameters of the follow-up were taken again, in the axial planes of the baseline.
     """
 
@@ -39,6 +41,7 @@ class ScanPair:
     followup_crumbs: Sequence[LesionMeasurement] = ()
     tilt_deg: float | None = None
     is_retaken: bool = False
+    unit_doubts: tuple[str, str] = ("", "")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -193,11 +196,12 @@ class LesionChange:
     followup_intensity_mean: float | None = column("intensity_unit", "mean intensity of the later lesion", None)
     change_intensity_mean: float | None = column(
         "intensity_unit",
-        "later less earlier; of merged or split lesions of the means over their voxels, in the first row of the group",
+        "later less earlier; of merged or split lesions of the means over their voxels, in the first row of the group; "
+        "empty in a.u., which no two scans share, and in a unit in doubt",
         None,
     )
     intensity_unit: str | None = column(
-        "", "unit of the intensities; empty where it is not the same at both times", None
+        "", "unit of the intensities; empty where it is in doubt or not the same at both times", None
     )
     baseline_centroid_r_mm: float | None = column(
         "mm", "centroid in the earlier scan, towards the patient's right", None
@@ -228,6 +232,7 @@ def lesion_changes(pairs: Sequence[ScanPair], *, patient: str, lymph_nodes: Coll
             changes, notes = _changes(group) if match.is_first else ({}, [_referral(group)])
             if is_crumb:
                 notes = [_crumb_note(match, before if match.followup is None else after)]
+            doubts = _unit_doubts(pair, b, f)
             units = {lesion.intensity_unit for lesion in (b, f) if lesion is not None}
             rows.append(
                 LesionChange(
@@ -246,8 +251,8 @@ def lesion_changes(pairs: Sequence[ScanPair], *, patient: str, lymph_nodes: Coll
                     **({} if is_crumb else _columns_of("baseline", b, is_absent=match.status == "new")),
                     **({} if is_crumb else _columns_of("followup", f, is_absent=match.status == "gone")),
                     **changes,
-                    intensity_unit=units.pop() if len(units) == 1 else None,
-                    notes="; ".join([*notes, *_notes(match, b, f, pair)]),
+                    intensity_unit=units.pop() if len(units) == 1 and not doubts else None,
+                    notes="; ".join([*notes, *doubts, *_notes(match, b, f, pair)]),
                 )
             )
     return rows
@@ -293,10 +298,24 @@ def _changes(group: LesionGroup) -> tuple[dict[str, Any], list[str]]:
 def _intensity_change(group: LesionGroup) -> tuple[float | None, str]:
     if not group.before or not group.after:
         return None, "intensity: a lesion at one time only has no change"
-    if len({lesion.intensity_unit for lesion in (*group.before, *group.after)}) > 1:
+    if any(group.pair.unit_doubts):
+        return None, ""  # the rows say so
+    units = {lesion.intensity_unit for lesion in (*group.before, *group.after)}
+    if len(units) > 1:
         return None, "intensity: the unit is not the same at both times"
+    if units == {ARBITRARY}:
+        return None, f"intensity: no two scans share the scale of {ARBITRARY}, so no change of it"
     before, after = _mean_intensity(group.before), _mean_intensity(group.after)
     return (None, "intensity: not measured") if before is None or after is None else (after - before, "")
+
+
+def _unit_doubts(pair: ScanPair, b: LesionMeasurement | None, f: LesionMeasurement | None) -> list[str]:
+    """Why a row has no unit, from what is in doubt about the scans that its lesions lie in."""
+    return [
+        f"intensity: its unit at {time} is in doubt ({doubt})"
+        for time, lesion, doubt in zip(("baseline", "follow-up"), (b, f), pair.unit_doubts, strict=True)
+        if lesion is not None and doubt
+    ]
 
 
 def _mean_intensity(lesions: Sequence[LesionMeasurement]) -> float | None:

@@ -583,16 +583,18 @@ def intensity_columns(
     lost = _counts(values, ~(np.isfinite(values.first) & np.isfinite(values.last)), lambda part: ~np.isfinite(part))
     over = _counts(values, values.last > high_hu, lambda part: part > high_hu)
     under = _counts(values, values.first < low_hu, lambda part: part < low_hu)
+    in_hu = f"density, mass{', calcium' if settings.calcium else ''}"
+    elsewhere = [f"{in_hu}: made of HU, and the unit is {unit}"] if unit and not is_hu else []
     measured = []
     for n, size in enumerate(values.counts.tolist()):
         if lost[n]:
-            unscored = ["agatston_score", "calcium"] if settings.calcium else []
+            unscored = ["agatston_score", "calcium"] if settings.calcium and is_hu else []
             names = ["intensity", *(["mass", "density"] if is_hu else []), *unscored]
-            note = f"{', '.join(names)}: {lost[n]} of {size} voxels are not finite"
-            measured.append((dict.fromkeys(INTENSITY_COLUMNS, math.nan), note))
+            notes = [f"{', '.join(names)}: {lost[n]} of {size} voxels are not finite", *elsewhere]
+            measured.append((dict.fromkeys(INTENSITY_COLUMNS, math.nan), "; ".join(notes)))
             continue
         found: dict[str, Any] = {name: column[n] for name, column in known.items()}
-        notes = []
+        notes = [*elsewhere]
         if not found["intensity_sd"]:
             found |= {
                 "intensity_skewness": math.nan,
@@ -613,8 +615,6 @@ def intensity_columns(
             scored, note = calcium(n)
             found |= scored
             notes += [note] if note else []
-        elif settings.calcium and not is_hu:
-            notes.append(f"calcium: it is scored in HU, not in {unit}")
         measured.append((found, "; ".join(notes)))
     return measured
 

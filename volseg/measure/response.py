@@ -151,7 +151,7 @@ def judge_response(pairs: Sequence[ScanPair], *, patient: str, lymph_nodes: Coll
     groups = groups_of(pairs, lymph_nodes)
     of_targets = [group for group in groups if any(target is each for target in chosen for each in group.before)]
     others = [group for group in groups if group.before and group not in of_targets and not group.was_normal]
-    doubtful = [pair for pair in pairs if pair.doubt and pair.baseline and pair.followup]
+    doubtful = [pair for pair in pairs if _is_doubtful(pair)]
     twins = [_twins(scans) for scans in ([pair.baseline for pair in pairs], [pair.followup for pair in pairs])]
     # Where the baseline does not reach counts as new too (section 4.3.5); under another label it may have been there before.
     only_later = [
@@ -234,6 +234,11 @@ def judge_response(pairs: Sequence[ScanPair], *, patient: str, lymph_nodes: Coll
             ]
         ),
     )
+
+
+def _is_doubtful(pair: ScanPair) -> bool:
+    """Whether its lesions may have been matched wrongly; where one scan has none, none were matched."""
+    return bool(pair.doubt and pair.baseline and pair.followup)
 
 
 _Name = Callable[[LesionMeasurement], str]
@@ -540,8 +545,10 @@ def _warnings(
         if joined:
             listed = ", ".join(joined)
             yield f"W_MERGED: a target merged with lesions {listed}, which are no targets; the whole counts as target"
-    if any(group.status == "outside" for group in groups):
-        yield "W_OUTSIDE: lesions lie where the other scan does not reach; those of the follow-up count as new (RECIST 1.1, section 4.3.5)"
+    if outside := [group for group in groups if group.status == "outside"]:
+        counts = "; those of the follow-up count as new (RECIST 1.1, section 4.3.5)"
+        is_counted = any(not _is_doubtful(group.pair) for group in outside)
+        yield f"W_OUTSIDE: lesions lie where the other scan does not reach{counts if is_counted else ''}"
     if any(lesion.touches_border for lesion in lesions):
         yield "W_BORDER: a lesion touches the border of its scan, so its size is a lower bound"
     for time, found in zip(("baseline", "follow-up"), twins, strict=True):

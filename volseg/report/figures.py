@@ -9,6 +9,7 @@ import numpy as np
 
 from volseg.inputs import shortened
 from volseg.measure.rows import LesionMeasurement
+from volseg.measure.units import shown_unit
 from volseg.preprocess.crop import AxisOrder, canonical_geometry, to_canonical
 from volseg.report.canvas import Figure, FigureCanvasAgg
 from volseg.report.slices import PLANES, draw_slice, label_slice, png_bytes, slice_of, surroundings, window_round
@@ -19,11 +20,14 @@ MOST_VOXELS = 2**22  # of a lesion's box, all of which are looked at
 LESION = "#ff5c33"
 
 
-def overlay_png(image: Volume, ids: np.ndarray, lesions: Sequence[LesionMeasurement], *, title: str) -> bytes:
+def overlay_png(
+    image: Volume, ids: np.ndarray, lesions: Sequence[LesionMeasurement], *, title: str, is_doubted: bool = False
+) -> bytes:
     """PNG with a row per lesion (the largest three) and its axial, coronal and sagittal slice, lesions outlined.
 
     Args:
         ids: (I, J, K) lesion ids on the scan's grid.
+        is_doubted: whether the unit of the intensities is in doubt, which the captions then say.
     """
     order = AxisOrder.of(image.geometry)
     geometry = canonical_geometry(image.geometry, order)
@@ -36,7 +40,7 @@ def overlay_png(image: Volume, ids: np.ndarray, lesions: Sequence[LesionMeasurem
     axes = figure.subplots(len(centres), len(PLANES), squeeze=False)
     for row, centre in enumerate(centres):
         window = window_round(image.intensities(_sample(stored[surroundings(places[row], geometry.spacing_mm)])))
-        caption = "no lesion found" if not shown else _caption(shown[row])
+        caption = "no lesion found" if not shown else _caption(shown[row], is_doubted=is_doubted)
         for column, (name, axis, left, right) in enumerate(PLANES):
             index = int(centre[axis])
             picture = image.intensities(slice_of(stored, axis, index)).astype(np.float32)
@@ -77,8 +81,8 @@ def _centre(voxels: np.ndarray) -> np.ndarray:
     return voxels[np.argmin(((voxels - voxels.mean(axis=0)) ** 2).sum(axis=1))]
 
 
-def _caption(lesion: LesionMeasurement) -> str:
+def _caption(lesion: LesionMeasurement, *, is_doubted: bool) -> str:
     text = f"#{lesion.lesion_id} {shortened(lesion.label_name or f'value {lesion.label}')}, {lesion.volume_ml:.3g} mL"
     if lesion.intensity_mean is not None and math.isfinite(lesion.intensity_mean):
-        text += f", {lesion.intensity_mean:.3g} {lesion.intensity_unit}"
+        text += f", {lesion.intensity_mean:.3g} {shown_unit(lesion.intensity_unit, is_doubted=is_doubted)}"
     return f"{text}, {shortened(lesion.class_name)} {lesion.class_probability:.2f}" if lesion.class_name else text

@@ -23,6 +23,7 @@ from volseg.columns import columns_of
 from volseg.measure.changes import LesionChange
 from volseg.measure.response import PatientResponse
 from volseg.measure.rows import CaseRow, LesionMeasurement
+from volseg.measure.units import doubt_of, shown_unit
 from volseg.report.histogram import histogram_svg
 from volseg.report.model_box import Likeness, ModelBox, likeness_of_run, likeness_of_scan
 from volseg.report.preview import Preview, lesion_colour, lesion_points, point_of, smaller_jpeg
@@ -144,6 +145,7 @@ def viewer_html(
         box: of the model; None for masks from elsewhere.
     """
     rows = sorted(lesions, key=lambda lesion: lesion["lesion_id"])[:MAX_VIEWER_ROWS]
+    rows, unit = _with_doubts(rows, [case]), shown_unit(unit, is_doubted=bool(doubt_of(case.get("warnings") or "")))
     remark = ""
     n_lesions = max(case.get("n_lesions") or 0, len(lesions))
     if len(rows) < n_lesions:
@@ -224,6 +226,7 @@ def report_html(
     n_pending = sum(case.get("status") == "pending" for case in cases)
     failed = [_failure(case["case_id"], case) for case in cases if case.get("status") == "failed"]
     linked = sorted(pages)
+    lesions = _with_doubts(lesions, cases)
     remarks = [
         *([f"{n_pending} scans have not been reached yet: run the same command again to go on."] if n_pending else []),
         *remarks,
@@ -481,6 +484,19 @@ def _facts(cases: Sequence[Mapping[str, Any]], lesions: Sequence[Mapping[str, An
         facts.append(("total volume", f"{_shown(max(total_ml, math.fsum(volumes)))} mL"))
         facts.append(("largest lesion", f"{_shown(max(volumes))} mL"))
     return facts
+
+
+def _with_doubts(
+    lesions: Sequence[Mapping[str, Any]], cases: Sequence[Mapping[str, Any]]
+) -> Sequence[Mapping[str, Any]]:
+    """The lesions, with a mark at the unit of those whose scan's unit is in doubt."""
+    doubted = {case["case_id"] for case in cases if doubt_of(case.get("warnings") or "")}
+    return [
+        {**lesion, "intensity_unit": shown_unit(lesion["intensity_unit"], is_doubted=True)}
+        if lesion.get("case_id") in doubted and lesion.get("intensity_unit")
+        else lesion
+        for lesion in lesions
+    ]
 
 
 def _plots(lesions: Sequence[Mapping[str, Any]]) -> list[Markup]:

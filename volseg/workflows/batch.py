@@ -295,10 +295,13 @@ def write_mask(mask: Volume, commit: Commit, folder: str, case_id: str, *, like:
         ) from error
 
 
-def write_figure(scan: Volume, ids: Volume, lesions: Sequence[LesionMeasurement], case_id: str, commit: Commit) -> None:
+def write_figure(
+    scan: Volume, ids: Volume, lesions: Sequence[LesionMeasurement], case_id: str, commit: Commit, *, unit: Unit
+) -> None:
     from volseg.report.figures import overlay_png
 
-    commit.write(f"{FIGURES}/{case_id}.png", overlay_png(scan, ids.array, lesions, title=case_id))
+    picture = overlay_png(scan, ids.array, lesions, title=case_id, is_doubted=bool(unit.doubt))
+    commit.write(f"{FIGURES}/{case_id}.png", picture)
 
 
 def input_key(options: Mapping[str, Any], digests: Iterable[str]) -> str:

@@ -27,13 +27,15 @@ from volseg.measure.pairs import MeasuredScan, lone_scan, pair_scans, pairing_by
 from volseg.measure.response import PatientResponse, judge_response
 from volseg.measure.rows import LesionMeasurement
 from volseg.measure.sections import axial_normal
+from volseg.measure.units import doubt_of
 from volseg.postprocess.lesions import MANY
+from volseg.preprocess.align import covered
 from volseg.preprocess.register import Registration, register, registering_bytes, transformed
 from volseg.report.html import comparison_html
 from volseg.store.comparisons import ComparisonFolder
 from volseg.store.records import CaseRecord, case_ids, file_of, path_of, read_record, record_files
 from volseg.store.results import LESION_IDS
-from volseg.volume import Volume
+from volseg.volume import Geometry, Volume
 from volseg.workflows.batch import (
     Progress,
     RunReport,
@@ -346,6 +348,10 @@ class _Side:
         return self.record.lesions
 
     @property
+    def unit_doubt(self) -> str:
+        return doubt_of(self.record.case.warnings)
+
+    @property
     def measured(self) -> MeasuredScan:
         return MeasuredScan(self.record.case.case_id, self.ids, self.lesions)
 
@@ -445,8 +451,14 @@ def _compare_scans(
         for time_, folder, case, scans in zip(TIMES, folders, cases, settings.scans, strict=True)
     )
     before, after = _named_alike(*read, names=names)
+    doubts = (before.unit_doubt if before else "", after.unit_doubt if after else "")
+    in_doubt = [
+        f"W_UNIT: the unit at {time_} is in doubt ({doubt}), so no intensity is compared"
+        for time_, doubt in zip(TIMES, doubts, strict=True)
+        if doubt
+    ]
     if before is None or after is None:
-        return _alone(before, after)
+        return _alone(before, after, doubts, in_doubt)
     placed = _place(before, after, settings)
     pair = pair_scans(
         before.measured,
@@ -455,7 +467,8 @@ def _compare_scans(
         doubt=placed.doubt,
         max_distance_mm=settings.max_distance_mm,
     )
-    warnings = [*placed.warnings, *_differences(before, after)]
+    pair = replace(pair, unit_doubts=doubts)
+    warnings = [*placed.warnings, *_differences(before, after), *in_doubt]
     if settings.registration or settings.figures:
         warnings += [side.change for side in (before, after) if side.change]
     picture = None
@@ -474,11 +487,14 @@ def _compare_scans(
     return _Compared(pair, placed.columns, warnings, picture)
 
 
-def _alone(before: _Side | None, after: _Side | None) -> _Compared:
+def _alone(
+    before: _Side | None, after: _Side | None, unit_doubts: tuple[str, str], warnings: Sequence[str]
+) -> _Compared:
     """A scan of a region that was not scanned at the other time: all its lesions lie outside what was."""
     pair = lone_scan(before and before.measured, after and after.measured)
     other = "follow-up" if after is None else "baseline"
-    return _Compared(pair, {}, [f"W_UNPAIRED: there is no {other} scan of what it shows"])
+    pair = replace(pair, unit_doubts=unit_doubts)
+    return _Compared(pair, {}, [f"W_UNPAIRED: there is no {other} scan of what it shows", *warnings])
 
 
 def _of_scan(text: str, pair: ScanPair, pairs: Sequence[ScanPair]) -> str:
@@ -642,7 +658,7 @@ def _place(before: _Side, after: _Side, settings: CompareSettings) -> Placement:
     if not before.lesions and not after.lesions:
         return Placement(np.eye(4), {})  # nothing is to be placed
     if not settings.registration:
-        return Placement(np.eye(4), {"registration": "none"})
+        return _as_headers_say(before.ids.geometry, after.ids.geometry)
     if _are_identical(before, after):
         return Placement(np.eye(4), {"registration": "identical"})
     found = register(before.scan, after.scan)
@@ -652,6 +668,15 @@ def _place(before: _Side, after: _Side, settings: CompareSettings) -> Placement:
         np.concatenate([centroids_mm(before.lesions), transformed(back, centroids_mm(after.lesions))]),
         normal=axial_normal(before.ids.geometry),
     )
+
+
+def _as_headers_say(before: Geometry, after: Geometry) -> Placement:
+    here, columns = np.eye(4), {"registration": "none"}
+    if covered(before, after, here) or covered(after, before, here):
+        return Placement(here, columns)
+    doubt = "the two scans nowhere overlap in world coordinates"
+    warnings = [f"W_APART: {doubt}, so no lesion could be matched"]
+    return Placement(here, columns, warnings, f"{doubt}: compare without --no-registration")
 
 
 def as_far_as_trusted(found: Registration, points_mm: np.ndarray, *, normal: np.ndarray | None = None) -> Placement:

@@ -365,7 +365,7 @@ def _write(
         write_mask(result.mask, commit, MASKS, case.id, like=scan_path)
         write_mask(result.lesion_ids, commit, LESION_IDS, case.id, like=scan_path)
         if files.figures:
-            write_figure(scan, result.lesion_ids, result.lesions, case.id, commit)
+            write_figure(scan, result.lesion_ids, result.lesions, case.id, commit, unit=unit)
         row = done_row(
             case,
             scan,

@@ -22,7 +22,7 @@ from volseg.measure.rows import CaseRow
 from volseg.measure.specks import MeasuredLesions, measure_largest
 from volseg.measure.units import Unit, judge_unit
 from volseg.postprocess.lesions import CONNECTIVITY, Objects, label_lesions, without_organ
-from volseg.recipe import Measure, load_recipe
+from volseg.recipe import Measure, load_recipe, unit_named
 from volseg.report.model_box import ModelBox, read_model_box
 from volseg.store.outputs import SAME_KIND, Commit, folder_content
 from volseg.store.results import LESION_IDS, MASKS, ResultsFolder, State
@@ -110,12 +110,14 @@ def measure(
         raise VolsegError(f"objects {objects!r} is unknown", fix="use components or labels", code="E_USAGE")
     found, unused = _pairs(image, mask, cases)
     read = None if recipe is None else load_recipe(recipe)
+    stated = _unit_of(intensity_unit)
+    of_recipe = read.data.intensity_unit if read and not read.data.unit_guessed else None
     asked = {"organ": organ, "lymph_nodes": tuple(lymph_nodes), "calcium": calcium}
     wanted = _Wanted(
         objects=cast(Objects, objects),
         label_names=dict(label_names or (read.data.label_names if read else {})),
-        intensity_unit=intensity_unit or (read.data.intensity_unit if read and not read.data.unit_guessed else None),
-        stated_by="--unit" if intensity_unit else "the recipe",
+        intensity_unit=stated or of_recipe,
+        stated_by="--unit" if stated else "the recipe",
         settings=(read.measure if read else Measure()).model_copy(
             update={name: value for name, value in asked.items() if value not in (None, (), False)}
         ),
@@ -265,6 +267,14 @@ def _corrected_cases(folder: ResultsFolder, names: Sequence[str]) -> Iterator[tu
             yield case, wanted.settings
 
 
+def _unit_of(text: str | None) -> str:
+    """What was given to --unit; empty where it says nothing."""
+    try:
+        return unit_named(text or "")
+    except ValueError as error:
+        raise VolsegError(f"--unit {error}", fix="--unit HU, SUV, a.u. or another unit", code="E_USAGE") from error
+
+
 def _corrected_case(folder: ResultsFolder, name: str, *, figures: bool, pages: bool) -> tuple[Case, _Wanted]:
     """A corrected mask on its scan, and how it is measured.
 
@@ -279,7 +289,7 @@ def _corrected_case(folder: ResultsFolder, name: str, *, figures: bool, pages: b
         wanted = _Wanted(
             objects="components",
             label_names={int(value): str(text) for value, text in source["label_names"].items()},
-            intensity_unit=str(source["unit"]),
+            intensity_unit=unit_named(str(source["unit"])),
             stated_by="the model",
             unit_doubt=str(source.get("unit_doubt", "")),
             remarks=_texts(source["remarks"]),
@@ -504,10 +514,14 @@ def _write_case(
     largest = measured.lesions.largest
     write_mask(ids, commit, LESION_IDS, case.id, like=path)
     if wanted.figures:
+<<<<<<< HEAD
         write_figure(scan, ids, largest, case.id, commit)
     remarks = [*wanted.remarks, *((remark,) if remark else ())]
     if measured.unit.doubt and not any(measured.unit.doubt in text for text in remarks):
         remarks.insert(0, f"W_UNIT: {measured.unit.doubt}")
+=======
+        write_figure(scan, ids, largest, case.id, commit, unit=measured.unit)
+>>>>>>> fix-units
     row = done_row(
         case,
         scan,

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from volseg.measure.specks import SPECKS
-from volseg.measure.units import CODES
+from volseg.measure.units import CODES, warnings_in
 
 MOST_SCANS = 5  # named per code
 
@@ -23,8 +22,7 @@ def remarks_on_scans(rows: Iterable[Mapping[str, Any]], case_ids: Iterable[str])
     for row in rows:
         if row["case_id"] not in case_ids:
             continue
-        for warning in re.split(r"; (?=W_[A-Z]+: )", row["warnings"] or ""):
-            code, _, text = warning.partition(": ")
+        for code, text in warnings_in(row["warnings"] or ""):
             if code in lines_by_code:
                 lines_by_code[code].append(f"{code}: {row['case_id']}: {text}")
     return [line for code, lines in lines_by_code.items() for line in _shortened(code, lines)]
