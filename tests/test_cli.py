@@ -1,4 +1,5 @@
 import contextlib
+import io
 import json
 import os
 import pty
@@ -142,6 +143,34 @@ def test_bars_move_by_tiles_on_a_terminal_and_are_not_drawn_into_a_pipe(model, d
     assert process.returncode == 0
     assert re.search(r"Segmenting.*scan_7\s*\n", shown), shown
     assert re.search(r"Tiles.*scan_7: (\d+) of \1\s*\n", shown), shown
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_a_name_with_markup_or_a_line_end_is_shown_as_it_is_on_a_terminal(monkeypatch):
+    shown = Terminal()
+    monkeypatch.setattr(sys, "stderr", shown)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "200")
+    with cli._progress() as show:
+        show("Reading [/b]", 0.5, "a[/b]c :x: [red]d\ne\x1b[2J")
+    assert "Reading [/b]" in shown.getvalue()
+    assert "a[/b]c :x: [red]d\\ne\\x1b[2J" in shown.getvalue()
+
+
+def test_a_label_with_markup_is_shown_as_it_is_in_a_table(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "200")
+    mean = {"mean": None, "mean_95": None, "no_mean_95": ""}
+    names = ("dice", "hd95_mm", "nsd_1mm", "nsd_2mm", "volume_error_ml")
+    label = {"name": "a[/b]:x:\x1b", "n": 3, "metrics": dict.fromkeys(names, mean), "n_missed": 1}
+    label["detection"] = {"f1": mean}
+    details = {"labels": {"1": label}, "n_patients": 3, "patients": "a patient per case", "not_predicted": []}
+    cli._print_evaluation(workflows.RunReport(out=Path("nowhere"), details=details))
+    told = capsys.readouterr()
+    assert "a[/b]:x:\\x1b" in told.out and "\x1b" not in told.out + told.err
 
 
 def read_all(terminal):

@@ -253,7 +253,7 @@ def train(
             device=device,
             seed=seed,
             progress=show,
-            announce=lambda text: typer.echo(text, err=True),
+            announce=_announce,
         )
     if "rank" in report.details:
         return  # under torchrun or SLURM rank 0 speaks for all
@@ -351,7 +351,7 @@ def infer(
             figures=figures,
             pages=pages,
             progress=show,
-            announce=lambda text: typer.echo(text, err=True),
+            announce=_announce,
         )
     _finish(report, as_json, lambda: _print_results(report))
 
@@ -454,7 +454,7 @@ def measure(
             pages=pages,
             max_ram=max_ram,
             progress=show,
-            announce=lambda text: typer.echo(text, err=True),
+            announce=_announce,
         )
     _finish(report, as_json, lambda: _print_results(report))
 
@@ -489,7 +489,7 @@ def evaluate(
             min_iou=min_iou,
             max_ram=max_ram,
             progress=show,
-            announce=lambda text: typer.echo(text, err=True),
+            announce=_announce,
         )
     _finish(report, as_json, lambda: _print_evaluation(report))
 
@@ -565,7 +565,7 @@ def compare(
             figures=figures,
             max_ram=max_ram,
             progress=show,
-            announce=lambda text: typer.echo(text, err=True),
+            announce=_announce,
         )
     _finish(report, as_json, lambda: _print_comparison(report))
 
@@ -665,7 +665,7 @@ def columns(as_json: Json = False) -> None:
         table = Table("column", "unit", "meaning", "source", title=name, title_justify="left")
         for line in lines:
             table.add_row(*line)
-        Console(markup=False).print(table)
+        _print_table(table)
 
 
 @app.command()
@@ -685,7 +685,7 @@ def selftest(as_json: Json = False) -> None:
         for check in checks:
             numbers = (f"{value:.6g}" for value in (check.expected, check.tolerance, check.found))
             table.add_row(check.body, check.measure, *numbers, "pass" if check.is_passed else "FAIL")
-        Console(markup=False).print(table)
+        _print_table(table)
         typer.echo(f"{len(checks) - n_failed} of {len(checks)} measures lie within their tolerance")
     raise typer.Exit(1 if n_failed else 0)
 
@@ -710,11 +710,11 @@ def _progress(first: str = "") -> Iterator[Callable[[str, float, str], None]]:
             yield lines.show
         return
     shape = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),  # a path such as a[/b] is no markup
         BarColumn(),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[detail]}"),
+        TextColumn("{task.fields[detail]}", markup=False),
     )
     with Progress(*shape, console=console) as progress:
         bars: dict[str, TaskID] = {}
@@ -724,7 +724,7 @@ def _progress(first: str = "") -> Iterator[Callable[[str, float, str], None]]:
                 bars[stage] = progress.add_task(stage, total=1.0, detail="")
             elif share == 0:
                 progress.reset(bars[stage])  # what is left is reckoned from this beginning
-            progress.update(bars[stage], completed=share, detail=detail)
+            progress.update(bars[stage], completed=share, detail=one_line(detail))
 
         yield show
 
@@ -755,7 +755,7 @@ class _Lines:
             if self._stage and now - self._said >= SILENT_SECONDS:
                 self._said = now
                 waited = timedelta(seconds=round(now - self._heard))
-                typer.echo(f"{self._stage}: still running after {waited}, {self._detail}", err=True)
+                _announce(f"{self._stage}: still running after {waited}, {self._detail}")
 
     def show(self, stage: str, share: float, detail: str) -> None:
         now = time.monotonic()
@@ -768,7 +768,7 @@ class _Lines:
         gained = share - self._first  # a stage may begin with what an earlier call did of it
         seconds = round((now - self._began) * (1 - share) / gained) if gained > 0 else None
         left = "" if seconds is None else f", {timedelta(seconds=seconds)} left"
-        typer.echo(f"{stage}: {share:.0%}{left}, {detail}", err=True)
+        _announce(f"{stage}: {share:.0%}{left}, {detail}")
 
 
 def _finish(report: RunReport, as_json: bool, show: Callable[[], None], *, has_warned: bool = False) -> None:
@@ -811,20 +811,21 @@ def _print_fingerprint(report: RunReport) -> None:
     wanted = " × ".join(f"{value:g}" for value in found["resampled_to_mm"])
     typer.echo(f"{found['n_cases']} training cases; median spacing {spacing} mm, median shape {shape} (R × A × S)")
     for channel, values in found["foreground"].items():
-        typer.echo(
+        text = (
             f"{channel} under the labels: mean {values['mean']:.4g}, deviation {values['sd']:.4g}, "
             f"0.5 to 99.5 percentile {values['p00_5']:.4g} to {values['p99_5']:.4g}"
         )
+        typer.echo(one_line(text))
     voxels = ", ".join(f"{label}: {count}" for label, count in found["label_voxels"].items())
-    typer.echo(f"voxels per label: {voxels}; resampled to {wanted} mm")
+    typer.echo(one_line(f"voxels per label: {voxels}; resampled to {wanted} mm"))
     typer.echo(f"{len(report.done)} prepared, {len(report.kept)} were complete already → {report.out}")
 
 
 def _print_plan(report: RunReport, out: Path | None) -> None:
     table = Table("setting", "value", "why")
     for line in report.details["plan"]["lines"]:
-        table.add_row(line["setting"], line["value"], line["reason"])
-    Console(markup=False).print(table)
+        table.add_row(*(one_line(line[name]) for name in ("setting", "value", "reason")))
+    _print_table(table)
     if out is not None:
         typer.echo(f"plan → {out}")
 
@@ -841,21 +842,22 @@ def _print_metrics(report: RunReport) -> None:
 
 def _print_quantised(report: RunReport) -> None:
     validation, seconds = report.details["validation"], report.details["seconds_per_patch"]
-    table = Table("precision", *(f"Dice {label}" for label in validation["dice"]), "s per patch", "× as fast")
+    headings = (one_line(f"Dice {label}") for label in validation["dice"])
+    table = Table("precision", *headings, "s per patch", "× as fast")
     for name in seconds:
         scores = (
             "" if values[name] is None else f"{values[name]:.4f} ({values[name] - values['fp32']:+.4f})"
             for values in validation["dice"].values()
         )
         table.add_row(name, *scores, f"{seconds[name]:.3g}", f"{seconds['fp32'] / seconds[name]:.1f}")
-    Console(markup=False).print(table)
+    _print_table(table)
     typer.echo(f"mean over {validation['cases']} validation cases; seconds on this machine")
     typer.echo(f"int8 network → {report.out}; use it with `volseg infer --precision int8`")
 
 
 def _print_imported(report: RunReport) -> None:
     for name, value in report.details["model"].items():
-        typer.echo(f"{name}: {value}")
+        typer.echo(one_line(f"{name}: {value}"))
     typer.echo(f"model → {report.out}")
 
 
@@ -871,8 +873,9 @@ def _print_evaluation(report: RunReport) -> None:
     table = Table(*headings, box=SIMPLE, padding=(0, 1, 0, 0))
     for found in report.details["labels"].values():
         cells = [_mean_and_interval(found["metrics"][name], decimals) for name, (_, decimals) in shown.items()]
-        table.add_row(f"{found['name']}\nn = {found['n']}", *cells, _mean_and_interval(found["detection"]["f1"], 2))
-    Console(markup=False).print(table)
+        named = f"{one_line(found['name'])}\nn = {found['n']}"
+        table.add_row(named, *cells, _mean_and_interval(found["detection"]["f1"], 2))
+    _print_table(table)
     typer.echo(
         f"means with 95 % intervals over {report.details['n_patients']} patients ({report.details['patients']}); "
         "volume mL: predicted − reference"
@@ -881,10 +884,10 @@ def _print_evaluation(report: RunReport) -> None:
         typer.echo(f"(none): no interval; {reason}")
     without = {found["name"]: found["n_missed"] for found in report.details["labels"].values() if found["n_missed"]}
     for name, n in without.items():
-        typer.echo(f"{name}: missed in {n} cases, which have no HD95", err=True)
+        _announce(f"{name}: missed in {n} cases, which have no HD95")
     missing = report.details["not_predicted"]
     if missing:
-        typer.echo(f"{len(missing)} reference masks have no prediction, such as {missing[0]}", err=True)
+        _announce(f"{len(missing)} reference masks have no prediction, such as {missing[0]}")
     for name, what in (
         ("evaluation.csv", "a row per case and label"),
         ("detections.csv", "a row per lesion"),
@@ -924,8 +927,8 @@ def _print_comparison(report: RunReport) -> None:
         sums, volume = (
             "" if row[name] is None else f"{row[name]:+.1f}" for name in ("change_sum_percent", "change_volume_percent")
         )
-        table.add_row(row["patient"], row["response"] or "", sums, *counts, volume)
-    Console(markup=False).print(table)
+        table.add_row(one_line(row["patient"]), row["response"] or "", sums, *counts, volume)
+    _print_table(table)
     typer.echo("sum: of the target diameters; response.csv holds the rule that decided for each patient")
     for patient, reason in report.details["unpaired"].items():
         typer.echo(f"unpaired: {patient}: {reason}", err=True)
@@ -941,6 +944,15 @@ def _announce_shipped_model() -> None:
 
     name, use, limits = workflows.shipped_model()
     typer.echo(f"using the model that ships with volseg: {name}. For: {use} Limits: {limits}", err=True)
+
+
+def _print_table(table: Table) -> None:
+    """Print a table whose cells are plain text: a label may be called `[/b]` or `:x:`."""
+    Console(markup=False, emoji=False).print(table)
+
+
+def _announce(text: str) -> None:
+    typer.echo(one_line(text), err=True)
 
 
 def _print_json(content: Any) -> None:

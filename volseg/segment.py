@@ -200,6 +200,7 @@ def plan_case_memory(
     max_vram: int | None = None,
     coarse_needed: int = 0,
     is_alone: bool = True,
+    n_cases: int = 1,
 ) -> MemoryPlan:
     """How a scan with this header fits into memory.
 
@@ -207,6 +208,7 @@ def plan_case_memory(
         itemsize: bytes per stored voxel over all channels.
         needed, coarse_needed: of the network and of that of the first pass, where there is one, from `patch_bytes`.
         is_alone: no other scan is read or written meanwhile.
+        n_cases: of the results folder.
 
     Raises:
         ScanError: it does not fit into `max_ram` bytes of main memory, or `max_vram` of the GPU's.
@@ -216,6 +218,7 @@ def plan_case_memory(
         _network_pass(model, needed),
         coarse=None if model.coarse is None else _network_pass(model.coarse, coarse_needed),
         is_alone=is_alone,
+        n_cases=n_cases,
         max_ram=max_ram,
         max_vram=max_vram,
     )

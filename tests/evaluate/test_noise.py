@@ -94,8 +94,15 @@ def test_surface_distances_of_noise_take_a_bounded_number_of_bytes_per_voxel():
     assert peak < 60 * 2**20 + 16 * truth.size
 
 
-def test_noise_is_not_compared_and_the_reason_is_given(tmp_path):
-    row = CaseRow(case_id="a", status="done", n_lesions=20_000, image="a.nii.gz")
+@pytest.mark.parametrize(
+    "noise",
+    [
+        {"n_lesions": 20_000},
+        {"n_lesions": 117, "warnings": "W_SPECKS: the boxes round 117 lesions would fill the scan"},
+    ],
+)
+def test_noise_is_not_compared_and_the_reason_is_given(noise, tmp_path):
+    row = CaseRow(case_id="a", status="done", image="a.nii.gz", **noise)
     for time in ("before", "after"):
         with ResultsFolder(tmp_path / time, "measure") as results:
             with results.staged() as commit:
@@ -103,4 +110,4 @@ def test_noise_is_not_compared_and_the_reason_is_given(tmp_path):
             results.write_tables()
     report = volseg.compare(tmp_path / "before", tmp_path / "after", out=tmp_path / "out")
     (reason,) = report.failed.values()
-    assert reason.startswith("E_SPECKS") and "20,000 lesions: its mask looks like noise" in reason
+    assert reason.startswith("E_SPECKS") and f"{noise['n_lesions']:,} lesions: its mask looks like noise" in reason

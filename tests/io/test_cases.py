@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from volseg.errors import VolsegError
-from volseg.io.cases import ID_PATTERN, Case, find_cases, find_scans
+from volseg.io.cases import ID_PATTERN, Case, find_cases, find_scans, survey_cases
 
 DATA = Path(__file__).parents[2].parent / "shared/data"
 
@@ -321,3 +321,29 @@ def test_a_case_may_lack_channels_but_the_first_where_that_is_allowed(tmp_path):
         find_cases(table, ["t1", "flair"], may_miss=True)
     table.write_text("subject,image_t1\na,a_t1.nii.gz\n")
     assert [list(case.images) for case in find_cases(table, ["t1", "flair"], may_miss=True)] == [["t1"]]
+
+
+def test_of_channels_that_differ_in_case_only_each_is_read_from_its_own_file_or_refused(tmp_path):
+    touch(tmp_path, "a.nii", "b.nii")
+    a, b = tmp_path / "a.nii", tmp_path / "b.nii"
+    path = table(tmp_path, "image_T1,image_t1\na.nii,b.nii\n")
+    assert find_cases(path, ["T1", "t1"])[0].images == {"T1": a, "t1": b}
+    assert find_cases(path, ["T1"])[0].images == {"T1": a}
+    assert find_scans([path], ["t1"])[0].images == {"t1": b}
+    for channels in (None, ["T2"], ["T1", "T2"]):
+        assert "channels 'T1', 't1' differ in upper and lower case only" in problem_of(find_cases, path, channels)
+    with pytest.raises(VolsegError, match="differ in upper and lower case only"):
+        survey_cases(path)
+    one = table(tmp_path, "image_t1\nb.nii\n", "one.csv")
+    assert "differ in upper and lower case only" in problem_of(find_cases, one, ["T1", "t1"])
+    touch(tmp_path, "n/imagesTr/p_0000.nii.gz", "n/imagesTr/p_0001.nii.gz", "n/labelsTr/p.nii.gz")
+    describe(tmp_path / "n", channel_names={"0": "T1", "1": "t1"}, labels={"background": 0}, file_ending=".nii.gz")
+    assert "differ in upper and lower case only" in problem_of(find_cases, tmp_path / "n", None)
+    assert find_cases(tmp_path / "n", ["t1"])[0].images["t1"].name == "p_0001.nii.gz"
+
+
+def test_two_columns_of_one_channel_and_two_masks_of_one_scan_are_refused(tmp_path):
+    touch(tmp_path, "a.nii", "b.nii", "d/images/a.nii", "d/labels/a.nii", "d/labels/a.nii.gz")
+    path = table(tmp_path, "image,image_image\na.nii,b.nii\n")
+    assert "'image' and 'image_image', which name one channel" in problem_of(find_cases, path)
+    assert "d/labels/a.nii is a mask of this name too" in problem_of(find_cases, tmp_path / "d")

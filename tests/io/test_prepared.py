@@ -7,7 +7,15 @@ import numpy as np
 import pytest
 
 from volseg.errors import VolsegError
-from volseg.io.prepared import CASE_FILE, PreparedCase, is_prepared, read_prepared_case, write_prepared_case
+from volseg.io.prepared import (
+    CASE_FILE,
+    IGNORED,
+    PreparedCase,
+    is_prepared,
+    read_prepared_case,
+    write_prepared_case,
+)
+from volseg.train.samples import sample_batch
 
 RECORD = {"key": "k", "split": "train", "patient": "p", "class": None, "shape": [4, 3, 2]}
 
@@ -16,7 +24,8 @@ RECORD = {"key": "k", "split": "train", "patient": "p", "class": None, "shape": 
 def folder(tmp_path):
     mask = np.zeros((4, 3, 2), np.uint8)
     mask[1, 1, 1] = 1
-    case = PreparedCase("a", mask[None].astype(np.float32), mask, {1: np.argwhere(mask)}, mask[None], RECORD)
+    image = mask[None].astype(np.float32)
+    case = PreparedCase("a", image, mask, {1: np.argwhere(mask)}, image, RECORD)
     (tmp_path / "a").mkdir()
     write_prepared_case(tmp_path / "a", case)
     return tmp_path
@@ -71,3 +80,54 @@ def test_the_files_are_on_the_disk_before_the_record_says_so(tmp_path, monkeypat
     mask = np.zeros((4, 3, 2), np.uint8)
     write_prepared_case(tmp_path, PreparedCase("a", mask[None], mask, {1: np.argwhere(mask)}, None, RECORD))
     assert synced == ["image.npy", "mask.npy", "foreground_1.npy", CASE_FILE]
+
+
+@pytest.mark.parametrize(
+    ("name", "array"),
+    [
+        ("mask", np.zeros((3, 3), np.uint8)),
+        ("mask", np.zeros((4, 3, 3), np.uint8)),
+        ("mask", np.zeros((4, 3, 2), np.float32)),
+        ("mask", np.zeros((4, 3, 2), np.int64)),
+        ("image", np.zeros((4, 3, 2), np.float32)),
+        ("image", np.zeros((1, 4, 3, 2), np.float64)),
+        ("image", np.zeros((1, 4, 3, 2), np.complex64)),
+        ("image", np.zeros((0, 4, 3, 2), np.float32)),
+        ("image", np.full((1, 4, 3, 2), None)),
+        ("foreground_1", np.zeros((5, 2), np.int16)),
+        ("foreground_1", np.zeros((5, 3))),
+        ("foreground_1", np.full((5, 3), 4, np.int16)),
+        ("foreground_1", np.array(0)),
+        ("foreground_3", np.zeros((5, 3), np.int16)),
+        ("foreground_one", np.zeros((5, 3), np.int16)),
+        ("slices", np.zeros((3, 2, 8), np.float32)),
+        ("slices", np.full((3, 2, 8, 8), np.nan, np.float32)),
+        ("slices", np.full((3, 2, 8, 8), None)),
+    ],
+)
+def test_an_array_of_another_shape_or_type_is_refused(name, array, folder):
+    np.save(folder / "a" / f"{name}.npy", array)
+    with pytest.raises(VolsegError, match="not a prepared case") as refusal:
+        read_prepared_case(folder, "a")
+    assert refusal.value.code == "E_PREPARED" and "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [("mask", 9, "holds class 9 of 1"), ("mask", 2, "holds class 2 of 1"), ("image", np.nan, "not finite")],
+)
+def test_a_voxel_that_is_none_is_refused_where_it_is_read(name, value, words, folder):
+    case = read_prepared_case(folder, "a")
+    case.check_values(case.image, case.mask)
+    array = np.load(folder / "a" / f"{name}.npy")
+    array[..., 3, 2, 1] = value
+    if name == "mask":
+        array[0, 0, 0] = IGNORED  # which any mask may hold
+    np.save(folder / "a" / f"{name}.npy", array)
+    case = read_prepared_case(folder, "a")
+    case.check_values(case.image[:, :3], case.mask[:3])
+    with pytest.raises(VolsegError, match=words) as refusal:
+        case.check_values(case.image, case.mask)
+    assert refusal.value.code == "E_PREPARED" and str(folder / "a") in str(refusal.value)
+    with pytest.raises(VolsegError, match=words):
+        sample_batch([case], (4, 3, 2), n=1, foreground_share=0.0, seed=0)

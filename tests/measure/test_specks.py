@@ -232,3 +232,77 @@ def test_specks_name_the_class_and_calcium_that_they_lack():
     measured = measure_largest(image, lesions.ids, lesions.labels, most=5, **options)
     assert {row.class_name for row in measured.largest} == {"benign"}
     assert all("calcium, class: not measured" in row.notes for row in measured.specks)
+
+
+def spread(n_labels=12, shape=(16, 15, 14)):
+    """Values that each spread over the whole scan, the last ones less often, and a scan."""
+    weights = np.linspace(3, 1, n_labels)
+    rng = np.random.default_rng(0)
+    mask = rng.choice(np.arange(1, n_labels + 1), shape, p=weights / weights.sum()).astype(np.uint8)
+    image = scan_of(shape)
+    return image, label_lesions(mask, image.geometry, objects="labels")
+
+
+@pytest.mark.parametrize("n_full", [1, 5, 11])
+def test_of_lesions_that_spread_over_the_scan_the_largest_are_measured_in_full(n_full):
+    image, lesions = spread()
+    options = OPTIONS | {"connectivity": None}
+    every = measure_lesions(image, lesions.ids, lesions.labels, **options)
+    measured = measure_largest(
+        image, lesions.ids, lesions.labels, most_boxes=(n_full + 1) * lesions.ids.size - 1, **options
+    )
+    largest = sorted(every, key=lambda row: (-row.n_voxels, row.lesion_id))[:n_full]
+    assert_equal_rows(measured.largest, sorted(largest, key=lambda row: row.lesion_id))
+    full = {row.lesion_id for row in largest}
+    for row, known in zip(measured, every, strict=True):
+        for field in fields(LesionMeasurement):
+            value, expected = getattr(row, field.name), getattr(known, field.name)
+            if row.lesion_id not in full and field.name in UNKNOWN:
+                assert value is None
+            elif row.lesion_id in full or field.name != "notes":
+                assert alike(value, expected), (field.name, value, expected)
+    assert measured.specks.warning == (
+        "W_SPECKS: the boxes round 12 lesions would fill the scan 12 times: this mask looks like noise; "
+        f"only the {n_full} largest have every column"
+    )
+
+
+def test_lesions_in_boxes_of_ordinary_size_are_all_measured_in_full():
+    """Bricks side by side, as many as TotalSegmentator has organs, and one round all of them."""
+    shape = (26, 27, 30)
+    index = np.indices(shape)
+    mask = (1 + index[0] // 5 + 6 * (index[1] // 5) + 36 * (index[2] // 5)).astype(np.uint8)
+    for axis in range(3):
+        np.moveaxis(mask, axis, 0)[[0, -1]] = 255
+    image = scan_of(shape)
+    lesions = label_lesions(mask, image.geometry, objects="labels")
+    assert len(lesions.labels) > 117
+    measured = measure_largest(image, lesions.ids, lesions.labels, most_boxes=3 * mask.size, **OPTIONS)
+    assert measured.specks is None
+    assert all(row.long_axis_mm is not None for row in measured)
+
+
+def test_a_speck_as_large_as_a_part_of_the_scan_takes_little_memory():
+    image, lesions = spread(n_labels=4, shape=(90, 100, 100))
+    options = OPTIONS | {"connectivity": None, "most_boxes": lesions.ids.size, "most": 10}
+    measured = measure_largest(image, lesions.ids, lesions.labels, **options)
+    assert len(measured.specks) == 3
+    alone = replace(measured.specks, together_rows=1)
+    expected = list(measured.specks)
+    tracemalloc.start()
+    rows = list(alone)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert_equal_rows(rows, expected)
+    assert peak < 2 * measured.specks.most_voxels + 60 * 2**20
+
+
+@pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS.keys())
+def test_lesions_that_touch_are_no_distance_apart(grid):
+    mask = np.zeros((14, 12, 10), np.uint8)
+    mask[2:6, 2:6, 2:6], mask[6:9, 2:6, 2:6], mask[12, 10, 8] = 1, 2, 3
+    image = scan_of(mask.shape, grid(SPACING_MM))
+    expected = measure_lesions(image, mask, [1, 2, 3], **OPTIONS | {"connectivity": None})
+    found = measure_lesions(image, mask, [1, 2, 3], most_points=0, **OPTIONS | {"connectivity": None})
+    assert [row.nearest_lesion_mm for row in found] == [row.nearest_lesion_mm for row in expected]
+    assert [row.nearest_lesion_mm for row in found[:2]] == [0.0, 0.0]

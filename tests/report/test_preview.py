@@ -8,6 +8,7 @@ import pytest
 from laws import GRIDS, ball, ball_volume_mm3, centre_mm, grid_around, lps, oblique, orientations, ras
 
 from volseg.io.nifti import read_volume
+from volseg.report import preview as preview_module
 from volseg.report.preview import lesion_colour, lesion_points, make_preview, montage_jpeg, point_of, smaller_jpeg
 from volseg.volume import Geometry, Volume
 
@@ -208,3 +209,31 @@ def test_the_montage_shows_the_right_on_the_left_outlines_and_a_true_scale():
 def test_colours_of_neighbours_differ():
     colours = np.array([lesion_colour(n) for n in range(1, 60)])
     assert np.abs(np.diff(colours.astype(int), axis=0)).sum(axis=1).min() > 100
+
+
+@pytest.mark.parametrize("n", [20, 200])
+def test_lesions_that_spread_over_the_scan_are_found_in_one_look_however_many_there_are(n, monkeypatch):
+    shape = (40, 41, 30)
+    rng = np.random.default_rng(0)
+    ids = (rng.integers(1, n + 1, shape) * (rng.random(shape) < 0.05)).astype(np.uint8)
+    scan = Volume(rng.normal(0, 100, shape).astype(np.int16), Geometry(shape, oblique((0.5, 0.6, 0.7))))
+    looks, slabs = [], preview_module._slabs
+    monkeypatch.setattr(preview_module, "PIECE_VOXELS", 5000)  # of which each lesion has fewer, and its box more
+    monkeypatch.setattr(preview_module, "_slabs", lambda *part: looks.append(part) or slabs(*part))
+    found = make_preview(scan, ids, unit="a.u.", max_bytes=9000)
+    assert max(found.factors) > 1
+    n_previews = len({part[:2] for part in looks})
+    assert len(looks) <= 2 * n_previews
+    drawn = np.unique(found.ids.array)
+    assert len(drawn) - 1 == n - found.not_drawn
+    assert found.not_drawn < n / 10
+
+
+def test_the_outlines_of_noise_are_a_picture_too():
+    shape, pixels = (150, 150, 150), 150
+    ids = np.random.default_rng(0).integers(1, 5000, shape).astype(np.uint16)
+    scan = Volume(noisy(shape), Geometry(shape, np.diag([-1.0, -1.0, 1.0, 1.0])))
+    jpeg = montage_jpeg(scan, ids, window=(-100, 100), point_mm=None, extent_mm=0.0, pixels=pixels)
+    assert len(jpeg) > 3 * pixels**2
+    assert matplotlib.image.imread(io.BytesIO(jpeg), format="jpeg").shape == (pixels, 3 * pixels, 3)
+    assert matplotlib.image.imread(io.BytesIO(smaller_jpeg(jpeg, 96)), format="jpeg").shape[0] == 96

@@ -1,6 +1,6 @@
 import csv
 import json
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import pytest
 
@@ -175,3 +175,18 @@ def test_the_largest_rows_are_those_with_most_voxels_in_their_order(tmp_path):
         numbers = [row["lesion_id"] for row in results.largest_rows("a", 2)]
         assert numbers == [2, 3]
         assert [row["lesion_id"] for row in results.largest_rows("a", 10)] == [1, 2, 3, 4, 5]
+
+
+def test_the_largest_of_all_items_are_listed_item_by_item_in_their_order(tmp_path):
+    volumes = {"a": [5.0, 2e-3, 9.0], "b": [1.0, 9.0], "c": [7.0, 8.0, 6.0]}
+    with ResultsFolder(tmp_path, "measure") as results:
+        for name, volumes_ml in volumes.items():
+            rows = (replace(lesion(n, 4), case_id=name, volume_ml=each) for n, each in enumerate(volumes_ml, start=1))
+            commit(results, name, lesions=rows)
+        for most in range(1, 9):
+            found, n = results.listed_rows({"a": 9, "b": 9, "c": 2}, most)
+            listed = sorted([5.0, 2e-3, 9.0, 1.0, 9.0, 7.0, 8.0], reverse=True)[:most]
+            assert n == 7
+            assert sorted((row["volume_ml"] for row in found), reverse=True) == listed
+            order = [(row["case_id"], row["lesion_id"]) for row in found]
+            assert len(order) == len(set(order)) == min(most, 7)

@@ -298,3 +298,15 @@ def test_a_budget_lowers_the_tiles_at_a_time_and_the_masks_stay_the_same(dataset
     masks = [read_mask(tmp_path / name / "masks" / "scan_6.nii.gz").array for name in found]
     assert masks[0].any()
     np.testing.assert_array_equal(*masks)
+
+
+def test_pages_that_complete_cases_lack_keep_to_the_memory_budget(model, dataset, tmp_path):
+    scan, out = dataset / "images" / "scan_0.nii.gz", tmp_path / "out"
+    volseg.infer(scan, model=model, out=out, pages=False)
+    report = volseg.infer(scan, model=model, out=out, max_ram="1M")
+    assert list(report.kept) == ["scan_0"]
+    assert not (out / "viewer").exists()
+    told = [text for text in report.details["warnings"] if text.startswith("W_PAGE: scan_0 has no page")]
+    assert len(told) == 1 and "give --max-ram" in told[0]
+    volseg.infer(scan, model=model, out=out)
+    assert (out / "viewer" / "scan_0.html").is_file()

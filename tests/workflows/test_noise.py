@@ -15,7 +15,7 @@ import pytest
 import volseg
 from volseg.errors import ScanError
 from volseg.execute.cpu import parse_bytes
-from volseg.measure.memory import KEPT, lesion_bytes, plan_measuring
+from volseg.measure.memory import KEPT, lesion_bytes, plan_measuring, report_bytes
 from volseg.postprocess.lesions import MANY
 from volseg.workflows import measuring
 
@@ -103,10 +103,16 @@ def test_a_budget_that_does_not_hold_is_a_failed_row_that_says_what_would(tmp_pa
 
 
 def test_the_plan_grows_with_the_grid_alone():
-    small, large = (plan_measuring(voxels, 2, 1, process=0) for voxels in (256**3, 512 * 512 * 300))
+    small, large = (plan_measuring(voxels, 2, 1, process=0, n_cases=1) for voxels in (256**3, 512 * 512 * 300))
     assert small.total < 1.1 * GB
     assert large.parts["lesions"] - small.parts["lesions"] < 7 * (512 * 512 * 300 - 256**3)
     assert lesion_bytes(256**3, 8) - lesion_bytes(256**3, 2) == 6 * 256**3
+
+
+def test_the_plan_holds_the_tables_and_pages_of_the_whole_folder():
+    few, many = (plan_measuring(1000, 2, 1, process=0, n_cases=n) for n in (1, 10**6))
+    assert few.total >= report_bytes(1)
+    assert many.total >= report_bytes(10**6) > 10**9
 
 
 def test_a_million_labels_are_not_named_before_their_rows_are_written(tmp_path, monkeypatch):

@@ -1,7 +1,9 @@
 import csv
 import json
+import re
 import shutil
 import tracemalloc
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,14 +11,15 @@ from laws import ball, centre_mm, grid_around, oblique
 
 import volseg
 from volseg.errors import VolsegError
+from volseg.execute.cpu import parse_bytes
 from volseg.io.nifti import write_volume
 from volseg.measure.lesions import measure_lesions
-from volseg.measure.memory import PAGE
+from volseg.measure.memory import LISTED, PAGE, REPORT
 from volseg.measure.rows import CaseRow
 from volseg.postprocess.lesions import label_lesions
 from volseg.store.results import ResultsFolder
 from volseg.volume import Geometry, Volume
-from volseg.workflows.pages import write_page
+from volseg.workflows.pages import write_page, write_report
 
 
 @pytest.fixture
@@ -80,6 +83,57 @@ def test_making_a_page_takes_the_memory_that_is_planned_for_it(tmp_path):
     assert PAGE / 2 < peak < PAGE
     assert page.stat().st_size <= 6_000_000
     assert f"The first 1000 of {len(rows)} lesions" in page.read_text(encoding="utf-8")
+
+
+def test_report_html_lists_the_largest_lesions_in_the_memory_that_is_planned_for_it(tmp_path):
+    """A folder of many cases: what is held does not grow with the lesions of all of them."""
+    geometry = grid_around(12, oblique((1.0, 1.2, 2.0)))
+    mask = ball(6, geometry).astype(np.uint8)
+    scan = Volume(np.random.default_rng(0).normal(30, 10, geometry.shape).astype(np.int16), geometry)
+    names = {1: "a label of some length"}
+    options = {"case_id": "a", "label_names": names, "intensity_unit": "HU"}
+    (row,) = measure_lesions(scan, mask, [1], **options)
+    most, n = 1000, 2500
+    with ResultsFolder(tmp_path, "measure") as results:
+        for name in "abc":
+            case = CaseRow(case_id=name, status="done", n_lesions=n, total_volume_ml=1.0)
+            rows = (replace(row, case_id=name, lesion_id=at, volume_ml=1 / at) for at in range(1, n + 1))
+            with results.staged() as commit:
+                results.commit(case, commit, lesions=rows)
+        rows = results.case_rows()
+        write_report(results, {"command": "measure"}, rows, is_anew=True, most=10)  # templates are read once
+        tracemalloc.start()
+        assert write_report(results, {"command": "measure"}, rows, is_anew=True, most=most) == []
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    assert peak < REPORT * most / LISTED
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "The 1 000 largest of 7 500 lesions are listed and plotted; lesions.csv has them all." in page
+    (content,) = re.findall(r'id="lesions-data">(.*?)</script>', page, flags=re.DOTALL)
+    columns = [column["name"] for column in json.loads(content)["columns"]]
+    listed = {
+        tuple(line[columns.index(name)] for name in ("case_id", "lesion_id")) for line in json.loads(content)["rows"]
+    }
+    assert listed == {(name, at) for name in "abc" for at in range(1, 335)} - {("b", 334), ("c", 334)}
+
+
+def test_pages_of_complete_cases_keep_to_the_memory_budget(cases, tmp_path):
+    out = tmp_path / "out"
+    volseg.measure(cases=cases, out=out, intensity_unit="HU", pages=False)
+    report = volseg.measure(cases=cases, out=out, intensity_unit="HU", max_ram="1M")
+    assert list(report.kept) == ["a", "c"]
+    assert pages(out) == []
+    told = [text for text in report.details["warnings"] if text.startswith("W_PAGE")]
+    assert [text.split(" ")[1] for text in told] == ["a", "c", "report.html"]
+    assert all("the budget is 0.00 GB" in text and "--no-report" in text for text in told)
+    page = (out / "report.html").read_text(encoding="utf-8")
+    assert "report.html lists no lesions" in page and "<strong>b</strong>" in page
+    enough = max((re.search(r"--max-ram (\S+),", text)[1] for text in told), key=parse_bytes)
+    texts = []
+    report = volseg.measure(cases=cases, out=out, intensity_unit="HU", max_ram=enough, announce=texts.append)
+    assert not any(text.startswith("W_PAGE") for text in report.details["warnings"])
+    assert len(pages(out)) == 4 and "lists no lesions" not in (out / "report.html").read_text(encoding="utf-8")
+    assert any("for the page of a" in text for text in texts)
 
 
 def test_a_call_that_finds_all_done_leaves_every_page_alone(cases, tmp_path):

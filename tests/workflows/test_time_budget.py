@@ -59,6 +59,20 @@ def test_too_short_a_budget_is_refused_after_the_first_case_and_that_case_is_kep
     assert load_bundle(tmp_path / "m").segmentation_network() is not None
 
 
+@pytest.mark.parametrize("out", [".", "..", "m/", "../."])
+def test_a_folder_without_a_name_of_its_own_is_refused_a_short_budget_too(
+    out, dataset, tiny_recipe, tmp_path, monkeypatch
+):
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "a" / "b")
+    monkeypatch.setattr(training, "APART_SHARE", 0.0)  # so that preparing apart is always advised
+    with pytest.raises(VolsegError, match="is too short") as caught:
+        volseg.train(dataset, recipe=tiny_recipe, out=out, device="cpu", time_budget_seconds=2)
+    apart = re.search(r"volseg preprocess .+ --out (\S+), and then", caught.value.fix)[1]
+    expected = {".": "a/b_prepared", "m/": "a/b/m_prepared"}.get(out, "a_prepared")
+    assert apart == str(tmp_path / expected)
+
+
 def test_the_network_that_is_timed_is_that_of_all_lesions_not_of_the_first_case(tmp_path, monkeypatch):
     """The median lesion decides how large a patch is; the one of the first case may be a tenth of it."""
     rng, timed = np.random.default_rng(0), []

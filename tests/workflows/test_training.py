@@ -1,4 +1,5 @@
 import csv
+import json
 import shutil
 import subprocess
 import sys
@@ -416,3 +417,36 @@ def test_a_budget_counts_for_a_prepared_folder_too(dataset, tiny_recipe, tmp_pat
     volseg.preprocess(dataset, recipe=changed(tiny_recipe, batch_size=32), out=tmp_path / "p")
     with pytest.raises(VolsegError, match=r"the budget is 0\.03 GB"):
         volseg.train(tmp_path / "p", out=tmp_path / "m", memory="30M", device="cpu")
+
+
+def edit_array(path, change):
+    if path.exists():  # not every case has slices
+        np.save(path, change(np.load(path)))
+
+
+def edit_json(path, **values):
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (lambda case: edit_array(case / "mask.npy", lambda mask: np.zeros((3, 3), np.uint8)), "mask.npy is uint8"),
+        (lambda case: edit_array(case / "mask.npy", lambda mask: mask + 9), "holds class"),
+        (lambda case: edit_array(case / "image.npy", lambda image: image * np.nan), "not finite"),
+        (
+            lambda case: edit_array(case / "image.npy", lambda image: np.concatenate([image, image])),
+            "2 channels, not 1",
+        ),
+        (lambda case: edit_array(case / "slices.npy", lambda slices: slices[:1]), "slices of shape"),
+        (lambda case: (case / "foreground_1.npy").unlink(), "voxels of 0 labels, not 1"),
+        (lambda case: edit_json(case / "case.json", **{"class": "nonsense"}), "class 'nonsense', not one of"),
+    ],
+)
+def test_a_prepared_folder_of_a_stranger_is_refused_in_one_line(spoil, words, dataset, tiny_recipe, tmp_path):
+    volseg.preprocess(dataset, recipe=tiny_recipe, out=tmp_path / "p")
+    for case in (tmp_path / "p" / "cases").iterdir():
+        spoil(case)
+    with pytest.raises(VolsegError, match=words) as refusal:
+        volseg.train(tmp_path / "p", out=tmp_path / "m", device="cpu", epochs=1)
+    assert refusal.value.code == "E_PREPARED" and "\n" not in str(refusal.value)

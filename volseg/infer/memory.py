@@ -20,7 +20,7 @@ from volseg.execute.cpu import enough_bytes, give_back_freed_memory, resident_by
 from volseg.execute.memory import over_budget
 from volseg.infer.stream import Tiling
 from volseg.infer.tiles import thinnest_axis
-from volseg.measure.memory import ID_BYTES, lesion_bytes, writing_bytes
+from volseg.measure.memory import ID_BYTES, lesion_bytes, report_bytes, writing_bytes
 from volseg.models import build_segmentation
 from volseg.preprocess.crop import AxisOrder, canonical_geometry
 from volseg.preprocess.prepare import SLAB_VOXELS, PrepareSettings, separate_axis
@@ -107,6 +107,7 @@ def plan_memory(
     *,
     coarse: NetworkPass | None = None,
     is_alone: bool = False,
+    n_cases: int = 1,
     max_ram: int | None = None,
     max_vram: int | None = None,
 ) -> MemoryPlan:
@@ -118,6 +119,7 @@ def plan_memory(
 
     Args:
         coarse: a first pass, whose memory is free again when the other begins.
+        n_cases: of the results folder, of which there are tables and a page afterwards.
 
     Raises:
         ScanError: none fits; says what would.
@@ -129,6 +131,7 @@ def plan_memory(
     for read_ahead, batch_size, half_logits in _ways(fine, is_alone=is_alone):
         run = replace(fine, tiling=replace(fine.tiling, batch_size=batch_size))
         footprint = _footprint(header, run, coarse, process, read_ahead=read_ahead, half=half_logits)
+        footprint = replace(footprint, lesions=max(footprint.lesions, report_bytes(n_cases)))
         plan = MemoryPlan(
             footprint=footprint, half_logits=half_logits, read_ahead=read_ahead, batch_size=batch_size, shape=shape
         )

@@ -256,6 +256,8 @@ def _rows_of_csv(path: Path, wanted: _Wanted, mistakes: list[str]) -> list[_Row]
             f"{path}: has no column 'image'; its columns are {_listed(columns)}",
             fix="name the column of scans 'image', or 'image_<channel>' for several channels",
         )
+    if {"image", "image_image"} <= set(columns):
+        raise VolsegError(f"{path}: has columns 'image' and 'image_image', which name one channel", fix="rename one")
     picked = _picked(available, wanted, str(path))
     not_classes = {*_KNOWN_COLUMNS, *available.values()}
     further = [name for name in columns if name not in not_classes]
@@ -319,7 +321,10 @@ def read_table(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
 def _rows_of_folder(dataset: Path, wanted: _Wanted, mistakes: list[str]) -> list[_Row]:
     """`images/` and `labels/` with equal names, or scans right in the folder."""
     images = dataset / "images" if (dataset / "images").is_dir() else dataset
-    labels = {stem_of(path): path for path in _scans_in(dataset / "labels")} if images != dataset else {}
+    labels: dict[str, Path] = {}
+    for path in _scans_in(dataset / "labels") if images != dataset else ():
+        if labels.setdefault(stem_of(path), path) != path:
+            mistakes.append(f"{path}: {labels[stem_of(path)]} is a mask of this name too")
     rows = []
     for path in _scans_in(images):
         picked = _picked({ONE_CHANNEL: path}, wanted, str(images))
@@ -446,8 +451,19 @@ def _first_missing(picked: Mapping[str, str], present: Mapping[str, str]) -> lis
 
 
 def _picked(available: Mapping[str, Anything], asked: _Wanted, origin: str) -> dict[str, Anything]:
-    """What stands for each wanted channel; case does not matter, and `image` stands for the only one."""
+    """What stands for each wanted channel: the one of that name, else of that name in another case; `image` stands for the only one.
+
+    Raises:
+        VolsegError: one is not there, or only its case tells it from another.
+    """
     wanted = asked.channels
+    if wanted is not None and all(name in available for name in wanted):
+        return {name: available[name] for name in wanted}
+    alike = _differ_in_case_only(available) or _differ_in_case_only(wanted or ())
+    if alike:
+        raise VolsegError(
+            f"{origin}: channels {_listed(alike)} differ in upper and lower case only", fix="rename one of them"
+        )
     if wanted is None:
         return dict(available)
     by_name = {name.casefold(): value for name, value in available.items()}
@@ -462,6 +478,14 @@ def _picked(available: Mapping[str, Anything], asked: _Wanted, origin: str) -> d
         f"{origin}: has no channel {_listed(missing)}; it has {_listed(available)}",
         fix=f"add a cases.csv with the columns {_listed(f'image_{name}' for name in wanted)}, or choose another recipe",
     )
+
+
+def _differ_in_case_only(names: Iterable[str]) -> list[str]:
+    """Those of the names that another one is like."""
+    alike: dict[str, list[str]] = {}
+    for name in names:
+        alike.setdefault(name.casefold(), []).append(name)
+    return [name for group in alike.values() if len(group) > 1 for name in group]
 
 
 def _checked(rows: list[_Row], mistakes: list[str], origin: str) -> list[Case]:

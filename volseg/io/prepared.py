@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from volseg.inputs import open_regular, read_json
 from volseg.io.files import environment_problem, sync_file
 
 CASE_FILE = "case.json"
+IGNORED = 255  # class index of voxels that are not judged
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -23,7 +24,7 @@ class PreparedCase:
 
     Args:
         image: (channels, R, A, S) float32. mask: (R, A, S) uint8, class index, 0 = background.
-        foreground: class index → (n, 3) voxels of it, a sample, empty where the case has none.
+        foreground: class index of each label → (n, 3) voxels of it, a sample, empty where the case has none.
         slices: (planes, 2, pixels, pixels) float32 for the classifier, or None.
         record: what case.json says: split, class, key of the inputs. folder: that it was read from.
     """
@@ -35,6 +36,25 @@ class PreparedCase:
     slices: np.ndarray | None
     record: Mapping[str, Any]
     folder: Path | None = None
+
+    def check_values(self, image: np.ndarray, mask: np.ndarray) -> None:
+        """Check voxels that were read of a case, which may come from a stranger.
+
+        Args:
+            image: (channels, R, A, S) of any part of it. mask: (R, A, S) of any part of it.
+
+        Raises:
+            VolsegError: an intensity is not finite, or a class index is of no label.
+        """
+        problem = ""
+        if not all(np.isfinite(plane).all() for channel in image for plane in channel):
+            problem = "image.npy holds values that are not finite"
+        n_labels = max(self.foreground, default=IGNORED - 1)
+        if mask.max(initial=0) > n_labels and ((mask > n_labels) & (mask != IGNORED)).any():
+            highest = int(mask[mask != IGNORED].max())
+            problem = f"mask.npy holds class {highest} of {n_labels}"
+        if problem:
+            raise _not_prepared(Path(self.id) if self.folder is None else self.folder / self.id, problem)
 
 
 def write_prepared_case(folder: Path, case: PreparedCase) -> None:
@@ -91,11 +111,36 @@ def read_prepared_case(folder: Path, case_id: str) -> PreparedCase:
         }
         slices = _read_array(path / "slices.npy") if (path / "slices.npy").exists() else None
         image, mask = _map_array(path / "image.npy"), _map_array(path / "mask.npy")
+        for problem in _array_problems(image, mask, foreground, slices):
+            raise ValueError(problem)
     except (OSError, ValueError, EOFError, MemoryError) as error:
-        raise VolsegError(
-            f"{path}: not a prepared case ({error})", fix="run `volseg preprocess` again", code="E_PREPARED"
-        ) from error
+        raise _not_prepared(path, error) from error
     return PreparedCase(case_id, image, mask, foreground, slices, record, folder)
+
+
+def _not_prepared(path: Path, problem: object) -> VolsegError:
+    return VolsegError(
+        f"{path}: not a prepared case ({problem})", fix="run `volseg preprocess` again", code="E_PREPARED"
+    )
+
+
+def _array_problems(
+    image: np.ndarray, mask: np.ndarray, foreground: Mapping[int, np.ndarray], slices: np.ndarray | None
+) -> Iterator[str]:
+    """What arrays of a case are not, by their shapes and types; of the voxels themselves see `check_values`."""
+    if image.ndim != 4 or image.dtype != np.float32 or not image.size:
+        yield f"image.npy is {image.dtype} of shape {image.shape}, not float32 of 4 dimensions"
+    if mask.shape != image.shape[1:] or mask.dtype != np.uint8:
+        yield f"mask.npy is {mask.dtype} of shape {mask.shape}, not uint8 of {image.shape[1:]}"
+    if sorted(foreground) != list(range(1, len(foreground) + 1)):
+        yield f"there are voxels of the classes {', '.join(map(str, sorted(foreground)))}"
+    for index, voxels in foreground.items():
+        if voxels.dtype.kind not in "iu" or voxels.ndim != 2 or voxels.shape[1] != 3:
+            yield f"foreground_{index}.npy is {voxels.dtype} of shape {voxels.shape}, not whole numbers of (n, 3)"
+        elif ((voxels < 0) | (voxels >= mask.shape)).any():
+            yield f"foreground_{index}.npy holds voxels outside of the case"
+    if slices is not None and (slices.ndim != 4 or slices.dtype != np.float32 or not np.isfinite(slices).all()):
+        yield f"slices.npy is {slices.dtype} of shape {slices.shape}, not finite float32 of 4 dimensions"
 
 
 def _is_record(content: Any) -> bool:

@@ -165,6 +165,15 @@ def voxel_volume_mm3(image: Volume) -> float:
     return float(f"{image.geometry.voxel_volume_mm3:.12g}")
 
 
+def sizes_and_boxes(ids: np.ndarray, only: np.ndarray | None, n_lesions: int) -> tuple[np.ndarray, np.ndarray]:
+    """(M,) voxels of each lesion, or only of some, and (M,) voxels of the boxes round them."""
+    box = BoundingBox.around(ids)
+    if box is None:
+        raise ValueError(f"lesion ids hold none of {n_lesions} lesions")
+    counts, _, boxes = _places(ids, box, only, n_lesions)
+    return counts, np.array([_n_voxels(_shift(each, box)) for each in boxes], np.int64)
+
+
 def _places(
     ids: np.ndarray, box: BoundingBox, only: np.ndarray | None, n_lesions: int
 ) -> tuple[np.ndarray, np.ndarray, Sequence[Box | None]]:

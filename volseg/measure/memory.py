@@ -10,6 +10,9 @@ ID_BYTES = 4  # per voxel, of lesion ids: a noisy mask has more than uint16 hold
 KEPT = 12  # bytes per lesion, while the largest are measured: label, voxels twice
 ROWS = 40 << 20  # of the 10 000 lesions that are measured in full
 TOGETHER = 150 << 20  # voxels of the lesions that are measured together, their forms and surfaces
+LISTED = 10_000  # lesions in report.html
+REPORT = 150 << 20  # making report.html with so many
+CASE = 8 << 10  # per case of the folder, for its row in cases.csv and in report.html
 PAGE = 64 << 20  # making the page of a scan, whatever its size: slabs of it, 12 million voxels, their base64
 
 
@@ -35,16 +38,44 @@ def writing_bytes() -> int:
     return ROWS + max(TOGETHER, PAGE)
 
 
+def report_bytes(n_cases: int) -> int:
+    """Bytes for the tables and report.html of a folder of so many cases, when no scan is there any more."""
+    return REPORT + CASE * n_cases
+
+
+def plan_page(voxels: int, scan_itemsize: int, ids_itemsize: int, *, process: int) -> Peak:
+    """What making the page of a complete case again takes at most, from the headers of its scan and its lesion ids."""
+    return Peak(
+        {
+            "process": process,
+            "scan": scan_itemsize * voxels,
+            "lesion ids": 2 * ids_itemsize * voxels,  # while they are read they are there twice
+            "page": writing_bytes(),
+        }
+    )
+
+
+def plan_report(n_cases: int, *, process: int) -> Peak:
+    """What report.html of a folder takes at most."""
+    return Peak({"process": process, "report": report_bytes(n_cases)})
+
+
 def plan_measuring(
     voxels: int,
     scan_itemsize: int,
     mask_itemsize: int,
     *,
     process: int,
+    n_cases: int,
     has_organ: bool = False,
     calcium: bool = False,
 ) -> Peak:
-    """What measuring a mask takes at most, from the headers of the scan and the mask. `process`: bytes, before they are read."""
+    """What measuring a mask takes at most, from the headers of the scan and the mask.
+
+    Args:
+        process: bytes, before they are read.
+        n_cases: of the folder, of which there are tables and a page afterwards.
+    """
     copies = 2 * mask_itemsize if has_organ else 0
     return Peak(
         {
@@ -52,6 +83,6 @@ def plan_measuring(
             "scan": scan_itemsize * voxels,
             # While a mask is read it is there twice, before there are lesion ids.
             "masks": (mask_itemsize + max(ID_BYTES, mask_itemsize)) * voxels,
-            "lesions": lesion_bytes(voxels, scan_itemsize, copies=copies, calcium=calcium),
+            "lesions": max(lesion_bytes(voxels, scan_itemsize, copies=copies, calcium=calcium), report_bytes(n_cases)),
         }
     )

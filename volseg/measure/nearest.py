@@ -43,6 +43,8 @@ class NearestLesion:
         while True:
             for block in _blocks(box):
                 window = self._window(block, reach)
+                if not self._least_mm and _touches(window, number):
+                    return 0.0
                 inside, others = _faces(window, number, block, self._corner(block, reach))
                 best = min(best, _shortest(inside @ self._matrix.T, others @ self._matrix.T, best))
                 if best <= self._least_mm + ROUNDING_MM:
@@ -114,6 +116,18 @@ def _blocks(box: Box) -> Iterator[Box]:
         for side in box
     ]
     yield from product(sides[0], sides[1], sides[2])
+
+
+def _touches(window: np.ndarray, number: int) -> bool:
+    """Whether a voxel of the lesion has a face in common with one of another."""
+    is_other = (window > 0) & (window != number)
+    is_inside = window == number
+    pairs = ((slice(None, -1), slice(1, None)), (slice(1, None), slice(None, -1)))
+    return any(
+        bool((np.moveaxis(is_inside, axis, 0)[one] & np.moveaxis(is_other, axis, 0)[two]).any())
+        for axis in range(3)
+        for one, two in pairs
+    )
 
 
 def _faces(window: np.ndarray, number: int, block: Box, corner: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

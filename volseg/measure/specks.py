@@ -1,4 +1,8 @@
-"""Lesions of a mask that has more of them than any patient: the largest are measured in full, the others in one look at the scan."""
+"""Lesions of a mask that no patient has: the largest are measured in full, the others in one look at the scan.
+
+No patient has more than 10 000 lesions, nor hundreds that each spread over the whole scan. Forms are measured in a box round
+each lesion, so time grows with the boxes: those of 117 organs fill a scan up to twice, those of 117 random values 117 times.
+"""
 
 from __future__ import annotations
 
@@ -20,6 +24,7 @@ from volseg.measure.lesions import (
     intensity_columns,
     measure_lesions,
     point_text,
+    sizes_and_boxes,
     voxel_volume_mm3,
     withheld,
 )
@@ -38,6 +43,10 @@ SPECKS = "W_SPECKS"  # code of the warning that a mask looks like noise
 TOGETHER_VOXELS = 2**20  # of lesions that are looked at together
 TOGETHER_ROWS = 2**17
 SLAB_VOXELS = 2**20
+BOXES, FEW_BOXES = (
+    16,
+    2**24,
+)  # times the voxels of the scan, or voxels, that the boxes of lesions measured in full may have together
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -49,6 +58,7 @@ class Specks:
         has_classes: whether the largest have a class.
         sizes: (N + 1,) voxels of each lesion of the scan; 0 for those that are measured in full, and for 0.
         n: of them. n_lesions: all lesions of the scan.
+        scans_in_boxes: how often the boxes of all lesions would fill the scan, where that is why; 0 where it is their number.
     """
 
     image: Volume
@@ -66,6 +76,7 @@ class Specks:
     sizes: np.ndarray
     n: int
     n_lesions: int
+    scans_in_boxes: float = 0.0
     together_voxels: int = TOGETHER_VOXELS
     together_rows: int = TOGETHER_ROWS
 
@@ -86,10 +97,12 @@ class Specks:
     def warning(self) -> str:
         """What a reader of any number of the scan must know."""
         n_full = self.n_lesions - self.n
-        return (
-            f"{SPECKS}: {spaced(self.n_lesions)} components: this mask looks like noise; only the "
-            f"{spaced(n_full)} largest have every column"
-        )
+        lesions = f"{spaced(self.n_lesions)} components"
+        if self.scans_in_boxes:
+            lesions = (
+                f"the boxes round {spaced(self.n_lesions)} lesions would fill the scan {self.scans_in_boxes:.0f} times"
+            )
+        return f"{SPECKS}: {lesions}: this mask looks like noise; only the {spaced(n_full)} largest have every column"
 
     @property
     def touches_border(self) -> bool:
@@ -135,32 +148,26 @@ class Specks:
 
     def _rows(self, scan: CanonicalScan, start: int, stop: int) -> Iterator[LesionMeasurement]:
         sizes = self.sizes[start:stop]
-        numbers = np.flatnonzero(sizes) + start
-        voxels = _Voxels.of(scan, start, sizes)
-        n = len(numbers)
-        ends = np.cumsum(sizes[numbers - start], dtype=np.int64)
-        starts, counts = ends - sizes[numbers - start], sizes[numbers - start].astype(np.int64)
+        at = np.flatnonzero(sizes)
+        numbers, counts, n = at + start, sizes[at].astype(np.int64), len(at)
+        places, intensities_of, confidence_of = _looked_at(scan, start, sizes)
         volume_mm3 = voxel_volume_mm3(self.image)  # of a voxel
         doubt_note, settings = "", self.settings
         if self.unit_doubt:
             doubt_note = withheld(self.unit_doubt, settings, has_classes=self.has_classes)
             settings = settings.model_copy(update={"calcium": False})
         unit = "" if self.unit_doubt else self.unit
-        intensities = intensity_columns(Ragged(voxels.intensities, starts, counts), volume_mm3, unit, settings)
+        intensities = intensity_columns(intensities_of, volume_mm3, unit, settings)
         trusts: list[tuple[dict[str, Any], str]] = [({"confidence_mean": None}, "")] * n
-        if voxels.confidence is not None:
-            trusts = confidence_columns(Ragged(voxels.confidence, starts, counts), None, volume_mm3)
-        low, high = (reduce.reduceat(voxels.index, starts, axis=1) for reduce in (np.minimum, np.maximum))
+        if confidence_of is not None:
+            trusts = confidence_columns(confidence_of, None, volume_mm3)
+        low, high = places.low[:, at], places.high[:, at]
         shape = np.array(scan.ids.shape)[:, None]
         touches = ((low == 0) | (high == shape - 1)).any(axis=0).tolist()
-        centres = np.add.reduceat(voxels.index, starts, axis=1, dtype=np.int64) / counts
-        centroids_mm = centres_mm(centres.T, scan.geometry).tolist()
-        matrix = scan.geometry.affine[:3, :3]
-        reach = np.abs(matrix).sum(axis=1)[:, None] / 2
-        places = matrix @ voxels.index + scan.geometry.affine[:3, 3:]
-        low_mm = (np.minimum.reduceat(places, starts, axis=1) - reach).T
-        high_mm = (np.maximum.reduceat(places, starts, axis=1) + reach).T
-        del voxels, places
+        centroids_mm = centres_mm((places.sums[:, at] / counts).T, scan.geometry).tolist()
+        reach = np.abs(scan.geometry.affine[:3, :3]).sum(axis=1)[:, None] / 2
+        low_mm, high_mm = (places.low_mm[:, at] - reach).T, (places.high_mm[:, at] + reach).T
+        del places, intensities_of, confidence_of
         shared: dict[str, Any] = {
             "case_id": self.case_id,
             "intensity_unit": self.unit,
@@ -201,46 +208,63 @@ class Specks:
             )
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Voxels:
-    """The voxels of some lesions, one lesion after the other.
+class _Places:
+    """Where each of L lesions lies, voxels added a slab at a time: along R, A, S, in voxels and in mm."""
 
-    Args:
-        index: (3, M) int32 along R, A, S. intensities, confidence: (M,), sorted within each lesion.
+    def __init__(self, n: int, affine: np.ndarray) -> None:
+        self._affine = affine
+        self.sums = np.zeros((3, n))  # of indices
+        self.low, self.high = np.full((3, n), np.iinfo(np.int32).max, np.int32), np.full((3, n), -1, np.int32)
+        self.low_mm, self.high_mm = np.full((3, n), np.inf), np.full((3, n), -np.inf)  # of voxel centres
+
+    def add(self, lesion: np.ndarray, index: Sequence[np.ndarray]) -> None:
+        """(M,) which lesion each voxel belongs to, and (M,) where it lies along each axis."""
+        for axis in range(3):
+            self.sums[axis] += np.bincount(lesion, index[axis], minlength=self.sums.shape[1])
+            np.minimum.at(self.low[axis], lesion, index[axis].astype(np.int32))
+            np.maximum.at(self.high[axis], lesion, index[axis].astype(np.int32))
+            i, j, k, origin = self._affine[axis].tolist()
+            mm = i * index[0] + j * index[1] + k * index[2] + origin
+            np.minimum.at(self.low_mm[axis], lesion, mm)
+            np.maximum.at(self.high_mm[axis], lesion, mm)
+
+
+def _looked_at(scan: CanonicalScan, start: int, sizes: np.ndarray) -> tuple[_Places, Ragged, Ragged | None]:
+    """Places, intensities and confidence of the lesions from number `start` on that have voxels in `sizes`.
+
+    Beside the values as stored a single lesion takes nothing that grows with it: it may be a large part of the scan.
     """
-
-    index: np.ndarray
-    intensities: np.ndarray
-    confidence: np.ndarray | None
-
-    @classmethod
-    def of(cls, scan: CanonicalScan, start: int, sizes: np.ndarray) -> _Voxels:
-        """Of the lesions from number `start` on that have voxels in `sizes`."""
-        n, stop, at = int(sizes.sum(dtype=np.int64)), start + len(sizes), 0
-        index, numbers = np.empty((3, n), np.int32), np.empty(n, np.int32)
-        stored = np.empty(n, scan.image.array.dtype)
-        confidence = None if scan.confidence is None else np.empty(n, scan.confidence.dtype)
-        skips = not sizes.all()
-        for slab in slabs_of(scan.ids, SLAB_VOXELS):
-            ids = scan.ids[slab]
-            chosen = (ids >= start) & (ids < stop)
-            if skips:
-                chosen[chosen] = sizes[ids[chosen] - start] > 0
-            some = np.nonzero(chosen)
-            piece = slice(at, at + len(some[0]))
-            for axis in range(3):
-                index[axis, piece] = some[axis] + slab[axis].start
-            numbers[piece] = ids[some] - ids.dtype.type(start)
-            stored[piece] = scan.image.array[slab][some]
-            if confidence is not None and scan.confidence is not None:
-                confidence[piece] = scan.confidence[slab][some]
-            at = piece.stop
-        index = index[:, np.argsort(numbers, kind="stable")]
-        values = scan.image.intensities(stored)
-        values = values[np.lexsort((values, numbers))]
-        if confidence is not None:
-            confidence = confidence[np.lexsort((confidence, numbers))]
-        return cls(index, values, confidence)
+    n, stop, at = int(sizes.sum(dtype=np.int64)), start + len(sizes), 0
+    places, numbers = _Places(len(sizes), scan.geometry.affine), np.empty(0, np.int32)
+    if len(sizes) > 1:
+        numbers = np.empty(n, np.int32)
+    stored = np.empty(n, scan.image.array.dtype)
+    confidence = None if scan.confidence is None else np.empty(n, scan.confidence.dtype)
+    skips = not sizes.all()
+    for slab in slabs_of(scan.ids, SLAB_VOXELS):
+        ids = scan.ids[slab]
+        chosen = (ids >= start) & (ids < stop)
+        if skips:
+            chosen[chosen] = sizes[ids[chosen] - start] > 0
+        some = np.nonzero(chosen)
+        piece = slice(at, at + len(some[0]))
+        lesion = ids[some].astype(np.int64) - start
+        places.add(lesion, [along + side.start for along, side in zip(some, slab, strict=True)])
+        stored[piece] = scan.image.array[slab][some]
+        if len(sizes) > 1:
+            numbers[piece] = lesion
+        if confidence is not None and scan.confidence is not None:
+            confidence[piece] = scan.confidence[slab][some]
+        at = piece.stop
+    if len(sizes) == 1:
+        return places, Ragged.of([stored], scan.image), None if confidence is None else Ragged.of([confidence])
+    counts = sizes[sizes > 0].astype(np.int64)
+    starts = np.cumsum(counts) - counts
+    values = scan.image.intensities(stored)
+    intensities = Ragged(values[np.lexsort((values, numbers))], starts, counts)
+    if confidence is None:
+        return places, intensities, None
+    return places, intensities, Ragged(confidence[np.lexsort((confidence, numbers))], starts, counts)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -280,30 +304,25 @@ def measure_largest(
     connectivity: int | None = None,
     model: str | None = None,
     most: int = MANY,
+    most_boxes: int | None = None,
 ) -> MeasuredLesions:
-    """Measure the lesions of a scan in bounded memory and time, however many there are.
+    """Measure the lesions of a scan in bounded memory and time, however many there are and however they spread.
 
     Args:
         most: lesions that are measured in full, the largest; of equal ones the first.
+        most_boxes: voxels that the boxes round these lesions may have together; None: 16 times those of the scan, or 2²⁴ if that is more.
         classes: of these lesions at least, the first of all.
         The others are those of `measure_lesions`.
 
     Returns:
-        Up to `most` lesions all rows are those of `measure_lesions`. Of more, the largest have the same rows as without the limit; the
+        Within both limits all rows are those of `measure_lesions`. Of more, the largest have the same rows as without the limit; the
         others have the columns that one look at the scan gives, and say in `notes` that the others were not measured.
 
     Memory: beside the scan, the ids and the confidence 2 + the bytes of a voxel for each voxel of the largest lesion, 8 bytes per lesion,
     some 10 kB per lesion measured in full, and some 150 MB.
     """
     n = len(labels)
-    sizes, only = np.zeros(1, np.uint32), None
-    if n > most:
-        sizes = np.zeros(n + 1, np.uint32)
-        for slab in slabs_of(ids, SLAB_VOXELS):
-            np.add.at(sizes, ids[slab].ravel("K"), np.uint32(1))
-        sizes[0] = 0
-        only = np.flatnonzero(by_size(sizes) <= most)[1:]
-        sizes[only] = 0
+    only, sizes, in_boxes = _split(ids, n, most, max(FEW_BOXES, BOXES * ids.size) if most_boxes is None else most_boxes)
     options: dict[str, Any] = {"case_id": case_id, "label_names": label_names, "settings": settings}
     options |= {"unit_doubt": unit_doubt, "connectivity": connectivity, "model": model}
     largest = measure_lesions(
@@ -328,6 +347,27 @@ def measure_largest(
         sizes=sizes,
         n=n - len(largest),
         n_lesions=n,
+        scans_in_boxes=in_boxes / ids.size,
         **options,
     )
     return MeasuredLesions(largest, specks)
+
+
+def _split(ids: np.ndarray, n: int, most: int, most_boxes: int) -> tuple[np.ndarray | None, np.ndarray, int]:
+    """The lesions that are measured in full, None for all; (n + 1,) voxels of the others; and the voxels in all boxes where those are why."""
+    sizes, only = np.zeros(n + 1, np.uint32), None
+    if n > most:
+        for slab in slabs_of(ids, SLAB_VOXELS):
+            np.add.at(sizes, ids[slab].ravel("K"), np.uint32(1))
+        sizes[0] = 0
+        only = np.flatnonzero(by_size(sizes) <= most)[1:]
+    elif n * ids.size <= most_boxes:
+        return None, sizes, 0
+    counts, boxes = sizes_and_boxes(ids, only, n)
+    some = np.arange(1, n + 1) if only is None else only
+    sizes[some] = counts
+    order = np.argsort(-counts, kind="stable")
+    kept = order[: max(1, np.count_nonzero(np.cumsum(boxes[order]) <= most_boxes))]
+    full = np.sort(some[kept])
+    sizes[full] = 0
+    return None if len(full) == n else full, sizes, 0 if len(full) == len(some) else int(boxes.sum())

@@ -335,18 +335,34 @@ class _Source:
         lost = [n for n in range(1, len(present)) if drawn[n] * 2 < present[n]]
         if not lost:
             return
-        boxes = ndimage.find_objects(self.numbers[box.slices], max_label=len(present) - 1)
-        for number in lost:
-            place = boxes[number - 1]
-            if math.prod(part.stop - part.start for part in place) > PIECE_VOXELS:
-                self._keep_sparse(ids, box, factors, number)
+        for group in _together(lost, present):
+            if present[group].sum() > PIECE_VOXELS:
+                self._keep_sparse(ids, box, factors, group[0])
                 continue
-            voxels = np.argwhere(self.numbers[box.slices][place] == number) + [part.start for part in place]
-            blocks, counts = np.unique(voxels // factors, axis=0, return_counts=True)
-            free = blocks[ids[tuple(blocks.T)] == 0]
-            ids[tuple(free.T)] = number
-            if not len(free) and not (ids[tuple(blocks.T)] == number).any():
-                ids[tuple(blocks[np.argmax(counts)])] = number
+            for number, blocks, counts in self._touched(box, factors, group):
+                free = ids[blocks] == 0
+                ids[tuple(along[free] for along in blocks)] = number
+                if not free.any() and not (ids[blocks] == number).any():
+                    most = int(np.argmax(counts))
+                    ids[tuple(int(along[most]) for along in blocks)] = number
+
+    def _touched(
+        self, box: BoundingBox, factors: Factors, lesions: Sequence[int]
+    ) -> Iterator[tuple[int, tuple[np.ndarray, ...], np.ndarray]]:
+        """Of each lesion the blocks that it touches, along each axis, and its voxels in each; one look at the scan finds them all."""
+        shape = _blocks(box, factors)
+        is_wanted = np.zeros(lesions[-1] + 2, bool)  # the last one stands for all numbers beyond
+        is_wanted[list(lesions)] = True
+        keys = []
+        for scan_part, blocks in _slabs(box, factors, _slow_axis(self.image)):
+            numbers = self.numbers[scan_part]
+            inside = np.nonzero(is_wanted.take(numbers, mode="clip"))
+            places = [at // factor + part.start for at, factor, part in zip(inside, factors, blocks)]
+            keys.append(numbers[inside].astype(np.int64) * math.prod(shape) + np.ravel_multi_index(places, shape))
+        found, counts = np.unique(np.concatenate(keys), return_counts=True)
+        numbers, flat = np.divmod(found, math.prod(shape))
+        for number, part in zip(lesions, _runs(numbers, lesions)):
+            yield number, np.unravel_index(flat[part], shape), counts[part]
 
     def _keep_sparse(self, ids: np.ndarray, box: BoundingBox, factors: Factors, number: int) -> None:
         """As `_keep_small`, of a lesion whose box is large, though it fills little of it: a slab of it at a time."""
@@ -518,6 +534,23 @@ def _slabs(
         yield (part[0], part[1], part[2]), (blocks[0], blocks[1], blocks[2])
 
 
+def _together(lesions: Sequence[int], present: np.ndarray) -> Iterator[list[int]]:
+    """Lesions in turn, of so few voxels together that they are looked at together; one that has more is alone."""
+    group, size = [], 0
+    for number in lesions:
+        if group and size + present[number] > PIECE_VOXELS:
+            yield group
+            group, size = [], 0
+        group.append(number)
+        size += int(present[number])
+    yield group
+
+
+def _runs(numbers: np.ndarray, wanted: Sequence[int]) -> Iterator[slice]:
+    """Where each of the wanted ones stands in ascending numbers."""
+    return map(slice, np.searchsorted(numbers, wanted), np.searchsorted(numbers, wanted, "right"))
+
+
 def _block_means(part: np.ndarray, factors: Factors) -> np.ndarray:
     """Mean of each block in float32; blocks at the end of an axis may be smaller."""
     means = part.astype(np.float32)
@@ -582,5 +615,9 @@ def _edges(numbers: np.ndarray) -> np.ndarray:
 
 def _jpeg(picture, quality: int) -> bytes:
     buffer = io.BytesIO()
-    picture.save(buffer, format="JPEG", quality=quality, subsampling=0, optimize=True)
+    try:
+        picture.save(buffer, format="JPEG", quality=quality, subsampling=0, optimize=True)
+    except OSError:  # Pillow has a byte per pixel for an optimised file, which the outlines of noise do not fit into
+        buffer = io.BytesIO()
+        picture.save(buffer, format="JPEG", quality=quality, subsampling=0)
     return buffer.getvalue()

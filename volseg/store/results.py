@@ -24,6 +24,7 @@ MAX_ROW_BYTES = 2**20  # of a line of a stranger's file; a row takes about one t
 VIEWERS, THUMBNAILS = "viewer", "viewer/thumbnails"
 MASKS, LESION_IDS = "masks", "lesion_ids"
 STALE, EDITED = "W_STALE", "W_EDITED"
+_VOLUME_ML = re.compile(rb'"volume_ml": ([0-9]{1,18}(?:\.[0-9]{1,30})?(?:e[+-]?[0-9]{1,3})?)\b')
 _N_VOXELS = re.compile(rb'"n_voxels": ([0-9]{1,18})\b')
 
 
@@ -95,6 +96,10 @@ class RecordFolder(OutputFolder):
     def has_record(self, name: str) -> bool:
         return (self._records / f"{name}.json").exists()
 
+    def n_with(self, names: Iterable[str]) -> int:
+        """How many items the folder holds once those of these names are among them."""
+        return len({path.stem for path in self._records.glob("*.json")}.union(names))
+
     def record(self, name: str) -> dict[str, Any] | None:
         """What was recorded of an item; None if nothing was or the record is damaged."""
         return read_json_record(self._records / f"{name}.json", type(self))
@@ -110,6 +115,34 @@ class RecordFolder(OutputFolder):
             most, enumerate(_lines(self.path, name)), key=lambda place_and_line: _size_of(place_and_line[1])
         )
         return [_row_of(line, self.path, name, self.row_types[1]) for _, line in sorted(lines)]
+
+    def listed_rows(self, limits: Mapping[str, int], most: int) -> tuple[list[dict[str, Any]], int]:
+        """The rows of the largest lesions by volume of all these items together, item by item in their order.
+
+        Args:
+            limits: of an item, how many of its largest lesions, by voxels, may be among them.
+            most: rows.
+
+        Returns:
+            The rows, and of how many they are the largest.
+        """
+        n = 0
+
+        def lines() -> Iterator[tuple[int, int, bytes]]:
+            nonlocal n
+            for item, (name, limit) in enumerate(limits.items()):
+                for place, line in nlargest(
+                    limit, enumerate(_lines(self.path, name)), key=lambda each: _size_of(each[1])
+                ):
+                    n += 1
+                    yield item, place, line
+
+        largest = sorted(nlargest(most, lines(), key=lambda each: _volume_of(each[-1])), reverse=True)
+        names, rows = list(limits), []
+        while largest:  # a line goes when its row is there
+            item, _, line = largest.pop()
+            rows.append(_row_of(line, self.path, names[item], self.row_types[1]))
+        return rows, n
 
     def records(self) -> Iterator[tuple[str, dict[str, Any] | None]]:
         """(name, record) by name, one after another; None for one that is damaged, or whose rows are."""
@@ -387,6 +420,12 @@ def _size_of(line: bytes) -> int:
     """Voxels of a lesion, by its line, which may come from a stranger."""
     n_voxels = _N_VOXELS.search(line)
     return int(n_voxels[1]) if n_voxels else 0
+
+
+def _volume_of(line: bytes) -> float:
+    """Volume in mL of a lesion, by its line, as `_size_of`."""
+    volume_ml = _VOLUME_ML.search(line)
+    return float(volume_ml[1]) if volume_ml else 0.0
 
 
 def _record_name(name: str) -> str:

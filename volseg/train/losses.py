@@ -8,9 +8,9 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from volseg.io.prepared import IGNORED
 from volseg.recipe import Loss
 
-IGNORED = 255  # class index of voxels that are not judged
 SMOOTH = 1e-5  # so that a label that is nowhere, and was not found, costs nothing
 
 

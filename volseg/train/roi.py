@@ -19,14 +19,13 @@ from volseg.infer.backends import TorchBackend
 from volseg.infer.roi import find_region
 from volseg.infer.stream import ArrayPlanes, Tiling
 from volseg.io.files import make_folder
-from volseg.io.prepared import PreparedCase, is_prepared, read_prepared_case, write_prepared_case
+from volseg.io.prepared import IGNORED, PreparedCase, is_prepared, read_prepared_case, write_prepared_case
 from volseg.models import build_segmentation, set_weights
 from volseg.plan import Plan
 from volseg.preprocess.crop import scaled_box
 from volseg.preprocess.resample import coarsened_mask, resample
 from volseg.recipe import Recipe
 from volseg.train.loop import Report, RunSettings, Tick, Trained, no_tick, train_segmentation
-from volseg.train.losses import IGNORED
 from volseg.train.ranks import Team
 from volseg.train.samples import sample_voxels
 
@@ -112,6 +111,7 @@ def coarse_case(
         spacing_mm, coarse_mm: along R, A, S, of the case and of the one to make.
         rng: draws the voxels on which patches are centred.
     """
+    case.check_values(case.image, case.mask)
     sizes = zip(case.mask.shape, spacing_mm, coarse_mm, strict=True)
     r, a, s = (max(1, round(n * fine / coarse)) for n, fine, coarse in sizes)
     image = np.stack([resample(channel, (r, a, s)) for channel in case.image])

@@ -32,6 +32,9 @@ def sample_batch(
         only: indices of the patches of the batch that are wanted: each depends on the seed, the step and its index alone.
         cut_shape: what is cut round each patch, for a change of its geometry; None for the patch alone. The patch is placed, not the cut, which
             may well lie outside the scan: else the network would never see the scan's border.
+
+    Raises:
+        VolsegError: what was cut is not what a prepared case holds.
     """
     n_foreground = _whole((step + 1) * n * foreground_share) - _whole(step * n * foreground_share)
     chosen = [
@@ -45,6 +48,8 @@ def sample_batch(
     ]
     images = np.stack([cut_patch(case.image, start, cut) for case, start in around])
     masks = np.stack([cut_patch(case.mask[None], start, cut)[0] for case, start in around])
+    for (case, _), image, mask in zip(around, images, masks, strict=True):
+        case.check_values(image, mask)
     return images, masks
 
 

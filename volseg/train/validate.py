@@ -15,10 +15,9 @@ from volseg.evaluate.validation import ValidationRow
 from volseg.execute.time_budget import OutOfTime
 from volseg.infer.backends import TorchBackend
 from volseg.infer.stream import ArrayPlanes, Tiling, predict_slabs
-from volseg.io.prepared import PreparedCase
+from volseg.io.prepared import IGNORED, PreparedCase
 from volseg.plan import Plan
 from volseg.recipe import Recipe
-from volseg.train.losses import IGNORED
 
 TILED_VOXELS = 64**3  # of the tiles that are run together
 
@@ -44,6 +43,7 @@ def predicted_classes(
     Logits become classes slab by slab, so that memory does not grow with classes × voxels. `on_tile` is called after
     each tile; what it raises ends the prediction.
     """
+    case.check_values(case.image, case.mask)
     tiling = tiling_of(plan, overlap)
     backend = TorchBackend(network, device)
     planes = ArrayPlanes(np.asarray(case.image))

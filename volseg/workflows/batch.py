@@ -28,7 +28,7 @@ from volseg.recipe import Measure
 from volseg.store.outputs import Commit, OutputFolder, trace_name
 from volseg.store.results import EDITED, MASKS, THUMBNAILS, VIEWERS, ResultsFolder, State
 from volseg.volume import Volume, slabs_of
-from volseg.workflows.pages import remake_page, write_report
+from volseg.workflows.pages import page_budget, remake_page, write_report
 from volseg.workflows.remarks import remarks_on_scans
 
 # What is being done, the share of it that is done in [0, 1], a detail. Stages may take turns; with 0 a stage begins, or begins anew.
@@ -122,12 +122,15 @@ def run_cases(
     model_name: str = "",
     objects: str = "components",
     about: Mapping[str, Any] | None = None,
+    max_ram: int | None = None,
+    announce: Callable[[str], None] = lambda text: None,
 ) -> RunReport:
     """Run every case that is not complete; a failure is a row, an interruption leaves pending rows.
 
     Args:
         key_of: of the model, the options and the inputs of a case; asked only where the folder knows the case.
         about: what report.html is to say of the run; None: it is not made, nor are pages that complete cases lack.
+        max_ram: bytes that pages of complete cases and report.html may take, too; None for no limit.
 
     Raises:
         VolsegError: a file that volseg did not write is in the way (`E_EXISTS`), before any case is run.
@@ -170,7 +173,7 @@ def run_cases(
                 fail(case, outcome.error)
             progress(stage, count / len(todo), case.id)
         if about is not None:
-            remarks += _add_pages(results, kept)
+            remarks += _add_pages(results, kept, max_ram, announce)
     finally:
         if isinstance(outcomes, Generator):
             outcomes.close()  # waits for what is being written
@@ -187,7 +190,7 @@ def run_cases(
         ]
         rows = results.write_tables(pending=pending)
         if about is not None:
-            write_report(results, about, rows)
+            remarks += write_report(results, about, rows, budget=page_budget(max_ram, announce))
     remarks += [f"W_RECORD: {row['case_id']}: {row['reason']}" for row in rows if row["status"] == "unknown"]
     return RunReport(
         out=results.path,
@@ -215,13 +218,16 @@ def _corrected_for_another_scan(case: Case, results: ResultsFolder) -> ScanError
     )
 
 
-def _add_pages(results: ResultsFolder, kept: Sequence[str]) -> list[str]:
+def _add_pages(
+    results: ResultsFolder, kept: Sequence[str], max_ram: int | None, announce: Callable[[str], None]
+) -> list[str]:
     """Make the viewer pages that complete cases lack, and say why one cannot be made."""
-    reasons = {}
+    reasons, budget = {}, None
     for name in kept:
         record = results.record(name)
         if record is not None and not results.has_pages(record):
-            reasons[name] = remake_page(results, name, record)
+            budget = budget or page_budget(max_ram, announce)
+            reasons[name] = remake_page(results, name, record, budget=budget)
     return [f"W_PAGE: {name} has no page: {reason}" for name, reason in reasons.items() if reason]
 
 

@@ -27,6 +27,7 @@ from volseg.measure.pairs import MeasuredScan, lone_scan, pair_scans, pairing_by
 from volseg.measure.response import PatientResponse, judge_response
 from volseg.measure.rows import LesionMeasurement
 from volseg.measure.sections import axial_normal
+from volseg.measure.specks import SPECKS
 from volseg.measure.units import doubt_of
 from volseg.postprocess.lesions import MANY
 from volseg.preprocess.align import covered
@@ -575,9 +576,9 @@ def _read_usable(time_: str, folder: Path, case: str) -> CaseRecord:
             fix="repair it and run the command that made the folder again",
             code="E_RECORD",
         )
-    if (record.case.n_lesions or 0) > MANY:
+    if (record.case.n_lesions or 0) > MANY or f"{SPECKS}: " in (record.case.warnings or ""):
         raise ScanError(
-            f"the {time_} case {case!r} has {record.case.n_lesions:,} lesions: its mask looks like noise",
+            f"the {time_} case {case!r} has {record.case.n_lesions or 0:,} lesions: its mask looks like noise",
             fix="correct the mask and measure it again; noise has no response",
             code="E_SPECKS",
         )

@@ -114,7 +114,8 @@ def infer(
             give_back_large_blocks()
         options = {"model_sha256": bundle.sha256, "figures": figures, **loaded.segmentation.identity, **changes}
         options |= {"accept_mismatch": True} if accept_mismatch else {}
-        plans = _plan_memory(cases, loaded, budget, gpu_budget, announce)
+        n_cases = results.n_with(case.id for case in cases)
+        plans = _plan_memory(cases, n_cases, loaded, budget, gpu_budget, announce)
         known = _known(plans)
         tiles = min((plan.batch_size for plan in known.values()), default=bundle.recipe.infer.batch_size)
         if tiles < bundle.recipe.infer.batch_size:  # a network may be made for the batch that it gets
@@ -179,6 +180,8 @@ def infer(
                 progress=progress,
                 model_name=bundle.name,
                 about=about if pages else None,
+                max_ram=budget,
+                announce=announce,
             )
         results.write_run(
             run_description("infer", options, report, started)
@@ -190,7 +193,12 @@ def infer(
 
 
 def _plan_memory(
-    cases: Sequence[Case], model: Model, max_ram: int | None, max_vram: int | None, announce: Callable[[str], None]
+    cases: Sequence[Case],
+    n_cases: int,
+    model: Model,
+    max_ram: int | None,
+    max_vram: int | None,
+    announce: Callable[[str], None],
 ) -> dict[str, MemoryPlan | VolsegError | None]:
     """How each case fits into memory, or why it does not; None where its header cannot be read, which reading will say."""
     from volseg.infer.backends import find_half_type
@@ -222,6 +230,7 @@ def _plan_memory(
                 max_vram=max_vram,
                 coarse_needed=coarse_needed,
                 is_alone=len(cases) == 1,
+                n_cases=n_cases,
             )
         except ScanError as error:
             plans[case.id] = error

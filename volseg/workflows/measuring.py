@@ -45,7 +45,7 @@ from volseg.workflows.batch import (
     write_figure,
     write_mask,
 )
-from volseg.workflows.pages import read_about, source_of, write_page, write_report
+from volseg.workflows.pages import page_budget, read_about, source_of, write_page, write_report
 
 STAGE = "Measuring"
 MOST_OBJECTS = 2**20  # values of a mask in which each is an object
@@ -138,7 +138,8 @@ def measure(
         return input_key(options, digests.of(case))
 
     with ResultsFolder(Path(out or "volseg_results"), "measure", inputs=used) as folder:
-        refusals = _refused(((case, wanted.settings) for case in found), budget, announce)
+        n_cases = folder.n_with(case.id for case in found)
+        refusals = _refused(((case, wanted.settings) for case in found), n_cases, budget, announce)
 
         def task(case: Case) -> None:
             if case.id in refusals:
@@ -167,6 +168,8 @@ def measure(
             progress=progress,
             objects=objects,
             about=about if pages else None,
+            max_ram=budget,
+            announce=announce,
         )
         if unused:
             remark = f"W_MASK: no scan for {len(unused)} of {len(unused) + len(found)} masks, such as {unused[0]!r}: left out"
@@ -215,7 +218,7 @@ def measure_corrected(
         files = CaseFiles((LESION_IDS,), figures, pages)
         folder.refuse_foreign([*files.shared, *(path for name in edited for path in files.names(name))])
         progress(STAGE, 0.0, f"{len(edited)} of {len(rows)} masks were changed by hand")
-        refusals = _refused(_corrected_cases(folder, edited), max_ram, announce)
+        refusals = _refused(_corrected_cases(folder, edited), len(rows), max_ram, announce)
 
         def task(name: str) -> None:
             if name in refusals:
@@ -234,11 +237,12 @@ def measure_corrected(
                 progress(STAGE, count / len(edited), name)
         finally:
             rows = folder.write_tables()
-            about = read_about(results)
+            about, missing = read_about(results), []
             if pages:
-                write_report(folder, about, rows)
+                missing = write_report(folder, about, rows, budget=page_budget(max_ram, announce))
         measured_ids = frozenset(done)
         warnings = [f"{row['case_id']}: {row['warnings']}" for row in rows if row["case_id"] in measured_ids]
+        warnings += missing
         report = RunReport(
             out=results,
             done=done,
@@ -341,12 +345,13 @@ def _measure_corrected_case(folder: ResultsFolder, name: str, *, figures: bool, 
 
 
 def _refused(
-    cases: Iterable[tuple[Case, Measure]], max_ram: int | None, announce: Callable[[str], None]
+    cases: Iterable[tuple[Case, Measure]], n_cases: int, max_ram: int | None, announce: Callable[[str], None]
 ) -> dict[str, ScanError]:
     """The cases that may take more memory than the budget, and why; announces what the largest of the others takes.
 
     Args:
         cases: each with how it is measured.
+        n_cases: of the folder.
         max_ram: bytes; None for no budget.
     """
     budget = Budget(
@@ -362,6 +367,7 @@ def _refused(
                 scan.dtype.itemsize,
                 mask.dtype.itemsize,
                 process=budget.process,
+                n_cases=n_cases,
                 has_organ=settings.organ is not None,
                 calcium=settings.calcium,
             )
@@ -514,14 +520,10 @@ def _write_case(
     largest = measured.lesions.largest
     write_mask(ids, commit, LESION_IDS, case.id, like=path)
     if wanted.figures:
-<<<<<<< HEAD
-        write_figure(scan, ids, largest, case.id, commit)
+        write_figure(scan, ids, largest, case.id, commit, unit=measured.unit)
     remarks = [*wanted.remarks, *((remark,) if remark else ())]
     if measured.unit.doubt and not any(measured.unit.doubt in text for text in remarks):
         remarks.insert(0, f"W_UNIT: {measured.unit.doubt}")
-=======
-        write_figure(scan, ids, largest, case.id, commit, unit=measured.unit)
->>>>>>> fix-units
     row = done_row(
         case,
         scan,

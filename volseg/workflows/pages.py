@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +13,18 @@ import numpy as np
 
 from volseg import __version__
 from volseg.errors import ScanError
+from volseg.execute.memory import Budget
 from volseg.inputs import open_regular, read_json
-from volseg.io.nifti import read_mask, read_volume
+from volseg.io.nifti import read_header, read_mask, read_volume
+from volseg.measure.memory import LISTED, plan_page, plan_report
 from volseg.measure.rows import CaseRow, LesionMeasurement
 from volseg.postprocess.lesions import MANY
 from volseg.report.model_box import ModelBox, read_model_box
 from volseg.store.outputs import Commit
 from volseg.store.records import file_of
-from volseg.store.results import THUMBNAILS, VIEWERS, ResultsFolder, plain
+from volseg.store.results import THUMBNAILS, VIEWERS, ResultsFolder, plain, rows_name
 from volseg.volume import BoundingBox, Volume
+from volseg.words import spaced
 
 REPORT = "report.html"
 HEAD_BYTES = 4096  # of report.html, in which it says what it was made from
@@ -78,8 +82,18 @@ def source_of(path: Path, scan: Volume, unit: str, box: ModelBox | None = None) 
     return {"scan": str(path.absolute()), "sha256": scan.sha256, "unit": unit} | model
 
 
-def remake_page(results: ResultsFolder, case_id: str, record: Mapping[str, Any]) -> str:
+def page_budget(max_ram: int | None, announce: Callable[[str], None]) -> Budget:
+    """What pages that are made again, and report.html, may take. `max_ram`: bytes; None for no limit."""
+    return Budget(max_ram, announce, what="making this page", otherwise="leave the pages out with --no-report")
+
+
+def remake_page(
+    results: ResultsFolder, case_id: str, record: Mapping[str, Any], *, budget: Budget | None = None
+) -> str:
     """Make the page of a complete case again from its scan and its lesion ids.
+
+    Args:
+        budget: of main memory; a page that may not fit is not made.
 
     Returns:
         Why that cannot be done; then the earlier page stays. Empty where it was.
@@ -91,10 +105,18 @@ def remake_page(results: ResultsFolder, case_id: str, record: Mapping[str, Any])
     if not path.exists():
         return f"its scan {path.name} is no longer where it was"
     try:
+        ids_path = file_of(results.path, case_id, record["files"], "lesion_ids")
+        if budget is not None:
+            header, ids_type = read_header(path), read_header(ids_path).dtype
+            voxels = math.prod(header.geometry.shape)
+            peak = plan_page(voxels, header.dtype.itemsize, ids_type.itemsize, process=budget.process)
+            if (refusal := budget.refusal(peak)) is not None:
+                return str(refusal)
+            budget.announce(peak, f"the page of {case_id}")
         scan = read_volume(path, is_finite=False)
         if scan.sha256 != source["sha256"]:
             return f"its scan {path.name} has changed since"
-        ids = read_mask(file_of(results.path, case_id, record["files"], "lesion_ids"), max_labels=ANY_NUMBER)
+        ids = read_mask(ids_path, max_labels=ANY_NUMBER)
     except ScanError as error:
         return str(error)
     difference = scan.geometry.difference(ids.geometry)
@@ -120,46 +142,75 @@ def write_report(
     remarks: Sequence[str] = (),
     *,
     is_anew: bool = False,
-) -> None:
+    budget: Budget | None = None,
+    most: int = LISTED,
+) -> list[str]:
     """report.html of all that the folder holds.
 
     Args:
         about: of the run: `command`, `volseg`, `model`, `started`.
         rows: of cases.csv.
         is_anew: write it even if one is there that was made from the same.
+        budget: of main memory; a page that may not fit lists no lesions.
+        most: lesions on the page, the largest of all scans. Of a scan whose mask looks like noise there are fewer.
 
-    Of a scan whose mask looks like noise only the largest lesions are on the page, which says so.
+    Returns:
+        What the page lacks because of the budget, and why.
     """
     from volseg.report.html import MAX_VIEWER_ROWS, report_html
 
+    refusal = None if budget is None else budget.refusal(plan_report(len(rows), process=budget.process))
+    missing = [] if refusal is None else [f"W_PAGE: {REPORT} lists no lesions: {refusal}"]
     done = [row for row in rows if row["status"] == "done"]
     noisy = [row["case_id"] for row in done if _is_noisy(row)]
-    lesions = [
-        lesion
-        for row in done
-        for lesion in results.largest_rows(row["case_id"], MAX_VIEWER_ROWS if _is_noisy(row) else MANY)
-    ]
+    limits = {row["case_id"]: MAX_VIEWER_ROWS if _is_noisy(row) else MANY for row in done}
+    lesions, n_lesions = ([], 0) if refusal is not None else results.listed_rows(limits, most)
+    remarks = [*remarks, *missing]
     if noisy:
         listed = f"The {MAX_VIEWER_ROWS} largest lesions of {', '.join(noisy[:MOST_NAMED])}"
         more = f" and {len(noisy) - MOST_NAMED} more scans" if len(noisy) > MOST_NAMED else ""
         remarks = [*remarks, f"{listed}{more} are listed; lesions.csv has them all."]
-    boxes = _boxes(about, (record for _, record in results.records() if record is not None))
-    digest = _digest([__version__], rows, remarks, lesions, (box.model_dump_json() for box in boxes))
+    if len(lesions) < n_lesions:
+        largest = f"{spaced(len(lesions))} largest of {spaced(n_lesions)} lesions"
+        remarks = [*remarks, f"The {largest} are listed and plotted; lesions.csv has them all."]
+    contents, hashes = {_as_text(about.get("model_box")): None}, []
+    for name, record in results.records():
+        if record is not None:
+            contents[_as_text((record.get("source") or {}).get("model_box"))] = None
+            hashes.append([name, record["files"].get(rows_name(name))])
+    boxes = _boxes(contents)
+    digest = _digest([__version__], rows, remarks, hashes, (box.model_dump_json() for box in boxes))
     if not is_anew and _made_from(results.path / REPORT) == digest:
-        return
+        return missing
     names = [row["case_id"] for row in done]
-    pictures = {name: results.path / THUMBNAILS / f"{name}.jpg" for name in names}
     page = report_html(
         about,
         rows,
         lesions,
-        montages={name: picture.read_bytes() for name, picture in pictures.items() if picture.is_file()},
+        montages=_Pictures(results.path / THUMBNAILS, names),
         pages=[name for name in names if has_page(results, name)],
         boxes=boxes,
         remarks=remarks,
         digest=digest,
     )
     results.write(REPORT, page)
+    return missing
+
+
+class _Pictures(Mapping[str, bytes]):
+    """The pictures of the cases that have one, each read only when it is asked for."""
+
+    def __init__(self, folder: Path, names: Iterable[str]) -> None:
+        self._paths = {name: path for name in names if (path := folder / f"{name}.jpg").is_file()}
+
+    def __getitem__(self, name: str) -> bytes:
+        return self._paths[name].read_bytes()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._paths)
+
+    def __len__(self) -> int:
+        return len(self._paths)
 
 
 def _is_noisy(case: Mapping[str, Any]) -> bool:
@@ -187,10 +238,9 @@ def read_about(out: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _boxes(about: Mapping[str, Any], records: Iterable[Mapping[str, Any]]) -> list[ModelBox]:
+def _boxes(contents: Iterable[str]) -> list[ModelBox]:
     """The boxes of the models behind the cases, each once: the run's own, and those of cases that an earlier run made."""
-    contents = [about.get("model_box"), *((record.get("source") or {}).get("model_box") for record in records)]
-    boxes = [read_model_box(content) for content in dict.fromkeys(map(_as_text, contents)) if content]
+    boxes = [read_model_box(content) for content in contents if content]
     return list({box.name: box for box in boxes if box is not None}.values())
 
 

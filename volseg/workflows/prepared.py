@@ -20,6 +20,7 @@ from volseg.workflows.preparing import PREPARED_FILE, as_recipe, preparation_of
 if TYPE_CHECKING:
     from volseg.plan import DatasetFingerprint, Plan
 
+SLICES = 3  # through a lesion, for the classifier
 Split = tuple[Sequence[PreparedCase], Sequence[PreparedCase]]  # to train on, to validate on
 
 
@@ -101,7 +102,30 @@ def load_prepared(
             f"{folder}: preparing it was interrupted", fix="run `volseg preprocess` again", code="E_PREPARED"
         )
     cases = [read_prepared_case(folder / "cases", case_id) for case_id in listed]
+    for case in cases:
+        if problem := _misfit(case, chosen):
+            raise VolsegError(
+                f"{folder / 'cases' / case.id}: not a prepared case of this recipe ({problem})",
+                fix="run `volseg preprocess` again",
+                code="E_PREPARED",
+            )
     return chosen, plan, fingerprint, cases
+
+
+def _misfit(case: PreparedCase, recipe: Recipe) -> str:
+    """How the arrays and the class of a case are not what the recipe makes; empty where they are."""
+    data, classify = recipe.data, recipe.classify
+    if len(case.image) != len(data.channels):
+        return f"{len(case.image)} channels, not {len(data.channels)}"
+    if len(case.foreground) != len(data.labels):
+        return f"voxels of {len(case.foreground)} labels, not {len(data.labels)}"
+    if classify is None:
+        return ""
+    if case.record.get("class") not in (None, *classify.classes):
+        return f"class {case.record['class']!r}, not one of {', '.join(classify.classes)}"
+    if case.slices is not None and case.slices.shape != (SLICES, 2, classify.pixels, classify.pixels):
+        return f"slices of shape {case.slices.shape}, not {(SLICES, 2, classify.pixels, classify.pixels)}"
+    return ""
 
 
 def prepared_warnings(folder: Path) -> list[str]:

@@ -17,7 +17,7 @@ from volseg.inputs import read_json
 from volseg.io.cases import Case, survey_cases
 from volseg.io.files import json_text
 from volseg.io.nifti import read_mask, read_volume
-from volseg.io.prepared import PreparedCase, is_prepared, prepared_files, write_prepared_case
+from volseg.io.prepared import IGNORED, PreparedCase, is_prepared, prepared_files, write_prepared_case
 from volseg.measure.rows import CaseRow
 from volseg.measure.units import judge_unit
 from volseg.postprocess.lesions import label_lesions
@@ -409,7 +409,6 @@ def _prepared(case: Case, recipe: Recipe, plan: Plan, key: str, seed: int, diges
     """The arrays of a case and what its record says. `digests`: SHA-256 of its files, of which `key` was made."""
     from volseg.infer.classify import lesion_slices
     from volseg.preprocess.prepare import prepare, prepare_mask
-    from volseg.train.losses import IGNORED
 
     images, reference = read_training_case(case, recipe, digests)
     channels = recipe.data.channels

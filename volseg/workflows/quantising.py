@@ -13,7 +13,7 @@ import numpy as np
 from volseg.errors import VolsegError
 from volseg.evaluate.overlap import dice
 from volseg.execute.cpu import keep_freed_memory
-from volseg.io.prepared import PreparedCase
+from volseg.io.prepared import IGNORED, PreparedCase
 from volseg.store.outputs import OutputFolder, delete_written
 from volseg.workflows.batch import Progress, RunReport, silent
 from volseg.workflows.prepared import load_prepared, split_cases
@@ -148,8 +148,8 @@ def _calibration_patches(cases: Sequence[PreparedCase], bundle: ModelBundle, see
 def _case_dice(backend: Backend, case: PreparedCase, bundle: ModelBundle) -> list[float]:
     """Dice per label on the prepared grid; NaN for a label that neither mask has."""
     from volseg.infer.stream import Tiling, predict_logits
-    from volseg.train.losses import IGNORED
 
+    case.check_values(case.image, case.mask)
     infer = bundle.recipe.infer
     tiling = Tiling(patch_shape=bundle.plan.patch_shape, overlap=infer.overlap, batch_size=infer.batch_size)
     logits = predict_logits(np.asarray(case.image), backend, tiling, n_classes=1 + len(bundle.recipe.data.labels))

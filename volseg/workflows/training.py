@@ -460,7 +460,8 @@ class _Training:
         assert self.time.seconds is not None
         least = self._least_seconds(forecast.step, recipe)
         option = f" --recipe {shlex.quote(str(self.recipe))}" if isinstance(self.recipe, str | Path) else ""
-        apart = self.out.with_name(f"{self.out.name}_prepared")
+        whole = self.out.resolve()  # `.` and `..` have no name of their own
+        apart = whole.parent / f"{whole.name or 'model'}_prepared"
         shorter = suggested(STARTING_SECONDS + least)
         remedy = (
             f"; or prepare the data first: volseg preprocess {shlex.quote(str(self.dataset))}{option} --out "
