@@ -451,7 +451,9 @@ def _first_missing(picked: Mapping[str, str], present: Mapping[str, str]) -> lis
 
 
 def _picked(available: Mapping[str, Anything], asked: _Wanted, origin: str) -> dict[str, Anything]:
-    """What stands for each wanted channel: the one of that name, else of that name in another case; `image` stands for the only one.
+    """What stands for each wanted channel: that of its name, else of its name in another case.
+
+    `image` stands for the only one.
 
     Raises:
         VolsegError: one is not there, or only its case tells it from another.

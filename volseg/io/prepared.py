@@ -24,7 +24,8 @@ class PreparedCase:
 
     Args:
         image: (channels, R, A, S) float32. mask: (R, A, S) uint8, class index, 0 = background.
-        foreground: class index of each label → (n, 3) voxels of it, a sample, empty where the case has none.
+        foreground: class index of each label → (n, 3) voxels of it, a sample, empty where the
+            case has none.
         slices: (planes, 2, pixels, pixels) float32 for the classifier, or None.
         record: what case.json says: split, class, key of the inputs. folder: that it was read from.
     """
@@ -37,24 +38,26 @@ class PreparedCase:
     record: Mapping[str, Any]
     folder: Path | None = None
 
-    def check_values(self, image: np.ndarray, mask: np.ndarray) -> None:
-        """Check voxels that were read of a case, which may come from a stranger.
-
-        Args:
-            image: (channels, R, A, S) of any part of it. mask: (R, A, S) of any part of it.
+    def check(self) -> None:
+        """Check all voxels of the case, which may come from a stranger.
 
         Raises:
             VolsegError: an intensity is not finite, or a class index is of no label.
         """
-        problem = ""
-        if not all(np.isfinite(plane).all() for channel in image for plane in channel):
-            problem = "image.npy holds values that are not finite"
+        self.check_classes(self.mask)
+        if not all(np.isfinite(plane).all() for channel in self.image for plane in channel):
+            raise _not_prepared(self.path, "image.npy holds values that are not finite")
+
+    def check_classes(self, mask: np.ndarray) -> None:
+        """Check class indices that were read of any part of the mask; raises as `check`."""
         n_labels = max(self.foreground, default=IGNORED - 1)
         if mask.max(initial=0) > n_labels and ((mask > n_labels) & (mask != IGNORED)).any():
             highest = int(mask[mask != IGNORED].max())
-            problem = f"mask.npy holds class {highest} of {n_labels}"
-        if problem:
-            raise _not_prepared(Path(self.id) if self.folder is None else self.folder / self.id, problem)
+            raise _not_prepared(self.path, f"mask.npy holds class {highest} of {n_labels}")
+
+    @property
+    def path(self) -> Path:
+        return Path(self.id) if self.folder is None else self.folder / self.id
 
 
 def write_prepared_case(folder: Path, case: PreparedCase) -> None:
@@ -127,7 +130,7 @@ def _not_prepared(path: Path, problem: object) -> VolsegError:
 def _array_problems(
     image: np.ndarray, mask: np.ndarray, foreground: Mapping[int, np.ndarray], slices: np.ndarray | None
 ) -> Iterator[str]:
-    """What arrays of a case are not, by their shapes and types; of the voxels themselves see `check_values`."""
+    """What is wrong with the shapes and types of arrays; of voxels see `PreparedCase.check`."""
     if image.ndim != 4 or image.dtype != np.float32 or not image.size:
         yield f"image.npy is {image.dtype} of shape {image.shape}, not float32 of 4 dimensions"
     if mask.shape != image.shape[1:] or mask.dtype != np.uint8:

@@ -39,12 +39,12 @@ def writing_bytes() -> int:
 
 
 def report_bytes(n_cases: int) -> int:
-    """Bytes for the tables and report.html of a folder of so many cases, when no scan is there any more."""
+    """Bytes for the tables and report.html of a folder of so many cases, without a scan."""
     return REPORT + CASE * n_cases
 
 
 def plan_page(voxels: int, scan_itemsize: int, ids_itemsize: int, *, process: int) -> Peak:
-    """What making the page of a complete case again takes at most, from the headers of its scan and its lesion ids."""
+    """What making a page again takes at most, from the headers of its scan and lesion ids."""
     return Peak(
         {
             "process": process,

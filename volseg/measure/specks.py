@@ -1,7 +1,8 @@
-"""Lesions of a mask that no patient has: the largest are measured in full, the others in one look at the scan.
+"""Lesions of noise: the largest are measured in full, the others in one look at the scan.
 
-No patient has more than 10 000 lesions, nor hundreds that each spread over the whole scan. Forms are measured in a box round
-each lesion, so time grows with the boxes: those of 117 organs fill a scan up to twice, those of 117 random values 117 times.
+No patient has more than 10 000 lesions, nor hundreds that each spread over the whole scan. Forms
+are measured in a box round each lesion, so time grows with the boxes: those of the organs in a CT
+fill it about twice, those of 117 random values 117 times.
 """
 
 from __future__ import annotations
@@ -43,10 +44,8 @@ SPECKS = "W_SPECKS"  # code of the warning that a mask looks like noise
 TOGETHER_VOXELS = 2**20  # of lesions that are looked at together
 TOGETHER_ROWS = 2**17
 SLAB_VOXELS = 2**20
-BOXES, FEW_BOXES = (
-    16,
-    2**24,
-)  # times the voxels of the scan, or voxels, that the boxes of lesions measured in full may have together
+BOXES = 16  # times the voxels of the scan that the boxes of lesions measured in full may have
+FEW_BOXES = 2**24  # voxels that they may have in any case
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -58,7 +57,8 @@ class Specks:
         has_classes: whether the largest have a class.
         sizes: (N + 1,) voxels of each lesion of the scan; 0 for those that are measured in full, and for 0.
         n: of them. n_lesions: all lesions of the scan.
-        scans_in_boxes: how often the boxes of all lesions would fill the scan, where that is why; 0 where it is their number.
+        scans_in_boxes: how often the boxes of all lesions would fill the scan, where that is why;
+            0 where it is their number.
     """
 
     image: Volume
@@ -209,7 +209,7 @@ class Specks:
 
 
 class _Places:
-    """Where each of L lesions lies, voxels added a slab at a time: along R, A, S, in voxels and in mm."""
+    """Where each of L lesions lies along R, A, S, in voxels and mm; voxels are added by slab."""
 
     def __init__(self, n: int, affine: np.ndarray) -> None:
         self._affine = affine
@@ -230,9 +230,12 @@ class _Places:
 
 
 def _looked_at(scan: CanonicalScan, start: int, sizes: np.ndarray) -> tuple[_Places, Ragged, Ragged | None]:
-    """Places, intensities and confidence of the lesions from number `start` on that have voxels in `sizes`.
+    """Look at the lesions from number `start` on that have voxels in `sizes`.
 
-    Beside the values as stored a single lesion takes nothing that grows with it: it may be a large part of the scan.
+    Of a single lesion, which may be a large part of the scan, nothing grows but its stored values.
+
+    Returns:
+        Their places, intensities and confidence.
     """
     n, stop, at = int(sizes.sum(dtype=np.int64)), start + len(sizes), 0
     places, numbers = _Places(len(sizes), scan.geometry.affine), np.empty(0, np.int32)
@@ -306,11 +309,12 @@ def measure_largest(
     most: int = MANY,
     most_boxes: int | None = None,
 ) -> MeasuredLesions:
-    """Measure the lesions of a scan in bounded memory and time, however many there are and however they spread.
+    """Measure the lesions of a scan in bounded memory and time, however many and however spread.
 
     Args:
         most: lesions that are measured in full, the largest; of equal ones the first.
-        most_boxes: voxels that the boxes round these lesions may have together; None: 16 times those of the scan, or 2²⁴ if that is more.
+        most_boxes: voxels that the boxes round these lesions may have together; None: 16 times
+            those of the scan, or 2²⁴ if that is more.
         classes: of these lesions at least, the first of all.
         The others are those of `measure_lesions`.
 
@@ -354,7 +358,12 @@ def measure_largest(
 
 
 def _split(ids: np.ndarray, n: int, most: int, most_boxes: int) -> tuple[np.ndarray | None, np.ndarray, int]:
-    """The lesions that are measured in full, None for all; (n + 1,) voxels of the others; and the voxels in all boxes where those are why."""
+    """Choose the lesions that are measured in full.
+
+    Returns:
+        (M,) their numbers, None for all; (n + 1,) voxels of the others, 0 for those in full; and
+        the voxels in all boxes, where those are why there are others, else 0.
+    """
     sizes, only = np.zeros(n + 1, np.uint32), None
     if n > most:
         for slab in slabs_of(ids, SLAB_VOXELS):

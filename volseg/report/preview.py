@@ -349,7 +349,7 @@ class _Source:
     def _touched(
         self, box: BoundingBox, factors: Factors, lesions: Sequence[int]
     ) -> Iterator[tuple[int, tuple[np.ndarray, ...], np.ndarray]]:
-        """Of each lesion the blocks that it touches, along each axis, and its voxels in each; one look at the scan finds them all."""
+        """Find the blocks that each lesion touches, and its voxels in each, in one look at the scan."""
         shape = _blocks(box, factors)
         is_wanted = np.zeros(lesions[-1] + 2, bool)  # the last one stands for all numbers beyond
         is_wanted[list(lesions)] = True
@@ -535,7 +535,7 @@ def _slabs(
 
 
 def _together(lesions: Sequence[int], present: np.ndarray) -> Iterator[list[int]]:
-    """Lesions in turn, of so few voxels together that they are looked at together; one that has more is alone."""
+    """Lesions in turn, of few voxels together; one that has more is alone."""
     group, size = [], 0
     for number in lesions:
         if group and size + present[number] > PIECE_VOXELS:
@@ -617,7 +617,7 @@ def _jpeg(picture, quality: int) -> bytes:
     buffer = io.BytesIO()
     try:
         picture.save(buffer, format="JPEG", quality=quality, subsampling=0, optimize=True)
-    except OSError:  # Pillow has a byte per pixel for an optimised file, which the outlines of noise do not fit into
+    except OSError:  # Pillow keeps a byte per pixel for an optimised file: too few for noise
         buffer = io.BytesIO()
         picture.save(buffer, format="JPEG", quality=quality, subsampling=0)
     return buffer.getvalue()

@@ -117,7 +117,7 @@ class RecordFolder(OutputFolder):
         return [_row_of(line, self.path, name, self.row_types[1]) for _, line in sorted(lines)]
 
     def listed_rows(self, limits: Mapping[str, int], most: int) -> tuple[list[dict[str, Any]], int]:
-        """The rows of the largest lesions by volume of all these items together, item by item in their order.
+        """The rows of the largest lesions, by volume, of all these items, in their order.
 
         Args:
             limits: of an item, how many of its largest lesions, by voxels, may be among them.

@@ -268,6 +268,8 @@ class Run:
         if stopped and not state.best_epoch:
             if stopped == INTERRUPTED:
                 raise KeyboardInterrupt
+            for case in self.job.training:
+                case.check()  # what a stranger prepared may be why
             raise VolsegError(stopped, fix=DIVERGED_FIX, code=DIVERGED)
         if stopped and stopped != INTERRUPTED:
             stopped = f"{stopped}; these are the best weights until then; {DIVERGED_FIX}"

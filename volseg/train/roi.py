@@ -111,7 +111,7 @@ def coarse_case(
         spacing_mm, coarse_mm: along R, A, S, of the case and of the one to make.
         rng: draws the voxels on which patches are centred.
     """
-    case.check_values(case.image, case.mask)
+    case.check()
     sizes = zip(case.mask.shape, spacing_mm, coarse_mm, strict=True)
     r, a, s = (max(1, round(n * fine / coarse)) for n, fine, coarse in sizes)
     image = np.stack([resample(channel, (r, a, s)) for channel in case.image])

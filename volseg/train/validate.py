@@ -43,7 +43,7 @@ def predicted_classes(
     Logits become classes slab by slab, so that memory does not grow with classes × voxels. `on_tile` is called after
     each tile; what it raises ends the prediction.
     """
-    case.check_values(case.image, case.mask)
+    case.check()
     tiling = tiling_of(plan, overlap)
     backend = TorchBackend(network, device)
     planes = ArrayPlanes(np.asarray(case.image))

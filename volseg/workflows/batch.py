@@ -130,7 +130,7 @@ def run_cases(
     Args:
         key_of: of the model, the options and the inputs of a case; asked only where the folder knows the case.
         about: what report.html is to say of the run; None: it is not made, nor are pages that complete cases lack.
-        max_ram: bytes that pages of complete cases and report.html may take, too; None for no limit.
+        max_ram: bytes that pages of complete cases and report.html may take; None for no limit.
 
     Raises:
         VolsegError: a file that volseg did not write is in the way (`E_EXISTS`), before any case is run.

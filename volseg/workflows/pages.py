@@ -83,7 +83,7 @@ def source_of(path: Path, scan: Volume, unit: str, box: ModelBox | None = None) 
 
 
 def page_budget(max_ram: int | None, announce: Callable[[str], None]) -> Budget:
-    """What pages that are made again, and report.html, may take. `max_ram`: bytes; None for no limit."""
+    """What pages made again, and report.html, may take. `max_ram`: bytes; None for no limit."""
     return Budget(max_ram, announce, what="making this page", otherwise="leave the pages out with --no-report")
 
 
@@ -152,7 +152,7 @@ def write_report(
         rows: of cases.csv.
         is_anew: write it even if one is there that was made from the same.
         budget: of main memory; a page that may not fit lists no lesions.
-        most: lesions on the page, the largest of all scans. Of a scan whose mask looks like noise there are fewer.
+        most: lesions on the page, the largest of all scans; of a mask of noise there are fewer.
 
     Returns:
         What the page lacks because of the budget, and why.

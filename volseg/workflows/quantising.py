@@ -149,7 +149,7 @@ def _case_dice(backend: Backend, case: PreparedCase, bundle: ModelBundle) -> lis
     """Dice per label on the prepared grid; NaN for a label that neither mask has."""
     from volseg.infer.stream import Tiling, predict_logits
 
-    case.check_values(case.image, case.mask)
+    case.check()
     infer = bundle.recipe.infer
     tiling = Tiling(patch_shape=bundle.plan.patch_shape, overlap=infer.overlap, batch_size=infer.batch_size)
     logits = predict_logits(np.asarray(case.image), backend, tiling, n_classes=1 + len(bundle.recipe.data.labels))
