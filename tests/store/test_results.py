@@ -4,7 +4,7 @@ from dataclasses import fields
 
 import pytest
 
-from volseg.errors import EnvironmentProblem, VolsegError
+from volseg.errors import EnvironmentProblem, ScanError, VolsegError
 from volseg.measure.rows import CaseRow, LesionMeasurement
 from volseg.store.results import ResultsFolder, State
 
@@ -165,3 +165,23 @@ def test_the_largest_rows_are_those_with_most_voxels_in_their_order(tmp_path):
         numbers = [row["lesion_id"] for row in results.largest_rows("a", 2)]
         assert numbers == [2, 3]
         assert [row["lesion_id"] for row in results.largest_rows("a", 10)] == [1, 2, 3, 4, 5]
+
+
+def test_the_largest_rows_are_those_of_their_item(tmp_path):
+    with ResultsFolder(tmp_path, "measure") as results:
+        commit(results, "b", lesions=[lesion(1, 3)])
+        with pytest.raises(ScanError, match="a row is not of 'b'"):
+            results.largest_rows("b", 1)
+
+
+def test_rows_that_cannot_be_opened_are_those_of_a_damaged_record(tmp_path, monkeypatch):
+    with ResultsFolder(tmp_path, "measure") as results:
+        commit(results, "a", lesions=[lesion(1, 3)])
+        commit(results, "b")
+
+        def refused(path):
+            raise PermissionError(13, "Permission denied", str(path))
+
+        monkeypatch.setattr("volseg.store.results.sha256_of", refused)
+        results.write_tables()
+    assert [row["status"] for row in rows(tmp_path / "cases.csv")] == ["unknown", "unknown"]

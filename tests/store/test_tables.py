@@ -65,16 +65,20 @@ def test_a_table_without_rows_still_has_its_header(tmp_path):
 
 
 def row_types():
-    """Every type of rows that the package writes, as its calls of `table` name them."""
+    """Every type of rows that the package writes, as its calls of `table` name them, or `row_types` of a folder."""
     for path in sorted(Path(volseg.__file__).parent.rglob("*.py")):
         nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
         imports = {
             alias.name: node.module for node in nodes if isinstance(node, ast.ImportFrom) for alias in node.names
         }
         for node in nodes:
-            is_call = isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
-            if is_call and node.func.id == "table":
-                name = node.args[0].id
+            types = ()
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "table":
+                types = node.args[:1]
+            elif isinstance(node, ast.Assign | ast.AnnAssign) and isinstance(node.value, ast.Tuple):
+                targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+                types = node.value.elts if "row_types" in map(ast.unparse, targets) else ()
+            for name in (each.id for each in types if isinstance(each, ast.Name)):
                 yield getattr(importlib.import_module(imports[name]), name)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from enum import Enum
 from functools import cache
@@ -24,6 +24,7 @@ MAX_ROW_BYTES = 2**20  # of a line of a stranger's file; a row takes about one t
 VIEWERS, THUMBNAILS = "viewer", "viewer/thumbnails"
 MASKS, LESION_IDS = "masks", "lesion_ids"
 STALE = "W_STALE"
+DAMAGED = "E_RECORD: its record is damaged; to fix: run the command that made it again"
 _N_VOXELS = re.compile(rb'"n_voxels": ([0-9]{1,18})\b')
 
 
@@ -43,9 +44,11 @@ class RecordFolder(OutputFolder):
     carry the hashes that the record names.
     """
 
-    # Where a record holds the row of its item, what that row and those of its lesions are, and which column names the item.
+    # Where a record holds the row of its item, what that row and those of its lesions are, which tables hold
+    # these rows, and which column names the item.
     row: ClassVar[str] = "case"
     row_types: ClassVar[tuple[type, type]] = (CaseRow, LesionMeasurement)
+    tables: ClassVar[tuple[str, str]] = ("cases.csv", "lesions.csv")
     name_column: ClassVar[str] = "case_id"
 
     def state_of(self, name: str, key: str | None, inputs: Sequence[str] | None = None) -> State:
@@ -88,7 +91,7 @@ class RecordFolder(OutputFolder):
 
     def rows_of(self, name: str) -> Iterator[dict[str, Any]]:
         """The rows of an item, one after another, as column → value; one that is not there is unknown."""
-        return read_rows(self.path, name, self.row_types[1])
+        return read_rows(self.path, name, type(self))
 
     def largest_rows(self, name: str, most: int) -> list[dict[str, Any]]:
         """The rows of the largest lesions of an item, in their order; of equal ones the first. Up to `most` rows: all of them."""
@@ -96,7 +99,7 @@ class RecordFolder(OutputFolder):
         lines = nlargest(
             most, enumerate(_lines(self.path, name)), key=lambda place_and_line: _size_of(place_and_line[1])
         )
-        return [_row_of(line, self.path, name, self.row_types[1]) for _, line in sorted(lines)]
+        return [_row_of(line, self.path, name, type(self)) for _, line in sorted(lines)]
 
     def records(self) -> Iterator[tuple[str, dict[str, Any] | None]]:
         """(name, record) by name, one after another; None for one that is damaged, or whose rows are."""
@@ -105,6 +108,78 @@ class RecordFolder(OutputFolder):
             rows = rows_name(path.stem)
             is_sound = record is not None and (rows not in record["files"] or self._is_as(rows, record["files"][rows]))
             yield path.stem, record if is_sound else None
+
+    def item_rows(self, pending: Sequence[Any] = ()) -> list[dict[str, Any]]:
+        """The row of every item that the folder holds, by name.
+
+        Args:
+            pending: rows of items that were not reached; of one with an earlier result that result is shown.
+        """
+        rows = {getattr(row, self.name_column): plain(row) for row in pending}
+        for name, record in self.records():
+            if record is None:
+                rows[name] = self._unknown_row(name)
+            elif name not in rows or record[self.row]["status"] == "done":
+                rows[name] = shown_row(record, self.row, is_pending=name in rows)
+        return [rows[name] for name in sorted(rows)]
+
+    def checked_rows(self, pending: Sequence[Any] = ()) -> list[dict[str, Any]]:
+        """`item_rows`, in which an item is unknown, too, if the rows of its lesions cannot be read."""
+        rows, unreadable = self.item_rows(pending), set()
+        for _ in self.lesion_rows(rows, unreadable):
+            pass
+        return self._as_damaged(rows, unreadable)
+
+    def lesion_rows(self, items: Iterable[Mapping[str, Any]], unreadable: set[str]) -> Iterator[dict[str, Any]]:
+        """The rows of the lesions of these items, one after another.
+
+        Args:
+            items: rows as `item_rows` gives them.
+            unreadable: takes the names of items whose rows cannot be read, or not to their end.
+        """
+        for item in items:
+            if item["status"] == "done":
+                name = item[self.name_column]
+                try:
+                    yield from self.rows_of(name)
+                except ScanError:
+                    unreadable.add(name)
+
+    def write_tables(self, pending: Sequence[Any] = ()) -> list[dict[str, Any]]:
+        """Write both tables, of every item that the folder holds, by name; returns the rows of the items.
+
+        Args:
+            pending: as in `item_rows`.
+        """
+        rows, unreadable = self.item_rows(pending), set()
+        with self.staged() as commit:
+            # Rows are checked as they are written: checking them before takes almost as long again.
+            self._write_lesions(commit, rows, unreadable)
+            if unreadable:
+                rows = self._as_damaged(rows, unreadable)
+                self._write_lesions(commit, rows, set())
+            commit.write(self.tables[0], table(self.row_types[0], rows))
+            commit.finish()
+        return rows
+
+    def _write_lesions(self, commit: Commit, items: Sequence[Mapping[str, Any]], unreadable: set[str]) -> None:
+        commit.write(self.tables[1], table(self.row_types[1], self.lesion_rows(items, unreadable)))
+
+    def _as_damaged(self, rows: Sequence[dict[str, Any]], unreadable: Collection[str]) -> list[dict[str, Any]]:
+        """The rows of items, those whose lesions cannot be read as of damaged records, which they are from here on."""
+        for name in unreadable:
+            record = self.record(name)
+            if record is not None:  # without its rows it is done again by the next run that includes it
+                files = {path: digest for path, digest in record["files"].items() if path != rows_name(name)}
+                self.update(name, record | {"files": files})
+        return [
+            self._unknown_row(row[self.name_column]) if row[self.name_column] in unreadable else row for row in rows
+        ]
+
+    def _unknown_row(self, name: str) -> dict[str, Any]:
+        """The row of an item whose record cannot be read."""
+        known = {self.name_column: name, "status": "unknown", "reason": DAMAGED}
+        return plain(self.row_types[0](**known))
 
     def write_run(self, description: Mapping[str, Any]) -> None:
         """run.json: what was run, with what, on what."""
@@ -152,7 +227,10 @@ class RecordFolder(OutputFolder):
 
     def _is_as(self, name: str, digest: str) -> bool:
         path = confined(self.path, name)
-        return path is not None and path.is_file() and sha256_of(path) == digest
+        try:
+            return path is not None and path.is_file() and sha256_of(path) == digest
+        except OSError:
+            return False  # it cannot be read
 
     def _finish(
         self, name: str, commit: Commit, content: Mapping[str, Any], rows: Iterable[Any], *, keeps: Sequence[str] = ()
@@ -219,35 +297,6 @@ class ResultsFolder(RecordFolder):
         pages = {name: digest for name, digest in record["files"].items() if name.startswith(f"{VIEWERS}/")}
         return bool(pages) and self._are_there(pages)
 
-    def case_rows(self, pending: Sequence[CaseRow] = ()) -> list[dict[str, Any]]:
-        """The row of every case that the folder holds, by case id.
-
-        Args:
-            pending: rows of cases that were not reached; of one with an earlier result that result is shown.
-        """
-        rows = {row.case_id: plain(row) for row in pending}
-        for name, record in self.records():
-            if record is None:
-                rows[name] = plain(unknown_row(name))
-            elif name not in rows or record["case"]["status"] == "done":
-                rows[name] = shown_row(record, is_pending=name in rows)
-        return [rows[name] for name in sorted(rows)]
-
-    def lesion_rows(self, cases: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
-        """The rows of lesions.csv of these cases, one after another."""
-        for case in cases:
-            if case["status"] == "done":
-                yield from self.rows_of(case["case_id"])
-
-    def write_tables(self, pending: Sequence[CaseRow] = ()) -> list[dict[str, Any]]:
-        """lesions.csv and cases.csv of every case that the folder holds, by case id; the rows of cases.csv."""
-        rows = self.case_rows(pending)
-        with self.staged() as commit:
-            commit.write("lesions.csv", table(LesionMeasurement, self.lesion_rows(rows)))
-            commit.write("cases.csv", table(CaseRow, rows))
-            commit.finish()
-        return rows
-
 
 def shown_row(record: Mapping[str, Any], row_name: str = "case", *, is_pending: bool = False) -> dict[str, Any]:
     """The row of an item as tables and pages show it.
@@ -263,15 +312,6 @@ def shown_row(record: Mapping[str, Any], row_name: str = "case", *, is_pending: 
     if is_pending and not remark:
         remark = f"{STALE}: from an earlier run; the run that was to replace it was interrupted"
     return row | ({"warnings": "; ".join(filter(None, (row.get("warnings"), remark)))} if remark else {})
-
-
-def unknown_row(case_id: str) -> CaseRow:
-    """The row of a case whose record cannot be read."""
-    return CaseRow(
-        case_id=case_id,
-        status="unknown",
-        reason="E_RECORD: its record is damaged; to fix: run the command that made it again",
-    )
 
 
 def read_json_record(path: Path, kind: type[RecordFolder] = RecordFolder) -> dict[str, Any] | None:
@@ -316,34 +356,42 @@ def write_rows(file: BinaryIO, rows: Iterable[Any]) -> None:
         file.write(json_text(known(row), indent=None).encode("utf-8", "replace"))
 
 
-def read_rows(folder: Path, name: str, row_type: type = LesionMeasurement) -> Iterator[dict[str, Any]]:
+def read_rows(folder: Path, name: str, kind: type[RecordFolder] = RecordFolder) -> Iterator[dict[str, Any]]:
     """What `write_rows` wrote for an item; a column that is not there is unknown.
 
     Raises:
-        OSError: the file is not there.
-        ScanError: it is not as volseg writes it (`E_RECORD`).
+        ScanError: the file is not there, or not as volseg writes it for this item (`E_RECORD`).
     """
-    return (_row_of(line, folder, name, row_type) for line in _lines(folder, name))
+    return (_row_of(line, folder, name, kind) for line in _lines(folder, name))
 
 
 def _lines(folder: Path, name: str) -> Iterator[bytes]:
-    with open_regular(folder / rows_name(name)) as file:
-        while line := file.readline(MAX_ROW_BYTES):
-            yield line
+    try:
+        with open_regular(folder / rows_name(name)) as file:
+            while line := file.readline(MAX_ROW_BYTES):
+                yield line
+    except OSError as error:
+        raise _bad_rows(folder, name, error) from error
 
 
-def _row_of(line: bytes, folder: Path, name: str, row_type: type) -> dict[str, Any]:
+def _row_of(line: bytes, folder: Path, name: str, kind: type[RecordFolder]) -> dict[str, Any]:
     try:
         row = parse_json(line)
-        if not isinstance(row, dict) or not _fits(row, row_type):
+        if not isinstance(row, dict) or not _fits(row, kind.row_types[1]):
             raise ValueError("a line is no row")
+        if row.get(kind.name_column) != name:
+            raise ValueError(f"a row is not of {name!r}")
     except ValueError as error:
-        raise ScanError(
-            f"{folder / rows_name(name)}: not as volseg writes it ({error})",
-            fix=f"delete {folder / _record_name(name)} and run the command that made it again",
-            code="E_RECORD",
-        ) from error
+        raise _bad_rows(folder, name, error) from error
     return row
+
+
+def _bad_rows(folder: Path, name: str, error: Exception) -> ScanError:
+    return ScanError(
+        f"{folder / rows_name(name)}: not as volseg writes it ({error})",
+        fix=f"delete {folder / _record_name(name)} and run the command that made it again",
+        code="E_RECORD",
+    )
 
 
 def plain(row: Any) -> dict[str, Any]:

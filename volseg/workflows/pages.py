@@ -95,12 +95,12 @@ def remake_page(results: ResultsFolder, case_id: str, record: Mapping[str, Any])
         if scan.sha256 != source["sha256"]:
             return f"its scan {path.name} has changed since"
         ids = read_mask(file_of(results.path, case_id, record["files"], "lesion_ids"), max_labels=ANY_NUMBER)
+        rows = results.largest_rows(case_id, MANY)
     except ScanError as error:
         return str(error)
     difference = scan.geometry.difference(ids.geometry)
     if difference:
         return f"its lesion ids are not on the grid of its scan: {difference}"
-    rows = results.largest_rows(case_id, MANY)
     box = read_model_box(source.get("model_box"))
     with results.staged() as commit:
         write_page(record["case"], rows, scan, ids.array, unit=source["unit"], commit=commit, box=box)
