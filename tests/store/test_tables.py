@@ -2,8 +2,10 @@ import ast
 import csv
 import importlib
 import io
+import math
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
@@ -15,7 +17,7 @@ from volseg.io.csv_text import read_csv
 from volseg.measure.changes import LesionChange
 from volseg.measure.response import PatientResponse
 from volseg.measure.rows import CaseRow, LesionMeasurement
-from volseg.store.tables import cell, table
+from volseg.store.tables import cell, table, typed_row
 from volseg.train.loop import Epoch
 
 
@@ -62,6 +64,40 @@ def test_a_table_reads_back_as_it_was_with_unknown_as_empty_cells(tmp_path):
 def test_a_table_without_rows_still_has_its_header(tmp_path):
     write_table(tmp_path / "t.csv", Row, [])
     assert (tmp_path / "t.csv").read_text() == "name,size,cut\n"
+
+
+@dataclass(frozen=True)
+class Typed:
+    name: str
+    side: Literal["left", "right"]
+    size: float
+    n: int
+    cut: bool
+    share: float | None = None
+    count: int | None = None
+    patient: str | None = None
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        Typed("a\rb", "left", 1.5, 7, True),
+        Typed("-=x", "right", -0.25, 0, False, 0.125, -3, "'q"),
+        Typed("", "left", 1e-7, 1, True, 0.0, 0, "=1"),
+    ],
+    ids=repr,
+)
+def test_a_row_comes_back_from_its_cells(row, tmp_path):
+    write_table(tmp_path / "t.csv", Typed, [row])
+    (cells,) = read_csv(tmp_path / "t.csv")
+    assert typed_row(Typed, cells) == row
+
+
+def test_an_empty_cell_of_a_number_is_unknown_and_of_a_count_an_error():
+    cells = {"name": "a", "side": "left", "size": "", "n": "1", "cut": "false"}
+    assert math.isnan(typed_row(Typed, cells).size)
+    with pytest.raises(ValueError):
+        typed_row(Typed, cells | {"n": ""})
 
 
 def row_types():
