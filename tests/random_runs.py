@@ -1,10 +1,12 @@
 """Random runs of every command over random files of a user's, ended at random: nothing of the user's may be lost.
 
 A run is drawn from a seed: a command, an output folder (new, with results of this or another command, with files of the user's, or an
-input), files of the user's whose names may be those of outputs, results changed by hand, an input that cannot be read, options
-with which results differ or every case fails, and an end: by itself, by SIGINT, SIGTERM or SIGKILL after some time, or by a disk that
-takes no more. Afterwards every file that volseg did not write has to be as it was, and the tables have to hold the rows of every case
-that was done: all that it had before, or all that the run makes of it. `benchmarks/random_runs.py` does many, the suite a few.
+input), files of the user's whose names may be those of outputs, results changed by hand, an
+input that cannot be read, options with which results differ or every case fails, and an end: by
+itself, by SIGINT, SIGTERM or SIGKILL after some time, or by a disk that takes no more. Afterwards
+every file that volseg did not write has to be as it was, and the tables have to hold the rows of
+every case that was done: all that it had before, or all that the run makes of it.
+`benchmarks/random_runs.py` does many, the suite a few.
 """
 
 from __future__ import annotations
@@ -100,12 +102,15 @@ class Run:
 
 def make_world(folder: Path, write_dataset, make_nnunet, commands: Sequence[str] = COMMANDS) -> Path:
     """A dataset, a model, and results of the commands, each made by the command itself; in
-    `expected.json` the rows that each makes with the options of `VARIANTS`.
+    `expected.json` the rows that each makes with the options of `VARIANTS`. Made where the copies
+    will be, as records hold absolute paths and a comparison hashes of records; returns the template.
 
     Args:
         write_dataset: (folder, n) → writes a dataset of n scans.
         make_nnunet: folder → writes a trained nnU-Net model into it.
     """
+    template, folder = folder / "template", folder / "world"
+    folder.mkdir()
     write_dataset(folder / "data", n=5)
     (folder / "recipe.toml").write_text(RECIPE)
     (folder / "pairs.csv").write_text(PAIRS)
@@ -144,7 +149,7 @@ def make_world(folder: Path, write_dataset, make_nnunet, commands: Sequence[str]
         for tables in expected.get(made, {}).values():
             assert all(tables.values()), (made, tables)
     (folder / "expected.json").write_text(json.dumps(expected))
-    return folder
+    return folder.rename(template)
 
 
 def arguments_of(command: str, world: Path, out: Path, options: str = "") -> list[str]:
@@ -166,7 +171,8 @@ def arguments_of(command: str, world: Path, out: Path, options: str = "") -> lis
         "import-nnunet": ["import-nnunet", next((world / "nnunet").iterdir()), "--out", out],
         "quantise": ["quantise", out, data],
     }[command]  # fmt: skip
-    return [str(part) for part in [*line, *options.replace("PAIRS", str(world / "pairs.csv")).split()]]
+    added = options.replace("PAIRS", str(world / "pairs.csv")).split()
+    return [str(part) for part in [*line, *added]]
 
 
 def run_command(arguments: Sequence[str], *, end: str = "itself", seconds: float = 0, file_bytes: int = 0):
@@ -262,7 +268,7 @@ def draw_run(seed: int, world: Path, seconds: float, commands: Sequence[str]) ->
 
 
 def _break_input(command: str, world: Path, rng: np.random.Generator) -> str:
-    """Cut off an input of a run; the name of its case, empty for a command that needs all of them."""
+    """Cut off an input of a run; the name of its case, empty where the command needs all cases."""
     case = f"scan_{rng.integers(3)}"
     predicted = world / "done" / "infer" / "masks"
     folder = {
@@ -292,12 +298,11 @@ def edit_results(seed: int, out: Path) -> list[Path]:
 
 
 def check_run(
-    seed: int, template: Path, folder: Path, seconds: float = 4.0, commands: Sequence[str] = COMMANDS
+    seed: int, template: Path, seconds: float = 4.0, commands: Sequence[str] = COMMANDS
 ) -> tuple[Run, list[str], int]:
     """Do one random run; what was drawn, all that is wrong afterwards, and the exit code."""
-    world = folder / "world"
+    world = template.with_name("world")
     shutil.copytree(template, world, symlinks=True)
-    _move_paths(world, template)
     volsegs = set(_tree(world / "done"))  # what a command wrote here before the user came
     run = draw_run(seed, world, seconds, commands)
     edited = set(edit_results(seed, run.out)) if run.place == "done" else set()
@@ -326,12 +331,6 @@ def check_run(
     return run, faults, code
 
 
-def _move_paths(world: Path, template: Path) -> None:
-    """The records of the template name its scans; here they are those of the copy."""
-    for path in (world / "done").rglob(".volseg/*.json"):
-        path.write_bytes(path.read_bytes().replace(str(template).encode(), str(world).encode()))
-
-
 def _tree(folder: Path) -> dict[Path, str]:
     """Every file but the ledgers and locks, with its hash; what volseg keeps in `.volseg` is its own."""
     return {
@@ -351,8 +350,8 @@ def _lost(users: dict[Path, str], world: Path, when: str) -> list[str]:
 
 
 def rows_of(out: Path, edited: Collection[Path] = ()) -> Rows:
-    """The rows of every case or patient that the tables of a folder say was done, without what differs from
-    run to run. Tables that were edited by hand are left out."""
+    """The rows of every case or patient that the tables of a folder say was done, without what differs
+    from run to run. Tables that were edited by hand are left out."""
     found: Rows = {}
     for items, lesions, column in TABLES:
         done = [row for row in _read(out / items, edited) if row.get("status") == "done" and row.get(column)]
@@ -405,7 +404,8 @@ class _Rows:
         rows = rows_of(self._run.out, self._edited)
         if self._run.command == "measure-results":  # a corrected mask has no confidence and no class
             for row in (row for tables in rows.values() for row in tables.get("lesions.csv", ())):
-                row |= {name: "" for name in row if name is not None and name.startswith(("confidence", "class"))}
+                of_model = [name for name in row if str(name).startswith(("confidence", "class"))]
+                row |= dict.fromkeys(of_model, "")
         return rows
 
     def faults(self, when: str, *, is_done: bool) -> list[str]:

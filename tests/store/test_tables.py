@@ -101,7 +101,7 @@ def test_an_empty_cell_of_a_number_is_unknown_and_of_a_count_an_error():
 
 
 def row_types():
-    """Every type of rows that the package writes, as its calls of `table` name them, or `row_types` of a folder."""
+    """Every type of rows that the package writes: as calls of `table` name it, or `row_types` of a folder."""
     for path in sorted(Path(volseg.__file__).parent.rglob("*.py")):
         nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
         imports = {

@@ -275,7 +275,8 @@ def comparison_html(
 
     Args:
         about: of the run: `command`, `volseg`, `started`.
-        patients, lesions: rows of response.csv and of comparison.csv; of the lesions no more than `most` are taken.
+        patients, lesions: rows of response.csv and of comparison.csv; at most `most` of the lesions
+            are listed.
     """
     changed = list(islice(lesions, most + 1))
     is_cut = len(changed) > most

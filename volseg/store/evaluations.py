@@ -29,8 +29,11 @@ class Compared:
     masks: tuple[str, str]
 
 
-def read_evaluation(outputs: OutputFolder, cases: Collection[str]) -> tuple[float | None, Mapping[str, Compared]]:
-    """The least overlap of an earlier evaluation, and what it found of those of the cases that it compared.
+def read_evaluation(
+    outputs: OutputFolder,
+    cases: Collection[str],
+) -> tuple[float | None, Mapping[str, Compared]]:
+    """The least overlap of an earlier evaluation, and what it found of these cases.
 
     Returns:
         (None, nothing) where there is none, or not as volseg wrote it.
@@ -39,7 +42,7 @@ def read_evaluation(outputs: OutputFolder, cases: Collection[str]) -> tuple[floa
         return None, {}
     try:
         summary = read_json(outputs.path / SUMMARY)
-        masks = {name: (str(truth), str(guess)) for name, (truth, guess) in summary["masks"].items()}
+        masks = {name: (str(one), str(other)) for name, (one, other) in summary["masks"].items()}
         overlap, detections = defaultdict(list), defaultdict(list)
         for table, row_type, rows in (
             (EVALUATION, OverlapRow, overlap),

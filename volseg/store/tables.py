@@ -37,12 +37,13 @@ def table(row_type: type, rows: Iterable[Any]) -> Callable[[BinaryIO], None]:
 
 
 def typed_row(row_type: type[Row], cells: Mapping[str, str]) -> Row:
-    """Inverse of `table`: a row from its cells. Numbers have the digits of the table; unknown is None, or NaN.
+    """Inverse of `table`: a row from its cells. Numbers have the table's digits; unknown is None or NaN.
 
     Raises:
         ValueError: a cell does not hold what its column does.
     """
-    return row_type(**{name: _value(hint, cells.get(name, "")) for name, hint in get_type_hints(row_type).items()})
+    hints = get_type_hints(row_type)
+    return row_type(**{name: _value(hint, cells.get(name, "")) for name, hint in hints.items()})
 
 
 def _value(hint: Any, text: str) -> Any:

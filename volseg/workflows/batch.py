@@ -209,7 +209,10 @@ def run_cases(
 
 
 def without_damaged(
-    kept: Sequence[str], failed: Mapping[str, str], rows: Iterable[Mapping[str, Any]], name_column: str = "case_id"
+    kept: Sequence[str],
+    failed: Mapping[str, str],
+    rows: Iterable[Mapping[str, Any]],
+    name_column: str = "case_id",
 ) -> tuple[list[str], dict[str, str]]:
     """What was kept and what failed, once the tables have shown whose rows cannot be read.
 

@@ -125,12 +125,13 @@ def evaluate(
         kept = {
             name: _as_stale(earlier[name], reason)
             for name, reason in failed.items()
-            # Numbers of two settings make no mean: rows with another overlap stay only among themselves.
+            # Numbers of two settings make no mean: rows of another overlap stay only by themselves.
             if name in earlier
             and (earlier_iou == min_iou or not compared)
             and earlier[name].masks == (digest_of(truths[name].path), digest_of(guesses[name].path))
         }
-        shown = {name: (compared | kept)[name] for name in common if name in compared or name in kept}
+        known = compared | kept
+        shown = {name: known[name] for name in common if name in known}
         rows = _completed({name: each.overlap for name, each in shown.items()}, truths)
         detections = [row for each in shown.values() for row in each.detections]
         rows_of, lesions_of = _by_label(rows), _by_label(detections)
@@ -162,11 +163,12 @@ def evaluate(
 
 
 def _as_stale(earlier: Compared, reason: str) -> Compared:
-    """What an earlier run found of a case that this one could not compare, and of the same masks."""
+    """What an earlier run found of the same masks, of a case that this run could not compare."""
     stale = f"{STALE}: the last run failed ({reason}); these numbers are from an earlier one"
+    notes = (row.notes.partition(STALE)[0].removesuffix("; ") for row in earlier.overlap)
     overlap = [
-        replace(row, notes="; ".join(filter(None, (row.notes.partition(STALE)[0].removesuffix("; "), stale))))
-        for row in earlier.overlap
+        replace(row, notes="; ".join(filter(None, (note, stale))))
+        for row, note in zip(earlier.overlap, notes, strict=True)
     ]
     return replace(earlier, overlap=overlap)
 
@@ -176,8 +178,8 @@ def _stale(kept: Collection[str]) -> list[str]:
     if not kept:
         return []
     return [
-        f"{STALE}: {len(kept)} cases, such as {next(iter(kept))}, could not be compared this time; their rows are those "
-        "of an earlier run, of the same masks"
+        f"{STALE}: {len(kept)} cases, such as {next(iter(kept))}, could not be compared this time; "
+        "their rows are those of an earlier run, of the same masks"
     ]
 
 

@@ -52,9 +52,9 @@ def preprocess(
 ) -> RunReport:
     """Scans and masks → a prepared folder: memory-mapped arrays, a JSON per case, fingerprint and plan.
 
-    Cases of the test split are left alone. A second call prepares only what is missing or has changed. It replaces case by
-    case and `prepared.json` at the end: interrupted before its first case it changed nothing, and a folder that it left with cases of
-    both calls is refused by `load_prepared`.
+    Cases of the test split are left alone. A second call prepares only what is missing or has changed.
+    It replaces case by case, and `prepared.json` at the end: interrupted before its first case it has
+    changed nothing, and `load_prepared` refuses a folder that it left with cases of both calls.
 
     Args:
         recipe: None leaves everything to the plan, as `train` does without one.
