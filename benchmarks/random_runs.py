@@ -29,11 +29,9 @@ def main() -> None:
     started, n_faults = time.monotonic(), 0
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary).resolve()
-        template = folder / "template"
-        template.mkdir()
-        random_runs.make_world(template, conftest.write_dataset, nnunet_folder.write_model)
+        template = random_runs.make_world(folder, conftest.write_dataset, nnunet_folder.write_model)
         for seed in range(options.first, options.first + options.runs):
-            run, faults, code = random_runs.check_run(seed, template, folder)
+            run, faults, code = random_runs.check_run(seed, template)
             row = counts[run.command]
             row["runs"] += 1
             row["finished"] += code in (0, 3, 4)

@@ -1,15 +1,19 @@
 """Random runs of every command over random files of a user's, ended at random: nothing of the user's may be lost.
 
 A run is drawn from a seed: a command, an output folder (new, with results of this or another command, with files of the user's, or an
-input), files of the user's whose names may be those of outputs, results changed by hand, and an end: by itself, by SIGINT, SIGTERM or
-SIGKILL after some time, or by a disk that takes no more. Afterwards every file that volseg did not write has to be as it was, and the
-tables have to hold every case that was done. `benchmarks/random_runs.py` does many, the suite a few.
+input), files of the user's whose names may be those of outputs, results changed by hand, an
+input that cannot be read, options with which results differ or every case fails, and an end: by
+itself, by SIGINT, SIGTERM or SIGKILL after some time, or by a disk that takes no more. Afterwards
+every file that volseg did not write has to be as it was, and the tables have to hold the rows of
+every case that was done: all that it had before, or all that the run makes of it.
+`benchmarks/random_runs.py` does many, the suite a few.
 """
 
 from __future__ import annotations
 
 import csv
 import hashlib
+import json
 import os
 import re
 import resource
@@ -17,7 +21,7 @@ import shutil
 import signal
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +32,25 @@ COMMANDS = (
     "import-nnunet", "quantise",
 )  # fmt: skip
 ENDS = ("itself", "SIGINT", "SIGTERM", "SIGKILL", "full disk")
+# The table of items, that of their lesions, and the column that names the item.
+TABLES = (
+    ("cases.csv", "lesions.csv", "case_id"),
+    ("response.csv", "comparison.csv", "patient"),
+    ("evaluation.csv", "detections.csv", "case_id"),
+)
+Rows = dict[str, dict[str, list[dict[str, str]]]]  # item that was done → table → its rows
+PAIRS = "patient,baseline,followup\nscan_1,scan_1,scan_1\nother,scan_0,scan_2\n"
+# Options of each command; those of the world are the first.
+VARIANTS = {
+    "infer": ("", "--figures --overlap 0.1", "--overlap 0.1 --max-ram 1M"),
+    "measure": ("", "--calcium", "--calcium --max-ram 1M"),
+    "measure-cases": ("", "--figures", "--calcium --max-ram 1M"),
+    "evaluate": ("", "--min-iou 0.5", "--max-ram 1M", "--min-iou 0.5 --max-ram 1M"),
+    "compare": ("", "--max-distance 3", "--pairs PAIRS", "--pairs PAIRS --max-distance 3",
+                "--max-distance 3 --max-ram 1M"),
+    "preprocess": ("", "--seed 1"),
+    "train": ("", "--resume"),
+}  # fmt: skip
 RECIPE = """
 name = "tiny"
 description = "Bright balls in noise."
@@ -73,17 +96,24 @@ class Run:
     end: str
     seconds: float
     file_bytes: int
+    options: str
+    broken: str = ""  # name of a case of which an input cannot be read
 
 
 def make_world(folder: Path, write_dataset, make_nnunet, commands: Sequence[str] = COMMANDS) -> Path:
-    """A dataset, a model, and results of the commands, each made by the command itself.
+    """A dataset, a model, and results of the commands, each made by the command itself; in
+    `expected.json` the rows that each makes with the options of `VARIANTS`. Made where the copies
+    will be, as records hold absolute paths and a comparison hashes of records; returns the template.
 
     Args:
         write_dataset: (folder, n) → writes a dataset of n scans.
         make_nnunet: folder → writes a trained nnU-Net model into it.
     """
+    template, folder = folder / "template", folder / "world"
+    folder.mkdir()
     write_dataset(folder / "data", n=5)
     (folder / "recipe.toml").write_text(RECIPE)
+    (folder / "pairs.csv").write_text(PAIRS)
     make_nnunet(folder / "nnunet")
     for command in (
         "train",
@@ -102,16 +132,28 @@ def make_world(folder: Path, write_dataset, make_nnunet, commands: Sequence[str]
         out.parent.mkdir(exist_ok=True)
         if command == "plan":
             out.mkdir()
-        code, output = run_command(arguments_of(command, folder, out, option=False))
+        code, output = run_command(arguments_of(command, folder, out))
         assert code == 0, (command, output)
     for command, maker in (("measure-results", "infer"), ("report", "infer"), ("quantise", "train")):
         if command in commands:
             shutil.copytree(folder / "done" / maker, folder / "done" / command)
-    return folder
+    expected = {f"{command} ": rows_of(folder / "done" / command) for command in commands}
+    for command, variants in VARIANTS.items():
+        for options in variants[1:] if command in commands and command != "train" else ():
+            if "--max-ram" not in options:
+                code, output = run_command(arguments_of(command, folder, folder / "new", options))
+                assert code == 0, (command, output)
+                expected[f"{command} {options}"] = rows_of(folder / "new")
+                shutil.rmtree(folder / "new")
+    for made in ("measure ", "compare ", "evaluate "):
+        for tables in expected.get(made, {}).values():
+            assert all(tables.values()), (made, tables)
+    (folder / "expected.json").write_text(json.dumps(expected))
+    return folder.rename(template)
 
 
-def arguments_of(command: str, world: Path, out: Path, *, option: bool) -> list[str]:
-    """The command line; `option` adds one that makes an earlier result another's."""
+def arguments_of(command: str, world: Path, out: Path, options: str = "") -> list[str]:
+    """The command line."""
     data, model, done = world / "data", world / "done" / "train", world / "done"
     pair = ["--image", data / "images", "--mask", data / "labels"]
     predicted = done / "infer" if (done / "infer").exists() else data / "labels"
@@ -129,16 +171,8 @@ def arguments_of(command: str, world: Path, out: Path, *, option: bool) -> list[
         "import-nnunet": ["import-nnunet", next((world / "nnunet").iterdir()), "--out", out],
         "quantise": ["quantise", out, data],
     }[command]  # fmt: skip
-    options: dict[str, list[str]] = {
-        "infer": ["--figures", "--overlap", "0.1"],
-        "measure": ["--calcium"],
-        "measure-cases": ["--figures"],
-        "evaluate": ["--min-iou", "0.5"],
-        "compare": ["--max-distance", "3"],
-        "preprocess": ["--seed", "1"],
-        "train": ["--resume"],
-    }
-    return [str(part) for part in [*line, *(options.get(command, []) if option else [])]]
+    added = options.replace("PAIRS", str(world / "pairs.csv")).split()
+    return [str(part) for part in [*line, *added]]
 
 
 def run_command(arguments: Sequence[str], *, end: str = "itself", seconds: float = 0, file_bytes: int = 0):
@@ -219,20 +253,43 @@ def draw_run(seed: int, world: Path, seconds: float, commands: Sequence[str]) ->
         if not os.path.lexists(path) and not any(parent.is_file() for parent in path.parents):
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(f"mine {seed}")
+    options = str(rng.choice(VARIANTS.get(command, ("",))))
     return Run(
         command=command,
         place=place,
-        arguments=arguments_of(command, world, out, option=bool(rng.random() < 0.5)),
+        arguments=arguments_of(command, world, out, options),
+        options=options,
         out=out,
         end=str(rng.choice(ENDS)),
         seconds=float(rng.uniform(0, seconds)),
         file_bytes=int(rng.choice([0, 500, 3_000, 20_000, 100_000])),
+        broken=_break_input(command, world, rng) if rng.random() < 0.2 else "",
     )
 
 
+def _break_input(command: str, world: Path, rng: np.random.Generator) -> str:
+    """Cut off an input of a run; the name of its case, empty where the command needs all cases."""
+    case = f"scan_{rng.integers(3)}"
+    predicted = world / "done" / "infer" / "masks"
+    folder = {
+        "infer": world / "data" / "images",
+        "measure": world / "data" / "labels",
+        "measure-cases": world / "data" / "images",
+        "evaluate": predicted if predicted.exists() else world / "data" / "labels",
+        "compare": world / "done" / "measure" / "lesion_ids",
+    }.get(command)
+    if folder is None:
+        return ""
+    path = folder / f"{case}.nii.gz"
+    path.write_bytes(path.read_bytes()[:200])
+    return case
+
+
 def edit_results(seed: int, out: Path) -> list[Path]:
-    """Change some results by hand, as a user may; which."""
+    """Change some results by hand, as a user may, in every second run; which."""
     rng = np.random.default_rng([seed, 1])
+    if rng.random() < 0.5:
+        return []
     files = [path for path in sorted(out.rglob("*")) if path.is_file() and ".volseg" not in path.parts]
     chosen = [path for path in files if rng.random() < min(0.5, 1.5 / max(1, len(files)))]
     for path in chosen:
@@ -241,12 +298,11 @@ def edit_results(seed: int, out: Path) -> list[Path]:
 
 
 def check_run(
-    seed: int, template: Path, folder: Path, seconds: float = 4.0, commands: Sequence[str] = COMMANDS
+    seed: int, template: Path, seconds: float = 4.0, commands: Sequence[str] = COMMANDS
 ) -> tuple[Run, list[str], int]:
     """Do one random run; what was drawn, all that is wrong afterwards, and the exit code."""
-    world = folder / "world"
+    world = template.with_name("world")
     shutil.copytree(template, world, symlinks=True)
-    _move_paths(world, template)
     volsegs = set(_tree(world / "done"))  # what a command wrote here before the user came
     run = draw_run(seed, world, seconds, commands)
     edited = set(edit_results(seed, run.out)) if run.place == "done" else set()
@@ -256,13 +312,16 @@ def check_run(
         for path, digest in before.items()
         if path not in volsegs or path in edited or run.out not in path.parents
     }
-    done = _done_ids(run.out) if run.place == "done" else set()
+    rows = _Rows(run, edited, json.loads((world / "expected.json").read_text()))
     code, output = run_command(run.arguments, end=run.end, seconds=run.seconds, file_bytes=run.file_bytes)
-    faults = _lost(users, world, "after the run") + _rows_lost(run, done, edited)
+    faults = _lost(users, world, "after the run")
+    if not any((run.out / ".volseg").glob("ready-*")):  # else the next run finishes writing them
+        faults += rows.faults("after the run", is_done=code == 0)
     if "Traceback" in output:
         faults.append(f"traceback: {output[-600:]}")
     again, output = run_command(run.arguments)
-    faults += _lost(users, world, "after a second run") + _rows_lost(run, done, edited)
+    faults += _lost(users, world, "after a second run")
+    faults += rows.faults("after a second run", is_done=again == 0)
     if "Traceback" in output or again not in (0, 2, 3, 4):
         faults.append(f"second run: exit {again}: {output[-600:]}")
     hidden = run.out / ".volseg"
@@ -270,12 +329,6 @@ def check_run(
     faults += [f"left behind: {path}" for path in left]
     shutil.rmtree(world)
     return run, faults, code
-
-
-def _move_paths(world: Path, template: Path) -> None:
-    """The records of the template name its scans; here they are those of the copy."""
-    for path in (world / "done").rglob(".volseg/*.json"):
-        path.write_bytes(path.read_bytes().replace(str(template).encode(), str(world).encode()))
 
 
 def _tree(folder: Path) -> dict[Path, str]:
@@ -296,18 +349,84 @@ def _lost(users: dict[Path, str], world: Path, when: str) -> list[str]:
     return [f"{'changed' if path in after else 'lost'} {when}: {path.relative_to(world)}" for path in lost]
 
 
-def _done_ids(out: Path) -> set[str]:
-    """The cases or patients that the folder's table says were done."""
-    for name, column in (("cases.csv", "case_id"), ("response.csv", "patient")):
-        try:
-            with (out / name).open(newline="", encoding="utf-8") as file:
-                return {row[column] for row in csv.DictReader(file) if row.get("status") == "done" and row.get(column)}
-        except (OSError, KeyError, ValueError):
-            continue
-    return set()
+def rows_of(out: Path, edited: Collection[Path] = ()) -> Rows:
+    """The rows of every case or patient that the tables of a folder say was done, without what differs
+    from run to run. Tables that were edited by hand are left out."""
+    found: Rows = {}
+    for items, lesions, column in TABLES:
+        done = [row for row in _read(out / items, edited) if row.get("status") == "done" and row.get(column)]
+        others = _read(out / lesions, edited)
+        for name in {row[column] for row in done}:
+            tables = found.setdefault(name, {})
+            for table, rows in ((items, done), (lesions, others)):
+                if out / table not in edited:
+                    tables[table] = [_lasting(table, row) for row in rows if row.get(column) == name]
+    return found
 
 
-def _rows_lost(run: Run, done: set[str], edited: set[Path]) -> list[str]:
-    tables = {run.out / "cases.csv", run.out / "response.csv"}
-    missing = set() if tables & edited else done - _done_ids(run.out)
-    return [f"rows lost: {sorted(missing)}"] if missing else []
+def _read(path: Path, edited: Collection[Path]) -> list[dict[str, str]]:
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            return [] if path in edited else list(csv.DictReader(file))
+    except (OSError, ValueError):
+        return []
+
+
+def _lasting(table: str, row: Mapping[str, str]) -> dict[str, str]:
+    """The cells of a row that another run would fill alike."""
+    dropped = {"seconds", "warnings"} | ({"notes"} if table == "evaluation.csv" else set())
+    return {name: cell for name, cell in row.items() if name not in dropped}
+
+
+def _prepared_cases(out: Path) -> Mapping[str, str]:
+    try:
+        return json.loads((out / "prepared.json").read_text())["cases"]
+    except (OSError, ValueError, KeyError):
+        return {}
+
+
+class _Rows:
+    """What the tables held before a run, and may hold after it."""
+
+    def __init__(self, run: Run, edited: Collection[Path], expected: Mapping[str, Rows]) -> None:
+        self._run, self._edited = run, edited
+        self._before = self._now()
+        self._is_prepared = bool(_prepared_cases(run.out))
+        self._expected = expected.get(f"{run.command} {run.options}", {})
+        if run.command in ("measure-results", "report"):
+            self._expected = {}  # what is measured again has the same rows, see `_now`
+        involved = {"other"} if run.broken in ("scan_0", "scan_2") else set()
+        self._broken = {run.broken} | involved if run.broken else set()
+        # A mask that was corrected is kept, and so are its rows.
+        self._kept = {path.name.removesuffix(".nii.gz") for path in edited if path.parent.name == "masks"}
+
+    def _now(self) -> Rows:
+        rows = rows_of(self._run.out, self._edited)
+        if self._run.command == "measure-results":  # a corrected mask has no confidence and no class
+            for row in (row for tables in rows.values() for row in tables.get("lesions.csv", ())):
+                of_model = [name for name in row if str(name).startswith(("confidence", "class"))]
+                row |= dict.fromkeys(of_model, "")
+        return rows
+
+    def faults(self, when: str, *, is_done: bool) -> list[str]:
+        """Items whose rows are gone, or neither those of before nor those of this run.
+
+        Args:
+            is_done: the run ended well, so that its own rows have to be there.
+        """
+        now, faults = self._now(), []
+        if self._is_prepared and not _prepared_cases(self._run.out):
+            faults.append(f"prepared.json lists no case {when}")
+        for name in sorted({*self._before, *self._expected, *now} - self._broken):
+            before, after = self._before.get(name), self._of_tables(self._expected.get(name))
+            if is_done and after is not None and name not in self._kept:
+                before = after
+            if now.get(name) != before and (name not in now or now[name] != after):
+                state = "gone" if name not in now else "neither as before nor as expected"
+                faults.append(f"rows of {name} {state} {when}")
+        return faults
+
+    def _of_tables(self, rows: dict[str, list[dict[str, str]]] | None) -> dict[str, list[dict[str, str]]] | None:
+        if rows is None:
+            return None
+        return {table: lines for table, lines in rows.items() if self._run.out / table not in self._edited}

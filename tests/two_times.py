@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 import volseg
+from volseg.io.files import sha256_of
 from volseg.io.nifti import write_volume
 from volseg.store.records import record_files
 from volseg.volume import Geometry, Volume
@@ -91,4 +92,5 @@ def change_record(results: Path, name: str, change) -> None:
     record = json.loads(path.read_text()) | {"lesions": [json.loads(line) for line in rows.read_text().splitlines()]}
     change(record)
     rows.write_text("".join(json.dumps(lesion) + "\n" for lesion in record.pop("lesions")))
+    record["files"][rows.relative_to(results).as_posix()] = sha256_of(rows)
     path.write_text(json.dumps(record))

@@ -14,7 +14,14 @@ from laws import ball, centre_mm, grid_around, lps, oblique, orientations, ras
 from volseg.measure.lesions import measure_lesions
 from volseg.measure.rows import CaseRow, LesionMeasurement
 from volseg.postprocess.lesions import label_lesions
-from volseg.report.html import fitting_table, image_budget, lesion_table, report_html, viewer_html
+from volseg.report.html import (
+    comparison_html,
+    fitting_table,
+    image_budget,
+    lesion_table,
+    report_html,
+    viewer_html,
+)
 from volseg.report.model_box import LabelDice, ModelBox
 from volseg.report.preview import make_preview, montage_jpeg
 from volseg.store.results import plain
@@ -199,6 +206,16 @@ def test_a_table_that_does_not_fit_keeps_its_largest_rows(max_bytes):
     assert (size <= max_bytes) or not numbers
     assert (len(numbers) < 300) is (f"The {len(numbers)} largest of 300 rows" in table.remark)
     assert bool(numbers) is (max_bytes >= 6000)
+
+
+@pytest.mark.parametrize("n", [3, 4, 1000])
+def test_a_comparison_of_many_lesions_lists_the_first_and_reads_no_more(n):
+    lesions = ({"patient": "p", "group": number} for number in range(n))
+    page = comparison_html({"command": "compare"}, [{"patient": "p", "status": "done"}], lesions, most=3)
+    listed = json.loads(re.search(r'id="changes-data">(.*?)</script>', page, flags=re.DOTALL)[1])["rows"]
+    assert len(listed) == 3
+    assert ("The first 3 rows of lesions are listed" in page) == (n > 3)
+    assert len(list(lesions)) == max(0, n - 4)
 
 
 def test_a_viewer_page_of_a_large_noisy_scan_stays_within_six_megabytes():

@@ -4,7 +4,7 @@ from dataclasses import fields, replace
 
 import pytest
 
-from volseg.errors import EnvironmentProblem, VolsegError
+from volseg.errors import EnvironmentProblem, ScanError, VolsegError
 from volseg.measure.rows import CaseRow, LesionMeasurement
 from volseg.store.results import ResultsFolder, State
 
@@ -190,3 +190,23 @@ def test_the_largest_of_all_items_are_listed_item_by_item_in_their_order(tmp_pat
             assert sorted((row["volume_ml"] for row in found), reverse=True) == listed
             order = [(row["case_id"], row["lesion_id"]) for row in found]
             assert len(order) == len(set(order)) == min(most, 7)
+
+
+def test_the_largest_rows_are_those_of_their_item(tmp_path):
+    with ResultsFolder(tmp_path, "measure") as results:
+        commit(results, "b", lesions=[lesion(1, 3)])
+        with pytest.raises(ScanError, match="a row is not of 'b'"):
+            results.largest_rows("b", 1)
+
+
+def test_rows_that_cannot_be_opened_are_those_of_a_damaged_record(tmp_path, monkeypatch):
+    with ResultsFolder(tmp_path, "measure") as results:
+        commit(results, "a", lesions=[lesion(1, 3)])
+        commit(results, "b")
+
+        def refused(path):
+            raise PermissionError(13, "Permission denied", str(path))
+
+        monkeypatch.setattr("volseg.store.results.sha256_of", refused)
+        results.write_tables()
+    assert [row["status"] for row in rows(tmp_path / "cases.csv")] == ["unknown", "unknown"]

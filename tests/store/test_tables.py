@@ -2,8 +2,10 @@ import ast
 import csv
 import importlib
 import io
+import math
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
@@ -15,7 +17,7 @@ from volseg.io.csv_text import read_csv
 from volseg.measure.changes import LesionChange
 from volseg.measure.response import PatientResponse
 from volseg.measure.rows import CaseRow, LesionMeasurement
-from volseg.store.tables import cell, table
+from volseg.store.tables import cell, table, typed_row
 from volseg.train.loop import Epoch
 
 
@@ -64,17 +66,55 @@ def test_a_table_without_rows_still_has_its_header(tmp_path):
     assert (tmp_path / "t.csv").read_text() == "name,size,cut\n"
 
 
+@dataclass(frozen=True)
+class Typed:
+    name: str
+    side: Literal["left", "right"]
+    size: float
+    n: int
+    cut: bool
+    share: float | None = None
+    count: int | None = None
+    patient: str | None = None
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        Typed("a\rb", "left", 1.5, 7, True),
+        Typed("-=x", "right", -0.25, 0, False, 0.125, -3, "'q"),
+        Typed("", "left", 1e-7, 1, True, 0.0, 0, "=1"),
+    ],
+    ids=repr,
+)
+def test_a_row_comes_back_from_its_cells(row, tmp_path):
+    write_table(tmp_path / "t.csv", Typed, [row])
+    (cells,) = read_csv(tmp_path / "t.csv")
+    assert typed_row(Typed, cells) == row
+
+
+def test_an_empty_cell_of_a_number_is_unknown_and_of_a_count_an_error():
+    cells = {"name": "a", "side": "left", "size": "", "n": "1", "cut": "false"}
+    assert math.isnan(typed_row(Typed, cells).size)
+    with pytest.raises(ValueError):
+        typed_row(Typed, cells | {"n": ""})
+
+
 def row_types():
-    """Every type of rows that the package writes, as its calls of `table` name them."""
+    """Every type of rows that the package writes: as calls of `table` name it, or `row_types` of a folder."""
     for path in sorted(Path(volseg.__file__).parent.rglob("*.py")):
         nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
         imports = {
             alias.name: node.module for node in nodes if isinstance(node, ast.ImportFrom) for alias in node.names
         }
         for node in nodes:
-            is_call = isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
-            if is_call and node.func.id == "table":
-                name = node.args[0].id
+            types = ()
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "table":
+                types = node.args[:1]
+            elif isinstance(node, ast.Assign | ast.AnnAssign) and isinstance(node.value, ast.Tuple):
+                targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+                types = node.value.elts if "row_types" in map(ast.unparse, targets) else ()
+            for name in (each.id for each in types if isinstance(each, ast.Name)):
                 yield getattr(importlib.import_module(imports[name]), name)
 
 

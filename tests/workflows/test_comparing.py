@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 import volseg
 from volseg.cli import app
 from volseg.errors import VolsegError
+from volseg.io.files import sha256_of
 from volseg.measure.changes import LesionChange
 from volseg.preprocess.register import Registration
 from volseg.report.comparison_figures import change_png
@@ -506,6 +507,56 @@ def test_a_second_call_does_what_changed_and_no_more(baseline, tmp_path):
     assert list(volseg.compare(baseline, results, **options).done) == ["stays"]
     assert tables(out)[0]["stays"]["response"] == "PD"
     assert len(volseg.compare(baseline, results, **options, max_distance_mm=5).done) == len(TIMES)
+
+
+def named(path, *names):
+    """A table of pairs with these cases, each under its own name."""
+    path.write_text("patient,baseline,followup\n" + "".join(f"{name},{name},{name}\n" for name in names))
+    return path
+
+
+def test_patients_compared_one_after_another_are_the_tables_of_all_compared_together(baseline, tmp_path):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    volseg.compare(baseline, baseline, out=whole, registration=False)
+    for name in ("stays", "grows", "never", "shrinks", "new", "vanishes"):
+        pairs = named(tmp_path / "pairs.csv", name)
+        report = volseg.compare(baseline, baseline, out=parts, registration=False, pairs=pairs)
+        assert [row["patient"] for row in report.details["patients"]] == list(report.done) == [name]
+    assert rows(parts / "comparison.csv") == rows(whole / "comparison.csv")  # in one order, too
+    assert list(tables(parts)[0]) == list(tables(whole)[0])
+    assert {row["patient"] for row in on_page(parts / "report.html", "patients")} == set(TIMES)
+
+
+@pytest.mark.parametrize("damage", ["cut", "another's", "no rows"])
+def test_a_patient_whose_rows_are_damaged_is_unknown_and_the_others_stay(damage, baseline, tmp_path):
+    out, options = tmp_path / "out", {"registration": False}
+    volseg.compare(baseline, baseline, out=out, **options)
+    _, lesions = tables(out)
+    path, lines = out / ".volseg" / "grows.json", out / ".volseg" / "grows.rows.jsonl"
+    if damage == "cut":
+        lines.write_bytes(lines.read_bytes()[:300])
+    else:
+        lines.write_bytes(b'{"patient": "new"}\n' if damage == "another's" else b'{"patient": "grows", "status": 1}\n')
+        record = json.loads(path.read_text())
+        record["files"][".volseg/grows.rows.jsonl"] = sha256_of(lines)
+        path.write_text(json.dumps(record))
+    report = volseg.compare(baseline, baseline, out=out, **options, pairs=named(tmp_path / "pairs.csv", "stays"))
+    assert (list(report.kept), report.exit_code) == (["stays"], 0)
+    assert any("W_RECORD: grows" in warning for warning in report.details["warnings"])
+    statuses = {name: row["status"] for name, row in tables(out)[0].items()}
+    assert statuses == dict.fromkeys(TIMES, "done") | {"grows": "unknown"}
+    assert tables(out)[1] == {name: rows for name, rows in lesions.items() if name != "grows"}
+    assert list(volseg.compare(baseline, baseline, out=out, **options).done) == ["grows"]
+    assert tables(out)[1] == lesions
+
+
+def test_rows_that_were_edited_by_hand_are_not_compared(baseline, tmp_path):
+    results = tmp_path / "results"
+    shutil.copytree(baseline, results)
+    lines = results / ".volseg" / "grows.rows.jsonl"
+    lines.write_bytes(lines.read_bytes().replace(b'"volume_ml": ', b'"volume_ml": 1'))
+    report = volseg.compare(baseline, results, out=tmp_path / "out", registration=False)
+    assert list(report.failed) == ["grows"] and "its rows were changed" in report.failed["grows"]
 
 
 def test_a_scan_or_record_replaced_while_it_is_compared_fails_its_patient(baseline, tmp_path, monkeypatch):

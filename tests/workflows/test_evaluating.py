@@ -16,6 +16,7 @@ from volseg.measure.rows import LesionMeasurement
 from volseg.postprocess.lesions import label_lesions
 from volseg.store.tables import table
 from volseg.volume import Geometry, Volume
+from volseg.workflows import evaluating
 
 
 def write(path, mask, geometry):
@@ -239,6 +240,59 @@ def test_where_no_pair_can_be_compared_the_tables_are_empty_and_the_reasons_ther
     assert [row["status"] for row in rows(tmp_path / "out" / "evaluation.csv")] == ["failed"] * 4
     assert rows(tmp_path / "out" / "detections.csv") == []
     assert not (tmp_path / "out" / "agreement.png").exists()
+
+
+@pytest.mark.parametrize("min_iou", [0.0, 0.5])
+def test_where_every_pair_fails_the_rows_of_the_same_masks_stay(min_iou, study, tmp_path):
+    data, results = study
+    out = tmp_path / "out"
+    before = volseg.evaluate(reference=data, predicted=results, out=out)
+    files = {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()}
+    for _ in range(2):  # it stays so, and the remark is made once
+        report = volseg.evaluate(reference=data, predicted=results, out=out, max_ram="1M", min_iou=min_iou)
+        assert (report.exit_code, list(report.done)) == (4, [])
+        assert "W_STALE" in report.details["warnings"][-1]
+        assert (out / "detections.csv").read_bytes() == files["detections.csv"]
+        assert {path.name for path in out.iterdir() if path.is_file()} == files.keys()
+        stale = rows(out / "evaluation.csv")
+        assert all(row["notes"].count("W_STALE: the last run failed (E_RAM") == 1 for row in stale)
+        (out / "expected.csv").write_bytes(files["evaluation.csv"])
+        assert [row | {"notes": ""} for row in stale] == [row | {"notes": ""} for row in rows(out / "expected.csv")]
+        (out / "expected.csv").unlink()
+        assert report.details["mean_dice"] == pytest.approx(before.details["mean_dice"], abs=1e-6)
+        assert report.details["min_iou"] == 0.0
+    volseg.evaluate(reference=data, predicted=results, out=out)
+    assert (out / "evaluation.csv").read_bytes() == files["evaluation.csv"]
+
+
+def test_where_one_pair_fails_its_row_stays_if_its_masks_and_the_overlap_are_the_same(folders, tmp_path, monkeypatch):
+    out, evaluate_case = tmp_path / "out", evaluating.evaluate_case
+    before = {row["case_id"]: row for row in rows(evaluated(folders, out) / "evaluation.csv")}
+
+    def buggy(*arguments, case_id):
+        if case_id == "b":
+            raise ZeroDivisionError("a bug")
+        return evaluate_case(*arguments, case_id=case_id)
+
+    monkeypatch.setattr(evaluating, "evaluate_case", buggy)
+    after = {row["case_id"]: row for row in rows(evaluated(folders, out) / "evaluation.csv")}
+    assert "E_BUG" in after["b"].pop("notes")
+    before["b"].pop("notes")
+    assert after == before
+    assert {row["case_id"] for row in rows(out / "detections.csv")} == {"a", "b", "d"}
+    after = {row["case_id"]: row for row in rows(evaluated(folders, out, min_iou=0.5) / "evaluation.csv")}
+    assert (after["b"]["status"], after["b"]["dice"], after["a"]["status"]) == ("failed", "", "done")
+    monkeypatch.undo()
+    evaluated(folders, out)
+    other = grid_around(12, oblique((1, 1.2, 2)))
+    write(folders[1] / "b.nii.gz", np.ones(other.shape), other)
+    after = {row["case_id"]: row for row in rows(evaluated(folders, out) / "evaluation.csv")}
+    assert (after["b"]["status"], after["b"]["dice"]) == ("failed", "")
+
+
+def evaluated(folders, out, **options):
+    volseg.evaluate(reference=folders[0], predicted=folders[1], out=out, **options)
+    return out
 
 
 def test_a_broken_table_of_lesions_is_a_wrong_request(study, tmp_path):

@@ -5,9 +5,11 @@ import numpy as np
 import pytest
 
 import volseg
-from volseg.errors import VolsegError
+from volseg.errors import ScanError, VolsegError
 from volseg.io.cases import Case
 from volseg.io.prepared import read_prepared_case
+from volseg.workflows import preparing
+from volseg.workflows.prepared import load_prepared
 from volseg.workflows.preparing import _assign_splits
 
 
@@ -46,6 +48,59 @@ def test_a_second_call_prepares_only_what_is_missing_or_changed(own, tiny_recipe
     assert {path.parent.name for path in before if before[path] != after[path]} == {"scan_2"}
     shutil.copy(own / "images" / "scan_7.nii.gz", own / "images" / "scan_4.nii.gz")  # other content, same name
     assert "scan_4" in volseg.preprocess(own, recipe=tiny_recipe, out=out).done
+
+
+@pytest.mark.parametrize("n_replaced", [0, 1, 5])
+def test_a_folder_that_is_prepared_again_is_whole_or_refused_but_never_of_two_settings(
+    n_replaced, own, tiny_recipe, tmp_path, monkeypatch
+):
+    out, prepare_case, begun = tmp_path / "p", preparing.prepare_case, []
+    volseg.preprocess(own, recipe=tiny_recipe, out=out)
+    seeds = {case.id: case.foreground for case in load_prepared(out, None)[3]}
+
+    def interrupted(case, *arguments):
+        if len(begun) == n_replaced:
+            raise KeyboardInterrupt
+        begun.append(case.id)
+        prepare_case(case, *arguments)
+
+    monkeypatch.setattr(preparing, "prepare_case", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        volseg.preprocess(own, recipe=tiny_recipe, out=out, seed=1)
+    monkeypatch.undo()
+    if n_replaced:
+        with pytest.raises(VolsegError, match=f"{n_replaced} of its 6 cases, such as {begun[0]},"):
+            load_prepared(out, None)
+    else:
+        kept = {case.id: case.foreground for case in load_prepared(out, None)[3]}
+        assert all((kept[name][1] == voxels[1]).all() for name, voxels in seeds.items())
+    assert sorted(volseg.preprocess(own, recipe=tiny_recipe, out=out).done) == sorted(begun)
+    load_prepared(out, None)
+
+
+def test_a_second_call_that_can_prepare_nothing_leaves_the_folder_as_it_was(own, tiny_recipe, tmp_path, monkeypatch):
+    def failing(case, *arguments):
+        raise ScanError("no", fix="none", code="E_X")
+
+    volseg.preprocess(own, recipe=tiny_recipe, out=tmp_path / "p")
+    tables = {name: (tmp_path / "p" / name).read_bytes() for name in ("prepared.json", "cases.csv")}
+    monkeypatch.setattr(preparing, "prepare_case", failing)
+    report = volseg.preprocess(own, recipe=tiny_recipe, out=tmp_path / "p", seed=1)
+    assert report.exit_code == 4
+    assert "W_STALE" in report.details["warnings"][-1]
+    assert {name: (tmp_path / "p" / name).read_bytes() for name in tables} == tables
+    assert len(load_prepared(tmp_path / "p", None)[3]) == 6
+
+
+def test_a_first_preparation_that_is_interrupted_says_so(own, tiny_recipe, tmp_path, monkeypatch):
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(preparing, "prepare_case", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        volseg.preprocess(own, recipe=tiny_recipe, out=tmp_path / "p")
+    with pytest.raises(VolsegError, match="preparing it was interrupted"):
+        load_prepared(tmp_path / "p", None)
 
 
 def test_a_bad_case_is_a_row_with_its_reason_and_the_others_are_prepared(own, tiny_recipe, tmp_path):

@@ -10,22 +10,19 @@ WITHOUT_A_MODEL = ("measure", "measure-cases", "evaluate", "compare")
 
 @pytest.fixture(scope="module")
 def small_world(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("small").resolve() / "world"
-    folder.mkdir()
+    folder = tmp_path_factory.mktemp("small").resolve()
     return make_world(folder, write_dataset, write_model, WITHOUT_A_MODEL)
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_nothing_is_lost_by_a_random_run(seed, small_world, tmp_path):
-    run, faults, _ = check_run(seed, small_world, tmp_path.resolve(), 2.0, WITHOUT_A_MODEL)
+def test_nothing_is_lost_by_a_random_run(seed, small_world):
+    run, faults, _ = check_run(seed, small_world, 2.0, WITHOUT_A_MODEL)
     assert faults == [], run
 
 
 @pytest.mark.slow
 def test_nothing_is_lost_by_random_runs_of_every_command(tmp_path):
-    template = tmp_path.resolve() / "template"
-    template.mkdir()
-    make_world(template, write_dataset, write_model)
+    template = make_world(tmp_path.resolve(), write_dataset, write_model)
     for seed in range(2 * len(COMMANDS)):
-        run, faults, _ = check_run(seed, template, tmp_path.resolve())
+        run, faults, _ = check_run(seed, template)
         assert faults == [], run

@@ -18,9 +18,9 @@ from volseg.cli import app
 from volseg.errors import VolsegError
 from volseg.recipe import ZScore
 from volseg.workflows import training
-from volseg.workflows.earlier import read_header, recipe_once
+from volseg.workflows.earlier import recipe_once
 from volseg.workflows.forecast import GUARDED_SECONDS, STAGES, Forecast, Guard
-from volseg.workflows.preparing import LOOKING, MASKS, PREPARING
+from volseg.workflows.preparing import LOOKING, MASKS, PREPARING, read_header
 
 
 class Heard:

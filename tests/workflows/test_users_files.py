@@ -491,21 +491,39 @@ def test_other_parts_of_a_record_are_checked_too(change, data, tmp_path):
     assert list(measure(data, out).done) == ["scan_6"]
 
 
-def test_rows_of_a_stranger_that_are_none_are_one_line_that_says_what_helps(data, tmp_path):
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"[1]\n",
+        b"7\n",
+        b'{"case_id": "scan_6", "lesion_id": "x"}\n',
+        b'{"case_id": "scan_6", "lesion_id": 1, "notes": 3}\n',
+        b'{"case_id": "scan_7", "lesion_id": 1}\n',
+        b'{"lesion_id": 1}\n',
+    ],
+    ids=str,
+)
+def test_rows_of_a_stranger_that_are_none_of_their_case_leave_it_unknown_and_the_others_whole(content, data, tmp_path):
     out = tmp_path / "out"
-    measure(data, out)
+    measure(data, out, pages=True)
+    lesions = rows(out / "lesions.csv")
     path, lines = out / ".volseg" / "scan_6.json", out / ".volseg" / "scan_6.rows.jsonl"
-    for content in (b"[1]\n", b'{"n_voxels": "many"}\n', b'{"lesion_id": 1, "notes": 3}\n', b"7\n"):
-        lines.write_bytes(content)
-        record = json.loads(path.read_text())
-        record["files"][".volseg/scan_6.rows.jsonl"] = hashlib.sha256(content).hexdigest()
-        path.write_text(json.dumps(record))
-        for call in (lambda: volseg.report(out), lambda: measure(data, out)):
-            with pytest.raises(VolsegError, match=r"scan_6\.rows\.jsonl: not as volseg writes it") as refusal:
-                call()
-            assert refusal.value.code == "E_RECORD" and f"delete {path}" in str(refusal.value)
-        path.unlink()
-        assert list(measure(data, out).done) == ["scan_6"]
+    first_line = lines.read_bytes().splitlines(keepends=True)[0]
+    lines.write_bytes(first_line + content)  # they are found out only after a good one
+    record = json.loads(path.read_text())
+    record["files"][".volseg/scan_6.rows.jsonl"] = hashlib.sha256(lines.read_bytes()).hexdigest()
+    path.write_text(json.dumps(record))
+    shutil.copytree(out, tmp_path / "copy")
+    report = volseg.report(tmp_path / "copy")
+    assert any("W_RECORD: scan_6" in warning for warning in report.details["warnings"])
+    assert list(report.done) == ["scan_7"]
+    report = measure(data, out, pages=True)
+    assert (report.exit_code, list(report.kept), list(report.failed)) == (3, ["scan_7"], ["scan_6"])
+    assert any("W_RECORD: scan_6" in warning for warning in report.details["warnings"])
+    assert {row["case_id"]: row["status"] for row in rows(out / "cases.csv")} == {"scan_6": "unknown", "scan_7": "done"}
+    assert rows(out / "lesions.csv") == [row for row in lesions if row["case_id"] == "scan_7"]
+    assert list(measure(data, out, pages=True).done) == ["scan_6"]
+    assert rows(out / "lesions.csv") == lesions
 
 
 def infer_and_erode(model, data, out):

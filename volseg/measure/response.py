@@ -34,8 +34,9 @@ class PatientResponse:
     followup_case: str | None = column(
         "", "the later scan; of several pairs one each, with ; between; empty if there is none", None
     )
-    status: Literal["done", "failed", "unpaired", "pending"] = column(
-        "", "done; failed; unpaired: no scan has a partner; pending: not reached yet"
+    status: Literal["done", "failed", "unpaired", "pending", "unknown"] = column(
+        "",
+        "done; failed; unpaired: no scan has a partner; pending: not reached yet; unknown: the patient's record is damaged",
     )
     reason: str = column("", "why it was not compared and what to do; empty if it was", "")
     response: str | None = column(

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib import resources
+from itertools import islice
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -31,6 +32,7 @@ from volseg.report.preview import Preview, lesion_colour, lesion_points, point_o
 MAX_PAGE_BYTES = 6_000_000
 NIIVUE, NIIVUE_LICENCE = "niivue-0.69.0.umd.js", "niivue-LICENSE.txt"
 MAX_VIEWER_ROWS = 1000  # lesions in the table of a viewer page
+MAX_CHANGE_ROWS = 5000  # lesions on the page of a comparison, which is made in memory
 RESERVED_BYTES = 300_000  # of a page: its style, script, text and one picture
 POINTS_BYTES = 250  # of a viewer page, for where a lesion is and where its diameters end
 PICTURE_BYTES = 3_000_000  # of the pictures in report.html, before base64
@@ -266,16 +268,25 @@ def report_html(
 
 
 def comparison_html(
-    about: Mapping[str, Any], patients: Sequence[Mapping[str, Any]], lesions: Sequence[Mapping[str, Any]]
+    about: Mapping[str, Any],
+    patients: Sequence[Mapping[str, Any]],
+    lesions: Iterable[Mapping[str, Any]],
+    *,
+    most: int = MAX_CHANGE_ROWS,
 ) -> str:
     """The page of a comparison of two time points: failures, a table of patients and one of lesions.
 
     Args:
         about: of the run: `command`, `volseg`, `started`.
-        patients, lesions: rows of response.csv and of comparison.csv.
+        patients, lesions: rows of response.csv and of comparison.csv; at most `most` of the lesions
+            are listed.
     """
+    changed = list(islice(lesions, most + 1))
+    is_cut = len(changed) > most
+    remarks = [f"The first {most} rows of lesions are listed; comparison.csv has them all."] * is_cut
     responses = Counter(row.get("response") or "left open" for row in patients if row.get("status") == "done")
     n_pending = sum(row.get("status") == "pending" for row in patients)
+    not_reached = [f"{n_pending} patients have not been reached yet: run the same command again."] * bool(n_pending)
     failed = [_failure(row["patient"], row) for row in patients if row.get("status") == "failed"]
     left = MAX_PAGE_BYTES - RESERVED_BYTES - _size(failed)
     table = fitting_table(
@@ -292,7 +303,7 @@ def comparison_html(
         "changes",
         "Lesions at both times",
         LesionChange,
-        lesions,
+        changed[:most],
         shown=("patient", "baseline_case", "followup_case", *CHANGE_COLUMNS[1:]) if has_several else CHANGE_COLUMNS,
         max_bytes=left - _size(table.content),
         file="comparison.csv",
@@ -304,7 +315,7 @@ def comparison_html(
         n_cases=len(patients),
         what="patients",
         files="response.csv and comparison.csv",
-        remarks=[f"{n_pending} patients have not been reached yet: run the same command again."] if n_pending else [],
+        remarks=[*remarks, *not_reached],
         facts=[
             ("Patients", str(len(patients))),
             *((name, str(count)) for name, count in sorted(responses.items())),

@@ -2,23 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterable, Sequence
 
 from volseg.measure.changes import LesionChange
 from volseg.measure.response import PatientResponse
 from volseg.store.outputs import Commit
-from volseg.store.results import RecordFolder, plain, shown_row
-from volseg.store.tables import table
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ComparisonRows:
-    """The rows of a comparison, as column → value."""
-
-    patients: Sequence[Mapping[str, Any]]
-    lesions: Sequence[Mapping[str, Any]]
+from volseg.store.results import RecordFolder, plain
 
 
 class ComparisonFolder(RecordFolder):
@@ -26,6 +15,7 @@ class ComparisonFolder(RecordFolder):
 
     row = "response"
     row_types = (PatientResponse, LesionChange)
+    tables = ("response.csv", "comparison.csv")
     name_column = "patient"
 
     def commit(
@@ -45,22 +35,3 @@ class ComparisonFolder(RecordFolder):
         self._finish(
             response.patient, commit, {"key": key, "inputs": list(inputs), "response": plain(response)}, lesions
         )
-
-    def write_tables(self, patients: Sequence[str], pending: Sequence[PatientResponse] = ()) -> ComparisonRows:
-        """comparison.csv and response.csv of these patients, in this order.
-
-        Args:
-            pending: rows of patients who were not reached; one with an earlier result keeps its rows.
-        """
-        rows = {row.patient: plain(row) for row in pending}
-        for name in patients:
-            record = self.record(name)
-            if record is not None and (name not in rows or record[self.row]["status"] == "done"):
-                rows[name] = shown_row(record, self.row, is_pending=name in rows)
-        shown = [rows[name] for name in patients if name in rows]
-        lesions = [lesion for row in shown if row["status"] == "done" for lesion in self.rows_of(row["patient"])]
-        with self.staged() as commit:
-            commit.write("comparison.csv", table(LesionChange, lesions))
-            commit.write("response.csv", table(PatientResponse, shown))
-            commit.finish()
-        return ComparisonRows(patients=shown, lesions=lesions)

@@ -88,7 +88,10 @@ def read_record(results: Path, case_id: str) -> CaseRecord:
             raise ValueError("it is not as volseg writes it")
         source = content["source"]
         case = _row(CaseRow, shown_row(content))
-        n_read = 0 if (case.n_lesions or 0) > MANY else MANY + 1
+        n_read = 0 if case.status != "done" or (case.n_lesions or 0) > MANY else MANY + 1
+        rows = rows_name(case_id)
+        if n_read and sha256_of(results / rows) != content["files"].get(rows):
+            raise ValueError("its rows were changed since it was written")
         lesions = [_row(LesionMeasurement, lesion) for lesion in islice(read_rows(results, case_id), n_read)]
         if len(lesions) > MANY:
             raise ValueError(f"it has over {MANY} rows, and {case.n_lesions} lesions")

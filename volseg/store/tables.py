@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields
-from typing import Any, BinaryIO
+from types import NoneType
+from typing import Any, BinaryIO, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from volseg.io.csv_text import write_csv
 
+Row = TypeVar("Row")
 FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")  # a spreadsheet would run a text that starts so
 
 
@@ -32,6 +34,26 @@ def table(row_type: type, rows: Iterable[Any]) -> Callable[[BinaryIO], None]:
         return ["" if value is None else cell(value) for value in values]  # of noise that is half of each row
 
     return write
+
+
+def typed_row(row_type: type[Row], cells: Mapping[str, str]) -> Row:
+    """Inverse of `table`: a row from its cells. Numbers have the table's digits; unknown is None or NaN.
+
+    Raises:
+        ValueError: a cell does not hold what its column does.
+    """
+    hints = get_type_hints(row_type)
+    return row_type(**{name: _value(hint, cells.get(name, "")) for name, hint in hints.items()})
+
+
+def _value(hint: Any, text: str) -> Any:
+    """The value of a cell of a column whose type is `hint`."""
+    kinds = (str,) if get_origin(hint) is Literal else get_args(hint) or (hint,)
+    if not text and (NoneType in kinds or float in kinds):
+        return None if NoneType in kinds else math.nan
+    if str in kinds:
+        return text[1:] if text.startswith("'") and text[1:].startswith(FORMULA_STARTS) else text
+    return text == "true" if bool in kinds else kinds[0](text)
 
 
 def cell(value: Any) -> str:

@@ -191,7 +191,8 @@ def run_cases(
         rows = results.write_tables(pending=pending)
         if about is not None:
             remarks += write_report(results, about, rows, budget=page_budget(max_ram, announce))
-    remarks += [f"W_RECORD: {row['case_id']}: {row['reason']}" for row in rows if row["status"] == "unknown"]
+    kept, failed = without_damaged(kept, failed, rows)
+    remarks += damaged_warnings(rows)
     return RunReport(
         out=results.path,
         done=done,
@@ -203,6 +204,27 @@ def run_cases(
             "warnings": remarks + remarks_on_scans(rows, [case.id for case in cases]),
         },
     )
+
+
+def without_damaged(
+    kept: Sequence[str],
+    failed: Mapping[str, str],
+    rows: Iterable[Mapping[str, Any]],
+    name_column: str = "case_id",
+) -> tuple[list[str], dict[str, str]]:
+    """What was kept and what failed, once the tables have shown whose rows cannot be read.
+
+    Args:
+        rows: of all items, as `write_tables` returns them.
+    """
+    reasons = {row[name_column]: row["reason"] for row in rows if row["status"] == "unknown"}
+    damaged = {name: reasons[name] for name in kept if name in reasons}
+    return [name for name in kept if name not in damaged], {**failed, **damaged}
+
+
+def damaged_warnings(rows: Iterable[Mapping[str, Any]], name_column: str = "case_id") -> list[str]:
+    """A warning for each item of a folder whose record is damaged."""
+    return [f"W_RECORD: {row[name_column]}: {row['reason']}" for row in rows if row["status"] == "unknown"]
 
 
 def _scan_of(case: Case) -> Path:

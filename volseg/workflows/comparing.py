@@ -43,11 +43,13 @@ from volseg.workflows.batch import (
     about_run,
     amount_of,
     check_pair,
+    damaged_warnings,
     digest_of,
     failure_reason,
     input_key,
     run_description,
     silent,
+    without_damaged,
 )
 from volseg.workflows.patients import Patient, read_pairs, same_ids
 
@@ -236,15 +238,15 @@ def _run_patients(
         reached = {*unpaired, *kept, *done, *failed}
         waiting = [patient for patient in patients if patient.name not in reached]
         shown = results.write_tables(
-            [patient.name for patient in patients],
-            pending=[
-                PatientResponse(**patient.cells, status="pending", reason="not reached yet") for patient in waiting
-            ],
+            [PatientResponse(**patient.cells, status="pending", reason="not reached yet") for patient in waiting]
         )
-        page = comparison_html(about_run("compare", ""), shown.patients, shown.lesions)
-        results.write("report.html", page)
-    rows = [dict(row) for row in shown.patients]
+        lesions = results.lesion_rows(shown, set())
+        results.write("report.html", comparison_html(about_run("compare", ""), shown, lesions))
+    kept, failed = without_damaged(kept, failed, shown, "patient")
+    row_of = {row["patient"]: row for row in shown}
+    rows = [row_of[patient.name] for patient in patients]
     warnings = [f"{row['patient']}: {row['warnings']}" for row in rows if row["warnings"]]
+    warnings += damaged_warnings(shown, "patient")
     details: dict[str, Any] = {"patients": rows, "warnings": warnings}
     details["unpaired"] = {name: row.reason for name, row in unpaired.items()}
     return RunReport(out=results.path, done=done, kept=kept, failed=failed, details=details)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from volseg.errors import VolsegError
 from volseg.inputs import read_json
@@ -14,7 +13,7 @@ from volseg.io.files import write_json_atomic
 from volseg.recipe import Recipe, parse_recipe
 from volseg.workflows.batch import Progress
 from volseg.workflows.planning import recipe_for
-from volseg.workflows.preparing import PREPARED_FILE
+from volseg.workflows.preparing import read_header
 
 if TYPE_CHECKING:  # torch takes seconds to import; only a workflow that needs it pays
     from volseg.plan import Plan
@@ -67,15 +66,6 @@ def read_fitted(work: Path) -> Fitted | None:
         return Fitted(folds=int(content["folds"]), plan=Plan.model_validate(content["plan"]))
     except (OSError, ValueError, KeyError, TypeError):
         return None
-
-
-def read_header(prepared: Path) -> Mapping[str, Any]:
-    """`prepared.json`; nothing where it is not there or damaged."""
-    try:
-        content = read_json(prepared / PREPARED_FILE)
-        return content if isinstance(content, dict) else {}
-    except (OSError, ValueError):
-        return {}
 
 
 def earlier_plan(prepared: Path) -> Plan | None:

@@ -22,12 +22,14 @@ from volseg.io.csv_text import iterate_csv
 from volseg.io.files import json_text
 from volseg.io.nifti import read_header, read_mask
 from volseg.postprocess.lesions import MANY
+from volseg.store.evaluations import DETECTIONS, EVALUATION, SUMMARY, Compared, read_evaluation
 from volseg.store.outputs import RECORDS, OutputFolder, trace_name
+from volseg.store.results import STALE
 from volseg.store.tables import table
 from volseg.volume import Volume, slabs_of
-from volseg.workflows.batch import Progress, RunReport, amount_of, failure_reason, silent
+from volseg.workflows.batch import Progress, RunReport, amount_of, digest_of, failure_reason, silent
 
-TABLES, PICTURES = ("evaluation.csv", "detections.csv", "summary.json"), ("agreement.png", "froc.png")
+TABLES, PICTURES = (EVALUATION, DETECTIONS, SUMMARY), ("agreement.png", "froc.png")
 SAME_PLACE_MM = 0.01  # tables have four digits of a centroid
 Row = TypeVar("Row", OverlapRow, DetectionRow)
 
@@ -79,8 +81,9 @@ def evaluate(
         libraries=LIBRARIES,
     )
 
-    def compare(case_id: str) -> tuple[list[OverlapRow], list[DetectionRow]]:
+    def compare(case_id: str) -> Compared:
         truth, guess = _read_within(budget, case_id, truths[case_id].path, guesses[case_id].path)
+        masks = truth.sha256, guess.sha256
         if ignored is not None and truth.array.shape == guess.array.shape:
             for part in slabs_of(truth.array):
                 unknown = (
@@ -100,15 +103,17 @@ def evaluate(
         try:
             found = detect_lesions(truth, guess, own_names, case_id=case_id, min_iou=min_iou)
         except NoisyMaskError as error:
-            return [replace(row, patient=patient, notes=_joined(row.notes, error)) for row in rows], []
+            rows = [replace(row, patient=patient, notes=_joined(row.notes, error)) for row in rows]
+            return Compared(overlap=rows, detections=[], masks=masks)
         found = [replace(row, patient=patient, confidence=lesions.confidence_of(row)) for row in found]
         lesions_of = _by_label(found)
-        return [with_lesions(replace(row, patient=patient), lesions_of.get(row.label, ())) for row in rows], found
+        rows = [with_lesions(replace(row, patient=patient), lesions_of.get(row.label, ())) for row in rows]
+        return Compared(overlap=rows, detections=found, masks=masks)
 
     used = [Path(reference), Path(predicted), *(mask.path for mask in (*truths.values(), *guesses.values()))]
     with OutputFolder(out, "evaluate", inputs=used) as outputs:
         outputs.refuse_foreign([*TABLES, *PICTURES])
-        compared: dict[str, tuple[list[OverlapRow], list[DetectionRow]]] = {}
+        compared: dict[str, Compared] = {}
         failed: dict[str, str] = {}
         for count, outcome in enumerate(run(compare, common), start=1):
             progress("Comparing", count / len(common), outcome.item)
@@ -116,29 +121,66 @@ def evaluate(
                 compared[outcome.item] = outcome.value
             elif outcome.error is not None:
                 failed[outcome.item] = failure_reason(outputs, outcome.item, outcome.error)
-        rows = _completed({name: rows for name, (rows, _) in compared.items()}, truths)
-        detections = [row for _, found in compared.values() for row in found]
+        earlier_iou, earlier = read_evaluation(outputs, failed) if failed else (None, {})
+        kept = {
+            name: _as_stale(earlier[name], reason)
+            for name, reason in failed.items()
+            # Numbers of two settings make no mean: rows of another overlap stay only by themselves.
+            if name in earlier
+            and (earlier_iou == min_iou or not compared)
+            and earlier[name].masks == (digest_of(truths[name].path), digest_of(guesses[name].path))
+        }
+        known = compared | kept
+        shown = {name: known[name] for name in common if name in known}
+        rows = _completed({name: each.overlap for name, each in shown.items()}, truths)
+        detections = [row for each in shown.values() for row in each.detections]
         rows_of, lesions_of = _by_label(rows), _by_label(detections)
         results = [summarise_label(rows_of[label], lesions_of.get(label, ())) for label in sorted(rows_of)]
         summary = {
-            **_overall(rows, truths, compared.keys()),
+            **_overall(rows, truths, shown.keys()),
             "labels": {str(result.label): as_json(result) for result in results},
-            "min_iou": min_iou,
+            "min_iou": earlier_iou if kept and not compared else min_iou,
+            "masks": {name: list(each.masks) for name, each in shown.items()},
             "not_predicted": sorted(set(truths) - set(guesses)),
             "not_in_reference": sorted(set(guesses) - set(truths)),
             "failed": failed,
-            "warnings": _noisy(rows),
+            "warnings": [*_noisy(rows), *_stale(kept)],
         }
-        failures = [{"case_id": case_id, "status": "failed", "reason": reason} for case_id, reason in failed.items()]
+        failures = [
+            {"case_id": case_id, "status": "failed", "reason": reason}
+            for case_id, reason in failed.items()
+            if case_id not in kept
+        ]
         with outputs.staged() as commit:
-            commit.write("evaluation.csv", table(OverlapRow, [*rows, *failures]))
-            commit.write("detections.csv", table(DetectionRow, detections))
-            commit.write("summary.json", json_text(summary))
+            commit.write(EVALUATION, table(OverlapRow, [*rows, *failures]))
+            commit.write(DETECTIONS, table(DetectionRow, detections))
+            commit.write(SUMMARY, json_text(summary))
             pictures = _pictures(results)
             for name, picture in pictures.items():
                 commit.write(name, picture)
             commit.finish(removed=[*(name for name in PICTURES if name not in pictures), *map(trace_name, compared)])
     return RunReport(out=out, done=list(compared), failed=failed, details=summary)
+
+
+def _as_stale(earlier: Compared, reason: str) -> Compared:
+    """What an earlier run found of the same masks, of a case that this run could not compare."""
+    stale = f"{STALE}: the last run failed ({reason}); these numbers are from an earlier one"
+    notes = (row.notes.partition(STALE)[0].removesuffix("; ") for row in earlier.overlap)
+    overlap = [
+        replace(row, notes="; ".join(filter(None, (note, stale))))
+        for row, note in zip(earlier.overlap, notes, strict=True)
+    ]
+    return replace(earlier, overlap=overlap)
+
+
+def _stale(kept: Collection[str]) -> list[str]:
+    """A warning if rows of an earlier run stay."""
+    if not kept:
+        return []
+    return [
+        f"{STALE}: {len(kept)} cases, such as {next(iter(kept))}, could not be compared this time; "
+        "their rows are those of an earlier run, of the same masks"
+    ]
 
 
 def _by_label(rows: Iterable[Row]) -> dict[int, list[Row]]:

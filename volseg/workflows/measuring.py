@@ -35,6 +35,7 @@ from volseg.workflows.batch import (
     about_run,
     amount_of,
     check_pair,
+    damaged_warnings,
     done_row,
     failure_reason,
     files_of_case,
@@ -42,6 +43,7 @@ from volseg.workflows.batch import (
     run_cases,
     run_description,
     silent,
+    without_damaged,
     write_figure,
     write_mask,
 )
@@ -211,7 +213,7 @@ def measure_corrected(
         )
     done, kept, failed = [], [], {}
     with ResultsFolder(results, "infer") as folder:
-        rows = folder.case_rows()
+        rows = folder.item_rows()
         edited = [row["case_id"] for row in rows if folder.state_of(row["case_id"], None) is State.EDITED]
         edited_ids = frozenset(edited)
         kept = [row["case_id"] for row in rows if row["status"] == "done" and row["case_id"] not in edited_ids]
@@ -241,8 +243,9 @@ def measure_corrected(
             if pages:
                 missing = write_report(folder, about, rows, budget=page_budget(max_ram, announce))
         measured_ids = frozenset(done)
+        kept, failed = without_damaged(kept, failed, rows)
         warnings = [f"{row['case_id']}: {row['warnings']}" for row in rows if row["case_id"] in measured_ids]
-        warnings += missing
+        warnings += [*missing, *damaged_warnings(rows)]
         report = RunReport(
             out=results,
             done=done,

@@ -117,12 +117,12 @@ def remake_page(
         if scan.sha256 != source["sha256"]:
             return f"its scan {path.name} has changed since"
         ids = read_mask(ids_path, max_labels=ANY_NUMBER)
+        rows = results.largest_rows(case_id, MANY)
     except ScanError as error:
         return str(error)
     difference = scan.geometry.difference(ids.geometry)
     if difference:
         return f"its lesion ids are not on the grid of its scan: {difference}"
-    rows = results.largest_rows(case_id, MANY)
     box = read_model_box(source.get("model_box"))
     with results.staged() as commit:
         row = results.shown(record)

@@ -72,7 +72,7 @@ def load_prepared(
             Plan.model_validate(header["plan"]),
             DatasetFingerprint.model_validate(header["fingerprint"]),
         )
-        listed = list(header["cases"])
+        listed, keys = list(header["cases"]), dict(header["keys"])
         if not all(isinstance(name, str) and re.fullmatch(ID_PATTERN, name) for name in listed):
             raise ValueError("cases holds a name that is not a case id")
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -102,6 +102,14 @@ def load_prepared(
             f"{folder}: preparing it was interrupted", fix="run `volseg preprocess` again", code="E_PREPARED"
         )
     cases = [read_prepared_case(folder / "cases", case_id) for case_id in listed]
+    others = [case.id for case in cases if case.record["key"] != keys.get(case.id)]
+    if others:
+        raise VolsegError(
+            f"{folder}: preparing it again was interrupted: {len(others)} of its {len(cases)} cases, such as "
+            f"{others[0]}, were prepared with other settings or from other files than the rest",
+            fix="run `volseg preprocess` again: it prepares only those that differ",
+            code="E_PREPARED",
+        )
     for case in cases:
         if problem := _misfit(case, chosen):
             raise VolsegError(

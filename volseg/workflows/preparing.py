@@ -63,6 +63,8 @@ def preprocess(
     """Scans and masks → a prepared folder: memory-mapped arrays, a JSON per case, fingerprint and plan.
 
     Cases of the test split are left alone. A second call prepares only what is missing or has changed.
+    It replaces case by case, and `prepared.json` at the end: interrupted before its first case it has
+    changed nothing, and `load_prepared` refuses a folder that it left with cases of both calls.
 
     Args:
         recipe: None leaves everything to the plan, as `train` does without one.
@@ -107,10 +109,14 @@ def preprocess(
         listed = {case.id: case.split for case in usable if case.id not in failed}
         fingerprint = DatasetFingerprint.model_validate(facts["fingerprint"])
         warnings = warnings_of(fingerprint, chosen)
-        with outputs.staged() as commit:
-            commit.write(PREPARED_FILE, json_text(facts | {"failed": failed, "cases": listed, "warnings": warnings}))
-            commit.write("cases.csv", table(CaseRow, _preparation_rows(cases, failed)))
-            commit.finish(last=PREPARED_FILE)
+        facts |= {"failed": failed, "cases": listed, "keys": {name: keys[name] for name in listed}}
+        if not listed and read_header(out).get("cases"):
+            warnings = [*warnings, f"W_STALE: no case could be prepared, so {PREPARED_FILE} stays as it was"]
+        else:
+            with outputs.staged() as commit:
+                commit.write(PREPARED_FILE, json_text(facts | {"warnings": warnings}))
+                commit.write("cases.csv", table(CaseRow, _preparation_rows(cases, failed)))
+                commit.finish(last=PREPARED_FILE)
     details = {"fingerprint": _summary(fingerprint, used), "warnings": warnings}
     return RunReport(out=out, done=done, kept=[case.id for case in kept], failed=failed, details=details)
 
@@ -135,21 +141,30 @@ def _facts(
     parts = {"data": recipe.data.model_dump(mode="json"), "seed": seed}
     key = input_key(parts, [digest for case in cases for digest in inputs_of(case, digests)])
     failed: dict[str, str] = {}
+    earlier = read_header(outputs.path)
     try:
-        earlier = read_json(outputs.path / PREPARED_FILE)
         if earlier["key"] != key or earlier["failed"]:
             raise ValueError("made of other files")
         fingerprint = DatasetFingerprint.model_validate(earlier["fingerprint"])
-    except (OSError, ValueError, KeyError, TypeError):  # not there yet, or from an interrupted call: looked at again
+    except (ValueError, KeyError, TypeError):  # not there yet, or from an interrupted call: looked at again
         fingerprint, failed = _fingerprint(dataset, cases, recipe, seed, progress, outputs)
     plan = make_plan(fingerprint, recipe, budget or DEFAULT_BUDGET) if plan is None else plan.overruled_by(recipe)
     if budget is not None and budget.is_stated:
         check_budget(plan, recipe, budget)
     found = {"recipe": recipe, "fingerprint": fingerprint, "plan": plan}
     facts = {"key": key} | {name: model.model_dump(mode="json") for name, model in found.items()}
-    if not failed:
-        outputs.write(PREPARED_FILE, json_text(facts | {"failed": {}, "cases": {}}))
+    if not failed and not earlier.get("cases"):  # for the call after this one, if it is interrupted
+        outputs.write(PREPARED_FILE, json_text(facts | {"failed": {}, "cases": {}, "keys": {}}))
     return facts, failed
+
+
+def read_header(prepared: Path) -> Mapping[str, Any]:
+    """`prepared.json`; nothing where it is not there or damaged."""
+    try:
+        content = read_json(prepared / PREPARED_FILE)
+        return content if isinstance(content, dict) else {}
+    except (OSError, ValueError):
+        return {}
 
 
 def fingerprint_of(

@@ -9,7 +9,7 @@ from volseg.io.csv_text import read_csv
 from volseg.measure.rows import CaseRow
 from volseg.store.outputs import SAME_KIND, folder_content
 from volseg.store.results import EDITED, THUMBNAILS, VIEWERS, ResultsFolder
-from volseg.workflows.batch import Progress, RunReport, silent
+from volseg.workflows.batch import Progress, RunReport, damaged_warnings, silent
 from volseg.workflows.pages import REPORT, has_page, read_about, remake_page, write_report
 
 
@@ -30,7 +30,7 @@ def report(results: Path | str, *, progress: Progress = silent) -> RunReport:
         )
     remade, kept, edited = [], {}, []
     with ResultsFolder(out, None) as folder:
-        rows = folder.case_rows(_pending(out))
+        rows = folder.checked_rows(_pending(out))
         done = [row["case_id"] for row in rows if row["status"] == "done"]
         pages = (page for name in done for page in (f"{VIEWERS}/{name}.html", f"{THUMBNAILS}/{name}.jpg"))
         folder.refuse_foreign([REPORT, *pages])
@@ -48,9 +48,8 @@ def report(results: Path | str, *, progress: Progress = silent) -> RunReport:
             progress("Pages", count / len(done), name)
         remarks = [f"The page of {name} could not be made again: {reason}." for name, reason in kept.items()]
         write_report(folder, read_about(out), rows, remarks, is_anew=True)
-    return RunReport(
-        out=out, done=remade, kept=list(kept), details={"warnings": edited + remarks, "page": str(out / REPORT)}
-    )
+    warnings = [*edited, *remarks, *damaged_warnings(rows)]
+    return RunReport(out=out, done=remade, kept=list(kept), details={"warnings": warnings, "page": str(out / REPORT)})
 
 
 def _pending(out: Path) -> list[CaseRow]:

@@ -36,7 +36,6 @@ from volseg.workflows.earlier import (
     Fitted,
     earlier_plan,
     read_fitted,
-    read_header,
     recipe_once,
     write_fitted,
 )
@@ -45,7 +44,7 @@ from volseg.workflows.forecast import Forecast, Guard, forecast_of
 from volseg.workflows.importing import MODEL_FILE
 from volseg.workflows.planning import N_FOLDS, budget_of, folds_of, read_plan
 from volseg.workflows.prepared import Split, load_prepared, prepared_warnings, split_cases
-from volseg.workflows.preparing import PREPARED_FILE, as_recipe, preprocess, refuse_dataset
+from volseg.workflows.preparing import PREPARED_FILE, as_recipe, preprocess, read_header, refuse_dataset
 from volseg.workflows.training_pictures import preview_png, worst_cases_png
 
 if TYPE_CHECKING:  # torch takes seconds to import; only a workflow that needs it pays

@@ -1,0 +1,59 @@
+"""What stands in the tables of an evaluation, for the cases that a later run cannot compare."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+from volseg.evaluate.detection import DetectionRow
+from volseg.evaluate.overlap import OverlapRow
+from volseg.inputs import read_json
+from volseg.io.csv_text import iterate_csv
+from volseg.store.outputs import OutputFolder
+from volseg.store.tables import typed_row
+
+EVALUATION, DETECTIONS, SUMMARY = "evaluation.csv", "detections.csv", "summary.json"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Compared:
+    """What was found of one case.
+
+    Args:
+        masks: SHA-256 of the reference and of the predicted mask.
+    """
+
+    overlap: Sequence[OverlapRow]
+    detections: Sequence[DetectionRow]
+    masks: tuple[str, str]
+
+
+def read_evaluation(
+    outputs: OutputFolder,
+    cases: Collection[str],
+) -> tuple[float | None, Mapping[str, Compared]]:
+    """The least overlap of an earlier evaluation, and what it found of these cases.
+
+    Returns:
+        (None, nothing) where there is none, or not as volseg wrote it.
+    """
+    if not all(outputs.is_own(name) for name in (EVALUATION, DETECTIONS, SUMMARY)):
+        return None, {}
+    try:
+        summary = read_json(outputs.path / SUMMARY)
+        masks = {name: (str(one), str(other)) for name, (one, other) in summary["masks"].items()}
+        overlap, detections = defaultdict(list), defaultdict(list)
+        for table, row_type, rows in (
+            (EVALUATION, OverlapRow, overlap),
+            (DETECTIONS, DetectionRow, detections),
+        ):
+            for cells in iterate_csv(outputs.path / table):
+                if cells["case_id"] in cases and cells["status"] != "failed":
+                    rows[cells["case_id"]].append(typed_row(row_type, cells))
+        return float(summary["min_iou"]), {
+            name: Compared(overlap=rows, detections=detections[name], masks=masks[name])
+            for name, rows in overlap.items()
+        }
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None, {}  # of an earlier volseg
