@@ -4,7 +4,7 @@
 
 SHARED_DATA holds lidc_nodules, sts_sarcoma, msd_hippocampus, msd_spleen_ct, totalseg_example_ct,
 openkbp_headneck_ct, lgg_mri_flair, pyradiomics_cases and nifti_zoo. The nodule model is the shipped
-one; the hippocampus model is trained for some seconds, for its fingerprint.
+one; the hippocampus model is trained for five minutes, for its fingerprint.
 """
 
 from __future__ import annotations

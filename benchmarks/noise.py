@@ -121,7 +121,7 @@ def make(folder: Path, shape: tuple[int, ...], share: float, n_labels: int) -> N
     if not share:
         from scipy.ndimage import gaussian_filter
 
-        scan = np.asfortranarray(gaussian_filter(scan.astype(np.float32), 1.5) * 8).astype(np.int16, order="F")
+        scan = np.asfortranarray(gaussian_filter(scan.astype(np.float32), 1.5) * 8 - 300).astype(np.int16, order="F")
     nibabel.save(nibabel.Nifti1Image(scan, affine), folder / "scan.nii")
     if not share:
         make_model(folder / "model", n_labels)

@@ -219,14 +219,21 @@ def _main(arguments: Sequence[str]) -> int:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
     except KeyboardInterrupt:
         return 130
+    code = None
     try:
-        main()
-    except SystemExit as ended:
-        return int(ended.code or 0)
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-    return 0
+        try:
+            main()
+            code = 0
+        except SystemExit as ended:
+            code = int(ended.code or 0)
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+    except KeyboardInterrupt as late:
+        # The command is over, and the signal came while this function looked at its exit code.
+        if code is None and [frame.name for frame in traceback.extract_tb(late.__traceback__)] != ["_main"]:
+            raise
+    return 130 if code is None else code
 
 
 def draw_run(seed: int, world: Path, seconds: float, commands: Sequence[str]) -> Run:
