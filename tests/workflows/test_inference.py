@@ -202,18 +202,22 @@ def test_the_tiles_of_a_scan_alone_are_its_progress_and_those_of_several_a_stage
             case_id=name,
             on_tile=lambda done, total, name=name: totals.update({name: total}),
         )
+
+    def said_of(total):
+        return [*(f"{done} of {total} tiles" for done in range(total)), f"{total} tiles done, measuring"]
+
     seen = []
     volseg.infer(scans["scan_6"], model=model, out=tmp_path / "one", progress=lambda *what: seen.append(what))
     total = totals["scan_6"]
-    tiles = [("Segmenting", done / total, f"{done} of {total} tiles") for done in range(total + 1)]
+    tiles = [("Segmenting", done / total, detail) for done, detail in enumerate(said_of(total))]
     assert seen == [("Segmenting", 0.0, "1 of 1 to do"), *tiles, ("Segmenting", 1.0, "scan_6")]
 
     seen.clear()
     volseg.infer(scans.values(), model=model, out=tmp_path / "two", progress=lambda *what: seen.append(what))
     assert [what for what in seen if what[0] == "Tiles"] == [
-        ("Tiles", done / total, f"{name}: {done} of {total}")
+        ("Tiles", done / total, f"{name}: {detail}")
         for name, total in totals.items()
-        for done in range(total + 1)
+        for done, detail in enumerate(said_of(total))
     ]
     assert [what for what in seen if what[0] != "Tiles"] == [
         ("Segmenting", 0.0, "2 of 2 to do"),

@@ -331,9 +331,13 @@ def _read(case: Case) -> _ReadCase:
 
 def _tile_progress(case: Case, cases: Sequence[Case], progress: Progress) -> OnTile:
     """The tiles of a case as a stage that begins anew with each; those of a scan alone are the share of it that is done."""
-    if len(cases) == 1:
-        return lambda done, total: progress(STAGE, done / total, f"{done} of {total} tiles")
-    return lambda done, total: progress(TILES, done / total, f"{case.id}: {done} of {total}")
+    stage, name = (STAGE, "") if len(cases) == 1 else (TILES, f"{case.id}: ")
+
+    def show(done: int, total: int) -> None:
+        detail = f"{done} of {total} tiles" if done < total else f"{total} tiles done, measuring"
+        progress(stage, done / total, name + detail)
+
+    return show
 
 
 def _segment(
