@@ -84,7 +84,7 @@ def cases_that_are_complete(folder, n):
         has_record=lambda name: True,
         state_of=lambda name, key, inputs: State.COMPLETE,
         refuse_foreign=list,
-        keep=lambda name, scan, remark: None,
+        keep=lambda name, scan: None,
         write_tables=lambda pending: [],
     )
     options = {"inputs": SimpleNamespace(of=lambda case: ()), "files": CaseFiles(("masks",), False, False)}

@@ -224,9 +224,9 @@ def test_a_damaged_file_is_never_used(damage, tmp_path):
 
 
 @needs_openvino
-def test_a_folder_that_cannot_be_written_is_the_environments_problem(tmp_path):
+def test_a_file_in_the_way_of_an_exported_network_is_named(tmp_path):
     (tmp_path / "openvino").write_text("in the way")
-    with pytest.raises(EnvironmentProblem):
+    with pytest.raises(VolsegError, match="openvino: is not a folder"):
         write_exported(convert(network(), SHAPE), tmp_path, "segmentation.fp32", {"model_sha256": "a"})
 
 

@@ -100,7 +100,7 @@ def test_report_html_lists_the_largest_lesions_in_the_memory_that_is_planned_for
             rows = (replace(row, case_id=name, lesion_id=at, volume_ml=1 / at) for at in range(1, n + 1))
             with results.staged() as commit:
                 results.commit(case, commit, lesions=rows)
-        rows = results.case_rows()
+        rows = results.item_rows()
         write_report(results, {"command": "measure"}, rows, is_anew=True, most=10)  # templates are read once
         tracemalloc.start()
         assert write_report(results, {"command": "measure"}, rows, is_anew=True, most=most) == []
