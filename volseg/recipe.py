@@ -58,7 +58,8 @@ HU, SUV, ARBITRARY = "HU", "SUV", "a.u."
 SPELLINGS = {HU: ("hu", "hounsfield", "hounsfieldunit", "hounsfieldunits"), SUV: ("suv",)}
 SPELLINGS |= {ARBITRARY: ("au", "arbitrary", "arbitraryunit", "arbitraryunits")}
 UNITS = {spelling: unit for unit, spellings in SPELLINGS.items() for spelling in spellings}
-MISSPELT = 0.75  # similarity to a known spelling, from which on a unit is taken for a slip of the pen
+MISSPELT = 0.75  # similarity to a long spelling, from which on a unit is taken for a slip of the pen
+LONG = 6  # letters: a few, such as SUVR or mHU, may be a unit of their own
 
 
 def unit_named(text: str) -> str:
@@ -71,7 +72,8 @@ def unit_named(text: str) -> str:
     ('HU', 'Bq/mL')
     """
     plain = re.sub(r"[\s._-]", "", text.casefold())
-    near = difflib.get_close_matches(plain, UNITS, n=1, cutoff=MISSPELT)
+    long = [spelling for spelling in UNITS if min(len(spelling), len(plain)) >= LONG]
+    near = difflib.get_close_matches(plain, long, n=1, cutoff=MISSPELT)
     if near and plain not in UNITS:
         raise ValueError(f"{shortened(text)!r} is almost the unit {UNITS[near[0]]}: write {UNITS[near[0]]}")
     return UNITS.get(plain, text.strip())

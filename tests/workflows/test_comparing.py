@@ -522,6 +522,7 @@ def test_patients_compared_one_after_another_are_the_tables_of_all_compared_toge
         pairs = named(tmp_path / "pairs.csv", name)
         report = volseg.compare(baseline, baseline, out=parts, registration=False, pairs=pairs)
         assert [row["patient"] for row in report.details["patients"]] == list(report.done) == [name]
+    assert any("W_STALE: the tables also hold 5 patients" in text for text in report.details["warnings"])
     assert rows(parts / "comparison.csv") == rows(whole / "comparison.csv")  # in one order, too
     assert list(tables(parts)[0]) == list(tables(whole)[0])
     assert {row["patient"] for row in on_page(parts / "report.html", "patients")} == set(TIMES)

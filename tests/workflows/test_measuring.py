@@ -327,7 +327,6 @@ def test_a_label_is_a_value_of_a_mask_or_the_name_of_one_and_never_the_backgroun
     [
         ('{"liver": 1.7, "spleen": 2}', "1.7"),
         ('{"liver": true}', "true"),
-        ('{"liver": 1.0}', "1.0"),
         ('{"liver": null}', "null"),
         ('{"liver": 1, "spleen": 1}', "1 is both 'liver' and 'spleen'"),
         ('{"1": "liver", "01": "spleen"}', "1 is both 'liver' and 'spleen'"),
@@ -352,3 +351,10 @@ def test_label_names_that_say_no_whole_number_or_one_value_twice_are_refused(con
         read_label_names(path)
     assert refusal.value.code == "E_LABELS" and problem in refusal.value.problem
     assert len(refusal.value.problem) < 300 + len(str(path))
+
+
+@pytest.mark.parametrize("content", ['{"liver": 1.0}', "label,name\n1,liver\n1,liver\n"])
+def test_a_whole_number_and_a_line_twice_say_one_name(content, tmp_path):
+    path = tmp_path / ("names.json" if content[0] == "{" else "names.csv")
+    path.write_text(content)
+    assert read_label_names(path) == {1: "liver"}

@@ -190,7 +190,7 @@ def run_cases(
         ]
         rows = results.write_tables(pending=pending)
         if about is not None:
-            remarks += write_report(results, about, rows, budget=page_budget(max_ram, announce))
+            remarks += write_report(results, about, rows, budget=page_budget(max_ram, announce, has_run=bool(done)))
     kept, failed = without_damaged(kept, failed, rows)
     remarks += damaged_warnings(rows)
     return RunReport(

@@ -18,7 +18,7 @@ from volseg import __version__
 from volseg.errors import ScanError, VolsegError
 from volseg.execute.local import run
 from volseg.execute.memory import Budget, Peak
-from volseg.inputs import read_json
+from volseg.inputs import read_json, shortened
 from volseg.io.files import sha256_of
 from volseg.io.nifti import NiftiHeader, read_header, read_mask, read_volume
 from volseg.measure.changes import ScanPair, centroids_mm, lesion_changes
@@ -247,6 +247,12 @@ def _run_patients(
     rows = [row_of[patient.name] for patient in patients]
     warnings = [f"{row['patient']}: {row['warnings']}" for row in rows if row["warnings"]]
     warnings += damaged_warnings(shown, "patient")
+    if others := sorted(row_of.keys() - {patient.name for patient in patients}):
+        named = ", ".join(shortened(name) for name in others[:3]) + (", …" if len(others) > 3 else "")
+        warnings.append(
+            f"W_STALE: the tables also hold {len(others)} patients of earlier runs ({named}); "
+            "for tables without them give another --out"
+        )
     details: dict[str, Any] = {"patients": rows, "warnings": warnings}
     details["unpaired"] = {name: row.reason for name, row in unpaired.items()}
     return RunReport(out=results.path, done=done, kept=kept, failed=failed, details=details)

@@ -241,7 +241,7 @@ def measure_corrected(
             rows = folder.write_tables()
             about, missing = read_about(results), []
             if pages:
-                missing = write_report(folder, about, rows, budget=page_budget(max_ram, announce))
+                missing = write_report(folder, about, rows, budget=page_budget(max_ram, announce, has_run=bool(done)))
         measured_ids = frozenset(done)
         kept, failed = without_damaged(kept, failed, rows)
         warnings = [f"{row['case_id']}: {row['warnings']}" for row in rows if row["case_id"] in measured_ids]
@@ -579,7 +579,7 @@ def read_label_names(path: Path | str) -> dict[int, str]:
             if value is None or not isinstance(name, str) or not 0 < len(name) <= MAX_NAME:
                 shown = " = ".join(shortened(json.dumps(part, ensure_ascii=False)) for part in (stated, name))
                 raise ValueError(f"{shown}: a value is a whole number, a name has 1 to {MAX_NAME} characters")
-            if value in names:
+            if names.get(value, name) != name:
                 raise ValueError(f"{value} is both {names[value]!r} and {name!r}")
             names[value] = name
         return names
@@ -595,4 +595,6 @@ def _label_value(stated: object) -> int | None:
     """The value of a mask that JSON or a cell states; None where it states none."""
     if isinstance(stated, str):
         return label_value(stated)
-    return stated if type(stated) is int and 0 <= stated <= MAX_LABEL else None
+    if isinstance(stated, bool) or not isinstance(stated, (int, float)):
+        return None
+    return int(stated) if 0 <= stated <= MAX_LABEL and stated == int(stated) else None  # 1.0 is 1

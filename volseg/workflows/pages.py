@@ -13,7 +13,7 @@ import numpy as np
 
 from volseg import __version__
 from volseg.errors import ScanError
-from volseg.execute.memory import Budget
+from volseg.execute.memory import LIBRARIES, Budget
 from volseg.inputs import open_regular, read_json
 from volseg.io.nifti import read_header, read_mask, read_volume
 from volseg.measure.memory import LISTED, plan_page, plan_report
@@ -82,9 +82,16 @@ def source_of(path: Path, scan: Volume, unit: str, box: ModelBox | None = None) 
     return {"scan": str(path.absolute()), "sha256": scan.sha256, "unit": unit} | model
 
 
-def page_budget(max_ram: int | None, announce: Callable[[str], None]) -> Budget:
-    """What pages made again, and report.html, may take. `max_ram`: bytes; None for no limit."""
-    return Budget(max_ram, announce, what="making this page", otherwise="leave the pages out with --no-report")
+def page_budget(max_ram: int | None, announce: Callable[[str], None], *, has_run: bool = False) -> Budget:
+    """What pages made again, and report.html, may take.
+
+    Args:
+        max_ram: bytes; None for no limit.
+        has_run: whether a case was done before, so that the libraries are there already.
+    """
+    libraries = 0 if has_run else LIBRARIES
+    otherwise = "leave the pages out with --no-report"
+    return Budget(max_ram, announce, what="making this page", otherwise=otherwise, libraries=libraries)
 
 
 def remake_page(
