@@ -359,16 +359,16 @@ def _lost(users: dict[Path, str], world: Path, when: str) -> list[str]:
 def rows_of(out: Path, edited: Collection[Path] = ()) -> Rows:
     """The rows of every case or patient that the tables of a folder say was done, without what differs
     from run to run. Tables that were edited by hand are left out."""
-    found: Rows = {}
+    tables_of: Rows = {}
     for items, lesions, column in TABLES:
         done = [row for row in _read(out / items, edited) if row.get("status") == "done" and row.get(column)]
         others = _read(out / lesions, edited)
         for name in {row[column] for row in done}:
-            tables = found.setdefault(name, {})
+            tables = tables_of.setdefault(name, {})
             for table, rows in ((items, done), (lesions, others)):
                 if out / table not in edited:
                     tables[table] = [_lasting(table, row) for row in rows if row.get(column) == name]
-    return found
+    return tables_of
 
 
 def _read(path: Path, edited: Collection[Path]) -> list[dict[str, str]]:

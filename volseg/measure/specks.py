@@ -246,18 +246,18 @@ def _looked_at(scan: CanonicalScan, start: int, sizes: np.ndarray) -> tuple[_Pla
     skips = not sizes.all()
     for slab in slabs_of(scan.ids, SLAB_VOXELS):
         ids = scan.ids[slab]
-        chosen = (ids >= start) & (ids < stop)
+        is_wanted = (ids >= start) & (ids < stop)
         if skips:
-            chosen[chosen] = sizes[ids[chosen] - start] > 0
-        some = np.nonzero(chosen)
-        piece = slice(at, at + len(some[0]))
-        lesion = ids[some].astype(np.int64) - start
-        places.add(lesion, [along + side.start for along, side in zip(some, slab, strict=True)])
-        stored[piece] = scan.image.array[slab][some]
+            is_wanted[is_wanted] = sizes[ids[is_wanted] - start] > 0
+        voxels = np.nonzero(is_wanted)
+        piece = slice(at, at + len(voxels[0]))
+        lesion = ids[voxels].astype(np.int64) - start
+        places.add(lesion, [along + side.start for along, side in zip(voxels, slab, strict=True)])
+        stored[piece] = scan.image.array[slab][voxels]
         if len(sizes) > 1:
             numbers[piece] = lesion
         if confidence is not None and scan.confidence is not None:
-            confidence[piece] = scan.confidence[slab][some]
+            confidence[piece] = scan.confidence[slab][voxels]
         at = piece.stop
     if len(sizes) == 1:
         return places, Ragged.of([stored], scan.image), None if confidence is None else Ragged.of([confidence])
@@ -373,10 +373,10 @@ def _split(ids: np.ndarray, n: int, most: int, most_boxes: int) -> tuple[np.ndar
     elif n * ids.size <= most_boxes:
         return None, sizes, 0
     counts, boxes = sizes_and_boxes(ids, only, n)
-    some = np.arange(1, n + 1) if only is None else only
-    sizes[some] = counts
+    numbers = np.arange(1, n + 1) if only is None else only
+    sizes[numbers] = counts
     order = np.argsort(-counts, kind="stable")
     kept = order[: max(1, np.count_nonzero(np.cumsum(boxes[order]) <= most_boxes))]
-    full = np.sort(some[kept])
+    full = np.sort(numbers[kept])
     sizes[full] = 0
-    return None if len(full) == n else full, sizes, 0 if len(full) == len(some) else int(boxes.sum())
+    return None if len(full) == n else full, sizes, 0 if len(full) == len(numbers) else int(boxes.sum())

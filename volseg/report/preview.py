@@ -359,8 +359,8 @@ class _Source:
             inside = np.nonzero(is_wanted.take(numbers, mode="clip"))
             places = [at // factor + part.start for at, factor, part in zip(inside, factors, blocks)]
             keys.append(numbers[inside].astype(np.int64) * math.prod(shape) + np.ravel_multi_index(places, shape))
-        found, counts = np.unique(np.concatenate(keys), return_counts=True)
-        numbers, flat = np.divmod(found, math.prod(shape))
+        touched, counts = np.unique(np.concatenate(keys), return_counts=True)
+        numbers, flat = np.divmod(touched, math.prod(shape))
         for number, part in zip(lesions, _runs(numbers, lesions)):
             yield number, np.unravel_index(flat[part], shape), counts[part]
 

@@ -231,8 +231,8 @@ class RecordFolder(OutputFolder):
 
     def _unknown_row(self, name: str) -> dict[str, Any]:
         """The row of an item whose record cannot be read."""
-        known = {self.name_column: name, "status": "unknown", "reason": DAMAGED}
-        return plain(self.row_types[0](**known))
+        columns = {self.name_column: name, "status": "unknown", "reason": DAMAGED}
+        return plain(self.row_types[0](**columns))
 
     def write_run(self, description: Mapping[str, Any]) -> None:
         """run.json: what was run, with what, on what."""

@@ -636,17 +636,17 @@ def _scan_path(record: CaseRecord, scans: Path | None) -> Path | None:
     """
     name = Path(record.case.image or "").name  # a record of a stranger may name a path
     if scans is not None and name:
-        found = [scans / name]
-        if not os.path.isfile(found[0]):
-            found = sorted(Path(folder, name) for folder, _, files in os.walk(scans) if name in files)
-        if len(found) > 1:
+        paths = [scans / name]
+        if not os.path.isfile(paths[0]):
+            paths = sorted(Path(folder, name) for folder, _, files in os.walk(scans) if name in files)
+        if len(paths) > 1:
             raise ScanError(
-                f"{scans}: has {len(found)} files {name!r}, such as {found[0]} and {found[1]}",
+                f"{scans}: has {len(paths)} files {name!r}, such as {paths[0]} and {paths[1]}",
                 fix="give the folder that holds the right one",
                 code="E_MISSING",
             )
-        if found:
-            return found[0]
+        if paths:
+            return paths[0]
     return record.scan if record.scan is not None and os.path.isfile(record.scan) else None
 
 

@@ -130,17 +130,17 @@ def evaluate(
             and (earlier_iou == min_iou or not compared)
             and earlier[name].masks == (digest_of(truths[name].path), digest_of(guesses[name].path))
         }
-        known = compared | kept
-        shown = {name: known[name] for name in common if name in known}
-        rows = _completed({name: each.overlap for name, each in shown.items()}, truths)
-        detections = [row for each in shown.values() for row in each.detections]
+        comparisons = compared | kept
+        listed = {name: comparisons[name] for name in common if name in comparisons}
+        rows = _completed({name: comparison.overlap for name, comparison in listed.items()}, truths)
+        detections = [row for comparison in listed.values() for row in comparison.detections]
         rows_of, lesions_of = _by_label(rows), _by_label(detections)
         results = [summarise_label(rows_of[label], lesions_of.get(label, ())) for label in sorted(rows_of)]
         summary = {
-            **_overall(rows, truths, shown.keys()),
+            **_overall(rows, truths, listed.keys()),
             "labels": {str(result.label): as_json(result) for result in results},
             "min_iou": earlier_iou if kept and not compared else min_iou,
-            "masks": {name: list(each.masks) for name, each in shown.items()},
+            "masks": {name: list(comparison.masks) for name, comparison in listed.items()},
             "not_predicted": sorted(set(truths) - set(guesses)),
             "not_in_reference": sorted(set(guesses) - set(truths)),
             "failed": failed,
