@@ -113,11 +113,14 @@ class RecordFolder(OutputFolder):
 
     def largest_rows(self, name: str, most: int) -> list[dict[str, Any]]:
         """The rows of the largest lesions of an item, in their order; of equal ones the first. Up to `most` rows: all of them."""
+        lines = sorted(self._largest_lines(name, most))
+        return [_row_of(line, self.path, name, type(self)) for _, line in lines]
+
+    def _largest_lines(self, name: str, most: int) -> list[tuple[int, bytes]]:
+        """Place and line of the largest lesions of an item, the largest first."""
         # Lines are told apart before they are parsed: of noise a few of 100 000 are wanted.
-        lines = nlargest(
-            most, enumerate(_lines(self.path, name)), key=lambda place_and_line: _size_of(place_and_line[1])
-        )
-        return [_row_of(line, self.path, name, type(self)) for _, line in sorted(lines)]
+        lines = enumerate(_lines(self.path, name))
+        return nlargest(most, lines, key=lambda place_and_line: _size_of(place_and_line[1]))
 
     def listed_rows(self, limits: Mapping[str, int], most: int) -> tuple[list[dict[str, Any]], int]:
         """The rows of the largest lesions, by volume, of all these items, in their order.
@@ -134,13 +137,12 @@ class RecordFolder(OutputFolder):
         def lines() -> Iterator[tuple[int, int, bytes]]:
             nonlocal n
             for item, (name, limit) in enumerate(limits.items()):
-                for place, line in nlargest(
-                    limit, enumerate(_lines(self.path, name)), key=lambda each: _size_of(each[1])
-                ):
+                for place, line in self._largest_lines(name, limit):
                     n += 1
                     yield item, place, line
 
-        largest = sorted(nlargest(most, lines(), key=lambda each: _volume_of(each[-1])), reverse=True)
+        largest = nlargest(most, lines(), key=lambda line: _volume_of(line[-1]))
+        largest.sort(reverse=True)
         names, rows = list(limits), []
         while largest:  # a line goes when its row is there
             item, _, line = largest.pop()
