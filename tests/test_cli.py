@@ -263,6 +263,30 @@ main()
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
 
 
+@pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
+def test_a_signal_that_python_drops_is_not_lost(name, code):
+    # The callback of a weak reference is where imports meet one: what is raised there is ignored.
+    program = f"""
+import signal, sys, time, weakref
+import volseg.cli
+from volseg.__main__ import main
+class Thing:
+    pass
+def load():
+    thing = Thing()
+    reference = weakref.ref(thing, lambda _: signal.raise_signal(signal.{name}))
+    del thing
+    for _ in range(1000):
+        time.sleep(0.01)
+volseg.cli.main = load
+main()
+"""
+    started = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (code, "", "")
+    assert time.monotonic() - started < 9
+
+
 def test_ctrl_c_ends_training_with_a_usable_model_and_resume_goes_on(dataset, tiny_recipe, tmp_path):
     # A prepared folder brings its recipe.
     slow = tiny_recipe.model_copy(

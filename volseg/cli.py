@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import signal
 import sys
 import threading
 import time
@@ -13,7 +12,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import TracebackType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -32,7 +31,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
-EXIT_INTERRUPTED, EXIT_TERMINATED = 130, 143
+EXIT_INTERRUPTED = 130
 SILENT_SECONDS = 20  # after which a line says that something is not over yet
 SECONDS_PER_LINE = 15  # of progress, where stderr is no terminal
 
@@ -65,17 +64,12 @@ DATASET_HELP = (
 
 
 def main() -> None:
-    """Entry point of the `volseg` command."""
-    signal.signal(signal.SIGTERM, _terminate)
+    """Run the command that `sys.argv` names."""
     try:
         with printing():
             _run()
     except VolsegError as error:  # of stdout itself
         _fail(error)
-    except KeyboardInterrupt:  # before or after the command itself
-        sys.exit(EXIT_INTERRUPTED)
-    except _TerminatedError:
-        sys.exit(EXIT_TERMINATED)
 
 
 def _run() -> None:
@@ -688,14 +682,6 @@ def selftest(as_json: Json = False) -> None:
         _print_table(table)
         typer.echo(f"{len(checks) - n_failed} of {len(checks)} measures lie within their tolerance")
     raise typer.Exit(1 if n_failed else 0)
-
-
-class _TerminatedError(BaseException):
-    """SIGTERM arrived: unwind like an interruption, so that locks and temporary files go."""
-
-
-def _terminate(number: int, frame: FrameType | None) -> None:
-    raise _TerminatedError
 
 
 @contextmanager
