@@ -22,7 +22,9 @@ from volseg.io.cases import Case, find_cases
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("dataset", type=Path)
     parser.add_argument("recipe")
     parser.add_argument("--time-budget", default="20m")
@@ -44,8 +46,12 @@ def main() -> None:
         )
     test = [case for case in find_cases(arguments.dataset, None) if case.split == "test"]
     results = arguments.out / "results"
-    report = volseg.infer([path for case in test for path in case.images.values()], model=model, out=results)
-    evaluation = volseg.evaluate(reference=arguments.dataset, predicted=results, out=arguments.out / "evaluation")
+    report = volseg.infer(
+        [path for case in test for path in case.images.values()], model=model, out=results
+    )
+    evaluation = volseg.evaluate(
+        reference=arguments.dataset, predicted=results, out=arguments.out / "evaluation"
+    )
     metrics = json.loads((model / "model.json").read_text())["metrics"]
     print(f"{arguments.recipe}: {metrics}")
     print("| label | test cases | mean Dice | median Dice | median volume error, % |")
@@ -69,7 +75,9 @@ def print_auc(test: Sequence[Case], results: Path, rating: str, size: str | None
     rated = [case for case in test if not 2 < float(case.classes[rating]) < 4]
     positive = np.array([float(case.classes[rating]) >= 4 for case in rated])
     scores = np.array([_score(largest.get(case.id)) for case in rated])
-    print(f"AUC of the score: {auc(scores, positive):.4f} ({positive.sum()} rated ≥ 4, {(~positive).sum()} rated ≤ 2)")
+    print(
+        f"AUC of the score: {auc(scores, positive):.4f} ({positive.sum()} rated ≥ 4, {(~positive).sum()} rated ≤ 2)"
+    )
     if size:
         sizes = np.array([float(case.classes[size]) for case in rated])
         print(f"AUC of {size} alone: {auc(sizes, positive):.4f}")

@@ -87,7 +87,9 @@ print((time.perf_counter() - started) / samples)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--peer", required=True, help="python of an environment with nnunetv2")
     parser.add_argument("--patch", type=int, default=96)
     parser.add_argument("--samples", type=int, default=40)
@@ -101,7 +103,9 @@ def main() -> None:
     for _ in range(3):
         for name, (python, code) in sides.items():
             command = [python, "-c", code, str(arguments.patch), str(arguments.samples)]
-            made = subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+            made = subprocess.run(
+                command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+            )
             seconds[name].append(float(made.stdout.split()[-1]))
     base = statistics.median(seconds["volseg"])
     print(f"| one sample of {arguments.patch}³ | s | × volseg |")

@@ -14,7 +14,9 @@ from pathlib import Path
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path)
     arguments = parser.parse_args()
     scans = sorted(arguments.folder.glob("*.nii.gz"))[:10]
@@ -25,7 +27,9 @@ def main() -> None:
             for index, part in enumerate(calls):
                 out = f"{temporary}/{name}_{index}"
                 subprocess.run(
-                    [sys.executable, "-m", "volseg", "infer", *part, "--out", out], check=True, capture_output=True
+                    [sys.executable, "-m", "volseg", "infer", *part, "--out", out],
+                    check=True,
+                    capture_output=True,
                 )
             walls.append(time.perf_counter() - started)
     print(

@@ -46,11 +46,15 @@ class Timed:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("scan", type=Path)
     parser.add_argument("models", type=Path, nargs="+")
     parser.add_argument("--backend", default="openvino")
-    parser.add_argument("--repeats", type=int, default=5, help="bare forward passes, of which the median counts")
+    parser.add_argument(
+        "--repeats", type=int, default=5, help="bare forward passes, of which the median counts"
+    )
     arguments = parser.parse_args()
     give_back_large_blocks()
     print(
@@ -69,9 +73,13 @@ def measure(scan: Path, folder: Path, backend: str, repeats: int) -> str:
     volume = read_volume(scan)
     timed = Timed(model.segmentation)
     started = time.perf_counter()
-    segment_case({bundle.recipe.data.channels[0]: volume}, replace(model, segmentation=timed), case_id="scan")
+    segment_case(
+        {bundle.recipe.data.channels[0]: volume}, replace(model, segmentation=timed), case_id="scan"
+    )
     wall = time.perf_counter() - started
-    patch = np.random.default_rng(0).normal(size=(1, 1, *bundle.plan.patch_shape)).astype(np.float32)
+    patch = (
+        np.random.default_rng(0).normal(size=(1, 1, *bundle.plan.patch_shape)).astype(np.float32)
+    )
     seconds = []
     for _ in range(1 + repeats):
         started = time.perf_counter()
@@ -81,7 +89,15 @@ def measure(scan: Path, folder: Path, backend: str, repeats: int) -> str:
     model.segmentation.release()
     with tempfile.TemporaryDirectory() as temporary:
         started = time.perf_counter()
-        options = ["--model", str(folder), "--out", f"{temporary}/out", "--backend", backend, "--no-mirroring"]
+        options = [
+            "--model",
+            str(folder),
+            "--out",
+            f"{temporary}/out",
+            "--backend",
+            backend,
+            "--no-mirroring",
+        ]
         command = [sys.executable, "-m", "volseg", "infer", str(scan), *options]
         subprocess.run(command, check=True, capture_output=True)
         process = time.perf_counter() - started

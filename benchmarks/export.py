@@ -96,11 +96,18 @@ def run(python: str, code: str, *arguments: str) -> dict[str, float] | None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--peer", help="python of an environment with nnunetv2; without it volseg alone is run")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--peer", help="python of an environment with nnunetv2; without it volseg alone is run"
+    )
     parser.add_argument("--classes", default="2,5,25")
     parser.add_argument(
-        "--default-up-to", type=int, default=25, help="more classes are not given to nnU-Net's default export"
+        "--default-up-to",
+        type=int,
+        default=25,
+        help="more classes are not given to nnU-Net's default export",
     )
     parser.add_argument("--logits", default="sharp", choices=["sharp", "smooth"])
     arguments = parser.parse_args()

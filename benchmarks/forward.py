@@ -55,7 +55,9 @@ def make_network(name: str):
     features = NETWORKS[name]["features"]
     torch.manual_seed(0)
     strides = [(1, 1, 1)] + [(2, 2, 2)] * (len(features) - 1)
-    return build_network("unet3d", in_channels=1, out_channels=CLASSES, features=features, strides=strides).eval()
+    return build_network(
+        "unet3d", in_channels=1, out_channels=CLASSES, features=features, strides=strides
+    ).eval()
 
 
 def count_flops(name: str) -> int:
@@ -88,7 +90,10 @@ def prepare_run(variant: str, name: str, device: str) -> Callable[[], object]:
     shape = (1, 1, patch, patch, patch)
     batch = np.random.default_rng(0).normal(size=shape).astype(np.float32)
     if variant.startswith("openvino"):
-        model, precision = convert(network, shape), variant.replace("half", "fp16").replace(",", "").split()[1]
+        model, precision = (
+            convert(network, shape),
+            variant.replace("half", "fp16").replace(",", "").split()[1],
+        )
         if precision == "int8":
             from volseg.infer.quantise import quantise
 
@@ -113,7 +118,9 @@ def cuda_backend(variant: str, network, batch):
     from volseg.infer.cuda_graph import CudaGraph
 
     precision = "fp32" if "fp32" in variant else "fp16"
-    backend = TorchBackend(network, torch.device("cuda"), precision=precision, channels_last="channels-last" in variant)
+    backend = TorchBackend(
+        network, torch.device("cuda"), precision=precision, channels_last="channels-last" in variant
+    )
     if "torch.compile" in variant:
         backend.network = torch.compile(network)
     if "graph" in variant:
@@ -181,7 +188,16 @@ class Worker:
 
 def start(variant: str, name: str, device: str) -> Worker | None:
     """A worker that is ready; None if it failed or took too long."""
-    command = [sys.executable, __file__, "--worker", variant, "--networks", name, "--device", device]
+    command = [
+        sys.executable,
+        __file__,
+        "--worker",
+        variant,
+        "--networks",
+        name,
+        "--device",
+        device,
+    ]
     process = subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     )
@@ -191,7 +207,9 @@ def start(variant: str, name: str, device: str) -> Worker | None:
     try:
         worker.setup = worker.read()["setup"]
     except RuntimeError as error:
-        print(f"not measured: {error} (failed, or not ready after {SETUP_SECONDS} s)", file=sys.stderr)
+        print(
+            f"not measured: {error} (failed, or not ready after {SETUP_SECONDS} s)", file=sys.stderr
+        )
         return None
     finally:
         cap.cancel()
@@ -200,7 +218,11 @@ def start(variant: str, name: str, device: str) -> Worker | None:
 
 def measure(name: str, device: str, repeats: int) -> None:
     variants = CPU_VARIANTS if device == "cpu" else CUDA_VARIANTS
-    workers = [worker for variant in (GEMM, *variants) if (worker := start(variant, name, device)) is not None]
+    workers = [
+        worker
+        for variant in (GEMM, *variants)
+        if (worker := start(variant, name, device)) is not None
+    ]
     for _ in range(repeats):
         for worker in workers:
             worker.turn()
@@ -212,14 +234,18 @@ def measure(name: str, device: str, repeats: int) -> None:
     rate = [2 * GEMM_SIZE**3 / seconds / 1e9 for seconds in gemm.seconds]
     best, typical = max(rate), statistics.median(rate)
     patch = NETWORKS[name]["patch"]
-    print(f"\n{name}: {flops / 1e9:.0f} GFLOP per patch of {patch}³; GEMM {typical:.0f} GFLOP/s (best {best:.0f})\n")
+    print(
+        f"\n{name}: {flops / 1e9:.0f} GFLOP per patch of {patch}³; GEMM {typical:.0f} GFLOP/s (best {best:.0f})\n"
+    )
     print(
         f"| {name}, {patch}³ | s per patch, min | median | % of GEMM, best | median | × {others[0].variant} | peak RSS, MB |"
     )
     print("|---|---|---|---|---|---|---|")
     for worker in others:
         low, middle = min(worker.seconds), statistics.median(worker.seconds)
-        ratio = statistics.median(b / a for a, b in zip(worker.seconds, others[0].seconds, strict=True))
+        ratio = statistics.median(
+            b / a for a, b in zip(worker.seconds, others[0].seconds, strict=True)
+        )
         print(
             f"| {worker.variant} | {low:.3f} | {middle:.3f} | {flops / low / best / 1e7:.0f} | {flops / middle / typical / 1e7:.0f} "
             f"| {ratio:.2f} | {worker.rss:.0f} |"
@@ -227,7 +253,9 @@ def measure(name: str, device: str, repeats: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--networks", default="small,big")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")

@@ -34,8 +34,12 @@ def cut(mask: Volume, axes: tuple[int, ...], depth: int) -> Volume:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("datasets", type=Path, nargs="+", help="folders with cases.csv, or such tables")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "datasets", type=Path, nargs="+", help="folders with cases.csv, or such tables"
+    )
     parser.add_argument("--cases", type=int, default=20)
     arguments = parser.parse_args()
     print(
@@ -44,7 +48,8 @@ def main() -> None:
     print("|---|---|---|---|---|---|---|---|---|")
     for dataset in arguments.datasets:
         pairs = {
-            case.name: (read_volume(case.image), read_mask(case.mask)) for case in cases_of(dataset, arguments.cases)
+            case.name: (read_volume(case.image), read_mask(case.mask))
+            for case in cases_of(dataset, arguments.cases)
         }
         name = dataset.name if dataset.is_dir() else dataset.parent.name
         with tempfile.TemporaryDirectory() as temporary:
@@ -57,19 +62,38 @@ def tell(name: str, depth: int, pairs: dict[str, tuple[Volume, Volume]], folder:
     whole = measure(folder / "whole", pairs)
     rows: dict[str, list[dict[str, str]]] = {"follow-up": [], "baseline": [], "both": []}
     for text, axes in CUTS.items():
-        changed = measure(folder / text, {case: (scan, cut(mask, axes, depth)) for case, (scan, mask) in pairs.items()})
-        for time, times in zip(rows, ((whole, changed), (changed, whole), (changed, changed)), strict=True):
+        changed = measure(
+            folder / text,
+            {case: (scan, cut(mask, axes, depth)) for case, (scan, mask) in pairs.items()},
+        )
+        for time, times in zip(
+            rows, ((whole, changed), (changed, whole), (changed, changed)), strict=True
+        ):
             out = folder / text / time
             volseg.compare(*times, out=out, registration=False)
             rows[time] += rows_of(out / "response.csv")
     for time, patients in rows.items():
         crumbs = sum(int(row["n_crumbs"]) for row in patients)
         lesions = sum(int(row["n_baseline"]) + int(row["n_followup"]) for row in patients)
-        changes = [float(row["change_sum_percent"]) for row in patients if row["change_sum_percent"]]
+        changes = [
+            float(row["change_sum_percent"]) for row in patients if row["change_sum_percent"]
+        ]
         wrong = sum(row["response"] in ("PD", "PR", "CR") for row in patients)
         withheld = sum(row["response"] == "" for row in patients)
-        percent = f"{np.mean(np.abs(changes)):.1f} %, {max(changes, key=abs):+.1f} %".replace("-", "−")
-        cells = [name, f"{depth} voxels", time, len(patients), lesions + crumbs, crumbs, wrong, withheld, percent]
+        percent = f"{np.mean(np.abs(changes)):.1f} %, {max(changes, key=abs):+.1f} %".replace(
+            "-", "−"
+        )
+        cells = [
+            name,
+            f"{depth} voxels",
+            time,
+            len(patients),
+            lesions + crumbs,
+            crumbs,
+            wrong,
+            withheld,
+            percent,
+        ]
         print("| " + " | ".join(map(str, cells)) + " |", flush=True)
 
 

@@ -52,7 +52,9 @@ PREPARED = ("hippocampus_001", "hippocampus_003", "hippocampus_006", "hippocampu
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("run").add_argument("--out", type=Path, required=True)
     compared = commands.add_parser("compare")
@@ -104,11 +106,16 @@ def steps(out: Path) -> Iterator[tuple[str, Sequence[str | Path]]]:
     yield "evaluate", ["evaluate", *masks_of, "--out", out / "evaluate"]
     times = [out / "measure-nodules", out / "infer-torch"]
     yield "compare", ["compare", *times, "--figures", "--out", out / "compare"]
-    yield "compare-in-place", ["compare", *times, "--no-registration", "--out", out / "compare-in-place"]
+    yield (
+        "compare-in-place",
+        ["compare", *times, "--no-registration", "--out", out / "compare-in-place"],
+    )
     smoke = ["--recipe", "smoke", "--epochs", "1", "--seed", "0", "--device", "cpu"]
     yield "train", ["train", PHANTOMS, *smoke, "--out", out / "train"]
     with (PHANTOMS / "cases.csv").open(newline="") as file:
-        phantoms = [PHANTOMS / row["image"] for row in csv.DictReader(file) if row["split"] == "test"]
+        phantoms = [
+            PHANTOMS / row["image"] for row in csv.DictReader(file) if row["split"] == "test"
+        ]
     for backend in ("torch", "openvino"):
         name = f"infer-phantoms-{backend}"
         options = ["--model", out / "train", "--backend", backend]
@@ -117,9 +124,21 @@ def steps(out: Path) -> Iterator[tuple[str, Sequence[str | Path]]]:
     link(dataset, "msd_hippocampus", PREPARED)
     yield (
         "preprocess",
-        ["preprocess", dataset, "--recipe", "hippocampus_mri", "--seed", "0", "--out", out / "preprocess"],
+        [
+            "preprocess",
+            dataset,
+            "--recipe",
+            "hippocampus_mri",
+            "--seed",
+            "0",
+            "--out",
+            out / "preprocess",
+        ],
     )
-    for name, cases in (("hippocampus", dataset), ("sarcoma", DATA / "sts_sarcoma" / "cases_t1.csv")):
+    for name, cases in (
+        ("hippocampus", dataset),
+        ("sarcoma", DATA / "sts_sarcoma" / "cases_t1.csv"),
+    ):
         plan = out / f"plan-{name}" / "plan.json"
         yield plan.parent.name, ["plan", cases, "--vram", "4G", "--device", "cpu", "--out", plan]
     sys.path.insert(0, str(ROOT / "tests"))
@@ -193,7 +212,9 @@ def without_hash(text: str) -> str:
 def page_facts(path: Path) -> dict[str, Any]:
     """The numbers on a page, sorted, and the embedded data."""
     text = path.read_text(encoding="utf-8")
-    data = sorted(hashlib.sha256(part.encode()).hexdigest() for part in re.findall(r"base64,[^\"')]+", text))
+    data = sorted(
+        hashlib.sha256(part.encode()).hexdigest() for part in re.findall(r"base64,[^\"')]+", text)
+    )
     text = re.sub(r"<(script|style)\b.*?</\1>", " ", text, flags=re.DOTALL)
     text = re.sub(r"<[^>]*>", " ", without_hash(text))
     text = re.sub(r"\d{4}-\d{2}-\d{2} \d{2}:\d{2}\S*", " ", text)
@@ -245,7 +266,9 @@ def compare(before: Path, after: Path) -> int:
         n_equal += len(paths) - len(differing)
         counts.append(len(differing))
         for path in differing:
-            print(f"{step}/{path}: {sides[0].get(path, 'missing')} | {sides[1].get(path, 'missing')}")
+            print(
+                f"{step}/{path}: {sides[0].get(path, 'missing')} | {sides[1].get(path, 'missing')}"
+            )
     print(f"{n_equal} facts are equal, {sum(counts)} differ")
     return 1 if any(counts) else 0
 

@@ -59,7 +59,9 @@ def run(command: list[str], log: Path, environment: dict[str, str] | None = None
     """Run a command and watch its process tree; memory of all its processes together is sampled once a second, of each alone the kernel knows the peak."""
     started = time.perf_counter()
     with log.open("wb") as file:
-        child = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=os.environ | (environment or {}))
+        child = subprocess.Popen(
+            command, stdout=file, stderr=subprocess.STDOUT, env=os.environ | (environment or {})
+        )
         peak, largest, cpu = 0.0, 0.0, {}
         while child.poll() is None:
             total = 0.0
@@ -70,7 +72,9 @@ def run(command: list[str], log: Path, environment: dict[str, str] | None = None
                 cpu[pid] = max(cpu.get(pid, 0.0), seconds)
             peak = max(peak, total)
             time.sleep(1.0)  # the memory of a large process is slow to add up
-    return Run(time.perf_counter() - started, sum(cpu.values()), peak, largest, child.returncode != 0)
+    return Run(
+        time.perf_counter() - started, sum(cpu.values()), peak, largest, child.returncode != 0
+    )
 
 
 def tree(pid: int) -> list[int]:
@@ -81,7 +85,10 @@ def tree(pid: int) -> list[int]:
         found.append(one)
         try:
             for task in os.listdir(f"/proc/{one}/task"):
-                waiting += [int(each) for each in Path(f"/proc/{one}/task/{task}/children").read_text().split()]
+                waiting += [
+                    int(each)
+                    for each in Path(f"/proc/{one}/task/{task}/children").read_text().split()
+                ]
         except OSError:
             continue
     return found
@@ -93,7 +100,11 @@ def usage(pid: int) -> tuple[float, float, float]:
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
         seconds = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-        return kilobytes(pid, "smaps_rollup", "Pss") / 1024, kilobytes(pid, "status", "VmHWM") / 1024, seconds
+        return (
+            kilobytes(pid, "smaps_rollup", "Pss") / 1024,
+            kilobytes(pid, "status", "VmHWM") / 1024,
+            seconds,
+        )
     except (OSError, IndexError):
         return 0.0, 0.0, seconds
 
@@ -105,7 +116,10 @@ def kilobytes(pid: int, file: str, name: str) -> int:
 
 
 def make_scan(
-    path: Path, shape: tuple[int, int, int], spacing_mm: tuple[float, float, float], classes: int = 2
+    path: Path,
+    shape: tuple[int, int, int],
+    spacing_mm: tuple[float, float, float],
+    classes: int = 2,
 ) -> None:
     """A noisy body of an elliptic section in air with balls in it, of the densities on which `nnunet_model.py` trains."""
     from volseg.io.nifti import write_volume
@@ -114,7 +128,9 @@ def make_scan(
     rng = np.random.default_rng(0)
     r, a, s = (np.linspace(-1, 1, n, dtype=np.float32) for n in shape)
     inside = (r[:, None, None] / 0.75) ** 2 + (a[None, :, None] / 0.5) ** 2 < 1
-    level = np.linspace(-230, 400, min(classes, 25)).astype(np.int16)  # HU of the background and of each class
+    level = np.linspace(-230, 400, min(classes, 25)).astype(
+        np.int16
+    )  # HU of the background and of each class
     noise = min(27.0, 630 / len(level) / 4)
     array = np.where(inside, level[0], np.int16(-1000)) * np.ones(shape, np.int16)
     half_mm = [n * each / 2 for n, each in zip(shape, spacing_mm, strict=True)]
@@ -149,16 +165,23 @@ def agreements(mask: Path, others: dict[str, Path]) -> str:
 
 def main() -> None:
     numbers = lambda kind: lambda text: tuple(kind(part) for part in text.split(","))  # noqa: E731
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--peer", required=True, help="python of an environment with nnunetv2")
     parser.add_argument("--classes", type=int, default=2, help="with the background")
     parser.add_argument("--shape", type=numbers(int), default=(512, 512, 300))
-    parser.add_argument("--spacing", type=numbers(float), default=(0.8, 0.8, 1.5), help="of the scan, mm")
+    parser.add_argument(
+        "--spacing", type=numbers(float), default=(0.8, 0.8, 1.5), help="of the scan, mm"
+    )
     parser.add_argument("--patch", default="128,128,128")
     parser.add_argument("--features", default="32,64,128,256,320,320")
     parser.add_argument("--train-steps", type=int, default=30)
     parser.add_argument(
-        "--volseg", action="append", help="further options of `volseg infer`, one run for each", default=None
+        "--volseg",
+        action="append",
+        help="further options of `volseg infer`, one run for each",
+        default=None,
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="of both")
     parser.add_argument("--no-peer", action="store_true", help="run volseg alone")
@@ -168,7 +191,9 @@ def main() -> None:
         help="run nnU-Net once more with its sums of overlapping tiles in float32, and compare every mask with that too",
     )
     parser.add_argument(
-        "--keep", type=Path, help="folder for the model and the scan, which are made again if not there"
+        "--keep",
+        type=Path,
+        help="folder for the model and the scan, which are made again if not there",
     )
     parser.add_argument("--make-scan", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -186,16 +211,41 @@ def compare(arguments: argparse.Namespace, folder: Path) -> None:
     volseg = [sys.executable, "-m", "volseg"]
     if not scan.exists():
         # In a process of its own: a child's peak memory on Linux starts from that of its parent.
-        shape = [f"--{name}={','.join(map(str, getattr(arguments, name)))}" for name in ("shape", "spacing")]
+        shape = [
+            f"--{name}={','.join(map(str, getattr(arguments, name)))}"
+            for name in ("shape", "spacing")
+        ]
         shape.append(f"--classes={arguments.classes}")
-        subprocess.run([sys.executable, here, "--peer", "-", *shape, "--make-scan", scan], check=True)
+        subprocess.run(
+            [sys.executable, here, "--peer", "-", *shape, "--make-scan", scan], check=True
+        )
     if not own.exists():
-        maker = [arguments.peer, str(here.with_name("nnunet_model.py")), "--out", str(folder / "nnunet")]
-        maker += ["--classes", str(arguments.classes), "--patch", arguments.patch, "--features", arguments.features]
-        maker += ["--train-steps", str(arguments.train_steps), "--train-patch", "64,64,64", "--small-checkpoint"]
+        maker = [
+            arguments.peer,
+            str(here.with_name("nnunet_model.py")),
+            "--out",
+            str(folder / "nnunet"),
+        ]
+        maker += [
+            "--classes",
+            str(arguments.classes),
+            "--patch",
+            arguments.patch,
+            "--features",
+            arguments.features,
+        ]
+        maker += [
+            "--train-steps",
+            str(arguments.train_steps),
+            "--train-patch",
+            "64,64,64",
+            "--small-checkpoint",
+        ]
         made = subprocess.run(maker, check=True, stdout=subprocess.PIPE, text=True)
         (folder / "nnunet_model.txt").write_text(made.stdout.splitlines()[-1])
-        subprocess.run([*volseg, "import-nnunet", made.stdout.splitlines()[-1], "--out", own], check=True)
+        subprocess.run(
+            [*volseg, "import-nnunet", made.stdout.splitlines()[-1], "--out", own], check=True
+        )
     model = (folder / "nnunet_model.txt").read_text()
     rows: list[tuple[str, Run, str]] = []
     masks: dict[str, Path] = {}  # without the peer: those that it made in an earlier run
@@ -214,10 +264,14 @@ def compare(arguments: argparse.Namespace, folder: Path) -> None:
                 on_gpu=arguments.device == "cuda",
             )
         )
-        environment = {name: str(folder) for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")}
+        environment = {
+            name: str(folder) for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
+        }
         command = [arguments.peer, str(script), model, str(scan), str(folder / stem)]
         found = run(command, folder / f"{stem}.log", environment)
-        rows.append((name, found, f"failed, see {stem}.log" if found.failed else agreements(mask, masks)))
+        rows.append(
+            (name, found, f"failed, see {stem}.log" if found.failed else agreements(mask, masks))
+        )
         masks[name] = mask
     for index, options in enumerate(arguments.volseg or [""]):
         out = folder / f"volseg_{index}"
@@ -243,7 +297,9 @@ def compare(arguments: argparse.Namespace, folder: Path) -> None:
             remark += agreements(out / "masks" / "scan.nii.gz", masks)
         rows.append((f"volseg {options}".strip(), found, remark))
     base = rows[0][1]
-    print(f"{arguments.classes} classes, {' × '.join(map(str, arguments.shape))} voxels, patch {arguments.patch}")
+    print(
+        f"{arguments.classes} classes, {' × '.join(map(str, arguments.shape))} voxels, patch {arguments.patch}"
+    )
     print("| | wall, s | ratio | CPU, s | peak memory, MB | ratio | |")
     print("|---|---|---|---|---|---|---|")
     for name, found, remark in rows:

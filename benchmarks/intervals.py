@@ -82,7 +82,9 @@ POPULATIONS = (
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--studies", type=int, default=4000)
     parser.add_argument("--resamples", type=int, default=2000)
     arguments = parser.parse_args()
@@ -94,7 +96,10 @@ def main() -> None:
             ("volseg", arguments.studies, volseg_interval),
             ("percentile bootstrap", arguments.studies // 4, percentile_bootstrap),
         ):
-            cells = [held_and_width(population, n, n_studies, find, arguments.resamples) for n in PATIENTS]
+            cells = [
+                held_and_width(population, n, n_studies, find, arguments.resamples)
+                for n in PATIENTS
+            ]
             print(f"| {population.name} | {name} | {' | '.join(cells)} |", flush=True)
     print(f"\ncoverage for pairs of volumes\n\n| statistic | pairs a patient | {heading} |")
     print("|---|---|" + "---|" * len(PATIENTS))
@@ -105,7 +110,9 @@ def main() -> None:
             print(f"| {statistic} | {n_pairs} | {cells} |", flush=True)
 
 
-def held_and_width(population: Population, n_patients: int, n_studies: int, find: Callable, resamples: int) -> str:
+def held_and_width(
+    population: Population, n_patients: int, n_studies: int, find: Callable, resamples: int
+) -> str:
     rng = np.random.default_rng(n_patients)
     held, widths = 0, []
     for _ in range(n_studies):

@@ -18,7 +18,9 @@ from pathlib import Path
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("dataset", type=Path)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--time-budget", default="5m")
@@ -28,12 +30,25 @@ def main() -> None:
         cases = [row for row in csv.DictReader(file) if row["split"] != "test"]
     print("| layout | exit code | networks | Dice in cross-validation |")
     print("|---|---|---|---|")
-    for name, write in (("Decathlon", decathlon), ("nnU-Net raw", nnunet), ("images/ and labels/", plain)):
+    for name, write in (
+        ("Decathlon", decathlon),
+        ("nnU-Net raw", nnunet),
+        ("images/ and labels/", plain),
+    ):
         folder = arguments.out / write.__name__
         model = arguments.out / f"{write.__name__}_model"
         if not (model / "model.json").exists():
             write(arguments.dataset, cases, folder)
-            command = [sys.executable, "-m", "volseg", "train", str(folder), "--out", str(model), "--resume"]
+            command = [
+                sys.executable,
+                "-m",
+                "volseg",
+                "train",
+                str(folder),
+                "--out",
+                str(model),
+                "--resume",
+            ]
             options = ["--time-budget", arguments.time_budget, "--folds", arguments.folds]
             code = subprocess.run([*command, *options], stdout=subprocess.DEVNULL).returncode
         else:
@@ -44,14 +59,19 @@ def main() -> None:
             for key, value in metrics.items()
             if key.startswith("validation_dice")
         }
-        shown = ", ".join(f"{key} {value:.3f}" for key, value in dice.items() if isinstance(value, float))
+        shown = ", ".join(
+            f"{key} {value:.3f}" for key, value in dice.items() if isinstance(value, float)
+        )
         print(f"| {name} | {code} | {metrics.get('networks', 1)} | {shown} |")
 
 
 def decathlon(dataset: Path, cases: list[dict[str, str]], folder: Path) -> None:
     copied(dataset, cases, folder, "imagesTr", "labelsTr")
     listed = [
-        {"image": f"./imagesTr/{case['subject']}.nii.gz", "label": f"./labelsTr/{case['subject']}.nii.gz"}
+        {
+            "image": f"./imagesTr/{case['subject']}.nii.gz",
+            "label": f"./labelsTr/{case['subject']}.nii.gz",
+        }
         for case in cases
     ]
     description = {
@@ -79,7 +99,12 @@ def plain(dataset: Path, cases: list[dict[str, str]], folder: Path) -> None:
 
 
 def copied(
-    dataset: Path, cases: list[dict[str, str]], folder: Path, images: str, labels: str, suffix: str = ""
+    dataset: Path,
+    cases: list[dict[str, str]],
+    folder: Path,
+    images: str,
+    labels: str,
+    suffix: str = "",
 ) -> None:
     for sub in (images, labels):
         (folder / sub).mkdir(parents=True, exist_ok=True)

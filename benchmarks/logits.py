@@ -19,13 +19,22 @@ import torch
 
 from volseg.bundle import load_bundle
 from volseg.infer import backends
-from volseg.infer.backends import Backend, OpenVINOBackend, TorchBackend, convert, find_half_type, usual_batch_shape
+from volseg.infer.backends import (
+    Backend,
+    OpenVINOBackend,
+    TorchBackend,
+    convert,
+    find_half_type,
+    usual_batch_shape,
+)
 from volseg.io.nifti import read_volume
 from volseg.preprocess.prepare import Preparation
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("scan", type=Path)
     parser.add_argument("model", type=Path)
     parser.add_argument("--tiles", type=int, default=2)
@@ -45,14 +54,20 @@ def main() -> None:
         "fp32, axis by axis": lambda: OpenVINOBackend(convert(network, shape), shape),
     }
     if name := find_half_type():
-        kinds[f"half ({name})"] = lambda: OpenVINOBackend(convert(network, shape), shape, precision="fp16")
-    print("| OpenVINO | off in the mean | at most | of logits up to | labels that differ, of 1000 foreground | s |")
+        kinds[f"half ({name})"] = lambda: OpenVINOBackend(
+            convert(network, shape), shape, precision="fp16"
+        )
+    print(
+        "| OpenVINO | off in the mean | at most | of logits up to | labels that differ, of 1000 foreground | s |"
+    )
     print("|---|---|---|---|---|---|")
     for kind, make in kinds.items():
         backend = make()
         found = [backend.logits(tile) for tile in tiles]
         off = [np.abs(one - other) for one, other in zip(found, expected, strict=True)]
-        different, foreground = np.sum([count(*pair) for pair in zip(found, expected, strict=True)], axis=0)
+        different, foreground = np.sum(
+            [count(*pair) for pair in zip(found, expected, strict=True)], axis=0
+        )
         print(
             f"| {kind} | {np.mean(off):.2g} | {np.max(off):.2g} | {np.abs(expected).max():.1f} "
             f"| {1000 * different / max(1, foreground):.3f} | {min(seconds(backend, tiles[0]) for _ in range(3)):.2f} |",
@@ -60,7 +75,9 @@ def main() -> None:
         )
 
 
-def tiles_of(scan: Path, bundle: backends.ModelBundle, patch: Sequence[int], n: int) -> list[np.ndarray]:
+def tiles_of(
+    scan: Path, bundle: backends.ModelBundle, patch: Sequence[int], n: int
+) -> list[np.ndarray]:
     """Patches (1, channels, *patch) side by side through the middle of the prepared scan, from its low edge."""
     volume = read_volume(scan)
     channels = bundle.recipe.data.channels

@@ -85,11 +85,15 @@ print(json.dumps({"seconds": time.perf_counter() - started, "mb": peak() - befor
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--peer", required=True, help="Python that has pyradiomics and SimpleITK")
     parser.add_argument("--slices", type=int, default=300)
     parser.add_argument("--lesions", type=int, default=200)
-    parser.add_argument("--peer-lesions", type=int, default=8, help="how many of them pyradiomics measures")
+    parser.add_argument(
+        "--peer-lesions", type=int, default=8, help="how many of them pyradiomics measures"
+    )
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         make_scan(Path(folder), options.slices, options.lesions)
@@ -99,9 +103,13 @@ def main() -> None:
             "SimpleITK": run(options.peer, SIMPLEITK, folder, options.lesions),
         }
     radiomics = sides["pyradiomics"]
-    radiomics["seconds"] = radiomics["read"] + radiomics["seconds"] / options.peer_lesions * options.lesions
+    radiomics["seconds"] = (
+        radiomics["read"] + radiomics["seconds"] / options.peer_lesions * options.lesions
+    )
     ours = sides["volseg"]
-    print("| | wall | × volseg | memory | volseg's share of it | volume | mean | area | max. diameter |")
+    print(
+        "| | wall | × volseg | memory | volseg's share of it | volume | mean | area | max. diameter |"
+    )
     print("|---|---|---|---|---|---|---|---|---|")
     for name, side in sides.items():
         print(
@@ -112,7 +120,9 @@ def main() -> None:
 
 def run(python: str, script: str, folder: str, n_lesions: int) -> dict:
     return json.loads(
-        subprocess.check_output([python, "-c", script, folder, str(n_lesions)], text=True).splitlines()[-1]
+        subprocess.check_output(
+            [python, "-c", script, folder, str(n_lesions)], text=True
+        ).splitlines()[-1]
     )
 
 
@@ -139,7 +149,9 @@ def make_scan(folder: Path, n_slices: int, n_lesions: int) -> None:
         low, high = (centre - reach).astype(int), (centre + reach).astype(int) + 1
         low, high = np.maximum(low, 0), np.minimum(high, shape)
         axes = [np.arange(a, b) for a, b in zip(low, high, strict=True)]
-        mm = [(axis - c) * s / h for axis, c, s, h in zip(axes, centre, spacing, half_mm, strict=True)]
+        mm = [
+            (axis - c) * s / h for axis, c, s, h in zip(axes, centre, spacing, half_mm, strict=True)
+        ]
         x, y, z = np.meshgrid(*mm, indexing="ij")
         bumps = 1 + 0.12 * np.sin(5 * x + label) * np.cos(4 * y) * np.cos(3 * z)
         inside = x**2 + y**2 + z**2 <= bumps

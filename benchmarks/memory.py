@@ -56,22 +56,31 @@ def make_model(folder: Path, n_classes: int, patch: int) -> None:
 
     labels = ", ".join(f"class_{n} = {n}" for n in range(1, n_classes))
     recipe = parse_recipe(
-        tomllib.loads(RECIPE.format(labels=labels, patch=patch, spacing="1.5, 1.5, 1.5")), where="memory"
+        tomllib.loads(RECIPE.format(labels=labels, patch=patch, spacing="1.5, 1.5, 1.5")),
+        where="memory",
     )
     network = build_segmentation(recipe)
     weights = weights_of(network)
     head = next(name for name in reversed(weights) if weights[name].shape == (n_classes,))
     weights[head][0] += 100
-    fingerprint = DatasetFingerprint(n_cases=1, spacings_mm=(), shapes=(), label_voxels={}, foreground={})
+    fingerprint = DatasetFingerprint(
+        n_cases=1, spacings_mm=(), shapes=(), label_voxels={}, foreground={}
+    )
     windows = {"ct": recipe.preprocess.normalise}
-    plan = Plan(spacing_mm=(1.5, 1.5, 1.5), patch_shape=(patch, patch, patch), batch_size=1, windows=windows)
-    bundle = ModelBundle(recipe=recipe, plan=plan, fingerprint=fingerprint, weights={"segmentation": weights})
+    plan = Plan(
+        spacing_mm=(1.5, 1.5, 1.5), patch_shape=(patch, patch, patch), batch_size=1, windows=windows
+    )
+    bundle = ModelBundle(
+        recipe=recipe, plan=plan, fingerprint=fingerprint, weights={"segmentation": weights}
+    )
     export_bundle(save_bundle(bundle, folder), folder)
 
 
 def main() -> None:
     numbers = lambda text: [int(part) for part in text.split(",")]  # noqa: E731
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--slices", type=numbers, default=[100, 200, 400, 800])
     parser.add_argument("--classes", type=numbers, default=[2, 25, 117])
     parser.add_argument("--backend", default="openvino")
@@ -85,12 +94,16 @@ def main() -> None:
         else:
             make_model(Path(path), arguments.classes[0], arguments.patch)
         return
-    print("| slices | classes | wall, s | peak, MB | beyond the scan's bytes, MB | predicted peak, MB |")
+    print(
+        "| slices | classes | wall, s | peak, MB | beyond the scan's bytes, MB | predicted peak, MB |"
+    )
     print("|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         base = arguments.classes[0]
-        rows = [(n, base) for n in arguments.slices] + [(arguments.slices[0], c) for c in arguments.classes[1:]]
+        rows = [(n, base) for n in arguments.slices] + [
+            (arguments.slices[0], c) for c in arguments.classes[1:]
+        ]
         for n_slices, n_classes in rows:
             measure(folder, n_slices, n_classes, arguments)
 
@@ -100,9 +113,21 @@ def measure(folder: Path, n_slices: int, n_classes: int, arguments: argparse.Nam
     common = [f"--slices={n_slices}", f"--classes={n_classes}", f"--patch={arguments.patch}"]
     for kind, path in (("scan", scan), ("model", model)):
         if not path.exists():  # in a process of its own, whose memory is not the next one's
-            subprocess.run([sys.executable, __file__, *common, "--make", kind, str(path)], check=True)
+            subprocess.run(
+                [sys.executable, __file__, *common, "--make", kind, str(path)], check=True
+            )
     log, out = folder / "log", folder / f"out_{n_slices}_{n_classes}"
-    command = [sys.executable, "-m", "volseg", "infer", str(scan), "--model", str(model), "--out", str(out)]
+    command = [
+        sys.executable,
+        "-m",
+        "volseg",
+        "infer",
+        str(scan),
+        "--model",
+        str(model),
+        "--out",
+        str(out),
+    ]
     found = run([*command, "--backend", arguments.backend], log)
     text = log.read_text()
     if found.failed:

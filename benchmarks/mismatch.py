@@ -36,13 +36,17 @@ FAULTS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "constant": lambda hu: np.full_like(hu, 40),
 }
 PADDINGS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
-    f"{share:.1%} filled with {fill}": lambda values, share=share, fill=fill: filled(values, share, fill)
+    f"{share:.1%} filled with {fill}": lambda values, share=share, fill=fill: filled(
+        values, share, fill
+    )
     for share, fill in ((0.002, -1000), (0.02, -1024), (0.1, -2000), (0.3, -3024), (0.3, 3071))
 }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("data", type=Path)
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
@@ -50,9 +54,13 @@ def main() -> None:
     print("| scans | model | n | refused | accepted: marked | numbers or classes |")
     print("|---|---|---|---|---|---|")
     hippocampus = train_hippocampus(data / "msd_hippocampus", out)
-    report_strangers("MR and PET", scans_of_other_modalities(data), "shipped nodule model", None, out / "nodule")
+    report_strangers(
+        "MR and PET", scans_of_other_modalities(data), "shipped nodule model", None, out / "nodule"
+    )
     padded = padded_scans(scans_of_other_modalities(data), out / "padded")
-    report_strangers("MR and PET, padded", padded, "shipped nodule model", None, out / "padded_nodule")
+    report_strangers(
+        "MR and PET, padded", padded, "shipped nodule model", None, out / "padded_nodule"
+    )
     report_strangers("CT", ct_scans(data), "hippocampus", hippocampus, out / "hippocampus")
     print()
     report_nodules(data / "lidc_nodules", out / "test_split")
@@ -77,11 +85,19 @@ def train_hippocampus(dataset: Path, out: Path) -> Path:
             paths = [str((dataset / row[name]).resolve()) for name in ("image", "label")]
             writer.writerow([row["subject"], *paths, "val" if n % 4 == 0 else "train"])
     if not (out / "model" / "model.json").exists():
-        volseg.train(table, recipe="hippocampus_mri", out=out / "model", time_budget_seconds=300, device="cpu")
+        volseg.train(
+            table,
+            recipe="hippocampus_mri",
+            out=out / "model",
+            time_budget_seconds=300,
+            device="cpu",
+        )
     return out / "model"
 
 
-def report_strangers(name: str, scans: Sequence[Path], model_name: str, model: Path | None, out: Path) -> None:
+def report_strangers(
+    name: str, scans: Sequence[Path], model_name: str, model: Path | None, out: Path
+) -> None:
     """A line of the table: refused as they are, and what is in the tables where they are accepted."""
     refused = volseg.infer(scans, model=model, out=out / "refused", **QUICK)
     n_refused = sum(reason.startswith("E_MODALITY") for reason in refused.failed.values())
@@ -92,27 +108,38 @@ def report_strangers(name: str, scans: Sequence[Path], model_name: str, model: P
     unmarked = sum("W_MODALITY" not in row["notes"] for row in lesions)
     n_numbers = sum(bool(row[column]) for row in lesions for column in NUMBERS)
     shown = f"{marked} of {len(cases)}; {len(lesions) - unmarked} of {len(lesions)} lesions"
-    print(f"| {name} | {model_name} | {len(scans)} | {n_refused} | {shown} | {n_numbers} |", flush=True)
+    print(
+        f"| {name} | {model_name} | {len(scans)} | {n_refused} | {shown} | {n_numbers} |",
+        flush=True,
+    )
 
 
 def report_nodules(dataset: Path, out: Path) -> None:
     """Whether the nodules of the test split are taken for what they are, and how well the time was foretold."""
-    scans = [dataset / row["image"] for row in rows_of(dataset / "cases.csv") if row["split"] == "test"]
+    scans = [
+        dataset / row["image"] for row in rows_of(dataset / "cases.csv") if row["split"] == "test"
+    ]
     lines: list[str] = []
     started = time.monotonic()
     report = volseg.infer(scans, out=out, announce=lines.append, **QUICK)
     seconds = time.monotonic() - started
     cases, lesions = rows_of(out / "cases.csv"), rows_of(out / "lesions.csv")
     marked = sum(
-        any(f"W_{code}:" in row["warnings"] for code in ("MODALITY", "UNIT", "SPACING", "FOV", "SLICES"))
+        any(
+            f"W_{code}:" in row["warnings"]
+            for code in ("MODALITY", "UNIT", "SPACING", "FOV", "SLICES")
+        )
         for row in cases
     )
-    with_numbers = sum(all(row[column] for column in ("density_g_cm3", "mass_g", "class_name")) for row in lesions)
+    with_numbers = sum(
+        all(row[column] for column in ("density_g_cm3", "mass_g", "class_name")) for row in lesions
+    )
     print("| test nodules | refused | marked | lesions | with density, mass and class |")
     print("|---|---|---|---|---|")
     print(f"| {len(cases)} | {len(report.failed)} | {marked} | {len(lesions)} | {with_numbers} |")
     print(
-        f"\n{next(line for line in lines if line.startswith('time: '))}; the whole run took {seconds:.0f} s", flush=True
+        f"\n{next(line for line in lines if line.startswith('time: '))}; the whole run took {seconds:.0f} s",
+        flush=True,
     )
 
 
@@ -121,7 +148,10 @@ def scans_of_other_modalities(data: Path) -> list[Path]:
     sarcoma = sorted((data / "sts_sarcoma" / "images").glob("*_[MP][RE]*.nii.gz"))
     brains = [*sorted((data / "msd_hippocampus" / "images").glob("*.nii.gz"))[:20]]
     brains += [*sorted((data / "lgg_mri_flair" / "images").glob("*.nii.gz"))[:20]]
-    zoo = [data / "nifti_zoo" / f"{name}.nii.gz" for name in ("niivue_d__FLAIR", "niivueimages__CT_AVM")]
+    zoo = [
+        data / "nifti_zoo" / f"{name}.nii.gz"
+        for name in ("niivue_d__FLAIR", "niivueimages__CT_AVM")
+    ]
     return [*sarcoma, *brains, data / "pyradiomics_cases" / "images" / "brain1.nii.gz", *zoo]
 
 
@@ -146,9 +176,15 @@ def filled(values: np.ndarray, share: float, fill: float) -> np.ndarray:
 
 def all_ct(data: Path) -> Iterator[str]:
     """Every CT, with its split in front of the path where that is `test`."""
-    for name in ("lidc_nodules/cases.csv", "openkbp_headneck_ct/cases.csv", "sts_sarcoma/cases_ct.csv"):
+    for name in (
+        "lidc_nodules/cases.csv",
+        "openkbp_headneck_ct/cases.csv",
+        "sts_sarcoma/cases_ct.csv",
+    ):
         for row in rows_of(data / name):
-            yield ("test " if row["split"] == "test" else "") + str((data / name).parent / row["image"])
+            yield ("test " if row["split"] == "test" else "") + str(
+                (data / name).parent / row["image"]
+            )
     yield str(data / "msd_spleen_ct" / "images" / "spleen2.nii.gz")
     yield from map(str, sorted((data / "totalseg_example_ct" / "images").glob("*.nii.gz")))
 

@@ -23,7 +23,9 @@ CHANNELS = {"T1": ["t1"], "T1 + PET": ["t1", "pet"]}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("dataset", type=Path)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--time-budget", default="20m")
@@ -40,7 +42,9 @@ def main() -> None:
             content = load_recipe("sarcoma_mri").model_dump(mode="json")
             content["data"] |= {"channels": channels, "grids": "first"}
             recipe = parse_recipe(content, where=name)
-            volseg.train(out, recipe=recipe, out=model, folds=arguments.folds, time_budget_seconds=seconds)
+            volseg.train(
+                out, recipe=recipe, out=model, folds=arguments.folds, time_budget_seconds=seconds
+            )
         with (model / "validation.csv").open(newline="", encoding="utf-8") as file:
             dice[name] = {row["patient"]: float(row["dice"]) for row in csv.DictReader(file)}
         metrics = json.loads((model / "model.json").read_text())["metrics"]
@@ -67,13 +71,25 @@ def write_cases(dataset: Path, path: Path) -> int:
     for name in ("t1", "pet"):
         with (dataset / f"cases_{name}.csv").open(newline="", encoding="utf-8") as file:
             rows[name] = {row["patient"]: row for row in csv.DictReader(file)}
-    both = [patient for patient in rows["t1"] if patient in rows["pet"] and rows["t1"][patient]["split"] != "test"]
+    both = [
+        patient
+        for patient in rows["t1"]
+        if patient in rows["pet"] and rows["t1"][patient]["split"] != "test"
+    ]
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["subject", "patient", "image_t1", "image_pet", "label"])
         for patient in both:
             t1, pet = rows["t1"][patient], rows["pet"][patient]
-            writer.writerow([patient, patient, dataset / t1["image"], dataset / pet["image"], dataset / t1["label"]])
+            writer.writerow(
+                [
+                    patient,
+                    patient,
+                    dataset / t1["image"],
+                    dataset / pet["image"],
+                    dataset / t1["label"],
+                ]
+            )
     return len(both)
 
 

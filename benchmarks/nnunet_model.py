@@ -33,13 +33,19 @@ def main():
     probe, folder = {}, None
     for fold in args.folds:
         fold = fold if fold == "all" else int(fold)
-        trainer = nnUNetTrainer({**plans, "continue_training": False}, "3d_fullres", fold, dataset, torch.device("cpu"))
+        trainer = nnUNetTrainer(
+            {**plans, "continue_training": False}, "3d_fullres", fold, dataset, torch.device("cpu")
+        )
         trainer.plans_manager.plans.pop("continue_training", None)
         manager = trainer.configuration_manager
         trainer.num_input_channels = len(args.channels)
         heads = trainer.label_manager.num_segmentation_heads
         trainer.network = trainer.build_network_architecture(
-            trainer.plans_manager, manager, trainer.num_input_channels, heads, trainer.enable_deep_supervision
+            trainer.plans_manager,
+            manager,
+            trainer.num_input_channels,
+            heads,
+            trainer.enable_deep_supervision,
         )
         trainer.optimizer, trainer.lr_scheduler = trainer.configure_optimizers()
         trainer.configure_rotation_dummyDA_mirroring_and_inital_patch_size()
@@ -70,7 +76,9 @@ def main():
         if not args.small_checkpoint:
             for state in trainer.network.parameters():
                 state.grad = torch.zeros_like(state)
-            weights = {name: tensor.clone() for name, tensor in trainer.network.state_dict().items()}
+            weights = {
+                name: tensor.clone() for name, tensor in trainer.network.state_dict().items()
+            }
             trainer.optimizer.step()
             trainer.network.load_state_dict(weights)
         trainer.save_checkpoint(os.path.join(trainer.output_folder, "checkpoint_final.pth"))
@@ -108,7 +116,9 @@ def train(network, args, heads, shape, generator, torch):
         # Air round a body, as the scanner sees it: background that is far from all else.
         semi_axes = (0.35 + 0.6 * torch.rand(3, generator=generator)) * torch.tensor(shape)
         centre = (0.3 + 0.4 * torch.rand(3, generator=generator)) * torch.tensor(shape)
-        air = (((grid - centre[:, None, None, None]) / semi_axes[:, None, None, None]) ** 2).sum(0) > 1
+        air = (((grid - centre[:, None, None, None]) / semi_axes[:, None, None, None]) ** 2).sum(
+            0
+        ) > 1
         truth[air] = 0
         image = level[truth] + noise * torch.randn(shape, generator=generator)
         image[air] = -5.5  # of the intensities normalised by the plans below
@@ -162,7 +172,10 @@ def plans_of(args):
         "kernel_sizes": kernels, "strides": strides,
     }  # fmt: skip
     blocks = (
-        {"n_conv_per_stage": args.convs or [2] * n, "n_conv_per_stage_decoder": args.decoder_convs or [2] * (n - 1)}
+        {
+            "n_conv_per_stage": args.convs or [2] * n,
+            "n_conv_per_stage_decoder": args.decoder_convs or [2] * (n - 1),
+        }
         if plain
         else {
             "n_blocks_per_stage": args.convs or ([1, 3, 4] + [6] * n)[:n],
@@ -175,7 +188,9 @@ def plans_of(args):
         "nonlin": "torch.nn.LeakyReLU", "nonlin_kwargs": {"inplace": True},
     }  # fmt: skip
     ct = [name.casefold() == "ct" for name in args.channels]
-    schemes = args.schemes or ["CTNormalization" if is_ct else "ZScoreNormalization" for is_ct in ct]
+    schemes = args.schemes or [
+        "CTNormalization" if is_ct else "ZScoreNormalization" for is_ct in ct
+    ]
     masked = [args.mask_for_norm and scheme == "ZScoreNormalization" for scheme in schemes]
     resampling = {"is_seg": False, "order": 3, "order_z": 0, "force_separate_z": None}
     configuration = {
@@ -211,7 +226,9 @@ def plans_of(args):
 
 
 def arguments():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     integers = lambda text: [int(part) for part in text.split(",")]  # noqa: E731
     triples = lambda text: [integers(part.replace("x", ",")) for part in text.split(";")]  # noqa: E731
     add = parser.add_argument
@@ -219,17 +236,30 @@ def arguments():
     add("--name", default="Dataset900_Made")
     add("--architecture", choices=("plain", "residual"), default="plain")
     add("--classes", type=int, default=2, help="with the background; 117 is fine")
-    add("--regions", action="store_true", help="region-based labels: classes − 1 nested regions, one sigmoid each")
+    add(
+        "--regions",
+        action="store_true",
+        help="region-based labels: classes − 1 nested regions, one sigmoid each",
+    )
     add("--ignore", action="store_true", help="add an ignore label")
     add("--channels", type=lambda text: text.split(","), default=["CT"])
-    add("--patch", type=integers, default=[128, 128, 128], help="such as 128,128,128, in the network's axes")
+    add(
+        "--patch",
+        type=integers,
+        default=[128, 128, 128],
+        help="such as 128,128,128, in the network's axes",
+    )
     add("--spacing", type=lambda text: [float(p) for p in text.split(",")], default=[1.5, 1.5, 1.5])
     add("--features", type=integers, default=[32, 64, 128, 256, 320, 320])
     add("--strides", type=triples, help="such as 1x1x1;1x2x2;2x2x2")
     add("--kernels", type=triples, help="such as 1x3x3;3x3x3;3x3x3")
     add("--convs", type=integers, help="convolutions (plain) or blocks (residual) per stage")
     add("--decoder-convs", type=integers)
-    add("--schemes", type=lambda text: text.split(","), help="normalisation class names, one per channel")
+    add(
+        "--schemes",
+        type=lambda text: text.split(","),
+        help="normalisation class names, one per channel",
+    )
     add("--mask-for-norm", action="store_true", help="use_mask_for_norm for the z-scored channels")
     add("--transpose", type=integers, default=[0, 1, 2], help="transpose_forward")
     add("--reader", default="NibabelIO", help="NibabelIO, SimpleITKIO, NibabelIOWithReorient, …")
@@ -237,7 +267,11 @@ def arguments():
     add("--no-mirroring", action="store_true")
     add("--no-balance", action="store_true", help="leave the random heads as they are")
     add("--train-steps", type=int, default=0, help="train this long on synthetic balls")
-    add("--train-patch", type=integers, help="patch of that training (default: --patch; 64,64,64 is quick)")
+    add(
+        "--train-patch",
+        type=integers,
+        help="patch of that training (default: --patch; 64,64,64 is quick)",
+    )
     add("--small-checkpoint", action="store_true", help="without the optimiser's momenta")
     add("--probe", help="save an input patch and the peer's logits here (.npz)")
     add("--probe-patch", type=integers)

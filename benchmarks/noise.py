@@ -41,7 +41,9 @@ HEAD = (
 
 def main() -> None:
     numbers = lambda kind: lambda text: [kind(part) for part in text.split(",")]  # noqa: E731
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--shapes", default="256,256,256", help="several with a space between")
     parser.add_argument("--shares", type=numbers(float), default=[0.01, 0.05, 0.2])
     parser.add_argument("--labels", type=numbers(int), default=[1, 117])
@@ -59,11 +61,26 @@ def main() -> None:
             for n_labels in options.labels:
                 with temporary(shape, share, n_labels) as folder:
                     pairs = {
-                        "measure": ["--image", f"{folder}/scan.nii", "--mask", f"{folder}/truth/mask.nii"],
-                        "evaluate": ["--reference", f"{folder}/truth", "--predicted", f"{folder}/guess"],
+                        "measure": [
+                            "--image",
+                            f"{folder}/scan.nii",
+                            "--mask",
+                            f"{folder}/truth/mask.nii",
+                        ],
+                        "evaluate": [
+                            "--reference",
+                            f"{folder}/truth",
+                            "--predicted",
+                            f"{folder}/guess",
+                        ],
                     }
                     for command in options.commands:
-                        measure(folder, shape, f"{share:.0%}, {n_labels} labels", [command, *pairs[command]])
+                        measure(
+                            folder,
+                            shape,
+                            f"{share:.0%}, {n_labels} labels",
+                            [command, *pairs[command]],
+                        )
         if options.infer:
             with temporary(shape, 0, options.infer) as folder:
                 command = ["infer", f"{folder}/scan.nii", "--model", f"{folder}/model"]
@@ -86,7 +103,9 @@ def measure(folder: str, shape: str, mask: str, command: list[str]) -> None:
     started = time.perf_counter()
     with open(f"{folder}/log", "wb") as log:
         child = subprocess.Popen(
-            [sys.executable, "-m", "volseg", *command, "--out", str(out)], stdout=log, stderr=subprocess.STDOUT
+            [sys.executable, "-m", "volseg", *command, "--out", str(out)],
+            stdout=log,
+            stderr=subprocess.STDOUT,
         )
         _, status, usage = os.wait4(child.pid, 0)
         child.returncode = os.waitstatus_to_exitcode(status)
@@ -95,7 +114,12 @@ def measure(folder: str, shape: str, mask: str, command: list[str]) -> None:
     announced = re.findall(r"at most ([0-9.]+) GB", text)
     cpu = usage.ru_utime + usage.ru_stime
     cells = [command[0], shape.replace(",", " × "), mask]
-    taken = [max(announced, key=float, default=""), f"{usage.ru_maxrss / 2**20:.2f}", f"{wall:.0f}", f"{cpu:.0f}"]
+    taken = [
+        max(announced, key=float, default=""),
+        f"{usage.ru_maxrss / 2**20:.2f}",
+        f"{wall:.0f}",
+        f"{cpu:.0f}",
+    ]
     if child.returncode:
         cells += [text.strip().splitlines()[-1]]
     elif command[0] == "evaluate":
@@ -121,7 +145,9 @@ def make(folder: Path, shape: tuple[int, ...], share: float, n_labels: int) -> N
     if not share:
         from scipy.ndimage import gaussian_filter
 
-        scan = np.asfortranarray(gaussian_filter(scan.astype(np.float32), 1.5) * 8 - 300).astype(np.int16, order="F")
+        scan = np.asfortranarray(gaussian_filter(scan.astype(np.float32), 1.5) * 8 - 300).astype(
+            np.int16, order="F"
+        )
     nibabel.save(nibabel.Nifti1Image(scan, affine), folder / "scan.nii")
     if not share:
         make_model(folder / "model", n_labels)
@@ -129,7 +155,9 @@ def make(folder: Path, shape: tuple[int, ...], share: float, n_labels: int) -> N
     for side in ("truth", "guess"):
         mask = np.zeros(shape, np.uint8, order="F")
         for k in range(shape[2]):
-            mask[:, :, k] = rng.integers(1, n_labels + 1, shape[:2]) * (rng.random(shape[:2]) < share)
+            mask[:, :, k] = rng.integers(1, n_labels + 1, shape[:2]) * (
+                rng.random(shape[:2]) < share
+            )
         (folder / side).mkdir()
         nibabel.save(nibabel.Nifti1Image(mask, affine), folder / side / "mask.nii")
 
@@ -149,13 +177,20 @@ def make_model(folder: Path, n_classes: int) -> None:
     torch.manual_seed(0)
     labels = ", ".join(f"class_{n} = {n}" for n in range(1, n_classes))
     recipe = parse_recipe(
-        tomllib.loads(RECIPE.format(labels=labels, patch=96, spacing=", ".join(map(str, SPACING_MM)))), where="noise"
+        tomllib.loads(
+            RECIPE.format(labels=labels, patch=96, spacing=", ".join(map(str, SPACING_MM)))
+        ),
+        where="noise",
     )
     weights = weights_of(build_segmentation(recipe))
-    fingerprint = DatasetFingerprint(n_cases=1, spacings_mm=(), shapes=(), label_voxels={}, foreground={})
+    fingerprint = DatasetFingerprint(
+        n_cases=1, spacings_mm=(), shapes=(), label_voxels={}, foreground={}
+    )
     windows = {"ct": recipe.preprocess.normalise}
     plan = Plan(spacing_mm=SPACING_MM, patch_shape=(96, 96, 96), batch_size=1, windows=windows)
-    bundle = ModelBundle(recipe=recipe, plan=plan, fingerprint=fingerprint, weights={"segmentation": weights})
+    bundle = ModelBundle(
+        recipe=recipe, plan=plan, fingerprint=fingerprint, weights={"segmentation": weights}
+    )
     export_bundle(save_bundle(bundle, folder), folder)
 
 

@@ -86,8 +86,12 @@ def make_scan(folder: Path) -> None:
     r, a, s = (np.linspace(-1, 1, n, dtype=np.float32) for n in SHAPE)
     radius = (r[:, None, None] / 0.75) ** 2 + (a[None, :, None] / 0.5) ** 2 + 0 * s
     organ = ((r[:, None, None] - 0.25) / 0.3) ** 2 + (a[None, :, None] / 0.3) ** 2 + (s / 0.4) ** 2
-    lesion = ((r[:, None, None] - 0.3) / 0.06) ** 2 + (a[None, :, None] / 0.06) ** 2 + (s / 0.08) ** 2
-    array = np.where(radius < 1, 40, -1000) + np.where(organ < 1, 60, 0) + np.where(lesion < 1, -50, 0)
+    lesion = (
+        ((r[:, None, None] - 0.3) / 0.06) ** 2 + (a[None, :, None] / 0.06) ** 2 + (s / 0.08) ** 2
+    )
+    array = (
+        np.where(radius < 1, 40, -1000) + np.where(organ < 1, 60, 0) + np.where(lesion < 1, -50, 0)
+    )
     array = array + rng.integers(-30, 31, SHAPE)
     geometry = Geometry(SHAPE, np.diag([*SPACING_MM, 1.0]))
     mask = (organ < 1).astype(np.uint8) + (lesion < 1)
@@ -98,15 +102,21 @@ def make_scan(folder: Path) -> None:
 def run_side(side: str, peer: str | None, paths: tuple[Path, Path]) -> dict:
     tool, kind = side.split(" ")
     python, code = (sys.executable, VOLSEG) if tool == "volseg" else (peer, PEER)
-    done = subprocess.run([python, "-c", code, kind, *map(str, paths)], capture_output=True, text=True)
+    done = subprocess.run(
+        [python, "-c", code, kind, *map(str, paths)], capture_output=True, text=True
+    )
     if done.returncode:
         raise SystemExit(f"{side} failed:\n{done.stderr}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--peer", help="python of an environment with nnunetv2; without it volseg alone is run")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--peer", help="python of an environment with nnunetv2; without it volseg alone is run"
+    )
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--make-scan", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -131,7 +141,11 @@ def main() -> None:
     for side, runs in found.items():
         walls = [run["wall"] for run in runs]
         wall, rss = statistics.median(walls), statistics.median(run["rss"] for run in runs)
-        alone = f"{statistics.median(run['resample'] for run in runs):.2f}" if "resample" in runs[0] else ""
+        alone = (
+            f"{statistics.median(run['resample'] for run in runs):.2f}"
+            if "resample" in runs[0]
+            else ""
+        )
         print(
             f"| {side} → {' × '.join(map(str, runs[0]['shape']))} | {wall:.2f} ({min(walls):.2f}–{max(walls):.2f}) | {wall / base:.3f} "
             f"| {rss:.0f} | {rss / base_rss:.2f} | {alone} |"

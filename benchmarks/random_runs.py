@@ -41,7 +41,10 @@ def main() -> None:
             row["with a fault"] += bool(faults)
             n_faults += bool(faults)
             for fault in faults:
-                print(f"seed {seed}: {run.command}, {run.place}, {run.end}, exit {code}: {fault}", flush=True)
+                print(
+                    f"seed {seed}: {run.command}, {run.place}, {run.end}, exit {code}: {fault}",
+                    flush=True,
+                )
     columns = ("runs", "finished", "refused", "disk full", "ended by a signal", "with a fault")
     print("| command | " + " | ".join(columns) + " |")
     print("|---|" + "---:|" * len(columns))

@@ -22,11 +22,17 @@ from volseg.recipe import load_recipe
 
 DATASET = Path(__file__).parent.parent / "sample_data"
 TARGET = 1e-4
-RUNS = (("one", 1, physical_cores()), ("two", 2, physical_cores()), ("control", 1, 1))  # name, processes, threads
+RUNS = (
+    ("one", 1, physical_cores()),
+    ("two", 2, physical_cores()),
+    ("control", 1, 1),
+)  # name, processes, threads
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--epochs", type=int, default=5)
     arguments = parser.parse_args()
     recipe = load_recipe("smoke")
@@ -52,8 +58,12 @@ def main() -> None:
     )
     print("|---|---|---|---|---|---|")
     for number, (one, two, control) in enumerate(zip(*losses.values(), strict=True), start=1):
-        print(f"| {number} | {one:.6f} | {two:.6f} | {abs(one - two):.1e} | {control:.6f} | {abs(one - control):.1e} |")
-    sys.exit(max(abs(one - two) for one, two in zip(losses["one"], losses["two"], strict=True)) > TARGET)
+        print(
+            f"| {number} | {one:.6f} | {two:.6f} | {abs(one - two):.1e} | {control:.6f} | {abs(one - control):.1e} |"
+        )
+    sys.exit(
+        max(abs(one - two) for one, two in zip(losses["one"], losses["two"], strict=True)) > TARGET
+    )
 
 
 if __name__ == "__main__":

@@ -25,7 +25,9 @@ SUBJECT = "example_ct_sm_fast"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("nifti_zoo", type=Path)
     parser.add_argument("totalseg_example_ct", type=Path)
     arguments = parser.parse_args()
@@ -61,7 +63,9 @@ def measure_orders(folder: Path, work: Path) -> str:
     centroids = defaultdict(list)
     for row in read_rows(work / "out" / "lesions.csv"):
         lesions[row.pop("case_id")].append(row)
-        centroids[row["lesion_id"]].append([float(row.pop(f"centroid_{axis}_mm")) for axis in "ras"])
+        centroids[row["lesion_id"]].append(
+            [float(row.pop(f"centroid_{axis}_mm")) for axis in "ras"]
+        )
         distinct.add(tuple(row.values()))
     assert len(lesions) == len(scans), "a file has no lesion at all"
     counts = sorted({len(found) for found in lesions.values()})
@@ -73,10 +77,18 @@ def measure_orders(folder: Path, work: Path) -> str:
 
 def measure_labels(folder: Path, work: Path) -> str:
     """A table's row; a label without a voxel has the volume 0 and no intensity to compare."""
-    names = {int(row["label"]): row["name"] for row in read_rows(folder / "label_names.csv") if row["map"] == "total"}
+    names = {
+        int(row["label"]): row["name"]
+        for row in read_rows(folder / "label_names.csv")
+        if row["map"] == "total"
+    }
     case = next(row for row in read_rows(folder / "cases.csv") if row["subject"] == SUBJECT)
     report = volseg.measure(
-        image=folder / case["image"], mask=folder / case["label"], out=work, objects="labels", label_names=names
+        image=folder / case["image"],
+        mask=folder / case["label"],
+        out=work,
+        objects="labels",
+        label_names=names,
     )
     assert not report.failed, report.failed
     found = {row["label_name"]: row for row in read_rows(work / "lesions.csv")}
@@ -86,7 +98,10 @@ def measure_labels(folder: Path, work: Path) -> str:
         abs((float(found[name]["volume_mm3"]) if name in found else 0.0) - each["volume"])
         for name, each in expected.items()
     ]
-    intensities = [abs(float(row["intensity_mean"]) - expected[name]["intensity"]) for name, row in found.items()]
+    intensities = [
+        abs(float(row["intensity_mean"]) - expected[name]["intensity"])
+        for name, row in found.items()
+    ]
     return f"| {len(expected)} | {len(found)} | {max(volumes):.2g} | {max(intensities):.2g} |"
 
 

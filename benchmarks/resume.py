@@ -20,7 +20,9 @@ DATASET = Path(__file__).parent.parent / "sample_data"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--kills", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=6)
     arguments = parser.parse_args()
@@ -44,11 +46,14 @@ def main() -> None:
                 process.wait()
             history = broken / "history.csv"
             epochs = len(history.read_text().splitlines()) - 1 if history.exists() else 0
-            print(f"kill {number + 1}: after {wait:.0f} s, {epochs} of {arguments.epochs} epochs done")
+            print(
+                f"kill {number + 1}: after {wait:.0f} s, {epochs} of {arguments.epochs} epochs done"
+            )
         if not (broken / "model.json").exists():
             subprocess.run(command(broken, arguments.epochs), check=True, stdout=subprocess.DEVNULL)
         digests = [
-            hashlib.sha256((each / "segmentation.safetensors").read_bytes()).hexdigest() for each in (whole, broken)
+            hashlib.sha256((each / "segmentation.safetensors").read_bytes()).hexdigest()
+            for each in (whole, broken)
         ]
     print(
         f"weights: {digests[0][:16]} and {digests[1][:16]}: {'identical' if digests[0] == digests[1] else 'DIFFERENT'}"
@@ -57,7 +62,17 @@ def main() -> None:
 
 
 def command(out: Path, epochs: int) -> list[str]:
-    options = ["--recipe", "smoke", "--out", str(out), "--epochs", str(epochs), "--device", "cpu", "--resume"]
+    options = [
+        "--recipe",
+        "smoke",
+        "--out",
+        str(out),
+        "--epochs",
+        str(epochs),
+        "--device",
+        "cpu",
+        "--resume",
+    ]
     return [sys.executable, "-m", "volseg", "train", str(DATASET), *options]
 
 

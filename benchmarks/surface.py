@@ -35,7 +35,9 @@ def organ(edge: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     from scipy.ndimage import gaussian_filter, zoom
 
     random = np.random.default_rng(0)
-    distance = np.sqrt(sum((np.arange(edge, dtype=np.float32) - edge / 2)[axis] ** 2 for axis in _open_axes()))
+    distance = np.sqrt(
+        sum((np.arange(edge, dtype=np.float32) - edge / 2)[axis] ** 2 for axis in _open_axes())
+    )
     bumps = []
     for width in (3, 2):
         coarse = gaussian_filter(random.normal(size=(edge // 4,) * 3), width)
@@ -96,13 +98,21 @@ def run_side(side: str, path: str) -> None:
         measure, masks = by_monai, tuple(torch.from_numpy(mask)[None, None] for mask in masks)
         small = tuple(mask[..., 90:140, 90:140, 90:140] for mask in masks)
     else:
-        measure = by_volseg if side == "volseg" else lambda *pair: by_scipy(*pair, whole=side.endswith("array"))
+        measure = (
+            by_volseg
+            if side == "volseg"
+            else lambda *pair: by_scipy(*pair, whole=side.endswith("array"))
+        )
         small = tuple(mask[90:140, 90:140, 20:140] for mask in masks)
     measure(*small)  # imports
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins here
     before, started = _held("VmRSS"), time.perf_counter()
     values = measure(*masks)
-    print(json.dumps({"wall": time.perf_counter() - started, "memory": _held("VmHWM") - before, **values}))
+    print(
+        json.dumps(
+            {"wall": time.perf_counter() - started, "memory": _held("VmHWM") - before, **values}
+        )
+    )
 
 
 def _held(key: str) -> float:
@@ -112,7 +122,9 @@ def _held(key: str) -> float:
 
 def print_speed(edge: int, rounds: int) -> None:
     reference, near, far = organ(edge)
-    print(f"| masks of {edge}³ | | wall, s | × volseg | memory, MB | HD95 mm | NSD 1 mm | NSD 2 mm |")
+    print(
+        f"| masks of {edge}³ | | wall, s | × volseg | memory, MB | HD95 mm | NSD 1 mm | NSD 2 mm |"
+    )
     print("|---|---|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
         for name, predicted in (("near", near), ("far", far)):
@@ -131,7 +143,10 @@ def print_speed(edge: int, rounds: int) -> None:
             for side, each in found.items():
                 wall, memory = min(one["wall"] for one in each), max(one["memory"] for one in each)
                 values = " | ".join(f"{each[0][key]:.6f}" for key in ("hd95", "nsd1", "nsd2"))
-                print(f"| {name} | {side} | {wall:.3f} | {wall / ours:.1f} | {memory:.0f} | {values} |", flush=True)
+                print(
+                    f"| {name} | {side} | {wall:.3f} | {wall / ours:.1f} | {memory:.0f} | {values} |",
+                    flush=True,
+                )
 
 
 # ---- surface elements, as DeepMind's surface-distance defines them
@@ -162,7 +177,9 @@ def by_elements(
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "masks.npz"
         np.savez(path, one=reference, other=predicted, spacing=spacing_mm)
-        return json.loads(subprocess.check_output([peer, "-c", SURFACE_DISTANCE, str(path)], text=True))
+        return json.loads(
+            subprocess.check_output([peer, "-c", SURFACE_DISTANCE, str(path)], text=True)
+        )
 
 
 def print_definitions(edge: int, peer: str) -> None:
@@ -179,7 +196,12 @@ def print_definitions(edge: int, peer: str) -> None:
     reference, near, _ = organ(edge)
     cases = (
         (f"organ of {edge}³, 1 mm, perturbed", reference, near, (1.0, 1.0, 1.0)),
-        ("ball of 10 mm, 0.7 × 0.7 × 2.5 mm, moved by 1.4 mm", ball(10, 0), ball(10, 1.4), spacing_mm),
+        (
+            "ball of 10 mm, 0.7 × 0.7 × 2.5 mm, moved by 1.4 mm",
+            ball(10, 0),
+            ball(10, 1.4),
+            spacing_mm,
+        ),
         ("ball of 4 mm, the same grid, predicted with 5 mm", ball(4, 0), ball(5, 0), spacing_mm),
     )
     print("\n| masks | definition | HD95 mm | mean mm | NSD 1 mm | NSD 2 mm | s |")
@@ -188,16 +210,28 @@ def print_definitions(edge: int, peer: str) -> None:
         started = time.perf_counter()
         ours = surface_distances(one, other, Geometry(one.shape, np.diag([*spacing, 1.0])))[1]
         mine = (ours.hd95_mm, ours.mean_mm, ours.nsd(1), ours.nsd(2), time.perf_counter() - started)
-        rows = {"border voxels (volseg)": mine, "surface elements": by_elements(peer, one, other, spacing)}
+        rows = {
+            "border voxels (volseg)": mine,
+            "surface elements": by_elements(peer, one, other, spacing),
+        }
         for definition, values in rows.items():
-            print(f"| {name} | {definition} | " + " | ".join(f"{value:.4f}" for value in values) + " |", flush=True)
+            print(
+                f"| {name} | {definition} | "
+                + " | ".join(f"{value:.4f}" for value in values)
+                + " |",
+                flush=True,
+            )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--edge", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--peer", help="Python that has surface-distance; without it no second table")
+    parser.add_argument(
+        "--peer", help="Python that has surface-distance; without it no second table"
+    )
     parser.add_argument("--side", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.side:

@@ -43,7 +43,10 @@ def cases_of(dataset: Path, n: int) -> list[Case]:
     with table.open(newline="", encoding="utf-8") as file:
         rows = [row for row in csv.DictReader(file) if row["label"]]
     picked = [rows[at] for at in np.linspace(0, len(rows) - 1, min(n, len(rows))).astype(int)]
-    return [Case(row["subject"], table.parent / row["image"], table.parent / row["label"]) for row in picked]
+    return [
+        Case(row["subject"], table.parent / row["image"], table.parent / row["label"])
+        for row in picked
+    ]
 
 
 def turned(volume: Volume, turn: np.ndarray, order: int) -> np.ndarray:
@@ -51,7 +54,12 @@ def turned(volume: Volume, turn: np.ndarray, order: int) -> np.ndarray:
     matrix = index_matrix(volume.geometry, volume.geometry, np.linalg.inv(turn))
     values = volume.intensities(volume.array).astype(np.float32)
     return ndimage.affine_transform(
-        values, matrix[:3, :3], matrix[:3, 3], order=order, mode="constant" if order == 0 else "nearest", cval=0
+        values,
+        matrix[:3, :3],
+        matrix[:3, 3],
+        order=order,
+        mode="constant" if order == 0 else "nearest",
+        cval=0,
     )
 
 
@@ -95,8 +103,12 @@ def compared(
 ) -> tuple[dict[str, list[float]], str, str]:
     """Errors in percent of both axes as `compare` gives them, in each scan's own slices, and the responses."""
     volseg.compare(baseline, followup, out=out, registration=registration)
-    errors: dict[str, list[float]] = {f"{what}_{axis}": [] for what in ("own", "plane") for axis in AXES}
-    measured = {(row["case_id"], row["lesion_id"]): row for row in rows_of(followup / "lesions.csv")}
+    errors: dict[str, list[float]] = {
+        f"{what}_{axis}": [] for what in ("own", "plane") for axis in AXES
+    }
+    measured = {
+        (row["case_id"], row["lesion_id"]): row for row in rows_of(followup / "lesions.csv")
+    }
     for row in rows_of(out / "comparison.csv"):
         if row["status"] != "matched":
             continue
@@ -104,7 +116,9 @@ def compared(
         for axis in AXES:
             before = float(row[f"baseline_{axis}_axis_mm"])
             if before >= LEAST_MM:
-                errors[f"plane_{axis}"].append(100 * (float(row[f"followup_{axis}_axis_mm"]) / before - 1))
+                errors[f"plane_{axis}"].append(
+                    100 * (float(row[f"followup_{axis}_axis_mm"]) / before - 1)
+                )
                 errors[f"own_{axis}"].append(100 * (float(lesion[f"{axis}_axis_mm"]) / before - 1))
     patients = [row for row in rows_of(out / "response.csv") if row["status"] == "done"]
     given = [row["response"] for row in patients]
@@ -115,8 +129,12 @@ def compared(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("datasets", type=Path, nargs="+", help="folders with cases.csv, or such tables")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "datasets", type=Path, nargs="+", help="folders with cases.csv, or such tables"
+    )
     parser.add_argument("--cases", type=int, default=20)
     parser.add_argument("--angles", type=float, nargs="+", default=[0, 3, 5, 8, 14, 20])
     parser.add_argument("--no-registration", action="store_true", help="tilted grids only")
@@ -127,17 +145,26 @@ def main() -> None:
     print("|---|---|---|---|---|---|---|---|---|---|")
     for dataset in arguments.datasets:
         pairs = {
-            case.name: (read_volume(case.image), read_mask(case.mask)) for case in cases_of(dataset, arguments.cases)
+            case.name: (read_volume(case.image), read_mask(case.mask))
+            for case in cases_of(dataset, arguments.cases)
         }
         for angle in arguments.angles:
             with tempfile.TemporaryDirectory() as temporary:
                 tell(
-                    Path(temporary), dataset.name if dataset.is_dir() else dataset.parent.name, pairs, angle, arguments
+                    Path(temporary),
+                    dataset.name if dataset.is_dir() else dataset.parent.name,
+                    pairs,
+                    angle,
+                    arguments,
                 )
 
 
 def tell(
-    folder: Path, name: str, pairs: dict[str, tuple[Volume, Volume]], angle: float, arguments: argparse.Namespace
+    folder: Path,
+    name: str,
+    pairs: dict[str, tuple[Volume, Volume]],
+    angle: float,
+    arguments: argparse.Namespace,
 ) -> None:
     """One angle of one dataset: a row for each axis."""
     tilted, moved = {}, {}
@@ -148,15 +175,29 @@ def tell(
         tilted[case] = Volume(scan_values, back), Volume(mask_values, back)
         moved[case] = Volume(scan_values, scan.geometry), Volume(mask_values, scan.geometry)
     before = measure(folder / "before", pairs)
-    known, known_counts, _ = compared(before, measure(folder / "tilted", tilted), folder / "known", registration=False)
+    known, known_counts, _ = compared(
+        before, measure(folder / "tilted", tilted), folder / "known", registration=False
+    )
     registered, counts, seen = {f"plane_{axis}": [] for axis in AXES}, "–", "–"
     if not arguments.no_registration:
         registered, counts, seen = compared(
             before, measure(folder / "moved", moved), folder / "registered", registration=True
         )
     for axis in AXES:
-        cells = [name, f"{angle:g}°", axis, len(known[f"plane_{axis}"]), summary(known[f"own_{axis}"])]
-        cells += [summary(known[f"plane_{axis}"]), summary(registered[f"plane_{axis}"]), seen, known_counts, counts]
+        cells = [
+            name,
+            f"{angle:g}°",
+            axis,
+            len(known[f"plane_{axis}"]),
+            summary(known[f"own_{axis}"]),
+        ]
+        cells += [
+            summary(known[f"plane_{axis}"]),
+            summary(registered[f"plane_{axis}"]),
+            seen,
+            known_counts,
+            counts,
+        ]
         print("| " + " | ".join(map(str, cells)) + " |", flush=True)
 
 

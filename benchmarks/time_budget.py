@@ -31,7 +31,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--budgets", nargs="+", default=["60s", "3m", "20m"])
     arguments = parser.parse_args()
-    print("| dataset | budget | wall s | ratio | networks | steps per network | mean Dice | longest silence s | |")
+    print(
+        "| dataset | budget | wall s | ratio | networks | steps per network | mean Dice | longest silence s | |"
+    )
     print("|---|---|---|---|---|---|---|---|---|", flush=True)
     is_kept = True
     for dataset in arguments.datasets:
@@ -43,14 +45,30 @@ def main() -> None:
 def one_run(dataset: Path, budget: str, out: Path) -> bool:
     """Print the row of one run, and say whether the budget was kept."""
     shutil.rmtree(out, ignore_errors=True)
-    command = [sys.executable, "-m", "volseg", "train", dataset, "--out", out, "--time-budget", budget]
+    command = [
+        sys.executable,
+        "-m",
+        "volseg",
+        "train",
+        dataset,
+        "--out",
+        out,
+        "--time-budget",
+        budget,
+    ]
     began = time.monotonic()
     process = subprocess.Popen(
-        list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, bufsize=1
+        list(map(str, command)),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        bufsize=1,
     )
     lines: Queue[tuple[float, str]] = Queue()
     assert process.stdout is not None
-    reader = threading.Thread(target=lambda: [lines.put((time.monotonic(), line)) for line in process.stdout])
+    reader = threading.Thread(
+        target=lambda: [lines.put((time.monotonic(), line)) for line in process.stdout]
+    )
     reader.start()
     code = process.wait()
     wall = time.monotonic() - began
@@ -76,7 +94,11 @@ def results(model: Path) -> list[str]:
     if (model / "validation.csv").is_file():
         with (model / "validation.csv").open(newline="", encoding="utf-8") as file:
             dice = [float(row["dice"]) for row in csv.DictReader(file) if row["dice"]]
-    return [str(networks), f"{metrics['steps'] / networks:.0f}", f"{np.mean(dice):.3f}" if dice else "not validated"]
+    return [
+        str(networks),
+        f"{metrics['steps'] / networks:.0f}",
+        f"{np.mean(dice):.3f}" if dice else "not validated",
+    ]
 
 
 if __name__ == "__main__":

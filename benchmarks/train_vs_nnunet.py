@@ -75,7 +75,9 @@ if __name__ == "__main__":
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("dataset", type=Path)
     parser.add_argument("recipe")
     parser.add_argument("--peer", required=True, help="python of an environment with nnunetv2")
@@ -87,7 +89,12 @@ def main() -> None:
     out: Path = arguments.out
     with (arguments.dataset / "cases.csv").open(newline="", encoding="utf-8") as file:
         cases = list(csv.DictReader(file))
-    peer = peer_folder(arguments.dataset, cases, load_recipe(arguments.recipe).data.labels, out.resolve() / "nnunet")
+    peer = peer_folder(
+        arguments.dataset,
+        cases,
+        load_recipe(arguments.recipe).data.labels,
+        out.resolve() / "nnunet",
+    )
     if not (out / "model" / "model.json").exists():
         started = time.monotonic()
         volseg.train(
@@ -108,8 +115,12 @@ def main() -> None:
             stderr=subprocess.STDOUT,
         )
     found = {
-        "volseg": volseg.evaluate(reference=peer / "truth", predicted=out / "results", out=out / "evaluation"),
-        "nnU-Net v2": volseg.evaluate(reference=peer / "truth", predicted=peer / "predicted", out=peer / "evaluation"),
+        "volseg": volseg.evaluate(
+            reference=peer / "truth", predicted=out / "results", out=out / "evaluation"
+        ),
+        "nnU-Net v2": volseg.evaluate(
+            reference=peer / "truth", predicted=peer / "predicted", out=peer / "evaluation"
+        ),
     }
     facts = json.loads((peer / "facts.json").read_text())
     metrics = json.loads((out / "model" / "model.json").read_text())["metrics"]
@@ -133,21 +144,34 @@ def main() -> None:
     )
 
 
-def peer_folder(dataset: Path, cases: list[dict[str, str]], labels: dict[str, int], folder: Path) -> Path:
+def peer_folder(
+    dataset: Path, cases: list[dict[str, str]], labels: dict[str, int], folder: Path
+) -> Path:
     """nnU-Net's raw folder, its split, and the test scans with their truth, all by copying."""
     if (folder / "splits_final.json").exists():
         return folder
     raw = folder / "nnUNet_raw" / NAME
-    for part in (raw / "imagesTr", raw / "labelsTr", folder / "test", folder / "truth", folder / "scans"):
+    for part in (
+        raw / "imagesTr",
+        raw / "labelsTr",
+        folder / "test",
+        folder / "truth",
+        folder / "scans",
+    ):
         part.mkdir(parents=True, exist_ok=True)
     for case in cases:
         name, is_test = case["subject"], case["split"] == "test"
         image, label = dataset / case["image"], dataset / case["label"]
-        shutil.copy(image, (folder / "test" if is_test else raw / "imagesTr") / f"{name}_0000.nii.gz")
+        shutil.copy(
+            image, (folder / "test" if is_test else raw / "imagesTr") / f"{name}_0000.nii.gz"
+        )
         shutil.copy(label, (folder / "truth" if is_test else raw / "labelsTr") / f"{name}.nii.gz")
         if is_test:
             shutil.copy(image, folder / "scans" / f"{name}.nii.gz")
-    sides = {side: [case["subject"] for case in cases if case["split"] == side] for side in ("train", "val")}
+    sides = {
+        side: [case["subject"] for case in cases if case["split"] == side]
+        for side in ("train", "val")
+    }
     description = {
         "channel_names": {"0": "MRI"},
         "labels": {"background": 0} | labels,

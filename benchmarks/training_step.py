@@ -23,7 +23,9 @@ ROUND = 10
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("prepared", type=Path)
     parser.add_argument("--recipe")
     parser.add_argument("--steps", type=int, default=40)
@@ -32,7 +34,9 @@ def main() -> None:
     keep_freed_memory()
     recipe, plan, _, cases = load_prepared(arguments.prepared, arguments.recipe)
     training, _ = split_cases(cases, None, 0)
-    job = Job(training, recipe, plan, RunSettings(epochs=10, patience=10), Path("none"), {}, "", False)
+    job = Job(
+        training, recipe, plan, RunSettings(epochs=10, patience=10), Path("none"), {}, "", False
+    )
     loop, bare = [], []
     with team_of(torch.device(arguments.device), 1, serve) as team:
         run = Run(job, team)

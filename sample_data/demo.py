@@ -25,7 +25,9 @@ VOLUME_TOLERANCE_PERCENT, DENSITY_TOLERANCE_HU, MATCH_MM = 5.0, 2.0, 4.0
 def main() -> int:
     """0 if every lesion of at least 5 mm radius was found and measured within the tolerances, else 1."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("demo_results"), help="folder for model and results")
+    parser.add_argument(
+        "--out", type=Path, default=Path("demo_results"), help="folder for model and results"
+    )
     out: Path = parser.parse_args().out
     console = Console(width=110)
     test = [row for row in _read(FOLDER / "cases.csv") if row["split"] == "test"]
@@ -40,7 +42,9 @@ def main() -> int:
             out=out / "model",
             resume=True,
             progress=lambda stage, share, detail: (
-                console.print(f"  {stage} {share:4.0%} {detail}", highlight=False) if stage == "Training" else None
+                console.print(f"  {stage} {share:4.0%} {detail}", highlight=False)
+                if stage == "Training"
+                else None
             ),
         )
     scans = [FOLDER / row["image"] for row in test]
@@ -62,7 +66,17 @@ def _compare(
     cases: list[dict[str, str]], truth: list[dict[str, str]], lesions: list[dict[str, str]]
 ) -> tuple[Table, int]:
     """The table, and how many of the lesions that must be found are missing or out of tolerance."""
-    table = Table("case", "radius mm", "true mm³", "measured mm³", "error %", "true HU", "measured HU", "error HU", "")
+    table = Table(
+        "case",
+        "radius mm",
+        "true mm³",
+        "measured mm³",
+        "error %",
+        "true HU",
+        "measured HU",
+        "error HU",
+        "",
+    )
     misses = 0
     for case in cases:
         found = [row for row in lesions if row["case_id"] == case["subject"]]
@@ -78,7 +92,10 @@ def _compare(
             found.remove(match)
             error = 100 * (float(match["volume_mm3"]) / float(lesion["volume_mm3"]) - 1)
             density_error = float(match["intensity_mean"]) - float(lesion["hu"])
-            within = abs(error) <= VOLUME_TOLERANCE_PERCENT and abs(density_error) <= DENSITY_TOLERANCE_HU
+            within = (
+                abs(error) <= VOLUME_TOLERANCE_PERCENT
+                and abs(density_error) <= DENSITY_TOLERANCE_HU
+            )
             misses += promised and not within
             mark = "" if within or not promised else "out of tolerance"
             measured = f"{float(match['intensity_mean']):.1f}"
@@ -94,15 +111,27 @@ def _compare(
             )
         for row in found:
             table.add_row(
-                case["subject"], "none", "0", row["volume_mm3"], "", "", row["intensity_mean"], "", "false alarm"
+                case["subject"],
+                "none",
+                "0",
+                row["volume_mm3"],
+                "",
+                "",
+                row["intensity_mean"],
+                "",
+                "false alarm",
             )
         if not found and not any(row["subject"] == case["subject"] for row in truth):
-            table.add_row(case["subject"], "none", "0", "0", "", "", "", "", "no lesion, none found")
+            table.add_row(
+                case["subject"], "none", "0", "0", "", "", "", "", "no lesion, none found"
+            )
     return table, misses
 
 
 def _distance_mm(row: dict[str, str], lesion: dict[str, str]) -> float:
-    return math.dist(*([float(values[f"centroid_{axis}_mm"]) for axis in "ras"] for values in (row, lesion)))
+    return math.dist(
+        *([float(values[f"centroid_{axis}_mm"]) for axis in "ras"] for values in (row, lesion))
+    )
 
 
 def _read(path: Path) -> list[dict[str, str]]:

@@ -63,30 +63,70 @@ class CaseSpec:
 CASES = (
     CaseSpec(number=1, split="train", axis_codes="RAS", n_large=3),
     CaseSpec(number=2, split="train", n_large=3, n_small=1),
-    CaseSpec(number=3, split="train", axis_codes="RAS", spacing_mm=(1.5, 1.5, 2.0), tilt_deg=12, n_large=3),
+    CaseSpec(
+        number=3,
+        split="train",
+        axis_codes="RAS",
+        spacing_mm=(1.5, 1.5, 2.0),
+        tilt_deg=12,
+        n_large=3,
+    ),
     CaseSpec(number=4, split="train", axis_codes="PSR", spacing_mm=(1.5, 1.5, 2.2), n_large=3),
     CaseSpec(number=5, split="train", spacing_mm=(1.2, 1.2, 2.5), n_large=3),
     CaseSpec(number=6, split="train", axis_codes="RAS", spacing_mm=(1.4, 1.4, 1.9)),
-    CaseSpec(number=7, split="train", spacing_mm=(1.4, 1.4, 2.2), tilt_deg=8, n_large=3, cut_by="S"),
+    CaseSpec(
+        number=7, split="train", spacing_mm=(1.4, 1.4, 2.2), tilt_deg=8, n_large=3, cut_by="S"
+    ),
     CaseSpec(number=8, split="train", axis_codes="RAS", spacing_mm=(1.6, 1.6, 1.6), n_large=4),
-    CaseSpec(number=9, split="train", axis_codes="LPI", spacing_mm=(1.3, 1.3, 2.4), n_large=2, n_small=2),
-    CaseSpec(number=10, split="train", axis_codes="ARS", spacing_mm=(1.5, 1.4, 2.0), tilt_deg=18, n_large=3),
+    CaseSpec(
+        number=9, split="train", axis_codes="LPI", spacing_mm=(1.3, 1.3, 2.4), n_large=2, n_small=2
+    ),
+    CaseSpec(
+        number=10,
+        split="train",
+        axis_codes="ARS",
+        spacing_mm=(1.5, 1.4, 2.0),
+        tilt_deg=18,
+        n_large=3,
+    ),
     CaseSpec(number=11, split="train", n_large=2, cut_by="L"),
     CaseSpec(number=12, split="train", axis_codes="LSP", spacing_mm=(1.6, 1.6, 1.8), n_large=5),
     CaseSpec(number=21, split="train", axis_codes="RAS", spacing_mm=(1.2, 1.2, 2.5), n_large=5),
-    CaseSpec(number=22, split="train", spacing_mm=(1.2, 1.2, 2.4), tilt_deg=10, n_large=4, n_small=1),
+    CaseSpec(
+        number=22, split="train", spacing_mm=(1.2, 1.2, 2.4), tilt_deg=10, n_large=4, n_small=1
+    ),
     CaseSpec(number=23, split="train", axis_codes="PSR", spacing_mm=(1.5, 1.5, 2.3), n_large=4),
-    CaseSpec(number=24, split="train", spacing_mm=(1.3, 1.3, 2.3), n_large=4, n_small=1, cut_by="S"),
-    CaseSpec(number=25, split="train", spacing_mm=(1.4, 1.4, 2.2), tilt_deg=9, n_large=3, cut_by="R"),
+    CaseSpec(
+        number=24, split="train", spacing_mm=(1.3, 1.3, 2.3), n_large=4, n_small=1, cut_by="S"
+    ),
+    CaseSpec(
+        number=25, split="train", spacing_mm=(1.4, 1.4, 2.2), tilt_deg=9, n_large=3, cut_by="R"
+    ),
     CaseSpec(number=26, split="train", axis_codes="RAS", n_large=2, n_small=1, cut_by="L"),
     CaseSpec(number=13, split="val", n_large=3),
-    CaseSpec(number=14, split="val", axis_codes="RAS", spacing_mm=(1.5, 1.5, 2.2), tilt_deg=10, n_large=2, n_small=1),
+    CaseSpec(
+        number=14,
+        split="val",
+        axis_codes="RAS",
+        spacing_mm=(1.5, 1.5, 2.2),
+        tilt_deg=10,
+        n_large=2,
+        n_small=1,
+    ),
     CaseSpec(number=15, split="test", n_large=4),
     CaseSpec(number=16, split="test", axis_codes="RAS", tilt_deg=15, n_large=3),
     CaseSpec(number=17, split="test", axis_codes="PSR", spacing_mm=(1.5, 1.5, 2.3), n_large=3),
     CaseSpec(number=18, split="test", spacing_mm=(1.2, 1.2, 2.5), n_large=3, cut_by="I"),
     CaseSpec(number=19, split="test", axis_codes="RAS", spacing_mm=(1.5, 1.5, 1.8)),
-    CaseSpec(number=20, split="test", spacing_mm=(1.4, 1.4, 2.2), tilt_deg=7, n_large=2, n_small=1, cut_by="R"),
+    CaseSpec(
+        number=20,
+        split="test",
+        spacing_mm=(1.4, 1.4, 2.2),
+        tilt_deg=7,
+        n_large=2,
+        n_small=1,
+        cut_by="R",
+    ),
 )
 
 
@@ -123,7 +163,10 @@ class Grid:
         """(6,) distances of a point to the faces, in the order of `face_normals`; negative when it is outside."""
         index_per_mm = np.linalg.norm(np.linalg.inv(self.affine[:3, :3]), axis=1)
         index = self.to_index(point_mm)
-        return (np.stack([index + 0.5, np.array(self.shape) - 0.5 - index], axis=1) / index_per_mm[:, None]).reshape(6)
+        return (
+            np.stack([index + 0.5, np.array(self.shape) - 0.5 - index], axis=1)
+            / index_per_mm[:, None]
+        ).reshape(6)
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,8 +224,12 @@ class Phantom:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Make the sample phantoms and their truth.")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="folder to write to")
-    parser.add_argument("--seed", type=int, default=DEFAULT_SEED, help="the committed files use %(default)s")
+    parser.add_argument(
+        "--out", type=Path, default=Path(__file__).parent, help="folder to write to"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=DEFAULT_SEED, help="the committed files use %(default)s"
+    )
     arguments = parser.parse_args()
     phantoms = {spec: make_phantom(spec, seed=arguments.seed) for spec in CASES}
     write_dataset(phantoms, arguments.out)
@@ -216,7 +263,10 @@ def make_phantom(spec: CaseSpec, *, seed: int = DEFAULT_SEED) -> Phantom:
         image=np.clip(noisy, limits.min, limits.max).astype(np.int16),
         label=label,
         grid=grid,
-        truth=tuple(lesion_truth(spec.subject, number, ball, grid) for number, ball in enumerate(lesions, start=1)),
+        truth=tuple(
+            lesion_truth(spec.subject, number, ball, grid)
+            for number, ball in enumerate(lesions, start=1)
+        ),
     )
 
 
@@ -236,7 +286,12 @@ def draw_anatomy(rng: np.random.Generator, body_centre_mm: np.ndarray) -> tuple[
 
     def region(hu, centre_mm, semi_axes_mm, *, shift_mm=1.5, exponent=2.0):
         centre = body_centre_mm + scale * np.array(centre_mm) + rng.uniform(-shift_mm, shift_mm, 3)
-        return Region(float(rng.uniform(*hu)), tuple(centre.tolist()), tuple(scale * a for a in semi_axes_mm), exponent)
+        return Region(
+            float(rng.uniform(*hu)),
+            tuple(centre.tolist()),
+            tuple(scale * a for a in semi_axes_mm),
+            exponent,
+        )
 
     fat = region((-105, -95), (0, 0, 0), (46, 38, long), shift_mm=0, exponent=2.5)
     muscle = region((36, 44), (0, 0, 0), (46 - rim_mm, 38 - rim_mm, long), shift_mm=0, exponent=2.5)
@@ -257,7 +312,9 @@ def draw_grid(spec: CaseSpec, rng: np.random.Generator, body_centre_mm: np.ndarr
     directions = np.zeros((3, 3))
     directions[list(axes), range(3)] = signs
     directions = rotation(rng.normal(size=3), np.deg2rad(spec.tilt_deg)) @ directions
-    shape = tuple(round(FIELD_OF_VIEW_MM[axis] / s) for axis, s in zip(axes, spec.spacing_mm, strict=True))
+    shape = tuple(
+        round(FIELD_OF_VIEW_MM[axis] / s) for axis, s in zip(axes, spec.spacing_mm, strict=True)
+    )
 
     centre_mm = body_centre_mm + rng.uniform(-2, 2, 3)
     for code in set(spec.cut_by) & {"R", "L"}:
@@ -276,13 +333,17 @@ def rotation(axis: np.ndarray, angle: float) -> np.ndarray:
     return np.eye(3) + np.sin(angle) * cross + (1 - np.cos(angle)) * cross @ cross
 
 
-def draw_lesions(spec: CaseSpec, rng: np.random.Generator, grid: Grid, regions: tuple[Region, ...]) -> tuple[Ball, ...]:
+def draw_lesions(
+    spec: CaseSpec, rng: np.random.Generator, grid: Grid, regions: tuple[Region, ...]
+) -> tuple[Ball, ...]:
     """The lesions of a case, the one with the largest visible volume first."""
     wanted = [(CUT_RADIUS_MM, grid_face(code, spec.axis_codes)) for code in spec.cut_by]
     wanted += [(LARGE_RADIUS_MM, None)] * spec.n_large + [(SMALL_RADIUS_MM, None)] * spec.n_small
     lesions: list[Ball] = []
     for radius_range_mm, face in wanted:
-        lesions.append(draw_lesion(rng, grid, regions, lesions, radius_range_mm=radius_range_mm, face=face))
+        lesions.append(
+            draw_lesion(rng, grid, regions, lesions, radius_range_mm=radius_range_mm, face=face)
+        )
     return tuple(sorted(lesions, key=lambda ball: -visible_part(ball, grid)[0]))
 
 
@@ -315,16 +376,22 @@ def draw_lesion(
             depth = radius_mm * rng.uniform(-0.2, 0.6) / grid.spacing_mm[axis]
             index[axis] = grid.shape[axis] - 0.5 - depth if is_high else depth - 0.5
         centre_mm = np.round(grid.to_world_mm(index), 2)
-        ball = Ball(tuple(centre_mm.tolist()), radius_mm, int(rng.integers(*LESION_HU, endpoint=True)))
+        ball = Ball(
+            tuple(centre_mm.tolist()), radius_mm, int(rng.integers(*LESION_HU, endpoint=True))
+        )
         if (
             is_clear_of_faces(ball, grid, except_face=face)
             and all(surface_gap_mm(ball, other) >= LESION_GAP_MM for other in others)
             and lies_in_host(ball, regions)
-            and abs(voxel_count(ball, grid) * grid.voxel_volume_mm3 / visible_part(ball, grid)[0] - 1)
+            and abs(
+                voxel_count(ball, grid) * grid.voxel_volume_mm3 / visible_part(ball, grid)[0] - 1
+            )
             <= MAX_VOXELISATION_ERROR
         ):
             return ball
-    raise RuntimeError(f"no room for a lesion of {radius_range_mm} mm in {MAX_DRAWS} draws; use fewer or smaller ones")
+    raise RuntimeError(
+        f"no room for a lesion of {radius_range_mm} mm in {MAX_DRAWS} draws; use fewer or smaller ones"
+    )
 
 
 def is_clear_of_faces(ball: Ball, grid: Grid, *, except_face: int | None) -> bool:
@@ -358,13 +425,17 @@ def voxel_count(ball: Ball, grid: Grid) -> int:
     return int(np.count_nonzero(ball.contains(grid.to_world_mm(indices))))
 
 
-def draw_noise(rng: np.random.Generator, shape: tuple[int, ...], insides: list[np.ndarray]) -> np.ndarray:
+def draw_noise(
+    rng: np.random.Generator, shape: tuple[int, ...], insides: list[np.ndarray]
+) -> np.ndarray:
     """White Gaussian noise in HU, redrawn until no lesion's mean moves by more than MAX_NOISE_BIAS_HU."""
     for _ in range(MAX_DRAWS):
         noise = rng.normal(0, NOISE_SD_HU, shape)
         if all(abs(noise[inside].mean()) <= MAX_NOISE_BIAS_HU for inside in insides):
             return noise
-    raise RuntimeError(f"no noise within {MAX_NOISE_BIAS_HU} HU on {len(insides)} lesions after {MAX_DRAWS} draws")
+    raise RuntimeError(
+        f"no noise within {MAX_NOISE_BIAS_HU} HU on {len(insides)} lesions after {MAX_DRAWS} draws"
+    )
 
 
 def lesion_truth(subject: str, number: int, ball: Ball, grid: Grid) -> LesionTruth:

@@ -82,12 +82,19 @@ def write_dataset(folder: Path, *, n: int = 8) -> Path:
         array = np.full(geometry.shape, -1000.0)
         array[2:-2, 2:-2, 2:-2] = 20
         array = np.where(inside, 150, array) + rng.normal(0, 10, geometry.shape)
-        for sub, values in (("images", array.astype(np.int16)), ("labels", inside.astype(np.uint8) * 3)):
+        for sub, values in (
+            ("images", array.astype(np.int16)),
+            ("labels", inside.astype(np.uint8) * 3),
+        ):
             (folder / sub).mkdir(parents=True, exist_ok=True)
-            write_volume(Volume(np.asfortranarray(values), geometry), folder / sub / f"scan_{number}.nii.gz")
+            write_volume(
+                Volume(np.asfortranarray(values), geometry), folder / sub / f"scan_{number}.nii.gz"
+            )
         split = "val" if number in (n - 3, n - 4) else "test" if number >= n - 2 else "train"
         name = f"scan_{number}.nii.gz"
-        rows.append([f"scan_{number}", f"images/{name}", f"labels/{name}", split, (1, 5, 3)[number % 3]])
+        rows.append(
+            [f"scan_{number}", f"images/{name}", f"labels/{name}", split, (1, 5, 3)[number % 3]]
+        )
     with (folder / "cases.csv").open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([["subject", "image", "label", "split", "grade"], *rows])
     return folder / "cases.csv"

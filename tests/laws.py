@@ -89,7 +89,9 @@ def orientations(volume: Volume) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         for axis, (source, flip) in enumerate(zip(axes, flips, strict=True)):
             step[source, axis] = -1 if flip else 1
             step[source, 3] = volume.array.shape[source] - 1 if flip else 0
-        array = volume.array.transpose(axes)[tuple(slice(None, None, -1 if flip else 1) for flip in flips)]
+        array = volume.array.transpose(axes)[
+            tuple(slice(None, None, -1 if flip else 1) for flip in flips)
+        ]
         yield np.asfortranarray(array), volume.geometry.affine @ step
 
 

@@ -38,7 +38,14 @@ from volseg.volume import Geometry, Volume
 SECONDS = 8.0  # of a command that goes on with a harmless value; one that is refused takes a tenth
 BYTES = 2 << 30  # of address space beyond that of the libraries
 HOLE = '"\\u0007hole"'
-NEVER = ("[" * 100_000 + "]" * 100_000, '{"a":' * 5000 + "1" + "}" * 5000, "9" * 400, "NaN", "1e999", '"\\ud800"')
+NEVER = (
+    "[" * 100_000 + "]" * 100_000,
+    '{"a":' * 5000 + "1" + "}" * 5000,
+    "9" * 400,
+    "NaN",
+    "1e999",
+    '"\\ud800"',
+)
 ODD = (
     "-1", "0", "1", "2.5", "1000000000", "1e-6", "1e300", "-1e300", "[]", "{}", '""', "null", "true", '"x"', '"auto"',
     '["a", 1]', '{"a": [1]}', "[1, 1, 1]", "[1000000000, 1000000000, 1000000000]", '"' + "n" * 100_000 + '"',
@@ -54,23 +61,40 @@ def untrained_model(folder: Path) -> Path:
     torch.manual_seed(0)
     numbers = IntensityStatistics(mean=0, sd=1, p00_5=-1, median=0, p99_5=1)
     fingerprint = DatasetFingerprint(
-        n_cases=1, spacings_mm=((2, 2, 2),), shapes=((30, 30, 30),), label_voxels={3: 9}, foreground={"ct": numbers}
+        n_cases=1,
+        spacings_mm=((2, 2, 2),),
+        shapes=((30, 30, 30),),
+        label_voxels={3: 9},
+        foreground={"ct": numbers},
     )
     window = Window(method="window", low=-200, high=300, mean=40, sd=100)
-    plan = Plan(spacing_mm=(2, 2, 2), patch_shape=(16, 16, 16), batch_size=2, windows={"ct": window})
+    plan = Plan(
+        spacing_mm=(2, 2, 2), patch_shape=(16, 16, 16), batch_size=2, windows={"ct": window}
+    )
     weights = {"segmentation": weights_of(build_segmentation(recipe))}
-    metrics = {"training_cases": 4, "validation_cases": 1, "best_epoch": 2, "training_seconds": 1.5, "warnings": "few"}
+    metrics = {
+        "training_cases": 4,
+        "validation_cases": 1,
+        "best_epoch": 2,
+        "training_seconds": 1.5,
+        "warnings": "few",
+    }
     metrics |= {"validation_dice_lesion": 0.8, "validation_dice_lesion_95": [0.7, 0.9]}
     metrics |= {"nnunet_validation_dice_fold_0": 0.8}
     save_bundle(
-        ModelBundle(recipe=recipe, plan=plan, fingerprint=fingerprint, weights=weights, metrics=metrics), folder
+        ModelBundle(
+            recipe=recipe, plan=plan, fingerprint=fingerprint, weights=weights, metrics=metrics
+        ),
+        folder,
     )
     return folder
 
 
 def scan(path: Path) -> Path:
     values = np.random.default_rng(0).integers(-1000, 300, (20, 18, 16)).astype(np.int16)
-    write_volume(Volume(np.asfortranarray(values), Geometry(values.shape, np.diag([2.0, 2, 2, 1]))), path)
+    write_volume(
+        Volume(np.asfortranarray(values), Geometry(values.shape, np.diag([2.0, 2, 2, 1]))), path
+    )
     return path
 
 
@@ -84,7 +108,13 @@ def mask(path: Path) -> Path:
 def paths_in(content: Any, at: Path_ = ()) -> Iterator[Path_]:
     """Where every value stands, that of the whole first."""
     yield at
-    items = content.items() if isinstance(content, dict) else enumerate(content) if isinstance(content, list) else ()
+    items = (
+        content.items()
+        if isinstance(content, dict)
+        else enumerate(content)
+        if isinstance(content, list)
+        else ()
+    )
     for key, value in items:
         yield from paths_in(value, (*at, key))
 
@@ -106,7 +136,17 @@ def mutated(content: Any, at: Path_, value: str) -> str:
 
 def model(folder: Path) -> tuple[Path, list[list[Any]]]:
     bundle, image = untrained_model(folder / "model"), scan(folder / "scan.nii.gz")
-    infer = ["infer", image, "--model", bundle, "--out", folder / "out", "--backend", "torch", "--no-report"]
+    infer = [
+        "infer",
+        image,
+        "--model",
+        bundle,
+        "--out",
+        folder / "out",
+        "--backend",
+        "torch",
+        "--no-report",
+    ]
     return bundle / "model.json", [["check", bundle], infer]
 
 
@@ -129,7 +169,14 @@ def raw_dataset(folder: Path) -> tuple[Path, list[list[Any]]]:
 def label_names(folder: Path) -> tuple[Path, list[list[Any]]]:
     (folder / "names.json").write_text(json.dumps({"1": "spleen", "2": "liver"}))
     image = scan(folder / "scan.nii.gz")
-    pair = ["--image", image, "--mask", mask(folder / "mask.nii.gz"), "--label-names", folder / "names.json"]
+    pair = [
+        "--image",
+        image,
+        "--mask",
+        mask(folder / "mask.nii.gz"),
+        "--label-names",
+        folder / "names.json",
+    ]
     return folder / "names.json", [["measure", *pair, "--out", folder / "out", "--no-report"]]
 
 
@@ -188,9 +235,21 @@ def try_kind(folder: Path, kind: str, number: int, seed: int) -> dict[str, Any]:
             seconds = time.monotonic() - began
             slowest = max(slowest, seconds)
             lines = [line for line in messages.splitlines() if line.strip()]
-            is_right = code in ((2, 4) if value in NEVER else (0, 2, 3, 4)) and "Traceback" not in messages
+            is_right = (
+                code in ((2, 4) if value in NEVER else (0, 2, 3, 4)) and "Traceback" not in messages
+            )
             if not is_right or seconds > SECONDS:
-                wrong.append([command[0], list(at), value[:40], code, round(seconds, 1), lines[-1:], messages[-1500:]])
+                wrong.append(
+                    [
+                        command[0],
+                        list(at),
+                        value[:40],
+                        code,
+                        round(seconds, 1),
+                        lines[-1:],
+                        messages[-1500:],
+                    ]
+                )
             shutil.rmtree(folder / "out", ignore_errors=True)
     path.write_text(text)
     return {"tried": len(cases), "slowest": round(slowest, 2), "wrong": wrong}

@@ -83,7 +83,9 @@ def plans(configurations: Mapping[str, Any] | None = None, **changes: Any) -> di
         "image_reader_writer": "SimpleITKIO",
         "transpose_forward": [0, 1, 2],
         "transpose_backward": [0, 1, 2],
-        "configurations": {"3d_fullres": configuration()} if configurations is None else dict(configurations),
+        "configurations": {"3d_fullres": configuration()}
+        if configurations is None
+        else dict(configurations),
         "label_manager": "LabelManager",
         "foreground_intensity_properties_per_channel": {str(n): statistics for n in range(4)},
     }
@@ -100,7 +102,9 @@ def dataset(**changes: Any) -> dict[str, Any]:
     return {key: value for key, value in (content | changes).items() if value is not None}
 
 
-def state_dict(kind: str = "PlainConvUNet", *, channels: int = 1, heads: int = 3, seed: int = 0) -> dict[str, Any]:
+def state_dict(
+    kind: str = "PlainConvUNet", *, channels: int = 1, heads: int = 3, seed: int = 0
+) -> dict[str, Any]:
     """Random weights under nnU-Net's names, with its repetitions and with a head per level."""
     generator = torch.Generator().manual_seed(seed)
     state: dict[str, torch.Tensor] = {}
@@ -141,8 +145,15 @@ def state_dict(kind: str = "PlainConvUNet", *, channels: int = 1, heads: int = 3
         level = len(FEATURES) - 2 - s
         width = FEATURES[level]
         for i in range(n):
-            layer(f"decoder.stages.{s}.convs.{i}", 2 * width if i == 0 else width, width, KERNELS[level])
-        state[f"decoder.transpconvs.{s}.weight"] = numbers(FEATURES[level + 1], width, *STRIDES[level + 1])
+            layer(
+                f"decoder.stages.{s}.convs.{i}",
+                2 * width if i == 0 else width,
+                width,
+                KERNELS[level],
+            )
+        state[f"decoder.transpconvs.{s}.weight"] = numbers(
+            FEATURES[level + 1], width, *STRIDES[level + 1]
+        )
         state[f"decoder.transpconvs.{s}.bias"] = numbers(width)
         state[f"decoder.seg_layers.{s}.weight"] = numbers(heads, width, 1, 1, 1)
         state[f"decoder.seg_layers.{s}.bias"] = numbers(heads)
@@ -152,15 +163,21 @@ def state_dict(kind: str = "PlainConvUNet", *, channels: int = 1, heads: int = 3
 def logits_of(state: Mapping[str, torch.Tensor], patch: torch.Tensor) -> torch.Tensor:
     """The network of a `state_dict`, layer by layer: (N, channels, X, Y, Z) → (N, heads, X, Y, Z)."""
 
-    def layer(x: torch.Tensor, name: str, stride: Sequence[int] = (1, 1, 1), active: bool = True) -> torch.Tensor:
+    def layer(
+        x: torch.Tensor, name: str, stride: Sequence[int] = (1, 1, 1), active: bool = True
+    ) -> torch.Tensor:
         weight = state[f"{name}.conv.weight"]
         padding = [n // 2 for n in weight.shape[2:]]
         x = functional.conv3d(x, weight, state.get(f"{name}.conv.bias"), tuple(stride), padding)
-        x = functional.instance_norm(x, weight=state[f"{name}.norm.weight"], bias=state[f"{name}.norm.bias"], eps=1e-5)
+        x = functional.instance_norm(
+            x, weight=state[f"{name}.norm.weight"], bias=state[f"{name}.norm.bias"], eps=1e-5
+        )
         return functional.leaky_relu(x, 0.01) if active else x
 
     def block(x: torch.Tensor, name: str, stride: Sequence[int]) -> torch.Tensor:
-        aside = functional.avg_pool3d(x, tuple(stride), tuple(stride)) if math.prod(stride) > 1 else x
+        aside = (
+            functional.avg_pool3d(x, tuple(stride), tuple(stride)) if math.prod(stride) > 1 else x
+        )
         for number in (0, 1):
             if f"{name}.skip.{number}.conv.weight" in state:
                 aside = layer(aside, f"{name}.skip.{number}", active=False)
@@ -196,9 +213,16 @@ def checkpoint(weights: Mapping[str, torch.Tensor], **changes: Any) -> dict[str,
     """What nnU-Net's trainer saves: the weights among momenta, a log of NumPy scalars, and the arguments it was made with."""
     content = {
         "network_weights": dict(weights),
-        "optimizer_state": {"state": {0: {"momentum_buffer": torch.zeros(3)}}, "param_groups": [{"lr": 0.01}]},
+        "optimizer_state": {
+            "state": {0: {"momentum_buffer": torch.zeros(3)}},
+            "param_groups": [{"lr": 0.01}],
+        },
         "grad_scaler_state": None,
-        "logging": {"mean_fg_dice": [np.float64(0.5)], "train_losses": [np.float32(-0.4)], "lrs": [0.01]},
+        "logging": {
+            "mean_fg_dice": [np.float64(0.5)],
+            "train_losses": [np.float32(-0.4)],
+            "lrs": [0.01],
+        },
         "_best_ema": np.float64(0.5),
         "current_epoch": 1000,
         "init_args": {"configuration": "3d_fullres", "fold": 0, "device": torch.device("cpu")},

@@ -100,7 +100,9 @@ class Run:
     broken: str = ""  # name of a case of which an input cannot be read
 
 
-def make_world(folder: Path, write_dataset, make_nnunet, commands: Sequence[str] = COMMANDS) -> Path:
+def make_world(
+    folder: Path, write_dataset, make_nnunet, commands: Sequence[str] = COMMANDS
+) -> Path:
     """A dataset, a model, and results of the commands, each made by the command itself; in
     `expected.json` the rows that each makes with the options of `VARIANTS`. Made where the copies
     will be, as records hold absolute paths and a comparison hashes of records; returns the template.
@@ -134,7 +136,11 @@ def make_world(folder: Path, write_dataset, make_nnunet, commands: Sequence[str]
             out.mkdir()
         code, output = run_command(arguments_of(command, folder, out))
         assert code == 0, (command, output)
-    for command, maker in (("measure-results", "infer"), ("report", "infer"), ("quantise", "train")):
+    for command, maker in (
+        ("measure-results", "infer"),
+        ("report", "infer"),
+        ("quantise", "train"),
+    ):
         if command in commands:
             shutil.copytree(folder / "done" / maker, folder / "done" / command)
     expected = {f"{command} ": rows_of(folder / "done" / command) for command in commands}
@@ -175,7 +181,9 @@ def arguments_of(command: str, world: Path, out: Path, options: str = "") -> lis
     return [str(part) for part in [*line, *added]]
 
 
-def run_command(arguments: Sequence[str], *, end: str = "itself", seconds: float = 0, file_bytes: int = 0):
+def run_command(
+    arguments: Sequence[str], *, end: str = "itself", seconds: float = 0, file_bytes: int = 0
+):
     """Run the command line in a process of its own, which is ended as asked; its exit code and what it printed."""
     out, into = os.pipe()
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # until the command itself begins
@@ -199,7 +207,9 @@ def run_command(arguments: Sequence[str], *, end: str = "itself", seconds: float
     os.close(into)
     if end.startswith("SIG"):
         time.sleep(seconds)
-        os.kill(child, getattr(signal, end))  # a child that has ended is not reaped yet, so this is harmless
+        os.kill(
+            child, getattr(signal, end)
+        )  # a child that has ended is not reaped yet, so this is harmless
     output = b""
     while chunk := os.read(out, 65536):
         output += chunk
@@ -231,7 +241,9 @@ def _main(arguments: Sequence[str]) -> int:
             sys.stderr.flush()
     except KeyboardInterrupt as late:
         # The command is over, and the signal came while this function looked at its exit code.
-        if code is None and [frame.name for frame in traceback.extract_tb(late.__traceback__)] != ["_main"]:
+        if code is None and [frame.name for frame in traceback.extract_tb(late.__traceback__)] != [
+            "_main"
+        ]:
             raise
     return 130 if code is None else code
 
@@ -297,7 +309,9 @@ def edit_results(seed: int, out: Path) -> list[Path]:
     rng = np.random.default_rng([seed, 1])
     if rng.random() < 0.5:
         return []
-    files = [path for path in sorted(out.rglob("*")) if path.is_file() and ".volseg" not in path.parts]
+    files = [
+        path for path in sorted(out.rglob("*")) if path.is_file() and ".volseg" not in path.parts
+    ]
     chosen = [path for path in files if rng.random() < min(0.5, 1.5 / max(1, len(files)))]
     for path in chosen:
         path.write_bytes(path.read_bytes() + b"by hand")
@@ -320,7 +334,9 @@ def check_run(
         if path not in volsegs or path in edited or run.out not in path.parents
     }
     rows = _Rows(run, edited, json.loads((world / "expected.json").read_text()))
-    code, output = run_command(run.arguments, end=run.end, seconds=run.seconds, file_bytes=run.file_bytes)
+    code, output = run_command(
+        run.arguments, end=run.end, seconds=run.seconds, file_bytes=run.file_bytes
+    )
     faults = _lost(users, world, "after the run")
     if not any((run.out / ".volseg").glob("ready-*")):  # else the next run finishes writing them
         faults += rows.faults("after the run", is_done=code == 0)
@@ -332,7 +348,11 @@ def check_run(
     if "Traceback" in output or again not in (0, 2, 3, 4):
         faults.append(f"second run: exit {again}: {output[-600:]}")
     hidden = run.out / ".volseg"
-    left = [path for path in hidden.glob("*") if re.match(r"(tmp|ready)-", path.name)] if again == 0 else []
+    left = (
+        [path for path in hidden.glob("*") if re.match(r"(tmp|ready)-", path.name)]
+        if again == 0
+        else []
+    )
     faults += [f"left behind: {path}" for path in left]
     shutil.rmtree(world)
     return run, faults, code
@@ -343,7 +363,8 @@ def _tree(folder: Path) -> dict[Path, str]:
     return {
         path: hashlib.sha256(path.read_bytes()).hexdigest()
         for path in folder.rglob("*")
-        if path.is_file() and (path.parent.name != ".volseg" or path.read_bytes().startswith(b"mine"))
+        if path.is_file()
+        and (path.parent.name != ".volseg" or path.read_bytes().startswith(b"mine"))
     }
 
 
@@ -353,7 +374,10 @@ def _lost(users: dict[Path, str], world: Path, when: str) -> list[str]:
     # A file of the user's in `.volseg` may be set aside under another name, with all its bytes.
     kept = set(after.values())
     lost = [path for path in gone if not (".volseg" in path.parts and users[path] in kept)]
-    return [f"{'changed' if path in after else 'lost'} {when}: {path.relative_to(world)}" for path in lost]
+    return [
+        f"{'changed' if path in after else 'lost'} {when}: {path.relative_to(world)}"
+        for path in lost
+    ]
 
 
 def rows_of(out: Path, edited: Collection[Path] = ()) -> Rows:
@@ -361,13 +385,19 @@ def rows_of(out: Path, edited: Collection[Path] = ()) -> Rows:
     from run to run. Tables that were edited by hand are left out."""
     tables_of: Rows = {}
     for items, lesions, column in TABLES:
-        done = [row for row in _read(out / items, edited) if row.get("status") == "done" and row.get(column)]
+        done = [
+            row
+            for row in _read(out / items, edited)
+            if row.get("status") == "done" and row.get(column)
+        ]
         others = _read(out / lesions, edited)
         for name in {row[column] for row in done}:
             tables = tables_of.setdefault(name, {})
             for table, rows in ((items, done), (lesions, others)):
                 if out / table not in edited:
-                    tables[table] = [_lasting(table, row) for row in rows if row.get(column) == name]
+                    tables[table] = [
+                        _lasting(table, row) for row in rows if row.get(column) == name
+                    ]
     return tables_of
 
 
@@ -405,11 +435,15 @@ class _Rows:
         involved = {"other"} if run.broken in ("scan_0", "scan_2") else set()
         self._broken = {run.broken} | involved if run.broken else set()
         # A mask that was corrected is kept, and so are its rows.
-        self._kept = {path.name.removesuffix(".nii.gz") for path in edited if path.parent.name == "masks"}
+        self._kept = {
+            path.name.removesuffix(".nii.gz") for path in edited if path.parent.name == "masks"
+        }
 
     def _now(self) -> Rows:
         rows = rows_of(self._run.out, self._edited)
-        if self._run.command == "measure-results":  # a corrected mask has no confidence and no class
+        if (
+            self._run.command == "measure-results"
+        ):  # a corrected mask has no confidence and no class
             for row in (row for tables in rows.values() for row in tables.get("lesions.csv", ())):
                 of_model = [name for name in row if str(name).startswith(("confidence", "class"))]
                 row |= dict.fromkeys(of_model, "")
@@ -433,7 +467,13 @@ class _Rows:
                 faults.append(f"rows of {name} {state} {when}")
         return faults
 
-    def _of_tables(self, rows: dict[str, list[dict[str, str]]] | None) -> dict[str, list[dict[str, str]]] | None:
+    def _of_tables(
+        self, rows: dict[str, list[dict[str, str]]] | None
+    ) -> dict[str, list[dict[str, str]]] | None:
         if rows is None:
             return None
-        return {table: lines for table, lines in rows.items() if self._run.out / table not in self._edited}
+        return {
+            table: lines
+            for table, lines in rows.items()
+            if self._run.out / table not in self._edited
+        }

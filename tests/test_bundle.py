@@ -21,11 +21,21 @@ def test_save_then_load_gives_equal_logits_of_both_networks(model, tmp_path):
     second = save_bundle(first, tmp_path / "copy")
     patch = np.random.default_rng(0).normal(size=(1, 1, 16, 16, 16)).astype(np.float32)
     slices = np.random.default_rng(0).random((3, 2, 16, 16)).astype(np.float32)
-    for build, batch in ((lambda b: b.segmentation_network(), patch), (lambda b: b.classifier_network(), slices)):
-        one, two = (TorchBackend(build(bundle), torch.device("cpu")).logits(batch) for bundle in (first, second))
+    for build, batch in (
+        (lambda b: b.segmentation_network(), patch),
+        (lambda b: b.classifier_network(), slices),
+    ):
+        one, two = (
+            TorchBackend(build(bundle), torch.device("cpu")).logits(batch)
+            for bundle in (first, second)
+        )
         np.testing.assert_array_equal(one, two)
         assert np.ptp(one) > 0
-    assert (second.recipe, second.plan, second.fingerprint) == (first.recipe, first.plan, first.fingerprint)
+    assert (second.recipe, second.plan, second.fingerprint) == (
+        first.recipe,
+        first.plan,
+        first.fingerprint,
+    )
 
 
 def test_a_bundle_holds_no_pickle_and_a_card_with_what_was_measured(model):
@@ -90,7 +100,15 @@ def test_the_shipped_bundle_is_small_says_its_limits_and_loads():
     assert "CC BY 3.0" in (folder / "card.md").read_text()
     assert bundle.classifier_network() is not None
     preprocess = bundle.recipe.preprocess
-    assert (preprocess.axes, preprocess.transpose, preprocess.separate_above) == ("canonical", (0, 1, 2), None)
-    assert (preprocess.normalise_first, preprocess.clip_overshoot, preprocess.normalise_channels) == (False, False, {})
+    assert (preprocess.axes, preprocess.transpose, preprocess.separate_above) == (
+        "canonical",
+        (0, 1, 2),
+        None,
+    )
+    assert (
+        preprocess.normalise_first,
+        preprocess.clip_overshoot,
+        preprocess.normalise_channels,
+    ) == (False, False, {})
     assert bundle.recipe.data.regions_class_order is None
     assert bundle.origin == {}

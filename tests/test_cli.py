@@ -34,7 +34,11 @@ COMMANDS = (
 
 def run(*arguments, **options):
     return subprocess.run(
-        [sys.executable, "-m", "volseg", *map(str, arguments)], capture_output=True, text=True, timeout=300, **options
+        [sys.executable, "-m", "volseg", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        **options,
     )
 
 
@@ -46,7 +50,9 @@ def test_help_needs_neither_torch_nor_a_second_of_cpu_time():
     assert done.stdout.rstrip().endswith("False False")
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1
     done = subprocess.run(
-        [sys.executable, "-c", "import sys, volseg; print('torch' in sys.modules)"], capture_output=True, text=True
+        [sys.executable, "-c", "import sys, volseg; print('torch' in sys.modules)"],
+        capture_output=True,
+        text=True,
     )
     assert done.stdout.strip() == "False"
 
@@ -75,7 +81,9 @@ def test_one_line_and_exit_code_2_for_a_wrong_request(tmp_path):
         done = run(*arguments)
         assert done.returncode == 2, done.stderr
         assert done.stdout == ""
-        lines = [line for line in done.stderr.strip().splitlines() if "still running" not in line]  # of a busy machine
+        lines = [
+            line for line in done.stderr.strip().splitlines() if "still running" not in line
+        ]  # of a busy machine
         assert len(lines) == 1
         assert "to fix:" in lines[0]
 
@@ -88,7 +96,9 @@ def test_infer_prints_json_and_4_for_a_refused_scan_without_a_trace(model, tmp_p
     assert list(json.loads(done.stdout)["failed"]) == ["scan"]
     assert "Traceback" not in done.stderr
     done = run("infer", scan, "--model", model, "--out", tmp_path / "r")
-    assert len([line for line in done.stderr.splitlines() if line.startswith("failed: scan: E_")]) == 1
+    assert (
+        len([line for line in done.stderr.splitlines() if line.startswith("failed: scan: E_")]) == 1
+    )
 
 
 def test_the_main_job_by_hand(model, dataset, tmp_path):
@@ -96,7 +106,16 @@ def test_the_main_job_by_hand(model, dataset, tmp_path):
     done = run("infer", dataset / "images", "--model", model, "--out", out, "--json")
     assert done.returncode == 0, done.stderr
     assert len(json.loads(done.stdout)["done"]) == 8
-    done = run("evaluate", "--reference", dataset / "labels", "--predicted", out, "--out", tmp_path / "e", "--json")
+    done = run(
+        "evaluate",
+        "--reference",
+        dataset / "labels",
+        "--predicted",
+        out,
+        "--out",
+        tmp_path / "e",
+        "--json",
+    )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["mean_dice"] > 0.7
     done = run("measure", "--cases", dataset / "cases.csv", "--out", tmp_path / "m")
@@ -133,7 +152,17 @@ def test_bars_move_by_tiles_on_a_terminal_and_are_not_drawn_into_a_pipe(model, d
     assert "Segmenting" not in piped.stdout
     ours, theirs = pty.openpty()
     with subprocess.Popen(
-        [sys.executable, "-m", "volseg", "infer", *scans, "--model", model, "--out", tmp_path / "shown"],
+        [
+            sys.executable,
+            "-m",
+            "volseg",
+            "infer",
+            *scans,
+            "--model",
+            model,
+            "--out",
+            tmp_path / "shown",
+        ],
         stdout=subprocess.DEVNULL,
         stderr=theirs,
         env=os.environ | {"TERM": "xterm", "COLUMNS": "120"},
@@ -167,7 +196,12 @@ def test_a_label_with_markup_is_shown_as_it_is_in_a_table(monkeypatch, capsys):
     names = ("dice", "hd95_mm", "nsd_1mm", "nsd_2mm", "volume_error_ml")
     label = {"name": "a[/b]:x:\x1b", "n": 3, "metrics": dict.fromkeys(names, mean), "n_missed": 1}
     label["detection"] = {"f1": mean}
-    details = {"labels": {"1": label}, "n_patients": 3, "patients": "a patient per case", "not_predicted": []}
+    details = {
+        "labels": {"1": label},
+        "n_patients": 3,
+        "patients": "a patient per case",
+        "not_predicted": [],
+    }
     cli._print_evaluation(workflows.RunReport(out=Path("nowhere"), details=details))
     told = capsys.readouterr()
     assert "a[/b]:x:\\x1b" in told.out and "\x1b" not in told.out + told.err
@@ -185,7 +219,9 @@ def read_all(terminal):
 
 def test_a_file_in_place_of_the_output_folder_is_exit_code_2(model, dataset, tmp_path):
     (tmp_path / "file").write_text("in the way")
-    done = run("infer", dataset / "images" / "scan_0.nii.gz", "--model", model, "--out", tmp_path / "file")
+    done = run(
+        "infer", dataset / "images" / "scan_0.nii.gz", "--model", model, "--out", tmp_path / "file"
+    )
     assert done.returncode == 2
     assert len(done.stderr.strip().splitlines()) == 1 and "[E_EXISTS]" in done.stderr
 
@@ -195,20 +231,45 @@ def test_cuda_where_there_is_none_is_exit_code_5(model, dataset, tmp_path):
 
     if torch.cuda.is_available():
         pytest.skip("this machine has a CUDA device")
-    done = run("infer", dataset / "images" / "scan_0.nii.gz", "--model", model, "--out", tmp_path, "--device", "cuda")
+    done = run(
+        "infer",
+        dataset / "images" / "scan_0.nii.gz",
+        "--model",
+        model,
+        "--out",
+        tmp_path,
+        "--device",
+        "cuda",
+    )
     assert done.returncode == 5
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_an_interrupted_batch_leaves_a_table_with_pending_rows(number, code, model, dataset, tmp_path):
+def test_an_interrupted_batch_leaves_a_table_with_pending_rows(
+    number, code, model, dataset, tmp_path
+):
     out = tmp_path / "r"
     process = subprocess.Popen(
-        [sys.executable, "-m", "volseg", "infer", str(dataset / "images"), "--model", str(model), "--out", str(out)],
+        [
+            sys.executable,
+            "-m",
+            "volseg",
+            "infer",
+            str(dataset / "images"),
+            "--model",
+            str(model),
+            "--out",
+            str(out),
+        ],
         stderr=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
     )
     deadline = time.monotonic() + 120
-    while not list((out / "masks").glob("scan_*")) and time.monotonic() < deadline and process.poll() is None:
+    while (
+        not list((out / "masks").glob("scan_*"))
+        and time.monotonic() < deadline
+        and process.poll() is None
+    ):
         time.sleep(0.01)
     process.send_signal(number)
     assert process.wait(30) == code
@@ -282,12 +343,16 @@ volseg.cli.main = load
 main()
 """
     started = time.monotonic()
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False
+    )
     assert (done.returncode, done.stdout, done.stderr) == (code, "", "")
     assert time.monotonic() - started < 9
 
 
-def test_ctrl_c_ends_training_with_a_usable_model_and_resume_goes_on(dataset, tiny_recipe, tmp_path):
+def test_ctrl_c_ends_training_with_a_usable_model_and_resume_goes_on(
+    dataset, tiny_recipe, tmp_path
+):
     # A prepared folder brings its recipe.
     slow = tiny_recipe.model_copy(
         update={"train": tiny_recipe.train.model_copy(update={"epochs": 400, "patience": 400})}
@@ -308,7 +373,12 @@ def test_ctrl_c_ends_training_with_a_usable_model_and_resume_goes_on(dataset, ti
     found = json.loads(stdout)
     assert (found["interrupted"], found["exit_code"]) == (True, 130)
     assert "add --resume to go on" in stderr
-    assert workflows.infer(dataset / "images" / "scan_7.nii.gz", model=out, out=tmp_path / "r").exit_code == 0
+    assert (
+        workflows.infer(
+            dataset / "images" / "scan_7.nii.gz", model=out, out=tmp_path / "r"
+        ).exit_code
+        == 0
+    )
     epochs = len((out / "history.csv").read_text().splitlines())
     workflows.train(tmp_path / "p", out=out, device="cpu", resume=True, epochs=epochs + 1)
     assert len((out / "history.csv").read_text().splitlines()) == epochs + 2

@@ -75,8 +75,12 @@ def model(*, fine=50.0, coarse=120.0, margin_mm=10.0, patch=8, overlap=0.5, **se
     if coarse is None:
         del content["roi"]
     recipe = parse_recipe(content, where="test")
-    plan = Plan(spacing_mm=recipe.preprocess.spacing_mm, patch_shape=(patch,) * 3, batch_size=1, windows={})
-    bundle = ModelBundle(recipe=recipe, plan=plan, fingerprint=NO_DATA, weights={"segmentation": {}, "roi": {}})
+    plan = Plan(
+        spacing_mm=recipe.preprocess.spacing_mm, patch_shape=(patch,) * 3, batch_size=1, windows={}
+    )
+    bundle = ModelBundle(
+        recipe=recipe, plan=plan, fingerprint=NO_DATA, weights={"segmentation": {}, "roi": {}}
+    )
     first = None if bundle.coarse is None else Model(bundle.coarse, Over(coarse), None)
     return Model(bundle, Over(fine), None, coarse=first)
 
@@ -88,7 +92,11 @@ def phantom(affine, shape=(70, 60, 50)):
     array = np.full(shape, -1000.0)
     array[4:-4, 4:-4, 4:-4] = rng.normal(0, 5, tuple(n - 8 for n in shape))
     middle = centre_mm(geometry)
-    bright = ball(8, geometry, middle + 0.2 * (geometry.to_world_mm(np.array([[n - 1 for n in shape]]))[0] - middle))
+    bright = ball(
+        8,
+        geometry,
+        middle + 0.2 * (geometry.to_world_mm(np.array([[n - 1 for n in shape]]))[0] - middle),
+    )
     corner = geometry.to_world_mm(np.array([[9, 9, 9]]))[0]
     faint = ball(6, geometry, corner)
     array[bright], array[faint] = 150, 90
@@ -102,7 +110,9 @@ def masks(scan, *models):
 @pytest.mark.parametrize("inside", ["scan", "body"])
 @pytest.mark.parametrize("crop", ["none", "body"])
 @pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS.keys())
-def test_the_result_is_that_of_the_whole_scan_in_the_region_and_background_elsewhere(grid, crop, inside):
+def test_the_result_is_that_of_the_whole_scan_in_the_region_and_background_elsewhere(
+    grid, crop, inside
+):
     scan, bright, faint = phantom(grid((1.5, 1.5, 2.5)))
     sections = {"preprocess": {"crop": crop}, "infer": {"inside": inside}}
     with_it, without = model(**sections), model(coarse=None, **sections)
@@ -115,7 +125,9 @@ def test_the_result_is_that_of_the_whole_scan_in_the_region_and_background_elsew
     assert with_it.segmentation.tiles < without.segmentation.tiles / 4
 
 
-@pytest.mark.parametrize("affine", [lps((1.0, 1.5, 3.0)), oblique((2.0, 1.0, 4.0))], ids=["lps", "oblique"])
+@pytest.mark.parametrize(
+    "affine", [lps((1.0, 1.5, 3.0)), oblique((2.0, 1.0, 4.0))], ids=["lps", "oblique"]
+)
 @pytest.mark.parametrize("margin_mm", [0.0, 12.0, 25.0])
 def test_the_margin_is_in_millimetres_whatever_the_spacing(affine, margin_mm):
     scan, bright, _ = phantom(affine, (90, 84, 40))
@@ -128,7 +140,9 @@ def test_the_margin_is_in_millimetres_whatever_the_spacing(affine, margin_mm):
     spacing = [scan.geometry.spacing_mm[axis] for axis in order.axes]
     shape = [scan.geometry.shape[axis] for axis in order.axes]
     for axis, (own, coarse) in enumerate(zip(spacing, (5.0, 6.0, 4.0), strict=True)):
-        slack = coarse + 2 * 2.0 + own  # a coarse voxel at the rim of what is found; whole prepared and native voxels
+        slack = (
+            coarse + 2 * 2.0 + own
+        )  # a coarse voxel at the rim of what is found; whole prepared and native voxels
         for room, grown in (
             (boxes[0].start[axis], boxes[0].start[axis] - boxes[1].start[axis]),
             (shape[axis] - boxes[0].stop[axis], boxes[1].stop[axis] - boxes[0].stop[axis]),

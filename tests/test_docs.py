@@ -11,7 +11,9 @@ PAGES = sorted(path for path in [ROOT / "README.md", *(ROOT / "docs").rglob("*.m
 
 
 def test_the_page_of_columns_is_that_of_the_code():
-    assert (ROOT / "docs" / "columns.md").read_text(encoding="utf-8") == columns_page(table_columns())
+    assert (ROOT / "docs" / "columns.md").read_text(encoding="utf-8") == columns_page(
+        table_columns()
+    )
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)

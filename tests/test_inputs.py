@@ -112,7 +112,9 @@ g = "" # '
 """.replace("\n", "\r\n")
     (tmp_path / "recipe.toml").write_bytes(text.encode())
     assert read_toml(tmp_path / "recipe.toml") == tomllib.loads(text)
-    (tmp_path / "recipe.toml").write_bytes(text.encode() + b"'" + b"'.".join([b"a"] * (MAX_DEPTH + 1)) + b" = 1")
+    (tmp_path / "recipe.toml").write_bytes(
+        text.encode() + b"'" + b"'.".join([b"a"] * (MAX_DEPTH + 1)) + b" = 1"
+    )
     with pytest.raises(ValueError, match="at line"):  # it is not TOML, and that is said
         read_toml(tmp_path / "recipe.toml")
     for key in (".".join("a" * (MAX_DEPTH + 1)), " .\t".join(['"a"'] * (MAX_DEPTH + 1))):
@@ -129,7 +131,13 @@ def test_only_regular_files_are_opened_and_nothing_is_waited_for(tmp_path, monke
     (tmp_path / "file").write_bytes(b"text")
     (tmp_path / "link to file").symlink_to(tmp_path / "file")
     began = time.monotonic()
-    kinds = {"pipe": "a pipe", "folder": "a folder", "link": "a pipe", "/dev/zero": "a device", "/dev/null": "a device"}
+    kinds = {
+        "pipe": "a pipe",
+        "folder": "a folder",
+        "link": "a pipe",
+        "/dev/zero": "a device",
+        "/dev/null": "a device",
+    }
     with socket.socket(socket.AF_UNIX) as listener:
         monkeypatch.chdir(tmp_path)  # the name of a socket is short
         listener.bind("socket")

@@ -68,7 +68,9 @@ def table_of_pairs(folder, n):
 
 def table_of_one_patient(folder, n):
     names = [f"c{number}" for number in range(n)]
-    (folder / "one.csv").write_text("patient,baseline,followup\n" + "".join(f"p,{name},\n" for name in names))
+    (folder / "one.csv").write_text(
+        "patient,baseline,followup\n" + "".join(f"p,{name},\n" for name in names)
+    )
     return lambda: read_pairs(folder / "one.csv", (folder, folder), (names, names))
 
 
@@ -87,20 +89,27 @@ def cases_that_are_complete(folder, n):
         keep=lambda name, scan: None,
         write_tables=lambda pending: [],
     )
-    options = {"inputs": SimpleNamespace(of=lambda case: ()), "files": CaseFiles(("masks",), False, False)}
+    options = {
+        "inputs": SimpleNamespace(of=lambda case: ()),
+        "files": CaseFiles(("masks",), False, False),
+    }
     options |= {"stage": "", "progress": lambda *call: None}
     return lambda: run_cases(cases, lambda todo: iter(()), lambda case: "", results, **options)
 
 
 def nnunet_channels(folder, n):
     dataset = nnunet._Dataset(
-        channel_names={str(number): f"c{number}" for number in range(n)}, labels={}, file_ending=".nii.gz"
+        channel_names={str(number): f"c{number}" for number in range(n)},
+        labels={},
+        file_ending=".nii.gz",
     )
     return lambda: dataset.channels
 
 
 def nnunet_configurations(folder, n):
-    parents = {f"c{number}": {"inherits_from": f"c{number + 1}", f"key_{number}": 0} for number in range(n)}
+    parents = {
+        f"c{number}": {"inherits_from": f"c{number + 1}", f"key_{number}": 0} for number in range(n)
+    }
     plans = SimpleNamespace(configurations=parents)
     return lambda: nnunet._configuration(plans, "c0", folder)
 

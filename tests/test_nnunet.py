@@ -39,9 +39,13 @@ def preprocess_of(tmp_path, **options):
 
 
 @pytest.mark.parametrize("kind", ["PlainConvUNet", "ResidualEncoderUNet"])
-def test_the_imported_network_gives_the_logits_of_the_checkpoint_before_and_after_the_disk(kind, tmp_path):
+def test_the_imported_network_gives_the_logits_of_the_checkpoint_before_and_after_the_disk(
+    kind, tmp_path
+):
     state = made.state_dict(kind)
-    folder = made.write_model(tmp_path, folds={"0": made.checkpoint(state)}, plans_json=with_network(kind))
+    folder = made.write_model(
+        tmp_path, folds={"0": made.checkpoint(state)}, plans_json=with_network(kind)
+    )
     bundle = read_nnunet(folder)
     expected = made.logits_of(state, PATCH)
     found = logits(bundle.segmentation_network())
@@ -55,15 +59,25 @@ def test_the_imported_network_gives_the_logits_of_the_checkpoint_before_and_afte
         bundle.fingerprint,
         bundle.origin,
     )
-    assert sorted(path.suffix for path in (tmp_path / "model").iterdir()) == [".json", ".md", ".safetensors"]
+    assert sorted(path.suffix for path in (tmp_path / "model").iterdir()) == [
+        ".json",
+        ".md",
+        ".safetensors",
+    ]
 
 
 def test_only_the_last_head_and_no_repetition_is_kept(tmp_path):
     state = made.state_dict()
     bundle = read_nnunet(made.write_model(tmp_path, folds={"0": made.checkpoint(state)}))
     kept = sum(tensor.numel() for tensor in bundle.weights["segmentation"].values())
-    once = {key: t for key, t in state.items() if "all_modules" not in key and not key.startswith("decoder.encoder")}
-    dropped = once["decoder.seg_layers.0.weight"].numel() + once["decoder.seg_layers.0.bias"].numel()
+    once = {
+        key: t
+        for key, t in state.items()
+        if "all_modules" not in key and not key.startswith("decoder.encoder")
+    }
+    dropped = (
+        once["decoder.seg_layers.0.weight"].numel() + once["decoder.seg_layers.0.bias"].numel()
+    )
     assert kept == sum(tensor.numel() for tensor in once.values()) - dropped
 
 
@@ -76,12 +90,16 @@ def test_half_precision_weights_come_back_as_float32(tmp_path):
 def test_folds_are_an_ensemble_in_the_order_of_their_numbers(tmp_path):
     states = {fold: made.state_dict(seed=int(fold)) for fold in ("10", "2", "0")}
     folds = {fold: made.checkpoint(state) for fold, state in states.items()}
-    folder = made.write_model(tmp_path, folds=folds | {"all": made.checkpoint(made.state_dict(seed=77))})
+    folder = made.write_model(
+        tmp_path, folds=folds | {"all": made.checkpoint(made.state_dict(seed=77))}
+    )
     bundle = save_bundle(read_nnunet(folder), tmp_path / "model")
     assert list(bundle.weights) == ["segmentation", "segmentation_1", "segmentation_2"]
     networks = load_bundle(tmp_path / "model").segmentation_networks()
     for network, fold in zip(networks, ("0", "2", "10"), strict=True):
-        torch.testing.assert_close(logits(network), made.logits_of(states[fold], PATCH), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            logits(network), made.logits_of(states[fold], PATCH), rtol=1e-5, atol=1e-5
+        )
     mean = torch.stack([logits(network) for network in networks]).mean(0)
     expected = torch.stack([made.logits_of(state, PATCH) for state in states.values()]).mean(0)
     torch.testing.assert_close(mean, expected, rtol=1e-5, atol=1e-5)
@@ -93,8 +111,12 @@ def test_folds_and_checkpoints_can_be_chosen(tmp_path):
     folds = {fold: made.checkpoint(state) for fold, state in states.items()}
     folder = made.write_model(tmp_path, folds=folds, checkpoint_name="checkpoint_best.pth")
     for asked, expected in ((["1"], "1"), (["all"], "all"), (["fold_0"], "0")):
-        (network,) = read_nnunet(folder, folds=asked, checkpoint="checkpoint_best.pth").segmentation_networks()
-        torch.testing.assert_close(logits(network), made.logits_of(states[expected], PATCH), rtol=1e-5, atol=1e-5)
+        (network,) = read_nnunet(
+            folder, folds=asked, checkpoint="checkpoint_best.pth"
+        ).segmentation_networks()
+        torch.testing.assert_close(
+            logits(network), made.logits_of(states[expected], PATCH), rtol=1e-5, atol=1e-5
+        )
 
 
 def test_a_single_fold_all_is_taken_where_there_is_no_other(tmp_path):
@@ -143,7 +165,9 @@ def test_a_malicious_pickle_is_refused_by_name_and_not_run(protocol, tmp_path):
     folder = made.write_model(tmp_path)
     trap = tmp_path / "trap"
     path = folder / "fold_0" / "checkpoint_final.pth"
-    torch.save(made.checkpoint(made.state_dict(), logging=Malicious(trap)), path, pickle_protocol=protocol)
+    torch.save(
+        made.checkpoint(made.state_dict(), logging=Malicious(trap)), path, pickle_protocol=protocol
+    )
     with pytest.raises(VolsegError, match=r"pickle asks for .*pathlib") as caught:
         read_nnunet(folder)
     assert caught.value.code == "E_PICKLE"
@@ -189,7 +213,14 @@ def test_a_checkpoint_written_with_numpy_1_is_read(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"PK\x03\x04 cut off", b"no pickle", pickle.dumps([1, 2]), pickle.dumps({"network_weights": 3})]
+    "content",
+    [
+        b"",
+        b"PK\x03\x04 cut off",
+        b"no pickle",
+        pickle.dumps([1, 2]),
+        pickle.dumps({"network_weights": 3}),
+    ],
 )
 def test_a_file_that_is_no_checkpoint_is_refused(content, tmp_path):
     folder = made.write_model(tmp_path)
@@ -207,7 +238,9 @@ def test_a_checkpoint_cut_short_or_without_what_is_needed_is_refused(tmp_path):
     with pytest.raises(VolsegError, match="not a checkpoint"):
         read_nnunet(folder)
     torch.save({"state_dict": made.state_dict()}, path)
-    with pytest.raises(VolsegError, match=r"not a checkpoint of nnU-Net v2 \(KeyError: 'init_args'\)"):
+    with pytest.raises(
+        VolsegError, match=r"not a checkpoint of nnU-Net v2 \(KeyError: 'init_args'\)"
+    ):
         read_nnunet(folder)
 
 
@@ -241,7 +274,9 @@ def test_missing_folds_and_checkpoints_are_named_with_what_there_is(tmp_path):
         read_nnunet(folder, folds=["0", "0"])
     (folder / "fold_1").mkdir()
     torch.save({}, folder / "fold_1" / "checkpoint_best.pth")
-    with pytest.raises(VolsegError, match=r"fold_1/checkpoint_final.pth: there is no such") as caught:
+    with pytest.raises(
+        VolsegError, match=r"fold_1/checkpoint_final.pth: there is no such"
+    ) as caught:
         read_nnunet(folder)
     assert "--checkpoint checkpoint_best.pth" in caught.value.fix
     empty = made.write_model(tmp_path / "other", folds={"0": {}})
@@ -251,7 +286,10 @@ def test_missing_folds_and_checkpoints_are_named_with_what_there_is(tmp_path):
 
 
 def test_the_configuration_is_that_of_the_folders_name(tmp_path):
-    both = {"3d_lowres": made.configuration(spacing=[3.0, 3.0, 3.0]), "3d_fullres": made.configuration()}
+    both = {
+        "3d_lowres": made.configuration(spacing=[3.0, 3.0, 3.0]),
+        "3d_fullres": made.configuration(),
+    }
     low = made.checkpoint(made.state_dict(), init_args={"configuration": "3d_lowres"})
     name = "nnUNetTrainer_250epochs__myPlans__3d_lowres"
     folder = made.write_model(tmp_path, folds={"0": low}, plans_json=made.plans(both), name=name)
@@ -281,10 +319,22 @@ def test_a_default_ct_model_becomes_the_recipe_of_its_plans(tmp_path):
     }
     preprocess = recipe.preprocess
     assert (preprocess.axes, preprocess.transpose) == ("stored", (0, 1, 2))
-    assert (preprocess.interpolation, preprocess.separate_above, preprocess.clip_overshoot) == ("cubic", 3, True)
+    assert (preprocess.interpolation, preprocess.separate_above, preprocess.clip_overshoot) == (
+        "cubic",
+        3,
+        True,
+    )
     assert (preprocess.crop, preprocess.normalise_first) == ("nonzero", True)
     settings = plan.prepare_settings(preprocess, recipe.data.channels)
-    for name in ("axes", "transpose", "interpolation", "separate_above", "clip_overshoot", "crop", "normalise_first"):
+    for name in (
+        "axes",
+        "transpose",
+        "interpolation",
+        "separate_above",
+        "clip_overshoot",
+        "crop",
+        "normalise_first",
+    ):
         assert getattr(settings, name) == getattr(preprocess, name), name
     assert (recipe.infer.overlap, recipe.infer.mirror_axes) == (0.5, ("R", "A", "S"))
     assert bundle.fingerprint.n_cases == 12
@@ -303,11 +353,15 @@ def test_mirroring_is_that_of_the_checkpoint(axes, tmp_path):
 
 
 @pytest.mark.parametrize("forward", [[0, 1, 2], [2, 0, 1], [1, 0, 2]])
-@pytest.mark.parametrize("reader", ["SimpleITKIO", "NibabelIO", "SimpleITKIOWithReorient", "NibabelIOWithReorient"])
+@pytest.mark.parametrize(
+    "reader", ["SimpleITKIO", "NibabelIO", "SimpleITKIOWithReorient", "NibabelIOWithReorient"]
+)
 def test_axes_are_those_that_the_reader_and_the_transpose_give(reader, forward, tmp_path):
     plans = made.plans(image_reader_writer=reader, transpose_forward=forward)
     preprocess = preprocess_of(tmp_path, plans_json=plans)
-    patient = np.arange(24).reshape(2, 3, 4)  # R, A, S; for the readers that do not reorient, the file's I, J, K
+    patient = np.arange(24).reshape(
+        2, 3, 4
+    )  # R, A, S; for the readers that do not reorient, the file's I, J, K
     expected = patient.transpose(2, 1, 0).transpose(forward)
     prepared = patient if preprocess.axes == "canonical" else patient.transpose(2, 1, 0)
     assert preprocess.axes == ("canonical" if "Reorient" in reader else "stored")
@@ -345,12 +399,15 @@ def test_every_normalisation_does_to_a_channel_what_nnunet_does(tmp_path):
     }
     normalisers = bundle.plan.normalisers(bundle.recipe.preprocess, bundle.recipe.data.channels)
     for normaliser, (name, wanted) in zip(normalisers, expected.items(), strict=True):
-        np.testing.assert_allclose(normaliser(array, mask), wanted, rtol=1e-5, atol=1e-4, err_msg=name)
+        np.testing.assert_allclose(
+            normaliser(array, mask), wanted, rtol=1e-5, atol=1e-4, err_msg=name
+        )
 
 
 def test_rescaling_and_photographs_go_from_0_to_1(tmp_path):
     plans = with_configuration(
-        normalization_schemes=["RescaleTo01Normalization", "RGBTo01Normalization"], use_mask_for_norm=[False, False]
+        normalization_schemes=["RescaleTo01Normalization", "RGBTo01Normalization"],
+        use_mask_for_norm=[False, False],
     )
     bundle = read_nnunet(
         made.write_model(
@@ -361,10 +418,14 @@ def test_rescaling_and_photographs_go_from_0_to_1(tmp_path):
         )
     )
     assert bundle.recipe.data.channels == ("MR_0000", "MR_0001")
-    rescale, photograph = bundle.plan.normalisers(bundle.recipe.preprocess, bundle.recipe.data.channels)
+    rescale, photograph = bundle.plan.normalisers(
+        bundle.recipe.preprocess, bundle.recipe.data.channels
+    )
     array = np.random.default_rng(0).integers(3, 240, (4, 5, 6))
     body = array > 100
-    np.testing.assert_allclose(rescale(array, body), (array - array.min()) / np.ptp(array), atol=1e-6)
+    np.testing.assert_allclose(
+        rescale(array, body), (array - array.min()) / np.ptp(array), atol=1e-6
+    )
     np.testing.assert_allclose(photograph(array, body), array / 255, atol=1e-6)
 
 
@@ -388,9 +449,21 @@ def test_the_ignore_label_has_no_channel(tmp_path):
 @pytest.mark.parametrize(
     ("data", "logits_back", "expected"),
     [
-        ({"order": 3, "force_separate_z": None}, {"order": 1, "force_separate_z": None}, ("cubic", 3.0, True)),
-        ({"order": 1, "force_separate_z": False}, {"order": 1, "force_separate_z": False}, ("linear", None, False)),
-        ({"order": 3, "force_separate_z": True}, {"order": 1, "force_separate_z": True}, ("cubic", 0.0, True)),
+        (
+            {"order": 3, "force_separate_z": None},
+            {"order": 1, "force_separate_z": None},
+            ("cubic", 3.0, True),
+        ),
+        (
+            {"order": 1, "force_separate_z": False},
+            {"order": 1, "force_separate_z": False},
+            ("linear", None, False),
+        ),
+        (
+            {"order": 3, "force_separate_z": True},
+            {"order": 1, "force_separate_z": True},
+            ("cubic", 0.0, True),
+        ),
         (
             {"order": 3, "force_separate_z": None, "separate_z_anisotropy_threshold": 2},
             {"order": 1, "force_separate_z": None, "separate_z_anisotropy_threshold": 2},
@@ -400,7 +473,9 @@ def test_the_ignore_label_has_no_channel(tmp_path):
     ],
 )
 def test_the_rule_of_anisotropy_is_that_of_the_plans(data, logits_back, expected, tmp_path):
-    plans = with_configuration(resampling_fn_data_kwargs=data, resampling_fn_probabilities_kwargs=logits_back)
+    plans = with_configuration(
+        resampling_fn_data_kwargs=data, resampling_fn_probabilities_kwargs=logits_back
+    )
     found = preprocess_of(tmp_path, plans_json=plans)
     assert (found.interpolation, found.separate_above, found.clip_overshoot) == expected
 
@@ -414,13 +489,19 @@ def test_resampling_by_torch_is_linear(tmp_path):
         resampling_fn_probabilities_kwargs=torch_way,
     )
     found = preprocess_of(tmp_path, plans_json=plans)
-    assert (found.interpolation, found.separate_above, found.clip_overshoot) == ("linear", 3.0, False)
+    assert (found.interpolation, found.separate_above, found.clip_overshoot) == (
+        "linear",
+        3.0,
+        False,
+    )
 
 
 def test_a_configuration_inherits_what_it_does_not_say(tmp_path):
     child = {"inherits_from": "3d_fullres", "patch_size": [16, 16, 16]}
     plans = made.plans({"3d_fullres": made.configuration(), "3d_fullres_cube": child})
-    folds = {"0": made.checkpoint(made.state_dict(), init_args={"configuration": "3d_fullres_cube"})}
+    folds = {
+        "0": made.checkpoint(made.state_dict(), init_args={"configuration": "3d_fullres_cube"})
+    }
     folder = made.write_model(tmp_path, folds=folds, plans_json=plans, name="a__b__3d_fullres_cube")
     plan = read_nnunet(folder).plan
     assert (plan.patch_shape, plan.spacing_mm) == ((16, 16, 16), (2.5, 0.8, 0.7))
@@ -428,8 +509,14 @@ def test_a_configuration_inherits_what_it_does_not_say(tmp_path):
 
 @pytest.mark.parametrize("kind", ["PlainConvUNet", "ResidualEncoderUNet"])
 def test_plans_in_the_old_form_give_the_same_network(kind, tmp_path, monkeypatch):
-    monkeypatch.setattr(made, "FEATURES", [3, 6, 7])  # doubled per level up to the largest, as the old form can say
-    n_down = made.PLAIN["n_conv_per_stage"] if kind == "PlainConvUNet" else made.RESIDUAL["n_blocks_per_stage"]
+    monkeypatch.setattr(
+        made, "FEATURES", [3, 6, 7]
+    )  # doubled per level up to the largest, as the old form can say
+    n_down = (
+        made.PLAIN["n_conv_per_stage"]
+        if kind == "PlainConvUNet"
+        else made.RESIDUAL["n_blocks_per_stage"]
+    )
     old = {
         "UNet_class_name": kind,
         "UNet_base_num_features": 3,
@@ -442,7 +529,9 @@ def test_plans_in_the_old_form_give_the_same_network(kind, tmp_path, monkeypatch
     }
     state = made.state_dict(kind)
     plans = made.plans({"3d_fullres": made.configuration(architecture=None) | old})
-    plans["foreground_intensity_properties_by_modality"] = plans.pop("foreground_intensity_properties_per_channel")
+    plans["foreground_intensity_properties_by_modality"] = plans.pop(
+        "foreground_intensity_properties_per_channel"
+    )
     dataset = made.dataset(channel_names=None, modality={"0": "CT"})
     folds = {"0": made.checkpoint(state)}
     folder = made.write_model(tmp_path, folds=folds, plans_json=plans, dataset_json=dataset)
@@ -453,7 +542,9 @@ def test_plans_in_the_old_form_give_the_same_network(kind, tmp_path, monkeypatch
 def test_the_dice_that_nnunet_measured_goes_to_the_card(tmp_path):
     folder = made.write_model(tmp_path)
     (folder / "fold_0" / "validation").mkdir()
-    (folder / "fold_0" / "validation" / "summary.json").write_text(json.dumps({"foreground_mean": {"Dice": 0.8125}}))
+    (folder / "fold_0" / "validation" / "summary.json").write_text(
+        json.dumps({"foreground_mean": {"Dice": 0.8125}})
+    )
     bundle = read_nnunet(folder)
     assert bundle.metrics == {"nnunet_validation_dice_fold_0": 0.8125}
     assert "nnunet_validation_dice_fold_0: 0.8125" in model_card(bundle)
@@ -502,7 +593,10 @@ def test_what_volseg_cannot_do_is_refused_in_one_line_with_its_name(plans, messa
         (made.dataset(labels={"background": 0}), "names no label"),
         (made.dataset(labels={"background": 0, "a": 1, "b": 3}), "are not numbered 1, 2, … 2"),
         (made.dataset(labels={"background": 0, "a": [1, 2], "b": 2}), "regions_class_order None"),
-        (made.dataset(labels={"0": "background", "1": "a"}), "models of version 1 have to be trained again"),
+        (
+            made.dataset(labels={"0": "background", "1": "a"}),
+            "models of version 1 have to be trained again",
+        ),
         (made.dataset(channel_names=None), "names no channels"),
     ],
 )

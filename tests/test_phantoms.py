@@ -52,11 +52,21 @@ def load(subject, column):
 def lesion_masks(subject):
     """Pairs of (row of truth, mask of that lesion), by the nearest centroid."""
     label = load(subject, "label")
-    components, n_components = ndimage.label(np.asarray(label.dataobj), structure=np.ones((3, 3, 3)))
+    components, n_components = ndimage.label(
+        np.asarray(label.dataobj), structure=np.ones((3, 3, 3))
+    )
     assert n_components == len(TRUTH[subject])
     masks = [components == component for component in range(1, n_components + 1)]
     for row in TRUTH[subject]:
-        yield row, min(masks, key=lambda mask: np.linalg.norm(voxel_centroid_mm(mask, label.affine) - centroid_mm(row)))
+        yield (
+            row,
+            min(
+                masks,
+                key=lambda mask: np.linalg.norm(
+                    voxel_centroid_mm(mask, label.affine) - centroid_mm(row)
+                ),
+            ),
+        )
 
 
 def voxel_centroid_mm(mask, affine):
@@ -128,7 +138,9 @@ def test_cut_ball_agrees_with_quadrature(depth_mm):
 def test_the_parts_of_a_cut_ball_add_up_to_the_ball():
     below, above = phantoms.cut_ball(8.0, 3.0), phantoms.cut_ball(8.0, -3.0)
     assert below[0] + above[0] == pytest.approx(4 / 3 * math.pi * 8**3)
-    assert below[0] * below[1] == pytest.approx(above[0] * above[1])  # both moments point away from the plane
+    assert below[0] * below[1] == pytest.approx(
+        above[0] * above[1]
+    )  # both moments point away from the plane
 
 
 @pytest.mark.parametrize("depth_mm", [-8.0, 8.1])
@@ -142,7 +154,9 @@ def test_visible_part_agrees_with_points_in_the_field_of_view(face):
     """Every face of an oblique, anisotropic, permuted grid, against points 0.1 mm apart in the ball."""
     affine = np.eye(4)
     axes = np.array([[0, 0, 1], [-1, 0, 0], [0, 1, 0]])  # PSR
-    affine[:3, :3] = phantoms.rotation(np.array([1.0, -2.0, 0.5]), 0.3) @ axes @ np.diag([1.2, 1.5, 2.5])
+    affine[:3, :3] = (
+        phantoms.rotation(np.array([1.0, -2.0, 0.5]), 0.3) @ axes @ np.diag([1.2, 1.5, 2.5])
+    )
     affine[:3, 3] = 30, -120, 410
     grid = phantoms.Grid((30, 26, 16), affine)
     index = (np.array(grid.shape) - 1) / 2
@@ -153,9 +167,13 @@ def test_visible_part_agrees_with_points_in_the_field_of_view(face):
     assert phantoms.lesion_truth("s", 1, ball, grid).touches_border
 
     steps_mm = np.arange(-4.95, 5, 0.1)
-    points_mm = np.array(ball.centre_mm) + np.stack(np.meshgrid(steps_mm, steps_mm, steps_mm), -1).reshape(-1, 3)
+    points_mm = np.array(ball.centre_mm) + np.stack(
+        np.meshgrid(steps_mm, steps_mm, steps_mm), -1
+    ).reshape(-1, 3)
     indices = grid.to_index(points_mm)
-    is_seen = ((indices >= -0.5) & (indices <= np.array(grid.shape) - 0.5)).all(axis=1) & ball.contains(points_mm)
+    is_seen = ((indices >= -0.5) & (indices <= np.array(grid.shape) - 0.5)).all(
+        axis=1
+    ) & ball.contains(points_mm)
     volume_mm3, centroid = phantoms.visible_part(ball, grid)
     assert volume_mm3 == pytest.approx(np.count_nonzero(is_seen) * 0.1**3, rel=2e-3)
     np.testing.assert_allclose(centroid, points_mm[is_seen].mean(axis=0), atol=0.02)
@@ -175,7 +193,9 @@ def test_committed_files_are_what_the_script_makes(number):
         committed = load(spec.subject, column)
         np.testing.assert_array_equal(np.asarray(committed.dataobj), array)
         np.testing.assert_array_equal(committed.affine, phantom.grid.affine)
-    assert [lesion.volume_mm3 for lesion in phantom.truth] == [float(r["volume_mm3"]) for r in TRUTH[spec.subject]]
+    assert [lesion.volume_mm3 for lesion in phantom.truth] == [
+        float(r["volume_mm3"]) for r in TRUTH[spec.subject]
+    ]
 
 
 def test_written_files_are_equal_byte_for_byte(tmp_path):
@@ -205,7 +225,9 @@ def test_an_impossible_phantom_is_refused(monkeypatch):
 
 
 def test_splits_share_no_patient():
-    assert [sum(row["split"] == split for row in CASES.values()) for split in ("train", "val", "test")] == [18, 2, 6]
+    assert [
+        sum(row["split"] == split for row in CASES.values()) for split in ("train", "val", "test")
+    ] == [18, 2, 6]
     assert len({row["patient"] for row in CASES.values()}) == len(CASES)
     assert set(TRUTH) <= set(CASES)
 

@@ -3,7 +3,14 @@ import pytest
 from laws import lps, oblique, orientations, ras
 
 from volseg.errors import VolsegError
-from volseg.plan import CaseFingerprint, DatasetFingerprint, Plan, combine_fingerprints, fingerprint_case, make_plan
+from volseg.plan import (
+    CaseFingerprint,
+    DatasetFingerprint,
+    Plan,
+    combine_fingerprints,
+    fingerprint_case,
+    make_plan,
+)
 from volseg.preprocess.normalise import Window, ZScore
 from volseg.recipe import load_recipe
 from volseg.sizing import LEAST_STEPS, Budget
@@ -13,7 +20,9 @@ SHAPE = (20, 22, 12)
 
 
 def case(spacing_mm=(1.0, 1.0, 1.0), samples=(1.0, 2.0, 3.0)):
-    return CaseFingerprint(spacing_mm=spacing_mm, shape=SHAPE, label_voxels={1: 3}, samples={"ct": samples})
+    return CaseFingerprint(
+        spacing_mm=spacing_mm, shape=SHAPE, label_voxels={1: 3}, samples={"ct": samples}
+    )
 
 
 def recipe(**preprocess):
@@ -27,13 +36,17 @@ AUTO = {"spacing_mm": "auto", "normalise": {"method": "window"}}
 
 def test_all_48_orders_have_the_same_fingerprint():
     rng = np.random.default_rng(0)
-    scan = Volume(rng.integers(-100, 100, SHAPE).astype(np.int16), Geometry(SHAPE, lps((0.7, 0.9, 2.5))))
+    scan = Volume(
+        rng.integers(-100, 100, SHAPE).astype(np.int16), Geometry(SHAPE, lps((0.7, 0.9, 2.5)))
+    )
     mask = scan.with_array((rng.random(SHAPE) < 0.2).astype(np.uint8) * 4)
     expected = fingerprint_case({"ct": scan}, mask, np.random.default_rng(0))
     assert expected.spacing_mm == pytest.approx((0.7, 0.9, 2.5))
     for (array, affine), (labels, _) in zip(orientations(scan), orientations(mask), strict=True):
         geometry = Geometry(array.shape, affine)
-        found = fingerprint_case({"ct": Volume(array, geometry)}, Volume(labels, geometry), np.random.default_rng(0))
+        found = fingerprint_case(
+            {"ct": Volume(array, geometry)}, Volume(labels, geometry), np.random.default_rng(0)
+        )
         assert found.spacing_mm == pytest.approx(expected.spacing_mm)
         assert found.shape == expected.shape
         assert found.label_voxels == expected.label_voxels == {4: int((mask.array == 4).sum())}
@@ -46,14 +59,20 @@ def test_samples_are_scaled_intensities_under_the_mask_only():
     array[3, 4, 5], mask[3, 4, 5] = 100, 1
     geometry = Geometry(SHAPE, oblique((1, 1, 2)))
     found = fingerprint_case(
-        {"ct": Volume(array, geometry, slope=2, intercept=-50)}, Volume(mask, geometry), np.random.default_rng(0)
+        {"ct": Volume(array, geometry, slope=2, intercept=-50)},
+        Volume(mask, geometry),
+        np.random.default_rng(0),
     )
     assert found.samples["ct"] == (150.0,)
 
 
 def test_the_plan_takes_the_median_spacing_and_the_statistics_under_the_labels():
     values = tuple(np.linspace(0, 100, 1001))
-    cases = [case((0.6, 0.6, 1.0), values), case((0.7, 0.7, 1.25), values), case((0.9, 0.9, 2.0), values)]
+    cases = [
+        case((0.6, 0.6, 1.0), values),
+        case((0.7, 0.7, 1.25), values),
+        case((0.9, 0.9, 2.0), values),
+    ]
     plan = make_plan(combine_fingerprints(cases), recipe(**AUTO))
     assert plan.spacing_mm == (0.7, 0.7, 1.25)
     window = plan.windows["ct"]
@@ -66,7 +85,9 @@ def test_a_strongly_anisotropic_axis_takes_a_low_percentile_but_no_finer_than_th
     spacing = make_plan(combine_fingerprints(cases), recipe(**AUTO)).spacing_mm
     assert spacing[:2] == (0.7, 0.7)
     assert spacing[2] == pytest.approx(np.percentile([1.0] + [5.0] * 10, 10))
-    finest = make_plan(combine_fingerprints([case((0.7, 0.7, z)) for z in (0.2, 0.2, 5, 5, 5)]), recipe(**AUTO))
+    finest = make_plan(
+        combine_fingerprints([case((0.7, 0.7, z)) for z in (0.2, 0.2, 5, 5, 5)]), recipe(**AUTO)
+    )
     assert finest.spacing_mm[2] == 0.7
 
 
@@ -95,11 +116,16 @@ def test_a_dataset_without_a_labelled_voxel_is_refused():
 
 def test_channels_may_be_normalised_in_different_ways():
     loaded = recipe(
-        normalise={"method": "zscore"}, normalise_channels={"ct": {"method": "window"}}, spacing_mm=(1, 1, 1)
+        normalise={"method": "zscore"},
+        normalise_channels={"ct": {"method": "window"}},
+        spacing_mm=(1, 1, 1),
     )
     data = loaded.data.model_copy(update={"channels": ("t1", "ct")})
     both = CaseFingerprint(
-        spacing_mm=(1, 1, 1), shape=SHAPE, label_voxels={1: 2}, samples={"ct": (0.0, 8.0), "t1": (1.0, 2.0)}
+        spacing_mm=(1, 1, 1),
+        shape=SHAPE,
+        label_voxels={1: 2},
+        samples={"ct": (0.0, 8.0), "t1": (1.0, 2.0)},
     )
     plan = make_plan(combine_fingerprints([both]), loaded.model_copy(update={"data": data}))
     assert list(plan.windows) == ["ct"]
@@ -116,7 +142,9 @@ def test_recipes_that_can_only_be_run_are_not_planned():
         make_plan(fingerprint, regions.model_copy(update={"data": data}))
     with pytest.raises(VolsegError, match="other axes than R, A, S"):
         make_plan(fingerprint, recipe(**AUTO, transpose=(2, 0, 1)))
-    assert make_plan(fingerprint, recipe(**AUTO | {"spacing_mm": (3, 1, 1)}, axes="stored")).spacing_mm == (3, 1, 1)
+    assert make_plan(
+        fingerprint, recipe(**AUTO | {"spacing_mm": (3, 1, 1)}, axes="stored")
+    ).spacing_mm == (3, 1, 1)
 
 
 def test_a_recipe_overrules_a_plan_that_is_passed_back_and_the_lines_say_so():
@@ -127,14 +155,21 @@ def test_a_recipe_overrules_a_plan_that_is_passed_back_and_the_lines_say_so():
     assert same.spacing_mm == (2.0, 2.0, 3.0)
     assert same.batch_size == recipe().train.batch_size  # stated by that recipe
     lines = {line.setting: line for line in same.lines}
-    assert (lines["spacing"].value, lines["spacing"].reason) == ("2 × 2 × 3 mm", "from the plan that was given")
+    assert (lines["spacing"].value, lines["spacing"].reason) == (
+        "2 × 2 × 3 mm",
+        "from the plan that was given",
+    )
     assert lines["batch"].value == str(same.batch_size)
-    stated = edited.overruled_by(recipe(spacing_mm=(1.0, 1.0, 1.0), normalise={"method": "window", "low": -5.0}))
+    stated = edited.overruled_by(
+        recipe(spacing_mm=(1.0, 1.0, 1.0), normalise={"method": "window", "low": -5.0})
+    )
     assert stated.spacing_mm == (1.0, 1.0, 1.0)
     assert (stated.windows["ct"].low, stated.windows["ct"].high) == (-5.0, plan.windows["ct"].high)
     scored = edited.overruled_by(recipe(normalise={"method": "zscore"}))
     assert scored.windows == {}
-    (normaliser,) = scored.prepare_settings(recipe(normalise={"method": "zscore"}).preprocess, ["ct"]).normalisers
+    (normaliser,) = scored.prepare_settings(
+        recipe(normalise={"method": "zscore"}).preprocess, ["ct"]
+    ).normalisers
     assert isinstance(normaliser, ZScore)
     with pytest.raises(VolsegError, match="the plan has no intensity window for channel 'ct'"):
         scored.overruled_by(recipe(**AUTO))
@@ -143,7 +178,12 @@ def test_a_recipe_overrules_a_plan_that_is_passed_back_and_the_lines_say_so():
 def test_a_plan_with_numbers_that_cannot_be_is_refused():
     plan = make_plan(combine_fingerprints([case()]), recipe(**AUTO)).model_dump()
     layers = {"features": (4, 8), "strides": ((1, 1, 1), (2, 2, 2)), "kernels": ((3, 3, 3),) * 2}
-    for wrong in ({"batch_size": 0}, {"spacing_mm": (0, 1, 1)}, {"patch_shape": (8, -8, 8)}, {"network": layers}):
+    for wrong in (
+        {"batch_size": 0},
+        {"spacing_mm": (0, 1, 1)},
+        {"patch_shape": (8, -8, 8)},
+        {"network": layers},
+    ):
         with pytest.raises(ValueError):
             Plan.model_validate(plan | wrong)
 
@@ -184,8 +224,12 @@ def test_a_patch_is_never_smaller_than_the_median_lesion():
     open_recipe = recipe(**AUTO).model_copy(update={"network": network, "train": train})
     for flops in (1e18, 1e15, 1e14, 1e13, 3e12):
         plan = make_plan(found, open_recipe, Budget(memory=8 << 30, flops=flops))
-        assert all(edge >= lesion for edge, lesion in zip(plan.patch_shape, (28, 28, 21), strict=True))
-        assert "28 × 28 × 21" in next(line.value for line in plan.lines if line.setting == "median lesion")
+        assert all(
+            edge >= lesion for edge, lesion in zip(plan.patch_shape, (28, 28, 21), strict=True)
+        )
+        assert "28 × 28 × 21" in next(
+            line.value for line in plan.lines if line.setting == "median lesion"
+        )
     with pytest.raises(VolsegError, match=f"fewer than {LEAST_STEPS} steps"):
         make_plan(found, open_recipe, Budget(memory=8 << 30, flops=1e11))
 

@@ -38,7 +38,9 @@ def test_a_shipped_recipe_can_be_used_and_starts_with_its_command(path):
     assert path.read_text().startswith("# volseg train ")
     assert f"--recipe {recipe.name} " in path.read_text().splitlines()[0]
     assert check(path) == []
-    network = build_network(recipe.network.name, in_channels=1, out_channels=2, **recipe.network.settings)
+    network = build_network(
+        recipe.network.name, in_channels=1, out_channels=2, **recipe.network.settings
+    )
     total = [1, 1, 1]
     for stride in recipe.network.settings["strides"]:
         total = [a * b for a, b in zip(total, stride, strict=True)]
@@ -91,9 +93,21 @@ def test_a_mistake_in_the_normalisation_of_one_channel_lists_its_keys():
     ("section", "change", "message"),
     [
         ("preprocess", {"transpose": [0, 1, 1]}, "must hold 0, 1 and 2 once each"),
-        ("preprocess", {"normalise": {"method": "zscore", "region": "nonzero"}}, 'needs crop = "nonzero"'),
-        ("preprocess", {"normalise_channels": {"pet": {"method": "scale"}}}, "names pet, which data.channels does not"),
-        ("preprocess", {"normalise_channels": {"ct": {"method": "window", "low": 2.0, "high": 1.0}}}, "is empty"),
+        (
+            "preprocess",
+            {"normalise": {"method": "zscore", "region": "nonzero"}},
+            'needs crop = "nonzero"',
+        ),
+        (
+            "preprocess",
+            {"normalise_channels": {"pet": {"method": "scale"}}},
+            "names pet, which data.channels does not",
+        ),
+        (
+            "preprocess",
+            {"normalise_channels": {"ct": {"method": "window", "low": 2.0, "high": 1.0}}},
+            "is empty",
+        ),
         ("data", {"regions_class_order": [2]}, "the value of each label once"),
     ],
 )
@@ -154,7 +168,12 @@ def test_the_recipe_of_the_first_pass_is_that_of_any_label_on_a_coarser_grid():
     content = tomllib.loads(MINIMAL.replace("{ lesion = 1 }", "{ a = 3, b = 1 }") + ROI)
     recipe = parse_recipe(content, where="r.toml")
     coarse = recipe.coarse
-    assert (recipe.roi.margin_mm, coarse.roi, coarse.classify, coarse.postprocess) == (20.0, None, None, ())
+    assert (recipe.roi.margin_mm, coarse.roi, coarse.classify, coarse.postprocess) == (
+        20.0,
+        None,
+        None,
+        (),
+    )
     assert (coarse.data.n_outputs, coarse.data.channels) == (2, recipe.data.channels)
     assert coarse.preprocess.spacing_mm == (4.0, 4.0, 4.0)
     assert coarse.preprocess.normalise == recipe.preprocess.normalise
@@ -176,9 +195,15 @@ def test_recipes_older_than_the_first_pass_keep_their_hash():
     [
         ({"margin_mm": -1}, "roi.margin_mm"),
         ({"spacing_mm": [4, 0, 4]}, "roi.spacing_mm.1"),
-        ({"margn_mm": 3}, "roi.margn_mm: unknown key; known are spacing_mm, margin_mm, network, train, time_share"),
+        (
+            {"margn_mm": 3},
+            "roi.margn_mm: unknown key; known are spacing_mm, margin_mm, network, train, time_share",
+        ),
         ({"train": {}}, "roi.train.patch_shape"),
-        ({"train": {"patch_shape": [32, 32, 32], "class_weights": [1, 1, 1]}}, "3 numbers; here are two classes"),
+        (
+            {"train": {"patch_shape": [32, 32, 32], "class_weights": [1, 1, 1]}},
+            "3 numbers; here are two classes",
+        ),
         ({"spacing_mm": [1.0, 1.0, 1.0]}, "no coarser than preprocess.spacing_mm"),
         ({"time_share": 1.0}, "roi.time_share"),
     ],

@@ -30,7 +30,10 @@ from volseg.recipe import SpacingMm, shipped_recipes
 
 DEEP = "[" * 100_000 + "]" * 100_000
 SECONDS = 5.0  # of a refusal, on a machine that does other things too
-ENCODINGS = ("ascii", *(pytest.param(name, marks=pytest.mark.slow) for name in ("cp1252", "latin-1")))
+ENCODINGS = (
+    "ascii",
+    *(pytest.param(name, marks=pytest.mark.slow) for name in ("cp1252", "latin-1")),
+)
 OTHER_COMMANDS = ("columns --json", "selftest", "--help", "check /nowhere")
 
 
@@ -58,7 +61,11 @@ def refused(*arguments, code=2, words=""):
         found, text = outcome(arguments)
     assert found in ((code,) if isinstance(code, int) else code), text
     assert "Traceback" not in text
-    lines = [line for line in text.splitlines() if not line.startswith(("using the model", "memory:", "tiles:"))]
+    lines = [
+        line
+        for line in text.splitlines()
+        if not line.startswith(("using the model", "memory:", "tiles:"))
+    ]
     assert any(re.search(r"\[?E_[A-Z0-9]+\]?", line) for line in lines), text
     assert re.search(words, text), text
     return text
@@ -105,7 +112,11 @@ def changed(bundle, *keys, value):
     [
         (["weights_sha256"], {}, "weights_sha256"),
         (["weights_sha256"], {"classifier": "0" * 64}, "no network"),
-        (["weights_sha256"], {"segmentation": "0" * 64, "../../etc/passwd": "0" * 64}, "weights_sha256"),
+        (
+            ["weights_sha256"],
+            {"segmentation": "0" * 64, "../../etc/passwd": "0" * 64},
+            "weights_sha256",
+        ),
         (["plan", "patch_shape"], [10**9] * 3, "patch_shape"),
         (["plan", "patch_shape"], [4096, 4096, 4096], "voxels"),
         (["plan", "patch_shape"], [640, 640, 640], "E_RAM"),
@@ -118,7 +129,11 @@ def changed(bundle, *keys, value):
         (["plan", "spacing_mm"], [float("nan")] * 3, "NaN"),
         (["recipe", "network", "features"], [10**9] * 3, "network"),
         (["recipe", "network", "features"], [4096] * 3, "E_RAM|E_CKPT"),
-        (["recipe", "preprocess", "normalise"], {"method": "window", "low": -200, "high": 300, "sd": 1e-300}, "sd"),
+        (
+            ["recipe", "preprocess", "normalise"],
+            {"method": "window", "low": -200, "high": 300, "sd": 1e-300},
+            "sd",
+        ),
         (["plan", "windows"], {}, "windows"),
         (["metrics"], [1], "metrics"),
         *(
@@ -142,14 +157,26 @@ def test_a_model_whose_numbers_cannot_be_meant_is_refused_before_anything_is_all
     changed(bundle, *keys, value=value)
     refused("check", bundle, words=words)
     image = scan(tmp_path / "scan.nii.gz")
-    refused("infer", image, "--model", bundle, "--out", tmp_path / "out", "--backend", "torch", words=words)
+    refused(
+        "infer",
+        image,
+        "--model",
+        bundle,
+        "--out",
+        tmp_path / "out",
+        "--backend",
+        "torch",
+        words=words,
+    )
     assert not (tmp_path / "out" / "masks").exists()
 
 
 def test_a_scan_whose_grid_a_model_would_make_too_fine_is_a_failed_row(bundle, tmp_path):
     changed(bundle, "plan", "spacing_mm", value=[0.01] * 3)
     values = np.random.default_rng(0).integers(-1000, 300, (400, 400, 40)).astype(np.int16)
-    volume = nifti.Volume(np.asfortranarray(values), nifti.Geometry(values.shape, np.diag([1.0, 1, 5, 1])))
+    volume = nifti.Volume(
+        np.asfortranarray(values), nifti.Geometry(values.shape, np.diag([1.0, 1, 5, 1]))
+    )
     nifti.write_volume(volume, tmp_path / "scan.nii.gz")
     options = ["--model", bundle, "--out", tmp_path / "out", "--backend", "torch"]
     refused("infer", tmp_path / "scan.nii.gz", *options, code=4, words="E_RAM.*machine has")
@@ -166,13 +193,23 @@ def test_weights_that_are_not_finite_are_refused_in_models_and_checkpoints(bundl
     state = state_dict()
     state["decoder.seg_layers.1.bias"][1] = float("nan")
     folder = write_model(tmp_path, folds={"0": checkpoint(state)})
-    refused("import-nnunet", folder, "--out", tmp_path / "imported", words="1 of the 3 weights of 'head.bias' are NaN")
+    refused(
+        "import-nnunet",
+        folder,
+        "--out",
+        tmp_path / "imported",
+        words="1 of the 3 weights of 'head.bias' are NaN",
+    )
     assert not (tmp_path / "imported").exists()
 
 
 def test_a_network_that_no_machine_holds_is_refused_before_it_is_built():
     for name, settings in {
-        "unet3d": {"features": [4000] * 3, "strides": [[1, 1, 1]] * 3, "kernels": [[63, 63, 63]] * 3},
+        "unet3d": {
+            "features": [4000] * 3,
+            "strides": [[1, 1, 1]] * 3,
+            "kernels": [[63, 63, 63]] * 3,
+        },
         "cnn2d": {"features": [60_000, 60_000]},
         "nnunet_plain": {
             "features": [4096] * 3,
@@ -194,7 +231,10 @@ def test_a_network_that_no_machine_holds_is_refused_before_it_is_built():
     [
         ({"architecture": architecture(features_per_stage=[10**9] * 3)}, "network"),
         ({"architecture": architecture(features_per_stage=[4096, 4096, 4096])}, "E_CKPT|E_RAM"),
-        ({"architecture": architecture(n_conv_per_stage=[4000, 4000, 4000])}, "at most 16 levels with 64"),
+        (
+            {"architecture": architecture(n_conv_per_stage=[4000, 4000, 4000])},
+            "at most 16 levels with 64",
+        ),
         ({"patch_size": [10**4] * 3}, "patch_shape"),
         ({"patch_size": [4000] * 3}, "voxels"),
         ({"batch_size": 10**9}, "batch_size"),
@@ -230,7 +270,9 @@ def test_a_checkpoint_that_unpacks_to_very_many_opcodes_is_refused_soon(tmp_path
     folder = write_model(tmp_path)
     path = repacked(folder, b"\x80\x02" + b"N0" * 30_000_000 + b"N.")
     assert path.stat().st_size < 200_000
-    refused("import-nnunet", folder, "--out", tmp_path / "out", words="E_CKPT.* unpacks to 60,000,004")
+    refused(
+        "import-nnunet", folder, "--out", tmp_path / "out", words="E_CKPT.* unpacks to 60,000,004"
+    )
 
 
 def test_other_damage_of_a_checkpoint_is_refused_soon(tmp_path):
@@ -249,7 +291,9 @@ def test_other_damage_of_a_checkpoint_is_refused_soon(tmp_path):
         refused("import-nnunet", folder, "--out", tmp_path / "out", words="E_CKPT|E_PICKLE")
 
 
-def test_a_tensor_that_claims_to_be_larger_than_its_numbers_is_refused_before_it_is_copied(tmp_path):
+def test_a_tensor_that_claims_to_be_larger_than_its_numbers_is_refused_before_it_is_copied(
+    tmp_path,
+):
     state = state_dict()
     state["decoder.seg_layers.1.bias"] = torch.zeros(1).expand(10**12)
     folder = write_model(tmp_path, folds={"0": checkpoint(state)})
@@ -305,9 +349,23 @@ def test_nested_json_is_one_line_in_every_file_that_a_command_reads(tmp_path, bu
     pair = ["--image", image, "--mask", mask(tmp_path / "mask.nii.gz")]
     (tmp_path / "deep.json").write_text(DEEP)
     refused(
-        "measure", *pair, "--out", tmp_path / "out", "--label-names", tmp_path / "deep.json", words="E_LABELS.*nested"
+        "measure",
+        *pair,
+        "--out",
+        tmp_path / "out",
+        "--label-names",
+        tmp_path / "deep.json",
+        words="E_LABELS.*nested",
     )
-    refused("train", dataset, "--plan", tmp_path / "deep.json", "--out", tmp_path / "m", words="E_PLAN.*nested")
+    refused(
+        "train",
+        dataset,
+        "--plan",
+        tmp_path / "deep.json",
+        "--out",
+        tmp_path / "m",
+        words="E_PLAN.*nested",
+    )
     for name in ("plans.json", "dataset.json"):
         folder = write_model(tmp_path / name)
         (folder / name).write_text(DEEP)
@@ -341,7 +399,9 @@ def test_nested_records_are_taken_for_damaged_ones(tmp_path):
 # ---- files that are none
 
 
-def test_a_pipe_or_a_device_in_place_of_a_file_is_named_and_never_waited_for(tmp_path, untrained, dataset):
+def test_a_pipe_or_a_device_in_place_of_a_file_is_named_and_never_waited_for(
+    tmp_path, untrained, dataset
+):
     pipe, image = tmp_path / "pipe", scan(tmp_path / "scan.nii.gz")
     os.mkfifo(pipe)
     for name in ("pipe.nii.gz", "pipe.csv", "pipe.toml", "pipe.json"):
@@ -365,7 +425,9 @@ def test_a_pipe_or_a_device_in_place_of_a_file_is_named_and_never_waited_for(tmp
         ["measure", *pair, "--label-names", tmp_path / "pipe.csv"],
         ["measure", "--cases", tmp_path / "pipe.csv", "--out", tmp_path / "out"],
     ):
-        options = ["--model", untrained, "--out", tmp_path / "out"] if arguments[0] == "infer" else []
+        options = (
+            ["--model", untrained, "--out", tmp_path / "out"] if arguments[0] == "infer" else []
+        )
         text = refused(*arguments, *options, code=(2, 4), words="is a (pipe|device), not a file")
         assert "does not exist" not in text
 
@@ -375,17 +437,29 @@ def test_a_model_of_pipes_is_refused(bundle, tmp_path):
         (bundle / name).unlink()
         os.mkfifo(bundle / name)
         options = ["--model", bundle, "--out", tmp_path / "out"]
-        refused("infer", scan(tmp_path / "scan.nii.gz"), *options, words="E_CKPT.*a pipe, not a file")
+        refused(
+            "infer", scan(tmp_path / "scan.nii.gz"), *options, words="E_CKPT.*a pipe, not a file"
+        )
 
 
 # ---- names
 
 
 @pytest.mark.parametrize("name", ["CON", "con", "nul", "COM1", "Lpt9.x", "AUX", "a.", "PRN.nii"])
-def test_ids_that_windows_cannot_store_are_refused_in_tables_and_mended_in_file_names(tmp_path, name, untrained):
+def test_ids_that_windows_cannot_store_are_refused_in_tables_and_mended_in_file_names(
+    tmp_path, name, untrained
+):
     scan(tmp_path / "image.nii.gz")
     (tmp_path / "cases.csv").write_text(f"subject,image\n{name},image.nii.gz\n")
-    text = refused("infer", tmp_path, "--model", untrained, "--out", tmp_path / "out", words="no safe file name")
+    text = refused(
+        "infer",
+        tmp_path,
+        "--model",
+        untrained,
+        "--out",
+        tmp_path / "out",
+        words="no safe file name",
+    )
     suggested = re.search(r"'([^']*)' would be", text)[1]
     assert re.fullmatch(ID_PATTERN, suggested)
     folder = tmp_path / "scans"
@@ -414,7 +488,9 @@ def test_names_that_only_look_like_devices_stay():
         ({"channel_names": {"0": ["CT"]}}, "channel_names"),
     ],
 )
-def test_labels_and_regions_that_are_no_numbers_are_found_by_check_and_by_training(tmp_path, changes, words):
+def test_labels_and_regions_that_are_no_numbers_are_found_by_check_and_by_training(
+    tmp_path, changes, words
+):
     path, _ = KINDS["dataset.json of scans"](tmp_path)
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
     refused("check", path.parent, words=words)
@@ -424,7 +500,16 @@ def test_labels_and_regions_that_are_no_numbers_are_found_by_check_and_by_traini
 
 def test_a_label_name_of_100_kb_is_refused_where_it_is_given_and_short_in_pictures(tmp_path):
     image, out = scan(tmp_path / "scan.nii.gz"), tmp_path / "out"
-    pair = ["measure", "--image", image, "--mask", mask(tmp_path / "mask.nii.gz"), "--out", out, "--figures"]
+    pair = [
+        "measure",
+        "--image",
+        image,
+        "--mask",
+        mask(tmp_path / "mask.nii.gz"),
+        "--out",
+        out,
+        "--figures",
+    ]
     (tmp_path / "names.json").write_text(json.dumps({"1": "n" * 100_000}))
     (tmp_path / "names.csv").write_text(f"label,name\n1,{'n' * 100_000}\n")
     for name in ("names.json", "names.csv"):
@@ -436,7 +521,9 @@ def test_a_label_name_of_100_kb_is_refused_where_it_is_given_and_short_in_pictur
     from volseg.measure.lesions import measure_lesions
 
     names = {1: "n" * 100_000, 2: "half \ud800 of a pair"}
-    lesions = measure_lesions(volume, ids.array, [1, 2], case_id="a", label_names=names, intensity_unit="HU")
+    lesions = measure_lesions(
+        volume, ids.array, [1, 2], case_id="a", label_names=names, intensity_unit="HU"
+    )
     with soon():
         assert overlay_png(volume, ids.array, lesions, title="t" * 100_000)[:4] == b"\x89PNG"
 
@@ -483,14 +570,20 @@ def test_a_path_of_5000_letters_is_one_line(tmp_path, arguments, dataset, monkey
 
 @pytest.mark.parametrize(
     "arguments",
-    ["train --help", "columns", *(pytest.param(words, marks=pytest.mark.slow) for words in OTHER_COMMANDS)],
+    [
+        "train --help",
+        "columns",
+        *(pytest.param(words, marks=pytest.mark.slow) for words in OTHER_COMMANDS),
+    ],
 )
 def test_a_full_disk_under_stdout_is_exit_code_5_and_one_line(arguments):
     for unbuffered in ("1", ""):
         done = shell(f"volseg {arguments} > /dev/full", PYTHONUNBUFFERED=unbuffered)
         assert done.returncode == 5, done.stderr
         assert len(done.stderr.strip().splitlines()) == 1
-        assert done.stderr.startswith("error: [E_STDOUT] stdout cannot be written (No space left on device); to fix:")
+        assert done.stderr.startswith(
+            "error: [E_STDOUT] stdout cannot be written (No space left on device); to fix:"
+        )
 
 
 def test_a_closed_stdout_and_one_that_nobody_reads_are_exit_code_5_and_one_line():
@@ -505,16 +598,18 @@ def test_a_closed_stdout_and_one_that_nobody_reads_are_exit_code_5_and_one_line(
 def test_a_stderr_that_cannot_be_written_does_not_stop_the_work(tmp_path):
     pair = f"--image {scan(tmp_path / 'scan.nii.gz')} --mask {mask(tmp_path / 'mask.nii.gz')}"
     folder = tmp_path / "out"
-    done = shell(f"volseg measure {pair} --out {folder} 2>/dev/full")  # it announces its memory and a doubted unit
+    done = shell(
+        f"volseg measure {pair} --out {folder} 2>/dev/full"
+    )  # it announces its memory and a doubted unit
     assert done.returncode == 0
     assert (folder / "lesions.csv").is_file()
 
 
 def test_files_do_not_get_the_numbers_of_streams_that_are_closed():
-    code = (
-        "import os; from volseg.terminal import _open_closed_descriptors as o; o(); print(os.open('/dev/null', 0) > 2)"
+    code = "import os; from volseg.terminal import _open_closed_descriptors as o; o(); print(os.open('/dev/null', 0) > 2)"
+    done = subprocess.run(
+        ["bash", "-c", f'{sys.executable} -c "{code}" 2>&- <&-'], capture_output=True, text=True
     )
-    done = subprocess.run(["bash", "-c", f'{sys.executable} -c "{code}" 2>&- <&-'], capture_output=True, text=True)
     assert done.stdout.strip() == "True"
 
 
@@ -542,7 +637,9 @@ def printed(monkeypatch, encoding, *arguments):
 
 
 @pytest.mark.parametrize("encoding", ENCODINGS)
-def test_every_command_prints_in_an_encoding_without_arrows(monkeypatch, tmp_path, untrained, encoding):
+def test_every_command_prints_in_an_encoding_without_arrows(
+    monkeypatch, tmp_path, untrained, encoding
+):
     image, out = scan(tmp_path / "scän.nii.gz"), tmp_path / "r → ☃"
     pair = ["--image", image, "--mask", mask(tmp_path / "mask.nii.gz")]
     model = ["--model", untrained, "--backend", "torch"]
@@ -558,7 +655,10 @@ def test_every_command_prints_in_an_encoding_without_arrows(monkeypatch, tmp_pat
         ("report", out / "a"): 0,
         ("compare", out / "a", out / "b", "--out", out / "c", "--no-registration"): 0,
         ("import-nnunet", write_model(tmp_path / "☃"), "--out", out / "n"): 0,
-        **{(name.name or name.callback.__name__, "--help"): 0 for name in cli.app.registered_commands},
+        **{
+            (name.name or name.callback.__name__, "--help"): 0
+            for name in cli.app.registered_commands
+        },
     }
     for command, code in commands.items():
         found, text, messages = printed(monkeypatch, encoding, *command)
@@ -576,10 +676,19 @@ def test_training_ends_well_in_an_encoding_without_arrows(monkeypatch, tmp_path,
     found, text, messages = printed(monkeypatch, encoding, "plan", dataset)
     assert found == 0, messages
     found, text, messages = printed(
-        monkeypatch, encoding, "preprocess", dataset, "--recipe", "hippocampus_mri", "--out", tmp_path / "p"
+        monkeypatch,
+        encoding,
+        "preprocess",
+        dataset,
+        "--recipe",
+        "hippocampus_mri",
+        "--out",
+        tmp_path / "p",
     )
     assert "Traceback" not in messages
-    found, text, messages = printed(monkeypatch, encoding, "train", dataset, "--recipe", recipe, "--out", model)
+    found, text, messages = printed(
+        monkeypatch, encoding, "train", dataset, "--recipe", recipe, "--out", model
+    )
     assert found == 0, messages
     assert text.splitlines()[-1] == f"model -> {str(model)[:-1]}\\u2603"
     assert (model / "model.json").is_file()
@@ -602,7 +711,9 @@ def test_a_message_stays_on_one_line_whatever_the_names_in_it(tmp_path):
     text = refused("check", name)
     assert len(text.splitlines()) == 2  # the problem, and how many there are
     assert "\x1b" not in text
-    text = refused("infer", "--model", name, scan(tmp_path / "scan.nii.gz"), "--out", tmp_path / "out")
+    text = refused(
+        "infer", "--model", name, scan(tmp_path / "scan.nii.gz"), "--out", tmp_path / "out"
+    )
     assert len(text.splitlines()) == 1
 
 
@@ -620,16 +731,27 @@ def test_pictures_are_drawn_whatever_backend_the_environment_names(tmp_path):
 
 @pytest.mark.parametrize(
     ("number", "kinds"),
-    [(10, ["model.json", "dataset.json of scans", "label names"]), pytest.param(250, [], marks=pytest.mark.slow)],
+    [
+        (10, ["model.json", "dataset.json of scans", "label names"]),
+        pytest.param(250, [], marks=pytest.mark.slow),
+    ],
     ids=["some", "many"],
 )
 def test_no_value_in_a_json_file_makes_a_traceback_or_takes_the_memory(tmp_path, number, kinds):
     done = subprocess.run(
-        [sys.executable, Path(__file__).parent / "mutations.py", tmp_path, str(number), "3", *kinds],
+        [
+            sys.executable,
+            Path(__file__).parent / "mutations.py",
+            tmp_path,
+            str(number),
+            "3",
+            *kinds,
+        ],
         capture_output=True,
         text=True,
         timeout=3600,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])},
+        env=os.environ
+        | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])},
     )
     assert done.returncode == 0, done.stderr
     for kind, found in json.loads(done.stdout).items():

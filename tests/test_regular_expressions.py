@@ -52,7 +52,9 @@ def text_of(node, constants):
         return node.value
     if isinstance(node, ast.JoinedStr):
         return "".join(
-            str(part.value) if isinstance(part, ast.Constant) else text_of(part.value, constants) or "1"
+            str(part.value)
+            if isinstance(part, ast.Constant)
+            else text_of(part.value, constants) or "1"
             for part in node.values
         )
     return constants.get(node.id) if isinstance(node, ast.Name) else None
@@ -61,7 +63,9 @@ def text_of(node, constants):
 def expressions():
     """(file, function, pattern) of every call of `re` in the package, and in its own scripts."""
     constants = {"ID_PATTERN": ID_PATTERN}  # which is put together from parts
-    trees = {path: ast.parse(path.read_text(encoding="utf-8")) for path in sorted(PACKAGE.rglob("*.py"))}
+    trees = {
+        path: ast.parse(path.read_text(encoding="utf-8")) for path in sorted(PACKAGE.rglob("*.py"))
+    }
     for tree in trees.values():
         constants |= constants_of(tree)
     for path, tree in trees.items():

@@ -26,7 +26,12 @@ spacings = st.tuples(*[st.floats(0.3, 6.0)] * 3)
 
 def sized(name, memory=8 * GB, **changes):
     shape, spacing = SCANS[name]
-    options = {"channels": 1, "outputs": 3, "n_cases": 100, "budget": Budget(memory=memory)} | changes
+    options = {
+        "channels": 1,
+        "outputs": 3,
+        "n_cases": 100,
+        "budget": Budget(memory=memory),
+    } | changes
     return choose_size(shape, spacing, **options)
 
 
@@ -56,7 +61,10 @@ def test_axes_have_no_names(shape, spacing, order):
         return tuple(numbers[n] for n in order)
 
     strides, kernels = topology(shape, spacing)
-    assert topology(turned(shape), turned(spacing)) == (tuple(map(turned, strides)), tuple(map(turned, kernels)))
+    assert topology(turned(shape), turned(spacing)) == (
+        tuple(map(turned, strides)),
+        tuple(map(turned, kernels)),
+    )
 
 
 @pytest.mark.parametrize("name", SCANS)
@@ -79,7 +87,9 @@ def test_arithmetic_and_weights_are_those_of_the_network(name):
 def test_more_memory_never_gives_a_smaller_plan():
     for name in SCANS:
         plans = [sized(name, memory=memory * GB) for memory in (1, 2, 4, 8, 16, 32)]
-        sizes = [(plan.features[0], math.prod(plan.patch_shape) * plan.batch_size) for plan in plans]
+        sizes = [
+            (plan.features[0], math.prod(plan.patch_shape) * plan.batch_size) for plan in plans
+        ]
         assert sizes == sorted(sizes)
 
 
@@ -113,7 +123,9 @@ def test_a_stated_patch_and_batch_stay():
 
 def test_what_cannot_fit_says_which_number_to_change():
     stated = {"patch_shape": (256, 256, 256), "batch_size": 8}
-    with pytest.raises(VolsegError, match=r"batch 8, 8 features\) takes .* GB, and the budget is 1.00 GB") as caught:
+    with pytest.raises(
+        VolsegError, match=r"batch 8, 8 features\) takes .* GB, and the budget is 1.00 GB"
+    ) as caught:
         sized("body", memory=GB, **stated)
     needed = float(caught.value.fix.split("budget of ")[1].split("G")[0])
     assert "train.patch_shape" in caught.value.fix
@@ -124,7 +136,9 @@ def test_what_cannot_fit_says_which_number_to_change():
 
 
 @pytest.mark.parametrize("patch_shape", [(32, 32, 32), (48, 40, 16)])
-@pytest.mark.parametrize("extra", [{}, {"residual": True}, {"deep_supervision": 1}, {"dropout": 0.2}])
+@pytest.mark.parametrize(
+    "extra", [{}, {"residual": True}, {"deep_supervision": 1}, {"dropout": 0.2}]
+)
 def test_the_modelled_memory_is_near_what_autograd_keeps_of_a_real_step(patch_shape, extra):
     size = choose_size(
         (60, 60, 30),
@@ -153,7 +167,10 @@ def test_the_modelled_memory_is_near_what_autograd_keeps_of_a_real_step(patch_sh
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    images, target = torch.randn(2, 1, *patch_shape), torch.randint(0, 3, (2, *patch_shape), dtype=torch.uint8)
+    images, target = (
+        torch.randn(2, 1, *patch_shape),
+        torch.randint(0, 3, (2, *patch_shape), dtype=torch.uint8),
+    )
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         loss = SegmentationLoss(Loss())(network(images), target)
     assert torch.isfinite(loss)

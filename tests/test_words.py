@@ -5,7 +5,14 @@ from volseg.words import duration, spaced
 
 @pytest.mark.parametrize(
     ("seconds", "text"),
-    [(0.2, "a second"), (45, "45 s"), (2700, "45 min"), (21600, "6 h"), (22000, "6.1 h"), (200_000, "2.3 days")],
+    [
+        (0.2, "a second"),
+        (45, "45 s"),
+        (2700, "45 min"),
+        (21600, "6 h"),
+        (22000, "6.1 h"),
+        (200_000, "2.3 days"),
+    ],
 )
 def test_a_duration_has_two_digits_of_a_unit_that_fits(seconds, text):
     assert duration(seconds) == text

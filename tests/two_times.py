@@ -35,9 +35,13 @@ PHANTOMS = _phantoms()
 REGIONS = PHANTOMS.draw_anatomy(np.random.default_rng(7), CENTRE)
 
 
-def grid(codes: str = "LPS", spacing_mm=(1.5, 1.5, 2.2), tilt_deg: float = 0.0, seed: int = 0) -> Geometry:
+def grid(
+    codes: str = "LPS", spacing_mm=(1.5, 1.5, 2.2), tilt_deg: float = 0.0, seed: int = 0
+) -> Geometry:
     """A grid about the body."""
-    spec = PHANTOMS.CaseSpec(number=1, split="test", axis_codes=codes, spacing_mm=spacing_mm, tilt_deg=tilt_deg)
+    spec = PHANTOMS.CaseSpec(
+        number=1, split="test", axis_codes=codes, spacing_mm=spacing_mm, tilt_deg=tilt_deg
+    )
     found = PHANTOMS.draw_grid(spec, np.random.default_rng(seed), CENTRE)
     return Geometry(found.shape, found.affine)
 
@@ -51,7 +55,9 @@ def movement(turn_deg: float, shift_mm, axis=(0.3, 0.5, 1.0)) -> np.ndarray:
     return moved
 
 
-def draw(geometry: Geometry, balls: Balls, moved: np.ndarray | None = None, seed: int = 0) -> tuple[Volume, Volume]:
+def draw(
+    geometry: Geometry, balls: Balls, moved: np.ndarray | None = None, seed: int = 0
+) -> tuple[Volume, Volume]:
     """Scan in HU with noise, and mask with 1 in the balls, of the patient after the movement."""
     back = np.eye(4) if moved is None else np.linalg.inv(moved)
     points = geometry.to_world_mm(np.moveaxis(np.indices(geometry.shape), 0, -1).reshape(-1, 3))
@@ -63,13 +69,20 @@ def draw(geometry: Geometry, balls: Balls, moved: np.ndarray | None = None, seed
         density[inside], mask[inside] = 150, 1
     density += np.random.default_rng(seed).normal(0, 10, density.shape)
     return (
-        Volume(np.asfortranarray(np.rint(density).astype(np.int16).reshape(geometry.shape)), geometry),
+        Volume(
+            np.asfortranarray(np.rint(density).astype(np.int16).reshape(geometry.shape)), geometry
+        ),
         Volume(np.asfortranarray(mask.reshape(geometry.shape)), geometry),
     )
 
 
 def measured(
-    folder: Path, cases: Mapping[str, tuple[Volume, Volume]], *, names=None, lymph_nodes=(), unit="Bq/mL"
+    folder: Path,
+    cases: Mapping[str, tuple[Volume, Volume]],
+    *,
+    names=None,
+    lymph_nodes=(),
+    unit="Bq/mL",
 ) -> Path:
     """Results of `volseg measure` on (scan, mask) of each case; scans are in `folder`/scans. No scan contradicts `unit`."""
     (folder / "scans").mkdir(parents=True)
@@ -80,7 +93,11 @@ def measured(
         lines.append([name, f"scans/{name}.nii.gz", f"mask_{name}.nii.gz"])
     with (folder / "cases.csv").open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows(lines)
-    options = {"label_names": names or {1: "tumour"}, "lymph_nodes": lymph_nodes, "intensity_unit": unit}
+    options = {
+        "label_names": names or {1: "tumour"},
+        "lymph_nodes": lymph_nodes,
+        "intensity_unit": unit,
+    }
     report = volseg.measure(cases=folder / "cases.csv", out=folder / "results", **options)
     assert report.exit_code == 0
     return folder / "results"
@@ -89,7 +106,9 @@ def measured(
 def change_record(results: Path, name: str, change) -> None:
     """Call `change` with the record of a case and its rows as `lesions`, and write what it made of them."""
     path, rows = record_files(results, name)
-    record = json.loads(path.read_text()) | {"lesions": [json.loads(line) for line in rows.read_text().splitlines()]}
+    record = json.loads(path.read_text()) | {
+        "lesions": [json.loads(line) for line in rows.read_text().splitlines()]
+    }
     change(record)
     rows.write_text("".join(json.dumps(lesion) + "\n" for lesion in record.pop("lesions")))
     record["files"][rows.relative_to(results).as_posix()] = sha256_of(rows)

@@ -63,9 +63,19 @@ class _Workflow:
 
 
 class _Package(ModuleType):
-    check, compare, evaluate, import_nnunet, infer, measure, plan, preprocess, quantise, report, train = (
-        _Workflow() for _ in range(11)
-    )
+    (
+        check,
+        compare,
+        evaluate,
+        import_nnunet,
+        infer,
+        measure,
+        plan,
+        preprocess,
+        quantise,
+        report,
+        train,
+    ) = (_Workflow() for _ in range(11))
 
 
 sys.modules[__name__].__class__ = _Package

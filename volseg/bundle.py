@@ -22,17 +22,31 @@ from volseg.io.files import make_folder, sha256_of, write_bytes_atomic, write_js
 from volseg.mismatch import checks_of
 from volseg.models import build_classifier, build_segmentation, set_weights
 from volseg.plan import DatasetFingerprint, Plan
-from volseg.recipe import AUTO, Preprocess, Recipe, Roi, Text, Window, listed, mistakes_of, parse_recipe
+from volseg.recipe import (
+    AUTO,
+    Preprocess,
+    Recipe,
+    Roi,
+    Text,
+    Window,
+    listed,
+    mistakes_of,
+    parse_recipe,
+)
 
 FORMAT_VERSION = 1
 SHIPPED = "lung_nodule_ct"
 EXPORTED = "openvino"  # folder of what OpenVINO needs, inside a model folder
-FIRST = "segmentation"  # name of the weights of the 3D network; the others of an ensemble are numbered
+FIRST = (
+    "segmentation"  # name of the weights of the 3D network; the others of an ensemble are numbered
+)
 ROI = "roi"  # name of the weights of the coarse first pass
 # Names of metrics that are read again, by the box of the model; after the last two a label or a fold.
 COUNTS = ("training_cases", "validation_cases")
 DICE, NNUNET_DICE = "validation_dice_", "nnunet_validation_dice_fold_"
-NetworkName = Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_]{0,63}$")]  # a file name in the model's folder
+NetworkName = Annotated[
+    str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_]{0,63}$")
+]  # a file name in the model's folder
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
@@ -106,7 +120,9 @@ def save_bundle(bundle: ModelBundle, folder: Path) -> ModelBundle:
     make_folder(folder)
     hashes = {}
     for name, tensors in bundle.weights.items():
-        content = save_tensors({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()})
+        content = save_tensors(
+            {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+        )
         hashes[name] = hashlib.sha256(content).hexdigest()
         write_bytes_atomic(folder / f"{name}.safetensors", content)
     write_bytes_atomic(folder / "card.md", model_card(bundle).encode())
@@ -127,7 +143,9 @@ def save_bundle(bundle: ModelBundle, folder: Path) -> ModelBundle:
 def bundle_files(networks: Iterable[str]) -> list[str]:
     """Paths in a model folder of all files that these networks make, OpenVINO's included."""
     names = list(networks)
-    exported = [f"{EXPORTED}/{name}.fp32.{suffix}" for name in names for suffix in ("xml", "bin", "json")]
+    exported = [
+        f"{EXPORTED}/{name}.fp32.{suffix}" for name in names for suffix in ("xml", "bin", "json")
+    ]
     return ["model.json", "card.md", *(f"{name}.safetensors" for name in names), *exported]
 
 
@@ -144,11 +162,15 @@ def load_bundle(folder: Path) -> ModelBundle:
         version = content.get("format_version") if isinstance(content, dict) else None
         if isinstance(version, int) and version > FORMAT_VERSION:
             raise VolsegError(
-                f"{folder}: model format {version} is newer than this volseg", fix="update volseg", code="E_VERSION"
+                f"{folder}: model format {version} is newer than this volseg",
+                fix="update volseg",
+                code="E_VERSION",
             )
         description = _Description.model_validate(content)
         return ModelBundle(
-            recipe=_closed(parse_recipe(description.recipe, where=str(description_path)), description.plan),
+            recipe=_closed(
+                parse_recipe(description.recipe, where=str(description_path)), description.plan
+            ),
             plan=description.plan,
             fingerprint=description.fingerprint,
             weights=_StoredWeights(folder, description.weights_sha256),
@@ -164,7 +186,11 @@ def load_bundle(folder: Path) -> ModelBundle:
             code="E_CKPT",
         ) from error
     except ValueError as error:
-        reason = listed(mistakes_of(error, _Description)) if isinstance(error, ValidationError) else str(error)
+        reason = (
+            listed(mistakes_of(error, _Description))
+            if isinstance(error, ValidationError)
+            else str(error)
+        )
         raise VolsegError(
             f"{description_path}: damaged ({reason})", fix="copy the model again", code="E_CKPT"
         ) from error
@@ -216,10 +242,22 @@ def _is_number(value: Any) -> bool:
 
 def _closed(recipe: Recipe, plan: Plan) -> Recipe:
     """The recipe, if nothing in it waits for a plan but what the plan of this model says."""
-    forms = {name: recipe.preprocess.normalise_of(name) for name in recipe.data.channels if name not in plan.windows}
-    opened = [name for name, form in forms.items() if isinstance(form, Window) and AUTO in form.model_dump().values()]
+    forms = {
+        name: recipe.preprocess.normalise_of(name)
+        for name in recipe.data.channels
+        if name not in plan.windows
+    }
+    opened = [
+        name
+        for name, form in forms.items()
+        if isinstance(form, Window) and AUTO in form.model_dump().values()
+    ]
     if opened or recipe.is_open:
-        what = f"the intensity windows of {', '.join(opened)}" if opened else "its network or its patches"
+        what = (
+            f"the intensity windows of {', '.join(opened)}"
+            if opened
+            else "its network or its patches"
+        )
         raise ValueError(f"the recipe of a trained model leaves {what} open")
     return recipe
 
@@ -335,7 +373,11 @@ class _StoredWeights(Mapping[str, Mapping[str, torch.Tensor]]):
         self._check(name, hashlib.sha256(content).hexdigest())
         try:
             return load_tensors(content)
-        except (SafetensorError, KeyError, ValueError) as error:  # KeyError: of a type of number that torch lacks
+        except (
+            SafetensorError,
+            KeyError,
+            ValueError,
+        ) as error:  # KeyError: of a type of number that torch lacks
             raise VolsegError(
                 f"{self._path(name)}: damaged ({error})", fix="copy the model again", code="E_CKPT"
             ) from error

@@ -18,7 +18,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.box import SIMPLE
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 from volseg import __version__
@@ -29,38 +36,59 @@ from volseg.terminal import one_line, printing, problem_of, takes_unicode
 if TYPE_CHECKING:
     from volseg.workflows import RunReport
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
 
 EXIT_INTERRUPTED = 130
 SILENT_SECONDS = 20  # after which a line says that something is not over yet
 SECONDS_PER_LINE = 15  # of progress, where stderr is no terminal
 
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout instead of text.")]
+Json = Annotated[
+    bool, typer.Option("--json", help="Print one JSON object on stdout instead of text.")
+]
 Out = Annotated[Path, typer.Option(help="Folder for the results; made if it is not there.")]
-Device = Annotated[str, typer.Option(help="auto, cpu or cuda; auto takes the GPU where there is one.")]
-Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of everything random: same seed, same batches.")]
-Figures = Annotated[bool, typer.Option("--figures", help="Also write a PNG per scan with its lesions outlined.")]
+Device = Annotated[
+    str, typer.Option(help="auto, cpu or cuda; auto takes the GPU where there is one.")
+]
+Seed = Annotated[
+    int,
+    typer.Option(min=0, max=2**32 - 1, help="Seed of everything random: same seed, same batches."),
+]
+Figures = Annotated[
+    bool, typer.Option("--figures", help="Also write a PNG per scan with its lesions outlined.")
+]
 Pages = Annotated[
     bool,
     typer.Option(
-        "--report/--no-report", help="Write report.html and a page per scan that shows its lesions, or do not."
+        "--report/--no-report",
+        help="Write report.html and a page per scan that shows its lesions, or do not.",
     ),
 ]
 Memory = Annotated[
-    str | None, typer.Option(help="Memory that training may take, such as 8G: the GPU's, or the host's on a CPU.")
+    str | None,
+    typer.Option(
+        help="Memory that training may take, such as 8G: the GPU's, or the host's on a CPU."
+    ),
 ]
 TimeBudget = Annotated[
-    str | None, typer.Option(help="Such as 90s, 20m or 1.5h: of everything, and the learning rate ends with it.")
+    str | None,
+    typer.Option(
+        help="Such as 90s, 20m or 1.5h: of everything, and the learning rate ends with it."
+    ),
 ]
 Folds = Annotated[
     int | None,
     typer.Option(
-        min=1, max=20, help="Train so many networks, each validated on its share of the patients, as an ensemble."
+        min=1,
+        max=20,
+        help="Train so many networks, each validated on its share of the patients, as an ensemble.",
     ),
 ]
-DATASET_HELP = (
-    "A CSV table, a folder with cases.csv or with images/ and labels/, or an nnU-Net raw or Decathlon folder."
-)
+DATASET_HELP = "A CSV table, a folder with cases.csv or with images/ and labels/, or an nnU-Net raw or Decathlon folder."
 
 
 def main() -> None:
@@ -91,7 +119,10 @@ def _print_version(wanted: bool) -> None:
 @app.callback()
 def volseg(
     version: Annotated[
-        bool, typer.Option("--version", help="Print the version and leave.", is_eager=True, callback=_print_version)
+        bool,
+        typer.Option(
+            "--version", help="Print the version and leave.", is_eager=True, callback=_print_version
+        ),
     ] = False,
 ) -> None:
     """Turn 3D CT and MRI scans into lesions, and lesions into numbers that a study can defend.
@@ -106,9 +137,12 @@ def preprocess(
     dataset: Annotated[Path, typer.Argument(help=DATASET_HELP)],
     out: Out,
     recipe: Annotated[
-        str | None, typer.Option(help="A TOML file or a shipped name; without one everything is planned.")
+        str | None,
+        typer.Option(help="A TOML file or a shipped name; without one everything is planned."),
     ] = None,
-    plan: Annotated[Path | None, typer.Option(help="A file of `volseg plan --out`, edited or not.")] = None,
+    plan: Annotated[
+        Path | None, typer.Option(help="A file of `volseg plan --out`, edited or not.")
+    ] = None,
     vram: Memory = None,
     device: Device = "auto",
     seed: Seed = 0,
@@ -139,13 +173,17 @@ def preprocess(
 def plan(
     dataset: Annotated[Path, typer.Argument(help=DATASET_HELP)],
     recipe: Annotated[
-        str | None, typer.Option(help="A TOML file or a shipped name, whose values stay; without one all is planned.")
+        str | None,
+        typer.Option(
+            help="A TOML file or a shipped name, whose values stay; without one all is planned."
+        ),
     ] = None,
     vram: Memory = None,
     time_budget: TimeBudget = None,
     folds: Folds = None,
     out: Annotated[
-        Path | None, typer.Option(help="A JSON file for the plan, which `volseg train --plan` takes.")
+        Path | None,
+        typer.Option(help="A JSON file for the plan, which `volseg train --plan` takes."),
     ] = None,
     device: Device = "auto",
     seed: Seed = 0,
@@ -174,7 +212,9 @@ def plan(
 
 @app.command()
 def train(
-    dataset: Annotated[Path, typer.Argument(help=f"{DATASET_HELP} Or a folder made by `volseg preprocess`.")],
+    dataset: Annotated[
+        Path, typer.Argument(help=f"{DATASET_HELP} Or a folder made by `volseg preprocess`.")
+    ],
     out: Annotated[Path, typer.Option(help="Folder for the model.")],
     recipe: Annotated[
         str | None,
@@ -182,21 +222,35 @@ def train(
             help="A TOML file or a shipped name; a prepared folder brings its own. Without one everything is planned and cross-validated."
         ),
     ] = None,
-    plan: Annotated[Path | None, typer.Option(help="A file of `volseg plan --out`, edited or not.")] = None,
+    plan: Annotated[
+        Path | None, typer.Option(help="A file of `volseg plan --out`, edited or not.")
+    ] = None,
     time_budget: TimeBudget = None,
     vram: Memory = None,
-    epochs: Annotated[int | None, typer.Option(min=1, max=1_000_000, help="Instead of the recipe's number.")] = None,
-    patience: Annotated[
-        int | None, typer.Option(min=1, max=1_000_000, help="Stop after so many epochs without a better Dice.")
+    epochs: Annotated[
+        int | None, typer.Option(min=1, max=1_000_000, help="Instead of the recipe's number.")
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on where an interrupted run in --out stopped.")] = False,
-    init: Annotated[Path | None, typer.Option(help="A model folder whose weights to start from.")] = None,
+    patience: Annotated[
+        int | None,
+        typer.Option(min=1, max=1_000_000, help="Stop after so many epochs without a better Dice."),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on where an interrupted run in --out stopped.")
+    ] = False,
+    init: Annotated[
+        Path | None, typer.Option(help="A model folder whose weights to start from.")
+    ] = None,
     freeze: Annotated[
         list[str] | None,
-        typer.Option(help="Pattern of layers that stay as they are, such as 'downsamples.*'; may be repeated."),
+        typer.Option(
+            help="Pattern of layers that stay as they are, such as 'downsamples.*'; may be repeated."
+        ),
     ] = None,
     fold: Annotated[
-        int | None, typer.Option(min=0, max=4, help="Validate on this fifth of the patients, train on the others.")
+        int | None,
+        typer.Option(
+            min=0, max=4, help="Validate on this fifth of the patients, train on the others."
+        ),
     ] = None,
     folds: Folds = None,
     devices: Annotated[
@@ -209,10 +263,15 @@ def train(
     ] = 1,
     precision: Annotated[
         str,
-        typer.Option(help="auto, fp32 or half; auto is half (bfloat16) on GPUs and on CPUs with instructions for it."),
+        typer.Option(
+            help="auto, fp32 or half; auto is half (bfloat16) on GPUs and on CPUs with instructions for it."
+        ),
     ] = "auto",
     preview: Annotated[
-        bool, typer.Option("--preview", help="Only prepare the data and draw augmented patches with their masks.")
+        bool,
+        typer.Option(
+            "--preview", help="Only prepare the data and draw augmented patches with their masks."
+        ),
     ] = False,
     device: Device = "auto",
     seed: Seed = 0,
@@ -253,24 +312,39 @@ def train(
         return  # under torchrun or SLURM rank 0 speaks for all
     if report.details.get("interrupted"):
         if as_json:
-            _print_json({"out": str(report.out)} | dict(report.details) | {"exit_code": EXIT_INTERRUPTED})
+            _print_json(
+                {"out": str(report.out)} | dict(report.details) | {"exit_code": EXIT_INTERRUPTED}
+            )
         else:
             _print_metrics(report)
         typer.echo("interrupted: this is the best model so far; add --resume to go on", err=True)
         raise typer.Exit(EXIT_INTERRUPTED)
-    _finish(report, as_json, lambda: _print_preview(report) if preview else _print_metrics(report), has_warned=True)
+    _finish(
+        report,
+        as_json,
+        lambda: _print_preview(report) if preview else _print_metrics(report),
+        has_warned=True,
+    )
 
 
 @app.command()
 def infer(
-    scans: Annotated[list[Path], typer.Argument(help="NIfTI files, folders of them, or tables of cases.")],
+    scans: Annotated[
+        list[Path], typer.Argument(help="NIfTI files, folders of them, or tables of cases.")
+    ],
     model: Annotated[
-        Path | None, typer.Option(help="Folder made by `volseg train`; without it the model that ships with volseg.")
+        Path | None,
+        typer.Option(
+            help="Folder made by `volseg train`; without it the model that ships with volseg."
+        ),
     ] = None,
     out: Out = Path("volseg_results"),
     device: Device = "auto",
     backend: Annotated[
-        str, typer.Option(help="auto, torch or openvino; auto takes openvino on a CPU where it is installed.")
+        str,
+        typer.Option(
+            help="auto, torch or openvino; auto takes openvino on a CPU where it is installed."
+        ),
     ] = "auto",
     precision: Annotated[
         str,
@@ -281,7 +355,9 @@ def infer(
     ] = "auto",
     overlap: Annotated[
         float | None,
-        typer.Option(help="Overlap of tiles, from 0 to 0.9, instead of the recipe's; 0.5 takes 8 times as long as 0."),
+        typer.Option(
+            help="Overlap of tiles, from 0 to 0.9, instead of the recipe's; 0.5 takes 8 times as long as 0."
+        ),
     ] = None,
     mirroring: Annotated[
         bool,
@@ -299,12 +375,19 @@ def infer(
     ] = None,
     max_ram: Annotated[
         str | None,
-        typer.Option(help="Budget of main memory, such as 4G; a scan that does not fit becomes a failed row."),
+        typer.Option(
+            help="Budget of main memory, such as 4G; a scan that does not fit becomes a failed row."
+        ),
     ] = None,
-    max_vram: Annotated[str | None, typer.Option(help="Budget of the GPU's memory, such as 8G.")] = None,
+    max_vram: Annotated[
+        str | None, typer.Option(help="Budget of the GPU's memory, such as 8G.")
+    ] = None,
     fast: Annotated[
         bool,
-        typer.Option("--fast", help="Resample linearly where the recipe says cubic: quicker, a little less exact."),
+        typer.Option(
+            "--fast",
+            help="Resample linearly where the recipe says cubic: quicker, a little less exact.",
+        ),
     ] = False,
     accept_mismatch: Annotated[
         bool,
@@ -352,13 +435,23 @@ def infer(
 
 @app.command()
 def quantise(
-    model: Annotated[Path, typer.Argument(help="Folder made by `volseg train`; the int8 network is put into it.")],
-    dataset: Annotated[
-        Path, typer.Argument(help="The dataset that it was trained on, or the folder `volseg preprocess` made of it.")
+    model: Annotated[
+        Path, typer.Argument(help="Folder made by `volseg train`; the int8 network is put into it.")
     ],
-    cases: Annotated[int, typer.Option(min=1, max=1_000_000, help="Training cases to look at, at most.")] = 30,
+    dataset: Annotated[
+        Path,
+        typer.Argument(
+            help="The dataset that it was trained on, or the folder `volseg preprocess` made of it."
+        ),
+    ],
+    cases: Annotated[
+        int, typer.Option(min=1, max=1_000_000, help="Training cases to look at, at most.")
+    ] = 30,
     seed: Annotated[
-        int, typer.Option(min=0, max=2**32 - 1, help="The seed of training, which drew the validation cases.")
+        int,
+        typer.Option(
+            min=0, max=2**32 - 1, help="The seed of training, which drew the validation cases."
+        ),
     ] = 0,
     as_json: Json = False,
 ) -> None:
@@ -377,22 +470,34 @@ def quantise(
 def measure(
     results: Annotated[
         Path | None,
-        typer.Argument(help="Results of `volseg infer`; masks in it that were corrected by hand are measured again."),
+        typer.Argument(
+            help="Results of `volseg infer`; masks in it that were corrected by hand are measured again."
+        ),
     ] = None,
     image: Annotated[
         Path | None, typer.Option(help="The scan that the mask was drawn on, or a folder of scans.")
     ] = None,
     mask: Annotated[
-        Path | None, typer.Option(help="Its mask, on the same grid, or a folder of masks with equal file names.")
+        Path | None,
+        typer.Option(
+            help="Its mask, on the same grid, or a folder of masks with equal file names."
+        ),
     ] = None,
     cases: Annotated[
-        Path | None, typer.Option(help="Instead of a pair: a table or dataset with scans and masks.")
+        Path | None,
+        typer.Option(help="Instead of a pair: a table or dataset with scans and masks."),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="Folder for the results, by default volseg_results; made if it is not there.")
+        Path | None,
+        typer.Option(
+            help="Folder for the results, by default volseg_results; made if it is not there."
+        ),
     ] = None,
     objects: Annotated[
-        str, typer.Option(help="components: each connected part is a lesion. labels: each value of the mask is one.")
+        str,
+        typer.Option(
+            help="components: each connected part is a lesion. labels: each value of the mask is one."
+        ),
     ] = "components",
     label_names: Annotated[
         Path | None,
@@ -401,21 +506,35 @@ def measure(
         ),
     ] = None,
     unit: Annotated[
-        str | None, typer.Option(help="Unit of the intensities: HU, SUV, a.u.; guessed from the scan otherwise.")
+        str | None,
+        typer.Option(
+            help="Unit of the intensities: HU, SUV, a.u.; guessed from the scan otherwise."
+        ),
     ] = None,
     recipe: Annotated[
-        str | None, typer.Option(help="A recipe whose label names, unit and [measure] section hold.")
+        str | None,
+        typer.Option(help="A recipe whose label names, unit and [measure] section hold."),
     ] = None,
     organ: Annotated[
-        str | None, typer.Option(help="Label (name or value) of the organ round the lesions; `burden` is their share.")
+        str | None,
+        typer.Option(
+            help="Label (name or value) of the organ round the lesions; `burden` is their share."
+        ),
     ] = None,
     lymph_node: Annotated[
-        list[str] | None, typer.Option(help="Label of lymph nodes, measured along their short axis; may be repeated.")
+        list[str] | None,
+        typer.Option(
+            help="Label of lymph nodes, measured along their short axis; may be repeated."
+        ),
     ] = None,
-    calcium: Annotated[bool, typer.Option("--calcium", help="Agatston, volume and mass score, too.")] = False,
+    calcium: Annotated[
+        bool, typer.Option("--calcium", help="Agatston, volume and mass score, too.")
+    ] = False,
     max_ram: Annotated[
         str | None,
-        typer.Option(help="Budget of main memory, such as 4G; a pair that may not fit becomes a failed row."),
+        typer.Option(
+            help="Budget of main memory, such as 4G; a pair that may not fit becomes a failed row."
+        ),
     ] = None,
     figures: Figures = False,
     pages: Pages = True,
@@ -455,15 +574,24 @@ def measure(
 
 @app.command()
 def evaluate(
-    reference: Annotated[Path, typer.Option(help="Folder of reference masks, or a dataset whose labels they are.")],
-    predicted: Annotated[Path, typer.Option(help="Folder of masks, or a results folder of `volseg infer`.")],
+    reference: Annotated[
+        Path, typer.Option(help="Folder of reference masks, or a dataset whose labels they are.")
+    ],
+    predicted: Annotated[
+        Path, typer.Option(help="Folder of masks, or a results folder of `volseg infer`.")
+    ],
     out: Out,
     min_iou: Annotated[
-        float, typer.Option(help="Overlap from which a lesion counts as found; 0: one common voxel is enough.")
+        float,
+        typer.Option(
+            help="Overlap from which a lesion counts as found; 0: one common voxel is enough."
+        ),
     ] = 0.0,
     max_ram: Annotated[
         str | None,
-        typer.Option(help="Budget of main memory, such as 4G; a pair that may not fit becomes a failed row."),
+        typer.Option(
+            help="Budget of main memory, such as 4G; a pair that may not fit becomes a failed row."
+        ),
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -491,10 +619,14 @@ def evaluate(
 @app.command()
 def compare(
     baseline: Annotated[
-        Path, typer.Argument(help="Results of `volseg infer` or `volseg measure` on the earlier scans.")
+        Path,
+        typer.Argument(help="Results of `volseg infer` or `volseg measure` on the earlier scans."),
     ],
     followup: Annotated[Path, typer.Argument(help="Results on the later scans.")],
-    out: Annotated[Path, typer.Option(help="Folder for comparison.csv and response.csv; made if it is not there.")],
+    out: Annotated[
+        Path,
+        typer.Option(help="Folder for comparison.csv and response.csv; made if it is not there."),
+    ],
     pairs: Annotated[
         Path | None,
         typer.Option(
@@ -503,10 +635,12 @@ def compare(
         ),
     ] = None,
     baseline_scans: Annotated[
-        Path | None, typer.Option(help="Folder in which to look for the earlier scans by their file names.")
+        Path | None,
+        typer.Option(help="Folder in which to look for the earlier scans by their file names."),
     ] = None,
     followup_scans: Annotated[
-        Path | None, typer.Option(help="Folder in which to look for the later scans by their file names.")
+        Path | None,
+        typer.Option(help="Folder in which to look for the later scans by their file names."),
     ] = None,
     registration: Annotated[
         bool,
@@ -529,11 +663,16 @@ def compare(
     ] = None,
     figures: Annotated[
         bool,
-        typer.Option("--figures", help="Also write a PNG per patient of the lesion that changed most, at both times."),
+        typer.Option(
+            "--figures",
+            help="Also write a PNG per patient of the lesion that changed most, at both times.",
+        ),
     ] = False,
     max_ram: Annotated[
         str | None,
-        typer.Option(help="Budget of main memory, such as 4G; a patient who may not fit becomes a failed row."),
+        typer.Option(
+            help="Budget of main memory, such as 4G; a patient who may not fit becomes a failed row."
+        ),
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -566,7 +705,9 @@ def compare(
 
 @app.command()
 def report(
-    results: Annotated[Path, typer.Argument(help="The --out folder of `volseg infer` or `volseg measure`.")],
+    results: Annotated[
+        Path, typer.Argument(help="The --out folder of `volseg infer` or `volseg measure`.")
+    ],
     as_json: Json = False,
 ) -> None:
     """Make report.html and the page of each scan again from a results folder.
@@ -577,18 +718,23 @@ def report(
 
     with _progress() as show:
         done = workflows.report(results, progress=show)
-    _finish(done, as_json, lambda: typer.echo(f"{len(done.done)} pages made → {done.details['page']}"))
+    _finish(
+        done, as_json, lambda: typer.echo(f"{len(done.done)} pages made → {done.details['page']}")
+    )
 
 
 @app.command("import-nnunet")
 def import_nnunet(
     folder: Annotated[
         Path,
-        typer.Argument(help="A trained <trainer>__<plans>__<configuration>, with plans.json, dataset.json and fold_*."),
+        typer.Argument(
+            help="A trained <trainer>__<plans>__<configuration>, with plans.json, dataset.json and fold_*."
+        ),
     ],
     out: Annotated[Path, typer.Option(help="Folder for the model.")],
     folds: Annotated[
-        str | None, typer.Option(help="Such as 0,1,2 or all; without it every numbered fold, as one ensemble.")
+        str | None,
+        typer.Option(help="Such as 0,1,2 or all; without it every numbered fold, as one ensemble."),
     ] = None,
     checkpoint: Annotated[
         str, typer.Option(help="Which of a fold's checkpoints, such as checkpoint_best.pth.")
@@ -613,7 +759,9 @@ def check(
     path: Annotated[Path, typer.Argument(help="A dataset, a scan, a recipe or a model folder.")],
     recipe: Annotated[
         str | None,
-        typer.Option(help="For which a dataset is to be fit: its channels and label values are looked at too."),
+        typer.Option(
+            help="For which a dataset is to be fit: its channels and label values are looked at too."
+        ),
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -673,12 +821,19 @@ def selftest(as_json: Json = False) -> None:
     checks = workflows.selftest()
     n_failed = sum(not check.is_passed for check in checks)
     if as_json:
-        _print_json({"failed": n_failed, "checks": [asdict(check) | {"passed": check.is_passed} for check in checks]})
+        _print_json(
+            {
+                "failed": n_failed,
+                "checks": [asdict(check) | {"passed": check.is_passed} for check in checks],
+            }
+        )
     else:
         table = Table("body", "measure", "expected", "±", "found", "")
         for check in checks:
             numbers = (f"{value:.6g}" for value in (check.expected, check.tolerance, check.found))
-            table.add_row(check.body, check.measure, *numbers, "pass" if check.is_passed else "FAIL")
+            table.add_row(
+                check.body, check.measure, *numbers, "pass" if check.is_passed else "FAIL"
+            )
         _print_table(table)
         typer.echo(f"{len(checks) - n_failed} of {len(checks)} measures lie within their tolerance")
     raise typer.Exit(1 if n_failed else 0)
@@ -731,7 +886,9 @@ class _Lines:
         self._thread.start()
         return self
 
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._over.set()
         self._thread.join()
 
@@ -757,7 +914,9 @@ class _Lines:
         _announce(f"{stage}: {share:.0%}{left}, {detail}")
 
 
-def _finish(report: RunReport, as_json: bool, show: Callable[[], None], *, has_warned: bool = False) -> None:
+def _finish(
+    report: RunReport, as_json: bool, show: Callable[[], None], *, has_warned: bool = False
+) -> None:
     """Print what was done, and warnings that were not printed yet, and leave with the report's exit code."""
     if as_json:
         content = {
@@ -786,7 +945,11 @@ def _print_results(report: RunReport) -> None:
         typer.echo("lesions: connected components of each label, 26 neighbours, 1 = largest")
     else:
         typer.echo("lesions: one per value of the mask, in ascending order")
-    for name in ("lesions.csv", "cases.csv", *(("report.html",) if report.details["pages"] else ())):
+    for name in (
+        "lesions.csv",
+        "cases.csv",
+        *(("report.html",) if report.details["pages"] else ()),
+    ):
         typer.echo(f"  {report.out / name}")
 
 
@@ -795,7 +958,9 @@ def _print_fingerprint(report: RunReport) -> None:
     spacing = " × ".join(f"{value:g}" for value in found["median_spacing_mm"])
     shape = " × ".join(str(value) for value in found["median_shape"])
     wanted = " × ".join(f"{value:g}" for value in found["resampled_to_mm"])
-    typer.echo(f"{found['n_cases']} training cases; median spacing {spacing} mm, median shape {shape} (R × A × S)")
+    typer.echo(
+        f"{found['n_cases']} training cases; median spacing {spacing} mm, median shape {shape} (R × A × S)"
+    )
     for channel, values in found["foreground"].items():
         text = (
             f"{channel} under the labels: mean {values['mean']:.4g}, deviation {values['sd']:.4g}, "
@@ -804,7 +969,9 @@ def _print_fingerprint(report: RunReport) -> None:
         typer.echo(one_line(text))
     voxels = ", ".join(f"{label}: {count}" for label, count in found["label_voxels"].items())
     typer.echo(one_line(f"voxels per label: {voxels}; resampled to {wanted} mm"))
-    typer.echo(f"{len(report.done)} prepared, {len(report.kept)} were complete already → {report.out}")
+    typer.echo(
+        f"{len(report.done)} prepared, {len(report.kept)} were complete already → {report.out}"
+    )
 
 
 def _print_plan(report: RunReport, out: Path | None) -> None:
@@ -832,10 +999,14 @@ def _print_quantised(report: RunReport) -> None:
     table = Table("precision", *headings, "s per patch", "× as fast")
     for name in seconds:
         scores = (
-            "" if values[name] is None else f"{values[name]:.4f} ({values[name] - values['fp32']:+.4f})"
+            ""
+            if values[name] is None
+            else f"{values[name]:.4f} ({values[name] - values['fp32']:+.4f})"
             for values in validation["dice"].values()
         )
-        table.add_row(name, *scores, f"{seconds[name]:.3g}", f"{seconds['fp32'] / seconds[name]:.1f}")
+        table.add_row(
+            name, *scores, f"{seconds[name]:.3g}", f"{seconds['fp32'] / seconds[name]:.1f}"
+        )
     _print_table(table)
     typer.echo(f"mean over {validation['cases']} validation cases; seconds on this machine")
     typer.echo(f"int8 network → {report.out}; use it with `volseg infer --precision int8`")
@@ -858,7 +1029,10 @@ def _print_evaluation(report: RunReport) -> None:
     headings = ["label", *(heading for heading, _ in shown.values()), "lesion F1"]
     table = Table(*headings, box=SIMPLE, padding=(0, 1, 0, 0))
     for found in report.details["labels"].values():
-        cells = [_mean_and_interval(found["metrics"][name], decimals) for name, (_, decimals) in shown.items()]
+        cells = [
+            _mean_and_interval(found["metrics"][name], decimals)
+            for name, (_, decimals) in shown.items()
+        ]
         named = f"{one_line(found['name'])}\nn = {found['n']}"
         table.add_row(named, *cells, _mean_and_interval(found["detection"]["f1"], 2))
     _print_table(table)
@@ -868,7 +1042,11 @@ def _print_evaluation(report: RunReport) -> None:
     )
     for reason in _reasons_without_interval(report.details["labels"].values(), shown):
         typer.echo(f"(none): no interval; {reason}")
-    without = {found["name"]: found["n_missed"] for found in report.details["labels"].values() if found["n_missed"]}
+    without = {
+        found["name"]: found["n_missed"]
+        for found in report.details["labels"].values()
+        if found["n_missed"]
+    }
     for name, n in without.items():
         _announce(f"{name}: missed in {n} cases, which have no HD95")
     missing = report.details["not_predicted"]
@@ -896,31 +1074,50 @@ def _mean_and_interval(found: Mapping[str, Any], decimals: int) -> str:
     return f"{found['mean']:.{decimals + 1}f}\n{low_and_high}"
 
 
-def _reasons_without_interval(labels: Iterable[Mapping[str, Any]], metrics: Iterable[str]) -> list[str]:
+def _reasons_without_interval(
+    labels: Iterable[Mapping[str, Any]], metrics: Iterable[str]
+) -> list[str]:
     """Why means of the table have no interval, each reason once."""
     means = [
-        mean for label in labels for mean in (*(label["metrics"][name] for name in metrics), label["detection"]["f1"])
+        mean
+        for label in labels
+        for mean in (*(label["metrics"][name] for name in metrics), label["detection"]["f1"])
     ]
     return sorted({mean["no_mean_95"] for mean in means if mean["mean"] is not None} - {""})
 
 
 def _print_comparison(report: RunReport) -> None:
-    table = Table("patient", "response", "sum %", "new", "gone", "merged", "split", "volume %", title="RECIST 1.1")
+    table = Table(
+        "patient",
+        "response",
+        "sum %",
+        "new",
+        "gone",
+        "merged",
+        "split",
+        "volume %",
+        title="RECIST 1.1",
+    )
     for row in report.details["patients"]:
         if row["status"] != "done":
             continue
         counts = (str(row[f"n_{status}"]) for status in ("new", "gone", "merged", "split"))
         sums, volume = (
-            "" if row[name] is None else f"{row[name]:+.1f}" for name in ("change_sum_percent", "change_volume_percent")
+            "" if row[name] is None else f"{row[name]:+.1f}"
+            for name in ("change_sum_percent", "change_volume_percent")
         )
         table.add_row(one_line(row["patient"]), row["response"] or "", sums, *counts, volume)
     _print_table(table)
-    typer.echo("sum: of the target diameters; response.csv holds the rule that decided for each patient")
+    typer.echo(
+        "sum: of the target diameters; response.csv holds the rule that decided for each patient"
+    )
     for patient, reason in report.details["unpaired"].items():
         typer.echo(f"unpaired: {patient}: {reason}", err=True)
     kept = f", {len(report.kept)} were complete already" if report.kept else ""
     alone = len(report.details["unpaired"])
-    typer.echo(f"{len(report.done)} compared{kept}, {len(report.failed)} failed, {alone} without a partner")
+    typer.echo(
+        f"{len(report.done)} compared{kept}, {len(report.failed)} failed, {alone} without a partner"
+    )
     for name in ("comparison.csv", "response.csv", "report.html"):
         typer.echo(f"  {report.out / name}")
 
@@ -929,7 +1126,9 @@ def _announce_shipped_model() -> None:
     from volseg import workflows
 
     name, use, limits = workflows.shipped_model()
-    typer.echo(f"using the model that ships with volseg: {name}. For: {use} Limits: {limits}", err=True)
+    typer.echo(
+        f"using the model that ships with volseg: {name}. For: {use} Limits: {limits}", err=True
+    )
 
 
 def _print_table(table: Table) -> None:
@@ -950,7 +1149,9 @@ def _seconds(text: str) -> float:
     match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)\s*([smh]?)", text.strip())
     if match is None or float(match[1]) == 0:
         raise VolsegError(
-            f"time budget {text!r} is not a duration", fix="write it like 90s, 20m or 1.5h", code="E_USAGE"
+            f"time budget {text!r} is not a duration",
+            fix="write it like 90s, 20m or 1.5h",
+            code="E_USAGE",
         )
     return float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[match[2]]
 

@@ -52,7 +52,12 @@ class NotAFileError(OSError):
 
 def kind_of(mode: int) -> str:
     """What a file's mode says that it is, with its article: `a folder`, `a pipe`, `a device`, `a socket` or `a file`."""
-    kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket", stat.S_IFREG: "a file"}
+    kinds = {
+        stat.S_IFDIR: "a folder",
+        stat.S_IFIFO: "a pipe",
+        stat.S_IFSOCK: "a socket",
+        stat.S_IFREG: "a file",
+    }
     return kinds.get(stat.S_IFMT(mode), "a device")
 
 
@@ -64,12 +69,19 @@ def open_regular(path: Path | str) -> io.BufferedReader:
     """
     try:
         _refuse_other_kinds(path, os.stat(path).st_mode)
-        flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
+        flags = (
+            os.O_RDONLY
+            | getattr(os, "O_NONBLOCK", 0)
+            | getattr(os, "O_CLOEXEC", 0)
+            | getattr(os, "O_BINARY", 0)
+        )
         descriptor = os.open(path, flags)
     except ValueError as error:  # a zero byte or half of a surrogate pair in the name
         raise FileNotFoundError(errno.ENOENT, "does not exist", str(path)) from error
     try:
-        _refuse_other_kinds(path, os.fstat(descriptor).st_mode)  # of what was opened, if it was replaced meanwhile
+        _refuse_other_kinds(
+            path, os.fstat(descriptor).st_mode
+        )  # of what was opened, if it was replaced meanwhile
         return open(descriptor, "rb")
     except BaseException:
         os.close(descriptor)
@@ -124,7 +136,9 @@ def parse_json(data: bytes | str, *, is_finite: bool = True) -> Any:
     """
     try:
         if isinstance(data, bytes):
-            data = data.decode("utf-8-sig" if data.startswith(b"\xef\xbb\xbf") else json.detect_encoding(data))
+            data = data.decode(
+                "utf-8-sig" if data.startswith(b"\xef\xbb\xbf") else json.detect_encoding(data)
+            )
         alike = data.encode("utf-8", "surrogatepass").translate(_ALIKE)
         is_doubtful = any(part in alike for part in _DOUBTFUL)
         content = _decoder(is_finite, is_doubtful).decode(data)
@@ -226,7 +240,9 @@ def _check_values(content: Any, *, is_finite: bool) -> None:
         try:
             content.encode()
         except UnicodeEncodeError as error:
-            raise ValueError(f"the text {shortened(content)!a} holds half of a surrogate pair") from error
+            raise ValueError(
+                f"the text {shortened(content)!a} holds half of a surrogate pair"
+            ) from error
     elif isinstance(content, int) and not -MAX_INTEGER - 1 <= content <= MAX_INTEGER:
         raise ValueError(f"a whole number of {content.bit_length()} bits does not fit into 64 bits")
     elif isinstance(content, float) and is_finite and not math.isfinite(content):

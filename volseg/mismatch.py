@@ -50,7 +50,9 @@ class Resemblance:
         return tuple(f"{MODALITY}: {reason}" for reason in self.contradictions) + self.warnings
 
 
-def compare_scan(images: Mapping[str, Volume], recipe: Recipe, fingerprint: DatasetFingerprint) -> Resemblance:
+def compare_scan(
+    images: Mapping[str, Volume], recipe: Recipe, fingerprint: DatasetFingerprint
+) -> Resemblance:
     """Compare a scan with what a model's fingerprint says of its training scans.
 
     Args:
@@ -60,7 +62,9 @@ def compare_scan(images: Mapping[str, Volume], recipe: Recipe, fingerprint: Data
     if says_its_unit(recipe, fingerprint):
         unit = judge_unit(images[first], recipe.data.intensity_unit, by="the model")
         contradictions += [f"{first}: {unit.doubt}"] if unit.is_contradicted else []
-    for name in recipe.data.channels[1:] if says_its_unit(recipe, fingerprint) else recipe.data.channels:
+    for name in (
+        recipe.data.channels[1:] if says_its_unit(recipe, fingerprint) else recipe.data.channels
+    ):
         reason = _foreign(images[name], name, recipe, fingerprint) if name in images else ""
         contradictions += [f"{name}: {reason}"] if reason else []
     warnings = tuple(_unusual(images[first].geometry, fingerprint))
@@ -82,15 +86,24 @@ def checks_of(recipe: Recipe, fingerprint: DatasetFingerprint) -> list[str]:
         )
     for name in recipe.data.channels[1:] if says_unit else recipe.data.channels:
         if _is_absolute(recipe, name) and name in fingerprint.foreground:
-            checks.append(f"modality: the range of {name} must overlap the intensities under the training labels")
+            checks.append(
+                f"modality: the range of {name} must overlap the intensities under the training labels"
+            )
         if _never_was_ct(fingerprint, name):
-            checks.append(f"modality: {name} must not look like a CT in HU; other modalities are not told apart")
+            checks.append(
+                f"modality: {name} must not look like a CT in HU; other modalities are not told apart"
+            )
     if not checks:
         checks.append("modality: none, as the model does not say what its intensities were")
     sizes = _sizes(fingerprint)
-    checks += [f"{size.what}: {size.span} in training; a factor of {TOLERANCE} beyond is {size.code}" for size in sizes]
+    checks += [
+        f"{size.what}: {size.span} in training; a factor of {TOLERANCE} beyond is {size.code}"
+        for size in sizes
+    ]
     if not sizes:
-        checks.append("spacing, field of view, slices: none, as the model does not say what its training scans had")
+        checks.append(
+            "spacing, field of view, slices: none, as the model does not say what its training scans had"
+        )
     return checks
 
 
@@ -112,7 +125,9 @@ def _foreign(scan: Volume, channel: str, recipe: Recipe, fingerprint: DatasetFin
 
 def says_its_unit(recipe: Recipe, fingerprint: DatasetFingerprint) -> bool:
     """Whether the model states a unit that can be contradicted, and its training scans did not."""
-    return recipe.data.intensity_unit in (HU, SUV) and 2 * len(fingerprint.doubted_units) < max(1, fingerprint.n_cases)
+    return recipe.data.intensity_unit in (HU, SUV) and 2 * len(fingerprint.doubted_units) < max(
+        1, fingerprint.n_cases
+    )
 
 
 def _doubt_of_model(recipe: Recipe, fingerprint: DatasetFingerprint) -> str:

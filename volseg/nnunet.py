@@ -40,7 +40,16 @@ from volseg.inputs import open_regular, read_bytes, read_json, shortened
 from volseg.io.files import sha256_of
 from volseg.models import build_segmentation, check_finite, weights_of
 from volseg.plan import Count, DatasetFingerprint, IntensityStatistics, Plan
-from volseg.recipe import Intensity, LabelValue, Name, Recipe, Window, listed, mistakes_of, parse_recipe
+from volseg.recipe import (
+    Intensity,
+    LabelValue,
+    Name,
+    Recipe,
+    Window,
+    listed,
+    mistakes_of,
+    parse_recipe,
+)
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -80,7 +89,9 @@ _DAMAGE = (  # what reading a file that is no checkpoint can raise
     struct.error,
     zlib.error,
 )
-MAX_PICKLE_BYTES = 64 << 20  # of the log of 8000 epochs with 117 classes it is half; the weights lie beside it
+MAX_PICKLE_BYTES = (
+    64 << 20
+)  # of the log of 8000 epochs with 117 classes it is half; the weights lie beside it
 MAX_PICKLE_RATIO = 20  # of what a pickle unpacks to; `torch.save` does not compress at all
 MAX_OPCODES = 10_000_000
 MAX_MEMBERS = 100_000  # files in the archive: one per tensor
@@ -97,10 +108,17 @@ _NETWORKS = {  # architecture → file in models/, its name for the numbers of c
     "PlainConvUNet": ("nnunet_plain", "n_conv_per_stage"),
     "ResidualEncoderUNet": ("nnunet_residual", "n_blocks_per_stage"),
 }
-_WITHOUT_EFFECT = {"n_stages", "dropout_op", "dropout_op_kwargs", "deep_supervision"}  # on inference
+_WITHOUT_EFFECT = {
+    "n_stages",
+    "dropout_op",
+    "dropout_op_kwargs",
+    "deep_supervision",
+}  # on inference
 
 
-def read_nnunet(folder: Path, *, folds: Sequence[str] | None = None, checkpoint: str = FINAL) -> ModelBundle:
+def read_nnunet(
+    folder: Path, *, folds: Sequence[str] | None = None, checkpoint: str = FINAL
+) -> ModelBundle:
     """A trained nnU-Net v2 folder as a bundle; several folds become an ensemble.
 
     Args:
@@ -133,7 +151,9 @@ def read_nnunet(folder: Path, *, folds: Sequence[str] | None = None, checkpoint:
             spacing_mm=recipe.preprocess.spacing_mm,
             patch_shape=recipe.train.patch_shape,
             batch_size=configuration.batch_size,
-            windows={channel: form for channel, form in windows.items() if isinstance(form, Window)},
+            windows={
+                channel: form for channel, form in windows.items() if isinstance(form, Window)
+            },
         ),
         fingerprint=_fingerprint(dataset, plans, recipe),
         weights=weights,
@@ -143,7 +163,10 @@ def read_nnunet(folder: Path, *, folds: Sequence[str] | None = None, checkpoint:
             "nnU-Net plans": plans.plans_name,
             "nnU-Net trainer": first.trainer,
             "nnU-Net configuration": name,
-            **{f"fold_{fold}/{checkpoint}": f"sha256 {sha256_of(path)}" for fold, path in paths.items()},
+            **{
+                f"fold_{fold}/{checkpoint}": f"sha256 {sha256_of(path)}"
+                for fold, path in paths.items()
+            },
         },
     )
 
@@ -169,7 +192,9 @@ class _Dataset(_Loose):
         """Names in the order of the files `_0000`, `_0001`, …; a name that stands there twice gets its number."""
         names = list((self.channel_names or self.modality or {}).values())
         counts = Counter(names)
-        return tuple(name if counts[name] == 1 else f"{name}_{n:04d}" for n, name in enumerate(names))
+        return tuple(
+            name if counts[name] == 1 else f"{name}_{n:04d}" for n, name in enumerate(names)
+        )
 
 
 class _Architecture(_Loose):
@@ -224,11 +249,16 @@ class _Plans(_Loose):
     transpose_forward: list[int]
     configurations: dict[str, dict[str, Any]]
     foreground_intensity_properties_per_channel: dict[str, _Intensities] = {}
-    foreground_intensity_properties_by_modality: dict[str, _Intensities] = {}  # what older plans call it
+    foreground_intensity_properties_by_modality: dict[
+        str, _Intensities
+    ] = {}  # what older plans call it
 
     @property
     def intensities(self) -> dict[str, _Intensities]:
-        return self.foreground_intensity_properties_per_channel or self.foreground_intensity_properties_by_modality
+        return (
+            self.foreground_intensity_properties_per_channel
+            or self.foreground_intensity_properties_by_modality
+        )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -249,11 +279,15 @@ def _json_of(folder: Path, name: str) -> Any:
         inner = sorted(path.parent for path in folder.glob("*/plans.json"))
         raise VolsegError(
             f"{folder}: not a trained nnU-Net folder, it has no readable {name} ({error.strerror or error})",
-            fix=f"give {inner[0]}" if inner else f"give <trainer>__<plans>__<configuration>, with {name} and fold_*/",
+            fix=f"give {inner[0]}"
+            if inner
+            else f"give <trainer>__<plans>__<configuration>, with {name} and fold_*/",
             code="E_NNUNET",
         ) from error
     except ValueError as error:
-        raise VolsegError(f"{folder / name}: not JSON ({error})", fix="copy the file again", code="E_NNUNET") from error
+        raise VolsegError(
+            f"{folder / name}: not JSON ({error})", fix="copy the file again", code="E_NNUNET"
+        ) from error
 
 
 def _checked(model: type[Model], content: Any, where: Path | str) -> Model:
@@ -269,12 +303,18 @@ def _checked(model: type[Model], content: Any, where: Path | str) -> Model:
 
 def _folds(folder: Path, wanted: Sequence[str] | None) -> list[str]:
     """Which folds to take: those asked for, else the numbered ones that are there, else `all`."""
-    found = sorted(path.name.removeprefix("fold_") for path in folder.glob("fold_*") if path.is_dir())
+    found = sorted(
+        path.name.removeprefix("fold_") for path in folder.glob("fold_*") if path.is_dir()
+    )
     if wanted is not None:
         folds = [fold.strip().removeprefix("fold_") for fold in wanted]
         missing = [fold for fold in folds if fold not in found]
         if missing or len(set(folds)) < len(folds):
-            problem = f"has no fold {', '.join(missing)}" if missing else f"folds {', '.join(folds)} name one twice"
+            problem = (
+                f"has no fold {', '.join(missing)}"
+                if missing
+                else f"folds {', '.join(folds)} name one twice"
+            )
             raise VolsegError(
                 f"{folder}: {problem}; it has {', '.join(found) or 'none'}",
                 fix="name folds that are there, once each, such as --folds 0,1,2 or --folds all",
@@ -286,7 +326,9 @@ def _folds(folder: Path, wanted: Sequence[str] | None) -> list[str]:
     ]
     if not folds:
         raise VolsegError(
-            f"{folder}: has no fold_0, fold_1, … or fold_all", fix="copy the trained folds as well", code="E_NNUNET"
+            f"{folder}: has no fold_0, fold_1, … or fold_all",
+            fix="copy the trained folds as well",
+            code="E_NNUNET",
         )
     return folds
 
@@ -295,7 +337,9 @@ def _checkpoint_path(folder: Path, fold: str, checkpoint: str) -> Path:
     path = folder / f"fold_{fold}" / checkpoint
     if not path.is_file():
         if path.exists():
-            raise VolsegError(f"{path}: is not a file", fix="give the checkpoint itself", code="E_NOTFILE")
+            raise VolsegError(
+                f"{path}: is not a file", fix="give the checkpoint itself", code="E_NOTFILE"
+            )
         there = sorted(other.name for other in path.parent.glob("checkpoint_*.pth"))
         others = f"--checkpoint {there[0]}" if there else "copy it"
         raise VolsegError(
@@ -338,7 +382,9 @@ def _read_checkpoint(path: Path) -> _Checkpoint:
         ) from error
     except OSError as error:
         raise VolsegError(
-            f"{path}: cannot be read ({error.strerror or error})", fix="check its permissions", code="E_PERM"
+            f"{path}: cannot be read ({error.strerror or error})",
+            fix="check its permissions",
+            code="E_PERM",
         ) from error
 
 
@@ -430,7 +476,10 @@ def _configuration(plans: _Plans, name: str, where: Path) -> _Configuration:
     parent: Any = name
     while parent is not None:
         if parent in visited or parent not in plans.configurations:
-            raise _unsupported(where, f"configuration {name!r} inherits from {parent!r}, which is missing or itself")
+            raise _unsupported(
+                where,
+                f"configuration {name!r} inherits from {parent!r}, which is missing or itself",
+            )
         visited.add(parent)
         for key, value in plans.configurations[parent].items():
             content.setdefault(key, value)
@@ -467,7 +516,9 @@ def _modern_architecture(old: Mapping[str, Any], where: Path) -> dict[str, Any]:
         return {
             "network_class_name": old["UNet_class_name"],
             "arch_kwargs": {
-                "features_per_stage": [min(base * 2**level, widest) for level in range(len(n_down))],
+                "features_per_stage": [
+                    min(base * 2**level, widest) for level in range(len(n_down))
+                ],
                 "kernel_sizes": old["conv_kernel_sizes"],
                 "strides": old["pool_op_kernel_sizes"],
                 "n_conv_per_stage" if plain else "n_blocks_per_stage": n_down,
@@ -495,13 +546,20 @@ def _unsupported(where: Path, problem: str, fix: str | None = None) -> VolsegErr
 
 
 def _recipe(
-    dataset: _Dataset, plans: _Plans, configuration: _Configuration, checkpoint: _Checkpoint, name: str, folder: Path
+    dataset: _Dataset,
+    plans: _Plans,
+    configuration: _Configuration,
+    checkpoint: _Checkpoint,
+    name: str,
+    folder: Path,
 ) -> Recipe:
     plans_path = folder / "plans.json"
     network, settings = _network(configuration.architecture, plans_path)
     channels = dataset.channels
     if not channels:
-        raise _unsupported(folder / "dataset.json", "names no channels", fix='add "channel_names": {"0": "CT"}')
+        raise _unsupported(
+            folder / "dataset.json", "names no channels", fix='add "channel_names": {"0": "CT"}'
+        )
     schemes = configuration.normalization_schemes
     if not len(channels) == len(schemes) == len(configuration.use_mask_for_norm):
         raise _unsupported(
@@ -521,9 +579,14 @@ def _recipe(
     content = {
         "name": re.sub(r"[^a-z0-9_]", "_", title.lower()).lstrip("_")[:200] or "nnunet",
         "description": shortened(
-            str(dataset.description or f"nnU-Net model {plans.dataset_name}, configuration {name}."), 5000
+            str(
+                dataset.description or f"nnU-Net model {plans.dataset_name}, configuration {name}."
+            ),
+            5000,
         ),
-        "data_source": shortened("; ".join(str(text) for text in (dataset.reference, dataset.licence) if text), 5000),
+        "data_source": shortened(
+            "; ".join(str(text) for text in (dataset.reference, dataset.licence) if text), 5000
+        ),
         "data": {
             "channels": channels,
             "labels": labels,
@@ -534,7 +597,9 @@ def _recipe(
             "spacing_mm": configuration.spacing,
             "crop": "nonzero",
             "normalise": first,
-            "normalise_channels": {channel: form for channel, form in forms.items() if form != first},
+            "normalise_channels": {
+                channel: form for channel, form in forms.items() if form != first
+            },
             "normalise_first": True,
             **_axes(plans, plans_path),
             **_resampling(configuration, plans_path),
@@ -552,8 +617,12 @@ def _labels(dataset: _Dataset, where: Path) -> tuple[dict[str, int], list[int] |
 
     `ignore` marks voxels that training left out, so no channel stands for it. Channels of regions come in the order of the file.
     """
-    named = {name: [value] if isinstance(value, int) else value for name, value in dataset.labels.items()}
-    named = {name: values for name, values in named.items() if name != "ignore" and set(values) != {0}}
+    named = {
+        name: [value] if isinstance(value, int) else value for name, value in dataset.labels.items()
+    }
+    named = {
+        name: values for name, values in named.items() if name != "ignore" and set(values) != {0}
+    }
     if not named:
         raise _unsupported(where, "names no label beside the background")
     if all(len(values) == 1 for values in named.values()):
@@ -575,11 +644,15 @@ def _labels(dataset: _Dataset, where: Path) -> tuple[dict[str, int], list[int] |
     return dict(zip(named, order, strict=True)), order
 
 
-def _normaliser(scheme: str, masked: bool, found: _Intensities | None, where: Path) -> dict[str, Any]:
+def _normaliser(
+    scheme: str, masked: bool, found: _Intensities | None, where: Path
+) -> dict[str, Any]:
     """nnU-Net's class for a channel → a table of the recipe."""
     if scheme == "CTNormalization":
         if found is None:
-            raise _unsupported(where, "CTNormalization has no intensity statistics", fix="copy the plans again")
+            raise _unsupported(
+                where, "CTNormalization has no intensity statistics", fix="copy the plans again"
+            )
         return {
             "method": "window",
             "low": found.percentile_00_5,
@@ -590,11 +663,19 @@ def _normaliser(scheme: str, masked: bool, found: _Intensities | None, where: Pa
     forms = {
         "ZScoreNormalization": {"method": "zscore", "region": "nonzero" if masked else "scan"},
         "NoNormalization": {"method": "scale"},
-        "RescaleTo01Normalization": {"method": "percentile", "low_percent": 0, "high_percent": 100, "region": "scan"},
+        "RescaleTo01Normalization": {
+            "method": "percentile",
+            "low_percent": 0,
+            "high_percent": 100,
+            "region": "scan",
+        },
         "RGBTo01Normalization": {"method": "scale", "divide_by": 255},
     }
     if scheme not in forms:
-        raise _unsupported(where, f"normalisation {scheme!r} is unknown; known are CTNormalization, {', '.join(forms)}")
+        raise _unsupported(
+            where,
+            f"normalisation {scheme!r} is unknown; known are CTNormalization, {', '.join(forms)}",
+        )
     return forms[scheme]
 
 
@@ -602,7 +683,9 @@ def _axes(plans: _Plans, where: Path) -> dict[str, Any]:
     """Which axes the network sees."""
     reader, forward = plans.image_reader_writer, plans.transpose_forward
     if reader not in _AXES:
-        raise _unsupported(where, f"reader {reader!r} is unknown or not for NIfTI; known are {', '.join(_AXES)}")
+        raise _unsupported(
+            where, f"reader {reader!r} is unknown or not for NIfTI; known are {', '.join(_AXES)}"
+        )
     # The readers that reorient give (S, A, R), the reverse of ours.
     transpose = forward if _AXES[reader] == "stored" else [2 - axis for axis in forward]
     return {"axes": _AXES[reader], "transpose": transpose}
@@ -614,12 +697,16 @@ def _resampling(configuration: _Configuration, where: Path) -> dict[str, Any]:
         _resampler(function, arguments, where)
         for function, arguments in (
             (configuration.resampling_fn_data, configuration.resampling_fn_data_kwargs),
-            (configuration.resampling_fn_probabilities, configuration.resampling_fn_probabilities_kwargs),
+            (
+                configuration.resampling_fn_probabilities,
+                configuration.resampling_fn_probabilities_kwargs,
+            ),
         )
     )
     if images.order not in _INTERPOLATION or logits.order != 1:
         raise _unsupported(
-            where, f"resamples images with order {images.order} and logits with order {logits.order}, not 3 or 1 and 1"
+            where,
+            f"resamples images with order {images.order} and logits with order {logits.order}, not 3 or 1 and 1",
         )
     if images.separate_above != logits.separate_above:
         raise _unsupported(where, "resamples images and logits by different rules of anisotropy")
@@ -634,18 +721,24 @@ def _resampling(configuration: _Configuration, where: Path) -> dict[str, Any]:
 def _resampler(function: str, arguments: Mapping[str, Any], where: Path) -> _Resampling:
     if function == "resample_data_or_seg_to_shape":
         found = _checked(_Resampling, arguments, where)
-    elif function == "resample_torch_fornnunet":  # its own defaults: linear, and separate where it has to be
+    elif (
+        function == "resample_torch_fornnunet"
+    ):  # its own defaults: linear, and separate where it has to be
         found = _checked(_Resampling, {"force_separate_z": None, **arguments, "order": 1}, where)
     else:
         raise _unsupported(where, f"resampling function {function!r} is unknown")
     if found.order_z != 0 or found.is_seg or found.mode != "linear":
-        raise _unsupported(where, f"resampling function {function!r} has arguments {dict(arguments)}")
+        raise _unsupported(
+            where, f"resampling function {function!r} has arguments {dict(arguments)}"
+        )
     return found
 
 
 def _mirror_axes(checkpoint: _Checkpoint, folder: Path) -> list[str]:
     if any(axis not in (0, 1, 2) for axis in checkpoint.mirror_axes):
-        raise _unsupported(folder, f"the checkpoint mirrors axes {checkpoint.mirror_axes} of a 3D network")
+        raise _unsupported(
+            folder, f"the checkpoint mirrors axes {checkpoint.mirror_axes} of a 3D network"
+        )
     return ["RAS"[axis] for axis in checkpoint.mirror_axes]
 
 
@@ -656,9 +749,13 @@ def _network(architecture: _Architecture, where: Path) -> tuple[str, dict[str, A
     """File in models/ and the arguments of its `build`."""
     kind = architecture.network_class_name.rpartition(".")[2]
     if kind not in _NETWORKS:
-        raise _unsupported(where, f"architecture {kind!r} is unknown; known are {', '.join(_NETWORKS)}")
+        raise _unsupported(
+            where, f"architecture {kind!r} is unknown; known are {', '.join(_NETWORKS)}"
+        )
     name, n_down = _NETWORKS[kind]
-    rest = {key: value for key, value in architecture.arch_kwargs.items() if key not in _WITHOUT_EFFECT}
+    rest = {
+        key: value for key, value in architecture.arch_kwargs.items() if key not in _WITHOUT_EFFECT
+    }
     try:
         levels = len(rest["strides"])
         settings: dict[str, Any] = {
@@ -666,7 +763,9 @@ def _network(architecture: _Architecture, where: Path) -> tuple[str, dict[str, A
             "strides": [_triple(stride) for stride in rest.pop("strides")],
             "kernels": [_triple(kernel) for kernel in _per_level(rest.pop("kernel_sizes"), levels)],
             n_down: _per_level(rest.pop(n_down), levels),
-            "n_conv_per_stage_decoder": _per_level(rest.pop("n_conv_per_stage_decoder"), levels - 1),
+            "n_conv_per_stage_decoder": _per_level(
+                rest.pop("n_conv_per_stage_decoder"), levels - 1
+            ),
             "conv_bias": bool(rest.pop("conv_bias", False)),
             **_norm(rest.pop("norm_op", None), rest.pop("norm_op_kwargs", None) or {}, where),
             **_activation(rest.pop("nonlin", None), rest.pop("nonlin_kwargs", None) or {}, where),
@@ -676,12 +775,18 @@ def _network(architecture: _Architecture, where: Path) -> tuple[str, dict[str, A
             if str(rest.get("block", "BasicBlockD")).endswith("BasicBlockD"):
                 rest.pop("block", None)
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-        raise _unsupported(where, f"architecture {kind} is not described as nnU-Net does ({error!r})") from error
+        raise _unsupported(
+            where, f"architecture {kind} is not described as nnU-Net does ({error!r})"
+        ) from error
     if not str(rest.pop("conv_op", "Conv3d")).endswith("Conv3d"):
-        raise _unsupported(where, "the network is not 3D", fix="import a 3D configuration of the same dataset")
+        raise _unsupported(
+            where, "the network is not 3D", fix="import a 3D configuration of the same dataset"
+        )
     unknown = {key: value for key, value in rest.items() if value not in (None, False)}
     if unknown:
-        raise _unsupported(where, f"architecture {kind} has settings that volseg does not know: {unknown}")
+        raise _unsupported(
+            where, f"architecture {kind} has settings that volseg does not know: {unknown}"
+        )
     return name, settings
 
 
@@ -695,10 +800,16 @@ def _triple(value: Any) -> list[int]:
 
 def _norm(kind: Any, arguments: Mapping[str, Any], where: Path) -> dict[str, Any]:
     rest = dict(arguments)
-    found = {"norm_eps": float(rest.pop("eps", 1e-5)), "norm_affine": bool(rest.pop("affine", False))}
+    found = {
+        "norm_eps": float(rest.pop("eps", 1e-5)),
+        "norm_affine": bool(rest.pop("affine", False)),
+    }
     rest.pop("momentum", None)
     if not str(kind).endswith("InstanceNorm3d") or any(rest.values()):
-        raise _unsupported(where, f"normalisation layer {kind} {dict(arguments)} is unknown; known is InstanceNorm3d")
+        raise _unsupported(
+            where,
+            f"normalisation layer {kind} {dict(arguments)} is unknown; known is InstanceNorm3d",
+        )
     return found
 
 
@@ -709,7 +820,9 @@ def _activation(kind: Any, arguments: Mapping[str, Any], where: Path) -> dict[st
     return {"slope": 0.0 if name == "ReLU" else float(arguments.get("negative_slope", 0.01))}
 
 
-def _weights(found: Mapping[str, torch.Tensor], recipe: Recipe, path: Path) -> dict[str, torch.Tensor]:
+def _weights(
+    found: Mapping[str, torch.Tensor], recipe: Recipe, path: Path
+) -> dict[str, torch.Tensor]:
     """The checkpoint's tensors under the names of our network, which they are tried on.
 
     Raises:
@@ -752,7 +865,10 @@ def _their_name(name: str, network: str, last: int) -> str:
     plain = network == "nnunet_plain"
     rules = (
         (r"^stem\.0\.", "encoder.stem.convs.0."),
-        (r"^encoder\.(\d+)\.(\d+)\.", r"encoder.stages.\1.0.convs.\2." if plain else r"encoder.stages.\1.blocks.\2."),
+        (
+            r"^encoder\.(\d+)\.(\d+)\.",
+            r"encoder.stages.\1.0.convs.\2." if plain else r"encoder.stages.\1.blocks.\2.",
+        ),
         (r"^decoder\.(\d+)\.(\d+)\.", r"decoder.stages.\1.convs.\2."),
         (r"^up\.(\d+)\.", r"decoder.transpconvs.\1."),
         (r"^head\.", f"decoder.seg_layers.{last}."),
@@ -781,7 +897,11 @@ def _fingerprint(dataset: _Dataset, plans: _Plans, recipe: Recipe) -> DatasetFin
         if (found := plans.intensities.get(str(number))) is not None
     }
     return DatasetFingerprint(
-        n_cases=dataset.numTraining, spacings_mm=(), shapes=(), label_voxels={}, foreground=foreground
+        n_cases=dataset.numTraining,
+        spacings_mm=(),
+        shapes=(),
+        label_voxels={},
+        foreground=foreground,
     )
 
 
@@ -790,7 +910,9 @@ def _validation_dice(folder: Path, folds: Sequence[str], checkpoint: str) -> dic
     metrics = {}
     for fold in folds if checkpoint == FINAL else ():
         try:
-            summary = read_json(folder / f"fold_{fold}" / "validation" / "summary.json", is_finite=False)
+            summary = read_json(
+                folder / f"fold_{fold}" / "validation" / "summary.json", is_finite=False
+            )
             metrics[f"{NNUNET_DICE}{fold}"] = float(summary["foreground_mean"]["Dice"])
         except (OSError, ValueError, KeyError, TypeError, OverflowError):
             continue

@@ -45,11 +45,15 @@ from volseg.sizing import (
 )
 from volseg.volume import Volume
 
-SAMPLES_PER_CASE = 10_000  # foreground intensities kept per case: percentiles of a dataset need no more
+SAMPLES_PER_CASE = (
+    10_000  # foreground intensities kept per case: percentiles of a dataset need no more
+)
 ANISOTROPY = 3.0  # an axis this many times coarser than the finest is resampled to a low percentile, not the median
 LESIONS_PER_CASE = 1000  # of which the extent is kept: the largest of a case
 CRUMB_SHARE = 0.01  # of the largest lesion of a case, under which a component says nothing of the size of lesions
-SMALLEST_PATCH = 16  # voxels along an axis of a patch that is chosen, or all of the scan: less shows no context
+SMALLEST_PATCH = (
+    16  # voxels along an axis of a patch that is chosen, or all of the scan: less shows no context
+)
 LARGEST_LESION = 128**3  # voxels of a patch that lesions may ask for: organs are seen part by part
 FEW_SLICES = 8  # of the median scan along its shortest axis: hardly a volume
 SMALL_SHARE = 0.1  # of the median scan in a patch, under which context is missing
@@ -96,7 +100,9 @@ class DatasetFingerprint(_Json):
     n_ct_like: dict[
         str, int
     ] = {}  # channel → scans that look like a CT in HU; a fingerprint that did not look has none
-    doubted_units: dict[str, str] = {}  # cases whose first channel contradicts the recipe's unit → why
+    doubted_units: dict[
+        str, str
+    ] = {}  # cases whose first channel contradicts the recipe's unit → why
     # The median length of the lesions along R, A, S; None in what was written before it was measured.
     lesion_extent_mm: tuple[float, float, float] | None = None
 
@@ -148,7 +154,9 @@ class Plan(_Json):
     patch_shape: tuple[Edge, Edge, Edge]
     batch_size: BatchSize
     windows: dict[str, Window]  # of the channels that have one, every number resolved
-    foreground_share: Fraction | None = None  # None: the recipe states it, as with the settings of the network
+    foreground_share: Fraction | None = (
+        None  # None: the recipe states it, as with the settings of the network
+    )
     network: Layers | None = None
     lines: tuple[Line, ...] = ()
 
@@ -160,9 +168,13 @@ class Plan(_Json):
 
     @model_validator(mode="after")
     def _windows_are_resolved(self) -> Plan:
-        opened = [name for name, window in self.windows.items() if AUTO in window.model_dump().values()]
+        opened = [
+            name for name, window in self.windows.items() if AUTO in window.model_dump().values()
+        ]
         if opened:
-            raise ValueError(f"the windows of {', '.join(opened)} hold {AUTO!r} in place of a number")
+            raise ValueError(
+                f"the windows of {', '.join(opened)} hold {AUTO!r} in place of a number"
+            )
         return self
 
     def complete(self, recipe: Recipe) -> Recipe:
@@ -177,8 +189,14 @@ class Plan(_Json):
             "foreground_share": self.foreground_share,
         }
         settings = recipe.network.settings
-        changes = {name: value for name, value in train.items() if getattr(recipe.train, name) == "auto"}
-        layers = {name: getattr(self.network, name, None) for name, value in settings.items() if value == "auto"}
+        changes = {
+            name: value for name, value in train.items() if getattr(recipe.train, name) == "auto"
+        }
+        layers = {
+            name: getattr(self.network, name, None)
+            for name, value in settings.items()
+            if value == "auto"
+        }
         missing = [name for name, value in (changes | layers).items() if value is None]
         if missing:
             raise VolsegError(
@@ -187,7 +205,9 @@ class Plan(_Json):
                 code="E_PLAN",
             )
         network = Network(name=recipe.network.name, **(settings | layers))
-        return recipe.model_copy(update={"train": recipe.train.model_copy(update=changes), "network": network})
+        return recipe.model_copy(
+            update={"train": recipe.train.model_copy(update=changes), "network": network}
+        )
 
     def overruled_by(self, recipe: Recipe) -> Plan:
         """This plan, made for another recipe or edited, with what the recipe states; its lines say what is so, and why.
@@ -200,7 +220,9 @@ class Plan(_Json):
             "spacing_mm": self.spacing_mm if spacing == AUTO else spacing,
             "patch_shape": self.patch_shape if train.patch_shape == AUTO else train.patch_shape,
             "batch_size": self.batch_size if train.batch_size == AUTO else train.batch_size,
-            "foreground_share": self.foreground_share if train.foreground_share == AUTO else train.foreground_share,
+            "foreground_share": self.foreground_share
+            if train.foreground_share == AUTO
+            else train.foreground_share,
             "network": self.network if recipe.network.settings.get("features") == AUTO else None,
             "windows": {
                 name: self._window(name, form)
@@ -234,14 +256,19 @@ class Plan(_Json):
         if self.foreground_share is not None:
             values["patches on labels"] = (f"{self.foreground_share:.0%}", "foreground_share")
         said = {
-            setting: Line(setting=setting, value=value, reason=EDITED if states[key] == AUTO else STATED)
+            setting: Line(
+                setting=setting, value=value, reason=EDITED if states[key] == AUTO else STATED
+            )
             for setting, (value, key) in values.items()
         }
         for name in recipe.data.channels:
             line = _normalisation(name, recipe, self.windows.get(name))
             said[line.setting] = line
         if self.network is not None:
-            said |= {line.setting: line.model_copy(update={"reason": EDITED}) for line in _layer_lines(self.network)}
+            said |= {
+                line.setting: line.model_copy(update={"reason": EDITED})
+                for line in _layer_lines(self.network)
+            }
         else:
             said["network"] = Line(setting="network", value=recipe.network.name, reason=STATED)
         kept = {
@@ -250,7 +277,9 @@ class Plan(_Json):
             if line.setting in said or line.setting in ("dimensions", "median lesion")
         }
         changed = {
-            setting: line for setting, line in said.items() if setting not in kept or kept[setting].value != line.value
+            setting: line
+            for setting, line in said.items()
+            if setting not in kept or kept[setting].value != line.value
         }
         return tuple((kept | changed).values())
 
@@ -262,7 +291,9 @@ class Plan(_Json):
             spacing_mm=self.spacing_mm,
             normalisers=tuple(
                 Absent() if name in absent else normaliser
-                for name, normaliser in zip(channels, self.normalisers(preprocess, channels), strict=True)
+                for name, normaliser in zip(
+                    channels, self.normalisers(preprocess, channels), strict=True
+                )
             ),
             interpolation=preprocess.interpolation,
             crop=preprocess.crop,
@@ -274,20 +305,31 @@ class Plan(_Json):
             normalise_first=preprocess.normalise_first,
         )
 
-    def normalisers(self, preprocess: Preprocess, channels: Sequence[str]) -> tuple[Normaliser, ...]:
+    def normalisers(
+        self, preprocess: Preprocess, channels: Sequence[str]
+    ) -> tuple[Normaliser, ...]:
         """What happens to the intensities of each channel."""
-        forms = [self.windows.get(channel, preprocess.normalise_of(channel)).model_dump() for channel in channels]
+        forms = [
+            self.windows.get(channel, preprocess.normalise_of(channel)).model_dump()
+            for channel in channels
+        ]
         return tuple(NORMALISERS[form.pop("method")](**form) for form in forms)
 
     def coarse(self, roi: Roi) -> Plan:
         """The plan of the first pass, on the coarse grid."""
         train = roi.train
         return self.model_copy(
-            update={"spacing_mm": roi.spacing_mm, "patch_shape": train.patch_shape, "batch_size": train.batch_size}
+            update={
+                "spacing_mm": roi.spacing_mm,
+                "patch_shape": train.patch_shape,
+                "batch_size": train.batch_size,
+            }
         )
 
 
-def fingerprint_case(images: Mapping[str, Volume], reference: Volume, rng: np.random.Generator) -> CaseFingerprint:
+def fingerprint_case(
+    images: Mapping[str, Volume], reference: Volume, rng: np.random.Generator
+) -> CaseFingerprint:
     """Header facts and a sample of the intensities under the labels of one case."""
     geometry = next(iter(images.values())).geometry
     canonical = canonical_geometry(geometry, AxisOrder.of(geometry))
@@ -298,7 +340,10 @@ def fingerprint_case(images: Mapping[str, Volume], reference: Volume, rng: np.ra
     index = np.unravel_index(
         foreground, reference.array.shape, order="F" if reference.array.flags.f_contiguous else "C"
     )
-    samples = {name: tuple(volume.intensities(volume.array[index]).astype(float)) for name, volume in images.items()}
+    samples = {
+        name: tuple(volume.intensities(volume.array[index]).astype(float))
+        for name, volume in images.items()
+    }
     return CaseFingerprint(
         spacing_mm=canonical.spacing_mm,
         shape=canonical.shape,
@@ -333,12 +378,16 @@ def combine_fingerprints(cases: Sequence[CaseFingerprint]) -> DatasetFingerprint
         for value, count in case.label_voxels.items():
             voxels[value] = voxels.get(value, 0) + count
     if not voxels:
-        raise VolsegError("no training mask holds a labelled voxel", fix="check the masks", code="E_LABELS")
+        raise VolsegError(
+            "no training mask holds a labelled voxel", fix="check the masks", code="E_LABELS"
+        )
     extents = [extent for case in cases for extent in case.lesion_extents_mm]
     r, a, s = np.median(extents, axis=0).tolist() if extents else (0.0, 0.0, 0.0)
     channels = dict.fromkeys(name for case in cases for name in case.samples)
     pooled = {
-        name: np.concatenate([np.asarray(case.samples[name]) for case in cases if name in case.samples])
+        name: np.concatenate(
+            [np.asarray(case.samples[name]) for case in cases if name in case.samples]
+        )
         for name in channels
     }
     return DatasetFingerprint(
@@ -347,12 +396,16 @@ def combine_fingerprints(cases: Sequence[CaseFingerprint]) -> DatasetFingerprint
         shapes=tuple(case.shape for case in cases),
         label_voxels=dict(sorted(voxels.items())),
         foreground={name: _statistics(values) for name, values in pooled.items()},
-        n_ct_like={name: sum(case.is_ct_like.get(name, False) for case in cases) for name in channels},
+        n_ct_like={
+            name: sum(case.is_ct_like.get(name, False) for case in cases) for name in channels
+        },
         lesion_extent_mm=(r, a, s) if extents else None,
     )
 
 
-def make_plan(fingerprint: DatasetFingerprint, recipe: Recipe, budget: Budget = DEFAULT_BUDGET) -> Plan:
+def make_plan(
+    fingerprint: DatasetFingerprint, recipe: Recipe, budget: Budget = DEFAULT_BUDGET
+) -> Plan:
     """Resolve every `auto` of the recipe with the data's fingerprint; what the recipe states stays.
 
     Raises:
@@ -365,13 +418,20 @@ def make_plan(fingerprint: DatasetFingerprint, recipe: Recipe, budget: Budget = 
             fix="add data.regions, such as { tumour = [1, 2], core = [2] }, or leave out data.regions_class_order",
             code="E_RECIPE",
         )
-    if preprocess.spacing_mm == "auto" and (preprocess.axes, preprocess.transpose) != ("canonical", (0, 1, 2)):
+    if preprocess.spacing_mm == "auto" and (preprocess.axes, preprocess.transpose) != (
+        "canonical",
+        (0, 1, 2),
+    ):
         raise VolsegError(
             f"recipe {recipe.name!r} has other axes than R, A, S, in which the fingerprint's spacings are",
             fix="state preprocess.spacing_mm in the order of its axes",
             code="E_RECIPE",
         )
-    spacing, why_spacing = _spacing(fingerprint) if preprocess.spacing_mm == "auto" else (preprocess.spacing_mm, STATED)
+    spacing, why_spacing = (
+        _spacing(fingerprint)
+        if preprocess.spacing_mm == "auto"
+        else (preprocess.spacing_mm, STATED)
+    )
     windows = {
         name: _window(name, form, fingerprint)
         for name in recipe.data.channels
@@ -416,7 +476,8 @@ def check_budget(plan: Plan, recipe: Recipe, budget: Budget) -> None:
     smaller = [
         batch
         for batch in range(1, size.batch_size)
-        if replace(size, batch_size=batch).training_bytes(channels, outputs, half=budget.half) <= budget.memory
+        if replace(size, batch_size=batch).training_bytes(channels, outputs, half=budget.half)
+        <= budget.memory
     ]
     number = f"batch_size {smaller[-1]}" if smaller else "a smaller patch_shape"
     raise VolsegError(
@@ -460,7 +521,11 @@ def _size(
     if settings.get("features") != AUTO:
         assert patch is not None and batch is not None, "the recipe was checked"
         size = Size(features=(), strides=(), kernels=(), patch_shape=patch, batch_size=batch)
-        lines = [("patch", f"{_times(patch)} voxels"), ("batch", str(batch)), ("network", recipe.network.name)]
+        lines = [
+            ("patch", f"{_times(patch)} voxels"),
+            ("batch", str(batch)),
+            ("network", recipe.network.name),
+        ]
         return size, None, [Line(setting=name, value=value, reason=STATED) for name, value in lines]
     lesion = lesion_shape(fingerprint, spacing)
     size = choose_size(
@@ -486,15 +551,25 @@ def _size(
         size,
         layers,
         [
-            Line(setting="patch", value=f"{_times(size.patch_shape)} voxels", reason=STATED if patch else covers),
-            Line(setting="batch", value=str(size.batch_size), reason=STATED if batch else f"what fits; {limit}"),
+            Line(
+                setting="patch",
+                value=f"{_times(size.patch_shape)} voxels",
+                reason=STATED if patch else covers,
+            ),
+            Line(
+                setting="batch",
+                value=str(size.batch_size),
+                reason=STATED if batch else f"what fits; {limit}",
+            ),
             *_layer_lines(layers),
             *([] if lesion is None else [_lesion_line(lesion, size.patch_shape)]),
         ],
     )
 
 
-def lesion_shape(fingerprint: DatasetFingerprint, spacing: tuple[float, float, float]) -> tuple[int, int, int] | None:
+def lesion_shape(
+    fingerprint: DatasetFingerprint, spacing: tuple[float, float, float]
+) -> tuple[int, int, int] | None:
     """The median lesion in voxels of a grid of this spacing; None where the fingerprint does not say."""
     if fingerprint.lesion_extent_mm is None:
         return None
@@ -503,11 +578,16 @@ def lesion_shape(fingerprint: DatasetFingerprint, spacing: tuple[float, float, f
     return r, a, s
 
 
-def _smallest_patch(lesion: tuple[int, int, int] | None, median: tuple[float, float, float]) -> tuple[int, int, int]:
+def _smallest_patch(
+    lesion: tuple[int, int, int] | None, median: tuple[float, float, float]
+) -> tuple[int, int, int]:
     """The smallest patch in which a network can learn what a lesion looks like."""
     edges = [max(n, SMALLEST_PATCH) for n in lesion or (1, 1, 1)]
     shrink = max(1.0, math.prod(edges) / LARGEST_LESION) ** (1 / 3)
-    r, a, s = (max(1, min(math.ceil(edge / shrink), math.ceil(n))) for edge, n in zip(edges, median, strict=True))
+    r, a, s = (
+        max(1, min(math.ceil(edge / shrink), math.ceil(n)))
+        for edge, n in zip(edges, median, strict=True)
+    )
     return r, a, s
 
 
@@ -516,21 +596,23 @@ def _lesion_line(lesion: tuple[int, int, int], patch_shape: tuple[int, int, int]
     return Line(
         setting="median lesion",
         value=f"{_times(lesion)} voxels",
-        reason="larger than a patch, so it is seen part by part" if cut else "a patch holds all of it",
+        reason="larger than a patch, so it is seen part by part"
+        if cut
+        else "a patch holds all of it",
     )
 
 
 def _layer_lines(layers: Layers) -> list[Line]:
     """What is said of the layers that were chosen."""
     flat = [f"level {n}" for n, kernel in enumerate(layers.kernels) if 1 in kernel]
-    depth = (
-        f"each axis halved while it keeps {SMALLEST_EDGE} voxels and is not {ANISOTROPIC:g} times coarser than another"
-    )
+    depth = f"each axis halved while it keeps {SMALLEST_EDGE} voxels and is not {ANISOTROPIC:g} times coarser than another"
     width = f"doubled per level up to {MOST_FEATURES}; the widest of {', '.join(map(str, WIDTHS))} that fits with this patch"
     return [
         Line(setting="levels", value=str(len(layers.strides)), reason=depth),
         Line(
-            setting="strides", value="; ".join(_times(stride) for stride in layers.strides), reason="finest level first"
+            setting="strides",
+            value="; ".join(_times(stride) for stride in layers.strides),
+            reason="finest level first",
         ),
         Line(
             setting="kernels",
@@ -541,7 +623,9 @@ def _layer_lines(layers: Layers) -> list[Line]:
     ]
 
 
-def _median_shape(fingerprint: DatasetFingerprint, spacing: tuple[float, float, float]) -> tuple[float, float, float]:
+def _median_shape(
+    fingerprint: DatasetFingerprint, spacing: tuple[float, float, float]
+) -> tuple[float, float, float]:
     """Of the scans on a grid of this spacing."""
     extents = np.array(fingerprint.shapes) * np.array(fingerprint.spacings_mm)
     r, a, s = (float(n) for n in np.median(extents / np.array(spacing), axis=0))
@@ -550,9 +634,14 @@ def _median_shape(fingerprint: DatasetFingerprint, spacing: tuple[float, float, 
 
 def _foreground_share(fingerprint: DatasetFingerprint) -> tuple[float, str]:
     """The rarer the labels, the more patches are centred on them."""
-    labelled = sum(fingerprint.label_voxels.values()) / sum(math.prod(shape) for shape in fingerprint.shapes)
+    labelled = sum(fingerprint.label_voxels.values()) / sum(
+        math.prod(shape) for shape in fingerprint.shapes
+    )
     share = next(share for most, share in RARITY if labelled <= most)
-    return share, f"{labelled:.2%} of the voxels are labelled; the rarer, the more patches are centred on a label"
+    return (
+        share,
+        f"{labelled:.2%} of the voxels are labelled; the rarer, the more patches are centred on a label",
+    )
 
 
 def _dimensions(median: tuple[float, float, float], patch_shape: tuple[int, int, int]) -> Line:
@@ -563,7 +652,9 @@ def _dimensions(median: tuple[float, float, float], patch_shape: tuple[int, int,
             value="3D",
             reason=f"with {min(median):.0f} slices nearly 2D: a patch holds all of them and kernels are flat where slices are thick",
         )
-    seen = math.prod(min(n, p) for n, p in zip(median, patch_shape, strict=True)) / math.prod(median)
+    seen = math.prod(min(n, p) for n, p in zip(median, patch_shape, strict=True)) / math.prod(
+        median
+    )
     if seen < SMALL_SHARE:
         return Line(
             setting="dimensions",
@@ -571,17 +662,27 @@ def _dimensions(median: tuple[float, float, float], patch_shape: tuple[int, int,
             reason=f"a patch sees {seen:.0%} of a scan; a coarse first pass ([roi] in the recipe) would give it context",
         )
     return Line(
-        setting="dimensions", value="3D", reason=f"a patch sees {seen:.0%} of a scan, so no coarser pass is needed"
+        setting="dimensions",
+        value="3D",
+        reason=f"a patch sees {seen:.0%} of a scan, so no coarser pass is needed",
     )
 
 
 def _normalisation(channel: str, recipe: Recipe, window: Window | None) -> Line:
     form = recipe.preprocess.normalise_of(channel)
     if window is None:
-        return Line(setting=f"intensities of {channel}", value=form.method, reason="per scan, as the recipe states")
+        return Line(
+            setting=f"intensities of {channel}",
+            value=form.method,
+            reason="per scan, as the recipe states",
+        )
     value = f"{window.low:g} to {window.high:g}, less {window.mean:g}, by {window.sd:g}"
     is_open = "auto" in (form.model_dump().values())
-    why = "0.5 and 99.5 percentiles, mean and deviation under the training labels" if is_open else STATED
+    why = (
+        "0.5 and 99.5 percentiles, mean and deviation under the training labels"
+        if is_open
+        else STATED
+    )
     return Line(setting=f"intensities of {channel}", value=value, reason=why)
 
 
@@ -595,7 +696,9 @@ def _spacing(fingerprint: DatasetFingerprint) -> tuple[tuple[float, float, float
     spacing, why = np.median(spacings, axis=0), "the median of the training scans"
     coarse = int(np.argmax(spacing))
     if spacing[coarse] > ANISOTROPY * spacing.min():
-        finer = max(float(np.percentile(spacings[:, coarse], 10)), float(np.delete(spacing, coarse).max()))
+        finer = max(
+            float(np.percentile(spacings[:, coarse], 10)), float(np.delete(spacing, coarse).max())
+        )
         why += f"; along {'RAS'[coarse]}, {spacing[coarse] / spacing.min():.1f} times coarser, the 10th percentile"
         spacing[coarse] = finer
     r, a, s = (round(float(value), 4) for value in spacing)
@@ -613,7 +716,12 @@ def _window(channel: str, window: Window, fingerprint: DatasetFingerprint) -> Wi
             code="E_DATASET",
         )
     statistics = fingerprint.foreground[channel]
-    found = {"low": statistics.p00_5, "high": statistics.p99_5, "mean": statistics.mean, "sd": statistics.sd}
+    found = {
+        "low": statistics.p00_5,
+        "high": statistics.p99_5,
+        "mean": statistics.mean,
+        "sd": statistics.sd,
+    }
     return window.model_copy(update={key: found[key] for key in opened})
 
 

@@ -34,7 +34,10 @@ IntTriple = tuple[int, int, int]
 MOST_LABELS = 254  # 255 marks voxels of which nobody knows what they are
 MAX_PATCH_VOXELS = 2**28  # 645 along each axis
 MAX_PIXELS = 2**28  # of a batch of the classifier
-MAX_SETTING, MAX_SETTINGS = 4096, 1000  # the largest number under [network], and how many there may be
+MAX_SETTING, MAX_SETTINGS = (
+    4096,
+    1000,
+)  # the largest number under [network], and how many there may be
 MOST_MISTAKES = 20  # written out in one message
 
 # Bounds far beyond what is sensible, but within what arrays, float32 and a day of work can hold: a recipe is a stranger's file.
@@ -51,14 +54,18 @@ Millimetres = Annotated[float, Field(ge=0, le=10_000)]
 Edge = Annotated[int, Field(ge=1, le=4096)]  # voxels of a patch along one axis
 BatchSize = Annotated[int, Field(ge=1, le=4096)]
 Repeats = Annotated[int, Field(ge=1, le=1_000_000)]
-LabelValue = Annotated[int, Field(ge=-(2**31), lt=2**31)]  # the rule about label values has its own words
+LabelValue = Annotated[
+    int, Field(ge=-(2**31), lt=2**31)
+]  # the rule about label values has its own words
 Name = Annotated[str, Field(max_length=MAX_NAME)]
 
 HU, SUV, ARBITRARY = "HU", "SUV", "a.u."
 SPELLINGS = {HU: ("hu", "hounsfield", "hounsfieldunit", "hounsfieldunits"), SUV: ("suv",)}
 SPELLINGS |= {ARBITRARY: ("au", "arbitrary", "arbitraryunit", "arbitraryunits")}
 UNITS = {spelling: unit for unit, spellings in SPELLINGS.items() for spelling in spellings}
-MISSPELT = 0.75  # similarity to a long spelling, from which on a unit is taken for a slip of the pen
+MISSPELT = (
+    0.75  # similarity to a long spelling, from which on a unit is taken for a slip of the pen
+)
 LONG = 6  # letters: a few, such as SUVR or mHU, may be a unit of their own
 
 
@@ -75,7 +82,9 @@ def unit_named(text: str) -> str:
     long = [spelling for spelling in UNITS if min(len(spelling), len(plain)) >= LONG]
     near = difflib.get_close_matches(plain, long, n=1, cutoff=MISSPELT)
     if near and plain not in UNITS:
-        raise ValueError(f"{shortened(text)!r} is almost the unit {UNITS[near[0]]}: write {UNITS[near[0]]}")
+        raise ValueError(
+            f"{shortened(text)!r} is almost the unit {UNITS[near[0]]}: write {UNITS[near[0]]}"
+        )
     return UNITS.get(plain, text.strip())
 
 
@@ -106,7 +115,9 @@ class Data(Section):
     labels: Annotated[
         dict[Name, LabelValue], Field(min_length=1, max_length=1000)
     ]  # name = value in the mask; every other value but 0 is an error
-    intensity_unit: IntensityUnit  # of the first channel, in which lesions are measured: HU, a.u., SUV
+    intensity_unit: (
+        IntensityUnit  # of the first channel, in which lesions are measured: HU, a.u., SUV
+    )
     # Nobody stated that unit: it was guessed from the training scans, so no density, mass or calcium score is made with it.
     unit_guessed: bool = False
     # Overlapping regions: the mask value that each output channel of the network writes where its sigmoid is over 0.5; a later
@@ -139,7 +150,9 @@ class Data(Section):
             yield f"ignore = {self.ignore} is the background or a label"
         if self.align != "none" and self.grids == "same":
             yield 'align = "rigid" needs grids = "first"'
-        if self.regions_class_order is not None and sorted(self.regions_class_order) != sorted(values):
+        if self.regions_class_order is not None and sorted(self.regions_class_order) != sorted(
+            values
+        ):
             yield "regions_class_order must hold the value of each label once"
         if len(values) > MOST_LABELS:
             yield f"{len(values)} labels are more than the {MOST_LABELS} that a prepared mask can hold"
@@ -147,14 +160,18 @@ class Data(Section):
             return
         if self.regions_class_order is None or len(self.regions_class_order) != len(self.regions):
             yield "regions need regions_class_order, with the mask value that each of them writes"
-        unknown = {value for values in self.regions.values() for value in values} - set(self.labels.values())
+        unknown = {value for values in self.regions.values() for value in values} - set(
+            self.labels.values()
+        )
         if unknown or not all(self.regions.values()):
             yield "every region is made of the values of one or more labels"
 
     @property
     def label_names(self) -> dict[int, str]:
         """Mask value → name by ascending value: the order of the output channels 1, 2, … unless there are regions."""
-        return {value: name for name, value in sorted(self.labels.items(), key=lambda item: item[1])}
+        return {
+            value: name for name, value in sorted(self.labels.items(), key=lambda item: item[1])
+        }
 
     @property
     def region_classes(self) -> tuple[tuple[int, ...], ...] | None:
@@ -162,12 +179,18 @@ class Data(Section):
         if self.regions is None:
             return None
         index = {value: number for number, value in enumerate(self.label_names, start=1)}
-        return tuple(tuple(sorted(index[value] for value in values)) for values in self.regions.values())
+        return tuple(
+            tuple(sorted(index[value] for value in values)) for values in self.regions.values()
+        )
 
     @property
     def n_outputs(self) -> int:
         """Output channels of the network: the background and the labels, or one per region."""
-        return 1 + len(self.labels) if self.regions_class_order is None else len(self.regions_class_order)
+        return (
+            1 + len(self.labels)
+            if self.regions_class_order is None
+            else len(self.regions_class_order)
+        )
 
 
 class Window(Section):
@@ -224,20 +247,31 @@ class Preprocess(Section):
     # Where the coarsest spacing of the scan, or else the target's, is more than this many times the finest, that axis (if it is
     # the only one so coarse) takes the nearest slice and only the other two interpolate, on the way there and back.
     separate_above: Weight | None = None
-    clip_overshoot: bool = False  # cubic: no value beyond those of the scan (of the slice, where an axis is separate)
+    clip_overshoot: bool = (
+        False  # cubic: no value beyond those of the scan (of the slice, where an axis is separate)
+    )
     crop: Literal["body", "nonzero", "none"] = (
         "body"  # outside the box of the body the mask is background by definition
     )
-    body_above: Intensity | Auto = "auto"  # intensity over which a voxel is body; auto: a tenth of the 99th percentile
+    body_above: Intensity | Auto = (
+        "auto"  # intensity over which a voxel is body; auto: a tenth of the 99th percentile
+    )
     normalise: Normalise
     normalise_channels: dict[Name, Normalise] = {}  # the channels for which it is another one
-    normalise_first: bool = False  # normalise the scan's own voxels before they are resampled, not what comes out
+    normalise_first: bool = (
+        False  # normalise the scan's own voxels before they are resampled, not what comes out
+    )
 
     @model_validator(mode="after")
     def _settings_fit_together(self) -> Preprocess:
         if sorted(self.transpose) != [0, 1, 2]:
-            raise ValueError(f"transpose must hold 0, 1 and 2 once each, not {list(self.transpose)}")
-        regions = {getattr(form, "region", None) for form in (self.normalise, *self.normalise_channels.values())}
+            raise ValueError(
+                f"transpose must hold 0, 1 and 2 once each, not {list(self.transpose)}"
+            )
+        regions = {
+            getattr(form, "region", None)
+            for form in (self.normalise, *self.normalise_channels.values())
+        }
         if "nonzero" in regions and self.crop != "nonzero":
             raise ValueError('region = "nonzero" needs crop = "nonzero"')
         return self
@@ -278,7 +312,11 @@ class Augment(Section):
     )
     flip_axes: tuple[Literal["R", "A", "S"], ...] = ("R", "A", "S")
     spatial_probability: Fraction = 0.5
-    rotation_degrees: tuple[Degrees, Degrees, Degrees] = (15, 15, 15)  # largest angle about R, A and S
+    rotation_degrees: tuple[Degrees, Degrees, Degrees] = (
+        15,
+        15,
+        15,
+    )  # largest angle about R, A and S
     scaling: tuple[Factor, Factor] = (0.85, 1.2)
     elastic_probability: Fraction = 0.0
     elastic_mm: Annotated[float, Field(gt=0, le=1000)] = (
@@ -293,10 +331,15 @@ class Augment(Section):
     contrast_probability: Fraction = 0.15
     contrast: tuple[Factor, Factor] = (0.8, 1.25)
     low_resolution_probability: Fraction = 0.1
-    low_resolution: tuple[Factor, Factor] = (0.5, 1.0)  # voxels this much coarser, and interpolated back
+    low_resolution: tuple[Factor, Factor] = (
+        0.5,
+        1.0,
+    )  # voxels this much coarser, and interpolated back
     gamma_probability: Fraction = 0.1
     gamma: tuple[Factor, Factor] = (0.8, 1.25)
-    channel_drop_probability: Fraction = 0.0  # that a channel but the first is 0, for cases in which it is missing
+    channel_drop_probability: Fraction = (
+        0.0  # that a channel but the first is 0, for cases in which it is missing
+    )
 
 
 class Loss(Section):
@@ -326,12 +369,20 @@ class Train(Section):
     weight_decay: Weight = 1e-3  # L2
     l1: Weight = 0.0  # times the sum of all absolute weights, added to the loss
     gradient_norm: Positive = 5.0  # longer gradients are shortened to it
-    accumulate: PositiveInt = 1  # batches whose gradients make one step: a larger batch in the same memory
+    accumulate: PositiveInt = (
+        1  # batches whose gradients make one step: a larger batch in the same memory
+    )
     foreground_share: Fraction | Auto = 0.5  # of the patches that are centred on a labelled voxel
-    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.99  # the averaged weights are validated and kept
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] = (
+        0.99  # the averaged weights are validated and kept
+    )
     validation_cases: Repeats = 20  # looked at after each epoch; the final metrics use all
-    validation_share: Annotated[float, Field(gt=0, lt=1)] = 0.2  # of the patients, where the dataset has no `split`
-    class_weights: tuple[Positive, ...] | None = None  # cross-entropy weights of background and labels
+    validation_share: Annotated[float, Field(gt=0, lt=1)] = (
+        0.2  # of the patients, where the dataset has no `split`
+    )
+    class_weights: tuple[Positive, ...] | None = (
+        None  # cross-entropy weights of background and labels
+    )
     loss: Loss = Loss()
     augment: Augment = Augment()
 
@@ -342,8 +393,12 @@ class Train(Section):
 
 
 class Infer(Section):
-    overlap: Annotated[float, Field(ge=0, lt=1)] = 0.5  # fraction of a patch shared with its neighbour
-    mirror_axes: tuple[Literal["R", "A", "S"], ...] = ()  # average over mirrored copies: each axis doubles the time
+    overlap: Annotated[float, Field(ge=0, lt=1)] = (
+        0.5  # fraction of a patch shared with its neighbour
+    )
+    mirror_axes: tuple[
+        Literal["R", "A", "S"], ...
+    ] = ()  # average over mirrored copies: each axis doubles the time
     batch_size: BatchSize = 1
     margin: Annotated[int, Field(ge=0, le=1024)] = (
         0  # voxels by which the scan is continued by its mirror image beyond each face
@@ -400,7 +455,9 @@ class Classify(Section):
 class Roi(Section):
     """A coarse first pass: a small network finds where the labels are, and the recipe's own is run only there."""
 
-    spacing_mm: tuple[SpacingMm, SpacingMm, SpacingMm]  # along R, A, S; several times that of [preprocess]
+    spacing_mm: tuple[
+        SpacingMm, SpacingMm, SpacingMm
+    ]  # along R, A, S; several times that of [preprocess]
     margin_mm: Millimetres = 20.0  # by which the region goes beyond the box of what was found
     network: Network
     train: Train  # of this network; its patch_shape counts coarse voxels
@@ -410,9 +467,16 @@ class Roi(Section):
     def _weights_are_those_of_two_classes(self) -> Roi:
         weights = self.train.class_weights
         if weights is not None and len(weights) != 2:
-            raise ValueError(f"train.class_weights has {len(weights)} numbers; here are two classes, with background")
+            raise ValueError(
+                f"train.class_weights has {len(weights)} numbers; here are two classes, with background"
+            )
         settings = {"train": self.train.model_dump(), "network": self.network.settings}
-        open_ = [f"{part}.{key}" for part, keys in settings.items() for key, value in keys.items() if value == "auto"]
+        open_ = [
+            f"{part}.{key}"
+            for part, keys in settings.items()
+            for key, value in keys.items()
+            if value == "auto"
+        ]
         if open_:
             raise ValueError(f"{', '.join(open_)} cannot be auto for the first pass")
         return self
@@ -426,12 +490,14 @@ class Measure(Section):
     lymph_nodes: tuple[Name, ...] = ()  # labels that are measured along their short axis
     max_targets: PositiveInt = 5  # lesions in the sum of diameters
     max_targets_per_label: PositiveInt = 2
-    density_g_cm3: Annotated[tuple[tuple[Intensity, Intensity], ...], Field(max_length=1000)] | None = (
-        None  # (HU, g/cm³) points in place of the published ones
-    )
+    density_g_cm3: (
+        Annotated[tuple[tuple[Intensity, Intensity], ...], Field(max_length=1000)] | None
+    ) = None  # (HU, g/cm³) points in place of the published ones
     calcium: bool = False  # Agatston, volume and mass score
     calcium_threshold_hu: Intensity = 130.0
-    calcium_mg_per_ml_hu: Positive | None = None  # of the scanner, from its calibration phantom; without it no mass
+    calcium_mg_per_ml_hu: Positive | None = (
+        None  # of the scanner, from its calibration phantom; without it no mass
+    )
 
     @model_validator(mode="after")
     def _density_ascends(self) -> Measure:
@@ -504,8 +570,17 @@ class Recipe(Section):
         """The recipe of the first pass: any label against the background, on a coarser grid; None where there is none."""
         if self.roi is None:
             return None
-        data = {"labels": {"region": 1}, "regions_class_order": None, "regions": None, "ignore": None}
-        preprocess = {"spacing_mm": self.roi.spacing_mm, "interpolation": "linear", "separate_above": None}
+        data = {
+            "labels": {"region": 1},
+            "regions_class_order": None,
+            "regions": None,
+            "ignore": None,
+        }
+        preprocess = {
+            "spacing_mm": self.roi.spacing_mm,
+            "interpolation": "linear",
+            "separate_above": None,
+        }
         changes = {
             "name": f"{self.name}_roi",
             "data": self.data.model_copy(update=data),
@@ -571,13 +646,17 @@ def load_recipe(recipe: str | Path) -> Recipe:
     try:
         content = read_toml(path)
     except NotAFileError as error:
-        raise VolsegError(f"{path}: {error.strerror}", fix="give a TOML file", code="E_NOTFILE") from error
+        raise VolsegError(
+            f"{path}: {error.strerror}", fix="give a TOML file", code="E_NOTFILE"
+        ) from error
     except OSError as error:
         raise VolsegError(
             f"{path}: cannot be read ({error.strerror})", fix="check its permissions", code="E_PERM"
         ) from error
     except ValueError as error:
-        raise VolsegError(f"{path}: not a TOML file ({error})", fix="correct that line", code="E_RECIPE") from error
+        raise VolsegError(
+            f"{path}: not a TOML file ({error})", fix="correct that line", code="E_RECIPE"
+        ) from error
     return parse_recipe(content, where=str(path))
 
 
@@ -619,12 +698,16 @@ def shipped_recipes() -> dict[str, Path]:
 def _find(recipe: str | Path) -> Path:
     shipped = shipped_recipes()
     path = Path(recipe)
-    if os.path.exists(path) and not (str(recipe) in shipped and path.is_dir()):  # a pipe is refused where it is opened
+    if os.path.exists(path) and not (
+        str(recipe) in shipped and path.is_dir()
+    ):  # a pipe is refused where it is opened
         return path
     if str(recipe) in shipped:
         return shipped[str(recipe)]
     raise VolsegError(
-        f"{recipe}: there is no such recipe", fix=f"give a TOML file, or one of {', '.join(shipped)}", code="E_RECIPE"
+        f"{recipe}: there is no such recipe",
+        fix=f"give a TOML file, or one of {', '.join(shipped)}",
+        code="E_RECIPE",
     )
 
 
@@ -647,7 +730,8 @@ def _known_keys(location: tuple[int | str, ...], model: type[BaseModel]) -> list
             tagged = [
                 candidate
                 for candidate in candidates
-                if (tag := candidate.model_fields.get("method")) is not None and part in get_args(tag.annotation)
+                if (tag := candidate.model_fields.get("method")) is not None
+                and part in get_args(tag.annotation)
             ]
             candidates = tagged or candidates
     return list(candidates[0].model_fields)

@@ -24,7 +24,14 @@ from volseg.infer.backends import (
 )
 from volseg.infer.classify import classify_lesions
 from volseg.infer.duration import Work, seconds_per_tile
-from volseg.infer.memory import MemoryPlan, NetworkPass, ScanHeader, check_patch, network_bytes, plan_memory
+from volseg.infer.memory import (
+    MemoryPlan,
+    NetworkPass,
+    ScanHeader,
+    check_patch,
+    network_bytes,
+    plan_memory,
+)
 from volseg.infer.roi import find_region
 from volseg.infer.stream import Tiling, predict_slabs
 from volseg.infer.tiles import thinnest_axis, widest
@@ -60,7 +67,9 @@ class CaseResult:
 
     mask: Volume  # label values of the recipe
     lesion_ids: Volume  # 1 = largest
-    lesions: Sequence[LesionMeasurement]  # of a mask that looks like noise the largest; `specks` are the others
+    lesions: Sequence[
+        LesionMeasurement
+    ]  # of a mask that looks like noise the largest; `specks` are the others
     resemblance: Resemblance  # to the training scans of the model
     organ_voxels: int | None = None  # of the organ's own label; None where no label is the organ
     specks: Specks | None = None
@@ -89,10 +98,14 @@ def load_model(
     """
     choice = choose_backend(backend, device, precision)
     on_cpu = choice.device.type == "cpu"
-    memory = total_memory() if on_cpu else torch.cuda.get_device_properties(choice.device).total_memory
+    memory = (
+        total_memory() if on_cpu else torch.cuda.get_device_properties(choice.device).total_memory
+    )
     for part in (bundle, bundle.coarse):
         if part is not None:
-            check_patch(part, network_bytes(part) // (1 if choice.precision == "fp32" else 2), memory)
+            check_patch(
+                part, network_bytes(part) // (1 if choice.precision == "fp32" else 2), memory
+            )
     classifier = bundle.classifier_network()
     coarse = None
     if bundle.coarse is not None:
@@ -102,7 +115,9 @@ def load_model(
     return Model(
         bundle,
         load_backend(bundle, choice, folder=folder),
-        None if classifier is None else TorchBackend(classifier, choice.device, precision=choice.precision),
+        None
+        if classifier is None
+        else TorchBackend(classifier, choice.device, precision=choice.precision),
         choice.device.type,
         coarse,
     )
@@ -142,7 +157,9 @@ def segment_case(
             code="E_MODALITY",
         )
     absent = [name for name in channels if name not in chosen]
-    mask, confidence = _predict(completed(chosen, channels), absent, model, half_logits=half_logits, on_tile=on_tile)
+    mask, confidence = _predict(
+        completed(chosen, channels), absent, model, half_logits=half_logits, on_tile=on_tile
+    )
     for step in make_steps(recipe.postprocess):
         mask = step(mask, scan.geometry)
     organ, organ_voxels, lesion_mask = recipe.measure.organ, None, mask
@@ -186,8 +203,14 @@ def segment_case(
 
 def patch_bytes(model: Model) -> int:
     """Bytes of the tensors alive at the worst moment of one patch's way through the segmentation network."""
-    backend = model.segmentation.backends[0] if isinstance(model.segmentation, EnsembleBackend) else model.segmentation
-    return backend.patch_bytes if isinstance(backend, OpenVINOBackend) else network_bytes(model.bundle)
+    backend = (
+        model.segmentation.backends[0]
+        if isinstance(model.segmentation, EnsembleBackend)
+        else model.segmentation
+    )
+    return (
+        backend.patch_bytes if isinstance(backend, OpenVINOBackend) else network_bytes(model.bundle)
+    )
 
 
 def plan_case_memory(
@@ -245,7 +268,9 @@ def work_ahead(model: Model, shapes: Sequence[tuple[int, int, int]]) -> Work:
     tiling = tiling_of(model.bundle)
     batch_shape = (tiling.batch_size, len(recipe.data.channels), *plan.patch_shape)
     seconds = seconds_per_tile(model.segmentation, batch_shape)
-    return Work(tiling=tiling, shapes=shapes, seconds_per_tile=seconds, on_gpu=model.device != "cpu")
+    return Work(
+        tiling=tiling, shapes=shapes, seconds_per_tile=seconds, on_gpu=model.device != "cpu"
+    )
 
 
 def tiling_of(bundle: ModelBundle) -> Tiling:
@@ -261,20 +286,35 @@ def tiling_of(bundle: ModelBundle) -> Tiling:
 
 
 def _predict(
-    images: Mapping[str, Volume], absent: Sequence[str], model: Model, *, half_logits: bool, on_tile: OnTile
+    images: Mapping[str, Volume],
+    absent: Sequence[str],
+    model: Model,
+    *,
+    half_logits: bool,
+    on_tile: OnTile,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Mask (I, J, K) of label values and confidence (I, J, K) uint8, both on the scan's grid."""
     recipe, plan = model.bundle.recipe, model.bundle.plan
-    preparation = Preparation(images, plan.prepare_settings(recipe.preprocess, list(images), absent))
+    preparation = Preparation(
+        images, plan.prepare_settings(recipe.preprocess, list(images), absent)
+    )
     trail = preparation.trail
     regions = recipe.data.regions_class_order
     values = list(recipe.data.label_names) if regions is None else list(regions)
-    tiling = replace(tiling_of(model.bundle), empty_level=None if regions else preparation.empty_level)
+    tiling = replace(
+        tiling_of(model.bundle), empty_level=None if regions else preparation.empty_level
+    )
     part = _tiled_part(preparation, tiling, model)
     shape = trail.shape if part is None else part.shape
-    axis = thinnest_axis(shape, plan.patch_shape) if trail.separate_axis is None else trail.separate_axis
+    axis = (
+        thinnest_axis(shape, plan.patch_shape)
+        if trail.separate_axis is None
+        else trail.separate_axis
+    )
     head = model.segmentation.head
-    restorer = MaskRestorer(trail, values, axis=axis, regions=regions is not None, part=part, head=head)
+    restorer = MaskRestorer(
+        trail, values, axis=axis, regions=regions is not None, part=part, head=head
+    )
     if part is not None:
         done, total = count(1), tiling.count(part.shape)
         on_tile(0, total)
@@ -310,7 +350,9 @@ def _tiled_part(preparation: Preparation, tiling: Tiling, model: Model) -> Bound
     margin = tiling.margin
     ends = [
         widest(max(0, start - margin), min(n, stop + margin), n, patch, tiling.overlap, margin)
-        for start, stop, n, patch in zip(box.start, box.stop, shape, tiling.patch_shape, strict=True)
+        for start, stop, n, patch in zip(
+            box.start, box.stop, shape, tiling.patch_shape, strict=True
+        )
     ]
     (r, r_stop), (a, a_stop), (s, s_stop) = ends
     return BoundingBox((r, a, s), (r_stop, a_stop, s_stop))
@@ -325,7 +367,10 @@ def _region(preparation: Preparation, model: Model) -> BoundingBox | None:
     tiling = replace(tiling_of(coarse.bundle), empty_level=whole.empty_level)
     try:
         found = find_region(
-            whole.planes(thinnest_axis(whole.trail.shape, tiling.patch_shape), device=device_of(coarse.segmentation)),
+            whole.planes(
+                thinnest_axis(whole.trail.shape, tiling.patch_shape),
+                device=device_of(coarse.segmentation),
+            ),
             coarse.segmentation,
             tiling,
         )
@@ -334,7 +379,9 @@ def _region(preparation: Preparation, model: Model) -> BoundingBox | None:
     if found is None:
         return None
     trail = preparation.trail
-    return scaled_box(found, whole.trail.shape, trail.shape, [roi.margin_mm / mm for mm in trail.spacing_mm])
+    return scaled_box(
+        found, whole.trail.shape, trail.shape, [roi.margin_mm / mm for mm in trail.spacing_mm]
+    )
 
 
 def _present(images: Mapping[str, Volume], data: Data, case_id: str) -> Sequence[str]:

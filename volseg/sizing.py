@@ -18,7 +18,9 @@ Triple = tuple[int, int, int]
 SMALLEST_EDGE = 4  # voxels of an axis at the coarsest level
 LEAST_LEVELS, MOST_LEVELS = 3, 6
 MOST_FEATURES = 320
-ANISOTROPIC = 2.0  # an axis this many times coarser than the finest is neither halved nor convolved along
+ANISOTROPIC = (
+    2.0  # an axis this many times coarser than the finest is neither halved nor convolved along
+)
 LARGEST_PATCH = 256**3  # voxels, before the scans' own size and the budget limit it
 WIDTHS = (32, 24, 16, 12, 8)  # features of the finest level that are tried, best first
 # Voxels: a patch gives way down to the first before the network gets thinner; only if none is thin enough, down to the next.
@@ -64,7 +66,9 @@ class Size:
         for level, (width, voxels) in enumerate(zip(self.features, self._voxels, strict=True)):
             # Each layer keeps what it convolves to and what comes out of norm and activation; on the way up the joined tensor too.
             blocks = 1 if level == len(self.features) - 1 else 2
-            more = 2 * self.residual + 2 * self.dropout  # the shorter way and the sum; what is left out of two layers
+            more = (
+                2 * self.residual + 2 * self.dropout
+            )  # the shorter way and the sum; what is left out of two layers
             saved += width * voxels * ((4 if blocks == 1 else 4 + 6) + more * blocks)
         finest = self._voxels[0]
         passing = 2 * self.features[0] * finest  # gradients on their way at the finest level
@@ -82,7 +86,10 @@ class Size:
 
     def n_weights(self, channels: int, outputs: int) -> int:
         """Of the convolutions; norms are next to nothing."""
-        return sum(before * after * math.prod(kernel) for before, after, kernel, _ in self._layers(channels, outputs))
+        return sum(
+            before * after * math.prod(kernel)
+            for before, after, kernel, _ in self._layers(channels, outputs)
+        )
 
     @property
     def _voxels(self) -> list[int]:
@@ -110,7 +117,9 @@ class Size:
         yield self.features[0], outputs, (1, 1, 1), voxels[0]
 
 
-def topology(patch_shape: Triple, spacing_mm: Sequence[float]) -> tuple[tuple[Triple, ...], tuple[Triple, ...]]:
+def topology(
+    patch_shape: Triple, spacing_mm: Sequence[float]
+) -> tuple[tuple[Triple, ...], tuple[Triple, ...]]:
     """Strides and kernels per level for patches of about this shape.
 
     An axis is halved while it keeps `SMALLEST_EDGE` voxels and is not much coarser than the others; it is convolved along from the
@@ -164,12 +173,18 @@ def choose_size(
     smallest = batch_size or BATCHES[0]
 
     def sizes(limit: int, width: int) -> Iterator[Size]:
-        patches = [patch_shape] if patch_shape else _patches(shape, spacing_mm, limit, smallest_patch)
+        patches = (
+            [patch_shape] if patch_shape else _patches(shape, spacing_mm, limit, smallest_patch)
+        )
         for patch in patches:
             yield _sized(patch, spacing_mm, width, smallest, is_fixed=patch_shape is not None)
 
     least = min(sizes(PATCHES[-1], WIDTHS[-1]), key=lambda size: size.step_flops(channels, outputs))
-    if not patch_shape and max(smallest_patch) > 1 and not _fits_memory(least, budget, channels, outputs):
+    if (
+        not patch_shape
+        and max(smallest_patch) > 1
+        and not _fits_memory(least, budget, channels, outputs)
+    ):
         return choose_size(
             shape,
             spacing_mm,
@@ -193,7 +208,10 @@ def choose_size(
         )
     if batch_size is None:
         all_voxels = n_cases * math.prod(shape)
-        most = max(smallest, min(BATCHES[1], int(SHARE_PER_BATCH * all_voxels / math.prod(found.patch_shape))))
+        most = max(
+            smallest,
+            min(BATCHES[1], int(SHARE_PER_BATCH * all_voxels / math.prod(found.patch_shape))),
+        )
         for batch in range(smallest + 1, most + 1):
             larger = _sized(found.patch_shape, spacing_mm, found.features[0], batch, is_fixed=True)
             if not _fits(larger, budget, channels, outputs):
@@ -202,7 +220,9 @@ def choose_size(
     return found
 
 
-def _patches(shape: Sequence[float], spacing_mm: Sequence[float], limit: int, smallest: Triple) -> Iterator[Triple]:
+def _patches(
+    shape: Sequence[float], spacing_mm: Sequence[float], limit: int, smallest: Triple
+) -> Iterator[Triple]:
     """Patches from the largest sensible one down to about `limit` voxels: a cube in mm, no longer than the scans.
 
     None is smaller than `smallest` along any axis.
@@ -215,7 +235,10 @@ def _patches(shape: Sequence[float], spacing_mm: Sequence[float], limit: int, sm
             break
         short = math.prod(median[n] for n in range(3) if n not in free)
         edge = (LARGEST_PATCH / short * math.prod(spacing_mm[n] for n in free)) ** (1 / len(free))
-    patch = [max(min(n, edge / mm), least) for n, mm, least in zip(median, spacing_mm, smallest, strict=True)]
+    patch = [
+        max(min(n, edge / mm), least)
+        for n, mm, least in zip(median, spacing_mm, smallest, strict=True)
+    ]
     seen = None
     while True:
         padded, steps = _padded(patch, spacing_mm)
@@ -242,12 +265,20 @@ def _padded(patch: Sequence[float], spacing_mm: Sequence[float]) -> tuple[Triple
     return (r, a, s), (steps[0], steps[1], steps[2])
 
 
-def _sized(patch: Triple, spacing_mm: Sequence[float], width: int, batch_size: int, *, is_fixed: bool) -> Size:
+def _sized(
+    patch: Triple, spacing_mm: Sequence[float], width: int, batch_size: int, *, is_fixed: bool
+) -> Size:
     strides, kernels = topology(patch, spacing_mm)
     if is_fixed:  # a stated patch keeps its shape: no more halvings than it divides by
         strides, kernels = _dividing(patch, strides, kernels)
     features = tuple(min(MOST_FEATURES, width * 2**level) for level in range(len(strides)))
-    return Size(features=features, strides=strides, kernels=kernels, patch_shape=patch, batch_size=batch_size)
+    return Size(
+        features=features,
+        strides=strides,
+        kernels=kernels,
+        patch_shape=patch,
+        batch_size=batch_size,
+    )
 
 
 def _dividing(
@@ -263,7 +294,9 @@ def _dividing(
     return _deep_enough(kept, list(kernels[: len(kept)]))
 
 
-def _deep_enough(strides: list[Triple], kernels: list[Triple]) -> tuple[tuple[Triple, ...], tuple[Triple, ...]]:
+def _deep_enough(
+    strides: list[Triple], kernels: list[Triple]
+) -> tuple[tuple[Triple, ...], tuple[Triple, ...]]:
     """At least the levels that the network needs; the last ones do not halve anything where nothing is left to halve."""
     more = max(0, LEAST_LEVELS - len(strides))
     return (*strides, *[(1, 1, 1)] * more), (*kernels, *[kernels[-1]] * more)
@@ -298,5 +331,8 @@ def _remedy(least: Size, budget: Budget, channels: int, outputs: int) -> str:
 
 def _kernel(mm: Sequence[float], finer: Triple) -> Triple:
     """Flat along axes that are still too coarse; not again once it was not."""
-    r, a, s = (3 if each < ANISOTROPIC * min(mm) else before for each, before in zip(mm, finer, strict=True))
+    r, a, s = (
+        3 if each < ANISOTROPIC * min(mm) else before
+        for each, before in zip(mm, finer, strict=True)
+    )
     return r, a, s

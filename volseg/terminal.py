@@ -82,19 +82,31 @@ def one_line(text: str) -> str:
     """
     if text.isprintable():
         return text
-    return "".join(char if char.isprintable() or _is_surrogate(char) else repr(char)[1:-1] for char in text)
+    return "".join(
+        char if char.isprintable() or _is_surrogate(char) else repr(char)[1:-1] for char in text
+    )
 
 
 def problem_of(error: OSError | MemoryError) -> VolsegError:
     """What an error of the system, which nobody expected where it happened, means for the user."""
     if isinstance(error, MemoryError):
         text = "the memory of this machine is not enough"
-        return EnvironmentProblem(text, fix="use smaller inputs or a machine with more memory", code="E_RAM")
-    where = f"{shortened(os.fsdecode(error.filename), 200)}: " if isinstance(error.filename, str | bytes) else ""
+        return EnvironmentProblem(
+            text, fix="use smaller inputs or a machine with more memory", code="E_RAM"
+        )
+    where = (
+        f"{shortened(os.fsdecode(error.filename), 200)}: "
+        if isinstance(error.filename, str | bytes)
+        else ""
+    )
     if error.errno == errno.ENAMETOOLONG:
-        return VolsegError(f"{where}the path is too long for this system", fix="give a shorter path", code="E_PATH")
+        return VolsegError(
+            f"{where}the path is too long for this system", fix="give a shorter path", code="E_PATH"
+        )
     return EnvironmentProblem(
-        f"{where}{error.strerror or error}", fix="check the path, its permissions and the disk", code="E_OS"
+        f"{where}{error.strerror or error}",
+        fix="check the path, its permissions and the disk",
+        code="E_OS",
     )
 
 
@@ -133,7 +145,11 @@ class _Stream:
 class _Output(_Stream):
     def _failed(self, error: OSError) -> NoReturn:
         super()._failed(error)
-        what = "nobody reads it any more" if error.errno == errno.EPIPE else error.strerror or str(error)
+        what = (
+            "nobody reads it any more"
+            if error.errno == errno.EPIPE
+            else error.strerror or str(error)
+        )
         raise EnvironmentProblem(
             f"stdout cannot be written ({what})",
             fix="free some space or read all of the output; files in --out are complete",

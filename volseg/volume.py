@@ -61,13 +61,18 @@ class Geometry:
     @property
     def axis_codes(self) -> str:
         """Anatomical direction in which each array axis grows, such as `LPS`."""
-        return "".join("RAS"[world] if sign > 0 else "LPI"[world] for world, sign in self._directions())
+        return "".join(
+            "RAS"[world] if sign > 0 else "LPI"[world] for world, sign in self._directions()
+        )
 
     def _directions(self) -> list[tuple[int, int]]:
         """(world axis, sign) for each array axis: the assignment with the largest total |cosine|."""
         cosines = self.affine[:3, :3] / np.array(self.spacing_mm)
         orders = [order for order in product(range(3), repeat=3) if len(set(order)) == 3]
-        best = max(orders, key=lambda order: sum(abs(cosines[world, axis]) for axis, world in enumerate(order)))
+        best = max(
+            orders,
+            key=lambda order: sum(abs(cosines[world, axis]) for axis, world in enumerate(order)),
+        )
         return [(world, 1 if cosines[world, axis] > 0 else -1) for axis, world in enumerate(best)]
 
     def to_world_mm(self, indices: np.ndarray) -> np.ndarray:
@@ -100,7 +105,9 @@ class Geometry:
 
     def share_of(self, other: Geometry) -> float:
         """How much of the other grid lies within this one, from 0 to 1, to about 2 %."""
-        steps = np.stack(np.meshgrid(*[(np.arange(20) + 0.5) / 20] * 3, indexing="ij"), axis=-1).reshape(-1, 3)
+        steps = np.stack(
+            np.meshgrid(*[(np.arange(20) + 0.5) / 20] * 3, indexing="ij"), axis=-1
+        ).reshape(-1, 3)
         index = self.to_index(other.to_world_mm(steps * other.shape - 0.5))
         return float(((index >= -0.5) & (index <= np.array(self.shape) - 0.5)).all(axis=1).mean())
 
@@ -135,7 +142,9 @@ class Volume:
 
     def __post_init__(self) -> None:
         if self.array.shape != self.geometry.shape:
-            raise ValueError(f"array has shape {self.array.shape}, its geometry {self.geometry.shape}")
+            raise ValueError(
+                f"array has shape {self.array.shape}, its geometry {self.geometry.shape}"
+            )
 
     @property
     def is_scaled(self) -> bool:
@@ -159,15 +168,23 @@ class BoundingBox:
     stop: tuple[int, int, int]
 
     def __post_init__(self) -> None:
-        if len(self.start) != 3 or len(self.stop) != 3 or any(a < 0 or a >= b for a, b in zip(self.start, self.stop)):
-            raise ValueError(f"a box needs 0 ≤ start < stop on three axes, got {self.start} to {self.stop}")
+        if (
+            len(self.start) != 3
+            or len(self.stop) != 3
+            or any(a < 0 or a >= b for a, b in zip(self.start, self.stop))
+        ):
+            raise ValueError(
+                f"a box needs 0 ≤ start < stop on three axes, got {self.start} to {self.stop}"
+            )
 
     @classmethod
     def whole(cls, shape: tuple[int, int, int]) -> BoundingBox:
         return cls((0, 0, 0), shape)
 
     @classmethod
-    def around(cls, mask: np.ndarray, margin: tuple[int, int, int] = (0, 0, 0)) -> BoundingBox | None:
+    def around(
+        cls, mask: np.ndarray, margin: tuple[int, int, int] = (0, 0, 0)
+    ) -> BoundingBox | None:
         """Smallest box that holds every non-zero voxel of `mask` (I, J, K) and a margin; None for an empty mask."""
         start, stop = [], []
         for axis in range(3):

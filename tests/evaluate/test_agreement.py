@@ -73,7 +73,9 @@ def test_the_intervals_hold_the_truth_about_as_often_as_they_say():
         truths = (1, 1 - 1.959964 * 2, 1 + 1.959964 * 2, 10 / math.hypot(10, 2))
         intervals = (found.bias_95, found.lower_limit_95, found.upper_limit_95, found.pearson_95)
         held += [low <= truth <= high for truth, (low, high) in zip(truths, intervals, strict=True)]
-    assert (held[:3] / 150 >= 0.91).all()  # exact for normal differences: 0.95 less what chance takes
+    assert (
+        held[:3] / 150 >= 0.91
+    ).all()  # exact for normal differences: 0.95 less what chance takes
     assert held[3] / 150 >= 0.91
 
 
@@ -97,9 +99,16 @@ def test_scans_of_one_patient_do_not_make_the_limits_surer():
     y = x + rng.normal(0, 2, 20)
     widths = []
     for times in (2, 12):
-        found = agreement(np.repeat(x, times), np.repeat(y, times), np.repeat(np.arange(20), times).tolist())
+        found = agreement(
+            np.repeat(x, times), np.repeat(y, times), np.repeat(np.arange(20), times).tolist()
+        )
         assert (found.n, found.n_patients) == (20 * times, 20)
-        widths.append([high - low for low, high in (found.bias_95, found.upper_limit_95, found.concordance_95)])
+        widths.append(
+            [
+                high - low
+                for low, high in (found.bias_95, found.upper_limit_95, found.concordance_95)
+            ]
+        )
     assert widths[1] == pytest.approx(widths[0], rel=0.05)
     alone = agreement(x, y, range(20))
     assert widths[1][0] == pytest.approx(alone.bias_95[1] - alone.bias_95[0], rel=0.2)
@@ -113,7 +122,9 @@ def test_what_cannot_be_known_is_not_a_number():
     constant = agreement([5, 5, 5], [4, 5, 6], "abc")
     assert math.isnan(constant.pearson) and math.isnan(constant.concordance_95[0])
     assert constant.bias == pytest.approx(0)
-    one = agreement([1, 2, 3, 4], [1, 2, 3, 5], "aaab")  # two patients: a number, but nobody knows how sure
+    one = agreement(
+        [1, 2, 3, 4], [1, 2, 3, 5], "aaab"
+    )  # two patients: a number, but nobody knows how sure
     assert one.bias == 0.25
     assert math.isnan(one.bias_95[0]) and math.isnan(one.pearson_95[0])
     four = agreement([1, 2, 3, 4], [1, 2, 3, 5], "abcd")

@@ -36,7 +36,9 @@ def bars(*spans, length=40):
 
 def rates(reference, predicted, rows):
     geometry = Geometry(reference.shape, oblique((0.7, 0.9, 2.5)))
-    (row,) = evaluate_case(Volume(reference, geometry), Volume(predicted, geometry), {1: "tumour"}, case_id="scan")
+    (row,) = evaluate_case(
+        Volume(reference, geometry), Volume(predicted, geometry), {1: "tumour"}, case_id="scan"
+    )
     found = with_lesions(row, rows)
     return found.lesion_sensitivity, found.lesion_precision, found.lesion_f1
 
@@ -66,7 +68,11 @@ def test_pairs_are_those_of_the_best_sum_and_not_the_best_first():
     # The first of each overlaps most (8 / 19), but the pairs across overlap more together (4 / 18 + 3 / 15).
     reference, predicted = bars((10, 24), (26, 31)), bars((16, 29), (6, 14))
     rows = detect(reference, predicted)
-    assert [row.matched_id for row in of_side(rows, "reference")] == [2, 1] == best_by_trial(reference, predicted)
+    assert (
+        [row.matched_id for row in of_side(rows, "reference")]
+        == [2, 1]
+        == best_by_trial(reference, predicted)
+    )
     assert [row.iou for row in of_side(rows, "reference")] == [4 / 18, 3 / 15]
 
 
@@ -81,7 +87,10 @@ def best_by_trial(reference, predicted):
             one, other = truth.ids == i + 1, guess.ids == j + 1
             if truth.labels[i] == guess.labels[j]:
                 iou[i, j] = (one & other).sum() / (one | other).sum()
-    best = max(permutations(range(m + n), n), key=lambda chosen: sum(iou[i, j] for i, j in enumerate(chosen)))
+    best = max(
+        permutations(range(m + n), n),
+        key=lambda chosen: sum(iou[i, j] for i, j in enumerate(chosen)),
+    )
     return [j + 1 if j < m and iou[i, j] > 0 else None for i, j in enumerate(best)]
 
 
@@ -97,14 +106,24 @@ def test_no_other_pairing_overlaps_more(seed):
     chosen = {row.lesion_id: row for row in of_side(rows, "reference")}
     best = best_by_trial(reference, predicted)
     table = {row.lesion_id: row for row in of_side(rows, "predicted")}
-    assert [row.matched_id is None for row in chosen.values()].count(False) == sum(value is not None for value in best)
+    assert [row.matched_id is None for row in chosen.values()].count(False) == sum(
+        value is not None for value in best
+    )
     for row in chosen.values():
         if row.matched_id is not None:
             partner = table[row.matched_id]
-            assert (partner.matched_id, partner.label, partner.iou) == (row.lesion_id, row.label, row.iou)
+            assert (partner.matched_id, partner.label, partner.iou) == (
+                row.lesion_id,
+                row.label,
+                row.iou,
+            )
     total = sum(row.iou or 0 for row in chosen.values())
-    again = match_lesions(*(label_lesions(mask, Geometry(mask.shape, np.eye(4))) for mask in (predicted, reference)))
-    assert total == pytest.approx(np.nansum(again.iou_of_reference))  # the sum is the same from the other side
+    again = match_lesions(
+        *(label_lesions(mask, Geometry(mask.shape, np.eye(4))) for mask in (predicted, reference))
+    )
+    assert total == pytest.approx(
+        np.nansum(again.iou_of_reference)
+    )  # the sum is the same from the other side
 
 
 def label_count(mask):
@@ -113,7 +132,10 @@ def label_count(mask):
 
 def test_an_overlap_below_the_least_is_no_find():
     reference, predicted = bars((2, 12)), bars((7, 17))  # IoU 5 / 15
-    assert [row.status for row in detect(reference, predicted, min_iou=1 / 3)] == ["matched", "matched"]
+    assert [row.status for row in detect(reference, predicted, min_iou=1 / 3)] == [
+        "matched",
+        "matched",
+    ]
     assert [row.status for row in detect(reference, predicted, min_iou=0.34)] == ["missed", "false"]
     assert [row.n_overlapping for row in detect(reference, predicted, min_iou=0.34)] == [1, 1]
 
@@ -145,7 +167,9 @@ def test_empty_masks():
     assert rates(empty, empty, []) == (None, None, None)
 
 
-@pytest.mark.parametrize("affine", [lps((0.7, 0.7, 1.5)), oblique((0.8, 0.9, 1.4))], ids=["lps", "oblique"])
+@pytest.mark.parametrize(
+    "affine", [lps((0.7, 0.7, 1.5)), oblique((0.8, 0.9, 1.4))], ids=["lps", "oblique"]
+)
 def test_size_and_place_are_those_of_a_ball(affine):
     geometry = grid_around(9, affine)
     mask = ball(9, geometry)
@@ -153,7 +177,9 @@ def test_size_and_place_are_those_of_a_ball(affine):
     assert row.diameter_mm == pytest.approx(18, rel=0.02)
     assert row.size_bin == "10 to 20"
     centre = geometry.to_world_mm(np.argwhere(mask)).mean(axis=0)
-    assert (row.centroid_r_mm, row.centroid_a_mm, row.centroid_s_mm) == pytest.approx(centre.tolist())
+    assert (row.centroid_r_mm, row.centroid_a_mm, row.centroid_s_mm) == pytest.approx(
+        centre.tolist()
+    )
     assert row.volume_ml == pytest.approx(mask.sum() * geometry.voxel_volume_mm3 / 1000)
 
 
@@ -173,7 +199,9 @@ def test_all_48_orientations_give_the_same_rows():
         orientations(Volume(a, geometry)), orientations(Volume(b, geometry)), strict=True
     ):
         for row, other in zip(detect(reference, predicted, affine), expected, strict=True):
-            near = pytest.approx((other.centroid_r_mm, other.centroid_a_mm, other.centroid_s_mm), abs=1e-6)
+            near = pytest.approx(
+                (other.centroid_r_mm, other.centroid_a_mm, other.centroid_s_mm), abs=1e-6
+            )
             assert (row.centroid_r_mm, row.centroid_a_mm, row.centroid_s_mm) == near
             assert replace(row, centroid_r_mm=0, centroid_a_mm=0, centroid_s_mm=0) == replace(
                 other, centroid_r_mm=0, centroid_a_mm=0, centroid_s_mm=0
@@ -191,12 +219,21 @@ def test_thousands_of_lesions_do_not_make_a_table_of_all_pairs():
 
 def test_froc_by_hand():
     found = froc(
-        np.array([0.9, 0.8, 0.8, 0.7, 0.6]), np.array([True, True, False, False, True]), n_reference=5, n_scans=2
+        np.array([0.9, 0.8, 0.8, 0.7, 0.6]),
+        np.array([True, True, False, False, True]),
+        n_reference=5,
+        n_scans=2,
     )
     assert found.thresholds.tolist() == [0.9, 0.8, 0.7, 0.6]
     assert found.sensitivity.tolist() == [1 / 5, 2 / 5, 2 / 5, 3 / 5]
     assert found.false_positives_per_scan.tolist() == [0, 1 / 2, 1, 1]
-    assert [found.sensitivity_at(rate) for rate in (0, 0.49, 0.5, 1, 8)] == [0.2, 0.2, 0.4, 0.6, 0.6]
+    assert [found.sensitivity_at(rate) for rate in (0, 0.49, 0.5, 1, 8)] == [
+        0.2,
+        0.2,
+        0.4,
+        0.6,
+        0.6,
+    ]
     assert found.score == pytest.approx((0.2 + 0.2 + 0.4 + 4 * 0.6) / 7)
 
 
@@ -204,7 +241,9 @@ def test_froc_never_falls_and_is_about_ranks_alone():
     rng = np.random.default_rng(2)
     confidence, is_matched = rng.random(200).round(2), rng.random(200) < 0.4
     found = froc(confidence, is_matched, n_reference=120, n_scans=30)
-    assert (np.diff(found.sensitivity) >= 0).all() and (np.diff(found.false_positives_per_scan) >= 0).all()
+    assert (np.diff(found.sensitivity) >= 0).all() and (
+        np.diff(found.false_positives_per_scan) >= 0
+    ).all()
     assert found.sensitivity[-1] == is_matched.sum() / 120
     assert found.false_positives_per_scan[-1] == (~is_matched).sum() / 30
     squared = froc(confidence**2, is_matched, n_reference=120, n_scans=30)
@@ -212,7 +251,10 @@ def test_froc_never_falls_and_is_about_ranks_alone():
     assert squared.score == found.score
     # MONAI's curve goes through the same points, but for the lowest confidence, which it leaves out.
     points = compute_froc_curve_data(confidence[~is_matched], confidence[is_matched], 120, 30)
-    ours = {(round(x, 9), round(y, 9)) for x, y in zip(found.false_positives_per_scan, found.sensitivity)}
+    ours = {
+        (round(x, 9), round(y, 9))
+        for x, y in zip(found.false_positives_per_scan, found.sensitivity)
+    }
     theirs = {(round(x, 9), round(y, 9)) for x, y in zip(*points, strict=True)}
     assert theirs - {(0, 0)} <= ours
     assert len(theirs) > 20

@@ -16,7 +16,8 @@ def coverage(draw, truth, n_patients, *, n_studies=800, bounds=SHARE):
     """In which share of simulated studies the interval holds the truth."""
     rng = np.random.default_rng(n_patients)
     intervals = [
-        mean_interval(draw(rng, n_patients).tolist(), range(n_patients), bounds=bounds) for _ in range(n_studies)
+        mean_interval(draw(rng, n_patients).tolist(), range(n_patients), bounds=bounds)
+        for _ in range(n_studies)
     ]
     return np.mean([interval.low <= truth <= interval.high for interval in intervals])
 
@@ -100,7 +101,9 @@ def test_mirrored_shifted_and_reordered_values_have_the_same_interval():
     assert (1 - mirrored.high, 1 - mirrored.low) == pytest.approx(interval.ends)
     scaled = mean_interval((3 * values + 7).tolist(), range(9))
     assert scaled.ends == pytest.approx([3 * end + 7 for end in interval.ends])
-    assert mean_interval(values[order].tolist(), order.tolist()).ends == pytest.approx(interval.ends)
+    assert mean_interval(values[order].tolist(), order.tolist()).ends == pytest.approx(
+        interval.ends
+    )
 
 
 def test_scans_of_one_patient_do_not_make_the_mean_surer():
@@ -140,7 +143,9 @@ def test_the_mean_of_labels_is_as_sure_as_their_means_together():
     first, second = rng.normal(0.9, 0.02, 60), rng.normal(0.5, 0.1, 60)
     values, patients = [*first, *second], [*range(60), *range(60)]
     together = mean_interval(values, patients, groups=[1] * 60 + [2] * 60)
-    assert together.ends == pytest.approx(mean_interval(((first + second) / 2).tolist(), range(60)).ends)
+    assert together.ends == pytest.approx(
+        mean_interval(((first + second) / 2).tolist(), range(60)).ends
+    )
     # A label that few scans have weighs as much as one that all have: so the mean is that of means, and not of values.
     few = mean_interval([*first, *second[:6]], [*range(60), *range(6)], groups=[1] * 60 + [2] * 6)
     assert few.low < (first.mean() + second[:6].mean()) / 2 < few.high

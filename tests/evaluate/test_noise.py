@@ -57,8 +57,12 @@ def test_a_noisy_prediction_has_its_overlap_and_a_warning_and_no_lesions(tmp_pat
     guess = noise(shape, 0.06, 3)
     for folder, mask in (("truth", truth), ("guess", guess)):
         (tmp_path / folder).mkdir()
-        nibabel.nifti1.save(nibabel.nifti1.Nifti1Image(mask, AFFINE), tmp_path / folder / "a.nii.gz")
-    report = volseg.evaluate(reference=tmp_path / "truth", predicted=tmp_path / "guess", out=tmp_path / "out")
+        nibabel.nifti1.save(
+            nibabel.nifti1.Nifti1Image(mask, AFFINE), tmp_path / folder / "a.nii.gz"
+        )
+    report = volseg.evaluate(
+        reference=tmp_path / "truth", predicted=tmp_path / "guess", out=tmp_path / "out"
+    )
     assert not report.failed
     with (tmp_path / "out" / "evaluation.csv").open(newline="") as file:
         row = next(csv.DictReader(file))
@@ -110,4 +114,7 @@ def test_noise_is_not_compared_and_the_reason_is_given(noise, tmp_path):
             results.write_tables()
     report = volseg.compare(tmp_path / "before", tmp_path / "after", out=tmp_path / "out")
     (reason,) = report.failed.values()
-    assert reason.startswith("E_SPECKS") and f"{noise['n_lesions']:,} lesions: its mask looks like noise" in reason
+    assert (
+        reason.startswith("E_SPECKS")
+        and f"{noise['n_lesions']:,} lesions: its mask looks like noise" in reason
+    )

@@ -20,7 +20,9 @@ def random_mask(seed, shape=(8, 9, 10)):
 
 def evaluate(reference, predicted, affine=None, names=NAMES):
     geometry = Geometry(reference.shape, oblique((0.7, 0.9, 2.5)) if affine is None else affine)
-    return evaluate_case(Volume(reference, geometry), Volume(predicted, geometry), names, case_id="scan")
+    return evaluate_case(
+        Volume(reference, geometry), Volume(predicted, geometry), names, case_id="scan"
+    )
 
 
 def test_dice_of_a_mask_with_itself_is_one_and_dice_is_symmetric():
@@ -43,7 +45,9 @@ def test_an_empty_mask_gives_zero_and_two_give_unknown():
     assert all(math.isnan(row.volume_error_percent) and row.volume_error_ml > 0 for row in rows)
     rows = evaluate(empty, empty)
     assert [row.label for row in rows] == [1, 2]
-    assert all(math.isnan(row.dice) and row.reference_volume_ml == row.volume_error_ml == 0 for row in rows)
+    assert all(
+        math.isnan(row.dice) and row.reference_volume_ml == row.volume_error_ml == 0 for row in rows
+    )
 
 
 def test_rows_agree_with_the_functions():
@@ -52,9 +56,15 @@ def test_rows_agree_with_the_functions():
     for row in evaluate(a, b, affine):
         assert row.dice == dice(a, b, row.label)
         voxels = np.count_nonzero(b == row.label) - np.count_nonzero(a == row.label)
-        assert row.volume_error_ml == pytest.approx(voxels * Geometry(a.shape, affine).voxel_volume_mm3 / 1000)
-        assert row.volume_error_ml == pytest.approx(row.predicted_volume_ml - row.reference_volume_ml)
-        assert row.volume_error_percent == pytest.approx(100 * row.volume_error_ml / row.reference_volume_ml)
+        assert row.volume_error_ml == pytest.approx(
+            voxels * Geometry(a.shape, affine).voxel_volume_mm3 / 1000
+        )
+        assert row.volume_error_ml == pytest.approx(
+            row.predicted_volume_ml - row.reference_volume_ml
+        )
+        assert row.volume_error_percent == pytest.approx(
+            100 * row.volume_error_ml / row.reference_volume_ml
+        )
         assert row.label_name == NAMES[row.label]
 
 
@@ -85,7 +95,11 @@ def test_all_48_orientations_evaluate_alike():
 
 def test_the_order_in_memory_does_not_matter():
     a, b = random_mask(0), random_mask(1)
-    for reference, predicted in ((np.asfortranarray(a), b), (a, np.asfortranarray(b)), (a[::-1][::-1], b)):
+    for reference, predicted in (
+        (np.asfortranarray(a), b),
+        (a, np.asfortranarray(b)),
+        (a[::-1][::-1], b),
+    ):
         assert evaluate(reference, predicted) == evaluate(a, b)
 
 
@@ -94,7 +108,9 @@ def test_the_same_mask_stored_in_another_orientation_is_refused():
     reference = Volume(a, Geometry(a.shape, oblique((0.7, 0.9, 2.5))))
     for array, affine in list(orientations(reference))[1:]:
         with pytest.raises(ScanError) as caught:
-            evaluate_case(reference, Volume(array, Geometry(array.shape, affine)), NAMES, case_id="scan")
+            evaluate_case(
+                reference, Volume(array, Geometry(array.shape, affine)), NAMES, case_id="scan"
+            )
         assert caught.value.code == "E_PAIR"
 
 
@@ -108,7 +124,9 @@ def test_another_grid_is_an_error_with_numbers():
         evaluate_case(reference, Volume(a, Geometry(a.shape, moved)), NAMES, case_id="scan")
     assert caught.value.code == "E_PAIR"
     with pytest.raises(ScanError, match=r"\(8, 9, 9\).*\(8, 9, 10\)") as caught:
-        evaluate_case(reference, Volume(a[..., 1:], Geometry((8, 9, 9), affine)), NAMES, case_id="scan")
+        evaluate_case(
+            reference, Volume(a[..., 1:], Geometry((8, 9, 9), affine)), NAMES, case_id="scan"
+        )
     assert caught.value.code == "E_PAIR"
 
 

@@ -25,7 +25,9 @@ def test_equals_the_count_of_pairs_won(n_levels):
     rng = np.random.default_rng(n_levels)
     for _ in range(20):
         scores, positive = rng.integers(0, n_levels, 40) / n_levels, rng.random(40) < 0.3
-        assert auc(scores, positive) == pytest.approx(by_counting_pairs(scores, positive), abs=1e-12)
+        assert auc(scores, positive) == pytest.approx(
+            by_counting_pairs(scores, positive), abs=1e-12
+        )
 
 
 def test_laws():

@@ -33,7 +33,9 @@ def compare(case_id, reference, predicted, patient=None, confidence=None):
 
 
 def summarise(*compared):
-    return summarise_label([row for row, _ in compared], [lesion for _, found in compared for lesion in found])
+    return summarise_label(
+        [row for row, _ in compared], [lesion for _, found in compared for lesion in found]
+    )
 
 
 CASES = {
@@ -54,7 +56,9 @@ def test_cases_are_counted_by_who_has_the_label():
     assert (n["volume_error_percent"], n["volume_error_ml"], found.volumes.n) == (3, 4, 4)
     assert found.metrics["dice"]["mean"] == pytest.approx((1 + 2 * 8 / 18 + 0 + 0) / 4)
     assert found.metrics["volume_error_ml"]["mean"] == pytest.approx(found.volumes.bias)
-    assert found.reference_ml.sum() == pytest.approx(sum(pair[0].array.sum() for pair in CASES.values()) * 2 / 1000)
+    assert found.reference_ml.sum() == pytest.approx(
+        sum(pair[0].array.sum() for pair in CASES.values()) * 2 / 1000
+    )
 
 
 def test_rates_over_lesions_are_those_of_the_counts():
@@ -95,7 +99,10 @@ def test_a_curve_needs_a_confidence_of_every_lesion():
     assert found.curve.false_positives_per_scan.tolist() == [0, 0.5]
     found = summarise(sure, compare("b", *CASES["false"]))
     assert (found.curve, found.no_curve) == (None, "1 of 3 predicted lesions have no confidence")
-    assert summarise(compare("b", *CASES["false"], confidence=0.4)).no_curve == "no lesion in any reference"
+    assert (
+        summarise(compare("b", *CASES["false"], confidence=0.4)).no_curve
+        == "no lesion in any reference"
+    )
     assert summarise(compare("b", *CASES["missed"])).no_curve == "no predicted lesion"
 
 

@@ -8,7 +8,11 @@ import numpy as np
 import pytest
 import torch
 from laws import GRIDS, ball, grid_around, oblique, orientations
-from monai.metrics import compute_average_surface_distance, compute_hausdorff_distance, compute_surface_dice
+from monai.metrics import (
+    compute_average_surface_distance,
+    compute_hausdorff_distance,
+    compute_surface_dice,
+)
 from scipy.ndimage import binary_erosion, distance_transform_edt, gaussian_filter
 
 from volseg.evaluate.surface import NOWHERE, surface_distances
@@ -48,12 +52,16 @@ def random_affine(rng):
     return affine
 
 
-@pytest.mark.parametrize("density", [0.004, 0.05, 0.4, 0.98])  # from voxels far apart to holes in a block
+@pytest.mark.parametrize(
+    "density", [0.004, 0.05, 0.4, 0.98]
+)  # from voxels far apart to holes in a block
 def test_equals_the_definition_by_brute_force(density):
     rng = np.random.default_rng(int(1000 * density))
     seen = 0
     for _ in range(6):
-        masks = [(rng.random((9, 9, 9)) < density) * rng.integers(1, 3, (9, 9, 9)) for _ in range(2)]
+        masks = [
+            (rng.random((9, 9, 9)) < density) * rng.integers(1, 3, (9, 9, 9)) for _ in range(2)
+        ]
         reference, predicted = (mask.astype(np.uint8) for mask in masks)
         affine = random_affine(rng)
         found = surface_distances(reference, predicted, Geometry((9, 9, 9), affine))
@@ -69,7 +77,9 @@ def test_equals_the_definition_by_brute_force(density):
             assert found[label].hd95_mm == pytest.approx(hd95, abs=1e-6)
             assert found[label].mean_mm == pytest.approx(both.mean(), abs=1e-6)
             for tolerance_mm in (1.0, 2.0, 5.0):
-                assert found[label].nsd(tolerance_mm) == pytest.approx((both <= tolerance_mm).mean(), abs=1e-6)
+                assert found[label].nsd(tolerance_mm) == pytest.approx(
+                    (both <= tolerance_mm).mean(), abs=1e-6
+                )
     assert seen >= 6
 
 
@@ -79,7 +89,8 @@ def organ():
     rng = np.random.default_rng(3)
     distance = np.linalg.norm(np.indices((48, 48, 48)) - 23.5, axis=0)
     reference, predicted = (
-        distance + 60 * gaussian_filter(rng.normal(size=distance.shape), width) < 15 for width in (4, 3)
+        distance + 60 * gaussian_filter(rng.normal(size=distance.shape), width) < 15
+        for width in (4, 3)
     )
     return (0.7, 0.9, 2.5), reference, predicted, np.roll(reference, 8, axis=0)
 
@@ -89,8 +100,12 @@ def test_equals_a_distance_transform_of_the_whole_array(organ, which):
     spacing_mm, reference, near, far = organ
     predicted = near if which == "near" else far
     borders = [mask & ~binary_erosion(mask) for mask in (reference, predicted)]
-    to_reference, to_predicted = (distance_transform_edt(~border, sampling=spacing_mm) for border in borders)
-    found = surface_distances(reference, predicted, Geometry(reference.shape, np.diag([*spacing_mm, 1])))[1]
+    to_reference, to_predicted = (
+        distance_transform_edt(~border, sampling=spacing_mm) for border in borders
+    )
+    found = surface_distances(
+        reference, predicted, Geometry(reference.shape, np.diag([*spacing_mm, 1]))
+    )[1]
     np.testing.assert_allclose(found.from_reference, np.sort(to_predicted[borders[0]]), atol=1e-6)
     np.testing.assert_allclose(found.from_predicted, np.sort(to_reference[borders[1]]), atol=1e-6)
 
@@ -98,15 +113,21 @@ def test_equals_a_distance_transform_of_the_whole_array(organ, which):
 @pytest.mark.parametrize("which", ["near", "far"])
 def test_agrees_with_monai_where_monai_is_defined(organ, which):
     spacing_mm, reference, near, far = organ
-    y, y_pred = (torch.from_numpy(mask)[None, None] for mask in (reference, near if which == "near" else far))
+    y, y_pred = (
+        torch.from_numpy(mask)[None, None] for mask in (reference, near if which == "near" else far)
+    )
     options = {"include_background": True, "spacing": spacing_mm}
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # MONAI warns of an argument that it gives itself
+        warnings.simplefilter(
+            "ignore", FutureWarning
+        )  # MONAI warns of an argument that it gives itself
         hd95 = compute_hausdorff_distance(y_pred, y, percentile=95, **options)
         mean = compute_average_surface_distance(y_pred, y, symmetric=True, **options)
         nsd = compute_surface_dice(y_pred, y, [2.0], **options)
     predicted = near if which == "near" else far
-    found = surface_distances(reference, predicted, Geometry(reference.shape, np.diag([*spacing_mm, 1])))[1]
+    found = surface_distances(
+        reference, predicted, Geometry(reference.shape, np.diag([*spacing_mm, 1]))
+    )[1]
     assert found.hd95_mm == pytest.approx(float(hd95), rel=1e-6)
     assert found.mean_mm == pytest.approx(float(mean), rel=1e-6)
     assert found.nsd(2.0) == pytest.approx(float(nsd), rel=1e-6)
@@ -118,7 +139,9 @@ def test_labels_do_not_see_each_other(organ):
     halves = np.where(np.indices(reference.shape)[1] < 20, 7, 300).astype(np.uint16)
     together = surface_distances(reference * halves, near * halves, geometry)
     for label in (7, 300):
-        alone = surface_distances(reference & (halves == label), near & (halves == label), geometry)[1]
+        alone = surface_distances(
+            reference & (halves == label), near & (halves == label), geometry
+        )[1]
         np.testing.assert_array_equal(together[label].from_reference, alone.from_reference)
         np.testing.assert_array_equal(together[label].from_predicted, alone.from_predicted)
 
@@ -157,9 +180,14 @@ def test_laws(organ):
     assert (same.hd95_mm, same.mean_mm, same.nsd(1e-9)) == (0.0, 0.0, 1.0)
     for predicted in (near, far):
         there, back = (
-            surface_distances(*pair, geometry)[1] for pair in ((reference, predicted), (predicted, reference))
+            surface_distances(*pair, geometry)[1]
+            for pair in ((reference, predicted), (predicted, reference))
         )
-        assert (there.hd95_mm, there.mean_mm, there.nsd(2)) == (back.hd95_mm, back.mean_mm, back.nsd(2))
+        assert (there.hd95_mm, there.mean_mm, there.nsd(2)) == (
+            back.hd95_mm,
+            back.mean_mm,
+            back.nsd(2),
+        )
         scaled = geometry.affine.copy()
         scaled[:3] *= 2
         double = surface_distances(reference, predicted, Geometry(reference.shape, scaled))[1]
@@ -175,7 +203,9 @@ def test_a_distance_that_is_the_tolerance_lies_within_it_also_after_rounding_of_
     affine = oblique((1.0, 1.0, 1.0)).astype(np.float32)
     assert np.linalg.norm(affine[:3, 0].astype(float)) != 1.0
     for axis in range(3):
-        found = surface_distances(block, np.roll(block, 1, axis=axis), Geometry(block.shape, affine))[1]
+        found = surface_distances(
+            block, np.roll(block, 1, axis=axis), Geometry(block.shape, affine)
+        )[1]
         assert found.nsd(1.0) == 1.0
         assert found.nsd(0.99) < 1.0
 
@@ -199,7 +229,9 @@ def test_what_no_surface_tells_is_not_a_number():
     mask[2:4, 2:4, 2:4] = 1
     geometry = Geometry(mask.shape, oblique((1, 1, 2)))
     assert surface_distances(empty, empty, geometry) == {}
-    assert math.isnan(NOWHERE.hd95_mm) and math.isnan(NOWHERE.mean_mm) and math.isnan(NOWHERE.nsd(1))
+    assert (
+        math.isnan(NOWHERE.hd95_mm) and math.isnan(NOWHERE.mean_mm) and math.isnan(NOWHERE.nsd(1))
+    )
     for pair in ((mask, empty), (empty, mask)):
         found = surface_distances(*pair, geometry)[1]
         assert math.isnan(found.hd95_mm) and math.isnan(found.mean_mm)

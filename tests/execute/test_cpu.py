@@ -40,9 +40,27 @@ def test_without_a_topology_every_cpu_counts(tmp_path):
         ({"sys__fs__cgroup__cpu.max": "200000 100000"}, 2),
         ({"sys__fs__cgroup__cpu.max": "150000 100000"}, 2),
         ({"sys__fs__cgroup__cpu.max": "max 100000"}, 8),
-        ({"sys__fs__cgroup__job__cpu.max": "300000 100000", "proc__self__cgroup": "0::/job/step"}, 3),
-        ({"sys__fs__cgroup__cpu__cpu.cfs_quota_us": "100000", "sys__fs__cgroup__cpu__cpu.cfs_period_us": "100000"}, 1),
-        ({"sys__fs__cgroup__cpu__cpu.cfs_quota_us": "-1", "sys__fs__cgroup__cpu__cpu.cfs_period_us": "100000"}, 8),
+        (
+            {
+                "sys__fs__cgroup__job__cpu.max": "300000 100000",
+                "proc__self__cgroup": "0::/job/step",
+            },
+            3,
+        ),
+        (
+            {
+                "sys__fs__cgroup__cpu__cpu.cfs_quota_us": "100000",
+                "sys__fs__cgroup__cpu__cpu.cfs_period_us": "100000",
+            },
+            1,
+        ),
+        (
+            {
+                "sys__fs__cgroup__cpu__cpu.cfs_quota_us": "-1",
+                "sys__fs__cgroup__cpu__cpu.cfs_period_us": "100000",
+            },
+            8,
+        ),
     ],
 )
 def test_a_container_is_held_to_its_share(files, cores, tmp_path):
@@ -85,7 +103,9 @@ print((before - resident_bytes()) >> 20)
 """
     given = {
         answer: int(
-            subprocess.run([sys.executable, "-c", code, answer], check=True, capture_output=True, text=True).stdout
+            subprocess.run(
+                [sys.executable, "-c", code, answer], check=True, capture_output=True, text=True
+            ).stdout
         )
         for answer in ("yes", "no")
     }

@@ -46,7 +46,12 @@ def test_what_a_failed_item_had_in_memory_is_gone_before_the_next_one():
             assert [ref() is None for ref in alive[:-1]] == [True] * (len(alive) - 1)
 
     outcomes = list(run_overlapped(lambda n: n, work, lambda n, value: None, range(4)))
-    assert [outcome.error and outcome.error.code for outcome in outcomes] == ["E_NO", "E_OOM", "E_NO", "E_NO"]
+    assert [outcome.error and outcome.error.code for outcome in outcomes] == [
+        "E_NO",
+        "E_OOM",
+        "E_NO",
+        "E_NO",
+    ]
 
 
 def test_a_full_disk_stops_the_batch_and_a_bug_is_an_outcome_with_its_traceback():
@@ -88,7 +93,11 @@ def test_reading_ahead_and_writing_behind_happen_while_the_work_goes_on():
         events.append((number, value))
 
     outcomes = list(run_overlapped(read, work, write, [1, 2, 3]))
-    assert [(outcome.item, outcome.error) for outcome in outcomes] == [(1, None), (2, None), (3, None)]
+    assert [(outcome.item, outcome.error) for outcome in outcomes] == [
+        (1, None),
+        (2, None),
+        (3, None),
+    ]
     assert events == [(1, 11), (2, 21), (3, 31)]
 
 

@@ -111,7 +111,9 @@ def test_the_memory_of_logits_is_used_again_only_when_nobody_holds_them():
     backend = OpenVINOBackend(convert(network(), SHAPE), SHAPE)
     place = backend.logits(batch(1)).ctypes.data
     slice_of_it = torch.from_numpy(backend.logits(batch(1)))[0, :, 2:]
-    assert slice_of_it.data_ptr() - place == slice_of_it.storage_offset() * 4  # the same memory again
+    assert (
+        slice_of_it.data_ptr() - place == slice_of_it.storage_offset() * 4
+    )  # the same memory again
     kept = slice_of_it.clone()
     other = backend.logits(batch(1, seed=1))
     assert other.ctypes.data != place
@@ -133,9 +135,13 @@ def test_logits_are_not_copied_on_their_way_out():
 def test_a_large_patch_of_constant_air_does_not_blur_the_statistics_of_normalisation():
     found = network()
     images = np.full((1, 1, 128, 128, 128), -0.7, np.float32)
-    images[:, :, 50:80, 50:80, 50:80] += np.random.default_rng(0).normal(size=(30, 30, 30)).astype(np.float32)
+    images[:, :, 50:80, 50:80, 50:80] += (
+        np.random.default_rng(0).normal(size=(30, 30, 30)).astype(np.float32)
+    )
     expected = on_torch(found, images)
-    error = np.abs(OpenVINOBackend(convert(found, images.shape), images.shape).logits(images) - expected).max()
+    error = np.abs(
+        OpenVINOBackend(convert(found, images.shape), images.shape).logits(images) - expected
+    ).max()
     assert error < 2e-5 * np.abs(expected).max()
 
 
@@ -152,7 +158,9 @@ def test_fp32_is_fp32_and_half_precision_is_refused_where_the_chip_has_none(monk
         assert 1e-5 < error < 0.05
         assert half.identity["precision"] in ("bf16", "fp16")
     monkeypatch.setattr(
-        openvino.Core, "get_property", lambda self, device, name: ["FP32"] if "CAPABILITIES" in name else "Old CPU"
+        openvino.Core,
+        "get_property",
+        lambda self, device, name: ["FP32"] if "CAPABILITIES" in name else "Old CPU",
     )
     with pytest.raises(EnvironmentProblem, match="no half precision on Old CPU"):
         choose_backend("openvino", "cpu", "fp16")
@@ -184,13 +192,17 @@ class Greedy(torch.nn.Module):
 
 
 def test_a_batch_that_does_not_fit_into_memory_fails_the_scan_not_the_run():
-    with pytest.raises(ScanError, match=r"\(3, 1, 16, 24, 16\) does not fit into the memory of cpu") as found:
+    with pytest.raises(
+        ScanError, match=r"\(3, 1, 16, 24, 16\) does not fit into the memory of cpu"
+    ) as found:
         on_torch(Greedy(), batch())
     assert found.value.code == "E_OOM"
 
 
 @needs_openvino
-def test_training_leaves_openvinos_files_and_only_those_of_the_same_model_are_used(model, tmp_path, monkeypatch):
+def test_training_leaves_openvinos_files_and_only_those_of_the_same_model_are_used(
+    model, tmp_path, monkeypatch
+):
     bundle = load_bundle(model)
     assert read_exported(model, "segmentation.fp32", bundle.sha256)[0] is not None
     assert read_exported(model, "segmentation.fp32", "0" * 64) == (None, {})
@@ -199,10 +211,14 @@ def test_training_leaves_openvinos_files_and_only_those_of_the_same_model_are_us
     expected = on_torch(bundle.segmentation_network(), images)
     np.testing.assert_allclose(load_backend(bundle, choice).logits(images), expected, atol=1e-3)
     monkeypatch.setattr(backends, "convert", None)  # must not be needed
-    np.testing.assert_allclose(load_backend(bundle, choice, folder=model).logits(images), expected, atol=1e-3)
+    np.testing.assert_allclose(
+        load_backend(bundle, choice, folder=model).logits(images), expected, atol=1e-3
+    )
 
 
-@pytest.mark.parametrize("damage", ["segmentation.fp32.bin", "segmentation.fp32.xml", "segmentation.fp32.json"])
+@pytest.mark.parametrize(
+    "damage", ["segmentation.fp32.bin", "segmentation.fp32.xml", "segmentation.fp32.json"]
+)
 @needs_openvino
 def test_a_damaged_file_is_never_used(damage, tmp_path):
     write_exported(convert(network(), SHAPE), tmp_path, "segmentation.fp32", {"model_sha256": "a"})
@@ -212,9 +228,12 @@ def test_a_damaged_file_is_never_used(damage, tmp_path):
     ]
     found, facts = read_exported(tmp_path, "segmentation.fp32", "a")
     np.testing.assert_array_equal(
-        OpenVINOBackend(found, SHAPE).logits(batch()), OpenVINOBackend(convert(network(), SHAPE), SHAPE).logits(batch())
+        OpenVINOBackend(found, SHAPE).logits(batch()),
+        OpenVINOBackend(convert(network(), SHAPE), SHAPE).logits(batch()),
     )
-    assert sorted(json.loads((folder / "segmentation.fp32.json").read_text())["files"]) == sorted(facts["files"])
+    assert sorted(json.loads((folder / "segmentation.fp32.json").read_text())["files"]) == sorted(
+        facts["files"]
+    )
     content = bytearray((folder / damage).read_bytes())
     content[len(content) // 2] ^= 1
     (folder / damage).write_bytes(content)
@@ -227,7 +246,9 @@ def test_a_damaged_file_is_never_used(damage, tmp_path):
 def test_a_file_in_the_way_of_an_exported_network_is_named(tmp_path):
     (tmp_path / "openvino").write_text("in the way")
     with pytest.raises(VolsegError, match="openvino: is not a folder"):
-        write_exported(convert(network(), SHAPE), tmp_path, "segmentation.fp32", {"model_sha256": "a"})
+        write_exported(
+            convert(network(), SHAPE), tmp_path, "segmentation.fp32", {"model_sha256": "a"}
+        )
 
 
 class Wrong(torch.nn.Module):

@@ -47,7 +47,9 @@ def test_all_48_orders_give_the_same_slices_and_classes():
     image.array[: image.array.shape[0] // 2] += 100  # not symmetric any more
     expected = lesion_slices(image, inside, SETTINGS)
     ids = inside.astype(np.uint16)
-    for (stored, affine), (other, _) in zip(orientations(image), orientations(image.with_array(ids)), strict=True):
+    for (stored, affine), (other, _) in zip(
+        orientations(image), orientations(image.with_array(ids)), strict=True
+    ):
         turned = Volume(stored, type(image.geometry)(stored.shape, affine))
         np.testing.assert_allclose(lesion_slices(turned, other == 1, SETTINGS), expected, atol=1e-4)
 

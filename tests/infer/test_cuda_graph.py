@@ -18,11 +18,15 @@ SHAPE = (2, 1, 16, 16, 16)
 def network():
     torch.manual_seed(0)
     strides = ((1, 1, 1), (2, 2, 2), (2, 2, 2))
-    return build_network("unet3d", in_channels=1, out_channels=3, features=(4, 8, 8), strides=strides).eval()
+    return build_network(
+        "unet3d", in_channels=1, out_channels=3, features=(4, 8, 8), strides=strides
+    ).eval()
 
 
 def batch(seed=0, n=2):
-    return torch.from_numpy(np.random.default_rng(seed).normal(size=(n, *SHAPE[1:])).astype(np.float32))
+    return torch.from_numpy(
+        np.random.default_rng(seed).normal(size=(n, *SHAPE[1:])).astype(np.float32)
+    )
 
 
 class Recorder:
@@ -38,7 +42,9 @@ class Recorder:
             return forward(images)
 
         self.run = run
-        self.recorded = Recorded(record=self.record, synchronize=lambda: None, empty_cache=self.empty)
+        self.recorded = Recorded(
+            record=self.record, synchronize=lambda: None, empty_cache=self.empty
+        )
         self.forward = forward
 
     def record(self, forward, images):
@@ -112,7 +118,9 @@ def test_what_cannot_be_recorded_runs_as_it_is():
     assert len(calls) == 2 * TRIAL_AFTER + 3  # three to know how long it takes
 
 
-def test_a_released_recording_is_made_again_without_another_trial_once_the_next_scan_has_some_tiles(monkeypatch):
+def test_a_released_recording_is_made_again_without_another_trial_once_the_next_scan_has_some_tiles(
+    monkeypatch,
+):
     run = Recorder(network(), monkeypatch, forward_s=2.0)
     for index in range(TRIAL_AFTER + 1):
         run(batch(index))

@@ -9,13 +9,17 @@ SHAPES = [(100, 100, 60), (64, 64, 32)]
 
 
 def work(seconds_per_tile=0.1, on_gpu=False, **settings):
-    tiling = Tiling(**({"patch_shape": (32, 32, 16), "overlap": 0.5, "mirror_axes": (0, 1, 2)} | settings))
+    tiling = Tiling(
+        **({"patch_shape": (32, 32, 16), "overlap": 0.5, "mirror_axes": (0, 1, 2)} | settings)
+    )
     return Work(tiling=tiling, shapes=SHAPES, seconds_per_tile=seconds_per_tile, on_gpu=on_gpu)
 
 
 def test_the_time_is_that_of_all_tiles_and_copies_and_an_option_takes_what_a_run_with_it_takes():
     asked = work()
-    assert asked.seconds == pytest.approx(0.1 * 8 * sum(asked.tiling.count(shape) for shape in SHAPES))
+    assert asked.seconds == pytest.approx(
+        0.1 * 8 * sum(asked.tiling.count(shape) for shape in SHAPES)
+    )
     assert dict(asked.options()) == pytest.approx(
         {
             "--no-mirroring": work(mirror_axes=()).seconds,
@@ -30,7 +34,11 @@ def test_the_time_is_that_of_all_tiles_and_copies_and_an_option_takes_what_a_run
 def test_without_a_gpu_and_over_ten_minutes_the_cheapest_option_comes_first():
     tiles = work().n_tiles
     asked = f"at most {tiles} tiles × 8 mirrored copies in 2 scans, about "
-    assert work(600 / tiles / 8).announcement().startswith(f"time: {asked}10 min; --no-mirroring about ")
+    assert (
+        work(600 / tiles / 8)
+        .announcement()
+        .startswith(f"time: {asked}10 min; --no-mirroring about ")
+    )
     long = work(601 / tiles / 8).announcement()
     assert long.startswith("time: --no-mirroring --overlap 0 takes about ")
     assert long.endswith(f"as asked: {asked}10 min")

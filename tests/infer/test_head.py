@@ -21,7 +21,9 @@ N_CLASSES, FEATURES = 11, 4
 
 def network(seed=0, n_classes=N_CLASSES, features=FEATURES):
     torch.manual_seed(seed)
-    found = build_network("nnunet_plain", in_channels=1, out_channels=n_classes, features=[features, 8], **PLAIN).eval()
+    found = build_network(
+        "nnunet_plain", in_channels=1, out_channels=n_classes, features=[features, 8], **PLAIN
+    ).eval()
     with torch.no_grad():
         found.head.weight *= 20  # a network that is sure of something
         found.head.bias += torch.randn(n_classes)
@@ -44,7 +46,9 @@ def restored(backend, *, regions, empty_level, mirror_axes, dtype=torch.float32)
     trail = Trail(geometry, AxisOrder.of(geometry), BoundingBox.whole(geometry.shape), (14, 20, 40))
     values = list(range(1, N_CLASSES + (1 if regions else 0)))
     restorer = MaskRestorer(trail, values, axis=2, regions=regions, head=backend.head)
-    tiling = Tiling(patch_shape=PATCH, overlap=0.5, empty_level=empty_level, mirror_axes=mirror_axes)
+    tiling = Tiling(
+        patch_shape=PATCH, overlap=0.5, empty_level=empty_level, mirror_axes=mirror_axes
+    )
     n = N_CLASSES if backend.head is None else backend.head.n_features
     for slab in predict_slabs(ArrayPlanes(array), backend, tiling, n_classes=n, dtype=dtype):
         restorer.add(slab)
@@ -53,7 +57,8 @@ def restored(backend, *, regions, empty_level, mirror_axes, dtype=torch.float32)
 
 @pytest.mark.parametrize("kind", ["torch", "openvino"])
 @pytest.mark.parametrize(
-    ("regions", "empty_level", "mirror_axes"), [(False, None, (0, 2)), (False, -2.0, ()), (True, None, ())]
+    ("regions", "empty_level", "mirror_axes"),
+    [(False, None, (0, 2)), (False, -2.0, ()), (True, None, ())],
 )
 def test_a_head_that_is_put_off_gives_the_same_mask(kind, regions, empty_level, mirror_axes):
     if kind == "openvino" and not find_spec("openvino"):
@@ -78,7 +83,9 @@ def test_a_head_that_is_put_off_gives_the_same_mask(kind, regions, empty_level, 
     np.testing.assert_allclose(confidence[same].astype(int), expected_confidence[same], atol=1)
 
 
-@pytest.mark.skipif(not find_spec("openvino") or not find_half_type(), reason="no half precision here")
+@pytest.mark.skipif(
+    not find_spec("openvino") or not find_half_type(), reason="no half precision here"
+)
 def test_in_half_precision_features_take_two_bytes_and_the_mask_hardly_changes():
     shape = (1, 1, *PATCH)
     cut = convert(network(), shape)
@@ -136,7 +143,11 @@ def test_what_is_not_the_last_layer_stays_where_it_is():
 def test_monai_networks_put_their_head_off_too():
     torch.manual_seed(0)
     unet = build_network(
-        "unet3d", in_channels=1, out_channels=N_CLASSES, features=[4, 8, 8], strides=[(1, 1, 1), (2, 2, 2), (2, 2, 2)]
+        "unet3d",
+        in_channels=1,
+        out_channels=N_CLASSES,
+        features=[4, 8, 8],
+        strides=[(1, 1, 1), (2, 2, 2), (2, 2, 2)],
     ).eval()
     example = torch.randn(1, 1, *PATCH)
     with torch.inference_mode():

@@ -37,7 +37,9 @@ def plan_for(bundle, shape, max_ram=None, network=100 << 20, backend="torch", ma
 def test_only_scan_and_masks_grow_with_the_number_of_slices(bundle):
     short, long = (plan_for(bundle, (256, 256, n)).footprint for n in (100, 800))
     assert short.network == long.network
-    assert long.stream == pytest.approx(short.stream, rel=0.1)  # a short scan may be cut across another axis
+    assert long.stream == pytest.approx(
+        short.stream, rel=0.1
+    )  # a short scan may be cut across another axis
     assert long.restore == pytest.approx(short.restore, rel=0.1)
     assert long.scans == 8 * short.scans == 3 * 2 * 256 * 256 * 800
     assert long.masks == 8 * short.masks
@@ -48,10 +50,14 @@ def test_the_first_way_that_fits_the_budget_is_taken(bundle):
     some = 8 << 20  # the process itself does not hold the same from call to call
     best = plan_for(large, (400, 400, 400), network=600 << 20)
     assert (best.read_ahead, best.half_logits) == (True, False)
-    tighter = plan_for(large, (400, 400, 400), network=600 << 20, max_ram=best.footprint.total - some)
+    tighter = plan_for(
+        large, (400, 400, 400), network=600 << 20, max_ram=best.footprint.total - some
+    )
     assert (tighter.read_ahead, tighter.half_logits) == (False, False)
     assert best.footprint.scans == 3 * tighter.footprint.scans
-    tightest = plan_for(large, (400, 400, 400), network=600 << 20, max_ram=tighter.footprint.total - some)
+    tightest = plan_for(
+        large, (400, 400, 400), network=600 << 20, max_ram=tighter.footprint.total - some
+    )
     assert (tightest.read_ahead, tightest.half_logits) == (False, True)
     assert tightest.footprint.stream < tighter.footprint.stream - some
 
@@ -63,7 +69,14 @@ def test_a_budget_takes_fewer_tiles_at_a_time_before_it_takes_digits_from_the_lo
     some = 8 << 20  # the process itself does not hold the same from call to call
     found = [plan_for(batched, (400, 400, 400), network=600 << 20)]
     for _ in range(4):
-        found.append(plan_for(batched, (400, 400, 400), network=600 << 20, max_ram=found[-1].footprint.total - some))
+        found.append(
+            plan_for(
+                batched,
+                (400, 400, 400),
+                network=600 << 20,
+                max_ram=found[-1].footprint.total - some,
+            )
+        )
     assert [(plan.read_ahead, plan.batch_size, plan.half_logits) for plan in found] == [
         (True, 6, False),
         (False, 6, False),
@@ -79,7 +92,9 @@ def test_a_scan_that_cannot_fit_is_refused_with_the_budget_that_would_do(bundle)
         plan_for(bundle, (512, 512, 900), max_ram=100 << 20)
     assert caught.value.code == "E_RAM"
     wanted = caught.value.fix.split("--max-ram ")[1].split(",")[0]
-    assert plan_for(bundle, (512, 512, 900), max_ram=parse_bytes(wanted)).footprint.total <= parse_bytes(wanted)
+    assert plan_for(
+        bundle, (512, 512, 900), max_ram=parse_bytes(wanted)
+    ).footprint.total <= parse_bytes(wanted)
 
 
 def test_the_network_takes_what_its_layers_hold_at_the_worst_moment(bundle):
@@ -122,7 +137,9 @@ def test_memory_does_not_grow_with_classes_whose_head_is_put_off(bundle):
     header = ScanHeader(geometry=Geometry((256, 256, 400), oblique((0.8, 0.8, 1.5))), itemsize=2)
 
     def total(n_classes):
-        data = bundle.recipe.data.model_copy(update={"labels": {f"label_{n}": n for n in range(1, n_classes)}})
+        data = bundle.recipe.data.model_copy(
+            update={"labels": {f"label_{n}": n for n in range(1, n_classes)}}
+        )
         many = replace(bundle, recipe=bundle.recipe.model_copy(update={"data": data}))
         run = NetworkPass(
             bundle=many,
@@ -145,8 +162,12 @@ def test_on_a_gpu_network_and_logits_are_in_its_own_memory(bundle):
     assert host.gpu == 0
     assert (device.network, device.restore) == (0, 0)
     assert (device.scans, device.masks) == (host.scans, host.masks)
-    assert host.network > device.gpu - host.stream - host.restore > (100 << 20)  # a GPU keeps less of what is freed
-    assert plan_for(bundle, (256, 256, 400), on_gpu=True, half=True).footprint.gpu < device.gpu - (50 << 20)
+    assert (
+        host.network > device.gpu - host.stream - host.restore > (100 << 20)
+    )  # a GPU keeps less of what is freed
+    assert plan_for(bundle, (256, 256, 400), on_gpu=True, half=True).footprint.gpu < device.gpu - (
+        50 << 20
+    )
 
 
 def test_on_a_cpu_half_precision_holds_its_features_and_their_sums_in_two_bytes(bundle):
@@ -170,7 +191,9 @@ def test_a_gpu_too_small_for_the_ring_blends_in_half_precision_or_says_what_woul
     assert plan_for(large, (400, 400, 400), on_gpu=True, max_vram=wanted).footprint.gpu <= wanted
 
 
-@pytest.mark.parametrize(("text", "size"), [("4G", 4 << 30), ("500m", 500 << 20), ("1.5G", 3 << 29), ("4096", 4096)])
+@pytest.mark.parametrize(
+    ("text", "size"), [("4G", 4 << 30), ("500m", 500 << 20), ("1.5G", 3 << 29), ("4096", 4096)]
+)
 def test_amounts_of_memory_are_read(text, size):
     assert parse_bytes(text) == size
 
@@ -214,8 +237,16 @@ except (MemoryError, VolsegError) as error:
 """
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="address space is limited on Linux alone")
-@pytest.mark.parametrize(("room", "outcome"), [("predicted", "segmented"), (str(20 << 20), "refused")])
-def test_a_scan_is_segmented_in_an_address_space_of_the_predicted_size_and_not_in_a_small_one(model, room, outcome):
-    done = subprocess.run([sys.executable, "-c", LIMITED, model, room], capture_output=True, text=True, timeout=300)
+@pytest.mark.skipif(
+    not sys.platform.startswith("linux"), reason="address space is limited on Linux alone"
+)
+@pytest.mark.parametrize(
+    ("room", "outcome"), [("predicted", "segmented"), (str(20 << 20), "refused")]
+)
+def test_a_scan_is_segmented_in_an_address_space_of_the_predicted_size_and_not_in_a_small_one(
+    model, room, outcome
+):
+    done = subprocess.run(
+        [sys.executable, "-c", LIMITED, model, room], capture_output=True, text=True, timeout=300
+    )
     assert done.stdout.split(maxsplit=1)[:1] == [outcome], done.stdout + done.stderr[-2000:]

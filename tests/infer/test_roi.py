@@ -36,15 +36,17 @@ def test_the_region_is_the_box_of_all_that_is_found_whichever_way_the_planes_lie
     array = rng.normal(size=(1, 21, 17, 26)).astype(np.float32)
     array[0, rng.integers(3, 18, 4), rng.integers(2, 15, 4), rng.integers(4, 22, 4)] = 9
     tiling = Tiling(patch_shape=(8, 8, 8), overlap=0.5)
-    assert find_region(TurnedPlanes(array, axis), over(6), tiling) == BoundingBox.around(array[0] > 6)
+    assert find_region(TurnedPlanes(array, axis), over(6), tiling) == BoundingBox.around(
+        array[0] > 6
+    )
     assert find_region(TurnedPlanes(array, axis), over(10), tiling) is None
 
 
 def test_a_volume_smaller_than_a_patch_has_no_region_beyond_its_faces():
     array = np.full((1, 3, 5, 4), 7, np.float32)
-    assert find_region(ArrayPlanes(array), over(6), Tiling(patch_shape=(8, 8, 8), overlap=0.5)) == BoundingBox.whole(
-        (3, 5, 4)
-    )
+    assert find_region(
+        ArrayPlanes(array), over(6), Tiling(patch_shape=(8, 8, 8), overlap=0.5)
+    ) == BoundingBox.whole((3, 5, 4))
 
 
 SIZES = st.tuples(*[st.integers(1, 40)] * 3)
@@ -54,7 +56,10 @@ SIZES = st.tuples(*[st.integers(1, 40)] * 3)
 @given(st.data())
 def test_a_scaled_box_covers_the_same_part_of_the_field_of_view_and_no_voxel_more(data):
     shape, wanted = data.draw(SIZES), data.draw(SIZES)
-    ends = [sorted(data.draw(st.lists(st.integers(0, n), min_size=2, max_size=2, unique=True))) for n in shape]
+    ends = [
+        sorted(data.draw(st.lists(st.integers(0, n), min_size=2, max_size=2, unique=True)))
+        for n in shape
+    ]
     box = BoundingBox(tuple(a for a, _ in ends), tuple(b for _, b in ends))
     margin = data.draw(st.tuples(*[st.floats(0, 5)] * 3))
     found = scaled_box(box, shape, wanted, margin)

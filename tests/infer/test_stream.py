@@ -59,7 +59,8 @@ def scan(shape, channels=1):
 def blended_at_once(array, network, patch, overlap):
     """The same without streaming: all tiles, a sum and its weights over the whole volume."""
     pads = [
-        (max(0, p - n) // 2, max(0, p - n) - max(0, p - n) // 2) for n, p in zip(array.shape[1:], patch, strict=True)
+        (max(0, p - n) // 2, max(0, p - n) - max(0, p - n) // 2)
+        for n, p in zip(array.shape[1:], patch, strict=True)
     ]
     padded = np.pad(array, [(0, 0), *pads])
     weight = np.einsum("i,j,k->ijk", *(gaussian(p) for p in patch))
@@ -72,7 +73,9 @@ def blended_at_once(array, network, patch, overlap):
                 total = np.zeros((len(logits), *padded.shape[1:])) if total is None else total
                 total[(slice(None), *box)] += logits * weight
                 weights[box] += weight
-    inside = tuple(slice(before, before + n) for (before, _), n in zip(pads, array.shape[1:], strict=True))
+    inside = tuple(
+        slice(before, before + n) for (before, _), n in zip(pads, array.shape[1:], strict=True)
+    )
     return (total / weights)[(slice(None), *inside)]
 
 
@@ -81,11 +84,16 @@ def blended_at_once(array, network, patch, overlap):
 def test_streaming_equals_blending_all_at_once(shape, patch, overlap, axis, batch_size):
     array = scan(shape)
     tiling = Tiling(patch_shape=patch, overlap=overlap, batch_size=batch_size)
-    slabs = [slab.clone().numpy() for slab in predict_slabs(Along(array, axis), Lopsided(), tiling, n_classes=3)]
+    slabs = [
+        slab.clone().numpy()
+        for slab in predict_slabs(Along(array, axis), Lopsided(), tiling, n_classes=3)
+    ]
     found = np.concatenate(slabs, axis=1 + axis)
     np.testing.assert_allclose(found, blended_at_once(array, Lopsided(), patch, overlap), atol=1e-4)
     ahead = predict_slabs(Along(array, axis), Lopsided(), tiling, n_classes=3, read_ahead=True)
-    np.testing.assert_array_equal(np.concatenate([slab.numpy().copy() for slab in ahead], axis=1 + axis), found)
+    np.testing.assert_array_equal(
+        np.concatenate([slab.numpy().copy() for slab in ahead], axis=1 + axis), found
+    )
     half = predict_slabs(Along(array, axis), Lopsided(), tiling, n_classes=3, dtype=torch.float16)
     rounded = np.concatenate([slab.float().numpy() for slab in half], axis=1 + axis)
     np.testing.assert_allclose(rounded, found, atol=5e-3 * max(1, np.abs(found).max()))
@@ -109,7 +117,10 @@ def test_a_slab_is_handed_on_as_soon_as_no_later_tile_touches_it():
             return super().read(start, stop)
 
     slabs = predict_slabs(
-        Watched(scan((8, 8, 40))), Identity(), Tiling(patch_shape=(8, 8, 8), overlap=0.5), n_classes=2
+        Watched(scan((8, 8, 40))),
+        Identity(),
+        Tiling(patch_shape=(8, 8, 8), overlap=0.5),
+        n_classes=2,
     )
     assert next(slabs).shape == (2, 8, 8, 4)
     assert reads == [(0, 8)]  # nothing of the next layer yet
@@ -121,19 +132,25 @@ def test_a_slab_is_handed_on_as_soon_as_no_later_tile_touches_it():
 def test_mirroring_averages_a_lopsided_network_to_a_symmetric_one():
     array = np.zeros((1, 8, 8, 8), np.float32)
     tiling = Tiling(patch_shape=(8, 8, 8), overlap=0.5, mirror_axes=(0,))
-    np.testing.assert_allclose(predict_logits(array, Lopsided(), tiling, n_classes=3)[0], 3.5, atol=1e-5)
+    np.testing.assert_allclose(
+        predict_logits(array, Lopsided(), tiling, n_classes=3)[0], 3.5, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (3, 20, 2)])
 def test_a_scan_smaller_than_a_patch_is_padded_and_cut_back(shape):
     array = scan(shape, channels=2)
-    found = predict_logits(array, Identity(), Tiling(patch_shape=(8, 8, 8), overlap=0.5), n_classes=4)
+    found = predict_logits(
+        array, Identity(), Tiling(patch_shape=(8, 8, 8), overlap=0.5), n_classes=4
+    )
     np.testing.assert_allclose(found[:2], array, atol=1e-6)
 
 
 def test_with_a_margin_the_faces_of_a_scan_see_their_mirror_image():
     array = scan((12, 9, 5)) + 9
-    blind = predict_logits(array, LeftNeighbour(), Tiling(patch_shape=(12, 9, 5), overlap=0.5), n_classes=2)
+    blind = predict_logits(
+        array, LeftNeighbour(), Tiling(patch_shape=(12, 9, 5), overlap=0.5), n_classes=2
+    )
     tiling = Tiling(patch_shape=(16, 13, 9), overlap=0.5, margin=2)
     seeing = predict_logits(array, LeftNeighbour(), tiling, n_classes=2)
     np.testing.assert_allclose(blind[0, 0], 0)

@@ -22,13 +22,17 @@ def test_tiles_cover_the_axis_inside_it_and_overlap_as_asked(length, patch, over
 
 @settings(deadline=None, max_examples=60)
 @given(st.integers(1, 60), st.integers(1, 24), st.floats(0, 0.8), st.integers(0, 9))
-def test_shares_sum_to_one_at_every_voxel_and_are_largest_in_the_middle(length, patch, overlap, margin):
+def test_shares_sum_to_one_at_every_voxel_and_are_largest_in_the_middle(
+    length, patch, overlap, margin
+):
     axis = TiledAxis.of(length, patch, overlap, margin)
     total = np.zeros(len(axis.source))
     for start, weights in zip(axis.starts, axis.weights, strict=True):
         total[start : start + patch] += weights
     np.testing.assert_allclose(total, 1, rtol=1e-5)
-    np.testing.assert_array_equal(axis.source[axis.before : axis.before + length], np.arange(length))
+    np.testing.assert_array_equal(
+        axis.source[axis.before : axis.before + length], np.arange(length)
+    )
 
 
 def test_a_scan_goes_on_as_its_mirror_image_and_then_as_nothing():
@@ -41,8 +45,12 @@ def test_a_scan_goes_on_as_its_mirror_image_and_then_as_nothing():
 def test_the_gaussian_is_1_in_the_centre_falls_off_alike_to_both_sides_and_is_nowhere_zero(patch):
     weights, centre = gaussian(patch), patch // 2
     assert weights[centre] == 1
-    np.testing.assert_allclose(weights[centre + 1 :], weights[centre - 1 : 0 if patch % 2 == 0 else None : -1])
-    assert weights[centre + patch // 8] == pytest.approx(np.exp(-0.5 * (patch // 8 / (patch / 8)) ** 2))
+    np.testing.assert_allclose(
+        weights[centre + 1 :], weights[centre - 1 : 0 if patch % 2 == 0 else None : -1]
+    )
+    assert weights[centre + patch // 8] == pytest.approx(
+        np.exp(-0.5 * (patch // 8 / (patch / 8)) ** 2)
+    )
     assert weights.min() > 0
 
 
@@ -71,8 +79,12 @@ def test_the_widest_interval_holds_the_wanted_one_and_costs_no_tile(length, patc
 def test_the_widest_interval_takes_no_more_tiles_and_holds_the_one_that_was_asked_for(data):
     length, patch, margin = (data.draw(st.integers(1, n)) for n in (200, 64, 9))
     overlap = data.draw(st.sampled_from([0, 0.25, 0.5]))
-    start, stop = sorted(data.draw(st.lists(st.integers(0, length), min_size=2, max_size=2, unique=True)))
+    start, stop = sorted(
+        data.draw(st.lists(st.integers(0, length), min_size=2, max_size=2, unique=True))
+    )
     begin, end = widest(start, stop, length, patch, overlap, margin)
     assert 0 <= begin <= start < stop <= end <= length
-    n_tiles = [len(tile_starts(n + 2 * margin, patch, overlap)) for n in (stop - start, end - begin)]
+    n_tiles = [
+        len(tile_starts(n + 2 * margin, patch, overlap)) for n in (stop - start, end - begin)
+    ]
     assert n_tiles[0] == n_tiles[1]

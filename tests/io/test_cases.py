@@ -62,7 +62,14 @@ def test_csv_dialects(text, encoding, tmp_path):
     touch(tmp_path, "a.nii.gz", "a_mask.nii.gz", "b.nii.gz")
     path = table(tmp_path, text, encoding=encoding)
     expected = [
-        Case(id, {"image": tmp_path / image}, tmp_path / label if label else None, split, patient, classes)
+        Case(
+            id,
+            {"image": tmp_path / image},
+            tmp_path / label if label else None,
+            split,
+            patient,
+            classes,
+        )
         for id, image, label, split, patient, classes in CASES
     ]
     assert find_cases(path) == expected
@@ -74,7 +81,9 @@ def test_id_defaults_to_the_name_of_the_first_channel(tmp_path):
     touch(tmp_path, "x/scan 7.nii.gz", "x/scan 7 t2.nii.gz")
     table(tmp_path, "image_t1,image_t2\nx/scan 7.nii.gz,x/scan 7 t2.nii.gz\n")
     (case,) = find_cases(tmp_path, ["t1", "t2"])
-    assert case == Case("scan_7", {"t1": tmp_path / "x/scan 7.nii.gz", "t2": tmp_path / "x/scan 7 t2.nii.gz"})
+    assert case == Case(
+        "scan_7", {"t1": tmp_path / "x/scan 7.nii.gz", "t2": tmp_path / "x/scan 7 t2.nii.gz"}
+    )
 
 
 def test_channels(tmp_path):
@@ -89,8 +98,12 @@ def test_channels(tmp_path):
     assert find_cases(named)[0].images == {"image": a}
     assert problem_of(find_cases, named, ["t1"]).endswith("has no channel 't1'; it has 'ct'")
     assert problem_of(find_cases, both).endswith("has no channel 'image'; it has 't1', 't2'")
-    assert problem_of(find_cases, one, ["t1", "flair"]).endswith("has no channel 't1', 'flair'; it has 'image'")
-    assert problem_of(find_scans, [a], ["t1", "flair"]).endswith("has no channel 't1', 'flair'; it has 'image'")
+    assert problem_of(find_cases, one, ["t1", "flair"]).endswith(
+        "has no channel 't1', 'flair'; it has 'image'"
+    )
+    assert problem_of(find_scans, [a], ["t1", "flair"]).endswith(
+        "has no channel 't1', 'flair'; it has 'image'"
+    )
 
 
 @pytest.mark.parametrize(
@@ -98,7 +111,11 @@ def test_channels(tmp_path):
     [
         ("", "utf-8", "is empty"),
         ("image\n", "utf-8", "no scans found"),
-        ("scan,label\na.nii,b.nii\n", "utf-8", "has no column 'image'; its columns are 'scan', 'label'"),
+        (
+            "scan,label\na.nii,b.nii\n",
+            "utf-8",
+            "has no column 'image'; its columns are 'scan', 'label'",
+        ),
         ("image,label,image\na.nii,b.nii,c.nii\n", "utf-8", "has columns 'image' twice"),
         ("image,note\na.nii,Größe\n", "cp1252", "is not UTF-8"),
         ("image\na.nii\n", "utf-16", "is not UTF-8"),
@@ -108,10 +125,22 @@ def test_channels(tmp_path):
         ("image\nb.nii\n", "utf-8", "line 2: file '{}/b.nii' does not exist"),
         ("image,label\na.nii,b.nii\n", "utf-8", "line 2: file '{}/b.nii' does not exist"),
         ("image\n.\n", "utf-8", "is a folder, not a file"),
-        ("subject,image\n../../x,a.nii\n", "utf-8", "subject '../../x' is no safe file name; 'x' would be"),
-        ("subject,image\n=cmd|calc,a.nii\n", "utf-8", "subject '=cmd|calc' is no safe file name; 'cmd_calc' would be"),
+        (
+            "subject,image\n../../x,a.nii\n",
+            "utf-8",
+            "subject '../../x' is no safe file name; 'x' would be",
+        ),
+        (
+            "subject,image\n=cmd|calc,a.nii\n",
+            "utf-8",
+            "subject '=cmd|calc' is no safe file name; 'cmd_calc' would be",
+        ),
         ("subject,image\nJürgen K,a.nii\n", "utf-8", "'Jurgen_K' would be"),
-        ("subject,image\nx,a.nii\nX,a.nii\n", "utf-8", "id 'X' is used for both {}/a.nii and {}/a.nii"),
+        (
+            "subject,image\nx,a.nii\nX,a.nii\n",
+            "utf-8",
+            "id 'X' is used for both {}/a.nii and {}/a.nii",
+        ),
         (
             "image,patient,split\na.nii,P,train\na.nii.gz,P,test\n",
             "utf-8",
@@ -121,17 +150,27 @@ def test_channels(tmp_path):
 )
 def test_mistakes_in_a_table(text, encoding, words, tmp_path):
     touch(tmp_path, "a.nii", "a.nii.gz")
-    assert words.replace("{}", str(tmp_path)) in problem_of(find_cases, table(tmp_path, text, encoding=encoding))
+    assert words.replace("{}", str(tmp_path)) in problem_of(
+        find_cases, table(tmp_path, text, encoding=encoding)
+    )
 
 
 def test_all_mistakes_are_named_at_once_and_counted_beyond_ten(tmp_path):
     touch(tmp_path, "a.nii")
     table(tmp_path, "subject,image\n" + "".join(f"case {n},missing{n}.nii\n" for n in range(20)))
     problem = problem_of(find_cases, tmp_path)
-    assert "40 mistakes: (1) " in problem and "(10) " in problem and problem.endswith("; and 30 more")
+    assert (
+        "40 mistakes: (1) " in problem and "(10) " in problem and problem.endswith("; and 30 more")
+    )
     table(tmp_path, "subject,image,label\na b,a.nii,\nc,no.nii,no_mask.nii\nC,a.nii,\n")
     problem = problem_of(find_cases, tmp_path)
-    for words in ("4 mistakes", "subject 'a b'", "no.nii' does not exist", "no_mask.nii' does not", "id 'C' is used"):
+    for words in (
+        "4 mistakes",
+        "subject 'a b'",
+        "no.nii' does not exist",
+        "no_mask.nii' does not",
+        "id 'C' is used",
+    ):
         assert words in problem
 
 
@@ -139,32 +178,54 @@ def test_all_mistakes_are_named_at_once_and_counted_beyond_ten(tmp_path):
 
 
 def test_images_and_labels(tmp_path):
-    touch(tmp_path, "images/b.nii.gz", "images/a.nii", "images/._a.nii", "images/notes.txt", "labels/a.nii.gz")
+    touch(
+        tmp_path,
+        "images/b.nii.gz",
+        "images/a.nii",
+        "images/._a.nii",
+        "images/notes.txt",
+        "labels/a.nii.gz",
+    )
     assert find_cases(tmp_path) == [
         Case("a", {"image": tmp_path / "images/a.nii"}, tmp_path / "labels/a.nii.gz"),
         Case("b", {"image": tmp_path / "images/b.nii.gz"}),
     ]
     touch(tmp_path, "labels/c.nii.gz")
-    assert f"labels/c.nii.gz: no scan of this name in {tmp_path / 'images'}" in problem_of(find_cases, tmp_path)
+    assert f"labels/c.nii.gz: no scan of this name in {tmp_path / 'images'}" in problem_of(
+        find_cases, tmp_path
+    )
 
 
 def test_folder_of_scans(tmp_path):
     touch(tmp_path, "a.nii", "B.NII.GZ", "p.hdr", "p.img", ".hidden.nii", "._x.nii.gz", "readme.md")
     expected = {"B": "B.NII.GZ", "a": "a.nii", "p": "p.hdr"}
-    for cases in (find_scans([tmp_path]), find_cases(tmp_path), find_scans([tmp_path / n for n in expected.values()])):
+    for cases in (
+        find_scans([tmp_path]),
+        find_cases(tmp_path),
+        find_scans([tmp_path / n for n in expected.values()]),
+    ):
         assert {case.id: case.images["image"].name for case in cases} == expected
     assert find_scans([tmp_path], ["ct"])[0].images == {"ct": tmp_path / "B.NII.GZ"}
 
 
 def test_names_become_safe_ids(tmp_path):
-    names = {"scan 1.nii": "scan_1", "Jürgen (2).nii.gz": "Jurgen__2_", "患者.nii": "scan", "_x.y.nii": "x.y"}
+    names = {
+        "scan 1.nii": "scan_1",
+        "Jürgen (2).nii.gz": "Jurgen__2_",
+        "患者.nii": "scan",
+        "_x.y.nii": "x.y",
+    }
     touch(tmp_path, *names, "l" * 200 + ".nii")
     cases = find_scans([tmp_path])
-    assert {case.images["image"].name: case.id for case in cases} == names | {"l" * 200 + ".nii": "l" * 128}
+    assert {case.images["image"].name: case.id for case in cases} == names | {
+        "l" * 200 + ".nii": "l" * 128
+    }
     assert all(re.fullmatch(ID_PATTERN, case.id) for case in cases)
 
 
-@pytest.mark.parametrize("names", [("a.nii", "a.nii.gz"), ("a.nii", "A.nii"), ("a b.nii", "a_b.nii")])
+@pytest.mark.parametrize(
+    "names", [("a.nii", "a.nii.gz"), ("a.nii", "A.nii"), ("a b.nii", "a_b.nii")]
+)
 def test_two_scans_of_one_id_are_refused_before_any_work(names, tmp_path):
     touch(tmp_path, *names)
     problem = problem_of(find_scans, [tmp_path])
@@ -176,7 +237,9 @@ def test_two_scans_of_one_id_are_refused_before_any_work(names, tmp_path):
 def test_nothing_found(tmp_path):
     assert problem_of(find_scans, [tmp_path]) == f"no scans found in {tmp_path}"
     assert problem_of(find_cases, tmp_path) == f"no scans found in {tmp_path}"
-    assert problem_of(find_cases, tmp_path / "none") == f"{tmp_path / 'none'}: no such file or folder"
+    assert (
+        problem_of(find_cases, tmp_path / "none") == f"{tmp_path / 'none'}: no such file or folder"
+    )
     assert "none.nii' does not exist" in problem_of(find_scans, [tmp_path / "none.nii"])
 
 
@@ -196,13 +259,26 @@ def describe(folder: Path, **description) -> None:
 def test_nnunet_raw(tmp_path):
     touch(
         tmp_path,
-        *(f"imagesTr/{name}_{channel}.nii.gz" for name in ("p_01", "p_02") for channel in ("0000", "0001")),
+        *(
+            f"imagesTr/{name}_{channel}.nii.gz"
+            for name in ("p_01", "p_02")
+            for channel in ("0000", "0001")
+        ),
         *(f"imagesTs/q_{channel}.nii.gz" for channel in ("0000", "0001")),
         *("labelsTr/p_01.nii.gz", "labelsTr/p_02.nii.gz", "imagesTr/._p_01_0000.nii.gz"),
     )
-    describe(tmp_path, channel_names={"0": "T1", "1": "FLAIR"}, labels={"background": 0}, file_ending=".nii.gz")
+    describe(
+        tmp_path,
+        channel_names={"0": "T1", "1": "FLAIR"},
+        labels={"background": 0},
+        file_ending=".nii.gz",
+    )
     cases = find_cases(tmp_path, ["flair", "t1"])
-    assert [(case.id, case.split) for case in cases] == [("p_01", None), ("p_02", None), ("q", "test")]
+    assert [(case.id, case.split) for case in cases] == [
+        ("p_01", None),
+        ("p_02", None),
+        ("q", "test"),
+    ]
     assert cases[1].images == {
         "flair": tmp_path / "imagesTr/p_02_0001.nii.gz",
         "t1": tmp_path / "imagesTr/p_02_0000.nii.gz",
@@ -219,7 +295,11 @@ def test_nnunet_raw(tmp_path):
 def test_nnunet_of_one_channel_and_of_version_1(tmp_path):
     touch(tmp_path, "imagesTr/liver_1_0000.nii.gz", "labelsTr/liver_1.nii.gz")
     expected = [
-        Case("liver_1", {"image": tmp_path / "imagesTr/liver_1_0000.nii.gz"}, tmp_path / "labelsTr/liver_1.nii.gz")
+        Case(
+            "liver_1",
+            {"image": tmp_path / "imagesTr/liver_1_0000.nii.gz"},
+            tmp_path / "labelsTr/liver_1.nii.gz",
+        )
     ]
     describe(tmp_path, channel_names={"0": "CT"})
     assert find_cases(tmp_path) == expected
@@ -229,7 +309,12 @@ def test_nnunet_of_one_channel_and_of_version_1(tmp_path):
 
 
 def test_decathlon(tmp_path):
-    touch(tmp_path, "imagesTr/lung_0000.nii.gz", "labelsTr/lung_0000.nii.gz", "imagesTs/lung_0002.nii.gz")
+    touch(
+        tmp_path,
+        "imagesTr/lung_0000.nii.gz",
+        "labelsTr/lung_0000.nii.gz",
+        "imagesTs/lung_0002.nii.gz",
+    )
     pairs = [{"image": "./imagesTr/lung_0000.nii.gz", "label": "./labelsTr/lung_0000.nii.gz"}]
     describe(tmp_path, modality={"0": "CT"}, training=pairs, test=["./imagesTs/lung_0002.nii.gz"])
     train, test = find_cases(tmp_path, ["ct"])
@@ -240,7 +325,12 @@ def test_decathlon(tmp_path):
     assert "training[0]: file" in problem_of(find_cases, tmp_path)  # still no nnU-Net folder
     describe(tmp_path, training=[*pairs, {"image": 3}, 7, {"image": "imagesTr/no.nii.gz"}])
     problem = problem_of(find_cases, tmp_path)
-    assert "4 mistakes" in problem and "training[1]" in problem and "training[2]" in problem and "no.nii.gz" in problem
+    assert (
+        "4 mistakes" in problem
+        and "training[1]" in problem
+        and "training[2]" in problem
+        and "no.nii.gz" in problem
+    )
 
 
 @pytest.mark.parametrize(
@@ -292,7 +382,9 @@ def test_images_tr_alone_is_not_guessed(tmp_path):
 )
 def test_real_tables(name, splits):
     if not DATA.is_dir():
-        pytest.skip("the real data sets lie outside the repository, in ../shared/data, and are not here")
+        pytest.skip(
+            "the real data sets lie outside the repository, in ../shared/data, and are not here"
+        )
     cases = find_cases(DATA / name)
     assert Counter(case.split for case in cases) == splits
     assert all(path.is_file() for case in cases for path in case.images.values())
@@ -303,7 +395,12 @@ def test_real_tables(name, splits):
 
 def test_two_channels_of_nnunet_with_one_name_are_refused(tmp_path):
     touch(tmp_path, "imagesTr/p_0000.nii.gz", "imagesTr/p_0001.nii.gz", "labelsTr/p.nii.gz")
-    describe(tmp_path, channel_names={"0": "zScore", "1": "zScore"}, labels={"background": 0}, file_ending=".nii.gz")
+    describe(
+        tmp_path,
+        channel_names={"0": "zScore", "1": "zScore"},
+        labels={"background": 0},
+        file_ending=".nii.gz",
+    )
     assert "gives two channels one name" in problem_of(find_cases, tmp_path, None)
 
 
@@ -320,7 +417,9 @@ def test_a_case_may_lack_channels_but_the_first_where_that_is_allowed(tmp_path):
     with pytest.raises(VolsegError, match="the cell of 'image_t1' is empty"):
         find_cases(table, ["t1", "flair"], may_miss=True)
     table.write_text("subject,image_t1\na,a_t1.nii.gz\n")
-    assert [list(case.images) for case in find_cases(table, ["t1", "flair"], may_miss=True)] == [["t1"]]
+    assert [list(case.images) for case in find_cases(table, ["t1", "flair"], may_miss=True)] == [
+        ["t1"]
+    ]
 
 
 def test_of_channels_that_differ_in_case_only_each_is_read_from_its_own_file_or_refused(tmp_path):
@@ -331,13 +430,20 @@ def test_of_channels_that_differ_in_case_only_each_is_read_from_its_own_file_or_
     assert find_cases(path, ["T1"])[0].images == {"T1": a}
     assert find_scans([path], ["t1"])[0].images == {"t1": b}
     for channels in (None, ["T2"], ["T1", "T2"]):
-        assert "channels 'T1', 't1' differ in upper and lower case only" in problem_of(find_cases, path, channels)
+        assert "channels 'T1', 't1' differ in upper and lower case only" in problem_of(
+            find_cases, path, channels
+        )
     with pytest.raises(VolsegError, match="differ in upper and lower case only"):
         survey_cases(path)
     one = table(tmp_path, "image_t1\nb.nii\n", "one.csv")
     assert "differ in upper and lower case only" in problem_of(find_cases, one, ["T1", "t1"])
     touch(tmp_path, "n/imagesTr/p_0000.nii.gz", "n/imagesTr/p_0001.nii.gz", "n/labelsTr/p.nii.gz")
-    describe(tmp_path / "n", channel_names={"0": "T1", "1": "t1"}, labels={"background": 0}, file_ending=".nii.gz")
+    describe(
+        tmp_path / "n",
+        channel_names={"0": "T1", "1": "t1"},
+        labels={"background": 0},
+        file_ending=".nii.gz",
+    )
     assert "differ in upper and lower case only" in problem_of(find_cases, tmp_path / "n", None)
     assert find_cases(tmp_path / "n", ["t1"])[0].images["t1"].name == "p_0001.nii.gz"
 

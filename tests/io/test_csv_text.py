@@ -12,7 +12,15 @@ import pytest
 
 import volseg
 from volseg.inputs import NotAFileError
-from volseg.io.csv_text import LINE_BREAKS, MAX_CELL, csv_line, csv_rows, iterate_csv, read_csv, write_csv
+from volseg.io.csv_text import (
+    LINE_BREAKS,
+    MAX_CELL,
+    csv_line,
+    csv_rows,
+    iterate_csv,
+    read_csv,
+    write_csv,
+)
 
 HOSTILE = (
     "a\rb",
@@ -93,7 +101,14 @@ def test_every_reader_finds_the_rows_and_columns_that_were_written(reader):
 
 def test_rows_of_any_characters_come_back_as_they_were():
     rng = random.Random(1)
-    characters = [chr(n) for n in range(0x300)] + [*LINE_BREAKS, "\ud800", "\udfff", "\U0001f600", '"', ","] * 9
+    characters = [chr(n) for n in range(0x300)] + [
+        *LINE_BREAKS,
+        "\ud800",
+        "\udfff",
+        "\U0001f600",
+        '"',
+        ",",
+    ] * 9
     for _ in range(500):
         width = rng.randint(1, 4)
         rows = [
@@ -101,7 +116,9 @@ def test_rows_of_any_characters_come_back_as_they_were():
             for _ in range(rng.randint(1, 5))
         ]
         cells = [cells for _, cells in csv_rows(csv_bytes(rows).decode())]
-        assert cells == [[text.encode("utf-8", "backslashreplace").decode() for text in row] for row in rows]
+        assert cells == [
+            [text.encode("utf-8", "backslashreplace").decode() for text in row] for row in rows
+        ]
 
 
 def test_a_row_of_one_empty_cell_is_a_row():

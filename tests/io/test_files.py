@@ -12,7 +12,13 @@ from pathlib import Path
 import pytest
 
 from volseg.errors import EnvironmentProblem
-from volseg.io.files import TEMPORARY_PREFIX, atomic_write, sha256_of, write_bytes_atomic, write_json_atomic
+from volseg.io.files import (
+    TEMPORARY_PREFIX,
+    atomic_write,
+    sha256_of,
+    write_bytes_atomic,
+    write_json_atomic,
+)
 
 
 @pytest.fixture
@@ -36,7 +42,11 @@ def untouched(target: Path) -> bool:
 
 def test_new_contents_replace_the_old_and_were_seen_by_verify_under_another_name(target):
     seen = []
-    atomic_write(target, lambda file: file.write(b"new") and None, lambda path: seen.append((path, path.read_bytes())))
+    atomic_write(
+        target,
+        lambda file: file.write(b"new") and None,
+        lambda path: seen.append((path, path.read_bytes())),
+    )
     assert target.read_bytes() == b"new"
     assert list(target.parent.iterdir()) == [target]
     ((temporary, contents),) = seen
@@ -46,7 +56,9 @@ def test_new_contents_replace_the_old_and_were_seen_by_verify_under_another_name
     assert TEMPORARY_PREFIX == ".tmp-"
 
 
-@pytest.mark.parametrize("error", [ValueError("a bug"), KeyboardInterrupt(), SystemExit(3), MemoryError()])
+@pytest.mark.parametrize(
+    "error", [ValueError("a bug"), KeyboardInterrupt(), SystemExit(3), MemoryError()]
+)
 @pytest.mark.parametrize("moment", ["write", "verify"])
 def test_any_exception_passes_through_and_leaves_nothing(error, moment, target):
     def verify(_):
@@ -106,7 +118,9 @@ def test_bytes_that_read_back_otherwise_are_noticed(target, monkeypatch):
     assert untouched(target)
 
 
-def test_contents_reach_the_disk_before_the_name_and_the_name_before_the_return(target, monkeypatch):
+def test_contents_reach_the_disk_before_the_name_and_the_name_before_the_return(
+    target, monkeypatch
+):
     calls = []
     for name, call in (("fsync", os.fsync), ("replace", os.replace)):
 
@@ -161,4 +175,7 @@ def test_json_round_trip_and_no_nan(target):
 
 def test_sha256(tmp_path):
     (tmp_path / "a").write_bytes(b"abc")  # FIPS 180-2, appendix B.1
-    assert sha256_of(tmp_path / "a") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    assert (
+        sha256_of(tmp_path / "a")
+        == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    )

@@ -16,7 +16,10 @@ from volseg.io.nifti import read_label_table
         ('<Label Key="2" Red="1"><![CDATA[left kidney]]></Label>', {2: "left kidney"}),
         ("<Label Red='1' Key='7'>cyst &amp; stone</Label>", {7: "cyst & stone"}),
         ('<Label\n Key="3">\n <![CDATA[ spaced ]]>\n</Label>', {3: "spaced"}),
-        ('<Label Key="1"><![CDATA[a </Label> b]]></Label><Label Key="2">c</Label>', {1: "a </Label> b", 2: "c"}),
+        (
+            '<Label Key="1"><![CDATA[a </Label> b]]></Label><Label Key="2">c</Label>',
+            {1: "a </Label> b", 2: "c"},
+        ),
         ('<LabelTable Key="1"><Label Key="2">a</Label></LabelTable>', {2: "a"}),
         ('<Label Red="1">none</Label><Label Key="2">a</Label>', {2: "a"}),
         ('<Label Key="0">background</Label><Label Key="4"> </Label>', {}),
@@ -59,7 +62,9 @@ ATTACKS = (
 
 
 @pytest.mark.parametrize("attack", ATTACKS)
-@pytest.mark.parametrize("before", ["", '<Label Key="1">', '<Label Key="1"><![CDATA[', "<Label Key"])
+@pytest.mark.parametrize(
+    "before", ["", '<Label Key="1">', '<Label Key="1"><![CDATA[', "<Label Key"]
+)
 @pytest.mark.parametrize("after", ["", "</Label>", ">"])
 def test_a_megabyte_of_anything_is_read_in_well_under_a_second(attack, before, after):
     text = before + attack * (2**20 // len(attack)) + after

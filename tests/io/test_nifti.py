@@ -41,7 +41,9 @@ VOXELS = np.random.default_rng(0).integers(-1000, 1500, SHAPE).astype(np.int16)
 def oblique(spacing_mm=(0.75, 0.75, 2.5), angle=0.3, origin=(-120.0, 80.0, -300.0)) -> np.ndarray:
     c, s = math.cos(angle), math.sin(angle)
     affine = np.eye(4)
-    affine[:3, :3] = np.array([[-c, s, 0], [-s, -c, 0], [0, 0, 1]]) @ np.diag(spacing_mm)  # LPS, turned about z
+    affine[:3, :3] = np.array([[-c, s, 0], [-s, -c, 0], [0, 0, 1]]) @ np.diag(
+        spacing_mm
+    )  # LPS, turned about z
     affine[:3, 3] = origin
     return affine
 
@@ -49,7 +51,9 @@ def oblique(spacing_mm=(0.75, 0.75, 2.5), angle=0.3, origin=(-120.0, 80.0, -300.
 def nifti_bytes(array=VOXELS, affine=None, version=1, sform=1, qform=1, units=2) -> bytes:
     """A valid file as nibabel writes it: an author independent of our own writer."""
     affine = oblique() if affine is None else affine
-    image = (nibabel.Nifti1Image if version == 1 else nibabel.Nifti2Image)(array, affine, dtype=array.dtype)
+    image = (nibabel.Nifti1Image if version == 1 else nibabel.Nifti2Image)(
+        array, affine, dtype=array.dtype
+    )
     image.header.set_qform(affine, qform)
     image.header.set_sform(affine, sform)
     image.header["xyzt_units"] = units
@@ -136,8 +140,16 @@ CONTAINERS = {
 }
 HEADERS = {
     "huge_dims": ("scan.nii", poked(40, "8h", 3, 30000, 30000, 30000, 1, 1, 1, 1), "E_TOOBIG"),
-    "huge_dims_gz": ("scan.nii.gz", packed(poked(40, "8h", 3, 30000, 30000, 30000, 1, 1, 1, 1)), "E_TOOBIG"),
-    "more_than_gzip_holds": ("scan.nii.gz", packed(poked(40, "8h", 3, 1500, 1500, 1500, 1, 1, 1, 1)), "E_TOOBIG"),
+    "huge_dims_gz": (
+        "scan.nii.gz",
+        packed(poked(40, "8h", 3, 30000, 30000, 30000, 1, 1, 1, 1)),
+        "E_TOOBIG",
+    ),
+    "more_than_gzip_holds": (
+        "scan.nii.gz",
+        packed(poked(40, "8h", 3, 1500, 1500, 1500, 1, 1, 1, 1)),
+        "E_TOOBIG",
+    ),
     "overflow_dims": ("scan.nii", poked(40, "8h", 7, *[32767] * 7), "E_NDIM"),
     "two_d": ("scan.nii", poked(40, "h", 2), "E_NDIM"),
     "single_slice": ("scan.nii", nifti_bytes(VOXELS[:, :, :1]), "E_NDIM"),
@@ -169,7 +181,11 @@ HEADERS = {
     "vox_offset_past_end": ("scan.nii", poked(108, "f", 1e6), "E_HEADER"),
     "vox_offset_huge": ("scan.nii", poked(108, "f", 1e9), "E_HEADER"),
     "vox_offset_nan": ("scan.nii.gz", packed(poked(108, "f", NAN)), "E_HEADER"),
-    "extension": ("scan.nii.gz", packed(poked(108, "f", 416.0)[:352] + b"comment " * 8 + PLAIN[352:]), None),
+    "extension": (
+        "scan.nii.gz",
+        packed(poked(108, "f", 416.0)[:352] + b"comment " * 8 + PLAIN[352:]),
+        None,
+    ),
     "lone_header": ("scan.hdr", poked(344, "4s", b"ni1"), "E_MISSING"),
     "lone_image": ("scan.img", PLAIN, "E_MISSING"),
 }
@@ -178,7 +194,11 @@ INTENSITIES = {
     "inf_voxels": ("scan.nii", nifti_bytes(with_voxel(-INF)), "E_NAN"),
     "all_nan": ("scan.nii", nifti_bytes(np.full(SHAPE, NAN)), "E_NAN"),
     "constant": ("scan.nii", nifti_bytes(np.full(SHAPE, -1024, np.int16)), "E_CONST"),
-    "beyond_float32": ("scan.nii", nifti_bytes(with_voxel(1e300, VOXELS.astype(np.float64))), "E_SCALE"),
+    "beyond_float32": (
+        "scan.nii",
+        nifti_bytes(with_voxel(1e300, VOXELS.astype(np.float64))),
+        "E_SCALE",
+    ),
     "slope_zero": ("scan.nii", poked(112, "2f", 0.0, -1024.0), "W_SCALE"),
     "slope_and_intercept_zero": ("scan.nii", poked(112, "2f", 0.0, 0.0), None),
     "slope_nan": ("scan.nii", poked(112, "2f", NAN, NAN), None),
@@ -201,7 +221,11 @@ GEOMETRIES = {
     "qform_only": ("scan.nii", only_qform(PLAIN), None),
     "qfac_zero": ("scan.nii", only_qform(poked(76, "f", 0.0)), None),
     "singular_sform": ("scan.nii", with_srow(np.diag([1.0, 1.0, 0.0, 1.0]), UNIT), "E_GEOM"),
-    "parallel_axes": ("scan.nii", with_srow(np.array([[1, 1, 0, 0], [0, 0, 0, 0], [0, 0, 1, 0.0]]), UNIT), "E_GEOM"),
+    "parallel_axes": (
+        "scan.nii",
+        with_srow(np.array([[1, 1, 0, 0], [0, 0, 0, 0], [0, 0, 1, 0.0]]), UNIT),
+        "E_GEOM",
+    ),
     "zero_sform": ("scan.nii", with_srow(np.zeros((3, 4))), "E_GEOM"),
     "nan_sform": ("scan.nii", poked(292, "f", NAN), "E_GEOM"),
     "units_metre": ("scan.nii", poked(123, "B", 1), "E_UNITS"),
@@ -218,7 +242,11 @@ GEOMETRIES = {
     "gantry_tilt": ("scan.nii", with_srow(sheared(math.tan(math.radians(15))), UNIT), "E_SHEAR"),
     "near_orthonormal": ("scan.nii", with_srow(sheared(1e-4), UNIT), "W_SHEAR"),
     "huge_origin": ("scan.nii", nifti_bytes(affine=oblique(origin=(5e4, 0, 0))), "W_ORIGIN"),
-    "tiny_spacing": ("scan.nii", nifti_bytes(affine=oblique((7.5e-4, 7.5e-4, 2.5e-3))), "E_SPACING"),
+    "tiny_spacing": (
+        "scan.nii",
+        nifti_bytes(affine=oblique((7.5e-4, 7.5e-4, 2.5e-3))),
+        "E_SPACING",
+    ),
     "giant_spacing": ("scan.nii", nifti_bytes(affine=oblique((750, 750, 2500))), "E_SPACING"),
     "anisotropic_extreme": ("scan.nii", nifti_bytes(affine=oblique((0.1, 0.1, 50))), "W_ANISO"),
 }
@@ -239,7 +267,9 @@ def test_odd_file_is_read_truly_or_refused_by_its_code(name, tmp_path):
         assert caught.value.exit_code == 4
         return
     volume = read_volume(path)
-    assert [warning.code for warning in read_header(path).warnings] == ([] if code is None else [code])
+    assert [warning.code for warning in read_header(path).warnings] == (
+        [] if code is None else [code]
+    )
     np.testing.assert_array_equal(volume.array, VOXELS[:, :, : volume.array.shape[2]])
     plain = gzip.decompress(data) if data.startswith(b"\x1f\x8b") else data
     judge = (nibabel.Nifti2Image if plain[0] == 0x1C else nibabel.Nifti1Image).from_bytes(plain)
@@ -250,7 +280,10 @@ def test_the_numbers_stand_in_the_message(tmp_path):
     path = tmp_path / "scan.nii"
     for data, words in (
         (PLAIN[: 352 + 1234], "holds 1,234 of 6,528 voxel bytes"),
-        (poked(80, "f", 1.6), "pixdim gives a spacing of 1.6 0.75 2.5 mm, but the sform 0.75 0.75 2.5 mm"),
+        (
+            poked(80, "f", 1.6),
+            "pixdim gives a spacing of 1.6 0.75 2.5 mm, but the sform 0.75 0.75 2.5 mm",
+        ),
         (nifti_bytes(with_voxel(NAN)), "1 voxels are NaN and 0 infinite, of 3,264"),
         (nifti_bytes(np.stack([VOXELS] * 3, axis=-1)), "16×17×12×3"),
         (with_srow(sheared(0.1), UNIT), "5.71° away from right angles"),
@@ -295,7 +328,9 @@ def test_permission_and_disk_errors_become_scan_errors(tmp_path, monkeypatch):
         def failing(*_, number=number, **__):
             raise OSError(number, os.strerror(number))
 
-        monkeypatch.setattr("builtins.open", failing)  # root may read everything, so chmod would not do
+        monkeypatch.setattr(
+            "builtins.open", failing
+        )  # root may read everything, so chmod would not do
         with pytest.raises(ScanError) as caught:
             read_volume(path)
         monkeypatch.undo()
@@ -331,7 +366,9 @@ def test_a_header_that_asks_too_much_is_refused_before_memory_is_taken(tmp_path)
 
 @pytest.mark.parametrize("compressed", [False, True])
 def test_every_cut_is_noticed(compressed, tmp_path):
-    whole = packed(nifti_bytes(VOXELS[:4, :4, :4])) if compressed else nifti_bytes(VOXELS[:4, :4, :4])
+    whole = (
+        packed(nifti_bytes(VOXELS[:4, :4, :4])) if compressed else nifti_bytes(VOXELS[:4, :4, :4])
+    )
     path = tmp_path / "scan"
     for length in range(len(whole)):
         path.write_bytes(whole[:length])
@@ -367,7 +404,9 @@ def signed_permutations():
             yield np.eye(3)[:, order] * signs
 
 
-@pytest.mark.parametrize("turn", [np.eye(3), oblique((1, 1, 1))[:3, :3]], ids=["straight", "oblique"])
+@pytest.mark.parametrize(
+    "turn", [np.eye(3), oblique((1, 1, 1))[:3, :3]], ids=["straight", "oblique"]
+)
 def test_all_48_axis_orders_give_the_same_patient(turn, tmp_path):
     path = tmp_path / "scan.nii.gz"
     spacing = np.array([0.7, 1.1, 2.5])
@@ -414,7 +453,9 @@ def test_scale_is_kept_aside_and_applied_on_demand(tmp_path):
     assert volume.intensities(np.array([1000]))[0] == -524
 
 
-@pytest.mark.parametrize("suffixes", [(".hdr", ".img"), (".hdr.gz", ".img.gz"), (".hdr", ".img.gz"), (".HDR", ".IMG")])
+@pytest.mark.parametrize(
+    "suffixes", [(".hdr", ".img"), (".hdr.gz", ".img.gz"), (".hdr", ".img.gz"), (".HDR", ".IMG")]
+)
 def test_pairs(suffixes, tmp_path):
     """Either half may be named; the offset into the .img is kept."""
     pair = poked(344, "4s", b"ni1", data=poked(108, "f", 16.0))[:348]
@@ -429,7 +470,9 @@ def test_pairs(suffixes, tmp_path):
 
 def test_header_is_read_without_the_voxels(tmp_path):
     path = tmp_path / "scan.nii.gz"
-    whole = packed(nifti_bytes(np.random.default_rng(1).integers(0, 4000, (64, 64, 64)).astype(np.int16)))
+    whole = packed(
+        nifti_bytes(np.random.default_rng(1).integers(0, 4000, (64, 64, 64)).astype(np.int16))
+    )
     path.write_bytes(whole[: len(whole) // 2])
     header = read_header(path)
     assert header.geometry.shape == (64, 64, 64)
@@ -449,7 +492,9 @@ def test_intensity_warnings():
 
 
 def test_looking_for_oddities_makes_nothing_as_large_as_the_scan():
-    scan = Volume(np.zeros((256, 256, 300), np.int16, order="F"), Geometry((256, 256, 300), np.eye(4)))
+    scan = Volume(
+        np.zeros((256, 256, 300), np.int16, order="F"), Geometry((256, 256, 300), np.eye(4))
+    )
     tracemalloc.start()
     assert [warning.code for warning in intensity_warnings(scan)] == ["W_CLIP"]
     peak = tracemalloc.get_traced_memory()[1]
@@ -468,7 +513,10 @@ LABELS = (np.random.default_rng(2).random(SHAPE) * 4).astype(np.uint8)
         (LABELS, np.uint8),
         (LABELS.astype(np.int64), np.uint8),
         (LABELS.astype(np.float64), np.uint8),
-        (LABELS + np.random.default_rng(3).normal(scale=1e-5, size=SHAPE).astype(np.float32), np.uint8),
+        (
+            LABELS + np.random.default_rng(3).normal(scale=1e-5, size=SHAPE).astype(np.float32),
+            np.uint8,
+        ),
         (LABELS - np.float32(9e-4), np.uint8),  # truncation would lower every label by one
         (LABELS.astype(np.uint16) * 100, np.uint16),
         (LABELS.astype(np.int32) * 100_000, np.uint32),
@@ -491,14 +539,21 @@ def test_scaled_labels(tmp_path):
     path.write_bytes(poked(112, "2f", 2.0, 1.0, data=nifti_bytes(LABELS)))
     np.testing.assert_array_equal(read_mask(path).array, LABELS * 2 + 1)
     path.write_bytes(poked(112, "2f", 0.1, 0.0, data=nifti_bytes(LABELS)))
-    with pytest.raises(ScanError, match=r"holds 0\.\d+(, 0\.\d+)*, which (is not a whole number|are no whole numbers)"):
+    with pytest.raises(
+        ScanError,
+        match=r"holds 0\.\d+(, 0\.\d+)*, which (is not a whole number|are no whole numbers)",
+    ):
         read_mask(path)
 
 
 @pytest.mark.parametrize(
     "stored, code, words",
     [
-        (with_voxel(0.37, LABELS.astype(np.float32)), "E_LABELS", "0.37, which is not a whole number"),
+        (
+            with_voxel(0.37, LABELS.astype(np.float32)),
+            "E_LABELS",
+            "0.37, which is not a whole number",
+        ),
         (with_voxel(-1, LABELS.astype(np.int16)), "E_LABELS", "the label -1"),
         (with_voxel(-1, LABELS.astype(np.float32)), "E_LABELS", "the label -1"),
         (with_voxel(1e30, LABELS.astype(np.float32)), "E_LABELS", "the label 1"),
@@ -551,7 +606,9 @@ def sources():
     yield "nifti2_float64", nifti2_oblique.to_bytes()
 
 
-@pytest.mark.parametrize("data", [data for _, data in sources()], ids=[name for name, _ in sources()])
+@pytest.mark.parametrize(
+    "data", [data for _, data in sources()], ids=[name for name, _ in sources()]
+)
 @pytest.mark.parametrize("target", ["mask.nii", "mask.nii.gz"])
 def test_mask_comes_back_on_the_scans_own_grid_bit_for_bit(data, target, tmp_path):
     scan = tmp_path / "scan.nii"
@@ -567,11 +624,22 @@ def test_mask_comes_back_on_the_scans_own_grid_bit_for_bit(data, target, tmp_pat
     np.testing.assert_array_equal(np.asanyarray(judge.dataobj), LABELS)
     np.testing.assert_array_equal(judge.affine, original.affine)
     assert type(judge) is type(original)
-    for field in ("pixdim", "qform_code", "sform_code", "quatern_b", "quatern_c", "quatern_d", "qoffset_x", "srow_y"):
+    for field in (
+        "pixdim",
+        "qform_code",
+        "sform_code",
+        "quatern_b",
+        "quatern_c",
+        "quatern_d",
+        "qoffset_x",
+        "srow_y",
+    ):
         np.testing.assert_array_equal(judge.header[field], original.header[field])
 
 
-@pytest.mark.parametrize("dtype", ["?", "u1", "i1", "i2", "u2", "i4", "u4", "i8", "u8", "f4", "f8", ">i2"])
+@pytest.mark.parametrize(
+    "dtype", ["?", "u1", "i1", "i2", "u2", "i4", "u4", "i8", "u8", "f4", "f8", ">i2"]
+)
 @pytest.mark.parametrize("order", "CF")
 def test_every_dtype_and_memory_order_is_written(dtype, order, tmp_path):
     array = np.array(VOXELS % 120, dtype=dtype, order=order)
@@ -586,12 +654,23 @@ def test_a_new_grid_is_stored_in_sform_and_qform_as_float32(tmp_path):
     write_volume(Volume(LABELS, geometry), tmp_path / "a.nii.gz")
     image = nibabel.load(tmp_path / "a.nii.gz")
     header = image.header
-    np.testing.assert_array_equal(read_geometry(tmp_path / "a.nii.gz").affine, geometry.affine.astype(np.float32))
+    np.testing.assert_array_equal(
+        read_geometry(tmp_path / "a.nii.gz").affine, geometry.affine.astype(np.float32)
+    )
     np.testing.assert_allclose(header.get_qform(), geometry.affine, atol=1e-5)
-    assert (int(header["sform_code"]), int(header["qform_code"]), int(header["xyzt_units"])) == (1, 1, 2)
+    assert (int(header["sform_code"]), int(header["qform_code"]), int(header["xyzt_units"])) == (
+        1,
+        1,
+        2,
+    )
     assert (image.dataobj.slope, image.dataobj.inter) == (1, 0)
-    assert struct.unpack("<2f", gzip.decompress((tmp_path / "a.nii.gz").read_bytes())[112:120]) == (1, 0)  # never NaN
-    assert {header[name].item() for name in ("descrip", "aux_file", "db_name", "intent_name")} == {b""}
+    assert struct.unpack("<2f", gzip.decompress((tmp_path / "a.nii.gz").read_bytes())[112:120]) == (
+        1,
+        0,
+    )  # never NaN
+    assert {header[name].item() for name in ("descrip", "aux_file", "db_name", "intent_name")} == {
+        b""
+    }
 
 
 def test_scale_is_written(tmp_path):
@@ -601,7 +680,9 @@ def test_scale_is_written(tmp_path):
 
 def test_long_axes_need_nifti2(tmp_path):
     array = np.zeros((40_000, 2, 2), np.uint8)
-    write_volume(Volume(array, Geometry(array.shape, np.diag([0.1, 1, 1, 1]))), tmp_path / "a.nii.gz")
+    write_volume(
+        Volume(array, Geometry(array.shape, np.diag([0.1, 1, 1, 1]))), tmp_path / "a.nii.gz"
+    )
     assert read_mask(tmp_path / "a.nii.gz").array.shape == (40_000, 2, 2)
 
 
@@ -613,7 +694,9 @@ def test_equal_volumes_give_equal_bytes(tmp_path):
     assert first == second
     assert first[3] == 0  # no file name
     assert first[4:8] == bytes(4)  # no time
-    assert (tmp_path / "a.nii.gz").stat().st_mode & 0o444  # readable as the umask allows, not private like mkstemp
+    assert (
+        tmp_path / "a.nii.gz"
+    ).stat().st_mode & 0o444  # readable as the umask allows, not private like mkstemp
 
 
 def test_writer_refuses_what_it_cannot_store(tmp_path):
@@ -684,7 +767,9 @@ for name in ("a.nii", "a.nii.gz"):
         raise SystemExit("nothing was raised")
 """
     root = Path(__file__).parents[2]
-    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=60
+    )
     assert (done.returncode, done.stderr) == (0, "")
     assert list(tmp_path.iterdir()) == []
 
@@ -692,13 +777,23 @@ for name in ("a.nii", "a.nii.gz"):
 def test_import_is_light_and_silent():
     code = "import sys, volseg.io.nifti; print(sorted({'torch', 'monai', 'pandas', 'SimpleITK'} & set(sys.modules)))"
     root = Path(__file__).parents[2]
-    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=60
+    )
     assert (done.stdout, done.stderr) == ("[]\n", "")
 
 
 def test_stem_of():
     names = ["a.nii", "a.nii.gz", "a.b.NII.GZ", "a.hdr", "a.img.gz", "a.txt", "nii.gz"]
-    assert [stem_of(Path("x") / name) for name in names] == ["a", "a", "a.b", "a", "a", "a.txt", "nii.gz"]
+    assert [stem_of(Path("x") / name) for name in names] == [
+        "a",
+        "a",
+        "a.b",
+        "a",
+        "a",
+        "a.txt",
+        "nii.gz",
+    ]
 
 
 # ---- fuzzing: only ScanError may escape, and what is accepted is what nibabel reads
@@ -710,10 +805,16 @@ SHORTS = st.one_of(st.integers(-32768, 32767), st.integers(-2, 20))
 MUTATIONS = st.one_of(
     st.tuples(st.sampled_from(range(40, 56, 2)), st.just("h"), SHORTS),  # dim
     st.tuples(
-        st.sampled_from([70, 72, 252, 254]), st.just("h"), st.sampled_from([0, 1, 2, 4, 8, 16, 64, 256, 512, -1])
+        st.sampled_from([70, 72, 252, 254]),
+        st.just("h"),
+        st.sampled_from([0, 1, 2, 4, 8, 16, 64, 256, 512, -1]),
     ),
-    st.tuples(st.sampled_from(range(76, 124, 4)), st.just("f"), FINITE_OR_NOT),  # pixdim, vox_offset, scale
-    st.tuples(st.sampled_from(range(256, 328, 4)), st.just("f"), FINITE_OR_NOT),  # quaternion, offsets, srow
+    st.tuples(
+        st.sampled_from(range(76, 124, 4)), st.just("f"), FINITE_OR_NOT
+    ),  # pixdim, vox_offset, scale
+    st.tuples(
+        st.sampled_from(range(256, 328, 4)), st.just("f"), FINITE_OR_NOT
+    ),  # quaternion, offsets, srow
     st.tuples(st.integers(0, 400), st.just("B"), st.integers(0, 255)),  # anything
 )
 BASES = {
@@ -730,8 +831,19 @@ def fuzzed_file(tmp_path_factory):
     return tmp_path_factory.mktemp("fuzz") / "scan.nii"
 
 
-@settings(max_examples=400, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
-@given(st.sampled_from(sorted(BASES)), st.lists(MUTATIONS, min_size=1, max_size=3), st.integers(0, 8000), st.booleans())
+@settings(
+    max_examples=400,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=list(HealthCheck),
+)
+@given(
+    st.sampled_from(sorted(BASES)),
+    st.lists(MUTATIONS, min_size=1, max_size=3),
+    st.integers(0, 8000),
+    st.booleans(),
+)
 def test_mutated_headers(fuzzed_file, base, mutations, cut, compressed):
     data = BASES[base]
     for offset, layout, value in mutations:
@@ -753,7 +865,12 @@ def agree_with_nibabel(volume: Volume, data: bytes) -> None:
     try:
         judge = (nibabel.Nifti2Image if data[0] == 0x1C else nibabel.Nifti1Image).from_bytes(data)
         stored = np.asanyarray(judge.dataobj.get_unscaled())
-    except (nibabel.filebasedimages.ImageFileError, nibabel.spatialimages.HeaderDataError, ValueError, OSError):
+    except (
+        nibabel.filebasedimages.ImageFileError,
+        nibabel.spatialimages.HeaderDataError,
+        ValueError,
+        OSError,
+    ):
         return
     if judge.dataobj.offset != 0:  # where nibabel would read the header as voxels
         np.testing.assert_array_equal(volume.array, stored.reshape(volume.array.shape))
@@ -767,7 +884,9 @@ def agree_with_nibabel(volume: Volume, data: bytes) -> None:
 @pytest.fixture
 def data_folder() -> Path:
     if not DATA.is_dir():
-        pytest.skip("the real data sets lie outside the repository, in ../shared/data, and are not here")
+        pytest.skip(
+            "the real data sets lie outside the repository, in ../shared/data, and are not here"
+        )
     return DATA
 
 
@@ -805,7 +924,9 @@ def test_zoo(name, data_folder):
         assert caught.value.code == code
         return
     volume = read_volume(path)
-    assert [warning.code for warning in read_header(path).warnings] == ([] if code is None else [code])
+    assert [warning.code for warning in read_header(path).warnings] == (
+        [] if code is None else [code]
+    )
     if code is None:
         judge = nibabel.load(path)
         np.testing.assert_array_equal(volume.geometry.affine, judge.affine)
@@ -826,7 +947,8 @@ def test_the_48_orientations_of_one_head_measure_alike(data_folder):
 
 
 @pytest.mark.parametrize(
-    "dataset", ["lidc_nodules", "sts_sarcoma", "msd_hippocampus", "totalseg_example_ct", "ibsi_phantoms"]
+    "dataset",
+    ["lidc_nodules", "sts_sarcoma", "msd_hippocampus", "totalseg_example_ct", "ibsi_phantoms"],
 )
 def test_real_scans_and_masks_are_what_their_table_says(dataset, data_folder, tmp_path):
     with open(data_folder / dataset / "cases.csv") as file:
@@ -837,12 +959,19 @@ def test_real_scans_and_masks_are_what_their_table_says(dataset, data_folder, tm
         assert "x".join(map(str, volume.geometry.shape)) == row["shape"]
         assert volume.array.dtype == row["dtype"]
         assert volume.geometry.axis_codes == row["orientation"]
-        assert volume.geometry.spacing_mm == pytest.approx([float(s) for s in row["spacing"].split("x")], rel=1e-3)
+        assert volume.geometry.spacing_mm == pytest.approx(
+            [float(s) for s in row["spacing"].split("x")], rel=1e-3
+        )
         if not row["label"]:
             continue
         mask = read_mask(data_folder / dataset / row["label"])
         assert mask.geometry.matches(volume.geometry)
         values, counts = np.unique(mask.array, return_counts=True)
-        assert ";".join(f"{v}:{n}" for v, n in zip(values, counts, strict=True)) == row["label_values"].split(" ")[0]
+        assert (
+            ";".join(f"{v}:{n}" for v, n in zip(values, counts, strict=True))
+            == row["label_values"].split(" ")[0]
+        )
         write_volume(volume.with_array(mask.array), tmp_path / "mask.nii.gz", like=scan)
-        np.testing.assert_array_equal(read_geometry(tmp_path / "mask.nii.gz").affine, nibabel.load(scan).affine)
+        np.testing.assert_array_equal(
+            read_geometry(tmp_path / "mask.nii.gz").affine, nibabel.load(scan).affine
+        )

@@ -33,7 +33,9 @@ def folder(tmp_path):
 
 def change(folder, **values):
     content = json.loads((folder / "a" / CASE_FILE).read_text()) | values
-    (folder / "a" / CASE_FILE).write_text(json.dumps({key: value for key, value in content.items() if value != "gone"}))
+    (folder / "a" / CASE_FILE).write_text(
+        json.dumps({key: value for key, value in content.items() if value != "gone"})
+    )
 
 
 def test_a_case_comes_back_as_it_was_written(folder):
@@ -54,7 +56,9 @@ def test_a_record_that_does_not_say_what_training_asks_for_is_refused(key, value
     assert refusal.value.code == "E_PREPARED"
 
 
-@pytest.mark.parametrize("name", ["image.npy", "mask.npy", "slices.npy", "foreground_1.npy", CASE_FILE])
+@pytest.mark.parametrize(
+    "name", ["image.npy", "mask.npy", "slices.npy", "foreground_1.npy", CASE_FILE]
+)
 @pytest.mark.parametrize("kind", ["pipe", "archive"])
 def test_a_pipe_is_not_waited_for_and_an_archive_is_no_array(name, kind, folder):
     path = folder / "a" / name
@@ -78,7 +82,9 @@ def test_the_files_are_on_the_disk_before_the_record_says_so(tmp_path, monkeypat
 
     monkeypatch.setattr(os, "fsync", keep)
     mask = np.zeros((4, 3, 2), np.uint8)
-    write_prepared_case(tmp_path, PreparedCase("a", mask[None], mask, {1: np.argwhere(mask)}, None, RECORD))
+    write_prepared_case(
+        tmp_path, PreparedCase("a", mask[None], mask, {1: np.argwhere(mask)}, None, RECORD)
+    )
     assert synced == ["image.npy", "mask.npy", "foreground_1.npy", CASE_FILE]
 
 
@@ -114,7 +120,11 @@ def test_an_array_of_another_shape_or_type_is_refused(name, array, folder):
 
 @pytest.mark.parametrize(
     ("name", "value", "words"),
-    [("mask", 9, "holds class 9 of 1"), ("mask", 2, "holds class 2 of 1"), ("image", np.nan, "not finite")],
+    [
+        ("mask", 9, "holds class 9 of 1"),
+        ("mask", 2, "holds class 2 of 1"),
+        ("image", np.nan, "not finite"),
+    ],
 )
 def test_a_voxel_that_is_none_is_refused_where_it_is_read(name, value, words, folder):
     case = read_prepared_case(folder, "a")

@@ -10,7 +10,16 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from laws import GRIDS, ball, ball_volume_mm3, centre_mm, grid_around, oblique, orientations, real_data
+from laws import (
+    GRIDS,
+    ball,
+    ball_volume_mm3,
+    centre_mm,
+    grid_around,
+    oblique,
+    orientations,
+    real_data,
+)
 
 from volseg.columns import columns_of
 from volseg.measure import lesions as measure_lesions_module
@@ -33,7 +42,9 @@ CENTROID = ("centroid_r_mm", "centroid_a_mm", "centroid_s_mm")
 def measure(image, mask, affine=None, *, objects="components", **options):
     """Rows of an intensity array, or of a Volume, under a mask."""
     if not isinstance(image, Volume):
-        image = Volume(image, Geometry(image.shape, oblique(SPACING_MM) if affine is None else affine))
+        image = Volume(
+            image, Geometry(image.shape, oblique(SPACING_MM) if affine is None else affine)
+        )
     lesions = label_lesions(mask, image.geometry, objects=objects)
     options = {"case_id": "scan", "label_names": NAMES, "intensity_unit": "HU", **options}
     return measure_lesions(image, lesions.ids, lesions.labels, **options)
@@ -74,14 +85,25 @@ def test_volume_centroid_and_intensity_of_a_ball(grid, spacing_mm, radius_mm):
         mask = ball(radius_mm, geometry, centre)
         (row,) = measure(Volume(np.where(mask, np.int16(40), np.int16(-100)), geometry), mask)
         errors.append(row.volume_mm3 / ball_volume_mm3(radius_mm) - 1)
-        assert row.volume_mm3 == pytest.approx(mask.sum() * abs(np.linalg.det(geometry.affine[:3, :3])), rel=1e-9)
+        assert row.volume_mm3 == pytest.approx(
+            mask.sum() * abs(np.linalg.det(geometry.affine[:3, :3])), rel=1e-9
+        )
         assert row.volume_ml == row.volume_mm3 / 1000
-        assert (row.intensity_mean, row.intensity_sd, row.intensity_min, row.intensity_max) == (40, 0, 40, 40)
+        assert (row.intensity_mean, row.intensity_sd, row.intensity_min, row.intensity_max) == (
+            40,
+            0,
+            40,
+            40,
+        )
         assert row.density_g_cm3 == pytest.approx(1.031 + (1.1199 - 1.031) * 17 / 77)
         assert row.mass_g == pytest.approx(row.density_g_cm3 * row.volume_ml)
-        assert row.equiv_sphere_diameter_mm == pytest.approx((6 * row.volume_mm3 / math.pi) ** (1 / 3))
+        assert row.equiv_sphere_diameter_mm == pytest.approx(
+            (6 * row.volume_mm3 / math.pi) ** (1 / 3)
+        )
         found = np.array([getattr(row, name) for name in CENTROID])
-        assert found == pytest.approx(geometry.to_world_mm(np.argwhere(mask)).mean(axis=0), abs=1e-6)
+        assert found == pytest.approx(
+            geometry.to_world_mm(np.argwhere(mask)).mean(axis=0), abs=1e-6
+        )
         assert np.linalg.norm(found - centre) < max(geometry.spacing_mm) / 2
         assert not row.touches_border
     assert np.sort(np.abs(errors))[-3] < 1.5 * BALL_ERRORS[spacing_mm][radius_mm]
@@ -95,7 +117,10 @@ def test_lesions_know_their_box_their_neighbour_and_their_axes():
     affine = np.diag([-0.5, -0.5, 2.0, 1.0])
     affine[:3, 3] = 40, 30, -10
     first, second = measure(np.zeros(mask.shape), mask, affine)
-    assert (first.bbox_min_ras, first.bbox_max_ras) == ("[34.250, 26.750, -1.000]", "[39.250, 28.750, 1.000]")
+    assert (first.bbox_min_ras, first.bbox_max_ras) == (
+        "[34.250, 26.750, -1.000]",
+        "[39.250, 28.750, 1.000]",
+    )
     assert first.nearest_lesion_mm == second.nearest_lesion_mm == pytest.approx(8 * 0.5)
     assert first.axis_slice == 5 and first.long_axis_mm == pytest.approx(math.hypot(5, 1.5))
     ends = [np.array(json.loads(text)) for text in (first.long_axis_p0_ras, first.long_axis_p1_ras)]
@@ -111,7 +136,9 @@ def test_the_box_holds_every_corner_of_every_voxel(affine):
     mask = (mask == 1).astype(np.uint8)
     (row,) = measure(np.zeros(mask.shape), mask, affine, objects="labels")
     half = np.array([[x, y, z] for x in (-0.5, 0.5) for y in (-0.5, 0.5) for z in (-0.5, 0.5)])
-    corners = Geometry(mask.shape, affine).to_world_mm((np.argwhere(mask)[:, None] + half).reshape(-1, 3))
+    corners = Geometry(mask.shape, affine).to_world_mm(
+        (np.argwhere(mask)[:, None] + half).reshape(-1, 3)
+    )
     assert json.loads(row.bbox_min_ras) == pytest.approx(corners.min(axis=0), abs=1e-3)
     assert json.loads(row.bbox_max_ras) == pytest.approx(corners.max(axis=0), abs=1e-3)
 
@@ -143,12 +170,23 @@ def test_mass_and_calcium_are_of_ct_only():
     assert "density, mass, calcium: made of HU, and the unit is a.u." in row.notes
     image[4, 4, 4] = np.nan
     (row,) = measure(image, mask, intensity_unit="Bq/mL")
-    assert "intensity: 1 of 27 voxels are not finite; density, mass: made of HU, and the unit is Bq/mL" in row.notes
+    assert (
+        "intensity: 1 of 27 voxels are not finite; density, mass: made of HU, and the unit is Bq/mL"
+        in row.notes
+    )
     image[4, 4, 4] = 250
     (row,) = measure(image, mask, settings=Measure(calcium=True))
-    assert row.calcium_mass_mg is None and "calcium_mass_mg: the recipe has no calcium_mg_per_ml_hu" in row.notes
-    (row,) = measure(np.where(mask, 5000.0, 0), mask, settings=Measure(density_g_cm3=((-1000, 0), (1000, 2))))
-    assert row.density_g_cm3 == 2 and "mass: 27 voxels are over 1000 HU, where the calibration ends" in row.notes
+    assert (
+        row.calcium_mass_mg is None
+        and "calcium_mass_mg: the recipe has no calcium_mg_per_ml_hu" in row.notes
+    )
+    (row,) = measure(
+        np.where(mask, 5000.0, 0), mask, settings=Measure(density_g_cm3=((-1000, 0), (1000, 2)))
+    )
+    assert (
+        row.density_g_cm3 == 2
+        and "mass: 27 voxels are over 1000 HU, where the calibration ends" in row.notes
+    )
 
 
 def test_a_mask_over_the_whole_scan_and_one_of_one_slice():
@@ -176,11 +214,15 @@ def test_the_row_of_the_scan_follows_from_its_lesions():
     assert found["largest_volume_ml"] == rows[0].volume_ml
     node = summarise(rows, Measure(lymph_nodes=("cyst",)), unit="HU", organ_voxels_ml=None)
     cyst = next(row for row in rows if row.label == 3)
-    assert node["sum_long_axis_mm"] == pytest.approx(found["sum_long_axis_mm"] - cyst.long_axis_mm + cyst.short_axis_mm)
+    assert node["sum_long_axis_mm"] == pytest.approx(
+        found["sum_long_axis_mm"] - cyst.long_axis_mm + cyst.short_axis_mm
+    )
     empty = summarise([], Measure(), unit="HU", organ_voxels_ml=0.0)
     assert (empty["n_lesions"], empty["total_volume_ml"], empty["sum_long_axis_mm"]) == (0, 0, 0)
     assert empty["largest_volume_ml"] is empty["burden"] is empty["organ_volume_ml"] is None
-    none_found = summarise(rows, Measure(), unit="HU", organ_voxels_ml=0.0)  # else all of the organ would be lesion
+    none_found = summarise(
+        rows, Measure(), unit="HU", organ_voxels_ml=0.0
+    )  # else all of the organ would be lesion
     assert none_found["burden"] is none_found["organ_volume_ml"] is None
 
 
@@ -207,7 +249,9 @@ def test_doubling_the_spacing_makes_eight_times_the_volume():
     image, mask = random_scan()
     affine = oblique(SPACING_MM)
     doubled = np.diag([2.0, 2.0, 2.0, 1.0]) @ affine
-    for small, large in zip(measure(image, mask, affine), measure(image, mask, doubled), strict=True):
+    for small, large in zip(
+        measure(image, mask, affine), measure(image, mask, doubled), strict=True
+    ):
         assert large.volume_mm3 == pytest.approx(8 * small.volume_mm3, rel=1e-9)
         assert large.intensity_mean == small.intensity_mean
         for name in CENTROID:
@@ -218,12 +262,18 @@ def test_rotating_and_moving_the_patient_changes_only_the_centroid():
     image, mask = random_scan()
     affine = oblique(SPACING_MM)
     motion = oblique((1.0, 1.0, 1.0), angles=(0.7, 1.1, -0.4))
-    expected = {(row.label, row.n_voxels, row.intensity_mean): row for row in measure(image, mask, affine)}
-    for row in measure(image, mask, motion @ affine):  # equal sizes may change places, so match them by their content
+    expected = {
+        (row.label, row.n_voxels, row.intensity_mean): row for row in measure(image, mask, affine)
+    }
+    for row in measure(
+        image, mask, motion @ affine
+    ):  # equal sizes may change places, so match them by their content
         before = expected[row.label, row.n_voxels, row.intensity_mean]
         assert row.volume_mm3 == pytest.approx(before.volume_mm3, rel=1e-9)
         point = motion @ [*(getattr(before, name) for name in CENTROID), 1]
-        assert [getattr(row, name) for name in CENTROID] == pytest.approx(point[:3].tolist(), abs=1e-6)
+        assert [getattr(row, name) for name in CENTROID] == pytest.approx(
+            point[:3].tolist(), abs=1e-6
+        )
 
 
 @settings(max_examples=30, deadline=None)
@@ -235,8 +285,12 @@ def test_lesions_add_up_to_the_mask(seed):
     assert sum(row.n_voxels for row in rows) == np.count_nonzero(mask)
     for label, total in whole.items():
         parts = [row for row in rows if row.label == label]
-        assert sum(row.n_voxels for row in parts) == total.n_voxels == np.count_nonzero(mask == label)
-        assert math.fsum(row.volume_mm3 for row in parts) == pytest.approx(total.volume_mm3, rel=1e-12)
+        assert (
+            sum(row.n_voxels for row in parts) == total.n_voxels == np.count_nonzero(mask == label)
+        )
+        assert math.fsum(row.volume_mm3 for row in parts) == pytest.approx(
+            total.volume_mm3, rel=1e-12
+        )
         mean = sum(row.intensity_mean * row.n_voxels for row in parts) / total.n_voxels
         assert mean == pytest.approx(total.intensity_mean, rel=1e-9)
         assert min(row.intensity_min for row in parts) == total.intensity_min
@@ -247,12 +301,17 @@ def test_lesions_add_up_to_the_mask(seed):
 @pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS.keys())
 def test_all_48_orientations_give_identical_rows(grid, spacing_mm):
     image, mask = random_scan(background=0.97)
-    image[mask == 3] = np.random.default_rng(1).choice([np.nan, -0.0, 0.0, 1e-3, 1e6], size=(mask == 3).sum())
+    image[mask == 3] = np.random.default_rng(1).choice(
+        [np.nan, -0.0, 0.0, 1e-3, 1e6], size=(mask == 3).sum()
+    )
     confidence = np.random.default_rng(2).random(image.shape)
     geometry = Geometry(image.shape, grid(spacing_mm))
     expected = measure(Volume(image, geometry), mask, confidence=confidence)
     assert len(expected) > 15 and len({row.n_voxels for row in expected}) < len(expected)
-    masks, confidences = orientations(Volume(mask, geometry)), orientations(Volume(confidence, geometry))
+    masks, confidences = (
+        orientations(Volume(mask, geometry)),
+        orientations(Volume(confidence, geometry)),
+    )
     for (array, affine), (mask, _), (confidence, _) in zip(
         orientations(Volume(image, geometry)), masks, confidences, strict=True
     ):
@@ -272,7 +331,9 @@ def test_lesions_measured_together_have_the_rows_of_each_measured_alone(voxels, 
     image[3, 3, 3] = confidence[0] = np.nan
     together = measure(image, mask, confidence=confidence)
     monkeypatch.setattr(measure_lesions_module, "MEASURED_TOGETHER", voxels)
-    assert [exact(row) for row in measure(image, mask, confidence=confidence)] == [exact(row) for row in together]
+    assert [exact(row) for row in measure(image, mask, confidence=confidence)] == [
+        exact(row) for row in together
+    ]
     assert any(math.isnan(row.intensity_mean) for row in together)
     assert any(row.confidence_mean is None for row in together)
 
@@ -286,7 +347,8 @@ def test_no_last_bit_decides_the_last_printed_digit_of_a_centroid():
         affine[:3, 3] = offset
         masks = orientations(Volume(mask, Geometry(mask.shape, affine)))
         tables = {
-            tuple(text for row in measure(array, array, oriented) for text in printed(row)) for array, oriented in masks
+            tuple(text for row in measure(array, array, oriented) for text in printed(row))
+            for array, oriented in masks
         }
         assert len(tables) == 1
 
@@ -340,17 +402,23 @@ def test_ibsi_digital_phantom():
 
 def test_ibsi_digital_phantom_from_its_file():
     image = read(real_data("ibsi_phantoms/images/ibsi_1_digital_phantom.nii.gz"))
-    mask = read(real_data("ibsi_phantoms/labels/ibsi_1_digital_phantom.nii.gz")).array.astype(np.uint8)
+    mask = read(real_data("ibsi_phantoms/labels/ibsi_1_digital_phantom.nii.gz")).array.astype(
+        np.uint8
+    )
     (row,) = measure(image, mask)
     with open(real_data("ibsi_phantoms/digital_phantom_reference_values.csv"), newline="") as file:
         published = {line["ibsi_id"]: line for line in csv.DictReader(file)}
-    found = {source.removeprefix("IBSI "): name for name, _, _, source in columns_of(LesionMeasurement)}
+    found = {
+        source.removeprefix("IBSI "): name for name, _, _, source in columns_of(LesionMeasurement)
+    }
     found = {code: getattr(row, name) for code, name in found.items() if code in published}
     assert len(found) >= 18
     for code, value in found.items():
         # Intensities have no tolerance: they must agree to the printed three digits.
         expected = float(published[code]["reference_value"])
-        tolerance = float(published[code]["tolerance"] or 0.5 * 10 ** (math.floor(math.log10(abs(expected))) - 2))
+        tolerance = float(
+            published[code]["tolerance"] or 0.5 * 10 ** (math.floor(math.log10(abs(expected))) - 2)
+        )
         assert value == pytest.approx(expected, abs=tolerance * 1.001), published[code]["feature"]
 
 
@@ -361,7 +429,9 @@ def test_brain1_against_its_independent_baseline():
     expected = {}
     for table in ("baseline_firstorder.csv", "baseline_shape.csv"):
         with open(real_data(f"pyradiomics_cases/{table}"), newline="") as file:
-            lines = [line for line in csv.DictReader(file) if line["featureName"].startswith("original_")]
+            lines = [
+                line for line in csv.DictReader(file) if line["featureName"].startswith("original_")
+            ]
             expected |= {line["featureName"].split("_")[-1]: line["brain1"] for line in lines}
     statistics = {
         "Mean": row.intensity_mean,
@@ -401,8 +471,12 @@ def test_intensities_follow_shift_and_scale(gain, offset):
         assert row.intensity_mean == pytest.approx(gain * before.intensity_mean + offset)
         assert row.intensity_sd == pytest.approx(abs(gain) * before.intensity_sd, abs=1e-9)
         assert row.intensity_median == pytest.approx(gain * before.intensity_median + offset)
-        assert row.intensity_p10 == pytest.approx(gain * getattr(before, f"intensity_{low}") + offset)
-        assert row.intensity_p90 == pytest.approx(gain * getattr(before, f"intensity_{high}") + offset)
+        assert row.intensity_p10 == pytest.approx(
+            gain * getattr(before, f"intensity_{low}") + offset
+        )
+        assert row.intensity_p90 == pytest.approx(
+            gain * getattr(before, f"intensity_{high}") + offset
+        )
         assert (row.n_voxels, row.volume_mm3) == (before.n_voxels, before.volume_mm3)
 
 
@@ -428,7 +502,10 @@ def test_intensities_are_unknown_where_a_voxel_is_not_finite():
     assert math.isnan(first.intensity_mean) and (first.n_voxels, first.mass_g) == (8, None)
     assert first.notes == "intensity, mass, density: 2 of 8 voxels are not finite"
     assert math.isnan(second.intensity_mean) and math.isnan(second.intensity_p90)
-    assert second.notes.split("; ") == [SINGLE, "intensity, mass, density: 1 of 1 voxels are not finite"]
+    assert second.notes.split("; ") == [
+        SINGLE,
+        "intensity, mass, density: 1 of 1 voxels are not finite",
+    ]
     assert second.volume_mm3 > 0  # what could be measured is there
 
 
@@ -467,26 +544,46 @@ def test_classes():
     first, second, third = measure(np.zeros(mask.shape), mask, classes=classes)
     assert (first.class_name, first.class_probability) == ("malignant", 0.88)
     assert first.class_probabilities == "benign=0.1200;malignant=0.8800"
-    assert (second.class_name, second.class_probability, second.class_probabilities) == (None, None, None)
+    assert (second.class_name, second.class_probability, second.class_probabilities) == (
+        None,
+        None,
+        None,
+    )
     assert second.notes.endswith("class: not classified")
     assert third.notes.endswith("class: a probability is not finite")
     assert third.class_name is None
-    assert not any(row.class_name or "class" in row.notes for row in measure(np.zeros(mask.shape), mask))
+    assert not any(
+        row.class_name or "class" in row.notes for row in measure(np.zeros(mask.shape), mask)
+    )
 
 
 def test_names():
     mask = np.zeros((5, 5, 5), np.uint8)
     mask[1, 1, 1:3], mask[3, 3, 3] = 2, 9
     named, nameless = measure(np.zeros(mask.shape), mask, case_id="p01", intensity_unit="a.u.")
-    assert (named.case_id, named.lesion_id, named.label, named.label_name) == ("p01", 1, 2, "tumour")
+    assert (named.case_id, named.lesion_id, named.label, named.label_name) == (
+        "p01",
+        1,
+        2,
+        "tumour",
+    )
     assert named.intensity_unit == "a.u."
     assert (nameless.label, nameless.label_name) == (9, None)
-    assert nameless.notes.split("; ") == ["label_name: value 9 has no name", SINGLE, NOT_HU, FLAT, THIN]
+    assert nameless.notes.split("; ") == [
+        "label_name: value 9 has no name",
+        SINGLE,
+        NOT_HU,
+        FLAT,
+        THIN,
+    ]
 
 
 @pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS.keys())
 def test_an_empty_mask_has_no_rows(grid):
-    assert measure(np.zeros((4, 5, 6)), np.zeros((4, 5, 6), np.uint8), grid(SPACING_MM), classes=[]) == []
+    assert (
+        measure(np.zeros((4, 5, 6)), np.zeros((4, 5, 6), np.uint8), grid(SPACING_MM), classes=[])
+        == []
+    )
 
 
 def test_numbers_that_do_not_agree_are_refused():
@@ -547,9 +644,14 @@ def test_all_structures_of_a_ct_against_the_statistics_of_another_program():
     mask = read(folder / "labels/example_ct_sm_fast.nii.gz")
     expected = json.loads((folder / "example_ct_sm_fast_statistics.json").read_text())
     with open(folder / "label_names.csv", newline="") as file:
-        names = {int(row["label"]): row["name"] for row in csv.DictReader(file) if row["map"] == "total"}
+        names = {
+            int(row["label"]): row["name"] for row in csv.DictReader(file) if row["map"] == "total"
+        }
     image = read(folder / "images/example_ct_sm.nii.gz")
-    rows = {row.label_name: row for row in measure(image, mask.array, objects="labels", label_names=names)}
+    rows = {
+        row.label_name: row
+        for row in measure(image, mask.array, objects="labels", label_names=names)
+    }
     assert len(expected) == 117 and set(expected) == set(names.values())
     for name, numbers in expected.items():
         if name in rows:
@@ -558,7 +660,9 @@ def test_all_structures_of_a_ct_against_the_statistics_of_another_program():
         else:
             assert numbers["volume"] == 0
     parts = measure(image, mask.array, label_names=names)
-    assert sum(row.n_voxels for row in parts) * 27 == sum(numbers["volume"] for numbers in expected.values())
+    assert sum(row.n_voxels for row in parts) * 27 == sum(
+        numbers["volume"] for numbers in expected.values()
+    )
 
 
 def test_an_mr_lesion_against_pyradiomics():

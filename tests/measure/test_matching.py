@@ -28,7 +28,10 @@ def scene(geometry, balls):
 
 
 def matched(before, after, **options):
-    labels = {"baseline_labels": ["a"] * int(before.array.max()), "followup_labels": ["a"] * int(after.array.max())}
+    labels = {
+        "baseline_labels": ["a"] * int(before.array.max()),
+        "followup_labels": ["a"] * int(after.array.max()),
+    }
     return match_lesions(before, after, **labels | options)
 
 
@@ -36,7 +39,13 @@ def told(matches):
     return {(match.status, match.baseline, match.followup) for match in matches}
 
 
-FIVE = [((-20, 0, 0), 9), ((16, 10, 0), 7), ((0, -20, 8), 5), ((0, 20, -12), 4), ((20, -14, -10), 3)]
+FIVE = [
+    ((-20, 0, 0), 9),
+    ((16, 10, 0), 7),
+    ((0, -20, 8), 5),
+    ((0, 20, -12), 4),
+    ((20, -14, -10), 3),
+]
 EXCHANGED = {"merged": "split", "split": "merged", "new": "gone", "gone": "new"}
 
 
@@ -46,14 +55,18 @@ def test_a_scan_compared_with_itself_is_all_pairs_without_any_distance():
     assert told(matches) == {("matched", n, n) for n in range(1, 6)}
     assert all((match.dice, match.distance_mm) == (1.0, 0.0) for match in matches)
     voxels = np.bincount(scan.array.ravel())[1:]
-    np.testing.assert_allclose([match.overlap_mm3 for match in matches], voxels * scan.geometry.voxel_volume_mm3)
+    np.testing.assert_allclose(
+        [match.overlap_mm3 for match in matches], voxels * scan.geometry.voxel_volume_mm3
+    )
 
 
 @pytest.mark.parametrize("make", GRIDS.values(), ids=GRIDS)
 @pytest.mark.parametrize("factor", [0.6, 1.2])
 def test_lesions_that_grow_or_shrink_are_found_on_any_grid(make, factor):
     before = scene(grid((1.5, 1.5, 2.0)), FIVE)
-    after = scene(grid((2.1, 1.2, 1.7), make), [(offset, radius * factor) for offset, radius in FIVE])
+    after = scene(
+        grid((2.1, 1.2, 1.7), make), [(offset, radius * factor) for offset, radius in FIVE]
+    )
     matches = matched(before, after)
     assert told(matches) == {("matched", n, n) for n in range(1, 6)}
     # Balls within balls: the overlap is the smaller one.
@@ -76,7 +89,10 @@ def test_other_numbers_of_the_same_lesions_change_nothing_but_the_numbers():
     after = scene(grid((2, 1.8, 2.2), oblique), FIVE[1:] + [((-8, 26, 10), 3)])
     order = np.random.default_rng(3).permutation(5)  # old number n + 1 becomes order[n] + 1
     renamed = np.concatenate([[0], order + 1]).astype(np.uint16)
-    expected = {(status, b, None if f is None else int(renamed[f])) for status, b, f in told(matched(before, after))}
+    expected = {
+        (status, b, None if f is None else int(renamed[f]))
+        for status, b, f in told(matched(before, after))
+    }
     assert told(matched(before, after.with_array(renamed[after.array]))) == expected
     assert {status for status, _, _ in expected} == {"matched", "gone", "new"}
 
@@ -108,12 +124,19 @@ def test_lesions_merge_and_split_and_exchanged_scans_exchange_what_happened():
     assert told(forward) == {
         ("merged", 1, 1), ("merged", 2, 1), ("gone", 3, None), ("matched", 4, 3), ("new", None, 2),
     }  # fmt: skip
-    assert {(m.baseline, m.is_first) for m in forward if m.status == "merged"} == {(1, True), (2, False)}
+    assert {(m.baseline, m.is_first) for m in forward if m.status == "merged"} == {
+        (1, True),
+        (2, False),
+    }
     assert [m.group for m in forward] == [1, 1, 2, 3, 4]
     backward = matched(after, before)
-    assert told(backward) == {(EXCHANGED.get(status, status), f, b) for status, b, f in told(forward)}
+    assert told(backward) == {
+        (EXCHANGED.get(status, status), f, b) for status, b, f in told(forward)
+    }
     pairs = {
-        (m.baseline, m.followup): (m.dice, m.distance_mm, m.is_first) for m in forward if m.baseline and m.followup
+        (m.baseline, m.followup): (m.dice, m.distance_mm, m.is_first)
+        for m in forward
+        if m.baseline and m.followup
     }
     for match in backward:
         if match.baseline and match.followup:
@@ -155,7 +178,10 @@ def points(geometry, places_mm):
 
 def test_without_overlap_the_nearest_pairs_are_those_with_the_smallest_sum():
     geometry = grid((1, 1, 1))
-    before, after = points(geometry, [(0, 0, 0), (6, 0, 0)]), points(geometry, [(5, 0, 0), (8, 0, 0)])
+    before, after = (
+        points(geometry, [(0, 0, 0), (6, 0, 0)]),
+        points(geometry, [(5, 0, 0), (8, 0, 0)]),
+    )
     matches = matched(before, after)
     # 5 + 2 mm; to begin with the nearest two, 1 mm, would leave 8 mm.
     assert [(m.status, m.baseline, m.followup, m.distance_mm) for m in matches] == [
@@ -189,7 +215,12 @@ def test_pairs_by_distance_are_the_best_of_all_assignments():
 def test_beyond_the_limit_a_lesion_is_gone_and_another_new():
     geometry = grid((1, 1, 1))
     before = scene(geometry, [((0, 0, 0), 2)])
-    for shift, limit, expected in ((9, 10, "matched"), (11, 10, "gone"), (11, 12, "matched"), (9, 5, "gone")):
+    for shift, limit, expected in (
+        (9, 10, "matched"),
+        (11, 10, "gone"),
+        (11, 12, "matched"),
+        (9, 5, "gone"),
+    ):
         after = scene(geometry, [((shift, 0, 0), 2)])
         matches = matched(before, after, max_distance_mm=limit)
         assert matches[0].status == expected
@@ -211,14 +242,19 @@ def test_where_the_other_scan_does_not_reach_nothing_is_gone_or_new():
 
 def test_a_patient_who_moved_has_the_same_matches_as_one_who_did_not():
     here, there = grid((1.5, 1.5, 2.0)), grid((1.7, 1.4, 1.8), oblique)
-    before, still = scene(here, [*TWO, *FIVE[:1], ((0, 24, 0), 5)]), scene(there, [*ONE, *FIVE[:1], ((0, -24, 0), 5)])
+    before, still = (
+        scene(here, [*TWO, *FIVE[:1], ((0, 24, 0), 5)]),
+        scene(there, [*ONE, *FIVE[:1], ((0, -24, 0), 5)]),
+    )
     angle = np.deg2rad(25)
     moved = np.eye(4)
     moved[:2, :2] = [[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]
     moved[:3, 3] = (400.0, -30.0, 120.0)
     # The patient and the grid moved: the same voxels, elsewhere in the world.
     elsewhere = Volume(still.array, Geometry(still.geometry.shape, moved @ still.geometry.affine))
-    np.testing.assert_allclose(index_matrix(here, elsewhere.geometry, moved), index_matrix(here, there), atol=1e-9)
+    np.testing.assert_allclose(
+        index_matrix(here, elsewhere.geometry, moved), index_matrix(here, there), atol=1e-9
+    )
     expected = matched(before, still)
     found = matched(before, elsewhere, moved=moved)
     assert told(found) == told(expected)
@@ -230,7 +266,9 @@ def test_a_patient_who_moved_has_the_same_matches_as_one_who_did_not():
 
 def test_lesions_of_different_labels_are_never_a_pair_and_each_says_so():
     scan = scene(grid((2, 2, 2)), FIVE[:2])
-    matches = matched(scan, scan, baseline_labels=["cyst", "tumour"], followup_labels=["tumour", "tumour"])
+    matches = matched(
+        scan, scan, baseline_labels=["cyst", "tumour"], followup_labels=["tumour", "tumour"]
+    )
     assert told(matches) == {("gone", 1, None), ("matched", 2, 2), ("new", None, 1)}
     assert [match.relabelled for match in matches] == [(1,), (), (1,)]
 

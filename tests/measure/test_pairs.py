@@ -24,7 +24,13 @@ def measured(mask, geometry, case="p", name="tumour", objects="components"):
     lesions = label_lesions(mask.astype(np.uint8), geometry, objects=objects)
     image = Volume(np.where(mask > 0, 60, 20).astype(np.int16), geometry)
     rows = measure_lesions(
-        image, lesions.ids, lesions.labels, case_id=case, label_names=names, intensity_unit="HU", settings=Measure()
+        image,
+        lesions.ids,
+        lesions.labels,
+        case_id=case,
+        label_names=names,
+        intensity_unit="HU",
+        settings=Measure(),
     )
     return MeasuredScan(case, Volume(lesions.ids, geometry), rows)
 
@@ -39,11 +45,16 @@ def compared(before, after, moved=None, nodes=(), **options):
 
 
 def told(rows):
-    return sorted((row.status, row.baseline_lesion_id or 0, row.followup_lesion_id or 0) for row in rows)
+    return sorted(
+        (row.status, row.baseline_lesion_id or 0, row.followup_lesion_id or 0) for row in rows
+    )
 
 
 def counts(row):
-    return {name: getattr(row, f"n_{name}") for name in ("matched", "new", "gone", "merged", "split", "regrouped")}
+    return {
+        name: getattr(row, f"n_{name}")
+        for name in ("matched", "new", "gone", "merged", "split", "regrouped")
+    }
 
 
 ONE = {"matched": 1, "new": 0, "gone": 0, "merged": 0, "split": 0, "regrouped": 0}
@@ -76,7 +87,12 @@ def test_a_fringe_that_missing_voxels_cut_off_belongs_to_its_lesion_at_either_ti
     scans = {"whole": measured(whole, geometry), "cut": measured(cut, geometry)}
     for before, after, n_crumbs in (("whole", "cut", 1), ("cut", "whole", 1), ("cut", "cut", 2)):
         row, rows = compared(scans[before], scans[after])
-        assert (row.response, row.volume_response, row.n_crumbs, counts(row)) == ("SD", "SD", n_crumbs, ONE)
+        assert (row.response, row.volume_response, row.n_crumbs, counts(row)) == (
+            "SD",
+            "SD",
+            n_crumbs,
+            ONE,
+        )
         assert abs(row.change_sum_percent) < 1  # measured across what is missing
         assert (row.targets, row.n_baseline, row.n_followup) == ("1", 1, 1)
         volumes_ml = [lesion.volume_ml for lesion in scans[after].lesions]
@@ -85,7 +101,11 @@ def test_a_fringe_that_missing_voxels_cut_off_belongs_to_its_lesion_at_either_ti
         assert sorted(each.status for each in rows) == ["crumb"] * n_crumbs + ["matched"]
         assert len({each.group for each in rows}) == 1
         crumb = next(each for each in rows if each.status == "crumb")
-        assert (crumb.followup_volume_ml, crumb.followup_long_axis_mm, crumb.is_target) == (None, None, False)
+        assert (crumb.followup_volume_ml, crumb.followup_long_axis_mm, crumb.is_target) == (
+            None,
+            None,
+            False,
+        )
         assert "beside lesion 1" in crumb.notes
 
 
@@ -125,7 +145,10 @@ def test_a_long_new_piece_beside_a_lesion_is_for_a_reader_to_say():
     middle, top = np.array(GRID.shape) // 2, np.flatnonzero(target.any(axis=(1, 2)))[-1]
     plate[top + 2, middle[1] - 10 : middle[1] + 10, middle[2]] = True
     row, rows = compared(measured(target, GRID), measured(target | plate, GRID))
-    assert (row.response, row.target_response) == (None, "SD" if row.change_sum_percent < 20 else "PD")
+    assert (row.response, row.target_response) == (
+        None,
+        "SD" if row.change_sum_percent < 20 else "PD",
+    )
     assert "is new: say whether it is new disease or a part of that lesion" in row.response_rule
     assert (row.n_crumbs, row.n_new) == (1, 0)
     assert told(rows)[0] == ("crumb", 0, 2)
@@ -146,7 +169,11 @@ def test_what_is_a_crumb_and_what_a_new_lesion(place, radius_mm, expected):
     after = measured(both, geometry)
     assert len(after.lesions) == 2
     row, _ = compared(measured(known, geometry), after)
-    assert (row.response, row.n_new, row.n_crumbs) == (expected, int(expected == "PD"), int(expected == "SD"))
+    assert (row.response, row.n_new, row.n_crumbs) == (
+        expected,
+        int(expected == "PD"),
+        int(expected == "SD"),
+    )
 
 
 def test_a_lesion_that_shrank_beside_another_is_still_itself():
@@ -172,7 +199,9 @@ def test_crumbs_of_lymph_nodes_count_with_the_node():
     # Two thirds of a node of normal size, cut in three: no new disease, and no larger one.
     small = balls(((0, 0, 0), 4.4))
     row, _ = compared(
-        measured(small, GRID, name="node"), measured(without_plane(small, 1), GRID, name="node"), nodes=NODES
+        measured(small, GRID, name="node"),
+        measured(without_plane(small, 1), GRID, name="node"),
+        nodes=NODES,
     )
     assert (row.response, row.n_new) == ("NE", 0)
 
@@ -209,10 +238,17 @@ def test_crumbs_are_the_same_in_all_axis_orders():
 def test_a_scan_without_a_partner_and_one_of_several_have_crumbs_too():
     whole = balls(((0, 0, 0), 12.4))
     cut = without_plane(whole, 0)
-    chest = pair_scans(measured(whole, GRID, "chest"), measured(cut, GRID, "chest"), moved=np.eye(4))
+    chest = pair_scans(
+        measured(whole, GRID, "chest"), measured(cut, GRID, "chest"), moved=np.eye(4)
+    )
     alone = lone_scan(measured(cut, GRID, "abdomen"), None)
     row = judge_response([chest, alone], patient="p")
-    assert (row.targets, row.n_crumbs, row.n_outside, row.response) == ("chest:1;abdomen:1", 2, 1, "NE")
+    assert (row.targets, row.n_crumbs, row.n_outside, row.response) == (
+        "chest:1;abdomen:1",
+        2,
+        1,
+        "NE",
+    )
     assert "W_CRUMB: abdomen:2" in row.warnings
     rows = lesion_changes([chest, alone], patient="p")
     assert [(each.status, each.baseline_case, each.group) for each in rows] == [
@@ -279,12 +315,16 @@ def test_a_head_that_tilts_keeps_its_diameters(angle_deg, make):
     assert abs(row.change_sum_percent) < 4
     assert lesion.followup_short_axis_mm == pytest.approx(lesion.baseline_short_axis_mm, abs=1.2)
     if angle_deg >= 14:  # in its own slices it would have responded
-        assert after.lesions[0].long_axis_mm < 0.7 * before.lesions[0].long_axis_mm or make is oblique
+        assert (
+            after.lesions[0].long_axis_mm < 0.7 * before.lesions[0].long_axis_mm or make is oblique
+        )
     if make is ras:
         assert row.tilt_deg == pytest.approx(tilt_deg(here, there, moved))
         assert f"in the axial planes of the baseline, {row.tilt_deg:.1f}°" in lesion.notes
     # As a node, by its short axis.
-    nodes = [measured(scan.ids.array > 0, scan.ids.geometry, name="node") for scan in (before, after)]
+    nodes = [
+        measured(scan.ids.array > 0, scan.ids.geometry, name="node") for scan in (before, after)
+    ]
     row, _ = compared(*nodes, moved, nodes=NODES)
     assert (row.response, row.baseline_sum_mm) == ("SD", lesion.baseline_short_axis_mm)
 
@@ -328,6 +368,9 @@ def test_diameters_that_were_not_measured_stay_unknown_in_any_plane():
 
     here = about_origin(ras((1.0, 1.0, 1.0)))
     scan = measured(ellipsoid(here, LONG_AND_THIN, np.eye(4)), here)
-    unknown = [replace(each, long_axis_mm=None, short_axis_mm=None, recist_measurable=None) for each in scan.lesions]
+    unknown = [
+        replace(each, long_axis_mm=None, short_axis_mm=None, recist_measurable=None)
+        for each in scan.lesions
+    ]
     _, (lesion,) = compared(scan, MeasuredScan("p", scan.ids, unknown), turn(5))
     assert (lesion.followup_long_axis_mm, lesion.change_long_axis_mm) == (None, None)

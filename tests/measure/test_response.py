@@ -11,7 +11,9 @@ from volseg.measure.rows import LesionMeasurement
 from volseg.measure.targets import choose_targets, is_lymph_node
 
 
-def lesion(number, long_mm=None, *, short_mm=None, label="liver", volume_ml=None, measurable=None, **others):
+def lesion(
+    number, long_mm=None, *, short_mm=None, label="liver", volume_ml=None, measurable=None, **others
+):
     """A ball of that long axis, unless its volume is given; measurable by the rule unless it is said."""
     node = label == "lymph_node"
     size = short_mm if node else long_mm
@@ -19,10 +21,25 @@ def lesion(number, long_mm=None, *, short_mm=None, label="liver", volume_ml=None
         measurable = size >= (15 if node else 10)
     if volume_ml is None:
         volume_ml = math.pi * (long_mm or short_mm or 5.0) ** 3 / 6000
-    values = {"label": 1, "label_name": label, "n_voxels": 100, "volume_mm3": 1000 * volume_ml, "volume_ml": volume_ml}
-    values |= {f"intensity_{name}": 40.0 for name in ("mean", "sd", "min", "p10", "median", "p90", "max")}
-    values |= {"centroid_r_mm": 1.0, "centroid_a_mm": 2.0, "centroid_s_mm": 3.0, "touches_border": False}
-    values |= dict.fromkeys(("confidence_mean", "confidence_p10", "class_name", "class_probability"))
+    values = {
+        "label": 1,
+        "label_name": label,
+        "n_voxels": 100,
+        "volume_mm3": 1000 * volume_ml,
+        "volume_ml": volume_ml,
+    }
+    values |= {
+        f"intensity_{name}": 40.0 for name in ("mean", "sd", "min", "p10", "median", "p90", "max")
+    }
+    values |= {
+        "centroid_r_mm": 1.0,
+        "centroid_a_mm": 2.0,
+        "centroid_s_mm": 3.0,
+        "touches_border": False,
+    }
+    values |= dict.fromkeys(
+        ("confidence_mean", "confidence_p10", "class_name", "class_probability")
+    )
     values |= {"case_id": "c", "intensity_unit": "HU", "class_probabilities": None, "notes": ""}
     values |= {"long_axis_mm": long_mm, "short_axis_mm": short_mm, "recist_measurable": measurable}
     return LesionMeasurement(lesion_id=number, **values | others)
@@ -33,7 +50,9 @@ def pairs(*rows):
     seen = set()
     matches = []
     for status, b, f, group in rows:
-        matches.append(Match(status=status, baseline=b, followup=f, group=group, is_first=group not in seen))
+        matches.append(
+            Match(status=status, baseline=b, followup=f, group=group, is_first=group not in seen)
+        )
         seen.add(group)
     return matches
 
@@ -44,14 +63,23 @@ def one_to_one(n, start=1):
 
 def scans(matches, before, after, case="a", doubt=""):
     """A scan of each time, both called `case`."""
-    before, after = ([replace(each, case_id=case) for each in lesions] for lesions in (before, after))
+    before, after = (
+        [replace(each, case_id=case) for each in lesions] for lesions in (before, after)
+    )
     return ScanPair(
-        baseline_case=case, followup_case=case, baseline=before, followup=after, matches=matches, doubt=doubt
+        baseline_case=case,
+        followup_case=case,
+        baseline=before,
+        followup=after,
+        matches=matches,
+        doubt=doubt,
     )
 
 
 def judged(rows, before, after):
-    return judge_response([scans(pairs(*rows), before, after)], patient="p", lymph_nodes=["lymph_node"])
+    return judge_response(
+        [scans(pairs(*rows), before, after)], patient="p", lymph_nodes=["lymph_node"]
+    )
 
 
 def changed(rows, before, after):
@@ -78,10 +106,18 @@ def changed(rows, before, after):
 def test_the_limits_of_partial_response_and_progression(before_mm, after_mm, expected):
     row = judged(one_to_one(1), [lesion(1, before_mm)], [lesion(1, after_mm)])
     assert (row.response, row.target_response) == (expected, expected)
-    assert row.response_rule.startswith(f"{expected}: sum of target diameters {before_mm:.1f} mm → {after_mm:.1f} mm")
-    assert (row.baseline_sum_mm, row.nadir_sum_mm, row.followup_sum_mm) == (before_mm, before_mm, after_mm)
+    assert row.response_rule.startswith(
+        f"{expected}: sum of target diameters {before_mm:.1f} mm → {after_mm:.1f} mm"
+    )
+    assert (row.baseline_sum_mm, row.nadir_sum_mm, row.followup_sum_mm) == (
+        before_mm,
+        before_mm,
+        after_mm,
+    )
     assert row.change_sum_percent == pytest.approx(100 * (after_mm / before_mm - 1))
-    assert ("nadir, which is the baseline, as there are two time points" in row.response_rule) is (expected != "PR")
+    assert ("nadir, which is the baseline, as there are two time points" in row.response_rule) is (
+        expected != "PR"
+    )
 
 
 TARGET = {
@@ -137,10 +173,18 @@ def test_the_tables_of_overall_response(target, other, expected, new):
 
 
 def test_targets_are_the_five_largest_measurable_and_two_per_label():
-    sizes = {"liver": (50, 40, 30), "lung": (12, 11), "kidney": (9.9, 14), "bone": (13,), "skin": (10.5,)}
+    sizes = {
+        "liver": (50, 40, 30),
+        "lung": (12, 11),
+        "kidney": (9.9, 14),
+        "bone": (13,),
+        "skin": (10.5,),
+    }
     lesions = [
         lesion(number, size, label=label)
-        for number, (label, size) in enumerate(((label, s) for label, all_ in sizes.items() for s in all_), start=1)
+        for number, (label, size) in enumerate(
+            ((label, s) for label, all_ in sizes.items() for s in all_), start=1
+        )
     ]
     chosen = choose_targets(lesions)
     assert [(each.label_name, each.long_axis_mm) for each in chosen] == [
@@ -148,7 +192,9 @@ def test_targets_are_the_five_largest_measurable_and_two_per_label():
     ]  # fmt: skip
     assert judged(one_to_one(9), lesions, lesions).baseline_sum_mm == 50 + 40 + 12 + 14 + 13
     shuffled = [lesions[n] for n in np.random.default_rng(0).permutation(9)]
-    assert sorted(each.lesion_id for each in choose_targets(shuffled)) == [each.lesion_id for each in chosen]
+    assert sorted(each.lesion_id for each in choose_targets(shuffled)) == [
+        each.lesion_id for each in chosen
+    ]
 
 
 def test_lymph_nodes_count_by_their_short_axis_and_are_normal_below_10_mm():
@@ -157,15 +203,25 @@ def test_lymph_nodes_count_by_their_short_axis_and_are_normal_below_10_mm():
     row = judged(one_to_one(2), [node, other], [shrunken, lesion(2, 14)])
     assert (row.baseline_sum_mm, row.followup_sum_mm, row.response) == (40, 28, "PR")
     # What is left of a node in complete response is not 0 mm.
-    row = judged([("matched", 1, 1, 1), ("gone", 2, None, 2)], [node, other], [replace(node, short_axis_mm=9.9)])
+    row = judged(
+        [("matched", 1, 1, 1), ("gone", 2, None, 2)],
+        [node, other],
+        [replace(node, short_axis_mm=9.9)],
+    )
     assert (row.followup_sum_mm, row.response) == (9.9, "CR")
-    row = judged([("matched", 1, 1, 1), ("gone", 2, None, 2)], [node, other], [replace(node, short_axis_mm=10.0)])
+    row = judged(
+        [("matched", 1, 1, 1), ("gone", 2, None, 2)],
+        [node, other],
+        [replace(node, short_axis_mm=10.0)],
+    )
     assert row.response == "PR"
     # A normal node is no disease: neither at baseline nor as a new one.
     small = lesion(2, 15, short_mm=8, label="lymph_node")
     row = judged([("gone", 1, None, 1), ("matched", 2, 2, 2)], [lesion(1, 20), small], [small])
     assert (row.response, row.non_target_response) == ("CR", None)
-    row = judged([("matched", 1, 1, 1), ("new", None, 2, 2)], [lesion(1, 20)], [lesion(1, 20), small])
+    row = judged(
+        [("matched", 1, 1, 1), ("new", None, 2, 2)], [lesion(1, 20)], [lesion(1, 20), small]
+    )
     assert (row.response, row.n_new) == ("SD", 1)
     # A label is a node because that was said, by name or value, and not because of how it sounds.
     assert [is_lymph_node(node, names) for names in (["lymph_node"], ["1"], ["other"], ())] == [
@@ -174,19 +230,33 @@ def test_lymph_nodes_count_by_their_short_axis_and_are_normal_below_10_mm():
         False,
         False,
     ]
-    for name, is_warned in (("Lymph nodes", True), ("node", True), ("lung_nodule", False), ("anode", False)):
+    for name, is_warned in (
+        ("Lymph nodes", True),
+        ("node", True),
+        ("lung_nodule", False),
+        ("anode", False),
+    ):
         row = judged(one_to_one(1), [lesion(1, 20, label=name)], [lesion(1, 20, label=name)])
         assert (row.baseline_sum_mm, "W_NODE" in row.warnings) == (20, is_warned)
 
 
 def test_pieces_of_a_target_are_added_and_targets_that_merged_count_once():
-    row = judged([("split", 1, 1, 1), ("split", 1, 2, 1)], [lesion(1, 30)], [lesion(1, 36), lesion(2, 18)])
+    row = judged(
+        [("split", 1, 1, 1), ("split", 1, 2, 1)], [lesion(1, 30)], [lesion(1, 36), lesion(2, 18)]
+    )
     assert (row.followup_sum_mm, row.response, row.n_split, row.n_new) == (54, "PD", 1, 0)
     two = [lesion(1, 30), lesion(2, 20)]
     whole = lesion(1, 44, volume_ml=two[0].volume_ml + two[1].volume_ml)
     row = judged([("merged", 1, 1, 1), ("merged", 2, 1, 1)], two, [whole])
-    assert (row.baseline_sum_mm, row.followup_sum_mm, row.response, row.n_merged) == (50, 44, "SD", 2)
-    row = judged([("merged", 1, 1, 1), ("merged", 2, 1, 1)], [lesion(1, 30), lesion(2, 6)], [lesion(1, 35)])
+    assert (row.baseline_sum_mm, row.followup_sum_mm, row.response, row.n_merged) == (
+        50,
+        44,
+        "SD",
+        2,
+    )
+    row = judged(
+        [("merged", 1, 1, 1), ("merged", 2, 1, 1)], [lesion(1, 30), lesion(2, 6)], [lesion(1, 35)]
+    )
     assert (row.followup_sum_mm, row.non_target_response) == (35, None)
     assert "W_MERGED: a target merged with lesions 2" in row.warnings
 
@@ -205,7 +275,8 @@ def test_pieces_of_a_target_are_added_and_targets_that_merged_count_once():
 )
 def test_diameters_and_volumes_that_disagree_give_no_response(rows, before, after, classes):
     before, after = (
-        [lesion(n, mm, volume_ml=ml) for n, (mm, ml) in enumerate(sizes, start=1)] for sizes in (before, after)
+        [lesion(n, mm, volume_ml=ml) for n, (mm, ml) in enumerate(sizes, start=1)]
+        for sizes in (before, after)
     )
     row = judged(rows, before, after)
     assert (row.response, row.target_response, row.volume_response) == (None, *classes)
@@ -284,11 +355,18 @@ def test_what_a_reader_has_to_say_first_leaves_the_response_open_but_for_progres
 def test_matches_that_cannot_be_trusted_make_no_response():
     rows = pairs(("gone", 1, None, 1), ("new", None, 1, 2))
     row = judge_response(
-        [scans(rows, [lesion(1, 20)], [lesion(1, 20)], doubt="registration is uncertain")], patient="p"
+        [scans(rows, [lesion(1, 20)], [lesion(1, 20)], doubt="registration is uncertain")],
+        patient="p",
     )
-    assert (row.response, row.volume_response, row.response_rule) == (None, None, "registration is uncertain")
+    assert (row.response, row.volume_response, row.response_rule) == (
+        None,
+        None,
+        "registration is uncertain",
+    )
     # Where one of the scans has no lesion there is nothing to match.
-    row = judge_response([scans(rows[:1], [lesion(1, 20)], [], doubt="registration is uncertain")], patient="p")
+    row = judge_response(
+        [scans(rows[:1], [lesion(1, 20)], [], doubt="registration is uncertain")], patient="p"
+    )
     assert row.response == "CR"
 
 
@@ -299,7 +377,9 @@ def test_nodes_that_were_not_measured_as_such_are_measurable_by_their_short_axis
     thick = lesion(1, 12, short_mm=9, measurable=False, spacing_s_mm=5.0)
     assert choose_targets([thick]) == [thick]
     assert choose_targets([replace(thick, spacing_s_mm=7.0)]) == []  # two slices are 14 mm
-    assert choose_targets([replace(thick, spacing_s_mm=0.5, spacing_r_mm=7.0)]) == []  # of a sagittal scan
+    assert (
+        choose_targets([replace(thick, spacing_s_mm=0.5, spacing_r_mm=7.0)]) == []
+    )  # of a sagittal scan
     for name in ("lymph_node", "1", "label_1"):  # whatever `measure` was told
         assert is_lymph_node(thin, [name])
 
@@ -307,20 +387,34 @@ def test_nodes_that_were_not_measured_as_such_are_measurable_by_their_short_axis
 def test_without_diameters_only_what_needs_none_is_said():
     before, after = [lesion(1), lesion(2)], [lesion(1), lesion(2)]
     row = judged(one_to_one(2), before, after)
-    assert (row.response, row.target_response, row.non_target_response, row.targets) == (None, None, None, None)
+    assert (row.response, row.target_response, row.non_target_response, row.targets) == (
+        None,
+        None,
+        None,
+        None,
+    )
     assert (row.baseline_sum_mm, row.followup_sum_mm, row.volume_response) == (None, None, None)
     assert "diameters were not measured" in row.response_rule
     assert row.change_volume_percent == 0
     assert judged([("gone", 1, None, 1), ("gone", 2, None, 2)], before, []).response == "CR"
-    assert judged([*one_to_one(2), ("new", None, 3, 3)], before, [*after, lesion(3)]).response == "PD"
+    assert (
+        judged([*one_to_one(2), ("new", None, 3, 3)], before, [*after, lesion(3)]).response == "PD"
+    )
     changes = changed(one_to_one(2), before, after)
-    assert {(c.is_target, c.change_long_axis_mm, c.change_volume_ml) for c in changes} == {(None, None, 0.0)}
+    assert {(c.is_target, c.change_long_axis_mm, c.change_volume_ml) for c in changes} == {
+        (None, None, 0.0)
+    }
     assert all("long axis: not measured" in change.notes for change in changes)
 
 
 def test_no_lesion_at_either_time_cannot_be_evaluated_and_one_only_later_is_progression():
     row = judged([], [], [])
-    assert (row.response, row.n_baseline, row.baseline_volume_ml, row.change_volume_percent) == ("NE", 0, 0, None)
+    assert (row.response, row.n_baseline, row.baseline_volume_ml, row.change_volume_percent) == (
+        "NE",
+        0,
+        0,
+        None,
+    )
     assert "nothing can respond" in row.response_rule
     row = judged([("new", None, 1, 1)], [], [lesion(1, 7.5)])
     assert (row.response, row.targets, row.change_volume_percent) == ("PD", None, None)
@@ -347,10 +441,19 @@ def test_the_rows_of_a_group_say_its_change_once():
     ]
     after = [lesion(1, 45, volume_ml=12.0, intensity_mean=30.0)]
     rows = changed([("merged", 1, 1, 1), ("merged", 2, 1, 1)], before, after)
-    assert [(row.change_volume_ml, row.change_volume_percent) for row in rows] == [(4.0, 50.0), (None, None)]
-    assert [(row.change_long_axis_mm, row.change_intensity_mean) for row in rows] == [(-5.0, 10.0), (None, None)]
+    assert [(row.change_volume_ml, row.change_volume_percent) for row in rows] == [
+        (4.0, 50.0),
+        (None, None),
+    ]
+    assert [(row.change_long_axis_mm, row.change_intensity_mean) for row in rows] == [
+        (-5.0, 10.0),
+        (None, None),
+    ]
     assert "in the row of lesion 1 at baseline and 1 at follow-up" in rows[1].notes
-    assert [(row.baseline_volume_ml, row.followup_volume_ml) for row in rows] == [(6.0, 12.0), (2.0, 12.0)]
+    assert [(row.baseline_volume_ml, row.followup_volume_ml) for row in rows] == [
+        (6.0, 12.0),
+        (2.0, 12.0),
+    ]
 
 
 def test_a_lesion_at_one_time_only_has_zeros_at_the_other_and_one_outside_has_nothing():
@@ -360,8 +463,16 @@ def test_a_lesion_at_one_time_only_has_zeros_at_the_other_and_one_outside_has_no
         [lesion(1, 8, volume_ml=0.5)],
     )
     gone, outside, new = rows
-    assert (gone.followup_volume_ml, gone.change_volume_percent, gone.change_long_axis_mm) == (0, -100, -20)
-    assert (new.baseline_volume_ml, new.change_volume_ml, new.change_volume_percent) == (0, 0.5, None)
+    assert (gone.followup_volume_ml, gone.change_volume_percent, gone.change_long_axis_mm) == (
+        0,
+        -100,
+        -20,
+    )
+    assert (new.baseline_volume_ml, new.change_volume_ml, new.change_volume_percent) == (
+        0,
+        0.5,
+        None,
+    )
     assert "nothing at baseline" in new.notes
     assert (outside.followup_volume_ml, outside.change_volume_ml) == (None, None)
     assert "the other scan does not reach there" in outside.notes
@@ -386,7 +497,10 @@ def two_scans(chest, abdomen, *, places=((0.0, 0.0, 300.0), (0.0, 0.0, 0.0)), do
     ):
         r, a, s = place
         before, after = (
-            [replace(x, centroid_r_mm=r + 40 * x.lesion_id, centroid_a_mm=a, centroid_s_mm=s) for x in lesions]
+            [
+                replace(x, centroid_r_mm=r + 40 * x.lesion_id, centroid_a_mm=a, centroid_s_mm=s)
+                for x in lesions
+            ]
             for lesions in (before, after)
         )
         pairs_of.append(scans(pairs(*rows), before, after, name, doubt))
@@ -411,7 +525,11 @@ def both(*of_patient):
 def test_a_patient_with_several_scans_is_judged_by_one_sum(chest_mm, abdomen_mm, expected):
     def part(before_mm, after_mm, label):
         rows = one_to_one(1) if after_mm else [("gone", 1, None, 1)]
-        return rows, [lesion(1, before_mm, label=label)], [lesion(1, after_mm, label=label)] if after_mm else []
+        return (
+            rows,
+            [lesion(1, before_mm, label=label)],
+            [lesion(1, after_mm, label=label)] if after_mm else [],
+        )
 
     chest, abdomen = part(*chest_mm, "lung"), part(*abdomen_mm, "liver")
     row = both(chest, abdomen)
@@ -424,7 +542,8 @@ def test_a_patient_with_several_scans_is_judged_by_one_sum(chest_mm, abdomen_mm,
     swapped = judge_response(two_scans(chest, abdomen)[::-1], patient="p")
     rows = [(*abdomen[0][0][:1], *(None if n is None else 2 for n in abdomen[0][0][1:3]), 2)]
     one = judged(
-        [*chest[0], *rows], *([*c, *(replace(x, lesion_id=2) for x in a)] for c, a in zip(chest[1:], abdomen[1:]))
+        [*chest[0], *rows],
+        *([*c, *(replace(x, lesion_id=2) for x in a)] for c, a in zip(chest[1:], abdomen[1:])),
     )
     for other in (swapped, one):
         assert (other.response, other.volume_response) == (row.response, row.volume_response)
@@ -446,7 +565,9 @@ def test_targets_are_five_and_two_per_label_over_all_scans():
         ("chest", 1, 1), ("chest", 2, 2), ("abdomen", 1, 3), ("abdomen", 2, 4),
     ]  # fmt: skip
     assert all(row.is_target for row in changes)
-    changes = lesion_changes(two_scans(part("liver", 40, 12, 30), part("liver", 35, 50)), patient="p")
+    changes = lesion_changes(
+        two_scans(part("liver", 40, 12, 30), part("liver", 35, 50)), patient="p"
+    )
     assert [row.is_target for row in changes] == [True, False, False, False, True]
 
 
@@ -470,19 +591,29 @@ def test_a_region_that_was_scanned_once_is_not_evaluable_before_and_new_after():
     assert "W_OUTSIDE" in row.warnings
     later = ([("outside", None, 1, 1)], [], [lesion(1, 30)])
     row = both(chest, later)
-    assert (row.response, row.response_rule) == ("PD", "PD: new lesion abdomen:1 (14.1 mL, 30.0 mm)")
+    assert (row.response, row.response_rule) == (
+        "PD",
+        "PD: new lesion abdomen:1 (14.1 mL, 30.0 mm)",
+    )
     # Where another scan shows it too, or may have shown it before, it is not called new.
-    seen = judge_response(two_scans(chest, later, places=((0.0, 0.0, 0.0), (0.0, 0.0, 3.0))), patient="p")
+    seen = judge_response(
+        two_scans(chest, later, places=((0.0, 0.0, 0.0), (0.0, 0.0, 3.0))), patient="p"
+    )
     lost = both((once, [lesion(1, 20)], []), later)
     for row in (seen, lost):
         assert row.response is None
-        assert "lesion abdomen:1 is new or one that another scan of the patient shows too" in row.response_rule
+        assert (
+            "lesion abdomen:1 is new or one that another scan of the patient shows too"
+            in row.response_rule
+        )
     other = (once, [lesion(1, 20, label="kidney")], [])
     assert both(other, later).response == "PD"
 
 
 def test_diameters_that_only_one_scan_has_choose_no_targets():
-    row = both((one_to_one(1), [lesion(1)], [lesion(1)]), (one_to_one(1), [lesion(1, 20)], [lesion(1, 10)]))
+    row = both(
+        (one_to_one(1), [lesion(1)], [lesion(1)]), (one_to_one(1), [lesion(1, 20)], [lesion(1, 10)])
+    )
     assert (row.response, row.targets) == (None, None)
     assert "diameters were not measured" in row.response_rule
 
@@ -492,9 +623,14 @@ def test_a_twin_is_found_beside_a_nearer_lesion_of_another_label():
     near = lesion(2, 12, label="cyst", centroid_r_mm=40.0)
     found = two_scans(part, part, places=((0.0, 0.0, 0.0), (0.0, 0.0, 5.0)))
     second = replace(
-        found[1], baseline=[*found[1].baseline, near], matches=[*found[1].matches, *pairs(("gone", 2, None, 2))]
+        found[1],
+        baseline=[*found[1].baseline, near],
+        matches=[*found[1].matches, *pairs(("gone", 2, None, 2))],
     )
-    assert "W_TWICE: at baseline chest:1 and abdomen:1" in judge_response([found[0], second], patient="p").warnings
+    assert (
+        "W_TWICE: at baseline chest:1 and abdomen:1"
+        in judge_response([found[0], second], patient="p").warnings
+    )
 
 
 def test_a_lesion_that_two_scans_of_a_day_show_is_warned_of():

@@ -16,7 +16,9 @@ def blob(seed, shape=(14, 16, 9)):
     pieces, _ = label(noise > np.quantile(noise, 0.7), np.ones((3, 3, 3)))
     inside = pieces == np.argmax(np.bincount(pieces.ravel())[1:]) + 1
     index = np.argwhere(inside)
-    return inside[tuple(slice(low, high + 1) for low, high in zip(index.min(axis=0), index.max(axis=0)))]
+    return inside[
+        tuple(slice(low, high + 1) for low, high in zip(index.min(axis=0), index.max(axis=0)))
+    ]
 
 
 @pytest.mark.parametrize("make", GRIDS.values(), ids=GRIDS)
@@ -43,7 +45,9 @@ def test_in_the_planes_of_the_slices_the_diameters_are_those_of_the_slices(make)
 def ellipse_mm(radii_mm, normal):
     """Long and short axis of the section of an ellipsoid through its centre."""
     frame = np.linalg.svd(normal[None])[2][1:]
-    return np.sort(2 / np.sqrt(np.linalg.eigvalsh(frame @ np.diag(1 / np.array(radii_mm) ** 2) @ frame.T)))[::-1]
+    return np.sort(
+        2 / np.sqrt(np.linalg.eigvalsh(frame @ np.diag(1 / np.array(radii_mm) ** 2) @ frame.T))
+    )[::-1]
 
 
 @pytest.mark.parametrize("make", GRIDS.values(), ids=GRIDS)
@@ -63,15 +67,21 @@ def test_an_ellipsoid_cut_at_any_angle_has_the_axes_of_the_ellipse(make):
 
 def test_the_smallest_lesions_and_planes_that_graze_a_face_have_diameters():
     voxel = np.ones((1, 1, 1), bool)
-    assert section_diameters(voxel, np.diag([1.0, 1.0, 5.0]), np.array([0.0, 0.0, 1.0])) == pytest.approx((1, 1))
+    assert section_diameters(
+        voxel, np.diag([1.0, 1.0, 5.0]), np.array([0.0, 0.0, 1.0])
+    ) == pytest.approx((1, 1))
     stick = np.ones((120, 1, 1), bool)
     for angle in np.deg2rad([0.0, 10.0, 45.0, 90.0]):  # about the stick's own axis
-        long_mm, short_mm = section_diameters(stick, np.eye(3), np.array([0.0, np.sin(angle), np.cos(angle)]))
+        long_mm, short_mm = section_diameters(
+            stick, np.eye(3), np.array([0.0, np.sin(angle), np.cos(angle)])
+        )
         assert long_mm == pytest.approx(120, abs=1e-6)
         assert 0.5 <= short_mm <= 1.5
     box = np.ones((90, 20, 10), bool)
     long_mm, _ = section_diameters(box, np.eye(3), np.array([0.0, 1.0, 0.0]))
-    assert long_mm == pytest.approx(np.hypot(90, 9), abs=0.2)  # from edge to edge of its marching cubes
+    assert long_mm == pytest.approx(
+        np.hypot(90, 9), abs=0.2
+    )  # from edge to edge of its marching cubes
 
 
 def test_a_lesion_of_two_thick_slices_is_cut_wherever_its_planes_lie():
@@ -98,7 +108,9 @@ def test_a_lesion_that_lies_between_two_planes_is_cut_through_its_centroid(make)
                 normal = np.cos(angle) * upright + np.sin(angle) * across / np.linalg.norm(across)
                 long_mm, short_mm = section_diameters(inside, matrix, normal)
                 assert 0 <= short_mm <= long_mm <= sides_mm.sum()
-    long_mm, short_mm = section_diameters(np.ones((1, 1, 2), bool), np.diag([1.0, 1, 5]), np.array([0, 1.0, 0]))
+    long_mm, short_mm = section_diameters(
+        np.ones((1, 1, 2), bool), np.diag([1.0, 1, 5]), np.array([0, 1.0, 0])
+    )
     assert long_mm == pytest.approx(10, abs=0.1)  # both slices, of 5 mm
     assert short_mm == pytest.approx(1, abs=0.1)
 
@@ -130,15 +142,23 @@ def test_some_planes_at_a_time_give_the_same_diameters():
     for seed in range(6):
         inside = blob(seed) if seed % 2 else np.random.default_rng(seed).random((13, 12, 11)) < 0.3
         whole = section_diameters(inside, matrix, normal)
-        pieces = section_diameters(inside, matrix, normal, meshed_together=300, surface_together=0, some_pieces=1500)
+        pieces = section_diameters(
+            inside, matrix, normal, meshed_together=300, surface_together=0, some_pieces=1500
+        )
         assert pieces == pytest.approx(whole, rel=1e-12)
 
 
 def test_the_diameters_of_noise_take_no_more_memory_than_is_said():
-    inside = np.random.default_rng(0).random((90, 80, 30)) < 0.3  # 1400 bytes per voxel if all planes are cut at once
-    section_diameters(inside[:4, :4, :4], np.eye(3), np.array([0.0, 0.0, 1.0]))  # imports what is needed
+    inside = (
+        np.random.default_rng(0).random((90, 80, 30)) < 0.3
+    )  # 1400 bytes per voxel if all planes are cut at once
+    section_diameters(
+        inside[:4, :4, :4], np.eye(3), np.array([0.0, 0.0, 1.0])
+    )  # imports what is needed
     tracemalloc.start()
-    section_diameters(inside, np.diag([0.8, 0.8, 1.5]), np.array([0.0, 0.1, 1.0]) / np.hypot(0.1, 1))
+    section_diameters(
+        inside, np.diag([0.8, 0.8, 1.5]), np.array([0.0, 0.1, 1.0]) / np.hypot(0.1, 1)
+    )
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < section_bytes(inside.shape)

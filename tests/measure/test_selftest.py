@@ -16,13 +16,20 @@ def test_every_known_measure_is_met():
     assert {check.measure for check in checks} <= names
 
 
-@pytest.mark.parametrize("column, wrong", [("sphericity", 1.01), ("volume_mm3", 1.02), ("mass_g", 1.1)])
+@pytest.mark.parametrize(
+    "column, wrong", [("sphericity", 1.01), ("volume_mm3", 1.02), ("mass_g", 1.1)]
+)
 def test_a_wrong_number_is_found(monkeypatch, column, wrong):
     """The test of the test: a measure that is off by a percent or more fails."""
     right = lesions.measure_lesions
 
     def measure_wrongly(*arguments, **options):
-        return [replace(row, **{column: getattr(row, column) * wrong}) for row in right(*arguments, **options)]
+        return [
+            replace(row, **{column: getattr(row, column) * wrong})
+            for row in right(*arguments, **options)
+        ]
 
-    monkeypatch.setattr(importlib.import_module("volseg.measure.selftest"), "measure_lesions", measure_wrongly)
+    monkeypatch.setattr(
+        importlib.import_module("volseg.measure.selftest"), "measure_lesions", measure_wrongly
+    )
     assert {check.measure for check in selftest() if not check.is_passed} == {column}

@@ -14,7 +14,15 @@ from volseg.measure import ragged
 from volseg.measure.density import agatston, core, density_g_cm3, slice_distance_mm, statistics
 from volseg.measure.ragged import Ragged
 from volseg.measure.recist import diameters, is_measurable, sum_of_diameters_mm
-from volseg.measure.shape import axes_mm, gaps_mm, mesh, outermost_points, sphericity, surface_points, widest_pair
+from volseg.measure.shape import (
+    axes_mm,
+    gaps_mm,
+    mesh,
+    outermost_points,
+    sphericity,
+    surface_points,
+    widest_pair,
+)
 from volseg.preprocess.crop import AxisOrder, canonical_geometry, to_canonical
 from volseg.volume import BoundingBox, Geometry
 
@@ -28,16 +36,23 @@ SPACINGS_MM = [
     (0.6, 0.9, 1.3),
     (1, 1, 3),
 ]
-ANGLES = [(0, 0, 0), (0.3, -0.2, 0.5), (0.7, 0.1, 0), (0, 0, 0.78), (-0.4, 0.6, 0.2), (1.2, 0.4, -0.9)]
+ANGLES = [
+    (0, 0, 0),
+    (0.3, -0.2, 0.5),
+    (0.7, 0.1, 0),
+    (0, 0, 0.78),
+    (-0.4, 0.6, 0.2),
+    (1.2, 0.4, -0.9),
+]
 
 
 def canonical(mask, geometry):
     """Box of the mask in canonical order, and its voxel → mm matrix."""
     order = AxisOrder.of(geometry)
     box = BoundingBox.around(mask)
-    return np.ascontiguousarray(to_canonical(mask[box.slices], order)), canonical_geometry(geometry, order).affine[
-        :3, :3
-    ]
+    return np.ascontiguousarray(to_canonical(mask[box.slices], order)), canonical_geometry(
+        geometry, order
+    ).affine[:3, :3]
 
 
 def body(geometry, inside_mm):
@@ -62,9 +77,13 @@ def test_the_counted_surface_is_that_of_marching_cubes(inside):
     points = (points - 1) @ MATRIX.T
     a, b, c = points[faces].transpose(1, 0, 2)
     volume_mm3, area_mm2 = mesh(inside, MATRIX)
-    assert volume_mm3 == pytest.approx(abs(float(np.einsum("ni,ni->", a, np.cross(b, c)))) / 6, rel=1e-5)
+    assert volume_mm3 == pytest.approx(
+        abs(float(np.einsum("ni,ni->", a, np.cross(b, c)))) / 6, rel=1e-5
+    )
     assert area_mm2 == pytest.approx(float(mesh_surface_area(points, faces)), rel=1e-5)
-    assert widest_pair(outermost_points(inside), MATRIX)[0] == pytest.approx(cdist(points, points).max(), rel=1e-5)
+    assert widest_pair(outermost_points(inside), MATRIX)[0] == pytest.approx(
+        cdist(points, points).max(), rel=1e-5
+    )
 
 
 @settings(max_examples=40, deadline=None)
@@ -87,7 +106,9 @@ def test_the_long_axis_is_the_longest_chord_of_any_slice(inside):
     best = 0.0
     for s in np.flatnonzero(inside.any(axis=(0, 1))):
         plane = np.pad(inside[:, :, s], 1)
-        points = [np.argwhere(np.diff(plane, axis=axis)) + np.eye(2)[axis] / 2 - 1 for axis in (0, 1)]
+        points = [
+            np.argwhere(np.diff(plane, axis=axis)) + np.eye(2)[axis] / 2 - 1 for axis in (0, 1)
+        ]
         places = np.insert(np.concatenate(points), 2, s, axis=1) @ MATRIX.T
         best = max(best, cdist(places, places).max())
     assert found.long_mm == pytest.approx(best, rel=1e-9)
@@ -98,7 +119,9 @@ def test_the_long_axis_is_the_longest_chord_of_any_slice(inside):
     assert abs(long @ short) < 1e-6 * found.long_mm * max(found.short_mm, 1)
     assert 0 < found.short_mm <= found.long_mm + 1e-9
     assert set(found.long_ends[:, 2]) == set(found.short_ends[:, 2]) == {found.slice}
-    assert found.short_mm == pytest.approx(widest_across(inside[:, :, found.slice], found.long_ends), rel=1e-6)
+    assert found.short_mm == pytest.approx(
+        widest_across(inside[:, :, found.slice], found.long_ends), rel=1e-6
+    )
 
 
 def widest_across(plane, long_ends):
@@ -109,11 +132,22 @@ def widest_across(plane, long_ends):
         for j in range(plane.shape[1] - 1):
             corners = [(i, j), (i + 1, j), (i + 1, j + 1), (i, j + 1)]
             values = [plane[corner] for corner in corners]
-            cuts = [(np.array(corners[n]) + corners[n - 3]) / 2 - 1 for n in range(4) if values[n] != values[n - 3]]
+            cuts = [
+                (np.array(corners[n]) + corners[n - 3]) / 2 - 1
+                for n in range(4)
+                if values[n] != values[n - 3]
+            ]
             if len(cuts) == 2:
                 edges.append(cuts)
-            elif cuts:  # a saddle: whether its two pieces join or part, they have the same four ends
-                edges += [[cuts[0], cuts[3]], [cuts[1], cuts[2]], [cuts[0], cuts[1]], [cuts[2], cuts[3]]]
+            elif (
+                cuts
+            ):  # a saddle: whether its two pieces join or part, they have the same four ends
+                edges += [
+                    [cuts[0], cuts[3]],
+                    [cuts[1], cuts[2]],
+                    [cuts[0], cuts[1]],
+                    [cuts[2], cuts[3]],
+                ]
     points = np.array(edges) @ MATRIX[:, :2].T  # (n, 2, 3)
     along = MATRIX @ (long_ends[1] - long_ends[0])
     along /= np.linalg.norm(along)
@@ -153,16 +187,26 @@ def test_balls_ellipsoids_and_rods_have_their_sizes(spacing_mm, angles):
 
     half_mm = np.array([11.0, 7.0, 5.0])  # along R, A and S of the patient, whatever the grid
     shift = off_centre - centre_mm(geometry)
-    inside, matrix = canonical(body(geometry, lambda p: (((p - shift) / half_mm) ** 2).sum(axis=1) <= 1), geometry)
+    inside, matrix = canonical(
+        body(geometry, lambda p: (((p - shift) / half_mm) ** 2).sum(axis=1) <= 1), geometry
+    )
     counted_mm3 = inside.sum() * abs(np.linalg.det(matrix))  # as a ball of its least half axis
-    assert counted_mm3 == pytest.approx(4 / 3 * math.pi * half_mm.prod(), rel=1.5 * (0.018 if voxel <= 1 else 0.044))
-    assert mesh(inside, matrix)[0] == pytest.approx(4 / 3 * math.pi * half_mm.prod(), rel=0.03 + 0.04 * voxel)
+    assert counted_mm3 == pytest.approx(
+        4 / 3 * math.pi * half_mm.prod(), rel=1.5 * (0.018 if voxel <= 1 else 0.044)
+    )
+    assert mesh(inside, matrix)[0] == pytest.approx(
+        4 / 3 * math.pi * half_mm.prod(), rel=0.03 + 0.04 * voxel
+    )
     assert widest_pair(outermost_points(inside), matrix)[0] == pytest.approx(22, abs=1.5 * voxel)
-    assert axes_mm(inside, matrix) == pytest.approx((4 * half_mm / math.sqrt(5)).tolist(), abs=voxel / 2)
+    assert axes_mm(inside, matrix) == pytest.approx(
+        (4 * half_mm / math.sqrt(5)).tolist(), abs=voxel / 2
+    )
 
     rod = body(geometry, lambda p: (np.hypot(p[:, 1], p[:, 2]) <= 2.5) & (np.abs(p[:, 0]) <= 9))
     inside, matrix = canonical(rod, geometry)
-    assert widest_pair(outermost_points(inside), matrix)[0] == pytest.approx(math.hypot(18, 5), abs=1.5 * voxel)
+    assert widest_pair(outermost_points(inside), matrix)[0] == pytest.approx(
+        math.hypot(18, 5), abs=1.5 * voxel
+    )
 
 
 def test_no_body_is_biased_over_all_grids():
@@ -171,15 +215,22 @@ def test_no_body_is_biased_over_all_grids():
     bodies = {
         4 / 3 * math.pi * 10**3: lambda p: (p**2).sum(axis=1) <= 100,
         4 / 3 * math.pi * half_mm.prod(): lambda p: ((p / half_mm) ** 2).sum(axis=1) <= 1,
-        math.pi * 2.5**2 * 18: lambda p: (np.hypot(p[:, 1], p[:, 2]) <= 2.5) & (np.abs(p[:, 0]) <= 9),
+        math.pi * 2.5**2 * 18: lambda p: (
+            (np.hypot(p[:, 1], p[:, 2]) <= 2.5) & (np.abs(p[:, 0]) <= 9)
+        ),
     }
     for volume_mm3, contains in bodies.items():
         errors = []
         for spacing_mm in SPACINGS_MM:
             for angles in ANGLES:
                 geometry = grid_around(12, oblique(spacing_mm, angles))
-                shift = np.random.default_rng(len(errors)).uniform(-0.5, 0.5, 3) @ geometry.affine[:3, :3].T
-                inside = body(geometry, lambda p, shift=shift, contains=contains: contains(p + shift))
+                shift = (
+                    np.random.default_rng(len(errors)).uniform(-0.5, 0.5, 3)
+                    @ geometry.affine[:3, :3].T
+                )
+                inside = body(
+                    geometry, lambda p, shift=shift, contains=contains: contains(p + shift)
+                )
                 errors.append(inside.sum() * geometry.voxel_volume_mm3 / volume_mm3 - 1)
         assert abs(np.mean(errors)) < max(0.011, 3 * np.std(errors) / math.sqrt(len(errors)))
         assert np.abs(errors).max() < 0.3  # a rod of 5 mm in voxels of 3 mm
@@ -231,7 +282,9 @@ def test_the_sum_of_diameters_takes_five_and_two_of_an_organ():
 def test_gaps_are_the_smallest_distances_between_surfaces(seed, n):
     rng = np.random.default_rng(seed)
     surfaces = [rng.normal(rng.uniform(-9, 9, 3), 2, (rng.integers(1, 200), 3)) for _ in range(n)]
-    expected = [min(cdist(one, other).min() for other in surfaces if other is not one) for one in surfaces]
+    expected = [
+        min(cdist(one, other).min() for other in surfaces if other is not one) for one in surfaces
+    ]
     assert gaps_mm(surfaces) == pytest.approx(expected)
     assert np.isnan(gaps_mm(surfaces[:1])).all() and gaps_mm([]) == []
 
@@ -240,8 +293,12 @@ def test_gaps_are_the_smallest_distances_between_surfaces(seed, n):
 def test_gaps_of_many_small_lesions_between_a_few_large_ones_are_found_too(n):
     rng = np.random.default_rng(n)
     sizes = rng.choice([0.5, 2.0, 20.0], n, p=[0.6, 0.35, 0.05])
-    surfaces = [rng.normal(rng.uniform(-60, 60, 3), size, (rng.integers(1, 60), 3)) for size in sizes]
-    expected = [min(cdist(one, other).min() for other in surfaces if other is not one) for one in surfaces]
+    surfaces = [
+        rng.normal(rng.uniform(-60, 60, 3), size, (rng.integers(1, 60), 3)) for size in sizes
+    ]
+    expected = [
+        min(cdist(one, other).min() for other in surfaces if other is not one) for one in surfaces
+    ]
     assert gaps_mm(surfaces) == pytest.approx(expected)
 
 
@@ -280,11 +337,15 @@ def test_statistics_by_their_definition(seed, sizes):
             z = (values - values.mean()) / values.std()
             assert found["skewness"][n] == pytest.approx((z**3).mean())
             assert found["kurtosis"][n] == pytest.approx((z**4).mean() - 3)
-    assert found["sd"][-1] == 0 and np.isnan(found["skewness"][-1]) and np.isnan(found["kurtosis"][-1])
+    assert (
+        found["sd"][-1] == 0 and np.isnan(found["skewness"][-1]) and np.isnan(found["kurtosis"][-1])
+    )
 
 
 @pytest.mark.parametrize("together", [1, 3, 7, 2**20])
-def test_sums_over_lesions_do_not_depend_on_how_many_values_are_summed_at_a_time(together, monkeypatch):
+def test_sums_over_lesions_do_not_depend_on_how_many_values_are_summed_at_a_time(
+    together, monkeypatch
+):
     monkeypatch.setattr(ragged, "SUMMED_TOGETHER", together)
     random = np.random.default_rng(0)
     parts = [random.integers(-99, 99, n).astype(np.int16) for n in (0, 1, 5, 0, 0, 12, 2, 0)]
@@ -366,7 +427,10 @@ def agatston_by_definition(hu, inside, matrix):
     score, counted = 0.0, set()
     for s in range(hu.shape[2]):
         calcified = {
-            (r, a) for r in range(hu.shape[0]) for a in range(hu.shape[1]) if inside[r, a, s] and hu[r, a, s] > 130
+            (r, a)
+            for r in range(hu.shape[0])
+            for a in range(hu.shape[1])
+            if inside[r, a, s] and hu[r, a, s] > 130
         }
         while calcified:
             patch, edge = [], [calcified.pop()]
@@ -396,7 +460,11 @@ def test_agatston_is_that_of_the_definition_for_5000_random_lesions():
         hu[rng.random(shape) < 0.02] = np.nan
         hu = hu.astype([np.float32, np.float64][n % 2])
         inside = rng.random(shape) < rng.choice([0.2, 0.5, 0.8, 1.0])
-        spacing = (rng.choice([0.3, 0.5, 0.6, 1.0]), rng.choice([0.25, 0.5, 0.9]), rng.uniform(0.4, 5))
+        spacing = (
+            rng.choice([0.3, 0.5, 0.6, 1.0]),
+            rng.choice([0.25, 0.5, 0.9]),
+            rng.uniform(0.4, 5),
+        )
         matrix = np.diag(spacing)
         if n % 4 == 0:  # a tilted gantry
             matrix[1, 2] = rng.uniform(-1, 1)

@@ -20,7 +20,13 @@ from volseg.volume import Geometry, Volume
 
 SPACING_MM = (0.7, 0.9, 2.5)
 NAMES = {1: "liver", 2: "tumour"}
-OPTIONS = {"case_id": "scan", "label_names": NAMES, "intensity_unit": "HU", "connectivity": 26, "model": "m"}
+OPTIONS = {
+    "case_id": "scan",
+    "label_names": NAMES,
+    "intensity_unit": "HU",
+    "connectivity": 26,
+    "model": "m",
+}
 # What a speck is not looked at for.
 UNKNOWN = {
     "volume_mesh_mm3", "volume_expected_ml", "intensity_mean_eroded1", "surface_area_mm2", "sphericity",
@@ -37,11 +43,15 @@ def noise(share=0.12, n_labels=3, shape=(14, 15, 12), seed=0):
 
 def scan_of(shape, affine=None, *, dtype=np.int16, slope=1.0, intercept=0.0, seed=1):
     values = np.random.default_rng(seed).normal(30, 200, shape).astype(dtype)
-    return Volume(values, Geometry(shape, oblique(SPACING_MM) if affine is None else affine), slope, intercept)
+    return Volume(
+        values, Geometry(shape, oblique(SPACING_MM) if affine is None else affine), slope, intercept
+    )
 
 
 def alike(one, other):
-    return one == other or (isinstance(one, float) and isinstance(other, float) and math.isnan(one + other))
+    return one == other or (
+        isinstance(one, float) and isinstance(other, float) and math.isnan(one + other)
+    )
 
 
 def assert_equal_rows(rows, expected):
@@ -51,7 +61,12 @@ def assert_equal_rows(rows, expected):
             assert alike(*pair), (row.lesion_id, field.name, *pair)
 
 
-SCALES = [(np.int16, 1.0, 0.0), (np.int16, 0.5, -1000.0), (np.int16, -0.5, 7.0), (np.float32, 1.0, 0.0)]
+SCALES = [
+    (np.int16, 1.0, 0.0),
+    (np.int16, 0.5, -1000.0),
+    (np.int16, -0.5, 7.0),
+    (np.float32, 1.0, 0.0),
+]
 
 
 @pytest.mark.parametrize(("dtype", "slope", "intercept"), [*SCALES, (np.float32, -2.0, 1.0)])
@@ -84,7 +99,9 @@ def test_the_largest_are_measured_as_without_the_limit_and_the_others_in_the_che
                 assert alike(value, expected), (field.name, value, expected)
         assert f"only the {most} largest of {len(every)} lesions" in row.notes
     assert sum(row.volume_ml for row in measured.specks) == pytest.approx(measured.specks.volume_ml)
-    assert measured.specks.warning.startswith(f"W_SPECKS: {len(every)} components: this mask looks like noise")
+    assert measured.specks.warning.startswith(
+        f"W_SPECKS: {len(every)} components: this mask looks like noise"
+    )
 
 
 def test_up_to_the_limit_nothing_is_a_speck():
@@ -148,14 +165,18 @@ def test_specks_have_the_same_rows_in_all_48_orientations():
                 one, other = getattr(row, field.name), getattr(known, field.name)
                 if field.name in spacings:
                     continue
-                assert alike(one, other) or one == pytest.approx(other, rel=1e-9, abs=1e-9), field.name
+                assert alike(one, other) or one == pytest.approx(other, rel=1e-9, abs=1e-9), (
+                    field.name
+                )
 
 
 @pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS.keys())
 @pytest.mark.parametrize(
     ("share", "n_labels", "connectivity"), [(0.03, 1, 26), (0.2, 1, 26), (0.3, 3, 26), (0.3, 1, 6)]
 )
-def test_the_nearest_lesion_looked_for_in_the_scan_is_that_among_all_surfaces(share, n_labels, connectivity, grid):
+def test_the_nearest_lesion_looked_for_in_the_scan_is_that_among_all_surfaces(
+    share, n_labels, connectivity, grid
+):
     mask = noise(share, n_labels, shape=(17, 13, 11))
     image = scan_of(mask.shape, grid(SPACING_MM))
     lesions = label_lesions(mask, image.geometry, connectivity=connectivity)
@@ -183,7 +204,9 @@ def test_a_lesion_as_large_as_the_scan_is_measured_slab_by_slab(monkeypatch):
     mask = noise(0.6, 1, shape=(23, 14, 12))
     image = scan_of(mask.shape)
     lesions = label_lesions(mask, image.geometry)
-    options = OPTIONS | {"confidence": np.random.default_rng(2).integers(0, 256, mask.shape).astype(np.uint8)}
+    options = OPTIONS | {
+        "confidence": np.random.default_rng(2).integers(0, 256, mask.shape).astype(np.uint8)
+    }
     expected = measure_lesions(image, lesions.ids, lesions.labels, **options)
     for together in (1, 500):
         monkeypatch.setattr(lesions_module, "MEASURED_TOGETHER", together)
@@ -249,7 +272,11 @@ def test_of_lesions_that_spread_over_the_scan_the_largest_are_measured_in_full(n
     options = OPTIONS | {"connectivity": None}
     every = measure_lesions(image, lesions.ids, lesions.labels, **options)
     measured = measure_largest(
-        image, lesions.ids, lesions.labels, most_boxes=(n_full + 1) * lesions.ids.size - 1, **options
+        image,
+        lesions.ids,
+        lesions.labels,
+        most_boxes=(n_full + 1) * lesions.ids.size - 1,
+        **options,
     )
     largest = sorted(every, key=lambda row: (-row.n_voxels, row.lesion_id))[:n_full]
     assert_equal_rows(measured.largest, sorted(largest, key=lambda row: row.lesion_id))
@@ -277,7 +304,9 @@ def test_lesions_in_boxes_of_ordinary_size_are_all_measured_in_full():
     image = scan_of(shape)
     lesions = label_lesions(mask, image.geometry, objects="labels")
     assert len(lesions.labels) > 117
-    measured = measure_largest(image, lesions.ids, lesions.labels, most_boxes=3 * mask.size, **OPTIONS)
+    measured = measure_largest(
+        image, lesions.ids, lesions.labels, most_boxes=3 * mask.size, **OPTIONS
+    )
     assert measured.specks is None
     assert all(row.long_axis_mm is not None for row in measured)
 
@@ -303,6 +332,8 @@ def test_lesions_that_touch_are_no_distance_apart(grid):
     mask[2:6, 2:6, 2:6], mask[6:9, 2:6, 2:6], mask[12, 10, 8] = 1, 2, 3
     image = scan_of(mask.shape, grid(SPACING_MM))
     expected = measure_lesions(image, mask, [1, 2, 3], **OPTIONS | {"connectivity": None})
-    found = measure_lesions(image, mask, [1, 2, 3], most_points=0, **OPTIONS | {"connectivity": None})
+    found = measure_lesions(
+        image, mask, [1, 2, 3], most_points=0, **OPTIONS | {"connectivity": None}
+    )
     assert [row.nearest_lesion_mm for row in found] == [row.nearest_lesion_mm for row in expected]
     assert [row.nearest_lesion_mm for row in found[:2]] == [0.0, 0.0]

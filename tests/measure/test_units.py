@@ -53,7 +53,11 @@ def emission(seed=0):
 
 
 def frame(values, width, fill):
-    return np.pad(values[width:-width, width:-width], ((width, width), (width, width), (0, 0)), constant_values=fill)
+    return np.pad(
+        values[width:-width, width:-width],
+        ((width, width), (width, width), (0, 0)),
+        constant_values=fill,
+    )
 
 
 def first_voxels(values, share, fill):
@@ -70,7 +74,9 @@ PADDINGS = {  # what resampling, cropping and scanners leave where nothing was m
     "a frame": lambda values: frame(values, 4, -1024),
     "two fill values": lambda values: first_voxels(frame(values, 3, -1024), 0.05, -2000),
     "a value over all others": lambda values: first_voxels(values, 0.4, 3071),
-    "a value over, and one under all others": lambda values: first_voxels(frame(values, 3, -1000), 0.1, 3071),
+    "a value over, and one under all others": lambda values: first_voxels(
+        frame(values, 3, -1000), 0.1, 3071
+    ),
     "a value among the others": lambda values: frame(values, 3, 100),
     "not a number": lambda values: first_voxels(values.astype(np.float32), 0.1, np.nan),
     "turned": lambda values: ndimage.rotate(values, 17, reshape=False, order=1, cval=-1000),
@@ -94,7 +100,9 @@ def test_padding_changes_nothing_about_the_unit(padding):
 def test_a_padded_scan_is_judged_alike_in_all_48_orders():
     scan = magnetic().with_array(np.asfortranarray(frame(magnetic().array, 2, -1024)))
     for stored, affine in orientations(scan):
-        assert judge_unit(Volume(stored, Geometry(stored.shape, affine)), "HU") == judge_unit(scan, "HU")
+        assert judge_unit(Volume(stored, Geometry(stored.shape, affine)), "HU") == judge_unit(
+            scan, "HU"
+        )
 
 
 def test_air_that_was_cut_off_at_one_value_is_air():
@@ -156,11 +164,14 @@ def test_ringing_below_zero_is_no_air():
     assert judge_unit(scan, None).name == "a.u."
 
 
-@pytest.mark.parametrize(("values", "is_suv"), [((2, 1), True), ((300, 100), False), ((-500, 200), False)])
+@pytest.mark.parametrize(
+    ("values", "is_suv"), [((2, 1), True), ((300, 100), False), ((-500, 200), False)]
+)
 def test_an_suv_of_one_is_the_mean_of_a_body(values, is_suv):
     mean, sd = values
     scan = Volume(
-        np.abs(np.random.default_rng(0).normal(mean, sd, (20, 20, 20))) * np.sign(mean), Geometry((20,) * 3, np.eye(4))
+        np.abs(np.random.default_rng(0).normal(mean, sd, (20, 20, 20))) * np.sign(mean),
+        Geometry((20,) * 3, np.eye(4)),
     )
     assert bool(contradiction(scan, "SUV")) != is_suv
 

@@ -18,7 +18,9 @@ def test_each_tensor_is_named_once_and_weights_travel_between_networks():
     first, second = small_unet(), small_unet()
     weights = {name: tensor.clone() for name, tensor in weights_of(first).items()}
     assert len(weights) == len({tensor.data_ptr() for tensor in weights_of(first).values()})
-    assert sum(tensor.numel() for tensor in weights.values()) == sum(p.numel() for p in first.parameters())
+    assert sum(tensor.numel() for tensor in weights.values()) == sum(
+        p.numel() for p in first.parameters()
+    )
     patch = torch.randn(1, 2, 8, 8, 4)
     assert not torch.equal(first(patch), second(patch))
     set_weights(second, weights)
@@ -77,7 +79,9 @@ def test_the_nnunets_refuse_2d_and_levels_that_do_not_match(name):
     flat = {"strides": ((1, 1), (2, 2), (2, 2)), "kernels": ((3, 3),) * 3}
     with pytest.raises(VolsegError, match="a 2D network; volseg runs 3D ones"):
         nnunet(name, **flat)
-    with pytest.raises(VolsegError, match="3 features, 3 strides, 3 kernels, 2 stages down and 2 up"):
+    with pytest.raises(
+        VolsegError, match="3 features, 3 strides, 3 kernels, 2 stages down and 2 up"
+    ):
         nnunet(name, **{NNUNETS[name]: (1, 2)})
     with pytest.raises(VolsegError, match="2 strides"):
         nnunet(name, strides=((1, 1, 1), (2, 2, 2)))

@@ -40,7 +40,9 @@ def labelled_by_scipy(values, connectivity):
 def assert_equal_but_for_numbers(components, expected):
     np.testing.assert_array_equal(components > 0, expected > 0)
     pairs = set(zip(components.ravel().tolist(), expected.ravel().tolist(), strict=True))
-    assert len(pairs) == len(set(components.ravel().tolist())) == len(set(expected.ravel().tolist()))
+    assert (
+        len(pairs) == len(set(components.ravel().tolist())) == len(set(expected.ravel().tolist()))
+    )
 
 
 def random_lesion(rng, n_dimensions, dtype):
@@ -146,7 +148,9 @@ def geometry_of(mask):
 @pytest.mark.parametrize("slab_voxels", [1, 400, 10**6])
 def test_slabs_give_the_components_that_the_whole_has(share, n_labels, connectivity, slab_voxels):
     mask = noise(share, n_labels)
-    found = find_components(mask, geometry_of(mask), connectivity=connectivity, slab_voxels=slab_voxels)
+    found = find_components(
+        mask, geometry_of(mask), connectivity=connectivity, slab_voxels=slab_voxels
+    )
     ids = found.number[found.ids]
     expected, n = labelled_by_scipy(mask, connectivity)
     assert len(found) == n
@@ -183,7 +187,9 @@ def test_more_components_than_objects_can_be_are_refused_before_they_take_memory
     assert len(find_components(mask, geometry_of(mask), connectivity=26, most=n)) == n
     for slab_voxels in (1, 10**6):
         with pytest.raises(ScanError, match="this mask is noise") as caught:
-            find_components(mask, geometry_of(mask), connectivity=26, most=n - 1, slab_voxels=slab_voxels)
+            find_components(
+                mask, geometry_of(mask), connectivity=26, most=n - 1, slab_voxels=slab_voxels
+            )
         assert caught.value.code == "E_SPECKS"
 
 
@@ -213,11 +219,17 @@ def test_many_lesions_have_the_same_numbers_in_all_48_orientations(grid, n_label
     geometry = Geometry(mask.shape, grid((0.7, 0.9, 2.5)))
     expected = label_lesions(mask, geometry, many=0)
     few = label_lesions(mask, geometry)
-    assert sorted(few.n_voxels, reverse=True) == list(expected.n_voxels) == sorted(expected.n_voxels, reverse=True)
+    assert (
+        sorted(few.n_voxels, reverse=True)
+        == list(expected.n_voxels)
+        == sorted(expected.n_voxels, reverse=True)
+    )
     assert np.array_equal(np.array([0, *expected.labels])[expected.ids], mask)
     assert np.array_equal(np.bincount(expected.ids.ravel())[1:], expected.n_voxels)
     in_every_order = orientations(Volume(expected.ids, geometry))
-    for (array, affine), (ids, _) in zip(orientations(Volume(mask, geometry)), in_every_order, strict=True):
+    for (array, affine), (ids, _) in zip(
+        orientations(Volume(mask, geometry)), in_every_order, strict=True
+    ):
         assert np.array_equal(label_lesions(array, Geometry(array.shape, affine), many=0).ids, ids)
 
 

@@ -54,7 +54,9 @@ def test_objects_labels_gives_one_lesion_per_label_in_ascending_order():
 def test_connectivity_joins_over_faces_edges_and_corners(connectivity, n_lesions):
     mask = np.zeros((5, 5, 5), bool)
     mask[1, 1, 1] = mask[2, 2, 1] = mask[3, 3, 2] = True  # an edge apart, then a corner apart
-    assert len(label_lesions(mask, geometry_of(mask), connectivity=connectivity).labels) == n_lesions
+    assert (
+        len(label_lesions(mask, geometry_of(mask), connectivity=connectivity).labels) == n_lesions
+    )
 
 
 @pytest.mark.parametrize("objects", ["components", "labels"])
@@ -95,7 +97,9 @@ def assert_numbered_alike_in_all_48_orientations(mask, affine, objects="componen
     geometry = Geometry(mask.shape, affine)
     expected = label_lesions(mask, geometry, objects=objects)
     ids_in_every_order = orientations(Volume(expected.ids, geometry))
-    for (array, affine), (ids, _) in zip(orientations(Volume(mask, geometry)), ids_in_every_order, strict=True):
+    for (array, affine), (ids, _) in zip(
+        orientations(Volume(mask, geometry)), ids_in_every_order, strict=True
+    ):
         found = label_lesions(array, Geometry(array.shape, affine), objects=objects)
         assert np.array_equal(found.ids, ids)
         assert (found.labels, found.n_voxels) == (expected.labels, expected.n_voxels)
@@ -112,7 +116,9 @@ def test_all_48_orientations_number_lesions_of_equal_size_alike(objects, grid):
 
 def test_no_last_bit_of_a_centroid_decides_the_numbers():
     """Lesions that share R in mm but not its last bits, at half a step of 1e-3 mm: rounding would part them."""
-    affine = oblique((0.70125, 0.70125, 2.5), angles=(0, 0, math.atan2(3, 4)))  # R = 0.561 i - 0.42075 j + offset
+    affine = oblique(
+        (0.70125, 0.70125, 2.5), angles=(0, 0, math.atan2(3, 4))
+    )  # R = 0.561 i - 0.42075 j + offset
     mask = np.zeros((30, 26, 2), np.uint8)
     for i, j in np.argwhere(np.ones((10, 13))) * (3, 2):
         mask[i : i + 2, j, 0] = 1
@@ -152,7 +158,11 @@ def test_unknown_settings_are_refused_with_the_known_ones():
 @pytest.mark.parametrize("order", "CF")
 def test_labels_that_lie_in_several_slabs_are_counted_once(order, monkeypatch):
     monkeypatch.setattr(lesions_module, "SUMMED_VOXELS", 64)
-    mask = np.random.default_rng(0).choice([0, 1, 5, 9, 2**31, 2**32 - 1], (9, 8, 7)).astype(np.uint32, order=order)
+    mask = (
+        np.random.default_rng(0)
+        .choice([0, 1, 5, 9, 2**31, 2**32 - 1], (9, 8, 7))
+        .astype(np.uint32, order=order)
+    )
     mask[4:] = np.where(mask[4:] == 5, 4, mask[4:])
     lesions = label_lesions(mask, geometry_of(mask), objects="labels")
     values, counts = np.unique(mask[mask > 0], return_counts=True)

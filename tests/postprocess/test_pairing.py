@@ -8,7 +8,11 @@ from volseg.postprocess.pairing import best_pairs
 
 
 @settings(max_examples=80, deadline=None)
-@given(st.dictionaries(st.tuples(st.integers(1, 5), st.integers(1, 5)), st.floats(1e-9, 10.0), max_size=15))
+@given(
+    st.dictionaries(
+        st.tuples(st.integers(1, 5), st.integers(1, 5)), st.floats(1e-9, 10.0), max_size=15
+    )
+)
 def test_no_other_pairs_gain_more(gains):
     found = best_pairs(gains)
     assert all(pair in gains for pair in found)

@@ -11,7 +11,13 @@ from volseg.recipe import Step
 from volseg.volume import Geometry, Volume
 
 SPACING_MM = (0.7, 0.9, 2.5)
-ALL_STEPS = [RemoveSmall(min_volume_mm3=5), KeepLargest(n=2), KeepLargest(label=2), FillHoles(), FillHoles(label=1)]
+ALL_STEPS = [
+    RemoveSmall(min_volume_mm3=5),
+    KeepLargest(n=2),
+    KeepLargest(label=2),
+    FillHoles(),
+    FillHoles(label=1),
+]
 
 
 def geometry_of(mask):
@@ -32,13 +38,19 @@ def test_remove_small_goes_by_volume_not_by_voxels():
     mask = boxes((1, 1), (2, 1), (3, 2))
     voxel_mm3 = np.prod(SPACING_MM)
     cleaned = RemoveSmall(min_volume_mm3=8 * voxel_mm3)(mask, geometry_of(mask))
-    assert np.array_equal(cleaned, boxes((1, 0), (2, 1), (3, 2)))  # 8 voxels are exactly the volume, and stay
-    assert np.array_equal(RemoveSmall(min_volume_mm3=8.01 * voxel_mm3)(mask, geometry_of(mask)) > 0, mask == 2)
+    assert np.array_equal(
+        cleaned, boxes((1, 0), (2, 1), (3, 2))
+    )  # 8 voxels are exactly the volume, and stay
+    assert np.array_equal(
+        RemoveSmall(min_volume_mm3=8.01 * voxel_mm3)(mask, geometry_of(mask)) > 0, mask == 2
+    )
 
 
 def test_remove_small_of_one_label_leaves_the_others():
     mask = boxes((1, 1), (2, 1), (1, 2))
-    cleaned = RemoveSmall(min_volume_mm3=1.01 * np.prod(SPACING_MM), label=1)(mask, geometry_of(mask))
+    cleaned = RemoveSmall(min_volume_mm3=1.01 * np.prod(SPACING_MM), label=1)(
+        mask, geometry_of(mask)
+    )
     assert np.array_equal(cleaned, boxes((1, 0), (2, 1), (1, 2)))
 
 
@@ -54,9 +66,15 @@ def test_a_lesion_of_exactly_the_smallest_volume_stays_in_all_48_orientations(gr
 def test_keep_largest_of_each_label():
     mask = boxes((1, 1), (3, 1), (2, 1), (1, 2), (2, 2))
     geometry = geometry_of(mask)
-    assert np.array_equal(KeepLargest()(mask, geometry), boxes((1, 0), (3, 1), (2, 0), (1, 0), (2, 2)))
-    assert np.array_equal(KeepLargest(n=2)(mask, geometry), boxes((1, 0), (3, 1), (2, 1), (1, 2), (2, 2)))
-    assert np.array_equal(KeepLargest(label=2)(mask, geometry), boxes((1, 1), (3, 1), (2, 1), (1, 0), (2, 2)))
+    assert np.array_equal(
+        KeepLargest()(mask, geometry), boxes((1, 0), (3, 1), (2, 0), (1, 0), (2, 2))
+    )
+    assert np.array_equal(
+        KeepLargest(n=2)(mask, geometry), boxes((1, 0), (3, 1), (2, 1), (1, 2), (2, 2))
+    )
+    assert np.array_equal(
+        KeepLargest(label=2)(mask, geometry), boxes((1, 1), (3, 1), (2, 1), (1, 0), (2, 2))
+    )
 
 
 @pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS.keys())
@@ -121,7 +139,9 @@ def test_a_step_keeps_dtype_and_input_is_idempotent_and_leaves_an_empty_mask_emp
 
 @pytest.mark.parametrize("step", ALL_STEPS, ids=repr)
 def test_a_step_does_the_same_in_all_48_orientations(step):
-    mask = np.random.default_rng(2).choice(3, p=(0.8, 0.12, 0.08), size=(13, 14, 20)).astype(np.uint8)
+    mask = (
+        np.random.default_rng(2).choice(3, p=(0.8, 0.12, 0.08), size=(13, 14, 20)).astype(np.uint8)
+    )
     mask[:, 1:, 7:] = nested()
     geometry = geometry_of(mask)
     expected = step(mask, geometry)
@@ -166,6 +186,9 @@ def test_impossible_settings_are_refused(name, settings):
 def test_a_recipes_steps_keep_their_order_and_what_is_unknown_is_named():
     made = make_steps([Step(step="remove_small", min_volume_mm3=5), Step(step="keep_largest")])
     assert made == [RemoveSmall(min_volume_mm3=5), KeepLargest()]
-    for step, message in ((Step(step="remove_smal"), "remove_small"), (Step(step="remove_small", mm=3), "mm")):
+    for step, message in (
+        (Step(step="remove_smal"), "remove_small"),
+        (Step(step="remove_small", mm=3), "mm"),
+    ):
         with pytest.raises(VolsegError, match=message):
             make_steps([step])

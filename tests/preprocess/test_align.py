@@ -14,9 +14,9 @@ def linear(points):
 
 
 def world(geometry):
-    return geometry.to_world_mm(np.moveaxis(np.indices(geometry.shape), 0, -1).reshape(-1, 3)).reshape(
-        *geometry.shape, 3
-    )
+    return geometry.to_world_mm(
+        np.moveaxis(np.indices(geometry.shape), 0, -1).reshape(-1, 3)
+    ).reshape(*geometry.shape, 3)
 
 
 def blobs(points):
@@ -53,7 +53,10 @@ def test_scaled_integers_are_resampled_as_intensities():
 @pytest.mark.parametrize("affine", [make((1.0, 1.5, 2.0)) for make in GRIDS.values()], ids=GRIDS)
 def test_a_channel_on_the_same_grid_is_left_as_it_is(affine):
     geometry = Geometry((6, 7, 8), affine)
-    images = {name: Volume(np.full((6, 7, 8), value, np.int16), geometry) for name, value in (("t1", 1), ("pet", 2))}
+    images = {
+        name: Volume(np.full((6, 7, 8), value, np.int16), geometry)
+        for name, value in (("t1", 1), ("pet", 2))
+    }
     found = on_one_grid(images)
     assert found["t1"] is images["t1"]
     assert found["pet"] is images["pet"]
@@ -64,7 +67,9 @@ def test_where_a_channel_does_not_reach_it_has_its_smallest_intensity():
     small = around((20, 20, 12), (2.0, 2.0, 2.0), turned=False)
     images = {
         "ct": Volume(np.zeros(grid.shape, np.float32), grid),
-        "pet": Volume(np.linspace(5, 9, 20 * 20 * 12, dtype=np.float32).reshape(small.shape), small),
+        "pet": Volume(
+            np.linspace(5, 9, 20 * 20 * 12, dtype=np.float32).reshape(small.shape), small
+        ),
     }
     found = on_one_grid(images)["pet"].array
     assert (found[:, :, :3] == 5).all()

@@ -32,12 +32,16 @@ def test_all_48_orders_become_the_same_canonical_scan_and_come_back(grid):
         order = AxisOrder.of(geometry)
         canonical = to_canonical(stored, order)
         np.testing.assert_array_equal(canonical, expected)
-        np.testing.assert_allclose(canonical_geometry(geometry, order).affine, expected_geometry.affine, atol=1e-9)
+        np.testing.assert_allclose(
+            canonical_geometry(geometry, order).affine, expected_geometry.affine, atol=1e-9
+        )
         np.testing.assert_array_equal(from_canonical(canonical, order), stored)
 
 
 def test_canonical_axes_grow_to_r_a_and_s():
-    geometry = Geometry(SHAPE, np.diag([-1.0, -2.0, 3.0, 1.0]) @ oblique((1, 1, 1), (0.1, 0.1, 0.1)))
+    geometry = Geometry(
+        SHAPE, np.diag([-1.0, -2.0, 3.0, 1.0]) @ oblique((1, 1, 1), (0.1, 0.1, 0.1))
+    )
     assert canonical_geometry(geometry, AxisOrder.of(geometry)).axis_codes == "RAS"
 
 

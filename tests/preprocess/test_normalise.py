@@ -9,7 +9,9 @@ BODY = ARRAY > 80
 
 
 def test_a_window_clips_and_scales_with_the_statistics_of_the_dataset():
-    found = Window(low=0, high=200, mean=50, sd=25)(np.array([-500.0, 0, 50, 75, 200, 3000], np.float32))
+    found = Window(low=0, high=200, mean=50, sd=25)(
+        np.array([-500.0, 0, 50, 75, 200, 3000], np.float32)
+    )
     np.testing.assert_allclose(found, [-2, -2, 0, 1, 6, 6], atol=1e-6)
 
 
@@ -22,7 +24,9 @@ def test_an_empty_window_is_refused():
 @pytest.mark.parametrize(("scale", "offset"), [(1e-4, 0.0), (1.0, 500.0), (1e4, -3.0)])
 def test_per_image_normalisation_does_not_see_scale_and_offset(normaliser, scale, offset):
     np.testing.assert_allclose(
-        normaliser(ARRAY * np.float32(scale) + np.float32(offset), BODY), normaliser(ARRAY, BODY), atol=2e-3
+        normaliser(ARRAY * np.float32(scale) + np.float32(offset), BODY),
+        normaliser(ARRAY, BODY),
+        atol=2e-3,
     )
 
 
@@ -45,7 +49,9 @@ def test_a_constant_scan_becomes_zero_and_not_nan(normaliser):
 
 
 def test_an_empty_body_falls_back_to_all_voxels():
-    np.testing.assert_array_equal(ZScore()(ARRAY, np.zeros(ARRAY.shape, bool)), ZScore()(ARRAY, None))
+    np.testing.assert_array_equal(
+        ZScore()(ARRAY, np.zeros(ARRAY.shape, bool)), ZScore()(ARRAY, None)
+    )
 
 
 @pytest.mark.parametrize(
@@ -74,9 +80,13 @@ def test_the_region_says_whose_mean_and_deviation_and_what_is_outside():
     assert (nonzero[BODY].mean(), nonzero[BODY].std()) == pytest.approx((0, 1), abs=1e-4)
     assert not nonzero[~BODY].any()
     kept = np.where(BODY, ARRAY, 0)
-    np.testing.assert_array_equal(ZScore(region="nonzero")(kept, None), ZScore(region="nonzero")(kept, kept != 0))
+    np.testing.assert_array_equal(
+        ZScore(region="nonzero")(kept, None), ZScore(region="nonzero")(kept, kept != 0)
+    )
 
 
 def test_stated_numbers_do_not_look_at_the_scan():
     np.testing.assert_array_equal(Scale()(ARRAY, BODY), ARRAY)
-    np.testing.assert_allclose(Scale(subtract=10, divide_by=255)(ARRAY, None), (ARRAY - 10) / 255, atol=1e-6)
+    np.testing.assert_allclose(
+        Scale(subtract=10, divide_by=255)(ARRAY, None), (ARRAY - 10) / 255, atol=1e-6
+    )

@@ -95,7 +95,11 @@ def test_all_48_orders_prepare_to_the_same_network_input_and_restore_to_the_same
 
 @pytest.mark.parametrize(
     "normaliser",
-    [ZScore(region="scan"), ZScore(region="nonzero"), Percentile(low_percent=0, high_percent=100, region="scan")],
+    [
+        ZScore(region="scan"),
+        ZScore(region="nonzero"),
+        Percentile(low_percent=0, high_percent=100, region="scan"),
+    ],
 )
 def test_what_is_normalised_as_stored_is_so_by_every_voxel_of_it(normaliser, monkeypatch):
     monkeypatch.setattr(sys.modules["volseg.preprocess.prepare"], "SAMPLE_VOXELS", 50)
@@ -104,18 +108,29 @@ def test_what_is_normalised_as_stored_is_so_by_every_voxel_of_it(normaliser, mon
     array = np.random.default_rng(0).integers(1, 50, geometry.shape).astype(np.int16)
     array[:2] = 0
     array[3, 3, 17] = 3000  # in a plane that a sample would miss
-    changes = {"spacing_mm": (1.0, 1.0, 1.0), "crop": "none", "normalise_first": True, "normalisers": (normaliser,)}
+    changes = {
+        "spacing_mm": (1.0, 1.0, 1.0),
+        "crop": "none",
+        "normalise_first": True,
+        "normalisers": (normaliser,),
+    }
     found = prepare({"ct": Volume(np.asfortranarray(array), geometry)}, settings(**changes))
     inside = array > 0 if normaliser.region == "nonzero" else np.ones(array.shape, bool)
     values = array[inside].astype(float)
-    low, size = (values.mean(), values.std()) if isinstance(normaliser, ZScore) else (values.min(), np.ptp(values))
+    low, size = (
+        (values.mean(), values.std())
+        if isinstance(normaliser, ZScore)
+        else (values.min(), np.ptp(values))
+    )
     np.testing.assert_allclose(found.array[0], np.where(inside, (array - low) / size, 0), atol=1e-5)
     assert found.array.flags.c_contiguous
 
 
 def test_restoring_by_slabs_equals_the_interpolation_of_all_logits_at_once(monkeypatch):
     geometry = Geometry((20, 18, 40), oblique((1.0, 0.9, 1.1)))
-    scan = Volume(np.random.default_rng(0).integers(-400, 400, geometry.shape).astype(np.int16), geometry)
+    scan = Volume(
+        np.random.default_rng(0).integers(-400, 400, geometry.shape).astype(np.int16), geometry
+    )
     prepared = prepare({"ct": scan}, settings(spacing_mm=(1.3, 1.3, 1.7)))
     logits = np.random.default_rng(1).normal(size=(4, *prepared.array.shape[1:])).astype(np.float32)
     whole = restore_mask(logits, prepared.trail, [1, 2, 9])
@@ -133,7 +148,9 @@ def test_confidence_is_the_softmax_probability_of_the_winner():
     exponents = np.exp(logits - logits.max(axis=0))
     np.testing.assert_array_equal(mask, logits.argmax(axis=0))
     won = 1 / exponents.sum(axis=0)
-    expected = 255 * np.where(mask > 0, won, 1 - won)  # in the background it is the probability of any label
+    expected = 255 * np.where(
+        mask > 0, won, 1 - won
+    )  # in the background it is the probability of any label
     np.testing.assert_allclose(confidence, expected, atol=0.51)
 
 
@@ -142,7 +159,9 @@ def test_outside_the_body_the_mask_is_background_whatever_the_network_says():
     array = np.full(geometry.shape, -1000, np.int16)
     array[5:15, 6:16, 4:18] = 50
     prepared = prepare({"ct": Volume(array, geometry)}, settings())
-    logits = np.stack([np.zeros(prepared.array.shape[1:]), np.ones(prepared.array.shape[1:])]).astype(np.float32)
+    logits = np.stack(
+        [np.zeros(prepared.array.shape[1:]), np.ones(prepared.array.shape[1:])]
+    ).astype(np.float32)
     mask, _ = restore_mask(logits, prepared.trail, [1])
     np.testing.assert_array_equal(mask == 1, array == 50)
 
@@ -174,7 +193,9 @@ def test_channels_on_different_grids_are_refused():
     st.lists(st.integers(1, 5), min_size=1, max_size=6),
     st.booleans(),
 )
-def test_planes_and_slabs_of_any_size_along_any_axis_give_what_the_whole_gives(shape, spacing, axis, steps, separate):
+def test_planes_and_slabs_of_any_size_along_any_axis_give_what_the_whole_gives(
+    shape, spacing, axis, steps, separate
+):
     geometry = Geometry(shape, oblique((1.0, 0.9, 1.1)))
     rng = np.random.default_rng(0)
     scan = Volume(rng.integers(-400, 400, shape).astype(np.int16), geometry)
@@ -194,13 +215,22 @@ def test_planes_and_slabs_of_any_size_along_any_axis_give_what_the_whole_gives(s
     start = 0
     while start < trail.shape[axis]:
         part = range(start, min(trail.shape[axis], start + steps[start % len(steps)]))
-        np.testing.assert_allclose(planes.read(part.start, part.stop), np.take(whole, part, 1 + axis), atol=1e-4)
+        np.testing.assert_allclose(
+            planes.read(part.start, part.stop), np.take(whole, part, 1 + axis), atol=1e-4
+        )
         restorer.add(np.take(logits, part, 1 + axis))
         start = part.stop
-    (mask, confidence), (whole_mask, whole_confidence) = restorer.result(), restore_mask(logits, trail, [1, 5])
+    (mask, confidence), (whole_mask, whole_confidence) = (
+        restorer.result(),
+        restore_mask(logits, trail, [1, 5]),
+    )
     same = mask == whole_mask
-    assert np.count_nonzero(~same) <= 1 + 0.001 * mask.size  # where two logits agree to the last bit
-    np.testing.assert_allclose(confidence[same].astype(int), whole_confidence[same].astype(int), atol=1)
+    assert (
+        np.count_nonzero(~same) <= 1 + 0.001 * mask.size
+    )  # where two logits agree to the last bit
+    np.testing.assert_allclose(
+        confidence[same].astype(int), whole_confidence[same].astype(int), atol=1
+    )
 
 
 def test_regions_are_where_their_logit_is_over_0_and_a_later_one_lies_over_an_earlier_one():
@@ -221,19 +251,29 @@ def test_regions_are_where_their_logit_is_over_0_and_a_later_one_lies_over_an_ea
 
 def test_the_nearest_plane_is_taken_along_the_one_coarse_axis():
     geometry = Geometry((8, 8, 5), np.diag([1.0, 1.0, 5.0, 1.0]))
-    scan = Volume(np.random.default_rng(0).integers(0, 9, geometry.shape).astype(np.int16), geometry)
-    wanted = settings(spacing_mm=(1.0, 1.0, 2.5), crop="none", separate_above=3.0, interpolation="cubic")
+    scan = Volume(
+        np.random.default_rng(0).integers(0, 9, geometry.shape).astype(np.int16), geometry
+    )
+    wanted = settings(
+        spacing_mm=(1.0, 1.0, 2.5), crop="none", separate_above=3.0, interpolation="cubic"
+    )
     preparation = Preparation({"ct": scan}, wanted)
     assert preparation.trail.separate_axis == 2
-    np.testing.assert_allclose(preparation.planes(2).read(0, 10)[0], np.repeat(scan.array, 2, axis=2), atol=1e-5)
+    np.testing.assert_allclose(
+        preparation.planes(2).read(0, 10)[0], np.repeat(scan.array, 2, axis=2), atol=1e-5
+    )
 
 
 def test_stored_axes_are_those_of_the_file_backwards_then_transposed():
     geometry = Geometry((4, 5, 6), oblique((1, 1, 1)))
-    scan = Volume(np.random.default_rng(0).integers(0, 99, geometry.shape).astype(np.int16), geometry)
+    scan = Volume(
+        np.random.default_rng(0).integers(0, 99, geometry.shape).astype(np.int16), geometry
+    )
     wanted = settings(spacing_mm=(1.0, 1.0, 1.0), crop="none", axes="stored", transpose=(1, 0, 2))
     prepared = prepare({"ct": scan}, wanted)
-    np.testing.assert_allclose(prepared.array[0], scan.array.transpose(2, 1, 0).transpose(1, 0, 2), atol=1e-4)
+    np.testing.assert_allclose(
+        prepared.array[0], scan.array.transpose(2, 1, 0).transpose(1, 0, 2), atol=1e-4
+    )
     np.testing.assert_array_equal(
         restore_mask(one_hot(prepared.array[0] > 50, 2), prepared.trail, [1])[0], scan.array > 50
     )
@@ -247,10 +287,14 @@ def test_a_part_of_the_grid_gives_what_the_whole_gives_there_and_background_else
     rng = np.random.default_rng(0)
     scan = Volume(rng.integers(-400, 400, shape).astype(np.int16), geometry)
     preparation = Preparation(
-        {"ct": scan}, settings(spacing_mm=data.draw(st.tuples(*[st.floats(0.5, 3)] * 3)), crop="none")
+        {"ct": scan},
+        settings(spacing_mm=data.draw(st.tuples(*[st.floats(0.5, 3)] * 3)), crop="none"),
     )
     trail, axis = preparation.trail, data.draw(st.integers(0, 2))
-    ends = [sorted(data.draw(st.lists(st.integers(0, n), min_size=2, max_size=2, unique=True))) for n in trail.shape]
+    ends = [
+        sorted(data.draw(st.lists(st.integers(0, n), min_size=2, max_size=2, unique=True)))
+        for n in trail.shape
+    ]
     part = BoundingBox(tuple(a for a, _ in ends), tuple(b for _, b in ends))
     whole = preparation.planes(axis).read(0, trail.shape[axis])
     found = preparation.planes(axis, part).read(0, part.shape[axis])
@@ -273,24 +317,32 @@ def test_a_part_of_the_grid_gives_what_the_whole_gives_there_and_background_else
 @pytest.mark.parametrize("turned", [ras, oblique])
 def test_the_same_scan_on_a_coarser_grid_is_what_preparing_it_at_that_spacing_gives(turned):
     geometry = Geometry((25, 30, 16), turned((0.9, 1.1, 2.5)))
-    scan = Volume(np.random.default_rng(0).integers(-1000, 400, geometry.shape).astype(np.int16), geometry)
+    scan = Volume(
+        np.random.default_rng(0).integers(-1000, 400, geometry.shape).astype(np.int16), geometry
+    )
     coarse_mm = (3.0, 4.0, 5.0)
     fine = Preparation({"ct": scan}, settings(interpolation="cubic", separate_above=2.0))
-    expected = prepare({"ct": scan}, settings(spacing_mm=coarse_mm, interpolation="linear", separate_above=None))
+    expected = prepare(
+        {"ct": scan}, settings(spacing_mm=coarse_mm, interpolation="linear", separate_above=None)
+    )
     coarse = fine.at(coarse_mm)
     assert coarse.trail == expected.trail
     planes = coarse.planes(2)
     np.testing.assert_allclose(planes.read(0, planes.shape[2]), expected.array, atol=1e-5)
     extent = np.array(coarse.trail.shape) * coarse.trail.spacing_mm
     np.testing.assert_allclose(extent, np.array(fine.trail.shape) * fine.trail.spacing_mm)
-    np.testing.assert_allclose(extent, np.array(fine.trail.box.shape) * np.array([0.9, 1.1, 2.5]), rtol=1e-6)
+    np.testing.assert_allclose(
+        extent, np.array(fine.trail.box.shape) * np.array([0.9, 1.1, 2.5]), rtol=1e-6
+    )
     assert fine.trail.separate_axis == 2  # as it was before
 
 
 def interpolated(logits, trail):
     """(classes, R, A, S) float64 on the native voxels of the box, all of them at once."""
     for axis, (n, native) in enumerate(zip(trail.shape, trail.box.shape, strict=True), start=1):
-        lower, upper, weight = positions(n, native, "nearest" if axis - 1 == trail.separate_axis else "linear")
+        lower, upper, weight = positions(
+            n, native, "nearest" if axis - 1 == trail.separate_axis else "linear"
+        )
         weight = weight.reshape([-1 if other == axis else 1 for other in range(4)])
         logits = np.take(logits, lower, axis) * (1 - weight) + np.take(logits, upper, axis) * weight
     return logits
@@ -311,12 +363,16 @@ def logits_of_kind(kind, n_classes, shape, rng):
 @pytest.mark.parametrize("kind", ["smooth", "sharp", "random", "ties"])
 @pytest.mark.parametrize("regions", [False, True])
 @pytest.mark.parametrize("seed", range(12))
-def test_what_is_left_out_changes_no_label_and_no_confidence_by_more_than_one(kind, regions, seed, monkeypatch):
+def test_what_is_left_out_changes_no_label_and_no_confidence_by_more_than_one(
+    kind, regions, seed, monkeypatch
+):
     rng = np.random.default_rng(seed)
     shape = tuple(rng.integers(1, 28, 3).tolist())
     n_classes = int(rng.choice([2, 3, 12, 40, 300]))
     separate = int(rng.integers(0, 3)) if seed % 3 == 0 else None
-    size = tuple(max(1, round(n * rng.uniform(0.4, 2.5))) if rng.random() < 0.8 else n for n in shape)
+    size = tuple(
+        max(1, round(n * rng.uniform(0.4, 2.5))) if rng.random() < 0.8 else n for n in shape
+    )
     geometry = Geometry(shape, oblique((1.0, 0.9, 1.1)))
     trail = Trail(geometry, AxisOrder.of(geometry), BoundingBox.whole(shape), size, separate)
     size = trail.shape
@@ -324,7 +380,9 @@ def test_what_is_left_out_changes_no_label_and_no_confidence_by_more_than_one(ki
     if regions and kind != "ties":
         logits += 2.0
     if seed % 2:  # small tiles, so that there are many
-        monkeypatch.setattr(sys.modules["volseg.preprocess.restore"], "TILE_VALUES", 300 * n_classes)
+        monkeypatch.setattr(
+            sys.modules["volseg.preprocess.restore"], "TILE_VALUES", 300 * n_classes
+        )
     axis, step = int(rng.integers(0, 3)), int(rng.integers(1, 20))
     values = list(range(1, n_classes + regions))
     restorer = MaskRestorer(trail, values, axis=axis, regions=regions)
@@ -351,7 +409,9 @@ def test_what_is_left_out_changes_no_label_and_no_confidence_by_more_than_one(ki
     assert difference[is_label].max(initial=0) <= 1
     assert np.count_nonzero(difference[is_label]) <= 0.25 * is_label.sum() + 1
     is_background = same & (expected == 0)
-    assert difference[is_background].max(initial=0) <= 255 * 0.1 + 1  # doubts under a tenth may be left out
+    assert (
+        difference[is_background].max(initial=0) <= 255 * 0.1 + 1
+    )  # doubts under a tenth may be left out
     assert difference[is_background & (probability > 0.101)].max(initial=0) <= 255 * 0.01 + 1
 
 
@@ -385,7 +445,9 @@ def test_many_classes_that_are_nothing_at_every_voxel_count_between_two_that_are
     trail = Trail(geometry, AxisOrder.of(geometry), BoundingBox.whole(shape), (9, 9, 9))
     logits = np.full((303, 9, 9, 9), -8.0, np.float32)
     logits[1, :border], logits[2, border:] = 8, 8
-    mask, confidence = (to_canonical(each, trail.order) for each in restore_mask(logits, trail, list(range(1, 303))))
+    mask, confidence = (
+        to_canonical(each, trail.order) for each in restore_mask(logits, trail, list(range(1, 303)))
+    )
     dense = interpolated(logits.astype(np.float64), trail)
     np.testing.assert_array_equal(mask, dense.argmax(0))
     won = 1 / np.exp(dense - dense.max(0)).sum(0)

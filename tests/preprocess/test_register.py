@@ -14,7 +14,9 @@ BALLS = [((25, 5, 10), 9), ((-22, 8, -10), 7), ((20, 12, -14), 6)]
 PLACES = CENTRE + np.array([offset for offset, _ in BALLS])
 
 
-@pytest.mark.parametrize("frame_mm", [(0, 0, 0), (180, -90, 400)], ids=["same frame", "another frame"])
+@pytest.mark.parametrize(
+    "frame_mm", [(0, 0, 0), (180, -90, 400)], ids=["same frame", "another frame"]
+)
 def test_a_patient_who_turned_and_shifted_is_found_to_a_millimetre(frame_mm):
     """7° and 12 mm; on another day the coordinates may have nothing in common."""
     moved = movement(7, (8.0, -6.0, 6.6))
@@ -35,7 +37,10 @@ def test_a_patient_who_turned_and_shifted_is_found_to_a_millimetre(frame_mm):
 
 def test_scans_that_have_nothing_in_common_are_refused_or_disagree():
     geometry = Geometry((40, 40, 24), ras((2.0, 2.0, 3.0)))
-    noise = [Volume(np.random.default_rng(n).normal(size=geometry.shape).astype(np.float32), geometry) for n in (0, 1)]
+    noise = [
+        Volume(np.random.default_rng(n).normal(size=geometry.shape).astype(np.float32), geometry)
+        for n in (0, 1)
+    ]
     found = register(*noise)
     corner = geometry.to_world_mm(np.array([[0, 0, 0], [39, 39, 23]]))
     assert not found.is_better or found.disagreement_mm(corner).max() > 3

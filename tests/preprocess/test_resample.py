@@ -58,7 +58,11 @@ def test_a_linear_field_keeps_its_value_at_every_place_in_the_patient(grid):
     # Output voxels beyond the outermost input centres repeat the edge; all others lie on the field.
     index = np.indices(shape).reshape(3, -1).T
     inside = geometry.to_index(new.to_world_mm(index))
-    hull = ((inside >= -1e-9) & (inside <= np.array(geometry.shape) - 1 + 1e-9)).all(axis=1).reshape(shape)
+    hull = (
+        ((inside >= -1e-9) & (inside <= np.array(geometry.shape) - 1 + 1e-9))
+        .all(axis=1)
+        .reshape(shape)
+    )
     assert hull.mean() > 0.5
     np.testing.assert_allclose(found[hull], field(new)[hull], atol=1e-4)
 
@@ -85,7 +89,10 @@ def test_a_mask_on_a_finer_grid_read_at_the_old_voxel_centres_is_the_mask():
     mask = np.random.default_rng(0).integers(0, 4, (7, 9, 5)).astype(np.uint8)
     shape = (11, 9, 13)
     finer = resample_mask(mask, shape)
-    centres = [np.floor((np.arange(n) + 0.5) * m / n).astype(int) for n, m in zip(mask.shape, shape, strict=True)]
+    centres = [
+        np.floor((np.arange(n) + 0.5) * m / n).astype(int)
+        for n, m in zip(mask.shape, shape, strict=True)
+    ]
     np.testing.assert_array_equal(finer[np.ix_(*centres)], mask)
 
 
@@ -112,6 +119,10 @@ def test_a_coarse_cell_is_labelled_where_it_holds_a_label_and_only_there(shape, 
         parts = []
         for index, n, m in zip(cell, shape, wanted, strict=True):
             nearest = int((index + 0.5) * n / m)
-            parts.append(slice(index * n // m, -(-(index + 1) * n // m)) if m < n else slice(nearest, nearest + 1))
+            parts.append(
+                slice(index * n // m, -(-(index + 1) * n // m))
+                if m < n
+                else slice(nearest, nearest + 1)
+            )
         assert found[cell] == bool(mask[tuple(parts)].any())
     assert not mask.any() or found.any()

@@ -10,7 +10,10 @@ def bars(svg):
     """(left, right, height) of the bars, in the units of the picture."""
     found = ElementTree.fromstring(str(svg)).iter("rect")
     return np.array(
-        [[float(r.get("x")), float(r.get("x")) + float(r.get("width")), float(r.get("height"))] for r in found]
+        [
+            [float(r.get("x")), float(r.get("x")) + float(r.get("width")), float(r.get("height"))]
+            for r in found
+        ]
     )
 
 
@@ -21,7 +24,11 @@ def test_heights_are_counts_and_the_median_stands_among_them(log):
     heights = bars(svg)[:, 2]
     counts, _ = np.histogram(np.log10(values) if log else values, bins=round(2 * 500 ** (1 / 3)))
     np.testing.assert_allclose(heights / heights.sum(), counts[counts > 0] / 500, atol=0.002)
-    middle = [path for path in ElementTree.fromstring(str(svg)).iter("path") if path.get("class") == "middle"]
+    middle = [
+        path
+        for path in ElementTree.fromstring(str(svg)).iter("path")
+        if path.get("class") == "middle"
+    ]
     at = float(middle[0].get("d")[1:].split()[0])
     left = bars(svg)[:, 1] <= at  # bars that end before the median
     assert abs(heights[left].sum() / heights.sum() - 0.5) < heights.max() / heights.sum()

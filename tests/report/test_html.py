@@ -29,7 +29,13 @@ from volseg.volume import Geometry, Volume
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\"'&{{7*7}} <!--\u2028"
 FLAGS = ["--use-angle=swiftshader", "--enable-unsafe-swiftshader", "--no-sandbox", "--disable-quic"]
-CASE = {"case_id": "a", "status": "done", "n_lesions": 1, "total_volume_ml": 2.5, "image": "a.nii.gz"}
+CASE = {
+    "case_id": "a",
+    "status": "done",
+    "n_lesions": 1,
+    "total_volume_ml": 2.5,
+    "image": "a.nii.gz",
+}
 
 
 class Elements(HTMLParser):
@@ -69,7 +75,9 @@ def scene(affine=None, radii=(8, 5, 3), n_small=0):
     scan = Volume(np.asfortranarray(array.astype(np.int16)), geometry)
     found = label_lesions(mask, geometry)
     names = {1: HOSTILE, 2: "speck"}
-    rows = measure_lesions(scan, found.ids, found.labels, case_id=HOSTILE, label_names=names, intensity_unit="HU")
+    rows = measure_lesions(
+        scan, found.ids, found.labels, case_id=HOSTILE, label_names=names, intensity_unit="HU"
+    )
     return scan, found.ids, [plain(row) for row in rows], centres
 
 
@@ -80,14 +88,27 @@ def page_of(scan, ids, rows, case=CASE):
 
 
 def lesion(**values):
-    return {field.name: None for field in fields(LesionMeasurement)} | {"case_id": "a", "notes": ""} | values
+    return (
+        {field.name: None for field in fields(LesionMeasurement)}
+        | {"case_id": "a", "notes": ""}
+        | values
+    )
 
 
 def report_of_all_states(n=12):
     """Scans that are done, failed and pending, with hostile names, and lesions of which some numbers are unknown."""
-    cases = [plain(CaseRow(case_id=f"scan_{i:02}", status="done", n_lesions=i % 3)) for i in range(n)]
+    cases = [
+        plain(CaseRow(case_id=f"scan_{i:02}", status="done", n_lesions=i % 3)) for i in range(n)
+    ]
     cases += [
-        plain(CaseRow(case_id=HOSTILE, status="failed", reason=f"E_PAIR: {HOSTILE}; to fix: {HOSTILE}", image=HOSTILE)),
+        plain(
+            CaseRow(
+                case_id=HOSTILE,
+                status="failed",
+                reason=f"E_PAIR: {HOSTILE}; to fix: {HOSTILE}",
+                image=HOSTILE,
+            )
+        ),
         plain(CaseRow(case_id="later", status="pending")),
     ]
     lesions = [
@@ -106,7 +127,11 @@ def report_of_all_states(n=12):
     montage = montage_jpeg(scan, ids, window=(-100.0, 200.0), point_mm=None, extent_mm=0, pixels=96)
     about = {"command": "infer", "volseg": "9.9", "model": HOSTILE, "started": "today"}
     return report_html(
-        about, cases, lesions, montages={f"scan_{i:02}": montage for i in range(n)}, pages=["scan_00", "scan_01"]
+        about,
+        cases,
+        lesions,
+        montages={f"scan_{i:02}": montage for i in range(n)},
+        pages=["scan_00", "scan_01"],
     )
 
 
@@ -119,7 +144,9 @@ def test_a_hostile_name_stays_text_and_the_policy_lets_nothing_but_our_scripts_r
         page = report_of_all_states()
     else:
         scan, ids, rows, _ = scene()
-        page = page_of(scan, ids, rows, CASE | {"case_id": HOSTILE, "warnings": HOSTILE, "image": HOSTILE})
+        page = page_of(
+            scan, ids, rows, CASE | {"case_id": HOSTILE, "warnings": HOSTILE, "image": HOSTILE}
+        )
     assert "alert(1)" in page  # it is there
     elements = Elements(page)
     assert not any(tag == "img" and "onerror" in attributes for tag, attributes in elements.found)
@@ -130,7 +157,11 @@ def test_a_hostile_name_stays_text_and_the_policy_lets_nothing_but_our_scripts_r
     assert tags.index("meta") < tags.index("style") < tags.index("script")
     assert policy.startswith("default-src 'none'; script-src 'sha256-")
     assert "unsafe" not in policy
-    running = [text for tag, attributes, text in elements.texts if tag == "script" and "type" not in attributes]
+    running = [
+        text
+        for tag, attributes, text in elements.texts
+        if tag == "script" and "type" not in attributes
+    ]
     assert len(running) == 1
     assert HOSTILE[:9] not in running[0]
     for tag, attributes in elements.found:  # nothing is asked of a network, or of another file
@@ -143,16 +174,24 @@ def test_a_hostile_name_stays_text_and_the_policy_lets_nothing_but_our_scripts_r
 
 def test_failures_come_first_with_their_code_and_reason():
     page = report_of_all_states()
-    assert page.index("1 of 14 scans failed") < page.index("<code>E_PAIR</code>") < page.index("scans done")
+    assert (
+        page.index("1 of 14 scans failed")
+        < page.index("<code>E_PAIR</code>")
+        < page.index("scans done")
+    )
     assert "1 scans have not been reached yet" in page
     assert page.count("<svg") == 2  # volume and density of twelve lesions; nobody knows a long axis
-    cut = report_html({}, [{"case_id": "b", "status": "failed", "reason": None}], [], montages={}, pages=[])
+    cut = report_html(
+        {}, [{"case_id": "b", "status": "failed", "reason": None}], [], montages={}, pages=[]
+    )
     assert "<strong>b</strong>: no reason is known" in cut
     assert "<svg" not in cut
 
 
 def test_rows_hold_the_numbers_of_the_csv_and_unknown_is_null():
-    table = lesion_table([lesion(volume_ml=1 / 3, n_voxels=7, intensity_mean=float("nan"), touches_border=False)])
+    table = lesion_table(
+        [lesion(volume_ml=1 / 3, n_voxels=7, intensity_mean=float("nan"), touches_border=False)]
+    )
     columns = [column["name"] for column in table.content["columns"]]
     assert sorted(columns) == sorted(field.name for field in fields(LesionMeasurement))
     row = dict(zip(columns, table.content["rows"][0], strict=True))
@@ -169,7 +208,11 @@ def test_rows_hold_the_numbers_of_the_csv_and_unknown_is_null():
 
 def test_a_row_of_an_older_version_without_the_new_columns_is_a_row_of_unknown_cells():
     page = report_html(
-        {}, [{"case_id": "a", "status": "done"}], [{"case_id": "a", "lesion_id": 1}], montages={}, pages=[]
+        {},
+        [{"case_id": "a", "status": "done"}],
+        [{"case_id": "a", "lesion_id": 1}],
+        montages={},
+        pages=[],
     )
     rows = json.loads(re.search(r'id="lesions-data">(.*?)</script>', page)[1])["rows"]
     assert rows == [["a", 1, *[None] * (len(fields(LesionMeasurement)) - 2)]]
@@ -179,28 +222,43 @@ def test_a_run_of_any_size_stays_within_six_megabytes():
     scan, ids, _, _ = scene()
     montage = montage_jpeg(scan, ids, window=(-100.0, 200.0), point_mm=None, extent_mm=0)
     names = [f"a_scan_with_a_long_name_{i:04}" for i in range(500)]
-    row = {field.name: 123.456 for field in fields(LesionMeasurement)} | {"label_name": "node", "notes": ""}
-    lesions = [row | {"case_id": name, "lesion_id": n, "volume_ml": float(n)} for name in names for n in range(20)]
+    row = {field.name: 123.456 for field in fields(LesionMeasurement)} | {
+        "label_name": "node",
+        "notes": "",
+    }
+    lesions = [
+        row | {"case_id": name, "lesion_id": n, "volume_ml": float(n)}
+        for name in names
+        for n in range(20)
+    ]
     cases = [{"case_id": name, "status": "done", "n_lesions": 20} for name in names]
     page = report_html({}, cases, lesions, montages=dict.fromkeys(names, montage), pages=names)
     assert 3_000_000 < len(page.encode()) <= 6_000_000
     assert page.count("/9j/") >= 500  # every scan keeps its picture
     content = json.loads(re.search(r'id="lesions-data">(.*?)</script>', page)[1])
-    volumes = [each[[c["name"] for c in content["columns"]].index("volume_ml")] for each in content["rows"]]
+    volumes = [
+        each[[c["name"] for c in content["columns"]].index("volume_ml")] for each in content["rows"]
+    ]
     assert "lesions.csv has them all" in page
-    assert len(volumes) == 10000 or min(volumes) >= 20 - len(volumes) / 500 - 1  # else the largest ones
+    assert (
+        len(volumes) == 10000 or min(volumes) >= 20 - len(volumes) / 500 - 1
+    )  # else the largest ones
 
 
 @pytest.mark.parametrize("max_bytes", [-1000, 0, 6000, 20_000, 200_000])
 def test_a_table_that_does_not_fit_keeps_its_largest_rows(max_bytes):
-    row = {field.name: 1.5 for field in fields(LesionMeasurement)} | {"notes": "<&'>" * 9}  # six bytes each in a page
+    row = {field.name: 1.5 for field in fields(LesionMeasurement)} | {
+        "notes": "<&'>" * 9
+    }  # six bytes each in a page
     order = np.random.default_rng(0).permutation(300)
     rows = [row | {"case_id": "a", "lesion_id": int(n), "volume_ml": float(n)} for n in order]
     table = fitting_table(
         "t", "T", LesionMeasurement, rows, shown=("lesion_id", "volume_ml"), needed=("notes",), max_bytes=max_bytes,
         file="f.csv", rank=lambda row: -row["volume_ml"], kept="largest",
     )  # fmt: skip
-    size = len(htmlsafe_json_dumps(table.content, separators=(",", ":"), ensure_ascii=False).encode())
+    size = len(
+        htmlsafe_json_dumps(table.content, separators=(",", ":"), ensure_ascii=False).encode()
+    )
     numbers = [each[0] for each in table.content["rows"]]
     assert sorted(numbers, reverse=True) == list(range(299, 299 - len(numbers), -1))
     assert (size <= max_bytes) or not numbers
@@ -211,8 +269,12 @@ def test_a_table_that_does_not_fit_keeps_its_largest_rows(max_bytes):
 @pytest.mark.parametrize("n", [3, 4, 1000])
 def test_a_comparison_of_many_lesions_lists_the_first_and_reads_no_more(n):
     lesions = ({"patient": "p", "group": number} for number in range(n))
-    page = comparison_html({"command": "compare"}, [{"patient": "p", "status": "done"}], lesions, most=3)
-    listed = json.loads(re.search(r'id="changes-data">(.*?)</script>', page, flags=re.DOTALL)[1])["rows"]
+    page = comparison_html(
+        {"command": "compare"}, [{"patient": "p", "status": "done"}], lesions, most=3
+    )
+    listed = json.loads(re.search(r'id="changes-data">(.*?)</script>', page, flags=re.DOTALL)[1])[
+        "rows"
+    ]
     assert len(listed) == 3
     assert ("The first 3 rows of lesions are listed" in page) == (n > 3)
     assert len(list(lesions)) == max(0, n - 4)
@@ -220,11 +282,16 @@ def test_a_comparison_of_many_lesions_lists_the_first_and_reads_no_more(n):
 
 def test_a_viewer_page_of_a_large_noisy_scan_stays_within_six_megabytes():
     shape = (512, 512, 200)
-    noise = np.frombuffer(np.random.default_rng(0).bytes(int(np.prod(shape))), np.int8).reshape(shape, order="F")
+    noise = np.frombuffer(np.random.default_rng(0).bytes(int(np.prod(shape))), np.int8).reshape(
+        shape, order="F"
+    )
     ids = np.zeros(shape, np.uint16, order="F")
     ids[100:110, 120:130, 20:24], ids[400:404, 380:390, 180:184] = 1, 2
     scan = Volume(noise, Geometry(shape, lps((0.7, 0.7, 1.0))))
-    rows = [lesion(lesion_id=n, n_voxels=9, label_name=HOSTILE, notes=HOSTILE * 3) for n in range(1, 1500)]
+    rows = [
+        lesion(lesion_id=n, n_voxels=9, label_name=HOSTILE, notes=HOSTILE * 3)
+        for n in range(1, 1500)
+    ]
     page = page_of(scan, ids, rows)
     assert "The first 1000 of 1499 lesions" in page
     assert 2_000_000 < len(page.encode()) <= 6_000_000
@@ -233,7 +300,8 @@ def test_a_viewer_page_of_a_large_noisy_scan_stays_within_six_megabytes():
 def test_every_colour_of_text_stands_out_from_its_ground():
     style = resources.files("volseg.report").joinpath("templates/style.css").read_text()
     themes = [
-        dict(re.findall(r"--([a-z-]+): (#[0-9a-f]{6})", block)) for block in re.findall(r":root[^{]*\{([^}]*)\}", style)
+        dict(re.findall(r"--([a-z-]+): (#[0-9a-f]{6})", block))
+        for block in re.findall(r":root[^{]*\{([^}]*)\}", style)
     ]
     assert len(themes) == 3
     assert themes[1] == themes[2]
@@ -243,7 +311,11 @@ def test_every_colour_of_text_stands_out_from_its_ground():
         linear = np.where(parts <= 0.04045, parts / 12.92, ((parts + 0.055) / 1.055) ** 2.4)
         return float(linear @ (0.2126, 0.7152, 0.0722))
 
-    pairs = [(text, ground) for text in ("text", "muted", "link", "bad") for ground in ("page", "panel", "marked")]
+    pairs = [
+        (text, ground)
+        for text in ("text", "muted", "link", "bad")
+        for ground in ("page", "panel", "marked")
+    ]
     pairs += [("bad", "bad-panel"), ("text", "bad-panel"), ("on-accent", "accent")]
     for theme in themes[:2]:
         for text, ground in pairs:
@@ -262,15 +334,21 @@ def test_the_licences_travel_with_the_viewer():
 
 
 def launched(playwright, *flags):
-    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    found = next(
+        filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+    )
     if found is None:
-        pytest.skip("NO BROWSER: the pages were not looked at; install one (apt-get install chromium)")
+        pytest.skip(
+            "NO BROWSER: the pages were not looked at; install one (apt-get install chromium)"
+        )
     return playwright.chromium.launch(executable_path=found, args=[*FLAGS, *flags])
 
 
 @pytest.fixture(scope="module")
 def playwright():
-    sync_api = pytest.importorskip("playwright.sync_api", reason="NO BROWSER: playwright is not installed")
+    sync_api = pytest.importorskip(
+        "playwright.sync_api", reason="NO BROWSER: playwright is not installed"
+    )
     with sync_api.sync_playwright() as started:
         yield started
 
@@ -286,28 +364,36 @@ class Visit:
     """A page in a browser without a network, and all that it did not do quietly."""
 
     def __init__(self, browser, path, fragment="", ready="1", **options):
-        context = browser.new_context(viewport={"width": 1280, "height": 800}, offline=True, **options)
+        context = browser.new_context(
+            viewport={"width": 1280, "height": 800}, offline=True, **options
+        )
         self.page = context.new_page()
         self.requests, self.trouble = [], []
         self.page.on("request", lambda request: self.requests.append(request.url))
         self.page.on("pageerror", lambda error: self.trouble.append(str(error)))
         self.page.on("dialog", lambda dialog: self.trouble.append("dialog") or dialog.dismiss())
-        self.page.on("console", lambda line: line.type == "error" and self.trouble.append(line.text))
+        self.page.on(
+            "console", lambda line: line.type == "error" and self.trouble.append(line.text)
+        )
         self.uri = path.resolve().as_uri() + fragment
         self.page.goto(self.uri)
         self.page.wait_for_selector("html[data-ready]", state="attached", timeout=60_000)
-        assert self.page.get_attribute("html", "data-ready") == ready, self.page.inner_text("#message")
+        assert self.page.get_attribute("html", "data-ready") == ready, self.page.inner_text(
+            "#message"
+        )
 
     def place(self):
         return self.page.evaluate("({...document.getElementById('place').dataset})")
 
     def end(self):
         assert self.trouble == []
-        assert [request for request in self.requests if not request.startswith(("data:", "blob:"))] == [
-            self.uri.partition("#")[0]
-        ]
+        assert [
+            request for request in self.requests if not request.startswith(("data:", "blob:"))
+        ] == [self.uri.partition("#")[0]]
         root = "document.documentElement"
-        assert self.page.evaluate(f"{root}.scrollWidth <= {root}.clientWidth"), "wider than the window"
+        assert self.page.evaluate(f"{root}.scrollWidth <= {root}.clientWidth"), (
+            "wider than the window"
+        )
         self.page.context.close()
 
 
@@ -339,7 +425,9 @@ def test_a_click_on_a_lesion_leads_to_it(kind, browser, tmp_path):
         numbers, _ = list(orientations(scan.with_array(ids)))[29]
         scan, ids = Volume(stored, Geometry(stored.shape, affine)), numbers
     path = tmp_path / "a.html"
-    path.write_text(page_of(scan, ids, rows, CASE | {"case_id": HOSTILE, "warnings": HOSTILE}), encoding="utf-8")
+    path.write_text(
+        page_of(scan, ids, rows, CASE | {"case_id": HOSTILE, "warnings": HOSTILE}), encoding="utf-8"
+    )
     visit = Visit(browser, path, "#lesion=3")
     page = visit.page
     assert visit.place()["id"] == "3"  # what the address asks for
@@ -353,7 +441,9 @@ def test_a_click_on_a_lesion_leads_to_it(kind, browser, tmp_path):
         assert float(place["value"]) == pytest.approx(100, abs=60)  # HU, in one voxel of noise
         assert page.inner_text("#numbers h3") == f"Lesion {number}"
         drawn = int(page.get_attribute("#lines", "data-drawn") or 0)
-        assert drawn == 2 or (kind == "many" and drawn > 2)  # long and short axis, of neighbours in the slice too
+        assert drawn == 2 or (
+            kind == "many" and drawn > 2
+        )  # long and short axis, of neighbours in the slice too
         assert page.get_attribute(f'tr[data-lesion="{number}"]', "aria-current") == "true"
     if kind == "many":
         button = page.get_by_role("button", name="Show lesion 303", exact=True)
@@ -362,7 +452,9 @@ def test_a_click_on_a_lesion_leads_to_it(kind, browser, tmp_path):
         assert visit.place()["id"] == "303"
     seen = page.evaluate(PIXELS)
     assert seen["lit"] > 50_000
-    assert 800 < seen["coloured"] < 0.1 * seen["lit"]  # what is no lesion is grey, however many there are
+    assert (
+        800 < seen["coloured"] < 0.1 * seen["lit"]
+    )  # what is no lesion is grey, however many there are
     if kind == "oblique":
         # Another slice has no diameters; the keyboard goes there.
         page.focus("#canvas")
@@ -411,7 +503,9 @@ def test_a_diameter_is_drawn_where_it_was_measured(browser, tmp_path):
     for x, y in drawn[list(np.unravel_index(between.argmax(), between.shape))]:
         visit.page.mouse.click(left + x, top + y)
         found = np.array([float(visit.place()[axis]) for axis in "ras"])
-        assert min(np.linalg.norm(found - end) for end in ends) < 1.5 * max(scan.geometry.spacing_mm[:2])
+        assert min(np.linalg.norm(found - end) for end in ends) < 1.5 * max(
+            scan.geometry.spacing_mm[:2]
+        )
     visit.end()
 
 
@@ -439,7 +533,9 @@ def test_the_report_is_sorted_filtered_and_arranged_by_keyboard(browser, tmp_pat
     page, table = visit.page, visit.page.locator("section[aria-labelledby='lesions-title']")
 
     def column(name):
-        at = [head.get_attribute("data-column") for head in table.locator("thead th").all()].index(name)
+        at = [head.get_attribute("data-column") for head in table.locator("thead th").all()].index(
+            name
+        )
         return [row.locator("td").nth(at).inner_text() for row in table.locator("tbody tr").all()]
 
     head = table.locator("th[data-column='volume_ml']")
@@ -457,7 +553,10 @@ def test_the_report_is_sorted_filtered_and_arranged_by_keyboard(browser, tmp_pat
     page.keyboard.type("node volume_ml > 6")
     assert set(column("label_name")) == {"node"}
     assert min(map(float, column("volume_ml"))) > 6
-    assert table.locator("output").inner_text() == f"1–{len(column('volume_ml'))} of {len(column('volume_ml'))} (of 12)"
+    assert (
+        table.locator("output").inner_text()
+        == f"1–{len(column('volume_ml'))} of {len(column('volume_ml'))} (of 12)"
+    )
     table.get_by_label("Filter").fill("")
     table.locator("summary").press("Enter")
     table.get_by_label("n_voxels").press("Space")
@@ -466,7 +565,10 @@ def test_the_report_is_sorted_filtered_and_arranged_by_keyboard(browser, tmp_pat
     assert not table.locator("details[open]").count()
     assert HOSTILE.replace("\u2028", "") in page.inner_text(".failures").replace("\u2028", "")
     links = page.locator("section[aria-labelledby='scans-title'] tbody a").all()
-    assert {link.get_attribute("href") for link in links} == {"viewer/scan_00.html", "viewer/scan_01.html"}
+    assert {link.get_attribute("href") for link in links} == {
+        "viewer/scan_00.html",
+        "viewer/scan_01.html",
+    }
     pictures = page.locator("td.picture img")
     assert pictures.count() == 12
     assert pictures.first.evaluate("image => image.decode().then(() => image.naturalWidth)") == 288
@@ -496,7 +598,13 @@ def test_the_box_is_seen_on_the_report_and_on_the_viewer_page(is_poor, browser, 
         "viewer": viewer_html(case, rows, preview, montage, unit="HU", box=box),
         "report": report_html(
             {"command": "infer"},
-            [plain(CaseRow(case_id="a", status="done", model=box.name, warnings=warnings, n_lesions=3))],
+            [
+                plain(
+                    CaseRow(
+                        case_id="a", status="done", model=box.name, warnings=warnings, n_lesions=3
+                    )
+                )
+            ],
             [*rows[:2], lesion(lesion_id=3)],  # whose cells are unknown, also the last ones
             montages={},
             pages=[],
@@ -519,7 +627,9 @@ def test_the_box_is_seen_on_the_report_and_on_the_viewer_page(is_poor, browser, 
         assert poor.count() == is_poor
         if is_poor:
             assert poor.is_visible() and "nodule 0.12" in poor.inner_text()
-            red, green, blue = map(int, re.findall(r"\d+", poor.evaluate("part => getComputedStyle(part).color"))[:3])
+            red, green, blue = map(
+                int, re.findall(r"\d+", poor.evaluate("part => getComputedStyle(part).color"))[:3]
+            )
             assert red > 1.5 * max(green, blue)
             assert poor.bounding_box()["height"] < 30  # one line
         visit.page.set_viewport_size({"width": 700, "height": 800})  # a table is wider

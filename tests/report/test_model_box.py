@@ -20,7 +20,9 @@ def test_the_shipped_model_says_what_it_is_and_that_no_interval_is_stored():
     assert box.cases_text == "601 cases, validated on 155"
     assert box.dice_text == "nodule 0.82 (no interval is stored)"
     assert box.poor_line == ""
-    assert read_model_box(box.model_dump_json()) == read_model_box(box.model_dump(mode="json")) == box
+    assert (
+        read_model_box(box.model_dump_json()) == read_model_box(box.model_dump(mode="json")) == box
+    )
 
 
 @pytest.mark.parametrize("content", [None, "", "{", [], "[1]", {"name": "a"}, '{"name": 3}'])
@@ -29,7 +31,13 @@ def test_a_record_of_a_stranger_without_a_box_has_none(content):
 
 
 def test_a_dice_has_its_interval_and_under_a_half_one_red_line():
-    box = box_of({"validation_dice_nodule": 0.49, "validation_dice_nodule_95": [0.31, 0.66], "training_cases": 12})
+    box = box_of(
+        {
+            "validation_dice_nodule": 0.49,
+            "validation_dice_nodule_95": [0.31, 0.66],
+            "training_cases": 12,
+        }
+    )
     assert box.dice_text == "nodule 0.49 (95 % interval 0.31 to 0.66)"
     assert box.poor_line.startswith("Poor model: validation Dice under 0.5: nodule 0.49.")
     assert box_of({"validation_dice_nodule": 0.5}).poor_line == ""
@@ -41,19 +49,28 @@ def test_a_dice_has_its_interval_and_under_a_half_one_red_line():
 
 def test_without_a_known_dice_confidence_is_lower_and_of_nnunet_it_is_the_mean_of_the_folds():
     assert "trust its masks less" in box_of({}).dice_text
-    assert box_of({"nnunet_validation_dice_fold_0": 0.4, "nnunet_validation_dice_fold_1": 0.2}).poor_line
+    assert box_of(
+        {"nnunet_validation_dice_fold_0": 0.4, "nnunet_validation_dice_fold_1": 0.2}
+    ).poor_line
 
 
 def test_how_many_scans_resemble_those_of_training():
     rows = [
         {"status": "done", "model": "m", "warnings": ""},
-        {"status": "done", "model": "m", "warnings": "W_BORDER: a lesion touches; W_FOV: field of view 300"},
+        {
+            "status": "done",
+            "model": "m",
+            "warnings": "W_BORDER: a lesion touches; W_FOV: field of view 300",
+        },
         {"status": "failed", "model": "m", "reason": "E_MODALITY: no CT"},
         {"status": "failed", "model": "m", "reason": "E_TRUNCATED: cut off"},
         {"status": "done", "model": "another", "warnings": ""},
     ]
     likeness = likeness_of_run(rows, "m")
-    assert likeness.text.startswith("1 of 3 scans resemble") and "1 of another modality were refused" in likeness.text
+    assert (
+        likeness.text.startswith("1 of 3 scans resemble")
+        and "1 of another modality were refused" in likeness.text
+    )
     assert not likeness.is_like
     assert likeness_of_scan("W_CLIP: 20% of the voxels").is_like
     assert not likeness_of_scan("W_MODALITY: x").is_like

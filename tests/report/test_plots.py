@@ -61,7 +61,9 @@ def test_volumes_that_agree_lie_on_the_line_of_identity(measured):
     plot = Figure().subplots()
     plots._correlation(plot, measured)
     points = plot.collections[0].get_offsets()
-    np.testing.assert_allclose(points, np.stack([measured.reference_ml, measured.predicted_ml], axis=1))
+    np.testing.assert_allclose(
+        points, np.stack([measured.reference_ml, measured.predicted_ml], axis=1)
+    )
     assert plot.get_xlim() == plot.get_ylim()
     assert f"{measured.volumes.concordance:.3f}" in plot.texts[0].get_text()
 
@@ -101,11 +103,19 @@ def test_the_curve_is_drawn_as_it_is_and_ends_at_a_dot(monkeypatch):
     steps, dot = seen[0].axes[0].get_lines()
     np.testing.assert_array_equal(steps.get_ydata()[1:], curve.sensitivity)
     drawn = curve.false_positives_per_scan >= 1 / 8
-    np.testing.assert_array_equal(steps.get_xdata()[1:][drawn], curve.false_positives_per_scan[drawn])
-    assert (dot.get_xdata()[0], dot.get_ydata()[0]) == ((~is_matched).sum() / 10, is_matched.sum() / 40)
+    np.testing.assert_array_equal(
+        steps.get_xdata()[1:][drawn], curve.false_positives_per_scan[drawn]
+    )
+    assert (dot.get_xdata()[0], dot.get_ydata()[0]) == (
+        (~is_matched).sum() / 10,
+        is_matched.sum() / 40,
+    )
 
 
 def test_two_curves_make_a_picture():
     rng = np.random.default_rng(2)
-    curves = [(name, froc(rng.random(9), rng.random(9) < 0.5, n_reference=9, n_scans=4)) for name in ("tumour", "cyst")]
+    curves = [
+        (name, froc(rng.random(9), rng.random(9) < 0.5, n_reference=9, n_scans=4))
+        for name in ("tumour", "cyst")
+    ]
     assert pixels(plots.froc_png(curves)).std() > 0

@@ -5,11 +5,28 @@ import tracemalloc
 import matplotlib.image
 import numpy as np
 import pytest
-from laws import GRIDS, ball, ball_volume_mm3, centre_mm, grid_around, lps, oblique, orientations, ras
+from laws import (
+    GRIDS,
+    ball,
+    ball_volume_mm3,
+    centre_mm,
+    grid_around,
+    lps,
+    oblique,
+    orientations,
+    ras,
+)
 
 from volseg.io.nifti import read_volume
 from volseg.report import preview as preview_module
-from volseg.report.preview import lesion_colour, lesion_points, make_preview, montage_jpeg, point_of, smaller_jpeg
+from volseg.report.preview import (
+    lesion_colour,
+    lesion_points,
+    make_preview,
+    montage_jpeg,
+    point_of,
+    smaller_jpeg,
+)
 from volseg.volume import Geometry, Volume
 
 PLENTY = 4_000_000
@@ -49,9 +66,14 @@ def test_a_point_of_the_patient_has_its_intensity_and_its_lesion_in_the_preview(
     inside = (stored > 0) & (stored < 255)  # the others are clipped
     assert inside.mean() > 0.9
     expected = image.geometry.to_world_mm(inner) @ field
-    np.testing.assert_allclose(image.intensities(stored)[inside], expected[inside], atol=0.51 * image.slope)
+    np.testing.assert_allclose(
+        image.intensities(stored)[inside], expected[inside], atol=0.51 * image.slope
+    )
     for number, centre in enumerate(centres, start=1):
-        assert np.linalg.norm(centroid_mm(preview, number) - centre) < max(image.geometry.spacing_mm) / 2
+        assert (
+            np.linalg.norm(centroid_mm(preview, number) - centre)
+            < max(image.geometry.spacing_mm) / 2
+        )
         volume = np.count_nonzero(preview.ids.array == number) * image.geometry.voxel_volume_mm3
         assert volume == pytest.approx(ball_volume_mm3((8, 4)[number - 1]), rel=0.2)
 
@@ -61,10 +83,16 @@ def test_all_48_axis_orders_give_the_same_preview(max_bytes):
     geometry, ids, _ = two_balls(oblique((1.1, 0.9, 1.7)), margin=2)
     scan = Volume(noisy(geometry.shape) + ids.astype(np.int16) * 100, geometry)
     expected = make_preview(scan, ids, unit="HU", max_bytes=max_bytes)
-    for (stored, affine), (numbers, _) in zip(orientations(scan), orientations(scan.with_array(ids)), strict=True):
-        found = make_preview(Volume(stored, Geometry(stored.shape, affine)), numbers, unit="HU", max_bytes=max_bytes)
+    for (stored, affine), (numbers, _) in zip(
+        orientations(scan), orientations(scan.with_array(ids)), strict=True
+    ):
+        found = make_preview(
+            Volume(stored, Geometry(stored.shape, affine)), numbers, unit="HU", max_bytes=max_bytes
+        )
         np.testing.assert_array_equal(found.ids.array, expected.ids.array)
-        np.testing.assert_allclose(found.image.geometry.affine, expected.image.geometry.affine, atol=1e-9)
+        np.testing.assert_allclose(
+            found.image.geometry.affine, expected.image.geometry.affine, atol=1e-9
+        )
         # a sum of float32 in another order may fall on the other side of a half
         assert np.abs(found.image.array.astype(int) - expected.image.array).max() <= 1
         assert found.window == pytest.approx(expected.window)
@@ -72,8 +100,13 @@ def test_all_48_axis_orders_give_the_same_preview(max_bytes):
 
 def test_what_is_packed_reads_back_as_it_is(tmp_path):
     geometry, ids, _ = two_balls(lps((0.7, 0.7, 2.5)))
-    preview = make_preview(Volume(noisy(geometry.shape), geometry), ids, unit="HU", max_bytes=PLENTY)
-    for packed, volume in ((preview.packed_image, preview.image), (preview.packed_ids, preview.ids)):
+    preview = make_preview(
+        Volume(noisy(geometry.shape), geometry), ids, unit="HU", max_bytes=PLENTY
+    )
+    for packed, volume in (
+        (preview.packed_image, preview.image),
+        (preview.packed_ids, preview.ids),
+    ):
         (tmp_path / "a.nii.gz").write_bytes(packed)
         found = read_volume(tmp_path / "a.nii.gz")
         np.testing.assert_array_equal(found.array, volume.array)
@@ -83,7 +116,9 @@ def test_what_is_packed_reads_back_as_it_is(tmp_path):
 
 def test_a_large_scan_fits_into_its_bytes_and_its_making_into_little_memory():
     shape = (512, 512, 200)  # of noise, which hardly packs
-    array = np.frombuffer(np.random.default_rng(0).bytes(int(np.prod(shape))), np.int8).reshape(shape, order="F")
+    array = np.frombuffer(np.random.default_rng(0).bytes(int(np.prod(shape))), np.int8).reshape(
+        shape, order="F"
+    )
     ids = np.zeros(shape, np.uint16, order="F")
     for n, at in enumerate([(150, 170, 10), (350, 330, 190), (256, 256, 100)], start=1):
         ids[tuple(slice(i - 4 + n, i + 4) for i in at)] = n
@@ -128,17 +163,23 @@ def test_lesions_of_a_single_voxel_do_not_vanish():
     assert len(present) > 290 if max(preview.factors) == 3 else len(present) > 150
     for number in list(present)[:20]:
         true = geometry.to_world_mm(np.argwhere(ids == number))[0]
-        offset = np.abs(preview.ids.geometry.to_index(np.vstack([true, centroid_mm(preview, number)])))
+        offset = np.abs(
+            preview.ids.geometry.to_index(np.vstack([true, centroid_mm(preview, number)]))
+        )
         assert np.abs(offset[0] - offset[1]).max() <= 0.5 + 1e-6
 
 
 def test_the_window_holds_what_is_looked_at():
     geometry, ids, _ = two_balls(ras((1, 1, 2)))
     lung = noisy(geometry.shape, low=-900, high=-800) + (ids > 0) * 850
-    low, high = make_preview(Volume(lung.astype(np.int16), geometry), ids, unit="HU", max_bytes=PLENTY).window
+    low, high = make_preview(
+        Volume(lung.astype(np.int16), geometry), ids, unit="HU", max_bytes=PLENTY
+    ).window
     assert low < -850 < 0 < high < 400
     soft = noisy(geometry.shape, low=35, high=45) + (ids > 0) * 20
-    low, high = make_preview(Volume(soft.astype(np.int16), geometry), ids, unit="HU", max_bytes=PLENTY).window
+    low, high = make_preview(
+        Volume(soft.astype(np.int16), geometry), ids, unit="HU", max_bytes=PLENTY
+    ).window
     assert high - low == pytest.approx(200)
     assert low < 40 < 60 < high
     magnetic = noisy(geometry.shape, low=0, high=500).astype(np.float32)
@@ -154,10 +195,14 @@ def test_unknown_and_constant_voxels_do_no_harm():
     for unit in ("HU", "a.u."):
         preview = make_preview(Volume(holes, geometry), ids, unit=unit, max_bytes=PLENTY)
         assert all(map(np.isfinite, preview.window))
-        montage_jpeg(Volume(holes, geometry), ids, window=preview.window, point_mm=None, extent_mm=0)
+        montage_jpeg(
+            Volume(holes, geometry), ids, window=preview.window, point_mm=None, extent_mm=0
+        )
     for shape in ((2, 2, 2), (40, 2, 3)):
         flat = Volume(np.zeros(shape, np.int16), Geometry(shape, ras((1, 1, 1))))
-        low, high = make_preview(flat, np.ones(shape, np.uint8), unit="a.u.", max_bytes=PLENTY).window
+        low, high = make_preview(
+            flat, np.ones(shape, np.uint8), unit="a.u.", max_bytes=PLENTY
+        ).window
         assert low < high
 
 
@@ -166,10 +211,17 @@ def test_the_point_of_a_lesion_lies_in_it_and_in_the_slice_of_its_long_axis():
     ids = np.zeros(geometry.shape, np.uint8)
     ids[5:30, 5:30, 8:14] = 1
     ids[10:30, 10:30, 8:14] = 0  # an angle, whose centroid lies outside
-    preview = make_preview(Volume(noisy(geometry.shape), geometry), ids, unit="HU", max_bytes=PLENTY)
+    preview = make_preview(
+        Volume(noisy(geometry.shape), geometry), ids, unit="HU", max_bytes=PLENTY
+    )
     ends = geometry.to_world_mm(np.array([[5, 29, 12], [9, 5, 12]]))
-    centroid = dict(zip(("centroid_r_mm", "centroid_a_mm", "centroid_s_mm"), centroid_mm(preview, 1).tolist()))
-    written = {f"long_axis_p{n}_ras": json.dumps([round(float(v), 2) for v in end]) for n, end in enumerate(ends)}
+    centroid = dict(
+        zip(("centroid_r_mm", "centroid_a_mm", "centroid_s_mm"), centroid_mm(preview, 1).tolist())
+    )
+    written = {
+        f"long_axis_p{n}_ras": json.dumps([round(float(v), 2) for v in end])
+        for n, end in enumerate(ends)
+    }
     without = lesion_points(preview, [{"lesion_id": 1, **centroid}])[1]
     with_axis = lesion_points(preview, [{"lesion_id": 1, **centroid, **written}])[1]
     for point in (without, with_axis):
@@ -190,13 +242,19 @@ def test_the_montage_shows_the_right_on_the_left_outlines_and_a_true_scale():
     right = ball(6, geometry, centre + [25, 0, 0])
     ids = ball(10, geometry, centre).astype(np.uint8)
     scan = Volume(np.where(right, 1000, np.where(ids, 0, -500)).astype(np.int16), geometry)
-    jpeg = montage_jpeg(scan, ids, window=(-500.0, 500.0), point_mm=tuple(centre), extent_mm=20, pixels=320)
+    jpeg = montage_jpeg(
+        scan, ids, window=(-500.0, 500.0), point_mm=tuple(centre), extent_mm=20, pixels=320
+    )
     picture = matplotlib.image.imread(io.BytesIO(jpeg), format="jpeg").astype(int)
     assert picture.shape == (320, 960, 3)
     axial = picture[:, :320]
-    bright = np.argwhere((axial.min(axis=2) > 200) & (np.arange(320)[:, None] < 280))  # the bar and its text are below
+    bright = np.argwhere(
+        (axial.min(axis=2) > 200) & (np.arange(320)[:, None] < 280)
+    )  # the bar and its text are below
     scale = 320 / 50  # pixels per mm: 2.2 × 20 mm is less than the 50 mm that are shown at least
-    assert abs(160 - bright[:, 1].max() - 19 * scale) < 3  # the near edge of the ball: 25 − 6 mm to the right
+    assert (
+        abs(160 - bright[:, 1].max() - 19 * scale) < 3
+    )  # the near edge of the ball: 25 − 6 mm to the right
     colour = np.array(lesion_colour(1))
     outline = np.argwhere(np.abs(axial - colour).max(axis=2) < 60)
     assert np.ptp(outline[:, 1]) == pytest.approx(20 * scale, abs=scale + 2)
@@ -212,13 +270,19 @@ def test_colours_of_neighbours_differ():
 
 
 @pytest.mark.parametrize("n", [20, 200])
-def test_lesions_that_spread_over_the_scan_are_found_in_one_look_however_many_there_are(n, monkeypatch):
+def test_lesions_that_spread_over_the_scan_are_found_in_one_look_however_many_there_are(
+    n, monkeypatch
+):
     shape = (40, 41, 30)
     rng = np.random.default_rng(0)
     ids = (rng.integers(1, n + 1, shape) * (rng.random(shape) < 0.05)).astype(np.uint8)
-    scan = Volume(rng.normal(0, 100, shape).astype(np.int16), Geometry(shape, oblique((0.5, 0.6, 0.7))))
+    scan = Volume(
+        rng.normal(0, 100, shape).astype(np.int16), Geometry(shape, oblique((0.5, 0.6, 0.7)))
+    )
     looks, slabs = [], preview_module._slabs
-    monkeypatch.setattr(preview_module, "PIECE_VOXELS", 5000)  # of which each lesion has fewer, and its box more
+    monkeypatch.setattr(
+        preview_module, "PIECE_VOXELS", 5000
+    )  # of which each lesion has fewer, and its box more
     monkeypatch.setattr(preview_module, "_slabs", lambda *part: looks.append(part) or slabs(*part))
     found = make_preview(scan, ids, unit="a.u.", max_bytes=9000)
     assert max(found.factors) > 1

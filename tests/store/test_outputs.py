@@ -39,10 +39,14 @@ def test_what_was_written_may_be_written_again_until_it_is_changed(tmp_path):
     assert tree(tmp_path) == {"a.csv": b"by hand"}
 
 
-@pytest.mark.parametrize("make", [lambda p: p.write_text("x"), lambda p: p.mkdir(), lambda p: p.symlink_to("nowhere")])
+@pytest.mark.parametrize(
+    "make", [lambda p: p.write_text("x"), lambda p: p.mkdir(), lambda p: p.symlink_to("nowhere")]
+)
 def test_whatever_stands_where_an_output_has_to_be_is_refused(make, tmp_path):
     make(tmp_path / "a.csv")
-    make(tmp_path / "masks") if not (tmp_path / "a.csv").is_dir() else (tmp_path / "masks").write_text("x")
+    make(tmp_path / "masks") if not (tmp_path / "a.csv").is_dir() else (
+        tmp_path / "masks"
+    ).write_text("x")
     with OutputFolder(tmp_path, "infer") as outputs:
         for name in ("a.csv", "masks/c.nii.gz"):
             with pytest.raises(VolsegError, match="already there"):
@@ -64,7 +68,10 @@ def test_a_refused_run_leaves_a_folder_as_it_was(tmp_path):
     with pytest.raises(VolsegError), OutputFolder(tmp_path, "infer") as outputs:
         outputs.refuse_foreign(["a.csv"])
     assert [path.name for path in tmp_path.iterdir()] == ["a.csv"]
-    with pytest.raises(VolsegError), OutputFolder(tmp_path / "new", "infer", inputs=[tmp_path / "new"]) as outputs:
+    with (
+        pytest.raises(VolsegError),
+        OutputFolder(tmp_path / "new", "infer", inputs=[tmp_path / "new"]) as outputs,
+    ):
         outputs.refuse_foreign(["a.csv"])
     assert not (tmp_path / "new").exists()
 
@@ -95,7 +102,9 @@ def test_nothing_is_written_into_a_folder_of_inputs(tmp_path):
         outputs.refuse_foreign(["lesion_ids/c.nii.gz"])
 
 
-@pytest.mark.parametrize("name", [".tmp-anything", "masks/.tmp-0123456789abcdef", ".volseg/tmp-mine/notes.txt"])
+@pytest.mark.parametrize(
+    "name", [".tmp-anything", "masks/.tmp-0123456789abcdef", ".volseg/tmp-mine/notes.txt"]
+)
 def test_temporary_files_of_the_user_stay(name, tmp_path):
     with OutputFolder(tmp_path, "infer") as outputs:
         outputs.write("a.csv", "1")
@@ -109,7 +118,9 @@ def test_temporary_files_of_the_user_stay(name, tmp_path):
 @pytest.mark.parametrize("content", ["folder", "ledger"])
 def test_a_hidden_folder_that_volseg_did_not_make_is_refused(content, tmp_path):
     (tmp_path / ".volseg").mkdir()
-    (tmp_path / ".volseg" / ("notes.txt" if content == "folder" else "ledger.jsonl")).write_text("mine")
+    (tmp_path / ".volseg" / ("notes.txt" if content == "folder" else "ledger.jsonl")).write_text(
+        "mine"
+    )
     with pytest.raises(VolsegError, match="not made by volseg"), OutputFolder(tmp_path, "infer"):
         pass
     assert len(list(tmp_path.rglob("*"))) == 2
@@ -132,7 +143,9 @@ def test_a_commit_that_cannot_be_written_leaves_what_was_there(tmp_path):
     assert not list((tmp_path / ".volseg").glob("tmp-*"))
 
 
-def test_a_file_that_something_else_wrote_into_a_commit_is_on_the_disk_before_it_appears(tmp_path, monkeypatch):
+def test_a_file_that_something_else_wrote_into_a_commit_is_on_the_disk_before_it_appears(
+    tmp_path, monkeypatch
+):
     happened, fsync, rename = [], os.fsync, os.rename
 
     def keep_sync(descriptor):
@@ -173,12 +186,20 @@ def test_files_of_an_earlier_call_go_only_if_they_are_as_they_were(tmp_path):
     assert tree(tmp_path) == {"a.csv": b"new", "b.png": b"by hand", "c.png": b"mine"}
 
 
-KILLED_AT = ["os.fsync", "os.rename", "os.replace", "volseg.store.outputs.sync_folder", "shutil.rmtree"]
+KILLED_AT = [
+    "os.fsync",
+    "os.rename",
+    "os.replace",
+    "volseg.store.outputs.sync_folder",
+    "shutil.rmtree",
+]
 
 
 @pytest.mark.parametrize("function", KILLED_AT)
 @pytest.mark.parametrize("call", range(1, 8))
-def test_a_commit_happens_entirely_or_not_at_all_whenever_the_process_is_killed(function, call, tmp_path):
+def test_a_commit_happens_entirely_or_not_at_all_whenever_the_process_is_killed(
+    function, call, tmp_path
+):
     module, name = function.rsplit(".", 1)
     script = f"""
         import importlib, os, signal, sys
@@ -209,7 +230,9 @@ def test_a_commit_happens_entirely_or_not_at_all_whenever_the_process_is_killed(
         pass
     old, new = dict.fromkeys("abc", b"old"), dict.fromkeys("abd", b"new")
     assert tree(tmp_path) in ([new] if ended.returncode == 0 else [old, new])
-    assert not list((tmp_path / ".volseg").glob("tmp-*")) + list((tmp_path / ".volseg").glob("ready-*"))
+    assert not list((tmp_path / ".volseg").glob("tmp-*")) + list(
+        (tmp_path / ".volseg").glob("ready-*")
+    )
 
 
 def test_a_ledger_that_was_cut_off_goes_on_at_a_new_line(tmp_path):
@@ -235,7 +258,9 @@ def test_a_line_of_the_ledger_torn_by_a_full_disk_does_not_swallow_the_next(tmp_
 
     with OutputFolder(tmp_path, "infer") as outputs:
         monkeypatch.setattr(os, "fsync", lambda file: None)
-        monkeypatch.setattr("volseg.store.outputs._line", lambda line: torn(line) if "path" in line else b"")
+        monkeypatch.setattr(
+            "volseg.store.outputs._line", lambda line: torn(line) if "path" in line else b""
+        )
         with pytest.raises(EnvironmentProblem):
             outputs.write("a.csv", "1")
         monkeypatch.undo()
@@ -292,7 +317,10 @@ def test_a_work_folder_is_known_again_after_a_run_that_wrote_nothing_else(is_use
 
 def test_a_work_folder_that_volseg_did_not_make_is_refused(tmp_path):
     (tmp_path / ".training").mkdir()
-    with OutputFolder(tmp_path, "train") as outputs, pytest.raises(VolsegError, match="not made by volseg"):
+    with (
+        OutputFolder(tmp_path, "train") as outputs,
+        pytest.raises(VolsegError, match="not made by volseg"),
+    ):
         outputs.work_folder(".training")
 
 
@@ -303,7 +331,10 @@ def test_a_link_in_place_of_a_work_folder_is_refused_and_nothing_is_written_thro
         (outputs.work_folder(".training") / "recipe.json").write_text("{}")
     (out / ".training").rename(tmp_path / "moved")
     (out / ".training").symlink_to(elsewhere)
-    with OutputFolder(out, "train") as outputs, pytest.raises(VolsegError, match="not made by volseg") as refusal:
+    with (
+        OutputFolder(out, "train") as outputs,
+        pytest.raises(VolsegError, match="not made by volseg") as refusal,
+    ):
         outputs.work_folder(".training")
     assert refusal.value.code == "E_EXISTS"
     assert not list(elsewhere.iterdir())

@@ -20,7 +20,9 @@ def done(name):
 
 def lesion(number, n_voxels):
     unknown = dict.fromkeys((field.name for field in fields(LesionMeasurement)), None)
-    return LesionMeasurement(**unknown | {"case_id": "a", "lesion_id": number, "n_voxels": n_voxels})
+    return LesionMeasurement(
+        **unknown | {"case_id": "a", "lesion_id": number, "n_voxels": n_voxels}
+    )
 
 
 def failed(name):
@@ -82,7 +84,10 @@ def test_a_case_that_fails_later_keeps_the_files_of_its_earlier_success(inputs, 
         assert (tmp_path / "masks" / "a.nii.gz").read_bytes() == b"mask"
         results.keep("a", tmp_path / "scan.nii.gz")  # complete with the key of the earlier run
         results.write_tables()
-        assert (rows(tmp_path / "cases.csv")[0]["status"], rows(tmp_path / "cases.csv")[0]["warnings"]) == ("done", "")
+        assert (
+            rows(tmp_path / "cases.csv")[0]["status"],
+            rows(tmp_path / "cases.csv")[0]["warnings"],
+        ) == ("done", "")
 
 
 def test_an_earlier_result_stays_in_the_tables_until_its_case_is_reached(tmp_path):
@@ -94,7 +99,9 @@ def test_an_earlier_result_stays_in_the_tables_until_its_case_is_reached(tmp_pat
     assert row["warnings"].startswith("W_STALE")
 
 
-@pytest.mark.parametrize("damage", [b"", b'{"case": {"sta', b"[" * 100_000, b'{"case": {"status": 1}, "files": {}}'])
+@pytest.mark.parametrize(
+    "damage", [b"", b'{"case": {"sta', b"[" * 100_000, b'{"case": {"status": 1}, "files": {}}']
+)
 def test_a_damaged_record_is_an_unknown_row(damage, tmp_path):
     with ResultsFolder(tmp_path, "infer") as results:
         commit(results, "a", key="key")
@@ -116,7 +123,9 @@ def test_a_record_whose_rows_are_damaged_is_an_unknown_row(tmp_path):
     assert [row["status"] for row in rows(tmp_path / "cases.csv")] == ["unknown"]
 
 
-@pytest.mark.parametrize("name", ["../victim.txt", "/victim.txt", "link/victim.txt", "a/../../victim.txt"])
+@pytest.mark.parametrize(
+    "name", ["../victim.txt", "/victim.txt", "link/victim.txt", "a/../../victim.txt"]
+)
 def test_a_record_of_a_stranger_reaches_nothing_outside_its_folder(name, tmp_path):
     victim, out = tmp_path / "victim.txt", tmp_path / "out"
     victim.write_bytes(b"mask")
@@ -147,7 +156,10 @@ def test_two_runs_cannot_hold_one_folder(tmp_path):
 def test_a_folder_of_another_command_is_refused(tmp_path):
     with ResultsFolder(tmp_path, "infer") as results:
         commit(results, "a")
-    with pytest.raises(VolsegError, match="holds the results of infer"), ResultsFolder(tmp_path, "measure"):
+    with (
+        pytest.raises(VolsegError, match="holds the results of infer"),
+        ResultsFolder(tmp_path, "measure"),
+    ):
         pass
 
 
@@ -155,14 +167,20 @@ def test_a_folder_of_another_command_is_refused(tmp_path):
 def test_a_file_where_the_folder_should_be_is_refused(name, tmp_path):
     (tmp_path / "out").write_text("a file")
     (tmp_path / "link").symlink_to("nowhere")
-    with pytest.raises(VolsegError, match="is not a folder") as refusal, ResultsFolder(tmp_path / name, "infer"):
+    with (
+        pytest.raises(VolsegError, match="is not a folder") as refusal,
+        ResultsFolder(tmp_path / name, "infer"),
+    ):
         pass
     assert (refusal.value.code, refusal.value.exit_code) == ("E_EXISTS", 2)
 
 
 def test_a_file_called_as_the_folder_of_records_is_refused(tmp_path):
     (tmp_path / ".volseg").write_text("mine")
-    with pytest.raises(VolsegError, match="not made by volseg") as refusal, ResultsFolder(tmp_path, "infer"):
+    with (
+        pytest.raises(VolsegError, match="not made by volseg") as refusal,
+        ResultsFolder(tmp_path, "infer"),
+    ):
         pass
     assert refusal.value.code == "E_EXISTS"
 
@@ -181,7 +199,10 @@ def test_the_largest_of_all_items_are_listed_item_by_item_in_their_order(tmp_pat
     volumes = {"a": [5.0, 2e-3, 9.0], "b": [1.0, 9.0], "c": [7.0, 8.0, 6.0]}
     with ResultsFolder(tmp_path, "measure") as results:
         for name, volumes_ml in volumes.items():
-            rows = (replace(lesion(n, 4), case_id=name, volume_ml=each) for n, each in enumerate(volumes_ml, start=1))
+            rows = (
+                replace(lesion(n, 4), case_id=name, volume_ml=each)
+                for n, each in enumerate(volumes_ml, start=1)
+            )
             commit(results, name, lesions=rows)
         for most in range(1, 9):
             found, n = results.listed_rows({"a": 9, "b": 9, "c": 2}, most)

@@ -56,9 +56,15 @@ def write_table(path, row_type, rows):
 
 
 def test_a_table_reads_back_as_it_was_with_unknown_as_empty_cells(tmp_path):
-    write_table(tmp_path / "t.csv", Row, [Row("a,b", 1.5), {"name": "c\nd", "size": None, "cut": True}])
+    write_table(
+        tmp_path / "t.csv", Row, [Row("a,b", 1.5), {"name": "c\nd", "size": None, "cut": True}]
+    )
     with (tmp_path / "t.csv").open(newline="", encoding="utf-8") as file:
-        assert list(csv.reader(file)) == [["name", "size", "cut"], ["a,b", "1.5", "false"], ["c\nd", "", "true"]]
+        assert list(csv.reader(file)) == [
+            ["name", "size", "cut"],
+            ["a,b", "1.5", "false"],
+            ["c\nd", "", "true"],
+        ]
 
 
 def test_a_table_without_rows_still_has_its_header(tmp_path):
@@ -105,11 +111,18 @@ def row_types():
     for path in sorted(Path(volseg.__file__).parent.rglob("*.py")):
         nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
         imports = {
-            alias.name: node.module for node in nodes if isinstance(node, ast.ImportFrom) for alias in node.names
+            alias.name: node.module
+            for node in nodes
+            if isinstance(node, ast.ImportFrom)
+            for alias in node.names
         }
         for node in nodes:
             types = ()
-            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "table":
+            if (
+                isinstance(node, ast.Call)
+                and isinstance(node.func, ast.Name)
+                and node.func.id == "table"
+            ):
                 types = node.args[:1]
             elif isinstance(node, ast.Assign | ast.AnnAssign) and isinstance(node.value, ast.Tuple):
                 targets = node.targets if isinstance(node, ast.Assign) else [node.target]
@@ -121,8 +134,22 @@ def row_types():
 @pytest.mark.parametrize("row_type", dict.fromkeys(row_types()))
 def test_every_table_has_the_rows_that_were_written_whatever_they_hold(row_type, tmp_path):
     names = [field.name for field in fields(row_type)]
-    texts = ["a\rb", "\r", "a\x0bb", "\x0c", "a\x1cb\x1db\x1e", "a\x85b", "a\u2028b\u2029", '"\r\n,', "\udcff", "a"]
-    rows = [{name: texts[(n + shift) % len(texts)] for n, name in enumerate(names)} for shift in range(10)]
+    texts = [
+        "a\rb",
+        "\r",
+        "a\x0bb",
+        "\x0c",
+        "a\x1cb\x1db\x1e",
+        "a\x85b",
+        "a\u2028b\u2029",
+        '"\r\n,',
+        "\udcff",
+        "a",
+    ]
+    rows = [
+        {name: texts[(n + shift) % len(texts)] for n, name in enumerate(names)}
+        for shift in range(10)
+    ]
     write_table(tmp_path / "t.csv", row_type, rows)
     with (tmp_path / "t.csv").open(newline="", encoding="utf-8") as file:
         assert len(list(csv.DictReader(file))) == len(rows)
@@ -137,5 +164,12 @@ def test_every_table_has_the_rows_that_were_written_whatever_they_hold(row_type,
 
 def test_all_tables_of_the_documentation_are_tried():
     types = set(row_types())
-    assert {LesionMeasurement, CaseRow, LesionChange, PatientResponse, OverlapRow, DetectionRow} < types
+    assert {
+        LesionMeasurement,
+        CaseRow,
+        LesionChange,
+        PatientResponse,
+        OverlapRow,
+        DetectionRow,
+    } < types
     assert {ValidationRow, Epoch} < types

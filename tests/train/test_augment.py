@@ -6,13 +6,24 @@ from volseg.recipe import Augment
 from volseg.train.augment import _blurred, _coarsened, augment, enlarged_shape
 
 PATCH = (24, 20, 16)
-CHANGES = ("spatial", "elastic", "noise", "blur", "brightness", "contrast", "low_resolution", "gamma")
+CHANGES = (
+    "spatial",
+    "elastic",
+    "noise",
+    "blur",
+    "brightness",
+    "contrast",
+    "low_resolution",
+    "gamma",
+)
 OFF = {f"{name}_probability": 0.0 for name in CHANGES}
 
 
 def ball(shape, radius_mm, spacing_mm):
     index = np.moveaxis(np.indices(shape), 0, -1) - (np.array(shape) - 1) / 2
-    return torch.from_numpy((np.linalg.norm(index * spacing_mm, axis=-1) <= radius_mm).astype(np.float32))
+    return torch.from_numpy(
+        (np.linalg.norm(index * spacing_mm, axis=-1) <= radius_mm).astype(np.float32)
+    )
 
 
 def changed(images, masks, settings, *, seed=0, spacing_mm=(1.0, 1.0, 1.0)):
@@ -23,7 +34,10 @@ def changed(images, masks, settings, *, seed=0, spacing_mm=(1.0, 1.0, 1.0)):
 def test_switched_off_it_returns_the_middle_of_what_was_cut():
     settings = Augment(flip_axes=(), **OFF)
     assert enlarged_shape(PATCH, settings) == PATCH
-    images, masks = torch.randn(2, 1, 26, 22, 18), torch.randint(0, 2, (2, 26, 22, 18), dtype=torch.uint8)
+    images, masks = (
+        torch.randn(2, 1, 26, 22, 18),
+        torch.randint(0, 2, (2, 26, 22, 18), dtype=torch.uint8),
+    )
     found, found_masks = changed(images, masks, settings)
     assert torch.equal(found, images[:, :, 1:-1, 1:-1, 1:-1])
     assert torch.equal(found_masks, masks[:, 1:-1, 1:-1, 1:-1])
@@ -31,7 +45,10 @@ def test_switched_off_it_returns_the_middle_of_what_was_cut():
 
 def test_a_ball_stays_a_ball_of_its_volume_under_rotation_on_an_anisotropic_grid():
     settings = Augment(
-        flip_axes=(), rotation_degrees=(180, 180, 180), scaling=(1, 1), **(OFF | {"spatial_probability": 1.0})
+        flip_axes=(),
+        rotation_degrees=(180, 180, 180),
+        scaling=(1, 1),
+        **(OFF | {"spatial_probability": 1.0}),
     )
     spacing = (1.0, 1.5, 2.5)
     source = enlarged_shape(PATCH, settings)
@@ -44,7 +61,10 @@ def test_a_ball_stays_a_ball_of_its_volume_under_rotation_on_an_anisotropic_grid
 
 def test_scaling_by_a_factor_scales_the_volume_by_its_cube():
     settings = Augment(
-        flip_axes=(), rotation_degrees=(0, 0, 0), scaling=(0.8, 0.8), **(OFF | {"spatial_probability": 1.0})
+        flip_axes=(),
+        rotation_degrees=(0, 0, 0),
+        scaling=(0.8, 0.8),
+        **(OFF | {"spatial_probability": 1.0}),
     )
     source = enlarged_shape(PATCH, settings)
     inside = ball(source, 7.5, (1, 1, 1))[None]
@@ -73,7 +93,8 @@ def test_flips_reverse_exactly_the_named_axes():
 
 def test_the_same_seed_gives_the_same_patches_and_intensities_change_only_the_image():
     settings = Augment(
-        flip_axes=(), **(dict.fromkeys(OFF, 1.0) | {"spatial_probability": 0.0, "elastic_probability": 0.0})
+        flip_axes=(),
+        **(dict.fromkeys(OFF, 1.0) | {"spatial_probability": 0.0, "elastic_probability": 0.0}),
     )
     images, masks = torch.randn(4, 2, *PATCH), torch.randint(0, 2, (4, *PATCH), dtype=torch.uint8)
     first, second, other = (changed(images, masks, settings, seed=seed) for seed in (1, 1, 2))
@@ -138,7 +159,9 @@ def test_a_blur_spreads_a_point_by_its_sigma_and_keeps_a_constant():
         for axis in (1, 2, 3):
             along = spread.sum([other for other in range(4) if other != axis])
             assert float((along * offsets**2).sum()) == pytest.approx(sigma**2, rel=0.02)
-    torch.testing.assert_close(_blurred(torch.full((2, 6, 5, 4), 3.0), 1.0), torch.full((2, 6, 5, 4), 3.0))
+    torch.testing.assert_close(
+        _blurred(torch.full((2, 6, 5, 4), 3.0), 1.0), torch.full((2, 6, 5, 4), 3.0)
+    )
 
 
 def test_a_coarser_scan_has_no_more_detail_than_its_voxels():

@@ -8,7 +8,9 @@ from volseg.train.checkpoint import flatten, load_checkpoint, save_checkpoint, u
 
 
 def test_tensors_and_state_come_back_bit_for_bit(tmp_path):
-    tensors = flatten("network", {"a.weight": torch.randn(3, 4)}) | flatten("optimizer", {"0.step": torch.tensor(7.0)})
+    tensors = flatten("network", {"a.weight": torch.randn(3, 4)}) | flatten(
+        "optimizer", {"0.step": torch.tensor(7.0)}
+    )
     state = {"step": 7, "seconds": 1.25, "history": [{"epoch": 1, "loss": 0.5}]}
     save_checkpoint(tmp_path / "last.safetensors", tensors, state)
     found, found_state = load_checkpoint(tmp_path / "last.safetensors")
@@ -23,7 +25,9 @@ def test_a_pipe_is_not_waited_for(tmp_path):
         load_checkpoint(tmp_path / "last.safetensors")
 
 
-@pytest.mark.parametrize("damage", [lambda b: b[: len(b) // 2], lambda b: b"", lambda b: b"<html>" + b[6:]])
+@pytest.mark.parametrize(
+    "damage", [lambda b: b[: len(b) // 2], lambda b: b"", lambda b: b"<html>" + b[6:]]
+)
 def test_a_damaged_checkpoint_is_refused_by_name(tmp_path, damage):
     path = tmp_path / "last.safetensors"
     save_checkpoint(path, {"a": torch.ones(100)}, {"step": 1})

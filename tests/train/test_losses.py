@@ -19,7 +19,9 @@ def problem(n=2, classes=4, seed=0):
 
 
 def sure(target, classes, size=20.0):
-    return (torch.nn.functional.one_hot(target.long(), classes).movedim(-1, 1).float() * 2 - 1) * size
+    return (
+        torch.nn.functional.one_hot(target.long(), classes).movedim(-1, 1).float() * 2 - 1
+    ) * size
 
 
 def loss_of(logits, target, **settings):
@@ -32,7 +34,9 @@ def loss_of(logits, target, **settings):
 def test_a_sure_and_right_answer_costs_nothing_and_a_sure_wrong_one_much(overlap, focal_gamma):
     _, target = problem()
     right = sure(target, 4)
-    assert float(loss_of(right, target, overlap=overlap, focal_gamma=focal_gamma)) == pytest.approx(0, abs=1e-3)
+    assert float(loss_of(right, target, overlap=overlap, focal_gamma=focal_gamma)) == pytest.approx(
+        0, abs=1e-3
+    )
     assert float(loss_of(-right, target, overlap=overlap, focal_gamma=focal_gamma)) > 5
 
 
@@ -40,16 +44,22 @@ def test_dice_and_cross_entropy_are_those_of_monai():
     logits, target = problem()
     weights = [0.5, 1.0, 2.0, 3.0]
     expected = DiceCELoss(**MONAI, weight=torch.tensor(weights))(logits, target[:, None])
-    assert float(loss_of(logits, target, class_weights=weights)) == pytest.approx(float(expected), rel=1e-5)
+    assert float(loss_of(logits, target, class_weights=weights)) == pytest.approx(
+        float(expected), rel=1e-5
+    )
 
 
 def test_tversky_and_generalised_dice_are_those_of_monai():
     logits, target = problem()
     voxels = float(loss_of(logits, target, overlap="none"))
     tversky = float(TverskyLoss(**MONAI, alpha=0.3, beta=0.7)(logits, target[:, None]))
-    assert float(loss_of(logits, target, overlap="tversky")) == pytest.approx(voxels + tversky, rel=1e-4)
+    assert float(loss_of(logits, target, overlap="tversky")) == pytest.approx(
+        voxels + tversky, rel=1e-4
+    )
     generalised = float(GeneralizedDiceLoss(**MONAI)(logits, target[:, None]))
-    assert float(loss_of(logits, target, overlap="generalised_dice")) == pytest.approx(voxels + generalised, rel=1e-4)
+    assert float(loss_of(logits, target, overlap="generalised_dice")) == pytest.approx(
+        voxels + generalised, rel=1e-4
+    )
 
 
 def test_label_smoothing_is_that_of_torch():
@@ -72,7 +82,9 @@ def test_what_is_ignored_changes_neither_the_loss_nor_a_weight(overlap, regions)
     assert float(logits.grad[:, :, :2].abs().max()) > 0
     changed = logits.detach().clone()
     changed[:, :, 2:4] += 100 * torch.randn(changed[:, :, 2:4].shape)
-    assert float(loss_of(changed, target, overlap=overlap, regions=regions)) == pytest.approx(loss.item(), rel=1e-6)
+    assert float(loss_of(changed, target, overlap=overlap, regions=regions)) == pytest.approx(
+        loss.item(), rel=1e-6
+    )
 
 
 def test_a_batch_that_is_ignored_altogether_costs_a_finite_number():
@@ -89,7 +101,9 @@ def test_a_patch_without_lesion_does_not_count_as_a_failure_of_the_batch():
 def test_regions_may_overlap_and_each_is_judged_by_itself():
     _, target = problem(classes=4)
     regions = [(1, 2, 3), (1, 3), (3,)]
-    right = torch.stack([torch.isin(target, torch.tensor(each)).float() * 40 - 20 for each in regions], dim=1)
+    right = torch.stack(
+        [torch.isin(target, torch.tensor(each)).float() * 40 - 20 for each in regions], dim=1
+    )
     assert float(loss_of(right, target, regions=regions)) == pytest.approx(0, abs=1e-3)
     wrong_core = right.clone()
     wrong_core[:, 1] *= -1
@@ -114,7 +128,9 @@ def test_deep_supervision_is_a_mean_that_halves_with_each_depth():
 
 def test_the_focal_term_turns_away_from_what_is_right():
     logits, target = problem()
-    plain, focal = (float(loss_of(logits, target, overlap="none", focal_gamma=gamma)) for gamma in (0.0, 2.0))
+    plain, focal = (
+        float(loss_of(logits, target, overlap="none", focal_gamma=gamma)) for gamma in (0.0, 2.0)
+    )
     right = torch.nn.functional.cross_entropy(logits, target.long(), reduction="none")
     assert focal == pytest.approx(float((right * (1 - torch.exp(-right)) ** 2).mean()), rel=1e-5)
     assert focal < plain

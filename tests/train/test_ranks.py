@@ -55,7 +55,12 @@ def slurm_tasks(n, **more):
         "SLURM_JOB_NAME": "volseg",
         "SLURM_NTASKS": str(n),
     }
-    common |= {"SLURM_NNODES": "1", "SLURM_NODEID": "0", "SLURM_NODELIST": "localhost", "MASTER_PORT": port} | more
+    common |= {
+        "SLURM_NNODES": "1",
+        "SLURM_NODEID": "0",
+        "SLURM_NODELIST": "localhost",
+        "MASTER_PORT": port,
+    } | more
     return [
         subprocess.Popen(
             [sys.executable, "-c", SLURM],
@@ -75,10 +80,17 @@ def test_the_tasks_of_slurm_are_one_team():
 
 
 def test_tasks_of_slurm_without_their_number_per_node_are_refused(monkeypatch):
-    for name, value in {"SLURM_STEP_ID": "0", "SLURM_NTASKS": "2", "SLURM_JOB_NAME": "volseg"}.items():
+    for name, value in {
+        "SLURM_STEP_ID": "0",
+        "SLURM_NTASKS": "2",
+        "SLURM_JOB_NAME": "volseg",
+    }.items():
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("SLURM_NTASKS_PER_NODE", raising=False)
-    with pytest.raises(EnvironmentProblem, match="--ntasks-per-node"), team_of(torch.device("cpu"), 1, print):
+    with (
+        pytest.raises(EnvironmentProblem, match="--ntasks-per-node"),
+        team_of(torch.device("cpu"), 1, print),
+    ):
         pass
 
 

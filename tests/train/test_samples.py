@@ -24,7 +24,9 @@ def test_foreground_patches_hold_the_lesion_and_all_lie_in_the_scan():
     images, masks = sample_batch([case()], (8, 8, 8), n=200, foreground_share=0.5, seed=0)
     assert (masks[:100].reshape(100, -1).max(axis=1) == 1).all()
     assert 0 < (masks[100:].reshape(100, -1).max(axis=1) == 1).mean() < 0.7
-    assert (images != 0).all()  # the scan is larger than a patch on every axis, so nothing is padding
+    assert (
+        images != 0
+    ).all()  # the scan is larger than a patch on every axis, so nothing is padding
 
 
 @pytest.mark.parametrize("n", [1, 2, 3])
@@ -43,13 +45,20 @@ def test_what_is_cut_round_a_patch_may_lie_outside_but_the_patch_reaches_every_b
     corners = [(slice(0, 1),) * 3, (slice(19, 20), slice(17, 18), slice(11, 12))]
     for corner in corners:
         _, masks = sample_batch(
-            [case(lesion=corner)], (8, 8, 8), n=50, foreground_share=1.0, seed=0, cut_shape=(12, 10, 14)
+            [case(lesion=corner)],
+            (8, 8, 8),
+            n=50,
+            foreground_share=1.0,
+            seed=0,
+            cut_shape=(12, 10, 14),
         )
         assert masks.shape == (50, 12, 10, 14)
         assert (masks[:, 2:-2, 1:-1, 3:-3].reshape(50, -1).max(axis=1) == 1).all()
     whole = [case(lesion=None)]
     patches, _ = sample_batch(whole, (8, 8, 8), n=20, foreground_share=0.0, seed=5)
-    cuts, _ = sample_batch(whole, (8, 8, 8), n=20, foreground_share=0.0, seed=5, cut_shape=(12, 10, 14))
+    cuts, _ = sample_batch(
+        whole, (8, 8, 8), n=20, foreground_share=0.0, seed=5, cut_shape=(12, 10, 14)
+    )
     np.testing.assert_array_equal(cuts[:, :, 2:-2, 1:-1, 3:-3], patches)
 
 
@@ -80,6 +89,8 @@ def test_each_patch_of_a_batch_can_be_drawn_by_itself():
     cases = [case(name="a"), case(lesion=None, name="b")]
     images, masks = sample_batch(cases, (8, 8, 8), n=6, foreground_share=0.5, seed=3, step=7)
     for part in ([0, 1, 2], [3, 4, 5], [5, 0]):
-        own, own_masks = sample_batch(cases, (8, 8, 8), n=6, foreground_share=0.5, seed=3, step=7, only=part)
+        own, own_masks = sample_batch(
+            cases, (8, 8, 8), n=6, foreground_share=0.5, seed=3, step=7, only=part
+        )
         np.testing.assert_array_equal(own, images[part])
         np.testing.assert_array_equal(own_masks, masks[part])

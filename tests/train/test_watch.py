@@ -18,10 +18,14 @@ def watching(model, tiny_recipe):
     mask[10:20, 8:16, 6:14] = 1
     image = np.where(mask, 3.0, 0.0).astype(np.float32)[None]
     cases = [PreparedCase(f"case_{n}", image, mask, {}, None, {}) for n in range(5)]
-    recipe = tiny_recipe.model_copy(update={"train": tiny_recipe.train.model_copy(update={"validation_cases": 3})})
+    recipe = tiny_recipe.model_copy(
+        update={"train": tiny_recipe.train.model_copy(update={"validation_cases": 3})}
+    )
 
     def make(seconds):
-        return Watch(cases, recipe, bundle.plan, torch.device("cpu"), seconds), bundle.weights["segmentation"]
+        return Watch(cases, recipe, bundle.plan, torch.device("cpu"), seconds), bundle.weights[
+            "segmentation"
+        ]
 
     return make
 
@@ -47,7 +51,9 @@ def test_with_a_budget_looks_wait_until_training_has_earned_them(watching):
     assert [watch.is_due(1e-5), watch.is_due(1e5)] == [False, True]  # what was trained adds up
 
 
-def test_with_a_budget_too_small_for_it_one_case_is_watched_and_half_of_the_time_is_kept_at_most(watching):
+def test_with_a_budget_too_small_for_it_one_case_is_watched_and_half_of_the_time_is_kept_at_most(
+    watching,
+):
     watch, weights = watching(1e-4)
     assert len(watch.look(weights)) == 1
     assert watch.reserve == LARGEST_RESERVE * 1e-4
@@ -58,7 +64,9 @@ def test_no_case_is_begun_after_the_time_is_over_and_what_was_seen_counts(watchi
     watch, weights = watching(1e6)
     assert watch.look(weights, until=0.0) == []
     assert watch.validate(weights, until=0.0) == []
-    assert seen(watch.validate(weights, until=time.monotonic() + 1e3)) == [f"case_{n}" for n in range(5)]
+    assert seen(watch.validate(weights, until=time.monotonic() + 1e3)) == [
+        f"case_{n}" for n in range(5)
+    ]
     began = time.monotonic()
     watch.validate(weights)
     partly = watch.validate(weights, until=time.monotonic() + 0.5 * (time.monotonic() - began))
@@ -67,7 +75,12 @@ def test_no_case_is_begun_after_the_time_is_over_and_what_was_seen_counts(watchi
 
 @pytest.mark.parametrize(
     ("dice", "expected"),
-    [([0.8, 0.6], 0.7), ([0.8, np.nan, np.nan], 0.8), ([0.8, 0.0, np.nan], 0.4), ([np.nan, np.nan], 1.0)],
+    [
+        ([0.8, 0.6], 0.7),
+        ([0.8, np.nan, np.nan], 0.8),
+        ([0.8, 0.0, np.nan], 0.4),
+        ([np.nan, np.nan], 1.0),
+    ],
 )
 def test_a_scan_without_a_lesion_in_which_none_is_found_is_no_merit(dice, expected):
     rows = [

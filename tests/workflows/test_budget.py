@@ -18,9 +18,15 @@ from volseg.execute.cpu import parse_bytes
 
 AFFINE = np.diag([-0.8, -0.8, 1.5, 1.0])
 GB = 2**30
-NOISE = {"few": (0.01, 1), "many labels": (0.1, 40), "much": (0.2, 1)}  # share of the voxels, labels
+NOISE = {
+    "few": (0.01, 1),
+    "many labels": (0.1, 40),
+    "much": (0.2, 1),
+}  # share of the voxels, labels
 needs_itk = pytest.mark.skipif(not find_spec("SimpleITK"), reason="SimpleITK is not installed")
-on_linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="address space is limited on Linux alone")
+on_linux = pytest.mark.skipif(
+    not sys.platform.startswith("linux"), reason="address space is limited on Linux alone"
+)
 
 
 def save(path: Path, array: np.ndarray, affine: np.ndarray = AFFINE) -> None:
@@ -36,12 +42,16 @@ def noise(shape, share, n_labels, seed):
 def ball(shape, radius, off=0.0):
     index = np.indices(shape, dtype=np.float32)
     middle = (np.array(shape, np.float32) - 1) / 2 + off
-    return (np.square(index - middle[:, None, None, None]).sum(axis=0) <= radius**2).astype(np.uint8)
+    return (np.square(index - middle[:, None, None, None]).sum(axis=0) <= radius**2).astype(
+        np.uint8
+    )
 
 
 def run_limited(code: str, folder: Path) -> str:
     """What a child says that runs `code`: there, `limited(run)` lets `run(announce)` take only as much as it announces."""
-    done = subprocess.run([sys.executable, "-c", LIMITED + code, folder], capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, "-c", LIMITED + code, folder], capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
     return done.stdout
 
@@ -115,8 +125,13 @@ def two_times(folder: Path, masks, tilt_rad=0.0):
     """Results of `measure` on noise that was scanned twice, the second time with the head tilted."""
     turned = np.eye(4)
     turned[1:3, 1:3] = [[np.cos(tilt_rad), -np.sin(tilt_rad)], [np.sin(tilt_rad), np.cos(tilt_rad)]]
-    anatomy = gaussian_filter(np.random.default_rng(3).normal(size=masks[0].shape).astype(np.float32), 4) * 3000
-    for time, mask, affine in zip(("baseline", "followup"), masks, (AFFINE, turned @ AFFINE), strict=True):
+    anatomy = (
+        gaussian_filter(np.random.default_rng(3).normal(size=masks[0].shape).astype(np.float32), 4)
+        * 3000
+    )
+    for time, mask, affine in zip(
+        ("baseline", "followup"), masks, (AFFINE, turned @ AFFINE), strict=True
+    ):
         scan = anatomy + np.random.default_rng(len(time)).normal(0, 5, mask.shape)
         save(folder / time / "scan.nii", scan.astype(np.int16), affine)
         save(folder / time / "mask.nii", mask, affine)
@@ -142,10 +157,17 @@ def test_noise_and_a_ball_are_compared_in_the_announced_memory(tmp_path):
 @needs_itk
 def test_a_patient_over_the_budget_is_a_failed_row_that_says_what_would_do(tmp_path):
     folder = two_times(tmp_path, [ball((30, 30, 30), 8, off) for off in (0, 2)])
-    scans = {"baseline": folder / "baseline", "followup": folder / "followup", "out": tmp_path / "out"}
+    scans = {
+        "baseline": folder / "baseline",
+        "followup": folder / "followup",
+        "out": tmp_path / "out",
+    }
     report = volseg.compare(**scans, max_ram="100M")
     (reason,) = report.failed.values()
-    assert reason.startswith("E_RAM: comparing these scans takes up to") and "the budget is 0.10 GB" in reason
+    assert (
+        reason.startswith("E_RAM: comparing these scans takes up to")
+        and "the budget is 0.10 GB" in reason
+    )
     enough = re.search(r"--max-ram ([0-9.]+G)", reason)[1]
     texts = []
     assert not volseg.compare(**scans, max_ram=enough, announce=texts.append).failed
@@ -158,11 +180,17 @@ def pair(tmp_path):
     for seed, side in enumerate(("truth", "guess")):
         save(tmp_path / side / "noise.nii", noise((100, 90, 80), 0.2, 2, seed))
         save(tmp_path / side / "small.nii", ball((20, 20, 20), 5, seed))
-    return {"reference": tmp_path / "truth", "predicted": tmp_path / "guess", "out": tmp_path / "out"}
+    return {
+        "reference": tmp_path / "truth",
+        "predicted": tmp_path / "guess",
+        "out": tmp_path / "out",
+    }
 
 
 def amounts(texts):
-    return [float(re.search(r"memory: at most ([0-9.]+) GB \(process", text)[1]) * GB for text in texts]
+    return [
+        float(re.search(r"memory: at most ([0-9.]+) GB \(process", text)[1]) * GB for text in texts
+    ]
 
 
 def test_a_pair_over_the_budget_is_a_failed_row_and_the_others_go_on(pair):
@@ -183,7 +211,9 @@ def test_a_pair_over_the_budget_is_a_failed_row_and_the_others_go_on(pair):
 
 
 def test_masks_that_cannot_be_read_within_the_budget_are_not_read(pair, monkeypatch):
-    monkeypatch.setattr("volseg.workflows.evaluating.read_mask", lambda path: pytest.fail("was read"))
+    monkeypatch.setattr(
+        "volseg.workflows.evaluating.read_mask", lambda path: pytest.fail("was read")
+    )
     report = volseg.evaluate(**pair, max_ram="1M")
     enough = re.search(r"--max-ram ([0-9.]+G)", report.failed["noise"])[1]
     monkeypatch.undo()
@@ -196,7 +226,10 @@ def test_the_announced_memory_is_said_only_where_it_grows(tmp_path):
             save(tmp_path / side / f"{n}.nii", ball((20, 20, 20), 4 + n))
     texts = []
     volseg.evaluate(
-        reference=tmp_path / "truth", predicted=tmp_path / "guess", out=tmp_path / "out", announce=texts.append
+        reference=tmp_path / "truth",
+        predicted=tmp_path / "guess",
+        out=tmp_path / "out",
+        announce=texts.append,
     )
     assert amounts(texts) == sorted(amounts(texts))
     assert len(texts) <= 4

@@ -32,14 +32,25 @@ def test_every_problem_of_a_dataset_is_reported_at_once(dataset, tmp_path):
     assert all(problem["fix"] for problem in problems)
 
 
-def test_with_a_recipe_the_label_values_count_too_and_empty_masks_are_pointed_out(dataset, tiny_recipe, tmp_path):
+def test_with_a_recipe_the_label_values_count_too_and_empty_masks_are_pointed_out(
+    dataset, tiny_recipe, tmp_path
+):
     shutil.copytree(dataset, tmp_path / "data")
     mask = read_mask(tmp_path / "data" / "labels" / "scan_0.nii.gz")
-    write_volume(mask.with_array(np.zeros_like(mask.array)), tmp_path / "data" / "labels" / "scan_0.nii.gz")
+    write_volume(
+        mask.with_array(np.zeros_like(mask.array)), tmp_path / "data" / "labels" / "scan_0.nii.gz"
+    )
     assert [problem["code"] for problem in volseg.check(tmp_path / "data")] == ["W_EMPTY"]
-    other = tiny_recipe.model_copy(update={"data": tiny_recipe.data.model_copy(update={"labels": {"lesion": 4}})})
-    found = [(problem["where"], problem["code"]) for problem in volseg.check(tmp_path / "data", other)]
-    assert found == [("scan_0", "W_EMPTY"), *((f"scan_{number}", "E_LABELS") for number in range(1, 8))]
+    other = tiny_recipe.model_copy(
+        update={"data": tiny_recipe.data.model_copy(update={"labels": {"lesion": 4}})}
+    )
+    found = [
+        (problem["where"], problem["code"]) for problem in volseg.check(tmp_path / "data", other)
+    ]
+    assert found == [
+        ("scan_0", "W_EMPTY"),
+        *((f"scan_{number}", "E_LABELS") for number in range(1, 8)),
+    ]
 
 
 def test_a_recipe_that_leaves_its_network_to_the_plan_has_no_problem(tmp_path, tiny_recipe):
@@ -69,4 +80,9 @@ def test_every_column_has_a_meaning():
 
 def _row_of_a_lost_scan(table: Path) -> str:
     columns = table.read_text().splitlines()[0].split(",")
-    return ",".join({"subject": "lost", "image": "images/lost.nii.gz"}.get(name, "") for name in columns) + "\n"
+    return (
+        ",".join(
+            {"subject": "lost", "image": "images/lost.nii.gz"}.get(name, "") for name in columns
+        )
+        + "\n"
+    )

@@ -43,14 +43,18 @@ def tables(out):
 
 def on_page(page, table):
     """Rows of a table of report.html, as its script reads them."""
-    island = re.search(rf'id="{table}-data">(.*?)</script>', page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    island = re.search(
+        rf'id="{table}-data">(.*?)</script>', page.read_text(encoding="utf-8"), flags=re.DOTALL
+    )
     content = json.loads(island[1])
     names = [column["name"] for column in content["columns"]]
     return [dict(zip(names, row, strict=True)) for row in content["rows"]]
 
 
 def told(lesions):
-    return sorted((row["status"], row["baseline_lesion_id"], row["followup_lesion_id"]) for row in lesions)
+    return sorted(
+        (row["status"], row["baseline_lesion_id"], row["followup_lesion_id"]) for row in lesions
+    )
 
 
 def scan_of(geometry, balls):
@@ -59,7 +63,9 @@ def scan_of(geometry, balls):
     for offset, radius in balls:
         mask[ball(radius, geometry, centre_mm(geometry) + offset)] = 1
     noise = np.random.default_rng(0).integers(-9, 10, geometry.shape)
-    return Volume(np.where(mask, 60, 20).astype(np.int16) + noise.astype(np.int16), geometry), Volume(mask, geometry)
+    return Volume(
+        np.where(mask, 60, 20).astype(np.int16) + noise.astype(np.int16), geometry
+    ), Volume(mask, geometry)
 
 
 def around(spacing, make, radius=32):
@@ -85,20 +91,27 @@ TIMES = {  # patient: at baseline, at follow-up, response
 @pytest.fixture(scope="module")
 def baseline(tmp_path_factory):
     return measured(
-        tmp_path_factory.mktemp("baseline"), {name: scan_of(HERE, before) for name, (before, _, _) in TIMES.items()}
+        tmp_path_factory.mktemp("baseline"),
+        {name: scan_of(HERE, before) for name, (before, _, _) in TIMES.items()},
     )
 
 
 @pytest.mark.parametrize("make", [GRIDS["ras"], GRIDS["oblique"]], ids=["ras", "oblique"])
 def test_growth_shrinkage_and_what_is_new_or_gone_on_any_grid(baseline, make, tmp_path):
     there = around((1.8, 1.3, 1.6), make)
-    followup = measured(tmp_path / "later", {name: scan_of(there, after) for name, (_, after, _) in TIMES.items()})
+    followup = measured(
+        tmp_path / "later", {name: scan_of(there, after) for name, (_, after, _) in TIMES.items()}
+    )
     report = volseg.compare(baseline, followup, out=tmp_path / "out", registration=False)
     assert report.exit_code == 0
     patients, lesions = tables(tmp_path / "out")
-    assert {name: row["response"] for name, row in patients.items()} == {name: t[2] for name, t in TIMES.items()}
+    assert {name: row["response"] for name, row in patients.items()} == {
+        name: t[2] for name, t in TIMES.items()
+    }
     large, small = lesions["grows"]
-    assert float(large["change_volume_percent"]) == pytest.approx(100 * ((15.5 / 11) ** 3 - 1), abs=8)
+    assert float(large["change_volume_percent"]) == pytest.approx(
+        100 * ((15.5 / 11) ** 3 - 1), abs=8
+    )
     assert float(large["change_long_axis_mm"]) == pytest.approx(9, abs=1)
     assert abs(float(small["change_volume_percent"])) < 6
     assert float(large["change_intensity_mean"]) == pytest.approx(0, abs=0.6)
@@ -106,8 +119,13 @@ def test_growth_shrinkage_and_what_is_new_or_gone_on_any_grid(baseline, make, tm
     assert told(lesions["new"]) == [("matched", "1", "1"), ("new", "", "2")]
     assert "never" not in lesions
     assert patients["vanishes"]["change_volume_percent"] == "-100"
-    assert float(patients["shrinks"]["change_sum_percent"]) == pytest.approx(100 * (9.5 / 17 - 1), abs=4)
-    shown = {row["patient"]: row["response"] for row in on_page(tmp_path / "out" / "report.html", "patients")}
+    assert float(patients["shrinks"]["change_sum_percent"]) == pytest.approx(
+        100 * (9.5 / 17 - 1), abs=4
+    )
+    shown = {
+        row["patient"]: row["response"]
+        for row in on_page(tmp_path / "out" / "report.html", "patients")
+    }
     assert shown == {name: row["response"] for name, row in patients.items()}
     changes = on_page(tmp_path / "out" / "report.html", "changes")
     assert sorted(row["status"] for row in changes) == sorted(
@@ -123,7 +141,8 @@ def test_a_scan_compared_with_itself_has_not_changed(baseline, tmp_path):
         assert (row["status"], row["dice"], row["distance_mm"]) == ("matched", "1", "0")
         assert row["baseline_lesion_id"] == row["followup_lesion_id"]
         assert {
-            row[f"change_{name}"] for name in ("volume_ml", "volume_percent", "long_axis_mm", "intensity_mean")
+            row[f"change_{name}"]
+            for name in ("volume_ml", "volume_percent", "long_axis_mm", "intensity_mean")
         } == {"0"}
     for case in rows(baseline / "cases.csv"):
         assert patients[case["case_id"]]["baseline_sum_mm"] == (
@@ -141,14 +160,21 @@ def test_scans_that_do_not_overlap_in_the_world_have_no_response(shift_mm, tmp_p
     affine = HERE.affine.copy()
     affine[:3, 3] += shift_mm
     moved = tuple(Volume(each.array, Geometry(each.array.shape, affine)) for each in (scan, mask))
-    before, after = (measured(tmp_path / name, {"p": pair}) for name, pair in (("a", (scan, mask)), ("b", moved)))
+    before, after = (
+        measured(tmp_path / name, {"p": pair}) for name, pair in (("a", (scan, mask)), ("b", moved))
+    )
     for one, other in ((before, after), (after, before)):
         volseg.compare(one, other, out=tmp_path / f"from_{one.parent.name}", registration=False)
         row = tables(tmp_path / f"from_{one.parent.name}")[0]["p"]
         overlaps = max(map(abs, shift_mm)) < 65
         assert (row["response"], row["volume_response"]) == (("PD", "PD") if overlaps else ("", ""))
-        assert ("nowhere overlap in world coordinates: compare without --no-reg" in row["response_rule"]) != overlaps
-        assert ("W_APART: " in row["warnings"], "count as new" in row["warnings"]) == (not overlaps, overlaps)
+        assert (
+            "nowhere overlap in world coordinates: compare without --no-reg" in row["response_rule"]
+        ) != overlaps
+        assert ("W_APART: " in row["warnings"], "count as new" in row["warnings"]) == (
+            not overlaps,
+            overlaps,
+        )
 
 
 @pytest.mark.parametrize("unit", [None, "a.u.", "Bq/mL"])
@@ -159,12 +185,16 @@ def test_no_intensity_is_compared_in_a_unit_in_doubt_or_without_a_common_scale(u
     scan = scan.with_array(air)
     one, other = (measured(tmp_path / name, {"p": (scan, mask)}, unit=unit) for name in ("a", "b"))
     report = volseg.compare(one, other, out=tmp_path / "out", registration=False)
-    (patient,), (row,) = (rows(tmp_path / "out" / f"{name}.csv") for name in ("response", "comparison"))
+    (patient,), (row,) = (
+        rows(tmp_path / "out" / f"{name}.csv") for name in ("response", "comparison")
+    )
     assert row["baseline_intensity_mean"] == row["followup_intensity_mean"] != ""
     assert (row["change_intensity_mean"] == "0") == (unit == "Bq/mL")
     assert row["intensity_unit"] == (unit or "")
     for time in ("baseline", "follow-up"):
-        assert (f"intensity: its unit at {time} is in doubt (no --unit given; " in row["notes"]) == (unit is None)
+        assert (
+            f"intensity: its unit at {time} is in doubt (no --unit given; " in row["notes"]
+        ) == (unit is None)
         warning = f"W_UNIT: the unit at {time} is in doubt (no --unit given; "
         assert (warning in patient["warnings"]) == (unit is None)
         assert any(warning in told for told in report.details["warnings"]) == (unit is None)
@@ -183,10 +213,20 @@ def test_exchanged_folders_exchange_new_and_gone_and_merged_and_split(tmp_path):
         found[name] = tables(tmp_path / name)
     (forward, lesions), (backward, exchanged) = found["forward"], found["backward"]
     # The lesions of 5 mm are numbered by their place, so the one at the back is the first of them.
-    assert sorted(status for status, _, _ in told(lesions["p"])) == ["gone", "merged", "merged", "new"]
+    assert sorted(status for status, _, _ in told(lesions["p"])) == [
+        "gone",
+        "merged",
+        "merged",
+        "new",
+    ]
     swap = {"merged": "split", "new": "gone", "gone": "new"}
-    assert told(exchanged["p"]) == sorted((swap[status], f, b) for status, b, f in told(lesions["p"]))
-    counts = [(row["n_merged"], row["n_split"], row["n_new"], row["n_gone"]) for row in (forward["p"], backward["p"])]
+    assert told(exchanged["p"]) == sorted(
+        (swap[status], f, b) for status, b, f in told(lesions["p"])
+    )
+    counts = [
+        (row["n_merged"], row["n_split"], row["n_new"], row["n_gone"])
+        for row in (forward["p"], backward["p"])
+    ]
     assert counts == [("2", "0", "1", "1"), ("0", "1", "1", "1")]
     merged, split = (
         next(row for row in of_patient["p"] if row["status"] == status and row["change_volume_ml"])
@@ -205,8 +245,12 @@ def test_axis_orders_of_the_later_scan_do_not_matter(tmp_path):
     }
     one = measured(tmp_path / "one", {"p": scan_of(HERE, [LARGE, SMALL])})
     other = measured(tmp_path / "other", cases)
-    (tmp_path / "pairs.csv").write_text("patient,baseline,followup\n" + "".join(f"{n},p,{n}\n" for n in cases))
-    volseg.compare(one, other, out=tmp_path / "out", pairs=tmp_path / "pairs.csv", registration=False)
+    (tmp_path / "pairs.csv").write_text(
+        "patient,baseline,followup\n" + "".join(f"{n},p,{n}\n" for n in cases)
+    )
+    volseg.compare(
+        one, other, out=tmp_path / "out", pairs=tmp_path / "pairs.csv", registration=False
+    )
     patients, lesions = tables(tmp_path / "out")
     assert len(patients) == len(stored) == 4
 
@@ -219,7 +263,9 @@ def test_axis_orders_of_the_later_scan_do_not_matter(tmp_path):
 
     def same(row):
         return {
-            name: value for name, value in row.items() if name not in ("patient", "followup_case", "seconds", *nearly)
+            name: value
+            for name, value in row.items()
+            if name not in ("patient", "followup_case", "seconds", *nearly)
         }
 
     def numbers(row):
@@ -246,30 +292,46 @@ def test_a_patient_who_moved_is_compared_as_one_who_did_not(tmp_path):
     values[0, 0, 0] = np.nan  # as `measure` takes it
     moved = measured(tmp_path / "moved", {"p": (scan.with_array(values), mask)})
     still = measured(tmp_path / "still", {"p": draw(there, AFTER, seed=1)})
-    scans = {"baseline_scans": tmp_path / "one" / "scans", "followup_scans": tmp_path / "moved" / "scans"}
+    scans = {
+        "baseline_scans": tmp_path / "one" / "scans",
+        "followup_scans": tmp_path / "moved" / "scans",
+    }
     report = volseg.compare(one, moved, out=tmp_path / "out", figures=True, **scans)
     assert report.exit_code == 0
     volseg.compare(one, still, out=tmp_path / "expected", registration=False)
-    (patients, lesions), (expected, without_motion) = tables(tmp_path / "out"), tables(tmp_path / "expected")
+    (patients, lesions), (expected, without_motion) = (
+        tables(tmp_path / "out"),
+        tables(tmp_path / "expected"),
+    )
     row = patients["p"]
     assert told(lesions["p"]) == told(without_motion["p"])
     assert sorted({status for status, _, _ in told(lesions["p"])}) == ["gone", "matched", "new"]
     # The distance of a lesion to itself is what registration did wrong, and the few tenths that its voxels are off.
     assert max(float(r["distance_mm"]) for r in lesions["p"] if r["distance_mm"]) < 1.0
-    assert (row["registration"], row["response"], row["warnings"]) == ("rigid", expected["p"]["response"], "")
+    assert (row["registration"], row["response"], row["warnings"]) == (
+        "rigid",
+        expected["p"]["response"],
+        "",
+    )
     assert 5 < float(row["moved_mm"]) < 20
     assert float(row["turned_deg"]) == pytest.approx(7, abs=0.8)
     assert float(row["registration_error_mm"]) < 2
     assert float(row["similarity_after"]) > float(row["similarity_before"])
     for ours, theirs in zip(lesions["p"], without_motion["p"], strict=True):
-        for name, tolerance in (("change_volume_ml", 0.2), ("change_long_axis_mm", 1.6)):  # mm: a voxel
+        for name, tolerance in (
+            ("change_volume_ml", 0.2),
+            ("change_long_axis_mm", 1.6),
+        ):  # mm: a voxel
             assert float(ours[name]) == pytest.approx(float(theirs[name]), abs=tolerance)
     picture = matplotlib.image.imread(tmp_path / "out" / "figures" / "p.png")[..., :3]
     for colour in ((0.3, 0.83, 0.3), (1.0, 0.55, 0.2)):
         assert (np.abs(picture - colour).max(axis=-1) < 0.15).sum() > 100
     # Without registration the lesions are not where they were.
     volseg.compare(one, moved, out=tmp_path / "blind", registration=False)
-    assert max(float(r["distance_mm"]) for r in tables(tmp_path / "blind")[1]["p"] if r["distance_mm"]) > 5
+    assert (
+        max(float(r["distance_mm"]) for r in tables(tmp_path / "blind")[1]["p"] if r["distance_mm"])
+        > 5
+    )
 
 
 @needs_itk
@@ -279,9 +341,14 @@ def test_a_registration_that_cannot_be_trusted_is_said_in_the_row(tmp_path):
     for seed in (0, 1):
         noise = np.random.default_rng(seed).normal(0, 100, geometry.shape).astype(np.int16)
         mask = ball(8, geometry, centre_mm(geometry)).astype(np.uint8)
-        cases.append(measured(tmp_path / str(seed), {"p": (Volume(noise, geometry), Volume(mask, geometry))}))
+        cases.append(
+            measured(tmp_path / str(seed), {"p": (Volume(noise, geometry), Volume(mask, geometry))})
+        )
     volseg.compare(
-        *cases, out=tmp_path / "out", baseline_scans=tmp_path / "0" / "scans", followup_scans=tmp_path / "1" / "scans"
+        *cases,
+        out=tmp_path / "out",
+        baseline_scans=tmp_path / "0" / "scans",
+        followup_scans=tmp_path / "1" / "scans",
     )
     row = tables(tmp_path / "out")[0]["p"]
     assert row["status"] == "failed" or "W_REGISTRATION" in row["warnings"]
@@ -305,7 +372,9 @@ def test_a_registration_that_cannot_be_trusted_is_said_in_the_row(tmp_path):
 def test_how_far_a_registration_is_trusted(registration, expected, warning):
     placed = as_far_as_trusted(registration, CENTRE[None])
     assert placed.columns["registration"] == expected
-    np.testing.assert_array_equal(placed.moved, registration.moved if expected == "rigid" else np.eye(4))
+    np.testing.assert_array_equal(
+        placed.moved, registration.moved if expected == "rigid" else np.eye(4)
+    )
     assert warning in "; ".join(placed.warnings)
     assert bool(placed.warnings) is bool(warning)
     assert bool(placed.doubt) is ("W_REGISTRATION" in "; ".join(placed.warnings))
@@ -319,13 +388,18 @@ def test_the_same_scan_is_not_registered_however_it_is_packed(baseline, tmp_path
     image = nibabel.load(scans / "stays.nii.gz")
     image.header["descrip"] = b"packed again"
     nibabel.save(image, scans / "stays.nii.gz")
-    options = {"baseline_scans": baseline.parent / "scans", "followup_scans": tmp_path / "elsewhere"}
+    options = {
+        "baseline_scans": baseline.parent / "scans",
+        "followup_scans": tmp_path / "elsewhere",
+    }
     volseg.compare(baseline, baseline, out=tmp_path / "out", **options)
     patients, _ = tables(tmp_path / "out")
-    assert {name: row["registration"] for name, row in patients.items()} == dict.fromkeys(TIMES, "identical") | {
-        "never": ""
+    assert {name: row["registration"] for name, row in patients.items()} == dict.fromkeys(
+        TIMES, "identical"
+    ) | {"never": ""}
+    warned = {
+        name: row["warnings"] for name, row in patients.items() if "W_SCAN" in row["warnings"]
     }
-    warned = {name: row["warnings"] for name, row in patients.items() if "W_SCAN" in row["warnings"]}
     assert list(warned) == ["stays"]
     assert "the follow-up scan stays.nii.gz is not the file that was measured" in warned["stays"]
     (scans.parent / "other").mkdir()
@@ -335,21 +409,30 @@ def test_the_same_scan_is_not_registered_however_it_is_packed(baseline, tmp_path
     assert "has 2 files 'grows.nii.gz'" in report.failed["grows"]
 
 
-def test_scans_are_found_through_the_record_and_without_any_the_error_says_what_to_do(baseline, tmp_path):
+def test_scans_are_found_through_the_record_and_without_any_the_error_says_what_to_do(
+    baseline, tmp_path
+):
     results = tmp_path / "results"
     shutil.copytree(baseline, results)
     report = volseg.compare(results, results, out=tmp_path / "out")
     assert set(report.done) == set(TIMES)
-    with_lesions = set(TIMES) - {"never"}  # only where there are lesions is there something to place
+    with_lesions = set(TIMES) - {
+        "never"
+    }  # only where there are lesions is there something to place
     for name in TIMES:
         change_record(results, name, lambda record: record.pop("source"))
     report = volseg.compare(results, results, out=tmp_path / "without")
     assert (set(report.failed), report.exit_code) == (with_lesions, 3)
     assert "E_MISSING" in report.failed["stays"]
-    assert "give the folder it is in with --baseline-scans, or --no-registration" in report.failed["stays"]
+    assert (
+        "give the folder it is in with --baseline-scans, or --no-registration"
+        in report.failed["stays"]
+    )
     for name in TIMES:
         path = baseline.parent / "scans" / f"{name}.nii.gz"
-        change_record(results, name, lambda record, path=path: record.update(source={"scan": str(path)}))
+        change_record(
+            results, name, lambda record, path=path: record.update(source={"scan": str(path)})
+        )
     report = volseg.compare(results, results, out=tmp_path / "with")
     assert report.exit_code == 0
     assert tables(tmp_path / "with")[0]["stays"]["registration"] == "identical"
@@ -358,7 +441,11 @@ def test_scans_are_found_through_the_record_and_without_any_the_error_says_what_
 def test_scans_without_partner_and_cases_that_failed_are_rows(baseline, tmp_path):
     results = tmp_path / "results"
     shutil.copytree(baseline, results)
-    change_record(results, "grows", lambda record: record["case"].update(status="failed", reason="E_CRC: damaged"))
+    change_record(
+        results,
+        "grows",
+        lambda record: record["case"].update(status="failed", reason="E_CRC: damaged"),
+    )
     (results / ".volseg" / "shrinks.json").write_text('{"key": "cut o')
     change_record(results, "vanishes", lambda record: record["lesions"][0].pop("volume_ml"))
     (results / "lesion_ids" / "stays.nii.gz").write_bytes(b"another file")
@@ -376,14 +463,25 @@ def test_scans_without_partner_and_cases_that_failed_are_rows(baseline, tmp_path
     assert "it lacks volume_ml" in patients["vanishes"]["reason"]
     assert "was changed since the case was measured" in patients["stays"]["reason"]
     assert patients["new"]["reason"].startswith("only a baseline scan")
-    assert (patients["renamed"]["baseline_case"], patients["renamed"]["followup_case"]) == ("", "renamed")
+    assert (patients["renamed"]["baseline_case"], patients["renamed"]["followup_case"]) == (
+        "",
+        "renamed",
+    )
     assert {row["response"] for row in patients.values() if row["status"] != "done"} == {""}
     # Alone, a patient who failed is a run in which none succeeded.
     (tmp_path / "pairs.csv").write_text("patient;baseline;followup\np;stays;stays\nq;;new\n")
     with pytest.raises(VolsegError, match="has no case 'new'"):
-        volseg.compare(baseline, results, out=tmp_path / "one", pairs=tmp_path / "pairs.csv", registration=False)
+        volseg.compare(
+            baseline,
+            results,
+            out=tmp_path / "one",
+            pairs=tmp_path / "pairs.csv",
+            registration=False,
+        )
     (tmp_path / "pairs.csv").write_text("patient;baseline;followup\np;stays;stays\nq;;renamed\n")
-    report = volseg.compare(baseline, results, out=tmp_path / "one", pairs=tmp_path / "pairs.csv", registration=False)
+    report = volseg.compare(
+        baseline, results, out=tmp_path / "one", pairs=tmp_path / "pairs.csv", registration=False
+    )
     assert report.exit_code == 4
     assert report.details["not_listed"]["followup"] == ["grows", "never", "shrinks", "vanishes"]
 
@@ -391,11 +489,15 @@ def test_scans_without_partner_and_cases_that_failed_are_rows(baseline, tmp_path
 def test_a_table_of_pairs_names_patients_and_every_mistake_of_it(baseline, tmp_path):
     path = tmp_path / "pairs.csv"
     path.write_text("patient,baseline,followup,site\nann,grows,stays,1\nbob,never,,2\n")
-    report = volseg.compare(baseline, baseline, out=tmp_path / "out", pairs=path, registration=False)
+    report = volseg.compare(
+        baseline, baseline, out=tmp_path / "out", pairs=path, registration=False
+    )
     assert (list(report.done), list(report.details["unpaired"])) == (["ann"], ["bob"])
     row = tables(tmp_path / "out")[0]["ann"]
     assert (row["baseline_case"], row["followup_case"]) == ("grows", "stays")
-    path.write_text("patient,baseline,followup\nann,grows,nobody\nAnn,grows,stays\n../x,grows,stays\ncy,,\n")
+    path.write_text(
+        "patient,baseline,followup\nann,grows,nobody\nAnn,grows,stays\n../x,grows,stays\ncy,,\n"
+    )
     with pytest.raises(VolsegError) as caught:
         volseg.compare(baseline, baseline, out=tmp_path / "bad", pairs=path, registration=False)
     for part in (
@@ -415,9 +517,13 @@ def test_a_table_of_pairs_names_patients_and_every_mistake_of_it(baseline, tmp_p
 def test_the_scans_of_a_patient_are_matched_one_by_one_and_judged_together(baseline, tmp_path):
     """Each pair by itself would be PD, PR, CR; all lesions of the patient together respond."""
     names = ("grows", "shrinks", "vanishes")
-    later = measured(tmp_path / "later", {name: scan_of(HERE, TIMES[name][1]) for name in (*names, "new")})
+    later = measured(
+        tmp_path / "later", {name: scan_of(HERE, TIMES[name][1]) for name in (*names, "new")}
+    )
     path = tmp_path / "pairs.csv"
-    path.write_text("patient,baseline,followup\n" + "".join(f"ann,{name},{name}\n" for name in names))
+    path.write_text(
+        "patient,baseline,followup\n" + "".join(f"ann,{name},{name}\n" for name in names)
+    )
     options = {"pairs": path, "registration": False}
     report = volseg.compare(baseline, later, out=tmp_path / "out", figures=True, **options)
     assert (list(report.done), report.exit_code) == (["ann"], 0)
@@ -425,32 +531,57 @@ def test_the_scans_of_a_patient_are_matched_one_by_one_and_judged_together(basel
     row = patients["ann"]
     assert (row["baseline_case"], row["followup_case"]) == (";".join(names), ";".join(names))
     assert (row["n_baseline"], row["n_matched"], row["n_gone"]) == ("5", "4", "1")
-    alone = volseg.compare(baseline, later, out=tmp_path / "alone", figures=True, registration=False)
+    alone = volseg.compare(
+        baseline, later, out=tmp_path / "alone", figures=True, registration=False
+    )
     single = {each["patient"]: each for each in alone.details["patients"]}
-    assert float(row["baseline_volume_ml"]) == pytest.approx(sum(single[name]["baseline_volume_ml"] for name in names))
+    assert float(row["baseline_volume_ml"]) == pytest.approx(
+        sum(single[name]["baseline_volume_ml"] for name in names)
+    )
     assert [single[name]["response"] for name in names] == ["PD", "PR", "CR"]
     # Two lesions of a label are targets: two of the three large ones, of 22 mm each.
     assert len(row["targets"].split(";")) == 2
     assert sum(each["is_target"] == "true" for each in lesions["ann"]) == 2
     assert [each["group"] for each in lesions["ann"]] == ["1", "2", "3", "4", "5"]
-    assert [each["baseline_case"] for each in lesions["ann"]] == ["grows", "grows", "shrinks", "shrinks", "vanishes"]
+    assert [each["baseline_case"] for each in lesions["ann"]] == [
+        "grows",
+        "grows",
+        "shrinks",
+        "shrinks",
+        "vanishes",
+    ]
     assert row["registration"] == "none;none;none"
-    assert "W_TWICE: at baseline grows:1 and shrinks:1" in row["warnings"]  # the phantoms lie at one place of the world
+    assert (
+        "W_TWICE: at baseline grows:1 and shrinks:1" in row["warnings"]
+    )  # the phantoms lie at one place of the world
     picture, one = (
-        matplotlib.image.imread(tmp_path / path) for path in ("out/figures/ann.png", "alone/figures/grows.png")
+        matplotlib.image.imread(tmp_path / path)
+        for path in ("out/figures/ann.png", "alone/figures/grows.png")
     )
     assert picture.shape[:2] == (3 * one.shape[0], one.shape[1])
     shown = on_page(tmp_path / "out" / "report.html", "changes")
     assert {each["baseline_case"] for each in shown} == set(names)
     # A region that was scanned once: its lesions cannot be evaluated, or are new. Nothing is done twice that has not changed.
-    assert list(volseg.compare(baseline, later, out=tmp_path / "out", figures=True, **options).kept) == ["ann"]
-    path.write_text("patient,baseline,followup\nann,stays,\nann,shrinks,shrinks\nbob,stays,\nbob,,new\n")
+    assert list(
+        volseg.compare(baseline, later, out=tmp_path / "out", figures=True, **options).kept
+    ) == ["ann"]
+    path.write_text(
+        "patient,baseline,followup\nann,stays,\nann,shrinks,shrinks\nbob,stays,\nbob,,new\n"
+    )
     report = volseg.compare(baseline, later, out=tmp_path / "out", **options)
     patients, lesions = tables(tmp_path / "out")
     assert (patients["ann"]["n_outside"], patients["ann"]["change_volume_ml"]) == ("2", "")
-    assert "W_UNPAIRED: stays: there is no follow-up scan of what it shows" in patients["ann"]["warnings"]
-    assert [(each["status"], each["followup_case"]) for each in lesions["ann"]][:2] == [("outside", "")] * 2
-    assert (patients["ann"]["baseline_case"], patients["ann"]["followup_case"]) == ("stays;shrinks", ";shrinks")
+    assert (
+        "W_UNPAIRED: stays: there is no follow-up scan of what it shows"
+        in patients["ann"]["warnings"]
+    )
+    assert [(each["status"], each["followup_case"]) for each in lesions["ann"]][:2] == [
+        ("outside", "")
+    ] * 2
+    assert (patients["ann"]["baseline_case"], patients["ann"]["followup_case"]) == (
+        "stays;shrinks",
+        ";shrinks",
+    )
     assert (patients["bob"]["status"], patients["bob"]["baseline_case"]) == ("unpaired", "stays;")
     assert "no line of the table has both" in patients["bob"]["reason"]
     path.write_text("patient,baseline,followup\nann,,new\nann,shrinks,shrinks\n")
@@ -468,7 +599,9 @@ def test_the_scans_of_a_patient_are_matched_one_by_one_and_judged_together(basel
         ("new,shrinks", "has the baseline 'new' twice"),
         ("grows,new", "a follow-up on another|a baseline on one line"),
     ):
-        path.write_text(f"patient,baseline,followup\nann,new,stays\nann,{second}\n".replace("stays", "vanishes"))
+        path.write_text(
+            f"patient,baseline,followup\nann,new,stays\nann,{second}\n".replace("stays", "vanishes")
+        )
         with pytest.raises(VolsegError, match=text):
             volseg.compare(baseline, later, out=tmp_path / "out", **options)
 
@@ -503,7 +636,11 @@ def test_a_second_call_does_what_changed_and_no_more(baseline, tmp_path):
     assert (len(report.done), len(report.kept)) == (0, len(TIMES))
     assert {name: (out / name).read_bytes() for name in before} == before
     assert {row["patient"] for row in report.details["patients"]} == set(TIMES)
-    change_record(results, "stays", lambda record: record["lesions"][0].update(long_axis_mm=40.0, volume_ml=33.0))
+    change_record(
+        results,
+        "stays",
+        lambda record: record["lesions"][0].update(long_axis_mm=40.0, volume_ml=33.0),
+    )
     assert list(volseg.compare(baseline, results, **options).done) == ["stays"]
     assert tables(out)[0]["stays"]["response"] == "PD"
     assert len(volseg.compare(baseline, results, **options, max_distance_mm=5).done) == len(TIMES)
@@ -511,25 +648,33 @@ def test_a_second_call_does_what_changed_and_no_more(baseline, tmp_path):
 
 def named(path, *names):
     """A table of pairs with these cases, each under its own name."""
-    path.write_text("patient,baseline,followup\n" + "".join(f"{name},{name},{name}\n" for name in names))
+    path.write_text(
+        "patient,baseline,followup\n" + "".join(f"{name},{name},{name}\n" for name in names)
+    )
     return path
 
 
-def test_patients_compared_one_after_another_are_the_tables_of_all_compared_together(baseline, tmp_path):
+def test_patients_compared_one_after_another_are_the_tables_of_all_compared_together(
+    baseline, tmp_path
+):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     volseg.compare(baseline, baseline, out=whole, registration=False)
     for name in ("stays", "grows", "never", "shrinks", "new", "vanishes"):
         pairs = named(tmp_path / "pairs.csv", name)
         report = volseg.compare(baseline, baseline, out=parts, registration=False, pairs=pairs)
         assert [row["patient"] for row in report.details["patients"]] == list(report.done) == [name]
-    assert any("W_STALE: the tables also hold 5 patients" in text for text in report.details["warnings"])
+    assert any(
+        "W_STALE: the tables also hold 5 patients" in text for text in report.details["warnings"]
+    )
     assert rows(parts / "comparison.csv") == rows(whole / "comparison.csv")  # in one order, too
     assert list(tables(parts)[0]) == list(tables(whole)[0])
     assert {row["patient"] for row in on_page(parts / "report.html", "patients")} == set(TIMES)
 
 
 @pytest.mark.parametrize("damage", ["cut", "another's", "no rows"])
-def test_a_patient_whose_rows_are_damaged_is_unknown_and_the_others_stay(damage, baseline, tmp_path):
+def test_a_patient_whose_rows_are_damaged_is_unknown_and_the_others_stay(
+    damage, baseline, tmp_path
+):
     out, options = tmp_path / "out", {"registration": False}
     volseg.compare(baseline, baseline, out=out, **options)
     _, lesions = tables(out)
@@ -537,11 +682,17 @@ def test_a_patient_whose_rows_are_damaged_is_unknown_and_the_others_stay(damage,
     if damage == "cut":
         lines.write_bytes(lines.read_bytes()[:300])
     else:
-        lines.write_bytes(b'{"patient": "new"}\n' if damage == "another's" else b'{"patient": "grows", "status": 1}\n')
+        lines.write_bytes(
+            b'{"patient": "new"}\n'
+            if damage == "another's"
+            else b'{"patient": "grows", "status": 1}\n'
+        )
         record = json.loads(path.read_text())
         record["files"][".volseg/grows.rows.jsonl"] = sha256_of(lines)
         path.write_text(json.dumps(record))
-    report = volseg.compare(baseline, baseline, out=out, **options, pairs=named(tmp_path / "pairs.csv", "stays"))
+    report = volseg.compare(
+        baseline, baseline, out=out, **options, pairs=named(tmp_path / "pairs.csv", "stays")
+    )
     assert (list(report.kept), report.exit_code) == (["stays"], 0)
     assert any("W_RECORD: grows" in warning for warning in report.details["warnings"])
     statuses = {name: row["status"] for name, row in tables(out)[0].items()}
@@ -560,7 +711,9 @@ def test_rows_that_were_edited_by_hand_are_not_compared(baseline, tmp_path):
     assert list(report.failed) == ["grows"] and "its rows were changed" in report.failed["grows"]
 
 
-def test_a_scan_or_record_replaced_while_it_is_compared_fails_its_patient(baseline, tmp_path, monkeypatch):
+def test_a_scan_or_record_replaced_while_it_is_compared_fails_its_patient(
+    baseline, tmp_path, monkeypatch
+):
     scans = tmp_path / "scans"
     shutil.copytree(Path(read_record(baseline, "stays").scan).parent, scans)
     other = next(path for path in scans.iterdir() if path.name.startswith("vanishes"))
@@ -574,7 +727,9 @@ def test_a_scan_or_record_replaced_while_it_is_compared_fails_its_patient(baseli
         return digests
 
     monkeypatch.setattr(comparing, "_inputs", replaced_afterwards)
-    report = volseg.compare(baseline, baseline, out=tmp_path / "out", baseline_scans=scans, followup_scans=scans)
+    report = volseg.compare(
+        baseline, baseline, out=tmp_path / "out", baseline_scans=scans, followup_scans=scans
+    )
     assert list(report.failed) == ["stays"]
     assert report.failed["stays"].startswith("E_CHANGED") and target.name in report.failed["stays"]
 
@@ -586,19 +741,26 @@ def test_a_label_without_a_name_at_one_time_has_that_of_the_other(baseline, tmp_
             change_record(
                 tmp_path / copy,
                 case,
-                lambda record, name=name: [lesion.update(label_name=name) for lesion in record["lesions"]],
+                lambda record, name=name: [
+                    lesion.update(label_name=name) for lesion in record["lesions"]
+                ],
             )
     volseg.compare(baseline, baseline, out=tmp_path / "expected", registration=False)
     expected = {name: row["response"] for name, row in tables(tmp_path / "expected")[0].items()}
     for first, second in (("nameless", "named"), ("named", "nameless")):
-        volseg.compare(tmp_path / first, tmp_path / second, out=tmp_path / f"from_{first}", registration=False)
+        volseg.compare(
+            tmp_path / first, tmp_path / second, out=tmp_path / f"from_{first}", registration=False
+        )
         patients, lesions = tables(tmp_path / f"from_{first}")
         assert {name: row["response"] for name, row in patients.items()} == expected
         assert {row["label_name"] for own in lesions.values() for row in own} == {"nodule"}
 
 
 def test_models_and_grids_that_differ_are_warned_of(baseline, tmp_path):
-    thick = measured(tmp_path / "thick", {"stays": scan_of(around((1.5, 1.5, 5.0), GRIDS["lps"]), [LARGE, SMALL])})
+    thick = measured(
+        tmp_path / "thick",
+        {"stays": scan_of(around((1.5, 1.5, 5.0), GRIDS["lps"]), [LARGE, SMALL])},
+    )
     change_record(thick, "stays", lambda record: record["case"].update(model="other@12"))
     report = volseg.compare(baseline, thick, out=tmp_path / "out", registration=False)
     (warning,) = report.details["warnings"]
@@ -608,14 +770,23 @@ def test_models_and_grids_that_differ_are_warned_of(baseline, tmp_path):
 
 def test_lymph_nodes_are_those_that_were_measured_as_such_or_that_are_named(tmp_path):
     """Two discs of 20 mm that are 10 mm thin along A: their short axis is 10 mm, so as nodes they are not measurable."""
-    place = np.abs(HERE.to_world_mm(np.indices(HERE.shape).reshape(3, -1).T)).reshape(*HERE.shape, 3)
+    place = np.abs(HERE.to_world_mm(np.indices(HERE.shape).reshape(3, -1).T)).reshape(
+        *HERE.shape, 3
+    )
     mask = (place < (10.2, 5.2, 8)).all(axis=-1).astype(np.uint8)
     scan = Volume(np.where(mask, 60, 20).astype(np.int16), HERE)
-    results = measured(tmp_path / "one", {"p": (scan, Volume(mask, HERE))}, names={1: "nodes"}, lymph_nodes=["nodes"])
+    results = measured(
+        tmp_path / "one",
+        {"p": (scan, Volume(mask, HERE))},
+        names={1: "nodes"},
+        lymph_nodes=["nodes"],
+    )
     volseg.compare(results, results, out=tmp_path / "out", registration=False)
     row = tables(tmp_path / "out")[0]["p"]
     assert (row["response"], row["targets"], row["warnings"]) == ("Non-CR/Non-PD", "", "")
-    assert json.loads((tmp_path / "out" / "run.json").read_text())["options"]["lymph_nodes"] == ["nodes"]
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["options"]["lymph_nodes"] == [
+        "nodes"
+    ]
     (results / "run.json").unlink()
     volseg.compare(results, results, out=tmp_path / "out", registration=False)
     assert "W_NODE: nodes sounds like lymph nodes" in tables(tmp_path / "out")[0]["p"]["warnings"]
@@ -640,7 +811,10 @@ def test_unmeasured_diameters_leave_recist_empty_and_say_so(baseline, tmp_path):
         change_record(results, name, forget)
     volseg.compare(results, results, out=tmp_path / "out", registration=False)
     row = tables(tmp_path / "out")[0]["stays"]
-    assert [row[name] for name in ("status", "response", "targets", "baseline_sum_mm", "volume_response")] == [
+    assert [
+        row[name]
+        for name in ("status", "response", "targets", "baseline_sum_mm", "volume_response")
+    ] == [
         "done",
         *[""] * 4,
     ]
@@ -651,9 +825,20 @@ def test_unmeasured_diameters_leave_recist_empty_and_say_so(baseline, tmp_path):
 def test_the_command_prints_responses_and_ends_with_the_code_of_a_batch(baseline, tmp_path):
     results = tmp_path / "results"
     shutil.copytree(baseline, results)
-    change_record(results, "grows", lambda record: record["case"].update(status="failed", reason="E_CRC: damaged"))
+    change_record(
+        results,
+        "grows",
+        lambda record: record["case"].update(status="failed", reason="E_CRC: damaged"),
+    )
 
-    arguments = ["compare", str(baseline), str(results), "--no-registration", "--out", str(tmp_path / "out")]
+    arguments = [
+        "compare",
+        str(baseline),
+        str(results),
+        "--no-registration",
+        "--out",
+        str(tmp_path / "out"),
+    ]
     done = CliRunner().invoke(app, arguments)
     assert done.exit_code == 3
     assert "stays" in done.stdout
@@ -675,7 +860,10 @@ def test_the_picture_shows_both_outlines_where_the_lesion_is():
     before = np.array(ball(9, here, place), np.uint16)
     elsewhere = Geometry(there.shape, affine)
     after = np.array(ball(5, elsewhere, moved[:3, :3] @ place + moved[:3, 3]), np.uint16)
-    scans = [Volume(np.where(ids, 60, 0).astype(np.int16), g) for ids, g in ((before, here), (after, elsewhere))]
+    scans = [
+        Volume(np.where(ids, 60, 0).astype(np.int16), g)
+        for ids, g in ((before, here), (after, elsewhere))
+    ]
     row = LesionChange(
         patient="p", baseline_case="a", followup_case="b", status="matched", group=1, label_name="tumour",
         baseline_lesion_id=1, followup_lesion_id=1, change_volume_ml=-2.5, 
@@ -689,7 +877,9 @@ def test_the_picture_shows_both_outlines_where_the_lesion_is():
         outline = np.abs(picture - colour).max(axis=-1) < 0.15
         for line in range(2):
             for column in range(3):
-                tile = outline[line * height + 30 : (line + 1) * height, column * width : (column + 1) * width]
+                tile = outline[
+                    line * height + 30 : (line + 1) * height, column * width : (column + 1) * width
+                ]
                 places = np.argwhere(tile)
                 assert len(places) > 20, (name, line, column)
                 sizes[name, line, column] = np.ptp(places, axis=0)
@@ -707,7 +897,9 @@ def rod(turn_deg=0.0):
 @needs_itk
 def test_a_head_that_tilted_between_the_scans_is_measured_in_the_planes_of_the_baseline(tmp_path):
     """The same rod, which the slices of the later scan cut at 14°."""
-    one, other = (measured(tmp_path / name, {"p": rod(deg)}) for name, deg in (("one", 0), ("other", 14)))
+    one, other = (
+        measured(tmp_path / name, {"p": rod(deg)}) for name, deg in (("one", 0), ("other", 14))
+    )
     own = [float(rows(folder / "lesions.csv")[0]["long_axis_mm"]) for folder in (one, other)]
     assert own[1] < 0.8 * own[0]
     volseg.compare(one, other, out=tmp_path / "out")
@@ -742,20 +934,43 @@ def test_a_fringe_that_missing_voxels_cut_off_is_no_progression(tmp_path):
     assert (row["response"], row["n_new"], row["n_split"]) == ("SD", "0", "0")
     assert row["n_crumbs"] == "2"
     assert "W_CRUMB" in row["warnings"]
-    assert sorted(each["status"] for each in lesions["p"]) == ["crumb", "crumb", "matched", "matched"]
+    assert sorted(each["status"] for each in lesions["p"]) == [
+        "crumb",
+        "crumb",
+        "matched",
+        "matched",
+    ]
     assert abs(float(row["change_sum_percent"])) < 1
     shown = on_page(tmp_path / "out" / "report.html", "changes")
     assert sorted(each["status"] for each in shown) == ["crumb", "crumb", "matched", "matched"]
 
 
 @pytest.mark.parametrize(
-    "image", ["/etc/x", "**x", "**", "*", "..", "/", "a\0b", "x" * 300, "[", "../scans/stays.nii.gz", "a/../..", "."]
+    "image",
+    [
+        "/etc/x",
+        "**x",
+        "**",
+        "*",
+        "..",
+        "/",
+        "a\0b",
+        "x" * 300,
+        "[",
+        "../scans/stays.nii.gz",
+        "a/../..",
+        ".",
+    ],
 )
-def test_the_name_of_a_scan_in_a_record_of_a_stranger_is_no_pattern_and_no_path(image, baseline, tmp_path):
+def test_the_name_of_a_scan_in_a_record_of_a_stranger_is_no_pattern_and_no_path(
+    image, baseline, tmp_path
+):
     results, scans = tmp_path / "results", tmp_path / "elsewhere"
     shutil.copytree(baseline, results)
     shutil.copytree(baseline.parent / "scans", scans / "deep")
-    change_record(results, "stays", lambda record: (record["case"].update(image=image), record.pop("source")))
+    change_record(
+        results, "stays", lambda record: (record["case"].update(image=image), record.pop("source"))
+    )
     options = {"baseline_scans": scans, "followup_scans": scans}
     report = volseg.compare(results, results, out=tmp_path / "out", **options)
     assert set(report.done) >= TIMES.keys() - {"stays"}
@@ -763,7 +978,12 @@ def test_the_name_of_a_scan_in_a_record_of_a_stranger_is_no_pattern_and_no_path(
         assert report.exit_code == 0
     else:
         assert report.failed["stays"].startswith("E_MISSING: ")
-    assert volseg.compare(results, results, out=tmp_path / "blind", registration=False, **options).exit_code == 0
+    assert (
+        volseg.compare(
+            results, results, out=tmp_path / "blind", registration=False, **options
+        ).exit_code
+        == 0
+    )
 
 
 @pytest.mark.parametrize("name", ["p[1].nii.gz", "p*.nii.gz", "p?.nii.gz", "[!p].nii.gz"])
@@ -774,10 +994,15 @@ def test_a_scan_is_found_below_the_folder_whatever_its_name(name, baseline, tmp_
         deep = scans / time
         deep.mkdir(parents=True)
         shutil.copy(
-            baseline.parent / "scans" / f"{time}.nii.gz", deep / (name if time == "stays" else f"{time}.nii.gz")
+            baseline.parent / "scans" / f"{time}.nii.gz",
+            deep / (name if time == "stays" else f"{time}.nii.gz"),
         )
     (scans / "folder" / name).mkdir(parents=True)
-    change_record(results, "stays", lambda record: (record["case"].update(image=name), record.pop("source")))
-    volseg.compare(results, results, out=tmp_path / "out", baseline_scans=scans, followup_scans=scans)
+    change_record(
+        results, "stays", lambda record: (record["case"].update(image=name), record.pop("source"))
+    )
+    volseg.compare(
+        results, results, out=tmp_path / "out", baseline_scans=scans, followup_scans=scans
+    )
     row = tables(tmp_path / "out")[0]["stays"]
     assert (row["status"], row["registration"], row["response"]) == ("done", "identical", "SD")

@@ -36,7 +36,12 @@ def folders(tmp_path):
     half = whole.copy()
     half[: geometry.shape[0] // 2] = False
     empty = np.zeros(geometry.shape)
-    for name, truth, guess in (("a", whole, whole), ("b", whole, half), ("c", empty, empty), ("d", whole, empty)):
+    for name, truth, guess in (
+        ("a", whole, whole),
+        ("b", whole, half),
+        ("c", empty, empty),
+        ("d", whole, empty),
+    ):
         write(tmp_path / "truth" / f"{name}.nii.gz", truth, geometry)
         write(tmp_path / "guess" / f"{name}.nii.gz", guess, geometry)
     write(tmp_path / "truth" / "only_here.nii.gz", whole, geometry)
@@ -48,8 +53,12 @@ def test_dice_and_volume_error_are_those_of_the_masks(folders, tmp_path):
     report = volseg.evaluate(reference=truth, predicted=guess, out=tmp_path / "out")
     table = {row["case_id"]: row for row in rows(tmp_path / "out" / "evaluation.csv")}
     assert table["a"]["dice"] == "1"
-    assert float(table["b"]["dice"]) == pytest.approx(2 * half.sum() / (whole.sum() + half.sum()), abs=1e-5)
-    assert float(table["b"]["volume_error_percent"]) == pytest.approx(100 * (half.sum() / whole.sum() - 1), abs=1e-3)
+    assert float(table["b"]["dice"]) == pytest.approx(
+        2 * half.sum() / (whole.sum() + half.sum()), abs=1e-5
+    )
+    assert float(table["b"]["volume_error_percent"]) == pytest.approx(
+        100 * (half.sum() / whole.sum() - 1), abs=1e-3
+    )
     assert table["c"]["dice"] == ""  # both empty: there is nothing to overlap
     assert table["d"]["dice"] == "0"
     assert report.details["not_predicted"] == ["only_here"]
@@ -60,7 +69,9 @@ def test_dice_and_volume_error_are_those_of_the_masks(folders, tmp_path):
 def test_a_folder_of_predictions_may_hold_the_description_of_its_model(folders, tmp_path):
     """nnU-Net writes one there."""
     truth, guess, *_ = folders
-    (guess / "dataset.json").write_text('{"labels": {"background": 0, "kidney": 1}, "file_ending": ".nii.gz"}')
+    (guess / "dataset.json").write_text(
+        '{"labels": {"background": 0, "kidney": 1}, "file_ending": ".nii.gz"}'
+    )
     report = volseg.evaluate(reference=truth, predicted=guess, out=tmp_path / "out")
     assert list(report.done) == ["a", "b", "c", "d"]
 
@@ -72,9 +83,15 @@ def test_masks_on_different_grids_are_a_failed_row(folders, tmp_path):
     report = volseg.evaluate(reference=truth, predicted=guess, out=tmp_path / "out")
     assert report.exit_code == 3
     assert "E_PAIR" in report.failed["a"]
-    assert "mm; " in report.failed["a"] and "% of it lies within the reference" in report.failed["a"]
+    assert (
+        "mm; " in report.failed["a"] and "% of it lies within the reference" in report.failed["a"]
+    )
     table = {row["case_id"]: row for row in rows(tmp_path / "out" / "evaluation.csv")}
-    assert (table["a"]["status"], table["a"]["reason"], table["a"]["dice"]) == ("failed", report.failed["a"], "")
+    assert (table["a"]["status"], table["a"]["reason"], table["a"]["dice"]) == (
+        "failed",
+        report.failed["a"],
+        "",
+    )
     assert {table[name]["status"] for name in "bcd"} == {"done"}
     assert report.details["mean_dice"] == pytest.approx(
         float(table["b"]["dice"]) / 2, abs=1e-5
@@ -104,19 +121,26 @@ def test_rows_hold_the_surfaces_and_the_lesions_and_say_what_is_unknown(folders,
     assert (table["c"]["hd95_mm"], table["c"]["nsd_2mm"], table["c"]["iou"]) == ("", "", "")
     assert "neither mask has the label" in table["c"]["notes"]
     assert [table[name]["lesion_f1"] for name in "abcd"] == ["1", "1", "", "0"]
-    assert [row["status"] for row in rows(tmp_path / "out" / "detections.csv")] == ["matched"] * 4 + ["missed"]
+    assert [row["status"] for row in rows(tmp_path / "out" / "detections.csv")] == [
+        "matched"
+    ] * 4 + ["missed"]
     label = report.details["labels"]["1"]
     assert (label["n_missed"], label["n_false"], label["n_absent"]) == (1, 0, 1)
     assert label["detection"]["sensitivity"]["mean"] == pytest.approx(2 / 3)
     assert label["metrics"]["hd95_mm"]["n"] == 2
-    assert json.loads((tmp_path / "out" / "summary.json").read_text(encoding="utf-8")) == report.details
+    assert (
+        json.loads((tmp_path / "out" / "summary.json").read_text(encoding="utf-8"))
+        == report.details
+    )
     assert (tmp_path / "out" / "agreement.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_an_overlap_that_is_asked_for_is_needed(folders, tmp_path):
     truth, guess, *_ = folders
     report = volseg.evaluate(reference=truth, predicted=guess, out=tmp_path / "out", min_iou=0.6)
-    assert report.details["labels"]["1"]["detection"]["n_matched"] == 1  # half of the ball is no find any more
+    assert (
+        report.details["labels"]["1"]["detection"]["n_matched"] == 1
+    )  # half of the ball is no find any more
     with pytest.raises(VolsegError, match="min_iou"):
         volseg.evaluate(reference=truth, predicted=guess, out=tmp_path / "out", min_iou=1.0)
 
@@ -126,8 +150,14 @@ def test_a_label_of_one_case_has_a_row_in_every_case(folders, tmp_path):
     write(truth / "a.nii.gz", 4 * whole, grid_around(10, oblique((1, 1.2, 2))))
     volseg.evaluate(reference=truth, predicted=guess, out=tmp_path / "out")
     table = rows(tmp_path / "out" / "evaluation.csv")
-    assert [(row["case_id"], row["label"]) for row in table] == [(name, label) for name in "abcd" for label in "14"]
-    assert all(row["notes"] and row["dice"] == "" for row in table if row["label"] == "4" and row["case_id"] != "a")
+    assert [(row["case_id"], row["label"]) for row in table] == [
+        (name, label) for name in "abcd" for label in "14"
+    ]
+    assert all(
+        row["notes"] and row["dice"] == ""
+        for row in table
+        if row["label"] == "4" and row["case_id"] != "a"
+    )
     assert [row["dice"] for row in table if row["case_id"] == "a"] == ["0", "0"]
 
 
@@ -135,7 +165,9 @@ def test_a_label_of_one_case_has_a_row_in_every_case(folders, tmp_path):
 def study(tmp_path):
     """A dataset of three scans of two patients, and results whose lesions have a confidence; what each one is."""
     geometry = Geometry((30, 20, 16), oblique((1, 1.2, 2)))
-    first, second, third = (ball(radius, geometry, centre) for radius, centre in zip((7, 4, 3), centres(geometry)))
+    first, second, third = (
+        ball(radius, geometry, centre) for radius, centre in zip((7, 4, 3), centres(geometry))
+    )
     truths = {"p1_a": first | second, "p1_b": first, "p2": second}
     guesses = {"p1_a": first | third, "p1_b": first, "p2": second | third}
     surely = {"first": (first, 0.9), "second": (second, 0.6), "third": (third, 0.4)}
@@ -159,7 +191,10 @@ def study(tmp_path):
 
 
 def centres(geometry):
-    return (geometry.to_world_mm(np.array([index]))[0] for index in ((8, 9, 7), (20, 9, 7), (26, 15, 12)))
+    return (
+        geometry.to_world_mm(np.array([index]))[0]
+        for index in ((8, 9, 7), (20, 9, 7), (26, 15, 12))
+    )
 
 
 def test_patients_names_and_confidence_come_from_the_dataset_and_the_results(study, tmp_path):
@@ -190,17 +225,24 @@ def test_lesions_have_their_confidence_where_an_organ_is_a_label_too(study, tmp_
         array[:, 12:, :][array[:, 12:, :] == 0] = 2
         write_volume(mask.with_array(array), path)
     report = volseg.evaluate(reference=data, predicted=results, out=tmp_path / "out")
-    assert report.details["labels"]["1"]["froc"]["threshold"] == pytest.approx([0.9, 0.6, 0.4], abs=1e-6)
+    assert report.details["labels"]["1"]["froc"]["threshold"] == pytest.approx(
+        [0.9, 0.6, 0.4], abs=1e-6
+    )
 
 
 def test_a_confidence_is_not_given_to_another_lesion_and_an_old_curve_goes(study, tmp_path):
     data, results = study
     volseg.evaluate(reference=data, predicted=results, out=tmp_path / "out")
     path = results / "masks" / "p2.nii.gz"
-    write(path, np.ones((30, 20, 16)), Geometry((30, 20, 16), oblique((1, 1.2, 2))))  # edited since it was measured
+    write(
+        path, np.ones((30, 20, 16)), Geometry((30, 20, 16), oblique((1, 1.2, 2)))
+    )  # edited since it was measured
     report = volseg.evaluate(reference=data, predicted=results, out=tmp_path / "out")
     label = report.details["labels"]["1"]
-    assert (label["froc"], label["no_froc"]) == (None, "1 of 4 predicted lesions have no confidence")
+    assert (label["froc"], label["no_froc"]) == (
+        None,
+        "1 of 4 predicted lesions have no confidence",
+    )
     assert not (tmp_path / "out" / "froc.png").exists()
 
 
@@ -219,15 +261,27 @@ def test_voxels_that_a_dataset_says_to_ignore_are_judged_in_neither_mask(tmp_pat
     write(dataset / "imagesTr" / "a_0000.nii.gz", truth, geometry)
     write(dataset / "labelsTr" / "a.nii.gz", truth, geometry)
     write(tmp_path / "guess" / "a.nii.gz", guess, geometry)
-    stated = {"channel_names": {"0": "CT"}, "labels": {"background": 0, "kidney": 1, "ignore": 7}, "numTraining": 1}
-    (dataset / "dataset.json").write_text(json.dumps(stated | {"file_ending": ".nii.gz"}), encoding="utf-8")
+    stated = {
+        "channel_names": {"0": "CT"},
+        "labels": {"background": 0, "kidney": 1, "ignore": 7},
+        "numTraining": 1,
+    }
+    (dataset / "dataset.json").write_text(
+        json.dumps(stated | {"file_ending": ".nii.gz"}), encoding="utf-8"
+    )
     report = volseg.evaluate(reference=dataset, predicted=tmp_path / "guess", out=tmp_path / "out")
     assert list(report.details["labels"]) == ["1"]
     kidney = report.details["labels"]["1"]
-    assert (kidney["name"], kidney["mean_dice"], kidney["detection"]["n_predicted"]) == ("kidney", 1.0, 1)
+    assert (kidney["name"], kidney["mean_dice"], kidney["detection"]["n_predicted"]) == (
+        "kidney",
+        1.0,
+        1,
+    )
 
 
-def test_where_no_pair_can_be_compared_the_tables_are_empty_and_the_reasons_there(folders, tmp_path):
+def test_where_no_pair_can_be_compared_the_tables_are_empty_and_the_reasons_there(
+    folders, tmp_path
+):
     truth, guess, *_ = folders
     volseg.evaluate(reference=truth, predicted=guess, out=tmp_path / "out")
     geometry = grid_around(12, oblique((1, 1.2, 2)))
@@ -249,7 +303,9 @@ def test_where_every_pair_fails_the_rows_of_the_same_masks_stay(min_iou, study, 
     before = volseg.evaluate(reference=data, predicted=results, out=out)
     files = {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()}
     for _ in range(2):  # it stays so, and the remark is made once
-        report = volseg.evaluate(reference=data, predicted=results, out=out, max_ram="1M", min_iou=min_iou)
+        report = volseg.evaluate(
+            reference=data, predicted=results, out=out, max_ram="1M", min_iou=min_iou
+        )
         assert (report.exit_code, list(report.done)) == (4, [])
         assert "W_STALE" in report.details["warnings"][-1]
         assert (out / "detections.csv").read_bytes() == files["detections.csv"]
@@ -257,7 +313,9 @@ def test_where_every_pair_fails_the_rows_of_the_same_masks_stay(min_iou, study, 
         stale = rows(out / "evaluation.csv")
         assert all(row["notes"].count("W_STALE: the last run failed (E_RAM") == 1 for row in stale)
         (out / "expected.csv").write_bytes(files["evaluation.csv"])
-        assert [row | {"notes": ""} for row in stale] == [row | {"notes": ""} for row in rows(out / "expected.csv")]
+        assert [row | {"notes": ""} for row in stale] == [
+            row | {"notes": ""} for row in rows(out / "expected.csv")
+        ]
         (out / "expected.csv").unlink()
         assert report.details["mean_dice"] == pytest.approx(before.details["mean_dice"], abs=1e-6)
         assert report.details["min_iou"] == 0.0
@@ -265,7 +323,9 @@ def test_where_every_pair_fails_the_rows_of_the_same_masks_stay(min_iou, study, 
     assert (out / "evaluation.csv").read_bytes() == files["evaluation.csv"]
 
 
-def test_where_one_pair_fails_its_row_stays_if_its_masks_and_the_overlap_are_the_same(folders, tmp_path, monkeypatch):
+def test_where_one_pair_fails_its_row_stays_if_its_masks_and_the_overlap_are_the_same(
+    folders, tmp_path, monkeypatch
+):
     out, evaluate_case = tmp_path / "out", evaluating.evaluate_case
     before = {row["case_id"]: row for row in rows(evaluated(folders, out) / "evaluation.csv")}
 
@@ -280,8 +340,14 @@ def test_where_one_pair_fails_its_row_stays_if_its_masks_and_the_overlap_are_the
     before["b"].pop("notes")
     assert after == before
     assert {row["case_id"] for row in rows(out / "detections.csv")} == {"a", "b", "d"}
-    after = {row["case_id"]: row for row in rows(evaluated(folders, out, min_iou=0.5) / "evaluation.csv")}
-    assert (after["b"]["status"], after["b"]["dice"], after["a"]["status"]) == ("failed", "", "done")
+    after = {
+        row["case_id"]: row for row in rows(evaluated(folders, out, min_iou=0.5) / "evaluation.csv")
+    }
+    assert (after["b"]["status"], after["b"]["dice"], after["a"]["status"]) == (
+        "failed",
+        "",
+        "done",
+    )
     monkeypatch.undo()
     evaluated(folders, out)
     other = grid_around(12, oblique((1, 1.2, 2)))
@@ -304,10 +370,20 @@ def test_a_broken_table_of_lesions_is_a_wrong_request(study, tmp_path):
 
 def test_the_command_prints_means_with_their_intervals(study, tmp_path):
     data, results = study
-    command = ["evaluate", "--reference", str(data), "--predicted", str(results), "--out", str(tmp_path / "out")]
+    command = [
+        "evaluate",
+        "--reference",
+        str(data),
+        "--predicted",
+        str(results),
+        "--out",
+        str(tmp_path / "out"),
+    ]
     done = CliRunner().invoke(app, command)
     assert done.exit_code == 0
-    found = json.loads((tmp_path / "out" / "summary.json").read_text(encoding="utf-8"))["labels"]["1"]
+    found = json.loads((tmp_path / "out" / "summary.json").read_text(encoding="utf-8"))["labels"][
+        "1"
+    ]
     for metric in ("dice", "nsd_1mm"):
         assert f"{found['metrics'][metric]['mean']:.3f}" in done.stdout
     assert found["detection"]["f1"]["mean_95"] is None

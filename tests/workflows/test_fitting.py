@@ -5,7 +5,14 @@ import pytest
 from volseg.errors import VolsegError
 from volseg.plan import Plan
 from volseg.sizing import LEAST_STEPS, STEPS
-from volseg.workflows.fitting import ROOM, TooShortError, best_plan, fit_to_time, refuse_time, suggested
+from volseg.workflows.fitting import (
+    ROOM,
+    TooShortError,
+    best_plan,
+    fit_to_time,
+    refuse_time,
+    suggested,
+)
 
 
 def plan(edge):
@@ -48,7 +55,9 @@ def test_then_the_network_gets_smaller_and_then_it_is_refused_with_the_time_it_n
 
 
 @pytest.mark.parametrize("seconds", [1, 15, 19, 20, 21, 100, 150, 200, 399, 400, 1000, 3000])
-@pytest.mark.parametrize("options", [{}, {"smaller": None}, {"may_drop_folds": False}, {"folds": 1}])
+@pytest.mark.parametrize(
+    "options", [{}, {"smaller": None}, {"may_drop_folds": False}, {"folds": 1}]
+)
 def test_no_network_is_planned_with_fewer_steps_than_it_needs(seconds, options):
     try:
         found = fit(seconds, **options)
@@ -83,6 +92,7 @@ def test_a_refusal_names_a_time_that_holds_what_is_needed():
         number, unit = re.fullmatch(r"(\d+)([sm])", text).groups()
         assert needed < int(number) * {"s": 1, "m": 60}[unit] < 2 * needed + 60
     with pytest.raises(
-        VolsegError, match=r"budget of 60 s is too short: all of it; to fix: give --time-budget 3m or more; keep"
+        VolsegError,
+        match=r"budget of 60 s is too short: all of it; to fix: give --time-budget 3m or more; keep",
     ):
         refuse_time(60, 110, "all of it", kept="; keep")

@@ -29,7 +29,12 @@ def with_infer(bundle, **changes):
 def results(dataset, model, tmp_path_factory):
     """Results of the two scans which the model never saw."""
     out = tmp_path_factory.mktemp("infer") / "results"
-    report = volseg.infer([dataset / "images" / f"scan_{n}.nii.gz" for n in (6, 7)], model=model, out=out, figures=True)
+    report = volseg.infer(
+        [dataset / "images" / f"scan_{n}.nii.gz" for n in (6, 7)],
+        model=model,
+        out=out,
+        figures=True,
+    )
     assert report.exit_code == 0
     return out
 
@@ -61,9 +66,15 @@ def test_the_tables_say_what_the_masks_say(results, dataset):
         for row in own:
             inside = ids == int(row["lesion_id"])
             assert int(row["n_voxels"]) == inside.sum()
-            assert float(row["volume_mm3"]) == pytest.approx(inside.sum() * scan.geometry.voxel_volume_mm3, rel=1e-6)
-            assert float(row["intensity_mean"]) == pytest.approx(scan.array[inside].mean(), abs=1e-3)
-        assert float(case["total_volume_ml"]) == pytest.approx(sum(float(row["volume_ml"]) for row in own), abs=1e-3)
+            assert float(row["volume_mm3"]) == pytest.approx(
+                inside.sum() * scan.geometry.voxel_volume_mm3, rel=1e-6
+            )
+            assert float(row["intensity_mean"]) == pytest.approx(
+                scan.array[inside].mean(), abs=1e-3
+            )
+        assert float(case["total_volume_ml"]) == pytest.approx(
+            sum(float(row["volume_ml"]) for row in own), abs=1e-3
+        )
         assert case["model"].startswith("tiny@")
         assert (results / "figures" / f"{case['case_id']}.png").read_bytes().startswith(b"\x89PNG")
 
@@ -93,7 +104,16 @@ def test_the_columns_are_the_contract(results):
         "class_name",
         "class_probability",
     ]
-    wanted = ["case_id", "status", "reason", "n_lesions", "total_volume_ml", "image", "model", "seconds"]
+    wanted = [
+        "case_id",
+        "status",
+        "reason",
+        "n_lesions",
+        "total_volume_ml",
+        "image",
+        "model",
+        "seconds",
+    ]
     assert list(rows(results / "cases.csv")[0])[: len(wanted)] == wanted
     run = json.loads((results / "run.json").read_text())
     assert run["connectivity"] == 26
@@ -148,7 +168,9 @@ def test_interrupted_and_repeated_it_computes_only_what_is_missing(dataset, mode
     assert (list(report.kept), list(report.done)) == (["scan_5", "scan_6"], ["scan_7"])
     assert (out / "masks" / "scan_5.nii.gz").stat().st_mtime_ns == before
     volseg.infer(scans, model=model, out=tmp_path / "unbroken", figures=True)
-    assert (out / "lesions.csv").read_bytes() == (tmp_path / "unbroken" / "lesions.csv").read_bytes()
+    assert (out / "lesions.csv").read_bytes() == (
+        tmp_path / "unbroken" / "lesions.csv"
+    ).read_bytes()
     assert not list(out.rglob(".tmp-*"))
 
 
@@ -159,7 +181,9 @@ def test_another_option_or_a_missing_mask_is_computed_again(dataset, model, tmp_
     assert list(volseg.infer(scan, model=model, out=out, figures=True).done) == ["scan_6"]
     mask = out / "masks" / "scan_6.nii.gz"
     whole = mask.read_bytes()
-    mask.write_bytes(whole[:-4])  # which may be a user's doing, so it is not replaced before he takes it away
+    mask.write_bytes(
+        whole[:-4]
+    )  # which may be a user's doing, so it is not replaced before he takes it away
     assert list(volseg.infer(scan, model=model, out=out, figures=True).kept) == ["scan_6"]
     assert "E_TRUNCATED" in volseg.measure(out).failed["scan_6"]
     mask.unlink()
@@ -189,7 +213,9 @@ def test_the_shipped_model_is_used_without_model(tmp_path):
     assert lesion["class_name"] in ("benign", "malignant")
 
 
-def test_the_tiles_of_a_scan_alone_are_its_progress_and_those_of_several_a_stage_of_their_own(dataset, model, tmp_path):
+def test_the_tiles_of_a_scan_alone_are_its_progress_and_those_of_several_a_stage_of_their_own(
+    dataset, model, tmp_path
+):
     from volseg.bundle import load_bundle
     from volseg.segment import load_model, segment_case
 
@@ -204,16 +230,23 @@ def test_the_tiles_of_a_scan_alone_are_its_progress_and_those_of_several_a_stage
         )
 
     def said_of(total):
-        return [*(f"{done} of {total} tiles" for done in range(total)), f"{total} tiles done, measuring"]
+        return [
+            *(f"{done} of {total} tiles" for done in range(total)),
+            f"{total} tiles done, measuring",
+        ]
 
     seen = []
-    volseg.infer(scans["scan_6"], model=model, out=tmp_path / "one", progress=lambda *what: seen.append(what))
+    volseg.infer(
+        scans["scan_6"], model=model, out=tmp_path / "one", progress=lambda *what: seen.append(what)
+    )
     total = totals["scan_6"]
     tiles = [("Segmenting", done / total, detail) for done, detail in enumerate(said_of(total))]
     assert seen == [("Segmenting", 0.0, "1 of 1 to do"), *tiles, ("Segmenting", 1.0, "scan_6")]
 
     seen.clear()
-    volseg.infer(scans.values(), model=model, out=tmp_path / "two", progress=lambda *what: seen.append(what))
+    volseg.infer(
+        scans.values(), model=model, out=tmp_path / "two", progress=lambda *what: seen.append(what)
+    )
     assert [what for what in seen if what[0] == "Tiles"] == [
         ("Tiles", done / total, f"{name}: {detail}")
         for name, total in totals.items()
@@ -226,8 +259,12 @@ def test_the_tiles_of_a_scan_alone_are_its_progress_and_those_of_several_a_stage
     ]
 
 
-@pytest.mark.parametrize(("overlap", "mirror_axes"), [(0.5, ("R", "S")), (0.25, ()), (0.0, ("A",)), (0.0, ())])
-def test_the_cost_of_overlap_and_mirroring_is_said_as_it_is_then_paid(overlap, mirror_axes, dataset, model, tmp_path):
+@pytest.mark.parametrize(
+    ("overlap", "mirror_axes"), [(0.5, ("R", "S")), (0.25, ()), (0.0, ("A",)), (0.0, ())]
+)
+def test_the_cost_of_overlap_and_mirroring_is_said_as_it_is_then_paid(
+    overlap, mirror_axes, dataset, model, tmp_path
+):
     from volseg.bundle import load_bundle, save_bundle
     from volseg.segment import load_model, segment_case
 
@@ -238,7 +275,9 @@ def test_the_cost_of_overlap_and_mirroring_is_said_as_it_is_then_paid(overlap, m
     write_volume(tissue, tmp_path / "scan.nii.gz")
 
     def paid(overlap, mirror_axes):
-        loaded = load_model(with_infer(load_bundle(model), overlap=overlap, mirror_axes=mirror_axes), "cpu")
+        loaded = load_model(
+            with_infer(load_bundle(model), overlap=overlap, mirror_axes=mirror_axes), "cpu"
+        )
         counting = CountingBackend(loaded.segmentation)
         segment_case({"ct": tissue}, replace(loaded, segmentation=counting), case_id="scan")
         return counting.tiles
@@ -253,10 +292,19 @@ def test_the_cost_of_overlap_and_mirroring_is_said_as_it_is_then_paid(overlap, m
     if mirror_axes:
         names = ", ".join(mirror_axes)
         times = paid(overlap, mirror_axes) / tiles
-        expected += f"; each is run {times:g} times for mirroring over {names} (--no-mirroring: once)"
-    save_bundle(with_infer(load_bundle(model), overlap=overlap, mirror_axes=mirror_axes), tmp_path / "model")
+        expected += (
+            f"; each is run {times:g} times for mirroring over {names} (--no-mirroring: once)"
+        )
+    save_bundle(
+        with_infer(load_bundle(model), overlap=overlap, mirror_axes=mirror_axes), tmp_path / "model"
+    )
     said = []
-    volseg.infer(tmp_path / "scan.nii.gz", model=tmp_path / "model", out=tmp_path / "out", announce=said.append)
+    volseg.infer(
+        tmp_path / "scan.nii.gz",
+        model=tmp_path / "model",
+        out=tmp_path / "out",
+        announce=said.append,
+    )
     assert said[1] == expected
 
 
@@ -269,13 +317,18 @@ def test_no_scans_and_no_model_are_wrong_requests(dataset, model, tmp_path):
 
 
 def test_a_scan_over_the_budget_is_a_failed_row_and_the_others_are_done(dataset, model, tmp_path):
-    large = Volume(np.zeros((400, 400, 400), np.uint8, order="F"), Geometry((400, 400, 400), np.eye(4)))
+    large = Volume(
+        np.zeros((400, 400, 400), np.uint8, order="F"), Geometry((400, 400, 400), np.eye(4))
+    )
     write_volume(large, tmp_path / "large.nii.gz")
     small, said = dataset / "images" / "scan_6.nii.gz", []
     volseg.infer(small, model=model, out=tmp_path / "alone", announce=said.append)
     enough = float(said[0].split("at most ")[1].split(" GB")[0]) + 0.2
     report = volseg.infer(
-        [small, tmp_path / "large.nii.gz"], model=model, out=tmp_path / "out", max_ram=f"{enough:.2f}G"
+        [small, tmp_path / "large.nii.gz"],
+        model=model,
+        out=tmp_path / "out",
+        max_ram=f"{enough:.2f}G",
     )
     assert report.done == ["scan_6"] and report.exit_code == 3
     assert "to fix: give --max-ram" in report.failed["large"]
@@ -287,7 +340,8 @@ def test_a_budget_lowers_the_tiles_at_a_time_and_the_masks_stay_the_same(dataset
     infer = bundle.recipe.infer.model_copy(update={"batch_size": 8})
     large = bundle.plan.model_copy(update={"patch_shape": (96, 96, 96)})
     save_bundle(
-        replace(bundle, plan=large, recipe=bundle.recipe.model_copy(update={"infer": infer})), tmp_path / "model"
+        replace(bundle, plan=large, recipe=bundle.recipe.model_copy(update={"infer": infer})),
+        tmp_path / "model",
     )
     scan = dataset / "images" / "scan_6.nii.gz"
     found = {}
@@ -296,9 +350,17 @@ def test_a_budget_lowers_the_tiles_at_a_time_and_the_masks_stay_the_same(dataset
         if budget is not None:  # between what eight tiles and one tile take
             total = float(found["free"][0].split("at most ")[1].split(" GB")[0])
             budget = f"{total - 0.3:.2f}G"
-        volseg.infer(scan, model=tmp_path / "model", out=tmp_path / name, max_ram=budget, announce=said.append)
+        volseg.infer(
+            scan,
+            model=tmp_path / "model",
+            out=tmp_path / name,
+            max_ram=budget,
+            announce=said.append,
+        )
         found[name] = said
-    assert any("at a time, to stay within the memory budget" in text for text in found["tight"]), found
+    assert any("at a time, to stay within the memory budget" in text for text in found["tight"]), (
+        found
+    )
     masks = [read_mask(tmp_path / name / "masks" / "scan_6.nii.gz").array for name in found]
     assert masks[0].any()
     np.testing.assert_array_equal(*masks)
@@ -310,7 +372,9 @@ def test_pages_that_complete_cases_lack_keep_to_the_memory_budget(model, dataset
     report = volseg.infer(scan, model=model, out=out, max_ram="1M")
     assert list(report.kept) == ["scan_0"]
     assert not (out / "viewer").exists()
-    told = [text for text in report.details["warnings"] if text.startswith("W_PAGE: scan_0 has no page")]
+    told = [
+        text for text in report.details["warnings"] if text.startswith("W_PAGE: scan_0 has no page")
+    ]
     assert len(told) == 1 and "give --max-ram" in told[0]
     volseg.infer(scan, model=model, out=out)
     assert (out / "viewer" / "scan_0.html").is_file()

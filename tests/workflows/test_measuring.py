@@ -26,19 +26,30 @@ def pair(tmp_path):
     centre = geometry.to_world_mm((np.array([geometry.shape]) - 1) / 2)[0]
     large, small = ball(8, geometry, centre - [7, 0, 0]), ball(4, geometry, centre + [10, 0, 0])
     mask = large * 2 + small * 7
-    write_volume(Volume(np.where(mask > 0, 40, -300).astype(np.int16), geometry), tmp_path / "scan.nii.gz")
+    write_volume(
+        Volume(np.where(mask > 0, 40, -300).astype(np.int16), geometry), tmp_path / "scan.nii.gz"
+    )
     write_volume(Volume(mask.astype(np.uint8), geometry), tmp_path / "mask.nii.gz")
     return tmp_path / "scan.nii.gz", tmp_path / "mask.nii.gz"
 
 
 def test_any_mask_is_measured_without_a_model(pair, tmp_path):
     image, mask = pair
-    report = volseg.measure(image=image, mask=mask, out=tmp_path / "out", label_names={7: "cyst"}, figures=True)
+    report = volseg.measure(
+        image=image, mask=mask, out=tmp_path / "out", label_names={7: "cyst"}, figures=True
+    )
     assert report.exit_code == 0
     large, small = rows(tmp_path / "out" / "lesions.csv")
-    assert [(row["label"], row["label_name"]) for row in (large, small)] == [("2", "label_2"), ("7", "cyst")]
+    assert [(row["label"], row["label_name"]) for row in (large, small)] == [
+        ("2", "label_2"),
+        ("7", "cyst"),
+    ]
     assert float(large["volume_ml"]) == pytest.approx(4 / 3 * np.pi * 0.8**3, rel=0.03)
-    assert (large["intensity_mean"], large["intensity_sd"], large["intensity_unit"]) == ("40", "0", "HU")
+    assert (large["intensity_mean"], large["intensity_sd"], large["intensity_unit"]) == (
+        "40",
+        "0",
+        "HU",
+    )
     assert (large["confidence_mean"], large["class_name"]) == ("", "")
     assert (tmp_path / "out" / "figures" / "scan.png").exists()
     assert not (tmp_path / "out" / "masks").exists()
@@ -80,13 +91,19 @@ def test_the_48_files_of_one_scan_give_identical_rows(tmp_path):
     assert len(expected) > 1
     for found in by_case.values():
         assert [row for row, _ in found] == [row for row, _ in expected]
-        np.testing.assert_allclose([c for _, c in found], [c for _, c in expected], atol=1.01e-4)  # the last digit
+        np.testing.assert_allclose(
+            [c for _, c in found], [c for _, c in expected], atol=1.01e-4
+        )  # the last digit
 
 
 @pytest.mark.parametrize("subject", ["example_ct_sm_fast", "example_ct_sm"])
 def test_volumes_of_all_117_labels_equal_the_published_statistics(subject, tmp_path):
     folder = real_data("totalseg_example_ct")
-    names = {int(row["label"]): row["name"] for row in rows(folder / "label_names.csv") if row["map"] == "total"}
+    names = {
+        int(row["label"]): row["name"]
+        for row in rows(folder / "label_names.csv")
+        if row["map"] == "total"
+    }
     assert len(names) == 117
     case = next(row for row in rows(folder / "cases.csv") if row["subject"] == subject)
     volseg.measure(
@@ -98,7 +115,9 @@ def test_volumes_of_all_117_labels_equal_the_published_statistics(subject, tmp_p
     )
     found = {row["label_name"]: row for row in rows(tmp_path / "out" / "lesions.csv")}
     voxels = dict(pair.split(":") for pair in case["label_values"].split(";"))
-    assert {row["label"]: row["n_voxels"] for row in found.values()} == {k: v for k, v in voxels.items() if k != "0"}
+    assert {row["label"]: row["n_voxels"] for row in found.values()} == {
+        k: v for k, v in voxels.items() if k != "0"
+    }
     if subject != "example_ct_sm_fast":
         return  # the statistics are those of the other mask
     statistics = json.loads((folder / "example_ct_sm_fast_statistics.json").read_text())
@@ -107,10 +126,14 @@ def test_volumes_of_all_117_labels_equal_the_published_statistics(subject, tmp_p
         volume = float(found[name]["volume_mm3"]) if name in found else 0.0
         assert volume == expected["volume"]
         if name in found:
-            assert float(found[name]["intensity_mean"]) == pytest.approx(expected["intensity"], abs=0.5)
+            assert float(found[name]["intensity_mean"]) == pytest.approx(
+                expected["intensity"], abs=0.5
+            )
 
 
-@pytest.mark.parametrize("arguments", [{}, {"image": "a.nii"}, {"image": "a.nii", "mask": "b.nii", "cases": "c.csv"}])
+@pytest.mark.parametrize(
+    "arguments", [{}, {"image": "a.nii"}, {"image": "a.nii", "mask": "b.nii", "cases": "c.csv"}]
+)
 def test_a_pair_or_a_table_is_needed(arguments, tmp_path):
     with pytest.raises(VolsegError, match="needs a scan and its mask"):
         volseg.measure(**arguments, out=tmp_path / "out")
@@ -133,7 +156,9 @@ def test_new_voxels_of_a_header_and_image_pair_are_noticed(tmp_path):
     voxels = np.fromfile(tmp_path / "scan.img", np.int16) + 5
     voxels.tofile(tmp_path / "scan.img")
     assert list(volseg.measure(**pair).done) == ["scan"]
-    assert rows(tmp_path / "out" / "lesions.csv")[0]["intensity_mean"] == str(float(values[mask == 1].mean()) + 5)
+    assert rows(tmp_path / "out" / "lesions.csv")[0]["intensity_mean"] == str(
+        float(values[mask == 1].mean()) + 5
+    )
 
 
 def test_label_names_come_from_json_either_way_round_or_csv(tmp_path):
@@ -165,16 +190,27 @@ def test_line_breaks_in_names_of_files_and_labels_make_no_rows(pair, tmp_path):
     image, mask = pair
     hostile = tmp_path / "scan\rof\x0ba\u2028day.nii.gz"
     image.rename(hostile)
-    volseg.measure(image=hostile, mask=mask, out=tmp_path / "out", label_names={2: "left\rkidney", 7: "\x85cyst\x1c"})
+    volseg.measure(
+        image=hostile,
+        mask=mask,
+        out=tmp_path / "out",
+        label_names={2: "left\rkidney", 7: "\x85cyst\x1c"},
+    )
     for name, n_rows in (("lesions.csv", 2), ("cases.csv", 1)):
         table = rows(tmp_path / "out" / name)
         text = (tmp_path / "out" / name).read_text(encoding="utf-8")
         assert len(table) == len(list(csv.DictReader(text.splitlines()))) == n_rows
     assert table[0]["image"].endswith(hostile.name)
-    assert [row["label_name"] for row in rows(tmp_path / "out" / "lesions.csv")] == ["left\rkidney", "\x85cyst\x1c"]
+    assert [row["label_name"] for row in rows(tmp_path / "out" / "lesions.csv")] == [
+        "left\rkidney",
+        "\x85cyst\x1c",
+    ]
     assert volseg.report(tmp_path / "out").done == list(
         volseg.measure(
-            image=hostile, mask=mask, out=tmp_path / "out", label_names={2: "left\rkidney", 7: "\x85cyst\x1c"}
+            image=hostile,
+            mask=mask,
+            out=tmp_path / "out",
+            label_names={2: "left\rkidney", 7: "\x85cyst\x1c"},
         ).kept
     )
 
@@ -202,7 +238,11 @@ def test_two_folders_are_paired_by_name(pair, tmp_path):
 def test_lesions_in_an_organ_have_a_burden(pair, tmp_path):
     image, mask = pair
     report = volseg.measure(
-        image=image, mask=mask, out=tmp_path / "out", label_names={2: "liver", 7: "cyst"}, organ="liver"
+        image=image,
+        mask=mask,
+        out=tmp_path / "out",
+        label_names={2: "liver", 7: "cyst"},
+        organ="liver",
     )
     assert report.exit_code == 0
     (cyst,) = rows(tmp_path / "out" / "lesions.csv")
@@ -231,7 +271,9 @@ def test_a_few_voxels_below_air_do_not_make_a_scan_ct(share, unit, tmp_path):
     geometry = Geometry(values.shape, np.diag([1.0, 1.0, 2.0, 1.0]))
     write_volume(Volume(values, geometry), tmp_path / "scan.nii.gz")
     write_volume(Volume(mask, geometry), tmp_path / "mask.nii.gz")
-    volseg.measure(image=tmp_path / "scan.nii.gz", mask=tmp_path / "mask.nii.gz", out=tmp_path / "out")
+    volseg.measure(
+        image=tmp_path / "scan.nii.gz", mask=tmp_path / "mask.nii.gz", out=tmp_path / "out"
+    )
     (case,), (lesion,) = (rows(tmp_path / "out" / f"{name}.csv") for name in ("cases", "lesions"))
     assert lesion["intensity_unit"] == unit
     assert "W_UNIT: no --unit given" in case["warnings"] and "HU" in case["warnings"]
@@ -249,9 +291,15 @@ def test_names_come_from_the_label_table_of_the_mask(pair, tmp_path):
     loaded.header.extensions.append(nibabel.nifti1.Nifti1Extension(0, table.encode()))
     nibabel.nifti1.save(loaded, mask)
     volseg.measure(image=image, mask=mask, out=tmp_path / "out")
-    assert [row["label_name"] for row in rows(tmp_path / "out" / "lesions.csv")] == ["left kidney", "cyst & stone"]
+    assert [row["label_name"] for row in rows(tmp_path / "out" / "lesions.csv")] == [
+        "left kidney",
+        "cyst & stone",
+    ]
     volseg.measure(image=image, mask=mask, out=tmp_path / "out", label_names={2: "mine"})
-    assert [row["label_name"] for row in rows(tmp_path / "out" / "lesions.csv")] == ["mine", "label_7"]
+    assert [row["label_name"] for row in rows(tmp_path / "out" / "lesions.csv")] == [
+        "mine",
+        "label_7",
+    ]
 
 
 def test_a_hole_in_the_scan_empties_the_intensities_of_its_lesion_only(pair, tmp_path):
@@ -260,7 +308,9 @@ def test_a_hole_in_the_scan_empties_the_intensities_of_its_lesion_only(pair, tmp
     array = scan.array.astype(np.float32)
     array[tuple(np.argwhere(ids == 7)[0])] = np.nan
     write_volume(scan.with_array(array), image)
-    report = volseg.measure(image=image, mask=mask, out=tmp_path / "out", intensity_unit="HU", figures=True)
+    report = volseg.measure(
+        image=image, mask=mask, out=tmp_path / "out", intensity_unit="HU", figures=True
+    )
     assert report.exit_code == 0
     large, small = rows(tmp_path / "out" / "lesions.csv")
     assert (large["intensity_mean"], small["intensity_mean"], small["mass_g"]) == ("40", "", "")
@@ -290,7 +340,12 @@ def test_an_empty_mask_is_a_scan_without_lesions(pair, tmp_path):
     volseg.measure(image=image, mask=mask, out=tmp_path / "out")
     assert rows(tmp_path / "out" / "lesions.csv") == []
     (case,) = rows(tmp_path / "out" / "cases.csv")
-    assert (case["status"], case["n_lesions"], case["total_volume_ml"], case["largest_volume_ml"]) == (
+    assert (
+        case["status"],
+        case["n_lesions"],
+        case["total_volume_ml"],
+        case["largest_volume_ml"],
+    ) == (
         "done",
         "0",
         "0",
@@ -304,21 +359,28 @@ def test_one_mask_and_a_table_of_several_scans_are_no_pair(pair, tmp_path):
     table.write_text(f"subject,image\na,{image}\n")
     assert list(volseg.measure(image=table, mask=mask, out=tmp_path / "one").done) == ["a"]
     table.write_text(f"subject,image\na,{image}\nb,{image}\n")
-    with pytest.raises(VolsegError, match=r"scans\.csv: lists 2 scans, but .*mask\.nii\.gz is one mask") as refusal:
+    with pytest.raises(
+        VolsegError, match=r"scans\.csv: lists 2 scans, but .*mask\.nii\.gz is one mask"
+    ) as refusal:
         volseg.measure(image=table, mask=mask, out=tmp_path / "out")
     assert refusal.value.code == "E_USAGE" and f"--cases {table}" in refusal.value.fix
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
-    "label", ["0", "label_0", "air", "4294967296", "9" * 5000, "²", "-1", "1.0", "", "label_", "part"]
+    "label",
+    ["0", "label_0", "air", "4294967296", "9" * 5000, "²", "-1", "1.0", "", "label_", "part"],
 )
 @pytest.mark.parametrize("option", ["organ", "lymph_nodes"])
-def test_a_label_is_a_value_of_a_mask_or_the_name_of_one_and_never_the_background(option, label, pair, tmp_path):
+def test_a_label_is_a_value_of_a_mask_or_the_name_of_one_and_never_the_background(
+    option, label, pair, tmp_path
+):
     image, mask = pair
     names = {0: "air", 1: "part", 2: "part"}
     wanted = {"organ": label} if option == "organ" else {"lymph_nodes": [label]}
-    report = volseg.measure(image=image, mask=mask, out=tmp_path / "out", label_names=names, **wanted)
+    report = volseg.measure(
+        image=image, mask=mask, out=tmp_path / "out", label_names=names, **wanted
+    )
     assert report.failed["scan"].startswith("E_LABELS: ") and len(report.failed["scan"]) < 500
 
 
@@ -344,10 +406,14 @@ def test_a_label_is_a_value_of_a_mask_or_the_name_of_one_and_never_the_backgroun
         ("label,name\n%s,liver\n" % ("9" * 5000), "999"),
     ],
 )  # fmt: skip
-def test_label_names_that_say_no_whole_number_or_one_value_twice_are_refused(content, problem, tmp_path):
+def test_label_names_that_say_no_whole_number_or_one_value_twice_are_refused(
+    content, problem, tmp_path
+):
     path = tmp_path / ("names.json" if content[0] in "{[" else "names.csv")
     path.write_text(content)
-    with pytest.raises(VolsegError, match=re.escape(f"{path}: not a list of label names")) as refusal:
+    with pytest.raises(
+        VolsegError, match=re.escape(f"{path}: not a list of label names")
+    ) as refusal:
         read_label_names(path)
     assert refusal.value.code == "E_LABELS" and problem in refusal.value.problem
     assert len(refusal.value.problem) < 300 + len(str(path))

@@ -55,7 +55,14 @@ def test_every_component_has_a_row_and_the_largest_have_every_column(measured):
     assert sum(int(row["n_voxels"]) for row in rows) == np.count_nonzero(array)
     assert all(row["long_axis_mm"] for row in rows[:MANY])
     assert not any(row["long_axis_mm"] for row in rows[MANY:])
-    cheap = ("volume_ml", "intensity_mean", "intensity_max", "centroid_s_mm", "bbox_max_ras", "touches_border")
+    cheap = (
+        "volume_ml",
+        "intensity_mean",
+        "intensity_max",
+        "centroid_s_mm",
+        "bbox_max_ras",
+        "touches_border",
+    )
     assert all(row[name] for row in rows[MANY:] for name in cheap)
     assert all("only the 10 000 largest" in row["notes"] for row in rows[MANY:])
     (case,) = rows_of(out / "cases.csv")
@@ -97,13 +104,17 @@ def test_a_budget_that_does_not_hold_is_a_failed_row_that_says_what_would(tmp_pa
     assert reason.startswith("E_RAM") and "the budget is 0.10 GB" in reason
     enough = re.search(r"--max-ram ([0-9.]+G)", reason)[1]
     texts = []
-    report = volseg.measure(image=scan, mask=mask, out=tmp_path / "out", max_ram=enough, announce=texts.append)
+    report = volseg.measure(
+        image=scan, mask=mask, out=tmp_path / "out", max_ram=enough, announce=texts.append
+    )
     assert not report.failed
     assert float(re.search(r"at most ([0-9.]+) GB", texts[0])[1]) * GB <= parse_bytes(enough)
 
 
 def test_the_plan_grows_with_the_grid_alone():
-    small, large = (plan_measuring(voxels, 2, 1, process=0, n_cases=1) for voxels in (256**3, 512 * 512 * 300))
+    small, large = (
+        plan_measuring(voxels, 2, 1, process=0, n_cases=1) for voxels in (256**3, 512 * 512 * 300)
+    )
     assert small.total < 1.1 * GB
     assert large.parts["lesions"] - small.parts["lesions"] < 7 * (512 * 512 * 300 - 256**3)
     assert lesion_bytes(256**3, 8) - lesion_bytes(256**3, 2) == 6 * 256**3
@@ -118,7 +129,9 @@ def test_the_plan_holds_the_tables_and_pages_of_the_whole_folder():
 def test_a_million_labels_are_not_named_before_their_rows_are_written(tmp_path, monkeypatch):
     shape = (64, 64, 32)
     n = np.prod(shape)
-    labels = np.random.default_rng(0).permutation(np.arange(1, n + 1, dtype=np.int32)).reshape(shape)
+    labels = (
+        np.random.default_rng(0).permutation(np.arange(1, n + 1, dtype=np.int32)).reshape(shape)
+    )
     for name, array in (("scan", labels.astype(np.int16)), ("mask", labels)):
         nibabel.nifti1.save(nibabel.nifti1.Nifti1Image(array, AFFINE), tmp_path / f"{name}.nii")
     held = []
@@ -129,8 +142,15 @@ def test_a_million_labels_are_not_named_before_their_rows_are_written(tmp_path, 
         raise ScanError("looked", fix="", code="E_LOOKED")
 
     monkeypatch.setattr(measuring, "measure_largest", look)
-    wanted = {"objects": "labels", "label_names": {1: "spleen"}, "pages": False, "out": tmp_path / "out"}
-    volseg.measure(image=tmp_path / "scan.nii", mask=tmp_path / "mask.nii", lymph_nodes=["spleen"], **wanted)
+    wanted = {
+        "objects": "labels",
+        "label_names": {1: "spleen"},
+        "pages": False,
+        "out": tmp_path / "out",
+    }
+    volseg.measure(
+        image=tmp_path / "scan.nii", mask=tmp_path / "mask.nii", lymph_nodes=["spleen"], **wanted
+    )
     tracemalloc.start()
     try:
         report = volseg.measure(image=tmp_path / "scan.nii", mask=tmp_path / "mask.nii", **wanted)
@@ -167,10 +187,14 @@ print("failed" if report.failed else "measured", peak <= said[0], report.failed)
 """
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="address space is limited on Linux alone")
+@pytest.mark.skipif(
+    not sys.platform.startswith("linux"), reason="address space is limited on Linux alone"
+)
 def test_noise_is_measured_in_an_address_space_of_the_announced_size(tmp_path):
     (tmp_path / "small").mkdir()
     write_noise(tmp_path / "small", (24, 24, 24), 0.05, 3)
     write_noise(tmp_path, (120, 110, 90), 0.01, 117)
-    done = subprocess.run([sys.executable, "-c", MEASURE, tmp_path], capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE, tmp_path], capture_output=True, text=True, timeout=300
+    )
     assert done.stdout.startswith("measured True"), done.stdout + done.stderr[-2000:]

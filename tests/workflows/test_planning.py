@@ -27,7 +27,9 @@ def write_case(folder, number, *, low, images="images", labels="labels", suffix=
     name = f"case_{number}"
     for sub, values, end in ((images, array.astype(np.int16), suffix), (labels, mask, "")):
         (folder / sub).mkdir(parents=True, exist_ok=True)
-        write_volume(Volume(np.asfortranarray(values), geometry), folder / sub / f"{name}{end}.nii.gz")
+        write_volume(
+            Volume(np.asfortranarray(values), geometry), folder / sub / f"{name}{end}.nii.gz"
+        )
     return name
 
 
@@ -40,14 +42,25 @@ def plain_folder(folder, low=-1000, n=4):
 def nnunet_folder(folder, n=4):
     for number in range(n):
         write_case(folder, number, low=50, images="imagesTr", labels="labelsTr", suffix="_0000")
-    description = {"channel_names": {"0": "CT"}, "labels": {"background": 0, "ball": 7, "shell": 300}}
-    (folder / "dataset.json").write_text(json.dumps(description | {"numTraining": n, "file_ending": ".nii.gz"}))
+    description = {
+        "channel_names": {"0": "CT"},
+        "labels": {"background": 0, "ball": 7, "shell": 300},
+    }
+    (folder / "dataset.json").write_text(
+        json.dumps(description | {"numTraining": n, "file_ending": ".nii.gz"})
+    )
     return folder
 
 
 def decathlon_folder(folder, n=4):
-    names = [write_case(folder, number, low=0, images="imagesTr", labels="labelsTr") for number in range(n)]
-    listed = [{"image": f"./imagesTr/{name}.nii.gz", "label": f"./labelsTr/{name}.nii.gz"} for name in names]
+    names = [
+        write_case(folder, number, low=0, images="imagesTr", labels="labelsTr")
+        for number in range(n)
+    ]
+    listed = [
+        {"image": f"./imagesTr/{name}.nii.gz", "label": f"./labelsTr/{name}.nii.gz"}
+        for name in names
+    ]
     (folder / "dataset.json").write_text(json.dumps(DECATHLON | {"training": listed, "test": []}))
     return folder
 
@@ -71,12 +84,23 @@ def test_a_plan_gives_a_reason_for_each_line_and_comes_back_from_its_file(tmp_pa
     folder = plain_folder(tmp_path / "d")
     report = volseg.plan(folder, memory="2G", out=tmp_path / "new" / "plan.json")
     lines = {line["setting"]: line for line in report.details["plan"]["lines"]}
-    assert {"spacing", "intensities of image", "patch", "batch", "levels", "kernels", "features"} <= lines.keys()
+    assert {
+        "spacing",
+        "intensities of image",
+        "patch",
+        "batch",
+        "levels",
+        "kernels",
+        "features",
+    } <= lines.keys()
     assert all(line["value"] and line["reason"] for line in lines.values())
     plan = read_plan(tmp_path / "new" / "plan.json")
     assert plan.model_dump(mode="json") == report.details["plan"]
     assert plan.spacing_mm == (1.5, 1.5, 2.0)
-    content = json.loads((tmp_path / "new" / "plan.json").read_text()) | {"patch_shape": [16, 16], "bacth_size": 3}
+    content = json.loads((tmp_path / "new" / "plan.json").read_text()) | {
+        "patch_shape": [16, 16],
+        "bacth_size": 3,
+    }
     (tmp_path / "bad.json").write_text(json.dumps(content))
     with pytest.raises(VolsegError, match=r"not a plan: .*patch_shape.*bacth_size"):
         read_plan(tmp_path / "bad.json")
@@ -86,7 +110,9 @@ def test_what_the_recipe_states_overrules_the_plan(dataset, tiny_recipe):
     found = volseg.plan(dataset, recipe=tiny_recipe).details["plan"]
     assert found["patch_shape"] == [16, 16, 16]
     assert found["network"] is None
-    stated = {line["setting"] for line in found["lines"] if line["reason"] == "stated by the recipe"}
+    stated = {
+        line["setting"] for line in found["lines"] if line["reason"] == "stated by the recipe"
+    }
     assert {"spacing", "patch", "batch", "network", "patches on labels"} <= stated
 
 
@@ -109,7 +135,9 @@ def test_a_gpu_plans_activations_of_two_bytes_and_time_becomes_arithmetic():
 def test_a_folder_trains_without_a_recipe_and_is_cross_validated(layout, tmp_path):
     out = tmp_path / "model"
     folder = layout(tmp_path / "d")
-    volseg.train(folder, out=out, folds=2, epochs=1, memory="1G", device="cpu", time_budget_seconds=60)
+    volseg.train(
+        folder, out=out, folds=2, epochs=1, memory="1G", device="cpu", time_budget_seconds=60
+    )
     bundle = load_bundle(out)
     assert len(bundle.members) == 2
     assert bundle.metrics["networks"] == 2
@@ -127,7 +155,11 @@ def test_a_changed_plan_is_what_is_trained(tmp_path):
     volseg.plan(folder, memory="1G", out=tmp_path / "plan.json")
     content = json.loads((tmp_path / "plan.json").read_text())
     content |= {"patch_shape": [16, 16, 16], "batch_size": 3}
-    content["network"] = {"features": [4, 6, 8], "strides": [[1] * 3, [2] * 3, [2] * 3], "kernels": [[3] * 3] * 3}
+    content["network"] = {
+        "features": [4, 6, 8],
+        "strides": [[1] * 3, [2] * 3, [2] * 3],
+        "kernels": [[3] * 3] * 3,
+    }
     (tmp_path / "plan.json").write_text(json.dumps(content))
     volseg.train(folder, out=tmp_path / "m", plan=tmp_path / "plan.json", folds=1, epochs=1, device="cpu",
                  time_budget_seconds=20)  # fmt: skip
@@ -135,7 +167,9 @@ def test_a_changed_plan_is_what_is_trained(tmp_path):
     assert bundle.plan.batch_size == 3
     assert tuple(bundle.recipe.network.settings["features"]) == (4, 6, 8)
     assert bundle.recipe.train.patch_shape == (16, 16, 16)
-    assert "| batch | 3 | from the plan that was given |" in (tmp_path / "m" / "card.md").read_text()
+    assert (
+        "| batch | 3 | from the plan that was given |" in (tmp_path / "m" / "card.md").read_text()
+    )
 
 
 def test_without_a_recipe_the_network_of_the_model_to_start_from_is_taken(tmp_path, model):
@@ -148,7 +182,9 @@ def test_without_a_recipe_the_network_of_the_model_to_start_from_is_taken(tmp_pa
 
 
 def test_a_preview_shows_patches_and_trains_nothing(dataset, tiny_recipe, tmp_path):
-    report = volseg.train(dataset, recipe=tiny_recipe, out=tmp_path / "m", preview=True, device="cpu")
+    report = volseg.train(
+        dataset, recipe=tiny_recipe, out=tmp_path / "m", preview=True, device="cpu"
+    )
     assert (tmp_path / "m" / "preview.png").read_bytes()[:4] == b"\x89PNG"
     assert report.details["preview"].endswith("preview.png")
     assert not (tmp_path / "m" / "model.json").exists()
@@ -158,14 +194,20 @@ def test_everything_that_is_wrong_with_a_dataset_is_said_at_once(tmp_path):
     folder = plain_folder(tmp_path / "d", n=6)
     lines = ["subject,image,label,split,patient"]
     lines += [
-        f"s{n},images/case_{n}.nii.gz,labels/case_{n}.nii.gz,{'val' if n == 4 else 'train'},p{n % 4}" for n in range(6)
+        f"s{n},images/case_{n}.nii.gz,labels/case_{n}.nii.gz,{'val' if n == 4 else 'train'},p{n % 4}"
+        for n in range(6)
     ]
     lines[2] = lines[2].replace("s1,", "s0,")  # an id twice; patient 0 is in train and in val
     (folder / "cases.csv").write_text("\n".join(lines))
     off_grid = Geometry((26, 24, 20), oblique((1.5, 1.5, 2.5)))
-    write_volume(Volume(np.zeros(off_grid.shape, np.uint8, order="F"), off_grid), folder / "labels/case_2.nii.gz")
+    write_volume(
+        Volume(np.zeros(off_grid.shape, np.uint8, order="F"), off_grid),
+        folder / "labels/case_2.nii.gz",
+    )
     mask = read_mask(folder / "labels/case_3.nii.gz")
-    write_volume(mask.with_array(np.where(mask.array == 7, 9, mask.array)), folder / "labels/case_3.nii.gz")
+    write_volume(
+        mask.with_array(np.where(mask.array == 7, 9, mask.array)), folder / "labels/case_3.nii.gz"
+    )
     (folder / "images/case_5.nii.gz").write_bytes(b"no scan")
     recipe = recipe_for(plain_folder(tmp_path / "e"), None)
     wrong = ["id 's0' is used for both", "patient 'p0' is in split 'val'", "s2: E_PAIR", "s5: E_"]
@@ -201,15 +243,32 @@ def test_nnunets_ignore_label_and_regions_are_understood(tmp_path):
     recipe = recipe_for(folder, None)
     assert (recipe.data.labels, recipe.data.ignore) == ({"ball": 7}, 300)
     description["labels"] = {"background": 0, "all": [7, 300], "ball": 7}
-    (folder / "dataset.json").write_text(json.dumps(description | {"regions_class_order": [300, 7]}))
+    (folder / "dataset.json").write_text(
+        json.dumps(description | {"regions_class_order": [300, 7]})
+    )
     recipe = recipe_for(folder, None)
     assert recipe.data.region_classes == ((1, 2), (1,))
-    volseg.train(folder, out=tmp_path / "m", folds=1, epochs=1, memory="1G", device="cpu", time_budget_seconds=20)
+    volseg.train(
+        folder,
+        out=tmp_path / "m",
+        folds=1,
+        epochs=1,
+        memory="1G",
+        device="cpu",
+        time_budget_seconds=20,
+    )
     rows = (tmp_path / "m" / "validation.csv").read_text().splitlines()
     assert {row.split(",")[4] for row in rows[1:]} == {"all", "ball"}
 
 
-def test_a_stated_budget_that_a_stated_network_exceeds_says_which_batch_fits(dataset, tiny_recipe, tmp_path):
-    large = tiny_recipe.model_copy(update={"train": tiny_recipe.train.model_copy(update={"batch_size": 32})})
-    with pytest.raises(VolsegError, match=r"takes about .* the budget is .* or batch_size \d+ in the plan or recipe"):
+def test_a_stated_budget_that_a_stated_network_exceeds_says_which_batch_fits(
+    dataset, tiny_recipe, tmp_path
+):
+    large = tiny_recipe.model_copy(
+        update={"train": tiny_recipe.train.model_copy(update={"batch_size": 32})}
+    )
+    with pytest.raises(
+        VolsegError,
+        match=r"takes about .* the budget is .* or batch_size \d+ in the plan or recipe",
+    ):
         volseg.plan(dataset, recipe=large, memory="30M")

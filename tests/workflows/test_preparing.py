@@ -19,7 +19,9 @@ def own(dataset, tmp_path):
     return tmp_path / "data"
 
 
-def test_a_dataset_becomes_memory_mapped_arrays_and_the_test_split_is_left_alone(own, tiny_recipe, tmp_path):
+def test_a_dataset_becomes_memory_mapped_arrays_and_the_test_split_is_left_alone(
+    own, tiny_recipe, tmp_path
+):
     report = volseg.preprocess(own, recipe=tiny_recipe, out=tmp_path / "p")
     assert report.exit_code == 0
     assert sorted(report.done) == [f"scan_{n}" for n in range(6)]
@@ -46,7 +48,9 @@ def test_a_second_call_prepares_only_what_is_missing_or_changed(own, tiny_recipe
     assert list(volseg.preprocess(own, recipe=tiny_recipe, out=out).done) == ["scan_2"]
     after = {path: path.stat().st_mtime_ns for path in before}
     assert {path.parent.name for path in before if before[path] != after[path]} == {"scan_2"}
-    shutil.copy(own / "images" / "scan_7.nii.gz", own / "images" / "scan_4.nii.gz")  # other content, same name
+    shutil.copy(
+        own / "images" / "scan_7.nii.gz", own / "images" / "scan_4.nii.gz"
+    )  # other content, same name
     assert "scan_4" in volseg.preprocess(own, recipe=tiny_recipe, out=out).done
 
 
@@ -78,7 +82,9 @@ def test_a_folder_that_is_prepared_again_is_whole_or_refused_but_never_of_two_se
     load_prepared(out, None)
 
 
-def test_a_second_call_that_can_prepare_nothing_leaves_the_folder_as_it_was(own, tiny_recipe, tmp_path, monkeypatch):
+def test_a_second_call_that_can_prepare_nothing_leaves_the_folder_as_it_was(
+    own, tiny_recipe, tmp_path, monkeypatch
+):
     def failing(case, *arguments):
         raise ScanError("no", fix="none", code="E_X")
 
@@ -103,7 +109,9 @@ def test_a_first_preparation_that_is_interrupted_says_so(own, tiny_recipe, tmp_p
         load_prepared(tmp_path / "p", None)
 
 
-def test_a_bad_case_is_a_row_with_its_reason_and_the_others_are_prepared(own, tiny_recipe, tmp_path):
+def test_a_bad_case_is_a_row_with_its_reason_and_the_others_are_prepared(
+    own, tiny_recipe, tmp_path
+):
     path = own / "images" / "scan_1.nii.gz"
     path.write_bytes(path.read_bytes()[:2000])
     shutil.copy(own / "labels" / "scan_3.nii.gz", own / "labels" / "scan_2.nii.gz")
@@ -113,15 +121,21 @@ def test_a_bad_case_is_a_row_with_its_reason_and_the_others_are_prepared(own, ti
     assert report.failed["scan_1"].startswith("E_TRUNCATED")
     assert report.failed["scan_2"].startswith("E_PAIR")
     assert sorted(report.done) == ["scan_0", "scan_3", "scan_4", "scan_5"]
-    assert sorted(json.loads((tmp_path / "p" / "prepared.json").read_text())["failed"]) == ["scan_1", "scan_2"]
+    assert sorted(json.loads((tmp_path / "p" / "prepared.json").read_text())["failed"]) == [
+        "scan_1",
+        "scan_2",
+    ]
     with pytest.raises(
-        VolsegError, match=r"2 of its cases cannot be used: \(1\) scan_1: E_TRUNCATED.*\(2\) scan_2: E_PAIR"
+        VolsegError,
+        match=r"2 of its cases cannot be used: \(1\) scan_1: E_TRUNCATED.*\(2\) scan_2: E_PAIR",
     ):
         volseg.train(own, recipe=tiny_recipe, out=tmp_path / "m")
 
 
 def test_mask_values_the_recipe_does_not_name_are_refused(own, tiny_recipe, tmp_path):
-    recipe = tiny_recipe.model_copy(update={"data": tiny_recipe.data.model_copy(update={"labels": {"lesion": 2}})})
+    recipe = tiny_recipe.model_copy(
+        update={"data": tiny_recipe.data.model_copy(update={"labels": {"lesion": 2}})}
+    )
     with pytest.raises(VolsegError, match=r"holds values \[3\]"):
         volseg.preprocess(own, recipe=recipe, out=tmp_path / "p")
 
@@ -129,14 +143,22 @@ def test_mask_values_the_recipe_does_not_name_are_refused(own, tiny_recipe, tmp_
 def test_no_patient_is_on_both_sides_of_a_drawn_split():
     cases = [Case(f"c{n}", {}, patient=f"p{n // 3}") for n in range(30)]
     drawn = _assign_splits(cases, 0.2, seed=0)
-    sides = {side: {case.patient for case in drawn if case.split == side} for side in ("train", "val")}
+    sides = {
+        side: {case.patient for case in drawn if case.split == side} for side in ("train", "val")
+    }
     assert not sides["train"] & sides["val"]
     assert len(sides["val"]) == 2
-    assert [case.split for case in drawn] == [case.split for case in _assign_splits(cases, 0.2, seed=0)]
-    assert [case.split for case in drawn] != [case.split for case in _assign_splits(cases, 0.2, seed=1)]
+    assert [case.split for case in drawn] == [
+        case.split for case in _assign_splits(cases, 0.2, seed=0)
+    ]
+    assert [case.split for case in drawn] != [
+        case.split for case in _assign_splits(cases, 0.2, seed=1)
+    ]
 
 
-def test_a_dataset_without_masks_or_with_one_patient_cannot_be_trained_on(own, tiny_recipe, tmp_path):
+def test_a_dataset_without_masks_or_with_one_patient_cannot_be_trained_on(
+    own, tiny_recipe, tmp_path
+):
     with pytest.raises(VolsegError, match="two patients"):
         _assign_splits([Case("a", {}, patient="p"), Case("b", {}, patient="p")], 0.2, seed=0)
     with pytest.raises(VolsegError, match="none of its 8 cases has a mask"):
@@ -150,7 +172,10 @@ def test_a_scan_without_split_goes_where_its_patient_is(tmp_path, tiny_recipe, o
         name = line.split(",")[0]
         # scans 0 and 7 (test) are of one patient, 1 and 4 (val) of another; 0 and 1 have lost their split
         patient = {"scan_0": "p", "scan_7": "p", "scan_1": "q", "scan_4": "q"}.get(name, name)
-        lines.append((line.replace(",train,", ",,") if name in ("scan_0", "scan_1") else line) + f",{patient}")
+        lines.append(
+            (line.replace(",train,", ",,") if name in ("scan_0", "scan_1") else line)
+            + f",{patient}"
+        )
     (own / "cases.csv").write_text("\n".join(lines) + "\n")
     volseg.preprocess(own, recipe=tiny_recipe, out=tmp_path / "p")
     cases = json.loads((tmp_path / "p" / "prepared.json").read_text())["cases"]
@@ -162,7 +187,9 @@ def test_a_scan_without_split_goes_where_its_patient_is(tmp_path, tiny_recipe, o
         volseg.preprocess(own, recipe=tiny_recipe, out=tmp_path / "q")
 
 
-def test_a_prepared_case_that_lost_a_file_or_changed_its_class_is_prepared_again(own, tiny_recipe, tmp_path):
+def test_a_prepared_case_that_lost_a_file_or_changed_its_class_is_prepared_again(
+    own, tiny_recipe, tmp_path
+):
     out = tmp_path / "p"
     volseg.preprocess(own, recipe=tiny_recipe, out=out)
     (out / "cases" / "scan_2" / "image.npy").unlink()

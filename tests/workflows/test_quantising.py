@@ -45,13 +45,17 @@ def test_infer_takes_int8_only_when_asked_and_says_so(quantised, dataset, tmp_pa
     assert report.done == ["scan_6"]  # made with another option, so made again
     assert report.details["computed_with"]["precision"] == "int8"
     assert json.loads((results / "run.json").read_text())["options"]["precision"] == "int8"
-    assert volseg.infer(scan, model=folder, out=results, device="cpu", precision="int8").kept == ["scan_6"]
+    assert volseg.infer(scan, model=folder, out=results, device="cpu", precision="int8").kept == [
+        "scan_6"
+    ]
 
 
 def test_every_network_of_an_ensemble_is_quantised(model, dataset, tmp_path):
     one = load_bundle(model)
     weights = one.weights["segmentation"]
-    changed = {name: values * (1.02 if name.endswith("weight") else 1) for name, values in weights.items()}
+    changed = {
+        name: values * (1.02 if name.endswith("weight") else 1) for name, values in weights.items()
+    }
     folder = tmp_path / "ensemble"
     save_bundle(replace(one, weights=dict(one.weights) | {segmentation_name(1): changed}), folder)
     report = quantise(folder, dataset, cases=2)
@@ -59,7 +63,11 @@ def test_every_network_of_an_ensemble_is_quantised(model, dataset, tmp_path):
         report.details["validation"]["dice"]["lesion"]["fp32"], abs=0.05
     )
     found = volseg.infer(
-        dataset / "images" / "scan_6.nii.gz", model=folder, out=tmp_path / "out", device="cpu", precision="int8"
+        dataset / "images" / "scan_6.nii.gz",
+        model=folder,
+        out=tmp_path / "out",
+        device="cpu",
+        precision="int8",
     )
     computed = found.details["computed_with"]
     assert (computed["precision"], computed["networks"]) == ("int8", "2")
@@ -68,7 +76,9 @@ def test_every_network_of_an_ensemble_is_quantised(model, dataset, tmp_path):
 
 def test_a_model_of_regions_is_not_quantised(model, dataset, tmp_path):
     one = load_bundle(model)
-    data = one.recipe.data.model_copy(update={"regions_class_order": tuple(one.recipe.data.labels.values())})
+    data = one.recipe.data.model_copy(
+        update={"regions_class_order": tuple(one.recipe.data.labels.values())}
+    )
     folder = tmp_path / "regions"
     save_bundle(replace(one, recipe=one.recipe.model_copy(update={"data": data})), folder)
     with pytest.raises(VolsegError, match="regions"):
@@ -81,14 +91,19 @@ def test_the_command_prints_what_each_precision_costs(quantised, dataset):
     done = run("quantise", folder, dataset, "--cases", "2", "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["calibration"]["cases"] == 2
-    done = run("infer", dataset / "images" / "scan_6.nii.gz", "--model", folder, "--precision", "fp8")
+    done = run(
+        "infer", dataset / "images" / "scan_6.nii.gz", "--model", folder, "--precision", "fp8"
+    )
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
 
 
 def run(*arguments):
     return subprocess.run(
-        [sys.executable, "-m", "volseg", *map(str, arguments)], capture_output=True, text=True, timeout=300
+        [sys.executable, "-m", "volseg", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
 
 
@@ -97,9 +112,13 @@ def test_openvino_segments_what_torch_segments(model, dataset, tmp_path):
 
     masks = []
     for backend in ("torch", "openvino"):
-        report = volseg.infer(dataset / "images", model=model, out=tmp_path / backend, device="cpu", backend=backend)
+        report = volseg.infer(
+            dataset / "images", model=model, out=tmp_path / backend, device="cpu", backend=backend
+        )
         assert report.details["computed_with"]["backend"] == backend
-        masks.append([read_mask(path).array for path in sorted((tmp_path / backend / "masks").iterdir())])
+        masks.append(
+            [read_mask(path).array for path in sorted((tmp_path / backend / "masks").iterdir())]
+        )
     agreement = [np.mean(a == b) for a, b in zip(*masks, strict=True)]
     assert len(agreement) == 8
     assert min(agreement) > 0.9999
@@ -107,7 +126,9 @@ def test_openvino_segments_what_torch_segments(model, dataset, tmp_path):
 
 def test_a_prepared_folder_of_another_spacing_is_refused(quantised, dataset, tiny_recipe, tmp_path):
     coarse = tiny_recipe.model_copy(
-        update={"preprocess": tiny_recipe.preprocess.model_copy(update={"spacing_mm": (3.0, 3.0, 3.0)})}
+        update={
+            "preprocess": tiny_recipe.preprocess.model_copy(update={"spacing_mm": (3.0, 3.0, 3.0)})
+        }
     )
     volseg.preprocess(dataset, recipe=coarse, out=tmp_path / "prepared")
     with pytest.raises(VolsegError, match=r"other \[data\], \[preprocess\]"):
@@ -121,5 +142,8 @@ def test_the_models_own_plan_prepares_the_cases(model, dataset, tiny_recipe, tmp
     )
     volseg.preprocess(dataset, recipe=left, out=tmp_path / "own")
     volseg.preprocess(dataset, recipe=left, out=tmp_path / "given", plan=plan)
-    own, given = (np.load(tmp_path / name / "cases" / "scan_0" / "mask.npy").shape for name in ("own", "given"))
+    own, given = (
+        np.load(tmp_path / name / "cases" / "scan_0" / "mask.npy").shape
+        for name in ("own", "given")
+    )
     assert all(fine > coarse for fine, coarse in zip(own, given, strict=True))

@@ -52,12 +52,23 @@ def test_each_scan_gets_a_page_and_the_run_one_over_all_of_them(cases, tmp_path)
     out = tmp_path / "out"
     report = volseg.measure(cases=cases, out=out, intensity_unit="HU")
     assert report.exit_code == 3
-    assert pages(out) == ["viewer/a.html", "viewer/c.html", "viewer/thumbnails/a.jpg", "viewer/thumbnails/c.jpg"]
+    assert pages(out) == [
+        "viewer/a.html",
+        "viewer/c.html",
+        "viewer/thumbnails/a.jpg",
+        "viewer/thumbnails/c.jpg",
+    ]
     assert set(pages(out)[::2]) <= set(record(out, "a")["files"]) | set(record(out, "c")["files"])
     page = (out / "report.html").read_text(encoding="utf-8")
-    assert page.index("1 of 3 scans failed") < page.index("<strong>b</strong>") < page.index('id="scans-data"')
+    assert (
+        page.index("1 of 3 scans failed")
+        < page.index("<strong>b</strong>")
+        < page.index('id="scans-data"')
+    )
     assert '<script type="application/json" id="pages">["a","c"]</script>' in page
-    assert str(tmp_path) not in (out / "viewer" / "a.html").read_text(encoding="utf-8")  # it may be handed on
+    assert str(tmp_path) not in (out / "viewer" / "a.html").read_text(
+        encoding="utf-8"
+    )  # it may be handed on
 
 
 def test_making_a_page_takes_the_memory_that_is_planned_for_it(tmp_path):
@@ -69,11 +80,15 @@ def test_making_a_page_takes_the_memory_that_is_planned_for_it(tmp_path):
     mask[::25, ::25, ::12] = 1
     scan = Volume(array, Geometry(shape, oblique((0.9, 0.9, 2.0))))
     found = label_lesions(mask, scan.geometry)
-    rows = measure_lesions(scan, found.ids, found.labels, case_id="a", label_names={1: "speck"}, intensity_unit="a.u.")
+    rows = measure_lesions(
+        scan, found.ids, found.labels, case_id="a", label_names={1: "speck"}, intensity_unit="a.u."
+    )
     assert len(rows) > 1000
     case = CaseRow(case_id="a", status="done", n_lesions=len(rows))
     with ResultsFolder(tmp_path, "measure") as results, results.staged() as commit:
-        write_page(case, rows[:1], scan, found.ids, unit="a.u.", commit=commit)  # NiiVue is packed once
+        write_page(
+            case, rows[:1], scan, found.ids, unit="a.u.", commit=commit
+        )  # NiiVue is packed once
         tracemalloc.start()
         write_page(case, rows, scan, found.ids, unit="a.u.", commit=commit)
         peak = tracemalloc.get_traced_memory()[1]
@@ -89,7 +104,9 @@ def test_report_html_lists_the_largest_lesions_in_the_memory_that_is_planned_for
     """A folder of many cases: what is held does not grow with the lesions of all of them."""
     geometry = grid_around(12, oblique((1.0, 1.2, 2.0)))
     mask = ball(6, geometry).astype(np.uint8)
-    scan = Volume(np.random.default_rng(0).normal(30, 10, geometry.shape).astype(np.int16), geometry)
+    scan = Volume(
+        np.random.default_rng(0).normal(30, 10, geometry.shape).astype(np.int16), geometry
+    )
     names = {1: "a label of some length"}
     options = {"case_id": "a", "label_names": names, "intensity_unit": "HU"}
     (row,) = measure_lesions(scan, mask, [1], **options)
@@ -97,24 +114,35 @@ def test_report_html_lists_the_largest_lesions_in_the_memory_that_is_planned_for
     with ResultsFolder(tmp_path, "measure") as results:
         for name in "abc":
             case = CaseRow(case_id=name, status="done", n_lesions=n, total_volume_ml=1.0)
-            rows = (replace(row, case_id=name, lesion_id=at, volume_ml=1 / at) for at in range(1, n + 1))
+            rows = (
+                replace(row, case_id=name, lesion_id=at, volume_ml=1 / at) for at in range(1, n + 1)
+            )
             with results.staged() as commit:
                 results.commit(case, commit, lesions=rows)
         rows = results.item_rows()
-        write_report(results, {"command": "measure"}, rows, is_anew=True, most=10)  # templates are read once
+        write_report(
+            results, {"command": "measure"}, rows, is_anew=True, most=10
+        )  # templates are read once
         tracemalloc.start()
         assert write_report(results, {"command": "measure"}, rows, is_anew=True, most=most) == []
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
     assert peak < REPORT * most / LISTED
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
-    assert "The 1 000 largest of 7 500 lesions are listed and plotted; lesions.csv has them all." in page
+    assert (
+        "The 1 000 largest of 7 500 lesions are listed and plotted; lesions.csv has them all."
+        in page
+    )
     (content,) = re.findall(r'id="lesions-data">(.*?)</script>', page, flags=re.DOTALL)
     columns = [column["name"] for column in json.loads(content)["columns"]]
     listed = {
-        tuple(line[columns.index(name)] for name in ("case_id", "lesion_id")) for line in json.loads(content)["rows"]
+        tuple(line[columns.index(name)] for name in ("case_id", "lesion_id"))
+        for line in json.loads(content)["rows"]
     }
-    assert listed == {(name, at) for name in "abc" for at in range(1, 335)} - {("b", 334), ("c", 334)}
+    assert listed == {(name, at) for name in "abc" for at in range(1, 335)} - {
+        ("b", 334),
+        ("c", 334),
+    }
 
 
 def test_pages_of_complete_cases_keep_to_the_memory_budget(cases, tmp_path):
@@ -130,9 +158,13 @@ def test_pages_of_complete_cases_keep_to_the_memory_budget(cases, tmp_path):
     assert "report.html lists no lesions" in page and "<strong>b</strong>" in page
     enough = max((re.search(r"--max-ram (\S+),", text)[1] for text in told), key=parse_bytes)
     texts = []
-    report = volseg.measure(cases=cases, out=out, intensity_unit="HU", max_ram=enough, announce=texts.append)
+    report = volseg.measure(
+        cases=cases, out=out, intensity_unit="HU", max_ram=enough, announce=texts.append
+    )
     assert not any(text.startswith("W_PAGE") for text in report.details["warnings"])
-    assert len(pages(out)) == 4 and "lists no lesions" not in (out / "report.html").read_text(encoding="utf-8")
+    assert len(pages(out)) == 4 and "lists no lesions" not in (out / "report.html").read_text(
+        encoding="utf-8"
+    )
     assert any("for the page of a" in text for text in texts)
 
 
@@ -173,7 +205,9 @@ def test_a_run_on_scans_that_were_moved_does_nothing_but_learn_where_they_are(ca
     shutil.copytree(cases.parent, tmp_path / "moved", ignore=shutil.ignore_patterns("out"))
     for path in cases.parent.glob("*.nii.gz"):
         path.unlink()
-    assert list(volseg.measure(cases=tmp_path / "moved" / "cases.csv", out=out, intensity_unit="HU").kept) == ["a", "c"]
+    assert list(
+        volseg.measure(cases=tmp_path / "moved" / "cases.csv", out=out, intensity_unit="HU").kept
+    ) == ["a", "c"]
     assert record(out, "a")["source"]["scan"] == str(tmp_path / "moved" / "a.nii.gz")
     assert list(volseg.report(out).done) == ["a", "c"]
 
@@ -190,10 +224,14 @@ def test_outlines_that_were_edited_are_not_shown_beside_older_numbers(cases, tmp
 def test_results_and_comparisons_do_not_overwrite_each_other(cases, tmp_path):
     volseg.measure(cases=cases, out=tmp_path / "out", intensity_unit="HU")
     volseg.measure(cases=cases, out=tmp_path / "again", intensity_unit="HU")
-    volseg.compare(tmp_path / "out", tmp_path / "again", out=tmp_path / "compared", registration=False)
+    volseg.compare(
+        tmp_path / "out", tmp_path / "again", out=tmp_path / "compared", registration=False
+    )
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     with pytest.raises(VolsegError, match="holds the results of measure"):
-        volseg.compare(tmp_path / "out", tmp_path / "out", out=tmp_path / "again", registration=False)
+        volseg.compare(
+            tmp_path / "out", tmp_path / "out", out=tmp_path / "again", registration=False
+        )
     with pytest.raises(VolsegError, match="holds a comparison"):
         volseg.measure(cases=cases, out=tmp_path / "compared", intensity_unit="HU")
     with pytest.raises(VolsegError, match="is no results folder"):
@@ -212,7 +250,9 @@ def test_an_interrupted_run_has_its_page_with_what_is_pending(cases, tmp_path):
     assert "2 scans have not been reached yet" in page
     assert '["a"]</script>' in page
     volseg.report(tmp_path / "out")  # has no run.json, and knows what is pending from cases.csv
-    assert "2 scans have not been reached yet" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert "2 scans have not been reached yet" in (tmp_path / "out" / "report.html").read_text(
+        encoding="utf-8"
+    )
     volseg.measure(cases=cases, out=tmp_path / "out", intensity_unit="HU")
     assert "not been reached" not in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
 
@@ -245,8 +285,13 @@ def test_where_a_scan_is_gone_or_changed_the_earlier_page_stays_and_it_is_said(c
         "The page of a could not be made again: its scan a.nii.gz is no longer where it was; the earlier page stays."
         in page
     )
-    assert "The page of c could not be made again: its scan c.nii.gz has changed since, so it has no page." in page
-    assert list(report.details["warnings"]) == [line for line in report.details["warnings"] if line in page]
+    assert (
+        "The page of c could not be made again: its scan c.nii.gz has changed since, so it has no page."
+        in page
+    )
+    assert list(report.details["warnings"]) == [
+        line for line in report.details["warnings"] if line in page
+    ]
 
 
 def test_only_a_results_folder_has_a_report(tmp_path):
@@ -261,7 +306,9 @@ def test_a_case_that_fails_later_is_shown_as_failed_and_its_files_stay(cases, tm
     (cases.parent / "a.nii.gz").write_bytes(b"")
     volseg.measure(cases=cases, out=out, intensity_unit="HU")
     assert len(pages(out)) == 4
-    assert '<script type="application/json" id="pages">["c"]</script>' in (out / "report.html").read_text("utf-8")
+    assert '<script type="application/json" id="pages">["c"]</script>' in (
+        out / "report.html"
+    ).read_text("utf-8")
     with (out / "cases.csv").open(newline="") as file:
         assert [row["status"] for row in csv.DictReader(file)] == ["failed", "failed", "done"]
     assert "2 of 3 scans failed" in (out / "report.html").read_text(encoding="utf-8")

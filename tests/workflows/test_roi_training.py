@@ -59,7 +59,13 @@ def test_training_makes_both_networks_and_says_what_the_first_pass_costs_and_sav
     assert sorted(bundle.weights) == ["roi", "segmentation"]
     assert bundle.recipe == recipe
     assert bundle.coarse.plan.spacing_mm == (4.0, 4.0, 4.0)
-    assert bundle.coarse.segmentation_network()(torch.zeros(1, 1, 12, 12, 12)).shape == (1, 2, 12, 12, 12)
+    assert bundle.coarse.segmentation_network()(torch.zeros(1, 1, 12, 12, 12)).shape == (
+        1,
+        2,
+        12,
+        12,
+        12,
+    )
     metrics = bundle.metrics
     assert metrics["roi_validation_dice_region"] > 0.6
     assert metrics["roi_validation_labels_inside"] > 0.95
@@ -70,7 +76,10 @@ def test_training_makes_both_networks_and_says_what_the_first_pass_costs_and_sav
     assert volseg.check(trained) == []
     assert not (trained / ".training").exists()
     if openvino_is_installed():
-        assert {path.name for path in (trained / "openvino").iterdir()} >= {"roi.fp32.xml", "segmentation.fp32.xml"}
+        assert {path.name for path in (trained / "openvino").iterdir()} >= {
+            "roi.fp32.xml",
+            "segmentation.fp32.xml",
+        }
 
 
 class Interrupt(Exception):
@@ -78,7 +87,9 @@ class Interrupt(Exception):
 
 
 @pytest.mark.parametrize("stage", ["Training the first pass", "Training"])
-def test_a_run_interrupted_in_either_training_resumes_to_the_same_weights(stage, dataset, trained, recipe, tmp_path):
+def test_a_run_interrupted_in_either_training_resumes_to_the_same_weights(
+    stage, dataset, trained, recipe, tmp_path
+):
     def stop(now, share, detail):
         if now == stage and detail.startswith("epoch 2"):
             raise Interrupt
@@ -105,7 +116,9 @@ def test_a_run_interrupted_in_either_training_resumes_to_the_same_weights(stage,
             torch.testing.assert_close(found[name][key], tensor, atol=1e-4, rtol=1e-3)
 
 
-def test_infer_runs_the_first_pass_and_where_tiles_are_asked_for_leaves_it_out(trained, dataset, tmp_path):
+def test_infer_runs_the_first_pass_and_where_tiles_are_asked_for_leaves_it_out(
+    trained, dataset, tmp_path
+):
     scan, out = dataset / "images" / "scan_6.nii.gz", tmp_path / "out"
     truth = read_mask(dataset / "labels" / "scan_6.nii.gz").array > 0
     masks = {}
@@ -128,7 +141,8 @@ def test_infer_runs_the_first_pass_and_where_tiles_are_asked_for_leaves_it_out(t
     plain = read_mask(tmp_path / "plain" / "masks" / "scan_6.nii.gz").array
     np.testing.assert_array_equal(masks["scan"], plain)
     overlap = [
-        2 * np.count_nonzero((mask > 0) & truth) / (np.count_nonzero(mask) + truth.sum()) for mask in masks.values()
+        2 * np.count_nonzero((mask > 0) & truth) / (np.count_nonzero(mask) + truth.sum())
+        for mask in masks.values()
     ]
     assert overlap[0] > max(overlap) - 0.1
 
@@ -137,17 +151,23 @@ def test_a_time_budget_is_shared_by_both(dataset, recipe, tmp_path):
     long = {"epochs": 10_000, "steps_per_epoch": 100}
     endless = recipe.model_copy(
         update={
-            "roi": recipe.roi.model_copy(update={"train": recipe.roi.train.model_copy(update=long)}),
+            "roi": recipe.roi.model_copy(
+                update={"train": recipe.roi.train.model_copy(update=long)}
+            ),
             "train": recipe.train.model_copy(update=long),
         }
     )
-    volseg.train(dataset, recipe=endless, out=tmp_path / "m", epochs=20, time_budget_seconds=20, device="cpu")
+    volseg.train(
+        dataset, recipe=endless, out=tmp_path / "m", epochs=20, time_budget_seconds=20, device="cpu"
+    )
     first, second = (rows(tmp_path / "m" / name) for name in ("history_roi.csv", "history.csv"))
     assert float(first[-1]["seconds"]) < recipe.roi.time_share * 20 + 3  # and the step that ends it
     assert float(second[-1]["learning_rate"]) < recipe.train.learning_rate / 2
 
 
-def test_a_model_without_a_first_pass_gives_its_weights_to_one_with_it(model, dataset, recipe, tmp_path):
+def test_a_model_without_a_first_pass_gives_its_weights_to_one_with_it(
+    model, dataset, recipe, tmp_path
+):
     volseg.train(dataset, recipe=recipe, out=tmp_path / "m", init=model, epochs=1, device="cpu")
     assert load_bundle(tmp_path / "m").coarse is not None
 

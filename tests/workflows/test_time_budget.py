@@ -39,7 +39,9 @@ class Heard:
         return max(later - earlier for earlier, later in pairwise(moments))
 
 
-def test_too_short_a_budget_is_refused_after_the_first_case_and_that_case_is_kept(dataset, tiny_recipe, tmp_path):
+def test_too_short_a_budget_is_refused_after_the_first_case_and_that_case_is_kept(
+    dataset, tiny_recipe, tmp_path
+):
     heard = Heard()
     # Intensities of each scan by itself: with a window for all, a plan of one case is not that of all.
     preprocess = tiny_recipe.preprocess.model_copy(update={"normalise": ZScore(method="zscore")})
@@ -53,7 +55,9 @@ def test_too_short_a_budget_is_refused_after_the_first_case_and_that_case_is_kep
     assert f"are kept in {kept}" in caught.value.fix
     cases = {path.parent.name for path in (kept / "cases").glob("*/case.json")}
     assert len(cases) >= 1
-    report = volseg.preprocess(dataset, recipe=recipe, out=kept)  # what the next call does in that folder
+    report = volseg.preprocess(
+        dataset, recipe=recipe, out=kept
+    )  # what the next call does in that folder
     assert set(report.kept) == cases
     volseg.train(dataset, recipe=recipe, out=tmp_path / "m", device="cpu", epochs=1)
     assert load_bundle(tmp_path / "m").segmentation_network() is not None
@@ -73,7 +77,9 @@ def test_a_folder_without_a_name_of_its_own_is_refused_a_short_budget_too(
     assert apart == str(tmp_path / expected)
 
 
-def test_the_network_that_is_timed_is_that_of_all_lesions_not_of_the_first_case(tmp_path, monkeypatch):
+def test_the_network_that_is_timed_is_that_of_all_lesions_not_of_the_first_case(
+    tmp_path, monkeypatch
+):
     """The median lesion decides how large a patch is; the one of the first case may be a tenth of it."""
     rng, timed = np.random.default_rng(0), []
     for n, width in enumerate((4, 24, 24, 24, 24)):
@@ -82,7 +88,9 @@ def test_the_network_that_is_timed_is_that_of_all_lesions_not_of_the_first_case(
         scan = (rng.normal(0, 10, mask.shape) + 100 * mask).astype(np.int16)
         for folder, array in (("images", scan), ("labels", mask)):
             (tmp_path / "data" / folder).mkdir(parents=True, exist_ok=True)
-            nibabel.save(nibabel.Nifti1Image(array, np.eye(4)), tmp_path / "data" / folder / f"c{n}.nii")
+            nibabel.save(
+                nibabel.Nifti1Image(array, np.eye(4)), tmp_path / "data" / folder / f"c{n}.nii"
+            )
 
     def seconds_per_step(cases, recipe, plan, **_):
         timed.append(plan.patch_shape)
@@ -113,7 +121,9 @@ def test_the_advice_of_a_refusal_works_as_it_stands(dataset, tmp_path):
     """Both ways: the two commands that prepare first, and the longer budget."""
     runner = CliRunner()
     out = tmp_path / "a model"
-    refused = runner.invoke(app, ["train", str(dataset), "--out", str(out), "--time-budget", "3s", "--device", "cpu"])
+    refused = runner.invoke(
+        app, ["train", str(dataset), "--out", str(out), "--time-budget", "3s", "--device", "cpu"]
+    )
     fix = refused.exception.fix
     # That a case is prepared first is a remedy where preparing takes much of the time.
     commands = re.findall(r"volseg (preprocess .+?), and then volseg (train .+?); what was", fix)
@@ -123,7 +133,17 @@ def test_the_advice_of_a_refusal_works_as_it_stands(dataset, tmp_path):
         assert "is too short" not in done.output
     longer = re.search(r"give --time-budget (\S+) or more", fix)[1]
     done = runner.invoke(
-        app, ["train", str(dataset), "--out", str(tmp_path / "n"), "--time-budget", longer, "--device", "cpu"]
+        app,
+        [
+            "train",
+            str(dataset),
+            "--out",
+            str(tmp_path / "n"),
+            "--time-budget",
+            longer,
+            "--device",
+            "cpu",
+        ],
     )
     assert done.exit_code == 0, (longer, done.output, done.exception)
 
@@ -135,7 +155,9 @@ def test_preprocess_plans_without_a_recipe_and_train_cross_validates_it(dataset,
     assert header["is_auto"] and header["is_planned"]
     heard = Heard()
     said, options = [], {"device": "cpu", "epochs": 1, "time_budget_seconds": 25}
-    volseg.train(tmp_path / "p", out=tmp_path / "m", progress=heard, announce=said.append, **options)
+    volseg.train(
+        tmp_path / "p", out=tmp_path / "m", progress=heard, announce=said.append, **options
+    )
     bundle = load_bundle(tmp_path / "m")
     stages = {stage for _, stage in heard.calls}
     assert "Training fold 1 of 5" in stages or any("instead of 5 folds" in text for text in said)
@@ -146,16 +168,29 @@ def test_preprocess_plans_without_a_recipe_and_train_cross_validates_it(dataset,
 
 
 @pytest.mark.parametrize("delay", [0.0, 1.0])
-def test_the_budget_holds_though_everything_gets_slower_in_the_middle(delay, dataset, tiny_recipe, tmp_path):
-    heard = Heard(lambda stage: delay if stage.startswith(("Training", "Exporting", "Drawing")) else 0.0)
+def test_the_budget_holds_though_everything_gets_slower_in_the_middle(
+    delay, dataset, tiny_recipe, tmp_path
+):
+    heard = Heard(
+        lambda stage: delay if stage.startswith(("Training", "Exporting", "Drawing")) else 0.0
+    )
     said, seconds = [], 12
     endless = tiny_recipe.model_copy(
-        update={"train": tiny_recipe.train.model_copy(update={"steps_per_epoch": 10}), "classify": None}
+        update={
+            "train": tiny_recipe.train.model_copy(update={"steps_per_epoch": 10}),
+            "classify": None,
+        }
     )
     options = {"recipe": endless, "device": "cpu", "epochs": 199, "folds": 2, "progress": heard}
     began = time.monotonic()
     try:
-        volseg.train(dataset, out=tmp_path / "m", time_budget_seconds=seconds, announce=said.append, **options)
+        volseg.train(
+            dataset,
+            out=tmp_path / "m",
+            time_budget_seconds=seconds,
+            announce=said.append,
+            **options,
+        )
     except VolsegError as error:  # a machine on which much else runs
         assert error.code == "E_BUDGET"
     assert time.monotonic() - began <= 1.1 * seconds + 5
@@ -164,12 +199,16 @@ def test_the_budget_holds_though_everything_gets_slower_in_the_middle(delay, dat
 
 def test_a_fold_that_cannot_have_its_steps_is_left_out_and_said(dataset, tiny_recipe, tmp_path):
     quick = {"steps_per_epoch": 5, "batch_size": 1}
-    recipe = tiny_recipe.model_copy(update={"train": tiny_recipe.train.model_copy(update=quick), "classify": None})
+    recipe = tiny_recipe.model_copy(
+        update={"train": tiny_recipe.train.model_copy(update=quick), "classify": None}
+    )
     heard = Heard(lambda stage: 4.0 if stage == "Training fold 1 of 3" else 0.0)
     said = []
     options = {"recipe": recipe, "folds": 3, "epochs": 60, "device": "cpu", "progress": heard}
     try:
-        volseg.train(dataset, out=tmp_path / "m", time_budget_seconds=20, announce=said.append, **options)
+        volseg.train(
+            dataset, out=tmp_path / "m", time_budget_seconds=20, announce=said.append, **options
+        )
     except VolsegError as error:  # a machine on which much else runs
         assert error.code == "E_BUDGET"
         return
@@ -177,7 +216,9 @@ def test_a_fold_that_cannot_have_its_steps_is_left_out_and_said(dataset, tiny_re
     assert "W_FEW_STEPS" in load_bundle(tmp_path / "m").metrics["warnings"]
 
 
-def test_the_classifier_leaves_time_for_export_and_pictures(dataset, tiny_recipe, tmp_path, monkeypatch):
+def test_the_classifier_leaves_time_for_export_and_pictures(
+    dataset, tiny_recipe, tmp_path, monkeypatch
+):
     kept, train_classifier = [], training._train_classifier
     said, seconds, began = [], 600, time.monotonic()
 
@@ -186,7 +227,13 @@ def test_the_classifier_leaves_time_for_export_and_pictures(dataset, tiny_recipe
         return train_classifier(*arguments)
 
     monkeypatch.setattr(training, "_train_classifier", keep)
-    options = {"recipe": tiny_recipe, "device": "cpu", "epochs": 1, "folds": 1, "announce": said.append}
+    options = {
+        "recipe": tiny_recipe,
+        "device": "cpu",
+        "epochs": 1,
+        "folds": 1,
+        "announce": said.append,
+    }
     volseg.train(dataset, out=tmp_path / "m", time_budget_seconds=seconds, **options)
     assert kept == pytest.approx([seconds * training.FINISHING_SHARE], abs=2)
     assert not any("no time was left" in text for text in said)

@@ -39,7 +39,9 @@ def test_the_model_learned_and_its_folder_holds_nothing_unfinished(model):
     assert not (model / ".training").exists()
 
 
-def test_a_prepared_folder_and_the_dataset_train_to_the_same_weights(dataset, model, tiny_recipe, tmp_path):
+def test_a_prepared_folder_and_the_dataset_train_to_the_same_weights(
+    dataset, model, tiny_recipe, tmp_path
+):
     volseg.preprocess(dataset, recipe=tiny_recipe, out=tmp_path / "p")
     volseg.train(tmp_path / "p", out=tmp_path / "m", device="cpu")
     for name, tensor in weights(model).items():
@@ -50,7 +52,9 @@ class Interrupt(Exception):
     pass
 
 
-def test_an_interrupted_run_resumes_to_the_weights_of_an_unbroken_one(dataset, model, tiny_recipe, tmp_path):
+def test_an_interrupted_run_resumes_to_the_weights_of_an_unbroken_one(
+    dataset, model, tiny_recipe, tmp_path
+):
     def stop_in_epoch_3(stage, share, detail):
         if detail.startswith("epoch 3"):
             raise Interrupt
@@ -71,7 +75,9 @@ def test_an_interrupted_run_resumes_to_the_weights_of_an_unbroken_one(dataset, m
 DAMAGE = {
     "of no run": lambda tensors, state: state.pop("identity"),
     "a state of other names": lambda tensors, state: state.update(mood="good"),
-    "averages of another network": lambda tensors, state: tensors.update({"averaged.other": torch.ones(3)}),
+    "averages of another network": lambda tensors, state: tensors.update(
+        {"averaged.other": torch.ones(3)}
+    ),
     "averages of another shape": lambda tensors, state: tensors.update(
         {next(key for key in tensors if key.startswith("averaged.")): torch.ones(3, 7)}
     ),
@@ -79,7 +85,9 @@ DAMAGE = {
 }
 
 
-def test_a_checkpoint_that_another_program_changed_is_refused_in_one_line(dataset, tiny_recipe, tmp_path):
+def test_a_checkpoint_that_another_program_changed_is_refused_in_one_line(
+    dataset, tiny_recipe, tmp_path
+):
     def stop_in_epoch_2(stage, share, detail):
         if detail.startswith("epoch 2"):
             raise Interrupt
@@ -93,7 +101,9 @@ def test_a_checkpoint_that_another_program_changed_is_refused_in_one_line(datase
         kept = path.read_bytes()
         damage(tensors, state)
         save_checkpoint(path, tensors, state)
-        with pytest.raises(VolsegError, match=r"last\.safetensors: not a usable checkpoint") as caught:
+        with pytest.raises(
+            VolsegError, match=r"last\.safetensors: not a usable checkpoint"
+        ) as caught:
             volseg.train(dataset, recipe=tiny_recipe, out=out, device="cpu", resume=True)
         assert caught.value.code == "E_CKPT"
         path.write_bytes(kept)
@@ -105,11 +115,15 @@ def test_ctrl_c_ends_with_a_usable_model_and_resume_goes_on(dataset, model, tiny
             raise KeyboardInterrupt
 
     out = tmp_path / "m"
-    report = volseg.train(dataset, recipe=tiny_recipe, out=out, device="cpu", progress=press_in_epoch_2)
+    report = volseg.train(
+        dataset, recipe=tiny_recipe, out=out, device="cpu", progress=press_in_epoch_2
+    )
     assert report.details["interrupted"]
     assert report.details["metrics"]["stopped"] == "interrupted"
     assert load_bundle(out).segmentation_network() is not None
-    with pytest.raises(VolsegError, match="holds an interrupted training run; to fix: add --resume"):
+    with pytest.raises(
+        VolsegError, match="holds an interrupted training run; to fix: add --resume"
+    ):
         volseg.train(dataset, recipe=tiny_recipe, out=out, device="cpu")
     report = volseg.train(dataset, recipe=tiny_recipe, out=out, device="cpu", resume=True)
     assert not report.details["interrupted"]
@@ -118,7 +132,9 @@ def test_ctrl_c_ends_with_a_usable_model_and_resume_goes_on(dataset, model, tiny
         assert torch.equal(weights(out)[name], tensor)
 
 
-def test_ctrl_c_before_the_first_look_leaves_a_usable_model_too(dataset, tiny_recipe, tmp_path, monkeypatch):
+def test_ctrl_c_before_the_first_look_leaves_a_usable_model_too(
+    dataset, tiny_recipe, tmp_path, monkeypatch
+):
     monkeypatch.setattr(watch, "LOOKING_SHARE", 1e-6)  # no epoch earns a look
 
     def press(stage, share, detail):
@@ -142,7 +158,9 @@ def changed(recipe, **train):
     return recipe.model_copy(update={"train": recipe.train.model_copy(update=train)})
 
 
-def test_a_loss_that_diverges_leaves_the_best_weights_until_then_or_says_what_to_do(dataset, tiny_recipe, tmp_path):
+def test_a_loss_that_diverges_leaves_the_best_weights_until_then_or_says_what_to_do(
+    dataset, tiny_recipe, tmp_path
+):
     wild = changed(tiny_recipe, learning_rate=1e30, gradient_norm=1e30)
     with pytest.raises(VolsegError, match=r"the loss became .* lower train.learning_rate"):
         volseg.train(dataset, recipe=wild, out=tmp_path / "m", device="cpu")
@@ -159,13 +177,17 @@ def test_a_loss_that_diverges_leaves_the_best_weights_until_then_or_says_what_to
     ],
 )
 def test_every_way_to_train_learns(train, dataset, tiny_recipe, tmp_path):
-    volseg.train(dataset, recipe=changed(tiny_recipe, **train), out=tmp_path / "m", epochs=3, device="cpu")
+    volseg.train(
+        dataset, recipe=changed(tiny_recipe, **train), out=tmp_path / "m", epochs=3, device="cpu"
+    )
     lines = history(tmp_path / "m")
     assert float(lines[-1]["loss"]) < float(lines[0]["loss"])
     assert 0 <= float(lines[0]["waiting_share"]) < 1
 
 
-@pytest.mark.parametrize("own", [{"deep_supervision": 1}, {"dropout": 0.1}, {"deep_supervision": 1, "dropout": 0.1}])
+@pytest.mark.parametrize(
+    "own", [{"deep_supervision": 1}, {"dropout": 0.1}, {"deep_supervision": 1, "dropout": 0.1}]
+)
 def test_deep_supervision_and_dropout_are_for_training_alone(own, dataset, tiny_recipe, tmp_path):
     settings = tiny_recipe.network.model_dump() | own
     deep = tiny_recipe.model_copy(update={"network": type(tiny_recipe.network)(**settings)})
@@ -177,21 +199,43 @@ def test_deep_supervision_and_dropout_are_for_training_alone(own, dataset, tiny_
         assert torch.equal(network(images), network(images))
 
 
-def test_frozen_layers_stay_and_a_pattern_that_matches_none_is_refused(dataset, model, tiny_recipe, tmp_path):
+def test_frozen_layers_stay_and_a_pattern_that_matches_none_is_refused(
+    dataset, model, tiny_recipe, tmp_path
+):
     volseg.train(dataset, recipe=tiny_recipe, out=tmp_path / "m", init=model, freeze=["input_block.*"], epochs=1,
                  device="cpu")  # fmt: skip
     before, after = weights(model), weights(tmp_path / "m")
     for name, tensor in before.items():
         assert torch.equal(after[name], tensor) == name.startswith("input_block.")
     with pytest.raises(VolsegError, match="no layer matches 'encoder"):
-        volseg.train(dataset, recipe=tiny_recipe, out=tmp_path / "n", freeze=["encoder.*"], epochs=1, device="cpu")
+        volseg.train(
+            dataset,
+            recipe=tiny_recipe,
+            out=tmp_path / "n",
+            freeze=["encoder.*"],
+            epochs=1,
+            device="cpu",
+        )
 
 
 def test_two_processes_train_as_one_with_twice_the_batch(dataset, tiny_recipe, tmp_path):
     steady = changed(tiny_recipe, batch_size=2, steps_per_epoch=4)
-    volseg.train(dataset, recipe=steady, out=tmp_path / "two", devices=2, epochs=2, device="cpu", precision="fp32")
     volseg.train(
-        dataset, recipe=changed(steady, batch_size=4), out=tmp_path / "one", epochs=2, device="cpu", precision="fp32"
+        dataset,
+        recipe=steady,
+        out=tmp_path / "two",
+        devices=2,
+        epochs=2,
+        device="cpu",
+        precision="fp32",
+    )
+    volseg.train(
+        dataset,
+        recipe=changed(steady, batch_size=4),
+        out=tmp_path / "one",
+        epochs=2,
+        device="cpu",
+        precision="fp32",
     )
     for one, two in zip(history(tmp_path / "one"), history(tmp_path / "two"), strict=True):
         assert float(two["loss"]) == pytest.approx(float(one["loss"]), abs=1e-4)
@@ -206,7 +250,9 @@ def test_voxels_that_are_ignored_may_hold_anything(dataset, tiny_recipe, tmp_pat
         write_volume(mask.with_array(array), path)
     with pytest.raises(VolsegError, match="holds values"):
         volseg.train(tmp_path / "data", recipe=tiny_recipe, out=tmp_path / "n", device="cpu")
-    ignoring = tiny_recipe.model_copy(update={"data": tiny_recipe.data.model_copy(update={"ignore": 9})})
+    ignoring = tiny_recipe.model_copy(
+        update={"data": tiny_recipe.data.model_copy(update={"ignore": 9})}
+    )
     report = volseg.train(tmp_path / "data", recipe=ignoring, out=tmp_path / "m", device="cpu")
     assert report.details["metrics"]["validation_dice_lesion"] > 0.6
 
@@ -217,11 +263,15 @@ def test_a_finished_model_is_not_overwritten(dataset, model, tiny_recipe):
 
 
 def test_patience_and_the_time_budget_end_a_run_with_a_usable_model(dataset, tiny_recipe, tmp_path):
-    frozen = tiny_recipe.model_copy(update={"train": tiny_recipe.train.model_copy(update={"learning_rate": 1e-12})})
+    frozen = tiny_recipe.model_copy(
+        update={"train": tiny_recipe.train.model_copy(update={"learning_rate": 1e-12})}
+    )
     volseg.train(dataset, recipe=frozen, out=tmp_path / "a", epochs=30, patience=1, device="cpu")
     assert len(history(tmp_path / "a")) < 6
     endless = changed(tiny_recipe, steps_per_epoch=100)
-    volseg.train(dataset, recipe=endless, out=tmp_path / "b", epochs=50, time_budget_seconds=10, device="cpu")
+    volseg.train(
+        dataset, recipe=endless, out=tmp_path / "b", epochs=50, time_budget_seconds=10, device="cpu"
+    )
     assert float(history(tmp_path / "b")[-1]["seconds"]) < 30
     assert float(history(tmp_path / "b")[-1]["learning_rate"]) < tiny_recipe.train.learning_rate / 2
     assert load_bundle(tmp_path / "b").segmentation_network() is not None
@@ -241,24 +291,39 @@ def test_folds_part_the_patients_and_every_patient_is_held_out_once():
 
 
 def test_a_run_starts_from_the_weights_of_another_model(dataset, model, tiny_recipe, tmp_path):
-    still = tiny_recipe.model_copy(update={"train": tiny_recipe.train.model_copy(update={"learning_rate": 1e-12})})
-    volseg.train(dataset, recipe=still, out=tmp_path / "m", init=model, fold=2, epochs=1, device="cpu")
+    still = tiny_recipe.model_copy(
+        update={"train": tiny_recipe.train.model_copy(update={"learning_rate": 1e-12})}
+    )
+    volseg.train(
+        dataset, recipe=still, out=tmp_path / "m", init=model, fold=2, epochs=1, device="cpu"
+    )
     for name, tensor in weights(model).items():
         torch.testing.assert_close(weights(tmp_path / "m")[name], tensor, atol=1e-5, rtol=1e-5)
-    wider = type(tiny_recipe.network)(**tiny_recipe.network.model_dump() | {"features": [16, 24, 24]})
+    wider = type(tiny_recipe.network)(
+        **tiny_recipe.network.model_dump() | {"features": [16, 24, 24]}
+    )
     with pytest.raises(VolsegError, match=r"only \d+ of the \d+ tensors"):
-        volseg.train(dataset, recipe=tiny_recipe.model_copy(update={"network": wider}), out=tmp_path / "n", init=model)
+        volseg.train(
+            dataset,
+            recipe=tiny_recipe.model_copy(update={"network": wider}),
+            out=tmp_path / "n",
+            init=model,
+        )
 
 
 def test_another_seed_gives_other_weights(dataset, tiny_recipe, tmp_path):
     for out, seed in (("a", 0), ("b", 1), ("c", 0)):
-        volseg.train(dataset, recipe=tiny_recipe, out=tmp_path / out, seed=seed, epochs=1, device="cpu")
+        volseg.train(
+            dataset, recipe=tiny_recipe, out=tmp_path / out, seed=seed, epochs=1, device="cpu"
+        )
     first, other, again = (weights(tmp_path / out) for out in "abc")
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert not all(torch.allclose(first[name], other[name]) for name in first)
 
 
-def test_the_numbers_of_the_card_are_those_of_the_weights_that_were_kept(dataset, tiny_recipe, tmp_path):
+def test_the_numbers_of_the_card_are_those_of_the_weights_that_were_kept(
+    dataset, tiny_recipe, tmp_path
+):
     """One of two validation cases is watched: in the end the best and the last weights are compared on both."""
     recipe = changed(tiny_recipe, validation_cases=1)
     volseg.preprocess(dataset, recipe=recipe, out=tmp_path / "p")
@@ -267,20 +332,26 @@ def test_the_numbers_of_the_card_are_those_of_the_weights_that_were_kept(dataset
     _, plan, _, cases = load_prepared(tmp_path / "p", None)
     _, held_out = split_cases(cases, None, 0)
     network = bundle.segmentation_network()
-    found = validate(network, held_out, bundle.recipe, plan, torch.device("cpu"), overlap=recipe.infer.overlap)
+    found = validate(
+        network, held_out, bundle.recipe, plan, torch.device("cpu"), overlap=recipe.infer.overlap
+    )
     with (tmp_path / "m" / "validation.csv").open(newline="") as file:
         written = {row["case_id"]: float(row["dice"]) for row in csv.DictReader(file)}
     assert written == {row.case_id: pytest.approx(row.dice, abs=1e-4) for row in found}
     assert "4 training cases" in (tmp_path / "m" / "card.md").read_text(encoding="utf-8")
 
 
-def test_data_that_go_bad_in_the_middle_leave_the_best_weights_until_then(dataset, tiny_recipe, tmp_path):
+def test_data_that_go_bad_in_the_middle_leave_the_best_weights_until_then(
+    dataset, tiny_recipe, tmp_path
+):
     volseg.preprocess(dataset, recipe=tiny_recipe, out=tmp_path / "p")
 
     def spoil(stage, share, detail):
         if detail.startswith("epoch 2"):
             for number in range(4):
-                np.load(tmp_path / "p" / "cases" / f"scan_{number}" / "image.npy", mmap_mode="r+")[:] = np.nan
+                np.load(tmp_path / "p" / "cases" / f"scan_{number}" / "image.npy", mmap_mode="r+")[
+                    :
+                ] = np.nan
 
     report = volseg.train(tmp_path / "p", out=tmp_path / "m", device="cpu", progress=spoil)
     assert "the loss became nan" in report.details["metrics"]["stopped"]
@@ -296,15 +367,23 @@ def test_what_is_odd_about_the_data_is_said_before_the_first_step(dataset, tiny_
     write_volume(mask.with_array(np.zeros_like(mask.array)), path)
     said = []
     options = {"recipe": tiny_recipe, "epochs": 1, "device": "cpu", "announce": said.append}
-    volseg.train(tmp_path / "data", out=tmp_path / "m", progress=lambda *now: said.append(now), **options)
+    volseg.train(
+        tmp_path / "data", out=tmp_path / "m", progress=lambda *now: said.append(now), **options
+    )
     first = next(index for index, entry in enumerate(said) if entry[0] == "Training")
     assert any("W_EMPTY" in entry for entry in said[:first] if isinstance(entry, str))
 
 
-def test_a_class_without_a_training_case_leaves_the_model_without_classifier(dataset, tiny_recipe, tmp_path):
+def test_a_class_without_a_training_case_leaves_the_model_without_classifier(
+    dataset, tiny_recipe, tmp_path
+):
     shutil.copytree(dataset, tmp_path / "data")
     table = tmp_path / "data" / "cases.csv"
-    table.write_text("\n".join(line[:-1] + "1" if line[-1] == "5" else line for line in table.read_text().splitlines()))
+    table.write_text(
+        "\n".join(
+            line[:-1] + "1" if line[-1] == "5" else line for line in table.read_text().splitlines()
+        )
+    )
     volseg.train(tmp_path / "data", recipe=tiny_recipe, out=tmp_path / "m", epochs=1, device="cpu")
     bundle = load_bundle(tmp_path / "m")
     assert bundle.classifier_network() is None
@@ -349,7 +428,13 @@ def test_torchrun_starts_the_ranks_and_one_of_them_speaks(dataset, tiny_recipe, 
         "--master-port=0",
         "--rdzv-backend=c10d",
     ]
-    command += ["--rdzv-endpoint=127.0.0.1:0", str(script), str(recipe), str(dataset), str(tmp_path / "m")]
+    command += [
+        "--rdzv-endpoint=127.0.0.1:0",
+        str(script),
+        str(recipe),
+        str(dataset),
+        str(tmp_path / "m"),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert sorted(done.stdout.split()) == ["1", "leads"]
@@ -372,13 +457,17 @@ def test_a_channel_that_some_cases_lack_is_zero_there(dataset, tiny_recipe, tmp_
     with pytest.raises(VolsegError, match="the cell of 'image_other' is empty"):
         volseg.train(tmp_path, recipe=strict, out=tmp_path / "m", device="cpu")
     dropping = strict.train.augment.model_copy(update={"channel_drop_probability": 0.3})
-    lenient = changed(strict, augment=dropping).model_copy(update={"data": two.model_copy(update={"missing": "empty"})})
+    lenient = changed(strict, augment=dropping).model_copy(
+        update={"data": two.model_copy(update={"missing": "empty"})}
+    )
     volseg.preprocess(tmp_path, recipe=lenient, out=tmp_path / "p")
     assert not np.load(tmp_path / "p" / "cases" / "scan_1" / "image.npy")[1].any()
     assert np.load(tmp_path / "p" / "cases" / "scan_0" / "image.npy")[1].any()
     report = volseg.train(tmp_path / "p", out=tmp_path / "m", device="cpu")
     assert report.details["metrics"]["validation_dice_lesion"] > 0.6
-    report = volseg.infer(tmp_path / "cases.csv", model=tmp_path / "m", out=tmp_path / "r", device="cpu")
+    report = volseg.infer(
+        tmp_path / "cases.csv", model=tmp_path / "m", out=tmp_path / "r", device="cpu"
+    )
     assert "scan_6" in report.done and not report.failed
 
 
@@ -401,7 +490,9 @@ def test_a_run_is_resumed_with_the_folds_that_it_was_begun_with(dataset, tiny_re
         volseg.train(dataset, recipe=tiny_recipe, folds=7, out=tmp_path / "n", device="cpu")
 
 
-def test_ctrl_c_in_the_last_validation_keeps_what_was_trained(dataset, tiny_recipe, tmp_path, monkeypatch):
+def test_ctrl_c_in_the_last_validation_keeps_what_was_trained(
+    dataset, tiny_recipe, tmp_path, monkeypatch
+):
     def pressed(*arguments, overlap, **options):
         if overlap == tiny_recipe.infer.overlap:
             raise KeyboardInterrupt
@@ -431,19 +522,32 @@ def edit_json(path, **values):
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
-        (lambda case: edit_array(case / "mask.npy", lambda mask: np.zeros((3, 3), np.uint8)), "mask.npy is uint8"),
+        (
+            lambda case: edit_array(case / "mask.npy", lambda mask: np.zeros((3, 3), np.uint8)),
+            "mask.npy is uint8",
+        ),
         (lambda case: edit_array(case / "mask.npy", lambda mask: mask + 9), "holds class"),
         (lambda case: edit_array(case / "image.npy", lambda image: image * np.nan), "not finite"),
         (
-            lambda case: edit_array(case / "image.npy", lambda image: np.concatenate([image, image])),
+            lambda case: edit_array(
+                case / "image.npy", lambda image: np.concatenate([image, image])
+            ),
             "2 channels, not 1",
         ),
-        (lambda case: edit_array(case / "slices.npy", lambda slices: slices[:1]), "slices of shape"),
+        (
+            lambda case: edit_array(case / "slices.npy", lambda slices: slices[:1]),
+            "slices of shape",
+        ),
         (lambda case: (case / "foreground_1.npy").unlink(), "voxels of 0 labels, not 1"),
-        (lambda case: edit_json(case / "case.json", **{"class": "nonsense"}), "class 'nonsense', not one of"),
+        (
+            lambda case: edit_json(case / "case.json", **{"class": "nonsense"}),
+            "class 'nonsense', not one of",
+        ),
     ],
 )
-def test_a_prepared_folder_of_a_stranger_is_refused_in_one_line(spoil, words, dataset, tiny_recipe, tmp_path):
+def test_a_prepared_folder_of_a_stranger_is_refused_in_one_line(
+    spoil, words, dataset, tiny_recipe, tmp_path
+):
     volseg.preprocess(dataset, recipe=tiny_recipe, out=tmp_path / "p")
     for case in (tmp_path / "p" / "cases").iterdir():
         spoil(case)

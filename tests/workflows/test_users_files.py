@@ -44,7 +44,10 @@ def data(dataset, tmp_path):
 
 def measure(data, out, **options):
     return volseg.measure(
-        image=data / "images", mask=data / "labels", out=out, **{"intensity_unit": "HU", "pages": False} | options
+        image=data / "images",
+        mask=data / "labels",
+        out=out,
+        **{"intensity_unit": "HU", "pages": False} | options,
     )
 
 
@@ -77,7 +80,11 @@ def test_a_corrected_mask_is_measured_within_the_memory_that_is_announced(model,
     assert list(report.failed) == ["scan_6"] and report.failed["scan_6"].startswith("E_RAM")
     report = volseg.measure(out, max_ram="20G", announce=texts.append)
     assert list(report.done) == ["scan_6"]
-    assert len(texts) == 1 and texts[0].startswith("memory: at most") and texts[0].endswith("for scan_6")
+    assert (
+        len(texts) == 1
+        and texts[0].startswith("memory: at most")
+        and texts[0].endswith("for scan_6")
+    )
 
 
 def test_a_mask_corrected_by_hand_is_kept_and_measured(model, data, tmp_path):
@@ -88,45 +95,59 @@ def test_a_mask_corrected_by_hand_is_kept_and_measured(model, data, tmp_path):
     erode(mask)
     corrected = mask.read_bytes()
 
-    again = volseg.infer(data / "images", model=model, out=out, figures=True, overlap=0.1)  # another option, too
+    again = volseg.infer(
+        data / "images", model=model, out=out, figures=True, overlap=0.1
+    )  # another option, too
     assert mask.read_bytes() == corrected
     assert "scan_6" in again.kept
     assert any("W_EDITED: scan_6" in warning for warning in again.details["warnings"])
-    assert "W_EDITED" in {row["case_id"]: row for row in rows(out / "cases.csv")}["scan_6"]["warnings"]
+    assert (
+        "W_EDITED" in {row["case_id"]: row for row in rows(out / "cases.csv")}["scan_6"]["warnings"]
+    )
 
     report = volseg.measure(out)
     assert (report.exit_code, list(report.done), list(report.kept)) == (0, ["scan_6"], ["scan_7"])
     assert mask.read_bytes() == corrected
     after = {row["case_id"]: row for row in rows(out / "lesions.csv") if row["lesion_id"] == "1"}
     assert (
-        int(after["scan_6"]["n_voxels"]) == np.count_nonzero(read_mask(mask).array) < int(before["scan_6"]["n_voxels"])
+        int(after["scan_6"]["n_voxels"])
+        == np.count_nonzero(read_mask(mask).array)
+        < int(before["scan_6"]["n_voxels"])
     )
     assert after["scan_6"]["confidence_mean"] == after["scan_6"]["class_name"] == ""
     assert after["scan_6"]["label_name"] == before["scan_6"]["label_name"] == "lesion"
     case = {row["case_id"]: row for row in rows(out / "cases.csv")}["scan_6"]
     assert "W_CORRECTED" in case["warnings"]
     assert "W_EDITED" not in case["warnings"]
-    np.testing.assert_array_equal(read_mask(out / "lesion_ids" / "scan_6.nii.gz").array > 0, read_mask(mask).array > 0)
+    np.testing.assert_array_equal(
+        read_mask(out / "lesion_ids" / "scan_6.nii.gz").array > 0, read_mask(mask).array > 0
+    )
 
     assert list(volseg.measure(out).done) == []
     third = volseg.infer(data / "images", model=model, out=out, figures=True)
     assert mask.read_bytes() == corrected
     assert "scan_6" in third.kept
     assert rows(out / "lesions.csv") != []
-    assert {row["case_id"]: row for row in rows(out / "lesions.csv") if row["lesion_id"] == "1"}["scan_6"] == after[
+    assert {row["case_id"]: row for row in rows(out / "lesions.csv") if row["lesion_id"] == "1"}[
         "scan_6"
-    ]
+    ] == after["scan_6"]
 
     erode(mask)
     assert list(volseg.measure(out).done) == ["scan_6"]
 
 
-def test_other_results_that_were_changed_by_hand_are_refused_not_replaced(model, data, tmp_path, refused):
+def test_other_results_that_were_changed_by_hand_are_refused_not_replaced(
+    model, data, tmp_path, refused
+):
     out = tmp_path / "out"
     scan = data / "images" / "scan_6.nii.gz"
     volseg.infer(scan, model=model, out=out)
     (out / "lesion_ids" / "scan_6.nii.gz").write_bytes(b"mine")
-    refused(lambda: volseg.infer(scan, model=model, out=out), names="lesion_ids/scan_6.nii.gz", folder=out)
+    refused(
+        lambda: volseg.infer(scan, model=model, out=out),
+        names="lesion_ids/scan_6.nii.gz",
+        folder=out,
+    )
     (out / "lesion_ids" / "scan_6.nii.gz").unlink()
     (out / "lesions.csv").write_text("edited in a spreadsheet")
     refused(lambda: volseg.infer(scan, model=model, out=out), names="lesions.csv", folder=out)
@@ -140,7 +161,9 @@ def test_outputs_that_are_inputs_are_refused(model, data, tmp_path, refused):
     shutil.copytree(results, tmp_path / "r")
     calls = {
         "results of infer": lambda: volseg.measure(
-            image=data / "images" / "scan_6.nii.gz", mask=results / "masks" / "scan_6.nii.gz", out=results
+            image=data / "images" / "scan_6.nii.gz",
+            mask=results / "masks" / "scan_6.nii.gz",
+            out=results,
         ),
         "another folder": lambda: volseg.infer(results / "masks", model=model, out=results),
     }
@@ -155,18 +178,29 @@ def test_outputs_that_are_inputs_are_refused(model, data, tmp_path, refused):
         images = image.parent if mask.is_dir() else image
         if mask.is_dir():
             (image.parent / "scan_7.nii.gz").unlink()
-        refused(lambda m=mask, i=images: volseg.measure(image=i, mask=m, out=data), names="lesion_ids", folder=data)
+        refused(
+            lambda m=mask, i=images: volseg.measure(image=i, mask=m, out=data),
+            names="lesion_ids",
+            folder=data,
+        )
 
 
 def test_a_reference_beside_the_scans_is_not_overwritten(model, data, refused):
     (data / "labels").rename(data / "masks")
-    refused(lambda: volseg.infer(data / "images", model=model, out=data), names="masks/scan_6.nii.gz", folder=data)
+    refused(
+        lambda: volseg.infer(data / "images", model=model, out=data),
+        names="masks/scan_6.nii.gz",
+        folder=data,
+    )
     assert not (data / ".volseg").exists()
 
 
 def test_the_table_of_a_dataset_is_not_overwritten(data, tiny_recipe, model, tmp_path, refused):
     table = data / "cases.csv"
-    table.write_text("image,label\n" + "".join(f"images/scan_{n}.nii.gz,labels/scan_{n}.nii.gz\n" for n in (6, 7)))
+    table.write_text(
+        "image,label\n"
+        + "".join(f"images/scan_{n}.nii.gz,labels/scan_{n}.nii.gz\n" for n in (6, 7))
+    )
     calls = {
         "measure": lambda: volseg.measure(cases=table, out=data, intensity_unit="HU"),
         "measure, folder": lambda: volseg.measure(cases=data, out=data, intensity_unit="HU"),
@@ -183,17 +217,23 @@ def test_the_table_of_a_dataset_is_not_overwritten(data, tiny_recipe, model, tmp
         assert digests(data) == before, name
 
 
-@pytest.mark.parametrize("name", ["evaluation.csv", "detections.csv", "summary.json", "agreement.png", "froc.png"])
+@pytest.mark.parametrize(
+    "name", ["evaluation.csv", "detections.csv", "summary.json", "agreement.png", "froc.png"]
+)
 def test_evaluate_replaces_no_file_of_the_users(name, data, tmp_path, refused):
     out = tmp_path / "out"
     out.mkdir()
     (out / name).write_text("mine")
     refused(
-        lambda: volseg.evaluate(reference=data / "labels", predicted=data / "labels", out=out), names=name, folder=out
+        lambda: volseg.evaluate(reference=data / "labels", predicted=data / "labels", out=out),
+        names=name,
+        folder=out,
     )
 
 
-@pytest.mark.parametrize("name", ["run.json", "lesions.csv", "cases.csv", "report.html", "lesion_ids/scan_7.nii.gz"])
+@pytest.mark.parametrize(
+    "name", ["run.json", "lesions.csv", "cases.csv", "report.html", "lesion_ids/scan_7.nii.gz"]
+)
 def test_measure_replaces_no_file_of_the_users(name, data, tmp_path, refused):
     out = tmp_path / "out"
     (out / name).parent.mkdir(parents=True)
@@ -201,13 +241,21 @@ def test_measure_replaces_no_file_of_the_users(name, data, tmp_path, refused):
     refused(lambda: measure(data, out, pages=True), names=name, folder=out)
 
 
-@pytest.mark.parametrize("name", ["model.json", "segmentation_3.safetensors", "history_1.csv", "curves.png", "card.md"])
+@pytest.mark.parametrize(
+    "name", ["model.json", "segmentation_3.safetensors", "history_1.csv", "curves.png", "card.md"]
+)
 def test_train_replaces_no_file_of_the_users(name, dataset, tiny_recipe, tmp_path, refused):
     (tmp_path / name).write_text("mine")
-    refused(lambda: volseg.train(dataset, recipe=tiny_recipe, out=tmp_path), names=str(tmp_path), folder=tmp_path)
+    refused(
+        lambda: volseg.train(dataset, recipe=tiny_recipe, out=tmp_path),
+        names=str(tmp_path),
+        folder=tmp_path,
+    )
 
 
-@pytest.mark.parametrize("name", ["prepared.json", "cases.csv", "cases/scan_0/image.npy", "cases/scan_1"])
+@pytest.mark.parametrize(
+    "name", ["prepared.json", "cases.csv", "cases/scan_0/image.npy", "cases/scan_1"]
+)
 def test_preprocess_replaces_no_file_of_the_users(name, dataset, tiny_recipe, tmp_path, refused):
     (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / name).write_text("mine")
@@ -220,11 +268,16 @@ def test_preprocess_replaces_no_file_of_the_users(name, dataset, tiny_recipe, tm
 
 def test_preparing_a_case_again_keeps_what_the_user_put_beside_it(dataset, tiny_recipe, tmp_path):
     volseg.preprocess(dataset, recipe=tiny_recipe, out=tmp_path / "out")
-    notes = [tmp_path / "out" / "cases" / "scan_0" / "notes.txt", tmp_path / "out" / "cases" / ".tmp-scan_0"]
+    notes = [
+        tmp_path / "out" / "cases" / "scan_0" / "notes.txt",
+        tmp_path / "out" / "cases" / ".tmp-scan_0",
+    ]
     for note in notes:
         note.write_text("mine")
     other = tiny_recipe.model_copy(
-        update={"preprocess": tiny_recipe.preprocess.model_copy(update={"spacing_mm": (2.5, 2.5, 2.5)})}
+        update={
+            "preprocess": tiny_recipe.preprocess.model_copy(update={"spacing_mm": (2.5, 2.5, 2.5)})
+        }
     )
     report = volseg.preprocess(dataset, recipe=other, out=tmp_path / "out")
     assert len(report.done) == 6
@@ -292,7 +345,9 @@ def test_a_damaged_record_is_said_and_its_case_done_again(data, tmp_path):
     assert [row["status"] for row in rows(out / "cases.csv")] == ["done", "done"]
 
 
-def test_a_scan_replaced_while_it_is_measured_is_recorded_as_it_was_read(data, tmp_path, monkeypatch):
+def test_a_scan_replaced_while_it_is_measured_is_recorded_as_it_was_read(
+    data, tmp_path, monkeypatch
+):
     out, scan = tmp_path / "out", data / "images" / "scan_6.nii.gz"
     read = hashlib.sha256(scan.read_bytes()).hexdigest()
     original = measuring.measure_largest
@@ -312,7 +367,9 @@ def test_a_scan_replaced_while_it_is_measured_is_recorded_as_it_was_read(data, t
     assert json.loads((out / ".volseg" / "scan_6.json").read_text())["inputs"][0] != read
 
 
-def test_no_input_is_hashed_apart_from_reading_unless_an_earlier_result_is_there(data, tmp_path, monkeypatch):
+def test_no_input_is_hashed_apart_from_reading_unless_an_earlier_result_is_there(
+    data, tmp_path, monkeypatch
+):
     hashed = []
     original = batch.digest_of
     monkeypatch.setattr(batch, "digest_of", lambda path: hashed.append(path) or original(path))
@@ -344,7 +401,9 @@ def test_a_bug_in_one_case_is_a_failed_row_and_the_others_go_on(data, tmp_path, 
 
 
 def test_a_label_name_without_bytes_ends_no_batch(data, tmp_path):
-    report = measure(data, tmp_path / "out", label_names={3: "lesion \ud800"}, figures=True, pages=True)
+    report = measure(
+        data, tmp_path / "out", label_names={3: "lesion \ud800"}, figures=True, pages=True
+    )
     assert report.exit_code in (0, 3, 4)
     assert len(rows(tmp_path / "out" / "cases.csv")) == 2
 
@@ -370,7 +429,9 @@ def test_a_full_disk_in_the_first_case_loses_nothing(data, tmp_path):
     after = digests(out)
     names = [name for name in before if not name.startswith(".volseg/ledger")]
     assert [
-        name for name in names if after.get(name) != before[name] and not name.endswith(("cases.csv", ".html"))
+        name
+        for name in names
+        if after.get(name) != before[name] and not name.endswith(("cases.csv", ".html"))
     ] == []
     assert list(measure(data, out, pages=True).kept) == ["scan_6", "scan_7"]
     assert digests(out)["lesions.csv"] == before["lesions.csv"]
@@ -396,7 +457,9 @@ def test_a_mask_put_back_to_what_volseg_drew_earlier_is_kept_as_a_correction(mod
 
 
 @pytest.mark.parametrize("is_measured", [False, True])
-def test_a_corrected_mask_is_not_the_result_of_another_scan_of_that_name(is_measured, model, data, tmp_path):
+def test_a_corrected_mask_is_not_the_result_of_another_scan_of_that_name(
+    is_measured, model, data, tmp_path
+):
     out, other = tmp_path / "out", tmp_path / "other"
     scan = data / "images" / "scan_6.nii.gz"
     volseg.infer(scan, model=model, out=out)
@@ -410,7 +473,10 @@ def test_a_corrected_mask_is_not_the_result_of_another_scan_of_that_name(is_meas
 
     report = volseg.infer(other / "scan_6.nii.gz", model=model, out=out)
     assert (report.exit_code, list(report.kept)) == (4, [])
-    assert report.failed["scan_6"].startswith("E_CHANGED") and "corrected by hand" in report.failed["scan_6"]
+    assert (
+        report.failed["scan_6"].startswith("E_CHANGED")
+        and "corrected by hand" in report.failed["scan_6"]
+    )
     assert (rows(out / "lesions.csv"), rows(out / "cases.csv")[0]["status"]) == ([], "failed")
     assert mask.read_bytes() == corrected
 
@@ -419,7 +485,9 @@ def test_a_corrected_mask_is_not_the_result_of_another_scan_of_that_name(is_meas
     assert (rows(out / "lesions.csv"), rows(out / "cases.csv")[0]["status"]) == (numbers, "done")
 
 
-def test_what_was_measured_of_a_corrected_mask_is_measured_again_where_it_is_damaged(model, data, tmp_path):
+def test_what_was_measured_of_a_corrected_mask_is_measured_again_where_it_is_damaged(
+    model, data, tmp_path
+):
     out = tmp_path / "out"
     volseg.infer(data / "images", model=model, out=out)
     erode(out / "masks" / "scan_6.nii.gz")
@@ -431,7 +499,9 @@ def test_what_was_measured_of_a_corrected_mask_is_measured_again_where_it_is_dam
         assert rows(out / "lesions.csv") == numbers
 
 
-def test_a_case_that_failed_on_another_scan_says_so_no_longer_when_its_own_scan_is_back(data, tmp_path):
+def test_a_case_that_failed_on_another_scan_says_so_no_longer_when_its_own_scan_is_back(
+    data, tmp_path
+):
     out, scan = tmp_path / "out", data / "images" / "scan_6.nii.gz"
     good = scan.read_bytes()
     measure(data, out)
@@ -459,7 +529,9 @@ def test_a_case_that_failed_on_another_scan_says_so_no_longer_when_its_own_scan_
     ],
     ids=str,
 )
-def test_a_record_of_a_stranger_writes_nothing_elsewhere_and_is_a_row_unknown(place, change, data, tmp_path):
+def test_a_record_of_a_stranger_writes_nothing_elsewhere_and_is_a_row_unknown(
+    place, change, data, tmp_path
+):
     out, victim = tmp_path / "a" / "out", tmp_path / "a" / "index.html"
     measure(data, out)
     victim.write_text("mine")
@@ -467,20 +539,27 @@ def test_a_record_of_a_stranger_writes_nothing_elsewhere_and_is_a_row_unknown(pl
     record = json.loads(path.read_text())
     row = {"case_id": "scan_6", "status": "failed", "reason": "E_X: so", "image": "scan_6.nii.gz"}
     record[place] = {**(record["case"] if place == "case" else row), **change}
-    record["files"] = {name: digest for name, digest in record["files"].items() if not name.startswith("viewer/")}
+    record["files"] = {
+        name: digest for name, digest in record["files"].items() if not name.startswith("viewer/")
+    }
     path.write_text(json.dumps(record))
     volseg.report(out)
     (data / "images" / "scan_6.nii.gz").rename(data / "scan_6.nii.gz")
     report = measure(data, out, pages=True)
     assert any("W_RECORD: scan_6" in warning for warning in report.details["warnings"])
-    assert {row["case_id"]: row["status"] for row in rows(out / "cases.csv")} == {"scan_6": "unknown", "scan_7": "done"}
+    assert {row["case_id"]: row["status"] for row in rows(out / "cases.csv")} == {
+        "scan_6": "unknown",
+        "scan_7": "done",
+    }
     (data / "scan_6.nii.gz").rename(data / "images" / "scan_6.nii.gz")
     assert "scan_6" in measure(data, out, pages=True).done
     assert victim.read_text() == "mine"
 
 
 @pytest.mark.parametrize(
-    "change", [{"failed": 3}, {"remark": 1}, {"files": {}}, {"source": []}, {"corrected": []}], ids=str
+    "change",
+    [{"failed": 3}, {"remark": 1}, {"files": {}}, {"source": []}, {"corrected": []}],
+    ids=str,
 )
 def test_other_parts_of_a_record_are_checked_too(change, data, tmp_path):
     out = tmp_path / "out"
@@ -503,7 +582,9 @@ def test_other_parts_of_a_record_are_checked_too(change, data, tmp_path):
     ],
     ids=str,
 )
-def test_rows_of_a_stranger_that_are_none_of_their_case_leave_it_unknown_and_the_others_whole(content, data, tmp_path):
+def test_rows_of_a_stranger_that_are_none_of_their_case_leave_it_unknown_and_the_others_whole(
+    content, data, tmp_path
+):
     out = tmp_path / "out"
     measure(data, out, pages=True)
     lesions = rows(out / "lesions.csv")
@@ -520,7 +601,10 @@ def test_rows_of_a_stranger_that_are_none_of_their_case_leave_it_unknown_and_the
     report = measure(data, out, pages=True)
     assert (report.exit_code, list(report.kept), list(report.failed)) == (3, ["scan_7"], ["scan_6"])
     assert any("W_RECORD: scan_6" in warning for warning in report.details["warnings"])
-    assert {row["case_id"]: row["status"] for row in rows(out / "cases.csv")} == {"scan_6": "unknown", "scan_7": "done"}
+    assert {row["case_id"]: row["status"] for row in rows(out / "cases.csv")} == {
+        "scan_6": "unknown",
+        "scan_7": "done",
+    }
     assert rows(out / "lesions.csv") == [row for row in lesions if row["case_id"] == "scan_7"]
     assert list(measure(data, out, pages=True).done) == ["scan_6"]
     assert rows(out / "lesions.csv") == lesions
@@ -540,7 +624,10 @@ def test_a_corrected_mask_that_cannot_be_measured_leaves_no_number_unmarked(mode
     report = volseg.measure(out)
     assert (report.exit_code, list(report.failed)) == (3, ["scan_6"])
     warnings = {row["case_id"]: row["warnings"] for row in rows(out / "cases.csv")}
-    assert "W_STALE: the last run failed (E_" in warnings["scan_6"] and "W_EDITED: " in warnings["scan_6"]
+    assert (
+        "W_STALE: the last run failed (E_" in warnings["scan_6"]
+        and "W_EDITED: " in warnings["scan_6"]
+    )
     assert f"`volseg measure {out}`" in warnings["scan_6"]
     assert "W_STALE" not in warnings["scan_7"] and "W_EDITED" not in warnings["scan_7"]
     assert "W_EDITED: " in (out / "report.html").read_text("utf-8")
@@ -556,7 +643,11 @@ def test_a_corrected_mask_that_was_not_measured_yet_is_said_on_the_pages(model, 
     out = tmp_path / "out"
     infer_and_erode(model, data, out)
     report = volseg.report(out)
-    assert [warning for warning in report.details["warnings"] if warning.startswith("W_EDITED: scan_6: ")]
+    assert [
+        warning
+        for warning in report.details["warnings"]
+        if warning.startswith("W_EDITED: scan_6: ")
+    ]
     for page in ("report.html", "viewer/scan_6.html"):
         assert "W_EDITED: " in (out / page).read_text("utf-8"), page
     assert "W_EDITED: " not in (out / "viewer" / "scan_7.html").read_text("utf-8")
@@ -566,7 +657,9 @@ def test_a_corrected_mask_that_was_not_measured_yet_is_said_on_the_pages(model, 
 
 
 @pytest.mark.parametrize("time", ["before", "after"])
-def test_lesions_of_a_mask_that_was_corrected_and_not_measured_are_not_compared(time, model, data, tmp_path):
+def test_lesions_of_a_mask_that_was_corrected_and_not_measured_are_not_compared(
+    time, model, data, tmp_path
+):
     folders = {name: tmp_path / name for name in ("before", "after")}
     for folder in folders.values():
         volseg.infer(data / "images", model=model, out=folder)
@@ -579,7 +672,9 @@ def test_lesions_of_a_mask_that_was_corrected_and_not_measured_are_not_compared(
     assert (list(report.failed), list(report.kept)) == (["scan_6"], ["scan_7"])
     assert report.failed["scan_6"].startswith(f"E_EDITED: {mask}: ")
     assert report.failed["scan_6"].endswith(f"run `volseg measure {folders[time]}` first")
-    assert {row["patient"]: row["response"] for row in rows(tmp_path / "out" / "response.csv")}["scan_6"] == ""
+    assert {row["patient"]: row["response"] for row in rows(tmp_path / "out" / "response.csv")}[
+        "scan_6"
+    ] == ""
     corrected = mask.read_bytes()
     mask.write_bytes(drawn)  # put back as it was
     assert volseg.compare(*folders.values(), **call).exit_code == 0
@@ -644,8 +739,12 @@ def test_the_traceback_that_a_reason_names_is_there_until_the_case_is_done(
 
 
 @pytest.mark.parametrize("below", ["", "deep/er"])
-@pytest.mark.parametrize("command", ["measure", "evaluate", "compare", "infer", "preprocess", "train", "plan"])
-def test_a_file_where_the_output_folder_has_to_be_is_refused(command, below, calls, tmp_path, refused):
+@pytest.mark.parametrize(
+    "command", ["measure", "evaluate", "compare", "infer", "preprocess", "train", "plan"]
+)
+def test_a_file_where_the_output_folder_has_to_be_is_refused(
+    command, below, calls, tmp_path, refused
+):
     file = tmp_path / "file"
     file.write_text("mine")
     refused(lambda: calls[command](file / below), names=str(file), folder=tmp_path)

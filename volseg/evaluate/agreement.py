@@ -18,7 +18,9 @@ from volseg.evaluate.intervals import (
 
 Ends = tuple[float, float]
 UNKNOWN: Ends = (math.nan, math.nan)
-NORMAL_95 = 1.959963984540054  # standard deviations that hold the middle 95 % of a normal distribution
+NORMAL_95 = (
+    1.959963984540054  # standard deviations that hold the middle 95 % of a normal distribution
+)
 FEWEST = 3  # pairs from which anything is said
 
 
@@ -50,7 +52,9 @@ class Agreement:
     no_intervals: str = ""
 
 
-def agreement(reference: Sequence[float], predicted: Sequence[float], patients: Sequence[Hashable]) -> Agreement:
+def agreement(
+    reference: Sequence[float], predicted: Sequence[float], patients: Sequence[Hashable]
+) -> Agreement:
     """Bland–Altman limits of agreement, Pearson's and Lin's correlation of paired measurements, with their 95 % intervals.
 
     The intervals of bias and limits are exact for normal differences where each patient has one pair; where one has

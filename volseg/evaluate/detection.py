@@ -19,7 +19,11 @@ from volseg.postprocess.pairing import MOST_PAIRS, PAIR_BYTES, best_pairs
 from volseg.volume import BoundingBox, Geometry, Volume
 from volseg.words import spaced
 
-SIZE_BINS_MM = (5.0, 10.0, 20.0)  # bounds of the equivalent diameter; 10 mm is where RECIST 1.1 begins to measure
+SIZE_BINS_MM = (
+    5.0,
+    10.0,
+    20.0,
+)  # bounds of the equivalent diameter; 10 mm is where RECIST 1.1 begins to measure
 COUNTED_TOGETHER = 2**18  # voxels of two masks
 # Measured: bytes per such voxel, and per lesion with its row.
 COUNTED_BYTES, LESION_BYTES = 60, 1500
@@ -35,25 +39,36 @@ class DetectionRow:
     case_id: str = column("", "name of the case")
     label: int = column("", "value of the lesion in its mask")
     label_name: str = column("", "name of that value")
-    side: Literal["reference", "predicted"] = column("", "reference or predicted: the mask that the lesion is in")
-    lesion_id: int = column("", "number of the lesion in that mask; 1 is the largest, as in lesions.csv")
+    side: Literal["reference", "predicted"] = column(
+        "", "reference or predicted: the mask that the lesion is in"
+    )
+    lesion_id: int = column(
+        "", "number of the lesion in that mask; 1 is the largest, as in lesions.csv"
+    )
     status: Literal["matched", "missed", "false"] = column(
         "", "matched; missed: a reference lesion without a partner; false: a predicted one without"
     )
     matched_id: int | None = column("", "lesion_id of its partner in the other mask")
-    iou: float | None = column("0 to 1", "voxels that both have / voxels that either has; of a pair")
+    iou: float | None = column(
+        "0 to 1", "voxels that both have / voxels that either has; of a pair"
+    )
     n_overlapping: int = column(
-        "", "lesions of its label in the other mask that share a voxel with it; several of one are a split or a merger"
+        "",
+        "lesions of its label in the other mask that share a voxel with it; several of one are a split or a merger",
     )
     n_voxels: int = column("voxels", "number of voxels")
     volume_ml: float = column("mL", "n_voxels × voxel volume")
     diameter_mm: float = column("mm", "diameter of the ball of that volume")
     size_bin: str = column("mm", "bin of that diameter")
-    centroid_r_mm: float = column("mm", "centre of mass of the voxels, towards the patient's right (RAS world)")
+    centroid_r_mm: float = column(
+        "mm", "centre of mass of the voxels, towards the patient's right (RAS world)"
+    )
     centroid_a_mm: float = column("mm", "the same, towards anterior")
     centroid_s_mm: float = column("mm", "the same, towards superior")
     confidence: float | None = column(
-        "0 to 1", "confidence_mean of a predicted lesion in lesions.csv of the results; empty without one", None
+        "0 to 1",
+        "confidence_mean of a predicted lesion in lesions.csv of the results; empty without one",
+        None,
     )
     patient: str | None = column("", "whose scan it is; empty if the reference does not say", None)
 
@@ -110,7 +125,9 @@ def match_lesions(
     return found
 
 
-def _overlaps(reference: Lesions, predicted: Lesions, most_pairs: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _overlaps(
+    reference: Lesions, predicted: Lesions, most_pairs: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Positions of the reference and the predicted lesion, and their IoU, for every two of one label that share a voxel."""
     layout = "F" if reference.ids.flags.f_contiguous else "C"
     first, second = reference.ids.ravel(order=layout), predicted.ids.ravel(order=layout)
@@ -121,17 +138,25 @@ def _overlaps(reference: Lesions, predicted: Lesions, most_pairs: int) -> tuple[
         both = np.flatnonzero((one != 0) & (other != 0))
         if not both.size:
             continue
-        some, n_shared = np.unique(one[both].astype(np.int64) * width + other[both], return_counts=True)
+        some, n_shared = np.unique(
+            one[both].astype(np.int64) * width + other[both], return_counts=True
+        )
         pairs, places = np.unique(np.concatenate([pairs, some]), return_inverse=True)
-        shared = np.bincount(places, np.concatenate([shared, n_shared]), len(pairs)).astype(np.int64)
+        shared = np.bincount(places, np.concatenate([shared, n_shared]), len(pairs)).astype(
+            np.int64
+        )
         if len(pairs) > most_pairs:
             raise NoisyMaskError(
-                f"over {most_pairs:,} pairs of lesions that overlap: a mask looks like noise".replace(",", " "),
+                f"over {most_pairs:,} pairs of lesions that overlap: a mask looks like noise".replace(
+                    ",", " "
+                ),
                 fix="check both masks",
                 code="W_SPECKS",
             )
     rows, columns = pairs // width - 1, pairs % width - 1
-    alike = np.array(reference.labels, np.int64)[rows] == np.array(predicted.labels, np.int64)[columns]
+    alike = (
+        np.array(reference.labels, np.int64)[rows] == np.array(predicted.labels, np.int64)[columns]
+    )
     rows, columns, shared = rows[alike], columns[alike], shared[alike]
     either = np.array(reference.n_voxels)[rows] + np.array(predicted.n_voxels)[columns] - shared
     return rows, columns, shared / either
@@ -220,12 +245,16 @@ def _lesions_of(mask: np.ndarray, geometry: Geometry, side: str, many: int) -> L
         lesions = label_lesions(mask, geometry)
     except ScanError as error:
         if error.code == "E_SPECKS":
-            raise NoisyMaskError(f"the {side} has {error.problem}", fix=error.fix, code="W_SPECKS") from error
+            raise NoisyMaskError(
+                f"the {side} has {error.problem}", fix=error.fix, code="W_SPECKS"
+            ) from error
         raise
     if len(lesions.labels) > many:
         n = spaced(len(lesions.labels))
         raise NoisyMaskError(
-            f"the {side} has {n} components: this mask looks like noise", fix="check it", code="W_SPECKS"
+            f"the {side} has {n} components: this mask looks like noise",
+            fix="check it",
+            code="W_SPECKS",
         )
     return lesions
 
@@ -241,7 +270,9 @@ def _rows(
     n_over: np.ndarray,
 ) -> list[DetectionRow]:
     rows = []
-    voxel_mm3 = float(f"{geometry.voxel_volume_mm3:.12g}")  # |det A| differs in its last bit between axis orders
+    voxel_mm3 = float(
+        f"{geometry.voxel_volume_mm3:.12g}"
+    )  # |det A| differs in its last bit between axis orders
     for position, (label, n_voxels, centroid) in enumerate(
         zip(lesions.labels, lesions.n_voxels, _centroids_mm(lesions.ids, geometry), strict=True)
     ):
@@ -331,7 +362,9 @@ class Froc:
 
     def sensitivity_at(self, false_positives_per_scan: float) -> float:
         """The highest sensitivity of a threshold with at most so many false positives per scan; 0 where there is none."""
-        reached = np.searchsorted(self.false_positives_per_scan, false_positives_per_scan, side="right")
+        reached = np.searchsorted(
+            self.false_positives_per_scan, false_positives_per_scan, side="right"
+        )
         return float(self.sensitivity[reached - 1]) if reached else 0.0
 
     @property
@@ -355,7 +388,10 @@ def froc(confidence: np.ndarray, is_matched: np.ndarray, *, n_reference: int, n_
     Source: Bunch et al., J Appl Photogr Eng 4:166 (1978); the rates of the score are those of LUNA16 (Setio, Med Image Anal
         42:1, 2017).
     """
-    confidence, is_matched = np.asarray(confidence, dtype=np.float64), np.asarray(is_matched, dtype=bool)
+    confidence, is_matched = (
+        np.asarray(confidence, dtype=np.float64),
+        np.asarray(is_matched, dtype=bool),
+    )
     if np.isnan(confidence).any() or n_reference < 1 or n_scans < 1:
         raise ValueError(
             f"FROC needs a confidence of every predicted lesion, reference lesions and scans; got "

@@ -146,7 +146,9 @@ def _of_patients_alike(value: float, n: int, bounds: tuple[float, float]) -> Int
         return Interval(high - unseen * (high - low), high)
     if math.isfinite(high - low) and math.isclose(value, low, abs_tol=ROUNDING):
         return Interval(low, low + unseen * (high - low))
-    return Interval(reason=f"all {n} patients have the same value; how much others differ is unknown")
+    return Interval(
+        reason=f"all {n} patients have the same value; how much others differ is unknown"
+    )
 
 
 def _numbered(names: Sequence[Hashable]) -> np.ndarray:

@@ -39,7 +39,9 @@ def most_evaluating(masks: Sequence[NiftiHeader], *, process: int) -> Peak:
     voxels = math.prod(geometry.shape)
     itemsize = max(header.mask_bytes for header in masks) // voxels
     surfaces = most_surface_bytes(geometry, itemsize)
-    return _peak(process, sum(header.mask_bytes for header in masks), surfaces, most_matching_bytes(voxels))
+    return _peak(
+        process, sum(header.mask_bytes for header in masks), surfaces, most_matching_bytes(voxels)
+    )
 
 
 def _peak(process: int, masks: int, surfaces: int, lesions: int) -> Peak:

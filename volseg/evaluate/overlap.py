@@ -22,13 +22,19 @@ class OverlapRow:
     """One label of one case. NaN is unknown and is written as an empty cell."""
 
     case_id: str = column("", "name of the case")
-    label: int = column("", "value in the mask; empty for a pair of masks that could not be compared")
+    label: int = column(
+        "", "value in the mask; empty for a pair of masks that could not be compared"
+    )
     label_name: str = column("", "name of that value")
-    dice: float = column("0 to 1", "2 |R ∩ P| / (|R| + |P|); 0 if one mask is empty; empty if both are")
+    dice: float = column(
+        "0 to 1", "2 |R ∩ P| / (|R| + |P|); 0 if one mask is empty; empty if both are"
+    )
     reference_volume_ml: float = column("mL", "volume in the reference mask")
     predicted_volume_ml: float = column("mL", "volume in the predicted mask")
     volume_error_ml: float = column("mL", "predicted minus reference")
-    volume_error_percent: float = column("%", "volume_error_ml / reference_volume_ml; empty where that is 0")
+    volume_error_percent: float = column(
+        "%", "volume_error_ml / reference_volume_ml; empty where that is 0"
+    )
     iou: float = column("0 to 1", "|R ∩ P| / |R ∪ P|; 0 if one mask is empty; empty if both are")
     hd95_mm: float = column(
         "mm",
@@ -36,7 +42,8 @@ class OverlapRow:
         source="Hausdorff distance; percentile as in Huttenlocher, IEEE TPAMI 15:850 (1993)",
     )
     mean_surface_distance_mm: float = column(
-        "mm", "mean of those distances over the border voxels of both masks; empty if a mask is empty"
+        "mm",
+        "mean of those distances over the border voxels of both masks; empty if a mask is empty",
     )
     nsd_1mm: float = column(
         "0 to 1",
@@ -44,9 +51,13 @@ class OverlapRow:
         source="Nikolov, J Med Internet Res 23:e26151 (2021), on border voxels",
     )
     nsd_2mm: float = column("0 to 1", "the same within 2 mm", source="the same")
-    n_reference_lesions: int | None = column("", "connected components (26 neighbours) in the reference", None)
+    n_reference_lesions: int | None = column(
+        "", "connected components (26 neighbours) in the reference", None
+    )
     n_predicted_lesions: int | None = column("", "connected components in the prediction", None)
-    n_matched_lesions: int | None = column("", "pairs of them, one to one by overlap; see detections.csv", None)
+    n_matched_lesions: int | None = column(
+        "", "pairs of them, one to one by overlap; see detections.csv", None
+    )
     lesion_sensitivity: float | None = column(
         "0 to 1", "n_matched_lesions / n_reference_lesions; empty where that is 0", None
     )
@@ -59,7 +70,9 @@ class OverlapRow:
         None,
     )
     patient: str | None = column(
-        "", "whose scan it is; intervals are over patients; empty if the reference does not say", None
+        "",
+        "whose scan it is; intervals are over patients; empty if the reference does not say",
+        None,
     )
     notes: str = column("", "what could not be measured, and why; empty if nothing", "")
     status: str = column("", "done, or failed: the masks could not be compared", "done")
@@ -108,7 +121,9 @@ def row_of_absent(label: int, label_name: str, *, case_id: str) -> OverlapRow:
     return _row(Counts(0, 0, 0), NOWHERE, 0.0, case_id=case_id, label=label, label_name=label_name)
 
 
-def _row(n: Counts, surface: SurfaceDistances, ml: float, *, case_id: str, label: int, label_name: str) -> OverlapRow:
+def _row(
+    n: Counts, surface: SurfaceDistances, ml: float, *, case_id: str, label: int, label_name: str
+) -> OverlapRow:
     error = n.predicted - n.reference
     return OverlapRow(
         case_id=case_id,
@@ -167,10 +182,14 @@ def dice(reference: np.ndarray, predicted: np.ndarray, label: int) -> float:
     """
     _check_same_shape(reference, predicted)
     in_reference, in_predicted = reference == label, predicted == label
-    return Counts(int(in_reference.sum()), int(in_predicted.sum()), int((in_reference & in_predicted).sum())).dice
+    return Counts(
+        int(in_reference.sum()), int(in_predicted.sum()), int((in_reference & in_predicted).sum())
+    ).dice
 
 
-def _counts(truth: np.ndarray, guess: np.ndarray) -> tuple[dict[int, int], dict[int, int], dict[int, int]]:
+def _counts(
+    truth: np.ndarray, guess: np.ndarray
+) -> tuple[dict[int, int], dict[int, int], dict[int, int]]:
     """Voxels per label of two masks in one order: in the first, in the second, in both."""
     counts: tuple[Counter[int], Counter[int], Counter[int]] = (Counter(), Counter(), Counter())
     for start in range(0, truth.size, COUNTED_TOGETHER):
@@ -183,7 +202,9 @@ def _counts(truth: np.ndarray, guess: np.ndarray) -> tuple[dict[int, int], dict[
 def _count(values: np.ndarray) -> dict[int, int]:
     """Label value → number of voxels, without background."""
     labels, counts = np.unique(values, return_counts=True)
-    return {label: n for label, n in zip(labels.tolist(), counts.tolist(), strict=True) if label != 0}
+    return {
+        label: n for label, n in zip(labels.tolist(), counts.tolist(), strict=True) if label != 0
+    }
 
 
 def _check_same_grid(reference: Geometry, predicted: Geometry, case_id: str) -> None:
@@ -199,7 +220,9 @@ def _check_same_grid(reference: Geometry, predicted: Geometry, case_id: str) -> 
 
 def _check_same_shape(reference: np.ndarray, predicted: np.ndarray) -> None:
     if reference.shape != predicted.shape:
-        raise ValueError(f"the reference has shape {reference.shape}, the prediction {predicted.shape}")
+        raise ValueError(
+            f"the reference has shape {reference.shape}, the prediction {predicted.shape}"
+        )
 
 
 def _check_named(counts: Mapping[int, int], label_names: Mapping[int, str], case_id: str) -> None:

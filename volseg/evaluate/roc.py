@@ -27,12 +27,19 @@ def auc(scores: np.ndarray, positive: np.ndarray) -> float:
     """
     scores, positive = np.asarray(scores, dtype=np.float64), np.asarray(positive, dtype=bool)
     if scores.ndim != 1 or scores.shape != positive.shape:
-        raise ValueError(f"scores have shape {scores.shape}, positive {positive.shape}; both are (N,)")
+        raise ValueError(
+            f"scores have shape {scores.shape}, positive {positive.shape}; both are (N,)"
+        )
     if np.isnan(scores).any():
-        raise ValueError(f"{np.count_nonzero(np.isnan(scores))} of {scores.size} scores are NaN; leave those cases out")
+        raise ValueError(
+            f"{np.count_nonzero(np.isnan(scores))} of {scores.size} scores are NaN; leave those cases out"
+        )
     above, below = scores[positive], np.sort(scores[~positive])
     if not above.size or not below.size:
         return math.nan
     # Twice the number of pairs won: negatives strictly below, plus negatives not above.
-    n_won_twice = np.searchsorted(below, above, side="left").sum() + np.searchsorted(below, above, side="right").sum()
+    n_won_twice = (
+        np.searchsorted(below, above, side="left").sum()
+        + np.searchsorted(below, above, side="right").sum()
+    )
     return float(n_won_twice) / (2 * above.size * below.size)

@@ -127,7 +127,9 @@ def mean_of(
 
 def _mean(numbers: Sequence[float], groups: Sequence[Hashable] | None) -> float:
     by_group: dict[Hashable, list[float]] = {}
-    for number, group in zip(numbers, [None] * len(numbers) if groups is None else groups, strict=True):
+    for number, group in zip(
+        numbers, [None] * len(numbers) if groups is None else groups, strict=True
+    ):
         if not math.isnan(number):
             by_group.setdefault(group, []).append(number)
     return float(np.mean([np.mean(each) for each in by_group.values()]))
@@ -147,17 +149,25 @@ def _detection(rows: Sequence[OverlapRow], detections: Sequence[DetectionRow]) -
         "sensitivity": _rate(truths),
         "precision": _rate(guesses),
         "f1": _rate([*truths, *guesses]),
-        "false_positives_per_scan": _rate_of(list(false.values()), [patient_of(row) for row in rows], NOT_NEGATIVE),
-        "iou_of_matched": _rate_of([lesion.iou for lesion in truths], [patient_of(lesion) for lesion in truths]),
+        "false_positives_per_scan": _rate_of(
+            list(false.values()), [patient_of(row) for row in rows], NOT_NEGATIVE
+        ),
+        "iou_of_matched": _rate_of(
+            [lesion.iou for lesion in truths], [patient_of(lesion) for lesion in truths]
+        ),
         "sensitivity_by_diameter_mm": {
-            name: _rate([lesion for lesion in truths if lesion.size_bin == name]) for name in size_bins()
+            name: _rate([lesion for lesion in truths if lesion.size_bin == name])
+            for name in size_bins()
         },
     }
 
 
 def _rate(lesions: Sequence[DetectionRow]) -> dict[str, Any]:
     """Share of these lesions that have a partner. Of reference and predicted ones together it is F1."""
-    return _rate_of([lesion.status == "matched" for lesion in lesions], [patient_of(lesion) for lesion in lesions])
+    return _rate_of(
+        [lesion.status == "matched" for lesion in lesions],
+        [patient_of(lesion) for lesion in lesions],
+    )
 
 
 def _rate_of(
@@ -178,7 +188,10 @@ def _curve(detections: Sequence[DetectionRow], n_scans: int) -> tuple[Froc | Non
     if not guesses:
         return None, "no predicted lesion"
     if len(known) < len(guesses):
-        return None, f"{len(guesses) - len(known)} of {len(guesses)} predicted lesions have no confidence"
+        return (
+            None,
+            f"{len(guesses) - len(known)} of {len(guesses)} predicted lesions have no confidence",
+        )
     matched = np.array([lesion.status == "matched" for lesion in guesses])
     return froc(np.array(known), matched, n_reference=len(truths), n_scans=n_scans), ""
 
@@ -197,7 +210,8 @@ def as_json(result: LabelResult) -> dict[str, Any]:
         "n_absent": result.n_absent,
         "metrics": dict(result.metrics),
         "volume_agreement_ml": {
-            name: _plain(getattr(result.volumes, name)) for name in (field.name for field in fields(Agreement))
+            name: _plain(getattr(result.volumes, name))
+            for name in (field.name for field in fields(Agreement))
         },
         "detection": dict(result.detection),
         "froc": None

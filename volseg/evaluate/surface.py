@@ -18,7 +18,9 @@ TREE_POINTS, ASKED_TOGETHER = 2**19, 2**18  # points of a k-d tree, and of those
 # Measured with benchmarks/noise.py.
 WORKING = 110  # bytes per border voxel of those that are looked up together
 SLABS = 16 << 20  # of the masks, while their borders are found
-SAME_DISTANCE_MM = 1e-4  # over the rounding of float32 affines: a distance that is the tolerance lies within it
+SAME_DISTANCE_MM = (
+    1e-4  # over the rounding of float32 affines: a distance that is the tolerance lies within it
+)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -37,7 +39,10 @@ class SurfaceDistances:
         """95th percentile Hausdorff distance: the larger of the 95th percentiles of the two directions; NaN if a mask is empty."""
         if not self.from_reference.size or not self.from_predicted.size:
             return math.nan
-        return max(float(np.percentile(each, PERCENTILE)) for each in (self.from_reference, self.from_predicted))
+        return max(
+            float(np.percentile(each, PERCENTILE))
+            for each in (self.from_reference, self.from_predicted)
+        )
 
     @property
     def mean_mm(self) -> float:
@@ -64,7 +69,9 @@ class SurfaceDistances:
 NOWHERE = SurfaceDistances(np.empty(0), np.empty(0))  # of a label that neither mask has
 
 
-def surface_distances(reference: np.ndarray, predicted: np.ndarray, geometry: Geometry) -> dict[int, SurfaceDistances]:
+def surface_distances(
+    reference: np.ndarray, predicted: np.ndarray, geometry: Geometry
+) -> dict[int, SurfaceDistances]:
     """Distances between the surfaces of two masks, for every label of either.
 
     A border voxel is a voxel of the label with a neighbour across a face that is not of it; outside of the array nothing
@@ -78,7 +85,9 @@ def surface_distances(reference: np.ndarray, predicted: np.ndarray, geometry: Ge
         Label → its distances; {} for two empty masks.
     """
     if reference.shape != predicted.shape or reference.shape != geometry.shape:
-        raise ValueError(f"shapes differ: {reference.shape}, {predicted.shape}, and {geometry.shape} of the grid")
+        raise ValueError(
+            f"shapes differ: {reference.shape}, {predicted.shape}, and {geometry.shape} of the grid"
+        )
     masks = _cropped(reference, predicted, geometry)
     if masks is None:
         return {}
@@ -102,9 +111,12 @@ def surface_bytes(reference: np.ndarray, predicted: np.ndarray, geometry: Geomet
         return 0
     first, second, to_mm = masks
     n_first, n_second = (
-        sum(int(np.count_nonzero(part)) for _, part in _border_parts(mask)) for mask in (first, second)
+        sum(int(np.count_nonzero(part)) for _, part in _border_parts(mask))
+        for mask in (first, second)
     )
-    return _bytes_of(first.shape, _margin(to_mm), (n_first, n_second), (first.itemsize, second.itemsize))
+    return _bytes_of(
+        first.shape, _margin(to_mm), (n_first, n_second), (first.itemsize, second.itemsize)
+    )
 
 
 def most_surface_bytes(geometry: Geometry, itemsize: int) -> int:
@@ -113,11 +125,19 @@ def most_surface_bytes(geometry: Geometry, itemsize: int) -> int:
     return _bytes_of(geometry.shape, _margin(geometry.affine[:3, :3]), (n, n), (itemsize, itemsize))
 
 
-def _bytes_of(shape: tuple[int, ...], margin: np.ndarray, n_border: tuple[int, int], itemsizes: tuple[int, int]) -> int:
+def _bytes_of(
+    shape: tuple[int, ...],
+    margin: np.ndarray,
+    n_border: tuple[int, int],
+    itemsizes: tuple[int, int],
+) -> int:
     """Peak in bytes: lattices, positions and labels of both borders; distances, and as much again to sort them or where they are far."""
     lattice = math.prod((np.array(shape) + 2 * margin).tolist())
     position = 4 if lattice < 2**31 else 8
-    held = sum(itemsize * lattice + (position + itemsize) * n for n, itemsize in zip(n_border, itemsizes, strict=True))
+    held = sum(
+        itemsize * lattice + (position + itemsize) * n
+        for n, itemsize in zip(n_border, itemsizes, strict=True)
+    )
     distances = 2 * 8 * sum(n_border)
     return held + distances + WORKING * min(max(n_border), LOOKED_UP_TOGETHER) + SLABS
 
@@ -164,7 +184,9 @@ def _nearest_steps(to_mm: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(S, 3) index steps to the grid points nearest to one, about 200 in order of their distance, and (S,) that distance in mm."""
     radius_mm = (3 * NEAR_VOXELS * abs(np.linalg.det(to_mm)) / (4 * math.pi)) ** (1 / 3)
     reach = np.floor(np.linalg.norm(np.linalg.inv(to_mm), axis=1) * radius_mm).astype(int)
-    steps = np.stack(np.meshgrid(*(np.arange(-n, n + 1) for n in reach), indexing="ij"), axis=-1).reshape(-1, 3)
+    steps = np.stack(
+        np.meshgrid(*(np.arange(-n, n + 1) for n in reach), indexing="ij"), axis=-1
+    ).reshape(-1, 3)
     distances_mm = np.round(np.linalg.norm(steps @ to_mm.T, axis=1), 9)
     near = np.flatnonzero(distances_mm <= radius_mm)
     order = near[np.argsort(distances_mm[near], kind="stable")]
@@ -189,10 +211,14 @@ class _Border:
     def of(cls, mask: np.ndarray, margin: np.ndarray) -> _Border:
         shape = tuple((np.array(mask.shape) + 2 * margin).tolist())
         lattice = np.zeros(math.prod(shape), mask.dtype)
-        inner = lattice.reshape(shape)[tuple(slice(m, m + n) for m, n in zip(margin.tolist(), mask.shape, strict=True))]
+        inner = lattice.reshape(shape)[
+            tuple(slice(m, m + n) for m, n in zip(margin.tolist(), mask.shape, strict=True))
+        ]
         for part, is_border in _border_parts(mask):
             np.copyto(inner[part], mask[part], where=is_border)
-        positions = np.empty(np.count_nonzero(lattice), np.int32 if lattice.size < 2**31 else np.int64)
+        positions = np.empty(
+            np.count_nonzero(lattice), np.int32 if lattice.size < 2**31 else np.int64
+        )
         filled = 0
         for piece in _pieces(lattice.size, LOOKED_UP_TOGETHER):
             some = np.flatnonzero(lattice[piece])
@@ -203,7 +229,9 @@ class _Border:
     def points_mm(self, chosen: np.ndarray, to_mm: np.ndarray) -> np.ndarray:
         """(N, 3) mm from the corner of the lattice."""
         # (3, 3) @ (3, N) takes a fortieth of the time of (N, 3) @ (3, 3).
-        return (to_mm @ np.array(np.unravel_index(self.positions[chosen], self.shape), dtype=np.float64)).T
+        return (
+            to_mm @ np.array(np.unravel_index(self.positions[chosen], self.shape), dtype=np.float64)
+        ).T
 
 
 def _border_parts(mask: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
@@ -231,7 +259,9 @@ def _strides(shape: tuple[int, ...]) -> tuple[int, int, int]:
     return shape[1] * shape[2], shape[2], 1
 
 
-def _nearest_mm(one: _Border, other: _Border, steps: np.ndarray, steps_mm: np.ndarray, to_mm: np.ndarray) -> np.ndarray:
+def _nearest_mm(
+    one: _Border, other: _Border, steps: np.ndarray, steps_mm: np.ndarray, to_mm: np.ndarray
+) -> np.ndarray:
     """(N,) distance of each border voxel of `one` to the nearest of its label in `other`; NaN where that has none.
 
     Two good masks lie within a few voxels of each other, where stepping through the grid finds the nearest voxel several
@@ -259,7 +289,9 @@ def _nearest_mm(one: _Border, other: _Border, steps: np.ndarray, steps_mm: np.nd
         theirs = np.flatnonzero(other.labels == label)
         for part in _pieces(theirs.size, TREE_POINTS):
             # Neither a balanced tree nor tight boxes repay what they cost to make for one round of questions.
-            tree = KDTree(other.points_mm(theirs[part], to_mm), balanced_tree=False, compact_nodes=False)
+            tree = KDTree(
+                other.points_mm(theirs[part], to_mm), balanced_tree=False, compact_nodes=False
+            )
             for piece in _pieces(far.size, ASKED_TOGETHER):
                 some = far[piece]
                 apart_mm = np.round(tree.query(one.points_mm(some, to_mm))[0], 9)

@@ -21,7 +21,9 @@ class ValidationRow:
     fold: int = column("", "the network that never saw it: 0 but for cross-validation")
     label: int = column("", "value in the mask")
     label_name: str = column("", "name of that value")
-    dice: float = column("0 to 1", "2 |R ∩ P| / (|R| + |P|); 0 if one mask is empty; empty if both are")
+    dice: float = column(
+        "0 to 1", "2 |R ∩ P| / (|R| + |P|); 0 if one mask is empty; empty if both are"
+    )
     reference_volume_ml: float = column("mL", "volume in the reference mask, on the prepared grid")
     predicted_volume_ml: float = column("mL", "volume in the predicted mask, on the prepared grid")
 

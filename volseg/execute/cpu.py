@@ -90,24 +90,36 @@ def physical_cores(cpus: Iterable[int] | None = None, root: Path = Path("/")) ->
     A container's limit of CPU time (cgroup) lowers the number: more threads than that only wait for each other.
     """
     if cpus is None:
-        cpus = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+        cpus = (
+            os.sched_getaffinity(0)
+            if hasattr(os, "sched_getaffinity")
+            else range(os.cpu_count() or 1)
+        )
     topology = root / "sys/devices/system/cpu"
-    cores = {_read(topology / f"cpu{cpu}/topology/thread_siblings_list") or str(cpu) for cpu in cpus}
+    cores = {
+        _read(topology / f"cpu{cpu}/topology/thread_siblings_list") or str(cpu) for cpu in cpus
+    }
     return max(1, min([len(cores), *(math.ceil(limit) for limit in _cpu_limits(root))]))
 
 
 def idle_cores() -> int:
     """Cores that other programs leave to this process, at least 1, by the load of the last minute."""
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
-    return max(1, round(physical_cores() - max(0.0, load - 1)))  # one of those that run is this process
+    return max(
+        1, round(physical_cores() - max(0.0, load - 1))
+    )  # one of those that run is this process
 
 
 def total_memory(root: Path = Path("/")) -> int:
     """Bytes of main memory that this process may use: the machine's, or what its control group allows."""
-    lines = dict(line.split(":", 1) for line in _read(root / "proc/meminfo").splitlines() if ":" in line)
+    lines = dict(
+        line.split(":", 1) for line in _read(root / "proc/meminfo").splitlines() if ":" in line
+    )
     found = [int(lines["MemTotal"].split()[0]) * 1024] if "MemTotal" in lines else []
     folders = [folder / "memory.max" for folder in _groups(root)]
-    texts = [_read(path) for path in (*folders, root / "sys/fs/cgroup/memory/memory.limit_in_bytes")]
+    texts = [
+        _read(path) for path in (*folders, root / "sys/fs/cgroup/memory/memory.limit_in_bytes")
+    ]
     found += [int(text) for text in texts if text.isdigit()]
     return min(found) if found else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
@@ -148,7 +160,14 @@ def parse_bytes(text: str) -> int:
 def _groups(root: Path) -> Iterator[Path]:
     """Folders of the control groups of this process, innermost first."""
     groups = root / "sys/fs/cgroup"
-    own = next((line[3:] for line in _read(root / "proc/self/cgroup").splitlines() if line.startswith("0::")), "/")
+    own = next(
+        (
+            line[3:]
+            for line in _read(root / "proc/self/cgroup").splitlines()
+            if line.startswith("0::")
+        ),
+        "/",
+    )
     folder = groups / own.strip("/")
     while folder.is_relative_to(groups):
         yield folder
@@ -162,7 +181,9 @@ def _cpu_limits(root: Path) -> Iterator[float]:
         if quota.isdigit() and period.isdigit():
             yield int(quota) / int(period)
     groups = root / "sys/fs/cgroup"
-    quota, period = (_read(groups / f"cpu/cpu.cfs_{name}_us") for name in ("quota", "period"))  # control groups v1
+    quota, period = (
+        _read(groups / f"cpu/cpu.cfs_{name}_us") for name in ("quota", "period")
+    )  # control groups v1
     if quota.isdigit() and period.isdigit():  # -1 is no limit
         yield int(quota) / int(period)
 

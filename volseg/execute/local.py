@@ -53,7 +53,10 @@ def run_overlapped(
     if not ahead:
         yield from run(lambda item: write(item, work(item, read(item))), items)
         return
-    with ThreadPoolExecutor(1, "volseg-read") as reader, ThreadPoolExecutor(1, "volseg-write") as writer:
+    with (
+        ThreadPoolExecutor(1, "volseg-read") as reader,
+        ThreadPoolExecutor(1, "volseg-write") as writer,
+    ):
         waiting = iter(items)
         following = _begin(reader, read, waiting)
         last: Future[Outcome[Item, None]] | None = None
@@ -62,8 +65,15 @@ def run_overlapped(
             was_read = started.result()
             following = _begin(reader, read, waiting)
             worked = _after(was_read, lambda value, item=item: work(item, value))
-            earlier, last = last, writer.submit(_after, worked, lambda value, item=item: write(item, value))
-            del was_read, worked, started  # the writer alone holds them now, and only until they are written
+            earlier, last = (
+                last,
+                writer.submit(_after, worked, lambda value, item=item: write(item, value)),
+            )
+            del (
+                was_read,
+                worked,
+                started,
+            )  # the writer alone holds them now, and only until they are written
             if earlier is not None:
                 yield earlier.result()
         if last is not None:
@@ -99,7 +109,9 @@ def _outcome(item: Item, task: Callable[[], Value]) -> Outcome[Item, Value]:
         said = str(error).strip().splitlines() or ["MemoryError"]
         problem = VolsegError(
             f"not enough memory ({said[-1]})",
-            fix="use --device cpu" if "CUDA" in str(error) else "close other programs or use a larger machine",
+            fix="use --device cpu"
+            if "CUDA" in str(error)
+            else "close other programs or use a larger machine",
             code="E_OOM",
         )
         return Outcome(item, error=problem)

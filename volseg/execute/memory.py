@@ -6,10 +6,17 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from volseg.errors import ScanError
-from volseg.execute.cpu import enough_bytes, give_back_freed_memory, give_back_large_blocks, resident_bytes
+from volseg.execute.cpu import (
+    enough_bytes,
+    give_back_freed_memory,
+    give_back_large_blocks,
+    resident_bytes,
+)
 
 LIBRARIES = 110 << 20  # bytes of those that are imported when they are needed
-PROCESS_GROWTH = 1.1  # steps in which what a process holds is counted, so that not every case is announced
+PROCESS_GROWTH = (
+    1.1  # steps in which what a process holds is counted, so that not every case is announced
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +94,9 @@ class Budget:
         if self.max_ram is None or peak.total <= self.max_ram:
             return None
         problem = f"{self._what} takes up to {peak}"
-        return over_budget(problem, self.max_ram, enough=enough or peak.total, otherwise=self._otherwise)
+        return over_budget(
+            problem, self.max_ram, enough=enough or peak.total, otherwise=self._otherwise
+        )
 
     def announce(self, peak: Peak, name: str) -> None:
         """Tell the user, unless as much was announced before."""
@@ -97,7 +106,11 @@ class Budget:
 
     def refused(self, peaks: Mapping[str, Peak]) -> dict[str, ScanError]:
         """The cases that do not fit, and why; announces the largest of the others."""
-        refusals = {name: refusal for name, peak in peaks.items() if (refusal := self.refusal(peak)) is not None}
+        refusals = {
+            name: refusal
+            for name, peak in peaks.items()
+            if (refusal := self.refusal(peak)) is not None
+        }
         fitting = peaks.keys() - refusals.keys()
         if fitting:
             largest = max(sorted(fitting), key=lambda name: peaks[name].total)

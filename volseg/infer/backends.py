@@ -34,7 +34,9 @@ if TYPE_CHECKING:
 BACKENDS = ("auto", "torch", "openvino")
 PRECISIONS = ("auto", "fp32", "fp16", "int8")
 EXAMPLE_VOXELS = (32, 64)  # along each axis, of the example to trace: faster than a whole patch
-TRACE_TOLERANCE = 1e-3  # of the largest logit: a converted network that is further from torch's is not used
+TRACE_TOLERANCE = (
+    1e-3  # of the largest logit: a converted network that is further from torch's is not used
+)
 
 
 class Backend(Protocol):
@@ -174,12 +176,16 @@ class OpenVINOBackend:
         self.head = head
         self._type = half_type() if precision == "fp16" else "f32"
         self._model = model.clone()
-        if self._type == "f32":  # in half precision what is handed from step to step would be rounded to it
+        if (
+            self._type == "f32"
+        ):  # in half precision what is handed from step to step would be rounded to it
             sum_axis_by_axis(self._model)
         elif head is not None:
             halve_output(self._model)
         name = {"f32": precision, "bf16": "bf16", "f16": "fp16"}[self._type]
-        self.identity: Mapping[str, str] = {"backend": "openvino", "precision": name} | dict(identity or {})
+        self.identity: Mapping[str, str] = {"backend": "openvino", "precision": name} | dict(
+            identity or {}
+        )
         self._compile(tuple(batch_shape))
 
     def logits(self, batch: np.ndarray) -> np.ndarray:
@@ -188,7 +194,9 @@ class OpenVINOBackend:
         with _out_of_memory_is_the_scans_problem(batch.shape, "cpu"):
             found = self._output(len(batch))
             for start in range(0, len(batch), self._shape[0]):
-                self._run(batch[start : start + self._shape[0]], found[start : start + self._shape[0]])
+                self._run(
+                    batch[start : start + self._shape[0]], found[start : start + self._shape[0]]
+                )
             return found
 
     @property
@@ -206,7 +214,11 @@ class OpenVINOBackend:
         Of many outputs it is large, and its pages would be asked of the kernel anew for each patch.
         """
         shape = (n, *self._out_shape[1:])
-        if self._last is None or self._last.shape != shape or sys.getrefcount(self._last) > self._alone:
+        if (
+            self._last is None
+            or self._last.shape != shape
+            or sys.getrefcount(self._last) > self._alone
+        ):
             self._last = np.empty(shape, self._out_type)
             self._alone = sys.getrefcount(self._last)
         return self._last
@@ -218,7 +230,9 @@ class OpenVINOBackend:
         patches = np.ascontiguousarray(patches, np.float32)
         written = target
         if n < self._shape[0]:  # the last patches of a scan do not always fill a batch
-            patches = np.concatenate([patches, np.zeros((self._shape[0] - n, *patches.shape[1:]), np.float32)])
+            patches = np.concatenate(
+                [patches, np.zeros((self._shape[0] - n, *patches.shape[1:]), np.float32)]
+            )
             written = np.empty(self._out_shape, self._out_type)
         request = self._request = self._request or self._compiled.create_infer_request()
         request.set_input_tensor(openvino.Tensor(patches, shared_memory=True))
@@ -297,7 +311,9 @@ class BackendChoice:
     precision: str
 
 
-def choose_backend(backend: str = "auto", device: str = "auto", precision: str = "auto") -> BackendChoice:
+def choose_backend(
+    backend: str = "auto", device: str = "auto", precision: str = "auto"
+) -> BackendChoice:
     """What is there and fits together.
 
     `auto` takes the GPU where there is one, else OpenVINO where it is installed, else torch (docs/benchmarks.md says why);
@@ -307,18 +323,27 @@ def choose_backend(backend: str = "auto", device: str = "auto", precision: str =
         EnvironmentProblem: something asked for is not on this machine.
         VolsegError: a name is unknown, or the three do not go together.
     """
-    for what, value, known in (("backend", backend, BACKENDS), ("precision", precision, PRECISIONS)):
+    for what, value, known in (
+        ("backend", backend, BACKENDS),
+        ("precision", precision, PRECISIONS),
+    ):
         if value not in known:
             raise VolsegError(
-                f"{what} {value!r} is unknown", fix=f"use {', '.join(known[:-1])} or {known[-1]}", code="E_USAGE"
+                f"{what} {value!r} is unknown",
+                fix=f"use {', '.join(known[:-1])} or {known[-1]}",
+                code="E_USAGE",
             )
     for_cpus = backend == "openvino" or precision == "int8"
     chosen = choose_device("cpu" if device == "auto" and for_cpus else device)
     if chosen.type == "cuda":
         if for_cpus:
             asked = "backend openvino" if backend == "openvino" else "precision int8"
-            raise VolsegError(f"{asked} runs on a CPU, not on {device}", fix="use --device cpu", code="E_USAGE")
-        return BackendChoice(backend="torch", device=chosen, precision="fp16" if precision == "auto" else precision)
+            raise VolsegError(
+                f"{asked} runs on a CPU, not on {device}", fix="use --device cpu", code="E_USAGE"
+            )
+        return BackendChoice(
+            backend="torch", device=chosen, precision="fp16" if precision == "auto" else precision
+        )
     precision = "fp32" if precision == "auto" else precision
     if backend == "auto":
         backend = "openvino" if openvino_is_installed() or precision != "fp32" else "torch"
@@ -335,7 +360,9 @@ def choose_backend(backend: str = "auto", device: str = "auto", precision: str =
     return BackendChoice(backend=backend, device=chosen, precision=precision)
 
 
-def load_backend(bundle: ModelBundle, choice: BackendChoice, *, folder: Path | None = None) -> Backend:
+def load_backend(
+    bundle: ModelBundle, choice: BackendChoice, *, folder: Path | None = None
+) -> Backend:
     """Make the bundle's segmentation network ready to run.
 
     Args:
@@ -352,9 +379,13 @@ def load_backend(bundle: ModelBundle, choice: BackendChoice, *, folder: Path | N
         if choice.backend == "torch":
             network = bundle.member(name).eval()
             head = take_head(network, partial(_example_patch, network, shape)) if may_cut else None
-            alone = len(bundle.members) == 1  # the recordings of several would hold their memory all at a time
+            alone = (
+                len(bundle.members) == 1
+            )  # the recordings of several would hold their memory all at a time
             members.append(
-                TorchBackend(network, choice.device, precision=choice.precision, head=head, may_record=alone)
+                TorchBackend(
+                    network, choice.device, precision=choice.precision, head=head, may_record=alone
+                )
             )
             continue
         stored = "int8" if choice.precision == "int8" else "fp32"
@@ -370,7 +401,9 @@ def load_backend(bundle: ModelBundle, choice: BackendChoice, *, folder: Path | N
         if model is None:
             model = convert(bundle.member(name), shape)
         head = cut_head(model) if may_cut else None
-        members.append(OpenVINOBackend(model, shape, precision=choice.precision, identity=identity, head=head))
+        members.append(
+            OpenVINOBackend(model, shape, precision=choice.precision, identity=identity, head=head)
+        )
         if folder is not None:  # compiled, a network has its weights in an order of its own
             give_back_mapped(folder / EXPORTED / f"{stem}.bin")
     return mean_of(members)
@@ -429,7 +462,10 @@ def _example(network: nn.Module, batch_shape: Sequence[int]) -> tuple[torch.Tens
         try:
             with torch.inference_mode():
                 return example, network(example).numpy()
-        except (RuntimeError, ValueError):  # too small or not divisible: its deepest level would be without voxels
+        except (
+            RuntimeError,
+            ValueError,
+        ):  # too small or not divisible: its deepest level would be without voxels
             if shape[2:] == patch:
                 raise
     raise AssertionError("the last example is a whole patch")
@@ -439,7 +475,9 @@ def _example_patch(network: nn.Module, batch_shape: Sequence[int]) -> torch.Tens
     return _example(network, batch_shape)[0]
 
 
-def export_bundle(bundle: ModelBundle, folder: Path, *, before: Callable[[str], bool] = lambda name: True) -> None:
+def export_bundle(
+    bundle: ModelBundle, folder: Path, *, before: Callable[[str], bool] = lambda name: True
+) -> None:
     """Put OpenVINO's files of the 3D networks into the bundle's folder, so that inference need not convert them.
 
     `before` is called with the name of each network; where it says no, this and all others are left to inference.
@@ -463,7 +501,9 @@ def usual_batch_shape(bundle: ModelBundle) -> tuple[int, ...]:
     return (recipe.infer.batch_size, len(recipe.data.channels), *bundle.plan.patch_shape)
 
 
-def write_exported(model: openvino.Model, folder: Path, stem: str, facts: Mapping[str, Any]) -> None:
+def write_exported(
+    model: openvino.Model, folder: Path, stem: str, facts: Mapping[str, Any]
+) -> None:
     """Write `openvino/<stem>.xml`, `.bin` and, last, `.json` with their hashes and the facts (JSON).
 
     Raises:
@@ -491,7 +531,9 @@ def write_exported(model: openvino.Model, folder: Path, stem: str, facts: Mappin
     write_json_atomic(target / f"{stem}.json", dict(facts) | {"files": hashes})
 
 
-def read_exported(folder: Path, stem: str, model_sha256: str) -> tuple[openvino.Model | None, dict[str, Any]]:
+def read_exported(
+    folder: Path, stem: str, model_sha256: str
+) -> tuple[openvino.Model | None, dict[str, Any]]:
     """What `write_exported` wrote, or (None, {}) where it is not there, damaged or of another model."""
     import_openvino()
     target = folder / EXPORTED
@@ -538,7 +580,9 @@ def without_reports() -> Iterator[None]:
     With it, the mere import tells its makers over the internet who runs what; without it, as both foresee, it does not.
     """
     name = "openvino_telemetry"
-    hidden = {key: module for key, module in list(sys.modules.items()) if key.partition(".")[0] == name}
+    hidden = {
+        key: module for key, module in list(sys.modules.items()) if key.partition(".")[0] == name
+    }
     for key in hidden:
         del sys.modules[key]
     sys.modules[name] = None  # type: ignore[assignment]
@@ -589,7 +633,9 @@ def choose_device(name: str) -> torch.device:
         EnvironmentProblem: CUDA was asked for and is not available.
     """
     if name not in ("auto", "cpu", "cuda"):
-        raise VolsegError(f"device {name!r} is unknown", fix="use auto, cpu or cuda", code="E_USAGE")
+        raise VolsegError(
+            f"device {name!r} is unknown", fix="use auto, cpu or cuda", code="E_USAGE"
+        )
     if name == "cuda" and not torch.cuda.is_available():
         raise EnvironmentProblem(
             "device cuda was asked for, but torch finds no CUDA device",
@@ -619,6 +665,8 @@ def _out_of_memory_is_the_scans_problem(shape: tuple[int, ...], device: str) -> 
             raise
         raise ScanError(
             f"a batch of patches of shape {shape} does not fit into the memory of {device}",
-            fix="close other programs, or use --device cpu" if "cuda" in device else "close other programs",
+            fix="close other programs, or use --device cpu"
+            if "cuda" in device
+            else "close other programs",
             code="E_OOM",
         ) from error

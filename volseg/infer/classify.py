@@ -12,7 +12,11 @@ from volseg.preprocess.crop import AxisOrder, canonical_geometry, to_canonical
 from volseg.recipe import Classify
 from volseg.volume import BoundingBox, Volume
 
-PLANES = ((0, 1), (0, 2), (1, 2))  # axial, coronal, sagittal: the canonical axes that span each slice
+PLANES = (
+    (0, 1),
+    (0, 2),
+    (1, 2),
+)  # axial, coronal, sagittal: the canonical axes that span each slice
 
 
 def lesion_slices(image: Volume, inside: np.ndarray, settings: Classify) -> np.ndarray:
@@ -35,13 +39,19 @@ def lesion_slices(image: Volume, inside: np.ndarray, settings: Classify) -> np.n
     slices = np.empty((len(PLANES), 2, settings.pixels, settings.pixels), np.float32)
     share = mask.astype(np.float32)
     for number, plane in enumerate(PLANES):
-        points = np.broadcast_to(centre[:, None, None], (3, settings.pixels, settings.pixels)).copy()
+        points = np.broadcast_to(
+            centre[:, None, None], (3, settings.pixels, settings.pixels)
+        ).copy()
         for position, axis in enumerate(plane):
             along = offsets_mm / geometry.spacing_mm[axis]
             points[axis] += along[:, None] if position == 0 else along[None, :]
-        values = image.intensities(ndimage.map_coordinates(stored, points, np.float32, order=1, mode="nearest"))
+        values = image.intensities(
+            ndimage.map_coordinates(stored, points, np.float32, order=1, mode="nearest")
+        )
         slices[number, 0] = np.clip((values - settings.low) / (settings.high - settings.low), 0, 1)
-        slices[number, 1] = ndimage.map_coordinates(share, points, np.float32, order=1, mode="constant")
+        slices[number, 1] = ndimage.map_coordinates(
+            share, points, np.float32, order=1, mode="constant"
+        )
     return slices
 
 
@@ -55,9 +65,13 @@ def classify_lesions(
     """
     names = list(settings.classes)
     found = []
-    for lesion, box in enumerate(ndimage.find_objects(ids, max_label=min(most, int(ids.max()))), start=1):
+    for lesion, box in enumerate(
+        ndimage.find_objects(ids, max_label=min(most, int(ids.max()))), start=1
+    ):
         near = _neighbourhood(box, image, settings.field_of_view_mm)
-        part = Volume(image.array[near.slices], image.geometry.crop(near), image.slope, image.intercept)
+        part = Volume(
+            image.array[near.slices], image.geometry.crop(near), image.slope, image.intercept
+        )
         logits = _mean_logits(part, ids[near.slices] == lesion, backend, settings)
         found.append(dict(zip(names, _softmax(logits).tolist(), strict=True)))
     return found
@@ -65,16 +79,27 @@ def classify_lesions(
 
 def _neighbourhood(box: tuple[slice, ...], image: Volume, field_of_view_mm: float) -> BoundingBox:
     """The lesion's box and all that a slice through its centroid can show; the rest of the scan need not be touched."""
-    margin = [int(np.ceil(field_of_view_mm / 2 / spacing)) + 1 for spacing in image.geometry.spacing_mm]
+    margin = [
+        int(np.ceil(field_of_view_mm / 2 / spacing)) + 1 for spacing in image.geometry.spacing_mm
+    ]
     start = [max(0, part.start - m) for part, m in zip(box, margin, strict=True)]
-    stop = [min(n, part.stop + m) for part, m, n in zip(box, margin, image.geometry.shape, strict=True)]
+    stop = [
+        min(n, part.stop + m) for part, m, n in zip(box, margin, image.geometry.shape, strict=True)
+    ]
     return BoundingBox((start[0], start[1], start[2]), (stop[0], stop[1], stop[2]))
 
 
-def _mean_logits(image: Volume, inside: np.ndarray, backend: Backend, settings: Classify) -> np.ndarray:
+def _mean_logits(
+    image: Volume, inside: np.ndarray, backend: Backend, settings: Classify
+) -> np.ndarray:
     """Averaged over the slices and their mirrored copies: a lesion is as malignant seen from the other side."""
     slices = lesion_slices(image, inside, settings)
-    views: Sequence[np.ndarray] = (slices, slices[..., ::-1], slices[..., ::-1, :], slices[..., ::-1, ::-1])
+    views: Sequence[np.ndarray] = (
+        slices,
+        slices[..., ::-1],
+        slices[..., ::-1, :],
+        slices[..., ::-1, ::-1],
+    )
     return backend.logits(np.ascontiguousarray(np.concatenate(views))).mean(axis=0)
 
 

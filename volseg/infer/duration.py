@@ -50,7 +50,11 @@ class Work:
         coarse = replace(self, tiling=replace(self.tiling, overlap=0.0))
         both = replace(plain, tiling=replace(plain.tiling, overlap=0.0))
         names = ("--no-mirroring", "--overlap 0", "--no-mirroring --overlap 0")
-        is_open = (self.n_copies > 1, coarse.n_tiles < self.n_tiles, both.seconds < min(plain.seconds, coarse.seconds))
+        is_open = (
+            self.n_copies > 1,
+            coarse.n_tiles < self.n_tiles,
+            both.seconds < min(plain.seconds, coarse.seconds),
+        )
         for name, work, applies in zip(names, (plain, coarse, both), is_open, strict=True):
             if applies:
                 yield name, work.seconds
@@ -62,7 +66,9 @@ class Work:
         asked = f"at most {self.n_tiles} tiles{copies}{scans}, about {duration(self.seconds)}"
         options = list(self.options())
         if self.on_gpu or self.seconds <= LONG_SECONDS or not options:
-            return "time: " + "; ".join([asked, *(f"{name} about {duration(seconds)}" for name, seconds in options)])
+            return "time: " + "; ".join(
+                [asked, *(f"{name} about {duration(seconds)}" for name, seconds in options)]
+            )
         options.sort(key=lambda option: option[1])
         cheapest, *others = (f"{name} takes about {duration(seconds)}" for name, seconds in options)
         return f"time: {'; '.join([f'{cheapest} on this CPU, slightly less accurate', *others, f'as asked: {asked}'])}"

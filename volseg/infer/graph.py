@@ -28,20 +28,25 @@ def split_joined_convolutions(model: openvino.Model) -> None:
         inputs = list(joined.output(0).get_target_inputs())
         convolutions = [each.get_node() for each in inputs]
         if any(
-            each.get_type_name() != "Convolution" or each.input_value(1).get_node().get_type_name() != "Constant"
+            each.get_type_name() != "Convolution"
+            or each.input_value(1).get_node().get_type_name() != "Constant"
             for each in convolutions
         ):
             continue
         parts = joined.input_values()
         widths = [part.get_partial_shape()[1].get_length() for part in parts]
         for convolution in convolutions:
-            weights = np.split(convolution.input_value(1).get_node().data, np.cumsum(widths)[:-1], axis=1)
+            weights = np.split(
+                convolution.input_value(1).get_node().data, np.cumsum(widths)[:-1], axis=1
+            )
             settings = [
                 getattr(convolution, f"get_{name}")()
                 for name in ("strides", "pads_begin", "pads_end", "dilations", "auto_pad")
             ]
             found = [
-                operations.convolution(part, operations.constant(np.ascontiguousarray(own)), *settings)
+                operations.convolution(
+                    part, operations.constant(np.ascontiguousarray(own)), *settings
+                )
                 for part, own in zip(parts, weights, strict=True)
             ]
             total = reduce(operations.add, reversed(found))
@@ -64,13 +69,21 @@ def sum_axis_by_axis(model: openvino.Model) -> None:
         settings = norm.get_attributes()
         image = norm.input_value(0)
         n_axes = norm.input_value(1).get_partial_shape()[0]
-        if n_axes.is_dynamic or not settings["normalize_variance"] or settings["eps_mode"].lower() != "inside_sqrt":
+        if (
+            n_axes.is_dynamic
+            or not settings["normalize_variance"]
+            or settings["eps_mode"].lower() != "inside_sqrt"
+        ):
             continue
         rank = len(image.get_partial_shape())
         axes = range(rank - n_axes.get_length(), rank)  # torch normalises over its last axes
         centred = operations.subtract(image, _mean(image, axes))
-        rows = operations.reduce_l2(centred, [axes[-1]], True)  # reads the image once and writes none
-        n = operations.convert(operations.gather(operations.shape_of(image), axes[-1], 0), np.float32)
+        rows = operations.reduce_l2(
+            centred, [axes[-1]], True
+        )  # reads the image once and writes none
+        n = operations.convert(
+            operations.gather(operations.shape_of(image), axes[-1], 0), np.float32
+        )
         variance = operations.divide(_mean(operations.multiply(rows, rows), axes[:-1]), n)
         deviation = operations.sqrt(operations.add(variance, np.float32(settings["eps"])))
         normalised = operations.multiply(centred, operations.divide(np.float32(1), deviation))
@@ -83,7 +96,9 @@ def halve_output(model: openvino.Model) -> None:
     """Let the model give float16: of many features, the array is as large as any within the network."""
     operations = _operations()
     for result in model.get_results():
-        result.input(0).replace_source_output(operations.convert(result.input_value(0), np.float16).output(0))
+        result.input(0).replace_source_output(
+            operations.convert(result.input_value(0), np.float16).output(0)
+        )
     model.validate_nodes_and_infer_types()
 
 

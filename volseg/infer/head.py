@@ -78,7 +78,9 @@ def take_head(network: nn.Module, example: Callable[[], torch.Tensor]) -> Head |
     Args:
         example: makes a patch (1, channels, R, A, S), to find out on that the module found is the last one.
     """
-    name, last = [(name, each) for name, each in network.named_modules() if isinstance(each, nn.Conv3d)][-1]
+    name, last = [
+        (name, each) for name, each in network.named_modules() if isinstance(each, nn.Conv3d)
+    ][-1]
     if not _is_head(last.weight) or last.bias is None:
         return None
     head = Head(last.weight.detach().float().flatten(1), last.bias.detach().float())

@@ -28,7 +28,11 @@ from volseg.preprocess.resample import SLAB_VALUES, resampled_shape
 from volseg.volume import Geometry
 
 # Measured with benchmarks/memory.py: what a backend takes of the tensors that are alive at the worst moment, and beside them.
-OVERHEAD = {"openvino": 1.05, "torch": 2.3, "cuda": 1.3}  # torch on a CPU keeps freed blocks for speed
+OVERHEAD = {
+    "openvino": 1.05,
+    "torch": 2.3,
+    "cuda": 1.3,
+}  # torch on a CPU keeps freed blocks for speed
 WORKSPACE = 150 << 20
 STAGING = 2 * 4 * SLAB_VALUES  # source planes on their way to a GPU
 
@@ -56,15 +60,19 @@ class Footprint:
     @property
     def total(self) -> int:
         """Inference and lesions follow each other."""
-        return self.process + self.scans + self.masks + self.page + max(self.inference, self.lesions)
+        return (
+            self.process + self.scans + self.masks + self.page + max(self.inference, self.lesions)
+        )
 
     def __str__(self) -> str:
         parts = {"process": self.process, "scans": self.scans, "masks": self.masks}
         parts |= {"page": self.page} if self.page else {}
-        parts |= {"network and stream": self.inference} if self.inference >= self.lesions else {"lesions": self.lesions}
-        return (
-            f"{self.total / 2**30:.2f} GB ({', '.join(f'{name} {size / 2**30:.2f}' for name, size in parts.items())})"
+        parts |= (
+            {"network and stream": self.inference}
+            if self.inference >= self.lesions
+            else {"lesions": self.lesions}
         )
+        return f"{self.total / 2**30:.2f} GB ({', '.join(f'{name} {size / 2**30:.2f}' for name, size in parts.items())})"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,7 +83,9 @@ class MemoryPlan:
     half_logits: bool  # blend logits in float16
     read_ahead: bool  # read the next scan meanwhile
     batch_size: int  # tiles that go through the network together
-    shape: tuple[int, int, int]  # of the prepared grid over the whole scan, where the body is not known yet
+    shape: tuple[
+        int, int, int
+    ]  # of the prepared grid over the whole scan, where the body is not known yet
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,13 +140,21 @@ def plan_memory(
     plans = []
     for read_ahead, batch_size, half_logits in _ways(fine, is_alone=is_alone):
         run = replace(fine, tiling=replace(fine.tiling, batch_size=batch_size))
-        footprint = _footprint(header, run, coarse, process, read_ahead=read_ahead, half=half_logits)
+        footprint = _footprint(
+            header, run, coarse, process, read_ahead=read_ahead, half=half_logits
+        )
         footprint = replace(footprint, lesions=max(footprint.lesions, report_bytes(n_cases)))
         plan = MemoryPlan(
-            footprint=footprint, half_logits=half_logits, read_ahead=read_ahead, batch_size=batch_size, shape=shape
+            footprint=footprint,
+            half_logits=half_logits,
+            read_ahead=read_ahead,
+            batch_size=batch_size,
+            shape=shape,
         )
         # Without a budget only what this machine can never hold is refused, as where a wrong spacing makes the grid far too fine.
-        fits = footprint.inference <= total_memory() if max_ram is None else footprint.total <= max_ram
+        fits = (
+            footprint.inference <= total_memory() if max_ram is None else footprint.total <= max_ram
+        )
         if fits and (max_vram is None or footprint.gpu <= max_vram):
             return plan
         plans.append(plan)
@@ -170,7 +188,11 @@ def _ways(run: NetworkPass, *, is_alone: bool) -> list[tuple[bool, int, bool]]:
     batches = [run.tiling.batch_size]
     while batches[-1] > 1:
         batches.append(batches[-1] // 2)
-    ways = [(not is_alone, batches[0], half), *((False, batch, half) for batch in batches), (False, 1, True)]
+    ways = [
+        (not is_alone, batches[0], half),
+        *((False, batch, half) for batch in batches),
+        (False, 1, True),
+    ]
     return list(dict.fromkeys(ways))
 
 
@@ -193,11 +215,19 @@ def limited_gpu(limit: int | None) -> Iterator[None]:
 
 
 def _footprint(
-    header: ScanHeader, fine: NetworkPass, coarse: NetworkPass | None, process: int, *, read_ahead: bool, half: bool
+    header: ScanHeader,
+    fine: NetworkPass,
+    coarse: NetworkPass | None,
+    process: int,
+    *,
+    read_ahead: bool,
+    half: bool,
 ) -> Footprint:
     voxels = math.prod(header.geometry.shape)
     label_bytes = 1 if max(fine.bundle.recipe.data.labels.values()) < 256 else 2
-    needs_body = any(getattr(normaliser, "region", "") == "nonzero" for normaliser in fine.settings.normalisers)
+    needs_body = any(
+        getattr(normaliser, "region", "") == "nonzero" for normaliser in fine.settings.normalisers
+    )
     passes = [_pass_bytes(header.geometry, fine, half=half)]
     if coarse is not None:  # looks only for a box: nothing goes back to the scan's grid
         passes.append(replace(_pass_bytes(header.geometry, coarse, half=False), restore=0))
@@ -210,7 +240,8 @@ def _footprint(
     return Footprint(
         process=process,
         scans=voxels * header.itemsize * (3 if read_ahead else 1),
-        masks=voxels * (label_bytes + 1 + ID_BYTES) * (2 if read_ahead else 1) + (3 * voxels if needs_body else 0),
+        masks=voxels * (label_bytes + 1 + ID_BYTES) * (2 if read_ahead else 1)
+        + (3 * voxels if needs_body else 0),
         network=on_host.network,
         stream=on_host.stream,
         restore=on_host.restore,
@@ -239,7 +270,9 @@ def _pass_bytes(grid: Geometry, run: NetworkPass, *, half: bool) -> _PassBytes:
     axis = separate_axis(geometry.spacing_mm, settings.spacing_mm, settings.separate_above)
     axis = thinnest_axis(shape, tiling.patch_shape) if axis is None else axis
     padded = [len(tiled.source) for tiled in tiling.axes(shape)]
-    plane = math.prod(n for other, n in enumerate(padded) if other != axis)  # with what lies beyond its faces
+    plane = math.prod(
+        n for other, n in enumerate(padded) if other != axis
+    )  # with what lies beyond its faces
     ring_plane = math.prod(n for other, n in enumerate(shape) if other != axis)
     depth = tiling.patch_shape[axis]
     channels, classes = len(run.bundle.recipe.data.channels), run.n_channels
@@ -247,26 +280,35 @@ def _pass_bytes(grid: Geometry, run: NetworkPass, *, half: bool) -> _PassBytes:
     source_planes = depth * max(1.0, geometry.shape[axis] / shape[axis]) + 2
     window = 4 * channels * plane * (2 * source_planes + 3 * depth)
     members = len(run.bundle.members)
-    summed = 3 if tiling.mirror_axes else 2 if members > 1 else 1  # sum, new logits, the same mirrored back
+    summed = (
+        3 if tiling.mirror_axes else 2 if members > 1 else 1
+    )  # sum, new logits, the same mirrored back
     share = 4 * ring_plane * depth if settings.crop == "body" else 0
     logits_bytes = 2 if run.half and run.head_is_off and not run.on_gpu else 4
     logits = logits_bytes * classes * tiling.batch_size * math.prod(tiling.patch_shape) * summed
     if run.on_gpu and members == 1:  # a recording has an input and an output of its own
         logits += 4 * (classes + channels) * tiling.batch_size * math.prod(tiling.patch_shape)
     # A network that OpenVINO compiled keeps its memory until the scan is done.
-    activations = run.network_bytes * tiling.batch_size * (members if run.backend == "openvino" else 1)
+    activations = (
+        run.network_bytes * tiling.batch_size * (members if run.backend == "openvino" else 1)
+    )
     overhead = OVERHEAD["cuda" if run.on_gpu else run.backend] * (0.5 if run.half else 1)
     return _PassBytes(
         network=round(activations * overhead) + logits + WORKSPACE,
         stream=round(window + (2 if half else 4) * classes * ring_plane * depth) + share,
-        restore=40 * max(SLAB_VOXELS, math.prod(geometry.shape) // geometry.shape[axis]) + 4 * classes * 3 * plane,
+        restore=40 * max(SLAB_VOXELS, math.prod(geometry.shape) // geometry.shape[axis])
+        + 4 * classes * 3 * plane,
     )
 
 
-def _prepared_grid(geometry: Geometry, settings: PrepareSettings) -> tuple[Geometry, tuple[int, int, int]]:
+def _prepared_grid(
+    geometry: Geometry, settings: PrepareSettings
+) -> tuple[Geometry, tuple[int, int, int]]:
     """The scan's grid with the prepared axes, and its shape at the prepared spacing: of the whole scan, as the body is not known yet."""
     canonical = settings.axes == "canonical"
-    order = (AxisOrder.of(geometry) if canonical else AxisOrder.stored()).transposed(settings.transpose)
+    order = (AxisOrder.of(geometry) if canonical else AxisOrder.stored()).transposed(
+        settings.transpose
+    )
     prepared = canonical_geometry(geometry, order)
     return prepared, resampled_shape(prepared, settings.spacing_mm)
 

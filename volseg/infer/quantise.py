@@ -45,11 +45,16 @@ def quantise(model: openvino.Model, patches: Sequence[np.ndarray]) -> openvino.M
     with _quiet():
         # Asymmetric activations: after a leaky ReLU nearly all of the range is on one side of 0.
         return nncf.quantize(
-            model, nncf.Dataset(list(patches)), preset=nncf.QuantizationPreset.MIXED, subset_size=len(patches)
+            model,
+            nncf.Dataset(list(patches)),
+            preset=nncf.QuantizationPreset.MIXED,
+            subset_size=len(patches),
         )
 
 
-def in_each_precision(bundle: ModelBundle, quantised: Sequence[openvino.Model]) -> dict[str, Backend]:
+def in_each_precision(
+    bundle: ModelBundle, quantised: Sequence[openvino.Model]
+) -> dict[str, Backend]:
     """Precision → what runs the bundle's network or ensemble in it: fp32, int8, and half precision where the chip has it."""
     shape = usual_batch_shape(bundle)
 
@@ -79,7 +84,9 @@ def import_nncf() -> ModuleType:
         with without_reports(), _quiet():
             import nncf
     except ImportError as error:
-        raise EnvironmentProblem("nncf is not installed", fix="pip install 'volseg[cpu]'", code="E_BACKEND") from error
+        raise EnvironmentProblem(
+            "nncf is not installed", fix="pip install 'volseg[cpu]'", code="E_BACKEND"
+        ) from error
     return nncf
 
 

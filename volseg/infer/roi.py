@@ -21,5 +21,8 @@ def find_region(planes: Planes, backend: Backend, tiling: Tiling) -> BoundingBox
         first[planes.axis] += slab.shape[1 + planes.axis]
     if not starts:
         return None
-    (r, a, s), (r_stop, a_stop, s_stop) = np.min(starts, axis=0).tolist(), np.max(stops, axis=0).tolist()
+    (r, a, s), (r_stop, a_stop, s_stop) = (
+        np.min(starts, axis=0).tolist(),
+        np.max(stops, axis=0).tolist(),
+    )
     return BoundingBox((r, a, s), (r_stop, a_stop, s_stop))

@@ -56,7 +56,8 @@ class Tiling:
     def axes(self, shape: tuple[int, int, int]) -> list[TiledAxis]:
         """The tiles along each axis; those of the volume are their product."""
         return [
-            TiledAxis.of(n, patch, self.overlap, self.margin) for n, patch in zip(shape, self.patch_shape, strict=True)
+            TiledAxis.of(n, patch, self.overlap, self.margin)
+            for n, patch in zip(shape, self.patch_shape, strict=True)
         ]
 
     def count(self, shape: tuple[int, int, int]) -> int:
@@ -107,19 +108,26 @@ def predict_slabs(
     window = _Window(planes, tiled, axis, device)
     across = [range(len(each.starts)) if n != axis else (0,) for n, each in enumerate(tiled)]
     for layer, (start, following) in enumerate(zip_longest(along.starts, along.starts[1:])):
-        places = [tuple(layer if n == axis else p for n, p in enumerate(place)) for place in product(*across)]
+        places = [
+            tuple(layer if n == axis else p for n, p in enumerate(place))
+            for place in product(*across)
+        ]
         _run_layer(window.layer(start), places, backend, tiling, ring, on_tile)
         if following is not None and (device.type != "cpu" if read_ahead is None else read_ahead):
             window.layer(following)
         yield from ring.hand_on(len(along.source) if following is None else following)
 
 
-def predict_logits(array: np.ndarray, backend: Backend, tiling: Tiling, *, n_classes: int) -> np.ndarray:
+def predict_logits(
+    array: np.ndarray, backend: Backend, tiling: Tiling, *, n_classes: int
+) -> np.ndarray:
     """The logits (classes, R, A, S) float32 of a whole array (channels, R, A, S), for arrays that are small enough."""
     head = backend.head
     n = n_classes if head is None else head.n_features
     slabs = predict_slabs(ArrayPlanes(array), backend, tiling, n_classes=n)
-    return torch.cat([slab.cpu().clone() if head is None else head(slab).cpu() for slab in slabs], dim=3).numpy()
+    return torch.cat(
+        [slab.cpu().clone() if head is None else head(slab).cpu() for slab in slabs], dim=3
+    ).numpy()
 
 
 def _are_empty(tiles: Sequence[torch.Tensor], level: float | None) -> Sequence[bool]:
@@ -146,7 +154,9 @@ class ArrayPlanes:
 class _Window:
     """The input of one layer of tiles: (C, padded R, padded A, padded S) but one patch long along the axis."""
 
-    def __init__(self, planes: Planes, tiled: Sequence[TiledAxis], axis: int, device: torch.device) -> None:
+    def __init__(
+        self, planes: Planes, tiled: Sequence[TiledAxis], axis: int, device: torch.device
+    ) -> None:
         self._planes = planes
         self._tiled = tiled
         self._axis = axis
@@ -179,7 +189,11 @@ class _Window:
         first, last = (int(real.min()), int(real.max()) + 1) if real.size else (0, 1)
         block = torch.as_tensor(self._planes.read(first, last)).to(self._device)
         for n, tiled in enumerate(self._tiled):
-            block = _at(block, sources - first, 1 + n) if n == self._axis else _at(block, tiled.source, 1 + n)
+            block = (
+                _at(block, sources - first, 1 + n)
+                if n == self._axis
+                else _at(block, tiled.source, 1 + n)
+            )
         return block
 
 
@@ -189,7 +203,9 @@ def _at(tensor: torch.Tensor, places: np.ndarray, axis: int) -> torch.Tensor:
         return tensor
     taken = tensor.index_select(axis, send(torch.from_numpy(np.maximum(places, 0)), tensor.device))
     if (places < 0).any():
-        taken.index_fill_(axis, send(torch.from_numpy(np.flatnonzero(places < 0)), tensor.device), 0)
+        taken.index_fill_(
+            axis, send(torch.from_numpy(np.flatnonzero(places < 0)), tensor.device), 0
+        )
     return taken
 
 
@@ -234,15 +250,21 @@ class _Ring:
             if self._sum.dtype == logits.dtype:
                 self._sum[box].addcmul_(logits[(slice(None), *part)], weight.to(logits.dtype))
             else:
-                for index in range(len(logits)):  # one class at a time: the product is as large as the tile
-                    self._sum[(index, *target)] += (logits[(index, *part)] * weight).to(self._sum.dtype)
+                for index in range(
+                    len(logits)
+                ):  # one class at a time: the product is as large as the tile
+                    self._sum[(index, *target)] += (logits[(index, *part)] * weight).to(
+                        self._sum.dtype
+                    )
             if self._share is not None:
                 self._share[target] += weight
 
     def box(self, place: Sequence[int]) -> tuple[slice, ...]:
         """The tile at this place; all that there is along the axis of the layers."""
         return tuple(
-            slice(0, each.patch) if n == self._axis else slice(each.starts[p], each.starts[p] + each.patch)
+            slice(0, each.patch)
+            if n == self._axis
+            else slice(each.starts[p], each.starts[p] + each.patch)
             for n, (each, p) in enumerate(zip(self._tiled, place, strict=True))
         )
 
@@ -290,7 +312,9 @@ class _Ring:
         r, a, s = (weights[p] for weights, p in zip(self._weights, place, strict=True))
         return r[:, None, None] * a[:, None] * s
 
-    def _pieces(self, place: Sequence[int]) -> Iterator[tuple[tuple[slice, ...], tuple[slice, ...]]]:
+    def _pieces(
+        self, place: Sequence[int]
+    ) -> Iterator[tuple[tuple[slice, ...], tuple[slice, ...]]]:
         """(box in the ring, box in the tile), two of them where the tile goes over the ring's end."""
         inside = [each.inside(p) for each, p in zip(self._tiled, place, strict=True)]
         turn = self._tiled[self._axis].starts[place[self._axis]] % self._depth
@@ -300,7 +324,9 @@ class _Ring:
         ):
             if ring.start < ring.stop:
                 yield (
-                    tuple(ring if n == self._axis else volume for n, (volume, _) in enumerate(inside)),
+                    tuple(
+                        ring if n == self._axis else volume for n, (volume, _) in enumerate(inside)
+                    ),
                     tuple(tile if n == self._axis else own for n, (_, own) in enumerate(inside)),
                 )
 
@@ -316,8 +342,12 @@ def _run_layer(
     """Run the tiles at these places and blend them."""
     tiles = [layer_input[(slice(None), *ring.box(place))] for place in places]
     waiting: list[tuple[tuple[int, ...], torch.Tensor]] = []
-    real = [tile[(slice(None), *ring.real(place))] for place, tile in zip(places, tiles, strict=True)]
-    for place, tile, is_empty in zip(places, tiles, _are_empty(real, tiling.empty_level), strict=True):
+    real = [
+        tile[(slice(None), *ring.real(place))] for place, tile in zip(places, tiles, strict=True)
+    ]
+    for place, tile, is_empty in zip(
+        places, tiles, _are_empty(real, tiling.empty_level), strict=True
+    ):
         if is_empty:
             ring.skip()
             on_tile(True)
@@ -344,7 +374,9 @@ def _run(
     waiting.clear()
 
 
-def _mirrored_mean(batch: torch.Tensor, backend: Backend, mirror_axes: Sequence[int]) -> torch.Tensor:
+def _mirrored_mean(
+    batch: torch.Tensor, backend: Backend, mirror_axes: Sequence[int]
+) -> torch.Tensor:
     """Mean of the logits over all combinations of mirrored axes, each mirrored back."""
     axes = [axis + 2 for axis in mirror_axes]
     flips = list(chain.from_iterable(combinations(axes, n) for n in range(len(axes) + 1)))

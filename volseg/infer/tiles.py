@@ -78,17 +78,24 @@ class TiledAxis:
 
     def real(self, tile: int) -> slice:
         """The voxels of a tile at which the volume stands, or its mirror image."""
-        places = np.flatnonzero(self.source[self.starts[tile] : self.starts[tile] + self.patch] >= 0)
+        places = np.flatnonzero(
+            self.source[self.starts[tile] : self.starts[tile] + self.patch] >= 0
+        )
         return slice(int(places[0]), int(places[-1]) + 1)
 
 
 def thinnest_axis(shape: tuple[int, int, int], patch_shape: tuple[int, int, int]) -> int:
     """The axis along which a layer one patch deep holds the fewest voxels; the last of equal ones."""
-    layers = [min(patch, n) * int(np.prod(shape)) // n for n, patch in zip(shape, patch_shape, strict=True)]
+    layers = [
+        min(patch, n) * int(np.prod(shape)) // n
+        for n, patch in zip(shape, patch_shape, strict=True)
+    ]
     return max(range(3), key=lambda axis: (-layers[axis], axis))
 
 
-def widest(start: int, stop: int, length: int, patch: int, overlap: float, margin: int = 0) -> tuple[int, int]:
+def widest(
+    start: int, stop: int, length: int, patch: int, overlap: float, margin: int = 0
+) -> tuple[int, int]:
     """The widest interval of an axis around [start, stop) that takes no more tiles than it: context that costs nothing.
 
     Args:

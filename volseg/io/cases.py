@@ -65,7 +65,9 @@ class Case:
             raise ValueError(f"{self.id!r} is not a safe case id")
 
 
-def find_cases(dataset: Path, channels: Sequence[str] | None = (ONE_CHANNEL,), *, may_miss: bool = False) -> list[Case]:
+def find_cases(
+    dataset: Path, channels: Sequence[str] | None = (ONE_CHANNEL,), *, may_miss: bool = False
+) -> list[Case]:
     """The cases of a data set, in the order in which it lists them.
 
     Args:
@@ -97,7 +99,10 @@ def survey_cases(
 
 
 def find_scans(
-    inputs: Sequence[Path], channels: Sequence[str] | None = (ONE_CHANNEL,), *, may_miss: bool = False
+    inputs: Sequence[Path],
+    channels: Sequence[str] | None = (ONE_CHANNEL,),
+    *,
+    may_miss: bool = False,
 ) -> list[Case]:
     """The cases to segment: scans, folders of scans (hidden files and `._*` are skipped), CSV files and data sets.
 
@@ -126,7 +131,9 @@ def stated_labels(dataset: Path) -> dict[str, int]:
 def _named_values(labels: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
     """(name, value) of each label that is not a region."""
     for one, other in labels.items():
-        name, value = (other, one) if str(one).isdecimal() else (one, other)  # the Decathlon has the value first
+        name, value = (
+            (other, one) if str(one).isdecimal() else (one, other)
+        )  # the Decathlon has the value first
         number = label_value(str(value))
         if number is not None:
             yield str(name), number
@@ -157,8 +164,14 @@ def _description_mistakes(description: Mapping[str, Any]) -> Iterator[str]:
             continue
         for name, value in stated.items():
             is_region = key == "labels" and isinstance(value, list) and bool(value)
-            values = value if is_region else [name if key == "labels" and str(name).isdecimal() else value]
-            is_right = all(map(_is_label_value, values)) if key == "labels" else isinstance(value, str)
+            values = (
+                value
+                if is_region
+                else [name if key == "labels" and str(name).isdecimal() else value]
+            )
+            is_right = (
+                all(map(_is_label_value, values)) if key == "labels" else isinstance(value, str)
+            )
             is_short = len(str(name)) <= MAX_NAME and (is_region or len(str(value)) <= MAX_NAME)
             if not is_right or not is_short:
                 text = f"{json.dumps(shortened(name))}: {shortened(json.dumps(value))}"
@@ -170,7 +183,9 @@ def _description_mistakes(description: Mapping[str, Any]) -> Iterator[str]:
         for part in (part for part, n in n_used.items() if n > 1):
             yield f"dataset.json: labels has {shortened(repr(part))} twice"
     order = description.get("regions_class_order")
-    if order is not None and not (isinstance(order, list) and order and all(map(_is_label_value, order))):
+    if order is not None and not (
+        isinstance(order, list) and order and all(map(_is_label_value, order))
+    ):
         yield f"dataset.json: regions_class_order is {shortened(json.dumps(order))}, not a list of whole numbers"
     elif order is not None and not isinstance(description.get("labels"), dict):
         yield "dataset.json: regions_class_order is given without labels"
@@ -179,12 +194,19 @@ def _description_mistakes(description: Mapping[str, Any]) -> Iterator[str]:
 def _is_label_value(value: Any) -> bool:
     """Whether it is a value of a mask, which the Decathlon writes as text."""
     is_number = isinstance(value, int) and not isinstance(value, bool)
-    return 0 <= value < 2**32 if is_number else isinstance(value, str) and value.isdecimal() and len(value) < 10
+    return (
+        0 <= value < 2**32
+        if is_number
+        else isinstance(value, str) and value.isdecimal() and len(value) < 10
+    )
 
 
 def stated_modalities(dataset: Path) -> dict[str, str]:
     """Channel → modality, such as CT, as a `dataset.json` states it; {} where there is none."""
-    names = [str(name) for name in (_stated(dataset, "channel_names") or _stated(dataset, "modality")).values()]
+    names = [
+        str(name)
+        for name in (_stated(dataset, "channel_names") or _stated(dataset, "modality")).values()
+    ]
     return {ONE_CHANNEL: names[0]} | {name: name for name in names} if names else {}
 
 
@@ -230,7 +252,9 @@ def _rows_of(dataset: Path, wanted: _Wanted, mistakes: list[str]) -> list[_Row]:
     if not os.path.exists(dataset):
         raise VolsegError(f"{dataset}: no such file or folder", fix="check the path")
     if not os.path.isdir(dataset):
-        return _rows_of_csv(dataset, wanted, mistakes)  # a pipe or a device is refused where it would be opened
+        return _rows_of_csv(
+            dataset, wanted, mistakes
+        )  # a pipe or a device is refused where it would be opened
     if (dataset / "cases.csv").is_file():
         return _rows_of_csv(dataset / "cases.csv", wanted, mistakes)
     if is_described(dataset):
@@ -240,7 +264,8 @@ def _rows_of(dataset: Path, wanted: _Wanted, mistakes: list[str]) -> list[_Row]:
         return read(dataset, description, wanted, mistakes)
     if (dataset / "imagesTr").is_dir():
         raise VolsegError(
-            f"{dataset}: has imagesTr but no dataset.json", fix="add dataset.json, which names the channels"
+            f"{dataset}: has imagesTr but no dataset.json",
+            fix="add dataset.json, which names the channels",
         )
     return _rows_of_folder(dataset, wanted, mistakes)
 
@@ -250,14 +275,21 @@ def _rows_of(dataset: Path, wanted: _Wanted, mistakes: list[str]) -> list[_Row]:
 
 def _rows_of_csv(path: Path, wanted: _Wanted, mistakes: list[str]) -> list[_Row]:
     columns, lines = read_table(path)
-    available = {name.removeprefix("image_"): name for name in columns if name == "image" or name.startswith("image_")}
+    available = {
+        name.removeprefix("image_"): name
+        for name in columns
+        if name == "image" or name.startswith("image_")
+    }
     if not available:
         raise VolsegError(
             f"{path}: has no column 'image'; its columns are {_listed(columns)}",
             fix="name the column of scans 'image', or 'image_<channel>' for several channels",
         )
     if {"image", "image_image"} <= set(columns):
-        raise VolsegError(f"{path}: has columns 'image' and 'image_image', which name one channel", fix="rename one")
+        raise VolsegError(
+            f"{path}: has columns 'image' and 'image_image', which name one channel",
+            fix="rename one",
+        )
     picked = _picked(available, wanted, str(path))
     not_classes = {*_KNOWN_COLUMNS, *available.values()}
     further = [name for name in columns if name not in not_classes]
@@ -268,8 +300,12 @@ def _rows_of_csv(path: Path, wanted: _Wanted, mistakes: list[str]) -> list[_Row]
             mistakes.append(f"{where}: has {len(cells)} cells under {len(columns)} columns")
             continue
         row = dict(zip(columns, cells, strict=True))
-        present = {name: column for name, column in picked.items() if row[column] or not wanted.may_miss}
-        empty = [column for column in present.values() if not row[column]] or _first_missing(picked, present)
+        present = {
+            name: column for name, column in picked.items() if row[column] or not wanted.may_miss
+        }
+        empty = [column for column in present.values() if not row[column]] or _first_missing(
+            picked, present
+        )
         if empty:
             mistakes.append(f"{where}: the cell of {_listed(empty)} is empty")
             continue
@@ -294,7 +330,8 @@ def read_table(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
         text = _bytes_of(path).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise VolsegError(
-            f"{path}: is not UTF-8 text ({error.reason} at byte {error.start})", fix="save it as “CSV UTF-8”"
+            f"{path}: is not UTF-8 text ({error.reason} at byte {error.start})",
+            fix="save it as “CSV UTF-8”",
         ) from error
     first = re.split(r"[\r\n]", text, maxsplit=1)[0]
     delimiter = max(",;\t", key=first.count)
@@ -304,14 +341,18 @@ def read_table(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
         for number, cells in csv_rows(text, delimiter=delimiter, strict=True):
             lines.append((number, [cell.strip() for cell in cells]))
     except csv.Error as error:
-        raise VolsegError(f"{path}: line {number + 1} is not CSV ({error})", fix="check its quotes") from error
+        raise VolsegError(
+            f"{path}: line {number + 1} is not CSV ({error})", fix="check its quotes"
+        ) from error
     lines = [(number, cells) for number, cells in lines if any(cells)]
     if not lines:
         raise VolsegError(f"{path}: is empty", fix="give it a header line and a row per scan")
     columns = lines[0][1]
     twice = sorted(name for name, n in Counter(columns).items() if n > 1)
     if twice:
-        raise VolsegError(f"{path}: has columns {_listed(twice)} twice", fix="give every column its own name")
+        raise VolsegError(
+            f"{path}: has columns {_listed(twice)} twice", fix="give every column its own name"
+        )
     return columns, lines[1:]
 
 
@@ -329,22 +370,36 @@ def _rows_of_folder(dataset: Path, wanted: _Wanted, mistakes: list[str]) -> list
     for path in _scans_in(images):
         picked = _picked({ONE_CHANNEL: path}, wanted, str(images))
         stem = stem_of(path)
-        rows.append(_Row(where=str(path), id=_safe_id(stem), images=picked, reference=labels.pop(stem, None)))
+        rows.append(
+            _Row(
+                where=str(path), id=_safe_id(stem), images=picked, reference=labels.pop(stem, None)
+            )
+        )
     mistakes += [f"{path}: no scan of this name in {images}" for path in labels.values()]
     return rows
 
 
-def _rows_of_nnunet(dataset: Path, description: dict, wanted: _Wanted, mistakes: list[str]) -> list[_Row]:
+def _rows_of_nnunet(
+    dataset: Path, description: dict, wanted: _Wanted, mistakes: list[str]
+) -> list[_Row]:
     """imagesTr, labelsTr and imagesTs, one file `<id>_<number>` per channel; Tr has no split, Ts is `test`."""
     names = description.get("channel_names") or description.get("modality")
-    if not isinstance(names, dict) or not names or not all(key.isdecimal() and len(key) < 10 for key in names):
-        raise VolsegError(f"{dataset}: dataset.json names no channels", fix='add "channel_names": {"0": "CT"}')
+    if (
+        not isinstance(names, dict)
+        or not names
+        or not all(key.isdecimal() and len(key) < 10 for key in names)
+    ):
+        raise VolsegError(
+            f"{dataset}: dataset.json names no channels", fix='add "channel_names": {"0": "CT"}'
+        )
     if len(set(map(str, names.values()))) < len(names):
         raise VolsegError(
             f"{dataset}: dataset.json gives two channels one name ({_listed(map(str, names.values()))})",
             fix="give each channel a name of its own",
         )
-    picked = _picked({str(name): f"{int(key):04d}" for key, name in names.items()}, wanted, str(dataset))
+    picked = _picked(
+        {str(name): f"{int(key):04d}" for key, name in names.items()}, wanted, str(dataset)
+    )
     ending = str(description.get("file_ending", ".nii.gz"))
     rows = []
     for images, labels, split in (("imagesTr", "labelsTr", None), ("imagesTs", "labelsTs", "test")):
@@ -352,12 +407,21 @@ def _rows_of_nnunet(dataset: Path, description: dict, wanted: _Wanted, mistakes:
             reference: Path | None = dataset / labels / f"{stem}{ending}"
             if split == "test" and not reference.exists():
                 reference = None
-            files = {name: dataset / images / f"{stem}_{number}{ending}" for name, number in picked.items()}
-            if wanted.may_miss:  # what is left of the first channel is a mistake that is found with the other files
+            files = {
+                name: dataset / images / f"{stem}_{number}{ending}"
+                for name, number in picked.items()
+            }
+            if (
+                wanted.may_miss
+            ):  # what is left of the first channel is a mistake that is found with the other files
                 first = next(iter(files))
-                files = {name: path for name, path in files.items() if name == first or path.is_file()}
+                files = {
+                    name: path for name, path in files.items() if name == first or path.is_file()
+                }
             where = f"{images}/{stem}"
-            rows.append(_Row(where=where, id=_safe_id(stem), images=files, reference=reference, split=split))
+            rows.append(
+                _Row(where=where, id=_safe_id(stem), images=files, reference=reference, split=split)
+            )
     return rows
 
 
@@ -366,7 +430,9 @@ def _is_nnunet(dataset: Path, description: dict) -> bool:
     if "channel_names" in description:
         return True
     listed = [entry["image"] for entry in _entries(description, "training") if _is_pair(entry)]
-    return bool(_numbered(dataset / "imagesTr", description)) and not any((dataset / name).is_file() for name in listed)
+    return bool(_numbered(dataset / "imagesTr", description)) and not any(
+        (dataset / name).is_file() for name in listed
+    )
 
 
 def _numbered(folder: Path, description: dict) -> list[re.Match]:
@@ -376,7 +442,9 @@ def _numbered(folder: Path, description: dict) -> list[re.Match]:
     return [match for match in matches if match]
 
 
-def _rows_of_decathlon(dataset: Path, description: dict, wanted: _Wanted, mistakes: list[str]) -> list[_Row]:
+def _rows_of_decathlon(
+    dataset: Path, description: dict, wanted: _Wanted, mistakes: list[str]
+) -> list[_Row]:
     """The lists `training`, `validation` and `test` of dataset.json; only `training` has no split."""
     rows = []
     for key, split in (("training", None), ("validation", "val"), ("test", "test")):
@@ -384,12 +452,22 @@ def _rows_of_decathlon(dataset: Path, description: dict, wanted: _Wanted, mistak
             where = f"dataset.json {key}[{number}]"
             entry = {"image": entry} if isinstance(entry, str) else entry
             if not _is_pair(entry):
-                mistakes.append(f"{where}: is {json.dumps(entry)[:60]}, not an image with its label")
+                mistakes.append(
+                    f"{where}: is {json.dumps(entry)[:60]}, not an image with its label"
+                )
                 continue
             image = dataset / entry["image"]
             picked = _picked({ONE_CHANNEL: image}, wanted, str(dataset))
             reference = dataset / entry["label"] if entry.get("label") else None
-            rows.append(_Row(where=where, id=_safe_id(stem_of(image)), images=picked, reference=reference, split=split))
+            rows.append(
+                _Row(
+                    where=where,
+                    id=_safe_id(stem_of(image)),
+                    images=picked,
+                    reference=reference,
+                    split=split,
+                )
+            )
     return rows
 
 
@@ -399,7 +477,11 @@ def _entries(description: dict, key: str) -> list:
 
 
 def _is_pair(entry: Any) -> bool:
-    return isinstance(entry, dict) and isinstance(entry.get("image"), str) and isinstance(entry.get("label", ""), str)
+    return (
+        isinstance(entry, dict)
+        and isinstance(entry.get("image"), str)
+        and isinstance(entry.get("label", ""), str)
+    )
 
 
 def _json_of(path: Path) -> dict[str, Any]:
@@ -410,7 +492,9 @@ def _json_of(path: Path) -> dict[str, Any]:
             f"{path}: is not JSON ({error})", fix="repair it, or describe the data by cases.csv"
         ) from error
     if not isinstance(description, dict):
-        raise VolsegError(f"{path}: holds no JSON object", fix="repair it, or describe the data by cases.csv")
+        raise VolsegError(
+            f"{path}: holds no JSON object", fix="repair it, or describe the data by cases.csv"
+        )
     return description
 
 
@@ -421,7 +505,11 @@ def _scans_in(folder: Path) -> list[Path]:
 def _visible(folder: Path) -> list[Path]:
     """Files by name, without hidden ones, to which the `._*` of macOS belong; [] for no folder."""
     try:
-        return sorted(path for path in folder.iterdir() if not path.name.startswith(".")) if folder.is_dir() else []
+        return (
+            sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+            if folder.is_dir()
+            else []
+        )
     except OSError as error:
         raise _unreadable(folder, error) from error
 
@@ -437,8 +525,12 @@ def _bytes_of(path: Path) -> bytes:
 
 def _unreadable(path: Path, error: OSError) -> VolsegError:
     if isinstance(error, NotAFileError):
-        return VolsegError(f"{path}: {error.strerror}", fix="give the path of a file", code="E_NOTFILE")
-    return VolsegError(f"{path}: cannot be read ({error.strerror})", fix="check its permissions", code="E_PERM")
+        return VolsegError(
+            f"{path}: {error.strerror}", fix="give the path of a file", code="E_NOTFILE"
+        )
+    return VolsegError(
+        f"{path}: cannot be read ({error.strerror})", fix="check its permissions", code="E_PERM"
+    )
 
 
 # ---- rules for all layouts
@@ -464,7 +556,8 @@ def _picked(available: Mapping[str, Anything], asked: _Wanted, origin: str) -> d
     alike = _differ_in_case_only(available) or _differ_in_case_only(wanted or ())
     if alike:
         raise VolsegError(
-            f"{origin}: channels {_listed(alike)} differ in upper and lower case only", fix="rename one of them"
+            f"{origin}: channels {_listed(alike)} differ in upper and lower case only",
+            fix="rename one of them",
         )
     if wanted is None:
         return dict(available)
@@ -493,13 +586,20 @@ def _differ_in_case_only(names: Iterable[str]) -> list[str]:
 def _checked(rows: list[_Row], mistakes: list[str], origin: str) -> list[Case]:
     """Cases without a mistake, or one error that names all mistakes."""
     if not rows and not mistakes:
-        raise VolsegError(f"no scans found in {origin}", fix=f"give files that end in {', '.join(SUFFIXES)}")
+        raise VolsegError(
+            f"no scans found in {origin}", fix=f"give files that end in {', '.join(SUFFIXES)}"
+        )
     mistakes = mistakes + _mistakes(rows)
     if mistakes:
-        shown = "; ".join(f"({number}) {text}" for number, text in enumerate(mistakes[:MAX_LISTED], start=1))
+        shown = "; ".join(
+            f"({number}) {text}" for number, text in enumerate(mistakes[:MAX_LISTED], start=1)
+        )
         rest = f"; and {len(mistakes) - MAX_LISTED} more" if len(mistakes) > MAX_LISTED else ""
         count = f"{len(mistakes)} mistake{'s' if len(mistakes) > 1 else ''}"
-        raise VolsegError(f"{origin}: {count}: {shown}{rest}", fix="correct them and run again; nothing was done yet")
+        raise VolsegError(
+            f"{origin}: {count}: {shown}{rest}",
+            fix="correct them and run again; nothing was done yet",
+        )
     return [_case(row) for row in rows]
 
 
@@ -515,11 +615,15 @@ def _id_mistakes(rows: list[_Row]) -> list[str]:
     mistakes, seen = [], {}
     for row in rows:
         if not re.fullmatch(ID_PATTERN, row.id):
-            mistakes.append(f"{row.where}: subject {row.id!r} is no safe file name; {_safe_id(row.id)!r} would be")
+            mistakes.append(
+                f"{row.where}: subject {row.id!r} is no safe file name; {_safe_id(row.id)!r} would be"
+            )
         key = row.id.casefold()  # some file systems do not tell a.nii from A.nii
         if key in seen:
             files = [str(next(iter(each.images.values()))) for each in (seen[key], row)]
-            mistakes.append(f"{row.where}: id {row.id!r} is used for both {files[0]} and {files[1]}")
+            mistakes.append(
+                f"{row.where}: id {row.id!r} is used for both {files[0]} and {files[1]}"
+            )
         seen.setdefault(key, row)
     return mistakes
 
@@ -549,7 +653,9 @@ def _split_mistakes(rows: list[_Row]) -> list[str]:
         first = seen.setdefault(row.patient, row)
         if first.split != row.split:
             elsewhere = f"but in {first.split!r} at {first.where}"
-            mistakes.append(f"{row.where}: patient {row.patient!r} is in split {row.split!r}, {elsewhere}")
+            mistakes.append(
+                f"{row.where}: patient {row.patient!r} is in split {row.split!r}, {elsewhere}"
+            )
     return mistakes
 
 

@@ -31,7 +31,9 @@ def csv_line(cells: Sequence[str]) -> str:
     line = ",".join(cells)
     if len(line) > MAX_CELL or _NOT_ALONE.search(line):
         line = ",".join(map(_quoted, cells))
-    elif line.count(",") != len(cells) - 1:  # noise has 100 000 such rows, whose cells are not worth a pattern each
+    elif (
+        line.count(",") != len(cells) - 1
+    ):  # noise has 100 000 such rows, whose cells are not worth a pattern each
         line = ",".join(f'"{cell}"' if "," in cell else cell for cell in cells)
     return f"{line}\n" if line else '""\n'  # an empty line is no row
 
@@ -42,7 +44,9 @@ def write_csv(file: BinaryIO, rows: Iterable[Sequence[str]]) -> None:
         file.write(csv_line(row).encode("utf-8", "backslashreplace"))
 
 
-def csv_rows(text: str, *, delimiter: str = ",", strict: bool = False) -> Iterator[tuple[int, list[str]]]:
+def csv_rows(
+    text: str, *, delimiter: str = ",", strict: bool = False
+) -> Iterator[tuple[int, list[str]]]:
     """(number of its last line, cells) of each row; lines end in \\n, \\r or \\r\\n and nothing else.
 
     Raises:

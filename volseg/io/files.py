@@ -19,7 +19,9 @@ SEAL = "written_by_volseg"  # key of a JSON file that stands alone: hash of all 
 TEMPORARY_PREFIX = ".tmp-"  # what a killed process may leave behind; never a finished file
 
 
-def atomic_write(path: Path, write: Callable[[BinaryIO], None], verify: Callable[[Path], None] | None = None) -> None:
+def atomic_write(
+    path: Path, write: Callable[[BinaryIO], None], verify: Callable[[Path], None] | None = None
+) -> None:
     """Put a file at `path`, whole or not at all, and durable once this returns.
 
     Args:
@@ -111,7 +113,11 @@ def read_sealed(path: Path) -> Any:
         OSError, ValueError: it cannot be read, or is not JSON.
     """
     content = read_json(path)
-    return {name: value for name, value in content.items() if name != SEAL} if isinstance(content, dict) else content
+    return (
+        {name: value for name, value in content.items() if name != SEAL}
+        if isinstance(content, dict)
+        else content
+    )
 
 
 def _seal_of(content: Mapping[str, Any]) -> str:
@@ -129,7 +135,9 @@ def refuse_file(path: Path) -> None:
             return
         if os.path.lexists(folder):
             raise VolsegError(
-                f"{folder}: is not a folder", fix="move or rename it, or give another --out", code="E_EXISTS"
+                f"{folder}: is not a folder",
+                fix="move or rename it, or give another --out",
+                code="E_EXISTS",
             )
 
 
@@ -186,22 +194,38 @@ def sync_folder(folder: Path) -> None:
 
 def environment_problem(path: Path, error: OSError) -> EnvironmentProblem:
     """What a failed write means for the user."""
-    code, fix = _FIXES.get(error.errno or 0, ("E_DISK", "check the disk and the path, then run again"))
-    return EnvironmentProblem(f"{path}: cannot be written ({error.strerror or error})", fix=fix, code=code)
+    code, fix = _FIXES.get(
+        error.errno or 0, ("E_DISK", "check the disk and the path, then run again")
+    )
+    return EnvironmentProblem(
+        f"{path}: cannot be written ({error.strerror or error})", fix=fix, code=code
+    )
 
 
-_FULL = ("E_DISK", "free some space or choose another output folder, then run again: finished files are kept")
+_FULL = (
+    "E_DISK",
+    "free some space or choose another output folder, then run again: finished files are kept",
+)
 _FORBIDDEN = ("E_PERM", "choose an output folder which you may write to")
 _NO_FOLDER = ("E_MISSING", "create the folder first, and check that no part of the path is a file")
 _FIXES: dict[int, tuple[str, str]] = {
     errno.ENOSPC: _FULL,
     errno.EDQUOT: _FULL,
-    errno.EFBIG: ("E_DISK", "raise the limit on file size (ulimit -f) or choose another file system"),
+    errno.EFBIG: (
+        "E_DISK",
+        "raise the limit on file size (ulimit -f) or choose another file system",
+    ),
     errno.EACCES: _FORBIDDEN,
     errno.EPERM: _FORBIDDEN,
     errno.EROFS: _FORBIDDEN,
-    errno.EEXIST: ("E_PERM", "a file of this name stands in the way: move it or choose another folder"),
-    errno.EISDIR: ("E_PERM", "a folder of this name stands in the way: move it or choose another name"),
+    errno.EEXIST: (
+        "E_PERM",
+        "a file of this name stands in the way: move it or choose another folder",
+    ),
+    errno.EISDIR: (
+        "E_PERM",
+        "a folder of this name stands in the way: move it or choose another name",
+    ),
     errno.ENOENT: _NO_FOLDER,
     errno.ENOTDIR: _NO_FOLDER,
 }

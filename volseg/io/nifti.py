@@ -126,15 +126,26 @@ def read_volume(path: Path | str, *, max_bytes: int = MAX_BYTES, is_finite: bool
     path = Path(path)
     header, raw = _load_header(path, max_bytes)
     array, sha256 = _read_voxels(header, raw, path)
-    low, high = _range(array, path) if is_finite or array.dtype.kind != "f" else _finite_range(array, path)
+    low, high = (
+        _range(array, path) if is_finite or array.dtype.kind != "f" else _finite_range(array, path)
+    )
     if low == high:
-        raise _refusal(path, "E_CONST", f"every voxel is {low:g}", "export the scan again: this one is empty")
+        raise _refusal(
+            path, "E_CONST", f"every voxel is {low:g}", "export the scan again: this one is empty"
+        )
     if max(abs(low), abs(high)) * abs(header.slope) > MAX_INTENSITY:
-        raise _refusal(path, "E_SCALE", f"intensities reach {high:g} × {header.slope:g}", "export the scan again")
+        raise _refusal(
+            path,
+            "E_SCALE",
+            f"intensities reach {high:g} × {header.slope:g}",
+            "export the scan again",
+        )
     return Volume(array, header.geometry, header.slope, header.intercept, sha256)
 
 
-def read_mask(path: Path | str, *, max_bytes: int = MAX_BYTES, max_labels: int = MAX_LABELS) -> Volume:
+def read_mask(
+    path: Path | str, *, max_bytes: int = MAX_BYTES, max_labels: int = MAX_LABELS
+) -> Volume:
     """A mask or label map, in the smallest unsigned dtype that holds its labels; it may be empty.
 
     Scaled or floating-point labels are rounded if they lie within 0.001 of a whole number: truncation would turn
@@ -179,11 +190,14 @@ def intensity_warnings(volume: Volume) -> tuple[ScanWarning, ...]:
     """Oddities of a scan's intensities that its header cannot show: saturation."""
     highest = np.fmax.reduce(volume.array, axis=None)
     clipped = (
-        sum(np.count_nonzero(volume.array[part] == highest) for part in slabs_of(volume.array)) / volume.array.size
+        sum(np.count_nonzero(volume.array[part] == highest) for part in slabs_of(volume.array))
+        / volume.array.size
     )
     if clipped <= CLIPPED_FRACTION:
         return ()
-    return (ScanWarning("W_CLIP", f"{clipped:.0%} of the voxels have the largest value, {highest:g}"),)
+    return (
+        ScanWarning("W_CLIP", f"{clipped:.0%} of the voxels have the largest value, {highest:g}"),
+    )
 
 
 def write_volume(volume: Volume, path: Path | str, like: Path | str | None = None) -> None:
@@ -211,7 +225,9 @@ def write_volume(volume: Volume, path: Path | str, like: Path | str | None = Non
         volume = Volume(volume.array.view(np.uint8), volume.geometry)
     header = _new_header(volume, path, like)
     prefix = header.binaryblock + bytes(4)  # the four bytes say: no extensions
-    array = np.asfortranarray(volume.array, dtype=volume.array.dtype.newbyteorder("<"))  # most often no copy
+    array = np.asfortranarray(
+        volume.array, dtype=volume.array.dtype.newbyteorder("<")
+    )  # most often no copy
     voxels = array.reshape(-1, order="F").view(np.uint8).data
     atomic_write(
         path,
@@ -256,7 +272,9 @@ def _load_header(path: Path, max_bytes: int) -> tuple[NiftiHeader, Nifti1Header]
     offset = _offset(raw, is_single, path)
     if is_single and offset == 0:
         offset = raw.sizeof_hdr + 4
-        warnings.append(ScanWarning("W_OFFSET", f"vox_offset is 0; the voxels are taken from byte {offset}"))
+        warnings.append(
+            ScanWarning("W_OFFSET", f"vox_offset is 0; the voxels are taken from byte {offset}")
+        )
     if header_path.suffix.lower().endswith(".gz") != header_is_gzip:
         kind = "gzip" if header_is_gzip else "not compressed"
         warnings.append(ScanWarning("W_EXT", f"the contents are {kind}, against the name"))
@@ -284,7 +302,9 @@ def _raw_header(path: Path) -> tuple[Nifti1Header, bool, bool]:
             continue
         header_type, magic_at, single, pair = _FORMATS[size]
         if len(block) < size:
-            raise _refusal(path, "E_TRUNCATED", f"holds {len(block)} of {size} header bytes", _COPY_AGAIN)
+            raise _refusal(
+                path, "E_TRUNCATED", f"holds {len(block)} of {size} header bytes", _COPY_AGAIN
+            )
         if not block.startswith((single, pair), magic_at):
             raise _refusal(
                 path,
@@ -292,7 +312,11 @@ def _raw_header(path: Path) -> tuple[Nifti1Header, bool, bool]:
                 f"magic is {bytes(block[magic_at : magic_at + len(single)])!r}, as in ANALYZE or a damaged file",
                 "convert it to NIfTI from the original: ANALYZE stores no left and right",
             )
-        return header_type(bytes(block[:size]), endianness, check=False), block.startswith(single, magic_at), is_gzip
+        return (
+            header_type(bytes(block[:size]), endianness, check=False),
+            block.startswith(single, magic_at),
+            is_gzip,
+        )
     what, fix = _other_format(bytes(block))
     raise _refusal(path, "E_NOTNIFTI", what, fix)
 
@@ -387,7 +411,9 @@ def _check_size(header: NiftiHeader, path: Path, max_bytes: int) -> None:
 
 def _check_held(held: int, wanted: int, path: Path) -> None:
     if held < wanted:
-        raise _refusal(path, "E_TRUNCATED", f"holds {held:,} of {wanted:,} voxel bytes", _COPY_AGAIN)
+        raise _refusal(
+            path, "E_TRUNCATED", f"holds {held:,} of {wanted:,} voxel bytes", _COPY_AGAIN
+        )
     if held > wanted + MAX_TAIL_BYTES:
         raise _refusal(
             path,
@@ -400,30 +426,47 @@ def _check_held(held: int, wanted: int, path: Path) -> None:
 # ---- geometry
 
 
-def _geometry(raw: Nifti1Header, shape: tuple[int, int, int], path: Path) -> tuple[Geometry, list[ScanWarning]]:
+def _geometry(
+    raw: Nifti1Header, shape: tuple[int, int, int], path: Path
+) -> tuple[Geometry, list[ScanWarning]]:
     unit = int(raw["xyzt_units"]) & 7
     if unit not in (0, 2):  # unknown is taken for mm, as every scanner means it
         name = {1: "metre", 3: "micron"}.get(unit, f"code {unit}, unknown to NIfTI")
         raise _refusal(
-            path, "E_UNITS", f"unit of length is {name}", "store spacing and affine in mm and set xyzt_units to 2 (mm)"
+            path,
+            "E_UNITS",
+            f"unit of length is {name}",
+            "store spacing and affine in mm and set xyzt_units to 2 (mm)",
         )
     codes = {name: int(raw[name]) for name in ("sform_code", "qform_code")}
     if not all(0 <= code <= 5 for code in codes.values()):
-        raise _refusal(path, "E_NOGEOM", f"{codes} holds a code unknown to NIfTI", "convert the original again")
+        raise _refusal(
+            path, "E_NOGEOM", f"{codes} holds a code unknown to NIfTI", "convert the original again"
+        )
     pixdim = raw["pixdim"][1:4].astype(np.float64)
-    with np.errstate(all="ignore"):  # nonsense in a header may overflow; the checks below catch what comes of it
+    with np.errstate(
+        all="ignore"
+    ):  # nonsense in a header may overflow; the checks below catch what comes of it
         if codes["sform_code"] > 0:
             geometry = _grid(shape, np.asarray(raw.get_sform()), "sform", path)
             warnings = _check_grid(geometry, path)
             return geometry, warnings + _check_against_sform(raw, pixdim, geometry, path)
         if codes["qform_code"] > 0:
             if not (np.isfinite(pixdim).all() and (pixdim > 0).all()):
-                raise _refusal(path, "E_GEOM", f"pixdim is {_listed(pixdim)} mm", "set the true spacing in pixdim")
+                raise _refusal(
+                    path,
+                    "E_GEOM",
+                    f"pixdim is {_listed(pixdim)} mm",
+                    "set the true spacing in pixdim",
+                )
             try:
                 affine = _qform(raw)
             except ValueError as error:
                 raise _refusal(
-                    path, "E_NOGEOM", f"qform is not a rotation ({error})", "export again, with an sform"
+                    path,
+                    "E_NOGEOM",
+                    f"qform is not a rotation ({error})",
+                    "export again, with an sform",
                 ) from error
             geometry = _grid(shape, affine, "qform", path)
             return geometry, _check_grid(geometry, path)
@@ -456,7 +499,10 @@ def _grid(shape: tuple[int, int, int], affine: np.ndarray, source: str, path: Pa
     except ValueError as error:
         rows = "; ".join(_listed(row) for row in affine[:3])
         raise _refusal(
-            path, "E_GEOM", f"{source} [{rows}] is not a finite, invertible affine", "export the scan again"
+            path,
+            "E_GEOM",
+            f"{source} [{rows}] is not a finite, invertible affine",
+            "export the scan again",
         ) from error
 
 
@@ -482,17 +528,28 @@ def _check_grid(geometry: Geometry, path: Path) -> list[ScanWarning]:
             "resample it to a right-angled grid; dcm2niix does so for CT with gantry tilt",
         )
     if cosine > ROUNDED_COSINE:
-        warnings.append(ScanWarning("W_SHEAR", f"axes are at right angles only within {cosine:.1e}"))
+        warnings.append(
+            ScanWarning("W_SHEAR", f"axes are at right angles only within {cosine:.1e}")
+        )
     corners = geometry.to_world_mm(np.array([(0, 0, 0), np.array(geometry.shape) - 1]))
     if np.abs(corners).max() > FAR_ORIGIN_MM:
-        warnings.append(ScanWarning("W_ORIGIN", f"the scan lies {np.abs(corners).max() / 1000:,.1f} m off the origin"))
+        warnings.append(
+            ScanWarning(
+                "W_ORIGIN", f"the scan lies {np.abs(corners).max() / 1000:,.1f} m off the origin"
+            )
+        )
     return warnings
 
 
-def _check_against_sform(raw: Nifti1Header, pixdim: np.ndarray, geometry: Geometry, path: Path) -> list[ScanWarning]:
+def _check_against_sform(
+    raw: Nifti1Header, pixdim: np.ndarray, geometry: Geometry, path: Path
+) -> list[ScanWarning]:
     """The other two statements about the grid, pixdim and qform, on which other readers may rely."""
     spacing = np.array(geometry.spacing_mm)
-    if not np.isfinite(pixdim).all() or (np.abs(np.abs(pixdim) - spacing) > SPACING_TOLERANCE * spacing).any():
+    if (
+        not np.isfinite(pixdim).all()
+        or (np.abs(np.abs(pixdim) - spacing) > SPACING_TOLERANCE * spacing).any()
+    ):
         raise _refusal(
             path,
             "E_PIXDIM",
@@ -508,7 +565,9 @@ def _check_against_sform(raw: Nifti1Header, pixdim: np.ndarray, geometry: Geomet
     except ValueError:
         return [ScanWarning("W_QS", "the qform is not a rotation; the sform is used")]
     if offset > SAME_GRID_TOLERANCE_VOXELS:
-        return [ScanWarning("W_QS", f"qform and sform differ by {offset:.1f} voxels; the sform is used")]
+        return [
+            ScanWarning("W_QS", f"qform and sform differ by {offset:.1f} voxels; the sform is used")
+        ]
     return []
 
 
@@ -528,7 +587,9 @@ def _read_voxels(header: NiftiHeader, raw: Nifti1Header, path: Path) -> tuple[np
     before = "" if header_path == header.data_path else sha256_of(header_path) + "+"
     with _opened(header.data_path, digest) as stream:
         start = bytearray(min(len(block), header.data_offset))
-        is_as_read = _fill(stream, memoryview(start)) == len(start) and (bool(before) or block.startswith(start))
+        is_as_read = _fill(stream, memoryview(start)) == len(start) and (
+            bool(before) or block.startswith(start)
+        )
         _skip(stream, header.data_offset - len(start))
         held = _fill(stream, target)
         if held == len(target):
@@ -570,7 +631,9 @@ def scan_digest(path: Path) -> str:
 def _finite_range(array: np.ndarray, path: Path) -> tuple[float, float]:
     """Smallest and largest of the finite stored values, a slab at a time."""
     some = (array[part] for part in slabs_of(array))
-    ends = [(finite.min(), finite.max()) for slab in some if (finite := slab[np.isfinite(slab)]).size]
+    ends = [
+        (finite.min(), finite.max()) for slab in some if (finite := slab[np.isfinite(slab)]).size
+    ]
     if not ends:
         return _range(array, path)
     return float(min(low for low, _ in ends)), float(max(high for _, high in ends))
@@ -598,30 +661,39 @@ def _check_labels(stored: Volume, path: Path, max_labels: int) -> int:
         return int(stored.array.max())  # nothing below can be wrong
     found: set[int] = set()
     for k in range(stored.geometry.shape[2]):
-        with np.errstate(over="ignore", invalid="ignore"):  # nonsense in the scale; the bounds below catch it
+        with np.errstate(
+            over="ignore", invalid="ignore"
+        ):  # nonsense in the scale; the bounds below catch it
             whole = values = stored.intensities(stored.array[:, :, k])
             if values.dtype.kind == "f":
                 whole = np.rint(values)
                 fractions = values[np.abs(values - whole) > LABEL_TOLERANCE]
                 if fractions.size:
                     held = ", ".join(f"{value:g}" for value in np.unique(fractions)[:5])
-                    problem = (
-                        f"mask holds {held}, which {'are no whole numbers' if ',' in held else 'is not a whole number'}"
+                    problem = f"mask holds {held}, which {'are no whole numbers' if ',' in held else 'is not a whole number'}"
+                    raise _refusal(
+                        path,
+                        "E_LABELS",
+                        problem,
+                        f"resample labels with nearest neighbour; or {mistaken}",
                     )
-                    raise _refusal(path, "E_LABELS", problem, f"resample labels with nearest neighbour; or {mistaken}")
         low, high = whole.min(), whole.max()
         if low < 0 or high >= 2**53:
             problem = f"mask holds the label {low if low < 0 else high:,.0f}"
             raise _refusal(path, "E_LABELS", problem, f"number labels from 0 up; or {mistaken}")
         found.update(_distinct(whole.astype(np.int64)).tolist())
         if len(found) > max_labels:
-            raise _refusal(path, "E_LABELS", f"mask holds more than {max_labels:,} distinct values", mistaken)
+            raise _refusal(
+                path, "E_LABELS", f"mask holds more than {max_labels:,} distinct values", mistaken
+            )
     return max(found)
 
 
 def _distinct(labels: np.ndarray) -> np.ndarray:
     """Distinct values ≥ 0; by counting where that is quicker than sorting."""
-    return np.flatnonzero(np.bincount(labels.ravel())) if labels.max() < 2**16 else np.unique(labels)
+    return (
+        np.flatnonzero(np.bincount(labels.ravel())) if labels.max() < 2**16 else np.unique(labels)
+    )
 
 
 # ---- writing
@@ -641,7 +713,9 @@ def _new_header(volume: Volume, path: Path, like: Path | str | None) -> Nifti1He
     header["vox_offset"] = header.sizeof_hdr + 4
     header["scl_slope"], header["scl_inter"] = volume.slope, volume.intercept
     if (float(header["scl_slope"]), float(header["scl_inter"])) != (volume.slope, volume.intercept):
-        raise ValueError(f"slope {volume.slope!r} or intercept {volume.intercept!r} is not a float32 number")
+        raise ValueError(
+            f"slope {volume.slope!r} or intercept {volume.intercept!r} is not a float32 number"
+        )
     if source is None:
         with np.errstate(over="ignore"):
             header.set_qform(volume.geometry.affine, code=1)
@@ -654,13 +728,19 @@ def _new_header(volume: Volume, path: Path, like: Path | str | None) -> Nifti1He
         wanted = volume.geometry.affine
     geometry, _ = _geometry(header, _shape(header, path), path)
     if not np.array_equal(geometry.affine, wanted):
-        raise ValueError(f"the volume lies on another grid than {like}:\n{wanted}\nand\n{geometry.affine}")
+        raise ValueError(
+            f"the volume lies on another grid than {like}:\n{wanted}\nand\n{geometry.affine}"
+        )
     return header
 
 
-def _write(file: BinaryIO, compressed: bool, prefix: bytes, voxels: memoryview, *, level: int = 1) -> None:
+def _write(
+    file: BinaryIO, compressed: bool, prefix: bytes, voxels: memoryview, *, level: int = 1
+) -> None:
     if compressed:
-        with igzip.IGzipFile(filename="", mode="wb", compresslevel=level, fileobj=file, mtime=0) as packed:
+        with igzip.IGzipFile(
+            filename="", mode="wb", compresslevel=level, fileobj=file, mtime=0
+        ) as packed:
             _write(cast(BinaryIO, packed), False, prefix, voxels)
         return
     for chunk in _chunks(prefix, voxels):
@@ -711,7 +791,9 @@ def _opened_raw(path: Path, digest: Digest | None = None) -> Iterator[io.RawIOBa
     except (OSError, ValueError) as error:  # ValueError: a name with a zero byte
         raise _read_refusal(path, error) from error
     if not stat.S_ISREG(mode):  # a pipe or a device would be read for ever
-        raise _refusal(path, "E_NOTFILE", f"is {kind_of(mode)}, not a file", "give the path of a NIfTI file")
+        raise _refusal(
+            path, "E_NOTFILE", f"is {kind_of(mode)}, not a file", "give the path of a NIfTI file"
+        )
     try:
         with open_regular(path) as buffered:
             file = cast(io.RawIOBase, buffered.raw)
@@ -765,11 +847,15 @@ class _Inflated(io.RawIOBase):
                 packed = self._pending or self._file.read(CHUNK_BYTES)
                 self._pending = b""
                 if not packed:
-                    raise _refusal(self._path, "E_TRUNCATED", "the gzip stream has no end", _COPY_AGAIN)
+                    raise _refusal(
+                        self._path, "E_TRUNCATED", "the gzip stream has no end", _COPY_AGAIN
+                    )
             try:
                 plain = self._member.decompress(packed, min(len(target), 4 * CHUNK_BYTES))
             except igzip_lib.IsalError as error:  # pyright: ignore[reportGeneralTypeIssues]
-                raise _refusal(self._path, "E_CRC", f"the gzip stream is damaged ({error})", _COPY_AGAIN) from error
+                raise _refusal(
+                    self._path, "E_CRC", f"the gzip stream is damaged ({error})", _COPY_AGAIN
+                ) from error
             if plain:
                 target[: len(plain)] = plain
                 return len(plain)
@@ -783,7 +869,10 @@ class _Inflated(io.RawIOBase):
             return False
         if not rest.startswith(b"\x1f\x8b"):
             raise _refusal(
-                self._path, "E_GZIP", "other bytes follow the gzip stream", "copy the file again, or gunzip and gzip it"
+                self._path,
+                "E_GZIP",
+                "other bytes follow the gzip stream",
+                "copy the file again, or gunzip and gzip it",
             )
         self._pending = rest
         self._member = igzip_lib.IgzipDecompressor(flag=igzip_lib.DECOMP_GZIP)
@@ -814,7 +903,12 @@ def _partner(path: Path, suffix: str) -> Path:
         candidate = path.with_name(stem + ending)
         if os.path.exists(candidate):
             return candidate
-    raise _refusal(path, "E_MISSING", f"its {suffix} file is missing", "put .hdr and .img of one name into one folder")
+    raise _refusal(
+        path,
+        "E_MISSING",
+        f"its {suffix} file is missing",
+        "put .hdr and .img of one name into one folder",
+    )
 
 
 def _listed(values: np.ndarray) -> str:
@@ -827,23 +921,32 @@ def _other_format(block: bytes) -> tuple[str, str]:
         if block.startswith(magic, start):
             return f"is {what}, not NIfTI", fix
     size = int.from_bytes(block[:4], "little")
-    return f"is not NIfTI: its header size reads {size}, not 348 or 540", "give a NIfTI file (.nii, .nii.gz, .hdr)"
+    return (
+        f"is not NIfTI: its header size reads {size}, not 348 or 540",
+        "give a NIfTI file (.nii, .nii.gz, .hdr)",
+    )
 
 
 def _read_refusal(path: Path, error: OSError | ValueError) -> ScanError:
     number = error.errno if isinstance(error, OSError) else errno.ENOENT
-    code, what, fix = _READ_PROBLEMS.get(number or 0, ("E_READ", "cannot be read", "check the disk or network share"))
+    code, what, fix = _READ_PROBLEMS.get(
+        number or 0, ("E_READ", "cannot be read", "check the disk or network share")
+    )
     reason = f" ({error.strerror})" if isinstance(error, OSError) and code == "E_READ" else ""
     return _refusal(path, code, what + reason, fix)
 
 
 def _refusal(path: Path, code: str, problem: str, fix: str) -> ScanError:
     name = str(path)
-    shown = name if name.isprintable() else repr(name)[1:-1]  # a line break in a name must not break the line
+    shown = (
+        name if name.isprintable() else repr(name)[1:-1]
+    )  # a line break in a name must not break the line
     return ScanError(f"{shown}: {problem}", fix=fix, code=code)
 
 
-_FORMATS: dict[int, tuple[type[Nifti1Header], int, bytes, bytes]] = {  # sizeof_hdr → type, magic: where, single, pair
+_FORMATS: dict[
+    int, tuple[type[Nifti1Header], int, bytes, bytes]
+] = {  # sizeof_hdr → type, magic: where, single, pair
     348: (Nifti1Header, 344, b"n+1\0", b"ni1\0"),
     540: (Nifti2Header, 4, b"n+2\0\r\n\x1a\n", b"ni2\0\r\n\x1a\n"),
 }
@@ -859,8 +962,18 @@ _GEOMETRY_FIELDS = (
     "qoffset_x", "qoffset_y", "qoffset_z", "srow_x", "srow_y", "srow_z",
 )  # fmt: skip
 _OTHER_FORMATS = (
-    (0, b"version https://git-lfs", "a Git LFS pointer", "fetch the file itself with: git lfs pull"),
-    (0, b"<", "a web page or XML", "download the file again: the server may have sent a login page"),
+    (
+        0,
+        b"version https://git-lfs",
+        "a Git LFS pointer",
+        "fetch the file itself with: git lfs pull",
+    ),
+    (
+        0,
+        b"<",
+        "a web page or XML",
+        "download the file again: the server may have sent a login page",
+    ),
     (0, b"\x1f\x8b", "gzip inside gzip", "decompress it once"),
     (0, b"PK\x03\x04", "a zip archive", "unpack it first"),
     (0, b"NRRD", "NRRD", "rename it to .nrrd or convert it to NIfTI"),

@@ -83,8 +83,15 @@ def write_prepared_case(folder: Path, case: PreparedCase) -> None:
 
 def prepared_files(case_id: str, n_labels: int) -> list[str]:
     """Paths in a prepared folder of all files that a case may have."""
-    arrays = ["image", "mask", "slices", *(f"foreground_{index}" for index in range(1, n_labels + 1))]
-    return [f"cases/{case_id}/{name}" for name in (CASE_FILE, *(f"{array}.npy" for array in arrays))]
+    arrays = [
+        "image",
+        "mask",
+        "slices",
+        *(f"foreground_{index}" for index in range(1, n_labels + 1)),
+    ]
+    return [
+        f"cases/{case_id}/{name}" for name in (CASE_FILE, *(f"{array}.npy" for array in arrays))
+    ]
 
 
 def is_prepared(folder: Path, case_id: str, key: str) -> bool:
@@ -92,7 +99,9 @@ def is_prepared(folder: Path, case_id: str, key: str) -> bool:
     path = folder / case_id
     try:
         record = read_json(path / CASE_FILE)
-        return record["key"] == key and all((path / name).stat().st_size == n for name, n in record["files"].items())
+        return record["key"] == key and all(
+            (path / name).stat().st_size == n for name, n in record["files"].items()
+        )
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
 
@@ -123,12 +132,17 @@ def read_prepared_case(folder: Path, case_id: str) -> PreparedCase:
 
 def _not_prepared(path: Path, problem: object) -> VolsegError:
     return VolsegError(
-        f"{path}: not a prepared case ({problem})", fix="run `volseg preprocess` again", code="E_PREPARED"
+        f"{path}: not a prepared case ({problem})",
+        fix="run `volseg preprocess` again",
+        code="E_PREPARED",
     )
 
 
 def _array_problems(
-    image: np.ndarray, mask: np.ndarray, foreground: Mapping[int, np.ndarray], slices: np.ndarray | None
+    image: np.ndarray,
+    mask: np.ndarray,
+    foreground: Mapping[int, np.ndarray],
+    slices: np.ndarray | None,
 ) -> Iterator[str]:
     """What is wrong with the shapes and types of arrays; of voxels see `PreparedCase.check`."""
     if image.ndim != 4 or image.dtype != np.float32 or not image.size:
@@ -142,7 +156,9 @@ def _array_problems(
             yield f"foreground_{index}.npy is {voxels.dtype} of shape {voxels.shape}, not whole numbers of (n, 3)"
         elif ((voxels < 0) | (voxels >= mask.shape)).any():
             yield f"foreground_{index}.npy holds voxels outside of the case"
-    if slices is not None and (slices.ndim != 4 or slices.dtype != np.float32 or not np.isfinite(slices).all()):
+    if slices is not None and (
+        slices.ndim != 4 or slices.dtype != np.float32 or not np.isfinite(slices).all()
+    ):
         yield f"slices.npy is {slices.dtype} of shape {slices.shape}, not finite float32 of 4 dimensions"
 
 
@@ -151,7 +167,9 @@ def _is_record(content: Any) -> bool:
     if not isinstance(content, dict):
         return False
     texts = [content.get(key) for key in ("key", "split", "patient")]
-    return all(isinstance(text, str) for text in texts) and isinstance(content.get("class", 0), str | type(None))
+    return all(isinstance(text, str) for text in texts) and isinstance(
+        content.get("class", 0), str | type(None)
+    )
 
 
 def _read_array(path: Path) -> np.ndarray:

@@ -99,8 +99,16 @@ def groups_of(pairs: Sequence[ScanPair], lymph_nodes: Collection[str]) -> list[L
                     len(groups) + 1,
                     pair,
                     matches,
-                    [before[n] for n in dict.fromkeys(match.baseline for match in lesions) if n is not None],
-                    [after[n] for n in dict.fromkeys(match.followup for match in lesions) if n is not None],
+                    [
+                        before[n]
+                        for n in dict.fromkeys(match.baseline for match in lesions)
+                        if n is not None
+                    ],
+                    [
+                        after[n]
+                        for n in dict.fromkeys(match.followup for match in lesions)
+                        if n is not None
+                    ],
                     lymph_nodes,
                     [before[match.baseline] for match in crumbs if match.baseline is not None],
                     [after[match.followup] for match in crumbs if match.followup is not None],
@@ -115,7 +123,9 @@ def _by_number(pair: ScanPair) -> tuple[dict[int, LesionMeasurement], dict[int, 
     return before, {lesion.lesion_id: lesion for lesion in (*pair.followup, *pair.followup_crumbs)}
 
 
-def lesions_of(pairs: Sequence[ScanPair]) -> tuple[list[LesionMeasurement], list[LesionMeasurement]]:
+def lesions_of(
+    pairs: Sequence[ScanPair],
+) -> tuple[list[LesionMeasurement], list[LesionMeasurement]]:
     """All lesions of the baseline and of the follow-up, without crumbs."""
     baseline = [lesion for pair in pairs for lesion in pair.baseline]
     return baseline, [lesion for pair in pairs for lesion in pair.followup]
@@ -142,7 +152,9 @@ class LesionChange:
     """A row of comparison.csv: a pair of lesions, or a lesion that is there at one time only. None is an empty cell; `notes` says why."""
 
     patient: str = column("", "name of the patient: a row of response.csv")
-    baseline_case: str | None = column("", "the earlier scan; empty if there is none of this region")
+    baseline_case: str | None = column(
+        "", "the earlier scan; empty if there is none of this region"
+    )
     followup_case: str | None = column("", "the later scan; empty if there is none of this region")
     status: str = column(
         "",
@@ -151,20 +163,32 @@ class LesionChange:
         "crumb: a small piece beside a lesion of its scan, counted with it",
     )
     group: int = column(
-        "", "rows that merged or split together, and a lesion and its crumbs, share it; every other row has its own"
+        "",
+        "rows that merged or split together, and a lesion and its crumbs, share it; every other row has its own",
     )
     label_name: str | None = column("", "name of the label, or its value where it has no name")
-    baseline_lesion_id: int | None = column("", "number of the lesion in the earlier scan; empty if it is not there")
-    followup_lesion_id: int | None = column("", "number of the lesion in the later scan; empty if it is not there")
+    baseline_lesion_id: int | None = column(
+        "", "number of the lesion in the earlier scan; empty if it is not there"
+    )
+    followup_lesion_id: int | None = column(
+        "", "number of the lesion in the later scan; empty if it is not there"
+    )
     is_target: bool | None = column(
-        "", "a target lesion, chosen at baseline; empty where targets could not be chosen", None, source=RECIST
+        "",
+        "a target lesion, chosen at baseline; empty where targets could not be chosen",
+        None,
+        source=RECIST,
     )
     matched_by: str | None = column(
         "", "overlap, or distance: of centroids; empty for a lesion without a partner", None
     )
-    dice: float | None = column("0 to 1", "Dice coefficient of the two lesions after registration", None)
+    dice: float | None = column(
+        "0 to 1", "Dice coefficient of the two lesions after registration", None
+    )
     distance_mm: float | None = column("mm", "distance of their centroids after registration", None)
-    baseline_volume_ml: float | None = column("mL", "volume of the earlier lesion and its crumbs; 0 of a new one", None)
+    baseline_volume_ml: float | None = column(
+        "mL", "volume of the earlier lesion and its crumbs; 0 of a new one", None
+    )
     followup_volume_ml: float | None = column(
         "mL", "volume of the later lesion and its crumbs; 0 of one that is gone", None
     )
@@ -173,7 +197,9 @@ class LesionChange:
         "later less earlier; of merged or split lesions the sum of all of them, in the first row of the group",
         None,
     )
-    change_volume_percent: float | None = column("%", "that change in percent of the earlier volume", None)
+    change_volume_percent: float | None = column(
+        "%", "that change in percent of the earlier volume", None
+    )
     baseline_long_axis_mm: float | None = column(
         "mm", "long axis of the earlier lesion with its crumbs; 0 of a new one", None
     )
@@ -183,17 +209,26 @@ class LesionChange:
         None,
     )
     change_long_axis_mm: float | None = column(
-        "mm", "later less earlier; of split lesions their sum, in the first row of the group", None, source=RECIST
+        "mm",
+        "later less earlier; of split lesions their sum, in the first row of the group",
+        None,
+        source=RECIST,
     )
-    change_long_axis_percent: float | None = column("%", "that change in percent of the earlier long axis", None)
+    change_long_axis_percent: float | None = column(
+        "%", "that change in percent of the earlier long axis", None
+    )
     baseline_short_axis_mm: float | None = column(
         "mm", "short axis of the earlier lesion, likewise; 0 of a new one", None
     )
     followup_short_axis_mm: float | None = column(
         "mm", "short axis of the later lesion, likewise; 0 of one that is gone", None
     )
-    baseline_intensity_mean: float | None = column("intensity_unit", "mean intensity of the earlier lesion", None)
-    followup_intensity_mean: float | None = column("intensity_unit", "mean intensity of the later lesion", None)
+    baseline_intensity_mean: float | None = column(
+        "intensity_unit", "mean intensity of the earlier lesion", None
+    )
+    followup_intensity_mean: float | None = column(
+        "intensity_unit", "mean intensity of the later lesion", None
+    )
     change_intensity_mean: float | None = column(
         "intensity_unit",
         "later less earlier; of merged or split lesions of the means over their voxels, in the first row of the group; "
@@ -201,7 +236,9 @@ class LesionChange:
         None,
     )
     intensity_unit: str | None = column(
-        "", "unit of the intensities; empty where it is in doubt or not the same at both times", None
+        "",
+        "unit of the intensities; empty where it is in doubt or not the same at both times",
+        None,
     )
     baseline_centroid_r_mm: float | None = column(
         "mm", "centroid in the earlier scan, towards the patient's right", None
@@ -216,7 +253,9 @@ class LesionChange:
     notes: str = column("", "what is not known and why, and what to look at; empty if nothing", "")
 
 
-def lesion_changes(pairs: Sequence[ScanPair], *, patient: str, lymph_nodes: Collection[str] = ()) -> list[LesionChange]:
+def lesion_changes(
+    pairs: Sequence[ScanPair], *, patient: str, lymph_nodes: Collection[str] = ()
+) -> list[LesionChange]:
     """A row per match of the scans of a patient, in their order. `lymph_nodes` are labels, by name or value."""
     targets = choose_targets(lesions_of(pairs)[0], lymph_nodes)
     groups = groups_of(pairs, lymph_nodes)
@@ -248,8 +287,16 @@ def lesion_changes(pairs: Sequence[ScanPair], *, patient: str, lymph_nodes: Coll
                     matched_by=match.how,
                     dice=match.dice,
                     distance_mm=match.distance_mm,
-                    **({} if is_crumb else _columns_of("baseline", b, is_absent=match.status == "new")),
-                    **({} if is_crumb else _columns_of("followup", f, is_absent=match.status == "gone")),
+                    **(
+                        {}
+                        if is_crumb
+                        else _columns_of("baseline", b, is_absent=match.status == "new")
+                    ),
+                    **(
+                        {}
+                        if is_crumb
+                        else _columns_of("followup", f, is_absent=match.status == "gone")
+                    ),
                     **changes,
                     intensity_unit=units.pop() if len(units) == 1 and not doubts else None,
                     notes="; ".join([*notes, *doubts, *_notes(match, b, f, pair)]),
@@ -306,14 +353,22 @@ def _intensity_change(group: LesionGroup) -> tuple[float | None, str]:
     if units == {ARBITRARY}:
         return None, f"intensity: no two scans share the scale of {ARBITRARY}, so no change of it"
     before, after = _mean_intensity(group.before), _mean_intensity(group.after)
-    return (None, "intensity: not measured") if before is None or after is None else (after - before, "")
+    return (
+        (None, "intensity: not measured")
+        if before is None or after is None
+        else (after - before, "")
+    )
 
 
-def _unit_doubts(pair: ScanPair, b: LesionMeasurement | None, f: LesionMeasurement | None) -> list[str]:
+def _unit_doubts(
+    pair: ScanPair, b: LesionMeasurement | None, f: LesionMeasurement | None
+) -> list[str]:
     """Why a row has no unit, from what is in doubt about the scans that its lesions lie in."""
     return [
         f"intensity: its unit at {time} is in doubt ({doubt})"
-        for time, lesion, doubt in zip(("baseline", "follow-up"), (b, f), pair.unit_doubts, strict=True)
+        for time, lesion, doubt in zip(
+            ("baseline", "follow-up"), (b, f), pair.unit_doubts, strict=True
+        )
         if lesion is not None and doubt
     ]
 
@@ -324,7 +379,9 @@ def _mean_intensity(lesions: Sequence[LesionMeasurement]) -> float | None:
     weights = [lesion.n_voxels for lesion in lesions]
     if None in means:
         return None
-    return sum(mean * weight for mean, weight in zip(means, weights) if mean is not None) / sum(weights)
+    return sum(mean * weight for mean, weight in zip(means, weights) if mean is not None) / sum(
+        weights
+    )
 
 
 def _total(lesions: Sequence[LesionMeasurement], name: str) -> float | None:
@@ -333,7 +390,9 @@ def _total(lesions: Sequence[LesionMeasurement], name: str) -> float | None:
 
 
 def _crumb_note(match: Match, lesions: Mapping[int, LesionMeasurement]) -> str:
-    time, number = ("baseline", match.baseline) if match.followup is None else ("follow-up", match.followup)
+    time, number = (
+        ("baseline", match.baseline) if match.followup is None else ("follow-up", match.followup)
+    )
     assert number is not None
     volume_ml = lesions[number].volume_ml
     return f"crumb: {volume_ml:.3g} mL beside lesion {match.whole} at {time}, counted with it"
@@ -344,7 +403,9 @@ def _referral(group: LesionGroup) -> str:
     return f"change: in the row of lesion {first.baseline} at baseline and {first.followup} at follow-up, with which it belongs"
 
 
-def _notes(match: Match, b: LesionMeasurement | None, f: LesionMeasurement | None, pair: ScanPair) -> list[str]:
+def _notes(
+    match: Match, b: LesionMeasurement | None, f: LesionMeasurement | None, pair: ScanPair
+) -> list[str]:
     notes = []
     if pair.is_retaken and f is not None and match.status != "crumb":
         notes.append(
@@ -354,7 +415,9 @@ def _notes(match: Match, b: LesionMeasurement | None, f: LesionMeasurement | Non
         notes.append("no overlap: matched by the distance of the centroids")
     if match.relabelled:
         time = "baseline" if b is None else "follow-up"
-        notes.append(f"overlaps lesion {', '.join(map(str, match.relabelled))} at {time}, which has another label")
+        notes.append(
+            f"overlaps lesion {', '.join(map(str, match.relabelled))} at {time}, which has another label"
+        )
     for time, lesion in (("baseline", b), ("follow-up", f)):
         if lesion is not None and lesion.touches_border:
             notes.append(f"touches the border of the scan at {time}: its size is a lower bound")

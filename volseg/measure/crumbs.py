@@ -143,7 +143,9 @@ def _parts(ids: np.ndarray, reach: tuple[int, int, int]) -> Iterator[np.ndarray]
     for slab in slabs_of(held, SLAB_VOXELS):
         starts = [side.start - by for side, by in zip(slab, reach, strict=True)]
         stops = [side.stop + by for side, by in zip(slab, reach, strict=True)]
-        part = np.zeros([stop - start for start, stop in zip(starts, stops, strict=True)], ids.dtype)
+        part = np.zeros(
+            [stop - start for start, stop in zip(starts, stops, strict=True)], ids.dtype
+        )
         source, target = [], []
         for start, stop, size in zip(starts, stops, held.shape, strict=True):
             low, high = max(0, start), min(stop, size)

@@ -28,7 +28,9 @@ SCHNEIDER = (
 AGATSTON_SLICE_MM = 3.0  # for which the score is defined
 AGATSTON_STEPS_HU = (200.0, 300.0, 400.0)  # of the peak, from which a slice counts 2, 3 and 4 times
 AGATSTON_SMALLEST_MM2 = 1.0
-ROUNDING = 1e-4  # of an area on an oblique grid of a float32 affine: four pixels of 0.25 mm² are 1 mm²
+ROUNDING = (
+    1e-4  # of an area on an oblique grid of a float32 affine: four pixels of 0.25 mm² are 1 mm²
+)
 
 
 def statistics(values: Ragged) -> dict[str, np.ndarray]:
@@ -39,13 +41,19 @@ def statistics(values: Ragged) -> dict[str, np.ndarray]:
 
     Source: IBSI 1, section 3.3 (arXiv 1612.07003).
     """
-    low, high = values.first.astype(np.float64) + 0.0, values.last.astype(np.float64) + 0.0  # + 0.0 turns -0 into 0
+    low, high = (
+        values.first.astype(np.float64) + 0.0,
+        values.last.astype(np.float64) + 0.0,
+    )  # + 0.0 turns -0 into 0
     middle = values.mean()
     found = {name: values.percentile(percent) for name, percent in PERCENTILES.items()}
     variance, third, fourth = (
-        values.mean(lambda part, lesion, p=power: (part - middle[lesion]) ** p) for power in (2, 3, 4)
+        values.mean(lambda part, lesion, p=power: (part - middle[lesion]) ** p)
+        for power in (2, 3, 4)
     )
-    variance = np.where(low < high, variance, np.nan)  # the mean of equal values may be off in its last bit
+    variance = np.where(
+        low < high, variance, np.nan
+    )  # the mean of equal values may be off in its last bit
     return found | {
         "mean": middle,
         "sd": np.where(low < high, np.sqrt(variance), 0.0),

@@ -36,7 +36,9 @@ AS_USUAL = Measure()
 SMALL_VOXELS = 125  # of a box
 MEASURED_TOGETHER = 2**20  # voxels in the boxes of lesions
 EXPECTED_REACH = 2  # voxels round a lesion that count for its expected volume
-MOST_POINTS = 2**20  # of all surfaces; of more the nearest lesions are looked for in the scan itself
+MOST_POINTS = (
+    2**20
+)  # of all surfaces; of more the nearest lesions are looked for in the scan itself
 
 
 def measure_lesions(
@@ -100,7 +102,9 @@ def measure_lesions(
         classes, settings = None, settings.model_copy(update={"calcium": False})
     for places in _groups(boxes):
         lesions = [_Lesion.of(scan, int(some[at]), boxes[at], forms) for at in places]
-        intensities = _intensities(lesions, voxel_mm3, "" if unit_doubt else intensity_unit, settings)
+        intensities = _intensities(
+            lesions, voxel_mm3, "" if unit_doubt else intensity_unit, settings
+        )
         trusts = _confidences(lesions, voxel_mm3)
         for at, lesion, (intensity, intensity_note), (trust, trust_note) in zip(
             places, lesions, intensities, trusts, strict=True
@@ -143,7 +147,14 @@ def measure_lesions(
                     volseg_version=__version__,
                     notes="; ".join(
                         note
-                        for note in (name_note, axes_note, doubt_note, intensity_note, trust_note, class_note)
+                        for note in (
+                            name_note,
+                            axes_note,
+                            doubt_note,
+                            intensity_note,
+                            trust_note,
+                            class_note,
+                        )
                         if note
                     ),
                 )
@@ -165,7 +176,9 @@ def voxel_volume_mm3(image: Volume) -> float:
     return float(f"{image.geometry.voxel_volume_mm3:.12g}")
 
 
-def sizes_and_boxes(ids: np.ndarray, only: np.ndarray | None, n_lesions: int) -> tuple[np.ndarray, np.ndarray]:
+def sizes_and_boxes(
+    ids: np.ndarray, only: np.ndarray | None, n_lesions: int
+) -> tuple[np.ndarray, np.ndarray]:
     """(M,) voxels of each lesion, or only of some, and (M,) voxels of the boxes round them."""
     box = BoundingBox.around(ids)
     if box is None:
@@ -199,7 +212,9 @@ def _places(
             np.maximum.at(high[axis], inside, at)
     boxes = [
         tuple(slice(start, stop + 1) for start, stop in zip(starts, stops)) if count else None
-        for count, starts, stops in zip(counts[1:].tolist(), low.T[1:].tolist(), high.T[1:].tolist())
+        for count, starts, stops in zip(
+            counts[1:].tolist(), low.T[1:].tolist(), high.T[1:].tolist()
+        )
     ]
     with np.errstate(invalid="ignore"):
         centroids = (sums[:, 1:] / counts[1:]).T + box.start
@@ -304,14 +319,20 @@ class _Lesion:
         Boolean indexing is several times faster along memory.
         """
         axes = self.scan.memory
-        return array[self.box].transpose(axes)[(self.form.inside if inside is None else inside).transpose(axes)]
+        return array[self.box].transpose(axes)[
+            (self.form.inside if inside is None else inside).transpose(axes)
+        ]
 
     def core_values(self, array: np.ndarray) -> np.ndarray:
         """(N,) of a canonical view of the scan in the core of the lesion, in no particular order."""
         if not self.is_large:
-            return self.values(array, self.form.core) if self.form.has_core else array[:0, 0, 0].copy()
+            return (
+                self.values(array, self.form.core) if self.form.has_core else array[:0, 0, 0].copy()
+            )
 
-        inside, values = (each.transpose(self.scan.memory) for each in (self.form.inside, array[self.box]))
+        inside, values = (
+            each.transpose(self.scan.memory) for each in (self.form.inside, array[self.box])
+        )
 
         def parts() -> Iterator[np.ndarray]:
             for start, stop in _slabs(inside):
@@ -338,7 +359,9 @@ class _Lesion:
                 # What grows into this slab comes from as far as that before and after it.
                 low, high = max(0, start - by), min(n, stop + by)
                 before, after = (0 if start else by), (0 if stop < n else by)
-                grown = _grown(np.pad(inside[low:high], by), by)[start - low + by - before : stop - low + by + after]
+                grown = _grown(np.pad(inside[low:high], by), by)[
+                    start - low + by - before : stop - low + by + after
+                ]
                 box = (slice(first.start + start, first.start + stop), others[0], others[1])
                 yield _doubted(confidence, ids, box, grown, (before, after))
 
@@ -350,7 +373,9 @@ class _Lesion:
         return self.form.inside.size > MEASURED_TOGETHER
 
 
-def _doubted(confidence: np.ndarray, ids: np.ndarray, box: Box, halo: np.ndarray, ends: tuple[int, int]) -> np.ndarray:
+def _doubted(
+    confidence: np.ndarray, ids: np.ndarray, box: Box, halo: np.ndarray, ends: tuple[int, int]
+) -> np.ndarray:
     """Of a box whose halo goes `ends` voxels beyond it along the first axis, and `EXPECTED_REACH` along the others."""
     sides, halo_sides = [], []
     for axis, (side, n) in enumerate(zip(box, ids.shape, strict=True)):
@@ -483,7 +508,9 @@ def _axes(lesion: _Lesion, *, is_node: bool) -> dict[str, Any]:
         "long_axis_p1_ras": point_text(ends[1]),
         "short_axis_p0_ras": point_text(ends[2]),
         "short_axis_p1_ras": point_text(ends[3]),
-        "recist_measurable": is_measurable(found.long_mm, found.short_mm, max(lesion.scan.spacing_mm), is_node=is_node),
+        "recist_measurable": is_measurable(
+            found.long_mm, found.short_mm, max(lesion.scan.spacing_mm), is_node=is_node
+        ),
     }
 
 
@@ -519,8 +546,14 @@ def _check(
         raise ValueError(f"confidence has shape {confidence.shape}, its image {ids.shape}")
     if confidence is not None and confidence.dtype != np.uint8 and confidence.dtype.kind != "f":
         raise ValueError(f"confidence is uint8 or floating point, got {confidence.dtype}")
-    if confidence is not None and confidence.dtype != np.uint8 and np.fmax.reduce(confidence, axis=None) > 1:
-        raise ValueError(f"confidence goes from 0 to 1, got {np.fmax.reduce(confidence, axis=None)}")
+    if (
+        confidence is not None
+        and confidence.dtype != np.uint8
+        and np.fmax.reduce(confidence, axis=None) > 1
+    ):
+        raise ValueError(
+            f"confidence goes from 0 to 1, got {np.fmax.reduce(confidence, axis=None)}"
+        )
     n_needed = len(labels) if only is None else int(only.max(initial=0))
     if classes is not None and not n_needed <= len(classes) <= len(labels):
         raise ValueError(f"{len(classes)} lesions are classified, but there are {len(labels)}")
@@ -538,7 +571,10 @@ def centres_mm(indices: np.ndarray, geometry: Geometry) -> np.ndarray:
 def _shift(lesion_box: Box | None, by: BoundingBox) -> Box:
     if lesion_box is None:
         raise ValueError("lesion ids skip a number: every label needs a lesion with voxels")
-    i, j, k = (slice(s.start + start, s.stop + start) for s, start in zip(lesion_box, by.start, strict=True))
+    i, j, k = (
+        slice(s.start + start, s.stop + start)
+        for s, start in zip(lesion_box, by.start, strict=True)
+    )
     return i, j, k
 
 
@@ -584,12 +620,18 @@ def intensity_columns(
     """
     is_hu = unit == "HU"
     calibration = settings.density_g_cm3 or SCHNEIDER
-    with np.errstate(invalid="ignore", divide="ignore"):  # of lesions with voxels that are not finite nothing is taken
+    with np.errstate(
+        invalid="ignore", divide="ignore"
+    ):  # of lesions with voxels that are not finite nothing is taken
         known = {f"intensity_{name}": found.tolist() for name, found in statistics(values).items()}
         densities = density_g_cm3(values, calibration).tolist() if is_hu else []
     (low_hu, _), (high_hu, _) = calibration[0], calibration[-1]
     # Sorted: what is not finite, or beyond the calibration, shows at the ends.
-    lost = _counts(values, ~(np.isfinite(values.first) & np.isfinite(values.last)), lambda part: ~np.isfinite(part))
+    lost = _counts(
+        values,
+        ~(np.isfinite(values.first) & np.isfinite(values.last)),
+        lambda part: ~np.isfinite(part),
+    )
     over = _counts(values, values.last > high_hu, lambda part: part > high_hu)
     under = _counts(values, values.first < low_hu, lambda part: part < low_hu)
     in_hu = f"density, mass{', calcium' if settings.calcium else ''}"
@@ -616,10 +658,15 @@ def intensity_columns(
         if core_mean is None:
             notes.append("intensity_mean_eroded1: no voxel has all its neighbours in the lesion")
         if is_hu:
-            found |= {"density_g_cm3": densities[n], "mass_g": densities[n] * size * voxel_mm3 / 1000}
+            found |= {
+                "density_g_cm3": densities[n],
+                "mass_g": densities[n] * size * voxel_mm3 / 1000,
+            }
             for n_beyond, end, word in ((over[n], high_hu, "over"), (under[n], low_hu, "under")):
                 if n_beyond:
-                    notes.append(f"mass: {n_beyond} voxels are {word} {end:g} HU, where the calibration ends")
+                    notes.append(
+                        f"mass: {n_beyond} voxels are {word} {end:g} HU, where the calibration ends"
+                    )
         if settings.calcium and is_hu and calcium is not None:
             scored, note = calcium(n)
             found |= scored
@@ -628,24 +675,35 @@ def intensity_columns(
     return measured
 
 
-def _counts(values: Ragged, anywhere: np.ndarray, is_counted: Callable[[np.ndarray], np.ndarray]) -> list[int]:
+def _counts(
+    values: Ragged, anywhere: np.ndarray, is_counted: Callable[[np.ndarray], np.ndarray]
+) -> list[int]:
     """(L,) how many values of each lesion are counted; `anywhere` (L,) bool: where there are any."""
     if not anywhere.any():
         return [0] * len(anywhere)
-    return values.sum(lambda part, lesion: is_counted(part).astype(np.float64)).astype(np.int64).tolist()
+    return (
+        values.sum(lambda part, lesion: is_counted(part).astype(np.float64))
+        .astype(np.int64)
+        .tolist()
+    )
 
 
 def _calcium(lesion: _Lesion, voxel_mm3: float, settings: Measure) -> tuple[dict[str, Any], str]:
     hu = lesion.scan.image.intensities(lesion.scan.image.array[lesion.box])
     score, counted = agatston(
-        hu, lesion.form.inside, lesion.scan.geometry.affine[:3, :3], threshold_hu=settings.calcium_threshold_hu
+        hu,
+        lesion.form.inside,
+        lesion.scan.geometry.affine[:3, :3],
+        threshold_hu=settings.calcium_threshold_hu,
     )
     volume_mm3 = int(counted.sum()) * voxel_mm3
     found: dict[str, Any] = {"agatston_score": score, "calcium_volume_mm3": volume_mm3}
     if settings.calcium_mg_per_ml_hu is None:
         return found, "calcium_mass_mg: the recipe has no calcium_mg_per_ml_hu"
     total_hu = float(np.sort(hu[counted].astype(np.float64)).sum())
-    return found | {"calcium_mass_mg": settings.calcium_mg_per_ml_hu * total_hu * voxel_mm3 / 1000}, ""
+    return found | {
+        "calcium_mass_mg": settings.calcium_mg_per_ml_hu * total_hu * voxel_mm3 / 1000
+    }, ""
 
 
 def _confidences(lesions: Sequence[_Lesion], voxel_mm3: float) -> list[tuple[dict[str, Any], str]]:
@@ -658,7 +716,9 @@ def _confidences(lesions: Sequence[_Lesion], voxel_mm3: float) -> list[tuple[dic
     with np.errstate(invalid="ignore"):
         doubtful = doubts.sum()
     del doubts
-    return confidence_columns(Ragged.of([lesion.values(confidence) for lesion in lesions]), doubtful, voxel_mm3)
+    return confidence_columns(
+        Ragged.of([lesion.values(confidence) for lesion in lesions]), doubtful, voxel_mm3
+    )
 
 
 def confidence_columns(
@@ -672,8 +732,13 @@ def confidence_columns(
     full = 255 if values.values.dtype == np.uint8 else 1
     with np.errstate(invalid="ignore"):
         sums = values.sum()
-        means, tenths = (sums / values.counts / full).tolist(), (values.percentile(10) / full).tolist()
-        expected_ml = ((sums + (0 if doubtful is None else doubtful)) / full * voxel_mm3 / 1000).tolist()
+        means, tenths = (
+            (sums / values.counts / full).tolist(),
+            (values.percentile(10) / full).tolist(),
+        )
+        expected_ml = (
+            (sums + (0 if doubtful is None else doubtful)) / full * voxel_mm3 / 1000
+        ).tolist()
     told = []
     for mean, tenth, expected in zip(means, tenths, expected_ml, strict=True):
         if not math.isfinite(mean):
@@ -685,7 +750,9 @@ def confidence_columns(
             continue
         is_known = math.isfinite(expected)
         found["volume_expected_ml"] = expected if is_known else None
-        note = "" if is_known else "volume_expected_ml: the confidence round the lesion is not finite"
+        note = (
+            "" if is_known else "volume_expected_ml: the confidence round the lesion is not finite"
+        )
         told.append((found, note))
     return told
 
@@ -704,7 +771,12 @@ def _grown(inside: np.ndarray, by: int) -> np.ndarray:
 
 def withheld(unit_doubt: str, settings: Measure, *, has_classes: bool) -> str:
     """Note on what is not made of a scan whose unit is doubted."""
-    names = ["density", "mass", *(["calcium"] if settings.calcium else []), *(["class"] if has_classes else [])]
+    names = [
+        "density",
+        "mass",
+        *(["calcium"] if settings.calcium else []),
+        *(["class"] if has_classes else []),
+    ]
     return f"{', '.join(names)}: {unit_doubt}"
 
 
@@ -715,8 +787,14 @@ def _class(probabilities: Mapping[str, float] | None) -> tuple[dict[str, Any], s
     if not all(math.isfinite(probability) for probability in probabilities.values()):
         return NO_CLASS, "class: a probability is not finite"
     name = max(probabilities, key=lambda candidate: probabilities[candidate])
-    text = ";".join(f"{candidate}={probability:.4f}" for candidate, probability in probabilities.items())
-    return {"class_name": name, "class_probability": float(probabilities[name]), "class_probabilities": text}, ""
+    text = ";".join(
+        f"{candidate}={probability:.4f}" for candidate, probability in probabilities.items()
+    )
+    return {
+        "class_name": name,
+        "class_probability": float(probabilities[name]),
+        "class_probabilities": text,
+    }, ""
 
 
 def summarise(
@@ -741,7 +819,14 @@ def summarise(
     total_ml = float(sum(lesion.volume_ml for lesion in lesions)) + specks_ml
     targets = [lesion for lesion in lesions if lesion.recist_measurable]
     lengths = [
-        float((lesion.short_axis_mm if lesion.label_name in settings.lymph_nodes else lesion.long_axis_mm) or 0.0)
+        float(
+            (
+                lesion.short_axis_mm
+                if lesion.label_name in settings.lymph_nodes
+                else lesion.long_axis_mm
+            )
+            or 0.0
+        )
         for lesion in targets
     ]
     organ_ml = organ_voxels_ml + total_ml if organ_voxels_ml else None
@@ -771,5 +856,11 @@ def summarise(
     }
 
 
-INTENSITY_COLUMNS = tuple(f"intensity_{name}" for name in ("mean", "sd", "min", "p10", "median", "p90", "max"))
-NO_CLASS: dict[str, Any] = {"class_name": None, "class_probability": None, "class_probabilities": None}
+INTENSITY_COLUMNS = tuple(
+    f"intensity_{name}" for name in ("mean", "sd", "min", "p10", "median", "p90", "max")
+)
+NO_CLASS: dict[str, Any] = {
+    "class_name": None,
+    "class_probability": None,
+    "class_probabilities": None,
+}

@@ -20,7 +20,9 @@ How = Literal["overlap", "distance"]
 
 SLAB_VOXELS = 2**18  # whose places in the other scan are looked up together
 MIN_SHARE = 0.1  # of the smaller lesion that lies in the other one, from which the two overlap: neighbours may touch
-MAX_DISTANCE_MM = 10.0  # between the centroids of two lesions that do not overlap and are still the same one
+MAX_DISTANCE_MM = (
+    10.0  # between the centroids of two lesions that do not overlap and are still the same one
+)
 MIN_COVERED = 0.5  # of a lesion that lies in the field of view of the other scan, from which it would be seen there
 
 
@@ -133,7 +135,9 @@ def match_lesions(
     matches += _crumb_matches(matches, pieces, labels, crumbs)
     last = here.n + there.n + 1
     matches.sort(key=lambda match: (match.baseline or last, match.followup or last))
-    numbers = {group: n for n, group in enumerate(dict.fromkeys(match.group for match in matches), start=1)}
+    numbers = {
+        group: n for n, group in enumerate(dict.fromkeys(match.group for match in matches), start=1)
+    }
     return [replace(match, group=numbers[match.group]) for match in matches]
 
 
@@ -191,11 +195,15 @@ def _lesions_of(ids: Volume, other: Volume, moved: np.ndarray, n: int, n_other: 
         counts += np.bincount(values, minlength=n + 1)
         for axis in range(3):
             sums[:, axis] += np.bincount(values, weights=index[:, axis], minlength=n + 1)
-        nearest = np.floor(np.round(index @ matrix[:3, :3].T + matrix[:3, 3], 6) + 0.5).astype(np.int64)
+        nearest = np.floor(np.round(index @ matrix[:3, :3].T + matrix[:3, 3], 6) + 0.5).astype(
+            np.int64
+        )
         seen = ((nearest >= 0) & (nearest < np.array(other_grid.shape))).all(axis=1)
         inside += np.bincount(values[seen], minlength=n + 1)
         hits = others[tuple(nearest[seen].T)].astype(np.int64)
-        keys, voxels = np.unique(values[seen][hits > 0] * (n_other + 1) + hits[hits > 0], return_counts=True)
+        keys, voxels = np.unique(
+            values[seen][hits > 0] * (n_other + 1) + hits[hits > 0], return_counts=True
+        )
         for key, count in zip(keys.tolist(), voxels.tolist(), strict=True):
             found[divmod(key, n_other + 1)] += count
         if len(found) > MOST_PAIRS:
@@ -271,9 +279,12 @@ def _crumbs(
     kept = []
     for side in (0, 1):
         at_other = {
-            n: overlaps[side][n] - set(candidates[1 - side]) for n in {*candidates[side], *candidates[side].values()}
+            n: overlaps[side][n] - set(candidates[1 - side])
+            for n in {*candidates[side], *candidates[side].values()}
         }
-        kept.append({n: whole for n, whole in candidates[side].items() if at_other[n] <= at_other[whole]})
+        kept.append(
+            {n: whole for n, whole in candidates[side].items() if at_other[n] <= at_other[whole]}
+        )
     return kept[0], kept[1]
 
 
@@ -288,7 +299,10 @@ def _crumb_matches(
     Args:
         sides: crumbs and lesions each by itself.
     """
-    groups = {match.baseline: match.group for match in matches}, {match.followup: match.group for match in matches}
+    groups = (
+        {match.baseline: match.group for match in matches},
+        {match.followup: match.group for match in matches},
+    )
     shared_mm3: tuple[dict[int, float], dict[int, float]] = defaultdict(float), defaultdict(float)
     for (b, f), mm3 in _shared_mm3(*sides) if any(crumbs) else ():
         if labels[0][b - 1] == labels[1][f - 1]:
@@ -315,7 +329,13 @@ def _groups(firsts: Sequence[Pair], overlap_mm3: Mapping[Pair, float]) -> list[l
     best: dict[tuple[str, int], Pair] = {}
     for pair in overlap_mm3:
         # Where one of the two has no partner the other has: else they would have been paired.
-        key = ("b", pair[0]) if pair[0] not in first_of_b else ("f", pair[1]) if pair[1] not in first_of_f else None
+        key = (
+            ("b", pair[0])
+            if pair[0] not in first_of_b
+            else ("f", pair[1])
+            if pair[1] not in first_of_f
+            else None
+        )
         if key is not None and (key not in best or overlap_mm3[pair] > overlap_mm3[best[key]]):
             best[key] = pair
     groups = {pair: [pair] for pair in firsts}
@@ -340,7 +360,9 @@ def _near_pairs(
     """Pairs of the free lesions of one label, one to one, by the distance of their centroids."""
     gains: dict[Pair, float] = {}
     for label in {labels[0][n - 1] for n in free[0]} & {labels[1][n - 1] for n in free[1]}:
-        befores, afters = ([n for n in free[side] if labels[side][n - 1] == label] for side in (0, 1))
+        befores, afters = (
+            [n for n in free[side] if labels[side][n - 1] == label] for side in (0, 1)
+        )
         near = KDTree(centroids_mm[0][np.array(befores) - 1]).query_ball_tree(
             KDTree(centroids_mm[1][np.array(afters) - 1]), limit_mm
         )
@@ -376,7 +398,11 @@ def _alone(
             group += 1
             found.append(
                 Match(
-                    status="outside" if lesions.covered[n - 1] < MIN_COVERED else "new" if side else "gone",
+                    status="outside"
+                    if lesions.covered[n - 1] < MIN_COVERED
+                    else "new"
+                    if side
+                    else "gone",
                     baseline=None if side else n,
                     followup=n if side else None,
                     group=group,

@@ -13,7 +13,9 @@ TOGETHER = 150 << 20  # voxels of the lesions that are measured together, their 
 LISTED = 10_000  # lesions in report.html
 REPORT = 150 << 20  # making report.html with so many
 CASE = 8 << 10  # per case of the folder, for its row in cases.csv and in report.html
-PAGE = 64 << 20  # making the page of a scan, whatever its size: slabs of it, 12 million voxels, their base64
+PAGE = (
+    64 << 20
+)  # making the page of a scan, whatever its size: slabs of it, 12 million voxels, their base64
 
 
 def lesion_bytes(voxels: int, itemsize: int, *, copies: int = 0, calcium: bool = False) -> int:
@@ -83,6 +85,9 @@ def plan_measuring(
             "scan": scan_itemsize * voxels,
             # While a mask is read it is there twice, before there are lesion ids.
             "masks": (mask_itemsize + max(ID_BYTES, mask_itemsize)) * voxels,
-            "lesions": max(lesion_bytes(voxels, scan_itemsize, copies=copies, calcium=calcium), report_bytes(n_cases)),
+            "lesions": max(
+                lesion_bytes(voxels, scan_itemsize, copies=copies, calcium=calcium),
+                report_bytes(n_cases),
+            ),
         }
     )

@@ -84,7 +84,10 @@ class NearestLesion:
             cell: Box = (i, j, k)
             _, others = _faces(self._window(cell, 0), number, cell, self._corner(cell, 0))
             for block in _blocks(box):
-                if _apart_voxels(block, cells[at : at + 1], ends[at : at + 1])[0] * self._plane_mm >= best:
+                if (
+                    _apart_voxels(block, cells[at : at + 1], ends[at : at + 1])[0] * self._plane_mm
+                    >= best
+                ):
                     continue
                 inside, _ = _faces(self._window(block, 0), number, block, self._corner(block, 0))
                 gap = _shortest(inside @ self._matrix.T, others @ self._matrix.T, best)
@@ -98,7 +101,9 @@ class NearestLesion:
         low, high = np.zeros(shape, np.uint32), np.zeros(shape, np.uint32)
         for i in range(shape[0]):
             for j in range(shape[1]):
-                row = self._ids[i * BLOCK_EDGE : (i + 1) * BLOCK_EDGE, j * BLOCK_EDGE : (j + 1) * BLOCK_EDGE]
+                row = self._ids[
+                    i * BLOCK_EDGE : (i + 1) * BLOCK_EDGE, j * BLOCK_EDGE : (j + 1) * BLOCK_EDGE
+                ]
                 for k in range(shape[2]):
                     some = row[..., k * BLOCK_EDGE : (k + 1) * BLOCK_EDGE]
                     filled = some[some > 0]
@@ -112,7 +117,10 @@ def _blocks(box: Box) -> Iterator[Box]:
         yield box
         return
     sides = [
-        [slice(start, min(start + BLOCK_EDGE, side.stop)) for start in range(side.start, side.stop, BLOCK_EDGE)]
+        [
+            slice(start, min(start + BLOCK_EDGE, side.stop))
+            for start in range(side.start, side.stop, BLOCK_EDGE)
+        ]
         for side in box
     ]
     yield from product(sides[0], sides[1], sides[2])
@@ -130,7 +138,9 @@ def _touches(window: np.ndarray, number: int) -> bool:
     )
 
 
-def _faces(window: np.ndarray, number: int, block: Box, corner: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _faces(
+    window: np.ndarray, number: int, block: Box, corner: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     """(N, 3) and (M, 3) points in voxels: those of the lesion's surface at a block, and those of others in the window."""
     start, stop = (np.array([getattr(side, end) for side in block]) for end in ("start", "stop"))
     inside, others = [], []
@@ -147,7 +157,9 @@ def _faces(window: np.ndarray, number: int, block: Box, corner: np.ndarray) -> t
         others.append(points[((one > 0) & (one != number)) | ((other > 0) & (other != number))])
     surface = np.concatenate(inside)
     # The next block has the others.
-    return surface[((surface > start - 0.75) & (surface < stop - 0.25)).all(axis=1)], np.concatenate(others)
+    return surface[
+        ((surface > start - 0.75) & (surface < stop - 0.25)).all(axis=1)
+    ], np.concatenate(others)
 
 
 def _shortest(points_mm: np.ndarray, others_mm: np.ndarray, most: float) -> float:

@@ -140,7 +140,9 @@ def wholes_of(
         normal: (3,) of the planes in which diameters are taken again; None: in the axial slices,
             and only with spanned crumbs. What was not measured stays unknown.
     """
-    members = {lesion.lesion_id: [lesion] for lesion in scan.lesions if lesion.lesion_id not in crumbs}
+    members = {
+        lesion.lesion_id: [lesion] for lesion in scan.lesions if lesion.lesion_id not in crumbs
+    }
     for crumb, whole in sorted(crumbs.items()):
         members[whole].append(scan.lesions[crumb - 1])
     retaken = {}
@@ -149,7 +151,10 @@ def wholes_of(
         if known(lesion.long_axis_mm) is not None and (normal is not None or len(numbers) > 1):
             retaken[number] = numbers
     axes = dict(zip(retaken, _axes(scan.ids, list(retaken.values()), normal), strict=True))
-    wholes = [replace(pieces[0], **_joined(pieces), **axes.get(number, {})) for number, pieces in members.items()]
+    wholes = [
+        replace(pieces[0], **_joined(pieces), **axes.get(number, {}))
+        for number, pieces in members.items()
+    ]
     return wholes, [scan.lesions[crumb - 1] for crumb in sorted(crumbs)]
 
 
@@ -163,7 +168,9 @@ def _crumbs_of(matches: Iterable[Match]) -> tuple[dict[int, int], dict[int, int]
     return crumbs
 
 
-def _spanned(matches: Iterable[Match], scans: tuple[MeasuredScan, MeasuredScan]) -> tuple[set[int], set[int]]:
+def _spanned(
+    matches: Iterable[Match], scans: tuple[MeasuredScan, MeasuredScan]
+) -> tuple[set[int], set[int]]:
     """Crumbs of each scan that lie where the other one shows the lesion: parts of it, surely.
 
     Of others, which may be something new beside it, only the volume is counted with it.
@@ -198,7 +205,9 @@ def _joined(pieces: Sequence[LesionMeasurement]) -> dict[str, Any]:
     }
 
 
-def _axes(ids: Volume, groups: Sequence[Sequence[int]], normal: np.ndarray | None) -> list[dict[str, Any]]:
+def _axes(
+    ids: Volume, groups: Sequence[Sequence[int]], normal: np.ndarray | None
+) -> list[dict[str, Any]]:
     """Long and short axis of lesions, each several numbers together; their ends are not kept."""
     if not groups:
         return []
@@ -216,7 +225,12 @@ def _axes(ids: Volume, groups: Sequence[Sequence[int]], normal: np.ndarray | Non
         else:
             long_mm, short_mm = section_diameters(inside, matrix, normal)
         measured.append(
-            dict.fromkeys(("axis_slice", *(f"{axis}_axis_p{n}_ras" for axis in ("long", "short") for n in (0, 1))))
+            dict.fromkeys(
+                (
+                    "axis_slice",
+                    *(f"{axis}_axis_p{n}_ras" for axis in ("long", "short") for n in (0, 1)),
+                )
+            )
             | {"long_axis_mm": long_mm, "short_axis_mm": short_mm}
         )
     return measured

@@ -63,7 +63,9 @@ class Ragged:
         starts = self.starts[filled]
         for at in range(0, self.values.size, SUMMED_TOGETHER):
             part = self._scaled(self.values[at : at + SUMMED_TOGETHER]).astype(np.float64)
-            here = slice(np.searchsorted(starts, at, "right") - 1, np.searchsorted(starts, at + part.size))
+            here = slice(
+                np.searchsorted(starts, at, "right") - 1, np.searchsorted(starts, at + part.size)
+            )
             cuts = np.maximum(starts[here] - at, 0)
             lesion = np.repeat(filled[here], np.diff(cuts, append=part.size))
             totals[filled[here]] += np.add.reduceat(term(part, lesion), cuts)
@@ -86,7 +88,11 @@ class Ragged:
 
 def _reverse(values: np.ndarray) -> None:
     """Turn (N,) sorted values round in place, but for those that are not a number, which stay last."""
-    n = values.size if values.dtype.kind != "f" else values.size - int(np.count_nonzero(np.isnan(values)))
+    n = (
+        values.size
+        if values.dtype.kind != "f"
+        else values.size - int(np.count_nonzero(np.isnan(values)))
+    )
     low, high = values[: n // 2], values[n - n // 2 : n]
     lowest = low.copy()
     low[:] = high[::-1]

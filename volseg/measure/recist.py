@@ -63,7 +63,9 @@ def diameters(inside: np.ndarray, matrix: np.ndarray) -> Diameters:
     return Diameters(longest, short_mm, chosen, pair, np.insert(short_ends, 2, chosen, axis=1))
 
 
-def _short_axis(plane: np.ndarray, long_ends: np.ndarray, matrix: np.ndarray) -> tuple[float, np.ndarray]:
+def _short_axis(
+    plane: np.ndarray, long_ends: np.ndarray, matrix: np.ndarray
+) -> tuple[float, np.ndarray]:
     """Length and (2, 2) ends, in voxels, of the longest chord of the contour that is perpendicular to the long axis."""
     from skimage.measure import find_contours
 
@@ -71,7 +73,9 @@ def _short_axis(plane: np.ndarray, long_ends: np.ndarray, matrix: np.ndarray) ->
     along /= np.linalg.norm(along)
     normal = np.cross(matrix[:, 0], matrix[:, 1])
     across = np.cross(normal / np.linalg.norm(normal), along)
-    frame = np.stack([along, across]) @ matrix[:, :2]  # (2, 2) voxels of the plane → mm along and across
+    frame = (
+        np.stack([along, across]) @ matrix[:, :2]
+    )  # (2, 2) voxels of the plane → mm along and across
     contours = find_contours(np.pad(plane, 1).astype(np.float32), 0.5)
     starts = np.concatenate([line[:-1] for line in contours]) - 1
     ends = np.concatenate([line[1:] for line in contours]) - 1
@@ -95,7 +99,10 @@ def widest_across(starts: np.ndarray, ends: np.ndarray) -> tuple[float, np.ndarr
     places = np.unique(np.round(np.concatenate([u, u_end]), 9))
     if len(places) > CONTOUR_PLACES:  # a lesion of thousands of voxels across: at every n-th corner
         places = places[:: -(-len(places) // CONTOUR_PLACES)]
-    rise, is_level = v_end - v, np.abs(u_end - u) < 1e-9  # a level piece is itself perpendicular: all of it counts
+    rise, is_level = (
+        v_end - v,
+        np.abs(u_end - u) < 1e-9,
+    )  # a level piece is itself perpendicular: all of it counts
     run, n_together = np.where(is_level, 1, u_end - u), max(1, LOOKED_AT_TOGETHER // len(u))
     bottoms, tops = [], []
     for start in range(0, len(places), n_together):
@@ -103,11 +110,16 @@ def widest_across(starts: np.ndarray, ends: np.ndarray) -> tuple[float, np.ndarr
         place, at = np.nonzero((low <= some[:, None] + 1e-9) & (high >= some[:, None] - 1e-9))
         crossing = v[at] + np.clip((some[place] - u[at]) / run[at], 0, 1) * rise[at]
         firsts = np.searchsorted(place, np.arange(len(some)))
-        for found, best, end in ((bottoms, np.minimum, np.minimum(v, v_end)), (tops, np.maximum, np.maximum(v, v_end))):
+        for found, best, end in (
+            (bottoms, np.minimum, np.minimum(v, v_end)),
+            (tops, np.maximum, np.maximum(v, v_end)),
+        ):
             found.append(best.reduceat(np.where(is_level[at], end[at], crossing), firsts))
     bottom, top = np.concatenate(bottoms), np.concatenate(tops)
     widths = top - bottom
-    best = int(np.argmax(widths >= widths.max() - SAME_LENGTH_MM))  # the first of those that are equally wide
+    best = int(
+        np.argmax(widths >= widths.max() - SAME_LENGTH_MM)
+    )  # the first of those that are equally wide
     return float(widths[best]), np.array([[places[best], places[best]], [bottom[best], top[best]]])
 
 
@@ -119,22 +131,37 @@ def is_measurable(long_mm: float, short_mm: float, slice_mm: float, *, is_node: 
     """
     if is_node:
         return short_mm >= MEASURABLE_NODE_MM - ROUNDING_MM
-    return long_mm >= max(MEASURABLE_MM, 2 * slice_mm if slice_mm > THICK_SLICE_MM + ROUNDING_MM else 0.0) - ROUNDING_MM
+    return (
+        long_mm
+        >= max(MEASURABLE_MM, 2 * slice_mm if slice_mm > THICK_SLICE_MM + ROUNDING_MM else 0.0)
+        - ROUNDING_MM
+    )
 
 
 def choose_targets(
-    lengths_mm: Sequence[float], labels: Sequence[Hashable], *, most: int = 5, most_per_label: int = 2
+    lengths_mm: Sequence[float],
+    labels: Sequence[Hashable],
+    *,
+    most: int = 5,
+    most_per_label: int = 2,
 ) -> list[int]:
     """Positions of the target lesions among measurable ones: the longest, so many in all and so many per organ."""
     chosen: list[int] = []
     for at in sorted(range(len(lengths_mm)), key=lambda at: -lengths_mm[at]):
-        if len(chosen) < most and sum(labels[other] == labels[at] for other in chosen) < most_per_label:
+        if (
+            len(chosen) < most
+            and sum(labels[other] == labels[at] for other in chosen) < most_per_label
+        ):
             chosen.append(at)
     return chosen
 
 
 def sum_of_diameters_mm(
-    lengths_mm: Sequence[float], labels: Sequence[Hashable], *, most: int = 5, most_per_label: int = 2
+    lengths_mm: Sequence[float],
+    labels: Sequence[Hashable],
+    *,
+    most: int = 5,
+    most_per_label: int = 2,
 ) -> float:
     """Sum of the longest measurable diameters, so many in all and so many per organ.
 
@@ -142,5 +169,9 @@ def sum_of_diameters_mm(
     61.0
     """
     return sum(
-        (lengths_mm[at] for at in choose_targets(lengths_mm, labels, most=most, most_per_label=most_per_label)), 0.0
+        (
+            lengths_mm[at]
+            for at in choose_targets(lengths_mm, labels, most=most, most_per_label=most_per_label)
+        ),
+        0.0,
     )

@@ -13,10 +13,25 @@ from scipy.spatial import KDTree
 
 from volseg.columns import column
 from volseg.measure import recist
-from volseg.measure.changes import LesionGroup, ScanPair, centroids_mm, difference, groups_of, lesions_of
+from volseg.measure.changes import (
+    LesionGroup,
+    ScanPair,
+    centroids_mm,
+    difference,
+    groups_of,
+    lesions_of,
+)
 from volseg.measure.matching import MIN_SHARE
 from volseg.measure.rows import LesionMeasurement
-from volseg.measure.targets import RECIST, choose_targets, diameter_mm, is_lymph_node, is_normal, known, label_of
+from volseg.measure.targets import (
+    RECIST,
+    choose_targets,
+    diameter_mm,
+    is_lymph_node,
+    is_normal,
+    known,
+    label_of,
+)
 
 ROUNDING = 1e-9  # 12 mm are 20 % more than 10 mm, whatever the last bit says
 MOST_NAMED = 5  # crumbs in a warning
@@ -29,10 +44,14 @@ class PatientResponse:
 
     patient: str = column("", "name of the patient")
     baseline_case: str | None = column(
-        "", "the earlier scan; of several pairs one each, with ; between; empty if there is none", None
+        "",
+        "the earlier scan; of several pairs one each, with ; between; empty if there is none",
+        None,
     )
     followup_case: str | None = column(
-        "", "the later scan; of several pairs one each, with ; between; empty if there is none", None
+        "",
+        "the later scan; of several pairs one each, with ; between; empty if there is none",
+        None,
     )
     status: Literal["done", "failed", "unpaired", "pending", "unknown"] = column(
         "",
@@ -63,10 +82,16 @@ class PatientResponse:
         source=RECIST,
     )
     baseline_sum_mm: float | None = column(
-        "mm", "sum of diameters of the targets at baseline: long axes, of lymph nodes short axes", None, source=RECIST
+        "mm",
+        "sum of diameters of the targets at baseline: long axes, of lymph nodes short axes",
+        None,
+        source=RECIST,
     )
     nadir_sum_mm: float | None = column(
-        "mm", "smallest sum before the follow-up; with two time points that of the baseline", None, source=RECIST
+        "mm",
+        "smallest sum before the follow-up; with two time points that of the baseline",
+        None,
+        source=RECIST,
     )
     followup_sum_mm: float | None = column(
         "mm",
@@ -74,23 +99,37 @@ class PatientResponse:
         None,
         source=RECIST,
     )
-    change_sum_mm: float | None = column("mm", "followup_sum_mm less baseline_sum_mm", None, source=RECIST)
-    change_sum_percent: float | None = column("%", "that change in percent of baseline_sum_mm", None, source=RECIST)
+    change_sum_mm: float | None = column(
+        "mm", "followup_sum_mm less baseline_sum_mm", None, source=RECIST
+    )
+    change_sum_percent: float | None = column(
+        "%", "that change in percent of baseline_sum_mm", None, source=RECIST
+    )
     volume_response: str | None = column(
         "",
         "as response, from the volumes of the targets: PR from −65.7 %, PD from +72.8 %, which RECIST's limits are for balls",
         None,
         source="cube of RECIST's limits; Therasse, J Natl Cancer Inst 92:205 (2000), appendix",
     )
-    baseline_target_volume_ml: float | None = column("mL", "volume of the targets at baseline", None)
-    followup_target_volume_ml: float | None = column("mL", "volume of the targets at follow-up", None)
-    change_target_volume_percent: float | None = column("%", "change of it in percent of the baseline", None)
+    baseline_target_volume_ml: float | None = column(
+        "mL", "volume of the targets at baseline", None
+    )
+    followup_target_volume_ml: float | None = column(
+        "mL", "volume of the targets at follow-up", None
+    )
+    change_target_volume_percent: float | None = column(
+        "%", "change of it in percent of the baseline", None
+    )
     baseline_volume_ml: float | None = column("mL", "volume of all lesions at baseline", None)
     followup_volume_ml: float | None = column("mL", "volume of all lesions at follow-up", None)
     change_volume_ml: float | None = column(
-        "mL", "followup_volume_ml less baseline_volume_ml; empty if lesions lie outside the other scan", None
+        "mL",
+        "followup_volume_ml less baseline_volume_ml; empty if lesions lie outside the other scan",
+        None,
     )
-    change_volume_percent: float | None = column("%", "that change in percent of the baseline", None)
+    change_volume_percent: float | None = column(
+        "%", "that change in percent of the baseline", None
+    )
     n_baseline: int | None = column("", "lesions at baseline", None)
     n_followup: int | None = column("", "lesions at follow-up", None)
     n_matched: int | None = column("", "lesions that are one at both times", None)
@@ -98,17 +137,25 @@ class PatientResponse:
     n_gone: int | None = column("", "lesions that were there at baseline only", None)
     n_merged: int | None = column("", "lesions of the baseline that merged with another", None)
     n_split: int | None = column("", "lesions of the baseline that split into several", None)
-    n_regrouped: int | None = column("", "lesions of the baseline that are in several, each with others", None)
-    n_outside: int | None = column("", "lesions of either time where the other scan does not reach", None)
+    n_regrouped: int | None = column(
+        "", "lesions of the baseline that are in several, each with others", None
+    )
+    n_outside: int | None = column(
+        "", "lesions of either time where the other scan does not reach", None
+    )
     n_crumbs: int | None = column(
-        "", "small pieces beside a lesion at either time: counted with it, and in none of the numbers above", None
+        "",
+        "small pieces beside a lesion at either time: counted with it, and in none of the numbers above",
+        None,
     )
     registration: str | None = column(
         "",
         "rigid; identical: the two scans are the same; none: world coordinates as they are; of several pairs one each, with ; between",
         None,
     )
-    moved_mm: float | None = column("mm", "largest distance that registration moved the centroid of a lesion", None)
+    moved_mm: float | None = column(
+        "mm", "largest distance that registration moved the centroid of a lesion", None
+    )
     turned_deg: float | None = column("°", "angle of the rotation; of several the largest", None)
     tilt_deg: float | None = column(
         "°",
@@ -117,7 +164,9 @@ class PatientResponse:
         None,
     )
     registration_error_mm: float | None = column(
-        "mm", "largest distance at a lesion between registration of the scans one way and the other", None
+        "mm",
+        "largest distance at a lesion between registration of the scans one way and the other",
+        None,
     )
     similarity_before: float | None = column(
         "nats",
@@ -125,14 +174,18 @@ class PatientResponse:
         None,
     )
     similarity_after: float | None = column(
-        "nats", "mutual information of the scans after registration, of several pairs the least", None
+        "nats",
+        "mutual information of the scans after registration, of several pairs the least",
+        None,
     )
     warnings: str = column("", "what to know before trusting the row; empty if nothing", "")
     seconds: float | None = column("s", "time taken for this patient", None)
     volseg_version: str | None = column("", "version that compared", None)
 
 
-def judge_response(pairs: Sequence[ScanPair], *, patient: str, lymph_nodes: Collection[str] = ()) -> PatientResponse:
+def judge_response(
+    pairs: Sequence[ScanPair], *, patient: str, lymph_nodes: Collection[str] = ()
+) -> PatientResponse:
     """The row of a patient: response by RECIST 1.1 with the rule that decided, sums, volumes and counts.
 
     Targets are chosen, added up and judged over all scans of the patient. With two time points the baseline is the nadir. Unequivocal
@@ -150,15 +203,28 @@ def judge_response(pairs: Sequence[ScanPair], *, patient: str, lymph_nodes: Coll
     targets = choose_targets(baseline, lymph_nodes)
     chosen = targets or []
     groups = groups_of(pairs, lymph_nodes)
-    of_targets = [group for group in groups if any(target is each for target in chosen for each in group.before)]
-    others = [group for group in groups if group.before and group not in of_targets and not group.was_normal]
+    of_targets = [
+        group
+        for group in groups
+        if any(target is each for target in chosen for each in group.before)
+    ]
+    others = [
+        group
+        for group in groups
+        if group.before and group not in of_targets and not group.was_normal
+    ]
     doubtful = [pair for pair in pairs if _is_doubtful(pair)]
-    twins = [_twins(scans) for scans in ([pair.baseline for pair in pairs], [pair.followup for pair in pairs])]
+    twins = [
+        _twins(scans)
+        for scans in ([pair.baseline for pair in pairs], [pair.followup for pair in pairs])
+    ]
     # Where the baseline does not reach counts as new too (section 4.3.5); under another label it may have been there before.
     only_later = [
         group
         for group in groups
-        if group.status in ("new", "outside") and not group.is_relabelled and group.pair not in doubtful
+        if group.status in ("new", "outside")
+        and not group.is_relabelled
+        and group.pair not in doubtful
     ]
     uncertain = {id(group) for group in only_later if _may_be_known(group, groups, twins[1])}
     new, perhaps_new = (
@@ -175,22 +241,37 @@ def judge_response(pairs: Sequence[ScanPair], *, patient: str, lymph_nodes: Coll
     verdict = _Verdict(
         [f"{name_of(lesion)} ({_size_text(lesion)})" for lesion in new],
         _unclear(groups, perhaps_new, new_pieces, lymph_nodes, name_of),
-        "; ".join(pair.doubt if len(pairs) == 1 else f"{pair.followup_case}: {pair.doubt}" for pair in doubtful),
+        "; ".join(
+            pair.doubt if len(pairs) == 1 else f"{pair.followup_case}: {pair.doubt}"
+            for pair in doubtful
+        ),
     )
-    sums = _Sums.of(chosen, of_targets, lambda lesion: diameter_mm(lesion, lymph_nodes)) if chosen else None
-    volumes = _Sums.of(chosen, of_targets, lambda lesion: known(lesion.volume_ml)) if chosen else None
+    sums = (
+        _Sums.of(chosen, of_targets, lambda lesion: diameter_mm(lesion, lymph_nodes))
+        if chosen
+        else None
+    )
+    volumes = (
+        _Sums.of(chosen, of_targets, lambda lesion: known(lesion.volume_ml)) if chosen else None
+    )
     is_gone = all(group.is_gone for group in of_targets)
     target = None if sums is None else _target_response(sums, SIZE, is_gone=is_gone)
     non_target = _non_target_response(others)
     by_volume = None if volumes is None else _target_response(volumes, VOLUME, is_gone=is_gone)
     sizes = {id(lesion): diameter_mm(lesion, lymph_nodes) or 0.0 for lesion in chosen}
-    contradiction, difference_of_sums = _disagreement(sums, volumes, of_targets, sizes, is_gone=is_gone)
+    contradiction, difference_of_sums = _disagreement(
+        sums, volumes, of_targets, sizes, is_gone=is_gone
+    )
     response, rule = verdict.of(target, non_target, sums, targets_are_known=targets is not None)
     if contradiction and not verdict.is_decided:
         response, rule = None, contradiction
-    volume_response, _ = verdict.of(by_volume, non_target, None, targets_are_known=targets is not None)
+    volume_response, _ = verdict.of(
+        by_volume, non_target, None, targets_are_known=targets is not None
+    )
     n_outside = sum(group.status == "outside" for group in groups)
-    total_before, total_after = (sum(lesion.volume_ml for lesion in lesions) for lesions in (baseline, followup))
+    total_before, total_after = (
+        sum(lesion.volume_ml for lesion in lesions) for lesions in (baseline, followup)
+    )
     change_ml, change_percent = (None, None) if n_outside else difference(total_before, total_after)
     return PatientResponse(
         patient=patient,
@@ -295,7 +376,11 @@ class _Sums:
         after = [size(lesion) for group in groups for lesion in group.after]
         least = sum(value for value in after if value is not None)
         is_cut = any(lesion.touches_border for group in groups for lesion in group.after)
-        is_known = None not in after and not is_cut and not any(group.status == "outside" for group in groups)
+        is_known = (
+            None not in after
+            and not is_cut
+            and not any(group.status == "outside" for group in groups)
+        )
         return cls(
             sum(size(lesion) or 0.0 for lesion in targets),
             least if is_known else None,
@@ -312,7 +397,9 @@ def _target_response(sums: _Sums, limits: _Limits, *, is_gone: bool) -> str:
     if is_gone:
         return "CR"
     rise = sums.least - sums.before
-    has_grown = rise >= limits.progression * sums.before - ROUNDING and rise >= limits.least_rise - ROUNDING
+    has_grown = (
+        rise >= limits.progression * sums.before - ROUNDING and rise >= limits.least_rise - ROUNDING
+    )
     if has_grown and not sums.is_least_before:
         return "PD"  # whatever the targets that are not known have become
     if sums.after is None:
@@ -323,7 +410,12 @@ def _target_response(sums: _Sums, limits: _Limits, *, is_gone: bool) -> str:
 
 
 def _disagreement(
-    sums: _Sums | None, volumes: _Sums | None, of_targets: Sequence[LesionGroup], sizes: _Sizes, *, is_gone: bool
+    sums: _Sums | None,
+    volumes: _Sums | None,
+    of_targets: Sequence[LesionGroup],
+    sizes: _Sizes,
+    *,
+    is_gone: bool,
 ) -> tuple[str, str]:
     """Why diameters and volumes of the targets contradict each other, and, if they do not, why their classes differ.
 
@@ -338,7 +430,9 @@ def _disagreement(
     if "NE" in (by_size, by_volume):
         return "", ""
     implied_mm = _implied_mm(of_targets, sizes)
-    implied = _target_response(replace(sums, after=implied_mm, least=implied_mm), SIZE, is_gone=is_gone)
+    implied = _target_response(
+        replace(sums, after=implied_mm, least=implied_mm), SIZE, is_gone=is_gone
+    )
     (_, size_percent), (_, volume_percent) = sums.change, volumes.change
     by_diameters = f"{by_size} by their diameters{_percent_text(size_percent)}"
     if implied != by_size:
@@ -359,7 +453,9 @@ def _implied_mm(of_targets: Sequence[LesionGroup], sizes: _Sizes) -> float:
     """Sum of diameters at follow-up if every target had kept its shape."""
     total_mm = 0.0
     for group in of_targets:
-        before_ml, after_ml = (sum(lesion.volume_ml for lesion in lesions) for lesions in (group.before, group.after))
+        before_ml, after_ml = (
+            sum(lesion.volume_ml for lesion in lesions) for lesions in (group.before, group.after)
+        )
         before_mm = sum(sizes.get(id(lesion), 0.0) for lesion in group.before)
         total_mm += before_mm * (after_ml / before_ml) ** (1 / 3) if before_ml else 0.0
     return total_mm
@@ -377,7 +473,9 @@ def _non_target_response(groups: Sequence[LesionGroup]) -> str | None:
     return "CR" if all(group.is_gone for group in groups) else "Non-CR/Non-PD"
 
 
-def _may_be_known(group: LesionGroup, groups: Sequence[LesionGroup], twins: Sequence[_Twins]) -> bool:
+def _may_be_known(
+    group: LesionGroup, groups: Sequence[LesionGroup], twins: Sequence[_Twins]
+) -> bool:
     """Whether a lesion of the follow-up alone may be one that another scan of the patient shows."""
     if any(lesion is each for pair in twins for each in pair for lesion in group.after):
         return True
@@ -390,11 +488,17 @@ def _may_be_known(group: LesionGroup, groups: Sequence[LesionGroup], twins: Sequ
     )
 
 
-def _new_pieces(groups: Sequence[LesionGroup], lymph_nodes: Collection[str]) -> list[LesionMeasurement]:
+def _new_pieces(
+    groups: Sequence[LesionGroup], lymph_nodes: Collection[str]
+) -> list[LesionMeasurement]:
     """Crumbs as long as a measurable lesion, beside one that was there before, where there was nothing."""
     pieces = []
     for group in groups:
-        shared_mm3 = {match.followup: match.overlap_mm3 or 0.0 for match in group.matches if match.status == "crumb"}
+        shared_mm3 = {
+            match.followup: match.overlap_mm3 or 0.0
+            for match in group.matches
+            if match.status == "crumb"
+        }
         for crumb in group.crumbs_after if group.before else ():
             size_mm = diameter_mm(crumb, lymph_nodes)
             is_new = shared_mm3[crumb.lesion_id] < MIN_SHARE * crumb.volume_mm3
@@ -410,7 +514,9 @@ def _crumb_warnings(groups: Sequence[LesionGroup], name_of: _Name) -> Iterator[s
     ):
         if not crumbs:
             continue
-        names = ", ".join(f"{name_of(crumb)} ({_size_text(crumb)})" for crumb in crumbs[:MOST_NAMED])
+        names = ", ".join(
+            f"{name_of(crumb)} ({_size_text(crumb)})" for crumb in crumbs[:MOST_NAMED]
+        )
         more = f" and {len(crumbs) - MOST_NAMED} more" if len(crumbs) > MOST_NAMED else ""
         yield f"W_CRUMB: {names}{more} at {time}: small pieces beside a lesion, counted with it"
 
@@ -424,19 +530,36 @@ def _unclear(
 ) -> str:
     """What keeps anything but progression from being said; empty if nothing does."""
     found = []
-    grown = [group for group in groups if group.before and group.was_normal and group.after and not group.is_normal]
+    grown = [
+        group
+        for group in groups
+        if group.before and group.was_normal and group.after and not group.is_normal
+    ]
     if grown:
         listed = ", ".join(name_of(lesion) for group in grown for lesion in group.after)
-        found.append(f"lymph node {listed} was normal at baseline and is not any more: say whether that is new disease")
-    named = [lesion for group in groups if group.is_relabelled and not group.before for lesion in group.after]
+        found.append(
+            f"lymph node {listed} was normal at baseline and is not any more: say whether that is new disease"
+        )
+    named = [
+        lesion
+        for group in groups
+        if group.is_relabelled and not group.before
+        for lesion in group.after
+    ]
     if named := [name_of(lesion) for lesion in named if not is_normal(lesion, lymph_nodes)]:
-        found.append(f"lesion {', '.join(named)} is new or had another label at baseline: say which")
+        found.append(
+            f"lesion {', '.join(named)} is new or had another label at baseline: say which"
+        )
     if perhaps_new:
         listed = ", ".join(map(name_of, perhaps_new))
-        found.append(f"lesion {listed} is new or one that another scan of the patient shows too: say which")
+        found.append(
+            f"lesion {listed} is new or one that another scan of the patient shows too: say which"
+        )
     if new_pieces:
         listed = ", ".join(f"{name_of(lesion)} ({_size_text(lesion)})" for lesion in new_pieces)
-        found.append(f"piece {listed} beside a lesion is new: say whether it is new disease or a part of that lesion")
+        found.append(
+            f"piece {listed} beside a lesion is new: say whether it is new disease or a part of that lesion"
+        )
     return "; ".join(found)
 
 
@@ -459,7 +582,12 @@ class _Verdict:
         return bool(self.new or self.doubt)
 
     def of(
-        self, target: str | None, non_target: str | None, sums: _Sums | None, *, targets_are_known: bool
+        self,
+        target: str | None,
+        non_target: str | None,
+        sums: _Sums | None,
+        *,
+        targets_are_known: bool,
     ) -> tuple[str | None, str]:
         """Response and the rule that decided. `non_target` is of all lesions where the targets are not known."""
         if self.new:
@@ -479,9 +607,15 @@ def _overall(
     if {target, non_target} <= {"CR", None}:
         return "CR", "CR: all lesions of the baseline are gone, and no lesion is new"
     if not targets_are_known:
-        return None, "diameters were not measured, so there are no targets to judge by: measure both scans again"
+        return (
+            None,
+            "diameters were not measured, so there are no targets to judge by: measure both scans again",
+        )
     if target is None:
-        return non_target, f"{non_target}: no target lesion, since none was measurable at baseline; {_REST[non_target]}"
+        return (
+            non_target,
+            f"{non_target}: no target lesion, since none was measurable at baseline; {_REST[non_target]}",
+        )
     if target == "CR":
         return "PR", f"PR: all targets are gone; {_REST[non_target]}"
     return target, f"{target}: {_sum_text(sums)}; {_WHY[target]}"
@@ -533,7 +667,9 @@ def _warnings(
 ) -> Iterator[str]:
     lesions = [lesion for group in groups for lesion in (*group.before, *group.after)]
     names = {label_of(lesion) for lesion in lesions if not is_lymph_node(lesion, lymph_nodes)}
-    nodes = sorted(name for name in names if re.search(r"lymph|(?<![a-z])nodes?(?![a-z])", name.lower()))
+    nodes = sorted(
+        name for name in names if re.search(r"lymph|(?<![a-z])nodes?(?![a-z])", name.lower())
+    )
     if nodes:
         yield f"W_NODE: {', '.join(nodes)} sounds like lymph nodes, but was not said to be: long axes are taken"
     sizes = [diameter_mm(lesion, lymph_nodes) for lesion in new]
@@ -542,7 +678,11 @@ def _warnings(
     if any(group.is_relabelled for group in groups):
         yield "W_LABEL: a lesion overlaps one of another label; it counts as gone, and not as new"
     for group in of_targets:
-        joined = [name_of(lesion) for lesion in group.before if not any(target is lesion for target in targets)]
+        joined = [
+            name_of(lesion)
+            for lesion in group.before
+            if not any(target is lesion for target in targets)
+        ]
         if joined:
             listed = ", ".join(joined)
             yield f"W_MERGED: a target merged with lesions {listed}, which are no targets; the whole counts as target"
@@ -569,7 +709,10 @@ def _twins(scans: Sequence[Sequence[LesionMeasurement]]) -> list[_Twins]:
     found = []
     for one, other in combinations(scans, 2):
         for label in dict.fromkeys(map(label_of, one)):
-            here, there = ([lesion for lesion in lesions if label_of(lesion) == label] for lesions in (one, other))
+            here, there = (
+                [lesion for lesion in lesions if label_of(lesion) == label]
+                for lesions in (one, other)
+            )
             if there:
                 mm, nearest = map(np.asarray, KDTree(centroids_mm(there)).query(centroids_mm(here)))
                 near = np.flatnonzero(mm <= ONE_PLACE_MM).tolist()

@@ -18,10 +18,14 @@ class LesionMeasurement:
         "number of the lesion in the scan and in lesion_ids; 1 is the largest, or with `--objects labels` the smallest value",
     )
     label: int = column("", "value of the lesion in the mask")
-    label_name: str | None = column("", "name of that value; where it has none empty, or from `measure` label_7")
+    label_name: str | None = column(
+        "", "name of that value; where it has none empty, or from `measure` label_7"
+    )
     n_voxels: int = column("voxels", "number of voxels")
     volume_mm3: float = column(
-        "mm³", "n_voxels × voxel volume |det A| of the scan's own grid, to 12 digits", source="IBSI YEKZ"
+        "mm³",
+        "n_voxels × voxel volume |det A| of the scan's own grid, to 12 digits",
+        source="IBSI YEKZ",
     )
     volume_ml: float = column("mL", "volume_mm3 / 1000")
     intensity_mean: float = column(
@@ -30,34 +34,52 @@ class LesionMeasurement:
         source="IBSI Q4LE",
     )
     intensity_sd: float = column(
-        "intensity_unit", "their standard deviation, of the population (1/N)", source="root of IBSI ECT3"
+        "intensity_unit",
+        "their standard deviation, of the population (1/N)",
+        source="root of IBSI ECT3",
     )
     intensity_min: float = column("intensity_unit", "their minimum", source="IBSI 1GSF")
     intensity_p10: float = column(
-        "intensity_unit", "their 10th percentile, linear between neighbouring values", source="IBSI QG58"
+        "intensity_unit",
+        "their 10th percentile, linear between neighbouring values",
+        source="IBSI QG58",
     )
     intensity_median: float = column("intensity_unit", "their median", source="IBSI Y12H")
     intensity_p90: float = column(
-        "intensity_unit", "their 90th percentile, linear between neighbouring values", source="IBSI 8DWT"
+        "intensity_unit",
+        "their 90th percentile, linear between neighbouring values",
+        source="IBSI 8DWT",
     )
     intensity_max: float = column("intensity_unit", "their maximum", source="IBSI 84IY")
     intensity_unit: str = column(
-        "", "unit of the intensities: HU, SUV; a.u. if unknown or contradicted; `notes` says if it is a guess"
+        "",
+        "unit of the intensities: HU, SUV; a.u. if unknown or contradicted; `notes` says if it is a guess",
     )
-    centroid_r_mm: float = column("mm", "centre of mass of the voxels, towards the patient's right (RAS world)")
+    centroid_r_mm: float = column(
+        "mm", "centre of mass of the voxels, towards the patient's right (RAS world)"
+    )
     centroid_a_mm: float = column("mm", "the same, towards anterior")
     centroid_s_mm: float = column("mm", "the same, towards superior")
-    touches_border: bool = column("", "a voxel lies on the edge of the array; volume is a lower bound if it was cut")
+    touches_border: bool = column(
+        "", "a voxel lies on the edge of the array; volume is a lower bound if it was cut"
+    )
     confidence_mean: float | None = column(
-        "0 to 1", "mean probability of the class that the model chose, before post-processing; empty without a model"
+        "0 to 1",
+        "mean probability of the class that the model chose, before post-processing; empty without a model",
     )
     class_name: str | None = column(
-        "", "most probable class; empty without a classifier, or if the modality or unit of the scan is in doubt"
+        "",
+        "most probable class; empty without a classifier, or if the modality or unit of the scan is in doubt",
     )
     class_probability: float | None = column("0 to 1", "probability of that class")
-    class_probabilities: str | None = column("0 to 1", "probability of every class, as name=value;name=value")
+    class_probabilities: str | None = column(
+        "0 to 1", "probability of every class, as name=value;name=value"
+    )
     volume_mesh_mm3: float | None = column(
-        "mm³", "volume inside the surface (marching cubes at 0.5 on the voxels)", None, source="IBSI RNU0"
+        "mm³",
+        "volume inside the surface (marching cubes at 0.5 on the voxels)",
+        None,
+        source="IBSI RNU0",
     )
     volume_expected_ml: float | None = column(
         "mL",
@@ -65,13 +87,24 @@ class LesionMeasurement:
         None,
     )
     intensity_p05: float | None = column(
-        "intensity_unit", "5th percentile of the intensities, linear between neighbouring values", None
+        "intensity_unit",
+        "5th percentile of the intensities, linear between neighbouring values",
+        None,
     )
-    intensity_p25: float | None = column("intensity_unit", "25th percentile of the intensities", None)
-    intensity_p75: float | None = column("intensity_unit", "75th percentile of the intensities", None)
-    intensity_p95: float | None = column("intensity_unit", "95th percentile of the intensities", None)
+    intensity_p25: float | None = column(
+        "intensity_unit", "25th percentile of the intensities", None
+    )
+    intensity_p75: float | None = column(
+        "intensity_unit", "75th percentile of the intensities", None
+    )
+    intensity_p95: float | None = column(
+        "intensity_unit", "95th percentile of the intensities", None
+    )
     intensity_skewness: float | None = column(
-        "", "skewness of the intensities, m₃ / m₂^1.5; empty if all are equal", None, source="IBSI KE2A"
+        "",
+        "skewness of the intensities, m₃ / m₂^1.5; empty if all are equal",
+        None,
+        source="IBSI KE2A",
     )
     intensity_kurtosis: float | None = column(
         "",
@@ -97,28 +130,42 @@ class LesionMeasurement:
         None,
         source="Agatston, JACC 15:827 (1990)",
     )
-    calcium_volume_mm3: float | None = column("mm³", "volume of the voxels that the Agatston score counts", None)
+    calcium_volume_mm3: float | None = column(
+        "mm³", "volume of the voxels that the Agatston score counts", None
+    )
     calcium_mass_mg: float | None = column(
         "mg", "their mean HU × volume × the recipe's calibration factor; empty without one", None
     )
-    surface_area_mm2: float | None = column("mm²", "area of the surface of volume_mesh_mm3", None, source="IBSI C0JK")
+    surface_area_mm2: float | None = column(
+        "mm²", "area of the surface of volume_mesh_mm3", None, source="IBSI C0JK"
+    )
     sphericity: float | None = column(
         "0 to 1", "(36 π V²)^⅓ / A of that surface: 1 for a ball", None, source="IBSI QCFX"
     )
-    compactness: float | None = column("0 to 1", "36 π V² / A³: sphericity cubed", None, source="IBSI BQWJ")
+    compactness: float | None = column(
+        "0 to 1", "36 π V² / A³: sphericity cubed", None, source="IBSI BQWJ"
+    )
     elongation: float | None = column(
-        "0 to 1", "minor / major axis; 1 is round (ITK reports the inverse)", None, source="IBSI Q3CK"
+        "0 to 1",
+        "minor / major axis; 1 is round (ITK reports the inverse)",
+        None,
+        source="IBSI Q3CK",
     )
     flatness: float | None = column("0 to 1", "least / major axis", None, source="IBSI N17B")
     major_axis_mm: float | None = column(
-        "mm", "4 √λ₁ of the covariance of the voxel centres, 1/(N − 1); empty for one voxel", None, source="IBSI TDIC"
+        "mm",
+        "4 √λ₁ of the covariance of the voxel centres, 1/(N − 1); empty for one voxel",
+        None,
+        source="IBSI TDIC",
     )
     minor_axis_mm: float | None = column("mm", "4 √λ₂", None, source="IBSI P9VJ")
     least_axis_mm: float | None = column("mm", "4 √λ₃", None, source="IBSI 7J51")
     max3d_diameter_mm: float | None = column(
         "mm", "largest distance between two points of the surface", None, source="IBSI L0JK"
     )
-    equiv_sphere_diameter_mm: float | None = column("mm", "diameter of the ball of volume_mm3", None)
+    equiv_sphere_diameter_mm: float | None = column(
+        "mm", "diameter of the ball of volume_mm3", None
+    )
     long_axis_mm: float | None = column(
         "mm",
         "longest chord between points of the contour in one axial slice",
@@ -128,7 +175,9 @@ class LesionMeasurement:
     short_axis_mm: float | None = column(
         "mm", "longest chord perpendicular to it in the same slice", None, source="RECIST 1.1"
     )
-    axis_slice: int | None = column("", "that slice, counted from 0 at the lowest slice of the scan", None)
+    axis_slice: int | None = column(
+        "", "that slice, counted from 0 at the lowest slice of the scan", None
+    )
     long_axis_p0_ras: str | None = column("mm", "one end of the long axis: [R, A, S]", None)
     long_axis_p1_ras: str | None = column("mm", "its other end", None)
     short_axis_p0_ras: str | None = column("mm", "one end of the short axis: [R, A, S]", None)
@@ -139,21 +188,29 @@ class LesionMeasurement:
         None,
         source="RECIST 1.1",
     )
-    bbox_min_ras: str | None = column("mm", "lowest [R, A, S] of any of its voxels, edges included", None)
+    bbox_min_ras: str | None = column(
+        "mm", "lowest [R, A, S] of any of its voxels, edges included", None
+    )
     bbox_max_ras: str | None = column("mm", "highest [R, A, S]", None)
     nearest_lesion_mm: float | None = column(
-        "mm", "distance between its surface and that of the nearest other lesion; empty if there is none", None
+        "mm",
+        "distance between its surface and that of the nearest other lesion; empty if there is none",
+        None,
     )
     confidence_p10: float | None = column(
         "0 to 1", "10th percentile of the probability whose mean is confidence_mean", None
     )
-    spacing_r_mm: float | None = column("mm", "distance of voxels along the array axis nearest to R", None)
+    spacing_r_mm: float | None = column(
+        "mm", "distance of voxels along the array axis nearest to R", None
+    )
     spacing_a_mm: float | None = column("mm", "the same, nearest to A", None)
     spacing_s_mm: float | None = column("mm", "the same, nearest to S", None)
     connectivity: int | None = column(
         "", "26: voxels that share a corner are one lesion; empty with `--objects labels`", None
     )
-    model: str | None = column("", "name and hash of the model; empty for a mask from elsewhere", None)
+    model: str | None = column(
+        "", "name and hash of the model; empty for a mask from elsewhere", None
+    )
     volseg_version: str | None = column("", "version that measured", None)
     notes: str = column("", "what could not be measured, and why; empty if nothing")
 
@@ -167,13 +224,21 @@ class CaseRow:
         "", "done, failed, pending (not reached yet) or unknown (the record of the case is damaged)"
     )
     reason: str = column("", "why it failed and what to do; empty if it did not", default="")
-    n_lesions: int | None = column("", "number of rows in lesions.csv; 0 is a scan without lesions", default=None)
+    n_lesions: int | None = column(
+        "", "number of rows in lesions.csv; 0 is a scan without lesions", default=None
+    )
     total_volume_ml: float | None = column("mL", "sum of the volumes of all lesions", default=None)
     image: str = column("", "file of the scan", default="")
-    model: str = column("", "name and hash of the model; empty for a mask from elsewhere", default="")
+    model: str = column(
+        "", "name and hash of the model; empty for a mask from elsewhere", default=""
+    )
     seconds: float | None = column("s", "time taken for this scan", default=None)
-    warnings: str = column("", "what to know before trusting the numbers; empty if nothing", default="")
-    largest_volume_ml: float | None = column("mL", "volume of the largest lesion; empty if there is none", default=None)
+    warnings: str = column(
+        "", "what to know before trusting the numbers; empty if nothing", default=""
+    )
+    largest_volume_ml: float | None = column(
+        "mL", "volume of the largest lesion; empty if there is none", default=None
+    )
     sum_long_axis_mm: float | None = column(
         "mm",
         "sum of diameters: long axes (short ones of lymph nodes) of the five largest measurable lesions, two per label at most, or as many as the recipe says",
@@ -191,4 +256,6 @@ class CaseRow:
         "volume of all lesions / organ_volume_ml: every other label counts as lesions of the organ",
         default=None,
     )
-    agatston_score: float | None = column("", "sum over its lesions; only where asked for", default=None)
+    agatston_score: float | None = column(
+        "", "sum over its lesions; only where asked for", default=None
+    )

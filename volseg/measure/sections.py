@@ -15,7 +15,11 @@ from volseg.volume import Geometry
 
 MESHED_TOGETHER = 2**21  # voxels of a lesion's box
 SURFACE_TOGETHER = 2**16  # faces of its voxels: noise has more, and is cut by some planes at a time
-SOME_VOXELS, SOME_TRIANGLES, SOME_PIECES = 2**17, 2**15, 2**20  # of such a surface that are held at once
+SOME_VOXELS, SOME_TRIANGLES, SOME_PIECES = (
+    2**17,
+    2**15,
+    2**20,
+)  # of such a surface that are held at once
 PIECES = 3  # of surface in a plane, per voxel that the plane meets
 # Measured with masks of noise: bytes per voxel that is meshed, per piece, and of the triangles that are cut.
 MESH_BYTES, PIECE_BYTES, CUTTING = 200, 100, 64 << 20
@@ -121,7 +125,11 @@ def _n_faces(inside: np.ndarray) -> int:
 
 
 def _sections(
-    inside: np.ndarray, matrix: np.ndarray, planes: _Planes, frame: np.ndarray, together: tuple[int, int, int]
+    inside: np.ndarray,
+    matrix: np.ndarray,
+    planes: _Planes,
+    frame: np.ndarray,
+    together: tuple[int, int, int],
 ) -> Iterator[np.ndarray]:
     """(N, 2 ends, 2) mm: the pieces of surface in each plane that meets the lesion, plane by plane in their order.
 
@@ -178,9 +186,18 @@ class _Planes:
         heights = (corners @ self.normal - self.first) / self.step
         return math.floor(heights.min()), math.ceil(heights.max())
 
-    def meet(self, matrix: np.ndarray, shape: tuple[int, ...], part: tuple[int, int], first: int, last: int) -> bool:
+    def meet(
+        self,
+        matrix: np.ndarray,
+        shape: tuple[int, ...],
+        part: tuple[int, int],
+        first: int,
+        last: int,
+    ) -> bool:
         """Whether one of these planes may meet the surface between two slices of a box."""
-        lowest, highest = self.reach(matrix, np.array([0, 0, part[0]]), np.array([*shape[:2], part[1] + 1]))
+        lowest, highest = self.reach(
+            matrix, np.array([0, 0, part[0]]), np.array([*shape[:2], part[1] + 1])
+        )
         return lowest <= last and first <= highest
 
 
@@ -196,7 +213,9 @@ def _parts(inside: np.ndarray, meshed_together: int) -> Iterator[tuple[int, int]
     """First and last slice of what is meshed together, from -1; the last one is the first of the next."""
     padded = (inside.shape[0] + 2) * (inside.shape[1] + 2)
     thick = max(1, meshed_together // padded)
-    return ((start, min(start + thick, inside.shape[2])) for start in range(-1, inside.shape[2], thick))
+    return (
+        (start, min(start + thick, inside.shape[2])) for start in range(-1, inside.shape[2], thick)
+    )
 
 
 def _meshes(inside: np.ndarray, part: tuple[int, int], triangles: int) -> Iterator[np.ndarray]:
@@ -215,7 +234,9 @@ def _meshes(inside: np.ndarray, part: tuple[int, int], triangles: int) -> Iterat
         yield points[faces[first : first + triangles]].astype(np.float64) + (-1, -1, start)
 
 
-def _cuts(triangles: np.ndarray, planes: _Planes, first: int, last: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def _cuts(
+    triangles: np.ndarray, planes: _Planes, first: int, last: int
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Where triangles (T, 3, 3) in mm are cut by planes `first` to `last`: numbers (N,) of the
     planes, and the ends (N, 2, 3) of what they have in common."""
     heights = (triangles @ planes.normal - planes.first) / planes.step

@@ -79,8 +79,12 @@ def selftest() -> list[Check]:
 
 def ibsi_phantom() -> np.ndarray:
     """(5, 4, 4) intensities of the digital phantom, 0 outside its lesion."""
-    planes = [[row.split() for row in line.split("/")] for line in IBSI_PHANTOM.strip().splitlines()]
-    return np.array([[[0 if v == "." else int(v) for v in row] for row in plane] for plane in planes], np.int16).T
+    planes = [
+        [row.split() for row in line.split("/")] for line in IBSI_PHANTOM.strip().splitlines()
+    ]
+    return np.array(
+        [[[0 if v == "." else int(v) for v in row] for row in plane] for plane in planes], np.int16
+    ).T
 
 
 def _ibsi() -> Iterator[Check]:
@@ -88,7 +92,13 @@ def _ibsi() -> Iterator[Check]:
     found = _measure(Volume(image, Geometry(image.shape, np.diag([2.0, 2.0, 2.0, 1.0]))), image > 0)
     for name, expected, tolerance in IBSI_VALUES:
         value = float(getattr(found, name))
-        yield Check(body="IBSI digital phantom", measure=name, expected=expected, tolerance=tolerance, found=value)
+        yield Check(
+            body="IBSI digital phantom",
+            measure=name,
+            expected=expected,
+            tolerance=tolerance,
+            found=value,
+        )
 
 
 def _bodies(grid: str) -> Iterator[Check]:
@@ -109,7 +119,9 @@ def _bodies(grid: str) -> Iterator[Check]:
     yield from _checks(f"ball, radius 10 mm, {grid}", ball, known)
     radius, length = ROD_MM
     rod = _body(
-        spacing_mm, angles, lambda mm: (np.hypot(mm[:, 1], mm[:, 2]) <= radius) & (np.abs(mm[:, 0]) <= length / 2)
+        spacing_mm,
+        angles,
+        lambda mm: (np.hypot(mm[:, 1], mm[:, 2]) <= radius) & (np.abs(mm[:, 0]) <= length / 2),
     )
     known = [
         ("max3d_diameter_mm", math.hypot(length, 2 * radius), 1.5 * coarse),
@@ -118,7 +130,9 @@ def _bodies(grid: str) -> Iterator[Check]:
     yield from _checks(f"rod, 24 × 6 mm, {grid}", rod, known)
 
 
-def _checks(body: str, found: LesionMeasurement, known: list[tuple[str, float, float]]) -> Iterator[Check]:
+def _checks(
+    body: str, found: LesionMeasurement, known: list[tuple[str, float, float]]
+) -> Iterator[Check]:
     for name, expected, tolerance in known:
         value = float(getattr(found, name))
         yield Check(body=body, measure=name, expected=expected, tolerance=tolerance, found=value)
@@ -161,11 +175,15 @@ def _body(
     affine[:3, :3] = matrix
     affine[:3, 3] = -matrix @ [(n - 1) / 2 for n in (i, j, k)]
     geometry = Geometry((i, j, k), affine)
-    inside = is_inside(geometry.to_world_mm(np.indices((i, j, k)).reshape(3, -1).T)).reshape(i, j, k)
+    inside = is_inside(geometry.to_world_mm(np.indices((i, j, k)).reshape(3, -1).T)).reshape(
+        i, j, k
+    )
     return _measure(Volume(np.where(inside, np.int16(40), np.int16(-100)), geometry), inside)
 
 
-def _measure(image: Volume, inside: np.ndarray, settings: Measure | None = None) -> LesionMeasurement:
+def _measure(
+    image: Volume, inside: np.ndarray, settings: Measure | None = None
+) -> LesionMeasurement:
     (row,) = measure_lesions(
         image,
         inside.astype(np.uint8),

@@ -21,7 +21,10 @@ N_CUBES = 256
 COUNTED_TOGETHER = 2**16  # voxels of neighbouring planes
 FEW_POINTS = 64  # of so few points all distances are found sooner than their hull
 POINTS_AT_ONCE = 2000
-MANY_BOXES = 32, 512  # the largest boxes, which are always looked at: so many at the least, and at the most
+MANY_BOXES = (
+    32,
+    512,
+)  # the largest boxes, which are always looked at: so many at the least, and at the most
 FAR_LARGER = 4  # times the usual
 FIRST_BOXES = 4  # a fourth of what is looked at first of the others
 SMALL_SURFACE = 16
@@ -65,8 +68,15 @@ def _count_cubes(inside: np.ndarray) -> np.ndarray:
         padded = np.zeros((stop + 1 - start, inside.shape[1] + 2, inside.shape[2] + 2), np.uint8)
         padded[max(0, -start) : len(inside) - start, 1:-1, 1:-1] = inside[max(0, start) : stop + 1]
         # Four bits for the four corners that a cube has in each plane of voxels.
-        low = 8 * padded[:, :-1, :-1] + 4 * padded[:, :-1, 1:] + 2 * padded[:, 1:, :-1] + padded[:, 1:, 1:]
-        kinds = (16 * low[:-1] + low[1:]).reshape(stop - start, -1) + N_CUBES * np.arange(stop - start)[:, None]
+        low = (
+            8 * padded[:, :-1, :-1]
+            + 4 * padded[:, :-1, 1:]
+            + 2 * padded[:, 1:, :-1]
+            + padded[:, 1:, 1:]
+        )
+        kinds = (16 * low[:-1] + low[1:]).reshape(stop - start, -1) + N_CUBES * np.arange(
+            stop - start
+        )[:, None]
         found = np.bincount(kinds.ravel(), minlength=N_CUBES * (stop - start))
         counts.append(found.reshape(-1, N_CUBES))
     return np.concatenate(counts)
@@ -99,7 +109,9 @@ def axes_mm(inside: np.ndarray, matrix: np.ndarray) -> tuple[float, float, float
 
     Source: IBSI TDIC, P9VJ, 7J51. The published values of the digital phantom are only met with 1/(N − 1).
     """
-    planes = [inside.sum(axis=axis, dtype=np.int64) for axis in range(3)]  # the mask as seen along each axis
+    planes = [
+        inside.sum(axis=axis, dtype=np.int64) for axis in range(3)
+    ]  # the mask as seen along each axis
     n = int(planes[0].sum())
     if n < 2:
         return np.nan, np.nan, np.nan
@@ -115,7 +127,9 @@ def axes_mm(inside: np.ndarray, matrix: np.ndarray) -> tuple[float, float, float
         )
     covariance = (products - np.outer(sums, sums) / n) / (n - 1)
     values = np.linalg.eigvalsh(matrix @ covariance @ matrix.T)
-    values[values < 1e-12 * values[-1]] = 0  # a lesion of one slice has no depth, however its grid is turned
+    values[values < 1e-12 * values[-1]] = (
+        0  # a lesion of one slice has no depth, however its grid is turned
+    )
     least, minor, major = (4 * np.sqrt(np.maximum(values, 0))).tolist()
     return major, minor, least
 
@@ -191,12 +205,16 @@ def gaps_mm(surfaces: Sequence[np.ndarray]) -> list[float]:
     for n, points in enumerate(surfaces):
         if len(points) <= SMALL_SURFACE:
             continue
-        for least, other in boxes.nearest_first(n, float(found[n])):  # surfaces are no nearer than their boxes
+        for least, other in boxes.nearest_first(
+            n, float(found[n])
+        ):  # surfaces are no nearer than their boxes
             if least >= found[n]:
                 break
             if other not in trees:
                 trees[other] = KDTree(surfaces[other])
-            gap = _gap_mm(points, trees[other], boxes.low[other], boxes.high[other], float(found[n]))
+            gap = _gap_mm(
+                points, trees[other], boxes.low[other], boxes.high[other], float(found[n])
+            )
             found[n], found[other] = min(found[n], gap), min(found[other], gap)
     return found.tolist()
 
@@ -240,7 +258,9 @@ class _Boxes:
         order = np.argsort(-radii, kind="stable")
         n_large = int(np.clip(np.count_nonzero(radii > FAR_LARGER * np.median(radii)), *MANY_BOXES))
         large, small = order[:n_large], order[n_large:]
-        return cls(low, high, radii, large, small, KDTree((low + high)[small] / 2) if small.size else None)
+        return cls(
+            low, high, radii, large, small, KDTree((low + high)[small] / 2) if small.size else None
+        )
 
     def nearest_first(self, n: int, most: float) -> Iterator[tuple[float, int]]:
         """(distance, number) of every other box nearer than `most`, in ascending order; found out as far as it is asked for."""
@@ -253,27 +273,43 @@ class _Boxes:
                 continue
             assert self.centres is not None
             wanted = min(4 * wanted, self.small.size)
-            away, at = self.centres.query((self.low[n] + self.high[n]) / 2, k=np.arange(known + 1, wanted + 1))
+            away, at = self.centres.query(
+                (self.low[n] + self.high[n]) / 2, k=np.arange(known + 1, wanted + 1)
+            )
             self._add(waiting, n, self.small[at], most)
             known = wanted
             # Those that are not known yet are further away, from centre to centre.
-            bound = np.inf if known == self.small.size else away[-1] - self.radii[n] - self.radii[self.small[0]]
+            bound = (
+                np.inf
+                if known == self.small.size
+                else away[-1] - self.radii[n] - self.radii[self.small[0]]
+            )
 
-    def _add(self, waiting: list[tuple[float, int]], n: int, others: np.ndarray, most: float) -> None:
-        gaps = np.linalg.norm(_apart(self.low[others], self.high[others], self.low[n], self.high[n]), axis=1)
+    def _add(
+        self, waiting: list[tuple[float, int]], n: int, others: np.ndarray, most: float
+    ) -> None:
+        gaps = np.linalg.norm(
+            _apart(self.low[others], self.high[others], self.low[n], self.high[n]), axis=1
+        )
         is_near = (gaps < most) & (others != n)
         for gap, other in zip(gaps[is_near].tolist(), others[is_near].tolist(), strict=True):
             heapq.heappush(waiting, (gap, other))
 
 
-def _gap_mm(points: np.ndarray, tree: KDTree, low: np.ndarray, high: np.ndarray, most: float) -> float:
+def _gap_mm(
+    points: np.ndarray, tree: KDTree, low: np.ndarray, high: np.ndarray, most: float
+) -> float:
     """Distance of the points to those of the tree, which lie in the box from `low` to `high`; infinite if it is not under `most`."""
     # A few points tell how near the two surely are; only those that are as near to the other's box can be nearer.
-    most = min(most, float(tree.query(points[:: max(1, len(points) // FEW_POINTS)])[0].min()) + ROUNDING_MM)
+    most = min(
+        most, float(tree.query(points[:: max(1, len(points) // FEW_POINTS)])[0].min()) + ROUNDING_MM
+    )
     near = points[np.linalg.norm(_apart(low, high, points, points), axis=1) <= most]
     return float(tree.query(near, distance_upper_bound=most)[0].min()) if len(near) else np.inf
 
 
-def _apart(low: np.ndarray, high: np.ndarray, other_low: np.ndarray, other_high: np.ndarray) -> np.ndarray:
+def _apart(
+    low: np.ndarray, high: np.ndarray, other_low: np.ndarray, other_high: np.ndarray
+) -> np.ndarray:
     """Along each axis the gap between boxes, 0 where they overlap."""
     return np.maximum(0, np.maximum(low - other_high, other_low - high))

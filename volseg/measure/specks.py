@@ -99,9 +99,7 @@ class Specks:
         n_full = self.n_lesions - self.n
         lesions = f"{spaced(self.n_lesions)} components"
         if self.scans_in_boxes:
-            lesions = (
-                f"the boxes round {spaced(self.n_lesions)} lesions would fill the scan {self.scans_in_boxes:.0f} times"
-            )
+            lesions = f"the boxes round {spaced(self.n_lesions)} lesions would fill the scan {self.scans_in_boxes:.0f} times"
         return f"{SPECKS}: {lesions}: this mask looks like noise; only the {spaced(n_full)} largest have every column"
 
     @property
@@ -114,7 +112,9 @@ class Specks:
     def may_be_measurable(self) -> bool:
         """Whether one of them may be long enough to be measurable: each voxel adds at most the diagonal of its face."""
         matrix = CanonicalScan.of(self.image, self.ids, None).geometry.affine[:3, :3]
-        diagonal_mm = max(float(np.linalg.norm(matrix[:, 0] + sign * matrix[:, 1])) for sign in (1, -1))
+        diagonal_mm = max(
+            float(np.linalg.norm(matrix[:, 0] + sign * matrix[:, 1])) for sign in (1, -1)
+        )
         connected = self.connectivity is not None
         return not (connected and self.most_voxels * diagonal_mm < MEASURABLE_MM - ROUNDING_MM)
 
@@ -141,7 +141,9 @@ class Specks:
         start = 1
         while start < len(self.sizes):
             some = self.sizes[start : start + self.together_rows]
-            stop = start + max(1, int(np.searchsorted(some.cumsum(dtype=np.int64), self.together_voxels, "right")))
+            stop = start + max(
+                1, int(np.searchsorted(some.cumsum(dtype=np.int64), self.together_voxels, "right"))
+            )
             if self.sizes[start:stop].any():
                 yield start, stop
             start = stop
@@ -214,8 +216,14 @@ class _Places:
     def __init__(self, n: int, affine: np.ndarray) -> None:
         self._affine = affine
         self.sums = np.zeros((3, n))  # of indices
-        self.low, self.high = np.full((3, n), np.iinfo(np.int32).max, np.int32), np.full((3, n), -1, np.int32)
-        self.low_mm, self.high_mm = np.full((3, n), np.inf), np.full((3, n), -np.inf)  # of voxel centres
+        self.low, self.high = (
+            np.full((3, n), np.iinfo(np.int32).max, np.int32),
+            np.full((3, n), -1, np.int32),
+        )
+        self.low_mm, self.high_mm = (
+            np.full((3, n), np.inf),
+            np.full((3, n), -np.inf),
+        )  # of voxel centres
 
     def add(self, lesion: np.ndarray, index: Sequence[np.ndarray]) -> None:
         """(M,) which lesion each voxel belongs to, and (M,) where it lies along each axis."""
@@ -229,7 +237,9 @@ class _Places:
             np.maximum.at(self.high_mm[axis], lesion, mm)
 
 
-def _looked_at(scan: CanonicalScan, start: int, sizes: np.ndarray) -> tuple[_Places, Ragged, Ragged | None]:
+def _looked_at(
+    scan: CanonicalScan, start: int, sizes: np.ndarray
+) -> tuple[_Places, Ragged, Ragged | None]:
     """Look at the lesions from number `start` on that have voxels in `sizes`.
 
     Of a single lesion, which may be a large part of the scan, nothing grows but its stored values.
@@ -260,14 +270,22 @@ def _looked_at(scan: CanonicalScan, start: int, sizes: np.ndarray) -> tuple[_Pla
             confidence[piece] = scan.confidence[slab][voxels]
         at = piece.stop
     if len(sizes) == 1:
-        return places, Ragged.of([stored], scan.image), None if confidence is None else Ragged.of([confidence])
+        return (
+            places,
+            Ragged.of([stored], scan.image),
+            None if confidence is None else Ragged.of([confidence]),
+        )
     counts = sizes[sizes > 0].astype(np.int64)
     starts = np.cumsum(counts) - counts
     values = scan.image.intensities(stored)
     intensities = Ragged(values[np.lexsort((values, numbers))], starts, counts)
     if confidence is None:
         return places, intensities, None
-    return places, intensities, Ragged(confidence[np.lexsort((confidence, numbers))], starts, counts)
+    return (
+        places,
+        intensities,
+        Ragged(confidence[np.lexsort((confidence, numbers))], starts, counts),
+    )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -326,7 +344,9 @@ def measure_largest(
     some 10 kB per lesion measured in full, and some 150 MB.
     """
     n = len(labels)
-    only, sizes, in_boxes = _split(ids, n, most, max(FEW_BOXES, BOXES * ids.size) if most_boxes is None else most_boxes)
+    only, sizes, in_boxes = _split(
+        ids, n, most, max(FEW_BOXES, BOXES * ids.size) if most_boxes is None else most_boxes
+    )
     options: dict[str, Any] = {"case_id": case_id, "label_names": label_names, "settings": settings}
     options |= {"unit_doubt": unit_doubt, "connectivity": connectivity, "model": model}
     largest = measure_lesions(
@@ -357,7 +377,9 @@ def measure_largest(
     return MeasuredLesions(largest, specks)
 
 
-def _split(ids: np.ndarray, n: int, most: int, most_boxes: int) -> tuple[np.ndarray | None, np.ndarray, int]:
+def _split(
+    ids: np.ndarray, n: int, most: int, most_boxes: int
+) -> tuple[np.ndarray | None, np.ndarray, int]:
     """Choose the lesions that are measured in full.
 
     Returns:
@@ -379,4 +401,8 @@ def _split(ids: np.ndarray, n: int, most: int, most_boxes: int) -> tuple[np.ndar
     kept = order[: max(1, np.count_nonzero(np.cumsum(boxes[order]) <= most_boxes))]
     full = np.sort(numbers[kept])
     sizes[full] = 0
-    return None if len(full) == n else full, sizes, 0 if len(full) == len(numbers) else int(boxes.sum())
+    return (
+        None if len(full) == n else full,
+        sizes,
+        0 if len(full) == len(numbers) else int(boxes.sum()),
+    )

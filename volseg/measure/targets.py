@@ -25,7 +25,9 @@ def label_of(lesion: LesionMeasurement) -> str:
 
 def is_lymph_node(lesion: LesionMeasurement, lymph_nodes: Collection[str]) -> bool:
     """Whether its label is one of those, by name or value."""
-    return not {label_of(lesion), str(lesion.label), f"label_{lesion.label}"}.isdisjoint(lymph_nodes)
+    return not {label_of(lesion), str(lesion.label), f"label_{lesion.label}"}.isdisjoint(
+        lymph_nodes
+    )
 
 
 def is_normal(lesion: LesionMeasurement, lymph_nodes: Collection[str]) -> bool:
@@ -36,7 +38,9 @@ def is_normal(lesion: LesionMeasurement, lymph_nodes: Collection[str]) -> bool:
 
 def diameter_mm(lesion: LesionMeasurement, lymph_nodes: Collection[str] = ()) -> float | None:
     """The diameter that counts: the short axis of a lymph node, else the long axis; None if unknown."""
-    return known(lesion.short_axis_mm if is_lymph_node(lesion, lymph_nodes) else lesion.long_axis_mm)
+    return known(
+        lesion.short_axis_mm if is_lymph_node(lesion, lymph_nodes) else lesion.long_axis_mm
+    )
 
 
 def choose_targets(
@@ -59,16 +63,22 @@ def choose_targets(
         for at, lesion in enumerate(lesions)
         if _is_measurable(lesion, lymph_nodes) and (size := diameter_mm(lesion, lymph_nodes))
     ]
-    chosen = recist.choose_targets([size for size, _ in measured], [label_of(lesions[at]) for _, at in measured])
+    chosen = recist.choose_targets(
+        [size for size, _ in measured], [label_of(lesions[at]) for _, at in measured]
+    )
     return [lesions[at] for at in sorted(measured[n][1] for n in chosen)]
 
 
 def _is_measurable(lesion: LesionMeasurement, lymph_nodes: Collection[str]) -> bool:
     """As it was measured, unless its label was not known as lymph nodes then and is now, or the other way round."""
     long_mm, short_mm = known(lesion.long_axis_mm), known(lesion.short_axis_mm)
-    spacing_mm = [known(value) for value in (lesion.spacing_r_mm, lesion.spacing_a_mm, lesion.spacing_s_mm)]
+    spacing_mm = [
+        known(value) for value in (lesion.spacing_r_mm, lesion.spacing_a_mm, lesion.spacing_s_mm)
+    ]
     slice_mm = max((each for each in spacing_mm if each is not None), default=None)
     is_node = is_lymph_node(lesion, lymph_nodes)
     if is_node or (long_mm is not None and slice_mm is not None):
-        return recist.is_measurable(long_mm or 0.0, short_mm or 0.0, slice_mm or 0.0, is_node=is_node)
+        return recist.is_measurable(
+            long_mm or 0.0, short_mm or 0.0, slice_mm or 0.0, is_node=is_node
+        )
     return bool(lesion.recist_measurable)

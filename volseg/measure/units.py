@@ -15,7 +15,13 @@ from volseg.recipe import ARBITRARY, HU, SUV, unit_named
 from volseg.volume import Volume
 
 # Codes of the warnings that a unit or a model's training scans give rise to.
-MODALITY, UNIT, SPACING, FIELD_OF_VIEW, SLICES = "W_MODALITY", "W_UNIT", "W_SPACING", "W_FOV", "W_SLICES"
+MODALITY, UNIT, SPACING, FIELD_OF_VIEW, SLICES = (
+    "W_MODALITY",
+    "W_UNIT",
+    "W_SPACING",
+    "W_FOV",
+    "W_SLICES",
+)
 UNLIKE = (MODALITY, SPACING, FIELD_OF_VIEW, SLICES)  # of a scan unlike the training scans
 CODES = (*UNLIKE, UNIT)
 
@@ -27,7 +33,9 @@ MOST_LEVELS_OF_DRAWING = 15
 FILL_VOXELS, FILL_RATIO, FILL_REACH = 8, 5, 0.01  # of the range of intensities
 BESIDE_FILL = 2  # voxels
 LEAST_CONTENT = 256  # voxels; of less nothing is said
-LEAST_AWAY = 0.25  # of them, or the scan has too few slices to leave out what is beside a fill value
+LEAST_AWAY = (
+    0.25  # of them, or the scan has too few slices to leave out what is beside a fill value
+)
 
 # Water is 0 HU, fat about -100, air -1000; only bone, contrast agent and metal are over 500.
 AIR_BELOW_HU, AIR_SHARE = -200.0, 0.01  # less may be an interpolated edge
@@ -69,7 +77,9 @@ def warnings_in(text: str) -> list[tuple[str, str]]:
 
 def doubt_of(warnings: str) -> str:
     """Why the unit of a scan with these warnings is in doubt; empty where it is not."""
-    return next((sentence for code, sentence in warnings_in(warnings) if code in (UNIT, MODALITY)), "")
+    return next(
+        (sentence for code, sentence in warnings_in(warnings) if code in (UNIT, MODALITY)), ""
+    )
 
 
 def shown_unit(name: str, *, is_doubted: bool) -> str:
@@ -128,7 +138,9 @@ def _guess(scan: Volume) -> Unit:
     sample = _sample(scan)
     reason = not_hu(_content(sample))
     if not reason and _holds_air(sample):
-        reason = f"{AIR_SHARE:.0%} of the voxels or more are below {AIR_BELOW_HU:g}, so HU is a guess"
+        reason = (
+            f"{AIR_SHARE:.0%} of the voxels or more are below {AIR_BELOW_HU:g}, so HU is a guess"
+        )
         return Unit(name=HU, doubt=f"no --unit given; {reason}: pass --unit HU if it is correct")
     reason = reason or f"few voxels are below {AIR_BELOW_HU:g}"
     return Unit(name=ARBITRARY, doubt=f"no --unit given, and it does not look like HU: {reason}")
@@ -155,7 +167,9 @@ def not_hu(content: _Content) -> str:
         return f"{dense:.0%} of the voxels are over {DENSE_ABOVE_HU:g}, as only bone and metal are{_offset(values)}"
     void = np.count_nonzero(values < AIR_HU[0]) / values.size
     if void > VOID_SHARE:
-        return f"{void:.0%} of the voxels are below {AIR_HU[0]:g}, but nothing is below air at -1000"
+        return (
+            f"{void:.0%} of the voxels are below {AIR_HU[0]:g}, but nothing is below air at -1000"
+        )
     return ""
 
 
@@ -177,7 +191,11 @@ def not_suv(content: _Content) -> str:
 def _constant(values: np.ndarray) -> str:
     if not values.size:
         return "no voxel is finite"
-    return f"every voxel has the same value, {values.min():.4g}" if values.min() == values.max() else ""
+    return (
+        f"every voxel has the same value, {values.min():.4g}"
+        if values.min() == values.max()
+        else ""
+    )
 
 
 def _offset(values: np.ndarray) -> str:
@@ -211,7 +229,10 @@ def _fills(sample: np.ndarray, is_finite: np.ndarray) -> np.ndarray:
     low, high = np.percentile(values, (0.5, 99.5))
     reach = max(FILL_REACH * (high - low), float(np.median(np.diff(levels))))
     below = np.concatenate([[0], np.cumsum(counts)])
-    first, stop = np.searchsorted(levels, levels - reach), np.searchsorted(levels, levels + reach, "right")
+    first, stop = (
+        np.searchsorted(levels, levels - reach),
+        np.searchsorted(levels, levels + reach, "right"),
+    )
     n_near = below[stop] - below[first] - counts
     is_fill[is_finite] = ((counts >= FILL_VOXELS) & (counts >= FILL_RATIO * n_near))[places.ravel()]
     return is_fill

@@ -27,15 +27,26 @@ def build_network(name: str, *, in_channels: int, out_channels: int, **settings:
     """
     known = [module.name for module in pkgutil.iter_modules(__path__)]
     if name not in known:
-        raise VolsegError(f"network {name!r} is unknown", fix=f"use one of {', '.join(known)}", code="E_RECIPE")
+        raise VolsegError(
+            f"network {name!r} is unknown", fix=f"use one of {', '.join(known)}", code="E_RECIPE"
+        )
     module = importlib.import_module(f"{__name__}.{name}")
     build = partial(module.build, in_channels=in_channels, out_channels=out_channels, **settings)
     try:
         _check_size(name, build)
         return build()
-    except (TypeError, ValueError, RuntimeError, OverflowError, IndexError, AttributeError) as error:
+    except (
+        TypeError,
+        ValueError,
+        RuntimeError,
+        OverflowError,
+        IndexError,
+        AttributeError,
+    ) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise VolsegError(f"network {name!r}: {reason}", fix=f"see volseg/models/{name}.py", code="E_RECIPE") from error
+        raise VolsegError(
+            f"network {name!r}: {reason}", fix=f"see volseg/models/{name}.py", code="E_RECIPE"
+        ) from error
 
 
 def _check_size(name: str, build: Callable[[], nn.Module]) -> None:
@@ -47,7 +58,9 @@ def _check_size(name: str, build: Callable[[], nn.Module]) -> None:
     import torch
 
     with torch.device("meta"):  # names and shapes alone
-        size = sum(tensor.numel() * tensor.element_size() for tensor in build().state_dict().values())
+        size = sum(
+            tensor.numel() * tensor.element_size() for tensor in build().state_dict().values()
+        )
     memory = total_memory()
     if size > memory:
         raise VolsegError(
@@ -70,7 +83,10 @@ def build_segmentation(recipe: Recipe) -> nn.Module:
 def build_classifier(settings: Classify) -> nn.Module:
     """The recipe's 2D network: (N, 2, pixels, pixels) → logits (N, classes)."""
     return build_network(
-        settings.network.name, in_channels=2, out_channels=len(settings.classes), **settings.network.settings
+        settings.network.name,
+        in_channels=2,
+        out_channels=len(settings.classes),
+        **settings.network.settings,
     )
 
 
@@ -110,10 +126,16 @@ def _check_step(recipe: Recipe, section: str) -> None:
     """Refuse a batch of patches that is larger than all memory of this machine or its GPU, before any of it is allocated."""
     import torch
 
-    patch, batch_size, settings = recipe.train.patch_shape, recipe.train.batch_size, recipe.network.settings
+    patch, batch_size, settings = (
+        recipe.train.patch_shape,
+        recipe.train.batch_size,
+        recipe.network.settings,
+    )
     assert patch != AUTO and batch_size != AUTO, "nothing is left to a plan"
     channels, outputs = len(recipe.data.channels), recipe.data.n_outputs
-    least = 4 * batch_size * math.prod(patch) * (channels + 2 * outputs)  # patches, logits and their gradients
+    least = (
+        4 * batch_size * math.prod(patch) * (channels + 2 * outputs)
+    )  # patches, logits and their gradients
     features, strides = settings.get("features"), settings.get("strides")
     if recipe.network.name == "unet3d" and features and strides:
         size = Size(
@@ -137,7 +159,10 @@ def _check_step(recipe: Recipe, section: str) -> None:
 
 def weights_of(network: nn.Module) -> dict[str, torch.Tensor]:
     """The network's tensors, each once: a state_dict names a tensor again for every module through which it is reached."""
-    return {name: tensor.detach() for name, tensor in (*network.named_parameters(), *network.named_buffers())}
+    return {
+        name: tensor.detach()
+        for name, tensor in (*network.named_parameters(), *network.named_buffers())
+    }
 
 
 def set_weights(network: nn.Module, weights: Mapping[str, torch.Tensor]) -> nn.Module:
@@ -147,7 +172,9 @@ def set_weights(network: nn.Module, weights: Mapping[str, torch.Tensor]) -> nn.M
         VolsegError: tensors are missing or of another shape, or hold NaN.
     """
     wanted = weights_of(network)
-    misfits = [name for name in wanted if name not in weights or weights[name].shape != wanted[name].shape]
+    misfits = [
+        name for name in wanted if name not in weights or weights[name].shape != wanted[name].shape
+    ]
     if misfits:
         raise VolsegError(
             f"the weights do not fit the network: {len(misfits)} tensors are missing or of another shape, first {misfits[:5]}",

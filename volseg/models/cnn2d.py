@@ -10,18 +10,27 @@ from torch import nn
 
 
 def build(
-    *, in_channels: int, out_channels: int, features: Sequence[int] = (12, 24, 48, 64), dropout: float = 0.3
+    *,
+    in_channels: int,
+    out_channels: int,
+    features: Sequence[int] = (12, 24, 48, 64),
+    dropout: float = 0.3,
 ) -> nn.Module:
     """(N, in_channels, H, W) → logits (N, out_channels)."""
     return Cnn2d(in_channels, out_channels, tuple(features), dropout)
 
 
 class Cnn2d(nn.Module):
-    def __init__(self, in_channels: int, out_channels: int, features: tuple[int, ...], dropout: float) -> None:
+    def __init__(
+        self, in_channels: int, out_channels: int, features: tuple[int, ...], dropout: float
+    ) -> None:
         super().__init__()
         blocks: list[nn.Module] = []
         for previous, width in zip((in_channels, *features), features, strict=False):
-            blocks += [_convolution(previous, width, strides=1), _convolution(width, width, strides=2)]
+            blocks += [
+                _convolution(previous, width, strides=1),
+                _convolution(width, width, strides=2),
+            ]
         self.blocks = nn.Sequential(*blocks)
         self.dropout = nn.Dropout(dropout)
         self.head = nn.Linear(2 * features[-1], out_channels)
@@ -33,4 +42,6 @@ class Cnn2d(nn.Module):
 
 def _convolution(in_channels: int, out_channels: int, *, strides: int) -> nn.Module:
     # Group norm does not care how many lesions are in a batch: one at inference, many in training.
-    return Convolution(2, in_channels, out_channels, strides=strides, act="RELU", norm=("GROUP", {"num_groups": 4}))
+    return Convolution(
+        2, in_channels, out_channels, strides=strides, act="RELU", norm=("GROUP", {"num_groups": 4})
+    )

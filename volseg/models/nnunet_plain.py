@@ -53,13 +53,24 @@ def build(
         n_conv_per_stage_decoder: convolutions per level on the way up, coarsest first: one level fewer.
         settings: fields of `LayerSettings`.
     """
-    check_levels("nnunet_plain", features, strides, kernels, n_conv_per_stage, n_conv_per_stage_decoder)
+    check_levels(
+        "nnunet_plain", features, strides, kernels, n_conv_per_stage, n_conv_per_stage_decoder
+    )
     layers = LayerSettings(**settings)
     stages, before = [], in_channels
     for width, stride, kernel, n in zip(features, strides, kernels, n_conv_per_stage, strict=True):
         stages.append(convolutions(before, width, n, kernel, layers, stride=stride))
         before = width
-    return UNet(nn.Identity(), stages, out_channels, features, strides, kernels, n_conv_per_stage_decoder, layers)
+    return UNet(
+        nn.Identity(),
+        stages,
+        out_channels,
+        features,
+        strides,
+        kernels,
+        n_conv_per_stage_decoder,
+        layers,
+    )
 
 
 class UNet(nn.Module):
@@ -80,9 +91,13 @@ class UNet(nn.Module):
         self.stem = stem
         self.encoder = nn.ModuleList(stages)
         self.up, self.decoder = nn.ModuleList(), nn.ModuleList()
-        for level, n in zip(range(len(features) - 2, -1, -1), n_conv_per_stage_decoder, strict=True):
+        for level, n in zip(
+            range(len(features) - 2, -1, -1), n_conv_per_stage_decoder, strict=True
+        ):
             width, step = features[level], _triple(strides[level + 1])
-            self.up.append(nn.ConvTranspose3d(features[level + 1], width, step, step, bias=layers.conv_bias))
+            self.up.append(
+                nn.ConvTranspose3d(features[level + 1], width, step, step, bias=layers.conv_bias)
+            )
             self.decoder.append(convolutions(2 * width, width, n, kernels[level], layers))
         self.head = nn.Conv3d(features[0], out_channels, 1)
 
@@ -108,7 +123,9 @@ def convolutions(
 ) -> nn.Sequential:
     """`n` layers, of which the first has the stride."""
     first = layer(in_channels, out_channels, kernel, layers, stride=stride)
-    return nn.Sequential(first, *(layer(out_channels, out_channels, kernel, layers) for _ in range(n - 1)))
+    return nn.Sequential(
+        first, *(layer(out_channels, out_channels, kernel, layers) for _ in range(n - 1))
+    )
 
 
 def layer(
@@ -140,14 +157,28 @@ def layer(
 
 
 def check_levels(
-    name: str, features: Sequence[int], strides: Shapes, kernels: Shapes, n_down: Sequence[int], n_up: Sequence[int]
+    name: str,
+    features: Sequence[int],
+    strides: Shapes,
+    kernels: Shapes,
+    n_down: Sequence[int],
+    n_up: Sequence[int],
 ) -> None:
     """Raises VolsegError where the settings do not describe the levels of one 3D network."""
     dimensions = {len(numbers) for numbers in (*strides, *kernels)}
     if dimensions == {2}:
-        raise VolsegError(f"{name}: a 2D network; volseg runs 3D ones", fix="use the 3D configuration", code="E_RECIPE")
+        raise VolsegError(
+            f"{name}: a 2D network; volseg runs 3D ones",
+            fix="use the 3D configuration",
+            code="E_RECIPE",
+        )
     counts = (len(features), len(strides), len(kernels), len(n_down), len(n_up) + 1)
-    if dimensions != {3} or len(set(counts)) != 1 or len(features) < 2 or min(*n_down, *n_up, *features) < 1:
+    if (
+        dimensions != {3}
+        or len(set(counts)) != 1
+        or len(features) < 2
+        or min(*n_down, *n_up, *features) < 1
+    ):
         raise VolsegError(
             f"{name} has {len(features)} features, {len(strides)} strides, {len(kernels)} kernels, {len(n_down)} stages down "
             f"and {len(n_up)} up",
@@ -161,9 +192,13 @@ def check_levels(
             code="E_RECIPE",
         )
     if any(n < 1 for stride in strides for n in stride):
-        raise VolsegError(f"{name}: a stride is less than 1", fix="use strides of 1 or more", code="E_RECIPE")
+        raise VolsegError(
+            f"{name}: a stride is less than 1", fix="use strides of 1 or more", code="E_RECIPE"
+        )
     if any(n < 1 or n % 2 == 0 for kernel in kernels for n in kernel):
-        raise VolsegError(f"{name}: a kernel of even size moves the grid", fix="use odd kernels", code="E_RECIPE")
+        raise VolsegError(
+            f"{name}: a kernel of even size moves the grid", fix="use odd kernels", code="E_RECIPE"
+        )
 
 
 def _triple(numbers: Sequence[int]) -> tuple[int, int, int]:

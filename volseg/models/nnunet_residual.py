@@ -15,7 +15,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from volseg.models.nnunet_plain import LayerSettings, Shapes, UNet, check_levels, convolutions, layer
+from volseg.models.nnunet_plain import (
+    LayerSettings,
+    Shapes,
+    UNet,
+    check_levels,
+    convolutions,
+    layer,
+)
 
 
 def build(
@@ -41,24 +48,38 @@ def build(
         stem_channels: of the convolution before the first level; None: as many as that level has.
         settings: fields of `LayerSettings`.
     """
-    check_levels("nnunet_residual", features, strides, kernels, n_blocks_per_stage, n_conv_per_stage_decoder)
+    check_levels(
+        "nnunet_residual", features, strides, kernels, n_blocks_per_stage, n_conv_per_stage_decoder
+    )
     layers = LayerSettings(**settings)
     before = features[0] if stem_channels is None else stem_channels
     stem, stages = convolutions(in_channels, before, 1, kernels[0], layers), []
-    for width, stride, kernel, n in zip(features, strides, kernels, n_blocks_per_stage, strict=True):
+    for width, stride, kernel, n in zip(
+        features, strides, kernels, n_blocks_per_stage, strict=True
+    ):
         first = ResidualBlock(before, width, kernel, stride, layers)
         stages.append(
-            nn.Sequential(first, *(ResidualBlock(width, width, kernel, (1, 1, 1), layers) for _ in range(n - 1)))
+            nn.Sequential(
+                first,
+                *(ResidualBlock(width, width, kernel, (1, 1, 1), layers) for _ in range(n - 1)),
+            )
         )
         before = width
-    return UNet(stem, stages, out_channels, features, strides, kernels, n_conv_per_stage_decoder, layers)
+    return UNet(
+        stem, stages, out_channels, features, strides, kernels, n_conv_per_stage_decoder, layers
+    )
 
 
 class ResidualBlock(nn.Module):
     """Two convolutions with norms, plus the input; the last activation comes after the sum."""
 
     def __init__(
-        self, in_channels: int, out_channels: int, kernel: Sequence[int], stride: Sequence[int], layers: LayerSettings
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel: Sequence[int],
+        stride: Sequence[int],
+        layers: LayerSettings,
     ) -> None:
         super().__init__()
         self.conv1 = layer(in_channels, out_channels, kernel, layers, stride=stride)
@@ -68,7 +89,9 @@ class ResidualBlock(nn.Module):
             x, y, z = stride
             skip.append(nn.AvgPool3d((x, y, z), (x, y, z)))
         if in_channels != out_channels:
-            skip.append(layer(in_channels, out_channels, (1, 1, 1), layers, activate=False, bias=False))
+            skip.append(
+                layer(in_channels, out_channels, (1, 1, 1), layers, activate=False, bias=False)
+            )
         self.skip = nn.Sequential(*skip)
         self.act = nn.LeakyReLU(layers.slope, inplace=True)
 

@@ -43,7 +43,9 @@ def build(
         )
     if min(*features, *(n for numbers in (*strides, *kernels) for n in numbers)) < 1:
         raise VolsegError(
-            "unet3d has features, strides or kernels of less than 1", fix="use numbers of 1 or more", code="E_RECIPE"
+            "unet3d has features, strides or kernels of less than 1",
+            fix="use numbers of 1 or more",
+            code="E_RECIPE",
         )
     if not 0 <= deep_supervision <= len(features) - 2:
         raise VolsegError(
@@ -67,6 +69,9 @@ def build(
         dropout=("DROPOUT", {"p": dropout}) if dropout else None,
     )
     if dropout:  # MONAI's way also leaves out logits
-        for head in (network.output_block, *(network.deep_supervision_heads if deep_supervision else ())):
+        for head in (
+            network.output_block,
+            *(network.deep_supervision_heads if deep_supervision else ()),
+        ):
             head.get_submodule("conv").add_module("adn", nn.Identity())
     return network

@@ -58,7 +58,9 @@ class ComponentStatistics:
         ]
 
 
-def label_components(values: np.ndarray, connectivity: InPlane | Connectivity) -> tuple[np.ndarray, int]:
+def label_components(
+    values: np.ndarray, connectivity: InPlane | Connectivity
+) -> tuple[np.ndarray, int]:
     """Number the components of neighbours that have the same value other than 0.
 
     Args:
@@ -165,7 +167,12 @@ def find_components(
     order = AxisOrder.of(geometry)
     views = (to_canonical(array[box.slices], order) for array in (mask, ids))
     part, part_ids = _longest_last(*views)
-    sizes, values, joints, n_provisional = [np.zeros(1, np.uint32)], [np.zeros(1, part.dtype)], [], 0
+    sizes, values, joints, n_provisional = (
+        [np.zeros(1, np.uint32)],
+        [np.zeros(1, part.dtype)],
+        [],
+        0,
+    )
     for start, stop in _slabs(part.shape, slab_voxels):
         slab = np.array(part[..., start:stop], part.dtype.newbyteorder("="), order="F")
         found, n_found = label_components(slab, connectivity)
@@ -176,11 +183,19 @@ def find_components(
         value[flat] = flat_values
         sizes.append(size[1:])
         values.append(value[1:])
-        np.add(found, np.uint32(n_provisional), out=part_ids[..., start:stop], where=found > 0, dtype=np.uint32)
+        np.add(
+            found,
+            np.uint32(n_provisional),
+            out=part_ids[..., start:stop],
+            where=found > 0,
+            dtype=np.uint32,
+        )
         if start:
             joints.append(_joined(part, part_ids, start, connectivity))
         n_provisional += n_found
-        if n_provisional - sum(len(each) for each in joints) > most:  # joined, that is the least there are
+        if (
+            n_provisional - sum(len(each) for each in joints) > most
+        ):  # joined, that is the least there are
             raise _too_many(most, mask.size, is_least=True)
     number, n = _numbers(n_provisional, joints)
     if n > most:
@@ -203,7 +218,9 @@ def runs_of(*masks: np.ndarray) -> int:
         slabs = [mask[part] for mask in masks]
         along = int(np.argmin(np.abs(slabs[0].strides)))
         starts = np.ones(slabs[0].shape, bool)
-        after, before = ((slice(None),) * along + (side,) for side in (slice(1, None), slice(None, -1)))
+        after, before = (
+            (slice(None),) * along + (side,) for side in (slice(1, None), slice(None, -1))
+        )
         starts[after] = np.any([slab[after] != slab[before] for slab in slabs], axis=0)
         for slab in slabs:
             starts &= slab != 0
@@ -213,7 +230,9 @@ def runs_of(*masks: np.ndarray) -> int:
 
 def finding_bytes(voxels: int, n_components: int) -> int:
     """Bytes for finding at most so many components and putting them in order, beside the mask and its ids."""
-    return PIECE_BYTES * min(voxels, PIECE) + COMPONENT_BYTES * min(n_components, most_components(voxels))
+    return PIECE_BYTES * min(voxels, PIECE) + COMPONENT_BYTES * min(
+        n_components, most_components(voxels)
+    )
 
 
 def _too_many(n: int, n_voxels: int, *, is_least: bool = False) -> ScanError:
@@ -249,13 +268,18 @@ def _joined(part: np.ndarray, ids: np.ndarray, start: int, connectivity: int) ->
         if sum(map(abs, steps)) + 1 > N_AXES[connectivity]:
             continue
         before, after = (
-            tuple(slice(max(0, sign * step), n + min(0, sign * step)) for step, n in zip(steps, part.shape))
+            tuple(
+                slice(max(0, sign * step), n + min(0, sign * step))
+                for step, n in zip(steps, part.shape)
+            )
             for sign in (1, -1)
         )
         low, high = part[(*before, start - 1)], part[(*after, start)]
         is_same = (low == high) & (low != 0)
         pairs.append(
-            np.stack([ids[(*before, start - 1)][is_same], ids[(*after, start)][is_same]], axis=1).astype(np.uint32)
+            np.stack(
+                [ids[(*before, start - 1)][is_same], ids[(*after, start)][is_same]], axis=1
+            ).astype(np.uint32)
         )
     return _rooted(np.unique(np.concatenate(pairs), axis=0))
 
@@ -266,7 +290,10 @@ def _rooted(pairs: np.ndarray) -> np.ndarray:
         return pairs
     nodes, places = np.unique(pairs, return_inverse=True)
     places = places.reshape(-1, 2)
-    edges = coo_array((np.ones(len(places), np.int8), (places[:, 0], places[:, 1])), shape=(len(nodes), len(nodes)))
+    edges = coo_array(
+        (np.ones(len(places), np.int8), (places[:, 0], places[:, 1])),
+        shape=(len(nodes), len(nodes)),
+    )
     n_groups, groups = connected_nodes(edges, directed=False)
     lowest = np.full(n_groups, np.iinfo(np.uint32).max, np.uint32)
     np.minimum.at(lowest, groups, nodes)
@@ -298,7 +325,9 @@ def _of_components(
     return value, size
 
 
-def relabel(components: Components, table: np.ndarray, dtype: type[np.unsignedinteger]) -> np.ndarray:
+def relabel(
+    components: Components, table: np.ndarray, dtype: type[np.unsignedinteger]
+) -> np.ndarray:
     """(I, J, K) of this dtype: entry `table[n]` in the voxels of component n; in the memory of `components.ids` where it fits.
 
     Args:
@@ -328,7 +357,9 @@ def by_size(sizes: np.ndarray) -> np.ndarray:
     numbers, counts = np.zeros(len(sizes), np.uint32), np.zeros(len(distinct), np.int64)
     for _, kinds in _kinds(sizes, distinct):
         counts += np.bincount(kinds, minlength=len(distinct))
-    following = np.concatenate([np.cumsum(counts[::-1])[::-1][1:], [0]]) + 1  # after all that are larger
+    following = (
+        np.concatenate([np.cumsum(counts[::-1])[::-1][1:], [0]]) + 1
+    )  # after all that are larger
     for piece, kinds in _kinds(sizes, distinct):
         order = np.argsort(kinds, kind="stable")
         _, starts, n_alike = np.unique(kinds[order], return_index=True, return_counts=True)

@@ -10,7 +10,14 @@ from typing import Literal, get_args
 import numpy as np
 
 from volseg.errors import VolsegError
-from volseg.postprocess.components import PIECE, Components, Connectivity, by_size, find_components, relabel
+from volseg.postprocess.components import (
+    PIECE,
+    Components,
+    Connectivity,
+    by_size,
+    find_components,
+    relabel,
+)
 from volseg.volume import BoundingBox, Geometry, slabs_of
 
 Objects = Literal["components", "labels"]
@@ -75,7 +82,10 @@ def label_lesions(
     n = len(components)
     dtype = np.uint16 if n <= np.iinfo(np.uint16).max else np.uint32
     table = by_size(components.sizes) if n > many else _by_centroid(components, geometry, box)
-    labels, n_voxels = (_listed(_placed(values[1:], table), many) for values in (components.values, components.sizes))
+    labels, n_voxels = (
+        _listed(_placed(values[1:], table), many)
+        for values in (components.values, components.sizes)
+    )
     return Lesions(relabel(components, table, dtype), labels, n_voxels)
 
 
@@ -93,7 +103,9 @@ def _listed(placed: np.ndarray, many: int) -> Sequence[int]:
     fits = placed.min() >= np.iinfo(np.int32).min and placed.max() <= np.iinfo(np.int32).max
     listed = array("i" if fits else "q")
     for start in range(0, len(placed), PIECE):
-        listed.frombytes(placed[start : start + PIECE].astype(np.int32 if fits else np.int64).tobytes())
+        listed.frombytes(
+            placed[start : start + PIECE].astype(np.int32 if fits else np.int64).tobytes()
+        )
     return listed
 
 
@@ -109,9 +121,14 @@ def without_organ(mask: np.ndarray, organ: int) -> tuple[np.ndarray, int]:
 
 def _check(mask: np.ndarray, geometry: Geometry, objects: str, connectivity: int) -> None:
     if objects not in get_args(Objects):
-        raise VolsegError(f"objects = {objects!r} is unknown", fix=f"choose one of {', '.join(get_args(Objects))}")
+        raise VolsegError(
+            f"objects = {objects!r} is unknown", fix=f"choose one of {', '.join(get_args(Objects))}"
+        )
     if connectivity not in get_args(Connectivity):
-        raise VolsegError(f"connectivity = {connectivity} is unknown", fix="choose 6, 18 or 26 neighbours of a voxel")
+        raise VolsegError(
+            f"connectivity = {connectivity} is unknown",
+            fix="choose 6, 18 or 26 neighbours of a voxel",
+        )
     if mask.dtype.kind not in "biu":
         raise ValueError(f"label values are whole numbers, got a mask of {mask.dtype}")
     if mask.shape != geometry.shape:
@@ -138,11 +155,15 @@ def _by_centroid(components: Components, geometry: Geometry, box: BoundingBox) -
     return table
 
 
-def _one_per_label(mask: np.ndarray, box: BoundingBox, layout: Literal["C", "F"], many: int) -> Lesions:
+def _one_per_label(
+    mask: np.ndarray, box: BoundingBox, layout: Literal["C", "F"], many: int
+) -> Lesions:
     """A lesion per value of the mask, by ascending value."""
     part = mask[box.slices]
     labels, n_voxels = _counted(part)
-    ids = np.zeros(mask.shape, np.uint16 if labels.size <= np.iinfo(np.uint16).max else np.uint32, order=layout)
+    ids = np.zeros(
+        mask.shape, np.uint16 if labels.size <= np.iinfo(np.uint16).max else np.uint32, order=layout
+    )
     part_ids = ids[box.slices]
     for slab in slabs_of(part, SUMMED_VOXELS):
         values = part[slab]

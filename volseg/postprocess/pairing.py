@@ -19,7 +19,9 @@ def best_pairs(gains: Mapping[Pair, float]) -> list[Pair]:
     if not gains:
         return []
     pairs = sorted(gains)
-    (befores, rows), (afters, columns) = (np.unique([p[side] for p in pairs], return_inverse=True) for side in (0, 1))
+    (befores, rows), (afters, columns) = (
+        np.unique([p[side] for p in pairs], return_inverse=True) for side in (0, 1)
+    )
     values = np.array([gains[pair] for pair in pairs])
     # A lesion may stay alone: it then goes with a partner of its own that brings nothing. A weight of 0 would be no edge, so all are raised alike.
     n, m = len(befores), len(afters)

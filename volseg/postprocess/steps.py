@@ -35,7 +35,10 @@ class RemoveSmall:
 
     def __post_init__(self) -> None:
         _check_label(self.label)
-        if not isinstance(self.min_volume_mm3, int | float) or not 0 < self.min_volume_mm3 < math.inf:
+        if (
+            not isinstance(self.min_volume_mm3, int | float)
+            or not 0 < self.min_volume_mm3 < math.inf
+        ):
             raise VolsegError(
                 f"min_volume_mm3 = {self.min_volume_mm3!r} is not a volume",
                 fix="give a number over 0, such as 10 mm³",
@@ -64,7 +67,11 @@ class KeepLargest:
     def __post_init__(self) -> None:
         _check_label(self.label)
         if not isinstance(self.n, int) or self.n < 1:
-            raise VolsegError(f"n = {self.n!r} is no number of components to keep", fix="1 is usual", code="E_RECIPE")
+            raise VolsegError(
+                f"n = {self.n!r} is no number of components to keep",
+                fix="1 is usual",
+                code="E_RECIPE",
+            )
 
     def __call__(self, mask: np.ndarray, geometry: Geometry) -> np.ndarray:
         lesions = label_lesions(_only(mask, self.label), geometry)
@@ -95,7 +102,9 @@ class FillHoles:
         box = BoundingBox.around(mask)
         if box is None:
             return filled
-        part = filled[box.slices]  # a view; what is enclosed by labels lies strictly inside their box
+        part = filled[
+            box.slices
+        ]  # a view; what is enclosed by labels lies strictly inside their box
         background = find_components(part == 0, geometry.crop(box), connectivity=6)
         low, high = _labels_round(part, background)
         is_filled = low == high if self.label is None else (low == high) & (low == self.label)
@@ -134,7 +143,9 @@ def _labels_round(part: np.ndarray, background: Components) -> tuple[np.ndarray,
 def _check_label(label: int | None) -> None:
     if label is not None and (not isinstance(label, int) or label < 1):
         raise VolsegError(
-            f"label = {label!r} is not a label", fix="give a value of the mask from 1, or leave it out", code="E_RECIPE"
+            f"label = {label!r} is not a label",
+            fix="give a value of the mask from 1, or leave it out",
+            code="E_RECIPE",
         )
 
 
@@ -164,12 +175,16 @@ def make_steps(settings: Sequence[Step]) -> list[MaskStep]:
     for step in settings:
         if step.step not in STEPS:
             raise VolsegError(
-                f"post-processing step {step.step!r} is unknown", fix=f"use one of {', '.join(STEPS)}", code="E_RECIPE"
+                f"post-processing step {step.step!r} is unknown",
+                fix=f"use one of {', '.join(STEPS)}",
+                code="E_RECIPE",
             )
         try:
             made.append(STEPS[step.step](**step.settings))
         except TypeError as error:
             raise VolsegError(
-                f"step {step.step!r}: {error}", fix="see volseg/postprocess/steps.py", code="E_RECIPE"
+                f"step {step.step!r}: {error}",
+                fix="see volseg/postprocess/steps.py",
+                code="E_RECIPE",
             ) from error
     return made

@@ -25,7 +25,9 @@ def completed(images: Mapping[str, Volume], channels: Sequence[str]) -> dict[str
     """All channels in this order; those that are not there hold zeros on the grid of the first."""
     grid = images[channels[0]].geometry
     return {
-        name: images[name] if name in images else Volume(np.zeros(grid.shape, np.uint8, order="F"), grid)
+        name: images[name]
+        if name in images
+        else Volume(np.zeros(grid.shape, np.uint8, order="F"), grid)
         for name in channels
     }
 
@@ -76,7 +78,9 @@ def resampled_onto(volume: Volume, grid: Geometry, moved: np.ndarray | None = No
     array = ndimage.affine_transform(values, **places, output=np.float32, order=1, mode="nearest")
     # The nearest voxel's centre is half a voxel away at most.
     there = np.ones(values.shape, np.uint8)
-    inside = ndimage.affine_transform(there, **places, output=np.uint8, order=0, mode="grid-constant", cval=0)
+    inside = ndimage.affine_transform(
+        there, **places, output=np.uint8, order=0, mode="grid-constant", cval=0
+    )
     array[inside == 0] = values.min()
     return Volume(array, grid)
 
@@ -159,7 +163,9 @@ def itk_image(itk: ModuleType, volume: Volume) -> Any:
 
 def euler_of(itk: ModuleType, transform: Any) -> Any:
     """The rigid transform within what a registration returns."""
-    return itk.Euler3DTransform(transform.GetNthTransform(0) if hasattr(transform, "GetNthTransform") else transform)
+    return itk.Euler3DTransform(
+        transform.GetNthTransform(0) if hasattr(transform, "GetNthTransform") else transform
+    )
 
 
 def matrix_of(euler: Any) -> np.ndarray:

@@ -10,7 +10,9 @@ import numpy as np
 
 from volseg.volume import BoundingBox, Geometry, slabs_of
 
-BODY_SUBSAMPLING = 4  # the automatic threshold is a percentile: every fourth voxel of each axis gives the same
+BODY_SUBSAMPLING = (
+    4  # the automatic threshold is a percentile: every fourth voxel of each axis gives the same
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +26,9 @@ class AxisOrder:
     def of(cls, geometry: Geometry) -> AxisOrder:
         """Canonical: prepared axis n is the stored one that grows most along world axis n (R, A, S)."""
         codes = geometry.axis_codes
-        axes = [next(n for n, code in enumerate(codes) if code in pair) for pair in ("RL", "AP", "SI")]
+        axes = [
+            next(n for n, code in enumerate(codes) if code in pair) for pair in ("RL", "AP", "SI")
+        ]
         flipped = [codes[axis] in "LPI" for axis in axes]
         return cls((axes[0], axes[1], axes[2]), (flipped[0], flipped[1], flipped[2]))
 
@@ -69,7 +73,9 @@ def crop(array: np.ndarray, box: BoundingBox) -> np.ndarray:
     return array[box.slices]
 
 
-def uncrop(array: np.ndarray, box: BoundingBox, shape: tuple[int, int, int], fill: float = 0) -> np.ndarray:
+def uncrop(
+    array: np.ndarray, box: BoundingBox, shape: tuple[int, int, int], fill: float = 0
+) -> np.ndarray:
     """Inverse of `crop`: (I, J, K) of `shape` with `array` at the box and `fill` elsewhere."""
     full = np.full(shape, fill, array.dtype)
     full[box.slices] = array
@@ -78,11 +84,15 @@ def uncrop(array: np.ndarray, box: BoundingBox, shape: tuple[int, int, int], fil
 
 def body_threshold(stored: np.ndarray, slope: float = 1.0, intercept: float = 0.0) -> float:
     """A tenth of the 99th percentile of the intensities: MRI air is noise near 0, whatever the scanner's scale."""
-    sample = stored[tuple(slice(None, None, min(BODY_SUBSAMPLING, max(1, n // 8))) for n in stored.shape)]
+    sample = stored[
+        tuple(slice(None, None, min(BODY_SUBSAMPLING, max(1, n // 8))) for n in stored.shape)
+    ]
     return (float(np.percentile(sample, 99)) * slope + intercept) / 10
 
 
-def box_where(test: Callable[[tuple[slice, slice, slice]], np.ndarray], array: np.ndarray) -> BoundingBox | None:
+def box_where(
+    test: Callable[[tuple[slice, slice, slice]], np.ndarray], array: np.ndarray
+) -> BoundingBox | None:
     """Smallest box of the voxels of (I, J, K) for which `test(part)` is true, looked at slab by slab; None where there is none.
 
     Args:
@@ -92,15 +102,22 @@ def box_where(test: Callable[[tuple[slice, slice, slice]], np.ndarray], array: n
     for part in slabs_of(array):
         inside = test(part)
         for axis, slab in enumerate(part):
-            filled[axis][slab] |= inside.any(axis=tuple(other for other in range(3) if other != axis))
+            filled[axis][slab] |= inside.any(
+                axis=tuple(other for other in range(3) if other != axis)
+            )
     if not filled[0].any():
         return None
-    (i, i_last), (j, j_last), (k, k_last) = (np.flatnonzero(each)[[0, -1]].tolist() for each in filled)
+    (i, i_last), (j, j_last), (k, k_last) = (
+        np.flatnonzero(each)[[0, -1]].tolist() for each in filled
+    )
     return BoundingBox((i, j, k), (i_last + 1, j_last + 1, k_last + 1))
 
 
 def scaled_box(
-    box: BoundingBox, shape: Sequence[int], wanted: Sequence[int], margin_voxels: Sequence[float] = (0, 0, 0)
+    box: BoundingBox,
+    shape: Sequence[int],
+    wanted: Sequence[int],
+    margin_voxels: Sequence[float] = (0, 0, 0),
 ) -> BoundingBox:
     """A box of a grid of `shape` voxels on one of `wanted` voxels over the same field of view, with a margin round it.
 
@@ -111,7 +128,9 @@ def scaled_box(
     """
     ends = [
         (max(0, math.floor(start * m / n - margin)), min(m, math.ceil(stop * m / n + margin)))
-        for start, stop, n, m, margin in zip(box.start, box.stop, shape, wanted, margin_voxels, strict=True)
+        for start, stop, n, m, margin in zip(
+            box.start, box.stop, shape, wanted, margin_voxels, strict=True
+        )
     ]
     (r, r_stop), (a, a_stop), (s, s_stop) = ends
     return BoundingBox((r, a, s), (r_stop, a_stop, s_stop))

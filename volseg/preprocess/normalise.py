@@ -36,7 +36,9 @@ class Scaling:
     def __call__(self, array: np.ndarray, body: np.ndarray | None = None) -> np.ndarray:
         """Real numbers of any shape → float32, a new array; without `body` the nonzero voxels are inside."""
         values = torch.from_numpy(array.astype(np.float32))
-        return self.apply_(values, None if body is None else torch.from_numpy(np.array(body))).numpy()
+        return self.apply_(
+            values, None if body is None else torch.from_numpy(np.array(body))
+        ).numpy()
 
     def apply_(self, values: torch.Tensor, body: torch.Tensor | None = None) -> torch.Tensor:
         """The same for float32 values on any device, in place."""
@@ -107,22 +109,26 @@ class ZScore(Normaliser):
 
     def fit(self, array: np.ndarray, body: np.ndarray | None = None) -> Scaling:
         inside = _inside(array, body, self.region)
-        return self._scaling(float(inside.mean(dtype=np.float64)), float(inside.std(dtype=np.float64)))
+        return self._scaling(
+            float(inside.mean(dtype=np.float64)), float(inside.std(dtype=np.float64))
+        )
 
     def fit_parts(self, parts: Iterable[np.ndarray]) -> Scaling | None:
         n, mean, squares = 0, 0.0, 0.0
         for part in parts:
             if part.size:
                 own = float(part.mean(dtype=np.float64))
-                squares += float(part.var(dtype=np.float64)) * part.size + (own - mean) ** 2 * n * part.size / (
-                    n + part.size
-                )
+                squares += float(part.var(dtype=np.float64)) * part.size + (
+                    own - mean
+                ) ** 2 * n * part.size / (n + part.size)
                 n += part.size
                 mean += (own - mean) * part.size / n
         return self._scaling(mean, sqrt(squares / n)) if n else None
 
     def _scaling(self, mean: float, sd: float) -> Scaling:
-        return Scaling(shift=mean, factor=1 / sd if sd > 0 else 0, inside_only=self.region == "nonzero")
+        return Scaling(
+            shift=mean, factor=1 / sd if sd > 0 else 0, inside_only=self.region == "nonzero"
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,14 +141,20 @@ class Percentile(Normaliser):
 
     def fit(self, array: np.ndarray, body: np.ndarray | None = None) -> Scaling:
         inside = _inside(array, body, self.region)
-        low, high = (float(value) for value in np.percentile(inside, (self.low_percent, self.high_percent)))
+        low, high = (
+            float(value) for value in np.percentile(inside, (self.low_percent, self.high_percent))
+        )
         return self._scaling(low, high)
 
     def fit_parts(self, parts: Iterable[np.ndarray]) -> Scaling | None:
         if (self.low_percent, self.high_percent) != (0, 100):
             return None
         ends = [(float(part.min()), float(part.max())) for part in parts if part.size]
-        return self._scaling(min(low for low, _ in ends), max(high for _, high in ends)) if ends else None
+        return (
+            self._scaling(min(low for low, _ in ends), max(high for _, high in ends))
+            if ends
+            else None
+        )
 
     def _scaling(self, low: float, high: float) -> Scaling:
         return Scaling(low=low, high=high, shift=low, factor=1 / (high - low) if high > low else 0)

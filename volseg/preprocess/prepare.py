@@ -36,7 +36,9 @@ from volseg.preprocess.resample import (
 )
 from volseg.volume import BoundingBox, Geometry, Volume, slabs_of
 
-SLAB_VOXELS = 524_288  # native voxels looked at together; bounds the float32 temporaries to some 2 MB each
+SLAB_VOXELS = (
+    524_288  # native voxels looked at together; bounds the float32 temporaries to some 2 MB each
+)
 SAMPLE_VOXELS = 8_000_000  # of a scan, from which its own mean, deviation or percentiles are taken
 
 
@@ -76,7 +78,9 @@ class Trail:
     order: AxisOrder
     box: BoundingBox
     shape: tuple[int, int, int]
-    separate_axis: int | None = None  # of the prepared axes: takes the nearest plane instead of interpolating
+    separate_axis: int | None = (
+        None  # of the prepared axes: takes the nearest plane instead of interpolating
+    )
 
     @property
     def cropped(self) -> Geometry:
@@ -87,7 +91,9 @@ class Trail:
     def spacing_mm(self) -> tuple[float, float, float]:
         """Of the prepared grid along its axes: what was asked for, but for a whole number of voxels."""
         own = self.cropped
-        r, a, s = (mm * n / m for mm, n, m in zip(own.spacing_mm, own.shape, self.shape, strict=True))
+        r, a, s = (
+            mm * n / m for mm, n, m in zip(own.spacing_mm, own.shape, self.shape, strict=True)
+        )
         return r, a, s
 
 
@@ -131,11 +137,15 @@ class Preparation:
         self._volumes = list(images.values())
         first = self._volumes[0]
         is_canonical = settings.axes == "canonical"
-        order = (AxisOrder.of(first.geometry) if is_canonical else AxisOrder.stored()).transposed(settings.transpose)
+        order = (AxisOrder.of(first.geometry) if is_canonical else AxisOrder.stored()).transposed(
+            settings.transpose
+        )
         stored = [to_canonical(volume.array, order) for volume in self._volumes]
         self._above = _stored_threshold(first, stored[0], settings.body_above)
         found = self._find_box(stored)
-        box = found or BoundingBox.whole((stored[0].shape[0], stored[0].shape[1], stored[0].shape[2]))
+        box = found or BoundingBox.whole(
+            (stored[0].shape[0], stored[0].shape[1], stored[0].shape[2])
+        )
         cropped = canonical_geometry(first.geometry, order).crop(box)
         separate = separate_axis(cropped.spacing_mm, settings.spacing_mm, settings.separate_above)
         shape = resampled_shape(cropped, settings.spacing_mm)
@@ -161,7 +171,9 @@ class Preparation:
         """The same scan on a grid of another spacing, resampled linearly; box and normalisation stay those of this one."""
         _ = self._scalings, self._nonzero  # looked for once, on this grid, for both
         other = copy(self)
-        other._settings = replace(self._settings, spacing_mm=spacing_mm, interpolation="linear", separate_above=None)
+        other._settings = replace(
+            self._settings, spacing_mm=spacing_mm, interpolation="linear", separate_above=None
+        )
         shape = resampled_shape(self.trail.cropped, spacing_mm)
         other.trail = replace(self.trail, shape=shape, separate_axis=None)
         return other
@@ -188,12 +200,16 @@ class Preparation:
         if self._settings.crop == "nonzero":
             pairs = list(zip(self._volumes, stored, strict=True))
             return box_where(
-                lambda part: np.any([volume.intensities(array[part]) != 0 for volume, array in pairs], axis=0),
+                lambda part: np.any(
+                    [volume.intensities(array[part]) != 0 for volume, array in pairs], axis=0
+                ),
                 stored[0],
             )
         return None
 
-    def _channel(self, index: int, axis: int | None, device: torch.device) -> tuple[PlaneReader, Finish]:
+    def _channel(
+        self, index: int, axis: int | None, device: torch.device
+    ) -> tuple[PlaneReader, Finish]:
         """The planes of one channel, and what is left to be done to them, in place, once they are resampled."""
         volume, scaling = self._volumes[index], self._scalings[index]
         if not self._settings.normalise_first:
@@ -250,7 +266,10 @@ class Preparation:
     @cached_property
     def _nonzero(self) -> np.ndarray | None:
         """(R, A, S) bool of the cropped scan where a normaliser asks for it: not 0 in some channel, holes filled."""
-        if all(getattr(normaliser, "region", "") != "nonzero" for normaliser in self._settings.normalisers):
+        if all(
+            getattr(normaliser, "region", "") != "nonzero"
+            for normaliser in self._settings.normalisers
+        ):
             return None
         found = np.zeros(self._views[0].shape, bool)
         axis = slowest_axis(self._views[0])
@@ -265,19 +284,28 @@ class Preparation:
         found = []
         for index, normaliser in enumerate(self._settings.normalisers):
             # What is normalised as it is stored was trained on statistics of every voxel, and extremes are in no sample.
-            exact = normaliser.fit_parts(self._parts(index)) if self._settings.normalise_first else None
+            exact = (
+                normaliser.fit_parts(self._parts(index)) if self._settings.normalise_first else None
+            )
             found.append(exact or normaliser.fit(self._sample(index)))
         return found
 
     def _parts(self, index: int) -> Iterator[np.ndarray]:
         """The intensities as stored, of the region of which the channel's normaliser wants to know."""
-        region, view = getattr(self._settings.normalisers[index], "region", None), self._views[index]
+        region, view = (
+            getattr(self._settings.normalisers[index], "region", None),
+            self._views[index],
+        )
         for part in slabs_of(view):
             values = _scaled(view[part], self._volumes[index])
             if region == "body":
                 yield values[self._views[0][part] > self._above]
             else:
-                yield values.ravel() if self._nonzero is None or region != "nonzero" else values[self._nonzero[part]]
+                yield (
+                    values.ravel()
+                    if self._nonzero is None or region != "nonzero"
+                    else values[self._nonzero[part]]
+                )
 
     def _sample(self, index: int) -> np.ndarray:
         """Intensities of the region of which the channel's normaliser wants to know: all, or evenly spread ones of many."""
@@ -289,14 +317,19 @@ class Preparation:
         if self._settings.normalise_first:
             view = self._views[index]
             # Whole planes of the scan as stored, so that no copy is larger than the sample.
-            every = tuple(slice(None, None, -(-view.size // SAMPLE_VOXELS) if n == axis else None) for n in range(3))
+            every = tuple(
+                slice(None, None, -(-view.size // SAMPLE_VOXELS) if n == axis else None)
+                for n in range(3)
+            )
             body = None
             if region == "body":
                 body = self._views[0][every] > self._above
             elif self._nonzero is not None:
                 body = self._nonzero[every]
             values = view[every]
-            return _scaled(values.ravel() if body is None or not body.any() else values[body], volume)
+            return _scaled(
+                values.ravel() if body is None or not body.any() else values[body], volume
+            )
         reader = self._reader(index, axis)
         first = self._reader(0, axis) if region == "body" and index else reader
         every = -(-int(np.prod(self.trail.shape)) // SAMPLE_VOXELS)
@@ -306,7 +339,11 @@ class Preparation:
         for start in range(0, length, step):
             stop = min(length, start + step)
             values = np.moveaxis(reader.read(start, stop).numpy(), axis, 0).ravel()
-            others = values if first is reader else np.moveaxis(first.read(start, stop).numpy(), axis, 0).ravel()
+            others = (
+                values
+                if first is reader
+                else np.moveaxis(first.read(start, stop).numpy(), axis, 0).ravel()
+            )
             phase = -(start * (values.size // (stop - start))) % every
             chosen = slice(phase, None, every)
             body = others[chosen] > self._above if region == "body" else None
@@ -340,7 +377,10 @@ class PreparedPlanes:
         """Planes `start` to `stop`: float32 (C, R, A, S) on the device, but `stop - start` long along the axis."""
         shape = tuple(stop - start if axis == self.axis else n for axis, n in enumerate(self.shape))
         first = self._part.start[self.axis]
-        across = tuple(slice(None) if axis == self.axis else each for axis, each in enumerate(self._part.slices))
+        across = tuple(
+            slice(None) if axis == self.axis else each
+            for axis, each in enumerate(self._part.slices)
+        )
         if len(self._channels) == 1:  # which nothing has to stand beside
             reader, finish = self._channels[0]
             return finish(reader.read(first + start, first + stop)[across])[None]
@@ -372,7 +412,9 @@ def separate_axis(
 
 def prepare_mask(reference: np.ndarray, trail: Trail) -> np.ndarray:
     """A reference mask (I, J, K) on the scan's grid → label values on the prepared grid (R, A, S), contiguous."""
-    return np.ascontiguousarray(resample_mask(crop(to_canonical(reference, trail.order), trail.box), trail.shape))
+    return np.ascontiguousarray(
+        resample_mask(crop(to_canonical(reference, trail.order), trail.box), trail.shape)
+    )
 
 
 def _stored_threshold(volume: Volume, stored: np.ndarray, above: float | None) -> float:

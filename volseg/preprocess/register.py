@@ -22,10 +22,16 @@ from volseg.preprocess.align import (
 )
 from volseg.volume import Geometry, Volume
 
-LEVELS_MM = (8.0, 4.0, 2.0)  # voxels are averaged to about that; a rigid movement is found to a fraction of a voxel
+LEVELS_MM = (
+    8.0,
+    4.0,
+    2.0,
+)  # voxels are averaged to about that; a rigid movement is found to a fraction of a voxel
 LEAST_VOXELS = 16  # that an axis keeps at the coarsest level: thin scans stay as fine along their thin axis as they are
 MAX_SAMPLES = 60_000  # places at which the scans are compared, which bounds the time
-CLIPPED_PERCENT = 1.0  # of the intensities at either end: metal and padding would take most bins of the histogram
+CLIPPED_PERCENT = (
+    1.0  # of the intensities at either end: metal and padding would take most bins of the histogram
+)
 SAME_START_MM = 10.0  # about a voxel of the coarsest level
 # Measured: bytes per voxel of a scan while its images are made, and per voxel of the finest while movements are tried.
 MAKING_BYTES, FITTING_BYTES, SAMPLE, FITTING = 9, 36, 48 << 20, 80 << 20
@@ -69,14 +75,18 @@ class Registration:
         """(N,) mm between where the two directions put each of the points (N, 3) of the first scan."""
         if self.other is None:
             return None
-        return np.linalg.norm(transformed(self.moved, points_mm) - transformed(self.other, points_mm), axis=1)
+        return np.linalg.norm(
+            transformed(self.moved, points_mm) - transformed(self.other, points_mm), axis=1
+        )
 
     def plane_disagreement_deg(self, normal: np.ndarray) -> float | None:
         """Angle between where the two directions put the planes with this (3,) normal of the first scan."""
         if self.other is None:
             return None
         one, other = (matrix[:3, :3] @ normal for matrix in (self.moved, self.other))
-        return math.degrees(math.atan2(float(np.linalg.norm(np.cross(one, other))), float(one @ other)))
+        return math.degrees(
+            math.atan2(float(np.linalg.norm(np.cross(one, other))), float(one @ other))
+        )
 
 
 def transformed(matrix: np.ndarray, points_mm: np.ndarray) -> np.ndarray:
@@ -105,7 +115,9 @@ def register(first: Volume, second: Volume) -> Registration:
     found = [] if forward is None else [forward]
     found += [] if backward is None else [np.linalg.inv(backward)]
     rated = [(_similarity(itk, images, matrix), matrix) for matrix in found]
-    known = sorted((similarity, n) for n, (similarity, _) in enumerate(rated) if similarity is not None)
+    known = sorted(
+        (similarity, n) for n, (similarity, _) in enumerate(rated) if similarity is not None
+    )
     if not known:
         raise ScanError(
             "the two scans could not be registered: nowhere do they overlap and resemble each other",
@@ -135,7 +147,10 @@ def _pyramid(itk: ModuleType, scan: Volume) -> list[Any]:
 
 def _factors(level_mm: float, spacing_mm: Sequence[float], shape: Sequence[int]) -> list[int]:
     """Voxels that become one along each axis."""
-    return [max(1, min(int(level_mm / mm), n // LEAST_VOXELS)) for mm, n in zip(spacing_mm, shape, strict=True)]
+    return [
+        max(1, min(int(level_mm / mm), n // LEAST_VOXELS))
+        for mm, n in zip(spacing_mm, shape, strict=True)
+    ]
 
 
 def registering_bytes(first: Geometry, second: Geometry) -> int:
@@ -165,7 +180,9 @@ def _step(scan: Volume) -> int:
     return max(1, round((scan.array.size / 1e6) ** (1 / 3)))
 
 
-def _search(itk: ModuleType, scans: Sequence[Volume], pairs: Sequence[Sequence[Any]]) -> np.ndarray | None:
+def _search(
+    itk: ModuleType, scans: Sequence[Volume], pairs: Sequence[Sequence[Any]]
+) -> np.ndarray | None:
     """(4, 4) from the first of two scans to the second; None where they do not overlap or cannot be compared.
 
     Args:
@@ -182,12 +199,19 @@ def _search(itk: ModuleType, scans: Sequence[Volume], pairs: Sequence[Sequence[A
         if fit is not None and _overlap(grids[0], grids[1], matrix_of(fit[1])):
             found.append(fit)
     best = _fit(itk, pairs[2], min(found, key=lambda fit: fit[0])[1]) if found else None
-    return None if best is None or not _overlap(grids[0], grids[1], matrix_of(best[1])) else matrix_of(best[1])
+    return (
+        None
+        if best is None or not _overlap(grids[0], grids[1], matrix_of(best[1]))
+        else matrix_of(best[1])
+    )
 
 
 def _starts(scans: Sequence[Volume]) -> list[np.ndarray]:
     """Shifts in mm to begin with; one near an earlier one would lead to the same place."""
-    middles, masses = [_middle(scan.geometry) for scan in scans], [_centre_of_mass(scan) for scan in scans]
+    middles, masses = (
+        [_middle(scan.geometry) for scan in scans],
+        [_centre_of_mass(scan) for scan in scans],
+    )
     starts = [np.zeros(3)]
     for shift in (middles[1] - middles[0], masses[1] - masses[0]):
         if min(np.linalg.norm(shift - start) for start in starts) > SAME_START_MM:
@@ -216,7 +240,10 @@ def _centre_of_mass(scan: Volume) -> np.ndarray:
 
 def _overlap(first: Geometry, second: Geometry, moved: np.ndarray) -> bool:
     """Whether one of the two fields of view reaches over enough of the other."""
-    return max(covered(first, second, moved), covered(second, first, np.linalg.inv(moved))) >= LEAST_COVERED
+    return (
+        max(covered(first, second, moved), covered(second, first, np.linalg.inv(moved)))
+        >= LEAST_COVERED
+    )
 
 
 def _method(itk: ModuleType, fixed: Any) -> Any:
@@ -238,7 +265,9 @@ def _fit(itk: ModuleType, images: Sequence[Any], start: Any) -> tuple[float, Any
     method.SetInitialTransform(itk.Euler3DTransform(start), inPlace=False)
     try:
         transform = method.Execute(*images)
-    except RuntimeError:  # ITK's only way to say that no sample lies in both, or that all of them have one value
+    except (
+        RuntimeError
+    ):  # ITK's only way to say that no sample lies in both, or that all of them have one value
         return None
     return float(method.GetMetricValue()), euler_of(itk, transform)
 

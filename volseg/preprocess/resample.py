@@ -22,7 +22,9 @@ SLAB_VALUES = 1_000_000  # float32 values converted at a time: 4 MB, which stay 
 NEGLIGIBLE_WEIGHT = 1e-7  # of a cubic spline's far planes: under the rounding of float32
 
 
-def resampled_shape(geometry: Geometry, spacing_mm: tuple[float, float, float]) -> tuple[int, int, int]:
+def resampled_shape(
+    geometry: Geometry, spacing_mm: tuple[float, float, float]
+) -> tuple[int, int, int]:
     """Voxels per axis that come nearest to `spacing_mm` over the field of view."""
     i, j, k = (
         max(1, round(own / wanted * n))
@@ -40,7 +42,9 @@ def resampled_geometry(geometry: Geometry, shape: tuple[int, int, int]) -> Geome
     return Geometry(shape, affine)
 
 
-def resample(array: np.ndarray, shape: tuple[int, int, int], interpolation: Interpolation = "linear") -> np.ndarray:
+def resample(
+    array: np.ndarray, shape: tuple[int, int, int], interpolation: Interpolation = "linear"
+) -> np.ndarray:
     """Intensities (I, J, K) on a grid of `shape` voxels over the same field of view.
 
     Args:
@@ -92,10 +96,20 @@ class PlaneReader:
         self._source = array.transpose(self.axes)
         n, *plane = self._source.shape
         wanted, *wanted_plane = (shape[axis] for axis in self.axes)
-        kinds = interpolation if isinstance(interpolation, tuple) else (interpolation, interpolation, interpolation)
-        kind, first_kind, second_kind = kinds[self.axes[0]], kinds[self.axes[1]], kinds[self.axes[2]]
+        kinds = (
+            interpolation
+            if isinstance(interpolation, tuple)
+            else (interpolation, interpolation, interpolation)
+        )
+        kind, first_kind, second_kind = (
+            kinds[self.axes[0]],
+            kinds[self.axes[1]],
+            kinds[self.axes[2]],
+        )
         self._plane_shape = tuple(wanted_plane)
-        self._resize = plane_resizer(tuple(plane), tuple(wanted_plane), (first_kind, second_kind), device)
+        self._resize = plane_resizer(
+            tuple(plane), tuple(wanted_plane), (first_kind, second_kind), device
+        )
         self._along = _Along(n, wanted, kind, device)
         self._convert = convert or (lambda planes, which: planes)
         self._limits = limits
@@ -116,7 +130,9 @@ class PlaneReader:
         planes = torch.empty((last - first, *self._plane_shape), device=self._device)
         known = slice(max(first, kept_first), min(last, kept_first + len(kept)))
         if known.start < known.stop:
-            planes[known.start - first : known.stop - first] = kept[known.start - kept_first : known.stop - kept_first]
+            planes[known.start - first : known.stop - first] = kept[
+                known.start - kept_first : known.stop - kept_first
+            ]
             missing = ((first, known.start), (known.stop, last))
         else:
             missing = ((first, last),)
@@ -126,7 +142,9 @@ class PlaneReader:
                 resized = self._resize(slab)
                 if self._limits == "plane":
                     flat = slab.flatten(1)
-                    resized = resized.clamp(flat.amin(1)[:, None, None], flat.amax(1)[:, None, None])
+                    resized = resized.clamp(
+                        flat.amin(1)[:, None, None], flat.amax(1)[:, None, None]
+                    )
                 planes[part.start - first : part.stop - first] = resized
         if not self._along.is_identity:
             self._kept = (first, planes)
@@ -205,7 +223,9 @@ def coarsened_mask(mask: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:
             # The cell of a voxel goes from edge to edge; one of the old voxels may lie in two cells.
             first, last = np.arange(m) * n // m, -(-(np.arange(m) + 1) * n // m)
             cells = np.add.accumulate(np.insert(found, 0, 0, axis=axis), axis=axis, dtype=np.int32)
-            found = (np.take(cells, last, axis=axis) > np.take(cells, first, axis=axis)).astype(np.uint8)
+            found = (np.take(cells, last, axis=axis) > np.take(cells, first, axis=axis)).astype(
+                np.uint8
+            )
     return found
 
 
@@ -217,7 +237,9 @@ def _slabs(first: int, last: int, values_per_plane: int) -> Iterator[slice]:
 def tensor_of(values: np.ndarray, device: torch.device = CPU) -> torch.Tensor:
     """Real numbers of any dtype and memory layout → float32 on a device, contiguous; may be the array's own memory."""
     # What goes to a GPU goes as stored, which is less. No tensor can be of what is mapped read-only from a file, or of the other byte order.
-    is_sent_as_stored = device.type == "cuda" and values.dtype.itemsize <= 4 and values.dtype.isnative
+    is_sent_as_stored = (
+        device.type == "cuda" and values.dtype.itemsize <= 4 and values.dtype.isnative
+    )
     dtype = values.dtype if is_sent_as_stored else np.float32
     return send(torch.from_numpy(np.require(values, dtype, ["C", "W"])), device).float()
 
@@ -228,7 +250,10 @@ def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 def plane_resizer(
-    size: tuple[int, ...], wanted: tuple[int, ...], kinds: tuple[Kind, ...], device: torch.device = CPU
+    size: tuple[int, ...],
+    wanted: tuple[int, ...],
+    kinds: tuple[Kind, ...],
+    device: torch.device = CPU,
 ) -> Callable[[torch.Tensor], torch.Tensor]:
     """A function (n, J, I) → (n, *wanted) for planes of `size` on a device."""
     if size == wanted:
@@ -238,7 +263,8 @@ def plane_resizer(
             planes[None], size=wanted, mode="bilinear", align_corners=False
         )[0]
     first, second = (
-        interpolation_matrix(n, m, kind).to(device) for n, m, kind in zip(size, wanted, kinds, strict=True)
+        interpolation_matrix(n, m, kind).to(device)
+        for n, m, kind in zip(size, wanted, kinds, strict=True)
     )
     # The axis that shrinks most goes first, so that the second product is small.
     if wanted[0] / size[0] < wanted[1] / size[1]:
@@ -246,7 +272,9 @@ def plane_resizer(
     return lambda planes: torch.matmul(first, torch.matmul(planes, second.T))
 
 
-def positions(n: int, wanted: int, kind: Kind = "linear") -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def positions(
+    n: int, wanted: int, kind: Kind = "linear"
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """For each of `wanted` output voxels the two input voxels it lies between, which may be one, and the weight of the upper one."""
     position = np.clip((np.arange(wanted) + 0.5) * n / wanted - 0.5, 0, n - 1)
     if kind == "nearest":
@@ -271,7 +299,9 @@ def _cubic_matrix(n: int, wanted: int) -> torch.Tensor:
     if n == wanted:
         return torch.eye(n)
     # Linear in its input and separable, so its action on unit vectors is all there is to know.
-    matrix = np.asarray(ndimage.zoom(np.eye(n), (wanted / n, 1), order=3, mode="nearest", grid_mode=True))
+    matrix = np.asarray(
+        ndimage.zoom(np.eye(n), (wanted / n, 1), order=3, mode="nearest", grid_mode=True)
+    )
     # The tails of the spline become subnormal numbers, with which a product takes twenty times as long.
     matrix[np.abs(matrix) < NEGLIGIBLE_WEIGHT] = 0
     return torch.from_numpy(np.ascontiguousarray(matrix, dtype=np.float32))

@@ -72,17 +72,24 @@ class MaskRestorer:
         self._reduction = _Regions(len(values)) if regions else _LargestWins(len(values) + 1)
         self._mask = untouched_zeros(trail.geometry.shape, self._table.dtype)
         self._confidence = untouched_zeros(trail.geometry.shape, np.uint8)
-        views = (crop(to_canonical(array, trail.order), trail.box) for array in (self._mask, self._confidence))
+        views = (
+            crop(to_canonical(array, trail.order), trail.box)
+            for array in (self._mask, self._confidence)
+        )
         self._mask_view, self._confidence_view = views
         self._axis = axis
         part = part or BoundingBox.whole(trail.shape)
         self._ways = [
-            _WayBack(n, native, "nearest" if other == trail.separate_axis else "linear", start, stop)
+            _WayBack(
+                n, native, "nearest" if other == trail.separate_axis else "linear", start, stop
+            )
             for other, (n, native, start, stop) in enumerate(
                 zip(trail.shape, self._mask_view.shape, part.start, part.stop, strict=True)
             )
         ]
-        self._kept: torch.Tensor | None = None  # the last planes that were given, which the next native plane may need
+        self._kept: torch.Tensor | None = (
+            None  # the last planes that were given, which the next native plane may need
+        )
         self._first = 0  # prepared plane with which they begin
         self._done = 0  # native planes
 
@@ -110,12 +117,17 @@ class MaskRestorer:
 
     def _segments(self, planes: slice) -> list[list[_Segment]]:
         """The pieces of each axis whose products are the tiles: as near to cubes as it goes."""
-        native = [planes if n == self._axis else slice(0, len(way.lower)) for n, way in enumerate(self._ways)]
+        native = [
+            planes if n == self._axis else slice(0, len(way.lower))
+            for n, way in enumerate(self._ways)
+        ]
         # A tile has many voxels where the finer of the two grids has.
         room = self._most * math.prod(min(1.0, way.n / way.n_native) for way in self._ways)
         segments: list[list[_Segment]] = [[], [], []]
         by_length = sorted(range(3), key=lambda n: self._ways[n].cells(native[n]))
-        for left, axis in zip((3, 2, 1), by_length, strict=True):  # what a thin axis does not use up is for the others
+        for left, axis in zip(
+            (3, 2, 1), by_length, strict=True
+        ):  # what a thin axis does not use up is for the others
             edge = min(LARGEST_TILE, max(BLOCK, int(room ** (1 / left))))
             segments[axis] = self._ways[axis].segments(native[axis], edge)
             room /= max((each.last - each.first for each in segments[axis]), default=1)
@@ -127,7 +139,9 @@ class MaskRestorer:
 
         def cut(source: torch.Tensor, origin: int) -> torch.Tensor:
             own = slice(max(0, wanted.start - origin), max(0, wanted.stop - origin))
-            return source[(slice(None), *(own if n == self._axis else each for n, each in enumerate(box)))]
+            return source[
+                (slice(None), *(own if n == self._axis else each for n, each in enumerate(box)))
+            ]
 
         new = cut(planes, begin)
         if self._kept is None or wanted.start >= begin:
@@ -139,14 +153,19 @@ class MaskRestorer:
         logits = planes.to(torch.float32) if self._head is None else self._head(planes)
         label = self._reduction.certain(logits)
         if label is None:
-            found = self._reduction(logits.clone() if logits.data_ptr() == planes.data_ptr() else logits, tile)
+            found = self._reduction(
+                logits.clone() if logits.data_ptr() == planes.data_ptr() else logits, tile
+            )
         else:
             found = _constant(tile, label)
         if found is None:
             return
         winner, confidence = (each.cpu().numpy() for each in found)
         native = tuple(each.native for each in tile)
-        for view, values in ((self._mask_view, self._table.take(winner)), (self._confidence_view, confidence)):
+        for view, values in (
+            (self._mask_view, self._table.take(winner)),
+            (self._confidence_view, confidence),
+        ):
             # Zeros are there already, and their pages cost memory once they are written.
             box = BoundingBox.around(values)
             if box is not None:
@@ -168,7 +187,11 @@ class _Segment:
         n = values.shape[axis]
         if not self.weight.any():
             is_same = np.array_equal(self.lower, np.arange(n))
-            return values if is_same else values.index_select(axis, torch.from_numpy(self.lower).to(values.device))
+            return (
+                values
+                if is_same
+                else values.index_select(axis, torch.from_numpy(self.lower).to(values.device))
+            )
         matrix = np.zeros((len(self.lower), n), np.float32)
         rows = np.arange(len(self.lower))
         matrix[rows, self.lower] = 1 - self.weight
@@ -178,7 +201,9 @@ class _Segment:
         if not after:
             return torch.matmul(values, weights.T)
         flat = values.reshape(math.prod(before), n, math.prod(after))
-        return torch.bmm(weights.expand(len(flat), -1, -1), flat).reshape(*before, len(matrix), *after)
+        return torch.bmm(weights.expand(len(flat), -1, -1), flat).reshape(
+            *before, len(matrix), *after
+        )
 
 
 class _WayBack:
@@ -189,11 +214,19 @@ class _WayBack:
         lower, upper, weight = positions(n, n_native, kind)
         inside = np.flatnonzero((lower >= start) & (upper < stop))
         self._offset = int(inside[0]) if inside.size else 0
-        self.lower, self.upper, self._weight = lower[inside] - start, upper[inside] - start, weight[inside]
+        self.lower, self.upper, self._weight = (
+            lower[inside] - start,
+            upper[inside] - start,
+            weight[inside],
+        )
 
     def cells(self, native: slice) -> int:
         """Prepared voxels from the first to the last that these native ones lie between."""
-        return int(self.upper[native][-1] - self.lower[native][0]) + 1 if self.lower[native].size else 0
+        return (
+            int(self.upper[native][-1] - self.lower[native][0]) + 1
+            if self.lower[native].size
+            else 0
+        )
 
     def segments(self, native: slice, edge: int) -> list[_Segment]:
         """Pieces of equal length, of whole blocks and of some `edge` prepared voxels at most."""
@@ -261,17 +294,29 @@ class _LargestWins:
         """The label that all of the tile certainly has, as far as one look at the logits (classes, r, a, s) can tell; None: look closer."""
         first = int(logits[:, 0, 0, 0].argmax())
         others = [part.amax(0) for part in (logits[:first], logits[first + 1 :]) if len(part)]
-        least, most = (logits[first] - (others[0] if len(others) == 1 else torch.maximum(*others))).aminmax()
-        share = DOUBT / (1 - DOUBT) if first == 0 else NEGLIGIBLE  # of all others together, beside the winner's 1
-        return first if math.log((len(logits) - 1) / share) <= float(least) <= float(most) < math.inf else None
+        least, most = (
+            logits[first] - (others[0] if len(others) == 1 else torch.maximum(*others))
+        ).aminmax()
+        share = (
+            DOUBT / (1 - DOUBT) if first == 0 else NEGLIGIBLE
+        )  # of all others together, beside the winner's 1
+        return (
+            first
+            if math.log((len(logits) - 1) / share) <= float(least) <= float(most) < math.inf
+            else None
+        )
 
-    def __call__(self, logits: torch.Tensor, tile: Sequence[_Segment]) -> tuple[torch.Tensor, torch.Tensor] | None:
+    def __call__(
+        self, logits: torch.Tensor, tile: Sequence[_Segment]
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Logits (classes, r, a, s) on prepared voxels → winner, confidence on native ones; None where all is background."""
         rank = self._rank = self._rank.to(logits.device)
         best = logits.amax(0)
         _check_finite(best)
         top = ((logits == best) * rank).amax(0)
-        share = torch.sub(logits, best).clamp_(min=-LARGEST_EXPONENT).exp_()  # of each class, beside the winner's 1
+        share = (
+            torch.sub(logits, best).clamp_(min=-LARGEST_EXPONENT).exp_()
+        )  # of each class, beside the winner's 1
         total = share.sum(0)
         is_certain = (total <= 1 + NEGLIGIBLE) | ((top == len(rank)) & (total <= 1 / (1 - DOUBT)))
         first = int(top[0, 0, 0])
@@ -285,7 +330,12 @@ class _LargestWins:
         return winner, torch.where(winner == 0, 1 - won, won).mul_(CERTAIN).round_().to(torch.uint8)
 
     def _needed(
-        self, logits: torch.Tensor, best: torch.Tensor, share: torch.Tensor, top: torch.Tensor, is_certain: torch.Tensor
+        self,
+        logits: torch.Tensor,
+        best: torch.Tensor,
+        share: torch.Tensor,
+        top: torch.Tensor,
+        is_certain: torch.Tensor,
     ) -> torch.Tensor | None:
         """The classes that have to be interpolated, so that no probability in the tile changes by more than `NEGLIGIBLE`; None: all.
 
@@ -325,9 +375,13 @@ class _Regions:
     def certain(self, logits: torch.Tensor) -> int | None:
         """Background, where no class is likely at any prepared voxel of the tile; None: look closer."""
         least, most = logits.amax(0).aminmax()
-        return 0 if -math.inf < float(least) <= float(most) <= math.log(DOUBT / (1 - DOUBT)) else None
+        return (
+            0 if -math.inf < float(least) <= float(most) <= math.log(DOUBT / (1 - DOUBT)) else None
+        )
 
-    def __call__(self, logits: torch.Tensor, tile: Sequence[_Segment]) -> tuple[torch.Tensor, torch.Tensor] | None:
+    def __call__(
+        self, logits: torch.Tensor, tile: Sequence[_Segment]
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Logits (classes, r, a, s) on prepared voxels → winner, confidence on native ones; None where all is background."""
         rank = self._rank = self._rank.to(logits.device)
         _check_finite(logits.amax(0))
@@ -347,7 +401,9 @@ class _Regions:
 
 def _whole_blocks(values: torch.Tensor) -> torch.Tensor:
     """(classes, r, a, s), continued with its last voxels so that each axis is blocks and one voxel more."""
-    ends = [end for n in reversed(values.shape[1:]) for end in (0, (1 - n) % BLOCK if n > 1 else BLOCK)]
+    ends = [
+        end for n in reversed(values.shape[1:]) for end in (0, (1 - n) % BLOCK if n > 1 else BLOCK)
+    ]
     return torch.nn.functional.pad(values[None], ends, mode="replicate")[0] if any(ends) else values
 
 

@@ -13,7 +13,15 @@ from volseg.measure.changes import LesionChange
 from volseg.preprocess.align import index_matrix, resampled_onto
 from volseg.preprocess.crop import AxisOrder, canonical_geometry, to_canonical
 from volseg.report.canvas import Figure, FigureCanvasAgg
-from volseg.report.slices import PLANES, draw_slice, label_slice, png_bytes, slice_of, surroundings, window_round
+from volseg.report.slices import (
+    PLANES,
+    draw_slice,
+    label_slice,
+    png_bytes,
+    slice_of,
+    surroundings,
+    window_round,
+)
 from volseg.volume import BoundingBox, Geometry, Volume
 
 REACH_MM = 40.0  # shown to each side of the lesion
@@ -45,8 +53,18 @@ def change_png(
         scans[0].intensities(stored).astype(np.float32),
         resampled_onto(scans[1], part, moved).array,
     )
-    numbers = (to_canonical(ids[0], order)[box.slices], _nearest(ids[1], scans[1].geometry, part, moved))
-    return _draw(pictures, numbers, part, centre - box.start, "no lesion" if row is None else _caption(row), title)
+    numbers = (
+        to_canonical(ids[0], order)[box.slices],
+        _nearest(ids[1], scans[1].geometry, part, moved),
+    )
+    return _draw(
+        pictures,
+        numbers,
+        part,
+        centre - box.start,
+        "no lesion" if row is None else _caption(row),
+        title,
+    )
 
 
 def stacked(pictures: Sequence[bytes]) -> bytes:
@@ -54,7 +72,9 @@ def stacked(pictures: Sequence[bytes]) -> bytes:
     if len(pictures) == 1:
         return pictures[0]
     opened = [Image.open(io.BytesIO(picture)).convert("RGB") for picture in pictures]
-    whole = Image.new("RGB", (max(each.width for each in opened), sum(each.height for each in opened)))
+    whole = Image.new(
+        "RGB", (max(each.width for each in opened), sum(each.height for each in opened))
+    )
     top = 0
     for each in opened:
         whole.paste(each, (0, top))
@@ -71,7 +91,11 @@ def _largest_change(
     back = np.linalg.inv(moved)
     best, place = None, (np.array(grid.shape) - 1) // 2
     for row in changes:
-        before = (row.baseline_centroid_r_mm, row.baseline_centroid_a_mm, row.baseline_centroid_s_mm)
+        before = (
+            row.baseline_centroid_r_mm,
+            row.baseline_centroid_a_mm,
+            row.baseline_centroid_s_mm,
+        )
         after = (row.followup_centroid_r_mm, row.followup_centroid_a_mm, row.followup_centroid_s_mm)
         place_mm = after if None in before else before
         if row.change_volume_ml is None or None in place_mm:
@@ -81,7 +105,9 @@ def _largest_change(
             point = back[:3, :3] @ point + back[:3, 3]
         index = np.rint(grid.to_index(point[None])[0]).astype(int)
         is_shown = ((index >= 0) & (index < np.array(grid.shape))).all()
-        if is_shown and (best is None or abs(row.change_volume_ml) > abs(best.change_volume_ml or 0.0)):
+        if is_shown and (
+            best is None or abs(row.change_volume_ml) > abs(best.change_volume_ml or 0.0)
+        ):
             best, place = row, index
     return best, place
 
@@ -117,21 +143,35 @@ def _draw(
     figure = Figure(figsize=(9, 6.6), layout="constrained", facecolor="black")
     FigureCanvasAgg(figure)
     axes = figure.subplots(2, len(PLANES), squeeze=False)
-    for line, (time, picture) in enumerate(zip(("baseline", "follow-up, registered"), pictures, strict=True)):
+    for line, (time, picture) in enumerate(
+        zip(("baseline", "follow-up, registered"), pictures, strict=True)
+    ):
         window = window_round(picture[surroundings(centre[None], grid.spacing_mm)])
         for column, (name, axis, left, right) in enumerate(PLANES):
             plot, index = axes[line][column], int(centre[axis])
             across, up = (grid.spacing_mm[other] for other in range(3) if other != axis)
             outlines = [
-                (slice_of(ids, axis, index) > 0, colour) for ids, colour in zip(numbers, (BEFORE, AFTER), strict=True)
+                (slice_of(ids, axis, index) > 0, colour)
+                for ids, colour in zip(numbers, (BEFORE, AFTER), strict=True)
             ]
-            draw_slice(plot, slice_of(picture, axis, index), outlines, (across, up), window, f"{time}, {name}")
+            draw_slice(
+                plot,
+                slice_of(picture, axis, index),
+                outlines,
+                (across, up),
+                window,
+                f"{time}, {name}",
+            )
             label_slice(plot, left, right, across)
-    figure.suptitle(f"{title}: {caption}\ngreen: baseline   orange: follow-up", color="white", fontsize=9)
+    figure.suptitle(
+        f"{title}: {caption}\ngreen: baseline   orange: follow-up", color="white", fontsize=9
+    )
     return png_bytes(figure, "black")
 
 
 def _caption(row: LesionChange) -> str:
-    which = " → ".join("none" if n is None else f"#{n}" for n in (row.baseline_lesion_id, row.followup_lesion_id))
+    which = " → ".join(
+        "none" if n is None else f"#{n}" for n in (row.baseline_lesion_id, row.followup_lesion_id)
+    )
     percent = "" if row.change_volume_percent is None else f", {row.change_volume_percent:+.0f} %"
     return f"{row.label_name} {which}, {row.status}, {row.change_volume_ml:+.3g} mL{percent}"

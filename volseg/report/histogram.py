@@ -13,14 +13,18 @@ LEFT, RIGHT, TOP, BOTTOM = 46, 18, 24, 36
 MAX_BINS = 24
 
 
-def histogram_svg(values: Sequence[float], *, title: str, unit: str, log: bool = False) -> Markup | None:
+def histogram_svg(
+    values: Sequence[float], *, title: str, unit: str, log: bool = False
+) -> Markup | None:
     """How often values occur, with their median as a dashed line; None where there are too few to say anything.
 
     Args:
         values: unknown ones (NaN, infinite; with `log` those not above 0) are left out.
         log: a logarithmic axis.
     """
-    known = np.array([value for value in values if math.isfinite(value) and (value > 0 or not log)], float)
+    known = np.array(
+        [value for value in values if math.isfinite(value) and (value > 0 or not log)], float
+    )
     if known.size < 2 or known.min() == known.max():
         return None
     seen = np.log10(known) if log else known
@@ -50,7 +54,9 @@ def histogram_svg(values: Sequence[float], *, title: str, unit: str, log: bool =
     ]
     for at, text in steps:
         parts.append(f'<path class="grid" d="M{LEFT} {y(at):.1f}H{WIDTH - RIGHT}"/>')
-        parts.append(f'<text class="soft" x="{LEFT - 5}" y="{y(at) + 4:.1f}" text-anchor="end">{text}</text>')
+        parts.append(
+            f'<text class="soft" x="{LEFT - 5}" y="{y(at) + 4:.1f}" text-anchor="end">{text}</text>'
+        )
     for count, start, stop in zip(counts.tolist(), edges[:-1].tolist(), edges[1:].tolist()):
         if count:
             shape = f'x="{x(start) + 0.5:.1f}" y="{y(count):.1f}" width="{max(x(stop) - x(start) - 1, 1):.1f}"'
@@ -58,7 +64,9 @@ def histogram_svg(values: Sequence[float], *, title: str, unit: str, log: bool =
     parts.append(f'<path class="axis" d="M{LEFT} {y(0):.1f}H{WIDTH - RIGHT}"/>')
     for at, text in inside:
         parts.append(f'<path class="axis" d="M{x(at):.1f} {y(0):.1f}v4"/>')
-        parts.append(f'<text x="{x(at):.1f}" y="{y(0) + 16:.1f}" text-anchor="middle">{text}</text>')
+        parts.append(
+            f'<text x="{x(at):.1f}" y="{y(0) + 16:.1f}" text-anchor="middle">{text}</text>'
+        )
     at = x(math.log10(median) if log else median)
     parts.append(f'<path class="middle" d="M{at:.1f} {y(0):.1f}V{TOP}"/>')
     scale = f"{unit}, logarithmic" if log else unit

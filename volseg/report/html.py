@@ -115,7 +115,14 @@ CHANGE_COLUMNS = (
     "change_intensity_mean",
     "notes",
 )
-VIEWER_COLUMNS = ("lesion_id", "label_name", "volume_ml", "long_axis_mm", "short_axis_mm", "intensity_mean")
+VIEWER_COLUMNS = (
+    "lesion_id",
+    "label_name",
+    "volume_ml",
+    "long_axis_mm",
+    "short_axis_mm",
+    "intensity_mean",
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -147,15 +154,16 @@ def viewer_html(
         box: of the model; None for masks from elsewhere.
     """
     rows = sorted(lesions, key=lambda lesion: lesion["lesion_id"])[:MAX_VIEWER_ROWS]
-    rows, unit = _with_doubts(rows, [case]), shown_unit(unit, is_doubted=bool(doubt_of(case.get("warnings") or "")))
+    rows, unit = (
+        _with_doubts(rows, [case]),
+        shown_unit(unit, is_doubted=bool(doubt_of(case.get("warnings") or ""))),
+    )
     remark = ""
     n_lesions = max(case.get("n_lesions") or 0, len(lesions))
     if len(rows) < n_lesions:
         remark = f"The first {len(rows)} of {n_lesions} lesions; lesions.csv has them all."
     if preview.not_drawn:
-        remark += (
-            f" {preview.not_drawn} lesions are too small beside others, or too many, to be drawn at this resolution."
-        )
+        remark += f" {preview.not_drawn} lesions are too small beside others, or too many, to be drawn at this resolution."
     table = lesion_table(rows, shown=VIEWER_COLUMNS)
     points = lesion_points(preview, rows)
     content = {
@@ -164,7 +172,10 @@ def viewer_html(
         "window": [_number(value) for value in preview.window],
         "points": {number: [round(part, 3) for part in point] for number, point in points.items()},
         "axes": {lesion["lesion_id"]: axes for lesion in rows if (axes := _axes(lesion))},
-        "colours": "".join(bytes(lesion_colour(n)).hex() for n in range(1, int(preview.ids.array.max(initial=0)) + 1)),
+        "colours": "".join(
+            bytes(lesion_colour(n)).hex()
+            for n in range(1, int(preview.ids.array.max(initial=0)) + 1)
+        ),
     }
     script = _script("table.js", "viewer.js")
     facts = [
@@ -183,7 +194,9 @@ def viewer_html(
         shown_part=_shown_part(preview),
         box=box,
         likeness=likeness_of_scan(case.get("warnings") or ""),
-        invitation="Choose a lesion in the table or in the slices." if rows else "No lesion was found.",
+        invitation="Choose a lesion in the table or in the slices."
+        if rows
+        else "No lesion was found.",
         remark=remark.strip(),
         content=content,
         montage=_base64(montage),
@@ -199,7 +212,9 @@ def image_budget(lesions: Sequence[Mapping[str, Any]]) -> int:
     """Compressed bytes of image and lesion ids with which the viewer page of these lesions stays within its size."""
     rows = lesions[:MAX_VIEWER_ROWS]
     table = _size(lesion_table(rows).content) + POINTS_BYTES * len(rows)
-    return int((MAX_PAGE_BYTES - RESERVED_BYTES - len(_packed_niivue()) - table) * 0.74)  # base64 takes 4 for 3
+    return int(
+        (MAX_PAGE_BYTES - RESERVED_BYTES - len(_packed_niivue()) - table) * 0.74
+    )  # base64 takes 4 for 3
 
 
 def report_html(
@@ -230,9 +245,17 @@ def report_html(
     linked = sorted(pages)
     lesions = _with_doubts(lesions, cases)
     remarks = [
-        *([f"{n_pending} scans have not been reached yet: run the same command again to go on."] if n_pending else []),
+        *(
+            [f"{n_pending} scans have not been reached yet: run the same command again to go on."]
+            if n_pending
+            else []
+        ),
         *remarks,
-        *([f"{unpictured} scans have no picture here, to keep this page small."] if unpictured else []),
+        *(
+            [f"{unpictured} scans have no picture here, to keep this page small."]
+            if unpictured
+            else []
+        ),
     ]
     left = MAX_PAGE_BYTES - RESERVED_BYTES - sum(map(_size, (pictures, linked, failed, remarks)))
     scans = scan_table(cases, with_pictures=bool(pictures), max_bytes=left // 2)
@@ -283,10 +306,16 @@ def comparison_html(
     """
     changed = list(islice(lesions, most + 1))
     is_cut = len(changed) > most
-    remarks = [f"The first {most} rows of lesions are listed; comparison.csv has them all."] * is_cut
-    responses = Counter(row.get("response") or "left open" for row in patients if row.get("status") == "done")
+    remarks = [
+        f"The first {most} rows of lesions are listed; comparison.csv has them all."
+    ] * is_cut
+    responses = Counter(
+        row.get("response") or "left open" for row in patients if row.get("status") == "done"
+    )
     n_pending = sum(row.get("status") == "pending" for row in patients)
-    not_reached = [f"{n_pending} patients have not been reached yet: run the same command again."] * bool(n_pending)
+    not_reached = [
+        f"{n_pending} patients have not been reached yet: run the same command again."
+    ] * bool(n_pending)
     failed = [_failure(row["patient"], row) for row in patients if row.get("status") == "failed"]
     left = MAX_PAGE_BYTES - RESERVED_BYTES - _size(failed)
     table = fitting_table(
@@ -298,13 +327,17 @@ def comparison_html(
         max_bytes=left // 2,
         file="response.csv",
     )
-    has_several = any(";" in str(row.get(name)) for row in patients for name in ("baseline_case", "followup_case"))
+    has_several = any(
+        ";" in str(row.get(name)) for row in patients for name in ("baseline_case", "followup_case")
+    )
     changes = fitting_table(
         "changes",
         "Lesions at both times",
         LesionChange,
         changed[:most],
-        shown=("patient", "baseline_case", "followup_case", *CHANGE_COLUMNS[1:]) if has_several else CHANGE_COLUMNS,
+        shown=("patient", "baseline_case", "followup_case", *CHANGE_COLUMNS[1:])
+        if has_several
+        else CHANGE_COLUMNS,
         max_bytes=left - _size(table.content),
         file="comparison.csv",
     )
@@ -341,7 +374,11 @@ def _run_page(
     **texts: Any,
 ) -> str:
     script = _script("table.js", "report.js")
-    made_with = [f"volseg {about.get('volseg') or __version__}", about.get("model"), about.get("started")]
+    made_with = [
+        f"volseg {about.get('volseg') or __version__}",
+        about.get("model"),
+        about.get("started"),
+    ]
     return _page(
         "report.html.jinja",
         scripts=(script,),
@@ -361,14 +398,20 @@ def _run_page(
     )
 
 
-def lesion_table(lesions: Sequence[Mapping[str, Any]], *, shown: Sequence[str] = LESION_COLUMNS) -> PageTable:
+def lesion_table(
+    lesions: Sequence[Mapping[str, Any]], *, shown: Sequence[str] = LESION_COLUMNS
+) -> PageTable:
     """A row per lesion, with all columns of lesions.csv."""
     return page_table("lesions", "Lesions", LesionMeasurement, lesions, shown=shown)
 
 
-def scan_table(cases: Sequence[Mapping[str, Any]], *, with_pictures: bool, max_bytes: int) -> PageTable:
+def scan_table(
+    cases: Sequence[Mapping[str, Any]], *, with_pictures: bool, max_bytes: int
+) -> PageTable:
     """A row per scan; its column of pictures is filled by the page."""
-    table = fitting_table("scans", "Scans", CaseRow, cases, shown=SCAN_COLUMNS, max_bytes=max_bytes, file="cases.csv")
+    table = fitting_table(
+        "scans", "Scans", CaseRow, cases, shown=SCAN_COLUMNS, max_bytes=max_bytes, file="cases.csv"
+    )
     if not with_pictures:
         return table
     picture = {
@@ -415,7 +458,8 @@ def page_table(
                 "name": column,
                 "unit": own_unit if unit == "intensity_unit" else unit,
                 "meaning": meaning,
-                "shown": column in shown and (not rows or _says_something(column, [row[n] for row in values])),
+                "shown": column in shown
+                and (not rows or _says_something(column, [row[n] for row in values])),
             }
             for n, (column, unit, meaning, _) in enumerate(columns)
         ],
@@ -426,7 +470,9 @@ def page_table(
 
 def _says_something(column: str, values: Sequence[Any]) -> bool:
     known = {value for value in values if value is not None and value != ""}
-    return len(known) > 1 if column == "label_name" else bool(known)  # one name all over says nothing of a row
+    return (
+        len(known) > 1 if column == "label_name" else bool(known)
+    )  # one name all over says nothing of a row
 
 
 def fitting_table(
@@ -452,9 +498,14 @@ def fitting_table(
     table = page_table(name, caption, row_type, rows, shown=shown)
     if _size(table.content) <= max_bytes:
         return table
-    some, remark = rows, f"Only the most important columns, to keep this page small; {file} has them all."
+    some, remark = (
+        rows,
+        f"Only the most important columns, to keep this page small; {file} has them all.",
+    )
     while True:
-        table = page_table(name, caption, row_type, some, shown=shown, only=(*shown, *needed), remark=remark)
+        table = page_table(
+            name, caption, row_type, some, shown=shown, only=(*shown, *needed), remark=remark
+        )
         size = _size(table.content)
         if size <= max_bytes or not some:
             return table
@@ -469,7 +520,9 @@ def _fitting(montages: Mapping[str, bytes]) -> tuple[int, dict[str, str], int]:
     sample = names[:: max(1, len(names) // 16)]
     height = PICTURE_HEIGHTS[-1]
     for height in PICTURE_HEIGHTS:
-        size = sum(len(smaller_jpeg(montages[name], height)) for name in sample) / max(1, len(sample))
+        size = sum(len(smaller_jpeg(montages[name], height)) for name in sample) / max(
+            1, len(sample)
+        )
         if size * 1.1 * len(names) <= PICTURE_BYTES:
             break
     pictures, size = {}, 0
@@ -482,10 +535,16 @@ def _fitting(montages: Mapping[str, bytes]) -> tuple[int, dict[str, str], int]:
     return height, pictures, len(names) - len(pictures)
 
 
-def _facts(cases: Sequence[Mapping[str, Any]], lesions: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
+def _facts(
+    cases: Sequence[Mapping[str, Any]], lesions: Sequence[Mapping[str, Any]]
+) -> list[tuple[str, str]]:
     states = [case.get("status") for case in cases]
     volumes = [lesion["volume_ml"] for lesion in lesions if lesion.get("volume_ml") is not None]
-    facts = [(f"scans {state}", str(states.count(state))) for state in ("done", "failed", "pending") if state in states]
+    facts = [
+        (f"scans {state}", str(states.count(state)))
+        for state in ("done", "failed", "pending")
+        if state in states
+    ]
     facts.append(("scans without a lesion", str(sum(case.get("n_lesions") == 0 for case in cases))))
     # By the cases: of a noisy mask only the largest lesions are given.
     n_lesions = sum(case.get("n_lesions") or 0 for case in cases)
@@ -519,7 +578,9 @@ def _plots(lesions: Sequence[Mapping[str, Any]]) -> list[Markup]:
     plots = [histogram_svg(known("volume_ml", lesions), title="Volume", unit="mL", log=True)]
     for unit in sorted({lesion.get("intensity_unit") or "" for lesion in lesions}):
         rows = [lesion for lesion in lesions if (lesion.get("intensity_unit") or "") == unit]
-        plots.append(histogram_svg(known("intensity_mean", rows), title="Mean intensity", unit=unit))
+        plots.append(
+            histogram_svg(known("intensity_mean", rows), title="Mean intensity", unit=unit)
+        )
     plots.append(histogram_svg(known("long_axis_mm", lesions), title="Long axis", unit="mm"))
     return [plot for plot in plots if plot is not None]
 
@@ -563,7 +624,13 @@ def _number(value: Any) -> Any:
     """For JSON: unknown is null, and floating point has the digits of the CSV files."""
     if not isinstance(value, float):
         return value
-    return None if not math.isfinite(value) else round(value, 4) if abs(value) >= 1 else float(f"{value:.6g}")
+    return (
+        None
+        if not math.isfinite(value)
+        else round(value, 4)
+        if abs(value) >= 1
+        else float(f"{value:.6g}")
+    )
 
 
 # ---- the page around it
@@ -597,7 +664,11 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.policies["json.dumps_kwargs"] = {"ensure_ascii": False, "separators": (",", ":"), "allow_nan": False}
+    environment.policies["json.dumps_kwargs"] = {
+        "ensure_ascii": False,
+        "separators": (",", ":"),
+        "allow_nan": False,
+    }
     return environment
 
 
@@ -626,4 +697,6 @@ def _base64(data: bytes) -> str:
 
 def _size(content: Any) -> int:
     """Bytes of it as a JSON island, in which HTML's own characters are escaped."""
-    return len(htmlsafe_json_dumps(content, **_environment().policies["json.dumps_kwargs"]).encode())
+    return len(
+        htmlsafe_json_dumps(content, **_environment().policies["json.dumps_kwargs"]).encode()
+    )

@@ -15,7 +15,9 @@ from volseg.recipe import Recipe
 if TYPE_CHECKING:  # torch takes seconds to import; only a workflow that needs it pays
     from volseg.plan import DatasetFingerprint
 
-POOR_DICE = 0.5  # of validation, under which training warns and a model says that it is not to be relied on
+POOR_DICE = (
+    0.5  # of validation, under which training warns and a model says that it is not to be relied on
+)
 MOST_LABELS = 8  # whose Dice is listed; of more the worst
 NOT_STATED = "not stated by the recipe"
 
@@ -31,7 +33,11 @@ class LabelDice(BaseModel):
 
     @property
     def text(self) -> str:
-        interval = "no interval is stored" if self.low is None else f"95 % interval {self.low:.2f} to {self.high:.2f}"
+        interval = (
+            "no interval is stored"
+            if self.low is None
+            else f"95 % interval {self.low:.2f} to {self.high:.2f}"
+        )
         return f"{self.label} {self.mean:.2f} ({interval})"
 
 
@@ -50,7 +56,9 @@ class ModelBox(BaseModel):
     @property
     def poor_line(self) -> str:
         """A warning for a label with a validation Dice under 0.5; empty without one."""
-        poor = sorted((score for score in self.dice if score.mean < POOR_DICE), key=lambda score: score.mean)
+        poor = sorted(
+            (score for score in self.dice if score.mean < POOR_DICE), key=lambda score: score.mean
+        )
         if not poor:
             return ""
         names = ", ".join(f"{score.label} {score.mean:.2f}" for score in poor[:MOST_LABELS])
@@ -62,7 +70,11 @@ class ModelBox(BaseModel):
         """The validation Dice in words; lower confidence where none is known."""
         if not self.dice:
             return "unknown: the model holds none, so trust its masks less"
-        shown = sorted(self.dice, key=lambda score: score.mean)[:MOST_LABELS] if self._is_long else self.dice
+        shown = (
+            sorted(self.dice, key=lambda score: score.mean)[:MOST_LABELS]
+            if self._is_long
+            else self.dice
+        )
         listed = "; ".join(score.text for score in shown)
         if not self._is_long:
             return listed
@@ -71,7 +83,9 @@ class ModelBox(BaseModel):
 
     @property
     def cases_text(self) -> str:
-        validated = "" if self.validation_cases is None else f", validated on {self.validation_cases}"
+        validated = (
+            "" if self.validation_cases is None else f", validated on {self.validation_cases}"
+        )
         return f"{self.training_cases} cases{validated}"
 
     @property
@@ -87,7 +101,9 @@ class Likeness:
     is_like: bool
 
 
-def model_box(name: str, recipe: Recipe, fingerprint: DatasetFingerprint, metrics: Mapping[str, Any]) -> ModelBox:
+def model_box(
+    name: str, recipe: Recipe, fingerprint: DatasetFingerprint, metrics: Mapping[str, Any]
+) -> ModelBox:
     """The box of a model, from what its bundle holds."""
     from volseg.mismatch import checks_of
 
@@ -105,7 +121,11 @@ def model_box(name: str, recipe: Recipe, fingerprint: DatasetFingerprint, metric
 def read_model_box(content: Any) -> ModelBox | None:
     """The box that a record (as text) or run.json (parsed) holds; None where it is none."""
     try:
-        return ModelBox.model_validate_json(content) if isinstance(content, str) else ModelBox.model_validate(content)
+        return (
+            ModelBox.model_validate_json(content)
+            if isinstance(content, str)
+            else ModelBox.model_validate(content)
+        )
     except ValidationError:
         return None
 
@@ -114,14 +134,23 @@ def likeness_of_scan(warnings: str) -> Likeness:
     """Of one scan, from its warnings in cases.csv."""
     codes = [code for code in UNLIKE if f"{code}:" in warnings]
     if not codes:
-        return Likeness(text="These checks found no difference between this scan and the training scans.", is_like=True)
-    return Likeness(text=f"This scan does not resemble the training scans: {', '.join(codes)}.", is_like=False)
+        return Likeness(
+            text="These checks found no difference between this scan and the training scans.",
+            is_like=True,
+        )
+    return Likeness(
+        text=f"This scan does not resemble the training scans: {', '.join(codes)}.", is_like=False
+    )
 
 
 def likeness_of_run(rows: list[Mapping[str, Any]], model: str) -> Likeness:
     """Of the scans of a run that were given to this model, from their rows of cases.csv."""
     done = [row for row in rows if row.get("status") == "done" and row.get("model") == model]
-    refused = sum((row.get("reason") or "").startswith("E_MODALITY") for row in rows if row.get("model") == model)
+    refused = sum(
+        (row.get("reason") or "").startswith("E_MODALITY")
+        for row in rows
+        if row.get("model") == model
+    )
     like = sum(likeness_of_scan(row.get("warnings") or "").is_like for row in done)
     total = len(done) + refused
     beside = f"; {refused} of another modality were refused" if refused else ""
@@ -136,7 +165,11 @@ def _dice(recipe: Recipe, metrics: Mapping[str, Any]) -> list[LabelDice]:
     for label in dict.fromkeys((*recipe.data.labels, *(recipe.data.regions or ()))):
         mean, interval = metrics.get(f"{DICE}{label}"), metrics.get(f"{DICE}{label}_95")
         if isinstance(mean, int | float):
-            low, high = interval if isinstance(interval, list | tuple) and len(interval) == 2 else (None, None)
+            low, high = (
+                interval
+                if isinstance(interval, list | tuple) and len(interval) == 2
+                else (None, None)
+            )
             scores.append(LabelDice(label=label, mean=mean, low=low, high=high))
     folds = [value for name, value in metrics.items() if name.startswith(NNUNET_DICE)]
     if not scores and folds:

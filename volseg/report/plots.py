@@ -46,7 +46,10 @@ def agreement_png(results: Sequence[LabelResult]) -> bytes:
 def _bland_altman(plot: Any, result: LabelResult) -> None:
     """Difference against mean, with the bias, the limits of agreement and their 95 % intervals as bands."""
     found = result.volumes
-    mean, difference = (result.reference_ml + result.predicted_ml) / 2, result.predicted_ml - result.reference_ml
+    mean, difference = (
+        (result.reference_ml + result.predicted_ml) / 2,
+        result.predicted_ml - result.reference_ml,
+    )
     plot.scatter(mean, difference, s=22, color=POINT, alpha=0.7, linewidths=0, zorder=3)
     plot.axhline(0, color="#999999", linewidth=0.8)
     lines = (
@@ -64,7 +67,12 @@ def _bland_altman(plot: Any, result: LabelResult) -> None:
             plot.axhspan(*interval, color=colour, alpha=0.12, linewidth=0)
     if not math.isnan(found.bias):  # below the plot, where it covers no point
         plot.legend(
-            loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=3, fontsize=7.5, frameon=False, columnspacing=1
+            loc="upper center",
+            bbox_to_anchor=(0.5, -0.13),
+            ncols=3,
+            fontsize=7.5,
+            frameon=False,
+            columnspacing=1,
         )
     plot.set_title(f"{result.name}: agreement of volumes, {_cases(found)}", fontsize=10, loc="left")
     plot.set_xlabel("mean of reference and prediction (mL)")
@@ -78,14 +86,24 @@ def _correlation(plot: Any, result: LabelResult) -> None:
     found = result.volumes
     highest = 1.05 * max(float(result.reference_ml.max()), float(result.predicted_ml.max()))
     plot.plot([0, highest], [0, highest], color="#999999", linewidth=0.8, label="identity")
-    plot.scatter(result.reference_ml, result.predicted_ml, s=22, color=POINT, alpha=0.7, linewidths=0, zorder=3)
+    plot.scatter(
+        result.reference_ml,
+        result.predicted_ml,
+        s=22,
+        color=POINT,
+        alpha=0.7,
+        linewidths=0,
+        zorder=3,
+    )
     plot.set_xlim(0, highest)
     plot.set_ylim(0, highest)
     plot.set_aspect("equal")
     lines = []
     if not math.isnan(found.pearson):
         lines.append(f"Pearson r = {found.pearson:.3f} {_interval(found.pearson_95)}")
-        lines.append(f"concordance (Lin) = {found.concordance:.3f} {_interval(found.concordance_95)}")
+        lines.append(
+            f"concordance (Lin) = {found.concordance:.3f} {_interval(found.concordance_95)}"
+        )
     plot.text(0.03, 0.97, "\n".join(lines), transform=plot.transAxes, va="top", fontsize=8)
     plot.set_title(f"{result.name}: correlation", fontsize=10, loc="left")
     plot.set_xlabel("reference volume (mL)")
@@ -95,7 +113,11 @@ def _correlation(plot: Any, result: LabelResult) -> None:
 
 
 def _cases(found: Agreement) -> str:
-    of = "" if found.n == found.n_patients else f" of {found.n_patients} patient{'s' * (found.n_patients != 1)}"
+    of = (
+        ""
+        if found.n == found.n_patients
+        else f" of {found.n_patients} patient{'s' * (found.n_patients != 1)}"
+    )
     few = "; too few for limits" if math.isnan(found.bias) else ""
     no_interval = math.isnan(found.bias_95[0]) and not few
     why = f"\nno intervals: {found.no_intervals}" if no_interval else ""
@@ -138,7 +160,9 @@ def froc_png(curves: Sequence[tuple[str, Froc]]) -> bytes:
     plot.minorticks_off()
     plot.set_xlabel("false positives per scan")
     plot.set_ylabel("sensitivity (share of reference lesions)")
-    plot.set_title("FROC over the mean confidence of each predicted lesion", fontsize=10, loc="left")
+    plot.set_title(
+        "FROC over the mean confidence of each predicted lesion", fontsize=10, loc="left"
+    )
     plot.grid(alpha=0.25)
     plot.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.13), frameon=False)
     return _png(figure)

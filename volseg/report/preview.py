@@ -35,12 +35,21 @@ MAX_VOXELS = 12_000_000  # of a preview: what a browser without a GPU still draw
 MAX_DRAWN = 8191  # lesions; a row of colours is a texture, and 8192 pixels are what every WebGL 2 has in practice
 WINDOW_REACH_MM, WINDOW_LESIONS = 15.0, 5
 MIN_WINDOW_HU, CT_RANGE_HU = 200.0, (-1024.0, 3071.0)
-BEYOND_WINDOW = 0.25  # of the window's width, stored on either side of it, so that the reader can move it
+BEYOND_WINDOW = (
+    0.25  # of the window's width, stored on either side of it, so that the reader can move it
+)
 SAMPLE_SLABS, SAMPLE_VOXELS = 8, 1_000_000  # looked at for an estimate
 PIECE_VOXELS = 1_000_000  # worked on together: bounds the temporaries
 MIN_VOXELS = 4  # along an axis, where the scan has them
-MONTAGE_PLANES = ((0, 1, 2, "R", "L"), (0, 2, 1, "R", "L"), (1, 2, 0, "A", "P"))  # across, up, through; left and right
-MIN_FIELD_MM, FIELD_EXTENTS = 50.0, 2.2  # what a picture of the montage shows: so many times the lesion's extent
+MONTAGE_PLANES = (
+    (0, 1, 2, "R", "L"),
+    (0, 2, 1, "R", "L"),
+    (1, 2, 0, "A", "P"),
+)  # across, up, through; left and right
+MIN_FIELD_MM, FIELD_EXTENTS = (
+    50.0,
+    2.2,
+)  # what a picture of the montage shows: so many times the lesion's extent
 SCALE_BARS_MM = (1, 2, 5, 10, 20, 50, 100, 200)
 
 
@@ -85,7 +94,10 @@ def make_preview(scan: Volume, ids: np.ndarray, *, unit: str, max_bytes: int) ->
     source = _Source.of(scan, ids, unit)
     best = None
     for part, box, factors in _candidates(source):
-        if math.prod(_blocks(box, factors)) > MAX_VOXELS or source.predicted_bytes(box, factors) > max_bytes * 1.1:
+        if (
+            math.prod(_blocks(box, factors)) > MAX_VOXELS
+            or source.predicted_bytes(box, factors) > max_bytes * 1.1
+        ):
             continue
         best = None  # before another one is made
         best = source.preview(part, box, factors)
@@ -95,7 +107,9 @@ def make_preview(scan: Volume, ids: np.ndarray, *, unit: str, max_bytes: int) ->
     return best
 
 
-def lesion_points(preview: Preview, lesions: Sequence[Mapping[str, Any]]) -> dict[int, tuple[float, float, float]]:
+def lesion_points(
+    preview: Preview, lesions: Sequence[Mapping[str, Any]]
+) -> dict[int, tuple[float, float, float]]:
     """Lesion id → RAS mm of one of its voxels in the preview; lesions that are not drawn are left out.
 
     It lies in the slice of the lesion's long axis, nearest to the middle of that, or nearest to the centroid where there is none.
@@ -128,7 +142,10 @@ def lesion_points(preview: Preview, lesions: Sequence[Mapping[str, Any]]) -> dic
 
 
 def _one_slice(
-    preview: Preview, number: int, box: tuple[slice, ...], ends: Sequence[tuple[float, float, float] | None]
+    preview: Preview,
+    number: int,
+    box: tuple[slice, ...],
+    ends: Sequence[tuple[float, float, float] | None],
 ) -> tuple[slice, ...]:
     """The slice of a large lesion in which its long axis lies, or else the nearest one to it that has a voxel."""
     start, stop = box[2].start, box[2].stop
@@ -152,7 +169,9 @@ def point_of(text: str | None) -> tuple[float, float, float] | None:
 
 def lesion_colour(number: int) -> Colour:
     """Colours of neighbouring numbers are far apart: hues in steps of the golden angle."""
-    red, green, blue = colorsys.hsv_to_rgb((0.04 + (number - 1) * 0.381966) % 1, 0.85 if number % 2 else 0.6, 1.0)
+    red, green, blue = colorsys.hsv_to_rgb(
+        (0.04 + (number - 1) * 0.381966) % 1, 0.85 if number % 2 else 0.6, 1.0
+    )
     return round(red * 255), round(green * 255), round(blue * 255)
 
 
@@ -189,8 +208,12 @@ def montage_jpeg(
     bar_mm = max([bar for bar in SCALE_BARS_MM if bar <= field_mm / 3], default=field_mm / 3)
     canvas = Image.new("RGB", (3 * pixels, pixels))
     draw = ImageDraw.Draw(canvas)
-    font = ImageFont.load_default(max(10, pixels // 11))  # to be read in the smaller copies of report.html too
-    away_mm = ((pixels - 1) / 2 - np.arange(pixels)) * field_mm / pixels  # indices fall to the right and downwards
+    font = ImageFont.load_default(
+        max(10, pixels // 11)
+    )  # to be read in the smaller copies of report.html too
+    away_mm = (
+        ((pixels - 1) / 2 - np.arange(pixels)) * field_mm / pixels
+    )  # indices fall to the right and downwards
     style = {"font": font, "stroke_width": 1, "stroke_fill": "black"}
     for place, (across, up, through, left, right) in enumerate(MONTAGE_PLANES):
         depth = int(np.clip(round(centre[through]), 0, geometry.shape[through] - 1))
@@ -198,11 +221,15 @@ def montage_jpeg(
         columns = centre[across] + away_mm / geometry.spacing_mm[across]
         at = np.meshgrid(columns, rows, indexing="ij")
         values = scan.intensities(_slice(stored, through, depth).astype(np.float32))
-        grey = ndimage.map_coordinates(np.asarray(values, np.float32), at, order=1, mode="nearest").T
+        grey = ndimage.map_coordinates(
+            np.asarray(values, np.float32), at, order=1, mode="nearest"
+        ).T
         outside = (rows < -0.5) | (rows > geometry.shape[up] - 0.5)
         grey[outside] = window[0]
         grey[:, (columns < -0.5) | (columns > geometry.shape[across] - 0.5)] = window[0]
-        found = ndimage.map_coordinates(_slice(numbers, through, depth), at, order=0, mode="constant", cval=0).T
+        found = ndimage.map_coordinates(
+            _slice(numbers, through, depth), at, order=0, mode="constant", cval=0
+        ).T
         scaled = _bytes_of((grey - window[0]) / (window[1] - window[0]) * 255)
         picture = np.repeat(scaled[:, :, None], 3, axis=2)
         edge = _edges(found)
@@ -214,7 +241,9 @@ def montage_jpeg(
         draw.text((start + width - 4, pixels // 2), right, fill="#ffd24d", anchor="rm", **style)
         length = bar_mm / field_mm * pixels
         top = pixels - 8 - max(2, pixels // 50)
-        draw.rectangle((start + 8, top, start + 8 + length, pixels - 8), fill="white", outline="black")
+        draw.rectangle(
+            (start + 8, top, start + 8 + length, pixels - 8), fill="white", outline="black"
+        )
         draw.text((start + 8, top - 3), f"{bar_mm:g} mm", fill="white", anchor="ls", **style)
         if place:
             draw.line((start, 0, start, pixels), fill="#444")
@@ -254,9 +283,15 @@ class _Source:
         image, numbers = to_canonical(scan.array, order), to_canonical(ids, order)
         geometry = canonical_geometry(scan.geometry, order)
         lesions = BoundingBox.around(numbers)
-        threshold = BODY_ABOVE_HU if unit == "HU" else body_threshold(image, scan.slope, scan.intercept)
+        threshold = (
+            BODY_ABOVE_HU if unit == "HU" else body_threshold(image, scan.slope, scan.intercept)
+        )
         body = box_where(lambda part: scan.intensities(image[part]) > threshold, image)
-        body = BoundingBox.whole(geometry.shape) if body is None else _widened(body, geometry, BODY_MARGIN_MM)
+        body = (
+            BoundingBox.whole(geometry.shape)
+            if body is None
+            else _widened(body, geometry, BODY_MARGIN_MM)
+        )
         if lesions is not None:
             body = _hull(body, _widened(lesions, geometry, CONTEXT_MM))
         window = _window(scan, image, numbers, geometry, body, lesions, unit)
@@ -329,7 +364,9 @@ class _Source:
         values = _block_means(self.image[part], factors) * self.scan.slope + self.scan.intercept
         return _bytes_of((values - low) * (255 / (high - low)))
 
-    def _keep_small(self, ids: np.ndarray, box: BoundingBox, factors: Factors, present: np.ndarray) -> None:
+    def _keep_small(
+        self, ids: np.ndarray, box: BoundingBox, factors: Factors, present: np.ndarray
+    ) -> None:
         """Draw lesions that would lose more than half of their volume in every free block that they touch, and in one in any case."""
         drawn = _counts(ids, len(present) - 1) * math.prod(factors)
         lost = [n for n in range(1, len(present)) if drawn[n] * 2 < present[n]]
@@ -357,14 +394,21 @@ class _Source:
         for scan_part, blocks in _slabs(box, factors, _slow_axis(self.image)):
             numbers = self.numbers[scan_part]
             inside = np.nonzero(is_wanted.take(numbers, mode="clip"))
-            places = [at // factor + part.start for at, factor, part in zip(inside, factors, blocks)]
-            keys.append(numbers[inside].astype(np.int64) * math.prod(shape) + np.ravel_multi_index(places, shape))
+            places = [
+                at // factor + part.start for at, factor, part in zip(inside, factors, blocks)
+            ]
+            keys.append(
+                numbers[inside].astype(np.int64) * math.prod(shape)
+                + np.ravel_multi_index(places, shape)
+            )
         touched, counts = np.unique(np.concatenate(keys), return_counts=True)
         numbers, flat = np.divmod(touched, math.prod(shape))
         for number, part in zip(lesions, _runs(numbers, lesions)):
             yield number, np.unravel_index(flat[part], shape), counts[part]
 
-    def _keep_sparse(self, ids: np.ndarray, box: BoundingBox, factors: Factors, number: int) -> None:
+    def _keep_sparse(
+        self, ids: np.ndarray, box: BoundingBox, factors: Factors, number: int
+    ) -> None:
         """As `_keep_small`, of a lesion whose box is large, though it fills little of it: a slab of it at a time."""
         best, most = None, 0
         for scan_part, blocks in _slabs(box, factors, _slow_axis(self.image)):
@@ -390,10 +434,17 @@ def _candidates(source: _Source) -> Iterator[tuple[str, BoundingBox, Factors]]:
         parts = [("the whole scan" if whole else "the body", source.body)]
     else:
         parts = [
-            (f"the lesions and {reach:g} mm around them", _widened(source.lesions, source.geometry, reach))
+            (
+                f"the lesions and {reach:g} mm around them",
+                _widened(source.lesions, source.geometry, reach),
+            )
             for reach in (CONTEXT_MM, LITTLE_CONTEXT_MM)
         ]
-    steps = {spacing * n for spacing in spacing_mm for n in range(1, math.floor(MAX_SPACING_MM / spacing) + 1)}
+    steps = {
+        spacing * n
+        for spacing in spacing_mm
+        for n in range(1, math.floor(MAX_SPACING_MM / spacing) + 1)
+    }
     for name, box in parts:
         fine = {_factors(spacing_mm, step, box) for step in steps}
         yield from ((name, box, factors) for factors in sorted({own, *fine}, key=math.prod))
@@ -451,13 +502,21 @@ def _window(
         for found in ndimage.find_objects(numbers[lesions.slices], max_label=WINDOW_LESIONS):
             if found is not None:
                 i, j, k = (part.start + start for part, start in zip(found, lesions.start))
-                i_stop, j_stop, k_stop = (part.stop + start for part, start in zip(found, lesions.start))
-                boxes.append(_widened(BoundingBox((i, j, k), (i_stop, j_stop, k_stop)), geometry, WINDOW_REACH_MM))
+                i_stop, j_stop, k_stop = (
+                    part.stop + start for part, start in zip(found, lesions.start)
+                )
+                boxes.append(
+                    _widened(
+                        BoundingBox((i, j, k), (i_stop, j_stop, k_stop)), geometry, WINDOW_REACH_MM
+                    )
+                )
     inside = [_lesion_sample(image[box.slices], numbers[box.slices]) for box in boxes]
     ends = [np.percentile(scan.intensities(values), (5, 95)) for values in inside]
     if unit == "HU":
         samples = [_sample(image[box.slices]) for box in boxes] or [within]
-        ends += [np.percentile(_without_air(scan.intensities(sample)), (5, 95)) for sample in samples]
+        ends += [
+            np.percentile(_without_air(scan.intensities(sample)), (5, 95)) for sample in samples
+        ]
         low, high = float(np.min(ends)), float(np.max(ends))
         margin = 0.3 * (high - low)
         low, high = max(low - margin, CT_RANGE_HU[0]), min(high + margin, CT_RANGE_HU[1])
@@ -467,7 +526,9 @@ def _window(
     low, high = float(np.min(ends)), float(np.max(ends))
     if high - low > 1e-6 * max(abs(low), abs(high)):
         return low, high
-    ends = scan.intensities(np.array([np.fmin.reduce(image, axis=None), np.fmax.reduce(image, axis=None)]))
+    ends = scan.intensities(
+        np.array([np.fmin.reduce(image, axis=None), np.fmax.reduce(image, axis=None)])
+    )
     low, high = np.nan_to_num(ends.astype(np.float64)).tolist()
     return (low, high) if low < high else (high, low) if high < low else (low - 0.5, low + 0.5)
 
@@ -486,7 +547,11 @@ def _sample(array: np.ndarray) -> np.ndarray:
 
 def _lesion_sample(image: np.ndarray, numbers: np.ndarray) -> np.ndarray:
     """The finite voxels of lesions in a box; of a large one some million, evenly spread."""
-    step = max(1, math.floor((image.size / PIECE_VOXELS) ** (1 / 3))) if image.size > 8 * PIECE_VOXELS else 1
+    step = (
+        max(1, math.floor((image.size / PIECE_VOXELS) ** (1 / 3)))
+        if image.size > 8 * PIECE_VOXELS
+        else 1
+    )
     sparse = (slice(None, None, step),) * 3
     values = image[sparse][numbers[sparse] > 0]
     return _finite(values if values.size else image[numbers > 0])
@@ -609,7 +674,9 @@ def _edges(numbers: np.ndarray) -> np.ndarray:
     """(H, W) lesion ids → the pixels of lesions beside a pixel of something else."""
     padded = np.pad(numbers, 1)
     inner = (slice(1, -1), slice(1, -1))
-    different = [np.roll(padded, shift, axis)[inner] != numbers for axis in (0, 1) for shift in (-1, 1)]
+    different = [
+        np.roll(padded, shift, axis)[inner] != numbers for axis in (0, 1) for shift in (-1, 1)
+    ]
     return (numbers > 0) & np.logical_or.reduce(different)
 
 

@@ -51,13 +51,20 @@ def draw_slice(
         picture: (across, up) with axes that grow to R or A and to S or A: R and A are then at the left.
     """
     plot.imshow(
-        picture.T, cmap="gray", origin="lower", aspect=spacing_mm[1] / spacing_mm[0], vmin=window[0], vmax=window[1]
+        picture.T,
+        cmap="gray",
+        origin="lower",
+        aspect=spacing_mm[1] / spacing_mm[0],
+        vmin=window[0],
+        vmax=window[1],
     )
     for mask, colour in outlines:
         outline = mask.astype(np.float32)  # class indices would wrap where they are averaged
         levels = np.unique(outline)
         if min(outline.shape) > 1 and len(levels) > 1:  # a single row has no contour
-            plot.contour(outline.T, levels=(levels[:-1] + levels[1:]) / 2, colors=[colour], linewidths=1.2)
+            plot.contour(
+                outline.T, levels=(levels[:-1] + levels[1:]) / 2, colors=[colour], linewidths=1.2
+            )
     plot.invert_xaxis()
     plot.set_axis_off()
     plot.set_title(title, color="white", fontsize=8, loc="left")
@@ -70,7 +77,9 @@ def label_slice(plot: Axes, left: str, right: str, spacing_mm: float) -> None:
     plot.text(0.99, 0.5, right, ha="right", **style)
     start, end = plot.get_xlim()
     length = SCALE_BAR_MM / spacing_mm / abs(end - start)
-    plot.plot([0.04, 0.04 + length], [0.04, 0.04], transform=plot.transAxes, color="white", linewidth=2)
+    plot.plot(
+        [0.04, 0.04 + length], [0.04, 0.04], transform=plot.transAxes, color="white", linewidth=2
+    )
     plot.text(0.04, 0.06, f"{SCALE_BAR_MM} mm", transform=plot.transAxes, color="white", fontsize=7)
 
 

@@ -37,20 +37,30 @@ def curves_png(histories: Sequence[Sequence[Epoch]]) -> bytes:
             if (dice := epoch.validation_dice) is not None
         ]
         right.plot(
-            *zip(*looks, strict=True), linewidth=1.2, label=name, marker="." if len(looks) < len(history) else None
+            *zip(*looks, strict=True),
+            linewidth=1.2,
+            label=name,
+            marker="." if len(looks) < len(history) else None,
         )
-    for plot, title in ((left, "loss of the training batches"), (right, "mean Dice of the watched validation scans")):
+    for plot, title in (
+        (left, "loss of the training batches"),
+        (right, "mean Dice of the watched validation scans"),
+    ):
         plot.set_title(title, fontsize=9, loc="left")
         plot.set_xlabel("hours")
         plot.grid(alpha=0.3)
     right.set_ylim(0, 1)
     if len(histories) > 1:
-        left.legend(fontsize=8)  # of all networks: of some nobody may have looked at the validation scans
+        left.legend(
+            fontsize=8
+        )  # of all networks: of some nobody may have looked at the validation scans
     return png_bytes(figure, "white")
 
 
 def patches_png(
-    images: Sequence[np.ndarray], masks: Sequence[np.ndarray], spacing_mm: tuple[float, float, float]
+    images: Sequence[np.ndarray],
+    masks: Sequence[np.ndarray],
+    spacing_mm: tuple[float, float, float],
 ) -> bytes:
     """Training patches, each in the axial slice with most of its labels: the first channel, labels outlined.
 
@@ -65,7 +75,8 @@ def patches_png(
 
 
 def comparison_png(
-    pictures: Sequence[tuple[str, np.ndarray, np.ndarray, np.ndarray | None]], spacing_mm: tuple[float, float, float]
+    pictures: Sequence[tuple[str, np.ndarray, np.ndarray, np.ndarray | None]],
+    spacing_mm: tuple[float, float, float],
 ) -> bytes:
     """A tile per picture (title, image, reference, predicted), all (R, A, S): the axial slice with most of either mask.
 
@@ -73,7 +84,9 @@ def comparison_png(
     """
     columns = min(4, max(1, len(pictures)))
     rows = -(-len(pictures) // columns)
-    figure = Figure(figsize=(2.6 * columns, 2.8 * rows + 0.3), layout="constrained", facecolor="black")
+    figure = Figure(
+        figsize=(2.6 * columns, 2.8 * rows + 0.3), layout="constrained", facecolor="black"
+    )
     FigureCanvasAgg(figure)
     plots = figure.subplots(rows, columns, squeeze=False)
     for plot in plots.flat:
@@ -88,7 +101,9 @@ def comparison_png(
         outlines = [(mask[:, :, index], colour) for mask, colour in masks]
         draw_slice(plot, slice_, outlines, (spacing_mm[0], spacing_mm[1]), window, title)
     figure.suptitle(
-        "green: reference   orange: prediction" if pictures and pictures[0][3] is not None else "green: labels",
+        "green: reference   orange: prediction"
+        if pictures and pictures[0][3] is not None
+        else "green: labels",
         color="white",
         fontsize=8,
     )

@@ -33,5 +33,8 @@ class ComparisonFolder(RecordFolder):
             inputs: SHA-256 of each record and scan that was compared.
         """
         self._finish(
-            response.patient, commit, {"key": key, "inputs": list(inputs), "response": plain(response)}, lesions
+            response.patient,
+            commit,
+            {"key": key, "inputs": list(inputs), "response": plain(response)},
+            lesions,
         )

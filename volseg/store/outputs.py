@@ -76,11 +76,15 @@ class OutputFolder:
         self.run_id = secrets.token_hex(8)
         self._records = path / RECORDS
         self._lock = FileLock(self._records / LOCK, timeout=0)
-        self._guard = threading.Lock()  # commits come from the thread that writes and from the one that loops
+        self._guard = (
+            threading.Lock()
+        )  # commits come from the thread that writes and from the one that loops
         self._hashes: dict[str, set[str]] = {}
         self._commits = 0
         self._work: list[Path] = []
-        self._created: list[Path] = []  # folders that this run made, removed again if it writes nothing
+        self._created: list[
+            Path
+        ] = []  # folders that this run made, removed again if it writes nothing
 
     # ---- holding
 
@@ -129,7 +133,11 @@ class OutputFolder:
             for folder in self._work:
                 with contextlib.suppress(OSError):
                     folder.rmdir()  # only if it is empty
-            if self._records in self._created and not self._hashes and not any(map(os.path.lexists, self._work)):
+            if (
+                self._records in self._created
+                and not self._hashes
+                and not any(map(os.path.lexists, self._work))
+            ):
                 (self._records / LEDGER).unlink(missing_ok=True)
                 (self._records / LOCK).unlink(missing_ok=True)
                 for folder in self._created:
@@ -147,10 +155,14 @@ class OutputFolder:
         """That what is there is a folder of volseg's, of a command of the same kind."""
         refuse_file(self.path)
         if os.path.lexists(self._records) and not _is_ours(self._records):
-            raise _exists([self._records], "was not made by volseg", "move it away, or give another folder")
+            raise _exists(
+                [self._records], "was not made by volseg", "move it away, or give another folder"
+            )
         content = folder_content(self.path)
         if content is not None and self.command is not None and content != SAME_KIND[self.command]:
-            raise VolsegError(f"{self.path}: holds {content}", fix="give another folder to --out", code="E_EXISTS")
+            raise VolsegError(
+                f"{self.path}: holds {content}", fix="give another folder to --out", code="E_EXISTS"
+            )
 
     def _open_ledger(self) -> None:
         path = self._records / LEDGER
@@ -202,7 +214,10 @@ class OutputFolder:
         if os.path.lexists(path):
             return not self.is_own(name)
         between = path.relative_to(self.path).parents
-        return any(os.path.lexists(self.path / part) and not (self.path / part).is_dir() for part in between)
+        return any(
+            os.path.lexists(self.path / part) and not (self.path / part).is_dir()
+            for part in between
+        )
 
     def _refuse_inputs(self, names: Sequence[str]) -> None:
         files = {_identity(path) for path in self.inputs if not path.is_dir()}
@@ -251,7 +266,9 @@ class OutputFolder:
         path = self._confined(name)
         is_listed = name in _read_folders(self._records / LEDGER)
         if path.is_symlink() or (os.path.lexists(path) and not is_listed):
-            raise _exists([path], "was not made by volseg", "move or rename it, or give another folder")
+            raise _exists(
+                [path], "was not made by volseg", "move or rename it, or give another folder"
+            )
         with self._written(path):
             self._append([{"folder": name}])
             path.mkdir(exist_ok=True)
@@ -266,14 +283,22 @@ class OutputFolder:
     def publish(self, folder: Path, hashes: Mapping[str, str], removed: Sequence[str]) -> None:
         """Rename the files of a commit into place. `hashes`: path → SHA-256 of each file in `folder`."""
         with self._guard:
-            foreign = [self.path / name for name in hashes if not _is_hidden(name) and self._is_foreign(name)]
+            foreign = [
+                self.path / name
+                for name in hashes
+                if not _is_hidden(name) and self._is_foreign(name)
+            ]
             if foreign:
-                raise _exists(foreign, "was changed during this run", "move or rename it, then run again")
+                raise _exists(
+                    foreign, "was changed during this run", "move or rename it, then run again"
+                )
             removed = [name for name in removed if name not in hashes and self.is_own(name)]
             ready = self._records / f"ready-{self.run_id}-{folder.name}"
             with self._written(self._records):
                 self._announce(hashes)
-                _write_synced(folder / MANIFEST, json.dumps({"files": list(hashes), "removed": removed}))
+                _write_synced(
+                    folder / MANIFEST, json.dumps({"files": list(hashes), "removed": removed})
+                )
                 os.rename(folder, ready)  # from here on the commit will happen
                 sync_folder(self._records)
             self._apply(ready)
@@ -298,7 +323,10 @@ class OutputFolder:
         """Do what a decided commit says; safe to repeat."""
         try:
             manifest = read_json(ready / MANIFEST)
-            names, removed = [str(name) for name in manifest["files"]], [str(name) for name in manifest["removed"]]
+            names, removed = (
+                [str(name) for name in manifest["files"]],
+                [str(name) for name in manifest["removed"]],
+            )
         except (OSError, ValueError, KeyError, TypeError):
             names = []
             removed = []
@@ -308,7 +336,9 @@ class OutputFolder:
                 continue  # moved before the process was killed
             if self._is_foreign(name):
                 if not _is_hidden(name):
-                    raise _exists([target], f"in the way of the finished {source}", "move it, then run again")
+                    raise _exists(
+                        [target], f"in the way of the finished {source}", "move it, then run again"
+                    )
                 os.rename(target, target.with_name(f"{target.name}.damaged-{self.run_id}"))
             with self._written(target):
                 target.parent.mkdir(parents=True, exist_ok=True)
@@ -393,7 +423,9 @@ def trace_name(item: str) -> str:
 
 def folder_content(path: Path) -> str | None:
     """What the folder of a volseg command holds, such as `the results of infer`; None for another folder."""
-    commands = [line["command"] for line in _read_lines(path / RECORDS / LEDGER) if "command" in line]
+    commands = [
+        line["command"] for line in _read_lines(path / RECORDS / LEDGER) if "command" in line
+    ]
     return next((SAME_KIND[name] for name in commands if name in SAME_KIND), None)
 
 
@@ -426,7 +458,9 @@ def confined_path(folder: Path, name: str) -> Path:
     return path
 
 
-def delete_written(folder: Path, is_intermediate: Callable[[str], bool] = lambda name: False) -> None:
+def delete_written(
+    folder: Path, is_intermediate: Callable[[str], bool] = lambda name: False
+) -> None:
     """Delete what volseg wrote into a folder and what lies in its `.volseg`; everything else stays, and so does the folder then.
 
     Args:
@@ -465,7 +499,9 @@ def _is_ours(records: Path) -> bool:
     if ledger.is_file() and ledger.stat().st_size:
         return any("run" in line for line in _read_lines(ledger))
     lock = records / LOCK
-    return {path.name for path in records.iterdir()} <= {LOCK, LEDGER} and not (lock.exists() and lock.stat().st_size)
+    return {path.name for path in records.iterdir()} <= {LOCK, LEDGER} and not (
+        lock.exists() and lock.stat().st_size
+    )
 
 
 def _read_lines(ledger: Path) -> Iterator[dict[str, Any]]:
@@ -499,7 +535,9 @@ def _read_runs(ledger: Path) -> set[str]:
 
 def _files_below(folder: Path) -> list[str]:
     """Paths of all files in a folder and below, relative to it."""
-    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    return sorted(
+        path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()
+    )
 
 
 def _identity(path: Path) -> tuple[int, int] | Path:
@@ -535,7 +573,9 @@ def _write_synced(path: Path, content: bytes | str | Callable[[BinaryIO], None])
             content(buffered)
         else:
             # A lone surrogate, of which a label's name may hold one, has no bytes in UTF-8.
-            buffered.write(content.encode("utf-8", "replace") if isinstance(content, str) else content)
+            buffered.write(
+                content.encode("utf-8", "replace") if isinstance(content, str) else content
+            )
         buffered.flush()
         os.fsync(file.fileno())
     return hashing.digest.hexdigest()

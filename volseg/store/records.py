@@ -92,7 +92,10 @@ def read_record(results: Path, case_id: str) -> CaseRecord:
         rows = rows_name(case_id)
         if n_read and sha256_of(results / rows) != content["files"].get(rows):
             raise ValueError("its rows were changed since it was written")
-        lesions = [_row(LesionMeasurement, lesion) for lesion in islice(read_rows(results, case_id), n_read)]
+        lesions = [
+            _row(LesionMeasurement, lesion)
+            for lesion in islice(read_rows(results, case_id), n_read)
+        ]
         if len(lesions) > MANY:
             raise ValueError(f"it has over {MANY} rows, and {case.n_lesions} lesions")
         return CaseRecord(
@@ -159,4 +162,9 @@ def _row(kind: type[Row], values: Mapping[str, Any]) -> Row:
     if wrong:
         raise ValueError(f"it lacks {', '.join(wrong)}")
     texts = {"reason", "image", "model", "warnings", "notes"}
-    return kind(**{item.name: values.get(item.name, "" if item.name in texts else None) for item in fields(kind)})
+    return kind(
+        **{
+            item.name: values.get(item.name, "" if item.name in texts else None)
+            for item in fields(kind)
+        }
+    )

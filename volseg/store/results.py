@@ -64,21 +64,33 @@ class RecordFolder(OutputFolder):
             return State.MISSING
         corrected, is_edited = record.get("corrected", {}), self.is_edited(record)
         is_corrected = bool(corrected) and all((self.path / path).is_file() for path in corrected)
-        if (is_edited or is_corrected) and inputs is not None and list(inputs) != record.get("inputs"):
+        if (
+            (is_edited or is_corrected)
+            and inputs is not None
+            and list(inputs) != record.get("inputs")
+        ):
             return State.OTHER_INPUT
         if is_edited:
             return State.EDITED
         if key is not None and not is_corrected and (record.get("key") != key or corrected):
             return State.MISSING
-        needed = {path: digest for path, digest in record["files"].items() if not path.startswith(f"{VIEWERS}/")}
+        needed = {
+            path: digest
+            for path, digest in record["files"].items()
+            if not path.startswith(f"{VIEWERS}/")
+        }
         if self._are_there(needed):
             return State.COMPLETE
-        return State.EDITED if is_corrected else State.MISSING  # what was measured of the corrected mask is damaged
+        return (
+            State.EDITED if is_corrected else State.MISSING
+        )  # what was measured of the corrected mask is damaged
 
     def is_edited(self, record: Mapping[str, Any]) -> bool:
         """Whether a mask was changed by hand since the numbers of its item were taken."""
         masks = masks_of(record).items()
-        return any((self.path / path).is_file() and not self._is_as(path, digest) for path, digest in masks)
+        return any(
+            (self.path / path).is_file() and not self._is_as(path, digest) for path, digest in masks
+        )
 
     @property
     def edited_text(self) -> str:
@@ -154,7 +166,9 @@ class RecordFolder(OutputFolder):
         for path in sorted(self._records.glob("*.json")):
             record = read_json_record(path, type(self))
             rows = rows_name(path.stem)
-            is_sound = record is not None and (rows not in record["files"] or self._is_as(rows, record["files"][rows]))
+            is_sound = record is not None and (
+                rows not in record["files"] or self._is_as(rows, record["files"][rows])
+            )
             yield path.stem, record if is_sound else None
 
     def item_rows(self, pending: Sequence[Any] = ()) -> list[dict[str, Any]]:
@@ -229,7 +243,10 @@ class RecordFolder(OutputFolder):
                 record["files"].pop(rows_name(name), None)
                 self.update(name, record)
         names = (row[self.name_column] for row in rows)
-        return [self._unknown_row(name) if name in unreadable else row for name, row in zip(names, rows, strict=True)]
+        return [
+            self._unknown_row(name) if name in unreadable else row
+            for name, row in zip(names, rows, strict=True)
+        ]
 
     def _unknown_row(self, name: str) -> dict[str, Any]:
         """The row of an item whose record cannot be read."""
@@ -263,10 +280,18 @@ class RecordFolder(OutputFolder):
         """
         record = self.record(name)
         if record is None or record[self.row]["status"] != "done":
-            record = {"key": "", "inputs": list(inputs), self.row: plain(row), "files": {}, "source": {}}
+            record = {
+                "key": "",
+                "inputs": list(inputs),
+                self.row: plain(row),
+                "files": {},
+                "source": {},
+            }
         elif list(inputs) == record.get("inputs"):
             record.pop("failed", None)  # of another input
-            record |= {"remark": f"{STALE}: the last run failed ({row.reason}); these numbers are from an earlier one"}
+            record |= {
+                "remark": f"{STALE}: the last run failed ({row.reason}); these numbers are from an earlier one"
+            }
         else:
             record |= {"failed": plain(row)}
         self.update(name, record)
@@ -282,7 +307,13 @@ class RecordFolder(OutputFolder):
             return False  # it cannot be read
 
     def _finish(
-        self, name: str, commit: Commit, content: Mapping[str, Any], rows: Iterable[Any], *, keeps: Sequence[str] = ()
+        self,
+        name: str,
+        commit: Commit,
+        content: Mapping[str, Any],
+        rows: Iterable[Any],
+        *,
+        keeps: Sequence[str] = (),
     ) -> None:
         """Let the files of an item appear together with its rows and its record; other files of an earlier call go.
 
@@ -323,15 +354,27 @@ class ResultsFolder(RecordFolder):
             source: what is needed to measure it or make its page again, such as where its scan is.
             corrected: masks that were changed by hand, path → SHA-256, from which the numbers were taken.
         """
-        content = {"key": key, "inputs": list(inputs), "case": plain(case), "source": dict(source or {})}
-        self._finish(case.case_id, commit, content | ({"corrected": dict(corrected)} if corrected else {}), lesions)
+        content = {
+            "key": key,
+            "inputs": list(inputs),
+            "case": plain(case),
+            "source": dict(source or {}),
+        }
+        self._finish(
+            case.case_id,
+            commit,
+            content | ({"corrected": dict(corrected)} if corrected else {}),
+            lesions,
+        )
 
     def keep(self, case_id: str, scan: Path) -> None:
         """Say where the scan of a complete case is now; an earlier failure is settled."""
         self.settle(case_id)
         record = self.record(case_id)
         if record is not None and record["source"].get("scan") not in (None, str(scan.absolute())):
-            self.update(case_id, record | {"source": record["source"] | {"scan": str(scan.absolute())}})
+            self.update(
+                case_id, record | {"source": record["source"] | {"scan": str(scan.absolute())}}
+            )
 
     def add_files(self, case_id: str, commit: Commit) -> None:
         """Let further files of a complete case appear; those of the same name are replaced."""
@@ -343,11 +386,17 @@ class ResultsFolder(RecordFolder):
 
     def has_pages(self, record: Mapping[str, Any]) -> bool:
         """Whether a case has its page and its picture, as they were written."""
-        pages = {name: digest for name, digest in record["files"].items() if name.startswith(f"{VIEWERS}/")}
+        pages = {
+            name: digest
+            for name, digest in record["files"].items()
+            if name.startswith(f"{VIEWERS}/")
+        }
         return bool(pages) and self._are_there(pages)
 
 
-def shown_row(record: Mapping[str, Any], row_name: str = "case", *, is_pending: bool = False) -> dict[str, Any]:
+def shown_row(
+    record: Mapping[str, Any], row_name: str = "case", *, is_pending: bool = False
+) -> dict[str, Any]:
     """The row of an item as tables and pages show it.
 
     Args:
@@ -380,10 +429,17 @@ def read_json_record(path: Path, kind: type[RecordFolder] = RecordFolder) -> dic
         record.setdefault("source", {})
         line, files, masks = record[kind.row], record["files"], record.get("corrected", {})
         failed = record.get("failed", {kind.name_column: path.stem})
-        is_sound = all(row[kind.name_column] == path.stem and _fits(row, kind.row_types[0]) for row in (line, failed))
-        is_sound &= isinstance(line["status"], str) and (line["status"] != "done" or rows_name(path.stem) in files)
+        is_sound = all(
+            row[kind.name_column] == path.stem and _fits(row, kind.row_types[0])
+            for row in (line, failed)
+        )
+        is_sound &= isinstance(line["status"], str) and (
+            line["status"] != "done" or rows_name(path.stem) in files
+        )
         is_sound &= isinstance(record["source"], dict) and isinstance(record.get("remark", ""), str)
-        is_sound &= all(isinstance(text, str) for text in (*files, *files.values(), *masks, *masks.values()))
+        is_sound &= all(
+            isinstance(text, str) for text in (*files, *files.values(), *masks, *masks.values())
+        )
         is_sound &= all(confined(path.parent.parent, name) is not None for name in (*files, *masks))
         return record if is_sound else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -392,7 +448,9 @@ def read_json_record(path: Path, kind: type[RecordFolder] = RecordFolder) -> dic
 
 def _fits(row: Mapping[str, Any], row_type: type) -> bool:
     """Whether each value of a row that was read is one that its column may have; of other columns, any."""
-    unfit = set(zip(row, map(type, row.values()))) - _kinds(row_type)  # not a loop: noise has 100 000 rows
+    unfit = set(zip(row, map(type, row.values()))) - _kinds(
+        row_type
+    )  # not a loop: noise has 100 000 rows
     return not any(name in _names(row_type) for name, _ in unfit)
 
 
@@ -406,7 +464,9 @@ def _kinds(row_type: type) -> frozenset[tuple[str, type]]:
         parts = get_args(hint) or (hint,)
         return (*parts, NoneType, int) if float in parts else (*parts, NoneType)
 
-    return frozenset((name, kind) for name, hint in get_type_hints(row_type).items() for kind in kinds_of(hint))
+    return frozenset(
+        (name, kind) for name, hint in get_type_hints(row_type).items() for kind in kinds_of(hint)
+    )
 
 
 def write_rows(file: BinaryIO, rows: Iterable[Any]) -> None:
@@ -468,7 +528,8 @@ def known(row: Any) -> dict[str, Any]:
     return {
         name: value
         for name in _names(type(row))
-        if (value := getattr(row, name)) is not None and not (isinstance(value, float) and not math.isfinite(value))
+        if (value := getattr(row, name)) is not None
+        and not (isinstance(value, float) and not math.isfinite(value))
     }
 
 

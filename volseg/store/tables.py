@@ -30,8 +30,14 @@ def table(row_type: type, rows: Iterable[Any]) -> Callable[[BinaryIO], None]:
 
     def cells(row: Any) -> list[str]:
         # Not `asdict`, which copies each value deeply: a noisy mask has ten thousands of rows.
-        values = map(row.get, names) if isinstance(row, Mapping) else (getattr(row, name) for name in names)
-        return ["" if value is None else cell(value) for value in values]  # of noise that is half of each row
+        values = (
+            map(row.get, names)
+            if isinstance(row, Mapping)
+            else (getattr(row, name) for name in names)
+        )
+        return [
+            "" if value is None else cell(value) for value in values
+        ]  # of noise that is half of each row
 
     return write
 

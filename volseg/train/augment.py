@@ -55,7 +55,14 @@ def augment(
     if chosen := sorted({*moved, *bent}):
         grids = [
             _sampling_grid(
-                draws[n], n in moved, n in bent, images.shape[2:], patch_shape, settings, spacing_mm, images.device
+                draws[n],
+                n in moved,
+                n in bent,
+                images.shape[2:],
+                patch_shape,
+                settings,
+                spacing_mm,
+                images.device,
             )
             for n in chosen
         ]
@@ -102,9 +109,16 @@ def _sampling_grid(
     spacing = np.asarray(spacing_mm)
     matrix = np.eye(3)
     if is_moved:
-        angles = [math.radians(draw.between((-limit, limit))) for limit in settings.rotation_degrees]
+        angles = [
+            math.radians(draw.between((-limit, limit))) for limit in settings.rotation_degrees
+        ]
         # voxels → mm → rotated → voxels of the source
-        matrix = np.diag(1 / spacing) @ _rotation(angles) @ np.diag(spacing) / draw.factor(settings.scaling)
+        matrix = (
+            np.diag(1 / spacing)
+            @ _rotation(angles)
+            @ np.diag(spacing)
+            / draw.factor(settings.scaling)
+        )
     to_unit = 2 / np.asarray(source, float)  # grid_sample counts half of the source's extent
     scaled = torch.from_numpy((to_unit[:, None] * matrix).astype(np.float32)).to(device)
     axes = [torch.arange(p, dtype=torch.float32, device=device) - (p - 1) / 2 for p in patch_shape]
@@ -138,7 +152,9 @@ def _moved_masks(masks: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:
     """The label with the largest interpolated share at each position; the smaller value where two have the same."""
     best = found = None
     for value in torch.unique(masks).tolist():
-        share = functional.grid_sample((masks == value)[:, None].float(), grid, align_corners=False)[:, 0]
+        share = functional.grid_sample(
+            (masks == value)[:, None].float(), grid, align_corners=False
+        )[:, 0]
         if value == 0:  # beyond the source is background
             share += (
                 1
@@ -147,7 +163,10 @@ def _moved_masks(masks: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:
                 )[:, 0]
             )
         if best is None or found is None:
-            best, found = share, torch.full(share.shape, value, dtype=masks.dtype, device=masks.device)
+            best, found = (
+                share,
+                torch.full(share.shape, value, dtype=masks.dtype, device=masks.device),
+            )
             continue
         wins = share > best
         best = torch.where(wins, share, best)
@@ -176,7 +195,9 @@ def _change_intensities(images: torch.Tensor, settings: Augment, draws: Sequence
         if draw.decides(settings.gamma_probability):
             low, high = image.amin((1, 2, 3), keepdim=True), image.amax((1, 2, 3), keepdim=True)
             reach = (high - low).clamp_min(1e-6)
-            image.sub_(low).div_(reach).clamp_(0, 1).pow_(draw.factor(settings.gamma)).mul_(reach).add_(low)
+            image.sub_(low).div_(reach).clamp_(0, 1).pow_(draw.factor(settings.gamma)).mul_(
+                reach
+            ).add_(low)
         for channel in range(1, len(image)):  # last, so that nothing makes it other than 0
             if draw.decides(settings.channel_drop_probability):
                 image[channel] = 0
@@ -194,7 +215,9 @@ def _blurred(image: torch.Tensor, sigma: float) -> torch.Tensor:
         shape[axis] = len(weights)
         ends = [0, 0, 0, 0, 0, 0]
         ends[4 - 2 * axis] = ends[5 - 2 * axis] = reach
-        found = functional.conv3d(functional.pad(found, ends, mode="replicate"), weights.view(1, 1, *shape))
+        found = functional.conv3d(
+            functional.pad(found, ends, mode="replicate"), weights.view(1, 1, *shape)
+        )
     return found[:, 0]
 
 

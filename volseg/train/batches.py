@@ -43,7 +43,9 @@ class Batches:
         size, parts = plan.batch_size, recipe.train.accumulate
         self._total = size * ranks * parts
         # Dealt out like cards: the patches that are centred on labels come first, and each part is to have its share of them.
-        self._parts = [list(range(part * ranks + rank, self._total, parts * ranks)) for part in range(parts)]
+        self._parts = [
+            list(range(part * ranks + rank, self._total, parts * ranks)) for part in range(parts)
+        ]
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="batches")
         self._ahead: dict[int, Future[Cut]] = {}
         self.waited = 0.0
@@ -52,7 +54,10 @@ class Batches:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self._thread.shutdown(wait=False, cancel_futures=True)
 

@@ -16,7 +16,9 @@ from volseg.inputs import open_regular, parse_json
 from volseg.io.files import write_bytes_atomic
 
 
-def save_checkpoint(path: Path, tensors: Mapping[str, torch.Tensor], state: Mapping[str, Any]) -> None:
+def save_checkpoint(
+    path: Path, tensors: Mapping[str, torch.Tensor], state: Mapping[str, Any]
+) -> None:
     """`state` holds plain numbers, texts and lists."""
     content = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
     write_bytes_atomic(path, save_tensors(content, metadata={"state": json.dumps(dict(state))}))
@@ -54,4 +56,6 @@ def flatten(prefix: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch
 def unflatten(prefix: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Inverse of `flatten`."""
     start = f"{prefix}."
-    return {key.removeprefix(start): tensor for key, tensor in tensors.items() if key.startswith(start)}
+    return {
+        key.removeprefix(start): tensor for key, tensor in tensors.items() if key.startswith(start)
+    }

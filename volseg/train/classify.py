@@ -72,7 +72,10 @@ def train_classifier(
                 done = max(done, (time.monotonic() - started) / seconds)
             report(epoch, min(1.0, done))
     set_weights(network, averaged)
-    metrics: dict[str, Any] = {"classifier_training_lesions": len(targets), "classifier_epochs": epoch}
+    metrics: dict[str, Any] = {
+        "classifier_training_lesions": len(targets),
+        "classifier_epochs": epoch,
+    }
     return averaged, metrics | _validate(network, validation, settings, device)
 
 
@@ -86,7 +89,9 @@ def _stack(cases: Sequence[PreparedCase], settings: Classify) -> tuple[torch.Ten
     names = list(settings.classes)
     usable = [case for case in cases if has_class(case)]
     slices = np.stack([case.slices for case in usable if case.slices is not None])
-    return torch.from_numpy(slices), torch.tensor([names.index(case.record["class"]) for case in usable])
+    return torch.from_numpy(slices), torch.tensor(
+        [names.index(case.record["class"]) for case in usable]
+    )
 
 
 def _mean_logits(network: nn.Module, images: torch.Tensor) -> torch.Tensor:
@@ -104,7 +109,9 @@ def _augment(slices: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     dx, dy = torch.randint(-SHIFT_PIXELS, SHIFT_PIXELS + 1, (2,), generator=generator).tolist()
     padded = functional.pad(slices.flatten(0, 1), (SHIFT_PIXELS,) * 4, mode="replicate")
     h, w = slices.shape[-2:]
-    shifted = padded[..., SHIFT_PIXELS + dy : SHIFT_PIXELS + dy + h, SHIFT_PIXELS + dx : SHIFT_PIXELS + dx + w]
+    shifted = padded[
+        ..., SHIFT_PIXELS + dy : SHIFT_PIXELS + dy + h, SHIFT_PIXELS + dx : SHIFT_PIXELS + dx + w
+    ]
     slices = shifted.reshape(slices.shape).clone()
     offset = (torch.rand(len(slices), generator=generator) - 0.5) * 0.1
     noise = torch.randn(slices[:, :, 0].shape, generator=generator) * 0.02

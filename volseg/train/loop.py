@@ -26,7 +26,13 @@ from volseg.models import build_segmentation, set_weights, weights_of
 from volseg.plan import Plan
 from volseg.recipe import Recipe
 from volseg.train.batches import Batches
-from volseg.train.checkpoint import flatten, load_checkpoint, save_checkpoint, unflatten, unusable_checkpoint
+from volseg.train.checkpoint import (
+    flatten,
+    load_checkpoint,
+    save_checkpoint,
+    unflatten,
+    unusable_checkpoint,
+)
 from volseg.train.losses import SegmentationLoss
 from volseg.train.ranks import Team, total_over_ranks
 from volseg.train.watch import Watch
@@ -63,13 +69,17 @@ class Epoch:
     seconds: float
     learning_rate: float
     loss: float
-    validation_dice: float | None  # of the watched cases; empty where a time budget left no time to look
+    validation_dice: (
+        float | None
+    )  # of the watched cases; empty where a time budget left no time to look
     steps_per_second: float
     waiting_share: float  # of the time of the steps, in which they waited for patches to be cut
 
 
 Report = Callable[[Sequence[Epoch], float], None]
-Tick = Callable[[str, float], None]  # what is being done within an epoch, and the share of the run that is done
+Tick = Callable[
+    [str, float], None
+]  # what is being done within an epoch, and the share of the run that is done
 
 
 def no_tick(doing: str, done: float) -> None:
@@ -158,7 +168,16 @@ def train_segmentation(
     """
     began = time.monotonic()
     identity = _identity(training, validation, recipe, plan, settings, team, initial)
-    job = Job(training, recipe, plan, settings, checkpoints / "last.safetensors", initial, identity, resume)
+    job = Job(
+        training,
+        recipe,
+        plan,
+        settings,
+        checkpoints / "last.safetensors",
+        initial,
+        identity,
+        resume,
+    )
     if team.size > 1:
         team.tell(job.sent())
     run = Run(job, team)
@@ -166,7 +185,9 @@ def train_segmentation(
         run.threads = threads
         if threads is not None:
             threads.begin()
-        return run.lead(validation, report, tick, best=checkpoints / "best.safetensors", began=began)
+        return run.lead(
+            validation, report, tick, best=checkpoints / "best.safetensors", began=began
+        )
 
 
 def serve(team: Team) -> None:
@@ -195,7 +216,9 @@ class Run:
         self.averaged = {key: tensor.clone() for key, tensor in weights_of(self.raw).items()}
         self.state = _State(identity=job.identity)
         if job.resume and job.checkpoint.exists():
-            self.state = _restore(job.checkpoint, self.raw, self.averaged, optimizer, expected=job.identity)
+            self.state = _restore(
+                job.checkpoint, self.raw, self.averaged, optimizer, expected=job.identity
+            )
         self.network, self.optimizer = team.fabric.setup(self.raw, optimizer)
         self.loss = SegmentationLoss(
             job.recipe.train.loss,
@@ -214,7 +237,13 @@ class Run:
         )
 
     def lead(
-        self, validation: Sequence[PreparedCase], report: Report, tick: Tick, *, best: Path, began: float
+        self,
+        validation: Sequence[PreparedCase],
+        report: Report,
+        tick: Tick,
+        *,
+        best: Path,
+        began: float,
     ) -> Trained:
         """Rank 0: decides when to go on, validates, keeps and reports. `began` is when this call began."""
         settings, state = self.settings, self.state
@@ -250,9 +279,15 @@ class Run:
                 )
                 state.history.append(asdict(epoch))
                 if score is not None and score > state.best_dice:
-                    save_checkpoint(best, self.averaged, {"epoch": number, "validation_dice": score})
+                    save_checkpoint(
+                        best, self.averaged, {"epoch": number, "validation_dice": score}
+                    )
                     state.best_dice, state.best_epoch = score, number
-                looks = [each for each in state.history[state.best_epoch :] if each["validation_dice"] is not None]
+                looks = [
+                    each
+                    for each in state.history[state.best_epoch :]
+                    if each["validation_dice"] is not None
+                ]
                 state.is_finished = clock.done() >= 1 or len(looks) >= settings.patience
                 _save(self.job.checkpoint, self.raw, self.averaged, self.optimizer, state)
                 report(self._history(), clock.done())
@@ -277,17 +312,27 @@ class Run:
         metrics: dict[str, Any] = {"steps": state.step, "training_seconds": round(state.seconds, 1)}
         rows: list[ValidationRow] = []
         until = clock.ends
-        if self.job.resume:  # an earlier call may have spent the time of the run, but not that of its validation
+        if (
+            self.job.resume
+        ):  # an earlier call may have spent the time of the run, but not that of its validation
             until = max(until, time.monotonic() + state.reserve)
         try:
             since = time.monotonic()
             if stopped != INTERRUPTED:
                 rows = watch.validate(weights, until)
-            took, missed = time.monotonic() - since, len(validation) - len({row.case_id for row in rows})
+            took, missed = (
+                time.monotonic() - since,
+                len(validation) - len({row.case_id for row in rows}),
+            )
             if stopped != INTERRUPTED and missed:
                 metrics["not_validated"] = missed
             in_time = not missed and time.monotonic() + took <= until
-            if not stopped and in_time and watch.compares_last and state.best_epoch < len(state.history):
+            if (
+                not stopped
+                and in_time
+                and watch.compares_last
+                and state.best_epoch < len(state.history)
+            ):
                 last = watch.validate(self.averaged)
                 if mean_dice(last) > mean_dice(rows):
                     rows, chosen = last, {"epoch": len(state.history)}
@@ -335,13 +380,19 @@ class Run:
         with _drawing(self.settings.seed, self.state.step, self.team.rank, self.device):
             for index, (images, masks) in enumerate(parts):
                 is_last = index + 1 == len(parts)
-                with fabric.no_backward_sync(self.network, enabled=not is_last and self.team.size > 1):
+                with fabric.no_backward_sync(
+                    self.network, enabled=not is_last and self.team.size > 1
+                ):
                     loss = self.loss(self.network(images), masks) / len(parts)
                     if train.l1 and is_last:
-                        loss = loss + train.l1 * sum(weights.abs().sum() for weights in self.raw.parameters())
+                        loss = loss + train.l1 * sum(
+                            weights.abs().sum() for weights in self.raw.parameters()
+                        )
                     fabric.backward(loss)
                 total += loss.detach()
-        fabric.clip_gradients(self.network, self.optimizer, max_norm=train.gradient_norm, error_if_nonfinite=False)
+        fabric.clip_gradients(
+            self.network, self.optimizer, max_norm=train.gradient_norm, error_if_nonfinite=False
+        )
         self.optimizer.step()
         self.state.step += 1
         if self.team.rank == 0:
@@ -368,7 +419,9 @@ class Run:
         started, waited = time.monotonic(), self.batches.waited
         losses: list[torch.Tensor] = []
         self.network.train()
-        while len(losses) < self.recipe.train.steps_per_epoch and not (losses and clock.done() >= 1):
+        while len(losses) < self.recipe.train.steps_per_epoch and not (
+            losses and clock.done() >= 1
+        ):
             began = time.monotonic()
             with self.team.in_step(), self._fitting_into_memory():
                 losses.append(self.step(self.team.tell(clock.done())))
@@ -388,7 +441,9 @@ class _DivergedError(Exception):
 class _Clock:
     """How much of a run is done: by its steps, by its seconds, or, where both are limited, by what ends first."""
 
-    def __init__(self, settings: RunSettings, steps_per_epoch: int, state: _State, began: float) -> None:
+    def __init__(
+        self, settings: RunSettings, steps_per_epoch: int, state: _State, began: float
+    ) -> None:
         self._settings, self._state = settings, state
         self._steps = math.inf if settings.epochs is None else settings.epochs * steps_per_epoch
         self._started = began - state.seconds
@@ -396,7 +451,9 @@ class _Clock:
     @property
     def ends(self) -> float:
         """The time of `time.monotonic` at which the run has to be over, its validation included."""
-        return math.inf if self._settings.seconds is None else self._started + self._settings.seconds
+        return (
+            math.inf if self._settings.seconds is None else self._started + self._settings.seconds
+        )
 
     def seconds(self) -> float:
         return time.monotonic() - self._started
@@ -404,7 +461,9 @@ class _Clock:
     def done(self) -> float:
         share = self._state.step / self._steps
         if self._settings.seconds is not None:
-            share = max(share, self.seconds() / max(1.0, self._settings.seconds - self._state.reserve))
+            share = max(
+                share, self.seconds() / max(1.0, self._settings.seconds - self._state.reserve)
+            )
         return min(1.0, share)
 
 
@@ -420,7 +479,11 @@ def _optimizer(parameters: Sequence[nn.Parameter], recipe: Recipe) -> torch.opti
     train = recipe.train
     if train.optimizer == "sgd":
         return torch.optim.SGD(
-            parameters, lr=train.learning_rate, weight_decay=train.weight_decay, momentum=0.99, nesterov=True
+            parameters,
+            lr=train.learning_rate,
+            weight_decay=train.weight_decay,
+            momentum=0.99,
+            nesterov=True,
         )
     return torch.optim.AdamW(parameters, lr=train.learning_rate, weight_decay=train.weight_decay)
 
@@ -445,7 +508,9 @@ def _unfrozen(network: nn.Module, freeze: Sequence[str]) -> list[nn.Parameter]:
         if parameter.requires_grad:
             kept.append(parameter)
     if not kept:
-        raise VolsegError("--freeze leaves nothing to train", fix="freeze fewer layers", code="E_USAGE")
+        raise VolsegError(
+            "--freeze leaves nothing to train", fix="freeze fewer layers", code="E_USAGE"
+        )
     return kept
 
 
@@ -461,7 +526,13 @@ def _identity(
     """Hash of all that decides what a step does, so that two different runs are never continued as one."""
     cases = [[case.id, case.record.get("key")] for case in (*training, *validation)]
     chosen = [settings.seed, team.size, team.precision, list(settings.freeze)]
-    facts = [recipe.sha256, plan.model_dump(mode="json", exclude={"lines"}), chosen, cases, len(training)]
+    facts = [
+        recipe.sha256,
+        plan.model_dump(mode="json", exclude={"lines"}),
+        chosen,
+        cases,
+        len(training),
+    ]
     found = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
     for name in sorted(initial):
         found.update(name.encode() + initial[name].cpu().contiguous().numpy().tobytes())
@@ -469,15 +540,21 @@ def _identity(
 
 
 def _new_network(recipe: Recipe, seed: int) -> nn.Module:
-    with torch.random.fork_rng(devices=[]):  # layers draw their first weights from torch's global generator
+    with torch.random.fork_rng(
+        devices=[]
+    ):  # layers draw their first weights from torch's global generator
         torch.manual_seed(seed)
         return build_segmentation(recipe)
 
 
-def _fitting(initial: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def _fitting(
+    initial: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
     """Those of the initial weights that the network can take: all but a head for other labels, usually."""
     fitting = {
-        name: tensor for name, tensor in initial.items() if name in wanted and wanted[name].shape == tensor.shape
+        name: tensor
+        for name, tensor in initial.items()
+        if name in wanted and wanted[name].shape == tensor.shape
     }
     if initial and len(fitting) < len(wanted) / 2:
         raise VolsegError(
@@ -497,7 +574,9 @@ def _schedule(done: float, kind: str) -> float:
 
 
 @torch.no_grad()
-def _average(averaged: Mapping[str, torch.Tensor], current: Mapping[str, torch.Tensor], decay: float) -> None:
+def _average(
+    averaged: Mapping[str, torch.Tensor], current: Mapping[str, torch.Tensor], decay: float
+) -> None:
     for key, tensor in averaged.items():
         if tensor.is_floating_point():
             tensor.lerp_(current[key], 1 - decay)
@@ -517,7 +596,11 @@ def _save(
         for index, values in optimizer.state_dict()["state"].items()
         for key, tensor in values.items()
     }
-    tensors = flatten("network", weights_of(network)) | flatten("averaged", averaged) | flatten("optimizer", moments)
+    tensors = (
+        flatten("network", weights_of(network))
+        | flatten("averaged", averaged)
+        | flatten("optimizer", moments)
+    )
     save_checkpoint(path, tensors, asdict(state))
 
 
@@ -546,7 +629,9 @@ def _restore(
         for key, tensor in unflatten("optimizer", tensors).items():
             index, name = key.split(".", 1)
             moments.setdefault(int(index), {})[name] = tensor
-        optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
+        optimizer.load_state_dict(
+            {"state": moments, "param_groups": optimizer.state_dict()["param_groups"]}
+        )
         return _State(**state)
     except (KeyError, ValueError, TypeError, RuntimeError) as error:
         raise unusable_checkpoint(path, error) from error

@@ -42,7 +42,9 @@ class SegmentationLoss(nn.Module):
         self._total = total or (lambda tensor: tensor)
         self._settings = settings
         self._overlap = OVERLAPS[settings.overlap]
-        weights = None if class_weights is None else torch.tensor(class_weights, dtype=torch.float32)
+        weights = (
+            None if class_weights is None else torch.tensor(class_weights, dtype=torch.float32)
+        )
         self.register_buffer("class_weights", weights, persistent=False)
         belongs = None
         if regions is not None:
@@ -72,7 +74,9 @@ class SegmentationLoss(nn.Module):
             truth = self.regions[:, target].movedim(0, 1)
         else:
             probabilities = logits.softmax(1)[:, 1:]
-            truth = functional.one_hot(target, logits.shape[1]).movedim(-1, 1)[:, 1:].to(logits.dtype)
+            truth = (
+                functional.one_hot(target, logits.shape[1]).movedim(-1, 1)[:, 1:].to(logits.dtype)
+            )
         judged = known[:, None].to(logits.dtype)
         both, extra, missed = self._total(_sums(probabilities * judged, truth * judged))
         terms = self._overlap(both, extra, missed, self._settings)
@@ -93,7 +97,9 @@ class SegmentationLoss(nn.Module):
                 each = each * (1 - right).clamp_min(SMOOTH) ** gamma
             each, weight = each.mean(1), known.to(logits.dtype)
         else:
-            each = functional.cross_entropy(logits, target, reduction="none", label_smoothing=smoothing)
+            each = functional.cross_entropy(
+                logits, target, reduction="none", label_smoothing=smoothing
+            )
             if gamma:
                 right = logits.softmax(1).gather(1, target[:, None])[:, 0]
                 each = each * (1 - right).clamp_min(SMOOTH) ** gamma
@@ -111,16 +117,22 @@ def _sums(probabilities: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
     return torch.stack([both, probabilities.sum(axes) - both, truth.sum(axes) - both])
 
 
-def _dice(both: torch.Tensor, extra: torch.Tensor, missed: torch.Tensor, settings: Loss) -> torch.Tensor:
+def _dice(
+    both: torch.Tensor, extra: torch.Tensor, missed: torch.Tensor, settings: Loss
+) -> torch.Tensor:
     return 1 - (2 * both + SMOOTH) / (2 * both + extra + missed + SMOOTH)
 
 
-def _tversky(both: torch.Tensor, extra: torch.Tensor, missed: torch.Tensor, settings: Loss) -> torch.Tensor:
+def _tversky(
+    both: torch.Tensor, extra: torch.Tensor, missed: torch.Tensor, settings: Loss
+) -> torch.Tensor:
     wrong = settings.tversky_extra * extra + settings.tversky_missed * missed
     return 1 - (both + SMOOTH) / (both + wrong + SMOOTH)
 
 
-def _generalised_dice(both: torch.Tensor, extra: torch.Tensor, missed: torch.Tensor, settings: Loss) -> torch.Tensor:
+def _generalised_dice(
+    both: torch.Tensor, extra: torch.Tensor, missed: torch.Tensor, settings: Loss
+) -> torch.Tensor:
     """Labels weighted by the inverse square of their volume; one that is nowhere counts as the rarest that is there."""
     volume = both + missed
     weights = torch.where(volume > 0, volume.clamp_min(1) ** -2, 0)
@@ -130,7 +142,9 @@ def _generalised_dice(both: torch.Tensor, extra: torch.Tensor, missed: torch.Ten
     return 1 - (2 * shared + SMOOTH) / (total + SMOOTH)
 
 
-def _none(both: torch.Tensor, extra: torch.Tensor, missed: torch.Tensor, settings: Loss) -> torch.Tensor:
+def _none(
+    both: torch.Tensor, extra: torch.Tensor, missed: torch.Tensor, settings: Loss
+) -> torch.Tensor:
     return both.new_zeros(())
 
 

@@ -19,14 +19,20 @@ from typing import Any
 
 import torch
 from lightning_fabric import Fabric
-from lightning_fabric.plugins.environments import ClusterEnvironment, SLURMEnvironment, TorchElasticEnvironment
+from lightning_fabric.plugins.environments import (
+    ClusterEnvironment,
+    SLURMEnvironment,
+    TorchElasticEnvironment,
+)
 from lightning_fabric.strategies import DDPStrategy
 from torch import distributed
 
 from volseg.errors import EnvironmentProblem, VolsegError
 from volseg.execute.cpu import physical_cores
 
-PATIENCE = timedelta(days=7)  # that the other ranks wait for rank 0, which prepares data and validates
+PATIENCE = timedelta(
+    days=7
+)  # that the other ranks wait for rank 0, which prepares data and validates
 PRECISIONS = ("auto", "fp32", "half")
 ENDING_SECONDS = 60  # that a process of ours has to end by itself
 
@@ -109,13 +115,17 @@ def team_of(
     """
     if precision not in PRECISIONS:
         raise VolsegError(
-            f"precision {precision!r} is unknown", fix=f"give one of {', '.join(PRECISIONS)}", code="E_USAGE"
+            f"precision {precision!r} is unknown",
+            fix=f"give one of {', '.join(PRECISIONS)}",
+            code="E_USAGE",
         )
     launcher = _launcher()
     if launcher is not None and launcher.world_size() > 1:
         with _joined(device, launcher, _nodes(launcher), precision) as team:
             if team.rank > 0 and threading.current_thread() is threading.main_thread():
-                signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every rank; it is rank 0's to hear
+                signal.signal(
+                    signal.SIGINT, signal.SIG_IGN
+                )  # Ctrl-C reaches every rank; it is rank 0's to hear
             yield team
             if team.rank == 0:
                 team.tell(None)
@@ -207,14 +217,17 @@ class _OwnProcesses(ClusterEnvironment):
 
 
 @contextmanager
-def _joined(device: torch.device, environment: ClusterEnvironment, nodes: int, precision: str) -> Iterator[Team]:
+def _joined(
+    device: torch.device, environment: ClusterEnvironment, nodes: int, precision: str
+) -> Iterator[Team]:
     """This process as one of the ranks; on a CPU with its share of the cores."""
     size, threads = environment.world_size(), torch.get_num_threads()
     per_node = size // nodes
     if device.type == "cpu":
         torch.set_num_threads(max(1, physical_cores() // per_node))
     strategy = DDPStrategy(
-        cluster_environment=environment, process_group_backend="nccl" if device.type == "cuda" else "gloo"
+        cluster_environment=environment,
+        process_group_backend="nccl" if device.type == "cuda" else "gloo",
     )
     try:
         kind = _precision_of(device, precision)
@@ -286,20 +299,35 @@ def _help(
     ready.send(True)
     ready.close()
     # What is wrong with the request is said by rank 0, which finds it too.
-    with _joined(torch.device(device), _OwnProcesses(rank, ranks, port), 1, precision) as team, suppress(VolsegError):
+    with (
+        _joined(torch.device(device), _OwnProcesses(rank, ranks, port), 1, precision) as team,
+        suppress(VolsegError),
+    ):
         serve(team)
 
 
 def _quiet_fabric(
-    device: torch.device, precision: Any, *, strategy: DDPStrategy | str = "auto", devices: int = 1, num_nodes: int = 1
+    device: torch.device,
+    precision: Any,
+    *,
+    strategy: DDPStrategy | str = "auto",
+    devices: int = 1,
+    num_nodes: int = 1,
 ) -> Fabric:
     """Fabric without its lines on stderr about precision and ranks."""
-    loggers = [logging.getLogger(f"lightning_fabric.utilities.{name}") for name in ("rank_zero", "distributed")]
+    loggers = [
+        logging.getLogger(f"lightning_fabric.utilities.{name}")
+        for name in ("rank_zero", "distributed")
+    ]
     for logger in loggers:
         logger.addFilter(_is_no_announcement)
     try:
         fabric = Fabric(
-            accelerator=device.type, devices=devices, num_nodes=num_nodes, precision=precision, strategy=strategy
+            accelerator=device.type,
+            devices=devices,
+            num_nodes=num_nodes,
+            precision=precision,
+            strategy=strategy,
         )
         if isinstance(strategy, DDPStrategy):
             fabric.launch()
@@ -321,7 +349,12 @@ def _precision_of(device: torch.device, precision: str) -> str:
 def _is_no_announcement(record: logging.LogRecord) -> bool:
     text = record.getMessage()
     return not any(
-        words in text for words in ("Automatic Mixed Precision", "Initializing distributed", "distributed_backend")
+        words in text
+        for words in (
+            "Automatic Mixed Precision",
+            "Initializing distributed",
+            "distributed_backend",
+        )
     )
 
 

@@ -19,7 +19,13 @@ from volseg.infer.backends import TorchBackend
 from volseg.infer.roi import find_region
 from volseg.infer.stream import ArrayPlanes, Tiling
 from volseg.io.files import make_folder
-from volseg.io.prepared import IGNORED, PreparedCase, is_prepared, read_prepared_case, write_prepared_case
+from volseg.io.prepared import (
+    IGNORED,
+    PreparedCase,
+    is_prepared,
+    read_prepared_case,
+    write_prepared_case,
+)
 from volseg.models import build_segmentation, set_weights
 from volseg.plan import Plan
 from volseg.preprocess.crop import scaled_box
@@ -59,7 +65,11 @@ def train_roi(
     assert recipe.roi is not None and coarse is not None
     coarse_plan = plan.coarse(recipe.roi)
     make = partial(
-        _kept, spacing_mm=plan.spacing_mm, coarse_mm=coarse_plan.spacing_mm, folder=folder, seed=settings.seed
+        _kept,
+        spacing_mm=plan.spacing_mm,
+        coarse_mm=coarse_plan.spacing_mm,
+        folder=folder,
+        seed=settings.seed,
     )
 
     def kept(case: PreparedCase) -> PreparedCase:
@@ -84,7 +94,9 @@ def train_roi(
         tick=tick,
         threads=threads,
     )
-    backend = TorchBackend(set_weights(build_segmentation(coarse), trained.weights), team.fabric.device)
+    backend = TorchBackend(
+        set_weights(build_segmentation(coarse), trained.weights), team.fabric.device
+    )
     tiling = Tiling(patch_shape=coarse_plan.patch_shape, overlap=coarse.infer.overlap)
     margin = [recipe.roi.margin_mm / mm for mm in plan.spacing_mm]
     shares = []
@@ -93,17 +105,24 @@ def train_roi(
             break
         tick(f"finding the region of {fine.id}", 1.0)
         found = find_region(ArrayPlanes(np.asarray(small.image)), backend, tiling)
-        box = None if found is None else scaled_box(found, small.mask.shape, fine.mask.shape, margin)
+        box = (
+            None if found is None else scaled_box(found, small.mask.shape, fine.mask.shape, margin)
+        )
         shares.append(_shares(fine.mask, fine.mask if box is None else fine.mask[box.slices]))
     inside = [share for share, _ in shares if share is not None]
-    metrics = dict(trained.metrics) | {"validation_share_of_scan": round(float(np.mean([s for _, s in shares])), 4)}
+    metrics = dict(trained.metrics) | {
+        "validation_share_of_scan": round(float(np.mean([s for _, s in shares])), 4)
+    }
     if inside:
         metrics["validation_labels_inside"] = round(float(np.mean(inside)), 4)
     return replace(trained, metrics=metrics)
 
 
 def coarse_case(
-    case: PreparedCase, spacing_mm: Sequence[float], coarse_mm: Sequence[float], rng: np.random.Generator
+    case: PreparedCase,
+    spacing_mm: Sequence[float],
+    coarse_mm: Sequence[float],
+    rng: np.random.Generator,
 ) -> PreparedCase:
     """A prepared case on a coarser grid over the same field of view, with every label as class 1.
 
@@ -123,15 +142,26 @@ def coarse_case(
 
 
 def _kept(
-    case: PreparedCase, *, spacing_mm: Sequence[float], coarse_mm: Sequence[float], folder: Path, seed: int
+    case: PreparedCase,
+    *,
+    spacing_mm: Sequence[float],
+    coarse_mm: Sequence[float],
+    folder: Path,
+    seed: int,
 ) -> PreparedCase:
     """`coarse_case`, kept in a folder and made only once."""
-    key = hashlib.sha256(json.dumps([case.record["key"], spacing_mm, coarse_mm, seed]).encode()).hexdigest()
+    key = hashlib.sha256(
+        json.dumps([case.record["key"], spacing_mm, coarse_mm, seed]).encode()
+    ).hexdigest()
     folder = folder / "cases"
     if not is_prepared(folder, case.id, key):
-        made = coarse_case(case, spacing_mm, coarse_mm, np.random.default_rng([seed, int(key[:8], 16)]))
+        made = coarse_case(
+            case, spacing_mm, coarse_mm, np.random.default_rng([seed, int(key[:8], 16)])
+        )
         make_folder(folder / case.id)
-        write_prepared_case(folder / case.id, replace(made, record=dict(case.record) | {"key": key}))
+        write_prepared_case(
+            folder / case.id, replace(made, record=dict(case.record) | {"key": key})
+        )
     return read_prepared_case(folder, case.id)
 
 

@@ -38,7 +38,12 @@ def sample_batch(
     """
     n_foreground = _whole((step + 1) * n * foreground_share) - _whole(step * n * foreground_share)
     chosen = [
-        _place(cases, patch_shape, on_foreground=index < n_foreground, rng=np.random.default_rng([seed, step, index]))
+        _place(
+            cases,
+            patch_shape,
+            on_foreground=index < n_foreground,
+            rng=np.random.default_rng([seed, step, index]),
+        )
         for index in (range(n) if only is None else only)
     ]
     cut = cut_shape or patch_shape
@@ -57,10 +62,13 @@ def _whole(number: float) -> int:
     return math.floor(number + 1e-6)  # 3 × (1/3) is 1
 
 
-def cut_patch(array: np.ndarray, start: Sequence[int], patch_shape: tuple[int, int, int]) -> np.ndarray:
+def cut_patch(
+    array: np.ndarray, start: Sequence[int], patch_shape: tuple[int, int, int]
+) -> np.ndarray:
     """(C, *patch_shape) from (C, R, A, S) at `start`, which may lie outside; 0 where there is no scan."""
     inside = [
-        slice(max(0, a), max(0, min(n, a + p))) for a, p, n in zip(start, patch_shape, array.shape[1:], strict=True)
+        slice(max(0, a), max(0, min(n, a + p)))
+        for a, p, n in zip(start, patch_shape, array.shape[1:], strict=True)
     ]
     patch = np.zeros((array.shape[0], *patch_shape), array.dtype)
     target = [slice(part.start - a, part.stop - a) for part, a in zip(inside, start, strict=True)]
@@ -77,7 +85,11 @@ def sample_voxels(inside: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def _place(
-    cases: Sequence[PreparedCase], patch_shape: tuple[int, int, int], *, on_foreground: bool, rng: np.random.Generator
+    cases: Sequence[PreparedCase],
+    patch_shape: tuple[int, int, int],
+    *,
+    on_foreground: bool,
+    rng: np.random.Generator,
 ) -> tuple[PreparedCase, tuple[int, int, int]]:
     case = cases[int(rng.integers(len(cases)))]
     shape = case.mask.shape
@@ -86,9 +98,15 @@ def _place(
         voxels = labelled[int(rng.integers(len(labelled)))]
         centre = voxels[int(rng.integers(len(voxels)))]
         # Anywhere in the patch but its rim, so that the network sees lesions off centre too.
-        start = [int(c) - int(rng.integers(p // 4, p - p // 4)) for c, p in zip(centre, patch_shape, strict=True)]
+        start = [
+            int(c) - int(rng.integers(p // 4, p - p // 4))
+            for c, p in zip(centre, patch_shape, strict=True)
+        ]
     else:
-        start = [int(rng.integers(min(0, n - p), max(0, n - p) + 1)) for n, p in zip(shape, patch_shape, strict=True)]
+        start = [
+            int(rng.integers(min(0, n - p), max(0, n - p) + 1))
+            for n, p in zip(shape, patch_shape, strict=True)
+        ]
     r, a, s = (_keep_near(x, n, p) for x, n, p in zip(start, shape, patch_shape, strict=True))
     return case, (r, a, s)
 

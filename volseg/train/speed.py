@@ -71,7 +71,9 @@ def seconds_per_step(
     return min(fastest, statistics.median(taken[1:] or taken))
 
 
-def _is_enough(taken: Sequence[float], passed: float, until: float, threads: Threads | None) -> bool:
+def _is_enough(
+    taken: Sequence[float], passed: float, until: float, threads: Threads | None
+) -> bool:
     """Whether the steps that were taken in the seconds that passed tell how long one takes."""
     if len(taken) < 2:
         return sum(taken) > LONG_SECONDS

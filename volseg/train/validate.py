@@ -48,7 +48,9 @@ def predicted_classes(
     backend = TorchBackend(network, device)
     planes = ArrayPlanes(np.asarray(case.image))
     slabs = predict_slabs(planes, backend, tiling, n_classes=recipe.data.n_outputs, on_tile=on_tile)
-    found = np.concatenate([_classes(slab, recipe).cpu().numpy() for slab in slabs], axis=planes.axis)
+    found = np.concatenate(
+        [_classes(slab, recipe).cpu().numpy() for slab in slabs], axis=planes.axis
+    )
     found[case.mask == IGNORED] = 0
     return found
 
@@ -60,7 +62,9 @@ def _classes(logits: torch.Tensor, recipe: Recipe) -> torch.Tensor:
         return logits.argmax(dim=0).to(torch.uint8)
     found = torch.zeros(logits.shape[1:], dtype=torch.uint8, device=logits.device)
     index = {value: number for number, value in enumerate(recipe.data.label_names, start=1)}
-    for region, value in zip(logits, order, strict=True):  # a later region is written over an earlier one
+    for region, value in zip(
+        logits, order, strict=True
+    ):  # a later region is written over an earlier one
         found[region > 0] = index[value]
     return found
 
@@ -91,7 +95,9 @@ def validate(
             if time.monotonic() > until:
                 raise OutOfTime
 
-        return predicted_classes(network, case, recipe, plan, device, overlap=overlap, on_tile=after_tile)
+        return predicted_classes(
+            network, case, recipe, plan, device, overlap=overlap, on_tile=after_tile
+        )
 
     for case in cases:
         try:
@@ -120,5 +126,8 @@ def _judged(recipe: Recipe) -> list[tuple[int, str, tuple[int, ...]]]:
     """(mask value, name, class indices) of each label, or of each region."""
     data = recipe.data
     if data.regions is None or data.region_classes is None or data.regions_class_order is None:
-        return [(value, name, (index,)) for index, (value, name) in enumerate(data.label_names.items(), start=1)]
+        return [
+            (value, name, (index,))
+            for index, (value, name) in enumerate(data.label_names.items(), start=1)
+        ]
     return list(zip(data.regions_class_order, data.regions, data.region_classes, strict=True))

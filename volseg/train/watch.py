@@ -20,7 +20,9 @@ from volseg.train.validate import tiling_of, validate
 
 WATCHED_OVERLAP = 0.25  # cheap and close: the final metrics use the recipe's own overlap
 LOOKING_SHARE = 0.15  # of a time budget that looks may take: they are rarer where they take long
-FEWEST_LOOKS = 6  # that a time budget should leave room for: fewer cases are watched where they take long
+FEWEST_LOOKS = (
+    6  # that a time budget should leave room for: fewer cases are watched where they take long
+)
 SECOND_OPINION = 0.1  # share of a time budget up to which two sets of weights are validated on all cases, and not one
 LARGEST_RESERVE = 0.35  # share of a time budget that is kept for validation
 
@@ -56,15 +58,22 @@ class Watch:
         if seconds is not None:
             self._seconds_per_tile = self._time_a_tile()
             each = self._cost(self._cases, WATCHED_OVERLAP) / len(self._cases)
-            self._cases = _spread(validation, min(len(self._cases), int(LOOKING_SHARE * seconds / FEWEST_LOOKS / each)))
+            self._cases = _spread(
+                validation,
+                min(len(self._cases), int(LOOKING_SHARE * seconds / FEWEST_LOOKS / each)),
+            )
 
     @property
     def reserve(self) -> float:
         """Seconds of the budget that are kept for the last look and for the validation of all cases."""
         if self._seconds is None:
             return 0.0
-        final = self._cost(self._validation, self._recipe.infer.overlap) * (2 if self.compares_last else 1)
-        return min(self._cost(self._cases, WATCHED_OVERLAP) + final, LARGEST_RESERVE * self._seconds)
+        final = self._cost(self._validation, self._recipe.infer.overlap) * (
+            2 if self.compares_last else 1
+        )
+        return min(
+            self._cost(self._cases, WATCHED_OVERLAP) + final, LARGEST_RESERVE * self._seconds
+        )
 
     @property
     def compares_last(self) -> bool:
@@ -77,19 +86,28 @@ class Watch:
     def is_due(self, trained_for: float) -> bool:
         """Whether to look now, after so many more seconds of training."""
         self._trained_for += trained_for
-        return LOOKING_SHARE * self._trained_for >= self._cost(self._cases, WATCHED_OVERLAP) or self._seconds is None
+        return (
+            LOOKING_SHARE * self._trained_for >= self._cost(self._cases, WATCHED_OVERLAP)
+            or self._seconds is None
+        )
 
-    def look(self, weights: Mapping[str, torch.Tensor], until: float = math.inf) -> list[ValidationRow]:
+    def look(
+        self, weights: Mapping[str, torch.Tensor], until: float = math.inf
+    ) -> list[ValidationRow]:
         """What these weights are worth on the watched cases; nothing where time was over before all were seen."""
         began = time.monotonic()
         rows = self._validate(weights, self._cases, WATCHED_OVERLAP, until)
         self._trained_for = 0.0
         if len({row.case_id for row in rows}) < len(self._cases):
             return []
-        self._seconds_per_tile = (time.monotonic() - began) / self._tiles(self._cases, WATCHED_OVERLAP)
+        self._seconds_per_tile = (time.monotonic() - began) / self._tiles(
+            self._cases, WATCHED_OVERLAP
+        )
         return rows
 
-    def validate(self, weights: Mapping[str, torch.Tensor], until: float = math.inf) -> list[ValidationRow]:
+    def validate(
+        self, weights: Mapping[str, torch.Tensor], until: float = math.inf
+    ) -> list[ValidationRow]:
         """What they are worth on all validation cases, with the overlap of inference.
 
         Until that time (`time.monotonic`) the cases come in a drawn order, so that those that are seen stand for all.
@@ -102,7 +120,11 @@ class Watch:
         return sorted(rows, key=lambda row: places[row.case_id])
 
     def _validate(
-        self, weights: Mapping[str, torch.Tensor], cases: Sequence[PreparedCase], overlap: float, until: float
+        self,
+        weights: Mapping[str, torch.Tensor],
+        cases: Sequence[PreparedCase],
+        overlap: float,
+        until: float,
     ) -> list[ValidationRow]:
         network = set_weights(self._network, weights)
         return validate(
@@ -127,7 +149,9 @@ class Watch:
         backend, tiling = TorchBackend(self._network, self._device), tiling_of(self._plan, 0.0)
         r, a, s = self._plan.patch_shape
         tiles = np.zeros((len(self._recipe.data.channels), r, a, s * tiling.batch_size), np.float32)
-        predict_logits(tiles, backend, tiling, n_classes=self._recipe.data.n_outputs)  # finds memory and kernels
+        predict_logits(
+            tiles, backend, tiling, n_classes=self._recipe.data.n_outputs
+        )  # finds memory and kernels
         began = time.monotonic()
         predict_logits(tiles, backend, tiling, n_classes=self._recipe.data.n_outputs)
         return max(time.monotonic() - began, 1e-6) / tiling.batch_size
@@ -135,4 +159,6 @@ class Watch:
 
 def _spread(cases: Sequence[PreparedCase], n: int) -> list[PreparedCase]:
     """At most `n` cases, and one at least, evenly spread over the list."""
-    return [cases[round(index)] for index in np.linspace(0, len(cases) - 1, max(1, min(n, len(cases))))]
+    return [
+        cases[round(index)] for index in np.linspace(0, len(cases) - 1, max(1, min(n, len(cases))))
+    ]

@@ -146,13 +146,21 @@ def run_cases(
     done: list[str] = []
     failed: dict[str, str] = {}
     remarks: list[str] = []
-    lost_pages = (name for case_id in kept for name in files.page_names(case_id)) if about is not None else ()
-    results.refuse_foreign([*files.shared, *(name for case in todo for name in files.names(case.id)), *lost_pages])
+    lost_pages = (
+        (name for case_id in kept for name in files.page_names(case_id))
+        if about is not None
+        else ()
+    )
+    results.refuse_foreign(
+        [*files.shared, *(name for case in todo for name in files.names(case.id)), *lost_pages]
+    )
 
     def fail(case: Case, error: VolsegError) -> None:
         failed[case.id] = failure_reason(results, case.id, error)
         image = _scan_of(case).name
-        row = CaseRow(case_id=case.id, status="failed", reason=failed[case.id], image=image, model=model_name)
+        row = CaseRow(
+            case_id=case.id, status="failed", reason=failed[case.id], image=image, model=model_name
+        )
         results.commit_failure(case.id, row, inputs.of(case))
 
     for case in cases:
@@ -186,11 +194,14 @@ def run_cases(
             and not (results.has_record(case.id) and results.is_complete(case.id, key_of(case)))
         ]
         pending = [
-            CaseRow(case_id=case.id, status="pending", image=_scan_of(case).name, model=model_name) for case in waiting
+            CaseRow(case_id=case.id, status="pending", image=_scan_of(case).name, model=model_name)
+            for case in waiting
         ]
         rows = results.write_tables(pending=pending)
         if about is not None:
-            remarks += write_report(results, about, rows, budget=page_budget(max_ram, announce, has_run=bool(done)))
+            remarks += write_report(
+                results, about, rows, budget=page_budget(max_ram, announce, has_run=bool(done))
+            )
     kept, failed = without_damaged(kept, failed, rows)
     remarks += damaged_warnings(rows)
     return RunReport(
@@ -224,7 +235,11 @@ def without_damaged(
 
 def damaged_warnings(rows: Iterable[Mapping[str, Any]], name_column: str = "case_id") -> list[str]:
     """A warning for each item of a folder whose record is damaged."""
-    return [f"W_RECORD: {row[name_column]}: {row['reason']}" for row in rows if row["status"] == "unknown"]
+    return [
+        f"W_RECORD: {row[name_column]}: {row['reason']}"
+        for row in rows
+        if row["status"] == "unknown"
+    ]
 
 
 def _scan_of(case: Case) -> Path:
@@ -241,7 +256,10 @@ def _corrected_for_another_scan(case: Case, results: ResultsFolder) -> ScanError
 
 
 def _add_pages(
-    results: ResultsFolder, kept: Sequence[str], max_ram: int | None, announce: Callable[[str], None]
+    results: ResultsFolder,
+    kept: Sequence[str],
+    max_ram: int | None,
+    announce: Callable[[str], None],
 ) -> list[str]:
     """Make the viewer pages that complete cases lack, and say why one cannot be made."""
     reasons, budget = {}, None
@@ -276,20 +294,30 @@ def done_row(
     lesions, specks = measured.largest, measured.specks
     oddities = (*read_header(path).warnings, *intensity_warnings(scan))
     warnings = [*remarks, *(f"{warning.code}: {warning.text}" for warning in oddities)]
-    if scan.array.dtype.kind == "f" and not all(np.isfinite(scan.array[part]).all() for part in slabs_of(scan.array)):
-        warnings.append("W_NAN: some voxels are not finite; lesions that hold one have no intensities")
+    if scan.array.dtype.kind == "f" and not all(
+        np.isfinite(scan.array[part]).all() for part in slabs_of(scan.array)
+    ):
+        warnings.append(
+            "W_NAN: some voxels are not finite; lesions that hold one have no intensities"
+        )
     if specks is not None:
         warnings.insert(0, specks.warning)
     if organ_voxels == 0:
-        warnings.append(f"W_ORGAN: no voxel is {settings.organ}, so its volume and the burden are unknown")
-    if settings.calcium and (specks is not None or any(lesion.agatston_score is None for lesion in lesions)):
+        warnings.append(
+            f"W_ORGAN: no voxel is {settings.organ}, so its volume and the burden are unknown"
+        )
+    if settings.calcium and (
+        specks is not None or any(lesion.agatston_score is None for lesion in lesions)
+    ):
         warnings.append("W_CALCIUM: a lesion has no score, its notes say why, so the scan has none")
     elif settings.calcium and not unit.is_hu:
         warnings.append(
             f"W_CALCIUM: calcium is scored in HU, {'not in ' + unit.name if not unit.doubt else unit.doubt}"
         )
     if measured.touches_border:
-        warnings.append("W_BORDER: a lesion touches the border of the scan, so its volume is a lower bound")
+        warnings.append(
+            "W_BORDER: a lesion touches the border of the scan, so its volume is a lower bound"
+        )
     return CaseRow(
         case_id=case.id,
         status="done",
@@ -297,7 +325,9 @@ def done_row(
             lesions,
             settings,
             unit=unit.name if not unit.doubt else "",
-            organ_voxels_ml=None if organ_voxels is None else organ_voxels * scan.geometry.voxel_volume_mm3 / 1000,
+            organ_voxels_ml=None
+            if organ_voxels is None
+            else organ_voxels * scan.geometry.voxel_volume_mm3 / 1000,
             n_specks=len(specks or ()),
             specks_ml=0.0 if specks is None else specks.volume_ml,
             may_be_measurable=specks is not None and specks.may_be_measurable,
@@ -319,12 +349,20 @@ def write_mask(mask: Volume, commit: Commit, folder: str, case_id: str, *, like:
         write_volume(mask, commit.path(f"{folder}/{case_id}.nii.gz"), like=like)
     except ValueError as error:
         raise ScanError(
-            f"{like}: was replaced by a scan on another grid while it was being used", fix="run again", code="E_CHANGED"
+            f"{like}: was replaced by a scan on another grid while it was being used",
+            fix="run again",
+            code="E_CHANGED",
         ) from error
 
 
 def write_figure(
-    scan: Volume, ids: Volume, lesions: Sequence[LesionMeasurement], case_id: str, commit: Commit, *, unit: Unit
+    scan: Volume,
+    ids: Volume,
+    lesions: Sequence[LesionMeasurement],
+    case_id: str,
+    commit: Commit,
+    *,
+    unit: Unit,
 ) -> None:
     from volseg.report.figures import overlay_png
 
@@ -357,11 +395,15 @@ def about_run(command: str, model: str) -> dict[str, str]:
     return {"command": command, "volseg": __version__, "model": model, "started": now}
 
 
-def run_description(command: str, options: Mapping[str, Any], report: RunReport, started: float) -> dict[str, Any]:
+def run_description(
+    command: str, options: Mapping[str, Any], report: RunReport, started: float
+) -> dict[str, Any]:
     return {
         "command": command,
         "volseg": __version__,
-        "libraries": {name: metadata.version(name) for name in ("torch", "monai", "numpy", "nibabel")},
+        "libraries": {
+            name: metadata.version(name) for name in ("torch", "monai", "numpy", "nibabel")
+        },
         "options": dict(options),
         "done": list(report.done),
         "kept": list(report.kept),
@@ -379,7 +421,9 @@ def failure_reason(outputs: OutputFolder, name: str, error: VolsegError) -> str:
     if not isinstance(error, UnexpectedError):
         return reason_of(error)
     outputs.write(trace_name(name), error.trace)
-    return f"{error.code}: {error.problem}; to fix: report it with {outputs.path / trace_name(name)}"
+    return (
+        f"{error.code}: {error.problem}; to fix: report it with {outputs.path / trace_name(name)}"
+    )
 
 
 def check_pair(image: Volume, mask: Volume, image_name: str, mask_name: str) -> None:
@@ -403,5 +447,7 @@ def amount_of(amount: str | int | None, option: str) -> int | None:
         return None if amount is None else parse_bytes(str(amount))
     except ValueError as error:
         raise VolsegError(
-            f"{option} {amount} is not an amount of memory", fix="say it as 4G or 500M", code="E_USAGE"
+            f"{option} {amount} is not an amount of memory",
+            fix="say it as 4G or 500M",
+            code="E_USAGE",
         ) from error

@@ -47,7 +47,9 @@ def check(path: Path | str, recipe: Path | str | Recipe | None = None) -> list[d
             bundle.classifier_network()
         elif (path / PREPARED_FILE).is_file():
             raise VolsegError(
-                f"{path}: is a prepared folder", fix="check the dataset that it was made from", code="E_USAGE"
+                f"{path}: is a prepared folder",
+                fix="check the dataset that it was made from",
+                code="E_USAGE",
             )
         elif path.is_dir() or path.suffix == ".csv":
             chosen = None if recipe is None else as_recipe(recipe)
@@ -55,7 +57,12 @@ def check(path: Path | str, recipe: Path | str | Recipe | None = None) -> list[d
             may_miss = chosen is not None and chosen.data.missing == "empty"
             cases, mistakes = survey_cases(path, channels, may_miss=may_miss)
             found = [
-                {"where": str(path), "code": "E_REQUEST", "problem": mistake, "fix": "correct the dataset"}
+                {
+                    "where": str(path),
+                    "code": "E_REQUEST",
+                    "problem": mistake,
+                    "fix": "correct the dataset",
+                }
                 for mistake in mistakes
             ]
             return found + [problem for case in cases for problem in _check_case(case, chosen)]
@@ -90,7 +97,9 @@ def _check_case(case: Case, recipe: Recipe | None) -> Iterator[dict[str, str]]:
         except VolsegError as error:
             yield _problem(case.id, error)
     if recipe is not None and recipe.data.channels[0] in volumes:
-        doubt = judge_unit(volumes[recipe.data.channels[0]], recipe.data.intensity_unit, by="the recipe").doubt
+        doubt = judge_unit(
+            volumes[recipe.data.channels[0]], recipe.data.intensity_unit, by="the recipe"
+        ).doubt
         if doubt:
             yield {
                 "where": case.id,

@@ -55,9 +55,14 @@ from volseg.workflows.patients import Patient, read_pairs, same_ids
 
 STAGE, TIMES = "Comparing", ("baseline", "follow-up")
 PICTURE_BYTES = 22  # per voxel of a scan that is drawn, if it is scaled
-MAX_MOVED_MM, MAX_TURNED_DEG = 50.0, 20.0  # of a patient on the table; more may be right, but is worth a look
+MAX_MOVED_MM, MAX_TURNED_DEG = (
+    50.0,
+    20.0,
+)  # of a patient on the table; more may be right, but is worth a look
 MAX_ERROR_MM = 3.0  # between registration one way and the other
-MAX_TILT_ERROR_DEG = 5.0  # of the axial plane: a long axis may then be 16 % off (docs/benchmarks.md)
+MAX_TILT_ERROR_DEG = (
+    5.0  # of the axial plane: a long axis may then be 16 % off (docs/benchmarks.md)
+)
 SAME_PLACE_MM = 2.0  # no better place was found, and what was found is where the headers say
 GRID_RATIO = 1.5  # of voxel sizes, from which small lesions differ in size by that alone
 
@@ -87,11 +92,15 @@ class CompareSettings:
     def __post_init__(self) -> None:
         if not 0 <= self.max_distance_mm < math.inf:
             raise VolsegError(
-                f"a largest distance of {self.max_distance_mm} mm is none", fix="give 0 or more", code="E_USAGE"
+                f"a largest distance of {self.max_distance_mm} mm is none",
+                fix="give 0 or more",
+                code="E_USAGE",
             )
         for folder in (self.baseline_scans, self.followup_scans):
             if folder is not None and not folder.is_dir():
-                raise VolsegError(f"{folder}: is no folder", fix="give the folder of the scans", code="E_USAGE")
+                raise VolsegError(
+                    f"{folder}: is no folder", fix="give the folder of the scans", code="E_USAGE"
+                )
 
 
 def compare(
@@ -136,16 +145,27 @@ def compare(
     settings = CompareSettings(
         registration=registration,
         max_distance_mm=max_distance_mm,
-        lymph_nodes=tuple(sorted(set(_measured_nodes(folders) if lymph_nodes is None else lymph_nodes))),
+        lymph_nodes=tuple(
+            sorted(set(_measured_nodes(folders) if lymph_nodes is None else lymph_nodes))
+        ),
         figures=figures,
         baseline_scans=None if baseline_scans is None else Path(baseline_scans),
         followup_scans=None if followup_scans is None else Path(followup_scans),
     )
     known = (case_ids(folders[0]), case_ids(folders[1]))
     if out.resolve() in {folder.resolve() for folder in folders}:
-        raise VolsegError(f"{out}: holds the results to compare", fix="give another folder to --out", code="E_EXISTS")
-    patients = same_ids(folders, known) if pairs is None else read_pairs(Path(pairs), folders, known)
-    options = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(settings).items()}
+        raise VolsegError(
+            f"{out}: holds the results to compare",
+            fix="give another folder to --out",
+            code="E_EXISTS",
+        )
+    patients = (
+        same_ids(folders, known) if pairs is None else read_pairs(Path(pairs), folders, known)
+    )
+    options = {
+        name: str(value) if isinstance(value, Path) else value
+        for name, value in asdict(settings).items()
+    }
     options |= {
         "baseline": str(folders[0]),
         "followup": str(folders[1]),
@@ -156,7 +176,9 @@ def compare(
         for side, (time_, ids) in enumerate(zip(("baseline", "followup"), known, strict=True))
     }
     used = [path for path in (*folders, *settings.scans) if path is not None]
-    with ComparisonFolder(out, "compare", inputs=used if pairs is None else [*used, Path(pairs)]) as results:
+    with ComparisonFolder(
+        out, "compare", inputs=used if pairs is None else [*used, Path(pairs)]
+    ) as results:
         report = _run_patients(patients, folders, settings, results, progress, budget)
         report = replace(report, details={**report.details, "not_listed": not_listed})
         rest = {name: report.details[name] for name in ("unpaired", "not_listed")}
@@ -190,7 +212,9 @@ def _run_patients(
     budget: Budget,
 ) -> RunReport:
     unpaired = {
-        patient.name: PatientResponse(**patient.cells, status="unpaired", reason=patient.why_unpaired(folders))
+        patient.name: PatientResponse(
+            **patient.cells, status="unpaired", reason=patient.why_unpaired(folders)
+        )
         for patient in patients
         if not patient.is_paired
     }
@@ -198,7 +222,8 @@ def _run_patients(
     refusals: dict[str, VolsegError] = {}
     keys: dict[str, str] = {}
     for outcome in run(
-        lambda patient: _inputs(patient, folders, settings), [each for each in patients if each.is_paired]
+        lambda patient: _inputs(patient, folders, settings),
+        [each for each in patients if each.is_paired],
     ):
         name = outcome.item.name
         inputs[name] = outcome.value or ()
@@ -238,7 +263,10 @@ def _run_patients(
         reached = {*unpaired, *kept, *done, *failed}
         waiting = [patient for patient in patients if patient.name not in reached]
         shown = results.write_tables(
-            [PatientResponse(**patient.cells, status="pending", reason="not reached yet") for patient in waiting]
+            [
+                PatientResponse(**patient.cells, status="pending", reason="not reached yet")
+                for patient in waiting
+            ]
         )
         lesions = results.lesion_rows(shown, set())
         results.write("report.html", comparison_html(about_run("compare", ""), shown, lesions))
@@ -248,7 +276,9 @@ def _run_patients(
     warnings = [f"{row['patient']}: {row['warnings']}" for row in rows if row["warnings"]]
     warnings += damaged_warnings(shown, "patient")
     if others := sorted(row_of.keys() - {patient.name for patient in patients}):
-        named = ", ".join(shortened(name) for name in others[:3]) + (", …" if len(others) > 3 else "")
+        named = ", ".join(shortened(name) for name in others[:3]) + (
+            ", …" if len(others) > 3 else ""
+        )
         warnings.append(
             f"W_STALE: the tables also hold {len(others)} patients of earlier runs ({named}); "
             "for tables without them give another --out"
@@ -258,7 +288,9 @@ def _run_patients(
     return RunReport(out=results.path, done=done, kept=kept, failed=failed, details=details)
 
 
-def _peaks(patients: Sequence[Patient], folders: _Folders, settings: CompareSettings, process: int) -> dict[str, Peak]:
+def _peaks(
+    patients: Sequence[Patient], folders: _Folders, settings: CompareSettings, process: int
+) -> dict[str, Peak]:
     """What comparing the scans of each patient takes at most, from their headers; comparing the others says what is wrong."""
 
     def largest(patient: Patient) -> Peak:
@@ -269,7 +301,9 @@ def _peaks(patients: Sequence[Patient], folders: _Folders, settings: CompareSett
     return {outcome.item.name: outcome.value for outcome in outcomes if outcome.value is not None}
 
 
-def _peak(cases: tuple[str | None, str | None], folders: _Folders, settings: CompareSettings, process: int) -> Peak:
+def _peak(
+    cases: tuple[str | None, str | None], folders: _Folders, settings: CompareSettings, process: int
+) -> Peak:
     """What comparing two scans takes at most; or a scan that has none of the other time.
 
     Raises:
@@ -294,7 +328,8 @@ def _peak(cases: tuple[str | None, str | None], folders: _Folders, settings: Com
         {
             "process": process,
             # A scan with NaN is there twice while they are filled, a mask while it is read.
-            "scans": sum(scan.n_bytes for scan in scans) + max((_filled_bytes(scan) for scan in scans), default=0),
+            "scans": sum(scan.n_bytes for scan in scans)
+            + max((_filled_bytes(scan) for scan in scans), default=0),
             "masks": sum(mask.mask_bytes for mask in masks) + max(mask.n_bytes for mask in masks),
             largest: work[largest],
         }
@@ -386,7 +421,9 @@ class _Side:
     def scan(self) -> Volume:
         scan = read_volume(self.path, is_finite=False)  # as it was measured
         _check_unchanged(self.path, scan.sha256 or digest_of(self.path), self.inputs)
-        check_pair(scan, self.ids, str(self.path), f"the lesions of case {self.record.case.case_id!r}")
+        check_pair(
+            scan, self.ids, str(self.path), f"the lesions of case {self.record.case.case_id!r}"
+        )
         known = np.isfinite(scan.array) if scan.array.dtype.kind == "f" else np.ones(1, bool)
         # To register, what is not known is the darkest there is.
         if known.all():
@@ -416,7 +453,9 @@ def _compare_patient(
 ) -> None:
     started = time.monotonic()
     names = _shared_names(patient, folders)
-    compared = [_compare_scans(cases, folders, settings, patient, names, inputs) for cases in patient.scans]
+    compared = [
+        _compare_scans(cases, folders, settings, patient, names, inputs) for cases in patient.scans
+    ]
     pairs = [each.pair for each in compared]
     rows = lesion_changes(pairs, patient=patient.name, lymph_nodes=settings.lymph_nodes)
     response = judge_response(pairs, patient=patient.name, lymph_nodes=settings.lymph_nodes)
@@ -484,7 +523,9 @@ def _compare_scans(
     if settings.figures:
         from volseg.report.comparison_figures import change_png
 
-        title = patient.name if len(patient.scans) == 1 else f"{patient.name}, {cases[0]} → {cases[1]}"
+        title = (
+            patient.name if len(patient.scans) == 1 else f"{patient.name}, {cases[0]} → {cases[1]}"
+        )
         rows = lesion_changes([pair], patient=patient.name, lymph_nodes=settings.lymph_nodes)
         try:
             ids = (before.ids.array, after.ids.array)
@@ -503,7 +544,9 @@ def _alone(
     pair = lone_scan(before and before.measured, after and after.measured)
     other = "follow-up" if after is None else "baseline"
     pair = replace(pair, unit_doubts=unit_doubts)
-    return _Compared(pair, {}, [f"W_UNPAIRED: there is no {other} scan of what it shows", *warnings])
+    return _Compared(
+        pair, {}, [f"W_UNPAIRED: there is no {other} scan of what it shows", *warnings]
+    )
 
 
 def _of_scan(text: str, pair: ScanPair, pairs: Sequence[ScanPair]) -> str:
@@ -530,7 +573,9 @@ def _worst(columns: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     placed = [each for each in columns if each]
     if not placed:
         return {}
-    found: dict[str, Any] = {"registration": ";".join(each.get("registration", "") for each in columns)}
+    found: dict[str, Any] = {
+        "registration": ";".join(each.get("registration", "") for each in columns)
+    }
     for name, worst in _WORST.items():
         values = [each[name] for each in placed if name in each]
         found[name] = worst(values) if values and None not in values else None
@@ -540,10 +585,14 @@ def _worst(columns: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 def _check_unchanged(path: Path, digest: str, inputs: Sequence[str]) -> None:
     """That a file is as it was when the comparison began, by whose hash its rows will be known."""
     if digest not in inputs:
-        raise ScanError(f"{path}: was replaced while it was being compared", fix="run again", code="E_CHANGED")
+        raise ScanError(
+            f"{path}: was replaced while it was being compared", fix="run again", code="E_CHANGED"
+        )
 
 
-def _read_side(time_: str, folder: Path, case: str, scans: Path | None, inputs: Sequence[str]) -> _Side:
+def _read_side(
+    time_: str, folder: Path, case: str, scans: Path | None, inputs: Sequence[str]
+) -> _Side:
     for path in record_files(folder, case):
         _check_unchanged(path, _file_digest(path), inputs)
     record = _read_usable(time_, folder, case)
@@ -617,7 +666,11 @@ def _named_alike(
     for side in (before, after):
         known |= {} if side is None else _names(side.lesions)
     before, after = (
-        side and replace(side, record=replace(side.record, lesions=[_named(lesion, known) for lesion in side.lesions]))
+        side
+        and replace(
+            side,
+            record=replace(side.record, lesions=[_named(lesion, known) for lesion in side.lesions]),
+        )
         for side in (before, after)
     )
     return before, after
@@ -625,7 +678,11 @@ def _named_alike(
 
 def _named(lesion: LesionMeasurement, names: Mapping[int, str]) -> LesionMeasurement:
     is_nameless = lesion.label_name in (None, f"label_{lesion.label}")
-    return replace(lesion, label_name=names.get(lesion.label, lesion.label_name)) if is_nameless else lesion
+    return (
+        replace(lesion, label_name=names.get(lesion.label, lesion.label_name))
+        if is_nameless
+        else lesion
+    )
 
 
 def _scan_path(record: CaseRecord, scans: Path | None) -> Path | None:
@@ -638,7 +695,9 @@ def _scan_path(record: CaseRecord, scans: Path | None) -> Path | None:
     if scans is not None and name:
         paths = [scans / name]
         if not os.path.isfile(paths[0]):
-            paths = sorted(Path(folder, name) for folder, _, files in os.walk(scans) if name in files)
+            paths = sorted(
+                Path(folder, name) for folder, _, files in os.walk(scans) if name in files
+            )
         if len(paths) > 1:
             raise ScanError(
                 f"{scans}: has {len(paths)} files {name!r}, such as {paths[0]} and {paths[1]}",
@@ -674,7 +733,9 @@ def _place(before: _Side, after: _Side, settings: CompareSettings) -> Placement:
     back = np.linalg.inv(found.moved)
     return as_far_as_trusted(
         found,
-        np.concatenate([centroids_mm(before.lesions), transformed(back, centroids_mm(after.lesions))]),
+        np.concatenate(
+            [centroids_mm(before.lesions), transformed(back, centroids_mm(after.lesions))]
+        ),
         normal=axial_normal(before.ids.geometry),
     )
 
@@ -688,7 +749,9 @@ def _as_headers_say(before: Geometry, after: Geometry) -> Placement:
     return Placement(here, columns, warnings, f"{doubt}: compare without --no-registration")
 
 
-def as_far_as_trusted(found: Registration, points_mm: np.ndarray, *, normal: np.ndarray | None = None) -> Placement:
+def as_far_as_trusted(
+    found: Registration, points_mm: np.ndarray, *, normal: np.ndarray | None = None
+) -> Placement:
     """What a registration says about the points (N, 3) of the earlier scan, N ≥ 1; where it made nothing better, nothing is moved.
 
     `normal`: (3,) of the axial slices of the earlier scan, in which diameters are taken; None: the S axis.
@@ -696,7 +759,10 @@ def as_far_as_trusted(found: Registration, points_mm: np.ndarray, *, normal: np.
     shift_mm = float(found.shift_mm(points_mm).max())
     apart_mm = found.disagreement_mm(points_mm)
     error_mm = None if apart_mm is None else float(apart_mm.max())
-    similarity = {"similarity_before": found.similarity_before, "similarity_after": found.similarity_after}
+    similarity = {
+        "similarity_before": found.similarity_before,
+        "similarity_after": found.similarity_after,
+    }
     warnings, doubt = [], ""
     if not found.is_better:
         if shift_mm > SAME_PLACE_MM:
@@ -710,13 +776,19 @@ def as_far_as_trusted(found: Registration, points_mm: np.ndarray, *, normal: np.
             f"over {MAX_MOVED_MM:.0f} mm or {MAX_TURNED_DEG:.0f}°: look at the picture"
         )
     if error_mm is None or error_mm > MAX_ERROR_MM:
-        what = "worked in one direction only" if error_mm is None else f"is uncertain by {error_mm:.1f} mm"
+        what = (
+            "worked in one direction only"
+            if error_mm is None
+            else f"is uncertain by {error_mm:.1f} mm"
+        )
         doubt = f"registration {what}"
         warnings.append(f"W_REGISTRATION: {doubt}, so lesions may have been matched wrongly")
     tilt_deg = found.plane_disagreement_deg(np.array([0.0, 0.0, 1.0]) if normal is None else normal)
     if not doubt and tilt_deg is not None and tilt_deg > MAX_TILT_ERROR_DEG:
         doubt = f"registration is uncertain by {tilt_deg:.0f}° about the axial plane"
-        warnings.append(f"W_REGISTRATION: {doubt}, so diameters may have been taken in another plane")
+        warnings.append(
+            f"W_REGISTRATION: {doubt}, so diameters may have been taken in another plane"
+        )
     columns = {"registration": "rigid", "moved_mm": shift_mm, "turned_deg": found.turned_deg}
     columns |= {"registration_error_mm": error_mm} | similarity
     return Placement(found.moved, columns, warnings, _no_response(doubt))
@@ -751,5 +823,7 @@ def _differences(before: _Side, after: _Side) -> list[str]:
     sizes = [sorted(side.ids.geometry.spacing_mm) for side in (before, after)]
     if any(max(a, b) > GRID_RATIO * min(a, b) for a, b in zip(*sizes, strict=True)):
         texts = [" × ".join(f"{mm:.2g}" for mm in size) for size in sizes]
-        found.append(f"W_GRID: voxels of {texts[0]} mm and {texts[1]} mm: small lesions differ in size by that alone")
+        found.append(
+            f"W_GRID: voxels of {texts[0]} mm and {texts[1]} mm: small lesions differ in size by that alone"
+        )
     return found

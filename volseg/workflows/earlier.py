@@ -39,14 +39,21 @@ def recipe_once(dataset: Path, work: Path, progress: Progress) -> Recipe:
     except (OSError, ValueError, KeyError, TypeError, VolsegError):
         pass  # not there yet, or of an earlier volseg
     recipe = recipe_for(dataset, None, progress)
-    write_json_atomic(work / RECIPE_FILE, {"files": files, "recipe": recipe.model_dump(mode="json")})
+    write_json_atomic(
+        work / RECIPE_FILE, {"files": files, "recipe": recipe.model_dump(mode="json")}
+    )
     return recipe
 
 
 def _dates(dataset: Path) -> dict[str, list[int]]:
     """Size and date of change of all on which the recipe of a dataset depends."""
     cases, _ = survey_cases(dataset)
-    paths = [path for case in cases for path in (*case.images.values(), case.reference) if path is not None]
+    paths = [
+        path
+        for case in cases
+        for path in (*case.images.values(), case.reference)
+        if path is not None
+    ]
     paths += [dataset] if dataset.is_file() else [dataset / "cases.csv", dataset / "dataset.json"]
     facts = {str(path): path.stat() for path in paths if path.is_file()}
     return {path: [stat.st_size, stat.st_mtime_ns] for path, stat in facts.items()}
@@ -54,7 +61,9 @@ def _dates(dataset: Path) -> dict[str, list[int]]:
 
 def write_fitted(work: Path, fitted: Fitted) -> None:
     """Keep what is trained for who resumes."""
-    write_json_atomic(work / FITTED_FILE, {"folds": fitted.folds, "plan": fitted.plan.model_dump(mode="json")})
+    write_json_atomic(
+        work / FITTED_FILE, {"folds": fitted.folds, "plan": fitted.plan.model_dump(mode="json")}
+    )
 
 
 def read_fitted(work: Path) -> Fitted | None:

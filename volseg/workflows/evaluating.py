@@ -14,7 +14,14 @@ from volseg.errors import VolsegError
 from volseg.evaluate.detection import DetectionRow, NoisyMaskError, detect_lesions, with_lesions
 from volseg.evaluate.memory import LIBRARIES, most_evaluating, plan_evaluating, plan_reading
 from volseg.evaluate.overlap import COUNTED_TOGETHER, OverlapRow, evaluate_case, row_of_absent
-from volseg.evaluate.summary import METRICS, LabelResult, as_json, mean_of, patient_of, summarise_label
+from volseg.evaluate.summary import (
+    METRICS,
+    LabelResult,
+    as_json,
+    mean_of,
+    patient_of,
+    summarise_label,
+)
 from volseg.execute.local import run
 from volseg.execute.memory import Budget
 from volseg.io.cases import IGNORE, Case, find_cases, find_scans, is_described, stated_labels
@@ -59,7 +66,9 @@ def evaluate(
     """
     out = Path(out)
     if not 0 <= min_iou < 1:
-        raise VolsegError(f"min_iou = {min_iou} is outside [0, 1)", fix="0 or 0.5 are usual", code="E_USAGE")
+        raise VolsegError(
+            f"min_iou = {min_iou} is outside [0, 1)", fix="0 or 0.5 are usual", code="E_USAGE"
+        )
     truths, guesses = _masks(Path(reference)), _masks(Path(predicted))
     common = [name for name in truths if name in guesses]
     if not common:
@@ -105,12 +114,21 @@ def evaluate(
         except NoisyMaskError as error:
             rows = [replace(row, patient=patient, notes=_joined(row.notes, error)) for row in rows]
             return Compared(overlap=rows, detections=[], masks=masks)
-        found = [replace(row, patient=patient, confidence=lesions.confidence_of(row)) for row in found]
+        found = [
+            replace(row, patient=patient, confidence=lesions.confidence_of(row)) for row in found
+        ]
         lesions_of = _by_label(found)
-        rows = [with_lesions(replace(row, patient=patient), lesions_of.get(row.label, ())) for row in rows]
+        rows = [
+            with_lesions(replace(row, patient=patient), lesions_of.get(row.label, ()))
+            for row in rows
+        ]
         return Compared(overlap=rows, detections=found, masks=masks)
 
-    used = [Path(reference), Path(predicted), *(mask.path for mask in (*truths.values(), *guesses.values()))]
+    used = [
+        Path(reference),
+        Path(predicted),
+        *(mask.path for mask in (*truths.values(), *guesses.values())),
+    ]
     with OutputFolder(out, "evaluate", inputs=used) as outputs:
         outputs.refuse_foreign([*TABLES, *PICTURES])
         compared: dict[str, Compared] = {}
@@ -135,7 +153,9 @@ def evaluate(
         rows = _completed({name: comparison.overlap for name, comparison in listed.items()}, truths)
         detections = [row for comparison in listed.values() for row in comparison.detections]
         rows_of, lesions_of = _by_label(rows), _by_label(detections)
-        results = [summarise_label(rows_of[label], lesions_of.get(label, ())) for label in sorted(rows_of)]
+        results = [
+            summarise_label(rows_of[label], lesions_of.get(label, ())) for label in sorted(rows_of)
+        ]
         summary = {
             **_overall(rows, truths, listed.keys()),
             "labels": {str(result.label): as_json(result) for result in results},
@@ -158,7 +178,12 @@ def evaluate(
             pictures = _pictures(results)
             for name, picture in pictures.items():
                 commit.write(name, picture)
-            commit.finish(removed=[*(name for name in PICTURES if name not in pictures), *map(trace_name, compared)])
+            commit.finish(
+                removed=[
+                    *(name for name in PICTURES if name not in pictures),
+                    *map(trace_name, compared),
+                ]
+            )
     return RunReport(out=out, done=list(compared), failed=failed, details=summary)
 
 
@@ -213,12 +238,16 @@ def _read_within(budget: Budget, case_id: str, *paths: Path) -> tuple[Volume, Vo
 
 def _noisy(rows: Sequence[OverlapRow]) -> list[str]:
     """A warning for each case whose lesions were not matched."""
-    parts = {row.case_id: part for row in rows for part in row.notes.split("; ") if "W_SPECKS" in part}
+    parts = {
+        row.case_id: part for row in rows for part in row.notes.split("; ") if "W_SPECKS" in part
+    }
     return [f"{part.removeprefix('lesions: ')} ({case_id})" for case_id, part in parts.items()]
 
 
 def _joined(notes: str, error: NoisyMaskError) -> str:
-    return "; ".join(filter(None, (notes, f"lesions: {error.code}: {error.problem}, so they were not matched")))
+    return "; ".join(
+        filter(None, (notes, f"lesions: {error.code}: {error.problem}, so they were not matched"))
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,7 +265,9 @@ def _masks(path: Path) -> dict[str, _Mask]:
             if case.reference is not None
         }
     if (path / RECORDS).is_dir() and not (path / "masks").is_dir():
-        raise VolsegError(f"{path}: holds no masks", fix="give the results of `volseg infer`", code="E_DATASET")
+        raise VolsegError(
+            f"{path}: holds no masks", fix="give the results of `volseg infer`", code="E_DATASET"
+        )
     folder = path / "masks" if (path / "masks").is_dir() else path
     return {case.id: _Mask(_only_file(case)) for case in find_scans([folder], ("image",))}
 
@@ -294,7 +325,9 @@ class _Predictions:
             return cls(confidence, names)
         except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
             raise VolsegError(
-                f"{table}: is no table of lesions ({error!r})", fix="run `volseg infer` again", code="E_DATASET"
+                f"{table}: is no table of lesions ({error!r})",
+                fix="run `volseg infer` again",
+                code="E_DATASET",
             ) from error
 
     def confidence_of(self, lesion: DetectionRow) -> float | None:
@@ -303,10 +336,19 @@ class _Predictions:
             return None
         centre = np.array([lesion.centroid_r_mm, lesion.centroid_a_mm, lesion.centroid_s_mm])
         alike = self.confidence.get(lesion.case_id, {}).get((lesion.label, lesion.n_voxels), ())
-        return next((confidence for place, confidence in alike if np.abs(place - centre).max() < SAME_PLACE_MM), None)
+        return next(
+            (
+                confidence
+                for place, confidence in alike
+                if np.abs(place - centre).max() < SAME_PLACE_MM
+            ),
+            None,
+        )
 
 
-def _completed(compared: Mapping[str, Sequence[OverlapRow]], masks: Mapping[str, _Mask]) -> list[OverlapRow]:
+def _completed(
+    compared: Mapping[str, Sequence[OverlapRow]], masks: Mapping[str, _Mask]
+) -> list[OverlapRow]:
     """A row of every label for every case: one that is missing from both masks of a case is known to be."""
     names = {row.label: row.label_name for rows in compared.values() for row in rows}
     found = []
@@ -314,18 +356,24 @@ def _completed(compared: Mapping[str, Sequence[OverlapRow]], masks: Mapping[str,
         own = {row.label: row for row in rows}
         for label in sorted(names):
             absent = row_of_absent(label, names[label], case_id=case_id)
-            found.append(own.get(label) or with_lesions(replace(absent, patient=masks[case_id].patient), ()))
+            found.append(
+                own.get(label) or with_lesions(replace(absent, patient=masks[case_id].patient), ())
+            )
     return found
 
 
-def _overall(rows: Sequence[OverlapRow], masks: Mapping[str, _Mask], done: Collection[str]) -> dict[str, Any]:
+def _overall(
+    rows: Sequence[OverlapRow], masks: Mapping[str, _Mask], done: Collection[str]
+) -> dict[str, Any]:
     """Dice over all labels, and what a patient is."""
     patients, labels = [patient_of(row) for row in rows], [row.label for row in rows]
     dice = mean_of([row.dice for row in rows], patients, labels, bounds=METRICS["dice"])
     named = {masks[case_id].patient for case_id in done} - {None}
     n_unnamed = sum(masks[case_id].patient is None for case_id in done)
     said = (
-        f"{n_unnamed} of {len(done)} cases name none and count as one each" if n_unnamed else "named by the reference"
+        f"{n_unnamed} of {len(done)} cases name none and count as one each"
+        if n_unnamed
+        else "named by the reference"
     )
     return {
         "n_cases": len(done),

@@ -106,7 +106,9 @@ def best_plan(
     return smallest
 
 
-def refuse_time(seconds: float, needed: float, what: str, *, remedy: str = "", kept: str = "") -> NoReturn:
+def refuse_time(
+    seconds: float, needed: float, what: str, *, remedy: str = "", kept: str = ""
+) -> NoReturn:
     """Say that a time budget is too short, how long it should be, and what else would do.
 
     Args:

@@ -39,7 +39,9 @@ if TYPE_CHECKING:  # torch takes seconds to import; only a workflow that needs i
     from volseg.sizing import Budget
     from volseg.train.ranks import Team
 
-TIMED_CASES = 3  # at most, where one alone says that the time is too short: the first loads packages as well
+TIMED_CASES = (
+    3  # at most, where one alone says that the time is too short: the first loads packages as well
+)
 TIMING_SECONDS = 10.0  # after which no further case is timed
 LOOKED_SECONDS = 4.0  # for a look at further masks: how large lesions are decides how large patches and the network are
 GUARDED_SECONDS = 5.0  # of a stage, before which its pace says little
@@ -141,7 +143,8 @@ def forecast_of(
         if is_seen or recipe is not None:
             todo[MASKS] = ()
         stages = {
-            stage: min(rate[stage] for rate in rates) * sum(size[each.id] for each in todo[stage]) for stage in STAGES
+            stage: min(rate[stage] for rate in rates) * sum(size[each.id] for each in todo[stage])
+            for stage in STAGES
         }
         is_long = time.monotonic() - began > TIMING_SECONDS or time.monotonic() > until
         if sum(stages.values()) <= enough or len(rates) == TIMED_CASES or is_long:
@@ -151,7 +154,9 @@ def forecast_of(
     used = timed.plan
     if plan is None:
         others = [case for case in cases if case.id != timed.prepared.id]
-        seen = _look_at_some(dataset, others, timed.recipe, seed, min(time.monotonic() + LOOKED_SECONDS, until))
+        seen = _look_at_some(
+            dataset, others, timed.recipe, seed, min(time.monotonic() + LOOKED_SECONDS, until)
+        )
         used = make_plan(combine_fingerprints([timed.fingerprint, *seen]), timed.recipe, budget)
     chosen = used.complete(timed.recipe)
     step = seconds_per_step(
@@ -187,21 +192,29 @@ def _time_case(
     laps = [time.monotonic()]
     stated = recipe if recipe is not None else auto_recipe(dataset, [case], silent)
     laps.append(time.monotonic())
-    placed = next(found for found in training_cases(dataset, stated, seed, silent) if found.id == case.id)
+    placed = next(
+        found for found in training_cases(dataset, stated, seed, silent) if found.id == case.id
+    )
     digests = Inputs(of_masks=True)
     inputs = inputs_of(placed, digests)
     laps.append(time.monotonic())
     fingerprint = look_at(placed, stated, seed)
     laps.append(time.monotonic())
     chosen = (
-        make_plan(combine_fingerprints([fingerprint]), stated, budget) if plan is None else plan.overruled_by(stated)
+        make_plan(combine_fingerprints([fingerprint]), stated, budget)
+        if plan is None
+        else plan.overruled_by(stated)
     )
     with OutputFolder(prepared, "preprocess") as outputs:
-        prepare_case(placed, stated, chosen, outputs, case_key(inputs, stated, chosen, seed), seed, digests)
+        prepare_case(
+            placed, stated, chosen, outputs, case_key(inputs, stated, chosen, seed), seed, digests
+        )
     laps.append(time.monotonic())
     seconds: dict[str, float] = dict(zip(STAGES, np.diff(laps).tolist(), strict=True))
     made = read_prepared_case(prepared / "cases", case.id)
-    return _Timed(seconds=seconds, recipe=stated, plan=chosen, fingerprint=fingerprint, prepared=made)
+    return _Timed(
+        seconds=seconds, recipe=stated, plan=chosen, fingerprint=fingerprint, prepared=made
+    )
 
 
 def _look_at_some(
@@ -211,12 +224,16 @@ def _look_at_some(
     placed = {case.id: case for case in training_cases(dataset, recipe, seed, silent)}
     n = len(cases)
     places = dict.fromkeys(
-        n * odd // 2**level for level in range(1, n.bit_length() + 1) for odd in range(1, 2**level, 2)
+        n * odd // 2**level
+        for level in range(1, n.bit_length() + 1)
+        for odd in range(1, 2**level, 2)
     )
     for place in places:
         if time.monotonic() > until:
             return
-        with suppress(VolsegError, KeyError):  # who prepares the dataset names what is wrong with a case
+        with suppress(
+            VolsegError, KeyError
+        ):  # who prepares the dataset names what is wrong with a case
             yield look_at(placed[cases[place].id], recipe, seed)
 
 

@@ -43,7 +43,9 @@ def import_nnunet(
     out = Path(out)
     if (out / MODEL_FILE).exists():
         raise VolsegError(
-            f"{out}: holds a finished model", fix="give another --out, or delete it first", code="E_EXISTS"
+            f"{out}: holds a finished model",
+            fix="give another --out, or delete it first",
+            code="E_EXISTS",
         )
     bundle = read_nnunet(Path(folder), folds=folds, checkpoint=checkpoint)
     check_patch(bundle, network_bytes(bundle), total_memory())
@@ -56,7 +58,11 @@ def import_nnunet(
         with outputs.staged() as commit:
             export_bundle(bundle, commit.folder)
             commit.finish()
-    return RunReport(out=out, done=[bundle.recipe.name], details={"model": _facts(bundle), "sha256": bundle.sha256})
+    return RunReport(
+        out=out,
+        done=[bundle.recipe.name],
+        details={"model": _facts(bundle), "sha256": bundle.sha256},
+    )
 
 
 def _facts(bundle: ModelBundle) -> dict[str, str]:
@@ -67,12 +73,19 @@ def _facts(bundle: ModelBundle) -> dict[str, str]:
         "name": recipe.name,
         "network": f"{recipe.network.name}, {' '.join(map(str, recipe.network.settings['features']))} features",
         "channels": ", ".join(
-            f"{name} ({recipe.preprocess.normalise_of(name).method})" for name in recipe.data.channels
+            f"{name} ({recipe.preprocess.normalise_of(name).method})"
+            for name in recipe.data.channels
         ),
         "labels": ", ".join(f"{name} = {value}" for value, name in recipe.data.label_names.items()),
         "spacing": f"{' × '.join(f'{s:g}' for s in plan.spacing_mm)} mm, patch {' × '.join(map(str, plan.patch_shape))}",
         "networks per patch": f"{folds * copies}: {folds} folds × {copies} with mirroring",
     }
     if recipe.data.regions_class_order is not None:
-        facts["regions"] = f"overlapping; written in the order {', '.join(map(str, recipe.data.regions_class_order))}"
-    return facts | dict(bundle.origin) | {name: f"{value:.4g}" for name, value in bundle.metrics.items()}
+        facts["regions"] = (
+            f"overlapping; written in the order {', '.join(map(str, recipe.data.regions_class_order))}"
+        )
+    return (
+        facts
+        | dict(bundle.origin)
+        | {name: f"{value:.4g}" for name, value in bundle.metrics.items()}
+    )

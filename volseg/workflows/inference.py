@@ -100,7 +100,9 @@ def infer(
     out = Path(out)
     folder = shipped_bundle() if model is None else Path(model)
     bundle = load_bundle(folder)
-    changes = _changes(bundle.recipe, overlap=overlap, mirroring=mirroring, inside=inside, fast=fast)
+    changes = _changes(
+        bundle.recipe, overlap=overlap, mirroring=mirroring, inside=inside, fast=fast
+    )
     bundle = replace(bundle, recipe=_changed(bundle.recipe, changes))
     inputs = [Path(scans)] if isinstance(scans, Path | str) else [Path(scan) for scan in scans]
     data = bundle.recipe.data
@@ -112,13 +114,22 @@ def infer(
             keep_freed_memory()
         else:  # OpenVINO and GPUs gain nothing by it, and masks that hold nothing would take memory
             give_back_large_blocks()
-        options = {"model_sha256": bundle.sha256, "figures": figures, **loaded.segmentation.identity, **changes}
+        options = {
+            "model_sha256": bundle.sha256,
+            "figures": figures,
+            **loaded.segmentation.identity,
+            **changes,
+        }
         options |= {"accept_mismatch": True} if accept_mismatch else {}
         n_cases = results.n_with(case.id for case in cases)
         plans = _plan_memory(cases, n_cases, loaded, budget, gpu_budget, announce)
         known = _known(plans)
-        tiles = min((plan.batch_size for plan in known.values()), default=bundle.recipe.infer.batch_size)
-        if tiles < bundle.recipe.infer.batch_size:  # a network may be made for the batch that it gets
+        tiles = min(
+            (plan.batch_size for plan in known.values()), default=bundle.recipe.infer.batch_size
+        )
+        if (
+            tiles < bundle.recipe.infer.batch_size
+        ):  # a network may be made for the batch that it gets
             bundle = replace(bundle, recipe=_changed(bundle.recipe, {"infer.batch_size": tiles}))
             del loaded  # before another one is made
             loaded = load_model(bundle, device, backend=backend, precision=precision, folder=folder)
@@ -127,7 +138,9 @@ def infer(
         digests = Inputs(of_masks=False)
 
         def key_of(case: Case) -> str:
-            return input_key(options | ({"half_logits": True} if case.id in half else {}), digests.of(case))
+            return input_key(
+                options | ({"half_logits": True} if case.id in half else {}), digests.of(case)
+            )
 
         def read(case: Case) -> _ReadCase:
             plan = plans[case.id]
@@ -153,7 +166,12 @@ def infer(
         def segment(case: Case, scan: _ReadCase) -> _SegmentedCase:
             on_tile = before_tiles(case, _tile_progress(case, cases, progress))
             return _segment(
-                case, scan, loaded, half_logits=case.id in half, accept_mismatch=accept_mismatch, on_tile=on_tile
+                case,
+                scan,
+                loaded,
+                half_logits=case.id in half,
+                accept_mismatch=accept_mismatch,
+                on_tile=on_tile,
             )
 
         def write(case: Case, found: _SegmentedCase) -> None:
@@ -189,7 +207,9 @@ def infer(
             | {"recipe_sha256": bundle.recipe.sha256, "connectivity": CONNECTIVITY}
             | {"measure": bundle.recipe.measure.model_dump(mode="json")}
         )
-    return replace(report, details=dict(report.details) | {"computed_with": dict(loaded.segmentation.identity)})
+    return replace(
+        report, details=dict(report.details) | {"computed_with": dict(loaded.segmentation.identity)}
+    )
 
 
 def _plan_memory(
@@ -246,7 +266,10 @@ def _plan_memory(
                 f"memory: this machine has {machine / 2**30:.2f} GB; --max-ram takes as little as it can, and refuses scans that do not fit"
             )
         announce(_cost_of_tiles(known[largest].shape, model))
-        if model.segmentation.identity == {"backend": "openvino", "precision": "fp32"} and find_half_type():
+        if (
+            model.segmentation.identity == {"backend": "openvino", "precision": "fp32"}
+            and find_half_type()
+        ):
             announce(
                 "precision: fp32; this CPU has half precision too, which takes about half of the time (--precision fp16)"
             )
@@ -271,17 +294,27 @@ def _cost_of_tiles(shape: tuple[int, int, int], model: Model) -> str:
     tiling, axes = tiling_of(model.bundle), model.bundle.recipe.infer.mirror_axes
     n, least = tiling.count(shape), replace(tiling, overlap=0).count(shape)
     patch = " × ".join(str(length) for length in tiling.patch_shape)
-    coarse = "" if model.coarse is None else " after a coarse first pass (--inside scan: without it, all of them)"
+    coarse = (
+        ""
+        if model.coarse is None
+        else " after a coarse first pass (--inside scan: without it, all of them)"
+    )
     parts = [f"tiles: at most {n} of {patch} voxels{coarse}"]
     if least < n:
         parts.append(f"{least} without overlap (--overlap 0)")
     if axes:
-        parts.append(f"each is run {2 ** len(axes)} times for mirroring over {', '.join(axes)} (--no-mirroring: once)")
+        parts.append(
+            f"each is run {2 ** len(axes)} times for mirroring over {', '.join(axes)} (--no-mirroring: once)"
+        )
     return "; ".join(parts)
 
 
 def _known(plans: Mapping[str, MemoryPlan | VolsegError | None]) -> dict[str, MemoryPlan]:
-    return {name: plan for name, plan in plans.items() if plan is not None and not isinstance(plan, VolsegError)}
+    return {
+        name: plan
+        for name, plan in plans.items()
+        if plan is not None and not isinstance(plan, VolsegError)
+    }
 
 
 def _changes(
@@ -295,7 +328,11 @@ def _changes(
         "preprocess.interpolation": "linear" if fast else recipe.preprocess.interpolation,
     }
     found = recipe.model_dump()
-    changes = {key: value for key, value in wanted.items() if found[key.split(".")[0]][key.split(".")[1]] != value}
+    changes = {
+        key: value
+        for key, value in wanted.items()
+        if found[key.split(".")[0]][key.split(".")[1]] != value
+    }
     # Who says where tiles are run wants them there, not in what a first pass finds.
     return changes | ({"roi": None} if inside is not None and recipe.roi is not None else {})
 
@@ -341,7 +378,13 @@ def _tile_progress(case: Case, cases: Sequence[Case], progress: Progress) -> OnT
 
 
 def _segment(
-    case: Case, read: _ReadCase, model: Model, *, half_logits: bool, accept_mismatch: bool, on_tile: OnTile
+    case: Case,
+    read: _ReadCase,
+    model: Model,
+    *,
+    half_logits: bool,
+    accept_mismatch: bool,
+    on_tile: OnTile,
 ) -> _SegmentedCase:
     from volseg.segment import segment_case
 

@@ -106,10 +106,17 @@ def measure(
                 code="E_USAGE",
             )
         return measure_corrected(
-            Path(results), figures=figures, pages=pages, max_ram=budget, progress=progress, announce=announce
+            Path(results),
+            figures=figures,
+            pages=pages,
+            max_ram=budget,
+            progress=progress,
+            announce=announce,
         )
     if objects not in get_args(Objects):
-        raise VolsegError(f"objects {objects!r} is unknown", fix="use components or labels", code="E_USAGE")
+        raise VolsegError(
+            f"objects {objects!r} is unknown", fix="use components or labels", code="E_USAGE"
+        )
     found, unused = _pairs(image, mask, cases)
     read = None if recipe is None else load_recipe(recipe)
     stated = _unit_of(intensity_unit)
@@ -126,7 +133,10 @@ def measure(
         figures=figures,
         pages=pages,
     )
-    options = {"objects": objects, "label_names": {str(k): v for k, v in wanted.label_names.items()}}
+    options = {
+        "objects": objects,
+        "label_names": {str(k): v for k, v in wanted.label_names.items()},
+    }
     options |= {"intensity_unit": wanted.intensity_unit, "figures": figures}
     options |= {"measure": wanted.settings.model_dump(mode="json")}
     about = about_run("measure", "")
@@ -175,7 +185,10 @@ def measure(
         )
         if unused:
             remark = f"W_MASK: no scan for {len(unused)} of {len(unused) + len(found)} masks, such as {unused[0]!r}: left out"
-            report = replace(report, details={**report.details, "warnings": [*report.details["warnings"], remark]})
+            report = replace(
+                report,
+                details={**report.details, "warnings": [*report.details["warnings"], remark]},
+            )
         folder.write_run(
             run_description("measure", options, report, started)
             | about
@@ -214,11 +227,19 @@ def measure_corrected(
     done, kept, failed = [], [], {}
     with ResultsFolder(results, "infer") as folder:
         rows = folder.item_rows()
-        edited = [row["case_id"] for row in rows if folder.state_of(row["case_id"], None) is State.EDITED]
+        edited = [
+            row["case_id"] for row in rows if folder.state_of(row["case_id"], None) is State.EDITED
+        ]
         edited_ids = frozenset(edited)
-        kept = [row["case_id"] for row in rows if row["status"] == "done" and row["case_id"] not in edited_ids]
+        kept = [
+            row["case_id"]
+            for row in rows
+            if row["status"] == "done" and row["case_id"] not in edited_ids
+        ]
         files = CaseFiles((LESION_IDS,), figures, pages)
-        folder.refuse_foreign([*files.shared, *(path for name in edited for path in files.names(name))])
+        folder.refuse_foreign(
+            [*files.shared, *(path for name in edited for path in files.names(name))]
+        )
         progress(STAGE, 0.0, f"{len(edited)} of {len(rows)} masks were changed by hand")
         refusals = _refused(_corrected_cases(folder, edited), len(rows), max_ram, announce)
 
@@ -241,10 +262,14 @@ def measure_corrected(
             rows = folder.write_tables()
             about, missing = read_about(results), []
             if pages:
-                missing = write_report(folder, about, rows, budget=page_budget(max_ram, announce, has_run=bool(done)))
+                missing = write_report(
+                    folder, about, rows, budget=page_budget(max_ram, announce, has_run=bool(done))
+                )
         measured_ids = frozenset(done)
         kept, failed = without_damaged(kept, failed, rows)
-        warnings = [f"{row['case_id']}: {row['warnings']}" for row in rows if row["case_id"] in measured_ids]
+        warnings = [
+            f"{row['case_id']}: {row['warnings']}" for row in rows if row["case_id"] in measured_ids
+        ]
         warnings += [*missing, *damaged_warnings(rows)]
         report = RunReport(
             out=results,
@@ -279,10 +304,14 @@ def _unit_of(text: str | None) -> str:
     try:
         return unit_named(text or "")
     except ValueError as error:
-        raise VolsegError(f"--unit {error}", fix="--unit HU, SUV, a.u. or another unit", code="E_USAGE") from error
+        raise VolsegError(
+            f"--unit {error}", fix="--unit HU, SUV, a.u. or another unit", code="E_USAGE"
+        ) from error
 
 
-def _corrected_case(folder: ResultsFolder, name: str, *, figures: bool, pages: bool) -> tuple[Case, _Wanted]:
+def _corrected_case(
+    folder: ResultsFolder, name: str, *, figures: bool, pages: bool
+) -> tuple[Case, _Wanted]:
     """A corrected mask on its scan, and how it is measured.
 
     Raises:
@@ -292,7 +321,9 @@ def _corrected_case(folder: ResultsFolder, name: str, *, figures: bool, pages: b
     assert record is not None
     source = record["source"]
     try:
-        case = Case(name, {"image": Path(source["scan"])}, reference=folder.path / MASKS / f"{name}.nii.gz")
+        case = Case(
+            name, {"image": Path(source["scan"])}, reference=folder.path / MASKS / f"{name}.nii.gz"
+        )
         wanted = _Wanted(
             objects="components",
             label_names={int(value): str(text) for value, text in source["label_names"].items()},
@@ -320,7 +351,9 @@ def _texts(content: object) -> tuple[str, ...]:
     return tuple(content)
 
 
-def _measure_corrected_case(folder: ResultsFolder, name: str, *, figures: bool, pages: bool) -> None:
+def _measure_corrected_case(
+    folder: ResultsFolder, name: str, *, figures: bool, pages: bool
+) -> None:
     record = folder.record(name)
     assert record is not None
     source = record["source"]
@@ -348,7 +381,10 @@ def _measure_corrected_case(folder: ResultsFolder, name: str, *, figures: bool, 
 
 
 def _refused(
-    cases: Iterable[tuple[Case, Measure]], n_cases: int, max_ram: int | None, announce: Callable[[str], None]
+    cases: Iterable[tuple[Case, Measure]],
+    n_cases: int,
+    max_ram: int | None,
+    announce: Callable[[str], None],
 ) -> dict[str, ScanError]:
     """The cases that may take more memory than the budget, and why; announces what the largest of the others takes.
 
@@ -358,7 +394,10 @@ def _refused(
         max_ram: bytes; None for no budget.
     """
     budget = Budget(
-        max_ram, announce, what="measuring this mask", otherwise="cut scan and mask to the region that matters"
+        max_ram,
+        announce,
+        what="measuring this mask",
+        otherwise="cut scan and mask to the region that matters",
     )
     plans: dict[str, Peak] = {}
     for case, settings in cases:
@@ -377,7 +416,9 @@ def _refused(
     return budget.refused(plans)
 
 
-def _pairs(image: Path | str | None, mask: Path | str | None, cases: Path | str | None) -> tuple[list[Case], list[str]]:
+def _pairs(
+    image: Path | str | None, mask: Path | str | None, cases: Path | str | None
+) -> tuple[list[Case], list[str]]:
     if cases is not None and image is None and mask is None:
         found = find_cases(Path(cases), ("image",))
         without = [case.id for case in found if case.reference is None]
@@ -478,7 +519,9 @@ def _measure_case(case: Case, wanted: _Wanted) -> _Measured:
     path = case.images["image"]
     assert case.reference is not None
     scan = read_volume(path, is_finite=False)
-    mask = read_mask(case.reference, max_labels=MAX_LABELS if wanted.objects == "components" else MOST_OBJECTS)
+    mask = read_mask(
+        case.reference, max_labels=MAX_LABELS if wanted.objects == "components" else MOST_OBJECTS
+    )
     check_pair(scan, mask, str(path), str(case.reference))
     unit = judge_unit(scan, wanted.intensity_unit, by=wanted.stated_by)
     if wanted.unit_doubt:
@@ -489,7 +532,9 @@ def _measure_case(case: Case, wanted: _Wanted) -> _Measured:
         array, organ_voxels = without_organ(array, _value_of(settings.organ, names, case.reference))
     nodes_wanted = {_value_of(label, names, case.reference) for label in settings.lymph_nodes}
     lesions = label_lesions(array, scan.geometry, objects=wanted.objects)
-    nodes = tuple(names[value] for value in dict.fromkeys(filter(nodes_wanted.__contains__, lesions.labels)))
+    nodes = tuple(
+        names[value] for value in dict.fromkeys(filter(nodes_wanted.__contains__, lesions.labels))
+    )
     settings = settings.model_copy(update={"lymph_nodes": nodes})
     measured = measure_largest(
         scan,
@@ -515,7 +560,13 @@ def _measure_case(case: Case, wanted: _Wanted) -> _Measured:
 
 
 def _write_case(
-    case: Case, measured: _Measured, wanted: _Wanted, commit: Commit, *, model: str = "", remark: str = ""
+    case: Case,
+    measured: _Measured,
+    wanted: _Wanted,
+    commit: Commit,
+    *,
+    model: str = "",
+    remark: str = "",
 ) -> CaseRow:
     """Write the files of a case; returns its row. `remark`: a further warning."""
     started = time.monotonic()
@@ -540,7 +591,9 @@ def _write_case(
         remarks=remarks,
     )
     if wanted.pages:
-        write_page(row, largest, scan, ids.array, unit=measured.unit.name, commit=commit, box=wanted.box)
+        write_page(
+            row, largest, scan, ids.array, unit=measured.unit.name, commit=commit, box=wanted.box
+        )
     return replace(row, seconds=round(measured.seconds + time.monotonic() - started, 2))
 
 
@@ -553,7 +606,9 @@ def _value_of(label: str, names: Mapping[int, str], path: Path) -> int:
     shown = f"label {shortened(label)!r}"
     named = ", ".join(names.values()) or "none"
     problem = (
-        f"{shown} is the name of {len(values)} values" if len(values) > 1 else f"has no {shown}; named are {named}"
+        f"{shown} is the name of {len(values)} values"
+        if len(values) > 1
+        else f"has no {shown}; named are {named}"
     )
     raise VolsegError(
         f"{path}: {problem}",
@@ -568,7 +623,10 @@ def read_label_names(path: Path | str) -> dict[int, str]:
     names: dict[int, str] = {}
     try:
         if path.suffix.lower() == ".json":
-            pairs = [(one, other) if one.isdecimal() else (other, one) for one, other in read_json(path).items()]
+            pairs = [
+                (one, other) if one.isdecimal() else (other, one)
+                for one, other in read_json(path).items()
+            ]
         else:
             path.stat()  # a file that is not there is said so below
             columns, lines = read_table(path)
@@ -577,8 +635,12 @@ def read_label_names(path: Path | str) -> dict[int, str]:
         for stated, name in pairs:
             value = _label_value(stated)
             if value is None or not isinstance(name, str) or not 0 < len(name) <= MAX_NAME:
-                shown = " = ".join(shortened(json.dumps(part, ensure_ascii=False)) for part in (stated, name))
-                raise ValueError(f"{shown}: a value is a whole number, a name has 1 to {MAX_NAME} characters")
+                shown = " = ".join(
+                    shortened(json.dumps(part, ensure_ascii=False)) for part in (stated, name)
+                )
+                raise ValueError(
+                    f"{shown}: a value is a whole number, a name has 1 to {MAX_NAME} characters"
+                )
             if names.get(value, name) != name:
                 raise ValueError(f"{value} is both {names[value]!r} and {name!r}")
             names[value] = name

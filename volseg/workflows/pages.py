@@ -51,10 +51,14 @@ def write_page(
     from volseg.report.preview import lesion_points, make_preview, montage_jpeg
 
     row = plain(case) if isinstance(case, CaseRow) else case
-    rows = [_plain(lesion) for lesion in lesions[:MAX_VIEWER_ROWS]]  # of a noisy mask there are ten thousands
+    rows = [
+        _plain(lesion) for lesion in lesions[:MAX_VIEWER_ROWS]
+    ]  # of a noisy mask there are ten thousands
     preview = make_preview(scan, ids, unit=unit, max_bytes=image_budget(rows))
     largest = max(rows, key=lambda lesion: lesion.get("n_voxels") or 0, default=None)
-    point_mm = None if largest is None else lesion_points(preview, [largest]).get(largest["lesion_id"])
+    point_mm = (
+        None if largest is None else lesion_points(preview, [largest]).get(largest["lesion_id"])
+    )
     montage = montage_jpeg(
         scan,
         ids,
@@ -62,7 +66,10 @@ def write_page(
         point_mm=point_mm,
         extent_mm=0.0 if largest is None else _extent_mm(preview.ids, largest["lesion_id"]),
     )
-    commit.write(f"{VIEWERS}/{row['case_id']}.html", viewer_html(row, rows, preview, montage, unit=unit, box=box))
+    commit.write(
+        f"{VIEWERS}/{row['case_id']}.html",
+        viewer_html(row, rows, preview, montage, unit=unit, box=box),
+    )
     commit.write(f"{THUMBNAILS}/{row['case_id']}.jpg", montage)
 
 
@@ -82,7 +89,9 @@ def source_of(path: Path, scan: Volume, unit: str, box: ModelBox | None = None) 
     return {"scan": str(path.absolute()), "sha256": scan.sha256, "unit": unit} | model
 
 
-def page_budget(max_ram: int | None, announce: Callable[[str], None], *, has_run: bool = False) -> Budget:
+def page_budget(
+    max_ram: int | None, announce: Callable[[str], None], *, has_run: bool = False
+) -> Budget:
     """What pages made again, and report.html, may take.
 
     Args:
@@ -91,7 +100,9 @@ def page_budget(max_ram: int | None, announce: Callable[[str], None], *, has_run
     """
     libraries = 0 if has_run else LIBRARIES
     otherwise = "leave the pages out with --no-report"
-    return Budget(max_ram, announce, what="making this page", otherwise=otherwise, libraries=libraries)
+    return Budget(
+        max_ram, announce, what="making this page", otherwise=otherwise, libraries=libraries
+    )
 
 
 def remake_page(
@@ -116,7 +127,9 @@ def remake_page(
         if budget is not None:
             header, ids_type = read_header(path), read_header(ids_path).dtype
             voxels = math.prod(header.geometry.shape)
-            peak = plan_page(voxels, header.dtype.itemsize, ids_type.itemsize, process=budget.process)
+            peak = plan_page(
+                voxels, header.dtype.itemsize, ids_type.itemsize, process=budget.process
+            )
             if (refusal := budget.refusal(peak)) is not None:
                 return str(refusal)
             budget.announce(peak, f"the page of {case_id}")
@@ -166,7 +179,9 @@ def write_report(
     """
     from volseg.report.html import MAX_VIEWER_ROWS, report_html
 
-    refusal = None if budget is None else budget.refusal(plan_report(len(rows), process=budget.process))
+    refusal = (
+        None if budget is None else budget.refusal(plan_report(len(rows), process=budget.process))
+    )
     missing = [] if refusal is None else [f"W_PAGE: {REPORT} lists no lesions: {refusal}"]
     done = [row for row in rows if row["status"] == "done"]
     noisy = [row["case_id"] for row in done if _is_noisy(row)]

@@ -35,7 +35,8 @@ class Patient:
     def cells(self) -> Mapping[str, Any]:
         """What a row of response.csv calls the patient and the scans."""
         baseline, followup = (
-            ";".join(case or "" for case in cases) if any(cases) else None for cases in zip(*self.scans, strict=True)
+            ";".join(case or "" for case in cases) if any(cases) else None
+            for cases in zip(*self.scans, strict=True)
         )
         return {"patient": self.name, "baseline_case": baseline, "followup_case": followup}
 
@@ -48,7 +49,9 @@ class Patient:
         return f"only a {here} scan: {there} has no case for it; if it has another name there, give --pairs"
 
 
-def same_ids(folders: tuple[Path, Path], known: tuple[Sequence[str], Sequence[str]]) -> list[Patient]:
+def same_ids(
+    folders: tuple[Path, Path], known: tuple[Sequence[str], Sequence[str]]
+) -> list[Patient]:
     """Cases with one id in both folders are one patient; `known` are the ids in each.
 
     Raises:
@@ -67,7 +70,9 @@ def same_ids(folders: tuple[Path, Path], known: tuple[Sequence[str], Sequence[st
     ]
 
 
-def read_pairs(path: Path, folders: tuple[Path, Path], known: tuple[Sequence[str], Sequence[str]]) -> list[Patient]:
+def read_pairs(
+    path: Path, folders: tuple[Path, Path], known: tuple[Sequence[str], Sequence[str]]
+) -> list[Patient]:
     """The patients that a table names, a line per pair of scans; an empty cell is a scan without a partner.
 
     Raises:
@@ -97,7 +102,9 @@ def read_pairs(path: Path, folders: tuple[Path, Path], known: tuple[Sequence[str
         mistakes.append("no line has a baseline and a followup")
     if mistakes:
         raise VolsegError(
-            f"{path}: {'; '.join(mistakes[:10])}", fix="correct the table; nothing was done yet", code="E_DATASET"
+            f"{path}: {'; '.join(mistakes[:10])}",
+            fix="correct the table; nothing was done yet",
+            code="E_DATASET",
         )
     return patients
 
@@ -105,10 +112,15 @@ def read_pairs(path: Path, folders: tuple[Path, Path], known: tuple[Sequence[str
 class _Seen:
     """The lines of a table so far, by what each further line is checked against."""
 
-    def __init__(self, folders: tuple[Path, Path], known: tuple[Collection[str], Collection[str]]) -> None:
+    def __init__(
+        self, folders: tuple[Path, Path], known: tuple[Collection[str], Collection[str]]
+    ) -> None:
         self._folders, self._known = folders, known
         self._spellings: dict[str, str] = {}  # name in lower case → how the first line writes it
-        self._cases: tuple[set[tuple[str, str]], set[tuple[str, str]]] = set(), set()  # of each time: (patient, case)
+        self._cases: tuple[set[tuple[str, str]], set[tuple[str, str]]] = (
+            set(),
+            set(),
+        )  # of each time: (patient, case)
 
     def add(self, name: str, cases: tuple[str, str]) -> list[str]:
         """Add a line of a patient, with the cases of both times; returns what is wrong with it."""

@@ -14,7 +14,14 @@ import numpy as np
 from volseg.errors import VolsegError
 from volseg.execute.cpu import physical_cores, total_memory
 from volseg.execute.local import run
-from volseg.io.cases import IGNORE, Case, stated_labels, stated_modalities, stated_regions, survey_cases
+from volseg.io.cases import (
+    IGNORE,
+    Case,
+    stated_labels,
+    stated_modalities,
+    stated_regions,
+    survey_cases,
+)
 from volseg.io.files import make_folder, read_sealed, refuse_unsealed, write_sealed
 from volseg.io.nifti import read_mask, read_volume
 from volseg.measure.units import looks_like_ct
@@ -33,7 +40,11 @@ GPU_SHARE = 0.85  # of a GPU's
 CPU_CORE_SPEED = 8e10
 GPU_SPEED = 3e13
 SCANS_LOOKED_AT = 5
-SIDES = {"R": ("left", "right"), "A": ("anterior", "posterior"), "S": ("superior", "inferior", "upper", "lower")}
+SIDES = {
+    "R": ("left", "right"),
+    "A": ("anterior", "posterior"),
+    "S": ("superior", "inferior", "upper", "lower"),
+}
 
 
 def plan(
@@ -84,7 +95,9 @@ def plan(
         "folds": n,
         "warnings": warnings_of(fingerprint, chosen),
     }
-    return RunReport(out=Path(dataset) if out is None else Path(out), done=[chosen.name], details=details)
+    return RunReport(
+        out=Path(dataset) if out is None else Path(out), done=[chosen.name], details=details
+    )
 
 
 def _plan_of_folds(
@@ -114,9 +127,13 @@ def read_plan(path: Path | str) -> Plan:
     try:
         return Plan.model_validate(read_sealed(Path(path)))
     except OSError as error:
-        raise VolsegError(f"{path}: cannot be read ({error.strerror})", fix="check the path", code="E_PLAN") from error
+        raise VolsegError(
+            f"{path}: cannot be read ({error.strerror})", fix="check the path", code="E_PLAN"
+        ) from error
     except ValueError as error:
-        reason = listed(mistakes_of(error, Plan)) if isinstance(error, ValidationError) else str(error)
+        reason = (
+            listed(mistakes_of(error, Plan)) if isinstance(error, ValidationError) else str(error)
+        )
         raise VolsegError(
             f"{path}: not a plan: {reason}",
             fix="correct it, or write it anew with `volseg plan DATASET --out PLAN.json`",
@@ -159,7 +176,9 @@ def budget_of(
     )
 
 
-def recipe_for(dataset: Path | str, recipe: Path | str | Recipe | None, progress: Progress = silent) -> Recipe:
+def recipe_for(
+    dataset: Path | str, recipe: Path | str | Recipe | None, progress: Progress = silent
+) -> Recipe:
     """The recipe that is given, or else one in which all is left to the plan.
 
     Mistakes of the dataset are left to who prepares it, who names all of them at once, but for one without a usable case.
@@ -177,7 +196,13 @@ def folds_of(dataset: Path, recipe: Recipe, folds: int | None, *, is_auto: bool)
     if not is_auto or folds == 1:
         return folds or 1
     cases, _ = survey_cases(dataset, recipe.data.channels)
-    patients = len({case.patient or case.id for case in cases if case.reference is not None and case.split != "test"})
+    patients = len(
+        {
+            case.patient or case.id
+            for case in cases
+            if case.reference is not None and case.split != "test"
+        }
+    )
     return max(1, min(N_FOLDS, patients)) if folds is None else folds
 
 
@@ -195,7 +220,11 @@ def auto_recipe(dataset: Path, cases: Sequence[Case], progress: Progress = silen
     is_ct = first["method"] == "window"
     is_guess = is_ct and not _is_stated_ct(channels[0], dataset, cases)
     names = [name.casefold() for name in labels]
-    flips = [axis for axis, words in SIDES.items() if not any(word in name for word in words for name in names)]
+    flips = [
+        axis
+        for axis, words in SIDES.items()
+        if not any(word in name for word in words for name in names)
+    ]
     kind = "CT" if is_ct else "MR or other"
     content = {
         "name": _slug(dataset),
@@ -230,7 +259,9 @@ def auto_recipe(dataset: Path, cases: Sequence[Case], progress: Progress = silen
     return parse_recipe(content, where=f"the recipe for {dataset}")
 
 
-def _labels(dataset: Path, cases: Sequence[Case], progress: Progress) -> tuple[dict[str, int], int | None]:
+def _labels(
+    dataset: Path, cases: Sequence[Case], progress: Progress
+) -> tuple[dict[str, int], int | None]:
     """Name → value of every label in the masks of the cases, and the value of voxels that are to be ignored, if there is one.
 
     Masks that cannot be read are left to who prepares them, unless none can be.
@@ -258,7 +289,12 @@ def _labels(dataset: Path, cases: Sequence[Case], progress: Progress) -> tuple[d
     named = stated_labels(dataset)
     ignore = named.pop(IGNORE, None)
     stated = {value: name for name, value in named.items()}
-    known = {0, ignore, *stated, *(value for values in stated_regions(dataset)[0].values() for value in values)}
+    known = {
+        0,
+        ignore,
+        *stated,
+        *(value for values in stated_regions(dataset)[0].values() for value in values),
+    }
     if stated:
         strange = {case: sorted(values - known) for case, values in found.items()}
         failed |= {
@@ -271,7 +307,9 @@ def _labels(dataset: Path, cases: Sequence[Case], progress: Progress) -> tuple[d
     values = set[int]().union(*found.values())
     labels = {stated.get(value, f"label_{value}"): value for value in sorted(values - {0, ignore})}
     if not labels:
-        raise VolsegError(f"{dataset}: no mask holds a labelled voxel", fix="check the masks", code="E_LABELS")
+        raise VolsegError(
+            f"{dataset}: no mask holds a labelled voxel", fix="check the masks", code="E_LABELS"
+        )
     return labels, ignore
 
 

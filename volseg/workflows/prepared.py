@@ -29,11 +29,17 @@ def split_cases(
 ) -> tuple[list[PreparedCase], list[PreparedCase]]:
     """Training and validation cases: the prepared split, or one of `folds` shares of the patients drawn with the seed."""
     if fold is None:
-        sides = [[case for case in cases if case.record["split"] == side] for side in ("train", "val")]
+        sides = [
+            [case for case in cases if case.record["split"] == side] for side in ("train", "val")
+        ]
     else:
         if not 0 <= fold < folds:
-            raise VolsegError(f"fold {fold} does not exist", fix=f"give 0 to {folds - 1}", code="E_USAGE")
-        patients = np.random.default_rng(seed).permutation(sorted({case.record["patient"] for case in cases}))
+            raise VolsegError(
+                f"fold {fold} does not exist", fix=f"give 0 to {folds - 1}", code="E_USAGE"
+            )
+        patients = np.random.default_rng(seed).permutation(
+            sorted({case.record["patient"] for case in cases})
+        )
         if len(patients) < folds:
             raise VolsegError(
                 f"{len(patients)} patients cannot be divided into {folds} folds",
@@ -41,7 +47,10 @@ def split_cases(
                 code="E_USAGE",
             )
         held_out = set(patients[fold::folds].tolist())
-        sides = [[case for case in cases if (case.record["patient"] in held_out) == out] for out in (False, True)]
+        sides = [
+            [case for case in cases if (case.record["patient"] in held_out) == out]
+            for out in (False, True)
+        ]
     if not all(sides):
         raise VolsegError(
             f"{len(sides[0])} cases to train on and {len(sides[1])} to validate on are too few",
@@ -77,7 +86,9 @@ def load_prepared(
             raise ValueError("cases holds a name that is not a case id")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise VolsegError(
-            f"{folder}: not a prepared folder ({error})", fix="run `volseg preprocess` again", code="E_PREPARED"
+            f"{folder}: not a prepared folder ({error})",
+            fix="run `volseg preprocess` again",
+            code="E_PREPARED",
         ) from error
     chosen = own if recipe is None else as_recipe(recipe)
     if changed is not None:
@@ -99,7 +110,9 @@ def load_prepared(
     chosen = plan.complete(chosen)
     if not listed:
         raise VolsegError(
-            f"{folder}: preparing it was interrupted", fix="run `volseg preprocess` again", code="E_PREPARED"
+            f"{folder}: preparing it was interrupted",
+            fix="run `volseg preprocess` again",
+            code="E_PREPARED",
         )
     cases = [read_prepared_case(folder / "cases", case_id) for case_id in listed]
     others = [case.id for case in cases if case.record["key"] != keys.get(case.id)]
@@ -131,7 +144,12 @@ def _misfit(case: PreparedCase, recipe: Recipe) -> str:
         return ""
     if case.record.get("class") not in (None, *classify.classes):
         return f"class {case.record['class']!r}, not one of {', '.join(classify.classes)}"
-    if case.slices is not None and case.slices.shape != (SLICES, 2, classify.pixels, classify.pixels):
+    if case.slices is not None and case.slices.shape != (
+        SLICES,
+        2,
+        classify.pixels,
+        classify.pixels,
+    ):
         return f"slices of shape {case.slices.shape}, not {(SLICES, 2, classify.pixels, classify.pixels)}"
     return ""
 

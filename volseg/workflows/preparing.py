@@ -17,7 +17,13 @@ from volseg.inputs import read_json
 from volseg.io.cases import Case, survey_cases
 from volseg.io.files import json_text
 from volseg.io.nifti import read_mask, read_volume
-from volseg.io.prepared import IGNORED, PreparedCase, is_prepared, prepared_files, write_prepared_case
+from volseg.io.prepared import (
+    IGNORED,
+    PreparedCase,
+    is_prepared,
+    prepared_files,
+    write_prepared_case,
+)
 from volseg.measure.rows import CaseRow
 from volseg.measure.units import judge_unit
 from volseg.postprocess.lesions import label_lesions
@@ -44,7 +50,12 @@ if TYPE_CHECKING:  # torch takes seconds to import; only a workflow that needs i
     from volseg.sizing import Budget
 
 PREPARED_FILE = "prepared.json"
-MASKS, HASHING, LOOKING, PREPARING = "Looking at the masks", "Reading the files", "Looking at the dataset", "Preparing"
+MASKS, HASHING, LOOKING, PREPARING = (
+    "Looking at the masks",
+    "Reading the files",
+    "Looking at the dataset",
+    "Preparing",
+)
 SPLITS = ("train", "val", "test")
 MOST_SHOWN = 10  # mistakes of a dataset written out in one message
 
@@ -86,7 +97,9 @@ def preprocess(
     with OutputFolder(out, "preprocess", inputs=inputs) as outputs:
         outputs.refuse_foreign([PREPARED_FILE, "cases.csv"])
         digests = _hashed(cases, progress)
-        facts, failed = _facts(Path(dataset), cases, digests, chosen, outputs, seed, plan, budget, progress)
+        facts, failed = _facts(
+            Path(dataset), cases, digests, chosen, outputs, seed, plan, budget, progress
+        )
         facts |= {"is_planned": plan is None, "is_auto": recipe is None}
         if failed and refuse:
             refuse_dataset(Path(dataset), failed)
@@ -97,8 +110,13 @@ def preprocess(
         for case in usable:
             (kept if is_prepared(out / "cases", case.id, keys[case.id]) else missing).append(case)
         n_labels = len(chosen.data.labels)
-        outputs.refuse_foreign(name for case in missing for name in prepared_files(case.id, n_labels))
-        outcomes = run(lambda case: prepare_case(case, chosen, used, outputs, keys[case.id], seed, digests), missing)
+        outputs.refuse_foreign(
+            name for case in missing for name in prepared_files(case.id, n_labels)
+        )
+        outcomes = run(
+            lambda case: prepare_case(case, chosen, used, outputs, keys[case.id], seed, digests),
+            missing,
+        )
         done = []
         for count, outcome in enumerate(outcomes, start=1):
             progress(PREPARING, count / len(missing), outcome.item.id)
@@ -111,14 +129,19 @@ def preprocess(
         warnings = warnings_of(fingerprint, chosen)
         facts |= {"failed": failed, "cases": listed, "keys": {name: keys[name] for name in listed}}
         if not listed and read_header(out).get("cases"):
-            warnings = [*warnings, f"W_STALE: no case could be prepared, so {PREPARED_FILE} stays as it was"]
+            warnings = [
+                *warnings,
+                f"W_STALE: no case could be prepared, so {PREPARED_FILE} stays as it was",
+            ]
         else:
             with outputs.staged() as commit:
                 commit.write(PREPARED_FILE, json_text(facts | {"warnings": warnings}))
                 commit.write("cases.csv", table(CaseRow, _preparation_rows(cases, failed)))
                 commit.finish(last=PREPARED_FILE)
     details = {"fingerprint": _summary(fingerprint, used), "warnings": warnings}
-    return RunReport(out=out, done=done, kept=[case.id for case in kept], failed=failed, details=details)
+    return RunReport(
+        out=out, done=done, kept=[case.id for case in kept], failed=failed, details=details
+    )
 
 
 def _facts(
@@ -146,9 +169,17 @@ def _facts(
         if earlier["key"] != key or earlier["failed"]:
             raise ValueError("made of other files")
         fingerprint = DatasetFingerprint.model_validate(earlier["fingerprint"])
-    except (ValueError, KeyError, TypeError):  # not there yet, or from an interrupted call: looked at again
+    except (
+        ValueError,
+        KeyError,
+        TypeError,
+    ):  # not there yet, or from an interrupted call: looked at again
         fingerprint, failed = _fingerprint(dataset, cases, recipe, seed, progress, outputs)
-    plan = make_plan(fingerprint, recipe, budget or DEFAULT_BUDGET) if plan is None else plan.overruled_by(recipe)
+    plan = (
+        make_plan(fingerprint, recipe, budget or DEFAULT_BUDGET)
+        if plan is None
+        else plan.overruled_by(recipe)
+    )
     if budget is not None and budget.is_stated:
         check_budget(plan, recipe, budget)
     found = {"recipe": recipe, "fingerprint": fingerprint, "plan": plan}
@@ -171,13 +202,19 @@ def fingerprint_of(
     dataset: Path | str, recipe: Recipe, seed: int, progress: Progress
 ) -> tuple[DatasetFingerprint, dict[str, str]]:
     """The fingerprint of a dataset's training split, and the cases that cannot be used, with the reason."""
-    return _fingerprint(Path(dataset), training_cases(Path(dataset), recipe, seed, progress), recipe, seed, progress)
+    return _fingerprint(
+        Path(dataset), training_cases(Path(dataset), recipe, seed, progress), recipe, seed, progress
+    )
 
 
-def refuse_dataset(dataset: Path, failed: Mapping[str, str], mistakes: Sequence[str] = ()) -> NoReturn:
+def refuse_dataset(
+    dataset: Path, failed: Mapping[str, str], mistakes: Sequence[str] = ()
+) -> NoReturn:
     """One error for all that is wrong: the cases that cannot be used, with the reason, and the mistakes of the dataset as a whole."""
     listed = [*mistakes, *(f"{case}: {reason}" for case, reason in failed.items())]
-    shown = "; ".join(f"({number}) {text}" for number, text in enumerate(listed[:MOST_SHOWN], start=1))
+    shown = "; ".join(
+        f"({number}) {text}" for number, text in enumerate(listed[:MOST_SHOWN], start=1)
+    )
     more = f"; and {len(listed) - MOST_SHOWN} more" if len(listed) > MOST_SHOWN else ""
     what = (
         f"{len(failed)} of its cases cannot be used"
@@ -197,15 +234,29 @@ def warnings_of(fingerprint: DatasetFingerprint, recipe: Recipe) -> list[str]:
 
     found = []
     if fingerprint.empty_masks:
-        names = ", ".join(fingerprint.empty_masks[:5]) + (" …" if len(fingerprint.empty_masks) > 5 else "")
+        names = ", ".join(fingerprint.empty_masks[:5]) + (
+            " …" if len(fingerprint.empty_masks) > 5 else ""
+        )
         n = len(fingerprint.empty_masks)
-        found.append(f"W_EMPTY: {n} of {fingerprint.n_cases} training masks hold no labelled voxel: {names}")
-    absent = [name for value, name in recipe.data.label_names.items() if value not in fingerprint.label_voxels]
+        found.append(
+            f"W_EMPTY: {n} of {fingerprint.n_cases} training masks hold no labelled voxel: {names}"
+        )
+    absent = [
+        name
+        for value, name in recipe.data.label_names.items()
+        if value not in fingerprint.label_voxels
+    ]
     if absent:
-        found.append(f"W_LABELS: no training mask holds {', '.join(absent)}, which cannot be learnt")
+        found.append(
+            f"W_LABELS: no training mask holds {', '.join(absent)}, which cannot be learnt"
+        )
     if fingerprint.doubted_units:
         case, reason = next(iter(fingerprint.doubted_units.items()))
-        effect = "refuses such scans" if says_its_unit(recipe, fingerprint) else "gives no number in that unit"
+        effect = (
+            "refuses such scans"
+            if says_its_unit(recipe, fingerprint)
+            else "gives no number in that unit"
+        )
         found.append(
             f"W_UNIT: {len(fingerprint.doubted_units)} of {fingerprint.n_cases} training scans contradict the unit of the "
             f"recipe, and a model {effect}, first {case}: {reason}; correct data.intensity_unit or the scans"
@@ -251,12 +302,17 @@ def training_cases(dataset: Path, recipe: Recipe, seed: int, progress: Progress)
     Raises:
         VolsegError: the dataset has mistakes; then its files are looked at as well, and all that is wrong is named at once.
     """
-    cases, mistakes = survey_cases(dataset, recipe.data.channels, may_miss=recipe.data.missing == "empty")
+    cases, mistakes = survey_cases(
+        dataset, recipe.data.channels, may_miss=recipe.data.missing == "empty"
+    )
     unknown = sorted({case.split for case in cases if case.split} - set(SPLITS))
-    mistakes += [f"split {name!r} is unknown: use {', '.join(SPLITS)} or leave it empty" for name in unknown]
+    mistakes += [
+        f"split {name!r} is unknown: use {', '.join(SPLITS)} or leave it empty" for name in unknown
+    ]
     if mistakes:
         looked = run(
-            lambda case: read_training_case(case, recipe), [case for case in cases if case.reference is not None]
+            lambda case: read_training_case(case, recipe),
+            [case for case in cases if case.reference is not None],
         )
         failed = {}
         for count, outcome in enumerate(looked, start=1):
@@ -289,7 +345,10 @@ def _assign_splits(cases: Sequence[Case], validation_share: float, seed: int) ->
         )
     n = min(len(patients) - 1, max(1, round(len(patients) * validation_share)))
     drawn = set(np.random.default_rng(seed).permutation(patients)[:n].tolist())
-    return [replace(case, split="val" if (case.patient or case.id) in drawn else "train") for case in cases]
+    return [
+        replace(case, split="val" if (case.patient or case.id) in drawn else "train")
+        for case in cases
+    ]
 
 
 def _fingerprint(
@@ -311,7 +370,9 @@ def _fingerprint(
         progress(LOOKING, count / len(cases), outcome.item.id)
         if outcome.error is not None:
             name, error = outcome.item.id, outcome.error
-            failed[name] = reason_of(error) if outputs is None else failure_reason(outputs, name, error)
+            failed[name] = (
+                reason_of(error) if outputs is None else failure_reason(outputs, name, error)
+            )
         elif outcome.item.split == "train" and outcome.value is not None:
             found.append(outcome.value)
             if not outcome.value.label_voxels:
@@ -340,7 +401,9 @@ def look_at(case: Case, recipe: Recipe, seed: int) -> CaseFingerprint:
     from volseg.plan import fingerprint_case
 
     images, reference = read_training_case(case, recipe)
-    doubt = judge_unit(images[recipe.data.channels[0]], recipe.data.intensity_unit, by="the recipe").doubt
+    doubt = judge_unit(
+        images[recipe.data.channels[0]], recipe.data.intensity_unit, by="the recipe"
+    ).doubt
     fingerprint = fingerprint_case(images, _known(reference, recipe), _rng_of(case, seed))
     return fingerprint.model_copy(update={"unit_doubt": doubt})
 
@@ -356,10 +419,14 @@ def read_training_case(
     Raises:
         ScanError: naming everything that is wrong with the case.
     """
-    images = {name: read_volume(case.images[name]) for name in recipe.data.channels if name in case.images}
+    images = {
+        name: read_volume(case.images[name]) for name in recipe.data.channels if name in case.images
+    }
     assert case.reference is not None
     reference = read_mask(case.reference)
-    if digests is not None and not {volume.sha256 for volume in (*images.values(), reference)} <= set(digests):
+    if digests is not None and not {
+        volume.sha256 for volume in (*images.values(), reference)
+    } <= set(digests):
         raise ScanError(
             f"case {case.id!r}: a file was replaced while the dataset was being prepared",
             fix="run again",
@@ -389,7 +456,9 @@ def read_training_case(
     if problems:
         first = problems[0]
         joined = "; ".join(problem.problem for problem in problems)
-        raise ScanError(joined, fix="; ".join(dict.fromkeys(each.fix for each in problems)), code=first.code)
+        raise ScanError(
+            joined, fix="; ".join(dict.fromkeys(each.fix for each in problems)), code=first.code
+        )
     return images, reference
 
 
@@ -410,7 +479,13 @@ def preparation_of(recipe: Recipe) -> dict[str, Any]:
 
 
 def prepare_case(
-    case: Case, recipe: Recipe, plan: Plan, outputs: OutputFolder, key: str, seed: int, digests: Inputs
+    case: Case,
+    recipe: Recipe,
+    plan: Plan,
+    outputs: OutputFolder,
+    key: str,
+    seed: int,
+    digests: Inputs,
 ) -> None:
     """Put the arrays of one case into a prepared folder."""
     prepared = _prepared(case, recipe, plan, key, seed, digests.of(case))
@@ -420,7 +495,9 @@ def prepare_case(
         commit.finish(last=names[0], removed=[*names, trace_name(case.id)])
 
 
-def _prepared(case: Case, recipe: Recipe, plan: Plan, key: str, seed: int, digests: Sequence[str]) -> PreparedCase:
+def _prepared(
+    case: Case, recipe: Recipe, plan: Plan, key: str, seed: int, digests: Sequence[str]
+) -> PreparedCase:
     """The arrays of a case and what its record says. `digests`: SHA-256 of its files, of which `key` was made."""
     from volseg.infer.classify import lesion_slices
     from volseg.preprocess.prepare import prepare, prepare_mask
@@ -428,7 +505,9 @@ def _prepared(case: Case, recipe: Recipe, plan: Plan, key: str, seed: int, diges
     images, reference = read_training_case(case, recipe, digests)
     channels = recipe.data.channels
     absent = [name for name in channels if name not in images]
-    prepared = prepare(completed(images, channels), plan.prepare_settings(recipe.preprocess, channels, absent))
+    prepared = prepare(
+        completed(images, channels), plan.prepare_settings(recipe.preprocess, channels, absent)
+    )
     values = prepare_mask(reference.array, prepared.trail)
     mask = np.zeros(values.shape, np.uint8)
     for index, value in enumerate(recipe.data.label_names, start=1):
@@ -436,7 +515,9 @@ def _prepared(case: Case, recipe: Recipe, plan: Plan, key: str, seed: int, diges
     if recipe.data.ignore is not None:
         mask[values == recipe.data.ignore] = IGNORED
     rng = _rng_of(case, seed)
-    foreground = {index: sample_voxels(mask == index, rng) for index in range(1, len(recipe.data.labels) + 1)}
+    foreground = {
+        index: sample_voxels(mask == index, rng) for index in range(1, len(recipe.data.labels) + 1)
+    }
     slices, class_name = None, None
     if recipe.classify is not None:
         class_name = _class_of(case, recipe)
@@ -490,7 +571,9 @@ def _summary(fingerprint: DatasetFingerprint, plan: Plan) -> dict[str, Any]:
         "median_spacing_mm": np.median(fingerprint.spacings_mm, axis=0).round(4).tolist(),
         "median_shape": np.median(fingerprint.shapes, axis=0).astype(int).tolist(),
         "label_voxels": dict(fingerprint.label_voxels),
-        "foreground": {name: statistics.model_dump() for name, statistics in fingerprint.foreground.items()},
+        "foreground": {
+            name: statistics.model_dump() for name, statistics in fingerprint.foreground.items()
+        },
         "resampled_to_mm": list(plan.spacing_mm),
     }
 

@@ -68,15 +68,25 @@ def quantise(
         )
     work = model / WORK_FOLDER
     with OutputFolder(model, "quantise", inputs=[dataset]) as outputs:
-        exported = [f"{EXPORTED}/{name}.int8.{end}" for name in bundle.members for end in ("xml", "bin", "json")]
+        exported = [
+            f"{EXPORTED}/{name}.int8.{end}"
+            for name in bundle.members
+            for end in ("xml", "bin", "json")
+        ]
         outputs.refuse_foreign(exported)
         outputs.work_folder(WORK_FOLDER)
         training, validation = _prepared_cases(bundle, dataset, work / "prepared", seed, progress)
         shape = usual_batch_shape(bundle)
-        looked_at = [training[round(index)] for index in np.linspace(0, len(training) - 1, min(cases, len(training)))]
+        looked_at = [
+            training[round(index)]
+            for index in np.linspace(0, len(training) - 1, min(cases, len(training)))
+        ]
         progress("Quantising", 0.0, f"looking at {len(looked_at)} training cases")
         patches = _calibration_patches(looked_at, bundle, seed)
-        networks = [quantise_network(convert(bundle.member(name), shape), patches) for name in bundle.members]
+        networks = [
+            quantise_network(convert(bundle.member(name), shape), patches)
+            for name in bundle.members
+        ]
         backends = in_each_precision(bundle, networks)
         scores: dict[str, list[list[float]]] = {name: [] for name in backends}
         for count, case in enumerate(validation, start=1):
@@ -92,7 +102,9 @@ def quantise(
         }
         with outputs.staged() as commit:
             for name, network in zip(bundle.members, networks, strict=True):
-                write_exported(network, commit.folder, f"{name}.int8", {"model_sha256": bundle.sha256} | found)
+                write_exported(
+                    network, commit.folder, f"{name}.int8", {"model_sha256": bundle.sha256} | found
+                )
             commit.finish()
         delete_written(work / "prepared")
         delete_written(work)
@@ -107,7 +119,14 @@ def _prepared_cases(
         prepared = dataset
     else:
         prepared = work
-        report = preprocess(dataset, recipe=bundle.recipe, out=prepared, seed=seed, plan=bundle.plan, progress=progress)
+        report = preprocess(
+            dataset,
+            recipe=bundle.recipe,
+            out=prepared,
+            seed=seed,
+            plan=bundle.plan,
+            progress=progress,
+        )
         if report.failed:
             refuse_dataset(dataset, report.failed)
     _, plan, _, cases = load_prepared(prepared, bundle.recipe)
@@ -127,7 +146,9 @@ def _prepared_cases(
         ) from error
 
 
-def _calibration_patches(cases: Sequence[PreparedCase], bundle: ModelBundle, seed: int) -> list[np.ndarray]:
+def _calibration_patches(
+    cases: Sequence[PreparedCase], bundle: ModelBundle, seed: int
+) -> list[np.ndarray]:
     """(1, channels, R, A, S) float32 each, cut as for training but not augmented."""
     from volseg.train.samples import sample_batch
 
@@ -151,14 +172,20 @@ def _case_dice(backend: Backend, case: PreparedCase, bundle: ModelBundle) -> lis
 
     case.check()
     infer = bundle.recipe.infer
-    tiling = Tiling(patch_shape=bundle.plan.patch_shape, overlap=infer.overlap, batch_size=infer.batch_size)
-    logits = predict_logits(np.asarray(case.image), backend, tiling, n_classes=1 + len(bundle.recipe.data.labels))
+    tiling = Tiling(
+        patch_shape=bundle.plan.patch_shape, overlap=infer.overlap, batch_size=infer.batch_size
+    )
+    logits = predict_logits(
+        np.asarray(case.image), backend, tiling, n_classes=1 + len(bundle.recipe.data.labels)
+    )
     predicted = logits.argmax(axis=0)
     predicted[case.mask == IGNORED] = 0
     return [dice(case.mask, predicted, index) for index in range(1, len(logits))]
 
 
-def _mean_dice(scores: Mapping[str, list[list[float]]], bundle: ModelBundle) -> dict[str, dict[str, float | None]]:
+def _mean_dice(
+    scores: Mapping[str, list[list[float]]], bundle: ModelBundle
+) -> dict[str, dict[str, float | None]]:
     """Label → precision → mean over the validation cases that have the label or were given it by every precision; None without any."""
     arrays = {name: np.array(values) for name, values in scores.items()}
     known = ~np.any([np.isnan(values) for values in arrays.values()], axis=0)

@@ -32,24 +32,38 @@ def report(results: Path | str, *, progress: Progress = silent) -> RunReport:
     with ResultsFolder(out, None) as folder:
         rows = folder.checked_rows(_pending(out))
         done = [row["case_id"] for row in rows if row["status"] == "done"]
-        pages = (page for name in done for page in (f"{VIEWERS}/{name}.html", f"{THUMBNAILS}/{name}.jpg"))
+        pages = (
+            page for name in done for page in (f"{VIEWERS}/{name}.html", f"{THUMBNAILS}/{name}.jpg")
+        )
         folder.refuse_foreign([REPORT, *pages])
         progress("Pages", 0.0, f"{len(done)} scans")
         for count, name in enumerate(done, start=1):
             record = folder.record(name)
             assert record is not None
             reason = remake_page(folder, name, record)
-            edited += [f"{EDITED}: {name}: {folder.edited_text}"] if folder.is_edited(record) else []
+            edited += (
+                [f"{EDITED}: {name}: {folder.edited_text}"] if folder.is_edited(record) else []
+            )
             if reason:
-                earlier = "; the earlier page stays" if has_page(folder, name) else ", so it has no page"
+                earlier = (
+                    "; the earlier page stays" if has_page(folder, name) else ", so it has no page"
+                )
                 kept[name] = reason + earlier
             else:
                 remade.append(name)
             progress("Pages", count / len(done), name)
-        remarks = [f"The page of {name} could not be made again: {reason}." for name, reason in kept.items()]
+        remarks = [
+            f"The page of {name} could not be made again: {reason}."
+            for name, reason in kept.items()
+        ]
         write_report(folder, read_about(out), rows, remarks, is_anew=True)
     warnings = [*edited, *remarks, *damaged_warnings(rows)]
-    return RunReport(out=out, done=remade, kept=list(kept), details={"warnings": warnings, "page": str(out / REPORT)})
+    return RunReport(
+        out=out,
+        done=remade,
+        kept=list(kept),
+        details={"warnings": warnings, "page": str(out / REPORT)},
+    )
 
 
 def _pending(out: Path) -> list[CaseRow]:

@@ -44,7 +44,13 @@ from volseg.workflows.forecast import Forecast, Guard, forecast_of
 from volseg.workflows.importing import MODEL_FILE
 from volseg.workflows.planning import N_FOLDS, budget_of, folds_of, read_plan
 from volseg.workflows.prepared import Split, load_prepared, prepared_warnings, split_cases
-from volseg.workflows.preparing import PREPARED_FILE, as_recipe, preprocess, read_header, refuse_dataset
+from volseg.workflows.preparing import (
+    PREPARED_FILE,
+    as_recipe,
+    preprocess,
+    read_header,
+    refuse_dataset,
+)
 from volseg.workflows.training_pictures import preview_png, worst_cases_png
 
 if TYPE_CHECKING:  # torch takes seconds to import; only a workflow that needs it pays
@@ -61,14 +67,22 @@ PREVIEW, CURVES, WORST = "preview.png", "curves.png", "validation.png"
 PICTURES = (VALIDATION, PREVIEW, CURVES, WORST)
 PREPARED_FOLDER = "prepared"  # inside the work folder
 WORK_FOLDER = ".training"  # inside a model folder while it is being trained
-FINISHING_SHARE, FINISHING_SECONDS = 0.03, 60.0  # of a time budget that pictures and the export are left, at most
-FINISHING_LEAST, FINISHING_MOST = 3.0, 0.1  # seconds for pictures and for each network; share of a short time budget
+FINISHING_SHARE, FINISHING_SECONDS = (
+    0.03,
+    60.0,
+)  # of a time budget that pictures and the export are left, at most
+FINISHING_LEAST, FINISHING_MOST = (
+    3.0,
+    0.1,
+)  # seconds for pictures and for each network; share of a short time budget
 STEPS_SHARE = 0.7  # of the time of a network that goes into steps; the rest is for validation
 PREPARING_SHARE = 0.5  # of a time budget in which the data are prepared without a second look at how long that takes
 ANSWER_SECONDS = 18.0  # by which a time budget that is too short is refused, if the first case can be timed by then
 APART_SHARE = 0.2  # of what is ahead that preparing takes, from which to prepare first is a remedy
 LATE_SHARE = 0.5  # of the steps that a network needs, with which training still begins once the data are prepared
-STARTING_SECONDS = 20.0  # that Python and its packages take to load on a slow disk, in a time that is suggested
+STARTING_SECONDS = (
+    20.0  # that Python and its packages take to load on a slow disk, in a time that is suggested
+)
 FINE_TUNING_STEPS = 20  # that a network needs at least which starts from a trained one
 TICK_SECONDS = 5.0  # without a word, after which the next step or tile is reported
 ROI_FOLDER = "roi"  # inside that one: cases and checkpoints of the coarse first pass
@@ -130,7 +144,9 @@ def train(
     from volseg.train.ranks import team_of
 
     if fold is not None and (folds or 1) > 1:
-        raise VolsegError("--fold and --folds exclude each other", fix="give one of them", code="E_USAGE")
+        raise VolsegError(
+            "--fold and --folds exclude each other", fix="give one of them", code="E_USAGE"
+        )
     with team_of(choose_device(device), devices, serve, precision) as team:
         if team.rank > 0:  # under torchrun or SLURM every rank is a call of its own
             serve(team)
@@ -160,7 +176,9 @@ def train(
                 announce=announce,
                 team=team,
                 scalars=scalars,
-                outputs=OutputFolder(Path(out), "train", inputs=_input_paths(dataset, recipe, plan, init)),
+                outputs=OutputFolder(
+                    Path(out), "train", inputs=_input_paths(dataset, recipe, plan, init)
+                ),
                 threads=threads,
             ).run()
 
@@ -257,7 +275,14 @@ class _Training:
         self.steady.show(stage, share, detail)
 
     def run(self) -> RunReport:
-        from volseg.bundle import ROI, ModelBundle, bundle_files, load_bundle, save_bundle, segmentation_name
+        from volseg.bundle import (
+            ROI,
+            ModelBundle,
+            bundle_files,
+            load_bundle,
+            save_bundle,
+            segmentation_name,
+        )
         from volseg.infer.backends import export_bundle
         from volseg.models import check_networks
         from volseg.plan import check_budget
@@ -271,7 +296,9 @@ class _Training:
             self._check_unfinished()
             names = (segmentation_name(index) for index in range(MAX_FOLDS))
             histories = [HISTORY_ROI, *(_history_name(number) for number in range(MAX_FOLDS))]
-            self.outputs.refuse_foreign([*bundle_files([*names, ROI, "classifier"]), *histories, *PICTURES])
+            self.outputs.refuse_foreign(
+                [*bundle_files([*names, ROI, "classifier"]), *histories, *PICTURES]
+            )
             self.outputs.work_folder(WORK_FOLDER)
             if not self.resume:
                 (self.work / FITTED_FILE).unlink(missing_ok=True)
@@ -287,7 +314,11 @@ class _Training:
             folds, plan = self._fit(data, chosen, used, fingerprint, cases)
             if plan is not None:
                 chosen, used, fingerprint, cases = load_prepared(data.folder, data.recipe, plan)
-            splits = [split_cases(cases, number, self.seed, folds) for number in range(folds)] if folds > 1 else []
+            splits = (
+                [split_cases(cases, number, self.seed, folds) for number in range(folds)]
+                if folds > 1
+                else []
+            )
             splits = splits or [split_cases(cases, self.fold, self.seed)]
             if self.preview:
                 self.outputs.write(PREVIEW, preview_png(splits[0][0], chosen, used, self.seed))
@@ -298,19 +329,31 @@ class _Training:
             weights: dict[str, Mapping[str, Any]] = {}
             metrics: dict[str, Any] = {}
             earlier = 0.0
-            if chosen.roi is not None:  # first: it is soon done, and what is wrong with the data shows here as well
-                first_pass, earlier = self._first_pass(splits[0], chosen, used, initial.get(ROI, {}))
+            if (
+                chosen.roi is not None
+            ):  # first: it is soon done, and what is wrong with the data shows here as well
+                first_pass, earlier = self._first_pass(
+                    splits[0], chosen, used, initial.get(ROI, {})
+                )
                 weights[ROI] = first_pass.weights
                 metrics = {f"roi_{name}": value for name, value in first_pass.metrics.items()}
-            trained, stopped = self._networks(splits, chosen, used, initial.get("segmentation", {}), earlier)
+            trained, stopped = self._networks(
+                splits, chosen, used, initial.get("segmentation", {}), earlier
+            )
             for index, found in enumerate(trained.values()):
                 weights[segmentation_name(index)] = found.weights
-            rows = [replace(row, fold=number) for number, found in trained.items() for row in found.validation]
+            rows = [
+                replace(row, fold=number)
+                for number, found in trained.items()
+                for row in found.validation
+            ]
             metrics = _metrics_of(trained, stopped, summary(rows)) | metrics
             self._judge(trained, rows)
             if self.warnings:
                 metrics["warnings"] = "; ".join(self.warnings)
-            metrics["training_cases"] = len({case.id for number in trained for case in splits[number][0]})
+            metrics["training_cases"] = len(
+                {case.id for number in trained for case in splits[number][0]}
+            )
             interrupted = INTERRUPTED in stopped.values()
             if chosen.classify is not None and not interrupted:
                 left = self.time.left(self._finishing(len(splits)))
@@ -324,7 +367,9 @@ class _Training:
                 metrics |= found_metrics
                 if classifier is not None:
                     weights["classifier"] = classifier
-            made = ModelBundle(recipe=chosen, plan=used, fingerprint=fingerprint, weights=weights, metrics=metrics)
+            made = ModelBundle(
+                recipe=chosen, plan=used, fingerprint=fingerprint, weights=weights, metrics=metrics
+            )
             with self.outputs.staged() as commit:
                 save_bundle(made, commit.folder)
                 if rows:
@@ -339,15 +384,25 @@ class _Training:
             # Pictures come last: nothing that was computed is to be lost over them.
             has_time = self._time_for("Drawing")
             if has_time(CURVES):
-                self.outputs.write(CURVES, curves_png([network.history for network in trained.values()]))
+                self.outputs.write(
+                    CURVES, curves_png([network.history for network in trained.values()])
+                )
             device = self.team.fabric.device
-            if worst := worst_cases_png(rows, trained, splits, chosen, used, device, before=has_time):
+            if worst := worst_cases_png(
+                rows, trained, splits, chosen, used, device, before=has_time
+            ):
                 self.outputs.write(WORST, worst)
             if not interrupted:
                 delete_written(self.work / PREPARED_FOLDER)
                 delete_written(self.work, _is_intermediate)
-        details = {"metrics": dict(bundle.metrics), "sha256": bundle.sha256, "interrupted": interrupted}
-        return RunReport(out=self.out, done=[chosen.name], details=details | {"warnings": self.warnings})
+        details = {
+            "metrics": dict(bundle.metrics),
+            "sha256": bundle.sha256,
+            "interrupted": interrupted,
+        }
+        return RunReport(
+            out=self.out, done=[chosen.name], details=details | {"warnings": self.warnings}
+        )
 
     def _prepare(self, model: ModelBundle | None) -> _Prepared:
         """What is trained on; `model` is the one whose weights to start from."""
@@ -356,16 +411,22 @@ class _Training:
         plan = None if self.plan is None else read_plan(self.plan)
         if (self.dataset / PREPARED_FILE).is_file():
             recipe = None if self.recipe is None else as_recipe(self.recipe)
-            is_auto = recipe is None and plan is None and bool(read_header(self.dataset).get("is_auto"))
+            is_auto = (
+                recipe is None and plan is None and bool(read_header(self.dataset).get("is_auto"))
+            )
             folds = N_FOLDS if is_auto and self.fold is None else 1
-            return _Prepared(self.dataset, recipe, plan, self.folds or folds, prepared_warnings(self.dataset))
+            return _Prepared(
+                self.dataset, recipe, plan, self.folds or folds, prepared_warnings(self.dataset)
+            )
         prepared = self.work / PREPARED_FOLDER
         stated = None if self.recipe is None else as_recipe(self.recipe)
         forecast, progress = self._foresee(stated, plan, prepared), self.progress
         if forecast is not None:
             progress = self._guard(forecast, stated, prepared)
         recipe = recipe_once(self.dataset, self.work, progress) if stated is None else stated
-        if model is not None and recipe.is_open and plan is None:  # the network and patches of the model to start from
+        if (
+            model is not None and recipe.is_open and plan is None
+        ):  # the network and patches of the model to start from
             if model.recipe.preprocess.axes != "canonical":
                 raise VolsegError(
                     f"{self.init}: its network was made for scans in the axis order of their files",
@@ -376,11 +437,19 @@ class _Training:
                 update={"patch_shape": model.plan.patch_shape, "batch_size": model.plan.batch_size}
             )
             recipe = recipe.model_copy(update={"network": model.recipe.network, "train": train})
-        make_steps(recipe.postprocess)  # a misspelt step should not be found out after an hour of preparation
+        make_steps(
+            recipe.postprocess
+        )  # a misspelt step should not be found out after an hour of preparation
         if not recipe.is_open:
             check_networks(recipe)
-        folds = 1 if self.fold is not None else folds_of(self.dataset, recipe, self.folds, is_auto=self.recipe is None)
-        if self.resume and plan is None:  # what was begun with is what is gone on with, whatever memory is there today
+        folds = (
+            1
+            if self.fold is not None
+            else folds_of(self.dataset, recipe, self.folds, is_auto=self.recipe is None)
+        )
+        if (
+            self.resume and plan is None
+        ):  # what was begun with is what is gone on with, whatever memory is there today
             plan = earlier_plan(prepared)
         report = preprocess(
             self.dataset,
@@ -398,7 +467,12 @@ class _Training:
 
     def _budget(self) -> Budget:
         """Of memory; the time is looked at when the speed of a step is known."""
-        return budget_of(self.device, self.memory, processes=self.team.size, half=self.team.precision != "32-true")
+        return budget_of(
+            self.device,
+            self.memory,
+            processes=self.team.size,
+            half=self.team.precision != "32-true",
+        )
 
     def _foresee(self, recipe: Recipe | None, plan: Plan | None, prepared: Path) -> Forecast | None:
         """What the time budget has to hold, seen on the first case; None without a budget, or for a run that goes on.
@@ -447,18 +521,28 @@ class _Training:
     def _least_steps(self) -> int:
         """Steps that each network is to have, unless its epochs end before or it only goes on learning."""
         least = LEAST_STEPS if self.init is None else FINE_TUNING_STEPS
-        return least if self.epochs is None else min(least, self.epochs)  # an epoch has a step or more
+        return (
+            least if self.epochs is None else min(least, self.epochs)
+        )  # an epoch has a step or more
 
     def _least_seconds(self, step: float, recipe: Recipe | None) -> float:
         """Seconds without which no network can learn, from the first step to the end of the call."""
         networks = self.folds or 1
-        return self._finishing(networks) + networks * self._least_steps * step / _steps_share(recipe)
+        return self._finishing(networks) + networks * self._least_steps * step / _steps_share(
+            recipe
+        )
 
-    def _refuse(self, ahead: float, forecast: Forecast, recipe: Recipe | None, prepared: Path) -> NoReturn:
+    def _refuse(
+        self, ahead: float, forecast: Forecast, recipe: Recipe | None, prepared: Path
+    ) -> NoReturn:
         """Say that the time does not hold the seconds that are ahead before training, and training itself."""
         assert self.time.seconds is not None
         least = self._least_seconds(forecast.step, recipe)
-        option = f" --recipe {shlex.quote(str(self.recipe))}" if isinstance(self.recipe, str | Path) else ""
+        option = (
+            f" --recipe {shlex.quote(str(self.recipe))}"
+            if isinstance(self.recipe, str | Path)
+            else ""
+        )
         whole = self.out.resolve()  # `.` and `..` have no name of their own
         apart = whole.parent / f"{whole.name or 'model'}_prepared"
         shorter = suggested(STARTING_SECONDS + least)
@@ -469,7 +553,11 @@ class _Training:
         )
         if ahead < APART_SHARE * (ahead + least):
             remedy = ""
-        network = "the smallest network that can learn" if recipe is None or recipe.is_open else "the recipe's network"
+        network = (
+            "the smallest network that can learn"
+            if recipe is None or recipe.is_open
+            else "the recipe's network"
+        )
         refuse_time(
             self.time.seconds,
             self.time.spent() + ahead + least,
@@ -505,8 +593,12 @@ class _Training:
 
         header = read_header(data.folder)
         stated = data.recipe or parse_recipe(header["recipe"], where=str(data.folder))
-        is_own = data.folder != self.dataset  # prepared by this call, or by one that this one goes on with
-        is_open = stated.is_open and self.plan is None and (is_own or header.get("is_planned", True))
+        is_own = (
+            data.folder != self.dataset
+        )  # prepared by this call, or by one that this one goes on with
+        is_open = (
+            stated.is_open and self.plan is None and (is_own or header.get("is_planned", True))
+        )
         seconds = (self.time.left(self._finishing(folds)) or 0.0) * _steps_share(recipe)
 
         def time_step(candidate: Plan) -> float:
@@ -523,7 +615,10 @@ class _Training:
         def operations(candidate: Plan) -> float:
             size = size_of(candidate, stated)
             assert size is not None, "a network that is left to the plan is modelled"
-            return size.step_flops(len(stated.data.channels), stated.data.n_outputs) * stated.train.accumulate
+            return (
+                size.step_flops(len(stated.data.channels), stated.data.n_outputs)
+                * stated.train.accumulate
+            )
 
         self.progress("Planning", 0.0, f"{duration(self.time.left() or 0.0)} left")
         least = None
@@ -555,13 +650,17 @@ class _Training:
             again = f"; {self._kept(data.folder)}" if is_own else ""
             fewer = f", or --folds 1 instead of {self.folds}" if (self.folds or 1) > 1 else ""
             what = f"{self._least_steps} steps for each network, with validation, take about {duration(needed)}"
-            refuse_time(self.time.seconds, STARTING_SECONDS + needed, what, remedy=fewer, kept=again)
+            refuse_time(
+                self.time.seconds, STARTING_SECONDS + needed, what, remedy=fewer, kept=again
+            )
         for reason in fit.reasons:
             self.announce(f"time budget: {reason}")
         steps = seconds / fit.folds / fit.seconds_per_step
         patch = " × ".join(map(str, fit.plan.patch_shape))
         networks = "1 network" if fit.folds == 1 else f"{fit.folds} networks"
-        self.announce(f"training {networks} with patches of {patch} voxels, about {steps:.0f} steps each")
+        self.announce(
+            f"training {networks} with patches of {patch} voxels, about {steps:.0f} steps each"
+        )
         write_fitted(self.work, Fitted(fit.folds, fit.plan))
         return fit.folds, fit.plan
 
@@ -583,9 +682,13 @@ class _Training:
             )
         missed = sum(int(network.metrics.get("not_validated", 0)) for network in trained.values())
         if missed:
-            self._warn(f"W_NOT_VALIDATED: the time budget left no time to validate on {missed} cases")
+            self._warn(
+                f"W_NOT_VALIDATED: the time budget left no time to validate on {missed} cases"
+            )
         if rows and (score := mean_dice(rows)) < POOR_DICE:
-            self._warn(f"W_DICE: the mean validation Dice is {score:.3f}: train longer, or on more cases")
+            self._warn(
+                f"W_DICE: the mean validation Dice is {score:.3f}: train longer, or on more cases"
+            )
 
     def _time_for(self, stage: str) -> Callable[[str], bool]:
         """A callback that reports the next thing to do, and says no where the time does not hold it."""
@@ -593,7 +696,9 @@ class _Training:
 
         def has_time(name: str) -> bool:
             now = time.monotonic()
-            longest = max((later - earlier for earlier, later in pairwise([*began, now])), default=0.0)
+            longest = max(
+                (later - earlier for earlier, later in pairwise([*began, now])), default=0.0
+            )
             if now + longest > self.time.ends:
                 self.announce(f"time budget: no time was left for {name}")
                 return False
@@ -616,7 +721,9 @@ class _Training:
             *split,
             recipe,
             plan,
-            self._settings(recipe.roi.train, None if left is None else left * recipe.roi.time_share, freeze=()),
+            self._settings(
+                recipe.roi.train, None if left is None else left * recipe.roi.time_share, freeze=()
+            ),
             team=self.team,
             folder=self.work / ROI_FOLDER,
             resume=self.resume,
@@ -630,7 +737,12 @@ class _Training:
         return first_pass, _earlier(first_pass, began)
 
     def _networks(
-        self, splits: Sequence[Split], recipe: Recipe, plan: Plan, initial: Mapping[str, torch.Tensor], earlier: float
+        self,
+        splits: Sequence[Split],
+        recipe: Recipe,
+        plan: Plan,
+        initial: Mapping[str, torch.Tensor],
+        earlier: float,
     ) -> tuple[dict[int, Trained], dict[int, str]]:
         """What was trained on each split, and why a training ended before its time. What is done is not lost over what is not.
 
@@ -639,21 +751,32 @@ class _Training:
         """
         from volseg.train.loop import DIVERGED, DIVERGED_FIX, INTERRUPTED, train_segmentation
 
-        for_classifier = 0.0 if recipe.classify is None else (self.time.left() or 0.0) * recipe.classify.time_share
+        for_classifier = (
+            0.0
+            if recipe.classify is None
+            else (self.time.left() or 0.0) * recipe.classify.time_share
+        )
         for_the_end = self._finishing(len(splits))
         trained: dict[int, Trained] = {}
         stopped: dict[int, str] = {}
         for number, (training, validation) in enumerate(splits):
             left, began = self.time.left(for_classifier + for_the_end + earlier), time.monotonic()
-            several, waiting = len(splits) > 1, self._affordable(len(splits) - number, left, trained)
+            several, waiting = (
+                len(splits) > 1,
+                self._affordable(len(splits) - number, left, trained),
+            )
             if waiting == 0:
                 stopped[number] = "no time was left"
-                self.announce(f"time budget: no time was left for fold {number + 1} of {len(splits)}")
+                self.announce(
+                    f"time budget: no time was left for fold {number + 1} of {len(splits)}"
+                )
                 break
             stage = f"Training fold {number + 1} of {len(splits)}" if several else "Training"
             make_folder(folder := _fold_folder(self.work, number, len(splits)))
             try:
-                self.progress(stage, 0.0, f"{len(training)} cases, {len(validation)} to validate on")
+                self.progress(
+                    stage, 0.0, f"{len(training)} cases, {len(validation)} to validate on"
+                )
                 found = train_segmentation(
                     training,
                     validation,
@@ -692,11 +815,15 @@ class _Training:
                 break
         if not trained:
             raise VolsegError(
-                f"no network could be trained: {next(iter(stopped.values()))}", fix=DIVERGED_FIX, code=DIVERGED
+                f"no network could be trained: {next(iter(stopped.values()))}",
+                fix=DIVERGED_FIX,
+                code=DIVERGED,
             )
         return trained, stopped
 
-    def _settings(self, train: Train, seconds: float | None, freeze: tuple[str, ...] | None = None) -> RunSettings:
+    def _settings(
+        self, train: Train, seconds: float | None, freeze: tuple[str, ...] | None = None
+    ) -> RunSettings:
         from volseg.train.loop import RunSettings
 
         return RunSettings(
@@ -734,11 +861,16 @@ class _Training:
             int(network.metrics["steps"]) / max(1e-3, float(network.metrics["training_seconds"]))
             for network in trained.values()
         )
-        return min(waiting, math.floor(left * STEPS_SHARE * pace / (LATE_SHARE * self._least_steps)))
+        return min(
+            waiting, math.floor(left * STEPS_SHARE * pace / (LATE_SHARE * self._least_steps))
+        )
 
     def _check_folds(self, n: int) -> None:
         """That a run to go on with was begun with as many networks."""
-        expected = {self.work / ROI_FOLDER, *(_fold_folder(self.work, number, n) for number in range(n))}
+        expected = {
+            self.work / ROI_FOLDER,
+            *(_fold_folder(self.work, number, n) for number in range(n)),
+        }
         if any(path.parent not in expected for path in self.work.glob("**/last.safetensors")):
             raise VolsegError(
                 f"{self.out}: holds a run that was begun with another number of folds",
@@ -757,7 +889,9 @@ class _Training:
             )
         if (self.out / "model.json").exists() and not unfinished:
             raise VolsegError(
-                f"{self.out}: holds a finished model", fix="give another --out, or delete it first", code="E_EXISTS"
+                f"{self.out}: holds a finished model",
+                fix="give another --out, or delete it first",
+                code="E_EXISTS",
             )
 
 
@@ -771,7 +905,9 @@ def _steps_share(recipe: Recipe | None) -> float:
 
 def _is_intermediate(name: str) -> bool:
     """Whether a file in the work folder is a checkpoint, a coarse case or a note for who resumes, or left of one."""
-    notes = "|".join(map(re.escape, ("last.safetensors", "best.safetensors", FITTED_FILE, RECIPE_FILE)))
+    notes = "|".join(
+        map(re.escape, ("last.safetensors", "best.safetensors", FITTED_FILE, RECIPE_FILE))
+    )
     temporary = rf"{re.escape(TEMPORARY_PREFIX)}[0-9a-f]{{16}}"
     coarse = rf"{ROI_FOLDER}/cases/[^/]+/(case\.json|(image|mask|foreground_\d+)\.npy)"
     return re.fullmatch(rf"([^/]+/)?({notes}|{temporary})|{coarse}", name) is not None
@@ -798,7 +934,11 @@ def _metrics_of(
     if len(trained) == 1 and not stopped.keys() - trained.keys():
         return dict(next(iter(trained.values())).metrics)
     steps = sum(found.metrics["steps"] for found in trained.values())
-    reasons = {"stopped": "; ".join(f"fold {number}: {why}" for number, why in stopped.items())} if stopped else {}
+    reasons = (
+        {"stopped": "; ".join(f"fold {number}: {why}" for number, why in stopped.items())}
+        if stopped
+        else {}
+    )
     first = next(iter(trained.values())).metrics
     at_random = {key: first[key] for key in ("began_at_random",) if key in first}
     return {"networks": len(trained), "steps": steps} | at_random | dict(validated) | reasons

@@ -59,7 +59,9 @@ def worst_cases_png(
 
     scores: dict[tuple[int, str], list[float]] = {}
     for row in rows:
-        scores.setdefault((row.fold, row.case_id), []).append(1.0 if math.isnan(row.dice) else row.dice)
+        scores.setdefault((row.fold, row.case_id), []).append(
+            1.0 if math.isnan(row.dice) else row.dice
+        )
     worst = sorted(scores, key=lambda key: sum(scores[key]) / len(scores[key]))[:WORST]
     pictures = []
     for number, case_id in worst:
@@ -69,5 +71,12 @@ def worst_cases_png(
         network = set_weights(build_segmentation(recipe), trained[number].weights)
         found = predicted_classes(network, case, recipe, plan, device, overlap=recipe.infer.overlap)
         score = sum(scores[number, case_id]) / len(scores[number, case_id])
-        pictures.append((f"{case_id}: Dice {score:.3f}", np.asarray(case.image[0]), np.asarray(case.mask), found))
+        pictures.append(
+            (
+                f"{case_id}: Dice {score:.3f}",
+                np.asarray(case.image[0]),
+                np.asarray(case.mask),
+                found,
+            )
+        )
     return comparison_png(pictures, plan.spacing_mm) if pictures else b""
