@@ -67,7 +67,7 @@ def main() -> None:
 
 def measure(scan: Path, folder: Path, backend: str, repeats: int) -> str:
     bundle = load_bundle(folder)
-    infer = bundle.recipe.infer.model_copy(update={"mirror_axes": ()})
+    infer = bundle.recipe.infer.model_copy(update={"tta_axes": ()})
     bundle = replace(bundle, recipe=bundle.recipe.model_copy(update={"infer": infer}))
     model = load_model(bundle, "cpu", backend=backend, folder=folder)
     volume = read_volume(scan)
@@ -96,7 +96,7 @@ def measure(scan: Path, folder: Path, backend: str, repeats: int) -> str:
             f"{temporary}/out",
             "--backend",
             backend,
-            "--no-mirroring",
+            "--no-tta",
         ]
         command = [sys.executable, "-m", "volseg", "infer", str(scan), *options]
         subprocess.run(command, check=True, capture_output=True)

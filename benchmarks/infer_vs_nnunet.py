@@ -284,7 +284,7 @@ def compare(arguments: argparse.Namespace, folder: Path) -> None:
             str(own),
             "--out",
             str(out),
-            "--no-mirroring",
+            "--no-tta",
             "--device",
             arguments.device,
             *options.split(),

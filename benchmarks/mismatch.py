@@ -22,7 +22,7 @@ from volseg.io.nifti import read_volume, write_volume
 from volseg.measure.units import judge_unit
 from volseg.volume import Volume
 
-QUICK = {"mirroring": False, "overlap": 0.0, "pages": False, "device": "cpu"}
+QUICK = {"tta": False, "overlap": 0.0, "pages": False, "device": "cpu"}
 NUMBERS = ("density_g_cm3", "mass_g", "agatston_score", "class_name")
 FAULTS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "intercept of 1024 missing": lambda hu: hu + 1024,

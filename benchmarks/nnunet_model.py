@@ -264,7 +264,7 @@ def arguments():
     add("--transpose", type=integers, default=[0, 1, 2], help="transpose_forward")
     add("--reader", default="NibabelIO", help="NibabelIO, SimpleITKIO, NibabelIOWithReorient, …")
     add("--folds", type=lambda text: text.split(","), default=["0"], help="such as 0,1,2 or all")
-    add("--no-mirroring", action="store_true")
+    add("--no-tta", action="store_true")
     add("--no-balance", action="store_true", help="leave the random heads as they are")
     add("--train-steps", type=int, default=0, help="train this long on synthetic balls")
     add(

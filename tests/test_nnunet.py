@@ -336,7 +336,7 @@ def test_a_default_ct_model_becomes_the_recipe_of_its_plans(tmp_path):
         "normalise_first",
     ):
         assert getattr(settings, name) == getattr(preprocess, name), name
-    assert (recipe.infer.overlap, recipe.infer.mirror_axes) == (0.5, ("R", "A", "S"))
+    assert (recipe.infer.overlap, recipe.infer.tta_axes) == (0.5, ("R", "A", "S"))
     assert bundle.fingerprint.n_cases == 12
     assert bundle.fingerprint.foreground["CT"].median == 45
     assert bundle.origin["nnU-Net trainer"] == "nnUNetTrainer"
@@ -349,7 +349,7 @@ def test_a_default_ct_model_becomes_the_recipe_of_its_plans(tmp_path):
 def test_mirroring_is_that_of_the_checkpoint(axes, tmp_path):
     content = made.checkpoint(made.state_dict(), inference_allowed_mirroring_axes=axes)
     recipe = read_nnunet(made.write_model(tmp_path, folds={"0": content})).recipe
-    assert recipe.infer.mirror_axes == tuple("RAS"[axis] for axis in axes or ())
+    assert recipe.infer.tta_axes == tuple("RAS"[axis] for axis in axes or ())
 
 
 @pytest.mark.parametrize("forward", [[0, 1, 2], [2, 0, 1], [1, 0, 2]])

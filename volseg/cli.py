@@ -359,11 +359,11 @@ def infer(
             help="Overlap of tiles, from 0 to 0.9, instead of the recipe's; 0.5 takes 8 times as long as 0."
         ),
     ] = None,
-    mirroring: Annotated[
+    tta: Annotated[
         bool,
         typer.Option(
-            "--mirroring/--no-mirroring",
-            help="Average over mirrored copies where the recipe does; each of its axes doubles the time.",
+            "--tta/--no-tta",
+            help="Test-time augmentation: average over flipped copies if the recipe does; each axis doubles the time.",
         ),
     ] = True,
     inside: Annotated[
@@ -419,7 +419,7 @@ def infer(
             backend=backend,
             precision=precision,
             overlap=overlap,
-            mirroring=mirroring,
+            tta=tta,
             inside=inside,
             fast=fast,
             max_ram=max_ram,
@@ -743,7 +743,7 @@ def import_nnunet(
 ) -> None:
     """Make a volseg model of a trained nnU-Net v2 model, without nnU-Net: then `volseg infer --model MODEL` runs it.
 
-    Plain and residual-encoder U-Nets in 3D. Spacing, axes, normalisation, labels and mirroring are those of its plans; several
+    Plain and residual-encoder U-Nets in 3D. Spacing, axes, normalisation, labels and test-time augmentation are those of its plans; several
     folds become an ensemble. Nothing in the checkpoint is run: one that asks for other objects than weights is refused.
     """
     from volseg import workflows

@@ -266,7 +266,7 @@ class _Checkpoint:
     weights: Mapping[str, torch.Tensor]
     trainer: str
     configuration: str
-    mirror_axes: tuple[int, ...]
+    tta_axes: tuple[int, ...]
 
 
 # ---- files
@@ -366,12 +366,12 @@ def _read_checkpoint(path: Path) -> _Checkpoint:
         with torch.serialization.safe_globals([np.dtype, *dtypes, *scalars]):
             content = torch.load(str(path), map_location="cpu", weights_only=True, mmap=True)
         arguments, weights = content["init_args"], content["network_weights"]
-        mirror_axes = content.get("inference_allowed_mirroring_axes")
+        tta_axes = content.get("inference_allowed_mirroring_axes")
         return _Checkpoint(
             weights={str(key): tensor.detach() for key, tensor in weights.items()},
             trainer=shortened(str(content["trainer_name"]), 200),
             configuration=shortened(str(arguments["configuration"]), 200),
-            mirror_axes=tuple(int(axis) for axis in mirror_axes or ()),
+            tta_axes=tuple(int(axis) for axis in tta_axes or ()),
         )
     except _DAMAGE as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
@@ -607,7 +607,7 @@ def _recipe(
         },
         "network": {"name": network, **settings},
         "train": {"patch_shape": configuration.patch_size, "batch_size": configuration.batch_size},
-        "infer": {"overlap": OVERLAP, "mirror_axes": _mirror_axes(checkpoint, folder)},
+        "infer": {"overlap": OVERLAP, "tta_axes": _tta_axes(checkpoint, folder)},
     }
     return parse_recipe(content, where=str(folder))
 
@@ -734,12 +734,12 @@ def _resampler(function: str, arguments: Mapping[str, Any], where: Path) -> _Res
     return found
 
 
-def _mirror_axes(checkpoint: _Checkpoint, folder: Path) -> list[str]:
-    if any(axis not in (0, 1, 2) for axis in checkpoint.mirror_axes):
+def _tta_axes(checkpoint: _Checkpoint, folder: Path) -> list[str]:
+    if any(axis not in (0, 1, 2) for axis in checkpoint.tta_axes):
         raise _unsupported(
-            folder, f"the checkpoint mirrors axes {checkpoint.mirror_axes} of a 3D network"
+            folder, f"the checkpoint mirrors axes {checkpoint.tta_axes} of a 3D network"
         )
-    return ["RAS"[axis] for axis in checkpoint.mirror_axes]
+    return ["RAS"[axis] for axis in checkpoint.tta_axes]
 
 
 # ---- network

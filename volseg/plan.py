@@ -154,7 +154,7 @@ class Plan(_Json):
     patch_shape: tuple[Edge, Edge, Edge]
     batch_size: BatchSize
     windows: dict[str, Window]  # of the channels that have one, every number resolved
-    foreground_share: Fraction | None = (
+    foreground_fraction: Fraction | None = (
         None  # None: the recipe states it, as with the settings of the network
     )
     network: Layers | None = None
@@ -186,7 +186,7 @@ class Plan(_Json):
         train = {
             "patch_shape": self.patch_shape,
             "batch_size": self.batch_size,
-            "foreground_share": self.foreground_share,
+            "foreground_fraction": self.foreground_fraction,
         }
         settings = recipe.network.settings
         changes = {
@@ -220,9 +220,9 @@ class Plan(_Json):
             "spacing_mm": self.spacing_mm if spacing == AUTO else spacing,
             "patch_shape": self.patch_shape if train.patch_shape == AUTO else train.patch_shape,
             "batch_size": self.batch_size if train.batch_size == AUTO else train.batch_size,
-            "foreground_share": self.foreground_share
-            if train.foreground_share == AUTO
-            else train.foreground_share,
+            "foreground_fraction": self.foreground_fraction
+            if train.foreground_fraction == AUTO
+            else train.foreground_fraction,
             "network": self.network if recipe.network.settings.get("features") == AUTO else None,
             "windows": {
                 name: self._window(name, form)
@@ -253,8 +253,8 @@ class Plan(_Json):
             "patch": (f"{_times(self.patch_shape)} voxels", "patch_shape"),
             "batch": (str(self.batch_size), "batch_size"),
         }
-        if self.foreground_share is not None:
-            values["patches on labels"] = (f"{self.foreground_share:.0%}", "foreground_share")
+        if self.foreground_fraction is not None:
+            values["patches on labels"] = (f"{self.foreground_fraction:.0%}", "foreground_fraction")
         said = {
             setting: Line(
                 setting=setting, value=value, reason=EDITED if states[key] == AUTO else STATED
@@ -442,8 +442,8 @@ def make_plan(
     lines += [_normalisation(name, recipe, windows.get(name)) for name in recipe.data.channels]
     size, layers, size_lines = _size(fingerprint, recipe, spacing, median, budget)
     share, why_share = _foreground_share(fingerprint)
-    if recipe.train.foreground_share != "auto":
-        share, why_share = recipe.train.foreground_share, STATED
+    if recipe.train.foreground_fraction != "auto":
+        share, why_share = recipe.train.foreground_fraction, STATED
     lines += size_lines
     lines.append(Line(setting="patches on labels", value=f"{share:.0%}", reason=why_share))
     lines.append(_dimensions(median, size.patch_shape))
@@ -452,7 +452,7 @@ def make_plan(
         patch_shape=size.patch_shape,
         batch_size=size.batch_size,
         windows=windows,
-        foreground_share=share,
+        foreground_fraction=share,
         network=layers,
         lines=tuple(lines),
     )

@@ -10,16 +10,14 @@ import os
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
     AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
-    SerializerFunctionWrapHandler,
     ValidationError,
-    model_serializer,
     model_validator,
 )
 
@@ -46,7 +44,9 @@ PositiveInt = Annotated[int, Field(ge=1, le=65_536)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Weight = Annotated[float, Field(ge=0, le=1e6)]
 Intensity = Annotated[float, Field(ge=-1e39, le=1e39)]  # float32 ends at 3.4e38
-Deviation = Annotated[float, Field(ge=1e-12, le=1e39)]  # of intensities, which are divided by it
+StandardDeviation = Annotated[
+    float, Field(ge=1e-12, le=1e39)
+]  # of intensities, which are divided by it
 SpacingMm = Annotated[float, Field(ge=0.01, le=100)]  # as of the scans that are read
 Factor = Annotated[float, Field(ge=0.01, le=100)]
 Degrees = Annotated[int, Field(ge=0, le=360)]
@@ -95,22 +95,10 @@ Text = Annotated[str, Field(max_length=20_000)]
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    # Settings younger than the first recipes: left out where they are at their default, so that an older recipe keeps its hash.
-    later: ClassVar[frozenset[str]] = frozenset()
-
-    @model_serializer(mode="wrap")
-    def _as_before_later_settings(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        content = dump(self)
-        for name in self.later:
-            if name in content and getattr(self, name) == type(self).model_fields[name].default:
-                del content[name]
-        return content
-
 
 class Data(Section):
     """Which images a case has and what the mask's values mean."""
 
-    later = frozenset({"unit_guessed", "regions", "ignore", "grids", "align", "missing"})
     channels: Annotated[tuple[Name, ...], Field(min_length=1, max_length=64)]
     labels: Annotated[
         dict[Name, LabelValue], Field(min_length=1, max_length=1000)
@@ -200,7 +188,7 @@ class Window(Section):
     low: Intensity | Auto = "auto"  # auto: 0.5 percentile of the foreground of the training cases
     high: Intensity | Auto = "auto"  # auto: 99.5 percentile
     mean: Intensity | Auto = "auto"
-    sd: Deviation | Auto = "auto"
+    sd: StandardDeviation | Auto = "auto"
 
 
 class ZScore(Section):
@@ -225,7 +213,7 @@ class Scale(Section):
 
     method: Literal["scale"]
     subtract: Intensity = 0.0
-    divide_by: Deviation = 1.0
+    divide_by: StandardDeviation = 1.0
 
 
 Normalise = Annotated[Window | ZScore | Percentile | Scale, Field(discriminator="method")]
@@ -300,16 +288,6 @@ class Network(Section):
 class Augment(Section):
     """Random changes of a training patch; a probability of 0 switches one off."""
 
-    later = frozenset(
-        {
-            "elastic_probability",
-            "elastic_mm",
-            "blur_sigma",
-            "low_resolution_probability",
-            "low_resolution",
-            "channel_drop_probability",
-        }
-    )
     flip_axes: tuple[Literal["R", "A", "S"], ...] = ("R", "A", "S")
     spatial_probability: Fraction = 0.5
     rotation_degrees: tuple[Degrees, Degrees, Degrees] = (
@@ -346,8 +324,10 @@ class Loss(Section):
     """An overlap term over the labels plus cross-entropy voxel by voxel."""
 
     overlap: Literal["dice", "generalised_dice", "tversky", "none"] = "dice"
-    tversky_extra: Positive = 0.3  # cost of voxels that only the network has; Dice is 0.5 and 0.5
-    tversky_missed: Positive = 0.7  # and of those that it missed
+    tversky_fp_weight: Positive = (
+        0.3  # cost of voxels that only the network has; Dice is 0.5 and 0.5
+    )
+    tversky_fn_weight: Positive = 0.7  # and of those that it missed
     focal_gamma: Annotated[float, Field(ge=0, le=100)] = (
         0.0  # over 0, cross-entropy turns its back on voxels that are right already
     )
@@ -355,7 +335,6 @@ class Loss(Section):
 
 
 class Train(Section):
-    later = frozenset({"optimizer", "schedule", "l1", "gradient_norm", "accumulate", "loss"})
     patch_shape: tuple[Edge, Edge, Edge] | Auto  # voxels of the resampled grid
     batch_size: BatchSize | Auto = 2
     steps_per_epoch: Repeats = 50
@@ -368,16 +347,18 @@ class Train(Section):
     learning_rate: Positive = 2e-3
     weight_decay: Weight = 1e-3  # L2
     l1: Weight = 0.0  # times the sum of all absolute weights, added to the loss
-    gradient_norm: Positive = 5.0  # longer gradients are shortened to it
+    max_grad_norm: Positive = 5.0  # longer gradients are shortened to it
     accumulate: PositiveInt = (
         1  # batches whose gradients make one step: a larger batch in the same memory
     )
-    foreground_share: Fraction | Auto = 0.5  # of the patches that are centred on a labelled voxel
+    foreground_fraction: Fraction | Auto = (
+        0.5  # of the patches that are centred on a labelled voxel
+    )
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = (
         0.99  # the averaged weights are validated and kept
     )
     validation_cases: Repeats = 20  # looked at after each epoch; the final metrics use all
-    validation_share: Annotated[float, Field(gt=0, lt=1)] = (
+    validation_fraction: Annotated[float, Field(gt=0, lt=1)] = (
         0.2  # of the patients, where the dataset has no `split`
     )
     class_weights: tuple[Positive, ...] | None = (
@@ -396,7 +377,7 @@ class Infer(Section):
     overlap: Annotated[float, Field(ge=0, lt=1)] = (
         0.5  # fraction of a patch shared with its neighbour
     )
-    mirror_axes: tuple[
+    tta_axes: tuple[
         Literal["R", "A", "S"], ...
     ] = ()  # average over mirrored copies: each axis doubles the time
     batch_size: BatchSize = 1
@@ -441,7 +422,7 @@ class Classify(Section):
     epochs: Repeats = 60
     learning_rate: Positive = 1e-3
     weight_decay: Weight = 1e-2
-    time_share: Annotated[float, Field(gt=0, lt=1)] = 0.15  # of --time-budget
+    time_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.15  # of --time-budget
 
     @model_validator(mode="after")
     def _batch_is_not_too_large(self) -> Classify:
@@ -461,7 +442,7 @@ class Roi(Section):
     margin_mm: Millimetres = 20.0  # by which the region goes beyond the box of what was found
     network: Network
     train: Train  # of this network; its patch_shape counts coarse voxels
-    time_share: Annotated[float, Field(gt=0, lt=1)] = 0.15  # of --time-budget
+    time_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.15  # of --time-budget
 
     @model_validator(mode="after")
     def _weights_are_those_of_two_classes(self) -> Roi:
@@ -510,7 +491,6 @@ class Measure(Section):
 
 
 class Recipe(Section):
-    later = frozenset({"roi", "measure"})
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_]*$", max_length=200)]
     description: Text
     intended_use: Text = ""
@@ -562,8 +542,8 @@ class Recipe(Section):
             fine = self.preprocess.spacing_mm
             if fine != "auto" and math.prod(self.roi.spacing_mm) <= math.prod(fine):
                 yield "roi.spacing_mm is no coarser than preprocess.spacing_mm, so the first pass saves nothing"
-            if self.roi.time_share + (self.classify.time_share if self.classify else 0) >= 1:
-                yield "roi.time_share and classify.time_share leave no time for the network itself"
+            if self.roi.time_fraction + (self.classify.time_fraction if self.classify else 0) >= 1:
+                yield "roi.time_fraction and classify.time_fraction leave no time for the network itself"
 
     @property
     def coarse(self) -> Recipe | None:

@@ -279,7 +279,7 @@ def tiling_of(bundle: ModelBundle) -> Tiling:
     return Tiling(
         patch_shape=bundle.plan.patch_shape,
         overlap=infer.overlap,
-        mirror_axes=[WORLD_AXES[name] for name in infer.mirror_axes],
+        tta_axes=[WORLD_AXES[name] for name in infer.tta_axes],
         batch_size=infer.batch_size,
         margin=infer.margin,
     )

@@ -10,7 +10,7 @@ SHAPES = [(100, 100, 60), (64, 64, 32)]
 
 def work(seconds_per_tile=0.1, on_gpu=False, **settings):
     tiling = Tiling(
-        **({"patch_shape": (32, 32, 16), "overlap": 0.5, "mirror_axes": (0, 1, 2)} | settings)
+        **({"patch_shape": (32, 32, 16), "overlap": 0.5, "tta_axes": (0, 1, 2)} | settings)
     )
     return Work(tiling=tiling, shapes=SHAPES, seconds_per_tile=seconds_per_tile, on_gpu=on_gpu)
 
@@ -22,29 +22,25 @@ def test_the_time_is_that_of_all_tiles_and_copies_and_an_option_takes_what_a_run
     )
     assert dict(asked.options()) == pytest.approx(
         {
-            "--no-mirroring": work(mirror_axes=()).seconds,
+            "--no-tta": work(tta_axes=()).seconds,
             "--overlap 0": work(overlap=0.0).seconds,
-            "--no-mirroring --overlap 0": work(mirror_axes=(), overlap=0.0).seconds,
+            "--no-tta --overlap 0": work(tta_axes=(), overlap=0.0).seconds,
         }
     )
-    assert list(work(mirror_axes=(), overlap=0.0).options()) == []
-    assert [name for name, _ in work(overlap=0.0).options()] == ["--no-mirroring"]
+    assert list(work(tta_axes=(), overlap=0.0).options()) == []
+    assert [name for name, _ in work(overlap=0.0).options()] == ["--no-tta"]
 
 
 def test_without_a_gpu_and_over_ten_minutes_the_cheapest_option_comes_first():
     tiles = work().n_tiles
     asked = f"at most {tiles} tiles × 8 mirrored copies in 2 scans, about "
-    assert (
-        work(600 / tiles / 8)
-        .announcement()
-        .startswith(f"time: {asked}10 min; --no-mirroring about ")
-    )
+    assert work(600 / tiles / 8).announcement().startswith(f"time: {asked}10 min; --no-tta about ")
     long = work(601 / tiles / 8).announcement()
-    assert long.startswith("time: --no-mirroring --overlap 0 takes about ")
+    assert long.startswith("time: --no-tta --overlap 0 takes about ")
     assert long.endswith(f"as asked: {asked}10 min")
     assert work(601 / tiles / 8, on_gpu=True).announcement().startswith(f"time: {asked}")
     # Nothing is cheaper: it is said as it is.
-    assert work(100.0, mirror_axes=(), overlap=0.0).announcement().startswith("time: at most ")
+    assert work(100.0, tta_axes=(), overlap=0.0).announcement().startswith("time: at most ")
 
 
 class Slow:

@@ -38,7 +38,7 @@ PLAIN = {
 }
 
 
-def restored(backend, *, regions, empty_level, mirror_axes, dtype=torch.float32):
+def restored(backend, *, regions, empty_level, tta_axes, dtype=torch.float32):
     """Mask and confidence of a scan with air at one end, on an oblique grid of other voxels."""
     array = np.random.default_rng(0).normal(size=(1, 14, 20, 40)).astype(np.float32)
     array[..., 22:] = -3
@@ -46,9 +46,7 @@ def restored(backend, *, regions, empty_level, mirror_axes, dtype=torch.float32)
     trail = Trail(geometry, AxisOrder.of(geometry), BoundingBox.whole(geometry.shape), (14, 20, 40))
     values = list(range(1, N_CLASSES + (1 if regions else 0)))
     restorer = MaskRestorer(trail, values, axis=2, regions=regions, head=backend.head)
-    tiling = Tiling(
-        patch_shape=PATCH, overlap=0.5, empty_level=empty_level, mirror_axes=mirror_axes
-    )
+    tiling = Tiling(patch_shape=PATCH, overlap=0.5, empty_level=empty_level, tta_axes=tta_axes)
     n = N_CLASSES if backend.head is None else backend.head.n_features
     for slab in predict_slabs(ArrayPlanes(array), backend, tiling, n_classes=n, dtype=dtype):
         restorer.add(slab)
@@ -57,10 +55,10 @@ def restored(backend, *, regions, empty_level, mirror_axes, dtype=torch.float32)
 
 @pytest.mark.parametrize("kind", ["torch", "openvino"])
 @pytest.mark.parametrize(
-    ("regions", "empty_level", "mirror_axes"),
+    ("regions", "empty_level", "tta_axes"),
     [(False, None, (0, 2)), (False, -2.0, ()), (True, None, ())],
 )
-def test_a_head_that_is_put_off_gives_the_same_mask(kind, regions, empty_level, mirror_axes):
+def test_a_head_that_is_put_off_gives_the_same_mask(kind, regions, empty_level, tta_axes):
     if kind == "openvino" and not find_spec("openvino"):
         pytest.skip("openvino is not installed")
     shape = (1, 1, *PATCH)
@@ -74,7 +72,7 @@ def test_a_head_that_is_put_off_gives_the_same_mask(kind, regions, empty_level, 
         late = OpenVINOBackend(cut, shape, head=head)
     assert head is not None
     assert late.logits(np.zeros(shape, np.float32)).shape[1] == FEATURES
-    options = {"regions": regions, "empty_level": empty_level, "mirror_axes": mirror_axes}
+    options = {"regions": regions, "empty_level": empty_level, "tta_axes": tta_axes}
     expected, expected_confidence = restored(whole, **options)
     mask, confidence = restored(late, **options)
     assert len(np.unique(expected)) > 3
@@ -93,7 +91,7 @@ def test_in_half_precision_features_take_two_bytes_and_the_mask_hardly_changes()
     late = OpenVINOBackend(cut, shape, precision="fp16", head=head)
     assert late.logits(np.zeros(shape, np.float32)).dtype == np.float16
     whole = OpenVINOBackend(convert(network(), shape), shape, precision="fp16")
-    options = {"regions": False, "empty_level": None, "mirror_axes": (0,)}
+    options = {"regions": False, "empty_level": None, "tta_axes": (0,)}
     mask, confidence = restored(late, **options, dtype=torch.float16)
     expected, expected_confidence = restored(whole, **options)
     assert (mask == expected).mean() > 0.99

@@ -103,7 +103,7 @@ def test_streaming_equals_blending_all_at_once(shape, patch, overlap, axis, batc
 @given(SHAPES, PATCHES, st.floats(0, 0.8), st.sets(st.integers(0, 2)), st.integers(0, 5))
 def test_equal_tiles_blend_to_the_volume(shape, patch, overlap, mirror, margin):
     array = scan(shape)
-    tiling = Tiling(patch_shape=patch, overlap=overlap, mirror_axes=sorted(mirror), margin=margin)
+    tiling = Tiling(patch_shape=patch, overlap=overlap, tta_axes=sorted(mirror), margin=margin)
     found = predict_logits(array, Identity(), tiling, n_classes=2)
     np.testing.assert_allclose(found, np.concatenate([array, -array]), atol=1e-5)
 
@@ -131,7 +131,7 @@ def test_a_slab_is_handed_on_as_soon_as_no_later_tile_touches_it():
 
 def test_mirroring_averages_a_lopsided_network_to_a_symmetric_one():
     array = np.zeros((1, 8, 8, 8), np.float32)
-    tiling = Tiling(patch_shape=(8, 8, 8), overlap=0.5, mirror_axes=(0,))
+    tiling = Tiling(patch_shape=(8, 8, 8), overlap=0.5, tta_axes=(0,))
     np.testing.assert_allclose(
         predict_logits(array, Lopsided(), tiling, n_classes=3)[0], 3.5, atol=1e-5
     )

@@ -142,4 +142,4 @@ def test_a_voxel_that_is_none_is_refused_where_it_is_read(name, value, words, fo
     if name == "image":
         return  # of which nobody but the loss looks at each patch
     with pytest.raises(VolsegError, match=words):
-        sample_batch([case], (4, 3, 2), n=1, foreground_share=0.0, seed=0)
+        sample_batch([case], (4, 3, 2), n=1, foreground_fraction=0.0, seed=0)

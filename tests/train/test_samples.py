@@ -21,7 +21,7 @@ def test_a_patch_is_the_scan_inside_it_and_zero_outside():
 
 
 def test_foreground_patches_hold_the_lesion_and_all_lie_in_the_scan():
-    images, masks = sample_batch([case()], (8, 8, 8), n=200, foreground_share=0.5, seed=0)
+    images, masks = sample_batch([case()], (8, 8, 8), n=200, foreground_fraction=0.5, seed=0)
     assert (masks[:100].reshape(100, -1).max(axis=1) == 1).all()
     assert 0 < (masks[100:].reshape(100, -1).max(axis=1) == 1).mean() < 0.7
     assert (
@@ -36,7 +36,9 @@ def test_the_share_of_foreground_patches_holds_for_every_size_of_batch(n, share)
     corner = [case(shape=(60, 60, 60), lesion=(slice(0, 1),) * 3)]
     found = 0
     for step in range(50):
-        _, masks = sample_batch(corner, (8, 8, 8), n=n, foreground_share=share, seed=3, step=step)
+        _, masks = sample_batch(
+            corner, (8, 8, 8), n=n, foreground_fraction=share, seed=3, step=step
+        )
         found += int(masks.reshape(n, -1).max(axis=1).sum())
     assert found == pytest.approx(50 * n * share, abs=1)
 
@@ -48,23 +50,23 @@ def test_what_is_cut_round_a_patch_may_lie_outside_but_the_patch_reaches_every_b
             [case(lesion=corner)],
             (8, 8, 8),
             n=50,
-            foreground_share=1.0,
+            foreground_fraction=1.0,
             seed=0,
             cut_shape=(12, 10, 14),
         )
         assert masks.shape == (50, 12, 10, 14)
         assert (masks[:, 2:-2, 1:-1, 3:-3].reshape(50, -1).max(axis=1) == 1).all()
     whole = [case(lesion=None)]
-    patches, _ = sample_batch(whole, (8, 8, 8), n=20, foreground_share=0.0, seed=5)
+    patches, _ = sample_batch(whole, (8, 8, 8), n=20, foreground_fraction=0.0, seed=5)
     cuts, _ = sample_batch(
-        whole, (8, 8, 8), n=20, foreground_share=0.0, seed=5, cut_shape=(12, 10, 14)
+        whole, (8, 8, 8), n=20, foreground_fraction=0.0, seed=5, cut_shape=(12, 10, 14)
     )
     np.testing.assert_array_equal(cuts[:, :, 2:-2, 1:-1, 3:-3], patches)
 
 
 def test_a_scan_smaller_than_the_patch_is_centred_as_at_inference():
     small = case(shape=(6, 18, 4), lesion=None)
-    images, _ = sample_batch([small], (10, 8, 8), n=3, foreground_share=1.0, seed=0)
+    images, _ = sample_batch([small], (10, 8, 8), n=3, foreground_fraction=1.0, seed=0)
     filled = images[:, 0] != 0
     assert filled[:, 2:8, :, 2:6].all()
     assert filled.sum() == 3 * 6 * 8 * 4
@@ -74,23 +76,23 @@ def test_the_same_seed_gives_the_same_batch_and_another_one_does_not():
     cases = [case(name="a"), case(lesion=None, name="b")]
 
     def draw(seed):
-        return sample_batch(cases, (8, 8, 8), n=4, foreground_share=0.5, seed=seed)
+        return sample_batch(cases, (8, 8, 8), n=4, foreground_fraction=0.5, seed=seed)
 
     np.testing.assert_array_equal(draw(1)[0], draw(1)[0])
     assert not np.array_equal(draw(1)[0], draw(2)[0])
 
 
 def test_a_dataset_without_any_lesion_can_be_sampled():
-    _, masks = sample_batch([case(lesion=None)], (8, 8, 8), n=4, foreground_share=1.0, seed=0)
+    _, masks = sample_batch([case(lesion=None)], (8, 8, 8), n=4, foreground_fraction=1.0, seed=0)
     assert masks.max() == 0
 
 
 def test_each_patch_of_a_batch_can_be_drawn_by_itself():
     cases = [case(name="a"), case(lesion=None, name="b")]
-    images, masks = sample_batch(cases, (8, 8, 8), n=6, foreground_share=0.5, seed=3, step=7)
+    images, masks = sample_batch(cases, (8, 8, 8), n=6, foreground_fraction=0.5, seed=3, step=7)
     for part in ([0, 1, 2], [3, 4, 5], [5, 0]):
         own, own_masks = sample_batch(
-            cases, (8, 8, 8), n=6, foreground_share=0.5, seed=3, step=7, only=part
+            cases, (8, 8, 8), n=6, foreground_fraction=0.5, seed=3, step=7, only=part
         )
         np.testing.assert_array_equal(own, images[part])
         np.testing.assert_array_equal(own_masks, masks[part])

@@ -18,7 +18,7 @@ def test_an_imported_model_is_a_model_that_says_where_it_comes_from(tmp_path):
     assert check(tmp_path / "model") == []
     facts = report.details["model"]
     assert facts["channels"] == "CT (window)"
-    assert facts["networks per patch"] == "16: 2 folds × 8 with mirroring"
+    assert facts["networks per patch"] == "16: 2 folds × 8 with test-time augmentation"
     assert facts["nnU-Net trainer"] == "nnUNetTrainer"
     assert len([name for name in facts if name.startswith("fold_")]) == 2
 

@@ -260,10 +260,10 @@ def test_the_tiles_of_a_scan_alone_are_its_progress_and_those_of_several_a_stage
 
 
 @pytest.mark.parametrize(
-    ("overlap", "mirror_axes"), [(0.5, ("R", "S")), (0.25, ()), (0.0, ("A",)), (0.0, ())]
+    ("overlap", "tta_axes"), [(0.5, ("R", "S")), (0.25, ()), (0.0, ("A",)), (0.0, ())]
 )
 def test_the_cost_of_overlap_and_mirroring_is_said_as_it_is_then_paid(
-    overlap, mirror_axes, dataset, model, tmp_path
+    overlap, tta_axes, dataset, model, tmp_path
 ):
     from volseg.bundle import load_bundle, save_bundle
     from volseg.segment import load_model, segment_case
@@ -274,9 +274,9 @@ def test_the_cost_of_overlap_and_mirroring_is_said_as_it_is_then_paid(
     )  # no air: not cropped, and no tile is empty
     write_volume(tissue, tmp_path / "scan.nii.gz")
 
-    def paid(overlap, mirror_axes):
+    def paid(overlap, tta_axes):
         loaded = load_model(
-            with_infer(load_bundle(model), overlap=overlap, mirror_axes=mirror_axes), "cpu"
+            with_infer(load_bundle(model), overlap=overlap, tta_axes=tta_axes), "cpu"
         )
         counting = CountingBackend(loaded.segmentation)
         segment_case({"ct": tissue}, replace(loaded, segmentation=counting), case_id="scan")
@@ -289,14 +289,12 @@ def test_the_cost_of_overlap_and_mirroring_is_said_as_it_is_then_paid(
     )  # a quarter costs nothing on so small a scan, and then nothing is said of it
     if least < tiles:
         expected += f"; {least} without overlap (--overlap 0)"
-    if mirror_axes:
-        names = ", ".join(mirror_axes)
-        times = paid(overlap, mirror_axes) / tiles
-        expected += (
-            f"; each is run {times:g} times for mirroring over {names} (--no-mirroring: once)"
-        )
+    if tta_axes:
+        names = ", ".join(tta_axes)
+        times = paid(overlap, tta_axes) / tiles
+        expected += f"; each is run {times:g} times for test-time augmentation over {names} (--no-tta: once)"
     save_bundle(
-        with_infer(load_bundle(model), overlap=overlap, mirror_axes=mirror_axes), tmp_path / "model"
+        with_infer(load_bundle(model), overlap=overlap, tta_axes=tta_axes), tmp_path / "model"
     )
     said = []
     volseg.infer(

@@ -161,7 +161,9 @@ def test_a_time_budget_is_shared_by_both(dataset, recipe, tmp_path):
         dataset, recipe=endless, out=tmp_path / "m", epochs=20, time_budget_seconds=20, device="cpu"
     )
     first, second = (rows(tmp_path / "m" / name) for name in ("history_roi.csv", "history.csv"))
-    assert float(first[-1]["seconds"]) < recipe.roi.time_share * 20 + 3  # and the step that ends it
+    assert (
+        float(first[-1]["seconds"]) < recipe.roi.time_fraction * 20 + 3
+    )  # and the step that ends it
     assert float(second[-1]["learning_rate"]) < recipe.train.learning_rate / 2
 
 

@@ -161,7 +161,7 @@ def changed(recipe, **train):
 def test_a_loss_that_diverges_leaves_the_best_weights_until_then_or_says_what_to_do(
     dataset, tiny_recipe, tmp_path
 ):
-    wild = changed(tiny_recipe, learning_rate=1e30, gradient_norm=1e30)
+    wild = changed(tiny_recipe, learning_rate=1e30, max_grad_norm=1e30)
     with pytest.raises(VolsegError, match=r"the loss became .* lower train.learning_rate"):
         volseg.train(dataset, recipe=wild, out=tmp_path / "m", device="cpu")
     assert not (tmp_path / "m" / "model.json").exists()

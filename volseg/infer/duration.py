@@ -38,7 +38,7 @@ class Work:
     @property
     def n_copies(self) -> int:
         """How often the network is run over each of them."""
-        return 2 ** len(self.tiling.mirror_axes)
+        return 2 ** len(self.tiling.tta_axes)
 
     @property
     def seconds(self) -> float:
@@ -46,10 +46,10 @@ class Work:
 
     def options(self) -> Iterator[tuple[str, float]]:
         """What would take less time, as it is written on the command line, and seconds with it."""
-        plain = replace(self, tiling=replace(self.tiling, mirror_axes=()))
+        plain = replace(self, tiling=replace(self.tiling, tta_axes=()))
         coarse = replace(self, tiling=replace(self.tiling, overlap=0.0))
         both = replace(plain, tiling=replace(plain.tiling, overlap=0.0))
-        names = ("--no-mirroring", "--overlap 0", "--no-mirroring --overlap 0")
+        names = ("--no-tta", "--overlap 0", "--no-tta --overlap 0")
         is_open = (
             self.n_copies > 1,
             coarse.n_tiles < self.n_tiles,

@@ -281,7 +281,7 @@ def _pass_bytes(grid: Geometry, run: NetworkPass, *, half: bool) -> _PassBytes:
     window = 4 * channels * plane * (2 * source_planes + 3 * depth)
     members = len(run.bundle.members)
     summed = (
-        3 if tiling.mirror_axes else 2 if members > 1 else 1
+        3 if tiling.tta_axes else 2 if members > 1 else 1
     )  # sum, new logits, the same mirrored back
     share = 4 * ring_plane * depth if settings.crop == "body" else 0
     logits_bytes = 2 if run.half and run.head_is_off and not run.on_gpu else 4

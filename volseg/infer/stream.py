@@ -39,7 +39,7 @@ class Tiling:
 
     Args:
         overlap: smallest fraction of a patch shared with its neighbour, in [0, 1).
-        mirror_axes: axes among 0, 1, 2 over whose mirrored copies the logits are averaged; each doubles the work.
+        tta_axes: axes among 0, 1, 2 over whose mirrored copies the logits are averaged; each doubles the work.
         batch_size: tiles that go through the network together.
         margin: voxels by which the scan is continued beyond each face with its mirror image. The outermost voxels of a
             patch are those a network sees worst, and at a face of the scan no neighbouring patch makes up for it.
@@ -48,7 +48,7 @@ class Tiling:
 
     patch_shape: tuple[int, int, int]
     overlap: float
-    mirror_axes: Sequence[int] = ()
+    tta_axes: Sequence[int] = ()
     batch_size: int = 1
     margin: int = 0
     empty_level: float | None = None
@@ -367,18 +367,16 @@ def _run(
     on_tile: Callable[[bool], None],
 ) -> None:
     """Run the tiles that wait as one batch and blend them; none waits any more."""
-    logits = _mirrored_mean(torch.stack([tile for _, tile in waiting]), backend, tiling.mirror_axes)
+    logits = _mirrored_mean(torch.stack([tile for _, tile in waiting]), backend, tiling.tta_axes)
     for (place, _), tile in zip(waiting, logits, strict=True):
         ring.add(place, tile)
         on_tile(False)
     waiting.clear()
 
 
-def _mirrored_mean(
-    batch: torch.Tensor, backend: Backend, mirror_axes: Sequence[int]
-) -> torch.Tensor:
+def _mirrored_mean(batch: torch.Tensor, backend: Backend, tta_axes: Sequence[int]) -> torch.Tensor:
     """Mean of the logits over all combinations of mirrored axes, each mirrored back."""
-    axes = [axis + 2 for axis in mirror_axes]
+    axes = [axis + 2 for axis in tta_axes]
     flips = list(chain.from_iterable(combinations(axes, n) for n in range(len(axes) + 1)))
     total = run_on_device(backend, batch)
     if len(flips) == 1:

@@ -81,7 +81,7 @@ class Batches:
         ]
 
     def _cut(self, step: int) -> Cut:
-        settings, share = self._recipe.train.augment, self._recipe.train.foreground_share
+        settings, share = self._recipe.train.augment, self._recipe.train.foreground_fraction
         assert share != "auto", "the plan completed the recipe"
         return [
             sample_batch(
@@ -89,7 +89,7 @@ class Batches:
                 self._plan.patch_shape,
                 cut_shape=enlarged_shape(self._plan.patch_shape, settings),
                 n=self._total,
-                foreground_share=share,
+                foreground_fraction=share,
                 seed=self._seed,
                 step=step,
                 only=part,

@@ -40,7 +40,7 @@ from volseg.train.watch import Watch
 WARM_UP = 0.03  # share of the run in which the learning rate rises
 INTERRUPTED = "interrupted"  # why a run stopped
 DIVERGED = "E_DIVERGED"
-DIVERGED_FIX = "lower train.learning_rate in the recipe, or train.gradient_norm, and train again"
+DIVERGED_FIX = "lower train.learning_rate in the recipe, or train.max_grad_norm, and train again"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -391,7 +391,7 @@ class Run:
                     fabric.backward(loss)
                 total += loss.detach()
         fabric.clip_gradients(
-            self.network, self.optimizer, max_norm=train.gradient_norm, error_if_nonfinite=False
+            self.network, self.optimizer, max_norm=train.max_grad_norm, error_if_nonfinite=False
         )
         self.optimizer.step()
         self.state.step += 1

@@ -126,7 +126,7 @@ def _dice(
 def _tversky(
     both: torch.Tensor, extra: torch.Tensor, missed: torch.Tensor, settings: Loss
 ) -> torch.Tensor:
-    wrong = settings.tversky_extra * extra + settings.tversky_missed * missed
+    wrong = settings.tversky_fp_weight * extra + settings.tversky_fn_weight * missed
     return 1 - (both + SMOOTH) / (both + wrong + SMOOTH)
 
 

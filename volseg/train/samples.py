@@ -17,7 +17,7 @@ def sample_batch(
     patch_shape: tuple[int, int, int],
     *,
     n: int,
-    foreground_share: float,
+    foreground_fraction: float,
     seed: int,
     step: int = 0,
     only: Sequence[int] | None = None,
@@ -26,7 +26,7 @@ def sample_batch(
     """`n` random patches: images (n, channels, *cut_shape) float32 and masks (n, *cut_shape) uint8.
 
     The first of them hold a voxel of a label, each label of a case being equally likely; the others lie anywhere. How many the first are
-    differs from step to step, so that of all patches until then they are `foreground_share`, even with one patch a step. Outside the scan images and masks are 0.
+    differs from step to step, so that of all patches until then they are `foreground_fraction`, even with one patch a step. Outside the scan images and masks are 0.
 
     Args:
         only: indices of the patches of the batch that are wanted: each depends on the seed, the step and its index alone.
@@ -36,7 +36,9 @@ def sample_batch(
     Raises:
         VolsegError: a mask holds a class of no label.
     """
-    n_foreground = _whole((step + 1) * n * foreground_share) - _whole(step * n * foreground_share)
+    n_foreground = _whole((step + 1) * n * foreground_fraction) - _whole(
+        step * n * foreground_fraction
+    )
     chosen = [
         _place(
             cases,

@@ -68,7 +68,7 @@ def import_nnunet(
 def _facts(bundle: ModelBundle) -> dict[str, str]:
     """What was imported, for people and for --json."""
     recipe, plan = bundle.recipe, bundle.plan
-    folds, copies = len(bundle.weights), 2 ** len(recipe.infer.mirror_axes)
+    folds, copies = len(bundle.weights), 2 ** len(recipe.infer.tta_axes)
     facts = {
         "name": recipe.name,
         "network": f"{recipe.network.name}, {' '.join(map(str, recipe.network.settings['features']))} features",
@@ -78,7 +78,7 @@ def _facts(bundle: ModelBundle) -> dict[str, str]:
         ),
         "labels": ", ".join(f"{name} = {value}" for value, name in recipe.data.label_names.items()),
         "spacing": f"{' × '.join(f'{s:g}' for s in plan.spacing_mm)} mm, patch {' × '.join(map(str, plan.patch_shape))}",
-        "networks per patch": f"{folds * copies}: {folds} folds × {copies} with mirroring",
+        "networks per patch": f"{folds * copies}: {folds} folds × {copies} with test-time augmentation",
     }
     if recipe.data.regions_class_order is not None:
         facts["regions"] = (

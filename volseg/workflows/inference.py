@@ -57,7 +57,7 @@ def infer(
     backend: str = "auto",
     precision: str = "auto",
     overlap: float | None = None,
-    mirroring: bool = True,
+    tta: bool = True,
     inside: str | None = None,
     fast: bool = False,
     max_ram: str | int | None = None,
@@ -75,7 +75,7 @@ def infer(
         model: a folder made by `train`; None for the model that ships with volseg.
         backend: auto, torch or openvino. precision: auto, fp32, fp16 or int8 (see `choose_backend`).
         overlap: of tiles, a fraction of a patch; None for the recipe's.
-        mirroring: False leaves out the mirrored copies over which the recipe averages.
+        tta: False turns off the test-time augmentation that the recipe asks for.
         inside: `scan` or `body`, where tiles are run; None for the recipe's choice, which may be the region that a coarse first pass
             finds. Either word leaves that pass out.
         fast: resample linearly where the recipe says cubic.
@@ -100,9 +100,7 @@ def infer(
     out = Path(out)
     folder = shipped_bundle() if model is None else Path(model)
     bundle = load_bundle(folder)
-    changes = _changes(
-        bundle.recipe, overlap=overlap, mirroring=mirroring, inside=inside, fast=fast
-    )
+    changes = _changes(bundle.recipe, overlap=overlap, tta=tta, inside=inside, fast=fast)
     bundle = replace(bundle, recipe=_changed(bundle.recipe, changes))
     inputs = [Path(scans)] if isinstance(scans, Path | str) else [Path(scan) for scan in scans]
     data = bundle.recipe.data
@@ -288,10 +286,10 @@ def _bytes_per_voxel(headers: Sequence[NiftiHeader]) -> int:
 
 
 def _cost_of_tiles(shape: tuple[int, int, int], model: Model) -> str:
-    """How often the network is run over a prepared grid of this shape, and how much of that overlap and mirroring are."""
+    """How often the network is run over a prepared grid of this shape, and how much of that overlap and test-time augmentation are."""
     from volseg.segment import tiling_of
 
-    tiling, axes = tiling_of(model.bundle), model.bundle.recipe.infer.mirror_axes
+    tiling, axes = tiling_of(model.bundle), model.bundle.recipe.infer.tta_axes
     n, least = tiling.count(shape), replace(tiling, overlap=0).count(shape)
     patch = " × ".join(str(length) for length in tiling.patch_shape)
     coarse = (
@@ -304,7 +302,7 @@ def _cost_of_tiles(shape: tuple[int, int, int], model: Model) -> str:
         parts.append(f"{least} without overlap (--overlap 0)")
     if axes:
         parts.append(
-            f"each is run {2 ** len(axes)} times for mirroring over {', '.join(axes)} (--no-mirroring: once)"
+            f"each is run {2 ** len(axes)} times for test-time augmentation over {', '.join(axes)} (--no-tta: once)"
         )
     return "; ".join(parts)
 
@@ -318,12 +316,12 @@ def _known(plans: Mapping[str, MemoryPlan | VolsegError | None]) -> dict[str, Me
 
 
 def _changes(
-    recipe: Recipe, *, overlap: float | None, mirroring: bool, inside: str | None, fast: bool
+    recipe: Recipe, *, overlap: float | None, tta: bool, inside: str | None, fast: bool
 ) -> dict[str, Any]:
     """What the options change of the recipe; nothing where they say what it says."""
     wanted = {
         "infer.overlap": recipe.infer.overlap if overlap is None else overlap,
-        "infer.mirror_axes": recipe.infer.mirror_axes if mirroring else (),
+        "infer.tta_axes": recipe.infer.tta_axes if tta else (),
         "infer.inside": recipe.infer.inside if inside is None else inside,
         "preprocess.interpolation": "linear" if fast else recipe.preprocess.interpolation,
     }

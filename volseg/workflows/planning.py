@@ -249,7 +249,7 @@ def auto_recipe(dataset: Path, cases: Sequence[Case], progress: Progress = silen
         "train": {
             "patch_shape": "auto",
             "batch_size": "auto",
-            "foreground_share": "auto",
+            "foreground_fraction": "auto",
             "epochs": 300,
             "patience": 100,
             "augment": {"flip_axes": flips},

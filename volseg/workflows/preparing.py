@@ -329,10 +329,10 @@ def training_cases(dataset: Path, recipe: Recipe, seed: int, progress: Progress)
             fix="add a `label` column or a labels/ folder with the names of the images, and check the `split` column",
             code="E_DATASET",
         )
-    return _assign_splits(labelled, recipe.train.validation_share, seed)
+    return _assign_splits(labelled, recipe.train.validation_fraction, seed)
 
 
-def _assign_splits(cases: Sequence[Case], validation_share: float, seed: int) -> list[Case]:
+def _assign_splits(cases: Sequence[Case], validation_fraction: float, seed: int) -> list[Case]:
     """Cases with a split each: the dataset's own, or a share of the patients drawn with the seed."""
     if any(case.split == "val" for case in cases):
         return [case if case.split else replace(case, split="train") for case in cases]
@@ -343,7 +343,7 @@ def _assign_splits(cases: Sequence[Case], validation_share: float, seed: int) ->
             fix="add cases, or a `split` column with train and val",
             code="E_DATASET",
         )
-    n = min(len(patients) - 1, max(1, round(len(patients) * validation_share)))
+    n = min(len(patients) - 1, max(1, round(len(patients) * validation_fraction)))
     drawn = set(np.random.default_rng(seed).permutation(patients)[:n].tolist())
     return [
         replace(case, split="val" if (case.patient or case.id) in drawn else "train")

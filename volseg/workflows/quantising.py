@@ -158,7 +158,7 @@ def _calibration_patches(
             [case],
             bundle.plan.patch_shape,
             n=PATCHES_PER_CASE,
-            foreground_share=1 / PATCHES_PER_CASE,
+            foreground_fraction=1 / PATCHES_PER_CASE,
             seed=seed,
             step=number,
         )

@@ -722,7 +722,9 @@ class _Training:
             recipe,
             plan,
             self._settings(
-                recipe.roi.train, None if left is None else left * recipe.roi.time_share, freeze=()
+                recipe.roi.train,
+                None if left is None else left * recipe.roi.time_fraction,
+                freeze=(),
             ),
             team=self.team,
             folder=self.work / ROI_FOLDER,
@@ -754,7 +756,7 @@ class _Training:
         for_classifier = (
             0.0
             if recipe.classify is None
-            else (self.time.left() or 0.0) * recipe.classify.time_share
+            else (self.time.left() or 0.0) * recipe.classify.time_fraction
         )
         for_the_end = self._finishing(len(splits))
         trained: dict[int, Trained] = {}
@@ -899,7 +901,7 @@ def _steps_share(recipe: Recipe | None) -> float:
     """The share of the time from the first step on that goes into steps of the networks of the fine pass."""
     if recipe is None:
         return STEPS_SHARE
-    others = [part.time_share for part in (recipe.roi, recipe.classify) if part is not None]
+    others = [part.time_fraction for part in (recipe.roi, recipe.classify) if part is not None]
     return STEPS_SHARE * (1 - sum(others))
 
 
