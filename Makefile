@@ -21,6 +21,7 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports
+	$(BIN)/python tests/house_words.py
 
 docs: $(INSTALLED)
 	$(BIN)/python docs/make_columns.py
