@@ -47,7 +47,7 @@ MEASURED = {
     "headneck": ("openkbp_headneck_ct", ("pt_002", "pt_004"), "--objects labels --unit HU"),
     "glioma": ("lgg_mri_flair", ("TCGA_CS_4941_19960909", "TCGA_CS_4942_19970222"), ""),
 }  # fmt: skip
-N_NODULES = 12
+N_NODULES = 10
 PREPARED = ("hippocampus_001", "hippocampus_003", "hippocampus_006", "hippocampus_007")
 
 
@@ -77,7 +77,7 @@ def run(out: Path) -> None:
         started = time.monotonic()
         done = subprocess.run(
             [sys.executable, "-m", "volseg", *map(str, arguments)],
-            capture_output=True, text=True, check=False, env=os.environ | {"PYTHONPATH": str(ROOT)},
+            capture_output=True, text=True, check=False, env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         )  # fmt: skip
         codes = sorted(set(re.findall(r"\b[EW]_[A-Z_]+\b", done.stdout + done.stderr)))
         facts[name] = {"exit_code": done.returncode, "codes": codes, "files": facts_of(out / name)}
