@@ -1,0 +1,80 @@
+"""Settings of `volseg infer` and `volseg report`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from volseg.options.declare import amount, argument, option, optional_path, options, path, paths
+from volseg.options.shared import RESULTS, Announcing, Limited, OnDevice, Pictured, Progressing
+
+
+@options
+class InferOptions(OnDevice, Limited, Pictured, Announcing):
+    """Segment scans and measure every lesion.
+
+    Writes masks, lesions.csv and cases.csv. Each mask has the voxel grid of its scan. A lesion is a
+    group of connected voxels (26 neighbours) of one label; lesion 1 is the largest. A scan that
+    cannot be used becomes a failed row with the reason; the others are still processed. A second
+    call processes only scans that are missing or have changed. Masks that you corrected by hand
+    are kept; `volseg measure RESULTS` measures them.
+    """
+
+    scans: tuple[Path, ...] = argument(
+        "NIfTI files, folders of them, or tables of cases.", converter=paths
+    )
+    model: Path | None = option(
+        "Folder made by `volseg train`; default: the model that ships with volseg.",
+        default=None,
+        converter=optional_path,
+        short="-m",
+    )
+    out: Path = option(RESULTS, default="volseg_results", converter=path, short="-o")
+    backend: str = option(
+        "auto, torch or openvino; auto uses OpenVINO on a CPU where it is installed.",
+        default="auto",
+    )
+    precision: str = option(
+        "auto, fp32, fp16 (half precision, if the hardware supports it) or int8 (see "
+        "`volseg quantise`); auto is fp16 on a GPU and fp32 on a CPU.",
+        default="auto",
+    )
+    overlap: float | None = option(
+        "Overlap of neighbouring tiles, 0 to 0.9; default: the recipe's. 0.5 takes 8 times as long "
+        "as 0.",
+        default=None,
+    )
+    tta: bool = option(
+        "Test-time augmentation: average over flipped copies if the recipe does; each axis doubles "
+        "the time.",
+        default=True,
+        flag="--tta/--no-tta",
+    )
+    inside: str | None = option(
+        "Where to run tiles: scan (everywhere) or body (its bounding box only); default: the "
+        "recipe's. Either value skips the coarse first pass of a recipe with [roi].",
+        default=None,
+    )
+    max_vram: int | None = option(
+        "GPU memory limit, e.g. 8G; default: all free GPU memory.", default=None, converter=amount
+    )
+    fast: bool = option(
+        "Resample linearly where the recipe says cubic: faster, slightly less accurate.",
+        default=False,
+    )
+    accept_mismatch: bool = option(
+        "Also segment scans of another modality than the model's training scans, without density "
+        "or class.",
+        default=False,
+    )
+
+
+@options
+class ReportOptions(Progressing):
+    """Rebuild report.html and the scan pages of a results folder.
+
+    A scan that is no longer at its path keeps its earlier page, and report.html says so.
+    """
+
+    results: Path = argument(
+        "Results folder of `volseg infer` or `volseg measure`.", converter=path
+    )

@@ -1,0 +1,160 @@
+"""Settings of the commands that measure, evaluate and compare masks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from volseg.options.declare import argument, names, option, optional_path, options, path
+from volseg.options.shared import RESULTS, Announcing, Limited, Pictured
+
+if TYPE_CHECKING:
+    from volseg.recipe import Recipe
+
+
+@options
+class MeasureOptions(Limited, Pictured, Announcing):
+    """Measure the lesions in existing masks, without a model.
+
+    Reports volume, density, shape, diameters and position of every lesion. Give --image and --mask,
+    or --cases, or a results folder of `volseg infer` whose masks you corrected by hand.
+
+    `volseg columns` explains each number and gives its source; `volseg selftest` checks the
+    numbers against published values.
+    """
+
+    results: Path | None = argument(
+        "Results of `volseg infer`; masks corrected by hand are measured again.",
+        default=None,
+        converter=optional_path,
+    )
+    image: Path | None = option(
+        "Scan on which the mask was drawn, or a folder of scans.",
+        default=None,
+        converter=optional_path,
+    )
+    mask: Path | None = option(
+        "Mask on the grid of the scan, or a folder of masks with equal file names.",
+        default=None,
+        converter=optional_path,
+    )
+    cases: Path | None = option(
+        "Table or dataset with scans and masks, instead of --image and --mask.",
+        default=None,
+        converter=optional_path,
+    )
+    out: Path | None = option(
+        "Folder for the results (default: volseg_results); created if missing.",
+        default=None,
+        converter=optional_path,
+        short="-o",
+    )
+    objects: str = option(
+        "components: each connected part is a lesion. labels: each mask value is one.",
+        default="components",
+    )
+    label_names: Mapping[int, str] | Path | str | None = option(
+        "JSON object or CSV (columns label and name) that names the mask values; default: the "
+        "table in the mask file.",
+        default=None,
+        kind=Path,
+    )
+    intensity_unit: str | None = option(
+        "Unit of the intensities: HU, SUV or a.u.; default: guessed from the scan.",
+        default=None,
+        flag="--unit",
+    )
+    recipe: Path | str | Recipe | None = option(
+        "Take label names, unit and [measure] settings from this recipe.", default=None, kind=str
+    )
+    organ: str | None = option(
+        "Label (name or value) of the organ that contains the lesions; `burden` is the fraction of "
+        "its volume that they fill.",
+        default=None,
+    )
+    lymph_nodes: tuple[str, ...] = option(
+        "Label of lymph nodes, measured along their short axis; repeatable.",
+        default=(),
+        converter=names,
+        flag="--lymph-node",
+    )
+    calcium: bool = option("Also compute Agatston, volume and mass scores.", default=False)
+
+
+@options
+class EvaluateOptions(Limited, Announcing):
+    """Compare predicted masks with reference masks.
+
+    Writes evaluation.csv (a row per case and label: Dice, IoU, HD95, surface Dice at 1 and 2 mm,
+    volume error), detections.csv (a row per lesion, matched one to one), summary.json (means with
+    95 % intervals over patients), agreement.png (Bland-Altman and correlation of volumes) and, for
+    results of a model, froc.png. docs/evaluation.md defines each number.
+    """
+
+    reference: Path = option(
+        "Folder of reference masks, or a dataset that has them as labels.", converter=path
+    )
+    predicted: Path = option(
+        "Folder of predicted masks, or a results folder of `volseg infer`.", converter=path
+    )
+    out: Path = option(RESULTS, converter=path, short="-o")
+    min_iou: float = option(
+        "IoU from which a lesion counts as detected; at 0, one shared voxel is enough.", default=0.0
+    )
+
+
+@options
+class CompareOptions(Limited, Announcing):
+    """Match lesions at two time points and apply RECIST 1.1.
+
+    Registers the later scan to the earlier one (rigidly), then matches lesions one to one, by
+    overlap, else by distance. comparison.csv has a row per matched, new, gone, merged or split
+    lesion; response.csv a row per patient with the rule that decided. Scans without a partner and
+    patients that cannot be compared have a row too. A second call compares only what is missing
+    or has changed.
+    """
+
+    baseline: Path = argument(
+        "Results of `volseg infer` or `volseg measure` on the earlier scans.", converter=path
+    )
+    followup: Path = argument("Results on the later scans.", converter=path)
+    out: Path = option(
+        "Folder for comparison.csv and response.csv; created if missing.",
+        converter=path,
+        short="-o",
+    )
+    pairs: Path | None = option(
+        "CSV with the columns patient, baseline and followup (case ids), one line per pair of "
+        "scans; a patient may have several. Default: equal ids are the same patient.",
+        default=None,
+        converter=optional_path,
+    )
+    baseline_scans: Path | None = option(
+        "Folder with the earlier scans, found by file name.", default=None, converter=optional_path
+    )
+    followup_scans: Path | None = option(
+        "Folder with the later scans, found by file name.", default=None, converter=optional_path
+    )
+    registration: bool = option(
+        "Register the later scan to the earlier one, or rely on their world coordinates, which "
+        "needs no scans.",
+        default=True,
+        flag="--registration/--no-registration",
+    )
+    max_distance_mm: float = option(
+        "Largest distance in mm between the centroids of two lesions that are matched although "
+        "they do not overlap.",
+        default=10.0,
+        flag="--max-distance",
+    )
+    lymph_nodes: tuple[str, ...] = option(
+        "Label of lymph nodes, which count by their short axis; repeatable. Default: the labels "
+        "measured as lymph nodes.",
+        default=(),
+        converter=names,
+        flag="--lymph-node",
+    )
+    figures: bool = option(
+        "Also write a PNG per patient: the lesion that changed most, at both times.", default=False
+    )

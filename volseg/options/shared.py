@@ -1,0 +1,66 @@
+"""Settings that several commands share."""
+
+from __future__ import annotations
+
+from volseg.options.declare import (
+    Announce,
+    Options,
+    Progress,
+    amount,
+    callback,
+    ignore_progress,
+    ignore_text,
+    option,
+    options,
+)
+
+MAX_SEED, MAX_COUNT = 2**32 - 1, 1_000_000
+DATASET = (
+    "Dataset: CSV table, folder with cases.csv, folder with images/ and labels/, nnU-Net raw "
+    "folder or Decathlon folder."
+)
+RESULTS = "Folder for the results; created if missing."
+
+
+@options
+class Progressing(Options):
+    progress: Progress = callback(ignore_progress)
+
+
+@options
+class Announcing(Progressing):
+    announce: Announce = callback(ignore_text)
+
+
+@options
+class OnDevice(Options):
+    device: str = option("auto, cpu or cuda; auto uses a GPU if there is one.", default="auto")
+
+
+@options
+class Seeded(Options):
+    seed: int = option(
+        "Seed of every random choice, e.g. of validation cases and batches.",
+        default=0,
+        least=0,
+        most=MAX_SEED,
+    )
+
+
+@options
+class Limited(Options):
+    max_ram: int | None = option(
+        "Main memory limit, e.g. 4G; a case that does not fit becomes a failed row.",
+        default=None,
+        converter=amount,
+    )
+
+
+@options
+class Pictured(Options):
+    figures: bool = option("Also write a PNG per scan with its lesions outlined.", default=False)
+    pages: bool = option(
+        "Write report.html and a page per scan that shows its lesions.",
+        default=True,
+        flag="--report/--no-report",
+    )

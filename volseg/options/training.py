@@ -1,0 +1,216 @@
+"""Settings of the commands that make models."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from volseg.options.declare import (
+    Options,
+    amount,
+    argument,
+    listed_names,
+    names,
+    option,
+    optional_path,
+    options,
+    path,
+    seconds,
+)
+from volseg.options.shared import (
+    DATASET,
+    MAX_COUNT,
+    RESULTS,
+    Announcing,
+    OnDevice,
+    Progressing,
+    Seeded,
+)
+
+if TYPE_CHECKING:
+    from volseg.recipe import Recipe
+
+
+@options
+class PlanningOptions(OnDevice, Seeded):
+    """What planning needs."""
+
+    memory: int | None = option(
+        "Memory limit for training, e.g. 8G: GPU memory, or main memory on a CPU.",
+        default=None,
+        converter=amount,
+        flag="--vram",
+    )
+    recipe: Path | str | Recipe | None = option(
+        "TOML file or name of a shipped recipe, which overrides the plan; without it, everything "
+        "is planned.",
+        default=None,
+        kind=str,
+    )
+
+
+@options
+class TimedOptions(PlanningOptions):
+    time_budget_seconds: float | None = option(
+        "Time limit for the whole command, e.g. 90s, 20m or 1.5h; the learning-rate schedule ends "
+        "with it.",
+        default=None,
+        converter=seconds,
+        flag="--time-budget",
+    )
+    folds: int | None = option(
+        "Number of cross-validation folds: one network per fold, used as an ensemble.",
+        default=None,
+        least=1,
+        most=20,
+    )
+
+
+@options
+class PreprocessOptions(PlanningOptions, Progressing):
+    """Resample, crop and normalise a dataset for training.
+
+    Writes a memory-mapped array and a JSON file per case, and prints the dataset's fingerprint.
+    Skips the test split. A second call prepares only cases that are missing or have changed. If
+    the recipe leaves network and patch size to the plan, --vram sets the memory they must fit.
+    """
+
+    dataset: Path = argument(DATASET, converter=path)
+    out: Path = option(RESULTS, converter=path, short="-o")
+    plan: Path | None = option(
+        "Plan written by `volseg plan --out`; you may edit it first.",
+        default=None,
+        converter=optional_path,
+    )
+
+
+@options
+class PlanOptions(TimedOptions, Progressing):
+    """Show the planned training settings, each with a reason.
+
+    Covers spacing, intensities, patches and network. Nothing is trained or prepared. With --out,
+    the plan becomes a JSON file that you can edit and pass to `volseg train --plan`.
+    """
+
+    dataset: Path = argument(DATASET, converter=path)
+    out: Path | None = option(
+        "Also write the plan to this JSON file, for --plan.",
+        default=None,
+        converter=optional_path,
+        short="-o",
+    )
+
+
+@options
+class TrainOptions(TimedOptions, Announcing):
+    """Train a segmentation model on scans and masks.
+
+    Also trains a coarse first pass and a lesion classifier if the recipe asks for them. The
+    weights with the best validation Dice are saved in a model folder with a model card. Ctrl-C
+    stops and keeps the best model so far; --resume continues. With --time-budget, the
+    learning-rate schedule ends within the budget.
+    """
+
+    dataset: Path = argument(f"{DATASET} Or a folder made by `volseg preprocess`.", converter=path)
+    out: Path = option("Folder for the model.", converter=path, short="-o")
+    recipe: Path | str | Recipe | None = option(
+        "TOML file or name of a shipped recipe; a prepared folder brings its own. Without a "
+        "recipe, everything is planned and the model is cross-validated.",
+        default=None,
+        kind=str,
+    )
+    plan: Path | None = option(
+        "Plan written by `volseg plan --out`; you may edit it first.",
+        default=None,
+        converter=optional_path,
+    )
+    epochs: int | None = option(
+        "Number of epochs; overrides the recipe.", default=None, least=1, most=MAX_COUNT
+    )
+    patience: int | None = option(
+        "Stop after this many epochs without a new best Dice.",
+        default=None,
+        least=1,
+        most=MAX_COUNT,
+    )
+    resume: bool = option("Continue the interrupted run in --out.", default=False)
+    init: Path | None = option(
+        "Model folder whose weights training starts from.", default=None, converter=optional_path
+    )
+    freeze: tuple[str, ...] = option(
+        "Freeze the layers that match this pattern, e.g. 'downsamples.*'; repeatable.",
+        default=(),
+        converter=names,
+    )
+    fold: int | None = option(
+        "Validate on this fifth of the patients, train on the others.",
+        default=None,
+        least=0,
+        most=4,
+    )
+    devices: int = option(
+        "Number of GPUs (on a CPU: processes) that share each batch; torchrun and SLURM set it "
+        "themselves.",
+        default=1,
+        least=1,
+        most=1024,
+    )
+    precision: str = option(
+        "auto, fp32 or half; auto is half (bfloat16) on GPUs and on CPUs that support it.",
+        default="auto",
+    )
+    preview: bool = option(
+        "Only prepare the data and draw augmented patches with masks.", default=False
+    )
+
+
+@options
+class QuantiseOptions(Progressing):
+    """Add an int8 network to a model, for faster CPU inference.
+
+    Use it with `volseg infer --precision int8`; it is slightly less accurate. Prints the change in
+    Dice on the validation cases and stores it with the network. Needs volseg[cpu].
+    """
+
+    model: Path = argument(
+        "Folder made by `volseg train`; the int8 network is added to it.", converter=path
+    )
+    dataset: Path = argument(
+        "Dataset that the model was trained on, or its `volseg preprocess` folder.", converter=path
+    )
+    cases: int = option(
+        "Calibrate with at most this many training cases.", default=30, least=1, most=MAX_COUNT
+    )
+    seed: int = option(
+        "Seed of training, which selected the validation cases.",
+        default=0,
+        least=0,
+        most=2**32 - 1,
+    )
+
+
+@options
+class ImportOptions(Options):
+    """Convert a trained nnU-Net v2 model to a volseg model.
+
+    Does not need nnU-Net. Run the result with `volseg infer --model MODEL`. Supports plain and
+    residual-encoder U-Nets in 3D. Spacing, axes, normalisation, labels and test-time augmentation
+    follow the model's plans; several folds become an ensemble. No code in the checkpoint is
+    executed: a checkpoint that contains anything but weights is refused.
+    """
+
+    folder: Path = argument(
+        "Folder <trainer>__<plans>__<configuration> of a trained model, with plans.json, "
+        "dataset.json and fold_*.",
+        converter=path,
+    )
+    out: Path = option("Folder for the model.", converter=path, short="-o")
+    folds: tuple[str, ...] | None = option(
+        "Folds to use as an ensemble, e.g. 0,1,2 or all; default: every numbered one.",
+        default=None,
+        converter=listed_names,
+    )
+    checkpoint: str = option(
+        "Checkpoint file to take from each fold, e.g. checkpoint_best.pth.",
+        default="checkpoint_final.pth",
+    )
