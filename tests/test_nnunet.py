@@ -555,15 +555,15 @@ def test_the_dice_that_nnunet_measured_goes_to_the_card(tmp_path):
     [
         (made.plans(CASCADE), "second stage of a cascade"),
         (made.plans(FLAT), "is 2D"),
-        (with_configuration(architecture=made.architecture("PrimusM")), "architecture 'PrimusM' is unknown; known are Pl"),
+        (with_configuration(architecture=made.architecture("PrimusM")), "architecture 'PrimusM' is unknown; volseg supports Pl"),
         (with_network(conv_op="torch.nn.modules.conv.Conv2d"), "not 3D"),
-        (with_network(norm_op="torch.nn.modules.batchnorm.BatchNorm3d"), "known is InstanceNorm3d"),
-        (with_network(nonlin="torch.nn.GELU"), "known are LeakyReLU and ReLU"),
+        (with_network(norm_op="torch.nn.modules.batchnorm.BatchNorm3d"), "volseg supports InstanceNorm3d"),
+        (with_network(nonlin="torch.nn.GELU"), "volseg supports LeakyReLU and ReLU"),
         (with_network(nonlin_first=True), "nonlin_first"),
         (with_network("ResidualEncoderUNet", block="x.BottleneckD", bottleneck_channels=8), "BottleneckD"),
         (with_network(strides=None), "not described as nnU-Net does"),
         (with_network(n_conv_per_stage=[2, 2]), "2 stages down"),
-        (with_configuration(normalization_schemes=["MyNorm"]), "normalisation 'MyNorm' is unknown; known are CT"),
+        (with_configuration(normalization_schemes=["MyNorm"]), "normalisation 'MyNorm' is unknown; volseg supports CT"),
         (with_configuration(normalization_schemes=["CTNormalization"] * 2), "normalises 2 channels, but dataset.json names 1"),
         (with_configuration(preprocessor_name="MyPreprocessor"), "preprocessor 'MyPreprocessor' is unknown"),
         (with_configuration(resampling_fn_data="no_resampling_hack"), "'no_resampling_hack' is unknown"),
@@ -576,7 +576,7 @@ def test_the_dice_that_nnunet_measured_goes_to_the_card(tmp_path):
         (made.plans(transpose_forward=[0, 1, 1]), "transpose must hold 0, 1 and 2"),
         (made.plans(foreground_intensity_properties_per_channel={}), "has no intensity statistics"),
         (made.plans({"3d_fullres": {"inherits_from": "3d_fullres"}}), "missing or itself"),
-        (made.plans({"3d_fullres": {"UNet_class_name": "PlainConvUNet", "patch_size": [8] * 3}}), "old form lacks"),
+        (made.plans({"3d_fullres": {"UNet_class_name": "PlainConvUNet", "patch_size": [8] * 3}}), "written before nnU-Net v2.4, but lacks"),
     ],
 )  # fmt: skip
 def test_what_volseg_cannot_do_is_refused_in_one_line_with_its_name(plans, message, tmp_path):

@@ -453,12 +453,13 @@ def check_budget(plan: Plan, recipe: Recipe, budget: Budget) -> None:
         if replace(size, batch_size=batch).training_bytes(channels, outputs, half=budget.half)
         <= budget.memory
     ]
+    enough = math.ceil(needed / 2**30 * 10) / 10
     number = f"batch_size {smaller[-1]}" if smaller else "a smaller patch_shape"
     raise VolsegError(
         f"a step with patch {_times(size.patch_shape)}, batch {size.batch_size} and features "
         f"{', '.join(map(str, size.features))} takes about {needed / 2**30:.2f} GB, and the budget "
         f"is {budget.memory / 2**30:.2f} GB",
-        fix=f"give --vram {math.ceil(needed / 2**30 * 10) / 10:g}G, or {number} in the plan or recipe",
+        fix=f"give --vram {enough:g}G, or {number} in the plan or recipe",
         code="E_BUDGET",
     )
 
@@ -647,7 +648,7 @@ def _times(numbers: Iterable[float]) -> str:
 def _spacing(fingerprint: DatasetFingerprint) -> tuple[tuple[float, float, float], str]:
     """Return the median spacing per axis, and why.
 
-    A strongly anisotropic axis takes the 10th percentile, so that scans with thin slices keep detail.
+    A strongly anisotropic axis takes the 10th percentile, so scans with thin slices keep detail.
     """
     spacings = np.array(fingerprint.spacings_mm)
     spacing, why = np.median(spacings, axis=0), "the median of the training scans"

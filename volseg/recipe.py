@@ -503,9 +503,9 @@ class Recipe(Section):
         if self.roi is not None:
             fine = self.preprocess.spacing_mm
             if fine != "auto" and math.prod(self.roi.spacing_mm) <= math.prod(fine):
-                yield "roi.spacing_mm must be coarser than preprocess.spacing_mm, else it saves no time"
+                yield "roi.spacing_mm must be coarser than preprocess.spacing_mm"
             if self.roi.time_fraction + (self.classify.time_fraction if self.classify else 0) >= 1:
-                yield "roi.time_fraction + classify.time_fraction must be < 1: the rest trains the network"
+                yield "roi.time_fraction + classify.time_fraction must be less than 1"
 
     @property
     def coarse(self) -> Recipe | None:
