@@ -41,10 +41,10 @@ def test_a_shipped_recipe_can_be_used_and_starts_with_its_command(path):
     network = build_network(
         recipe.network.name, in_channels=1, out_channels=2, **recipe.network.settings
     )
-    total = [1, 1, 1]
+    divisors = [1, 1, 1]
     for stride in recipe.network.settings["strides"]:
-        total = [a * b for a, b in zip(total, stride, strict=True)]
-    assert all(p % t == 0 for p, t in zip(recipe.train.patch_shape, total, strict=True))
+        divisors = [a * b for a, b in zip(divisors, stride, strict=True)]
+    assert all(n % d == 0 for n, d in zip(recipe.train.patch_shape, divisors, strict=True))
     assert sum(p.numel() for p in network.parameters()) > 1000
 
 
@@ -145,7 +145,7 @@ def test_an_unknown_name_lists_the_shipped_ones():
         load_recipe("lung_nodules")
 
 
-def test_a_file_that_is_no_toml_is_named_with_its_line(tmp_path):
+def test_a_file_that_is_not_toml_is_named_with_its_line(tmp_path):
     path = tmp_path / "bad.toml"
     path.write_text("name = \n")
     with pytest.raises(VolsegError, match=r"bad\.toml: not a TOML file .*line 1"):
@@ -168,12 +168,8 @@ def test_the_recipe_of_the_first_pass_is_that_of_any_label_on_a_coarser_grid():
     content = tomllib.loads(MINIMAL.replace("{ lesion = 1 }", "{ a = 3, b = 1 }") + ROI)
     recipe = parse_recipe(content, where="r.toml")
     coarse = recipe.coarse
-    assert (recipe.roi.margin_mm, coarse.roi, coarse.classify, coarse.postprocess) == (
-        20.0,
-        None,
-        None,
-        (),
-    )
+    assert recipe.roi.margin_mm == 20.0
+    assert (coarse.roi, coarse.classify, coarse.postprocess) == (None, None, ())
     assert (coarse.data.n_outputs, coarse.data.channels) == (2, recipe.data.channels)
     assert coarse.preprocess.spacing_mm == (4.0, 4.0, 4.0)
     assert coarse.preprocess.normalise == recipe.preprocess.normalise
@@ -190,7 +186,8 @@ def test_the_recipe_of_the_first_pass_is_that_of_any_label_on_a_coarser_grid():
         ({"spacing_mm": [4, 0, 4]}, "roi.spacing_mm.1"),
         (
             {"margn_mm": 3},
-            "roi.margn_mm: unknown key; known keys are spacing_mm, margin_mm, network, train, time_fraction",
+            "roi.margn_mm: unknown key; known keys are spacing_mm, margin_mm, network, train, "
+            "time_fraction",
         ),
         ({"train": {}}, "roi.train.patch_shape"),
         (
