@@ -238,7 +238,7 @@ def write_model(
     name: str = FOLDER,
     checkpoint_name: str = "checkpoint_final.pth",
 ) -> Path:
-    """Write a trained folder; `folds` maps fold names to checkpoints, by default a plain network."""
+    """Write a trained folder; `folds` maps fold names to checkpoints (default: a plain network)."""
     folder = parent / name
     for fold, content in (folds or {"0": checkpoint(state_dict())}).items():
         (folder / f"fold_{fold}").mkdir(parents=True)

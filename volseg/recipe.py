@@ -332,7 +332,7 @@ class Infer(Section):
     # Test-time augmentation (TTA): average over flipped copies; each axis doubles the time.
     tta_axes: tuple[Literal["R", "A", "S"], ...] = ()
     batch_size: BatchSize = 1
-    # voxels of reflect padding beyond each face of the scan
+    # voxels of symmetric padding beyond each face of the scan
     margin: Annotated[int, Field(ge=0, le=1024)] = 0
     # Where tiles are run: in the whole scan, or only in the box of its body, outside which the mask
     # is background. Unlike `crop = "body"` this keeps the grid on which the network sees the scan.
