@@ -53,11 +53,11 @@ SAMPLES_PER_CASE = 10_000
 # An axis this many times coarser than the finest is resampled to a low percentile, not the median.
 ANISOTROPY = 3.0
 LESIONS_PER_CASE = 1000  # whose extent is kept: the largest of a case
-CRUMB_SHARE = 0.01  # of the largest lesion of a case; smaller components do not count as lesions
+CRUMB_FRACTION = 0.01  # of the largest lesion of a case; smaller components do not count as lesions
 SMALLEST_PATCH = 16  # voxels along an axis, or the whole scan: less shows no context
 LARGEST_LESION = 128**3  # voxels of a patch that lesions may ask for: organs are seen part by part
 FEW_SLICES = 8  # of the median scan along its shortest axis: hardly a volume
-SMALL_SHARE = 0.1  # of the median scan in a patch, below which context is missing
+SMALL_FRACTION = 0.1  # of the median scan in a patch, below which context is missing
 # (labelled fraction of the voxels up to which it holds, fraction of patches centred on a label)
 RARITY = ((0.001, 0.67), (0.05, 0.5), (1.0, 0.34))
 DEFAULT_BUDGET = Budget(memory=8 << 30)
@@ -333,7 +333,7 @@ def fingerprint_case(
 def _lesion_extents_mm(reference: Volume) -> tuple[tuple[float, float, float], ...]:
     """Return the extents along R, A, S of the largest lesions of a mask."""
     lesions = label_lesions(reference.array, reference.geometry)
-    smallest = CRUMB_SHARE * max(lesions.n_voxels, default=0)
+    smallest = CRUMB_FRACTION * max(lesions.n_voxels, default=0)
     n = min(LESIONS_PER_CASE, sum(size >= smallest for size in lesions.n_voxels))
     order, spacing = AxisOrder.of(reference.geometry), reference.geometry.spacing_mm
     extents = []
@@ -616,7 +616,7 @@ def _dimensions(median: tuple[float, float, float], patch_shape: tuple[int, int,
             f"nearly 2D, with {min(median):.0f} slices: a patch holds all of them, and kernels are "
             "flat where slices are thick"
         )
-    elif seen < SMALL_SHARE:
+    elif seen < SMALL_FRACTION:
         reason = (
             f"a patch covers {seen:.0%} of a scan; a coarse first pass ([roi] in the recipe) "
             "would give it context"
