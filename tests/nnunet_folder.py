@@ -1,6 +1,6 @@
-"""Trained folders in the layout of nnU-Net v2, made without it, and its two networks written out as bare functions.
+"""Trained folders in the layout of nnU-Net v2, made without it, and its networks as functions.
 
-The tensors' names and the order of the layers are facts about nnU-Net's files; `logits_of` follows them without any class of volseg.
+Names of tensors and order of layers are those of nnU-Net's files; `logits_of` uses no volseg class.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def architecture(kind: str = "PlainConvUNet", **changes: Any) -> dict[str, Any]:
 
 
 def configuration(**changes: Any) -> dict[str, Any]:
-    """A 3D configuration of plans.json; a change to None takes the key away."""
+    """Return a 3D configuration of plans.json; a change to None removes the key."""
     resampling = {"is_seg": False, "order": 3, "order_z": 0, "force_separate_z": None}
     content = {
         "data_identifier": "nnUNetPlans_3d_fullres",
@@ -77,15 +77,15 @@ def plans(configurations: Mapping[str, Any] | None = None, **changes: Any) -> di
         "percentile_00_5": -900.0,
         "percentile_99_5": 300.0,
     }
+    if configurations is None:
+        configurations = {"3d_fullres": configuration()}
     content = {
         "dataset_name": "Dataset007_Test",
         "plans_name": "nnUNetPlans",
         "image_reader_writer": "SimpleITKIO",
         "transpose_forward": [0, 1, 2],
         "transpose_backward": [0, 1, 2],
-        "configurations": {"3d_fullres": configuration()}
-        if configurations is None
-        else dict(configurations),
+        "configurations": dict(configurations),
         "label_manager": "LabelManager",
         "foreground_intensity_properties_per_channel": {str(n): statistics for n in range(4)},
     }
@@ -105,7 +105,7 @@ def dataset(**changes: Any) -> dict[str, Any]:
 def state_dict(
     kind: str = "PlainConvUNet", *, channels: int = 1, heads: int = 3, seed: int = 0
 ) -> dict[str, Any]:
-    """Random weights under nnU-Net's names, with its repetitions and with a head per level."""
+    """Return random weights under nnU-Net's names, with its repetitions and a head per level."""
     generator = torch.Generator().manual_seed(seed)
     state: dict[str, torch.Tensor] = {}
 
@@ -119,8 +119,8 @@ def state_dict(
         parts |= {"norm.weight": 1 + 0.3 * numbers(width), "norm.bias": numbers(width)}
         for part, tensor in parts.items():
             state[f"{name}.{part}"] = tensor
-            again = part.replace("conv", "all_modules.0").replace("norm", "all_modules.1")
-            state[f"{name}.{again}"] = tensor
+            alias = part.replace("conv", "all_modules.0").replace("norm", "all_modules.1")
+            state[f"{name}.{alias}"] = tensor
 
     before = channels
     if kind == "ResidualEncoderUNet":
@@ -145,15 +145,10 @@ def state_dict(
         level = len(FEATURES) - 2 - s
         width = FEATURES[level]
         for i in range(n):
-            layer(
-                f"decoder.stages.{s}.convs.{i}",
-                2 * width if i == 0 else width,
-                width,
-                KERNELS[level],
-            )
-        state[f"decoder.transpconvs.{s}.weight"] = numbers(
-            FEATURES[level + 1], width, *STRIDES[level + 1]
-        )
+            before = 2 * width if i == 0 else width
+            layer(f"decoder.stages.{s}.convs.{i}", before, width, KERNELS[level])
+        weight = numbers(FEATURES[level + 1], width, *STRIDES[level + 1])
+        state[f"decoder.transpconvs.{s}.weight"] = weight
         state[f"decoder.transpconvs.{s}.bias"] = numbers(width)
         state[f"decoder.seg_layers.{s}.weight"] = numbers(heads, width, 1, 1, 1)
         state[f"decoder.seg_layers.{s}.bias"] = numbers(heads)
@@ -161,7 +156,10 @@ def state_dict(
 
 
 def logits_of(state: Mapping[str, torch.Tensor], patch: torch.Tensor) -> torch.Tensor:
-    """The network of a `state_dict`, layer by layer: (N, channels, X, Y, Z) → (N, heads, X, Y, Z)."""
+    """Run the network of a `state_dict` layer by layer.
+
+    (N, channels, X, Y, Z) → (N, heads, X, Y, Z).
+    """
 
     def layer(
         x: torch.Tensor, name: str, stride: Sequence[int] = (1, 1, 1), active: bool = True
@@ -175,15 +173,14 @@ def logits_of(state: Mapping[str, torch.Tensor], patch: torch.Tensor) -> torch.T
         return functional.leaky_relu(x, 0.01) if active else x
 
     def block(x: torch.Tensor, name: str, stride: Sequence[int]) -> torch.Tensor:
-        aside = (
-            functional.avg_pool3d(x, tuple(stride), tuple(stride)) if math.prod(stride) > 1 else x
-        )
+        skip = x
+        if math.prod(stride) > 1:
+            skip = functional.avg_pool3d(x, tuple(stride), tuple(stride))
         for number in (0, 1):
             if f"{name}.skip.{number}.conv.weight" in state:
-                aside = layer(aside, f"{name}.skip.{number}", active=False)
-        return functional.leaky_relu(
-            layer(layer(x, f"{name}.conv1", stride), f"{name}.conv2", active=False) + aside, 0.01
-        )
+                skip = layer(skip, f"{name}.skip.{number}", active=False)
+        x = layer(layer(x, f"{name}.conv1", stride), f"{name}.conv2", active=False)
+        return functional.leaky_relu(x + skip, 0.01)
 
     x, skips = patch, []
     if "encoder.stem.convs.0.conv.weight" in state:
@@ -210,7 +207,7 @@ def logits_of(state: Mapping[str, torch.Tensor], patch: torch.Tensor) -> torch.T
 
 
 def checkpoint(weights: Mapping[str, torch.Tensor], **changes: Any) -> dict[str, Any]:
-    """What nnU-Net's trainer saves: the weights among momenta, a log of NumPy scalars, and the arguments it was made with."""
+    """Return what nnU-Net's trainer saves: weights, momenta, a log of NumPy scalars, arguments."""
     content = {
         "network_weights": dict(weights),
         "optimizer_state": {
@@ -241,7 +238,7 @@ def write_model(
     name: str = FOLDER,
     checkpoint_name: str = "checkpoint_final.pth",
 ) -> Path:
-    """A trained folder; `folds` maps a fold's name to the content of its checkpoint, by default one with a plain network."""
+    """Write a trained folder; `folds` maps fold names to checkpoints (default: a plain network)."""
     folder = parent / name
     for fold, content in (folds or {"0": checkpoint(state_dict())}).items():
         (folder / f"fold_{fold}").mkdir(parents=True)

@@ -25,17 +25,14 @@ def test_save_then_load_gives_equal_logits_of_both_networks(model, tmp_path):
         (lambda b: b.segmentation_network(), patch),
         (lambda b: b.classifier_network(), slices),
     ):
-        one, two = (
+        before, after = (
             TorchBackend(build(bundle), torch.device("cpu")).logits(batch)
             for bundle in (first, second)
         )
-        np.testing.assert_array_equal(one, two)
-        assert np.ptp(one) > 0
-    assert (second.recipe, second.plan, second.fingerprint) == (
-        first.recipe,
-        first.plan,
-        first.fingerprint,
-    )
+        np.testing.assert_array_equal(before, after)
+        assert np.ptp(before) > 0
+    for name in ("recipe", "plan", "fingerprint"):
+        assert getattr(second, name) == getattr(first, name)
 
 
 def test_a_bundle_holds_no_pickle_and_a_card_with_what_was_measured(model):
@@ -85,7 +82,7 @@ def test_a_changed_description_is_refused(copied, change, code):
 
 
 @pytest.mark.parametrize("missing", ["model.json", "segmentation.safetensors"])
-def test_a_folder_that_is_no_model_is_refused(copied, missing):
+def test_a_folder_without_a_model_file_is_refused(copied, missing):
     (copied / missing).unlink()
     with pytest.raises(VolsegError, match="not a model folder"):
         load_bundle(copied)
@@ -100,15 +97,9 @@ def test_the_shipped_bundle_is_small_says_its_limits_and_loads():
     assert "CC BY 3.0" in (folder / "card.md").read_text()
     assert bundle.classifier_network() is not None
     preprocess = bundle.recipe.preprocess
-    assert (preprocess.axes, preprocess.transpose, preprocess.separate_above) == (
-        "canonical",
-        (0, 1, 2),
-        None,
-    )
-    assert (
-        preprocess.normalise_first,
-        preprocess.clip_overshoot,
-        preprocess.normalise_channels,
-    ) == (False, False, {})
+    assert (preprocess.axes, preprocess.transpose) == ("canonical", (0, 1, 2))
+    assert preprocess.separate_above is None
+    assert (preprocess.normalise_first, preprocess.clip_overshoot) == (False, False)
+    assert preprocess.normalise_channels == {}
     assert bundle.recipe.data.regions_class_order is None
     assert bundle.origin == {}

@@ -44,13 +44,14 @@ def test_all_48_orders_have_the_same_fingerprint():
     assert expected.spacing_mm == pytest.approx((0.7, 0.9, 2.5))
     for (array, affine), (labels, _) in zip(orientations(scan), orientations(mask), strict=True):
         geometry = Geometry(array.shape, affine)
-        found = fingerprint_case(
+        fingerprint = fingerprint_case(
             {"ct": Volume(array, geometry)}, Volume(labels, geometry), np.random.default_rng(0)
         )
-        assert found.spacing_mm == pytest.approx(expected.spacing_mm)
-        assert found.shape == expected.shape
-        assert found.label_voxels == expected.label_voxels == {4: int((mask.array == 4).sum())}
-        assert sorted(found.samples["ct"]) == sorted(expected.samples["ct"])
+        assert fingerprint.spacing_mm == pytest.approx(expected.spacing_mm)
+        assert fingerprint.shape == expected.shape
+        assert fingerprint.label_voxels == expected.label_voxels
+        assert fingerprint.label_voxels == {4: int((mask.array == 4).sum())}
+        assert sorted(fingerprint.samples["ct"]) == sorted(expected.samples["ct"])
 
 
 def test_samples_are_scaled_intensities_under_the_mask_only():
@@ -58,21 +59,16 @@ def test_samples_are_scaled_intensities_under_the_mask_only():
     mask = np.zeros(SHAPE, np.uint8)
     array[3, 4, 5], mask[3, 4, 5] = 100, 1
     geometry = Geometry(SHAPE, oblique((1, 1, 2)))
-    found = fingerprint_case(
-        {"ct": Volume(array, geometry, slope=2, intercept=-50)},
-        Volume(mask, geometry),
-        np.random.default_rng(0),
-    )
-    assert found.samples["ct"] == (150.0,)
+    scan = Volume(array, geometry, slope=2, intercept=-50)
+    rng = np.random.default_rng(0)
+    fingerprint = fingerprint_case({"ct": scan}, Volume(mask, geometry), rng)
+    assert fingerprint.samples["ct"] == (150.0,)
 
 
 def test_the_plan_takes_the_median_spacing_and_the_statistics_under_the_labels():
     values = tuple(np.linspace(0, 100, 1001))
-    cases = [
-        case((0.6, 0.6, 1.0), values),
-        case((0.7, 0.7, 1.25), values),
-        case((0.9, 0.9, 2.0), values),
-    ]
+    spacings = [(0.6, 0.6, 1.0), (0.7, 0.7, 1.25), (0.9, 0.9, 2.0)]
+    cases = [case(spacing, values) for spacing in spacings]
     plan = make_plan(combine_fingerprints(cases), recipe(**AUTO))
     assert plan.spacing_mm == (0.7, 0.7, 1.25)
     window = plan.windows["ct"]
@@ -142,9 +138,8 @@ def test_recipes_that_can_only_be_run_are_not_planned():
         make_plan(fingerprint, regions.model_copy(update={"data": data}))
     with pytest.raises(VolsegError, match="other axes than R, A, S"):
         make_plan(fingerprint, recipe(**AUTO, transpose=(2, 0, 1)))
-    assert make_plan(
-        fingerprint, recipe(**AUTO | {"spacing_mm": (3, 1, 1)}, axes="stored")
-    ).spacing_mm == (3, 1, 1)
+    stored = recipe(**AUTO | {"spacing_mm": (3, 1, 1)}, axes="stored")
+    assert make_plan(fingerprint, stored).spacing_mm == (3, 1, 1)
 
 
 def test_a_recipe_overrules_a_plan_that_is_passed_back_and_the_lines_say_so():
@@ -155,10 +150,8 @@ def test_a_recipe_overrules_a_plan_that_is_passed_back_and_the_lines_say_so():
     assert same.spacing_mm == (2.0, 2.0, 3.0)
     assert same.batch_size == recipe().train.batch_size  # stated by that recipe
     lines = {line.setting: line for line in same.lines}
-    assert (lines["spacing"].value, lines["spacing"].reason) == (
-        "2 × 2 × 3 mm",
-        "from the plan that was given",
-    )
+    assert lines["spacing"].value == "2 × 2 × 3 mm"
+    assert lines["spacing"].reason == "from the plan that was given"
     assert lines["batch"].value == str(same.batch_size)
     stated = edited.overruled_by(
         recipe(spacing_mm=(1.0, 1.0, 1.0), normalise={"method": "window", "low": -5.0})
@@ -167,9 +160,8 @@ def test_a_recipe_overrules_a_plan_that_is_passed_back_and_the_lines_say_so():
     assert (stated.windows["ct"].low, stated.windows["ct"].high) == (-5.0, plan.windows["ct"].high)
     scored = edited.overruled_by(recipe(normalise={"method": "zscore"}))
     assert scored.windows == {}
-    (normaliser,) = scored.prepare_settings(
-        recipe(normalise={"method": "zscore"}).preprocess, ["ct"]
-    ).normalisers
+    preprocess = recipe(normalise={"method": "zscore"}).preprocess
+    (normaliser,) = scored.prepare_settings(preprocess, ["ct"]).normalisers
     assert isinstance(normaliser, ZScore)
     with pytest.raises(VolsegError, match="the plan has no intensity window for channel 'ct'"):
         scored.overruled_by(recipe(**AUTO))
@@ -195,13 +187,13 @@ def test_a_window_for_a_channel_that_no_training_case_has_cannot_be_found():
 
 
 def boxes(spacing_mm, lengths_mm, affine=ras):
-    """A scan and a mask with a box of each of these lengths (R, A, S, mm) in a row along R."""
+    """Return a mask with boxes of these lengths (R, A, S, mm) in a row along R."""
     geometry = Geometry((90, 40, 30), affine(spacing_mm))
-    array, at = np.zeros(geometry.shape, np.uint8), 1
+    array, start = np.zeros(geometry.shape, np.uint8), 1
     for lengths in lengths_mm:
         r, a, s = (round(length / mm) for length, mm in zip(lengths, spacing_mm, strict=True))
-        array[at : at + r, 1 : 1 + a, 1 : 1 + s] = 1
-        at += r + 2
+        array[start : start + r, 1 : 1 + a, 1 : 1 + s] = 1
+        start += r + 2
     return Volume(np.asfortranarray(array), geometry)
 
 
@@ -209,34 +201,34 @@ def test_the_median_lesion_is_measured_per_axis_in_all_48_orders():
     lengths = [(8, 12, 9), (16, 20, 15), (24, 16, 12), (2, 2, 1.5)]
     mask = boxes((1.0, 2.0, 1.5), lengths)
     for array, affine in orientations(mask):
-        turned = Volume(array, Geometry(array.shape, affine))
-        found = fingerprint_case({"ct": turned}, turned, np.random.default_rng(0))
-        assert np.median(found.lesion_extents_mm[:3], axis=0) == pytest.approx((16, 16, 12))
-        assert len(found.lesion_extents_mm) == 3  # a crumb is no lesion
+        volume = Volume(array, Geometry(array.shape, affine))
+        extents = fingerprint_case(
+            {"ct": volume}, volume, np.random.default_rng(0)
+        ).lesion_extents_mm
+        assert np.median(extents[:3], axis=0) == pytest.approx((16, 16, 12))
+        assert len(extents) == 3  # the crumb does not count
 
 
 def test_a_patch_is_never_smaller_than_the_median_lesion():
     mask = boxes((1.0, 1.0, 1.0), [(30, 26, 20), (26, 30, 22)])
-    found = combine_fingerprints([fingerprint_case({"ct": mask}, mask, np.random.default_rng(0))])
-    assert found.lesion_extent_mm == (28, 28, 21)
+    case = fingerprint_case({"ct": mask}, mask, np.random.default_rng(0))
+    fingerprint = combine_fingerprints([case])
+    assert fingerprint.lesion_extent_mm == (28, 28, 21)
     network = type(recipe().network)(name="unet3d", features="auto", strides="auto", kernels="auto")
     train = recipe().train.model_copy(update={"patch_shape": "auto", "batch_size": "auto"})
     open_recipe = recipe(**AUTO).model_copy(update={"network": network, "train": train})
     for flops in (1e18, 1e15, 1e14, 1e13, 3e12):
-        plan = make_plan(found, open_recipe, Budget(memory=8 << 30, flops=flops))
-        assert all(
-            edge >= lesion for edge, lesion in zip(plan.patch_shape, (28, 28, 21), strict=True)
-        )
-        assert "28 × 28 × 21" in next(
-            line.value for line in plan.lines if line.setting == "median lesion"
-        )
+        plan = make_plan(fingerprint, open_recipe, Budget(memory=8 << 30, flops=flops))
+        assert all(p >= n for p, n in zip(plan.patch_shape, (28, 28, 21), strict=True))
+        values = {line.setting: line.value for line in plan.lines}
+        assert "28 × 28 × 21" in values["median lesion"]
     with pytest.raises(VolsegError, match=f"fewer than {LEAST_STEPS} steps"):
-        make_plan(found, open_recipe, Budget(memory=8 << 30, flops=1e11))
+        make_plan(fingerprint, open_recipe, Budget(memory=8 << 30, flops=1e11))
 
 
 def test_a_fingerprint_of_before_lesions_were_measured_is_read():
     mask = boxes((1.0, 1.0, 1.0), [(30, 26, 20)])
-    found = combine_fingerprints([fingerprint_case({"ct": mask}, mask, np.random.default_rng(0))])
-    content = found.model_dump(mode="json")
+    case = fingerprint_case({"ct": mask}, mask, np.random.default_rng(0))
+    content = combine_fingerprints([case]).model_dump(mode="json")
     del content["lesion_extent_mm"]
     assert make_plan(DatasetFingerprint.model_validate(content), recipe()).patch_shape

@@ -41,10 +41,10 @@ def test_a_shipped_recipe_can_be_used_and_starts_with_its_command(path):
     network = build_network(
         recipe.network.name, in_channels=1, out_channels=2, **recipe.network.settings
     )
-    total = [1, 1, 1]
+    divisors = [1, 1, 1]
     for stride in recipe.network.settings["strides"]:
-        total = [a * b for a, b in zip(total, stride, strict=True)]
-    assert all(p % t == 0 for p, t in zip(recipe.train.patch_shape, total, strict=True))
+        divisors = [a * b for a, b in zip(divisors, stride, strict=True)]
+    assert all(n % d == 0 for n, d in zip(recipe.train.patch_shape, divisors, strict=True))
     assert sum(p.numel() for p in network.parameters()) > 1000
 
 
@@ -59,8 +59,8 @@ def test_every_mistake_is_named_at_once_with_the_known_keys():
     text = str(caught.value)
     assert "\n" not in text
     assert "4 mistakes" in text
-    assert "hihg: unknown key; known are method, low, high, mean, sd" in text
-    assert "path_shape: unknown key; known are patch_shape" in text
+    assert "hihg: unknown key; known keys are method, low, high, mean, sd" in text
+    assert "path_shape: unknown key; known keys are patch_shape" in text
     assert "train.epochs" in text
     assert "data.channels" in text
 
@@ -85,7 +85,7 @@ def test_numbers_that_do_not_fit_together_are_named_at_once_too():
 def test_a_mistake_in_the_normalisation_of_one_channel_lists_its_keys():
     content = tomllib.loads(MINIMAL)
     content["preprocess"]["normalise_channels"] = {"ct": {"method": "zscore", "regoin": "scan"}}
-    with pytest.raises(VolsegError, match="regoin: unknown key; known are method, region"):
+    with pytest.raises(VolsegError, match="regoin: unknown key; known keys are method, region"):
         parse_recipe(content, where="r.toml")
 
 
@@ -101,7 +101,7 @@ def test_a_mistake_in_the_normalisation_of_one_channel_lists_its_keys():
         (
             "preprocess",
             {"normalise_channels": {"pet": {"method": "scale"}}},
-            "names pet, which data.channels does not",
+            "names pet, which data.channels lacks",
         ),
         (
             "preprocess",
@@ -145,7 +145,7 @@ def test_an_unknown_name_lists_the_shipped_ones():
         load_recipe("lung_nodules")
 
 
-def test_a_file_that_is_no_toml_is_named_with_its_line(tmp_path):
+def test_a_file_that_is_not_toml_is_named_with_its_line(tmp_path):
     path = tmp_path / "bad.toml"
     path.write_text("name = \n")
     with pytest.raises(VolsegError, match=r"bad\.toml: not a TOML file .*line 1"):
@@ -168,12 +168,8 @@ def test_the_recipe_of_the_first_pass_is_that_of_any_label_on_a_coarser_grid():
     content = tomllib.loads(MINIMAL.replace("{ lesion = 1 }", "{ a = 3, b = 1 }") + ROI)
     recipe = parse_recipe(content, where="r.toml")
     coarse = recipe.coarse
-    assert (recipe.roi.margin_mm, coarse.roi, coarse.classify, coarse.postprocess) == (
-        20.0,
-        None,
-        None,
-        (),
-    )
+    assert recipe.roi.margin_mm == 20.0
+    assert (coarse.roi, coarse.classify, coarse.postprocess) == (None, None, ())
     assert (coarse.data.n_outputs, coarse.data.channels) == (2, recipe.data.channels)
     assert coarse.preprocess.spacing_mm == (4.0, 4.0, 4.0)
     assert coarse.preprocess.normalise == recipe.preprocess.normalise
@@ -190,14 +186,15 @@ def test_the_recipe_of_the_first_pass_is_that_of_any_label_on_a_coarser_grid():
         ({"spacing_mm": [4, 0, 4]}, "roi.spacing_mm.1"),
         (
             {"margn_mm": 3},
-            "roi.margn_mm: unknown key; known are spacing_mm, margin_mm, network, train, time_fraction",
+            "roi.margn_mm: unknown key; known keys are spacing_mm, margin_mm, network, train, "
+            "time_fraction",
         ),
         ({"train": {}}, "roi.train.patch_shape"),
         (
             {"train": {"patch_shape": [32, 32, 32], "class_weights": [1, 1, 1]}},
-            "3 numbers; here are two classes",
+            "3 numbers, but the first pass has 2 classes",
         ),
-        ({"spacing_mm": [1.0, 1.0, 1.0]}, "no coarser than preprocess.spacing_mm"),
+        ({"spacing_mm": [1.0, 1.0, 1.0]}, "must be coarser than preprocess.spacing_mm"),
         ({"time_fraction": 1.0}, "roi.time_fraction"),
     ],
 )

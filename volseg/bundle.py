@@ -1,4 +1,4 @@
-"""A trained model as a folder: weights in safetensors, everything else in JSON, a card to read. No pickle."""
+"""A trained model as a folder: weights in safetensors, all else in JSON, and a card; no pickle."""
 
 from __future__ import annotations
 
@@ -36,26 +36,26 @@ from volseg.recipe import (
 
 FORMAT_VERSION = 1
 SHIPPED = "lung_nodule_ct"
-EXPORTED = "openvino"  # folder of what OpenVINO needs, inside a model folder
-FIRST = (
-    "segmentation"  # name of the weights of the 3D network; the others of an ensemble are numbered
-)
-ROI = "roi"  # name of the weights of the coarse first pass
-# Names of metrics that are read again, by the box of the model; after the last two a label or a fold.
+EXPORTED = "openvino"  # subfolder of a model folder with the OpenVINO files
+FIRST = "segmentation"  # weights of the 3D network; further networks of an ensemble are numbered
+ROI = "roi"  # weights of the coarse first pass
+# Metrics that the model box on a report reads; a label or a fold follows the last two.
 COUNTS = ("training_cases", "validation_cases")
 DICE, NNUNET_DICE = "validation_dice_", "nnunet_validation_dice_fold_"
-NetworkName = Annotated[
-    str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_]{0,63}$")
-]  # a file name in the model's folder
+# The start of a file name in the model's folder.
+NetworkName = Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_]{0,63}$")]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ModelBundle:
-    """All that inference needs besides the scan.
+    """A trained model: all that inference needs besides the scan.
 
-    `weights` maps a network's name (`segmentation`, `segmentation_1`, …, `classifier`, `roi`) to its tensors; `metrics` is what was
-    measured when it was made, `origin` where an imported model comes from, `first` which of the networks the recipe is about.
+    Args:
+        weights: network name (`segmentation`, `segmentation_1`, …, `classifier`, `roi`) → tensors.
+        metrics: results of training and validation.
+        origin: source of an imported model.
+        first: name of the network that the recipe describes.
     """
 
     recipe: Recipe
@@ -70,37 +70,40 @@ class ModelBundle:
 
     @property
     def name(self) -> str:
-        """The recipe's name and the start of the hash, for tables."""
+        """Name of the recipe and start of the hash, for tables."""
         return f"{self.recipe.name}@{self.sha256[:12]}"
 
     def segmentation_network(self) -> nn.Module:
-        """The first 3D network with its trained weights: (N, channels, R, A, S) → logits (N, outputs, R, A, S)."""
+        """Return the first 3D network with its trained weights.
+
+        It maps (N, channels, R, A, S) to logits (N, outputs, R, A, S).
+        """
         return self.member(self.first)
 
     def segmentation_networks(self) -> tuple[nn.Module, ...]:
-        """All 3D networks of an ensemble, whose logits are to be averaged; one for a model that is none."""
+        """Return all 3D networks, one unless it is an ensemble, whose logits are averaged."""
         return tuple(self.member(name) for name in self.members)
 
     @property
     def members(self) -> tuple[str, ...]:
-        """The names, in `weights`, of the 3D networks."""
+        """Names of the 3D networks in `weights`."""
         names = (segmentation_name(index, self.first) for index in range(len(self.weights)))
         return tuple(name for name in names if name in self.weights)
 
     def member(self, name: str) -> nn.Module:
-        """One 3D network of the ensemble with its trained weights."""
+        """Return one 3D network of the ensemble with its trained weights."""
         return set_weights(build_segmentation(self.recipe), self.weights[name])
 
     @property
     def coarse(self) -> ModelBundle | None:
-        """The first pass as a bundle of its own, where the recipe has one and it was trained: any label against background."""
+        """First pass (any label against background) as a bundle; None if there is none."""
         recipe, roi = self.recipe.coarse, self.recipe.roi
         if recipe is None or roi is None or ROI not in self.weights:
             return None
         return replace(self, recipe=recipe, plan=self.plan.coarse(roi), first=ROI)
 
     def classifier_network(self) -> nn.Module | None:
-        """The 2D network with its trained weights, where the recipe has one and it could be trained."""
+        """Return the 2D network with its trained weights; None if there is none."""
         classify = self.recipe.classify
         if classify is None or "classifier" not in self.weights:
             return None
@@ -108,21 +111,21 @@ class ModelBundle:
 
 
 def segmentation_name(index: int, first: str = FIRST) -> str:
-    """The name, in `weights`, of a member of the ensemble."""
+    """Return the name in `weights` of a member of the ensemble."""
     return first if index == 0 else f"{first}_{index}"
 
 
 def save_bundle(bundle: ModelBundle, folder: Path) -> ModelBundle:
-    """Write `model.json`, `card.md` and one `<network>.safetensors` each; returns the bundle with its hash.
+    """Write a bundle and return it with its hash.
 
-    `model.json` is written last: a folder without it is not a model.
+    The files are `card.md`, a `<network>.safetensors` per network and, last, `model.json`: a folder
+    without it is not a model.
     """
     make_folder(folder)
     hashes = {}
     for name, tensors in bundle.weights.items():
-        content = save_tensors(
-            {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
-        )
+        stored = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+        content = save_tensors(stored)
         hashes[name] = hashlib.sha256(content).hexdigest()
         write_bytes_atomic(folder / f"{name}.safetensors", content)
     write_bytes_atomic(folder / "card.md", model_card(bundle).encode())
@@ -141,11 +144,9 @@ def save_bundle(bundle: ModelBundle, folder: Path) -> ModelBundle:
 
 
 def bundle_files(networks: Iterable[str]) -> list[str]:
-    """Paths in a model folder of all files that these networks make, OpenVINO's included."""
-    names = list(networks)
-    exported = [
-        f"{EXPORTED}/{name}.fp32.{suffix}" for name in names for suffix in ("xml", "bin", "json")
-    ]
+    """Return the paths in a model folder of all files of these networks, with OpenVINO's."""
+    names, suffixes = list(networks), ("xml", "bin", "json")
+    exported = [f"{EXPORTED}/{name}.fp32.{suffix}" for name in names for suffix in suffixes]
     return ["model.json", "card.md", *(f"{name}.safetensors" for name in names), *exported]
 
 
@@ -153,7 +154,7 @@ def load_bundle(folder: Path) -> ModelBundle:
     """Read and verify a bundle.
 
     Raises:
-        VolsegError: not a bundle, made by a newer volseg, or its weights are not those that were saved.
+        VolsegError: not a bundle, made by a newer volseg, or the weights were changed.
     """
     description_path = folder / "model.json"
     try:
@@ -162,15 +163,14 @@ def load_bundle(folder: Path) -> ModelBundle:
         version = content.get("format_version") if isinstance(content, dict) else None
         if isinstance(version, int) and version > FORMAT_VERSION:
             raise VolsegError(
-                f"{folder}: model format {version} is newer than this volseg",
+                f"{folder}: model format {version} is newer than this volseg reads",
                 fix="update volseg",
                 code="E_VERSION",
             )
         description = _Description.model_validate(content)
+        recipe = parse_recipe(description.recipe, where=str(description_path))
         return ModelBundle(
-            recipe=_closed(
-                parse_recipe(description.recipe, where=str(description_path)), description.plan
-            ),
+            recipe=_closed(recipe, description.plan),
             plan=description.plan,
             fingerprint=description.fingerprint,
             weights=_StoredWeights(folder, description.weights_sha256),
@@ -180,24 +180,23 @@ def load_bundle(folder: Path) -> ModelBundle:
             sha256=hashlib.sha256(text).hexdigest(),
         )
     except OSError as error:
+        name = Path(error.filename or folder).name
         raise VolsegError(
-            f"{folder}: not a model folder ({Path(error.filename or folder).name}: {error.strerror or error})",
+            f"{folder}: not a model folder ({name}: {error.strerror or error})",
             fix="give a folder made by `volseg train` or `volseg import-nnunet`",
             code="E_CKPT",
         ) from error
     except ValueError as error:
-        reason = (
-            listed(mistakes_of(error, _Description))
-            if isinstance(error, ValidationError)
-            else str(error)
-        )
+        reason = str(error)
+        if isinstance(error, ValidationError):
+            reason = listed(mistakes_of(error, _Description))
         raise VolsegError(
             f"{description_path}: damaged ({reason})", fix="copy the model again", code="E_CKPT"
         ) from error
 
 
 class _Description(BaseModel):
-    """What model.json holds."""
+    """The content of model.json."""
 
     model_config = ConfigDict(extra="ignore", frozen=True, allow_inf_nan=False)
     format_version: Literal[1]
@@ -220,12 +219,13 @@ class _Description(BaseModel):
     @model_validator(mode="after")
     def _holds_a_network(self) -> _Description:
         if FIRST not in self.weights_sha256:
-            raise ValueError(f"names no network {FIRST!r}, only {', '.join(self.weights_sha256)}")
+            names = ", ".join(self.weights_sha256)
+            raise ValueError(f"has no network {FIRST!r}, only {names}")
         return self
 
 
 def _is_metric(name: str, value: Any) -> bool:
-    """Whether it is a number, a text or an interval, as far as the name allows it."""
+    """Check whether a value is a number, a text or an interval, as the name allows."""
     if name in COUNTS:
         return _is_number(value) and isinstance(value, int) and value >= 0
     is_interval = isinstance(value, list) and len(value) == 2 and all(map(_is_number, value))
@@ -241,37 +241,34 @@ def _is_number(value: Any) -> bool:
 
 
 def _closed(recipe: Recipe, plan: Plan) -> Recipe:
-    """The recipe, if nothing in it waits for a plan but what the plan of this model says."""
-    forms = {
-        name: recipe.preprocess.normalise_of(name)
-        for name in recipe.data.channels
-        if name not in plan.windows
-    }
-    opened = [
+    """Return the recipe if the plan of this model has a number for every "auto" in it."""
+    unplanned = [name for name in recipe.data.channels if name not in plan.windows]
+    forms = {name: recipe.preprocess.normalise_of(name) for name in unplanned}
+    channels = [
         name
         for name, form in forms.items()
         if isinstance(form, Window) and AUTO in form.model_dump().values()
     ]
-    if opened or recipe.is_open:
-        what = (
-            f"the intensity windows of {', '.join(opened)}"
-            if opened
-            else "its network or its patches"
-        )
-        raise ValueError(f"the recipe of a trained model leaves {what} open")
+    if channels or recipe.is_open:
+        windows = f"the intensity windows of {', '.join(channels)}"
+        settings = windows if channels else "its network or its patches"
+        raise ValueError(f"the recipe of a trained model leaves {settings} open")
     return recipe
 
 
 def shipped_bundle() -> Path:
-    """Folder of the model that comes with the package."""
+    """Return the folder of the model that comes with the package."""
     return Path(__file__).parent / "bundles" / SHIPPED
 
 
 def model_card(bundle: ModelBundle) -> str:
-    """Markdown for people: what it is for, what it was made from, what was measured, what it cannot do."""
+    """Return Markdown for people: intended use, limits, data, metrics and settings of a model."""
     recipe, plan = bundle.recipe, bundle.plan
     axes = _axes(recipe.preprocess)
     labels = ", ".join(f"{name} = {value}" for value, name in recipe.data.label_names.items())
+    channels = ", ".join(recipe.data.channels)
+    n_cases = bundle.metrics.get("training_cases", bundle.fingerprint.n_cases)
+    spacing, patch = _times(plan.spacing_mm), " × ".join(map(str, plan.patch_shape))
     lines = [
         f"# {recipe.name}",
         "",
@@ -291,7 +288,7 @@ def model_card(bundle: ModelBundle) -> str:
         "",
         recipe.data_source or "Not stated by the recipe.",
         "",
-        f"{bundle.metrics.get('training_cases', bundle.fingerprint.n_cases)} training cases; channels: {', '.join(recipe.data.channels)}; labels: {labels}.",
+        f"{n_cases} training cases; channels: {channels}; labels: {labels}.",
         "",
         "## Which scans it can tell apart",
         "",
@@ -305,7 +302,8 @@ def model_card(bundle: ModelBundle) -> str:
         "",
         *(
             [
-                "The weights are those of the run that were best on validation cases, so validation flatters them a little.",
+                "The weights are those of the run that were best on validation cases, "
+                "so validation flatters them a little.",
                 "",
             ]
             if "best_epoch" in bundle.metrics or "networks" in bundle.metrics
@@ -315,8 +313,8 @@ def model_card(bundle: ModelBundle) -> str:
         "",
         *(f"- {name}: {value}" for name, value in bundle.origin.items()),
         *([""] if bundle.origin else []),
-        f"Spacing {' × '.join(f'{s:g}' for s in plan.spacing_mm)} mm ({axes}), patch {' × '.join(map(str, plan.patch_shape))}, "
-        f"batch {plan.batch_size}; the whole recipe is in model.json.",
+        f"Spacing {spacing} mm ({axes}), patch {patch}, batch {plan.batch_size}; "
+        "the whole recipe is in model.json.",
         "",
         *([] if recipe.roi is None else [_coarse_pass(recipe.roi), ""]),
         *([] if not plan.lines else ["| setting | value | why |", "|---|---|---|"]),
@@ -327,15 +325,19 @@ def model_card(bundle: ModelBundle) -> str:
 
 
 def _coarse_pass(roi: Roi) -> str:
-    spacing = " × ".join(f"{s:g}" for s in roi.spacing_mm)
     return (
-        f"A coarse first pass at {spacing} mm finds the region of interest; beyond {roi.margin_mm:g} mm round it the mask is "
-        "background. Where it finds nothing the whole scan is looked at."
+        f"A coarse first pass at {_times(roi.spacing_mm)} mm finds the region of interest; "
+        f"more than {roi.margin_mm:g} mm outside it the mask is background. If it finds nothing, "
+        "the whole scan is segmented."
     )
 
 
+def _times(numbers: Iterable[float]) -> str:
+    return " × ".join(f"{number:g}" for number in numbers)
+
+
 def _axes(preprocess: Preprocess) -> str:
-    """The names of the network's axes: of the patient, or of the file's array."""
+    """Return the names of the network's axes: of the patient, or of the file's array."""
     names = "RAS" if preprocess.axes == "canonical" else "KJI"
     return ", ".join(names[axis] for axis in preprocess.transpose)
 
@@ -347,10 +349,10 @@ def _show(value: Any) -> str:
 
 
 class _StoredWeights(Mapping[str, Mapping[str, torch.Tensor]]):
-    """Weights that are read from their files when they are asked for: where OpenVINO has them already, nobody asks.
+    """Weights that are read from their files on access; OpenVINO files make this unnecessary.
 
     Raises:
-        VolsegError: a file is not the one that was saved, found when this is made and again when it is read.
+        VolsegError: a file was changed; checked on creation and again on access.
     """
 
     def __init__(self, folder: Path, hashes: Mapping[str, str]) -> None:
@@ -373,11 +375,8 @@ class _StoredWeights(Mapping[str, Mapping[str, torch.Tensor]]):
         self._check(name, hashlib.sha256(content).hexdigest())
         try:
             return load_tensors(content)
-        except (
-            SafetensorError,
-            KeyError,
-            ValueError,
-        ) as error:  # KeyError: of a type of number that torch lacks
+        # KeyError: a number type that torch lacks
+        except (SafetensorError, KeyError, ValueError) as error:
             raise VolsegError(
                 f"{self._path(name)}: damaged ({error})", fix="copy the model again", code="E_CKPT"
             ) from error

@@ -1,17 +1,19 @@
-"""Models of nnU-Net v2: a trained folder → a `ModelBundle` that prepares, predicts and restores as nnU-Net does.
+"""Models of nnU-Net v2: convert a trained folder to a `ModelBundle` that gives nnU-Net's masks.
 
-Such a folder is named `<trainer>__<plans>__<configuration>` and holds `plans.json`, `dataset.json` and, per fold, a checkpoint: a pickle
-with the network's `state_dict` among other things. Only what `ALLOWED` names is unpickled.
+Such a folder is named `<trainer>__<plans>__<configuration>` and holds `plans.json`, `dataset.json`
+and, per fold, a checkpoint: a pickle with the network's `state_dict` among other things. Only what
+`ALLOWED` names is unpickled.
 
-Facts about the keys of that `state_dict` (level s counts from the finest on the way down, from the coarsest on the way up; layer or block i):
+Keys of that `state_dict` (level s counts from the finest on the way down, from the coarsest on the
+way up; i is a layer or block):
 
     encoder.stages.{s}.0.convs.{i}.conv|norm.weight|bias        plain encoder
-    encoder.stem.convs.0.conv|norm.…                            residual encoder: its first convolution
+    encoder.stem.convs.0.conv|norm.…                            residual encoder, first convolution
     encoder.stages.{s}.blocks.{i}.conv1|conv2.conv|norm.…       residual encoder
-    encoder.stages.{s}.blocks.{i}.skip.{0 or 1}.conv|norm.…     residual encoder: 1 where the block pools before it projects
+    encoder.stages.{s}.blocks.{i}.skip.{0 or 1}.conv|norm.…     … 1 if it pools before projecting
     decoder.transpconvs.{s}.weight|bias                         transposed convolution into level s
     decoder.stages.{s}.convs.{i}.conv|norm.…
-    decoder.seg_layers.{s}.weight|bias                          a head per level; the last is the network's output
+    decoder.seg_layers.{s}.weight|bias                          a head per level, the last is used
 
 The same tensors appear again under `….all_modules.{n}.…` and `decoder.encoder.…`.
 """
@@ -54,11 +56,12 @@ from volseg.recipe import (
 Model = TypeVar("Model", bound=BaseModel)
 
 FINAL = "checkpoint_final.pth"
-ALL_FOLDS = "all"  # the name of the fold that was trained on every case
+ALL_FOLDS = "all"  # name of the fold that was trained on every case
 OVERLAP = 0.5  # nnU-Net's step is half a patch
 CT_BODY_ABOVE = -500.0  # HU: between air and fat
 
-# Everything that a checkpoint of nnU-Net may ask the unpickler for: tensors, containers, and the NumPy scalars of its log.
+# All that a checkpoint of nnU-Net may ask the unpickler for: tensors, containers, and the NumPy
+# scalars of its log.
 _STORAGES = ("Float", "Half", "BFloat16", "Double", "Long", "Int", "Short", "Char", "Byte", "Bool")
 ALLOWED = frozenset(
     {
@@ -74,7 +77,7 @@ ALLOWED = frozenset(
         *(f"torch.{kind}Storage" for kind in _STORAGES),
     }
 )
-_DAMAGE = (  # what reading a file that is no checkpoint can raise
+_DAMAGE = (  # raised by reading a file that is not a checkpoint
     UnpicklingError,
     zipfile.BadZipFile,
     RuntimeError,
@@ -89,45 +92,41 @@ _DAMAGE = (  # what reading a file that is no checkpoint can raise
     struct.error,
     zlib.error,
 )
-MAX_PICKLE_BYTES = (
-    64 << 20
-)  # of the log of 8000 epochs with 117 classes it is half; the weights lie beside it
-MAX_PICKLE_RATIO = 20  # of what a pickle unpacks to; `torch.save` does not compress at all
+# Twice the log of 8000 epochs with 117 classes; the weights are separate files in the archive.
+MAX_PICKLE_BYTES = 64 << 20
+MAX_PICKLE_RATIO = 20  # of compression; `torch.save` does not compress at all
 MAX_OPCODES = 10_000_000
 MAX_MEMBERS = 100_000  # files in the archive: one per tensor
 _DTYPES = ("float64", "float32", "float16", "int64", "int32", "int16", "int8", "uint8", "bool")
 
-_AXES = {  # reader → do its arrays have the file's axes (slowest first), or those of the patient (S, A, R)?
+# reader → axes of its arrays: those of the file (slowest first), or of the patient (S, A, R)
+_AXES = {
     "SimpleITKIO": "stored",
     "NibabelIO": "stored",
     "SimpleITKIOWithReorient": "canonical",
     "NibabelIOWithReorient": "canonical",
 }
 _INTERPOLATION = {1: "linear", 3: "cubic"}
-_NETWORKS = {  # architecture → file in models/, its name for the numbers of convolutions or blocks on the way down
+# architecture → file in models/, its key for the numbers of convolutions or blocks on the way down
+_NETWORKS = {
     "PlainConvUNet": ("nnunet_plain", "n_conv_per_stage"),
     "ResidualEncoderUNet": ("nnunet_residual", "n_blocks_per_stage"),
 }
-_WITHOUT_EFFECT = {
-    "n_stages",
-    "dropout_op",
-    "dropout_op_kwargs",
-    "deep_supervision",
-}  # on inference
+_TRAINING_ONLY = {"n_stages", "dropout_op", "dropout_op_kwargs", "deep_supervision"}
 
 
 def read_nnunet(
     folder: Path, *, folds: Sequence[str] | None = None, checkpoint: str = FINAL
 ) -> ModelBundle:
-    """A trained nnU-Net v2 folder as a bundle; several folds become an ensemble.
+    """Return a trained nnU-Net v2 folder as a bundle; several folds become an ensemble.
 
     Args:
         folder: holds plans.json and dataset.json.
-        folds: such as `("0", "1")` or `("all",)`; None for every numbered fold there is, else `all`.
+        folds: such as `("0", "1")` or `("all",)`; None for all numbered folds, else `all`.
         checkpoint: the file in each fold's folder.
 
     Raises:
-        VolsegError: a file is missing or damaged, or the model needs something that volseg does not have.
+        VolsegError: a file is missing or damaged, or volseg does not support the model.
     """
     plans_path = folder / "plans.json"
     dataset = _checked(_Dataset, _json_of(folder, "dataset.json"), folder / "dataset.json")
@@ -142,7 +141,9 @@ def read_nnunet(
         segmentation_name(index): _weights(member.weights, recipe, path)
         for index, (member, path) in enumerate(zip(members, paths.values(), strict=True))
     }
-    windows = {channel: recipe.preprocess.normalise_of(channel) for channel in recipe.data.channels}
+    forms = {channel: recipe.preprocess.normalise_of(channel) for channel in recipe.data.channels}
+    windows = {channel: form for channel, form in forms.items() if isinstance(form, Window)}
+    hashes = {f"fold_{fold}/{checkpoint}": sha256_of(path) for fold, path in paths.items()}
     assert recipe.preprocess.spacing_mm != "auto"
     assert recipe.train.patch_shape != "auto"
     return ModelBundle(
@@ -151,9 +152,7 @@ def read_nnunet(
             spacing_mm=recipe.preprocess.spacing_mm,
             patch_shape=recipe.train.patch_shape,
             batch_size=configuration.batch_size,
-            windows={
-                channel: form for channel, form in windows.items() if isinstance(form, Window)
-            },
+            windows=windows,
         ),
         fingerprint=_fingerprint(dataset, plans, recipe),
         weights=weights,
@@ -163,23 +162,20 @@ def read_nnunet(
             "nnU-Net plans": plans.plans_name,
             "nnU-Net trainer": first.trainer,
             "nnU-Net configuration": name,
-            **{
-                f"fold_{fold}/{checkpoint}": f"sha256 {sha256_of(path)}"
-                for fold, path in paths.items()
-            },
+            **{path: f"sha256 {digest}" for path, digest in hashes.items()},
         },
     )
 
 
 class _Loose(BaseModel):
-    """A part of nnU-Net's JSON: what is needed is checked, the rest is ignored."""
+    """A part of nnU-Net's JSON; keys that volseg does not need are ignored."""
 
     model_config = ConfigDict(extra="ignore", frozen=True, allow_inf_nan=False)
 
 
 class _Dataset(_Loose):
     channel_names: dict[Name, Name] | None = None
-    modality: dict[Name, Name] | None = None  # what older files call the channels
+    modality: dict[Name, Name] | None = None  # the channels in older files
     labels: dict[Name, LabelValue | list[LabelValue]]
     regions_class_order: list[LabelValue] | None = None
     numTraining: Count = 0  # noqa: N815
@@ -189,7 +185,7 @@ class _Dataset(_Loose):
 
     @property
     def channels(self) -> tuple[str, ...]:
-        """Names in the order of the files `_0000`, `_0001`, …; a name that stands there twice gets its number."""
+        """Names in the order of the files `_0000`, `_0001`, …; repeated names get their number."""
         names = list((self.channel_names or self.modality or {}).values())
         counts = Counter(names)
         return tuple(
@@ -212,7 +208,7 @@ class _Resampling(_Loose):
 
     @property
     def separate_above(self) -> float | None:
-        """Ratio of spacings over which the coarsest axis is not interpolated."""
+        """Ratio of spacings above which the coarsest axis is not interpolated."""
         if self.force_separate_z is None:
             return self.separate_z_anisotropy_threshold
         return 0.0 if self.force_separate_z else None
@@ -249,9 +245,7 @@ class _Plans(_Loose):
     transpose_forward: list[int]
     configurations: dict[str, dict[str, Any]]
     foreground_intensity_properties_per_channel: dict[str, _Intensities] = {}
-    foreground_intensity_properties_by_modality: dict[
-        str, _Intensities
-    ] = {}  # what older plans call it
+    foreground_intensity_properties_by_modality: dict[str, _Intensities] = {}  # in older plans
 
     @property
     def intensities(self) -> dict[str, _Intensities]:
@@ -277,11 +271,11 @@ def _json_of(folder: Path, name: str) -> Any:
         return read_json(folder / name)
     except OSError as error:
         inner = sorted(path.parent for path in folder.glob("*/plans.json"))
+        form = f"<trainer>__<plans>__<configuration>, with {name} and fold_*/"
         raise VolsegError(
-            f"{folder}: not a trained nnU-Net folder, it has no readable {name} ({error.strerror or error})",
-            fix=f"give {inner[0]}"
-            if inner
-            else f"give <trainer>__<plans>__<configuration>, with {name} and fold_*/",
+            f"{folder}: not a trained nnU-Net folder, it has no readable {name} "
+            f"({error.strerror or error})",
+            fix=f"give {inner[0] if inner else form}",
             code="E_NNUNET",
         ) from error
     except ValueError as error:
@@ -295,35 +289,32 @@ def _checked(model: type[Model], content: Any, where: Path | str) -> Model:
         return model.model_validate(content)
     except ValidationError as error:
         raise VolsegError(
-            f"{where}: not as nnU-Net v2 writes it: {listed(mistakes_of(error, model))}",
+            f"{where}: not a file of nnU-Net v2: {listed(mistakes_of(error, model))}",
             fix="give the files of nnU-Net v2; models of version 1 have to be trained again",
             code="E_NNUNET",
         ) from error
 
 
-def _folds(folder: Path, wanted: Sequence[str] | None) -> list[str]:
-    """Which folds to take: those asked for, else the numbered ones that are there, else `all`."""
-    found = sorted(
+def _folds(folder: Path, names: Sequence[str] | None) -> list[str]:
+    """Return these folds, or without `names` all numbered folds, else `all`."""
+    available = sorted(
         path.name.removeprefix("fold_") for path in folder.glob("fold_*") if path.is_dir()
     )
-    if wanted is not None:
-        folds = [fold.strip().removeprefix("fold_") for fold in wanted]
-        missing = [fold for fold in folds if fold not in found]
+    if names is not None:
+        folds = [fold.strip().removeprefix("fold_") for fold in names]
+        missing = [fold for fold in folds if fold not in available]
         if missing or len(set(folds)) < len(folds):
-            problem = (
-                f"has no fold {', '.join(missing)}"
-                if missing
-                else f"folds {', '.join(folds)} name one twice"
-            )
+            problem = f"folds {', '.join(folds)} name one twice"
+            if missing:
+                problem = f"has no fold {', '.join(missing)}"
             raise VolsegError(
-                f"{folder}: {problem}; it has {', '.join(found) or 'none'}",
-                fix="name folds that are there, once each, such as --folds 0,1,2 or --folds all",
+                f"{folder}: {problem}; it has {', '.join(available) or 'none'}",
+                fix="name existing folds, once each, such as --folds 0,1,2 or --folds all",
                 code="E_NNUNET",
             )
         return folds
-    folds = sorted((fold for fold in found if fold.isdecimal()), key=int) or [
-        fold for fold in found if fold == ALL_FOLDS
-    ]
+    numbered = sorted((fold for fold in available if fold.isdecimal()), key=int)
+    folds = numbered or [fold for fold in available if fold == ALL_FOLDS]
     if not folds:
         raise VolsegError(
             f"{folder}: has no fold_0, fold_1, … or fold_all",
@@ -338,28 +329,27 @@ def _checkpoint_path(folder: Path, fold: str, checkpoint: str) -> Path:
     if not path.is_file():
         if path.exists():
             raise VolsegError(
-                f"{path}: is not a file", fix="give the checkpoint itself", code="E_NOTFILE"
+                f"{path}: not a file", fix="give the checkpoint itself", code="E_NOTFILE"
             )
-        there = sorted(other.name for other in path.parent.glob("checkpoint_*.pth"))
-        others = f"--checkpoint {there[0]}" if there else "copy it"
+        others = sorted(other.name for other in path.parent.glob("checkpoint_*.pth"))
+        fix = f"give --checkpoint {others[0]}" if others else "copy it"
         raise VolsegError(
-            f"{path}: there is no such checkpoint; the fold has {', '.join(there) or 'none'}",
-            fix=f"{others}, or leave the fold out with --folds",
+            f"{path}: there is no such checkpoint; the fold has {', '.join(others) or 'none'}",
+            fix=f"{fix}, or leave the fold out with --folds",
             code="E_NNUNET",
         )
     return path
 
 
 def _read_checkpoint(path: Path) -> _Checkpoint:
-    """The parts of a checkpoint that inference needs; nothing in it is run.
+    """Read the parts of a checkpoint that inference needs, without running code from it.
 
     Raises:
         VolsegError: the pickle asks for a name outside `ALLOWED`, or is not a checkpoint.
     """
     make_scalar: Any = np.float64(0).__reduce__()[0]
-    scalars: list[Any] = [
-        (make_scalar, f"numpy.{core}.multiarray.scalar") for core in ("_core", "core")
-    ]  # NumPy 2 and 1
+    cores = ("_core", "core")  # NumPy 2 and 1
+    scalars: list[Any] = [(make_scalar, f"numpy.{core}.multiarray.scalar") for core in cores]
     dtypes = [type(np.dtype(kind)) for kind in _DTYPES]
     try:
         _refuse_other_names(path)
@@ -389,20 +379,22 @@ def _read_checkpoint(path: Path) -> _Checkpoint:
 
 
 def _refuse_other_names(path: Path) -> None:
-    """Look, without running it, at what the pickle asks for."""
-    asked, from_the_stack = _names_in(_pickle_of(path))
-    others = sorted(asked - ALLOWED)
+    """Check the names that a pickle asks for, without running it."""
+    requested, from_the_stack = _names_in(_pickle_of(path))
+    others = sorted(requested - ALLOWED)
     if others or from_the_stack:
-        named = ", ".join(others[:5]) or "names that it puts together while it is read"
+        names = ", ".join(others[:5]) or "names that it puts together while it is read"
         raise VolsegError(
-            f"{path}: its pickle asks for {named}, which no checkpoint of nnU-Net needs; it was not loaded",
-            fix="take the checkpoint from a source that you trust, or save it again without these objects",
+            f"{path}: its pickle asks for {names}, which no checkpoint of nnU-Net needs; "
+            "it was not loaded",
+            fix="take the checkpoint from a source that you trust, or save it again without "
+            "these objects",
             code="E_PICKLE",
         )
 
 
 def _pickle_of(path: Path) -> bytes:
-    """The pickle in a file of `torch.save`, which is a zip archive; any other file is taken to be one itself."""
+    """Read the pickle in a zip archive of `torch.save`; any other file is taken to be a pickle."""
     with open_regular(path) as file:
         if not zipfile.is_zipfile(file):
             return read_bytes(path, max_bytes=MAX_PICKLE_BYTES)
@@ -418,9 +410,10 @@ def _pickle_of(path: Path) -> bytes:
 
 
 def _names_in(data: bytes) -> tuple[set[str], bool]:
-    """The `module.name`s that the unpickler would look up, and whether it takes some from its stack, as `torch.save` never does.
+    """Return the names `module.name` that a pickle asks for, and whether any come from its stack.
 
-    For those the names are the last two texts, which is what an honest pickle means by them.
+    `torch.save` takes none from the stack; such a name is guessed from the last two texts, as in an
+    honest pickle.
     """
     names: set[str] = set()
     from_the_stack = False
@@ -447,39 +440,39 @@ def _names_in(data: bytes) -> tuple[set[str], bool]:
 
 
 def _configuration_name(folder: Path, plans: _Plans, checkpoint: _Checkpoint) -> str:
-    """The last part of the folder's name; where it has none, what the checkpoint says."""
+    """Return the last part of the folder's name, else the name in the checkpoint."""
     parts = folder.resolve().name.split("__")
     name = parts[2] if len(parts) == 3 else checkpoint.configuration
     if name != checkpoint.configuration:
         raise VolsegError(
-            f"{folder}: is named for configuration {name!r}, but its checkpoint was trained as {checkpoint.configuration!r}",
-            fix="give the folder its own name back",
+            f"{folder}: is named for configuration {name!r}, but its checkpoint was trained as "
+            f"{checkpoint.configuration!r}",
+            fix="give the folder its original name",
             code="E_NNUNET",
         )
     if name not in plans.configurations:
+        names = ", ".join(plans.configurations)
         raise VolsegError(
-            f"{folder / 'plans.json'}: has no configuration {name!r}; it has {', '.join(plans.configurations)}",
-            fix="put the plans beside the model with which it was trained",
+            f"{folder / 'plans.json'}: has no configuration {name!r}; it has {names}",
+            fix="copy the plans.json with which the model was trained",
             code="E_NNUNET",
         )
     return name
 
 
 def _configuration(plans: _Plans, name: str, where: Path) -> _Configuration:
-    """The configuration with what it inherits, in today's form.
+    """Return the configuration with what it inherits, in today's form.
 
     Raises:
-        VolsegError: it is 2D, the second stage of a cascade, or needs code that volseg does not have.
+        VolsegError: it is 2D, the second stage of a cascade, or not supported by volseg.
     """
     content: dict[str, Any] = {}
     visited: set[str] = set()
     parent: Any = name
     while parent is not None:
         if parent in visited or parent not in plans.configurations:
-            raise _unsupported(
-                where,
-                f"configuration {name!r} inherits from {parent!r}, which is missing or itself",
-            )
+            problem = f"configuration {name!r} inherits from {parent!r}, which is missing or itself"
+            raise _unsupported(where, problem)
         visited.add(parent)
         for key, value in plans.configurations[parent].items():
             content.setdefault(key, value)
@@ -487,7 +480,8 @@ def _configuration(plans: _Plans, name: str, where: Path) -> _Configuration:
     if content.get("previous_stage"):
         raise _unsupported(
             where,
-            f"configuration {name!r} is the second stage of a cascade, fed with the masks of {content['previous_stage']!r}",
+            f"configuration {name!r} is the second stage of a cascade and needs the masks of "
+            f"{content['previous_stage']!r}",
             fix="import the 3d_fullres or 3d_lowres model of the same dataset",
         )
     if isinstance(patch := content.get("patch_size"), list) and len(patch) == 2:
@@ -499,26 +493,29 @@ def _configuration(plans: _Plans, name: str, where: Path) -> _Configuration:
     if "architecture" not in content and "UNet_class_name" in content:
         content["architecture"] = _modern_architecture(content, where)
     configuration = _checked(_Configuration, content, f"{where}, configuration {name}")
-    for key, found, known in (
+    for key, name_in_plans, supported in (
         ("preprocessor", configuration.preprocessor_name, "DefaultPreprocessor"),
         ("label manager", plans.label_manager, "LabelManager"),
     ):
-        if found != known:
-            raise _unsupported(where, f"{key} {found!r} is unknown; volseg does what {known} does")
+        if name_in_plans != supported:
+            problem = f"{key} {name_in_plans!r} is unknown; volseg supports {supported}"
+            raise _unsupported(where, problem)
     return configuration
 
 
 def _modern_architecture(old: Mapping[str, Any], where: Path) -> dict[str, Any]:
-    """The architecture of plans that were written before nnU-Net v2.4, in which its numbers lay in the configuration itself."""
+    """Return the architecture of plans from before nnU-Net v2.4.
+
+    In these its numbers are keys of the configuration itself.
+    """
     try:
         n_down, plain = old["n_conv_per_stage_encoder"], old["UNet_class_name"] == "PlainConvUNet"
         widest, base = old["unet_max_num_features"], old["UNet_base_num_features"]
+        features = [min(base * 2**level, widest) for level in range(len(n_down))]
         return {
             "network_class_name": old["UNet_class_name"],
             "arch_kwargs": {
-                "features_per_stage": [
-                    min(base * 2**level, widest) for level in range(len(n_down))
-                ],
+                "features_per_stage": features,
                 "kernel_sizes": old["conv_kernel_sizes"],
                 "strides": old["pool_op_kernel_sizes"],
                 "n_conv_per_stage" if plain else "n_blocks_per_stage": n_down,
@@ -531,7 +528,7 @@ def _modern_architecture(old: Mapping[str, Any], where: Path) -> dict[str, Any]:
             },
         }
     except (KeyError, TypeError) as error:
-        raise _unsupported(where, f"its old form lacks {error}") from error
+        raise _unsupported(where, f"written before nnU-Net v2.4, but lacks {error}") from error
 
 
 def _unsupported(where: Path, problem: str, fix: str | None = None) -> VolsegError:
@@ -565,7 +562,7 @@ def _recipe(
         raise _unsupported(
             plans_path,
             f"normalises {len(schemes)} channels, but dataset.json names {len(channels)}",
-            fix="put the dataset.json beside the model with which it was trained",
+            fix="copy the dataset.json with which the model was trained",
         )
     forms = {
         channel: _normaliser(scheme, masked, plans.intensities.get(str(number)), plans_path)
@@ -576,34 +573,28 @@ def _recipe(
     first = forms[channels[0]]
     labels, order = _labels(dataset, folder / "dataset.json")
     title = f"{plans.dataset_name}_{name}"
+    default = f"nnU-Net model {plans.dataset_name}, configuration {name}."
+    source = "; ".join(str(text) for text in (dataset.reference, dataset.licence) if text)
+    is_ct = schemes[0] == "CTNormalization"
     content = {
         "name": re.sub(r"[^a-z0-9_]", "_", title.lower()).lstrip("_")[:200] or "nnunet",
-        "description": shortened(
-            str(
-                dataset.description or f"nnU-Net model {plans.dataset_name}, configuration {name}."
-            ),
-            5000,
-        ),
-        "data_source": shortened(
-            "; ".join(str(text) for text in (dataset.reference, dataset.licence) if text), 5000
-        ),
+        "description": shortened(str(dataset.description or default), 5000),
+        "data_source": shortened(source, 5000),
         "data": {
             "channels": channels,
             "labels": labels,
-            "intensity_unit": "HU" if schemes[0] == "CTNormalization" else "a.u.",
+            "intensity_unit": "HU" if is_ct else "a.u.",
             "regions_class_order": order,
         },
         "preprocess": {
             "spacing_mm": configuration.spacing,
             "crop": "nonzero",
             "normalise": first,
-            "normalise_channels": {
-                channel: form for channel, form in forms.items() if form != first
-            },
+            "normalise_channels": {name: form for name, form in forms.items() if form != first},
             "normalise_first": True,
             **_axes(plans, plans_path),
             **_resampling(configuration, plans_path),
-            **({"body_above": CT_BODY_ABOVE} if schemes[0] == "CTNormalization" else {}),
+            **({"body_above": CT_BODY_ABOVE} if is_ct else {}),
         },
         "network": {"name": network, **settings},
         "train": {"patch_shape": configuration.patch_size, "batch_size": configuration.batch_size},
@@ -613,16 +604,12 @@ def _recipe(
 
 
 def _labels(dataset: _Dataset, where: Path) -> tuple[dict[str, int], list[int] | None]:
-    """Name → mask value, and for regions the values in the order of the network's output channels.
+    """Return name → mask value, and for regions the values in the order of the output channels.
 
-    `ignore` marks voxels that training left out, so no channel stands for it. Channels of regions come in the order of the file.
+    `ignore` marks unannotated voxels and has no channel. Regions have the order of the file.
     """
-    named = {
-        name: [value] if isinstance(value, int) else value for name, value in dataset.labels.items()
-    }
-    named = {
-        name: values for name, values in named.items() if name != "ignore" and set(values) != {0}
-    }
+    lists = {name: [v] if isinstance(v, int) else v for name, v in dataset.labels.items()}
+    named = {name: v for name, v in lists.items() if name != "ignore" and set(v) != {0}}
     if not named:
         raise _unsupported(where, "names no label beside the background")
     if all(len(values) == 1 for values in named.values()):
@@ -630,8 +617,9 @@ def _labels(dataset: _Dataset, where: Path) -> tuple[dict[str, int], list[int] |
         if sorted(labels.values()) != list(range(1, len(labels) + 1)):
             raise _unsupported(
                 where,
-                f"labels {labels} are not numbered 1, 2, … {len(labels)}, so no channel of the network can be told from another",
-                fix="put the dataset.json beside the model with which it was trained",
+                f"labels {labels} are not numbered 1, 2, … {len(labels)}, so the channels of the "
+                "network cannot be assigned to them",
+                fix="copy the dataset.json with which the model was trained",
             )
         return labels, None
     order = dataset.regions_class_order
@@ -639,74 +627,66 @@ def _labels(dataset: _Dataset, where: Path) -> tuple[dict[str, int], list[int] |
         raise _unsupported(
             where,
             f"has {len(named)} regions, but regions_class_order {order}",
-            fix='give "regions_class_order" one number per region',
+            fix='give "regions_class_order" with one number per region',
         )
     return dict(zip(named, order, strict=True)), order
 
 
 def _normaliser(
-    scheme: str, masked: bool, found: _Intensities | None, where: Path
+    scheme: str, masked: bool, intensities: _Intensities | None, where: Path
 ) -> dict[str, Any]:
-    """nnU-Net's class for a channel → a table of the recipe."""
+    """Return the recipe's table for nnU-Net's normalisation of a channel."""
     if scheme == "CTNormalization":
-        if found is None:
+        if intensities is None:
             raise _unsupported(
                 where, "CTNormalization has no intensity statistics", fix="copy the plans again"
             )
         return {
             "method": "window",
-            "low": found.percentile_00_5,
-            "high": found.percentile_99_5,
-            "mean": found.mean,
-            "sd": max(found.std, 1e-8),
+            "low": intensities.percentile_00_5,
+            "high": intensities.percentile_99_5,
+            "mean": intensities.mean,
+            "sd": max(intensities.std, 1e-8),
         }
+    span = {"low_percent": 0, "high_percent": 100}
     forms = {
         "ZScoreNormalization": {"method": "zscore", "region": "nonzero" if masked else "scan"},
         "NoNormalization": {"method": "scale"},
-        "RescaleTo01Normalization": {
-            "method": "percentile",
-            "low_percent": 0,
-            "high_percent": 100,
-            "region": "scan",
-        },
+        "RescaleTo01Normalization": {"method": "percentile", **span, "region": "scan"},
         "RGBTo01Normalization": {"method": "scale", "divide_by": 255},
     }
     if scheme not in forms:
-        raise _unsupported(
-            where,
-            f"normalisation {scheme!r} is unknown; known are CTNormalization, {', '.join(forms)}",
-        )
+        names = ", ".join(["CTNormalization", *forms])
+        raise _unsupported(where, f"normalisation {scheme!r} is unknown; volseg supports {names}")
     return forms[scheme]
 
 
 def _axes(plans: _Plans, where: Path) -> dict[str, Any]:
-    """Which axes the network sees."""
+    """Return the axes that the network sees, as keys of the recipe."""
     reader, forward = plans.image_reader_writer, plans.transpose_forward
     if reader not in _AXES:
-        raise _unsupported(
-            where, f"reader {reader!r} is unknown or not for NIfTI; known are {', '.join(_AXES)}"
-        )
-    # The readers that reorient give (S, A, R), the reverse of ours.
+        problem = f"reader {reader!r} is unknown or not for NIfTI"
+        raise _unsupported(where, f"{problem}; volseg supports {', '.join(_AXES)}")
+    # The readers that reorient give (S, A, R), the reverse of volseg's axes.
     transpose = forward if _AXES[reader] == "stored" else [2 - axis for axis in forward]
     return {"axes": _AXES[reader], "transpose": transpose}
 
 
 def _resampling(configuration: _Configuration, where: Path) -> dict[str, Any]:
-    """Order and anisotropy rule of the images; the logits have to come back by the same rule, linearly."""
-    images, logits = (
-        _resampler(function, arguments, where)
-        for function, arguments in (
-            (configuration.resampling_fn_data, configuration.resampling_fn_data_kwargs),
-            (
-                configuration.resampling_fn_probabilities,
-                configuration.resampling_fn_probabilities_kwargs,
-            ),
-        )
+    """Return order and anisotropy rule of the images; the logits must follow it, linearly."""
+    images = _resampler(
+        configuration.resampling_fn_data, configuration.resampling_fn_data_kwargs, where
+    )
+    logits = _resampler(
+        configuration.resampling_fn_probabilities,
+        configuration.resampling_fn_probabilities_kwargs,
+        where,
     )
     if images.order not in _INTERPOLATION or logits.order != 1:
         raise _unsupported(
             where,
-            f"resamples images with order {images.order} and logits with order {logits.order}, not 3 or 1 and 1",
+            f"resamples images with order {images.order} and logits with order {logits.order}; "
+            "volseg supports 3 or 1 for images, and 1 for logits",
         )
     if images.separate_above != logits.separate_above:
         raise _unsupported(where, "resamples images and logits by different rules of anisotropy")
@@ -720,73 +700,66 @@ def _resampling(configuration: _Configuration, where: Path) -> dict[str, Any]:
 
 def _resampler(function: str, arguments: Mapping[str, Any], where: Path) -> _Resampling:
     if function == "resample_data_or_seg_to_shape":
-        found = _checked(_Resampling, arguments, where)
-    elif (
-        function == "resample_torch_fornnunet"
-    ):  # its own defaults: linear, and separate where it has to be
-        found = _checked(_Resampling, {"force_separate_z": None, **arguments, "order": 1}, where)
+        resampling = _checked(_Resampling, arguments, where)
+    elif function == "resample_torch_fornnunet":  # linear by default, separate where needed
+        changes = {"force_separate_z": None, **arguments, "order": 1}
+        resampling = _checked(_Resampling, changes, where)
     else:
         raise _unsupported(where, f"resampling function {function!r} is unknown")
-    if found.order_z != 0 or found.is_seg or found.mode != "linear":
-        raise _unsupported(
-            where, f"resampling function {function!r} has arguments {dict(arguments)}"
-        )
-    return found
+    if resampling.order_z != 0 or resampling.is_seg or resampling.mode != "linear":
+        problem = f"resampling function {function!r} has unsupported arguments {dict(arguments)}"
+        raise _unsupported(where, problem)
+    return resampling
 
 
 def _tta_axes(checkpoint: _Checkpoint, folder: Path) -> list[str]:
-    if any(axis not in (0, 1, 2) for axis in checkpoint.tta_axes):
-        raise _unsupported(
-            folder, f"the checkpoint mirrors axes {checkpoint.tta_axes} of a 3D network"
-        )
-    return ["RAS"[axis] for axis in checkpoint.tta_axes]
+    axes = checkpoint.tta_axes
+    if any(axis not in (0, 1, 2) for axis in axes):
+        raise _unsupported(folder, f"the checkpoint mirrors axes {axes} of a 3D network")
+    return ["RAS"[axis] for axis in axes]
 
 
 # ---- network
 
 
 def _network(architecture: _Architecture, where: Path) -> tuple[str, dict[str, Any]]:
-    """File in models/ and the arguments of its `build`."""
+    """Return the file in models/ and the arguments of its `build`."""
     kind = architecture.network_class_name.rpartition(".")[2]
     if kind not in _NETWORKS:
-        raise _unsupported(
-            where, f"architecture {kind!r} is unknown; known are {', '.join(_NETWORKS)}"
-        )
+        names = ", ".join(_NETWORKS)
+        raise _unsupported(where, f"architecture {kind!r} is unknown; volseg supports {names}")
     name, n_down = _NETWORKS[kind]
-    rest = {
-        key: value for key, value in architecture.arch_kwargs.items() if key not in _WITHOUT_EFFECT
+    kwargs = {
+        key: value for key, value in architecture.arch_kwargs.items() if key not in _TRAINING_ONLY
     }
+    pop = kwargs.pop
     try:
-        levels = len(rest["strides"])
+        levels = len(kwargs["strides"])
         settings: dict[str, Any] = {
-            "features": _per_level(rest.pop("features_per_stage"), levels),
-            "strides": [_triple(stride) for stride in rest.pop("strides")],
-            "kernels": [_triple(kernel) for kernel in _per_level(rest.pop("kernel_sizes"), levels)],
-            n_down: _per_level(rest.pop(n_down), levels),
-            "n_conv_per_stage_decoder": _per_level(
-                rest.pop("n_conv_per_stage_decoder"), levels - 1
-            ),
-            "conv_bias": bool(rest.pop("conv_bias", False)),
-            **_norm(rest.pop("norm_op", None), rest.pop("norm_op_kwargs", None) or {}, where),
-            **_activation(rest.pop("nonlin", None), rest.pop("nonlin_kwargs", None) or {}, where),
+            "features": _per_level(pop("features_per_stage"), levels),
+            "strides": [_triple(stride) for stride in pop("strides")],
+            "kernels": [_triple(kernel) for kernel in _per_level(pop("kernel_sizes"), levels)],
+            n_down: _per_level(pop(n_down), levels),
+            "n_conv_per_stage_decoder": _per_level(pop("n_conv_per_stage_decoder"), levels - 1),
+            "conv_bias": bool(pop("conv_bias", False)),
+            **_norm(pop("norm_op", None), pop("norm_op_kwargs", None) or {}, where),
+            **_activation(pop("nonlin", None), pop("nonlin_kwargs", None) or {}, where),
         }
         if name == "nnunet_residual":
-            settings["stem_channels"] = rest.pop("stem_channels", None)
-            if str(rest.get("block", "BasicBlockD")).endswith("BasicBlockD"):
-                rest.pop("block", None)
+            settings["stem_channels"] = pop("stem_channels", None)
+            if str(kwargs.get("block", "BasicBlockD")).endswith("BasicBlockD"):
+                pop("block", None)
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise _unsupported(
             where, f"architecture {kind} is not described as nnU-Net does ({error!r})"
         ) from error
-    if not str(rest.pop("conv_op", "Conv3d")).endswith("Conv3d"):
+    if not str(pop("conv_op", "Conv3d")).endswith("Conv3d"):
         raise _unsupported(
             where, "the network is not 3D", fix="import a 3D configuration of the same dataset"
         )
-    unknown = {key: value for key, value in rest.items() if value not in (None, False)}
+    unknown = {key: value for key, value in kwargs.items() if value not in (None, False)}
     if unknown:
-        raise _unsupported(
-            where, f"architecture {kind} has settings that volseg does not know: {unknown}"
-        )
+        raise _unsupported(where, f"architecture {kind} has unsupported settings: {unknown}")
     return name, settings
 
 
@@ -799,34 +772,33 @@ def _triple(value: Any) -> list[int]:
 
 
 def _norm(kind: Any, arguments: Mapping[str, Any], where: Path) -> dict[str, Any]:
-    rest = dict(arguments)
-    found = {
-        "norm_eps": float(rest.pop("eps", 1e-5)),
-        "norm_affine": bool(rest.pop("affine", False)),
+    kwargs = dict(arguments)
+    settings = {
+        "norm_eps": float(kwargs.pop("eps", 1e-5)),
+        "norm_affine": bool(kwargs.pop("affine", False)),
     }
-    rest.pop("momentum", None)
-    if not str(kind).endswith("InstanceNorm3d") or any(rest.values()):
-        raise _unsupported(
-            where,
-            f"normalisation layer {kind} {dict(arguments)} is unknown; known is InstanceNorm3d",
-        )
-    return found
+    kwargs.pop("momentum", None)
+    if not str(kind).endswith("InstanceNorm3d") or any(kwargs.values()):
+        problem = f"normalisation layer {kind} {dict(arguments)} is unknown"
+        raise _unsupported(where, f"{problem}; volseg supports InstanceNorm3d")
+    return settings
 
 
 def _activation(kind: Any, arguments: Mapping[str, Any], where: Path) -> dict[str, Any]:
     name = str(kind).rpartition(".")[2]
     if name not in ("LeakyReLU", "ReLU"):
-        raise _unsupported(where, f"activation {kind} is unknown; known are LeakyReLU and ReLU")
+        problem = f"activation {kind} is unknown; volseg supports LeakyReLU and ReLU"
+        raise _unsupported(where, problem)
     return {"slope": 0.0 if name == "ReLU" else float(arguments.get("negative_slope", 0.01))}
 
 
 def _weights(
-    found: Mapping[str, torch.Tensor], recipe: Recipe, path: Path
+    tensors: Mapping[str, torch.Tensor], recipe: Recipe, path: Path
 ) -> dict[str, torch.Tensor]:
-    """The checkpoint's tensors under the names of our network, which they are tried on.
+    """Return the tensors of a checkpoint under the names of volseg's network.
 
     Raises:
-        VolsegError: a tensor is missing, of another shape, or there are some which the network of the plans does not have.
+        VolsegError: a tensor is missing, of another shape, or not in the network of the plans.
     """
     last = len(recipe.network.settings["features"]) - 2
     with torch.device("meta"):  # names and shapes alone
@@ -834,25 +806,27 @@ def _weights(
     theirs = {name: _their_name(name, recipe.network.name, last) for name in weights_of(network)}
     again = re.compile(r"\.all_modules\.|^decoder\.encoder\.")
     coarser_head = re.compile(rf"^decoder\.seg_layers\.(?!{last}\.)\d+\.")
-    used = {key for key in found if not again.search(key) and not coarser_head.search(key)}
-    strange = sorted(used - set(theirs.values()))
+    used = {key for key in tensors if not again.search(key) and not coarser_head.search(key)}
+    unknown = sorted(used - set(theirs.values()))
     missing = sorted(set(theirs.values()) - used)
-    if strange or missing:
+    problem = f"{path}: is not the network of plans.json"
+    fix = "give the plans.json of this training; trainers that change the network are not supported"
+    if unknown or missing:
         raise VolsegError(
-            f"{path}: is not the network of plans.json: {len(missing)} of its tensors are missing {missing[:3]}, "
-            f"{len(strange)} are unknown {strange[:3]}",
-            fix="give the plans.json of this training; a trainer that changes the network cannot be imported",
+            f"{problem}: {len(missing)} of its tensors are missing {missing[:3]}, "
+            f"{len(unknown)} are unknown {unknown[:3]}",
+            fix=fix,
             code="E_CKPT",
         )
     shapes = {name: tensor.shape for name, tensor in weights_of(network).items()}
-    misfits = [key for name, key in theirs.items() if found[key].shape != shapes[name]]
-    if misfits:  # before any is copied: a tensor that repeats one number may claim any size
+    misfits = [key for name, key in theirs.items() if tensors[key].shape != shapes[name]]
+    if misfits:  # checked before copying: a tensor that repeats one number may claim any size
         raise VolsegError(
-            f"{path}: is not the network of plans.json: {len(misfits)} of its tensors do not fit the network {misfits[:3]}",
-            fix="give the plans.json of this training; a trainer that changes the network cannot be imported",
+            f"{problem}: {len(misfits)} of its tensors do not fit the network {misfits[:3]}",
+            fix=fix,
             code="E_CKPT",
         )
-    weights = {name: found[key].to(torch.float32, copy=True) for name, key in theirs.items()}
+    weights = {name: tensors[key].to(torch.float32, copy=True) for name, key in theirs.items()}
     try:
         check_finite(weights)
     except VolsegError as error:
@@ -861,14 +835,11 @@ def _weights(
 
 
 def _their_name(name: str, network: str, last: int) -> str:
-    """The key of nnU-Net's `state_dict` for one of our tensors."""
-    plain = network == "nnunet_plain"
+    """Return the key of nnU-Net's `state_dict` for one of volseg's tensors."""
+    stage = r"\1.0.convs.\2." if network == "nnunet_plain" else r"\1.blocks.\2."
     rules = (
         (r"^stem\.0\.", "encoder.stem.convs.0."),
-        (
-            r"^encoder\.(\d+)\.(\d+)\.",
-            r"encoder.stages.\1.0.convs.\2." if plain else r"encoder.stages.\1.blocks.\2.",
-        ),
+        (r"^encoder\.(\d+)\.(\d+)\.", rf"encoder.stages.{stage}"),
         (r"^decoder\.(\d+)\.(\d+)\.", r"decoder.stages.\1.convs.\2."),
         (r"^up\.(\d+)\.", r"decoder.transpconvs.\1."),
         (r"^head\.", f"decoder.seg_layers.{last}."),
@@ -880,21 +851,21 @@ def _their_name(name: str, network: str, last: int) -> str:
     raise AssertionError(name)
 
 
-# ---- what is known about its training
+# ---- training data
 
 
 def _fingerprint(dataset: _Dataset, plans: _Plans, recipe: Recipe) -> DatasetFingerprint:
-    """What nnU-Net's files say about the training cases; it keeps no spacing or voxel count per case."""
+    """Return what is known about the training cases; nnU-Net saves no spacings or voxel counts."""
     foreground = {
         channel: IntensityStatistics(
-            mean=found.mean,
-            sd=found.std,
-            p00_5=found.percentile_00_5,
-            median=found.median,
-            p99_5=found.percentile_99_5,
+            mean=intensities.mean,
+            sd=intensities.std,
+            p00_5=intensities.percentile_00_5,
+            median=intensities.median,
+            p99_5=intensities.percentile_99_5,
         )
         for number, channel in enumerate(recipe.data.channels)
-        if (found := plans.intensities.get(str(number))) is not None
+        if (intensities := plans.intensities.get(str(number))) is not None
     }
     return DatasetFingerprint(
         n_cases=dataset.numTraining,
@@ -906,13 +877,15 @@ def _fingerprint(dataset: _Dataset, plans: _Plans, recipe: Recipe) -> DatasetFin
 
 
 def _validation_dice(folder: Path, folds: Sequence[str], checkpoint: str) -> dict[str, float]:
-    """Mean Dice of each fold's validation cases, where nnU-Net left it; it belongs to the final checkpoint."""
+    """Return the mean validation Dice of each fold for which nnU-Net saved it.
+
+    It belongs to the final checkpoint.
+    """
     metrics = {}
     for fold in folds if checkpoint == FINAL else ():
         try:
-            summary = read_json(
-                folder / f"fold_{fold}" / "validation" / "summary.json", is_finite=False
-            )
+            path = folder / f"fold_{fold}" / "validation" / "summary.json"
+            summary = read_json(path, is_finite=False)
             metrics[f"{NNUNET_DICE}{fold}"] = float(summary["foreground_mean"]["Dice"])
         except (OSError, ValueError, KeyError, TypeError, OverflowError):
             continue

@@ -64,7 +64,7 @@ def nnunet(name, **changes):
 
 @pytest.mark.parametrize("name", NNUNETS)
 def test_the_nnunets_treat_each_patch_of_a_batch_alone_and_leave_it_as_it_is(name):
-    """Though they activate and add in place."""
+    """They activate and add in place."""
     network, patches = nnunet(name), torch.randn(2, 2, 8, 16, 16)
     before = patches.clone()
     with torch.inference_mode():
@@ -97,5 +97,5 @@ def test_a_residual_block_with_dead_convolutions_passes_its_input_on():
     with torch.no_grad():
         block.conv2.norm.weight.zero_()
         block.conv2.norm.bias.zero_()
-        found = torch.rand(1, 8, 4, 4, 4)
-        assert torch.equal(block(found), found)
+        features = torch.rand(1, 8, 4, 4, 4)
+        assert torch.equal(block(features), features)

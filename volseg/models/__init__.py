@@ -20,15 +20,15 @@ if TYPE_CHECKING:
 
 
 def build_network(name: str, *, in_channels: int, out_channels: int, **settings: Any) -> nn.Module:
-    """A torch module with random weights.
+    """Return a torch module with random weights.
 
     Raises:
-        VolsegError: no file of that name, or settings which its `build` does not take.
+        VolsegError: there is no file of that name, or its `build` refuses the settings.
     """
-    known = [module.name for module in pkgutil.iter_modules(__path__)]
-    if name not in known:
+    names = [module.name for module in pkgutil.iter_modules(__path__)]
+    if name not in names:
         raise VolsegError(
-            f"network {name!r} is unknown", fix=f"use one of {', '.join(known)}", code="E_RECIPE"
+            f"network {name!r} is unknown", fix=f"use one of {', '.join(names)}", code="E_RECIPE"
         )
     module = importlib.import_module(f"{__name__}.{name}")
     build = partial(module.build, in_channels=in_channels, out_channels=out_channels, **settings)
@@ -50,7 +50,7 @@ def build_network(name: str, *, in_channels: int, out_channels: int, **settings:
 
 
 def _check_size(name: str, build: Callable[[], nn.Module]) -> None:
-    """Refuse a network whose weights do not fit into the machine's memory, before any of them takes memory.
+    """Check that a network's weights fit into the machine's memory, before allocating them.
 
     Raises:
         VolsegError: they do not fit.
@@ -58,20 +58,19 @@ def _check_size(name: str, build: Callable[[], nn.Module]) -> None:
     import torch
 
     with torch.device("meta"):  # names and shapes alone
-        size = sum(
-            tensor.numel() * tensor.element_size() for tensor in build().state_dict().values()
-        )
-    memory = total_memory()
+        tensors = build().state_dict().values()
+    size, memory = sum(t.numel() * t.element_size() for t in tensors), total_memory()
     if size > memory:
         raise VolsegError(
-            f"network {name!r} has weights of {size / 2**30:,.0f} GB, and this machine has {memory / 2**30:.0f} GB of memory",
+            f"network {name!r} has weights of {size / 2**30:,.0f} GB, and this machine has "
+            f"{memory / 2**30:.0f} GB of memory",
             fix="give fewer features or levels under [network]",
             code="E_RAM",
         )
 
 
 def build_segmentation(recipe: Recipe) -> nn.Module:
-    """The recipe's 3D network: (N, channels, R, A, S) → logits (N, outputs, R, A, S)."""
+    """Return the recipe's 3D network: (N, channels, R, A, S) → logits (N, outputs, R, A, S)."""
     return build_network(
         recipe.network.name,
         in_channels=len(recipe.data.channels),
@@ -81,7 +80,7 @@ def build_segmentation(recipe: Recipe) -> nn.Module:
 
 
 def build_classifier(settings: Classify) -> nn.Module:
-    """The recipe's 2D network: (N, 2, pixels, pixels) → logits (N, classes)."""
+    """Return the recipe's 2D network: (N, 2, pixels, pixels) → logits (N, classes)."""
     return build_network(
         settings.network.name,
         in_channels=2,
@@ -91,13 +90,14 @@ def build_classifier(settings: Classify) -> nn.Module:
 
 
 def check_networks(recipe: Recipe, *, section: str = "train") -> None:
-    """Build the recipe's networks once and see that the patch can be halved as often as the 3D one halves it.
+    """Build the recipe's networks once, and check that patches fit their strides and the memory.
 
     Args:
-        section: where the patch stands, for the error message.
+        section: section of the recipe with the patch, for the error message.
 
     Raises:
-        VolsegError: a network cannot be built, the patch does not fit its strides, or a step of training cannot fit into the memory.
+        VolsegError: a network cannot be built, the patch does not fit its strides, or a step of
+            training does not fit into the memory.
     """
     build_segmentation(recipe)
     strides = recipe.network.settings.get("strides", ())
@@ -105,14 +105,16 @@ def check_networks(recipe: Recipe, *, section: str = "train") -> None:
     for axis, (voxels, divisor) in enumerate(zip(recipe.train.patch_shape, divisors, strict=False)):
         if voxels % divisor:
             raise VolsegError(
-                f"{section}.patch_shape has {voxels} voxels along {'RAS'[axis]}, which the strides divide by {divisor}",
+                f"{section}.patch_shape has {voxels} voxels along {'RAS'[axis]}, which the strides "
+                f"divide by {divisor}",
                 fix=f"make it a multiple of {divisor}",
                 code="E_RECIPE",
             )
     if list(recipe.train.patch_shape) == divisors:
         raise VolsegError(
-            f"{section}.patch_shape {recipe.train.patch_shape} is a single voxel at the network's coarsest level, which cannot be normalised",
-            fix="make the patch larger, or take a level off the network",
+            f"{section}.patch_shape {recipe.train.patch_shape} is a single voxel at the network's "
+            "coarsest level, which cannot be normalised",
+            fix="make the patch larger, or remove a level from the network",
             code="E_RECIPE",
         )
     _check_step(recipe, section)
@@ -123,19 +125,15 @@ def check_networks(recipe: Recipe, *, section: str = "train") -> None:
 
 
 def _check_step(recipe: Recipe, section: str) -> None:
-    """Refuse a batch of patches that is larger than all memory of this machine or its GPU, before any of it is allocated."""
+    """Check that a batch of patches fits into the memory of this machine or its GPU."""
     import torch
 
-    patch, batch_size, settings = (
-        recipe.train.patch_shape,
-        recipe.train.batch_size,
-        recipe.network.settings,
-    )
-    assert patch != AUTO and batch_size != AUTO, "nothing is left to a plan"
+    patch, batch_size = recipe.train.patch_shape, recipe.train.batch_size
+    settings = recipe.network.settings
+    assert patch != AUTO and batch_size != AUTO, "the plan was applied"
     channels, outputs = len(recipe.data.channels), recipe.data.n_outputs
-    least = (
-        4 * batch_size * math.prod(patch) * (channels + 2 * outputs)
-    )  # patches, logits and their gradients
+    # patches, logits and their gradients
+    least = 4 * batch_size * math.prod(patch) * (channels + 2 * outputs)
     features, strides = settings.get("features"), settings.get("strides")
     if recipe.network.name == "unet3d" and features and strides:
         size = Size(
@@ -150,48 +148,50 @@ def _check_step(recipe: Recipe, section: str) -> None:
     memory = max(total_memory(), gpu)
     if least > memory:
         raise VolsegError(
-            f"{section}: a step with {batch_size} patches of {' × '.join(map(str, patch))} voxels takes at least {least / 2**30:,.0f} GB, "
-            f"and this machine has {memory / 2**30:.0f} GB of memory",
+            f"{section}: a step with {batch_size} patches of {' × '.join(map(str, patch))} voxels "
+            f"takes at least {least / 2**30:,.0f} GB, and this machine has "
+            f"{memory / 2**30:.0f} GB of memory",
             fix=f"lower {section}.batch_size or {section}.patch_shape",
             code="E_BUDGET",
         )
 
 
 def weights_of(network: nn.Module) -> dict[str, torch.Tensor]:
-    """The network's tensors, each once: a state_dict names a tensor again for every module through which it is reached."""
-    return {
-        name: tensor.detach()
-        for name, tensor in (*network.named_parameters(), *network.named_buffers())
-    }
+    """Return each tensor of a network once; a state_dict repeats those of shared modules."""
+    tensors = (*network.named_parameters(), *network.named_buffers())
+    return {name: tensor.detach() for name, tensor in tensors}
 
 
 def set_weights(network: nn.Module, weights: Mapping[str, torch.Tensor]) -> nn.Module:
-    """Copy what `weights_of` gave into a network of the same architecture, and return it.
+    """Copy weights, as from `weights_of`, into a network of the same architecture; return it.
 
     Raises:
-        VolsegError: tensors are missing or of another shape, or hold NaN.
+        VolsegError: tensors are missing or of another shape, or hold NaN or infinity.
     """
-    wanted = weights_of(network)
+    targets = weights_of(network)
     misfits = [
-        name for name in wanted if name not in weights or weights[name].shape != wanted[name].shape
+        name
+        for name, tensor in targets.items()
+        if name not in weights or weights[name].shape != tensor.shape
     ]
     if misfits:
         raise VolsegError(
-            f"the weights do not fit the network: {len(misfits)} tensors are missing or of another shape, first {misfits[:5]}",
+            f"the weights do not fit the network: {len(misfits)} tensors are missing or of another "
+            f"shape, first {misfits[:5]}",
             fix="use the recipe with which the weights were trained",
             code="E_CKPT",
         )
     check_finite(weights)
-    for name, tensor in wanted.items():
+    for name, tensor in targets.items():
         tensor.copy_(weights[name])
     return network
 
 
 def check_finite(weights: Mapping[str, torch.Tensor]) -> None:
-    """Refuse weights of which some are NaN or infinite: a mask made with them would look like one and be none.
+    """Check that no weight is NaN or infinite: the masks would be wrong without an error.
 
     Raises:
-        VolsegError: some are; it names the first tensor.
+        VolsegError: a weight is; it names the first such tensor.
     """
     for name, tensor in weights.items():
         if tensor.is_floating_point() and tensor.numel() and not bool(tensor.isfinite().all()):

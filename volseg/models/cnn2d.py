@@ -1,4 +1,4 @@
-"""Small 2D CNN classifier: four blocks of two convolutions, global average and maximum, one linear layer."""
+"""Small 2D CNN classifier: four blocks of two convolutions, global pooling, one linear layer."""
 
 from __future__ import annotations
 
@@ -16,11 +16,13 @@ def build(
     features: Sequence[int] = (12, 24, 48, 64),
     dropout: float = 0.3,
 ) -> nn.Module:
-    """(N, in_channels, H, W) → logits (N, out_channels)."""
+    """Return a classifier: (N, in_channels, H, W) → logits (N, out_channels)."""
     return Cnn2d(in_channels, out_channels, tuple(features), dropout)
 
 
 class Cnn2d(nn.Module):
+    """Convolution blocks, global average and maximum, dropout and a linear layer."""
+
     def __init__(
         self, in_channels: int, out_channels: int, features: tuple[int, ...], dropout: float
     ) -> None:
@@ -36,12 +38,12 @@ class Cnn2d(nn.Module):
         self.head = nn.Linear(2 * features[-1], out_channels)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        found = self.blocks(images).flatten(2)
-        return self.head(self.dropout(torch.cat([found.mean(2), found.amax(2)], dim=1)))
+        features = self.blocks(images).flatten(2)
+        return self.head(self.dropout(torch.cat([features.mean(2), features.amax(2)], dim=1)))
 
 
 def _convolution(in_channels: int, out_channels: int, *, strides: int) -> nn.Module:
-    # Group norm does not care how many lesions are in a batch: one at inference, many in training.
+    # Group norm is independent of the batch size: one lesion at inference, many in training.
     return Convolution(
         2, in_channels, out_channels, strides=strides, act="RELU", norm=("GROUP", {"num_groups": 4})
     )

@@ -1,7 +1,7 @@
 """nnU-Net's plain convolutional U-Net in 3D, for the weights of its models.
 
-MONAI's DynUNet (`unet3d`) is not the same network: it has two convolutions per level, all without bias, where nnU-Net's plans state
-their number and give them a bias.
+MONAI's DynUNet (`unet3d`) differs: it has two convolutions per level, all without bias, where
+nnU-Net's plans state their number and give them a bias.
 
 Source: Isensee et al., nnU-Net, Nature Methods 18:203 (2021).
 """
@@ -24,7 +24,7 @@ MAX_LEVELS, MAX_STEPS = 16, 64  # of a network, and convolutions or blocks of a 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerSettings:
-    """What all layers of a network share: the bias of its convolutions, its instance norm, the slope of its leaky ReLU."""
+    """Settings of all layers: bias of convolutions, instance norm, slope of the leaky ReLU."""
 
     conv_bias: bool = True
     norm_eps: float = 1e-5
@@ -43,14 +43,16 @@ def build(
     n_conv_per_stage_decoder: Sequence[int],
     **settings: Any,
 ) -> nn.Module:
-    """(N, in_channels, X, Y, Z) → logits (N, out_channels, X, Y, Z).
+    """Return a network: (N, in_channels, X, Y, Z) → logits (N, out_channels, X, Y, Z).
 
     Args:
         features: channels per level, finest first.
-        strides: down-sampling into each level, three numbers each; every axis of a patch is a multiple of their product.
+        strides: down-sampling into each level, three numbers each; every axis of a patch is a
+            multiple of their product.
         kernels: convolution size per level, odd.
         n_conv_per_stage: convolutions per level on the way down.
-        n_conv_per_stage_decoder: convolutions per level on the way up, coarsest first: one level fewer.
+        n_conv_per_stage_decoder: convolutions per level on the way up, coarsest first, one level
+            fewer.
         settings: fields of `LayerSettings`.
     """
     check_levels(
@@ -74,7 +76,7 @@ def build(
 
 
 class UNet(nn.Module):
-    """Stages down; then per level a transposed convolution, the skip beside it, and convolutions; a head on the finest level."""
+    """U-Net: stages down, then per level up a transposed convolution, the skip and convolutions."""
 
     def __init__(
         self,
@@ -102,14 +104,14 @@ class UNet(nn.Module):
         self.head = nn.Conv3d(features[0], out_channels, 1)
 
     def forward(self, patches: torch.Tensor) -> torch.Tensor:
-        found, skips = self.stem(patches), []
+        features, skips = self.stem(patches), []
         for stage in self.encoder:
-            found = stage(found)
-            skips.append(found)
+            features = stage(features)
+            skips.append(features)
         skips.pop()
         for up, stage in zip(self.up, self.decoder, strict=True):
-            found = stage(torch.cat([up(found), skips.pop()], 1))
-        return self.head(found)
+            features = stage(torch.cat([up(features), skips.pop()], 1))
+        return self.head(features)
 
 
 def convolutions(
@@ -121,7 +123,7 @@ def convolutions(
     *,
     stride: Sequence[int] = (1, 1, 1),
 ) -> nn.Sequential:
-    """`n` layers, of which the first has the stride."""
+    """Return `n` layers, the first with the stride."""
     first = layer(in_channels, out_channels, kernel, layers, stride=stride)
     return nn.Sequential(
         first, *(layer(out_channels, out_channels, kernel, layers) for _ in range(n - 1))
@@ -138,7 +140,7 @@ def layer(
     activate: bool = True,
     bias: bool | None = None,
 ) -> nn.Sequential:
-    """Convolution, instance norm and, if wanted, leaky ReLU; `bias` None is that of the settings."""
+    """Return convolution, instance norm and leaky ReLU; `bias` None follows the settings."""
     size = _triple(kernel)
     parts = OrderedDict[str, nn.Module](
         conv=nn.Conv3d(
@@ -164,7 +166,11 @@ def check_levels(
     n_down: Sequence[int],
     n_up: Sequence[int],
 ) -> None:
-    """Raises VolsegError where the settings do not describe the levels of one 3D network."""
+    """Check that settings describe the levels of a 3D network.
+
+    Raises:
+        VolsegError: they do not.
+    """
     dimensions = {len(numbers) for numbers in (*strides, *kernels)}
     if dimensions == {2}:
         raise VolsegError(
@@ -180,14 +186,16 @@ def check_levels(
         or min(*n_down, *n_up, *features) < 1
     ):
         raise VolsegError(
-            f"{name} has {len(features)} features, {len(strides)} strides, {len(kernels)} kernels, {len(n_down)} stages down "
-            f"and {len(n_up)} up",
-            fix="give one of each per level under [network], three numbers per stride and kernel, one stage fewer up",
+            f"{name} has {len(features)} features, {len(strides)} strides, {len(kernels)} kernels, "
+            f"{len(n_down)} stages down and {len(n_up)} up",
+            fix="give one of each per level under [network], three numbers per stride and kernel, "
+            "one stage fewer up",
             code="E_RECIPE",
         )
     if len(features) > MAX_LEVELS or max(*n_down, *n_up) > MAX_STEPS:
         raise VolsegError(
-            f"{name} has {len(features)} levels with up to {max(*n_down, *n_up)} convolutions or blocks each",
+            f"{name} has {len(features)} levels with up to {max(*n_down, *n_up)} convolutions or "
+            "blocks each",
             fix=f"give at most {MAX_LEVELS} levels with {MAX_STEPS} each under [network]",
             code="E_RECIPE",
         )
@@ -197,7 +205,7 @@ def check_levels(
         )
     if any(n < 1 or n % 2 == 0 for kernel in kernels for n in kernel):
         raise VolsegError(
-            f"{name}: a kernel of even size moves the grid", fix="use odd kernels", code="E_RECIPE"
+            f"{name}: a kernel of even size shifts the grid", fix="use odd kernels", code="E_RECIPE"
         )
 
 

@@ -1,9 +1,10 @@
 """nnU-Net's U-Net with a residual encoder in 3D ("ResEnc" plans), for the weights of its models.
 
-The way up is that of the plain U-Net. On the way down every block adds its input, which is average-pooled where the block has a stride
-and projected where the number of channels changes.
+The way up is that of the plain U-Net. On the way down every block adds its input, average-pooled if
+the block has a stride and projected if the number of channels changes.
 
-Source: Isensee et al., nnU-Net Revisited, MICCAI 2024; He et al., Bag of Tricks for Image Classification, CVPR 2019 (the pooled skip).
+Source: Isensee et al., nnU-Net Revisited, MICCAI 2024; He et al., Bag of Tricks for Image
+Classification, CVPR 2019 (the pooled skip).
 """
 
 from __future__ import annotations
@@ -37,15 +38,17 @@ def build(
     stem_channels: int | None = None,
     **settings: Any,
 ) -> nn.Module:
-    """(N, in_channels, X, Y, Z) → logits (N, out_channels, X, Y, Z).
+    """Return a network: (N, in_channels, X, Y, Z) → logits (N, out_channels, X, Y, Z).
 
     Args:
         features: channels per level, finest first.
-        strides: down-sampling into each level, three numbers each; every axis of a patch is a multiple of their product.
+        strides: down-sampling into each level, three numbers each; every axis of a patch is a
+            multiple of their product.
         kernels: convolution size per level, odd.
         n_blocks_per_stage: residual blocks per level on the way down.
-        n_conv_per_stage_decoder: convolutions per level on the way up, coarsest first: one level fewer.
-        stem_channels: of the convolution before the first level; None: as many as that level has.
+        n_conv_per_stage_decoder: convolutions per level on the way up, coarsest first, one level
+            fewer.
+        stem_channels: of the convolution before the first level; None: as many as that level.
         settings: fields of `LayerSettings`.
     """
     check_levels(
@@ -58,12 +61,8 @@ def build(
         features, strides, kernels, n_blocks_per_stage, strict=True
     ):
         first = ResidualBlock(before, width, kernel, stride, layers)
-        stages.append(
-            nn.Sequential(
-                first,
-                *(ResidualBlock(width, width, kernel, (1, 1, 1), layers) for _ in range(n - 1)),
-            )
-        )
+        others = (ResidualBlock(width, width, kernel, (1, 1, 1), layers) for _ in range(n - 1))
+        stages.append(nn.Sequential(first, *others))
         before = width
     return UNet(
         stem, stages, out_channels, features, strides, kernels, n_conv_per_stage_decoder, layers
@@ -71,7 +70,7 @@ def build(
 
 
 class ResidualBlock(nn.Module):
-    """Two convolutions with norms, plus the input; the last activation comes after the sum."""
+    """Block of two convolutions with norms, plus the input; the last activation follows the sum."""
 
     def __init__(
         self,
@@ -95,5 +94,5 @@ class ResidualBlock(nn.Module):
         self.skip = nn.Sequential(*skip)
         self.act = nn.LeakyReLU(layers.slope, inplace=True)
 
-    def forward(self, found: torch.Tensor) -> torch.Tensor:
-        return self.act(self.conv2(self.conv1(found)).add_(self.skip(found)))
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        return self.act(self.conv2(self.conv1(features)).add_(self.skip(features)))

@@ -24,20 +24,23 @@ def build(
     deep_supervision: int = 0,
     dropout: float = 0.0,
 ) -> nn.Module:
-    """(N, in_channels, R, A, S) → logits (N, out_channels, R, A, S); in training with deep supervision (N, depths, out_channels, R, A, S).
+    """Return a network: (N, in_channels, R, A, S) → logits (N, out_channels, R, A, S).
+
+    In training with deep supervision its logits are (N, depths, out_channels, R, A, S).
 
     Args:
         features: channels per level, finest first.
         strides: down-sampling (R, A, S) into each level; the first is usually (1, 1, 1).
         kernels: convolution size (R, A, S) per level; default 3 × 3 × 3.
         residual: residual instead of plain blocks.
-        deep_supervision: coarser levels whose logits are judged in training too, finest first.
-        dropout: probability with which a feature is left out in training.
+        deep_supervision: number of coarser levels with a loss in training, finest first.
+        dropout: probability with which a feature is dropped in training.
     """
     kernels = kernels if kernels is not None else [(3, 3, 3)] * len(features)
     if not 3 <= len(features) == len(strides) == len(kernels):
         raise VolsegError(
-            f"unet3d has {len(features)} features, {len(strides)} strides and {len(kernels)} kernels",
+            f"unet3d has {len(features)} features, {len(strides)} strides and {len(kernels)} "
+            "kernels",
             fix="give one of each per level under [network], for at least three levels",
             code="E_RECIPE",
         )
@@ -49,7 +52,7 @@ def build(
         )
     if not 0 <= deep_supervision <= len(features) - 2:
         raise VolsegError(
-            f"unet3d cannot supervise {deep_supervision} coarser levels of {len(features)}",
+            f"unet3d with {len(features)} levels cannot have deep_supervision = {deep_supervision}",
             fix=f"give 0 to {len(features) - 2} for deep_supervision under [network]",
             code="E_RECIPE",
         )
@@ -68,10 +71,8 @@ def build(
         deep_supr_num=max(1, deep_supervision),
         dropout=("DROPOUT", {"p": dropout}) if dropout else None,
     )
-    if dropout:  # MONAI's way also leaves out logits
-        for head in (
-            network.output_block,
-            *(network.deep_supervision_heads if deep_supervision else ()),
-        ):
+    if dropout:  # MONAI would also drop logits
+        heads = network.deep_supervision_heads if deep_supervision else ()
+        for head in (network.output_block, *heads):
             head.get_submodule("conv").add_module("adn", nn.Identity())
     return network
