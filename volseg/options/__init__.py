@@ -1,0 +1,45 @@
+"""The settings of each command, declared once."""
+
+from volseg.options.declare import Announce, Options, Progress, command, ignore_progress, ignore_text
+from volseg.options.inference import InferOptions, ReportOptions
+from volseg.options.measurement import CompareOptions, EvaluateOptions, MeasureOptions
+from volseg.options.training import (
+    ImportOptions,
+    PlanOptions,
+    PreprocessOptions,
+    QuantiseOptions,
+    TrainOptions,
+)
+
+COMMANDS: dict[str, type[Options]] = {
+    "preprocess": PreprocessOptions,
+    "plan": PlanOptions,
+    "train": TrainOptions,
+    "infer": InferOptions,
+    "quantise": QuantiseOptions,
+    "measure": MeasureOptions,
+    "evaluate": EvaluateOptions,
+    "compare": CompareOptions,
+    "report": ReportOptions,
+    "import_nnunet": ImportOptions,
+}
+
+__all__ = [
+    "COMMANDS",
+    "Announce",
+    "CompareOptions",
+    "EvaluateOptions",
+    "ImportOptions",
+    "InferOptions",
+    "MeasureOptions",
+    "Options",
+    "PlanOptions",
+    "PreprocessOptions",
+    "Progress",
+    "QuantiseOptions",
+    "ReportOptions",
+    "TrainOptions",
+    "command",
+    "ignore_progress",
+    "ignore_text",
+]
