@@ -1,4 +1,4 @@
-"""The model box: what it says of good, poor and unknown models. That it is seen is in test_html.py."""
+"""The model box of good, poor and unknown models; test_html.py checks that it is visible."""
 
 import pytest
 
@@ -13,7 +13,7 @@ def box_of(metrics, labels=None, **changes):
     return model_box("lung@1234", recipe, bundle.fingerprint, metrics)
 
 
-def test_the_shipped_model_says_what_it_is_and_that_no_interval_is_stored():
+def test_the_box_of_the_shipped_model_has_its_use_limits_cases_and_dice():
     bundle = load_bundle(shipped_bundle())
     box = model_box(bundle.name, bundle.recipe, bundle.fingerprint, bundle.metrics)
     assert "crops of about 3 to 7 cm" in box.intended_use and "whole chest" in box.limits
@@ -26,11 +26,11 @@ def test_the_shipped_model_says_what_it_is_and_that_no_interval_is_stored():
 
 
 @pytest.mark.parametrize("content", [None, "", "{", [], "[1]", {"name": "a"}, '{"name": 3}'])
-def test_a_record_of_a_stranger_without_a_box_has_none(content):
+def test_invalid_content_has_no_box(content):
     assert read_model_box(content) is None
 
 
-def test_a_dice_has_its_interval_and_under_a_half_one_red_line():
+def test_a_dice_has_its_interval_and_below_a_half_a_warning():
     box = box_of(
         {
             "validation_dice_nodule": 0.49,
@@ -47,7 +47,7 @@ def test_a_dice_has_its_interval_and_under_a_half_one_red_line():
     assert box.dice_text.startswith("mean of 24 labels 0.50; lowest: organ_1 0.04")
 
 
-def test_without_a_known_dice_confidence_is_lower_and_of_nnunet_it_is_the_mean_of_the_folds():
+def test_an_unknown_dice_gives_a_caution_and_nnunet_models_the_mean_of_their_folds():
     assert "with caution" in box_of({}).dice_text
     assert box_of(
         {"nnunet_validation_dice_fold_0": 0.4, "nnunet_validation_dice_fold_1": 0.2}

@@ -30,7 +30,7 @@ def test_what_was_written_may_be_written_again_until_it_is_changed(tmp_path):
         outputs.write("a.csv", "2")
     (tmp_path / "a.csv").write_text("by hand")
     with OutputFolder(tmp_path, "evaluate") as outputs:
-        with pytest.raises(VolsegError, match=r"a\.csv: already there") as refusal:
+        with pytest.raises(VolsegError, match=r"a\.csv: already exists") as refusal:
             outputs.refuse_foreign(["a.csv"])
         assert (refusal.value.code, refusal.value.exit_code) == ("E_EXISTS", 2)
         with pytest.raises(VolsegError, match=r"a\.csv"):
@@ -49,7 +49,7 @@ def test_whatever_stands_where_an_output_has_to_be_is_refused(make, tmp_path):
     ).write_text("x")
     with OutputFolder(tmp_path, "infer") as outputs:
         for name in ("a.csv", "masks/c.nii.gz"):
-            with pytest.raises(VolsegError, match="already there"):
+            with pytest.raises(VolsegError, match="already exists"):
                 outputs.refuse_foreign([name])
 
 

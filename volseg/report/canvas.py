@@ -1,7 +1,7 @@
 """The matplotlib names that figures need, imported without MPLBACKEND.
 
-matplotlib reads that variable on its first import and raises an error if it names an unknown backend,
-such as the notebook of another environment. Figures are drawn into memory and need no backend.
+matplotlib reads that variable on its first import and raises an error if it does not know the
+backend, such as that of another environment's notebook. Figures are drawn into memory.
 """
 
 from __future__ import annotations

@@ -75,7 +75,7 @@ def _sample(part: np.ndarray) -> np.ndarray:
 
 
 def _voxels_of(numbers: np.ndarray, number: int) -> np.ndarray:
-    """Return the (N, 3) indices of a lesion's voxels, of a large lesion only in its middle slice."""
+    """Return the (N, 3) voxel indices of a lesion, of a large one only in its middle slice."""
     starts, stops = [], []
     for part in slabs_of(numbers):
         box = BoundingBox.around(numbers[part] == number)

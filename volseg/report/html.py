@@ -620,8 +620,9 @@ def _number(value: Any) -> Any:
 
 def _page(template: str, *, scripts: Sequence[str], **values: Any) -> str:
     style = _asset("templates", "style.css")
-    shared = {"version": __version__, "style": Markup(style), "policy": _policy(scripts, style)}  # noqa: S704
-    return _environment().get_template(template).render(**shared, **values)
+    values |= {"version": __version__, "policy": _policy(scripts, style)}
+    values["style"] = Markup(style)  # noqa: S704
+    return _environment().get_template(template).render(**values)
 
 
 def _policy(scripts: Sequence[str], style: str) -> str:

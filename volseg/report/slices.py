@@ -48,7 +48,7 @@ def draw_slice(
     """Draw a slice in grey, with the outlines of each mask in its colour.
 
     Args:
-        picture: (across, up); the axes point to R or A and to S or A. R and A are drawn at the left.
+        picture: (across, up); the axes point to R or A and to S or A. R or A is drawn at left.
     """
     plot.imshow(
         picture.T,
