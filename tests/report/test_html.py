@@ -253,8 +253,8 @@ def test_a_table_that_does_not_fit_keeps_its_largest_rows(max_bytes):
     order = np.random.default_rng(0).permutation(300)
     rows = [row | {"case_id": "a", "lesion_id": int(n), "volume_ml": float(n)} for n in order]
     table = fitting_table(
-        "t", "T", LesionMeasurement, rows, shown=("lesion_id", "volume_ml"), needed=("notes",), max_bytes=max_bytes,
-        file="f.csv", rank=lambda row: -row["volume_ml"], kept="largest",
+        "t", "T", LesionMeasurement, rows, shown=("lesion_id", "volume_ml"), needed=("notes",),
+        max_bytes=max_bytes, file="f.csv", rank=lambda row: -row["volume_ml"], kept="largest",
     )  # fmt: skip
     size = len(
         htmlsafe_json_dumps(table.content, separators=(",", ":"), ensure_ascii=False).encode()

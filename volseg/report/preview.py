@@ -472,9 +472,9 @@ def _widened(box: BoundingBox, geometry: Geometry, margin_mm: float) -> Bounding
     return BoundingBox((start[0], start[1], start[2]), (stop[0], stop[1], stop[2]))
 
 
-def _hull(one: BoundingBox, other: BoundingBox) -> BoundingBox:
-    i, j, k = (min(a, b) for a, b in zip(one.start, other.start))
-    i_stop, j_stop, k_stop = (max(a, b) for a, b in zip(one.stop, other.stop))
+def _hull(a: BoundingBox, b: BoundingBox) -> BoundingBox:
+    i, j, k = map(min, a.start, b.start)
+    i_stop, j_stop, k_stop = map(max, a.stop, b.stop)
     return BoundingBox((i, j, k), (i_stop, j_stop, k_stop))
 
 

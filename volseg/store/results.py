@@ -90,8 +90,8 @@ class RecordFolder(OutputFolder):
     @property
     def edited_text(self) -> str:
         """Warning for an item whose mask was edited by hand and not measured yet."""
-        fix = f"run `volseg measure {self.path}` to measure the edited mask"
-        return f"the mask was edited by hand after it was measured, so volseg keeps it; {fix}"
+        text = "the mask was edited by hand and is kept; its numbers are from before the edit"
+        return f"{text}; run `volseg measure {self.path}` to measure the edited mask"
 
     def shown(self, record: Mapping[str, Any], *, is_pending: bool = False) -> dict[str, Any]:
         """Return `shown_row`, with a warning if the mask was edited after it was measured."""
