@@ -92,7 +92,7 @@ def read_record(results: Path, case_id: str) -> CaseRecord:
         n_read = 0 if case.status != "done" or (case.n_lesions or 0) > MANY else MANY + 1
         rows = rows_name(case_id)
         if n_read and sha256_of(results / rows) != content["files"].get(rows):
-            raise ValueError("its rows have changed since it was written")
+            raise ValueError("its rows were changed since it was written")
         lesions = [
             _row(LesionMeasurement, lesion)
             for lesion in islice(read_rows(results, case_id), n_read)
