@@ -34,12 +34,8 @@ def outlined(image):
 
 def test_a_lesion_is_outlined_in_three_planes_on_the_side_where_it_lies():
     geometry = grid_around(20, lps((1, 1, 2)), margin=2)
-    centre = geometry.to_world_mm((np.array([geometry.shape]) - 1) / 2)[0] + [
-        12,
-        0,
-        0,
-    ]  # 12 mm to the right
-    inside = ball(6, geometry, centre)
+    centre = geometry.to_world_mm((np.array([geometry.shape]) - 1) / 2)[0]
+    inside = ball(6, geometry, centre + [12, 0, 0])  # 12 mm to the right
     image = picture(
         Volume(np.where(inside, 80, -100).astype(np.int16), geometry), inside.astype(np.uint8)
     )
@@ -82,7 +78,7 @@ def test_tiny_scans_do_not_break_the_picture(shape):
 
 
 def test_a_lesion_larger_than_its_surroundings_is_not_all_noise():
-    """A ball of 60 mm: the grey values are those of the ball and of what is round it, not of its middle alone."""
+    """The window of a ball of 60 mm spans the ball and its surroundings, not its middle alone."""
     geometry = grid_around(40, ras((2, 2, 2)))
     inside = ball(30, geometry)
     noise = np.random.default_rng(0).normal(0, 10, geometry.shape)
@@ -113,18 +109,14 @@ def test_the_largest_lesions_are_shown_whatever_their_numbers():
         io.BytesIO(overlay_png(scan, lesions.ids, rows, title="a")), format="png"
     )[..., :3]
     first = outlined(image[: image.shape[0] // 3])
-    assert (
-        np.ptp(np.nonzero(first)[0]) > 50
-    )  # in the first row of pictures stands the ball of 18 mm
+    assert np.ptp(np.nonzero(first)[0]) > 50  # the first row shows the ball of 18 mm
 
 
 def test_a_label_or_case_that_looks_like_a_formula_is_text():
     geometry = grid_around(8, ras((1, 1, 2)))
     inside = ball(4, geometry, centre_mm(geometry))
-    scan, lesions = (
-        Volume(np.where(inside, 80, 0).astype(np.int16), geometry),
-        label_lesions(inside.astype(np.uint8), geometry),
-    )
+    scan = Volume(np.where(inside, 80, 0).astype(np.int16), geometry)
+    lesions = label_lesions(inside.astype(np.uint8), geometry)
     rows = measure_lesions(
         scan,
         lesions.ids,

@@ -8,13 +8,11 @@ from volseg.report.histogram import histogram_svg
 
 def bars(svg):
     """(left, right, height) of the bars, in the units of the picture."""
-    found = ElementTree.fromstring(str(svg)).iter("rect")
-    return np.array(
-        [
-            [float(r.get("x")), float(r.get("x")) + float(r.get("width")), float(r.get("height"))]
-            for r in found
-        ]
-    )
+    rows = []
+    for bar in ElementTree.fromstring(str(svg)).iter("rect"):
+        left, width, height = (float(bar.get(name)) for name in ("x", "width", "height"))
+        rows.append([left, left + width, height])
+    return np.array(rows)
 
 
 @pytest.mark.parametrize("log", [True, False])
@@ -24,24 +22,21 @@ def test_heights_are_counts_and_the_median_stands_among_them(log):
     heights = bars(svg)[:, 2]
     counts, _ = np.histogram(np.log10(values) if log else values, bins=round(2 * 500 ** (1 / 3)))
     np.testing.assert_allclose(heights / heights.sum(), counts[counts > 0] / 500, atol=0.002)
-    middle = [
-        path
-        for path in ElementTree.fromstring(str(svg)).iter("path")
-        if path.get("class") == "middle"
-    ]
-    at = float(middle[0].get("d")[1:].split()[0])
-    left = bars(svg)[:, 1] <= at  # bars that end before the median
+    paths = ElementTree.fromstring(str(svg)).iter("path")
+    line = next(path for path in paths if path.get("class") == "middle")
+    median_x = float(line.get("d")[1:].split()[0])
+    left = bars(svg)[:, 1] <= median_x
     assert abs(heights[left].sum() / heights.sum() - 0.5) < heights.max() / heights.sum()
 
 
-def test_what_has_no_logarithm_or_is_unknown_is_left_out():
+def test_unknown_values_and_those_without_a_logarithm_are_left_out():
     assert "2 values" in histogram_svg(
         [0.0, -1.0, float("nan"), float("inf"), 1.0, 2.0], title="v", unit="mL", log=True
     )
 
 
 @pytest.mark.parametrize("values", [[], [1.0], [3.0, 3.0, 3.0], [float("nan")] * 4])
-def test_too_little_to_say_anything_is_no_picture(values):
+def test_fewer_than_two_distinct_values_give_no_histogram(values):
     assert histogram_svg(values, title="v", unit="mL") is None
 
 

@@ -39,7 +39,7 @@ CASE = {
 
 
 class Elements(HTMLParser):
-    """Start tags with their attributes, and the text of each script and style by its hash."""
+    """Start tags with their attributes, and the texts of scripts and styles."""
 
     def __init__(self, page):
         super().__init__()
@@ -59,7 +59,10 @@ class Elements(HTMLParser):
 
 
 def scene(affine=None, radii=(8, 5, 3), n_small=0):
-    """A noisy scan with three balls far from each other, and so many more lesions of one voxel: (scan, ids, rows, centres of the balls)."""
+    """Make a noisy scan with three distant balls and `n_small` lesions of one voxel.
+
+    Returns (scan, ids, rows, centres of the balls).
+    """
     geometry = grid_around(26, oblique((0.9, 1.2, 2.2)) if affine is None else affine, 2)
     centre = centre_mm(geometry)
     centres = [centre + offset for offset in ([-14, -8, 6], [13, 9, -4], [10, -12, 8])]
@@ -73,12 +76,12 @@ def scene(affine=None, radii=(8, 5, 3), n_small=0):
         mask[tuple(np.argwhere(free)[:n_small].T)] = 2
     array = np.random.default_rng(0).normal(-50, 15, geometry.shape) + np.where(mask == 1, 150, 0)
     scan = Volume(np.asfortranarray(array.astype(np.int16)), geometry)
-    found = label_lesions(mask, geometry)
+    lesions = label_lesions(mask, geometry)
     names = {1: HOSTILE, 2: "speck"}
     rows = measure_lesions(
-        scan, found.ids, found.labels, case_id=HOSTILE, label_names=names, intensity_unit="HU"
+        scan, lesions.ids, lesions.labels, case_id=HOSTILE, label_names=names, intensity_unit="HU"
     )
-    return scan, found.ids, [plain(row) for row in rows], centres
+    return scan, lesions.ids, [plain(row) for row in rows], centres
 
 
 def page_of(scan, ids, rows, case=CASE):
@@ -96,7 +99,7 @@ def lesion(**values):
 
 
 def report_of_all_states(n=12):
-    """Scans that are done, failed and pending, with hostile names, and lesions of which some numbers are unknown."""
+    """Report done, failed and pending scans with hostile names; some lesion values are unknown."""
     cases = [
         plain(CaseRow(case_id=f"scan_{i:02}", status="done", n_lesions=i % 3)) for i in range(n)
     ]
@@ -147,7 +150,7 @@ def test_a_hostile_name_stays_text_and_the_policy_lets_nothing_but_our_scripts_r
         page = page_of(
             scan, ids, rows, CASE | {"case_id": HOSTILE, "warnings": HOSTILE, "image": HOSTILE}
         )
-    assert "alert(1)" in page  # it is there
+    assert "alert(1)" in page
     elements = Elements(page)
     assert not any(tag == "img" and "onerror" in attributes for tag, attributes in elements.found)
     assert not any(name.startswith("on") for _, attributes in elements.found for name in attributes)
@@ -179,12 +182,12 @@ def test_failures_come_first_with_their_code_and_reason():
         < page.index("<code>E_PAIR</code>")
         < page.index("scans done")
     )
-    assert "1 scans have not been reached yet" in page
-    assert page.count("<svg") == 2  # volume and density of twelve lesions; nobody knows a long axis
+    assert "Not processed yet: 1 scan." in page
+    assert page.count("<svg") == 2  # volume and intensity of twelve lesions; no known long axis
     cut = report_html(
         {}, [{"case_id": "b", "status": "failed", "reason": None}], [], montages={}, pages=[]
     )
-    assert "<strong>b</strong>: no reason is known" in cut
+    assert "<strong>b</strong>: reason unknown" in cut
     assert "<svg" not in cut
 
 
@@ -203,7 +206,7 @@ def test_rows_hold_the_numbers_of_the_csv_and_unknown_is_null():
     )
     shown = {column["name"] for column in table.content["columns"] if column["shown"]}
     assert "volume_ml" in shown
-    assert "mass_g" not in shown  # nobody knows it
+    assert "mass_g" not in shown  # unknown in all rows
 
 
 def test_a_row_of_an_older_version_without_the_new_columns_is_a_row_of_unknown_cells():
@@ -236,33 +239,32 @@ def test_a_run_of_any_size_stays_within_six_megabytes():
     assert 3_000_000 < len(page.encode()) <= 6_000_000
     assert page.count("/9j/") >= 500  # every scan keeps its picture
     content = json.loads(re.search(r'id="lesions-data">(.*?)</script>', page)[1])
-    volumes = [
-        each[[c["name"] for c in content["columns"]].index("volume_ml")] for each in content["rows"]
-    ]
+    index = [column["name"] for column in content["columns"]].index("volume_ml")
+    volumes = [row[index] for row in content["rows"]]
     assert "lesions.csv has them all" in page
-    assert (
-        len(volumes) == 10000 or min(volumes) >= 20 - len(volumes) / 500 - 1
-    )  # else the largest ones
+    # If not all rows fit, the largest lesions stay.
+    assert len(volumes) == 10000 or min(volumes) >= 20 - len(volumes) / 500 - 1
 
 
 @pytest.mark.parametrize("max_bytes", [-1000, 0, 6000, 20_000, 200_000])
 def test_a_table_that_does_not_fit_keeps_its_largest_rows(max_bytes):
-    row = {field.name: 1.5 for field in fields(LesionMeasurement)} | {
-        "notes": "<&'>" * 9
-    }  # six bytes each in a page
+    # In a page each of these characters takes six bytes.
+    row = {field.name: 1.5 for field in fields(LesionMeasurement)} | {"notes": "<&'>" * 9}
     order = np.random.default_rng(0).permutation(300)
     rows = [row | {"case_id": "a", "lesion_id": int(n), "volume_ml": float(n)} for n in order]
     table = fitting_table(
-        "t", "T", LesionMeasurement, rows, shown=("lesion_id", "volume_ml"), needed=("notes",), max_bytes=max_bytes,
-        file="f.csv", rank=lambda row: -row["volume_ml"], kept="largest",
+        "t", "T", LesionMeasurement, rows, shown=("lesion_id", "volume_ml"), needed=("notes",),
+        max_bytes=max_bytes, file="f.csv", rank=lambda row: -row["volume_ml"], kept="largest",
     )  # fmt: skip
     size = len(
         htmlsafe_json_dumps(table.content, separators=(",", ":"), ensure_ascii=False).encode()
     )
-    numbers = [each[0] for each in table.content["rows"]]
+    numbers = [row[0] for row in table.content["rows"]]
     assert sorted(numbers, reverse=True) == list(range(299, 299 - len(numbers), -1))
     assert (size <= max_bytes) or not numbers
-    assert (len(numbers) < 300) is (f"The {len(numbers)} largest of 300 rows" in table.remark)
+    assert (len(numbers) < 300) is (
+        f"Showing the {len(numbers)} largest of 300 rows" in table.remark
+    )
     assert bool(numbers) is (max_bytes >= 6000)
 
 
@@ -276,7 +278,7 @@ def test_a_comparison_of_many_lesions_lists_the_first_and_reads_no_more(n):
         "rows"
     ]
     assert len(listed) == 3
-    assert ("The first 3 rows of lesions are listed" in page) == (n > 3)
+    assert ("Showing the first 3 lesion rows" in page) == (n > 3)
     assert len(list(lesions)) == max(0, n - 4)
 
 
@@ -293,11 +295,11 @@ def test_a_viewer_page_of_a_large_noisy_scan_stays_within_six_megabytes():
         for n in range(1, 1500)
     ]
     page = page_of(scan, ids, rows)
-    assert "The first 1000 of 1499 lesions" in page
+    assert "Showing the first 1000 of 1499 lesions" in page
     assert 2_000_000 < len(page.encode()) <= 6_000_000
 
 
-def test_every_colour_of_text_stands_out_from_its_ground():
+def test_text_colours_have_enough_contrast():
     style = resources.files("volseg.report").joinpath("templates/style.css").read_text()
     themes = [
         dict(re.findall(r"--([a-z-]+): (#[0-9a-f]{6})", block))
@@ -334,14 +336,11 @@ def test_the_licences_travel_with_the_viewer():
 
 
 def launched(playwright, *flags):
-    found = next(
-        filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
-    )
-    if found is None:
-        pytest.skip(
-            "NO BROWSER: the pages were not looked at; install one (apt-get install chromium)"
-        )
-    return playwright.chromium.launch(executable_path=found, args=[*FLAGS, *flags])
+    names = ("chromium", "chromium-browser", "google-chrome")
+    path = next(filter(None, map(shutil.which, names)), None)
+    if path is None:
+        pytest.skip("NO BROWSER: pages not tested; install one (apt-get install chromium)")
+    return playwright.chromium.launch(executable_path=path, args=[*FLAGS, *flags])
 
 
 @pytest.fixture(scope="module")
@@ -361,7 +360,7 @@ def browser(playwright):
 
 
 class Visit:
-    """A page in a browser without a network, and all that it did not do quietly."""
+    """A page in an offline browser, with its requests and its errors."""
 
     def __init__(self, browser, path, fragment="", ready="1", **options):
         context = browser.new_context(
@@ -418,7 +417,7 @@ TILE = "() => viewer.screenSlices.filter((slice) => slice.axCorSag === 0)[0].lef
 @pytest.mark.browser
 @pytest.mark.parametrize("kind", ["oblique", "turned", "many"])
 def test_a_click_on_a_lesion_leads_to_it(kind, browser, tmp_path):
-    """The value that NiiVue finds under the crosshair, at the place that the tables give, is the lesion's own number."""
+    """At the position from the tables, NiiVue reads the lesion's id under the crosshair."""
     scan, ids, rows, centres = scene(n_small=300 if kind == "many" else 0)
     if kind == "turned":
         stored, affine = list(orientations(scan))[29]
@@ -430,20 +429,19 @@ def test_a_click_on_a_lesion_leads_to_it(kind, browser, tmp_path):
     )
     visit = Visit(browser, path, "#lesion=3")
     page = visit.page
-    assert visit.place()["id"] == "3"  # what the address asks for
+    assert visit.place()["id"] == "3"  # from the address
     for number, centre in enumerate(centres, start=1):
         page.get_by_role("button", name=f"Show lesion {number}", exact=True).click()
         place = visit.place()
         assert place["id"] == str(number)
-        found = np.array([float(place[axis]) for axis in "ras"])
-        assert np.linalg.norm(found - centre) < max(scan.geometry.spacing_mm)
+        point = np.array([float(place[axis]) for axis in "ras"])
+        assert np.linalg.norm(point - centre) < max(scan.geometry.spacing_mm)
         assert f"lesion {number}" in page.inner_text("#place")
         assert float(place["value"]) == pytest.approx(100, abs=60)  # HU, in one voxel of noise
         assert page.inner_text("#numbers h3") == f"Lesion {number}"
         drawn = int(page.get_attribute("#lines", "data-drawn") or 0)
-        assert drawn == 2 or (
-            kind == "many" and drawn > 2
-        )  # long and short axis, of neighbours in the slice too
+        # The long and the short axis, also of neighbours in the same slice.
+        assert drawn == 2 or (kind == "many" and drawn > 2)
         assert page.get_attribute(f'tr[data-lesion="{number}"]', "aria-current") == "true"
     if kind == "many":
         button = page.get_by_role("button", name="Show lesion 303", exact=True)
@@ -452,11 +450,10 @@ def test_a_click_on_a_lesion_leads_to_it(kind, browser, tmp_path):
         assert visit.place()["id"] == "303"
     seen = page.evaluate(PIXELS)
     assert seen["lit"] > 50_000
-    assert (
-        800 < seen["coloured"] < 0.1 * seen["lit"]
-    )  # what is no lesion is grey, however many there are
+    # The background stays grey, however many lesions there are.
+    assert 800 < seen["coloured"] < 0.1 * seen["lit"]
     if kind == "oblique":
-        # Another slice has no diameters; the keyboard goes there.
+        # Page Up moves to a slice without diameters.
         page.focus("#canvas")
         before = visit.place()
         for _ in range(4):
@@ -465,13 +462,13 @@ def test_a_click_on_a_lesion_leads_to_it(kind, browser, tmp_path):
         moved = np.array([float(after[axis]) - float(before[axis]) for axis in "ras"])
         np.testing.assert_allclose(moved, 4 * scan.geometry.affine[:3, 2], atol=0.01)
         assert page.get_attribute("#lines", "data-drawn") == "0"
-        # The patient's right is on the left, until the reader wants it otherwise.
+        # The patient's right is on the left until the button flips it.
         left, top, width, height = page.evaluate(TILE)
-        at = {"x": left + width / 2 - abs(width) / 4, "y": top + height / 2}
-        page.click("#canvas", position=at)
+        position = {"x": left + width / 2 - abs(width) / 4, "y": top + height / 2}
+        page.click("#canvas", position=position)
         right = float(visit.place()["r"])
         page.get_by_role("button", name="R is left").click()
-        page.click("#canvas", position=at)
+        page.click("#canvas", position=position)
         assert right > centre_mm(scan.geometry)[0] > float(visit.place()["r"])
     visit.end()
 
@@ -479,18 +476,20 @@ def test_a_click_on_a_lesion_leads_to_it(kind, browser, tmp_path):
 SHORT_AXES = """() => {
   const canvas = document.getElementById("lines"), {width, height} = canvas;
   const {data} = canvas.getContext("2d").getImageData(0, 0, width, height);
-  const scale = width / canvas.getBoundingClientRect().width, found = [];
+  const scale = width / canvas.getBoundingClientRect().width, points = [];
+  const isBlue = (r, g, b) => Math.abs(r - 127) + Math.abs(g - 223) + Math.abs(b - 255) < 30;
   for (let i = 0; i < data.length; i += 4) {
     const [r, g, b, a] = data.subarray(i, i + 4);
-    if (a > 250 && Math.abs(r - 127) + Math.abs(g - 223) + Math.abs(b - 255) < 30) found.push([(i / 4) % width / scale, Math.floor(i / 4 / width) / scale]);
+    const x = (i / 4) % width, y = Math.floor(i / 4 / width);
+    if (a > 250 && isBlue(r, g, b)) points.push([x / scale, y / scale]);
   }
-  return found;
+  return points;
 }"""
 
 
 @pytest.mark.browser
 def test_a_diameter_is_drawn_where_it_was_measured(browser, tmp_path):
-    """A click on either end of the drawn short axis puts the crosshair where the table says that it ends."""
+    """Clicking an end of the drawn short axis moves the crosshair to its end in the table."""
     scan, ids, rows, _ = scene()
     (tmp_path / "a.html").write_text(page_of(scan, ids, rows), encoding="utf-8")
     visit = Visit(browser, tmp_path / "a.html", "#lesion=1")
@@ -502,15 +501,14 @@ def test_a_diameter_is_drawn_where_it_was_measured(browser, tmp_path):
     ends = [np.array(json.loads(rows[0][f"short_axis_p{end}_ras"])) for end in (0, 1)]
     for x, y in drawn[list(np.unravel_index(between.argmax(), between.shape))]:
         visit.page.mouse.click(left + x, top + y)
-        found = np.array([float(visit.place()[axis]) for axis in "ras"])
-        assert min(np.linalg.norm(found - end) for end in ends) < 1.5 * max(
-            scan.geometry.spacing_mm[:2]
-        )
+        point = np.array([float(visit.place()[axis]) for axis in "ras"])
+        distance_mm = min(np.linalg.norm(point - end) for end in ends)
+        assert distance_mm < 1.5 * max(scan.geometry.spacing_mm[:2])
     visit.end()
 
 
 @pytest.mark.browser
-def test_without_webgl_the_picture_and_the_table_remain_and_it_is_said(playwright, tmp_path):
+def test_without_webgl_the_page_says_so_and_shows_the_picture_and_the_table(playwright, tmp_path):
     scan, ids, rows, _ = scene(ras((1.0, 1.0, 2.0)))
     (tmp_path / "a.html").write_text(page_of(scan, ids, rows), encoding="utf-8")
     browser = launched(playwright, "--disable-3d-apis")
@@ -533,10 +531,10 @@ def test_the_report_is_sorted_filtered_and_arranged_by_keyboard(browser, tmp_pat
     page, table = visit.page, visit.page.locator("section[aria-labelledby='lesions-title']")
 
     def column(name):
-        at = [head.get_attribute("data-column") for head in table.locator("thead th").all()].index(
-            name
-        )
-        return [row.locator("td").nth(at).inner_text() for row in table.locator("tbody tr").all()]
+        heads = table.locator("thead th").all()
+        index = [head.get_attribute("data-column") for head in heads].index(name)
+        rows = table.locator("tbody tr").all()
+        return [row.locator("td").nth(index).inner_text() for row in rows]
 
     head = table.locator("th[data-column='volume_ml']")
     head.get_by_role("button").focus()
@@ -580,7 +578,7 @@ def test_the_report_is_sorted_filtered_and_arranged_by_keyboard(browser, tmp_pat
 
 @pytest.mark.browser
 @pytest.mark.parametrize("is_poor", [False, True])
-def test_the_box_is_seen_on_the_report_and_on_the_viewer_page(is_poor, browser, tmp_path):
+def test_the_model_box_is_visible_on_the_report_and_on_the_viewer_page(is_poor, browser, tmp_path):
     box = ModelBox(
         name="lung@1234",
         intended_use=HOSTILE,
@@ -605,7 +603,7 @@ def test_the_box_is_seen_on_the_report_and_on_the_viewer_page(is_poor, browser, 
                     )
                 )
             ],
-            [*rows[:2], lesion(lesion_id=3)],  # whose cells are unknown, also the last ones
+            [*rows[:2], lesion(lesion_id=3)],  # its cells are unknown, also the last ones
             montages={},
             pages=[],
             boxes=[box],
@@ -636,6 +634,6 @@ def test_the_box_is_seen_on_the_report_and_on_the_viewer_page(is_poor, browser, 
         visit.end()
 
 
-def test_a_mask_from_elsewhere_has_no_box():
+def test_a_mask_that_volseg_did_not_make_has_no_model_box():
     scan, ids, rows, _ = scene()
     assert '<section class="model"' not in page_of(scan, ids, rows)

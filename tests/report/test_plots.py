@@ -45,16 +45,16 @@ def pixels(png):
 def test_lines_and_bands_stand_at_the_limits_and_their_intervals(measured):
     plot = Figure().subplots()
     plots._bland_altman(plot, measured)
-    found = measured.volumes
+    expected = measured.volumes
     heights = {line.get_ydata()[0] for line in plot.get_lines()}
-    assert heights == {0, found.bias, found.lower_limit, found.upper_limit}
+    assert heights == {0, expected.bias, expected.lower_limit, expected.upper_limit}
     bands = {(band.get_y(), band.get_y() + band.get_height()) for band in plot.patches}
-    expected = (found.bias_95, found.lower_limit_95, found.upper_limit_95)
-    assert sorted(bands) == pytest.approx(np.array(sorted(expected)))
+    intervals = (expected.bias_95, expected.lower_limit_95, expected.upper_limit_95)
+    assert sorted(bands) == pytest.approx(np.array(sorted(intervals)))
     points = plot.collections[0].get_offsets()
     np.testing.assert_allclose(points[:, 1], measured.predicted_ml - measured.reference_ml)
     np.testing.assert_allclose(points[:, 0], (measured.predicted_ml + measured.reference_ml) / 2)
-    assert f"{found.bias:.3g}" in plot.get_legend().get_texts()[0].get_text()
+    assert f"{expected.bias:.3g}" in plot.get_legend().get_texts()[0].get_text()
 
 
 def test_volumes_that_agree_lie_on_the_line_of_identity(measured):
@@ -68,7 +68,7 @@ def test_volumes_that_agree_lie_on_the_line_of_identity(measured):
     assert f"{measured.volumes.concordance:.3f}" in plot.texts[0].get_text()
 
 
-def test_a_row_per_label_up_to_a_number_and_then_the_largest(monkeypatch):
+def test_at_most_max_labels_are_shown_those_with_the_largest_volume(monkeypatch):
     monkeypatch.setattr(plots, "MAX_LABELS", 2)
     drawn = []
     monkeypatch.setattr(plots, "_correlation", lambda plot, result: drawn.append(result.label))
@@ -87,13 +87,13 @@ def test_a_plot_of_few_patients_says_why_it_has_no_intervals():
     assert not plot.patches
 
 
-def test_few_cases_none_and_equal_ones_are_drawn_too():
+def test_few_equal_and_missing_cases_are_plotted():
     same = result(1, [4, 5, 6, 7], [4, 5, 6, 7])
     for results in ([same], [result(1, [4], [0])], [result(1, [], []), same], [result(1, [], [])]):
         assert pixels(plots.agreement_png(results)).std() > 0
 
 
-def test_the_curve_is_drawn_as_it_is_and_ends_at_a_dot(monkeypatch):
+def test_the_curve_is_drawn_unchanged_and_ends_at_a_dot(monkeypatch):
     seen = []
     monkeypatch.setattr(plots, "_png", lambda figure: seen.append(figure) or b"")
     rng = np.random.default_rng(1)

@@ -50,7 +50,7 @@ def centroid_mm(preview, number):
 @pytest.mark.parametrize("grid", ["ras", "lps", "oblique"])  # sheared ones are not read
 @pytest.mark.parametrize("max_bytes", [PLENTY, 12_000])
 def test_a_point_of_the_patient_has_its_intensity_and_its_lesion_in_the_preview(grid, max_bytes):
-    """Intensities that grow evenly through space: the mean of a block is the value at its centre, on any grid and however coarse."""
+    """With a linear intensity field, a block's mean is the value at its centre, on any grid."""
     geometry, ids, centres = two_balls(GRIDS[grid]((0.8, 0.9, 1.6)))
     field = np.array([1.0, -2.0, 3.0])
     world = geometry.to_world_mm(np.indices(geometry.shape).reshape(3, -1).T)
@@ -59,9 +59,8 @@ def test_a_point_of_the_patient_has_its_intensity_and_its_lesion_in_the_preview(
     assert (max(preview.factors) > 1) == (max_bytes < PLENTY)
     image = preview.image
     inner = np.argwhere(np.ones(image.array.shape))
-    inner = inner[
-        ((inner > 0) & (inner < np.array(image.array.shape) - 1)).all(axis=1)
-    ]  # blocks at the end may be smaller
+    # Blocks at the end may be smaller.
+    inner = inner[((inner > 0) & (inner < np.array(image.array.shape) - 1)).all(axis=1)]
     stored = image.array[tuple(inner.T)]
     inside = (stored > 0) & (stored < 255)  # the others are clipped
     assert inside.mean() > 0.9
@@ -86,19 +85,18 @@ def test_all_48_axis_orders_give_the_same_preview(max_bytes):
     for (stored, affine), (numbers, _) in zip(
         orientations(scan), orientations(scan.with_array(ids)), strict=True
     ):
-        found = make_preview(
-            Volume(stored, Geometry(stored.shape, affine)), numbers, unit="HU", max_bytes=max_bytes
-        )
-        np.testing.assert_array_equal(found.ids.array, expected.ids.array)
+        turned = Volume(stored, Geometry(stored.shape, affine))
+        preview = make_preview(turned, numbers, unit="HU", max_bytes=max_bytes)
+        np.testing.assert_array_equal(preview.ids.array, expected.ids.array)
         np.testing.assert_allclose(
-            found.image.geometry.affine, expected.image.geometry.affine, atol=1e-9
+            preview.image.geometry.affine, expected.image.geometry.affine, atol=1e-9
         )
-        # a sum of float32 in another order may fall on the other side of a half
-        assert np.abs(found.image.array.astype(int) - expected.image.array).max() <= 1
-        assert found.window == pytest.approx(expected.window)
+        # A float32 sum in another order may round a half the other way.
+        assert np.abs(preview.image.array.astype(int) - expected.image.array).max() <= 1
+        assert preview.window == pytest.approx(expected.window)
 
 
-def test_what_is_packed_reads_back_as_it_is(tmp_path):
+def test_packed_volumes_read_back_unchanged(tmp_path):
     geometry, ids, _ = two_balls(lps((0.7, 0.7, 2.5)))
     preview = make_preview(
         Volume(noisy(geometry.shape), geometry), ids, unit="HU", max_bytes=PLENTY
@@ -108,20 +106,20 @@ def test_what_is_packed_reads_back_as_it_is(tmp_path):
         (preview.packed_ids, preview.ids),
     ):
         (tmp_path / "a.nii.gz").write_bytes(packed)
-        found = read_volume(tmp_path / "a.nii.gz")
-        np.testing.assert_array_equal(found.array, volume.array)
-        np.testing.assert_allclose(found.geometry.affine, volume.geometry.affine, atol=1e-4)
-        assert (found.slope, found.intercept) == (volume.slope, volume.intercept)
+        unpacked = read_volume(tmp_path / "a.nii.gz")
+        np.testing.assert_array_equal(unpacked.array, volume.array)
+        np.testing.assert_allclose(unpacked.geometry.affine, volume.geometry.affine, atol=1e-4)
+        assert (unpacked.slope, unpacked.intercept) == (volume.slope, volume.intercept)
 
 
-def test_a_large_scan_fits_into_its_bytes_and_its_making_into_little_memory():
-    shape = (512, 512, 200)  # of noise, which hardly packs
+def test_the_preview_of_a_large_scan_is_small_and_needs_little_memory():
+    shape = (512, 512, 200)  # noise hardly compresses
     array = np.frombuffer(np.random.default_rng(0).bytes(int(np.prod(shape))), np.int8).reshape(
         shape, order="F"
     )
     ids = np.zeros(shape, np.uint16, order="F")
-    for n, at in enumerate([(150, 170, 10), (350, 330, 190), (256, 256, 100)], start=1):
-        ids[tuple(slice(i - 4 + n, i + 4) for i in at)] = n
+    for n, corner in enumerate([(150, 170, 10), (350, 330, 190), (256, 256, 100)], start=1):
+        ids[tuple(slice(i - 4 + n, i + 4) for i in corner)] = n
     scan = Volume(array, Geometry(shape, lps((0.7, 0.7, 1.2))))
     tracemalloc.start()
     preview = make_preview(scan, ids, unit="HU", max_bytes=3_000_000)
@@ -131,7 +129,7 @@ def test_a_large_scan_fits_into_its_bytes_and_its_making_into_little_memory():
     assert max(preview.image.geometry.spacing_mm) <= 2.0
     assert set(np.unique(preview.ids.array)) == {0, 1, 2, 3}
     assert preview.part.startswith("the lesions and")
-    assert peak < 45e6  # the scan has 52 MB as it is, 419 MB in float64
+    assert peak < 45e6  # the scan takes 52 MB, in float64 419 MB
 
 
 def test_full_resolution_stays_round_a_lesion_where_the_body_is_too_large():
@@ -169,7 +167,7 @@ def test_lesions_of_a_single_voxel_do_not_vanish():
         assert np.abs(offset[0] - offset[1]).max() <= 0.5 + 1e-6
 
 
-def test_the_window_holds_what_is_looked_at():
+def test_the_window_holds_lesions_and_their_surroundings():
     geometry, ids, _ = two_balls(ras((1, 1, 2)))
     lung = noisy(geometry.shape, low=-900, high=-800) + (ids > 0) * 850
     low, high = make_preview(
@@ -188,7 +186,7 @@ def test_the_window_holds_what_is_looked_at():
     assert (low < 20, high) == (True, 5000)
 
 
-def test_unknown_and_constant_voxels_do_no_harm():
+def test_non_finite_and_constant_voxels_are_handled():
     geometry, ids, _ = two_balls(ras((1, 1, 2)))
     holes = noisy(geometry.shape).astype(np.float32)
     holes[ids == 1] = np.nan
@@ -248,13 +246,11 @@ def test_the_montage_shows_the_right_on_the_left_outlines_and_a_true_scale():
     picture = matplotlib.image.imread(io.BytesIO(jpeg), format="jpeg").astype(int)
     assert picture.shape == (320, 960, 3)
     axial = picture[:, :320]
-    bright = np.argwhere(
-        (axial.min(axis=2) > 200) & (np.arange(320)[:, None] < 280)
-    )  # the bar and its text are below
-    scale = 320 / 50  # pixels per mm: 2.2 × 20 mm is less than the 50 mm that are shown at least
-    assert (
-        abs(160 - bright[:, 1].max() - 19 * scale) < 3
-    )  # the near edge of the ball: 25 − 6 mm to the right
+    # Without the scale bar and its text at the bottom.
+    bright = np.argwhere((axial.min(axis=2) > 200) & (np.arange(320)[:, None] < 280))
+    scale = 320 / 50  # pixels per mm: 2.2 × 20 mm is less than the minimum of 50 mm
+    # The near edge of the ball is 25 − 6 mm to the right.
+    assert abs(160 - bright[:, 1].max() - 19 * scale) < 3
     colour = np.array(lesion_colour(1))
     outline = np.argwhere(np.abs(axial - colour).max(axis=2) < 60)
     assert np.ptp(outline[:, 1]) == pytest.approx(20 * scale, abs=scale + 2)
@@ -270,30 +266,27 @@ def test_colours_of_neighbours_differ():
 
 
 @pytest.mark.parametrize("n", [20, 200])
-def test_lesions_that_spread_over_the_scan_are_found_in_one_look_however_many_there_are(
-    n, monkeypatch
-):
+def test_lesions_that_spread_over_the_scan_are_kept_in_one_pass_however_many(n, monkeypatch):
     shape = (40, 41, 30)
     rng = np.random.default_rng(0)
     ids = (rng.integers(1, n + 1, shape) * (rng.random(shape) < 0.05)).astype(np.uint8)
     scan = Volume(
         rng.normal(0, 100, shape).astype(np.int16), Geometry(shape, oblique((0.5, 0.6, 0.7)))
     )
-    looks, slabs = [], preview_module._slabs
-    monkeypatch.setattr(
-        preview_module, "PIECE_VOXELS", 5000
-    )  # of which each lesion has fewer, and its box more
-    monkeypatch.setattr(preview_module, "_slabs", lambda *part: looks.append(part) or slabs(*part))
-    found = make_preview(scan, ids, unit="a.u.", max_bytes=9000)
-    assert max(found.factors) > 1
-    n_previews = len({part[:2] for part in looks})
-    assert len(looks) <= 2 * n_previews
-    drawn = np.unique(found.ids.array)
-    assert len(drawn) - 1 == n - found.not_drawn
-    assert found.not_drawn < n / 10
+    calls, slabs = [], preview_module._slabs
+    # A lesion has fewer voxels than a piece, but its box has more.
+    monkeypatch.setattr(preview_module, "PIECE_VOXELS", 5000)
+    monkeypatch.setattr(preview_module, "_slabs", lambda *part: calls.append(part) or slabs(*part))
+    preview = make_preview(scan, ids, unit="a.u.", max_bytes=9000)
+    assert max(preview.factors) > 1
+    n_previews = len({part[:2] for part in calls})
+    assert len(calls) <= 2 * n_previews
+    drawn = np.unique(preview.ids.array)
+    assert len(drawn) - 1 == n - preview.not_drawn
+    assert preview.not_drawn < n / 10
 
 
-def test_the_outlines_of_noise_are_a_picture_too():
+def test_the_montage_of_noise_can_be_written_as_jpeg():
     shape, pixels = (150, 150, 150), 150
     ids = np.random.default_rng(0).integers(1, 5000, shape).astype(np.uint16)
     scan = Volume(noisy(shape), Geometry(shape, np.diag([-1.0, -1.0, 1.0, 1.0])))

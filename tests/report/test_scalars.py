@@ -5,17 +5,17 @@ from volseg.report.scalars import Scalars
 pytest.importorskip("tensorboard", reason="TensorBoard is not installed")
 
 
-def test_what_is_added_is_what_tensorboard_reads(tmp_path):
+def test_tensorboard_reads_the_added_values(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     scalars = Scalars(tmp_path)
     for step, loss in ((10, 1.5), (20, 0.75)):
         scalars.add("fold", step, {"loss": loss})
     scalars.close()
-    found = EventAccumulator(str(tmp_path / "fold")).Reload().Scalars("loss")
-    assert [(event.step, event.value) for event in found] == [(10, 1.5), (20, 0.75)]
+    events = EventAccumulator(str(tmp_path / "fold")).Reload().Scalars("loss")
+    assert [(event.step, event.value) for event in events] == [(10, 1.5), (20, 0.75)]
 
 
-def test_a_run_of_which_nothing_is_told_writes_nothing(tmp_path):
+def test_a_run_without_values_writes_nothing(tmp_path):
     Scalars(tmp_path / "none").close()
     assert not (tmp_path / "none").exists()

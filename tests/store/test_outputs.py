@@ -1,4 +1,4 @@
-"""What volseg did not write is never replaced or deleted; what it writes appears entirely or not at all."""
+"""volseg replaces and deletes only its own files, and they appear entirely or not at all."""
 
 import json
 import os
@@ -14,7 +14,7 @@ from volseg.store.outputs import OutputFolder, delete_written
 
 
 def tree(folder):
-    """Path → bytes of every file of the user's or of volseg's that is not in `.volseg`."""
+    """Return path → bytes of every file outside `.volseg`."""
     return {
         path.relative_to(folder).as_posix(): path.read_bytes()
         for path in folder.rglob("*")
@@ -30,7 +30,7 @@ def test_what_was_written_may_be_written_again_until_it_is_changed(tmp_path):
         outputs.write("a.csv", "2")
     (tmp_path / "a.csv").write_text("by hand")
     with OutputFolder(tmp_path, "evaluate") as outputs:
-        with pytest.raises(VolsegError, match=r"a\.csv: already there") as refusal:
+        with pytest.raises(VolsegError, match=r"a\.csv: already exists") as refusal:
             outputs.refuse_foreign(["a.csv"])
         assert (refusal.value.code, refusal.value.exit_code) == ("E_EXISTS", 2)
         with pytest.raises(VolsegError, match=r"a\.csv"):
@@ -42,14 +42,14 @@ def test_what_was_written_may_be_written_again_until_it_is_changed(tmp_path):
 @pytest.mark.parametrize(
     "make", [lambda p: p.write_text("x"), lambda p: p.mkdir(), lambda p: p.symlink_to("nowhere")]
 )
-def test_whatever_stands_where_an_output_has_to_be_is_refused(make, tmp_path):
+def test_anything_in_the_way_of_an_output_is_refused(make, tmp_path):
     make(tmp_path / "a.csv")
     make(tmp_path / "masks") if not (tmp_path / "a.csv").is_dir() else (
         tmp_path / "masks"
     ).write_text("x")
     with OutputFolder(tmp_path, "infer") as outputs:
         for name in ("a.csv", "masks/c.nii.gz"):
-            with pytest.raises(VolsegError, match="already there"):
+            with pytest.raises(VolsegError, match="already exists"):
                 outputs.refuse_foreign([name])
 
 
@@ -77,7 +77,7 @@ def test_a_refused_run_leaves_a_folder_as_it_was(tmp_path):
 
 
 @pytest.mark.parametrize("link", [os.symlink, os.link, None])
-def test_an_input_is_never_an_output_also_under_another_name(link, tmp_path):
+def test_an_input_is_never_overwritten_even_through_a_link(link, tmp_path):
     source, out = tmp_path / "scan.nii.gz", tmp_path / "out"
     source.write_bytes(b"scan")
     (out / "masks").mkdir(parents=True)
@@ -251,7 +251,7 @@ def test_a_ledger_that_was_cut_off_goes_on_at_a_new_line(tmp_path):
 
 def test_a_line_of_the_ledger_torn_by_a_full_disk_does_not_swallow_the_next(tmp_path, monkeypatch):
     def torn(file):
-        """Half a line fits on the disk."""
+        """Write half a line, as on a full disk."""
         with (tmp_path / ".volseg" / "ledger.jsonl").open("ab") as other:
             other.write(b'{"path": "a.csv", "sh')
         raise OSError(28, "No space left on device")

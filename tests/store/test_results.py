@@ -30,7 +30,7 @@ def failed(name):
 
 
 def commit(results, name, files=(), **more):
-    """Record a case as done, with files of some bytes."""
+    """Record a case as done, with files."""
     with results.staged() as files_of_case:
         for file in files:
             files_of_case.write(file, b"mask")
@@ -47,7 +47,7 @@ def test_a_case_is_complete_only_with_its_key_and_its_untouched_files(tmp_path):
         assert not results.is_complete("a", "key")
 
 
-def test_a_mask_that_was_changed_by_hand_is_edited_whatever_the_key_is(tmp_path):
+def test_a_mask_that_was_edited_by_hand_is_in_state_edited_for_any_key(tmp_path):
     with ResultsFolder(tmp_path / "out", "infer") as results:
         commit(results, "a", ["masks/a.nii.gz"], key="key")
         mask = results.path / "masks" / "a.nii.gz"
@@ -84,10 +84,8 @@ def test_a_case_that_fails_later_keeps_the_files_of_its_earlier_success(inputs, 
         assert (tmp_path / "masks" / "a.nii.gz").read_bytes() == b"mask"
         results.keep("a", tmp_path / "scan.nii.gz")  # complete with the key of the earlier run
         results.write_tables()
-        assert (
-            rows(tmp_path / "cases.csv")[0]["status"],
-            rows(tmp_path / "cases.csv")[0]["warnings"],
-        ) == ("done", "")
+        row = rows(tmp_path / "cases.csv")[0]
+        assert (row["status"], row["warnings"]) == ("done", "")
 
 
 def test_an_earlier_result_stays_in_the_tables_until_its_case_is_reached(tmp_path):
@@ -200,16 +198,16 @@ def test_the_largest_of_all_items_are_listed_item_by_item_in_their_order(tmp_pat
     with ResultsFolder(tmp_path, "measure") as results:
         for name, volumes_ml in volumes.items():
             rows = (
-                replace(lesion(n, 4), case_id=name, volume_ml=each)
-                for n, each in enumerate(volumes_ml, start=1)
+                replace(lesion(n, 4), case_id=name, volume_ml=volume_ml)
+                for n, volume_ml in enumerate(volumes_ml, start=1)
             )
             commit(results, name, lesions=rows)
         for most in range(1, 9):
-            found, n = results.listed_rows({"a": 9, "b": 9, "c": 2}, most)
+            rows, n = results.listed_rows({"a": 9, "b": 9, "c": 2}, most)
             listed = sorted([5.0, 2e-3, 9.0, 1.0, 9.0, 7.0, 8.0], reverse=True)[:most]
             assert n == 7
-            assert sorted((row["volume_ml"] for row in found), reverse=True) == listed
-            order = [(row["case_id"], row["lesion_id"]) for row in found]
+            assert sorted((row["volume_ml"] for row in rows), reverse=True) == listed
+            order = [(row["case_id"], row["lesion_id"]) for row in rows]
             assert len(order) == len(set(order)) == min(most, 7)
 
 

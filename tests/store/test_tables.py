@@ -107,7 +107,7 @@ def test_an_empty_cell_of_a_number_is_unknown_and_of_a_count_an_error():
 
 
 def row_types():
-    """Every type of rows that the package writes: as calls of `table` name it, or `row_types` of a folder."""
+    """Yield every row type that the package writes: in a call of `table`, or in `row_types`."""
     for path in sorted(Path(volseg.__file__).parent.rglob("*.py")):
         nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
         imports = {
@@ -127,12 +127,12 @@ def row_types():
             elif isinstance(node, ast.Assign | ast.AnnAssign) and isinstance(node.value, ast.Tuple):
                 targets = node.targets if isinstance(node, ast.Assign) else [node.target]
                 types = node.value.elts if "row_types" in map(ast.unparse, targets) else ()
-            for name in (each.id for each in types if isinstance(each, ast.Name)):
+            for name in (node.id for node in types if isinstance(node, ast.Name)):
                 yield getattr(importlib.import_module(imports[name]), name)
 
 
 @pytest.mark.parametrize("row_type", dict.fromkeys(row_types()))
-def test_every_table_has_the_rows_that_were_written_whatever_they_hold(row_type, tmp_path):
+def test_a_table_has_the_written_number_of_rows_whatever_the_cells_hold(row_type, tmp_path):
     names = [field.name for field in fields(row_type)]
     texts = [
         "a\rb",
@@ -162,7 +162,7 @@ def test_every_table_has_the_rows_that_were_written_whatever_they_hold(row_type,
     assert first[names[0]] == "a\rb"
 
 
-def test_all_tables_of_the_documentation_are_tried():
+def test_all_documented_tables_are_tested():
     types = set(row_types())
     assert {
         LesionMeasurement,

@@ -99,7 +99,7 @@ def test_pages_and_pictures_mark_a_unit_in_doubt(unit, shown, plaque, tmp_path, 
     assert f">{shown}</text>" in axis.partition("</svg>")[0]
     assert f'"unit": "{shown}"' in table.replace('":"', '": "').partition("</script>")[0]
     viewer = (tmp_path / "out" / "viewer" / "scan.html").read_text(encoding="utf-8")
-    assert f'aria-label="Intensity shown white"> {shown}</span>' in viewer
+    assert f'aria-label="Intensity shown as white"> {shown}</span>' in viewer
     assert f'"unit": "{shown}"' in viewer.replace('":"', '": "')
 
 

@@ -97,7 +97,7 @@ def test_making_a_page_takes_the_memory_that_is_planned_for_it(tmp_path):
     page = tmp_path / "viewer" / "a.html"
     assert PAGE / 2 < peak < PAGE
     assert page.stat().st_size <= 6_000_000
-    assert f"The first 1000 of {len(rows)} lesions" in page.read_text(encoding="utf-8")
+    assert f"Showing the first 1000 of {len(rows)} lesions" in page.read_text(encoding="utf-8")
 
 
 def test_report_html_lists_the_largest_lesions_in_the_memory_that_is_planned_for_it(tmp_path):
@@ -190,7 +190,7 @@ def test_pages_can_be_left_out_and_are_added_later_without_measuring_again(cases
     # Pages that are gone are made again from what is there, and nothing else is.
     whole = (out / "viewer" / "a.html").read_bytes()
     (out / "viewer" / "a.html").write_text("changed by hand")
-    with pytest.raises(VolsegError, match=r"viewer/a\.html: already there"):
+    with pytest.raises(VolsegError, match=r"viewer/a\.html: already exists"):
         volseg.measure(cases=cases, out=out, intensity_unit="HU")
     (out / "viewer" / "a.html").unlink()
     (out / "viewer" / "c.html").unlink()
@@ -247,14 +247,14 @@ def test_an_interrupted_run_has_its_page_with_what_is_pending(cases, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         volseg.measure(cases=cases, out=tmp_path / "out", intensity_unit="HU", progress=stop)
     page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
-    assert "2 scans have not been reached yet" in page
+    assert "Not processed yet: 2 scans." in page
     assert '["a"]</script>' in page
     volseg.report(tmp_path / "out")  # has no run.json, and knows what is pending from cases.csv
-    assert "2 scans have not been reached yet" in (tmp_path / "out" / "report.html").read_text(
+    assert "Not processed yet: 2 scans." in (tmp_path / "out" / "report.html").read_text(
         encoding="utf-8"
     )
     volseg.measure(cases=cases, out=tmp_path / "out", intensity_unit="HU")
-    assert "not been reached" not in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert "Not processed yet" not in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
 
 
 def test_a_folder_gives_the_same_pages_again(cases, tmp_path):

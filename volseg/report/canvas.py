@@ -1,7 +1,7 @@
-"""What pictures need of matplotlib. They are drawn into memory, so the backend for windows that MPLBACKEND names has no say.
+"""The matplotlib names that figures need, imported without MPLBACKEND.
 
-matplotlib reads that variable when it is first imported, and refuses to be imported where it does not know the name, such as that of
-another environment's notebook. Modules that draw import these names from here.
+matplotlib reads that variable on its first import and raises an error if it does not know the
+backend, such as that of another environment's notebook. Figures are drawn into memory.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Pictures of a patient at two times: the lesion that changed most, before and after, on one grid."""
+"""Figures of a patient at two time points: the lesion that changed most, on a common grid."""
 
 from __future__ import annotations
 
@@ -24,92 +24,81 @@ from volseg.report.slices import (
 )
 from volseg.volume import BoundingBox, Geometry, Volume
 
-REACH_MM = 40.0  # shown to each side of the lesion
+REACH_MM = 40.0  # field of view on each side of the lesion
 BEFORE, AFTER = "#4dd34d", "#ff8c33"
 
 
 def change_png(
     scans: tuple[Volume, Volume],
     ids: tuple[np.ndarray, np.ndarray],
-    moved: np.ndarray,
+    transform: np.ndarray,
     changes: Sequence[LesionChange],
     *,
     title: str,
 ) -> bytes:
-    """PNG of the lesion whose volume changed most: the earlier scan above, the later one as registered to it below, in three planes.
+    """Draw the lesion whose volume changed most in three planes, as PNG.
+
+    The baseline scan is above, the registered follow-up scan below.
 
     Args:
-        scans: earlier and later. ids: (I, J, K) lesion ids on the grid of each.
-        moved: (4, 4) in RAS mm, from a point of the earlier scan to the same point of the patient in the later one.
+        scans: baseline and follow-up. ids: (I, J, K) lesion ids on the grid of each.
+        transform: (4, 4) in RAS mm, from baseline points to follow-up points.
         changes: the rows of the patient.
     """
     order = AxisOrder.of(scans[0].geometry)
     grid = canonical_geometry(scans[0].geometry, order)
-    row, centre = _largest_change(changes, grid, moved)
+    row, centre = _largest_change(changes, grid, transform)
     box = _around(centre, grid)
     part = grid.crop(box)
     stored = to_canonical(scans[0].array, order)[box.slices]
-    pictures = (
-        scans[0].intensities(stored).astype(np.float32),
-        resampled_onto(scans[1], part, moved).array,
-    )
-    numbers = (
-        to_canonical(ids[0], order)[box.slices],
-        _nearest(ids[1], scans[1].geometry, part, moved),
-    )
-    return _draw(
-        pictures,
-        numbers,
-        part,
-        centre - box.start,
-        "no lesion" if row is None else _caption(row),
-        title,
-    )
+    baseline = scans[0].intensities(stored).astype(np.float32)
+    pictures = (baseline, resampled_onto(scans[1], part, transform).array)
+    baseline_ids = to_canonical(ids[0], order)[box.slices]
+    numbers = (baseline_ids, _nearest(ids[1], scans[1].geometry, part, transform))
+    caption = "no lesion" if row is None else _caption(row)
+    return _draw(pictures, numbers, part, centre - box.start, caption, title)
 
 
 def stacked(pictures: Sequence[bytes]) -> bytes:
-    """PNGs of one width below each other, as one PNG."""
+    """Stack PNGs vertically into one PNG."""
     if len(pictures) == 1:
         return pictures[0]
-    opened = [Image.open(io.BytesIO(picture)).convert("RGB") for picture in pictures]
-    whole = Image.new(
-        "RGB", (max(each.width for each in opened), sum(each.height for each in opened))
-    )
-    top = 0
-    for each in opened:
-        whole.paste(each, (0, top))
-        top += each.height
-    found = io.BytesIO()
-    whole.save(found, "png")
-    return found.getvalue()
+    images = [Image.open(io.BytesIO(picture)).convert("RGB") for picture in pictures]
+    size = (max(image.width for image in images), sum(image.height for image in images))
+    stack, top = Image.new("RGB", size), 0
+    for image in images:
+        stack.paste(image, (0, top))
+        top += image.height
+    buffer = io.BytesIO()
+    stack.save(buffer, "png")
+    return buffer.getvalue()
 
 
 def _largest_change(
-    changes: Sequence[LesionChange], grid: Geometry, moved: np.ndarray
+    changes: Sequence[LesionChange], grid: Geometry, transform: np.ndarray
 ) -> tuple[LesionChange | None, np.ndarray]:
-    """The row with the largest change of volume on the grid, and the voxel (3,) at its centre; the middle of the grid for none."""
-    back = np.linalg.inv(moved)
-    best, place = None, (np.array(grid.shape) - 1) // 2
+    """Return the row with the largest volume change on the grid, and the voxel (3,) at its centre.
+
+    Without a lesion on the grid: None and the grid's centre.
+    """
+    inverse = np.linalg.inv(transform)
+    best, centre = None, (np.array(grid.shape) - 1) // 2
     for row in changes:
-        before = (
-            row.baseline_centroid_r_mm,
-            row.baseline_centroid_a_mm,
-            row.baseline_centroid_s_mm,
-        )
-        after = (row.followup_centroid_r_mm, row.followup_centroid_a_mm, row.followup_centroid_s_mm)
-        place_mm = after if None in before else before
-        if row.change_volume_ml is None or None in place_mm:
+        baseline = [getattr(row, f"baseline_centroid_{axis}_mm") for axis in "ras"]
+        followup = [getattr(row, f"followup_centroid_{axis}_mm") for axis in "ras"]
+        is_new = None in baseline
+        centroid = followup if is_new else baseline
+        if row.change_volume_ml is None or None in centroid:
             continue
-        point = np.array(place_mm, dtype=float)
-        if place_mm is after:
-            point = back[:3, :3] @ point + back[:3, 3]
+        point = np.array(centroid, dtype=float)
+        if is_new:
+            point = inverse[:3, :3] @ point + inverse[:3, 3]
         index = np.rint(grid.to_index(point[None])[0]).astype(int)
         is_shown = ((index >= 0) & (index < np.array(grid.shape))).all()
-        if is_shown and (
-            best is None or abs(row.change_volume_ml) > abs(best.change_volume_ml or 0.0)
-        ):
-            best, place = row, index
-    return best, place
+        change_ml = abs(row.change_volume_ml)
+        if is_shown and (best is None or change_ml > abs(best.change_volume_ml or 0.0)):
+            best, centre = row, index
+    return best, centre
 
 
 def _around(centre: np.ndarray, grid: Geometry) -> BoundingBox:
@@ -119,12 +108,14 @@ def _around(centre: np.ndarray, grid: Geometry) -> BoundingBox:
     return BoundingBox((i, j, k), (i_stop, j_stop, k_stop))
 
 
-def _nearest(ids: np.ndarray, geometry: Geometry, grid: Geometry, moved: np.ndarray) -> np.ndarray:
-    matrix = index_matrix(grid, geometry, moved)
+def _nearest(
+    ids: np.ndarray, geometry: Geometry, grid: Geometry, transform: np.ndarray
+) -> np.ndarray:
+    matrix = index_matrix(grid, geometry, transform)
     return ndimage.affine_transform(
         ids,
         matrix[:3, :3],
-        matrix[:3, 3],  # pyright: ignore[reportArgumentType] - SciPy says: or a sequence
+        matrix[:3, 3],  # pyright: ignore[reportArgumentType] - SciPy's stub lacks sequences
         output_shape=grid.shape,
         order=0,
         mode="constant",
@@ -143,9 +134,8 @@ def _draw(
     figure = Figure(figsize=(9, 6.6), layout="constrained", facecolor="black")
     FigureCanvasAgg(figure)
     axes = figure.subplots(2, len(PLANES), squeeze=False)
-    for line, (time, picture) in enumerate(
-        zip(("baseline", "follow-up, registered"), pictures, strict=True)
-    ):
+    names = ("baseline", "follow-up, registered")
+    for line, (time, picture) in enumerate(zip(names, pictures, strict=True)):
         window = window_round(picture[surroundings(centre[None], grid.spacing_mm)])
         for column, (name, axis, left, right) in enumerate(PLANES):
             plot, index = axes[line][column], int(centre[axis])
@@ -154,24 +144,16 @@ def _draw(
                 (slice_of(ids, axis, index) > 0, colour)
                 for ids, colour in zip(numbers, (BEFORE, AFTER), strict=True)
             ]
-            draw_slice(
-                plot,
-                slice_of(picture, axis, index),
-                outlines,
-                (across, up),
-                window,
-                f"{time}, {name}",
-            )
+            shown, heading = slice_of(picture, axis, index), f"{time}, {name}"
+            draw_slice(plot, shown, outlines, (across, up), window, heading)
             label_slice(plot, left, right, across)
-    figure.suptitle(
-        f"{title}: {caption}\ngreen: baseline   orange: follow-up", color="white", fontsize=9
-    )
+    heading = f"{title}: {caption}\ngreen: baseline   orange: follow-up"
+    figure.suptitle(heading, color="white", fontsize=9)
     return png_bytes(figure, "black")
 
 
 def _caption(row: LesionChange) -> str:
-    which = " → ".join(
-        "none" if n is None else f"#{n}" for n in (row.baseline_lesion_id, row.followup_lesion_id)
-    )
+    ids = (row.baseline_lesion_id, row.followup_lesion_id)
+    numbers = " → ".join("none" if number is None else f"#{number}" for number in ids)
     percent = "" if row.change_volume_percent is None else f", {row.change_volume_percent:+.0f} %"
-    return f"{row.label_name} {which}, {row.status}, {row.change_volume_ml:+.3g} mL{percent}"
+    return f"{row.label_name} {numbers}, {row.status}, {row.change_volume_ml:+.3g} mL{percent}"

@@ -1,4 +1,4 @@
-"""Pictures of a case: its largest lesions in three planes."""
+"""Figure of a case: its largest lesions in three planes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from volseg.report.slices import (
 from volseg.volume import BoundingBox, Volume, slabs_of
 
 MAX_LESIONS = 3
-MOST_VOXELS = 2**22  # of a lesion's box, all of which are looked at
+MOST_VOXELS = 2**22  # bounding boxes of lesions up to this size are read entirely
 LESION = "#ff5c33"
 
 
@@ -36,63 +36,53 @@ def overlay_png(
     title: str,
     is_doubted: bool = False,
 ) -> bytes:
-    """PNG with a row per lesion (the largest three) and its axial, coronal and sagittal slice, lesions outlined.
+    """Draw axial, coronal and sagittal slices through the three largest lesions, as PNG.
 
     Args:
-        ids: (I, J, K) lesion ids on the scan's grid.
-        is_doubted: whether the unit of the intensities is in doubt, which the captions then say.
+        ids: (I, J, K) lesion ids on the scan's grid; lesions are outlined.
+        is_doubted: the unit of the intensities is doubtful; the captions mark it.
     """
     order = AxisOrder.of(image.geometry)
     geometry = canonical_geometry(image.geometry, order)
     stored, numbers = to_canonical(image.array, order), to_canonical(ids, order)
     shown = sorted(lesions, key=lambda lesion: -lesion.n_voxels)[:MAX_LESIONS]
-    places = [_voxels_of(numbers, lesion.lesion_id) for lesion in shown] or [
-        np.array([stored.shape]) // 2
-    ]
-    centres = [_centre(voxels) for voxels in places]
+    voxels = [_voxels_of(numbers, lesion.lesion_id) for lesion in shown]
+    voxels = voxels or [np.array([stored.shape]) // 2]
+    centres = [_centre(indices) for indices in voxels]
     figure = Figure(figsize=(9, 3.2 * len(centres) + 0.4), layout="constrained", facecolor="black")
     FigureCanvasAgg(figure)
     axes = figure.subplots(len(centres), len(PLANES), squeeze=False)
     for row, centre in enumerate(centres):
-        window = window_round(
-            image.intensities(_sample(stored[surroundings(places[row], geometry.spacing_mm)]))
-        )
+        around = stored[surroundings(voxels[row], geometry.spacing_mm)]
+        window = window_round(image.intensities(_sample(around)))
         caption = "no lesion found" if not shown else _caption(shown[row], is_doubted=is_doubted)
         for column, (name, axis, left, right) in enumerate(PLANES):
             index = int(centre[axis])
             picture = image.intensities(slice_of(stored, axis, index)).astype(np.float32)
             outline = slice_of(numbers, axis, index) > 0
             across, up = (geometry.spacing_mm[other] for other in range(3) if other != axis)
-            title_of = f"{name}: {caption}" if column == 0 else name
-            draw_slice(
-                axes[row][column], picture, [(outline, LESION)], (across, up), window, title_of
-            )
-            label_slice(axes[row][column], left, right, across)
+            plot, heading = axes[row][column], f"{name}: {caption}" if column == 0 else name
+            draw_slice(plot, picture, [(outline, LESION)], (across, up), window, heading)
+            label_slice(plot, left, right, across)
     figure.suptitle(title, color="white", fontsize=10)
     return png_bytes(figure, "black")
 
 
 def _sample(part: np.ndarray) -> np.ndarray:
-    """The part, or of a large one every n-th voxel."""
+    """Return the part, thinned to every n-th voxel along each axis if it is large."""
     step = 1 if part.size <= MOST_VOXELS else math.ceil((part.size / MOST_VOXELS) ** (1 / 3))
     return part[::step, ::step, ::step]
 
 
 def _voxels_of(numbers: np.ndarray, number: int) -> np.ndarray:
-    """(N, 3) indices of the voxels of a lesion; of a large one only of those in the middle slice of its box that has any."""
-    slabs = [(part, BoundingBox.around(numbers[part] == number)) for part in slabs_of(numbers)]
-    found = [
-        (
-            [side.start + a for side, a in zip(part, box.start)],
-            [side.start + b for side, b in zip(part, box.stop)],
-        )
-        for part, box in slabs
-        if box is not None
-    ]
-    start, stop = (
-        np.min([low for low, _ in found], axis=0),
-        np.max([high for _, high in found], axis=0),
-    )
+    """Return the (N, 3) voxel indices of a lesion, of a large one only in its middle slice."""
+    starts, stops = [], []
+    for part in slabs_of(numbers):
+        box = BoundingBox.around(numbers[part] == number)
+        if box is not None:
+            starts.append([side.start + first for side, first in zip(part, box.start)])
+            stops.append([side.start + end for side, end in zip(part, box.stop)])
+    start, stop = np.min(starts, axis=0), np.max(stops, axis=0)
     inside = numbers[tuple(slice(a, b) for a, b in zip(start.tolist(), stop.tolist()))]
     if inside.size <= MOST_VOXELS:
         return np.argwhere(inside == number) + start
@@ -102,16 +92,16 @@ def _voxels_of(numbers: np.ndarray, number: int) -> np.ndarray:
 
 
 def _centre(voxels: np.ndarray) -> np.ndarray:
-    """The voxel (of N, 3) that lies nearest to their centroid, so that the slices surely cut the lesion."""
+    """Return the voxel (of N, 3) nearest to their centroid, which may lie outside the lesion."""
     return voxels[np.argmin(((voxels - voxels.mean(axis=0)) ** 2).sum(axis=1))]
 
 
 def _caption(lesion: LesionMeasurement, *, is_doubted: bool) -> str:
-    text = f"#{lesion.lesion_id} {shortened(lesion.label_name or f'value {lesion.label}')}, {lesion.volume_ml:.3g} mL"
+    label = shortened(lesion.label_name or f"value {lesion.label}")
+    text = f"#{lesion.lesion_id} {label}, {lesion.volume_ml:.3g} mL"
     if lesion.intensity_mean is not None and math.isfinite(lesion.intensity_mean):
-        text += f", {lesion.intensity_mean:.3g} {shown_unit(lesion.intensity_unit, is_doubted=is_doubted)}"
-    return (
-        f"{text}, {shortened(lesion.class_name)} {lesion.class_probability:.2f}"
-        if lesion.class_name
-        else text
-    )
+        unit = shown_unit(lesion.intensity_unit, is_doubted=is_doubted)
+        text += f", {lesion.intensity_mean:.3g} {unit}"
+    if lesion.class_name:
+        text += f", {shortened(lesion.class_name)} {lesion.class_probability:.2f}"
+    return text

@@ -1,4 +1,4 @@
-"""Distributions as inline SVG: text and shapes in a page's own colours, without a script."""
+"""Histograms as inline SVG in the page's colours, without a script."""
 
 from __future__ import annotations
 
@@ -16,26 +16,25 @@ MAX_BINS = 24
 def histogram_svg(
     values: Sequence[float], *, title: str, unit: str, log: bool = False
 ) -> Markup | None:
-    """How often values occur, with their median as a dashed line; None where there are too few to say anything.
+    """Return a histogram with the median as a dashed line; None without two distinct values.
 
     Args:
-        values: unknown ones (NaN, infinite; with `log` those not above 0) are left out.
-        log: a logarithmic axis.
+        values: non-finite values, and with `log` those ≤ 0, are left out.
+        log: use a logarithmic axis.
     """
-    known = np.array(
-        [value for value in values if math.isfinite(value) and (value > 0 or not log)], float
-    )
-    if known.size < 2 or known.min() == known.max():
+    valid = [value for value in values if math.isfinite(value) and (value > 0 or not log)]
+    finite = np.array(valid, float)
+    if finite.size < 2 or finite.min() == finite.max():
         return None
-    seen = np.log10(known) if log else known
-    n_bins = int(min(MAX_BINS, max(5, math.ceil(2 * known.size ** (1 / 3)))))
-    counts, edges = np.histogram(seen, bins=n_bins)
-    ticks = _log_ticks(seen.min(), seen.max()) if log else _ticks(seen.min(), seen.max())
+    scaled = np.log10(finite) if log else finite
+    n_bins = int(min(MAX_BINS, max(5, math.ceil(2 * finite.size ** (1 / 3)))))
+    counts, edges = np.histogram(scaled, bins=n_bins)
+    ticks = (_log_ticks if log else _ticks)(scaled.min(), scaled.max())
     low, high = edges[0], edges[-1]
-    inside = [(at, text) for at, text in ticks if low <= at <= high]
-    if len(inside) < 2:  # the axis goes out to round numbers where none would be on it
+    inside = [(value, text) for value, text in ticks if low <= value <= high]
+    if len(inside) < 2:  # extend the axis to round numbers outside the range
         inside, low, high = ticks, min(low, ticks[0][0]), max(high, ticks[-1][0])
-    steps = [(at, text) for at, text in _ticks(0, int(counts.max())) if at == int(at)]
+    steps = [(n, text) for n, text in _ticks(0, int(counts.max())) if n == int(n)]
     top = max(counts.max(), steps[-1][0])
 
     def x(value: float) -> float:
@@ -44,40 +43,43 @@ def histogram_svg(
     def y(count: float) -> float:
         return HEIGHT - BOTTOM - count / top * (HEIGHT - TOP - BOTTOM)
 
-    median = float(np.median(known))
-    summary = f"{title}: {known.size} values from {known.min():.4g} to {known.max():.4g} {unit}, median {median:.4g}"
+    def soft(text: str, left: float, top: float | str, anchor: str) -> str:
+        place = f'x="{left}" y="{top}" text-anchor="{anchor}"'
+        return f'<text class="soft" {place}>{escape(text)}</text>'
+
+    median = float(np.median(finite))
+    span = f"{finite.min():.4g} to {finite.max():.4g} {unit}"
+    summary = escape(f"{title}: {finite.size} values from {span}, median {median:.4g}")
+    heading = f"{finite.size} lesions, median {median:.3g} {unit}"
     parts = [
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(summary)}">',
-        f"<title>{escape(summary)}</title>",
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{summary}">',
+        f"<title>{summary}</title>",
         f'<text x="{LEFT}" y="14">{escape(title)}</text>',
-        f'<text class="soft" x="{WIDTH - RIGHT}" y="14" text-anchor="end">{known.size} lesions, median {median:.3g} {escape(unit)}</text>',
+        soft(heading, WIDTH - RIGHT, 14, "end"),
     ]
-    for at, text in steps:
-        parts.append(f'<path class="grid" d="M{LEFT} {y(at):.1f}H{WIDTH - RIGHT}"/>')
-        parts.append(
-            f'<text class="soft" x="{LEFT - 5}" y="{y(at) + 4:.1f}" text-anchor="end">{text}</text>'
-        )
+    for n, text in steps:
+        parts.append(f'<path class="grid" d="M{LEFT} {y(n):.1f}H{WIDTH - RIGHT}"/>')
+        parts.append(soft(text, LEFT - 5, f"{y(n) + 4:.1f}", "end"))
     for count, start, stop in zip(counts.tolist(), edges[:-1].tolist(), edges[1:].tolist()):
         if count:
-            shape = f'x="{x(start) + 0.5:.1f}" y="{y(count):.1f}" width="{max(x(stop) - x(start) - 1, 1):.1f}"'
-            parts.append(f'<rect class="filled" {shape} height="{y(0) - y(count):.1f}"/>')
+            place = f'x="{x(start) + 0.5:.1f}" y="{y(count):.1f}"'
+            width, height = max(x(stop) - x(start) - 1, 1), y(0) - y(count)
+            size = f'width="{width:.1f}" height="{height:.1f}"'
+            parts.append(f'<rect class="filled" {place} {size}/>')
     parts.append(f'<path class="axis" d="M{LEFT} {y(0):.1f}H{WIDTH - RIGHT}"/>')
-    for at, text in inside:
-        parts.append(f'<path class="axis" d="M{x(at):.1f} {y(0):.1f}v4"/>')
-        parts.append(
-            f'<text x="{x(at):.1f}" y="{y(0) + 16:.1f}" text-anchor="middle">{text}</text>'
-        )
-    at = x(math.log10(median) if log else median)
-    parts.append(f'<path class="middle" d="M{at:.1f} {y(0):.1f}V{TOP}"/>')
-    scale = f"{unit}, logarithmic" if log else unit
-    parts.append(
-        f'<text class="soft" x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 4}" text-anchor="middle">{escape(scale)}</text>'
-    )
-    return Markup("".join([*parts, "</svg>"]))  # noqa: S704 every text in it was escaped above
+    for value, text in inside:
+        parts.append(f'<path class="axis" d="M{x(value):.1f} {y(0):.1f}v4"/>')
+        place = f'x="{x(value):.1f}" y="{y(0) + 16:.1f}"'
+        parts.append(f'<text {place} text-anchor="middle">{text}</text>')
+    middle = x(math.log10(median) if log else median)
+    parts.append(f'<path class="middle" d="M{middle:.1f} {y(0):.1f}V{TOP}"/>')
+    scale = f"{unit}, log scale" if log else unit
+    parts.append(soft(scale, (LEFT + WIDTH - RIGHT) / 2, HEIGHT - 4, "middle"))
+    return Markup("".join([*parts, "</svg>"]))  # noqa: S704 all texts are escaped above
 
 
 def _ticks(low: float, high: float) -> list[tuple[float, str]]:
-    """Four to eight round numbers from at most `low` to at least `high`."""
+    """Return four to eight round numbers that span `low` to `high`, as (value, text)."""
     step = 10.0 ** math.floor(math.log10((high - low) / 4))
     step *= next(factor for factor in (1, 2, 5, 10) if (high - low) / (step * factor) <= 6)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
@@ -85,13 +87,13 @@ def _ticks(low: float, high: float) -> list[tuple[float, str]]:
 
 
 def _log_ticks(low: float, high: float) -> list[tuple[float, str]]:
-    """Powers of ten, or also their twofold and fivefold within a decade or two, as (log₁₀, text)."""
+    """Return powers of ten, over short ranges also 2 and 5 times them, as (log₁₀, text)."""
     factors = (1,) if high - low > 2.5 else (1, 2, 5)
-    found = [
+    ticks = [
         (math.log10(factor) + power, f"{factor * 10.0**power:.6g}")
         for power in range(math.floor(low), math.ceil(high) + 1)
         for factor in factors
     ]
-    below = max((at for at, _ in found if at <= low), default=found[0][0])
-    above = min((at for at, _ in found if at >= high), default=found[-1][0])
-    return [(at, text) for at, text in found if below <= at <= above]
+    below = max((value for value, _ in ticks if value <= low), default=ticks[0][0])
+    above = min((value for value, _ in ticks if value >= high), default=ticks[-1][0])
+    return [(value, text) for value, text in ticks if below <= value <= above]

@@ -1,4 +1,7 @@
-"""The pages that people open: report.html of a run, and a viewer page per scan. Each is one file that asks the network for nothing."""
+"""HTML pages: report.html of a run, and a viewer page per scan.
+
+Each page is a single file that makes no network request.
+"""
 
 from __future__ import annotations
 
@@ -26,26 +29,26 @@ from volseg.measure.response import PatientResponse
 from volseg.measure.rows import CaseRow, LesionMeasurement
 from volseg.measure.units import doubt_of, shown_unit
 from volseg.report.histogram import histogram_svg
-from volseg.report.model_box import Likeness, ModelBox, likeness_of_run, likeness_of_scan
+from volseg.report.model_box import ModelBox, Similarity, similarity_of_run, similarity_of_scan
 from volseg.report.preview import Preview, lesion_colour, lesion_points, point_of, smaller_jpeg
 
 MAX_PAGE_BYTES = 6_000_000
 NIIVUE, NIIVUE_LICENCE = "niivue-0.69.0.umd.js", "niivue-LICENSE.txt"
 MAX_VIEWER_ROWS = 1000  # lesions in the table of a viewer page
-MAX_CHANGE_ROWS = 5000  # lesions on the page of a comparison, which is made in memory
-RESERVED_BYTES = 300_000  # of a page: its style, script, text and one picture
-POINTS_BYTES = 250  # of a viewer page, for where a lesion is and where its diameters end
-PICTURE_BYTES = 3_000_000  # of the pictures in report.html, before base64
-PICTURE_HEIGHTS = (96, 72, 56, 40)  # pixels; the largest with which all of them fit is taken
-MIN_PLOTTED = 5  # lesions; the distribution of fewer is their table
-HINTS = {  # how a table may be filtered
-    LesionMeasurement: "words, or volume_ml > 1",
-    CaseRow: "words, or n_lesions > 1",
-    PatientResponse: "words, or n_new > 0",
-    LesionChange: "words, or change_volume_percent > 20",
+MAX_CHANGE_ROWS = 5000  # lesions on a comparison page, which is built in memory
+RESERVED_BYTES = 300_000  # per page, for style, script, text and one picture
+POINTS_BYTES = 250  # per lesion of a viewer page, for its position and diameter end points
+PICTURE_BYTES = 3_000_000  # all pictures in report.html together, before base64
+PICTURE_HEIGHTS = (96, 72, 56, 40)  # pixels; the first height at which all pictures fit is used
+MIN_PLOTTED = 5  # lesions; fewer are not plotted because the table shows them all
+HINTS = {  # filter examples
+    LesionMeasurement: "type words, or a condition such as volume_ml > 1",
+    CaseRow: "type words, or a condition such as n_lesions > 1",
+    PatientResponse: "type words, or a condition such as n_new > 0",
+    LesionChange: "type words, or a condition such as change_volume_percent > 20",
 }
 
-# What a reader looks for first; the other columns can be chosen.
+# Columns shown initially; the reader can add the others.
 LESION_COLUMNS = (
     "case_id",
     "lesion_id",
@@ -127,7 +130,7 @@ VIEWER_COLUMNS = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PageTable:
-    """A table of a page. `content` is what its script reads: name, caption, hint, columns and rows."""
+    """A table of a page; its script reads `content`: name, caption, hint, columns and rows."""
 
     name: str
     caption: str
@@ -144,38 +147,37 @@ def viewer_html(
     unit: str,
     box: ModelBox | None = None,
 ) -> str:
-    """The page of one scan: its slices with the lesions over them, a row per lesion, and a picture where there is no WebGL.
+    """Return the page of one scan: slices with outlined lesions, a row per lesion, a picture.
+
+    The picture replaces the slices in browsers without WebGL.
 
     Args:
-        case, lesions: columns of cases.csv and of lesions.csv; None, or a column that is not there, is unknown. Lesions beyond the first 1000
-            need not be given.
+        case, lesions: a row of cases.csv and rows of lesions.csv; None or a missing column means
+            unknown. Only the first 1000 lesions are used.
         montage: JPEG of the scan's largest lesion.
         unit: of the intensities.
-        box: of the model; None for masks from elsewhere.
+        box: the model box; None if volseg did not make the masks.
     """
     rows = sorted(lesions, key=lambda lesion: lesion["lesion_id"])[:MAX_VIEWER_ROWS]
-    rows, unit = (
-        _with_doubts(rows, [case]),
-        shown_unit(unit, is_doubted=bool(doubt_of(case.get("warnings") or ""))),
-    )
+    rows = _with_doubts(rows, [case])
+    unit = shown_unit(unit, is_doubted=bool(doubt_of(case.get("warnings") or "")))
     remark = ""
     n_lesions = max(case.get("n_lesions") or 0, len(lesions))
     if len(rows) < n_lesions:
-        remark = f"The first {len(rows)} of {n_lesions} lesions; lesions.csv has them all."
+        remark = f"Showing the first {len(rows)} of {n_lesions} lesions; lesions.csv has them all."
     if preview.not_drawn:
-        remark += f" {preview.not_drawn} lesions are too small beside others, or too many, to be drawn at this resolution."
+        remark += f" Not drawn: {_counted(preview.not_drawn, 'lesion')}, too small at this"
+        remark += " resolution or beyond the drawing limit."
     table = lesion_table(rows, shown=VIEWER_COLUMNS)
     points = lesion_points(preview, rows)
+    n_drawn = int(preview.ids.array.max(initial=0))
     content = {
         "table": table.content,
         "unit": unit,
         "window": [_number(value) for value in preview.window],
         "points": {number: [round(part, 3) for part in point] for number, point in points.items()},
         "axes": {lesion["lesion_id"]: axes for lesion in rows if (axes := _axes(lesion))},
-        "colours": "".join(
-            bytes(lesion_colour(n)).hex()
-            for n in range(1, int(preview.ids.array.max(initial=0)) + 1)
-        ),
+        "colours": bytes(part for n in range(1, n_drawn + 1) for part in lesion_colour(n)).hex(),
     }
     script = _script("table.js", "viewer.js")
     facts = [
@@ -193,28 +195,25 @@ def viewer_html(
         unit=unit,
         shown_part=_shown_part(preview),
         box=box,
-        likeness=likeness_of_scan(case.get("warnings") or ""),
-        invitation="Choose a lesion in the table or in the slices."
-        if rows
-        else "No lesion was found.",
+        similarity=similarity_of_scan(case.get("warnings") or ""),
+        invitation="Select a lesion in the table or the slices." if rows else "No lesions found.",
         remark=remark.strip(),
         content=content,
         montage=_base64(montage),
         image=_base64(preview.packed_image),
         ids=_base64(preview.packed_ids),
         niivue=_packed_niivue(),
-        licences=Markup(_asset("vendor", NIIVUE_LICENCE)),  # noqa: S704 a file of our own, see `_asset`
+        licences=Markup(_asset("vendor", NIIVUE_LICENCE)),  # noqa: S704 a package file
         script=Markup(script),  # noqa: S704
     )
 
 
 def image_budget(lesions: Sequence[Mapping[str, Any]]) -> int:
-    """Compressed bytes of image and lesion ids with which the viewer page of these lesions stays within its size."""
+    """Return how many compressed bytes of image and lesion ids fit into the viewer page."""
     rows = lesions[:MAX_VIEWER_ROWS]
     table = _size(lesion_table(rows).content) + POINTS_BYTES * len(rows)
-    return int(
-        (MAX_PAGE_BYTES - RESERVED_BYTES - len(_packed_niivue()) - table) * 0.74
-    )  # base64 takes 4 for 3
+    left = MAX_PAGE_BYTES - RESERVED_BYTES - len(_packed_niivue()) - table
+    return int(left * 0.74)  # base64 turns 3 bytes into 4
 
 
 def report_html(
@@ -228,35 +227,27 @@ def report_html(
     remarks: Sequence[str] = (),
     digest: str = "",
 ) -> str:
-    """The page of a run: failures, distributions, a table of scans and one of lesions.
+    """Return the page of a run: failures, distributions, a table of scans and one of lesions.
 
     Args:
-        about: of the run: `command`, `volseg`, `model`, `started`, as in run.json.
-        cases, lesions: rows of cases.csv and of lesions.csv; None, or a column that is not there, is unknown.
+        about: the run: `command`, `volseg`, `model`, `started`, as in run.json.
+        cases, lesions: rows of cases.csv and of lesions.csv; None or a missing column means
+            unknown.
         montages: case id → JPEG.
         pages: ids of the cases that have a viewer page.
         boxes: of the models that made the masks.
-        remarks: sentences to be read before the numbers.
-        digest: what the page was made from, kept in it.
+        remarks: sentences shown above the numbers.
+        digest: hash of the page's inputs, stored in the page.
     """
     height, pictures, unpictured = _fitting(montages)
     n_pending = sum(case.get("status") == "pending" for case in cases)
     failed = [_failure(case["case_id"], case) for case in cases if case.get("status") == "failed"]
     linked = sorted(pages)
     lesions = _with_doubts(lesions, cases)
-    remarks = [
-        *(
-            [f"{n_pending} scans have not been reached yet: run the same command again to go on."]
-            if n_pending
-            else []
-        ),
-        *remarks,
-        *(
-            [f"{unpictured} scans have no picture here, to keep this page small."]
-            if unpictured
-            else []
-        ),
-    ]
+    remarks = [*_unprocessed(n_pending, "scan"), *remarks]
+    if unpictured:
+        left_out = _counted(unpictured, "scan")
+        remarks.append(f"To keep this page small, the pictures of {left_out} are left out.")
     left = MAX_PAGE_BYTES - RESERVED_BYTES - sum(map(_size, (pictures, linked, failed, remarks)))
     scans = scan_table(cases, with_pictures=bool(pictures), max_bytes=left // 2)
     table = fitting_table(
@@ -276,9 +267,9 @@ def report_html(
         about,
         failed=failed,
         n_cases=len(cases),
-        what="scans",
+        noun="scans",
         files="cases.csv and lesions.csv",
-        boxes=[(box, likeness_of_run(list(cases), box.name)) for box in boxes],
+        boxes=[(box, similarity_of_run(list(cases), box.name)) for box in boxes],
         remarks=remarks,
         facts=_facts(cases, lesions),
         plots=_plots(lesions),
@@ -297,25 +288,20 @@ def comparison_html(
     *,
     most: int = MAX_CHANGE_ROWS,
 ) -> str:
-    """The page of a comparison of two time points: failures, a table of patients and one of lesions.
+    """Return the page of a comparison of two time points: failures, patients and lesions.
 
     Args:
-        about: of the run: `command`, `volseg`, `started`.
-        patients, lesions: rows of response.csv and of comparison.csv; at most `most` of the lesions
-            are listed.
+        about: the run: `command`, `volseg`, `started`.
+        patients, lesions: rows of response.csv and of comparison.csv.
+        most: number of lesion rows on the page; the remaining ones are left out.
     """
-    changed = list(islice(lesions, most + 1))
-    is_cut = len(changed) > most
-    remarks = [
-        f"The first {most} rows of lesions are listed; comparison.csv has them all."
-    ] * is_cut
+    changes = list(islice(lesions, most + 1))
+    remarks = _unprocessed(sum(row.get("status") == "pending" for row in patients), "patient")
+    if len(changes) > most:
+        remarks.insert(0, f"Showing the first {most} lesion rows; comparison.csv has them all.")
     responses = Counter(
-        row.get("response") or "left open" for row in patients if row.get("status") == "done"
+        row.get("response") or "not classified" for row in patients if row.get("status") == "done"
     )
-    n_pending = sum(row.get("status") == "pending" for row in patients)
-    not_reached = [
-        f"{n_pending} patients have not been reached yet: run the same command again."
-    ] * bool(n_pending)
     failed = [_failure(row["patient"], row) for row in patients if row.get("status") == "failed"]
     left = MAX_PAGE_BYTES - RESERVED_BYTES - _size(failed)
     table = fitting_table(
@@ -330,14 +316,13 @@ def comparison_html(
     has_several = any(
         ";" in str(row.get(name)) for row in patients for name in ("baseline_case", "followup_case")
     )
-    changes = fitting_table(
+    scan_columns = ("baseline_case", "followup_case") if has_several else ()
+    change_table = fitting_table(
         "changes",
-        "Lesions at both times",
+        "Lesions at both time points",
         LesionChange,
-        changed[:most],
-        shown=("patient", "baseline_case", "followup_case", *CHANGE_COLUMNS[1:])
-        if has_several
-        else CHANGE_COLUMNS,
+        changes[:most],
+        shown=("patient", *scan_columns, *CHANGE_COLUMNS[1:]),
         max_bytes=left - _size(table.content),
         file="comparison.csv",
     )
@@ -346,17 +331,23 @@ def comparison_html(
         about,
         failed=failed,
         n_cases=len(patients),
-        what="patients",
+        noun="patients",
         files="response.csv and comparison.csv",
-        remarks=[*remarks, *not_reached],
+        remarks=remarks,
         facts=[
-            ("Patients", str(len(patients))),
+            ("patients", str(len(patients))),
             *((name, str(count)) for name, count in sorted(responses.items())),
-            ("New lesions", str(sum(row.get("n_new") or 0 for row in patients))),
-            ("Lesions gone", str(sum(row.get("n_gone") or 0 for row in patients))),
+            ("new lesions", str(sum(row.get("n_new") or 0 for row in patients))),
+            ("lesions gone", str(sum(row.get("n_gone") or 0 for row in patients))),
         ],
-        tables=[table, changes],
+        tables=[table, change_table],
     )
+
+
+def _unprocessed(n: int, noun: str) -> list[str]:
+    if not n:
+        return []
+    return [f"Not processed yet: {_counted(n, noun)}. Run the same command again to continue."]
 
 
 def _run_page(
@@ -369,7 +360,7 @@ def _run_page(
     pages: Sequence[str] = (),
     pictures: Mapping[str, str] | None = None,
     picture_height: int = 0,
-    boxes: Sequence[tuple[ModelBox, Likeness]] = (),
+    boxes: Sequence[tuple[ModelBox, Similarity]] = (),
     digest: str = "",
     **texts: Any,
 ) -> str:
@@ -392,7 +383,7 @@ def _run_page(
         picture_height=picture_height,
         boxes=boxes,
         digest=digest,
-        limits="Made for research; not a medical device.",
+        limits="For research use only; not a medical device.",
         script=Markup(script),  # noqa: S704
         **texts,
     )
@@ -401,14 +392,14 @@ def _run_page(
 def lesion_table(
     lesions: Sequence[Mapping[str, Any]], *, shown: Sequence[str] = LESION_COLUMNS
 ) -> PageTable:
-    """A row per lesion, with all columns of lesions.csv."""
+    """Return a table with a row per lesion and all columns of lesions.csv."""
     return page_table("lesions", "Lesions", LesionMeasurement, lesions, shown=shown)
 
 
 def scan_table(
     cases: Sequence[Mapping[str, Any]], *, with_pictures: bool, max_bytes: int
 ) -> PageTable:
-    """A row per scan; its column of pictures is filled by the page."""
+    """Return a table with a row per scan; the page's script fills its picture column."""
     table = fitting_table(
         "scans", "Scans", CaseRow, cases, shown=SCAN_COLUMNS, max_bytes=max_bytes, file="cases.csv"
     )
@@ -417,7 +408,7 @@ def scan_table(
     picture = {
         "name": "montage",
         "unit": "",
-        "meaning": "axial, coronal and sagittal slice through the largest lesion",
+        "meaning": "axial, coronal and sagittal slices through the largest lesion",
         "shown": True,
     }
     columns = [table.content["columns"][0], picture, *table.content["columns"][1:]]
@@ -435,19 +426,20 @@ def page_table(
     only: Sequence[str] | None = None,
     remark: str = "",
 ) -> PageTable:
-    """A table whose columns are the fields of the dataclass `row_type`.
+    """Return a table whose columns are the fields of the dataclass `row_type`.
 
     Args:
         rows: field name → value.
-        shown: columns that come first, and are seen at first where any row knows them. The others can be chosen.
-        only: leave the other columns out.
+        shown: columns that come first and are visible initially if any row has a value.
+        only: the columns to include; None for all.
     """
     units = {row.get("intensity_unit") for row in rows}
-    if len(units) > 1 and "intensity_unit" not in shown:  # a number's unit is then in its row
+    # Rows with different units each show their own.
+    if len(units) > 1 and "intensity_unit" not in shown:
         shown = (*shown, "intensity_unit")
     columns = [column for column in columns_of(row_type) if only is None or column[0] in only]
     columns.sort(key=lambda column: shown.index(column[0]) if column[0] in shown else len(shown))
-    own_unit = (units.pop() if len(units) == 1 else None) or ""
+    common_unit = (units.pop() if len(units) == 1 else None) or ""
     values = [[_number(row.get(column[0])) for column in columns] for row in rows]
     content = {
         "name": name,
@@ -456,10 +448,10 @@ def page_table(
         "columns": [
             {
                 "name": column,
-                "unit": own_unit if unit == "intensity_unit" else unit,
+                "unit": common_unit if unit == "intensity_unit" else unit,
                 "meaning": meaning,
                 "shown": column in shown
-                and (not rows or _says_something(column, [row[n] for row in values])),
+                and (not rows or _is_informative(column, [row[n] for row in values])),
             }
             for n, (column, unit, meaning, _) in enumerate(columns)
         ],
@@ -468,11 +460,10 @@ def page_table(
     return PageTable(name=name, caption=caption, content=content, remark=remark)
 
 
-def _says_something(column: str, values: Sequence[Any]) -> bool:
-    known = {value for value in values if value is not None and value != ""}
-    return (
-        len(known) > 1 if column == "label_name" else bool(known)
-    )  # one name all over says nothing of a row
+def _is_informative(column: str, values: Sequence[Any]) -> bool:
+    distinct = {value for value in values if value is not None and value != ""}
+    # A single label name in all rows distinguishes none of them.
+    return len(distinct) > (1 if column == "label_name" else 0)
 
 
 def fitting_table(
@@ -488,42 +479,38 @@ def fitting_table(
     rank: Callable[[Mapping[str, Any]], float] = lambda row: 0,
     kept: str = "first",
 ) -> PageTable:
-    """All columns if they fit, else the important ones, else of some rows only.
+    """Return a table that fits: all columns, else the important ones, else fewer rows.
 
     Args:
-        shown, needed: the important columns; of those that are only needed nothing is seen at first.
-        max_bytes: in which the table has to fit; of a table of which not even one row fits the columns remain.
-        file: that has all of it. rank: of a row; rows of a lower one stay sooner, and `kept` says which these are.
+        shown, needed: the important columns; those in `needed` are hidden initially.
+        max_bytes: size limit; if not even one row fits, the table has no rows.
+        file: the CSV file with all rows, named in the remark.
+        rank: sort key; rows with the lowest rank are kept. kept: what the remark calls them.
     """
     table = page_table(name, caption, row_type, rows, shown=shown)
     if _size(table.content) <= max_bytes:
         return table
-    some, remark = (
-        rows,
-        f"Only the most important columns, to keep this page small; {file} has them all.",
-    )
+    only = (*shown, *needed)
+    fitting, remark = rows, "To keep this page small, only the most important columns are included"
     while True:
-        table = page_table(
-            name, caption, row_type, some, shown=shown, only=(*shown, *needed), remark=remark
-        )
+        text = f"{remark}; {file} has them all."
+        table = page_table(name, caption, row_type, fitting, shown=shown, only=only, remark=text)
         size = _size(table.content)
-        if size <= max_bytes or not some:
+        if size <= max_bytes or not fitting:
             return table
-        n = max(0, int(len(some) * 0.95 * max_bytes / size))
-        some = sorted(rows, key=rank)[:n]
-        remark = f"The {n} {kept} of {len(rows)} rows and their most important columns; {file} has them all."
+        n = max(0, int(len(fitting) * 0.95 * max_bytes / size))
+        fitting = sorted(rows, key=rank)[:n]
+        remark = f"Showing the {n} {kept} of {len(rows)} rows and the most important columns"
 
 
 def _fitting(montages: Mapping[str, bytes]) -> tuple[int, dict[str, str], int]:
-    """(height in pixels, case id → JPEG in base64, number left out) of pictures that fit into the page together."""
+    """Shrink the pictures until they fit: (height in pixels, case id → base64 JPEG, n left out)."""
     names = sorted(montages)
     sample = names[:: max(1, len(names) // 16)]
     height = PICTURE_HEIGHTS[-1]
     for height in PICTURE_HEIGHTS:
-        size = sum(len(smaller_jpeg(montages[name], height)) for name in sample) / max(
-            1, len(sample)
-        )
-        if size * 1.1 * len(names) <= PICTURE_BYTES:
+        sizes = [len(smaller_jpeg(montages[name], height)) for name in sample]
+        if sum(sizes) / max(1, len(sample)) * 1.1 * len(names) <= PICTURE_BYTES:
             break
     pictures, size = {}, 0
     for name in names:
@@ -545,8 +532,8 @@ def _facts(
         for state in ("done", "failed", "pending")
         if state in states
     ]
-    facts.append(("scans without a lesion", str(sum(case.get("n_lesions") == 0 for case in cases))))
-    # By the cases: of a noisy mask only the largest lesions are given.
+    facts.append(("scans without lesions", str(sum(case.get("n_lesions") == 0 for case in cases))))
+    # Counted from the cases, because `lesions` has only the largest lesions of a noisy mask.
     n_lesions = sum(case.get("n_lesions") or 0 for case in cases)
     facts.append(("lesions", str(max(n_lesions, len(lesions)))))
     if volumes:
@@ -559,7 +546,7 @@ def _facts(
 def _with_doubts(
     lesions: Sequence[Mapping[str, Any]], cases: Sequence[Mapping[str, Any]]
 ) -> Sequence[Mapping[str, Any]]:
-    """The lesions, with a mark at the unit of those whose scan's unit is in doubt."""
+    """Return the lesions, marking the unit of those whose scan has a doubtful unit."""
     doubted = {case["case_id"] for case in cases if doubt_of(case.get("warnings") or "")}
     return [
         {**lesion, "intensity_unit": shown_unit(lesion["intensity_unit"], is_doubted=True)}
@@ -570,30 +557,29 @@ def _with_doubts(
 
 
 def _plots(lesions: Sequence[Mapping[str, Any]]) -> list[Markup]:
-    def known(column: str, rows: Sequence[Mapping[str, Any]]) -> list[float]:
+    def values(column: str, rows: Sequence[Mapping[str, Any]] = lesions) -> list[float]:
         return [row[column] for row in rows if row.get(column) is not None]
 
     if len(lesions) < MIN_PLOTTED:
         return []
-    plots = [histogram_svg(known("volume_ml", lesions), title="Volume", unit="mL", log=True)]
+    plots = [histogram_svg(values("volume_ml"), title="Volume", unit="mL", log=True)]
     for unit in sorted({lesion.get("intensity_unit") or "" for lesion in lesions}):
         rows = [lesion for lesion in lesions if (lesion.get("intensity_unit") or "") == unit]
-        plots.append(
-            histogram_svg(known("intensity_mean", rows), title="Mean intensity", unit=unit)
-        )
-    plots.append(histogram_svg(known("long_axis_mm", lesions), title="Long axis", unit="mm"))
+        means = values("intensity_mean", rows)
+        plots.append(histogram_svg(means, title="Mean intensity", unit=unit))
+    plots.append(histogram_svg(values("long_axis_mm"), title="Long axis", unit="mm"))
     return [plot for plot in plots if plot is not None]
 
 
 def _failure(name: str, row: Mapping[str, Any]) -> tuple[str, str, str]:
-    """(its name, code, reason) of what failed."""
-    reason = row.get("reason") or "no reason is known"
-    found = re.fullmatch(r"([EW]_[A-Z_]+): (.*)", reason, flags=re.DOTALL)
-    return (name, found[1], found[2]) if found else (name, "", reason)
+    """Return (name, code, reason) of a failed scan or patient."""
+    reason = row.get("reason") or "reason unknown"
+    match = re.fullmatch(r"([EW]_[A-Z_]+): (.*)", reason, flags=re.DOTALL)
+    return (name, match[1], match[2]) if match else (name, "", reason)
 
 
 def _axes(lesion: Mapping[str, Any]) -> list[list[tuple[float, float, float]]]:
-    """The ends of the long and of the short axis in RAS mm; empty where they are unknown."""
+    """Return the ends of the long and the short axis in RAS mm, without unknown ones."""
     axes = []
     for name in ("long", "short"):
         ends = [point_of(lesion.get(f"{name}_axis_p{end}_ras")) for end in (0, 1)]
@@ -605,11 +591,11 @@ def _axes(lesion: Mapping[str, Any]) -> list[list[tuple[float, float, float]]]:
 
 def _shown_part(preview: Preview) -> str:
     spacing = " × ".join(f"{value:.3g}" for value in preview.image.geometry.spacing_mm)
-    coarser = "the scan's own resolution"
+    resolution = "full resolution"
     if max(preview.factors) > 1:
         blocks = " × ".join(map(str, preview.factors))
-        coarser = f"means of {blocks} voxels of the scan; measured was the scan itself"
-    return f"Shown: {preview.part}, in voxels of {spacing} mm ({coarser}), 256 grey values."
+        resolution = f"averages of {blocks} voxels; lesions were measured at full resolution"
+    return f"Shown: {preview.part}, voxel size {spacing} mm ({resolution}), 256 grey levels."
 
 
 def _counted(number: int | None, noun: str) -> str:
@@ -621,34 +607,31 @@ def _shown(value: float | None) -> str:
 
 
 def _number(value: Any) -> Any:
-    """For JSON: unknown is null, and floating point has the digits of the CSV files."""
+    """Convert a value for JSON: non-finite to null, floats to the digits of the CSV files."""
     if not isinstance(value, float):
         return value
-    return (
-        None
-        if not math.isfinite(value)
-        else round(value, 4)
-        if abs(value) >= 1
-        else float(f"{value:.6g}")
-    )
+    if not math.isfinite(value):
+        return None
+    return round(value, 4) if abs(value) >= 1 else float(f"{value:.6g}")
 
 
-# ---- the page around it
+# ---- page template
 
 
 def _page(template: str, *, scripts: Sequence[str], **values: Any) -> str:
     style = _asset("templates", "style.css")
-    return (
-        _environment()
-        .get_template(template)
-        .render(version=__version__, style=Markup(style), policy=_policy(scripts, style), **values)  # noqa: S704
-    )
+    values |= {"version": __version__, "policy": _policy(scripts, style)}
+    values["style"] = Markup(style)  # noqa: S704
+    return _environment().get_template(template).render(**values)
 
 
 def _policy(scripts: Sequence[str], style: str) -> str:
-    """A content security policy under which these scripts and this style run, and nothing else: no other script, no request."""
+    """Return a content security policy that allows only these scripts and this style."""
     hashes = " ".join(_hash(script) for script in scripts)
-    return f"default-src 'none'; script-src {hashes}; style-src {_hash(style)}; img-src data: blob:; base-uri 'none'; form-action 'none'"
+    return (
+        f"default-src 'none'; script-src {hashes}; style-src {_hash(style)}; "
+        "img-src data: blob:; base-uri 'none'; form-action 'none'"
+    )
 
 
 def _hash(text: str) -> str:
@@ -674,9 +657,9 @@ def _environment() -> Environment:
 
 @cache
 def _asset(folder: str, name: str) -> str:
-    """A file of this package that goes into a page as it is."""
+    """Read a file of this package that is inserted into a page unchanged."""
     text = resources.files("volseg.report").joinpath(folder, name).read_text(encoding="utf-8")
-    # NiiVue is packed before it goes in.
+    # NiiVue is compressed, so closing tags in it do no harm.
     assert name == NIIVUE or not re.search(r"</(script|style)|<!--", text, re.IGNORECASE), name
     return text
 
@@ -687,7 +670,7 @@ def _script(*names: str) -> str:
 
 @cache
 def _packed_niivue() -> str:
-    """NiiVue as gzip in base64: less than half of it, a million bytes less per page."""
+    """Compress NiiVue to base64 gzip, which saves 1 MB per page."""
     return _base64(gzip.compress(_asset("vendor", NIIVUE).encode(), 9, mtime=0))
 
 
@@ -696,7 +679,6 @@ def _base64(data: bytes) -> str:
 
 
 def _size(content: Any) -> int:
-    """Bytes of it as a JSON island, in which HTML's own characters are escaped."""
-    return len(
-        htmlsafe_json_dumps(content, **_environment().policies["json.dumps_kwargs"]).encode()
-    )
+    """Return the size in bytes of the content as HTML-escaped JSON."""
+    options = _environment().policies["json.dumps_kwargs"]
+    return len(htmlsafe_json_dumps(content, **options).encode())

@@ -1,4 +1,4 @@
-"""What a reader must know of a model: what it is for, its limits, how good it was, on what."""
+"""The model box: what a model is for, its limits, its training data and its validation Dice."""
 
 from __future__ import annotations
 
@@ -12,18 +12,16 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from volseg.measure.units import UNLIKE
 from volseg.recipe import Recipe
 
-if TYPE_CHECKING:  # torch takes seconds to import; only a workflow that needs it pays
+if TYPE_CHECKING:  # this import loads torch, which takes seconds
     from volseg.plan import DatasetFingerprint
 
-POOR_DICE = (
-    0.5  # of validation, under which training warns and a model says that it is not to be relied on
-)
-MOST_LABELS = 8  # whose Dice is listed; of more the worst
+POOR_DICE = 0.5  # validation Dice below which training warns and the model box says "poor model"
+MOST_LABELS = 8  # labels listed with their Dice; of more, those with the lowest Dice
 NOT_STATED = "not stated by the recipe"
 
 
 class LabelDice(BaseModel):
-    """Validation Dice of one label, with its 95 % interval where the model holds one."""
+    """Validation Dice of one label, with its 95 % confidence interval if the model has one."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     label: str
@@ -33,12 +31,9 @@ class LabelDice(BaseModel):
 
     @property
     def text(self) -> str:
-        interval = (
-            "no interval is stored"
-            if self.low is None
-            else f"95 % interval {self.low:.2f} to {self.high:.2f}"
-        )
-        return f"{self.label} {self.mean:.2f} ({interval})"
+        if self.low is None:
+            return f"{self.label} {self.mean:.2f} (no confidence interval)"
+        return f"{self.label} {self.mean:.2f} (95 % CI {self.low:.2f} to {self.high:.2f})"
 
 
 class ModelBox(BaseModel):
@@ -51,51 +46,44 @@ class ModelBox(BaseModel):
     training_cases: int
     validation_cases: int | None = None
     dice: tuple[LabelDice, ...] = ()
-    checks: tuple[str, ...] = ()  # what it can tell of a scan
+    checks: tuple[str, ...] = ()  # how volseg compares a scan with the training scans
 
     @property
     def poor_line(self) -> str:
-        """A warning for a label with a validation Dice under 0.5; empty without one."""
-        poor = sorted(
-            (score for score in self.dice if score.mean < POOR_DICE), key=lambda score: score.mean
-        )
+        """Warning that names the labels with a validation Dice below 0.5; empty without any."""
+        poor = [score for score in self._ascending if score.mean < POOR_DICE]
         if not poor:
             return ""
         names = ", ".join(f"{score.label} {score.mean:.2f}" for score in poor[:MOST_LABELS])
         more = f" and {len(poor) - MOST_LABELS} more labels" if len(poor) > MOST_LABELS else ""
-        return f"Poor model: validation Dice under {POOR_DICE}: {names}{more}. Do not rely on these masks and numbers."
+        warning = f"Poor model: validation Dice below {POOR_DICE}: {names}{more}."
+        return f"{warning} Do not rely on these masks and numbers."
 
     @property
     def dice_text(self) -> str:
-        """The validation Dice in words; lower confidence where none is known."""
+        """Validation Dice in words, or a caution if it is unknown."""
         if not self.dice:
-            return "unknown: the model holds none, so trust its masks less"
-        shown = (
-            sorted(self.dice, key=lambda score: score.mean)[:MOST_LABELS]
-            if self._is_long
-            else self.dice
-        )
-        listed = "; ".join(score.text for score in shown)
-        if not self._is_long:
-            return listed
+            return "unknown: not stored with the model, so treat its masks with caution"
+        if len(self.dice) <= MOST_LABELS:
+            return "; ".join(score.text for score in self.dice)
+        lowest = "; ".join(score.text for score in self._ascending[:MOST_LABELS])
         mean = math.fsum(score.mean for score in self.dice) / len(self.dice)
-        return f"mean of {len(self.dice)} labels {mean:.2f}; the worst: {listed}"
+        return f"mean of {len(self.dice)} labels {mean:.2f}; lowest: {lowest}"
 
     @property
     def cases_text(self) -> str:
-        validated = (
-            "" if self.validation_cases is None else f", validated on {self.validation_cases}"
-        )
-        return f"{self.training_cases} cases{validated}"
+        if self.validation_cases is None:
+            return f"{self.training_cases} cases"
+        return f"{self.training_cases} cases, validated on {self.validation_cases}"
 
     @property
-    def _is_long(self) -> bool:
-        return len(self.dice) > MOST_LABELS
+    def _ascending(self) -> list[LabelDice]:
+        return sorted(self.dice, key=lambda score: score.mean)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Likeness:
-    """Whether scans resemble those that a model was trained on, for its box."""
+class Similarity:
+    """Verdict for the model box: do the scans resemble the model's training scans?"""
 
     text: str
     is_like: bool
@@ -104,7 +92,7 @@ class Likeness:
 def model_box(
     name: str, recipe: Recipe, fingerprint: DatasetFingerprint, metrics: Mapping[str, Any]
 ) -> ModelBox:
-    """The box of a model, from what its bundle holds."""
+    """Return the box of a model from the contents of its bundle."""
     from volseg.mismatch import checks_of
 
     return ModelBox(
@@ -119,43 +107,34 @@ def model_box(
 
 
 def read_model_box(content: Any) -> ModelBox | None:
-    """The box that a record (as text) or run.json (parsed) holds; None where it is none."""
+    """Parse the box in a record (text) or in run.json (parsed); return None if it is invalid."""
+    is_text = isinstance(content, str)
     try:
-        return (
-            ModelBox.model_validate_json(content)
-            if isinstance(content, str)
-            else ModelBox.model_validate(content)
-        )
+        return (ModelBox.model_validate_json if is_text else ModelBox.model_validate)(content)
     except ValidationError:
         return None
 
 
-def likeness_of_scan(warnings: str) -> Likeness:
-    """Of one scan, from its warnings in cases.csv."""
+def similarity_of_scan(warnings: str) -> Similarity:
+    """Judge one scan by its warnings in cases.csv."""
+    text = "These checks found no difference between this scan and the training scans."
     codes = [code for code in UNLIKE if f"{code}:" in warnings]
-    if not codes:
-        return Likeness(
-            text="These checks found no difference between this scan and the training scans.",
-            is_like=True,
-        )
-    return Likeness(
-        text=f"This scan does not resemble the training scans: {', '.join(codes)}.", is_like=False
-    )
+    if codes:
+        text = f"This scan does not resemble the training scans: {', '.join(codes)}."
+    return Similarity(text=text, is_like=not codes)
 
 
-def likeness_of_run(rows: list[Mapping[str, Any]], model: str) -> Likeness:
-    """Of the scans of a run that were given to this model, from their rows of cases.csv."""
-    done = [row for row in rows if row.get("status") == "done" and row.get("model") == model]
-    refused = sum(
-        (row.get("reason") or "").startswith("E_MODALITY")
-        for row in rows
-        if row.get("model") == model
-    )
-    like = sum(likeness_of_scan(row.get("warnings") or "").is_like for row in done)
-    total = len(done) + refused
-    beside = f"; {refused} of another modality were refused" if refused else ""
-    text = f"{like} of {total} scans resemble the training scans by these checks{beside}."
-    return Likeness(text=text, is_like=like == total)
+def similarity_of_run(rows: list[Mapping[str, Any]], model: str) -> Similarity:
+    """Judge the scans that this model segmented or refused, by their rows of cases.csv."""
+    rows = [row for row in rows if row.get("model") == model]
+    done = [row for row in rows if row.get("status") == "done"]
+    n_refused = sum((row.get("reason") or "").startswith("E_MODALITY") for row in rows)
+    n_like = sum(similarity_of_scan(row.get("warnings") or "").is_like for row in done)
+    n_scans = len(done) + n_refused
+    text = f"{n_like} of {n_scans} scans resemble the training scans by these checks"
+    if n_refused:
+        text += f"; {n_refused} of another modality were refused"
+    return Similarity(text=f"{text}.", is_like=n_like == n_scans)
 
 
 def _dice(recipe: Recipe, metrics: Mapping[str, Any]) -> list[LabelDice]:
@@ -165,11 +144,9 @@ def _dice(recipe: Recipe, metrics: Mapping[str, Any]) -> list[LabelDice]:
     for label in dict.fromkeys((*recipe.data.labels, *(recipe.data.regions or ()))):
         mean, interval = metrics.get(f"{DICE}{label}"), metrics.get(f"{DICE}{label}_95")
         if isinstance(mean, int | float):
-            low, high = (
-                interval
-                if isinstance(interval, list | tuple) and len(interval) == 2
-                else (None, None)
-            )
+            low = high = None
+            if isinstance(interval, list | tuple) and len(interval) == 2:
+                low, high = interval
             scores.append(LabelDice(label=label, mean=mean, low=low, high=high))
     folds = [value for name, value in metrics.items() if name.startswith(NNUNET_DICE)]
     if not scores and folds:

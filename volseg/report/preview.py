@@ -1,4 +1,4 @@
-"""A scan made small enough for a page: windowed to 8 bits, cropped and made coarser by a stated rule."""
+"""Shrink a scan until it fits into a page: windowed to 8 bits, cropped and downsampled."""
 
 from __future__ import annotations
 
@@ -24,47 +24,42 @@ from volseg.preprocess.crop import (
 )
 from volseg.volume import BoundingBox, Geometry, Volume
 
-Factors = tuple[int, int, int]  # voxels of the scan along R, A and S that become one
+Factors = tuple[int, int, int]  # size in voxels of a downsampling block along R, A and S
 Colour = tuple[int, int, int]  # red, green, blue from 0 to 255
 
-MAX_SPACING_MM = 2.0  # up to which a scan is made coarser before more of it is cut away
-CONTEXT_MM, LITTLE_CONTEXT_MM = 50.0, 15.0  # shown round the lesions; where little room is left
+MAX_SPACING_MM = 2.0  # coarsest spacing before more of the scan is cropped
+CONTEXT_MM, LITTLE_CONTEXT_MM = 50.0, 15.0  # around the lesions; if space is short
 BODY_ABOVE_HU, BODY_MARGIN_MM = -500.0, 5.0
-AIR_HU = -950.0  # lung is above, the air around a patient below
-MAX_VOXELS = 12_000_000  # of a preview: what a browser without a GPU still draws
-MAX_DRAWN = 8191  # lesions; a row of colours is a texture, and 8192 pixels are what every WebGL 2 has in practice
+AIR_HU = -950.0  # below the HU of lung, above those of the air around a patient
+MAX_VOXELS = 12_000_000  # per preview: what a browser without a GPU can still draw
+# Lesions: their colours are one row of a texture, and 8192 pixels is WebGL 2's limit in practice.
+MAX_DRAWN = 8191
 WINDOW_REACH_MM, WINDOW_LESIONS = 15.0, 5
 MIN_WINDOW_HU, CT_RANGE_HU = 200.0, (-1024.0, 3071.0)
-BEYOND_WINDOW = (
-    0.25  # of the window's width, stored on either side of it, so that the reader can move it
-)
-SAMPLE_SLABS, SAMPLE_VOXELS = 8, 1_000_000  # looked at for an estimate
-PIECE_VOXELS = 1_000_000  # worked on together: bounds the temporaries
-MIN_VOXELS = 4  # along an axis, where the scan has them
-MONTAGE_PLANES = (
-    (0, 1, 2, "R", "L"),
-    (0, 2, 1, "R", "L"),
-    (1, 2, 0, "A", "P"),
-)  # across, up, through; left and right
-MIN_FIELD_MM, FIELD_EXTENTS = (
-    50.0,
-    2.2,
-)  # what a picture of the montage shows: so many times the lesion's extent
+# Fraction of the window's width stored on either side, so that the reader can change the window.
+BEYOND_WINDOW = 0.25
+SAMPLE_SLABS, SAMPLE_VOXELS = 8, 1_000_000  # for estimates
+PIECE_VOXELS = 1_000_000  # processed together; bounds the temporary arrays
+MIN_VOXELS = 4  # along each axis, if the scan has as many
+# Axes across, up and through the plane; letters at the left and right.
+MONTAGE_PLANES = ((0, 1, 2, "R", "L"), (0, 2, 1, "R", "L"), (1, 2, 0, "A", "P"))
+# Field of view of the montage: the minimum, and the multiple of the lesion's extent.
+MIN_FIELD_MM, FIELD_EXTENTS = 50.0, 2.2
 SCALE_BARS_MM = (1, 2, 5, 10, 20, 50, 100, 200)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Preview:
-    """A scan and its lesions for a page, on one grid whose axes grow to R, A and S.
+    """A downsampled scan and its lesions on a common grid whose axes point to R, A and S.
 
     Args:
-        image: uint8; its scale gives intensities, each the mean of the voxels that became one.
+        image: uint8 block means; slope and intercept convert them to intensities.
         ids: lesion ids, uint8 or uint16.
         packed_image, packed_ids: both as the bytes of a `.nii.gz`.
-        window: (low, high) intensities to be shown from black to white.
-        part: which part of the scan it is, in words.
-        factors: voxels along R, A and S that became one.
-        not_drawn: lesions without a voxel here: too small beside others, or beyond the 8191 largest.
+        window: (low, high) intensities shown as black and white.
+        part: the shown part of the scan, in words.
+        factors: size in voxels of a block along R, A and S.
+        not_drawn: how many lesions have no voxel in `ids`: too small, or not of the 8191 largest.
     """
 
     image: Volume
@@ -78,28 +73,31 @@ class Preview:
 
 
 def make_preview(scan: Volume, ids: np.ndarray, *, unit: str, max_bytes: int) -> Preview:
-    """The most of a scan, as finely as it goes, whose compressed bytes fit.
+    """Return the largest and finest preview of a scan whose compressed bytes fit.
 
-    Tried in turn: (1) the body and 50 mm round the lesions, in the scan's own resolution; (2) 50 mm round the lesions and (3) 15 mm round them
-    in the scan's own resolution, or made coarser up to 2 mm; (4) these 15 mm still coarser. Without lesions (2) to (4) show the body. Coarser
-    means the mean of whole blocks of voxels, so axes with larger spacings stay as they are. The same preview comes out for all 48 axis orders.
+    The first of these that fits is used:
+    1. the body and 50 mm around the lesions, at full resolution;
+    2. 50 mm around the lesions, at full resolution or downsampled up to 2 mm;
+    3. 15 mm around the lesions, likewise;
+    4. 15 mm around the lesions, downsampled further.
+    Without lesions, 2 to 4 show the body. Downsampling averages blocks of whole voxels, so axes
+    with larger spacings keep theirs. All 48 axis orders give the same preview.
 
     Args:
         ids: (I, J, K) lesion ids on the scan's grid; 0 elsewhere.
         unit: of the intensities, such as `HU`.
-        max_bytes: for image and ids together, compressed.
+        max_bytes: limit for image and ids together, compressed.
 
-    Memory: beside the preview, slabs of the scan; no copy of it is made.
+    Memory: slabs of the scan beside the preview; the scan is not copied.
     """
     source = _Source.of(scan, ids, unit)
     best = None
     for part, box, factors in _candidates(source):
-        if (
-            math.prod(_blocks(box, factors)) > MAX_VOXELS
-            or source.predicted_bytes(box, factors) > max_bytes * 1.1
-        ):
+        if math.prod(_blocks(box, factors)) > MAX_VOXELS:
             continue
-        best = None  # before another one is made
+        if source.predicted_bytes(box, factors) > max_bytes * 1.1:
+            continue
+        best = None  # frees its memory before the next one is made
         best = source.preview(part, box, factors)
         if len(best.packed_image) + len(best.packed_ids) <= max_bytes:
             break
@@ -110,11 +108,12 @@ def make_preview(scan: Volume, ids: np.ndarray, *, unit: str, max_bytes: int) ->
 def lesion_points(
     preview: Preview, lesions: Sequence[Mapping[str, Any]]
 ) -> dict[int, tuple[float, float, float]]:
-    """Lesion id → RAS mm of one of its voxels in the preview; lesions that are not drawn are left out.
+    """Return a point in RAS mm for each drawn lesion, by lesion id.
 
-    It lies in the slice of the lesion's long axis, nearest to the middle of that, or nearest to the centroid where there is none.
+    The point is a voxel of the lesion in the slice of its long axis, nearest to the axis' middle.
+    Without a long axis it is the voxel nearest to the centroid.
     """
-    found = {}
+    point_mm = {}
     boxes = ndimage.find_objects(preview.ids.array)
     for lesion in lesions:
         number = lesion["lesion_id"]
@@ -137,8 +136,8 @@ def lesion_points(
             aim = preview.ids.geometry.to_world_mm(voxels).mean(axis=0)
         points = preview.ids.geometry.to_world_mm(voxels)
         r, a, s = points[np.argmin(((points - aim) ** 2).sum(axis=1))].tolist()
-        found[number] = (r, a, s)
-    return found
+        point_mm[number] = (r, a, s)
+    return point_mm
 
 
 def _one_slice(
@@ -147,7 +146,7 @@ def _one_slice(
     box: tuple[slice, ...],
     ends: Sequence[tuple[float, float, float] | None],
 ) -> tuple[slice, ...]:
-    """The slice of a large lesion in which its long axis lies, or else the nearest one to it that has a voxel."""
+    """Return the slice of a large lesion's box that is nearest to its long axis."""
     start, stop = box[2].start, box[2].stop
     aim = (start + stop) // 2
     if ends[0] is not None and ends[1] is not None:
@@ -159,7 +158,7 @@ def _one_slice(
 
 
 def point_of(text: str | None) -> tuple[float, float, float] | None:
-    """`[R, A, S]` in mm, as the tables write a point; None for what is no point."""
+    """Parse `[R, A, S]` in mm, as the tables write a point; return None if it is invalid."""
     try:
         r, a, s = (float(part) for part in parse_json(text or ""))
     except (TypeError, ValueError):
@@ -168,7 +167,7 @@ def point_of(text: str | None) -> tuple[float, float, float] | None:
 
 
 def lesion_colour(number: int) -> Colour:
-    """Colours of neighbouring numbers are far apart: hues in steps of the golden angle."""
+    """Return a colour; hues in steps of the golden angle make neighbouring numbers differ."""
     red, green, blue = colorsys.hsv_to_rgb(
         (0.04 + (number - 1) * 0.381966) % 1, 0.85 if number % 2 else 0.6, 1.0
     )
@@ -184,15 +183,16 @@ def montage_jpeg(
     extent_mm: float,
     pixels: int = 256,
 ) -> bytes:
-    """JPEG of the axial, coronal and sagittal slice through a point, side by side, lesions outlined, each with a scale bar.
+    """Draw axial, coronal and sagittal slices through a point side by side, as JPEG.
 
-    Radiological convention: the patient's right and front are on the left.
+    Lesions are outlined and each slice has a scale bar. Radiological convention: the patient's
+    right and front are on the left.
 
     Args:
         ids: (I, J, K) lesion ids on the scan's grid.
-        point_mm: RAS mm; None for the middle of the scan, all of it.
-        extent_mm: size of the lesion there; the field shown is 2.2 times that, 50 mm at least.
-        pixels: along the edge of each of the three pictures.
+        point_mm: RAS mm; None shows the whole scan through its middle.
+        extent_mm: size of the lesion; the field of view is 2.2 times that, at least 50 mm.
+        pixels: edge length of each of the three pictures.
     """
     from PIL import Image, ImageDraw, ImageFont
 
@@ -208,42 +208,37 @@ def montage_jpeg(
     bar_mm = max([bar for bar in SCALE_BARS_MM if bar <= field_mm / 3], default=field_mm / 3)
     canvas = Image.new("RGB", (3 * pixels, pixels))
     draw = ImageDraw.Draw(canvas)
-    font = ImageFont.load_default(
-        max(10, pixels // 11)
-    )  # to be read in the smaller copies of report.html too
-    away_mm = (
-        ((pixels - 1) / 2 - np.arange(pixels)) * field_mm / pixels
-    )  # indices fall to the right and downwards
+    # Large enough to be legible in the smaller copies of report.html.
+    font = ImageFont.load_default(max(10, pixels // 11))
+    # Indices decrease to the right and downwards.
+    offsets_mm = ((pixels - 1) / 2 - np.arange(pixels)) * field_mm / pixels
     style = {"font": font, "stroke_width": 1, "stroke_fill": "black"}
     for place, (across, up, through, left, right) in enumerate(MONTAGE_PLANES):
         depth = int(np.clip(round(centre[through]), 0, geometry.shape[through] - 1))
-        rows = centre[up] + away_mm / geometry.spacing_mm[up]
-        columns = centre[across] + away_mm / geometry.spacing_mm[across]
-        at = np.meshgrid(columns, rows, indexing="ij")
+        rows = centre[up] + offsets_mm / geometry.spacing_mm[up]
+        columns = centre[across] + offsets_mm / geometry.spacing_mm[across]
+        points = np.meshgrid(columns, rows, indexing="ij")
         values = scan.intensities(_slice(stored, through, depth).astype(np.float32))
-        grey = ndimage.map_coordinates(
-            np.asarray(values, np.float32), at, order=1, mode="nearest"
-        ).T
+        values = np.asarray(values, np.float32)
+        grey = ndimage.map_coordinates(values, points, order=1, mode="nearest").T
         outside = (rows < -0.5) | (rows > geometry.shape[up] - 0.5)
         grey[outside] = window[0]
         grey[:, (columns < -0.5) | (columns > geometry.shape[across] - 0.5)] = window[0]
-        found = ndimage.map_coordinates(
-            _slice(numbers, through, depth), at, order=0, mode="constant", cval=0
-        ).T
+        lesions = _slice(numbers, through, depth)
+        lesions = ndimage.map_coordinates(lesions, points, order=0, mode="constant", cval=0).T
         scaled = _bytes_of((grey - window[0]) / (window[1] - window[0]) * 255)
         picture = np.repeat(scaled[:, :, None], 3, axis=2)
-        edge = _edges(found)
-        for number in np.unique(found[edge]):
-            picture[edge & (found == number)] = lesion_colour(int(number))
-        canvas.paste(Image.fromarray(picture), (place * pixels, 0))
+        edge = _edges(lesions)
+        for number in np.unique(lesions[edge]):
+            picture[edge & (lesions == number)] = lesion_colour(int(number))
         start, width = place * pixels, pixels - 1
+        canvas.paste(Image.fromarray(picture), (start, 0))
         draw.text((start + 4, pixels // 2), left, fill="#ffd24d", anchor="lm", **style)
         draw.text((start + width - 4, pixels // 2), right, fill="#ffd24d", anchor="rm", **style)
         length = bar_mm / field_mm * pixels
         top = pixels - 8 - max(2, pixels // 50)
-        draw.rectangle(
-            (start + 8, top, start + 8 + length, pixels - 8), fill="white", outline="black"
-        )
+        bar = (start + 8, top, start + 8 + length, pixels - 8)
+        draw.rectangle(bar, fill="white", outline="black")
         draw.text((start + 8, top - 3), f"{bar_mm:g} mm", fill="white", anchor="ls", **style)
         if place:
             draw.line((start, 0, start, pixels), fill="#444")
@@ -251,7 +246,7 @@ def montage_jpeg(
 
 
 def smaller_jpeg(montage: bytes, pixels: int, quality: int = 75) -> bytes:
-    """The montage with `pixels` along the edge of each of its pictures."""
+    """Shrink a montage so that each of its pictures has `pixels` along its edge."""
     from PIL import Image
 
     with Image.open(io.BytesIO(montage)) as picture:
@@ -260,12 +255,12 @@ def smaller_jpeg(montage: bytes, pixels: int, quality: int = 75) -> bytes:
         return _jpeg(picture.resize(size, Image.Resampling.LANCZOS), quality)
 
 
-# ---- where to look
+# ---- the shown part
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class _Source:
-    """A scan and its lesions seen along R, A and S: views, nothing is copied."""
+    """Views of a scan and its lesions along R, A and S, without a copy."""
 
     scan: Volume
     image: np.ndarray  # stored values
@@ -283,15 +278,14 @@ class _Source:
         image, numbers = to_canonical(scan.array, order), to_canonical(ids, order)
         geometry = canonical_geometry(scan.geometry, order)
         lesions = BoundingBox.around(numbers)
-        threshold = (
-            BODY_ABOVE_HU if unit == "HU" else body_threshold(image, scan.slope, scan.intercept)
-        )
+        threshold = BODY_ABOVE_HU
+        if unit != "HU":
+            threshold = body_threshold(image, scan.slope, scan.intercept)
         body = box_where(lambda part: scan.intensities(image[part]) > threshold, image)
-        body = (
-            BoundingBox.whole(geometry.shape)
-            if body is None
-            else _widened(body, geometry, BODY_MARGIN_MM)
-        )
+        if body is None:
+            body = BoundingBox.whole(geometry.shape)
+        else:
+            body = _widened(body, geometry, BODY_MARGIN_MM)
         if lesions is not None:
             body = _hull(body, _widened(lesions, geometry, CONTEXT_MM))
         window = _window(scan, image, numbers, geometry, body, lesions, unit)
@@ -313,18 +307,18 @@ class _Source:
         )
 
     def predicted_bytes(self, box: BoundingBox, factors: Factors) -> float:
-        """Compressed size, from a few slabs."""
+        """Estimate the compressed size from a few slabs."""
         shape = _blocks(box, factors)
         slow = _slow_axis(self.image)
         n = shape[slow]
-        chosen = np.unique(np.linspace(0, n - 1, min(n, SAMPLE_SLABS)).astype(int))
+        indices = np.unique(np.linspace(0, n - 1, min(n, SAMPLE_SLABS)).astype(int))
         size = 0
-        for index in chosen:
+        for index in indices:
             part = [slice(a, b) for a, b in zip(box.start, box.stop)]
             first = box.start[slow] + int(index) * factors[slow]
             part[slow] = slice(first, min(first + factors[slow], box.stop[slow]))
             size += len(igzip.compress(self._grey(tuple(part), factors).tobytes("F"), 3))
-        return size * n / len(chosen)
+        return size * n / len(indices)
 
     def preview(self, part: str, box: BoundingBox, factors: Factors) -> Preview:
         shape = _blocks(box, factors)
@@ -345,7 +339,7 @@ class _Source:
         not_drawn = self.n_ids - np.count_nonzero(_counts(ids, drawn)[1:])
         low, high = self.stored_range
         geometry = _block_geometry(self.geometry, box, factors)
-        slope = np.float32((high - low) / 255)  # as a header stores them
+        slope = np.float32((high - low) / 255)  # a NIfTI header stores float32
         shown = Volume(image, geometry, float(slope), float(np.float32(low)))
         lesions = Volume(ids, geometry)
         return Preview(
@@ -367,7 +361,10 @@ class _Source:
     def _keep_small(
         self, ids: np.ndarray, box: BoundingBox, factors: Factors, present: np.ndarray
     ) -> None:
-        """Draw lesions that would lose more than half of their volume in every free block that they touch, and in one in any case."""
+        """Redraw lesions that lost over half of their volume in all free blocks that they touch.
+
+        A lesion that touches no free block gets the block in which it has most voxels.
+        """
         drawn = _counts(ids, len(present) - 1) * math.prod(factors)
         lost = [n for n in range(1, len(present)) if drawn[n] * 2 < present[n]]
         if not lost:
@@ -386,21 +383,19 @@ class _Source:
     def _touched(
         self, box: BoundingBox, factors: Factors, lesions: Sequence[int]
     ) -> Iterator[tuple[int, tuple[np.ndarray, ...], np.ndarray]]:
-        """Find the blocks that each lesion touches, and its voxels in each, in one look at the scan."""
+        """Yield each lesion, the blocks that it touches and its voxels in each, in one pass."""
         shape = _blocks(box, factors)
-        is_wanted = np.zeros(lesions[-1] + 2, bool)  # the last one stands for all numbers beyond
-        is_wanted[list(lesions)] = True
+        is_listed = np.zeros(lesions[-1] + 2, bool)  # the last entry stands for all larger numbers
+        is_listed[list(lesions)] = True
         keys = []
         for scan_part, blocks in _slabs(box, factors, _slow_axis(self.image)):
             numbers = self.numbers[scan_part]
-            inside = np.nonzero(is_wanted.take(numbers, mode="clip"))
+            voxels = np.nonzero(is_listed.take(numbers, mode="clip"))
             places = [
-                at // factor + part.start for at, factor, part in zip(inside, factors, blocks)
+                index // factor + part.start for index, factor, part in zip(voxels, factors, blocks)
             ]
-            keys.append(
-                numbers[inside].astype(np.int64) * math.prod(shape)
-                + np.ravel_multi_index(places, shape)
-            )
+            flat = np.ravel_multi_index(places, shape)
+            keys.append(numbers[voxels].astype(np.int64) * math.prod(shape) + flat)
         touched, counts = np.unique(np.concatenate(keys), return_counts=True)
         numbers, flat = np.divmod(touched, math.prod(shape))
         for number, part in zip(lesions, _runs(numbers, lesions)):
@@ -409,36 +404,36 @@ class _Source:
     def _keep_sparse(
         self, ids: np.ndarray, box: BoundingBox, factors: Factors, number: int
     ) -> None:
-        """As `_keep_small`, of a lesion whose box is large, though it fills little of it: a slab of it at a time."""
+        """Redraw one lesion of many voxels like `_keep_small`, a slab of the scan at a time."""
         best, most = None, 0
         for scan_part, blocks in _slabs(box, factors, _slow_axis(self.image)):
-            share = _block_means(self.numbers[scan_part] == number, factors)
-            touched = share > 0
+            fraction = _block_means(self.numbers[scan_part] == number, factors)
+            touched = fraction > 0
             drawn = ids[blocks]  # a view
             drawn[touched & (drawn == 0)] = number
-            if share.max(initial=0) > most:
-                most = float(share.max())
-                at = np.unravel_index(int(share.argmax()), share.shape)
-                best = tuple(int(place) + part.start for place, part in zip(at, blocks))
+            if fraction.max(initial=0) > most:
+                most = float(fraction.max())
+                block = np.unravel_index(int(fraction.argmax()), fraction.shape)
+                best = tuple(int(index) + part.start for index, part in zip(block, blocks))
         if best is not None and not (ids == number).any():
             ids[best] = number
 
 
 def _candidates(source: _Source) -> Iterator[tuple[str, BoundingBox, Factors]]:
-    """What to show and how coarsely, the best first."""
+    """Yield (part in words, box, factors) of previews to try, the best first."""
     spacing_mm = source.geometry.spacing_mm
-    own: Factors = (1, 1, 1)
-    whole = source.body.shape == source.geometry.shape
-    yield "the whole scan" if whole else "the body", source.body, own
-    if source.lesions is None:
-        parts = [("the whole scan" if whole else "the body", source.body)]
-    else:
+    full: Factors = (1, 1, 1)
+    is_whole = source.body.shape == source.geometry.shape
+    body = ("the whole scan" if is_whole else "the body", source.body)
+    yield *body, full
+    parts = [body]
+    if source.lesions is not None:
         parts = [
             (
-                f"the lesions and {reach:g} mm around them",
-                _widened(source.lesions, source.geometry, reach),
+                f"the lesions and {mm:g} mm around them",
+                _widened(source.lesions, source.geometry, mm),
             )
-            for reach in (CONTEXT_MM, LITTLE_CONTEXT_MM)
+            for mm in (CONTEXT_MM, LITTLE_CONTEXT_MM)
         ]
     steps = {
         spacing * n
@@ -447,7 +442,7 @@ def _candidates(source: _Source) -> Iterator[tuple[str, BoundingBox, Factors]]:
     }
     for name, box in parts:
         fine = {_factors(spacing_mm, step, box) for step in steps}
-        yield from ((name, box, factors) for factors in sorted({own, *fine}, key=math.prod))
+        yield from ((name, box, factors) for factors in sorted({full, *fine}, key=math.prod))
     name, box = parts[-1]
     coarsest_mm = MAX_SPACING_MM
     while True:
@@ -458,17 +453,17 @@ def _candidates(source: _Source) -> Iterator[tuple[str, BoundingBox, Factors]]:
             return
 
 
-def _factors(spacing_mm: Sequence[float], wanted_mm: float, box: BoundingBox) -> Factors:
-    """The largest whole numbers of voxels that stay within the wanted spacing, and leave some voxels of the box."""
+def _factors(spacing_mm: Sequence[float], max_mm: float, box: BoundingBox) -> Factors:
+    """Return the largest factors with block spacings ≤ `max_mm` and ≥ 4 blocks along each axis."""
     r, a, s = (
-        max(1, min(math.floor(wanted_mm / spacing + 1e-6), n // MIN_VOXELS))
+        max(1, min(math.floor(max_mm / spacing + 1e-6), n // MIN_VOXELS))
         for spacing, n in zip(spacing_mm, box.shape)
     )
     return r, a, s
 
 
 def _widened(box: BoundingBox, geometry: Geometry, margin_mm: float) -> BoundingBox:
-    """The box with a margin all round, two voxels wide at least, within the grid."""
+    """Widen the box on all sides, to at least two voxels, within the grid."""
     start, stop = [], []
     for axis in range(3):
         margin = math.ceil(margin_mm / geometry.spacing_mm[axis])
@@ -477,9 +472,9 @@ def _widened(box: BoundingBox, geometry: Geometry, margin_mm: float) -> Bounding
     return BoundingBox((start[0], start[1], start[2]), (stop[0], stop[1], stop[2]))
 
 
-def _hull(one: BoundingBox, other: BoundingBox) -> BoundingBox:
-    i, j, k = (min(a, b) for a, b in zip(one.start, other.start))
-    i_stop, j_stop, k_stop = (max(a, b) for a, b in zip(one.stop, other.stop))
+def _hull(a: BoundingBox, b: BoundingBox) -> BoundingBox:
+    i, j, k = map(min, a.start, b.start)
+    i_stop, j_stop, k_stop = map(max, a.stop, b.stop)
     return BoundingBox((i, j, k), (i_stop, j_stop, k_stop))
 
 
@@ -492,31 +487,26 @@ def _window(
     lesions: BoundingBox | None,
     unit: str,
 ) -> tuple[float, float]:
-    """Black and white: both hold 90 % of the voxels of each of the first five lesions.
+    """Return the window: it holds 90 % of the voxels of each of the first five lesions.
 
-    CT: also 90 % of what lies within 15 mm of them, air outside the body left out; 200 HU wide at least. Else: also 98 % of the body.
+    CT: it also holds 90 % of the voxels within 15 mm of them, without the air outside the body, and
+    is at least 200 HU wide. Other modalities: it also holds 98 % of the body.
     """
     within = _sample(image[body.slices])
     boxes = []
     if lesions is not None:
-        for found in ndimage.find_objects(numbers[lesions.slices], max_label=WINDOW_LESIONS):
-            if found is not None:
-                i, j, k = (part.start + start for part, start in zip(found, lesions.start))
-                i_stop, j_stop, k_stop = (
-                    part.stop + start for part, start in zip(found, lesions.start)
-                )
-                boxes.append(
-                    _widened(
-                        BoundingBox((i, j, k), (i_stop, j_stop, k_stop)), geometry, WINDOW_REACH_MM
-                    )
-                )
+        for slices in ndimage.find_objects(numbers[lesions.slices], max_label=WINDOW_LESIONS):
+            if slices is not None:
+                i, j, k = (part.start + n for part, n in zip(slices, lesions.start))
+                i_stop, j_stop, k_stop = (part.stop + n for part, n in zip(slices, lesions.start))
+                box = BoundingBox((i, j, k), (i_stop, j_stop, k_stop))
+                boxes.append(_widened(box, geometry, WINDOW_REACH_MM))
     inside = [_lesion_sample(image[box.slices], numbers[box.slices]) for box in boxes]
     ends = [np.percentile(scan.intensities(values), (5, 95)) for values in inside]
     if unit == "HU":
         samples = [_sample(image[box.slices]) for box in boxes] or [within]
-        ends += [
-            np.percentile(_without_air(scan.intensities(sample)), (5, 95)) for sample in samples
-        ]
+        for sample in samples:
+            ends.append(np.percentile(_without_air(scan.intensities(sample)), (5, 95)))
         low, high = float(np.min(ends)), float(np.max(ends))
         margin = 0.3 * (high - low)
         low, high = max(low - margin, CT_RANGE_HU[0]), min(high + margin, CT_RANGE_HU[1])
@@ -526,32 +516,27 @@ def _window(
     low, high = float(np.min(ends)), float(np.max(ends))
     if high - low > 1e-6 * max(abs(low), abs(high)):
         return low, high
-    ends = scan.intensities(
-        np.array([np.fmin.reduce(image, axis=None), np.fmax.reduce(image, axis=None)])
-    )
-    low, high = np.nan_to_num(ends.astype(np.float64)).tolist()
+    ends = np.array([np.fmin.reduce(image, axis=None), np.fmax.reduce(image, axis=None)])
+    low, high = np.nan_to_num(scan.intensities(ends).astype(np.float64)).tolist()
     return (low, high) if low < high else (high, low) if high < low else (low - 0.5, low + 0.5)
 
 
 def _without_air(values: np.ndarray) -> np.ndarray:
-    """HU of what is no air outside the body, unless there is little else; lung stays."""
+    """Drop the air outside the body, unless little else is left; lung stays."""
     kept = values[values > AIR_HU]
     return kept if kept.size * 10 > values.size else values
 
 
 def _sample(array: np.ndarray) -> np.ndarray:
-    """About a million finite voxels, evenly spread; one 0 where there are none."""
+    """Return about a million evenly spaced voxels, without non-finite ones; a 0 if none is left."""
     step = max(1, math.ceil((array.size / SAMPLE_VOXELS) ** (1 / 3)))
     return _finite(array[tuple(slice(None, None, min(step, max(1, n // 8))) for n in array.shape)])
 
 
 def _lesion_sample(image: np.ndarray, numbers: np.ndarray) -> np.ndarray:
-    """The finite voxels of lesions in a box; of a large one some million, evenly spread."""
-    step = (
-        max(1, math.floor((image.size / PIECE_VOXELS) ** (1 / 3)))
-        if image.size > 8 * PIECE_VOXELS
-        else 1
-    )
+    """Return the finite lesion voxels in a box, in large boxes an evenly spaced sample of them."""
+    is_large = image.size > 8 * PIECE_VOXELS
+    step = max(1, math.floor((image.size / PIECE_VOXELS) ** (1 / 3))) if is_large else 1
     sparse = (slice(None, None, step),) * 3
     values = image[sparse][numbers[sparse] > 0]
     return _finite(values if values.size else image[numbers > 0])
@@ -560,8 +545,8 @@ def _lesion_sample(image: np.ndarray, numbers: np.ndarray) -> np.ndarray:
 def _finite(values: np.ndarray) -> np.ndarray:
     if values.dtype.kind != "f":
         return values
-    found = values[np.isfinite(values)]
-    return found if found.size else np.zeros(1, values.dtype)
+    finite = values[np.isfinite(values)]
+    return finite if finite.size else np.zeros(1, values.dtype)
 
 
 # ---- blocks of voxels
@@ -573,7 +558,7 @@ def _blocks(box: BoundingBox, factors: Factors) -> tuple[int, int, int]:
 
 
 def _block_geometry(geometry: Geometry, box: BoundingBox, factors: Factors) -> Geometry:
-    """The grid of the blocks' centres; the last block of an axis counts as full, so that the grid is regular."""
+    """Return the grid of the block centres; it counts the last block of an axis as full."""
     affine = geometry.affine.copy()
     affine[:3, :3] *= factors
     first = np.array(box.start) + (np.array(factors) - 1) / 2
@@ -588,7 +573,7 @@ def _slow_axis(array: np.ndarray) -> int:
 def _slabs(
     box: BoundingBox, factors: Factors, slow: int
 ) -> Iterator[tuple[tuple[slice, slice, slice], tuple[slice, slice, slice]]]:
-    """Parts of the box and the blocks that they become, a slab of whole blocks at a time."""
+    """Yield slabs of whole blocks: their part of the scan and their blocks."""
     across = math.prod(box.shape) // box.shape[slow]
     n_blocks = max(1, PIECE_VOXELS // (across * factors[slow]))
     for first in range(0, _blocks(box, factors)[slow], n_blocks):
@@ -600,7 +585,7 @@ def _slabs(
 
 
 def _together(lesions: Sequence[int], present: np.ndarray) -> Iterator[list[int]]:
-    """Lesions in turn, of few voxels together; one that has more is alone."""
+    """Group lesions up to a number of voxels; a larger lesion is a group of its own."""
     group, size = [], 0
     for number in lesions:
         if group and size + present[number] > PIECE_VOXELS:
@@ -611,13 +596,13 @@ def _together(lesions: Sequence[int], present: np.ndarray) -> Iterator[list[int]
     yield group
 
 
-def _runs(numbers: np.ndarray, wanted: Sequence[int]) -> Iterator[slice]:
-    """Where each of the wanted ones stands in ascending numbers."""
-    return map(slice, np.searchsorted(numbers, wanted), np.searchsorted(numbers, wanted, "right"))
+def _runs(numbers: np.ndarray, keys: Sequence[int]) -> Iterator[slice]:
+    """Return the slice that each key occupies in ascending numbers."""
+    return map(slice, np.searchsorted(numbers, keys), np.searchsorted(numbers, keys, "right"))
 
 
 def _block_means(part: np.ndarray, factors: Factors) -> np.ndarray:
-    """Mean of each block in float32; blocks at the end of an axis may be smaller."""
+    """Average each block in float32; blocks at the end of an axis may be smaller."""
     means = part.astype(np.float32)
     for axis, factor in enumerate(factors):
         if factor > 1:
@@ -630,7 +615,7 @@ def _block_means(part: np.ndarray, factors: Factors) -> np.ndarray:
 
 
 def _reduced(array: np.ndarray, axis: int, factor: int, operation: np.ufunc) -> np.ndarray:
-    """`operation` over each `factor` neighbours along an axis; several times as fast as `reduceat`."""
+    """Reduce each `factor` neighbours along an axis; several times as fast as `reduceat`."""
     before = (slice(None),) * axis
     result = array[(*before, slice(0, None, factor))].copy()
     for offset in range(1, factor):
@@ -641,7 +626,7 @@ def _reduced(array: np.ndarray, axis: int, factor: int, operation: np.ufunc) -> 
 
 
 def _majority(numbers: np.ndarray, factors: Factors) -> np.ndarray:
-    """Of each block at least half filled by lesions its highest number, which is the smallest of them; else 0."""
+    """Return the highest id (= smallest lesion) of each block that is ≥ half lesion, else 0."""
     if math.prod(factors) == 1 or not numbers.any():
         return numbers[tuple(slice(None, None, factor) for factor in factors)]
     filled = _block_means(numbers > 0, factors) >= 0.5
@@ -652,26 +637,26 @@ def _majority(numbers: np.ndarray, factors: Factors) -> np.ndarray:
 
 
 def _counts(numbers: np.ndarray, highest: int) -> np.ndarray:
-    """How often each number from 0 to `highest` occurs. A piece at a time: `bincount` makes eight bytes of each."""
+    """Count each number from 0 to `highest`, in pieces because `bincount` copies to int64."""
     flat = numbers.ravel("K")
-    found = np.zeros(highest + 1, np.int64)
+    counts = np.zeros(highest + 1, np.int64)
     for start in range(0, flat.size, PIECE_VOXELS):
-        found += np.bincount(flat[start : start + PIECE_VOXELS], minlength=highest + 1)
-    return found
+        counts += np.bincount(flat[start : start + PIECE_VOXELS], minlength=highest + 1)
+    return counts
 
 
 def _slice(array: np.ndarray, axis: int, index: int) -> np.ndarray:
-    """A view; `np.take` would first copy an array whose axes are turned."""
+    """Return a slice as a view; `np.take` copies arrays with permuted axes."""
     return array[(slice(None),) * axis + (index,)]
 
 
 def _bytes_of(values: np.ndarray) -> np.ndarray:
-    """uint8 of values that are to lie from 0 to 255; unknown ones are black."""
+    """Round and clip values to uint8; NaN becomes 0 (black)."""
     return np.rint(np.clip(np.nan_to_num(values, copy=False, nan=0.0), 0, 255)).astype(np.uint8)
 
 
 def _edges(numbers: np.ndarray) -> np.ndarray:
-    """(H, W) lesion ids → the pixels of lesions beside a pixel of something else."""
+    """Return which pixels of (H, W) lesion ids are lesion and have a neighbour with another id."""
     padded = np.pad(numbers, 1)
     inner = (slice(1, -1), slice(1, -1))
     different = [
@@ -684,7 +669,7 @@ def _jpeg(picture, quality: int) -> bytes:
     buffer = io.BytesIO()
     try:
         picture.save(buffer, format="JPEG", quality=quality, subsampling=0, optimize=True)
-    except OSError:  # Pillow keeps a byte per pixel for an optimised file: too few for noise
+    except OSError:  # noise needs more than Pillow's buffer for optimised files
         buffer = io.BytesIO()
         picture.save(buffer, format="JPEG", quality=quality, subsampling=0)
     return buffer.getvalue()

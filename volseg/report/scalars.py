@@ -1,4 +1,4 @@
-"""Numbers of a run for TensorBoard, where it is installed."""
+"""Training curves for TensorBoard, if it is installed."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Any
 
 
 class Scalars:
-    """Curves in a folder that `tensorboard --logdir` shows; without TensorBoard nothing is written.
+    """Writer of curves for `tensorboard --logdir`; without TensorBoard it writes nothing.
 
-    A folder within it is a run. `close` writes what is still held back.
+    Each run has a subfolder. `close` flushes what is still buffered.
     """
 
     def __init__(self, folder: Path) -> None:

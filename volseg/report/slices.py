@@ -1,4 +1,4 @@
-"""Slices of a scan as pictures: lesions outlined, the directions' letters, a scale bar."""
+"""Slices of a scan as pictures: outlined lesions, orientation letters, a scale bar."""
 
 from __future__ import annotations
 
@@ -10,27 +10,27 @@ import numpy as np
 from volseg.inputs import shortened
 from volseg.report.canvas import Axes, Figure, Text
 
-# Title, the canonical axis that is looked along, the letters at the left and right edge (radiological convention).
+# Name, canonical axis perpendicular to the plane, left and right letter (radiological convention).
 PLANES = (("axial", 2, "R", "L"), ("coronal", 1, "R", "L"), ("sagittal", 0, "A", "P"))
 SCALE_BAR_MM = 10
-MOST_LETTERS = 200  # of a text in a picture: more would make a picture of any width in memory
-WINDOW_REACH_MM = 15.0  # how far round a lesion the grey values are taken from
+MOST_LETTERS = 200  # per text: the width of a figure in memory grows with its longest text
+WINDOW_REACH_MM = 15.0  # margin around a lesion whose intensities set the window
 
 
 def slice_of(array: np.ndarray, axis: int, index: int) -> np.ndarray:
-    """A view; `np.take` would first copy an array whose axes are turned."""
+    """Return a slice as a view; `np.take` copies arrays with permuted axes."""
     return array[(slice(None),) * axis + (index,)]
 
 
 def surroundings(voxels: np.ndarray, spacing_mm: tuple[float, float, float]) -> tuple[slice, ...]:
-    """The box of voxels (N, 3) and what lies round it."""
+    """Return the bounding box of voxels (N, 3), widened by 15 mm."""
     reach = [max(1, round(WINDOW_REACH_MM / spacing)) for spacing in spacing_mm]
     ends = zip(voxels.min(axis=0).tolist(), voxels.max(axis=0).tolist(), reach, strict=True)
     return tuple(slice(max(0, first - n), last + n + 1) for first, last, n in ends)
 
 
 def window_round(values: np.ndarray) -> tuple[float, float]:
-    """Black and white from the grey values of a lesion and its surroundings, so that it stands out whatever else is in the scan."""
+    """Return the window (low, high) for the intensities of a lesion and its surroundings."""
     finite = values[np.isfinite(values)]
     low, high = np.percentile(finite if finite.size else np.zeros(1), (5, 95))
     margin = max(0.3 * (high - low), 1e-6)
@@ -45,10 +45,10 @@ def draw_slice(
     window: tuple[float, float],
     title: str,
 ) -> None:
-    """A grey slice with the borders between the values of each mask in its colour.
+    """Draw a slice in grey, with the outlines of each mask in its colour.
 
     Args:
-        picture: (across, up) with axes that grow to R or A and to S or A: R and A are then at the left.
+        picture: (across, up); the axes point to R or A and to S or A. R or A is drawn at left.
     """
     plot.imshow(
         picture.T,
@@ -59,7 +59,7 @@ def draw_slice(
         vmax=window[1],
     )
     for mask, colour in outlines:
-        outline = mask.astype(np.float32)  # class indices would wrap where they are averaged
+        outline = mask.astype(np.float32)  # averaging integer class indices would overflow
         levels = np.unique(outline)
         if min(outline.shape) > 1 and len(levels) > 1:  # a single row has no contour
             plot.contour(
@@ -71,7 +71,7 @@ def draw_slice(
 
 
 def label_slice(plot: Axes, left: str, right: str, spacing_mm: float) -> None:
-    """The letters at both edges, and a scale bar."""
+    """Draw the orientation letters at both edges, and a scale bar."""
     style = {"transform": plot.transAxes, "color": "#ffd24d", "fontsize": 8, "va": "center"}
     plot.text(0.01, 0.5, left, ha="left", **style)
     plot.text(0.99, 0.5, right, ha="right", **style)
@@ -85,7 +85,7 @@ def label_slice(plot: Axes, left: str, right: str, spacing_mm: float) -> None:
 
 def png_bytes(figure: Figure, colour: str, dpi: int = 100) -> bytes:
     for text in figure.findobj(Text):
-        text.set_parse_math(False)  # a label may be named $x$, and is no formula
+        text.set_parse_math(False)  # a label named $x$ is not a formula
         text.set_text(shortened(text.get_text().encode(errors="replace").decode(), MOST_LETTERS))
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=dpi, facecolor=colour, metadata={"Software": None})

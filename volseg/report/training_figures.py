@@ -1,4 +1,4 @@
-"""Pictures of a training: its curves, its patches, its worst cases."""
+"""Figures of a training: its curves, its patches, its worst cases."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from volseg.report.slices import draw_slice, png_bytes
 
 
 class Epoch(Protocol):
-    """What a line of the history of a training says."""
+    """The fields of an epoch in the training history that the curves show."""
 
     @property
     def seconds(self) -> float: ...
@@ -23,7 +23,7 @@ class Epoch(Protocol):
 
 
 def curves_png(histories: Sequence[Sequence[Epoch]]) -> bytes:
-    """Loss and validation Dice against the hours of training, a line per network."""
+    """Plot loss and validation Dice against hours of training, one line per network."""
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2)
@@ -31,29 +31,20 @@ def curves_png(histories: Sequence[Sequence[Epoch]]) -> bytes:
         hours = [epoch.seconds / 3600 for epoch in history]
         name = f"fold {number}" if len(histories) > 1 else None
         left.plot(hours, [epoch.loss for epoch in history], linewidth=1.2, label=name)
-        looks = [
+        validations = [
             (hour, dice)
             for hour, epoch in zip(hours, history, strict=True)
             if (dice := epoch.validation_dice) is not None
         ]
-        right.plot(
-            *zip(*looks, strict=True),
-            linewidth=1.2,
-            label=name,
-            marker="." if len(looks) < len(history) else None,
-        )
-    for plot, title in (
-        (left, "loss of the training batches"),
-        (right, "mean Dice of the watched validation scans"),
-    ):
+        marker = "." if len(validations) < len(history) else None
+        right.plot(*zip(*validations, strict=True), linewidth=1.2, label=name, marker=marker)
+    for plot, title in ((left, "training loss"), (right, "mean validation Dice")):
         plot.set_title(title, fontsize=9, loc="left")
         plot.set_xlabel("hours")
         plot.grid(alpha=0.3)
     right.set_ylim(0, 1)
     if len(histories) > 1:
-        left.legend(
-            fontsize=8
-        )  # of all networks: of some nobody may have looked at the validation scans
+        left.legend(fontsize=8)  # left, because a network may have no validation yet
     return png_bytes(figure, "white")
 
 
@@ -62,7 +53,7 @@ def patches_png(
     masks: Sequence[np.ndarray],
     spacing_mm: tuple[float, float, float],
 ) -> bytes:
-    """Training patches, each in the axial slice with most of its labels: the first channel, labels outlined.
+    """Draw the axial slice with most labelled voxels of each patch: first channel, outlined labels.
 
     Args:
         images: (C, R, A, S) each. masks: (R, A, S) class indices each.
@@ -78,15 +69,17 @@ def comparison_png(
     pictures: Sequence[tuple[str, np.ndarray, np.ndarray, np.ndarray | None]],
     spacing_mm: tuple[float, float, float],
 ) -> bytes:
-    """A tile per picture (title, image, reference, predicted), all (R, A, S): the axial slice with most of either mask.
+    """Draw a tile per picture: the axial slice with most voxels of both masks.
 
     The reference is outlined in green, the prediction in orange.
+
+    Args:
+        pictures: (title, image, reference, prediction) each; arrays are (R, A, S).
     """
     columns = min(4, max(1, len(pictures)))
     rows = -(-len(pictures) // columns)
-    figure = Figure(
-        figsize=(2.6 * columns, 2.8 * rows + 0.3), layout="constrained", facecolor="black"
-    )
+    size = (2.6 * columns, 2.8 * rows + 0.3)
+    figure = Figure(figsize=size, layout="constrained", facecolor="black")
     FigureCanvasAgg(figure)
     plots = figure.subplots(rows, columns, squeeze=False)
     for plot in plots.flat:
@@ -100,11 +93,7 @@ def comparison_png(
         window = (float(low), float(max(high, low + 1e-6)))
         outlines = [(mask[:, :, index], colour) for mask, colour in masks]
         draw_slice(plot, slice_, outlines, (spacing_mm[0], spacing_mm[1]), window, title)
-    figure.suptitle(
-        "green: reference   orange: prediction"
-        if pictures and pictures[0][3] is not None
-        else "green: labels",
-        color="white",
-        fontsize=8,
-    )
+    has_predictions = bool(pictures) and pictures[0][3] is not None
+    legend = "green: reference   orange: prediction" if has_predictions else "green: labels"
+    figure.suptitle(legend, color="white", fontsize=8)
     return png_bytes(figure, "black")

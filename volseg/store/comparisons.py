@@ -1,4 +1,4 @@
-"""The folder of a comparison: a record per patient as the mark that it is complete, and the tables made from the records."""
+"""The folder of a comparison: a record per patient, and tables made from the records."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from volseg.store.results import RecordFolder, plain
 
 
 class ComparisonFolder(RecordFolder):
-    """The folder of `compare`: comparison.csv, response.csv, figures and report.html, with a record per patient."""
+    """The folder of `compare`: comparison.csv, response.csv, figures, report.html and records."""
 
     row = "response"
     row_types = (PatientResponse, LesionChange)
@@ -27,14 +27,11 @@ class ComparisonFolder(RecordFolder):
         inputs: Sequence[str],
         lesions: Iterable[LesionChange] = (),
     ) -> None:
-        """Record a patient, whose figure, if there is one, is in the commit; other files of an earlier call go.
+        """Record a patient and delete the files of an earlier call that are not in the commit.
 
         Args:
+            commit: holds the patient's figure, if any.
             inputs: SHA-256 of each record and scan that was compared.
         """
-        self._finish(
-            response.patient,
-            commit,
-            {"key": key, "inputs": list(inputs), "response": plain(response)},
-            lesions,
-        )
+        content = {"key": key, "inputs": list(inputs), "response": plain(response)}
+        self._finish(response.patient, commit, content, lesions)

@@ -1,4 +1,4 @@
-"""What stands in the tables of an evaluation, for the cases that a later run cannot compare."""
+"""Read the rows of an earlier evaluation, for cases that the current run cannot compare."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ EVALUATION, DETECTIONS, SUMMARY = "evaluation.csv", "detections.csv", "summary.j
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Compared:
-    """What was found of one case.
+    """Rows of one case.
 
     Args:
         masks: SHA-256 of the reference and of the predicted mask.
@@ -33,16 +33,16 @@ def read_evaluation(
     outputs: OutputFolder,
     cases: Collection[str],
 ) -> tuple[float | None, Mapping[str, Compared]]:
-    """The least overlap of an earlier evaluation, and what it found of these cases.
+    """Read `--min-iou` of an earlier evaluation and its rows of these cases.
 
     Returns:
-        (None, nothing) where there is none, or not as volseg wrote it.
+        (None, {}) if there is no evaluation or one of its files was changed.
     """
     if not all(outputs.is_own(name) for name in (EVALUATION, DETECTIONS, SUMMARY)):
         return None, {}
     try:
         summary = read_json(outputs.path / SUMMARY)
-        masks = {name: (str(one), str(other)) for name, (one, other) in summary["masks"].items()}
+        masks = {name: (str(a), str(b)) for name, (a, b) in summary["masks"].items()}
         overlap, detections = defaultdict(list), defaultdict(list)
         for table, row_type, rows in (
             (EVALUATION, OverlapRow, overlap),
@@ -56,4 +56,4 @@ def read_evaluation(
             for name, rows in overlap.items()
         }
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None, {}  # of an earlier volseg
+        return None, {}  # written by an earlier version

@@ -1,12 +1,13 @@
-"""An output folder: held by one run, and nothing in it that volseg did not write is ever replaced or deleted.
+"""Output folders: one run at a time writes to a folder and never touches the user's files in it.
 
-`.volseg/ledger.jsonl` lists every file before it appears under its name, with the SHA-256 of its bytes. A file is volseg's own
-while its bytes still have a hash that the ledger lists for its path; anything else belongs to the user. Files appear in
-commits: they are written whole in a folder of the run, listed, and then renamed together, so that a commit happens
-entirely or not at all, whatever ends the process.
+`.volseg/ledger.jsonl` lists each output with its SHA-256 before it appears under its name. A file
+is volseg's as long as the ledger lists its current hash for its path; every other file is the
+user's. Files appear in commits: volseg writes them to a temporary folder, lists them in the ledger
+and renames them together. A commit happens entirely or not at all, however the process ends.
 
-Two kinds of files are not listed: those in a work folder, which the ledger names as a whole and of which only files
-with a name that volseg gives are deleted, and TensorBoard's events in `tensorboard/`, which are never replaced or deleted.
+The ledger does not list two kinds of files. Of a work folder it lists the folder; volseg deletes
+only files there whose names volseg uses. volseg never replaces or deletes the TensorBoard events in
+`tensorboard/`.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ from volseg.io.files import (
 RECORDS = ".volseg"
 LEDGER, LOCK = "ledger.jsonl", "lock"
 MANIFEST = "manifest.json"
-SAME_KIND = {  # command → what its folder holds; commands with the same words may share a folder
+SAME_KIND = {  # command → content of its folder; commands with the same content may share a folder
     "infer": "the results of infer",
     "measure": "the results of measure",
     "compare": "a comparison",
@@ -56,17 +57,17 @@ SAME_KIND = {  # command → what its folder holds; commands with the same words
     "quantise": "a model",
 }
 BUFFER_BYTES = 2**20
-MAX_LINE_BYTES = 2**16  # of the ledger
-MAX_LISTED = 5  # paths in one message
+MAX_LINE_BYTES = 2**16  # in the ledger
+MAX_LISTED = 5  # paths in a message
 
 
 class OutputFolder:
-    """A folder that one run holds and writes into. Use it with `with`.
+    """A folder that one run locks and writes to; use it in a `with` statement.
 
     Args:
-        path: the folder; made if it is not there.
-        command: the verb that writes it, a key of `SAME_KIND`; None takes a folder of any command.
-        inputs: files and folders that the run reads: no output may be one of them or lie in one of them.
+        path: the folder; created if missing.
+        command: the command that writes it, a key of `SAME_KIND`; None accepts any volseg folder.
+        inputs: files and folders that the run reads; outputs must not replace or lie in them.
     """
 
     def __init__(self, path: Path, command: str | None, inputs: Iterable[Path] = ()) -> None:
@@ -76,24 +77,21 @@ class OutputFolder:
         self.run_id = secrets.token_hex(8)
         self._records = path / RECORDS
         self._lock = FileLock(self._records / LOCK, timeout=0)
-        self._guard = (
-            threading.Lock()
-        )  # commits come from the thread that writes and from the one that loops
+        self._guard = threading.Lock()  # the writer thread and the main thread both commit
         self._hashes: dict[str, set[str]] = {}
         self._commits = 0
         self._work: list[Path] = []
-        self._created: list[
-            Path
-        ] = []  # folders that this run made, removed again if it writes nothing
+        # Folders that this run created; deleted again if it writes nothing.
+        self._created: list[Path] = []
 
-    # ---- holding
+    # ---- locking
 
     def __enter__(self) -> Self:
-        """Hold the folder, and finish or forget what a killed run left there.
+        """Lock the folder, and finish or discard the commits of a killed run.
 
         Raises:
-            VolsegError: it holds something else (`E_EXISTS`).
-            EnvironmentProblem: another run holds it, or it cannot be written.
+            VolsegError: the folder holds something else (`E_EXISTS`).
+            EnvironmentProblem: another run uses it, or it is not writable.
         """
         self._check_kind()
         self._created = [folder for folder in (self._records, self.path) if not folder.exists()]
@@ -104,13 +102,13 @@ class OutputFolder:
         except Timeout as error:
             raise EnvironmentProblem(
                 f"{self.path}: in use by another run",
-                fix="wait for it, or give another --out",
+                fix="wait until that run ends, or give another --out",
                 code="E_LOCKED",
             ) from error
         except OSError as error:
             raise EnvironmentProblem(
-                f"{self.path}: cannot write there ({error.strerror})",
-                fix="give a folder you may write to",
+                f"{self.path}: not writable ({error.strerror})",
+                fix="give a folder that you may write to",
                 code="E_PERM",
             ) from error
         try:
@@ -132,32 +130,28 @@ class OutputFolder:
             shutil.rmtree(self._scratch, ignore_errors=True)
             for folder in self._work:
                 with contextlib.suppress(OSError):
-                    folder.rmdir()  # only if it is empty
-            if (
-                self._records in self._created
-                and not self._hashes
-                and not any(map(os.path.lexists, self._work))
-            ):
+                    folder.rmdir()  # fails unless empty
+            has_outputs = bool(self._hashes) or any(map(os.path.lexists, self._work))
+            if self._records in self._created and not has_outputs:
                 (self._records / LEDGER).unlink(missing_ok=True)
                 (self._records / LOCK).unlink(missing_ok=True)
                 for folder in self._created:
                     with contextlib.suppress(OSError):
-                        folder.rmdir()  # only if it is empty
+                        folder.rmdir()  # fails unless empty
         finally:
             self._lock.release()
 
     @property
     def _scratch(self) -> Path:
-        """The run's own temporary folder."""
+        """Temporary folder of this run."""
         return self._records / f"tmp-{self.run_id}"
 
     def _check_kind(self) -> None:
-        """That what is there is a folder of volseg's, of a command of the same kind."""
+        """Check that the folder is new, or volseg's and of a command of the same kind."""
         refuse_file(self.path)
         if os.path.lexists(self._records) and not _is_ours(self._records):
-            raise _exists(
-                [self._records], "was not made by volseg", "move it away, or give another folder"
-            )
+            fix = "move it away, or give another folder"
+            raise _exists([self._records], "was not made by volseg", fix)
         content = folder_content(self.path)
         if content is not None and self.command is not None and content != SAME_KIND[self.command]:
             raise VolsegError(
@@ -172,7 +166,7 @@ class OutputFolder:
             self._append([line if self.command is None else line | {"command": self.command}])
 
     def _recover(self) -> None:
-        """Finish commits of a killed run that had been decided, and delete the temporary files of such runs."""
+        """Finish the decided commits of killed runs and delete their temporary files."""
         runs = _read_runs(self._records / LEDGER)
         for ready in sorted(self._records.glob("ready-*")):
             if ready.name.split("-")[1] in runs and ready.is_dir() and not ready.is_symlink():
@@ -181,10 +175,10 @@ class OutputFolder:
             if scratch.name.removeprefix("tmp-") in runs and not scratch.is_symlink():
                 shutil.rmtree(scratch, ignore_errors=True)
 
-    # ---- what is there
+    # ---- existing files
 
     def is_own(self, name: str) -> bool:
-        """Whether the file of that path in the folder is there and just as volseg wrote it."""
+        """Check whether the file `name` in the folder exists and is as volseg wrote it."""
         path = self._confined(name)
         try:
             is_file = stat.S_ISREG(os.lstat(path).st_mode)
@@ -193,31 +187,26 @@ class OutputFolder:
             return False
 
     def refuse_foreign(self, names: Iterable[str]) -> None:
-        """Check, before any work, that outputs of these paths in the folder would replace nothing of the user's.
+        """Check, before any work, that outputs with these names would replace no user's file.
 
         Raises:
-            VolsegError: `E_EXISTS`, naming the files in the way, or the output that is an input.
+            VolsegError: `E_EXISTS`; names the files in the way, or the output that is an input.
         """
         names = list(dict.fromkeys(names))
         self._refuse_inputs(names)
         foreign = [self.path / name for name in names if self._is_foreign(name)]
         if foreign:
-            raise _exists(
-                foreign,
-                "already there, and not as volseg wrote it",
-                "move or rename it, or give another folder to --out",
-            )
+            fix = "move or rename it, or give another folder to --out"
+            problem = "already exists, and volseg did not write it or it was changed since"
+            raise _exists(foreign, problem, fix)
 
     def _is_foreign(self, name: str) -> bool:
-        """Whether something that volseg did not write is where the output, or a folder for it, has to be."""
+        """Check whether a user's file is in the way of an output or of a folder for it."""
         path = self._confined(name)
         if os.path.lexists(path):
             return not self.is_own(name)
-        between = path.relative_to(self.path).parents
-        return any(
-            os.path.lexists(self.path / part) and not (self.path / part).is_dir()
-            for part in between
-        )
+        parents = [self.path / part for part in path.relative_to(self.path).parents]
+        return any(os.path.lexists(parent) and not parent.is_dir() for parent in parents)
 
     def _refuse_inputs(self, names: Sequence[str]) -> None:
         files = {_identity(path) for path in self.inputs if not path.is_dir()}
@@ -232,14 +221,14 @@ class OutputFolder:
                 )
 
     def _confined(self, name: str) -> Path:
-        """The path of an output, which lies in this folder also where its parts are links: a record may come from a stranger."""
+        """Return the path of an output, checked because a record may come from a stranger."""
         return confined_path(self.path, name)
 
     # ---- writing
 
     @contextmanager
     def staged(self) -> Iterator[Commit]:
-        """Files to be written and to appear together. What is not committed leaves nothing behind."""
+        """Yield a commit: its files appear together, or not at all unless it is finished."""
         with self._guard:
             self._commits += 1
             number = self._commits
@@ -252,23 +241,22 @@ class OutputFolder:
             shutil.rmtree(folder, ignore_errors=True)
 
     def write(self, name: str, content: bytes | str | Callable[[BinaryIO], None]) -> None:
-        """Write one file, whole or not at all."""
+        """Write one file, entirely or not at all."""
         with self.staged() as commit:
             commit.write(name, content)
             commit.finish()
 
     def work_folder(self, name: str) -> Path:
-        """A folder in this one for intermediate files of the run, or of one that it goes on with.
+        """Create or reopen a folder in this one for intermediate files.
 
         Raises:
-            VolsegError: what is there under this name was not made by volseg, such as a link (`E_EXISTS`).
+            VolsegError: volseg did not make the folder, or it is a link (`E_EXISTS`).
         """
         path = self._confined(name)
         is_listed = name in _read_folders(self._records / LEDGER)
         if path.is_symlink() or (os.path.lexists(path) and not is_listed):
-            raise _exists(
-                [path], "was not made by volseg", "move or rename it, or give another folder"
-            )
+            fix = "move or rename it, or give another folder"
+            raise _exists([path], "was not made by volseg", fix)
         with self._written(path):
             self._append([{"folder": name}])
             path.mkdir(exist_ok=True)
@@ -276,30 +264,31 @@ class OutputFolder:
         return path
 
     def remove(self, name: str) -> None:
-        """Delete a file if it is volseg's own."""
+        """Delete a file if it is as volseg wrote it."""
         if self.is_own(name):
             self._confined(name).unlink(missing_ok=True)
 
     def publish(self, folder: Path, hashes: Mapping[str, str], removed: Sequence[str]) -> None:
-        """Rename the files of a commit into place. `hashes`: path → SHA-256 of each file in `folder`."""
+        """Rename the files of a commit into place.
+
+        Args:
+            folder: the temporary folder of the commit.
+            hashes: path → SHA-256 of each file in `folder`.
+            removed: files to delete if they are as volseg wrote them.
+        """
         with self._guard:
-            foreign = [
-                self.path / name
-                for name in hashes
-                if not _is_hidden(name) and self._is_foreign(name)
-            ]
+            shown = [name for name in hashes if not _is_hidden(name)]
+            foreign = [self.path / name for name in shown if self._is_foreign(name)]
             if foreign:
-                raise _exists(
-                    foreign, "was changed during this run", "move or rename it, then run again"
-                )
+                fix = "move or rename it, then run again"
+                raise _exists(foreign, "was changed during this run", fix)
             removed = [name for name in removed if name not in hashes and self.is_own(name)]
             ready = self._records / f"ready-{self.run_id}-{folder.name}"
             with self._written(self._records):
                 self._announce(hashes)
-                _write_synced(
-                    folder / MANIFEST, json.dumps({"files": list(hashes), "removed": removed})
-                )
-                os.rename(folder, ready)  # from here on the commit will happen
+                manifest = json.dumps({"files": list(hashes), "removed": removed})
+                _write_synced(folder / MANIFEST, manifest)
+                os.rename(folder, ready)  # from now on the commit is decided
                 sync_folder(self._records)
             self._apply(ready)
 
@@ -311,7 +300,7 @@ class OutputFolder:
 
     def _append(self, lines: Sequence[Mapping[str, Any]]) -> None:
         path = self._records / LEDGER
-        # A line that was torn, by a full disk or a power loss: what it announced had not happened.
+        # A full disk or a power loss can truncate a line; the files that it lists never appeared.
         is_torn = path.is_file() and path.stat().st_size > 0 and not _ends_in_newline(path)
         with path.open("ab") as file:
             file.write(b"\n" * is_torn)
@@ -320,25 +309,21 @@ class OutputFolder:
             os.fsync(file.fileno())
 
     def _apply(self, ready: Path) -> None:
-        """Do what a decided commit says; safe to repeat."""
+        """Carry out a decided commit; safe to repeat."""
         try:
             manifest = read_json(ready / MANIFEST)
-            names, removed = (
-                [str(name) for name in manifest["files"]],
-                [str(name) for name in manifest["removed"]],
-            )
+            names = [str(name) for name in manifest["files"]]
+            removed = [str(name) for name in manifest["removed"]]
         except (OSError, ValueError, KeyError, TypeError):
-            names = []
-            removed = []
+            names, removed = [], []
         for name in names:
             source, target = confined(ready, name), self._confined(name)
             if source is None or not source.is_file():
-                continue  # moved before the process was killed
+                continue  # renamed before the process was killed
             if self._is_foreign(name):
                 if not _is_hidden(name):
-                    raise _exists(
-                        [target], f"in the way of the finished {source}", "move it, then run again"
-                    )
+                    problem = f"in the way of the finished {source}"
+                    raise _exists([target], problem, "move it, then run again")
                 os.rename(target, target.with_name(f"{target.name}.damaged-{self.run_id}"))
             with self._written(target):
                 target.parent.mkdir(parents=True, exist_ok=True)
@@ -350,7 +335,7 @@ class OutputFolder:
 
     @contextmanager
     def _written(self, path: Path) -> Iterator[None]:
-        """Turn what the disk says into one line."""
+        """Convert an OSError into an EnvironmentProblem for this path."""
         try:
             yield
         except OSError as error:
@@ -358,7 +343,7 @@ class OutputFolder:
 
 
 class Commit:
-    """Files that appear together. Made by `OutputFolder.staged`."""
+    """Files that appear together, made by `OutputFolder.staged`."""
 
     def __init__(self, outputs: OutputFolder, folder: Path) -> None:
         self._outputs = outputs
@@ -366,17 +351,17 @@ class Commit:
         self.folder = folder
 
     def path(self, name: str) -> Path:
-        """Where to write the output `name` for now; its folder is there.
+        """Return the temporary path of the output `name`, and create its folder.
 
         Raises:
-            VolsegError: it leads out of the folder: the name of a case in a record may come from a stranger.
+            VolsegError: the name leads out of the folder, as a record from a stranger may do.
         """
         path = confined_path(self.folder, name)
         make_folder(path.parent)
         return path
 
     def write(self, name: str, content: bytes | str | Callable[[BinaryIO], None]) -> None:
-        """Write one file: bytes, text in UTF-8, or what a function writes into the open file."""
+        """Write one file: bytes, UTF-8 text, or what a function writes into the open file."""
         path = self.path(name)
         try:
             digest = _write_synced(path, content)
@@ -387,7 +372,7 @@ class Commit:
         self._hashes[name] = digest
 
     def hashes(self) -> dict[str, str]:
-        """Path → SHA-256 of the files that were written so far; those that others wrote are durable from here on."""
+        """Return path → SHA-256 of the files so far, and sync those not written by `write`."""
         for name in _files_below(self.folder):
             if name not in self._hashes:
                 try:
@@ -399,15 +384,15 @@ class Commit:
         return dict(self._hashes)
 
     def finish(self, *, last: str = "", removed: Iterable[str] = ()) -> None:
-        """Let the files appear.
+        """Make the files appear.
 
         Args:
-            last: the file that appears after all others, by which a reader knows that they are there.
-            removed: files that go if they are volseg's own.
+            last: the file that appears last; its presence tells readers that all files exist.
+            removed: files to delete if they are as volseg wrote them.
 
         Raises:
-            VolsegError: a file of the user's is in the way (`E_EXISTS`); then nothing appears.
-            EnvironmentProblem: the disk is full; then nothing appears.
+            VolsegError: a user's file is in the way (`E_EXISTS`); then no file appears.
+            EnvironmentProblem: the disk is full; then no file appears.
         """
         hashes = self.hashes()
         if last in hashes:
@@ -417,20 +402,19 @@ class Commit:
 
 
 def trace_name(item: str) -> str:
-    """Path in the folder of the traceback of a bug that an item met."""
+    """Return the path, relative to the folder, of an item's traceback after a bug."""
     return f"{RECORDS}/{item}.traceback.txt"
 
 
 def folder_content(path: Path) -> str | None:
-    """What the folder of a volseg command holds, such as `the results of infer`; None for another folder."""
-    commands = [
-        line["command"] for line in _read_lines(path / RECORDS / LEDGER) if "command" in line
-    ]
+    """Return the content of a volseg folder, such as `the results of infer`, else None."""
+    lines = _read_lines(path / RECORDS / LEDGER)
+    commands = [line["command"] for line in lines if "command" in line]
     return next((SAME_KIND[name] for name in commands if name in SAME_KIND), None)
 
 
 def confined(folder: Path, name: str) -> Path | None:
-    """`folder / name` if that lies in the folder, links in its parents followed; else None."""
+    """Return `folder / name` if it lies in the folder after following links, else None."""
     parts = PurePosixPath(name).parts
     if not parts or any(part in ("..", "/") or "\0" in part or "\\" in part for part in parts):
         return None
@@ -443,10 +427,10 @@ def confined(folder: Path, name: str) -> Path | None:
 
 
 def confined_path(folder: Path, name: str) -> Path:
-    """`confined`, where another path is an error.
+    """Return `folder / name`, which must lie in the folder.
 
     Raises:
-        VolsegError: it leads out of the folder (`E_EXISTS`).
+        VolsegError: the path leads out of the folder (`E_EXISTS`).
     """
     path = confined(folder, name)
     if path is None:
@@ -461,10 +445,11 @@ def confined_path(folder: Path, name: str) -> Path:
 def delete_written(
     folder: Path, is_intermediate: Callable[[str], bool] = lambda name: False
 ) -> None:
-    """Delete what volseg wrote into a folder and what lies in its `.volseg`; everything else stays, and so does the folder then.
+    """Delete volseg's files in a folder, its `.volseg`, and the folder if nothing else is in it.
 
     Args:
-        is_intermediate: whether a path below the folder is a file that volseg writes there without listing it.
+        is_intermediate: tells whether a path in the folder is a file of volseg that the ledger does
+            not list.
     """
     if not folder.is_dir() or folder.is_symlink():
         return
@@ -490,7 +475,7 @@ def _is_hidden(name: str) -> bool:
 
 
 def _is_ours(records: Path) -> bool:
-    """Whether a folder called `.volseg` was made by volseg: its ledger begins with a run, or nothing was written yet."""
+    """Check whether volseg made a folder `.volseg`: its ledger lists a run, or it is empty."""
     if records.is_symlink() or not records.is_dir():
         return False
     ledger = records / LEDGER
@@ -505,7 +490,7 @@ def _is_ours(records: Path) -> bool:
 
 
 def _read_lines(ledger: Path) -> Iterator[dict[str, Any]]:
-    """The lines of a ledger; damaged ones are skipped, so that what they listed counts as the user's."""
+    """Yield the lines of a ledger, without damaged ones: their files count as the user's."""
     try:
         with open_regular(ledger) as file:
             while text := file.readline(MAX_LINE_BYTES):
@@ -534,14 +519,13 @@ def _read_runs(ledger: Path) -> set[str]:
 
 
 def _files_below(folder: Path) -> list[str]:
-    """Paths of all files in a folder and below, relative to it."""
-    return sorted(
-        path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()
-    )
+    """Return the paths of all files in a folder and its subfolders, relative to it."""
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return sorted(path.relative_to(folder).as_posix() for path in files)
 
 
 def _identity(path: Path) -> tuple[int, int] | Path:
-    """What tells whether two paths mean one file, also through links and hard links."""
+    """Return a value that is equal for two paths to the same file, also through links."""
     try:
         status = os.stat(path)
         return (status.st_dev, status.st_ino)
@@ -550,7 +534,7 @@ def _identity(path: Path) -> tuple[int, int] | Path:
 
 
 class _Hashing(io.RawIOBase):
-    """A file that hashes what is written into it."""
+    """A file that hashes the written bytes."""
 
     def __init__(self, file: io.FileIO) -> None:
         self._file, self.digest = file, hashlib.sha256()
@@ -565,17 +549,17 @@ class _Hashing(io.RawIOBase):
 
 
 def _write_synced(path: Path, content: bytes | str | Callable[[BinaryIO], None]) -> str:
-    """Write a file, durable once this returns; the SHA-256 of what was meant to be written."""
+    """Write a file and sync it to disk; return the SHA-256 of the bytes passed to the disk."""
     with open(path, "wb", buffering=0) as file:
         hashing = _Hashing(file)
         buffered = io.BufferedWriter(hashing, BUFFER_BYTES)
+        if isinstance(content, str):
+            # UTF-8 cannot encode a lone surrogate, which a label's name may contain.
+            content = content.encode("utf-8", "replace")
         if callable(content):
             content(buffered)
         else:
-            # A lone surrogate, of which a label's name may hold one, has no bytes in UTF-8.
-            buffered.write(
-                content.encode("utf-8", "replace") if isinstance(content, str) else content
-            )
+            buffered.write(content)
         buffered.flush()
         os.fsync(file.fileno())
     return hashing.digest.hexdigest()

@@ -1,4 +1,4 @@
-"""What a results folder holds, read back from the record of each case."""
+"""Read a results folder back from the record of each case."""
 
 from __future__ import annotations
 
@@ -26,9 +26,10 @@ class CaseRecord:
     """A case of a results folder.
 
     Args:
-        lesions: by number; none of a mask of so many that it looks like noise. files: path in the folder → SHA-256.
-        masks: the same of those that the numbers were taken from.
-        scan, scan_sha256: where it was, as an absolute path, and what was in it; None in folders that do not say.
+        lesions: by lesion id; empty if the mask has so many that it looks like noise.
+        files: path in the folder → SHA-256.
+        masks: the same for the measured masks.
+        scan, scan_sha256: absolute path and hash of the scan; None if the record has none.
     """
 
     case: CaseRow
@@ -40,28 +41,28 @@ class CaseRecord:
 
 
 def case_ids(results: Path) -> list[str]:
-    """The cases of a results folder: those with a record, and those that its table names and no run reached.
+    """Return the ids of the cases with a record, and of those pending in cases.csv.
 
     Raises:
-        VolsegError: it is no results folder.
+        VolsegError: `results` is not a results folder.
     """
     if not (results / RECORDS).is_dir():
         raise VolsegError(
             f"{results}: holds no results",
-            fix="give the folder that `volseg infer` or `volseg measure` wrote",
+            fix="give a folder that `volseg infer` or `volseg measure` wrote",
             code="E_DATASET",
         )
-    found = {path.stem for path in (results / RECORDS).glob("*.json")}
+    ids = {path.stem for path in (results / RECORDS).glob("*.json")}
     try:
         rows = read_csv(results / "cases.csv")
-        found |= {row["case_id"] for row in rows if re.fullmatch(ID_PATTERN, row["case_id"])}
+        ids |= {row["case_id"] for row in rows if re.fullmatch(ID_PATTERN, row["case_id"])}
     except (OSError, ValueError, KeyError):
-        pass  # the records are what counts; the table is made from them
-    return sorted(found)
+        pass  # the table is derived from the records and may be missing
+    return sorted(ids)
 
 
 def record_files(results: Path, case_id: str) -> tuple[Path, Path]:
-    """The record of a case and the file of its rows."""
+    """Return the paths of a case's record and of its rows."""
     return record_path(results, case_id), results / rows_name(case_id)
 
 
@@ -70,22 +71,22 @@ def record_path(results: Path, case_id: str) -> Path:
 
 
 def read_record(results: Path, case_id: str) -> CaseRecord:
-    """The record of a case, done or failed.
+    """Read the record of a case, done or failed.
 
     Raises:
-        ScanError: there is none, or it is damaged.
+        ScanError: the record is missing or damaged.
     """
     path = record_path(results, case_id)
     if not path.is_file():
         raise ScanError(
-            f"{results}: case {case_id!r} has not been done yet",
-            fix="run the command that made the folder again",
+            f"{results}: case {case_id!r} has not been processed yet",
+            fix="repeat the command that wrote the folder",
             code="E_RECORD",
         )
     try:
         content = read_json_record(path)
         if content is None:
-            raise ValueError("it is not as volseg writes it")
+            raise ValueError("its content is not valid")
         source = content["source"]
         case = _row(CaseRow, shown_row(content))
         n_read = 0 if case.status != "done" or (case.n_lesions or 0) > MANY else MANY + 1
@@ -97,7 +98,7 @@ def read_record(results: Path, case_id: str) -> CaseRecord:
             for lesion in islice(read_rows(results, case_id), n_read)
         ]
         if len(lesions) > MANY:
-            raise ValueError(f"it has over {MANY} rows, and {case.n_lesions} lesions")
+            raise ValueError(f"it has over {MANY} rows but {case.n_lesions} lesions")
         return CaseRecord(
             case=case,
             lesions=lesions,
@@ -109,62 +110,58 @@ def read_record(results: Path, case_id: str) -> CaseRecord:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ScanError(
             f"{path}: the record of case {case_id!r} is damaged ({type(error).__name__}: {error})",
-            fix="run the command that made the folder again",
+            fix="repeat the command that wrote the folder",
             code="E_RECORD",
         ) from error
 
 
 def file_of(results: Path, case_id: str, files: Mapping[str, str], folder: str) -> Path:
-    """The file of a case in `folder`, such as lesion_ids, as it was when its numbers were taken.
+    """Return the file of a case in `folder`, such as lesion_ids, unchanged since it was measured.
 
     Args:
-        files: of its record: path in the results folder → SHA-256.
+        files: from its record: path in the results folder → SHA-256.
 
     Raises:
-        ScanError: there is none, or it is another one by now.
+        ScanError: the file is missing or has changed.
     """
     path = path_of(results, case_id, files, folder)
     if sha256_of(path) != files[path.relative_to(results).as_posix()]:
         raise ScanError(
             f"{path}: was changed since the case was measured",
-            fix="run the command that made the folder again",
+            fix="repeat the command that wrote the folder",
             code="E_RECORD",
         )
     return path
 
 
 def path_of(results: Path, case_id: str, files: Mapping[str, str], folder: str) -> Path:
-    """The same, whatever is in it by now.
+    """Return the file of a case in `folder` like `file_of`, without checking its hash.
 
     Raises:
-        ScanError: there is none.
+        ScanError: the file is missing.
     """
     names = [name for name in files if name.startswith(f"{folder}/")]
     if not names or not (results / names[0]).is_file():
         raise ScanError(
             f"{results}: case {case_id!r} has no file in {folder}/",
-            fix="run the command that made the folder again",
+            fix="repeat the command that wrote the folder",
             code="E_RECORD",
         )
     return results / names[0]
 
 
 def _row(kind: type[Row], values: Mapping[str, Any]) -> Row:
-    """A row from its record: a column that the record does not have is unknown.
+    """Make a row from the values of a record; columns missing there are unknown.
 
     Raises:
-        ValueError: what every row has is missing.
+        ValueError: a required column is missing.
     """
-    text = ("case_id", "status") if kind is CaseRow else ()
-    numbers = () if kind is CaseRow else ("lesion_id", "label", "n_voxels", "volume_ml")
-    wrong = [name for name in text if not isinstance(values.get(name), str)]
-    wrong += [name for name in numbers if not isinstance(values.get(name), int | float)]
-    if wrong:
-        raise ValueError(f"it lacks {', '.join(wrong)}")
+    required, of_type = ("lesion_id", "label", "n_voxels", "volume_ml"), int | float
+    if kind is CaseRow:
+        required, of_type = ("case_id", "status"), str
+    missing = [name for name in required if not isinstance(values.get(name), of_type)]
+    if missing:
+        raise ValueError(f"it lacks {', '.join(missing)}")
     texts = {"reason", "image", "model", "warnings", "notes"}
-    return kind(
-        **{
-            item.name: values.get(item.name, "" if item.name in texts else None)
-            for item in fields(kind)
-        }
-    )
+    unknown = {field.name: "" if field.name in texts else None for field in fields(kind)}
+    return kind(**{name: values.get(name, value) for name, value in unknown.items()})

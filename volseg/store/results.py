@@ -1,4 +1,7 @@
-"""The results folder: a record per case as the mark that it is complete, and the tables made from the records."""
+"""Results folders: a record per case, which marks it as complete, and tables made from the records.
+
+The code calls a case of `infer` or `measure`, or a patient of `compare`, an item.
+"""
 
 from __future__ import annotations
 
@@ -20,163 +23,152 @@ from volseg.measure.rows import CaseRow, LesionMeasurement
 from volseg.store.outputs import RECORDS, Commit, OutputFolder, confined, trace_name
 from volseg.store.tables import table
 
-MAX_ROW_BYTES = 2**20  # of a line of a stranger's file; a row takes about one thousandth of it
+MAX_ROW_BYTES = 2**20  # per line of a stranger's file; volseg's rows take about a thousandth
 VIEWERS, THUMBNAILS = "viewer", "viewer/thumbnails"
 MASKS, LESION_IDS = "masks", "lesion_ids"
 STALE, EDITED = "W_STALE", "W_EDITED"
 _VOLUME_ML = re.compile(rb'"volume_ml": ([0-9]{1,18}(?:\.[0-9]{1,30})?(?:e[+-]?[0-9]{1,3})?)\b')
-DAMAGED = "E_RECORD: its record is damaged; to fix: run the command that made it again"
+DAMAGED = "E_RECORD: the record is damaged; to fix: repeat the command that wrote it"
 _N_VOXELS = re.compile(rb'"n_voxels": ([0-9]{1,18})\b')
 
 
 class State(Enum):
-    """What a folder holds of an item."""
+    """State of an item in a folder."""
 
-    MISSING = "missing"  # nothing, or not all of it, or of another model, option or input
+    MISSING = "missing"  # absent, incomplete, or made with another model, option or input
     COMPLETE = "complete"
-    EDITED = "edited"  # a mask that was changed by hand since it was measured
-    OTHER_INPUT = "other input"  # a mask that was corrected by hand, of another scan than this one
+    EDITED = "edited"  # a mask was edited by hand and not measured since
+    OTHER_INPUT = "other input"  # a mask was edited by hand, but the scan is a different one now
 
 
 class RecordFolder(OutputFolder):
-    """A folder in which each item has a record, held by one run at a time. Use it with `with`.
+    """A folder with a record per item; one run uses it at a time, in a `with` statement.
 
-    An item is complete when its record says that it was made from the same input, model and options (`key`), and its files
-    carry the hashes that the record names.
+    An item is complete if its record has the current `key` (input, model and options) and the
+    hashes of its files.
     """
 
-    # Where a record holds the row of its item, what that row and those of its lesions are, which
-    # tables hold these rows, and which column names the item.
+    # The key of an item's row in its record, the types of the item's and its lesions' rows, the
+    # tables with these rows, and the column with the item's name.
     row: ClassVar[str] = "case"
     row_types: ClassVar[tuple[type, type]] = (CaseRow, LesionMeasurement)
     tables: ClassVar[tuple[str, str]] = ("cases.csv", "lesions.csv")
     name_column: ClassVar[str] = "case_id"
 
     def state_of(self, name: str, key: str | None, inputs: Sequence[str] | None = None) -> State:
-        """Whether an item needs to be done. A mask that was corrected by hand is kept whatever the model and options are.
+        """Return whether an item has to be done; a mask edited by hand is kept for any key.
 
         Args:
-            key: of the input, model and options; None: whatever they were.
-            inputs: SHA-256 of each file of the item; None: whatever they were.
+            key: of the input, model and options; None accepts any.
+            inputs: SHA-256 of each input file of the item; None accepts any.
         """
         record = self.record(name)
         if record is None or record[self.row]["status"] != "done":
             return State.MISSING
         corrected, is_edited = record.get("corrected", {}), self.is_edited(record)
         is_corrected = bool(corrected) and all((self.path / path).is_file() for path in corrected)
-        if (
-            (is_edited or is_corrected)
-            and inputs is not None
-            and list(inputs) != record.get("inputs")
-        ):
+        is_other = inputs is not None and list(inputs) != record.get("inputs")
+        if (is_edited or is_corrected) and is_other:
             return State.OTHER_INPUT
         if is_edited:
             return State.EDITED
         if key is not None and not is_corrected and (record.get("key") != key or corrected):
             return State.MISSING
-        needed = {
-            path: digest
-            for path, digest in record["files"].items()
-            if not path.startswith(f"{VIEWERS}/")
-        }
-        if self._are_there(needed):
+        files = record["files"]
+        if all(self._is_as(path, files[path]) for path in files if not _is_page(path)):
             return State.COMPLETE
-        return (
-            State.EDITED if is_corrected else State.MISSING
-        )  # what was measured of the corrected mask is damaged
+        # The results of a corrected mask are damaged, so the mask has to be measured again.
+        return State.EDITED if is_corrected else State.MISSING
 
     def is_edited(self, record: Mapping[str, Any]) -> bool:
-        """Whether a mask was changed by hand since the numbers of its item were taken."""
-        masks = masks_of(record).items()
+        """Check whether a mask of the item was edited by hand after it was measured."""
         return any(
-            (self.path / path).is_file() and not self._is_as(path, digest) for path, digest in masks
+            (self.path / path).is_file() and not self._is_as(path, digest)
+            for path, digest in masks_of(record).items()
         )
 
     @property
     def edited_text(self) -> str:
-        """What is to be said of an item whose mask was changed by hand and not measured."""
-        command = f"`volseg measure {self.path}`"
-        return f"its mask was changed by hand after it was measured and is kept; {command} measures it as it is now"
+        """Warning for an item whose mask was edited by hand and not measured yet."""
+        text = "the mask was edited by hand and is kept; its numbers are from before the edit"
+        return f"{text}; run `volseg measure {self.path}` to measure the edited mask"
 
     def shown(self, record: Mapping[str, Any], *, is_pending: bool = False) -> dict[str, Any]:
-        """`shown_row`, with a warning if the mask is not the one that was measured."""
+        """Return `shown_row`, with a warning if the mask was edited after it was measured."""
         row = shown_row(record, self.row, is_pending=is_pending)
         is_edited = row["status"] == "done" and self.is_edited(record)
         return _warned(row, f"{EDITED}: {self.edited_text}") if is_edited else row
 
     def is_complete(self, name: str, key: str) -> bool:
-        """Whether the item was done with this key and its files are as they were written; pages are soon made again."""
+        """Check whether the item was done with this key and its files, except pages, are intact."""
         return self.state_of(name, key) is State.COMPLETE
 
     def has_record(self, name: str) -> bool:
         return (self._records / f"{name}.json").exists()
 
     def n_with(self, names: Iterable[str]) -> int:
-        """How many items the folder holds once those of these names are among them."""
+        """Return how many items the folder has, counting also `names`."""
         return len({path.stem for path in self._records.glob("*.json")}.union(names))
 
     def record(self, name: str) -> dict[str, Any] | None:
-        """What was recorded of an item; None if nothing was or the record is damaged."""
+        """Return the record of an item; None if it is missing or damaged."""
         return read_json_record(self._records / f"{name}.json", type(self))
 
     def rows_of(self, name: str) -> Iterator[dict[str, Any]]:
-        """The rows of an item, one after another, as column → value; one that is not there is unknown."""
+        """Yield the lesion rows of an item as column → value, without unknown values."""
         return read_rows(self.path, name, type(self))
 
     def largest_rows(self, name: str, most: int) -> list[dict[str, Any]]:
-        """The rows of the largest lesions of an item, in their order; of equal ones the first. Up to `most` rows: all of them."""
+        """Return at most `most` rows of an item's largest lesions, in the order of the file."""
         lines = sorted(self._largest_lines(name, most))
         return [_row_of(line, self.path, name, type(self)) for _, line in lines]
 
     def _largest_lines(self, name: str, most: int) -> list[tuple[int, bytes]]:
-        """Place and line of the largest lesions of an item, the largest first."""
-        # Lines are told apart before they are parsed: of noise a few of 100 000 are wanted.
+        """Return index and line of an item's largest lesions, the largest first."""
+        # Lines are ranked unparsed: of noise only a few of 100 000 are needed.
         lines = enumerate(_lines(self.path, name))
-        return nlargest(most, lines, key=lambda place_and_line: _size_of(place_and_line[1]))
+        return nlargest(most, lines, key=lambda indexed: _size_of(indexed[1]))
 
     def listed_rows(self, limits: Mapping[str, int], most: int) -> tuple[list[dict[str, Any]], int]:
-        """The rows of the largest lesions, by volume, of all these items, in their order.
+        """Return the rows of the largest lesions, by volume, of these items, in their order.
 
         Args:
-            limits: of an item, how many of its largest lesions, by voxels, may be among them.
-            most: rows.
+            limits: item → how many of its largest lesions, by voxels, are considered.
+            most: maximum number of rows.
 
         Returns:
-            The rows, and of how many they are the largest.
+            The rows, and the number of lesions considered.
         """
         n = 0
 
         def lines() -> Iterator[tuple[int, int, bytes]]:
             nonlocal n
             for item, (name, limit) in enumerate(limits.items()):
-                for place, line in self._largest_lines(name, limit):
+                for index, line in self._largest_lines(name, limit):
                     n += 1
-                    yield item, place, line
+                    yield item, index, line
 
         largest = nlargest(most, lines(), key=lambda line: _volume_of(line[-1]))
         largest.sort(reverse=True)
         names, rows = list(limits), []
-        while largest:  # a line goes when its row is there
+        while largest:  # frees each line once its row is parsed
             item, _, line = largest.pop()
             rows.append(_row_of(line, self.path, names[item], type(self)))
         return rows, n
 
     def records(self) -> Iterator[tuple[str, dict[str, Any] | None]]:
-        """(name, record) by name, one after another; None for one that is damaged, or whose rows are."""
+        """Yield (name, record) by name; the record is None if it or its rows are damaged."""
         for path in sorted(self._records.glob("*.json")):
-            record = read_json_record(path, type(self))
-            rows = rows_name(path.stem)
-            is_sound = record is not None and (
-                rows not in record["files"] or self._is_as(rows, record["files"][rows])
-            )
-            yield path.stem, record if is_sound else None
+            record, rows = read_json_record(path, type(self)), rows_name(path.stem)
+            if record is not None and rows in record["files"]:
+                record = record if self._is_as(rows, record["files"][rows]) else None
+            yield path.stem, record
 
     def item_rows(self, pending: Sequence[Any] = ()) -> list[dict[str, Any]]:
-        """The row of every item that the folder holds, by name.
+        """Return the row of every item of the folder, by name.
 
         Args:
-            pending: rows of items that were not reached; of one with an earlier result that result
-                is shown.
+            pending: rows of items not processed yet; an earlier result of an item replaces its row.
         """
         rows = {getattr(row, self.name_column): plain(row) for row in pending}
         for name, record in self.records():
@@ -187,7 +179,7 @@ class RecordFolder(OutputFolder):
         return [rows[name] for name in sorted(rows)]
 
     def checked_rows(self, pending: Sequence[Any] = ()) -> list[dict[str, Any]]:
-        """`item_rows`, but an item whose lesion rows cannot be read is unknown."""
+        """Return `item_rows`, with status unknown for items whose lesion rows cannot be read."""
         rows, unreadable = self.item_rows(pending), set()
         for _ in self.lesion_rows(rows, unreadable):
             pass
@@ -198,11 +190,11 @@ class RecordFolder(OutputFolder):
         items: Iterable[Mapping[str, Any]],
         unreadable: set[str],
     ) -> Iterator[dict[str, Any]]:
-        """The rows of the lesions of these items, one after another.
+        """Yield the lesion rows of these items.
 
         Args:
-            items: rows as `item_rows` gives them.
-            unreadable: takes the names of items whose rows cannot be read, or not to their end.
+            items: rows from `item_rows`.
+            unreadable: receives the names of items whose rows cannot be read completely.
         """
         for item in items:
             if item["status"] == "done":
@@ -213,14 +205,14 @@ class RecordFolder(OutputFolder):
                     unreadable.add(name)
 
     def write_tables(self, pending: Sequence[Any] = ()) -> list[dict[str, Any]]:
-        """Write both tables, of every item of the folder, by name; returns the rows of the items.
+        """Write both tables of all items of the folder, by name, and return the items' rows.
 
         Args:
             pending: as in `item_rows`.
         """
         rows, unreadable = self.item_rows(pending), set()
         with self.staged() as commit:
-            # Rows are checked while they are written: to read them before takes 40 % longer.
+            # Rows are checked while they are written: reading them first would take 40 % longer.
             for _ in range(2):
                 lesions = self.lesion_rows(rows, unreadable)
                 commit.write(self.tables[1], table(self.row_types[1], lesions))
@@ -236,10 +228,10 @@ class RecordFolder(OutputFolder):
         rows: Sequence[dict[str, Any]],
         unreadable: Collection[str],
     ) -> list[dict[str, Any]]:
-        """The rows of items; one whose lesion rows cannot be read has a damaged record from here on."""
+        """Mark items with unreadable lesion rows as damaged, and return the rows of all items."""
         for name in unreadable:
             record = self.record(name)
-            if record is not None:  # without its rows the next run that includes it does it again
+            if record is not None:  # without the rows, the next run with this item redoes it
                 record["files"].pop(rows_name(name), None)
                 self.update(name, record)
         names = (row[self.name_column] for row in rows)
@@ -249,30 +241,29 @@ class RecordFolder(OutputFolder):
         ]
 
     def _unknown_row(self, name: str) -> dict[str, Any]:
-        """The row of an item whose record cannot be read."""
+        """Return the row of an item whose record cannot be read."""
         columns = {self.name_column: name, "status": "unknown", "reason": DAMAGED}
         return plain(self.row_types[0](**columns))
 
     def write_run(self, description: Mapping[str, Any]) -> None:
-        """run.json: what was run, with what, on what."""
+        """Write run.json, which describes the command, its settings and its inputs."""
         self.write("run.json", json_text(dict(description)))
 
     def update(self, name: str, record: Mapping[str, Any]) -> None:
-        """Replace the record of an item whose rows and files stay."""
+        """Replace the record of an item and keep its rows and files."""
         self.write(_record_name(name), json_text(record, indent=None))
 
     def settle(self, name: str) -> None:
-        """Forget, of an item that is complete, that a later run failed."""
+        """Remove the mark of a failed later run from the record of a complete item."""
         record = self.record(name) or {}
         settled = {key: value for key, value in record.items() if key not in ("remark", "failed")}
         if settled != record:
             self.update(name, settled)
 
     def commit_failure(self, name: str, row: Any, inputs: Sequence[str]) -> None:
-        """Record that an item failed. What an earlier run made of it stays.
+        """Record that an item failed, and keep the files of an earlier run.
 
-        Where that was of the same input, its rows stay in the tables too, with a warning; of another input they would be
-        numbers of something that is not there any more.
+        The earlier rows stay in the tables, with a warning, if the input is the same.
 
         Args:
             row: a dataclass with `status` and `reason`.
@@ -280,31 +271,22 @@ class RecordFolder(OutputFolder):
         """
         record = self.record(name)
         if record is None or record[self.row]["status"] != "done":
-            record = {
-                "key": "",
-                "inputs": list(inputs),
-                self.row: plain(row),
-                "files": {},
-                "source": {},
-            }
+            record = {"key": "", "inputs": list(inputs), self.row: plain(row)}
+            record |= {"files": {}, "source": {}}
         elif list(inputs) == record.get("inputs"):
-            record.pop("failed", None)  # of another input
-            record |= {
-                "remark": f"{STALE}: the last run failed ({row.reason}); these numbers are from an earlier one"
-            }
+            record.pop("failed", None)  # a failure with another input
+            remark = f"the last run failed ({row.reason}); these numbers are from an earlier one"
+            record["remark"] = f"{STALE}: {remark}"
         else:
-            record |= {"failed": plain(row)}
+            record["failed"] = plain(row)
         self.update(name, record)
-
-    def _are_there(self, files: Mapping[str, str]) -> bool:
-        return all(self._is_as(path, digest) for path, digest in files.items())
 
     def _is_as(self, name: str, digest: str) -> bool:
         path = confined(self.path, name)
         try:
             return path is not None and path.is_file() and sha256_of(path) == digest
         except OSError:
-            return False  # it cannot be read
+            return False  # the file cannot be read
 
     def _finish(
         self,
@@ -315,19 +297,18 @@ class RecordFolder(OutputFolder):
         *,
         keeps: Sequence[str] = (),
     ) -> None:
-        """Let the files of an item appear together with its rows and its record; other files of an earlier call go.
+        """Publish the files, rows and record of an item; delete its other files of an earlier call.
 
         Args:
-            rows: dataclasses; taken one after another.
-            keeps: earlier files that stay the item's.
+            rows: dataclasses, consumed one at a time.
+            keeps: earlier files of the item that stay.
         """
         earlier = (self.record(name) or {}).get("files", {})
         commit.write(rows_name(name), lambda file: write_rows(file, rows))
         files = {path: earlier[path] for path in keeps if path in earlier} | commit.hashes()
         commit.write(_record_name(name), json_text(dict(content) | {"files": files}, indent=None))
-        corrected = content.get(
-            "corrected", ()
-        )  # even where it is a mask that volseg drew once: its own again by its hash
+        # A corrected mask stays, even if it was changed back to a mask that volseg once wrote.
+        corrected = content.get("corrected", ())
         stale = [path for path in earlier if path not in files and path not in corrected]
         commit.finish(last=_record_name(name), removed=[*stale, trace_name(name)])
 
@@ -346,38 +327,30 @@ class ResultsFolder(RecordFolder):
         source: Mapping[str, Any] | None = None,
         corrected: Mapping[str, str] | None = None,
     ) -> None:
-        """Record a case that was done, whose other files are in the commit.
+        """Record a case that was done.
 
         Args:
+            commit: holds the other files of the case.
             inputs: SHA-256 of each file that was read.
-            lesions: its rows, taken one after another, so that they need not be in memory together.
-            source: what is needed to measure it or make its page again, such as where its scan is.
-            corrected: masks that were changed by hand, path → SHA-256, from which the numbers were taken.
+            lesions: the rows, consumed one at a time, so that they need not fit in memory.
+            source: what is needed to redo the measurement or the page, such as the scan's path.
+            corrected: the measured masks that were edited by hand, path → SHA-256.
         """
-        content = {
-            "key": key,
-            "inputs": list(inputs),
-            "case": plain(case),
-            "source": dict(source or {}),
-        }
-        self._finish(
-            case.case_id,
-            commit,
-            content | ({"corrected": dict(corrected)} if corrected else {}),
-            lesions,
-        )
+        content: dict[str, Any] = {"key": key, "inputs": list(inputs), "case": plain(case)}
+        content["source"] = dict(source or {})
+        if corrected:
+            content["corrected"] = dict(corrected)
+        self._finish(case.case_id, commit, content, lesions)
 
     def keep(self, case_id: str, scan: Path) -> None:
-        """Say where the scan of a complete case is now; an earlier failure is settled."""
+        """Update the scan's path of a complete case, and settle an earlier failure."""
         self.settle(case_id)
-        record = self.record(case_id)
-        if record is not None and record["source"].get("scan") not in (None, str(scan.absolute())):
-            self.update(
-                case_id, record | {"source": record["source"] | {"scan": str(scan.absolute())}}
-            )
+        record, path = self.record(case_id), str(scan.absolute())
+        if record is not None and record["source"].get("scan") not in (None, path):
+            self.update(case_id, record | {"source": record["source"] | {"scan": path}})
 
     def add_files(self, case_id: str, commit: Commit) -> None:
-        """Let further files of a complete case appear; those of the same name are replaced."""
+        """Add files to a complete case, replacing those of the same name."""
         record = self.record(case_id)
         assert record is not None, f"{case_id} has no record"
         record["files"] |= commit.hashes()
@@ -385,30 +358,26 @@ class ResultsFolder(RecordFolder):
         commit.finish()
 
     def has_pages(self, record: Mapping[str, Any]) -> bool:
-        """Whether a case has its page and its picture, as they were written."""
-        pages = {
-            name: digest
-            for name, digest in record["files"].items()
-            if name.startswith(f"{VIEWERS}/")
-        }
-        return bool(pages) and self._are_there(pages)
+        """Check whether the page and the picture of a case are there and unchanged."""
+        pages = [path for path in record["files"] if _is_page(path)]
+        return bool(pages) and all(self._is_as(path, record["files"][path]) for path in pages)
 
 
 def shown_row(
     record: Mapping[str, Any], row_name: str = "case", *, is_pending: bool = False
 ) -> dict[str, Any]:
-    """The row of an item as tables and pages show it.
+    """Return the row of an item as tables and pages show it.
 
     Args:
-        row_name: where the record holds it.
-        is_pending: the present run was to do it again and did not reach it.
+        row_name: key of the row in the record.
+        is_pending: the current run ended before it redid this item.
     """
     if "failed" in record:
         return dict(record["failed"])
     row = dict(record[row_name])
     remark = record.get("remark", "")
     if is_pending and not remark:
-        remark = f"{STALE}: from an earlier run; the run that was to replace it was interrupted"
+        remark = f"{STALE}: the last run was interrupted; these numbers are from an earlier one"
     return _warned(row, remark) if remark else row
 
 
@@ -417,13 +386,13 @@ def _warned(row: Mapping[str, Any], warning: str) -> dict[str, Any]:
 
 
 def masks_of(record: Mapping[str, Any]) -> dict[str, str]:
-    """Path → SHA-256 of each mask that the numbers of an item were taken from."""
+    """Return path → SHA-256 of the measured masks of an item."""
     masks = {**record["files"], **record.get("corrected", {})}
     return {path: digest for path, digest in masks.items() if path.startswith(f"{MASKS}/")}
 
 
 def read_json_record(path: Path, kind: type[RecordFolder] = RecordFolder) -> dict[str, Any] | None:
-    """A record as it was written; None where it is not there or damaged. It may come from a stranger."""
+    """Read and check a record, which may come from a stranger; None if missing or damaged."""
     try:
         record = read_json(path)
         record.setdefault("source", {})
@@ -447,16 +416,15 @@ def read_json_record(path: Path, kind: type[RecordFolder] = RecordFolder) -> dic
 
 
 def _fits(row: Mapping[str, Any], row_type: type) -> bool:
-    """Whether each value of a row that was read is one that its column may have; of other columns, any."""
-    unfit = set(zip(row, map(type, row.values()))) - _kinds(
-        row_type
-    )  # not a loop: noise has 100 000 rows
+    """Check the types of a row's values; columns that `row_type` does not have may hold any."""
+    # A set difference, because a loop is slow for noise with 100 000 rows.
+    unfit = set(zip(row, map(type, row.values()))) - _kinds(row_type)
     return not any(name in _names(row_type) for name, _ in unfit)
 
 
 @cache
 def _kinds(row_type: type) -> frozenset[tuple[str, type]]:
-    """(column, type of a value of it in JSON), in which unknown is null and a whole number may stand for another."""
+    """Return the valid (column, type in JSON) pairs; null is unknown, a float may be an int."""
 
     def kinds_of(hint: Any) -> tuple[type, ...]:
         if get_origin(hint) is Literal:
@@ -470,7 +438,7 @@ def _kinds(row_type: type) -> frozenset[tuple[str, type]]:
 
 
 def write_rows(file: BinaryIO, rows: Iterable[Any]) -> None:
-    """A JSON object per line, without what is unknown: of noise that is half of each row."""
+    """Write a JSON object per line, without unknown values, which are half of a row of noise."""
     for row in rows:
         file.write(json_text(known(row), indent=None).encode("utf-8", "replace"))
 
@@ -480,10 +448,10 @@ def read_rows(
     name: str,
     kind: type[RecordFolder] = RecordFolder,
 ) -> Iterator[dict[str, Any]]:
-    """What `write_rows` wrote for an item; a column that is not there is unknown.
+    """Yield the rows that `write_rows` wrote for an item; a missing column is unknown.
 
     Raises:
-        ScanError: the file is not there, or not as volseg writes it for this item (`E_RECORD`).
+        ScanError: the file is missing or not valid for this item (`E_RECORD`).
     """
     return (_row_of(line, folder, name, kind) for line in _lines(folder, name))
 
@@ -501,7 +469,7 @@ def _row_of(line: bytes, folder: Path, name: str, kind: type[RecordFolder]) -> d
     try:
         row = parse_json(line)
         if not isinstance(row, dict) or not _fits(row, kind.row_types[1]):
-            raise ValueError("a line is no row")
+            raise ValueError("a line is not a valid row")
         if row.get(kind.name_column) != name:
             raise ValueError(f"a row is not of {name!r}")
     except ValueError as error:
@@ -511,20 +479,20 @@ def _row_of(line: bytes, folder: Path, name: str, kind: type[RecordFolder]) -> d
 
 def _bad_rows(folder: Path, name: str, error: Exception) -> ScanError:
     return ScanError(
-        f"{folder / rows_name(name)}: not as volseg writes it ({error})",
-        fix=f"delete {folder / _record_name(name)} and run the command that made it again",
+        f"{folder / rows_name(name)}: not a valid file of rows ({error})",
+        fix=f"delete {folder / _record_name(name)} and repeat the command that wrote it",
         code="E_RECORD",
     )
 
 
 def plain(row: Any) -> dict[str, Any]:
-    """Fields of a row for JSON, which has no NaN: unknown is null there and an empty cell in a table."""
+    """Return the fields of a row for JSON, with None for unknown values: JSON has no NaN."""
     return dict.fromkeys(_names(type(row))) | known(row)
 
 
 def known(row: Any) -> dict[str, Any]:
-    """Fields of a row that are known, for JSON."""
-    # Not `asdict`, which copies each value deeply: a noisy mask has ten thousands of rows.
+    """Return the known fields of a row for JSON."""
+    # `asdict` would copy each value deeply: a noisy mask has tens of thousands of rows.
     return {
         name: value
         for name in _names(type(row))
@@ -538,14 +506,18 @@ def _names(row_type: type) -> tuple[str, ...]:
     return tuple(field.name for field in fields(row_type))
 
 
+def _is_page(path: str) -> bool:
+    return path.startswith(f"{VIEWERS}/")
+
+
 def _size_of(line: bytes) -> int:
-    """Voxels of a lesion, by its line, which may come from a stranger."""
+    """Extract n_voxels from the line of a lesion, which may come from a stranger."""
     n_voxels = _N_VOXELS.search(line)
     return int(n_voxels[1]) if n_voxels else 0
 
 
 def _volume_of(line: bytes) -> float:
-    """Volume in mL of a lesion, by its line, as `_size_of`."""
+    """Extract volume_ml from the line of a lesion, like `_size_of`."""
     volume_ml = _VOLUME_ML.search(line)
     return float(volume_ml[1]) if volume_ml else 0.0
 
@@ -555,5 +527,5 @@ def _record_name(name: str) -> str:
 
 
 def rows_name(name: str) -> str:
-    """Path in the folder of the file with the rows of an item."""
+    """Return the path, relative to the folder, of the file with an item's rows."""
     return f"{RECORDS}/{name}.rows.jsonl"

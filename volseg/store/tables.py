@@ -5,22 +5,24 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields
+from functools import partial
 from types import NoneType
 from typing import Any, BinaryIO, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from volseg.io.csv_text import write_csv
 
 Row = TypeVar("Row")
-FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")  # a spreadsheet would run a text that starts so
+# A spreadsheet would evaluate a text that starts with one of these.
+FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
 
 
 def table(row_type: type, rows: Iterable[Any]) -> Callable[[BinaryIO], None]:
-    """A CSV table, to be written into an open file: the fields of the dataclass `row_type` as columns, a line per row.
+    """Return a function that writes a CSV table: a column per field of `row_type`, a line per row.
 
-    Whatever a cell holds, every reader finds as many rows as there are: see `csv_text`.
+    No cell content changes the number of rows that a reader sees: see `csv_text`.
 
     Args:
-        rows: instances of `row_type`, or mappings with its field names; taken one after another.
+        rows: instances of `row_type`, or mappings with its field names; consumed one at a time.
     """
     names = [field.name for field in fields(row_type)]
 
@@ -29,31 +31,26 @@ def table(row_type: type, rows: Iterable[Any]) -> Callable[[BinaryIO], None]:
         write_csv(file, map(cells, rows))
 
     def cells(row: Any) -> list[str]:
-        # Not `asdict`, which copies each value deeply: a noisy mask has ten thousands of rows.
-        values = (
-            map(row.get, names)
-            if isinstance(row, Mapping)
-            else (getattr(row, name) for name in names)
-        )
-        return [
-            "" if value is None else cell(value) for value in values
-        ]  # of noise that is half of each row
+        # `asdict` would copy each value deeply: a noisy mask has tens of thousands of rows.
+        get = row.get if isinstance(row, Mapping) else partial(getattr, row)
+        # Half of the values of a noisy mask are None, and calling `cell` takes time.
+        return ["" if value is None else cell(value) for value in map(get, names)]
 
     return write
 
 
 def typed_row(row_type: type[Row], cells: Mapping[str, str]) -> Row:
-    """Inverse of `table`: a row from its cells. Numbers have the table's digits; unknown is None or NaN.
+    """Convert the cells of a `table` back into a row; unknown values are None or NaN.
 
     Raises:
-        ValueError: a cell does not hold what its column does.
+        ValueError: a cell does not have the type of its column.
     """
     hints = get_type_hints(row_type)
     return row_type(**{name: _value(hint, cells.get(name, "")) for name, hint in hints.items()})
 
 
 def _value(hint: Any, text: str) -> Any:
-    """The value of a cell of a column whose type is `hint`."""
+    """Parse the cell of a column of type `hint`."""
     kinds = (str,) if get_origin(hint) is Literal else get_args(hint) or (hint,)
     if not text and (NoneType in kinds or float in kinds):
         return None if NoneType in kinds else math.nan
@@ -63,7 +60,10 @@ def _value(hint: Any, text: str) -> Any:
 
 
 def cell(value: Any) -> str:
-    """Text of one cell: 4 decimals (6 significant digits below 1), nothing for unknown, true/false, harmless text."""
+    """Format a cell: 4 decimals (6 significant digits below 1), empty for unknown, true/false.
+
+    A quote before texts that start like a formula keeps spreadsheets from evaluating them.
+    """
     if isinstance(value, float):
         if math.isnan(value):
             return ""
@@ -78,13 +78,14 @@ def cell(value: Any) -> str:
 
 
 def columns_page(tables: Mapping[str, Sequence[tuple[str, str, str, str]]]) -> str:
-    """docs/columns.md: file name → (column, unit, meaning, source) lines."""
+    """Return the text of docs/columns.md from file name → (column, unit, meaning, source) lines."""
     parts = [
         "# Columns",
         "",
-        "Written by `make docs` from the code. An empty cell is unknown; 0 is zero. World coordinates are RAS+ millimetres.",
-        "Tables are CSV in UTF-8 (RFC 4180): a cell is quoted where it holds a comma, a quote or anything that a reader",
-        "takes for the end of a line, and cut after 32 767 characters, the most that a spreadsheet keeps.",
+        "`make docs` writes this page from the code. An empty cell means unknown, 0 means zero.",
+        "World coordinates are RAS+ millimetres. Tables are CSV in UTF-8 (RFC 4180). Cells that",
+        "contain a comma, a quote or a line separator are quoted; cells are cut after 32 767",
+        "characters, the maximum of spreadsheets.",
         "",
     ]
     for title, columns in tables.items():

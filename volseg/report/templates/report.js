@@ -1,4 +1,4 @@
-// The page of a run: its tables. Each row leads to the viewer page of its scan, where there is one.
+// The tables of report.html. Rows link to the viewer page of their scan, if it has one.
 
 function pageOf(table, row) {
   const name = table.value(row, "case_id");

@@ -1,5 +1,6 @@
 "use strict";
-// A table that is sorted, filtered and paged, and whose columns can be chosen. Whatever it shows goes in as text, never as markup.
+// A table with sorting, filtering, paging and selectable columns. It inserts all content as text,
+// never as markup.
 
 const ROWS_PER_PAGE = 100;
 
@@ -14,7 +15,7 @@ function make(name, attributes = {}, ...children) {
   return element;
 }
 
-// Four significant digits; the table of the run has them all.
+// Format with four significant digits; the CSV files have more.
 function shown(value) {
   if (typeof value === "boolean") return value ? "yes" : "no";
   if (typeof value !== "number") return String(value);
@@ -27,7 +28,8 @@ function island(id) {
 }
 
 class DataTable {
-  // `data` is {name, columns: [{name, unit, meaning, shown}], rows: [[…]]}; `cell(column, row)` may give an element for a cell.
+  // `data` is {name, columns: [{name, unit, meaning, shown}], rows: [[…]]}. `cell(column, row)` may
+  // return an element for a cell; `look(line, row)` may change a row's element.
   constructor(root, data, { cell = () => null, look = () => {} } = {}) {
     this.data = data;
     this.cell = cell;
@@ -53,12 +55,12 @@ class DataTable {
         make("span", { id: `${name}-hint`, class: "muted" }, data.hint),
         make("details", {}, make("summary", {}, "Columns"), this.choice),
         this.previous, this.next, this.state),
-      make("div", { class: "wide", tabindex: "0", role: "region", "aria-label": `${data.caption}, may be scrolled` },
+      make("div", { class: "wide", tabindex: "0", role: "region", "aria-label": `${data.caption}, scrollable` },
         make("table", {}, make("caption", { class: "hidden-text" }, data.caption), make("thead", {}, this.head), this.body)));
     for (const column of data.columns) {
-      const known = data.rows.some((row) => row[this.index[column.name]] !== null);
+      const hasValues = data.rows.some((row) => row[this.index[column.name]] !== null);
       const box = make("input", { type: "checkbox", checked: column.shown, onchange: () => { column.shown = box.checked; this.draw(); } });
-      this.choice.append(make("label", { title: column.meaning }, box, ` ${column.name}${known ? "" : " (unknown everywhere)"}`));
+      this.choice.append(make("label", { title: column.meaning }, box, ` ${column.name}${hasValues ? "" : " (no values)"}`));
     }
     root.addEventListener("keydown", (event) => {
       const details = root.querySelector("details[open]");
@@ -90,7 +92,7 @@ class DataTable {
 
   turn(by) { this.page += by; this.refresh(); }
 
-  // Words that have to occur, and comparisons such as volume_ml>1.
+  // Return the rows that contain all words and meet all conditions such as volume_ml>1.
   matching() {
     const tests = [];
     const words = this.filter.value.replace(/\b([a-z0-9_]+)\s*(>=|<=|!=|>|<|=)\s*(\S+)/gi, (term, name, relation, text) => {
@@ -112,17 +114,17 @@ class DataTable {
       rows = rows.slice().sort((a, b) => inOrder(a[column], b[column], this.order.falling));
     }
     for (const head of this.head.children) {
-      const own = head.dataset.column === this.order.column;
-      head.setAttribute("aria-sort", !own ? "none" : this.order.falling ? "descending" : "ascending");
+      const isSorted = head.dataset.column === this.order.column;
+      head.setAttribute("aria-sort", !isSorted ? "none" : this.order.falling ? "descending" : "ascending");
     }
     this.rows = rows;
     const pages = Math.max(1, Math.ceil(rows.length / ROWS_PER_PAGE));
     this.page = Math.min(Math.max(0, this.page), pages - 1);
     const first = this.page * ROWS_PER_PAGE;
-    const here = rows.slice(first, first + ROWS_PER_PAGE);
-    this.body.replaceChildren(...here.map((row) => this.line(row)));
-    const of = rows.length === this.data.rows.length ? "" : ` (of ${this.data.rows.length})`;
-    this.state.textContent = rows.length ? `${first + 1}–${first + here.length} of ${rows.length}${of}` : `none of ${this.data.rows.length}`;
+    const listed = rows.slice(first, first + ROWS_PER_PAGE);
+    this.body.replaceChildren(...listed.map((row) => this.line(row)));
+    const total = rows.length === this.data.rows.length ? "" : ` (of ${this.data.rows.length})`;
+    this.state.textContent = rows.length ? `${first + 1}–${first + listed.length} of ${rows.length}${total}` : `no match (of ${this.data.rows.length})`;
     this.previous.hidden = this.next.hidden = pages === 1;
     this.previous.disabled = this.page === 0;
     this.next.disabled = this.page === pages - 1;
@@ -131,9 +133,9 @@ class DataTable {
   line(row) {
     const line = make("tr");
     for (const column of this.visible) {
-      const own = this.cell(column, row, this);
+      const element = this.cell(column, row, this);
       const value = this.value(row, column.name);
-      if (own) line.append(own);
+      if (element) line.append(element);
       else if (value === null) {
         const reason = this.reason(column, row);
         line.append(make("td", { class: column.number ? "number unknown" : "unknown", title: reason },
@@ -146,20 +148,22 @@ class DataTable {
     return line;
   }
 
-  // Why a cell is empty: what `notes` says of it ("name: why; name, name: why"), else what the column means.
+  // Explain an empty cell: with its reason from `notes` ("name: why; name, name: why"), else with the
+  // meaning of its column.
   reason(column, row) {
     for (const note of String(this.value(row, "notes") ?? "").split("; ")) {
-      const [name, ...rest] = note.split(": ");
-      if (rest.length && name.split(", ").some((each) => column.name === each || column.name.startsWith(`${each}_`))) return `unknown: ${rest.join(": ")}`;
+      const [names, ...reasons] = note.split(": ");
+      const isMeant = (name) => column.name === name || column.name.startsWith(`${name}_`);
+      if (reasons.length && names.split(", ").some(isMeant)) return `unknown: ${reasons.join(": ")}`;
     }
     return `unknown (${column.meaning})`;
   }
 
-  // Show a row as the current one, on whatever page it is.
+  // Mark a row as current and turn to its page.
   mark(row) {
     this.marked = row;
-    const at = this.rows.indexOf(row);
-    if (at >= 0) this.page = Math.floor(at / ROWS_PER_PAGE);
+    const index = this.rows.indexOf(row);
+    if (index >= 0) this.page = Math.floor(index / ROWS_PER_PAGE);
     const focused = document.activeElement?.dataset?.key;
     this.refresh();
     if (focused) this.body.querySelector(`[data-key="${CSS.escape(focused)}"]`)?.focus();
@@ -174,26 +178,26 @@ function compare(value, relation, text) {
   return { ">": a > b, "<": a < b, ">=": a >= b, "<=": a <= b, "=": a === b, "!=": a !== b }[relation];
 }
 
-// Unknown values come last, whichever way the others go.
+// Unknown values come last in either order.
 function inOrder(a, b, falling) {
   if (a === null || b === null) return (a === null) - (b === null);
   const order = typeof a === "number" && typeof b === "number" ? a - b : shown(a).localeCompare(shown(b), undefined, { numeric: true });
   return falling ? -order : order;
 }
 
-// Light or dark: the reader's system says, until the button does.
+// Follow the system's light or dark theme until the reader presses the button.
 function followTheme() {
   const root = document.documentElement;
   const button = document.getElementById("theme");
   const stored = () => { try { return localStorage.getItem("volseg-theme"); } catch { return null; } };
   const isDark = () => (root.dataset.theme ?? (matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light")) === "dark";
-  const say = () => { button.textContent = isDark() ? "Light" : "Dark"; };
-  const before = stored();
-  if (before === "dark" || before === "light") root.dataset.theme = before;
+  const label = () => { button.textContent = isDark() ? "Light" : "Dark"; };
+  const theme = stored();
+  if (theme === "dark" || theme === "light") root.dataset.theme = theme;
   button.addEventListener("click", () => {
     root.dataset.theme = isDark() ? "light" : "dark";
-    try { localStorage.setItem("volseg-theme", root.dataset.theme); } catch { /* a page that may store nothing */ }
-    say();
+    try { localStorage.setItem("volseg-theme", root.dataset.theme); } catch { /* storage is not allowed */ }
+    label();
   });
-  say();
+  label();
 }

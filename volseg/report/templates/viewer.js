@@ -1,8 +1,8 @@
 // The viewer page of a scan: slices, lesions and their numbers.
 
 const AXIAL = 0, CORONAL = 1, SAGITTAL = 2;
-const BORDER = 0.35; // how much less the border of a lesion lets through than its inside
-const HARDLY = 0.001; // opacity; a layer of none would not be drawn at all
+const BORDER = 0.35; // extra opacity of a lesion's border
+const HARDLY = 0.001; // opacity; NiiVue does not draw a layer with opacity 0
 const BARS_MM = [1, 2, 5, 10, 20, 50, 100, 200];
 const THREE_PLANES = [
   { sliceType: AXIAL, position: [0, 0, 0.6, 1] },
@@ -13,27 +13,28 @@ const THREE_PLANES = [
 const content = island("content");
 const at = (id) => document.getElementById(id);
 let viewer = null;
-let chosen = null;
+let selected = null;
 
 function colourOf(number) {
   return `#${content.colours.slice(6 * number - 6, 6 * number)}`;
 }
 
-// ---- the table and the numbers of the chosen lesion
+// ---- the table and the measurements of the selected lesion
 
-content.table.columns.find((column) => column.name === "lesion_id").number = false; // a button, not a number to compare
+// The cell is a button, so it is not right-aligned like a number.
+content.table.columns.find((column) => column.name === "lesion_id").number = false;
 const table = new DataTable(at("lesions"), content.table, {
-  cell: (column, row, own) => {
+  cell: (column, row, owner) => {
     if (column.name !== "lesion_id") return null;
-    const number = own.value(row, "lesion_id");
+    const number = owner.value(row, "lesion_id");
     const swatch = make("span", { class: "swatch", "aria-hidden": "true" });
     swatch.style.background = colourOf(number);
     const button = make("button", { type: "button", "data-key": String(number), "aria-label": `Show lesion ${number}` }, swatch, String(number));
     return make("td", {}, button);
   },
-  look: (line, row, own) => {
-    line.dataset.lesion = own.value(row, "lesion_id");
-    line.addEventListener("click", () => choose(own.value(row, "lesion_id")));
+  look: (line, row, owner) => {
+    line.dataset.lesion = owner.value(row, "lesion_id");
+    line.addEventListener("click", () => choose(owner.value(row, "lesion_id")));
   },
 });
 
@@ -44,7 +45,7 @@ function rowOf(number) {
 function choose(number, { move = true } = {}) {
   const row = rowOf(number);
   if (row === null) return;
-  chosen = number;
+  selected = number;
   table.mark(row);
   showNumbers(row);
   const point = content.points[number];
@@ -53,19 +54,20 @@ function choose(number, { move = true } = {}) {
     viewer.drawScene();
     viewer.createOnLocationChange();
   } else if (move && viewer) {
-    at("place").textContent = `Lesion ${number} is too small to be drawn here.`;
+    at("place").textContent = `Lesion ${number} is not drawn at this resolution.`;
   }
 }
 
-// The lesion that the address asks for (#lesion=3), else the first.
+// Select the lesion that the address names (#lesion=3), else the first.
 function chooseFirst() {
   const asked = Number(new URLSearchParams(location.hash.slice(1)).get("lesion"));
   if (rowOf(asked)) choose(asked);
-  else if (asked) say(`Lesion ${asked} has no row here; lesions.csv has all of them.`);
+  else if (asked) say(`Lesion ${asked} is not listed on this page; lesions.csv lists all lesions.`);
   else if (content.table.rows.length) choose(table.value(content.table.rows[0], "lesion_id"));
 }
 
-// Of the volume, from 0 to 1 along its axes. Without the last argument NiiVue takes an oblique grid for one along the world's axes.
+// Convert mm to fractions (0 to 1) along the volume's axes. Without the last argument NiiVue treats
+// an oblique grid as aligned with the world axes.
 function fractionOf(nv, point) {
   return nv.mm2frac(point, 0, true);
 }
@@ -83,8 +85,8 @@ function showNumbers(row) {
     }
   }
   const reasons = make("ul", {}, ...unknown.map((column) => make("li", {}, `${column.name}: ${table.reason(column, row)}`)));
-  const rest = unknown.length ? [make("details", {}, make("summary", {}, `${unknown.length} unknown`), reasons)] : [];
-  at("numbers").replaceChildren(make("h3", {}, `Lesion ${table.value(row, "lesion_id")}`), list, ...rest);
+  const details = make("details", {}, make("summary", {}, `${unknown.length} unknown`), reasons);
+  at("numbers").replaceChildren(make("h3", {}, `Lesion ${table.value(row, "lesion_id")}`), list, ...(unknown.length ? [details] : []));
 }
 
 // ---- the slices
@@ -100,10 +102,10 @@ function hasWebGL() {
 
 async function start() {
   if (!hasWebGL()) {
-    withoutViewer("no-webgl", "This browser shows no WebGL 2, so the slices cannot be moved through. The table and the picture below need none.");
+    withoutViewer("no-webgl", "The slices cannot be shown: this browser has no WebGL 2. The table and the picture below work without it.");
     return;
   }
-  // The policy of this page lets only scripts run whose hash it names, NiiVue's among them.
+  // The content security policy of this page allows NiiVue by its hash.
   document.head.append(make("script", {}, await inflated("niivue")));
   const nv = new niivue.Niivue({
     isRadiologicalConvention: true, backColor: [0, 0, 0, 1], crosshairColor: [0.45, 0.75, 1, 0.8], crosshairWidth: 0.25, crosshairWidthUnit: "percent", crosshairGap: 6,
@@ -116,7 +118,9 @@ async function start() {
   });
   const ids = await niivue.NVImage.loadFromBase64({ base64: at("ids").textContent, name: "ids.nii.gz", opacity: Number(at("opacity").value) });
   ids.setColormapLabel(labelColours());
-  ids.hdr.intent_code = 1002; // labels: their colours are looked up by number. Without it NiiVue tints the background of more than 128.
+  // NIFTI_INTENT_LABEL: colours are looked up by number. Without it NiiVue tints the background if
+  // there are more than 128 labels.
+  ids.hdr.intent_code = 1002;
   nv.addVolume(image);
   nv.addVolume(ids);
   [image.cal_min, image.cal_max] = content.window;
@@ -132,7 +136,7 @@ async function start() {
   at("montage").open = false;
   nv.drawScene();
   chooseFirst();
-  if (chosen === null) nv.createOnLocationChange();
+  if (selected === null) nv.createOnLocationChange();
   document.documentElement.dataset.ready = "1";
 }
 
@@ -145,12 +149,12 @@ function labelColours() {
 
 function showPlace(location) {
   const [r, a, s] = location.mm;
-  const [value, id] = location.values.map((each) => each.value);
+  const [value, id] = location.values.map((layer) => layer.value);
   const number = Math.round(id);
   const place = at("place");
   Object.assign(place.dataset, { r, a, s, id: number, value });
   place.textContent = `R ${r.toFixed(1)}  A ${a.toFixed(1)}  S ${s.toFixed(1)} mm · about ${shown(Math.round(value * 10) / 10)} ${content.unit} · ${number ? `lesion ${number}` : "no lesion"}`;
-  if (number && number !== chosen) choose(number, { move: false });
+  if (number && number !== selected) choose(number, { move: false });
 }
 
 function control(nv, image) {
@@ -178,13 +182,13 @@ function control(nv, image) {
   edges.forEach((input, n) => {
     input.value = shown(content.window[n]);
     input.addEventListener("change", () => {
-      const [low, high] = edges.map((each) => Number(each.value));
+      const [low, high] = edges.map((input) => Number(input.value));
       if (!(low < high)) return;
       [image.cal_min, image.cal_max] = [low, high];
       nv.updateGLVolume();
     });
   });
-  // NiiVue's own arrow keys change the frame of a series, of which there is none here.
+  // NiiVue's arrow keys change the frame of a time series; here they move the crosshair.
   at("canvas").addEventListener("keydown", (event) => {
     const toRight = nv.opts.isRadiologicalConvention ? -1 : 1;
     const step = {
@@ -198,7 +202,7 @@ function control(nv, image) {
   }, { capture: true });
 }
 
-// Voxels at the border of a lesion are drawn more strongly than those within, so that one of a single voxel is seen too.
+// A lesion's border is drawn more opaque than its inside, so that a single voxel is visible too.
 function showMask(nv) {
   const only = at("outline").getAttribute("aria-pressed") === "true";
   const within = Number(at("opacity").value);
@@ -207,7 +211,7 @@ function showMask(nv) {
   nv.setOpacity(1, only ? HARDLY : within);
 }
 
-// ---- what is drawn over the slices: the diameters of the lesions in this axial slice, and scale bars
+// ---- overlay: diameters of the lesions in the current axial slice, and scale bars
 
 function drawLines(nv) {
   const canvas = at("lines");
@@ -221,13 +225,14 @@ function drawLines(nv) {
   if (at("axes").getAttribute("aria-pressed") !== "true") return;
   const depth = nv.volumes[0].dims[3];
   const layer = (frac) => Math.floor(Math.min(frac[2], 0.999999) * depth);
-  const here = layer(nv.scene.crosshairPos);
+  const current = layer(nv.scene.crosshairPos);
   let drawn = 0;
   for (const [number, lines] of Object.entries(content.axes)) {
     lines.forEach(([from, to], n) => {
       const fracs = [fractionOf(nv, from), fractionOf(nv, to)];
-      if (fracs.some((frac) => Math.abs(layer(frac) - here) > 0)) return;
-      // In the plane that is shown: NiiVue has no place on the canvas for a point far before or behind it, as in thick slices.
+      if (fracs.some((frac) => Math.abs(layer(frac) - current) > 0)) return;
+      // Project onto the shown plane: NiiVue gives no canvas position for points far from it, as in
+      // thick slices.
       const ends = fracs.map(([r, a]) => nv.frac2canvasPosWithTile([r, a, nv.scene.crosshairPos[2]], AXIAL)?.pos);
       if (!ends[0] || !ends[1]) return;
       drawn += 1;
@@ -239,8 +244,8 @@ function drawLines(nv) {
         pen.lineTo(...ends[1]);
         pen.stroke();
       }
-      if (Number(number) === chosen) {
-        const row = rowOf(chosen);
+      if (Number(number) === selected) {
+        const row = rowOf(selected);
         const length = row && table.value(row, n ? "short_axis_mm" : "long_axis_mm");
         if (length !== null) write(pen, `${shown(length)} mm`, Math.max(ends[0][0], ends[1][0]) + 5 * scale, ends[ends[0][0] > ends[1][0] ? 0 : 1][1], scale);
       }
@@ -285,4 +290,4 @@ function withoutViewer(state, text) {
 }
 
 followTheme();
-start().catch((error) => withoutViewer("error", `The slices cannot be shown (${error.message}). The table and the picture below need none of it.`));
+start().catch((error) => withoutViewer("error", `The slices cannot be shown (${error.message}). The table and the picture below still work.`));
