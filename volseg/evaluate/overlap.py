@@ -214,7 +214,7 @@ def _check_same_grid(reference: Geometry, predicted: Geometry, case_id: str) -> 
         raise ScanError(
             f"{case_id}: the predicted mask is not on the grid of the reference: {difference}; "
             f"{reference.share_of(predicted):.0%} of it lies within the reference",
-            fix="save the predicted mask on the reference's grid; volseg resamples no mask silently",
+            fix="save the predicted mask on the grid of the reference; masks are not resampled",
             code="E_PAIR",
         )
 
@@ -230,7 +230,7 @@ def _check_named(counts: Mapping[int, int], label_names: Mapping[int, str], case
     unnamed = sorted(counts.keys() - label_names.keys())
     if unnamed:
         raise ScanError(
-            f"{case_id}: the masks have values {unnamed} without a name; named: {dict(label_names)}",
+            f"{case_id}: masks have values {unnamed} without a name; named: {dict(label_names)}",
             fix="name these values, or set them to 0 in both masks",
             code="E_LABEL",
         )
