@@ -8,34 +8,35 @@ import pytest
 
 from volseg.evaluate.agreement import agreement
 
-# Peak expiratory flow of 17 people by two meters, L/min: Bland and Altman, Lancet i:307 (1986), table 1.
+# Peak expiratory flow of 17 people by two meters, L/min: Bland and Altman, Lancet i:307 (1986),
+# table 1.
 WRIGHT = [494, 395, 516, 434, 476, 557, 413, 442, 650, 433, 417, 656, 267, 478, 178, 423, 427]
 MINI_WRIGHT = [512, 430, 520, 428, 500, 600, 364, 380, 658, 445, 432, 626, 260, 477, 259, 350, 451]
 
 
 def test_the_published_example():
-    found = agreement(MINI_WRIGHT, WRIGHT, range(17))
-    assert found.bias == pytest.approx(-2.1, abs=0.05)
-    assert found.sd == pytest.approx(38.8, abs=0.05)
-    assert found.bias_95 == pytest.approx((-22.0, 17.8), abs=0.1)
-    assert found.pearson == pytest.approx(0.94, abs=0.005)
-    assert found.lower_limit == pytest.approx(-2.1 - 1.96 * 38.8, abs=0.1)
-    assert found.upper_limit == pytest.approx(-2.1 + 1.96 * 38.8, abs=0.1)
-    # The paper's approximate intervals of the limits are (-114.3, -45.1) and (40.9, 110.1) about bias ∓ 2 SD.
-    assert -130 < found.lower_limit_95[0] < -110 < -60 < found.lower_limit_95[1] < -45
-    assert 40 < found.upper_limit_95[0] < 60 < 110 < found.upper_limit_95[1] < 130
+    result = agreement(MINI_WRIGHT, WRIGHT, range(17))
+    assert result.bias == pytest.approx(-2.1, abs=0.05)
+    assert result.sd == pytest.approx(38.8, abs=0.05)
+    assert result.bias_95 == pytest.approx((-22.0, 17.8), abs=0.1)
+    assert result.pearson == pytest.approx(0.94, abs=0.005)
+    assert result.lower_limit == pytest.approx(-2.1 - 1.96 * 38.8, abs=0.1)
+    assert result.upper_limit == pytest.approx(-2.1 + 1.96 * 38.8, abs=0.1)
+    # The paper's approximate intervals are (-114.3, -45.1) and (40.9, 110.1) about bias ∓ 2 SD.
+    assert -130 < result.lower_limit_95[0] < -110 < -60 < result.lower_limit_95[1] < -45
+    assert 40 < result.upper_limit_95[0] < 60 < 110 < result.upper_limit_95[1] < 130
 
 
 def test_by_hand():
-    found = agreement([1, 2, 3, 4], [2, 2, 5, 4], "abcd")
-    assert found.bias == pytest.approx(3 / 4)  # differences 1, 0, 2, 0
-    assert found.sd == pytest.approx(math.sqrt((5 - 9 / 4) / 3))
+    result = agreement([1, 2, 3, 4], [2, 2, 5, 4], "abcd")
+    assert result.bias == pytest.approx(3 / 4)  # differences 1, 0, 2, 0
+    assert result.sd == pytest.approx(math.sqrt((5 - 9 / 4) / 3))
     covariance, var_x, var_y = 37 / 4 - 2.5 * 3.25, 30 / 4 - 2.5**2, 49 / 4 - 3.25**2
-    assert found.pearson == pytest.approx(covariance / math.sqrt(var_x * var_y))
-    assert found.concordance == pytest.approx(2 * covariance / (var_x + var_y + 0.75**2))
+    assert result.pearson == pytest.approx(covariance / math.sqrt(var_x * var_y))
+    assert result.concordance == pytest.approx(2 * covariance / (var_x + var_y + 0.75**2))
 
 
-def test_correlation_does_not_see_what_concordance_does():
+def test_concordance_sees_a_shift_that_correlation_does_not():
     x = np.random.default_rng(0).uniform(10, 90, 40)
     same = agreement(x, x, range(40))
     assert (same.bias, same.sd, same.pearson, same.concordance) == pytest.approx((0, 0, 1, 1))
@@ -46,14 +47,14 @@ def test_correlation_does_not_see_what_concordance_does():
     assert max(shifted.concordance, doubled.concordance) < 0.8
 
 
-def test_the_other_way_round_the_limits_change_places():
+def test_swapping_the_sides_swaps_the_limits():
     rng = np.random.default_rng(4)
     x = rng.uniform(10, 90, 40)
     y = x + rng.normal(3, 5, 40)
-    there, back = agreement(x, y, range(40)), agreement(y, x, range(40))
-    assert (back.bias, back.concordance) == pytest.approx((-there.bias, there.concordance))
-    assert back.lower_limit_95 == pytest.approx([-end for end in there.upper_limit_95[::-1]])
-    assert back.upper_limit_95 == pytest.approx([-end for end in there.lower_limit_95[::-1]])
+    forward, back = agreement(x, y, range(40)), agreement(y, x, range(40))
+    assert (back.bias, back.concordance) == pytest.approx((-forward.bias, forward.concordance))
+    assert back.lower_limit_95 == pytest.approx([-end for end in forward.upper_limit_95[::-1]])
+    assert back.upper_limit_95 == pytest.approx([-end for end in forward.lower_limit_95[::-1]])
 
 
 def test_large_numbers_do_not_cancel():
@@ -64,57 +65,61 @@ def test_large_numbers_do_not_cancel():
     assert large.sd == pytest.approx(small.sd, rel=1e-6)
 
 
-def test_the_intervals_hold_the_truth_about_as_often_as_they_say():
+def test_intervals_cover_the_truth_at_their_level():
     rng = np.random.default_rng(2)
-    held = np.zeros(4)
+    hits = np.zeros(4)
     for _ in range(150):
         x = rng.normal(50, 10, 12)
-        found = agreement(x, x + rng.normal(1, 2, 12), range(12))
+        result = agreement(x, x + rng.normal(1, 2, 12), range(12))
         truths = (1, 1 - 1.959964 * 2, 1 + 1.959964 * 2, 10 / math.hypot(10, 2))
-        intervals = (found.bias_95, found.lower_limit_95, found.upper_limit_95, found.pearson_95)
-        held += [low <= truth <= high for truth, (low, high) in zip(truths, intervals, strict=True)]
-    assert (
-        held[:3] / 150 >= 0.91
-    ).all()  # exact for normal differences: 0.95 less what chance takes
-    assert held[3] / 150 >= 0.91
+        intervals = (
+            result.bias_95,
+            result.lower_limit_95,
+            result.upper_limit_95,
+            result.pearson_95,
+        )
+        hits += [low <= truth <= high for truth, (low, high) in zip(truths, intervals, strict=True)]
+    # exact for normal differences: 0.95 less chance
+    assert (hits[:3] / 150 >= 0.91).all()
+    assert hits[3] / 150 >= 0.91
 
 
-def test_intervals_of_patients_with_several_pairs_hold_the_truth_about_as_often_as_they_say():
+def test_intervals_of_patients_with_several_pairs_cover_the_truth_at_their_level():
     rng = np.random.default_rng(6)
-    held = np.zeros(4)
+    hits = np.zeros(4)
     for _ in range(300):
         x = rng.normal(50, 10, (6, 3))
         y = x + 1 + rng.normal(0, 1, (6, 1)) + rng.normal(0, math.sqrt(3), (6, 3))
-        found = agreement(x.ravel(), y.ravel(), np.repeat(np.arange(6), 3).tolist())
+        result = agreement(x.ravel(), y.ravel(), np.repeat(np.arange(6), 3).tolist())
         truths = (1, 1 - 1.959964 * 2, 1 + 1.959964 * 2, 10 / math.hypot(10, 2))
-        intervals = (found.bias_95, found.lower_limit_95, found.upper_limit_95, found.pearson_95)
-        held += [low <= truth <= high for truth, (low, high) in zip(truths, intervals, strict=True)]
-        assert -1 < found.concordance_95[0] <= found.concordance <= found.concordance_95[1] < 1
-    assert (held / 300 >= 0.91).all()
+        intervals = (
+            result.bias_95,
+            result.lower_limit_95,
+            result.upper_limit_95,
+            result.pearson_95,
+        )
+        hits += [low <= truth <= high for truth, (low, high) in zip(truths, intervals, strict=True)]
+        assert -1 < result.concordance_95[0] <= result.concordance <= result.concordance_95[1] < 1
+    assert (hits / 300 >= 0.91).all()
 
 
-def test_scans_of_one_patient_do_not_make_the_limits_surer():
+def test_more_scans_of_a_patient_do_not_narrow_the_limits():
     rng = np.random.default_rng(3)
     x = rng.normal(50, 10, 20)
     y = x + rng.normal(0, 2, 20)
     widths = []
     for times in (2, 12):
-        found = agreement(
-            np.repeat(x, times), np.repeat(y, times), np.repeat(np.arange(20), times).tolist()
-        )
-        assert (found.n, found.n_patients) == (20 * times, 20)
-        widths.append(
-            [
-                high - low
-                for low, high in (found.bias_95, found.upper_limit_95, found.concordance_95)
-            ]
-        )
+        patients = np.repeat(np.arange(20), times).tolist()
+        result = agreement(np.repeat(x, times), np.repeat(y, times), patients)
+        assert (result.n, result.n_patients) == (20 * times, 20)
+        intervals = (result.bias_95, result.upper_limit_95, result.concordance_95)
+        widths.append([high - low for low, high in intervals])
     assert widths[1] == pytest.approx(widths[0], rel=0.05)
     alone = agreement(x, y, range(20))
     assert widths[1][0] == pytest.approx(alone.bias_95[1] - alone.bias_95[0], rel=0.2)
 
 
-def test_what_cannot_be_known_is_not_a_number():
+def test_what_cannot_be_measured_is_nan():
     few = asdict(agreement([1, 2], [1, 3], "ab"))
     assert (few.pop("n"), few.pop("n_patients")) == (2, 2)
     assert few.pop("no_intervals") == "2 patients; an interval needs at least 5"
@@ -122,11 +127,10 @@ def test_what_cannot_be_known_is_not_a_number():
     constant = agreement([5, 5, 5], [4, 5, 6], "abc")
     assert math.isnan(constant.pearson) and math.isnan(constant.concordance_95[0])
     assert constant.bias == pytest.approx(0)
-    one = agreement(
-        [1, 2, 3, 4], [1, 2, 3, 5], "aaab"
-    )  # two patients: a number, but nobody knows how sure
-    assert one.bias == 0.25
-    assert math.isnan(one.bias_95[0]) and math.isnan(one.pearson_95[0])
+    # two patients: a bias, but no interval
+    two = agreement([1, 2, 3, 4], [1, 2, 3, 5], "aaab")
+    assert two.bias == 0.25
+    assert math.isnan(two.bias_95[0]) and math.isnan(two.pearson_95[0])
     four = agreement([1, 2, 3, 4], [1, 2, 3, 5], "abcd")
     assert math.isnan(four.bias_95[0]) and math.isnan(four.upper_limit_95[0])
     assert four.no_intervals == "4 patients; an interval needs at least 5"
@@ -136,7 +140,7 @@ def test_what_cannot_be_known_is_not_a_number():
 
 
 def test_bad_input_is_refused():
-    with pytest.raises(ValueError, match=r"all are \(N,\)"):
+    with pytest.raises(ValueError, match=r"one shape \(N,\)"):
         agreement([1, 2, 3], [1, 2], "abc")
     with pytest.raises(ValueError, match="finite"):
         agreement([1, 2, math.nan], [1, 2, 3], "abc")

@@ -27,7 +27,7 @@ def of_side(rows, side):
 
 
 def bars(*spans, length=40):
-    """A mask with a row of voxels for each (start, stop)."""
+    """Make a mask with a row of voxels for each (start, stop)."""
     mask = np.zeros((length, 3, 3), np.uint8)
     for start, stop in spans:
         mask[start:stop, 1, 1] = 1
@@ -39,11 +39,11 @@ def rates(reference, predicted, rows):
     (row,) = evaluate_case(
         Volume(reference, geometry), Volume(predicted, geometry), {1: "tumour"}, case_id="scan"
     )
-    found = with_lesions(row, rows)
-    return found.lesion_sensitivity, found.lesion_precision, found.lesion_f1
+    filled = with_lesions(row, rows)
+    return filled.lesion_sensitivity, filled.lesion_precision, filled.lesion_f1
 
 
-def test_a_lesion_that_was_split_is_found_once_and_the_other_part_is_false():
+def test_one_part_of_a_split_lesion_is_matched_and_the_other_is_false():
     reference, predicted = bars((2, 22)), bars((2, 12), (14, 22))
     rows = detect(reference, predicted)
     (truth,), (large, small) = of_side(rows, "reference"), of_side(rows, "predicted")
@@ -54,7 +54,7 @@ def test_a_lesion_that_was_split_is_found_once_and_the_other_part_is_false():
     assert rates(reference, predicted, rows) == pytest.approx((1, 1 / 2, 2 / 3))
 
 
-def test_of_lesions_that_were_merged_one_is_found_and_the_other_missed():
+def test_one_of_two_merged_lesions_is_matched_and_the_other_is_missed():
     reference, predicted = bars((2, 12), (14, 22)), bars((2, 22))
     rows = detect(reference, predicted)
     large, small = of_side(rows, "reference")
@@ -64,33 +64,28 @@ def test_of_lesions_that_were_merged_one_is_found_and_the_other_missed():
     assert rates(reference, predicted, rows) == pytest.approx((1 / 2, 1, 2 / 3))
 
 
-def test_pairs_are_those_of_the_best_sum_and_not_the_best_first():
-    # The first of each overlaps most (8 / 19), but the pairs across overlap more together (4 / 18 + 3 / 15).
+def test_pairs_have_the_largest_sum_of_iou_rather_than_the_largest_iou_first():
+    # The first pair overlaps most (8 / 19), but the crossed pairs sum to more (4 / 18 + 3 / 15).
     reference, predicted = bars((10, 24), (26, 31)), bars((16, 29), (6, 14))
     rows = detect(reference, predicted)
-    assert (
-        [row.matched_id for row in of_side(rows, "reference")]
-        == [2, 1]
-        == best_by_trial(reference, predicted)
-    )
+    partners = [row.matched_id for row in of_side(rows, "reference")]
+    assert partners == [2, 1] == best_by_trial(reference, predicted)
     assert [row.iou for row in of_side(rows, "reference")] == [4 / 18, 3 / 15]
 
 
 def best_by_trial(reference, predicted):
-    """The number of the predicted lesion for each reference lesion, from trying every pairing."""
+    """Return the partner of each reference lesion, from trying every pairing."""
     geometry = Geometry(reference.shape, oblique((0.7, 0.9, 2.5)))
     truth, guess = (label_lesions(mask, geometry) for mask in (reference, predicted))
     n, m = len(truth.labels), len(guess.labels)
-    iou = np.zeros((n, m + n))  # further columns: nobody
+    iou = np.zeros((n, m + n))  # the last n columns: unmatched
     for i in range(n):
         for j in range(m):
-            one, other = truth.ids == i + 1, guess.ids == j + 1
+            true_mask, guess_mask = truth.ids == i + 1, guess.ids == j + 1
             if truth.labels[i] == guess.labels[j]:
-                iou[i, j] = (one & other).sum() / (one | other).sum()
-    best = max(
-        permutations(range(m + n), n),
-        key=lambda chosen: sum(iou[i, j] for i, j in enumerate(chosen)),
-    )
+                iou[i, j] = (true_mask & guess_mask).sum() / (true_mask | guess_mask).sum()
+    pairings = permutations(range(m + n), n)
+    best = max(pairings, key=lambda columns: sum(iou[i, j] for i, j in enumerate(columns)))
     return [j + 1 if j < m and iou[i, j] > 0 else None for i, j in enumerate(best)]
 
 
@@ -103,44 +98,34 @@ def test_no_other_pairing_overlaps_more(seed):
             i, j = rng.integers(0, 6, 2)
             mask[i : i + 2, j : j + 2, rng.integers(0, 3)] = rng.integers(1, 3)
     rows = detect(reference, predicted)
-    chosen = {row.lesion_id: row for row in of_side(rows, "reference")}
+    truths = of_side(rows, "reference")
     best = best_by_trial(reference, predicted)
-    table = {row.lesion_id: row for row in of_side(rows, "predicted")}
-    assert [row.matched_id is None for row in chosen.values()].count(False) == sum(
-        value is not None for value in best
-    )
-    for row in chosen.values():
-        if row.matched_id is not None:
-            partner = table[row.matched_id]
-            assert (partner.matched_id, partner.label, partner.iou) == (
-                row.lesion_id,
-                row.label,
-                row.iou,
-            )
-    total = sum(row.iou or 0 for row in chosen.values())
-    again = match_lesions(
-        *(label_lesions(mask, Geometry(mask.shape, np.eye(4))) for mask in (predicted, reference))
-    )
-    assert total == pytest.approx(
-        np.nansum(again.iou_of_reference)
-    )  # the sum is the same from the other side
+    guesses = {row.lesion_id: row for row in of_side(rows, "predicted")}
+    matched = [row for row in truths if row.matched_id is not None]
+    assert len(matched) == sum(partner is not None for partner in best)
+    for row in matched:
+        guess = guesses[row.matched_id]
+        expected = (row.lesion_id, row.label, row.iou)
+        assert (guess.matched_id, guess.label, guess.iou) == expected
+    geometry = Geometry(reference.shape, np.eye(4))
+    swapped = match_lesions(*(label_lesions(mask, geometry) for mask in (predicted, reference)))
+    assert sum(row.iou or 0 for row in truths) == pytest.approx(np.nansum(swapped.iou_of_reference))
 
 
 def label_count(mask):
     return len(label_lesions(mask, Geometry(mask.shape, np.eye(4))).labels)
 
 
-def test_an_overlap_below_the_least_is_no_find():
+def test_an_overlap_below_min_iou_is_not_matched():
     reference, predicted = bars((2, 12)), bars((7, 17))  # IoU 5 / 15
-    assert [row.status for row in detect(reference, predicted, min_iou=1 / 3)] == [
-        "matched",
-        "matched",
-    ]
-    assert [row.status for row in detect(reference, predicted, min_iou=0.34)] == ["missed", "false"]
-    assert [row.n_overlapping for row in detect(reference, predicted, min_iou=0.34)] == [1, 1]
+    rows = detect(reference, predicted, min_iou=1 / 3)
+    assert [row.status for row in rows] == ["matched", "matched"]
+    rows = detect(reference, predicted, min_iou=0.34)
+    assert [row.status for row in rows] == ["missed", "false"]
+    assert [row.n_overlapping for row in rows] == [1, 1]
 
 
-def test_a_lesion_of_another_label_is_no_find():
+def test_lesions_of_different_labels_are_not_matched():
     reference, predicted = bars((2, 12)), 2 * bars((2, 12))
     rows = detect(reference, predicted)
     assert [(row.status, row.label_name, row.n_overlapping) for row in rows] == [
@@ -177,9 +162,8 @@ def test_size_and_place_are_those_of_a_ball(affine):
     assert row.diameter_mm == pytest.approx(18, rel=0.02)
     assert row.size_bin == "10 to 20"
     centre = geometry.to_world_mm(np.argwhere(mask)).mean(axis=0)
-    assert (row.centroid_r_mm, row.centroid_a_mm, row.centroid_s_mm) == pytest.approx(
-        centre.tolist()
-    )
+    centroid = (row.centroid_r_mm, row.centroid_a_mm, row.centroid_s_mm)
+    assert centroid == pytest.approx(centre.tolist())
     assert row.volume_ml == pytest.approx(mask.sum() * geometry.voxel_volume_mm3 / 1000)
 
 
@@ -208,7 +192,7 @@ def test_all_48_orientations_give_the_same_rows():
             )
 
 
-def test_thousands_of_lesions_do_not_make_a_table_of_all_pairs():
+def test_thousands_of_lesions_need_no_table_of_all_pairs():
     rng = np.random.default_rng(1)
     reference, predicted = (rng.random((2, 90, 90, 90)) < 0.01).astype(np.uint8)
     rows = detect(reference, predicted)
@@ -218,49 +202,37 @@ def test_thousands_of_lesions_do_not_make_a_table_of_all_pairs():
 
 
 def test_froc_by_hand():
-    found = froc(
-        np.array([0.9, 0.8, 0.8, 0.7, 0.6]),
-        np.array([True, True, False, False, True]),
-        n_reference=5,
-        n_scans=2,
-    )
-    assert found.thresholds.tolist() == [0.9, 0.8, 0.7, 0.6]
-    assert found.sensitivity.tolist() == [1 / 5, 2 / 5, 2 / 5, 3 / 5]
-    assert found.false_positives_per_scan.tolist() == [0, 1 / 2, 1, 1]
-    assert [found.sensitivity_at(rate) for rate in (0, 0.49, 0.5, 1, 8)] == [
-        0.2,
-        0.2,
-        0.4,
-        0.6,
-        0.6,
-    ]
-    assert found.score == pytest.approx((0.2 + 0.2 + 0.4 + 4 * 0.6) / 7)
+    confidence = np.array([0.9, 0.8, 0.8, 0.7, 0.6])
+    is_matched = np.array([True, True, False, False, True])
+    curve = froc(confidence, is_matched, n_reference=5, n_scans=2)
+    assert curve.thresholds.tolist() == [0.9, 0.8, 0.7, 0.6]
+    assert curve.sensitivity.tolist() == [1 / 5, 2 / 5, 2 / 5, 3 / 5]
+    assert curve.false_positives_per_scan.tolist() == [0, 1 / 2, 1, 1]
+    sensitivities = [curve.sensitivity_at(rate) for rate in (0, 0.49, 0.5, 1, 8)]
+    assert sensitivities == [0.2, 0.2, 0.4, 0.6, 0.6]
+    assert curve.score == pytest.approx((0.2 + 0.2 + 0.4 + 4 * 0.6) / 7)
 
 
-def test_froc_never_falls_and_is_about_ranks_alone():
+def test_froc_never_falls_and_depends_on_ranks_alone():
     rng = np.random.default_rng(2)
     confidence, is_matched = rng.random(200).round(2), rng.random(200) < 0.4
-    found = froc(confidence, is_matched, n_reference=120, n_scans=30)
-    assert (np.diff(found.sensitivity) >= 0).all() and (
-        np.diff(found.false_positives_per_scan) >= 0
-    ).all()
-    assert found.sensitivity[-1] == is_matched.sum() / 120
-    assert found.false_positives_per_scan[-1] == (~is_matched).sum() / 30
+    curve = froc(confidence, is_matched, n_reference=120, n_scans=30)
+    rates = curve.false_positives_per_scan
+    assert (np.diff(curve.sensitivity) >= 0).all() and (np.diff(rates) >= 0).all()
+    assert curve.sensitivity[-1] == is_matched.sum() / 120
+    assert rates[-1] == (~is_matched).sum() / 30
     squared = froc(confidence**2, is_matched, n_reference=120, n_scans=30)
-    np.testing.assert_array_equal(squared.sensitivity, found.sensitivity)
-    assert squared.score == found.score
-    # MONAI's curve goes through the same points, but for the lowest confidence, which it leaves out.
+    np.testing.assert_array_equal(squared.sensitivity, curve.sensitivity)
+    assert squared.score == curve.score
+    # MONAI's curve has the same points except that of the lowest confidence.
     points = compute_froc_curve_data(confidence[~is_matched], confidence[is_matched], 120, 30)
-    ours = {
-        (round(x, 9), round(y, 9))
-        for x, y in zip(found.false_positives_per_scan, found.sensitivity)
-    }
+    ours = {(round(x, 9), round(y, 9)) for x, y in zip(rates, curve.sensitivity)}
     theirs = {(round(x, 9), round(y, 9)) for x, y in zip(*points, strict=True)}
     assert theirs - {(0, 0)} <= ours
     assert len(theirs) > 20
 
 
-def test_froc_without_a_confidence_or_lesions_is_refused_and_without_predictions_finds_nothing():
+def test_froc_refuses_nan_and_no_lesions_and_scores_0_without_predictions():
     with pytest.raises(ValueError, match="1 NaN"):
         froc(np.array([np.nan]), np.array([True]), n_reference=1, n_scans=1)
     with pytest.raises(ValueError, match="0 lesions"):

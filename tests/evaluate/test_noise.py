@@ -1,4 +1,4 @@
-"""Noise in evaluate and compare: overlap is still measured, lesions are not matched, and nothing is silent."""
+"""Noisy masks: overlap is measured, lesions are not matched or compared, and a warning says so."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from volseg.volume import Geometry, Volume
 AFFINE = np.diag([-0.8, -0.8, 1.5, 1.0])
 
 
-def noise(shape, share, n_labels=3, seed=0):
+def noise(shape, density, n_labels=3, seed=0):
     rng = np.random.default_rng(seed)
-    return (rng.integers(1, n_labels + 1, shape) * (rng.random(shape) < share)).astype(np.uint8)
+    return (rng.integers(1, n_labels + 1, shape) * (rng.random(shape) < density)).astype(np.uint8)
 
 
 def test_lesions_of_noise_are_not_matched():
@@ -37,7 +37,7 @@ def test_lesions_of_noise_are_not_matched():
         detect_lesions(*masks, names, case_id="x", many=100)
 
 
-def test_lesions_that_overlap_in_too_many_ways_are_not_matched():
+def test_lesions_with_too_many_overlapping_pairs_are_not_matched():
     rods, others = np.zeros((2, 142, 142, 10), np.uint8)
     rods[::2], others[:, ::2] = 1, 1
     rods[:, :, 1::2] = others[:, :, 1::2] = 0
@@ -57,17 +57,16 @@ def test_a_noisy_prediction_has_its_overlap_and_a_warning_and_no_lesions(tmp_pat
     guess = noise(shape, 0.06, 3)
     for folder, mask in (("truth", truth), ("guess", guess)):
         (tmp_path / folder).mkdir()
-        nibabel.nifti1.save(
-            nibabel.nifti1.Nifti1Image(mask, AFFINE), tmp_path / folder / "a.nii.gz"
-        )
+        image = nibabel.nifti1.Nifti1Image(mask, AFFINE)
+        nibabel.nifti1.save(image, tmp_path / folder / "a.nii.gz")
     report = volseg.evaluate(
         reference=tmp_path / "truth", predicted=tmp_path / "guess", out=tmp_path / "out"
     )
     assert not report.failed
     with (tmp_path / "out" / "evaluation.csv").open(newline="") as file:
         row = next(csv.DictReader(file))
-    both, either = ((truth == 1) & (guess == 1)).sum(), (truth == 1).sum() + (guess == 1).sum()
-    assert float(row["dice"]) == pytest.approx(2 * both / either, rel=1e-4)
+    n_both, n_sum = ((truth == 1) & (guess == 1)).sum(), (truth == 1).sum() + (guess == 1).sum()
+    assert float(row["dice"]) == pytest.approx(2 * n_both / n_sum, rel=1e-4)
     assert row["n_predicted_lesions"] == row["lesion_precision"] == ""
     assert "W_SPECKS: the prediction has" in row["notes"]
     (warning,) = report.details["warnings"]
@@ -75,18 +74,18 @@ def test_a_noisy_prediction_has_its_overlap_and_a_warning_and_no_lesions(tmp_pat
     assert json.loads((tmp_path / "out" / "summary.json").read_text())["warnings"] == [warning]
 
 
-def test_surface_distances_of_noise_are_those_without_pieces(monkeypatch):
+def test_surface_distances_do_not_depend_on_the_chunk_size(monkeypatch):
     from volseg.evaluate import surface
 
     truth, guess = noise((12, 13, 14), 0.02), noise((12, 13, 14), 0.3)
     geometry = Geometry(truth.shape, AFFINE)
     expected = surface_distances(truth, guess, geometry)
     monkeypatch.setattr(surface, "LOOKED_UP_TOGETHER", 7)
-    found = surface_distances(truth, guess, geometry)
-    assert expected.keys() == found.keys()
+    chunked = surface_distances(truth, guess, geometry)
+    assert expected.keys() == chunked.keys()
     for label, distances in expected.items():
-        assert np.array_equal(distances.from_reference, found[label].from_reference)
-        assert np.array_equal(distances.from_predicted, found[label].from_predicted)
+        assert np.array_equal(distances.from_reference, chunked[label].from_reference)
+        assert np.array_equal(distances.from_predicted, chunked[label].from_predicted)
 
 
 def test_surface_distances_of_noise_take_a_bounded_number_of_bytes_per_voxel():
@@ -105,7 +104,7 @@ def test_surface_distances_of_noise_take_a_bounded_number_of_bytes_per_voxel():
         {"n_lesions": 117, "warnings": "W_SPECKS: the boxes round 117 lesions would fill the scan"},
     ],
 )
-def test_noise_is_not_compared_and_the_reason_is_given(noise, tmp_path):
+def test_noise_is_not_compared_and_the_reason_says_why(noise, tmp_path):
     row = CaseRow(case_id="a", status="done", image="a.nii.gz", **noise)
     for time in ("before", "after"):
         with ResultsFolder(tmp_path / time, "measure") as results:
@@ -114,7 +113,5 @@ def test_noise_is_not_compared_and_the_reason_is_given(noise, tmp_path):
             results.write_tables()
     report = volseg.compare(tmp_path / "before", tmp_path / "after", out=tmp_path / "out")
     (reason,) = report.failed.values()
-    assert (
-        reason.startswith("E_SPECKS")
-        and f"{noise['n_lesions']:,} lesions: its mask looks like noise" in reason
-    )
+    assert reason.startswith("E_SPECKS")
+    assert f"{noise['n_lesions']:,} lesions: its mask looks like noise" in reason

@@ -18,7 +18,7 @@ def row(n, dice):
     )
 
 
-def test_the_validation_of_a_model_has_an_interval_from_five_patients_on_and_else_the_reason():
+def test_a_validation_has_an_interval_from_five_patients_on_and_else_a_reason():
     dice = [0.95, 0.9, 0.97, 0.85, 0.6]
     metrics = summary([row(n, value) for n, value in enumerate(dice)])
     low, high = metrics["validation_dice_lesion_95"]

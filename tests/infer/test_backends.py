@@ -30,24 +30,28 @@ needs_openvino = pytest.mark.skipif(not openvino_is_installed(), reason="openvin
 
 
 def network(seed=0, **settings):
-    """A small U-Net with random weights, those of the normalisation too: an identity scale would hide a lost one."""
-    given = {"features": (4, 8, 8), "strides": ((1, 1, 1), (2, 2, 2), (2, 2, 2))} | settings
+    """Make a small U-Net with random weights, also in norms: a scale of 1 would hide a lost one."""
+    options = {"features": (4, 8, 8), "strides": ((1, 1, 1), (2, 2, 2), (2, 2, 2))} | settings
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        found = build_network("unet3d", in_channels=1, out_channels=3, **given)
+        unet = build_network("unet3d", in_channels=1, out_channels=3, **options)
         with torch.no_grad():
-            for parameter in found.parameters():
+            for parameter in unet.parameters():
                 if parameter.ndim == 1:
                     parameter.add_(torch.randn(parameter.shape) * 0.3)
-    return found.eval()
+    return unet.eval()
 
 
 def batch(n=3, shape=SHAPE, seed=0):
     return np.random.default_rng(seed).normal(size=(n, *shape[1:])).astype(np.float32)
 
 
-def on_torch(found, images):
-    return TorchBackend(found, torch.device("cpu")).logits(images)
+def on_torch(module, images):
+    return TorchBackend(module, torch.device("cpu")).logits(images)
+
+
+def on_openvino(module, shape=SHAPE, **options):
+    return OpenVINOBackend(convert(module, shape), shape, **options)
 
 
 def test_logits_are_float32_and_do_not_depend_on_the_batch():
@@ -71,32 +75,32 @@ def test_logits_are_float32_and_do_not_depend_on_the_batch():
 )
 @needs_openvino
 def test_openvino_gives_the_logits_of_torch(settings):
-    found, images = network(**settings), batch()
-    expected = on_torch(found, images)
-    backend = OpenVINOBackend(convert(found, SHAPE), SHAPE)
+    unet, images = network(**settings), batch()
+    expected = on_torch(unet, images)
+    backend = on_openvino(unet)
     np.testing.assert_allclose(backend.logits(images), expected, atol=1e-3)
     assert backend.identity == {"backend": "openvino", "precision": "fp32"}
 
 
 @needs_openvino
 def test_batches_of_any_size_and_patches_of_another_shape_run_too():
-    found = network()
-    backend = OpenVINOBackend(convert(found, SHAPE), (2, *SHAPE[1:]))
+    unet = network()
+    backend = OpenVINOBackend(convert(unet, SHAPE), (2, *SHAPE[1:]))
     for images in (batch(1), batch(2), batch(5), batch(1, (1, 1, 24, 16, 20)), batch(3)):
-        np.testing.assert_allclose(backend.logits(images), on_torch(found, images), atol=1e-3)
+        np.testing.assert_allclose(backend.logits(images), on_torch(unet, images), atol=1e-3)
 
 
 @needs_openvino
-def test_a_batch_that_is_not_contiguous_is_read_as_it_looks():
-    found = network()
+def test_a_batch_that_is_not_contiguous_gives_the_same_logits():
+    unet = network()
     images = np.flip(batch(), axis=3)
-    backend = OpenVINOBackend(convert(found, SHAPE), SHAPE)
-    np.testing.assert_allclose(backend.logits(images), on_torch(found, images.copy()), atol=1e-3)
+    expected = on_torch(unet, images.copy())
+    np.testing.assert_allclose(on_openvino(unet).logits(images), expected, atol=1e-3)
 
 
 @needs_openvino
-def test_logits_are_the_callers_to_keep_and_releasing_changes_none():
-    backend = OpenVINOBackend(convert(network(), SHAPE), SHAPE)
+def test_the_caller_owns_its_logits_and_release_does_not_change_them():
+    backend = on_openvino(network())
     first = backend.logits(batch(1))
     kept = first.copy()
     backend.release()
@@ -107,25 +111,23 @@ def test_logits_are_the_callers_to_keep_and_releasing_changes_none():
 
 
 @needs_openvino
-def test_the_memory_of_logits_is_used_again_only_when_nobody_holds_them():
-    backend = OpenVINOBackend(convert(network(), SHAPE), SHAPE)
-    place = backend.logits(batch(1)).ctypes.data
-    slice_of_it = torch.from_numpy(backend.logits(batch(1)))[0, :, 2:]
-    assert (
-        slice_of_it.data_ptr() - place == slice_of_it.storage_offset() * 4
-    )  # the same memory again
-    kept = slice_of_it.clone()
+def test_the_memory_of_logits_is_reused_only_when_no_caller_holds_them():
+    backend = on_openvino(network())
+    address = backend.logits(batch(1)).ctypes.data
+    part = torch.from_numpy(backend.logits(batch(1)))[0, :, 2:]
+    assert part.data_ptr() - address == part.storage_offset() * 4  # the same memory again
+    kept = part.clone()
     other = backend.logits(batch(1, seed=1))
-    assert other.ctypes.data != place
-    assert torch.equal(slice_of_it, kept)
+    assert other.ctypes.data != address
+    assert torch.equal(part, kept)
 
 
 @needs_openvino
-def test_logits_are_not_copied_on_their_way_out():
-    backend, images = OpenVINOBackend(convert(network(), SHAPE), SHAPE), batch(1)
+def test_openvino_does_not_copy_the_logits():
+    backend, images = on_openvino(network()), batch(1)
     size = backend.logits(images).nbytes
     tracemalloc.start()
-    backend.logits(images)  # into the memory of those before, which nobody holds
+    backend.logits(images)  # into the memory of the previous logits, which are no longer held
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < size / 2
@@ -133,27 +135,24 @@ def test_logits_are_not_copied_on_their_way_out():
 
 @needs_openvino
 def test_a_large_patch_of_constant_air_does_not_blur_the_statistics_of_normalisation():
-    found = network()
+    unet = network()
     images = np.full((1, 1, 128, 128, 128), -0.7, np.float32)
-    images[:, :, 50:80, 50:80, 50:80] += (
-        np.random.default_rng(0).normal(size=(30, 30, 30)).astype(np.float32)
-    )
-    expected = on_torch(found, images)
-    error = np.abs(
-        OpenVINOBackend(convert(found, images.shape), images.shape).logits(images) - expected
-    ).max()
+    noise = np.random.default_rng(0).normal(size=(30, 30, 30)).astype(np.float32)
+    images[:, :, 50:80, 50:80, 50:80] += noise
+    expected = on_torch(unet, images)
+    error = np.abs(on_openvino(unet, images.shape).logits(images) - expected).max()
     assert error < 2e-5 * np.abs(expected).max()
 
 
 @needs_openvino
 def test_fp32_is_fp32_and_half_precision_is_refused_where_the_chip_has_none(monkeypatch):
     openvino = import_openvino()
-    found, images = network(), batch()
-    expected = on_torch(found, images)
-    exact = OpenVINOBackend(convert(found, SHAPE), SHAPE)
+    unet, images = network(), batch()
+    expected = on_torch(unet, images)
+    exact = on_openvino(unet)
     assert exact._compiled.get_property("INFERENCE_PRECISION_HINT") == openvino.Type.f32
     if {"BF16", "FP16"} & set(openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")):
-        half = OpenVINOBackend(convert(found, SHAPE), SHAPE, precision="fp16")
+        half = on_openvino(unet, precision="fp16")
         error = np.abs(half.logits(images) - expected).max() / np.abs(expected).max()
         assert 1e-5 < error < 0.05
         assert half.identity["precision"] in ("bf16", "fp16")
@@ -182,8 +181,8 @@ def test_the_members_of_an_ensemble_are_all_named():
         def __init__(self, digest):
             self.identity = {"backend": "openvino", "network_sha256": digest}
 
-    found = EnsembleBackend([Stored("a"), Stored("b")]).identity
-    assert found == {"backend": "openvino", "network_sha256": "a,b", "networks": "2"}
+    identity = EnsembleBackend([Stored("a"), Stored("b")]).identity
+    assert identity == {"backend": "openvino", "network_sha256": "a,b", "networks": "2"}
 
 
 class Greedy(torch.nn.Module):
@@ -192,11 +191,10 @@ class Greedy(torch.nn.Module):
 
 
 def test_a_batch_that_does_not_fit_into_memory_fails_the_scan_not_the_run():
-    with pytest.raises(
-        ScanError, match=r"\(3, 1, 16, 24, 16\) does not fit into the memory of cpu"
-    ) as found:
+    message = r"\(3, 1, 16, 24, 16\) does not fit into the memory of cpu"
+    with pytest.raises(ScanError, match=message) as caught:
         on_torch(Greedy(), batch())
-    assert found.value.code == "E_OOM"
+    assert caught.value.code == "E_OOM"
 
 
 @needs_openvino
@@ -211,9 +209,8 @@ def test_training_leaves_openvinos_files_and_only_those_of_the_same_model_are_us
     expected = on_torch(bundle.segmentation_network(), images)
     np.testing.assert_allclose(load_backend(bundle, choice).logits(images), expected, atol=1e-3)
     monkeypatch.setattr(backends, "convert", None)  # must not be needed
-    np.testing.assert_allclose(
-        load_backend(bundle, choice, folder=model).logits(images), expected, atol=1e-3
-    )
+    exported = load_backend(bundle, choice, folder=model)
+    np.testing.assert_allclose(exported.logits(images), expected, atol=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -226,14 +223,11 @@ def test_a_damaged_file_is_never_used(damage, tmp_path):
     assert sorted(path.name for path in folder.iterdir()) == [
         f"segmentation.fp32.{suffix}" for suffix in ("bin", "json", "xml")
     ]
-    found, facts = read_exported(tmp_path, "segmentation.fp32", "a")
-    np.testing.assert_array_equal(
-        OpenVINOBackend(found, SHAPE).logits(batch()),
-        OpenVINOBackend(convert(network(), SHAPE), SHAPE).logits(batch()),
-    )
-    assert sorted(json.loads((folder / "segmentation.fp32.json").read_text())["files"]) == sorted(
-        facts["files"]
-    )
+    exported, facts = read_exported(tmp_path, "segmentation.fp32", "a")
+    backend, expected = OpenVINOBackend(exported, SHAPE), on_openvino(network())
+    np.testing.assert_array_equal(backend.logits(batch()), expected.logits(batch()))
+    stored = json.loads((folder / "segmentation.fp32.json").read_text())
+    assert sorted(stored["files"]) == sorted(facts["files"])
     content = bytearray((folder / damage).read_bytes())
     content[len(content) // 2] ^= 1
     (folder / damage).write_bytes(content)
@@ -245,44 +239,43 @@ def test_a_damaged_file_is_never_used(damage, tmp_path):
 @needs_openvino
 def test_a_file_in_the_way_of_an_exported_network_is_named(tmp_path):
     (tmp_path / "openvino").write_text("in the way")
+    model = convert(network(), SHAPE)
     with pytest.raises(VolsegError, match="openvino: is not a folder"):
-        write_exported(
-            convert(network(), SHAPE), tmp_path, "segmentation.fp32", {"model_sha256": "a"}
-        )
+        write_exported(model, tmp_path, "segmentation.fp32", {"model_sha256": "a"})
 
 
 class Wrong(torch.nn.Module):
-    """Computes something else when it is traced."""
+    """A module that computes other values when it is traced."""
 
     def forward(self, images):
         return images * (2 if torch.jit.is_tracing() else 1)
 
 
 @needs_openvino
-def test_a_network_that_is_converted_wrongly_is_not_used():
+def test_a_wrongly_converted_network_is_refused():
     with pytest.raises(VolsegError, match="off by"):
         convert(Wrong(), SHAPE)
 
 
 @needs_openvino
-def test_auto_takes_what_is_there_and_never_int8(monkeypatch):
-    chosen = choose_backend("auto", "cpu")
-    assert (chosen.backend, chosen.precision) == ("openvino", "fp32")
+def test_auto_takes_what_is_installed_and_never_int8(monkeypatch):
+    choice = choose_backend("auto", "cpu")
+    assert (choice.backend, choice.precision) == ("openvino", "fp32")
     monkeypatch.setitem(sys.modules, "openvino", None)
-    chosen = choose_backend("auto", "cpu")
-    assert (chosen.backend, chosen.precision) == ("torch", "fp32")
+    choice = choose_backend("auto", "cpu")
+    assert (choice.backend, choice.precision) == ("torch", "fp32")
 
 
 def test_a_backend_that_is_not_installed_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "openvino", None)
     for arguments in (("openvino", "cpu"), ("auto", "cpu", "int8"), ("auto", "cpu", "fp16")):
-        with pytest.raises(EnvironmentProblem, match="openvino is not installed") as found:
+        with pytest.raises(EnvironmentProblem, match="openvino is not installed") as caught:
             choose_backend(*arguments)
-        assert found.value.fix == "pip install 'volseg[cpu]'"
+        assert caught.value.fix == "pip install 'volseg[cpu]'"
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (("tensorrt", "cpu"), "'tensorrt' is unknown; to fix: use auto, torch or openvino"),
         (("auto", "cpu", "fp8"), "'fp8' is unknown; to fix: use auto, fp32, fp16 or int8"),
@@ -291,11 +284,11 @@ def test_a_backend_that_is_not_installed_says_what_to_install(monkeypatch):
         (("openvino", "tpu"), "auto, cpu or cuda"),
     ],
 )
-def test_what_does_not_go_together_is_refused_in_one_sentence(arguments, said):
-    with pytest.raises(VolsegError) as found:
+def test_options_that_cannot_be_combined_are_refused_in_one_line(arguments, message):
+    with pytest.raises(VolsegError) as caught:
         choose_backend(*arguments)
-    assert said in str(found.value)
-    assert "\n" not in str(found.value)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 @needs_openvino
@@ -305,7 +298,7 @@ def test_int8_without_a_quantised_network_says_how_to_make_one(model):
 
 
 @needs_openvino
-def test_nothing_is_reported_to_the_makers_of_openvino():
+def test_openvino_telemetry_is_not_imported():
     code = """
 import sys
 from volseg.infer.backends import import_openvino
@@ -318,7 +311,7 @@ print([name for name in sys.modules if name.startswith("openvino_telemetry")])
     assert done.stdout == "[]\n"
 
 
-def test_an_unknown_device_is_a_wrong_request_and_a_missing_one_the_environments():
+def test_an_unknown_device_and_a_missing_one_are_refused():
     assert choose_device("cpu").type == "cpu"
     with pytest.raises(VolsegError, match="auto, cpu or cuda"):
         choose_device("tpu")
@@ -362,7 +355,9 @@ import numpy as np
 from volseg.infer.backends import OpenVINOBackend, convert
 from volseg.models import build_network
 
-network = build_network("unet3d", in_channels=1, out_channels=2, features=(2, 4, 4), strides=((1,) * 3, (2,) * 3, (2,) * 3))
+strides = ((1,) * 3, (2,) * 3, (2,) * 3)
+options = {"in_channels": 1, "out_channels": 2, "features": (2, 4, 4), "strides": strides}
+network = build_network("unet3d", **options)
 first = OpenVINOBackend(convert(network.eval(), (1, 1, 8, 8, 8)), (1, 1, 8, 8, 8))
 second = OpenVINOBackend(convert(network.eval(), (1, 1, 8, 8, 8)), (1, 1, 8, 8, 8))
 del first

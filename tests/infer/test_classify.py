@@ -18,11 +18,11 @@ SETTINGS = Classify(
 
 
 class AreaNetwork:
-    """Answers with the share of lesion pixels: a stub whose result can be computed by hand."""
+    """A stub that returns the fraction of lesion pixels, which can be computed by hand."""
 
     def logits(self, batch):
-        share = batch[:, 1].mean(axis=(1, 2))
-        return np.stack([-share, share], axis=1)
+        fraction = batch[:, 1].mean(axis=(1, 2))
+        return np.stack([-fraction, fraction], axis=1)
 
 
 def scan_of_a_ball(radius_mm, affine):
@@ -47,11 +47,10 @@ def test_all_48_orders_give_the_same_slices_and_classes():
     image.array[: image.array.shape[0] // 2] += 100  # not symmetric any more
     expected = lesion_slices(image, inside, SETTINGS)
     ids = inside.astype(np.uint16)
-    for (stored, affine), (other, _) in zip(
-        orientations(image), orientations(image.with_array(ids)), strict=True
-    ):
+    masks = orientations(image.with_array(ids))
+    for (stored, affine), (mask, _) in zip(orientations(image), masks, strict=True):
         turned = Volume(stored, type(image.geometry)(stored.shape, affine))
-        np.testing.assert_allclose(lesion_slices(turned, other == 1, SETTINGS), expected, atol=1e-4)
+        np.testing.assert_allclose(lesion_slices(turned, mask == 1, SETTINGS), expected, atol=1e-4)
 
 
 def test_each_lesion_has_its_own_probabilities_and_the_crop_changes_nothing():
@@ -60,13 +59,13 @@ def test_each_lesion_has_its_own_probabilities_and_the_crop_changes_nothing():
     large, small = ball(9, geometry, centre - [15, 0, 0]), ball(4, geometry, centre + [15, 0, 0])
     ids = large.astype(np.uint16) + 2 * small.astype(np.uint16)
     image = Volume(np.where(ids > 0, 80, -800).astype(np.int16), geometry)
-    found = classify_lesions(image, ids, AreaNetwork(), SETTINGS)
-    assert [set(row) for row in found] == [{"small", "large"}] * 2
-    assert found[0]["large"] > found[1]["large"] > 0.5
-    for row, inside in zip(found, (large, small), strict=True):
+    rows = classify_lesions(image, ids, AreaNetwork(), SETTINGS)
+    assert [set(row) for row in rows] == [{"small", "large"}] * 2
+    assert rows[0]["large"] > rows[1]["large"] > 0.5
+    for row, inside in zip(rows, (large, small), strict=True):
         assert sum(row.values()) == pytest.approx(1)
-        share = lesion_slices(image, inside, SETTINGS)[:, 1].mean()
-        assert row["large"] == pytest.approx(1 / (1 + np.exp(-2 * share)), abs=1e-4)
+        fraction = lesion_slices(image, inside, SETTINGS)[:, 1].mean()
+        assert row["large"] == pytest.approx(1 / (1 + np.exp(-2 * fraction)), abs=1e-4)
 
 
 def test_a_scan_without_lesions_has_no_classes():

@@ -1,4 +1,4 @@
-"""When a recording is taken, on any machine, where a copy of the network stands for its recording; what a CUDA graph computes, on a GPU."""
+"""When a pass is recorded, with a copy as stand-in for a CUDA graph; its numbers, on a GPU."""
 
 import copy
 from types import SimpleNamespace
@@ -24,13 +24,12 @@ def network():
 
 
 def batch(seed=0, n=2):
-    return torch.from_numpy(
-        np.random.default_rng(seed).normal(size=(n, *SHAPE[1:])).astype(np.float32)
-    )
+    images = np.random.default_rng(seed).normal(size=(n, *SHAPE[1:])).astype(np.float32)
+    return torch.from_numpy(images)
 
 
 class Recorder:
-    """Records by copying and counts what was asked of it; a call takes so many seconds of a clock of its own."""
+    """A recorder that copies the network and counts calls, with a clock that calls advance."""
 
     def __init__(self, forward, monkeypatch, *, recording_s=1.0, forward_s=1.0):
         self.recordings = self.replays = self.emptied = 0
@@ -51,10 +50,10 @@ class Recorder:
         self.recordings += 1
         copied = copy.deepcopy(self.forward)
 
-        def replay(given):
+        def replay(images):
             self.replays += 1
             self.now += self.recording_s
-            return copied(given)
+            return copied(images)
 
         return replay
 
@@ -66,27 +65,27 @@ class Recorder:
         return self.recorded.run(self.run, images)
 
 
-def test_a_faster_recording_is_taken_after_the_trial_and_gives_the_same_logits(monkeypatch):
-    found = network()
-    run = Recorder(found, monkeypatch, forward_s=2.0)
+def test_a_faster_recording_is_used_after_the_trial_and_gives_the_same_logits(monkeypatch):
+    unet = network()
+    run = Recorder(unet, monkeypatch, forward_s=2.0)
     for index in range(TRIAL_AFTER + 4):
         images = batch(index)
         with torch.no_grad():
-            torch.testing.assert_close(run(images), found(images), rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(run(images), unet(images), rtol=1e-5, atol=1e-5)
         assert run.recordings == (index >= TRIAL_AFTER)
 
 
 def test_a_recording_is_dropped_when_a_batch_of_another_shape_comes(monkeypatch):
-    found = network()
-    run = Recorder(found, monkeypatch, forward_s=2.0)
+    unet = network()
+    run = Recorder(unet, monkeypatch, forward_s=2.0)
     for index in range(TRIAL_AFTER + 1):
         run(batch(index))
     emptied, replays = run.emptied, run.replays
-    rest = batch(99, n=1)
-    with torch.no_grad():  # the last tiles of a layer
-        torch.testing.assert_close(run(rest), found(rest))
+    smaller = batch(99, n=1)  # the last tiles of a layer
+    with torch.no_grad():
+        torch.testing.assert_close(run(smaller), unet(smaller))
     assert (run.emptied, run.replays) == (emptied + 1, replays)
-    for index in range(2 * TRIAL_AFTER):  # never so many of one shape in a row
+    for index in range(2 * TRIAL_AFTER):  # shapes alternate, so no trial begins
         run(batch(index, n=1 + index % 2))
     assert run.recordings == 1
 
@@ -102,7 +101,7 @@ def test_a_slower_recording_is_dropped_with_its_memory_and_not_tried_again(monke
     assert run.emptied == 2  # before it was made, and after it was dropped
 
 
-def test_what_cannot_be_recorded_runs_as_it_is():
+def test_a_pass_that_cannot_be_recorded_runs_plainly():
     def fail(forward, images):
         raise RuntimeError("operation not permitted when stream is capturing")
 
@@ -115,12 +114,10 @@ def test_what_cannot_be_recorded_runs_as_it_is():
     recorded = Recorded(record=fail, synchronize=lambda: None, empty_cache=lambda: None)
     for index in range(2 * TRIAL_AFTER):
         torch.testing.assert_close(recorded.run(forward, batch(index)), batch(index) + 1)
-    assert len(calls) == 2 * TRIAL_AFTER + 3  # three to know how long it takes
+    assert len(calls) == 2 * TRIAL_AFTER + 3  # three calls time the plain pass
 
 
-def test_a_released_recording_is_made_again_without_another_trial_once_the_next_scan_has_some_tiles(
-    monkeypatch,
-):
+def test_after_release_a_pass_is_recorded_again_without_another_trial(monkeypatch):
     run = Recorder(network(), monkeypatch, forward_s=2.0)
     for index in range(TRIAL_AFTER + 1):
         run(batch(index))
@@ -138,32 +135,32 @@ def test_a_released_recording_is_made_again_without_another_trial_once_the_next_
 def test_a_gpu_gives_the_same_logits_before_and_after_it_records(precision, monkeypatch):
     if not torch.cuda.is_available():
         pytest.skip("torch finds no CUDA device")
-    monkeypatch.setattr(cuda_graph, "WORTH", 1e9)  # whatever it gains
+    monkeypatch.setattr(cuda_graph, "WORTH", 1e9)  # record even without a gain
     device = torch.device("cuda")
     backend = TorchBackend(network(), device, precision=precision, may_record=True)
-    as_it_is = TorchBackend(network(), device, precision=precision)
-    images = [batch(index).cuda() for index in range(TRIAL_AFTER + 3)]
-    found = [backend.run(each) for each in images]  # kept, as a caller may
+    plain = TorchBackend(network(), device, precision=precision)
+    batches = [batch(index).cuda() for index in range(TRIAL_AFTER + 3)]
+    outputs = [backend.run(images) for images in batches]  # kept, as a caller may
     assert backend._recorded._recording is not None
-    for each, logits in zip(images, found, strict=True):
-        torch.testing.assert_close(logits, as_it_is.run(each), rtol=1e-2, atol=1e-2)
+    for images, logits in zip(batches, outputs, strict=True):
+        torch.testing.assert_close(logits, plain.run(images), rtol=1e-2, atol=1e-2)
     before = torch.cuda.memory_reserved()
     backend.release()
     assert torch.cuda.memory_reserved() < before
-    torch.testing.assert_close(backend.run(images[0]), found[0], rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(backend.run(batches[0]), outputs[0], rtol=1e-2, atol=1e-2)
 
 
 @pytest.mark.gpu
-def test_a_network_that_asks_for_results_on_the_way_runs_as_it_is():
+def test_a_network_that_synchronises_runs_plainly():
     if not torch.cuda.is_available():
         pytest.skip("torch finds no CUDA device")
 
-    class Asking(torch.nn.Module):
+    class Synchronising(torch.nn.Module):
         def forward(self, images):
             return images * (2 if images.mean().item() > -1e9 else 3)
 
     stream = torch.cuda.current_stream()
-    backend = TorchBackend(Asking(), torch.device("cuda"), precision="fp32", may_record=True)
+    backend = TorchBackend(Synchronising(), torch.device("cuda"), precision="fp32", may_record=True)
     images = batch().cuda()
     for _ in range(2 * TRIAL_AFTER):
         torch.testing.assert_close(backend.run(images), images * 2)

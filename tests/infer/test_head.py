@@ -21,13 +21,13 @@ N_CLASSES, FEATURES = 11, 4
 
 def network(seed=0, n_classes=N_CLASSES, features=FEATURES):
     torch.manual_seed(seed)
-    found = build_network(
+    unet = build_network(
         "nnunet_plain", in_channels=1, out_channels=n_classes, features=[features, 8], **PLAIN
     ).eval()
     with torch.no_grad():
-        found.head.weight *= 20  # a network that is sure of something
-        found.head.bias += torch.randn(n_classes)
-    return found
+        unet.head.weight *= 20  # so that classes are clearly apart
+        unet.head.bias += torch.randn(n_classes)
+    return unet
 
 
 PLAIN = {
@@ -39,7 +39,7 @@ PLAIN = {
 
 
 def restored(backend, *, regions, empty_level, tta_axes, dtype=torch.float32):
-    """Mask and confidence of a scan with air at one end, on an oblique grid of other voxels."""
+    """Return mask and confidence of a scan with air at one end, restored to an oblique grid."""
     array = np.random.default_rng(0).normal(size=(1, 14, 20, 40)).astype(np.float32)
     array[..., 22:] = -3
     geometry = Geometry((20, 31, 30), oblique((0.9, 0.8, 1.6)))
@@ -58,48 +58,46 @@ def restored(backend, *, regions, empty_level, tta_axes, dtype=torch.float32):
     ("regions", "empty_level", "tta_axes"),
     [(False, None, (0, 2)), (False, -2.0, ()), (True, None, ())],
 )
-def test_a_head_that_is_put_off_gives_the_same_mask(kind, regions, empty_level, tta_axes):
+def test_a_deferred_head_gives_the_same_mask(kind, regions, empty_level, tta_axes):
     if kind == "openvino" and not find_spec("openvino"):
         pytest.skip("openvino is not installed")
     shape = (1, 1, *PATCH)
     if kind == "torch":
         whole, cut = TorchBackend(network(), CPU), network()
         head = take_head(cut, lambda: torch.randn(shape))
-        late = TorchBackend(cut, CPU, head=head)
+        deferred = TorchBackend(cut, CPU, head=head)
     else:
         whole, cut = OpenVINOBackend(convert(network(), shape), shape), convert(network(), shape)
         head = cut_head(cut)
-        late = OpenVINOBackend(cut, shape, head=head)
+        deferred = OpenVINOBackend(cut, shape, head=head)
     assert head is not None
-    assert late.logits(np.zeros(shape, np.float32)).shape[1] == FEATURES
+    assert deferred.logits(np.zeros(shape, np.float32)).shape[1] == FEATURES
     options = {"regions": regions, "empty_level": empty_level, "tta_axes": tta_axes}
     expected, expected_confidence = restored(whole, **options)
-    mask, confidence = restored(late, **options)
+    mask, confidence = restored(deferred, **options)
     assert len(np.unique(expected)) > 3
     assert (mask == expected).mean() > 0.9999
     same = mask == expected
     np.testing.assert_allclose(confidence[same].astype(int), expected_confidence[same], atol=1)
 
 
-@pytest.mark.skipif(
-    not find_spec("openvino") or not find_half_type(), reason="no half precision here"
-)
+@pytest.mark.skipif(not find_spec("openvino") or not find_half_type(), reason="no half precision")
 def test_in_half_precision_features_take_two_bytes_and_the_mask_hardly_changes():
     shape = (1, 1, *PATCH)
     cut = convert(network(), shape)
     head = cut_head(cut)
-    late = OpenVINOBackend(cut, shape, precision="fp16", head=head)
-    assert late.logits(np.zeros(shape, np.float32)).dtype == np.float16
+    deferred = OpenVINOBackend(cut, shape, precision="fp16", head=head)
+    assert deferred.logits(np.zeros(shape, np.float32)).dtype == np.float16
     whole = OpenVINOBackend(convert(network(), shape), shape, precision="fp16")
     options = {"regions": False, "empty_level": None, "tta_axes": (0,)}
-    mask, confidence = restored(late, **options, dtype=torch.float16)
+    mask, confidence = restored(deferred, **options, dtype=torch.float16)
     expected, expected_confidence = restored(whole, **options)
     assert (mask == expected).mean() > 0.99
     same = mask == expected
     assert np.abs(confidence[same].astype(int) - expected_confidence[same]).mean() < 2
 
 
-def test_where_no_tile_was_run_there_is_background_whatever_the_bias():
+def test_voxels_without_a_tile_are_background_whatever_the_bias():
     head = Head(torch.randn(5, 3), torch.tensor([-9.0, 1, 2, 3, 99]))
     features = torch.zeros(4, 1, 1, 2)
     features[-1, 0, 0, 1] = 1
@@ -108,7 +106,7 @@ def test_where_no_tile_was_run_there_is_background_whatever_the_bias():
     assert logits[:, 0, 0, 1].tolist() == [0] + [-BACKGROUND] * 4
 
 
-def test_a_head_of_few_classes_stays_where_it_is():
+def test_a_head_of_few_classes_is_not_cut_off():
     few = network(n_classes=3)
     example = torch.randn(1, 1, *PATCH)
     before = few(example)
@@ -117,7 +115,7 @@ def test_a_head_of_few_classes_stays_where_it_is():
 
 
 class Softened(torch.nn.Module):
-    """Its last convolution is not its last layer."""
+    """A network whose last convolution is not its last layer."""
 
     def __init__(self):
         super().__init__()
@@ -127,7 +125,7 @@ class Softened(torch.nn.Module):
         return self.network(patches).tanh()
 
 
-def test_what_is_not_the_last_layer_stays_where_it_is():
+def test_a_convolution_that_is_not_the_last_layer_is_not_cut_off():
     soft, example = Softened(), torch.randn(1, 1, *PATCH)
     before = soft(example)
     assert take_head(soft, lambda: example) is None
@@ -138,15 +136,10 @@ def test_what_is_not_the_last_layer_stays_where_it_is():
         assert model.output(0).get_partial_shape()[1].get_length() == N_CLASSES
 
 
-def test_monai_networks_put_their_head_off_too():
+def test_the_head_of_a_monai_network_can_be_deferred_too():
     torch.manual_seed(0)
-    unet = build_network(
-        "unet3d",
-        in_channels=1,
-        out_channels=N_CLASSES,
-        features=[4, 8, 8],
-        strides=[(1, 1, 1), (2, 2, 2), (2, 2, 2)],
-    ).eval()
+    options = {"features": [4, 8, 8], "strides": [(1, 1, 1), (2, 2, 2), (2, 2, 2)]}
+    unet = build_network("unet3d", in_channels=1, out_channels=N_CLASSES, **options).eval()
     example = torch.randn(1, 1, *PATCH)
     with torch.inference_mode():
         expected = unet(example)[0]

@@ -8,7 +8,7 @@ from volseg.infer.tiles import TiledAxis, gaussian, thinnest_axis, tile_starts, 
 
 @settings(deadline=None)
 @given(st.integers(1, 300), st.integers(1, 96), st.floats(0, 0.9))
-def test_tiles_cover_the_axis_inside_it_and_overlap_as_asked(length, patch, overlap):
+def test_tiles_cover_the_axis_and_overlap_at_least_as_requested(length, patch, overlap):
     starts = tile_starts(length, patch, overlap)
     assert starts[0] == 0
     if length <= patch:
@@ -22,35 +22,30 @@ def test_tiles_cover_the_axis_inside_it_and_overlap_as_asked(length, patch, over
 
 @settings(deadline=None, max_examples=60)
 @given(st.integers(1, 60), st.integers(1, 24), st.floats(0, 0.8), st.integers(0, 9))
-def test_shares_sum_to_one_at_every_voxel_and_are_largest_in_the_middle(
-    length, patch, overlap, margin
-):
+def test_weights_sum_to_one_at_every_voxel(length, patch, overlap, margin):
     axis = TiledAxis.of(length, patch, overlap, margin)
     total = np.zeros(len(axis.source))
     for start, weights in zip(axis.starts, axis.weights, strict=True):
         total[start : start + patch] += weights
     np.testing.assert_allclose(total, 1, rtol=1e-5)
-    np.testing.assert_array_equal(
-        axis.source[axis.before : axis.before + length], np.arange(length)
-    )
+    inside = axis.source[axis.before : axis.before + length]
+    np.testing.assert_array_equal(inside, np.arange(length))
 
 
-def test_a_scan_goes_on_as_its_mirror_image_and_then_as_nothing():
+def test_padding_reflects_the_scan_and_then_is_zero():
     axis = TiledAxis.of(3, 9, 0.5, margin=2)
     np.testing.assert_array_equal(axis.source, [-1, 1, 0, 0, 1, 2, 2, 1, -1])
     assert axis.before == 3
 
 
 @pytest.mark.parametrize("patch", [8, 9, 96])
-def test_the_gaussian_is_1_in_the_centre_falls_off_alike_to_both_sides_and_is_nowhere_zero(patch):
+def test_the_gaussian_is_1_in_the_centre_symmetric_and_nowhere_zero(patch):
     weights, centre = gaussian(patch), patch // 2
     assert weights[centre] == 1
-    np.testing.assert_allclose(
-        weights[centre + 1 :], weights[centre - 1 : 0 if patch % 2 == 0 else None : -1]
-    )
-    assert weights[centre + patch // 8] == pytest.approx(
-        np.exp(-0.5 * (patch // 8 / (patch / 8)) ** 2)
-    )
+    before = weights[centre - 1 : 0 if patch % 2 == 0 else None : -1]
+    np.testing.assert_allclose(weights[centre + 1 :], before)
+    expected = np.exp(-0.5 * (patch // 8 / (patch / 8)) ** 2)
+    assert weights[centre + patch // 8] == pytest.approx(expected)
     assert weights.min() > 0
 
 
@@ -63,7 +58,7 @@ def test_layers_lie_across_the_axis_that_needs_the_smallest_buffer():
 
 @settings(deadline=None)
 @given(st.integers(1, 200), st.integers(1, 64), st.floats(0, 0.8), st.data())
-def test_the_widest_interval_holds_the_wanted_one_and_costs_no_tile(length, patch, overlap, data):
+def test_the_widest_interval_contains_the_given_one_and_costs_no_tile(length, patch, overlap, data):
     start = data.draw(st.integers(0, length - 1))
     stop = data.draw(st.integers(start + 1, length))
     begin, end = widest(start, stop, length, patch, overlap)
@@ -76,7 +71,7 @@ def test_the_widest_interval_holds_the_wanted_one_and_costs_no_tile(length, patc
 
 @settings(max_examples=200)
 @given(st.data())
-def test_the_widest_interval_takes_no_more_tiles_and_holds_the_one_that_was_asked_for(data):
+def test_the_widest_interval_with_a_margin_takes_no_more_tiles(data):
     length, patch, margin = (data.draw(st.integers(1, n)) for n in (200, 64, 9))
     overlap = data.draw(st.sampled_from([0, 0.25, 0.5]))
     start, stop = sorted(
@@ -84,7 +79,5 @@ def test_the_widest_interval_takes_no_more_tiles_and_holds_the_one_that_was_aske
     )
     begin, end = widest(start, stop, length, patch, overlap, margin)
     assert 0 <= begin <= start < stop <= end <= length
-    n_tiles = [
-        len(tile_starts(n + 2 * margin, patch, overlap)) for n in (stop - start, end - begin)
-    ]
-    assert n_tiles[0] == n_tiles[1]
+    n_tiles = len(tile_starts(stop - start + 2 * margin, patch, overlap))
+    assert len(tile_starts(end - begin + 2 * margin, patch, overlap)) == n_tiles

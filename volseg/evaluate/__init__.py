@@ -1,1 +1,1 @@
-"""Reference and prediction → numbers. Pure: nothing here touches the disk."""
+"""Compare a prediction with its reference. Nothing in this package reads or writes files."""

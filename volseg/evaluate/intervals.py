@@ -1,4 +1,4 @@
-"""Confidence intervals over patients that keep their level for few patients too."""
+"""Confidence intervals over patients that keep their coverage even for few patients."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.special import stdtrit
 
-FEWEST_PATIENTS = 5  # with fewer, the spread between patients is too uncertain to state
+FEWEST_PATIENTS = 5  # with fewer, the variance between patients is too uncertain
 LEVEL = 0.95
 ANY_NUMBER = (-math.inf, math.inf)
-ROUNDING = 1e-9  # share of the largest value; patients that differ by less are alike
+ROUNDING = 1e-9  # relative to the largest value; patients that differ by less are equal
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,8 +20,8 @@ class Interval:
     """A confidence interval, or the reason why there is none.
 
     Args:
-        low, high: its ends; NaN where there is no interval.
-        reason: empty where there is one.
+        low, high: its ends; NaN without an interval.
+        reason: why there is no interval; empty if there is one.
     """
 
     low: float = math.nan
@@ -46,11 +46,10 @@ def mean_interval(
     Two scans of one patient are not two samples, so the patient is the unit.
 
     Args:
-        values: one number per scan or lesion; NaN ones are left out.
-        patients: whose scan or lesion it is.
-        groups: where the mean is that of the means of groups, such as labels: to which each value
-            belongs.
-        bounds: smallest and largest value that the metric can have; the interval stays inside.
+        values: (N,) one per scan or lesion; NaN is left out.
+        patients: (N,) the patient of each value.
+        groups: (N,) the group of each value, such as its label, for a mean of group means.
+        bounds: smallest and largest possible value of the metric; the interval stays inside.
     """
     groups = [None] * len(values) if groups is None else groups
     rows = [row for row in zip(values, patients, groups, strict=True) if not math.isnan(row[0])]
@@ -71,17 +70,16 @@ def mean_interval(
 def jackknife_interval(
     estimate: float, without_one: np.ndarray, *, bounds: tuple[float, float] = ANY_NUMBER
 ) -> Interval:
-    """Return the 95 % interval of an estimate from what it is without each patient in turn.
+    """Return the 95 % interval of an estimate from its values without each patient in turn.
 
-    Each end is the farther one of two: that of Student's t, and that of t after Hall's
-    transformation, which removes the bias from skewness, as of Dice values near 1. Where all
-    patients are alike at a bound, as in a sensitivity of 1, the interval is the exact one of
-    Clopper and Pearson, for a patient counted as one success. benchmarks/intervals.py simulates
-    the coverage.
+    Each end is the wider of two: Student's t, and t after Hall's transformation, which removes the
+    bias from skewness, such as that of Dice values near 1. If all patients are equal at a bound,
+    as with a sensitivity of 1, the interval is the exact one of Clopper and Pearson, with each
+    patient as one success. benchmarks/intervals.py simulates the coverage.
 
     Args:
         without_one: (N,) the estimate without patient 1, 2, …, N.
-        bounds: smallest and largest value that the estimate can have.
+        bounds: smallest and largest possible value of the estimate.
 
     Source: pseudo-values: Tukey, Ann Math Stat 29:614 (1958); transformation: Hall, J R Stat Soc B
         54:221 (1992); exact: Clopper and Pearson, Biometrika 26:404 (1934).
@@ -94,7 +92,7 @@ def jackknife_interval(
         return Interval(reason="the value depends on a single patient")
     deviations = pseudo - pseudo.mean()
     if np.abs(deviations).max() <= ROUNDING * max(np.abs(pseudo).max(), abs(estimate)):
-        return _of_patients_alike(estimate, n, bounds)
+        return _interval_of_equal_patients(estimate, n, bounds)
     standard_error = math.sqrt(float((deviations**2).sum()) / (n * (n - 1)))
     t = float(stdtrit(n - 1, (1 + LEVEL) / 2))
     skewness = _skewness(deviations)
@@ -105,29 +103,29 @@ def jackknife_interval(
 
 
 def too_few(n_patients: int) -> str:
-    """Say why so few patients give no interval."""
+    """Return the reason why `n_patients` patients give no interval."""
     counted = f"{n_patients} patient{'' if n_patients == 1 else 's'}"
     return f"{counted}; an interval needs at least {FEWEST_PATIENTS}"
 
 
 def _mean_of_means(sums: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """(…,) mean over the groups that have a value, from (…, G) sums and counts of their values."""
-    has = counts > 0
-    means = np.divide(sums, counts, out=np.zeros_like(sums), where=has)
-    return means.sum(axis=-1) / has.sum(axis=-1)
+    """Return the (…,) mean over groups with a value, from (…, G) sums and counts of values."""
+    has_value = counts > 0
+    means = np.divide(sums, counts, out=np.zeros_like(sums), where=has_value)
+    return means.sum(axis=-1) / has_value.sum(axis=-1)
 
 
 def _skewness(deviations: np.ndarray) -> float:
-    """Adjusted Fisher-Pearson skewness of N values from their deviations from the mean."""
+    """Return the adjusted Fisher-Pearson skewness from deviations from the mean."""
     n = deviations.size
     skewness = float((deviations**3).mean() / (deviations**2).mean() ** 1.5)
     return skewness * math.sqrt(n * (n - 1)) / (n - 2)
 
 
 def _undo_hall(quantile: float, skewness: float, n: int) -> float:
-    """The t statistic that Hall's cubic transformation takes to this quantile.
+    """Return the t statistic that Hall's cubic transformation maps to this quantile.
 
-    With s = skewness / √n it is g(t) = t + s t² / 3 + s² t³ / 27 + s / 6, which always rises.
+    With s = skewness / √n it is g(t) = t + s t² / 3 + s² t³ / 27 + s / 6, which is increasing.
     """
     s = skewness / math.sqrt(n)
     if abs(s) < 1e-9:
@@ -135,10 +133,10 @@ def _undo_hall(quantile: float, skewness: float, n: int) -> float:
     return 3 / s * float(np.cbrt(1 + s * (quantile - s / 6)) - 1)
 
 
-def _of_patients_alike(value: float, n: int, bounds: tuple[float, float]) -> Interval:
-    """The exact interval where all N patients are at a bound; none where they are alike elsewhere.
+def _interval_of_equal_patients(value: float, n: int, bounds: tuple[float, float]) -> Interval:
+    """Return the exact interval if all N patients are at a bound; none if equal elsewhere.
 
-    With N alike, 2.5 % is the chance that more than 1 − 0.025^(1/N) of all patients differ.
+    If a fraction 1 − 0.025^(1/N) of all patients differs, N equal ones have a probability of 2.5 %.
     """
     low, high = bounds
     unseen = 1 - ((1 - LEVEL) / 2) ** (1 / n)
@@ -146,12 +144,11 @@ def _of_patients_alike(value: float, n: int, bounds: tuple[float, float]) -> Int
         return Interval(high - unseen * (high - low), high)
     if math.isfinite(high - low) and math.isclose(value, low, abs_tol=ROUNDING):
         return Interval(low, low + unseen * (high - low))
-    return Interval(
-        reason=f"all {n} patients have the same value; how much others differ is unknown"
-    )
+    reason = f"all {n} patients have the same value; how much others differ is unknown"
+    return Interval(reason=reason)
 
 
 def _numbered(names: Sequence[Hashable]) -> np.ndarray:
-    """(N,) number of each name, from 0 in the order in which they come."""
+    """Return (N,) the number of each name, counted from 0 in order of first appearance."""
     numbers: dict[Hashable, int] = {}
     return np.array([numbers.setdefault(name, len(numbers)) for name in names], dtype=np.int64)

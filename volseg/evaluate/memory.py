@@ -1,4 +1,4 @@
-"""How much memory comparing a predicted mask with its reference takes at most: from what the two masks hold."""
+"""Peak memory of comparing a predicted mask with its reference, from the contents of both."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from volseg.execute.memory import Peak
 from volseg.io.nifti import NiftiHeader
 from volseg.volume import Volume
 
-LIBRARIES = 64 << 20  # that draw the plots, and what they draw
-SLABS = 32 << 20  # of a mask, while it is read
-PLANE_BYTES = 40  # per voxel of a plane, while a mask is read
+LIBRARIES = 64 << 20  # the plotting libraries and their figures
+SLABS = 32 << 20  # chunks of a mask while it is read
+PLANE_BYTES = 40  # per voxel of a plane while a mask is read
 
 
 def plan_reading(masks: Sequence[NiftiHeader], *, process: int) -> Peak:
-    """What reading masks takes at most, one after another. `process`: bytes, before they are read."""
+    """Return the peak of reading masks one by one; `process`: bytes in use before."""
     held = largest = 0
     for header in masks:
         i, j, _k = header.geometry.shape
@@ -27,24 +27,22 @@ def plan_reading(masks: Sequence[NiftiHeader], *, process: int) -> Peak:
 
 
 def plan_evaluating(reference: Volume, predicted: Volume, *, process: int) -> Peak:
-    """What comparing two masks of one grid takes at most. `process`: bytes, before they were read."""
+    """Return the peak of comparing two masks of a grid; `process`: bytes before they were read."""
     truth, guess = reference.array, predicted.array
     surfaces = surface_bytes(truth, guess, reference.geometry)
     return _peak(process, truth.nbytes + guess.nbytes, surfaces, matching_bytes(truth, guess))
 
 
 def most_evaluating(masks: Sequence[NiftiHeader], *, process: int) -> Peak:
-    """The same for any two masks with these headers."""
+    """Return `plan_evaluating` in the worst case, for any two masks with these headers."""
     geometry = masks[0].geometry
     voxels = math.prod(geometry.shape)
-    itemsize = max(header.mask_bytes for header in masks) // voxels
-    surfaces = most_surface_bytes(geometry, itemsize)
-    return _peak(
-        process, sum(header.mask_bytes for header in masks), surfaces, most_matching_bytes(voxels)
-    )
+    sizes = [header.mask_bytes for header in masks]
+    surfaces = most_surface_bytes(geometry, itemsize=max(sizes) // voxels)
+    return _peak(process, sum(sizes), surfaces, most_matching_bytes(voxels))
 
 
 def _peak(process: int, masks: int, surfaces: int, lesions: int) -> Peak:
-    """Surfaces are measured before lesions are matched."""
+    """Return the larger of two peaks: surfaces are measured before lesions are matched."""
     work = {"surfaces": surfaces} if surfaces > lesions else {"lesions": lesions}
     return Peak({"process": process, "masks": masks} | work)

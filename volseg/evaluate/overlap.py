@@ -1,4 +1,4 @@
-"""How much of a predicted mask lies in the reference mask, and how far their surfaces and volumes differ."""
+"""Overlap, surface distances and volume errors of a predicted mask and its reference."""
 
 from __future__ import annotations
 
@@ -14,17 +14,15 @@ from volseg.errors import ScanError
 from volseg.evaluate.surface import NOWHERE, SurfaceDistances, surface_distances
 from volseg.volume import Geometry, Volume
 
-COUNTED_TOGETHER = 2**20  # voxels of two masks
+COUNTED_TOGETHER = 2**20  # voxels per chunk when labels are counted
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OverlapRow:
-    """One label of one case. NaN is unknown and is written as an empty cell."""
+    """One label of one case; NaN is unknown and becomes an empty cell."""
 
     case_id: str = column("", "name of the case")
-    label: int = column(
-        "", "value in the mask; empty for a pair of masks that could not be compared"
-    )
+    label: int = column("", "value in the mask; empty if the two masks could not be compared")
     label_name: str = column("", "name of that value")
     dice: float = column(
         "0 to 1", "2 |R ∩ P| / (|R| + |P|); 0 if one mask is empty; empty if both are"
@@ -33,12 +31,13 @@ class OverlapRow:
     predicted_volume_ml: float = column("mL", "volume in the predicted mask")
     volume_error_ml: float = column("mL", "predicted minus reference")
     volume_error_percent: float = column(
-        "%", "volume_error_ml / reference_volume_ml; empty where that is 0"
+        "%", "volume_error_ml / reference_volume_ml; empty if the reference volume is 0"
     )
     iou: float = column("0 to 1", "|R ∩ P| / |R ∪ P|; 0 if one mask is empty; empty if both are")
     hd95_mm: float = column(
         "mm",
-        "larger of the two directions' 95th percentiles of the distance from a border voxel to the other border; empty if a mask is",
+        "95th percentile of the distance from a border voxel to the other border, the larger "
+        "of both directions; empty if a mask is empty",
         source="Hausdorff distance; percentile as in Huttenlocher, IEEE TPAMI 15:850 (1993)",
     )
     mean_surface_distance_mm: float = column(
@@ -47,7 +46,8 @@ class OverlapRow:
     )
     nsd_1mm: float = column(
         "0 to 1",
-        "normalised surface Dice: share of both borders' voxels within 1 mm of the other border; 0 if one mask is empty; empty if both are",
+        "normalised surface Dice: fraction of the border voxels of both masks within 1 mm of the "
+        "other border; 0 if one mask is empty; empty if both are",
         source="Nikolov, J Med Internet Res 23:e26151 (2021), on border voxels",
     )
     nsd_2mm: float = column("0 to 1", "the same within 2 mm", source="the same")
@@ -56,27 +56,28 @@ class OverlapRow:
     )
     n_predicted_lesions: int | None = column("", "connected components in the prediction", None)
     n_matched_lesions: int | None = column(
-        "", "pairs of them, one to one by overlap; see detections.csv", None
+        "", "pairs of lesions matched one to one by overlap; see detections.csv", None
     )
     lesion_sensitivity: float | None = column(
-        "0 to 1", "n_matched_lesions / n_reference_lesions; empty where that is 0", None
+        "0 to 1", "n_matched_lesions / n_reference_lesions; empty without reference lesions", None
     )
     lesion_precision: float | None = column(
-        "0 to 1", "n_matched_lesions / n_predicted_lesions; empty where that is 0", None
+        "0 to 1", "n_matched_lesions / n_predicted_lesions; empty without predicted lesions", None
     )
     lesion_f1: float | None = column(
         "0 to 1",
-        "2 n_matched_lesions / (n_reference_lesions + n_predicted_lesions); empty if neither mask has a lesion",
+        "2 n_matched_lesions / (n_reference_lesions + n_predicted_lesions); "
+        "empty if neither mask has a lesion",
         None,
     )
     patient: str | None = column(
         "",
-        "whose scan it is; intervals are over patients; empty if the reference does not say",
+        "patient of the scan; intervals are over patients; empty if the reference names none",
         None,
     )
-    notes: str = column("", "what could not be measured, and why; empty if nothing", "")
+    notes: str = column("", "columns that could not be measured, and why; else empty", "")
     status: str = column("", "done, or failed: the masks could not be compared", "done")
-    reason: str = column("", "why not, and what to do; empty if done", "")
+    reason: str = column("", "why it failed, and how to fix it; empty if done", "")
 
 
 def evaluate_case(
@@ -86,15 +87,15 @@ def evaluate_case(
 
     Args:
         reference, predicted: masks on the same grid.
-        label_names: label value → name, for every value of the masks; 0 is background and has no row.
+        label_names: label value → name, for every value of the masks; 0 (background) has no row.
         case_id: name of the case.
 
     Returns:
-        One row per named label in ascending order, also for a label that neither mask has. What is about lesions and
-        patients is left open.
+        One row per named label in ascending order, even if neither mask has it. Columns about
+        lesions and patients are left empty.
 
     Raises:
-        ScanError: `E_PAIR`, the grids differ; `E_LABEL`, a mask has a value without a name.
+        ScanError: `E_PAIR` if the grids differ; `E_LABEL` if a mask has a value without a name.
     """
     _check_same_grid(reference.geometry, predicted.geometry, case_id)
     layout = "F" if reference.array.flags.f_contiguous else "C"
@@ -117,7 +118,7 @@ def evaluate_case(
 
 
 def row_of_absent(label: int, label_name: str, *, case_id: str) -> OverlapRow:
-    """The row of a label that neither mask of a case has."""
+    """Return the row of a label that neither mask of a case has."""
     return _row(Counts(0, 0, 0), NOWHERE, 0.0, case_id=case_id, label=label, label_name=label_name)
 
 
@@ -163,7 +164,7 @@ class Counts:
 
     @property
     def notes(self) -> str:
-        """Which columns are empty, and why."""
+        """Names of the empty columns, and why they are empty."""
         if not self.reference and not self.predicted:
             return "overlap, distances, volume_error_percent: neither mask has the label"
         if not self.reference:
@@ -172,10 +173,10 @@ class Counts:
 
 
 def dice(reference: np.ndarray, predicted: np.ndarray, label: int) -> float:
-    """Dice coefficient 2 |R ∩ P| / (|R| + |P|) of one label of two masks of equal shape.
+    """Return the Dice coefficient 2 |R ∩ P| / (|R| + |P|) of a label of two masks of equal shape.
 
     Returns:
-        From 0 to 1; 0 if one mask lacks the label; NaN if both do, since no overlap can then be measured.
+        From 0 to 1; 0 if one mask lacks the label; NaN if both do, since no overlap is defined.
 
     >>> dice(np.array([1, 1, 0]), np.array([0, 1, 0]), 1)
     0.6666666666666666
@@ -190,17 +191,17 @@ def dice(reference: np.ndarray, predicted: np.ndarray, label: int) -> float:
 def _counts(
     truth: np.ndarray, guess: np.ndarray
 ) -> tuple[dict[int, int], dict[int, int], dict[int, int]]:
-    """Voxels per label of two masks in one order: in the first, in the second, in both."""
+    """Count voxels per label in the first mask, in the second and in both, in one voxel order."""
     counts: tuple[Counter[int], Counter[int], Counter[int]] = (Counter(), Counter(), Counter())
     for start in range(0, truth.size, COUNTED_TOGETHER):
-        one, other = (values[start : start + COUNTED_TOGETHER] for values in (truth, guess))
-        for total, values in zip(counts, (one, other, one[one == other])):
+        first, second = (mask[start : start + COUNTED_TOGETHER] for mask in (truth, guess))
+        for total, values in zip(counts, (first, second, first[first == second])):
             total.update(_count(values))
     return dict(counts[0]), dict(counts[1]), dict(counts[2])
 
 
 def _count(values: np.ndarray) -> dict[int, int]:
-    """Label value → number of voxels, without background."""
+    """Count the voxels of each label value, without background."""
     labels, counts = np.unique(values, return_counts=True)
     return {
         label: n for label, n in zip(labels.tolist(), counts.tolist(), strict=True) if label != 0
@@ -213,7 +214,7 @@ def _check_same_grid(reference: Geometry, predicted: Geometry, case_id: str) -> 
         raise ScanError(
             f"{case_id}: the predicted mask is not on the grid of the reference: {difference}; "
             f"{reference.share_of(predicted):.0%} of it lies within the reference",
-            fix="save the predicted mask on the grid of the reference; a mask is never moved silently",
+            fix="save the predicted mask on the grid of the reference; masks are not resampled",
             code="E_PAIR",
         )
 
@@ -229,7 +230,7 @@ def _check_named(counts: Mapping[int, int], label_names: Mapping[int, str], case
     unnamed = sorted(counts.keys() - label_names.keys())
     if unnamed:
         raise ScanError(
-            f"{case_id}: the masks hold values {unnamed} without a name; named are {dict(label_names)}",
-            fix="name them, or set them to 0 in both masks",
+            f"{case_id}: masks have values {unnamed} without a name; named: {dict(label_names)}",
+            fix="name these values, or set them to 0 in both masks",
             code="E_LABEL",
         )

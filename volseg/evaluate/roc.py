@@ -1,4 +1,4 @@
-"""How well a score tells two groups apart."""
+"""Area under the ROC curve."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import numpy as np
 
 
 def auc(scores: np.ndarray, positive: np.ndarray) -> float:
-    """Area under the ROC curve: the probability that a positive case scores higher than a negative one.
+    """Return the AUC: the probability that a positive case scores higher than a negative one.
 
     Args:
-        scores: (N,) numbers, higher for positive cases.
+        scores: (N,) higher for positive cases.
         positive: (N,) bool.
 
     Returns:
-        From 0 to 1; a tie counts half; NaN if there is no positive or no negative case.
+        From 0 to 1; ties count half; NaN without positive or without negative cases.
 
     Raises:
         ValueError: the arrays differ in shape, or a score is NaN.
@@ -28,18 +28,15 @@ def auc(scores: np.ndarray, positive: np.ndarray) -> float:
     scores, positive = np.asarray(scores, dtype=np.float64), np.asarray(positive, dtype=bool)
     if scores.ndim != 1 or scores.shape != positive.shape:
         raise ValueError(
-            f"scores have shape {scores.shape}, positive {positive.shape}; both are (N,)"
+            f"scores {scores.shape} and positive {positive.shape} must both have one shape (N,)"
         )
     if np.isnan(scores).any():
-        raise ValueError(
-            f"{np.count_nonzero(np.isnan(scores))} of {scores.size} scores are NaN; leave those cases out"
-        )
-    above, below = scores[positive], np.sort(scores[~positive])
-    if not above.size or not below.size:
+        n_nan = np.count_nonzero(np.isnan(scores))
+        raise ValueError(f"{n_nan} of {scores.size} scores are NaN; leave out those cases")
+    positives, negatives = scores[positive], np.sort(scores[~positive])
+    if not positives.size or not negatives.size:
         return math.nan
     # Twice the number of pairs won: negatives strictly below, plus negatives not above.
-    n_won_twice = (
-        np.searchsorted(below, above, side="left").sum()
-        + np.searchsorted(below, above, side="right").sum()
-    )
-    return float(n_won_twice) / (2 * above.size * below.size)
+    n_below = np.searchsorted(negatives, positives, side="left").sum()
+    n_not_above = np.searchsorted(negatives, positives, side="right").sum()
+    return float(n_below + n_not_above) / (2 * positives.size * negatives.size)

@@ -1,4 +1,4 @@
-"""Rows of an evaluation → what a paper says: means, limits of agreement and detection, each with its 95 % interval over patients."""
+"""Summary of an evaluation: means, limits of agreement and detection rates with intervals."""
 
 from __future__ import annotations
 
@@ -10,27 +10,21 @@ from typing import Any
 import numpy as np
 
 from volseg.evaluate.agreement import Agreement, agreement
-from volseg.evaluate.detection import (
-    FALSE_POSITIVE_RATES,
-    DetectionRow,
-    Froc,
-    froc,
-    size_bins,
-)
+from volseg.evaluate.detection import FALSE_POSITIVE_RATES, DetectionRow, Froc, froc, size_bins
 from volseg.evaluate.intervals import ANY_NUMBER, mean_interval
 from volseg.evaluate.overlap import OverlapRow
 
-SHARE = (0.0, 1.0)
+FRACTION = (0.0, 1.0)
 NOT_NEGATIVE = (0.0, math.inf)
 
-# Column of evaluation.csv → the smallest and largest value that it can have.
+# Column of evaluation.csv → its smallest and largest possible value.
 METRICS = {
-    "dice": SHARE,
-    "iou": SHARE,
+    "dice": FRACTION,
+    "iou": FRACTION,
     "hd95_mm": NOT_NEGATIVE,
     "mean_surface_distance_mm": NOT_NEGATIVE,
-    "nsd_1mm": SHARE,
-    "nsd_2mm": SHARE,
+    "nsd_1mm": FRACTION,
+    "nsd_2mm": FRACTION,
     "volume_error_ml": ANY_NUMBER,
     "volume_error_percent": (-100.0, math.inf),
 }
@@ -41,11 +35,14 @@ class LabelResult:
     """One label over all cases.
 
     Args:
-        n_missed, n_false, n_absent: cases of which the prediction lacks the label, the reference does, both do. Distances
-            are unknown in all of them, so that a mean distance alone flatters a model that misses: read it beside n_missed.
-        metrics: column of evaluation.csv → what `mean_of` says of it, over the cases where either mask has the label.
-        reference_ml, predicted_ml: (N,) volumes in those cases; `volumes` is how they agree.
-        detection: rates over all lesions of all cases. curve: None without a FROC; `no_curve` says why.
+        n_missed, n_false, n_absent: cases in which the prediction, the reference or both lack the
+            label. They have no distances, so a mean distance flatters a model that misses: read it
+            beside n_missed.
+        metrics: column of evaluation.csv → its `mean_of` over cases where either mask has the
+            label.
+        reference_ml, predicted_ml: (N,) volumes in those cases. volumes: their agreement.
+        detection: rates over all lesions of all cases.
+        curve: FROC, or None; `no_curve` says why.
     """
 
     label: int
@@ -63,13 +60,11 @@ class LabelResult:
 
 
 def summarise_label(rows: Sequence[OverlapRow], detections: Sequence[DetectionRow]) -> LabelResult:
-    """All rows of one label; a case without a patient counts as a patient of its own."""
+    """Summarise all rows of one label; a case without a patient counts as its own patient."""
     present = [row for row in rows if row.reference_volume_ml or row.predicted_volume_ml]
     patients = [patient_of(row) for row in present]
-    reference, predicted = (
-        np.array([getattr(row, side) for row in present], dtype=np.float64)
-        for side in ("reference_volume_ml", "predicted_volume_ml")
-    )
+    reference = np.array([row.reference_volume_ml for row in present], dtype=np.float64)
+    predicted = np.array([row.predicted_volume_ml for row in present], dtype=np.float64)
     curve, no_curve = _curve(detections, n_scans=len(rows))
     return LabelResult(
         label=rows[0].label,
@@ -91,7 +86,7 @@ def summarise_label(rows: Sequence[OverlapRow], detections: Sequence[DetectionRo
 
 
 def patient_of(row: OverlapRow | DetectionRow) -> tuple[str, str]:
-    """Whose scan it is; the case itself where nobody says."""
+    """Return the patient of a row, or its case if the patient is unknown."""
     return ("case", row.case_id) if row.patient is None else ("patient", row.patient)
 
 
@@ -102,46 +97,45 @@ def mean_of(
     *,
     bounds: tuple[float, float] = ANY_NUMBER,
 ) -> dict[str, Any]:
-    """Mean, its 95 % interval, median and how many of how many patients are known; None is unknown.
+    """Return mean, its 95 % interval, median, and the numbers of values and patients.
 
     Args:
-        groups: the mean is that of the means of these.
-        bounds: smallest and largest value that there can be.
+        values: None or NaN is unknown and left out.
+        groups: the group of each value, for a mean of group means.
+        bounds: smallest and largest possible value.
 
     Returns:
-        `no_mean_95` says why there is no interval; it is empty where there is one.
+        `no_mean_95` says why there is no interval; empty if there is one.
     """
     numbers = [math.nan if value is None else float(value) for value in values]
-    known = [not math.isnan(number) for number in numbers]
-    kept = [number for number, is_known in zip(numbers, known) if is_known]
+    measured = [(n, p) for n, p in zip(numbers, patients, strict=True) if not math.isnan(n)]
     interval = mean_interval(numbers, patients, groups=groups, bounds=bounds)
     return {
-        "mean": _mean(numbers, groups) if kept else None,
+        "mean": _mean(numbers, groups) if measured else None,
         "mean_95": None if interval.ends is None else list(interval.ends),
         "no_mean_95": interval.reason,
-        "median": float(np.median(kept)) if kept else None,
-        "n": len(kept),
-        "n_patients": len({patient for patient, is_known in zip(patients, known) if is_known}),
+        "median": float(np.median([number for number, _ in measured])) if measured else None,
+        "n": len(measured),
+        "n_patients": len({patient for _, patient in measured}),
     }
 
 
 def _mean(numbers: Sequence[float], groups: Sequence[Hashable] | None) -> float:
+    groups = [None] * len(numbers) if groups is None else groups
     by_group: dict[Hashable, list[float]] = {}
-    for number, group in zip(
-        numbers, [None] * len(numbers) if groups is None else groups, strict=True
-    ):
+    for number, group in zip(numbers, groups, strict=True):
         if not math.isnan(number):
             by_group.setdefault(group, []).append(number)
-    return float(np.mean([np.mean(each) for each in by_group.values()]))
+    return float(np.mean([np.mean(members) for members in by_group.values()]))
 
 
 def _detection(rows: Sequence[OverlapRow], detections: Sequence[DetectionRow]) -> dict[str, Any]:
-    """Rates over lesions: each is a mean of yes and no over lesions, so that patients can be left out in turn."""
+    """Return rates as means of 0 or 1 over lesions, so that each patient can be left out."""
     truths = [lesion for lesion in detections if lesion.side == "reference"]
     guesses = [lesion for lesion in detections if lesion.side == "predicted"]
-    false = {row.case_id: 0 for row in rows}
+    n_false = {row.case_id: 0 for row in rows}
     for lesion in guesses:
-        false[lesion.case_id] += lesion.status == "false"
+        n_false[lesion.case_id] += lesion.status == "false"
     return {
         "n_reference": len(truths),
         "n_predicted": len(guesses),
@@ -150,7 +144,7 @@ def _detection(rows: Sequence[OverlapRow], detections: Sequence[DetectionRow]) -
         "precision": _rate(guesses),
         "f1": _rate([*truths, *guesses]),
         "false_positives_per_scan": _rate_of(
-            list(false.values()), [patient_of(row) for row in rows], NOT_NEGATIVE
+            list(n_false.values()), [patient_of(row) for row in rows], NOT_NEGATIVE
         ),
         "iou_of_matched": _rate_of(
             [lesion.iou for lesion in truths], [patient_of(lesion) for lesion in truths]
@@ -163,17 +157,15 @@ def _detection(rows: Sequence[OverlapRow], detections: Sequence[DetectionRow]) -
 
 
 def _rate(lesions: Sequence[DetectionRow]) -> dict[str, Any]:
-    """Share of these lesions that have a partner. Of reference and predicted ones together it is F1."""
-    return _rate_of(
-        [lesion.status == "matched" for lesion in lesions],
-        [patient_of(lesion) for lesion in lesions],
-    )
+    """Return the fraction of lesions with a partner: F1 for reference and predicted together."""
+    is_matched = [lesion.status == "matched" for lesion in lesions]
+    return _rate_of(is_matched, [patient_of(lesion) for lesion in lesions])
 
 
 def _rate_of(
     values: Sequence[float | None],
     patients: Sequence[Hashable],
-    bounds: tuple[float, float] = SHARE,
+    bounds: tuple[float, float] = FRACTION,
 ) -> dict[str, Any]:
     summary = mean_of(values, patients, bounds=bounds)
     return {name: value for name, value in summary.items() if name != "median"}
@@ -182,22 +174,20 @@ def _rate_of(
 def _curve(detections: Sequence[DetectionRow], n_scans: int) -> tuple[Froc | None, str]:
     truths = [lesion for lesion in detections if lesion.side == "reference"]
     guesses = [lesion for lesion in detections if lesion.side == "predicted"]
-    known = [lesion.confidence for lesion in guesses if lesion.confidence is not None]
+    scores = [lesion.confidence for lesion in guesses if lesion.confidence is not None]
+    n = len(guesses)
     if not truths:
         return None, "no lesion in any reference"
     if not guesses:
         return None, "no predicted lesion"
-    if len(known) < len(guesses):
-        return (
-            None,
-            f"{len(guesses) - len(known)} of {len(guesses)} predicted lesions have no confidence",
-        )
+    if len(scores) < n:
+        return None, f"{n - len(scores)} of {n} predicted lesions have no confidence"
     matched = np.array([lesion.status == "matched" for lesion in guesses])
-    return froc(np.array(known), matched, n_reference=len(truths), n_scans=n_scans), ""
+    return froc(np.array(scores), matched, n_reference=len(truths), n_scans=n_scans), ""
 
 
 def as_json(result: LabelResult) -> dict[str, Any]:
-    """What summary.json says of a label; None is unknown."""
+    """Return the entry of a label in summary.json; None is unknown."""
     curve = result.curve
     return {
         "name": result.name,
@@ -210,8 +200,7 @@ def as_json(result: LabelResult) -> dict[str, Any]:
         "n_absent": result.n_absent,
         "metrics": dict(result.metrics),
         "volume_agreement_ml": {
-            name: _plain(getattr(result.volumes, name))
-            for name in (field.name for field in fields(Agreement))
+            field.name: _plain(getattr(result.volumes, field.name)) for field in fields(Agreement)
         },
         "detection": dict(result.detection),
         "froc": None
@@ -230,7 +219,7 @@ def as_json(result: LabelResult) -> dict[str, Any]:
 
 
 def _plain(value: float | str | tuple[float, float]) -> float | str | list[float] | None:
-    """For JSON, which has no NaN."""
+    """Convert a value to JSON, in which NaN becomes null."""
     if isinstance(value, str):
         return value
     if isinstance(value, tuple):

@@ -1,4 +1,4 @@
-"""What a network was worth on the scans that it was validated on."""
+"""Validation results: Dice per scan and label, and its means with intervals."""
 
 from __future__ import annotations
 
@@ -14,11 +14,13 @@ from volseg.evaluate.intervals import mean_interval
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ValidationRow:
-    """One label of one validation scan. NaN is unknown and is written as an empty cell."""
+    """One label of one validation scan; NaN is unknown and becomes an empty cell."""
 
     case_id: str = column("", "name of the case")
-    patient: str = column("", "whose scan it is")
-    fold: int = column("", "the network that never saw it: 0 but for cross-validation")
+    patient: str = column("", "patient of the scan")
+    fold: int = column(
+        "", "fold of the network that was not trained on it; 0 without cross-validation"
+    )
     label: int = column("", "value in the mask")
     label_name: str = column("", "name of that value")
     dice: float = column(
@@ -29,30 +31,31 @@ class ValidationRow:
 
 
 def mean_dice(rows: Sequence[ValidationRow]) -> float:
-    """Mean over labels and cases, of those with the label or that were given it; 1 if there is none.
+    """Return the mean Dice over labels and cases, except labels that neither mask has; 1 if none.
 
-    A label that is neither in the mask nor found does not count: else a network that finds nothing would be good at scans without lesions.
+    If empty pairs counted as 1, a network that finds nothing would excel on scans without lesions.
     """
-    known = [row.dice for row in rows if not np.isnan(row.dice)]
-    return float(np.mean(known)) if known else 1.0
+    scores = [row.dice for row in rows if not np.isnan(row.dice)]
+    return float(np.mean(scores)) if scores else 1.0
 
 
 def summary(rows: Sequence[ValidationRow]) -> dict[str, Any]:
-    """Mean Dice per label over the cases that have the label or were given it, with its 95 % interval over patients.
+    """Return the mean Dice of each label with its 95 % interval over patients.
 
-    Where there is no interval, `no_validation_dice_<label>_95` says why.
+    Cases count if either mask has the label. If there is no interval,
+    `no_validation_dice_<label>_95` says why.
     """
-    found: dict[str, Any] = {"validation_cases": len({row.case_id for row in rows})}
+    metrics: dict[str, Any] = {"validation_cases": len({row.case_id for row in rows})}
     for name in dict.fromkeys(row.label_name for row in rows):
-        own = [row for row in rows if row.label_name == name]
-        known = [row.dice for row in own if not np.isnan(row.dice)]
-        if not known:
+        label_rows = [row for row in rows if row.label_name == name]
+        scores = [row.dice for row in label_rows if not np.isnan(row.dice)]
+        if not scores:
             continue
-        found[f"validation_dice_{name}"] = round(float(np.mean(known)), 4)
-        patients = [row.patient for row in own]
-        interval = mean_interval([row.dice for row in own], patients, bounds=(0.0, 1.0))
+        metrics[f"validation_dice_{name}"] = round(float(np.mean(scores)), 4)
+        patients = [row.patient for row in label_rows]
+        interval = mean_interval([row.dice for row in label_rows], patients, bounds=(0.0, 1.0))
         if interval.ends is None:
-            found[f"no_validation_dice_{name}_95"] = interval.reason
+            metrics[f"no_validation_dice_{name}_95"] = interval.reason
         else:
-            found[f"validation_dice_{name}_95"] = [round(end, 4) for end in interval.ends]
-    return found
+            metrics[f"validation_dice_{name}_95"] = [round(end, 4) for end in interval.ends]
+    return metrics

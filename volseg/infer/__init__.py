@@ -1,1 +1,1 @@
-"""Sliding-window inference: where tiles lie, how they blend, what runs the network."""
+"""Sliding-window inference: positions and blending of tiles, and backends that run the network."""

@@ -1,4 +1,4 @@
-"""What runs the network: a class with `logits(batch)`."""
+"""Backends that run a network: torch, OpenVINO, and ensembles of them."""
 
 from __future__ import annotations
 
@@ -33,10 +33,9 @@ if TYPE_CHECKING:
 
 BACKENDS = ("auto", "torch", "openvino")
 PRECISIONS = ("auto", "fp32", "fp16", "int8")
-EXAMPLE_VOXELS = (32, 64)  # along each axis, of the example to trace: faster than a whole patch
-TRACE_TOLERANCE = (
-    1e-3  # of the largest logit: a converted network that is further from torch's is not used
-)
+EXAMPLE_VOXELS = (32, 64)  # sizes of the example to trace, tried in turn: faster than a patch
+# relative to the largest logit; a converted network that differs more from torch is refused
+TRACE_TOLERANCE = 1e-3
 
 
 class Backend(Protocol):
@@ -44,45 +43,45 @@ class Backend(Protocol):
 
     @property
     def identity(self) -> Mapping[str, str]:
-        """What decides the numbers besides the weights: part of the key of a result."""
+        """Settings that affect the numbers besides the weights; part of the key of a result."""
         ...
 
     @property
     def head(self) -> Head | None:
-        """The network's last layer where it was taken off: what `logits` gives is then what goes into it."""
+        """The deferred head; if there is one, `logits` returns its input, features."""
         ...
 
     def logits(self, batch: np.ndarray) -> np.ndarray:
-        """(N, channels, …) float32 → (N, classes, …) float32, a new array that is the caller's to change or keep.
+        """Return (N, classes, …) float32 for (N, channels, …) float32; the caller owns the array.
 
-        Features, where the head was taken off a network that runs in half precision on a CPU, are float16.
+        With a deferred head, a network in half precision on a CPU returns features in float16.
         """
         ...
 
     def release(self) -> None:
-        """Give back what is only needed while a scan is being predicted; the next `logits` takes it again."""
+        """Free memory only needed during prediction; the next `logits` allocates it again."""
         ...
 
 
 @runtime_checkable
 class TensorBackend(Backend, Protocol):
-    """A backend that takes and gives tensors on its own device, where scans can then be resampled and logits blended too."""
+    """A backend for tensors on its own device, where scans are resampled and logits blended too."""
 
     @property
     def device(self) -> torch.device: ...
 
     def run(self, batch: torch.Tensor) -> torch.Tensor:
-        """As `logits`, on `device`; may return before a GPU is done."""
+        """Return `logits` for tensors on `device`; may return before a GPU is done."""
         ...
 
 
 def device_of(backend: Backend) -> torch.device:
-    """Where the backend's logits come out."""
+    """Return the device of the backend's logits."""
     return backend.device if isinstance(backend, TensorBackend) else torch.device("cpu")
 
 
 def run_on_device(backend: Backend, batch: torch.Tensor) -> torch.Tensor:
-    """(N, channels, …) float32 → (N, classes, …) float32, both on the backend's device."""
+    """Return `backend.logits` for a batch, both float32 on the backend's device."""
     if isinstance(backend, TensorBackend):
         return backend.run(batch)
     return torch.from_numpy(backend.logits(batch.numpy()))
@@ -92,11 +91,11 @@ class TorchBackend:
     """A torch module in evaluation mode on one device.
 
     Args:
-        precision: fp32, or fp16 for half precision where the GPU's tensor cores take it (autocast); auto is fp16 on CUDA
-            and fp32 elsewhere.
+        precision: fp32, or fp16 for autocast on a GPU; auto is fp16 on CUDA and fp32 elsewhere.
         channels_last: on CUDA, keep images and weights in the layout of the tensor cores.
-        head: that was taken off the network.
-        may_record: on CUDA, send the work for a batch as one recording where that is faster; the network's weights must stay where they are.
+        head: the head that was cut off the network, if it is deferred.
+        may_record: on CUDA, replay a CUDA graph if that is faster; the network's weights must stay
+            at their addresses.
     """
 
     def __init__(
@@ -130,11 +129,12 @@ class TorchBackend:
     def run(self, batch: torch.Tensor) -> torch.Tensor:
         on_gpu = self.device.type == "cuda"
         with (
-            _out_of_memory_is_the_scans_problem(tuple(batch.shape), str(self.device)),
+            _out_of_memory_as_scan_error(tuple(batch.shape), str(self.device)),
             torch.no_grad(),
-            # Patches are all alike: cuDNN measures once which algorithm is fastest. TF32 is not fp32.
+            # All patches have one shape: cuDNN measures once which algorithm is fastest. TF32 is
+            # not fp32.
             torch.backends.cudnn.flags(enabled=True, benchmark=on_gpu, allow_tf32=self.half),
-            # Each weight is used once, and a recording must not keep casts that somebody else frees.
+            # Each weight is used once, and a CUDA graph must not use casts that autocast frees.
             torch.autocast("cuda", torch.float16, enabled=self.half, cache_enabled=False),
         ):
             if self.channels_last:
@@ -157,11 +157,13 @@ class OpenVINOBackend:
     """A network compiled by OpenVINO for this CPU and one shape of batch, on all physical cores.
 
     Args:
-        model: a converted network (see `convert`) or one that was read from a model folder.
-        batch_shape: (N, channels, R, A, S); a batch of more patches runs in parts, one of other patches compiles anew.
-        precision: fp32, fp16 (bf16 or fp16, whichever the chip has) or int8, for a model that was quantised.
-        identity: more of what the numbers depend on.
-        head: that was taken off the model.
+        model: a converted network (see `convert`) or one read from a model folder.
+        batch_shape: (N, channels, R, A, S); larger batches run in parts, other patch shapes are
+            compiled when they come.
+        precision: fp32, fp16 (bf16 or fp16, whichever the CPU supports), or int8 for a quantised
+            model.
+        identity: further settings that affect the numbers.
+        head: the head that was cut off the model, if it is deferred.
     """
 
     def __init__(
@@ -176,32 +178,29 @@ class OpenVINOBackend:
         self.head = head
         self._type = half_type() if precision == "fp16" else "f32"
         self._model = model.clone()
-        if (
-            self._type == "f32"
-        ):  # in half precision what is handed from step to step would be rounded to it
+        # in half precision the partial sums would be rounded from step to step
+        if self._type == "f32":
             sum_axis_by_axis(self._model)
         elif head is not None:
             halve_output(self._model)
         name = {"f32": precision, "bf16": "bf16", "f16": "fp16"}[self._type]
-        self.identity: Mapping[str, str] = {"backend": "openvino", "precision": name} | dict(
-            identity or {}
-        )
+        self.identity: Mapping[str, str] = {"backend": "openvino", "precision": name}
+        self.identity |= dict(identity or {})
         self._compile(tuple(batch_shape))
 
     def logits(self, batch: np.ndarray) -> np.ndarray:
         if batch.shape[1:] != self._shape[1:]:
             self._compile((self._shape[0], *batch.shape[1:]))
-        with _out_of_memory_is_the_scans_problem(batch.shape, "cpu"):
-            found = self._output(len(batch))
+        with _out_of_memory_as_scan_error(batch.shape, "cpu"):
+            logits = self._output(len(batch))
             for start in range(0, len(batch), self._shape[0]):
-                self._run(
-                    batch[start : start + self._shape[0]], found[start : start + self._shape[0]]
-                )
-            return found
+                part = slice(start, start + self._shape[0])
+                self._run(batch[part], logits[part])
+            return logits
 
     @property
     def patch_bytes(self) -> int:
-        """Of the tensors alive at the worst moment of one patch's way through the network."""
+        """Peak bytes of live tensors while one patch passes through the network."""
         return live_bytes(self._model) // self._shape[0]
 
     def release(self) -> None:
@@ -209,47 +208,46 @@ class OpenVINOBackend:
         self._compiled.release_memory()
 
     def _output(self, n: int) -> np.ndarray:
-        """An array for the logits of `n` patches: the last one, if nobody holds it any more.
+        """Return an array for the logits of `n` patches: the last one if no caller still holds it.
 
-        Of many outputs it is large, and its pages would be asked of the kernel anew for each patch.
+        With many classes it is large; a new array would fault in fresh pages for every patch.
         """
         shape = (n, *self._out_shape[1:])
         if (
             self._last is None
             or self._last.shape != shape
-            or sys.getrefcount(self._last) > self._alone
+            or sys.getrefcount(self._last) > self._unshared
         ):
             self._last = np.empty(shape, self._out_type)
-            self._alone = sys.getrefcount(self._last)
+            self._unshared = sys.getrefcount(self._last)
         return self._last
 
     def _run(self, patches: np.ndarray, target: np.ndarray) -> None:
-        """Logits of at most one batch, written where they belong: OpenVINO reads and writes the arrays themselves."""
+        """Write the logits of at most one batch into `target`, without copies by OpenVINO."""
         openvino = import_openvino()
         n = len(patches)
         patches = np.ascontiguousarray(patches, np.float32)
-        written = target
+        output = target
         if n < self._shape[0]:  # the last patches of a scan do not always fill a batch
-            patches = np.concatenate(
-                [patches, np.zeros((self._shape[0] - n, *patches.shape[1:]), np.float32)]
-            )
-            written = np.empty(self._out_shape, self._out_type)
+            padding = np.zeros((self._shape[0] - n, *patches.shape[1:]), np.float32)
+            patches = np.concatenate([patches, padding])
+            output = np.empty(self._out_shape, self._out_type)
         request = self._request = self._request or self._compiled.create_infer_request()
         request.set_input_tensor(openvino.Tensor(patches, shared_memory=True))
-        request.set_output_tensor(openvino.Tensor(written, shared_memory=True))
-        request.infer(share_outputs=True)  # else it hands out a copy too, as large as the output
-        if written is not target:
-            target[...] = written[:n]
+        request.set_output_tensor(openvino.Tensor(output, shared_memory=True))
+        request.infer(share_outputs=True)  # else it also returns a copy as large as the output
+        if output is not target:
+            target[...] = output[:n]
 
     def _compile(self, shape: tuple[int, ...]) -> None:
         self._model.reshape(list(shape))
         hints = {
-            # Else a chip with matrix units for bf16 would compute in bf16 without being asked.
+            # By default a CPU with matrix units for bf16 computes in bf16.
             "INFERENCE_PRECISION_HINT": self._type,
             "PERFORMANCE_HINT": "LATENCY",
             "NUM_STREAMS": 1,
             "INFERENCE_NUM_THREADS": physical_cores(),
-            # Two runs on one machine would else be bound to the same cores; it brings nothing measurable.
+            # Pinning binds two runs on one machine to the same cores, and gains nothing measurable.
             "ENABLE_CPU_PINNING": False,
         }
         self._shape = shape
@@ -258,26 +256,26 @@ class OpenVINOBackend:
         self._out_shape, self._out_type = tuple(output.shape), output.get_element_type().to_dtype()
         self._request: openvino.InferRequest | None = None
         self._last: np.ndarray | None = None
-        self._alone = 0  # references to it when nobody else holds it
+        self._unshared = 0  # its reference count while no caller holds it
 
 
 class EnsembleBackend:
-    """The mean of the logits of several networks, such as those of the folds of one training."""
+    """The mean of the logits of several networks, such as the folds of one training."""
 
     def __init__(self, backends: Sequence[Backend]) -> None:
         if not backends:
             raise ValueError("an ensemble needs at least one network")
         self.backends = list(backends)
-        self.head: Head | None = None  # each member has its own, so none is taken off
+        self.head: Head | None = None  # each member has its own head, so none is deferred
 
     @property
     def identity(self) -> Mapping[str, str]:
-        """As of the members, each different value once."""
-        found = {
+        """The identities of the members; different values are joined by commas."""
+        joined = {
             name: ",".join(dict.fromkeys(backend.identity[name] for backend in self.backends))
             for name in self.backends[0].identity
         }
-        return found | {"networks": str(len(self.backends))}
+        return joined | {"networks": str(len(self.backends))}
 
     @property
     def device(self) -> torch.device:
@@ -298,13 +296,13 @@ class EnsembleBackend:
 
 
 def mean_of(members: Sequence[Backend]) -> Backend:
-    """The networks of a model as one: a single one is itself."""
+    """Return the networks of a model as one backend: a single member itself, else an ensemble."""
     return members[0] if len(members) == 1 else EnsembleBackend(members)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BackendChoice:
-    """Which backend runs where and how: nothing left to decide."""
+    """The chosen backend, device and precision, without any "auto"."""
 
     backend: str
     device: torch.device
@@ -314,42 +312,42 @@ class BackendChoice:
 def choose_backend(
     backend: str = "auto", device: str = "auto", precision: str = "auto"
 ) -> BackendChoice:
-    """What is there and fits together.
+    """Choose an available backend, device and precision that work together.
 
-    `auto` takes the GPU where there is one, else OpenVINO where it is installed, else torch (docs/benchmarks.md says why);
-    half precision on a GPU and fp32 on a CPU. Never int8, which costs accuracy.
+    `auto` takes the GPU if there is one, else OpenVINO if it is installed, else torch
+    (docs/benchmarks.md says why), in half precision on a GPU and fp32 on a CPU. It never takes
+    int8, which costs accuracy.
 
     Raises:
-        EnvironmentProblem: something asked for is not on this machine.
-        VolsegError: a name is unknown, or the three do not go together.
+        EnvironmentProblem: the requested backend, device or precision is not available.
+        VolsegError: a name is unknown, or the three cannot be combined.
     """
-    for what, value, known in (
+    for option, value, supported in (
         ("backend", backend, BACKENDS),
         ("precision", precision, PRECISIONS),
     ):
-        if value not in known:
+        if value not in supported:
             raise VolsegError(
-                f"{what} {value!r} is unknown",
-                fix=f"use {', '.join(known[:-1])} or {known[-1]}",
+                f"{option} {value!r} is unknown",
+                fix=f"use {', '.join(supported[:-1])} or {supported[-1]}",
                 code="E_USAGE",
             )
     for_cpus = backend == "openvino" or precision == "int8"
-    chosen = choose_device("cpu" if device == "auto" and for_cpus else device)
-    if chosen.type == "cuda":
+    place = choose_device("cpu" if device == "auto" and for_cpus else device)
+    if place.type == "cuda":
         if for_cpus:
-            asked = "backend openvino" if backend == "openvino" else "precision int8"
+            option = "backend openvino" if backend == "openvino" else "precision int8"
             raise VolsegError(
-                f"{asked} runs on a CPU, not on {device}", fix="use --device cpu", code="E_USAGE"
+                f"{option} runs on a CPU, not on {device}", fix="use --device cpu", code="E_USAGE"
             )
-        return BackendChoice(
-            backend="torch", device=chosen, precision="fp16" if precision == "auto" else precision
-        )
+        precision = "fp16" if precision == "auto" else precision
+        return BackendChoice(backend="torch", device=place, precision=precision)
     precision = "fp32" if precision == "auto" else precision
     if backend == "auto":
         backend = "openvino" if openvino_is_installed() or precision != "fp32" else "torch"
     if backend == "torch" and precision != "fp32":
         raise VolsegError(
-            f"precision {precision} on a CPU needs the backend openvino, and torch was asked for",
+            f"precision {precision} on a CPU needs the backend openvino, got torch",
             fix="use --backend openvino or --precision fp32",
             code="E_USAGE",
         )
@@ -357,34 +355,39 @@ def choose_backend(
         import_openvino()
     if precision == "fp16":
         half_type()
-    return BackendChoice(backend=backend, device=chosen, precision=precision)
+    return BackendChoice(backend=backend, device=place, precision=precision)
 
 
 def load_backend(
     bundle: ModelBundle, choice: BackendChoice, *, folder: Path | None = None
 ) -> Backend:
-    """Make the bundle's segmentation network ready to run.
+    """Load the bundle's segmentation network, ready to run.
 
     Args:
-        folder: the bundle's own. OpenVINO's files in it are used where they were made from this bundle, else ignored.
+        folder: the bundle's folder. Its OpenVINO files are used if they were made from this bundle.
 
     Raises:
-        VolsegError: int8 was asked for and the folder has no quantised network, or OpenVINO cannot take the network.
+        VolsegError: the folder has no quantised network for int8, or OpenVINO does not support the
+            network.
     """
     shape = usual_batch_shape(bundle)
     members: list[Backend] = []
-    # The heads of an ensemble cannot be put off: each has its own features. With two classes there is nothing to gain.
-    may_cut = len(bundle.members) == 1 and bundle.recipe.data.n_outputs > 2
+    is_single = len(bundle.members) == 1
+    # The heads of an ensemble cannot be deferred, each has its own features. Two classes gain
+    # nothing.
+    may_cut = is_single and bundle.recipe.data.n_outputs > 2
     for name in bundle.members:
         if choice.backend == "torch":
             network = bundle.member(name).eval()
             head = take_head(network, partial(_example_patch, network, shape)) if may_cut else None
-            alone = (
-                len(bundle.members) == 1
-            )  # the recordings of several would hold their memory all at a time
+            # CUDA graphs of several members would hold their memory at the same time
             members.append(
                 TorchBackend(
-                    network, choice.device, precision=choice.precision, head=head, may_record=alone
+                    network,
+                    choice.device,
+                    precision=choice.precision,
+                    head=head,
+                    may_record=is_single,
                 )
             )
             continue
@@ -393,7 +396,7 @@ def load_backend(
         model, facts = (None, {}) if folder is None else read_exported(folder, stem, bundle.sha256)
         if model is None and stored == "int8":
             raise VolsegError(
-                f"{folder or 'the model'}: has no int8 network that was made from its weights",
+                f"{folder or 'the model'}: has no int8 network made from its weights",
                 fix="run `volseg quantise MODEL DATASET` first, or use --precision fp32",
                 code="E_PRECISION",
             )
@@ -404,19 +407,19 @@ def load_backend(
         members.append(
             OpenVINOBackend(model, shape, precision=choice.precision, identity=identity, head=head)
         )
-        if folder is not None:  # compiled, a network has its weights in an order of its own
+        if folder is not None:  # the compiled network has its own copy of the weights
             give_back_mapped(folder / EXPORTED / f"{stem}.bin")
     return mean_of(members)
 
 
 def convert(network: nn.Module, batch_shape: Sequence[int]) -> openvino.Model:
-    """A torch module → an OpenVINO model in fp32 of free shape, checked against the module.
+    """Convert a torch module to an OpenVINO model in fp32 with a free shape, and compare the two.
 
     Args:
-        batch_shape: (N, channels, R, A, S) of the batches that it will be given.
+        batch_shape: (N, channels, R, A, S) of its batches.
 
     Raises:
-        VolsegError: OpenVINO cannot take the network, or computes something else.
+        VolsegError: OpenVINO does not support the network, or its logits differ.
     """
     openvino = import_openvino()
     from openvino.frontend import FrontEndManager
@@ -426,27 +429,28 @@ def convert(network: nn.Module, batch_shape: Sequence[int]) -> openvino.Model:
     example, expected = _example(network, batch_shape)
     try:
         with torch.no_grad(), warnings.catch_warnings():
-            # The tracer warns of its own future and of checks of shapes, which hold for every shape that we give.
+            # The tracer warns of its deprecation and of shape checks that hold for all our shapes.
             warnings.simplefilter("ignore")
             frontend = FrontEndManager().load_by_framework("pytorch")
-            unchecked = {"check_trace": False}  # what comes out is compared below
+            unchecked = {"check_trace": False}  # the logits are compared below
             traced = TorchScriptPythonDecoder(
                 network, example_input=example, shared_memory=False, trace_kwargs=unchecked
             )
             model = frontend.convert(frontend.load(traced))
         split_joined_convolutions(model)
-        found = OpenVINOBackend(model, example.shape).logits(example.numpy())
+        logits = OpenVINOBackend(model, example.shape).logits(example.numpy())
         model.reshape(openvino.PartialShape([-1, batch_shape[1], *[-1] * (len(batch_shape) - 2)]))
     except RuntimeError as error:
         raise VolsegError(
-            f"OpenVINO cannot take this network ({str(error).strip().splitlines()[-1]})",
+            f"OpenVINO cannot convert this network ({str(error).strip().splitlines()[-1]})",
             fix="use --backend torch",
             code="E_BACKEND",
         ) from error
-    off = float(np.abs(found - expected).max() / max(1.0, float(np.abs(expected).max())))
+    off = float(np.abs(logits - expected).max() / max(1.0, float(np.abs(expected).max())))
     if not off <= TRACE_TOLERANCE:
         raise VolsegError(
-            f"OpenVINO's logits of this network are off by {off:.2g} of the largest",
+            f"OpenVINO's logits of this network are off by {off:.2g} relative to the largest "
+            f"(limit {TRACE_TOLERANCE:g})",
             fix="use --backend torch",
             code="E_BACKEND",
         )
@@ -454,7 +458,7 @@ def convert(network: nn.Module, batch_shape: Sequence[int]) -> openvino.Model:
 
 
 def _example(network: nn.Module, batch_shape: Sequence[int]) -> tuple[torch.Tensor, np.ndarray]:
-    """A batch of one small patch that the network can take, and its logits; a whole patch where it must be."""
+    """Return a batch of one patch, as small as the network accepts, and its logits."""
     patch = tuple(batch_shape[2:])
     for voxels in (*EXAMPLE_VOXELS, max(patch)):
         shape = (1, batch_shape[1], *(min(voxels, n) for n in patch))
@@ -462,10 +466,8 @@ def _example(network: nn.Module, batch_shape: Sequence[int]) -> tuple[torch.Tens
         try:
             with torch.inference_mode():
                 return example, network(example).numpy()
-        except (
-            RuntimeError,
-            ValueError,
-        ):  # too small or not divisible: its deepest level would be without voxels
+        # too small or not divisible: the deepest level would have no voxels
+        except (RuntimeError, ValueError):
             if shape[2:] == patch:
                 raise
     raise AssertionError("the last example is a whole patch")
@@ -478,10 +480,11 @@ def _example_patch(network: nn.Module, batch_shape: Sequence[int]) -> torch.Tens
 def export_bundle(
     bundle: ModelBundle, folder: Path, *, before: Callable[[str], bool] = lambda name: True
 ) -> None:
-    """Put OpenVINO's files of the 3D networks into the bundle's folder, so that inference need not convert them.
+    """Write OpenVINO files of the 3D networks to the folder, so that inference need not convert.
 
-    `before` is called with the name of each network; where it says no, this and all others are left to inference.
-    Does nothing where OpenVINO is not installed or cannot take the network: inference finds out and says so.
+    `before` is called with the name of each network; if it returns False, this network and the
+    following ones are not converted. Does nothing if OpenVINO is not installed or does not support
+    a network: inference reports that.
     """
     if not openvino_is_installed():
         return
@@ -496,7 +499,7 @@ def export_bundle(
 
 
 def usual_batch_shape(bundle: ModelBundle) -> tuple[int, ...]:
-    """(N, channels, R, A, S) of the batches of patches that inference gives to the segmentation network."""
+    """Return (N, channels, R, A, S) of the batches that inference feeds the network."""
     recipe = bundle.recipe
     return (recipe.infer.batch_size, len(recipe.data.channels), *bundle.plan.patch_shape)
 
@@ -504,21 +507,21 @@ def usual_batch_shape(bundle: ModelBundle) -> tuple[int, ...]:
 def write_exported(
     model: openvino.Model, folder: Path, stem: str, facts: Mapping[str, Any]
 ) -> None:
-    """Write `openvino/<stem>.xml`, `.bin` and, last, `.json` with their hashes and the facts (JSON).
+    """Write `openvino/<stem>.xml`, `.bin` and last `.json`, with their hashes and `facts` (JSON).
 
     Raises:
-        EnvironmentProblem: the folder cannot be written.
+        EnvironmentProblem: the folder is not writable, or the disk is full.
     """
     openvino = import_openvino()
     target = folder / EXPORTED
     make_folder(target)
     try:
         with tempfile.TemporaryDirectory(prefix=".tmp-", dir=target) as temporary:
-            made = [Path(temporary) / f"{stem}.{suffix}" for suffix in ("xml", "bin")]
-            # Not halved on the disk either: the weights are those that were trained.
-            openvino.save_model(model, made[0], compress_to_fp16=False)
-            hashes = {path.name: sha256_of(path) for path in made}
-            for path in made:
+            paths = [Path(temporary) / f"{stem}.{suffix}" for suffix in ("xml", "bin")]
+            # not compressed: the weights stay those that were trained
+            openvino.save_model(model, paths[0], compress_to_fp16=False)
+            hashes = {path.name: sha256_of(path) for path in paths}
+            for path in paths:
                 os.replace(path, target / path.name)
     except OSError as error:
         raise environment_problem(target, error) from error
@@ -534,7 +537,7 @@ def write_exported(
 def read_exported(
     folder: Path, stem: str, model_sha256: str
 ) -> tuple[openvino.Model | None, dict[str, Any]]:
-    """What `write_exported` wrote, or (None, {}) where it is not there, damaged or of another model."""
+    """Read what `write_exported` wrote; (None, {}) if missing, damaged or of another model."""
     import_openvino()
     target = folder / EXPORTED
     try:
@@ -554,7 +557,7 @@ def openvino_is_installed() -> bool:
 
 
 def import_openvino() -> ModuleType:
-    """The package openvino.
+    """Return the package openvino.
 
     Raises:
         EnvironmentProblem: it is not installed.
@@ -565,8 +568,9 @@ def import_openvino() -> ModuleType:
         with without_reports():
             import openvino
     except ImportError as error:
+        broken = f"cannot be imported ({error})"
         raise EnvironmentProblem(
-            f"openvino {f'cannot be imported ({error})' if openvino_is_installed() else 'is not installed'}",
+            f"openvino {broken if openvino_is_installed() else 'is not installed'}",
             fix="pip install 'volseg[cpu]'",
             code="E_BACKEND",
         ) from error
@@ -577,14 +581,11 @@ def import_openvino() -> ModuleType:
 def without_reports() -> Iterator[None]:
     """Hide `openvino_telemetry` while openvino or nncf is imported.
 
-    With it, the mere import tells its makers over the internet who runs what; without it, as both foresee, it does not.
+    With it, a mere import reports usage over the internet; both packages also work without it.
     """
     name = "openvino_telemetry"
-    hidden = {
-        key: module for key, module in list(sys.modules.items()) if key.partition(".")[0] == name
-    }
-    for key in hidden:
-        del sys.modules[key]
+    names = [module for module in list(sys.modules) if module.partition(".")[0] == name]
+    hidden = {module: sys.modules.pop(module) for module in names}
     sys.modules[name] = None  # type: ignore[assignment]
     try:
         yield
@@ -595,31 +596,32 @@ def without_reports() -> Iterator[None]:
 
 @cache
 def core() -> openvino.Core:
-    """OpenVINO's entrance, one for the process.
+    """Return the one OpenVINO Core of this process.
 
-    Its CPU plugin gives the process a stack for signal handlers when it is loaded, and of several that overlap the last one to go gives back that of another
-    which is no more (2026.4): Ctrl-C then ends in a segmentation fault.
+    The CPU plugin installs an alternate signal stack. Destroying one of several Cores frees a stack
+    still in use, and Ctrl-C then ends in a segmentation fault (OpenVINO 2026.4).
     """
     return import_openvino().Core()
 
 
 def find_half_type() -> str | None:
-    """OpenVINO's name of the half precision in which this CPU computes: bf16 or f16; None where it has none."""
-    known = core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-    names = {"BF16": "bf16", "FP16": "f16"}  # bf16 first: more chips have matrix units for it
-    return next((name for capability, name in names.items() if capability in known), None)
+    """Return OpenVINO's name of this CPU's half precision, bf16 or f16; None if it has none."""
+    capabilities = core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    names = {"BF16": "bf16", "FP16": "f16"}  # bf16 first: more CPUs have matrix units for it
+    return next((name for capability, name in names.items() if capability in capabilities), None)
 
 
 def half_type() -> str:
-    """As `find_half_type`.
+    """Return `find_half_type()`, or refuse a CPU without half precision.
 
     Raises:
-        EnvironmentProblem: it has none, so that half precision would only be slower and less exact.
+        EnvironmentProblem: the CPU has none: fp16 would only be slower and less exact.
     """
     name = find_half_type()
     if name is None:
+        cpu = core().get_property("CPU", "FULL_DEVICE_NAME")
         raise EnvironmentProblem(
-            f"precision fp16 was asked for, but OpenVINO finds no half precision on {core().get_property('CPU', 'FULL_DEVICE_NAME')}",
+            f"precision fp16 was requested, but OpenVINO finds no half precision on {cpu}",
             fix="use --precision fp32",
             code="E_PRECISION",
         )
@@ -627,10 +629,10 @@ def half_type() -> str:
 
 
 def choose_device(name: str) -> torch.device:
-    """`auto`, `cpu` or `cuda` → a device that is there.
+    """Return the torch device for `auto`, `cpu` or `cuda`.
 
     Raises:
-        EnvironmentProblem: CUDA was asked for and is not available.
+        EnvironmentProblem: CUDA was requested and is not available.
     """
     if name not in ("auto", "cpu", "cuda"):
         raise VolsegError(
@@ -638,7 +640,7 @@ def choose_device(name: str) -> torch.device:
         )
     if name == "cuda" and not torch.cuda.is_available():
         raise EnvironmentProblem(
-            "device cuda was asked for, but torch finds no CUDA device",
+            "device cuda was requested, but torch finds no CUDA device",
             fix="install a driver and a CUDA build of torch, or use --device cpu",
             code="E_DEVICE",
         )
@@ -646,7 +648,7 @@ def choose_device(name: str) -> torch.device:
 
 
 def _memory_format(images: torch.Tensor) -> torch.memory_format:
-    """Channels last: the layout of a GPU's tensor cores."""
+    """Return the channels-last format, the layout of a GPU's tensor cores."""
     return torch.channels_last_3d if images.ndim == 5 else torch.channels_last
 
 
@@ -657,7 +659,7 @@ def _channels_last(network: nn.Module) -> None:
 
 
 @contextmanager
-def _out_of_memory_is_the_scans_problem(shape: tuple[int, ...], device: str) -> Iterator[None]:
+def _out_of_memory_as_scan_error(shape: tuple[int, ...], device: str) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
@@ -665,8 +667,6 @@ def _out_of_memory_is_the_scans_problem(shape: tuple[int, ...], device: str) -> 
             raise
         raise ScanError(
             f"a batch of patches of shape {shape} does not fit into the memory of {device}",
-            fix="close other programs, or use --device cpu"
-            if "cuda" in device
-            else "close other programs",
+            fix="close other programs" + (", or use --device cpu" if "cuda" in device else ""),
             code="E_OOM",
         ) from error

@@ -1,7 +1,7 @@
-"""The work of a network on a GPU, recorded once and sent again as a whole (CUDA graphs).
+"""CUDA graphs: record the kernels of a forward pass once and replay them as a whole.
 
-Of a small patch most of the time goes into launching kernels one by one; of a large one next to nothing. Which of the two it is depends on the network, the patch
-and the GPU, so it is measured where it runs, and nobody needs to ask for it.
+With a small patch, launching kernels one by one takes most of the time; with a large one, next to
+none. It depends on network, patch and GPU, so a trial at run time decides; there is no option.
 """
 
 from __future__ import annotations
@@ -13,40 +13,44 @@ from contextlib import suppress
 
 import torch
 
-TRIAL_AFTER = 16  # batches of one shape in a row before a recording is tried, which takes the time of some ten
-AGAIN_AFTER = 4  # of the next scan, before what is known to pay is recorded again, which takes the time of two
+# batches of one shape in a row before a recording is tried; a trial takes the time of about ten
+TRIAL_AFTER = 16
+# batches of the next scan before a graph known to be faster is recorded again, the time of two
+AGAIN_AFTER = 4
 REPEATS = 3
-WORTH = 0.97  # of the time without a recording: it holds its memory, so it has to gain something
+# largest replay time, relative to the plain pass: a recording holds memory, so it must gain time
+WORTH = 0.97
 
 Forward = Callable[[torch.Tensor], torch.Tensor]
 
 
 class CudaGraph:
-    """One forward pass of one shape of batch, recorded.
+    """A recorded forward pass for one batch shape.
 
     Args:
-        forward: does the same work on every batch of that shape, and waits for no result on the way.
+        forward: runs the same kernels for every batch of that shape, without synchronising.
         batch: (N, channels, …) on the GPU.
 
     Raises:
-        RuntimeError: it cannot be recorded, or there is no memory for it; nothing is left behind.
+        RuntimeError: the pass cannot be recorded, or memory is short; no state is left behind.
     """
 
     def __init__(self, forward: Forward, batch: torch.Tensor) -> None:
         self._batch = batch.clone()
-        own, stream = torch.cuda.current_stream(), torch.cuda.Stream()
+        current, side = torch.cuda.current_stream(), torch.cuda.Stream()
         try:
-            # What is set up at a first run, such as cuBLAS's workspace, belongs to the stream and must not be recorded.
-            stream.wait_stream(own)
-            with torch.cuda.stream(stream):
+            # Warm up: the first run sets up per-stream state, such as cuBLAS's workspace, which
+            # must not be recorded.
+            side.wait_stream(current)
+            with torch.cuda.stream(side):
                 forward(self._batch)
-            own.wait_stream(stream)
+            current.wait_stream(side)
             self._graph = torch.cuda.CUDAGraph()
-            # Other threads may go on with their copies meanwhile.
-            with torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local"):
+            # thread_local: other threads may go on copying
+            with torch.cuda.graph(self._graph, stream=side, capture_error_mode="thread_local"):
                 self._logits = forward(self._batch)
         finally:
-            torch.cuda.set_stream(own)  # which a capture that fails does not do
+            torch.cuda.set_stream(current)  # a failed capture does not restore it
 
     def __call__(self, batch: torch.Tensor) -> torch.Tensor:
         self._batch.copy_(batch)
@@ -55,15 +59,17 @@ class CudaGraph:
 
 
 class Recorded:
-    """Runs a forward pass as it is until a recording of it has been measured to be faster.
+    """A forward pass that is replayed from a recording once that is measured to be faster.
 
-    The numbers are the same: a recording runs the same kernels. Its memory is that of the pass itself, which is given back before, so that never both are held.
-    It is of one shape, and dropped when another comes. Where a recording fails, for lack of memory or because the network asks for results on the way, the pass is run as it is.
+    The numbers are the same: a recording runs the same kernels. It needs the memory of the pass,
+    which is freed before, so both are never held together. It is valid for one batch shape and
+    dropped if another comes. If recording fails, because memory is short or the network
+    synchronises, the plain pass is run.
 
     Args:
-        record: how a pass is recorded from an example of its batch.
-        synchronize: waits until everything sent to the device is done.
-        empty_cache: gives back the memory that the device's allocator keeps.
+        record: records a pass, given an example of its batch.
+        synchronize: waits until all work sent to the device is done.
+        empty_cache: frees the memory cached by the device's allocator.
     """
 
     def __init__(
@@ -77,35 +83,35 @@ class Recorded:
         self._synchronize = synchronize
         self._empty_cache = empty_cache
         self._shape: torch.Size | None = None  # of the last batch
-        self._seen = 0  # in a row
+        self._n_in_row = 0  # batches of that shape
         self._pays: dict[torch.Size, bool] = {}
         self._recording: Forward | None = None
 
     def run(self, forward: Forward, batch: torch.Tensor) -> torch.Tensor:
-        """What `forward` gives for the batch; it must be the same one at each call."""
+        """Return `forward(batch)`; `forward` must be the same function in every call."""
         if batch.shape != self._shape:
             if self._recording is not None:
                 self._drop()
-            self._shape, self._seen = batch.shape, 0
-        self._seen += 1
+            self._shape, self._n_in_row = batch.shape, 0
+        self._n_in_row += 1
         if self._recording is None:
             pays = self._pays.get(batch.shape)
-            if pays is None and self._seen > TRIAL_AFTER:
+            if pays is None and self._n_in_row > TRIAL_AFTER:
                 self._try(forward, batch)
-            elif pays and self._seen > AGAIN_AFTER:
+            elif pays and self._n_in_row > AGAIN_AFTER:
                 self._start(forward, batch)
         return (self._recording or forward)(batch)
 
     def release(self) -> None:
-        """Give the recording's memory back; what was measured stays known."""
+        """Free the recording's memory; the results of trials are kept."""
         self._recording = self._shape = None
 
     def _try(self, forward: Forward, batch: torch.Tensor) -> None:
-        as_it_is = self._seconds(forward, batch)
+        plain_seconds = self._seconds(forward, batch)
         self._start(forward, batch)
         if self._recording is None:
             return
-        self._pays[batch.shape] = self._seconds(self._recording, batch) < WORTH * as_it_is
+        self._pays[batch.shape] = self._seconds(self._recording, batch) < WORTH * plain_seconds
         if not self._pays[batch.shape]:
             self._drop()
 
@@ -121,12 +127,12 @@ class Recorded:
         self._empty_cache()
 
     def _seconds(self, run: Forward, batch: torch.Tensor) -> float:
-        """Of the typical one of some runs, from sent to done."""
-        found = []
+        """Return the median time of some runs, from launch to completion."""
+        seconds = []
         for _ in range(REPEATS):
             self._synchronize()
             started = time.perf_counter()
             run(batch)
             self._synchronize()
-            found.append(time.perf_counter() - started)
-        return statistics.median(found)
+            seconds.append(time.perf_counter() - started)
+        return statistics.median(seconds)

@@ -1,4 +1,4 @@
-"""How long a run will take, from the time of one tile, and which options would make it shorter."""
+"""Estimate the duration of a run from the time of one tile, and name options that shorten it."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from volseg.infer.backends import Backend
 from volseg.infer.stream import Tiling
 from volseg.words import duration
 
-QUICK_SECONDS = 5.0  # of a first batch, which also compiles; if it took less a second is timed
-LONG_SECONDS = 600.0  # ahead without a GPU, from which on the cheapest option is named first
+QUICK_SECONDS = 5.0  # a first batch, which also compiles, below this: a second batch is timed
+LONG_SECONDS = 600.0  # a longer run without a GPU names the cheapest option first
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,8 +21,8 @@ class Work:
     """The tiles of a run.
 
     Args:
-        shapes: of the prepared grid of each scan.
-        seconds_per_tile: of one run of the network over one patch.
+        shapes: shape of the prepared grid of each scan.
+        seconds_per_tile: time of one forward pass over one patch.
     """
 
     tiling: Tiling
@@ -32,12 +32,12 @@ class Work:
 
     @property
     def n_tiles(self) -> int:
-        """Tiles at most: those of the whole grids, empty ones among them."""
+        """Upper limit of the tiles: those of the whole grids, including empty ones."""
         return sum(self.tiling.count(shape) for shape in self.shapes)
 
     @property
     def n_copies(self) -> int:
-        """How often the network is run over each of them."""
+        """Forward passes per tile: mirrored copies of test-time augmentation (TTA)."""
         return 2 ** len(self.tiling.tta_axes)
 
     @property
@@ -45,37 +45,34 @@ class Work:
         return self.n_tiles * self.n_copies * self.seconds_per_tile
 
     def options(self) -> Iterator[tuple[str, float]]:
-        """What would take less time, as it is written on the command line, and seconds with it."""
+        """Yield the command-line options that shorten the run, each with the seconds it takes."""
         plain = replace(self, tiling=replace(self.tiling, tta_axes=()))
-        coarse = replace(self, tiling=replace(self.tiling, overlap=0.0))
+        sparse = replace(self, tiling=replace(self.tiling, overlap=0.0))
         both = replace(plain, tiling=replace(plain.tiling, overlap=0.0))
-        names = ("--no-tta", "--overlap 0", "--no-tta --overlap 0")
-        is_open = (
-            self.n_copies > 1,
-            coarse.n_tiles < self.n_tiles,
-            both.seconds < min(plain.seconds, coarse.seconds),
-        )
-        for name, work, applies in zip(names, (plain, coarse, both), is_open, strict=True):
-            if applies:
-                yield name, work.seconds
+        if self.n_copies > 1:
+            yield "--no-tta", plain.seconds
+        if sparse.n_tiles < self.n_tiles:
+            yield "--overlap 0", sparse.seconds
+        if both.seconds < min(plain.seconds, sparse.seconds):
+            yield "--no-tta --overlap 0", both.seconds
 
     def announcement(self) -> str:
-        """The time ahead and what would be quicker; the cheapest first where a CPU needs long."""
+        """Return the expected time and faster options; the cheapest first if a CPU takes long."""
         copies = f" × {self.n_copies} mirrored copies" if self.n_copies > 1 else ""
         scans = f" in {len(self.shapes)} scans" if len(self.shapes) > 1 else ""
-        asked = f"at most {self.n_tiles} tiles{copies}{scans}, about {duration(self.seconds)}"
+        tiles = f"at most {self.n_tiles} tiles{copies}{scans}, about {duration(self.seconds)}"
         options = list(self.options())
         if self.on_gpu or self.seconds <= LONG_SECONDS or not options:
-            return "time: " + "; ".join(
-                [asked, *(f"{name} about {duration(seconds)}" for name, seconds in options)]
-            )
+            parts = [tiles, *(f"{name} about {duration(seconds)}" for name, seconds in options)]
+            return f"time: {'; '.join(parts)}"
         options.sort(key=lambda option: option[1])
         cheapest, *others = (f"{name} takes about {duration(seconds)}" for name, seconds in options)
-        return f"time: {'; '.join([f'{cheapest} on this CPU, slightly less accurate', *others, f'as asked: {asked}'])}"
+        cheapest += " on this CPU, slightly less accurate"
+        return f"time: {'; '.join([cheapest, *others, f'as requested: {tiles}'])}"
 
 
 def seconds_per_tile(backend: Backend, batch_shape: Sequence[int]) -> float:
-    """Time the network over a blank batch (N, channels, R, A, S), which warms it up too."""
+    """Return the seconds per tile of a blank batch (N, channels, R, A, S); also warms up."""
     batch = np.zeros(batch_shape, np.float32)
     seconds = _seconds(backend, batch)
     if seconds < QUICK_SECONDS:

@@ -1,8 +1,9 @@
-"""The last layer of a network with many classes, put off until a voxel of its scan is needed.
+"""Deferred head: the last layer of a network with many classes, applied after blending.
 
-The last layer of a U-Net is a convolution of 1 × 1 × 1: a linear map from the features of a voxel to its logits. Blending (shares sum to 1)
-and the mean over mirrored copies are linear too, so they may come first. With more classes than features that is less to compute and to hold:
-memory no longer depends on the number of classes.
+The last layer of a U-Net is a 1 × 1 × 1 convolution: a linear map from the features of a voxel to
+its logits. Blending (weights sum to 1) and test-time augmentation are linear too, so they may come
+first. With more classes than features this saves computation, and memory does not depend on the
+number of classes.
 """
 
 from __future__ import annotations
@@ -17,12 +18,12 @@ from torch import nn
 if TYPE_CHECKING:
     import openvino
 
-BACKGROUND = 20.0  # logit against the labels where nothing was run: a probability of 2e-9
+BACKGROUND = 20.0  # background's lead in logits where no tile was run: labels get p = 2e-9
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Head:
-    """Features → logits, voxel by voxel. `weight` (classes, features) and `bias` (classes,) float32."""
+    """A linear map from features to logits; `weight` (classes, features), `bias` (classes,)."""
 
     weight: torch.Tensor
     bias: torch.Tensor
@@ -35,9 +36,9 @@ class Head:
         return Head(self.weight.to(device), self.bias.to(device))
 
     def __call__(self, features: torch.Tensor) -> torch.Tensor:
-        """(features, r, a, s) on the head's device → logits (classes, r, a, s) float32.
+        """Return logits (classes, r, a, s) float32 for features (features, r, a, s) on its device.
 
-        One more channel than features says with a 1 where no tile was run: background there.
+        An extra last channel is 1 where no tile was run: there the logits are background.
         """
         flat = features.flatten(1)
         logits = torch.addmm(self.bias[:, None], self.weight, flat[: self.n_features].float())
@@ -49,8 +50,11 @@ class Head:
 
 
 def cut_head(model: openvino.Model) -> Head | None:
-    """Take the head off a model of OpenVINO, whose output then are features; None, and nothing done, where it has fewer classes
-    than features or ends otherwise, as after quantisation.
+    """Cut the head off an OpenVINO model, which then returns features.
+
+    Returns:
+        None, with the model unchanged, if there are no more classes than features or the last layer
+        is no plain convolution, as after quantisation.
     """
     result = model.get_results()[0]
     total = result.input_value(0).get_node()
@@ -73,14 +77,14 @@ def cut_head(model: openvino.Model) -> Head | None:
 
 
 def take_head(network: nn.Module, example: Callable[[], torch.Tensor]) -> Head | None:
-    """The same for a torch module, in which an identity takes the place of the head.
+    """Cut the head off a torch module, in which an identity takes its place; see `cut_head`.
 
     Args:
-        example: makes a patch (1, channels, R, A, S), to find out on that the module found is the last one.
+        example: makes a patch (1, channels, R, A, S), to check that the convolution is the last
+            layer.
     """
-    name, last = [
-        (name, each) for name, each in network.named_modules() if isinstance(each, nn.Conv3d)
-    ][-1]
+    modules = network.named_modules()
+    name, last = [(name, layer) for name, layer in modules if isinstance(layer, nn.Conv3d)][-1]
     if not _is_head(last.weight) or last.bias is None:
         return None
     head = Head(last.weight.detach().float().flatten(1), last.bias.detach().float())
@@ -100,5 +104,5 @@ def take_head(network: nn.Module, example: Callable[[], torch.Tensor]) -> Head |
 
 
 def _is_head(weight: torch.Tensor) -> bool:
-    """Whether these are the weights (classes, features, 1, 1, 1) of more classes than features."""
+    """Check whether weights (classes, features, 1, 1, 1) have more classes than features."""
     return tuple(weight.shape[2:]) == (1, 1, 1) and weight.shape[0] > weight.shape[1]

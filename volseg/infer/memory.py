@@ -1,4 +1,4 @@
-"""How much memory a scan will take, from its header and the model alone."""
+"""Predict the memory that a scan needs, from its header and the model alone."""
 
 from __future__ import annotations
 
@@ -27,70 +27,64 @@ from volseg.preprocess.prepare import SLAB_VOXELS, PrepareSettings, separate_axi
 from volseg.preprocess.resample import SLAB_VALUES, resampled_shape
 from volseg.volume import Geometry
 
-# Measured with benchmarks/memory.py: what a backend takes of the tensors that are alive at the worst moment, and beside them.
-OVERHEAD = {
-    "openvino": 1.05,
-    "torch": 2.3,
-    "cuda": 1.3,
-}  # torch on a CPU keeps freed blocks for speed
+# Measured with benchmarks/memory.py: a backend's memory relative to the peak of live tensors, and
+# its fixed workspace. Torch on a CPU keeps freed blocks for speed.
+OVERHEAD = {"openvino": 1.05, "torch": 2.3, "cuda": 1.3}
 WORKSPACE = 150 << 20
 STAGING = 2 * 4 * SLAB_VALUES  # source planes on their way to a GPU
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Footprint:
-    """Bytes at the peak, by what they are for."""
+    """Peak bytes by purpose."""
 
     process: int  # libraries and weights, before a scan is read
-    scans: int  # as stored; three where the next one is read and the last one written meanwhile
+    scans: int  # as stored; three if the next one is read and the last one written meanwhile
     masks: int  # mask, confidence and lesion ids
     network: int  # activations and logits of one batch of patches
     stream: int  # prepared planes and the ring of blended logits, one patch deep
-    restore: int  # planes on their way back to the scan's grid
-    lesions: int  # finding and measuring them, whatever the mask, when the network's memory is free again
-    page: int = 0  # and rows of the scan before, where they are made meanwhile
-    # Of its own memory, with the weights there: network, stream and restore then take nothing of the main memory.
+    restore: int  # planes being resampled to the scan's grid
+    lesions: int  # finding and measuring lesions of any mask, after the network's memory is freed
+    page: int = 0  # page and rows of the previous scan, if they are made meanwhile
+    # GPU memory including weights; network, stream and restore then take no main memory
     gpu: int = 0
 
     @property
     def inference(self) -> int:
-        """Of the network and what is prepared for it and comes out of it."""
+        """Bytes of the network, its input and its output."""
         return self.network + self.stream + self.restore
 
     @property
     def total(self) -> int:
-        """Inference and lesions follow each other."""
-        return (
-            self.process + self.scans + self.masks + self.page + max(self.inference, self.lesions)
-        )
+        """Bytes of everything at the peak; inference and lesions follow each other."""
+        largest = max(self.inference, self.lesions)
+        return self.process + self.scans + self.masks + self.page + largest
 
     def __str__(self) -> str:
         parts = {"process": self.process, "scans": self.scans, "masks": self.masks}
         parts |= {"page": self.page} if self.page else {}
-        parts |= (
-            {"network and stream": self.inference}
-            if self.inference >= self.lesions
-            else {"lesions": self.lesions}
-        )
-        return f"{self.total / 2**30:.2f} GB ({', '.join(f'{name} {size / 2**30:.2f}' for name, size in parts.items())})"
+        if self.inference >= self.lesions:
+            parts["network and stream"] = self.inference
+        else:
+            parts["lesions"] = self.lesions
+        listed = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in parts.items())
+        return f"{self.total / 2**30:.2f} GB ({listed})"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryPlan:
-    """How a scan is segmented so that it fits."""
+    """The settings with which a scan is segmented within its memory budget."""
 
     footprint: Footprint
     half_logits: bool  # blend logits in float16
     read_ahead: bool  # read the next scan meanwhile
-    batch_size: int  # tiles that go through the network together
-    shape: tuple[
-        int, int, int
-    ]  # of the prepared grid over the whole scan, where the body is not known yet
+    batch_size: int  # tiles per forward pass
+    shape: tuple[int, int, int]  # of the prepared grid over the whole scan: no body crop yet
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScanHeader:
-    """What a header says of a scan's size: `itemsize` bytes per stored voxel, over all channels."""
+    """The size of a scan from its header; `itemsize`: bytes per stored voxel of all channels."""
 
     geometry: Geometry
     itemsize: int
@@ -98,14 +92,14 @@ class ScanHeader:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class NetworkPass:
-    """A bundle's network run over a scan: on which grid, in which tiles, by which backend. `network_bytes` is that function's."""
+    """A pass of a bundle's network over a scan: its grid, tiles and backend."""
 
     bundle: ModelBundle
     tiling: Tiling
     settings: PrepareSettings
     backend: str
-    network_bytes: int
-    n_channels: int  # that it gives of each voxel: logits, or features where its head is put off
+    network_bytes: int  # from the function of that name
+    n_channels: int  # output channels: logits, or features if the head is deferred
     head_is_off: bool = False
     on_gpu: bool = False
     half: bool = False  # activations of two bytes
@@ -121,27 +115,28 @@ def plan_memory(
     max_ram: int | None = None,
     max_vram: int | None = None,
 ) -> MemoryPlan:
-    """The fastest way to segment a scan within budgets of bytes; the first of these that fits: all at its best; without
-    reading ahead; with fewer tiles at a time, half as many and at last one; logits blended in float16, as they are on a CPU in half
-    precision anyhow. A scan that `is_alone` has no next one to read.
+    """Return the fastest way to segment a scan within budgets of bytes.
 
-    How high a slab is follows from the patch: it is a view of the ring of sums, one patch deep, and takes no memory of its own.
+    It is the first of these that fits: the settings as they are; without reading ahead; with fewer
+    tiles per batch, halved down to one; with logits blended in float16, as they always are in half
+    precision on a CPU. Slabs need no memory of their own: they are views of the ring.
 
     Args:
-        coarse: a first pass, whose memory is free again when the other begins.
-        n_cases: of the results folder, of which there are tables and a page afterwards.
+        coarse: the first pass, whose memory is free again when the fine pass begins.
+        is_alone: whether there is no next scan to read ahead.
+        n_cases: cases in the results folder, whose tables and page are written afterwards.
 
     Raises:
-        ScanError: none fits; says what would.
+        ScanError: no plan fits; names the budget that would.
     """
     give_back_freed_memory()
     process = resident_bytes()
     shape = _prepared_grid(header.geometry, fine.settings)[1]
     plans = []
-    for read_ahead, batch_size, half_logits in _ways(fine, is_alone=is_alone):
-        run = replace(fine, tiling=replace(fine.tiling, batch_size=batch_size))
+    for read_ahead, batch_size, half_logits in _options(fine, is_alone=is_alone):
+        batched = replace(fine, tiling=replace(fine.tiling, batch_size=batch_size))
         footprint = _footprint(
-            header, run, coarse, process, read_ahead=read_ahead, half=half_logits
+            header, batched, coarse, process, read_ahead=read_ahead, half=half_logits
         )
         footprint = replace(footprint, lesions=max(footprint.lesions, report_bytes(n_cases)))
         plan = MemoryPlan(
@@ -151,17 +146,20 @@ def plan_memory(
             batch_size=batch_size,
             shape=shape,
         )
-        # Without a budget only what this machine can never hold is refused, as where a wrong spacing makes the grid far too fine.
-        fits = (
-            footprint.inference <= total_memory() if max_ram is None else footprint.total <= max_ram
-        )
+        # Without a budget, refuse only what this machine can never hold, such as the huge grid of a
+        # wrong spacing.
+        if max_ram is None:
+            fits = footprint.inference <= total_memory()
+        else:
+            fits = footprint.total <= max_ram
         if fits and (max_vram is None or footprint.gpu <= max_vram):
             return plan
         plans.append(plan)
     least = plans[-1].footprint
     if max_ram is None and least.inference > (memory := total_memory()):
         raise ScanError(
-            f"segmenting this scan takes {least.inference / 2**30:,.1f} GB for the network and its grid of {' × '.join(map(str, shape))} voxels, "
+            f"segmenting this scan needs {least.inference / 2**30:,.1f} GB for the network and its "
+            f"grid of {' × '.join(map(str, shape))} voxels, "
             f"and this machine has {memory / 2**30:.1f} GB of memory",
             fix="check the spacing of the scan, or use a model with a coarser spacing",
             code="E_RAM",
@@ -169,41 +167,39 @@ def plan_memory(
     if max_ram is None or least.total <= max_ram:
         assert max_vram is not None
         raise ScanError(
-            f"segmenting this scan takes {least.gpu / 2**30:.2f} GB of the GPU's memory at the least, and the budget is {max_vram / 2**30:.2f} GB",
-            fix=f"give --max-vram {enough_bytes(least.gpu)}, or --device cpu, or a model with a smaller patch",
+            f"segmenting this scan needs at least {least.gpu / 2**30:.2f} GB of GPU memory, "
+            f"and the budget is {max_vram / 2**30:.2f} GB",
+            fix=f"use --max-vram {enough_bytes(least.gpu)}, --device cpu, or a model with a "
+            "smaller patch",
             code="E_VRAM",
         )
     raise over_budget(
-        f"segmenting this scan takes {least} at the least",
+        f"segmenting this scan needs at least {least}",
         max_ram,
         enough=least.total,
         otherwise="a model with a smaller patch",
     )
 
 
-def _ways(run: NetworkPass, *, is_alone: bool) -> list[tuple[bool, int, bool]]:
-    """(read ahead, tiles at a time, blend in float16), best first."""
-    # Sums in float16 lose nothing of logits that the chip computed in half precision.
-    half = run.half and not run.on_gpu
-    batches = [run.tiling.batch_size]
-    while batches[-1] > 1:
-        batches.append(batches[-1] // 2)
-    ways = [
-        (not is_alone, batches[0], half),
-        *((False, batch, half) for batch in batches),
-        (False, 1, True),
-    ]
-    return list(dict.fromkeys(ways))
+def _options(fine: NetworkPass, *, is_alone: bool) -> list[tuple[bool, int, bool]]:
+    """Return (read ahead, tiles per batch, blend in float16), fastest first."""
+    # Sums in float16 lose nothing of logits that the CPU computed in half precision.
+    half = fine.half and not fine.on_gpu
+    sizes = [fine.tiling.batch_size]
+    while sizes[-1] > 1:
+        sizes.append(sizes[-1] // 2)
+    reading_less = [(False, size, half) for size in sizes]
+    return list(dict.fromkeys([(not is_alone, sizes[0], half), *reading_less, (False, 1, True)]))
 
 
 def gpu_memory() -> int:
-    """Bytes of the GPU's memory that this process has or may have."""
+    """Return the bytes of GPU memory that this process holds or could allocate."""
     return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
 
 
 @contextmanager
 def limited_gpu(limit: int | None) -> Iterator[None]:
-    """Let torch take no more than this many bytes of the GPU, so that what cuDNN tries out stays within it; None: no limit."""
+    """Limit torch to this many bytes of GPU memory, also when cuDNN tries algorithms; None: all."""
     if limit is None or not torch.cuda.is_available():
         yield
         return
@@ -223,25 +219,25 @@ def _footprint(
     read_ahead: bool,
     half: bool,
 ) -> Footprint:
-    voxels = math.prod(header.geometry.shape)
-    label_bytes = 1 if max(fine.bundle.recipe.data.labels.values()) < 256 else 2
-    needs_body = any(
-        getattr(normaliser, "region", "") == "nonzero" for normaliser in fine.settings.normalisers
-    )
-    passes = [_pass_bytes(header.geometry, fine, half=half)]
-    if coarse is not None:  # looks only for a box: nothing goes back to the scan's grid
-        passes.append(replace(_pass_bytes(header.geometry, coarse, half=False), restore=0))
-    larger = max(passes, key=lambda each: each.total)
     recipe = fine.bundle.recipe
-    # Steps hold the mask without other labels and the cleaned one; an organ, the mask without it and where it is.
+    voxels = math.prod(header.geometry.shape)
+    label_bytes = 1 if max(recipe.data.labels.values()) < 256 else 2
+    regions = [getattr(normaliser, "region", "") for normaliser in fine.settings.normalisers]
+    body_bytes = 3 if "nonzero" in regions else 0
+    mask_bytes = (label_bytes + 1 + ID_BYTES) * (2 if read_ahead else 1) + body_bytes
+    passes = [_pass_bytes(header.geometry, fine, half=half)]
+    if coarse is not None:  # it only finds a box: nothing is resampled to the scan's grid
+        passes.append(replace(_pass_bytes(header.geometry, coarse, half=False), restore=0))
+    larger = max(passes, key=lambda network_pass: network_pass.total)
+    # Post-processing holds the mask of one label and the cleaned mask; an organ, the mask without
+    # it and the organ.
     copies = 2 * label_bytes if recipe.postprocess or recipe.measure.organ is not None else 0
     lesions = lesion_bytes(voxels, header.itemsize, copies=copies, calcium=recipe.measure.calcium)
     on_host = _PassBytes(network=0, stream=STAGING, restore=0) if fine.on_gpu else larger
     return Footprint(
         process=process,
         scans=voxels * header.itemsize * (3 if read_ahead else 1),
-        masks=voxels * (label_bytes + 1 + ID_BYTES) * (2 if read_ahead else 1)
-        + (3 * voxels if needs_body else 0),
+        masks=voxels * mask_bytes,
         network=on_host.network,
         stream=on_host.stream,
         restore=on_host.restore,
@@ -253,7 +249,7 @@ def _footprint(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _PassBytes:
-    """As in `Footprint`, of one of two passes."""
+    """Bytes of one of two passes, as in `Footprint`."""
 
     network: int
     stream: int
@@ -270,51 +266,47 @@ def _pass_bytes(grid: Geometry, run: NetworkPass, *, half: bool) -> _PassBytes:
     axis = separate_axis(geometry.spacing_mm, settings.spacing_mm, settings.separate_above)
     axis = thinnest_axis(shape, tiling.patch_shape) if axis is None else axis
     padded = [len(tiled.source) for tiled in tiling.axes(shape)]
-    plane = math.prod(
-        n for other, n in enumerate(padded) if other != axis
-    )  # with what lies beyond its faces
-    ring_plane = math.prod(n for other, n in enumerate(shape) if other != axis)
+    plane = math.prod(padded) // padded[axis]  # with margin and padding
+    ring_plane = math.prod(shape) // shape[axis]
     depth = tiling.patch_shape[axis]
     channels, classes = len(run.bundle.recipe.data.channels), run.n_channels
-    # Source planes of one layer, resampled within the plane, and the layer itself before and after new planes join it.
+    # Source planes of one layer, resampled in-plane, and the layer before and after new planes are
+    # added.
     source_planes = depth * max(1.0, geometry.shape[axis] / shape[axis]) + 2
     window = 4 * channels * plane * (2 * source_planes + 3 * depth)
     members = len(run.bundle.members)
-    summed = (
-        3 if tiling.tta_axes else 2 if members > 1 else 1
-    )  # sum, new logits, the same mirrored back
-    share = 4 * ring_plane * depth if settings.crop == "body" else 0
+    # sum, new logits, the same flipped back
+    n_arrays = 3 if tiling.tta_axes else 2 if members > 1 else 1
+    weight = 4 * ring_plane * depth if settings.crop == "body" else 0
     logits_bytes = 2 if run.half and run.head_is_off and not run.on_gpu else 4
-    logits = logits_bytes * classes * tiling.batch_size * math.prod(tiling.patch_shape) * summed
-    if run.on_gpu and members == 1:  # a recording has an input and an output of its own
-        logits += 4 * (classes + channels) * tiling.batch_size * math.prod(tiling.patch_shape)
-    # A network that OpenVINO compiled keeps its memory until the scan is done.
-    activations = (
-        run.network_bytes * tiling.batch_size * (members if run.backend == "openvino" else 1)
-    )
+    batch_voxels = tiling.batch_size * math.prod(tiling.patch_shape)
+    logits = logits_bytes * classes * batch_voxels * n_arrays
+    if run.on_gpu and members == 1:  # a CUDA graph has its own input and output
+        logits += 4 * (classes + channels) * batch_voxels
+    # A network compiled by OpenVINO keeps its memory until the scan is done.
+    n_networks = members if run.backend == "openvino" else 1
+    activations = run.network_bytes * tiling.batch_size * n_networks
     overhead = OVERHEAD["cuda" if run.on_gpu else run.backend] * (0.5 if run.half else 1)
+    source_plane = math.prod(geometry.shape) // geometry.shape[axis]
     return _PassBytes(
         network=round(activations * overhead) + logits + WORKSPACE,
-        stream=round(window + (2 if half else 4) * classes * ring_plane * depth) + share,
-        restore=40 * max(SLAB_VOXELS, math.prod(geometry.shape) // geometry.shape[axis])
-        + 4 * classes * 3 * plane,
+        stream=round(window + (2 if half else 4) * classes * ring_plane * depth) + weight,
+        restore=40 * max(SLAB_VOXELS, source_plane) + 4 * classes * 3 * plane,
     )
 
 
 def _prepared_grid(
     geometry: Geometry, settings: PrepareSettings
 ) -> tuple[Geometry, tuple[int, int, int]]:
-    """The scan's grid with the prepared axes, and its shape at the prepared spacing: of the whole scan, as the body is not known yet."""
+    """Return the whole scan's grid in prepared axes, and its shape at the prepared spacing."""
     canonical = settings.axes == "canonical"
-    order = (AxisOrder.of(geometry) if canonical else AxisOrder.stored()).transposed(
-        settings.transpose
-    )
-    prepared = canonical_geometry(geometry, order)
+    order = AxisOrder.of(geometry) if canonical else AxisOrder.stored()
+    prepared = canonical_geometry(geometry, order.transposed(settings.transpose))
     return prepared, resampled_shape(prepared, settings.spacing_mm)
 
 
 def network_bytes(bundle: ModelBundle) -> int:
-    """Bytes of the tensors that are alive at the worst moment of one patch's way through the segmentation network."""
+    """Return the peak bytes of live tensors while one patch passes through the network."""
     with torch.device("meta"):
         network: nn.Module = build_segmentation(bundle.recipe).eval()
         patch = torch.empty(1, len(bundle.recipe.data.channels), *bundle.plan.patch_shape)
@@ -322,8 +314,9 @@ def network_bytes(bundle: ModelBundle) -> int:
         with torch.inference_mode(), _Live() as live:
             network(patch)
     except (RuntimeError, ValueError, IndexError, TypeError) as error:
+        size = " × ".join(map(str, bundle.plan.patch_shape))
         raise VolsegError(
-            f"{bundle.recipe.name}: its network cannot be run on a patch of {' × '.join(map(str, bundle.plan.patch_shape))} "
+            f"{bundle.recipe.name}: its network cannot be run on a patch of {size} "
             f"voxels ({str(error).strip().splitlines()[0]})",
             fix="copy the model again, or make the patch a multiple of the network's strides",
             code="E_CKPT",
@@ -332,48 +325,51 @@ def network_bytes(bundle: ModelBundle) -> int:
 
 
 def check_patch(bundle: ModelBundle, needed: int, memory: int) -> None:
-    """Refuse a model of which one batch of patches does not fit into the memory, before any of it is allocated.
+    """Refuse a model whose batch of patches does not fit into memory, before allocating it.
 
     Args:
         needed: `network_bytes` of the bundle.
+        memory: bytes of this machine.
 
     Raises:
-        VolsegError: it does not fit.
+        VolsegError: the batch does not fit.
     """
     batch_size, patch = bundle.recipe.infer.batch_size, bundle.plan.patch_shape
     if needed * batch_size > memory:
+        size = " × ".join(map(str, patch))
         raise VolsegError(
-            f"{bundle.recipe.name}: a batch of {batch_size} patches of {' × '.join(map(str, patch))} voxels takes "
-            f"{needed * batch_size / 2**30:,.1f} GB, and this machine has {memory / 2**30:.1f} GB of memory",
+            f"{bundle.recipe.name}: a batch of {batch_size} patches of {size} voxels needs "
+            f"{needed * batch_size / 2**30:,.1f} GB, and this machine has "
+            f"{memory / 2**30:.1f} GB of memory",
             fix="use a machine with more memory, or a model with a smaller patch",
             code="E_RAM",
         )
 
 
 class _Live(TorchDispatchMode):
-    """Watches which tensors are alive; with tensors on the device `meta` nothing is computed or allocated."""
+    """A counter of the bytes of live tensors; on the device `meta` nothing is computed."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.now = self.peak = 0
-        self._known: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+        self.total = self.peak = 0
+        self._storages: dict[int, weakref.ref[torch.UntypedStorage]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        found = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(found):
+        output = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(output):
             if isinstance(tensor, torch.Tensor):
-                self._watch(tensor.untyped_storage())
-        return found
+                self._count(tensor.untyped_storage())
+        return output
 
-    def _watch(self, storage: torch.UntypedStorage) -> None:
+    def _count(self, storage: torch.UntypedStorage) -> None:
         key, size = storage._cdata, storage.nbytes()
-        if key in self._known:
+        if key in self._storages:
             return
 
         def forget(_: object) -> None:
-            self._known.pop(key, None)
-            self.now -= size
+            self._storages.pop(key, None)
+            self.total -= size
 
-        self._known[key] = weakref.ref(storage, forget)
-        self.now += size
-        self.peak = max(self.peak, self.now)
+        self._storages[key] = weakref.ref(storage, forget)
+        self.total += size
+        self.peak = max(self.peak, self.total)

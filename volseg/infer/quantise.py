@@ -1,4 +1,4 @@
-"""A network in fp32 → the same in int8, by looking at what flows through it on patches of training cases."""
+"""Post-training quantisation of a network to int8, calibrated on patches of training cases."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ if TYPE_CHECKING:
 
 
 def quantise(model: openvino.Model, patches: Sequence[np.ndarray]) -> openvino.Model:
-    """Post-training quantisation of the convolutions; normalisation and the rest stay in fp32.
+    """Quantise the convolutions to int8; normalisation and all else stay in fp32.
 
     Args:
-        model: as `convert` gives it; left as it is but for its shape, which becomes that of the patches.
-        patches: (1, channels, R, A, S) float32 each, all of one shape, prepared like those of training.
+        model: from `convert`; only its shape is changed, to that of the patches.
+        patches: (1, channels, R, A, S) float32, all of one shape, prepared as for training.
 
     Raises:
         EnvironmentProblem: nncf is not installed.
@@ -44,38 +44,30 @@ def quantise(model: openvino.Model, patches: Sequence[np.ndarray]) -> openvino.M
     model.reshape(list(patches[0].shape))
     with _quiet():
         # Asymmetric activations: after a leaky ReLU nearly all of the range is on one side of 0.
-        return nncf.quantize(
-            model,
-            nncf.Dataset(list(patches)),
-            preset=nncf.QuantizationPreset.MIXED,
-            subset_size=len(patches),
-        )
+        mixed, dataset = nncf.QuantizationPreset.MIXED, nncf.Dataset(list(patches))
+        return nncf.quantize(model, dataset, preset=mixed, subset_size=len(patches))
 
 
 def in_each_precision(
     bundle: ModelBundle, quantised: Sequence[openvino.Model]
 ) -> dict[str, Backend]:
-    """Precision → what runs the bundle's network or ensemble in it: fp32, int8, and half precision where the chip has it."""
+    """Return the bundle's backend in fp32, int8 and, if the CPU supports it, half precision."""
     shape = usual_batch_shape(bundle)
 
-    def exact(precision: str) -> Backend:
-        return mean_of(
-            [
-                OpenVINOBackend(convert(bundle.member(name), shape), shape, precision=precision)
-                for name in bundle.members
-            ]
-        )
+    def converted(precision: str) -> Backend:
+        models = (convert(bundle.member(name), shape) for name in bundle.members)
+        return mean_of([OpenVINOBackend(model, shape, precision=precision) for model in models])
 
     int8 = mean_of([OpenVINOBackend(network, shape, precision="int8") for network in quantised])
-    found = {"fp32": exact("fp32"), "int8": int8}
+    backends = {"fp32": converted("fp32"), "int8": int8}
     with suppress(EnvironmentProblem):
-        half = exact("fp16")
-        found[half.identity["precision"]] = half
-    return found
+        half = converted("fp16")
+        backends[half.identity["precision"]] = half
+    return backends
 
 
 def import_nncf() -> ModuleType:
-    """The package nncf.
+    """Return the package nncf.
 
     Raises:
         EnvironmentProblem: it is not installed.
@@ -92,7 +84,7 @@ def import_nncf() -> ModuleType:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without nncf's progress bars and warnings, which say nothing that a user of volseg could act on."""
+    """Suppress nncf's progress bars and warnings, on which a user of volseg could not act."""
     log = logging.getLogger("nncf")
     level = log.level
     log.setLevel(logging.ERROR)

@@ -1,4 +1,4 @@
-"""The coarse first pass: where a scan holds anything at all, so that the fine pass is run only there."""
+"""The coarse first pass: find the region of a scan to which the fine pass is restricted."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from volseg.volume import BoundingBox
 
 
 def find_region(planes: Planes, backend: Backend, tiling: Tiling) -> BoundingBox | None:
-    """The box of all voxels that a network of two classes takes for the second; None where there is none."""
+    """Return the box of all voxels that a two-class network assigns to class 1; None if none."""
     starts, stops = [], []
-    first = np.zeros(3, int)  # voxel of the volume with which a slab begins
+    first = np.zeros(3, int)  # first voxel of a slab in the volume
     for slab in predict_slabs(planes, backend, tiling, n_classes=2):
         box = BoundingBox.around((slab[1] > slab[0]).cpu().numpy())
         if box is not None:
@@ -21,8 +21,6 @@ def find_region(planes: Planes, backend: Backend, tiling: Tiling) -> BoundingBox
         first[planes.axis] += slab.shape[1 + planes.axis]
     if not starts:
         return None
-    (r, a, s), (r_stop, a_stop, s_stop) = (
-        np.min(starts, axis=0).tolist(),
-        np.max(stops, axis=0).tolist(),
-    )
+    r, a, s = np.min(starts, axis=0).tolist()
+    r_stop, a_stop, s_stop = np.max(stops, axis=0).tolist()
     return BoundingBox((r, a, s), (r_stop, a_stop, s_stop))

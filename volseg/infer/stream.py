@@ -1,8 +1,8 @@
-"""Run a network over a volume in overlapping tiles and hand on their blended logits layer by layer.
+"""Run a network over a volume in overlapping tiles and yield the blended logits slab by slab.
 
-Tiles are run layer after layer along one axis. Their logits are blended in a ring buffer one patch deep; planes that no later
-tile touches are handed on and forgotten. So memory depends on the patch, on the classes and on the size of a plane, but not on
-the number of planes.
+Tiles are run in layers along one axis. Their logits are blended in a ring buffer one patch deep;
+planes that no later tile touches are yielded and cleared. So memory depends on the patch, the
+classes and the size of a plane, but not on the number of planes.
 """
 
 from __future__ import annotations
@@ -23,27 +23,27 @@ from volseg.preprocess.resample import send
 
 
 class Planes(Protocol):
-    """A volume (C, R, A, S) of `shape` (R, A, S) that is read a few planes at a time along `axis`."""
+    """A volume (C, R, A, S) of `shape` (R, A, S), read a few planes at a time along `axis`."""
 
     shape: tuple[int, int, int]
     axis: int
 
     def read(self, start: int, stop: int) -> np.ndarray | torch.Tensor:
-        """float32 (C, R, A, S), but `stop - start` long along the axis; on any device."""
+        """Return float32 (C, R, A, S) with `stop - start` planes along the axis, on any device."""
         ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tiling:
-    """How a volume is cut into tiles.
+    """Settings for cutting a volume into tiles and running a network on them.
 
     Args:
         overlap: smallest fraction of a patch shared with its neighbour, in [0, 1).
-        tta_axes: axes among 0, 1, 2 over whose mirrored copies the logits are averaged; each doubles the work.
-        batch_size: tiles that go through the network together.
-        margin: voxels by which the scan is continued beyond each face with its mirror image. The outermost voxels of a
-            patch are those a network sees worst, and at a face of the scan no neighbouring patch makes up for it.
-        empty_level: a tile whose first channel is nowhere over it is not run; None runs all.
+        tta_axes: axes among 0, 1, 2 of test-time augmentation by mirroring; each doubles the work.
+        batch_size: tiles per forward pass.
+        margin: voxels of reflect padding at each face of the scan. A network is least accurate at
+            the border of a patch, and at a face no neighbouring patch corrects it.
+        empty_level: a tile whose first channel never exceeds it is not run; None runs all.
     """
 
     patch_shape: tuple[int, int, int]
@@ -54,15 +54,15 @@ class Tiling:
     empty_level: float | None = None
 
     def axes(self, shape: tuple[int, int, int]) -> list[TiledAxis]:
-        """The tiles along each axis; those of the volume are their product."""
+        """Return the tiles along each axis; a volume's tiles are their product."""
         return [
             TiledAxis.of(n, patch, self.overlap, self.margin)
             for n, patch in zip(shape, self.patch_shape, strict=True)
         ]
 
     def count(self, shape: tuple[int, int, int]) -> int:
-        """The number of tiles over a volume of this shape, empty ones among them."""
-        return math.prod(len(each.starts) for each in self.axes(shape))
+        """Return the number of tiles over a volume of this shape, including empty ones."""
+        return math.prod(len(tiled.starts) for tiled in self.axes(shape))
 
 
 def predict_slabs(
@@ -75,63 +75,54 @@ def predict_slabs(
     read_ahead: bool | None = None,
     on_tile: Callable[[bool], None] = lambda is_empty: None,
 ) -> Iterator[torch.Tensor]:
-    """Gaussian-weighted mean of the logits of overlapping tiles, slab by slab in the order of the planes.
+    """Yield the Gaussian-weighted mean of the logits of overlapping tiles, slab by slab.
 
-    All of it happens on the backend's device.
+    It is computed on the backend's device.
 
     Args:
-        n_classes: of the logits; where the backend's head was taken off, of the features.
-        dtype: in which logits are summed; float16 halves the buffer and costs some 1e-3 of their size.
-        read_ahead: read the next layer of tiles before planes are handed on, so that a GPU gets it while it is still at this one; a CPU
-            would only need more memory. None: on a GPU.
+        n_classes: channels of the logits; with a deferred head, of the features.
+        dtype: dtype of the sums; float16 halves the buffer, with a relative error of about 1e-3.
+        read_ahead: read the next layer of tiles before planes are yielded, so that a GPU receives
+            it while it is still busy; a CPU would only need more memory. None: on a GPU.
         on_tile: called after each tile with whether it was empty, for progress.
 
     Yields:
-        (classes, R, A, S) but only some planes long along the axis, valid until the next slab is asked for; together they
-        are the planes of the volume. Voxels that no tile covers but empty ones are background: 0 for class 0 and
-        a logit of -`BACKGROUND` for the others. Of features they are 0, and if any tile may be left out one channel more
-        is 1 there.
+        (classes, R, A, S) with a few planes along the axis, valid until the next slab; together
+        they are the planes of the volume in order. Voxels covered only by empty tiles are
+        background: a logit of 0 for class 0 and -`BACKGROUND` for the others. Features are 0 there,
+        and if `empty_level` is set an extra channel is 1.
     """
     axis = planes.axis
     tiled = tiling.axes(planes.shape)
     along = tiled[axis]
     device = device_of(backend)
-    ring = _Ring(
-        tiled,
-        axis,
-        n_classes,
-        dtype,
-        device,
-        counts_empty=tiling.empty_level is not None,
-        is_logits=backend.head is None,
-    )
+    may_skip, is_logits = tiling.empty_level is not None, backend.head is None
+    ring = _Ring(tiled, axis, n_classes, dtype, device, may_skip=may_skip, is_logits=is_logits)
     window = _Window(planes, tiled, axis, device)
-    across = [range(len(each.starts)) if n != axis else (0,) for n, each in enumerate(tiled)]
+    read_ahead = device.type != "cpu" if read_ahead is None else read_ahead
+    numbers = [range(len(tiles.starts)) for tiles in tiled]
     for layer, (start, following) in enumerate(zip_longest(along.starts, along.starts[1:])):
-        places = [
-            tuple(layer if n == axis else p for n, p in enumerate(place))
-            for place in product(*across)
-        ]
+        numbers[axis] = range(layer, layer + 1)
+        places = list(product(*numbers))
         _run_layer(window.layer(start), places, backend, tiling, ring, on_tile)
-        if following is not None and (device.type != "cpu" if read_ahead is None else read_ahead):
+        if following is not None and read_ahead:
             window.layer(following)
-        yield from ring.hand_on(len(along.source) if following is None else following)
+        yield from ring.flush(len(along.source) if following is None else following)
 
 
 def predict_logits(
     array: np.ndarray, backend: Backend, tiling: Tiling, *, n_classes: int
 ) -> np.ndarray:
-    """The logits (classes, R, A, S) float32 of a whole array (channels, R, A, S), for arrays that are small enough."""
+    """Return logits (classes, R, A, S) float32 of a small array (channels, R, A, S) in memory."""
     head = backend.head
     n = n_classes if head is None else head.n_features
     slabs = predict_slabs(ArrayPlanes(array), backend, tiling, n_classes=n)
-    return torch.cat(
-        [slab.cpu().clone() if head is None else head(slab).cpu() for slab in slabs], dim=3
-    ).numpy()
+    logits = [slab.cpu().clone() if head is None else head(slab).cpu() for slab in slabs]
+    return torch.cat(logits, dim=3).numpy()
 
 
 def _are_empty(tiles: Sequence[torch.Tensor], level: float | None) -> Sequence[bool]:
-    """Whether the first channel is nowhere over the level, of each tile (C, r, a, s); asked at once: each answer waits for a GPU."""
+    """Check which tiles (C, r, a, s) never exceed the level; one query, as each waits for a GPU."""
     if level is None:
         return [False] * len(tiles)
     return torch.stack([~(tile[0] > level).any() for tile in tiles]).tolist()
@@ -147,12 +138,12 @@ class ArrayPlanes:
         self.shape = (array.shape[1], array.shape[2], array.shape[3])
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        # A copy of what is mapped from a file: no tensor may be read-only.
+        # Copies a read-only memory map: a tensor must be writable.
         return np.require(self._array[..., start:stop], requirements="W")
 
 
 class _Window:
-    """The input of one layer of tiles: (C, padded R, padded A, padded S) but one patch long along the axis."""
+    """The input of one layer of tiles: (C, R, A, S) padded, and one patch deep along the axis."""
 
     def __init__(
         self, planes: Planes, tiled: Sequence[TiledAxis], axis: int, device: torch.device
@@ -165,17 +156,15 @@ class _Window:
         self._held: torch.Tensor | None = None
 
     def layer(self, start: int) -> torch.Tensor:
-        """Padded planes from `start` on, until the next layer is asked for; those which the last one held too are not read again."""
+        """Return padded planes from `start` on, valid until the next call; read only new planes."""
         along, axis = self._tiled[self._axis], 1 + self._axis
         if self._held is not None and start == self._start:
             return self._held
         step = along.patch if self._held is None else start - self._start
         shared = max(0, along.patch - step)
         new = self._padded(along.source[start : start + along.patch][shared:])
-        if self._held is None:
-            self._held = torch.empty(
-                new.shape, dtype=new.dtype, device=new.device
-            )  # what was read may be somebody's own
+        if self._held is None:  # a new tensor: the one read may belong to the source
+            self._held = torch.empty(new.shape, dtype=new.dtype, device=new.device)
         elif shared:
             kept = self._held.narrow(axis, step, shared)
             self._held.narrow(axis, 0, shared).copy_(kept.clone() if step < shared else kept)
@@ -184,35 +173,31 @@ class _Window:
         return self._held
 
     def _padded(self, sources: np.ndarray) -> torch.Tensor:
-        """The planes that stand at these padded places, continued beyond the faces of the plane too."""
+        """Return the padded planes of these source planes, -1 for zeros."""
         real = sources[sources >= 0]
         first, last = (int(real.min()), int(real.max()) + 1) if real.size else (0, 1)
         block = torch.as_tensor(self._planes.read(first, last)).to(self._device)
         for n, tiled in enumerate(self._tiled):
-            block = (
-                _at(block, sources - first, 1 + n)
-                if n == self._axis
-                else _at(block, tiled.source, 1 + n)
-            )
+            index = sources - first if n == self._axis else tiled.source
+            block = _take(block, index, 1 + n)
         return block
 
 
-def _at(tensor: torch.Tensor, places: np.ndarray, axis: int) -> torch.Tensor:
-    """The tensor at these places along an axis, 0 at negative ones; the tensor itself where that is no change."""
-    if np.array_equal(places, np.arange(tensor.shape[axis])):
+def _take(tensor: torch.Tensor, index: np.ndarray, axis: int) -> torch.Tensor:
+    """Index a tensor along an axis, with 0 at negative indices; the tensor itself if unchanged."""
+    if np.array_equal(index, np.arange(tensor.shape[axis])):
         return tensor
-    taken = tensor.index_select(axis, send(torch.from_numpy(np.maximum(places, 0)), tensor.device))
-    if (places < 0).any():
-        taken.index_fill_(
-            axis, send(torch.from_numpy(np.flatnonzero(places < 0)), tensor.device), 0
-        )
+    taken = tensor.index_select(axis, send(torch.from_numpy(np.maximum(index, 0)), tensor.device))
+    if (index < 0).any():
+        zeros = torch.from_numpy(np.flatnonzero(index < 0))
+        taken.index_fill_(axis, send(zeros, tensor.device), 0)
     return taken
 
 
 class _Ring:
-    """Blended logits of the planes that tiles still touch; padded plane p stands at p modulo its depth.
+    """Blended logits of the planes that tiles still touch; padded plane p is at p modulo the depth.
 
-    Across the planes it holds the volume alone, not what lies beyond its faces.
+    In-plane it covers the volume without its padding.
     """
 
     def __init__(
@@ -223,61 +208,57 @@ class _Ring:
         dtype: torch.dtype,
         device: torch.device,
         *,
-        counts_empty: bool,
+        may_skip: bool,
         is_logits: bool = True,
     ) -> None:
         self._tiled = tiled
         self._axis = axis
         self._depth = tiled[axis].patch
-        shape = [self._depth if n == axis else each.length for n, each in enumerate(tiled)]
+        shape = [self._depth if n == axis else tiles.length for n, tiles in enumerate(tiled)]
         self._n = n_classes
-        self._weights = [torch.from_numpy(each.weights).to(device) for each in tiled]
-        # Where features come, a last channel more flags voxels without a tile: no value of theirs would say background.
-        n_flags = 1 if counts_empty and not is_logits else 0
+        self._weights = [torch.from_numpy(tiles.weights).to(device) for tiles in tiled]
+        # Features have no value that means background: a last channel flags voxels without a tile.
+        n_flags = 1 if may_skip and not is_logits else 0
         self._sum = torch.zeros((n_classes + n_flags, *shape), dtype=dtype, device=device)
-        # Shares of the tiles that were run; only needed where some are not, else they sum to 1 by construction.
-        self._share = torch.zeros(shape, device=device) if counts_empty else None
+        # Sum of the weights of the tiles that were run; 1 by construction if none is skipped.
+        self._weight = torch.zeros(shape, device=device) if may_skip else None
         self._any_skipped = False
         self._is_logits = is_logits
-        self._done = 0  # padded planes handed on
+        self._done = 0  # padded planes yielded
 
     def add(self, place: Sequence[int], logits: torch.Tensor) -> None:
-        """Logits (classes, *patch) of the tile at this place."""
-        share = self._share_of(place)
+        """Add the logits (classes, *patch) of the tile at this place."""
+        tile_weight = self._weight_of(place)
         for target, part in self._pieces(place):
             box = (slice(self._n), *target)
-            weight = share[part]
+            weight = tile_weight[part]
             if self._sum.dtype == logits.dtype:
                 self._sum[box].addcmul_(logits[(slice(None), *part)], weight.to(logits.dtype))
-            else:
-                for index in range(
-                    len(logits)
-                ):  # one class at a time: the product is as large as the tile
-                    self._sum[(index, *target)] += (logits[(index, *part)] * weight).to(
-                        self._sum.dtype
-                    )
-            if self._share is not None:
-                self._share[target] += weight
+            else:  # one class at a time: the product is as large as the tile
+                dtype = self._sum.dtype
+                for n in range(len(logits)):
+                    self._sum[(n, *target)] += (logits[(n, *part)] * weight).to(dtype)
+            if self._weight is not None:
+                self._weight[target] += weight
 
     def box(self, place: Sequence[int]) -> tuple[slice, ...]:
-        """The tile at this place; all that there is along the axis of the layers."""
-        return tuple(
-            slice(0, each.patch)
-            if n == self._axis
-            else slice(each.starts[p], each.starts[p] + each.patch)
-            for n, (each, p) in enumerate(zip(self._tiled, place, strict=True))
-        )
+        """Return the tile at this place in its layer, which is one patch deep along the axis."""
+        starts = [
+            0 if n == self._axis else tiles.starts[p]
+            for n, (tiles, p) in enumerate(zip(self._tiled, place, strict=True))
+        ]
+        return tuple(slice(a, a + t.patch) for a, t in zip(starts, self._tiled, strict=True))
 
     def real(self, place: Sequence[int]) -> tuple[slice, ...]:
-        """The part of the tile at this place that is no padding."""
-        return tuple(each.real(p) for each, p in zip(self._tiled, place, strict=True))
+        """Return the part of the tile at this place that is not zero padding."""
+        return tuple(tiles.real(p) for tiles, p in zip(self._tiled, place, strict=True))
 
     def skip(self) -> None:
-        """A tile was left out, so shares no longer sum to 1 everywhere."""
+        """Note that a tile was skipped, so weights no longer sum to 1 everywhere."""
         self._any_skipped = True
 
-    def hand_on(self, until: int) -> Iterator[torch.Tensor]:
-        """The planes before padded plane `until`, in order, and forget them."""
+    def flush(self, until: int) -> Iterator[torch.Tensor]:
+        """Yield the planes before padded plane `until` in order, and clear them."""
         along = self._tiled[self._axis]
         first, last = along.before, along.before + along.length
         start = self._done
@@ -288,47 +269,44 @@ class _Ring:
             if real.start < real.stop:
                 yield self._slab(slice(ring.start + real.start, ring.start + real.stop))
             self._sum[self._along(ring, 1)] = 0
-            if self._share is not None:
-                self._share[self._along(ring, 0)] = 0
+            if self._weight is not None:
+                self._weight[self._along(ring, 0)] = 0
             start = stop
         self._done = until
 
     def _slab(self, ring: slice) -> torch.Tensor:
         inside = tuple(ring if n == self._axis else slice(None) for n in range(3))
         slab = self._sum[(slice(None), *inside)]
-        if self._any_skipped and self._share is not None:
-            share = self._share[inside]
-            slab[: self._n] /= share.clamp(min=1e-6)
+        if self._any_skipped and self._weight is not None:
+            weight = self._weight[inside]
+            slab[: self._n] /= weight.clamp(min=1e-6)
             if self._is_logits:
-                slab[1:].masked_fill_(share <= 1e-6, -BACKGROUND)
+                slab[1:].masked_fill_(weight <= 1e-6, -BACKGROUND)
             else:
-                slab[-1] = share <= 1e-6
+                slab[-1] = weight <= 1e-6
         return slab
 
     def _along(self, ring: slice, leading: int) -> tuple[slice, ...]:
         return (slice(None),) * (leading + self._axis) + (ring,)
 
-    def _share_of(self, place: Sequence[int]) -> torch.Tensor:
+    def _weight_of(self, place: Sequence[int]) -> torch.Tensor:
         r, a, s = (weights[p] for weights, p in zip(self._weights, place, strict=True))
         return r[:, None, None] * a[:, None] * s
 
     def _pieces(
         self, place: Sequence[int]
     ) -> Iterator[tuple[tuple[slice, ...], tuple[slice, ...]]]:
-        """(box in the ring, box in the tile), two of them where the tile goes over the ring's end."""
-        inside = [each.inside(p) for each, p in zip(self._tiled, place, strict=True)]
+        """Yield (box in the ring, box in the tile); two if the tile wraps around the ring's end."""
+        inside = [tiles.inside(p) for tiles, p in zip(self._tiled, place, strict=True)]
+        in_ring, in_tile = [part for part, _ in inside], [part for _, part in inside]
         turn = self._tiled[self._axis].starts[place[self._axis]] % self._depth
         for ring, tile in (
             (slice(turn, self._depth), slice(0, self._depth - turn)),
             (slice(0, turn), slice(self._depth - turn, self._depth)),
         ):
             if ring.start < ring.stop:
-                yield (
-                    tuple(
-                        ring if n == self._axis else volume for n, (volume, _) in enumerate(inside)
-                    ),
-                    tuple(tile if n == self._axis else own for n, (_, own) in enumerate(inside)),
-                )
+                in_ring[self._axis], in_tile[self._axis] = ring, tile
+                yield tuple(in_ring), tuple(in_tile)
 
 
 def _run_layer(
@@ -341,41 +319,40 @@ def _run_layer(
 ) -> None:
     """Run the tiles at these places and blend them."""
     tiles = [layer_input[(slice(None), *ring.box(place))] for place in places]
-    waiting: list[tuple[tuple[int, ...], torch.Tensor]] = []
     real = [
         tile[(slice(None), *ring.real(place))] for place, tile in zip(places, tiles, strict=True)
     ]
-    for place, tile, is_empty in zip(
-        places, tiles, _are_empty(real, tiling.empty_level), strict=True
-    ):
+    are_empty = _are_empty(real, tiling.empty_level)
+    pending: list[tuple[tuple[int, ...], torch.Tensor]] = []
+    for place, tile, is_empty in zip(places, tiles, are_empty, strict=True):
         if is_empty:
             ring.skip()
             on_tile(True)
             continue
-        waiting.append((place, tile))
-        if len(waiting) == tiling.batch_size:
-            _run(waiting, backend, tiling, ring, on_tile)
-    if waiting:
-        _run(waiting, backend, tiling, ring, on_tile)
+        pending.append((place, tile))
+        if len(pending) == tiling.batch_size:
+            _run(pending, backend, tiling, ring, on_tile)
+    if pending:
+        _run(pending, backend, tiling, ring, on_tile)
 
 
 def _run(
-    waiting: list[tuple[tuple[int, ...], torch.Tensor]],
+    pending: list[tuple[tuple[int, ...], torch.Tensor]],
     backend: Backend,
     tiling: Tiling,
     ring: _Ring,
     on_tile: Callable[[bool], None],
 ) -> None:
-    """Run the tiles that wait as one batch and blend them; none waits any more."""
-    logits = _mirrored_mean(torch.stack([tile for _, tile in waiting]), backend, tiling.tta_axes)
-    for (place, _), tile in zip(waiting, logits, strict=True):
+    """Run the pending tiles as one batch, blend their logits and clear the list."""
+    logits = _tta_mean(torch.stack([tile for _, tile in pending]), backend, tiling.tta_axes)
+    for (place, _), tile in zip(pending, logits, strict=True):
         ring.add(place, tile)
         on_tile(False)
-    waiting.clear()
+    pending.clear()
 
 
-def _mirrored_mean(batch: torch.Tensor, backend: Backend, tta_axes: Sequence[int]) -> torch.Tensor:
-    """Mean of the logits over all combinations of mirrored axes, each mirrored back."""
+def _tta_mean(batch: torch.Tensor, backend: Backend, tta_axes: Sequence[int]) -> torch.Tensor:
+    """Return the mean logits over all combinations of flipped axes, each flipped back (TTA)."""
     axes = [axis + 2 for axis in tta_axes]
     flips = list(chain.from_iterable(combinations(axes, n) for n in range(len(axes) + 1)))
     total = run_on_device(backend, batch)

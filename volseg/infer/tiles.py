@@ -1,4 +1,4 @@
-"""Where patches lie in a volume and how their overlaps are weighted."""
+"""Tiles: positions of patches in a volume and the weights with which they blend."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import numpy as np
 
 
 def tile_starts(length: int, patch: int, overlap: float) -> list[int]:
-    """Starts of evenly spread patches along one axis: the first at 0, the last ending at `length`.
+    """Return starts of evenly spread patches on an axis: the first at 0, the last ends at `length`.
 
     Args:
-        length: voxels along the axis, at least `patch`.
+        length: voxels along the axis; up to `patch` voxels need one tile.
         overlap: smallest fraction of a patch shared with its neighbour.
     """
     if length <= patch:
@@ -22,12 +22,14 @@ def tile_starts(length: int, patch: int, overlap: float) -> list[int]:
 
 
 def _step(patch: int, overlap: float) -> float:
-    """Voxels from one tile to the next at the most."""
+    """Return the largest distance in voxels from one tile to the next."""
     return max(1.0, round(patch * (1 - overlap), 9))
 
 
 def gaussian(patch: int) -> np.ndarray:
-    """Weights (patch,) along one axis, 1 at voxel patch // 2, σ = patch / 8; a patch is weighted by the product of three.
+    """Return Gaussian weights (patch,) along one axis: 1 at voxel patch // 2, σ = patch / 8.
+
+    A patch is weighted by the product over its three axes.
 
     Source: Isensee et al., nnU-Net, Nature Methods 18:203 (2021).
     """
@@ -37,16 +39,18 @@ def gaussian(patch: int) -> np.ndarray:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TiledAxis:
-    """The tiles along one axis of a volume that is continued beyond its faces.
-
-    Tiles are counted in padded voxels; padded voxel p is voxel p - `before` of the volume.
+    """The tiles along one axis of a padded volume; padded voxel p is voxel p - `before` of it.
 
     Args:
-        source: (padded length,) voxel that stands at each padded one, -1 for 0: the volume, mirrored over `margin` voxels beyond its
-            faces, then 0 up to the length of a patch.
+        length: voxels of the volume along the axis.
+        before: padded voxels before the volume.
+        source: (padded length,) volume voxel at each padded voxel, -1 for zero padding: reflect
+            padding (edge voxels repeat) of `margin` voxels at each face, then zeros up to the
+            length of a patch.
         starts: first padded voxel of each tile.
-        weights: (tiles, patch) share of each tile at its voxels: Gaussian, and summing to 1 over the tiles at every voxel. As
-            the tiles of a volume are the product of those along its axes, so are the shares, and they sum to 1 there too.
+        weights: (tiles, patch) blending weight of each tile at its voxels: Gaussian, summing to 1
+            over the tiles at every voxel. Weights of a volume's tiles are products of these over
+            the axes, and sum to 1 too.
     """
 
     length: int
@@ -58,11 +62,11 @@ class TiledAxis:
 
     @classmethod
     def of(cls, length: int, patch: int, overlap: float, margin: int = 0) -> TiledAxis:
-        """Tiles of `patch` voxels over `length` voxels and `margin` mirrored ones beyond each end."""
+        """Place tiles over `length` voxels and `margin` voxels of reflect padding at each end."""
         missing = max(0, patch - length - 2 * margin)
         before = missing // 2 + margin
-        mirrored = np.pad(np.arange(length), margin, mode="symmetric")
-        source = np.pad(mirrored, (missing // 2, missing - missing // 2), constant_values=-1)
+        reflected = np.pad(np.arange(length), margin, mode="symmetric")
+        source = np.pad(reflected, (missing // 2, missing - missing // 2), constant_values=-1)
         starts = tile_starts(len(source), patch, overlap)
         total = np.zeros(len(source))
         for start in starts:
@@ -71,21 +75,20 @@ class TiledAxis:
         return cls(length, patch, before, source, tuple(starts), weights.astype(np.float32))
 
     def inside(self, tile: int) -> tuple[slice, slice]:
-        """The voxels of the volume that a tile covers, none where it lies beyond a face, and where they are in the tile."""
+        """Return the volume's voxels that a tile covers, and where they lie in the tile."""
         start = self.starts[tile] - self.before
         first, last = (min(max(0, end), self.length) for end in (start, start + self.patch))
         return slice(first, last), slice(max(0, first - start), max(0, last - start))
 
     def real(self, tile: int) -> slice:
-        """The voxels of a tile at which the volume stands, or its mirror image."""
-        places = np.flatnonzero(
-            self.source[self.starts[tile] : self.starts[tile] + self.patch] >= 0
-        )
-        return slice(int(places[0]), int(places[-1]) + 1)
+        """Return the voxels of a tile that are not zero padding."""
+        start = self.starts[tile]
+        index = np.flatnonzero(self.source[start : start + self.patch] >= 0)
+        return slice(int(index[0]), int(index[-1]) + 1)
 
 
 def thinnest_axis(shape: tuple[int, int, int], patch_shape: tuple[int, int, int]) -> int:
-    """The axis along which a layer one patch deep holds the fewest voxels; the last of equal ones."""
+    """Return the axis along which a layer one patch deep has the fewest voxels; ties: the last."""
     layers = [
         min(patch, n) * int(np.prod(shape)) // n
         for n, patch in zip(shape, patch_shape, strict=True)
@@ -96,10 +99,10 @@ def thinnest_axis(shape: tuple[int, int, int], patch_shape: tuple[int, int, int]
 def widest(
     start: int, stop: int, length: int, patch: int, overlap: float, margin: int = 0
 ) -> tuple[int, int]:
-    """The widest interval of an axis around [start, stop) that takes no more tiles than it: context that costs nothing.
+    """Return the widest interval around [start, stop) that takes no more tiles: free context.
 
     Args:
-        margin: mirrored voxels beyond each end, which tiles cover too.
+        margin: voxels of reflect padding at each end, which tiles cover too.
 
     >>> widest(40, 140, 300, 64, 0.5)
     (26, 154)
