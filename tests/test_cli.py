@@ -372,7 +372,7 @@ def test_ctrl_c_ends_training_with_a_usable_model_and_resume_goes_on(
     assert process.returncode == 130, stderr
     found = json.loads(stdout)
     assert (found["interrupted"], found["exit_code"]) == (True, 130)
-    assert "add --resume to go on" in stderr
+    assert "add --resume to continue" in stderr
     assert (
         workflows.infer(
             dataset / "images" / "scan_7.nii.gz", model=out, out=tmp_path / "r"
