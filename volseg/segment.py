@@ -350,7 +350,7 @@ def _tiled_part(preparation: Preparation, tiling: Tiling, model: Model) -> Bound
 
 
 def _region(preparation: Preparation, model: Model) -> BoundingBox | None:
-    """Return the box, with margin, of what the coarse first pass finds; None if it finds nothing."""
+    """Return the box, with margin, that the coarse first pass finds; None if it finds none."""
     roi, coarse = model.bundle.recipe.roi, model.coarse
     if roi is None or coarse is None:
         return None
