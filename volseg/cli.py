@@ -66,8 +66,7 @@ Figures = Annotated[
 Pages = Annotated[
     bool,
     Option(
-        "--report/--no-report",
-        help="Write report.html and a page per scan that shows its lesions.",
+        "--report/--no-report", help="Write report.html and a page per scan that shows its lesions."
     ),
 ]
 RecipeName = Annotated[
@@ -498,8 +497,7 @@ def measure(
         Option(help="Unit of the intensities: HU, SUV or a.u.; default: guessed from the scan."),
     ] = None,
     recipe: Annotated[
-        str | None,
-        Option(help="Take label names, unit and [measure] settings from this recipe."),
+        str | None, Option(help="Take label names, unit and [measure] settings from this recipe.")
     ] = None,
     organ: Annotated[
         str | None,
