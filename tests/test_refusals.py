@@ -109,7 +109,11 @@ def changed(bundle, *keys, value):
     [
         (["weights_sha256"], {}, "weights_sha256"),
         (["weights_sha256"], {"classifier": "0" * 64}, "no network"),
-        (["weights_sha256"], {n: "0" * 64 for n in ("segmentation", "../../x")}, "weights_sha256"),
+        (
+            ["weights_sha256"],
+            {"segmentation": "0" * 64, "../../etc/passwd": "0" * 64},
+            "weights_sha256",
+        ),
         (["plan", "patch_shape"], [10**9] * 3, "patch_shape"),
         (["plan", "patch_shape"], [4096, 4096, 4096], "voxels"),
         (["plan", "patch_shape"], [640, 640, 640], "E_RAM"),
