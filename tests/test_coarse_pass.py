@@ -47,8 +47,7 @@ NO_DATA = DatasetFingerprint(n_cases=1, spacings_mm=(), shapes=(), label_voxels=
 
 
 class Over:
-    """A backend that labels voxels above an intensity, with a 1 × 1 × 1 convolution; counts
-    tiles."""
+    """A backend that labels voxels above an intensity and counts its tiles."""
 
     def __init__(self, level):
         network = torch.nn.Conv3d(1, 2, 1)
@@ -85,8 +84,7 @@ def model(*, fine=50.0, coarse=120.0, margin_mm=10.0, patch=8, overlap=0.5, **se
 
 
 def phantom(affine, shape=(70, 60, 50)):
-    """Return tissue (0 HU) in air with a bright ball (150 HU) and, in a corner, a faint one (90
-    HU)."""
+    """Return tissue in air with a bright ball (150 HU) and a faint one (90 HU) in a corner."""
     geometry = Geometry(shape, affine)
     rng = np.random.default_rng(0)
     array = np.full(shape, -1000.0)
@@ -126,7 +124,7 @@ def test_the_result_equals_that_of_the_whole_scan_in_the_region_and_is_backgroun
     "affine", [lps((1.0, 1.5, 3.0)), oblique((2.0, 1.0, 4.0))], ids=["lps", "oblique"]
 )
 @pytest.mark.parametrize("margin_mm", [0.0, 12.0, 25.0])
-def test_the_margin_is_in_millimetres_whatever_the_spacing(affine, margin_mm):
+def test_the_margin_is_in_millimetres_for_any_spacing(affine, margin_mm):
     scan, bright, _ = phantom(affine, (90, 84, 40))
     # The fine network finds lesions everywhere, in tiles one voxel apart: the mask is the region.
     everywhere = model(fine=-5000, margin_mm=margin_mm, patch=4, overlap=0.75)

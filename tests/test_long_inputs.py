@@ -48,7 +48,7 @@ def toml_of_a_long_key_after_text(folder, n):
     return lambda: read_toml(folder / "text.toml")
 
 
-def json_whose_last_name_is_double(folder, n):
+def json_with_a_repeated_name(folder, n):
     text = "{" + ", ".join(f'"{number}": 0' for number in [*range(n), n - 1]) + "}"
     return lambda: parse_json(text)
 
@@ -120,7 +120,7 @@ def nnunet_configurations(folder, n):
         (toml_of_one_long_key, 3_000),
         (toml_of_one_long_table, 3_000),
         (toml_of_a_long_key_after_text, 3_000),
-        (json_whose_last_name_is_double, 6_000),
+        (json_with_a_repeated_name, 6_000),
         (table_of_many_channels, 6_000),
         (table_of_pairs, 3_000),
         (table_of_one_patient, 3_000),

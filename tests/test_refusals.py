@@ -337,7 +337,7 @@ def test_nested_json_is_one_line_in_every_file_that_a_command_reads(tmp_path, bu
         refused(*command, words="nested")
 
 
-def test_nested_records_are_taken_for_damaged_ones(tmp_path):
+def test_nested_records_count_as_damaged(tmp_path):
     image, out = scan(tmp_path / "scan.nii.gz"), tmp_path / "out"
     pair = ["measure", "--image", image, "--mask", mask(tmp_path / "mask.nii.gz"), "--out", out]
     assert outcome(pair)[0] == 0
@@ -638,7 +638,7 @@ def test_characters_that_an_encoding_lacks_are_printed_as_their_look_alikes(monk
         assert stream.text.splitlines() == [expected]
 
 
-def test_a_message_stays_on_one_line_whatever_the_names_in_it(tmp_path):
+def test_a_message_stays_on_one_line_with_any_name_in_it(tmp_path):
     name = tmp_path / "a\nb\r\x1b[2Jc.nii.gz"
     text = refused("check", name)
     assert len(text.splitlines()) == 2  # the problem and the count
@@ -651,7 +651,7 @@ def test_a_message_stays_on_one_line_whatever_the_names_in_it(tmp_path):
 # ---- the environment
 
 
-def test_figures_are_drawn_whatever_backend_the_environment_sets(tmp_path):
+def test_figures_are_drawn_with_any_backend_in_the_environment(tmp_path):
     pair = f"--image {scan(tmp_path / 'scan.nii.gz')} --mask {mask(tmp_path / 'mask.nii.gz')}"
     command = f"volseg measure {pair} --out {tmp_path}/out --figures"
     done = shell(command, MPLBACKEND="nonsense")

@@ -118,8 +118,7 @@ def pieces_of(parsed):
 
 
 def attacks_on(pattern, length):
-    """Yield texts of repeated parts of the pattern, with a start and an end that spoil the
-    match."""
+    """Yield repeated parts of the pattern, with a start and an end that spoil the match."""
     words = dict.fromkeys(piece for piece in pieces_of(pattern_parser.parse(pattern)) if piece)
     words = [*words][:7] + ["x", " "]
     pumps = [*words, *(a + b for a, b in itertools.permutations(words, 2))]

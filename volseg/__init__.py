@@ -1,4 +1,4 @@
-"""Segmentation of lesions in 3D CT and MRI scans, and measurement of every one of them.
+"""Segmentation and measurement of lesions in 3D CT and MRI scans.
 
 The commands of the command line are functions here: `plan`, `preprocess`, `train`, `infer`,
 `measure`, `evaluate`, `compare`, `report`, `quantise`, `check` and `import_nnunet`.

@@ -142,7 +142,7 @@ def volseg(
         ),
     ] = False,
 ) -> None:
-    """Segment lesions in 3D CT and MRI scans, and measure every one of them.
+    """Segment lesions in 3D CT and MRI scans, and measure each of them.
 
     Start with `volseg infer scan.nii.gz`, which uses the model that ships with volseg, or train
     your own with `volseg train DATASET --out MODEL`. `volseg COMMAND --help` explains a command.
@@ -244,7 +244,7 @@ def train(
         bool, Option("--resume", help="Continue the interrupted run in --out.")
     ] = False,
     init: Annotated[
-        Path | None, Option(help="Model folder whose weights training starts from.")
+        Path | None, Option(help="Start from the weights of this model folder.")
     ] = None,
     freeze: Annotated[
         list[str] | None,
@@ -343,7 +343,7 @@ def infer(
     device: Device = "auto",
     backend: Annotated[
         str,
-        Option(help="auto, torch or openvino; auto uses OpenVINO on a CPU where it is installed."),
+        Option(help="auto, torch or openvino; auto uses OpenVINO on a CPU if it is installed."),
     ] = "auto",
     precision: Annotated[
         str,
@@ -387,7 +387,7 @@ def infer(
         bool,
         Option(
             "--accept-mismatch",
-            help="Also segment scans of another modality than the model's training scans, "
+            help="Also segment scans that differ in modality from the training scans, "
             "without density or class.",
         ),
     ] = False,
@@ -562,9 +562,7 @@ def evaluate(
     out: Out,
     min_iou: Annotated[
         float,
-        Option(
-            help="IoU from which a lesion counts as detected; at 0, one shared voxel is enough."
-        ),
+        Option(help="Minimum IoU of a detected lesion; at 0, one shared voxel is enough."),
     ] = 0.0,
     max_ram: MaxRam = None,
     as_json: Json = False,

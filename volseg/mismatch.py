@@ -104,8 +104,7 @@ def checks_of(recipe: Recipe, fingerprint: DatasetFingerprint) -> list[str]:
 
 
 def _foreign(scan: Volume, channel: str, recipe: Recipe, fingerprint: DatasetFingerprint) -> str:
-    """Explain why a channel is of another modality than in training; empty if it may be the
-    same."""
+    """Explain why a channel has another modality than in training; empty if it may not."""
     if _never_was_ct(fingerprint, channel) and looks_like_ct(scan):
         return "it looks like a CT in HU, unlike the model's training scans"
     statistics = fingerprint.foreground.get(channel)

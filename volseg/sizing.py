@@ -77,8 +77,7 @@ class Size:
         return self.batch_size * activations + 5 * 4 * self.n_weights(channels, outputs)
 
     def step_flops(self, channels: int, outputs: int) -> float:
-        """Count the operations of one step: 3 × those of the forward convolutions, 2 per
-        multiply-add."""
+        """Count the operations of a step: 3 × the forward pass, 2 per multiply-add."""
         total = sum(
             n_in * n_out * math.prod(kernel) * voxels
             for n_in, n_out, kernel, voxels in self._layers(channels, outputs)
@@ -124,7 +123,7 @@ def topology(
     """Return strides and kernels per level for patches of about this shape.
 
     An axis is halved while it keeps `SMALLEST_EDGE` voxels and is not much coarser than the others.
-    From the first level where it is not, kernels extend along it.
+    Kernels extend along an axis from the first level at which it is not much coarser.
     """
     size, mm = list(patch_shape), [float(value) for value in spacing_mm]
     strides: list[Triple] = [(1, 1, 1)]

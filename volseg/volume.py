@@ -55,8 +55,7 @@ class Geometry:
 
     @property
     def voxel_volume_mm3(self) -> float:
-        """|det A₃ₓ₃|, exact for sheared grids too, unlike the product of the header's voxel
-        sizes."""
+        """|det A₃ₓ₃|: unlike the product of the spacings, exact for sheared grids too."""
         return float(abs(np.linalg.det(self.affine[:3, :3])))
 
     @property
@@ -67,8 +66,7 @@ class Geometry:
         )
 
     def _directions(self) -> list[tuple[int, int]]:
-        """Return (world axis, sign) of each array axis: the assignment with the largest Σ
-        |cosine|."""
+        """Return (world axis, sign) of each array axis, maximising the sum of |cosine|."""
         cosines = self.affine[:3, :3] / np.array(self.spacing_mm)
         orders = [order for order in product(range(3), repeat=3) if len(set(order)) == 3]
         best = max(

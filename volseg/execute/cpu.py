@@ -100,8 +100,7 @@ def physical_cores(cpus: Iterable[int] | None = None, root: Path = Path("/")) ->
 
 
 def idle_cores() -> int:
-    """Estimate the cores not used by other programs, at least 1, from the load of the last
-    minute."""
+    """Estimate the cores that are idle, at least 1, from the load of the last minute."""
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
     others = max(0.0, load - 1)  # one of the running processes is this one
     return max(1, round(physical_cores() - others))

@@ -81,8 +81,7 @@ class Budget:
 
     @property
     def process(self) -> int:
-        """Bytes of the process before the next case, including libraries and rows of earlier
-        cases."""
+        """Bytes of the process before the next case, including libraries and earlier rows."""
         give_back_freed_memory()
         while self._process < resident_bytes():
             self._process = round(PROCESS_GROWTH * self._process)

@@ -15,7 +15,7 @@ MUCH_SLOWER = 3.0  # times the best: then one step of a number of threads is eno
 class Threads:
     """A search for the number of threads with the shortest step, repeated from time to time.
 
-    The threads of a step wait for the slowest one hundreds of times. If other programs use the same
+    Threads wait for the slowest of them hundreds of times per step. If other programs use the same
     cores, each wait may last many milliseconds, and two threads can be ten times slower than one.
 
     Args:
@@ -42,8 +42,7 @@ class Threads:
 
     @property
     def fastest(self) -> float:
-        """Seconds per step of the best number in the current round of trials; infinite without
-        one."""
+        """Fastest seconds per step in the current round of trials; infinite without one."""
         return math.inf if self.is_settled else min(self._seconds.values(), default=math.inf)
 
     def begin(self) -> None:
