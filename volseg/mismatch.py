@@ -25,8 +25,8 @@ from volseg.volume import Geometry, Volume
 
 TOLERANCE = 1.5  # factor outside the range of the training scans
 GUESSED = (
-    "the model's unit HU was guessed from its training scans: "
-    "retrain it with a `modality` column in the dataset, or with a recipe"
+    "the unit HU of the model was guessed from its training scans: "
+    "train it again with a `modality` column in the dataset, or with a recipe"
 )
 
 
@@ -106,7 +106,7 @@ def checks_of(recipe: Recipe, fingerprint: DatasetFingerprint) -> list[str]:
 def _foreign(scan: Volume, channel: str, recipe: Recipe, fingerprint: DatasetFingerprint) -> str:
     """Explain why a channel has another modality than in training; empty if it may not."""
     if _never_was_ct(fingerprint, channel) and looks_like_ct(scan):
-        return "it looks like a CT in HU, unlike the model's training scans"
+        return "it looks like a CT in HU, unlike the scans that the model was trained on"
     statistics = fingerprint.foreground.get(channel)
     if statistics is None or not _is_absolute(recipe, channel):
         return ""
@@ -114,7 +114,7 @@ def _foreign(scan: Volume, channel: str, recipe: Recipe, fingerprint: DatasetFin
     if low <= statistics.p99_5 and statistics.p00_5 <= high:
         return ""
     return (
-        f"its intensities range from {low:.4g} to {high:.4g}, those of the training labels from "
+        f"its intensities go from {low:.4g} to {high:.4g}, those under the training labels from "
         f"{statistics.p00_5:.4g} to {statistics.p99_5:.4g}"
     )
 
