@@ -1,4 +1,4 @@
-"""What takes long to make, made once: a small dataset and a model trained on it for a few steps."""
+"""Expensive fixtures, made once: a small dataset and a model trained on it for a few steps."""
 
 import csv
 import signal
@@ -61,7 +61,7 @@ features = [4, 8]
 
 
 def pytest_configure() -> None:
-    # A shell that starts the tests in the background has SIGINT ignored, and so would every process that they start.
+    # A shell that runs the tests in the background ignores SIGINT, which child processes inherit.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -72,7 +72,10 @@ def tiny_recipe():
 
 
 def write_dataset(folder: Path, *, n: int = 8) -> Path:
-    """`n` noisy boxes of tissue in air with a bright ball each (mask value 3), on different grids; returns its cases.csv."""
+    """Write `n` noisy boxes of tissue in air, each with a bright ball (mask value 3).
+
+    The grids differ. Returns the path of cases.csv.
+    """
     rows = []
     for number in range(n):
         rng = np.random.default_rng(number)
@@ -82,19 +85,13 @@ def write_dataset(folder: Path, *, n: int = 8) -> Path:
         array = np.full(geometry.shape, -1000.0)
         array[2:-2, 2:-2, 2:-2] = 20
         array = np.where(inside, 150, array) + rng.normal(0, 10, geometry.shape)
-        for sub, values in (
-            ("images", array.astype(np.int16)),
-            ("labels", inside.astype(np.uint8) * 3),
-        ):
+        name, mask = f"scan_{number}.nii.gz", inside.astype(np.uint8) * 3
+        for sub, values in (("images", array.astype(np.int16)), ("labels", mask)):
             (folder / sub).mkdir(parents=True, exist_ok=True)
-            write_volume(
-                Volume(np.asfortranarray(values), geometry), folder / sub / f"scan_{number}.nii.gz"
-            )
+            write_volume(Volume(np.asfortranarray(values), geometry), folder / sub / name)
         split = "val" if number in (n - 3, n - 4) else "test" if number >= n - 2 else "train"
-        name = f"scan_{number}.nii.gz"
-        rows.append(
-            [f"scan_{number}", f"images/{name}", f"labels/{name}", split, (1, 5, 3)[number % 3]]
-        )
+        grade = (1, 5, 3)[number % 3]
+        rows.append([f"scan_{number}", f"images/{name}", f"labels/{name}", split, grade])
     with (folder / "cases.csv").open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([["subject", "image", "label", "split", "grade"], *rows])
     return folder / "cases.csv"
@@ -102,7 +99,7 @@ def write_dataset(folder: Path, *, n: int = 8) -> Path:
 
 @pytest.fixture(scope="session")
 def dataset(tmp_path_factory) -> Path:
-    """Folder of a small dataset. Read only: copy what a test changes."""
+    """Return the folder of a small dataset. Read-only: copy what a test changes."""
     folder = tmp_path_factory.mktemp("dataset")
     write_dataset(folder)
     return folder
@@ -110,7 +107,7 @@ def dataset(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def model(dataset, tiny_recipe, tmp_path_factory) -> Path:
-    """Folder of a model that finds the balls, trained by the real command's function."""
+    """Return the folder of a model that finds the balls, trained by `volseg.train`."""
     import volseg
 
     out = tmp_path_factory.mktemp("trained") / "model"

@@ -1,4 +1,4 @@
-"""What the tests of several modules share: grids, shapes with a known volume, and the axis orders of a scan."""
+"""Shared test helpers: grids, shapes with a known volume and the axis orders of a scan."""
 
 from __future__ import annotations
 
@@ -16,28 +16,28 @@ DATA = Path(__file__).parents[2] / "shared" / "data"
 
 
 def real_data(path: str) -> Path:
-    """A file of the real data beside the checkout; skips the test where it is not there."""
+    """Return a file of the real data next to the checkout; skip the test if it is missing."""
     if not (DATA / path).exists():
         pytest.skip(f"the real data are not on this machine: {DATA / path}")
     return DATA / path
 
 
 def ras(spacing_mm: tuple[float, float, float]) -> np.ndarray:
-    """Affine (4, 4) along the world axes, with an offset."""
+    """Return an affine (4, 4) along the world axes, with an offset."""
     affine = np.diag([*spacing_mm, 1.0])
     affine[:3, 3] = -10.3, 20.7, 5.1
     return affine
 
 
 def lps(spacing_mm: tuple[float, float, float]) -> np.ndarray:
-    """As a DICOM series is stored: indices grow to the left and to posterior."""
+    """Return the affine of a typical DICOM series: indices grow to the left and posterior."""
     return np.diag([-1.0, -1.0, 1.0, 1.0]) @ ras(spacing_mm)
 
 
 def oblique(
     spacing_mm: tuple[float, float, float], angles: tuple[float, float, float] = (0.3, -0.2, 0.5)
 ) -> np.ndarray:
-    """Rotated about all three world axes, by angles in radians."""
+    """Return an affine rotated about all three world axes, by angles in radians."""
     affine = ras(spacing_mm)
     for axis, angle in enumerate(angles):
         c, s = math.cos(angle), math.sin(angle)
@@ -47,7 +47,7 @@ def oblique(
 
 
 def sheared(spacing_mm: tuple[float, float, float]) -> np.ndarray:
-    """A tilted gantry: the slices are shifted, so the voxel volume is not the product of the spacings."""
+    """Return the affine of a tilted gantry: voxel volume is not the product of the spacings."""
     affine = ras(spacing_mm)
     affine[1, 2] = 0.4 * spacing_mm[2]
     return affine
@@ -57,23 +57,25 @@ GRIDS = {"ras": ras, "lps": lps, "oblique": oblique, "sheared": sheared}
 
 
 def grid_around(radius_mm: float, affine: np.ndarray, margin: int = 2) -> Geometry:
-    """The smallest grid with this affine that holds a ball of that radius and a margin of voxels."""
+    """Return the smallest grid with this affine that holds a ball and a margin of voxels."""
     rows = np.linalg.norm(np.linalg.inv(affine[:3, :3]), axis=1)  # index extent of a unit ball
     i, j, k = (2 * (math.ceil(radius_mm * row) + margin) + 1 for row in rows)
     return Geometry((i, j, k), affine)
 
 
 def centre_mm(geometry: Geometry) -> np.ndarray:
-    """(3,) RAS mm of the middle of the grid."""
+    """Return the middle of the grid, (3,) RAS mm."""
     return geometry.to_world_mm((np.array([geometry.shape]) - 1) / 2)[0]
 
 
 def ball(radius_mm: float, geometry: Geometry, centre: np.ndarray | None = None) -> np.ndarray:
-    """(I, J, K) bool: voxel centres within `radius_mm` of `centre` (RAS mm; default: the middle of the grid)."""
+    """Return a mask (I, J, K) of the voxel centres within `radius_mm` of `centre`.
+
+    `centre` is in RAS mm; default: the middle of the grid.
+    """
     index = np.indices(geometry.shape).reshape(3, -1).T
-    distance_mm = np.linalg.norm(
-        geometry.to_world_mm(index) - (centre_mm(geometry) if centre is None else centre), axis=1
-    )
+    centre = centre_mm(geometry) if centre is None else centre
+    distance_mm = np.linalg.norm(geometry.to_world_mm(index) - centre, axis=1)
     return (distance_mm <= radius_mm).reshape(geometry.shape)
 
 
@@ -82,21 +84,20 @@ def ball_volume_mm3(radius_mm: float) -> float:
 
 
 def orientations(volume: Volume) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """The 48 ways to store the same voxels: (array as it would be read, affine). The first is the volume itself."""
+    """Yield (array, affine) of the 48 ways to store the same voxels, the volume itself first."""
     for axes, flips in product(permutations(range(3)), product((False, True), repeat=3)):
         step = np.zeros((4, 4))
         step[3, 3] = 1
         for axis, (source, flip) in enumerate(zip(axes, flips, strict=True)):
             step[source, axis] = -1 if flip else 1
             step[source, 3] = volume.array.shape[source] - 1 if flip else 0
-        array = volume.array.transpose(axes)[
-            tuple(slice(None, None, -1 if flip else 1) for flip in flips)
-        ]
+        slices = tuple(slice(None, None, -1 if flip else 1) for flip in flips)
+        array = volume.array.transpose(axes)[slices]
         yield np.asfortranarray(array), volume.geometry.affine @ step
 
 
 class CountingBackend:
-    """A backend that counts the tiles which another one is given."""
+    """A wrapper of a backend that counts its tiles."""
 
     head = None
 

@@ -1,7 +1,7 @@
-"""Run commands on JSON files in which one value was exchanged for nonsense, in a process whose memory and time are bounded.
+"""Run commands on JSON files with one value replaced by nonsense, with limited memory and time.
 
-`python mutations.py FOLDER NUMBER SEED [KIND...]` makes the files of each kind in the folder, tries `NUMBER` of all mutations of each
-(0: every one) and prints a JSON object with how many were tried and what went wrong.
+`python mutations.py FOLDER NUMBER SEED [KIND...]` makes the files of each kind in the folder, tries
+`NUMBER` mutations of each (0: all) and prints a JSON object with their number and the failures.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ from volseg.plan import DatasetFingerprint, IntensityStatistics, Plan
 from volseg.recipe import Window, parse_recipe
 from volseg.volume import Geometry, Volume
 
-SECONDS = 8.0  # of a command that goes on with a harmless value; one that is refused takes a tenth
-BYTES = 2 << 30  # of address space beyond that of the libraries
+SECONDS = 8.0  # for a command that accepts a harmless value; a refusal takes a tenth
+BYTES = 2 << 30  # of address space in addition to that of the libraries
 HOLE = '"\\u0007hole"'
 NEVER = (
     "[" * 100_000 + "]" * 100_000,
@@ -47,14 +47,15 @@ NEVER = (
     '"\\ud800"',
 )
 ODD = (
-    "-1", "0", "1", "2.5", "1000000000", "1e-6", "1e300", "-1e300", "[]", "{}", '""', "null", "true", '"x"', '"auto"',
-    '["a", 1]', '{"a": [1]}', "[1, 1, 1]", "[1000000000, 1000000000, 1000000000]", '"' + "n" * 100_000 + '"',
+    "-1", "0", "1", "2.5", "1000000000", "1e-6", "1e300", "-1e300", "[]", "{}", '""', "null",
+    "true", '"x"', '"auto"', '["a", 1]', '{"a": [1]}', "[1, 1, 1]",
+    "[1000000000, 1000000000, 1000000000]", '"' + "n" * 100_000 + '"',
 )  # fmt: skip
 Path_ = tuple[Any, ...]
 
 
 def untrained_model(folder: Path) -> Path:
-    """A model of random weights, with a coarse first pass left out."""
+    """Save a model with random weights and without a coarse first pass."""
     content = tomllib.loads(TINY)
     content.pop("classify")
     recipe = parse_recipe(content, where="tiny")
@@ -68,9 +69,8 @@ def untrained_model(folder: Path) -> Path:
         foreground={"ct": numbers},
     )
     window = Window(method="window", low=-200, high=300, mean=40, sd=100)
-    plan = Plan(
-        spacing_mm=(2, 2, 2), patch_shape=(16, 16, 16), batch_size=2, windows={"ct": window}
-    )
+    shape, windows = (16, 16, 16), {"ct": window}
+    plan = Plan(spacing_mm=(2, 2, 2), patch_shape=shape, batch_size=2, windows=windows)
     weights = {"segmentation": weights_of(build_segmentation(recipe))}
     metrics = {
         "training_cases": 4,
@@ -81,20 +81,15 @@ def untrained_model(folder: Path) -> Path:
     }
     metrics |= {"validation_dice_lesion": 0.8, "validation_dice_lesion_95": [0.7, 0.9]}
     metrics |= {"nnunet_validation_dice_fold_0": 0.8}
-    save_bundle(
-        ModelBundle(
-            recipe=recipe, plan=plan, fingerprint=fingerprint, weights=weights, metrics=metrics
-        ),
-        folder,
-    )
+    parts = {"recipe": recipe, "plan": plan, "fingerprint": fingerprint}
+    save_bundle(ModelBundle(**parts, weights=weights, metrics=metrics), folder)
     return folder
 
 
 def scan(path: Path) -> Path:
     values = np.random.default_rng(0).integers(-1000, 300, (20, 18, 16)).astype(np.int16)
-    write_volume(
-        Volume(np.asfortranarray(values), Geometry(values.shape, np.diag([2.0, 2, 2, 1]))), path
-    )
+    geometry = Geometry(values.shape, np.diag([2.0, 2, 2, 1]))
+    write_volume(Volume(np.asfortranarray(values), geometry), path)
     return path
 
 
@@ -105,48 +100,33 @@ def mask(path: Path) -> Path:
     return path
 
 
-def paths_in(content: Any, at: Path_ = ()) -> Iterator[Path_]:
-    """Where every value stands, that of the whole first."""
-    yield at
-    items = (
-        content.items()
-        if isinstance(content, dict)
-        else enumerate(content)
-        if isinstance(content, list)
-        else ()
-    )
-    for key, value in items:
-        yield from paths_in(value, (*at, key))
+def paths_in(content: Any, path: Path_ = ()) -> Iterator[Path_]:
+    """Yield the path of every value, that of the whole content first."""
+    yield path
+    items = content.items() if isinstance(content, dict) else ()
+    for key, value in enumerate(content) if isinstance(content, list) else items:
+        yield from paths_in(value, (*path, key))
 
 
-def mutated(content: Any, at: Path_, value: str) -> str:
-    """The JSON with one value exchanged, which need not be JSON."""
-    if not at:
+def mutated(content: Any, path: Path_, value: str) -> str:
+    """Return the JSON with one value replaced; the new value need not be JSON."""
+    if not path:
         return value
     copy = json.loads(json.dumps(content))
     place = copy
-    for key in at[:-1]:
+    for key in path[:-1]:
         place = place[key]
-    place[at[-1]] = "\u0007hole"
+    place[path[-1]] = "\u0007hole"
     return json.dumps(copy).replace(HOLE, value)
 
 
-# ---- kinds of files: what to exchange values in, and the commands that read it
+# ---- kinds of files: the file to mutate and the commands that read it
 
 
 def model(folder: Path) -> tuple[Path, list[list[Any]]]:
     bundle, image = untrained_model(folder / "model"), scan(folder / "scan.nii.gz")
-    infer = [
-        "infer",
-        image,
-        "--model",
-        bundle,
-        "--out",
-        folder / "out",
-        "--backend",
-        "torch",
-        "--no-report",
-    ]
+    options = ["--out", folder / "out", "--backend", "torch", "--no-report"]
+    infer = ["infer", image, "--model", bundle, *options]
     return bundle / "model.json", [["check", bundle], infer]
 
 
@@ -167,23 +147,19 @@ def raw_dataset(folder: Path) -> tuple[Path, list[list[Any]]]:
 
 
 def label_names(folder: Path) -> tuple[Path, list[list[Any]]]:
-    (folder / "names.json").write_text(json.dumps({"1": "spleen", "2": "liver"}))
-    image = scan(folder / "scan.nii.gz")
-    pair = [
-        "--image",
-        image,
-        "--mask",
-        mask(folder / "mask.nii.gz"),
-        "--label-names",
-        folder / "names.json",
-    ]
-    return folder / "names.json", [["measure", *pair, "--out", folder / "out", "--no-report"]]
+    names = folder / "names.json"
+    names.write_text(json.dumps({"1": "spleen", "2": "liver"}))
+    image, labels = scan(folder / "scan.nii.gz"), mask(folder / "mask.nii.gz")
+    options = ["--label-names", names, "--out", folder / "out", "--no-report"]
+    return names, [["measure", "--image", image, "--mask", labels, *options]]
 
 
 def plan(folder: Path) -> tuple[Path, list[list[Any]]]:
     write_dataset(folder / "data")
-    volseg.plan(folder / "data", out=folder / "plan.json")
-    return folder / "plan.json", [["train", folder / "data", "--plan", folder / "plan.json", "--out", folder / "out", "--preview"]]  # fmt: skip
+    path = folder / "plan.json"
+    volseg.plan(folder / "data", out=path)
+    options = ["--plan", path, "--out", folder / "out", "--preview"]
+    return path, [["train", folder / "data", *options]]
 
 
 KINDS: dict[str, Callable[[Path], tuple[Path, list[list[Any]]]]] = {
@@ -197,7 +173,10 @@ KINDS: dict[str, Callable[[Path], tuple[Path, list[list[Any]]]]] = {
 
 
 def outcome(arguments: Sequence[Any]) -> tuple[int, str]:
-    """Exit code of a command, run by its own entry point, and what it printed: to stderr, then to stdout. A traceback is code 1."""
+    """Run a command by its entry point; return its exit code and its output, stderr first.
+
+    A traceback is exit code 1.
+    """
     messages, sys.argv = io.StringIO(), ["volseg", *map(str, arguments)]
     code = 0
     with contextlib.redirect_stdout(io.StringIO()) as printed, contextlib.redirect_stderr(messages):
@@ -211,7 +190,7 @@ def outcome(arguments: Sequence[Any]) -> tuple[int, str]:
 
 
 def try_kind(folder: Path, kind: str, number: int, seed: int) -> dict[str, Any]:
-    """How many mutations were tried, the seconds of the slowest command, and those that went wrong."""
+    """Return the number of mutations, the seconds of the slowest command, and the failures."""
     folder.mkdir()
     path, commands = KINDS[kind](folder)
     text = path.read_text()
@@ -223,41 +202,30 @@ def try_kind(folder: Path, kind: str, number: int, seed: int) -> dict[str, Any]:
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     limit = pages * resource.getpagesize() + BYTES
     resource.setrlimit(resource.RLIMIT_AS, (limit, resource.getrlimit(resource.RLIMIT_AS)[1]))
-    cases = [(at, value) for at in paths_in(content) for value in (*NEVER, *ODD)]
+    cases = [(place, value) for place in paths_in(content) for value in (*NEVER, *ODD)]
     if number:
         cases = random.Random(seed).sample(cases, min(number, len(cases)))
     wrong, slowest = [], 0.0
-    for at, value in cases:
-        path.write_text(mutated(content, at, value))
+    for place, value in cases:
+        path.write_text(mutated(content, place, value))
         for command in commands:
             began = time.monotonic()
             code, messages = outcome(command)
             seconds = time.monotonic() - began
             slowest = max(slowest, seconds)
             lines = [line for line in messages.splitlines() if line.strip()]
-            is_right = (
-                code in ((2, 4) if value in NEVER else (0, 2, 3, 4)) and "Traceback" not in messages
-            )
-            if not is_right or seconds > SECONDS:
-                wrong.append(
-                    [
-                        command[0],
-                        list(at),
-                        value[:40],
-                        code,
-                        round(seconds, 1),
-                        lines[-1:],
-                        messages[-1500:],
-                    ]
-                )
+            codes = (2, 4) if value in NEVER else (0, 2, 3, 4)
+            if code not in codes or "Traceback" in messages or seconds > SECONDS:
+                case = [command[0], list(place), value[:40], code, round(seconds, 1)]
+                wrong.append([*case, lines[-1:], messages[-1500:]])
             shutil.rmtree(folder / "out", ignore_errors=True)
     path.write_text(text)
     return {"tried": len(cases), "slowest": round(slowest, 2), "wrong": wrong}
 
 
 def main(folder: Path, number: int, seed: int, kinds: Sequence[str]) -> None:
-    found = {kind: try_kind(folder / str(n), kind, number, seed) for n, kind in enumerate(kinds)}
-    print(json.dumps(found), file=sys.__stdout__)
+    results = {kind: try_kind(folder / str(n), kind, number, seed) for n, kind in enumerate(kinds)}
+    print(json.dumps(results), file=sys.__stdout__)
 
 
 if __name__ == "__main__":

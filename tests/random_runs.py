@@ -1,12 +1,12 @@
-"""Random runs of every command over random files of a user's, ended at random: nothing of the user's may be lost.
+"""Random runs of every command among a user's files, ended at random, must not lose a file.
 
-A run is drawn from a seed: a command, an output folder (new, with results of this or another command, with files of the user's, or an
-input), files of the user's whose names may be those of outputs, results changed by hand, an
-input that cannot be read, options with which results differ or every case fails, and an end: by
-itself, by SIGINT, SIGTERM or SIGKILL after some time, or by a disk that takes no more. Afterwards
-every file that volseg did not write has to be as it was, and the tables have to hold the rows of
-every case that was done: all that it had before, or all that the run makes of it.
-`benchmarks/random_runs.py` does many, the suite a few.
+A run is drawn from a seed: a command, an output folder (new, with results of this or another
+command, with the user's files, or an input folder), the user's files, perhaps named like outputs,
+results edited by hand, an unreadable input, options that change the results or make every case
+fail, and an end: normal, by SIGINT, SIGTERM or SIGKILL after some time, or by a full disk.
+Afterwards, every file that volseg did not write must be unchanged, and the tables must hold all
+rows of every finished case, either those from before or those of the run.
+`benchmarks/random_runs.py` does many runs, the test suite a few.
 """
 
 from __future__ import annotations
@@ -28,26 +28,29 @@ from pathlib import Path
 import numpy as np
 
 COMMANDS = (
-    "infer", "measure", "measure-cases", "measure-results", "evaluate", "compare", "preprocess", "train", "plan", "report",
-    "import-nnunet", "quantise",
+    "infer", "measure", "measure-cases", "measure-results", "evaluate", "compare", "preprocess",
+    "train", "plan", "report", "import-nnunet", "quantise",
 )  # fmt: skip
 ENDS = ("itself", "SIGINT", "SIGTERM", "SIGKILL", "full disk")
-# The table of items, that of their lesions, and the column that names the item.
+# The table of items, the table of their lesions, and the column that names the item.
 TABLES = (
     ("cases.csv", "lesions.csv", "case_id"),
     ("response.csv", "comparison.csv", "patient"),
     ("evaluation.csv", "detections.csv", "case_id"),
 )
-Rows = dict[str, dict[str, list[dict[str, str]]]]  # item that was done → table → its rows
+Tables = dict[str, list[dict[str, str]]]  # table → rows
+Rows = dict[str, Tables]  # finished item → its tables
 PAIRS = "patient,baseline,followup\nscan_1,scan_1,scan_1\nother,scan_0,scan_2\n"
-# Options of each command; those of the world are the first.
+# Options of each command; the results in the world are made with the first.
 VARIANTS = {
     "infer": ("", "--figures --overlap 0.1", "--overlap 0.1 --max-ram 1M"),
     "measure": ("", "--calcium", "--calcium --max-ram 1M"),
     "measure-cases": ("", "--figures", "--calcium --max-ram 1M"),
     "evaluate": ("", "--min-iou 0.5", "--max-ram 1M", "--min-iou 0.5 --max-ram 1M"),
-    "compare": ("", "--max-distance 3", "--pairs PAIRS", "--pairs PAIRS --max-distance 3",
-                "--max-distance 3 --max-ram 1M"),
+    "compare": (
+        "", "--max-distance 3", "--pairs PAIRS", "--pairs PAIRS --max-distance 3",
+        "--max-distance 3 --max-ram 1M",
+    ),
     "preprocess": ("", "--seed 1"),
     "train": ("", "--resume"),
 }  # fmt: skip
@@ -76,18 +79,20 @@ steps_per_epoch = 2
 epochs = 2
 """
 USERS_NAMES = (
-    "lesions.csv", "cases.csv", "run.json", "report.html", "summary.json", "evaluation.csv", "detections.csv", "froc.png",
-    "comparison.csv", "response.csv", "model.json", "card.md", "segmentation.safetensors", "history.csv", "curves.png",
-    "plan.json", "prepared.json", "notes.txt", ".tmp-anything", ".tmp-0123456789abcdef", "masks/scan_0.nii.gz",
-    "masks/notes.txt", "lesion_ids/scan_1.nii.gz", "lesion_ids/.tmp-mine", "figures/scan_0.png", "viewer/scan_0.html",
-    "viewer/thumbnails/scan_0.jpg", "cases/scan_0/image.npy", "cases/scan_0/notes.txt", "openvino/segmentation.int8.xml",
-    "masks", "lesion_ids", "viewer", ".training/notes.txt", ".volseg/notes.txt", ".volseg/scan_0.json",
+    "lesions.csv", "cases.csv", "run.json", "report.html", "summary.json", "evaluation.csv",
+    "detections.csv", "froc.png", "comparison.csv", "response.csv", "model.json", "card.md",
+    "segmentation.safetensors", "history.csv", "curves.png", "plan.json", "prepared.json",
+    "notes.txt", ".tmp-anything", ".tmp-0123456789abcdef", "masks/scan_0.nii.gz", "masks/notes.txt",
+    "lesion_ids/scan_1.nii.gz", "lesion_ids/.tmp-mine", "figures/scan_0.png", "viewer/scan_0.html",
+    "viewer/thumbnails/scan_0.jpg", "cases/scan_0/image.npy", "cases/scan_0/notes.txt",
+    "openvino/segmentation.int8.xml", "masks", "lesion_ids", "viewer", ".training/notes.txt",
+    ".volseg/notes.txt", ".volseg/scan_0.json",
 )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run that was drawn: its arguments, the output folder and how it ends."""
+    """A random run: its arguments, its output folder and how it ends."""
 
     command: str
     place: str
@@ -97,15 +102,17 @@ class Run:
     seconds: float
     file_bytes: int
     options: str
-    broken: str = ""  # name of a case of which an input cannot be read
+    broken: str = ""  # name of a case with an unreadable input
 
 
 def make_world(
     folder: Path, write_dataset, make_nnunet, commands: Sequence[str] = COMMANDS
 ) -> Path:
-    """A dataset, a model, and results of the commands, each made by the command itself; in
-    `expected.json` the rows that each makes with the options of `VARIANTS`. Made where the copies
-    will be, as records hold absolute paths and a comparison hashes of records; returns the template.
+    """Make a dataset, a model and results of the commands, each by the command itself.
+
+    `expected.json` holds the rows that each command makes with the options of `VARIANTS`. All of it
+    is made at the path of the later copies, since records hold absolute paths, and comparisons
+    hashes of records; then it is moved. Returns the template.
 
     Args:
         write_dataset: (folder, n) → writes a dataset of n scans.
@@ -118,16 +125,9 @@ def make_world(
     (folder / "pairs.csv").write_text(PAIRS)
     make_nnunet(folder / "nnunet")
     for command in (
-        "train",
-        "infer",
-        "measure",
-        "measure-cases",
-        "compare",
-        "preprocess",
-        "evaluate",
-        "plan",
+        "train", "infer", "measure", "measure-cases", "compare", "preprocess", "evaluate", "plan",
         "import-nnunet",
-    ):
+    ):  # fmt: skip
         if command not in commands:
             continue
         out = folder / "done" / command
@@ -136,11 +136,8 @@ def make_world(
             out.mkdir()
         code, output = run_command(arguments_of(command, folder, out))
         assert code == 0, (command, output)
-    for command, maker in (
-        ("measure-results", "infer"),
-        ("report", "infer"),
-        ("quantise", "train"),
-    ):
+    makers = {"measure-results": "infer", "report": "infer", "quantise": "train"}
+    for command, maker in makers.items():
         if command in commands:
             shutil.copytree(folder / "done" / maker, folder / "done" / command)
     expected = {f"{command} ": rows_of(folder / "done" / command) for command in commands}
@@ -159,20 +156,25 @@ def make_world(
 
 
 def arguments_of(command: str, world: Path, out: Path, options: str = "") -> list[str]:
-    """The command line."""
+    """Return the arguments of a command."""
     data, model, done = world / "data", world / "done" / "train", world / "done"
     pair = ["--image", data / "images", "--mask", data / "labels"]
     predicted = done / "infer" if (done / "infer").exists() else data / "labels"
+    masks = ["--reference", data / "labels", "--predicted", predicted]
+    results, recipe = (
+        (done / "measure", done / "measure-cases"),
+        ("--recipe", world / "recipe.toml"),
+    )
     line: list[str | Path] = {
         "infer": ["infer", data / "images", "--model", model, "--backend", "torch", "--out", out],
         "measure": ["measure", *pair, "--unit", "HU", "--out", out],
         "measure-cases": ["measure", "--cases", data / "cases.csv", "--unit", "HU", "--out", out],
         "measure-results": ["measure", out],
-        "evaluate": ["evaluate", "--reference", data / "labels", "--predicted", predicted, "--out", out],
-        "compare": ["compare", done / "measure", done / "measure-cases", "--no-registration", "--out", out],
-        "preprocess": ["preprocess", data, "--recipe", world / "recipe.toml", "--out", out],
-        "train": ["train", data, "--recipe", world / "recipe.toml", "--device", "cpu", "--out", out],
-        "plan": ["plan", data, "--recipe", world / "recipe.toml", "--out", out / "plan.json"],
+        "evaluate": ["evaluate", *masks, "--out", out],
+        "compare": ["compare", *results, "--no-registration", "--out", out],
+        "preprocess": ["preprocess", data, *recipe, "--out", out],
+        "train": ["train", data, *recipe, "--device", "cpu", "--out", out],
+        "plan": ["plan", data, *recipe, "--out", out / "plan.json"],
         "report": ["report", out],
         "import-nnunet": ["import-nnunet", next((world / "nnunet").iterdir()), "--out", out],
         "quantise": ["quantise", out, data],
@@ -184,9 +186,12 @@ def arguments_of(command: str, world: Path, out: Path, options: str = "") -> lis
 def run_command(
     arguments: Sequence[str], *, end: str = "itself", seconds: float = 0, file_bytes: int = 0
 ):
-    """Run the command line in a process of its own, which is ended as asked; its exit code and what it printed."""
+    """Run a command in a process of its own and end it as requested.
+
+    Returns its exit code and its output.
+    """
     out, into = os.pipe()
-    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # until the command itself begins
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # until the command starts
     child = os.fork()
     if child == 0:
         code = 70
@@ -207,9 +212,8 @@ def run_command(
     os.close(into)
     if end.startswith("SIG"):
         time.sleep(seconds)
-        os.kill(
-            child, getattr(signal, end)
-        )  # a child that has ended is not reaped yet, so this is harmless
+        # Harmless after the end of the child, which is not reaped yet.
+        os.kill(child, getattr(signal, end))
     output = b""
     while chunk := os.read(out, 65536):
         output += chunk
@@ -224,7 +228,8 @@ def _main(arguments: Sequence[str]) -> int:
     from volseg.__main__ import main
 
     sys.argv = ["volseg", *arguments]
-    sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
+    sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
+    sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
     try:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
     except KeyboardInterrupt:
@@ -240,16 +245,18 @@ def _main(arguments: Sequence[str]) -> int:
             sys.stdout.flush()
             sys.stderr.flush()
     except KeyboardInterrupt as late:
-        # The command is over, and the signal came while this function looked at its exit code.
-        if code is None and [frame.name for frame in traceback.extract_tb(late.__traceback__)] != [
-            "_main"
-        ]:
+        # Ignore a signal that arrived in this function, after the end of the command.
+        frames = [frame.name for frame in traceback.extract_tb(late.__traceback__)]
+        if code is None and frames != ["_main"]:
             raise
     return 130 if code is None else code
 
 
 def draw_run(seed: int, world: Path, seconds: float, commands: Sequence[str]) -> Run:
-    """A run over a world of its own, in which the user's files lie by now. `seconds`: within which a signal may come."""
+    """Draw a run in `world` and put the user's files there.
+
+    A signal comes within `seconds`.
+    """
     rng = np.random.default_rng(seed)
     command = commands[seed % len(commands)]
     places = ["new", "users", "done", "done", "done", "other", "data", "images", "labels"]
@@ -287,7 +294,7 @@ def draw_run(seed: int, world: Path, seconds: float, commands: Sequence[str]) ->
 
 
 def _break_input(command: str, world: Path, rng: np.random.Generator) -> str:
-    """Cut off an input of a run; the name of its case, empty where the command needs all cases."""
+    """Truncate an input of a run; return its case, empty if the command needs all cases."""
     case = f"scan_{rng.integers(3)}"
     predicted = world / "done" / "infer" / "masks"
     folder = {
@@ -305,26 +312,25 @@ def _break_input(command: str, world: Path, rng: np.random.Generator) -> str:
 
 
 def edit_results(seed: int, out: Path) -> list[Path]:
-    """Change some results by hand, as a user may, in every second run; which."""
+    """Edit some results by hand, as a user may, in every second run; return their paths."""
     rng = np.random.default_rng([seed, 1])
     if rng.random() < 0.5:
         return []
-    files = [
-        path for path in sorted(out.rglob("*")) if path.is_file() and ".volseg" not in path.parts
-    ]
-    chosen = [path for path in files if rng.random() < min(0.5, 1.5 / max(1, len(files)))]
-    for path in chosen:
+    paths = [path for path in sorted(out.rglob("*")) if ".volseg" not in path.parts]
+    files = [path for path in paths if path.is_file()]
+    edited = [path for path in files if rng.random() < min(0.5, 1.5 / max(1, len(files)))]
+    for path in edited:
         path.write_bytes(path.read_bytes() + b"by hand")
-    return chosen
+    return edited
 
 
 def check_run(
     seed: int, template: Path, seconds: float = 4.0, commands: Sequence[str] = COMMANDS
 ) -> tuple[Run, list[str], int]:
-    """Do one random run; what was drawn, all that is wrong afterwards, and the exit code."""
+    """Do one random run; return the run, all faults found afterwards, and the exit code."""
     world = template.with_name("world")
     shutil.copytree(template, world, symlinks=True)
-    volsegs = set(_tree(world / "done"))  # what a command wrote here before the user came
+    volsegs = set(_tree(world / "done"))  # written by commands, before the user's files
     run = draw_run(seed, world, seconds, commands)
     edited = set(edit_results(seed, run.out)) if run.place == "done" else set()
     before = _tree(world)
@@ -334,9 +340,8 @@ def check_run(
         if path not in volsegs or path in edited or run.out not in path.parents
     }
     rows = _Rows(run, edited, json.loads((world / "expected.json").read_text()))
-    code, output = run_command(
-        run.arguments, end=run.end, seconds=run.seconds, file_bytes=run.file_bytes
-    )
+    limits = {"seconds": run.seconds, "file_bytes": run.file_bytes}
+    code, output = run_command(run.arguments, end=run.end, **limits)
     faults = _lost(users, world, "after the run")
     if not any((run.out / ".volseg").glob("ready-*")):  # else the next run finishes writing them
         faults += rows.faults("after the run", is_done=code == 0)
@@ -347,19 +352,15 @@ def check_run(
     faults += rows.faults("after a second run", is_done=again == 0)
     if "Traceback" in output or again not in (0, 2, 3, 4):
         faults.append(f"second run: exit {again}: {output[-600:]}")
-    hidden = run.out / ".volseg"
-    left = (
-        [path for path in hidden.glob("*") if re.match(r"(tmp|ready)-", path.name)]
-        if again == 0
-        else []
-    )
+    hidden = (run.out / ".volseg").glob("*") if again == 0 else ()
+    left = [path for path in hidden if re.match(r"(tmp|ready)-", path.name)]
     faults += [f"left behind: {path}" for path in left]
     shutil.rmtree(world)
     return run, faults, code
 
 
 def _tree(folder: Path) -> dict[Path, str]:
-    """Every file but the ledgers and locks, with its hash; what volseg keeps in `.volseg` is its own."""
+    """Return every file with its hash, without the files that volseg keeps in `.volseg`."""
     return {
         path: hashlib.sha256(path.read_bytes()).hexdigest()
         for path in folder.rglob("*")
@@ -371,33 +372,29 @@ def _tree(folder: Path) -> dict[Path, str]:
 def _lost(users: dict[Path, str], world: Path, when: str) -> list[str]:
     after = _tree(world)
     gone = [path for path, digest in users.items() if after.get(path) != digest]
-    # A file of the user's in `.volseg` may be set aside under another name, with all its bytes.
+    # A user's file in `.volseg` may be renamed, with its content intact.
     kept = set(after.values())
     lost = [path for path in gone if not (".volseg" in path.parts and users[path] in kept)]
-    return [
-        f"{'changed' if path in after else 'lost'} {when}: {path.relative_to(world)}"
-        for path in lost
-    ]
+    states = {path: "changed" if path in after else "lost" for path in lost}
+    return [f"{state} {when}: {path.relative_to(world)}" for path, state in states.items()]
 
 
 def rows_of(out: Path, edited: Collection[Path] = ()) -> Rows:
-    """The rows of every case or patient that the tables of a folder say was done, without what differs
-    from run to run. Tables that were edited by hand are left out."""
+    """Return the rows of every case or patient with status done, without what varies between runs.
+
+    Tables edited by hand are left out.
+    """
     tables_of: Rows = {}
     for items, lesions, column in TABLES:
-        done = [
-            row
-            for row in _read(out / items, edited)
-            if row.get("status") == "done" and row.get(column)
-        ]
+        rows = _read(out / items, edited)
+        done = [row for row in rows if row.get("status") == "done" and row.get(column)]
         others = _read(out / lesions, edited)
         for name in {row[column] for row in done}:
             tables = tables_of.setdefault(name, {})
             for table, rows in ((items, done), (lesions, others)):
                 if out / table not in edited:
-                    tables[table] = [
-                        _lasting(table, row) for row in rows if row.get(column) == name
-                    ]
+                    of_item = [row for row in rows if row.get(column) == name]
+                    tables[table] = [_lasting(table, row) for row in of_item]
     return tables_of
 
 
@@ -410,7 +407,7 @@ def _read(path: Path, edited: Collection[Path]) -> list[dict[str, str]]:
 
 
 def _lasting(table: str, row: Mapping[str, str]) -> dict[str, str]:
-    """The cells of a row that another run would fill alike."""
+    """Return the cells of a row that are the same in every run."""
     dropped = {"seconds", "warnings"} | ({"notes"} if table == "evaluation.csv" else set())
     return {name: cell for name, cell in row.items() if name not in dropped}
 
@@ -423,7 +420,7 @@ def _prepared_cases(out: Path) -> Mapping[str, str]:
 
 
 class _Rows:
-    """What the tables held before a run, and may hold after it."""
+    """The rows of the tables before a run and those allowed after it."""
 
     def __init__(self, run: Run, edited: Collection[Path], expected: Mapping[str, Rows]) -> None:
         self._run, self._edited = run, edited
@@ -431,29 +428,26 @@ class _Rows:
         self._is_prepared = bool(_prepared_cases(run.out))
         self._expected = expected.get(f"{run.command} {run.options}", {})
         if run.command in ("measure-results", "report"):
-            self._expected = {}  # what is measured again has the same rows, see `_now`
+            self._expected = {}  # measuring again gives the same rows, see `_now`
         involved = {"other"} if run.broken in ("scan_0", "scan_2") else set()
         self._broken = {run.broken} | involved if run.broken else set()
-        # A mask that was corrected is kept, and so are its rows.
-        self._kept = {
-            path.name.removesuffix(".nii.gz") for path in edited if path.parent.name == "masks"
-        }
+        # A corrected mask is kept, and so are its rows.
+        masks = [path.name for path in edited if path.parent.name == "masks"]
+        self._kept = {name.removesuffix(".nii.gz") for name in masks}
 
     def _now(self) -> Rows:
         rows = rows_of(self._run.out, self._edited)
-        if (
-            self._run.command == "measure-results"
-        ):  # a corrected mask has no confidence and no class
+        if self._run.command == "measure-results":  # corrected masks have no confidence or class
             for row in (row for tables in rows.values() for row in tables.get("lesions.csv", ())):
                 of_model = [name for name in row if str(name).startswith(("confidence", "class"))]
                 row |= dict.fromkeys(of_model, "")
         return rows
 
     def faults(self, when: str, *, is_done: bool) -> list[str]:
-        """Items whose rows are gone, or neither those of before nor those of this run.
+        """List the items whose rows are gone, or neither those from before nor those of this run.
 
         Args:
-            is_done: the run ended well, so that its own rows have to be there.
+            is_done: the run succeeded, so its own rows must be there.
         """
         now, faults = self._now(), []
         if self._is_prepared and not _prepared_cases(self._run.out):
@@ -467,13 +461,8 @@ class _Rows:
                 faults.append(f"rows of {name} {state} {when}")
         return faults
 
-    def _of_tables(
-        self, rows: dict[str, list[dict[str, str]]] | None
-    ) -> dict[str, list[dict[str, str]]] | None:
-        if rows is None:
+    def _of_tables(self, tables: Tables | None) -> Tables | None:
+        if tables is None:
             return None
-        return {
-            table: lines
-            for table, lines in rows.items()
-            if self._run.out / table not in self._edited
-        }
+        out, edited = self._run.out, self._edited
+        return {name: rows for name, rows in tables.items() if out / name not in edited}

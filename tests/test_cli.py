@@ -43,22 +43,23 @@ def run(*arguments, **options):
 
 
 def test_help_needs_neither_torch_nor_a_second_of_cpu_time():
-    code = "import sys; from volseg.cli import app; app(['--help'], standalone_mode=False); print('torch' in sys.modules, 'monai' in sys.modules)"
+    code = (
+        "import sys; from volseg.cli import app; app(['--help'], standalone_mode=False); "
+        "print('torch' in sys.modules, 'monai' in sys.modules)"
+    )
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert done.stdout.rstrip().endswith("False False")
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1
-    done = subprocess.run(
-        [sys.executable, "-c", "import sys, volseg; print('torch' in sys.modules)"],
-        capture_output=True,
-        text=True,
-    )
+    code = "import sys, volseg; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.strip() == "False"
 
 
-def test_a_command_pays_in_time_and_memory_only_for_the_libraries_that_it_uses():
-    code = "import sys, volseg.workflows; print({'torch', 'matplotlib', 'openvino', 'skimage', 'pandas', 'SimpleITK'} & set(sys.modules))"
+def test_a_command_loads_only_the_libraries_that_it_uses():
+    libraries = {"torch", "matplotlib", "openvino", "skimage", "pandas", "SimpleITK"}
+    code = f"import sys, volseg.workflows; print({libraries} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.strip() == "set()"
 
@@ -81,9 +82,8 @@ def test_one_line_and_exit_code_2_for_a_wrong_request(tmp_path):
         done = run(*arguments)
         assert done.returncode == 2, done.stderr
         assert done.stdout == ""
-        lines = [
-            line for line in done.stderr.strip().splitlines() if "still running" not in line
-        ]  # of a busy machine
+        # A busy machine logs that the step is still running.
+        lines = [line for line in done.stderr.splitlines() if "still running" not in line]
         assert len(lines) == 1
         assert "to fix:" in lines[0]
 
@@ -96,9 +96,8 @@ def test_infer_prints_json_and_4_for_a_refused_scan_without_a_trace(model, tmp_p
     assert list(json.loads(done.stdout)["failed"]) == ["scan"]
     assert "Traceback" not in done.stderr
     done = run("infer", scan, "--model", model, "--out", tmp_path / "r")
-    assert (
-        len([line for line in done.stderr.splitlines() if line.startswith("failed: scan: E_")]) == 1
-    )
+    lines = done.stderr.splitlines()
+    assert sum(line.startswith("failed: scan: E_") for line in lines) == 1
 
 
 def test_the_main_job_by_hand(model, dataset, tmp_path):
@@ -106,16 +105,8 @@ def test_the_main_job_by_hand(model, dataset, tmp_path):
     done = run("infer", dataset / "images", "--model", model, "--out", out, "--json")
     assert done.returncode == 0, done.stderr
     assert len(json.loads(done.stdout)["done"]) == 8
-    done = run(
-        "evaluate",
-        "--reference",
-        dataset / "labels",
-        "--predicted",
-        out,
-        "--out",
-        tmp_path / "e",
-        "--json",
-    )
+    masks = ["--reference", dataset / "labels", "--predicted", out]
+    done = run("evaluate", *masks, "--out", tmp_path / "e", "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["mean_dice"] > 0.7
     done = run("measure", "--cases", dataset / "cases.csv", "--out", tmp_path / "m")
@@ -129,9 +120,9 @@ def test_a_model_of_nnunet_is_imported_once_and_refused_in_one_line(tmp_path):
     folder = write_model(tmp_path)
     done = run("import-nnunet", folder, "--out", tmp_path / "m", "--folds", "0", "--json")
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
-    assert found["model"]["labels"] == "kidney = 1, tumour = 2"
-    assert found["done"] == ["dataset007_test_3d_fullres"]
+    report = json.loads(done.stdout)
+    assert report["model"]["labels"] == "kidney = 1, tumour = 2"
+    assert report["done"] == ["dataset007_test_3d_fullres"]
     for arguments in (["--out", tmp_path / "m"], ["--out", tmp_path / "n", "--folds", "0,7"]):
         done = run("import-nnunet", folder, *arguments)
         assert done.returncode == 2
@@ -145,24 +136,15 @@ def test_bars_move_by_tiles_on_a_terminal_and_are_not_drawn_into_a_pipe(model, d
     scans = [dataset / "images" / f"scan_{n}.nii.gz" for n in (6, 7)]
     piped = run("infer", *scans, "--model", model, "--out", tmp_path / "piped")
     assert piped.returncode == 0
-    said = [line.split(":")[0] for line in piped.stderr.splitlines()]
-    # Only CPUs with half precision announce it, and on a busy machine lines of progress come between.
-    announced = [word for word in said if word not in ("precision", "Segmenting")]
+    words = [line.split(":")[0] for line in piped.stderr.splitlines()]
+    # Only CPUs with half precision announce it; a busy machine logs progress in between.
+    announced = [word for word in words if word not in ("precision", "Segmenting")]
     assert announced == ["memory", "tiles", "time"]
     assert "Segmenting" not in piped.stdout
     ours, theirs = pty.openpty()
+    command = ["infer", *scans, "--model", model, "--out", tmp_path / "shown"]
     with subprocess.Popen(
-        [
-            sys.executable,
-            "-m",
-            "volseg",
-            "infer",
-            *scans,
-            "--model",
-            model,
-            "--out",
-            tmp_path / "shown",
-        ],
+        [sys.executable, "-m", "volseg", *command],
         stdout=subprocess.DEVNULL,
         stderr=theirs,
         env=os.environ | {"TERM": "xterm", "COLUMNS": "120"},
@@ -203,12 +185,12 @@ def test_a_label_with_markup_is_shown_as_it_is_in_a_table(monkeypatch, capsys):
         "not_predicted": [],
     }
     cli._print_evaluation(workflows.RunReport(out=Path("nowhere"), details=details))
-    told = capsys.readouterr()
-    assert "a[/b]:x:\\x1b" in told.out and "\x1b" not in told.out + told.err
+    printed = capsys.readouterr()
+    assert "a[/b]:x:\\x1b" in printed.out and "\x1b" not in printed.out + printed.err
 
 
 def read_all(terminal):
-    """What is written to a terminal until its other side is closed, which Linux reports as an error."""
+    """Read a terminal until its other side is closed, which Linux reports as an error."""
     parts = []
     with contextlib.suppress(OSError):
         while part := os.read(terminal, 65536):
@@ -219,9 +201,8 @@ def read_all(terminal):
 
 def test_a_file_in_place_of_the_output_folder_is_exit_code_2(model, dataset, tmp_path):
     (tmp_path / "file").write_text("in the way")
-    done = run(
-        "infer", dataset / "images" / "scan_0.nii.gz", "--model", model, "--out", tmp_path / "file"
-    )
+    scan = dataset / "images" / "scan_0.nii.gz"
+    done = run("infer", scan, "--model", model, "--out", tmp_path / "file")
     assert done.returncode == 2
     assert len(done.stderr.strip().splitlines()) == 1 and "[E_EXISTS]" in done.stderr
 
@@ -231,16 +212,8 @@ def test_cuda_where_there_is_none_is_exit_code_5(model, dataset, tmp_path):
 
     if torch.cuda.is_available():
         pytest.skip("this machine has a CUDA device")
-    done = run(
-        "infer",
-        dataset / "images" / "scan_0.nii.gz",
-        "--model",
-        model,
-        "--out",
-        tmp_path,
-        "--device",
-        "cuda",
-    )
+    scan = dataset / "images" / "scan_0.nii.gz"
+    done = run("infer", scan, "--model", model, "--out", tmp_path, "--device", "cuda")
     assert done.returncode == 5
 
 
@@ -249,27 +222,16 @@ def test_an_interrupted_batch_leaves_a_table_with_pending_rows(
     number, code, model, dataset, tmp_path
 ):
     out = tmp_path / "r"
+    command = ["infer", str(dataset / "images"), "--model", str(model), "--out", str(out)]
     process = subprocess.Popen(
-        [
-            sys.executable,
-            "-m",
-            "volseg",
-            "infer",
-            str(dataset / "images"),
-            "--model",
-            str(model),
-            "--out",
-            str(out),
-        ],
+        [sys.executable, "-m", "volseg", *command],
         stderr=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
     )
     deadline = time.monotonic() + 120
-    while (
-        not list((out / "masks").glob("scan_*"))
-        and time.monotonic() < deadline
-        and process.poll() is None
-    ):
+    while time.monotonic() < deadline and process.poll() is None:
+        if list((out / "masks").glob("scan_*")):
+            break
         time.sleep(0.01)
     process.send_signal(number)
     assert process.wait(30) == code
@@ -293,13 +255,13 @@ def test_the_version_is_that_of_the_package():
     assert Path(volseg.__file__).name == "__init__.py"
 
 
-def test_in_a_log_progress_is_a_line_from_time_to_time_with_what_is_left(monkeypatch, capsys):
+def test_a_log_gets_a_line_of_progress_with_the_time_left_now_and_then(monkeypatch, capsys):
     clock = [1000.0]
     monkeypatch.setattr(cli.time, "monotonic", lambda: clock[0])
     lines = cli._Lines()
-    for seconds, share in ((40, 0.5), (60, 0.6), (80, 0.7), (90, 0.75), (120, 0.9)):
+    for seconds, fraction in ((40, 0.5), (60, 0.6), (80, 0.7), (90, 0.75), (120, 0.9)):
         clock[0] = 1000.0 + seconds
-        lines.show("Training", share, f"epoch {seconds}")
+        lines.show("Training", fraction, f"epoch {seconds}")
     assert capsys.readouterr().err.splitlines() == [
         "Training: 50%, epoch 40",
         "Training: 60%, 0:01:20 left, epoch 60",
@@ -326,7 +288,7 @@ main()
 
 @pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
 def test_a_signal_that_python_drops_is_not_lost(name, code):
-    # The callback of a weak reference is where imports meet one: what is raised there is ignored.
+    # Python ignores what is raised in the callback of a weak reference, e.g. during an import.
     program = f"""
 import signal, sys, time, weakref
 import volseg.cli
@@ -343,9 +305,7 @@ volseg.cli.main = load
 main()
 """
     started = time.monotonic()
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=False
-    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (code, "", "")
     assert time.monotonic() - started < 9
 
@@ -370,15 +330,11 @@ def test_ctrl_c_ends_training_with_a_usable_model_and_resume_goes_on(
     process.send_signal(signal.SIGINT)
     stdout, stderr = process.communicate(timeout=120)
     assert process.returncode == 130, stderr
-    found = json.loads(stdout)
-    assert (found["interrupted"], found["exit_code"]) == (True, 130)
-    assert "add --resume to go on" in stderr
-    assert (
-        workflows.infer(
-            dataset / "images" / "scan_7.nii.gz", model=out, out=tmp_path / "r"
-        ).exit_code
-        == 0
-    )
+    report = json.loads(stdout)
+    assert (report["interrupted"], report["exit_code"]) == (True, 130)
+    assert "add --resume to continue" in stderr
+    scan = dataset / "images" / "scan_7.nii.gz"
+    assert workflows.infer(scan, model=out, out=tmp_path / "r").exit_code == 0
     epochs = len((out / "history.csv").read_text().splitlines())
     workflows.train(tmp_path / "p", out=out, device="cpu", resume=True, epochs=epochs + 1)
     assert len((out / "history.csv").read_text().splitlines()) == epochs + 2

@@ -1,4 +1,4 @@
-"""The coarse first pass, with networks made by hand so that what they find is known."""
+"""The coarse first pass, with hand-made networks whose results are predictable."""
 
 import tomllib
 from dataclasses import replace
@@ -47,7 +47,7 @@ NO_DATA = DatasetFingerprint(n_cases=1, spacings_mm=(), shapes=(), label_voxels=
 
 
 class Over:
-    """A network of one convolution of 1 × 1 × 1 that takes voxels over an intensity for the label, and how often it ran."""
+    """A backend that labels voxels above an intensity and counts its tiles."""
 
     def __init__(self, level):
         network = torch.nn.Conv3d(1, 2, 1)
@@ -66,7 +66,7 @@ class Over:
 
 
 def model(*, fine=50.0, coarse=120.0, margin_mm=10.0, patch=8, overlap=0.5, **sections):
-    """The hand-made model; without `coarse` it has no first pass."""
+    """Return a hand-made model; without `coarse` it has no first pass."""
     content = tomllib.loads(RECIPE)
     content["roi"]["margin_mm"] = margin_mm
     content["infer"]["overlap"] = overlap
@@ -75,28 +75,23 @@ def model(*, fine=50.0, coarse=120.0, margin_mm=10.0, patch=8, overlap=0.5, **se
     if coarse is None:
         del content["roi"]
     recipe = parse_recipe(content, where="test")
-    plan = Plan(
-        spacing_mm=recipe.preprocess.spacing_mm, patch_shape=(patch,) * 3, batch_size=1, windows={}
-    )
-    bundle = ModelBundle(
-        recipe=recipe, plan=plan, fingerprint=NO_DATA, weights={"segmentation": {}, "roi": {}}
-    )
+    spacing_mm, patch_shape = recipe.preprocess.spacing_mm, (patch,) * 3
+    plan = Plan(spacing_mm=spacing_mm, patch_shape=patch_shape, batch_size=1, windows={})
+    weights = {"segmentation": {}, "roi": {}}
+    bundle = ModelBundle(recipe=recipe, plan=plan, fingerprint=NO_DATA, weights=weights)
     first = None if bundle.coarse is None else Model(bundle.coarse, Over(coarse), None)
     return Model(bundle, Over(fine), None, coarse=first)
 
 
 def phantom(affine, shape=(70, 60, 50)):
-    """Tissue of 0 HU in air with a bright ball (150 HU) off centre and a faint one (90 HU) in a far corner."""
+    """Return tissue in air with a bright ball (150 HU) and a faint one (90 HU) in a corner."""
     geometry = Geometry(shape, affine)
     rng = np.random.default_rng(0)
     array = np.full(shape, -1000.0)
     array[4:-4, 4:-4, 4:-4] = rng.normal(0, 5, tuple(n - 8 for n in shape))
     middle = centre_mm(geometry)
-    bright = ball(
-        8,
-        geometry,
-        middle + 0.2 * (geometry.to_world_mm(np.array([[n - 1 for n in shape]]))[0] - middle),
-    )
+    last = geometry.to_world_mm(np.array([[n - 1 for n in shape]]))[0]
+    bright = ball(8, geometry, middle + 0.2 * (last - middle))
     corner = geometry.to_world_mm(np.array([[9, 9, 9]]))[0]
     faint = ball(6, geometry, corner)
     array[bright], array[faint] = 150, 90
@@ -104,57 +99,57 @@ def phantom(affine, shape=(70, 60, 50)):
 
 
 def masks(scan, *models):
-    return [segment_case({"ct": scan}, each, case_id="a").mask.array for each in models]
+    return [segment_case({"ct": scan}, model, case_id="a").mask.array for model in models]
 
 
 @pytest.mark.parametrize("inside", ["scan", "body"])
 @pytest.mark.parametrize("crop", ["none", "body"])
 @pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS.keys())
-def test_the_result_is_that_of_the_whole_scan_in_the_region_and_background_elsewhere(
+def test_the_result_equals_that_of_the_whole_scan_in_the_region_and_is_background_elsewhere(
     grid, crop, inside
 ):
     scan, bright, faint = phantom(grid((1.5, 1.5, 2.5)))
     sections = {"preprocess": {"crop": crop}, "infer": {"inside": inside}}
-    with_it, without = model(**sections), model(coarse=None, **sections)
-    found, expected = masks(scan, with_it, without)
+    two_pass, without = model(**sections), model(coarse=None, **sections)
+    result, expected = masks(scan, two_pass, without)
     region = BoundingBox.around(bright, margin=(5, 5, 3))
-    np.testing.assert_array_equal(found[region.slices], expected[region.slices])
-    assert (found[bright] == 2).mean() > 0.95
+    np.testing.assert_array_equal(result[region.slices], expected[region.slices])
+    assert (result[bright] == 2).mean() > 0.95
     assert (expected[faint] == 2).mean() > 0.8
-    assert not found[faint].any()
-    assert with_it.segmentation.tiles < without.segmentation.tiles / 4
+    assert not result[faint].any()
+    assert two_pass.segmentation.tiles < without.segmentation.tiles / 4
 
 
 @pytest.mark.parametrize(
     "affine", [lps((1.0, 1.5, 3.0)), oblique((2.0, 1.0, 4.0))], ids=["lps", "oblique"]
 )
 @pytest.mark.parametrize("margin_mm", [0.0, 12.0, 25.0])
-def test_the_margin_is_in_millimetres_whatever_the_spacing(affine, margin_mm):
+def test_the_margin_is_in_millimetres_for_any_spacing(affine, margin_mm):
     scan, bright, _ = phantom(affine, (90, 84, 40))
-    # The fine network finds a lesion everywhere, in tiles that come voxel by voxel: the mask is the region, no voxel more.
+    # The fine network finds lesions everywhere, in tiles one voxel apart: the mask is the region.
     everywhere = model(fine=-5000, margin_mm=margin_mm, patch=4, overlap=0.75)
     order = AxisOrder.of(scan.geometry)
     (mask,) = masks(scan, everywhere)
-    boxes = [BoundingBox.around(to_canonical(each, order)) for each in (bright, mask > 0)]
-    assert (mask > 0).sum() == np.prod(boxes[1].shape)
+    lesion = BoundingBox.around(to_canonical(bright, order))
+    region = BoundingBox.around(to_canonical(mask > 0, order))
+    assert (mask > 0).sum() == np.prod(region.shape)
     spacing = [scan.geometry.spacing_mm[axis] for axis in order.axes]
     shape = [scan.geometry.shape[axis] for axis in order.axes]
-    for axis, (own, coarse) in enumerate(zip(spacing, (5.0, 6.0, 4.0), strict=True)):
-        slack = (
-            coarse + 2 * 2.0 + own
-        )  # a coarse voxel at the rim of what is found; whole prepared and native voxels
+    for axis, (native, coarse) in enumerate(zip(spacing, (5.0, 6.0, 4.0), strict=True)):
+        slack = coarse + 2 * 2.0 + native  # a coarse voxel at the edge, prepared and native ones
         for room, grown in (
-            (boxes[0].start[axis], boxes[0].start[axis] - boxes[1].start[axis]),
-            (shape[axis] - boxes[0].stop[axis], boxes[1].stop[axis] - boxes[0].stop[axis]),
+            (lesion.start[axis], lesion.start[axis] - region.start[axis]),
+            (shape[axis] - lesion.stop[axis], region.stop[axis] - lesion.stop[axis]),
         ):
-            wanted = min(room * own, margin_mm)
-            assert wanted - slack <= grown * own <= min(room * own, margin_mm + slack)
+            expected = min(room * native, margin_mm)
+            assert expected - slack <= grown * native <= min(room * native, margin_mm + slack)
 
 
-def test_where_the_first_pass_finds_nothing_the_whole_scan_is_looked_at():
+def test_the_whole_scan_is_segmented_if_the_first_pass_finds_nothing():
     scan, _, faint = phantom(oblique((1.5, 1.5, 2.5)))
     blind, without = model(coarse=1e6), model(coarse=None)
-    first, second = (segment_case({"ct": scan}, each, case_id="a") for each in (blind, without))
+    first = segment_case({"ct": scan}, blind, case_id="a")
+    second = segment_case({"ct": scan}, without, case_id="a")
     np.testing.assert_array_equal(first.mask.array, second.mask.array)
     assert first.lesions == second.lesions
     assert (first.mask.array[faint] == 2).mean() > 0.8
@@ -162,20 +157,20 @@ def test_where_the_first_pass_finds_nothing_the_whole_scan_is_looked_at():
     assert blind.segmentation.tiles == without.segmentation.tiles
 
 
-def test_what_is_found_outside_the_body_alone_leaves_nothing_out():
+def test_a_region_only_outside_the_body_is_ignored():
     scan, _, _ = phantom(ras((1.5, 1.5, 2.5)))
     array = np.random.default_rng(0).normal(100, 10, scan.array.shape).astype(np.int16)
     array[:40] -= 1100
-    array[:12] = -3000  # such as the padding round a scan's circle
+    array[:12] = -3000  # e.g. padding around the circle of a scan
     scan = scan.with_array(np.asfortranarray(array))
     misled = model(margin_mm=0.0, infer={"inside": "body"})
     network = misled.coarse.segmentation.backend.network
-    with torch.no_grad():  # takes the padding, and only that, for the label
+    with torch.no_grad():  # labels only the padding
         network.weight *= -1
         network.bias[1] = -2000.0
-    found, expected = masks(scan, misled, model(coarse=None, infer={"inside": "body"}))
+    result, expected = masks(scan, misled, model(coarse=None, infer={"inside": "body"}))
     assert expected.any()
-    np.testing.assert_array_equal(found, expected)
+    np.testing.assert_array_equal(result, expected)
 
 
 def test_air_alone_runs_neither_pass():

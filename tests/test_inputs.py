@@ -1,4 +1,4 @@
-"""What strangers' files may be, whoever reads them."""
+"""Untrusted files: what `volseg.inputs` accepts and what it refuses."""
 
 import json
 import math
@@ -34,7 +34,7 @@ def test_json_that_is_nested_too_deep_is_a_value_error(text):
         parse_json(text)
 
 
-def test_json_at_the_bounds_is_taken_as_it_stands():
+def test_json_at_the_limits_is_accepted_unchanged():
     deep = "[" * MAX_DEPTH + "]" * MAX_DEPTH
     assert json.dumps(parse_json(deep)) == deep
     numbers = [2**63 - 1, -(2**63), 1.7e308, 0.1, -5e-324]
@@ -61,12 +61,12 @@ def test_json_at_the_bounds_is_taken_as_it_stands():
         ('{"a": 1', "delimiter"),
     ],
 )
-def test_json_that_cannot_be_meant_is_a_value_error(text, reason):
+def test_nonsense_json_is_a_value_error(text, reason):
     with pytest.raises(ValueError, match=reason):
         parse_json(text)
 
 
-def test_numbers_that_are_not_finite_are_taken_where_that_is_said():
+def test_numbers_that_are_not_finite_are_accepted_on_request():
     low, nan, high = parse_json("[-Infinity, NaN, 1e400]", is_finite=False)
     assert (low, high) == (-math.inf, math.inf)
     assert math.isnan(nan)
@@ -112,10 +112,9 @@ g = "" # '
 """.replace("\n", "\r\n")
     (tmp_path / "recipe.toml").write_bytes(text.encode())
     assert read_toml(tmp_path / "recipe.toml") == tomllib.loads(text)
-    (tmp_path / "recipe.toml").write_bytes(
-        text.encode() + b"'" + b"'.".join([b"a"] * (MAX_DEPTH + 1)) + b" = 1"
-    )
-    with pytest.raises(ValueError, match="at line"):  # it is not TOML, and that is said
+    unclosed = b"'" + b"'.".join([b"a"] * (MAX_DEPTH + 1)) + b" = 1"
+    (tmp_path / "recipe.toml").write_bytes(text.encode() + unclosed)
+    with pytest.raises(ValueError, match="at line"):  # the TOML parser's own error
         read_toml(tmp_path / "recipe.toml")
     for key in (".".join("a" * (MAX_DEPTH + 1)), " .\t".join(['"a"'] * (MAX_DEPTH + 1))):
         (tmp_path / "recipe.toml").write_bytes(text.encode() + key.encode() + b" = 1")
@@ -123,7 +122,7 @@ g = "" # '
             read_toml(tmp_path / "recipe.toml")
 
 
-def test_only_regular_files_are_opened_and_nothing_is_waited_for(tmp_path, monkeypatch):
+def test_only_regular_files_are_opened_without_waiting(tmp_path, monkeypatch):
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "folder").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "pipe")
@@ -139,7 +138,7 @@ def test_only_regular_files_are_opened_and_nothing_is_waited_for(tmp_path, monke
         "/dev/null": "a device",
     }
     with socket.socket(socket.AF_UNIX) as listener:
-        monkeypatch.chdir(tmp_path)  # the name of a socket is short
+        monkeypatch.chdir(tmp_path)  # as the name of a socket must be short
         listener.bind("socket")
         for name, kind in (kinds | {"socket": "a socket"}).items():
             with pytest.raises(NotAFileError, match=f"is {kind}, not a file") as caught:

@@ -1,4 +1,4 @@
-"""Whether a scan is like a model's training scans: made fingerprints, and the shipped model's."""
+"""Comparison of scans with a model's training scans: synthetic and shipped fingerprints."""
 
 import csv
 from dataclasses import replace
@@ -67,23 +67,12 @@ def test_a_scan_like_those_of_training_passes_in_all_48_orders(tiny_recipe):
         ("HU", "window", mr, {}, True),
         ("HU", "zscore", mr, {}, True),
         ("a.u.", "zscore", mr, {"p00_5": 20.0}, False),
-        ("a.u.", "zscore", ct, {"p00_5": 20.0}, True),  # no label lay on a negative value
-        (
-            "a.u.",
-            "zscore",
-            ct,
-            {"p00_5": -5.0},
-            False,
-        ),  # an older model, of which this is not known
+        ("a.u.", "zscore", ct, {"p00_5": 20.0}, True),  # no label had a negative value
+        ("a.u.", "zscore", ct, {"p00_5": -5.0}, False),  # an older model does not know
         ("a.u.", "zscore", ct, {"p00_5": -5.0, "n_ct_like": {"scan": 0}}, True),
         ("a.u.", "zscore", ct, {"p00_5": 20.0, "n_ct_like": {"scan": 2}}, False),
-        (
-            "a.u.",
-            "window",
-            mr,
-            {"p00_5": 5000.0, "p99_5": 9000.0},
-            True,
-        ),  # no intensity of the labels is in it
+        # Its intensities do not overlap those of the labels.
+        ("a.u.", "window", mr, {"p00_5": 5000.0, "p99_5": 9000.0}, True),
         ("SUV", "zscore", mr, {"p00_5": 0.5}, True),
     ],
 )
@@ -102,11 +91,8 @@ def test_another_modality_is_a_contradiction(unit, method, scan, fields, is_fore
         ((1.0, 1.2, 2.5), (40, 36, 20), []),
         ((1.4, 1.7, 3.5), (40, 36, 20), []),  # within a factor of 1.5
         ((2.0, 2.4, 5.0), (20, 18, 10), ["W_SPACING", "W_SLICES"]),  # the same field of view
-        (
-            (1.0, 1.2, 2.5),
-            (160, 144, 80),
-            ["W_FOV", "W_SLICES"],
-        ),  # a whole chest for a model of crops
+        # A whole chest for a model of crops.
+        ((1.0, 1.2, 2.5), (160, 144, 80), ["W_FOV", "W_SLICES"]),
         ((1.0, 1.2, 2.5), (80, 36, 20), ["W_FOV"]),
         ((1.0, 1.2, 0.625), (40, 36, 80), ["W_SPACING", "W_SLICES"]),
         ((1.0, 1.2, 2.5), (40, 36, 10), ["W_FOV", "W_SLICES"]),
@@ -115,7 +101,7 @@ def test_another_modality_is_a_contradiction(unit, method, scan, fields, is_fore
 def test_an_unusual_grid_is_a_warning_with_both_numbers(spacing_mm, shape, expected, tiny_recipe):
     resemblance = compare_scan({"scan": ct(spacing_mm, shape)}, recipe(tiny_recipe), fingerprint())
     assert codes(resemblance) == expected
-    assert resemblance.unit.is_hu  # it says nothing of the intensities
+    assert resemblance.unit.is_hu  # the grid says nothing about the intensities
     text = " ".join(resemblance.remarks)
     if "W_SPACING" in expected:
         assert f"{spacing_mm[2]:.3g} mm" in text and "2.5 to 2.5 mm" in text
@@ -126,19 +112,16 @@ def test_an_unusual_grid_is_a_warning_with_both_numbers(spacing_mm, shape, expec
 
 
 def test_a_unit_that_the_model_guessed_gives_no_numbers_but_is_no_contradiction(tiny_recipe):
-    resemblance = compare_scan(
-        {"scan": ct()}, recipe(tiny_recipe, unit_guessed=True), fingerprint()
-    )
+    guessed = recipe(tiny_recipe, unit_guessed=True)
+    resemblance = compare_scan({"scan": ct()}, guessed, fingerprint())
     assert not resemblance.contradictions and not resemblance.unit.is_hu
     assert codes(resemblance) == ["W_UNIT"]
-    assert compare_scan(
-        {"scan": mr()}, recipe(tiny_recipe, unit_guessed=True), fingerprint()
-    ).contradictions
+    assert compare_scan({"scan": mr()}, guessed, fingerprint()).contradictions
 
 
-def test_a_model_whose_own_scans_contradict_its_unit_takes_them_but_makes_no_numbers(tiny_recipe):
-    own = fingerprint(p00_5=0.0, p99_5=900.0, doubted_units={"a": "no air", "b": "no air"})
-    resemblance = compare_scan({"scan": mr()}, recipe(tiny_recipe), own)
+def test_a_model_whose_training_scans_contradict_its_unit_accepts_them_without_numbers(tiny_recipe):
+    doubted = fingerprint(p00_5=0.0, p99_5=900.0, doubted_units={"a": "no air", "b": "no air"})
+    resemblance = compare_scan({"scan": mr()}, recipe(tiny_recipe), doubted)
     assert not resemblance.contradictions and codes(resemblance) == ["W_UNIT"]
     assert (resemblance.unit.name, resemblance.unit.is_hu) == ("a.u.", False)
 
@@ -157,40 +140,37 @@ def test_the_card_says_which_checks_a_model_can_make(tiny_recipe):
         "modality: none",
         "spacing, field of view, slices: none",
     ]
-    scan = {"scan": ct((5.0, 5.0, 9.0))}  # of which such a model can say nothing
+    scan = {"scan": ct((5.0, 5.0, 9.0))}  # which such a model cannot check
     assert compare_scan(scan, recipe(tiny_recipe, "a.u.", "zscore"), bare).remarks == ()
     bundle = load_bundle(shipped_bundle())
-    assert all(
-        check in model_card(bundle) for check in checks_of(bundle.recipe, bundle.fingerprint)
-    )
+    checks = checks_of(bundle.recipe, bundle.fingerprint)
+    assert all(check in model_card(bundle) for check in checks)
     assert (shipped_bundle() / "card.md").read_text(encoding="utf-8") == model_card(bundle)
 
 
-def test_no_nodule_of_the_test_split_is_marked_and_every_other_modality_is_refused_by_the_shipped_model():
+def test_the_shipped_model_accepts_every_nodule_and_refuses_every_other_modality():
     bundle = load_bundle(shipped_bundle())
     table = real_data("lidc_nodules/cases.csv")
     with table.open(newline="", encoding="utf-8") as file:
-        nodules = [
-            table.parent / row["image"] for row in csv.DictReader(file) if row["split"] == "test"
-        ]
+        rows = [row for row in csv.DictReader(file) if row["split"] == "test"]
+    nodules = [table.parent / row["image"] for row in rows]
     others = sorted((real_data("sts_sarcoma") / "images").glob("*_[MP][RE]*.nii.gz"))
     assert len(nodules) == 97 and len(others) >= 20
 
     def compare(path):
         return compare_scan({"ct": read_volume(path)}, bundle.recipe, bundle.fingerprint)
 
-    assert [
-        path.name for path in nodules if compare(path).remarks or not compare(path).unit.is_hu
-    ] == []
+    nodule_results = {path.name: compare(path) for path in nodules}
+    assert not [n for n, result in nodule_results.items() if result.remarks]
+    assert all(result.unit.is_hu for result in nodule_results.values())
     assert [path.name for path in others if not compare(path).contradictions] == []
-    for path in others:  # as a resampler fills what it has no value for
+    for path in others:  # a resampler pads where it has no value
         scan = read_volume(path)
         values = np.asarray(scan.intensities(), np.float32).copy(order="F")
         values[:3] = -1000
         padded = Volume(values, scan.geometry)
-        assert compare_scan({"ct": padded}, bundle.recipe, bundle.fingerprint).contradictions, (
-            path.name
-        )
+        result = compare_scan({"ct": padded}, bundle.recipe, bundle.fingerprint)
+        assert result.contradictions, path.name
     chest = read_volume(real_data("totalseg_example_ct/images/example_ct.nii.gz"))
     resemblance = compare_scan({"ct": chest}, bundle.recipe, bundle.fingerprint)
     assert codes(resemblance) == ["W_SPACING", "W_FOV", "W_SLICES"] and resemblance.unit.is_hu

@@ -1,4 +1,4 @@
-"""The sample data against their own truth: formulas, voxels and files must tell one story."""
+"""The sample data agree with their ground truth: formulas, voxels and files."""
 
 import csv
 import importlib.util
@@ -50,23 +50,16 @@ def load(subject, column):
 
 
 def lesion_masks(subject):
-    """Pairs of (row of truth, mask of that lesion), by the nearest centroid."""
+    """Yield (row of truth, mask of that lesion), matched by the nearest centroid."""
     label = load(subject, "label")
-    components, n_components = ndimage.label(
-        np.asarray(label.dataobj), structure=np.ones((3, 3, 3))
-    )
+    mask = np.asarray(label.dataobj)
+    components, n_components = ndimage.label(mask, structure=np.ones((3, 3, 3)))
     assert n_components == len(TRUTH[subject])
     masks = [components == component for component in range(1, n_components + 1)]
+    centroids = [voxel_centroid_mm(mask, label.affine) for mask in masks]
     for row in TRUTH[subject]:
-        yield (
-            row,
-            min(
-                masks,
-                key=lambda mask: np.linalg.norm(
-                    voxel_centroid_mm(mask, label.affine) - centroid_mm(row)
-                ),
-            ),
-        )
+        distances = np.linalg.norm(np.array(centroids) - centroid_mm(row), axis=1)
+        yield row, masks[int(distances.argmin())]
 
 
 def voxel_centroid_mm(mask, affine):
@@ -112,7 +105,7 @@ def test_only_a_lesion_which_the_field_of_view_cuts_touches_the_border(subject):
 
 @every_case
 def test_body_is_upright_on_every_grid(subject):
-    """The spine is behind the body's middle, the liver side is denser than the lung side, and air is around them."""
+    """The spine is posterior, the liver side is denser than the lung side, and air is around."""
     image = load(subject, "image")
     density = np.asarray(image.dataobj).astype(float)
     bone_mm = voxel_centroid_mm(density > 300, image.affine)
@@ -138,9 +131,8 @@ def test_cut_ball_agrees_with_quadrature(depth_mm):
 def test_the_parts_of_a_cut_ball_add_up_to_the_ball():
     below, above = phantoms.cut_ball(8.0, 3.0), phantoms.cut_ball(8.0, -3.0)
     assert below[0] + above[0] == pytest.approx(4 / 3 * math.pi * 8**3)
-    assert below[0] * below[1] == pytest.approx(
-        above[0] * above[1]
-    )  # both moments point away from the plane
+    # Both moments point away from the plane.
+    assert below[0] * below[1] == pytest.approx(above[0] * above[1])
 
 
 @pytest.mark.parametrize("depth_mm", [-8.0, 8.1])
@@ -151,12 +143,11 @@ def test_cut_ball_refuses_a_plane_which_does_not_meet_the_ball(depth_mm):
 
 @pytest.mark.parametrize("face", range(6))
 def test_visible_part_agrees_with_points_in_the_field_of_view(face):
-    """Every face of an oblique, anisotropic, permuted grid, against points 0.1 mm apart in the ball."""
+    """Compare each face of an oblique, anisotropic, permuted grid with points 0.1 mm apart."""
     affine = np.eye(4)
     axes = np.array([[0, 0, 1], [-1, 0, 0], [0, 1, 0]])  # PSR
-    affine[:3, :3] = (
-        phantoms.rotation(np.array([1.0, -2.0, 0.5]), 0.3) @ axes @ np.diag([1.2, 1.5, 2.5])
-    )
+    rotation = phantoms.rotation(np.array([1.0, -2.0, 0.5]), 0.3)
+    affine[:3, :3] = rotation @ axes @ np.diag([1.2, 1.5, 2.5])
     affine[:3, 3] = 30, -120, 410
     grid = phantoms.Grid((30, 26, 16), affine)
     index = (np.array(grid.shape) - 1) / 2
@@ -167,13 +158,11 @@ def test_visible_part_agrees_with_points_in_the_field_of_view(face):
     assert phantoms.lesion_truth("s", 1, ball, grid).touches_border
 
     steps_mm = np.arange(-4.95, 5, 0.1)
-    points_mm = np.array(ball.centre_mm) + np.stack(
-        np.meshgrid(steps_mm, steps_mm, steps_mm), -1
-    ).reshape(-1, 3)
+    offsets_mm = np.stack(np.meshgrid(steps_mm, steps_mm, steps_mm), -1).reshape(-1, 3)
+    points_mm = np.array(ball.centre_mm) + offsets_mm
     indices = grid.to_index(points_mm)
-    is_seen = ((indices >= -0.5) & (indices <= np.array(grid.shape) - 0.5)).all(
-        axis=1
-    ) & ball.contains(points_mm)
+    is_inside = ((indices >= -0.5) & (indices <= np.array(grid.shape) - 0.5)).all(axis=1)
+    is_seen = is_inside & ball.contains(points_mm)
     volume_mm3, centroid = phantoms.visible_part(ball, grid)
     assert volume_mm3 == pytest.approx(np.count_nonzero(is_seen) * 0.1**3, rel=2e-3)
     np.testing.assert_allclose(centroid, points_mm[is_seen].mean(axis=0), atol=0.02)
@@ -193,9 +182,8 @@ def test_committed_files_are_what_the_script_makes(number):
         committed = load(spec.subject, column)
         np.testing.assert_array_equal(np.asarray(committed.dataobj), array)
         np.testing.assert_array_equal(committed.affine, phantom.grid.affine)
-    assert [lesion.volume_mm3 for lesion in phantom.truth] == [
-        float(r["volume_mm3"]) for r in TRUTH[spec.subject]
-    ]
+    volumes = [float(row["volume_mm3"]) for row in TRUTH[spec.subject]]
+    assert [lesion.volume_mm3 for lesion in phantom.truth] == volumes
 
 
 def test_written_files_are_equal_byte_for_byte(tmp_path):
@@ -225,9 +213,8 @@ def test_an_impossible_phantom_is_refused(monkeypatch):
 
 
 def test_splits_share_no_patient():
-    assert [
-        sum(row["split"] == split for row in CASES.values()) for split in ("train", "val", "test")
-    ] == [18, 2, 6]
+    splits = [row["split"] for row in CASES.values()]
+    assert [splits.count(split) for split in ("train", "val", "test")] == [18, 2, 6]
     assert len({row["patient"] for row in CASES.values()}) == len(CASES)
     assert set(TRUTH) <= set(CASES)
 

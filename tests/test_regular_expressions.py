@@ -1,4 +1,4 @@
-"""No regular expression of the package takes more than linear time, whatever text it reads."""
+"""Every regular expression of the package takes linear time on any text."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ except ImportError:
 
 PACKAGE = Path(volseg.__file__).parent
 CALLS = ("compile", "search", "match", "fullmatch", "findall", "finditer", "sub", "subn", "split")
-LENGTH, MOST_SECONDS = 20_000, 0.15  # a quadratic one takes more than a second
+LENGTH, MAX_SECONDS = 20_000, 0.15  # a quadratic one takes more than a second
 
-# Patterns that are no literal in the call: file → (function, pattern as it is used).
+# Patterns that are not literals in the call: file → (function, pattern as used).
 BUILT = {
     "io/cases.py": [("fullmatch", r"(.+)_(\d{4})\.nii\.gz")],
     "nnunet.py": [
@@ -36,7 +36,7 @@ BUILT = {
 
 
 def constants_of(tree):
-    """Name → text of the module's constants."""
+    """Return name → text of the module's constants."""
     constants = {}
     for node in tree.body:
         if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant | ast.JoinedStr):
@@ -47,7 +47,7 @@ def constants_of(tree):
 
 
 def text_of(node, constants):
-    """The pattern of a call; a value that is put into it stands as 1. None if it is built elsewhere."""
+    """Return the pattern of a call, with 1 for inserted values; None if it is built elsewhere."""
     if isinstance(node, ast.Constant):
         return node.value
     if isinstance(node, ast.JoinedStr):
@@ -61,11 +61,10 @@ def text_of(node, constants):
 
 
 def expressions():
-    """(file, function, pattern) of every call of `re` in the package, and in its own scripts."""
-    constants = {"ID_PATTERN": ID_PATTERN}  # which is put together from parts
-    trees = {
-        path: ast.parse(path.read_text(encoding="utf-8")) for path in sorted(PACKAGE.rglob("*.py"))
-    }
+    """Yield (file, function, pattern) of every call of `re` in the package and its scripts."""
+    constants = {"ID_PATTERN": ID_PATTERN}  # built from parts
+    paths = sorted(PACKAGE.rglob("*.py"))
+    trees = {path: ast.parse(path.read_text(encoding="utf-8")) for path in paths}
     for tree in trees.values():
         constants |= constants_of(tree)
     for path, tree in trees.items():
@@ -91,7 +90,7 @@ def expressions():
 
 
 def pieces_of(parsed):
-    """Texts that parts of a pattern match: its words, and a character of each class."""
+    """Yield texts that match parts of a pattern: its words and a character of each class."""
     word = ""
     for operator, argument in parsed:
         name = str(operator)
@@ -119,7 +118,7 @@ def pieces_of(parsed):
 
 
 def attacks_on(pattern, length):
-    """Texts of repeated parts of the pattern, begun and ended by a part that spoils the match."""
+    """Yield repeated parts of the pattern, with a start and an end that spoil the match."""
     words = dict.fromkeys(piece for piece in pieces_of(pattern_parser.parse(pattern)) if piece)
     words = [*words][:7] + ["x", " "]
     pumps = [*words, *(a + b for a, b in itertools.permutations(words, 2))]
@@ -142,13 +141,13 @@ def seconds_of(function, pattern, text):
 def test_an_expression_takes_linear_time(file, function, pattern):
     for text in attacks_on(pattern, LENGTH):
         seconds = seconds_of(function, pattern, text)
-        if seconds > MOST_SECONDS:  # the processor may have been busy once
+        if seconds > MAX_SECONDS:  # the processor may have been busy
             seconds = seconds_of(function, pattern, text)
-        assert seconds <= MOST_SECONDS, (file, pattern, text[:60])
+        assert seconds <= MAX_SECONDS, (file, pattern, text[:60])
 
 
 @pytest.mark.parametrize(
-    ("function", "pattern"),  # as they once were
+    ("function", "pattern"),  # from earlier versions
     [
         ("findall", r"<Label\s[^>]*\bKey=\"(\d+)\"[^>]*>(.*?)</Label>"),
         ("fullmatch", r"\s*(\d+(?:\.\d+)?)\s*([smh]?)\s*"),
@@ -157,7 +156,7 @@ def test_an_expression_takes_linear_time(file, function, pattern):
 )
 def test_the_attacks_find_expressions_that_are_quadratic(function, pattern):
     def slowest(length):
-        # Of each the fastest of three: on a busy machine a pause is longer than a short match.
+        # The fastest of three: on a busy machine, a pause is longer than a short match.
         texts = attacks_on(pattern, length)
         return max(min(seconds_of(function, pattern, text) for _ in range(3)) for text in texts)
 

@@ -17,16 +17,15 @@ def loaded(model):
     return load_model(load_bundle(model), "cpu")
 
 
-def test_a_scan_it_never_saw_gives_the_ball_measured_on_the_scans_own_grid(loaded, dataset):
+def test_an_unseen_scan_gives_the_ball_measured_on_its_own_grid(loaded, dataset):
     scan = read_volume(dataset / "images" / "scan_7.nii.gz")
     truth = read_mask(dataset / "labels" / "scan_7.nii.gz").array == 3
     result = segment_case({"ct": scan}, loaded, case_id="scan_7")
     assert result.mask.geometry is scan.geometry
     assert set(np.unique(result.mask.array)) == {0, 3}
     lesion = result.lesions[0]
-    assert lesion.volume_mm3 == pytest.approx(
-        truth.sum() * scan.geometry.voxel_volume_mm3, rel=0.25
-    )
+    volume_mm3 = truth.sum() * scan.geometry.voxel_volume_mm3
+    assert lesion.volume_mm3 == pytest.approx(volume_mm3, rel=0.25)
     inside = result.lesion_ids.array == 1
     assert lesion.n_voxels == inside.sum()
     assert lesion.intensity_mean == pytest.approx(scan.array[inside].mean())
@@ -41,47 +40,38 @@ def test_all_48_orders_of_a_scan_give_the_same_lesion(loaded, dataset):
     expected = segment_case({"ct": scan}, loaded, case_id="a")
     pairs = list(zip(orientations(scan), orientations(expected.mask), strict=True))
     for (stored, affine), (mask, _) in pairs[::7]:
-        found = segment_case(
-            {"ct": Volume(stored, Geometry(stored.shape, affine))}, loaded, case_id="a"
-        )
-        assert np.count_nonzero(found.mask.array != mask) <= 0.002 * np.count_nonzero(mask)
+        turned = Volume(stored, Geometry(stored.shape, affine))
+        result = segment_case({"ct": turned}, loaded, case_id="a")
+        assert np.count_nonzero(result.mask.array != mask) <= 0.002 * np.count_nonzero(mask)
 
 
-def test_tiles_are_counted_up_to_the_number_that_was_said_before_the_first(loaded):
+def test_tiles_are_counted_up_to_the_announced_total(loaded):
     bundle = loaded.bundle
-    # A window that does not clip air, so that air can be told from tissue.
-    seeing = bundle.plan.windows["ct"].model_copy(update={"low": -1100.0})
+    # A window that does not clip air, to distinguish it from tissue.
+    wide = bundle.plan.windows["ct"].model_copy(update={"low": -1100.0})
     infer = bundle.recipe.infer.model_copy(update={"batch_size": 4})
     changed = replace(
         bundle,
         recipe=bundle.recipe.model_copy(update={"infer": infer}),
-        plan=bundle.plan.model_copy(update={"windows": {"ct": seeing}}),
+        plan=bundle.plan.model_copy(update={"windows": {"ct": wide}}),
     )
     counting = CountingBackend(loaded.segmentation)
     array = np.full((60, 48, 40), -1000, np.int16, order="F")
-    array[8:24, 8:24, 8:24] = array[36:52, 24:40, 16:32] = (
-        30  # two pieces of tissue with air between them
-    )
+    # Two pieces of tissue with air between them.
+    array[8:24, 8:24, 8:24] = array[36:52, 24:40, 16:32] = 30
     scan = Volume(array, Geometry(array.shape, oblique((2, 2, 2))))
     seen = []
-    segment_case(
-        {"ct": scan},
-        replace(loaded, bundle=changed, segmentation=counting),
-        case_id="a",
-        on_tile=lambda *n: seen.append(n),
-    )
-    total = (
-        5 * 3 * 2
-    )  # over the tissue's box of 44 × 32 × 24 voxels, in patches of 16 of which half is shared
+    counted = replace(loaded, bundle=changed, segmentation=counting)
+    segment_case({"ct": scan}, counted, case_id="a", on_tile=lambda *n: seen.append(n))
+    # Patches of 16 with half overlap cover the tissue's box of 44 × 32 × 24 voxels.
+    total = 5 * 3 * 2
     assert seen == [(done, total) for done in range(total + 1)]
-    assert 0 < counting.tiles < total  # those of air are counted, but not run
+    assert 0 < counting.tiles < total  # tiles of air are counted but not run
 
 
-def test_where_there_is_no_body_no_tile_is_counted(loaded):
-    air = Volume(
-        np.full((20, 20, 20), -1000, np.int16, order="F"),
-        Geometry((20, 20, 20), oblique((2, 2, 2))),
-    )
+def test_a_scan_without_a_body_has_no_tiles(loaded):
+    array = np.full((20, 20, 20), -1000, np.int16, order="F")
+    air = Volume(array, Geometry(array.shape, oblique((2, 2, 2))))
     seen = []
     segment_case({"ct": air}, loaded, case_id="a", on_tile=lambda *n: seen.append(n))
     assert seen == []
@@ -93,11 +83,10 @@ def test_a_missing_channel_is_named(loaded, dataset):
         segment_case({"t1": scan}, loaded, case_id="a")
 
 
-def test_the_dataset_of_the_tests_is_what_it_says(tmp_path):
+def test_the_balls_of_the_test_dataset_have_their_radius(tmp_path):
     write_dataset(tmp_path, n=8)
     for number in range(8):
         truth = read_mask(tmp_path / "labels" / f"scan_{number}.nii.gz")
-        radius = (
-            np.count_nonzero(truth.array) * truth.geometry.voxel_volume_mm3 * 3 / 4 / np.pi
-        ) ** (1 / 3)
+        volume_mm3 = np.count_nonzero(truth.array) * truth.geometry.voxel_volume_mm3
+        radius = (volume_mm3 * 3 / 4 / np.pi) ** (1 / 3)
         assert radius == pytest.approx(7 + number % 3, rel=0.03)

@@ -43,7 +43,7 @@ def network_of(size, outputs=3):
 
 @given(shape=shapes, spacing=spacings, memory=st.integers(1, 40))
 @settings(deadline=None, max_examples=60)
-def test_what_is_chosen_fits_the_budget_and_can_be_built(shape, spacing, memory):
+def test_the_chosen_size_fits_the_budget_and_can_be_built(shape, spacing, memory):
     budget = Budget(memory=memory * GB)
     size = choose_size(shape, spacing, channels=2, outputs=3, n_cases=50, budget=budget)
     assert size.training_bytes(2, 3) <= budget.memory
@@ -56,7 +56,7 @@ def test_what_is_chosen_fits_the_budget_and_can_be_built(shape, spacing, memory)
 
 @given(shape=shapes, spacing=spacings, order=st.permutations(range(3)))
 @settings(deadline=None, max_examples=60)
-def test_axes_have_no_names(shape, spacing, order):
+def test_the_order_of_the_axes_does_not_matter(shape, spacing, order):
     def turned(numbers):
         return tuple(numbers[n] for n in order)
 
@@ -68,11 +68,11 @@ def test_axes_have_no_names(shape, spacing, order):
 
 
 @pytest.mark.parametrize("name", SCANS)
-def test_arithmetic_and_weights_are_those_of_the_network(name):
+def test_operations_and_weights_equal_those_of_the_network(name):
     size = sized(name, memory=2 * GB)
     network = network_of(size)
     weights = dict(network.named_parameters())
-    # A fine voxel meets one place of a transposed kernel, so a kernel of 2 × 2 × 2 counts once.
+    # A fine voxel meets one position of a transposed kernel, so a 2 × 2 × 2 kernel counts once.
     counted = sum(
         tensor.numel() // (math.prod(tensor.shape[2:]) if "transp_conv" in label else 1)
         for label, tensor in weights.items()
@@ -93,7 +93,7 @@ def test_more_memory_never_gives_a_smaller_plan():
         assert sizes == sorted(sizes)
 
 
-def test_thick_slices_are_not_convolved_across_until_pixels_are_as_coarse():
+def test_kernels_are_flat_across_thick_slices_until_pixels_are_as_coarse():
     strides, kernels = topology((320, 256, 20), (0.6, 0.6, 3.6))
     assert strides[:4] == ((1, 1, 1), (2, 2, 1), (2, 2, 1), (2, 2, 2))
     assert kernels[:3] == ((3, 3, 1), (3, 3, 1), (3, 3, 3))
@@ -105,27 +105,26 @@ def test_a_patch_has_the_proportions_of_the_scan_in_mm():
     size = sized("body")
     edges = [n * mm for n, mm in zip(size.patch_shape, SCANS["body"][1], strict=True)]
     assert max(edges) / min(edges) < 1.3
-    assert sized("hippocampus").patch_shape == (40, 56, 40)  # the whole of it
+    assert sized("hippocampus").patch_shape == (40, 56, 40)  # the whole scan
 
 
-def test_a_time_budget_leaves_steps_enough():
+def test_a_time_budget_leaves_enough_steps():
     flops = 5e14
     size = sized("body", budget=Budget(memory=32 * GB, flops=flops))
     assert flops / size.step_flops(1, 3) >= STEPS
     assert math.prod(size.patch_shape) < math.prod(sized("body", memory=32 * GB).patch_shape)
 
 
-def test_a_stated_patch_and_batch_stay():
+def test_a_stated_patch_and_batch_are_kept():
     size = sized("body", patch_shape=(48, 40, 24), batch_size=3)
     assert (size.patch_shape, size.batch_size) == ((48, 40, 24), 3)
     network_of(size)(torch.empty((3, 1, 48, 40, 24), device="meta"))
 
 
-def test_what_cannot_fit_says_which_number_to_change():
+def test_the_error_for_an_impossible_budget_says_which_number_to_change():
     stated = {"patch_shape": (256, 256, 256), "batch_size": 8}
-    with pytest.raises(
-        VolsegError, match=r"batch 8, 8 features\) takes .* GB, and the budget is 1.00 GB"
-    ) as caught:
+    problem = r"batch 8, 8 features\) takes .* GB, and the budget is 1.00 GB"
+    with pytest.raises(VolsegError, match=problem) as caught:
         sized("body", memory=GB, **stated)
     needed = float(caught.value.fix.split("budget of ")[1].split("G")[0])
     assert "train.patch_shape" in caught.value.fix
@@ -139,7 +138,7 @@ def test_what_cannot_fit_says_which_number_to_change():
 @pytest.mark.parametrize(
     "extra", [{}, {"residual": True}, {"deep_supervision": 1}, {"dropout": 0.2}]
 )
-def test_the_modelled_memory_is_near_what_autograd_keeps_of_a_real_step(patch_shape, extra):
+def test_the_estimated_memory_is_close_to_what_autograd_keeps_in_a_real_step(patch_shape, extra):
     size = choose_size(
         (60, 60, 30),
         (1, 1, 1.5),
@@ -158,21 +157,19 @@ def test_the_modelled_memory_is_near_what_autograd_keeps_of_a_real_step(patch_sh
         residual="residual" in extra,
         dropout="dropout" in extra,
     )
-    own = {parameter.untyped_storage().data_ptr() for parameter in network.parameters()}
+    weights = {parameter.untyped_storage().data_ptr() for parameter in network.parameters()}
     kept = {}
 
     def keep(tensor):
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
+        if storage.data_ptr() not in weights:
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    images, target = (
-        torch.randn(2, 1, *patch_shape),
-        torch.randint(0, 3, (2, *patch_shape), dtype=torch.uint8),
-    )
+    images = torch.randn(2, 1, *patch_shape)
+    target = torch.randint(0, 3, (2, *patch_shape), dtype=torch.uint8)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         loss = SegmentationLoss(Loss())(network(images), target)
     assert torch.isfinite(loss)
-    modelled = size.training_bytes(1, 3) - 5 * 4 * size.n_weights(1, 3)
-    assert 0.7 < modelled / sum(kept.values()) < 1.6
+    estimated = size.training_bytes(1, 3) - 5 * 4 * size.n_weights(1, 3)
+    assert 0.7 < estimated / sum(kept.values()) < 1.6

@@ -38,7 +38,7 @@ def test_axis_codes_of_all_48_orders_are_distinct_and_start_with_ras():
         (np.ones((4, 4)), "last row"),
     ],
 )
-def test_an_affine_that_is_none_is_refused(affine, problem):
+def test_an_invalid_affine_is_refused(affine, problem):
     with pytest.raises(ValueError, match=problem):
         Geometry(SHAPE, affine)
 
@@ -47,7 +47,7 @@ def test_tiny_voxels_are_not_mistaken_for_singular_ones():
     assert Geometry(SHAPE, np.diag([1e-4, 1e-4, 1e-4, 1])).voxel_volume_mm3 == pytest.approx(1e-12)
 
 
-def test_grids_match_up_to_a_tenth_of_a_voxel_and_say_by_how_much_not():
+def test_grids_match_within_a_tenth_of_a_voxel():
     geometry = Geometry(SHAPE, oblique(SPACING_MM))
     affine = geometry.affine.copy()
     affine[:3, 3] += 0.05 * geometry.affine[:3, 0]
@@ -76,7 +76,7 @@ def test_the_box_around_a_mask_is_tight_and_clipped_at_the_border():
     assert BoundingBox.around(np.zeros(SHAPE)) is None
 
 
-def test_the_scale_is_applied_only_when_asked_for():
+def test_only_intensities_applies_the_scale():
     stored = np.arange(504, dtype=np.int16).reshape(SHAPE)
     volume = Volume(stored, Geometry(SHAPE, np.eye(4)), slope=0.5, intercept=-1024)
     assert volume.array.dtype == np.int16

@@ -14,7 +14,7 @@ from volseg.words import duration, spaced
         (200_000, "2.3 days"),
     ],
 )
-def test_a_duration_has_two_digits_of_a_unit_that_fits(seconds, text):
+def test_a_duration_has_two_digits_in_a_suitable_unit(seconds, text):
     assert duration(seconds) == text
 
 

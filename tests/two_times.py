@@ -1,4 +1,4 @@
-"""A patient at two times: the body of a phantom with balls as lesions, drawn on any grid and after any movement."""
+"""A patient at two time points: a phantom with balls as lesions, on any grid, after any motion."""
 
 from __future__ import annotations
 
@@ -38,27 +38,27 @@ REGIONS = PHANTOMS.draw_anatomy(np.random.default_rng(7), CENTRE)
 def grid(
     codes: str = "LPS", spacing_mm=(1.5, 1.5, 2.2), tilt_deg: float = 0.0, seed: int = 0
 ) -> Geometry:
-    """A grid about the body."""
+    """Return a grid around the body."""
     spec = PHANTOMS.CaseSpec(
         number=1, split="test", axis_codes=codes, spacing_mm=spacing_mm, tilt_deg=tilt_deg
     )
-    found = PHANTOMS.draw_grid(spec, np.random.default_rng(seed), CENTRE)
-    return Geometry(found.shape, found.affine)
+    drawn = PHANTOMS.draw_grid(spec, np.random.default_rng(seed), CENTRE)
+    return Geometry(drawn.shape, drawn.affine)
 
 
 def movement(turn_deg: float, shift_mm, axis=(0.3, 0.5, 1.0)) -> np.ndarray:
-    """(4, 4): a turn about the middle of the body, then a shift."""
+    """Return a (4, 4) rotation about the middle of the body, followed by a shift."""
     rotation = PHANTOMS.rotation(np.array(axis), np.deg2rad(turn_deg))
-    moved = np.eye(4)
-    moved[:3, :3] = rotation
-    moved[:3, 3] = CENTRE + np.array(shift_mm) - rotation @ CENTRE
-    return moved
+    transform = np.eye(4)
+    transform[:3, :3] = rotation
+    transform[:3, 3] = CENTRE + np.array(shift_mm) - rotation @ CENTRE
+    return transform
 
 
 def draw(
     geometry: Geometry, balls: Balls, moved: np.ndarray | None = None, seed: int = 0
 ) -> tuple[Volume, Volume]:
-    """Scan in HU with noise, and mask with 1 in the balls, of the patient after the movement."""
+    """Return a noisy scan in HU and a mask (1 in the balls) of the patient after a movement."""
     back = np.eye(4) if moved is None else np.linalg.inv(moved)
     points = geometry.to_world_mm(np.moveaxis(np.indices(geometry.shape), 0, -1).reshape(-1, 3))
     points = points @ back[:3, :3].T + back[:3, 3]
@@ -68,12 +68,9 @@ def draw(
         inside = np.linalg.norm(points - CENTRE - offset, axis=1) <= radius
         density[inside], mask[inside] = 150, 1
     density += np.random.default_rng(seed).normal(0, 10, density.shape)
-    return (
-        Volume(
-            np.asfortranarray(np.rint(density).astype(np.int16).reshape(geometry.shape)), geometry
-        ),
-        Volume(np.asfortranarray(mask.reshape(geometry.shape)), geometry),
-    )
+    arrays = np.rint(density).astype(np.int16), mask
+    scan, mask = (np.asfortranarray(array.reshape(geometry.shape)) for array in arrays)
+    return Volume(scan, geometry), Volume(mask, geometry)
 
 
 def measured(
@@ -84,7 +81,10 @@ def measured(
     lymph_nodes=(),
     unit="Bq/mL",
 ) -> Path:
-    """Results of `volseg measure` on (scan, mask) of each case; scans are in `folder`/scans. No scan contradicts `unit`."""
+    """Return the results of `volseg measure` on (scan, mask) of each case.
+
+    The scans are in `folder`/scans; no scan contradicts `unit`.
+    """
     (folder / "scans").mkdir(parents=True)
     lines = [["subject", "image", "label"]]
     for name, (scan, mask) in cases.items():
@@ -93,22 +93,18 @@ def measured(
         lines.append([name, f"scans/{name}.nii.gz", f"mask_{name}.nii.gz"])
     with (folder / "cases.csv").open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows(lines)
-    options = {
-        "label_names": names or {1: "tumour"},
-        "lymph_nodes": lymph_nodes,
-        "intensity_unit": unit,
-    }
-    report = volseg.measure(cases=folder / "cases.csv", out=folder / "results", **options)
+    options = {"label_names": names or {1: "tumour"}, "lymph_nodes": lymph_nodes}
+    options |= {"cases": folder / "cases.csv", "out": folder / "results", "intensity_unit": unit}
+    report = volseg.measure(**options)
     assert report.exit_code == 0
     return folder / "results"
 
 
 def change_record(results: Path, name: str, change) -> None:
-    """Call `change` with the record of a case and its rows as `lesions`, and write what it made of them."""
+    """Let `change` edit the record of a case, with its rows as `lesions`, and write the result."""
     path, rows = record_files(results, name)
-    record = json.loads(path.read_text()) | {
-        "lesions": [json.loads(line) for line in rows.read_text().splitlines()]
-    }
+    record = json.loads(path.read_text())
+    record["lesions"] = [json.loads(line) for line in rows.read_text().splitlines()]
     change(record)
     rows.write_text("".join(json.dumps(lesion) + "\n" for lesion in record.pop("lesions")))
     record["files"][rows.relative_to(results).as_posix()] = sha256_of(rows)

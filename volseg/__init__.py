@@ -1,7 +1,7 @@
-"""volseg turns 3D CT and MRI scans into lesions, and lesions into numbers that a study can defend.
+"""Segmentation and measurement of lesions in 3D CT and MRI scans.
 
-The workflows of the command line are functions here: `plan`, `preprocess`, `train`, `infer`, `measure`, `evaluate`, `compare`,
-`report`, `quantise`, `check` and `import_nnunet`.
+The commands of the command line are functions here: `plan`, `preprocess`, `train`, `infer`,
+`measure`, `evaluate`, `compare`, `report`, `quantise`, `check` and `import_nnunet`.
 """
 
 from __future__ import annotations
@@ -46,8 +46,9 @@ if TYPE_CHECKING:
 class _Workflow:
     """A function of `volseg.workflows`, loaded on first use so that `import volseg` is instant.
 
-    Seven workflows share their name with the package or module that holds their parts. Importing such a package sets it as an attribute here;
-    that is ignored, so that `volseg.infer` is always the function. `from volseg.infer.tiles import …` does not go through it.
+    Some workflows share their name with a package or module. Importing such a package sets it as an
+    attribute here; `__set__` ignores that, so `volseg.infer` is always the function.
+    `from volseg.infer.tiles import …` does not use the attribute.
     """
 
     def __set_name__(self, owner: type, name: str) -> None:

@@ -1,4 +1,4 @@
-"""The `volseg` command, which is `python -m volseg` too."""
+"""The `volseg` command, also available as `python -m volseg`."""
 
 from __future__ import annotations
 
@@ -12,12 +12,15 @@ if TYPE_CHECKING:
 
 
 def main() -> None:
-    """Entry point of the `volseg` command. Ctrl-C and SIGTERM unwind, so that locks and temporary
-    files go, and end with 128 + the number of the signal."""
+    """Run the `volseg` command.
+
+    Ctrl-C and SIGTERM unwind the stack, which removes locks and temporary files, and exit with
+    128 + the signal number.
+    """
     signal.signal(signal.SIGTERM, _terminate)
     sys.unraisablehook = _raise_again
     try:
-        from volseg.cli import main as run  # takes part of a second, in which Ctrl-C may come
+        from volseg.cli import main as run  # slow enough to be interrupted by Ctrl-C
 
         run()
     except KeyboardInterrupt:
@@ -35,8 +38,11 @@ def _terminate(number: int, frame: FrameType | None) -> None:
 
 
 def _raise_again(ignored: UnraisableHookArgs) -> None:
-    """Python drops what is raised in a finaliser or in a callback of a weak reference, of which its
-    import machinery has many: a signal that came there is sent again a moment later."""
+    """Send a signal again if Python ignored its exception.
+
+    Python ignores exceptions raised in finalisers and weak-reference callbacks, which its import
+    machinery uses a lot.
+    """
     signals = {KeyboardInterrupt: signal.SIGINT, _TerminatedError: signal.SIGTERM}
     if ignored.exc_type not in signals:
         sys.__unraisablehook__(ignored)
@@ -44,10 +50,10 @@ def _raise_again(ignored: UnraisableHookArgs) -> None:
     import _thread
     import threading
 
-    # From a thread, since an exception that was raised in here would be dropped too.
-    again = threading.Timer(0.01, _thread.interrupt_main, [signals[ignored.exc_type]])
-    again.daemon = True
-    again.start()
+    # From a thread, since an exception raised in this function would be ignored too.
+    timer = threading.Timer(0.01, _thread.interrupt_main, [signals[ignored.exc_type]])
+    timer.daemon = True
+    timer.start()
 
 
 if __name__ == "__main__":

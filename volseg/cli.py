@@ -27,6 +27,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table
+from typer import Argument, Option
 
 from volseg import __version__
 from volseg.errors import VolsegError
@@ -44,51 +45,67 @@ app = typer.Typer(
 )
 
 EXIT_INTERRUPTED = 130
-SILENT_SECONDS = 20  # after which a line says that something is not over yet
-SECONDS_PER_LINE = 15  # of progress, where stderr is no terminal
+SILENT_SECONDS = 20  # after which a line says that a step is still running
+SECONDS_PER_LINE = 15  # of progress, where stderr is not a terminal
+MAX_SEED, MAX_COUNT = 2**32 - 1, 1_000_000
 
-Json = Annotated[
-    bool, typer.Option("--json", help="Print one JSON object on stdout instead of text.")
-]
-Out = Annotated[Path, typer.Option(help="Folder for the results; made if it is not there.")]
-Device = Annotated[
-    str, typer.Option(help="auto, cpu or cuda; auto takes the GPU where there is one.")
-]
+Json = Annotated[bool, Option("--json", help="Print one JSON object on stdout instead of text.")]
+Out = Annotated[Path, Option(help="Folder for the results; created if missing.")]
+Device = Annotated[str, Option(help="auto, cpu or cuda; auto uses a GPU if there is one.")]
 Seed = Annotated[
     int,
-    typer.Option(min=0, max=2**32 - 1, help="Seed of everything random: same seed, same batches."),
+    Option(
+        min=0,
+        max=MAX_SEED,
+        help="Seed of every random choice, e.g. of validation cases and batches.",
+    ),
 ]
 Figures = Annotated[
-    bool, typer.Option("--figures", help="Also write a PNG per scan with its lesions outlined.")
+    bool, Option("--figures", help="Also write a PNG per scan with its lesions outlined.")
 ]
 Pages = Annotated[
     bool,
-    typer.Option(
-        "--report/--no-report",
-        help="Write report.html and a page per scan that shows its lesions, or do not.",
+    Option(
+        "--report/--no-report", help="Write report.html and a page per scan that shows its lesions."
     ),
 ]
-Memory = Annotated[
+RecipeName = Annotated[
     str | None,
-    typer.Option(
-        help="Memory that training may take, such as 8G: the GPU's, or the host's on a CPU."
+    Option(
+        help="TOML file or name of a shipped recipe, which overrides the plan; "
+        "without it, everything is planned."
     ),
+]
+PlanFile = Annotated[
+    Path | None, Option(help="Plan written by `volseg plan --out`; you may edit it first.")
+]
+TrainingMemory = Annotated[
+    str | None,
+    Option(help="Memory limit for training, e.g. 8G: GPU memory, or main memory on a CPU."),
+]
+MaxRam = Annotated[
+    str | None,
+    Option(help="Main memory limit, e.g. 4G; a case that does not fit becomes a failed row."),
 ]
 TimeBudget = Annotated[
     str | None,
-    typer.Option(
-        help="Such as 90s, 20m or 1.5h: of everything, and the learning rate ends with it."
+    Option(
+        help="Time limit for the whole command, e.g. 90s, 20m or 1.5h; "
+        "the learning-rate schedule ends with it."
     ),
 ]
 Folds = Annotated[
     int | None,
-    typer.Option(
+    Option(
         min=1,
         max=20,
-        help="Train so many networks, each validated on its share of the patients, as an ensemble.",
+        help="Number of cross-validation folds: one network per fold, used as an ensemble.",
     ),
 ]
-DATASET_HELP = "A CSV table, a folder with cases.csv or with images/ and labels/, or an nnU-Net raw or Decathlon folder."
+DATASET_HELP = (
+    "Dataset: CSV table, folder with cases.csv, folder with images/ and labels/, "
+    "nnU-Net raw folder or Decathlon folder."
+)
 
 
 def main() -> None:
@@ -96,12 +113,12 @@ def main() -> None:
     try:
         with printing():
             _run()
-    except VolsegError as error:  # of stdout itself
+    except VolsegError as error:  # from stdout itself
         _fail(error)
 
 
 def _run() -> None:
-    """Run the command that was asked for, and turn what ends it into a line and an exit code."""
+    """Run the command; report an error in one line and exit with its code."""
     try:
         app(standalone_mode=True)
     except VolsegError as error:
@@ -110,8 +127,8 @@ def _run() -> None:
         _fail(problem_of(error))
 
 
-def _print_version(wanted: bool) -> None:
-    if wanted:
+def _print_version(is_requested: bool) -> None:
+    if is_requested:
         typer.echo(__version__)
         raise typer.Exit
 
@@ -120,39 +137,34 @@ def _print_version(wanted: bool) -> None:
 def volseg(
     version: Annotated[
         bool,
-        typer.Option(
-            "--version", help="Print the version and leave.", is_eager=True, callback=_print_version
+        Option(
+            "--version", help="Print the version and exit.", is_eager=True, callback=_print_version
         ),
     ] = False,
 ) -> None:
-    """Turn 3D CT and MRI scans into lesions, and lesions into numbers that a study can defend.
+    """Segment lesions in 3D CT and MRI scans, and measure each of them.
 
-    Start with `volseg infer scan.nii.gz`, which uses the model that ships with volseg, or train your own with
-    `volseg train DATASET --recipe RECIPE --out MODEL`. Every command has its own --help.
+    Start with `volseg infer scan.nii.gz`, which uses the model that ships with volseg, or train
+    your own with `volseg train DATASET --out MODEL`. `volseg COMMAND --help` explains a command.
     """
 
 
 @app.command()
 def preprocess(
-    dataset: Annotated[Path, typer.Argument(help=DATASET_HELP)],
+    dataset: Annotated[Path, Argument(help=DATASET_HELP)],
     out: Out,
-    recipe: Annotated[
-        str | None,
-        typer.Option(help="A TOML file or a shipped name; without one everything is planned."),
-    ] = None,
-    plan: Annotated[
-        Path | None, typer.Option(help="A file of `volseg plan --out`, edited or not.")
-    ] = None,
-    vram: Memory = None,
+    recipe: RecipeName = None,
+    plan: PlanFile = None,
+    vram: TrainingMemory = None,
     device: Device = "auto",
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
-    """Resample, crop and normalise a dataset once, so that training starts at once.
+    """Resample, crop and normalise a dataset for training.
 
-    Writes memory-mapped arrays and a JSON per case, and prints the dataset's fingerprint. Cases of the test split are left
-    alone. A second call prepares only what is missing or has changed. Where the recipe leaves the network and its patches to the plan, --vram
-    says what training may take.
+    Writes a memory-mapped array and a JSON file per case, and prints the dataset's fingerprint.
+    Skips the test split. A second call prepares only cases that are missing or have changed. If
+    the recipe leaves network and patch size to the plan, --vram sets the memory they must fit.
     """
     from volseg import workflows
 
@@ -171,27 +183,22 @@ def preprocess(
 
 @app.command()
 def plan(
-    dataset: Annotated[Path, typer.Argument(help=DATASET_HELP)],
-    recipe: Annotated[
-        str | None,
-        typer.Option(
-            help="A TOML file or a shipped name, whose values stay; without one all is planned."
-        ),
-    ] = None,
-    vram: Memory = None,
+    dataset: Annotated[Path, Argument(help=DATASET_HELP)],
+    recipe: RecipeName = None,
+    vram: TrainingMemory = None,
     time_budget: TimeBudget = None,
     folds: Folds = None,
     out: Annotated[
-        Path | None,
-        typer.Option(help="A JSON file for the plan, which `volseg train --plan` takes."),
+        Path | None, Option(help="Also write the plan to this JSON file, for --plan.")
     ] = None,
     device: Device = "auto",
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
-    """Say what training would do with a dataset, with a reason per line: spacing, intensities, patches, network.
+    """Show the planned training settings, each with a reason.
 
-    Nothing is trained and nothing prepared. With --out the plan becomes a JSON file that may be edited and passed back.
+    Covers spacing, intensities, patches and network. Nothing is trained or prepared. With --out,
+    the plan becomes a JSON file that you can edit and pass to `volseg train --plan`.
     """
     from volseg import workflows
 
@@ -213,77 +220,73 @@ def plan(
 @app.command()
 def train(
     dataset: Annotated[
-        Path, typer.Argument(help=f"{DATASET_HELP} Or a folder made by `volseg preprocess`.")
+        Path, Argument(help=f"{DATASET_HELP} Or a folder made by `volseg preprocess`.")
     ],
-    out: Annotated[Path, typer.Option(help="Folder for the model.")],
+    out: Annotated[Path, Option(help="Folder for the model.")],
     recipe: Annotated[
         str | None,
-        typer.Option(
-            help="A TOML file or a shipped name; a prepared folder brings its own. Without one everything is planned and cross-validated."
+        Option(
+            help="TOML file or name of a shipped recipe; a prepared folder brings its own. "
+            "Without a recipe, everything is planned and the model is cross-validated."
         ),
     ] = None,
-    plan: Annotated[
-        Path | None, typer.Option(help="A file of `volseg plan --out`, edited or not.")
-    ] = None,
+    plan: PlanFile = None,
     time_budget: TimeBudget = None,
-    vram: Memory = None,
+    vram: TrainingMemory = None,
     epochs: Annotated[
-        int | None, typer.Option(min=1, max=1_000_000, help="Instead of the recipe's number.")
+        int | None, Option(min=1, max=MAX_COUNT, help="Number of epochs; overrides the recipe.")
     ] = None,
     patience: Annotated[
         int | None,
-        typer.Option(min=1, max=1_000_000, help="Stop after so many epochs without a better Dice."),
+        Option(min=1, max=MAX_COUNT, help="Stop after this many epochs without a new best Dice."),
     ] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on where an interrupted run in --out stopped.")
+        bool, Option("--resume", help="Continue the interrupted run in --out.")
     ] = False,
     init: Annotated[
-        Path | None, typer.Option(help="A model folder whose weights to start from.")
+        Path | None, Option(help="Start from the weights of this model folder.")
     ] = None,
     freeze: Annotated[
         list[str] | None,
-        typer.Option(
-            help="Pattern of layers that stay as they are, such as 'downsamples.*'; may be repeated."
-        ),
+        Option(help="Freeze the layers that match this pattern, e.g. 'downsamples.*'; repeatable."),
     ] = None,
     fold: Annotated[
         int | None,
-        typer.Option(
-            min=0, max=4, help="Validate on this fifth of the patients, train on the others."
-        ),
+        Option(min=0, max=4, help="Validate on this fifth of the patients, train on the others."),
     ] = None,
     folds: Folds = None,
     devices: Annotated[
         int,
-        typer.Option(
+        Option(
             min=1,
             max=1024,
-            help="GPUs, or processes on a CPU, that share each batch; torchrun and SLURM set the number themselves.",
+            help="Number of GPUs (on a CPU: processes) that share each batch; "
+            "torchrun and SLURM set it themselves.",
         ),
     ] = 1,
     precision: Annotated[
         str,
-        typer.Option(
-            help="auto, fp32 or half; auto is half (bfloat16) on GPUs and on CPUs with instructions for it."
+        Option(
+            help="auto, fp32 or half; auto is half (bfloat16) on GPUs and on CPUs that support it."
         ),
     ] = "auto",
     preview: Annotated[
         bool,
-        typer.Option(
-            "--preview", help="Only prepare the data and draw augmented patches with their masks."
-        ),
+        Option("--preview", help="Only prepare the data and draw augmented patches with masks."),
     ] = False,
     device: Device = "auto",
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
-    """Train a segmentation model, and a coarse first pass and a classifier where the recipe asks for them.
+    """Train a segmentation model on scans and masks.
 
-    The weights with the best validation Dice become a model folder with a card to read. Ctrl-C ends with the best model so far; add
-    --resume to go on. With --time-budget the learning rate falls to its end within the budget.
+    Also trains a coarse first pass and a lesion classifier if the recipe asks for them. The
+    weights with the best validation Dice are saved in a model folder with a model card. Ctrl-C
+    stops and keeps the best model so far; --resume continues. With --time-budget, the
+    learning-rate schedule ends within the budget.
     """
     with _progress("Starting") as show:
-        from volseg import workflows  # takes seconds, in which a line is due too
+        from volseg import workflows  # takes seconds, so `show` must already be running
 
         report = workflows.train(
             dataset,
@@ -309,7 +312,7 @@ def train(
             announce=_announce,
         )
     if "rank" in report.details:
-        return  # under torchrun or SLURM rank 0 speaks for all
+        return  # under torchrun or SLURM, only rank 0 prints
     if report.details.get("interrupted"):
         if as_json:
             _print_json(
@@ -317,7 +320,7 @@ def train(
             )
         else:
             _print_metrics(report)
-        typer.echo("interrupted: this is the best model so far; add --resume to go on", err=True)
+        typer.echo("interrupted: this is the best model so far; add --resume to continue", err=True)
         raise typer.Exit(EXIT_INTERRUPTED)
     _finish(
         report,
@@ -330,81 +333,75 @@ def train(
 @app.command()
 def infer(
     scans: Annotated[
-        list[Path], typer.Argument(help="NIfTI files, folders of them, or tables of cases.")
+        list[Path], Argument(help="NIfTI files, folders of them, or tables of cases.")
     ],
     model: Annotated[
         Path | None,
-        typer.Option(
-            help="Folder made by `volseg train`; without it the model that ships with volseg."
-        ),
+        Option(help="Folder made by `volseg train`; default: the model that ships with volseg."),
     ] = None,
     out: Out = Path("volseg_results"),
     device: Device = "auto",
     backend: Annotated[
         str,
-        typer.Option(
-            help="auto, torch or openvino; auto takes openvino on a CPU where it is installed."
-        ),
+        Option(help="auto, torch or openvino; auto uses OpenVINO on a CPU if it is installed."),
     ] = "auto",
     precision: Annotated[
         str,
-        typer.Option(
-            help="auto, fp32, fp16 (half precision, where the chip has it) or int8 (see `volseg quantise`); "
-            "auto is fp16 on a GPU and fp32 on a CPU."
+        Option(
+            help="auto, fp32, fp16 (half precision, if the hardware supports it) or int8 "
+            "(see `volseg quantise`); auto is fp16 on a GPU and fp32 on a CPU."
         ),
     ] = "auto",
     overlap: Annotated[
         float | None,
-        typer.Option(
-            help="Overlap of tiles, from 0 to 0.9, instead of the recipe's; 0.5 takes 8 times as long as 0."
+        Option(
+            help="Overlap of neighbouring tiles, 0 to 0.9; default: the recipe's. "
+            "0.5 takes 8 times as long as 0."
         ),
     ] = None,
     tta: Annotated[
         bool,
-        typer.Option(
+        Option(
             "--tta/--no-tta",
-            help="Test-time augmentation: average over flipped copies if the recipe does; each axis doubles the time.",
+            help="Test-time augmentation: average over flipped copies if the recipe does; "
+            "each axis doubles the time.",
         ),
     ] = True,
     inside: Annotated[
         str | None,
-        typer.Option(
-            help="Where tiles are run, instead of the recipe's choice: scan (everywhere), or only in the box of the body. "
-            "Either one leaves out the coarse first pass of a recipe with [roi]."
+        Option(
+            help="Where to run tiles: scan (everywhere) or body (its bounding box only); default: "
+            "the recipe's. Either value skips the coarse first pass of a recipe with [roi]."
         ),
     ] = None,
-    max_ram: Annotated[
-        str | None,
-        typer.Option(
-            help="Budget of main memory, such as 4G; a scan that does not fit becomes a failed row."
-        ),
-    ] = None,
-    max_vram: Annotated[
-        str | None, typer.Option(help="Budget of the GPU's memory, such as 8G.")
-    ] = None,
+    max_ram: MaxRam = None,
+    max_vram: Annotated[str | None, Option(help="GPU memory limit, e.g. 8G.")] = None,
     fast: Annotated[
         bool,
-        typer.Option(
+        Option(
             "--fast",
-            help="Resample linearly where the recipe says cubic: quicker, a little less exact.",
+            help="Resample linearly where the recipe says cubic: faster, slightly less accurate.",
         ),
     ] = False,
     accept_mismatch: Annotated[
         bool,
-        typer.Option(
+        Option(
             "--accept-mismatch",
-            help="Also segment scans of another modality than in training, without density or class.",
+            help="Also segment scans that differ in modality from the training scans, "
+            "without density or class.",
         ),
     ] = False,
     figures: Figures = False,
     pages: Pages = True,
     as_json: Json = False,
 ) -> None:
-    """Segment scans and measure every lesion: masks, lesions.csv, cases.csv.
+    """Segment scans and measure every lesion.
 
-    Masks come back on the scan's own grid. Connected voxels (26 neighbours) of one label are one lesion; lesion 1 is the
-    largest. A scan that cannot be used becomes a failed row with its reason and does not stop the others. A second call does
-    only what is missing or has changed. A mask corrected by hand is kept; `volseg measure RESULTS` measures it.
+    Writes masks, lesions.csv and cases.csv. Each mask has the voxel grid of its scan. A lesion is a
+    group of connected voxels (26 neighbours) of one label; lesion 1 is the largest. A scan that
+    cannot be used becomes a failed row with the reason; the others are still processed. A second
+    call processes only scans that are missing or have changed. Masks that you corrected by hand are
+    kept; `volseg measure RESULTS` measures them.
     """
     from volseg import workflows
 
@@ -436,28 +433,25 @@ def infer(
 @app.command()
 def quantise(
     model: Annotated[
-        Path, typer.Argument(help="Folder made by `volseg train`; the int8 network is put into it.")
+        Path, Argument(help="Folder made by `volseg train`; the int8 network is added to it.")
     ],
     dataset: Annotated[
         Path,
-        typer.Argument(
-            help="The dataset that it was trained on, or the folder `volseg preprocess` made of it."
-        ),
+        Argument(help="Dataset that the model was trained on, or its `volseg preprocess` folder."),
     ],
     cases: Annotated[
-        int, typer.Option(min=1, max=1_000_000, help="Training cases to look at, at most.")
+        int, Option(min=1, max=MAX_COUNT, help="Calibrate with at most this many training cases.")
     ] = 30,
     seed: Annotated[
         int,
-        typer.Option(
-            min=0, max=2**32 - 1, help="The seed of training, which drew the validation cases."
-        ),
+        Option(min=0, max=MAX_SEED, help="Seed of training, which selected the validation cases."),
     ] = 0,
     as_json: Json = False,
 ) -> None:
-    """Make an int8 copy of a model's network for `volseg infer --precision int8`: faster on a CPU, a little less accurate.
+    """Add an int8 network to a model, for faster CPU inference.
 
-    Prints the Dice that it costs on the validation cases and stores it beside the copy. Needs volseg[cpu].
+    Use it with `volseg infer --precision int8`; it is slightly less accurate. Prints the change in
+    Dice on the validation cases and stores it with the network. Needs volseg[cpu].
     """
     from volseg import workflows
 
@@ -470,82 +464,67 @@ def quantise(
 def measure(
     results: Annotated[
         Path | None,
-        typer.Argument(
-            help="Results of `volseg infer`; masks in it that were corrected by hand are measured again."
-        ),
+        Argument(help="Results of `volseg infer`; masks corrected by hand are measured again."),
     ] = None,
     image: Annotated[
-        Path | None, typer.Option(help="The scan that the mask was drawn on, or a folder of scans.")
+        Path | None, Option(help="Scan on which the mask was drawn, or a folder of scans.")
     ] = None,
     mask: Annotated[
         Path | None,
-        typer.Option(
-            help="Its mask, on the same grid, or a folder of masks with equal file names."
-        ),
+        Option(help="Mask on the grid of the scan, or a folder of masks with equal file names."),
     ] = None,
     cases: Annotated[
         Path | None,
-        typer.Option(help="Instead of a pair: a table or dataset with scans and masks."),
+        Option(help="Table or dataset with scans and masks, instead of --image and --mask."),
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(
-            help="Folder for the results, by default volseg_results; made if it is not there."
-        ),
+        Option(help="Folder for the results (default: volseg_results); created if missing."),
     ] = None,
     objects: Annotated[
         str,
-        typer.Option(
-            help="components: each connected part is a lesion. labels: each value of the mask is one."
-        ),
+        Option(help="components: each connected part is a lesion. labels: each mask value is one."),
     ] = "components",
     label_names: Annotated[
         Path | None,
-        typer.Option(
-            help="JSON object or CSV (columns label and name) that names the mask's values; else the table in the mask's file."
+        Option(
+            help="JSON object or CSV (columns label and name) that names the mask values; "
+            "default: the table in the mask file."
         ),
     ] = None,
     unit: Annotated[
         str | None,
-        typer.Option(
-            help="Unit of the intensities: HU, SUV, a.u.; guessed from the scan otherwise."
-        ),
+        Option(help="Unit of the intensities: HU, SUV or a.u.; default: guessed from the scan."),
     ] = None,
     recipe: Annotated[
-        str | None,
-        typer.Option(help="A recipe whose label names, unit and [measure] section hold."),
+        str | None, Option(help="Take label names, unit and [measure] settings from this recipe.")
     ] = None,
     organ: Annotated[
         str | None,
-        typer.Option(
-            help="Label (name or value) of the organ round the lesions; `burden` is their share."
+        Option(
+            help="Label (name or value) of the organ that contains the lesions; "
+            "`burden` is the fraction of its volume that they fill."
         ),
     ] = None,
     lymph_node: Annotated[
         list[str] | None,
-        typer.Option(
-            help="Label of lymph nodes, measured along their short axis; may be repeated."
-        ),
+        Option(help="Label of lymph nodes, measured along their short axis; repeatable."),
     ] = None,
     calcium: Annotated[
-        bool, typer.Option("--calcium", help="Agatston, volume and mass score, too.")
+        bool, Option("--calcium", help="Also compute Agatston, volume and mass scores.")
     ] = False,
-    max_ram: Annotated[
-        str | None,
-        typer.Option(
-            help="Budget of main memory, such as 4G; a pair that may not fit becomes a failed row."
-        ),
-    ] = None,
+    max_ram: MaxRam = None,
     figures: Figures = False,
     pages: Pages = True,
     as_json: Json = False,
 ) -> None:
-    """Measure masks on their scans, without any model: volume, density, form, diameters, position of every lesion.
+    """Measure the lesions in existing masks, without a model.
 
-    Give --image and --mask, or --cases, or a results folder of `volseg infer` whose masks were corrected by hand.
+    Reports volume, density, shape, diameters and position of every lesion. Give --image and --mask,
+    or --cases, or a results folder of `volseg infer` whose masks you corrected by hand.
 
-    `volseg columns` says what each number means and where its definition comes from; `volseg selftest` checks them against
-    published values.
+    `volseg columns` explains each number and gives its source; `volseg selftest` checks the
+    numbers against published values.
     """
     from volseg import workflows
 
@@ -575,31 +554,25 @@ def measure(
 @app.command()
 def evaluate(
     reference: Annotated[
-        Path, typer.Option(help="Folder of reference masks, or a dataset whose labels they are.")
+        Path, Option(help="Folder of reference masks, or a dataset that has them as labels.")
     ],
     predicted: Annotated[
-        Path, typer.Option(help="Folder of masks, or a results folder of `volseg infer`.")
+        Path, Option(help="Folder of predicted masks, or a results folder of `volseg infer`.")
     ],
     out: Out,
     min_iou: Annotated[
         float,
-        typer.Option(
-            help="Overlap from which a lesion counts as found; 0: one common voxel is enough."
-        ),
+        Option(help="Minimum IoU of a detected lesion; at 0, one shared voxel is enough."),
     ] = 0.0,
-    max_ram: Annotated[
-        str | None,
-        typer.Option(
-            help="Budget of main memory, such as 4G; a pair that may not fit becomes a failed row."
-        ),
-    ] = None,
+    max_ram: MaxRam = None,
     as_json: Json = False,
 ) -> None:
-    """Compare predicted masks with reference masks: overlap, surface distances, volumes and which lesions were found.
+    """Compare predicted masks with reference masks.
 
-    Writes evaluation.csv (a row per case and label: Dice, IoU, HD95, surface Dice at 1 and 2 mm, volume error), detections.csv (a row
-    per lesion, matched one to one), summary.json (means with 95 % intervals over patients), agreement.png (Bland-Altman and
-    correlation of volumes) and, for the results of a model, froc.png. docs/evaluation.md defines each number.
+    Writes evaluation.csv (a row per case and label: Dice, IoU, HD95, surface Dice at 1 and 2 mm,
+    volume error), detections.csv (a row per lesion, matched one to one), summary.json (means with
+    95 % intervals over patients), agreement.png (Bland-Altman and correlation of volumes) and, for
+    results of a model, froc.png. docs/evaluation.md defines each number.
     """
     from volseg import workflows
 
@@ -619,68 +592,64 @@ def evaluate(
 @app.command()
 def compare(
     baseline: Annotated[
-        Path,
-        typer.Argument(help="Results of `volseg infer` or `volseg measure` on the earlier scans."),
+        Path, Argument(help="Results of `volseg infer` or `volseg measure` on the earlier scans.")
     ],
-    followup: Annotated[Path, typer.Argument(help="Results on the later scans.")],
+    followup: Annotated[Path, Argument(help="Results on the later scans.")],
     out: Annotated[
-        Path,
-        typer.Option(help="Folder for comparison.csv and response.csv; made if it is not there."),
+        Path, Option(help="Folder for comparison.csv and response.csv; created if missing.")
     ],
     pairs: Annotated[
         Path | None,
-        typer.Option(
-            help="A CSV with columns patient, baseline and followup, which hold case ids: a line per pair of scans, several lines for a patient with "
-            "several scans at a time; without it the same id is the same patient."
+        Option(
+            help="CSV with the columns patient, baseline and followup (case ids), one line per "
+            "pair of scans; a patient may have several. Default: equal ids are the same patient."
         ),
     ] = None,
     baseline_scans: Annotated[
-        Path | None,
-        typer.Option(help="Folder in which to look for the earlier scans by their file names."),
+        Path | None, Option(help="Folder with the earlier scans, found by file name.")
     ] = None,
     followup_scans: Annotated[
-        Path | None,
-        typer.Option(help="Folder in which to look for the later scans by their file names."),
+        Path | None, Option(help="Folder with the later scans, found by file name.")
     ] = None,
     registration: Annotated[
         bool,
-        typer.Option(
+        Option(
             "--registration/--no-registration",
-            help="Find out how the patient lies in the later scan, or take world coordinates as they are, which needs no scans.",
+            help="Register the later scan to the earlier one, or rely on their world coordinates, "
+            "which needs no scans.",
         ),
     ] = True,
     max_distance: Annotated[
         float,
-        typer.Option(
-            help="Largest distance in mm of the centroids of two lesions that do not overlap and are still one."
+        Option(
+            help="Largest distance in mm between the centroids of two lesions that are matched "
+            "although they do not overlap."
         ),
     ] = 10.0,
     lymph_node: Annotated[
         list[str] | None,
-        typer.Option(
-            help="Label of lymph nodes, which count by their short axis; may be repeated. Without it those that were measured as such."
+        Option(
+            help="Label of lymph nodes, which count by their short axis; repeatable. "
+            "Default: the labels measured as lymph nodes."
         ),
     ] = None,
     figures: Annotated[
         bool,
-        typer.Option(
+        Option(
             "--figures",
-            help="Also write a PNG per patient of the lesion that changed most, at both times.",
+            help="Also write a PNG per patient: the lesion that changed most, at both times.",
         ),
     ] = False,
-    max_ram: Annotated[
-        str | None,
-        typer.Option(
-            help="Budget of main memory, such as 4G; a patient who may not fit becomes a failed row."
-        ),
-    ] = None,
+    max_ram: MaxRam = None,
     as_json: Json = False,
 ) -> None:
-    """Compare the lesions of patients at two time points: what became of each, and the response by RECIST 1.1.
+    """Match lesions at two time points and apply RECIST 1.1.
 
-    The later scan is registered to the earlier one (rigidly), then lesions are matched one to one, by overlap and else by distance. comparison.csv
-    has a row per pair, new, gone, merged or split lesion; response.csv a row per patient, with the rule that decided. A scan without a
-    partner and a patient who cannot be compared are rows too. A second call does only what is missing or has changed.
+    Registers the later scan to the earlier one (rigidly), then matches lesions one to one, by
+    overlap, else by distance. comparison.csv has a row per matched, new, gone, merged or split
+    lesion; response.csv a row per patient with the rule that decided. Scans without a partner and
+    patients that cannot be compared have a row too. A second call compares only what is missing
+    or has changed.
     """
     from volseg import workflows
 
@@ -706,20 +675,22 @@ def compare(
 @app.command()
 def report(
     results: Annotated[
-        Path, typer.Argument(help="The --out folder of `volseg infer` or `volseg measure`.")
+        Path, Argument(help="Results folder of `volseg infer` or `volseg measure`.")
     ],
     as_json: Json = False,
 ) -> None:
-    """Make report.html and the page of each scan again from a results folder.
+    """Rebuild report.html and the scan pages of a results folder.
 
-    A scan that is no longer where it was keeps its earlier page, and report.html says so.
+    A scan that is no longer at its path keeps its earlier page, and report.html says so.
     """
     from volseg import workflows
 
     with _progress() as show:
         done = workflows.report(results, progress=show)
     _finish(
-        done, as_json, lambda: typer.echo(f"{len(done.done)} pages made → {done.details['page']}")
+        done,
+        as_json,
+        lambda: typer.echo(f"{len(done.done)} pages written → {done.details['page']}"),
     )
 
 
@@ -727,24 +698,27 @@ def report(
 def import_nnunet(
     folder: Annotated[
         Path,
-        typer.Argument(
-            help="A trained <trainer>__<plans>__<configuration>, with plans.json, dataset.json and fold_*."
+        Argument(
+            help="Folder <trainer>__<plans>__<configuration> of a trained model, "
+            "with plans.json, dataset.json and fold_*."
         ),
     ],
-    out: Annotated[Path, typer.Option(help="Folder for the model.")],
+    out: Annotated[Path, Option(help="Folder for the model.")],
     folds: Annotated[
         str | None,
-        typer.Option(help="Such as 0,1,2 or all; without it every numbered fold, as one ensemble."),
+        Option(help="Folds to use as an ensemble, e.g. 0,1,2 or all; default: every numbered one."),
     ] = None,
     checkpoint: Annotated[
-        str, typer.Option(help="Which of a fold's checkpoints, such as checkpoint_best.pth.")
+        str, Option(help="Checkpoint file to take from each fold, e.g. checkpoint_best.pth.")
     ] = "checkpoint_final.pth",
     as_json: Json = False,
 ) -> None:
-    """Make a volseg model of a trained nnU-Net v2 model, without nnU-Net: then `volseg infer --model MODEL` runs it.
+    """Convert a trained nnU-Net v2 model to a volseg model.
 
-    Plain and residual-encoder U-Nets in 3D. Spacing, axes, normalisation, labels and test-time augmentation are those of its plans; several
-    folds become an ensemble. Nothing in the checkpoint is run: one that asks for other objects than weights is refused.
+    Does not need nnU-Net. Run the result with `volseg infer --model MODEL`. Supports plain and
+    residual-encoder U-Nets in 3D. Spacing, axes, normalisation, labels and test-time augmentation
+    follow the model's plans; several folds become an ensemble. No code in the checkpoint is
+    executed: a checkpoint that contains anything but weights is refused.
     """
     from volseg import workflows
 
@@ -756,18 +730,19 @@ def import_nnunet(
 
 @app.command()
 def check(
-    path: Annotated[Path, typer.Argument(help="A dataset, a scan, a recipe or a model folder.")],
+    path: Annotated[Path, Argument(help="Dataset, scan, recipe or model folder.")],
     recipe: Annotated[
         str | None,
-        typer.Option(
-            help="For which a dataset is to be fit: its channels and label values are looked at too."
+        Option(
+            help="Also check that the dataset has the channels and label values of this recipe."
         ),
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Report every problem of a dataset, scan, recipe or model at once, each with its fix.
+    """List all problems of a dataset, scan, recipe or model.
 
-    Exit code 0 if it can be used, 2 if something has to be mended.
+    Each problem comes with its fix. The exit code is 0 if it can be used, 2 if something must be
+    fixed.
     """
     from volseg import workflows
 
@@ -775,32 +750,29 @@ def check(
     errors = [problem for problem in problems if problem["code"].startswith("E_")]
     if as_json:
         _print_json({"path": str(path), "problems": problems})
-    for problem in [] if as_json else problems:
-        fix = f"; to fix: {problem['fix']}" if problem["fix"] else ""
-        typer.echo(one_line(f"{problem['where']}: [{problem['code']}] {problem['problem']}{fix}"))
-    if not as_json:
-        typer.echo(
-            one_line(
-                f"{path}: {len(errors)} problem{'s' * (len(errors) != 1)} found"
-                if problems
-                else f"{path}: no problem found"
-            )
-        )
+    else:
+        for problem in problems:
+            fix = f"; to fix: {problem['fix']}" if problem["fix"] else ""
+            line = f"{problem['where']}: [{problem['code']}] {problem['problem']}{fix}"
+            typer.echo(one_line(line))
+        count = f"{len(errors)} problem{'s' * (len(errors) != 1)}" if problems else "no problem"
+        typer.echo(one_line(f"{path}: {count} found"))
     raise typer.Exit(2 if errors else 0)
 
 
 @app.command()
 def columns(as_json: Json = False) -> None:
-    """List every column of the tables that volseg writes, with its unit, its meaning and where its definition comes from."""
+    """List every column of the tables that volseg writes.
+
+    Each column has a unit, a meaning and, if it is not volseg's own, the source of its definition.
+    """
     from volseg import workflows
 
     tables = workflows.table_columns()
     if as_json:
+        keys = ("name", "unit", "meaning", "source")
         _print_json(
-            {
-                name: [dict(zip(("name", "unit", "meaning", "source"), line)) for line in lines]
-                for name, lines in tables.items()
-            }
+            {name: [dict(zip(keys, line)) for line in lines] for name, lines in tables.items()}
         )
         return
     for name, lines in tables.items():
@@ -812,74 +784,71 @@ def columns(as_json: Json = False) -> None:
 
 @app.command()
 def selftest(as_json: Json = False) -> None:
-    """Measure bodies whose measures are known, and compare: the IBSI digital phantom, balls, rods and a calcified plaque.
+    """Check measurements against objects of known size.
 
-    Exit code 0 if every number lies within its tolerance, else 1: then do not trust the numbers of this installation.
+    These are the IBSI digital phantom, balls, rods and a calcified plaque. The exit code is 0 if
+    every number is within its tolerance, else 1: then do not trust the measurements of this
+    installation.
     """
     from volseg import workflows
 
     checks = workflows.selftest()
     n_failed = sum(not check.is_passed for check in checks)
     if as_json:
-        _print_json(
-            {
-                "failed": n_failed,
-                "checks": [asdict(check) | {"passed": check.is_passed} for check in checks],
-            }
-        )
+        rows = [asdict(check) | {"passed": check.is_passed} for check in checks]
+        _print_json({"failed": n_failed, "checks": rows})
     else:
-        table = Table("body", "measure", "expected", "±", "found", "")
+        table = Table("body", "measure", "expected", "±", "measured", "")
         for check in checks:
             numbers = (f"{value:.6g}" for value in (check.expected, check.tolerance, check.found))
-            table.add_row(
-                check.body, check.measure, *numbers, "pass" if check.is_passed else "FAIL"
-            )
+            verdict = "pass" if check.is_passed else "FAIL"
+            table.add_row(check.body, check.measure, *numbers, verdict)
         _print_table(table)
-        typer.echo(f"{len(checks) - n_failed} of {len(checks)} measures lie within their tolerance")
+        typer.echo(f"{len(checks) - n_failed} of {len(checks)} numbers are within their tolerance")
     raise typer.Exit(1 if n_failed else 0)
 
 
 @contextmanager
-def _progress(first: str = "") -> Iterator[Callable[[str, float, str], None]]:
-    """A progress callback that draws a bar per stage on stderr; where that is no terminal, a line from time to time.
+def _progress(first_stage: str = "") -> Iterator[Callable[[str, float, str], None]]:
+    """Yield a progress callback that draws a bar per stage, or logs lines, on stderr.
 
-    `first` is what goes on before the first call.
+    Lines are for a stderr that is not a terminal. `first_stage` runs before the first call.
     """
     console = Console(stderr=True)
     if not console.is_terminal:
-        with _Lines(first) as lines:
+        with _Lines(first_stage) as lines:
             yield lines.show
         return
-    shape = (
-        TextColumn("{task.description}", markup=False),  # a path such as a[/b] is no markup
+    layout = (
+        TextColumn("{task.description}", markup=False),  # a path such as a[/b] is not markup
         BarColumn(),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
         TextColumn("{task.fields[detail]}", markup=False),
     )
-    with Progress(*shape, console=console) as progress:
+    with Progress(*layout, console=console) as progress:
         bars: dict[str, TaskID] = {}
 
-        def show(stage: str, share: float, detail: str) -> None:
+        def show(stage: str, fraction: float, detail: str) -> None:
             if stage not in bars:
                 bars[stage] = progress.add_task(stage, total=1.0, detail="")
-            elif share == 0:
-                progress.reset(bars[stage])  # what is left is reckoned from this beginning
-            progress.update(bars[stage], completed=share, detail=one_line(detail))
+            elif fraction == 0:
+                progress.reset(bars[stage])  # the remaining time is estimated from here
+            progress.update(bars[stage], completed=fraction, detail=one_line(detail))
 
         yield show
 
 
 class _Lines:
-    """Progress for the log of a job: what goes on, how far it is and how long it will still take, some times a minute.
+    """Progress for a log file: stage, percentage and remaining time, a few times a minute.
 
-    With `with`, a line also says that a step is not over yet where it takes long.
+    As a context manager, it also reports a step that takes long and is still running.
     """
 
     def __init__(self, stage: str = "") -> None:
         self._stage, self._began, self._first = stage, time.monotonic(), 0.0
-        self._said = self._heard = self._began
-        self._detail, self._over = "loading packages", threading.Event()
+        self._last_line = self._last_update = self._began
+        self._detail, self._is_over = "loading packages", threading.Event()
         self._thread = threading.Thread(target=self._watch, name="volseg-progress", daemon=True)
 
     def __enter__(self) -> _Lines:
@@ -889,35 +858,35 @@ class _Lines:
     def __exit__(
         self, kind: type | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._over.set()
+        self._is_over.set()
         self._thread.join()
 
     def _watch(self) -> None:
-        while not self._over.wait(1.0):
+        while not self._is_over.wait(1.0):
             now = time.monotonic()
-            if self._stage and now - self._said >= SILENT_SECONDS:
-                self._said = now
-                waited = timedelta(seconds=round(now - self._heard))
+            if self._stage and now - self._last_line >= SILENT_SECONDS:
+                self._last_line = now
+                waited = timedelta(seconds=round(now - self._last_update))
                 _announce(f"{self._stage}: still running after {waited}, {self._detail}")
 
-    def show(self, stage: str, share: float, detail: str) -> None:
+    def show(self, stage: str, fraction: float, detail: str) -> None:
         now = time.monotonic()
-        self._heard, self._detail = now, detail
-        if stage != self._stage or share == 0:
-            self._stage, self._began, self._first = stage, now, share
-        if now - self._said < SECONDS_PER_LINE:
+        self._last_update, self._detail = now, detail
+        if stage != self._stage or fraction == 0:
+            self._stage, self._began, self._first = stage, now, fraction
+        if now - self._last_line < SECONDS_PER_LINE:
             return
-        self._said = now
-        gained = share - self._first  # a stage may begin with what an earlier call did of it
-        seconds = round((now - self._began) * (1 - share) / gained) if gained > 0 else None
+        self._last_line = now
+        gained = fraction - self._first  # an earlier call may have done part of the stage
+        seconds = round((now - self._began) * (1 - fraction) / gained) if gained > 0 else None
         left = "" if seconds is None else f", {timedelta(seconds=seconds)} left"
-        _announce(f"{stage}: {share:.0%}{left}, {detail}")
+        _announce(f"{stage}: {fraction:.0%}{left}, {detail}")
 
 
 def _finish(
     report: RunReport, as_json: bool, show: Callable[[], None], *, has_warned: bool = False
 ) -> None:
-    """Print what was done, and warnings that were not printed yet, and leave with the report's exit code."""
+    """Print the report and, unless `has_warned`, its warnings; exit with its exit code."""
     if as_json:
         content = {
             "out": str(report.out),
@@ -936,42 +905,42 @@ def _finish(
 
 
 def _print_results(report: RunReport) -> None:
-    kept = f", {len(report.kept)} were complete already" if report.kept else ""
-    typer.echo(f"{len(report.done)} done{kept}, {len(report.failed)} failed")
+    typer.echo(f"{len(report.done)} done{_kept(report)}, {len(report.failed)} failed")
     if "computed_with" in report.details:
         computed = report.details["computed_with"]
         typer.echo(f"computed with: {computed['backend']}, {computed['precision']}")
     if report.details["objects"] == "components":
         typer.echo("lesions: connected components of each label, 26 neighbours, 1 = largest")
     else:
-        typer.echo("lesions: one per value of the mask, in ascending order")
-    for name in (
-        "lesions.csv",
-        "cases.csv",
-        *(("report.html",) if report.details["pages"] else ()),
-    ):
+        typer.echo("lesions: one per mask value, in ascending order")
+    pages = ("report.html",) if report.details["pages"] else ()
+    for name in ("lesions.csv", "cases.csv", *pages):
         typer.echo(f"  {report.out / name}")
 
 
+def _kept(report: RunReport) -> str:
+    return f", {len(report.kept)} already complete" if report.kept else ""
+
+
 def _print_fingerprint(report: RunReport) -> None:
-    found: Mapping[str, Any] = report.details["fingerprint"]
-    spacing = " × ".join(f"{value:g}" for value in found["median_spacing_mm"])
-    shape = " × ".join(str(value) for value in found["median_shape"])
-    wanted = " × ".join(f"{value:g}" for value in found["resampled_to_mm"])
+    fingerprint: Mapping[str, Any] = report.details["fingerprint"]
+    spacing = " × ".join(f"{value:g}" for value in fingerprint["median_spacing_mm"])
+    shape = " × ".join(str(value) for value in fingerprint["median_shape"])
+    target = " × ".join(f"{value:g}" for value in fingerprint["resampled_to_mm"])
     typer.echo(
-        f"{found['n_cases']} training cases; median spacing {spacing} mm, median shape {shape} (R × A × S)"
+        f"{fingerprint['n_cases']} training cases; median spacing {spacing} mm, "
+        f"median shape {shape} (R × A × S)"
     )
-    for channel, values in found["foreground"].items():
+    for channel, values in fingerprint["foreground"].items():
         text = (
-            f"{channel} under the labels: mean {values['mean']:.4g}, deviation {values['sd']:.4g}, "
+            f"{channel} in labelled voxels: mean {values['mean']:.4g}, "
+            f"standard deviation {values['sd']:.4g}, "
             f"0.5 to 99.5 percentile {values['p00_5']:.4g} to {values['p99_5']:.4g}"
         )
         typer.echo(one_line(text))
-    voxels = ", ".join(f"{label}: {count}" for label, count in found["label_voxels"].items())
-    typer.echo(one_line(f"voxels per label: {voxels}; resampled to {wanted} mm"))
-    typer.echo(
-        f"{len(report.done)} prepared, {len(report.kept)} were complete already → {report.out}"
-    )
+    voxels = ", ".join(f"{label}: {count}" for label, count in fingerprint["label_voxels"].items())
+    typer.echo(one_line(f"voxels per label: {voxels}; resampled to {target} mm"))
+    typer.echo(f"{len(report.done)} prepared{_kept(report)} → {report.out}")
 
 
 def _print_plan(report: RunReport, out: Path | None) -> None:
@@ -1028,31 +997,28 @@ def _print_evaluation(report: RunReport) -> None:
     }
     headings = ["label", *(heading for heading, _ in shown.values()), "lesion F1"]
     table = Table(*headings, box=SIMPLE, padding=(0, 1, 0, 0))
-    for found in report.details["labels"].values():
+    labels = report.details["labels"].values()
+    for label in labels:
         cells = [
-            _mean_and_interval(found["metrics"][name], decimals)
+            _mean_and_interval(label["metrics"][name], decimals)
             for name, (_, decimals) in shown.items()
         ]
-        named = f"{one_line(found['name'])}\nn = {found['n']}"
-        table.add_row(named, *cells, _mean_and_interval(found["detection"]["f1"], 2))
+        heading = f"{one_line(label['name'])}\nn = {label['n']}"
+        table.add_row(heading, *cells, _mean_and_interval(label["detection"]["f1"], 2))
     _print_table(table)
     typer.echo(
-        f"means with 95 % intervals over {report.details['n_patients']} patients ({report.details['patients']}); "
-        "volume mL: predicted − reference"
+        f"means with 95 % intervals over {report.details['n_patients']} patients "
+        f"({report.details['patients']}); volume mL: predicted − reference"
     )
-    for reason in _reasons_without_interval(report.details["labels"].values(), shown):
+    for reason in _reasons_without_interval(labels, shown):
         typer.echo(f"(none): no interval; {reason}")
-    without = {
-        found["name"]: found["n_missed"]
-        for found in report.details["labels"].values()
-        if found["n_missed"]
-    }
-    for name, n in without.items():
+    n_missed = {label["name"]: label["n_missed"] for label in labels if label["n_missed"]}
+    for name, n in n_missed.items():
         _announce(f"{name}: missed in {n} cases, which have no HD95")
     missing = report.details["not_predicted"]
     if missing:
         _announce(f"{len(missing)} reference masks have no prediction, such as {missing[0]}")
-    for name, what in (
+    for name, content in (
         ("evaluation.csv", "a row per case and label"),
         ("detections.csv", "a row per lesion"),
         ("summary.json", "every mean, interval and limit of agreement"),
@@ -1060,24 +1026,24 @@ def _print_evaluation(report: RunReport) -> None:
         ("froc.png", "sensitivity against false positives per scan"),
     ):
         if (report.out / name).is_file():
-            typer.echo(f"{what} → {report.out / name}")
+            typer.echo(f"{content} → {report.out / name}")
 
 
-def _mean_and_interval(found: Mapping[str, Any], decimals: int) -> str:
-    """A mean over its interval; nothing where it is unknown."""
-    if found["mean"] is None:
+def _mean_and_interval(metric: Mapping[str, Any], decimals: int) -> str:
+    """Format a mean above its interval; an unknown mean is empty."""
+    if metric["mean"] is None:
         return ""
-    if found["mean_95"] is None:
-        low_and_high = "(none)"
+    if metric["mean_95"] is None:
+        interval = "(none)"
     else:
-        low_and_high = "({:.{d}f}, {:.{d}f})".format(*found["mean_95"], d=decimals)
-    return f"{found['mean']:.{decimals + 1}f}\n{low_and_high}"
+        interval = "({:.{d}f}, {:.{d}f})".format(*metric["mean_95"], d=decimals)
+    return f"{metric['mean']:.{decimals + 1}f}\n{interval}"
 
 
 def _reasons_without_interval(
     labels: Iterable[Mapping[str, Any]], metrics: Iterable[str]
 ) -> list[str]:
-    """Why means of the table have no interval, each reason once."""
+    """Return the distinct reasons why means of the table have no interval."""
     means = [
         mean
         for label in labels
@@ -1087,36 +1053,25 @@ def _reasons_without_interval(
 
 
 def _print_comparison(report: RunReport) -> None:
-    table = Table(
-        "patient",
-        "response",
-        "sum %",
-        "new",
-        "gone",
-        "merged",
-        "split",
-        "volume %",
-        title="RECIST 1.1",
-    )
+    statuses = ("new", "gone", "merged", "split")
+    headings = ("patient", "response", "sum %", *statuses, "volume %")
+    table = Table(*headings, title="RECIST 1.1")
     for row in report.details["patients"]:
         if row["status"] != "done":
             continue
-        counts = (str(row[f"n_{status}"]) for status in ("new", "gone", "merged", "split"))
+        counts = (str(row[f"n_{status}"]) for status in statuses)
         sums, volume = (
             "" if row[name] is None else f"{row[name]:+.1f}"
             for name in ("change_sum_percent", "change_volume_percent")
         )
         table.add_row(one_line(row["patient"]), row["response"] or "", sums, *counts, volume)
     _print_table(table)
-    typer.echo(
-        "sum: of the target diameters; response.csv holds the rule that decided for each patient"
-    )
+    typer.echo("sum: of the target diameters; response.csv has the deciding rule for each patient")
     for patient, reason in report.details["unpaired"].items():
         typer.echo(f"unpaired: {patient}: {reason}", err=True)
-    kept = f", {len(report.kept)} were complete already" if report.kept else ""
-    alone = len(report.details["unpaired"])
     typer.echo(
-        f"{len(report.done)} compared{kept}, {len(report.failed)} failed, {alone} without a partner"
+        f"{len(report.done)} compared{_kept(report)}, {len(report.failed)} failed, "
+        f"{len(report.details['unpaired'])} without a partner"
     )
     for name in ("comparison.csv", "response.csv", "report.html"):
         typer.echo(f"  {report.out / name}")
@@ -1126,13 +1081,11 @@ def _announce_shipped_model() -> None:
     from volseg import workflows
 
     name, use, limits = workflows.shipped_model()
-    typer.echo(
-        f"using the model that ships with volseg: {name}. For: {use} Limits: {limits}", err=True
-    )
+    _announce(f"using the model that ships with volseg: {name}. For: {use} Limits: {limits}")
 
 
 def _print_table(table: Table) -> None:
-    """Print a table whose cells are plain text: a label may be called `[/b]` or `:x:`."""
+    """Print a table of plain text, as a label may be named `[/b]` or `:x:`."""
     Console(markup=False, emoji=False).print(table)
 
 
@@ -1145,11 +1098,11 @@ def _print_json(content: Any) -> None:
 
 
 def _seconds(text: str) -> float:
-    """`90s`, `20m`, `1.5h` or plain seconds → seconds."""
+    """Parse `90s`, `20m`, `1.5h` or plain seconds into seconds."""
     match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)\s*([smh]?)", text.strip())
     if match is None or float(match[1]) == 0:
         raise VolsegError(
-            f"time budget {text!r} is not a duration",
+            f"--time-budget must be a duration over 0, got {text!r}",
             fix="write it like 90s, 20m or 1.5h",
             code="E_USAGE",
         )

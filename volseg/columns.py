@@ -1,4 +1,4 @@
-"""A column of a table is a dataclass field with a unit, a meaning and a source."""
+"""Table columns: dataclass fields with a unit, a meaning and a source."""
 
 from __future__ import annotations
 
@@ -7,12 +7,15 @@ from typing import Any
 
 
 def column(unit: str, meaning: str, default: Any = MISSING, *, source: str = "") -> Any:
-    """A dataclass field that is a column of a table. `source` is where its definition comes from; empty: volseg's own."""
+    """Make a dataclass field that is a column of a table.
+
+    `source` is where its definition comes from; empty for volseg's own.
+    """
     return field(default=default, metadata={"unit": unit, "meaning": meaning, "source": source})
 
 
 def columns_of(row_type: type) -> list[tuple[str, str, str, str]]:
-    """Name, unit, meaning and source of every column of a row type, in the order of the table."""
+    """List name, unit, meaning and source of every column of a row type, in table order."""
     return [
         (item.name, item.metadata["unit"], item.metadata["meaning"], item.metadata["source"])
         for item in fields(row_type)

@@ -1,20 +1,20 @@
-"""Problems which the user can repair. The command line prints them as one line, without a traceback."""
+"""Errors that the user can fix. The command line prints them in one line, without a traceback."""
 
 from __future__ import annotations
 
 import traceback
 from pathlib import Path
 
-MAX_SAID = 200  # characters of an unexpected exception's text in a row
+MAX_MESSAGE = 200  # characters of an unexpected exception's text in a row
 
 
 class VolsegError(Exception):
-    """What happened, with the values, and what to do about it.
+    """An error that states what happened, with the values, and how to fix it.
 
     Args:
-        problem: one sentence that names the file or setting and the values found.
-        fix: one sentence that says what to do.
-        code: short stable name for tables and scripts, such as `E_TRUNCATED`.
+        problem: one sentence that names the file or setting and its value.
+        fix: one sentence on what to do.
+        code: short stable name for tables and scripts, e.g. `E_TRUNCATED`.
     """
 
     exit_code = 2
@@ -30,25 +30,25 @@ class VolsegError(Exception):
 
 
 class ScanError(VolsegError):
-    """One scan or mask cannot be used; the other cases of a batch are not touched by it."""
+    """One scan or mask cannot be used; the other cases of a batch are unaffected."""
 
     exit_code = 4
 
 
 class UnexpectedError(ScanError):
-    """A bug that one item met; the other items of a batch are not touched by it.
+    """A bug that one item ran into; the other items of a batch are unaffected.
 
     Args:
-        error: what was raised. `trace` is its traceback as text, without the frames and what they hold.
+        error: the exception. `trace` is its traceback as text, without frames or their variables.
     """
 
     def __init__(self, error: BaseException) -> None:
         frames = traceback.extract_tb(error.__traceback__)
         where = f" at {Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else ""
-        said = (str(error).strip().splitlines() or [""])[0][:MAX_SAID]
+        message = (str(error).strip().splitlines() or [""])[0][:MAX_MESSAGE]
         super().__init__(
-            f"unexpected {type(error).__name__}{where}: {said}",
-            fix="report it with this line",
+            f"unexpected {type(error).__name__}{where}: {message}",
+            fix="report this line as a bug",
             code="E_BUG",
         )
         self.trace = "".join(traceback.format_exception(error))
@@ -58,7 +58,7 @@ class UnexpectedError(ScanError):
 
 
 class EnvironmentProblem(VolsegError):
-    """The machine stands in the way: disk full, folder not writable, in use by another run."""
+    """A problem of the machine: disk full, folder not writable or in use by another run."""
 
     exit_code = 5
 

@@ -1,7 +1,7 @@
-"""Files that a stranger made: only regular files are opened, no more is read than a bound allows, and JSON is taken strictly.
+"""Safe reading of untrusted files: regular files only, with size limits and strict JSON.
 
-Whatever is wrong with a file is an `OSError` (it cannot be read) or a `ValueError` (its contents cannot be used), each with one
-line of text; who reads it says in a `VolsegError` what the file was for.
+A file that cannot be read raises `OSError`, one with unusable content `ValueError`, each with one
+line of text. The caller turns it into a `VolsegError` that says what the file is for.
 """
 
 from __future__ import annotations
@@ -20,30 +20,31 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NoReturn
 
-MAX_TEXT_BYTES = (
-    32 << 20
-)  # of a JSON or CSV file: that of 100 000 cases is smaller; parsed, it takes about 20 times as much
+# For JSON and CSV: 100 000 cases need less. Parsed content takes about 20 times as much memory.
+MAX_TEXT_BYTES = 32 << 20
 MAX_TOML_BYTES = 1 << 20
-READ_TOGETHER = 2**20  # bytes
-MAX_DEPTH = 64  # lists and objects within each other; more would exhaust the stack of whoever walks through them
+CHUNK_BYTES = 2**20
+MAX_DEPTH = 64  # nested lists and objects; deeper ones would exhaust the stack of recursive code
 MAX_INTEGER = 2**63 - 1
-MAX_DIGITS = 20  # of a 64-bit number, with its sign
-MAX_NAME = 200  # characters of the name of a label, a channel or a column
+MAX_DIGITS = 20  # of a 64-bit number, including its sign
+MAX_NAME = 200  # characters in the name of a label, channel or column
 MAX_LABEL = 2**32 - 1  # the largest value of a mask
-# Bytes in which a number may be too long or too large, or a character half of a pair; all others need no second look. Digits
-# are made alike and bytes looked for, not a pattern, which takes ten times as long: noise has 100 000 rows.
+# Byte sequences that may mean a number out of range or half of a surrogate pair; other content
+# needs no full check. Mapping all digits to 0 and searching bytes is ten times faster than a
+# regular expression, which matters for the 100 000 rows of a noisy mask.
 _ALIKE = bytes.maketrans(b"123456789+DE", b"0000000000de")
 _DOUBTFUL = (b"0" * 18, b"e000", rb"\ud")
-# What decides where a key of TOML begins and ends: text in quotes and comments, in which dots count for nothing, dots,
-# and what stands between keys. A quote that is not closed is where the TOML ends.
+# Tokens that delimit TOML keys: quoted text and comments, whose dots do not count, then dots, then
+# separators. An unclosed quote ends the TOML.
 _TOML_PARTS = re.compile(
     r'''"""(?:[^"\\]|\\[\s\S]|"{1,2}(?!"))*+"{3,5}|"(?!"")(?:[^"\\\n]|\\.)*+"'''
-    r"""|'{3}(?:[^']|'{1,2}(?!'))*+'{3,5}|'(?!'')[^'\n]*+'|#.*+|(?P<open>["'])|(?P<dot>\.)|(?P<end>[=,\n{}\[\]])"""
+    r"""|'{3}(?:[^']|'{1,2}(?!'))*+'{3,5}|'(?!'')[^'\n]*+'|#.*+"""
+    r"""|(?P<open>["'])|(?P<dot>\.)|(?P<end>[=,\n{}\[\]])"""
 )
 
 
 class NotAFileError(OSError):
-    """A folder, pipe, device or socket is where a file was expected; it was not read."""
+    """A folder, pipe, device or socket in place of a file; it was not read."""
 
     def __init__(self, path: Path | str, kind: str) -> None:
         super().__init__(errno.EINVAL, f"is {kind}, not a file", str(path))
@@ -51,7 +52,7 @@ class NotAFileError(OSError):
 
 
 def kind_of(mode: int) -> str:
-    """What a file's mode says that it is, with its article: `a folder`, `a pipe`, `a device`, `a socket` or `a file`."""
+    """Name the kind of file: `a folder`, `a pipe`, `a socket`, `a file` or `a device`."""
     kinds = {
         stat.S_IFDIR: "a folder",
         stat.S_IFIFO: "a pipe",
@@ -62,26 +63,22 @@ def kind_of(mode: int) -> str:
 
 
 def open_regular(path: Path | str) -> io.BufferedReader:
-    """Open a regular file, or a link to one, for reading bytes. Never waits for a pipe and never opens a device.
+    """Open a regular file, or a link to one, for reading bytes.
+
+    Never waits for a pipe and never opens a device.
 
     Raises:
-        OSError: it is not there or cannot be opened; `NotAFileError` where it is something else than a file.
+        OSError: it is missing or cannot be opened; `NotAFileError` if it is not a regular file.
     """
     try:
         _refuse_other_kinds(path, os.stat(path).st_mode)
-        flags = (
-            os.O_RDONLY
-            | getattr(os, "O_NONBLOCK", 0)
-            | getattr(os, "O_CLOEXEC", 0)
-            | getattr(os, "O_BINARY", 0)
-        )
-        descriptor = os.open(path, flags)
+        flags = [getattr(os, name, 0) for name in ("O_NONBLOCK", "O_CLOEXEC", "O_BINARY")]
+        descriptor = os.open(path, os.O_RDONLY | flags[0] | flags[1] | flags[2])
     except ValueError as error:  # a zero byte or half of a surrogate pair in the name
         raise FileNotFoundError(errno.ENOENT, "does not exist", str(path)) from error
     try:
-        _refuse_other_kinds(
-            path, os.fstat(descriptor).st_mode
-        )  # of what was opened, if it was replaced meanwhile
+        # Check what was opened, in case the file was replaced in between.
+        _refuse_other_kinds(path, os.fstat(descriptor).st_mode)
         return open(descriptor, "rb")
     except BaseException:
         os.close(descriptor)
@@ -89,56 +86,56 @@ def open_regular(path: Path | str) -> io.BufferedReader:
 
 
 def read_bytes(path: Path | str, *, max_bytes: int) -> bytes:
-    """The bytes of a regular file.
+    """Read the bytes of a regular file.
 
     Raises:
-        OSError: as `open_regular`. ValueError: it holds more than `max_bytes`.
+        OSError: as for `open_regular`.
+        ValueError: it is larger than `max_bytes`.
     """
     content = bytearray()
     with open_regular(path) as file:
-        while part := file.read(
-            READ_TOGETHER
-        ):  # at once, `read` would take `max_bytes` of memory for a short file, too
-            content += part
+        # One `read(max_bytes)` would allocate all of it even for a short file.
+        while chunk := file.read(CHUNK_BYTES):
+            content += chunk
             if len(content) > max_bytes:
                 raise ValueError(f"holds more than {max_bytes / 2**20:g} MB")
     return bytes(content)
 
 
 def read_text(path: Path | str, *, max_bytes: int = MAX_TEXT_BYTES) -> str:
-    """The text of a regular file in UTF-8, with or without a byte order mark.
+    """Read the text of a regular UTF-8 file, with or without a byte order mark.
 
     Raises:
-        OSError, ValueError: as `read_bytes`; also where it is not UTF-8.
+        OSError, ValueError: as for `read_bytes`; also if it is not UTF-8.
     """
     return read_bytes(path, max_bytes=max_bytes).decode("utf-8-sig")
 
 
 def read_json(path: Path | str, *, max_bytes: int = MAX_TEXT_BYTES, is_finite: bool = True) -> Any:
-    """The content of a JSON file, as `parse_json`.
+    """Read a JSON file with the rules of `parse_json`.
 
     Raises:
-        OSError, ValueError: as `read_bytes` and `parse_json`.
+        OSError, ValueError: as for `read_bytes` and `parse_json`.
     """
     return parse_json(read_bytes(path, max_bytes=max_bytes), is_finite=is_finite)
 
 
 def parse_json(data: bytes | str, *, is_finite: bool = True) -> Any:
-    """The content of JSON that a stranger wrote.
+    """Parse untrusted JSON.
 
     Args:
         data: text, or its bytes in UTF-8, UTF-16 or UTF-32.
-        is_finite: False takes NaN and infinity, which some tools write.
+        is_finite: False accepts NaN and infinity, which some tools write.
 
     Raises:
-        ValueError: it is not JSON; it is nested more than `MAX_DEPTH` deep; a name appears twice in one object; an integer needs
-            more than 64 bits; a number is NaN or infinite; a text holds half of a surrogate pair.
+        ValueError: it is not JSON; it is nested deeper than `MAX_DEPTH`; an object repeats a name;
+            an integer needs more than 64 bits; a number is NaN or infinite; a text contains half of
+            a surrogate pair.
     """
     try:
         if isinstance(data, bytes):
-            data = data.decode(
-                "utf-8-sig" if data.startswith(b"\xef\xbb\xbf") else json.detect_encoding(data)
-            )
+            has_mark = data.startswith(b"\xef\xbb\xbf")
+            data = data.decode("utf-8-sig" if has_mark else json.detect_encoding(data))
         alike = data.encode("utf-8", "surrogatepass").translate(_ALIKE)
         is_doubtful = any(part in alike for part in _DOUBTFUL)
         content = _decoder(is_finite, is_doubtful).decode(data)
@@ -149,7 +146,7 @@ def parse_json(data: bytes | str, *, is_finite: bool = True) -> Any:
     except RecursionError:
         raise _nested() from None
     except MemoryError:
-        raise ValueError("needs more memory than there is") from None
+        raise ValueError("needs more memory than is available") from None
     return content
 
 
@@ -163,10 +160,10 @@ def _decoder(is_finite: bool, is_doubtful: bool) -> json.JSONDecoder:
 
 
 def read_toml(path: Path | str) -> dict[str, Any]:
-    """The content of a TOML file, with the bounds of `parse_json`; NaN and infinity are left to who checks the values.
+    """Read a TOML file with the limits of `parse_json`; NaN and infinity are left to the caller.
 
     Raises:
-        OSError, ValueError: as `read_bytes`; also where it is not TOML.
+        OSError, ValueError: as for `read_bytes`; also if it is not TOML.
     """
     text = read_text(path, max_bytes=MAX_TOML_BYTES)
     _check_keys(text)
@@ -187,8 +184,8 @@ def _refuse_other_kinds(path: Path | str, mode: int) -> None:
 def _object_of(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     content = dict(pairs)
     if len(content) < len(pairs):
-        twice = next(name for name, n in Counter(name for name, _ in pairs).items() if n > 1)
-        raise ValueError(f"{shortened(twice)!r} appears twice in one object")
+        repeated = next(name for name, n in Counter(name for name, _ in pairs).items() if n > 1)
+        raise ValueError(f"{shortened(repeated)!r} appears twice in one object")
     return content
 
 
@@ -199,15 +196,15 @@ def _integer_of(text: str) -> int:
 
 
 def _refuse_constant(text: str) -> NoReturn:
-    raise ValueError(f"holds {text}, which is not a number in JSON")
+    raise ValueError(f"contains {text}, which is not a JSON number")
 
 
 def _check_keys(text: str) -> None:
-    """Refuse a TOML key `a.b.c` of more parts than levels are allowed: the parser's time grows with their number squared."""
+    """Refuse a TOML key `a.b.c` with too many parts: parsing time grows with their square."""
     dots = 0
     for part in _TOML_PARTS.finditer(text):
         if part["open"]:
-            return  # the parser will say so
+            return  # the parser reports it
         dots = dots + 1 if part["dot"] else 0 if part["end"] else dots
         if dots >= MAX_DEPTH:
             raise _nested()
@@ -228,7 +225,7 @@ def _check_depth(content: Any) -> None:
 
 
 def _check_values(content: Any, *, is_finite: bool) -> None:
-    """Look at every number and text, of content that is nested no deeper than allowed."""
+    """Check every number and text; the depth of `content` was checked before."""
     if isinstance(content, dict):
         for name, value in content.items():
             _check_values(name, is_finite=is_finite)
@@ -240,9 +237,8 @@ def _check_values(content: Any, *, is_finite: bool) -> None:
         try:
             content.encode()
         except UnicodeEncodeError as error:
-            raise ValueError(
-                f"the text {shortened(content)!a} holds half of a surrogate pair"
-            ) from error
+            problem = f"the text {shortened(content)!a} contains half of a surrogate pair"
+            raise ValueError(problem) from error
     elif isinstance(content, int) and not -MAX_INTEGER - 1 <= content <= MAX_INTEGER:
         raise ValueError(f"a whole number of {content.bit_length()} bits does not fit into 64 bits")
     elif isinstance(content, float) and is_finite and not math.isfinite(content):
@@ -254,7 +250,7 @@ def _nested() -> ValueError:
 
 
 def label_value(text: str) -> int | None:
-    """The value of a mask that a text says in digits; None where it says none.
+    """Parse a mask value written in digits; None if the text is not one.
 
     >>> label_value("7"), label_value("1.7"), label_value("9" * 5000)
     (7, None, None)
@@ -265,7 +261,7 @@ def label_value(text: str) -> int | None:
 
 
 def shortened(text: str, length: int = 60) -> str:
-    """A text for a message or a picture: of a longer one its beginning and `…`.
+    """Shorten a text for a message or a figure: a longer one ends with `…`.
 
     >>> shortened("a" * 100, 5)
     'aaaa…'

@@ -1,4 +1,4 @@
-"""THE CHAIN: one scan → lesions and numbers. No path, no print, no device name."""
+"""The pipeline for one scan: from images to lesions and measurements, without file access."""
 
 from __future__ import annotations
 
@@ -47,36 +47,34 @@ from volseg.preprocess.restore import MaskRestorer
 from volseg.recipe import Data
 from volseg.volume import WORLD_AXES, BoundingBox, Geometry, Volume
 
-OnTile = Callable[[int, int], None]  # tiles done, of how many
+OnTile = Callable[[int, int], None]  # (tiles done, total)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Model:
-    """A bundle whose networks are loaded and ready: made once, used for every scan."""
+    """A bundle with its networks loaded, reused for every scan."""
 
     bundle: ModelBundle
     segmentation: Backend
     classifier: Backend | None
     device: str = "cpu"
-    coarse: Model | None = None  # of the first pass, where the recipe has one
+    coarse: Model | None = None  # the coarse first pass, if the recipe has one
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class CaseResult:
-    """What one scan gives: masks on its own grid and a row per lesion, the largest first."""
+    """The result for one scan: masks on its own grid and a row per lesion, largest first."""
 
     mask: Volume  # label values of the recipe
     lesion_ids: Volume  # 1 = largest
-    lesions: Sequence[
-        LesionMeasurement
-    ]  # of a mask that looks like noise the largest; `specks` are the others
+    lesions: Sequence[LesionMeasurement]  # of a noisy mask only the largest; see `specks`
     resemblance: Resemblance  # to the training scans of the model
-    organ_voxels: int | None = None  # of the organ's own label; None where no label is the organ
+    organ_voxels: int | None = None  # of the organ's label; None without an organ
     specks: Specks | None = None
 
     @property
     def measured(self) -> MeasuredLesions:
-        """All lesions, of which rows are made when they are asked for."""
+        """All lesions; their rows are made on demand."""
         return MeasuredLesions(self.lesions, self.specks)
 
 
@@ -91,36 +89,29 @@ def load_model(
     """Make the bundle's networks ready to run.
 
     Args:
-        device: `auto`, `cpu` or `cuda`. backend: `auto`, `torch` or `openvino`.
-        precision: `auto`, `fp32`, `fp16` or `int8`, of the segmentation; the classifier is small and always runs in torch, and a coarse
-            first pass, whose errors cannot be made good, runs in fp32 where int8 is asked for.
-        folder: the bundle's own, from which files made for OpenVINO are read where it has them.
+        device: `auto`, `cpu` or `cuda`.
+        backend: `auto`, `torch` or `openvino`.
+        precision: `auto`, `fp32`, `fp16` or `int8`, for segmentation. The coarse first pass stays
+            in fp32 even with int8: a region it misses is lost. The classifier runs in torch.
+        folder: of the bundle; its OpenVINO files are used if it has any.
     """
     choice = choose_backend(backend, device, precision)
     on_cpu = choice.device.type == "cpu"
-    memory = (
-        total_memory() if on_cpu else torch.cuda.get_device_properties(choice.device).total_memory
-    )
+    gpu = None if on_cpu else torch.cuda.get_device_properties(choice.device)
+    memory = total_memory() if gpu is None else gpu.total_memory
     for part in (bundle, bundle.coarse):
         if part is not None:
-            check_patch(
-                part, network_bytes(part) // (1 if choice.precision == "fp32" else 2), memory
-            )
-    classifier = bundle.classifier_network()
-    coarse = None
+            divisor = 1 if choice.precision == "fp32" else 2
+            check_patch(part, network_bytes(part) // divisor, memory)
+    network, classifier, coarse = bundle.classifier_network(), None, None
     if bundle.coarse is not None:
         exact = replace(choice, precision="fp32") if choice.precision == "int8" else choice
         first_pass = load_backend(bundle.coarse, exact, folder=folder)
         coarse = Model(bundle.coarse, first_pass, None, choice.device.type)
-    return Model(
-        bundle,
-        load_backend(bundle, choice, folder=folder),
-        None
-        if classifier is None
-        else TorchBackend(classifier, choice.device, precision=choice.precision),
-        choice.device.type,
-        coarse,
-    )
+    segmentation = load_backend(bundle, choice, folder=folder)
+    if network is not None:
+        classifier = TorchBackend(network, choice.device, precision=choice.precision)
+    return Model(bundle, segmentation, classifier, choice.device.type, coarse)
 
 
 def segment_case(
@@ -132,33 +123,38 @@ def segment_case(
     accept_mismatch: bool = False,
     on_tile: OnTile = lambda done, total: None,
 ) -> CaseResult:
-    """Compare one scan with those of training, then segment, post-process, label, score and measure it.
+    """Segment one scan and measure its lesions, if it resembles the training scans.
 
     Args:
-        images: channel name → scan; every channel of the recipe must be there, unless it says that cases may miss some.
+        images: channel name → scan; must contain every channel of the recipe, unless the recipe
+            accepts cases with missing channels.
         half_logits: blend logits in float16: half the buffer, logits rounded to three digits.
-        accept_mismatch: segment a scan of another modality than in training too; it has no density, mass, calcium score or class then.
-        on_tile: called before the first tile and after each; not where there is no body to run tiles on.
+        accept_mismatch: also segment a scan of another modality than in training; then it gets no
+            density, mass, calcium score or class.
+        on_tile: called before the first tile and after each; not called for a scan without a body.
 
     Raises:
-        ScanError: a channel is missing, the channels lie on different grids, or the scan is of another modality.
+        ScanError: a channel is missing, the channels lie on different grids, or the scan is of
+            another modality.
     """
     recipe = model.bundle.recipe
     channels = recipe.data.channels
-    chosen = {name: images[name] for name in _present(images, recipe.data, case_id)}
+    scans = {name: images[name] for name in _present(images, recipe.data, case_id)}
     if recipe.data.grids == "first":
-        chosen = on_one_grid(chosen, align=recipe.data.align == "rigid")
-    scan = chosen[channels[0]]
-    resemblance = compare_scan(chosen, recipe, model.bundle.fingerprint)
+        scans = on_one_grid(scans, align=recipe.data.align == "rigid")
+    scan = scans[channels[0]]
+    resemblance = compare_scan(scans, recipe, model.bundle.fingerprint)
     if resemblance.contradictions and not accept_mismatch:
         raise ScanError(
-            f"case {case_id!r} is not of the modality that model {recipe.name!r} was trained on: {'; '.join(resemblance.contradictions)}",
-            fix="use a model for its modality, or --accept-mismatch to segment it anyway, without density and class",
+            f"case {case_id!r} is of another modality than the training scans of model "
+            f"{recipe.name!r}: {'; '.join(resemblance.contradictions)}",
+            fix="use a model for its modality, or segment it with --accept-mismatch, without "
+            "density and class",
             code="E_MODALITY",
         )
-    absent = [name for name in channels if name not in chosen]
+    absent = [name for name in channels if name not in scans]
     mask, confidence = _predict(
-        completed(chosen, channels), absent, model, half_logits=half_logits, on_tile=on_tile
+        completed(scans, channels), absent, model, half_logits=half_logits, on_tile=on_tile
     )
     for step in make_steps(recipe.postprocess):
         mask = step(mask, scan.geometry)
@@ -166,11 +162,11 @@ def segment_case(
     if organ is not None:
         value = recipe.data.labels[organ]
         lesion_mask, organ_voxels = without_organ(mask, value)
-        confidence[mask == value] = 0  # of being the organ, which says nothing of a lesion
+        confidence[mask == value] = 0  # confidence in the organ says nothing about a lesion
     lesions = label_lesions(lesion_mask, scan.geometry)
     classes = None
     if model.classifier is not None and recipe.classify is not None:
-        # Under a doubted unit no lesion has a class; of noise the largest have one.
+        # With a doubted unit no lesion gets a class; in noise only the largest get one.
         classes = (
             [None] * min(MANY, len(lesions.labels))
             if resemblance.unit.doubt
@@ -202,15 +198,12 @@ def segment_case(
 
 
 def patch_bytes(model: Model) -> int:
-    """Bytes of the tensors alive at the worst moment of one patch's way through the segmentation network."""
-    backend = (
-        model.segmentation.backends[0]
-        if isinstance(model.segmentation, EnsembleBackend)
-        else model.segmentation
-    )
-    return (
-        backend.patch_bytes if isinstance(backend, OpenVINOBackend) else network_bytes(model.bundle)
-    )
+    """Return the peak memory in bytes of the segmentation network for one patch."""
+    backend = model.segmentation
+    if isinstance(backend, EnsembleBackend):
+        backend = backend.backends[0]
+    is_openvino = isinstance(backend, OpenVINOBackend)
+    return backend.patch_bytes if is_openvino else network_bytes(model.bundle)
 
 
 def plan_case_memory(
@@ -225,16 +218,16 @@ def plan_case_memory(
     is_alone: bool = True,
     n_cases: int = 1,
 ) -> MemoryPlan:
-    """How a scan with this header fits into memory.
+    """Plan how a scan with this header fits into memory.
 
     Args:
-        itemsize: bytes per stored voxel over all channels.
-        needed, coarse_needed: of the network and of that of the first pass, where there is one, from `patch_bytes`.
-        is_alone: no other scan is read or written meanwhile.
-        n_cases: of the results folder.
+        itemsize: bytes per stored voxel, summed over channels.
+        needed, coarse_needed: `patch_bytes` of the network and of that of the first pass, if any.
+        is_alone: no other scan is read or written at the same time.
+        n_cases: number of cases in the results folder.
 
     Raises:
-        ScanError: it does not fit into `max_ram` bytes of main memory, or `max_vram` of the GPU's.
+        ScanError: it does not fit into `max_ram` bytes of main memory or `max_vram` of GPU memory.
     """
     return plan_memory(
         ScanHeader(geometry=geometry, itemsize=itemsize),
@@ -263,7 +256,7 @@ def _network_pass(model: Model, needed: int) -> NetworkPass:
 
 
 def work_ahead(model: Model, shapes: Sequence[tuple[int, int, int]]) -> Work:
-    """The tiles over prepared grids of these shapes, and what one costs: a blank batch is run to find that out."""
+    """Estimate the work for prepared grids of these shapes, by timing a blank batch."""
     recipe, plan = model.bundle.recipe, model.bundle.plan
     tiling = tiling_of(model.bundle)
     batch_shape = (tiling.batch_size, len(recipe.data.channels), *plan.patch_shape)
@@ -274,7 +267,7 @@ def work_ahead(model: Model, shapes: Sequence[tuple[int, int, int]]) -> Work:
 
 
 def tiling_of(bundle: ModelBundle) -> Tiling:
-    """How the bundle's recipe and plan cut a volume into tiles."""
+    """Return the tiling that the bundle's recipe and plan prescribe."""
     infer = bundle.recipe.infer
     return Tiling(
         patch_shape=bundle.plan.patch_shape,
@@ -293,11 +286,10 @@ def _predict(
     half_logits: bool,
     on_tile: OnTile,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Mask (I, J, K) of label values and confidence (I, J, K) uint8, both on the scan's grid."""
+    """Return mask (I, J, K) of label values and confidence (I, J, K) uint8 on the scan's grid."""
     recipe, plan = model.bundle.recipe, model.bundle.plan
-    preparation = Preparation(
-        images, plan.prepare_settings(recipe.preprocess, list(images), absent)
-    )
+    settings = plan.prepare_settings(recipe.preprocess, list(images), absent)
+    preparation = Preparation(images, settings)
     trail = preparation.trail
     regions = recipe.data.regions_class_order
     values = list(recipe.data.label_names) if regions is None else list(regions)
@@ -306,11 +298,9 @@ def _predict(
     )
     part = _tiled_part(preparation, tiling, model)
     shape = trail.shape if part is None else part.shape
-    axis = (
-        thinnest_axis(shape, plan.patch_shape)
-        if trail.separate_axis is None
-        else trail.separate_axis
-    )
+    axis = trail.separate_axis
+    if axis is None:
+        axis = thinnest_axis(shape, plan.patch_shape)
     head = model.segmentation.head
     restorer = MaskRestorer(
         trail, values, axis=axis, regions=regions is not None, part=part, head=head
@@ -335,7 +325,7 @@ def _predict(
 
 
 def _tiled_part(preparation: Preparation, tiling: Tiling, model: Model) -> BoundingBox | None:
-    """The part of the prepared grid that tiles are run on; None where there is no body."""
+    """Return the part of the prepared grid to run tiles on; None if there is no body."""
     shape = preparation.trail.shape
     if not preparation.has_body:
         return None
@@ -344,9 +334,10 @@ def _tiled_part(preparation: Preparation, tiling: Tiling, model: Model) -> Bound
     if box is None:
         return None
     region = _region(preparation, model)
-    if region is not None:  # where nothing was found, or only outside the body, nothing is left out
+    if region is not None:  # a region outside the body is ignored
         box = box.intersection(region) or box
-    # The mirror image goes on from the faces of this part, so what is in it stays as far from them as from those of the scan.
+    # Reflect padding starts at the faces of this part, so keep the same margin from them as from
+    # the faces of the scan.
     margin = tiling.margin
     ends = [
         widest(max(0, start - margin), min(n, stop + margin), n, patch, tiling.overlap, margin)
@@ -359,33 +350,27 @@ def _tiled_part(preparation: Preparation, tiling: Tiling, model: Model) -> Bound
 
 
 def _region(preparation: Preparation, model: Model) -> BoundingBox | None:
-    """Where the coarse first pass finds something, with the recipe's margin, on the prepared grid; None where it finds nothing."""
+    """Return the box, with margin, that the coarse first pass finds; None if it finds none."""
     roi, coarse = model.bundle.recipe.roi, model.coarse
     if roi is None or coarse is None:
         return None
     whole = preparation.at(coarse.bundle.plan.spacing_mm)
     tiling = replace(tiling_of(coarse.bundle), empty_level=whole.empty_level)
     try:
-        found = find_region(
-            whole.planes(
-                thinnest_axis(whole.trail.shape, tiling.patch_shape),
-                device=device_of(coarse.segmentation),
-            ),
-            coarse.segmentation,
-            tiling,
-        )
+        axis = thinnest_axis(whole.trail.shape, tiling.patch_shape)
+        planes = whole.planes(axis, device=device_of(coarse.segmentation))
+        region = find_region(planes, coarse.segmentation, tiling)
     finally:
         coarse.segmentation.release()
-    if found is None:
+    if region is None:
         return None
     trail = preparation.trail
-    return scaled_box(
-        found, whole.trail.shape, trail.shape, [roi.margin_mm / mm for mm in trail.spacing_mm]
-    )
+    margin = [roi.margin_mm / mm for mm in trail.spacing_mm]
+    return scaled_box(region, whole.trail.shape, trail.shape, margin)
 
 
 def _present(images: Mapping[str, Volume], data: Data, case_id: str) -> Sequence[str]:
-    """The channels of the recipe that the case has."""
+    """Return the channels of the recipe that the case has."""
     missing = [name for name in data.channels if name not in images]
     if missing and (data.missing == "error" or data.channels[0] in missing):
         raise ScanError(

@@ -1,8 +1,9 @@
-"""How large a network and its patches may be: depth, strides, kernels, features, patch and batch from the size of the scans and a budget.
+"""Size of a network and its patches: depth, strides, kernels, features, patch and batch.
 
-The rules are those of nnU-Net's planner in spirit (Isensee et al., Nature Methods 18:203, 2021): patches of the proportions of the scans in
-mm, axes halved until they are 4 voxels long, coarse axes later and with flat kernels until then. In addition to the memory, the arithmetic
-that a time budget allows is a limit, because on a CPU it is the one that counts.
+They follow from the size of the scans and a budget, with rules similar to nnU-Net's planner
+(Isensee et al., Nature Methods 18:203, 2021): patches have the proportions of the scans in mm, axes
+are halved until they are 4 voxels long, coarse axes later and with flat kernels until then. Besides
+memory, a time budget limits the number of operations, which is what matters on a CPU.
 """
 
 from __future__ import annotations
@@ -15,40 +16,39 @@ from volseg.errors import VolsegError
 
 Triple = tuple[int, int, int]
 
-SMALLEST_EDGE = 4  # voxels of an axis at the coarsest level
+SMALLEST_EDGE = 4  # voxels along an axis at the coarsest level
 LEAST_LEVELS, MOST_LEVELS = 3, 6
 MOST_FEATURES = 320
-ANISOTROPIC = (
-    2.0  # an axis this many times coarser than the finest is neither halved nor convolved along
-)
-LARGEST_PATCH = 256**3  # voxels, before the scans' own size and the budget limit it
-WIDTHS = (32, 24, 16, 12, 8)  # features of the finest level that are tried, best first
-# Voxels: a patch gives way down to the first before the network gets thinner; only if none is thin enough, down to the next.
+ANISOTROPIC = 2.0  # axes this many times coarser than the finest are not halved or convolved
+LARGEST_PATCH = 256**3  # voxels, before scan size and budget limit it
+WIDTHS = (32, 24, 16, 12, 8)  # features of the finest level to try, best first
+# Voxels. The patch shrinks to the first size, then the network gets narrower; if even the narrowest
+# does not fit, the patch shrinks to the next size.
 PATCHES = (64**3, 48**3, 32**3, 24**3, 16**3, 8**3)
-BATCHES = (2, 24)  # least and most patches per step
-SHARE_PER_BATCH = 0.05  # of all training voxels in one batch at most: larger batches would see the same scans again
-STEPS = 2500  # that a time budget should allow
-LEAST_STEPS = 200  # under which a network learns next to nothing: such a plan is refused
+BATCHES = (2, 24)  # minimum and maximum number of patches per step
+BATCH_FRACTION = 0.05  # of all training voxels: larger batches would repeat the same scans
+STEPS = 2500  # a time budget should allow this many
+LEAST_STEPS = 200  # with fewer, a network hardly learns: such a plan is refused
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Budget:
-    """What training may take. `memory` in bytes; `flops` of the whole run, None where there is no time budget."""
+    """The limits of training: `memory` in bytes, `flops` of the run (None: no time budget)."""
 
     memory: int
     flops: float | None = None
-    half: bool = False  # activations of two bytes, as on a GPU
-    is_stated: bool = False  # by the user, so that what exceeds it is refused
-    is_least: bool = False  # the smallest size that can learn is wanted, not the best one
+    half: bool = False  # activations take two bytes, as on a GPU
+    is_stated: bool = False  # by the user: a plan that exceeds it is refused
+    is_least: bool = False  # choose the smallest size that can learn, not the best
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Size:
-    """A U-Net (`unet3d`) and its batches. Strides and kernels as in a recipe, finest level first.
+    """A U-Net (`unet3d`) and its batches; strides and kernels as in a recipe, finest level first.
 
     Args:
-        depths: of which logits are judged: 1, and one more for each with deep supervision.
-        residual, dropout: what its blocks do besides.
+        depths: number of outputs in the loss: 1, plus one for each level with deep supervision.
+        residual, dropout: whether its blocks have residual connections and dropout.
     """
 
     features: tuple[int, ...]
@@ -61,57 +61,57 @@ class Size:
     dropout: bool = False
 
     def training_bytes(self, channels: int, outputs: int, *, half: bool = False) -> int:
-        """Of one training step: what autograd keeps, gradients, weights, their moments and averages."""
+        """Estimate the memory of one training step: activations, gradients, weights, optimiser."""
         saved = 0
         for level, (width, voxels) in enumerate(zip(self.features, self._voxels, strict=True)):
-            # Each layer keeps what it convolves to and what comes out of norm and activation; on the way up the joined tensor too.
+            # Each layer keeps the outputs of convolution and of norm + activation; the decoder
+            # also keeps the concatenated tensor.
             blocks = 1 if level == len(self.features) - 1 else 2
-            more = (
-                2 * self.residual + 2 * self.dropout
-            )  # the shorter way and the sum; what is left out of two layers
-            saved += width * voxels * ((4 if blocks == 1 else 4 + 6) + more * blocks)
+            # Shortcut and sum of a residual block; the dropout masks of two layers.
+            extra = 2 * self.residual + 2 * self.dropout
+            saved += width * voxels * ((4 if blocks == 1 else 4 + 6) + extra * blocks)
         finest = self._voxels[0]
-        passing = 2 * self.features[0] * finest  # gradients on their way at the finest level
+        gradients = 2 * self.features[0] * finest  # of the finest level
         loss = 6 * self.depths * outputs * finest + channels * finest
-        activations = (2 if half else 4) * (saved + passing) + 4 * loss
+        activations = (2 if half else 4) * (saved + gradients) + 4 * loss
         return self.batch_size * activations + 5 * 4 * self.n_weights(channels, outputs)
 
     def step_flops(self, channels: int, outputs: int) -> float:
-        """Of forward and backward pass of one step: three times the convolutions of a forward pass, 2 per multiply and add."""
+        """Count the operations of a step: 3 × the forward pass, 2 per multiply-add."""
         total = sum(
-            before * after * math.prod(kernel) * voxels
-            for before, after, kernel, voxels in self._layers(channels, outputs)
+            n_in * n_out * math.prod(kernel) * voxels
+            for n_in, n_out, kernel, voxels in self._layers(channels, outputs)
         )
         return 3.0 * 2.0 * self.batch_size * total
 
     def n_weights(self, channels: int, outputs: int) -> int:
-        """Of the convolutions; norms are next to nothing."""
+        """Count the weights of the convolutions; those of the norms are negligible."""
         return sum(
-            before * after * math.prod(kernel)
-            for before, after, kernel, _ in self._layers(channels, outputs)
+            n_in * n_out * math.prod(kernel)
+            for n_in, n_out, kernel, _ in self._layers(channels, outputs)
         )
 
     @property
     def _voxels(self) -> list[int]:
-        """Per level."""
-        found, shape = [], list(self.patch_shape)
+        """Voxels of a patch at each level."""
+        voxels, shape = [], list(self.patch_shape)
         for stride in self.strides:
             shape = [n // step for n, step in zip(shape, stride, strict=True)]
-            found.append(math.prod(shape))
-        return found
+            voxels.append(math.prod(shape))
+        return voxels
 
     def _layers(self, channels: int, outputs: int) -> Iterator[tuple[int, int, Sequence[int], int]]:
-        """(channels in, channels out, kernel, voxels at which it is applied) of each convolution."""
-        before, voxels = channels, self._voxels
+        """Yield (channels in, channels out, kernel, voxels) of each convolution."""
+        n_in, voxels = channels, self._voxels
         for level, width in enumerate(self.features):
-            yield before, width, self.kernels[level], voxels[level]
+            yield n_in, width, self.kernels[level], voxels[level]
             yield width, width, self.kernels[level], voxels[level]
-            before = width
+            n_in = width
         for level in range(len(self.features) - 2, -1, -1):
             width = self.features[level]
-            # A transposed convolution touches each finer voxel once per pair of channels, whatever its stride.
+            # A transposed convolution touches each finer voxel once per pair of channels.
             yield self.features[level + 1], width, (1, 1, 1), voxels[level]
-            kernel = self.kernels[level + 1]  # DynUNet's way up has the kernels of the level below
+            kernel = self.kernels[level + 1]  # DynUNet's decoder has the kernels of the level below
             yield 2 * width, width, kernel, voxels[level]
             yield width, width, kernel, voxels[level]
         yield self.features[0], outputs, (1, 1, 1), voxels[0]
@@ -120,12 +120,12 @@ class Size:
 def topology(
     patch_shape: Triple, spacing_mm: Sequence[float]
 ) -> tuple[tuple[Triple, ...], tuple[Triple, ...]]:
-    """Strides and kernels per level for patches of about this shape.
+    """Return strides and kernels per level for patches of about this shape.
 
-    An axis is halved while it keeps `SMALLEST_EDGE` voxels and is not much coarser than the others; it is convolved along from the
-    level on at which it is not.
+    An axis is halved while it keeps `SMALLEST_EDGE` voxels and is not much coarser than the others.
+    Kernels extend along an axis from the first level at which it is not much coarser.
     """
-    size, mm = list(patch_shape), [float(each) for each in spacing_mm]
+    size, mm = list(patch_shape), [float(value) for value in spacing_mm]
     strides: list[Triple] = [(1, 1, 1)]
     kernels = [_kernel(mm, (1, 1, 1))]
     while len(strides) < MOST_LEVELS:
@@ -138,7 +138,7 @@ def topology(
             if halved[n]:
                 size[n] //= 2
                 mm[n] *= 2
-        r, a, s = (2 if each else 1 for each in halved)
+        r, a, s = (2 if is_halved else 1 for is_halved in halved)
         strides.append((r, a, s))
         kernels.append(_kernel(mm, kernels[-1]))
     return _deep_enough(strides, kernels)
@@ -156,51 +156,50 @@ def choose_size(
     batch_size: int | None = None,
     smallest_patch: Triple = (1, 1, 1),
 ) -> Size:
-    """The best size that fits.
+    """Choose the best size that fits the budget.
 
-    The patch is as large as the scans and gives way down to the first of `PATCHES`, then the features do, then the patch again. What
-    is left makes the batch larger. Where the time allows no size `STEPS` steps, the one that makes most steps is taken if it makes
-    `LEAST_STEPS`.
+    The patch starts as large as the scans and shrinks to the first of `PATCHES`; then the features
+    are reduced, then the patch again. Remaining memory and time go into a larger batch. If the time
+    is too short for `STEPS` steps with any size, the size with the most steps is used, provided it
+    makes `LEAST_STEPS`.
 
     Args:
-        shape: the median shape of the training scans on the prepared grid.
-        patch_shape, batch_size: where they are not to be chosen.
-        smallest_patch: a patch that is chosen is no smaller along any axis, unless memory holds no such patch.
+        shape: median shape of the training scans on the prepared grid.
+        patch_shape, batch_size: None to choose them.
+        smallest_patch: minimum length of the chosen patch along each axis, unless no such patch
+            fits into memory.
 
     Raises:
-        VolsegError: not even the smallest fits.
+        VolsegError: even the smallest size does not fit.
     """
     smallest = batch_size or BATCHES[0]
 
     def sizes(limit: int, width: int) -> Iterator[Size]:
-        patches = (
-            [patch_shape] if patch_shape else _patches(shape, spacing_mm, limit, smallest_patch)
-        )
-        for patch in patches:
-            yield _sized(patch, spacing_mm, width, smallest, is_fixed=patch_shape is not None)
+        if patch_shape:
+            yield _sized(patch_shape, spacing_mm, width, smallest, is_fixed=True)
+            return
+        for patch in _patches(shape, spacing_mm, limit, smallest_patch):
+            yield _sized(patch, spacing_mm, width, smallest, is_fixed=False)
 
     least = min(sizes(PATCHES[-1], WIDTHS[-1]), key=lambda size: size.step_flops(channels, outputs))
-    if (
-        not patch_shape
-        and max(smallest_patch) > 1
-        and not _fits_memory(least, budget, channels, outputs)
-    ):
-        return choose_size(
-            shape,
-            spacing_mm,
-            channels=channels,
-            outputs=outputs,
-            n_cases=n_cases,
-            budget=budget,
-            batch_size=batch_size,
-        )
-    if budget.is_least and _fits_memory(least, budget, channels, outputs):
+    if not _fits_memory(least, budget, channels, outputs):
+        if not patch_shape and max(smallest_patch) > 1:
+            return choose_size(
+                shape,
+                spacing_mm,
+                channels=channels,
+                outputs=outputs,
+                n_cases=n_cases,
+                budget=budget,
+                batch_size=batch_size,
+            )
+    elif budget.is_least:
         return least
-    tried = (size for limit in PATCHES for width in WIDTHS for size in sizes(limit, width))
-    found = next((size for size in tried if _fits(size, budget, channels, outputs)), None)
-    if found is None and _fits(least, budget, channels, outputs, steps=LEAST_STEPS):
+    candidates = (size for limit in PATCHES for width in WIDTHS for size in sizes(limit, width))
+    best = next((size for size in candidates if _fits(size, budget, channels, outputs)), None)
+    if best is None and _fits(least, budget, channels, outputs, steps=LEAST_STEPS):
         return least
-    if found is None:
+    if best is None:
         raise VolsegError(
             _too_large(least, budget, channels, outputs),
             fix=_remedy(least, budget, channels, outputs),
@@ -208,28 +207,25 @@ def choose_size(
         )
     if batch_size is None:
         all_voxels = n_cases * math.prod(shape)
-        most = max(
-            smallest,
-            min(BATCHES[1], int(SHARE_PER_BATCH * all_voxels / math.prod(found.patch_shape))),
-        )
-        for batch in range(smallest + 1, most + 1):
-            larger = _sized(found.patch_shape, spacing_mm, found.features[0], batch, is_fixed=True)
+        limit = min(BATCHES[1], int(BATCH_FRACTION * all_voxels / math.prod(best.patch_shape)))
+        for batch in range(smallest + 1, max(smallest, limit) + 1):
+            larger = _sized(best.patch_shape, spacing_mm, best.features[0], batch, is_fixed=True)
             if not _fits(larger, budget, channels, outputs):
                 break
-            found = larger
-    return found
+            best = larger
+    return best
 
 
 def _patches(
     shape: Sequence[float], spacing_mm: Sequence[float], limit: int, smallest: Triple
 ) -> Iterator[Triple]:
-    """Patches from the largest sensible one down to about `limit` voxels: a cube in mm, no longer than the scans.
+    """Yield patches from the largest sensible one down to about `limit` voxels.
 
-    None is smaller than `smallest` along any axis.
+    They are cubes in mm, no longer than the scans and no shorter than `smallest` along any axis.
     """
     median = [max(1.0, float(n)) for n in shape]
     edge = (LARGEST_PATCH * math.prod(spacing_mm)) ** (1 / 3)
-    for _ in range(3):  # what a short axis does not use is for the others
+    for _ in range(3):  # the other axes get what a short axis does not use
         free = [n for n in range(3) if edge / spacing_mm[n] < median[n]]
         if not free:
             break
@@ -239,13 +235,13 @@ def _patches(
         max(min(n, edge / mm), least)
         for n, mm, least in zip(median, spacing_mm, smallest, strict=True)
     ]
-    seen = None
+    previous = None
     while True:
         padded, steps = _padded(patch, spacing_mm)
-        if padded != seen:
+        if padded != previous:
             yield padded
-            seen = padded
-        # The axis that sees most of the scan gives way.
+            previous = padded
+        # Shorten the axis that covers most of the scan.
         free = [n for n in range(3) if padded[n] - steps[n] >= smallest[n]]
         if not free:
             return
@@ -257,7 +253,7 @@ def _patches(
 
 
 def _padded(patch: Sequence[float], spacing_mm: Sequence[float]) -> tuple[Triple, Triple]:
-    """The patch as multiples of what its strides divide by, and these."""
+    """Round the patch up to multiples of its total strides; return both."""
     r, a, s = (max(SMALLEST_EDGE, math.ceil(n)) for n in patch)
     strides, _ = topology((r, a, s), spacing_mm)
     steps = tuple(math.prod(stride[n] for stride in strides) for n in range(3))
@@ -269,7 +265,7 @@ def _sized(
     patch: Triple, spacing_mm: Sequence[float], width: int, batch_size: int, *, is_fixed: bool
 ) -> Size:
     strides, kernels = topology(patch, spacing_mm)
-    if is_fixed:  # a stated patch keeps its shape: no more halvings than it divides by
+    if is_fixed:  # a stated patch keeps its shape, which limits how often it can be halved
         strides, kernels = _dividing(patch, strides, kernels)
     features = tuple(min(MOST_FEATURES, width * 2**level) for level in range(len(strides)))
     return Size(
@@ -297,9 +293,9 @@ def _dividing(
 def _deep_enough(
     strides: list[Triple], kernels: list[Triple]
 ) -> tuple[tuple[Triple, ...], tuple[Triple, ...]]:
-    """At least the levels that the network needs; the last ones do not halve anything where nothing is left to halve."""
-    more = max(0, LEAST_LEVELS - len(strides))
-    return (*strides, *[(1, 1, 1)] * more), (*kernels, *[kernels[-1]] * more)
+    """Append levels without halving until the network has enough levels."""
+    n_added = max(0, LEAST_LEVELS - len(strides))
+    return (*strides, *[(1, 1, 1)] * n_added), (*kernels, *[kernels[-1]] * n_added)
 
 
 def _fits(size: Size, budget: Budget, channels: int, outputs: int, *, steps: int = STEPS) -> bool:
@@ -313,26 +309,27 @@ def _fits_memory(size: Size, budget: Budget, channels: int, outputs: int) -> boo
 
 def _too_large(least: Size, budget: Budget, channels: int, outputs: int) -> str:
     needed = least.training_bytes(channels, outputs, half=budget.half)
-    what = f"{' × '.join(map(str, least.patch_shape))} voxels, batch {least.batch_size}, {least.features[0]} features"
+    patch = f"{' × '.join(map(str, least.patch_shape))} voxels"
+    plan = f"the smallest plan ({patch}, batch {least.batch_size}, {least.features[0]} features)"
     if needed > budget.memory:
-        return f"the smallest plan ({what}) takes {needed / 2**30:.2f} GB, and the budget is {budget.memory / 2**30:.2f} GB"
-    return f"the smallest plan ({what}) makes fewer than {LEAST_STEPS} steps in the time budget"
+        limit = f"the budget is {budget.memory / 2**30:.2f} GB"
+        return f"{plan} takes {needed / 2**30:.2f} GB, and {limit}"
+    return f"{plan} makes fewer than {LEAST_STEPS} steps in the time budget"
 
 
 def _remedy(least: Size, budget: Budget, channels: int, outputs: int) -> str:
     needed = least.training_bytes(channels, outputs, half=budget.half)
+    smaller = "a smaller train.patch_shape or train.batch_size in the recipe"
     if needed > budget.memory:
         enough = math.ceil(needed / 2**30 * 10 + 0.5) / 10
-        return f"give a memory budget of {enough:g}G, or a smaller train.patch_shape or train.batch_size in the recipe"
+        return f"give a memory budget of {enough:g}G, or {smaller}"
     assert budget.flops is not None
-    times = LEAST_STEPS * least.step_flops(channels, outputs) / budget.flops
-    return f"give {times:.1f} times the --time-budget, or a smaller train.patch_shape or train.batch_size in the recipe"
+    factor = LEAST_STEPS * least.step_flops(channels, outputs) / budget.flops
+    return f"give {factor:.1f} times the --time-budget, or {smaller}"
 
 
 def _kernel(mm: Sequence[float], finer: Triple) -> Triple:
-    """Flat along axes that are still too coarse; not again once it was not."""
-    r, a, s = (
-        3 if each < ANISOTROPIC * min(mm) else before
-        for each, before in zip(mm, finer, strict=True)
-    )
+    """Return a kernel that is flat along axes still too coarse, as long as `finer` was flat."""
+    limit = ANISOTROPIC * min(mm)
+    r, a, s = (3 if value < limit else size for value, size in zip(mm, finer, strict=True))
     return r, a, s

@@ -1,4 +1,7 @@
-"""Standard output and error of a command: any text can be printed in any encoding, and a full disk or closed pipe is one error."""
+"""Standard output and error of a command.
+
+Any text can be printed in any encoding; a full disk or a closed pipe is reported as one error.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ from volseg.errors import EnvironmentProblem, VolsegError
 from volseg.inputs import shortened
 
 PLAIN = "volseg.plain"  # name of the error handler
-# What is printed for characters that an encoding lacks; for all others their number, as `\u2603`.
+# Replacements for characters that an encoding lacks; others become an escape such as `\u2603`.
 LOOK_ALIKES = str.maketrans(
     {
         "→": "->",
@@ -40,10 +43,10 @@ LOOK_ALIKES = str.maketrans(
 
 @contextmanager
 def printing() -> Iterator[None]:
-    """Print in this block to streams that take every text; what goes wrong with them is an error of the environment.
+    """Replace standard output and error by streams that accept any text.
 
     Raises:
-        EnvironmentProblem: standard output is closed, or what was printed could not be written.
+        EnvironmentProblem: standard output is closed or cannot be written.
     """
     _open_closed_descriptors()
     streams = sys.stdout, sys.stderr
@@ -70,12 +73,12 @@ def printing() -> Iterator[None]:
 
 
 def takes_unicode() -> bool:
-    """Whether standard output has every character."""
+    """Return whether standard output can encode every character."""
     return str(getattr(sys.stdout, "encoding", "")).lower().replace("-", "").startswith("utf")
 
 
 def one_line(text: str) -> str:
-    """The text with what would break a line, or move the cursor, written as an escape.
+    """Escape what would break the line or move the cursor.
 
     >>> one_line("a.nii\\nb")
     'a.nii\\\\nb'
@@ -88,30 +91,24 @@ def one_line(text: str) -> str:
 
 
 def problem_of(error: OSError | MemoryError) -> VolsegError:
-    """What an error of the system, which nobody expected where it happened, means for the user."""
+    """Turn an unhandled error of the operating system into one for the user."""
     if isinstance(error, MemoryError):
-        text = "the memory of this machine is not enough"
-        return EnvironmentProblem(
-            text, fix="use smaller inputs or a machine with more memory", code="E_RAM"
-        )
-    where = (
-        f"{shortened(os.fsdecode(error.filename), 200)}: "
-        if isinstance(error.filename, str | bytes)
-        else ""
-    )
+        fix = "use smaller inputs or a machine with more memory"
+        return EnvironmentProblem("this machine has too little memory", fix=fix, code="E_RAM")
+    path = error.filename
+    prefix = f"{shortened(os.fsdecode(path), 200)}: " if isinstance(path, str | bytes) else ""
     if error.errno == errno.ENAMETOOLONG:
-        return VolsegError(
-            f"{where}the path is too long for this system", fix="give a shorter path", code="E_PATH"
-        )
+        problem = f"{prefix}the path is too long for this system"
+        return VolsegError(problem, fix="give a shorter path", code="E_PATH")
     return EnvironmentProblem(
-        f"{where}{error.strerror or error}",
+        f"{prefix}{error.strerror or error}",
         fix="check the path, its permissions and the disk",
         code="E_OS",
     )
 
 
 class _Stream:
-    """A text stream whose `write` and `flush` say what to do where they fail."""
+    """A text stream that handles failures of `write` and `flush` itself."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -123,7 +120,7 @@ class _Stream:
 
     def write(self, text: str) -> int:
         if text == "":
-            return 0  # asks only whether this is a stream of text
+            return 0  # only a test whether this is a text stream
         try:
             return self._stream.write(text)
         except OSError as error:
@@ -137,7 +134,7 @@ class _Stream:
             self._failed(error)
 
     def _failed(self, error: OSError) -> None:
-        """Forget what waits to be written: else the interpreter would try again at its end."""
+        """Discard buffered text, which the interpreter would try to write again at exit."""
         with suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
 
@@ -145,20 +142,17 @@ class _Stream:
 class _Output(_Stream):
     def _failed(self, error: OSError) -> NoReturn:
         super()._failed(error)
-        what = (
-            "nobody reads it any more"
-            if error.errno == errno.EPIPE
-            else error.strerror or str(error)
-        )
+        is_closed = error.errno == errno.EPIPE
+        reason = "its reader has closed it" if is_closed else error.strerror or str(error)
         raise EnvironmentProblem(
-            f"stdout cannot be written ({what})",
+            f"stdout cannot be written ({reason})",
             fix="free some space or read all of the output; files in --out are complete",
             code="E_STDOUT",
         ) from error
 
 
 class _Messages(_Stream):
-    """Standard error: a message that cannot be written is no reason to stop the work that it is about."""
+    """Standard error: a message that cannot be written must not stop the work."""
 
 
 def _plain(error: UnicodeError) -> tuple[str | bytes, int]:
@@ -169,13 +163,16 @@ def _plain(error: UnicodeError) -> tuple[str | bytes, int]:
 
 
 def _open_closed_descriptors() -> None:
-    """Open 0, 1 and 2 where they are closed: the next file would get the number, and what libraries print there would be in it."""
+    """Open descriptors 0, 1 and 2 if they are closed.
+
+    Otherwise the next file would get the number, and the output of libraries would end up in it.
+    """
     for descriptor in range(3):
         try:
             os.fstat(descriptor)
         except OSError:
             with suppress(OSError):
-                os.open(os.devnull, os.O_RDWR)  # gets the lowest free number, which is this one
+                os.open(os.devnull, os.O_RDWR)  # takes the lowest free number: this one
 
 
 def _is_surrogate(char: str) -> bool:

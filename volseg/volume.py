@@ -1,4 +1,4 @@
-"""The voxel grid and the scan on it. World coordinates are RAS+ millimetres; nothing here touches the disk."""
+"""The voxel grid and the scan on it, in RAS+ world coordinates (mm), independent of files."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from itertools import product
 
 import numpy as np
 
-WORLD_AXES = {"R": 0, "A": 1, "S": 2}  # the names of canonical axes, in their order
-SLAB_VOXELS = 4_000_000  # looked at together: bounds the temporaries
-SAME_GRID_TOLERANCE_VOXELS = 0.1  # corner displacement up to which two affines name the same grid
+WORLD_AXES = {"R": 0, "A": 1, "S": 2}  # name of each canonical axis → its index
+SLAB_VOXELS = 4_000_000  # processed together, which limits temporary memory
+SAME_GRID_TOLERANCE_VOXELS = 0.1  # smallest corner displacement between different grids
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Geometry:
-    """Where a voxel grid lies in the patient.
+    """The position of a voxel grid in the patient.
 
     Args:
         shape: voxels (I, J, K).
@@ -36,10 +36,10 @@ class Geometry:
         if affine.shape != (4, 4):
             raise ValueError(f"affine must have shape (4, 4), got {affine.shape}")
         if not np.isfinite(affine).all():
-            raise ValueError(f"affine holds values that are not finite:\n{affine}")
+            raise ValueError(f"affine has values that are not finite:\n{affine}")
         if not np.array_equal(affine[3], (0, 0, 0, 1)):
-            raise ValueError(f"the last row of an affine is 0 0 0 1, got {affine[3]}")
-        # A unit-free test: the volume spanned by the normalised axes is 0 when two of them are parallel.
+            raise ValueError(f"the last row of affine must be 0 0 0 1, got {affine[3]}")
+        # Unit-free: the volume spanned by the normalised axes is 0 if two of them are parallel.
         lengths = np.linalg.norm(affine[:3, :3], axis=0)
         if lengths.min() <= 0 or abs(np.linalg.det(affine[:3, :3] / lengths)) < 1e-6:
             raise ValueError(f"affine is singular, so voxels have no volume:\n{affine}")
@@ -55,18 +55,18 @@ class Geometry:
 
     @property
     def voxel_volume_mm3(self) -> float:
-        """|det A₃ₓ₃|: right under rotation, reflection and shear, where the product of header zooms is not."""
+        """|det A₃ₓ₃|: unlike the product of the spacings, exact for sheared grids too."""
         return float(abs(np.linalg.det(self.affine[:3, :3])))
 
     @property
     def axis_codes(self) -> str:
-        """Anatomical direction in which each array axis grows, such as `LPS`."""
+        """Anatomical direction of each array axis, e.g. `LPS`."""
         return "".join(
             "RAS"[world] if sign > 0 else "LPI"[world] for world, sign in self._directions()
         )
 
     def _directions(self) -> list[tuple[int, int]]:
-        """(world axis, sign) for each array axis: the assignment with the largest total |cosine|."""
+        """Return (world axis, sign) of each array axis, maximising the sum of |cosine|."""
         cosines = self.affine[:3, :3] / np.array(self.spacing_mm)
         orders = [order for order in product(range(3), repeat=3) if len(set(order)) == 3]
         best = max(
@@ -76,47 +76,49 @@ class Geometry:
         return [(world, 1 if cosines[world, axis] > 0 else -1) for axis, world in enumerate(best)]
 
     def to_world_mm(self, indices: np.ndarray) -> np.ndarray:
-        """(N, 3) voxel indices → (N, 3) RAS mm."""
+        """Convert (N, 3) voxel indices to (N, 3) RAS mm."""
         return indices @ self.affine[:3, :3].T + self.affine[:3, 3]
 
     def to_index(self, points_mm: np.ndarray) -> np.ndarray:
-        """(N, 3) RAS mm → (N, 3) fractional voxel indices; the inverse of `to_world_mm`."""
+        """Convert (N, 3) RAS mm to (N, 3) fractional voxel indices; inverts `to_world_mm`."""
         return np.linalg.solve(self.affine[:3, :3], (points_mm - self.affine[:3, 3]).T).T
 
     def corner_offset_voxels(self, other: Geometry) -> float:
-        """Largest displacement of a corner voxel between two grids of equal shape, in voxels of this grid."""
+        """Return the largest displacement of a corner voxel, in voxels of this grid.
+
+        The grids must have equal shapes.
+        """
         corners = self._corners()
         return float(np.abs(self.to_index(other.to_world_mm(corners)) - corners).max())
 
     def matches(self, other: Geometry) -> bool:
-        """Same shape, and every corner within 0.1 voxel."""
+        """Check whether the shapes are equal and every corner lies within 0.1 voxel."""
         return not self.difference(other)
 
     def difference(self, other: Geometry) -> str:
-        """How the other grid differs, for an error message; empty where the two match."""
+        """Describe how the other grid differs, for an error message; empty if the two match."""
         offsets = self.to_world_mm(self._corners()) - other.to_world_mm(other._corners())
         mm = float(np.linalg.norm(offsets, axis=1).max())
         if self.shape != other.shape:
-            return f"shape {other.shape} against {self.shape}, a corner is off by {mm:.3g} mm"
+            return f"shape {other.shape} instead of {self.shape}, a corner is off by {mm:.3g} mm"
         voxels = self.corner_offset_voxels(other)
         if voxels < SAME_GRID_TOLERANCE_VOXELS:
             return ""
         return f"a corner is off by {voxels:.3g} voxels ({mm:.3g} mm)"
 
     def share_of(self, other: Geometry) -> float:
-        """How much of the other grid lies within this one, from 0 to 1, to about 2 %."""
-        steps = np.stack(
-            np.meshgrid(*[(np.arange(20) + 0.5) / 20] * 3, indexing="ij"), axis=-1
-        ).reshape(-1, 3)
-        index = self.to_index(other.to_world_mm(steps * other.shape - 0.5))
+        """Estimate the fraction of the other grid inside this one (0 to 1), to about 2 %."""
+        steps = np.meshgrid(*[(np.arange(20) + 0.5) / 20] * 3, indexing="ij")
+        fractions = np.stack(steps, axis=-1).reshape(-1, 3)
+        index = self.to_index(other.to_world_mm(fractions * other.shape - 0.5))
         return float(((index >= -0.5) & (index <= np.array(self.shape) - 0.5)).all(axis=1).mean())
 
     def _corners(self) -> np.ndarray:
-        """(8, 3) indices of the corner voxels."""
+        """Return the (8, 3) indices of the corner voxels."""
         return np.array(list(product(*[(0, n - 1) for n in self.shape])), dtype=np.float64)
 
     def crop(self, box: BoundingBox) -> Geometry:
-        """The grid of the voxels inside the box, at the same place in the patient."""
+        """Return the grid of the voxels inside the box, at the same position in the patient."""
         affine = self.affine.copy()
         affine[:3, 3] = self.to_world_mm(np.array([box.start]))[0]
         return Geometry(box.shape, affine)
@@ -127,11 +129,11 @@ class Volume:
     """A scan or a mask on its grid.
 
     Args:
-        array: (I, J, K) in the dtype in which it was stored.
+        array: (I, J, K), in its stored dtype.
         geometry: its grid; the shapes must agree.
-        slope, intercept: intensity = stored value × slope + intercept, applied only when asked for.
-        sha256: of the bytes of the file, or of both files joined by `+`, as they were when it was read; empty for
-            a volume that was computed.
+        slope, intercept: intensity = stored value × slope + intercept; `intensities` applies them.
+        sha256: hash of the file when it was read (of two files, both hashes joined by `+`); empty
+            for a computed volume.
     """
 
     array: np.ndarray
@@ -142,21 +144,19 @@ class Volume:
 
     def __post_init__(self) -> None:
         if self.array.shape != self.geometry.shape:
-            raise ValueError(
-                f"array has shape {self.array.shape}, its geometry {self.geometry.shape}"
-            )
+            raise ValueError(f"array has shape {self.array.shape}, expected {self.geometry.shape}")
 
     @property
     def is_scaled(self) -> bool:
         return self.slope != 1.0 or self.intercept != 0.0
 
     def intensities(self, stored: np.ndarray | None = None) -> np.ndarray:
-        """Intensities of the stored values (default: all), in float64 if they carry a scale, else as stored."""
+        """Return intensities of stored values (default: all): float64 if scaled, else as stored."""
         values = self.array if stored is None else stored
         return values * np.float64(self.slope) + self.intercept if self.is_scaled else values
 
     def with_array(self, array: np.ndarray) -> Volume:
-        """The same grid with other, unscaled voxels."""
+        """Return a volume on the same grid with other, unscaled voxels."""
         return Volume(array, self.geometry)
 
 
@@ -168,14 +168,10 @@ class BoundingBox:
     stop: tuple[int, int, int]
 
     def __post_init__(self) -> None:
-        if (
-            len(self.start) != 3
-            or len(self.stop) != 3
-            or any(a < 0 or a >= b for a, b in zip(self.start, self.stop))
-        ):
-            raise ValueError(
-                f"a box needs 0 ≤ start < stop on three axes, got {self.start} to {self.stop}"
-            )
+        pairs = list(zip(self.start, self.stop))
+        if not len(self.start) == len(self.stop) == 3 or any(a < 0 or a >= b for a, b in pairs):
+            limits = f"{self.start} to {self.stop}"
+            raise ValueError(f"a box needs 0 ≤ start < stop on three axes, got {limits}")
 
     @classmethod
     def whole(cls, shape: tuple[int, int, int]) -> BoundingBox:
@@ -185,11 +181,14 @@ class BoundingBox:
     def around(
         cls, mask: np.ndarray, margin: tuple[int, int, int] = (0, 0, 0)
     ) -> BoundingBox | None:
-        """Smallest box that holds every non-zero voxel of `mask` (I, J, K) and a margin; None for an empty mask."""
+        """Return the bounding box of the non-zero voxels of `mask` (I, J, K), plus a margin.
+
+        None for an empty mask.
+        """
         start, stop = [], []
         for axis in range(3):
-            others = tuple(other for other in range(3) if other != axis)
-            filled = np.flatnonzero(mask.any(axis=others))
+            other_axes = tuple(other for other in range(3) if other != axis)
+            filled = np.flatnonzero(mask.any(axis=other_axes))
             if filled.size == 0:
                 return None
             start.append(max(0, int(filled[0]) - margin[axis]))
@@ -197,7 +196,7 @@ class BoundingBox:
         return cls((start[0], start[1], start[2]), (stop[0], stop[1], stop[2]))
 
     def intersection(self, other: BoundingBox) -> BoundingBox | None:
-        """The voxels that lie in both; None where none does."""
+        """Return the box of the voxels in both boxes; None if they do not overlap."""
         i, j, k = (max(a, b) for a, b in zip(self.start, other.start))
         i_stop, j_stop, k_stop = (min(a, b) for a, b in zip(self.stop, other.stop))
         if i >= i_stop or j >= j_stop or k >= k_stop:
@@ -216,7 +215,7 @@ class BoundingBox:
 
 
 def slabs_of(array: np.ndarray, voxels: int = SLAB_VOXELS) -> Iterator[tuple[slice, slice, slice]]:
-    """The parts of (I, J, K) along the axis that is slowest in memory: what is made of one of them is not as large as the scan."""
+    """Yield slabs of (I, J, K) along the slowest axis in memory, to limit temporary memory."""
     slow = int(np.argmax(np.abs(array.strides)))
     step = max(1, voxels * array.shape[slow] // max(1, array.size))
     whole = [slice(0, n) for n in array.shape]

@@ -1,13 +1,13 @@
-"""Numbers as people read them."""
+"""Numbers formatted for reading."""
 
 from __future__ import annotations
 
 UNITS = ((86_400.0, "days"), (3600.0, "h"), (60.0, "min"), (1.0, "s"))
-LARGEST = 1.5  # of a unit, under which the next smaller one is used
+MIN_VALUE = 1.5  # below it, the next smaller unit is used
 
 
 def spaced(number: int) -> str:
-    """With a space between thousands.
+    """Format a number with a space between thousands.
 
     >>> spaced(328_562)
     '328 562'
@@ -16,13 +16,13 @@ def spaced(number: int) -> str:
 
 
 def duration(seconds: float) -> str:
-    """In the largest unit of which it is 1.5 or more, with two digits.
+    """Format a duration with two digits, in the largest unit of which it is at least 1.5.
 
     >>> duration(2700), duration(22_000)
     ('45 min', '6.1 h')
     """
     for size, unit in UNITS:
-        if seconds >= LARGEST * size:
+        if seconds >= MIN_VALUE * size:
             value = seconds / size
             return f"{value:.0f} {unit}" if value >= 9.95 else f"{value:.2g} {unit}"
     return "a second"

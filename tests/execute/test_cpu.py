@@ -8,9 +8,11 @@ import pytest
 
 from volseg.execute.cpu import give_back_mapped, physical_cores, untouched_zeros
 
+GROUP, CFS = "sys__fs__cgroup__", "cpu__cpu.cfs_"
+
 
 def machine(root, siblings, **files):
-    """A Linux file system with the given hyperthreads per CPU and further files."""
+    """Make a Linux file system with the given hyperthreads per CPU and further files."""
     for cpu, threads in enumerate(siblings):
         folder = root / f"sys/devices/system/cpu/cpu{cpu}/topology"
         folder.mkdir(parents=True)
@@ -40,40 +42,22 @@ def test_without_a_topology_every_cpu_counts(tmp_path):
         ({"sys__fs__cgroup__cpu.max": "200000 100000"}, 2),
         ({"sys__fs__cgroup__cpu.max": "150000 100000"}, 2),
         ({"sys__fs__cgroup__cpu.max": "max 100000"}, 8),
-        (
-            {
-                "sys__fs__cgroup__job__cpu.max": "300000 100000",
-                "proc__self__cgroup": "0::/job/step",
-            },
-            3,
-        ),
-        (
-            {
-                "sys__fs__cgroup__cpu__cpu.cfs_quota_us": "100000",
-                "sys__fs__cgroup__cpu__cpu.cfs_period_us": "100000",
-            },
-            1,
-        ),
-        (
-            {
-                "sys__fs__cgroup__cpu__cpu.cfs_quota_us": "-1",
-                "sys__fs__cgroup__cpu__cpu.cfs_period_us": "100000",
-            },
-            8,
-        ),
+        ({f"{GROUP}job__cpu.max": "300000 100000", "proc__self__cgroup": "0::/job/step"}, 3),
+        ({f"{GROUP}{CFS}quota_us": "100000", f"{GROUP}{CFS}period_us": "100000"}, 1),
+        ({f"{GROUP}{CFS}quota_us": "-1", f"{GROUP}{CFS}period_us": "100000"}, 8),
     ],
 )
-def test_a_container_is_held_to_its_share(files, cores, tmp_path):
+def test_a_container_limit_lowers_the_number_of_cores(files, cores, tmp_path):
     root = machine(tmp_path, [str(cpu) for cpu in range(8)], **files)
     assert physical_cores(range(8), root) == cores
 
 
-def test_this_machine_has_at_least_one_core_and_no_more_than_it_has_cpus():
+def test_this_machine_has_between_one_core_and_its_number_of_cpus():
     assert 1 <= physical_cores() <= (os.cpu_count() or 1)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-def test_a_mapped_file_gives_its_pages_back_and_is_still_there(tmp_path):
+def test_pages_of_a_mapped_file_are_dropped_and_reloaded(tmp_path):
     path = tmp_path / "wéights of a network.bin"
     np.arange(8 << 20, dtype=np.int32).tofile(path)
     mapped = np.memmap(path, np.int32, mode="r")
@@ -86,7 +70,7 @@ def test_a_mapped_file_gives_its_pages_back_and_is_still_there(tmp_path):
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's malloc")
-def test_large_blocks_are_given_back_when_they_are_freed():
+def test_large_blocks_are_returned_when_freed():
     code = """
 import sys
 from volseg.execute.cpu import give_back_large_blocks
@@ -101,16 +85,13 @@ before = resident_bytes()
 del kept
 print((before - resident_bytes()) >> 20)
 """
-    given = {
-        answer: int(
-            subprocess.run(
-                [sys.executable, "-c", code, answer], check=True, capture_output=True, text=True
-            ).stdout
-        )
-        for answer in ("yes", "no")
-    }
-    assert given["yes"] >= 8 * 31 - 2
-    assert given["no"] < given["yes"] - 100
+    returned_mb = {}
+    for answer in ("yes", "no"):
+        command = [sys.executable, "-c", code, answer]
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
+        returned_mb[answer] = int(done.stdout)
+    assert returned_mb["yes"] >= 8 * 31 - 2
+    assert returned_mb["no"] < returned_mb["yes"] - 100
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's malloc")
@@ -135,14 +116,10 @@ print(*(after - before >> 20 for before, after in zip(held, held[1:])))
     assert 1 <= written <= 4
 
 
-def test_zeros_are_an_array_like_any_other():
+def test_untouched_zeros_are_a_normal_array():
     zeros = untouched_zeros((3, 4, 5), np.uint16)
-    assert (zeros.shape, zeros.dtype, zeros.flags.f_contiguous, zeros.flags.writeable) == (
-        (3, 4, 5),
-        np.uint16,
-        True,
-        True,
-    )
+    assert (zeros.shape, zeros.dtype) == ((3, 4, 5), np.uint16)
+    assert zeros.flags.f_contiguous and zeros.flags.writeable
     assert not zeros.any()
     assert untouched_zeros((0, 4, 5), np.uint8).shape == (0, 4, 5)
     with pytest.raises(MemoryError, match="no room"):
@@ -150,6 +127,6 @@ def test_zeros_are_an_array_like_any_other():
 
 
 def _resident(kind: str) -> int:
-    """kB, of this process."""
+    """Return a kind of resident memory of this process, in kB."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(kind))

@@ -7,7 +7,7 @@ from volseg.errors import EnvironmentProblem, ScanError
 from volseg.execute.local import run, run_overlapped
 
 
-def test_a_failure_is_an_outcome_and_the_others_go_on():
+def test_a_failure_is_an_outcome_and_the_other_items_continue():
     def invert(number):
         if number == 0:
             raise ScanError("zero", fix="another number", code="E_ZERO")
@@ -27,7 +27,7 @@ def test_running_out_of_memory_is_a_failed_case():
     assert outcome.error.code == "E_OOM"
 
 
-def test_what_a_failed_item_had_in_memory_is_gone_before_the_next_one():
+def test_the_memory_of_a_failed_item_is_freed_before_the_next_one():
     class Scan:
         pass
 
@@ -46,12 +46,8 @@ def test_what_a_failed_item_had_in_memory_is_gone_before_the_next_one():
             assert [ref() is None for ref in alive[:-1]] == [True] * (len(alive) - 1)
 
     outcomes = list(run_overlapped(lambda n: n, work, lambda n, value: None, range(4)))
-    assert [outcome.error and outcome.error.code for outcome in outcomes] == [
-        "E_NO",
-        "E_OOM",
-        "E_NO",
-        "E_NO",
-    ]
+    codes = [outcome.error and outcome.error.code for outcome in outcomes]
+    assert codes == ["E_NO", "E_OOM", "E_NO", "E_NO"]
 
 
 def test_a_full_disk_stops_the_batch_and_a_bug_is_an_outcome_with_its_traceback():
@@ -60,14 +56,14 @@ def test_a_full_disk_stops_the_batch_and_a_bug_is_an_outcome_with_its_traceback(
 
     with pytest.raises(EnvironmentProblem):
         list(run(full, [1, 2]))
-    bug, one = run(lambda n: 1 / n, [0, 1])
+    bug, result = run(lambda n: 1 / n, [0, 1])
     assert bug.error is not None
     assert bug.error.code == "E_BUG"
     assert "ZeroDivisionError: division by zero" in bug.error.trace
-    assert one.value == 1
+    assert result.value == 1
 
 
-def test_reading_ahead_and_writing_behind_happen_while_the_work_goes_on():
+def test_reading_ahead_and_writing_behind_happen_during_the_work():
     events = []
     next_is_read, last_may_be_written = Event(), Event()
 
@@ -78,9 +74,9 @@ def test_reading_ahead_and_writing_behind_happen_while_the_work_goes_on():
 
     def work(number, value):
         if number == 1:
-            assert next_is_read.wait(10)  # while this item is worked on
+            assert next_is_read.wait(10)  # during the work on this item
         if number == 2:
-            last_may_be_written.set()  # the first item can only be written while this one is worked on
+            last_may_be_written.set()  # so the first item is written during this work
             assert written.wait(10)
         return value + 1
 
@@ -93,16 +89,12 @@ def test_reading_ahead_and_writing_behind_happen_while_the_work_goes_on():
         events.append((number, value))
 
     outcomes = list(run_overlapped(read, work, write, [1, 2, 3]))
-    assert [(outcome.item, outcome.error) for outcome in outcomes] == [
-        (1, None),
-        (2, None),
-        (3, None),
-    ]
+    assert [(outcome.item, outcome.error) for outcome in outcomes] == [(n, None) for n in (1, 2, 3)]
     assert events == [(1, 11), (2, 21), (3, 31)]
 
 
 @pytest.mark.parametrize("stage", ["read", "work", "write"])
-def test_a_failure_in_any_part_is_that_items_alone(stage):
+def test_a_failure_in_any_part_affects_only_that_item(stage):
     def failing(name):
         def part(number, value=0):
             if name == stage and number == 2:

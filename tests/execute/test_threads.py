@@ -4,7 +4,7 @@ from volseg.execute.threads import AGAIN_SECONDS, Threads
 
 
 class Machine:
-    """Steps whose time depends on the number of threads, and a clock that they move."""
+    """Simulated steps whose time depends on the number of threads, with their own clock."""
 
     def __init__(self, seconds, most, first=None):
         self.now, self.n, self.seconds = 0.0, 0, seconds
@@ -32,7 +32,7 @@ def test_an_idle_machine_gets_all_threads_and_a_busy_one_few(first):
     assert busy.n == 2 and busy.threads.is_settled
 
 
-def test_a_machine_that_gets_busy_or_idle_is_noticed():
+def test_the_number_follows_a_machine_that_becomes_busy_or_idle():
     machine = Machine(lambda n: 1.0 / n, 8)
     machine.run(20)
     assert machine.n == 8
@@ -59,7 +59,7 @@ def test_one_thread_is_never_changed_and_trials_get_rarer():
     assert 3 <= machine.used.count(2) <= 8
 
 
-def test_what_was_measured_of_another_network_is_void():
+def test_measurements_of_another_network_are_discarded():
     machine = Machine(lambda n: 1.0 / n, 2, first=1)
     machine.run(3)
     assert machine.threads.fastest == 1.0

@@ -1,1 +1,1 @@
-"""Where work runs; knows nothing of scans."""
+"""Running work in one process: CPU, memory, threads and time; independent of scans."""

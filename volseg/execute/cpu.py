@@ -1,4 +1,4 @@
-"""Make one process use its CPU well. Called by the workflows, never at import."""
+"""Memory allocation and CPU count of this process. Called by the workflows, never at import."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ import numpy.typing as npt
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -2, -3, -4
 MADV_DONTNEED = 4
 UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
-LARGE_BLOCK = 8 << 20  # bytes, of an array that is worth a call of the kernel
+LARGE_BLOCK = 8 << 20  # bytes; for larger arrays, a call to the kernel pays off
 
 
 def give_back_freed_memory() -> None:
-    """Give the kernel what glibc keeps of freed blocks, so that what the process holds is what it needs."""
+    """Return the freed blocks that glibc keeps to the kernel."""
     if sys.platform.startswith("linux"):
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
         if trim is not None:
@@ -29,9 +29,10 @@ def give_back_freed_memory() -> None:
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep freed blocks for the next layer of a network instead of giving them back to the kernel.
+    """Let glibc keep freed blocks for the next layer of a network.
 
-    A third to a half of an eager forward pass on a CPU is otherwise page faults. Elsewhere than on glibc it does nothing.
+    Otherwise page faults take a third to a half of an eager forward pass on a CPU. Does nothing
+    without glibc.
     """
     if not sys.platform.startswith("linux"):
         return
@@ -44,7 +45,7 @@ def keep_freed_memory() -> None:
 
 
 def give_back_large_blocks() -> None:
-    """Let glibc give each large block back to the kernel as soon as it is freed; by itself it comes to keep those of up to 32 MB."""
+    """Let glibc return large blocks to the kernel when freed; its default keeps up to 32 MB."""
     if sys.platform.startswith("linux"):
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
         if mallopt is not None:
@@ -52,7 +53,7 @@ def give_back_large_blocks() -> None:
 
 
 def give_back_mapped(path: Path) -> None:
-    """Let the kernel drop the pages of a file that is mapped for reading; whoever still asks for them gets them from the file."""
+    """Let the kernel drop the pages of a file mapped for reading; it reloads them on access."""
     if not sys.platform.startswith("linux"):
         return
     madvise = ctypes.CDLL(None).madvise
@@ -64,12 +65,12 @@ def give_back_mapped(path: Path) -> None:
 
 
 def untouched_zeros(shape: tuple[int, ...], dtype: npt.DTypeLike) -> np.ndarray:
-    """Zeros in Fortran order that take memory only where they are written.
+    """Return zeros in Fortran order that take memory only where they are written.
 
-    `np.zeros` writes every one of them where malloc has freed memory to take them from, as after `keep_freed_memory`.
+    `np.zeros` writes all of them if malloc reuses freed memory, as after `keep_freed_memory`.
 
     Raises:
-        MemoryError: there is no room for them.
+        MemoryError: they do not fit into memory.
     """
     dtype, n = np.dtype(dtype), math.prod(shape)
     private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if sys.platform != "win32" else {}
@@ -81,51 +82,43 @@ def untouched_zeros(shape: tuple[int, ...], dtype: npt.DTypeLike) -> np.ndarray:
 
 
 def physical_cores(cpus: Iterable[int] | None = None, root: Path = Path("/")) -> int:
-    """Cores that this process may use, at least 1: two hyperthreads share one set of arithmetic units and count once.
+    """Count the physical cores that this process may use, at least 1.
+
+    Two hyperthreads share their arithmetic units and count as one. A CPU limit of a container
+    (cgroup) lowers the number, since more threads would only wait for each other.
 
     Args:
         cpus: logical CPUs; None for those on which this process may run.
         root: where `sys` and `proc` are mounted. Without them (not Linux) every logical CPU counts.
-
-    A container's limit of CPU time (cgroup) lowers the number: more threads than that only wait for each other.
     """
     if cpus is None:
-        cpus = (
-            os.sched_getaffinity(0)
-            if hasattr(os, "sched_getaffinity")
-            else range(os.cpu_count() or 1)
-        )
-    topology = root / "sys/devices/system/cpu"
-    cores = {
-        _read(topology / f"cpu{cpu}/topology/thread_siblings_list") or str(cpu) for cpu in cpus
-    }
+        has_affinity = hasattr(os, "sched_getaffinity")
+        cpus = os.sched_getaffinity(0) if has_affinity else range(os.cpu_count() or 1)
+    folder, file = root / "sys/devices/system/cpu", "topology/thread_siblings_list"
+    cores = {_read(folder / f"cpu{cpu}" / file) or str(cpu) for cpu in cpus}
     return max(1, min([len(cores), *(math.ceil(limit) for limit in _cpu_limits(root))]))
 
 
 def idle_cores() -> int:
-    """Cores that other programs leave to this process, at least 1, by the load of the last minute."""
+    """Estimate the cores that are idle, at least 1, from the load of the last minute."""
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
-    return max(
-        1, round(physical_cores() - max(0.0, load - 1))
-    )  # one of those that run is this process
+    others = max(0.0, load - 1)  # one of the running processes is this one
+    return max(1, round(physical_cores() - others))
 
 
 def total_memory(root: Path = Path("/")) -> int:
-    """Bytes of main memory that this process may use: the machine's, or what its control group allows."""
-    lines = dict(
-        line.split(":", 1) for line in _read(root / "proc/meminfo").splitlines() if ":" in line
-    )
-    found = [int(lines["MemTotal"].split()[0]) * 1024] if "MemTotal" in lines else []
-    folders = [folder / "memory.max" for folder in _groups(root)]
-    texts = [
-        _read(path) for path in (*folders, root / "sys/fs/cgroup/memory/memory.limit_in_bytes")
-    ]
-    found += [int(text) for text in texts if text.isdigit()]
-    return min(found) if found else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    """Return the bytes of main memory that the machine has or the control group allows."""
+    meminfo = _read(root / "proc/meminfo").splitlines()
+    lines = dict(line.split(":", 1) for line in meminfo if ":" in line)
+    limits = [int(lines["MemTotal"].split()[0]) * 1024] if "MemTotal" in lines else []
+    paths = [folder / "memory.max" for folder in _groups(root)]
+    paths.append(root / "sys/fs/cgroup/memory/memory.limit_in_bytes")
+    limits += [int(text) for text in map(_read, paths) if text.isdigit()]
+    return min(limits) if limits else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def resident_bytes() -> int:
-    """Memory that this process holds now; its largest so far where the system does not tell."""
+    """Return the resident memory of this process; its peak if the system does not report it."""
     try:
         pages = int(Path("/proc/self/statm").read_text().split()[1])
         return pages * os.sysconf("SC_PAGE_SIZE")
@@ -137,15 +130,15 @@ def resident_bytes() -> int:
 
 
 def enough_bytes(size: int) -> str:
-    """A round amount over this one, as the options take it."""
+    """Format a slightly larger, rounded amount of memory in the syntax of `parse_bytes`."""
     return f"{math.ceil(size / 2**30 * 10 + 0.5) / 10:g}G"
 
 
 def parse_bytes(text: str) -> int:
-    """`4G`, `500M`, `1.5g` or a number of bytes.
+    """Parse `4G`, `500M`, `1.5g` or a number of bytes.
 
     Raises:
-        ValueError: none of these.
+        ValueError: the text is none of these.
 
     >>> parse_bytes("1.5G")
     1610612736
@@ -153,38 +146,31 @@ def parse_bytes(text: str) -> int:
     unit = text[-1:].upper()
     number = float(text[:-1]) * UNITS[unit] if unit in UNITS else float(text)
     if not 0 < number < math.inf:
-        raise ValueError(f"{text} is not an amount of memory")
+        raise ValueError(f"an amount of memory must be finite and > 0, got {text}")
     return round(number)
 
 
 def _groups(root: Path) -> Iterator[Path]:
-    """Folders of the control groups of this process, innermost first."""
+    """Yield the folders of the control groups of this process, innermost first."""
     groups = root / "sys/fs/cgroup"
-    own = next(
-        (
-            line[3:]
-            for line in _read(root / "proc/self/cgroup").splitlines()
-            if line.startswith("0::")
-        ),
-        "/",
-    )
-    folder = groups / own.strip("/")
+    lines = _read(root / "proc/self/cgroup").splitlines()
+    group = next((line[3:] for line in lines if line.startswith("0::")), "/")
+    folder = groups / group.strip("/")
     while folder.is_relative_to(groups):
         yield folder
         folder = folder.parent
 
 
 def _cpu_limits(root: Path) -> Iterator[float]:
-    """CPUs' worth of time per second that the control groups of this process allow, innermost group first."""
+    """Yield the CPU limit of each control group of this process, in CPUs, innermost first."""
     for folder in _groups(root):
         quota, _, period = _read(folder / "cpu.max").partition(" ")
         if quota.isdigit() and period.isdigit():
             yield int(quota) / int(period)
-    groups = root / "sys/fs/cgroup"
-    quota, period = (
-        _read(groups / f"cpu/cpu.cfs_{name}_us") for name in ("quota", "period")
-    )  # control groups v1
-    if quota.isdigit() and period.isdigit():  # -1 is no limit
+    # Control groups v1
+    folder = root / "sys/fs/cgroup/cpu"
+    quota, period = (_read(folder / f"cpu.cfs_{name}_us") for name in ("quota", "period"))
+    if quota.isdigit() and period.isdigit():  # -1 means no limit
         yield int(quota) / int(period)
 
 
@@ -196,6 +182,9 @@ def _read(path: Path) -> str:
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether an error says that memory is full: that of the machine, or of a GPU, which torch and OpenVINO say in words."""
+    """Check whether an error means that the machine or a GPU is out of memory.
+
+    torch and OpenVINO raise generic errors, so their messages are searched.
+    """
     words = ("out of memory", "not enough memory", "allocate memory", "bad_alloc")
     return isinstance(error, MemoryError) or any(word in str(error) for word in words)

@@ -1,4 +1,4 @@
-"""One process: every item in turn, files read and written beside the work; a failure is an outcome and not a crash."""
+"""Running a batch in one process: a failed item is an outcome, not a crash."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Read = TypeVar("Read")
 
 @dataclass(frozen=True, slots=True)
 class Outcome(Generic[Item, Value]):
-    """`value`, or the `error` that kept `item` from having one."""
+    """The `value` computed for `item`, or the `error` that prevented it."""
 
     item: Item
     value: Value | None = None
@@ -26,10 +26,10 @@ class Outcome(Generic[Item, Value]):
 
 
 def run(task: Callable[[Item], Value], items: Iterable[Item]) -> Iterator[Outcome[Item, Value]]:
-    """Outcomes in the order of the items, each as soon as it is there.
+    """Yield the outcome of each item, in order, as soon as it is computed.
 
     Raises:
-        EnvironmentProblem: a full disk stops the batch, since every other item would meet it too.
+        EnvironmentProblem: e.g. a full disk, which would affect all other items too.
     """
     for item in items:
         yield _outcome(item, lambda item=item: task(item))
@@ -43,12 +43,12 @@ def run_overlapped(
     *,
     ahead: bool = True,
 ) -> Iterator[Outcome[Item, None]]:
-    """As `run`, for a task in three parts: the next item is read and the last one written while one is worked on.
+    """Run a task in three parts: read the next item and write the last one during the work on one.
 
-    So memory holds three items that were read and the results of two at most; without `ahead` one of each.
+    Memory then holds at most three items and two results; without `ahead`, one of each.
 
     Raises:
-        EnvironmentProblem: as `run`; what was worked on before is written first.
+        EnvironmentProblem: as for `run`; earlier results are written first.
     """
     if not ahead:
         yield from run(lambda item: write(item, work(item, read(item))), items)
@@ -65,15 +65,9 @@ def run_overlapped(
             was_read = started.result()
             following = _begin(reader, read, waiting)
             worked = _after(was_read, lambda value, item=item: work(item, value))
-            earlier, last = (
-                last,
-                writer.submit(_after, worked, lambda value, item=item: write(item, value)),
-            )
-            del (
-                was_read,
-                worked,
-                started,
-            )  # the writer alone holds them now, and only until they are written
+            earlier = last
+            last = writer.submit(_after, worked, lambda value, item=item: write(item, value))
+            del was_read, worked, started  # so that memory is freed once they are written
             if earlier is not None:
                 yield earlier.result()
         if last is not None:
@@ -89,14 +83,14 @@ def _begin(
 
 
 def _after(outcome: Outcome[Item, Read], task: Callable[[Read], Value]) -> Outcome[Item, Value]:
-    """The next part of an item's task, unless a part before it failed."""
+    """Run the next part of an item's task, unless an earlier part failed."""
     if outcome.error is not None:
         return Outcome(outcome.item, error=outcome.error)
     return _outcome(outcome.item, lambda: task(cast(Read, outcome.value)))
 
 
 def _outcome(item: Item, task: Callable[[], Value]) -> Outcome[Item, Value]:
-    """What the task gives, or the error that the user can repair."""
+    """Run a task; return its value, or the error for the user."""
     try:
         return Outcome(item, value=task())
     except EnvironmentProblem:
@@ -104,23 +98,19 @@ def _outcome(item: Item, task: Callable[[], Value]) -> Outcome[Item, Value]:
     except VolsegError as error:
         return Outcome(item, error=_without_frames(error))
     except Exception as error:
-        if not is_out_of_memory(error):  # a bug, met by this item and maybe by no other
+        if not is_out_of_memory(error):  # a bug, which other items may not run into
             return Outcome(item, error=UnexpectedError(error))
-        said = str(error).strip().splitlines() or ["MemoryError"]
-        problem = VolsegError(
-            f"not enough memory ({said[-1]})",
-            fix="use --device cpu"
-            if "CUDA" in str(error)
-            else "close other programs or use a larger machine",
-            code="E_OOM",
-        )
+        lines = str(error).strip().splitlines() or ["MemoryError"]
+        is_gpu = "CUDA" in str(error)
+        fix = "use --device cpu" if is_gpu else "close other programs or use a larger machine"
+        problem = VolsegError(f"not enough memory ({lines[-1]})", fix=fix, code="E_OOM")
         return Outcome(item, error=problem)
 
 
 def _without_frames(error: VolsegError) -> VolsegError:
-    """The error alone: the frames in which it was raised hold a scan and all that was made of it, and the next scans want their memory."""
-    each: BaseException | None = error
-    while each is not None:
-        each.__traceback__ = None
-        each = each.__cause__ or each.__context__
+    """Drop the tracebacks of an error, whose frames would keep a scan and its results in memory."""
+    cause: BaseException | None = error
+    while cause is not None:
+        cause.__traceback__ = None
+        cause = cause.__cause__ or cause.__context__
     return error

@@ -1,4 +1,4 @@
-"""Peaks of main memory: announced before the work that takes them, or refused where a budget is too small."""
+"""Peak memory: announced before the work, which is refused if the budget is too small."""
 
 from __future__ import annotations
 
@@ -13,15 +13,13 @@ from volseg.execute.cpu import (
     resident_bytes,
 )
 
-LIBRARIES = 110 << 20  # bytes of those that are imported when they are needed
-PROCESS_GROWTH = (
-    1.1  # steps in which what a process holds is counted, so that not every case is announced
-)
+LIBRARIES = 110 << 20  # bytes of libraries that are imported when needed
+PROCESS_GROWTH = 1.1  # steps in which process memory is counted, to announce fewer changes
 
 
 @dataclass(frozen=True, slots=True)
 class Peak:
-    """Bytes at the peak of a piece of work, by what they are for."""
+    """Peak memory of a piece of work in bytes, by purpose."""
 
     parts: Mapping[str, int]
 
@@ -30,20 +28,23 @@ class Peak:
         return sum(self.parts.values())
 
     def __str__(self) -> str:
-        listed = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in self.parts.items())
-        return f"{self.total / 2**30:.2f} GB ({listed})"
+        parts = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in self.parts.items())
+        return f"{self.total / 2**30:.2f} GB ({parts})"
 
 
 def announcement(peak: object, name: str) -> str:
-    """A line for the user: what the largest case takes."""
+    """Format a line for the user: the memory that the largest case takes."""
     return f"memory: at most {peak}, for {name}"
 
 
 def over_budget(problem: str, max_ram: int, *, enough: int, otherwise: str) -> ScanError:
-    """The refusal of work that does not fit.
+    """Return the error for work that does not fit.
 
     Args:
-        problem: what takes how much. max_ram: bytes of the budget. enough: bytes that would do. otherwise: what else to do.
+        problem: the work and the memory it takes.
+        max_ram: budget in bytes.
+        enough: bytes that would be enough.
+        otherwise: an alternative to more memory.
     """
     return ScanError(
         f"{problem}, and the budget is {max_ram / 2**30:.2f} GB",
@@ -53,12 +54,13 @@ def over_budget(problem: str, max_ram: int, *, enough: int, otherwise: str) -> S
 
 
 class Budget:
-    """What the cases of a batch may take one after another, and what was announced of it.
+    """The memory budget of a batch whose cases run one after another.
 
     Args:
         max_ram: bytes of main memory; None for no limit.
-        what: the work on a case, such as `measuring this mask`. otherwise: what to do where it takes too much.
-        libraries: bytes of those that are imported meanwhile.
+        what: the work on a case, e.g. `measuring this mask`.
+        otherwise: an alternative if a case takes too much.
+        libraries: bytes of libraries that will be imported.
     """
 
     def __init__(
@@ -79,17 +81,17 @@ class Budget:
 
     @property
     def process(self) -> int:
-        """Bytes for the process before the next case: its libraries, also those that it will import, and rows of the cases before."""
+        """Bytes of the process before the next case, including libraries and earlier rows."""
         give_back_freed_memory()
         while self._process < resident_bytes():
             self._process = round(PROCESS_GROWTH * self._process)
         return self._process
 
     def refusal(self, peak: Peak, *, enough: int | None = None) -> ScanError | None:
-        """Why a case is not begun; None if it fits.
+        """Return why a case is not started; None if it fits.
 
         Args:
-            enough: bytes that would do, where they are more than this peak.
+            enough: bytes that would be enough, if more than this peak.
         """
         if self.max_ram is None or peak.total <= self.max_ram:
             return None
@@ -99,13 +101,13 @@ class Budget:
         )
 
     def announce(self, peak: Peak, name: str) -> None:
-        """Tell the user, unless as much was announced before."""
+        """Announce a peak to the user, unless a larger one was announced before."""
         if peak.total > self._announced:
             self._announced = peak.total
             self._announce(announcement(peak, name))
 
     def refused(self, peaks: Mapping[str, Peak]) -> dict[str, ScanError]:
-        """The cases that do not fit, and why; announces the largest of the others."""
+        """Return an error for each case that does not fit; announce the largest of the others."""
         refusals = {
             name: refusal
             for name, peak in peaks.items()

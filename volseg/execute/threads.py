@@ -1,4 +1,4 @@
-"""How many threads are fastest on a CPU that others may use as well."""
+"""Search for the fastest number of threads on a CPU shared with other programs."""
 
 from __future__ import annotations
 
@@ -7,22 +7,22 @@ import statistics
 import time
 from collections.abc import Callable
 
-COUNTED = 2  # steps of each number of threads, after a first one that is not counted
-AGAIN_SECONDS = 30.0  # after which the numbers next to the best one are tried again, and twice as long after each time
-MUCH_SLOWER = 3.0  # times the seconds of the best number, after which one step of another is enough
+TIMED_STEPS = 2  # per number of threads, after a first one that is ignored
+AGAIN_SECONDS = 30.0  # until the neighbours of the best number are retried; doubles each time
+MUCH_SLOWER = 3.0  # times the best: then one step of a number of threads is enough
 
 
 class Threads:
-    """Finds the number of threads with which a step takes least time, and looks again from time to time.
+    """A search for the number of threads with the shortest step, repeated from time to time.
 
-    Threads that share the work of a step wait for the slowest of them. Where other programs use the same cores, that one
-    may not run for many milliseconds at each of hundreds of waits, and two threads can be ten times slower than one.
+    Threads wait for the slowest of them hundreds of times per step. If other programs use the same
+    cores, each wait may last many milliseconds, and two threads can be ten times slower than one.
 
     Args:
-        most: threads at most.
-        apply: sets the number.
-        first: with which it begins; None for `most`.
-        clock: gives the time in seconds.
+        most: maximum number of threads.
+        apply: sets the number of threads.
+        first: number to start with; None for `most`.
+        clock: returns the time in seconds.
     """
 
     def __init__(
@@ -35,24 +35,24 @@ class Threads:
     ) -> None:
         self._most, self._apply, self._clock = most, apply, clock
         self._wait = AGAIN_SECONDS
-        self._seconds: dict[int, float] = {}  # number of threads → seconds per step, of this round
+        self._seconds: dict[int, float] = {}  # threads → seconds per step, in this round
         self.is_settled = most == 1
         self._settled_at = clock()
         self._change(most if first is None else first)
 
     @property
     def fastest(self) -> float:
-        """Seconds of a step with the best number of a round of trials that is not over; infinite where there is none."""
+        """Fastest seconds per step in the current round of trials; infinite without one."""
         return math.inf if self.is_settled else min(self._seconds.values(), default=math.inf)
 
     def begin(self) -> None:
-        """Say that the steps from now on are of another network: what was measured in a round begun before is void."""
+        """Start timing another network: discard the measurements of an unfinished round."""
         if not self.is_settled:
             self._change(min(self._seconds, key=lambda n: self._seconds[n], default=self.n))
             self._seconds = {}
 
     def took(self, seconds: float) -> None:
-        """Say how long the last step took; the number for the next one is set."""
+        """Record how long the last step took; set the number of threads for the next one."""
         if self._most == 1:
             return
         if self.is_settled:
@@ -62,7 +62,7 @@ class Threads:
             return
         self._timed.append(seconds)
         is_slow = seconds > MUCH_SLOWER * min(self._seconds.values(), default=math.inf)
-        if len(self._timed) <= COUNTED and not is_slow:
+        if len(self._timed) <= TIMED_STEPS and not is_slow:
             return
         self._seconds[self.n] = statistics.median(self._timed[1:] or self._timed)
         best = min(self._seconds, key=lambda n: self._seconds[n])
