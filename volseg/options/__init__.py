@@ -1,6 +1,13 @@
 """The settings of each command, declared once."""
 
-from volseg.options.declare import Announce, Options, Progress, command, ignore_progress, ignore_text
+from volseg.options.declare import (
+    Announce,
+    Options,
+    Progress,
+    command,
+    ignore_progress,
+    ignore_text,
+)
 from volseg.options.inference import InferOptions, ReportOptions
 from volseg.options.measurement import CompareOptions, EvaluateOptions, MeasureOptions
 from volseg.options.training import (

@@ -1,0 +1,247 @@
+"""What a command prints when it is done."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from functools import singledispatch
+from typing import Any
+
+import typer
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Table
+
+from volseg import reports
+from volseg.terminal import one_line, takes_unicode
+
+
+@singledispatch
+def show(report: reports.RunReport) -> None:
+    """Print the report of a command as text."""
+    raise NotImplementedError(type(report).__name__)
+
+
+@show.register
+def _(report: reports.CasesReport) -> None:
+    typer.echo(f"{len(report.done)} done{_kept(report)}, {len(report.failed)} failed")
+    if report.computed_with:
+        backend, precision = report.computed_with["backend"], report.computed_with["precision"]
+        typer.echo(f"computed with: {backend}, {precision}")
+    if report.objects == "components":
+        typer.echo("lesions: connected components of each label, 26 neighbours, 1 = largest")
+    else:
+        typer.echo("lesions: one per mask value, in ascending order")
+    pages = ("report.html",) if report.pages else ()
+    for name in ("lesions.csv", "cases.csv", *pages):
+        typer.echo(f"  {report.out / name}")
+
+
+@show.register
+def _(report: reports.PreprocessReport) -> None:
+    fingerprint = report.fingerprint
+    spacing = " × ".join(f"{value:g}" for value in fingerprint["median_spacing_mm"])
+    shape = " × ".join(str(value) for value in fingerprint["median_shape"])
+    target = " × ".join(f"{value:g}" for value in fingerprint["resampled_to_mm"])
+    typer.echo(
+        f"{fingerprint['n_cases']} training cases; median spacing {spacing} mm, "
+        f"median shape {shape} (R × A × S)"
+    )
+    for channel, values in fingerprint["foreground"].items():
+        text = (
+            f"{channel} in labelled voxels: mean {values['mean']:.4g}, "
+            f"standard deviation {values['sd']:.4g}, "
+            f"0.5 to 99.5 percentile {values['p00_5']:.4g} to {values['p99_5']:.4g}"
+        )
+        typer.echo(one_line(text))
+    voxels = ", ".join(f"{label}: {count}" for label, count in fingerprint["label_voxels"].items())
+    typer.echo(one_line(f"voxels per label: {voxels}; resampled to {target} mm"))
+    typer.echo(f"{len(report.done)} prepared{_kept(report)} → {report.out}")
+
+
+@show.register
+def _(report: reports.PlanReport) -> None:
+    table = Table("setting", "value", "why")
+    for line in report.plan["lines"]:
+        table.add_row(*(one_line(line[name]) for name in ("setting", "value", "reason")))
+    print_table(table)
+    if report.is_written:
+        typer.echo(f"plan → {report.out}")
+
+
+@show.register
+def _(report: reports.TrainReport) -> None:
+    if report.preview:
+        typer.echo(f"augmented patches with their masks → {report.preview}")
+        return
+    for name, value in report.metrics.items():
+        typer.echo(f"{name}: {value}")
+    typer.echo(f"model → {report.out}")
+
+
+@show.register
+def _(report: reports.QuantiseReport) -> None:
+    dice, seconds = report.validation["dice"], report.seconds_per_patch
+    headings = (one_line(f"Dice {label}") for label in dice)
+    table = Table("precision", *headings, "s per patch", "× as fast")
+    for name in seconds:
+        scores = (
+            ""
+            if values[name] is None
+            else f"{values[name]:.4f} ({values[name] - values['fp32']:+.4f})"
+            for values in dice.values()
+        )
+        speed = f"{seconds['fp32'] / seconds[name]:.1f}"
+        table.add_row(name, *scores, f"{seconds[name]:.3g}", speed)
+    print_table(table)
+    typer.echo(f"mean over {report.validation['cases']} validation cases; seconds on this machine")
+    typer.echo(f"int8 network → {report.out}; use it with `volseg infer --precision int8`")
+
+
+@show.register
+def _(report: reports.ImportReport) -> None:
+    for name, value in report.model.items():
+        typer.echo(one_line(f"{name}: {value}"))
+    typer.echo(f"model → {report.out}")
+
+
+@show.register
+def _(report: reports.PagesReport) -> None:
+    typer.echo(f"{len(report.done)} pages written → {report.page}")
+
+
+@show.register
+def _(report: reports.EvaluateReport) -> None:
+    shown = {  # column of evaluation.csv → its heading and the decimals of an interval
+        "dice": ("Dice", 2),
+        "hd95_mm": ("HD95 mm", 1),
+        "nsd_1mm": ("NSD 1 mm", 2),
+        "nsd_2mm": ("NSD 2 mm", 2),
+        "volume_error_ml": ("volume mL", 1),
+    }
+    headings = ["label", *(heading for heading, _ in shown.values()), "lesion F1"]
+    table = Table(*headings, box=SIMPLE, padding=(0, 1, 0, 0))
+    labels = report.summary["labels"].values()
+    for label in labels:
+        cells = [
+            _mean_and_interval(label["metrics"][name], decimals)
+            for name, (_, decimals) in shown.items()
+        ]
+        heading = f"{one_line(label['name'])}\nn = {label['n']}"
+        table.add_row(heading, *cells, _mean_and_interval(label["detection"]["f1"], 2))
+    print_table(table)
+    typer.echo(
+        f"means with 95 % intervals over {report.summary['n_patients']} patients "
+        f"({report.summary['patients']}); volume mL: predicted − reference"
+    )
+    for reason in _reasons_without_interval(labels, shown):
+        typer.echo(f"(none): no interval; {reason}")
+    n_missed = {label["name"]: label["n_missed"] for label in labels if label["n_missed"]}
+    for name, n in n_missed.items():
+        announce(f"{name}: missed in {n} cases, which have no HD95")
+    missing = report.summary["not_predicted"]
+    if missing:
+        announce(f"{len(missing)} reference masks have no prediction, such as {missing[0]}")
+    for name, content in (
+        ("evaluation.csv", "a row per case and label"),
+        ("detections.csv", "a row per lesion"),
+        ("summary.json", "every mean, interval and limit of agreement"),
+        ("agreement.png", "Bland-Altman and correlation of volumes"),
+        ("froc.png", "sensitivity against false positives per scan"),
+    ):
+        if (report.out / name).is_file():
+            typer.echo(f"{content} → {report.out / name}")
+
+
+@show.register
+def _(report: reports.CompareReport) -> None:
+    statuses = ("new", "gone", "merged", "split")
+    headings = ("patient", "response", "sum %", *statuses, "volume %")
+    table = Table(*headings, title="RECIST 1.1")
+    for row in report.patients:
+        if row["status"] != "done":
+            continue
+        counts = (str(row[f"n_{status}"]) for status in statuses)
+        sums, volume = (
+            "" if row[name] is None else f"{row[name]:+.1f}"
+            for name in ("change_sum_percent", "change_volume_percent")
+        )
+        table.add_row(one_line(row["patient"]), row["response"] or "", sums, *counts, volume)
+    print_table(table)
+    typer.echo("sum: of the target diameters; response.csv has the deciding rule for each patient")
+    for patient, reason in report.unpaired.items():
+        typer.echo(f"unpaired: {patient}: {reason}", err=True)
+    typer.echo(
+        f"{len(report.done)} compared{_kept(report)}, {len(report.failed)} failed, "
+        f"{len(report.unpaired)} without a partner"
+    )
+    for name in ("comparison.csv", "response.csv", "report.html"):
+        typer.echo(f"  {report.out / name}")
+
+
+def _kept(report: reports.RunReport) -> str:
+    return f", {len(report.kept)} already complete" if report.kept else ""
+
+
+def _mean_and_interval(metric: Mapping[str, Any], decimals: int) -> str:
+    """Format a mean above its interval; an unknown mean is empty."""
+    if metric["mean"] is None:
+        return ""
+    if metric["mean_95"] is None:
+        interval = "(none)"
+    else:
+        interval = "({:.{d}f}, {:.{d}f})".format(*metric["mean_95"], d=decimals)
+    return f"{metric['mean']:.{decimals + 1}f}\n{interval}"
+
+
+def _reasons_without_interval(
+    labels: Iterable[Mapping[str, Any]], metrics: Iterable[str]
+) -> list[str]:
+    """Return the distinct reasons why means of the table have no interval."""
+    means = [
+        mean
+        for label in labels
+        for mean in (*(label["metrics"][name] for name in metrics), label["detection"]["f1"])
+    ]
+    return sorted({mean["no_mean_95"] for mean in means if mean["mean"] is not None} - {""})
+
+
+def show_problems(path: Any, problems: list[dict[str, str]], n_errors: int) -> None:
+    for problem in problems:
+        fix = f"; to fix: {problem['fix']}" if problem["fix"] else ""
+        line = f"{problem['where']}: [{problem['code']}] {problem['problem']}{fix}"
+        typer.echo(one_line(line))
+    count = f"{n_errors} problem{'s' * (n_errors != 1)}" if problems else "no problem"
+    typer.echo(one_line(f"{path}: {count} found"))
+
+
+def show_columns(tables: Mapping[str, Iterable[Any]]) -> None:
+    for name, lines in tables.items():
+        table = Table("column", "unit", "meaning", "source", title=name, title_justify="left")
+        for line in lines:
+            table.add_row(*line)
+        print_table(table)
+
+
+def show_checks(checks: Iterable[Any]) -> None:
+    table = Table("body", "measure", "expected", "±", "measured", "")
+    n, n_passed = 0, 0
+    for check in checks:
+        numbers = (f"{value:.6g}" for value in (check.expected, check.tolerance, check.found))
+        table.add_row(check.body, check.measure, *numbers, "pass" if check.is_passed else "FAIL")
+        n, n_passed = n + 1, n_passed + check.is_passed
+    print_table(table)
+    typer.echo(f"{n_passed} of {n} numbers are within their tolerance")
+
+
+def print_table(table: Table) -> None:
+    """Print a table of plain text, as a label may be named `[/b]` or `:x:`."""
+    Console(markup=False, emoji=False).print(table)
+
+
+def announce(text: str) -> None:
+    typer.echo(one_line(text), err=True)
+
+
+def print_json(content: Any) -> None:
+    typer.echo(json.dumps(content, ensure_ascii=not takes_unicode()))
