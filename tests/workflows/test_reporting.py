@@ -234,7 +234,7 @@ def test_results_and_comparisons_do_not_overwrite_each_other(cases, tmp_path):
         )
     with pytest.raises(VolsegError, match="holds a comparison"):
         volseg.measure(cases=cases, out=tmp_path / "compared", intensity_unit="HU")
-    with pytest.raises(VolsegError, match="is no results folder"):
+    with pytest.raises(VolsegError, match="is not a results folder"):
         volseg.report(tmp_path / "compared")
     assert {path: path.read_bytes() for path in before} == before
 
@@ -282,11 +282,11 @@ def test_where_a_scan_is_gone_or_changed_the_earlier_page_stays_and_it_is_said(c
     assert (out / "viewer" / "a.html").read_bytes() == before
     page = (out / "report.html").read_text(encoding="utf-8")
     assert (
-        "The page of a could not be made again: its scan a.nii.gz is no longer where it was; the earlier page stays."
+        "The page of a could not be rebuilt: its scan a.nii.gz was moved or deleted; the earlier page stays."
         in page
     )
     assert (
-        "The page of c could not be made again: its scan c.nii.gz has changed since, so it has no page."
+        "The page of c could not be rebuilt: its scan c.nii.gz has changed since, so it has no page."
         in page
     )
     assert list(report.details["warnings"]) == [
@@ -295,7 +295,7 @@ def test_where_a_scan_is_gone_or_changed_the_earlier_page_stays_and_it_is_said(c
 
 
 def test_only_a_results_folder_has_a_report(tmp_path):
-    with pytest.raises(VolsegError, match="is no results folder"):
+    with pytest.raises(VolsegError, match="is not a results folder"):
         volseg.report(tmp_path / "nowhere")
     assert not (tmp_path / "nowhere").exists()
 
