@@ -168,7 +168,7 @@ def test_label_names_come_from_json_either_way_round_or_csv(tmp_path):
     for name in ("a.json", "b.json", "c.csv"):
         assert read_label_names(tmp_path / name) == {1: "spleen", 12: "aorta"}
     (tmp_path / "d.csv").write_text("value,title\n1,spleen\n")
-    with pytest.raises(VolsegError, match=r"d\.csv: not a list of label names"):
+    with pytest.raises(VolsegError, match=r"d\.csv: is not a list of label names"):
         read_label_names(tmp_path / "d.csv")
 
 
@@ -182,7 +182,7 @@ def test_label_names_of_a_csv_may_hold_what_other_readers_split_on(tmp_path):
     assert read_label_names(tmp_path / "plain.csv") == {2: "c\u2028d", 3: "e\x0bf\x85g"}
     (tmp_path / "excel.csv").write_bytes("\ufefflabel;name\r1;Milz, groß\r".encode())
     assert read_label_names(tmp_path / "excel.csv") == {1: "Milz, groß"}
-    with pytest.raises(VolsegError, match=r"none\.csv: not a list of label names"):
+    with pytest.raises(VolsegError, match=r"none\.csv: is not a list of label names"):
         read_label_names(tmp_path / "none.csv")
 
 
@@ -227,7 +227,9 @@ def test_two_folders_are_paired_by_name(pair, tmp_path):
     assert report.details["warnings"] == []
     (masks / "c.nii.gz").write_bytes(mask.read_bytes())
     report = volseg.measure(image=scans, mask=masks, out=tmp_path / "out", intensity_unit="HU")
-    assert report.details["warnings"] == ["W_MASK: no scan for 1 of 3 masks, such as 'c': left out"]
+    assert report.details["warnings"] == [
+        "W_MASK: 1 of 3 masks have no scan and were skipped, such as 'c'"
+    ]
     (masks / "b.nii.gz").unlink()
     with pytest.raises(VolsegError, match="no mask for 1 of 2 scans, first 'b'"):
         volseg.measure(image=scans, mask=masks, out=tmp_path / "other")
@@ -412,7 +414,7 @@ def test_label_names_that_say_no_whole_number_or_one_value_twice_are_refused(
     path = tmp_path / ("names.json" if content[0] in "{[" else "names.csv")
     path.write_text(content)
     with pytest.raises(
-        VolsegError, match=re.escape(f"{path}: not a list of label names")
+        VolsegError, match=re.escape(f"{path}: is not a list of label names")
     ) as refusal:
         read_label_names(path)
     assert refusal.value.code == "E_LABELS" and problem in refusal.value.problem
