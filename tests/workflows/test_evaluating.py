@@ -364,7 +364,7 @@ def evaluated(folders, out, **options):
 def test_a_broken_table_of_lesions_is_a_wrong_request(study, tmp_path):
     data, results = study
     (results / "lesions.csv").write_text("case_id,lesion_id\na,1\n", encoding="utf-8")
-    with pytest.raises(VolsegError, match="is no table of lesions"):
+    with pytest.raises(VolsegError, match="is not a table of lesions"):
         volseg.evaluate(reference=data, predicted=results, out=tmp_path / "out")
 
 
