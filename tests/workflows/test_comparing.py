@@ -496,15 +496,15 @@ def test_a_table_of_pairs_names_patients_and_every_mistake_of_it(baseline, tmp_p
     row = tables(tmp_path / "out")[0]["ann"]
     assert (row["baseline_case"], row["followup_case"]) == ("grows", "stays")
     path.write_text(
-        "patient,baseline,followup\nann,grows,nobody\nAnn,grows,stays\n../x,grows,stays\ncy,,\n"
+        "patient,baseline,followup\nann,grows,none\nAnn,grows,stays\n../x,grows,stays\ncy,,\n"
     )
     with pytest.raises(VolsegError) as caught:
         volseg.compare(baseline, baseline, out=tmp_path / "bad", pairs=path, registration=False)
     for part in (
         "line 2: ",
-        "no case 'nobody'",
+        "no case 'none'",
         "'Ann' and 'ann' differ in upper and lower case only",
-        "'../x' is no safe",
+        "'../x' is not a valid file name",
         "line 5: names no case",
     ):
         assert part in str(caught.value)
