@@ -23,7 +23,7 @@ from volseg.report.comparison_figures import change_png
 from volseg.store.records import read_record
 from volseg.volume import Geometry, Volume
 from volseg.workflows import comparing
-from volseg.workflows.comparing import as_far_as_trusted
+from volseg.workflows.comparing import trusted_placement
 
 needs_itk = pytest.mark.skipif(not find_spec("SimpleITK"), reason="SimpleITK is not installed")
 
@@ -370,10 +370,10 @@ def test_a_registration_that_cannot_be_trusted_is_said_in_the_row(tmp_path):
     ],
 )  # fmt: skip
 def test_how_far_a_registration_is_trusted(registration, expected, warning):
-    placed = as_far_as_trusted(registration, CENTRE[None])
+    placed = trusted_placement(registration, CENTRE[None])
     assert placed.columns["registration"] == expected
     np.testing.assert_array_equal(
-        placed.moved, registration.moved if expected == "rigid" else np.eye(4)
+        placed.transform, registration.moved if expected == "rigid" else np.eye(4)
     )
     assert warning in "; ".join(placed.warnings)
     assert bool(placed.warnings) is bool(warning)

@@ -251,7 +251,7 @@ class _Mask:
 
 
 def _masks(path: Path) -> dict[str, _Mask]:
-    """Return case id → mask, with patients if known, of a mask folder, results folder or dataset."""
+    """Return case id → mask of a mask folder, results folder or dataset; with patients if known."""
     if _is_dataset(path):
         return {
             case.id: _Mask(case.reference, case.patient)

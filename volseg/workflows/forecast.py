@@ -220,7 +220,7 @@ def _time_case(
 def _sample_fingerprints(
     dataset: Path, cases: Sequence[Case], recipe: Recipe, seed: int, until: float
 ) -> Iterator[CaseFingerprint]:
-    """Yield fingerprints of cases spread over the list until a deadline: middle, quarters, and so on."""
+    """Yield fingerprints of cases spread over the list, until a deadline."""
     case_of = {case.id: case for case in training_cases(dataset, recipe, seed, silent)}
     n = len(cases)
     indices = dict.fromkeys(

@@ -67,7 +67,7 @@ def same_ids(
         raise VolsegError(
             f"no case of {folders[1]} has the name of one in {folders[0]}, "
             f"such as {next(iter(case_ids[0]), 'none')!r}",
-            fix="give --pairs a CSV with columns patient, baseline and followup that lists the pairs",
+            fix="give --pairs a CSV of pairs with columns patient, baseline and followup",
             code="E_DATASET",
         )
     return [
