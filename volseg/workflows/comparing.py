@@ -807,7 +807,7 @@ def _no_response(doubt: str) -> str:
 
 
 def _are_identical(before: _Side, after: _Side) -> bool:
-    """Return whether both results are of the same scan, even if its files are packed differently."""
+    """Return whether both results are of the same scan, even if its files differ in packing."""
     if before.path.resolve() == after.path.resolve() or before.digest == after.digest:
         return True
     first, second = before.scan, after.scan
