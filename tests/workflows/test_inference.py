@@ -20,14 +20,14 @@ def rows(path):
 
 
 def with_infer(bundle, **changes):
-    """The bundle with other settings of `[infer]`."""
+    """Return the bundle with other settings of `[infer]`."""
     infer = bundle.recipe.infer.model_copy(update=changes)
     return replace(bundle, recipe=bundle.recipe.model_copy(update={"infer": infer}))
 
 
 @pytest.fixture(scope="module")
 def results(dataset, model, tmp_path_factory):
-    """Results of the two scans which the model never saw."""
+    """Segment the two scans that the model was not trained on."""
     out = tmp_path_factory.mktemp("infer") / "results"
     report = volseg.infer(
         [dataset / "images" / f"scan_{n}.nii.gz" for n in (6, 7)],
@@ -43,13 +43,11 @@ def test_masks_come_back_bit_for_bit_on_the_scans_grid_with_the_original_values(
     for name in ("scan_6", "scan_7"):
         scan = read_geometry(dataset / "images" / f"{name}.nii.gz")
         for folder in ("masks", "lesion_ids"):
-            found = read_geometry(results / folder / f"{name}.nii.gz")
-            assert found.shape == scan.shape
-            np.testing.assert_array_equal(found.affine, scan.affine)
-        mask, ids = (
-            read_mask(results / "masks" / f"{name}.nii.gz"),
-            read_mask(results / "lesion_ids" / f"{name}.nii.gz"),
-        )
+            geometry = read_geometry(results / folder / f"{name}.nii.gz")
+            assert geometry.shape == scan.shape
+            np.testing.assert_array_equal(geometry.affine, scan.affine)
+        mask = read_mask(results / "masks" / f"{name}.nii.gz")
+        ids = read_mask(results / "lesion_ids" / f"{name}.nii.gz")
         assert set(np.unique(mask.array)) == {0, 3}
         np.testing.assert_array_equal(mask.array > 0, ids.array > 0)
 
@@ -60,10 +58,10 @@ def test_the_tables_say_what_the_masks_say(results, dataset):
     for case in cases:
         scan = read_volume(dataset / "images" / f"{case['case_id']}.nii.gz")
         ids = read_mask(results / "lesion_ids" / f"{case['case_id']}.nii.gz").array
-        own = [row for row in lesions if row["case_id"] == case["case_id"]]
-        assert len(own) == int(case["n_lesions"]) == ids.max()
-        assert [int(row["lesion_id"]) for row in own] == list(range(1, len(own) + 1))
-        for row in own:
+        of_case = [row for row in lesions if row["case_id"] == case["case_id"]]
+        assert len(of_case) == int(case["n_lesions"]) == ids.max()
+        assert [int(row["lesion_id"]) for row in of_case] == list(range(1, len(of_case) + 1))
+        for row in of_case:
             inside = ids == int(row["lesion_id"])
             assert int(row["n_voxels"]) == inside.sum()
             assert float(row["volume_mm3"]) == pytest.approx(
@@ -73,7 +71,7 @@ def test_the_tables_say_what_the_masks_say(results, dataset):
                 scan.array[inside].mean(), abs=1e-3
             )
         assert float(case["total_volume_ml"]) == pytest.approx(
-            sum(float(row["volume_ml"]) for row in own), abs=1e-3
+            sum(float(row["volume_ml"]) for row in of_case), abs=1e-3
         )
         assert case["model"].startswith("tiny@")
         assert (results / "figures" / f"{case['case_id']}.png").read_bytes().startswith(b"\x89PNG")
@@ -81,46 +79,20 @@ def test_the_tables_say_what_the_masks_say(results, dataset):
 
 def test_the_columns_are_the_contract(results):
     assert list(rows(results / "lesions.csv")[0])[:22] == [
-        "case_id",
-        "lesion_id",
-        "label",
-        "label_name",
-        "n_voxels",
-        "volume_mm3",
-        "volume_ml",
-        "intensity_mean",
-        "intensity_sd",
-        "intensity_min",
-        "intensity_p10",
-        "intensity_median",
-        "intensity_p90",
-        "intensity_max",
-        "intensity_unit",
-        "centroid_r_mm",
-        "centroid_a_mm",
-        "centroid_s_mm",
-        "touches_border",
-        "confidence_mean",
-        "class_name",
-        "class_probability",
-    ]
-    wanted = [
-        "case_id",
-        "status",
-        "reason",
-        "n_lesions",
-        "total_volume_ml",
-        "image",
-        "model",
-        "seconds",
-    ]
-    assert list(rows(results / "cases.csv")[0])[: len(wanted)] == wanted
+        "case_id", "lesion_id", "label", "label_name", "n_voxels", "volume_mm3", "volume_ml",
+        "intensity_mean", "intensity_sd", "intensity_min", "intensity_p10", "intensity_median",
+        "intensity_p90", "intensity_max", "intensity_unit", "centroid_r_mm", "centroid_a_mm",
+        "centroid_s_mm", "touches_border", "confidence_mean", "class_name", "class_probability",
+    ]  # fmt: skip
+    assert list(rows(results / "cases.csv")[0])[:8] == [
+        "case_id", "status", "reason", "n_lesions", "total_volume_ml", "image", "model", "seconds",
+    ]  # fmt: skip
     run = json.loads((results / "run.json").read_text())
     assert run["connectivity"] == 26
     assert run["model"].startswith("tiny@")
 
 
-def test_a_bad_scan_is_a_row_and_the_others_are_as_without_it(results, dataset, model, tmp_path):
+def test_a_bad_scan_is_a_row_and_does_not_change_the_others(results, dataset, model, tmp_path):
     scans = tmp_path / "scans"
     scans.mkdir()
     for n in (6, 7):
@@ -155,22 +127,21 @@ def test_interrupted_and_repeated_it_computes_only_what_is_missing(dataset, mode
     out = tmp_path / "out"
     scans = [dataset / "images" / f"scan_{n}.nii.gz" for n in (5, 6, 7)]
 
-    def stop_after_the_first(stage, share, detail):
-        if stage == "Segmenting" and share >= 0.3:
+    def stop_after_the_first(stage, fraction, detail):
+        if stage == "Segmenting" and fraction >= 0.3:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         volseg.infer(scans, model=model, out=out, figures=True, progress=stop_after_the_first)
-    # The second was segmented already while the first was written: that work is not thrown away.
+    # The second was segmented while the first was written: that work is kept.
     assert [row["status"] for row in rows(out / "cases.csv")] == ["done", "done", "pending"]
     before = (out / "masks" / "scan_5.nii.gz").stat().st_mtime_ns
     report = volseg.infer(scans, model=model, out=out, figures=True)
     assert (list(report.kept), list(report.done)) == (["scan_5", "scan_6"], ["scan_7"])
     assert (out / "masks" / "scan_5.nii.gz").stat().st_mtime_ns == before
     volseg.infer(scans, model=model, out=tmp_path / "unbroken", figures=True)
-    assert (out / "lesions.csv").read_bytes() == (
-        tmp_path / "unbroken" / "lesions.csv"
-    ).read_bytes()
+    unbroken = (tmp_path / "unbroken" / "lesions.csv").read_bytes()
+    assert (out / "lesions.csv").read_bytes() == unbroken
     assert not list(out.rglob(".tmp-*"))
 
 
@@ -181,9 +152,7 @@ def test_another_option_or_a_missing_mask_is_computed_again(dataset, model, tmp_
     assert list(volseg.infer(scan, model=model, out=out, figures=True).done) == ["scan_6"]
     mask = out / "masks" / "scan_6.nii.gz"
     whole = mask.read_bytes()
-    mask.write_bytes(
-        whole[:-4]
-    )  # which may be a user's doing, so it is not replaced before he takes it away
+    mask.write_bytes(whole[:-4])  # may be the user's edit, so it is not replaced until removed
     assert list(volseg.infer(scan, model=model, out=out, figures=True).kept) == ["scan_6"]
     assert "E_TRUNCATED" in volseg.measure(out).failed["scan_6"]
     mask.unlink()
@@ -213,7 +182,7 @@ def test_the_shipped_model_is_used_without_model(tmp_path):
     assert lesion["class_name"] in ("benign", "malignant")
 
 
-def test_the_tiles_of_a_scan_alone_are_its_progress_and_those_of_several_a_stage_of_their_own(
+def test_tiles_are_the_progress_of_a_single_scan_and_a_separate_stage_of_several(
     dataset, model, tmp_path
 ):
     from volseg.bundle import load_bundle
@@ -229,30 +198,28 @@ def test_the_tiles_of_a_scan_alone_are_its_progress_and_those_of_several_a_stage
             on_tile=lambda done, total, name=name: totals.update({name: total}),
         )
 
-    def said_of(total):
-        return [
-            *(f"{done} of {total} tiles" for done in range(total)),
-            f"{total} tiles done, measuring",
-        ]
+    def details_of(total):
+        details = [f"{done} of {total} tiles" for done in range(total)]
+        return [*details, f"{total} tiles done, measuring"]
 
-    seen = []
-    volseg.infer(
-        scans["scan_6"], model=model, out=tmp_path / "one", progress=lambda *what: seen.append(what)
-    )
+    calls = []
+
+    def progress(*call):
+        calls.append(call)
+
+    volseg.infer(scans["scan_6"], model=model, out=tmp_path / "one", progress=progress)
     total = totals["scan_6"]
-    tiles = [("Segmenting", done / total, detail) for done, detail in enumerate(said_of(total))]
-    assert seen == [("Segmenting", 0.0, "1 of 1 to do"), *tiles, ("Segmenting", 1.0, "scan_6")]
+    tiles = [("Segmenting", done / total, detail) for done, detail in enumerate(details_of(total))]
+    assert calls == [("Segmenting", 0.0, "1 of 1 to do"), *tiles, ("Segmenting", 1.0, "scan_6")]
 
-    seen.clear()
-    volseg.infer(
-        scans.values(), model=model, out=tmp_path / "two", progress=lambda *what: seen.append(what)
-    )
-    assert [what for what in seen if what[0] == "Tiles"] == [
+    calls.clear()
+    volseg.infer(scans.values(), model=model, out=tmp_path / "two", progress=progress)
+    assert [call for call in calls if call[0] == "Tiles"] == [
         ("Tiles", done / total, f"{name}: {detail}")
         for name, total in totals.items()
-        for done, detail in enumerate(said_of(total))
+        for done, detail in enumerate(details_of(total))
     ]
-    assert [what for what in seen if what[0] != "Tiles"] == [
+    assert [call for call in calls if call[0] != "Tiles"] == [
         ("Segmenting", 0.0, "2 of 2 to do"),
         ("Segmenting", 0.5, "scan_6"),
         ("Segmenting", 1.0, "scan_7"),
@@ -262,48 +229,37 @@ def test_the_tiles_of_a_scan_alone_are_its_progress_and_those_of_several_a_stage
 @pytest.mark.parametrize(
     ("overlap", "tta_axes"), [(0.5, ("R", "S")), (0.25, ()), (0.0, ("A",)), (0.0, ())]
 )
-def test_the_cost_of_overlap_and_mirroring_is_said_as_it_is_then_paid(
+def test_the_announced_cost_of_overlap_and_tta_is_the_true_one(
     overlap, tta_axes, dataset, model, tmp_path
 ):
     from volseg.bundle import load_bundle, save_bundle
     from volseg.segment import load_model, segment_case
 
     scan = read_volume(dataset / "images" / "scan_6.nii.gz")
-    tissue = scan.with_array(
-        np.asfortranarray(np.maximum(scan.array, -100))
-    )  # no air: not cropped, and no tile is empty
+    # Without air nothing is cropped, and no tile is empty.
+    tissue = scan.with_array(np.asfortranarray(np.maximum(scan.array, -100)))
     write_volume(tissue, tmp_path / "scan.nii.gz")
 
-    def paid(overlap, tta_axes):
-        loaded = load_model(
-            with_infer(load_bundle(model), overlap=overlap, tta_axes=tta_axes), "cpu"
-        )
+    def n_tiles(overlap, tta_axes):
+        bundle = with_infer(load_bundle(model), overlap=overlap, tta_axes=tta_axes)
+        loaded = load_model(bundle, "cpu")
         counting = CountingBackend(loaded.segmentation)
         segment_case({"ct": tissue}, replace(loaded, segmentation=counting), case_id="scan")
         return counting.tiles
 
-    tiles, least = paid(overlap, ()), paid(0.0, ())
+    tiles, least = n_tiles(overlap, ()), n_tiles(0.0, ())
     expected = f"tiles: at most {tiles} of 16 × 16 × 16 voxels"
-    assert (least < tiles) == (
-        overlap == 0.5
-    )  # a quarter costs nothing on so small a scan, and then nothing is said of it
+    assert (least < tiles) == (overlap == 0.5)  # a quarter adds no tile on so small a scan
     if least < tiles:
         expected += f"; {least} without overlap (--overlap 0)"
     if tta_axes:
-        names = ", ".join(tta_axes)
-        times = paid(overlap, tta_axes) / tiles
-        expected += f"; each is run {times:g} times for test-time augmentation over {names} (--no-tta: once)"
-    save_bundle(
-        with_infer(load_bundle(model), overlap=overlap, tta_axes=tta_axes), tmp_path / "model"
-    )
-    said = []
-    volseg.infer(
-        tmp_path / "scan.nii.gz",
-        model=tmp_path / "model",
-        out=tmp_path / "out",
-        announce=said.append,
-    )
-    assert said[1] == expected
+        times = n_tiles(overlap, tta_axes) / tiles
+        expected += f"; each is run {times:g} times for test-time augmentation over "
+        expected += f"{', '.join(tta_axes)} (--no-tta: once)"
+    changed, out, texts = tmp_path / "model", tmp_path / "out", []
+    save_bundle(with_infer(load_bundle(model), overlap=overlap, tta_axes=tta_axes), changed)
+    volseg.infer(tmp_path / "scan.nii.gz", model=changed, out=out, announce=texts.append)
+    assert texts[1] == expected
 
 
 def test_no_scans_and_no_model_are_wrong_requests(dataset, model, tmp_path):
@@ -319,21 +275,17 @@ def test_a_scan_over_the_budget_is_a_failed_row_and_the_others_are_done(dataset,
         np.zeros((400, 400, 400), np.uint8, order="F"), Geometry((400, 400, 400), np.eye(4))
     )
     write_volume(large, tmp_path / "large.nii.gz")
-    small, said = dataset / "images" / "scan_6.nii.gz", []
-    volseg.infer(small, model=model, out=tmp_path / "alone", announce=said.append)
-    enough = float(said[0].split("at most ")[1].split(" GB")[0]) + 0.2
-    report = volseg.infer(
-        [small, tmp_path / "large.nii.gz"],
-        model=model,
-        out=tmp_path / "out",
-        max_ram=f"{enough:.2f}G",
-    )
+    small, texts = dataset / "images" / "scan_6.nii.gz", []
+    volseg.infer(small, model=model, out=tmp_path / "alone", announce=texts.append)
+    enough = float(texts[0].split("at most ")[1].split(" GB")[0]) + 0.2
+    scans, max_ram = [small, tmp_path / "large.nii.gz"], f"{enough:.2f}G"
+    report = volseg.infer(scans, model=model, out=tmp_path / "out", max_ram=max_ram)
     assert report.done == ["scan_6"] and report.exit_code == 3
     assert "to fix: give --max-ram" in report.failed["large"]
     assert sorted(path.name for path in (tmp_path / "out" / "masks").iterdir()) == ["scan_6.nii.gz"]
 
 
-def test_a_budget_lowers_the_tiles_at_a_time_and_the_masks_stay_the_same(dataset, model, tmp_path):
+def test_a_budget_lowers_the_batch_size_and_the_masks_stay_the_same(dataset, model, tmp_path):
     bundle = load_bundle(model)
     infer = bundle.recipe.infer.model_copy(update={"batch_size": 8})
     large = bundle.plan.model_copy(update={"patch_shape": (96, 96, 96)})
@@ -342,24 +294,15 @@ def test_a_budget_lowers_the_tiles_at_a_time_and_the_masks_stay_the_same(dataset
         tmp_path / "model",
     )
     scan = dataset / "images" / "scan_6.nii.gz"
-    found = {}
-    for name, budget in (("free", None), ("tight", "tight")):
-        said = []
-        if budget is not None:  # between what eight tiles and one tile take
-            total = float(found["free"][0].split("at most ")[1].split(" GB")[0])
-            budget = f"{total - 0.3:.2f}G"
-        volseg.infer(
-            scan,
-            model=tmp_path / "model",
-            out=tmp_path / name,
-            max_ram=budget,
-            announce=said.append,
-        )
-        found[name] = said
-    assert any("at a time, to stay within the memory budget" in text for text in found["tight"]), (
-        found
-    )
-    masks = [read_mask(tmp_path / name / "masks" / "scan_6.nii.gz").array for name in found]
+    texts, options = {"free": [], "tight": []}, {"model": tmp_path / "model", "max_ram": None}
+    for name in texts:
+        if name == "tight":  # between the peaks of eight tiles and of one tile
+            total = float(texts["free"][0].split("at most ")[1].split(" GB")[0])
+            options["max_ram"] = f"{total - 0.3:.2f}G"
+        volseg.infer(scan, out=tmp_path / name, announce=texts[name].append, **options)
+    announced = "at a time, to stay within the memory budget"
+    assert any(announced in text for text in texts["tight"]), texts
+    masks = [read_mask(tmp_path / name / "masks" / "scan_6.nii.gz").array for name in texts]
     assert masks[0].any()
     np.testing.assert_array_equal(*masks)
 
@@ -370,9 +313,8 @@ def test_pages_that_complete_cases_lack_keep_to_the_memory_budget(model, dataset
     report = volseg.infer(scan, model=model, out=out, max_ram="1M")
     assert list(report.kept) == ["scan_0"]
     assert not (out / "viewer").exists()
-    told = [
-        text for text in report.details["warnings"] if text.startswith("W_PAGE: scan_0 has no page")
-    ]
-    assert len(told) == 1 and "give --max-ram" in told[0]
+    warnings = report.details["warnings"]
+    (warning,) = [text for text in warnings if text.startswith("W_PAGE: scan_0 has no page")]
+    assert "give --max-ram" in warning
     volseg.infer(scan, model=model, out=out)
     assert (out / "viewer" / "scan_0.html").is_file()

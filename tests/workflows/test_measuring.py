@@ -21,7 +21,7 @@ def rows(path):
 
 @pytest.fixture
 def pair(tmp_path):
-    """An image of 40 HU balls in −300 and its mask with values 2 (large) and 7 (small)."""
+    """Write an image of 40 HU balls in −300, and its mask with values 2 (large) and 7 (small)."""
     geometry = grid_around(16, oblique((0.8, 1.0, 2.0)), margin=3)
     centre = geometry.to_world_mm((np.array([geometry.shape]) - 1) / 2)[0]
     large, small = ball(8, geometry, centre - [7, 0, 0]), ball(4, geometry, centre + [10, 0, 0])
@@ -40,16 +40,11 @@ def test_any_mask_is_measured_without_a_model(pair, tmp_path):
     )
     assert report.exit_code == 0
     large, small = rows(tmp_path / "out" / "lesions.csv")
-    assert [(row["label"], row["label_name"]) for row in (large, small)] == [
-        ("2", "label_2"),
-        ("7", "cyst"),
-    ]
+    assert (large["label"], large["label_name"]) == ("2", "label_2")
+    assert (small["label"], small["label_name"]) == ("7", "cyst")
     assert float(large["volume_ml"]) == pytest.approx(4 / 3 * np.pi * 0.8**3, rel=0.03)
-    assert (large["intensity_mean"], large["intensity_sd"], large["intensity_unit"]) == (
-        "40",
-        "0",
-        "HU",
-    )
+    intensity = (large["intensity_mean"], large["intensity_sd"], large["intensity_unit"])
+    assert intensity == ("40", "0", "HU")
     assert (large["confidence_mean"], large["class_name"]) == ("", "")
     assert (tmp_path / "out" / "figures" / "scan.png").exists()
     assert not (tmp_path / "out" / "masks").exists()
@@ -89,11 +84,11 @@ def test_the_48_files_of_one_scan_give_identical_rows(tmp_path):
     assert len(by_case) == 48
     expected = by_case.popitem()[1]
     assert len(expected) > 1
-    for found in by_case.values():
-        assert [row for row, _ in found] == [row for row, _ in expected]
-        np.testing.assert_allclose(
-            [c for _, c in found], [c for _, c in expected], atol=1.01e-4
-        )  # the last digit
+    for lesions in by_case.values():
+        assert [row for row, _ in lesions] == [row for row, _ in expected]
+        np.testing.assert_allclose(  # up to the last digit
+            [centroid for _, centroid in lesions], [c for _, c in expected], atol=1.01e-4
+        )
 
 
 @pytest.mark.parametrize("subject", ["example_ct_sm_fast", "example_ct_sm"])
@@ -113,22 +108,21 @@ def test_volumes_of_all_117_labels_equal_the_published_statistics(subject, tmp_p
         objects="labels",
         label_names=names,
     )
-    found = {row["label_name"]: row for row in rows(tmp_path / "out" / "lesions.csv")}
+    lesions = {row["label_name"]: row for row in rows(tmp_path / "out" / "lesions.csv")}
     voxels = dict(pair.split(":") for pair in case["label_values"].split(";"))
-    assert {row["label"]: row["n_voxels"] for row in found.values()} == {
+    assert {row["label"]: row["n_voxels"] for row in lesions.values()} == {
         k: v for k, v in voxels.items() if k != "0"
     }
     if subject != "example_ct_sm_fast":
-        return  # the statistics are those of the other mask
+        return  # the published statistics are for the other mask
     statistics = json.loads((folder / "example_ct_sm_fast_statistics.json").read_text())
     assert set(statistics) == set(names.values())
     for name, expected in statistics.items():
-        volume = float(found[name]["volume_mm3"]) if name in found else 0.0
+        volume = float(lesions[name]["volume_mm3"]) if name in lesions else 0.0
         assert volume == expected["volume"]
-        if name in found:
-            assert float(found[name]["intensity_mean"]) == pytest.approx(
-                expected["intensity"], abs=0.5
-            )
+        if name in lesions:
+            mean = float(lesions[name]["intensity_mean"])
+            assert mean == pytest.approx(expected["intensity"], abs=0.5)
 
 
 @pytest.mark.parametrize(
@@ -168,7 +162,7 @@ def test_label_names_come_from_json_either_way_round_or_csv(tmp_path):
     for name in ("a.json", "b.json", "c.csv"):
         assert read_label_names(tmp_path / name) == {1: "spleen", 12: "aorta"}
     (tmp_path / "d.csv").write_text("value,title\n1,spleen\n")
-    with pytest.raises(VolsegError, match=r"d\.csv: not a list of label names"):
+    with pytest.raises(VolsegError, match=r"d\.csv: is not a list of label names"):
         read_label_names(tmp_path / "d.csv")
 
 
@@ -182,7 +176,7 @@ def test_label_names_of_a_csv_may_hold_what_other_readers_split_on(tmp_path):
     assert read_label_names(tmp_path / "plain.csv") == {2: "c\u2028d", 3: "e\x0bf\x85g"}
     (tmp_path / "excel.csv").write_bytes("\ufefflabel;name\r1;Milz, groß\r".encode())
     assert read_label_names(tmp_path / "excel.csv") == {1: "Milz, groß"}
-    with pytest.raises(VolsegError, match=r"none\.csv: not a list of label names"):
+    with pytest.raises(VolsegError, match=r"none\.csv: is not a list of label names"):
         read_label_names(tmp_path / "none.csv")
 
 
@@ -190,29 +184,17 @@ def test_line_breaks_in_names_of_files_and_labels_make_no_rows(pair, tmp_path):
     image, mask = pair
     hostile = tmp_path / "scan\rof\x0ba\u2028day.nii.gz"
     image.rename(hostile)
-    volseg.measure(
-        image=hostile,
-        mask=mask,
-        out=tmp_path / "out",
-        label_names={2: "left\rkidney", 7: "\x85cyst\x1c"},
-    )
+    names = {2: "left\rkidney", 7: "\x85cyst\x1c"}
+    arguments = {"image": hostile, "mask": mask, "out": tmp_path / "out", "label_names": names}
+    volseg.measure(**arguments)
     for name, n_rows in (("lesions.csv", 2), ("cases.csv", 1)):
         table = rows(tmp_path / "out" / name)
         text = (tmp_path / "out" / name).read_text(encoding="utf-8")
         assert len(table) == len(list(csv.DictReader(text.splitlines()))) == n_rows
     assert table[0]["image"].endswith(hostile.name)
-    assert [row["label_name"] for row in rows(tmp_path / "out" / "lesions.csv")] == [
-        "left\rkidney",
-        "\x85cyst\x1c",
-    ]
-    assert volseg.report(tmp_path / "out").done == list(
-        volseg.measure(
-            image=hostile,
-            mask=mask,
-            out=tmp_path / "out",
-            label_names={2: "left\rkidney", 7: "\x85cyst\x1c"},
-        ).kept
-    )
+    lesions = rows(tmp_path / "out" / "lesions.csv")
+    assert [row["label_name"] for row in lesions] == list(names.values())
+    assert volseg.report(tmp_path / "out").done == list(volseg.measure(**arguments).kept)
 
 
 def test_two_folders_are_paired_by_name(pair, tmp_path):
@@ -227,7 +209,9 @@ def test_two_folders_are_paired_by_name(pair, tmp_path):
     assert report.details["warnings"] == []
     (masks / "c.nii.gz").write_bytes(mask.read_bytes())
     report = volseg.measure(image=scans, mask=masks, out=tmp_path / "out", intensity_unit="HU")
-    assert report.details["warnings"] == ["W_MASK: no scan for 1 of 3 masks, such as 'c': left out"]
+    assert report.details["warnings"] == [
+        "W_MASK: 1 of 3 masks have no scan and were skipped, such as 'c'"
+    ]
     (masks / "b.nii.gz").unlink()
     with pytest.raises(VolsegError, match="no mask for 1 of 2 scans, first 'b'"):
         volseg.measure(image=scans, mask=masks, out=tmp_path / "other")
@@ -254,16 +238,16 @@ def test_lesions_in_an_organ_have_a_burden(pair, tmp_path):
     for misspelt in ({"organ": "spleen"}, {"lymph_nodes": ["spleen"]}):
         report = volseg.measure(image=image, mask=mask, out=tmp_path / "out", **misspelt)
         assert "E_LABELS" in report.failed["scan"] and "'spleen'" in report.failed["scan"]
-    volseg.measure(image=image, mask=mask, out=tmp_path / "out", organ="9")  # that no voxel has
+    volseg.measure(image=image, mask=mask, out=tmp_path / "out", organ="9")  # in no voxel
     (case,) = rows(tmp_path / "out" / "cases.csv")
     assert (case["burden"], case["organ_volume_ml"]) == ("", "")
     assert "W_ORGAN: no voxel is 9" in case["warnings"]
 
 
-@pytest.mark.parametrize(("share", "unit"), [(0.0, "a.u."), (0.002, "a.u."), (0.05, "HU")])
-def test_a_few_voxels_below_air_do_not_make_a_scan_ct(share, unit, tmp_path):
+@pytest.mark.parametrize(("fraction", "unit"), [(0.0, "a.u."), (0.002, "a.u."), (0.05, "HU")])
+def test_a_few_voxels_below_air_do_not_make_a_scan_ct(fraction, unit, tmp_path):
     values = np.random.default_rng(0).normal(100, 20, (20, 20, 20)).astype(np.float32)
-    values.ravel()[: int(share * values.size)] -= 1000
+    values.ravel()[: int(fraction * values.size)] -= 1000
     values[10, 10, 10] = -np.inf
     np.random.default_rng(1).shuffle(values.ravel())
     mask = np.zeros(values.shape, np.uint8)
@@ -271,35 +255,31 @@ def test_a_few_voxels_below_air_do_not_make_a_scan_ct(share, unit, tmp_path):
     geometry = Geometry(values.shape, np.diag([1.0, 1.0, 2.0, 1.0]))
     write_volume(Volume(values, geometry), tmp_path / "scan.nii.gz")
     write_volume(Volume(mask, geometry), tmp_path / "mask.nii.gz")
-    volseg.measure(
-        image=tmp_path / "scan.nii.gz", mask=tmp_path / "mask.nii.gz", out=tmp_path / "out"
-    )
+    files = {"image": tmp_path / "scan.nii.gz", "mask": tmp_path / "mask.nii.gz"}
+    volseg.measure(**files, out=tmp_path / "out")
     (case,), (lesion,) = (rows(tmp_path / "out" / f"{name}.csv") for name in ("cases", "lesions"))
     assert lesion["intensity_unit"] == unit
     assert "W_UNIT: no --unit given" in case["warnings"] and "HU" in case["warnings"]
-    files = {"image": tmp_path / "scan.nii.gz", "mask": tmp_path / "mask.nii.gz"}
-    volseg.measure(**files, out=tmp_path / "said", intensity_unit=unit)
-    assert "W_UNIT" not in rows(tmp_path / "said" / "cases.csv")[0]["warnings"]
+    volseg.measure(**files, out=tmp_path / "stated", intensity_unit=unit)
+    assert "W_UNIT" not in rows(tmp_path / "stated" / "cases.csv")[0]["warnings"]
 
 
 def test_names_come_from_the_label_table_of_the_mask(pair, tmp_path):
     image, mask = pair
     loaded = nibabel.nifti1.load(mask)
     table = """<?xml version="1.0"?><CaretExtension><VolumeInformation Index="0"><LabelTable>
-        <Label Key="0" Alpha="0"><![CDATA[???]]></Label><Label Key="2" Red="1"><![CDATA[left kidney]]></Label>
-        <Label Key="7" Red="1">cyst &amp; stone</Label></LabelTable></VolumeInformation></CaretExtension>"""
+        <Label Key="0" Alpha="0"><![CDATA[???]]></Label>
+        <Label Key="2" Red="1"><![CDATA[left kidney]]></Label>
+        <Label Key="7" Red="1">cyst &amp; stone</Label>
+        </LabelTable></VolumeInformation></CaretExtension>"""
     loaded.header.extensions.append(nibabel.nifti1.Nifti1Extension(0, table.encode()))
     nibabel.nifti1.save(loaded, mask)
     volseg.measure(image=image, mask=mask, out=tmp_path / "out")
-    assert [row["label_name"] for row in rows(tmp_path / "out" / "lesions.csv")] == [
-        "left kidney",
-        "cyst & stone",
-    ]
+    lesions = rows(tmp_path / "out" / "lesions.csv")
+    assert [row["label_name"] for row in lesions] == ["left kidney", "cyst & stone"]
     volseg.measure(image=image, mask=mask, out=tmp_path / "out", label_names={2: "mine"})
-    assert [row["label_name"] for row in rows(tmp_path / "out" / "lesions.csv")] == [
-        "mine",
-        "label_7",
-    ]
+    lesions = rows(tmp_path / "out" / "lesions.csv")
+    assert [row["label_name"] for row in lesions] == ["mine", "label_7"]
 
 
 def test_a_hole_in_the_scan_empties_the_intensities_of_its_lesion_only(pair, tmp_path):
@@ -315,7 +295,7 @@ def test_a_hole_in_the_scan_empties_the_intensities_of_its_lesion_only(pair, tmp
     large, small = rows(tmp_path / "out" / "lesions.csv")
     assert (large["intensity_mean"], small["intensity_mean"], small["mass_g"]) == ("40", "", "")
     assert float(small["volume_ml"]) > 0
-    assert "intensity, mass, density: 1 of " in small["notes"]  # as the page looks for reasons
+    assert "intensity, mass, density: 1 of " in small["notes"]  # the form that the page parses
     assert "W_NAN" in rows(tmp_path / "out" / "cases.csv")[0]["warnings"]
 
 
@@ -323,7 +303,9 @@ def test_a_hole_in_the_scan_empties_the_intensities_of_its_lesion_only(pair, tmp
     "values, problem",
     [(np.float32([0, 0.37, 1]), "0.37"), (np.int16([0, -1, 1]), "-1")],
 )
-def test_masks_that_are_none_are_refused_with_their_values(pair, tmp_path, values, problem):
+def test_masks_of_other_than_whole_numbers_are_refused_with_their_values(
+    pair, tmp_path, values, problem
+):
     image, mask = pair
     scan = read_volume(mask)
     array = values[np.minimum(scan.array, 1)]
@@ -340,28 +322,18 @@ def test_an_empty_mask_is_a_scan_without_lesions(pair, tmp_path):
     volseg.measure(image=image, mask=mask, out=tmp_path / "out")
     assert rows(tmp_path / "out" / "lesions.csv") == []
     (case,) = rows(tmp_path / "out" / "cases.csv")
-    assert (
-        case["status"],
-        case["n_lesions"],
-        case["total_volume_ml"],
-        case["largest_volume_ml"],
-    ) == (
-        "done",
-        "0",
-        "0",
-        "",
-    )
+    assert (case["status"], case["n_lesions"]) == ("done", "0")
+    assert (case["total_volume_ml"], case["largest_volume_ml"]) == ("0", "")
 
 
-def test_one_mask_and_a_table_of_several_scans_are_no_pair(pair, tmp_path):
+def test_one_mask_with_a_table_of_several_scans_is_refused(pair, tmp_path):
     image, mask = pair
     table = tmp_path / "scans.csv"
     table.write_text(f"subject,image\na,{image}\n")
     assert list(volseg.measure(image=table, mask=mask, out=tmp_path / "one").done) == ["a"]
     table.write_text(f"subject,image\na,{image}\nb,{image}\n")
-    with pytest.raises(
-        VolsegError, match=r"scans\.csv: lists 2 scans, but .*mask\.nii\.gz is one mask"
-    ) as refusal:
+    problem = r"scans\.csv: lists 2 scans, but .*mask\.nii\.gz is one mask"
+    with pytest.raises(VolsegError, match=problem) as refusal:
         volseg.measure(image=table, mask=mask, out=tmp_path / "out")
     assert refusal.value.code == "E_USAGE" and f"--cases {table}" in refusal.value.fix
     assert not (tmp_path / "out").exists()
@@ -377,9 +349,9 @@ def test_a_label_is_a_value_of_a_mask_or_the_name_of_one_and_never_the_backgroun
 ):
     image, mask = pair
     names = {0: "air", 1: "part", 2: "part"}
-    wanted = {"organ": label} if option == "organ" else {"lymph_nodes": [label]}
+    options = {"organ": label} if option == "organ" else {"lymph_nodes": [label]}
     report = volseg.measure(
-        image=image, mask=mask, out=tmp_path / "out", label_names=names, **wanted
+        image=image, mask=mask, out=tmp_path / "out", label_names=names, **options
     )
     assert report.failed["scan"].startswith("E_LABELS: ") and len(report.failed["scan"]) < 500
 
@@ -406,21 +378,20 @@ def test_a_label_is_a_value_of_a_mask_or_the_name_of_one_and_never_the_backgroun
         ("label,name\n%s,liver\n" % ("9" * 5000), "999"),
     ],
 )  # fmt: skip
-def test_label_names_that_say_no_whole_number_or_one_value_twice_are_refused(
+def test_label_names_without_whole_numbers_or_with_a_value_twice_are_refused(
     content, problem, tmp_path
 ):
     path = tmp_path / ("names.json" if content[0] in "{[" else "names.csv")
     path.write_text(content)
-    with pytest.raises(
-        VolsegError, match=re.escape(f"{path}: not a list of label names")
-    ) as refusal:
+    message = re.escape(f"{path}: is not a list of label names")
+    with pytest.raises(VolsegError, match=message) as refusal:
         read_label_names(path)
     assert refusal.value.code == "E_LABELS" and problem in refusal.value.problem
     assert len(refusal.value.problem) < 300 + len(str(path))
 
 
 @pytest.mark.parametrize("content", ['{"liver": 1.0}', "label,name\n1,liver\n1,liver\n"])
-def test_a_whole_number_and_a_line_twice_say_one_name(content, tmp_path):
+def test_a_whole_float_or_a_repeated_line_gives_one_name(content, tmp_path):
     path = tmp_path / ("names.json" if content[0] == "{" else "names.csv")
     path.write_text(content)
     assert read_label_names(path) == {1: "liver"}

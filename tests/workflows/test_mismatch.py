@@ -38,7 +38,7 @@ def rows(path):
 
 @pytest.fixture
 def plaque(tmp_path):
-    """A calcified plaque of 400 HU in tissue in air, and its mask."""
+    """Make a calcified plaque of 400 HU in tissue in air, and write its mask."""
     geometry = grid_around(16, oblique((0.8, 1.0, 2.0)), margin=3)
     values = np.where(ball(14, geometry), 40.0, -1000.0)
     inside = ball(6, geometry)
@@ -63,13 +63,11 @@ def test_from_a_guessed_or_contradicted_unit_there_is_no_density_mass_or_calcium
     assert [bool(lesion[name]) for name in WITHHELD[:4]] == [is_proved] * 4
     assert bool(row["agatston_score"]) == is_proved
     assert float(lesion["volume_ml"]) > 0 and lesion["intensity_mean"]  # what needs no unit stays
-    told = [
-        warning for warning in report.details["warnings"] if warning.startswith("W_UNIT: scan: ")
-    ]
-    assert len(told) == (not is_proved)
+    warnings = [text for text in report.details["warnings"] if text.startswith("W_UNIT: scan: ")]
+    assert len(warnings) == (not is_proved)
     if not is_proved:
         assert "density, mass, calcium: " in lesion["notes"]
-        assert told[0].removeprefix("W_UNIT: scan: ") in lesion["notes"]
+        assert warnings[0].removeprefix("W_UNIT: scan: ") in lesion["notes"]
         assert "W_UNIT: " in row["warnings"]
         assert lesion["intensity_unit"] == ("HU" if case == "guessed" else "a.u.")
 
@@ -286,33 +284,30 @@ def test_of_many_scans_with_one_warning_the_first_are_named(dataset, model, tmp_
     report = volseg.infer(
         tmp_path / "scans", model=model, out=tmp_path / "out", device="cpu", accept_mismatch=True
     )
-    told = [warning for warning in report.details["warnings"] if warning.startswith("W_MODALITY: ")]
-    assert len(told) == 6 and told[-1] == "W_MODALITY: 2 more scans; cases.csv names them"
+    warnings = [text for text in report.details["warnings"] if text.startswith("W_MODALITY: ")]
+    assert len(warnings) == 6
+    assert warnings[-1] == "W_MODALITY: 2 more scans; cases.csv names them"
 
 
-def test_the_time_of_all_scans_is_said_before_the_first_tile_of_the_first_that_is_not_refused(
-    dataset, model, tmp_path
-):
+def test_the_time_of_all_scans_is_announced_before_the_first_tile(dataset, model, tmp_path):
     (tmp_path / "scans").mkdir()
     write_volume(
         magnetic(read_volume(dataset / "images" / "scan_7.nii.gz")), tmp_path / "scans" / "a.nii.gz"
     )
     for n in (6, 7):
         shutil.copy(dataset / "images" / f"scan_{n}.nii.gz", tmp_path / "scans")
-    said = []
+    output = []  # announced lines, and progress as tuples
     options = {"model": model, "out": tmp_path / "out", "device": "cpu"}
-    options |= {"announce": said.append, "progress": lambda *what: said.append(what)}
+    options |= {"announce": output.append, "progress": lambda *call: output.append(call)}
     volseg.infer(tmp_path / "scans", **options)
-    (line,) = (line for line in said if isinstance(line, str) and line.startswith("time: "))
-    first_tile = next(n for n, what in enumerate(said) if what[0] == "Tiles")
-    assert said.index(line) < first_tile
-    tiles = {what[2].split()[-1] for what in said if what[0] == "Tiles"}
+    (line,) = (line for line in output if isinstance(line, str) and line.startswith("time: "))
+    first_tile = next(n for n, call in enumerate(output) if call[0] == "Tiles")
+    assert output.index(line) < first_tile
+    tiles = {call[2].split()[-1] for call in output if call[0] == "Tiles"}
     assert "tiles in 2 scans, about " in line and len(tiles) > 0
-    said.clear()
-    volseg.infer(
-        tmp_path / "scans" / "scan_6.nii.gz", **options
-    )  # complete already: nothing to time
-    assert not any(isinstance(line, str) and line.startswith("time: ") for line in said)
+    output.clear()
+    volseg.infer(tmp_path / "scans" / "scan_6.nii.gz", **options)  # complete: nothing to time
+    assert not any(isinstance(line, str) and line.startswith("time: ") for line in output)
 
 
 def test_run_json_and_both_pages_hold_the_model_box(dataset, model, tmp_path):
@@ -321,11 +316,8 @@ def test_run_json_and_both_pages_hold_the_model_box(dataset, model, tmp_path):
     )
     bundle = load_bundle(model)
     box = json.loads((tmp_path / "out" / "run.json").read_text())["model_box"]
-    assert (box["name"], box["intended_use"], box["limits"]) == (
-        bundle.name,
-        "Tests.",
-        "Tests only.",
-    )
+    assert box["name"] == bundle.name
+    assert (box["intended_use"], box["limits"]) == ("Tests.", "Tests only.")
     assert box["training_cases"] == 4
     assert box["dice"][0]["mean"] == bundle.metrics["validation_dice_lesion"]
 

@@ -1,4 +1,4 @@
-"""Masks that are noise, through the commands: the announced memory holds, the largest are measured, the reader is told."""
+"""Commands on noisy masks: announced memory holds, the largest lesions are measured, W_SPECKS."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ AFFINE = np.diag([-0.8, -0.8, 1.5, 1.0])
 GB = 2**30
 
 
-def write_noise(folder, shape, share, n_labels, dtype=np.int16):
+def write_noise(folder, shape, fraction, n_labels, dtype=np.int16):
     rng = np.random.default_rng(0)
     scan = rng.normal(30, 100, shape).astype(dtype)
-    mask = (rng.integers(1, n_labels + 1, shape) * (rng.random(shape) < share)).astype(np.uint8)
+    mask = (rng.integers(1, n_labels + 1, shape) * (rng.random(shape) < fraction)).astype(np.uint8)
     for name, array in (("scan", scan), ("mask", mask)):
         nibabel.nifti1.save(nibabel.nifti1.Nifti1Image(array, AFFINE), folder / f"{name}.nii")
     return folder / "scan.nii", folder / "mask.nii", mask
@@ -39,7 +39,7 @@ def rows_of(path):
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory):
-    """A mask of some more lesions than are measured in full."""
+    """Measure a mask with more lesions than are measured in full."""
     folder = tmp_path_factory.mktemp("noise")
     scan, mask, array = write_noise(folder, (90, 80, 60), 0.05, 30)
     texts = []
@@ -55,14 +55,8 @@ def test_every_component_has_a_row_and_the_largest_have_every_column(measured):
     assert sum(int(row["n_voxels"]) for row in rows) == np.count_nonzero(array)
     assert all(row["long_axis_mm"] for row in rows[:MANY])
     assert not any(row["long_axis_mm"] for row in rows[MANY:])
-    cheap = (
-        "volume_ml",
-        "intensity_mean",
-        "intensity_max",
-        "centroid_s_mm",
-        "bbox_max_ras",
-        "touches_border",
-    )
+    cheap = ["volume_ml", "intensity_mean", "intensity_max"]
+    cheap += ["centroid_s_mm", "bbox_max_ras", "touches_border"]
     assert all(row[name] for row in rows[MANY:] for name in cheap)
     assert all("only the 10 000 largest" in row["notes"] for row in rows[MANY:])
     (case,) = rows_of(out / "cases.csv")
@@ -71,7 +65,7 @@ def test_every_component_has_a_row_and_the_largest_have_every_column(measured):
     assert float(case["total_volume_ml"]) == pytest.approx(total_ml, rel=1e-4)
 
 
-def test_a_reader_is_told_in_the_row_on_the_page_and_on_the_terminal(measured):
+def test_the_row_the_pages_and_the_terminal_warn_of_noise(measured):
     report, _, _, out = measured
     (case,) = rows_of(out / "cases.csv")
     n = f"{int(case['n_lesions']):,}".replace(",", " ")
@@ -79,8 +73,8 @@ def test_a_reader_is_told_in_the_row_on_the_page_and_on_the_terminal(measured):
     assert warning in case["warnings"]
     assert warning in (out / "report.html").read_text(encoding="utf-8")
     assert warning in (out / "viewer" / "scan.html").read_text(encoding="utf-8")
-    (told,) = (text for text in report.details["warnings"] if "W_SPECKS" in text)
-    assert told.startswith(warning.replace("W_SPECKS: ", "W_SPECKS: scan: "))
+    (text,) = (text for text in report.details["warnings"] if "W_SPECKS" in text)
+    assert text.startswith(warning.replace("W_SPECKS: ", "W_SPECKS: scan: "))
 
 
 def test_a_second_call_keeps_all_rows(measured):
@@ -97,7 +91,7 @@ def test_an_ordinary_mask_has_no_such_warning(tmp_path):
     assert "W_SPECKS" not in rows_of(tmp_path / "out" / "cases.csv")[0]["warnings"]
 
 
-def test_a_budget_that_does_not_hold_is_a_failed_row_that_says_what_would(tmp_path):
+def test_a_budget_that_is_too_small_gives_a_failed_row_that_names_a_sufficient_one(tmp_path):
     scan, mask, _ = write_noise(tmp_path, (40, 40, 30), 0.05, 3)
     report = volseg.measure(image=scan, mask=mask, out=tmp_path / "out", max_ram="100M")
     (reason,) = report.failed.values()
@@ -129,9 +123,8 @@ def test_the_plan_holds_the_tables_and_pages_of_the_whole_folder():
 def test_a_million_labels_are_not_named_before_their_rows_are_written(tmp_path, monkeypatch):
     shape = (64, 64, 32)
     n = np.prod(shape)
-    labels = (
-        np.random.default_rng(0).permutation(np.arange(1, n + 1, dtype=np.int32)).reshape(shape)
-    )
+    numbers = np.arange(1, n + 1, dtype=np.int32)
+    labels = np.random.default_rng(0).permutation(numbers).reshape(shape)
     for name, array in (("scan", labels.astype(np.int16)), ("mask", labels)):
         nibabel.nifti1.save(nibabel.nifti1.Nifti1Image(array, AFFINE), tmp_path / f"{name}.nii")
     held = []
@@ -142,18 +135,13 @@ def test_a_million_labels_are_not_named_before_their_rows_are_written(tmp_path, 
         raise ScanError("looked", fix="", code="E_LOOKED")
 
     monkeypatch.setattr(measuring, "measure_largest", look)
-    wanted = {
-        "objects": "labels",
-        "label_names": {1: "spleen"},
-        "pages": False,
-        "out": tmp_path / "out",
-    }
-    volseg.measure(
-        image=tmp_path / "scan.nii", mask=tmp_path / "mask.nii", lymph_nodes=["spleen"], **wanted
-    )
+    options = {"objects": "labels", "label_names": {1: "spleen"}, "pages": False}
+    options |= {"image": tmp_path / "scan.nii", "mask": tmp_path / "mask.nii"}
+    options |= {"out": tmp_path / "out"}
+    volseg.measure(**options, lymph_nodes=["spleen"])
     tracemalloc.start()
     try:
-        report = volseg.measure(image=tmp_path / "scan.nii", mask=tmp_path / "mask.nii", **wanted)
+        report = volseg.measure(**options)
     finally:
         tracemalloc.stop()
     assert report.failed["scan"].startswith("E_LOOKED")
@@ -168,27 +156,29 @@ from volseg.errors import VolsegError
 from volseg.execute.memory import LIBRARIES
 
 folder = Path(sys.argv[1])
-volseg.measure(image=folder / "small" / "scan.nii", mask=folder / "small" / "mask.nii", out=folder / "warm")
-said = []
+small = folder / "small"
+volseg.measure(image=small / "scan.nii", mask=small / "mask.nii", out=folder / "warm")
+announced = []
 
-def announced(text):
-    said.append(float(text.split("at most ")[1].split(" GB")[0]) * 2**30)
+def announce(text):
+    announced.append(float(text.split("at most ")[1].split(" GB")[0]) * 2**30)
     held = int(Path("/proc/self/statm").read_text().split()[0]) * 4096
     resident = int(Path("/proc/self/statm").read_text().split()[1]) * 4096
-    beyond = said[0] - resident - LIBRARIES + (32 << 20)  # libraries are there; addresses are rounded up
+    # Libraries are loaded already; addresses are rounded up.
+    beyond = announced[0] - resident - LIBRARIES + (32 << 20)
     resource.setrlimit(resource.RLIMIT_AS, (held + int(beyond), held + int(beyond)))
 
 report = volseg.measure(
-    image=folder / "scan.nii", mask=folder / "mask.nii", out=folder / "out", announce=announced
+    image=folder / "scan.nii", mask=folder / "mask.nii", out=folder / "out", announce=announce
 )
-status = Path("/proc/self/status").read_text()  # what getrusage counts may be the parent's
+status = Path("/proc/self/status").read_text()  # getrusage may count the parent
 peak = int(status.split("VmHWM:")[1].split()[0]) * 1024
-print("failed" if report.failed else "measured", peak <= said[0], report.failed)
+print("failed" if report.failed else "measured", peak <= announced[0], report.failed)
 """
 
 
 @pytest.mark.skipif(
-    not sys.platform.startswith("linux"), reason="address space is limited on Linux alone"
+    not sys.platform.startswith("linux"), reason="only Linux limits the address space"
 )
 def test_noise_is_measured_in_an_address_space_of_the_announced_size(tmp_path):
     (tmp_path / "small").mkdir()

@@ -120,7 +120,7 @@ def test_a_budget_that_nothing_fits_says_which_number_to_change(tmp_path):
     with pytest.raises(VolsegError, match="the budget is") as caught:
         volseg.plan(plain_folder(tmp_path / "d"), memory="100K")
     assert "G" in caught.value.fix
-    with pytest.raises(VolsegError, match="--vram many is not an amount of memory"):
+    with pytest.raises(VolsegError, match="--vram must be an amount of memory"):
         volseg.plan(tmp_path / "d", memory="many")
 
 

@@ -1,4 +1,4 @@
-"""A few of the random runs of `benchmarks/random_runs.py`: nothing of the user's is lost, whatever ends a run."""
+"""A few random runs of `benchmarks/random_runs.py`: no user file is lost, however a run ends."""
 
 import pytest
 from conftest import write_dataset

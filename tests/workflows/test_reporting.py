@@ -66,31 +66,28 @@ def test_each_scan_gets_a_page_and_the_run_one_over_all_of_them(cases, tmp_path)
         < page.index('id="scans-data"')
     )
     assert '<script type="application/json" id="pages">["a","c"]</script>' in page
-    assert str(tmp_path) not in (out / "viewer" / "a.html").read_text(
-        encoding="utf-8"
-    )  # it may be handed on
+    # The page may be shared, so it holds no path.
+    assert str(tmp_path) not in (out / "viewer" / "a.html").read_text(encoding="utf-8")
 
 
 def test_making_a_page_takes_the_memory_that_is_planned_for_it(tmp_path):
-    """The largest preview there is, with more lesions than a byte can number."""
+    """Use the largest possible preview, with more lesions than a byte can number."""
     shape = (400, 400, 74)
     array = np.zeros(shape, np.int16, order="F")
     array[100:300, 100:300] = np.random.default_rng(0).integers(0, 400, (200, 200, 74))
     mask = np.zeros(shape, np.uint8, order="F")
     mask[::25, ::25, ::12] = 1
     scan = Volume(array, Geometry(shape, oblique((0.9, 0.9, 2.0))))
-    found = label_lesions(mask, scan.geometry)
-    rows = measure_lesions(
-        scan, found.ids, found.labels, case_id="a", label_names={1: "speck"}, intensity_unit="a.u."
-    )
+    lesions = label_lesions(mask, scan.geometry)
+    options = {"case_id": "a", "label_names": {1: "speck"}, "intensity_unit": "a.u."}
+    rows = measure_lesions(scan, lesions.ids, lesions.labels, **options)
     assert len(rows) > 1000
     case = CaseRow(case_id="a", status="done", n_lesions=len(rows))
     with ResultsFolder(tmp_path, "measure") as results, results.staged() as commit:
-        write_page(
-            case, rows[:1], scan, found.ids, unit="a.u.", commit=commit
-        )  # NiiVue is packed once
+        # The first page also packs NiiVue.
+        write_page(case, rows[:1], scan, lesions.ids, unit="a.u.", commit=commit)
         tracemalloc.start()
-        write_page(case, rows, scan, found.ids, unit="a.u.", commit=commit)
+        write_page(case, rows, scan, lesions.ids, unit="a.u.", commit=commit)
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         commit.finish()
@@ -101,7 +98,7 @@ def test_making_a_page_takes_the_memory_that_is_planned_for_it(tmp_path):
 
 
 def test_report_html_lists_the_largest_lesions_in_the_memory_that_is_planned_for_it(tmp_path):
-    """A folder of many cases: what is held does not grow with the lesions of all of them."""
+    """Memory does not grow with the number of lesions of all cases."""
     geometry = grid_around(12, oblique((1.0, 1.2, 2.0)))
     mask = ball(6, geometry).astype(np.uint8)
     scan = Volume(
@@ -115,34 +112,30 @@ def test_report_html_lists_the_largest_lesions_in_the_memory_that_is_planned_for
         for name in "abc":
             case = CaseRow(case_id=name, status="done", n_lesions=n, total_volume_ml=1.0)
             rows = (
-                replace(row, case_id=name, lesion_id=at, volume_ml=1 / at) for at in range(1, n + 1)
+                replace(row, case_id=name, lesion_id=number, volume_ml=1 / number)
+                for number in range(1, n + 1)
             )
             with results.staged() as commit:
                 results.commit(case, commit, lesions=rows)
         rows = results.item_rows()
-        write_report(
-            results, {"command": "measure"}, rows, is_anew=True, most=10
-        )  # templates are read once
+        about = {"command": "measure"}
+        write_report(results, about, rows, force=True, most=10)  # also reads the templates
         tracemalloc.start()
-        assert write_report(results, {"command": "measure"}, rows, is_anew=True, most=most) == []
+        assert write_report(results, about, rows, force=True, most=most) == []
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
     assert peak < REPORT * most / LISTED
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
-    assert (
-        "The 1 000 largest of 7 500 lesions are listed and plotted; lesions.csv has them all."
-        in page
-    )
+    remark = "The 1 000 largest of 7 500 lesions are listed and plotted; lesions.csv has them all."
+    assert remark in page
     (content,) = re.findall(r'id="lesions-data">(.*?)</script>', page, flags=re.DOTALL)
     columns = [column["name"] for column in json.loads(content)["columns"]]
     listed = {
         tuple(line[columns.index(name)] for name in ("case_id", "lesion_id"))
         for line in json.loads(content)["rows"]
     }
-    assert listed == {(name, at) for name in "abc" for at in range(1, 335)} - {
-        ("b", 334),
-        ("c", 334),
-    }
+    largest = {(name, number) for name in "abc" for number in range(1, 335)}
+    assert listed == largest - {("b", 334), ("c", 334)}
 
 
 def test_pages_of_complete_cases_keep_to_the_memory_budget(cases, tmp_path):
@@ -151,12 +144,12 @@ def test_pages_of_complete_cases_keep_to_the_memory_budget(cases, tmp_path):
     report = volseg.measure(cases=cases, out=out, intensity_unit="HU", max_ram="1M")
     assert list(report.kept) == ["a", "c"]
     assert pages(out) == []
-    told = [text for text in report.details["warnings"] if text.startswith("W_PAGE")]
-    assert [text.split(" ")[1] for text in told] == ["a", "c", "report.html"]
-    assert all("the budget is 0.00 GB" in text and "--no-report" in text for text in told)
+    warnings = [text for text in report.details["warnings"] if text.startswith("W_PAGE")]
+    assert [text.split(" ")[1] for text in warnings] == ["a", "c", "report.html"]
+    assert all("the budget is 0.00 GB" in text and "--no-report" in text for text in warnings)
     page = (out / "report.html").read_text(encoding="utf-8")
     assert "report.html lists no lesions" in page and "<strong>b</strong>" in page
-    enough = max((re.search(r"--max-ram (\S+),", text)[1] for text in told), key=parse_bytes)
+    enough = max((re.search(r"--max-ram (\S+),", text)[1] for text in warnings), key=parse_bytes)
     texts = []
     report = volseg.measure(
         cases=cases, out=out, intensity_unit="HU", max_ram=enough, announce=texts.append
@@ -234,13 +227,13 @@ def test_results_and_comparisons_do_not_overwrite_each_other(cases, tmp_path):
         )
     with pytest.raises(VolsegError, match="holds a comparison"):
         volseg.measure(cases=cases, out=tmp_path / "compared", intensity_unit="HU")
-    with pytest.raises(VolsegError, match="is no results folder"):
+    with pytest.raises(VolsegError, match="is not a results folder"):
         volseg.report(tmp_path / "compared")
     assert {path: path.read_bytes() for path in before} == before
 
 
 def test_an_interrupted_run_has_its_page_with_what_is_pending(cases, tmp_path):
-    def stop(stage, share, detail):
+    def stop(stage, fraction, detail):
         if detail == "a":
             raise KeyboardInterrupt
 
@@ -249,7 +242,7 @@ def test_an_interrupted_run_has_its_page_with_what_is_pending(cases, tmp_path):
     page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
     assert "Not processed yet: 2 scans." in page
     assert '["a"]</script>' in page
-    volseg.report(tmp_path / "out")  # has no run.json, and knows what is pending from cases.csv
+    volseg.report(tmp_path / "out")  # without run.json; pending cases come from cases.csv
     assert "Not processed yet: 2 scans." in (tmp_path / "out" / "report.html").read_text(
         encoding="utf-8"
     )
@@ -270,7 +263,9 @@ def test_a_folder_gives_the_same_pages_again(cases, tmp_path):
     assert list(volseg.measure(cases=cases, out=out, intensity_unit="HU").kept) == ["a", "c"]
 
 
-def test_where_a_scan_is_gone_or_changed_the_earlier_page_stays_and_it_is_said(cases, tmp_path):
+def test_if_a_scan_is_gone_or_changed_the_earlier_page_stays_and_the_report_says_so(
+    cases, tmp_path
+):
     out = tmp_path / "out"
     volseg.measure(cases=cases, out=out, intensity_unit="HU")
     before = (out / "viewer" / "a.html").read_bytes()
@@ -281,21 +276,17 @@ def test_where_a_scan_is_gone_or_changed_the_earlier_page_stays_and_it_is_said(c
     assert (list(report.done), list(report.kept)) == ([], ["a", "c"])
     assert (out / "viewer" / "a.html").read_bytes() == before
     page = (out / "report.html").read_text(encoding="utf-8")
-    assert (
-        "The page of a could not be made again: its scan a.nii.gz is no longer where it was; the earlier page stays."
-        in page
-    )
-    assert (
-        "The page of c could not be made again: its scan c.nii.gz has changed since, so it has no page."
-        in page
-    )
+    problem = "its scan a.nii.gz was moved or deleted; the earlier page stays."
+    assert f"The page of a could not be rebuilt: {problem}" in page
+    problem = "its scan c.nii.gz has changed since, so it has no page."
+    assert f"The page of c could not be rebuilt: {problem}" in page
     assert list(report.details["warnings"]) == [
         line for line in report.details["warnings"] if line in page
     ]
 
 
 def test_only_a_results_folder_has_a_report(tmp_path):
-    with pytest.raises(VolsegError, match="is no results folder"):
+    with pytest.raises(VolsegError, match="is not a results folder"):
         volseg.report(tmp_path / "nowhere")
     assert not (tmp_path / "nowhere").exists()
 

@@ -1,4 +1,4 @@
-"""What a user keeps in an output folder is never lost, by whatever command; results already there are kept until replaced."""
+"""No command loses a user's files in an output folder; results are kept until replaced."""
 
 import csv
 import hashlib
@@ -23,7 +23,7 @@ def rows(path):
 
 
 def digests(folder):
-    """Path → SHA-256 of every file but the ledger, to which each run adds a line."""
+    """Return path → SHA-256 of every file except the ledger, to which each run adds a line."""
     return {
         path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in folder.rglob("*")
@@ -33,7 +33,7 @@ def digests(folder):
 
 @pytest.fixture
 def data(dataset, tmp_path):
-    """A dataset of its own with two scans and their masks."""
+    """Copy two scans and their masks into a dataset."""
     folder = tmp_path / "data"
     for sub in ("images", "labels"):
         (folder / sub).mkdir(parents=True)
@@ -80,11 +80,8 @@ def test_a_corrected_mask_is_measured_within_the_memory_that_is_announced(model,
     assert list(report.failed) == ["scan_6"] and report.failed["scan_6"].startswith("E_RAM")
     report = volseg.measure(out, max_ram="20G", announce=texts.append)
     assert list(report.done) == ["scan_6"]
-    assert (
-        len(texts) == 1
-        and texts[0].startswith("memory: at most")
-        and texts[0].endswith("for scan_6")
-    )
+    (text,) = texts
+    assert text.startswith("memory: at most") and text.endswith("for scan_6")
 
 
 def test_a_mask_corrected_by_hand_is_kept_and_measured(model, data, tmp_path):
@@ -95,25 +92,19 @@ def test_a_mask_corrected_by_hand_is_kept_and_measured(model, data, tmp_path):
     erode(mask)
     corrected = mask.read_bytes()
 
-    again = volseg.infer(
-        data / "images", model=model, out=out, figures=True, overlap=0.1
-    )  # another option, too
+    again = volseg.infer(data / "images", model=model, out=out, figures=True, overlap=0.1)
     assert mask.read_bytes() == corrected
     assert "scan_6" in again.kept
     assert any("W_EDITED: scan_6" in warning for warning in again.details["warnings"])
-    assert (
-        "W_EDITED" in {row["case_id"]: row for row in rows(out / "cases.csv")}["scan_6"]["warnings"]
-    )
+    case = {row["case_id"]: row for row in rows(out / "cases.csv")}["scan_6"]
+    assert "W_EDITED" in case["warnings"]
 
     report = volseg.measure(out)
     assert (report.exit_code, list(report.done), list(report.kept)) == (0, ["scan_6"], ["scan_7"])
     assert mask.read_bytes() == corrected
     after = {row["case_id"]: row for row in rows(out / "lesions.csv") if row["lesion_id"] == "1"}
-    assert (
-        int(after["scan_6"]["n_voxels"])
-        == np.count_nonzero(read_mask(mask).array)
-        < int(before["scan_6"]["n_voxels"])
-    )
+    n_voxels = np.count_nonzero(read_mask(mask).array)
+    assert int(after["scan_6"]["n_voxels"]) == n_voxels < int(before["scan_6"]["n_voxels"])
     assert after["scan_6"]["confidence_mean"] == after["scan_6"]["class_name"] == ""
     assert after["scan_6"]["label_name"] == before["scan_6"]["label_name"] == "lesion"
     case = {row["case_id"]: row for row in rows(out / "cases.csv")}["scan_6"]
@@ -128,9 +119,8 @@ def test_a_mask_corrected_by_hand_is_kept_and_measured(model, data, tmp_path):
     assert mask.read_bytes() == corrected
     assert "scan_6" in third.kept
     assert rows(out / "lesions.csv") != []
-    assert {row["case_id"]: row for row in rows(out / "lesions.csv") if row["lesion_id"] == "1"}[
-        "scan_6"
-    ] == after["scan_6"]
+    later = {row["case_id"]: row for row in rows(out / "lesions.csv") if row["lesion_id"] == "1"}
+    assert later["scan_6"] == after["scan_6"]
 
     erode(mask)
     assert list(volseg.measure(out).done) == ["scan_6"]
@@ -197,10 +187,8 @@ def test_a_reference_beside_the_scans_is_not_overwritten(model, data, refused):
 
 def test_the_table_of_a_dataset_is_not_overwritten(data, tiny_recipe, model, tmp_path, refused):
     table = data / "cases.csv"
-    table.write_text(
-        "image,label\n"
-        + "".join(f"images/scan_{n}.nii.gz,labels/scan_{n}.nii.gz\n" for n in (6, 7))
-    )
+    lines = [f"images/scan_{n}.nii.gz,labels/scan_{n}.nii.gz\n" for n in (6, 7)]
+    table.write_text("image,label\n" + "".join(lines))
     calls = {
         "measure": lambda: volseg.measure(cases=table, out=data, intensity_unit="HU"),
         "measure, folder": lambda: volseg.measure(cases=data, out=data, intensity_unit="HU"),
@@ -220,7 +208,7 @@ def test_the_table_of_a_dataset_is_not_overwritten(data, tiny_recipe, model, tmp
 @pytest.mark.parametrize(
     "name", ["evaluation.csv", "detections.csv", "summary.json", "agreement.png", "froc.png"]
 )
-def test_evaluate_replaces_no_file_of_the_users(name, data, tmp_path, refused):
+def test_evaluate_replaces_no_file_of_the_user(name, data, tmp_path, refused):
     out = tmp_path / "out"
     out.mkdir()
     (out / name).write_text("mine")
@@ -234,7 +222,7 @@ def test_evaluate_replaces_no_file_of_the_users(name, data, tmp_path, refused):
 @pytest.mark.parametrize(
     "name", ["run.json", "lesions.csv", "cases.csv", "report.html", "lesion_ids/scan_7.nii.gz"]
 )
-def test_measure_replaces_no_file_of_the_users(name, data, tmp_path, refused):
+def test_measure_replaces_no_file_of_the_user(name, data, tmp_path, refused):
     out = tmp_path / "out"
     (out / name).parent.mkdir(parents=True)
     (out / name).write_text("mine")
@@ -244,7 +232,7 @@ def test_measure_replaces_no_file_of_the_users(name, data, tmp_path, refused):
 @pytest.mark.parametrize(
     "name", ["model.json", "segmentation_3.safetensors", "history_1.csv", "curves.png", "card.md"]
 )
-def test_train_replaces_no_file_of_the_users(name, dataset, tiny_recipe, tmp_path, refused):
+def test_train_replaces_no_file_of_the_user(name, dataset, tiny_recipe, tmp_path, refused):
     (tmp_path / name).write_text("mine")
     refused(
         lambda: volseg.train(dataset, recipe=tiny_recipe, out=tmp_path),
@@ -256,7 +244,7 @@ def test_train_replaces_no_file_of_the_users(name, dataset, tiny_recipe, tmp_pat
 @pytest.mark.parametrize(
     "name", ["prepared.json", "cases.csv", "cases/scan_0/image.npy", "cases/scan_1"]
 )
-def test_preprocess_replaces_no_file_of_the_users(name, dataset, tiny_recipe, tmp_path, refused):
+def test_preprocess_replaces_no_file_of_the_user(name, dataset, tiny_recipe, tmp_path, refused):
     (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / name).write_text("mine")
     before = digests(tmp_path)
@@ -268,29 +256,24 @@ def test_preprocess_replaces_no_file_of_the_users(name, dataset, tiny_recipe, tm
 
 def test_preparing_a_case_again_keeps_what_the_user_put_beside_it(dataset, tiny_recipe, tmp_path):
     volseg.preprocess(dataset, recipe=tiny_recipe, out=tmp_path / "out")
-    notes = [
-        tmp_path / "out" / "cases" / "scan_0" / "notes.txt",
-        tmp_path / "out" / "cases" / ".tmp-scan_0",
-    ]
+    cases = tmp_path / "out" / "cases"
+    notes = [cases / "scan_0" / "notes.txt", cases / ".tmp-scan_0"]
     for note in notes:
         note.write_text("mine")
-    other = tiny_recipe.model_copy(
-        update={
-            "preprocess": tiny_recipe.preprocess.model_copy(update={"spacing_mm": (2.5, 2.5, 2.5)})
-        }
-    )
+    preprocess = tiny_recipe.preprocess.model_copy(update={"spacing_mm": (2.5, 2.5, 2.5)})
+    other = tiny_recipe.model_copy(update={"preprocess": preprocess})
     report = volseg.preprocess(dataset, recipe=other, out=tmp_path / "out")
     assert len(report.done) == 6
     assert [note.read_text() for note in notes] == ["mine", "mine"]
 
 
-def test_a_plan_is_written_over_only_as_volseg_wrote_it(data, tiny_recipe, tmp_path):
+def test_a_plan_is_overwritten_only_if_it_is_as_volseg_wrote_it(data, tiny_recipe, tmp_path):
     out = tmp_path / "plan.json"
     volseg.plan(data, recipe=tiny_recipe, out=out)
     written = out.read_bytes()
     volseg.plan(data, recipe=tiny_recipe, out=out)
     assert out.read_bytes() == written
-    volseg.workflows.read_plan(out)  # the seal is no part of the plan
+    volseg.workflows.read_plan(out)  # ignores the seal
     plan = json.loads(written)
     plan["batch_size"] = 7
     for content in (json.dumps(plan), "my notes", ""):
@@ -326,12 +309,12 @@ def test_rows_stay_in_the_tables_until_their_case_is_done_again(data, tmp_path, 
         measure(data, out, calcium=True)
     assert (out / "lesions.csv").read_bytes() == before
     monkeypatch.undo()
-    assert list(measure(data, out).kept) == ["scan_6", "scan_7"]  # nothing of it was lost
+    assert list(measure(data, out).kept) == ["scan_6", "scan_7"]  # nothing was lost
     assert not any("W_STALE" in row["warnings"] for row in rows(out / "cases.csv"))
     assert list(measure(data, out, calcium=True).done) == ["scan_6", "scan_7"]
 
 
-def test_a_damaged_record_is_said_and_its_case_done_again(data, tmp_path):
+def test_a_damaged_record_gives_a_warning_and_its_case_is_done_again(data, tmp_path):
     out = tmp_path / "out"
     measure(data, out)
     record = out / ".volseg" / "scan_6.json"
@@ -367,9 +350,7 @@ def test_a_scan_replaced_while_it_is_measured_is_recorded_as_it_was_read(
     assert json.loads((out / ".volseg" / "scan_6.json").read_text())["inputs"][0] != read
 
 
-def test_no_input_is_hashed_apart_from_reading_unless_an_earlier_result_is_there(
-    data, tmp_path, monkeypatch
-):
+def test_inputs_are_hashed_separately_only_to_check_an_earlier_result(data, tmp_path, monkeypatch):
     hashed = []
     original = batch.digest_of
     monkeypatch.setattr(batch, "digest_of", lambda path: hashed.append(path) or original(path))
@@ -400,7 +381,7 @@ def test_a_bug_in_one_case_is_a_failed_row_and_the_others_go_on(data, tmp_path, 
     assert not (out / ".volseg" / "scan_6.traceback.txt").exists()
 
 
-def test_a_label_name_without_bytes_ends_no_batch(data, tmp_path):
+def test_a_label_name_that_cannot_be_encoded_does_not_end_the_batch(data, tmp_path):
     report = measure(
         data, tmp_path / "out", label_names={3: "lesion \ud800"}, figures=True, pages=True
     )
@@ -409,7 +390,7 @@ def test_a_label_name_without_bytes_ends_no_batch(data, tmp_path):
 
 
 def test_a_full_disk_in_the_first_case_loses_nothing(data, tmp_path):
-    """With a limit on the size of files, which ends a write as a full disk does."""
+    """Limit the size of files, which ends a write as a full disk does."""
     out = tmp_path / "out"
     measure(data, out, pages=True)
     before = digests(out)
@@ -419,8 +400,8 @@ def test_a_full_disk_in_the_first_case_loses_nothing(data, tmp_path):
         import volseg
         from volseg.errors import EnvironmentProblem
         try:
-            volseg.measure(image={str(data / "images")!r}, mask={str(data / "labels")!r}, out={str(out)!r},
-                           intensity_unit="HU", calcium=True)
+            volseg.measure(image={str(data / "images")!r}, mask={str(data / "labels")!r},
+                           out={str(out)!r}, intensity_unit="HU", calcium=True)
         except EnvironmentProblem as problem:
             sys.exit(problem.exit_code)
     """
@@ -437,7 +418,7 @@ def test_a_full_disk_in_the_first_case_loses_nothing(data, tmp_path):
     assert digests(out)["lesions.csv"] == before["lesions.csv"]
 
 
-def test_a_mask_put_back_to_what_volseg_drew_earlier_is_kept_as_a_correction(model, data, tmp_path):
+def test_a_mask_restored_to_an_earlier_result_is_kept_as_a_correction(model, data, tmp_path):
     out, other = tmp_path / "out", tmp_path / "other"
     shutil.copytree(model, other)
     content = json.loads((other / "model.json").read_text())
@@ -473,21 +454,17 @@ def test_a_corrected_mask_is_not_the_result_of_another_scan_of_that_name(
 
     report = volseg.infer(other / "scan_6.nii.gz", model=model, out=out)
     assert (report.exit_code, list(report.kept)) == (4, [])
-    assert (
-        report.failed["scan_6"].startswith("E_CHANGED")
-        and "corrected by hand" in report.failed["scan_6"]
-    )
+    reason = report.failed["scan_6"]
+    assert reason.startswith("E_CHANGED") and "corrected by hand" in reason
     assert (rows(out / "lesions.csv"), rows(out / "cases.csv")[0]["status"]) == ([], "failed")
     assert mask.read_bytes() == corrected
 
-    report = volseg.infer(scan, model=model, out=out)  # that scan is put back
+    report = volseg.infer(scan, model=model, out=out)  # that scan is restored
     assert (list(report.kept), report.exit_code) == (["scan_6"], 0)
     assert (rows(out / "lesions.csv"), rows(out / "cases.csv")[0]["status"]) == (numbers, "done")
 
 
-def test_what_was_measured_of_a_corrected_mask_is_measured_again_where_it_is_damaged(
-    model, data, tmp_path
-):
+def test_damaged_measurements_of_a_corrected_mask_are_measured_again(model, data, tmp_path):
     out = tmp_path / "out"
     volseg.infer(data / "images", model=model, out=out)
     erode(out / "masks" / "scan_6.nii.gz")
@@ -499,9 +476,7 @@ def test_what_was_measured_of_a_corrected_mask_is_measured_again_where_it_is_dam
         assert rows(out / "lesions.csv") == numbers
 
 
-def test_a_case_that_failed_on_another_scan_says_so_no_longer_when_its_own_scan_is_back(
-    data, tmp_path
-):
+def test_a_case_that_failed_on_another_scan_recovers_when_its_scan_is_restored(data, tmp_path):
     out, scan = tmp_path / "out", data / "images" / "scan_6.nii.gz"
     good = scan.read_bytes()
     measure(data, out)
@@ -529,7 +504,7 @@ def test_a_case_that_failed_on_another_scan_says_so_no_longer_when_its_own_scan_
     ],
     ids=str,
 )
-def test_a_record_of_a_stranger_writes_nothing_elsewhere_and_is_a_row_unknown(
+def test_an_untrusted_record_writes_nothing_elsewhere_and_is_a_row_unknown(
     place, change, data, tmp_path
 ):
     out, victim = tmp_path / "a" / "out", tmp_path / "a" / "index.html"
@@ -582,7 +557,7 @@ def test_other_parts_of_a_record_are_checked_too(change, data, tmp_path):
     ],
     ids=str,
 )
-def test_rows_of_a_stranger_that_are_none_of_their_case_leave_it_unknown_and_the_others_whole(
+def test_untrusted_rows_of_another_case_leave_theirs_unknown_and_the_others_whole(
     content, data, tmp_path
 ):
     out = tmp_path / "out"
@@ -590,7 +565,7 @@ def test_rows_of_a_stranger_that_are_none_of_their_case_leave_it_unknown_and_the
     lesions = rows(out / "lesions.csv")
     path, lines = out / ".volseg" / "scan_6.json", out / ".volseg" / "scan_6.rows.jsonl"
     first_line = lines.read_bytes().splitlines(keepends=True)[0]
-    lines.write_bytes(first_line + content)  # they are found out only after a good one
+    lines.write_bytes(first_line + content)  # after a good line
     record = json.loads(path.read_text())
     record["files"][".volseg/scan_6.rows.jsonl"] = hashlib.sha256(lines.read_bytes()).hexdigest()
     path.write_text(json.dumps(record))
@@ -624,10 +599,8 @@ def test_a_corrected_mask_that_cannot_be_measured_leaves_no_number_unmarked(mode
     report = volseg.measure(out)
     assert (report.exit_code, list(report.failed)) == (3, ["scan_6"])
     warnings = {row["case_id"]: row["warnings"] for row in rows(out / "cases.csv")}
-    assert (
-        "W_STALE: the last run failed (E_" in warnings["scan_6"]
-        and "W_EDITED: " in warnings["scan_6"]
-    )
+    assert "W_STALE: the last run failed (E_" in warnings["scan_6"]
+    assert "W_EDITED: " in warnings["scan_6"]
     assert f"`volseg measure {out}`" in warnings["scan_6"]
     assert "W_STALE" not in warnings["scan_7"] and "W_EDITED" not in warnings["scan_7"]
     assert "W_EDITED: " in (out / "report.html").read_text("utf-8")
@@ -639,15 +612,12 @@ def test_a_corrected_mask_that_cannot_be_measured_leaves_no_number_unmarked(mode
     assert "W_STALE" not in warnings["scan_6"] and "W_EDITED" not in warnings["scan_6"]
 
 
-def test_a_corrected_mask_that_was_not_measured_yet_is_said_on_the_pages(model, data, tmp_path):
+def test_pages_mark_a_corrected_mask_that_was_not_measured_yet(model, data, tmp_path):
     out = tmp_path / "out"
     infer_and_erode(model, data, out)
     report = volseg.report(out)
-    assert [
-        warning
-        for warning in report.details["warnings"]
-        if warning.startswith("W_EDITED: scan_6: ")
-    ]
+    warnings = report.details["warnings"]
+    assert any(warning.startswith("W_EDITED: scan_6: ") for warning in warnings)
     for page in ("report.html", "viewer/scan_6.html"):
         assert "W_EDITED: " in (out / page).read_text("utf-8"), page
     assert "W_EDITED: " not in (out / "viewer" / "scan_7.html").read_text("utf-8")
@@ -672,11 +642,10 @@ def test_lesions_of_a_mask_that_was_corrected_and_not_measured_are_not_compared(
     assert (list(report.failed), list(report.kept)) == (["scan_6"], ["scan_7"])
     assert report.failed["scan_6"].startswith(f"E_EDITED: {mask}: ")
     assert report.failed["scan_6"].endswith(f"run `volseg measure {folders[time]}` first")
-    assert {row["patient"]: row["response"] for row in rows(tmp_path / "out" / "response.csv")}[
-        "scan_6"
-    ] == ""
+    table = rows(tmp_path / "out" / "response.csv")
+    assert {row["patient"]: row["response"] for row in table}["scan_6"] == ""
     corrected = mask.read_bytes()
-    mask.write_bytes(drawn)  # put back as it was
+    mask.write_bytes(drawn)  # restored
     assert volseg.compare(*folders.values(), **call).exit_code == 0
     mask.write_bytes(corrected)
     volseg.measure(folders[time])
@@ -686,7 +655,7 @@ def test_lesions_of_a_mask_that_was_corrected_and_not_measured_are_not_compared(
 
 @pytest.fixture
 def calls(data, dataset, model, tiny_recipe, tmp_path):
-    """Command → what calls it with an output folder."""
+    """Return command → function that calls it with an output folder."""
     results, labels = tmp_path / "results", data / "labels"
     measure(data, results)
     return {
@@ -742,7 +711,7 @@ def test_the_traceback_that_a_reason_names_is_there_until_the_case_is_done(
 @pytest.mark.parametrize(
     "command", ["measure", "evaluate", "compare", "infer", "preprocess", "train", "plan"]
 )
-def test_a_file_where_the_output_folder_has_to_be_is_refused(
+def test_a_file_at_the_path_of_the_output_folder_is_refused(
     command, below, calls, tmp_path, refused
 ):
     file = tmp_path / "file"

@@ -1,4 +1,4 @@
-"""The imperative shell: read files, loop over cases, write folders and tables. Everything below is pure."""
+"""Imperative shell: read files, loop over cases, write folders and tables; all below is pure."""
 
 from volseg.measure.selftest import selftest
 from volseg.workflows.batch import Progress, RunReport

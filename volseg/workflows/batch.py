@@ -1,4 +1,4 @@
-"""Looping over cases: what every workflow needs to make a failure a row and a second call cheap."""
+"""Loop over cases: a failed case becomes a row, and a second call skips what is complete."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from volseg.volume import Volume, slabs_of
 from volseg.workflows.pages import page_budget, remake_page, write_report
 from volseg.workflows.remarks import remarks_on_scans
 
-# What is being done, the share of it that is done in [0, 1], a detail. Stages may take turns; with 0 a stage begins, or begins anew.
+# Stage, fraction of it that is done in [0, 1], detail. Stages may alternate; 0 (re)starts a stage.
 Progress = Callable[[str, float, str], None]
 
 FIGURES = "figures"
@@ -40,7 +40,7 @@ SUCCESS, SOME_FAILED, NONE_SUCCEEDED = 0, 3, 4
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunReport:
-    """What a workflow did. `details` holds its own results, such as metrics."""
+    """What a workflow did; `details` holds results specific to it, such as metrics."""
 
     out: Path
     done: Sequence[str] = ()
@@ -50,26 +50,26 @@ class RunReport:
 
     @property
     def exit_code(self) -> int:
-        """0 all done, 3 some cases failed, 4 none succeeded."""
+        """Exit code: 0 if all are done, 3 if some cases failed, 4 if none succeeded."""
         if not self.failed:
             return SUCCESS
         return SOME_FAILED if self.done or self.kept else NONE_SUCCEEDED
 
 
-def silent(stage: str, share: float, detail: str) -> None:
-    """The progress callback of those who do not look."""
+def silent(stage: str, fraction: float, detail: str) -> None:
+    """Ignore progress: the default callback."""
 
 
 @dataclass(frozen=True, slots=True)
 class CaseFiles:
-    """What a run writes per case. `folders`: those of its files besides the record and the pages."""
+    """Files that a run writes per case; `folders` are those of its masks."""
 
     folders: Sequence[str]
     figures: bool
     pages: bool
 
     def names(self, case_id: str) -> list[str]:
-        """Paths in the output folder of the files of a case."""
+        """List the files of a case, relative to the output folder."""
         return [
             *(f"{folder}/{case_id}.nii.gz" for folder in self.folders),
             *((f"{FIGURES}/{case_id}.png",) if self.figures else ()),
@@ -81,17 +81,17 @@ class CaseFiles:
 
     @property
     def shared(self) -> list[str]:
-        """Paths of the files of all cases together."""
+        """Files that cover all cases."""
         return ["lesions.csv", "cases.csv", "run.json", *(("report.html",) if self.pages else ())]
 
 
 class Inputs:
-    """SHA-256 of the files of each case: as they were read, else as they were when first asked for.
+    """SHA-256 of the files of each case, as they were read or else when first requested.
 
-    A file is hashed only to find out whether an earlier result is of it; who reads a file hashes it in passing.
+    Reading a file also hashes it; a file is hashed separately only to check an earlier result.
 
     Args:
-        of_masks: the masks of the cases are inputs, too.
+        of_masks: also include the masks of the cases.
     """
 
     def __init__(self, *, of_masks: bool) -> None:
@@ -105,7 +105,7 @@ class Inputs:
         return self._digests[case.id]
 
     def were_read(self, case: Case, digests: Iterable[str]) -> None:
-        """Say what was read of a case: its images and, where it has one, its mask."""
+        """Store the digests of the files read for a case: its images and its mask, if any."""
         self._digests[case.id] = tuple(digests)
 
 
@@ -125,15 +125,16 @@ def run_cases(
     max_ram: int | None = None,
     announce: Callable[[str], None] = lambda text: None,
 ) -> RunReport:
-    """Run every case that is not complete; a failure is a row, an interruption leaves pending rows.
+    """Run every incomplete case; a failure becomes a row, an interruption leaves pending rows.
 
     Args:
-        key_of: of the model, the options and the inputs of a case; asked only where the folder knows the case.
-        about: what report.html is to say of the run; None: it is not made, nor are pages that complete cases lack.
-        max_ram: bytes that pages of complete cases and report.html may take; None for no limit.
+        key_of: hash of the model, options and inputs of a case; called only for recorded cases.
+        about: description of the run for report.html. None: write neither report.html nor missing
+            pages of complete cases.
+        max_ram: memory limit in bytes for report.html and missing pages; None for no limit.
 
     Raises:
-        VolsegError: a file that volseg did not write is in the way (`E_EXISTS`), before any case is run.
+        VolsegError: a file not written by volseg would be overwritten (`E_EXISTS`); no case is run.
     """
     states = {
         case.id: results.state_of(case.id, key_of(case), inputs.of(case))
@@ -146,14 +147,10 @@ def run_cases(
     done: list[str] = []
     failed: dict[str, str] = {}
     remarks: list[str] = []
-    lost_pages = (
-        (name for case_id in kept for name in files.page_names(case_id))
-        if about is not None
-        else ()
-    )
-    results.refuse_foreign(
-        [*files.shared, *(name for case in todo for name in files.names(case.id)), *lost_pages]
-    )
+    outputs = [*files.shared, *(name for case in todo for name in files.names(case.id))]
+    if about is not None:
+        outputs += [name for case_id in kept for name in files.page_names(case_id)]
+    results.refuse_foreign(outputs)
 
     def fail(case: Case, error: VolsegError) -> None:
         failed[case.id] = failure_reason(results, case.id, error)
@@ -184,18 +181,14 @@ def run_cases(
             remarks += _add_pages(results, kept, max_ram, announce)
     finally:
         if isinstance(outcomes, Generator):
-            outcomes.close()  # waits for what is being written
+            outcomes.close()  # waits for writes in progress
         reached = {*done, *kept, *failed}
-        # What was written while the run was being stopped is done, though nobody was told.
-        waiting = [
-            case
+        # A case may have been written while the run was stopping, without an outcome.
+        pending = [
+            CaseRow(case_id=case.id, status="pending", image=_scan_of(case).name, model=model_name)
             for case in todo
             if case.id not in reached
             and not (results.has_record(case.id) and results.is_complete(case.id, key_of(case)))
-        ]
-        pending = [
-            CaseRow(case_id=case.id, status="pending", image=_scan_of(case).name, model=model_name)
-            for case in waiting
         ]
         rows = results.write_tables(pending=pending)
         if about is not None:
@@ -223,10 +216,10 @@ def without_damaged(
     rows: Iterable[Mapping[str, Any]],
     name_column: str = "case_id",
 ) -> tuple[list[str], dict[str, str]]:
-    """What was kept and what failed, once the tables have shown whose rows cannot be read.
+    """Move kept items with a damaged record to the failed ones; return both.
 
     Args:
-        rows: of all items, as `write_tables` returns them.
+        rows: rows of all items, as returned by `write_tables`.
     """
     reasons = {row[name_column]: row["reason"] for row in rows if row["status"] == "unknown"}
     damaged = {name: reasons[name] for name in kept if name in reasons}
@@ -234,7 +227,7 @@ def without_damaged(
 
 
 def damaged_warnings(rows: Iterable[Mapping[str, Any]], name_column: str = "case_id") -> list[str]:
-    """A warning for each item of a folder whose record is damaged."""
+    """Return a warning for each item whose record is damaged."""
     return [
         f"W_RECORD: {row[name_column]}: {row['reason']}"
         for row in rows
@@ -243,14 +236,15 @@ def damaged_warnings(rows: Iterable[Mapping[str, Any]], name_column: str = "case
 
 
 def _scan_of(case: Case) -> Path:
-    """Its first image, by which tables name it."""
+    """Return the first image of a case, which names the case in tables."""
     return next(iter(case.images.values()))
 
 
 def _corrected_for_another_scan(case: Case, results: ResultsFolder) -> ScanError:
     return ScanError(
-        f"{_scan_of(case)}: is another scan than the one whose mask in {results.path / MASKS} was corrected by hand",
-        fix="put that scan back, give another folder to --out, or move the corrected mask away",
+        f"{_scan_of(case)}: differs from the scan whose mask in {results.path / MASKS} "
+        "was corrected by hand",
+        fix="restore that scan, give another --out folder, or move the corrected mask away",
         code="E_CHANGED",
     )
 
@@ -261,7 +255,7 @@ def _add_pages(
     max_ram: int | None,
     announce: Callable[[str], None],
 ) -> list[str]:
-    """Make the viewer pages that complete cases lack, and say why one cannot be made."""
+    """Write missing viewer pages of complete cases; return a warning for each that fails."""
     reasons, budget = {}, None
     for name in kept:
         record = results.record(name)
@@ -284,16 +278,16 @@ def done_row(
     organ_voxels: int | None,
     remarks: Sequence[str] = (),
 ) -> CaseRow:
-    """The row of a scan that was measured, with all that is odd about it.
+    """Return the row of a measured scan, with its warnings.
 
     Args:
-        unit: of its intensities.
-        organ_voxels: of the organ's own label; None where no label is the organ.
-        remarks: on its unit and on how it resembles the model's training scans, as `W_CODE: sentence`.
+        unit: intensity unit of the scan.
+        organ_voxels: voxels of the organ label, lesions excluded; None if no label is an organ.
+        remarks: warnings about unit and similarity to the training scans, as `W_CODE: sentence`.
     """
     lesions, specks = measured.largest, measured.specks
-    oddities = (*read_header(path).warnings, *intensity_warnings(scan))
-    warnings = [*remarks, *(f"{warning.code}: {warning.text}" for warning in oddities)]
+    scan_warnings = (*read_header(path).warnings, *intensity_warnings(scan))
+    warnings = [*remarks, *(f"{warning.code}: {warning.text}" for warning in scan_warnings)]
     if scan.array.dtype.kind == "f" and not all(
         np.isfinite(scan.array[part]).all() for part in slabs_of(scan.array)
     ):
@@ -311,13 +305,15 @@ def done_row(
     ):
         warnings.append("W_CALCIUM: a lesion has no score, its notes say why, so the scan has none")
     elif settings.calcium and not unit.is_hu:
-        warnings.append(
-            f"W_CALCIUM: calcium is scored in HU, {'not in ' + unit.name if not unit.doubt else unit.doubt}"
-        )
+        problem = unit.doubt or f"not in {unit.name}"
+        warnings.append(f"W_CALCIUM: calcium is scored in HU, {problem}")
     if measured.touches_border:
         warnings.append(
             "W_BORDER: a lesion touches the border of the scan, so its volume is a lower bound"
         )
+    organ_ml = None
+    if organ_voxels is not None:
+        organ_ml = organ_voxels * scan.geometry.voxel_volume_mm3 / 1000
     return CaseRow(
         case_id=case.id,
         status="done",
@@ -325,9 +321,7 @@ def done_row(
             lesions,
             settings,
             unit=unit.name if not unit.doubt else "",
-            organ_voxels_ml=None
-            if organ_voxels is None
-            else organ_voxels * scan.geometry.voxel_volume_mm3 / 1000,
+            organ_voxels_ml=organ_ml,
             n_specks=len(specks or ()),
             specks_ml=0.0 if specks is None else specks.volume_ml,
             may_be_measurable=specks is not None and specks.may_be_measurable,
@@ -343,7 +337,7 @@ def write_mask(mask: Volume, commit: Commit, folder: str, case_id: str, *, like:
     """Write a mask on the grid of the scan `like`.
 
     Raises:
-        ScanError: the file of the scan is no longer the one that was read.
+        ScanError: the scan file was replaced since it was read.
     """
     try:
         write_volume(mask, commit.path(f"{folder}/{case_id}.nii.gz"), like=like)
@@ -371,18 +365,18 @@ def write_figure(
 
 
 def input_key(options: Mapping[str, Any], digests: Iterable[str]) -> str:
-    """Hash of the options and of the hashes of the inputs: equal where the results would be."""
+    """Return a hash of options and input digests; equal keys mean equal results."""
     parts = [__version__, json.dumps(dict(options), sort_keys=True), *digests]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
 def files_of_case(case: Case) -> list[Path]:
-    """Its images, and its mask where it has one."""
+    """Return the images of a case and its mask, if any."""
     return [*case.images.values(), *(() if case.reference is None else (case.reference,))]
 
 
 def digest_of(path: Path) -> str:
-    """SHA-256 of a scan; one that cannot be read counts by its name."""
+    """Return the SHA-256 of a scan, or its path if it cannot be read."""
     try:
         return scan_digest(path)
     except ScanError:
@@ -390,7 +384,7 @@ def digest_of(path: Path) -> str:
 
 
 def about_run(command: str, model: str) -> dict[str, str]:
-    """What run.json and report.html say of a run before it begins."""
+    """Return what run.json and report.html say about a run before it starts."""
     now = datetime.now().astimezone().isoformat(sep=" ", timespec="minutes")
     return {"command": command, "volseg": __version__, "model": model, "started": now}
 
@@ -417,37 +411,37 @@ def reason_of(error: VolsegError) -> str:
 
 
 def failure_reason(outputs: OutputFolder, name: str, error: VolsegError) -> str:
-    """Why an item failed, for its row; the traceback of a bug is written into a file, which the reason names."""
+    """Return why an item failed; for a bug, also write its traceback and name that file."""
     if not isinstance(error, UnexpectedError):
         return reason_of(error)
     outputs.write(trace_name(name), error.trace)
-    return (
-        f"{error.code}: {error.problem}; to fix: report it with {outputs.path / trace_name(name)}"
-    )
+    trace = outputs.path / trace_name(name)
+    return f"{error.code}: {error.problem}; to fix: report it with {trace}"
 
 
 def check_pair(image: Volume, mask: Volume, image_name: str, mask_name: str) -> None:
     difference = image.geometry.difference(mask.geometry)
     if difference:
-        shared = image.geometry.share_of(mask.geometry)
+        overlap = image.geometry.share_of(mask.geometry)
         raise ScanError(
-            f"{mask_name}: is not on the grid of its scan {image_name}: {difference}; {shared:.0%} of it lies within the scan",
-            fix="give the mask that was drawn on this scan, or correct the affine of one of them",
+            f"{mask_name}: is not on the grid of its scan {image_name}: {difference}; "
+            f"{overlap:.0%} of it lies within the scan",
+            fix="give the mask drawn on this scan, or correct one of the affines",
             code="E_PAIR",
         )
 
 
 def amount_of(amount: str | int | None, option: str) -> int | None:
-    """Bytes, from a number of them or text such as 4G.
+    """Return an amount of memory in bytes, given as a number of bytes or text such as 4G.
 
     Raises:
-        VolsegError: it is no amount of memory.
+        VolsegError: the text is not an amount of memory.
     """
     try:
         return None if amount is None else parse_bytes(str(amount))
     except ValueError as error:
         raise VolsegError(
-            f"{option} {amount} is not an amount of memory",
-            fix="say it as 4G or 500M",
+            f"{option} must be an amount of memory, got {amount!r}",
+            fix="write it as 4G or 500M",
             code="E_USAGE",
         ) from error

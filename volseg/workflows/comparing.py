@@ -1,4 +1,4 @@
-"""`volseg compare`: the results of two time points → what became of every lesion, and the response of every patient."""
+"""`volseg compare`: match the lesions of two time points and judge the response of each patient."""
 
 from __future__ import annotations
 
@@ -54,27 +54,24 @@ from volseg.workflows.batch import (
 from volseg.workflows.patients import Patient, read_pairs, same_ids
 
 STAGE, TIMES = "Comparing", ("baseline", "follow-up")
-PICTURE_BYTES = 22  # per voxel of a scan that is drawn, if it is scaled
-MAX_MOVED_MM, MAX_TURNED_DEG = (
-    50.0,
-    20.0,
-)  # of a patient on the table; more may be right, but is worth a look
-MAX_ERROR_MM = 3.0  # between registration one way and the other
-MAX_TILT_ERROR_DEG = (
-    5.0  # of the axial plane: a long axis may then be 16 % off (docs/benchmarks.md)
-)
-SAME_PLACE_MM = 2.0  # no better place was found, and what was found is where the headers say
-GRID_RATIO = 1.5  # of voxel sizes, from which small lesions differ in size by that alone
+PICTURE_BYTES = 22  # per voxel of a drawn scan, including scaling
+# Usual limits for a patient on the table; larger values may be right, but need a check by eye.
+MAX_MOVED_MM, MAX_TURNED_DEG = 50.0, 20.0
+MAX_ERROR_MM = 3.0  # between registration in one direction and the other
+MAX_TILT_ERROR_DEG = 5.0  # of the axial plane: long axes may be 16 % off (docs/benchmarks.md)
+SAME_PLACE_MM = 2.0  # registration that moves less agrees with the headers
+GRID_RATIO = 1.5  # of voxel sizes; above it, sizes of small lesions differ by the grid alone
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CompareSettings:
-    """What a comparison is made with.
+    """Settings of a comparison.
 
     Args:
-        lymph_nodes: labels, by name or value, that count by their short axis.
-        registration: find out how the patient lies in the later scan; else world coordinates are taken as they are.
-        baseline_scans, followup_scans: folders in which the scans are looked for by their file names; None: where the results say.
+        lymph_nodes: labels, by name or value, that are measured by their short axis.
+        registration: register the later scan to the earlier one; False trusts world coordinates.
+        baseline_scans, followup_scans: folders searched for the scans by file name; None to use
+            the paths in the results.
     """
 
     registration: bool = True
@@ -92,14 +89,14 @@ class CompareSettings:
     def __post_init__(self) -> None:
         if not 0 <= self.max_distance_mm < math.inf:
             raise VolsegError(
-                f"a largest distance of {self.max_distance_mm} mm is none",
-                fix="give 0 or more",
+                f"--max-distance must be ≥ 0 mm and finite, got {self.max_distance_mm}",
+                fix=f"give a distance in mm; the default is {MAX_DISTANCE_MM:g}",
                 code="E_USAGE",
             )
         for folder in (self.baseline_scans, self.followup_scans):
             if folder is not None and not folder.is_dir():
                 raise VolsegError(
-                    f"{folder}: is no folder", fix="give the folder of the scans", code="E_USAGE"
+                    f"{folder}: is not a folder", fix="give the folder of the scans", code="E_USAGE"
                 )
 
 
@@ -123,45 +120,44 @@ def compare(
 
     Args:
         baseline, followup: results folders of `infer` or `measure`.
-        pairs: a CSV with columns patient, baseline and followup, which hold case ids; a patient with several scans at a time has a line for
-            each. None: cases with the same id in both are one patient.
-        max_distance_mm: between the centroids of two lesions that do not overlap and are still taken for one.
-        lymph_nodes: labels, by name or value; None: those that the two folders were measured with.
-        max_ram: budget of main memory, such as `4G` or a number of bytes; None for none. A patient who may not fit within it is a
-            failed row that says what would do.
-        announce: told what the largest patient takes at most.
+        pairs: CSV with columns patient, baseline and followup that hold case ids, with a line per
+            pair of scans. None: cases with the same id in both folders are one patient.
+        max_distance_mm: largest distance between the centroids of matched lesions that do not
+            overlap.
+        lymph_nodes: labels, by name or value; None for those the two folders were measured with.
+        max_ram: main-memory budget, such as `4G` or a number of bytes; None for no limit. A patient
+            who may not fit becomes a failed row that names a sufficient amount.
+        announce: receives the peak memory of the largest patient.
 
     Raises:
-        VolsegError: the request is wrong. A patient who cannot be compared is a failed row instead; a scan without partner is a row too.
+        VolsegError: the request is wrong. A patient who cannot be compared becomes a failed row
+            instead, and a patient without a pair of scans an `unpaired` row.
     """
     started = time.monotonic()
     budget = Budget(
         amount_of(max_ram, "--max-ram"),
         announce,
         what="comparing these scans",
-        otherwise="cut the scans and their masks to the region that matters and measure them again",
+        otherwise="crop the scans and masks to the region that matters and measure them again",
     )
     folders, out = (Path(baseline), Path(followup)), Path(out)
+    nodes = _measured_nodes(folders) if lymph_nodes is None else lymph_nodes
     settings = CompareSettings(
         registration=registration,
         max_distance_mm=max_distance_mm,
-        lymph_nodes=tuple(
-            sorted(set(_measured_nodes(folders) if lymph_nodes is None else lymph_nodes))
-        ),
+        lymph_nodes=tuple(sorted(set(nodes))),
         figures=figures,
         baseline_scans=None if baseline_scans is None else Path(baseline_scans),
         followup_scans=None if followup_scans is None else Path(followup_scans),
     )
-    known = (case_ids(folders[0]), case_ids(folders[1]))
+    ids = (case_ids(folders[0]), case_ids(folders[1]))
     if out.resolve() in {folder.resolve() for folder in folders}:
         raise VolsegError(
             f"{out}: holds the results to compare",
             fix="give another folder to --out",
             code="E_EXISTS",
         )
-    patients = (
-        same_ids(folders, known) if pairs is None else read_pairs(Path(pairs), folders, known)
-    )
+    patients = same_ids(folders, ids) if pairs is None else read_pairs(Path(pairs), folders, ids)
     options = {
         name: str(value) if isinstance(value, Path) else value
         for name, value in asdict(settings).items()
@@ -172,35 +168,36 @@ def compare(
         "pairs": None if pairs is None else str(pairs),
     }
     not_listed = {
-        time_: sorted(set(ids) - {scans[side] for patient in patients for scans in patient.scans})
-        for side, (time_, ids) in enumerate(zip(("baseline", "followup"), known, strict=True))
+        time_: sorted(
+            {*ids[side]} - {scans[side] for patient in patients for scans in patient.scans}
+        )
+        for side, time_ in enumerate(("baseline", "followup"))
     }
     used = [path for path in (*folders, *settings.scans) if path is not None]
-    with ComparisonFolder(
-        out, "compare", inputs=used if pairs is None else [*used, Path(pairs)]
-    ) as results:
+    used += [] if pairs is None else [Path(pairs)]
+    with ComparisonFolder(out, "compare", inputs=used) as results:
         report = _run_patients(patients, folders, settings, results, progress, budget)
         report = replace(report, details={**report.details, "not_listed": not_listed})
-        rest = {name: report.details[name] for name in ("unpaired", "not_listed")}
-        results.write_run(run_description("compare", options, report, started) | rest)
+        left_out = {name: report.details[name] for name in ("unpaired", "not_listed")}
+        results.write_run(run_description("compare", options, report, started) | left_out)
     return report
 
 
 def _measured_nodes(folders: tuple[Path, Path]) -> Iterator[str]:
-    """The labels that either folder's run.json says were measured as lymph nodes."""
+    """Yield the labels measured as lymph nodes, according to the run.json of either folder."""
     for folder in folders:
         try:
             content = read_json(folder / "run.json")
             settings = content.get("measure") or content["options"].get("measure") or {}
             yield from map(str, settings.get("lymph_nodes") or ())
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            continue  # an interrupted run has none; a label that sounds like nodes is then warned of
+            continue  # an interrupted run has none; W_NODE warns of labels that sound like nodes
 
 
 # ---- the loop
 
 
-_Folders = tuple[Path, Path]  # of the baseline and of the follow-up
+_Folders = tuple[Path, Path]  # baseline, follow-up
 
 
 def _run_patients(
@@ -221,10 +218,8 @@ def _run_patients(
     inputs: dict[str, tuple[str, ...]] = {}
     refusals: dict[str, VolsegError] = {}
     keys: dict[str, str] = {}
-    for outcome in run(
-        lambda patient: _inputs(patient, folders, settings),
-        [each for each in patients if each.is_paired],
-    ):
+    paired = [patient for patient in patients if patient.is_paired]
+    for outcome in run(lambda patient: _inputs(patient, folders, settings), paired):
         name = outcome.item.name
         inputs[name] = outcome.value or ()
         keys[name] = _key(outcome.item, inputs[name], settings)
@@ -261,27 +256,24 @@ def _run_patients(
             progress(STAGE, count / len(todo), patient.name)
     finally:
         reached = {*unpaired, *kept, *done, *failed}
-        waiting = [patient for patient in patients if patient.name not in reached]
-        shown = results.write_tables(
-            [
-                PatientResponse(**patient.cells, status="pending", reason="not reached yet")
-                for patient in waiting
-            ]
-        )
-        lesions = results.lesion_rows(shown, set())
-        results.write("report.html", comparison_html(about_run("compare", ""), shown, lesions))
-    kept, failed = without_damaged(kept, failed, shown, "patient")
-    row_of = {row["patient"]: row for row in shown}
+        pending = [
+            PatientResponse(**patient.cells, status="pending", reason="not reached yet")
+            for patient in patients
+            if patient.name not in reached
+        ]
+        all_rows = results.write_tables(pending)
+        lesions = results.lesion_rows(all_rows, set())
+        results.write("report.html", comparison_html(about_run("compare", ""), all_rows, lesions))
+    kept, failed = without_damaged(kept, failed, all_rows, "patient")
+    row_of = {row["patient"]: row for row in all_rows}
     rows = [row_of[patient.name] for patient in patients]
     warnings = [f"{row['patient']}: {row['warnings']}" for row in rows if row["warnings"]]
-    warnings += damaged_warnings(shown, "patient")
+    warnings += damaged_warnings(all_rows, "patient")
     if others := sorted(row_of.keys() - {patient.name for patient in patients}):
-        named = ", ".join(shortened(name) for name in others[:3]) + (
-            ", …" if len(others) > 3 else ""
-        )
+        names = ", ".join([*map(shortened, others[:3]), *(["…"] if len(others) > 3 else [])])
         warnings.append(
-            f"W_STALE: the tables also hold {len(others)} patients of earlier runs ({named}); "
-            "for tables without them give another --out"
+            f"W_STALE: the tables also hold {len(others)} patients of earlier runs ({names}); "
+            "give another --out for tables without them"
         )
     details: dict[str, Any] = {"patients": rows, "warnings": warnings}
     details["unpaired"] = {name: row.reason for name, row in unpaired.items()}
@@ -291,7 +283,10 @@ def _run_patients(
 def _peaks(
     patients: Sequence[Patient], folders: _Folders, settings: CompareSettings, process: int
 ) -> dict[str, Peak]:
-    """What comparing the scans of each patient takes at most, from their headers; comparing the others says what is wrong."""
+    """Return the peak memory of comparing each patient, from headers.
+
+    Patients with unreadable headers are left out; comparing them raises the error.
+    """
 
     def largest(patient: Patient) -> Peak:
         peaks = [_peak(pair, folders, settings, process) for pair in patient.scans]
@@ -304,19 +299,20 @@ def _peaks(
 def _peak(
     cases: tuple[str | None, str | None], folders: _Folders, settings: CompareSettings, process: int
 ) -> Peak:
-    """What comparing two scans takes at most; or a scan that has none of the other time.
+    """Return the peak memory of comparing two scans, or of handling a scan without a partner.
 
     Raises:
         ScanError: the files cannot be read.
     """
     masks, scans, n_lesions = [], [], []
-    for time_, case, folder, places in zip(TIMES, cases, folders, settings.scans, strict=True):
+    for time_, case, folder, scan_folder in zip(TIMES, cases, folders, settings.scans, strict=True):
         if case is None:
             continue
         record = _read_usable(time_, folder, case)
         n_lesions.append(len(record.lesions))
         masks.append(read_header(path_of(folder, case, record.files, LESION_IDS)))
-        path = _scan_path(record, places) if settings.registration or settings.figures else None
+        needs_scan = settings.registration or settings.figures
+        path = _scan_path(record, scan_folder) if needs_scan else None
         scans += [] if path is None else [read_header(path)]
     work = {"lesions": pairing_bytes([mask.geometry.shape for mask in masks], n_lesions)}
     if len(scans) == 2 and settings.registration:
@@ -324,15 +320,11 @@ def _peak(
     if len(scans) == 2 and settings.figures:
         work["figure"] = PICTURE_BYTES * math.prod(scans[1].geometry.shape)
     largest = max(work, key=lambda name: work[name])
+    # Filling NaN copies a scan, reading copies a mask.
+    scan_bytes = sum(scan.n_bytes for scan in scans) + max(map(_filled_bytes, scans), default=0)
+    mask_bytes = sum(mask.mask_bytes for mask in masks) + max(mask.n_bytes for mask in masks)
     return Peak(
-        {
-            "process": process,
-            # A scan with NaN is there twice while they are filled, a mask while it is read.
-            "scans": sum(scan.n_bytes for scan in scans)
-            + max((_filled_bytes(scan) for scan in scans), default=0),
-            "masks": sum(mask.mask_bytes for mask in masks) + max(mask.n_bytes for mask in masks),
-            largest: work[largest],
-        }
+        {"process": process, "scans": scan_bytes, "masks": mask_bytes, largest: work[largest]}
     )
 
 
@@ -341,7 +333,7 @@ def _filled_bytes(scan: NiftiHeader) -> int:
 
 
 def _inputs(patient: Patient, folders: _Folders, settings: CompareSettings) -> tuple[str, ...]:
-    """SHA-256 of all files that the rows of a patient depend on."""
+    """Return the SHA-256 of all files on which the rows of a patient depend."""
     digests: list[str] = []
     for pair in patient.scans:
         for case, folder, scans in zip(pair, folders, settings.scans, strict=True):
@@ -354,7 +346,7 @@ def _inputs(patient: Patient, folders: _Folders, settings: CompareSettings) -> t
                 path = _scan_path(record, scans)
                 digests.append("none" if path is None else digest_of(path))
             except ScanError as error:
-                digests.append(str(error))  # told when the patient is compared
+                digests.append(str(error))  # raised again when the patient is compared
     return tuple(digests)
 
 
@@ -363,7 +355,7 @@ def _file_digest(path: Path) -> str:
 
 
 def _key(patient: Patient, inputs: Sequence[str], settings: CompareSettings) -> str:
-    """Changes with anything that the rows of a patient depend on."""
+    """Return a hash of everything on which the rows of a patient depend."""
     options = {"registration": settings.registration, "max_distance_mm": settings.max_distance_mm}
     options |= {"figures": settings.figures, "lymph_nodes": settings.lymph_nodes}
     return input_key(options | {"patient": patient.name, "scans": patient.scans}, inputs)
@@ -374,10 +366,10 @@ def _key(patient: Patient, inputs: Sequence[str], settings: CompareSettings) -> 
 
 @dataclass(frozen=True, eq=False)
 class _Side:
-    """A time point of a patient: what was measured, and the scan, which is read once it is needed.
+    """A time point of a patient: measurements, and the scan, which is read on first access.
 
     Args:
-        inputs: SHA-256 of the patient's files when the comparison began.
+        inputs: SHA-256 of the patient's files at the start of the comparison.
     """
 
     time: str
@@ -401,34 +393,34 @@ class _Side:
 
     @property
     def path(self) -> Path:
-        """The file of the scan.
+        """Path of the scan file.
 
         Raises:
-            ScanError: it is not known where it is.
+            ScanError: the file was not found.
         """
         path = _scan_path(self.record, self.scans)
         if path is None:
-            wanted = self.record.scan or self.record.case.image or "its scan"
+            name = self.record.scan or self.record.case.image or "its scan"
+            option = f"--{self.time.replace('-', '')}-scans"
             raise ScanError(
-                f"the {self.time} scan of case {self.record.case.case_id!r} was not found: {wanted}",
-                fix=f"give the folder it is in with --{self.time.replace('-', '')}-scans, or --no-registration "
-                "if both scans have the same world coordinates",
+                f"the {self.time} scan of case {self.record.case.case_id!r} was not found: {name}",
+                fix=f"give its folder to {option}, or --no-registration if both scans have the "
+                "same world coordinates",
                 code="E_MISSING",
             )
         return path
 
     @cached_property
     def scan(self) -> Volume:
-        scan = read_volume(self.path, is_finite=False)  # as it was measured
+        scan = read_volume(self.path, is_finite=False)  # as in measuring
         _check_unchanged(self.path, scan.sha256 or digest_of(self.path), self.inputs)
-        check_pair(
-            scan, self.ids, str(self.path), f"the lesions of case {self.record.case.case_id!r}"
-        )
-        known = np.isfinite(scan.array) if scan.array.dtype.kind == "f" else np.ones(1, bool)
-        # To register, what is not known is the darkest there is.
-        if known.all():
+        lesions = f"the lesions of case {self.record.case.case_id!r}"
+        check_pair(scan, self.ids, str(self.path), lesions)
+        finite = np.isfinite(scan.array) if scan.array.dtype.kind == "f" else np.ones(1, bool)
+        if finite.all():
             return scan
-        return replace(scan, array=np.where(known, scan.array, scan.array[known].min(initial=0)))
+        # For registration, fill NaN with the lowest intensity.
+        return replace(scan, array=np.where(finite, scan.array, scan.array[finite].min(initial=0)))
 
     @cached_property
     def digest(self) -> str:
@@ -436,11 +428,14 @@ class _Side:
 
     @property
     def change(self) -> str:
-        """A warning if the file of the scan is not the one that was measured, or not packed as it was; empty without a file."""
-        known = self.record.scan_sha256
-        if known is None or _scan_path(self.record, self.scans) is None or known == self.digest:
+        """Warning if the scan file differs from the one measured; empty without a file."""
+        sha256 = self.record.scan_sha256
+        if sha256 is None or _scan_path(self.record, self.scans) is None or sha256 == self.digest:
             return ""
-        return f"W_SCAN: the {self.time} scan {self.path.name} is not the file that was measured, or was written anew since"
+        return (
+            f"W_SCAN: the {self.time} scan {self.path.name} is not the file that was measured, "
+            "or was rewritten since"
+        )
 
 
 def _compare_patient(
@@ -456,14 +451,15 @@ def _compare_patient(
     compared = [
         _compare_scans(cases, folders, settings, patient, names, inputs) for cases in patient.scans
     ]
-    pairs = [each.pair for each in compared]
+    pairs = [scans.pair for scans in compared]
     rows = lesion_changes(pairs, patient=patient.name, lymph_nodes=settings.lymph_nodes)
     response = judge_response(pairs, patient=patient.name, lymph_nodes=settings.lymph_nodes)
-    warnings = [_of_scan(text, each.pair, pairs) for each in compared for text in each.warnings]
+    warnings = [_of_scan(text, scans.pair, pairs) for scans in compared for text in scans.warnings]
+    warnings += [response.warnings] if response.warnings else []
     response = replace(
         response,
-        **_worst([each.columns for each in compared]),
-        warnings="; ".join([*warnings, *([response.warnings] if response.warnings else [])]),
+        **_worst([scans.columns for scans in compared]),
+        warnings="; ".join(warnings),
         seconds=round(time.monotonic() - started, 2),
         volseg_version=__version__,
     )
@@ -477,7 +473,7 @@ def _compare_patient(
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Compared:
-    """What is kept of two scans. `columns`: how they lie; `picture`: PNG."""
+    """Comparison of two scans: their pair, registration `columns`, warnings and PNG `picture`."""
 
     pair: ScanPair
     columns: Mapping[str, Any]
@@ -493,12 +489,12 @@ def _compare_scans(
     names: Mapping[int, str],
     inputs: Sequence[str],
 ) -> _Compared:
-    """One line of a patient. `names`: what a label is called that has no name in either scan."""
-    read = (
+    """Compare one pair of scans; `names` supplies label names missing from both scans."""
+    sides = (
         None if case is None else _read_side(time_, folder, case, scans, inputs)
         for time_, folder, case, scans in zip(TIMES, folders, cases, settings.scans, strict=True)
     )
-    before, after = _named_alike(*read, names=names)
+    before, after = _named_alike(*sides, names=names)
     doubts = (before.unit_doubt if before else "", after.unit_doubt if after else "")
     in_doubt = [
         f"W_UNIT: the unit at {time_} is in doubt ({doubt}), so no intensity is compared"
@@ -511,7 +507,7 @@ def _compare_scans(
     pair = pair_scans(
         before.measured,
         after.measured,
-        moved=placed.moved,
+        moved=placed.transform,
         doubt=placed.doubt,
         max_distance_mm=settings.max_distance_mm,
     )
@@ -523,13 +519,15 @@ def _compare_scans(
     if settings.figures:
         from volseg.report.comparison_figures import change_png
 
-        title = (
-            patient.name if len(patient.scans) == 1 else f"{patient.name}, {cases[0]} → {cases[1]}"
-        )
+        title = patient.name
+        if len(patient.scans) > 1:
+            title += f", {cases[0]} → {cases[1]}"
         rows = lesion_changes([pair], patient=patient.name, lymph_nodes=settings.lymph_nodes)
         try:
             ids = (before.ids.array, after.ids.array)
-            picture = change_png((before.scan, after.scan), ids, placed.moved, rows, title=title)
+            picture = change_png(
+                (before.scan, after.scan), ids, placed.transform, rows, title=title
+            )
         except ScanError as error:
             if settings.registration:
                 raise
@@ -540,21 +538,20 @@ def _compare_scans(
 def _alone(
     before: _Side | None, after: _Side | None, unit_doubts: tuple[str, str], warnings: Sequence[str]
 ) -> _Compared:
-    """A scan of a region that was not scanned at the other time: all its lesions lie outside what was."""
+    """Handle a region scanned at one time only: all its lesions lie outside the other scan."""
     pair = lone_scan(before and before.measured, after and after.measured)
-    other = "follow-up" if after is None else "baseline"
     pair = replace(pair, unit_doubts=unit_doubts)
-    return _Compared(
-        pair, {}, [f"W_UNPAIRED: there is no {other} scan of what it shows", *warnings]
-    )
+    other = "follow-up" if after is None else "baseline"
+    warning = f"W_UNPAIRED: there is no {other} scan of what it shows"
+    return _Compared(pair, {}, [warning, *warnings])
 
 
 def _of_scan(text: str, pair: ScanPair, pairs: Sequence[ScanPair]) -> str:
-    """A warning, with the scan it is about where there are several."""
+    """Add the scan to a warning if there are several pairs."""
     if len(pairs) == 1:
         return text
-    code, rest = text.split(": ", 1)
-    return f"{code}: {pair.followup_case or pair.baseline_case}: {rest}"
+    code, sentence = text.split(": ", 1)
+    return f"{code}: {pair.followup_case or pair.baseline_case}: {sentence}"
 
 
 _WORST = {
@@ -567,23 +564,26 @@ _WORST = {
 
 
 def _worst(columns: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """How the scans of a patient lie: where several were placed, what is worst among them; None where one is unknown."""
+    """Return the worst registration columns of several pairs; None where a value is unknown."""
     if len(columns) == 1:
         return dict(columns[0])
-    placed = [each for each in columns if each]
+    placed = [cells for cells in columns if cells]
     if not placed:
         return {}
-    found: dict[str, Any] = {
-        "registration": ";".join(each.get("registration", "") for each in columns)
-    }
+    registrations = ";".join(cells.get("registration", "") for cells in columns)
+    result: dict[str, Any] = {"registration": registrations}
     for name, worst in _WORST.items():
-        values = [each[name] for each in placed if name in each]
-        found[name] = worst(values) if values and None not in values else None
-    return found
+        values = [cells[name] for cells in placed if name in cells]
+        result[name] = worst(values) if values and None not in values else None
+    return result
 
 
 def _check_unchanged(path: Path, digest: str, inputs: Sequence[str]) -> None:
-    """That a file is as it was when the comparison began, by whose hash its rows will be known."""
+    """Check that a file did not change since the comparison began.
+
+    Raises:
+        ScanError: its digest is not among `inputs`.
+    """
     if digest not in inputs:
         raise ScanError(
             f"{path}: was replaced while it was being compared", fix="run again", code="E_CHANGED"
@@ -602,15 +602,20 @@ def _read_side(
     ids = read_mask(path, max_labels=len(lesions) + 1000)
     if [lesion.lesion_id for lesion in lesions] != list(range(1, int(ids.array.max()) + 1)):
         raise ScanError(
-            f"{path}: holds {ids.array.max()} lesions, the record of case {case!r} {len(lesions)}",
-            fix="run the command that made the folder again",
+            f"{path}: has {ids.array.max()} lesions, but the record of case {case!r} has "
+            f"{len(lesions)}",
+            fix="rerun the command that made the folder",
             code="E_RECORD",
         )
     return _Side(time_, folder, replace(record, lesions=lesions), ids, scans, inputs)
 
 
 def _check_measured(folder: Path, record: CaseRecord) -> None:
-    """That the numbers of a case are those of its mask, which may have been corrected by hand."""
+    """Check that the mask of a case was not corrected by hand since it was measured.
+
+    Raises:
+        ScanError: it was (`E_EDITED`).
+    """
     for name, digest in record.masks.items():
         if (folder / name).is_file() and sha256_of(folder / name) != digest:
             raise ScanError(
@@ -621,21 +626,23 @@ def _check_measured(folder: Path, record: CaseRecord) -> None:
 
 
 def _read_usable(time_: str, folder: Path, case: str) -> CaseRecord:
-    """The record of a case that was measured.
+    """Read the record of a measured case.
 
     Raises:
-        ScanError: it was not, or its mask is noise.
+        ScanError: the case was not measured, or its mask looks like noise.
     """
     record = read_record(folder, case)
     if record.case.status != "done":
+        reason = record.case.reason or "no reason given"
         raise ScanError(
-            f"the {time_} case {case!r} is {record.case.status}: {record.case.reason or 'no reason is given'}",
-            fix="repair it and run the command that made the folder again",
+            f"the {time_} case {case!r} is {record.case.status}: {reason}",
+            fix="repair it and rerun the command that made the folder",
             code="E_RECORD",
         )
-    if (record.case.n_lesions or 0) > MANY or f"{SPECKS}: " in (record.case.warnings or ""):
+    n_lesions = record.case.n_lesions or 0
+    if n_lesions > MANY or f"{SPECKS}: " in (record.case.warnings or ""):
         raise ScanError(
-            f"the {time_} case {case!r} has {record.case.n_lesions or 0:,} lesions: its mask looks like noise",
+            f"the {time_} case {case!r} has {n_lesions:,} lesions: its mask looks like noise",
             fix="correct the mask and measure it again; noise has no response",
             code="E_SPECKS",
         )
@@ -643,14 +650,14 @@ def _read_usable(time_: str, folder: Path, case: str) -> CaseRecord:
 
 
 def _shared_names(patient: Patient, folders: _Folders) -> dict[int, str]:
-    """What the scans of a patient call a label, where those that have a name for it agree."""
+    """Return label names on which all scans of the patient that name the label agree."""
     names: dict[int, set[str]] = defaultdict(set)
     for cases in patient.scans:
         for case, folder in zip(cases, folders, strict=True):
             if case is not None:
                 for label, name in _names(read_record(folder, case).lesions).items():
                     names[label].add(name)
-    return {label: found.pop() for label, found in names.items() if len(found) == 1}
+    return {label: options.pop() for label, options in names.items() if len(options) == 1}
 
 
 def _names(lesions: Sequence[LesionMeasurement]) -> dict[int, str]:
@@ -661,37 +668,31 @@ def _names(lesions: Sequence[LesionMeasurement]) -> dict[int, str]:
 def _named_alike(
     before: _Side | None, after: _Side | None, *, names: Mapping[int, str]
 ) -> tuple[_Side | None, _Side | None]:
-    """A label that has no name at one time, because nobody gave `measure` one, has that of the other time, or else of another scan."""
-    known = dict(names)
+    """Name unnamed labels as at the other time point, else as in `names` of the patient's scans."""
+    all_names = dict(names)
     for side in (before, after):
-        known |= {} if side is None else _names(side.lesions)
-    before, after = (
-        side
-        and replace(
-            side,
-            record=replace(side.record, lesions=[_named(lesion, known) for lesion in side.lesions]),
-        )
-        for side in (before, after)
-    )
-    return before, after
+        all_names |= {} if side is None else _names(side.lesions)
+    return before and _renamed(before, all_names), after and _renamed(after, all_names)
+
+
+def _renamed(side: _Side, names: Mapping[int, str]) -> _Side:
+    lesions = [_named(lesion, names) for lesion in side.lesions]
+    return replace(side, record=replace(side.record, lesions=lesions))
 
 
 def _named(lesion: LesionMeasurement, names: Mapping[int, str]) -> LesionMeasurement:
-    is_nameless = lesion.label_name in (None, f"label_{lesion.label}")
-    return (
-        replace(lesion, label_name=names.get(lesion.label, lesion.label_name))
-        if is_nameless
-        else lesion
-    )
+    if lesion.label_name not in (None, f"label_{lesion.label}"):
+        return lesion
+    return replace(lesion, label_name=names.get(lesion.label, lesion.label_name))
 
 
 def _scan_path(record: CaseRecord, scans: Path | None) -> Path | None:
-    """The file of a scan: the one of its name in the folder, else where the record says; None where it is in neither.
+    """Find the file of a scan by name in the folder, else at the recorded path; None if in neither.
 
     Raises:
-        ScanError: the folder has several of this name.
+        ScanError: the folder has several files of this name.
     """
-    name = Path(record.case.image or "").name  # a record of a stranger may name a path
+    name = Path(record.case.image or "").name  # an untrusted record may name a path
     if scans is not None and name:
         paths = [scans / name]
         if not os.path.isfile(paths[0]):
@@ -701,7 +702,7 @@ def _scan_path(record: CaseRecord, scans: Path | None) -> Path | None:
         if len(paths) > 1:
             raise ScanError(
                 f"{scans}: has {len(paths)} files {name!r}, such as {paths[0]} and {paths[1]}",
-                fix="give the folder that holds the right one",
+                fix="give the folder of the right one",
                 code="E_MISSING",
             )
         if paths:
@@ -711,12 +712,14 @@ def _scan_path(record: CaseRecord, scans: Path | None) -> Path | None:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Placement:
-    """How the patient lies in the later scan: (4, 4) RAS mm, and what the row says about it.
+    """Transform between the two scans, with its columns and warnings.
 
-    `doubt` is why lesions matched by it cannot be trusted; empty if they can.
+    Args:
+        transform: (4, 4) in RAS mm, from the earlier to the later scan.
+        doubt: why lesions matched by it cannot be trusted; empty if they can.
     """
 
-    moved: np.ndarray
+    transform: np.ndarray
     columns: Mapping[str, Any]
     warnings: Sequence[str] = ()
     doubt: str = ""
@@ -724,106 +727,111 @@ class Placement:
 
 def _place(before: _Side, after: _Side, settings: CompareSettings) -> Placement:
     if not before.lesions and not after.lesions:
-        return Placement(np.eye(4), {})  # nothing is to be placed
+        return Placement(np.eye(4), {})
     if not settings.registration:
-        return _as_headers_say(before.ids.geometry, after.ids.geometry)
+        return _place_by_headers(before.ids.geometry, after.ids.geometry)
     if _are_identical(before, after):
         return Placement(np.eye(4), {"registration": "identical"})
-    found = register(before.scan, after.scan)
-    back = np.linalg.inv(found.moved)
-    return as_far_as_trusted(
-        found,
-        np.concatenate(
-            [centroids_mm(before.lesions), transformed(back, centroids_mm(after.lesions))]
-        ),
-        normal=axial_normal(before.ids.geometry),
-    )
+    registration = register(before.scan, after.scan)
+    back = np.linalg.inv(registration.moved)
+    points_mm = [centroids_mm(before.lesions), transformed(back, centroids_mm(after.lesions))]
+    normal = axial_normal(before.ids.geometry)
+    return trusted_placement(registration, np.concatenate(points_mm), normal=normal)
 
 
-def _as_headers_say(before: Geometry, after: Geometry) -> Placement:
-    here, columns = np.eye(4), {"registration": "none"}
-    if covered(before, after, here) or covered(after, before, here):
-        return Placement(here, columns)
+def _place_by_headers(before: Geometry, after: Geometry) -> Placement:
+    identity, columns = np.eye(4), {"registration": "none"}
+    if covered(before, after, identity) or covered(after, before, identity):
+        return Placement(identity, columns)
     doubt = "the two scans nowhere overlap in world coordinates"
     warnings = [f"W_APART: {doubt}, so no lesion could be matched"]
-    return Placement(here, columns, warnings, f"{doubt}: compare without --no-registration")
+    return Placement(identity, columns, warnings, f"{doubt}: compare without --no-registration")
 
 
-def as_far_as_trusted(
-    found: Registration, points_mm: np.ndarray, *, normal: np.ndarray | None = None
+def trusted_placement(
+    registration: Registration, points_mm: np.ndarray, *, normal: np.ndarray | None = None
 ) -> Placement:
-    """What a registration says about the points (N, 3) of the earlier scan, N ≥ 1; where it made nothing better, nothing is moved.
+    """Judge a registration at the lesions; return the identity if it did not improve similarity.
 
-    `normal`: (3,) of the axial slices of the earlier scan, in which diameters are taken; None: the S axis.
+    Args:
+        points_mm: (N, 3) lesion centroids in the earlier scan, RAS mm, N ≥ 1.
+        normal: (3,) normal of the earlier scan's axial slices, in which diameters are measured;
+            None for the S axis.
     """
-    shift_mm = float(found.shift_mm(points_mm).max())
-    apart_mm = found.disagreement_mm(points_mm)
-    error_mm = None if apart_mm is None else float(apart_mm.max())
+    shift_mm = float(registration.shift_mm(points_mm).max())
+    disagreement_mm = registration.disagreement_mm(points_mm)
+    error_mm = None if disagreement_mm is None else float(disagreement_mm.max())
     similarity = {
-        "similarity_before": found.similarity_before,
-        "similarity_after": found.similarity_after,
+        "similarity_before": registration.similarity_before,
+        "similarity_after": registration.similarity_after,
     }
     warnings, doubt = [], ""
-    if not found.is_better:
+    if not registration.is_better:
         if shift_mm > SAME_PLACE_MM:
             doubt = "the scans are nowhere more alike than where their headers place them"
             warnings.append(f"W_REGISTRATION: {doubt}, so world coordinates were taken as they are")
         columns = {"registration": "none", "moved_mm": 0.0, "turned_deg": 0.0} | similarity
         return Placement(np.eye(4), columns, warnings, _no_response(doubt))
-    if shift_mm > MAX_MOVED_MM or found.turned_deg > MAX_TURNED_DEG:
+    rotation_deg = registration.turned_deg
+    if shift_mm > MAX_MOVED_MM or rotation_deg > MAX_TURNED_DEG:
         warnings.append(
-            f"W_MOVED: registration moved a lesion by {shift_mm:.0f} mm and turned the scan by {found.turned_deg:.0f}°, "
-            f"over {MAX_MOVED_MM:.0f} mm or {MAX_TURNED_DEG:.0f}°: look at the picture"
+            f"W_MOVED: registration moved a lesion by {shift_mm:.0f} mm and turned the scan by "
+            f"{rotation_deg:.0f}°, over {MAX_MOVED_MM:.0f} mm or {MAX_TURNED_DEG:.0f}°: "
+            "look at the picture"
         )
-    if error_mm is None or error_mm > MAX_ERROR_MM:
-        what = (
-            "worked in one direction only"
-            if error_mm is None
-            else f"is uncertain by {error_mm:.1f} mm"
-        )
-        doubt = f"registration {what}"
+    if error_mm is None:
+        doubt = "registration worked in one direction only"
+    elif error_mm > MAX_ERROR_MM:
+        doubt = f"registration is uncertain by {error_mm:.1f} mm"
+    if doubt:
         warnings.append(f"W_REGISTRATION: {doubt}, so lesions may have been matched wrongly")
-    tilt_deg = found.plane_disagreement_deg(np.array([0.0, 0.0, 1.0]) if normal is None else normal)
+    normal = np.array([0.0, 0.0, 1.0]) if normal is None else normal
+    tilt_deg = registration.plane_disagreement_deg(normal)
     if not doubt and tilt_deg is not None and tilt_deg > MAX_TILT_ERROR_DEG:
         doubt = f"registration is uncertain by {tilt_deg:.0f}° about the axial plane"
         warnings.append(
             f"W_REGISTRATION: {doubt}, so diameters may have been taken in another plane"
         )
-    columns = {"registration": "rigid", "moved_mm": shift_mm, "turned_deg": found.turned_deg}
+    columns = {"registration": "rigid", "moved_mm": shift_mm, "turned_deg": rotation_deg}
     columns |= {"registration_error_mm": error_mm} | similarity
-    return Placement(found.moved, columns, warnings, _no_response(doubt))
+    return Placement(registration.moved, columns, warnings, _no_response(doubt))
 
 
 def _no_response(doubt: str) -> str:
     if not doubt:
         return ""
-    return f"{doubt}: look at the picture (--figures), and if world coordinates can be trusted, compare with --no-registration"
+    return (
+        f"{doubt}: look at the picture (--figures), and if world coordinates can be trusted, "
+        "compare with --no-registration"
+    )
 
 
 def _are_identical(before: _Side, after: _Side) -> bool:
-    """Whether both results are of one scan; its files may differ in how they are packed."""
+    """Return whether both results are of the same scan, even if its files differ in packing."""
     if before.path.resolve() == after.path.resolve() or before.digest == after.digest:
         return True
-    one, other = before.scan, after.scan
+    first, second = before.scan, after.scan
     return (
-        one.geometry.matches(other.geometry)
-        and (one.slope, one.intercept) == (other.slope, other.intercept)
-        and np.array_equal(one.array, other.array)
+        first.geometry.matches(second.geometry)
+        and (first.slope, first.intercept) == (second.slope, second.intercept)
+        and np.array_equal(first.array, second.array)
     )
 
 
 def _differences(before: _Side, after: _Side) -> list[str]:
-    """What differs between the two results and not between the two days."""
-    found = []
+    """Return warnings about differences in model and grid, which are no change of the patient."""
+    warnings = []
     models = (before.record.case.model or "none", after.record.case.model or "none")
     if models[0] != models[1]:
-        found.append(
-            f"W_MODEL: the masks are of different origin ({models[0]}; {models[1]}), which is a difference too"
+        warnings.append(
+            f"W_MODEL: the masks are of different origin ({models[0]}; {models[1]}), "
+            "which is a difference too"
         )
     sizes = [sorted(side.ids.geometry.spacing_mm) for side in (before, after)]
     if any(max(a, b) > GRID_RATIO * min(a, b) for a, b in zip(*sizes, strict=True)):
         texts = [" × ".join(f"{mm:.2g}" for mm in size) for size in sizes]
-        found.append(
-            f"W_GRID: voxels of {texts[0]} mm and {texts[1]} mm: small lesions differ in size by that alone"
+        warnings.append(
+            f"W_GRID: voxels of {texts[0]} mm and {texts[1]} mm: "
+            "small lesions differ in size by that alone"
         )
-    return found
+    return warnings

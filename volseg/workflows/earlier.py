@@ -1,4 +1,4 @@
-"""What an earlier call of `train` found out and left in its work folder, for the one that goes on."""
+"""Results of an earlier call of `train`, kept in its work folder for a resumed run."""
 
 from __future__ import annotations
 
@@ -23,21 +23,24 @@ RECIPE_FILE, FITTED_FILE = "recipe.json", "fitted.json"
 
 @dataclass(frozen=True, slots=True)
 class Fitted:
-    """What is trained in the time that was given: the number of networks, and their plan."""
+    """What fits the time budget: the number of networks, and their plan."""
 
     folds: int
     plan: Plan
 
 
 def recipe_once(dataset: Path, work: Path, progress: Progress) -> Recipe:
-    """The recipe that follows from a dataset, its masks looked at only once while their sizes and dates are the same."""
+    """Derive the recipe from a dataset; reuse the stored one while no file changed.
+
+    A file counts as changed if its size or modification time differs.
+    """
     files = _dates(dataset)
     try:
         content = read_json(work / RECIPE_FILE)
         if content["files"] == files:
             return parse_recipe(content["recipe"], where=str(work / RECIPE_FILE))
     except (OSError, ValueError, KeyError, TypeError, VolsegError):
-        pass  # not there yet, or of an earlier volseg
+        pass  # missing, or written by another version
     recipe = recipe_for(dataset, None, progress)
     write_json_atomic(
         work / RECIPE_FILE, {"files": files, "recipe": recipe.model_dump(mode="json")}
@@ -46,7 +49,7 @@ def recipe_once(dataset: Path, work: Path, progress: Progress) -> Recipe:
 
 
 def _dates(dataset: Path) -> dict[str, list[int]]:
-    """Size and date of change of all on which the recipe of a dataset depends."""
+    """Return size and modification time of every file on which the recipe depends."""
     cases, _ = survey_cases(dataset)
     paths = [
         path
@@ -60,14 +63,14 @@ def _dates(dataset: Path) -> dict[str, list[int]]:
 
 
 def write_fitted(work: Path, fitted: Fitted) -> None:
-    """Keep what is trained for who resumes."""
+    """Store the fitted plan for a resumed run."""
     write_json_atomic(
         work / FITTED_FILE, {"folds": fitted.folds, "plan": fitted.plan.model_dump(mode="json")}
     )
 
 
 def read_fitted(work: Path) -> Fitted | None:
-    """What an interrupted call trains; None where it was not fitted to a time, or did not come so far."""
+    """Read the fitted plan of an interrupted run; None without a time budget or plan yet."""
     from volseg.plan import Plan
 
     try:
@@ -78,7 +81,7 @@ def read_fitted(work: Path) -> Fitted | None:
 
 
 def earlier_plan(prepared: Path) -> Plan | None:
-    """The plan with which an interrupted run prepared its data; None where it did not come so far."""
+    """Read the plan with which an interrupted run prepared its data; None if it had none yet."""
     from volseg.plan import Plan
 
     try:

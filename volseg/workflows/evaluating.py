@@ -1,4 +1,4 @@
-"""`volseg evaluate`: predicted masks against reference masks."""
+"""`volseg evaluate`: compare predicted masks with reference masks."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from volseg.volume import Volume, slabs_of
 from volseg.workflows.batch import Progress, RunReport, amount_of, digest_of, failure_reason, silent
 
 TABLES, PICTURES = (EVALUATION, DETECTIONS, SUMMARY), ("agreement.png", "froc.png")
-SAME_PLACE_MM = 0.01  # tables have four digits of a centroid
+SAME_PLACE_MM = 0.01  # tables round centroids to four digits
 Row = TypeVar("Row", OverlapRow, DetectionRow)
 
 
@@ -51,36 +51,38 @@ def evaluate(
     progress: Progress = silent,
     announce: Callable[[str], None] = lambda text: None,
 ) -> RunReport:
-    """Overlap, surface distances, volumes and detected lesions of predicted masks against reference masks, matched by name.
+    """Compare predicted with reference masks, matched by name: overlap, distances, detection.
 
     Args:
-        reference: folder of masks, or a dataset whose labels they are; its patients are those of the intervals.
-        predicted: folder of masks, or a results folder (its masks/ is taken, and the confidence of its lesions).
-        min_iou: overlap from which a predicted lesion counts as one of the reference, below 1; 0: a common voxel is enough.
-        max_ram: budget of main memory, such as `4G` or a number of bytes; None for none. A pair that may not fit within it is a
-            failed row that says what would do.
-        announce: told what the largest pair so far takes at most, once its masks are read.
+        reference: folder of masks, or a dataset with labels; confidence intervals use its patients.
+        predicted: folder of masks, or a results folder (its masks/ and lesion confidences).
+        min_iou: intersection over union from which a predicted lesion matches a reference lesion,
+            in [0, 1); with 0, one common voxel is enough.
+        max_ram: main-memory budget, such as `4G` or a number of bytes; None for no limit. A pair
+            that may not fit becomes a failed row that names a sufficient amount.
+        announce: receives the peak memory of the largest pair so far, once its masks are read.
 
     Raises:
-        VolsegError: no case has both. A pair that cannot be compared is a failed row instead.
+        VolsegError: no case has both masks. A pair that cannot be compared becomes a failed row.
     """
     out = Path(out)
     if not 0 <= min_iou < 1:
         raise VolsegError(
-            f"min_iou = {min_iou} is outside [0, 1)", fix="0 or 0.5 are usual", code="E_USAGE"
+            f"min_iou must be in [0, 1), got {min_iou}", fix="give 0 or 0.5", code="E_USAGE"
         )
     truths, guesses = _masks(Path(reference)), _masks(Path(predicted))
     common = [name for name in truths if name in guesses]
     if not common:
         raise VolsegError(
-            f"no mask of {predicted} has the name of one in {reference}, such as {next(iter(truths), 'none')!r}",
-            fix="give masks named after their cases",
+            f"no mask of {predicted} has the name of one in {reference}, "
+            f"such as {next(iter(truths), 'none')!r}",
+            fix="name the masks after their cases",
             code="E_DATASET",
         )
-    lesions = _Predictions.of(Path(predicted))
+    predictions = _Predictions.of(Path(predicted))
     stated = _stated_labels(Path(reference))
     ignored = stated.pop(IGNORE, None)
-    names = lesions.label_names | {value: name for name, value in stated.items()}
+    names = predictions.label_names | {value: name for name, value in stated.items()}
 
     budget = Budget(
         amount_of(max_ram, "--max-ram"),
@@ -95,40 +97,36 @@ def evaluate(
         masks = truth.sha256, guess.sha256
         if ignored is not None and truth.array.shape == guess.array.shape:
             for part in slabs_of(truth.array):
-                unknown = (
-                    truth.array[part] == ignored
-                )  # nobody knows what these voxels are: they are judged as background
-                truth.array[part][unknown] = guess.array[part][unknown] = 0
-        own = {
+                unannotated = truth.array[part] == ignored  # counted as background in both
+                truth.array[part][unannotated] = guess.array[part][unannotated] = 0
+        values = {
             value
             for mask in (truth, guess)
             for part in slabs_of(mask.array, COUNTED_TOGETHER)
             for value in np.unique(mask.array[part]).tolist()
             if value
         }
-        own_names = {value: names.get(value, f"label_{value}") for value in own}
+        case_names = {value: names.get(value, f"label_{value}") for value in values}
         patient = truths[case_id].patient
-        rows = evaluate_case(truth, guess, own_names, case_id=case_id)
+        rows = evaluate_case(truth, guess, case_names, case_id=case_id)
         try:
-            found = detect_lesions(truth, guess, own_names, case_id=case_id, min_iou=min_iou)
+            detections = detect_lesions(truth, guess, case_names, case_id=case_id, min_iou=min_iou)
         except NoisyMaskError as error:
             rows = [replace(row, patient=patient, notes=_joined(row.notes, error)) for row in rows]
             return Compared(overlap=rows, detections=[], masks=masks)
-        found = [
-            replace(row, patient=patient, confidence=lesions.confidence_of(row)) for row in found
+        detections = [
+            replace(row, patient=patient, confidence=predictions.confidence_of(row))
+            for row in detections
         ]
-        lesions_of = _by_label(found)
+        lesions_of = _by_label(detections)
         rows = [
             with_lesions(replace(row, patient=patient), lesions_of.get(row.label, ()))
             for row in rows
         ]
-        return Compared(overlap=rows, detections=found, masks=masks)
+        return Compared(overlap=rows, detections=detections, masks=masks)
 
-    used = [
-        Path(reference),
-        Path(predicted),
-        *(mask.path for mask in (*truths.values(), *guesses.values())),
-    ]
+    used = [Path(reference), Path(predicted)]
+    used += [mask.path for mask in (*truths.values(), *guesses.values())]
     with OutputFolder(out, "evaluate", inputs=used) as outputs:
         outputs.refuse_foreign([*TABLES, *PICTURES])
         compared: dict[str, Compared] = {}
@@ -143,7 +141,7 @@ def evaluate(
         kept = {
             name: _as_stale(earlier[name], reason)
             for name, reason in failed.items()
-            # Numbers of two settings make no mean: rows of another overlap stay only by themselves.
+            # Rows of different min_iou cannot be averaged: keep earlier ones only if none is new.
             if name in earlier
             and (earlier_iou == min_iou or not compared)
             and earlier[name].masks == (digest_of(truths[name].path), digest_of(guesses[name].path))
@@ -178,17 +176,13 @@ def evaluate(
             pictures = _pictures(results)
             for name, picture in pictures.items():
                 commit.write(name, picture)
-            commit.finish(
-                removed=[
-                    *(name for name in PICTURES if name not in pictures),
-                    *map(trace_name, compared),
-                ]
-            )
+            outdated = [name for name in PICTURES if name not in pictures]
+            commit.finish(removed=[*outdated, *map(trace_name, compared)])
     return RunReport(out=out, done=list(compared), failed=failed, details=summary)
 
 
 def _as_stale(earlier: Compared, reason: str) -> Compared:
-    """What an earlier run found of the same masks, of a case that this run could not compare."""
+    """Return the earlier results of a case that failed in this run, marked as stale."""
     stale = f"{STALE}: the last run failed ({reason}); these numbers are from an earlier one"
     notes = (row.notes.partition(STALE)[0].removesuffix("; ") for row in earlier.overlap)
     overlap = [
@@ -199,7 +193,7 @@ def _as_stale(earlier: Compared, reason: str) -> Compared:
 
 
 def _stale(kept: Collection[str]) -> list[str]:
-    """A warning if rows of an earlier run stay."""
+    """Return a warning if rows of an earlier run are kept."""
     if not kept:
         return []
     return [
@@ -209,7 +203,7 @@ def _stale(kept: Collection[str]) -> list[str]:
 
 
 def _by_label(rows: Iterable[Row]) -> dict[int, list[Row]]:
-    """Label → its rows, in their order."""
+    """Group rows by label, in order."""
     rows_by_label: dict[int, list[Row]] = defaultdict(list)
     for row in rows:
         rows_by_label[row.label].append(row)
@@ -217,10 +211,10 @@ def _by_label(rows: Iterable[Row]) -> dict[int, list[Row]]:
 
 
 def _read_within(budget: Budget, case_id: str, *paths: Path) -> tuple[Volume, Volume]:
-    """Both masks of a case; announces what comparing them takes.
+    """Read both masks of a case and announce the peak memory of comparing them.
 
     Raises:
-        ScanError: E_RAM, that may be more than the budget; or they cannot be read.
+        ScanError: comparing them may exceed the budget (E_RAM), or a mask cannot be read.
     """
     process, headers = budget.process, [read_header(path) for path in paths]
     reading = plan_reading(headers, process=process)
@@ -228,8 +222,8 @@ def _read_within(budget: Budget, case_id: str, *paths: Path) -> tuple[Volume, Vo
         raise refusal
     truth, guess = (read_mask(path) for path in paths)
     if truth.geometry.difference(guess.geometry):
-        return truth, guess  # evaluating them will say so
-    peak = max(reading, plan_evaluating(truth, guess, process=process), key=lambda each: each.total)
+        return truth, guess  # evaluating them raises the error
+    peak = max(reading, plan_evaluating(truth, guess, process=process), key=lambda peak: peak.total)
     if refusal := budget.refusal(peak):
         raise refusal
     budget.announce(peak, case_id)
@@ -237,7 +231,7 @@ def _read_within(budget: Budget, case_id: str, *paths: Path) -> tuple[Volume, Vo
 
 
 def _noisy(rows: Sequence[OverlapRow]) -> list[str]:
-    """A warning for each case whose lesions were not matched."""
+    """Return a warning for each case whose lesions were not matched."""
     parts = {
         row.case_id: part for row in rows for part in row.notes.split("; ") if "W_SPECKS" in part
     }
@@ -257,7 +251,7 @@ class _Mask:
 
 
 def _masks(path: Path) -> dict[str, _Mask]:
-    """Case id → mask of a folder of masks, a results folder or a dataset, which may know the patients."""
+    """Return case id → mask of a mask folder, results folder or dataset; with patients if known."""
     if _is_dataset(path):
         return {
             case.id: _Mask(case.reference, case.patient)
@@ -291,11 +285,12 @@ def _stated_labels(reference: Path) -> dict[str, int]:
 
 @dataclass(frozen=True, slots=True)
 class _Predictions:
-    """What lesions.csv of a results folder knows of the lesions in its masks; nothing for other folders.
+    """Lesion confidences and label names from lesions.csv of a results folder, else empty.
 
     Args:
-        confidence: case → (label, number of voxels) → centroid in RAS mm and mean confidence of each such lesion. Their numbers are
-            not those that lesions have here where an organ is a label too. Noise, whose lesions are not matched, has none.
+        confidence: case → (label, number of voxels) → centroid in RAS mm and mean confidence of
+            each such lesion; lesion numbers differ if an organ is also a label. Noisy masks, whose
+            lesions are not matched, have none.
         label_names: value → name.
     """
 
@@ -325,60 +320,53 @@ class _Predictions:
             return cls(confidence, names)
         except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
             raise VolsegError(
-                f"{table}: is no table of lesions ({error!r})",
+                f"{table}: is not a table of lesions ({error!r})",
                 fix="run `volseg infer` again",
                 code="E_DATASET",
             ) from error
 
     def confidence_of(self, lesion: DetectionRow) -> float | None:
-        """Of a predicted lesion, if the table means the same one: a mask may have been changed since."""
+        """Return the confidence of a predicted lesion; None if its mask changed since the table."""
         if lesion.side != "predicted":
             return None
         centre = np.array([lesion.centroid_r_mm, lesion.centroid_a_mm, lesion.centroid_s_mm])
-        alike = self.confidence.get(lesion.case_id, {}).get((lesion.label, lesion.n_voxels), ())
-        return next(
-            (
-                confidence
-                for place, confidence in alike
-                if np.abs(place - centre).max() < SAME_PLACE_MM
-            ),
-            None,
-        )
+        entries = self.confidence.get(lesion.case_id, {}).get((lesion.label, lesion.n_voxels), ())
+        for centroid, confidence in entries:
+            if np.abs(centroid - centre).max() < SAME_PLACE_MM:
+                return confidence
+        return None
 
 
 def _completed(
     compared: Mapping[str, Sequence[OverlapRow]], masks: Mapping[str, _Mask]
 ) -> list[OverlapRow]:
-    """A row of every label for every case: one that is missing from both masks of a case is known to be."""
+    """Return a row of every label for every case, with rows for labels absent from both masks."""
     names = {row.label: row.label_name for rows in compared.values() for row in rows}
-    found = []
+    completed = []
     for case_id, rows in compared.items():
-        own = {row.label: row for row in rows}
+        row_of = {row.label: row for row in rows}
         for label in sorted(names):
             absent = row_of_absent(label, names[label], case_id=case_id)
-            found.append(
-                own.get(label) or with_lesions(replace(absent, patient=masks[case_id].patient), ())
-            )
-    return found
+            absent = with_lesions(replace(absent, patient=masks[case_id].patient), ())
+            completed.append(row_of.get(label, absent))
+    return completed
 
 
 def _overall(
     rows: Sequence[OverlapRow], masks: Mapping[str, _Mask], done: Collection[str]
 ) -> dict[str, Any]:
-    """Dice over all labels, and what a patient is."""
+    """Summarise Dice over all labels, and describe how patients were counted."""
     patients, labels = [patient_of(row) for row in rows], [row.label for row in rows]
     dice = mean_of([row.dice for row in rows], patients, labels, bounds=METRICS["dice"])
     named = {masks[case_id].patient for case_id in done} - {None}
     n_unnamed = sum(masks[case_id].patient is None for case_id in done)
-    said = (
-        f"{n_unnamed} of {len(done)} cases name none and count as one each"
-        if n_unnamed
-        else "named by the reference"
-    )
+    patients_text = "named by the reference"
+    if n_unnamed:
+        patients_text = f"{n_unnamed} of {len(done)} cases name none and count as one each"
     return {
         "n_cases": len(done),
         "n_patients": len(named) + n_unnamed,
-        "patients": said,
+        "patients": patients_text,
         "mean_dice": dice["mean"],
         "mean_dice_95": dice["mean_95"],
         "no_mean_dice_95": dice["no_mean_95"],
@@ -386,7 +374,7 @@ def _overall(
 
 
 def _pictures(results: Sequence[LabelResult]) -> dict[str, bytes]:
-    """The plots that can be drawn, as PNG; one of an earlier call that cannot be drawn any more goes."""
+    """Draw the plots for which there is data, as PNG."""
     from volseg.report.plots import agreement_png, froc_png
 
     pictures = {}

@@ -1,4 +1,4 @@
-"""What a training takes, found out on its first case before the others are touched."""
+"""Forecast the time of a training from its first case, before the others are read."""
 
 from __future__ import annotations
 
@@ -39,24 +39,23 @@ if TYPE_CHECKING:  # torch takes seconds to import; only a workflow that needs i
     from volseg.sizing import Budget
     from volseg.train.ranks import Team
 
-TIMED_CASES = (
-    3  # at most, where one alone says that the time is too short: the first loads packages as well
-)
-TIMING_SECONDS = 10.0  # after which no further case is timed
-LOOKED_SECONDS = 4.0  # for a look at further masks: how large lesions are decides how large patches and the network are
-GUARDED_SECONDS = 5.0  # of a stage, before which its pace says little
-STAGES = (MASKS, HASHING, LOOKING, PREPARING)  # in the order in which they come
+# At most; used if one case says that the time is too short, as the first also loads packages.
+TIMED_CASES = 3
+TIMING_SECONDS = 10.0  # after this, no further case is timed
+LOOKED_SECONDS = 4.0  # for analysing further masks: lesion size decides patch and network size
+GUARDED_SECONDS = 5.0  # of a stage, before its pace is reliable
+STAGES = (MASKS, HASHING, LOOKING, PREPARING)  # in order
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Forecast:
-    """What is ahead.
+    """Expected time of the work ahead.
 
     Args:
-        n_cases: to train and to validate on.
-        stages: seconds of each of `STAGES` for the whole dataset, less what an earlier call did of it.
-        step: seconds of a step of the smallest network that can learn.
-        flops: floating-point operations per second that it reaches; None for a network that is not modelled.
+        n_cases: cases for training and validation.
+        stages: seconds of each of `STAGES` for all cases that no earlier call has prepared.
+        step: seconds per training step of the smallest network that can learn.
+        flops: floating-point operations per second reached; None if the network is not modelled.
     """
 
     n_cases: int
@@ -66,20 +65,20 @@ class Forecast:
 
     @property
     def preparing(self) -> float:
-        """Seconds until the first step of training."""
+        """Seconds until the first training step."""
         return sum(self.stages.values())
 
     def after(self, stage: str) -> float:
-        """Seconds of the stages that follow."""
+        """Sum the seconds of the stages after this one."""
         later = STAGES[STAGES.index(stage) + 1 :]
         return sum(self.stages[name] for name in later)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Timed:
-    """One case, prepared by a plan of its own."""
+    """One case, prepared with a plan made from it alone."""
 
-    seconds: Mapping[str, float]  # of each stage
+    seconds: Mapping[str, float]  # per stage
     recipe: Recipe
     plan: Plan
     fingerprint: CaseFingerprint
@@ -100,17 +99,20 @@ def forecast_of(
     seed: int,
     progress: Progress = silent,
 ) -> Forecast | None:
-    """Prepare a case of about the median size, take a few steps on it, and reckon what all of them will take.
+    """Prepare a case of about median size, train a few steps on it and extrapolate to all cases.
 
-    The network is that of the plan which follows from this case and as many others as a few seconds allow a look at. Where
-    preparing all exceeds `enough` seconds, up to two more cases are timed. None where no case can be used: who prepares
-    the dataset says why.
+    The plan is made from this case and those analysed within `LOOKED_SECONDS`. If preparing all
+    cases exceeds `enough` seconds, up to two more are timed.
 
     Args:
-        recipe, plan: None where they follow from the data; the recipe then from the timed case alone.
-        prepared: folder where cases are prepared, of which an earlier call may have done some.
-        budget: memory that training may take.
-        until: a time of `time.monotonic` by which the answer is wanted.
+        recipe: None to derive it from the timed case.
+        plan: None to make it from the data.
+        prepared: folder for prepared cases; an earlier call may have prepared some.
+        budget: memory for training.
+        until: deadline, as a time of `time.monotonic`.
+
+    Returns:
+        None if no case can be used; preparing the dataset reports why.
     """
     from volseg.plan import combine_fingerprints, make_plan, size_of
     from volseg.train.speed import seconds_per_step
@@ -131,7 +133,7 @@ def forecast_of(
         progress("Timing the first case", len(rates) / TIMED_CASES, case.id)
         try:
             timed = _time_case(dataset, case, recipe, plan, prepared, budget, seed)
-        except VolsegError:  # who prepares the dataset names all of them
+        except VolsegError:  # preparing the dataset reports every error
             if time.monotonic() - began > TIMING_SECONDS:
                 return None
             continue
@@ -143,7 +145,7 @@ def forecast_of(
         if is_seen or recipe is not None:
             todo[MASKS] = ()
         stages = {
-            stage: min(rate[stage] for rate in rates) * sum(size[each.id] for each in todo[stage])
+            stage: min(rate[stage] for rate in rates) * sum(size[case.id] for case in todo[stage])
             for stage in STAGES
         }
         is_long = time.monotonic() - began > TIMING_SECONDS or time.monotonic() > until
@@ -154,14 +156,15 @@ def forecast_of(
     used = timed.plan
     if plan is None:
         others = [case for case in cases if case.id != timed.prepared.id]
-        seen = _look_at_some(
-            dataset, others, timed.recipe, seed, min(time.monotonic() + LOOKED_SECONDS, until)
+        deadline = min(time.monotonic() + LOOKED_SECONDS, until)
+        fingerprints = _sample_fingerprints(dataset, others, timed.recipe, seed, deadline)
+        used = make_plan(
+            combine_fingerprints([timed.fingerprint, *fingerprints]), timed.recipe, budget
         )
-        used = make_plan(combine_fingerprints([timed.fingerprint, *seen]), timed.recipe, budget)
-    chosen = used.complete(timed.recipe)
+    completed = used.complete(timed.recipe)
     step = seconds_per_step(
         [timed.prepared],
-        chosen,
+        completed,
         used,
         team=team,
         seed=seed,
@@ -172,8 +175,8 @@ def forecast_of(
     network = size_of(used, timed.recipe)
     flops = None
     if network is not None:
-        n, outputs = len(chosen.data.channels), chosen.data.n_outputs
-        flops = network.step_flops(n, outputs) * chosen.train.accumulate / step
+        n, outputs = len(completed.data.channels), completed.data.n_outputs
+        flops = network.step_flops(n, outputs) * completed.train.accumulate / step
     return Forecast(n_cases=len(cases), stages=stages, step=step, flops=flops)
 
 
@@ -186,59 +189,54 @@ def _time_case(
     budget: Budget,
     seed: int,
 ) -> _Timed:
-    """Everything that happens to a case before training, on this one."""
+    """Run and time every stage before training on one case."""
     from volseg.plan import combine_fingerprints, make_plan
 
     laps = [time.monotonic()]
     stated = recipe if recipe is not None else auto_recipe(dataset, [case], silent)
     laps.append(time.monotonic())
-    placed = next(
-        found for found in training_cases(dataset, stated, seed, silent) if found.id == case.id
-    )
+    cases = training_cases(dataset, stated, seed, silent)
+    case = next(training_case for training_case in cases if training_case.id == case.id)
     digests = Inputs(of_masks=True)
-    inputs = inputs_of(placed, digests)
+    inputs = inputs_of(case, digests)
     laps.append(time.monotonic())
-    fingerprint = look_at(placed, stated, seed)
+    fingerprint = look_at(case, stated, seed)
     laps.append(time.monotonic())
-    chosen = (
-        make_plan(combine_fingerprints([fingerprint]), stated, budget)
-        if plan is None
-        else plan.overruled_by(stated)
-    )
+    if plan is None:
+        plan = make_plan(combine_fingerprints([fingerprint]), stated, budget)
+    else:
+        plan = plan.overruled_by(stated)
     with OutputFolder(prepared, "preprocess") as outputs:
-        prepare_case(
-            placed, stated, chosen, outputs, case_key(inputs, stated, chosen, seed), seed, digests
-        )
+        key = case_key(inputs, stated, plan, seed)
+        prepare_case(case, stated, plan, outputs, key, seed, digests)
     laps.append(time.monotonic())
     seconds: dict[str, float] = dict(zip(STAGES, np.diff(laps).tolist(), strict=True))
-    made = read_prepared_case(prepared / "cases", case.id)
+    prepared_case = read_prepared_case(prepared / "cases", case.id)
     return _Timed(
-        seconds=seconds, recipe=stated, plan=chosen, fingerprint=fingerprint, prepared=made
+        seconds=seconds, recipe=stated, plan=plan, fingerprint=fingerprint, prepared=prepared_case
     )
 
 
-def _look_at_some(
+def _sample_fingerprints(
     dataset: Path, cases: Sequence[Case], recipe: Recipe, seed: int, until: float
 ) -> Iterator[CaseFingerprint]:
-    """Cases from all over the list, first its middle, then its quarters, and so on, until a time of `time.monotonic`."""
-    placed = {case.id: case for case in training_cases(dataset, recipe, seed, silent)}
+    """Yield fingerprints of cases spread over the list, until a deadline."""
+    case_of = {case.id: case for case in training_cases(dataset, recipe, seed, silent)}
     n = len(cases)
-    places = dict.fromkeys(
+    indices = dict.fromkeys(
         n * odd // 2**level
         for level in range(1, n.bit_length() + 1)
         for odd in range(1, 2**level, 2)
     )
-    for place in places:
+    for index in indices:
         if time.monotonic() > until:
             return
-        with suppress(
-            VolsegError, KeyError
-        ):  # who prepares the dataset names what is wrong with a case
-            yield look_at(placed[cases[place].id], recipe, seed)
+        with suppress(VolsegError, KeyError):  # preparing the dataset reports every error
+            yield look_at(case_of[cases[index].id], recipe, seed)
 
 
 def _bytes(case: Case) -> int:
-    """Of its files, for which the time to read and prepare it is taken to be in proportion."""
+    """Return the size of the case's files; reading and preparing take time in proportion."""
     total = 1
     for path in (*case.images.values(), case.reference):
         if path is not None and path.is_file():
@@ -254,13 +252,13 @@ def _has_fingerprint(prepared: Path) -> bool:
 
 
 class Guard:
-    """A progress callback that ends a stage as soon as its pace shows that the budget does not hold what is ahead.
+    """Progress callback that stops a stage once its pace shows that the time budget is too short.
 
     Args:
-        ends: the time of `time.monotonic` at which all has to be over.
-        least: seconds after the last stage without which nothing can be trained.
-        refuse: raises; called with the seconds that are ahead before training.
-        clock: gives the time of `time.monotonic`.
+        ends: deadline of the whole run, as a time of `time.monotonic`.
+        least: minimum seconds of training after the last stage.
+        refuse: raises; called with the seconds left before training can start.
+        clock: returns the time of `time.monotonic`.
     """
 
     def __init__(
@@ -278,16 +276,16 @@ class Guard:
         self._clock = clock
         self._stage, self._began, self._last = "", clock(), clock()
 
-    def show(self, stage: str, share: float, detail: str) -> None:
-        """Report, and refuse if the time is too short."""
-        self._progress(stage, share, detail)
+    def show(self, stage: str, fraction: float, detail: str) -> None:
+        """Report progress, and refuse if the time is too short."""
+        self._progress(stage, fraction, detail)
         now = self._clock()
         if stage != self._stage:
             self._stage, self._began = stage, self._last
         self._last = now
         passed = now - self._began
-        if stage not in STAGES or share <= 0 or passed < GUARDED_SECONDS:
+        if stage not in STAGES or fraction <= 0 or passed < GUARDED_SECONDS:
             return
-        ahead = passed * (1 - share) / share + self._forecast.after(stage)
-        if share < 1 and now + ahead + self._least > self._ends:
+        ahead = passed * (1 - fraction) / fraction + self._forecast.after(stage)
+        if fraction < 1 and now + ahead + self._least > self._ends:
             self._refuse(ahead)

@@ -1,4 +1,4 @@
-"""`volseg infer`: scans → masks and a row per lesion."""
+"""`volseg infer`: segment scans and measure every lesion."""
 
 from __future__ import annotations
 
@@ -68,28 +68,30 @@ def infer(
     progress: Progress = silent,
     announce: Callable[[str], None] = lambda text: None,
 ) -> RunReport:
-    """Scans → masks, lesion ids, a row per lesion and a row per scan.
+    """Segment scans; write masks, lesion ids, a row per lesion and a row per scan.
 
     Args:
         scans: NIfTI files, folders of them, or tables of cases.
-        model: a folder made by `train`; None for the model that ships with volseg.
-        backend: auto, torch or openvino. precision: auto, fp32, fp16 or int8 (see `choose_backend`).
-        overlap: of tiles, a fraction of a patch; None for the recipe's.
-        tta: False turns off the test-time augmentation that the recipe asks for.
-        inside: `scan` or `body`, where tiles are run; None for the recipe's choice, which may be the region that a coarse first pass
-            finds. Either word leaves that pass out.
-        fast: resample linearly where the recipe says cubic.
-        max_ram: budget of main memory, such as `4G` or a number of bytes; None for none. A scan that cannot be segmented within it is a
-            failed row that says what would do.
-        max_vram: the same for the GPU's memory; None for what is free there.
-        accept_mismatch: segment scans of another modality than the model's training scans, too. Their rows carry W_MODALITY, and they
-            have no density, mass, calcium score or class; without it they are failed rows (E_MODALITY).
+        model: folder made by `train`; None for the model shipped with volseg.
+        backend: auto, torch or openvino.
+        precision: auto, fp32, fp16 or int8 (see `choose_backend`).
+        overlap: overlap of tiles as a fraction of a patch; None for the recipe's.
+        tta: False turns off the recipe's test-time augmentation.
+        inside: where tiles are run, `scan` or `body`; both skip a coarse first pass. None for the
+            recipe's choice, which may be the region found by a coarse first pass.
+        fast: resample linearly even if the recipe says cubic.
+        max_ram: main-memory budget, such as `4G` or a number of bytes; None for no limit. A scan
+            that does not fit becomes a failed row that names a sufficient amount.
+        max_vram: the same for GPU memory; None for all free GPU memory.
+        accept_mismatch: also segment scans of another modality than the training scans. Their rows
+            carry W_MODALITY and no density, mass, calcium score or class. If False, they become
+            failed rows (E_MODALITY).
         figures: also write a PNG per scan with its largest lesions outlined.
-        pages: also write report.html, and a page per scan to look at its lesions.
-        progress: is told of the scans, and of the tiles of the one that is being segmented.
+        pages: also write report.html and a viewer page per scan.
+        progress: receives the scans, and the tiles of the current scan.
 
     Raises:
-        VolsegError: the request is wrong. A scan that cannot be used is a failed row instead.
+        VolsegError: the request is wrong. A scan that cannot be used becomes a failed row instead.
     """
     started = time.monotonic()
     budget, gpu_budget = amount_of(max_ram, "--max-ram"), amount_of(max_vram, "--max-vram")
@@ -110,7 +112,7 @@ def infer(
         loaded = load_model(bundle, device, backend=backend, precision=precision, folder=folder)
         if loaded.device == "cpu" and loaded.segmentation.identity["backend"] == "torch":
             keep_freed_memory()
-        else:  # OpenVINO and GPUs gain nothing by it, and masks that hold nothing would take memory
+        else:  # keeping memory does not speed up OpenVINO or GPUs; empty masks would take memory
             give_back_large_blocks()
         options = {
             "model_sha256": bundle.sha256,
@@ -121,24 +123,20 @@ def infer(
         options |= {"accept_mismatch": True} if accept_mismatch else {}
         n_cases = results.n_with(case.id for case in cases)
         plans = _plan_memory(cases, n_cases, loaded, budget, gpu_budget, announce)
-        known = _known(plans)
-        tiles = min(
-            (plan.batch_size for plan in known.values()), default=bundle.recipe.infer.batch_size
-        )
-        if (
-            tiles < bundle.recipe.infer.batch_size
-        ):  # a network may be made for the batch that it gets
+        fitting = _fitting(plans)
+        batch_size = bundle.recipe.infer.batch_size
+        tiles = min((plan.batch_size for plan in fitting.values()), default=batch_size)
+        if tiles < batch_size:  # a network may be compiled for its batch size
             bundle = replace(bundle, recipe=_changed(bundle.recipe, {"infer.batch_size": tiles}))
-            del loaded  # before another one is made
+            del loaded  # free its memory before loading another
             loaded = load_model(bundle, device, backend=backend, precision=precision, folder=folder)
             announce(f"tiles: {tiles} at a time, to stay within the memory budget")
-        half = {name for name, plan in known.items() if plan.half_logits}
+        half = {name for name, plan in fitting.items() if plan.half_logits}
         digests = Inputs(of_masks=False)
 
         def key_of(case: Case) -> str:
-            return input_key(
-                options | ({"half_logits": True} if case.id in half else {}), digests.of(case)
-            )
+            logits = {"half_logits": True} if case.id in half else {}
+            return input_key(options | logits, digests.of(case))
 
         def read(case: Case) -> _ReadCase:
             plan = plans[case.id]
@@ -146,23 +144,23 @@ def infer(
                 raise plan
             return _read(case)
 
-        ahead_of: list[Case] = []  # what is to be done, until the time that it takes was announced
+        unannounced: list[Case] = []  # cases to do; emptied once their expected time is announced
 
-        def before_tiles(case: Case, on_tile: OnTile) -> OnTile:
-            """Announce the time for this scan and those after it before the first tile of the first that is not refused."""
+        def announcing_time(case: Case, on_tile: OnTile) -> OnTile:
+            """Wrap `on_tile` to announce the expected time once, before the first tile."""
 
-            def told(done: int, total: int) -> None:
-                if ahead_of:
-                    left = ahead_of[ahead_of.index(case) :]
-                    shapes = [known[item.id].shape for item in left if item.id in known]
+            def on_tile_announced(done: int, total: int) -> None:
+                if unannounced:
+                    left = unannounced[unannounced.index(case) :]
+                    shapes = [fitting[item.id].shape for item in left if item.id in fitting]
                     announce(work_ahead(loaded, shapes).announcement())
-                    ahead_of.clear()
+                    unannounced.clear()
                 on_tile(done, total)
 
-            return told
+            return on_tile_announced
 
         def segment(case: Case, scan: _ReadCase) -> _SegmentedCase:
-            on_tile = before_tiles(case, _tile_progress(case, cases, progress))
+            on_tile = announcing_time(case, _tile_progress(case, cases, progress))
             return _segment(
                 case,
                 scan,
@@ -172,18 +170,19 @@ def infer(
                 on_tile=on_tile,
             )
 
-        def write(case: Case, found: _SegmentedCase) -> None:
-            digests.were_read(case, found.sha256)
-            _write(case, found, loaded.bundle, box, results, key_of(case), digests.of(case), files)
+        def write(case: Case, segmented: _SegmentedCase) -> None:
+            digests.were_read(case, segmented.sha256)
+            key, inputs = key_of(case), digests.of(case)
+            _write(case, segmented, loaded.bundle, box, results, key, inputs, files)
 
         def start(todo: Sequence[Case]) -> Iterator[Outcome[Case, None]]:
-            ahead_of.extend(todo)
+            unannounced.extend(todo)
             return run_overlapped(read, segment, write, todo, ahead=ahead)
 
         box = model_box(bundle.name, bundle.recipe, bundle.fingerprint, bundle.metrics)
         files = CaseFiles((MASKS, LESION_IDS), figures, pages)
         about = about_run("infer", bundle.name) | {"model_box": box.model_dump(mode="json")}
-        ahead = all(plan.read_ahead for plan in known.values())
+        ahead = all(plan.read_ahead for plan in fitting.values())
         with limited_gpu(None if loaded.device == "cpu" else gpu_budget):
             report = run_cases(
                 cases,
@@ -205,9 +204,8 @@ def infer(
             | {"recipe_sha256": bundle.recipe.sha256, "connectivity": CONNECTIVITY}
             | {"measure": bundle.recipe.measure.model_dump(mode="json")}
         )
-    return replace(
-        report, details=dict(report.details) | {"computed_with": dict(loaded.segmentation.identity)}
-    )
+    computed_with = dict(loaded.segmentation.identity)
+    return replace(report, details=dict(report.details) | {"computed_with": computed_with})
 
 
 def _plan_memory(
@@ -218,7 +216,10 @@ def _plan_memory(
     max_vram: int | None,
     announce: Callable[[str], None],
 ) -> dict[str, MemoryPlan | VolsegError | None]:
-    """How each case fits into memory, or why it does not; None where its header cannot be read, which reading will say."""
+    """Plan the memory of each case; an error if it does not fit, None if its header is unreadable.
+
+    Reading an unreadable case raises its error later.
+    """
     from volseg.infer.backends import find_half_type
     from volseg.infer.memory import gpu_memory
     from volseg.segment import patch_bytes, plan_case_memory
@@ -252,62 +253,63 @@ def _plan_memory(
             )
         except ScanError as error:
             plans[case.id] = error
-    known = _known(plans)
-    if known:
-        largest = max(known, key=lambda name: known[name].footprint.total)
-        gpu = max(plan.footprint.gpu for plan in known.values())
-        beside = f"; {gpu / 2**30:.2f} GB of the GPU's" if gpu else ""
-        announce(announcement(known[largest].footprint, largest) + beside)
+    fitting = _fitting(plans)
+    if fitting:
+        largest = max(fitting, key=lambda name: fitting[name].footprint.total)
+        gpu = max(plan.footprint.gpu for plan in fitting.values())
+        gpu_text = f"; {gpu / 2**30:.2f} GB of GPU memory" if gpu else ""
+        announce(announcement(fitting[largest].footprint, largest) + gpu_text)
         machine = total_memory()
-        if max_ram is None and known[largest].footprint.total > machine:
+        if max_ram is None and fitting[largest].footprint.total > machine:
             announce(
-                f"memory: this machine has {machine / 2**30:.2f} GB; --max-ram takes as little as it can, and refuses scans that do not fit"
+                f"memory: this machine has {machine / 2**30:.2f} GB; use --max-ram to lower memory "
+                "use; scans that still do not fit are skipped with a reason"
             )
-        announce(_cost_of_tiles(known[largest].shape, model))
-        if (
-            model.segmentation.identity == {"backend": "openvino", "precision": "fp32"}
-            and find_half_type()
-        ):
-            announce(
-                "precision: fp32; this CPU has half precision too, which takes about half of the time (--precision fp16)"
-            )
+        announce(_cost_of_tiles(fitting[largest].shape, model))
+        is_fp32 = model.segmentation.identity == {"backend": "openvino", "precision": "fp32"}
+        if is_fp32 and find_half_type():
+            announce("precision: fp32; --precision fp16 takes about half the time on this CPU")
     return plans
 
 
 def _bytes_per_voxel(headers: Sequence[NiftiHeader]) -> int:
-    """Of all channels of a case, per voxel of the first; one with another grid is there twice, as stored and on the first's grid."""
+    """Return the bytes of all channels of a case per voxel of the first channel.
+
+    A channel on another grid is held twice: as stored, and resampled to the first channel's grid.
+    """
     first = headers[0]
-    found = float(first.dtype.itemsize)
+    n_bytes = float(first.dtype.itemsize)
     for header in headers[1:]:
-        share = math.prod(header.geometry.shape) / math.prod(first.geometry.shape)
-        found += header.dtype.itemsize * share
-        found += 0 if header.geometry.matches(first.geometry) else np.dtype(np.float32).itemsize
-    return math.ceil(found)
+        ratio = math.prod(header.geometry.shape) / math.prod(first.geometry.shape)
+        n_bytes += header.dtype.itemsize * ratio
+        n_bytes += 0 if header.geometry.matches(first.geometry) else np.dtype(np.float32).itemsize
+    return math.ceil(n_bytes)
 
 
 def _cost_of_tiles(shape: tuple[int, int, int], model: Model) -> str:
-    """How often the network is run over a prepared grid of this shape, and how much of that overlap and test-time augmentation are."""
+    """Describe the number of tiles of a prepared grid, and the cost of overlap and TTA."""
     from volseg.segment import tiling_of
 
     tiling, axes = tiling_of(model.bundle), model.bundle.recipe.infer.tta_axes
-    n, least = tiling.count(shape), replace(tiling, overlap=0).count(shape)
+    n_tiles, n_without_overlap = tiling.count(shape), replace(tiling, overlap=0).count(shape)
     patch = " × ".join(str(length) for length in tiling.patch_shape)
-    coarse = (
-        ""
-        if model.coarse is None
-        else " after a coarse first pass (--inside scan: without it, all of them)"
-    )
-    parts = [f"tiles: at most {n} of {patch} voxels{coarse}"]
-    if least < n:
-        parts.append(f"{least} without overlap (--overlap 0)")
+    coarse = ""
+    if model.coarse is not None:
+        coarse = " after a coarse first pass (--inside scan: all of them, without that pass)"
+    parts = [f"tiles: at most {n_tiles} of {patch} voxels{coarse}"]
+    if n_without_overlap < n_tiles:
+        parts.append(f"{n_without_overlap} without overlap (--overlap 0)")
     if axes:
+        names = ", ".join(axes)
         parts.append(
-            f"each is run {2 ** len(axes)} times for test-time augmentation over {', '.join(axes)} (--no-tta: once)"
+            f"each is run {2 ** len(axes)} times for test-time augmentation over {names} "
+            "(--no-tta: once)"
         )
     return "; ".join(parts)
 
 
-def _known(plans: Mapping[str, MemoryPlan | VolsegError | None]) -> dict[str, MemoryPlan]:
+def _fitting(plans: Mapping[str, MemoryPlan | VolsegError | None]) -> dict[str, MemoryPlan]:
+    """Return the plans of the cases that fit into memory."""
     return {
         name: plan
         for name, plan in plans.items()
@@ -318,25 +320,25 @@ def _known(plans: Mapping[str, MemoryPlan | VolsegError | None]) -> dict[str, Me
 def _changes(
     recipe: Recipe, *, overlap: float | None, tta: bool, inside: str | None, fast: bool
 ) -> dict[str, Any]:
-    """What the options change of the recipe; nothing where they say what it says."""
-    wanted = {
+    """Return the recipe values that the options change."""
+    requested = {
         "infer.overlap": recipe.infer.overlap if overlap is None else overlap,
         "infer.tta_axes": recipe.infer.tta_axes if tta else (),
         "infer.inside": recipe.infer.inside if inside is None else inside,
         "preprocess.interpolation": "linear" if fast else recipe.preprocess.interpolation,
     }
-    found = recipe.model_dump()
+    content = recipe.model_dump()
     changes = {
         key: value
-        for key, value in wanted.items()
-        if found[key.split(".")[0]][key.split(".")[1]] != value
+        for key, value in requested.items()
+        if content[key.split(".")[0]][key.split(".")[1]] != value
     }
-    # Who says where tiles are run wants them there, not in what a first pass finds.
+    # --inside overrides the region found by a first pass.
     return changes | ({"roi": None} if inside is not None and recipe.roi is not None else {})
 
 
 def _changed(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
-    """The recipe with other values, checked like one from a file."""
+    """Return the recipe with these values changed, validated like one from a file."""
     content = recipe.model_dump()
     for key, value in changes.items():
         *section, name = key.split(".")
@@ -354,8 +356,8 @@ class _ReadCase:
 class _SegmentedCase:
     scan: Volume
     result: CaseResult
-    seconds: float  # of reading and segmenting
-    sha256: tuple[str, ...]  # of the files that were read
+    seconds: float  # for reading and segmenting
+    sha256: tuple[str, ...]  # of the image files, as read
 
 
 def _read(case: Case) -> _ReadCase:
@@ -365,7 +367,7 @@ def _read(case: Case) -> _ReadCase:
 
 
 def _tile_progress(case: Case, cases: Sequence[Case], progress: Progress) -> OnTile:
-    """The tiles of a case as a stage that begins anew with each; those of a scan alone are the share of it that is done."""
+    """Return a callback that reports tiles: in a stage of their own, or in `STAGE` for one case."""
     stage, name = (STAGE, "") if len(cases) == 1 else (TILES, f"{case.id}: ")
 
     def show(done: int, total: int) -> None:

@@ -1,4 +1,4 @@
-"""`volseg measure`: any masks on their scans → a row per lesion, without a model."""
+"""`volseg measure`: measure the lesions of given masks, without a model."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ from volseg.workflows.batch import (
 from volseg.workflows.pages import page_budget, read_about, source_of, write_page, write_report
 
 STAGE = "Measuring"
-MOST_OBJECTS = 2**20  # values of a mask in which each is an object
+MOST_OBJECTS = 2**20  # values of a mask whose values are the objects
 
 
 def measure(
@@ -73,27 +73,29 @@ def measure(
     progress: Progress = silent,
     announce: Callable[[str], None] = lambda text: None,
 ) -> RunReport:
-    """Measure any masks on their scans, without a model: one pair, two folders with equal file names, or a table of cases.
+    """Measure masks on their scans, or masks of `infer` that were corrected by hand.
 
-    Or measure again what was corrected by hand in the results of `infer`.
+    Give either `results`, or one scan and mask, two folders with equal file names, or a table.
 
     Args:
-        results: the folder of `infer`, whose masks that were changed since are measured with the settings of its model;
-            nothing but figures, pages and the memory budget may be given beside it.
+        results: folder of `infer`; its changed masks are measured with the settings of its model.
+            Only figures, pages and the memory budget may be given with it.
         out: None for `volseg_results`.
-        objects: `components`, each connected part is a lesion; `labels`, each value of the mask is one.
-        label_names: value → name; None for those that the mask's own file holds. A value without one is `label_<value>`.
-        intensity_unit: of the scans; None: guessed, HU where the scan looks like CT in HU, else a.u. There is no density, mass or
-            calcium score without a unit that is stated, and that the intensities do not contradict.
-        recipe: whose label names, unit and `[measure]` section hold; what else is given goes before it.
-        organ, lymph_nodes: labels, by name or value, that are an organ with lesions in it, and lymph nodes.
-        calcium: score calcium, too.
-        pages: also write report.html, and a page per scan to look at its lesions.
-        max_ram: budget of main memory, such as `4G` or a number of bytes; None for none. A pair that may not fit within it is a
-            failed row that says what would do.
+        objects: `components`: each connected component is a lesion; `labels`: each mask value is.
+        label_names: value → name; None for the names in the mask file. A value without a name is
+            called `label_<value>`.
+        intensity_unit: unit of the scans; None to guess: HU if a scan looks like CT in HU, else
+            a.u. Density, mass and calcium score need a stated unit that fits the intensities.
+        recipe: supplies label names, unit and `[measure]` section; other arguments override it.
+        organ: label of an organ that contains lesions, by name or value.
+        lymph_nodes: labels that are lymph nodes, by name or value.
+        calcium: also score calcium.
+        pages: also write report.html and a viewer page per scan.
+        max_ram: main-memory budget, such as `4G` or a number of bytes; None for no limit. A pair
+            that may not fit becomes a failed row that names a sufficient amount.
 
     Raises:
-        VolsegError: the request is wrong. A pair that cannot be used is a failed row instead.
+        VolsegError: the request is wrong. A pair that cannot be used becomes a failed row instead.
     """
     started = time.monotonic()
     budget = amount_of(max_ram, "--max-ram")
@@ -101,7 +103,7 @@ def measure(
         others = (image, mask, cases, out, label_names, intensity_unit, recipe, organ, *lymph_nodes)
         if any(value is not None for value in others) or calcium or objects != "components":
             raise VolsegError(
-                f"{results}: its corrected masks are measured with the model's settings, into the same folder",
+                f"{results}: corrected masks are measured there with the model's settings",
                 fix="give the results folder alone, or --image and --mask with another --out",
                 code="E_USAGE",
             )
@@ -117,49 +119,48 @@ def measure(
         raise VolsegError(
             f"objects {objects!r} is unknown", fix="use components or labels", code="E_USAGE"
         )
-    found, unused = _pairs(image, mask, cases)
-    read = None if recipe is None else load_recipe(recipe)
-    stated = _unit_of(intensity_unit)
-    of_recipe = read.data.intensity_unit if read and not read.data.unit_guessed else None
-    asked = {"organ": organ, "lymph_nodes": tuple(lymph_nodes), "calcium": calcium}
-    wanted = _Wanted(
+    pairs, unused = _pairs(image, mask, cases)
+    loaded = None if recipe is None else load_recipe(recipe)
+    unit = _unit_of(intensity_unit)
+    recipe_unit = None
+    if loaded is not None and not loaded.data.unit_guessed:
+        recipe_unit = loaded.data.intensity_unit
+    arguments = {"organ": organ, "lymph_nodes": tuple(lymph_nodes), "calcium": calcium}
+    changes = {name: value for name, value in arguments.items() if value not in (None, (), False)}
+    options = _Options(
         objects=cast(Objects, objects),
-        label_names=dict(label_names or (read.data.label_names if read else {})),
-        intensity_unit=stated or of_recipe,
-        stated_by="--unit" if stated else "the recipe",
-        settings=(read.measure if read else Measure()).model_copy(
-            update={name: value for name, value in asked.items() if value not in (None, (), False)}
-        ),
+        label_names=dict(label_names or (loaded.data.label_names if loaded else {})),
+        intensity_unit=unit or recipe_unit,
+        stated_by="--unit" if unit else "the recipe",
+        settings=(loaded.measure if loaded else Measure()).model_copy(update=changes),
         figures=figures,
         pages=pages,
     )
-    options = {
-        "objects": objects,
-        "label_names": {str(k): v for k, v in wanted.label_names.items()},
-    }
-    options |= {"intensity_unit": wanted.intensity_unit, "figures": figures}
-    options |= {"measure": wanted.settings.model_dump(mode="json")}
+    names = {str(value): name for value, name in options.label_names.items()}
+    key_options = {"objects": objects, "label_names": names}
+    key_options |= {"intensity_unit": options.intensity_unit, "figures": figures}
+    key_options |= {"measure": options.settings.model_dump(mode="json")}
     about = about_run("measure", "")
-    given = [Path(path) for path in (image, mask, cases) if path is not None]
-    used = [*given, *(path for case in found for path in files_of_case(case))]
+    used = [Path(path) for path in (image, mask, cases) if path is not None]
+    used += [path for case in pairs for path in files_of_case(case)]
     if recipe is not None and Path(recipe).is_file():
         used.append(Path(recipe))
     digests = Inputs(of_masks=True)
 
     def key_of(case: Case) -> str:
-        return input_key(options, digests.of(case))
+        return input_key(key_options, digests.of(case))
 
     with ResultsFolder(Path(out or "volseg_results"), "measure", inputs=used) as folder:
-        n_cases = folder.n_with(case.id for case in found)
-        refusals = _refused(((case, wanted.settings) for case in found), n_cases, budget, announce)
+        n_cases = folder.n_with(case.id for case in pairs)
+        refusals = _refused(((case, options.settings) for case in pairs), n_cases, budget, announce)
 
         def task(case: Case) -> None:
             if case.id in refusals:
                 raise refusals[case.id]
-            measured = _measure_case(case, wanted)
+            measured = _measure_case(case, options)
             digests.were_read(case, measured.sha256)
             with folder.staged() as commit:
-                row = _write_case(case, measured, wanted, commit)
+                row = _write_case(case, measured, options, commit)
                 folder.commit(
                     row,
                     commit,
@@ -170,7 +171,7 @@ def measure(
                 )
 
         report = run_cases(
-            found,
+            pairs,
             lambda todo: run(task, todo),
             key_of,
             folder,
@@ -184,13 +185,15 @@ def measure(
             announce=announce,
         )
         if unused:
-            remark = f"W_MASK: no scan for {len(unused)} of {len(unused) + len(found)} masks, such as {unused[0]!r}: left out"
-            report = replace(
-                report,
-                details={**report.details, "warnings": [*report.details["warnings"], remark]},
+            n_masks = len(unused) + len(pairs)
+            remark = (
+                f"W_MASK: {len(unused)} of {n_masks} masks have no scan and were skipped, "
+                f"such as {unused[0]!r}"
             )
+            warnings = [*report.details["warnings"], remark]
+            report = replace(report, details={**report.details, "warnings": warnings})
         folder.write_run(
-            run_description("measure", options, report, started)
+            run_description("measure", key_options, report, started)
             | about
             | {"masks_without_scan": unused}
             | {"connectivity": CONNECTIVITY if objects == "components" else None}
@@ -209,18 +212,18 @@ def measure_corrected(
 ) -> RunReport:
     """Measure the masks in a folder of `infer` that were changed by hand since they were measured.
 
-    A corrected mask is the user's from then on: no later run of `infer` replaces it.
+    Later runs of `infer` do not replace a corrected mask.
 
     Args:
-        max_ram: bytes; a mask that may not fit within it fails.
+        max_ram: bytes; a mask that may not fit fails.
 
     Raises:
-        VolsegError: it is no folder of `infer`.
+        VolsegError: `results` is not a folder of `infer`.
     """
     started = time.monotonic()
     if folder_content(results) != SAME_KIND["infer"]:
         raise VolsegError(
-            f"{results}: holds no results of infer",
+            f"{results}: is not a results folder of infer",
             fix="give the --out folder of `volseg infer`, or --image and --mask",
             code="E_USAGE",
         )
@@ -284,7 +287,7 @@ def measure_corrected(
 
 
 def _keep_failed(folder: ResultsFolder, name: str, reason: str) -> None:
-    """Say of a corrected mask that could not be measured that the numbers are older than it."""
+    """Record that a corrected mask could not be measured, so its numbers are out of date."""
     record = folder.record(name)
     assert record is not None
     row = CaseRow(case_id=name, status="failed", reason=reason)
@@ -292,15 +295,15 @@ def _keep_failed(folder: ResultsFolder, name: str, reason: str) -> None:
 
 
 def _corrected_cases(folder: ResultsFolder, names: Sequence[str]) -> Iterator[tuple[Case, Measure]]:
-    """The corrected cases of which the record says how they are measured; measuring the others says what is wrong."""
+    """Yield the corrected cases with a usable record; measuring reports the others."""
     for name in names:
         with contextlib.suppress(ScanError):
-            case, wanted = _corrected_case(folder, name, figures=False, pages=False)
-            yield case, wanted.settings
+            case, options = _corrected_case(folder, name, figures=False, pages=False)
+            yield case, options.settings
 
 
 def _unit_of(text: str | None) -> str:
-    """What was given to --unit; empty where it says nothing."""
+    """Return the unit given by --unit, or "" if it states none."""
     try:
         return unit_named(text or "")
     except ValueError as error:
@@ -311,11 +314,11 @@ def _unit_of(text: str | None) -> str:
 
 def _corrected_case(
     folder: ResultsFolder, name: str, *, figures: bool, pages: bool
-) -> tuple[Case, _Wanted]:
-    """A corrected mask on its scan, and how it is measured.
+) -> tuple[Case, _Options]:
+    """Return a corrected mask with its scan, and how it is measured.
 
     Raises:
-        ScanError: its record does not say it.
+        ScanError: its record does not say how.
     """
     record = folder.record(name)
     assert record is not None
@@ -324,7 +327,7 @@ def _corrected_case(
         case = Case(
             name, {"image": Path(source["scan"])}, reference=folder.path / MASKS / f"{name}.nii.gz"
         )
-        wanted = _Wanted(
+        options = _Options(
             objects="components",
             label_names={int(value): str(text) for value, text in source["label_names"].items()},
             intensity_unit=unit_named(str(source["unit"])),
@@ -338,16 +341,16 @@ def _corrected_case(
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ScanError(
-            f"{folder.path}: the record of case {name!r} does not say how it was measured ({error!r})",
+            f"{folder.path}: the record of case {name!r} lacks measurement settings ({error!r})",
             fix="measure the mask with --image, --mask and another --out",
             code="E_RECORD",
         ) from error
-    return case, wanted
+    return case, options
 
 
 def _texts(content: object) -> tuple[str, ...]:
     if not isinstance(content, list) or not all(isinstance(text, str) for text in content):
-        raise TypeError(f"{shortened(repr(content))} is no list of texts")
+        raise TypeError(f"{shortened(repr(content))} is not a list of texts")
     return tuple(content)
 
 
@@ -357,18 +360,21 @@ def _measure_corrected_case(
     record = folder.record(name)
     assert record is not None
     source = record["source"]
-    case, wanted = _corrected_case(folder, name, figures=figures, pages=pages)
-    measured = _measure_case(case, wanted)
+    case, options = _corrected_case(folder, name, figures=figures, pages=pages)
+    measured = _measure_case(case, options)
     if measured.scan.sha256 != source.get("sha256"):
         raise ScanError(
-            f"{case.images['image']}: is no longer the scan that the mask was made from",
-            fix="put that scan back, or measure the mask with --image, --mask and another --out",
+            f"{case.images['image']}: has changed since the mask was made from it",
+            fix="restore that scan, or measure the mask with --image, --mask and another --out",
             code="E_CHANGED",
         )
     model = record["case"].get("model") or ""
-    remark = f"W_CORRECTED: the mask of {model} was corrected by hand, so there is no confidence and no class"
+    remark = (
+        f"W_CORRECTED: the mask of {model} was corrected by hand, "
+        "so there is no confidence and no class"
+    )
     with folder.staged() as commit:
-        row = _write_case(case, measured, wanted, commit, model=model, remark=remark)
+        row = _write_case(case, measured, options, commit, model=model, remark=remark)
         folder.commit(
             row,
             commit,
@@ -386,11 +392,11 @@ def _refused(
     max_ram: int | None,
     announce: Callable[[str], None],
 ) -> dict[str, ScanError]:
-    """The cases that may take more memory than the budget, and why; announces what the largest of the others takes.
+    """Return errors of the cases that may exceed the memory budget; announce the peak of the rest.
 
     Args:
-        cases: each with how it is measured.
-        n_cases: of the folder.
+        cases: cases with their settings.
+        n_cases: number of cases in the folder.
         max_ram: bytes; None for no budget.
     """
     budget = Budget(
@@ -402,7 +408,7 @@ def _refused(
     plans: dict[str, Peak] = {}
     for case, settings in cases:
         assert case.reference is not None
-        with contextlib.suppress(VolsegError):  # reading it will say why
+        with contextlib.suppress(VolsegError):  # reading it raises the error later
             scan, mask = read_header(case.images["image"]), read_header(case.reference)
             plans[case.id] = plan_measuring(
                 math.prod(scan.geometry.shape),
@@ -419,16 +425,17 @@ def _refused(
 def _pairs(
     image: Path | str | None, mask: Path | str | None, cases: Path | str | None
 ) -> tuple[list[Case], list[str]]:
+    """Return scans with their masks, and the names of masks without a scan."""
     if cases is not None and image is None and mask is None:
-        found = find_cases(Path(cases), ("image",))
-        without = [case.id for case in found if case.reference is None]
-        if without:
+        pairs = find_cases(Path(cases), ("image",))
+        maskless = [case.id for case in pairs if case.reference is None]
+        if maskless:
             raise VolsegError(
-                f"{cases}: {len(without)} cases have no mask, first {without[0]!r}",
+                f"{cases}: {len(maskless)} cases have no mask, first {maskless[0]!r}",
                 fix="fill the `label` column",
                 code="E_DATASET",
             )
-        return found, []
+        return pairs, []
     if image is None or mask is None or cases is not None:
         raise VolsegError(
             "measure needs a scan and its mask, two folders of them, or a table of cases",
@@ -452,29 +459,28 @@ def _pairs(
             )
         return [replace(scans[0], reference=mask)], []
     masks = {case.id: next(iter(case.images.values())) for case in find_scans([mask], ("image",))}
-    alone = [case.id for case in scans if case.id not in masks]
-    if alone:
+    maskless = [case.id for case in scans if case.id not in masks]
+    if maskless:
         raise VolsegError(
-            f"{mask}: has no mask for {len(alone)} of {len(scans)} scans, first {alone[0]!r}",
-            fix="name each mask as its scan, or give --cases with a table of pairs",
+            f"{mask}: has no mask for {len(maskless)} of {len(scans)} scans, first {maskless[0]!r}",
+            fix="give each mask the name of its scan, or give --cases with a table of pairs",
             code="E_DATASET",
         )
-    return [replace(case, reference=masks[case.id]) for case in scans], sorted(
-        masks.keys() - {case.id for case in scans}
-    )
+    unused = sorted(masks.keys() - {case.id for case in scans})
+    return [replace(case, reference=masks[case.id]) for case in scans], unused
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Wanted:
-    """How every case is measured."""
+class _Options:
+    """Options that apply to every case."""
 
     objects: Objects
     label_names: Mapping[int, str]
     intensity_unit: str | None
     stated_by: str  # `--unit`, the recipe or the model
-    unit_doubt: str = ""  # that the model's results had already
-    remarks: tuple[str, ...] = ()  # on how the scan resembles the model's training scans
-    box: ModelBox | None = None  # of the model
+    unit_doubt: str = ""  # recorded by `infer`
+    remarks: tuple[str, ...] = ()  # on similarity to the model's training scans
+    box: ModelBox | None = None  # description of the model
     settings: Measure
     figures: bool
     pages: bool
@@ -482,7 +488,7 @@ class _Wanted:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Measured:
-    """What was measured of a case. `sha256`: of the scan and of the mask that were read."""
+    """Measurements of a case; `sha256` of the scan and the mask, as read."""
 
     scan: Volume
     ids: Volume
@@ -496,7 +502,7 @@ class _Measured:
 
 @dataclass(frozen=True, slots=True)
 class _Names(Mapping[int, str]):
-    """The names of all values of a mask; one that is not among the `stated` is `label_<value>`, and is kept nowhere."""
+    """Names of all mask values; a value without a stated name is called `label_<value>`."""
 
     stated: Mapping[int, str]
 
@@ -514,27 +520,26 @@ class _Names(Mapping[int, str]):
         return isinstance(value, int)
 
 
-def _measure_case(case: Case, wanted: _Wanted) -> _Measured:
+def _measure_case(case: Case, options: _Options) -> _Measured:
     started = time.monotonic()
     path = case.images["image"]
     assert case.reference is not None
     scan = read_volume(path, is_finite=False)
     mask = read_mask(
-        case.reference, max_labels=MAX_LABELS if wanted.objects == "components" else MOST_OBJECTS
+        case.reference, max_labels=MAX_LABELS if options.objects == "components" else MOST_OBJECTS
     )
     check_pair(scan, mask, str(path), str(case.reference))
-    unit = judge_unit(scan, wanted.intensity_unit, by=wanted.stated_by)
-    if wanted.unit_doubt:
-        unit = replace(unit, doubt=wanted.unit_doubt)
-    names = _Names(wanted.label_names or read_label_table(case.reference))
-    array, organ_voxels, settings = mask.array, None, wanted.settings
+    unit = judge_unit(scan, options.intensity_unit, by=options.stated_by)
+    if options.unit_doubt:
+        unit = replace(unit, doubt=options.unit_doubt)
+    names = _Names(options.label_names or read_label_table(case.reference))
+    array, organ_voxels, settings = mask.array, None, options.settings
     if settings.organ is not None:
         array, organ_voxels = without_organ(array, _value_of(settings.organ, names, case.reference))
-    nodes_wanted = {_value_of(label, names, case.reference) for label in settings.lymph_nodes}
-    lesions = label_lesions(array, scan.geometry, objects=wanted.objects)
-    nodes = tuple(
-        names[value] for value in dict.fromkeys(filter(nodes_wanted.__contains__, lesions.labels))
-    )
+    node_values = {_value_of(label, names, case.reference) for label in settings.lymph_nodes}
+    lesions = label_lesions(array, scan.geometry, objects=options.objects)
+    values = [value for value in dict.fromkeys(lesions.labels) if value in node_values]
+    nodes = tuple(names[value] for value in values)
     settings = settings.model_copy(update={"lymph_nodes": nodes})
     measured = measure_largest(
         scan,
@@ -545,7 +550,7 @@ def _measure_case(case: Case, wanted: _Wanted) -> _Measured:
         intensity_unit=unit.name,
         unit_doubt=unit.doubt,
         settings=settings,
-        connectivity=CONNECTIVITY if wanted.objects == "components" else None,
+        connectivity=CONNECTIVITY if options.objects == "components" else None,
     )
     return _Measured(
         scan=scan,
@@ -562,20 +567,20 @@ def _measure_case(case: Case, wanted: _Wanted) -> _Measured:
 def _write_case(
     case: Case,
     measured: _Measured,
-    wanted: _Wanted,
+    options: _Options,
     commit: Commit,
     *,
     model: str = "",
     remark: str = "",
 ) -> CaseRow:
-    """Write the files of a case; returns its row. `remark`: a further warning."""
+    """Write the files of a case and return its row; `remark` is a further warning."""
     started = time.monotonic()
     path, scan, ids = case.images["image"], measured.scan, measured.ids
     largest = measured.lesions.largest
     write_mask(ids, commit, LESION_IDS, case.id, like=path)
-    if wanted.figures:
+    if options.figures:
         write_figure(scan, ids, largest, case.id, commit, unit=measured.unit)
-    remarks = [*wanted.remarks, *((remark,) if remark else ())]
+    remarks = [*options.remarks, *((remark,) if remark else ())]
     if measured.unit.doubt and not any(measured.unit.doubt in text for text in remarks):
         remarks.insert(0, f"W_UNIT: {measured.unit.doubt}")
     row = done_row(
@@ -590,26 +595,23 @@ def _write_case(
         organ_voxels=measured.organ_voxels,
         remarks=remarks,
     )
-    if wanted.pages:
+    if options.pages:
         write_page(
-            row, largest, scan, ids.array, unit=measured.unit.name, commit=commit, box=wanted.box
+            row, largest, scan, ids.array, unit=measured.unit.name, commit=commit, box=options.box
         )
     return replace(row, seconds=round(measured.seconds + time.monotonic() - started, 2))
 
 
 def _value_of(label: str, names: Mapping[int, str], path: Path) -> int:
-    """The value of a label given by its name, or as `label_7` or `7`; never the background."""
+    """Return the value of a label given as a name, `label_7` or `7`; never the background."""
     values = [value for value, name in names.items() if name == label]
     values = values or [label_value(label.removeprefix("label_")) or 0]
     if len(values) == 1 and values[0] > 0:
         return values[0]
-    shown = f"label {shortened(label)!r}"
-    named = ", ".join(names.values()) or "none"
-    problem = (
-        f"{shown} is the name of {len(values)} values"
-        if len(values) > 1
-        else f"has no {shown}; named are {named}"
-    )
+    text = f"label {shortened(label)!r}"
+    problem = f"has no {text}; it names {', '.join(names.values()) or 'none'}"
+    if len(values) > 1:
+        problem = f"{text} is the name of {len(values)} values"
     raise VolsegError(
         f"{path}: {problem}",
         fix="give the label's value, 1 or more, or name the values with --label-names",
@@ -618,43 +620,46 @@ def _value_of(label: str, names: Mapping[int, str], path: Path) -> int:
 
 
 def read_label_names(path: Path | str) -> dict[int, str]:
-    """Value → name from a JSON object (either way round) or a CSV with columns `label` and `name`."""
+    """Read value → name from a JSON object or a CSV with columns `label` and `name`.
+
+    The JSON object may map values to names or names to values.
+    """
     path = Path(path)
     names: dict[int, str] = {}
     try:
         if path.suffix.lower() == ".json":
             pairs = [
-                (one, other) if one.isdecimal() else (other, one)
-                for one, other in read_json(path).items()
+                (key, item) if key.isdecimal() else (item, key)
+                for key, item in read_json(path).items()
             ]
         else:
-            path.stat()  # a file that is not there is said so below
+            path.stat()  # a missing file raises OSError
             columns, lines = read_table(path)
             label, name = columns.index("label"), columns.index("name")
             pairs = [(cells[label], cells[name]) for _, cells in lines]
         for stated, name in pairs:
             value = _label_value(stated)
             if value is None or not isinstance(name, str) or not 0 < len(name) <= MAX_NAME:
-                shown = " = ".join(
-                    shortened(json.dumps(part, ensure_ascii=False)) for part in (stated, name)
-                )
+                parts = [json.dumps(part, ensure_ascii=False) for part in (stated, name)]
                 raise ValueError(
-                    f"{shown}: a value is a whole number, a name has 1 to {MAX_NAME} characters"
+                    f"{' = '.join(map(shortened, parts))}: a value must be a whole number, "
+                    f"a name must have 1 to {MAX_NAME} characters"
                 )
             if names.get(value, name) != name:
                 raise ValueError(f"{value} is both {names[value]!r} and {name!r}")
             names[value] = name
         return names
     except (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
         raise VolsegError(
-            f"{path}: not a list of label names ({error.strerror if isinstance(error, OSError) else error})",
+            f"{path}: is not a list of label names ({reason})",
             fix='give JSON such as {"1": "spleen"}, or a CSV with columns label and name',
             code="E_LABELS",
         ) from error
 
 
 def _label_value(stated: object) -> int | None:
-    """The value of a mask that JSON or a cell states; None where it states none."""
+    """Return the mask value stated in JSON or a CSV cell; None if it is not a valid value."""
     if isinstance(stated, str):
         return label_value(stated)
     if isinstance(stated, bool) or not isinstance(stated, (int, float)):

@@ -1,4 +1,4 @@
-"""Writing the pages of a results folder: one per scan while it is in memory, and report.html over all of them."""
+"""Write the pages of a results folder: a viewer page per scan, and report.html for all of them."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ from volseg.volume import BoundingBox, Volume
 from volseg.words import spaced
 
 REPORT = "report.html"
-HEAD_BYTES = 4096  # of report.html, in which it says what it was made from
-MOST_NAMED = 5  # scans in one remark
-ANY_NUMBER = 2**32  # of lesions in a file of lesion ids
+HEAD_BYTES = 4096  # at the start of report.html, which contain its content digest
+MOST_NAMED = 5  # scans listed in one remark
+MAX_LESION_IDS = 2**32  # in a file of lesion ids: no limit
 
 
 def write_page(
@@ -45,31 +45,25 @@ def write_page(
     """Write the viewer page of a scan and its picture for report.html.
 
     Args:
-        ids: (I, J, K) lesion ids on the scan's grid. unit: of its intensities. box: of the model, where there is one.
+        ids: (I, J, K) lesion ids on the scan's grid.
+        unit: intensity unit of the scan.
+        box: description of the model, if one was used.
     """
     from volseg.report.html import MAX_VIEWER_ROWS, image_budget, viewer_html
     from volseg.report.preview import lesion_points, make_preview, montage_jpeg
 
     row = plain(case) if isinstance(case, CaseRow) else case
-    rows = [
-        _plain(lesion) for lesion in lesions[:MAX_VIEWER_ROWS]
-    ]  # of a noisy mask there are ten thousands
+    # A noisy mask has tens of thousands of lesions.
+    rows = [_plain(lesion) for lesion in lesions[:MAX_VIEWER_ROWS]]
     preview = make_preview(scan, ids, unit=unit, max_bytes=image_budget(rows))
     largest = max(rows, key=lambda lesion: lesion.get("n_voxels") or 0, default=None)
-    point_mm = (
-        None if largest is None else lesion_points(preview, [largest]).get(largest["lesion_id"])
-    )
-    montage = montage_jpeg(
-        scan,
-        ids,
-        window=preview.window,
-        point_mm=point_mm,
-        extent_mm=0.0 if largest is None else _extent_mm(preview.ids, largest["lesion_id"]),
-    )
-    commit.write(
-        f"{VIEWERS}/{row['case_id']}.html",
-        viewer_html(row, rows, preview, montage, unit=unit, box=box),
-    )
+    point_mm, extent_mm = None, 0.0
+    if largest is not None:
+        point_mm = lesion_points(preview, [largest]).get(largest["lesion_id"])
+        extent_mm = _extent_mm(preview.ids, largest["lesion_id"])
+    montage = montage_jpeg(scan, ids, window=preview.window, point_mm=point_mm, extent_mm=extent_mm)
+    page = viewer_html(row, rows, preview, montage, unit=unit, box=box)
+    commit.write(f"{VIEWERS}/{row['case_id']}.html", page)
     commit.write(f"{THUMBNAILS}/{row['case_id']}.jpg", montage)
 
 
@@ -78,13 +72,13 @@ def _plain(lesion: LesionMeasurement | Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _extent_mm(ids: Volume, number: int) -> float:
-    """Longest edge of the box of a lesion, along the axes of the grid."""
+    """Return the longest edge of the bounding box of a lesion, along the axes of the grid."""
     box = BoundingBox.around(ids.array == number)
     return 0.0 if box is None else float((np.array(box.shape) * ids.geometry.spacing_mm).max())
 
 
 def source_of(path: Path, scan: Volume, unit: str, box: ModelBox | None = None) -> dict[str, Any]:
-    """What a record keeps so that the page can be made again: the scan, what was read of it, its unit, the model."""
+    """Return what a record needs to rebuild the page: scan path, its SHA-256, unit and model."""
     model = {} if box is None else {"model_box": box.model_dump_json()}
     return {"scan": str(path.absolute()), "sha256": scan.sha256, "unit": unit} | model
 
@@ -92,14 +86,13 @@ def source_of(path: Path, scan: Volume, unit: str, box: ModelBox | None = None) 
 def page_budget(
     max_ram: int | None, announce: Callable[[str], None], *, has_run: bool = False
 ) -> Budget:
-    """What pages made again, and report.html, may take.
+    """Return the memory budget for rebuilt pages and report.html.
 
     Args:
         max_ram: bytes; None for no limit.
-        has_run: whether a case was done before, so that the libraries are there already.
+        has_run: a case was processed already, so the libraries are loaded.
     """
-    libraries = 0 if has_run else LIBRARIES
-    otherwise = "leave the pages out with --no-report"
+    libraries, otherwise = 0 if has_run else LIBRARIES, "skip the pages with --no-report"
     return Budget(
         max_ram, announce, what="making this page", otherwise=otherwise, libraries=libraries
     )
@@ -108,20 +101,20 @@ def page_budget(
 def remake_page(
     results: ResultsFolder, case_id: str, record: Mapping[str, Any], *, budget: Budget | None = None
 ) -> str:
-    """Make the page of a complete case again from its scan and its lesion ids.
+    """Rebuild the page of a complete case from its scan and its lesion ids.
 
     Args:
-        budget: of main memory; a page that may not fit is not made.
+        budget: main-memory budget; a page that may not fit is not made.
 
     Returns:
-        Why that cannot be done; then the earlier page stays. Empty where it was.
+        The reason if that fails, and the earlier page is kept; "" on success.
     """
     source = record["source"]
     if not all(isinstance(source.get(name), str) for name in ("scan", "sha256", "unit")):
-        return "its record does not say where the scan is"
+        return "its record does not name the scan"
     path = Path(source["scan"])
     if not path.exists():
-        return f"its scan {path.name} is no longer where it was"
+        return f"its scan {path.name} was moved or deleted"
     try:
         ids_path = file_of(results.path, case_id, record["files"], "lesion_ids")
         if budget is not None:
@@ -136,7 +129,7 @@ def remake_page(
         scan = read_volume(path, is_finite=False)
         if scan.sha256 != source["sha256"]:
             return f"its scan {path.name} has changed since"
-        ids = read_mask(ids_path, max_labels=ANY_NUMBER)
+        ids = read_mask(ids_path, max_labels=MAX_LESION_IDS)
         rows = results.largest_rows(case_id, MANY)
     except ScanError as error:
         return str(error)
@@ -161,27 +154,25 @@ def write_report(
     rows: Sequence[Mapping[str, Any]],
     remarks: Sequence[str] = (),
     *,
-    is_anew: bool = False,
+    force: bool = False,
     budget: Budget | None = None,
     most: int = LISTED,
 ) -> list[str]:
-    """report.html of all that the folder holds.
+    """Write report.html for all cases of a folder.
 
     Args:
-        about: of the run: `command`, `volseg`, `model`, `started`.
-        rows: of cases.csv.
-        is_anew: write it even if one is there that was made from the same.
-        budget: of main memory; a page that may not fit lists no lesions.
-        most: lesions on the page, the largest of all scans; of a mask of noise there are fewer.
+        about: description of the run: `command`, `volseg`, `model`, `started`.
+        rows: rows of cases.csv.
+        force: write the page even if the present one has the same content.
+        budget: main-memory budget; a page that may not fit lists no lesions.
+        most: number of lesions on the page, the largest of all scans; fewer from a noisy mask.
 
     Returns:
-        What the page lacks because of the budget, and why.
+        Warnings about what the page lacks because of the budget.
     """
     from volseg.report.html import MAX_VIEWER_ROWS, report_html
 
-    refusal = (
-        None if budget is None else budget.refusal(plan_report(len(rows), process=budget.process))
-    )
+    refusal = budget and budget.refusal(plan_report(len(rows), process=budget.process))
     missing = [] if refusal is None else [f"W_PAGE: {REPORT} lists no lesions: {refusal}"]
     done = [row for row in rows if row["status"] == "done"]
     noisy = [row["case_id"] for row in done if _is_noisy(row)]
@@ -202,7 +193,7 @@ def write_report(
             hashes.append([name, record["files"].get(rows_name(name))])
     boxes = _boxes(contents)
     digest = _digest([__version__], rows, remarks, hashes, (box.model_dump_json() for box in boxes))
-    if not is_anew and _made_from(results.path / REPORT) == digest:
+    if not force and _made_from(results.path / REPORT) == digest:
         return missing
     names = [row["case_id"] for row in done]
     page = report_html(
@@ -220,7 +211,7 @@ def write_report(
 
 
 class _Pictures(Mapping[str, bytes]):
-    """The pictures of the cases that have one, each read only when it is asked for."""
+    """Pictures of the cases that have one, each read on access."""
 
     def __init__(self, folder: Path, names: Iterable[str]) -> None:
         self._paths = {name: path for name in names if (path := folder / f"{name}.jpg").is_file()}
@@ -236,13 +227,16 @@ class _Pictures(Mapping[str, bytes]):
 
 
 def _is_noisy(case: Mapping[str, Any]) -> bool:
-    """Whether a case has so many lesions that its mask looks like noise; its row may come from a stranger."""
+    """Return whether a case has so many lesions that its mask looks like noise.
+
+    The row may come from an untrusted file.
+    """
     n_lesions = case.get("n_lesions")
     return isinstance(n_lesions, int | float) and n_lesions > MANY
 
 
 def _digest(*parts: Iterable[Any]) -> str:
-    """SHA-256 of what a page is made from, without a text of all of it."""
+    """Return the SHA-256 of the content of a page, without joining it into one text."""
     digest = hashlib.sha256()
     for part in parts:
         for item in part:
@@ -252,16 +246,16 @@ def _digest(*parts: Iterable[Any]) -> str:
 
 
 def read_about(out: Path) -> dict[str, Any]:
-    """What run.json says of the run; nothing where an interrupted run left none."""
+    """Read run.json; return {} if an interrupted run left none."""
     try:
-        found = read_json(out / "run.json")
+        about = read_json(out / "run.json")
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return about if isinstance(about, dict) else {}
 
 
 def _boxes(contents: Iterable[str]) -> list[ModelBox]:
-    """The boxes of the models behind the cases, each once: the run's own, and those of cases that an earlier run made."""
+    """Return the model boxes of this run and of earlier cases, without duplicates."""
     boxes = [read_model_box(content) for content in contents if content]
     return list({box.name: box for box in boxes if box is not None}.values())
 
@@ -276,5 +270,5 @@ def _made_from(path: Path) -> str | None:
             head = file.read(HEAD_BYTES).decode("utf-8", "replace")
     except OSError:
         return None
-    _, _, rest = head.partition('<meta name="volseg-content" content="')
-    return rest.partition('"')[0] or None
+    _, _, tail = head.partition('<meta name="volseg-content" content="')
+    return tail.partition('"')[0] or None

@@ -1,4 +1,4 @@
-"""Which scans of two results folders show the same patient: by their ids, or as a table says."""
+"""Match the scans of each patient in two results folders, by case id or by a table."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Patient:
     """A patient and the ids of the cases of both times.
 
     Args:
-        scans: per region that was scanned, the case at baseline and the one at follow-up; None where there is none.
+        scans: for each scanned region, the case at baseline and at follow-up; None if missing.
     """
 
     name: str
@@ -28,12 +28,12 @@ class Patient:
 
     @property
     def is_paired(self) -> bool:
-        """Whether any region was scanned at both times."""
+        """True if any region was scanned at both times."""
         return any(baseline and followup for baseline, followup in self.scans)
 
     @property
     def cells(self) -> Mapping[str, Any]:
-        """What a row of response.csv calls the patient and the scans."""
+        """Cells of response.csv that name the patient and the cases."""
         baseline, followup = (
             ";".join(case or "" for case in cases) if any(cases) else None
             for cases in zip(*self.scans, strict=True)
@@ -41,39 +41,45 @@ class Patient:
         return {"patient": self.name, "baseline_case": baseline, "followup_case": followup}
 
     def why_unpaired(self, folders: tuple[Path, Path]) -> str:
-        """Why there is nothing to compare."""
+        """Return why there is nothing to compare."""
         has_baseline, has_followup = (any(cases) for cases in zip(*self.scans, strict=True))
         if has_baseline and has_followup:
             return "no line of the table has both a baseline and a follow-up scan of this patient"
-        here, there = ("baseline", folders[1]) if has_baseline else ("follow-up", folders[0])
-        return f"only a {here} scan: {there} has no case for it; if it has another name there, give --pairs"
+        time, other = ("baseline", folders[1]) if has_baseline else ("follow-up", folders[0])
+        return (
+            f"only a {time} scan: {other} has no case of this name; give --pairs if it has another"
+        )
 
 
 def same_ids(
-    folders: tuple[Path, Path], known: tuple[Sequence[str], Sequence[str]]
+    folders: tuple[Path, Path], case_ids: tuple[Sequence[str], Sequence[str]]
 ) -> list[Patient]:
-    """Cases with one id in both folders are one patient; `known` are the ids in each.
+    """Take cases with the same id in both folders as one patient.
+
+    Args:
+        case_ids: ids of the cases in each folder.
 
     Raises:
-        VolsegError: no id is in both.
+        VolsegError: the folders have no id in common.
     """
-    here, there = set(known[0]), set(known[1])
-    if not here & there:
+    before, after = set(case_ids[0]), set(case_ids[1])
+    if not before & after:
         raise VolsegError(
-            f"no case of {folders[1]} has the name of one in {folders[0]}, such as {next(iter(known[0]), 'none')!r}",
-            fix="say which belong together in a CSV with columns patient, baseline and followup, and give it with --pairs",
+            f"no case of {folders[1]} has the name of one in {folders[0]}, "
+            f"such as {next(iter(case_ids[0]), 'none')!r}",
+            fix="give --pairs a CSV of pairs with columns patient, baseline and followup",
             code="E_DATASET",
         )
     return [
-        Patient(name, ((name if name in here else None, name if name in there else None),))
-        for name in sorted(here | there)
+        Patient(name, ((name if name in before else None, name if name in after else None),))
+        for name in sorted(before | after)
     ]
 
 
 def read_pairs(
-    path: Path, folders: tuple[Path, Path], known: tuple[Sequence[str], Sequence[str]]
+    path: Path, folders: tuple[Path, Path], case_ids: tuple[Sequence[str], Sequence[str]]
 ) -> list[Patient]:
-    """The patients that a table names, a line per pair of scans; an empty cell is a scan without a partner.
+    """Read patients from a table with a line per pair of scans; an empty cell is a missing scan.
 
     Raises:
         VolsegError: one error with every mistake of the table.
@@ -87,7 +93,7 @@ def read_pairs(
             code="E_DATASET",
         )
     mistakes: list[str] = []
-    seen = _Seen(folders, (frozenset(known[0]), frozenset(known[1])))
+    checker = _LineChecker(folders, (frozenset(case_ids[0]), frozenset(case_ids[1])))
     scans: dict[str, list[tuple[str | None, str | None]]] = defaultdict(list)
     for number, cells in lines:
         if len(cells) != len(columns):
@@ -95,7 +101,7 @@ def read_pairs(
             continue
         row = dict(zip(columns, cells, strict=True))
         name, before, after = (row[column] for column in COLUMNS)
-        mistakes += [f"line {number}: {text}" for text in seen.add(name, (before, after))]
+        mistakes += [f"line {number}: {text}" for text in checker.add(name, (before, after))]
         scans[name].append((before or None, after or None))
     patients = [Patient(name, tuple(pairs)) for name, pairs in scans.items()]
     if not mistakes and not any(patient.is_paired for patient in patients):
@@ -109,40 +115,42 @@ def read_pairs(
     return patients
 
 
-class _Seen:
-    """The lines of a table so far, by what each further line is checked against."""
+class _LineChecker:
+    """Checks each line of a table against the lines before it."""
 
     def __init__(
-        self, folders: tuple[Path, Path], known: tuple[Collection[str], Collection[str]]
+        self, folders: tuple[Path, Path], case_ids: tuple[Collection[str], Collection[str]]
     ) -> None:
-        self._folders, self._known = folders, known
-        self._spellings: dict[str, str] = {}  # name in lower case → how the first line writes it
-        self._cases: tuple[set[tuple[str, str]], set[tuple[str, str]]] = (
-            set(),
-            set(),
-        )  # of each time: (patient, case)
+        self._folders, self._case_ids = folders, case_ids
+        self._spellings: dict[str, str] = {}  # lower-case name → its first spelling
+        # (patient, case) at baseline and at follow-up
+        self._cases: tuple[set[tuple[str, str]], set[tuple[str, str]]] = (set(), set())
 
     def add(self, name: str, cases: tuple[str, str]) -> list[str]:
-        """Add a line of a patient, with the cases of both times; returns what is wrong with it."""
+        """Add a line with the cases of both times; return its mistakes."""
         mistakes = []
         if not re.fullmatch(ID_PATTERN, name):
-            mistakes.append(f"patient {name!r} is no safe file name")
-        other = self._spellings.setdefault(name.casefold(), name)
-        if other != name:
             mistakes.append(
-                f"patient {name!r} and {other!r} differ in upper and lower case only: write one of them otherwise"
+                f"patient {name!r} is not a valid file name: use letters, digits, . _ -"
+            )
+        spelling = self._spellings.setdefault(name.casefold(), name)
+        if spelling != name:
+            mistakes.append(
+                f"patient {name!r} and {spelling!r} differ in upper and lower case only: rename one"
             )
         for side, time in enumerate(("baseline", "followup")):
             case = cases[side]
-            if case and case not in self._known[side]:
+            if case and case not in self._case_ids[side]:
                 mistakes.append(f"{self._folders[side]} has no case {case!r}")
             if case and (name, case) in self._cases[side]:
                 mistakes.append(
-                    f"patient {name!r} has the {time} {case!r} twice; two scans against one cannot be compared"
+                    f"patient {name!r} has the {time} {case!r} twice; "
+                    "two scans against one cannot be compared"
                 )
             if case and (name, case) in self._cases[1 - side]:
                 mistakes.append(
-                    f"{case!r} is a baseline on one line of {name!r} and a follow-up on another: give each two times a name of their own"
+                    f"{case!r} is a baseline on one line of {name!r} and a follow-up on another: "
+                    "give each pair of times its own patient name"
                 )
         if not any(cases):
             mistakes.append("names no case")

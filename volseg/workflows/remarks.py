@@ -1,4 +1,4 @@
-"""Warnings of single scans for the terminal: a mask of noise, a doubted unit, a scan unlike those of training."""
+"""Warnings about single scans for the terminal: noisy mask, doubtful unit, unlike training data."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import Any
 from volseg.measure.specks import SPECKS
 from volseg.measure.units import CODES, warnings_in
 
-MOST_SCANS = 5  # named per code
+MOST_SCANS = 5  # listed per code
 
 
 def remarks_on_scans(rows: Iterable[Mapping[str, Any]], case_ids: Iterable[str]) -> list[str]:
-    """Collect `W_CODE: case: sentence` for each of these scans; of many with one code the first.
+    """Collect `W_CODE: case: sentence` for these scans; list at most `MOST_SCANS` per code.
 
     Args:
-        rows: of cases.csv.
+        rows: rows of cases.csv.
     """
     case_ids = set(case_ids)
     lines_by_code: dict[str, list[str]] = {code: [] for code in (SPECKS, *CODES)}

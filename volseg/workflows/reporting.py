@@ -1,4 +1,4 @@
-"""`volseg report`: the pages of a results folder, made again."""
+"""`volseg report`: rebuild the pages of a results folder."""
 
 from __future__ import annotations
 
@@ -14,17 +14,18 @@ from volseg.workflows.pages import REPORT, has_page, read_about, remake_page, wr
 
 
 def report(results: Path | str, *, progress: Progress = silent) -> RunReport:
-    """Make report.html and the viewer page of every scan of a results folder again.
+    """Rebuild report.html and the viewer page of every scan of a results folder.
 
-    A scan that is no longer where it was keeps its earlier page, and report.html says so. The tables are left as they are.
+    A scan that was moved or deleted keeps its earlier page, and report.html says so.
+    The tables do not change.
 
     Raises:
-        VolsegError: it is no results folder.
+        VolsegError: `results` is not a results folder.
     """
     out = Path(results)
     if folder_content(out) not in (SAME_KIND["infer"], SAME_KIND["measure"]):
         raise VolsegError(
-            f"{out}: is no results folder",
+            f"{out}: is not a results folder",
             fix="give the --out folder of volseg infer or volseg measure",
             code="E_USAGE",
         )
@@ -41,22 +42,19 @@ def report(results: Path | str, *, progress: Progress = silent) -> RunReport:
             record = folder.record(name)
             assert record is not None
             reason = remake_page(folder, name, record)
-            edited += (
-                [f"{EDITED}: {name}: {folder.edited_text}"] if folder.is_edited(record) else []
-            )
-            if reason:
-                earlier = (
-                    "; the earlier page stays" if has_page(folder, name) else ", so it has no page"
-                )
-                kept[name] = reason + earlier
-            else:
+            if folder.is_edited(record):
+                edited.append(f"{EDITED}: {name}: {folder.edited_text}")
+            if not reason:
                 remade.append(name)
+            elif has_page(folder, name):
+                kept[name] = f"{reason}; the earlier page stays"
+            else:
+                kept[name] = f"{reason}, so it has no page"
             progress("Pages", count / len(done), name)
         remarks = [
-            f"The page of {name} could not be made again: {reason}."
-            for name, reason in kept.items()
+            f"The page of {name} could not be rebuilt: {reason}." for name, reason in kept.items()
         ]
-        write_report(folder, read_about(out), rows, remarks, is_anew=True)
+        write_report(folder, read_about(out), rows, remarks, force=True)
     warnings = [*edited, *remarks, *damaged_warnings(rows)]
     return RunReport(
         out=out,
@@ -67,7 +65,7 @@ def report(results: Path | str, *, progress: Progress = silent) -> RunReport:
 
 
 def _pending(out: Path) -> list[CaseRow]:
-    """Rows of cases.csv that were not reached."""
+    """Return the pending rows of cases.csv."""
     try:
         rows = read_csv(out / "cases.csv")
     except (OSError, ValueError):
