@@ -604,6 +604,11 @@ def load_recipe(recipe: str | Path) -> Recipe:
     return parse_recipe(content, where=str(path))
 
 
+def as_recipe(recipe: Path | str | Recipe) -> Recipe:
+    """Return the recipe itself, or read it from a file or by its name."""
+    return recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
+
+
 def parse_recipe(content: dict[str, Any], *, where: str) -> Recipe:
     """Return the recipe with this parsed content; `where` names it in error messages."""
     try:

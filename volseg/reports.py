@@ -121,7 +121,7 @@ class ImportReport(RunReport):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PagesReport(RunReport):
-    page: Path
+    page: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -38,7 +38,7 @@ class Setting:
         kind: type of its value on the command line; None derives it from the annotation.
         converter: makes the value from what a caller gives; its ValueError is a usage error.
         short: short spelling such as `-o`. flag: full spelling if the name does not give it.
-        least, most: bounds, both allowed.
+        least, most: bounds, both allowed. unit: of the number.
     """
 
     help: str
@@ -48,6 +48,7 @@ class Setting:
     flag: str = ""
     least: float | None = None
     most: float | None = None
+    unit: str = ""
     is_argument: bool = False
 
     def check(self, name: str, value: Any) -> Any:
@@ -62,11 +63,12 @@ class Setting:
         except ValueError as error:
             problem, _, fix = str(error).partition("; ")
             raise VolsegError(f"{shown}: {problem}", fix=fix, code="E_USAGE") from error
-        low = -math.inf if self.least is None else self.least
-        high = math.inf if self.most is None else self.most
-        if value is not None and low > -math.inf and not low <= value <= high:
-            problem = f"{shown} must be between {low:g} and {high:g}, got {value}"
-            raise VolsegError(problem, fix="give a number in that range", code="E_USAGE")
+        if self.least is not None and value is not None:
+            high = math.inf if self.most is None else self.most
+            if not (self.least <= value <= high and math.isfinite(value)):
+                rule = f"≥ {self.least:g}" if self.most is None else f"{self.least:g} to {high:g}"
+                problem = f"{shown} must be {rule}{self.unit and ' '}{self.unit}, got {value}"
+                raise VolsegError(problem, fix="give a number in that range", code="E_USAGE")
         return value
 
     def flag_of(self, name: str) -> str:
@@ -90,6 +92,7 @@ def option(
     kind: Any = ...,
     least: float | None = ...,
     most: float | None = ...,
+    unit: str = ...,
 ) -> T: ...
 def option(help: str, *, default: Any = MISSING, **facts: Any) -> Any:
     """Declare an option: a keyword of the function, `--name` on the command line."""

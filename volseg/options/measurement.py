@@ -100,7 +100,10 @@ class EvaluateOptions(Limited, Announcing):
     )
     out: Path = option(RESULTS, converter=path, short="-o")
     min_iou: float = option(
-        "IoU from which a lesion counts as detected; at 0, one shared voxel is enough.", default=0.0
+        "IoU from which a lesion counts as detected; at 0, one shared voxel is enough.",
+        default=0.0,
+        least=0.0,
+        most=0.999,
     )
 
 
@@ -147,6 +150,8 @@ class CompareOptions(Limited, Announcing):
         "they do not overlap.",
         default=10.0,
         flag="--max-distance",
+        least=0.0,
+        unit="mm",
     )
     lymph_nodes: tuple[str, ...] = option(
         "Label of lymph nodes, which count by their short axis; repeatable. Default: the labels "

@@ -24,11 +24,15 @@ RESULTS = "Folder for the results; created if missing."
 
 @options
 class Progressing(Options):
+    """Reports its progress: stage, fraction done, detail."""
+
     progress: Progress = callback(ignore_progress)
 
 
 @options
 class Announcing(Progressing):
+    """Also announces what it expects, such as memory and duration, before it starts."""
+
     announce: Announce = callback(ignore_text)
 
 

@@ -1,7 +1,8 @@
 """Imperative shell: read files, loop over cases, write folders and tables; all below is pure."""
 
 from volseg.measure.selftest import selftest
-from volseg.workflows.batch import Progress, RunReport
+from volseg.options import Progress
+from volseg.reports import RunReport
 from volseg.workflows.checking import check, shipped_model, table_columns
 from volseg.workflows.comparing import compare
 from volseg.workflows.evaluating import evaluate

@@ -6,7 +6,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import datetime
 from importlib import metadata
 from pathlib import Path
@@ -16,7 +16,6 @@ import numpy as np
 
 from volseg import __version__
 from volseg.errors import ScanError, UnexpectedError, VolsegError
-from volseg.execute.cpu import parse_bytes
 from volseg.execute.local import Outcome
 from volseg.io.cases import Case
 from volseg.io.nifti import intensity_warnings, read_header, scan_digest, write_volume
@@ -24,40 +23,16 @@ from volseg.measure.lesions import summarise
 from volseg.measure.rows import CaseRow, LesionMeasurement
 from volseg.measure.specks import MeasuredLesions
 from volseg.measure.units import Unit
+from volseg.options import Announce, Progress, ignore_text
 from volseg.recipe import Measure
+from volseg.reports import CasesReport, RunReport
 from volseg.store.outputs import Commit, OutputFolder, trace_name
 from volseg.store.results import EDITED, MASKS, THUMBNAILS, VIEWERS, ResultsFolder, State
 from volseg.volume import Volume, slabs_of
 from volseg.workflows.pages import page_budget, remake_page, write_report
 from volseg.workflows.remarks import remarks_on_scans
 
-# Stage, fraction of it that is done in [0, 1], detail. Stages may alternate; 0 (re)starts a stage.
-Progress = Callable[[str, float, str], None]
-
 FIGURES = "figures"
-SUCCESS, SOME_FAILED, NONE_SUCCEEDED = 0, 3, 4
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RunReport:
-    """What a workflow did; `details` holds results specific to it, such as metrics."""
-
-    out: Path
-    done: Sequence[str] = ()
-    kept: Sequence[str] = ()  # complete from an earlier call
-    failed: Mapping[str, str] = field(default_factory=dict)  # case → code and reason
-    details: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def exit_code(self) -> int:
-        """Exit code: 0 if all are done, 3 if some cases failed, 4 if none succeeded."""
-        if not self.failed:
-            return SUCCESS
-        return SOME_FAILED if self.done or self.kept else NONE_SUCCEEDED
-
-
-def silent(stage: str, fraction: float, detail: str) -> None:
-    """Ignore progress: the default callback."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,8 +98,8 @@ def run_cases(
     objects: str = "components",
     about: Mapping[str, Any] | None = None,
     max_ram: int | None = None,
-    announce: Callable[[str], None] = lambda text: None,
-) -> RunReport:
+    announce: Announce = ignore_text,
+) -> CasesReport:
     """Run every incomplete case; a failure becomes a row, an interruption leaves pending rows.
 
     Args:
@@ -197,16 +172,14 @@ def run_cases(
             )
     kept, failed = without_damaged(kept, failed, rows)
     remarks += damaged_warnings(rows)
-    return RunReport(
+    return CasesReport(
         out=results.path,
         done=done,
         kept=kept,
         failed=failed,
-        details={
-            "objects": objects,
-            "pages": about is not None,
-            "warnings": remarks + remarks_on_scans(rows, [case.id for case in cases]),
-        },
+        warnings=remarks + remarks_on_scans(rows, [case.id for case in cases]),
+        objects=objects,
+        pages=about is not None,
     )
 
 
@@ -253,7 +226,7 @@ def _add_pages(
     results: ResultsFolder,
     kept: Sequence[str],
     max_ram: int | None,
-    announce: Callable[[str], None],
+    announce: Announce,
 ) -> list[str]:
     """Write missing viewer pages of complete cases; return a warning for each that fails."""
     reasons, budget = {}, None
@@ -429,19 +402,3 @@ def check_pair(image: Volume, mask: Volume, image_name: str, mask_name: str) -> 
             fix="give the mask drawn on this scan, or correct one of the affines",
             code="E_PAIR",
         )
-
-
-def amount_of(amount: str | int | None, option: str) -> int | None:
-    """Return an amount of memory in bytes, given as a number of bytes or text such as 4G.
-
-    Raises:
-        VolsegError: the text is not an amount of memory.
-    """
-    try:
-        return None if amount is None else parse_bytes(str(amount))
-    except ValueError as error:
-        raise VolsegError(
-            f"{option} must be an amount of memory, got {amount!r}",
-            fix="write it as 4G or 500M",
-            code="E_USAGE",
-        ) from error

@@ -7,7 +7,7 @@ import os
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -33,22 +33,20 @@ from volseg.postprocess.lesions import MANY
 from volseg.preprocess.align import covered
 from volseg.preprocess.register import Registration, register, registering_bytes, transformed
 from volseg.report.html import comparison_html
+from volseg.options import CompareOptions, command
+from volseg.reports import CompareReport
 from volseg.store.comparisons import ComparisonFolder
 from volseg.store.records import CaseRecord, case_ids, file_of, path_of, read_record, record_files
 from volseg.store.results import LESION_IDS
 from volseg.volume import Geometry, Volume
 from volseg.workflows.batch import (
-    Progress,
-    RunReport,
     about_run,
-    amount_of,
     check_pair,
     damaged_warnings,
     digest_of,
     failure_reason,
     input_key,
     run_description,
-    silent,
     without_damaged,
 )
 from volseg.workflows.patients import Patient, read_pairs, same_ids
@@ -60,96 +58,41 @@ MAX_MOVED_MM, MAX_TURNED_DEG = 50.0, 20.0
 MAX_ERROR_MM = 3.0  # between registration in one direction and the other
 MAX_TILT_ERROR_DEG = 5.0  # of the axial plane: long axes may be 16 % off (docs/benchmarks.md)
 SAME_PLACE_MM = 2.0  # registration that moves less agrees with the headers
+# Options that run.json repeats.
+RESULT_SETTINGS = (
+    "registration",
+    "max_distance_mm",
+    "lymph_nodes",
+    "figures",
+    "baseline_scans",
+    "followup_scans",
+)
 GRID_RATIO = 1.5  # of voxel sizes; above it, sizes of small lesions differ by the grid alone
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CompareSettings:
-    """Settings of a comparison.
-
-    Args:
-        lymph_nodes: labels, by name or value, that are measured by their short axis.
-        registration: register the later scan to the earlier one; False trusts world coordinates.
-        baseline_scans, followup_scans: folders searched for the scans by file name; None to use
-            the paths in the results.
-    """
-
-    registration: bool = True
-    max_distance_mm: float = MAX_DISTANCE_MM
-    lymph_nodes: tuple[str, ...] = ()
-    figures: bool = False
-    baseline_scans: Path | None = None
-    followup_scans: Path | None = None
-
-    @property
-    def scans(self) -> tuple[Path | None, Path | None]:
-        """The folders of the scans of both times."""
-        return self.baseline_scans, self.followup_scans
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.max_distance_mm < math.inf:
-            raise VolsegError(
-                f"--max-distance must be ≥ 0 mm and finite, got {self.max_distance_mm}",
-                fix=f"give a distance in mm; the default is {MAX_DISTANCE_MM:g}",
-                code="E_USAGE",
-            )
-        for folder in (self.baseline_scans, self.followup_scans):
-            if folder is not None and not folder.is_dir():
-                raise VolsegError(
-                    f"{folder}: is not a folder", fix="give the folder of the scans", code="E_USAGE"
-                )
-
-
-def compare(
-    baseline: Path | str,
-    followup: Path | str,
-    *,
-    out: Path | str,
-    pairs: Path | str | None = None,
-    baseline_scans: Path | str | None = None,
-    followup_scans: Path | str | None = None,
-    registration: bool = True,
-    max_distance_mm: float = MAX_DISTANCE_MM,
-    lymph_nodes: Sequence[str] | None = None,
-    figures: bool = False,
-    max_ram: str | int | None = None,
-    progress: Progress = silent,
-    announce: Callable[[str], None] = lambda text: None,
-) -> RunReport:
+@command(CompareOptions)
+def compare(options: CompareOptions) -> CompareReport:
     """Compare the lesions of each patient at two time points: comparison.csv and response.csv.
-
-    Args:
-        baseline, followup: results folders of `infer` or `measure`.
-        pairs: CSV with columns patient, baseline and followup that hold case ids, with a line per
-            pair of scans. None: cases with the same id in both folders are one patient.
-        max_distance_mm: largest distance between the centroids of matched lesions that do not
-            overlap.
-        lymph_nodes: labels, by name or value; None for those the two folders were measured with.
-        max_ram: main-memory budget, such as `4G` or a number of bytes; None for no limit. A patient
-            who may not fit becomes a failed row that names a sufficient amount.
-        announce: receives the peak memory of the largest patient.
 
     Raises:
         VolsegError: the request is wrong. A patient who cannot be compared becomes a failed row
             instead, and a patient without a pair of scans an `unpaired` row.
     """
     started = time.monotonic()
+    for folder in _scan_folders(options):
+        if folder is not None and not folder.is_dir():
+            raise VolsegError(
+                f"{folder}: is not a folder", fix="give the folder of the scans", code="E_USAGE"
+            )
     budget = Budget(
-        amount_of(max_ram, "--max-ram"),
-        announce,
+        options.max_ram,
+        options.announce,
         what="comparing these scans",
         otherwise="crop the scans and masks to the region that matters and measure them again",
     )
-    folders, out = (Path(baseline), Path(followup)), Path(out)
-    nodes = _measured_nodes(folders) if lymph_nodes is None else lymph_nodes
-    settings = CompareSettings(
-        registration=registration,
-        max_distance_mm=max_distance_mm,
-        lymph_nodes=tuple(sorted(set(nodes))),
-        figures=figures,
-        baseline_scans=None if baseline_scans is None else Path(baseline_scans),
-        followup_scans=None if followup_scans is None else Path(followup_scans),
-    )
+    folders, out, pairs = (options.baseline, options.followup), options.out, options.pairs
+    nodes = options.lymph_nodes or _measured_nodes(folders)
+    settings = replace(options, lymph_nodes=tuple(sorted(set(nodes))))
     ids = (case_ids(folders[0]), case_ids(folders[1]))
     if out.resolve() in {folder.resolve() for folder in folders}:
         raise VolsegError(
@@ -157,30 +100,30 @@ def compare(
             fix="give another folder to --out",
             code="E_EXISTS",
         )
-    patients = same_ids(folders, ids) if pairs is None else read_pairs(Path(pairs), folders, ids)
-    options = {
-        name: str(value) if isinstance(value, Path) else value
-        for name, value in asdict(settings).items()
-    }
-    options |= {
-        "baseline": str(folders[0]),
-        "followup": str(folders[1]),
-        "pairs": None if pairs is None else str(pairs),
-    }
+    patients = same_ids(folders, ids) if pairs is None else read_pairs(pairs, folders, ids)
+    names = (*RESULT_SETTINGS, "baseline", "followup", "pairs")
+    described = {name: _plain(getattr(settings, name)) for name in names}
     not_listed = {
         time_: sorted(
             {*ids[side]} - {scans[side] for patient in patients for scans in patient.scans}
         )
         for side, time_ in enumerate(("baseline", "followup"))
     }
-    used = [path for path in (*folders, *settings.scans) if path is not None]
-    used += [] if pairs is None else [Path(pairs)]
+    used = [path for path in (*folders, *_scan_folders(options), pairs) if path is not None]
     with ComparisonFolder(out, "compare", inputs=used) as results:
-        report = _run_patients(patients, folders, settings, results, progress, budget)
-        report = replace(report, details={**report.details, "not_listed": not_listed})
-        left_out = {name: report.details[name] for name in ("unpaired", "not_listed")}
-        results.write_run(run_description("compare", options, report, started) | left_out)
+        report = _run_patients(patients, folders, settings, results, budget)
+        report = replace(report, not_listed=not_listed)
+        left_out = {"unpaired": report.unpaired, "not_listed": not_listed}
+        results.write_run(run_description("compare", described, report, started) | left_out)
     return report
+
+
+def _scan_folders(options: CompareOptions) -> tuple[Path | None, Path | None]:
+    return options.baseline_scans, options.followup_scans
+
+
+def _plain(value: Any) -> Any:
+    return str(value) if isinstance(value, Path) else value
 
 
 def _measured_nodes(folders: tuple[Path, Path]) -> Iterator[str]:
@@ -203,11 +146,10 @@ _Folders = tuple[Path, Path]  # baseline, follow-up
 def _run_patients(
     patients: Sequence[Patient],
     folders: _Folders,
-    settings: CompareSettings,
+    settings: CompareOptions,
     results: ComparisonFolder,
-    progress: Progress,
     budget: Budget,
-) -> RunReport:
+) -> CompareReport:
     unpaired = {
         patient.name: PatientResponse(
             **patient.cells, status="unpaired", reason=patient.why_unpaired(folders)
@@ -242,7 +184,7 @@ def _run_patients(
             raise refusals[name]
         _compare_patient(patient, folders, settings, results, keys[name], inputs[name])
 
-    done, failed = [], {}
+    done, failed, progress = [], {}, settings.progress
     progress(STAGE, 0.0, f"{len(todo)} of {len(patients)} to do")
     try:
         for count, outcome in enumerate(run(task, todo), start=1):
@@ -275,13 +217,19 @@ def _run_patients(
             f"W_STALE: the tables also hold {len(others)} patients of earlier runs ({names}); "
             "give another --out for tables without them"
         )
-    details: dict[str, Any] = {"patients": rows, "warnings": warnings}
-    details["unpaired"] = {name: row.reason for name, row in unpaired.items()}
-    return RunReport(out=results.path, done=done, kept=kept, failed=failed, details=details)
+    return CompareReport(
+        out=results.path,
+        done=done,
+        kept=kept,
+        failed=failed,
+        warnings=warnings,
+        patients=rows,
+        unpaired={name: row.reason for name, row in unpaired.items()},
+    )
 
 
 def _peaks(
-    patients: Sequence[Patient], folders: _Folders, settings: CompareSettings, process: int
+    patients: Sequence[Patient], folders: _Folders, settings: CompareOptions, process: int
 ) -> dict[str, Peak]:
     """Return the peak memory of comparing each patient, from headers.
 
@@ -297,7 +245,7 @@ def _peaks(
 
 
 def _peak(
-    cases: tuple[str | None, str | None], folders: _Folders, settings: CompareSettings, process: int
+    cases: tuple[str | None, str | None], folders: _Folders, settings: CompareOptions, process: int
 ) -> Peak:
     """Return the peak memory of comparing two scans, or of handling a scan without a partner.
 
@@ -305,7 +253,7 @@ def _peak(
         ScanError: the files cannot be read.
     """
     masks, scans, n_lesions = [], [], []
-    for time_, case, folder, scan_folder in zip(TIMES, cases, folders, settings.scans, strict=True):
+    for time_, case, folder, scan_folder in zip(TIMES, cases, folders, _scan_folders(settings), strict=True):
         if case is None:
             continue
         record = _read_usable(time_, folder, case)
@@ -332,11 +280,11 @@ def _filled_bytes(scan: NiftiHeader) -> int:
     return scan.n_bytes + math.prod(scan.geometry.shape) if scan.dtype.kind == "f" else 0
 
 
-def _inputs(patient: Patient, folders: _Folders, settings: CompareSettings) -> tuple[str, ...]:
+def _inputs(patient: Patient, folders: _Folders, settings: CompareOptions) -> tuple[str, ...]:
     """Return the SHA-256 of all files on which the rows of a patient depend."""
     digests: list[str] = []
     for pair in patient.scans:
-        for case, folder, scans in zip(pair, folders, settings.scans, strict=True):
+        for case, folder, scans in zip(pair, folders, _scan_folders(settings), strict=True):
             if case is None:
                 continue
             digests += [_file_digest(path) for path in record_files(folder, case)]
@@ -354,7 +302,7 @@ def _file_digest(path: Path) -> str:
     return sha256_of(path) if path.is_file() else str(path)
 
 
-def _key(patient: Patient, inputs: Sequence[str], settings: CompareSettings) -> str:
+def _key(patient: Patient, inputs: Sequence[str], settings: CompareOptions) -> str:
     """Return a hash of everything on which the rows of a patient depend."""
     options = {"registration": settings.registration, "max_distance_mm": settings.max_distance_mm}
     options |= {"figures": settings.figures, "lymph_nodes": settings.lymph_nodes}
@@ -441,7 +389,7 @@ class _Side:
 def _compare_patient(
     patient: Patient,
     folders: _Folders,
-    settings: CompareSettings,
+    settings: CompareOptions,
     results: ComparisonFolder,
     key: str,
     inputs: Sequence[str],
@@ -484,7 +432,7 @@ class _Compared:
 def _compare_scans(
     cases: tuple[str | None, str | None],
     folders: _Folders,
-    settings: CompareSettings,
+    settings: CompareOptions,
     patient: Patient,
     names: Mapping[int, str],
     inputs: Sequence[str],
@@ -492,7 +440,7 @@ def _compare_scans(
     """Compare one pair of scans; `names` supplies label names missing from both scans."""
     sides = (
         None if case is None else _read_side(time_, folder, case, scans, inputs)
-        for time_, folder, case, scans in zip(TIMES, folders, cases, settings.scans, strict=True)
+        for time_, folder, case, scans in zip(TIMES, folders, cases, _scan_folders(settings), strict=True)
     )
     before, after = _named_alike(*sides, names=names)
     doubts = (before.unit_doubt if before else "", after.unit_doubt if after else "")
@@ -725,7 +673,7 @@ class Placement:
     doubt: str = ""
 
 
-def _place(before: _Side, after: _Side, settings: CompareSettings) -> Placement:
+def _place(before: _Side, after: _Side, settings: CompareOptions) -> Placement:
     if not before.lesions and not after.lesions:
         return Placement(np.eye(4), {})
     if not settings.registration:

@@ -28,49 +28,30 @@ from volseg.io.cases import IGNORE, Case, find_cases, find_scans, is_described, 
 from volseg.io.csv_text import iterate_csv
 from volseg.io.files import json_text
 from volseg.io.nifti import read_header, read_mask
+from volseg.options import EvaluateOptions, command
 from volseg.postprocess.lesions import MANY
+from volseg.reports import EvaluateReport
 from volseg.store.evaluations import DETECTIONS, EVALUATION, SUMMARY, Compared, read_evaluation
 from volseg.store.outputs import RECORDS, OutputFolder, trace_name
 from volseg.store.results import STALE
 from volseg.store.tables import table
 from volseg.volume import Volume, slabs_of
-from volseg.workflows.batch import Progress, RunReport, amount_of, digest_of, failure_reason, silent
+from volseg.workflows.batch import digest_of, failure_reason
 
 TABLES, PICTURES = (EVALUATION, DETECTIONS, SUMMARY), ("agreement.png", "froc.png")
 SAME_PLACE_MM = 0.01  # tables round centroids to four digits
 Row = TypeVar("Row", OverlapRow, DetectionRow)
 
 
-def evaluate(
-    *,
-    reference: Path | str,
-    predicted: Path | str,
-    out: Path | str,
-    min_iou: float = 0.0,
-    max_ram: str | int | None = None,
-    progress: Progress = silent,
-    announce: Callable[[str], None] = lambda text: None,
-) -> RunReport:
+@command(EvaluateOptions)
+def evaluate(options: EvaluateOptions) -> EvaluateReport:
     """Compare predicted with reference masks, matched by name: overlap, distances, detection.
-
-    Args:
-        reference: folder of masks, or a dataset with labels; confidence intervals use its patients.
-        predicted: folder of masks, or a results folder (its masks/ and lesion confidences).
-        min_iou: intersection over union from which a predicted lesion matches a reference lesion,
-            in [0, 1); with 0, one common voxel is enough.
-        max_ram: main-memory budget, such as `4G` or a number of bytes; None for no limit. A pair
-            that may not fit becomes a failed row that names a sufficient amount.
-        announce: receives the peak memory of the largest pair so far, once its masks are read.
 
     Raises:
         VolsegError: no case has both masks. A pair that cannot be compared becomes a failed row.
     """
-    out = Path(out)
-    if not 0 <= min_iou < 1:
-        raise VolsegError(
-            f"min_iou must be in [0, 1), got {min_iou}", fix="give 0 or 0.5", code="E_USAGE"
-        )
-    truths, guesses = _masks(Path(reference)), _masks(Path(predicted))
+    reference, predicted, min_iou = options.reference, options.predicted, options.min_iou
+    truths, guesses = _masks(reference), _masks(predicted)
     common = [name for name in truths if name in guesses]
     if not common:
         raise VolsegError(
@@ -79,14 +60,14 @@ def evaluate(
             fix="name the masks after their cases",
             code="E_DATASET",
         )
-    predictions = _Predictions.of(Path(predicted))
-    stated = _stated_labels(Path(reference))
+    predictions = _Predictions.of(predicted)
+    stated = _stated_labels(reference)
     ignored = stated.pop(IGNORE, None)
     names = predictions.label_names | {value: name for name, value in stated.items()}
 
     budget = Budget(
-        amount_of(max_ram, "--max-ram"),
-        announce,
+        options.max_ram,
+        options.announce,
         what="comparing these masks",
         otherwise="cut both masks to the region that matters",
         libraries=LIBRARIES,
@@ -125,14 +106,14 @@ def evaluate(
         ]
         return Compared(overlap=rows, detections=detections, masks=masks)
 
-    used = [Path(reference), Path(predicted)]
+    used = [reference, predicted]
     used += [mask.path for mask in (*truths.values(), *guesses.values())]
-    with OutputFolder(out, "evaluate", inputs=used) as outputs:
+    with OutputFolder(options.out, "evaluate", inputs=used) as outputs:
         outputs.refuse_foreign([*TABLES, *PICTURES])
         compared: dict[str, Compared] = {}
         failed: dict[str, str] = {}
         for count, outcome in enumerate(run(compare, common), start=1):
-            progress("Comparing", count / len(common), outcome.item)
+            options.progress("Comparing", count / len(common), outcome.item)
             if outcome.error is None and outcome.value is not None:
                 compared[outcome.item] = outcome.value
             elif outcome.error is not None:
@@ -178,7 +159,10 @@ def evaluate(
                 commit.write(name, picture)
             outdated = [name for name in PICTURES if name not in pictures]
             commit.finish(removed=[*outdated, *map(trace_name, compared)])
-    return RunReport(out=out, done=list(compared), failed=failed, details=summary)
+    warnings = summary.pop("warnings")
+    return EvaluateReport(
+        out=options.out, done=list(compared), failed=failed, warnings=warnings, summary=summary
+    )
 
 
 def _as_stale(earlier: Compared, reason: str) -> Compared:

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,27 +18,26 @@ from volseg.execute.local import Outcome, run_overlapped
 from volseg.execute.memory import announcement
 from volseg.io.cases import Case, find_scans
 from volseg.io.nifti import NiftiHeader, read_header, read_volume
+from volseg.options import InferOptions, Progress, command
 from volseg.postprocess.lesions import CONNECTIVITY
 from volseg.recipe import Recipe, parse_recipe
+from volseg.reports import CasesReport
 from volseg.report.model_box import ModelBox, model_box
 from volseg.store.results import LESION_IDS, MASKS, ResultsFolder
 from volseg.volume import Volume
 from volseg.workflows.batch import (
     CaseFiles,
     Inputs,
-    Progress,
-    RunReport,
     about_run,
-    amount_of,
     done_row,
     files_of_case,
     input_key,
     run_cases,
     run_description,
-    silent,
     write_figure,
     write_mask,
 )
+from volseg.workflows.checking import shipped_model_text
 from volseg.workflows.pages import source_of, write_page
 
 if TYPE_CHECKING:  # torch takes seconds to import; only a workflow that needs it pays
@@ -48,95 +48,65 @@ if TYPE_CHECKING:  # torch takes seconds to import; only a workflow that needs i
 STAGE, TILES = "Segmenting", "Tiles"
 
 
-def infer(
-    scans: Path | str | Sequence[Path | str],
-    *,
-    model: Path | str | None = None,
-    out: Path | str = "volseg_results",
-    device: str = "auto",
-    backend: str = "auto",
-    precision: str = "auto",
-    overlap: float | None = None,
-    tta: bool = True,
-    inside: str | None = None,
-    fast: bool = False,
-    max_ram: str | int | None = None,
-    max_vram: str | int | None = None,
-    accept_mismatch: bool = False,
-    figures: bool = False,
-    pages: bool = True,
-    progress: Progress = silent,
-    announce: Callable[[str], None] = lambda text: None,
-) -> RunReport:
+@command(InferOptions)
+def infer(options: InferOptions) -> CasesReport:
     """Segment scans; write masks, lesion ids, a row per lesion and a row per scan.
-
-    Args:
-        scans: NIfTI files, folders of them, or tables of cases.
-        model: folder made by `train`; None for the model shipped with volseg.
-        backend: auto, torch or openvino.
-        precision: auto, fp32, fp16 or int8 (see `choose_backend`).
-        overlap: overlap of tiles as a fraction of a patch; None for the recipe's.
-        tta: False turns off the recipe's test-time augmentation.
-        inside: where tiles are run, `scan` or `body`; both skip a coarse first pass. None for the
-            recipe's choice, which may be the region found by a coarse first pass.
-        fast: resample linearly even if the recipe says cubic.
-        max_ram: main-memory budget, such as `4G` or a number of bytes; None for no limit. A scan
-            that does not fit becomes a failed row that names a sufficient amount.
-        max_vram: the same for GPU memory; None for all free GPU memory.
-        accept_mismatch: also segment scans of another modality than the training scans. Their rows
-            carry W_MODALITY and no density, mass, calcium score or class. If False, they become
-            failed rows (E_MODALITY).
-        figures: also write a PNG per scan with its largest lesions outlined.
-        pages: also write report.html and a viewer page per scan.
-        progress: receives the scans, and the tiles of the current scan.
 
     Raises:
         VolsegError: the request is wrong. A scan that cannot be used becomes a failed row instead.
     """
     started = time.monotonic()
-    budget, gpu_budget = amount_of(max_ram, "--max-ram"), amount_of(max_vram, "--max-vram")
+    out, progress, announce = options.out, options.progress, options.announce
     from volseg.bundle import load_bundle, shipped_bundle
     from volseg.infer.memory import limited_gpu
     from volseg.segment import load_model, work_ahead
 
-    out = Path(out)
-    folder = shipped_bundle() if model is None else Path(model)
+    if options.model is None:
+        announce(shipped_model_text())
+    folder = options.model or shipped_bundle()
     bundle = load_bundle(folder)
-    changes = _changes(bundle.recipe, overlap=overlap, tta=tta, inside=inside, fast=fast)
+    changes = _changes(bundle.recipe, options)
     bundle = replace(bundle, recipe=_changed(bundle.recipe, changes))
-    inputs = [Path(scans)] if isinstance(scans, Path | str) else [Path(scan) for scan in scans]
+    inputs = options.scans
     data = bundle.recipe.data
     cases = find_scans(inputs, data.channels, may_miss=data.missing == "empty")
     used = [*inputs, folder, *(path for case in cases for path in files_of_case(case))]
     with ResultsFolder(out, "infer", inputs=used) as results:
-        loaded = load_model(bundle, device, backend=backend, precision=precision, folder=folder)
+        load = partial(
+            load_model,
+            device=options.device,
+            backend=options.backend,
+            precision=options.precision,
+            folder=folder,
+        )
+        loaded = load(bundle)
         if loaded.device == "cpu" and loaded.segmentation.identity["backend"] == "torch":
             keep_freed_memory()
         else:  # keeping memory does not speed up OpenVINO or GPUs; empty masks would take memory
             give_back_large_blocks()
-        options = {
+        key_options = {
             "model_sha256": bundle.sha256,
-            "figures": figures,
+            "figures": options.figures,
             **loaded.segmentation.identity,
             **changes,
         }
-        options |= {"accept_mismatch": True} if accept_mismatch else {}
+        key_options |= {"accept_mismatch": True} if options.accept_mismatch else {}
         n_cases = results.n_with(case.id for case in cases)
-        plans = _plan_memory(cases, n_cases, loaded, budget, gpu_budget, announce)
+        plans = _plan_memory(cases, n_cases, loaded, options)
         fitting = _fitting(plans)
         batch_size = bundle.recipe.infer.batch_size
         tiles = min((plan.batch_size for plan in fitting.values()), default=batch_size)
         if tiles < batch_size:  # a network may be compiled for its batch size
             bundle = replace(bundle, recipe=_changed(bundle.recipe, {"infer.batch_size": tiles}))
             del loaded  # free its memory before loading another
-            loaded = load_model(bundle, device, backend=backend, precision=precision, folder=folder)
+            loaded = load(bundle)
             announce(f"tiles: {tiles} at a time, to stay within the memory budget")
         half = {name for name, plan in fitting.items() if plan.half_logits}
         digests = Inputs(of_masks=False)
 
         def key_of(case: Case) -> str:
             logits = {"half_logits": True} if case.id in half else {}
-            return input_key(options | logits, digests.of(case))
+            return input_key(key_options | logits, digests.of(case))
 
         def read(case: Case) -> _ReadCase:
             plan = plans[case.id]
@@ -166,7 +136,7 @@ def infer(
                 scan,
                 loaded,
                 half_logits=case.id in half,
-                accept_mismatch=accept_mismatch,
+                accept_mismatch=options.accept_mismatch,
                 on_tile=on_tile,
             )
 
@@ -180,10 +150,10 @@ def infer(
             return run_overlapped(read, segment, write, todo, ahead=ahead)
 
         box = model_box(bundle.name, bundle.recipe, bundle.fingerprint, bundle.metrics)
-        files = CaseFiles((MASKS, LESION_IDS), figures, pages)
+        files = CaseFiles((MASKS, LESION_IDS), options.figures, options.pages)
         about = about_run("infer", bundle.name) | {"model_box": box.model_dump(mode="json")}
         ahead = all(plan.read_ahead for plan in fitting.values())
-        with limited_gpu(None if loaded.device == "cpu" else gpu_budget):
+        with limited_gpu(None if loaded.device == "cpu" else options.max_vram):
             report = run_cases(
                 cases,
                 start,
@@ -194,27 +164,24 @@ def infer(
                 stage=STAGE,
                 progress=progress,
                 model_name=bundle.name,
-                about=about if pages else None,
-                max_ram=budget,
+                about=about if options.pages else None,
+                max_ram=options.max_ram,
                 announce=announce,
             )
         results.write_run(
-            run_description("infer", options, report, started)
+            run_description("infer", key_options, report, started)
             | about
             | {"recipe_sha256": bundle.recipe.sha256, "connectivity": CONNECTIVITY}
             | {"measure": bundle.recipe.measure.model_dump(mode="json")}
         )
-    computed_with = dict(loaded.segmentation.identity)
-    return replace(report, details=dict(report.details) | {"computed_with": computed_with})
+    return replace(report, computed_with=loaded.segmentation.identity)
 
 
 def _plan_memory(
     cases: Sequence[Case],
     n_cases: int,
     model: Model,
-    max_ram: int | None,
-    max_vram: int | None,
-    announce: Callable[[str], None],
+    options: InferOptions,
 ) -> dict[str, MemoryPlan | VolsegError | None]:
     """Plan the memory of each case; an error if it does not fit, None if its header is unreadable.
 
@@ -224,6 +191,7 @@ def _plan_memory(
     from volseg.infer.memory import gpu_memory
     from volseg.segment import patch_bytes, plan_case_memory
 
+    max_ram, max_vram, announce = options.max_ram, options.max_vram, options.announce
     if model.device == "cpu":
         max_vram = None
     elif max_vram is None:
@@ -317,15 +285,14 @@ def _fitting(plans: Mapping[str, MemoryPlan | VolsegError | None]) -> dict[str, 
     }
 
 
-def _changes(
-    recipe: Recipe, *, overlap: float | None, tta: bool, inside: str | None, fast: bool
-) -> dict[str, Any]:
+def _changes(recipe: Recipe, options: InferOptions) -> dict[str, Any]:
     """Return the recipe values that the options change."""
+    infer = recipe.infer
     requested = {
-        "infer.overlap": recipe.infer.overlap if overlap is None else overlap,
-        "infer.tta_axes": recipe.infer.tta_axes if tta else (),
-        "infer.inside": recipe.infer.inside if inside is None else inside,
-        "preprocess.interpolation": "linear" if fast else recipe.preprocess.interpolation,
+        "infer.overlap": infer.overlap if options.overlap is None else options.overlap,
+        "infer.tta_axes": infer.tta_axes if options.tta else (),
+        "infer.inside": options.inside or infer.inside,
+        "preprocess.interpolation": "linear" if options.fast else recipe.preprocess.interpolation,
     }
     content = recipe.model_dump()
     changes = {

@@ -6,7 +6,7 @@ import contextlib
 import json
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast, get_args
@@ -21,8 +21,10 @@ from volseg.measure.memory import plan_measuring
 from volseg.measure.rows import CaseRow
 from volseg.measure.specks import MeasuredLesions, measure_largest
 from volseg.measure.units import Unit, judge_unit
+from volseg.options import MeasureOptions, command
 from volseg.postprocess.lesions import CONNECTIVITY, Objects, label_lesions, without_organ
-from volseg.recipe import Measure, load_recipe, unit_named
+from volseg.recipe import Measure, as_recipe, unit_named
+from volseg.reports import CasesReport
 from volseg.report.model_box import ModelBox, read_model_box
 from volseg.store.outputs import SAME_KIND, Commit, folder_content
 from volseg.store.results import LESION_IDS, MASKS, ResultsFolder, State
@@ -30,10 +32,7 @@ from volseg.volume import Volume
 from volseg.workflows.batch import (
     CaseFiles,
     Inputs,
-    Progress,
-    RunReport,
     about_run,
-    amount_of,
     check_pair,
     damaged_warnings,
     done_row,
@@ -42,125 +41,62 @@ from volseg.workflows.batch import (
     input_key,
     run_cases,
     run_description,
-    silent,
     without_damaged,
     write_figure,
     write_mask,
 )
 from volseg.workflows.pages import page_budget, read_about, source_of, write_page, write_report
 
-STAGE = "Measuring"
+STAGE, DEFAULT_OUT = "Measuring", "volseg_results"
 MOST_OBJECTS = 2**20  # values of a mask whose values are the objects
 
 
-def measure(
-    results: Path | str | None = None,
-    *,
-    image: Path | str | None = None,
-    mask: Path | str | None = None,
-    cases: Path | str | None = None,
-    out: Path | str | None = None,
-    objects: str = "components",
-    label_names: Mapping[int, str] | None = None,
-    intensity_unit: str | None = None,
-    recipe: Path | str | None = None,
-    organ: str | None = None,
-    lymph_nodes: Sequence[str] = (),
-    calcium: bool = False,
-    figures: bool = False,
-    pages: bool = True,
-    max_ram: str | int | None = None,
-    progress: Progress = silent,
-    announce: Callable[[str], None] = lambda text: None,
-) -> RunReport:
+@command(MeasureOptions)
+def measure(options: MeasureOptions) -> CasesReport:
     """Measure masks on their scans, or masks of `infer` that were corrected by hand.
-
-    Give either `results`, or one scan and mask, two folders with equal file names, or a table.
-
-    Args:
-        results: folder of `infer`; its changed masks are measured with the settings of its model.
-            Only figures, pages and the memory budget may be given with it.
-        out: None for `volseg_results`.
-        objects: `components`: each connected component is a lesion; `labels`: each mask value is.
-        label_names: value → name; None for the names in the mask file. A value without a name is
-            called `label_<value>`.
-        intensity_unit: unit of the scans; None to guess: HU if a scan looks like CT in HU, else
-            a.u. Density, mass and calcium score need a stated unit that fits the intensities.
-        recipe: supplies label names, unit and `[measure]` section; other arguments override it.
-        organ: label of an organ that contains lesions, by name or value.
-        lymph_nodes: labels that are lymph nodes, by name or value.
-        calcium: also score calcium.
-        pages: also write report.html and a viewer page per scan.
-        max_ram: main-memory budget, such as `4G` or a number of bytes; None for no limit. A pair
-            that may not fit becomes a failed row that names a sufficient amount.
 
     Raises:
         VolsegError: the request is wrong. A pair that cannot be used becomes a failed row instead.
     """
     started = time.monotonic()
-    budget = amount_of(max_ram, "--max-ram")
-    if results is not None:
-        others = (image, mask, cases, out, label_names, intensity_unit, recipe, organ, *lymph_nodes)
-        if any(value is not None for value in others) or calcium or objects != "components":
-            raise VolsegError(
-                f"{results}: corrected masks are measured there with the model's settings",
-                fix="give the results folder alone, or --image and --mask with another --out",
-                code="E_USAGE",
-            )
-        return measure_corrected(
-            Path(results),
-            figures=figures,
-            pages=pages,
-            max_ram=budget,
-            progress=progress,
-            announce=announce,
-        )
-    if objects not in get_args(Objects):
+    if options.results is not None:
+        _refuse_other_settings(options)
+        return measure_corrected(options.results, options)
+    if options.objects not in get_args(Objects):
         raise VolsegError(
-            f"objects {objects!r} is unknown", fix="use components or labels", code="E_USAGE"
+            f"objects {options.objects!r} is unknown",
+            fix="use components or labels",
+            code="E_USAGE",
         )
-    pairs, unused = _pairs(image, mask, cases)
-    loaded = None if recipe is None else load_recipe(recipe)
-    unit = _unit_of(intensity_unit)
-    recipe_unit = None
-    if loaded is not None and not loaded.data.unit_guessed:
-        recipe_unit = loaded.data.intensity_unit
-    arguments = {"organ": organ, "lymph_nodes": tuple(lymph_nodes), "calcium": calcium}
-    changes = {name: value for name, value in arguments.items() if value not in (None, (), False)}
-    options = _Options(
-        objects=cast(Objects, objects),
-        label_names=dict(label_names or (loaded.data.label_names if loaded else {})),
-        intensity_unit=unit or recipe_unit,
-        stated_by="--unit" if unit else "the recipe",
-        settings=(loaded.measure if loaded else Measure()).model_copy(update=changes),
-        figures=figures,
-        pages=pages,
-    )
-    names = {str(value): name for value, name in options.label_names.items()}
-    key_options = {"objects": objects, "label_names": names}
-    key_options |= {"intensity_unit": options.intensity_unit, "figures": figures}
-    key_options |= {"measure": options.settings.model_dump(mode="json")}
+    sources = (options.image, options.mask, options.cases)
+    pairs, unused = _pairs(*sources)
+    settings = _settings_of(options)
+    names = {str(value): name for value, name in settings.label_names.items()}
+    key_options = {"objects": settings.objects, "label_names": names}
+    key_options |= {"intensity_unit": settings.intensity_unit, "figures": settings.figures}
+    key_options |= {"measure": settings.settings.model_dump(mode="json")}
     about = about_run("measure", "")
-    used = [Path(path) for path in (image, mask, cases) if path is not None]
+    used = [path for path in sources if path is not None]
     used += [path for case in pairs for path in files_of_case(case)]
-    if recipe is not None and Path(recipe).is_file():
-        used.append(Path(recipe))
+    if isinstance(options.recipe, Path | str) and Path(options.recipe).is_file():
+        used.append(Path(options.recipe))
     digests = Inputs(of_masks=True)
 
     def key_of(case: Case) -> str:
         return input_key(key_options, digests.of(case))
 
-    with ResultsFolder(Path(out or "volseg_results"), "measure", inputs=used) as folder:
+    with ResultsFolder(options.out or Path(DEFAULT_OUT), "measure", inputs=used) as folder:
         n_cases = folder.n_with(case.id for case in pairs)
-        refusals = _refused(((case, options.settings) for case in pairs), n_cases, budget, announce)
+        measured_pairs = ((case, settings.settings) for case in pairs)
+        refusals = _refused(measured_pairs, n_cases, options)
 
         def task(case: Case) -> None:
             if case.id in refusals:
                 raise refusals[case.id]
-            measured = _measure_case(case, options)
+            measured = _measure_case(case, settings)
             digests.were_read(case, measured.sha256)
             with folder.staged() as commit:
-                row = _write_case(case, measured, options, commit)
+                row = _write_case(case, measured, settings, commit)
                 folder.commit(
                     row,
                     commit,
@@ -176,13 +112,13 @@ def measure(
             key_of,
             folder,
             inputs=digests,
-            files=CaseFiles((LESION_IDS,), figures, pages),
+            files=CaseFiles((LESION_IDS,), options.figures, options.pages),
             stage=STAGE,
-            progress=progress,
-            objects=objects,
-            about=about if pages else None,
-            max_ram=budget,
-            announce=announce,
+            progress=options.progress,
+            objects=options.objects,
+            about=about if options.pages else None,
+            max_ram=options.max_ram,
+            announce=options.announce,
         )
         if unused:
             n_masks = len(unused) + len(pairs)
@@ -190,37 +126,67 @@ def measure(
                 f"W_MASK: {len(unused)} of {n_masks} masks have no scan and were skipped, "
                 f"such as {unused[0]!r}"
             )
-            warnings = [*report.details["warnings"], remark]
-            report = replace(report, details={**report.details, "warnings": warnings})
+            report = replace(report, warnings=[*report.warnings, remark])
         folder.write_run(
             run_description("measure", key_options, report, started)
             | about
             | {"masks_without_scan": unused}
-            | {"connectivity": CONNECTIVITY if objects == "components" else None}
+            | {"connectivity": CONNECTIVITY if settings.objects == "components" else None}
         )
     return report
 
 
-def measure_corrected(
-    results: Path,
-    *,
-    figures: bool,
-    pages: bool,
-    max_ram: int | None,
-    progress: Progress,
-    announce: Callable[[str], None],
-) -> RunReport:
+def _refuse_other_settings(options: MeasureOptions) -> None:
+    """Refuse settings that corrected masks take from their model.
+
+    Raises:
+        VolsegError: one of them is given.
+    """
+    allowed = {"results", "figures", "pages", "max_ram"}
+    if options.stated().keys() - allowed:
+        raise VolsegError(
+            f"{options.results}: corrected masks are measured there with the model's settings",
+            fix="give the results folder alone, or --image and --mask with another --out",
+            code="E_USAGE",
+        )
+
+
+def _settings_of(options: MeasureOptions) -> _Options:
+    """Combine the recipe, if any, with the options, which override it."""
+    recipe = None if options.recipe is None else as_recipe(options.recipe)
+    unit, recipe_unit = _unit_of(options.intensity_unit), None
+    if recipe is not None and not recipe.data.unit_guessed:
+        recipe_unit = recipe.data.intensity_unit
+    names = options.label_names
+    if isinstance(names, Path | str):
+        names = read_label_names(Path(names))
+    arguments = {
+        "organ": options.organ,
+        "lymph_nodes": options.lymph_nodes,
+        "calcium": options.calcium,
+    }
+    changes = {name: value for name, value in arguments.items() if value not in (None, (), False)}
+    return _Options(
+        objects=cast(Objects, options.objects),
+        label_names=dict(names or (recipe.data.label_names if recipe else {})),
+        intensity_unit=unit or recipe_unit,
+        stated_by="--unit" if unit else "the recipe",
+        settings=(recipe.measure if recipe else Measure()).model_copy(update=changes),
+        figures=options.figures,
+        pages=options.pages,
+    )
+
+
+def measure_corrected(results: Path, options: MeasureOptions) -> CasesReport:
     """Measure the masks in a folder of `infer` that were changed by hand since they were measured.
 
     Later runs of `infer` do not replace a corrected mask.
-
-    Args:
-        max_ram: bytes; a mask that may not fit fails.
 
     Raises:
         VolsegError: `results` is not a folder of `infer`.
     """
     started = time.monotonic()
+    figures, pages, progress = options.figures, options.pages, options.progress
     if folder_content(results) != SAME_KIND["infer"]:
         raise VolsegError(
             f"{results}: is not a results folder of infer",
@@ -244,7 +210,7 @@ def measure_corrected(
             [*files.shared, *(path for name in edited for path in files.names(name))]
         )
         progress(STAGE, 0.0, f"{len(edited)} of {len(rows)} masks were changed by hand")
-        refusals = _refused(_corrected_cases(folder, edited), len(rows), max_ram, announce)
+        refusals = _refused(_corrected_cases(folder, edited), len(rows), options)
 
         def task(name: str) -> None:
             if name in refusals:
@@ -265,21 +231,22 @@ def measure_corrected(
             rows = folder.write_tables()
             about, missing = read_about(results), []
             if pages:
-                missing = write_report(
-                    folder, about, rows, budget=page_budget(max_ram, announce, has_run=bool(done))
-                )
+                budget = page_budget(options.max_ram, options.announce, has_run=bool(done))
+                missing = write_report(folder, about, rows, budget=budget)
         measured_ids = frozenset(done)
         kept, failed = without_damaged(kept, failed, rows)
         warnings = [
             f"{row['case_id']}: {row['warnings']}" for row in rows if row["case_id"] in measured_ids
         ]
         warnings += [*missing, *damaged_warnings(rows)]
-        report = RunReport(
+        report = CasesReport(
             out=results,
             done=done,
             kept=kept,
             failed=failed,
-            details={"objects": "components", "pages": pages, "warnings": warnings},
+            warnings=warnings,
+            objects="components",
+            pages=pages,
         )
         measured = run_description("measure", {"figures": figures}, report, started)
         folder.write_run(dict(about) | {"measured_again": measured})
@@ -387,21 +354,17 @@ def _measure_corrected_case(
 
 
 def _refused(
-    cases: Iterable[tuple[Case, Measure]],
-    n_cases: int,
-    max_ram: int | None,
-    announce: Callable[[str], None],
+    cases: Iterable[tuple[Case, Measure]], n_cases: int, options: MeasureOptions
 ) -> dict[str, ScanError]:
     """Return errors of the cases that may exceed the memory budget; announce the peak of the rest.
 
     Args:
         cases: cases with their settings.
         n_cases: number of cases in the folder.
-        max_ram: bytes; None for no budget.
     """
     budget = Budget(
-        max_ram,
-        announce,
+        options.max_ram,
+        options.announce,
         what="measuring this mask",
         otherwise="cut scan and mask to the region that matters",
     )

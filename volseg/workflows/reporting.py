@@ -7,13 +7,16 @@ from pathlib import Path
 from volseg.errors import VolsegError
 from volseg.io.csv_text import read_csv
 from volseg.measure.rows import CaseRow
+from volseg.options import ReportOptions, command
+from volseg.reports import PagesReport
 from volseg.store.outputs import SAME_KIND, folder_content
 from volseg.store.results import EDITED, THUMBNAILS, VIEWERS, ResultsFolder
-from volseg.workflows.batch import Progress, RunReport, damaged_warnings, silent
+from volseg.workflows.batch import damaged_warnings
 from volseg.workflows.pages import REPORT, has_page, read_about, remake_page, write_report
 
 
-def report(results: Path | str, *, progress: Progress = silent) -> RunReport:
+@command(ReportOptions)
+def report(options: ReportOptions) -> PagesReport:
     """Rebuild report.html and the viewer page of every scan of a results folder.
 
     A scan that was moved or deleted keeps its earlier page, and report.html says so.
@@ -22,7 +25,7 @@ def report(results: Path | str, *, progress: Progress = silent) -> RunReport:
     Raises:
         VolsegError: `results` is not a results folder.
     """
-    out = Path(results)
+    out, progress = options.results, options.progress
     if folder_content(out) not in (SAME_KIND["infer"], SAME_KIND["measure"]):
         raise VolsegError(
             f"{out}: is not a results folder",
@@ -56,11 +59,8 @@ def report(results: Path | str, *, progress: Progress = silent) -> RunReport:
         ]
         write_report(folder, read_about(out), rows, remarks, force=True)
     warnings = [*edited, *remarks, *damaged_warnings(rows)]
-    return RunReport(
-        out=out,
-        done=remade,
-        kept=list(kept),
-        details={"warnings": warnings, "page": str(out / REPORT)},
+    return PagesReport(
+        out=out, done=remade, kept=list(kept), warnings=warnings, page=str(out / REPORT)
     )
 
 
