@@ -475,7 +475,7 @@ def test_a_lesion_at_one_time_only_has_zeros_at_the_other_and_one_outside_has_no
     )
     assert "nothing at baseline" in new.notes
     assert (outside.followup_volume_ml, outside.change_volume_ml) == (None, None)
-    assert "the other scan does not reach there" in outside.notes
+    assert "outside the field of view of the other scan" in outside.notes
     assert {row.change_intensity_mean for row in rows} == {None}
     assert [row.is_target for row in rows] == [True, True, False]
 
@@ -483,7 +483,7 @@ def test_a_lesion_at_one_time_only_has_zeros_at_the_other_and_one_outside_has_no
 def test_intensities_of_different_units_have_no_difference():
     (row,) = changed(one_to_one(1), [lesion(1, 20)], [lesion(1, 20, intensity_unit="a.u.")])
     assert (row.change_intensity_mean, row.intensity_unit) == (None, None)
-    assert "unit is not the same" in row.notes
+    assert "unit differs" in row.notes
     (row,) = changed(one_to_one(1), [lesion(1, 20)], [lesion(1, 20, intensity_mean=math.nan)])
     assert row.change_intensity_mean is None
     assert "intensity: not measured" in row.notes
