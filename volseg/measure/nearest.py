@@ -98,7 +98,7 @@ class NearestLesion:
 
     @cached_property
     def _cells(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return the lowest and the highest id in each cell of the scan, 0 in empty cells."""
+        """Lowest and highest id in each cell of the scan, 0 in empty cells."""
         shape = [-(-n // BLOCK_EDGE) for n in self._ids.shape]
         low, high = np.zeros(shape, np.uint32), np.zeros(shape, np.uint32)
         for i, j, k in np.ndindex(*shape):
