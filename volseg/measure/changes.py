@@ -243,8 +243,8 @@ class LesionChange:
     )
     change_intensity_mean: float | None = column(
         "intensity_unit",
-        "follow-up minus baseline; for merged or split lesions of the means over all their "
-        "voxels, in the first row of the group; empty in a.u., which has no common scale between "
+        "follow-up minus baseline; for merged or split lesions the change of the mean over all "
+        "their voxels, in the first row of the group; empty in a.u., which has no common scale between "
         "scans, and if the unit is in doubt",
         None,
     )

@@ -48,12 +48,12 @@ class PatientResponse:
     patient: str = column("", "name of the patient")
     baseline_case: str | None = column(
         "",
-        "baseline scan; of several pairs, one per pair separated by ; empty if there is none",
+        "baseline scan (several are joined with ;), empty if there is none",
         None,
     )
     followup_case: str | None = column(
         "",
-        "follow-up scan; of several pairs, one per pair separated by ; empty if there is none",
+        "follow-up scan (several are joined with ;), empty if there is none",
         None,
     )
     status: Literal["done", "failed", "unpaired", "pending", "unknown"] = column(
@@ -158,7 +158,7 @@ class PatientResponse:
     registration: str | None = column(
         "",
         "rigid; identical: the two scans are the same; none: world coordinates are used as they "
-        "are; of several pairs, one per pair separated by ;",
+        "are; those of several pairs are joined with ;",
         None,
     )
     moved_mm: float | None = column(

@@ -23,7 +23,7 @@ class LesionMeasurement:
     )
     label: int = column("", "value of the lesion in the mask")
     label_name: str | None = column(
-        "", "name of that value; if it has none: empty, or label_7 from `volseg measure`"
+        "", "name of that value; without a name empty, or such as label_7 from `volseg measure`"
     )
     n_voxels: int = column("voxels", "number of voxels")
     volume_mm3: float = column(
@@ -65,7 +65,7 @@ class LesionMeasurement:
     centroid_a_mm: float = column("mm", "the same, towards anterior")
     centroid_s_mm: float = column("mm", "the same, towards superior")
     touches_border: bool = column(
-        "", "true if a voxel lies on the edge of the array; the volume is then a lower bound"
+        "", "true if a voxel lies on the edge of the array, so that the lesion may be cut off"
     )
     confidence_mean: float | None = column(
         "0 to 1",
@@ -146,7 +146,7 @@ class LesionMeasurement:
         "mg", "their mean HU × volume × the recipe's calibration factor; empty without one", None
     )
     surface_area_mm2: float | None = column(
-        "mm²", "area of the surface around volume_mesh_mm3", None, source="IBSI C0JK"
+        "mm²", "area of the surface that encloses volume_mesh_mm3", None, source="IBSI C0JK"
     )
     sphericity: float | None = column(
         "0 to 1", "(36 π V²)^⅓ / A of that surface: 1 for a ball", None, source="IBSI QCFX"
