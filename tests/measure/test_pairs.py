@@ -315,7 +315,7 @@ def test_grids_that_are_tilted_while_the_patient_is_not_are_measured_in_one_plan
         assert (row.response, round(row.tilt_deg)) == ("SD", 16)
         assert abs(row.change_sum_percent) < 4
     assert abs(after.lesions[0].long_axis_mm / before.lesions[0].long_axis_mm - 1) > 0.25
-    # A rotation within the slices is no tilt: diameters are not measured again.
+    # A rotation within the slices is not a tilt: diameters are not measured again.
     rotated = about_origin(rotation(30, axis=(0, 0, 1)) @ ras((1.0, 1.0, 1.0)))
     scan = measured(ellipsoid(rotated, LONG_AND_THIN, np.eye(4)), rotated)
     row, (lesion,) = compared(before, scan)

@@ -29,7 +29,7 @@ class ScanPair:
         baseline_crumbs, followup_crumbs: crumbs of these lesions, not counted as lesions.
         tilt_deg: angle between the axial slices of the two scans in the patient; None where the
             scans are not registered.
-        is_retaken: the follow-up's diameters were measured again, in the baseline's axial planes.
+        is_remeasured: follow-up diameters were measured again, in the baseline's axial planes.
         unit_doubts: why the unit at baseline, and at follow-up, is in doubt; empty if it is not.
     """
 
@@ -42,7 +42,7 @@ class ScanPair:
     baseline_crumbs: Sequence[LesionMeasurement] = ()
     followup_crumbs: Sequence[LesionMeasurement] = ()
     tilt_deg: float | None = None
-    is_retaken: bool = False
+    is_remeasured: bool = False
     unit_doubts: tuple[str, str] = ("", "")
 
 
@@ -244,8 +244,8 @@ class LesionChange:
     change_intensity_mean: float | None = column(
         "intensity_unit",
         "follow-up minus baseline; for merged or split lesions the change of the mean over all "
-        "their voxels, in the first row of the group; empty in a.u., which has no common scale between "
-        "scans, and if the unit is in doubt",
+        "their voxels, in the first row of the group; empty in a.u., which has no common scale "
+        "between scans, and if the unit is in doubt",
         None,
     )
     intensity_unit: str | None = column(
@@ -416,7 +416,7 @@ def _notes(
     match: Match, b: LesionMeasurement | None, f: LesionMeasurement | None, pair: ScanPair
 ) -> list[str]:
     notes = []
-    if pair.is_retaken and f is not None and match.status != "crumb":
+    if pair.is_remeasured and f is not None and match.status != "crumb":
         notes.append(
             "diameters at follow-up: in the axial planes of the baseline, "
             f"{pair.tilt_deg:.1f}° from its own slices"

@@ -89,7 +89,7 @@ def pair_scans(
         baseline_crumbs=crumbs_before,
         followup_crumbs=crumbs_after,
         tilt_deg=angle,
-        is_retaken=is_tilted,
+        is_remeasured=is_tilted,
     )
 
 
@@ -145,14 +145,14 @@ def wholes_of(
     }
     for crumb, whole in sorted(crumbs.items()):
         members[whole].append(scan.lesions[crumb - 1])
-    retaken = {}
+    remeasured = {}
     for number, (lesion, *pieces) in members.items():
         numbers = [number, *(piece.lesion_id for piece in pieces if piece.lesion_id in spanned)]
         if none_if_nan(lesion.long_axis_mm) is not None and (
             normal is not None or len(numbers) > 1
         ):
-            retaken[number] = numbers
-    axes = dict(zip(retaken, _axes(scan.ids, list(retaken.values()), normal), strict=True))
+            remeasured[number] = numbers
+    axes = dict(zip(remeasured, _axes(scan.ids, list(remeasured.values()), normal), strict=True))
     wholes = [
         replace(pieces[0], **_joined(pieces), **axes.get(number, {}))
         for number, pieces in members.items()
@@ -246,5 +246,5 @@ def pairing_bytes(shapes: Sequence[tuple[int, int, int]], n_lesions: Sequence[in
     """Return the most bytes that `pair_scans` needs for two scans, beside their lesion ids."""
     largest = max(map(math.prod, shapes))
     matching = MATCHING + PAIR_BYTES * min(math.prod(n_lesions), MOST_PAIRS)
-    retaking = largest + max(DIAMETER_BYTES * largest, *map(section_bytes, shapes))
-    return max(matching, retaking) + LESION_BYTES * sum(n_lesions)
+    remeasuring = largest + max(DIAMETER_BYTES * largest, *map(section_bytes, shapes))
+    return max(matching, remeasuring) + LESION_BYTES * sum(n_lesions)

@@ -217,7 +217,7 @@ def gaps_mm(surfaces: Sequence[np.ndarray]) -> list[float]:
 
 
 def _gaps_of_small(surfaces: Sequence[np.ndarray]) -> np.ndarray:
-    """Return (N,) the gap of each surface of up to `SMALL_SURFACE` points, all chunk once.
+    """Return (N,) the gap of each surface of up to `SMALL_SURFACE` points, all at once.
 
     For a larger surface, it is an upper bound: the gap to the nearest small one seen.
     """
