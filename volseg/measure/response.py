@@ -689,7 +689,7 @@ def _warnings(
         yield f"W_NODE: {listed} sounds like lymph nodes: pass --lymph-node to use short axes"
     sizes = [diameter_mm(lesion, lymph_nodes) for lesion in new]
     if new and not any(size is None or size >= recist.MEASURABLE_MM for size in sizes):
-        yield "W_NEW: all new lesions are under 10 mm; check them, as RECIST asks for unequivocal ones"
+        yield "W_NEW: all new lesions are under 10 mm; check them, RECIST wants unequivocal ones"
     if any(group.is_relabelled for group in groups):
         yield "W_LABEL: a lesion overlaps one of another label; it counts as gone, and not as new"
     for group in of_targets:
