@@ -12,7 +12,7 @@ CENTRE = np.array([5.0, -8.0, 12.0])
 
 
 def grid(spacing, make=ras, radius_mm=34):
-    """A grid whose middle is CENTRE."""
+    """Return a grid with its middle at CENTRE."""
     shape = grid_around(radius_mm, make(spacing)).shape
     affine = make(spacing)
     affine[:3, 3] = CENTRE - affine[:3, :3] @ ((np.array(shape) - 1) / 2)
@@ -20,7 +20,7 @@ def grid(spacing, make=ras, radius_mm=34):
 
 
 def scene(geometry, balls):
-    """Lesion n is the n-th (offset from CENTRE in mm, radius in mm); a later one covers an earlier one."""
+    """Draw lesion n as the n-th ball (offset from CENTRE, radius) in mm, over earlier ones."""
     ids = np.zeros(geometry.shape, np.uint16)
     for number, (offset, radius) in enumerate(balls, start=1):
         ids[ball(radius, geometry, CENTRE + offset)] = number
@@ -35,7 +35,7 @@ def matched(before, after, **options):
     return match_lesions(before, after, **labels | options)
 
 
-def told(matches):
+def statuses(matches):
     return {(match.status, match.baseline, match.followup) for match in matches}
 
 
@@ -52,24 +52,21 @@ EXCHANGED = {"merged": "split", "split": "merged", "new": "gone", "gone": "new"}
 def test_a_scan_compared_with_itself_is_all_pairs_without_any_distance():
     scan = scene(grid((1.5, 1.5, 2.0), oblique), FIVE)
     matches = matched(scan, scan)
-    assert told(matches) == {("matched", n, n) for n in range(1, 6)}
+    assert statuses(matches) == {("matched", n, n) for n in range(1, 6)}
     assert all((match.dice, match.distance_mm) == (1.0, 0.0) for match in matches)
-    voxels = np.bincount(scan.array.ravel())[1:]
-    np.testing.assert_allclose(
-        [match.overlap_mm3 for match in matches], voxels * scan.geometry.voxel_volume_mm3
-    )
+    volumes_mm3 = np.bincount(scan.array.ravel())[1:] * scan.geometry.voxel_volume_mm3
+    np.testing.assert_allclose([match.overlap_mm3 for match in matches], volumes_mm3)
 
 
 @pytest.mark.parametrize("make", GRIDS.values(), ids=GRIDS)
 @pytest.mark.parametrize("factor", [0.6, 1.2])
-def test_lesions_that_grow_or_shrink_are_found_on_any_grid(make, factor):
+def test_lesions_that_grow_or_shrink_are_matched_on_any_grid(make, factor):
     before = scene(grid((1.5, 1.5, 2.0)), FIVE)
-    after = scene(
-        grid((2.1, 1.2, 1.7), make), [(offset, radius * factor) for offset, radius in FIVE]
-    )
+    scaled = [(offset, radius * factor) for offset, radius in FIVE]
+    after = scene(grid((2.1, 1.2, 1.7), make), scaled)
     matches = matched(before, after)
-    assert told(matches) == {("matched", n, n) for n in range(1, 6)}
-    # Balls within balls: the overlap is the smaller one.
+    assert statuses(matches) == {("matched", n, n) for n in range(1, 6)}
+    # Concentric balls: the overlap is the smaller one.
     small = min(factor, 1.0) ** 3
     np.testing.assert_allclose([m.dice for m in matches], 2 * small / (1 + factor**3), atol=0.12)
     assert max(match.distance_mm for match in matches) < 1.0  # under half a voxel's diagonal
@@ -79,9 +76,9 @@ def test_the_overlap_on_a_common_grid_is_that_of_the_voxels():
     geometry = grid((1.2, 1.4, 1.9), oblique)
     before, after = scene(geometry, [((0, 0, 0), 10)]), scene(geometry, [((6, 0, 0), 8)])
     (match,) = matched(before, after)
-    one, other = before.array > 0, after.array > 0
-    assert match.overlap_mm3 == pytest.approx((one & other).sum() * geometry.voxel_volume_mm3)
-    assert match.dice == pytest.approx(2 * (one & other).sum() / (one.sum() + other.sum()))
+    a, b = before.array > 0, after.array > 0
+    assert match.overlap_mm3 == pytest.approx((a & b).sum() * geometry.voxel_volume_mm3)
+    assert match.dice == pytest.approx(2 * (a & b).sum() / (a.sum() + b.sum()))
 
 
 def test_other_numbers_of_the_same_lesions_change_nothing_but_the_numbers():
@@ -91,15 +88,15 @@ def test_other_numbers_of_the_same_lesions_change_nothing_but_the_numbers():
     renamed = np.concatenate([[0], order + 1]).astype(np.uint16)
     expected = {
         (status, b, None if f is None else int(renamed[f]))
-        for status, b, f in told(matched(before, after))
+        for status, b, f in statuses(matched(before, after))
     }
-    assert told(matched(before, after.with_array(renamed[after.array]))) == expected
+    assert statuses(matched(before, after.with_array(renamed[after.array]))) == expected
     assert {status for status, _, _ in expected} == {"matched", "gone", "new"}
 
 
 def test_all_48_axis_orders_of_either_scan_give_the_same_matches():
     before = scene(grid((2, 2.5, 3)), FIVE)
-    # Half a voxel off on every axis: points of the one grid lie half-way between those of the other.
+    # Shifted by half a voxel: points of one grid lie half-way between those of the other.
     affine = before.geometry.affine.copy()
     affine[:3, 3] += affine[:3, :3] @ [0.5, 0.5, 0.5]
     after = scene(Geometry(before.geometry.shape, affine), [FIVE[1], FIVE[0], *FIVE[3:]])
@@ -115,24 +112,18 @@ TWO, ONE = [((-6, 0, 0), 5), ((6, 0, 0), 4)], [((0, 0, 0), 14)]
 
 def test_lesions_merge_and_split_and_exchanged_scans_exchange_what_happened():
     away = [((0, 0, 26), 4)]
-    one_time, other_time = [*TWO, ((0, 24, 0), 5)], [*ONE, ((0, -24, 0), 5)]
-    before, after = (
-        scene(grid((1.5, 1.5, 1.5)), one_time + away),
-        scene(grid((2, 1.5, 1.3), oblique), other_time + away),
-    )
+    before = scene(grid((1.5, 1.5, 1.5)), [*TWO, ((0, 24, 0), 5), *away])
+    after = scene(grid((2, 1.5, 1.3), oblique), [*ONE, ((0, -24, 0), 5), *away])
     forward = matched(before, after)
-    assert told(forward) == {
+    assert statuses(forward) == {
         ("merged", 1, 1), ("merged", 2, 1), ("gone", 3, None), ("matched", 4, 3), ("new", None, 2),
     }  # fmt: skip
-    assert {(m.baseline, m.is_first) for m in forward if m.status == "merged"} == {
-        (1, True),
-        (2, False),
-    }
+    merged = {(m.baseline, m.is_first) for m in forward if m.status == "merged"}
+    assert merged == {(1, True), (2, False)}
     assert [m.group for m in forward] == [1, 1, 2, 3, 4]
     backward = matched(after, before)
-    assert told(backward) == {
-        (EXCHANGED.get(status, status), f, b) for status, b, f in told(forward)
-    }
+    exchanged = {(EXCHANGED.get(status, status), f, b) for status, b, f in statuses(forward)}
+    assert statuses(backward) == exchanged
     pairs = {
         (m.baseline, m.followup): (m.dice, m.distance_mm, m.is_first)
         for m in forward
@@ -146,30 +137,32 @@ def test_lesions_merge_and_split_and_exchanged_scans_exchange_what_happened():
 
 
 def test_what_merged_and_split_at_once_is_regrouped_either_way():
-    # The large lesion of each time reaches over both of the other.
+    # The large lesion of each time overlaps both lesions of the other time.
     before = scene(grid((1.5, 1.5, 1.5)), [((-10, 0, 0), 11), ((9, 0, 0), 4)])
     after = scene(grid((1.5, 1.5, 1.5)), [((-17, 8, 0), 3), ((0, 0, 0), 12)])
     forward = matched(before, after)
     assert {match.status for match in forward} == {"regrouped"}
-    assert told(forward) == {("regrouped", 1, 2), ("regrouped", 1, 1), ("regrouped", 2, 2)}
-    assert told(matched(after, before)) == {(status, f, b) for status, b, f in told(forward)}
+    assert statuses(forward) == {("regrouped", 1, 2), ("regrouped", 1, 1), ("regrouped", 2, 2)}
+    assert statuses(matched(after, before)) == {
+        (status, f, b) for status, b, f in statuses(forward)
+    }
 
 
 def test_a_row_of_lesions_that_shifted_onto_each_others_places_does_not_merge():
     row = [((12 * n - 24, 0, 0), 6) for n in range(4)]
-    moved = [((x + 5.4, y, z), r) for (x, y, z), r in row]
-    matches = matched(scene(grid((1, 1, 1)), row), scene(grid((1, 1, 1)), moved))
-    assert told(matches) == {("matched", n, n) for n in range(1, 5)}
+    shifted = [((x + 5.4, y, z), r) for (x, y, z), r in row]
+    matches = matched(scene(grid((1, 1, 1)), row), scene(grid((1, 1, 1)), shifted))
+    assert statuses(matches) == {("matched", n, n) for n in range(1, 5)}
 
 
 def test_neighbours_that_barely_touch_stay_two():
     before = scene(grid((1, 1, 1)), [((-7, 0, 0), 6), ((7, 0, 0), 6)])
     after = scene(grid((1, 1, 1)), [((-6, 0, 0), 7.6)])  # reaches 0.6 mm into the second
-    assert told(matched(before, after)) == {("matched", 1, 1), ("gone", 2, None)}
+    assert statuses(matched(before, after)) == {("matched", 1, 1), ("gone", 2, None)}
 
 
 def points(geometry, places_mm):
-    """One-voxel lesions."""
+    """Draw lesions of one voxel."""
     ids = np.zeros(geometry.shape, np.uint16)
     index = np.rint(geometry.to_index(CENTRE + np.array(places_mm))).astype(int)
     ids[tuple(index.T)] = np.arange(1, len(index) + 1)
@@ -178,12 +171,10 @@ def points(geometry, places_mm):
 
 def test_without_overlap_the_nearest_pairs_are_those_with_the_smallest_sum():
     geometry = grid((1, 1, 1))
-    before, after = (
-        points(geometry, [(0, 0, 0), (6, 0, 0)]),
-        points(geometry, [(5, 0, 0), (8, 0, 0)]),
-    )
+    before = points(geometry, [(0, 0, 0), (6, 0, 0)])
+    after = points(geometry, [(5, 0, 0), (8, 0, 0)])
     matches = matched(before, after)
-    # 5 + 2 mm; to begin with the nearest two, 1 mm, would leave 8 mm.
+    # 5 + 2 mm; pairing the nearest two first, 1 mm, would leave 8 mm.
     assert [(m.status, m.baseline, m.followup, m.distance_mm) for m in matches] == [
         ("matched", 1, 1, pytest.approx(5)),
         ("matched", 2, 2, pytest.approx(2)),
@@ -205,22 +196,18 @@ def test_pairs_by_distance_are_the_best_of_all_assignments():
             return sum(distances[pair] for pair in pairs) + MAX_DISTANCE_MM * (3 - len(pairs))
 
         allowed = (
-            [(b, f) for b, f in enumerate(chosen) if distances[b, f] <= MAX_DISTANCE_MM]
-            for chosen in itertools.permutations(range(4), 3)
+            [(b, f) for b, f in enumerate(partners) if distances[b, f] <= MAX_DISTANCE_MM]
+            for partners in itertools.permutations(range(4), 3)
         )
-        found = [(m.baseline - 1, m.followup - 1) for m in matches if m.status == "matched"]
-        assert cost(found) == pytest.approx(min(cost(pairs) for pairs in allowed))
+        pairs = [(m.baseline - 1, m.followup - 1) for m in matches if m.status == "matched"]
+        assert cost(pairs) == pytest.approx(min(map(cost, allowed)))
 
 
 def test_beyond_the_limit_a_lesion_is_gone_and_another_new():
     geometry = grid((1, 1, 1))
     before = scene(geometry, [((0, 0, 0), 2)])
-    for shift, limit, expected in (
-        (9, 10, "matched"),
-        (11, 10, "gone"),
-        (11, 12, "matched"),
-        (9, 5, "gone"),
-    ):
+    cases = ((9, 10, "matched"), (11, 10, "gone"), (11, 12, "matched"), (9, 5, "gone"))
+    for shift, limit, expected in cases:
         after = scene(geometry, [((shift, 0, 0), 2)])
         matches = matched(before, after, max_distance_mm=limit)
         assert matches[0].status == expected
@@ -234,34 +221,33 @@ def test_where_the_other_scan_does_not_reach_nothing_is_gone_or_new():
     affine = whole.affine.copy()
     affine[0, 3] -= 24
     after = scene(Geometry(whole.shape, affine), [FIVE[0], ((-50, 0, 0), 4)])
-    assert told(matched(before, after)) == {
-        ("matched", 1, 1), ("outside", 2, None), ("gone", 3, None), ("gone", 4, None), ("outside", 5, None),
-        ("outside", None, 2),
+    assert statuses(matched(before, after)) == {
+        ("matched", 1, 1), ("outside", 2, None), ("gone", 3, None), ("gone", 4, None),
+        ("outside", 5, None), ("outside", None, 2),
     }  # fmt: skip
 
 
 def test_a_patient_who_moved_has_the_same_matches_as_one_who_did_not():
-    here, there = grid((1.5, 1.5, 2.0)), grid((1.7, 1.4, 1.8), oblique)
-    before, still = (
-        scene(here, [*TWO, *FIVE[:1], ((0, 24, 0), 5)]),
-        scene(there, [*ONE, *FIVE[:1], ((0, -24, 0), 5)]),
-    )
+    first_grid, second_grid = grid((1.5, 1.5, 2.0)), grid((1.7, 1.4, 1.8), oblique)
+    before = scene(first_grid, [*TWO, *FIVE[:1], ((0, 24, 0), 5)])
+    still = scene(second_grid, [*ONE, *FIVE[:1], ((0, -24, 0), 5)])
     angle = np.deg2rad(25)
-    moved = np.eye(4)
-    moved[:2, :2] = [[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]
-    moved[:3, 3] = (400.0, -30.0, 120.0)
+    transform = np.eye(4)
+    transform[:2, :2] = [[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]
+    transform[:3, 3] = (400.0, -30.0, 120.0)
     # The patient and the grid moved: the same voxels, elsewhere in the world.
-    elsewhere = Volume(still.array, Geometry(still.geometry.shape, moved @ still.geometry.affine))
-    np.testing.assert_allclose(
-        index_matrix(here, elsewhere.geometry, moved), index_matrix(here, there), atol=1e-9
+    elsewhere = Volume(
+        still.array, Geometry(still.geometry.shape, transform @ still.geometry.affine)
     )
+    matrix = index_matrix(first_grid, elsewhere.geometry, transform)
+    np.testing.assert_allclose(matrix, index_matrix(first_grid, second_grid), atol=1e-9)
     expected = matched(before, still)
-    found = matched(before, elsewhere, moved=moved)
-    assert told(found) == told(expected)
-    for one, other in zip(found, expected, strict=True):
-        assert one.dice == pytest.approx(other.dice)
-        assert one.distance_mm == pytest.approx(other.distance_mm)
-    assert {status for status, _, _ in told(matched(before, elsewhere))} == {"outside"}
+    matches = matched(before, elsewhere, transform=transform)
+    assert statuses(matches) == statuses(expected)
+    for match, other in zip(matches, expected, strict=True):
+        assert match.dice == pytest.approx(other.dice)
+        assert match.distance_mm == pytest.approx(other.distance_mm)
+    assert {status for status, _, _ in statuses(matched(before, elsewhere))} == {"outside"}
 
 
 def test_lesions_of_different_labels_are_never_a_pair_and_each_says_so():
@@ -269,15 +255,15 @@ def test_lesions_of_different_labels_are_never_a_pair_and_each_says_so():
     matches = matched(
         scan, scan, baseline_labels=["cyst", "tumour"], followup_labels=["tumour", "tumour"]
     )
-    assert told(matches) == {("gone", 1, None), ("matched", 2, 2), ("new", None, 1)}
+    assert statuses(matches) == {("gone", 1, None), ("matched", 2, 2), ("new", None, 1)}
     assert [match.relabelled for match in matches] == [(1,), (), (1,)]
 
 
 def test_scans_without_lesions_have_no_matches_and_one_of_them_only_new_or_gone():
     empty, full = scene(grid((2, 2, 2)), []), scene(grid((2, 2, 2)), FIVE)
     assert matched(empty, empty) == []
-    assert told(matched(full, empty)) == {("gone", n, None) for n in range(1, 6)}
-    assert told(matched(empty, full)) == {("new", None, n) for n in range(1, 6)}
+    assert statuses(matched(full, empty)) == {("gone", n, None) for n in range(1, 6)}
+    assert statuses(matched(empty, full)) == {("new", None, n) for n in range(1, 6)}
 
 
 def test_numbers_without_a_label_or_a_voxel_are_refused():

@@ -14,45 +14,32 @@ from volseg.measure.targets import choose_targets, is_lymph_node
 def lesion(
     number, long_mm=None, *, short_mm=None, label="liver", volume_ml=None, measurable=None, **others
 ):
-    """A ball of that long axis, unless its volume is given; measurable by the rule unless it is said."""
+    """Return a ball with this long axis; `volume_ml` and `measurable` override its values."""
     node = label == "lymph_node"
     size = short_mm if node else long_mm
     if measurable is None and size is not None:
         measurable = size >= (15 if node else 10)
     if volume_ml is None:
         volume_ml = math.pi * (long_mm or short_mm or 5.0) ** 3 / 6000
-    values = {
-        "label": 1,
-        "label_name": label,
-        "n_voxels": 100,
-        "volume_mm3": 1000 * volume_ml,
-        "volume_ml": volume_ml,
-    }
-    values |= {
-        f"intensity_{name}": 40.0 for name in ("mean", "sd", "min", "p10", "median", "p90", "max")
-    }
-    values |= {
-        "centroid_r_mm": 1.0,
-        "centroid_a_mm": 2.0,
-        "centroid_s_mm": 3.0,
-        "touches_border": False,
-    }
-    values |= dict.fromkeys(
-        ("confidence_mean", "confidence_p10", "class_name", "class_probability")
-    )
+    values = {"label": 1, "label_name": label, "n_voxels": 100}
+    values |= {"volume_mm3": 1000 * volume_ml, "volume_ml": volume_ml}
+    statistics = ("mean", "sd", "min", "p10", "median", "p90", "max")
+    values |= {f"intensity_{name}": 40.0 for name in statistics}
+    values |= {"centroid_r_mm": 1.0, "centroid_a_mm": 2.0, "centroid_s_mm": 3.0}
+    unknown = ("confidence_mean", "confidence_p10", "class_name", "class_probability")
+    values |= {"touches_border": False} | dict.fromkeys(unknown)
     values |= {"case_id": "c", "intensity_unit": "HU", "class_probabilities": None, "notes": ""}
     values |= {"long_axis_mm": long_mm, "short_axis_mm": short_mm, "recist_measurable": measurable}
     return LesionMeasurement(lesion_id=number, **values | others)
 
 
 def pairs(*rows):
-    """Matches from (status, baseline, followup, group)."""
+    """Return matches from (status, baseline, followup, group)."""
     seen = set()
     matches = []
     for status, b, f, group in rows:
-        matches.append(
-            Match(status=status, baseline=b, followup=f, group=group, is_first=group not in seen)
-        )
+        is_first = group not in seen
+        matches.append(Match(status=status, baseline=b, followup=f, group=group, is_first=is_first))
         seen.add(group)
     return matches
 
@@ -62,10 +49,8 @@ def one_to_one(n, start=1):
 
 
 def scans(matches, before, after, case="a", doubt=""):
-    """A scan of each time, both called `case`."""
-    before, after = (
-        [replace(each, case_id=case) for each in lesions] for lesions in (before, after)
-    )
+    """Return a scan of each time, both called `case`."""
+    before, after = ([replace(row, case_id=case) for row in rows] for rows in (before, after))
     return ScanPair(
         baseline_case=case,
         followup_case=case,
@@ -77,9 +62,8 @@ def scans(matches, before, after, case="a", doubt=""):
 
 
 def judged(rows, before, after):
-    return judge_response(
-        [scans(pairs(*rows), before, after)], patient="p", lymph_nodes=["lymph_node"]
-    )
+    pair = scans(pairs(*rows), before, after)
+    return judge_response([pair], patient="p", lymph_nodes=["lymph_node"])
 
 
 def changed(rows, before, after):
@@ -98,26 +82,21 @@ def changed(rows, before, after):
         (60, 66, "SD"),  # +6 mm, but 10 %
         (10, 7, "PR"),  # exactly −30 %
         (10, 7.01, "SD"),
-        (10.1, 7.07, "PR"),  # exactly −30 %, though in floating point it is less
-        (25.1, 30.12, "PD"),  # exactly +20 %, likewise
+        (10.1, 7.07, "PR"),  # exactly −30 %, but less in floating point
+        (25.1, 30.12, "PD"),  # exactly +20 %, but less in floating point
         (30, 1, "PR"),
     ],
 )
 def test_the_limits_of_partial_response_and_progression(before_mm, after_mm, expected):
     row = judged(one_to_one(1), [lesion(1, before_mm)], [lesion(1, after_mm)])
     assert (row.response, row.target_response) == (expected, expected)
-    assert row.response_rule.startswith(
-        f"{expected}: sum of target diameters {before_mm:.1f} mm → {after_mm:.1f} mm"
-    )
-    assert (row.baseline_sum_mm, row.nadir_sum_mm, row.followup_sum_mm) == (
-        before_mm,
-        before_mm,
-        after_mm,
-    )
+    sums = f"{before_mm:.1f} mm → {after_mm:.1f} mm"
+    assert row.response_rule.startswith(f"{expected}: sum of target diameters {sums}")
+    assert (row.baseline_sum_mm, row.nadir_sum_mm) == (before_mm, before_mm)
+    assert row.followup_sum_mm == after_mm
     assert row.change_sum_percent == pytest.approx(100 * (after_mm / before_mm - 1))
-    assert ("nadir, which is the baseline, as there are two time points" in row.response_rule) is (
-        expected != "PR"
-    )
+    nadir = "nadir, which is the baseline, as there are two time points"
+    assert (nadir in row.response_rule) is (expected != "PR")
 
 
 TARGET = {
@@ -152,7 +131,7 @@ OTHER = {"CR": "gone", "Non-CR/Non-PD": "matched", "NE": "outside", None: None}
     ],
 )
 def test_the_tables_of_overall_response(target, other, expected, new):
-    """Tables 1 (with target lesions) and 2 (without) of the guideline; unequivocal progression is not judged here."""
+    """Tables 1 (with targets) and 2 (without) of RECIST 1.1, without unequivocal progression."""
     before, after, rows = [], [], []
     if target is not None:
         status, size = TARGET[target]
@@ -173,28 +152,16 @@ def test_the_tables_of_overall_response(target, other, expected, new):
 
 
 def test_targets_are_the_five_largest_measurable_and_two_per_label():
-    sizes = {
-        "liver": (50, 40, 30),
-        "lung": (12, 11),
-        "kidney": (9.9, 14),
-        "bone": (13,),
-        "skin": (10.5,),
-    }
-    lesions = [
-        lesion(number, size, label=label)
-        for number, (label, size) in enumerate(
-            ((label, s) for label, all_ in sizes.items() for s in all_), start=1
-        )
-    ]
-    chosen = choose_targets(lesions)
-    assert [(each.label_name, each.long_axis_mm) for each in chosen] == [
-        ("liver", 50), ("liver", 40), ("lung", 12), ("kidney", 14), ("bone", 13),
-    ]  # fmt: skip
+    sizes = [("liver", 50), ("liver", 40), ("liver", 30), ("lung", 12), ("lung", 11)]
+    sizes += [("kidney", 9.9), ("kidney", 14), ("bone", 13), ("skin", 10.5)]
+    lesions = [lesion(n, mm, label=label) for n, (label, mm) in enumerate(sizes, start=1)]
+    targets = choose_targets(lesions)
+    expected = [("liver", 50), ("liver", 40), ("lung", 12), ("kidney", 14), ("bone", 13)]
+    assert [(target.label_name, target.long_axis_mm) for target in targets] == expected
     assert judged(one_to_one(9), lesions, lesions).baseline_sum_mm == 50 + 40 + 12 + 14 + 13
     shuffled = [lesions[n] for n in np.random.default_rng(0).permutation(9)]
-    assert sorted(each.lesion_id for each in choose_targets(shuffled)) == [
-        each.lesion_id for each in chosen
-    ]
+    ids = sorted(target.lesion_id for target in choose_targets(shuffled))
+    assert ids == [target.lesion_id for target in targets]
 
 
 def test_lymph_nodes_count_by_their_short_axis_and_are_normal_below_10_mm():
@@ -202,61 +169,39 @@ def test_lymph_nodes_count_by_their_short_axis_and_are_normal_below_10_mm():
     shrunken = replace(node, short_axis_mm=14.0, volume_ml=0.7**3 * node.volume_ml)
     row = judged(one_to_one(2), [node, other], [shrunken, lesion(2, 14)])
     assert (row.baseline_sum_mm, row.followup_sum_mm, row.response) == (40, 28, "PR")
-    # What is left of a node in complete response is not 0 mm.
-    row = judged(
-        [("matched", 1, 1, 1), ("gone", 2, None, 2)],
-        [node, other],
-        [replace(node, short_axis_mm=9.9)],
-    )
+    # In complete response, the sum of a node is not 0 mm.
+    rows = [("matched", 1, 1, 1), ("gone", 2, None, 2)]
+    row = judged(rows, [node, other], [replace(node, short_axis_mm=9.9)])
     assert (row.followup_sum_mm, row.response) == (9.9, "CR")
-    row = judged(
-        [("matched", 1, 1, 1), ("gone", 2, None, 2)],
-        [node, other],
-        [replace(node, short_axis_mm=10.0)],
-    )
+    row = judged(rows, [node, other], [replace(node, short_axis_mm=10.0)])
     assert row.response == "PR"
-    # A normal node is no disease: neither at baseline nor as a new one.
+    # A normal node is not disease, neither at baseline nor as a new node.
     small = lesion(2, 15, short_mm=8, label="lymph_node")
     row = judged([("gone", 1, None, 1), ("matched", 2, 2, 2)], [lesion(1, 20), small], [small])
     assert (row.response, row.non_target_response) == ("CR", None)
-    row = judged(
-        [("matched", 1, 1, 1), ("new", None, 2, 2)], [lesion(1, 20)], [lesion(1, 20), small]
-    )
+    rows = [("matched", 1, 1, 1), ("new", None, 2, 2)]
+    row = judged(rows, [lesion(1, 20)], [lesion(1, 20), small])
     assert (row.response, row.n_new) == ("SD", 1)
-    # A label is a node because that was said, by name or value, and not because of how it sounds.
-    assert [is_lymph_node(node, names) for names in (["lymph_node"], ["1"], ["other"], ())] == [
-        True,
-        True,
-        False,
-        False,
-    ]
-    for name, is_warned in (
-        ("Lymph nodes", True),
-        ("node", True),
-        ("lung_nodule", False),
-        ("anode", False),
-    ):
+    # Only labels given as lymph nodes, by name or value, are lymph nodes.
+    assert is_lymph_node(node, ["lymph_node"]) and is_lymph_node(node, ["1"])
+    assert not is_lymph_node(node, ["other"]) and not is_lymph_node(node, ())
+    names = {"Lymph nodes": True, "node": True, "lung_nodule": False, "anode": False}
+    for name, is_warned in names.items():
         row = judged(one_to_one(1), [lesion(1, 20, label=name)], [lesion(1, 20, label=name)])
         assert (row.baseline_sum_mm, "W_NODE" in row.warnings) == (20, is_warned)
 
 
 def test_pieces_of_a_target_are_added_and_targets_that_merged_count_once():
-    row = judged(
-        [("split", 1, 1, 1), ("split", 1, 2, 1)], [lesion(1, 30)], [lesion(1, 36), lesion(2, 18)]
-    )
+    rows = [("split", 1, 1, 1), ("split", 1, 2, 1)]
+    row = judged(rows, [lesion(1, 30)], [lesion(1, 36), lesion(2, 18)])
     assert (row.followup_sum_mm, row.response, row.n_split, row.n_new) == (54, "PD", 1, 0)
     two = [lesion(1, 30), lesion(2, 20)]
     whole = lesion(1, 44, volume_ml=two[0].volume_ml + two[1].volume_ml)
-    row = judged([("merged", 1, 1, 1), ("merged", 2, 1, 1)], two, [whole])
-    assert (row.baseline_sum_mm, row.followup_sum_mm, row.response, row.n_merged) == (
-        50,
-        44,
-        "SD",
-        2,
-    )
-    row = judged(
-        [("merged", 1, 1, 1), ("merged", 2, 1, 1)], [lesion(1, 30), lesion(2, 6)], [lesion(1, 35)]
-    )
+    rows = [("merged", 1, 1, 1), ("merged", 2, 1, 1)]
+    row = judged(rows, two, [whole])
+    assert (row.baseline_sum_mm, row.followup_sum_mm) == (50, 44)
+    assert (row.response, row.n_merged) == ("SD", 2)
+    row = judged(rows, [lesion(1, 30), lesion(2, 6)], [lesion(1, 35)])
     assert (row.followup_sum_mm, row.non_target_response) == (35, None)
     assert "W_MERGED: a target merged with lesions 2" in row.warnings
 
@@ -264,9 +209,9 @@ def test_pieces_of_a_target_are_added_and_targets_that_merged_count_once():
 @pytest.mark.parametrize(
     ("rows", "before", "after", "classes"),
     [
-        # Two pieces that are half of what was there, and longer together.
+        # Two parts with half of the volume, but longer together.
         ([("split", 1, 1, 1), ("split", 1, 2, 1)], [(30, 14)], [(20, 4), (18, 3)], ("PD", "SD")),
-        # A lesion that was as it is, cut by a tilted slice.
+        # An unchanged lesion, cut by a tilted slice.
         (one_to_one(1), [(40, 14)], [(27.8, 14)], ("PR", "SD")),
         (one_to_one(1), [(27.8, 14)], [(40, 14)], ("PD", "SD")),
         (one_to_one(1), [(30, 14)], [(31, 28)], ("SD", "PD")),
@@ -280,28 +225,28 @@ def test_diameters_and_volumes_that_disagree_give_no_response(rows, before, afte
     )
     row = judged(rows, before, after)
     assert (row.response, row.target_response, row.volume_response) == (None, *classes)
-    told = f"the targets are {classes[0]} by their diameters"
-    assert f"W_DISAGREE: {told}" in row.warnings
-    assert row.response_rule.startswith(told)
+    text = f"the targets are {classes[0]} by their diameters"
+    assert f"W_DISAGREE: {text}" in row.warnings
+    assert row.response_rule.startswith(text)
     assert f" and {classes[1]} by their volumes" in row.response_rule
     # A new lesion is progression whatever the targets are.
     row = judged([*rows, ("new", None, 3, 9)], before, [*after, lesion(3, 12)])
     assert (row.response, "W_DISAGREE" in row.warnings) == ("PD", True)
 
 
-def test_a_small_target_that_goes_weighs_less_in_a_sum_of_volumes_and_is_no_disagreement():
-    """−33 % of the diameters, −11 % of the volume, and each target's diameter fits its volume."""
+def test_a_small_target_that_is_gone_weighs_less_in_a_sum_of_volumes():
+    """Diameters −33 %, volume −11 %: no disagreement, as each diameter fits its volume."""
     rows = [("matched", 1, 1, 1), ("gone", 2, None, 2)]
     row = judged(rows, [lesion(1, 40), lesion(2, 20)], [lesion(1, 40)])
     assert (row.response, row.volume_response) == ("PR", "SD")
     assert "W_VOLUME: the sum of volumes alone would be SD (−11.1 %)" in row.warnings
-    # Under 5 mm more there is no progression by diameters, which has no counterpart for volumes.
+    # The least rise of 5 mm applies to diameters only.
     row = judged(one_to_one(1), [lesion(1, 20)], [lesion(1, 24.5)])
     assert (row.response, row.volume_response, row.warnings) == ("SD", "PD", "")
 
 
 def test_targets_that_were_not_seen_leave_progression_only():
-    """The guideline's example: three targets of 50 mm in all, of which two come to 80 mm."""
+    """The guideline's example: a sum of 50 mm over three targets, then 80 mm over two of them."""
     before = [lesion(1, 20), lesion(2, 15, label="lung"), lesion(3, 15, label="lung")]
     rows = [*one_to_one(2), ("outside", 3, None, 3)]
     row = judged(rows, before, [lesion(1, 45), lesion(2, 35, label="lung")])
@@ -313,8 +258,8 @@ def test_targets_that_were_not_seen_leave_progression_only():
     assert (row.response, row.followup_sum_mm) == ("NE", None)
 
 
-def test_a_target_that_a_border_cuts_off_was_not_all_seen():
-    """What is left of it in the scan says that it grew, or that it was larger, and nothing else."""
+def test_a_target_cut_off_by_a_border_has_a_lower_bound_only():
+    """Its visible part can only show that it grew, or that it was larger."""
     cut = {"touches_border": True}
     whole, parts = [lesion(1, 20)], {mm: [lesion(1, mm, **cut)] for mm in (10, 20, 30)}
     for mm, expected in ((10, "NE"), (20, "NE"), (30, "PD")):
@@ -327,46 +272,40 @@ def test_a_target_that_a_border_cuts_off_was_not_all_seen():
     assert judged([("gone", 1, None, 1)], parts[20], []).response == "CR"
 
 
-def test_a_lesion_where_the_baseline_does_not_reach_is_new():
+def test_a_lesion_outside_the_baseline_field_of_view_is_new():
     """RECIST 1.1, section 4.3.5."""
     row = judged([("gone", 1, None, 1), ("outside", None, 1, 2)], [lesion(1, 20)], [lesion(1, 30)])
     assert (row.response, row.n_new, row.n_outside) == ("PD", 0, 1)
     assert row.response_rule.startswith("PD: new lesion 1")
 
 
-def test_what_a_reader_has_to_say_first_leaves_the_response_open_but_for_progression():
+def test_questions_for_a_reader_leave_the_response_open_except_for_progression():
     small, grown = (lesion(2, 25, short_mm=mm, label="lymph_node") for mm in (8, 20))
     gone = ("gone", 1, None, 1)
     row = judged([gone, ("matched", 2, 2, 2)], [lesion(1, 20), small], [grown])
     assert (row.response, row.volume_response, row.target_response) == (None, None, "CR")
-    assert "lymph node 2 was normal at baseline and is not any more" in row.response_rule
+    assert "lymph node 2 was normal at baseline and no longer is" in row.response_rule
     row = judged([*one_to_one(2)], [lesion(1, 20), small], [lesion(1, 40), grown])
     assert row.response == "PD"
     renamed = replace(pairs(("new", None, 3, 2))[0], relabelled=(1,))
     for after_mm, expected in ((20, None), (40, "PD")):
         matches = [*pairs(*one_to_one(1)), renamed]
-        found = scans(matches, [lesion(1, 20)], [lesion(1, after_mm), lesion(3, 12, label="cyst")])
-        row = judge_response([found], patient="p")
+        after = [lesion(1, after_mm), lesion(3, 12, label="cyst")]
+        row = judge_response([scans(matches, [lesion(1, 20)], after)], patient="p")
         assert row.response == expected
     row = judge_response([scans([renamed], [], [lesion(3, 12)])], patient="p")
     assert "lesion 3 is new or had another label" in row.response_rule
 
 
-def test_matches_that_cannot_be_trusted_make_no_response():
+def test_matches_that_cannot_be_trusted_give_no_response():
     rows = pairs(("gone", 1, None, 1), ("new", None, 1, 2))
-    row = judge_response(
-        [scans(rows, [lesion(1, 20)], [lesion(1, 20)], doubt="registration is uncertain")],
-        patient="p",
-    )
-    assert (row.response, row.volume_response, row.response_rule) == (
-        None,
-        None,
-        "registration is uncertain",
-    )
-    # Where one of the scans has no lesion there is nothing to match.
-    row = judge_response(
-        [scans(rows[:1], [lesion(1, 20)], [], doubt="registration is uncertain")], patient="p"
-    )
+    doubt = "registration is uncertain"
+    pair = scans(rows, [lesion(1, 20)], [lesion(1, 20)], doubt=doubt)
+    row = judge_response([pair], patient="p")
+    assert (row.response, row.volume_response, row.response_rule) == (None, None, doubt)
+    # If one of the scans has no lesion, there is nothing to match.
+    pair = scans(rows[:1], [lesion(1, 20)], [], doubt=doubt)
+    row = judge_response([pair], patient="p")
     assert row.response == "CR"
 
 
@@ -377,44 +316,32 @@ def test_nodes_that_were_not_measured_as_such_are_measurable_by_their_short_axis
     thick = lesion(1, 12, short_mm=9, measurable=False, spacing_s_mm=5.0)
     assert choose_targets([thick]) == [thick]
     assert choose_targets([replace(thick, spacing_s_mm=7.0)]) == []  # two slices are 14 mm
-    assert (
-        choose_targets([replace(thick, spacing_s_mm=0.5, spacing_r_mm=7.0)]) == []
-    )  # of a sagittal scan
-    for name in ("lymph_node", "1", "label_1"):  # whatever `measure` was told
+    sagittal = replace(thick, spacing_s_mm=0.5, spacing_r_mm=7.0)
+    assert choose_targets([sagittal]) == []
+    for name in ("lymph_node", "1", "label_1"):
         assert is_lymph_node(thin, [name])
 
 
-def test_without_diameters_only_what_needs_none_is_said():
+def test_without_diameters_only_responses_that_need_none_are_given():
     before, after = [lesion(1), lesion(2)], [lesion(1), lesion(2)]
     row = judged(one_to_one(2), before, after)
-    assert (row.response, row.target_response, row.non_target_response, row.targets) == (
-        None,
-        None,
-        None,
-        None,
-    )
-    assert (row.baseline_sum_mm, row.followup_sum_mm, row.volume_response) == (None, None, None)
+    assert row.response is row.target_response is row.non_target_response is row.targets is None
+    assert row.baseline_sum_mm is row.followup_sum_mm is row.volume_response is None
     assert "diameters were not measured" in row.response_rule
     assert row.change_volume_percent == 0
     assert judged([("gone", 1, None, 1), ("gone", 2, None, 2)], before, []).response == "CR"
-    assert (
-        judged([*one_to_one(2), ("new", None, 3, 3)], before, [*after, lesion(3)]).response == "PD"
-    )
+    row = judged([*one_to_one(2), ("new", None, 3, 3)], before, [*after, lesion(3)])
+    assert row.response == "PD"
     changes = changed(one_to_one(2), before, after)
-    assert {(c.is_target, c.change_long_axis_mm, c.change_volume_ml) for c in changes} == {
-        (None, None, 0.0)
-    }
+    values = {(c.is_target, c.change_long_axis_mm, c.change_volume_ml) for c in changes}
+    assert values == {(None, None, 0.0)}
     assert all("long axis: not measured" in change.notes for change in changes)
 
 
-def test_no_lesion_at_either_time_cannot_be_evaluated_and_one_only_later_is_progression():
+def test_without_lesions_nothing_is_evaluable_and_a_first_lesion_is_progression():
     row = judged([], [], [])
-    assert (row.response, row.n_baseline, row.baseline_volume_ml, row.change_volume_percent) == (
-        "NE",
-        0,
-        0,
-        None,
-    )
+    assert (row.response, row.n_baseline, row.baseline_volume_ml) == ("NE", 0, 0)
+    assert row.change_volume_percent is None
     assert "nothing can respond" in row.response_rule
     row = judged([("new", None, 1, 1)], [], [lesion(1, 7.5)])
     assert (row.response, row.targets, row.change_volume_percent) == ("PD", None, None)
@@ -424,8 +351,8 @@ def test_no_lesion_at_either_time_cannot_be_evaluated_and_one_only_later_is_prog
 
 
 @pytest.mark.parametrize("factor", [0.2, 0.69, 0.71, 1.0, 1.19, 1.21, 2.0])
-def test_of_balls_volume_and_diameter_give_one_response(factor):
-    """Away from 5 mm, which the volume has no counterpart of."""
+def test_volume_and_diameter_of_balls_give_the_same_response(factor):
+    """Sizes stay away from the least rise of 5 mm, which does not apply to volumes."""
     sizes = (30, 24, 18)
     before = [lesion(n, size, label=f"organ_{n}") for n, size in enumerate(sizes, start=1)]
     after = [lesion(n, size * factor, label=f"organ_{n}") for n, size in enumerate(sizes, start=1)]
@@ -434,48 +361,36 @@ def test_of_balls_volume_and_diameter_give_one_response(factor):
     assert row.change_target_volume_percent == pytest.approx(100 * (factor**3 - 1))
 
 
-def test_the_rows_of_a_group_say_its_change_once():
+def test_the_change_of_a_group_is_in_one_of_its_rows():
     before = [
         lesion(1, 30, volume_ml=6.0, n_voxels=600, intensity_mean=10.0),
         lesion(2, 20, volume_ml=2.0, n_voxels=200, intensity_mean=50.0),
     ]
     after = [lesion(1, 45, volume_ml=12.0, intensity_mean=30.0)]
     rows = changed([("merged", 1, 1, 1), ("merged", 2, 1, 1)], before, after)
-    assert [(row.change_volume_ml, row.change_volume_percent) for row in rows] == [
-        (4.0, 50.0),
-        (None, None),
-    ]
-    assert [(row.change_long_axis_mm, row.change_intensity_mean) for row in rows] == [
-        (-5.0, 10.0),
-        (None, None),
-    ]
+    changes_ml = [(row.change_volume_ml, row.change_volume_percent) for row in rows]
+    assert changes_ml == [(4.0, 50.0), (None, None)]
+    changes = [(row.change_long_axis_mm, row.change_intensity_mean) for row in rows]
+    assert changes == [(-5.0, 10.0), (None, None)]
     assert "in the row of lesion 1 at baseline and 1 at follow-up" in rows[1].notes
-    assert [(row.baseline_volume_ml, row.followup_volume_ml) for row in rows] == [
-        (6.0, 12.0),
-        (2.0, 12.0),
-    ]
+    volumes_ml = [(row.baseline_volume_ml, row.followup_volume_ml) for row in rows]
+    assert volumes_ml == [(6.0, 12.0), (2.0, 12.0)]
 
 
-def test_a_lesion_at_one_time_only_has_zeros_at_the_other_and_one_outside_has_nothing():
+def test_sizes_at_the_other_time_are_zero_if_absent_and_empty_if_outside():
     rows = changed(
         [("gone", 1, None, 1), ("outside", 2, None, 2), ("new", None, 1, 3)],
         [lesion(1, 20, volume_ml=4.0), lesion(2, 12)],
         [lesion(1, 8, volume_ml=0.5)],
     )
     gone, outside, new = rows
-    assert (gone.followup_volume_ml, gone.change_volume_percent, gone.change_long_axis_mm) == (
-        0,
-        -100,
-        -20,
-    )
-    assert (new.baseline_volume_ml, new.change_volume_ml, new.change_volume_percent) == (
-        0,
-        0.5,
-        None,
-    )
+    assert (gone.followup_volume_ml, gone.change_volume_percent) == (0, -100)
+    assert gone.change_long_axis_mm == -20
+    assert (new.baseline_volume_ml, new.change_volume_ml) == (0, 0.5)
+    assert new.change_volume_percent is None
     assert "nothing at baseline" in new.notes
     assert (outside.followup_volume_ml, outside.change_volume_ml) == (None, None)
-    assert "the other scan does not reach there" in outside.notes
+    assert "outside the field of view of the other scan" in outside.notes
     assert {row.change_intensity_mean for row in rows} == {None}
     assert [row.is_target for row in rows] == [True, True, False]
 
@@ -483,28 +398,26 @@ def test_a_lesion_at_one_time_only_has_zeros_at_the_other_and_one_outside_has_no
 def test_intensities_of_different_units_have_no_difference():
     (row,) = changed(one_to_one(1), [lesion(1, 20)], [lesion(1, 20, intensity_unit="a.u.")])
     assert (row.change_intensity_mean, row.intensity_unit) == (None, None)
-    assert "unit is not the same" in row.notes
+    assert "unit differs" in row.notes
     (row,) = changed(one_to_one(1), [lesion(1, 20)], [lesion(1, 20, intensity_mean=math.nan)])
     assert row.change_intensity_mean is None
     assert "intensity: not measured" in row.notes
 
 
 def two_scans(chest, abdomen, *, places=((0.0, 0.0, 300.0), (0.0, 0.0, 0.0)), doubts=("", "")):
-    """Chest and abdomen of one patient, each (matches, before, after); lesions of a scan lie 40 mm apart."""
-    pairs_of = []
-    for name, (rows, before, after), place, doubt in zip(
-        ("chest", "abdomen"), (chest, abdomen), places, doubts, strict=True
-    ):
-        r, a, s = place
-        before, after = (
-            [
-                replace(x, centroid_r_mm=r + 40 * x.lesion_id, centroid_a_mm=a, centroid_s_mm=s)
-                for x in lesions
-            ]
-            for lesions in (before, after)
-        )
-        pairs_of.append(scans(pairs(*rows), before, after, name, doubt))
-    return pairs_of
+    """Return two scan pairs from (matches, before, after) each; lesions lie 40 mm apart."""
+
+    def placed(lesions, r, a, s):
+        return [
+            replace(x, centroid_r_mm=r + 40 * x.lesion_id, centroid_a_mm=a, centroid_s_mm=s)
+            for x in lesions
+        ]
+
+    parts = zip(("chest", "abdomen"), (chest, abdomen), places, doubts, strict=True)
+    return [
+        scans(pairs(*rows), placed(before, *place), placed(after, *place), name, doubt)
+        for name, (rows, before, after), place, doubt in parts
+    ]
 
 
 def both(*of_patient):
@@ -514,7 +427,7 @@ def both(*of_patient):
 @pytest.mark.parametrize(
     ("chest_mm", "abdomen_mm", "expected"),
     [
-        ((20, 28), (80, 80), "SD"),  # +40 % in one scan, +8 % over both: PD by the chest alone
+        ((20, 28), (80, 80), "SD"),  # +40 % in the chest alone, +8 % over both
         ((20, 28), (80, 60), "SD"),
         ((20, 10), (40, 30), "PR"),  # −50 % and −25 %: −33 % over both
         ((20, 20), (40, 52), "PD"),  # 0 % and +30 %: exactly +20 % over both
@@ -524,12 +437,10 @@ def both(*of_patient):
 )
 def test_a_patient_with_several_scans_is_judged_by_one_sum(chest_mm, abdomen_mm, expected):
     def part(before_mm, after_mm, label):
-        rows = one_to_one(1) if after_mm else [("gone", 1, None, 1)]
-        return (
-            rows,
-            [lesion(1, before_mm, label=label)],
-            [lesion(1, after_mm, label=label)] if after_mm else [],
-        )
+        before = [lesion(1, before_mm, label=label)]
+        if not after_mm:
+            return [("gone", 1, None, 1)], before, []
+        return one_to_one(1), before, [lesion(1, after_mm, label=label)]
 
     chest, abdomen = part(*chest_mm, "lung"), part(*abdomen_mm, "liver")
     row = both(chest, abdomen)
@@ -538,18 +449,15 @@ def test_a_patient_with_several_scans_is_judged_by_one_sum(chest_mm, abdomen_mm,
     assert (row.baseline_case, row.followup_case) == ("chest;abdomen", "chest;abdomen")
     assert row.baseline_sum_mm == chest_mm[0] + abdomen_mm[0]
     assert row.followup_sum_mm == chest_mm[1] + abdomen_mm[1]
-    # As if all lesions were of one scan, and whichever scan is told first.
+    # The same as if all lesions were in one scan, and in any order of scans.
     swapped = judge_response(two_scans(chest, abdomen)[::-1], patient="p")
     rows = [(*abdomen[0][0][:1], *(None if n is None else 2 for n in abdomen[0][0][1:3]), 2)]
-    one = judged(
-        [*chest[0], *rows],
-        *([*c, *(replace(x, lesion_id=2) for x in a)] for c, a in zip(chest[1:], abdomen[1:])),
-    )
-    for other in (swapped, one):
+    lesions = ([*c, *(replace(x, lesion_id=2) for x in a)] for c, a in zip(chest[1:], abdomen[1:]))
+    joined = judged([*chest[0], *rows], *lesions)
+    for other in (swapped, joined):
         assert (other.response, other.volume_response) == (row.response, row.volume_response)
-        assert (other.followup_sum_mm, other.change_volume_percent) == pytest.approx(
-            (row.followup_sum_mm, row.change_volume_percent)
-        )
+        assert other.followup_sum_mm == pytest.approx(row.followup_sum_mm)
+        assert other.change_volume_percent == pytest.approx(row.change_volume_percent)
 
 
 def test_targets_are_five_and_two_per_label_over_all_scans():
@@ -558,20 +466,18 @@ def test_targets_are_five_and_two_per_label_over_all_scans():
         return one_to_one(len(lesions)), lesions, lesions
 
     assert both(part("liver", 40, 12, 30), part("liver", 35, 50)).targets == "chest:1;abdomen:2"
-    found = two_scans(part("liver", 40, 12), part("spleen", 15, 50))
-    assert judge_response(found, patient="p").targets == "chest:1;chest:2;abdomen:1;abdomen:2"
-    changes = lesion_changes(found, patient="p")
-    assert [(row.baseline_case, row.baseline_lesion_id, row.group) for row in changes] == [
-        ("chest", 1, 1), ("chest", 2, 2), ("abdomen", 1, 3), ("abdomen", 2, 4),
-    ]  # fmt: skip
+    scan_pairs = two_scans(part("liver", 40, 12), part("spleen", 15, 50))
+    assert judge_response(scan_pairs, patient="p").targets == "chest:1;chest:2;abdomen:1;abdomen:2"
+    changes = lesion_changes(scan_pairs, patient="p")
+    rows = [(row.baseline_case, row.baseline_lesion_id, row.group) for row in changes]
+    assert rows == [("chest", 1, 1), ("chest", 2, 2), ("abdomen", 1, 3), ("abdomen", 2, 4)]
     assert all(row.is_target for row in changes)
-    changes = lesion_changes(
-        two_scans(part("liver", 40, 12, 30), part("liver", 35, 50)), patient="p"
-    )
+    scan_pairs = two_scans(part("liver", 40, 12, 30), part("liver", 35, 50))
+    changes = lesion_changes(scan_pairs, patient="p")
     assert [row.is_target for row in changes] == [True, False, False, False, True]
 
 
-def test_a_new_lesion_in_one_scan_is_progression_whatever_is_doubted_in_another():
+def test_a_new_lesion_in_one_scan_is_progression_despite_doubts_in_another():
     chest = ([*one_to_one(1), ("new", None, 2, 2)], [lesion(1, 20)], [lesion(1, 20), lesion(2, 12)])
     abdomen = (one_to_one(1), [lesion(1, 30)], [lesion(1, 10)])
     row = both(chest, abdomen)
@@ -591,29 +497,23 @@ def test_a_region_that_was_scanned_once_is_not_evaluable_before_and_new_after():
     assert "W_OUTSIDE" in row.warnings
     later = ([("outside", None, 1, 1)], [], [lesion(1, 30)])
     row = both(chest, later)
-    assert (row.response, row.response_rule) == (
-        "PD",
-        "PD: new lesion abdomen:1 (14.1 mL, 30.0 mm)",
-    )
-    # Where another scan shows it too, or may have shown it before, it is not called new.
-    seen = judge_response(
-        two_scans(chest, later, places=((0.0, 0.0, 0.0), (0.0, 0.0, 3.0))), patient="p"
-    )
+    assert row.response == "PD"
+    assert row.response_rule == "PD: new lesion abdomen:1 (14.1 mL, 30.0 mm)"
+    # It may not be new if another scan shows it too, or may have shown it before.
+    scan_pairs = two_scans(chest, later, places=((0.0, 0.0, 0.0), (0.0, 0.0, 3.0)))
+    seen = judge_response(scan_pairs, patient="p")
     lost = both((once, [lesion(1, 20)], []), later)
     for row in (seen, lost):
         assert row.response is None
-        assert (
-            "lesion abdomen:1 is new or one that another scan of the patient shows too"
-            in row.response_rule
-        )
+        question = "lesion abdomen:1 is new, or another scan of the patient shows it too"
+        assert question in row.response_rule
     other = (once, [lesion(1, 20, label="kidney")], [])
     assert both(other, later).response == "PD"
 
 
-def test_diameters_that_only_one_scan_has_choose_no_targets():
-    row = both(
-        (one_to_one(1), [lesion(1)], [lesion(1)]), (one_to_one(1), [lesion(1, 20)], [lesion(1, 10)])
-    )
+def test_without_diameters_in_all_scans_there_are_no_targets():
+    unmeasured = (one_to_one(1), [lesion(1)], [lesion(1)])
+    row = both(unmeasured, (one_to_one(1), [lesion(1, 20)], [lesion(1, 10)]))
     assert (row.response, row.targets) == (None, None)
     assert "diameters were not measured" in row.response_rule
 
@@ -621,23 +521,19 @@ def test_diameters_that_only_one_scan_has_choose_no_targets():
 def test_a_twin_is_found_beside_a_nearer_lesion_of_another_label():
     part = (one_to_one(1), [lesion(1, 20)], [lesion(1, 10)])
     near = lesion(2, 12, label="cyst", centroid_r_mm=40.0)
-    found = two_scans(part, part, places=((0.0, 0.0, 0.0), (0.0, 0.0, 5.0)))
-    second = replace(
-        found[1],
-        baseline=[*found[1].baseline, near],
-        matches=[*found[1].matches, *pairs(("gone", 2, None, 2))],
-    )
-    assert (
-        "W_TWICE: at baseline chest:1 and abdomen:1"
-        in judge_response([found[0], second], patient="p").warnings
-    )
+    first, second = two_scans(part, part, places=((0.0, 0.0, 0.0), (0.0, 0.0, 5.0)))
+    matches = [*second.matches, *pairs(("gone", 2, None, 2))]
+    second = replace(second, baseline=[*second.baseline, near], matches=matches)
+    row = judge_response([first, second], patient="p")
+    assert "W_TWICE: at baseline chest:1 and abdomen:1" in row.warnings
 
 
-def test_a_lesion_that_two_scans_of_a_day_show_is_warned_of():
+def test_a_lesion_that_two_scans_of_the_same_time_show_gives_a_warning():
     part = (one_to_one(1), [lesion(1, 20)], [lesion(1, 10)])
     assert "W_TWICE" not in both(part, part).warnings
     for apart_mm, expected in ((9.9, 2), (10.1, 0)):
-        found = two_scans(part, part, places=((0.0, 0.0, 0.0), (0.0, 0.0, apart_mm)))
-        assert judge_response(found, patient="p").warnings.count("W_TWICE") == expected
-        warned = judge_response(found, patient="p").warnings
-        assert ("at baseline chest:1 and abdomen:1 lie at one place" in warned) is bool(expected)
+        scan_pairs = two_scans(part, part, places=((0.0, 0.0, 0.0), (0.0, 0.0, apart_mm)))
+        warnings = judge_response(scan_pairs, patient="p").warnings
+        assert warnings.count("W_TWICE") == expected
+        text = "at baseline chest:1 and abdomen:1 lie at the same place"
+        assert (text in warnings) is bool(expected)

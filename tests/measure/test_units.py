@@ -1,4 +1,4 @@
-"""Scans in HU and SUV by the definitions of both units, and what is done to them in files."""
+"""Scans in HU and SUV by the definitions of both units, and common faults of files."""
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ from volseg.volume import Geometry, Volume
 
 
 def chest(seed=0):
-    """A body of fat and muscle with lung in air, in HU, with the noise of a CT."""
+    """Return a body of fat, muscle and lung in air, in HU, with the noise of a CT."""
     geometry = grid_around(30, oblique((1.0, 1.2, 2.5)), 3)
     values = np.full(geometry.shape, -1000.0)
     for radius, hu in ((30, -100), (26, 40), (15, -850), (5, 60)):
@@ -20,7 +20,7 @@ def chest(seed=0):
     return Volume(np.asfortranarray(values.astype(np.float32)), geometry)
 
 
-FAULTS = {  # what people do to a CT on its way into a file
+FAULTS = {  # common mistakes when a CT is converted
     "intercept not applied": lambda hu: np.clip(hu + 1024, 0, None),
     "intercept not applied, with padding": lambda hu: np.where(hu < -980, -2000 + 1024, hu + 1024),
     "intercept applied twice": lambda hu: hu - 1024,
@@ -36,7 +36,7 @@ FAULTS = {  # what people do to a CT on its way into a file
 
 
 def magnetic(seed=0):
-    """The same body on MRI: no value below 0, and a background of noise."""
+    """Return the same body on MRI: no value below 0, and noise in the background."""
     scan = chest(seed)
     values = np.where(scan.array < -950, 0, 300 + 0.25 * scan.array)
     noise = np.random.default_rng(seed).normal(0, 8, (2, *values.shape))
@@ -45,7 +45,7 @@ def magnetic(seed=0):
 
 
 def emission(seed=0):
-    """The same body on PET, in SUV."""
+    """Return the same body on PET, in SUV."""
     scan = chest(seed)
     values = np.where(scan.array < -950, 0.01, 0.5 + (scan.array > 30))
     values *= np.random.default_rng(seed).gamma(20, 1 / 20, values.shape)
@@ -53,20 +53,17 @@ def emission(seed=0):
 
 
 def frame(values, width, fill):
-    return np.pad(
-        values[width:-width, width:-width],
-        ((width, width), (width, width), (0, 0)),
-        constant_values=fill,
-    )
+    margins = ((width, width), (width, width), (0, 0))
+    return np.pad(values[width:-width, width:-width], margins, constant_values=fill)
 
 
-def first_voxels(values, share, fill):
+def first_voxels(values, fraction, fill):
     filled = values.copy()
-    filled.flat[: int(share * values.size)] = fill
+    filled.flat[: int(fraction * values.size)] = fill
     return filled
 
 
-PADDINGS = {  # what resampling, cropping and scanners leave where nothing was measured
+PADDINGS = {  # left by resampling, cropping and scanners where nothing was measured
     "five voxels in a thousand": lambda values: first_voxels(values, 0.005, -1024),
     "two voxels in a thousand": lambda values: first_voxels(values, 0.002, -1000),
     "a tenth": lambda values: first_voxels(values, 0.1, -3024),
@@ -79,7 +76,7 @@ PADDINGS = {  # what resampling, cropping and scanners leave where nothing was m
     ),
     "a value among the others": lambda values: frame(values, 3, 100),
     "not a number": lambda values: first_voxels(values.astype(np.float32), 0.1, np.nan),
-    "turned": lambda values: ndimage.rotate(values, 17, reshape=False, order=1, cval=-1000),
+    "rotated": lambda values: ndimage.rotate(values, 17, reshape=False, order=1, cval=-1000),
     "resampled again": lambda values: ndimage.zoom(
         np.pad(values.astype(np.float32), 4, constant_values=-1024), (0.83, 0.87, 0.91), order=1
     ),
@@ -88,7 +85,7 @@ PADDINGS = {  # what resampling, cropping and scanners leave where nothing was m
 
 @pytest.mark.parametrize("padding", PADDINGS)
 def test_padding_changes_nothing_about_the_unit(padding):
-    """What was filled in says nothing of the modality, whatever its value and share."""
+    """The unit does not depend on the value and number of padded voxels."""
     for made, unit in ((chest, "HU"), (magnetic, ""), (emission, "SUV")):
         padded = np.asfortranarray(PADDINGS[padding](made().array))
         scan = Volume(padded, Geometry(padded.shape, oblique((1.0, 1.2, 2.5))))
@@ -97,15 +94,14 @@ def test_padding_changes_nothing_about_the_unit(padding):
         assert bool(contradiction(scan, "SUV")) == (unit != "SUV")
 
 
-def test_a_padded_scan_is_judged_alike_in_all_48_orders():
+def test_a_padded_scan_has_the_same_unit_in_all_48_orders():
     scan = magnetic().with_array(np.asfortranarray(frame(magnetic().array, 2, -1024)))
     for stored, affine in orientations(scan):
-        assert judge_unit(Volume(stored, Geometry(stored.shape, affine)), "HU") == judge_unit(
-            scan, "HU"
-        )
+        reordered = Volume(stored, Geometry(stored.shape, affine))
+        assert judge_unit(reordered, "HU") == judge_unit(scan, "HU")
 
 
-def test_air_that_was_cut_off_at_one_value_is_air():
+def test_air_that_was_clipped_to_one_value_is_air():
     for lowest in (-1000, -1024):
         values = np.maximum(np.rint(chest().array), lowest)
         values[chest().array < -940] = lowest
@@ -117,13 +113,13 @@ def test_air_that_was_cut_off_at_one_value_is_air():
 def test_a_scan_in_hu_is_in_hu_whatever_its_axes():
     scan = chest()
     for stored, affine in orientations(scan):
-        turned = Volume(stored, Geometry(stored.shape, affine))
-        assert judge_unit(turned, "hu") == judge_unit(scan, "HU")
-        assert judge_unit(turned, "hu").is_hu and looks_like_ct(turned)
+        reordered = Volume(stored, Geometry(stored.shape, affine))
+        assert judge_unit(reordered, "hu") == judge_unit(scan, "HU")
+        assert judge_unit(reordered, "hu").is_hu and looks_like_ct(reordered)
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_what_was_done_to_a_ct_contradicts_hu_with_a_number(fault):
+def test_every_fault_of_a_ct_contradicts_hu_with_a_number(fault):
     scan = chest()
     unit = judge_unit(scan.with_array(np.asfortranarray(FAULTS[fault](scan.array))), "HU")
     assert unit.is_contradicted and not unit.is_hu
@@ -145,7 +141,7 @@ def test_a_guess_of_hu_is_a_guess():
     assert not unit.is_hu and "pass --unit HU" in unit.doubt
 
 
-def test_soft_tissue_alone_is_hu_where_it_is_stated_and_is_not_guessed():
+def test_soft_tissue_alone_is_accepted_as_hu_but_not_guessed():
     geometry = Geometry((30, 30, 20), oblique((1, 1, 2)))
     values = np.random.default_rng(0).normal(60, 15, geometry.shape)
     values[:, :6] -= 160  # fat
@@ -154,8 +150,8 @@ def test_soft_tissue_alone_is_hu_where_it_is_stated_and_is_not_guessed():
     assert judge_unit(scan, None).name == "a.u."
 
 
-def test_ringing_below_zero_is_no_air():
-    """Cubic interpolation of an MR scan leaves values below 0 round its edges; they are small beside its own."""
+def test_ringing_below_zero_is_not_air():
+    """Cubic interpolation of an MR scan leaves small values below 0 at edges."""
     geometry = Geometry((30, 30, 20), oblique((1, 1, 2)))
     values = np.random.default_rng(0).gamma(4, 120, geometry.shape)
     values[:4] = np.random.default_rng(1).normal(0, 8, values[:4].shape)
@@ -169,10 +165,8 @@ def test_ringing_below_zero_is_no_air():
 )
 def test_an_suv_of_one_is_the_mean_of_a_body(values, is_suv):
     mean, sd = values
-    scan = Volume(
-        np.abs(np.random.default_rng(0).normal(mean, sd, (20, 20, 20))) * np.sign(mean),
-        Geometry((20,) * 3, np.eye(4)),
-    )
+    suv = np.abs(np.random.default_rng(0).normal(mean, sd, (20, 20, 20))) * np.sign(mean)
+    scan = Volume(suv, Geometry((20,) * 3, np.eye(4)))
     assert bool(contradiction(scan, "SUV")) != is_suv
 
 
@@ -193,7 +187,7 @@ def test_air_alone_is_in_hu():
         ("nifti_zoo/niivueimages__CT_AVM.nii.gz", ""),  # a head CT, windowed to 8 bits
     ],
 )
-def test_real_scans_are_in_the_unit_that_they_are_in(file, unit):
+def test_the_unit_of_real_scans_is_recognised(file, unit):
     scan = read_volume(real_data(file))
     assert judge_unit(scan, "HU").is_hu == (unit == "HU")
     assert bool(contradiction(scan, "SUV")) == (unit != "SUV") or unit == ""
@@ -211,10 +205,10 @@ def test_real_scans_are_in_the_unit_that_they_are_in(file, unit):
         ("nifti_zoo/niivueimages__CT_AVM.nii.gz", False),
     ],
 )
-def test_real_scans_that_were_padded_are_judged_as_they_were(file, is_hu, fill):
+def test_padding_does_not_change_the_unit_of_real_scans(file, is_hu, fill):
     scan = read_volume(real_data(file))
-    for share in (0.002, 0.02, 0.3):
-        values = first_voxels(np.asarray(scan.intensities(), np.float32), share, fill)
+    for fraction in (0.002, 0.02, 0.3):
+        values = first_voxels(np.asarray(scan.intensities(), np.float32), fraction, fill)
         padded = Volume(np.asfortranarray(values), scan.geometry)
         assert judge_unit(padded, "HU").is_hu == looks_like_ct(padded) == is_hu
         assert judge_unit(padded, None).name == ("HU" if is_hu else "a.u.")

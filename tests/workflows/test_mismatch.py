@@ -142,9 +142,7 @@ def test_in_another_unit_than_hu_every_lesion_says_why_there_is_no_mass(unit, pl
     volseg.measure(**files, out=tmp_path / "out", intensity_unit=unit)
     (lesion,) = rows(tmp_path / "out" / "lesions.csv")
     assert not lesion["mass_g"] and not lesion["density_g_cm3"]
-    assert (
-        f"density, mass: made of HU, and the unit is {lesion['intensity_unit']}" in lesion["notes"]
-    )
+    assert f"density, mass: need HU, but the unit is {lesion['intensity_unit']}" in lesion["notes"]
 
 
 def test_a_unit_of_spaces_is_none(plaque, tmp_path):

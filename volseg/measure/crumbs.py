@@ -1,4 +1,4 @@
-"""Crumbs: small pieces of a lesion that missing voxels cut off, numbered as lesions."""
+"""Crumbs: small pieces cut off from a lesion by missing voxels, numbered as lesions."""
 
 from __future__ import annotations
 
@@ -8,15 +8,16 @@ from itertools import product
 import numpy as np
 
 from volseg.measure.rows import LesionMeasurement
-from volseg.measure.targets import known, label_of
+from volseg.measure.targets import label_of, none_if_nan
 from volseg.volume import BoundingBox, slabs_of
 
-GAP_VOXELS = 2  # that may be missing along an axis between a crumb and its lesion,
-GAP_MM = 3.0  # if they are no more than this; one voxel may always be missing
-CRUMB_SHARE = 0.1  # of the lesion's volume, up to which a short piece is a crumb of it
-CRUMB_MM = 10.0  # long axis from which a piece is not short: that of a measurable lesion
-THIN_SHARE = 1 / 3  # the same share for a thin piece: one that is nowhere three voxels thick
-ROUNDS = 2  # a crumb of a crumb is one of the lesion, and so is the next
+# Between a crumb and its lesion, two voxels may be missing along an axis if they are at most 3 mm,
+# and one voxel of any size.
+GAP_VOXELS, GAP_MM = 2, 3.0
+CRUMB_FRACTION = 0.1  # largest volume of a short crumb, as a fraction of its lesion's
+CRUMB_MM = 10.0  # a piece with a shorter long axis is short: not measurable by RECIST
+THIN_FRACTION = 1 / 3  # the same for a thin crumb: nowhere three voxels thick
+ROUNDS = 2  # a crumb of a crumb belongs to the lesion, and so does the next
 VOXELS_AT_ONCE, SLAB_VOXELS = 2**13, 2**20
 
 
@@ -27,19 +28,22 @@ def find_crumbs(
     *,
     voxels_at_once: int = VOXELS_AT_ONCE,
 ) -> dict[int, int]:
-    """Find the lesions of a scan that are crumbs of another one, and of which.
+    """Find the lesions of a scan that are crumbs of a larger lesion.
 
-    A crumb has the label of its lesion and lies beside it: along each axis at most two voxels
-    and 3 mm are missing between them, or one voxel of whatever size. It has at most a tenth of
-    the lesion's volume and a long axis under 10 mm, or it is nowhere three voxels thick and has
-    at most a third. Of several such lesions it belongs to the largest. What lies beside a crumb
-    in the same way belongs to the same lesion.
+    A crumb has the label of its lesion and lies beside it: along each axis, at most two voxels
+    and 3 mm are missing between them, or one voxel of any size. It has at most a tenth of the
+    lesion's volume and a long axis under 10 mm; or at most a third if it is nowhere three voxels
+    thick. If several lesions qualify, it belongs to the largest. Pieces beside a crumb belong to
+    the same lesion by the same rules.
 
     Args:
         ids: (I, J, K) lesion ids; n in the voxels of lesion n, 0 elsewhere.
         lesions: 1, 2, …, N.
-        spacing_mm: distance of voxels along each axis of `ids`.
-        voxels_at_once: whose neighbours are looked up together, which bounds the memory.
+        spacing_mm: voxel size along each axis of `ids`.
+        voxels_at_once: voxels whose neighbours are looked up together; bounds the memory.
+
+    Returns:
+        Number of each crumb → number of its lesion.
     """
     sizes = np.array([0, *(lesion.n_voxels for lesion in lesions)], dtype=float)
     names = {name: n for n, name in enumerate(dict.fromkeys(map(label_of, lesions)))}
@@ -47,14 +51,14 @@ def find_crumbs(
     largest = np.zeros(len(names))
     np.maximum.at(largest, labels[1:], sizes[1:])
     is_small = np.zeros(len(sizes), bool)
-    is_small[1:] = sizes[1:] <= THIN_SHARE * largest[labels[1:]]
+    is_small[1:] = sizes[1:] <= THIN_FRACTION * largest[labels[1:]]
     if not is_small.any():
         return {}
     neighbours, is_thin = _neighbours(ids, is_small, _reach(spacing_mm), voxels_at_once)
     neighbours = neighbours[labels[neighbours[:, 0]] == labels[neighbours[:, 1]]]
     lengths_mm = np.array([0.0, *map(_length_mm, lesions)])
-    limits = np.where(lengths_mm < CRUMB_MM, CRUMB_SHARE, 0.0)
-    limits[is_thin] = THIN_SHARE
+    limits = np.where(lengths_mm < CRUMB_MM, CRUMB_FRACTION, 0.0)
+    limits[is_thin] = THIN_FRACTION
     parents = np.zeros(len(sizes), dtype=np.int64)
     crumbs_beside, wholes_beside = neighbours.T
     for _ in range(1 + ROUNDS):
@@ -63,26 +67,26 @@ def find_crumbs(
         fits = (parents[crumbs] == 0) & (roots != crumbs)
         fits &= sizes[crumbs] <= limits[crumbs] * sizes[roots]
         crumbs, roots = crumbs[fits], roots[fits]
-        order = np.lexsort((-roots, sizes[roots]))  # the largest last, and of equals the first
+        order = np.lexsort((-roots, sizes[roots]))  # largest last; of equals, the first
         parents[crumbs[order]] = roots[order]
     roots = _roots(parents)
     return {n: int(roots[n]) for n in np.flatnonzero(parents).tolist()}
 
 
 def _length_mm(lesion: LesionMeasurement) -> float:
-    """The long axis; of a lesion that has none the diameter of the ball of its volume."""
-    length_mm = known(lesion.long_axis_mm)
+    """Return the long axis, or if unknown, the diameter of a ball of the lesion's volume."""
+    length_mm = none_if_nan(lesion.long_axis_mm)
     return length_mm if length_mm is not None else (6 * lesion.volume_mm3 / np.pi) ** (1 / 3)
 
 
 def _reach(spacing_mm: Sequence[float]) -> tuple[int, int, int]:
-    """How many voxels off along each axis a neighbour may lie."""
+    """Return the largest offset in voxels of a neighbour along each axis."""
     i, j, k = (2 if GAP_VOXELS * mm > GAP_MM else 1 + GAP_VOXELS for mm in spacing_mm)
     return i, j, k
 
 
 def _roots(parents: np.ndarray) -> np.ndarray:
-    """(N + 1,) for each lesion the one at the end of its chain; parents are always larger."""
+    """Return (N + 1,) the last ancestor of each lesion; parents are always larger."""
     roots = np.arange(len(parents))
     while True:
         higher = np.where(parents[roots] > 0, parents[roots], roots)
@@ -92,41 +96,41 @@ def _roots(parents: np.ndarray) -> np.ndarray:
 
 
 def _neighbours(
-    ids: np.ndarray,
-    is_small: np.ndarray,
-    reach: tuple[int, int, int],
-    voxels_at_once: int,
+    ids: np.ndarray, is_small: np.ndarray, reach: tuple[int, int, int], voxels_at_once: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(P, 2) small lesions with each lesion that lies beside them, and (N + 1,) bool, which of
-    the small ones are thin."""
+    """Find the neighbours of small lesions, and the thin ones among these.
+
+    Returns:
+        (P, 2) pairs of a small lesion and one beside it; (N + 1,) bool, true for thin ones.
+    """
     n, has_core = len(is_small), np.zeros(len(is_small), bool)
     keys: list[np.ndarray] = []
     for part in _parts(ids, reach):
         steps = np.array(part.strides) // part.itemsize
         values = part.ravel()
-        inner = tuple(slice(by, -by) for by in reach)
+        inner = tuple(slice(margin, -margin) for margin in reach)
         index = np.argwhere(is_small[part[inner]]) + reach
-        places = index @ steps
-        offsets = np.array(list(product(*(range(-by, by + 1) for by in reach)))) @ steps
-        for start in range(0, len(places), voxels_at_once):
-            some = places[start : start + voxels_at_once]
-            numbers = values[some].astype(np.int64)
-            is_inside = np.ones(len(some), bool)
+        positions = index @ steps
+        offsets = np.array(list(product(*(range(-m, m + 1) for m in reach)))) @ steps
+        for start in range(0, len(positions), voxels_at_once):
+            chunk = positions[start : start + voxels_at_once]
+            numbers = values[chunk].astype(np.int64)
+            is_inside = np.ones(len(chunk), bool)
             for step in (*steps, *-steps):
-                is_inside &= values[some + step] == numbers
+                is_inside &= values[chunk + step] == numbers
             has_core[numbers[is_inside]] = True
-            together = []
+            chunk_keys = []
             for offset in offsets:
-                others = values[some + offset].astype(np.int64)
-                beside = (others > 0) & (others != numbers)
-                together.append(numbers[beside] * n + others[beside])
-            keys.append(_distinct(together))
+                others = values[chunk + offset].astype(np.int64)
+                is_beside = (others > 0) & (others != numbers)
+                chunk_keys.append(numbers[is_beside] * n + others[is_beside])
+            keys.append(_distinct(chunk_keys))
     pairs = _distinct([*keys, np.zeros(0, dtype=np.int64)])
     return np.stack(np.divmod(pairs, n), axis=1), is_small & ~has_core
 
 
 def _distinct(keys: Sequence[np.ndarray]) -> np.ndarray:
-    """Sorted, each once; NumPy's `unique` hashes whole numbers, which takes ten times as long."""
+    """Return the sorted unique keys, ten times faster than `np.unique`, which hashes integers."""
     values = np.concatenate(keys)
     values.sort()
     is_first = np.ones(len(values), bool)
@@ -135,21 +139,19 @@ def _distinct(keys: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def _parts(ids: np.ndarray, reach: tuple[int, int, int]) -> Iterator[np.ndarray]:
-    """Slabs that hold all lesions, each with a rim of its surroundings; zeros beyond the scan."""
+    """Yield slabs that hold all lesions, each with a margin of `reach`, 0 outside the scan."""
     box = BoundingBox.around(ids)
     if box is None:
         return
-    held = ids[box.slices]
-    for slab in slabs_of(held, SLAB_VOXELS):
-        starts = [side.start - by for side, by in zip(slab, reach, strict=True)]
-        stops = [side.stop + by for side, by in zip(slab, reach, strict=True)]
-        part = np.zeros(
-            [stop - start for start, stop in zip(starts, stops, strict=True)], ids.dtype
-        )
+    boxed = ids[box.slices]
+    for slab in slabs_of(boxed, SLAB_VOXELS):
+        starts = [side.start - margin for side, margin in zip(slab, reach, strict=True)]
+        stops = [side.stop + margin for side, margin in zip(slab, reach, strict=True)]
+        part = np.zeros(np.subtract(stops, starts), ids.dtype)
         source, target = [], []
-        for start, stop, size in zip(starts, stops, held.shape, strict=True):
+        for start, stop, size in zip(starts, stops, boxed.shape, strict=True):
             low, high = max(0, start), min(stop, size)
             source.append(slice(low, high))
             target.append(slice(low - start, high - start))
-        part[tuple(target)] = held[tuple(source)]
+        part[tuple(target)] = boxed[tuple(source)]
         yield part

@@ -1,4 +1,7 @@
-"""Scan and numbered lesions → one row of numbers per lesion, on the scan's own grid and in its original intensities."""
+"""Scan and numbered lesions → one row of numbers per lesion.
+
+Everything is measured on the scan's own grid and in its original intensities.
+"""
 
 from __future__ import annotations
 
@@ -32,13 +35,11 @@ from volseg.recipe import Measure
 from volseg.volume import BoundingBox, Geometry, Volume, slabs_of
 
 Box = tuple[slice, slice, slice]
-AS_USUAL = Measure()
-SMALL_VOXELS = 125  # of a box
+DEFAULTS = Measure()
+SMALL_VOXELS = 125  # of a box whose shape is cached
 MEASURED_TOGETHER = 2**20  # voxels in the boxes of lesions
 EXPECTED_REACH = 2  # voxels round a lesion that count for its expected volume
-MOST_POINTS = (
-    2**20
-)  # of all surfaces; of more the nearest lesions are looked for in the scan itself
+MOST_POINTS = 2**20  # of all surfaces; above, nearest lesions are searched in the scan itself
 
 
 def measure_lesions(
@@ -52,71 +53,72 @@ def measure_lesions(
     unit_doubt: str = "",
     confidence: np.ndarray | None = None,
     classes: Sequence[Mapping[str, float] | None] | None = None,
-    settings: Measure = AS_USUAL,
+    settings: Measure = DEFAULTS,
     connectivity: int | None = None,
     model: str | None = None,
     only: np.ndarray | None = None,
     most_points: int = MOST_POINTS,
 ) -> list[LesionMeasurement]:
-    """Measure every lesion of a scan; the same numbers for all 48 axis orders of it.
+    """Measure the lesions of a scan; the numbers are the same for all 48 axis orders.
 
     Args:
-        image: the scan as it was read: own grid, original intensities.
-        ids: (I, J, K) whole numbers on the same grid; n in the voxels of lesion n, 0 elsewhere.
+        image: the scan as read: own grid, original intensities.
+        ids: (I, J, K) integers on the same grid; n in the voxels of lesion n, 0 elsewhere.
         labels: label value of lesion 1, 2, …, N.
         case_id: name of the scan.
         label_names: label value → name.
-        intensity_unit: such as `HU`, with which there are densities too.
-        unit_doubt: why the scan may not be in that unit (`judge_unit`): no density, mass, calcium score or class is then made of it, and
-            each row says so.
-        confidence: (I, J, K) of the model in its label, and in the background in any, uint8 from 0 to 255 or floating point from 0 to 1.
-        classes: for lesion 1, 2, …, N, or up to the last of `only`, the probability of each class by name; None for one that was
-            not classified.
+        intensity_unit: such as `HU`, which allows densities to be computed.
+        unit_doubt: why the scan may not be in that unit (`judge_unit`). If set, density, mass,
+            calcium score and class are left empty, with this text in `notes`.
+        confidence: (I, J, K) probability of the predicted label, and in the background of any
+            label; uint8 from 0 to 255, or floating point from 0 to 1.
+        classes: class name → probability, for lesions 1, 2, …, N or up to the last of `only`; None
+            for a lesion that was not classified.
         settings: which labels are lymph nodes, whether calcium is scored, and so on.
-        connectivity, model: how the lesions were found, for their rows.
-        only: (M,) ascending numbers of the lesions to be measured, beside all others; None: all.
-        most_points: of all their surfaces that may be held together.
+        connectivity, model: how the lesions were found, copied into the rows.
+        only: (M,) ascending numbers of the lesions to measure; None: all.
+        most_points: surface points that may be held index once.
 
     Returns:
-        N rows, or M; none for an empty mask.
+        N rows, or M with `only`; none for an empty mask.
 
     Raises:
-        ValueError: arrays of different shape, or numbers of lesions that do not agree.
+        ValueError: arrays of different shape, or inconsistent numbers of lesions.
     """
     _check(image, ids, labels, confidence, classes, only)
     box = BoundingBox.around(ids)
     if box is None:
         return []
-    some = np.arange(1, len(labels) + 1) if only is None else only
-    counts, centroids, stored_boxes = _places(ids, box, only, len(labels))
+    numbers = np.arange(1, len(labels) + 1) if only is None else only
+    counts, centroids, stored_boxes = _counts_and_boxes(ids, box, only, len(labels))
     centroids_mm = centres_mm(centroids, image.geometry)
     scan = CanonicalScan.of(image, ids, confidence)
     voxel_mm3 = voxel_volume_mm3(image)
     spacing_r_mm, spacing_a_mm, spacing_s_mm = scan.spacing_mm
     forms = _Forms(scan.geometry.affine[:3, :3])
     rows, surfaces = [], _Surfaces(most_points if only is None else 0)
-    boxes = [scan.box_of(_shift(each, box)) for each in stored_boxes]
+    boxes = [scan.box_of(_shift(stored, box)) for stored in stored_boxes]
     doubt_note = ""
     if unit_doubt:
         doubt_note = withheld(unit_doubt, settings, has_classes=classes is not None)
         classes, settings = None, settings.model_copy(update={"calcium": False})
-    for places in _groups(boxes):
-        lesions = [_Lesion.of(scan, int(some[at]), boxes[at], forms) for at in places]
-        intensities = _intensities(
-            lesions, voxel_mm3, "" if unit_doubt else intensity_unit, settings
-        )
-        trusts = _confidences(lesions, voxel_mm3)
-        for at, lesion, (intensity, intensity_note), (trust, trust_note) in zip(
-            places, lesions, intensities, trusts, strict=True
+    for batch in _batches(boxes):
+        lesions = [_Lesion.of(scan, int(numbers[index]), boxes[index], forms) for index in batch]
+        unit = "" if unit_doubt else intensity_unit
+        intensities = _intensities(lesions, voxel_mm3, unit, settings)
+        confidences = _confidences(lesions, voxel_mm3)
+        for index, lesion, (intensity, intensity_note), (confidence_values, confidence_note) in zip(
+            batch, lesions, intensities, confidences, strict=True
         ):
             n, form = lesion.number, lesion.form
             label = int(labels[n - 1])
             name_note = "" if label in label_names else f"label_name: value {label} has no name"
-            n_voxels = int(counts[at])
+            n_voxels = int(counts[index])
             axes_note = "axes: a single voxel has none" if n_voxels == 1 else ""
             is_node = label_names.get(label) in settings.lymph_nodes
             scores, class_note = _class(classes[n - 1]) if classes is not None else (NO_CLASS, "")
-            r, a, s = centroids_mm[at].tolist()
+            notes = (name_note, axes_note, doubt_note, intensity_note, confidence_note, class_note)
+            r, a, s = centroids_mm[index].tolist()
             rows.append(
                 partial(
                     LesionMeasurement,
@@ -137,7 +139,7 @@ def measure_lesions(
                     centroid_a_mm=a,
                     centroid_s_mm=s,
                     touches_border=_touches_border(lesion.box, scan.ids.shape),
-                    **trust,
+                    **confidence_values,
                     **scores,
                     spacing_r_mm=spacing_r_mm,
                     spacing_a_mm=spacing_a_mm,
@@ -145,76 +147,67 @@ def measure_lesions(
                     connectivity=connectivity,
                     model=model,
                     volseg_version=__version__,
-                    notes="; ".join(
-                        note
-                        for note in (
-                            name_note,
-                            axes_note,
-                            doubt_note,
-                            intensity_note,
-                            trust_note,
-                            class_note,
-                        )
-                        if note
-                    ),
+                    notes="; ".join(filter(None, notes)),
                 )
             )
             surfaces.add(lesion)
     if surfaces.has_all:
         gaps = gaps_mm(surfaces.points_mm)
     else:
-        # Lesions of one label that were found over corners have a plane of voxels between them.
+        # Components of a single label, connected over corners, have a plane of voxels between them.
         is_apart = connectivity == 26 and min(labels) == max(labels)
         nearest = NearestLesion(scan.ids, scan.geometry.affine[:3, :3], is_apart=is_apart)
-        some_gaps = (nearest.gap_mm(int(n), box_) for n, box_ in zip(some, boxes, strict=True))
-        gaps = [gap if math.isfinite(gap) else math.nan for gap in some_gaps]
+        distances = (nearest.gap_mm(int(n), box_) for n, box_ in zip(numbers, boxes, strict=True))
+        gaps = [gap if math.isfinite(gap) else math.nan for gap in distances]
     return [row(nearest_lesion_mm=_rounded(gap)) for row, gap in zip(rows, gaps, strict=True)]
 
 
 def voxel_volume_mm3(image: Volume) -> float:
-    """|det A| differs in its last bit between axis orders; 12 digits do not."""
+    """Return the voxel volume to 12 digits, since |det A| differs in its last bit by axis order."""
     return float(f"{image.geometry.voxel_volume_mm3:.12g}")
 
 
 def sizes_and_boxes(
     ids: np.ndarray, only: np.ndarray | None, n_lesions: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(M,) voxels of each lesion, or only of some, and (M,) voxels of the boxes round them."""
+    """Return (M,) the voxels of each lesion, or of `only`, and (M,) those of their boxes."""
     box = BoundingBox.around(ids)
     if box is None:
-        raise ValueError(f"lesion ids hold none of {n_lesions} lesions")
-    counts, _, boxes = _places(ids, box, only, n_lesions)
-    return counts, np.array([_n_voxels(_shift(each, box)) for each in boxes], np.int64)
+        raise ValueError(f"lesion ids are all 0, but there are {n_lesions} lesions")
+    counts, _, boxes = _counts_and_boxes(ids, box, only, n_lesions)
+    return counts, np.array([_n_voxels(_shift(stored, box)) for stored in boxes], np.int64)
 
 
-def _places(
+def _counts_and_boxes(
     ids: np.ndarray, box: BoundingBox, only: np.ndarray | None, n_lesions: int
 ) -> tuple[np.ndarray, np.ndarray, Sequence[Box | None]]:
-    """(M,) voxels, (M, 3) mean index and box, within that of all, of each lesion, or only of some."""
+    """Return (M,) voxel counts, (M, 3) mean indices and boxes of each lesion, or of `only`.
+
+    The boxes are relative to `box`, which holds all lesions.
+    """
     part = ids[box.slices]
     if only is None:
         measured = component_statistics(part)
         return measured.n_voxels, measured.centroids + box.start, measured.boxes()
-    place = np.zeros(n_lesions + 1, np.uint32)
-    place[only] = np.arange(1, len(only) + 1)
+    row_of = np.zeros(n_lesions + 1, np.uint32)
+    row_of[only] = np.arange(1, len(only) + 1)
     n = len(only) + 1
     counts, sums = np.zeros(n, np.int64), np.zeros((3, n))
     low, high = np.full((3, n), np.iinfo(np.int32).max, np.int32), np.full((3, n), -1, np.int32)
     for slab in slabs_of(part, MEASURED_TOGETHER):
-        places = place[part[slab]]
-        index = np.nonzero(places)
-        inside = places[index]
+        rows = row_of[part[slab]]
+        index = np.nonzero(rows)
+        inside = rows[index]
         counts += np.bincount(inside, minlength=n)
         for axis in range(3):
-            at = (index[axis] + slab[axis].start).astype(np.int32)
-            sums[axis] += np.bincount(inside, at, minlength=n)
-            np.minimum.at(low[axis], inside, at)
-            np.maximum.at(high[axis], inside, at)
+            along = (index[axis] + slab[axis].start).astype(np.int32)
+            sums[axis] += np.bincount(inside, along, minlength=n)
+            np.minimum.at(low[axis], inside, along)
+            np.maximum.at(high[axis], inside, along)
+    corners = zip(counts[1:].tolist(), low.T[1:].tolist(), high.T[1:].tolist())
     boxes = [
         tuple(slice(start, stop + 1) for start, stop in zip(starts, stops)) if count else None
-        for count, starts, stops in zip(
-            counts[1:].tolist(), low.T[1:].tolist(), high.T[1:].tolist()
-        )
+        for count, starts, stops in corners
     ]
     with np.errstate(invalid="ignore"):
         centroids = (sums[:, 1:] / counts[1:]).T + box.start
@@ -222,7 +215,7 @@ def _places(
 
 
 class _Surfaces:
-    """The surfaces of lesions in mm, as long as all of them together are not too many points."""
+    """Surfaces of lesions in mm, dropped once they have more than `most_points` points in all."""
 
     def __init__(self, most_points: int) -> None:
         self._room = most_points
@@ -245,13 +238,16 @@ class _Surfaces:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class CanonicalScan:
-    """A scan, its lesion ids and its confidence, all as canonical (R, A, S) views: the same for all 48 axis orders."""
+    """Canonical (R, A, S) views of a scan, its lesion ids and its confidence.
+
+    They are the same for all 48 axis orders.
+    """
 
     image: Volume
     ids: np.ndarray
     confidence: np.ndarray | None
     order: AxisOrder
-    memory: tuple[int, int, int]  # the axes from the slowest in memory to the fastest
+    memory: tuple[int, int, int]  # axes from slowest to fastest in memory
     spacing_mm: tuple[float, float, float]
 
     @classmethod
@@ -274,7 +270,7 @@ class CanonicalScan:
         return self.image.geometry
 
     def box_of(self, stored: Box) -> Box:
-        """A box of the stored array as one of the canonical views."""
+        """Convert a box of the stored array to one of the canonical views."""
         sides = []
         for axis, flip, n in zip(self.order.axes, self.order.flipped, self.ids.shape, strict=True):
             side = stored[axis]
@@ -282,14 +278,14 @@ class CanonicalScan:
         return sides[0], sides[1], sides[2]
 
 
-def _groups(boxes: Sequence[Box]) -> Iterator[range]:
-    """Places of lesions that are measured together: thousands of specks, or one that is as large as the scan."""
+def _batches(boxes: Sequence[Box]) -> Iterator[range]:
+    """Yield ranges of lesions measured together: thousands of small ones, or a single large one."""
     first, size = 0, 0
-    for at, box in enumerate(boxes):
+    for index, box in enumerate(boxes):
         voxels = _n_voxels(box)
-        if at > first and size + voxels > MEASURED_TOGETHER:
-            yield range(first, at)
-            first, size = at, 0
+        if index > first and size + voxels > MEASURED_TOGETHER:
+            yield range(first, index)
+            first, size = index, 0
         size += voxels
     yield range(first, len(boxes))
 
@@ -300,7 +296,7 @@ def _n_voxels(box: Box) -> int:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Lesion:
-    """One lesion in its bounding box, whose first voxel has its centre at `start_mm` (3,) RAS."""
+    """A lesion in its bounding box; `start_mm` (3,) is the centre of the box's first voxel, RAS."""
 
     scan: CanonicalScan
     number: int
@@ -314,69 +310,68 @@ class _Lesion:
         return cls(scan, number, box, start_mm, forms.of(scan.ids[box] == number))
 
     def values(self, array: np.ndarray, inside: np.ndarray | None = None) -> np.ndarray:
-        """(N,) of a canonical view of the scan where `inside` holds (default: the lesion), in no particular order.
+        """Return the values (N,) of a canonical view where `inside` is true, in any order.
 
-        Boolean indexing is several times faster along memory.
+        Default: the lesion. Boolean indexing is several times faster in memory order.
         """
-        axes = self.scan.memory
-        return array[self.box].transpose(axes)[
-            (self.form.inside if inside is None else inside).transpose(axes)
-        ]
+        axes, mask = self.scan.memory, self.form.inside if inside is None else inside
+        return array[self.box].transpose(axes)[mask.transpose(axes)]
 
     def core_values(self, array: np.ndarray) -> np.ndarray:
-        """(N,) of a canonical view of the scan in the core of the lesion, in no particular order."""
+        """Return the values (N,) of a canonical view in the core of the lesion, in any order."""
         if not self.is_large:
-            return (
-                self.values(array, self.form.core) if self.form.has_core else array[:0, 0, 0].copy()
-            )
+            has_core = self.form.has_core
+            return self.values(array, self.form.core) if has_core else array[:0, 0, 0].copy()
 
-        inside, values = (
-            each.transpose(self.scan.memory) for each in (self.form.inside, array[self.box])
-        )
+        inside = self.form.inside.transpose(self.scan.memory)
+        values = array[self.box].transpose(self.scan.memory)
 
         def parts() -> Iterator[np.ndarray]:
             for start, stop in _slabs(inside):
                 low, high = max(0, start - 1), stop + 1
                 yield values[start:stop][core(inside[low:high])[start - low : stop - low]]
 
-        return _gathered(parts, array.dtype)
+        return _concatenated(parts, array.dtype)
 
-    def doubted(self) -> np.ndarray:
-        """(N,) confidence in the background round the lesion, in no particular order."""
+    def halo_confidence(self) -> np.ndarray:
+        """Return the confidence (N,) in the background round the lesion, in any order."""
         assert self.scan.confidence is not None
-        by = EXPECTED_REACH
+        ids, confidence, reach = self.scan.ids, self.scan.confidence, EXPECTED_REACH
         if not self.is_large:
-            return _doubted(self.scan.confidence, self.scan.ids, self.box, self.form.halo, (by, by))
+            return _halo_values(confidence, ids, self.box, self.form.halo, (reach, reach))
         axes = self.scan.memory
-        inside, ids, confidence = (
-            each.transpose(axes) for each in (self.form.inside, self.scan.ids, self.scan.confidence)
-        )
+        inside = self.form.inside.transpose(axes)
+        ids, confidence = ids.transpose(axes), confidence.transpose(axes)
         first, *others = (self.box[axis] for axis in axes)
 
         def parts() -> Iterator[np.ndarray]:
             n = len(inside)
             for start, stop in _slabs(inside):
-                # What grows into this slab comes from as far as that before and after it.
-                low, high = max(0, start - by), min(n, stop + by)
-                before, after = (0 if start else by), (0 if stop < n else by)
-                grown = _grown(np.pad(inside[low:high], by), by)[
-                    start - low + by - before : stop - low + by + after
-                ]
+                # Voxels up to `reach` before and after this slab grow into it.
+                low, high = max(0, start - reach), min(n, stop + reach)
+                before, after = (0 if start else reach), (0 if stop < n else reach)
+                grown = _grown(np.pad(inside[low:high], reach), reach)
+                halo = grown[start - low + reach - before : stop - low + reach + after]
                 box = (slice(first.start + start, first.start + stop), others[0], others[1])
-                yield _doubted(confidence, ids, box, grown, (before, after))
+                yield _halo_values(confidence, ids, box, halo, (before, after))
 
-        return _gathered(parts, confidence.dtype)
+        return _concatenated(parts, confidence.dtype)
 
     @property
     def is_large(self) -> bool:
-        """Whether nothing as large as its box is made of it but its mask."""
+        """True if the box is so large that arrays of its size must be processed in slabs."""
         return self.form.inside.size > MEASURED_TOGETHER
 
 
-def _doubted(
+def _halo_values(
     confidence: np.ndarray, ids: np.ndarray, box: Box, halo: np.ndarray, ends: tuple[int, int]
 ) -> np.ndarray:
-    """Of a box whose halo goes `ends` voxels beyond it along the first axis, and `EXPECTED_REACH` along the others."""
+    """Return the confidence (N,) in the background voxels of `halo`.
+
+    Args:
+        halo: bool of the box, extended by `ends` voxels before and after it along the first axis,
+            and by `EXPECTED_REACH` along the others.
+    """
     sides, halo_sides = [], []
     for axis, (side, n) in enumerate(zip(box, ids.shape, strict=True)):
         before, after = (EXPECTED_REACH, EXPECTED_REACH) if axis else ends
@@ -388,13 +383,13 @@ def _doubted(
 
 
 def _slabs(array: np.ndarray) -> Iterator[tuple[int, int]]:
-    """Ends of parts along its first axis."""
+    """Yield start and stop of slabs along the first axis."""
     step = max(1, MEASURED_TOGETHER // array[0].size)
     return ((start, min(start + step, len(array))) for start in range(0, len(array), step))
 
 
-def _gathered(parts: Callable[[], Iterator[np.ndarray]], dtype: np.dtype) -> np.ndarray:
-    """All values of the parts, which are made twice, so that they are never there twice."""
+def _concatenated(parts: Callable[[], Iterator[np.ndarray]], dtype: np.dtype) -> np.ndarray:
+    """Concatenate the parts; computing them twice avoids a second copy in memory."""
     values = np.empty(sum(part.size for part in parts()), dtype)
     start = 0
     for part in parts():
@@ -405,13 +400,13 @@ def _gathered(parts: Callable[[], Iterator[np.ndarray]], dtype: np.dtype) -> np.
 
 @dataclass(frozen=True, eq=False)
 class _Form:
-    """What follows from the voxels of a lesion and their size alone, wherever it lies. Points are mm from the first voxel of its box."""
+    """Shape of a lesion, independent of its position: points are mm from its box's first voxel."""
 
     inside: np.ndarray  # (R, A, S) bool
     columns: Mapping[str, float]
     diameters: Diameters
-    axes_mm: np.ndarray  # (4, 3) ends of the long axis, ends of the short one
-    extent_mm: np.ndarray  # (2, 3) lowest and highest R, A, S of any of its voxels
+    axes_mm: np.ndarray  # (4, 3) ends of the long axis, then of the short axis
+    extent_mm: np.ndarray  # (2, 3) lowest and highest R, A, S, edges of voxels included
     matrix: np.ndarray  # (3, 3) voxel → mm
 
     @classmethod
@@ -431,13 +426,13 @@ class _Form:
             "flatness": least / major,
             "max3d_diameter_mm": widest_pair(outermost_points(inside), matrix)[0],
         }
-        found = diameters(inside, matrix)
-        ends_mm = np.concatenate([found.long_ends, found.short_ends]) @ matrix.T
-        return cls(inside, columns, found, ends_mm, _reach_mm(inside, matrix), matrix)
+        axes = diameters(inside, matrix)
+        ends_mm = np.concatenate([axes.long_ends, axes.short_ends]) @ matrix.T
+        return cls(inside, columns, axes, ends_mm, _extent_mm(inside, matrix), matrix)
 
     @cached_property
     def n_surface(self) -> int:
-        """Points of the surface."""
+        """Number of surface points."""
         if self.inside.size <= MEASURED_TOGETHER:
             return len(self.surface_mm)
         n = 0
@@ -451,12 +446,12 @@ class _Form:
 
     @cached_property
     def surface_mm(self) -> np.ndarray:
-        """(N, 3) every point of the surface."""
+        """All surface points (N, 3)."""
         return surface_points(self.inside) @ self.matrix.T
 
     @cached_property
     def core(self) -> np.ndarray:
-        """(R, A, S) bool: the voxels whose neighbours all lie in the lesion."""
+        """(R, A, S) bool, true where a voxel and its six neighbours lie in the lesion."""
         return core(self.inside)
 
     @cached_property
@@ -465,30 +460,36 @@ class _Form:
 
     @cached_property
     def halo(self) -> np.ndarray:
-        """(R, A, S) bool of the box and `EXPECTED_REACH` voxels on every side: those with one of the lesion so near along each axis."""
+        """(R, A, S) bool of the lesion grown by `EXPECTED_REACH` voxels.
+
+        It covers the box and `EXPECTED_REACH` voxels on every side.
+        """
         return _grown(np.pad(self.inside, EXPECTED_REACH), EXPECTED_REACH)
 
 
 class _Forms:
-    """The forms of the lesions of one scan; small ones, of which a noisy mask has thousands alike, are worked out once."""
+    """Shapes of the lesions of a scan; small ones, often equal in a noisy mask, are cached."""
 
     def __init__(self, matrix: np.ndarray) -> None:
         self._matrix = matrix
-        self._known: dict[tuple[tuple[int, ...], bytes], _Form] = {}
+        self._cache: dict[tuple[tuple[int, ...], bytes], _Form] = {}
 
     def of(self, inside: np.ndarray) -> _Form:
         if inside.size > SMALL_VOXELS:
             return _Form.of(inside, self._matrix)
         key = (inside.shape, inside.tobytes())
-        if key not in self._known:
-            self._known[key] = _Form.of(inside, self._matrix)
-        return self._known[key]
+        if key not in self._cache:
+            self._cache[key] = _Form.of(inside, self._matrix)
+        return self._cache[key]
 
 
-def _reach_mm(inside: np.ndarray, matrix: np.ndarray) -> np.ndarray:
-    """(2, 3) lowest and highest R, A, S in mm of any voxel of a lesion, edges included, from the centre of its box's first voxel."""
+def _extent_mm(inside: np.ndarray, matrix: np.ndarray) -> np.ndarray:
+    """Return (2, 3) the lowest and highest R, A, S of a lesion, edges of voxels included.
+
+    In mm from the centre of its box's first voxel.
+    """
     centres = outermost_points(inside, axes=(0,)) @ matrix.T
-    # The points lie half a voxel beyond the centres along the first axis; a voxel reaches half of each of its axes beyond its centre.
+    # Along the first axis, the points already lie half a voxel beyond the centres.
     reach = np.abs(matrix[:, 1:]).sum(axis=1) / 2
     return np.stack([centres.min(axis=0) - reach, centres.max(axis=0) + reach])
 
@@ -499,32 +500,32 @@ def _extent(lesion: _Lesion) -> dict[str, str]:
 
 
 def _axes(lesion: _Lesion, *, is_node: bool) -> dict[str, Any]:
-    found, ends = lesion.form.diameters, lesion.start_mm + lesion.form.axes_mm
+    axes, ends = lesion.form.diameters, lesion.start_mm + lesion.form.axes_mm
+    slice_mm = max(lesion.scan.spacing_mm)
     return {
-        "long_axis_mm": found.long_mm,
-        "short_axis_mm": found.short_mm,
-        "axis_slice": found.slice + lesion.box[2].start,
+        "long_axis_mm": axes.long_mm,
+        "short_axis_mm": axes.short_mm,
+        "axis_slice": axes.slice + lesion.box[2].start,
         "long_axis_p0_ras": point_text(ends[0]),
         "long_axis_p1_ras": point_text(ends[1]),
         "short_axis_p0_ras": point_text(ends[2]),
         "short_axis_p1_ras": point_text(ends[3]),
-        "recist_measurable": is_measurable(
-            found.long_mm, found.short_mm, max(lesion.scan.spacing_mm), is_node=is_node
-        ),
+        "recist_measurable": is_measurable(axes.long_mm, axes.short_mm, slice_mm, is_node=is_node),
     }
 
 
 def point_text(point_mm: np.ndarray) -> str:
-    """R, A and S with three decimals, as JSON: a cell that began with a minus would be a formula to a spreadsheet.
+    """Return R, A and S with three decimals, as a JSON list.
 
-    Rounded twice, so that no last bit decides the last printed digit.
+    Spreadsheets take a cell that begins with a minus for a formula. The numbers are rounded twice,
+    so that the last bit does not decide the last digit.
     """
     r, a, s = (round(_rounded(value), 3) + 0.0 for value in point_mm.tolist())
     return f"[{r:.3f}, {a:.3f}, {s:.3f}]"
 
 
 def _rounded(value: float) -> float:
-    """To 1e-9, under which the axis orders of a scan differ."""
+    """Round to 1e-9, above the differences between axis orders."""
     return round(value, 9)
 
 
@@ -537,33 +538,29 @@ def _check(
     only: np.ndarray | None,
 ) -> None:
     if ids.shape != image.array.shape:
-        raise ValueError(f"lesion ids have shape {ids.shape}, their image {image.array.shape}")
+        raise ValueError(f"lesion ids have shape {ids.shape}, but the image {image.array.shape}")
     if ids.dtype.kind not in "iu" or ids.min() < 0:
-        raise ValueError(f"lesion ids are whole numbers from 0, got {ids.dtype} from {ids.min()}")
+        raise ValueError(f"lesion ids must be integers from 0, got {ids.dtype} from {ids.min()}")
     if int(ids.max()) != len(labels):
         raise ValueError(f"lesion ids go up to {ids.max()}, but there are {len(labels)} labels")
     if confidence is not None and confidence.shape != ids.shape:
-        raise ValueError(f"confidence has shape {confidence.shape}, its image {ids.shape}")
-    if confidence is not None and confidence.dtype != np.uint8 and confidence.dtype.kind != "f":
-        raise ValueError(f"confidence is uint8 or floating point, got {confidence.dtype}")
-    if (
-        confidence is not None
-        and confidence.dtype != np.uint8
-        and np.fmax.reduce(confidence, axis=None) > 1
-    ):
-        raise ValueError(
-            f"confidence goes from 0 to 1, got {np.fmax.reduce(confidence, axis=None)}"
-        )
+        raise ValueError(f"confidence has shape {confidence.shape}, but the image {ids.shape}")
+    if confidence is not None and confidence.dtype != np.uint8:
+        if confidence.dtype.kind != "f":
+            raise ValueError(f"confidence must be uint8 or floating point, got {confidence.dtype}")
+        highest = np.fmax.reduce(confidence, axis=None)
+        if highest > 1:
+            raise ValueError(f"confidence must be from 0 to 1, got {highest}")
     n_needed = len(labels) if only is None else int(only.max(initial=0))
     if classes is not None and not n_needed <= len(classes) <= len(labels):
         raise ValueError(f"{len(classes)} lesions are classified, but there are {len(labels)}")
 
 
 def centres_mm(indices: np.ndarray, geometry: Geometry) -> np.ndarray:
-    """(N, 3) mean voxel indices → (N, 3) RAS mm, to 1e-9 mm.
+    """Convert mean voxel indices (N, 3) to RAS mm (N, 3), rounded to 1e-9 mm.
 
-    The last bits differ between axis orders. Without this rounding they would decide the last printed digit of a
-    centroid such as 0.24415 mm, and the sign of a centroid at 0.
+    The last bits differ between axis orders. Without rounding they would decide the last printed
+    digit of a centroid such as 0.24415 mm, and the sign of a centroid at 0.
     """
     return np.round(geometry.to_world_mm(indices), 9) + 0.0
 
@@ -571,10 +568,8 @@ def centres_mm(indices: np.ndarray, geometry: Geometry) -> np.ndarray:
 def _shift(lesion_box: Box | None, by: BoundingBox) -> Box:
     if lesion_box is None:
         raise ValueError("lesion ids skip a number: every label needs a lesion with voxels")
-    i, j, k = (
-        slice(s.start + start, s.stop + start)
-        for s, start in zip(lesion_box, by.start, strict=True)
-    )
+    sides = zip(lesion_box, by.start, strict=True)
+    i, j, k = (slice(side.start + start, side.stop + start) for side, start in sides)
     return i, j, k
 
 
@@ -585,9 +580,9 @@ def _touches_border(box: Box, shape: tuple[int, ...]) -> bool:
 def _intensities(
     lesions: Sequence[_Lesion], voxel_mm3: float, unit: str, settings: Measure
 ) -> list[tuple[dict[str, Any], str]]:
-    """Of each lesion statistics of its intensities, what follows from them, and a note on what does not."""
+    """Return the columns derived from the intensities of each lesion, and notes on empty ones."""
     image = lesions[0].scan.image
-    # The core first: of a lesion as large as the scan the values of one of the two are there at a time.
+    # The core first, so that the values of a lesion as large as the scan are held only once.
     cores = Ragged.of([lesion.core_values(image.array) for lesion in lesions], image)
     with np.errstate(invalid="ignore", divide="ignore"):
         means = np.where(cores.counts > 0, cores.sum() / cores.counts + 0.0, np.nan).tolist()
@@ -612,80 +607,71 @@ def intensity_columns(
     core_means: Sequence[float | None] | None = None,
     calcium: Callable[[int], tuple[dict[str, Any], str]] | None = None,
 ) -> list[tuple[dict[str, Any], str]]:
-    """Of each lesion statistics of its intensities, what follows from them, and a note on what does not.
+    """Return the columns derived from the intensities of each lesion, and notes on empty ones.
 
     Args:
-        core_means: of each lesion, None where it has no core. None: they were not measured.
-        calcium: its columns and a note, of lesion n from 0 on. None: it was not scored.
+        core_means: mean of the core of each lesion, None if it has no core. None: not measured.
+        calcium: returns the calcium columns and a note of lesion n, from 0. None: not scored.
     """
     is_hu = unit == "HU"
     calibration = settings.density_g_cm3 or SCHNEIDER
-    with np.errstate(
-        invalid="ignore", divide="ignore"
-    ):  # of lesions with voxels that are not finite nothing is taken
-        known = {f"intensity_{name}": found.tolist() for name, found in statistics(values).items()}
+    with np.errstate(invalid="ignore", divide="ignore"):  # lesions with NaN are left empty below
+        columns = {f"intensity_{name}": x.tolist() for name, x in statistics(values).items()}
         densities = density_g_cm3(values, calibration).tolist() if is_hu else []
     (low_hu, _), (high_hu, _) = calibration[0], calibration[-1]
-    # Sorted: what is not finite, or beyond the calibration, shows at the ends.
-    lost = _counts(
-        values,
-        ~(np.isfinite(values.first) & np.isfinite(values.last)),
-        lambda part: ~np.isfinite(part),
-    )
+    # Values are sorted: those not finite or outside the calibration are at the ends.
+    has_lost = ~(np.isfinite(values.first) & np.isfinite(values.last))
+    lost = _counts(values, has_lost, lambda part: ~np.isfinite(part))
     over = _counts(values, values.last > high_hu, lambda part: part > high_hu)
     under = _counts(values, values.first < low_hu, lambda part: part < low_hu)
-    in_hu = f"density, mass{', calcium' if settings.calcium else ''}"
-    elsewhere = [f"{in_hu}: made of HU, and the unit is {unit}"] if unit and not is_hu else []
+    need_hu = f"density, mass{', calcium' if settings.calcium else ''}"
+    unit_notes = [f"{need_hu}: need HU, but the unit is {unit}"] if unit and not is_hu else []
     measured = []
     for n, size in enumerate(values.counts.tolist()):
         if lost[n]:
             unscored = ["agatston_score", "calcium"] if settings.calcium and is_hu else []
             names = ["intensity", *(["mass", "density"] if is_hu else []), *unscored]
-            notes = [f"{', '.join(names)}: {lost[n]} of {size} voxels are not finite", *elsewhere]
+            notes = [f"{', '.join(names)}: {lost[n]} of {size} voxels are not finite", *unit_notes]
             measured.append((dict.fromkeys(INTENSITY_COLUMNS, math.nan), "; ".join(notes)))
             continue
-        found: dict[str, Any] = {name: column[n] for name, column in known.items()}
-        notes = [*elsewhere]
-        if not found["intensity_sd"]:
-            found |= {
-                "intensity_skewness": math.nan,
-                "intensity_kurtosis": math.nan,
-            }  # one NaN, so that equal rows are equal
+        row: dict[str, Any] = {name: column[n] for name, column in columns.items()}
+        notes = [*unit_notes]
+        if not row["intensity_sd"]:
+            # The same NaN object, so that equal rows compare equal.
+            row |= {"intensity_skewness": math.nan, "intensity_kurtosis": math.nan}
             notes.append("intensity_skewness and kurtosis: all intensities are equal")
         core_mean = math.nan if core_means is None else core_means[n]
         if core_mean is not None and core_means is not None:
-            found["intensity_mean_eroded1"] = core_mean
+            row["intensity_mean_eroded1"] = core_mean
         if core_mean is None:
             notes.append("intensity_mean_eroded1: no voxel has all its neighbours in the lesion")
         if is_hu:
-            found |= {
-                "density_g_cm3": densities[n],
-                "mass_g": densities[n] * size * voxel_mm3 / 1000,
-            }
-            for n_beyond, end, word in ((over[n], high_hu, "over"), (under[n], low_hu, "under")):
-                if n_beyond:
-                    notes.append(
-                        f"mass: {n_beyond} voxels are {word} {end:g} HU, where the calibration ends"
-                    )
+            mass_g = densities[n] * size * voxel_mm3 / 1000
+            row |= {"density_g_cm3": densities[n], "mass_g": mass_g}
+            for count, end, word in ((over[n], high_hu, "over"), (under[n], low_hu, "under")):
+                if count:
+                    text = f"{count} voxels are {word} {end:g} HU, where the calibration ends"
+                    notes.append(f"mass: {text}")
         if settings.calcium and is_hu and calcium is not None:
             scored, note = calcium(n)
-            found |= scored
+            row |= scored
             notes += [note] if note else []
-        measured.append((found, "; ".join(notes)))
+        measured.append((row, "; ".join(notes)))
     return measured
 
 
 def _counts(
-    values: Ragged, anywhere: np.ndarray, is_counted: Callable[[np.ndarray], np.ndarray]
+    values: Ragged, has_any: np.ndarray, is_counted: Callable[[np.ndarray], np.ndarray]
 ) -> list[int]:
-    """(L,) how many values of each lesion are counted; `anywhere` (L,) bool: where there are any."""
-    if not anywhere.any():
-        return [0] * len(anywhere)
-    return (
-        values.sum(lambda part, lesion: is_counted(part).astype(np.float64))
-        .astype(np.int64)
-        .tolist()
-    )
+    """Count the values of each of L lesions that satisfy `is_counted`.
+
+    Args:
+        has_any: (L,) bool, whether a lesion has such values; used to skip counting.
+    """
+    if not has_any.any():
+        return [0] * len(has_any)
+    counts = values.sum(lambda part, lesion: is_counted(part).astype(np.float64))
+    return counts.astype(np.int64).tolist()
 
 
 def _calcium(lesion: _Lesion, voxel_mm3: float, settings: Measure) -> tuple[dict[str, Any], str]:
@@ -697,71 +683,64 @@ def _calcium(lesion: _Lesion, voxel_mm3: float, settings: Measure) -> tuple[dict
         threshold_hu=settings.calcium_threshold_hu,
     )
     volume_mm3 = int(counted.sum()) * voxel_mm3
-    found: dict[str, Any] = {"agatston_score": score, "calcium_volume_mm3": volume_mm3}
+    row: dict[str, Any] = {"agatston_score": score, "calcium_volume_mm3": volume_mm3}
     if settings.calcium_mg_per_ml_hu is None:
-        return found, "calcium_mass_mg: the recipe has no calcium_mg_per_ml_hu"
+        return row, "calcium_mass_mg: the recipe has no calcium_mg_per_ml_hu"
     total_hu = float(np.sort(hu[counted].astype(np.float64)).sum())
-    return found | {
-        "calcium_mass_mg": settings.calcium_mg_per_ml_hu * total_hu * voxel_mm3 / 1000
-    }, ""
+    row["calcium_mass_mg"] = settings.calcium_mg_per_ml_hu * total_hu * voxel_mm3 / 1000
+    return row, ""
 
 
 def _confidences(lesions: Sequence[_Lesion], voxel_mm3: float) -> list[tuple[dict[str, Any], str]]:
-    """What the model's confidence says of each lesion, and a note if it is unknown though there was a model."""
+    """Return the confidence columns of each lesion, and a note if they are unknown."""
     confidence = lesions[0].scan.confidence
     if confidence is None:
         return [({"confidence_mean": None}, "")] * len(lesions)
-    # Outside, where the model chose the background, it is the probability that there is a lesion after all.
-    doubts = Ragged.of([lesion.doubted() for lesion in lesions])
+    # In the background, confidence is the probability of any label.
+    halos = Ragged.of([lesion.halo_confidence() for lesion in lesions])
     with np.errstate(invalid="ignore"):
-        doubtful = doubts.sum()
-    del doubts
-    return confidence_columns(
-        Ragged.of([lesion.values(confidence) for lesion in lesions]), doubtful, voxel_mm3
-    )
+        halo_sums = halos.sum()
+    del halos
+    values = Ragged.of([lesion.values(confidence) for lesion in lesions])
+    return confidence_columns(values, halo_sums, voxel_mm3)
 
 
 def confidence_columns(
-    values: Ragged, doubtful: np.ndarray | None, voxel_mm3: float
+    values: Ragged, halo_sums: np.ndarray | None, voxel_mm3: float
 ) -> list[tuple[dict[str, Any], str]]:
-    """As `_confidences`, from the confidence in the voxels of each lesion.
+    """Return the confidence columns and a note, from the confidence in each lesion's voxels.
 
     Args:
-        doubtful: (L,) sum of the confidence round each lesion; None: that was not looked at.
+        halo_sums: (L,) sum of the confidence round each lesion; None: not measured.
     """
     full = 255 if values.values.dtype == np.uint8 else 1
     with np.errstate(invalid="ignore"):
         sums = values.sum()
-        means, tenths = (
-            (sums / values.counts / full).tolist(),
-            (values.percentile(10) / full).tolist(),
-        )
-        expected_ml = (
-            (sums + (0 if doubtful is None else doubtful)) / full * voxel_mm3 / 1000
-        ).tolist()
-    told = []
+        means = (sums / values.counts / full).tolist()
+        tenths = (values.percentile(10) / full).tolist()
+        totals = sums + (0 if halo_sums is None else halo_sums)
+        expected_ml = (totals / full * voxel_mm3 / 1000).tolist()
+    measured = []
     for mean, tenth, expected in zip(means, tenths, expected_ml, strict=True):
         if not math.isfinite(mean):
-            told.append(({"confidence_mean": None}, "confidence: not finite"))
+            measured.append(({"confidence_mean": None}, "confidence: not finite"))
             continue
-        found: dict[str, Any] = {"confidence_mean": mean, "confidence_p10": tenth}
-        if doubtful is None:
-            told.append((found, ""))
-            continue
-        is_known = math.isfinite(expected)
-        found["volume_expected_ml"] = expected if is_known else None
-        note = (
-            "" if is_known else "volume_expected_ml: the confidence round the lesion is not finite"
-        )
-        told.append((found, note))
-    return told
+        row: dict[str, Any] = {"confidence_mean": mean, "confidence_p10": tenth}
+        note = ""
+        if halo_sums is not None:
+            is_finite = math.isfinite(expected)
+            row["volume_expected_ml"] = expected if is_finite else None
+            if not is_finite:
+                note = "volume_expected_ml: the confidence round the lesion is not finite"
+        measured.append((row, note))
+    return measured
 
 
-def _grown(inside: np.ndarray, by: int) -> np.ndarray:
-    """(R, A, S) bool: every voxel with one of the lesion at most `by` away along each axis."""
+def _grown(inside: np.ndarray, reach: int) -> np.ndarray:
+    """Return (R, A, S) bool of the lesion dilated by `reach` voxels along each axis."""
     for axis in range(3):
         grown, others = inside.copy(), (slice(None),) * axis
-        for step in range(1, min(by + 1, inside.shape[axis])):
+        for step in range(1, min(reach + 1, inside.shape[axis])):
             ahead, behind = (*others, slice(step, None)), (*others, slice(None, -step))
             grown[ahead] |= inside[behind]
             grown[behind] |= inside[ahead]
@@ -770,26 +749,19 @@ def _grown(inside: np.ndarray, by: int) -> np.ndarray:
 
 
 def withheld(unit_doubt: str, settings: Measure, *, has_classes: bool) -> str:
-    """Note on what is not made of a scan whose unit is doubted."""
-    names = [
-        "density",
-        "mass",
-        *(["calcium"] if settings.calcium else []),
-        *(["class"] if has_classes else []),
-    ]
-    return f"{', '.join(names)}: {unit_doubt}"
+    """Return a note on the columns left empty because the unit is in doubt."""
+    calcium, classes = settings.calcium * ["calcium"], has_classes * ["class"]
+    return f"{', '.join(['density', 'mass', *calcium, *classes])}: {unit_doubt}"
 
 
 def _class(probabilities: Mapping[str, float] | None) -> tuple[dict[str, Any], str]:
-    """The class columns of a lesion, and a note if they are unknown."""
+    """Return the class columns of a lesion, and a note if they are unknown."""
     if not probabilities:
         return NO_CLASS, "class: not classified"
     if not all(math.isfinite(probability) for probability in probabilities.values()):
         return NO_CLASS, "class: a probability is not finite"
     name = max(probabilities, key=lambda candidate: probabilities[candidate])
-    text = ";".join(
-        f"{candidate}={probability:.4f}" for candidate, probability in probabilities.items()
-    )
+    text = ";".join(f"{key}={value:.4f}" for key, value in probabilities.items())
     return {
         "class_name": name,
         "class_probability": float(probabilities[name]),
@@ -807,28 +779,27 @@ def summarise(
     specks_ml: float = 0.0,
     may_be_measurable: bool = False,
 ) -> dict[str, Any]:
-    """The columns of cases.csv that follow from the lesions of a scan.
+    """Return the columns of cases.csv that follow from the lesions of a scan.
 
     Args:
-        n_specks, specks_ml: number and volume of further lesions, of which little more is known.
-        may_be_measurable: whether one of those may be long enough; then it is unknown how many are.
         unit: of the intensities.
-        organ_voxels_ml: volume of the organ's own label, without the lesions in it; None where no label is the organ. An organ without
-            a voxel was not found: how much of it is lesion is then unknown.
+        organ_voxels_ml: volume of the organ's own label, without lesions; None if no label is the
+            organ. If it is 0, the organ was not found, and the burden is unknown.
+        n_specks, specks_ml: number and volume of further lesions, not measured in full.
+        may_be_measurable: whether one of these may be measurable; the number is then unknown.
     """
     total_ml = float(sum(lesion.volume_ml for lesion in lesions)) + specks_ml
     targets = [lesion for lesion in lesions if lesion.recist_measurable]
-    lengths = [
-        float(
-            (
-                lesion.short_axis_mm
-                if lesion.label_name in settings.lymph_nodes
-                else lesion.long_axis_mm
-            )
-            or 0.0
-        )
-        for lesion in targets
-    ]
+    lengths = []
+    for lesion in targets:
+        is_node = lesion.label_name in settings.lymph_nodes
+        lengths.append(float((lesion.short_axis_mm if is_node else lesion.long_axis_mm) or 0.0))
+    sum_mm = sum_of_diameters_mm(
+        lengths,
+        [lesion.label for lesion in targets],
+        most=settings.max_targets,
+        most_per_label=settings.max_targets_per_label,
+    )
     organ_ml = organ_voxels_ml + total_ml if organ_voxels_ml else None
     scores = [lesion.agatston_score for lesion in lesions]
     is_scored = (
@@ -842,14 +813,7 @@ def summarise(
         "total_volume_ml": total_ml,
         "largest_volume_ml": max((lesion.volume_ml for lesion in lesions), default=None),
         "n_measurable": None if may_be_measurable else len(targets),
-        "sum_long_axis_mm": None
-        if may_be_measurable
-        else sum_of_diameters_mm(
-            lengths,
-            [lesion.label for lesion in targets],
-            most=settings.max_targets,
-            most_per_label=settings.max_targets_per_label,
-        ),
+        "sum_long_axis_mm": None if may_be_measurable else sum_mm,
         "organ_volume_ml": organ_ml,
         "burden": total_ml / organ_ml if organ_ml else None,
         "agatston_score": float(sum(score or 0.0 for score in scores)) if is_scored else None,

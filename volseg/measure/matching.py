@@ -1,4 +1,7 @@
-"""Numbered lesions of two scans of a patient → which of them are the same: pairs, new and gone ones, merged and split ones."""
+"""Numbered lesions of two scans of a patient → matches.
+
+Lesions are matched, merged, split, new or gone.
+"""
 
 from __future__ import annotations
 
@@ -18,32 +21,35 @@ from volseg.volume import BoundingBox, Geometry, Volume, slabs_of
 Status = Literal["matched", "merged", "split", "regrouped", "new", "gone", "outside", "crumb"]
 How = Literal["overlap", "distance"]
 
-SLAB_VOXELS = 2**18  # whose places in the other scan are looked up together
-MIN_SHARE = 0.1  # of the smaller lesion that lies in the other one, from which the two overlap: neighbours may touch
-MAX_DISTANCE_MM = (
-    10.0  # between the centroids of two lesions that do not overlap and are still the same one
-)
-MIN_COVERED = 0.5  # of a lesion that lies in the field of view of the other scan, from which it would be seen there
+SLAB_VOXELS = 2**18  # voxels looked up in the other scan together
+# Two lesions overlap from this fraction of the smaller one: neighbours may touch.
+MIN_FRACTION = 0.1
+MAX_DISTANCE_MM = 10.0  # between the centroids of a pair without overlap
+# From this fraction of a lesion in the field of view of the other scan, it would be seen there.
+MIN_COVERED = 0.5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Match:
-    """A lesion of the baseline, one of the follow-up, or one of each that belong together.
+    """A pair of a baseline and a follow-up lesion, or a lesion without a partner.
 
     Args:
-        status: `matched`: one of each. `merged`: the follow-up lesion holds several of the baseline, of which this is one. `split`: the
-            baseline lesion lies in several of the follow-up, of which this is one. `regrouped`: both. `new`, `gone`: only at one time.
-            `outside`: only at one time, but the other scan does not reach there. `crumb`: a small piece beside a lesion of its own
-            scan, counted as a part of that one, whose group it has.
+        status: `matched`: one of each. `merged`: the follow-up lesion covers several baseline
+            lesions, this being one. `split`: the baseline lesion lies in several follow-up
+            lesions, this being one. `regrouped`: both. `new`, `gone`: seen at one time only.
+            `outside`: seen at one time only, and outside the field of view of the other scan.
+            `crumb`: a small piece beside a lesion of its own scan, counted with that lesion, whose
+            group it has.
         baseline, followup: numbers of the lesions; None where there is none.
-        group: from 1 in the order of the matches; pairs that merged or split together share it.
-        is_first: the best pair of its group, or the only one. What is said of the whole group is said there.
-        how: what the pair was found by; None without a pair.
-        overlap_mm3, dice: of the two lesions; 0 for a pair that was found by distance. Of a crumb the overlap with all
-            lesions of the other scan that have its label.
+        group: from 1 in the order of the matches; shared by pairs that merged or split together.
+        is_first: the best or only pair of its group, whose row describes the whole group.
+        how: how the pair was matched; None without a pair.
+        overlap_mm3, dice: of the two lesions; 0 for a pair matched by distance. For a crumb, the
+            overlap with all lesions of its label in the other scan.
         distance_mm: between their centroids.
-        relabelled: numbers of lesions of the other scan that overlap this one under another label, where it has no partner.
-        whole: of a crumb the number of its lesion, in its own scan; None of every other lesion.
+        relabelled: for a lesion without partner, numbers of the lesions of the other scan that
+            overlap it under another label.
+        whole: for a crumb, the number of its lesion in its own scan; else None.
     """
 
     status: Status
@@ -67,53 +73,62 @@ def match_lesions(
     followup_labels: Sequence[Hashable],
     baseline_crumbs: Mapping[int, int] | None = None,
     followup_crumbs: Mapping[int, int] | None = None,
-    moved: np.ndarray | None = None,
+    transform: np.ndarray | None = None,
     max_distance_mm: float = MAX_DISTANCE_MM,
 ) -> list[Match]:
-    """Every lesion of both scans in at least one match, those of the baseline first, in the order of their numbers.
+    """Match the lesions of two scans, by overlap and then by distance.
 
-    First by overlap: the voxels of each lesion are looked up in the other scan, nearest voxel in world space, in both directions; the mean of
-    the two volumes is the overlap. Of lesions that overlap, those are paired one to one whose Dice coefficients have the largest sum of
-    squares (Hungarian method), and what is left over joins the pair that it overlaps most: it merged into it or split from it. Then by
-    distance: lesions that overlap none are paired so that the sum of the distances of their centroids is smallest, where a lesion
-    without partner costs as much as half of the largest distance allowed. A lesion is never paired with one of another label.
-    A crumb is a part of its lesion in all this, unless it overlaps a lesion that is no crumb and that its own lesion does not overlap.
+    Overlap: the voxels of each lesion are looked up in the other scan, nearest voxel in world
+    space, in both directions; the overlap is the mean of the two volumes. Overlapping lesions are
+    paired one to one so that the sum of squared Dice coefficients is largest (Hungarian method). A
+    lesion left over joins the pair that it overlaps most: it merged into it or split from it.
+
+    Distance: lesions without any overlap are paired so that the sum of the distances between their
+    centroids is smallest, where an unpaired lesion costs half of `max_distance_mm`.
+
+    Lesions with different labels are never paired. A crumb counts as a part of its lesion, unless
+    it overlaps a lesion that is not a crumb and that its own lesion does not overlap.
 
     Args:
-        baseline, followup: lesion ids (I, J, K) on the grid of each scan; n in the voxels of lesion n, 0 elsewhere.
+        baseline, followup: lesion ids (I, J, K) on the grid of each scan; n in the voxels of
+            lesion n, 0 elsewhere.
         baseline_labels, followup_labels: label of lesion 1, 2, …, N.
-        baseline_crumbs, followup_crumbs: number of a crumb → number of the lesion that it may be a part of.
-        moved: (4, 4) rigid, in RAS mm, from a point of the baseline to the same point of the patient in the follow-up; None: the same.
-        max_distance_mm: between the centroids of a pair that does not overlap.
+        baseline_crumbs, followup_crumbs: number of a crumb → number of the lesion that it may
+            belong to.
+        transform: (4, 4) rigid, RAS mm of the baseline → RAS mm of the follow-up; None: identity.
+        max_distance_mm: between the centroids of a pair without overlap.
 
     Returns:
-        The same matches for all axis orders of either scan, and, with roles exchanged, for exchanged scans.
+        Each lesion in at least one match, baseline lesions first, by ascending number. The matches
+        are the same for all axis orders, and for exchanged scans except for the exchanged roles.
 
     Raises:
         ValueError: numbers of lesions and labels do not agree.
-        ScanError: E_SPECKS, more lesions overlap than those of real masks do.
+        ScanError: E_SPECKS, more lesions overlap than in real masks.
     """
-    moved = np.eye(4) if moved is None else moved
-    back = np.linalg.inv(moved)
+    transform = np.eye(4) if transform is None else transform
+    back = np.linalg.inv(transform)
     labels = (baseline_labels, followup_labels)
-    here = _lesions_of(baseline, followup, moved, len(baseline_labels), len(followup_labels))
-    there = _lesions_of(followup, baseline, back, len(followup_labels), len(baseline_labels))
-    crumbs = _crumbs((here, there), labels, (baseline_crumbs or {}, followup_crumbs or {}))
-    pieces = (here, there)
-    here, there = here.joined(*crumbs), there.joined(*crumbs[::-1])
-    centroids_mm = (here.centroids_mm, there.centroids_mm @ back[:3, :3].T + back[:3, 3])
-    overlap_mm3, relabelled = _overlaps(here, there, labels)
+    before = _lesions_of(baseline, followup, transform, len(baseline_labels), len(followup_labels))
+    after = _lesions_of(followup, baseline, back, len(followup_labels), len(baseline_labels))
+    crumbs = _crumbs((before, after), labels, (baseline_crumbs or {}, followup_crumbs or {}))
+    pieces = (before, after)
+    before, after = before.joined(*crumbs), after.joined(*crumbs[::-1])
+    centroids_mm = (before.centroids_mm, after.centroids_mm @ back[:3, :3].T + back[:3, 3])
+    overlap_mm3, relabelled = _overlaps(before, after, labels)
     dice = {
-        (b, f): 2 * mm3 / float(here.volumes_mm3[b - 1] + there.volumes_mm3[f - 1])
+        (b, f): 2 * mm3 / float(before.volumes_mm3[b - 1] + after.volumes_mm3[f - 1])
         for (b, f), mm3 in overlap_mm3.items()
     }
     groups = _groups(best_pairs({pair: value**2 for pair, value in dice.items()}), overlap_mm3)
+    used = [{pair[side] for pair in overlap_mm3} | set(crumbs[side]) for side in (0, 1)]
     free = [
-        [n for n in range(1, side.n + 1) if n not in used and side.covered[n - 1] >= MIN_COVERED]
-        for side, used in (
-            (here, {b for b, _ in overlap_mm3} | set(crumbs[0])),
-            (there, {f for _, f in overlap_mm3} | set(crumbs[1])),
-        )
+        [
+            n
+            for n in range(1, lesions.n + 1)
+            if n not in ids and lesions.covered[n - 1] >= MIN_COVERED
+        ]
+        for lesions, ids in zip((before, after), used, strict=True)
     ]
     groups += [[pair] for pair in _near_pairs(centroids_mm, labels, free, max_distance_mm)]
     matches = [
@@ -131,34 +146,34 @@ def match_lesions(
         for number, pairs in enumerate(sorted(groups, key=min), start=1)
         for n, (b, f) in enumerate(pairs)
     ]
-    matches += _alone(matches, here, there, relabelled, crumbs)
+    matches += _alone(matches, before, after, relabelled, crumbs)
     matches += _crumb_matches(matches, pieces, labels, crumbs)
-    last = here.n + there.n + 1
+    last = before.n + after.n + 1
     matches.sort(key=lambda match: (match.baseline or last, match.followup or last))
-    numbers = {
-        group: n for n, group in enumerate(dict.fromkeys(match.group for match in matches), start=1)
-    }
+    in_order = dict.fromkeys(match.group for match in matches)
+    numbers = {group: n for n, group in enumerate(in_order, start=1)}
     return [replace(match, group=numbers[match.group]) for match in matches]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Lesions:
-    """What is known of the lesions of one scan; lesion n at position n - 1.
+    """Measures of the lesions of one scan; lesion n at index n - 1.
 
     Args:
-        volumes_mm3: (N,). centroids_mm: (N, 3) RAS mm of their own scan.
-        covered: (N,) share of the voxels that lie in the field of view of the other scan.
-        found_mm3: (lesion, lesion of the other scan) → volume of the voxels of the first that lie in the second.
+        volumes_mm3: (N,).
+        centroids_mm: (N, 3) RAS mm of their own scan.
+        covered: (N,) fraction of the voxels in the field of view of the other scan.
+        shared_mm3: (lesion, lesion of the other scan) → volume of the first inside the second.
     """
 
     n: int
     volumes_mm3: np.ndarray
     centroids_mm: np.ndarray
     covered: np.ndarray
-    found_mm3: Mapping[Pair, float]
+    shared_mm3: Mapping[Pair, float]
 
     def joined(self, crumbs: Mapping[int, int], other_crumbs: Mapping[int, int]) -> _Lesions:
-        """The same with every crumb as a part of its lesion; what is left in its own place is not to be looked at."""
+        """Return a copy with crumbs added to their lesions; entries of crumbs become invalid."""
         if not crumbs and not other_crumbs:
             return self
         wholes = np.array([crumbs.get(n, n) for n in range(1, self.n + 1)], dtype=np.int64) - 1
@@ -168,25 +183,21 @@ class _Lesions:
         np.add.at(centroids_mm, wholes, weights[:, None] * self.centroids_mm)
         np.add.at(covered, wholes, weights * self.covered)
         shared_mm3: dict[Pair, float] = defaultdict(float)
-        for (n, other), mm3 in self.found_mm3.items():
+        for (n, other), mm3 in self.shared_mm3.items():
             shared_mm3[crumbs.get(n, n), other_crumbs.get(other, other)] += mm3
-        return replace(
-            self,
-            volumes_mm3=volumes_mm3,
-            centroids_mm=centroids_mm,
-            covered=covered,
-            found_mm3=shared_mm3,
-        )
+        return _Lesions(self.n, volumes_mm3, centroids_mm, covered, shared_mm3)
 
 
-def _lesions_of(ids: Volume, other: Volume, moved: np.ndarray, n: int, n_other: int) -> _Lesions:
-    # In the same axis order, whatever the files have: else a point half-way between two voxels belongs to either.
+def _lesions_of(
+    ids: Volume, other: Volume, transform: np.ndarray, n: int, n_other: int
+) -> _Lesions:
+    # In canonical axis order: else a point half-way between two voxels could belong to either.
     numbers, grid = _canonical(ids)
     others, other_grid = _canonical(other)
     box = BoundingBox.around(numbers)
-    matrix = np.linalg.inv(other_grid.affine) @ moved @ grid.affine
+    matrix = np.linalg.inv(other_grid.affine) @ transform @ grid.affine
     counts, inside, sums = np.zeros(n + 1), np.zeros(n + 1), np.zeros((n + 1, 3))
-    found: dict[Pair, int] = defaultdict(int)
+    overlaps: dict[Pair, int] = defaultdict(int)
     for slab, start in () if box is None else _slabs(numbers, box):
         index = np.argwhere(slab) + start
         values = numbers[tuple(index.T)].astype(np.int64)
@@ -195,21 +206,19 @@ def _lesions_of(ids: Volume, other: Volume, moved: np.ndarray, n: int, n_other: 
         counts += np.bincount(values, minlength=n + 1)
         for axis in range(3):
             sums[:, axis] += np.bincount(values, weights=index[:, axis], minlength=n + 1)
-        nearest = np.floor(np.round(index @ matrix[:3, :3].T + matrix[:3, 3], 6) + 0.5).astype(
-            np.int64
-        )
+        positions = np.round(index @ matrix[:3, :3].T + matrix[:3, 3], 6)
+        nearest = np.floor(positions + 0.5).astype(np.int64)
         seen = ((nearest >= 0) & (nearest < np.array(other_grid.shape))).all(axis=1)
         inside += np.bincount(values[seen], minlength=n + 1)
         hits = others[tuple(nearest[seen].T)].astype(np.int64)
-        keys, voxels = np.unique(
-            values[seen][hits > 0] * (n_other + 1) + hits[hits > 0], return_counts=True
-        )
+        keys = values[seen][hits > 0] * (n_other + 1) + hits[hits > 0]
+        keys, voxels = np.unique(keys, return_counts=True)
         for key, count in zip(keys.tolist(), voxels.tolist(), strict=True):
-            found[divmod(key, n_other + 1)] += count
-        if len(found) > MOST_PAIRS:
+            overlaps[divmod(key, n_other + 1)] += count
+        if len(overlaps) > MOST_PAIRS:
             raise ScanError(
-                f"over {MOST_PAIRS:,} pairs of lesions of the two scans overlap: a mask looks like noise",
-                fix="correct the masks and measure them again; noise has no response",
+                f"over {MOST_PAIRS:,} pairs of lesions overlap: a mask looks like noise",
+                fix="correct the masks and measure them again; no response is computed from noise",
                 code="E_SPECKS",
             )
     if n and not counts[1:].all():
@@ -219,7 +228,7 @@ def _lesions_of(ids: Volume, other: Volume, moved: np.ndarray, n: int, n_other: 
         volumes_mm3=counts[1:] * grid.voxel_volume_mm3,
         centroids_mm=grid.to_world_mm(sums[1:] / counts[1:, None]) if n else np.zeros((0, 3)),
         covered=inside[1:] / counts[1:],
-        found_mm3={pair: count * grid.voxel_volume_mm3 for pair, count in found.items()},
+        shared_mm3={pair: count * grid.voxel_volume_mm3 for pair, count in overlaps.items()},
     )
 
 
@@ -229,20 +238,20 @@ def _canonical(ids: Volume) -> tuple[np.ndarray, Geometry]:
 
 
 def _slabs(numbers: np.ndarray, box: BoundingBox) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Parts of the array that hold all lesions, each with the index at which it begins."""
+    """Yield parts of the array that hold all lesions, each with the index of its first voxel."""
     part = numbers[box.slices]
     for slab in slabs_of(part, SLAB_VOXELS):
         if part[slab].any():
-            yield part[slab], np.array(box.start) + [each.start for each in slab]
+            yield part[slab], np.array(box.start) + [side.start for side in slab]
 
 
 def _overlaps(
-    here: _Lesions, there: _Lesions, labels: tuple[Sequence[Hashable], Sequence[Hashable]]
+    before: _Lesions, after: _Lesions, labels: tuple[Sequence[Hashable], Sequence[Hashable]]
 ) -> tuple[dict[Pair, float], list[Pair]]:
-    """Volume in mm³ that two lesions of one label share, where it is enough of the smaller one; such pairs of different labels."""
+    """Return the shared volume in mm³ of overlapping pairs, and pairs with different labels."""
     same, different = {}, []
-    for (b, f), volume in _shared_mm3(here, there):
-        if volume < MIN_SHARE * min(here.volumes_mm3[b - 1], there.volumes_mm3[f - 1]):
+    for (b, f), volume in _shared_mm3(before, after):
+        if volume < MIN_FRACTION * min(before.volumes_mm3[b - 1], after.volumes_mm3[f - 1]):
             continue
         if labels[0][b - 1] == labels[1][f - 1]:
             same[b, f] = volume
@@ -251,12 +260,12 @@ def _overlaps(
     return same, different
 
 
-def _shared_mm3(here: _Lesions, there: _Lesions) -> list[tuple[Pair, float]]:
-    """Volume in mm³ that two lesions share, whatever their labels: the mean of both directions."""
+def _shared_mm3(before: _Lesions, after: _Lesions) -> list[tuple[Pair, float]]:
+    """Return the shared volume in mm³ of all pairs, of any labels: the mean of both directions."""
     mm3: dict[Pair, float] = defaultdict(float)
-    for (b, f), volume in here.found_mm3.items():
+    for (b, f), volume in before.shared_mm3.items():
         mm3[b, f] += volume / 2
-    for (f, b), volume in there.found_mm3.items():
+    for (f, b), volume in after.shared_mm3.items():
         mm3[b, f] += volume / 2
     return sorted(mm3.items())
 
@@ -266,9 +275,10 @@ def _crumbs(
     labels: tuple[Sequence[Hashable], Sequence[Hashable]],
     candidates: tuple[Mapping[int, int], Mapping[int, int]],
 ) -> tuple[dict[int, int], dict[int, int]]:
-    """The candidates that are parts of their lesions by what the other scan shows.
+    """Return the candidates that the other scan confirms as crumbs.
 
-    One that overlaps a lesion there which is no candidate, and which its own lesion does not overlap, is a lesion by itself.
+    A candidate is a lesion of its own if it overlaps a lesion of the other scan that is not a
+    candidate and that its own lesion does not overlap.
     """
     if not any(candidates):
         return {}, {}
@@ -278,13 +288,11 @@ def _crumbs(
         overlaps[1][f].add(b)
     kept = []
     for side in (0, 1):
-        at_other = {
-            n: overlaps[side][n] - set(candidates[1 - side])
-            for n in {*candidates[side], *candidates[side].values()}
+        wholes = candidates[side]
+        partners = {
+            n: overlaps[side][n] - set(candidates[1 - side]) for n in {*wholes, *wholes.values()}
         }
-        kept.append(
-            {n: whole for n, whole in candidates[side].items() if at_other[n] <= at_other[whole]}
-        )
+        kept.append({n: whole for n, whole in wholes.items() if partners[n] <= partners[whole]})
     return kept[0], kept[1]
 
 
@@ -294,10 +302,10 @@ def _crumb_matches(
     labels: tuple[Sequence[Hashable], Sequence[Hashable]],
     crumbs: tuple[Mapping[int, int], Mapping[int, int]],
 ) -> list[Match]:
-    """A match for each crumb, in the group of its lesion.
+    """Return a match for each crumb, in the group of its lesion.
 
     Args:
-        sides: crumbs and lesions each by itself.
+        sides: lesions of both scans, with crumbs as separate entries.
     """
     groups = (
         {match.baseline: match.group for match in matches},
@@ -324,19 +332,21 @@ def _crumb_matches(
 
 
 def _groups(firsts: Sequence[Pair], overlap_mm3: Mapping[Pair, float]) -> list[list[Pair]]:
-    """Each pair with those that join it: a lesion without partner goes with the lesion that it overlaps most, and its partner."""
+    """Group each pair with the pairs that join it.
+
+    A lesion without partner joins the lesion that it overlaps most, and that lesion's partner.
+    """
     first_of_b, first_of_f = {pair[0]: pair for pair in firsts}, {pair[1]: pair for pair in firsts}
     best: dict[tuple[str, int], Pair] = {}
     for pair in overlap_mm3:
-        # Where one of the two has no partner the other has: else they would have been paired.
-        key = (
-            ("b", pair[0])
-            if pair[0] not in first_of_b
-            else ("f", pair[1])
-            if pair[1] not in first_of_f
-            else None
-        )
-        if key is not None and (key not in best or overlap_mm3[pair] > overlap_mm3[best[key]]):
+        # If one of the two has no partner, the other has one: else they would have been paired.
+        if pair[0] not in first_of_b:
+            key = ("b", pair[0])
+        elif pair[1] not in first_of_f:
+            key = ("f", pair[1])
+        else:
+            continue
+        if key not in best or overlap_mm3[pair] > overlap_mm3[best[key]]:
             best[key] = pair
     groups = {pair: [pair] for pair in firsts}
     for pair in sorted(best.values()):
@@ -357,7 +367,7 @@ def _near_pairs(
     free: Sequence[Sequence[int]],
     limit_mm: float,
 ) -> list[Pair]:
-    """Pairs of the free lesions of one label, one to one, by the distance of their centroids."""
+    """Pair the free lesions of each label one to one, by the distance between their centroids."""
     gains: dict[Pair, float] = {}
     for label in {labels[0][n - 1] for n in free[0]} & {labels[1][n - 1] for n in free[1]}:
         befores, afters = (
@@ -369,18 +379,18 @@ def _near_pairs(
         for b, candidates in zip(befores, near, strict=True):
             for f in (afters[j] for j in candidates):
                 distance_mm = float(np.linalg.norm(centroids_mm[0][b - 1] - centroids_mm[1][f - 1]))
-                gains[b, f] = max(limit_mm - distance_mm, 1e-9)  # at the limit it is still a pair
+                gains[b, f] = max(limit_mm - distance_mm, 1e-9)  # still a pair at the limit
     return best_pairs(gains)
 
 
 def _alone(
     matches: Sequence[Match],
-    here: _Lesions,
-    there: _Lesions,
+    before: _Lesions,
+    after: _Lesions,
     relabelled: Sequence[Pair],
     crumbs: tuple[Mapping[int, int], Mapping[int, int]],
 ) -> list[Match]:
-    """A match for each lesion that is in none, and is no crumb."""
+    """Return a match for each lesion that has none and is not a crumb."""
     paired = (
         {match.baseline for match in matches} | set(crumbs[0]),
         {match.followup for match in matches} | set(crumbs[1]),
@@ -389,24 +399,21 @@ def _alone(
     for b, f in relabelled:
         others[0][b].append(f)
         others[1][f].append(b)
-    found = []
+    singles = []
     group = max((match.group for match in matches), default=0)
-    for side, lesions in enumerate((here, there)):
+    for side, lesions in enumerate((before, after)):
         for n in range(1, lesions.n + 1):
             if n in paired[side]:
                 continue
             group += 1
-            found.append(
+            is_outside = lesions.covered[n - 1] < MIN_COVERED
+            singles.append(
                 Match(
-                    status="outside"
-                    if lesions.covered[n - 1] < MIN_COVERED
-                    else "new"
-                    if side
-                    else "gone",
+                    status="outside" if is_outside else "new" if side else "gone",
                     baseline=None if side else n,
                     followup=n if side else None,
                     group=group,
                     relabelled=tuple(others[side][n]),
                 )
             )
-    return found
+    return singles

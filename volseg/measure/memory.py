@@ -1,32 +1,32 @@
-"""How much memory finding and measuring the lesions of a mask takes at most, whatever the mask: from the size of its grid alone."""
+"""Upper bounds of the memory for finding and measuring lesions, from the grid size alone."""
 
 from __future__ import annotations
 
 from volseg.execute.memory import Peak
 from volseg.postprocess.components import finding_bytes, most_components
 
-ID_BYTES = 4  # per voxel, of lesion ids: a noisy mask has more than uint16 holds
-# Measured with benchmarks/noise.py.
-KEPT = 12  # bytes per lesion, while the largest are measured: label, voxels twice
-ROWS = 40 << 20  # of the 10 000 lesions that are measured in full
-TOGETHER = 150 << 20  # voxels of the lesions that are measured together, their forms and surfaces
+ID_BYTES = 4  # per voxel of lesion ids: a noisy mask has more lesions than uint16 holds
+# Measured with benchmarks/noise.py, in bytes.
+KEPT = 12  # per lesion, while the largest are measured: its label, and its voxel count twice
+ROWS = 40 << 20  # rows of the 10 000 lesions measured in full
+TOGETHER = 150 << 20  # voxels, shapes and surfaces of the lesions measured together
 LISTED = 10_000  # lesions in report.html
-REPORT = 150 << 20  # making report.html with so many
+REPORT = 150 << 20  # building report.html with that many
 CASE = 8 << 10  # per case of the folder, for its row in cases.csv and in report.html
-PAGE = (
-    64 << 20
-)  # making the page of a scan, whatever its size: slabs of it, 12 million voxels, their base64
+PAGE = 64 << 20  # building the page of a scan of any size: slabs, 12 million voxels, base64
 
 
 def lesion_bytes(voxels: int, itemsize: int, *, copies: int = 0, calcium: bool = False) -> int:
-    """Bytes for finding and measuring lesions, beside the scan, the mask, the lesion ids and the confidence.
+    """Return the bytes for finding and measuring lesions.
 
-    A mask of more than a million components has one per five voxels at most, or it is refused. One lesion may fill the whole scan: then its mask, and its
-    intensities in order, are there at once.
+    The scan, the mask, the lesion ids and the confidence come on top. A mask with more than a
+    million components has at most one per five voxels, else it is refused. One lesion may fill the
+    whole scan: its mask and its sorted intensities then exist at once.
 
     Args:
-        itemsize: bytes of a stored voxel of the scan. copies: of the mask, in bytes per voxel.
-        calcium: scored too, for which a lesion's box is there as intensities.
+        itemsize: bytes of a stored voxel of the scan.
+        copies: bytes per voxel of copies of the mask.
+        calcium: calcium is scored too, which needs the intensities of a lesion's box.
     """
     n = most_components(voxels)
     finding = finding_bytes(voxels, n)
@@ -36,29 +36,29 @@ def lesion_bytes(voxels: int, itemsize: int, *, copies: int = 0, calcium: bool =
 
 
 def writing_bytes() -> int:
-    """Bytes for writing what a scan gave: its rows, some at a time, and its page."""
+    """Return the bytes for writing the results of a scan: its rows, in batches, and its page."""
     return ROWS + max(TOGETHER, PAGE)
 
 
 def report_bytes(n_cases: int) -> int:
-    """Bytes for the tables and report.html of a folder of so many cases, without a scan."""
+    """Return the bytes for the tables and report.html of a folder of `n_cases`, without a scan."""
     return REPORT + CASE * n_cases
 
 
 def plan_page(voxels: int, scan_itemsize: int, ids_itemsize: int, *, process: int) -> Peak:
-    """What making a page again takes at most, from the headers of its scan and lesion ids."""
+    """Return the peak of rebuilding a page, from the headers of its scan and lesion ids."""
     return Peak(
         {
             "process": process,
             "scan": scan_itemsize * voxels,
-            "lesion ids": 2 * ids_itemsize * voxels,  # while they are read they are there twice
+            "lesion ids": 2 * ids_itemsize * voxels,  # reading holds them twice
             "page": writing_bytes(),
         }
     )
 
 
 def plan_report(n_cases: int, *, process: int) -> Peak:
-    """What report.html of a folder takes at most."""
+    """Return the peak of building report.html of a folder."""
     return Peak({"process": process, "report": report_bytes(n_cases)})
 
 
@@ -72,18 +72,18 @@ def plan_measuring(
     has_organ: bool = False,
     calcium: bool = False,
 ) -> Peak:
-    """What measuring a mask takes at most, from the headers of the scan and the mask.
+    """Return the peak of measuring a mask, from the headers of the scan and the mask.
 
     Args:
-        process: bytes, before they are read.
-        n_cases: of the folder, of which there are tables and a page afterwards.
+        process: bytes of the process before it reads them.
+        n_cases: cases of the folder, for the tables and the page written afterwards.
     """
     copies = 2 * mask_itemsize if has_organ else 0
     return Peak(
         {
             "process": process,
             "scan": scan_itemsize * voxels,
-            # While a mask is read it is there twice, before there are lesion ids.
+            # Reading holds the mask twice, before there are lesion ids.
             "masks": (mask_itemsize + max(ID_BYTES, mask_itemsize)) * voxels,
             "lesions": max(
                 lesion_bytes(voxels, scan_itemsize, copies=copies, calcium=calcium),

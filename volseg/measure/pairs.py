@@ -1,7 +1,7 @@
-"""Lesions of two scans, as they were measured → a pair of scans whose lesions can be compared.
+"""Measured lesions of two scans → a pair of scans whose lesions can be compared.
 
-Crumbs are joined with their lesions, lesions are matched, and diameters are taken in one
-orientation: that of the baseline's axial planes.
+Crumbs are joined with their lesions, lesions are matched, and diameters are measured in the same
+orientation: the axial planes of the baseline.
 """
 
 from __future__ import annotations
@@ -16,24 +16,25 @@ from scipy import ndimage
 
 from volseg.measure.changes import ScanPair
 from volseg.measure.crumbs import find_crumbs
-from volseg.measure.matching import MAX_DISTANCE_MM, MIN_SHARE, Match, match_lesions
+from volseg.measure.matching import MAX_DISTANCE_MM, MIN_FRACTION, Match, match_lesions
 from volseg.measure.recist import diameters
 from volseg.measure.rows import LesionMeasurement
 from volseg.measure.sections import axial_normal, section_bytes, section_diameters, tilt_deg
-from volseg.measure.targets import known, label_of
+from volseg.measure.targets import label_of, none_if_nan
 from volseg.postprocess.pairing import MOST_PAIRS, PAIR_BYTES
 from volseg.preprocess.crop import AxisOrder, canonical_geometry, to_canonical
 from volseg.volume import Volume, slabs_of
 
 SLAB_VOXELS = 2**20
-# Measured: bytes while neighbours and overlaps are looked up, per voxel of a lesion whose diameters are taken, and per lesion.
+# Measured: bytes for looking up neighbours and overlaps, per voxel of a lesion whose diameters are
+# measured, and per lesion.
 MATCHING, DIAMETER_BYTES, LESION_BYTES = 110 << 20, 6, 5000
-SAME_PLANE_DEG = 2.0  # below, taking them again errs as much as not doing so (benchmarks.md)
+SAME_PLANE_DEG = 2.0  # below it, measuring diameters again gains nothing (benchmarks.md)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class MeasuredScan:
-    """A scan of one time: `ids` (I, J, K), n in the voxels of lesion n, and lesions 1, …, N."""
+    """A scan of one time point: `ids` (I, J, K), n in the voxels of lesion n, lesions 1 to N."""
 
     case: str
     ids: Volume
@@ -58,8 +59,7 @@ def pair_scans(
     """Match the lesions of two scans of a patient, and make their sizes comparable.
 
     Args:
-        moved: (4, 4) rigid, in RAS mm, from a point of the baseline to the same point of the
-            patient in the follow-up.
+        moved: (4, 4) rigid, RAS mm of the baseline → RAS mm of the follow-up.
         doubt: why `moved` cannot be trusted; diameters are then those of each scan's own slices.
     """
     matches = match_lesions(
@@ -69,7 +69,7 @@ def pair_scans(
         followup_labels=followup.labels,
         baseline_crumbs=baseline.crumbs(),
         followup_crumbs=followup.crumbs(),
-        moved=moved,
+        transform=moved,
         max_distance_mm=max_distance_mm,
     )
     angle = None if doubt else tilt_deg(baseline.ids.geometry, followup.ids.geometry, moved)
@@ -89,12 +89,12 @@ def pair_scans(
         baseline_crumbs=crumbs_before,
         followup_crumbs=crumbs_after,
         tilt_deg=angle,
-        is_retaken=is_tilted,
+        is_remeasured=is_tilted,
     )
 
 
 def lone_scan(baseline: MeasuredScan | None, followup: MeasuredScan | None) -> ScanPair:
-    """A scan without one of the other time, which is None: all its lesions lie outside of that."""
+    """Return the pair of a scan without one at the other time: all its lesions are `outside`."""
     matches: list[Match] = []
     wholes: list[tuple[list[LesionMeasurement], list[LesionMeasurement]]] = []
     for side, scan in enumerate((baseline, followup)):
@@ -132,25 +132,27 @@ def wholes_of(
     spanned: Collection[int] = (),
     normal: np.ndarray | None = None,
 ) -> tuple[list[LesionMeasurement], list[LesionMeasurement]]:
-    """Give the lesions of a scan with what their crumbs add, and the crumbs.
+    """Return the lesions of a scan, with their crumbs included, and the crumbs.
 
     Args:
-        crumbs: number of a crumb → number of its lesion. Its volume is added to that one's.
-        spanned: crumbs that the diameters of their lesions reach to, over what is missing.
-        normal: (3,) of the planes in which diameters are taken again; None: in the axial slices,
-            and only with spanned crumbs. What was not measured stays unknown.
+        crumbs: number of a crumb → number of its lesion, to which its volume is added.
+        spanned: crumbs that are also included in the diameters of their lesions.
+        normal: (3,) normal of the planes in which all diameters are measured again; None: only
+            lesions with spanned crumbs, in the axial slices. Unknown diameters stay unknown.
     """
     members = {
         lesion.lesion_id: [lesion] for lesion in scan.lesions if lesion.lesion_id not in crumbs
     }
     for crumb, whole in sorted(crumbs.items()):
         members[whole].append(scan.lesions[crumb - 1])
-    retaken = {}
+    remeasured = {}
     for number, (lesion, *pieces) in members.items():
         numbers = [number, *(piece.lesion_id for piece in pieces if piece.lesion_id in spanned)]
-        if known(lesion.long_axis_mm) is not None and (normal is not None or len(numbers) > 1):
-            retaken[number] = numbers
-    axes = dict(zip(retaken, _axes(scan.ids, list(retaken.values()), normal), strict=True))
+        if none_if_nan(lesion.long_axis_mm) is not None and (
+            normal is not None or len(numbers) > 1
+        ):
+            remeasured[number] = numbers
+    axes = dict(zip(remeasured, _axes(scan.ids, list(remeasured.values()), normal), strict=True))
     wholes = [
         replace(pieces[0], **_joined(pieces), **axes.get(number, {}))
         for number, pieces in members.items()
@@ -159,7 +161,7 @@ def wholes_of(
 
 
 def _crumbs_of(matches: Iterable[Match]) -> tuple[dict[int, int], dict[int, int]]:
-    """Number of each crumb of the baseline, and of the follow-up → number of its lesion."""
+    """Return number of a crumb → number of its lesion, for the baseline and for the follow-up."""
     crumbs: tuple[dict[int, int], dict[int, int]] = {}, {}
     for match in matches:
         for numbers, number in zip(crumbs, (match.baseline, match.followup), strict=True):
@@ -171,28 +173,28 @@ def _crumbs_of(matches: Iterable[Match]) -> tuple[dict[int, int], dict[int, int]
 def _spanned(
     matches: Iterable[Match], scans: tuple[MeasuredScan, MeasuredScan]
 ) -> tuple[set[int], set[int]]:
-    """Crumbs of each scan that lie where the other one shows the lesion: parts of it, surely.
+    """Return the crumbs of each scan that lie where the other scan shows the lesion.
 
-    Of others, which may be something new beside it, only the volume is counted with it.
+    These are certainly parts of the lesion. Other crumbs may be new, so only their volume counts.
     """
     spanned: tuple[set[int], set[int]] = set(), set()
     for match in matches:
         for side, number in enumerate((match.baseline, match.followup)):
             if match.status == "crumb" and number is not None:
                 volume_mm3 = scans[side].lesions[number - 1].volume_mm3
-                if (match.overlap_mm3 or 0.0) >= MIN_SHARE * volume_mm3:
+                if (match.overlap_mm3 or 0.0) >= MIN_FRACTION * volume_mm3:
                     spanned[side].add(number)
     return spanned
 
 
 def _joined(pieces: Sequence[LesionMeasurement]) -> dict[str, Any]:
-    """The columns of a lesion and its crumbs together that a comparison reads."""
+    """Return the columns used in a comparison, for a lesion together with its crumbs."""
     if len(pieces) == 1:
         return {}
     n_voxels = np.array([piece.n_voxels for piece in pieces])
 
     def mean(name: str) -> float:
-        values = [known(getattr(piece, name)) for piece in pieces]
+        values = [none_if_nan(getattr(piece, name)) for piece in pieces]
         return float(np.average([np.nan if x is None else x for x in values], weights=n_voxels))
 
     return {
@@ -208,7 +210,7 @@ def _joined(pieces: Sequence[LesionMeasurement]) -> dict[str, Any]:
 def _axes(
     ids: Volume, groups: Sequence[Sequence[int]], normal: np.ndarray | None
 ) -> list[dict[str, Any]]:
-    """Long and short axis of lesions, each several numbers together; their ends are not kept."""
+    """Measure long and short axis of groups of numbers; the ends of the axes become unknown."""
     if not groups:
         return []
     order = AxisOrder.of(ids.geometry)
@@ -224,20 +226,14 @@ def _axes(
             long_mm, short_mm = sizes.long_mm, sizes.short_mm
         else:
             long_mm, short_mm = section_diameters(inside, matrix, normal)
-        measured.append(
-            dict.fromkeys(
-                (
-                    "axis_slice",
-                    *(f"{axis}_axis_p{n}_ras" for axis in ("long", "short") for n in (0, 1)),
-                )
-            )
-            | {"long_axis_mm": long_mm, "short_axis_mm": short_mm}
-        )
+        ends = (f"{axis}_axis_p{n}_ras" for axis in ("long", "short") for n in (0, 1))
+        sizes_mm = {"long_axis_mm": long_mm, "short_axis_mm": short_mm}
+        measured.append(dict.fromkeys(("axis_slice", *ends)) | sizes_mm)
     return measured
 
 
 def _inside(numbers: np.ndarray, members: Sequence[int]) -> np.ndarray:
-    """(I, J, K) bool: where one of these numbers is; `np.isin` takes ten bytes per voxel."""
+    """Return (I, J, K) bool, true for `members`; `np.isin` would take ten bytes per voxel."""
     is_member = np.zeros(max(int(numbers.max()), *members) + 1, bool)
     is_member[list(members)] = True
     inside = np.empty(numbers.shape, bool)
@@ -247,8 +243,8 @@ def _inside(numbers: np.ndarray, members: Sequence[int]) -> np.ndarray:
 
 
 def pairing_bytes(shapes: Sequence[tuple[int, int, int]], n_lesions: Sequence[int]) -> int:
-    """Most memory that `pair_scans` takes for two scans of these shapes and any lesions in them, beside their ids."""
+    """Return the most bytes that `pair_scans` needs for two scans, beside their lesion ids."""
     largest = max(map(math.prod, shapes))
     matching = MATCHING + PAIR_BYTES * min(math.prod(n_lesions), MOST_PAIRS)
-    retaking = largest + max(DIAMETER_BYTES * largest, *map(section_bytes, shapes))
-    return max(matching, retaking) + LESION_BYTES * sum(n_lesions)
+    remeasuring = largest + max(DIAMETER_BYTES * largest, *map(section_bytes, shapes))
+    return max(matching, remeasuring) + LESION_BYTES * sum(n_lesions)

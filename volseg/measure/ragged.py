@@ -1,4 +1,7 @@
-"""Sums and percentiles of the voxels of many lesions at once: of thousands of specks, one at a time would mostly be overhead."""
+"""Sums and percentiles of the voxels of many lesions at once.
+
+One lesion at a time would be mostly overhead in a mask of thousands of small ones.
+"""
 
 from __future__ import annotations
 
@@ -9,21 +12,25 @@ import numpy as np
 
 from volseg.volume import Volume
 
-SUMMED_TOGETHER = 2**20  # values: a lesion may be all of a scan, and float64 is four times as large
+# Values converted to float64 at a time: a lesion may fill the scan, and float64 quadruples it.
+SUMMED_TOGETHER = 2**20
 
-# Some of the values in float64, and at each which lesion it belongs to → what is summed.
+# (N,) values in float64 and the lesion of each → the terms to sum.
 Term = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Ragged:
-    """Values of L lesions, one lesion after the other and sorted within each, so that no sum depends on the axis order.
+    """Values of L lesions, one lesion after the other, sorted within each lesion.
+
+    Sorting makes sums independent of the axis order of the scan.
 
     Args:
-        values: (M,) of any real type, as stored; not a number comes last.
-        starts: (L,) where those of each lesion begin.
-        counts: (L,) how many it has.
-        scan: whose scale they carry; they become intensities a few at a time. None: they are what they are.
+        values: (M,) of any real type, as stored; NaN comes last.
+        starts: (L,) index of the first value of each lesion.
+        counts: (L,) number of values of each lesion.
+        scan: its scale turns stored values into intensities, in chunks; None: values are used
+            as they are.
     """
 
     values: np.ndarray
@@ -33,11 +40,11 @@ class Ragged:
 
     @classmethod
     def of(cls, parts: Sequence[np.ndarray], scan: Volume | None = None) -> Ragged:
-        """The (N,) values of each lesion, in any order, which are sorted in place; at least one lesion."""
-        falls = scan is not None and scan.slope < 0
+        """Join the values (N,) of one or more lesions; `parts` are sorted in place."""
+        is_falling = scan is not None and scan.slope < 0
         for part in parts:
             part.sort()
-            if falls:
+            if is_falling:
                 _reverse(part)
         counts = np.array([part.size for part in parts])
         values = np.concatenate(parts) if len(parts) > 1 else parts[0]
@@ -45,54 +52,51 @@ class Ragged:
 
     @property
     def first(self) -> np.ndarray:
-        """(L,) the smallest value of each lesion; none may be empty."""
+        """Smallest value (L,) of each lesion; no lesion may be empty."""
         return self._scaled(self.values[self.starts])
 
     @property
     def last(self) -> np.ndarray:
-        """(L,) the largest value of each lesion; none may be empty."""
+        """Largest value (L,) of each lesion; no lesion may be empty."""
         return self._scaled(self.values[self.starts + self.counts - 1])
 
     def _scaled(self, values: np.ndarray) -> np.ndarray:
         return values if self.scan is None else self.scan.intensities(values)
 
     def sum(self, term: Term = lambda values, lesion: values) -> np.ndarray:
-        """(L,) float64 sums over each lesion, 0 of an empty one."""
+        """Return the float64 sum (L,) over each lesion; 0 for an empty one."""
         totals = np.zeros(len(self.counts))
         filled = np.flatnonzero(self.counts)
         starts = self.starts[filled]
-        for at in range(0, self.values.size, SUMMED_TOGETHER):
-            part = self._scaled(self.values[at : at + SUMMED_TOGETHER]).astype(np.float64)
-            here = slice(
-                np.searchsorted(starts, at, "right") - 1, np.searchsorted(starts, at + part.size)
-            )
-            cuts = np.maximum(starts[here] - at, 0)
-            lesion = np.repeat(filled[here], np.diff(cuts, append=part.size))
-            totals[filled[here]] += np.add.reduceat(term(part, lesion), cuts)
+        for start in range(0, self.values.size, SUMMED_TOGETHER):
+            part = self._scaled(self.values[start : start + SUMMED_TOGETHER]).astype(np.float64)
+            first = np.searchsorted(starts, start, "right") - 1
+            lesions = slice(first, np.searchsorted(starts, start + part.size))
+            cuts = np.maximum(starts[lesions] - start, 0)
+            lesion = np.repeat(filled[lesions], np.diff(cuts, append=part.size))
+            totals[filled[lesions]] += np.add.reduceat(term(part, lesion), cuts)
         return totals
 
     def mean(self, term: Term = lambda values, lesion: values) -> np.ndarray:
-        """(L,) float64; none may be empty."""
-        return self.sum(term) / self.counts + 0.0  # which turns -0 into 0
+        """Return the float64 mean (L,) of each lesion; no lesion may be empty."""
+        return self.sum(term) / self.counts + 0.0  # + 0.0 turns -0 into 0
 
     def percentile(self, percent: float) -> np.ndarray:
-        """(L,) float64, linear between neighbouring values; none may be empty."""
-        at = percent / 100 * (self.counts - 1)
-        below = np.floor(at).astype(np.int64)
+        """Return the float64 percentile (L,), linear between values; no lesion may be empty."""
+        rank = percent / 100 * (self.counts - 1)
+        below = np.floor(rank).astype(np.int64)
         low, high = (
-            self._scaled(self.values[self.starts + each]).astype(np.float64)
-            for each in (below, np.minimum(below + 1, self.counts - 1))
+            self._scaled(self.values[self.starts + index]).astype(np.float64)
+            for index in (below, np.minimum(below + 1, self.counts - 1))
         )
-        return low + (high - low) * (at - below) + 0.0
+        return low + (high - low) * (rank - below) + 0.0
 
 
 def _reverse(values: np.ndarray) -> None:
-    """Turn (N,) sorted values round in place, but for those that are not a number, which stay last."""
-    n = (
-        values.size
-        if values.dtype.kind != "f"
-        else values.size - int(np.count_nonzero(np.isnan(values)))
-    )
+    """Reverse sorted values (N,) in place; NaN stays last."""
+    n = values.size
+    if values.dtype.kind == "f":
+        n -= int(np.count_nonzero(np.isnan(values)))
     low, high = values[: n // 2], values[n - n // 2 : n]
     lowest = low.copy()
     low[:] = high[::-1]

@@ -1,4 +1,4 @@
-"""What changed in the lesions of a patient → the response by RECIST 1.1, with the rule that decided."""
+"""Changes in the lesions of a patient → response by RECIST 1.1, with the rule that decided."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from volseg.measure.changes import (
     groups_of,
     lesions_of,
 )
-from volseg.measure.matching import MIN_SHARE
+from volseg.measure.matching import MIN_FRACTION
 from volseg.measure.rows import LesionMeasurement
 from volseg.measure.targets import (
     RECIST,
@@ -29,85 +29,94 @@ from volseg.measure.targets import (
     diameter_mm,
     is_lymph_node,
     is_normal,
-    known,
     label_of,
+    none_if_nan,
 )
 
-ROUNDING = 1e-9  # 12 mm are 20 % more than 10 mm, whatever the last bit says
-MOST_NAMED = 5  # crumbs in a warning
-ONE_PLACE_MM = 10.0  # of lesions in two scans of a day, which are then perhaps one
+ROUNDING = 1e-9  # so that 12 mm are 20 % more than 10 mm in floating point
+MOST_NAMED = 5  # crumbs listed in a warning
+ONE_PLACE_MM = 10.0  # nearer lesions in two scans of the same time may be one lesion
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PatientResponse:
-    """A row of response.csv. A patient who could not be compared is a row too; None is unknown and is written as an empty cell."""
+    """A row of response.csv, also for a patient who could not be compared.
+
+    None means unknown and is written as an empty cell.
+    """
 
     patient: str = column("", "name of the patient")
     baseline_case: str | None = column(
         "",
-        "the earlier scan; of several pairs one each, with ; between; empty if there is none",
+        "baseline scan (several are joined with ;), empty if there is none",
         None,
     )
     followup_case: str | None = column(
         "",
-        "the later scan; of several pairs one each, with ; between; empty if there is none",
+        "follow-up scan (several are joined with ;), empty if there is none",
         None,
     )
     status: Literal["done", "failed", "unpaired", "pending", "unknown"] = column(
         "",
-        "done; failed; unpaired: no scan has a partner; pending: not reached yet; unknown: the patient's record is damaged",
+        "done; failed; unpaired: no scan has a partner; pending: not reached yet; "
+        "unknown: the patient's record is damaged",
     )
-    reason: str = column("", "why it was not compared and what to do; empty if it was", "")
+    reason: str = column("", "why the patient was not compared and what to do; empty if done", "")
     response: str | None = column(
         "",
-        "CR, PR, SD, PD; Non-CR/Non-PD without target lesions; NE: not evaluable; empty if what it needs was not measured, "
-        "if diameters and volumes disagree, or if it is for a reader to say",
+        "CR, PR, SD, PD; Non-CR/Non-PD without target lesions; NE: not evaluable; empty if the "
+        "necessary sizes were not measured, if diameters and volumes disagree, or if a reader must "
+        "decide",
         None,
         source=RECIST,
     )
-    response_rule: str = column("", "the rule that decided, with its numbers", "", source=RECIST)
+    response_rule: str = column("", "rule that decided, with its numbers", "", source=RECIST)
     target_response: str | None = column(
         "", "CR, PR, SD, PD or NE of the targets; empty without targets", None, source=RECIST
     )
     non_target_response: str | None = column(
         "",
-        "CR, Non-CR/Non-PD or NE of the other lesions; empty without any. Their unequivocal progression is for a reader to say",
+        "CR, Non-CR/Non-PD or NE of the other lesions; empty if there are none. A reader must "
+        "judge their unequivocal progression",
         None,
         source=RECIST,
     )
     targets: str | None = column(
         "",
-        "numbers of the target lesions at baseline, such as 1;3, or chest:1;abdomen:3 in several scans: the five largest measurable ones, two per label at most",
+        "numbers of the target lesions at baseline, such as 1;3, or chest:1;abdomen:3 for several "
+        "scans: the five largest measurable lesions, at most two per label",
         None,
         source=RECIST,
     )
     baseline_sum_mm: float | None = column(
         "mm",
-        "sum of diameters of the targets at baseline: long axes, of lymph nodes short axes",
+        "sum of diameters of the targets at baseline: long axes, or short axes of lymph nodes",
         None,
         source=RECIST,
     )
     nadir_sum_mm: float | None = column(
         "mm",
-        "smallest sum before the follow-up; with two time points that of the baseline",
+        "smallest sum before the follow-up; with two time points, the baseline sum",
         None,
         source=RECIST,
     )
     followup_sum_mm: float | None = column(
         "mm",
-        "sum of diameters of the targets at follow-up: 0 of one that is gone, all pieces of one that split, the whole once of those that merged",
+        "sum of diameters of the targets at follow-up: 0 for a target that is gone, all parts of "
+        "one that split, and one diameter for targets that merged",
         None,
         source=RECIST,
     )
     change_sum_mm: float | None = column(
-        "mm", "followup_sum_mm less baseline_sum_mm", None, source=RECIST
+        "mm", "followup_sum_mm − baseline_sum_mm", None, source=RECIST
     )
     change_sum_percent: float | None = column(
-        "%", "that change in percent of baseline_sum_mm", None, source=RECIST
+        "%", "change_sum_mm in percent of baseline_sum_mm", None, source=RECIST
     )
     volume_response: str | None = column(
         "",
-        "as response, from the volumes of the targets: PR from −65.7 %, PD from +72.8 %, which RECIST's limits are for balls",
+        "response from the volumes of the targets: PR from −65.7 %, PD from +72.8 %, equal to "
+        "RECIST's limits for balls",
         None,
         source="cube of RECIST's limits; Therasse, J Natl Cancer Inst 92:205 (2000), appendix",
     )
@@ -118,95 +127,97 @@ class PatientResponse:
         "mL", "volume of the targets at follow-up", None
     )
     change_target_volume_percent: float | None = column(
-        "%", "change of it in percent of the baseline", None
+        "%", "change of the target volume in percent of the baseline", None
     )
     baseline_volume_ml: float | None = column("mL", "volume of all lesions at baseline", None)
     followup_volume_ml: float | None = column("mL", "volume of all lesions at follow-up", None)
     change_volume_ml: float | None = column(
         "mL",
-        "followup_volume_ml less baseline_volume_ml; empty if lesions lie outside the other scan",
+        "followup_volume_ml − baseline_volume_ml; empty if lesions lie outside the other scan",
         None,
     )
     change_volume_percent: float | None = column(
-        "%", "that change in percent of the baseline", None
+        "%", "change_volume_ml in percent of the baseline", None
     )
-    n_baseline: int | None = column("", "lesions at baseline", None)
-    n_followup: int | None = column("", "lesions at follow-up", None)
-    n_matched: int | None = column("", "lesions that are one at both times", None)
-    n_new: int | None = column("", "lesions that are there at follow-up only", None)
-    n_gone: int | None = column("", "lesions that were there at baseline only", None)
-    n_merged: int | None = column("", "lesions of the baseline that merged with another", None)
-    n_split: int | None = column("", "lesions of the baseline that split into several", None)
-    n_regrouped: int | None = column(
-        "", "lesions of the baseline that are in several, each with others", None
-    )
+    n_baseline: int | None = column("", "number of lesions at baseline", None)
+    n_followup: int | None = column("", "number of lesions at follow-up", None)
+    n_matched: int | None = column("", "lesions matched one to one", None)
+    n_new: int | None = column("", "lesions seen at follow-up only", None)
+    n_gone: int | None = column("", "lesions seen at baseline only", None)
+    n_merged: int | None = column("", "baseline lesions that merged with another", None)
+    n_split: int | None = column("", "baseline lesions that split into several", None)
+    n_regrouped: int | None = column("", "baseline lesions that both merged and split", None)
     n_outside: int | None = column(
-        "", "lesions of either time where the other scan does not reach", None
+        "", "lesions of either time outside the field of view of the other scan", None
     )
     n_crumbs: int | None = column(
         "",
-        "small pieces beside a lesion at either time: counted with it, and in none of the numbers above",
+        "small pieces beside a lesion at either time: counted with it, not in the numbers above",
         None,
     )
     registration: str | None = column(
         "",
-        "rigid; identical: the two scans are the same; none: world coordinates as they are; of several pairs one each, with ; between",
+        "rigid; identical: the two scans are the same; none: world coordinates are used as they "
+        "are; those of several pairs are joined with ;",
         None,
     )
     moved_mm: float | None = column(
-        "mm", "largest distance that registration moved the centroid of a lesion", None
+        "mm", "largest displacement of a lesion centroid by the registration", None
     )
-    turned_deg: float | None = column("°", "angle of the rotation; of several the largest", None)
+    turned_deg: float | None = column(
+        "°", "rotation angle of the registration; of several pairs, the largest", None
+    )
     tilt_deg: float | None = column(
         "°",
-        "angle between the axial slices of the two scans in the patient, of several pairs the largest; from 2° "
-        "the follow-up's diameters are measured in the axial planes of the baseline",
+        "angle between the axial slices of the two scans in the patient; of several pairs, the "
+        "largest; from 2° on, follow-up diameters are measured in the axial planes of the baseline",
         None,
     )
     registration_error_mm: float | None = column(
         "mm",
-        "largest distance at a lesion between registration of the scans one way and the other",
+        "largest distance at a lesion between forward and backward registration",
         None,
     )
     similarity_before: float | None = column(
         "nats",
-        "mutual information of the scans where their headers place them, of several pairs the least; empty if they do not overlap there",
+        "mutual information of the scans before registration; of several pairs, the smallest; "
+        "empty if they do not overlap",
         None,
     )
     similarity_after: float | None = column(
         "nats",
-        "mutual information of the scans after registration, of several pairs the least",
+        "mutual information of the scans after registration; of several pairs, the smallest",
         None,
     )
     warnings: str = column("", "what to know before trusting the row; empty if nothing", "")
     seconds: float | None = column("s", "time taken for this patient", None)
-    volseg_version: str | None = column("", "version that compared", None)
+    volseg_version: str | None = column("", "volseg version that compared the patient", None)
 
 
 def judge_response(
     pairs: Sequence[ScanPair], *, patient: str, lymph_nodes: Collection[str] = ()
 ) -> PatientResponse:
-    """The row of a patient: response by RECIST 1.1 with the rule that decided, sums, volumes and counts.
+    """Return the row of a patient: response by RECIST 1.1 and its rule, sums, volumes and counts.
 
-    Targets are chosen, added up and judged over all scans of the patient. With two time points the baseline is the nadir. Unequivocal
-    progression of non-target lesions is a reader's judgement and is not made here. Where the matches of a pair cannot be trusted there
-    is no response, for that is the reason, unless a lesion is new in another one. Where diameters and volumes of the targets are of
-    different classes there is none either, unless a lesion is new.
+    Targets are chosen, summed and judged over all scans of the patient. With two time points, the
+    baseline is the nadir. Unequivocal progression of non-target lesions is left to a reader. Unless
+    a lesion is new, the response is empty if the matches of a pair cannot be trusted, or if the
+    diameters and volumes of the targets disagree.
 
     Args:
-        lymph_nodes: labels, by name or value, whose lesions count by their short axis and are normal under 10 mm.
+        lymph_nodes: labels of lymph nodes, by name or value; these are measured by their short
+            axis and are normal below 10 mm.
 
     Source: RECIST 1.1, sections 4.3 and 4.4, tables 1 and 2.
     """
     name_of = _numbered if len(pairs) == 1 else _numbered_in_its_scan
     baseline, followup = lesions_of(pairs)
     targets = choose_targets(baseline, lymph_nodes)
-    chosen = targets or []
+    target_lesions = targets or []
+    target_ids = {id(lesion) for lesion in target_lesions}
     groups = groups_of(pairs, lymph_nodes)
     of_targets = [
-        group
-        for group in groups
-        if any(target is each for target in chosen for each in group.before)
+        group for group in groups if any(id(lesion) in target_ids for lesion in group.before)
     ]
     others = [
         group
@@ -214,11 +225,9 @@ def judge_response(
         if group.before and group not in of_targets and not group.was_normal
     ]
     doubtful = [pair for pair in pairs if _is_doubtful(pair)]
-    twins = [
-        _twins(scans)
-        for scans in ([pair.baseline for pair in pairs], [pair.followup for pair in pairs])
-    ]
-    # Where the baseline does not reach counts as new too (section 4.3.5); under another label it may have been there before.
+    twins = [_twins([pair.baseline for pair in pairs]), _twins([pair.followup for pair in pairs])]
+    # A lesion outside the baseline's field of view counts as new too (section 4.3.5). One that had
+    # another label may have been there before.
     only_later = [
         group
         for group in groups
@@ -226,7 +235,7 @@ def judge_response(
         and not group.is_relabelled
         and group.pair not in doubtful
     ]
-    uncertain = {id(group) for group in only_later if _may_be_known(group, groups, twins[1])}
+    uncertain = {id(group) for group in only_later if _may_be_seen(group, groups, twins[1])}
     new, perhaps_new = (
         [
             lesion
@@ -246,19 +255,13 @@ def judge_response(
             for pair in doubtful
         ),
     )
-    sums = (
-        _Sums.of(chosen, of_targets, lambda lesion: diameter_mm(lesion, lymph_nodes))
-        if chosen
-        else None
-    )
-    volumes = (
-        _Sums.of(chosen, of_targets, lambda lesion: known(lesion.volume_ml)) if chosen else None
-    )
+    sums = _Sums.of(target_lesions, of_targets, lambda lesion: diameter_mm(lesion, lymph_nodes))
+    volumes = _Sums.of(target_lesions, of_targets, lambda lesion: none_if_nan(lesion.volume_ml))
     is_gone = all(group.is_gone for group in of_targets)
     target = None if sums is None else _target_response(sums, SIZE, is_gone=is_gone)
     non_target = _non_target_response(others)
     by_volume = None if volumes is None else _target_response(volumes, VOLUME, is_gone=is_gone)
-    sizes = {id(lesion): diameter_mm(lesion, lymph_nodes) or 0.0 for lesion in chosen}
+    sizes = {id(lesion): diameter_mm(lesion, lymph_nodes) or 0.0 for lesion in target_lesions}
     contradiction, difference_of_sums = _disagreement(
         sums, volumes, of_targets, sizes, is_gone=is_gone
     )
@@ -282,7 +285,7 @@ def judge_response(
         response_rule=rule,
         target_response=target,
         non_target_response=None if targets is None else non_target,
-        targets=";".join(map(name_of, chosen)) or None,
+        targets=";".join(map(name_of, target_lesions)) or None,
         baseline_sum_mm=sums and sums.before,
         nadir_sum_mm=sums and sums.before,
         followup_sum_mm=sums and sums.after,
@@ -309,7 +312,7 @@ def judge_response(
         tilt_deg=max((pair.tilt_deg for pair in pairs if pair.tilt_deg is not None), default=None),
         warnings="; ".join(
             [
-                *_warnings(groups, of_targets, chosen, new, twins, lymph_nodes, name_of),
+                *_warnings(groups, of_targets, target_ids, new, twins, lymph_nodes, name_of),
                 *_crumb_warnings(groups, name_of),
                 *([f"W_DISAGREE: {contradiction}"] if contradiction else []),
                 *([f"W_VOLUME: {difference_of_sums}"] if difference_of_sums else []),
@@ -319,7 +322,7 @@ def judge_response(
 
 
 def _is_doubtful(pair: ScanPair) -> bool:
-    """Whether its lesions may have been matched wrongly; where one scan has none, none were matched."""
+    """Check whether lesions may be matched wrongly; without lesions in one scan, none are."""
     return bool(pair.doubt and pair.baseline and pair.followup)
 
 
@@ -340,7 +343,7 @@ def _numbered_in_its_scan(lesion: LesionMeasurement) -> str:
 
 @dataclass(frozen=True, slots=True)
 class _Limits:
-    """Changes of a sum, as shares of it, from which there is response or progression, and the least rise."""
+    """Limits of partial response and progression, as fractions of the sum, and the least rise."""
 
     partial: float
     progression: float
@@ -348,7 +351,7 @@ class _Limits:
 
 
 SIZE = _Limits(-0.30, 0.20, 5.0)  # mm
-VOLUME = _Limits(0.7**3 - 1, 1.2**3 - 1, 0.0)  # of balls whose diameters change so
+VOLUME = _Limits(0.7**3 - 1, 1.2**3 - 1, 0.0)  # the same for the volumes of balls
 
 
 @dataclass(frozen=True, slots=True)
@@ -356,9 +359,9 @@ class _Sums:
     """Sum over the targets at both times.
 
     Args:
-        after: None where one of them is not known, or is cut off by the border of its scan.
-        least: of those that are known, and of the parts that are seen.
-        is_least_before: whether one of them is cut off at baseline, so that the sum is a lower bound.
+        after: None if a target is unknown, or cut off by the border of its scan.
+        least: sum over the known and visible parts, a lower bound.
+        is_least_before: a target is cut off at baseline, so `before` is a lower bound.
     """
 
     before: float
@@ -372,7 +375,10 @@ class _Sums:
         targets: Sequence[LesionMeasurement],
         groups: Sequence[LesionGroup],
         size: Callable[[LesionMeasurement], float | None],
-    ) -> _Sums:
+    ) -> _Sums | None:
+        """Return the sums; None if there are no targets."""
+        if not targets:
+            return None
         after = [size(lesion) for group in groups for lesion in group.after]
         least = sum(value for value in after if value is not None)
         is_cut = any(lesion.touches_border for group in groups for lesion in group.after)
@@ -401,11 +407,11 @@ def _target_response(sums: _Sums, limits: _Limits, *, is_gone: bool) -> str:
         rise >= limits.progression * sums.before - ROUNDING and rise >= limits.least_rise - ROUNDING
     )
     if has_grown and not sums.is_least_before:
-        return "PD"  # whatever the targets that are not known have become
+        return "PD"  # whatever the size of the unknown targets
     if sums.after is None:
         return "NE"
     if rise <= limits.partial * sums.before + ROUNDING:
-        return "PR"  # the more so if there was more at baseline than was seen
+        return "PR"  # even more so if a target was cut off at baseline
     return "NE" if sums.is_least_before else "SD"
 
 
@@ -417,11 +423,12 @@ def _disagreement(
     *,
     is_gone: bool,
 ) -> tuple[str, str]:
-    """Why diameters and volumes of the targets contradict each other, and, if they do not, why their classes differ.
+    """Return why diameters and volumes contradict each other; else why their classes differ.
 
-    A lesion that keeps its shape grows in diameter by the cube root of the factor of its volume. So the volumes tell what the
-    sum of diameters should be; if that is of another class, one of the two is wrong, or the lesions changed their shape.
-    The class of the sum of volumes may differ without that, as large lesions weigh more in it.
+    If a lesion keeps its shape, its diameter grows by the cube root of its volume ratio. So the
+    volumes imply a sum of diameters; if that gives another response, one of the two is wrong, or
+    the lesions changed their shape. The sum of volumes may give another response even without a
+    contradiction, as large lesions weigh more in it.
     """
     if sums is None or volumes is None:
         return "", ""
@@ -437,20 +444,21 @@ def _disagreement(
     by_diameters = f"{by_size} by their diameters{_percent_text(size_percent)}"
     if implied != by_size:
         return (
-            f"the targets are {by_diameters} and {implied} by their volumes{_percent_text(volume_percent)}, which "
-            f"imply a sum of diameters of {implied_mm:.1f} mm: look at both masks to see which is right"
+            f"the targets are {by_diameters} and {implied} by their volumes"
+            f"{_percent_text(volume_percent)}, which imply a sum of diameters of "
+            f"{implied_mm:.1f} mm: check both masks to see which is right"
         ), ""
     without_rise = _target_response(sums, replace(SIZE, least_rise=0.0), is_gone=is_gone)
     if by_volume in (by_size, without_rise):
-        return "", ""  # the rise of 5 mm has no counterpart for volumes
+        return "", ""  # the least rise of 5 mm has no equivalent for volumes
     return "", (
-        f"the sum of volumes alone would be {by_volume}{_percent_text(volume_percent)}, the targets are {by_diameters}: "
-        "large targets weigh more in a sum of volumes"
+        f"the sum of volumes alone would be {by_volume}{_percent_text(volume_percent)}, "
+        f"the targets are {by_diameters}: large targets weigh more in a sum of volumes"
     )
 
 
 def _implied_mm(of_targets: Sequence[LesionGroup], sizes: _Sizes) -> float:
-    """Sum of diameters at follow-up if every target had kept its shape."""
+    """Return the sum of diameters at follow-up if every target had kept its shape."""
     total_mm = 0.0
     for group in of_targets:
         before_ml, after_ml = (
@@ -473,11 +481,11 @@ def _non_target_response(groups: Sequence[LesionGroup]) -> str | None:
     return "CR" if all(group.is_gone for group in groups) else "Non-CR/Non-PD"
 
 
-def _may_be_known(
+def _may_be_seen(
     group: LesionGroup, groups: Sequence[LesionGroup], twins: Sequence[_Twins]
 ) -> bool:
-    """Whether a lesion of the follow-up alone may be one that another scan of the patient shows."""
-    if any(lesion is each for pair in twins for each in pair for lesion in group.after):
+    """Check whether a lesion seen at follow-up only may be one that another scan shows."""
+    if any(lesion is twin for pair in twins for twin in pair for lesion in group.after):
         return True
     labels = {label_of(lesion) for lesion in group.after}
     return group.status == "outside" and any(
@@ -491,7 +499,7 @@ def _may_be_known(
 def _new_pieces(
     groups: Sequence[LesionGroup], lymph_nodes: Collection[str]
 ) -> list[LesionMeasurement]:
-    """Crumbs as long as a measurable lesion, beside one that was there before, where there was nothing."""
+    """Return crumbs as long as a measurable lesion, beside an old lesion, where nothing was."""
     pieces = []
     for group in groups:
         shared_mm3 = {
@@ -501,7 +509,7 @@ def _new_pieces(
         }
         for crumb in group.crumbs_after if group.before else ():
             size_mm = diameter_mm(crumb, lymph_nodes)
-            is_new = shared_mm3[crumb.lesion_id] < MIN_SHARE * crumb.volume_mm3
+            is_new = shared_mm3[crumb.lesion_id] < MIN_FRACTION * crumb.volume_mm3
             if is_new and size_mm is not None and size_mm >= recist.MEASURABLE_MM:
                 pieces.append(crumb)
     return pieces
@@ -528,48 +536,52 @@ def _unclear(
     lymph_nodes: Collection[str],
     name_of: _Name,
 ) -> str:
-    """What keeps anything but progression from being said; empty if nothing does."""
-    found = []
+    """Return what a reader must decide before any response but progression; else empty."""
+    questions = []
     grown = [
-        group
+        lesion
         for group in groups
         if group.before and group.was_normal and group.after and not group.is_normal
+        for lesion in group.after
     ]
     if grown:
-        listed = ", ".join(name_of(lesion) for group in grown for lesion in group.after)
-        found.append(
-            f"lymph node {listed} was normal at baseline and is not any more: say whether that is new disease"
+        listed = ", ".join(map(name_of, grown))
+        questions.append(
+            f"lymph node {listed} was normal at baseline and no longer is: decide whether that is "
+            "new disease"
         )
-    named = [
+    relabelled = [
         lesion
         for group in groups
         if group.is_relabelled and not group.before
         for lesion in group.after
+        if not is_normal(lesion, lymph_nodes)
     ]
-    if named := [name_of(lesion) for lesion in named if not is_normal(lesion, lymph_nodes)]:
-        found.append(
-            f"lesion {', '.join(named)} is new or had another label at baseline: say which"
-        )
+    if relabelled:
+        listed = ", ".join(map(name_of, relabelled))
+        questions.append(f"lesion {listed} is new or had another label at baseline: decide which")
     if perhaps_new:
         listed = ", ".join(map(name_of, perhaps_new))
-        found.append(
-            f"lesion {listed} is new or one that another scan of the patient shows too: say which"
+        questions.append(
+            f"lesion {listed} is new, or another scan of the patient shows it too: decide which"
         )
     if new_pieces:
         listed = ", ".join(f"{name_of(lesion)} ({_size_text(lesion)})" for lesion in new_pieces)
-        found.append(
-            f"piece {listed} beside a lesion is new: say whether it is new disease or a part of that lesion"
+        questions.append(
+            f"piece {listed} beside a lesion is new: decide whether it is new disease or a part of "
+            "that lesion"
         )
-    return "; ".join(found)
+    return "; ".join(questions)
 
 
 @dataclass(frozen=True, slots=True)
 class _Verdict:
-    """What the overall response depends on besides targets and other lesions.
+    """What the overall response depends on besides target and non-target lesions.
 
     Args:
         new: lesions that count as new, with their sizes.
-        unclear: what keeps anything but progression from being said. doubt: what keeps everything from being said.
+        unclear: why there is no response except progression.
+        doubt: why there is no response at all.
     """
 
     new: Sequence[str]
@@ -578,7 +590,7 @@ class _Verdict:
 
     @property
     def is_decided(self) -> bool:
-        """Whether the targets do not matter."""
+        """True if the response does not depend on the targets."""
         return bool(self.new or self.doubt)
 
     def of(
@@ -589,49 +601,51 @@ class _Verdict:
         *,
         targets_are_known: bool,
     ) -> tuple[str | None, str]:
-        """Response and the rule that decided. `non_target` is of all lesions where the targets are not known."""
+        """Return response and rule; `non_target` covers all lesions if the targets are unknown."""
         if self.new:
             return "PD", f"PD: new lesion{'s' * (len(self.new) > 1)} {', '.join(self.new)}"
         if self.doubt:
             return None, self.doubt
-        found, rule = _overall(target, non_target, sums, targets_are_known=targets_are_known)
-        return (None, self.unclear) if self.unclear and found != "PD" else (found, rule)
+        response, rule = _overall(target, non_target, sums, targets_are_known=targets_are_known)
+        return (None, self.unclear) if self.unclear and response != "PD" else (response, rule)
 
 
 def _overall(
     target: str | None, non_target: str | None, sums: _Sums | None, *, targets_are_known: bool
 ) -> tuple[str | None, str]:
-    """Of a patient without new lesions."""
+    """Return response and rule of a patient without new lesions."""
     if target is None and non_target is None:
-        return "NE", "NE: no lesion of disease at baseline and no new one, so nothing can respond"
+        return "NE", "NE: no disease at baseline and no new lesion, so nothing can respond"
     if {target, non_target} <= {"CR", None}:
-        return "CR", "CR: all lesions of the baseline are gone, and no lesion is new"
+        return "CR", "CR: all baseline lesions are gone, and no lesion is new"
     if not targets_are_known:
         return (
             None,
-            "diameters were not measured, so there are no targets to judge by: measure both scans again",
+            "diameters were not measured, so no targets can be chosen: measure both scans again",
         )
     if target is None:
-        return (
-            non_target,
-            f"{non_target}: no target lesion, since none was measurable at baseline; {_REST[non_target]}",
-        )
+        others = NON_TARGET_TEXTS[non_target]
+        return non_target, f"{non_target}: no target, as no lesion was measurable; {others}"
     if target == "CR":
-        return "PR", f"PR: all targets are gone; {_REST[non_target]}"
-    return target, f"{target}: {_sum_text(sums)}; {_WHY[target]}"
+        return "PR", f"PR: all targets are gone; {NON_TARGET_TEXTS[non_target]}"
+    return target, f"{target}: {_sum_text(sums)}; {TARGET_TEXTS[target]}"
 
 
-_REST = {
+NON_TARGET_TEXTS = {
     None: "there are no other lesions",
     "CR": "the other lesions are gone",
     "Non-CR/Non-PD": "other lesions are still there",
-    "NE": "other lesions lie where the follow-up does not reach",
+    "NE": "other lesions lie outside the field of view of the follow-up",
 }
-_WHY = {
-    "PD": "PD from +20 % and +5 mm over the nadir, which is the baseline, as there are two time points",
+NADIR = "the nadir, which is the baseline, as there are two time points"
+TARGET_TEXTS = {
+    "PD": f"PD from +20 % and +5 mm over {NADIR}",
     "PR": "PR from −30 %",
-    "SD": "neither −30 % (PR) nor +20 % and +5 mm (PD) over the nadir, which is the baseline, as there are two time points",
-    "NE": "a target lies where the follow-up does not reach, is cut off by the border of a scan, or has no diameter there",
+    "SD": f"neither −30 % (PR) nor +20 % and +5 mm (PD) over {NADIR}",
+    "NE": (
+        "a target lies outside the field of view of the follow-up, is cut off by the border of a "
+        "scan, or has no diameter"
+    ),
 }
 
 
@@ -659,7 +673,7 @@ def _size_text(lesion: LesionMeasurement) -> str:
 def _warnings(
     groups: Sequence[LesionGroup],
     of_targets: Sequence[LesionGroup],
-    targets: Sequence[LesionMeasurement],
+    target_ids: Collection[int],
     new: Sequence[LesionMeasurement],
     twins: Sequence[Sequence[_Twins]],
     lymph_nodes: Collection[str],
@@ -671,33 +685,31 @@ def _warnings(
         name for name in names if re.search(r"lymph|(?<![a-z])nodes?(?![a-z])", name.lower())
     )
     if nodes:
-        yield f"W_NODE: {', '.join(nodes)} sounds like lymph nodes, but was not said to be: long axes are taken"
+        listed = ", ".join(nodes)
+        yield f"W_NODE: {listed} sounds like lymph nodes: pass --lymph-node to use short axes"
     sizes = [diameter_mm(lesion, lymph_nodes) for lesion in new]
     if new and not any(size is None or size >= recist.MEASURABLE_MM for size in sizes):
-        yield "W_NEW: every new lesion is under 10 mm; RECIST asks that a new lesion be unequivocal: look at it"
+        yield "W_NEW: all new lesions are under 10 mm; check them, RECIST wants unequivocal ones"
     if any(group.is_relabelled for group in groups):
         yield "W_LABEL: a lesion overlaps one of another label; it counts as gone, and not as new"
     for group in of_targets:
-        joined = [
-            name_of(lesion)
-            for lesion in group.before
-            if not any(target is lesion for target in targets)
-        ]
+        joined = [name_of(lesion) for lesion in group.before if id(lesion) not in target_ids]
         if joined:
-            listed = ", ".join(joined)
-            yield f"W_MERGED: a target merged with lesions {listed}, which are no targets; the whole counts as target"
+            merged = f"a target merged with lesions {', '.join(joined)}, which are not targets"
+            yield f"W_MERGED: {merged}; the whole counts as target"
     if outside := [group for group in groups if group.status == "outside"]:
         counts = "; those of the follow-up count as new (RECIST 1.1, section 4.3.5)"
         is_counted = any(not _is_doubtful(group.pair) for group in outside)
-        yield f"W_OUTSIDE: lesions lie where the other scan does not reach{counts if is_counted else ''}"
+        outside_of = "lesions lie outside the field of view of the other scan"
+        yield f"W_OUTSIDE: {outside_of}{counts if is_counted else ''}"
     if any(lesion.touches_border for lesion in lesions):
         yield "W_BORDER: a lesion touches the border of its scan, so its size is a lower bound"
-    for time, found in zip(("baseline", "follow-up"), twins, strict=True):
-        if found:
-            listed = ", ".join(f"{name_of(one)} and {name_of(other)}" for one, other in found)
+    for time, twins_then in zip(("baseline", "follow-up"), twins, strict=True):
+        if twins_then:
+            listed = ", ".join(f"{name_of(a)} and {name_of(b)}" for a, b in twins_then)
             yield (
-                f"W_TWICE: at {time} {listed} lie at one place of the world: if they are one lesion that two scans show, it counts "
-                "twice; leave it out of the masks of one scan, at both times"
+                f"W_TWICE: at {time} {listed} lie at the same place. If two scans show the same "
+                "lesion, it counts twice: remove it from the masks of one scan, at both times"
             )
 
 
@@ -705,16 +717,15 @@ _Twins = tuple[LesionMeasurement, LesionMeasurement]
 
 
 def _twins(scans: Sequence[Sequence[LesionMeasurement]]) -> list[_Twins]:
-    """Lesions in two scans of a day that may be the same one: of one label, and near each other in world coordinates."""
-    found = []
-    for one, other in combinations(scans, 2):
-        for label in dict.fromkeys(map(label_of, one)):
-            here, there = (
-                [lesion for lesion in lesions if label_of(lesion) == label]
-                for lesions in (one, other)
-            )
-            if there:
-                mm, nearest = map(np.asarray, KDTree(centroids_mm(there)).query(centroids_mm(here)))
+    """Return pairs of lesions in scans of the same time that may be one: same label, near."""
+    twins = []
+    for scan, other_scan in combinations(scans, 2):
+        for label in dict.fromkeys(map(label_of, scan)):
+            lesions = [lesion for lesion in scan if label_of(lesion) == label]
+            others = [lesion for lesion in other_scan if label_of(lesion) == label]
+            if others:
+                tree = KDTree(centroids_mm(others))
+                mm, nearest = map(np.asarray, tree.query(centroids_mm(lesions)))
                 near = np.flatnonzero(mm <= ONE_PLACE_MM).tolist()
-                found += [(here[at], there[int(nearest[at])]) for at in near]
-    return found
+                twins += [(lesions[n], others[int(nearest[n])]) for n in near]
+    return twins

@@ -10,16 +10,20 @@ from volseg.columns import column
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LesionMeasurement:
-    """A row of lesions.csv. None and NaN both mean unknown and are written as an empty cell; `notes` says why."""
+    """A row of lesions.csv.
+
+    None and NaN both mean unknown and are written as an empty cell; `notes` says why.
+    """
 
     case_id: str = column("", "name of the scan")
     lesion_id: int = column(
         "",
-        "number of the lesion in the scan and in lesion_ids; 1 is the largest, or with `--objects labels` the smallest value",
+        "number of the lesion in the scan and in lesion_ids; 1 is the largest lesion, or with "
+        "`--objects labels` the smallest label value",
     )
     label: int = column("", "value of the lesion in the mask")
     label_name: str | None = column(
-        "", "name of that value; where it has none empty, or from `measure` label_7"
+        "", "name of that value; without a name empty, or such as label_7 from `volseg measure`"
     )
     n_voxels: int = column("voxels", "number of voxels")
     volume_mm3: float = column(
@@ -30,7 +34,7 @@ class LesionMeasurement:
     volume_ml: float = column("mL", "volume_mm3 / 1000")
     intensity_mean: float = column(
         "intensity_unit",
-        "mean of the original intensities; they are empty if a voxel is not finite",
+        "mean of the original intensities; all intensities are empty if a voxel is not finite",
         source="IBSI Q4LE",
     )
     intensity_sd: float = column(
@@ -53,7 +57,7 @@ class LesionMeasurement:
     intensity_max: float = column("intensity_unit", "their maximum", source="IBSI 84IY")
     intensity_unit: str = column(
         "",
-        "unit of the intensities: HU, SUV; a.u. if unknown or contradicted; `notes` says if it is a guess",
+        "HU, SUV or another unit; a.u. if unknown or contradicted; `notes` says if it is a guess",
     )
     centroid_r_mm: float = column(
         "mm", "centre of mass of the voxels, towards the patient's right (RAS world)"
@@ -61,15 +65,16 @@ class LesionMeasurement:
     centroid_a_mm: float = column("mm", "the same, towards anterior")
     centroid_s_mm: float = column("mm", "the same, towards superior")
     touches_border: bool = column(
-        "", "a voxel lies on the edge of the array; volume is a lower bound if it was cut"
+        "", "true if a voxel lies on the edge of the array, so that the lesion may be cut off"
     )
     confidence_mean: float | None = column(
         "0 to 1",
-        "mean probability of the class that the model chose, before post-processing; empty without a model",
+        "mean probability of the predicted label, before post-processing; empty without a model",
     )
     class_name: str | None = column(
         "",
-        "most probable class; empty without a classifier, or if the modality or unit of the scan is in doubt",
+        "most probable class; empty without a classifier, or if the modality or unit of the scan "
+        "is in doubt",
     )
     class_probability: float | None = column("0 to 1", "probability of that class")
     class_probabilities: str | None = column(
@@ -83,7 +88,8 @@ class LesionMeasurement:
     )
     volume_expected_ml: float | None = column(
         "mL",
-        "sum of the model's probability of a lesion over its voxels and those up to 2 away; empty without a model",
+        "sum of the model's lesion probability over its voxels and background up to 2 voxels away; "
+        "empty without a model",
         None,
     )
     intensity_p05: float | None = column(
@@ -108,36 +114,39 @@ class LesionMeasurement:
     )
     intensity_kurtosis: float | None = column(
         "",
-        "excess kurtosis of the intensities, m₄ / m₂² − 3: 0 for a normal distribution; empty if all are equal",
+        "excess kurtosis of the intensities, m₄ / m₂² − 3: 0 for a normal distribution; "
+        "empty if all are equal",
         None,
         source="IBSI IPH6",
     )
     intensity_mean_eroded1: float | None = column(
         "intensity_unit",
-        "mean of the core: voxels whose six neighbours are all in the lesion, so that none holds part of something else",
+        "mean of the voxels whose six neighbours all lie in the lesion: excludes partial volume",
         None,
     )
     density_g_cm3: float | None = column(
         "g/cm³",
-        "mean mass density of the voxels from their HU, by a piecewise-linear calibration; only if `--unit` or the model states HU",
+        "mean mass density of the voxels, from HU by a piecewise-linear calibration; "
+        "only if `--unit` or the model states HU",
         None,
         source="Schneider, Phys Med Biol 45:459 (2000), or the recipe's",
     )
     mass_g: float | None = column("g", "density_g_cm3 × volume_ml", None)
     agatston_score: float | None = column(
         "",
-        "calcium: area over 130 HU per slice × 1 to 4 by its peak, summed, × slice distance / 3 mm; only where asked for",
+        "area over 130 HU per slice × 1 to 4 by its peak, summed, × slice distance / 3 mm; "
+        "only if calcium is scored",
         None,
         source="Agatston, JACC 15:827 (1990)",
     )
     calcium_volume_mm3: float | None = column(
-        "mm³", "volume of the voxels that the Agatston score counts", None
+        "mm³", "volume of the voxels counted in the Agatston score", None
     )
     calcium_mass_mg: float | None = column(
         "mg", "their mean HU × volume × the recipe's calibration factor; empty without one", None
     )
     surface_area_mm2: float | None = column(
-        "mm²", "area of the surface of volume_mesh_mm3", None, source="IBSI C0JK"
+        "mm²", "area of the surface that encloses volume_mesh_mm3", None, source="IBSI C0JK"
     )
     sphericity: float | None = column(
         "0 to 1", "(36 π V²)^⅓ / A of that surface: 1 for a ball", None, source="IBSI QCFX"
@@ -168,7 +177,7 @@ class LesionMeasurement:
     )
     long_axis_mm: float | None = column(
         "mm",
-        "longest chord between points of the contour in one axial slice",
+        "longest chord between two points of the contour in any axial slice",
         None,
         source="RECIST 1.1, Eur J Cancer 45:228 (2009)",
     )
@@ -176,7 +185,7 @@ class LesionMeasurement:
         "mm", "longest chord perpendicular to it in the same slice", None, source="RECIST 1.1"
     )
     axis_slice: int | None = column(
-        "", "that slice, counted from 0 at the lowest slice of the scan", None
+        "", "slice of the two axes, counted from 0 at the lowest slice of the scan", None
     )
     long_axis_p0_ras: str | None = column("mm", "one end of the long axis: [R, A, S]", None)
     long_axis_p1_ras: str | None = column("mm", "its other end", None)
@@ -184,48 +193,50 @@ class LesionMeasurement:
     short_axis_p1_ras: str | None = column("mm", "its other end", None)
     recist_measurable: bool | None = column(
         "",
-        "long axis ≥ 10 mm and, where slices are over 5 mm apart, ≥ twice their distance; of a lymph node short axis ≥ 15 mm",
+        "long axis ≥ 10 mm and, if slices are over 5 mm apart, ≥ twice their distance; "
+        "for a lymph node short axis ≥ 15 mm",
         None,
         source="RECIST 1.1",
     )
     bbox_min_ras: str | None = column(
-        "mm", "lowest [R, A, S] of any of its voxels, edges included", None
+        "mm", "lower corner [R, A, S] of the bounding box, edges of voxels included", None
     )
-    bbox_max_ras: str | None = column("mm", "highest [R, A, S]", None)
+    bbox_max_ras: str | None = column("mm", "upper corner [R, A, S] of the bounding box", None)
     nearest_lesion_mm: float | None = column(
         "mm",
-        "distance between its surface and that of the nearest other lesion; empty if there is none",
+        "distance to the surface of the nearest other lesion; empty if there is none",
         None,
     )
     confidence_p10: float | None = column(
         "0 to 1", "10th percentile of the probability whose mean is confidence_mean", None
     )
-    spacing_r_mm: float | None = column(
-        "mm", "distance of voxels along the array axis nearest to R", None
-    )
+    spacing_r_mm: float | None = column("mm", "voxel size along the array axis nearest to R", None)
     spacing_a_mm: float | None = column("mm", "the same, nearest to A", None)
     spacing_s_mm: float | None = column("mm", "the same, nearest to S", None)
     connectivity: int | None = column(
-        "", "26: voxels that share a corner are one lesion; empty with `--objects labels`", None
+        "", "26: voxels that share a corner belong together; empty with `--objects labels`", None
     )
     model: str | None = column(
         "", "name and hash of the model; empty for a mask from elsewhere", None
     )
-    volseg_version: str | None = column("", "version that measured", None)
+    volseg_version: str | None = column("", "volseg version that measured the lesion", None)
     notes: str = column("", "what could not be measured, and why; empty if nothing")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CaseRow:
-    """A row of cases.csv. A case that failed is a row too; None is unknown and is written as an empty cell."""
+    """A row of cases.csv, also for a failed case.
+
+    None means unknown and is written as an empty cell.
+    """
 
     case_id: str = column("", "name of the scan")
     status: Literal["done", "failed", "pending", "unknown"] = column(
-        "", "done, failed, pending (not reached yet) or unknown (the record of the case is damaged)"
+        "", "done, failed, pending (not reached yet) or unknown (the case's record is damaged)"
     )
-    reason: str = column("", "why it failed and what to do; empty if it did not", default="")
+    reason: str = column("", "why the case failed and what to do; empty if it did not", default="")
     n_lesions: int | None = column(
-        "", "number of rows in lesions.csv; 0 is a scan without lesions", default=None
+        "", "number of rows in lesions.csv; 0 for a scan without lesions", default=None
     )
     total_volume_ml: float | None = column("mL", "sum of the volumes of all lesions", default=None)
     image: str = column("", "file of the scan", default="")
@@ -241,21 +252,24 @@ class CaseRow:
     )
     sum_long_axis_mm: float | None = column(
         "mm",
-        "sum of diameters: long axes (short ones of lymph nodes) of the five largest measurable lesions, two per label at most, or as many as the recipe says",
+        "sum of diameters: long axes (short axes of lymph nodes) of the five largest measurable "
+        "lesions, at most two per label; the recipe may set other numbers",
         default=None,
         source="RECIST 1.1, Eur J Cancer 45:228 (2009)",
     )
-    n_measurable: int | None = column("", "lesions that are measurable by that rule", default=None)
+    n_measurable: int | None = column(
+        "", "number of measurable lesions, see recist_measurable", default=None
+    )
     organ_volume_ml: float | None = column(
         "mL",
-        "volume of the organ and of all lesions, whatever their label; empty where no label is the organ",
+        "volume of the organ and all lesions of any label; empty if no label is the organ",
         default=None,
     )
     burden: float | None = column(
         "0 to 1",
-        "volume of all lesions / organ_volume_ml: every other label counts as lesions of the organ",
+        "volume of all lesions / organ_volume_ml; all other labels count as lesions of the organ",
         default=None,
     )
     agatston_score: float | None = column(
-        "", "sum over its lesions; only where asked for", default=None
+        "", "sum over all lesions; only if calcium is scored", default=None
     )

@@ -1,4 +1,4 @@
-"""Diameters of a lesion in planes that are no slices of its scan, such as those of an earlier one."""
+"""Diameters of a lesion in oblique planes, such as the axial planes of the baseline scan."""
 
 from __future__ import annotations
 
@@ -14,35 +14,30 @@ from volseg.preprocess.crop import AxisOrder, canonical_geometry
 from volseg.volume import Geometry
 
 MESHED_TOGETHER = 2**21  # voxels of a lesion's box
-SURFACE_TOGETHER = 2**16  # faces of its voxels: noise has more, and is cut by some planes at a time
-SOME_VOXELS, SOME_TRIANGLES, SOME_PIECES = (
-    2**17,
-    2**15,
-    2**20,
-)  # of such a surface that are held at once
-PIECES = 3  # of surface in a plane, per voxel that the plane meets
-# Measured with masks of noise: bytes per voxel that is meshed, per piece, and of the triangles that are cut.
+SURFACE_TOGETHER = 2**16  # faces of voxels; a larger surface (noise) is cut by a few planes at once
+SOME_VOXELS, SOME_TRIANGLES, SOME_PIECES = 2**17, 2**15, 2**20  # held at once of such a surface
+PIECES = 3  # line segments in a plane, per voxel that the plane meets
+# Measured with masks of noise: bytes per meshed voxel, per segment, and for the cut triangles.
 MESH_BYTES, PIECE_BYTES, CUTTING = 200, 100, 64 << 20
-FLAT_MM = 1e-6  # a section that is no wider is a line
+FLAT_MM = 1e-6  # a narrower section is a line
 
 
 def axial_normal(geometry: Geometry) -> np.ndarray:
-    """(3,) unit normal, in RAS, of the axial slices: the planes of the axes nearest to R and A."""
+    """Return the unit normal (3,), in RAS, of the axial slices: of the axes nearest to R and A."""
     matrix = canonical_geometry(geometry, AxisOrder.of(geometry)).affine[:3, :3]
     normal = np.cross(matrix[:, 0], matrix[:, 1])
     return normal / np.linalg.norm(normal)
 
 
-def tilt_deg(baseline: Geometry, followup: Geometry, moved: np.ndarray) -> float:
-    """Angle in degrees between the axial slices of two scans, as they lie in the patient.
+def tilt_deg(baseline: Geometry, followup: Geometry, transform: np.ndarray) -> float:
+    """Return the angle in degrees between the axial slices of two scans, relative to the patient.
 
     Args:
-        moved: (4, 4) rigid, in RAS mm, from a point of the baseline to the same point of the
-            patient in the follow-up.
+        transform: (4, 4) rigid, RAS mm of the baseline → RAS mm of the follow-up.
     """
-    normal = moved[:3, :3] @ axial_normal(baseline)
+    normal = transform[:3, :3] @ axial_normal(baseline)
     other = axial_normal(followup)
-    # From the sine too: near 0 the cosine alone loses half of the digits.
+    # With the sine too: near 0 the cosine alone loses half of its digits.
     sine, cosine = float(np.linalg.norm(np.cross(normal, other))), abs(float(normal @ other))
     return math.degrees(math.atan2(sine, cosine))
 
@@ -58,26 +53,28 @@ def section_diameters(
 ) -> tuple[float, float]:
     """Measure the long and the short axis of a lesion in the planes perpendicular to `normal`.
 
-    The surface (marching cubes at 0.5 on the voxels) is cut by planes as far apart as the slices
-    are; where the planes are the slices themselves, the cuts are their contours, and the axes
-    those of `recist.diameters`. One of the planes meets a slice at the lesion's centroid; where
-    the whole lesion lies between two of them, the plane through the centroid cuts it instead.
+    The surface (marching cubes at 0.5 on the voxels) is cut by planes with the distance of the
+    slices. If the planes are the slices themselves, the cuts are their contours and the axes those
+    of `recist.diameters`. One plane meets a slice at the lesion's centroid; if the whole lesion
+    lies between two planes, it is cut through its centroid instead.
 
     Args:
-        inside: (R, A, S) bool of a lesion's box, with at least one voxel.
-        matrix: (3, 3) voxel → mm. Slices follow each other along S.
-        normal: (3,) of length 1, in mm.
-        meshed_together: voxels whose surface is held at once, which bounds the memory.
-        surface_together: faces of voxels that are cut at once; of a larger surface `some_pieces` of what the planes cut.
+        inside: (R, A, S) bool of a lesion's box, with at least one voxel; slices are stacked
+            along S.
+        matrix: (3, 3) voxel → mm.
+        normal: (3,) unit vector, in mm.
+        meshed_together: voxels whose surface is held at once; bounds the memory.
+        surface_together: faces of voxels that are cut at once.
+        some_pieces: line segments held at once for a larger surface.
 
     Returns:
-        The longest chord between points of the surface in one plane, and the longest one
-        perpendicular to it there, in mm.
+        Long and short axis in mm: the longest chord in any plane, and the longest one
+        perpendicular to it there.
     """
     frame = _frame(normal)
     planes = _Planes.of(inside, matrix, normal)
     lowest, highest = planes.reach(matrix, np.zeros(3), np.array(inside.shape))
-    band, triangles = highest - lowest + 1, meshed_together * 5  # a cube has five at most
+    band, triangles = highest - lowest + 1, meshed_together * 5  # a cube has at most five
     if _n_faces(inside) > surface_together:
         band = max(1, some_pieces // (PIECES * _largest_section(inside.shape)))
         meshed_together, triangles = min(meshed_together, SOME_VOXELS), SOME_TRIANGLES
@@ -90,7 +87,7 @@ def section_diameters(
     for ends in sections if first is None else chain([first], sections):
         points = ends.reshape(-1, 2)
         if np.linalg.norm(np.ptp(points, axis=0)) < longest - SAME_LENGTH_MM:
-            continue  # no chord is longer than the diagonal of the box round it
+            continue  # no chord is longer than the diagonal of the bounding box
         length, pair = _widest(points)
         if length < longest - SAME_LENGTH_MM:
             continue
@@ -104,19 +101,19 @@ def section_diameters(
 
 
 def section_bytes(shape: tuple[int, ...]) -> int:
-    """Most memory that `section_diameters` takes for any lesion whose box has this shape, beside that box."""
+    """Return the most bytes that `section_diameters` needs beside a box of this shape."""
     meshed = max(SOME_VOXELS, 2 * math.prod(shape) // min(shape))
     pieces = max(min(SOME_PIECES, PIECES * math.prod(shape)), PIECES * _largest_section(shape))
     return MESH_BYTES * meshed + PIECE_BYTES * pieces + CUTTING
 
 
 def _largest_section(shape: tuple[int, ...]) -> int:
-    """Voxels that a plane meets in a box at most: √3 times its largest face."""
+    """Return the most voxels that a plane meets in a box: √3 times its largest face."""
     return math.ceil(math.sqrt(3) * math.prod(shape) / min(shape))
 
 
 def _n_faces(inside: np.ndarray) -> int:
-    """Faces between a voxel inside and one outside, those at the border of the box aside."""
+    """Count the faces between inside and outside, except those at the border of the box."""
     return sum(
         int(np.count_nonzero(plane != after))
         for axis in range(3)
@@ -131,10 +128,11 @@ def _sections(
     frame: np.ndarray,
     together: tuple[int, int, int],
 ) -> Iterator[np.ndarray]:
-    """(N, 2 ends, 2) mm: the pieces of surface in each plane that meets the lesion, plane by plane in their order.
+    """Yield the line segments (N, 2 ends, 2) in mm of each plane that meets the lesion, in order.
 
     Args:
-        together: planes, voxels that are meshed, and triangles, at a time; what lies beyond these planes is meshed again for the next.
+        together: numbers of planes, meshed voxels and triangles held at once; each set of planes
+            meshes the surface again.
     """
     band, meshed, triangles = together
     lowest, highest = planes.reach(matrix, np.zeros(3), np.array(inside.shape))
@@ -148,7 +146,7 @@ def _sections(
             for number, ends in _cuts(mesh @ matrix.T, planes, first, last)
         ]
         numbers = np.concatenate([np.empty(0), *(number for number, _ in pieces)])
-        ends = np.concatenate([np.empty((0, 2, 2)), *(some for _, some in pieces)])
+        ends = np.concatenate([np.empty((0, 2, 2)), *(segments for _, segments in pieces)])
         del pieces
         order = np.argsort(numbers, kind="stable")
         _, starts = np.unique(numbers[order], return_index=True)
@@ -157,9 +155,9 @@ def _sections(
 
 
 class _Planes:
-    """Parallel planes; plane n: where the product with `normal` is `first` + n × `step`.
+    """Parallel planes: plane n is at height `first` + n × `step` along `normal`, in mm.
 
-    `centroid` is the product with `normal` at the centroid of the lesion.
+    `centroid` is the height of the lesion's centroid.
     """
 
     def __init__(self, normal: np.ndarray, first: float, step: float, centroid: float) -> None:
@@ -167,7 +165,7 @@ class _Planes:
 
     @classmethod
     def of(cls, inside: np.ndarray, matrix: np.ndarray, normal: np.ndarray) -> _Planes:
-        """Planes as far apart as slices, one of which passes a slice where the centroid is."""
+        """Return planes with the distance of slices, one of which meets a slice at the centroid."""
         n_voxels = [inside.sum(axis=tuple({0, 1, 2} - {axis})) for axis in range(3)]
         centroid = np.array([n @ np.arange(len(n)) / n.sum() for n in n_voxels])
         step = 1 / float(np.linalg.norm(np.linalg.inv(matrix)[2]))
@@ -177,11 +175,11 @@ class _Planes:
         return cls(normal, height + sense * to_slice * step, step, height)
 
     def through_centroid(self) -> _Planes:
-        """As far apart, but one of them passes the centroid itself."""
+        """Return planes with the same distance, one of which passes through the centroid."""
         return _Planes(self.normal, self.centroid, self.step, self.centroid)
 
     def reach(self, matrix: np.ndarray, start: np.ndarray, stop: np.ndarray) -> tuple[int, int]:
-        """Lowest and highest plane that may meet the surface of voxels `start` ≤ index < `stop`."""
+        """Return the lowest and highest plane that may meet voxels `start` ≤ index < `stop`."""
         corners = np.array(list(product(*zip(start - 1, stop, strict=True)))) @ matrix.T
         heights = (corners @ self.normal - self.first) / self.step
         return math.floor(heights.min()), math.ceil(heights.max())
@@ -194,15 +192,14 @@ class _Planes:
         first: int,
         last: int,
     ) -> bool:
-        """Whether one of these planes may meet the surface between two slices of a box."""
-        lowest, highest = self.reach(
-            matrix, np.array([0, 0, part[0]]), np.array([*shape[:2], part[1] + 1])
-        )
+        """Check whether planes `first` to `last` may meet the surface between two slices."""
+        start, stop = np.array([0, 0, part[0]]), np.array([*shape[:2], part[1] + 1])
+        lowest, highest = self.reach(matrix, start, stop)
         return lowest <= last and first <= highest
 
 
 def _frame(normal: np.ndarray) -> np.ndarray:
-    """(2, 3) two unit vectors in the plane."""
+    """Return two unit vectors (2, 3) that span the plane."""
     helper = np.eye(3)[int(np.argmin(np.abs(normal)))]
     first = np.cross(normal, helper)
     first /= np.linalg.norm(first)
@@ -210,7 +207,7 @@ def _frame(normal: np.ndarray) -> np.ndarray:
 
 
 def _parts(inside: np.ndarray, meshed_together: int) -> Iterator[tuple[int, int]]:
-    """First and last slice of what is meshed together, from -1; the last one is the first of the next."""
+    """Yield first and last slice of each part, from -1; the last is the first of the next part."""
     padded = (inside.shape[0] + 2) * (inside.shape[1] + 2)
     thick = max(1, meshed_together // padded)
     return (
@@ -219,16 +216,16 @@ def _parts(inside: np.ndarray, meshed_together: int) -> Iterator[tuple[int, int]
 
 
 def _meshes(inside: np.ndarray, part: tuple[int, int], triangles: int) -> Iterator[np.ndarray]:
-    """(T, 3 corners, 3) triangles of the surface between two slices, in voxels of the box, some at a time."""
+    """Yield triangles (T, 3 corners, 3) of the surface between two slices, in voxels of the box."""
     from skimage.measure import marching_cubes
 
     start, stop = part
     outside = np.ones((*(n + 2 for n in inside.shape[:2]), stop - start + 1), np.float32)
-    held = inside[:, :, max(0, start) : stop + 1]
-    outside[1:-1, 1:-1, max(0, -start) : max(0, -start) + held.shape[2]] = ~held
+    slices = inside[:, :, max(0, start) : stop + 1]
+    outside[1:-1, 1:-1, max(0, -start) : max(0, -start) + slices.shape[2]] = ~slices
     if outside.all() or not outside.any():
         return
-    # As in `shape`: voxels that touch along an edge belong together: the mask upside down.
+    # The inverted mask joins voxels that touch along an edge, as in `shape`.
     points, faces, _, _ = marching_cubes(outside, 0.5, method="lorensen")
     for first in range(0, len(faces), triangles):
         yield points[faces[first : first + triangles]].astype(np.float64) + (-1, -1, start)
@@ -237,10 +234,14 @@ def _meshes(inside: np.ndarray, part: tuple[int, int], triangles: int) -> Iterat
 def _cuts(
     triangles: np.ndarray, planes: _Planes, first: int, last: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Where triangles (T, 3, 3) in mm are cut by planes `first` to `last`: numbers (N,) of the
-    planes, and the ends (N, 2, 3) of what they have in common."""
+    """Yield plane numbers (N,) and segment ends (N, 2, 3) where planes cut triangles.
+
+    Args:
+        triangles: (T, 3, 3) in mm.
+        first, last: planes that are used.
+    """
     heights = (triangles @ planes.normal - planes.first) / planes.step
-    heights = np.round(heights, 9)  # a corner in a plane is in it
+    heights = np.round(heights, 9)  # a corner in a plane must be exactly in it
     order = np.argsort(heights, axis=1, kind="stable")
     heights = np.take_along_axis(heights, order, axis=1)
     low, middle, high = np.take_along_axis(triangles, order[:, :, None], axis=1).transpose(1, 0, 2)
@@ -254,26 +255,26 @@ def _cuts(
         upper = _between(middle[cut], high[cut], h_middle, h_high, number)
         short_edge = np.where((number <= h_middle)[:, None], lower, upper)
         yield number, np.stack([long_edge, short_edge], axis=1)
-        level = h_low == h_high  # a triangle in the plane: its other edges too
-        if level.any():
-            for one, other in ((low, middle), (middle, high)):
-                yield number[level], np.stack([one[cut][level], other[cut][level]], axis=1)
+        is_level = h_low == h_high  # a triangle in the plane: add its other edges
+        if is_level.any():
+            for a, b in ((low, middle), (middle, high)):
+                yield number[is_level], np.stack([a[cut][is_level], b[cut][is_level]], axis=1)
 
 
 def _between(
     low: np.ndarray, high: np.ndarray, h_low: np.ndarray, h_high: np.ndarray, height: np.ndarray
 ) -> np.ndarray:
-    """(N, 3) points of the edges from `low` to `high` at a height."""
+    """Return the points (N, 3) at `height` on the edges from `low` to `high`."""
     run = h_high - h_low
-    share = np.clip((height - h_low) / np.where(run > 0, run, 1.0), 0.0, 1.0)
-    return low + share[:, None] * (high - low)
+    fraction = np.clip((height - h_low) / np.where(run > 0, run, 1.0), 0.0, 1.0)
+    return low + fraction[:, None] * (high - low)
 
 
 def _widest(points: np.ndarray) -> tuple[float, np.ndarray]:
-    """Largest distance between two of (N, 2) points in mm, and the (2, 2) two."""
+    """Return the largest distance between two of N points in mm, and these two (2, 2)."""
     centred = points - points.mean(axis=0)
     _, sizes, axes = np.linalg.svd(centred, full_matrices=False)
-    if sizes[-1] <= FLAT_MM * math.sqrt(len(points)):  # a line has no hull
+    if sizes[-1] <= FLAT_MM * math.sqrt(len(points)):  # a line has no convex hull
         along = centred @ axes[0]
         pair = points[[int(along.argmin()), int(along.argmax())]]
         return float(np.linalg.norm(pair[1] - pair[0])), pair

@@ -1,9 +1,9 @@
-"""Are the numbers right here? Bodies whose measures are known, measured as every lesion is."""
+"""Selftest: measure bodies with known sizes in the same way as lesions, and compare."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +14,8 @@ from volseg.measure.rows import LesionMeasurement
 from volseg.recipe import Measure
 from volseg.volume import Geometry, Volume
 
-# The IBSI digital phantom (CC BY 4.0, theibsi/data_sets): x fastest, rows are y, lines are z; . is outside the lesion; voxels of 2 mm.
+# The IBSI digital phantom (CC BY 4.0, theibsi/data_sets), voxels of 2 mm: x fastest, rows are y,
+# lines are z; . is outside the lesion.
 IBSI_PHANTOM = """
 1 4 4 1 1 / 1 4 6 1 1 / 4 1 6 4 1 / 4 4 6 4 1
 1 4 4 1 1 / 1 1 6 1 1 / . 1 3 1 1 / 4 4 6 1 1
@@ -22,7 +23,7 @@ IBSI_PHANTOM = """
 1 4 4 . . / 1 1 1 1 1 / 1 1 1 1 1 / 1 1 6 1 1
 """
 
-# Column, published value, its tolerance; where IBSI states none, half of the last printed digit.
+# Column, published value, tolerance; if IBSI states none, half of the last printed digit.
 # Source: the IBSI reference manual (arXiv 1612.07003), digital phantom.
 IBSI_VALUES = (
     ("volume_mm3", 592.0, 4.0),
@@ -50,7 +51,9 @@ IBSI_VALUES = (
 )
 
 BALL_MM, ROD_MM = 10.0, (3.0, 24.0)  # radius; radius and length
-GRIDS = {  # spacing in mm, angles about R, A and S in radians, allowed share of the volume (fault plan: 1.5 × what voxels do)
+# Spacing in mm, angles about R, A and S in radians, relative tolerance of the volume (1.5 × the
+# error of a ball made of such voxels).
+GRIDS = {
     "1 mm": ((1.0, 1.0, 1.0), (0.0, 0.0, 0.0), 0.011),
     "0.8 × 0.8 × 2.5 mm, oblique": ((0.8, 0.8, 2.5), (0.3, -0.2, 0.5), 0.017),
     "0.5 × 0.5 × 5 mm, oblique": ((0.5, 0.5, 5.0), (-0.1, 0.2, 0.7), 0.08),
@@ -59,13 +62,13 @@ GRIDS = {  # spacing in mm, angles about R, A and S in radians, allowed share of
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Check:
-    """A measure that is known, and what is found here."""
+    """A measure with a known value, and the value measured by this installation."""
 
     body: str = column("", "what was measured")
     measure: str = column("", "column of lesions.csv")
-    expected: float = column("", "what it must be")
-    tolerance: float = column("", "and by how much it may be off")
-    found: float = column("", "what it is")
+    expected: float = column("", "known value")
+    tolerance: float = column("", "largest allowed difference")
+    found: float = column("", "measured value")
 
     @property
     def is_passed(self) -> bool:
@@ -73,68 +76,56 @@ class Check:
 
 
 def selftest() -> list[Check]:
-    """Measure the IBSI digital phantom and analytic bodies, and compare with what is known of them."""
+    """Measure the IBSI digital phantom and analytic bodies, and compare with their known values."""
     return [*_ibsi(), *(check for name in GRIDS for check in _bodies(name)), *_calcium()]
 
 
 def ibsi_phantom() -> np.ndarray:
-    """(5, 4, 4) intensities of the digital phantom, 0 outside its lesion."""
-    planes = [
-        [row.split() for row in line.split("/")] for line in IBSI_PHANTOM.strip().splitlines()
-    ]
-    return np.array(
-        [[[0 if v == "." else int(v) for v in row] for row in plane] for plane in planes], np.int16
-    ).T
+    """Return the intensities (5, 4, 4) of the digital phantom, 0 outside its lesion."""
+    lines = IBSI_PHANTOM.replace(".", "0").strip().splitlines()
+    return np.array([[row.split() for row in line.split("/")] for line in lines]).astype(np.int16).T
 
 
 def _ibsi() -> Iterator[Check]:
     image = ibsi_phantom()
-    found = _measure(Volume(image, Geometry(image.shape, np.diag([2.0, 2.0, 2.0, 1.0]))), image > 0)
-    for name, expected, tolerance in IBSI_VALUES:
-        value = float(getattr(found, name))
-        yield Check(
-            body="IBSI digital phantom",
-            measure=name,
-            expected=expected,
-            tolerance=tolerance,
-            found=value,
-        )
+    row = _measure(Volume(image, Geometry(image.shape, np.diag([2.0, 2.0, 2.0, 1.0]))), image > 0)
+    yield from _checks("IBSI digital phantom", row, IBSI_VALUES)
 
 
 def _bodies(grid: str) -> Iterator[Check]:
-    spacing_mm, angles, share = GRIDS[grid]
+    spacing_mm, angles, tolerance = GRIDS[grid]
     coarse = max(spacing_mm)
     ball_ml = 4 / 3 * math.pi * BALL_MM**3 / 1000
     ball = _body(spacing_mm, angles, lambda mm: np.linalg.norm(mm, axis=1) <= BALL_MM)
-    known = [
-        ("volume_ml", ball_ml, share * ball_ml),
-        ("equiv_sphere_diameter_mm", 2 * BALL_MM, share * 2 * BALL_MM / 3),
+    expected = [
+        ("volume_ml", ball_ml, tolerance * ball_ml),
+        ("equiv_sphere_diameter_mm", 2 * BALL_MM, tolerance * 2 * BALL_MM / 3),
         ("long_axis_mm", 2 * BALL_MM, 1.01 * coarse),
         ("short_axis_mm", 2 * BALL_MM, 1.01 * coarse),
         ("max3d_diameter_mm", 2 * BALL_MM, 1.01 * coarse),
         ("major_axis_mm", 4 * BALL_MM / math.sqrt(5), coarse / 3),
         ("intensity_mean", 40.0, 0.0),
-        ("mass_g", 1.0506 * ball_ml, share * 1.06 * ball_ml),  # 40 HU are 1.0506 g/cm³
+        ("mass_g", 1.0506 * ball_ml, tolerance * 1.06 * ball_ml),  # 40 HU are 1.0506 g/cm³
     ]
-    yield from _checks(f"ball, radius 10 mm, {grid}", ball, known)
+    yield from _checks(f"ball, radius 10 mm, {grid}", ball, expected)
     radius, length = ROD_MM
     rod = _body(
         spacing_mm,
         angles,
         lambda mm: (np.hypot(mm[:, 1], mm[:, 2]) <= radius) & (np.abs(mm[:, 0]) <= length / 2),
     )
-    known = [
+    expected = [
         ("max3d_diameter_mm", math.hypot(length, 2 * radius), 1.5 * coarse),
         ("major_axis_mm", 4 * length / math.sqrt(12), 1.2 * coarse),
     ]
-    yield from _checks(f"rod, 24 × 6 mm, {grid}", rod, known)
+    yield from _checks(f"rod, 24 × 6 mm, {grid}", rod, expected)
 
 
 def _checks(
-    body: str, found: LesionMeasurement, known: list[tuple[str, float, float]]
+    body: str, row: LesionMeasurement, values: Sequence[tuple[str, float, float]]
 ) -> Iterator[Check]:
-    for name, expected, tolerance in known:
-        value = float(getattr(found, name))
+    for name, expected, tolerance in values:
+        value = float(getattr(row, name))
         yield Check(body=body, measure=name, expected=expected, tolerance=tolerance, found=value)
 
 
@@ -143,17 +134,13 @@ def _calcium() -> Iterator[Check]:
     image[3:7, 3:9, 1] = 250  # 24 pixels of 0.25 mm², weight 2
     image[3:7, 3:9, 2] = 420  # the same, weight 4
     volume = Volume(image, Geometry(image.shape, np.diag([0.5, 0.5, 3.0, 1.0])))
-    found = _measure(volume, image > 0, Measure(calcium=True, calcium_mg_per_ml_hu=0.8))
-    body = "plaque in two slices of 3 mm"
-    yield from _checks(
-        body,
-        found,
-        [
-            ("agatston_score", 6 * 2 + 6 * 4, 0.0),
-            ("calcium_volume_mm3", 36.0, 0.0),
-            ("calcium_mass_mg", 0.8 * (250 + 420) / 2 * 0.036, 1e-6),
-        ],
-    )
+    row = _measure(volume, image > 0, Measure(calcium=True, calcium_mg_per_ml_hu=0.8))
+    expected = [
+        ("agatston_score", 6 * 2 + 6 * 4, 0.0),
+        ("calcium_volume_mm3", 36.0, 0.0),
+        ("calcium_mass_mg", 0.8 * (250 + 420) / 2 * 0.036, 1e-6),
+    ]
+    yield from _checks("plaque in two slices of 3 mm", row, expected)
 
 
 def _body(
@@ -161,23 +148,26 @@ def _body(
     angles: tuple[float, float, float],
     is_inside: Callable[[np.ndarray], np.ndarray],
 ) -> LesionMeasurement:
-    """A body of 40 HU in −100, given by a test of points (N, 3) in mm from its centre, on a rotated grid."""
+    """Measure a body of 40 HU in −100 HU on a rotated grid.
+
+    Args:
+        is_inside: tests points (N, 3), in mm from the centre of the body.
+    """
     matrix = np.diag(spacing_mm)
     for axis, angle in enumerate(angles):
-        first, second = (each for each in range(3) if each != axis)
-        turn = np.eye(3)
-        turn[first, first] = turn[second, second] = math.cos(angle)
-        turn[first, second], turn[second, first] = -math.sin(angle), math.sin(angle)
-        matrix = turn @ matrix
+        first, second = (n for n in range(3) if n != axis)
+        rotation = np.eye(3)
+        rotation[first, first] = rotation[second, second] = math.cos(angle)
+        rotation[first, second], rotation[second, first] = -math.sin(angle), math.sin(angle)
+        matrix = rotation @ matrix
     reach = max(ROD_MM[1] / 2, BALL_MM) + 2 * max(spacing_mm)
     i, j, k = (2 * math.ceil(reach / mm) + 1 for mm in spacing_mm)
     affine = np.eye(4)
     affine[:3, :3] = matrix
     affine[:3, 3] = -matrix @ [(n - 1) / 2 for n in (i, j, k)]
     geometry = Geometry((i, j, k), affine)
-    inside = is_inside(geometry.to_world_mm(np.indices((i, j, k)).reshape(3, -1).T)).reshape(
-        i, j, k
-    )
+    points_mm = geometry.to_world_mm(np.indices((i, j, k)).reshape(3, -1).T)
+    inside = is_inside(points_mm).reshape(i, j, k)
     return _measure(Volume(np.where(inside, np.int16(40), np.int16(-100)), geometry), inside)
 
 

@@ -1,9 +1,10 @@
-"""A lesion's form: its surface, its axes, its diameter. Everything here takes canonical (R, A, S) boxes of one lesion.
+"""Shape of a lesion: surface, axes, largest diameter. All functions take a canonical (R, A, S) box.
 
-The surface is that of marching cubes at 0.5 on the voxels. Where voxels of the lesion touch along an edge only, it joins them, as the
-lesions themselves are joined; Lorensen and Cline's cubes do so for what is low, hence the mask upside down. On a mask a cube between eight voxel centres can look in only 256 ways, so
-the surface is counted, not built: area and volume are sums over how often each of the 256 occurs. That needs a few bytes per voxel
-of a few planes, whatever the size of the lesion.
+The surface is that of marching cubes at 0.5 on the voxels. Voxels that touch along an edge only are
+joined, as in the lesions themselves; Lorensen and Cline's cubes join low values that way, hence the
+inverted mask. On a mask, the cube between eight voxel centres has only 256 possible patterns, so
+the surface is counted, not built: area and volume are sums over how often each pattern occurs. This
+takes a few bytes per voxel of a few planes, whatever the size of the lesion.
 """
 
 from __future__ import annotations
@@ -19,30 +20,32 @@ from scipy.spatial.distance import cdist
 
 N_CUBES = 256
 COUNTED_TOGETHER = 2**16  # voxels of neighbouring planes
-FEW_POINTS = 64  # of so few points all distances are found sooner than their hull
+FEW_POINTS = 64  # up to which all distances are computed faster than a convex hull
 POINTS_AT_ONCE = 2000
-MANY_BOXES = (
-    32,
-    512,
-)  # the largest boxes, which are always looked at: so many at the least, and at the most
-FAR_LARGER = 4  # times the usual
-FIRST_BOXES = 4  # a fourth of what is looked at first of the others
-SMALL_SURFACE = 16
+# The largest boxes are always compared: those far larger than the median, but at least and at most
+# these numbers of boxes.
+LARGE_BOXES = (32, 512)
+FAR_LARGER = 4  # times the median radius
+FIRST_BOXES = 4  # a quarter of the number of small boxes compared first
+SMALL_SURFACE = 16  # points
 ROUNDING_MM = 1e-9
 
 
 @dataclass(frozen=True, slots=True)
 class _Cubes:
-    """What the surface in a unit cube looks like, for each of its 256 kinds: bit 7 is the corner (0, 0, 0), bit 0 (1, 1, 1)."""
+    """Triangles of the surface in a unit cube, for each of its 256 patterns of corners.
 
-    kinds: np.ndarray  # (T,) whose triangle it is
-    normals: np.ndarray  # (T, 3) pointing out, as long as the triangle has area
-    flux: np.ndarray  # (256,) of the field (x, 0, 0) out through all triangles of the kind
-    facing: np.ndarray  # (256,) their area as seen along x, negative where it faces down
+    Bit 7 of a pattern is the corner (0, 0, 0), bit 0 the corner (1, 1, 1).
+    """
+
+    kinds: np.ndarray  # (T,) pattern of each triangle
+    normals: np.ndarray  # (T, 3) outward normals, as long as the area of the triangle
+    flux: np.ndarray  # (256,) flux of the field (x, 0, 0) out of all triangles of the pattern
+    facing: np.ndarray  # (256,) their area as seen along x, negative if it faces down
 
 
 def mesh(inside: np.ndarray, matrix: np.ndarray) -> tuple[float, float]:
-    """Volume in mm³ and area in mm² of the surface of a lesion.
+    """Return the volume in mm³ and the area in mm² of the surface of a lesion.
 
     Args:
         inside: (R, A, S) bool of its box.
@@ -51,7 +54,7 @@ def mesh(inside: np.ndarray, matrix: np.ndarray) -> tuple[float, float]:
     Source: IBSI RNU0 and C0JK; Lorensen and Cline, SIGGRAPH 21:163 (1987).
     """
     cubes, determinant = _cubes(), float(np.linalg.det(matrix))
-    # A linear map takes the normal of a surface, as long as its area, by its cofactors.
+    # A linear map transforms normals whose length is the area by its cofactor matrix.
     areas_mm2 = np.linalg.norm(cubes.normals @ (determinant * np.linalg.inv(matrix)), axis=1)
     area_mm2 = np.bincount(cubes.kinds, areas_mm2, minlength=N_CUBES)
     counts = _count_cubes(inside)
@@ -61,24 +64,19 @@ def mesh(inside: np.ndarray, matrix: np.ndarray) -> tuple[float, float]:
 
 
 def _count_cubes(inside: np.ndarray) -> np.ndarray:
-    """(R + 1, 256) how often each kind of cube occurs between planes x and x + 1, for x from −1."""
+    """Return (R + 1, 256) counts of each pattern between planes x and x + 1, for x from −1."""
     n_planes, counts = max(1, COUNTED_TOGETHER // inside[0].size), []
     for start in range(-1, len(inside), n_planes):
         stop = min(start + n_planes, len(inside))
         padded = np.zeros((stop + 1 - start, inside.shape[1] + 2, inside.shape[2] + 2), np.uint8)
         padded[max(0, -start) : len(inside) - start, 1:-1, 1:-1] = inside[max(0, start) : stop + 1]
-        # Four bits for the four corners that a cube has in each plane of voxels.
-        low = (
-            8 * padded[:, :-1, :-1]
-            + 4 * padded[:, :-1, 1:]
-            + 2 * padded[:, 1:, :-1]
-            + padded[:, 1:, 1:]
-        )
-        kinds = (16 * low[:-1] + low[1:]).reshape(stop - start, -1) + N_CUBES * np.arange(
-            stop - start
-        )[:, None]
-        found = np.bincount(kinds.ravel(), minlength=N_CUBES * (stop - start))
-        counts.append(found.reshape(-1, N_CUBES))
+        # Four bits for the four corners of a cube in each plane of voxels.
+        low = 8 * padded[:, :-1, :-1] + 4 * padded[:, :-1, 1:]
+        low += 2 * padded[:, 1:, :-1] + padded[:, 1:, 1:]
+        offsets = N_CUBES * np.arange(stop - start)[:, None]
+        kinds = (16 * low[:-1] + low[1:]).reshape(stop - start, -1) + offsets
+        in_planes = np.bincount(kinds.ravel(), minlength=N_CUBES * (stop - start))
+        counts.append(in_planes.reshape(-1, N_CUBES))
     return np.concatenate(counts)
 
 
@@ -94,7 +92,7 @@ def _cubes() -> _Cubes:
         triangles.append(points[faces].astype(np.float64))
     corner, second, third = np.concatenate(triangles).transpose(1, 0, 2)
     normals = np.cross(second - corner, third - corner) / 2
-    normals *= -np.sign(normals[0].sum())  # of the corner (1, 1, 1) alone: it faces (0, 0, 0)
+    normals *= -np.sign(normals[0].sum())  # the corner (1, 1, 1) alone must face (0, 0, 0)
     flux = normals[:, 0] * (corner + second + third)[:, 0] / 3
     return _Cubes(
         np.array(kinds),
@@ -105,13 +103,14 @@ def _cubes() -> _Cubes:
 
 
 def axes_mm(inside: np.ndarray, matrix: np.ndarray) -> tuple[float, float, float]:
-    """Major, minor and least axis: 4 √λ of the covariance of the voxel centres, with 1/(N − 1); NaN for one voxel.
+    """Return the major, minor and least axis in mm: 4 √λ of the covariance of the voxel centres.
 
-    Source: IBSI TDIC, P9VJ, 7J51. The published values of the digital phantom are only met with 1/(N − 1).
+    NaN for one voxel. The covariance has 1/(N − 1), without which the published values of the
+    digital phantom are not met.
+
+    Source: IBSI TDIC, P9VJ, 7J51.
     """
-    planes = [
-        inside.sum(axis=axis, dtype=np.int64) for axis in range(3)
-    ]  # the mask as seen along each axis
+    planes = [inside.sum(axis=axis, dtype=np.int64) for axis in range(3)]  # projections
     n = int(planes[0].sum())
     if n < 2:
         return np.nan, np.nan, np.nan
@@ -121,56 +120,53 @@ def axes_mm(inside: np.ndarray, matrix: np.ndarray) -> tuple[float, float, float
         x, y = np.arange(plane.shape[0]), np.arange(plane.shape[1])
         products[first, second] = products[second, first] = float(x @ plane @ y)
         sums[first], sums[second] = float(x @ plane.sum(axis=1)), float(plane.sum(axis=0) @ y)
-        products[first, first], products[second, second] = (
-            float(x**2 @ plane.sum(axis=1)),
-            float(plane.sum(axis=0) @ y**2),
-        )
+        products[first, first] = float(x**2 @ plane.sum(axis=1))
+        products[second, second] = float(plane.sum(axis=0) @ y**2)
     covariance = (products - np.outer(sums, sums) / n) / (n - 1)
     values = np.linalg.eigvalsh(matrix @ covariance @ matrix.T)
-    values[values < 1e-12 * values[-1]] = (
-        0  # a lesion of one slice has no depth, however its grid is turned
-    )
+    values[values < 1e-12 * values[-1]] = 0  # a lesion of one slice has no depth on oblique grids
     least, minor, major = (4 * np.sqrt(np.maximum(values, 0))).tolist()
     return major, minor, least
 
 
 def outermost_points(inside: np.ndarray, axes: tuple[int, ...] = (0, 1, 2)) -> np.ndarray:
-    """(N, 3) points of the surface, in voxels, that no line along one of these axes through voxel centres leaves behind it.
+    """Return the outermost surface points (N, 3), in voxels, of each line of voxels along `axes`.
 
-    They lie half a voxel outside the first and the last voxel of each line, and hold every corner of the convex hull.
+    They lie half a voxel beyond the first and the last voxel of each line, and include every
+    corner of the convex hull.
     """
-    found = []
+    points = []
     for axis in axes:
         hit = inside.any(axis=axis)
         ends = np.empty((2, int(hit.sum()), 3))
         ends[:, :, [other for other in range(3) if other != axis]] = np.argwhere(hit)
         ends[0, :, axis] = inside.argmax(axis=axis)[hit] - 0.5
         ends[1, :, axis] = inside.shape[axis] - 0.5 - np.flip(inside, axis).argmax(axis=axis)[hit]
-        found += [ends[0], ends[1]]
-    return np.concatenate(found)
+        points += [ends[0], ends[1]]
+    return np.concatenate(points)
 
 
 def surface_points(inside: np.ndarray) -> np.ndarray:
-    """(N, 3) every vertex of the surface, in voxels: half-way between a voxel inside and a neighbour outside."""
+    """Return every vertex (N, 3) of the surface, in voxels: half-way between inside and outside."""
     padded = np.zeros([n + 2 for n in inside.shape], bool)
     padded[1:-1, 1:-1, 1:-1] = inside
-    found = []
+    points = []
     for axis in range(3):
-        ends = np.argwhere(np.diff(padded, axis=axis)).astype(np.float64) - 1
-        ends[:, axis] += 0.5
-        found.append(ends)
-    return np.concatenate(found)
+        vertices = np.argwhere(np.diff(padded, axis=axis)).astype(np.float64) - 1
+        vertices[:, axis] += 0.5
+        points.append(vertices)
+    return np.concatenate(points)
 
 
 def widest_pair(points: np.ndarray, matrix: np.ndarray) -> tuple[float, np.ndarray]:
-    """Largest distance in mm between two of (N, 3) points given in voxels, and the (2, 3) two."""
+    """Return the largest distance in mm between two of N points in voxels, and these two (2, 3)."""
     if len(points) > FEW_POINTS:
         spread = np.ptp(points, axis=0) > 0
         points = points[ConvexHull(points[:, spread]).vertices]
-    places = points @ matrix.T
+    points_mm = points @ matrix.T
     best, pair = -1.0, (0, 0)
-    for start in range(0, len(places), POINTS_AT_ONCE):
-        distances = cdist(places[start : start + POINTS_AT_ONCE], places)
+    for start in range(0, len(points_mm), POINTS_AT_ONCE):
+        distances = cdist(points_mm[start : start + POINTS_AT_ONCE], points_mm)
         a, b = np.unravel_index(int(distances.argmax()), distances.shape)
         if distances[a, b] > best:
             best, pair = float(distances[a, b]), (start + int(a), int(b))
@@ -178,7 +174,7 @@ def widest_pair(points: np.ndarray, matrix: np.ndarray) -> tuple[float, np.ndarr
 
 
 def sphericity(volume_mm3: float, area_mm2: float) -> float:
-    """(36 π V²)^⅓ / A: 1 for a ball, less for everything else. Source: IBSI QCFX.
+    """Return (36 π V²)^⅓ / A: 1 for a ball, less for everything else. Source: IBSI QCFX.
 
     >>> round(sphericity(4 / 3 * np.pi, 4 * np.pi), 12)
     1.0
@@ -187,7 +183,7 @@ def sphericity(volume_mm3: float, area_mm2: float) -> float:
 
 
 def equivalent_diameter_mm(volume_mm3: float) -> float:
-    """Diameter in mm of the ball with the given volume: V = π d³ / 6.
+    """Return the diameter in mm of the ball with the given volume: V = π d³ / 6.
 
     >>> round(equivalent_diameter_mm(523.6), 2)
     10.0
@@ -196,59 +192,63 @@ def equivalent_diameter_mm(volume_mm3: float) -> float:
 
 
 def gaps_mm(surfaces: Sequence[np.ndarray]) -> list[float]:
-    """For each of the (N, 3) surfaces in mm the distance of its points to those of the nearest other one; NaN if there is none."""
+    """Return the distance in mm from each surface to the nearest other one; NaN if there is none.
+
+    Args:
+        surfaces: points (N, 3) in mm of each lesion.
+    """
     if len(surfaces) < 2:
         return [np.nan] * len(surfaces)
     boxes = _Boxes.around(surfaces)
-    found = _gaps_of_small(surfaces)
+    gaps = _gaps_of_small(surfaces)
     trees: dict[int, KDTree] = {}
     for n, points in enumerate(surfaces):
         if len(points) <= SMALL_SURFACE:
             continue
-        for least, other in boxes.nearest_first(
-            n, float(found[n])
-        ):  # surfaces are no nearer than their boxes
-            if least >= found[n]:
+        for box_gap, other in boxes.nearest_first(n, float(gaps[n])):
+            if box_gap >= gaps[n]:  # surfaces are no nearer than their boxes
                 break
             if other not in trees:
                 trees[other] = KDTree(surfaces[other])
-            gap = _gap_mm(
-                points, trees[other], boxes.low[other], boxes.high[other], float(found[n])
-            )
-            found[n], found[other] = min(found[n], gap), min(found[other], gap)
-    return found.tolist()
+            low, high = boxes.low[other], boxes.high[other]
+            gap = _gap_mm(points, trees[other], low, high, float(gaps[n]))
+            gaps[n], gaps[other] = min(gaps[n], gap), min(gaps[other], gap)
+    return gaps.tolist()
 
 
 def _gaps_of_small(surfaces: Sequence[np.ndarray]) -> np.ndarray:
-    """(N,) the gap of each surface of up to `SMALL_SURFACE` points, all of them at once; of a larger one that to the nearest small one seen."""
+    """Return (N,) the gap of each surface of up to `SMALL_SURFACE` points, all at once.
+
+    For a larger surface, it is an upper bound: the gap to the nearest small one seen.
+    """
     sizes = [len(points) for points in surfaces]
-    found = np.full(len(surfaces), np.inf)
+    gaps = np.full(len(surfaces), np.inf)
     if min(sizes) > SMALL_SURFACE:
-        return found
+        return gaps
     points, owners = np.concatenate(surfaces), np.repeat(np.arange(len(surfaces)), sizes)
     small = np.flatnonzero(np.repeat(sizes, sizes) <= SMALL_SURFACE)
     tree = KDTree(points)
     n_neighbours = min(SMALL_SURFACE + 1, len(points))  # one of them belongs to another surface
     for start in range(0, small.size, POINTS_AT_ONCE):
-        at = small[start : start + POINTS_AT_ONCE]
-        mm, neighbours = tree.query(points[at], k=n_neighbours)
+        chunk = small[start : start + POINTS_AT_ONCE]
+        mm, neighbours = tree.query(points[chunk], k=n_neighbours)
         others = owners[neighbours]
-        mm[others == owners[at, None]] = np.inf
-        np.minimum.at(found, owners[at], mm.min(axis=1))
-        np.minimum.at(found, others, mm)
-    return found
+        mm[others == owners[chunk, None]] = np.inf
+        np.minimum.at(gaps, owners[chunk], mm.min(axis=1))
+        np.minimum.at(gaps, others, mm)
+    return gaps
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Boxes:
-    """Bounding boxes in mm, (N, 3) each, and the balls round them. The largest are always looked at, the others by their centres."""
+    """Bounding boxes in mm: large ones are always compared, small ones by their centres."""
 
-    low: np.ndarray
-    high: np.ndarray
-    radii: np.ndarray
-    large: np.ndarray
-    small: np.ndarray
-    centres: KDTree | None  # of the small ones
+    low: np.ndarray  # (N, 3)
+    high: np.ndarray  # (N, 3)
+    radii: np.ndarray  # (N,) of the balls round the boxes
+    large: np.ndarray  # numbers of the large boxes
+    small: np.ndarray  # numbers of the small boxes, largest first
+    centres: KDTree | None  # of the small boxes
 
     @classmethod
     def around(cls, surfaces: Sequence[np.ndarray]) -> _Boxes:
@@ -256,41 +256,38 @@ class _Boxes:
         high = np.array([points.max(axis=0) for points in surfaces])
         radii = np.linalg.norm(high - low, axis=1) / 2
         order = np.argsort(-radii, kind="stable")
-        n_large = int(np.clip(np.count_nonzero(radii > FAR_LARGER * np.median(radii)), *MANY_BOXES))
-        large, small = order[:n_large], order[n_large:]
-        return cls(
-            low, high, radii, large, small, KDTree((low + high)[small] / 2) if small.size else None
+        n_large = int(
+            np.clip(np.count_nonzero(radii > FAR_LARGER * np.median(radii)), *LARGE_BOXES)
         )
+        large, small = order[:n_large], order[n_large:]
+        centres = KDTree((low + high)[small] / 2) if small.size else None
+        return cls(low, high, radii, large, small, centres)
 
     def nearest_first(self, n: int, most: float) -> Iterator[tuple[float, int]]:
-        """(distance, number) of every other box nearer than `most`, in ascending order; found out as far as it is asked for."""
+        """Yield (distance, number) of the other boxes nearer than `most`, nearest first."""
         waiting: list[tuple[float, int]] = []
         self._add(waiting, n, self.large, most)
-        known, wanted, bound = 0, FIRST_BOXES, -np.inf if self.small.size else np.inf
+        n_queried, n_next, bound = 0, FIRST_BOXES, -np.inf if self.small.size else np.inf
         while waiting or bound < most:
             if waiting and waiting[0][0] <= bound:
                 yield heapq.heappop(waiting)
                 continue
             assert self.centres is not None
-            wanted = min(4 * wanted, self.small.size)
-            away, at = self.centres.query(
-                (self.low[n] + self.high[n]) / 2, k=np.arange(known + 1, wanted + 1)
-            )
-            self._add(waiting, n, self.small[at], most)
-            known = wanted
-            # Those that are not known yet are further away, from centre to centre.
-            bound = (
-                np.inf
-                if known == self.small.size
-                else away[-1] - self.radii[n] - self.radii[self.small[0]]
-            )
+            n_next = min(4 * n_next, self.small.size)
+            ranks = np.arange(n_queried + 1, n_next + 1)
+            distances, indices = self.centres.query((self.low[n] + self.high[n]) / 2, k=ranks)
+            self._add(waiting, n, self.small[indices], most)
+            n_queried = n_next
+            # The centres of the boxes not queried yet are further away.
+            bound = distances[-1] - self.radii[n] - self.radii[self.small[0]]
+            if n_queried == self.small.size:
+                bound = np.inf
 
     def _add(
         self, waiting: list[tuple[float, int]], n: int, others: np.ndarray, most: float
     ) -> None:
-        gaps = np.linalg.norm(
-            _apart(self.low[others], self.high[others], self.low[n], self.high[n]), axis=1
-        )
+        apart = _apart(self.low[others], self.high[others], self.low[n], self.high[n])
+        gaps = np.linalg.norm(apart, axis=1)
         is_near = (gaps < most) & (others != n)
         for gap, other in zip(gaps[is_near].tolist(), others[is_near].tolist(), strict=True):
             heapq.heappush(waiting, (gap, other))
@@ -299,11 +296,14 @@ class _Boxes:
 def _gap_mm(
     points: np.ndarray, tree: KDTree, low: np.ndarray, high: np.ndarray, most: float
 ) -> float:
-    """Distance of the points to those of the tree, which lie in the box from `low` to `high`; infinite if it is not under `most`."""
-    # A few points tell how near the two surely are; only those that are as near to the other's box can be nearer.
-    most = min(
-        most, float(tree.query(points[:: max(1, len(points) // FEW_POINTS)])[0].min()) + ROUNDING_MM
-    )
+    """Return the distance of the points to those of the tree; infinite if not under `most`.
+
+    Args:
+        low, high: corners of the box of the tree's points.
+    """
+    # A few points give an upper bound; only points as near to the other box can be nearer.
+    few = points[:: max(1, len(points) // FEW_POINTS)]
+    most = min(most, float(tree.query(few)[0].min()) + ROUNDING_MM)
     near = points[np.linalg.norm(_apart(low, high, points, points), axis=1) <= most]
     return float(tree.query(near, distance_upper_bound=most)[0].min()) if len(near) else np.inf
 
@@ -311,5 +311,5 @@ def _gap_mm(
 def _apart(
     low: np.ndarray, high: np.ndarray, other_low: np.ndarray, other_high: np.ndarray
 ) -> np.ndarray:
-    """Along each axis the gap between boxes, 0 where they overlap."""
+    """Return the gap between boxes along each axis, 0 where they overlap."""
     return np.maximum(0, np.maximum(low - other_high, other_low - high))

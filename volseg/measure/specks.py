@@ -1,6 +1,6 @@
-"""Lesions of noise: the largest are measured in full, the others in one look at the scan.
+"""Masks that look like noise: the largest lesions are measured in full, the others in one pass.
 
-No patient has more than 10 000 lesions, nor hundreds that each spread over the whole scan. Forms
+No patient has more than 10 000 lesions, nor hundreds that each spread over the whole scan. Shapes
 are measured in a box round each lesion, so time grows with the boxes: those of the organs in a CT
 fill it about twice, those of 117 random values 117 times.
 """
@@ -17,7 +17,7 @@ import numpy as np
 
 from volseg import __version__
 from volseg.measure.lesions import (
-    AS_USUAL,
+    DEFAULTS,
     NO_CLASS,
     CanonicalScan,
     centres_mm,
@@ -41,24 +41,27 @@ from volseg.volume import Volume, slabs_of
 from volseg.words import spaced
 
 SPECKS = "W_SPECKS"  # code of the warning that a mask looks like noise
-TOGETHER_VOXELS = 2**20  # of lesions that are looked at together
+TOGETHER_VOXELS = 2**20  # of lesions measured together
 TOGETHER_ROWS = 2**17
 SLAB_VOXELS = 2**20
-BOXES = 16  # times the voxels of the scan that the boxes of lesions measured in full may have
-FEW_BOXES = 2**24  # voxels that they may have in any case
+# Voxels in the boxes of lesions measured in full: at most 16 scans, but always 2²⁴.
+BOXES, FEW_BOXES = 16, 2**24
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Specks:
-    """The lesions of a scan that are not among its largest. Iterating over them makes their rows, some at a time.
+    """Lesions of a scan that are not among its largest; iterating measures them in batches.
 
     Args:
-        image, ids, confidence, labels, case_id, label_names, unit, unit_doubt, settings, connectivity, model: as `measure_largest` got them.
-        has_classes: whether the largest have a class.
-        sizes: (N + 1,) voxels of each lesion of the scan; 0 for those that are measured in full, and for 0.
-        n: of them. n_lesions: all lesions of the scan.
-        scans_in_boxes: how often the boxes of all lesions would fill the scan, where that is why;
-            0 where it is their number.
+        image, ids, confidence, labels, case_id, label_names: as in `measure_largest`.
+        unit, unit_doubt, settings, connectivity, model: as in `measure_largest`.
+        has_classes: whether the largest lesions have a class.
+        sizes: (N + 1,) voxels of each lesion of the scan; 0 for index 0 and for lesions measured
+            in full.
+        n: number of these lesions.
+        n_lesions: number of all lesions of the scan.
+        scans_in_boxes: how often the boxes of all lesions would fill the scan, if that is the
+            reason; 0 if the reason is their number.
     """
 
     image: Volume
@@ -85,38 +88,42 @@ class Specks:
 
     @property
     def volume_ml(self) -> float:
-        """Of all of them."""
+        """Volume of all of them."""
         return int(self.sizes.sum(dtype=np.int64)) * voxel_volume_mm3(self.image) / 1000
 
     @property
     def most_voxels(self) -> int:
-        """Of the largest of them."""
+        """Voxels of the largest of them."""
         return int(self.sizes.max(initial=0))
 
     @property
     def warning(self) -> str:
-        """What a reader of any number of the scan must know."""
+        """Warning for every table and page that shows numbers of the scan."""
         n_full = self.n_lesions - self.n
-        lesions = f"{spaced(self.n_lesions)} components"
+        reason = f"{spaced(self.n_lesions)} components"
         if self.scans_in_boxes:
-            lesions = f"the boxes round {spaced(self.n_lesions)} lesions would fill the scan {self.scans_in_boxes:.0f} times"
-        return f"{SPECKS}: {lesions}: this mask looks like noise; only the {spaced(n_full)} largest have every column"
+            boxes = f"the boxes round {spaced(self.n_lesions)} lesions"
+            reason = f"{boxes} would fill the scan {self.scans_in_boxes:.0f} times"
+        limit = f"only the {spaced(n_full)} largest have every column"
+        return f"{SPECKS}: {reason}: this mask looks like noise; {limit}"
 
     @property
     def touches_border(self) -> bool:
-        """Whether any lesion of the scan does."""
-        ends = ((axis, at) for axis in range(3) for at in (0, -1))
-        return any(bool(np.moveaxis(self.ids, axis, 0)[at].any()) for axis, at in ends)
+        """True if any lesion of the scan touches the border."""
+        ends = ((axis, end) for axis in range(3) for end in (0, -1))
+        return any(bool(np.moveaxis(self.ids, axis, 0)[end].any()) for axis, end in ends)
 
     @property
     def may_be_measurable(self) -> bool:
-        """Whether one of them may be long enough to be measurable: each voxel adds at most the diagonal of its face."""
+        """True if one of them may be long enough to be measurable.
+
+        In a connected lesion, each voxel adds at most the diagonal of its face.
+        """
         matrix = CanonicalScan.of(self.image, self.ids, None).geometry.affine[:3, :3]
-        diagonal_mm = max(
-            float(np.linalg.norm(matrix[:, 0] + sign * matrix[:, 1])) for sign in (1, -1)
-        )
-        connected = self.connectivity is not None
-        return not (connected and self.most_voxels * diagonal_mm < MEASURABLE_MM - ROUNDING_MM)
+        diagonals = (matrix[:, 0] + matrix[:, 1], matrix[:, 0] - matrix[:, 1])
+        diagonal_mm = max(float(np.linalg.norm(diagonal)) for diagonal in diagonals)
+        is_connected = self.connectivity is not None
+        return not (is_connected and self.most_voxels * diagonal_mm < MEASURABLE_MM - ROUNDING_MM)
 
     def __iter__(self) -> Iterator[LesionMeasurement]:
         scan = CanonicalScan.of(self.image, self.ids, self.confidence)
@@ -124,7 +131,7 @@ class Specks:
             yield from self._rows(scan, start, stop)
 
     def _unmeasured(self) -> list[str]:
-        """What rows of the largest hold and those of the others do not."""
+        """Return the columns, or groups of columns, that only the largest lesions have."""
         is_scored = self.settings.calcium and self.unit == HU and not self.unit_doubt
         return [
             "form",
@@ -137,39 +144,38 @@ class Specks:
         ]
 
     def _ranges(self) -> Iterator[tuple[int, int]]:
-        """Numbers of lesions that are looked at together."""
+        """Yield ranges of lesion numbers that are measured together."""
         start = 1
         while start < len(self.sizes):
-            some = self.sizes[start : start + self.together_rows]
-            stop = start + max(
-                1, int(np.searchsorted(some.cumsum(dtype=np.int64), self.together_voxels, "right"))
-            )
+            voxels = self.sizes[start : start + self.together_rows].cumsum(dtype=np.int64)
+            stop = start + max(1, int(np.searchsorted(voxels, self.together_voxels, "right")))
             if self.sizes[start:stop].any():
                 yield start, stop
             start = stop
 
     def _rows(self, scan: CanonicalScan, start: int, stop: int) -> Iterator[LesionMeasurement]:
         sizes = self.sizes[start:stop]
-        at = np.flatnonzero(sizes)
-        numbers, counts, n = at + start, sizes[at].astype(np.int64), len(at)
-        places, intensities_of, confidence_of = _looked_at(scan, start, sizes)
-        volume_mm3 = voxel_volume_mm3(self.image)  # of a voxel
+        filled = np.flatnonzero(sizes)
+        numbers, counts, n = filled + start, sizes[filled].astype(np.int64), len(filled)
+        extents, intensity_values, confidence_values = _collect(scan, start, sizes)
+        voxel_mm3 = voxel_volume_mm3(self.image)
         doubt_note, settings = "", self.settings
         if self.unit_doubt:
             doubt_note = withheld(self.unit_doubt, settings, has_classes=self.has_classes)
             settings = settings.model_copy(update={"calcium": False})
         unit = "" if self.unit_doubt else self.unit
-        intensities = intensity_columns(intensities_of, volume_mm3, unit, settings)
-        trusts: list[tuple[dict[str, Any], str]] = [({"confidence_mean": None}, "")] * n
-        if confidence_of is not None:
-            trusts = confidence_columns(confidence_of, None, volume_mm3)
-        low, high = places.low[:, at], places.high[:, at]
+        intensities = intensity_columns(intensity_values, voxel_mm3, unit, settings)
+        confidences: list[tuple[dict[str, Any], str]] = [({"confidence_mean": None}, "")] * n
+        if confidence_values is not None:
+            confidences = confidence_columns(confidence_values, None, voxel_mm3)
+        low, high = extents.low[:, filled], extents.high[:, filled]
         shape = np.array(scan.ids.shape)[:, None]
         touches = ((low == 0) | (high == shape - 1)).any(axis=0).tolist()
-        centroids_mm = centres_mm((places.sums[:, at] / counts).T, scan.geometry).tolist()
+        centroids_mm = centres_mm((extents.sums[:, filled] / counts).T, scan.geometry).tolist()
         reach = np.abs(scan.geometry.affine[:3, :3]).sum(axis=1)[:, None] / 2
-        low_mm, high_mm = (places.low_mm[:, at] - reach).T, (places.high_mm[:, at] + reach).T
-        del places, intensities_of, confidence_of
+        low_mm = (extents.low_mm[:, filled] - reach).T
+        high_mm = (extents.high_mm[:, filled] + reach).T
+        del extents, intensity_values, confidence_values
         shared: dict[str, Any] = {
             "case_id": self.case_id,
             "intensity_unit": self.unit,
@@ -179,54 +185,51 @@ class Specks:
             **NO_CLASS,
             **{f"spacing_{axis}_mm": mm for axis, mm in zip("ras", scan.spacing_mm)},
         }
-        why = (
-            f"{', '.join(self._unmeasured())}: not measured, since only the {spaced(self.n_lesions - self.n)} largest of "
-            f"{spaced(self.n_lesions)} lesions are"
-        )
-        for at, (number, size) in enumerate(zip(numbers.tolist(), counts.tolist())):
+        largest = f"only the {spaced(self.n_lesions - self.n)} largest of {spaced(self.n_lesions)}"
+        size_note = f"{', '.join(self._unmeasured())}: not measured, since {largest} lesions are"
+        for index, (number, size) in enumerate(zip(numbers.tolist(), counts.tolist())):
             label = int(self.labels[number - 1])
-            intensity, note = intensities[at]
-            trust, trust_note = trusts[at]
-            r, a, s = centroids_mm[at]
-            unnamed = "" if label in self.label_names else f"label_name: value {label} has no name"
+            intensity, note = intensities[index]
+            confidence, confidence_note = confidences[index]
+            r, a, s = centroids_mm[index]
+            name_note = (
+                "" if label in self.label_names else f"label_name: value {label} has no name"
+            )
+            notes = (name_note, doubt_note, note, confidence_note, size_note)
             yield LesionMeasurement(
                 **shared,
                 lesion_id=number,
                 label=label,
                 label_name=self.label_names.get(label),
                 n_voxels=size,
-                volume_mm3=size * volume_mm3,
-                volume_ml=size * volume_mm3 / 1000,
-                equiv_sphere_diameter_mm=equivalent_diameter_mm(size * volume_mm3),
+                volume_mm3=size * voxel_mm3,
+                volume_ml=size * voxel_mm3 / 1000,
+                equiv_sphere_diameter_mm=equivalent_diameter_mm(size * voxel_mm3),
                 **intensity,
-                **trust,
+                **confidence,
                 centroid_r_mm=r,
                 centroid_a_mm=a,
                 centroid_s_mm=s,
-                touches_border=touches[at],
-                bbox_min_ras=point_text(low_mm[at]),
-                bbox_max_ras=point_text(high_mm[at]),
-                notes="; ".join(filter(None, (unnamed, doubt_note, note, trust_note, why))),
+                touches_border=touches[index],
+                bbox_min_ras=point_text(low_mm[index]),
+                bbox_max_ras=point_text(high_mm[index]),
+                notes="; ".join(filter(None, notes)),
             )
 
 
-class _Places:
-    """Where each of L lesions lies along R, A, S, in voxels and mm; voxels are added by slab."""
+class _Extents:
+    """Extents of L lesions along R, A, S, in voxels and mm; voxels are added slab by slab."""
 
     def __init__(self, n: int, affine: np.ndarray) -> None:
         self._affine = affine
         self.sums = np.zeros((3, n))  # of indices
-        self.low, self.high = (
-            np.full((3, n), np.iinfo(np.int32).max, np.int32),
-            np.full((3, n), -1, np.int32),
-        )
-        self.low_mm, self.high_mm = (
-            np.full((3, n), np.inf),
-            np.full((3, n), -np.inf),
-        )  # of voxel centres
+        self.low = np.full((3, n), np.iinfo(np.int32).max, np.int32)
+        self.high = np.full((3, n), -1, np.int32)
+        # Of voxel centres.
+        self.low_mm, self.high_mm = np.full((3, n), np.inf), np.full((3, n), -np.inf)
 
     def add(self, lesion: np.ndarray, index: Sequence[np.ndarray]) -> None:
-        """(M,) which lesion each voxel belongs to, and (M,) where it lies along each axis."""
+        """Add M voxels: the lesion (M,) of each, and its index (M,) along each axis."""
         for axis in range(3):
             self.sums[axis] += np.bincount(lesion, index[axis], minlength=self.sums.shape[1])
             np.minimum.at(self.low[axis], lesion, index[axis].astype(np.int32))
@@ -237,60 +240,54 @@ class _Places:
             np.maximum.at(self.high_mm[axis], lesion, mm)
 
 
-def _looked_at(
+def _collect(
     scan: CanonicalScan, start: int, sizes: np.ndarray
-) -> tuple[_Places, Ragged, Ragged | None]:
-    """Look at the lesions from number `start` on that have voxels in `sizes`.
+) -> tuple[_Extents, Ragged, Ragged | None]:
+    """Collect the voxels of the lesions from number `start` on that have voxels in `sizes`.
 
-    Of a single lesion, which may be a large part of the scan, nothing grows but its stored values.
+    A single lesion may fill a large part of the scan, so only its stored values are collected.
 
     Returns:
-        Their places, intensities and confidence.
+        Extents, intensities and confidence of the lesions.
     """
-    n, stop, at = int(sizes.sum(dtype=np.int64)), start + len(sizes), 0
-    places, numbers = _Places(len(sizes), scan.geometry.affine), np.empty(0, np.int32)
+    n, stop, n_collected = int(sizes.sum(dtype=np.int64)), start + len(sizes), 0
+    extents, numbers = _Extents(len(sizes), scan.geometry.affine), np.empty(0, np.int32)
     if len(sizes) > 1:
         numbers = np.empty(n, np.int32)
     stored = np.empty(n, scan.image.array.dtype)
     confidence = None if scan.confidence is None else np.empty(n, scan.confidence.dtype)
-    skips = not sizes.all()
+    has_gaps = not sizes.all()
     for slab in slabs_of(scan.ids, SLAB_VOXELS):
         ids = scan.ids[slab]
-        is_wanted = (ids >= start) & (ids < stop)
-        if skips:
-            is_wanted[is_wanted] = sizes[ids[is_wanted] - start] > 0
-        voxels = np.nonzero(is_wanted)
-        piece = slice(at, at + len(voxels[0]))
+        is_member = (ids >= start) & (ids < stop)
+        if has_gaps:
+            is_member[is_member] = sizes[ids[is_member] - start] > 0
+        voxels = np.nonzero(is_member)
+        piece = slice(n_collected, n_collected + len(voxels[0]))
         lesion = ids[voxels].astype(np.int64) - start
-        places.add(lesion, [along + side.start for along, side in zip(voxels, slab, strict=True)])
+        extents.add(lesion, [along + side.start for along, side in zip(voxels, slab, strict=True)])
         stored[piece] = scan.image.array[slab][voxels]
         if len(sizes) > 1:
             numbers[piece] = lesion
         if confidence is not None and scan.confidence is not None:
             confidence[piece] = scan.confidence[slab][voxels]
-        at = piece.stop
+        n_collected = piece.stop
     if len(sizes) == 1:
-        return (
-            places,
-            Ragged.of([stored], scan.image),
-            None if confidence is None else Ragged.of([confidence]),
-        )
+        confidences = None if confidence is None else Ragged.of([confidence])
+        return extents, Ragged.of([stored], scan.image), confidences
     counts = sizes[sizes > 0].astype(np.int64)
     starts = np.cumsum(counts) - counts
     values = scan.image.intensities(stored)
     intensities = Ragged(values[np.lexsort((values, numbers))], starts, counts)
     if confidence is None:
-        return places, intensities, None
-    return (
-        places,
-        intensities,
-        Ragged(confidence[np.lexsort((confidence, numbers))], starts, counts),
-    )
+        return extents, intensities, None
+    confidence = confidence[np.lexsort((confidence, numbers))]
+    return extents, intensities, Ragged(confidence, starts, counts)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class MeasuredLesions:
-    """The lesions of a scan: the largest with every column, and the others, whose rows are made when they are asked for."""
+    """Lesions of a scan: the largest with every column, the others measured on iteration."""
 
     largest: Sequence[LesionMeasurement]
     specks: Specks | None = None
@@ -299,15 +296,15 @@ class MeasuredLesions:
         return len(self.largest) + len(self.specks or ())
 
     def __iter__(self) -> Iterator[LesionMeasurement]:
-        """All rows, by number; each only as long as it is looked at."""
+        """Yield all rows by number, without keeping those of specks."""
         return merge(self.largest, self.specks or (), key=attrgetter("lesion_id"))
 
     @property
     def touches_border(self) -> bool:
-        """Whether any of them does."""
-        return any(lesion.touches_border for lesion in self.largest) or (
-            self.specks is not None and self.specks.touches_border
-        )
+        """True if any lesion touches the border."""
+        if any(lesion.touches_border for lesion in self.largest):
+            return True
+        return self.specks is not None and self.specks.touches_border
 
 
 def measure_largest(
@@ -321,32 +318,33 @@ def measure_largest(
     unit_doubt: str = "",
     confidence: np.ndarray | None = None,
     classes: Sequence[Mapping[str, float] | None] | None = None,
-    settings: Measure = AS_USUAL,
+    settings: Measure = DEFAULTS,
     connectivity: int | None = None,
     model: str | None = None,
     most: int = MANY,
     most_boxes: int | None = None,
 ) -> MeasuredLesions:
-    """Measure the lesions of a scan in bounded memory and time, however many and however spread.
+    """Measure the lesions of a scan in bounded memory and time, whatever their number and spread.
 
     Args:
-        most: lesions that are measured in full, the largest; of equal ones the first.
-        most_boxes: voxels that the boxes round these lesions may have together; None: 16 times
-            those of the scan, or 2²⁴ if that is more.
-        classes: of these lesions at least, the first of all.
-        The others are those of `measure_lesions`.
+        most: number of lesions measured in full: the largest; of equal ones, the first.
+        most_boxes: voxels that the boxes of these lesions may have in total; None: 16 times those
+            of the scan, but at least 2²⁴.
+        classes: of at least the lesions measured in full, in the order of all lesions.
+
+    The other arguments are those of `measure_lesions`.
 
     Returns:
-        Within both limits all rows are those of `measure_lesions`. Of more, the largest have the same rows as without the limit; the
-        others have the columns that one look at the scan gives, and say in `notes` that the others were not measured.
+        Within both limits, all rows are those of `measure_lesions`. Beyond, the largest lesions
+        have the same rows as without limits; the others have the columns that a single pass over
+        the scan gives, and say in `notes` what was not measured.
 
-    Memory: beside the scan, the ids and the confidence 2 + the bytes of a voxel for each voxel of the largest lesion, 8 bytes per lesion,
-    some 10 kB per lesion measured in full, and some 150 MB.
+    Memory on top of the scan, the ids and the confidence: itemsize + 2 bytes per voxel of the
+    largest lesion, 8 bytes per lesion, 10 kB per lesion measured in full, and 150 MB.
     """
     n = len(labels)
-    only, sizes, in_boxes = _split(
-        ids, n, most, max(FEW_BOXES, BOXES * ids.size) if most_boxes is None else most_boxes
-    )
+    most_boxes = max(FEW_BOXES, BOXES * ids.size) if most_boxes is None else most_boxes
+    only, sizes, in_boxes = _split(ids, n, most, most_boxes)
     options: dict[str, Any] = {"case_id": case_id, "label_names": label_names, "settings": settings}
     options |= {"unit_doubt": unit_doubt, "connectivity": connectivity, "model": model}
     largest = measure_lesions(
@@ -380,11 +378,11 @@ def measure_largest(
 def _split(
     ids: np.ndarray, n: int, most: int, most_boxes: int
 ) -> tuple[np.ndarray | None, np.ndarray, int]:
-    """Choose the lesions that are measured in full.
+    """Choose the lesions to measure in full.
 
     Returns:
-        (M,) their numbers, None for all; (n + 1,) voxels of the others, 0 for those in full; and
-        the voxels in all boxes, where those are why there are others, else 0.
+        Their numbers (M,), None for all; voxels (n + 1,) of the other lesions, 0 for those
+        measured in full; and the voxels in all boxes if these exceed the limit, else 0.
     """
     sizes, only = np.zeros(n + 1, np.uint32), None
     if n > most:
@@ -401,8 +399,5 @@ def _split(
     kept = order[: max(1, np.count_nonzero(np.cumsum(boxes[order]) <= most_boxes))]
     full = np.sort(numbers[kept])
     sizes[full] = 0
-    return (
-        None if len(full) == n else full,
-        sizes,
-        0 if len(full) == len(numbers) else int(boxes.sum()),
-    )
+    in_boxes = 0 if len(full) == len(numbers) else int(boxes.sum())
+    return None if len(full) == n else full, sizes, in_boxes

@@ -1,4 +1,4 @@
-"""The unit of a scan's intensities: stated, guessed or contradicted. Every command asks here."""
+"""Unit of a scan's intensities: stated, guessed or contradicted. All commands use this module."""
 
 from __future__ import annotations
 
@@ -14,49 +14,43 @@ from volseg.preprocess.crop import AxisOrder, to_canonical
 from volseg.recipe import ARBITRARY, HU, SUV, unit_named
 from volseg.volume import Volume
 
-# Codes of the warnings that a unit or a model's training scans give rise to.
-MODALITY, UNIT, SPACING, FIELD_OF_VIEW, SLICES = (
-    "W_MODALITY",
-    "W_UNIT",
-    "W_SPACING",
-    "W_FOV",
-    "W_SLICES",
-)
-UNLIKE = (MODALITY, SPACING, FIELD_OF_VIEW, SLICES)  # of a scan unlike the training scans
+# Codes of warnings about the unit, and about a scan unlike the model's training scans.
+UNIT = "W_UNIT"
+MODALITY, SPACING, FIELD_OF_VIEW, SLICES = "W_MODALITY", "W_SPACING", "W_FOV", "W_SLICES"
+UNLIKE = (MODALITY, SPACING, FIELD_OF_VIEW, SLICES)
 CODES = (*UNLIKE, UNIT)
 
-SAMPLED = 2**18  # voxels of a scan that are looked at
+SAMPLED = 2**18  # voxels of a scan that are sampled
 
-# A fill value is that of many voxels, while hardly any voxel has a value near it. Where a padded
-# scan was resampled, the voxels beside it are a mixture. A drawing has few values, none a fill.
+# Many voxels have a fill value, and hardly any a value near it. If a padded scan was resampled, the
+# voxels beside the padding are a mixture. A drawing has few values, none of them a fill value.
 MOST_LEVELS_OF_DRAWING = 15
-FILL_VOXELS, FILL_RATIO, FILL_REACH = 8, 5, 0.01  # of the range of intensities
+FILL_VOXELS, FILL_RATIO = 8, 5
+FILL_REACH = 0.01  # fraction of the intensity range
 BESIDE_FILL = 2  # voxels
-LEAST_CONTENT = 256  # voxels; of less nothing is said
-LEAST_AWAY = (
-    0.25  # of them, or the scan has too few slices to leave out what is beside a fill value
-)
+LEAST_CONTENT = 256  # voxels; with fewer, fill values are not left out
+LEAST_AWAY = 0.25  # fraction of the voxels; below it, voxels beside a fill value are kept
 
 # Water is 0 HU, fat about -100, air -1000; only bone, contrast agent and metal are over 500.
-AIR_BELOW_HU, AIR_SHARE = -200.0, 0.01  # less may be an interpolated edge
+AIR_BELOW_HU, AIR_FRACTION = -200.0, 0.01  # fewer voxels may be an interpolated edge
 AIR_HU = (-1100.0, -900.0)
 LOW_PERCENTILE, LOW_HU = 0.1, -5.0  # noise alone brings a thousandth of water or brain below
-RINGING = 0.05  # of the 99.5 percentile: how far cubic interpolation overshoots below 0
-DENSE_ABOVE_HU, DENSE_SHARE = 500.0, 0.3
-VOID_SHARE = 0.1  # of voxels below air
+RINGING = 0.05  # undershoot below 0 of cubic interpolation, as a fraction of the 99.5 percentile
+DENSE_ABOVE_HU, DENSE_FRACTION = 500.0, 0.3
+VOID_FRACTION = 0.1  # of voxels below air
 
-# An SUV of 1 is the mean of the body by definition.
-SUV_MEDIAN, SUV_P95, SUV_BELOW, SUV_NEGATIVE_SHARE = 20.0, 100.0, -1.0, 0.01
+# By definition the body has a mean SUV of 1.
+SUV_MEDIAN, SUV_P95, SUV_BELOW, SUV_NEGATIVE_FRACTION = 20.0, 100.0, -1.0, 0.01
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Unit:
-    """The unit of a scan's intensities, and why numbers that need it must not be made.
+    """Unit of a scan's intensities, and why numbers that depend on it must not be computed.
 
     Args:
-        name: as in the column `intensity_unit`; a.u. where what was stated is contradicted.
-        doubt: a sentence; empty where the unit was stated and nothing contradicts it.
-        is_contradicted: the unit was stated, and the intensities cannot be in it.
+        name: as in the column `intensity_unit`; a.u. if the stated unit is contradicted.
+        doubt: a sentence; empty if the unit was stated and nothing contradicts it.
+        is_contradicted: a unit was stated, but the intensities cannot be in it.
     """
 
     name: str
@@ -65,44 +59,42 @@ class Unit:
 
     @property
     def is_hu(self) -> bool:
-        """Whether density, mass and calcium may be taken: HU, stated and not contradicted."""
+        """True if density, mass and calcium may be computed: HU, stated and not contradicted."""
         return self.name == HU and not self.doubt
 
 
 def warnings_in(text: str) -> list[tuple[str, str]]:
-    """(code, sentence) of each of a scan's warnings, as cases.csv holds them."""
+    """Split the `warnings` cell of cases.csv into (code, sentence) pairs."""
     parts = re.split(r"; (?=W_[A-Z]+: )", text)
     return [(code, sentence) for code, _, sentence in (part.partition(": ") for part in parts)]
 
 
 def doubt_of(warnings: str) -> str:
-    """Why the unit of a scan with these warnings is in doubt; empty where it is not."""
-    return next(
-        (sentence for code, sentence in warnings_in(warnings) if code in (UNIT, MODALITY)), ""
-    )
+    """Return why these warnings put the unit of a scan in doubt; empty if they do not."""
+    return next((text for code, text in warnings_in(warnings) if code in (UNIT, MODALITY)), "")
 
 
 def shown_unit(name: str, *, is_doubted: bool) -> str:
-    """The unit as pictures and pages write it after a number: with a mark where it is in doubt."""
+    """Return the unit as figures and pages show it after a number, marked if it is in doubt."""
     return f"{name} (in doubt)" if is_doubted and name != ARBITRARY else name
 
 
 class _Content(NamedTuple):
-    """Finite intensities, (N,), that were not filled in, and those of them away from what was."""
+    """Finite intensities (N,) that are no fill value, and those of them away from fill values."""
 
     inside: np.ndarray
     away: np.ndarray
 
 
 def judge_unit(scan: Volume, stated: str | None, *, by: str = "--unit") -> Unit:
-    """The unit of a scan's intensities; the same for all 48 axis orders.
+    """Return the unit of a scan's intensities; the same for all 48 axis orders.
 
     Args:
-        stated: HU, SUV, a.u. or any other name; None has it guessed.
+        stated: HU, SUV, a.u. or any other name; None: guess it.
         by: who stated it, for the sentence of doubt.
 
     Raises:
-        ValueError: what was stated is almost one of the first three.
+        ValueError: `stated` is a misspelling of HU, SUV or a.u.
     """
     if stated is None:
         return _guess(scan)
@@ -114,19 +106,19 @@ def judge_unit(scan: Volume, stated: str | None, *, by: str = "--unit") -> Unit:
 
 
 def contradiction(scan: Volume, unit: str) -> str:
-    """Why the intensities of a scan cannot be in this unit; empty where they can be."""
+    """Return why the intensities of a scan cannot be in this unit; empty if they can."""
     check = CONTRADICTIONS.get(unit)
     return "" if check is None else check(_content(_sample(scan)))
 
 
 def looks_like_ct(scan: Volume) -> bool:
-    """Whether a scan holds air or lung in HU, and nothing contradicts HU."""
+    """Check whether a scan contains air or lung in HU and nothing contradicts HU."""
     sample = _sample(scan)
     return not not_hu(_content(sample)) and _holds_air(sample)
 
 
 def robust_range(scan: Volume) -> tuple[float, float]:
-    """The 0.5 and 99.5 percentiles of the finite intensities; NaN twice where there are none."""
+    """Return the 0.5 and 99.5 percentiles of the finite intensities; NaN if there are none."""
     away = _content(_sample(scan)).away
     if not away.size:
         return math.nan, math.nan
@@ -139,7 +131,7 @@ def _guess(scan: Volume) -> Unit:
     reason = not_hu(_content(sample))
     if not reason and _holds_air(sample):
         reason = (
-            f"{AIR_SHARE:.0%} of the voxels or more are below {AIR_BELOW_HU:g}, so HU is a guess"
+            f"{AIR_FRACTION:.0%} of the voxels or more are below {AIR_BELOW_HU:g}, so HU is a guess"
         )
         return Unit(name=HU, doubt=f"no --unit given; {reason}: pass --unit HU if it is correct")
     reason = reason or f"few voxels are below {AIR_BELOW_HU:g}"
@@ -147,13 +139,13 @@ def _guess(scan: Volume) -> Unit:
 
 
 def _holds_air(sample: np.ndarray) -> bool:
-    """Whether enough voxels are as dark as air; of a CT what fills its margins counts too."""
+    """Check whether enough voxels are as dark as air; the padding of a CT counts too."""
     below = np.count_nonzero(sample < AIR_BELOW_HU)
-    return bool(below >= AIR_SHARE * np.count_nonzero(np.isfinite(sample)))
+    return bool(below >= AIR_FRACTION * np.count_nonzero(np.isfinite(sample)))
 
 
 def not_hu(content: _Content) -> str:
-    """Why intensities cannot be the HU of a patient; empty where they can."""
+    """Return why intensities cannot be the HU of a patient; empty if they can."""
     values = content.inside
     constant = _constant(values)
     if constant:
@@ -161,56 +153,55 @@ def not_hu(content: _Content) -> str:
         return "" if is_air else constant
     low, high = np.percentile(content.away, (LOW_PERCENTILE, 99.5))
     if low > min(LOW_HU, -RINGING * high):
-        return f"there is neither air nor fat: the voxels range from {low:.4g} to {high:.4g}{_offset(values)}"
+        between = f"the voxels range from {low:.4g} to {high:.4g}"
+        return f"there is neither air nor fat: {between}{_offset(values)}"
     dense = np.count_nonzero(values > DENSE_ABOVE_HU) / values.size
-    if dense > DENSE_SHARE:
-        return f"{dense:.0%} of the voxels are over {DENSE_ABOVE_HU:g}, as only bone and metal are{_offset(values)}"
+    if dense > DENSE_FRACTION:
+        over = f"{dense:.0%} of the voxels are over {DENSE_ABOVE_HU:g}"
+        return f"{over}, as only bone and metal are{_offset(values)}"
     void = np.count_nonzero(values < AIR_HU[0]) / values.size
-    if void > VOID_SHARE:
-        return (
-            f"{void:.0%} of the voxels are below {AIR_HU[0]:g}, but nothing is below air at -1000"
-        )
+    if void > VOID_FRACTION:
+        below = f"{void:.0%} of the voxels are below {AIR_HU[0]:g}"
+        return f"{below}, but nothing is below air at -1000"
     return ""
 
 
 def not_suv(content: _Content) -> str:
-    """Why intensities cannot be standardised uptake values; empty where they can."""
+    """Return why intensities cannot be standardised uptake values; empty if they can."""
     values = content.away
     constant = _constant(values)
     if constant:
         return constant
     negative = np.count_nonzero(values < SUV_BELOW) / values.size
-    if negative > SUV_NEGATIVE_SHARE:
+    if negative > SUV_NEGATIVE_FRACTION:
         return f"{negative:.0%} of the voxels are below {SUV_BELOW:g}, but uptake is never negative"
     median, p95 = np.percentile(values, (50, 95))
     if median > SUV_MEDIAN or p95 > SUV_P95:
-        return f"the median is {median:.4g} and the 95th percentile {p95:.4g}, but the body has a mean SUV of 1"
+        percentiles = f"the median is {median:.4g} and the 95th percentile {p95:.4g}"
+        return f"{percentiles}, but the body has a mean SUV of 1"
     return ""
 
 
 def _constant(values: np.ndarray) -> str:
     if not values.size:
         return "no voxel is finite"
-    return (
-        f"every voxel has the same value, {values.min():.4g}"
-        if values.min() == values.max()
-        else ""
-    )
+    low = values.min()
+    return f"every voxel has the same value, {low:.4g}" if low == values.max() else ""
 
 
 def _offset(values: np.ndarray) -> str:
-    """A hint at what went wrong, where it can be seen."""
+    """Return a hint at the likely cause, if there is one."""
     return "; is the rescale intercept missing?" if np.median(values) > DENSE_ABOVE_HU else ""
 
 
 def _content(sample: np.ndarray) -> _Content:
-    """What of a sample is the scan's own: no fill value, nor, where enough is left, beside one."""
+    """Return the intensities of a sample without fill values, and without voxels beside them."""
     is_finite = np.isfinite(sample)
     is_fill = _fills(sample, is_finite)
     inside = sample[is_finite & ~is_fill]
     if inside.size < LEAST_CONTENT:
-        inside = sample[is_finite]
-        return _Content(inside, inside)
+        finite = sample[is_finite]
+        return _Content(finite, finite)
     away = inside
     if is_fill.any():
         is_beside = np.asarray(ndimage.maximum_filter(is_fill, size=2 * BESIDE_FILL + 1), bool)
@@ -220,7 +211,7 @@ def _content(sample: np.ndarray) -> _Content:
 
 
 def _fills(sample: np.ndarray, is_finite: np.ndarray) -> np.ndarray:
-    """Where (like the sample) a value is that stands alone: many voxels have it, few one near."""
+    """Return a mask of isolated values: many voxels have them, few have a value near."""
     is_fill = np.zeros(sample.shape, bool)
     values = sample[is_finite]
     levels, places, counts = np.unique(values, return_inverse=True, return_counts=True)
@@ -229,20 +220,18 @@ def _fills(sample: np.ndarray, is_finite: np.ndarray) -> np.ndarray:
     low, high = np.percentile(values, (0.5, 99.5))
     reach = max(FILL_REACH * (high - low), float(np.median(np.diff(levels))))
     below = np.concatenate([[0], np.cumsum(counts)])
-    first, stop = (
-        np.searchsorted(levels, levels - reach),
-        np.searchsorted(levels, levels + reach, "right"),
-    )
+    first = np.searchsorted(levels, levels - reach)
+    stop = np.searchsorted(levels, levels + reach, "right")
     n_near = below[stop] - below[first] - counts
     is_fill[is_finite] = ((counts >= FILL_VOXELS) & (counts >= FILL_RATIO * n_near))[places.ravel()]
     return is_fill
 
 
 def _sample(scan: Volume) -> np.ndarray:
-    """(I, J, K) intensities of a regular grid of about `SAMPLED` voxels; all of a small scan."""
+    """Return intensities on a regular grid of about `SAMPLED` voxels; all of a small scan."""
     array = to_canonical(scan.array, AxisOrder.of(scan.geometry))
     step = max(1, math.floor((array.size / SAMPLED) ** (1 / 3)))
-    steps = [step if n >= 8 * step else 1 for n in array.shape]  # of a few slices each is looked at
+    steps = [step if n >= 8 * step else 1 for n in array.shape]  # keep all of a few slices
     return np.asarray(scan.intensities(array[:: steps[0], :: steps[1], :: steps[2]]), np.float64)
 
 

@@ -3,7 +3,7 @@
 from volseg.measure.selftest import selftest
 from volseg.options import Progress
 from volseg.reports import RunReport
-from volseg.workflows.checking import check, shipped_model, table_columns
+from volseg.workflows.checking import check, table_columns
 from volseg.workflows.comparing import compare
 from volseg.workflows.evaluating import evaluate
 from volseg.workflows.importing import import_nnunet
@@ -32,7 +32,6 @@ __all__ = [
     "read_plan",
     "report",
     "selftest",
-    "shipped_model",
     "table_columns",
     "train",
 ]

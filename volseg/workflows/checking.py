@@ -141,9 +141,12 @@ def table_columns() -> dict[str, list[tuple[str, str, str, str]]]:
     return {name: columns_of(row) for name, row in tables.items()}
 
 
-def shipped_model() -> tuple[str, str, str]:
-    """Name, intended use and limits of the model that ships with the package, without loading it."""
+def shipped_model_text() -> str:
+    """Return what to print when the shipped model is used, without loading it."""
     from volseg.bundle import shipped_bundle
 
     recipe = read_json(shipped_bundle() / "model.json")["recipe"]
-    return recipe["name"], recipe["intended_use"], recipe["limits"]
+    return (
+        f"using the model that ships with volseg: {recipe['name']}. For: {recipe['intended_use']} "
+        f"Limits: {recipe['limits']}"
+    )

@@ -6,7 +6,7 @@ import math
 import os
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -22,18 +22,17 @@ from volseg.inputs import read_json, shortened
 from volseg.io.files import sha256_of
 from volseg.io.nifti import NiftiHeader, read_header, read_mask, read_volume
 from volseg.measure.changes import ScanPair, centroids_mm, lesion_changes
-from volseg.measure.matching import MAX_DISTANCE_MM
 from volseg.measure.pairs import MeasuredScan, lone_scan, pair_scans, pairing_bytes
 from volseg.measure.response import PatientResponse, judge_response
 from volseg.measure.rows import LesionMeasurement
 from volseg.measure.sections import axial_normal
 from volseg.measure.specks import SPECKS
 from volseg.measure.units import doubt_of
+from volseg.options import CompareOptions, command
 from volseg.postprocess.lesions import MANY
 from volseg.preprocess.align import covered
 from volseg.preprocess.register import Registration, register, registering_bytes, transformed
 from volseg.report.html import comparison_html
-from volseg.options import CompareOptions, command
 from volseg.reports import CompareReport
 from volseg.store.comparisons import ComparisonFolder
 from volseg.store.records import CaseRecord, case_ids, file_of, path_of, read_record, record_files
@@ -253,7 +252,9 @@ def _peak(
         ScanError: the files cannot be read.
     """
     masks, scans, n_lesions = [], [], []
-    for time_, case, folder, scan_folder in zip(TIMES, cases, folders, _scan_folders(settings), strict=True):
+    for time_, case, folder, scan_folder in zip(
+        TIMES, cases, folders, _scan_folders(settings), strict=True
+    ):
         if case is None:
             continue
         record = _read_usable(time_, folder, case)
@@ -440,7 +441,9 @@ def _compare_scans(
     """Compare one pair of scans; `names` supplies label names missing from both scans."""
     sides = (
         None if case is None else _read_side(time_, folder, case, scans, inputs)
-        for time_, folder, case, scans in zip(TIMES, folders, cases, _scan_folders(settings), strict=True)
+        for time_, folder, case, scans in zip(
+            TIMES, folders, cases, _scan_folders(settings), strict=True
+        )
     )
     before, after = _named_alike(*sides, names=names)
     doubts = (before.unit_doubt if before else "", after.unit_doubt if after else "")

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,8 +20,8 @@ from volseg.io.nifti import NiftiHeader, read_header, read_volume
 from volseg.options import InferOptions, Progress, command
 from volseg.postprocess.lesions import CONNECTIVITY
 from volseg.recipe import Recipe, parse_recipe
-from volseg.reports import CasesReport
 from volseg.report.model_box import ModelBox, model_box
+from volseg.reports import CasesReport
 from volseg.store.results import LESION_IDS, MASKS, ResultsFolder
 from volseg.volume import Volume
 from volseg.workflows.batch import (
@@ -291,7 +290,7 @@ def _changes(recipe: Recipe, options: InferOptions) -> dict[str, Any]:
     requested = {
         "infer.overlap": infer.overlap if options.overlap is None else options.overlap,
         "infer.tta_axes": infer.tta_axes if options.tta else (),
-        "infer.inside": options.inside or infer.inside,
+        "infer.inside": infer.inside if options.inside is None else options.inside,
         "preprocess.interpolation": "linear" if options.fast else recipe.preprocess.interpolation,
     }
     content = recipe.model_dump()
@@ -301,7 +300,9 @@ def _changes(recipe: Recipe, options: InferOptions) -> dict[str, Any]:
         if content[key.split(".")[0]][key.split(".")[1]] != value
     }
     # --inside overrides the region found by a first pass.
-    return changes | ({"roi": None} if inside is not None and recipe.roi is not None else {})
+    if options.inside is not None and recipe.roi is not None:
+        changes["roi"] = None
+    return changes
 
 
 def _changed(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:

@@ -24,8 +24,8 @@ from volseg.measure.units import Unit, judge_unit
 from volseg.options import MeasureOptions, command
 from volseg.postprocess.lesions import CONNECTIVITY, Objects, label_lesions, without_organ
 from volseg.recipe import Measure, as_recipe, unit_named
-from volseg.reports import CasesReport
 from volseg.report.model_box import ModelBox, read_model_box
+from volseg.reports import CasesReport
 from volseg.store.outputs import SAME_KIND, Commit, folder_content
 from volseg.store.results import LESION_IDS, MASKS, ResultsFolder, State
 from volseg.volume import Volume
