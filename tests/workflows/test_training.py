@@ -132,10 +132,10 @@ def test_ctrl_c_ends_with_a_usable_model_and_resume_goes_on(dataset, model, tiny
         assert torch.equal(weights(out)[name], tensor)
 
 
-def test_ctrl_c_before_the_first_look_leaves_a_usable_model_too(
+def test_ctrl_c_before_the_first_validation_leaves_a_usable_model_too(
     dataset, tiny_recipe, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(watch, "LOOKING_SHARE", 1e-6)  # no epoch earns a look
+    monkeypatch.setattr(watch, "VALIDATION_FRACTION", 1e-6)  # no epoch can afford validation
 
     def press(stage, share, detail):
         if stage == "Training" and detail.startswith("epoch 1"):
