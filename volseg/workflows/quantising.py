@@ -81,7 +81,7 @@ def quantise(
         calibration = [training[round(place)] for place in places]
         progress("Quantising", 0.0, f"calibrating on {len(calibration)} training cases")
         patches = _calibration_patches(calibration, bundle, seed)
-        members = [bundle.member(name) for name in bundle.members]
+        members = map(bundle.member, bundle.members)
         networks = [quantise_network(convert(member, shape), patches) for member in members]
         backends = in_each_precision(bundle, networks)
         scores: dict[str, list[list[float]]] = {name: [] for name in backends}
