@@ -69,7 +69,7 @@ def test_a_folder_without_a_name_of_its_own_is_refused_a_short_budget_too(
 ):
     (tmp_path / "a" / "b").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "a" / "b")
-    monkeypatch.setattr(training, "APART_SHARE", 0.0)  # so that preparing apart is always advised
+    monkeypatch.setattr(training, "PREPARE_FIRST_FRACTION", 0.0)  # so that preparing apart is always advised
     with pytest.raises(VolsegError, match="is too short") as caught:
         volseg.train(dataset, recipe=tiny_recipe, out=out, device="cpu", time_budget_seconds=2)
     apart = re.search(r"volseg preprocess .+ --out (\S+), and then", caught.value.fix)[1]
@@ -235,7 +235,7 @@ def test_the_classifier_leaves_time_for_export_and_pictures(
         "announce": said.append,
     }
     volseg.train(dataset, out=tmp_path / "m", time_budget_seconds=seconds, **options)
-    assert kept == pytest.approx([seconds * training.FINISHING_SHARE], abs=2)
+    assert kept == pytest.approx([seconds * training.FINISHING_FRACTION], abs=2)
     assert not any("no time was left" in text for text in said)
 
 

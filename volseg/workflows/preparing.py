@@ -235,8 +235,9 @@ def warnings_of(fingerprint: DatasetFingerprint, recipe: Recipe) -> list[str]:
         refuses = says_its_unit(recipe, fingerprint)
         effect = "refuses such scans" if refuses else "reports no values in that unit"
         warnings.append(
-            f"W_UNIT: {len(doubted)} of {n_cases} training scans contradict the unit of the recipe, "
-            f"so a model {effect}; such as {case}: {reason}; correct data.intensity_unit or the scans"
+            f"W_UNIT: {len(doubted)} of {n_cases} training scans contradict the unit of the recipe "
+            f"(first {case}: {reason}), so a model {effect}; correct data.intensity_unit or the "
+            "scans"
         )
     return warnings
 
