@@ -26,8 +26,9 @@ def sample_batch(
     """Cut `n` patches: images (n, channels, *cut_shape) float32, masks (n, *cut_shape) uint8.
 
     The first patches of a batch hold a labelled voxel, each label of a case being equally likely;
-    the others lie anywhere. Their number varies from step to step, so that over all steps they are
-    `foreground_fraction`, even with one patch per step. Images and masks are 0 outside the scan.
+    the others lie anywhere. The number of the first varies from step to step, so that over all
+    steps it is `foreground_fraction` of the patches, even with one patch per step. Images and masks
+    are 0 outside the scan.
 
     Args:
         only: indices of the patches to return; each depends on seed, step and index alone.
@@ -36,7 +37,7 @@ def sample_batch(
             would never see the scan's border.
 
     Raises:
-        VolsegError: a mask holds a class that is no label of the recipe.
+        VolsegError: a mask holds a class that is not a label of the recipe.
     """
     n_before, n_after = (_floor(k * n * foreground_fraction) for k in (step, step + 1))
     n_foreground = n_after - n_before

@@ -822,7 +822,7 @@ class _Training:
         folders.add(self.work / ROI_FOLDER)
         if any(path.parent not in folders for path in self.work.glob("**/last.safetensors")):
             raise VolsegError(
-                f"{self.out}: holds a run that was begun with another number of folds",
+                f"{self.out}: holds a run with another number of folds",
                 fix="resume with the same --folds, or delete the folder",
                 code="E_EXISTS",
             )
