@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from volseg.recipe import Augment
-from volseg.train.augment import _blurred, _coarsened, augment, enlarged_shape
+from volseg.train.augment import _blur, _coarsen, augment, enlarged_shape
 
 PATCH = (24, 20, 16)
 CHANGES = (
@@ -31,16 +31,16 @@ def changed(images, masks, settings, *, seed=0, spacing_mm=(1.0, 1.0, 1.0)):
     return augment(images, masks, settings, patch_shape=PATCH, spacing_mm=spacing_mm, seeds=seeds)
 
 
-def test_switched_off_it_returns_the_middle_of_what_was_cut():
+def test_without_augmentation_the_centre_of_the_cut_is_returned():
     settings = Augment(flip_axes=(), **OFF)
     assert enlarged_shape(PATCH, settings) == PATCH
     images, masks = (
         torch.randn(2, 1, 26, 22, 18),
         torch.randint(0, 2, (2, 26, 22, 18), dtype=torch.uint8),
     )
-    found, found_masks = changed(images, masks, settings)
-    assert torch.equal(found, images[:, :, 1:-1, 1:-1, 1:-1])
-    assert torch.equal(found_masks, masks[:, 1:-1, 1:-1, 1:-1])
+    augmented, augmented_masks = changed(images, masks, settings)
+    assert torch.equal(augmented, images[:, :, 1:-1, 1:-1, 1:-1])
+    assert torch.equal(augmented_masks, masks[:, 1:-1, 1:-1, 1:-1])
 
 
 def test_a_ball_stays_a_ball_of_its_volume_under_rotation_on_an_anisotropic_grid():
@@ -84,9 +84,9 @@ def test_image_and_mask_move_together():
 def test_flips_reverse_exactly_the_named_axes():
     settings = Augment(flip_axes=("A",), **OFF)
     images, masks = torch.randn(16, 1, *PATCH), torch.zeros(16, *PATCH, dtype=torch.uint8)
-    found, _ = changed(images, masks, settings)
-    flipped = [torch.equal(a, b.flip(2)) for a, b in zip(found, images, strict=True)]
-    same = [torch.equal(a, b) for a, b in zip(found, images, strict=True)]
+    augmented, _ = changed(images, masks, settings)
+    flipped = [torch.equal(a, b.flip(2)) for a, b in zip(augmented, images, strict=True)]
+    same = [torch.equal(a, b) for a, b in zip(augmented, images, strict=True)]
     assert all(a != b for a, b in zip(flipped, same, strict=True))
     assert 0 < sum(flipped) < 16
 
@@ -104,7 +104,7 @@ def test_the_same_seed_gives_the_same_patches_and_intensities_change_only_the_im
     assert torch.isfinite(first[0]).all()
 
 
-def test_a_patch_does_not_depend_on_who_shares_its_batch():
+def test_a_patch_does_not_depend_on_the_rest_of_its_batch():
     settings = Augment(**dict.fromkeys(OFF, 0.7))
     source = enlarged_shape(PATCH, settings)
     images, masks = torch.randn(6, 1, *source), torch.randint(0, 3, (6, *source), dtype=torch.uint8)
@@ -122,7 +122,7 @@ def test_a_patch_does_not_depend_on_who_shares_its_batch():
         assert torch.equal(alone[1][0], together[1][index])
 
 
-def test_what_is_given_is_left_as_it_was():
+def test_the_inputs_are_not_modified():
     settings = Augment(**dict.fromkeys(OFF, 1.0))
     images, masks = torch.randn(2, 1, *PATCH), torch.ones(2, *PATCH, dtype=torch.uint8)
     before = images.clone()
@@ -130,42 +130,42 @@ def test_what_is_given_is_left_as_it_was():
     assert torch.equal(images, before)
 
 
-def test_labels_keep_their_values_under_a_rotation_even_the_one_that_is_ignored():
+def test_labels_keep_their_values_under_rotation_including_ignored_voxels():
     settings = Augment(flip_axes=(), **(OFF | {"spatial_probability": 1.0}))
     source = enlarged_shape(PATCH, settings)
     masks = torch.zeros(4, *source, dtype=torch.uint8)
     masks[:, 8:14], masks[:, 14:20], masks[:, 20:26] = 7, 2, 255
-    _, found = changed(masks[:, None].float(), masks, settings)
-    assert set(torch.unique(found).tolist()) == {0, 2, 7, 255}
+    _, rotated = changed(masks[:, None].float(), masks, settings)
+    assert set(torch.unique(rotated).tolist()) == {0, 2, 7, 255}
 
 
-def test_an_elastic_field_of_nearly_no_size_changes_nearly_nothing():
+def test_a_negligible_elastic_field_changes_almost_nothing():
     settings = Augment(flip_axes=(), elastic_mm=1e-6, **(OFF | {"elastic_probability": 1.0}))
     source = enlarged_shape(PATCH, settings)
     images = torch.randn(2, 1, *source)
-    found, _ = changed(images, torch.zeros(2, *source, dtype=torch.uint8), settings)
+    deformed, _ = changed(images, torch.zeros(2, *source, dtype=torch.uint8), settings)
     margins = [(n - p) // 2 for n, p in zip(source, PATCH, strict=True)]
     r, a, s = (slice(m, m + p) for m, p in zip(margins, PATCH, strict=True))
-    torch.testing.assert_close(found, images[:, :, r, a, s], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(deformed, images[:, :, r, a, s], atol=1e-4, rtol=1e-4)
 
 
 def test_a_blur_spreads_a_point_by_its_sigma_and_keeps_a_constant():
     point = torch.zeros(1, 21, 21, 21)
     point[0, 10, 10, 10] = 1
     for sigma in (0.8, 1.0, 2.0):
-        spread = _blurred(point, sigma)
+        spread = _blur(point, sigma)
         offsets = torch.arange(21) - 10
         assert float(spread.sum()) == pytest.approx(1, abs=1e-5)
         for axis in (1, 2, 3):
             along = spread.sum([other for other in range(4) if other != axis])
             assert float((along * offsets**2).sum()) == pytest.approx(sigma**2, rel=0.02)
     torch.testing.assert_close(
-        _blurred(torch.full((2, 6, 5, 4), 3.0), 1.0), torch.full((2, 6, 5, 4), 3.0)
+        _blur(torch.full((2, 6, 5, 4), 3.0), 1.0), torch.full((2, 6, 5, 4), 3.0)
     )
 
 
-def test_a_coarser_scan_has_no_more_detail_than_its_voxels():
+def test_coarsening_removes_detail_finer_than_its_voxels():
     ramp = torch.arange(16.0)[:, None, None].expand(16, 16, 16)[None]
-    assert torch.equal(_coarsened(ramp, 1.0), ramp)
+    assert torch.equal(_coarsen(ramp, 1.0), ramp)
     stripes = (torch.arange(16) % 2).float()[:, None, None].expand(16, 16, 16)[None]
-    assert float(_coarsened(stripes, 0.5).std()) < 0.05
+    assert float(_coarsen(stripes, 0.5).std()) < 0.05

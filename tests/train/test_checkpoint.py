@@ -13,13 +13,13 @@ def test_tensors_and_state_come_back_bit_for_bit(tmp_path):
     )
     state = {"step": 7, "seconds": 1.25, "history": [{"epoch": 1, "loss": 0.5}]}
     save_checkpoint(tmp_path / "last.safetensors", tensors, state)
-    found, found_state = load_checkpoint(tmp_path / "last.safetensors")
-    assert found_state == state
-    assert torch.equal(unflatten("network", found)["a.weight"], tensors["network.a.weight"])
-    assert list(unflatten("optimizer", found)) == ["0.step"]
+    loaded, loaded_state = load_checkpoint(tmp_path / "last.safetensors")
+    assert loaded_state == state
+    assert torch.equal(unflatten("network", loaded)["a.weight"], tensors["network.a.weight"])
+    assert list(unflatten("optimizer", loaded)) == ["0.step"]
 
 
-def test_a_pipe_is_not_waited_for(tmp_path):
+def test_a_pipe_is_refused_instead_of_blocking(tmp_path):
     os.mkfifo(tmp_path / "last.safetensors")
     with pytest.raises(VolsegError, match="is a pipe"):
         load_checkpoint(tmp_path / "last.safetensors")

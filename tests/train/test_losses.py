@@ -10,7 +10,7 @@ MONAI = {"to_onehot_y": True, "softmax": True, "include_background": False, "bat
 
 
 def problem(n=2, classes=4, seed=0):
-    """Random logits, and class indices of which one label is in the first patch alone."""
+    """Return random logits, and class indices with one label only in the first patch."""
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randn((n, classes, *SHAPE), generator=generator)
     target = torch.randint(0, classes, (n, *SHAPE), generator=generator)
@@ -18,22 +18,23 @@ def problem(n=2, classes=4, seed=0):
     return logits, target.to(torch.uint8)
 
 
-def sure(target, classes, size=20.0):
+def confident(target, classes, size=20.0):
     return (
         torch.nn.functional.one_hot(target.long(), classes).movedim(-1, 1).float() * 2 - 1
     ) * size
 
 
 def loss_of(logits, target, **settings):
-    own = {name: settings.pop(name) for name in ("class_weights", "regions") if name in settings}
-    return SegmentationLoss(Loss(**settings), **own)(logits, target)
+    names = [name for name in ("class_weights", "regions") if name in settings]
+    data = {name: settings.pop(name) for name in names}
+    return SegmentationLoss(Loss(**settings), **data)(logits, target)
 
 
 @pytest.mark.parametrize("overlap", OVERLAPS)
 @pytest.mark.parametrize("focal_gamma", [0.0, 2.0])
-def test_a_sure_and_right_answer_costs_nothing_and_a_sure_wrong_one_much(overlap, focal_gamma):
+def test_confident_correct_logits_cost_nothing_and_wrong_ones_much(overlap, focal_gamma):
     _, target = problem()
-    right = sure(target, 4)
+    right = confident(target, 4)
     assert float(loss_of(right, target, overlap=overlap, focal_gamma=focal_gamma)) == pytest.approx(
         0, abs=1e-3
     )
@@ -72,7 +73,7 @@ def test_label_smoothing_is_that_of_torch():
 
 @pytest.mark.parametrize("overlap", OVERLAPS)
 @pytest.mark.parametrize("regions", [None, [(1, 2), (2,), (1,), (3,)]])
-def test_what_is_ignored_changes_neither_the_loss_nor_a_weight(overlap, regions):
+def test_ignored_voxels_change_neither_the_loss_nor_its_gradient(overlap, regions):
     logits, target = problem()
     target[:, 2:4] = IGNORED
     logits.requires_grad_()
@@ -87,7 +88,7 @@ def test_what_is_ignored_changes_neither_the_loss_nor_a_weight(overlap, regions)
     )
 
 
-def test_a_batch_that_is_ignored_altogether_costs_a_finite_number():
+def test_a_wholly_ignored_batch_has_a_finite_loss():
     logits, target = problem()
     assert torch.isfinite(loss_of(logits, torch.full_like(target, IGNORED)))
 
@@ -95,14 +96,14 @@ def test_a_batch_that_is_ignored_altogether_costs_a_finite_number():
 def test_a_patch_without_lesion_does_not_count_as_a_failure_of_the_batch():
     target = torch.zeros((2, *SHAPE), dtype=torch.uint8)
     target[0, 2:4, 2:4, 2:4] = 1
-    assert float(loss_of(sure(target, 2), target)) == pytest.approx(0, abs=1e-3)
+    assert float(loss_of(confident(target, 2), target)) == pytest.approx(0, abs=1e-3)
 
 
-def test_regions_may_overlap_and_each_is_judged_by_itself():
+def test_regions_may_overlap_and_each_has_its_own_loss():
     _, target = problem(classes=4)
     regions = [(1, 2, 3), (1, 3), (3,)]
     right = torch.stack(
-        [torch.isin(target, torch.tensor(each)).float() * 40 - 20 for each in regions], dim=1
+        [torch.isin(target, torch.tensor(region)).float() * 40 - 20 for region in regions], dim=1
     )
     assert float(loss_of(right, target, regions=regions)) == pytest.approx(0, abs=1e-3)
     wrong_core = right.clone()
@@ -110,10 +111,10 @@ def test_regions_may_overlap_and_each_is_judged_by_itself():
     assert float(loss_of(wrong_core, target, regions=regions)) > 1
 
 
-def test_generalised_dice_of_a_batch_that_lacks_a_label_still_judges_the_others():
+def test_generalised_dice_without_one_label_still_uses_the_others():
     target = torch.zeros((1, *SHAPE), dtype=torch.uint8)
     target[0, :4] = 1
-    right, wrong = sure(target, 3), sure(torch.zeros_like(target), 3)
+    right, wrong = confident(target, 3), confident(torch.zeros_like(target), 3)
     assert float(loss_of(right, target, overlap="generalised_dice")) == pytest.approx(0, abs=1e-3)
     assert float(loss_of(wrong, target, overlap="generalised_dice")) > 1
 
@@ -121,12 +122,12 @@ def test_generalised_dice_of_a_batch_that_lacks_a_label_still_judges_the_others(
 def test_deep_supervision_is_a_mean_that_halves_with_each_depth():
     logits, target = problem()
     other, _ = problem(seed=1)
-    alone = [float(loss_of(each, target)) for each in (logits, other)]
+    alone = [float(loss_of(output, target)) for output in (logits, other)]
     both = float(loss_of(torch.stack([logits, other], dim=1), target))
     assert both == pytest.approx((alone[0] + 0.5 * alone[1]) / 1.5, rel=1e-6)
 
 
-def test_the_focal_term_turns_away_from_what_is_right():
+def test_the_focal_term_downweights_correct_voxels():
     logits, target = problem()
     plain, focal = (
         float(loss_of(logits, target, overlap="none", focal_gamma=gamma)) for gamma in (0.0, 2.0)

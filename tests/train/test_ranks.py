@@ -22,12 +22,12 @@ with fabric.autocast():
 """
 
 
-def test_training_in_bf16_does_not_announce_it_and_other_users_of_fabric_still_hear_of_theirs():
+def test_bf16_is_not_announced_except_to_other_users_of_fabric():
     quiet = subprocess.run([sys.executable, "-c", BF16], capture_output=True, text=True, check=True)
     assert (quiet.stdout, quiet.stderr) == ("torch.bfloat16\n", "")
-    own = BF16 + "Fabric(accelerator='cpu', devices=1, precision='bf16-mixed')"
-    heard = subprocess.run([sys.executable, "-c", own], capture_output=True, text=True, check=True)
-    assert heard.stderr == "Using bfloat16 Automatic Mixed Precision (AMP)\n"
+    code = BF16 + "Fabric(accelerator='cpu', devices=1, precision='bf16-mixed')"
+    loud = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert loud.stderr == "Using bfloat16 Automatic Mixed Precision (AMP)\n"
 
 
 SLURM = """
@@ -37,15 +37,16 @@ from volseg.train.ranks import team_of, total_over_ranks
 
 try:
     with team_of(torch.device("cpu"), 1, print, "fp32") as team:
-        told = team.tell("trains" if team.rank == 0 else None)
-        sys.stdout.write(f"{team.rank} of {team.size} {told} {total_over_ranks(torch.tensor(1.0 + team.rank)).item()}\\n")
+        message = team.broadcast("trains" if team.rank == 0 else None)
+        total = total_over_ranks(torch.tensor(1.0 + team.rank)).item()
+        sys.stdout.write(f"{team.rank} of {team.size} {message} {total}\\n")
 except VolsegError as error:
     sys.exit(str(error))
 """
 
 
 def slurm_tasks(n, **more):
-    """Processes with what srun gives its tasks on one node."""
+    """Start processes with the environment that srun gives its tasks on one node."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -75,8 +76,9 @@ def slurm_tasks(n, **more):
 
 def test_the_tasks_of_slurm_are_one_team():
     tasks = slurm_tasks(2, SLURM_NTASKS_PER_NODE="2")
-    said = [task.communicate(timeout=120) for task in tasks]
-    assert [out for out, _ in said] == ["0 of 2 trains 3.0\n", "1 of 2 trains 3.0\n"], said
+    outputs = [task.communicate(timeout=120) for task in tasks]
+    expected = ["0 of 2 trains 3.0\n", "1 of 2 trains 3.0\n"]
+    assert [stdout for stdout, _ in outputs] == expected, outputs
 
 
 def test_tasks_of_slurm_without_their_number_per_node_are_refused(monkeypatch):
@@ -102,7 +104,7 @@ def test_an_unknown_precision_is_refused():
         pass
 
 
-def test_ctrl_c_waits_for_the_end_of_a_step_that_several_take_together():
+def test_ctrl_c_waits_for_the_end_of_a_shared_step():
     with pytest.raises(KeyboardInterrupt), Team(fabric=None, precision="", size=2).in_step():
         signal.raise_signal(signal.SIGINT)
         reached = True
@@ -114,7 +116,6 @@ def die(team):
     raise SystemExit(3)
 
 
-def test_a_process_that_ends_early_does_not_leave_the_others_waiting_for_ever():
-    """What it left behind is an error, not silence."""
+def test_a_process_that_ends_early_raises_an_error_in_the_others():
     with pytest.raises(RuntimeError), team_of(torch.device("cpu"), 2, die) as team:
         team.fabric.all_reduce(torch.ones(1))

@@ -24,26 +24,25 @@ def test_foreground_patches_hold_the_lesion_and_all_lie_in_the_scan():
     images, masks = sample_batch([case()], (8, 8, 8), n=200, foreground_fraction=0.5, seed=0)
     assert (masks[:100].reshape(100, -1).max(axis=1) == 1).all()
     assert 0 < (masks[100:].reshape(100, -1).max(axis=1) == 1).mean() < 0.7
-    assert (
-        images != 0
-    ).all()  # the scan is larger than a patch on every axis, so nothing is padding
+    # The scan is larger than a patch on every axis, so there is no padding.
+    assert (images != 0).all()
 
 
 @pytest.mark.parametrize("n", [1, 2, 3])
-@pytest.mark.parametrize("share", [0.0, 1 / 3, 0.34, 0.5, 0.9, 1.0])
-def test_the_share_of_foreground_patches_holds_for_every_size_of_batch(n, share):
-    """On a lesion in the corner, which patches that lie anywhere hardly ever hold: those that hold it were centred there."""
+@pytest.mark.parametrize("fraction", [0.0, 1 / 3, 0.34, 0.5, 0.9, 1.0])
+def test_the_fraction_of_foreground_patches_holds_for_every_batch_size(n, fraction):
+    """Random patches hardly ever hold a lesion in the corner; those that do were centred on it."""
     corner = [case(shape=(60, 60, 60), lesion=(slice(0, 1),) * 3)]
-    found = 0
+    n_found = 0
     for step in range(50):
         _, masks = sample_batch(
-            corner, (8, 8, 8), n=n, foreground_fraction=share, seed=3, step=step
+            corner, (8, 8, 8), n=n, foreground_fraction=fraction, seed=3, step=step
         )
-        found += int(masks.reshape(n, -1).max(axis=1).sum())
-    assert found == pytest.approx(50 * n * share, abs=1)
+        n_found += int(masks.reshape(n, -1).max(axis=1).sum())
+    assert n_found == pytest.approx(50 * n * fraction, abs=1)
 
 
-def test_what_is_cut_round_a_patch_may_lie_outside_but_the_patch_reaches_every_border():
+def test_cuts_may_reach_beyond_the_scan_and_patches_reach_every_border():
     corners = [(slice(0, 1),) * 3, (slice(19, 20), slice(17, 18), slice(11, 12))]
     for corner in corners:
         _, masks = sample_batch(
@@ -91,8 +90,8 @@ def test_each_patch_of_a_batch_can_be_drawn_by_itself():
     cases = [case(name="a"), case(lesion=None, name="b")]
     images, masks = sample_batch(cases, (8, 8, 8), n=6, foreground_fraction=0.5, seed=3, step=7)
     for part in ([0, 1, 2], [3, 4, 5], [5, 0]):
-        own, own_masks = sample_batch(
+        images_of_part, masks_of_part = sample_batch(
             cases, (8, 8, 8), n=6, foreground_fraction=0.5, seed=3, step=7, only=part
         )
-        np.testing.assert_array_equal(own, images[part])
-        np.testing.assert_array_equal(own_masks, masks[part])
+        np.testing.assert_array_equal(images_of_part, images[part])
+        np.testing.assert_array_equal(masks_of_part, masks[part])

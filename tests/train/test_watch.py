@@ -7,12 +7,12 @@ import torch
 from volseg.bundle import load_bundle
 from volseg.evaluate.validation import ValidationRow, mean_dice
 from volseg.io.prepared import PreparedCase
-from volseg.train.watch import LARGEST_RESERVE, Watch
+from volseg.train.watch import LARGEST_RESERVE, Validator
 
 
 @pytest.fixture
-def watching(model, tiny_recipe):
-    """A watch of five cases, of which the recipe watches three, with a budget in seconds."""
+def make_validator(model, tiny_recipe):
+    """Five cases, three of them in the validation subset, and a time budget in seconds."""
     bundle = load_bundle(model)
     mask = np.zeros((30, 24, 20), np.uint8)
     mask[10:20, 8:16, 6:14] = 1
@@ -23,54 +23,56 @@ def watching(model, tiny_recipe):
     )
 
     def make(seconds):
-        return Watch(cases, recipe, bundle.plan, torch.device("cpu"), seconds), bundle.weights[
-            "segmentation"
-        ]
+        validator = Validator(cases, recipe, bundle.plan, torch.device("cpu"), seconds)
+        return validator, bundle.weights["segmentation"]
 
     return make
 
 
-def seen(rows):
+def ids(rows):
     return [row.case_id for row in rows]
 
 
-def test_without_a_budget_every_epoch_is_looked_at(watching):
-    watch, weights = watching(None)
-    assert seen(watch.look(weights)) == ["case_0", "case_2", "case_4"]
-    assert len(watch.validate(weights)) == 5
-    assert watch.is_due(0.0) and watch.reserve == 0 and watch.compares_last
+def test_without_a_budget_every_epoch_is_validated(make_validator):
+    validator, weights = make_validator(None)
+    assert ids(validator.validate_subset(weights)) == ["case_0", "case_2", "case_4"]
+    assert len(validator.validate_all(weights)) == 5
+    assert validator.due_after(0.0) and validator.reserve == 0 and validator.compares_last
 
 
-def test_with_a_budget_looks_wait_until_training_has_earned_them(watching):
-    watch, weights = watching(1e6)
-    assert not watch.is_due(0.0)
-    assert watch.is_due(1e5)
-    assert seen(watch.look(weights)) == ["case_0", "case_2", "case_4"]
-    assert not watch.is_due(0.0)
-    assert 0 < watch.reserve < 1e4 and watch.compares_last
-    assert [watch.is_due(1e-5), watch.is_due(1e5)] == [False, True]  # what was trained adds up
+def test_with_a_budget_validation_waits_until_training_can_afford_it(make_validator):
+    validator, weights = make_validator(1e6)
+    assert not validator.due_after(0.0)
+    assert validator.due_after(1e5)
+    assert ids(validator.validate_subset(weights)) == ["case_0", "case_2", "case_4"]
+    assert not validator.due_after(0.0)
+    assert 0 < validator.reserve < 1e4 and validator.compares_last
+    assert [validator.due_after(1e-5), validator.due_after(1e5)] == [
+        False,
+        True,
+    ]  # training time adds up
 
 
-def test_with_a_budget_too_small_for_it_one_case_is_watched_and_half_of_the_time_is_kept_at_most(
-    watching,
-):
-    watch, weights = watching(1e-4)
-    assert len(watch.look(weights)) == 1
-    assert watch.reserve == LARGEST_RESERVE * 1e-4
-    assert not watch.compares_last
+def test_a_tiny_budget_validates_one_case_and_reserves_a_limited_part(make_validator):
+    validator, weights = make_validator(1e-4)
+    assert len(validator.validate_subset(weights)) == 1
+    assert validator.reserve == LARGEST_RESERVE * 1e-4
+    assert not validator.compares_last
 
 
-def test_no_case_is_begun_after_the_time_is_over_and_what_was_seen_counts(watching):
-    watch, weights = watching(1e6)
-    assert watch.look(weights, until=0.0) == []
-    assert watch.validate(weights, until=0.0) == []
-    assert seen(watch.validate(weights, until=time.monotonic() + 1e3)) == [
+def test_no_case_starts_after_the_time_limit_and_completed_ones_count(make_validator):
+    validator, weights = make_validator(1e6)
+    assert validator.validate_subset(weights, until=0.0) == []
+    assert validator.validate_all(weights, until=0.0) == []
+    assert ids(validator.validate_all(weights, until=time.monotonic() + 1e3)) == [
         f"case_{n}" for n in range(5)
     ]
     began = time.monotonic()
-    watch.validate(weights)
-    partly = watch.validate(weights, until=time.monotonic() + 0.5 * (time.monotonic() - began))
-    assert seen(partly) == sorted(seen(partly))
+    validator.validate_all(weights)
+    partly = validator.validate_all(
+        weights, until=time.monotonic() + 0.5 * (time.monotonic() - began)
+    )
+    assert ids(partly) == sorted(ids(partly))
 
 
 @pytest.mark.parametrize(
@@ -82,7 +84,7 @@ def test_no_case_is_begun_after_the_time_is_over_and_what_was_seen_counts(watchi
         ([np.nan, np.nan], 1.0),
     ],
 )
-def test_a_scan_without_a_lesion_in_which_none_is_found_is_no_merit(dice, expected):
+def test_true_negative_scans_do_not_raise_the_mean_dice(dice, expected):
     rows = [
         ValidationRow(
             case_id=str(n), patient=str(n), fold=0, label=1, label_name="x", dice=value,

@@ -44,10 +44,8 @@ def test_with_a_recipe_the_label_values_count_too_and_empty_masks_are_pointed_ou
     other = tiny_recipe.model_copy(
         update={"data": tiny_recipe.data.model_copy(update={"labels": {"lesion": 4}})}
     )
-    found = [
-        (problem["where"], problem["code"]) for problem in volseg.check(tmp_path / "data", other)
-    ]
-    assert found == [
+    problems = volseg.check(tmp_path / "data", other)
+    assert [(problem["where"], problem["code"]) for problem in problems] == [
         ("scan_0", "W_EMPTY"),
         *((f"scan_{number}", "E_LABELS") for number in range(1, 8)),
     ]
@@ -80,9 +78,5 @@ def test_every_column_has_a_meaning():
 
 def _row_of_a_lost_scan(table: Path) -> str:
     columns = table.read_text().splitlines()[0].split(",")
-    return (
-        ",".join(
-            {"subject": "lost", "image": "images/lost.nii.gz"}.get(name, "") for name in columns
-        )
-        + "\n"
-    )
+    cells = {"subject": "lost", "image": "images/lost.nii.gz"}
+    return ",".join(cells.get(name, "") for name in columns) + "\n"

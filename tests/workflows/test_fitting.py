@@ -32,22 +32,22 @@ def fit(seconds, **options):
 
 
 def test_time_enough_changes_nothing():
-    found = fit(5 * ROOM * LEAST_STEPS)
-    assert (found.plan, found.folds, found.reasons) == (LARGE, 5, ())
+    fitted = fit(5 * ROOM * LEAST_STEPS)
+    assert (fitted.plan, fitted.folds, fitted.reasons) == (LARGE, 5, ())
 
 
 def test_folds_are_dropped_before_the_network_gets_smaller():
-    found = fit(2.5 * ROOM * LEAST_STEPS)
-    assert (found.plan, found.folds) == (LARGE, 2)
-    assert "2 instead of 5 folds" in found.reasons[0]
-    found = fit(1.0 * LEAST_STEPS)
-    assert (found.plan, found.folds) == (LARGE, 1)
+    fitted = fit(2.5 * ROOM * LEAST_STEPS)
+    assert (fitted.plan, fitted.folds) == (LARGE, 2)
+    assert "2 instead of 5 folds" in fitted.reasons[0]
+    fitted = fit(1.0 * LEAST_STEPS)
+    assert (fitted.plan, fitted.folds) == (LARGE, 1)
 
 
-def test_then_the_network_gets_smaller_and_then_it_is_refused_with_the_time_it_needs():
-    found = fit(0.9 * LEAST_STEPS)
-    assert found.plan == SMALL
-    assert "a smaller network" in " ".join(found.reasons)
+def test_next_the_network_gets_smaller_and_then_the_error_states_the_time_needed():
+    fitted = fit(0.9 * LEAST_STEPS)
+    assert fitted.plan == SMALL
+    assert "a smaller network" in " ".join(fitted.reasons)
     with pytest.raises(TooShortError) as caught:
         fit(0.09 * LEAST_STEPS)
     assert caught.value.needed == pytest.approx(0.1 * LEAST_STEPS)
@@ -60,21 +60,21 @@ def test_then_the_network_gets_smaller_and_then_it_is_refused_with_the_time_it_n
 )
 def test_no_network_is_planned_with_fewer_steps_than_it_needs(seconds, options):
     try:
-        found = fit(seconds, **options)
+        fitted = fit(seconds, **options)
     except TooShortError as error:
         assert error.needed > seconds
         return
-    assert seconds / found.folds / found.seconds_per_step >= LEAST_STEPS - 1e-6
-    assert 1 <= found.folds <= options.get("folds", 5)
+    assert seconds / fitted.folds / fitted.seconds_per_step >= LEAST_STEPS - 1e-6
+    assert 1 <= fitted.folds <= options.get("folds", 5)
     if options.get("may_drop_folds") is False:
-        assert found.folds == 5
+        assert fitted.folds == 5
 
 
-def test_the_best_plan_has_its_steps_in_each_fold_else_in_one_network_else_it_is_the_smallest():
-    asked = []
+def test_the_best_plan_fits_all_folds_else_one_network_else_it_is_the_smallest():
+    requests = []
 
     def plan_for(flops):
-        asked.append(flops)
+        requests.append(flops)
         return LARGE
 
     def steps_of(candidate, flops):
@@ -82,7 +82,7 @@ def test_the_best_plan_has_its_steps_in_each_fold_else_in_one_network_else_it_is
 
     assert best_plan(plan_for, SMALL, 5 * 10 * STEPS, 5, steps_of) == LARGE
     assert best_plan(plan_for, SMALL, 10 * STEPS, 5, steps_of) == LARGE
-    assert asked == [10 * STEPS, 10 * STEPS]
+    assert requests == [10 * STEPS, 10 * STEPS]
     assert best_plan(plan_for, SMALL, 9 * STEPS, 5, steps_of) == SMALL
 
 
@@ -91,8 +91,6 @@ def test_a_refusal_names_a_time_that_holds_what_is_needed():
         text = suggested(needed)
         number, unit = re.fullmatch(r"(\d+)([sm])", text).groups()
         assert needed < int(number) * {"s": 1, "m": 60}[unit] < 2 * needed + 60
-    with pytest.raises(
-        VolsegError,
-        match=r"budget of 60 s is too short: all of it; to fix: give --time-budget 3m or more; keep",
-    ):
+    words = "budget of 60 s is too short: all of it; to fix: give --time-budget 3m or more; keep"
+    with pytest.raises(VolsegError, match=words):
         refuse_time(60, 110, "all of it", kept="; keep")

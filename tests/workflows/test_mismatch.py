@@ -364,7 +364,7 @@ def test_training_scans_that_contradict_the_recipes_unit_are_named(dataset, tmp_
             f"W_UNIT: {n + 1} of 4 training scans contradict the unit of the recipe"
         )
         assert (
-            "a model refuses such scans" if n == 0 else "a model gives no number in that unit"
+            "a model refuses such scans" if n == 0 else "a model reports no values in that unit"
         ) in warning
     problems = volseg.check(tmp_path / "d", tiny_recipe)
     assert [problem["where"] for problem in problems if problem["code"] == "W_UNIT"] == [

@@ -107,12 +107,11 @@ def test_a_plan_gives_a_reason_for_each_line_and_comes_back_from_its_file(tmp_pa
 
 
 def test_what_the_recipe_states_overrules_the_plan(dataset, tiny_recipe):
-    found = volseg.plan(dataset, recipe=tiny_recipe).details["plan"]
-    assert found["patch_shape"] == [16, 16, 16]
-    assert found["network"] is None
-    stated = {
-        line["setting"] for line in found["lines"] if line["reason"] == "stated by the recipe"
-    }
+    plan = volseg.plan(dataset, recipe=tiny_recipe).details["plan"]
+    assert plan["patch_shape"] == [16, 16, 16]
+    assert plan["network"] is None
+    lines = plan["lines"]
+    stated = {line["setting"] for line in lines if line["reason"] == "stated by the recipe"}
     assert {"spacing", "patch", "batch", "network", "patches on labels"} <= stated
 
 
@@ -161,8 +160,8 @@ def test_a_changed_plan_is_what_is_trained(tmp_path):
         "kernels": [[3] * 3] * 3,
     }
     (tmp_path / "plan.json").write_text(json.dumps(content))
-    volseg.train(folder, out=tmp_path / "m", plan=tmp_path / "plan.json", folds=1, epochs=1, device="cpu",
-                 time_budget_seconds=20)  # fmt: skip
+    options = {"folds": 1, "epochs": 1, "device": "cpu", "time_budget_seconds": 20}
+    volseg.train(folder, out=tmp_path / "m", plan=tmp_path / "plan.json", **options)
     bundle = load_bundle(tmp_path / "m")
     assert bundle.plan.batch_size == 3
     assert tuple(bundle.recipe.network.settings["features"]) == (4, 6, 8)
@@ -175,10 +174,10 @@ def test_a_changed_plan_is_what_is_trained(tmp_path):
 def test_without_a_recipe_the_network_of_the_model_to_start_from_is_taken(tmp_path, model):
     folder = plain_folder(tmp_path / "d")
     volseg.train(folder, out=tmp_path / "m", init=model, folds=2, epochs=1, device="cpu")
-    found, given = load_bundle(tmp_path / "m"), load_bundle(model)
-    assert found.recipe.network == given.recipe.network
-    assert "output_block" in found.metrics["began_at_random"]  # three labels now, not one
-    assert found.plan.patch_shape == given.plan.patch_shape
+    bundle, initial = load_bundle(tmp_path / "m"), load_bundle(model)
+    assert bundle.recipe.network == initial.recipe.network
+    assert "output_block" in bundle.metrics["began_at_random"]  # three labels now, not one
+    assert bundle.plan.patch_shape == initial.plan.patch_shape
 
 
 def test_a_preview_shows_patches_and_trains_nothing(dataset, tiny_recipe, tmp_path):
@@ -190,13 +189,13 @@ def test_a_preview_shows_patches_and_trains_nothing(dataset, tiny_recipe, tmp_pa
     assert not (tmp_path / "m" / "model.json").exists()
 
 
-def test_everything_that_is_wrong_with_a_dataset_is_said_at_once(tmp_path):
+def test_all_mistakes_of_a_dataset_are_reported_at_once(tmp_path):
     folder = plain_folder(tmp_path / "d", n=6)
-    lines = ["subject,image,label,split,patient"]
-    lines += [
-        f"s{n},images/case_{n}.nii.gz,labels/case_{n}.nii.gz,{'val' if n == 4 else 'train'},p{n % 4}"
-        for n in range(6)
-    ]
+    lines, files = (
+        ["subject,image,label,split,patient"],
+        "images/case_{0}.nii.gz,labels/case_{0}.nii.gz",
+    )
+    lines += [f"s{n},{files.format(n)},{'val' if n == 4 else 'train'},p{n % 4}" for n in range(6)]
     lines[2] = lines[2].replace("s1,", "s0,")  # an id twice; patient 0 is in train and in val
     (folder / "cases.csv").write_text("\n".join(lines))
     off_grid = Geometry((26, 24, 20), oblique((1.5, 1.5, 2.5)))
@@ -211,17 +210,15 @@ def test_everything_that_is_wrong_with_a_dataset_is_said_at_once(tmp_path):
     (folder / "images/case_5.nii.gz").write_bytes(b"no scan")
     recipe = recipe_for(plain_folder(tmp_path / "e"), None)
     wrong = ["id 's0' is used for both", "patient 'p0' is in split 'val'", "s2: E_PAIR", "s5: E_"]
-    for given, expected in (
-        (recipe, [*wrong, "s3: E_LABELS"]),
-        (None, wrong),
-    ):  # without a recipe every value is a label
+    # Without a recipe every value is a label.
+    for given, expected in ((recipe, [*wrong, "s3: E_LABELS"]), (None, wrong)):
         with pytest.raises(VolsegError) as caught:
             volseg.train(folder, out=tmp_path / "m", recipe=given, device="cpu")
         assert [words for words in expected if words not in str(caught.value)] == []
         assert not (tmp_path / "m" / "model.json").exists()
 
 
-def test_empty_masks_and_labels_that_are_nowhere_are_warned_of_and_trained_on(tmp_path):
+def test_empty_masks_and_absent_labels_give_warnings(tmp_path):
     folder = plain_folder(tmp_path / "d")
     recipe = recipe_for(folder, None)
     for number in (0, 1):

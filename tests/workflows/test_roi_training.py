@@ -110,10 +110,10 @@ def test_a_run_interrupted_in_either_training_resumes_to_the_same_weights(
     )
     again = [detail.split(",")[0] for now, detail in seen if now == "Training the first pass"]
     assert again == (["epoch 3", "epoch 4"] if stage == "Training the first pass" else [])
-    expected, found = load_bundle(trained).weights, load_bundle(out).weights
+    expected, resumed = load_bundle(trained).weights, load_bundle(out).weights
     for name in ("roi", "segmentation"):
         for key, tensor in expected[name].items():
-            torch.testing.assert_close(found[name][key], tensor, atol=1e-4, rtol=1e-3)
+            torch.testing.assert_close(resumed[name][key], tensor, atol=1e-4, rtol=1e-3)
 
 
 def test_infer_runs_the_first_pass_and_where_tiles_are_asked_for_leaves_it_out(
@@ -161,9 +161,8 @@ def test_a_time_budget_is_shared_by_both(dataset, recipe, tmp_path):
         dataset, recipe=endless, out=tmp_path / "m", epochs=20, time_budget_seconds=20, device="cpu"
     )
     first, second = (rows(tmp_path / "m" / name) for name in ("history_roi.csv", "history.csv"))
-    assert (
-        float(first[-1]["seconds"]) < recipe.roi.time_fraction * 20 + 3
-    )  # and the step that ends it
+    # 3 s for the step that ends it.
+    assert float(first[-1]["seconds"]) < recipe.roi.time_fraction * 20 + 3
     assert float(second[-1]["learning_rate"]) < recipe.train.learning_rate / 2
 
 

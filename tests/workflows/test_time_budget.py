@@ -23,8 +23,8 @@ from volseg.workflows.forecast import GUARDED_SECONDS, STAGES, Forecast, Guard
 from volseg.workflows.preparing import LOOKING, MASKS, PREPARING, read_header
 
 
-class Heard:
-    """A progress callback that keeps when it was called, and may take its time."""
+class Recorder:
+    """A progress callback that records when it was called, and can be slow."""
 
     def __init__(self, slow=lambda stage: 0.0):
         self.began, self.calls, self.slow = time.monotonic(), [], slow
@@ -39,25 +39,23 @@ class Heard:
         return max(later - earlier for earlier, later in pairwise(moments))
 
 
-def test_too_short_a_budget_is_refused_after_the_first_case_and_that_case_is_kept(
+def test_a_short_budget_is_refused_after_the_first_case_which_is_kept(
     dataset, tiny_recipe, tmp_path
 ):
-    heard = Heard()
-    # Intensities of each scan by itself: with a window for all, a plan of one case is not that of all.
+    recorder = Recorder()
+    # With a z-score per scan the plan of one case is that of all; a common window would differ.
     preprocess = tiny_recipe.preprocess.model_copy(update={"normalise": ZScore(method="zscore")})
     recipe = tiny_recipe.model_copy(update={"preprocess": preprocess, "classify": None})
     options = {"recipe": recipe, "out": tmp_path / "m", "device": "cpu", "time_budget_seconds": 2}
     with pytest.raises(VolsegError, match="the time budget of 2 s is too short") as caught:
-        volseg.train(dataset, progress=heard, **options)
+        volseg.train(dataset, progress=recorder, **options)
     assert caught.value.code == "E_BUDGET"
-    assert {stage for _, stage in heard.calls} <= {"Starting", "Timing the first case"}
+    assert {stage for _, stage in recorder.calls} <= {"Starting", "Timing the first case"}
     kept = tmp_path / "m" / ".training" / "prepared"
     assert f"are kept in {kept}" in caught.value.fix
     cases = {path.parent.name for path in (kept / "cases").glob("*/case.json")}
     assert len(cases) >= 1
-    report = volseg.preprocess(
-        dataset, recipe=recipe, out=kept
-    )  # what the next call does in that folder
+    report = volseg.preprocess(dataset, recipe=recipe, out=kept)  # as the next call does
     assert set(report.kept) == cases
     volseg.train(dataset, recipe=recipe, out=tmp_path / "m", device="cpu", epochs=1)
     assert load_bundle(tmp_path / "m").segmentation_network() is not None
@@ -69,7 +67,7 @@ def test_a_folder_without_a_name_of_its_own_is_refused_a_short_budget_too(
 ):
     (tmp_path / "a" / "b").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "a" / "b")
-    monkeypatch.setattr(training, "APART_SHARE", 0.0)  # so that preparing apart is always advised
+    monkeypatch.setattr(training, "PREPARE_FIRST_FRACTION", 0.0)  # always suggest preparing first
     with pytest.raises(VolsegError, match="is too short") as caught:
         volseg.train(dataset, recipe=tiny_recipe, out=out, device="cpu", time_budget_seconds=2)
     apart = re.search(r"volseg preprocess .+ --out (\S+), and then", caught.value.fix)[1]
@@ -80,7 +78,7 @@ def test_a_folder_without_a_name_of_its_own_is_refused_a_short_budget_too(
 def test_the_network_that_is_timed_is_that_of_all_lesions_not_of_the_first_case(
     tmp_path, monkeypatch
 ):
-    """The median lesion decides how large a patch is; the one of the first case may be a tenth of it."""
+    """The median lesion decides the patch size; the first case may have a much smaller one."""
     rng, timed = np.random.default_rng(0), []
     for n, width in enumerate((4, 24, 24, 24, 24)):
         mask = np.zeros((40, 40, 40), np.uint8)
@@ -103,29 +101,29 @@ def test_the_network_that_is_timed_is_that_of_all_lesions_not_of_the_first_case(
     assert min(patch) >= 24
 
 
-def test_the_masks_are_looked_at_once_until_a_file_changes(dataset, tmp_path):
-    heard = Heard()
+def test_the_masks_are_read_once_until_a_file_changes(dataset, tmp_path):
+    recorder = Recorder()
     (tmp_path / "work").mkdir()
-    first = recipe_once(dataset, tmp_path / "work", heard)
-    n = len(heard.calls)
+    first = recipe_once(dataset, tmp_path / "work", recorder)
+    n = len(recorder.calls)
     assert n > 0
-    assert recipe_once(dataset, tmp_path / "work", heard) == first
-    assert len(heard.calls) == n
+    assert recipe_once(dataset, tmp_path / "work", recorder) == first
+    assert len(recorder.calls) == n
     (tmp_path / "work" / "recipe.json").write_text("{}")
-    assert recipe_once(dataset, tmp_path / "work", heard) == first
-    assert len(heard.calls) > n
+    assert recipe_once(dataset, tmp_path / "work", recorder) == first
+    assert len(recorder.calls) > n
 
 
 @pytest.mark.slow
-def test_the_advice_of_a_refusal_works_as_it_stands(dataset, tmp_path):
-    """Both ways: the two commands that prepare first, and the longer budget."""
+def test_the_suggestions_of_a_refusal_work(dataset, tmp_path):
+    """Both work: the two commands that prepare first, and the longer budget."""
     runner = CliRunner()
     out = tmp_path / "a model"
     refused = runner.invoke(
         app, ["train", str(dataset), "--out", str(out), "--time-budget", "3s", "--device", "cpu"]
     )
     fix = refused.exception.fix
-    # That a case is prepared first is a remedy where preparing takes much of the time.
+    # Preparing first is only suggested if it takes much of the time.
     commands = re.findall(r"volseg (preprocess .+?), and then volseg (train .+?); what was", fix)
     for command in commands[0] if commands else ():
         done = runner.invoke(app, [*shlex.split(command), "--device", "cpu"])
@@ -153,14 +151,16 @@ def test_preprocess_plans_without_a_recipe_and_train_cross_validates_it(dataset,
     volseg.preprocess(dataset, out=tmp_path / "p")
     header = read_header(tmp_path / "p")
     assert header["is_auto"] and header["is_planned"]
-    heard = Heard()
-    said, options = [], {"device": "cpu", "epochs": 1, "time_budget_seconds": 25}
+    recorder = Recorder()
+    messages, options = [], {"device": "cpu", "epochs": 1, "time_budget_seconds": 25}
     volseg.train(
-        tmp_path / "p", out=tmp_path / "m", progress=heard, announce=said.append, **options
+        tmp_path / "p", out=tmp_path / "m", progress=recorder, announce=messages.append, **options
     )
     bundle = load_bundle(tmp_path / "m")
-    stages = {stage for _, stage in heard.calls}
-    assert "Training fold 1 of 5" in stages or any("instead of 5 folds" in text for text in said)
+    stages = {stage for _, stage in recorder.calls}
+    assert "Training fold 1 of 5" in stages or any(
+        "instead of 5 folds" in text for text in messages
+    )
     assert bundle.fingerprint.lesion_extent_mm is not None
     lesion = bundle.fingerprint.lesion_extent_mm
     edges = [n * mm for n, mm in zip(bundle.plan.patch_shape, bundle.plan.spacing_mm, strict=True)]
@@ -168,51 +168,51 @@ def test_preprocess_plans_without_a_recipe_and_train_cross_validates_it(dataset,
 
 
 @pytest.mark.parametrize("delay", [0.0, 1.0])
-def test_the_budget_holds_though_everything_gets_slower_in_the_middle(
-    delay, dataset, tiny_recipe, tmp_path
-):
-    heard = Heard(
+def test_the_budget_holds_on_a_machine_that_slows_down(delay, dataset, tiny_recipe, tmp_path):
+    recorder = Recorder(
         lambda stage: delay if stage.startswith(("Training", "Exporting", "Drawing")) else 0.0
     )
-    said, seconds = [], 12
+    messages, seconds = [], 12
     endless = tiny_recipe.model_copy(
         update={
             "train": tiny_recipe.train.model_copy(update={"steps_per_epoch": 10}),
             "classify": None,
         }
     )
-    options = {"recipe": endless, "device": "cpu", "epochs": 199, "folds": 2, "progress": heard}
+    options = {"recipe": endless, "device": "cpu", "epochs": 199, "folds": 2, "progress": recorder}
     began = time.monotonic()
     try:
         volseg.train(
             dataset,
             out=tmp_path / "m",
             time_budget_seconds=seconds,
-            announce=said.append,
+            announce=messages.append,
             **options,
         )
-    except VolsegError as error:  # a machine on which much else runs
+    except VolsegError as error:  # on a busy machine
         assert error.code == "E_BUDGET"
     assert time.monotonic() - began <= 1.1 * seconds + 5
-    assert heard.silence < 30
+    assert recorder.silence < 30
 
 
-def test_a_fold_that_cannot_have_its_steps_is_left_out_and_said(dataset, tiny_recipe, tmp_path):
+def test_a_fold_with_too_few_steps_is_skipped_with_a_warning(dataset, tiny_recipe, tmp_path):
     quick = {"steps_per_epoch": 5, "batch_size": 1}
     recipe = tiny_recipe.model_copy(
         update={"train": tiny_recipe.train.model_copy(update=quick), "classify": None}
     )
-    heard = Heard(lambda stage: 4.0 if stage == "Training fold 1 of 3" else 0.0)
-    said = []
-    options = {"recipe": recipe, "folds": 3, "epochs": 60, "device": "cpu", "progress": heard}
+    recorder = Recorder(lambda stage: 4.0 if stage == "Training fold 1 of 3" else 0.0)
+    messages = []
+    options = {"recipe": recipe, "folds": 3, "epochs": 60, "device": "cpu", "progress": recorder}
     try:
         volseg.train(
-            dataset, out=tmp_path / "m", time_budget_seconds=20, announce=said.append, **options
+            dataset, out=tmp_path / "m", time_budget_seconds=20, announce=messages.append, **options
         )
-    except VolsegError as error:  # a machine on which much else runs
+    except VolsegError as error:  # on a busy machine
         assert error.code == "E_BUDGET"
         return
-    assert any(text.startswith("warning: W_FEW_STEPS: a network was trained for") for text in said)
+    assert any(
+        text.startswith("warning: W_FEW_STEPS: a network was trained for") for text in messages
+    )
     assert "W_FEW_STEPS" in load_bundle(tmp_path / "m").metrics["warnings"]
 
 
@@ -220,7 +220,7 @@ def test_the_classifier_leaves_time_for_export_and_pictures(
     dataset, tiny_recipe, tmp_path, monkeypatch
 ):
     kept, train_classifier = [], training._train_classifier
-    said, seconds, began = [], 600, time.monotonic()
+    messages, seconds, began = [], 600, time.monotonic()
 
     def keep(*arguments):
         kept.append(seconds - (time.monotonic() - began) - arguments[-2])
@@ -232,11 +232,11 @@ def test_the_classifier_leaves_time_for_export_and_pictures(
         "device": "cpu",
         "epochs": 1,
         "folds": 1,
-        "announce": said.append,
+        "announce": messages.append,
     }
     volseg.train(dataset, out=tmp_path / "m", time_budget_seconds=seconds, **options)
-    assert kept == pytest.approx([seconds * training.FINISHING_SHARE], abs=2)
-    assert not any("no time was left" in text for text in said)
+    assert kept == pytest.approx([seconds * training.FINISHING_FRACTION], abs=2)
+    assert not any("no time was left" in text for text in messages)
 
 
 def test_the_fingerprint_of_the_model_that_ships_is_still_read():
@@ -250,7 +250,7 @@ def forecast(**stages):
 
 
 def guarded(ends, least, ahead, share_per_second):
-    """Seconds after which a guard refuses a stage of this pace; None where it does not."""
+    """Return the seconds after which a guard refuses a stage of this pace, and those ahead."""
     now, refusals = [0.0], []
 
     def refuse(seconds):
@@ -277,14 +277,14 @@ def test_a_stage_is_ended_as_soon_as_its_pace_is_known_to_be_too_slow():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["msd_hippocampus", "lgg_mri_flair"])
-def test_real_data_keep_two_minutes_or_are_refused_in_half_a_minute(name, tmp_path):
-    heard, said = Heard(), []
+def test_real_data_train_in_two_minutes_or_are_refused_in_half_a_minute(name, tmp_path):
+    recorder, messages = Recorder(), []
     try:
         volseg.train(real_data(name), out=tmp_path / "m", time_budget_seconds=120, device="cpu",
-                     progress=heard, announce=said.append)  # fmt: skip
+                     progress=recorder, announce=messages.append)  # fmt: skip
     except VolsegError as error:
         assert error.code == "E_BUDGET"
-        assert time.monotonic() - heard.began <= 30
+        assert time.monotonic() - recorder.began <= 30
     else:
-        assert time.monotonic() - heard.began <= 1.1 * 120 + 20
-    assert heard.silence <= 30
+        assert time.monotonic() - recorder.began <= 1.1 * 120 + 20
+    assert recorder.silence <= 30

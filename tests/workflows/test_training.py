@@ -132,10 +132,10 @@ def test_ctrl_c_ends_with_a_usable_model_and_resume_goes_on(dataset, model, tiny
         assert torch.equal(weights(out)[name], tensor)
 
 
-def test_ctrl_c_before_the_first_look_leaves_a_usable_model_too(
+def test_ctrl_c_before_the_first_validation_leaves_a_usable_model_too(
     dataset, tiny_recipe, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(watch, "LOOKING_SHARE", 1e-6)  # no epoch earns a look
+    monkeypatch.setattr(watch, "VALIDATION_FRACTION", 1e-6)  # no epoch can afford validation
 
     def press(stage, share, detail):
         if stage == "Training" and detail.startswith("epoch 1"):
@@ -158,9 +158,7 @@ def changed(recipe, **train):
     return recipe.model_copy(update={"train": recipe.train.model_copy(update=train)})
 
 
-def test_a_loss_that_diverges_leaves_the_best_weights_until_then_or_says_what_to_do(
-    dataset, tiny_recipe, tmp_path
-):
+def test_a_diverging_loss_is_an_error_that_says_what_to_do(dataset, tiny_recipe, tmp_path):
     wild = changed(tiny_recipe, learning_rate=1e30, max_grad_norm=1e30)
     with pytest.raises(VolsegError, match=r"the loss became .* lower train.learning_rate"):
         volseg.train(dataset, recipe=wild, out=tmp_path / "m", device="cpu")
@@ -176,7 +174,7 @@ def test_a_loss_that_diverges_leaves_the_best_weights_until_then_or_says_what_to
         {"loss": Loss(overlap="generalised_dice")},
     ],
 )
-def test_every_way_to_train_learns(train, dataset, tiny_recipe, tmp_path):
+def test_every_optimizer_and_loss_learns(train, dataset, tiny_recipe, tmp_path):
     volseg.train(
         dataset, recipe=changed(tiny_recipe, **train), out=tmp_path / "m", epochs=3, device="cpu"
     )
@@ -186,10 +184,10 @@ def test_every_way_to_train_learns(train, dataset, tiny_recipe, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "own", [{"deep_supervision": 1}, {"dropout": 0.1}, {"deep_supervision": 1, "dropout": 0.1}]
+    "extra", [{"deep_supervision": 1}, {"dropout": 0.1}, {"deep_supervision": 1, "dropout": 0.1}]
 )
-def test_deep_supervision_and_dropout_are_for_training_alone(own, dataset, tiny_recipe, tmp_path):
-    settings = tiny_recipe.network.model_dump() | own
+def test_deep_supervision_and_dropout_are_for_training_alone(extra, dataset, tiny_recipe, tmp_path):
+    settings = tiny_recipe.network.model_dump() | extra
     deep = tiny_recipe.model_copy(update={"network": type(tiny_recipe.network)(**settings)})
     volseg.train(dataset, recipe=deep, out=tmp_path / "m", epochs=2, device="cpu")
     network = load_bundle(tmp_path / "m").segmentation_network().eval()
@@ -202,8 +200,8 @@ def test_deep_supervision_and_dropout_are_for_training_alone(own, dataset, tiny_
 def test_frozen_layers_stay_and_a_pattern_that_matches_none_is_refused(
     dataset, model, tiny_recipe, tmp_path
 ):
-    volseg.train(dataset, recipe=tiny_recipe, out=tmp_path / "m", init=model, freeze=["input_block.*"], epochs=1,
-                 device="cpu")  # fmt: skip
+    options = {"recipe": tiny_recipe, "init": model, "epochs": 1, "device": "cpu"}
+    volseg.train(dataset, out=tmp_path / "m", freeze=["input_block.*"], **options)
     before, after = weights(model), weights(tmp_path / "m")
     for name, tensor in before.items():
         assert torch.equal(after[name], tensor) == name.startswith("input_block.")
@@ -321,10 +319,8 @@ def test_another_seed_gives_other_weights(dataset, tiny_recipe, tmp_path):
     assert not all(torch.allclose(first[name], other[name]) for name in first)
 
 
-def test_the_numbers_of_the_card_are_those_of_the_weights_that_were_kept(
-    dataset, tiny_recipe, tmp_path
-):
-    """One of two validation cases is watched: in the end the best and the last weights are compared on both."""
+def test_the_metrics_of_the_card_are_those_of_the_saved_weights(dataset, tiny_recipe, tmp_path):
+    """One of two cases is validated in training; best and last weights are compared on both."""
     recipe = changed(tiny_recipe, validation_cases=1)
     volseg.preprocess(dataset, recipe=recipe, out=tmp_path / "p")
     volseg.train(tmp_path / "p", out=tmp_path / "m", device="cpu")
@@ -332,26 +328,23 @@ def test_the_numbers_of_the_card_are_those_of_the_weights_that_were_kept(
     _, plan, _, cases = load_prepared(tmp_path / "p", None)
     _, held_out = split_cases(cases, None, 0)
     network = bundle.segmentation_network()
-    found = validate(
+    rows = validate(
         network, held_out, bundle.recipe, plan, torch.device("cpu"), overlap=recipe.infer.overlap
     )
     with (tmp_path / "m" / "validation.csv").open(newline="") as file:
         written = {row["case_id"]: float(row["dice"]) for row in csv.DictReader(file)}
-    assert written == {row.case_id: pytest.approx(row.dice, abs=1e-4) for row in found}
+    assert written == {row.case_id: pytest.approx(row.dice, abs=1e-4) for row in rows}
     assert "4 training cases" in (tmp_path / "m" / "card.md").read_text(encoding="utf-8")
 
 
-def test_data_that_go_bad_in_the_middle_leave_the_best_weights_until_then(
-    dataset, tiny_recipe, tmp_path
-):
+def test_data_that_go_bad_midway_leave_the_best_weights_before(dataset, tiny_recipe, tmp_path):
     volseg.preprocess(dataset, recipe=tiny_recipe, out=tmp_path / "p")
 
     def spoil(stage, share, detail):
         if detail.startswith("epoch 2"):
             for number in range(4):
-                np.load(tmp_path / "p" / "cases" / f"scan_{number}" / "image.npy", mmap_mode="r+")[
-                    :
-                ] = np.nan
+                path = tmp_path / "p" / "cases" / f"scan_{number}" / "image.npy"
+                np.load(path, mmap_mode="r+")[:] = np.nan
 
     report = volseg.train(tmp_path / "p", out=tmp_path / "m", device="cpu", progress=spoil)
     assert "the loss became nan" in report.details["metrics"]["stopped"]
@@ -360,18 +353,18 @@ def test_data_that_go_bad_in_the_middle_leave_the_best_weights_until_then(
     assert all(torch.isfinite(tensor).all() for tensor in weights(tmp_path / "m").values())
 
 
-def test_what_is_odd_about_the_data_is_said_before_the_first_step(dataset, tiny_recipe, tmp_path):
+def test_warnings_about_the_data_come_before_the_first_step(dataset, tiny_recipe, tmp_path):
     shutil.copytree(dataset, tmp_path / "data")
     path = tmp_path / "data" / "labels" / "scan_1.nii.gz"
     mask = read_mask(path)
     write_volume(mask.with_array(np.zeros_like(mask.array)), path)
-    said = []
-    options = {"recipe": tiny_recipe, "epochs": 1, "device": "cpu", "announce": said.append}
+    events = []
+    options = {"recipe": tiny_recipe, "epochs": 1, "device": "cpu", "announce": events.append}
     volseg.train(
-        tmp_path / "data", out=tmp_path / "m", progress=lambda *now: said.append(now), **options
+        tmp_path / "data", out=tmp_path / "m", progress=lambda *now: events.append(now), **options
     )
-    first = next(index for index, entry in enumerate(said) if entry[0] == "Training")
-    assert any("W_EMPTY" in entry for entry in said[:first] if isinstance(entry, str))
+    first = next(index for index, entry in enumerate(events) if entry[0] == "Training")
+    assert any("W_EMPTY" in entry for entry in events[:first] if isinstance(entry, str))
 
 
 def test_a_class_without_a_training_case_leaves_the_model_without_classifier(
@@ -417,7 +410,8 @@ def test_torchrun_starts_the_ranks_and_one_of_them_speaks(dataset, tiny_recipe, 
         "import json, sys, volseg\n"
         "from volseg.recipe import parse_recipe\n"
         "recipe = parse_recipe(json.load(open(sys.argv[1])), where='r')\n"
-        "report = volseg.train(sys.argv[2], recipe=recipe, out=sys.argv[3], epochs=1, device='cpu', precision='fp32')\n"
+        "options = {'epochs': 1, 'device': 'cpu', 'precision': 'fp32'}\n"
+        "report = volseg.train(sys.argv[2], recipe=recipe, out=sys.argv[3], **options)\n"
         "sys.stdout.write(str(dict(report.details).get('rank', 'leads')) + chr(10))\n"
     )
     command = [
@@ -480,8 +474,8 @@ def test_a_run_is_resumed_with_the_folds_that_it_was_begun_with(dataset, tiny_re
     options = {"recipe": tiny_recipe, "out": out, "epochs": 1, "device": "cpu"}
     report = volseg.train(dataset, folds=3, progress=press_in_fold_2, **options)
     assert report.details["interrupted"]
-    assert len(load_bundle(out).members) == 1  # half a network has no vote beside a whole one
-    with pytest.raises(VolsegError, match="begun with another number of folds"):
+    assert len(load_bundle(out).members) == 1  # a half-trained network has no vote
+    with pytest.raises(VolsegError, match="holds a run with another number of folds"):
         volseg.train(dataset, resume=True, **options)
     report = volseg.train(dataset, folds=3, resume=True, **options)
     assert not report.details["interrupted"]

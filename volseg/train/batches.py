@@ -1,4 +1,4 @@
-"""Batches for the loop: cut in a thread while the last step runs, changed on the device where the network is."""
+"""Training batches: cut in a thread while the previous step runs, augmented on the device."""
 
 from __future__ import annotations
 
@@ -21,10 +21,11 @@ Cut = list[tuple[np.ndarray, np.ndarray]]
 
 
 class Batches:
-    """The batches of a run. What a step sees depends on the seed, the step and the size of the whole batch alone.
+    """The batches of a run; each depends only on the seed, the step and the total batch size.
 
-    A step has `batch_size` × ranks × accumulated patches; each rank makes its own of them. `waited` counts the seconds that a step had
-    to wait for its patches to be cut. A context manager: on the way out the thread ends.
+    A step has `batch_size` × ranks × accumulated patches, of which each rank makes its own part.
+    `waited` counts the seconds that steps waited for their patches. As a context manager, it ends
+    its thread on exit.
     """
 
     def __init__(
@@ -42,7 +43,7 @@ class Batches:
         self._seed, self._device = seed, device
         size, parts = plan.batch_size, recipe.train.accumulate
         self._total = size * ranks * parts
-        # Dealt out like cards: the patches that are centred on labels come first, and each part is to have its share of them.
+        # Dealt like cards: patches centred on labels come first, and every part needs some of them.
         self._parts = [
             list(range(part * ranks + rank, self._total, parts * ranks)) for part in range(parts)
         ]
@@ -62,7 +63,10 @@ class Batches:
         self._thread.shutdown(wait=False, cancel_futures=True)
 
     def at(self, step: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """(images (N, C, *patch) float32, masks (N, *patch) uint8) on the device, one pair per accumulated part."""
+        """Return one pair per accumulated part, on the device.
+
+        A pair is images (N, C, *patch) float32 and masks (N, *patch) uint8.
+        """
         started = time.monotonic()
         cut = self._ahead.pop(step, None) or self._thread.submit(self._cut, step)
         patches = cut.result()
@@ -81,15 +85,15 @@ class Batches:
         ]
 
     def _cut(self, step: int) -> Cut:
-        settings, share = self._recipe.train.augment, self._recipe.train.foreground_fraction
-        assert share != "auto", "the plan completed the recipe"
+        settings, fraction = self._recipe.train.augment, self._recipe.train.foreground_fraction
+        assert fraction != "auto", "the plan completed the recipe"
         return [
             sample_batch(
                 self._cases,
                 self._plan.patch_shape,
                 cut_shape=enlarged_shape(self._plan.patch_shape, settings),
                 n=self._total,
-                foreground_fraction=share,
+                foreground_fraction=fraction,
                 seed=self._seed,
                 step=step,
                 only=part,

@@ -1,4 +1,4 @@
-"""Training state on disk: tensors and a JSON header in one safetensors file, written whole or not at all."""
+"""Training state on disk: tensors and a JSON header in one safetensors file, written atomically."""
 
 from __future__ import annotations
 
@@ -19,24 +19,25 @@ from volseg.io.files import write_bytes_atomic
 def save_checkpoint(
     path: Path, tensors: Mapping[str, torch.Tensor], state: Mapping[str, Any]
 ) -> None:
-    """`state` holds plain numbers, texts and lists."""
+    """Write tensors and `state`, which holds JSON values only."""
     content = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
     write_bytes_atomic(path, save_tensors(content, metadata={"state": json.dumps(dict(state))}))
 
 
 def load_checkpoint(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Tensors and state as they were saved.
+    """Return the tensors and state that `save_checkpoint` wrote.
 
     Raises:
         VolsegError: the file is damaged or not a checkpoint.
     """
     try:
-        open_regular(path).close()  # opening as below would wait for a pipe
+        open_regular(path).close()  # safe_open would block on a pipe
         with safe_open(path, framework="pt") as file:
             state = parse_json((file.metadata() or {})["state"], is_finite=False)
             if not isinstance(state, dict):
                 raise ValueError("its state is not a JSON object")
-            return {key: file.get_tensor(key) for key in file.keys()}, state  # noqa: SIM118 - not a mapping
+            names = file.keys()  # not a mapping
+            return {key: file.get_tensor(key) for key in names}, state
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise unusable_checkpoint(path, error) from error
 
@@ -54,7 +55,7 @@ def flatten(prefix: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch
 
 
 def unflatten(prefix: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Inverse of `flatten`."""
+    """Undo `flatten`: return the tensors under this prefix, without it."""
     start = f"{prefix}."
     return {
         key.removeprefix(start): tensor for key, tensor in tensors.items() if key.startswith(start)

@@ -17,7 +17,7 @@ from volseg.io.prepared import PreparedCase
 from volseg.models import build_classifier, set_weights, weights_of
 from volseg.recipe import Classify
 
-SHIFT_PIXELS = 3  # largest shift of a training slice: a predicted centroid is not the reference's
+SHIFT_PIXELS = 3  # largest shift of a training slice, as predicted centroids are off-centre
 EMA_DECAY = 0.98
 
 
@@ -31,11 +31,11 @@ def train_classifier(
     seconds: float | None,
     report: Callable[[int, float], None],
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Weights (their running average) and metrics; cases without a class or slices are left out.
+    """Return the averaged weights and metrics; cases without a class or slices are skipped.
 
     Args:
-        seconds: time budget, which the learning rate's cosine knows; None for the recipe's epochs.
-        report: called after each epoch with its number and the share of the run that is done.
+        seconds: time budget, over which the learning rate falls; None for the recipe's epochs.
+        report: called after each epoch with its number and the fraction of the run done.
     """
     slices, targets = _stack(training, settings)
     with torch.random.fork_rng(devices=[]):
@@ -54,11 +54,11 @@ def train_classifier(
         network.train()
         while done < 1:
             order = torch.randperm(len(targets), generator=generator)
-            for chosen in order.split(settings.batch_size):
+            for batch in order.split(settings.batch_size):
                 for group in optimizer.param_groups:
                     group["lr"] = settings.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
-                images = _augment(slices[chosen], generator).to(device)
-                loss = loss_function(_mean_logits(network, images), targets[chosen].to(device))
+                images = _augment(slices[batch], generator).to(device)
+                loss = loss_function(_mean_logits(network, images), targets[batch].to(device))
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
                 optimizer.step()
@@ -72,47 +72,41 @@ def train_classifier(
                 done = max(done, (time.monotonic() - started) / seconds)
             report(epoch, min(1.0, done))
     set_weights(network, averaged)
-    metrics: dict[str, Any] = {
-        "classifier_training_lesions": len(targets),
-        "classifier_epochs": epoch,
-    }
+    metrics = {"classifier_training_lesions": len(targets), "classifier_epochs": epoch}
     return averaged, metrics | _validate(network, validation, settings, device)
 
 
 def has_class(case: PreparedCase) -> bool:
-    """Whether the classifier can learn from this case."""
+    """Tell whether the classifier can learn from this case."""
     return case.slices is not None and case.record.get("class") is not None
 
 
 def _stack(cases: Sequence[PreparedCase], settings: Classify) -> tuple[torch.Tensor, torch.Tensor]:
-    """(n, planes, 2, H, W) slices and (n,) class indices."""
+    """Return (n, planes, 2, H, W) slices and (n,) class indices."""
     names = list(settings.classes)
     usable = [case for case in cases if has_class(case)]
     slices = np.stack([case.slices for case in usable if case.slices is not None])
-    return torch.from_numpy(slices), torch.tensor(
-        [names.index(case.record["class"]) for case in usable]
-    )
+    targets = [names.index(case.record["class"]) for case in usable]
+    return torch.from_numpy(slices), torch.tensor(targets)
 
 
 def _mean_logits(network: nn.Module, images: torch.Tensor) -> torch.Tensor:
-    """(n, planes, 2, H, W) → (n, classes), averaged over the planes as at inference."""
+    """Return (n, classes) logits of (n, planes, 2, H, W), averaged over planes as in inference."""
     return network(images.flatten(0, 1)).view(*images.shape[:2], -1).mean(dim=1)
 
 
 def _augment(slices: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Mirroring, a quarter turn, a shift, brightness and noise; a lesion's size is information and stays."""
+    """Flip, rotate by 90°, shift, brighten and add noise; lesion size is informative and stays."""
     for axis in (3, 4):
         flipped = torch.rand(len(slices), generator=generator) < 0.5
         slices = torch.where(flipped.view(-1, 1, 1, 1, 1), slices.flip(axis), slices)
-    turned = torch.rand(len(slices), generator=generator) < 0.5
-    slices = torch.where(turned.view(-1, 1, 1, 1, 1), slices.transpose(3, 4), slices)
-    dx, dy = torch.randint(-SHIFT_PIXELS, SHIFT_PIXELS + 1, (2,), generator=generator).tolist()
+    rotated = torch.rand(len(slices), generator=generator) < 0.5
+    slices = torch.where(rotated.view(-1, 1, 1, 1, 1), slices.transpose(3, 4), slices)
+    shift = torch.randint(-SHIFT_PIXELS, SHIFT_PIXELS + 1, (2,), generator=generator)
+    x, y = (shift + SHIFT_PIXELS).tolist()
     padded = functional.pad(slices.flatten(0, 1), (SHIFT_PIXELS,) * 4, mode="replicate")
     h, w = slices.shape[-2:]
-    shifted = padded[
-        ..., SHIFT_PIXELS + dy : SHIFT_PIXELS + dy + h, SHIFT_PIXELS + dx : SHIFT_PIXELS + dx + w
-    ]
-    slices = shifted.reshape(slices.shape).clone()
+    slices = padded[..., y : y + h, x : x + w].reshape(slices.shape).clone()
     offset = (torch.rand(len(slices), generator=generator) - 0.5) * 0.1
     noise = torch.randn(slices[:, :, 0].shape, generator=generator) * 0.02
     slices[:, :, 0] += offset.view(-1, 1, 1, 1) + noise
@@ -122,16 +116,16 @@ def _augment(slices: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
 def _validate(
     network: nn.Module, cases: Sequence[PreparedCase], settings: Classify, device: torch.device
 ) -> dict[str, Any]:
-    """AUC of each class against the rest on the validation cases that have a class; none where there are none."""
+    """Return the one-vs-rest AUC of each class on the validation cases that have a class."""
     if not any(has_class(case) for case in cases):
         return {}
     slices, targets = _stack(cases, settings)
     network.eval()
     with torch.inference_mode():
         probabilities = _mean_logits(network, slices.to(device)).softmax(dim=1).cpu().numpy()
-    found: dict[str, Any] = {"classifier_validation_lesions": len(targets)}
+    metrics: dict[str, Any] = {"classifier_validation_lesions": len(targets)}
     for index, name in enumerate(settings.classes):
         area = auc(probabilities[:, index], targets.numpy() == index)
-        if not math.isnan(area):  # one class only: there is nothing to tell apart
-            found[f"validation_auc_{name}"] = round(area, 4)
-    return found
+        if not math.isnan(area):  # NaN: all cases are on one side
+            metrics[f"validation_auc_{name}"] = round(area, 4)
+    return metrics

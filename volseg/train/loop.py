@@ -1,4 +1,4 @@
-"""The one training loop: batches → steps → validation → the best weights."""
+"""The training loop: batches → steps → validation → the best weights."""
 
 from __future__ import annotations
 
@@ -35,29 +35,30 @@ from volseg.train.checkpoint import (
 )
 from volseg.train.losses import SegmentationLoss
 from volseg.train.ranks import Team, total_over_ranks
-from volseg.train.watch import Watch
+from volseg.train.watch import Validator
 
-WARM_UP = 0.03  # share of the run in which the learning rate rises
-INTERRUPTED = "interrupted"  # why a run stopped
+WARM_UP = 0.03  # fraction of the run in which the learning rate rises
+INTERRUPTED = "interrupted"  # by Ctrl-C
 DIVERGED = "E_DIVERGED"
 DIVERGED_FIX = "lower train.learning_rate in the recipe, or train.max_grad_norm, and train again"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunSettings:
-    """What a run may use.
+    """Limits and seed of a run.
 
     Args:
-        epochs: after which it ends; None: when its time is over, which then has to be given.
-        patience: looks at the watched cases, one after another, none of them better than the best, that end it.
-        seconds: the budget of the whole loop with its final validation, None for no limit.
+        epochs: None to train until the time is over; then `seconds` is required.
+        patience: stop after this many consecutive validations without a new best Dice.
+        seconds: time budget of the loop and its final validation, None for no limit.
+        freeze: patterns of the names of parameters that are not trained.
     """
 
     seed: int = 0
     epochs: int | None
     patience: int
     seconds: float | None = None
-    freeze: tuple[str, ...] = ()  # patterns of the names of parameters that stay as they are
+    freeze: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,40 +70,36 @@ class Epoch:
     seconds: float
     learning_rate: float
     loss: float
-    validation_dice: (
-        float | None
-    )  # of the watched cases; empty where a time budget left no time to look
+    validation_dice: float | None  # on the validation subset; None if no time was left for it
     steps_per_second: float
-    waiting_share: float  # of the time of the steps, in which they waited for patches to be cut
+    waiting_share: float  # fraction of the steps' time spent waiting for patches to be cut
 
 
 Report = Callable[[Sequence[Epoch], float], None]
-Tick = Callable[
-    [str, float], None
-]  # what is being done within an epoch, and the share of the run that is done
+Tick = Callable[[str, float], None]  # what is being done, and the fraction of the run done
 
 
 def no_tick(doing: str, done: float) -> None:
-    """The callback of those who only want to hear of epochs."""
+    """Ignore progress within an epoch."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Trained:
-    """The best weights, how they came about, and what the whole validation split says of them."""
+    """The best weights, their history, and their validation on all validation cases."""
 
     weights: Mapping[str, torch.Tensor]
     history: Sequence[Epoch]
     metrics: Mapping[str, Any]
     validation: Sequence[ValidationRow] = ()
-    stopped: str = ""  # why, where it was not its end
+    stopped: str = ""  # why the run ended early
 
 
 @dataclass(slots=True)
 class _State:
-    identity: str  # of the run: recipe, plan, seed, cases and first weights
+    identity: str  # hash of recipe, plan, seed, cases and initial weights
     step: int = 0
     seconds: float = 0.0
-    reserve: float = 0.0  # seconds of the budget that are kept for the final validation
+    reserve: float = 0.0  # seconds of the budget kept for the final validation
     is_finished: bool = False
     best_dice: float = -1.0
     best_epoch: int = 0
@@ -111,7 +108,7 @@ class _State:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What every rank has to know to take part in a run."""
+    """Everything a rank needs to take part in a run."""
 
     training: Sequence[PreparedCase]
     recipe: Recipe
@@ -122,16 +119,15 @@ class Job:
     identity: str
     resume: bool
 
-    def sent(self) -> tuple[Any, ...]:
-        """As it goes to another process: cases by their place on disk."""
-        places = [(case.folder, case.id) for case in self.training]
-        return (
-            places, self.recipe, self.plan, self.settings, self.checkpoint, dict(self.initial), self.identity, self.resume
-        )  # fmt: skip
+    def to_message(self) -> tuple[Any, ...]:
+        """Return the job for another process, with cases as their paths."""
+        paths = [(case.folder, case.id) for case in self.training]
+        shared = (self.recipe, self.plan, self.settings, self.checkpoint, dict(self.initial))
+        return (paths, *shared, self.identity, self.resume)
 
     @staticmethod
-    def received(places: Sequence[tuple[Path, str]], *rest: Any) -> Job:
-        return Job([read_prepared_case(folder, case_id) for folder, case_id in places], *rest)
+    def from_message(paths: Sequence[tuple[Path, str]], *fields: Any) -> Job:
+        return Job([read_prepared_case(folder, case_id) for folder, case_id in paths], *fields)
 
 
 def train_segmentation(
@@ -151,68 +147,58 @@ def train_segmentation(
 ) -> Trained:
     """Train the recipe's network and keep the weights with the best validation Dice.
 
-    A batch depends on the seed and the step alone, so an interrupted run that is resumed sees what it would have seen. A run that
-    Ctrl-C ends, or whose loss is no longer finite, gives the best weights that it has had.
+    A batch depends only on the seed and the step, so a resumed run sees the same batches as an
+    uninterrupted one. Ctrl-C or a loss that is not finite ends a run with its best weights so far.
 
     Args:
         team: the processes that share each batch; called in the one that leads them.
         checkpoints: folder for `last` (written after each epoch) and `best`.
-        resume: go on from `last` where it is there.
-        initial: weights to start from where name and shape agree with the network's; empty for random ones.
-        report: called after each epoch with the history so far and the share of the run that is done, in [0, 1].
+        resume: continue from `last` if it exists.
+        initial: weights to start from where name and shape match; empty for random ones.
+        report: called after each epoch with the history and the fraction of the run done.
         tick: called after each step and each validated tile.
-        threads: told how long each step takes, where their number may change during the run.
+        threads: the search for the fastest number of threads; gets the time of each step.
 
     Raises:
-        VolsegError: the loss is not finite before there are any weights to keep, or the checkpoint to resume from is damaged.
+        VolsegError: the loss is not finite before there are weights to keep, or the checkpoint to
+            resume from is damaged.
     """
     began = time.monotonic()
     identity = _identity(training, validation, recipe, plan, settings, team, initial)
-    job = Job(
-        training,
-        recipe,
-        plan,
-        settings,
-        checkpoints / "last.safetensors",
-        initial,
-        identity,
-        resume,
-    )
+    last, best = checkpoints / "last.safetensors", checkpoints / "best.safetensors"
+    job = Job(training, recipe, plan, settings, last, initial, identity, resume)
     if team.size > 1:
-        team.tell(job.sent())
+        team.broadcast(job.to_message())
     run = Run(job, team)
     with run.batches:
         run.threads = threads
         if threads is not None:
             threads.begin()
-        return run.lead(
-            validation, report, tick, best=checkpoints / "best.safetensors", began=began
-        )
+        return run.lead(validation, report, tick, best=best, began=began)
 
 
 def serve(team: Team) -> None:
-    """What the ranks from 1 on do: take part in one run after the other until they are told None."""
-    while (sent := team.tell()) is not None:
-        run = Run(Job.received(*sent), team)
+    """Take part in one run after another, as a rank from 1 on, until rank 0 broadcasts None."""
+    while (message := team.broadcast()) is not None:
+        run = Run(Job.from_message(*message), team)
         with run.batches:
             run.follow()
 
 
 class Run:
-    """A network on its way, on one rank: what a step changes."""
+    """A network in training on one rank, with its optimizer, loss and batches."""
 
     def __init__(self, job: Job, team: Team) -> None:
         self.job, self.team = job, team
         self.threads: Threads | None = None
         self.recipe, self.settings = job.recipe, job.settings
         self.device = team.fabric.device
-        # On its device before the optimizer takes its parameters.
+        # Moved to its device before the optimizer takes its parameters.
         self.raw = _new_network(job.recipe, job.settings.seed).to(self.device)
-        taken = _fitting(job.initial, weights_of(self.raw))
-        self.left_out = [name for name in weights_of(self.raw) if job.initial and name not in taken]
-        set_weights(self.raw, weights_of(self.raw) | taken)
-        trained = _unfrozen(self.raw, job.settings.freeze)
-        optimizer = _optimizer(trained, job.recipe)
+        loaded = _matching(job.initial, weights_of(self.raw))
+        self.random = [name for name in weights_of(self.raw) if job.initial and name not in loaded]
+        set_weights(self.raw, weights_of(self.raw) | loaded)
+        optimizer = _optimizer(_freeze(self.raw, job.settings.freeze), job.recipe)
         self.averaged = {key: tensor.clone() for key, tensor in weights_of(self.raw).items()}
         self.state = _State(identity=job.identity)
         if job.resume and job.checkpoint.exists():
@@ -245,10 +231,13 @@ class Run:
         best: Path,
         began: float,
     ) -> Trained:
-        """Rank 0: decides when to go on, validates, keeps and reports. `began` is when this call began."""
+        """Run rank 0, which paces the others, validates, saves and reports.
+
+        `began` is the time at which this call started.
+        """
         settings, state = self.settings, self.state
         clock = _Clock(settings, self.recipe.train.steps_per_epoch, state, began)
-        watch = Watch(
+        validator = Validator(
             validation,
             self.recipe,
             self.job.plan,
@@ -256,16 +245,16 @@ class Run:
             settings.seconds,
             tick=lambda doing: tick(doing, clock.done()),
         )
-        state.reserve = watch.reserve
+        state.reserve = validator.reserve
         stopped = ""
         try:
             while not state.is_finished:
                 loss, stepping, waited, steps = self._epoch(clock, tick)
                 score, number = None, len(state.history) + 1
-                if watch.is_due(stepping) or clock.done() >= 1:
-                    looked = watch.look(self._finite_weights(), clock.ends)
-                    score = mean_dice(looked) if looked else None
-                    state.reserve = watch.reserve
+                if validator.due_after(stepping) or clock.done() >= 1:
+                    subset = validator.validate_subset(self._finite_weights(), clock.ends)
+                    score = mean_dice(subset) if subset else None
+                    state.reserve = validator.reserve
                 state.seconds = clock.seconds()
                 epoch = Epoch(
                     epoch=number,
@@ -279,24 +268,20 @@ class Run:
                 )
                 state.history.append(asdict(epoch))
                 if score is not None and score > state.best_dice:
-                    save_checkpoint(
-                        best, self.averaged, {"epoch": number, "validation_dice": score}
-                    )
+                    facts = {"epoch": number, "validation_dice": score}
+                    save_checkpoint(best, self.averaged, facts)
                     state.best_dice, state.best_epoch = score, number
-                looks = [
-                    each
-                    for each in state.history[state.best_epoch :]
-                    if each["validation_dice"] is not None
-                ]
-                state.is_finished = clock.done() >= 1 or len(looks) >= settings.patience
+                since_best = [line["validation_dice"] for line in state.history[state.best_epoch :]]
+                n_worse = sum(dice is not None for dice in since_best)
+                state.is_finished = clock.done() >= 1 or n_worse >= settings.patience
                 _save(self.job.checkpoint, self.raw, self.averaged, self.optimizer, state)
                 report(self._history(), clock.done())
         except KeyboardInterrupt:
             stopped = INTERRUPTED
         except _DivergedError as error:
             stopped = str(error)
-        self.team.tell(None)  # lets the other ranks end this run
-        # Nobody has looked, or there was no time to: these are all there is.
+        self.team.broadcast(None)  # ends this run in the other ranks
+        # Without any validation the last weights are the best.
         if stopped in ("", INTERRUPTED) and state.history and not state.best_epoch:
             save_checkpoint(best, self.averaged, {"epoch": len(state.history)})
             state.best_epoch = len(state.history)
@@ -304,44 +289,37 @@ class Run:
             if stopped == INTERRUPTED:
                 raise KeyboardInterrupt
             for case in self.job.training:
-                case.check()  # what a stranger prepared may be why
+                case.check()  # bad values in a prepared case may be the cause
             raise VolsegError(stopped, fix=DIVERGED_FIX, code=DIVERGED)
         if stopped and stopped != INTERRUPTED:
-            stopped = f"{stopped}; these are the best weights until then; {DIVERGED_FIX}"
-        weights, chosen = load_checkpoint(best)
+            stopped = f"{stopped}; the best weights before that are kept; {DIVERGED_FIX}"
+        weights, facts = load_checkpoint(best)
         metrics: dict[str, Any] = {"steps": state.step, "training_seconds": round(state.seconds, 1)}
         rows: list[ValidationRow] = []
         until = clock.ends
-        if (
-            self.job.resume
-        ):  # an earlier call may have spent the time of the run, but not that of its validation
+        # The earlier call may have used up the time, but validation still gets its reserve.
+        if self.job.resume:
             until = max(until, time.monotonic() + state.reserve)
         try:
-            since = time.monotonic()
+            started = time.monotonic()
             if stopped != INTERRUPTED:
-                rows = watch.validate(weights, until)
-            took, missed = (
-                time.monotonic() - since,
-                len(validation) - len({row.case_id for row in rows}),
-            )
-            if stopped != INTERRUPTED and missed:
-                metrics["not_validated"] = missed
-            in_time = not missed and time.monotonic() + took <= until
-            if (
-                not stopped
-                and in_time
-                and watch.compares_last
-                and state.best_epoch < len(state.history)
-            ):
-                last = watch.validate(self.averaged)
+                rows = validator.validate_all(weights, until)
+            elapsed = time.monotonic() - started
+            n_missed = len(validation) - len({row.case_id for row in rows})
+            if stopped != INTERRUPTED and n_missed:
+                metrics["not_validated"] = n_missed
+            has_time = not n_missed and time.monotonic() + elapsed <= until
+            has_newer = state.best_epoch < len(state.history)
+            if not stopped and has_time and has_newer and validator.compares_last:
+                last = validator.validate_all(self.averaged)
                 if mean_dice(last) > mean_dice(rows):
-                    rows, chosen = last, {"epoch": len(state.history)}
+                    rows, facts = last, {"epoch": len(state.history)}
                     weights = {name: tensor.cpu() for name, tensor in self.averaged.items()}
         except KeyboardInterrupt:
             stopped = INTERRUPTED
-        metrics["best_epoch"] = chosen["epoch"]
-        if self.left_out:
-            metrics["began_at_random"] = ", ".join(self.left_out)
+        metrics["best_epoch"] = facts["epoch"]
+        if self.random:
+            metrics["began_at_random"] = ", ".join(self.random)
         if rows:
             metrics |= summary(rows)
         if stopped:
@@ -351,10 +329,11 @@ class Run:
         return Trained(weights, self._history(), metrics, rows, stopped)
 
     def _finite_weights(self) -> Mapping[str, torch.Tensor]:
-        """The averaged weights.
+        """Return the averaged weights.
 
         Raises:
-            _DivergedError: one is not finite, though the losses were: the last step of an epoch did it.
+            _DivergedError: a weight is not finite. The losses can still be: the last step of an
+                epoch changes the weights after its loss.
         """
         if not all(bool(torch.isfinite(tensor).all()) for tensor in self.averaged.values()):
             raise _DivergedError(f"the weights were no longer finite after step {self.state.step}")
@@ -364,30 +343,31 @@ class Run:
         return [Epoch(**line) for line in self.state.history]
 
     def follow(self) -> None:
-        """The other ranks: step when rank 0 does."""
+        """Run another rank, which steps when rank 0 does."""
         self.network.train()
-        while (done := self.team.tell()) is not None:
+        while (done := self.team.broadcast()) is not None:
             self.step(done)
 
     def step(self, done: float) -> torch.Tensor:
-        """One step of this rank, `done` of the run being behind; the loss, which a GPU may still be computing."""
+        """Take one step on this rank and return the loss, which a GPU may still be computing.
+
+        `done` is the fraction of the run before this step.
+        """
         train, fabric = self.recipe.train, self.team.fabric
         for group in self.optimizer.param_groups:
             group["lr"] = train.learning_rate * _schedule(done, train.schedule)
         parts = self.batches.at(self.state.step)
         self.optimizer.zero_grad(set_to_none=True)
         total = torch.zeros((), device=self.device)
-        with _drawing(self.settings.seed, self.state.step, self.team.rank, self.device):
+        with _seeded(self.settings.seed, self.state.step, self.team.rank, self.device):
             for index, (images, masks) in enumerate(parts):
                 is_last = index + 1 == len(parts)
-                with fabric.no_backward_sync(
-                    self.network, enabled=not is_last and self.team.size > 1
-                ):
+                is_local = not is_last and self.team.size > 1
+                with fabric.no_backward_sync(self.network, enabled=is_local):
                     loss = self.loss(self.network(images), masks) / len(parts)
                     if train.l1 and is_last:
-                        loss = loss + train.l1 * sum(
-                            weights.abs().sum() for weights in self.raw.parameters()
-                        )
+                        l1 = sum(weights.abs().sum() for weights in self.raw.parameters())
+                        loss = loss + train.l1 * l1
                     fabric.backward(loss)
                 total += loss.detach()
         fabric.clip_gradients(
@@ -401,30 +381,35 @@ class Run:
         return total
 
     @contextmanager
-    def _fitting_into_memory(self) -> Iterator[None]:
+    def _reporting_out_of_memory(self) -> Iterator[None]:
         try:
             yield
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
-            patch = " × ".join(map(str, self.job.plan.patch_shape))
+            n, patch = self.job.plan.batch_size, " × ".join(map(str, self.job.plan.patch_shape))
             raise VolsegError(
-                f"{self.job.plan.batch_size} patches of {patch} voxels do not fit into the memory of {self.device}",
-                fix="lower train.batch_size or train.patch_shape in the recipe, or make them 'auto' and state the memory with --vram",
+                f"{n} patches of {patch} voxels do not fit into the memory of {self.device}",
+                fix="lower train.batch_size or train.patch_shape in the recipe, "
+                "or set them to 'auto' and give the memory with --vram",
                 code="E_BUDGET",
             ) from error
 
     def _epoch(self, clock: _Clock, tick: Tick) -> tuple[float, float, float, int]:
-        """Mean loss, seconds of the steps, seconds of these in which they waited for patches, and how many they were."""
+        """Train one epoch.
+
+        Returns:
+            Mean loss, seconds of all steps, seconds of these spent waiting for patches, and the
+            number of steps.
+        """
         started, waited = time.monotonic(), self.batches.waited
         losses: list[torch.Tensor] = []
         self.network.train()
-        while len(losses) < self.recipe.train.steps_per_epoch and not (
-            losses and clock.done() >= 1
-        ):
+        n_steps = self.recipe.train.steps_per_epoch
+        while len(losses) < n_steps and not (losses and clock.done() >= 1):
             began = time.monotonic()
-            with self.team.in_step(), self._fitting_into_memory():
-                losses.append(self.step(self.team.tell(clock.done())))
+            with self.team.in_step(), self._reporting_out_of_memory():
+                losses.append(self.step(self.team.broadcast(clock.done())))
             if self.threads is not None:
                 self.threads.took(time.monotonic() - began)
             tick(f"step {self.state.step}", clock.done())
@@ -439,7 +424,7 @@ class _DivergedError(Exception):
 
 
 class _Clock:
-    """How much of a run is done: by its steps, by its seconds, or, where both are limited, by what ends first."""
+    """The progress of a run, in steps or seconds; with both limits, the one reached first."""
 
     def __init__(
         self, settings: RunSettings, steps_per_epoch: int, state: _State, began: float
@@ -450,26 +435,25 @@ class _Clock:
 
     @property
     def ends(self) -> float:
-        """The time of `time.monotonic` at which the run has to be over, its validation included."""
-        return (
-            math.inf if self._settings.seconds is None else self._started + self._settings.seconds
-        )
+        """The time of `time.monotonic` at which the run, with its validation, has to end."""
+        seconds = self._settings.seconds
+        return math.inf if seconds is None else self._started + seconds
 
     def seconds(self) -> float:
         return time.monotonic() - self._started
 
     def done(self) -> float:
-        share = self._state.step / self._steps
+        """Return the fraction of the run done."""
+        fraction = self._state.step / self._steps
         if self._settings.seconds is not None:
-            share = max(
-                share, self.seconds() / max(1.0, self._settings.seconds - self._state.reserve)
-            )
-        return min(1.0, share)
+            available = max(1.0, self._settings.seconds - self._state.reserve)
+            fraction = max(fraction, self.seconds() / available)
+        return min(1.0, fraction)
 
 
 @contextmanager
-def _drawing(seed: int, step: int, rank: int, device: torch.device) -> Iterator[None]:
-    """Layers that draw, such as dropout, draw from torch's global generator: here what a resumed run would draw again."""
+def _seeded(seed: int, step: int, rank: int, device: torch.device) -> Iterator[None]:
+    """Seed torch's global generator, which dropout uses, so that a resumed run draws the same."""
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(int(np.random.SeedSequence([seed, step, rank]).generate_state(1)[0]))
         yield
@@ -488,30 +472,29 @@ def _optimizer(parameters: Sequence[nn.Parameter], recipe: Recipe) -> torch.opti
     return torch.optim.AdamW(parameters, lr=train.learning_rate, weight_decay=train.weight_decay)
 
 
-def _unfrozen(network: nn.Module, freeze: Sequence[str]) -> list[nn.Parameter]:
-    """The parameters to train; the others are frozen.
+def _freeze(network: nn.Module, patterns: Sequence[str]) -> list[nn.Parameter]:
+    """Freeze the parameters whose name matches a pattern; return the others.
 
     Raises:
         VolsegError: a pattern matches no parameter, or all are frozen.
     """
     names = [name for name, _ in network.named_parameters()]
-    idle = [pattern for pattern in freeze if not any(fnmatch(name, pattern) for name in names)]
-    if idle:
+    unused = [pattern for pattern in patterns if not any(fnmatch(name, pattern) for name in names)]
+    if unused:
         raise VolsegError(
-            f"no layer matches {idle[0]!r}; the first are {', '.join(names[:3])}",
+            f"no layer matches {unused[0]!r}; the first are {', '.join(names[:3])}",
             fix="give patterns of these names to --freeze, such as 'downsamples.*'",
             code="E_USAGE",
         )
-    kept = []
+    trainable = []
     for name, parameter in network.named_parameters():
-        parameter.requires_grad = not any(fnmatch(name, pattern) for pattern in freeze)
+        parameter.requires_grad = not any(fnmatch(name, pattern) for pattern in patterns)
         if parameter.requires_grad:
-            kept.append(parameter)
-    if not kept:
-        raise VolsegError(
-            "--freeze leaves nothing to train", fix="freeze fewer layers", code="E_USAGE"
-        )
-    return kept
+            trainable.append(parameter)
+    if not trainable:
+        problem = "--freeze leaves no parameter to train"
+        raise VolsegError(problem, fix="freeze fewer layers", code="E_USAGE")
+    return trainable
 
 
 def _identity(
@@ -523,54 +506,48 @@ def _identity(
     team: Team,
     initial: Mapping[str, torch.Tensor],
 ) -> str:
-    """Hash of all that decides what a step does, so that two different runs are never continued as one."""
+    """Hash everything that decides what a step does, so that only the same run is resumed."""
     cases = [[case.id, case.record.get("key")] for case in (*training, *validation)]
-    chosen = [settings.seed, team.size, team.precision, list(settings.freeze)]
-    facts = [
-        recipe.sha256,
-        plan.model_dump(mode="json", exclude={"lines"}),
-        chosen,
-        cases,
-        len(training),
-    ]
-    found = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
+    options = [settings.seed, team.size, team.precision, list(settings.freeze)]
+    planned = plan.model_dump(mode="json", exclude={"lines"})
+    facts = [recipe.sha256, planned, options, cases, len(training)]
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
     for name in sorted(initial):
-        found.update(name.encode() + initial[name].cpu().contiguous().numpy().tobytes())
-    return found.hexdigest()
+        digest.update(name.encode() + initial[name].cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _new_network(recipe: Recipe, seed: int) -> nn.Module:
-    with torch.random.fork_rng(
-        devices=[]
-    ):  # layers draw their first weights from torch's global generator
+    with torch.random.fork_rng(devices=[]):  # weights are drawn from torch's global generator
         torch.manual_seed(seed)
         return build_segmentation(recipe)
 
 
-def _fitting(
-    initial: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.Tensor]
+def _matching(
+    initial: Mapping[str, torch.Tensor], weights: Mapping[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
-    """Those of the initial weights that the network can take: all but a head for other labels, usually."""
-    fitting = {
+    """Return the initial tensors that match by name and shape: usually all but the output head."""
+    matching = {
         name: tensor
         for name, tensor in initial.items()
-        if name in wanted and wanted[name].shape == tensor.shape
+        if name in weights and weights[name].shape == tensor.shape
     }
-    if initial and len(fitting) < len(wanted) / 2:
+    if initial and len(matching) < len(weights) / 2:
+        n, total = len(matching), len(weights)
         raise VolsegError(
-            f"only {len(fitting)} of the {len(wanted)} tensors of the recipe's network fit the model to start from",
+            f"only {n} of the {total} tensors of the recipe's network match the model of --init",
             fix="use a recipe with the [network] of that model, or train without --init",
             code="E_CKPT",
         )
-    return fitting
+    return matching
 
 
 def _schedule(done: float, kind: str) -> float:
-    """Factor of the learning rate: linear warm-up, then half a cosine or a power of 0.9 down to 0 at the end of the run."""
+    """Return the learning-rate factor: linear warm-up, then cosine or polynomial decay to 0."""
     if done < WARM_UP:
         return max(0.05, done / WARM_UP)
-    rest = (done - WARM_UP) / (1 - WARM_UP)
-    return (1 - rest) ** 0.9 if kind == "poly" else 0.5 * (1 + math.cos(math.pi * rest))
+    decay = (done - WARM_UP) / (1 - WARM_UP)
+    return (1 - decay) ** 0.9 if kind == "poly" else 0.5 * (1 + math.cos(math.pi * decay))
 
 
 @torch.no_grad()
@@ -614,11 +591,12 @@ def _restore(
 ) -> _State:
     tensors, state = load_checkpoint(path)
     if "identity" not in state:
-        raise unusable_checkpoint(path, "it names no run")
+        raise unusable_checkpoint(path, "it has no run identity")
     if state["identity"] != expected:
         raise VolsegError(
-            f"{path}: belongs to a run with another recipe, plan, seed, fold, precision, number of devices, frozen layers or --init, or to other cases",
-            fix="resume with what it was started with, or delete the folder",
+            f"{path}: belongs to a run with another recipe, plan, seed, fold, precision, number of "
+            "devices, frozen layers, --init or cases",
+            fix="resume with the options the run was started with, or delete the folder",
             code="E_EXISTS",
         )
     set_weights(network, unflatten("network", tensors))

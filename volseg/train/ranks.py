@@ -1,4 +1,4 @@
-"""Training in one process, or in several that share each batch: started here on one machine, or by torchrun or SLURM."""
+"""Train in one process, or in several that share each batch: local, torchrun or SLURM."""
 
 from __future__ import annotations
 
@@ -30,18 +30,17 @@ from torch import distributed
 from volseg.errors import EnvironmentProblem, VolsegError
 from volseg.execute.cpu import physical_cores
 
-PATIENCE = timedelta(
-    days=7
-)  # that the other ranks wait for rank 0, which prepares data and validates
+# The other ranks wait this long for rank 0, which prepares data and validates.
+CONTROL_TIMEOUT = timedelta(days=7)
 PRECISIONS = ("auto", "fp32", "half")
-ENDING_SECONDS = 60  # that a process of ours has to end by itself
+JOIN_SECONDS = 60  # before a process that does not end by itself is terminated
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Team:
-    """The processes that train together, seen from one of them. Rank 0 leads; the others do what it tells them.
+    """The processes that train together, as seen from one of them; rank 0 leads the others.
 
-    `control` is a group of its own for what is told, so that nothing waits for a GPU.
+    `control` is the process group for messages; it is separate, so that they never wait for a GPU.
     """
 
     fabric: Fabric
@@ -50,36 +49,36 @@ class Team:
     size: int = 1
     control: distributed.ProcessGroup | None = None
 
-    def tell(self, message: Any = None) -> Any:
-        """What rank 0 says, in every process."""
+    def broadcast(self, message: Any = None) -> Any:
+        """Return rank 0's message in every process."""
         if self.size == 1:
             return message
-        said = [message]
-        distributed.broadcast_object_list(said, src=0, group=self.control)
-        return said[0]
+        messages = [message]
+        distributed.broadcast_object_list(messages, src=0, group=self.control)
+        return messages[0]
 
     @contextmanager
     def in_step(self) -> Iterator[None]:
-        """Ctrl-C waits until the block is over, so that no rank waits for another that left in its midst."""
+        """Delay Ctrl-C until the block ends, so that no rank waits for one that left midway."""
         if self.size == 1 or threading.current_thread() is not threading.main_thread():
             yield
             return
-        pressed: list[int] = []
+        signals: list[int] = []
 
-        def note(number: int, frame: FrameType | None) -> None:
-            pressed.append(number)
+        def record(number: int, frame: FrameType | None) -> None:
+            signals.append(number)
 
-        before = signal.signal(signal.SIGINT, note)
+        handler = signal.signal(signal.SIGINT, record)
         try:
             yield
         finally:
-            signal.signal(signal.SIGINT, before)
-        if pressed:
+            signal.signal(signal.SIGINT, handler)
+        if signals:
             raise KeyboardInterrupt
 
 
 def total_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
-    """The sum over the ranks, differentiable: the gradient of each rank's share is that of the whole."""
+    """Sum a tensor over the ranks; differentiable: gradients are summed over the ranks too."""
     total: torch.Tensor = _Total.apply(tensor)  # pyright: ignore[reportAssignmentType]
     return total
 
@@ -102,16 +101,19 @@ class _Total(torch.autograd.Function):
 def team_of(
     device: torch.device, processes: int, serve: Callable[[Team], None], precision: str = "auto"
 ) -> Iterator[Team]:
-    """The team of this call of `train`: this process alone, with `processes` - 1 others that are started here, or one of a launcher's ranks.
+    """Yield the team of this call of `train`.
+
+    The team is this process alone, this process with `processes` - 1 others that are started here,
+    or the ranks of a launcher (torchrun, SLURM), of which this process is one.
 
     Args:
-        processes: a launcher's number of ranks counts instead, where there is one.
-        serve: what the processes started here do until rank 0 tells them None.
-        precision: fp32; half, for convolutions in two bytes; or auto, which is half where the device is faster so.
+        processes: overridden by a launcher's number of ranks.
+        serve: run by the processes started here, until rank 0 broadcasts None.
+        precision: fp32; half for 16-bit convolutions; auto for half where it is faster.
 
     Raises:
-        VolsegError: there are fewer GPUs than processes, or the precision is none of these.
-        EnvironmentProblem: one of the processes does not start, or SLURM was told of tasks but not how many each node has.
+        VolsegError: there are fewer GPUs than processes, or the precision is unknown.
+        EnvironmentProblem: a process does not start, or SLURM does not state the tasks per node.
     """
     if precision not in PRECISIONS:
         raise VolsegError(
@@ -123,47 +125,47 @@ def team_of(
     if launcher is not None and launcher.world_size() > 1:
         with _joined(device, launcher, _nodes(launcher), precision) as team:
             if team.rank > 0 and threading.current_thread() is threading.main_thread():
-                signal.signal(
-                    signal.SIGINT, signal.SIG_IGN
-                )  # Ctrl-C reaches every rank; it is rank 0's to hear
+                # Ctrl-C reaches every rank; rank 0 handles it.
+                signal.signal(signal.SIGINT, signal.SIG_IGN)
             yield team
             if team.rank == 0:
-                team.tell(None)
+                team.broadcast(None)
         return
     if processes == 1:
         kind = _precision_of(device, precision)
         yield Team(_quiet_fabric(device, kind), kind)
         return
-    if device.type == "cuda" and processes > torch.cuda.device_count():
+    if device.type == "cuda" and processes > (n_gpus := torch.cuda.device_count()):
         raise VolsegError(
-            f"{processes} devices were asked for, and there are {torch.cuda.device_count()} GPUs",
-            fix=f"give --devices {torch.cuda.device_count()}, or train on the CPU with --device cpu",
+            f"--devices {processes} needs as many GPUs, and there are {n_gpus}",
+            fix=f"give --devices {n_gpus}, or train on the CPU with --device cpu",
             code="E_USAGE",
         )
     with (
         _started(device, processes, serve, precision) as (port, others),
-        _joined(device, _OwnProcesses(0, processes, port), 1, precision) as team,
+        _joined(device, _LocalProcesses(0, processes, port), 1, precision) as team,
     ):
         try:
             yield team
         except BaseException:
-            for process in others:  # before the group is closed under their feet
+            for process in others:  # before their process group is destroyed
                 process.terminate()
             raise
-        team.tell(None)
+        team.broadcast(None)
 
 
 def _launcher() -> ClusterEnvironment | None:
     if TorchElasticEnvironment.detect():
         return TorchElasticEnvironment()
-    # A batch script that srun did not start is one process, however many tasks it may start.
+    # A batch script not started by srun is one process, however many tasks the job may have.
     if "SLURM_STEP_ID" in os.environ and SLURMEnvironment.detect():
         try:
             return SLURMEnvironment()
-        except RuntimeError as error:  # of --ntasks without --ntasks-per-node
+        except RuntimeError as error:  # --ntasks without --ntasks-per-node
+            n = os.environ.get("SLURM_NTASKS")
             raise EnvironmentProblem(
-                f"SLURM started {os.environ.get('SLURM_NTASKS')} tasks without saying how many each node has",
-                fix="ask for them with srun --ntasks-per-node=N",
+                f"SLURM started {n} tasks without --ntasks-per-node",
+                fix="start them with srun --ntasks-per-node=N",
                 code="E_BACKEND",
             ) from error
     return None
@@ -174,8 +176,8 @@ def _nodes(launcher: ClusterEnvironment) -> int:
     return int(os.environ.get(name, "1"))
 
 
-class _OwnProcesses(ClusterEnvironment):
-    """The ranks of one run on this machine, which we started ourselves."""
+class _LocalProcesses(ClusterEnvironment):
+    """The ranks of a run on this machine that volseg started itself."""
 
     def __init__(self, rank: int, ranks: int, port: int) -> None:
         super().__init__()
@@ -220,7 +222,7 @@ class _OwnProcesses(ClusterEnvironment):
 def _joined(
     device: torch.device, environment: ClusterEnvironment, nodes: int, precision: str
 ) -> Iterator[Team]:
-    """This process as one of the ranks; on a CPU with its share of the cores."""
+    """Join the ranks with this process, on a CPU with its part of the cores; yield the team."""
     size, threads = environment.world_size(), torch.get_num_threads()
     per_node = size // nodes
     if device.type == "cpu":
@@ -232,7 +234,7 @@ def _joined(
     try:
         kind = _precision_of(device, precision)
         fabric = _quiet_fabric(device, kind, strategy=strategy, devices=per_node, num_nodes=nodes)
-        control = distributed.new_group(backend="gloo", timeout=PATIENCE)
+        control = distributed.new_group(backend="gloo", timeout=CONTROL_TIMEOUT)
         assert isinstance(control, distributed.ProcessGroup)
         yield Team(fabric, kind, environment.global_rank(), size, control)
     finally:
@@ -245,47 +247,50 @@ def _joined(
 def _started(
     device: torch.device, ranks: int, serve: Callable[[Team], None], precision: str
 ) -> Iterator[tuple[int, list[BaseProcess]]]:
-    """Processes for the ranks from 1 on; yields the port at which all meet, and them. They end with the block."""
+    """Start processes for the ranks from 1 on; yield their common port and them.
+
+    They end with the block.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     context = multiprocessing.get_context("spawn")
     processes: list[BaseProcess] = []
-    ready: list[Connection] = []
+    connections: list[Connection] = []
     try:
         for rank in range(1, ranks):
-            ours, theirs = context.Pipe(duplex=False)
-            arguments = (rank, ranks, port, device.type, serve, precision, theirs)
-            process = context.Process(target=_help, args=arguments, daemon=True)
+            receiver, sender = context.Pipe(duplex=False)
+            arguments = (rank, ranks, port, device.type, serve, precision, sender)
+            process = context.Process(target=_run_rank, args=arguments, daemon=True)
             process.start()
-            theirs.close()
+            sender.close()
             processes.append(process)
-            ready.append(ours)
-        for connection in ready:
+            connections.append(receiver)
+        for connection in connections:
             wait([connection])
-            if not connection.poll() or not _has_said_so(connection):
+            if not connection.poll() or not _is_ready(connection):
                 raise EnvironmentProblem(
                     f"one of the {ranks - 1} further processes did not start",
-                    fix="look at its message above; train with --devices 1",
+                    fix="see its message above, or train with --devices 1",
                     code="E_BACKEND",
                 )
         yield port, processes
         for process in processes:
-            process.join(timeout=ENDING_SECONDS)
+            process.join(timeout=JOIN_SECONDS)
     finally:
         for process in processes:
             if process.is_alive():
                 process.terminate()
 
 
-def _has_said_so(connection: Connection) -> bool:
+def _is_ready(connection: Connection) -> bool:
     try:
         return bool(connection.recv())
-    except EOFError:  # it ended instead
+    except EOFError:  # the process ended
         return False
 
 
-def _help(
+def _run_rank(
     rank: int,
     ranks: int,
     port: int,
@@ -294,13 +299,13 @@ def _help(
     precision: str,
     ready: Connection,
 ) -> None:
-    """The whole life of a process that was started here. Ctrl-C is rank 0's to hear."""
+    """Run one rank in a process of its own; rank 0 handles Ctrl-C."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     ready.send(True)
     ready.close()
-    # What is wrong with the request is said by rank 0, which finds it too.
+    # Rank 0 reports mistakes in the request, which it finds too.
     with (
-        _joined(torch.device(device), _OwnProcesses(rank, ranks, port), 1, precision) as team,
+        _joined(torch.device(device), _LocalProcesses(rank, ranks, port), 1, precision) as team,
         suppress(VolsegError),
     ):
         serve(team)
@@ -314,13 +319,11 @@ def _quiet_fabric(
     devices: int = 1,
     num_nodes: int = 1,
 ) -> Fabric:
-    """Fabric without its lines on stderr about precision and ranks."""
-    loggers = [
-        logging.getLogger(f"lightning_fabric.utilities.{name}")
-        for name in ("rank_zero", "distributed")
-    ]
+    """Return a Fabric that does not announce precision and ranks on stderr."""
+    names = ("rank_zero", "distributed")
+    loggers = [logging.getLogger(f"lightning_fabric.utilities.{name}") for name in names]
     for logger in loggers:
-        logger.addFilter(_is_no_announcement)
+        logger.addFilter(_is_worth_logging)
     try:
         fabric = Fabric(
             accelerator=device.type,
@@ -334,11 +337,11 @@ def _quiet_fabric(
         return fabric
     finally:
         for logger in loggers:
-            logger.removeFilter(_is_no_announcement)
+            logger.removeFilter(_is_worth_logging)
 
 
 def _precision_of(device: torch.device, precision: str) -> str:
-    """Fabric's word for the precision of this device."""
+    """Return Fabric's name of the precision on this device."""
     if precision == "fp32" or (precision == "auto" and not _is_fast_in_half(device)):
         return "32-true"
     if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
@@ -346,24 +349,19 @@ def _precision_of(device: torch.device, precision: str) -> str:
     return "bf16-mixed"
 
 
-def _is_no_announcement(record: logging.LogRecord) -> bool:
+def _is_worth_logging(record: logging.LogRecord) -> bool:
     text = record.getMessage()
-    return not any(
-        words in text
-        for words in (
-            "Automatic Mixed Precision",
-            "Initializing distributed",
-            "distributed_backend",
-        )
-    )
+    noise = ("Automatic Mixed Precision", "Initializing distributed", "distributed_backend")
+    return not any(words in text for words in noise)
 
 
 def _is_fast_in_half(device: torch.device) -> bool:
-    """GPUs are, and CPUs with instructions for it, on which a step takes a half to two thirds of the time.
+    """Tell whether 16-bit training is faster: on GPUs, and on CPUs with bf16 instructions.
 
-    Without them torch falls back to slow kernels.
+    On those CPUs a step takes a half to two thirds of the time; on others torch falls back to slow
+    kernels.
     """
     if device.type == "cpu":
-        found = getattr(torch.cpu, "get_capabilities", dict)()
-        return bool(found.get("amx_bf16") or found.get("avx512_bf16"))
+        capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+        return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
     return True

@@ -1,4 +1,4 @@
-"""Train the coarse first pass, with the one training loop, on the same cases at its spacing."""
+"""Train the coarse first pass: the usual training loop, on the same cases at a coarser spacing."""
 
 from __future__ import annotations
 
@@ -53,11 +53,12 @@ def train_roi(
 ) -> Trained:
     """Train the network of the recipe's first pass: any label against the background.
 
-    The metrics also say what it costs and saves on the validation cases: the mean share of a case's labelled voxels that lie in the region, and the
-    mean share of a scan that the region is.
+    The metrics also state what the first pass costs and saves on the validation cases: the mean
+    fraction of labelled voxels inside the region, and the mean fraction of the scan in the region.
 
     Args:
-        training, validation, plan: of the fine pass. folder: for the coarse cases and the checkpoints.
+        training, validation, plan: of the fine pass.
+        folder: for the coarse cases and the checkpoints.
         settings, team, resume, initial, report, tick, threads: as in `train_segmentation`.
     """
     ends = math.inf if settings.seconds is None else time.monotonic() + settings.seconds
@@ -65,19 +66,19 @@ def train_roi(
     assert recipe.roi is not None and coarse is not None
     coarse_plan = plan.coarse(recipe.roi)
     make = partial(
-        _kept,
+        _cached_coarse_case,
         spacing_mm=plan.spacing_mm,
         coarse_mm=coarse_plan.spacing_mm,
         folder=folder,
         seed=settings.seed,
     )
 
-    def kept(case: PreparedCase) -> PreparedCase:
-        tick(f"a coarse copy of {case.id}", 0.0)
+    def coarsen(case: PreparedCase) -> PreparedCase:
+        tick(f"downsampling {case.id}", 0.0)
         return make(case)
 
-    coarse_validation = [kept(case) for case in validation]
-    coarse_training = [kept(case) for case in training]
+    coarse_validation = [coarsen(case) for case in validation]
+    coarse_training = [coarsen(case) for case in training]
     if settings.seconds is not None:
         settings = replace(settings, seconds=max(1.0, ends - time.monotonic()))
     trained = train_segmentation(
@@ -94,27 +95,24 @@ def train_roi(
         tick=tick,
         threads=threads,
     )
-    backend = TorchBackend(
-        set_weights(build_segmentation(coarse), trained.weights), team.fabric.device
-    )
+    network = set_weights(build_segmentation(coarse), trained.weights)
+    backend = TorchBackend(network, team.fabric.device)
     tiling = Tiling(patch_shape=coarse_plan.patch_shape, overlap=coarse.infer.overlap)
     margin = [recipe.roi.margin_mm / mm for mm in plan.spacing_mm]
-    shares = []
+    fractions = []
     for fine, small in zip(validation, coarse_validation, strict=True):
-        if shares and time.monotonic() > ends:
+        if fractions and time.monotonic() > ends:
             break
         tick(f"finding the region of {fine.id}", 1.0)
-        found = find_region(ArrayPlanes(np.asarray(small.image)), backend, tiling)
-        box = (
-            None if found is None else scaled_box(found, small.mask.shape, fine.mask.shape, margin)
-        )
-        shares.append(_shares(fine.mask, fine.mask if box is None else fine.mask[box.slices]))
-    inside = [share for share, _ in shares if share is not None]
-    metrics = dict(trained.metrics) | {
-        "validation_share_of_scan": round(float(np.mean([s for _, s in shares])), 4)
-    }
-    if inside:
-        metrics["validation_labels_inside"] = round(float(np.mean(inside)), 4)
+        region, mask = find_region(ArrayPlanes(np.asarray(small.image)), backend, tiling), fine.mask
+        if region is not None:
+            mask = mask[scaled_box(region, small.mask.shape, mask.shape, margin).slices]
+        fractions.append(_fractions(fine.mask, mask))
+    of_labels = [labelled for labelled, _ in fractions if labelled is not None]
+    of_scan = float(np.mean([scan for _, scan in fractions]))
+    metrics = dict(trained.metrics) | {"validation_share_of_scan": round(of_scan, 4)}
+    if of_labels:
+        metrics["validation_labels_inside"] = round(float(np.mean(of_labels)), 4)
     return replace(trained, metrics=metrics)
 
 
@@ -124,24 +122,24 @@ def coarse_case(
     coarse_mm: Sequence[float],
     rng: np.random.Generator,
 ) -> PreparedCase:
-    """A prepared case on a coarser grid over the same field of view, with every label as class 1.
+    """Resample a prepared case to a coarser grid of the same extent, with every label as class 1.
 
     Args:
-        spacing_mm, coarse_mm: along R, A, S, of the case and of the one to make.
+        spacing_mm, coarse_mm: current and new spacing along R, A, S.
         rng: draws the voxels on which patches are centred.
     """
     case.check()
     sizes = zip(case.mask.shape, spacing_mm, coarse_mm, strict=True)
     r, a, s = (max(1, round(n * fine / coarse)) for n, fine, coarse in sizes)
     image = np.stack([resample(channel, (r, a, s)) for channel in case.image])
-    unknown = case.mask == IGNORED
-    mask = coarsened_mask(np.where(unknown, 0, case.mask), (r, a, s))
-    if unknown.any():
-        mask[(coarsened_mask(unknown, (r, a, s)) > 0) & (mask == 0)] = IGNORED
+    unannotated = case.mask == IGNORED
+    mask = coarsened_mask(np.where(unannotated, 0, case.mask), (r, a, s))
+    if unannotated.any():
+        mask[(coarsened_mask(unannotated, (r, a, s)) > 0) & (mask == 0)] = IGNORED
     return PreparedCase(case.id, image, mask, {1: sample_voxels(mask == 1, rng)}, None, case.record)
 
 
-def _kept(
+def _cached_coarse_case(
     case: PreparedCase,
     *,
     spacing_mm: Sequence[float],
@@ -149,28 +147,27 @@ def _kept(
     folder: Path,
     seed: int,
 ) -> PreparedCase:
-    """`coarse_case`, kept in a folder and made only once."""
-    key = hashlib.sha256(
-        json.dumps([case.record["key"], spacing_mm, coarse_mm, seed]).encode()
-    ).hexdigest()
+    """Return `coarse_case` from the folder, where the first call writes it."""
+    facts = json.dumps([case.record["key"], spacing_mm, coarse_mm, seed])
+    key = hashlib.sha256(facts.encode()).hexdigest()
     folder = folder / "cases"
     if not is_prepared(folder, case.id, key):
-        made = coarse_case(
-            case, spacing_mm, coarse_mm, np.random.default_rng([seed, int(key[:8], 16)])
-        )
+        rng = np.random.default_rng([seed, int(key[:8], 16)])
+        coarse = coarse_case(case, spacing_mm, coarse_mm, rng)
+        coarse = replace(coarse, record=dict(case.record) | {"key": key})
         make_folder(folder / case.id)
-        write_prepared_case(
-            folder / case.id, replace(made, record=dict(case.record) | {"key": key})
-        )
+        write_prepared_case(folder / case.id, coarse)
     return read_prepared_case(folder, case.id)
 
 
-def _shares(mask: np.ndarray, part: np.ndarray) -> tuple[float | None, float]:
-    """Of the labelled voxels of the mask (None where there are none) and of all its voxels, the share in a part of it."""
-    labelled = _labelled(mask)
-    return _labelled(part) / labelled if labelled else None, part.size / mask.size
+def _fractions(mask: np.ndarray, part: np.ndarray) -> tuple[float | None, float]:
+    """Return which fraction of the labelled voxels, and of all voxels, lies in a part of the mask.
+
+    The first is None for a mask without labelled voxels.
+    """
+    n_labelled = _count_labelled(mask)
+    return _count_labelled(part) / n_labelled if n_labelled else None, part.size / mask.size
 
 
-def _labelled(mask: np.ndarray) -> int:
-    """Voxels of it."""
+def _count_labelled(mask: np.ndarray) -> int:
     return int(np.count_nonzero((mask > 0) & (mask != IGNORED)))

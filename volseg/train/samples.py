@@ -1,4 +1,4 @@
-"""Training patches: where they lie and how they are cut."""
+"""Place and cut training patches."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 
 from volseg.io.prepared import PreparedCase
 
-FOREGROUND_PER_LABEL = 4000  # voxels kept per case and label on which patches are centred
+FOREGROUND_PER_LABEL = 4000  # voxels stored per case and label as centres of patches
 
 
 def sample_batch(
@@ -23,23 +23,25 @@ def sample_batch(
     only: Sequence[int] | None = None,
     cut_shape: tuple[int, int, int] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """`n` random patches: images (n, channels, *cut_shape) float32 and masks (n, *cut_shape) uint8.
+    """Cut `n` patches: images (n, channels, *cut_shape) float32, masks (n, *cut_shape) uint8.
 
-    The first of them hold a voxel of a label, each label of a case being equally likely; the others lie anywhere. How many the first are
-    differs from step to step, so that of all patches until then they are `foreground_fraction`, even with one patch a step. Outside the scan images and masks are 0.
+    The first patches of a batch hold a labelled voxel, each label of a case being equally likely;
+    the others lie anywhere. The number of the first varies from step to step, so that over all
+    steps it is `foreground_fraction` of the patches, even with one patch per step. Images and masks
+    are 0 outside the scan.
 
     Args:
-        only: indices of the patches of the batch that are wanted: each depends on the seed, the step and its index alone.
-        cut_shape: what is cut round each patch, for a change of its geometry; None for the patch alone. The patch is placed, not the cut, which
-            may well lie outside the scan: else the network would never see the scan's border.
+        only: indices of the patches to return; each depends on seed, step and index alone.
+        cut_shape: shape to cut around each patch, as room for spatial augmentation; None for the
+            patch alone. Only the patch has to lie in the scan, not the cut: otherwise the network
+            would never see the scan's border.
 
     Raises:
-        VolsegError: a mask holds a class of no label.
+        VolsegError: a mask holds a class that is not a label of the recipe.
     """
-    n_foreground = _whole((step + 1) * n * foreground_fraction) - _whole(
-        step * n * foreground_fraction
-    )
-    chosen = [
+    n_before, n_after = (_floor(k * n * foreground_fraction) for k in (step, step + 1))
+    n_foreground = n_after - n_before
+    placed = [
         _place(
             cases,
             patch_shape,
@@ -49,25 +51,25 @@ def sample_batch(
         for index in (range(n) if only is None else only)
     ]
     cut = cut_shape or patch_shape
-    around = [
+    cuts = [
         (case, tuple(x - (c - p) // 2 for x, c, p in zip(start, cut, patch_shape, strict=True)))
-        for case, start in chosen
+        for case, start in placed
     ]
-    images = np.stack([cut_patch(case.image, start, cut) for case, start in around])
-    masks = np.stack([cut_patch(case.mask[None], start, cut)[0] for case, start in around])
-    for (case, _), mask in zip(around, masks, strict=True):
+    images = np.stack([cut_patch(case.image, start, cut) for case, start in cuts])
+    masks = np.stack([cut_patch(case.mask[None], start, cut)[0] for case, start in cuts])
+    for (case, _), mask in zip(cuts, masks, strict=True):
         case.check_classes(mask)
     return images, masks
 
 
-def _whole(number: float) -> int:
-    return math.floor(number + 1e-6)  # 3 × (1/3) is 1
+def _floor(number: float) -> int:
+    return math.floor(number + 1e-6)  # rounding errors must not make 3 × (1/3) less than 1
 
 
 def cut_patch(
     array: np.ndarray, start: Sequence[int], patch_shape: tuple[int, int, int]
 ) -> np.ndarray:
-    """(C, *patch_shape) from (C, R, A, S) at `start`, which may lie outside; 0 where there is no scan."""
+    """Cut (C, *patch_shape) from (C, R, A, S) at `start`; 0 outside the scan."""
     inside = [
         slice(max(0, a), max(0, min(n, a + p)))
         for a, p, n in zip(start, patch_shape, array.shape[1:], strict=True)
@@ -79,7 +81,7 @@ def cut_patch(
 
 
 def sample_voxels(inside: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """(n, 3) int16 voxels of a mask, at most `FOREGROUND_PER_LABEL` of them."""
+    """Return at most `FOREGROUND_PER_LABEL` voxels of a mask: (n, 3) int16."""
     flat = np.flatnonzero(inside)
     if flat.size > FOREGROUND_PER_LABEL:
         flat = rng.choice(flat, FOREGROUND_PER_LABEL, replace=False)
@@ -99,7 +101,7 @@ def _place(
     if on_foreground and labelled:
         voxels = labelled[int(rng.integers(len(labelled)))]
         centre = voxels[int(rng.integers(len(voxels)))]
-        # Anywhere in the patch but its rim, so that the network sees lesions off centre too.
+        # The voxel lies in the inner half of the patch, so the network sees off-centre lesions too.
         start = [
             int(c) - int(rng.integers(p // 4, p - p // 4))
             for c, p in zip(centre, patch_shape, strict=True)
@@ -109,10 +111,10 @@ def _place(
             int(rng.integers(min(0, n - p), max(0, n - p) + 1))
             for n, p in zip(shape, patch_shape, strict=True)
         ]
-    r, a, s = (_keep_near(x, n, p) for x, n, p in zip(start, shape, patch_shape, strict=True))
+    r, a, s = (_fit_start(x, n, p) for x, n, p in zip(start, shape, patch_shape, strict=True))
     return case, (r, a, s)
 
 
-def _keep_near(start: int, n: int, patch: int) -> int:
-    """Inside the scan where the patch fits; centred, as at inference, where the scan is shorter than the patch."""
+def _fit_start(start: int, n: int, patch: int) -> int:
+    """Move a patch into the scan; centre it, as in inference, if the scan is smaller than it."""
     return int(np.clip(start, 0, n - patch)) if n >= patch else -((patch - n) // 2)

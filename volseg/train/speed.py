@@ -1,4 +1,4 @@
-"""How long a step of training takes here and now, found out by a few of them."""
+"""Measure how long a training step takes on this machine."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from volseg.recipe import Recipe
 from volseg.train.loop import Job, Run, RunSettings
 from volseg.train.ranks import Team
 
-MOST_STEPS = 12  # that are timed, after a first one in which memory and kernels are found
-MOST_SECONDS = 3.0  # after which no further one is timed
-LONG_SECONDS = 60.0  # of the first step, which is then itself the answer
-SETTLING_SECONDS = 40.0  # after which the number of threads is looked for no longer
+MOST_STEPS = 12  # timed steps, after a warm-up step that allocates memory and selects kernels
+MOST_SECONDS = 3.0  # no further step is timed after these
+LONG_SECONDS = 60.0  # a warm-up step longer than this is the result
+SETTLING_SECONDS = 40.0  # limit for finding the fastest number of threads
 
 
 def seconds_per_step(
@@ -32,53 +32,54 @@ def seconds_per_step(
     until: float = math.inf,
     tick: Callable[[str], None] = lambda doing: None,
 ) -> float:
-    """Seconds of one step of the recipe's network with this plan: cutting, augmenting, forward, backward, optimizer.
+    """Return the seconds of one training step of the recipe's network with this plan.
 
-    Nothing of it is kept.
+    A step cuts and augments its patches, runs forward and backward, and updates the weights. The
+    trained weights are discarded.
 
     Args:
-        training: cases of which patches are cut; one is enough.
+        training: cases to cut patches from; one is enough.
         team: called in the process that leads it, with the others serving.
-        threads: whose fastest number is found first.
-        until: a time of `time.monotonic` after which no step is begun that the answer can do without.
+        threads: the search for the fastest number of threads, which is finished first.
+        until: time of `time.monotonic` after which only indispensable steps are started.
         tick: called after each step.
     """
     settings = RunSettings(seed=seed, epochs=1, patience=1)
     job = Job(training, recipe, plan, settings, Path(), {}, "timed", resume=False)
     if team.size > 1:
-        team.tell(job.sent())
+        team.broadcast(job.to_message())
     run = Run(job, team)
     run.network.train()
     if threads is not None:
         threads.begin()
-    taken: list[float] = []
+    seconds: list[float] = []
     started = time.monotonic()
     with run.batches:
-        while not _is_enough(taken, time.monotonic() - started, until, threads):
+        while not _is_enough(seconds, time.monotonic() - started, until, threads):
             was_settled = threads is None or threads.is_settled
             began = time.monotonic()
             with team.in_step():
-                loss = run.step(team.tell(0.0))
+                loss = run.step(team.broadcast(0.0))
             float(loss)  # waits for a GPU
-            taken.append(time.monotonic() - began)
+            seconds.append(time.monotonic() - began)
             tick("timing a step")
             if threads is not None:
-                threads.took(taken[-1])
+                threads.took(seconds[-1])
             if not was_settled and threads is not None and threads.is_settled:
-                taken = [taken[0]]  # the others are to be with the threads of now
-        team.tell(None)
+                seconds = [seconds[0]]  # time the settled number of threads only
+        team.broadcast(None)
     fastest = math.inf if threads is None else threads.fastest
-    return min(fastest, statistics.median(taken[1:] or taken))
+    return min(fastest, statistics.median(seconds[1:] or seconds))
 
 
 def _is_enough(
-    taken: Sequence[float], passed: float, until: float, threads: Threads | None
+    seconds: Sequence[float], elapsed: float, until: float, threads: Threads | None
 ) -> bool:
-    """Whether the steps that were taken in the seconds that passed tell how long one takes."""
-    if len(taken) < 2:
-        return sum(taken) > LONG_SECONDS
+    """Tell whether these step times, measured in `elapsed` seconds, suffice for a median."""
+    if len(seconds) < 2:
+        return sum(seconds) > LONG_SECONDS
     if time.monotonic() > until:
         return True
     if threads is not None and not threads.is_settled:
-        return passed > SETTLING_SECONDS
-    return len(taken) > MOST_STEPS or sum(taken[1:]) > MOST_SECONDS
+        return elapsed > SETTLING_SECONDS
+    return len(seconds) > MOST_STEPS or sum(seconds[1:]) > MOST_SECONDS

@@ -1,4 +1,4 @@
-"""How good a network is while it is trained: a look now and then at some validation cases, within the time that there is."""
+"""Validation during training: on a few cases, as often as the time budget allows."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ from volseg.plan import Plan
 from volseg.recipe import Recipe
 from volseg.train.validate import tiling_of, validate
 
-WATCHED_OVERLAP = 0.25  # cheap and close: the final metrics use the recipe's own overlap
-LOOKING_SHARE = 0.15  # of a time budget that looks may take: they are rarer where they take long
-FEWEST_LOOKS = (
-    6  # that a time budget should leave room for: fewer cases are watched where they take long
-)
-SECOND_OPINION = 0.1  # share of a time budget up to which two sets of weights are validated on all cases, and not one
-LARGEST_RESERVE = 0.35  # share of a time budget that is kept for validation
+SUBSET_OVERLAP = 0.25  # cheap and close enough: the final metrics use the recipe's own overlap
+# Fractions of a time budget
+VALIDATION_FRACTION = 0.15  # for all intermediate validations together
+COMPARISON_FRACTION = 0.1  # largest cost of a full validation for which two sets of weights get one
+LARGEST_RESERVE = 0.35  # kept for the final validation
+FEWEST_VALIDATIONS = 6  # a time budget should have room for; else fewer cases are validated on
 
 
-class Watch:
-    """Looks at averaged weights, and knows what that takes.
+class Validator:
+    """Validates averaged weights, and knows how long that takes.
 
-    Without a time budget it looks after every epoch, at as many cases as the recipe says. With one it looks when there has been training for
-    long enough to afford it, and at as many cases as that allows, at least one.
+    Without a time budget it validates after every epoch, on as many cases as the recipe says. With
+    one it validates when enough training has passed to afford it, on as many cases as the budget
+    allows, at least one.
 
     Args:
-        validation: cases, of which some are looked at in training and all in the end.
+        validation: all cases, for the final validation; a subset is used during training.
         seconds: the budget of the whole run, None for no limit.
-        tick: called with what is looked at, tile by tile.
+        tick: called tile by tile with the case being validated.
     """
 
     def __init__(
@@ -52,72 +52,69 @@ class Watch:
         self._validation, self._recipe, self._plan, self._device = validation, recipe, plan, device
         self._seconds, self._tick = seconds, tick
         self._network = build_segmentation(recipe)
-        self._cases = _spread(validation, recipe.train.validation_cases)
+        self._subset = _spread(validation, recipe.train.validation_cases)
         self._seconds_per_tile = 0.0
-        self._trained_for = 0.0  # seconds of training since the last look
+        self._trained_for = 0.0  # seconds of training since the last validation
         if seconds is not None:
             self._seconds_per_tile = self._time_a_tile()
-            each = self._cost(self._cases, WATCHED_OVERLAP) / len(self._cases)
-            self._cases = _spread(
-                validation,
-                min(len(self._cases), int(LOOKING_SHARE * seconds / FEWEST_LOOKS / each)),
-            )
+            per_case = self._cost(self._subset, SUBSET_OVERLAP) / len(self._subset)
+            affordable = int(VALIDATION_FRACTION * seconds / FEWEST_VALIDATIONS / per_case)
+            self._subset = _spread(validation, min(len(self._subset), affordable))
 
     @property
     def reserve(self) -> float:
-        """Seconds of the budget that are kept for the last look and for the validation of all cases."""
+        """Seconds of the budget kept for a last subset validation and for the full validation."""
         if self._seconds is None:
             return 0.0
-        final = self._cost(self._validation, self._recipe.infer.overlap) * (
-            2 if self.compares_last else 1
-        )
-        return min(
-            self._cost(self._cases, WATCHED_OVERLAP) + final, LARGEST_RESERVE * self._seconds
-        )
+        full = self._cost(self._validation, self._recipe.infer.overlap)
+        final = full * (2 if self.compares_last else 1)
+        needed = self._cost(self._subset, SUBSET_OVERLAP) + final
+        return min(needed, LARGEST_RESERVE * self._seconds)
 
     @property
     def compares_last(self) -> bool:
-        """Whether to choose in the end between the best weights and the last on all cases: where only some were watched, and there is time."""
-        if len(self._cases) == len(self._validation):
+        """True if the best and the last weights are compared on all cases at the end.
+
+        This is worth it if only a subset was validated during training, and there is time for it.
+        """
+        if len(self._subset) == len(self._validation):
             return False
-        final = self._cost(self._validation, self._recipe.infer.overlap)
-        return self._seconds is None or final <= SECOND_OPINION * self._seconds
+        full = self._cost(self._validation, self._recipe.infer.overlap)
+        return self._seconds is None or full <= COMPARISON_FRACTION * self._seconds
 
-    def is_due(self, trained_for: float) -> bool:
-        """Whether to look now, after so many more seconds of training."""
-        self._trained_for += trained_for
-        return (
-            LOOKING_SHARE * self._trained_for >= self._cost(self._cases, WATCHED_OVERLAP)
-            or self._seconds is None
-        )
+    def due_after(self, seconds: float) -> bool:
+        """Add seconds of training; tell whether to validate now."""
+        self._trained_for += seconds
+        cost = self._cost(self._subset, SUBSET_OVERLAP)
+        return VALIDATION_FRACTION * self._trained_for >= cost or self._seconds is None
 
-    def look(
+    def validate_subset(
         self, weights: Mapping[str, torch.Tensor], until: float = math.inf
     ) -> list[ValidationRow]:
-        """What these weights are worth on the watched cases; nothing where time was over before all were seen."""
+        """Validate on the subset; return no rows if time ran out before its last case."""
         began = time.monotonic()
-        rows = self._validate(weights, self._cases, WATCHED_OVERLAP, until)
+        rows = self._validate(weights, self._subset, SUBSET_OVERLAP, until)
         self._trained_for = 0.0
-        if len({row.case_id for row in rows}) < len(self._cases):
+        if len({row.case_id for row in rows}) < len(self._subset):
             return []
-        self._seconds_per_tile = (time.monotonic() - began) / self._tiles(
-            self._cases, WATCHED_OVERLAP
-        )
+        elapsed = time.monotonic() - began
+        self._seconds_per_tile = elapsed / self._tiles(self._subset, SUBSET_OVERLAP)
         return rows
 
-    def validate(
+    def validate_all(
         self, weights: Mapping[str, torch.Tensor], until: float = math.inf
     ) -> list[ValidationRow]:
-        """What they are worth on all validation cases, with the overlap of inference.
+        """Validate on all cases, with the overlap of inference.
 
-        Until that time (`time.monotonic`) the cases come in a drawn order, so that those that are seen stand for all.
+        With a time limit (`time.monotonic`) the order is random, so that the cases done by then
+        represent all of them. Rows are in the order of the cases.
         """
         cases = self._validation
         if until < math.inf:
             cases = [cases[index] for index in np.random.default_rng(0).permutation(len(cases))]
         rows = self._validate(weights, cases, self._recipe.infer.overlap, until)
-        places = {case.id: place for place, case in enumerate(self._validation)}
-        return sorted(rows, key=lambda row: places[row.case_id])
+        order = {case.id: index for index, case in enumerate(self._validation)}
+        return sorted(rows, key=lambda row: order[row.case_id])
 
     def _validate(
         self,
@@ -148,17 +145,15 @@ class Watch:
     def _time_a_tile(self) -> float:
         backend, tiling = TorchBackend(self._network, self._device), tiling_of(self._plan, 0.0)
         r, a, s = self._plan.patch_shape
+        n_classes = self._recipe.data.n_outputs
         tiles = np.zeros((len(self._recipe.data.channels), r, a, s * tiling.batch_size), np.float32)
-        predict_logits(
-            tiles, backend, tiling, n_classes=self._recipe.data.n_outputs
-        )  # finds memory and kernels
+        predict_logits(tiles, backend, tiling, n_classes=n_classes)  # warm-up
         began = time.monotonic()
-        predict_logits(tiles, backend, tiling, n_classes=self._recipe.data.n_outputs)
+        predict_logits(tiles, backend, tiling, n_classes=n_classes)
         return max(time.monotonic() - began, 1e-6) / tiling.batch_size
 
 
 def _spread(cases: Sequence[PreparedCase], n: int) -> list[PreparedCase]:
-    """At most `n` cases, and one at least, evenly spread over the list."""
-    return [
-        cases[round(index)] for index in np.linspace(0, len(cases) - 1, max(1, min(n, len(cases))))
-    ]
+    """Return up to `n` cases, at least one, evenly spread over the list."""
+    places = np.linspace(0, len(cases) - 1, max(1, min(n, len(cases))))
+    return [cases[round(place)] for place in places]

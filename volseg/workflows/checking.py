@@ -1,4 +1,4 @@
-"""`volseg check` and the facts about volseg itself: columns and the shipped model."""
+"""`volseg check`, and facts about volseg itself: the columns and the shipped model."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ from volseg.workflows.preparing import PREPARED_FILE, as_recipe, read_training_c
 
 
 def check(path: Path | str, recipe: Path | str | Recipe | None = None) -> list[dict[str, str]]:
-    """Every problem of a dataset, scan, recipe or model at once, each with its fix; an empty list where there is none.
+    """Return every problem of a dataset, scan, recipe or model, each with its fix.
 
     Args:
-        recipe: for which a dataset is to be fit: its channels, label values and grids are looked at too.
+        recipe: also check a dataset against this recipe: channels, label values and grids.
     """
     path = Path(path)
     try:
@@ -52,38 +52,28 @@ def check(path: Path | str, recipe: Path | str | Recipe | None = None) -> list[d
                 code="E_USAGE",
             )
         elif path.is_dir() or path.suffix == ".csv":
-            chosen = None if recipe is None else as_recipe(recipe)
-            channels = None if chosen is None else chosen.data.channels
-            may_miss = chosen is not None and chosen.data.missing == "empty"
+            recipe = None if recipe is None else as_recipe(recipe)
+            channels = None if recipe is None else recipe.data.channels
+            may_miss = recipe is not None and recipe.data.missing == "empty"
             cases, mistakes = survey_cases(path, channels, may_miss=may_miss)
-            found = [
-                {
-                    "where": str(path),
-                    "code": "E_REQUEST",
-                    "problem": mistake,
-                    "fix": "correct the dataset",
-                }
-                for mistake in mistakes
-            ]
-            return found + [problem for case in cases for problem in _check_case(case, chosen)]
+            fix = "correct the dataset"
+            problems = [_problem(str(path), "E_REQUEST", mistake, fix) for mistake in mistakes]
+            return problems + [problem for case in cases for problem in _check_case(case, recipe)]
         else:
-            header = read_header(path)
+            warnings = read_header(path).warnings
             read_volume(path)
-            return [
-                {"where": str(path), "code": warning.code, "problem": warning.text, "fix": ""}
-                for warning in header.warnings
-            ]
+            return [_problem(str(path), warning.code, warning.text) for warning in warnings]
     except VolsegError as error:
-        return [_problem(str(path), error)]
+        return [_problem_of(str(path), error)]
     return []
 
 
 def _check_names(recipe: Recipe) -> None:
-    """The names in a recipe that are files or rows of tables."""
+    """Check the names of post-processing steps and networks in a recipe."""
     from volseg.models import check_networks
 
     make_steps(recipe.postprocess)
-    if not recipe.is_open:  # else the plan says what network it is
+    if not recipe.is_open:  # else the plan chooses the network
         check_networks(recipe)
 
 
@@ -93,42 +83,40 @@ def _check_case(case: Case, recipe: Recipe | None) -> Iterator[dict[str, str]]:
         try:
             volumes[name] = read_volume(path)
             for warning in read_header(path).warnings:
-                yield {"where": case.id, "code": warning.code, "problem": warning.text, "fix": ""}
+                yield _problem(case.id, warning.code, warning.text)
         except VolsegError as error:
-            yield _problem(case.id, error)
+            yield _problem_of(case.id, error)
     if recipe is not None and recipe.data.channels[0] in volumes:
-        doubt = judge_unit(
-            volumes[recipe.data.channels[0]], recipe.data.intensity_unit, by="the recipe"
-        ).doubt
+        first = volumes[recipe.data.channels[0]]
+        doubt = judge_unit(first, recipe.data.intensity_unit, by="the recipe").doubt
         if doubt:
-            yield {
-                "where": case.id,
-                "code": "W_UNIT",
-                "problem": doubt,
-                "fix": "correct data.intensity_unit or the scan",
-            }
+            fix = "correct data.intensity_unit or the scan"
+            yield _problem(case.id, "W_UNIT", doubt, fix)
     if case.reference is None:
         return
     try:
         mask = read_mask(case.reference)
         if not mask.array.any():
-            text = f"{case.reference}: holds no labelled voxel"
-            yield {"where": case.id, "code": "W_EMPTY", "problem": text, "fix": ""}
+            yield _problem(case.id, "W_EMPTY", f"{case.reference}: holds no labelled voxel")
         if recipe is not None and volumes.keys() == case.images.keys():
             read_training_case(case, recipe)
             return
         for name, volume in volumes.items():
             check_pair(volume, mask, str(case.images[name]), str(case.reference))
     except VolsegError as error:
-        yield _problem(case.id, error)
+        yield _problem_of(case.id, error)
 
 
-def _problem(where: str, error: VolsegError) -> dict[str, str]:
-    return {"where": where, "code": error.code, "problem": error.problem, "fix": error.fix}
+def _problem(where: str, code: str, problem: str, fix: str = "") -> dict[str, str]:
+    return {"where": where, "code": code, "problem": problem, "fix": fix}
+
+
+def _problem_of(where: str, error: VolsegError) -> dict[str, str]:
+    return _problem(where, error.code, error.problem, error.fix)
 
 
 def table_columns() -> dict[str, list[tuple[str, str, str, str]]]:
-    """(name, unit, meaning, source) of every column of every table."""
+    """Return (name, unit, meaning, source) of every column of every table."""
     tables = {
         "lesions.csv": LesionMeasurement,
         "cases.csv": CaseRow,

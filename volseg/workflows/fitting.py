@@ -1,4 +1,4 @@
-"""How many networks, and of what size, a time budget holds. Pure: what takes time comes in as a function."""
+"""Fit the number and size of networks to a time budget. Pure: timing comes in as a function."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from volseg.sizing import LEAST_STEPS, STEPS
 if TYPE_CHECKING:  # pydantic takes a while to import
     from volseg.plan import Plan
 
-ROOM = 2  # times the steps that a network needs at least are planned for each of several
-SUGGESTED = 1.5  # times what a budget needs is suggested: a machine is not equally fast from one minute to the next
+ROOM = 2  # each of several networks gets at least this many times `least_steps`
+SUGGESTED = 1.5  # times the needed seconds are suggested, as the speed of a machine varies
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fit:
-    """What is trained, and why it is not what was planned."""
+    """The training that fits the time, and the reasons for deviations from the plan."""
 
     plan: Plan
     folds: int
@@ -28,7 +28,7 @@ class Fit:
 
 
 class TooShortError(Exception):
-    """The time does not hold the least that a network needs to learn; `needed` are the seconds that would."""
+    """The time is too short for any network to learn; `needed` seconds would suffice."""
 
     def __init__(self, needed: float) -> None:
         super().__init__(f"{needed:.0f} s are needed")
@@ -48,42 +48,45 @@ def fit_to_time(
 ) -> Fit:
     """Give each network `least_steps`: with fewer folds, else with a smaller network.
 
-    Several folds are kept only while each has `ROOM` times as many, so that a machine that gets slower does not spoil all.
+    Several folds are kept only while each gets `ROOM` times as many steps, so that a machine that
+    slows down does not spoil all of them.
 
     Args:
-        plan: what would be trained if there were time enough.
-        seconds: of the steps of all networks together.
-        folds: networks that would be trained. may_drop_folds: not where the user stated their number.
-        time_step: seconds that a step takes with a plan.
-        smaller: gives the plan of the smallest network that can learn; None where the network is stated.
-
-        enough: share of these steps with which one network is trained all the same, rather than refused.
+        plan: what to train if there is enough time.
+        seconds: for the steps of all networks together.
+        folds: number of networks to train if there is enough time.
+        may_drop_folds: False if the user stated the number of folds.
+        time_step: returns the seconds of a step with a plan.
+        smaller: returns the plan of the smallest network that can learn; None if the recipe states
+            the network.
+        enough: train one network if it gets at least this fraction of its steps.
 
     Raises:
-        TooShortError: not even the smallest network of the fewest folds has its steps.
+        TooShortError: even the smallest network with the fewest folds gets too few steps.
     """
     fewest = 1 if may_drop_folds else folds
-    taken = time_step(plan)
-    steps = seconds / taken
+    step = time_step(plan)
+    steps = seconds / step
     reasons: list[str] = []
     if steps < fewest * least_steps and smaller is not None:
         least = smaller()
-        if least != plan and (least_taken := time_step(least)) < taken:
+        if least != plan and (least_step := time_step(least)) < step:
             reasons.append(
                 f"a smaller network, patches of {' × '.join(map(str, least.patch_shape))} voxels: "
-                f"{seconds:.0f} s allow only {steps / fewest:.0f} steps of the planned one"
+                f"{seconds:.0f} s allow only {steps / fewest:.0f} steps of the planned network"
             )
-            plan, taken, steps = least, least_taken, seconds / least_taken
+            plan, step, steps = least, least_step, seconds / least_step
     if steps < enough * fewest * least_steps:
-        raise TooShortError(fewest * least_steps * taken)
+        raise TooShortError(fewest * least_steps * step)
     affordable = max(fewest, min(folds, math.floor(steps / (ROOM * least_steps))))
     if affordable < folds:
-        reasons.insert(
-            0,
-            f"{affordable} instead of {folds} folds: {seconds:.0f} s allow about {steps / folds:.0f} steps in each "
-            f"of {folds} networks; at least {ROOM * least_steps} in each are planned",
+        reason = (
+            f"{affordable} instead of {folds} folds: {seconds:.0f} s allow about "
+            f"{steps / folds:.0f} steps for each of {folds} networks, and each should get at least "
+            f"{ROOM * least_steps}"
         )
-    return Fit(plan=plan, folds=affordable, seconds_per_step=taken, reasons=tuple(reasons))
+        reasons.insert(0, reason)
+    return Fit(plan=plan, folds=affordable, seconds_per_step=step, reasons=tuple(reasons))
 
 
 def best_plan(
@@ -93,12 +96,12 @@ def best_plan(
     folds: int,
     steps_of: Callable[[Plan, float], float],
 ) -> Plan:
-    """The best network that the time allows `STEPS` steps: each of the folds, else one network; else the smallest.
+    """Return the best plan with time for `STEPS` steps in each fold, or in one; else the smallest.
 
     Args:
-        plan_for: the plan that floating-point operations allow one network.
-        flops: that all networks together may take.
-        steps_of: how many steps of a plan so many operations are.
+        plan_for: returns the plan of one network for a number of floating-point operations.
+        flops: floating-point operations of all networks together.
+        steps_of: returns how many steps of a plan a number of operations allows.
     """
     for n in dict.fromkeys((folds, 1)):
         if steps_of(smallest, flops / n) >= STEPS:
@@ -109,11 +112,12 @@ def best_plan(
 def refuse_time(
     seconds: float, needed: float, what: str, *, remedy: str = "", kept: str = ""
 ) -> NoReturn:
-    """Say that a time budget is too short, how long it should be, and what else would do.
+    """Raise an error that suggests a sufficient time budget.
 
     Args:
-        what: for what the time is needed.
-        remedy: another way than more time. kept: what was done and is used next time.
+        what: what the time is needed for.
+        remedy: an alternative to more time.
+        kept: what was done so far and is reused next time.
     """
     raise VolsegError(
         f"the time budget of {seconds:g} s is too short: {what}",
@@ -123,6 +127,6 @@ def refuse_time(
 
 
 def suggested(needed: float) -> str:
-    """A duration for `--time-budget` that holds what is needed, with room."""
+    """Return a value for `--time-budget` that holds the needed seconds, with room."""
     seconds = SUGGESTED * needed
     return f"{math.ceil(seconds / 10) * 10}s" if seconds < 115 else f"{math.ceil(seconds / 60)}m"

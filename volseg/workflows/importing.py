@@ -24,16 +24,17 @@ def import_nnunet(
     folds: Sequence[str] | None = None,
     checkpoint: str = "checkpoint_final.pth",
 ) -> RunReport:
-    """A trained nnU-Net v2 folder → a model folder that `infer` runs without nnU-Net.
+    """Convert a trained nnU-Net v2 folder to a model folder that `infer` runs without nnU-Net.
 
     Args:
         folder: `<trainer>__<plans>__<configuration>`, with plans.json, dataset.json and fold_*.
-        folds: such as `("0", "1")` or `("all",)`; None for every numbered fold, else `all`. Several become an ensemble.
-        checkpoint: the file in each fold's folder.
+        folds: such as `("0", "1")` or `("all",)`; several become an ensemble. None takes every
+            numbered fold, or `all` if there is none.
+        checkpoint: name of the file in each fold's folder.
 
     Raises:
-        VolsegError: files are missing or damaged, a checkpoint asks for more than weights, or the model needs something that
-            volseg does not have.
+        VolsegError: files are missing or damaged, a checkpoint holds more than weights, or the
+            model needs something that volseg does not support.
     """
     from volseg.bundle import bundle_files, load_bundle, save_bundle
     from volseg.infer.backends import export_bundle
@@ -66,26 +67,24 @@ def import_nnunet(
 
 
 def _facts(bundle: ModelBundle) -> dict[str, str]:
-    """What was imported, for people and for --json."""
+    """Summarise the imported model, for people and for --json."""
     recipe, plan = bundle.recipe, bundle.plan
     folds, copies = len(bundle.weights), 2 ** len(recipe.infer.tta_axes)
+    features = " ".join(map(str, recipe.network.settings["features"]))
+    channels = [(name, recipe.preprocess.normalise_of(name)) for name in recipe.data.channels]
+    spacing = " × ".join(f"{mm:g}" for mm in plan.spacing_mm)
+    patch = " × ".join(map(str, plan.patch_shape))
+    passes = f"{folds * copies}: {folds} folds × {copies} with test-time augmentation"
     facts = {
         "name": recipe.name,
-        "network": f"{recipe.network.name}, {' '.join(map(str, recipe.network.settings['features']))} features",
-        "channels": ", ".join(
-            f"{name} ({recipe.preprocess.normalise_of(name).method})"
-            for name in recipe.data.channels
-        ),
+        "network": f"{recipe.network.name}, {features} features",
+        "channels": ", ".join(f"{name} ({normalise.method})" for name, normalise in channels),
         "labels": ", ".join(f"{name} = {value}" for value, name in recipe.data.label_names.items()),
-        "spacing": f"{' × '.join(f'{s:g}' for s in plan.spacing_mm)} mm, patch {' × '.join(map(str, plan.patch_shape))}",
-        "networks per patch": f"{folds * copies}: {folds} folds × {copies} with test-time augmentation",
+        "spacing": f"{spacing} mm, patch {patch}",
+        "networks per patch": passes,
     }
     if recipe.data.regions_class_order is not None:
-        facts["regions"] = (
-            f"overlapping; written in the order {', '.join(map(str, recipe.data.regions_class_order))}"
-        )
-    return (
-        facts
-        | dict(bundle.origin)
-        | {name: f"{value:.4g}" for name, value in bundle.metrics.items()}
-    )
+        order = ", ".join(map(str, recipe.data.regions_class_order))
+        facts["regions"] = f"overlapping; written in the order {order}"
+    metrics = {name: f"{value:.4g}" for name, value in bundle.metrics.items()}
+    return facts | dict(bundle.origin) | metrics

@@ -1,4 +1,4 @@
-"""`volseg plan`: what training would do with a dataset, and why; and the recipe for those who have none."""
+"""`volseg plan`: what training would do with a dataset, and why; and a recipe if none is given."""
 
 from __future__ import annotations
 
@@ -34,12 +34,13 @@ if TYPE_CHECKING:  # torch takes seconds to import; only a workflow that needs i
     from volseg.plan import DatasetFingerprint, Plan
 
 N_FOLDS = 5
-HOST_SHARE = 0.5  # of main memory that training may take where no budget is given
-GPU_SHARE = 0.85  # of a GPU's
-# Floating-point operations per second that a step reaches, for reckoning how many steps fit into a time budget.
+# Fraction of the memory that training may take without a stated budget
+HOST_FRACTION = 0.5
+GPU_FRACTION = 0.85
+# Floating-point operations per second of a step, to estimate the steps in a time budget
 CPU_CORE_SPEED = 8e10
 GPU_SPEED = 3e13
-SCANS_LOOKED_AT = 5
+CT_SCANS = 5  # read to tell whether a channel is CT
 SIDES = {
     "R": ("left", "right"),
     "A": ("anterior", "posterior"),
@@ -59,66 +60,66 @@ def plan(
     out: Path | str | None = None,
     progress: Progress = silent,
 ) -> RunReport:
-    """What training would do: spacing, intensities, network, patches, with a reason for each.
+    """Plan a training: spacing, intensities, network and patches, with a reason for each.
 
     Args:
-        recipe: whose values stay as they are; None plans everything.
-        memory: bytes that training may take, or text such as `8G`, of the GPU or of the host; None: a share of what the device has.
-        time_budget_seconds, folds: as for `train`, which shares the time out to the networks of the folds.
-        out: a JSON file for the plan, which `train` takes, edited or not.
+        recipe: its values are kept; None plans everything.
+        memory: bytes of GPU or host memory that training may take, or text such as `8G`; None for a
+            fraction of the device's memory.
+        time_budget_seconds, folds: as in `train`, which divides the time among the folds.
+        out: JSON file for the plan; `train` accepts it, edited or not.
 
     Raises:
-        VolsegError: a case cannot be used (all of them are named), or nothing fits the budget.
+        VolsegError: cases cannot be used (the error lists all of them), or nothing fits the budget.
     """
     from volseg.plan import check_budget
 
     if out is not None:
         refuse_unsealed(Path(out))
         make_folder(Path(out).parent)
-    budget_of(device, memory)  # a misspelt amount should not be found out after all scans were read
-    chosen = recipe_for(dataset, recipe, progress)
-    n = folds_of(Path(dataset), chosen, folds, is_auto=recipe is None)
-    fingerprint, failed = fingerprint_of(dataset, chosen, seed, progress)
+    budget_of(device, memory)  # refuses a misspelt amount before the scans are read
+    is_auto, recipe = recipe is None, recipe_for(dataset, recipe, progress)
+    n = folds_of(Path(dataset), recipe, folds, is_auto=is_auto)
+    fingerprint, failed = fingerprint_of(dataset, recipe, seed, progress)
     if failed:
         refuse_dataset(Path(dataset), failed)
     budget = budget_of(device, memory, time_budget_seconds)
     may_drop_folds = folds is None and time_budget_seconds is not None  # as `train` does
-    found, n = _plan_of_folds(fingerprint, chosen, budget, n, 1 if may_drop_folds else n)
+    planned, n = _plan_of_folds(fingerprint, recipe, budget, n, 1 if may_drop_folds else n)
     if budget.is_stated:
-        check_budget(found, chosen, budget)
+        check_budget(planned, recipe, budget)
     if out is not None:
-        write_sealed(Path(out), found.model_dump(mode="json"))
+        write_sealed(Path(out), planned.model_dump(mode="json"))
     details = {
-        "recipe": chosen.model_dump(mode="json"),
-        "plan": found.model_dump(mode="json"),
+        "recipe": recipe.model_dump(mode="json"),
+        "plan": planned.model_dump(mode="json"),
         "cases": fingerprint.n_cases,
         "folds": n,
-        "warnings": warnings_of(fingerprint, chosen),
+        "warnings": warnings_of(fingerprint, recipe),
     }
-    return RunReport(
-        out=Path(dataset) if out is None else Path(out), done=[chosen.name], details=details
-    )
+    out = Path(dataset) if out is None else Path(out)
+    return RunReport(out=out, done=[recipe.name], details=details)
 
 
 def _plan_of_folds(
     fingerprint: DatasetFingerprint, recipe: Recipe, budget: Budget, folds: int, fewest: int
 ) -> tuple[Plan, int]:
-    """The plan of the most folds of which each has its share of the arithmetic, and their number."""
+    """Return the plan with the most folds that the budget allows, and their number."""
     from volseg.plan import make_plan
 
     for n in range(folds, fewest, -1):
-        share = budget if budget.flops is None else replace(budget, flops=budget.flops / n)
+        per_fold = budget if budget.flops is None else replace(budget, flops=budget.flops / n)
         with suppress(VolsegError):
-            return make_plan(fingerprint, recipe, share), n
-    share = budget if budget.flops is None else replace(budget, flops=budget.flops / fewest)
-    return make_plan(fingerprint, recipe, share), fewest
+            return make_plan(fingerprint, recipe, per_fold), n
+    per_fold = budget if budget.flops is None else replace(budget, flops=budget.flops / fewest)
+    return make_plan(fingerprint, recipe, per_fold), fewest
 
 
 def read_plan(path: Path | str) -> Plan:
-    """A plan that `volseg plan --out` wrote.
+    """Read a plan that `volseg plan --out` wrote.
 
     Raises:
-        VolsegError: it is not there or not a plan; all mistakes are named.
+        VolsegError: the file is missing or not a plan; the error lists all mistakes.
     """
     from pydantic import ValidationError
 
@@ -131,12 +132,11 @@ def read_plan(path: Path | str) -> Plan:
             f"{path}: cannot be read ({error.strerror})", fix="check the path", code="E_PLAN"
         ) from error
     except ValueError as error:
-        reason = (
-            listed(mistakes_of(error, Plan)) if isinstance(error, ValidationError) else str(error)
-        )
+        is_listable = isinstance(error, ValidationError)
+        reason = listed(mistakes_of(error, Plan)) if is_listable else str(error)
         raise VolsegError(
             f"{path}: not a plan: {reason}",
-            fix="correct it, or write it anew with `volseg plan DATASET --out PLAN.json`",
+            fix="correct it, or run `volseg plan DATASET --out PLAN.json` again",
             code="E_PLAN",
         ) from error
 
@@ -149,27 +149,29 @@ def budget_of(
     processes: int = 1,
     half: bool = True,
 ) -> Budget:
-    """What each process of a training may take; without a stated memory, a share of what the device has.
+    """Return the memory and arithmetic of each process of a training.
+
+    Without a stated memory, the budget is a fraction of the device's.
 
     Args:
-        processes: on this machine. They share the main memory and the cores of a CPU; of GPUs each has its own.
-        half: activations of two bytes, where a GPU is used.
+        processes: on this machine; they share its main memory and cores, but each has its own GPU.
+        half: whether a GPU uses 16-bit activations.
 
     Raises:
-        VolsegError: the memory is no amount of memory.
+        VolsegError: `memory` is not an amount of memory.
     """
     import torch
 
     from volseg.infer.backends import choose_device
 
     on_gpu = choose_device(device).type == "cuda"
-    found = amount_of(memory, "--vram")
-    if found is None:
-        has = torch.cuda.get_device_properties(0).total_memory if on_gpu else total_memory()
-        found = int(has * (GPU_SHARE if on_gpu else HOST_SHARE))
+    available = amount_of(memory, "--vram")
+    if available is None:
+        total = torch.cuda.get_device_properties(0).total_memory if on_gpu else total_memory()
+        available = int(total * (GPU_FRACTION if on_gpu else HOST_FRACTION))
     speed = GPU_SPEED if on_gpu else CPU_CORE_SPEED * physical_cores() / processes
     return Budget(
-        memory=found if on_gpu else found // processes,
+        memory=available if on_gpu else available // processes,
         flops=None if seconds is None else seconds * speed,
         half=on_gpu and half,
         is_stated=memory is not None,
@@ -179,9 +181,11 @@ def budget_of(
 def recipe_for(
     dataset: Path | str, recipe: Path | str | Recipe | None, progress: Progress = silent
 ) -> Recipe:
-    """The recipe that is given, or else one in which all is left to the plan.
+    """Return the given recipe, or else one that leaves everything to the plan.
 
-    Mistakes of the dataset are left to who prepares it, who names all of them at once, but for one without a usable case.
+    Raises:
+        VolsegError: the dataset has no usable case. Other mistakes are reported, all at once, when
+            it is prepared.
     """
     if recipe is not None:
         return as_recipe(recipe)
@@ -192,43 +196,41 @@ def recipe_for(
 
 
 def folds_of(dataset: Path, recipe: Recipe, folds: int | None, *, is_auto: bool) -> int:
-    """How many networks are trained: as many as are asked for, and without a recipe `N_FOLDS`, or one per patient where they are fewer."""
+    """Return how many networks to train.
+
+    This is `folds` if given; else 1 with a recipe, and without one `N_FOLDS` or the number of
+    patients if that is smaller.
+    """
     if not is_auto or folds == 1:
         return folds or 1
     cases, _ = survey_cases(dataset, recipe.data.channels)
-    patients = len(
-        {
-            case.patient or case.id
-            for case in cases
-            if case.reference is not None and case.split != "test"
-        }
-    )
+    usable = [case for case in cases if case.reference is not None and case.split != "test"]
+    patients = len({case.patient or case.id for case in usable})
     return max(1, min(N_FOLDS, patients)) if folds is None else folds
 
 
 def auto_recipe(dataset: Path, cases: Sequence[Case], progress: Progress = silent) -> Recipe:
-    """A recipe in which everything is left to the plan.
+    """Make a recipe that leaves everything to the plan.
 
-    Labels are the values of the masks, with the names that the dataset states. Scans are taken for CT where the dataset says so or where
-    they look like it, and then HU is a guess; else intensities are normalised per scan.
+    Labels are the values in the masks, with the names that the dataset states. Scans count as CT if
+    the dataset says so or if they look like CT, in which case the unit HU is a guess; otherwise
+    intensities are normalised per scan.
     """
     labels, ignore = _labels(dataset, cases, progress)
     regions, order = stated_regions(dataset)
     channels = list(cases[0].images)
-    forms = {name: _normalise(name, dataset, cases) for name in channels}
-    first = forms[channels[0]]
+    normalisations = {name: _normalise(name, dataset, cases) for name in channels}
+    first = normalisations[channels[0]]
     is_ct = first["method"] == "window"
     is_guess = is_ct and not _is_stated_ct(channels[0], dataset, cases)
-    names = [name.casefold() for name in labels]
-    flips = [
-        axis
-        for axis, words in SIDES.items()
-        if not any(word in name for word in words for name in names)
-    ]
+    names = " ".join(labels).casefold()
+    # Mirroring would swap labels that name a side.
+    flips = [axis for axis, words in SIDES.items() if not any(word in names for word in words)]
     kind = "CT" if is_ct else "MR or other"
     content = {
         "name": _slug(dataset),
-        "description": f"Segments {', '.join(labels)} in {kind} scans; everything that is not in the data follows from the plan.",
+        "description": f"Segments {', '.join(labels)} in {kind} scans; everything that is not in "
+        "the data follows from the plan.",
         "data": {
             "channels": channels,
             "labels": labels,
@@ -243,7 +245,9 @@ def auto_recipe(dataset: Path, cases: Sequence[Case], progress: Progress = silen
             "spacing_mm": "auto",
             "crop": "nonzero",
             "normalise": first,
-            "normalise_channels": {name: form for name, form in forms.items() if form != first},
+            "normalise_channels": {
+                name: method for name, method in normalisations.items() if method != first
+            },
         },
         "network": {"name": "unet3d", "features": "auto", "strides": "auto", "kernels": "auto"},
         "train": {
@@ -262,9 +266,9 @@ def auto_recipe(dataset: Path, cases: Sequence[Case], progress: Progress = silen
 def _labels(
     dataset: Path, cases: Sequence[Case], progress: Progress
 ) -> tuple[dict[str, int], int | None]:
-    """Name → value of every label in the masks of the cases, and the value of voxels that are to be ignored, if there is one.
+    """Return name → value of every label in the masks, and the value of voxels to ignore, if any.
 
-    Masks that cannot be read are left to who prepares them, unless none can be.
+    Masks that cannot be read are skipped, as preparing reports them, unless none can be read.
     """
     masks = [case for case in cases if case.reference is not None and case.split != "test"]
     if not masks:
@@ -273,38 +277,33 @@ def _labels(
             fix="add a `label` column or a labels/ folder with the names of the images",
             code="E_DATASET",
         )
-    found: dict[str, set[int]] = {}
+    values_of: dict[str, set[int]] = {}
     failed: dict[str, str] = {}
 
-    def look(case: Case) -> set[int]:
+    def read_values(case: Case) -> set[int]:
         assert case.reference is not None
         return set(np.unique(read_mask(case.reference).array).tolist())
 
-    for count, outcome in enumerate(run(look, masks), start=1):
+    for count, outcome in enumerate(run(read_values, masks), start=1):
         progress(MASKS, count / len(masks), outcome.item.id)
         if outcome.error is None:
-            found[outcome.item.id] = outcome.value or set()
+            values_of[outcome.item.id] = outcome.value or set()
         else:
             failed[outcome.item.id] = reason_of(outcome.error)
     named = stated_labels(dataset)
     ignore = named.pop(IGNORE, None)
     stated = {value: name for name, value in named.items()}
-    known = {
-        0,
-        ignore,
-        *stated,
-        *(value for values in stated_regions(dataset)[0].values() for value in values),
-    }
+    in_regions = set[int]().union(*stated_regions(dataset)[0].values())
     if stated:
-        strange = {case: sorted(values - known) for case, values in found.items()}
-        failed |= {
-            case: f"E_LABELS: its mask holds values {values[:5]}, which dataset.json does not name; it names {sorted(stated)}"
-            for case, values in strange.items()
-            if values
-        }
-    if len(failed) == len(masks) or any(case in found for case in failed):
+        for case, values in values_of.items():
+            if unnamed := sorted(values - {0, ignore, *stated, *in_regions}):
+                failed[case] = (
+                    f"E_LABELS: its mask holds values {unnamed[:5]}, which dataset.json does not "
+                    f"name; it names {sorted(stated)}"
+                )
+    if len(failed) == len(masks) or any(case in values_of for case in failed):
         refuse_dataset(dataset, failed)
-    values = set[int]().union(*found.values())
+    values = set[int]().union(*values_of.values())
     labels = {stated.get(value, f"label_{value}"): value for value in sorted(values - {0, ignore})}
     if not labels:
         raise VolsegError(
@@ -319,8 +318,8 @@ def _normalise(channel: str, dataset: Path, cases: Sequence[Case]) -> dict[str, 
     if _stated_modality(channel, dataset, cases):
         return {"method": "zscore"}
     are_ct_like = []
-    for case in list(cases)[:: max(1, len(cases) // SCANS_LOOKED_AT)][:SCANS_LOOKED_AT]:
-        with suppress(VolsegError):  # a scan that cannot be read is left to who prepares it
+    for case in list(cases)[:: max(1, len(cases) // CT_SCANS)][:CT_SCANS]:
+        with suppress(VolsegError):  # preparing reports scans that cannot be read
             volume = read_volume(case.images[channel])
             are_ct_like.append(looks_like_ct(volume))
     return {"method": "window"} if are_ct_like and all(are_ct_like) else {"method": "zscore"}
@@ -332,7 +331,7 @@ def _is_stated_ct(channel: str, dataset: Path, cases: Sequence[Case]) -> bool:
 
 
 def _stated_modality(channel: str, dataset: Path, cases: Sequence[Case]) -> list[str]:
-    """What dataset.json and the column `modality` say that the channel is, where they say one thing of all cases."""
+    """Return the modality in dataset.json and in the column `modality`, if the latter is unique."""
     column = {case.classes.get("modality", "") for case in cases}
     stated = {stated_modalities(dataset).get(channel, ""), *(column if len(column) == 1 else ())}
     return sorted(stated - {""})

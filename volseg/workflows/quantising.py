@@ -1,4 +1,4 @@
-"""`volseg quantise`: a model and the dataset that it was trained on → the same network in int8, and what that costs."""
+"""`volseg quantise`: add an int8 copy of the networks to a model, and measure what it costs."""
 
 from __future__ import annotations
 
@@ -36,18 +36,20 @@ def quantise(
     seed: int = 0,
     progress: Progress = silent,
 ) -> RunReport:
-    """Put an int8 copy of the segmentation network, or of each of an ensemble, into a model folder, with its validation Dice beside that of fp32.
+    """Add int8 copies of the segmentation networks to a model folder; compare Dice with fp32.
 
-    Half precision is measured in passing where the chip has it, for it may be as fast and cost less. Inference takes the int8 copy only where it is asked for. `model.json` stays as it is, and so does the hash of the model.
+    Half precision is measured too where the processor supports it, as it may be as fast and more
+    accurate. Inference uses int8 only on request. `model.json` and the model's hash do not change.
 
     Args:
-        dataset: the one that the model was trained on, or the folder that `preprocess` made of it. Its training cases are
-            looked at to find the ranges of the layers, its validation cases to find what int8 costs.
-        cases: training cases to look at, at most.
-        seed: of training: it decides which patients validate where the dataset does not.
+        dataset: the training dataset of the model, or its prepared folder. The training cases
+            calibrate the ranges of the layers; the validation cases show what int8 costs.
+        cases: largest number of training cases for the calibration.
+        seed: seed of the training, which draws the validation patients if the dataset does not
+            state them.
 
     Raises:
-        VolsegError: the dataset does not fit the model, or OpenVINO cannot take the network.
+        VolsegError: the dataset does not fit the model, or OpenVINO does not support the network.
         EnvironmentProblem: openvino or nncf is not installed.
     """
     keep_freed_memory()
@@ -62,59 +64,52 @@ def quantise(
     bundle = load_bundle(model)
     if bundle.recipe.data.regions_class_order is not None:
         raise VolsegError(
-            f"{model}: its labels are regions, of which prepared cases know nothing, so what int8 costs cannot be measured",
+            f"{model}: its labels are overlapping regions, for which int8 is not supported",
             fix="use --precision fp32 or fp16",
             code="E_PRECISION",
         )
     work = model / WORK_FOLDER
     with OutputFolder(model, "quantise", inputs=[dataset]) as outputs:
-        exported = [
-            f"{EXPORTED}/{name}.int8.{end}"
-            for name in bundle.members
-            for end in ("xml", "bin", "json")
-        ]
-        outputs.refuse_foreign(exported)
+        stems = [f"{EXPORTED}/{name}.int8" for name in bundle.members]
+        outputs.refuse_foreign(
+            [f"{stem}.{end}" for stem in stems for end in ("xml", "bin", "json")]
+        )
         outputs.work_folder(WORK_FOLDER)
         training, validation = _prepared_cases(bundle, dataset, work / "prepared", seed, progress)
         shape = usual_batch_shape(bundle)
-        looked_at = [
-            training[round(index)]
-            for index in np.linspace(0, len(training) - 1, min(cases, len(training)))
-        ]
-        progress("Quantising", 0.0, f"looking at {len(looked_at)} training cases")
-        patches = _calibration_patches(looked_at, bundle, seed)
-        networks = [
-            quantise_network(convert(bundle.member(name), shape), patches)
-            for name in bundle.members
-        ]
+        places = np.linspace(0, len(training) - 1, min(cases, len(training)))
+        calibration = [training[round(place)] for place in places]
+        progress("Quantising", 0.0, f"calibrating on {len(calibration)} training cases")
+        patches = _calibration_patches(calibration, bundle, seed)
+        members = map(bundle.member, bundle.members)
+        networks = [quantise_network(convert(member, shape), patches) for member in members]
         backends = in_each_precision(bundle, networks)
         scores: dict[str, list[list[float]]] = {name: [] for name in backends}
         for count, case in enumerate(validation, start=1):
             for name, backend in backends.items():
                 scores[name].append(_case_dice(backend, case, bundle))
-                backend.release()  # the others have networks of their own in memory
+                backend.release()  # only one network at a time keeps its memory
             progress("Validating", count / len(validation), case.id)
-        found = {
-            "calibration": {"cases": len(looked_at), "patches": len(patches), "seed": seed},
+        facts = {
+            "calibration": {"cases": len(calibration), "patches": len(patches), "seed": seed},
             "validation": {"cases": len(validation), "dice": _mean_dice(scores, bundle)},
             "seconds_per_patch": _seconds_per_patch(backends, patches[0]),
             "versions": {name: metadata.version(name) for name in ("openvino", "nncf")},
         }
         with outputs.staged() as commit:
+            record = {"model_sha256": bundle.sha256} | facts
             for name, network in zip(bundle.members, networks, strict=True):
-                write_exported(
-                    network, commit.folder, f"{name}.int8", {"model_sha256": bundle.sha256} | found
-                )
+                write_exported(network, commit.folder, f"{name}.int8", record)
             commit.finish()
         delete_written(work / "prepared")
         delete_written(work)
-    return RunReport(out=model, done=[bundle.recipe.name], details=found)
+    return RunReport(out=model, done=[bundle.recipe.name], details=facts)
 
 
 def _prepared_cases(
     bundle: ModelBundle, dataset: Path, work: Path, seed: int, progress: Progress
 ) -> tuple[list[PreparedCase], list[PreparedCase]]:
-    """Training and validation cases, prepared as the model's training prepared them."""
+    """Return training and validation cases, prepared as in the training of the model."""
     if (dataset / PREPARED_FILE).is_file():
         prepared = dataset
     else:
@@ -132,7 +127,8 @@ def _prepared_cases(
     _, plan, _, cases = load_prepared(prepared, bundle.recipe)
     if (plan.spacing_mm, plan.windows) != (bundle.plan.spacing_mm, bundle.plan.windows):
         raise VolsegError(
-            f"{dataset}: was prepared with another spacing or intensity window than model {bundle.recipe.name!r} was trained with",
+            f"{dataset}: was prepared with another spacing or intensity window than those of model "
+            f"{bundle.recipe.name!r}",
             fix="give the dataset itself instead of a prepared folder",
             code="E_PREPARED",
         )
@@ -140,7 +136,7 @@ def _prepared_cases(
         return split_cases(cases, None, seed)
     except VolsegError as error:
         raise VolsegError(
-            f"{dataset}: has too few cases to quantise with: at least one to train on and one to validate on are needed",
+            f"{dataset}: quantising needs at least one training and one validation case",
             fix="give the dataset that the model was trained on",
             code=error.code,
         ) from error
@@ -149,7 +145,7 @@ def _prepared_cases(
 def _calibration_patches(
     cases: Sequence[PreparedCase], bundle: ModelBundle, seed: int
 ) -> list[np.ndarray]:
-    """(1, channels, R, A, S) float32 each, cut as for training but not augmented."""
+    """Cut patches of (1, channels, R, A, S) float32 as in training, without augmentation."""
     from volseg.train.samples import sample_batch
 
     patches = []
@@ -167,7 +163,7 @@ def _calibration_patches(
 
 
 def _case_dice(backend: Backend, case: PreparedCase, bundle: ModelBundle) -> list[float]:
-    """Dice per label on the prepared grid; NaN for a label that neither mask has."""
+    """Return the Dice of each label on the prepared grid; NaN if neither mask has the label."""
     from volseg.infer.stream import Tiling, predict_logits
 
     case.check()
@@ -186,21 +182,24 @@ def _case_dice(backend: Backend, case: PreparedCase, bundle: ModelBundle) -> lis
 def _mean_dice(
     scores: Mapping[str, list[list[float]]], bundle: ModelBundle
 ) -> dict[str, dict[str, float | None]]:
-    """Label → precision → mean over the validation cases that have the label or were given it by every precision; None without any."""
+    """Return label → precision → mean Dice over the cases where every precision has a Dice.
+
+    None for a label without such a case.
+    """
     arrays = {name: np.array(values) for name, values in scores.items()}
-    known = ~np.any([np.isnan(values) for values in arrays.values()], axis=0)
-    found = {}
+    has_dice = ~np.any([np.isnan(values) for values in arrays.values()], axis=0)
+    means = {}
     for index, label in enumerate(bundle.recipe.data.label_names.values()):
-        chosen = known[:, index]
-        found[label] = {
-            name: round(float(values[chosen, index].mean()), 4) if chosen.any() else None
+        cases = has_dice[:, index]
+        means[label] = {
+            name: round(float(values[cases, index].mean()), 4) if cases.any() else None
             for name, values in arrays.items()
         }
-    return found
+    return means
 
 
 def _seconds_per_patch(backends: Mapping[str, Backend], patch: np.ndarray) -> dict[str, float]:
-    """Median of alternating runs."""
+    """Return the median seconds of each backend over alternating runs."""
     seconds: dict[str, list[float]] = {name: [] for name in backends}
     for _ in range(TIMED_RUNS):
         for name, backend in backends.items():

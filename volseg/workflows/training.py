@@ -1,4 +1,4 @@
-"""`volseg train`: a dataset or a prepared folder → a model folder."""
+"""`volseg train`: train a model on a dataset or a prepared folder."""
 
 from __future__ import annotations
 
@@ -67,25 +67,23 @@ PREVIEW, CURVES, WORST = "preview.png", "curves.png", "validation.png"
 PICTURES = (VALIDATION, PREVIEW, CURVES, WORST)
 PREPARED_FOLDER = "prepared"  # inside the work folder
 WORK_FOLDER = ".training"  # inside a model folder while it is being trained
-FINISHING_SHARE, FINISHING_SECONDS = (
-    0.03,
-    60.0,
-)  # of a time budget that pictures and the export are left, at most
-FINISHING_LEAST, FINISHING_MOST = (
-    3.0,
-    0.1,
-)  # seconds for pictures and for each network; share of a short time budget
-STEPS_SHARE = 0.7  # of the time of a network that goes into steps; the rest is for validation
-PREPARING_SHARE = 0.5  # of a time budget in which the data are prepared without a second look at how long that takes
-ANSWER_SECONDS = 18.0  # by which a time budget that is too short is refused, if the first case can be timed by then
-APART_SHARE = 0.2  # of what is ahead that preparing takes, from which to prepare first is a remedy
-LATE_SHARE = 0.5  # of the steps that a network needs, with which training still begins once the data are prepared
-STARTING_SECONDS = (
-    20.0  # that Python and its packages take to load on a slow disk, in a time that is suggested
-)
-FINE_TUNING_STEPS = 20  # that a network needs at least which starts from a trained one
-TICK_SECONDS = 5.0  # without a word, after which the next step or tile is reported
-ROI_FOLDER = "roi"  # inside that one: cases and checkpoints of the coarse first pass
+ROI_FOLDER = "roi"  # inside the work folder: cases and checkpoints of the coarse first pass
+# Time reserved for export and pictures: this fraction of the budget up to these seconds, but at
+# least `FINISHING_LEAST` seconds for the pictures and each network, within `FINISHING_MOST`.
+FINISHING_FRACTION, FINISHING_SECONDS = 0.03, 60.0
+FINISHING_LEAST, FINISHING_MOST = 3.0, 0.1
+STEPS_FRACTION = 0.7  # of a network's time spent in steps; validation takes the remainder
+# More than one case is timed if preparing exceeds this fraction of the budget.
+PREPARING_FRACTION = 0.5
+# A budget that is too short is refused by then, if the first case can be timed so soon.
+ANSWER_SECONDS = 18.0
+# Preparing first is suggested if it takes at least this fraction of the time still needed.
+PREPARE_FIRST_FRACTION = 0.2
+# Once the data are prepared, training starts even if only this fraction of the steps fits.
+LATE_FRACTION = 0.5
+STARTING_SECONDS = 20.0  # to load Python and its packages from a slow disk, in suggested budgets
+FINE_TUNING_STEPS = 20  # that a network initialised from a trained one needs at least
+TICK_SECONDS = 5.0  # without a report, after which the next step or tile is reported
 
 
 def train(
@@ -112,30 +110,38 @@ def train(
     progress: Progress = silent,
     announce: Callable[[str], None] = lambda text: None,
 ) -> RunReport:
-    """A dataset or a prepared folder → a model folder.
+    """Train a model on a dataset or a prepared folder.
 
     Args:
-        recipe: None leaves everything to the plan and cross-validates; a prepared folder brings its own, whose training settings another one
-            may replace.
-        plan: a JSON file of `volseg plan`, edited or not, in place of the one that follows from the dataset.
-        time_budget_seconds: of the whole call: reading, preparing, planning, first pass, every fold, classifier, validation, pictures, export.
-            Where it does not hold a network that can learn, there are fewer folds, then a smaller network; then it is refused.
-        spent_seconds: of the time budget before this call, such as starting Python.
-        memory: bytes that training may take, or text such as `8G`, where the plan chooses the size of the network and of its patches.
-        epochs, patience: in place of the recipe's, and of those of its first pass; with a time budget the recipe's number of epochs does not count.
-        resume: go on from the last epoch of an interrupted run in `out`.
-        init: a model folder whose weights to start from, where their names and shapes agree.
-        freeze: patterns of the names of layers that stay as they are.
-        fold: 0 to 4: validate on this fifth of the patients and train on the others, whatever the dataset's train and val.
-        folds: train so many networks, each validated on its own share of the patients; the model is their ensemble.
-        devices: processes that share each batch, with a device each; under torchrun or SLURM their number of ranks counts.
-        precision: fp32; half, for convolutions in two bytes; or auto, which is half where the device is faster so.
+        recipe: None leaves everything to the plan and cross-validates. For a prepared folder it
+            replaces the training settings of the folder's recipe.
+        plan: JSON file of `volseg plan`, edited or not, in place of a new plan for the dataset.
+        time_budget_seconds: for the whole call: reading, preparing, planning, first pass, all
+            folds, classifier, validation, pictures and export. If it is too short for networks that
+            can learn, train drops folds, then takes a smaller network, then raises an error.
+        spent_seconds: part of the time budget spent before this call, such as starting Python.
+        memory: bytes that training may take, or text such as `8G`, if the plan chooses the size of
+            the network and its patches.
+        epochs, patience: in place of those of the recipe and its first pass; with a time budget
+            the recipe's number of epochs is ignored.
+        resume: continue the interrupted run in `out` from its last epoch.
+        init: a model folder to take initial weights from, where names and shapes match.
+        freeze: patterns of the names of layers that are not trained.
+        fold: 0 to 4: validate on this fifth of the patients and train on the others, in place of
+            the dataset's own split.
+        folds: train this many networks, each validated on another part of the patients; the model
+            is their ensemble.
+        devices: processes that share each batch, with a device each; torchrun and SLURM override it
+            with their number of ranks.
+        precision: fp32; half for 16-bit convolutions; auto for half where it is faster.
         preview: only prepare the data and write `preview.png`, augmented patches with their masks.
-        announce: told before the first step what is odd about the data, what the time budget changes, and what it left no time for.
+        announce: called with warnings about the data, and with what the time budget changes or
+            leaves out.
 
     Raises:
-        VolsegError: a case cannot be used (all of them are named), the recipe does not fit the prepared folder, or the time budget is too short;
-            then it says what would do, and what was prepared is kept.
+        VolsegError: cases cannot be used (the error lists all of them), the recipe does not fit the
+            prepared folder, or the time budget is too short; then the error suggests one, and the
+            prepared data are kept.
     """
     time_budget = TimeBudget(seconds=time_budget_seconds, started=time.monotonic() - spent_seconds)
     keep_freed_memory()
@@ -144,11 +150,10 @@ def train(
     from volseg.train.ranks import team_of
 
     if fold is not None and (folds or 1) > 1:
-        raise VolsegError(
-            "--fold and --folds exclude each other", fix="give one of them", code="E_USAGE"
-        )
+        problem = "--fold and --folds exclude each other"
+        raise VolsegError(problem, fix="give one of them", code="E_USAGE")
     with team_of(choose_device(device), devices, serve, precision) as team:
-        if team.rank > 0:  # under torchrun or SLURM every rank is a call of its own
+        if team.rank > 0:  # under torchrun and SLURM every rank calls this function
             serve(team)
             return RunReport(out=Path(out), details={"rank": team.rank})
         with (
@@ -184,51 +189,51 @@ def train(
 
 
 def _input_paths(*inputs: Path | str | Recipe | None) -> list[Path]:
-    """Those inputs of a training that are files or folders."""
+    """Return the inputs that are existing files or folders."""
     paths = [Path(value) for value in inputs if isinstance(value, Path | str)]
     return [path for path in paths if path.exists()]
 
 
 @contextmanager
 def _threads(team: Team, time_budget: TimeBudget) -> Iterator[Threads | None]:
-    """Looks for the fastest number of threads, where no result has to be the same bit for bit; undone in the end."""
+    """Yield a search for the fastest number of threads, if results need not be reproducible."""
     import torch
 
     if time_budget.seconds is None or team.size > 1 or team.fabric.device.type != "cpu":
         yield None
         return
-    before = torch.get_num_threads()
-    most = min(before, physical_cores())
+    original = torch.get_num_threads()
+    most = min(original, physical_cores())
     try:
         yield Threads(most, torch.set_num_threads, first=min(most, idle_cores()))
     finally:
-        torch.set_num_threads(before)
+        torch.set_num_threads(original)
 
 
 class _Steady:
-    """A progress callback that can also be told of small things, and passes them on where little was heard of late."""
+    """A progress callback whose `tick` reports only after `TICK_SECONDS` without a report."""
 
     def __init__(self, progress: Progress) -> None:
         self._progress, self._last = progress, time.monotonic()
 
-    def show(self, stage: str, share: float, detail: str) -> None:
+    def show(self, stage: str, done: float, detail: str) -> None:
         self._last = time.monotonic()
-        self._progress(stage, share, detail)
+        self._progress(stage, done, detail)
 
-    def tick(self, stage: str, share: float, detail: str) -> None:
+    def tick(self, stage: str, done: float, detail: str) -> None:
         if time.monotonic() - self._last >= TICK_SECONDS:
-            self.show(stage, share, detail)
+            self.show(stage, done, detail)
 
 
 @dataclass(frozen=True, slots=True)
 class _Prepared:
-    """What is trained on.
+    """The prepared data of a training.
 
     Args:
-        recipe, plan: where they are not the folder's own.
-        folds: networks that are to be trained.
-        warnings: what is odd about the data.
-        forecast: None where this call did not prepare the data, or has no time budget.
+        recipe, plan: in place of the folder's; None for the folder's.
+        folds: number of networks to train.
+        warnings: about the data.
+        forecast: None if this call did not prepare the data or has no time budget.
     """
 
     folder: Path
@@ -241,7 +246,7 @@ class _Prepared:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class _Training:
-    """One call of `train`, in the process that leads it."""
+    """A call of `train`, in the process that leads it."""
 
     dataset: Path
     out: Path
@@ -271,8 +276,8 @@ class _Training:
     def work(self) -> Path:
         return self.out / WORK_FOLDER
 
-    def progress(self, stage: str, share: float, detail: str) -> None:
-        self.steady.show(stage, share, detail)
+    def progress(self, stage: str, done: float, detail: str) -> None:
+        self.steady.show(stage, done, detail)
 
     def run(self) -> RunReport:
         from volseg.bundle import (
@@ -289,7 +294,7 @@ class _Training:
         from volseg.train.loop import INTERRUPTED
 
         if self.recipe is not None:
-            as_recipe(self.recipe)  # a misspelt name leaves no folder
+            as_recipe(self.recipe)  # refuses a misspelt name before any folder is made
         if self.plan is not None:
             read_plan(self.plan)
         with self.outputs:
@@ -306,72 +311,66 @@ class _Training:
             model = None if self.init is None else load_bundle(self.init)
             data = self._prepare(model)
             self._warn(*data.warnings)
-            chosen, used, fingerprint, cases = load_prepared(data.folder, data.recipe, data.plan)
+            recipe, plan, fingerprint, cases = load_prepared(data.folder, data.recipe, data.plan)
             if self.memory is not None:
-                check_budget(used, chosen, self._budget())
-            make_steps(chosen.postprocess)
-            check_networks(chosen)
-            folds, plan = self._fit(data, chosen, used, fingerprint, cases)
-            if plan is not None:
-                chosen, used, fingerprint, cases = load_prepared(data.folder, data.recipe, plan)
-            splits = (
-                [split_cases(cases, number, self.seed, folds) for number in range(folds)]
-                if folds > 1
-                else []
-            )
-            splits = splits or [split_cases(cases, self.fold, self.seed)]
+                check_budget(plan, recipe, self._budget())
+            make_steps(recipe.postprocess)
+            check_networks(recipe)
+            folds, fitted = self._fit(data, recipe, plan, fingerprint, cases)
+            if fitted is not None:
+                recipe, plan, fingerprint, cases = load_prepared(data.folder, data.recipe, fitted)
+            if folds > 1:
+                splits = [split_cases(cases, number, self.seed, folds) for number in range(folds)]
+            else:
+                splits = [split_cases(cases, self.fold, self.seed)]
             if self.preview:
-                self.outputs.write(PREVIEW, preview_png(splits[0][0], chosen, used, self.seed))
+                self.outputs.write(PREVIEW, preview_png(splits[0][0], recipe, plan, self.seed))
                 details = {"preview": str(self.out / PREVIEW), "warnings": self.warnings}
-                return RunReport(out=self.out, done=[chosen.name], details=details)
+                return RunReport(out=self.out, done=[recipe.name], details=details)
             self._check_folds(len(splits))
             initial = {} if model is None else model.weights
             weights: dict[str, Mapping[str, Any]] = {}
             metrics: dict[str, Any] = {}
             earlier = 0.0
-            if (
-                chosen.roi is not None
-            ):  # first: it is soon done, and what is wrong with the data shows here as well
+            if recipe.roi is not None:  # first: it is quick, and bad data fail here too
                 first_pass, earlier = self._first_pass(
-                    splits[0], chosen, used, initial.get(ROI, {})
+                    splits[0], recipe, plan, initial.get(ROI, {})
                 )
                 weights[ROI] = first_pass.weights
                 metrics = {f"roi_{name}": value for name, value in first_pass.metrics.items()}
             trained, stopped = self._networks(
-                splits, chosen, used, initial.get("segmentation", {}), earlier
+                splits, recipe, plan, initial.get("segmentation", {}), earlier
             )
-            for index, found in enumerate(trained.values()):
-                weights[segmentation_name(index)] = found.weights
-            rows = [
-                replace(row, fold=number)
-                for number, found in trained.items()
-                for row in found.validation
-            ]
+            rows = []
+            for index, (number, network) in enumerate(trained.items()):
+                weights[segmentation_name(index)] = network.weights
+                rows += [replace(row, fold=number) for row in network.validation]
             metrics = _metrics_of(trained, stopped, summary(rows)) | metrics
-            self._judge(trained, rows)
+            self._warn_of_results(trained, rows)
             if self.warnings:
                 metrics["warnings"] = "; ".join(self.warnings)
             metrics["training_cases"] = len(
                 {case.id for number in trained for case in splits[number][0]}
             )
             interrupted = INTERRUPTED in stopped.values()
-            if chosen.classify is not None and not interrupted:
+            device = self.team.fabric.device
+            if recipe.classify is not None and not interrupted:
                 left = self.time.left(self._finishing(len(splits)))
                 try:
-                    classifier, found_metrics = _train_classifier(
-                        *splits[0], chosen, self.team.fabric.device, self.seed, left, self.progress
+                    classifier, class_metrics = _train_classifier(
+                        *splits[0], recipe, device, self.seed, left, self.progress
                     )
                 except KeyboardInterrupt:
-                    classifier, found_metrics = None, {"stopped": INTERRUPTED}
+                    classifier, class_metrics = None, {"stopped": INTERRUPTED}
                     interrupted = True
-                metrics |= found_metrics
+                metrics |= class_metrics
                 if classifier is not None:
                     weights["classifier"] = classifier
-            made = ModelBundle(
-                recipe=chosen, plan=used, fingerprint=fingerprint, weights=weights, metrics=metrics
+            bundle = ModelBundle(
+                recipe=recipe, plan=plan, fingerprint=fingerprint, weights=weights, metrics=metrics
             )
             with self.outputs.staged() as commit:
-                save_bundle(made, commit.folder)
+                save_bundle(bundle, commit.folder)
                 if rows:
                     commit.write(VALIDATION, table(ValidationRow, rows))
                 commit.finish(last=MODEL_FILE)
@@ -381,75 +380,57 @@ class _Training:
                 commit.finish()
             from volseg.report.training_figures import curves_png
 
-            # Pictures come last: nothing that was computed is to be lost over them.
+            # Pictures come last, so that a failure in them loses no results.
             has_time = self._time_for("Drawing")
             if has_time(CURVES):
-                self.outputs.write(
-                    CURVES, curves_png([network.history for network in trained.values()])
-                )
-            device = self.team.fabric.device
-            if worst := worst_cases_png(
-                rows, trained, splits, chosen, used, device, before=has_time
-            ):
+                curves = [network.history for network in trained.values()]
+                self.outputs.write(CURVES, curves_png(curves))
+            worst = worst_cases_png(rows, trained, splits, recipe, plan, device, before=has_time)
+            if worst:
                 self.outputs.write(WORST, worst)
             if not interrupted:
                 delete_written(self.work / PREPARED_FOLDER)
                 delete_written(self.work, _is_intermediate)
-        details = {
-            "metrics": dict(bundle.metrics),
-            "sha256": bundle.sha256,
-            "interrupted": interrupted,
-        }
-        return RunReport(
-            out=self.out, done=[chosen.name], details=details | {"warnings": self.warnings}
-        )
+        details = {"metrics": dict(bundle.metrics), "sha256": bundle.sha256}
+        details |= {"interrupted": interrupted, "warnings": self.warnings}
+        return RunReport(out=self.out, done=[recipe.name], details=details)
 
     def _prepare(self, model: ModelBundle | None) -> _Prepared:
-        """What is trained on; `model` is the one whose weights to start from."""
+        """Prepare the dataset, or take a prepared folder; `model` provides the initial weights."""
         from volseg.models import check_networks
 
         plan = None if self.plan is None else read_plan(self.plan)
         if (self.dataset / PREPARED_FILE).is_file():
             recipe = None if self.recipe is None else as_recipe(self.recipe)
-            is_auto = (
-                recipe is None and plan is None and bool(read_header(self.dataset).get("is_auto"))
-            )
-            folds = N_FOLDS if is_auto and self.fold is None else 1
-            return _Prepared(
-                self.dataset, recipe, plan, self.folds or folds, prepared_warnings(self.dataset)
-            )
+            is_stated = recipe is not None or plan is not None
+            is_auto = not is_stated and bool(read_header(self.dataset).get("is_auto"))
+            folds = self.folds or (N_FOLDS if is_auto and self.fold is None else 1)
+            return _Prepared(self.dataset, recipe, plan, folds, prepared_warnings(self.dataset))
         prepared = self.work / PREPARED_FOLDER
         stated = None if self.recipe is None else as_recipe(self.recipe)
         forecast, progress = self._foresee(stated, plan, prepared), self.progress
         if forecast is not None:
             progress = self._guard(forecast, stated, prepared)
         recipe = recipe_once(self.dataset, self.work, progress) if stated is None else stated
-        if (
-            model is not None and recipe.is_open and plan is None
-        ):  # the network and patches of the model to start from
+        # An open recipe takes network and patches from the model to start from.
+        if model is not None and recipe.is_open and plan is None:
             if model.recipe.preprocess.axes != "canonical":
                 raise VolsegError(
-                    f"{self.init}: its network was made for scans in the axis order of their files",
-                    fix="give a --recipe with its [network], strides and kernels along R, A, S, and [preprocess] as you want it",
+                    f"{self.init}: its network expects scans in the axis order of their files",
+                    fix="give a --recipe with its [network], strides and kernels along R, A, S, "
+                    "and your own [preprocess]",
                     code="E_CKPT",
                 )
-            train = recipe.train.model_copy(
-                update={"patch_shape": model.plan.patch_shape, "batch_size": model.plan.batch_size}
-            )
+            patches = {"patch_shape": model.plan.patch_shape, "batch_size": model.plan.batch_size}
+            train = recipe.train.model_copy(update=patches)
             recipe = recipe.model_copy(update={"network": model.recipe.network, "train": train})
-        make_steps(
-            recipe.postprocess
-        )  # a misspelt step should not be found out after an hour of preparation
+        make_steps(recipe.postprocess)  # refuses a misspelt step before the long preparation
         if not recipe.is_open:
             check_networks(recipe)
-        folds = (
-            1
-            if self.fold is not None
-            else folds_of(self.dataset, recipe, self.folds, is_auto=self.recipe is None)
-        )
-        if (
-            self.resume and plan is None
-        ):  # what was begun with is what is gone on with, whatever memory is there today
+        folds = 1
+        if self.fold is None:
+            folds = folds_of(self.dataset, recipe, self.folds, is_auto=self.recipe is None)
+        if self.resume and plan is None:  # keeps its plan, even if the free memory has changed
             plan = earlier_plan(prepared)
         report = preprocess(
             self.dataset,
@@ -466,19 +447,18 @@ class _Training:
         return _Prepared(prepared, recipe, None, folds, report.details["warnings"], forecast)
 
     def _budget(self) -> Budget:
-        """Of memory; the time is looked at when the speed of a step is known."""
-        return budget_of(
-            self.device,
-            self.memory,
-            processes=self.team.size,
-            half=self.team.precision != "32-true",
-        )
+        """Return the memory budget; time is budgeted once the speed of a step is known."""
+        half = self.team.precision != "32-true"
+        return budget_of(self.device, self.memory, processes=self.team.size, half=half)
 
     def _foresee(self, recipe: Recipe | None, plan: Plan | None, prepared: Path) -> Forecast | None:
-        """What the time budget has to hold, seen on the first case; None without a budget, or for a run that goes on.
+        """Forecast the time needed from the first case.
+
+        Returns:
+            None without a time budget, or for a resumed run.
 
         Raises:
-            VolsegError: the budget does not hold it.
+            VolsegError: the time budget is too short.
         """
         if self.time.seconds is None or self.preview or read_fitted(self.work) is not None:
             return None
@@ -488,7 +468,7 @@ class _Training:
             plan,
             prepared,
             replace(self._budget(), is_least=True),
-            PREPARING_SHARE * self.time.seconds,
+            PREPARING_FRACTION * self.time.seconds,
             team=self.team,
             threads=self.threads,
             until=self.time.started + ANSWER_SECONDS,
@@ -502,7 +482,7 @@ class _Training:
         return forecast
 
     def _guard(self, forecast: Forecast, recipe: Recipe | None, prepared: Path) -> Progress:
-        least = LATE_SHARE * self._least_seconds(forecast.step, recipe)
+        least = LATE_FRACTION * self._least_seconds(forecast.step, recipe)
         return Guard(
             self.progress,
             forecast,
@@ -512,57 +492,48 @@ class _Training:
         ).show
 
     def _finishing(self, networks: int) -> float:
-        """Seconds of the time budget that are left for export and pictures."""
+        """Return the seconds of the time budget reserved for export and pictures."""
         seconds = self.time.seconds or 0.0
-        usual = min(FINISHING_SHARE * seconds, FINISHING_SECONDS)
+        usual = min(FINISHING_FRACTION * seconds, FINISHING_SECONDS)
         return max(usual, min(FINISHING_LEAST * (1 + networks), FINISHING_MOST * seconds))
 
     @property
     def _least_steps(self) -> int:
-        """Steps that each network is to have, unless its epochs end before or it only goes on learning."""
+        """Steps that each network needs: fewer for fine-tuning or with few epochs."""
         least = LEAST_STEPS if self.init is None else FINE_TUNING_STEPS
-        return (
-            least if self.epochs is None else min(least, self.epochs)
-        )  # an epoch has a step or more
+        return least if self.epochs is None else min(least, self.epochs)  # an epoch has ≥ 1 step
 
     def _least_seconds(self, step: float, recipe: Recipe | None) -> float:
-        """Seconds without which no network can learn, from the first step to the end of the call."""
+        """Return the seconds from the first step to the end without which no network can learn."""
         networks = self.folds or 1
-        return self._finishing(networks) + networks * self._least_steps * step / _steps_share(
-            recipe
-        )
+        steps = networks * self._least_steps * step
+        return self._finishing(networks) + steps / _steps_fraction(recipe)
 
     def _refuse(
         self, ahead: float, forecast: Forecast, recipe: Recipe | None, prepared: Path
     ) -> NoReturn:
-        """Say that the time does not hold the seconds that are ahead before training, and training itself."""
+        """Raise an error: the time is too short for `ahead` seconds of preparing plus training."""
         assert self.time.seconds is not None
-        least = self._least_seconds(forecast.step, recipe)
-        option = (
-            f" --recipe {shlex.quote(str(self.recipe))}"
-            if isinstance(self.recipe, str | Path)
-            else ""
-        )
-        whole = self.out.resolve()  # `.` and `..` have no name of their own
-        apart = whole.parent / f"{whole.name or 'model'}_prepared"
-        shorter = suggested(STARTING_SECONDS + least)
-        remedy = (
-            f"; or prepare the data first: volseg preprocess {shlex.quote(str(self.dataset))}{option} --out "
-            f"{shlex.quote(str(apart))}, and then volseg train {shlex.quote(str(apart))} --out "
-            f"{shlex.quote(str(self.out))} --time-budget {shorter}"
-        )
-        if ahead < APART_SHARE * (ahead + least):
-            remedy = ""
-        network = (
-            "the smallest network that can learn"
-            if recipe is None or recipe.is_open
-            else "the recipe's network"
-        )
+        least, steps = self._least_seconds(forecast.step, recipe), self._least_steps
+        remedy = ""
+        if ahead >= PREPARE_FIRST_FRACTION * (ahead + least):
+            is_path = isinstance(self.recipe, str | Path)
+            option = f" --recipe {shlex.quote(str(self.recipe))}" if is_path else ""
+            absolute = self.out.resolve()  # as `.` and `..` have no name
+            folder = absolute.parent / f"{absolute.name or 'model'}_prepared"
+            source, apart, out = (shlex.quote(str(p)) for p in (self.dataset, folder, self.out))
+            shorter = suggested(STARTING_SECONDS + least)
+            remedy = (
+                f"; or prepare the data first: volseg preprocess {source}{option} --out {apart}, "
+                f"and then volseg train {apart} --out {out} --time-budget {shorter}"
+            )
+        is_smallest = recipe is None or recipe.is_open
+        network = "the smallest network that can learn" if is_smallest else "the recipe's network"
         refuse_time(
             self.time.seconds,
             self.time.spent() + ahead + least,
-            f"reading and preparing its {forecast.n_cases} cases takes about {duration(ahead)} more, and "
-            f"{self._least_steps} steps of {network}, with validation, about {duration(least)}",
+            f"reading and preparing {forecast.n_cases} cases takes about {duration(ahead)} more, "
+            f"and {steps} steps of {network} with validation take about {duration(least)}",
             remedy=remedy,
             kept=f"; {self._kept(prepared)}",
         )
@@ -575,16 +546,16 @@ class _Training:
         fingerprint: DatasetFingerprint,
         cases: Sequence[PreparedCase],
     ) -> tuple[int, Plan | None]:
-        """How many networks the time holds, and their plan where it is another.
+        """Return how many networks fit the time, and their plan if it changes.
 
         Raises:
-            VolsegError: it does not hold one that can learn.
+            VolsegError: the time is too short for one network to learn.
         """
         from volseg.plan import make_plan, size_of
         from volseg.train.speed import seconds_per_step
 
         fitted, folds = read_fitted(self.work), data.folds
-        if fitted is not None:  # a run that goes on
+        if fitted is not None:  # a resumed run
             return self.folds or fitted.folds, fitted.plan
         if self.folds is None and folds > 1:
             folds = min(folds, len({case.record["patient"] for case in cases}))
@@ -593,13 +564,10 @@ class _Training:
 
         header = read_header(data.folder)
         stated = data.recipe or parse_recipe(header["recipe"], where=str(data.folder))
-        is_own = (
-            data.folder != self.dataset
-        )  # prepared by this call, or by one that this one goes on with
-        is_open = (
-            stated.is_open and self.plan is None and (is_own or header.get("is_planned", True))
-        )
-        seconds = (self.time.left(self._finishing(folds)) or 0.0) * _steps_share(recipe)
+        is_internal = data.folder != self.dataset  # prepared by `train`, in its work folder
+        is_planned = is_internal or header.get("is_planned", True)
+        is_open = stated.is_open and self.plan is None and is_planned
+        seconds = (self.time.left(self._finishing(folds)) or 0.0) * _steps_fraction(recipe)
 
         def time_step(candidate: Plan) -> float:
             return seconds_per_step(
@@ -614,11 +582,9 @@ class _Training:
 
         def operations(candidate: Plan) -> float:
             size = size_of(candidate, stated)
-            assert size is not None, "a network that is left to the plan is modelled"
-            return (
-                size.step_flops(len(stated.data.channels), stated.data.n_outputs)
-                * stated.train.accumulate
-            )
+            assert size is not None, "a network chosen by the plan has a size"
+            flops = size.step_flops(len(stated.data.channels), stated.data.n_outputs)
+            return flops * stated.train.accumulate
 
         self.progress("Planning", 0.0, f"{duration(self.time.left() or 0.0)} left")
         least = None
@@ -627,11 +593,11 @@ class _Training:
             speed = None if data.forecast is None else data.forecast.flops
             flops = (speed or operations(least) / time_step(least)) * seconds
             plan = best_plan(
-                lambda each: make_plan(fingerprint, stated, replace(self._budget(), flops=each)),
+                lambda n: make_plan(fingerprint, stated, replace(self._budget(), flops=n)),
                 least,
                 flops,
                 folds,
-                lambda candidate, each: each / operations(candidate),
+                lambda candidate, n: n / operations(candidate),
             )
         is_late = data.forecast is not None and self.time.spent() > ANSWER_SECONDS
         try:
@@ -643,16 +609,16 @@ class _Training:
                 time_step=time_step,
                 smaller=None if least is None else lambda: least,
                 least_steps=self._least_steps,
-                enough=LATE_SHARE if is_late else 1.0,
+                enough=LATE_FRACTION if is_late else 1.0,
             )
         except TooShortError as error:
-            needed = error.needed / _steps_share(recipe) + self._finishing(folds)
-            again = f"; {self._kept(data.folder)}" if is_own else ""
+            needed = error.needed / _steps_fraction(recipe) + self._finishing(folds)
+            kept = f"; {self._kept(data.folder)}" if is_internal else ""
             fewer = f", or --folds 1 instead of {self.folds}" if (self.folds or 1) > 1 else ""
-            what = f"{self._least_steps} steps for each network, with validation, take about {duration(needed)}"
-            refuse_time(
-                self.time.seconds, STARTING_SECONDS + needed, what, remedy=fewer, kept=again
-            )
+            steps = f"{self._least_steps} steps for each network with validation"
+            what = f"{steps} take about {duration(needed)}"
+            needed += STARTING_SECONDS
+            refuse_time(self.time.seconds, needed, what, remedy=fewer, kept=kept)
         for reason in fit.reasons:
             self.announce(f"time budget: {reason}")
         steps = seconds / fit.folds / fit.seconds_per_step
@@ -665,41 +631,39 @@ class _Training:
         return fit.folds, fit.plan
 
     def _kept(self, prepared: Path) -> str:
-        return f"the prepared data are kept in {prepared}, and the next call with this --out uses what fits its plan"
+        return f"the prepared data are kept in {prepared} for the next call with this --out"
 
     def _warn(self, *warnings: str) -> None:
         for warning in warnings:
             self.warnings.append(warning)
             self.announce(f"warning: {warning}")
 
-    def _judge(self, trained: Mapping[int, Trained], rows: Sequence[ValidationRow]) -> None:
-        """Say what is wrong with the networks."""
-        steps = [int(network.metrics["steps"]) for network in trained.values()]
-        if self.time.seconds is not None and min(steps) < self._least_steps:
+    def _warn_of_results(
+        self, trained: Mapping[int, Trained], rows: Sequence[ValidationRow]
+    ) -> None:
+        networks, needed = trained.values(), self._least_steps
+        steps = min(int(network.metrics["steps"]) for network in networks)
+        if self.time.seconds is not None and steps < needed:
             self._warn(
-                f"W_FEW_STEPS: a network was trained for only {min(steps)} steps; under {self._least_steps} it learns "
-                "next to nothing: give a longer --time-budget"
+                f"W_FEW_STEPS: a network was trained for only {steps} steps and needs at least "
+                f"{needed}: give a longer --time-budget"
             )
-        missed = sum(int(network.metrics.get("not_validated", 0)) for network in trained.values())
+        missed = sum(int(network.metrics.get("not_validated", 0)) for network in networks)
         if missed:
-            self._warn(
-                f"W_NOT_VALIDATED: the time budget left no time to validate on {missed} cases"
-            )
+            self._warn(f"W_NOT_VALIDATED: the time budget was too short to validate {missed} cases")
         if rows and (score := mean_dice(rows)) < POOR_DICE:
             self._warn(
                 f"W_DICE: the mean validation Dice is {score:.3f}: train longer, or on more cases"
             )
 
     def _time_for(self, stage: str) -> Callable[[str], bool]:
-        """A callback that reports the next thing to do, and says no where the time does not hold it."""
+        """Return a callback that reports the next item, and returns False without time for it."""
         began: list[float] = []
 
         def has_time(name: str) -> bool:
             now = time.monotonic()
-            longest = max(
-                (later - earlier for earlier, later in pairwise([*began, now])), default=0.0
-            )
-            if now + longest > self.time.ends:
+            durations = [later - earlier for earlier, later in pairwise([*began, now])]
+            if now + max(durations, default=0.0) > self.time.ends:
                 self.announce(f"time budget: no time was left for {name}")
                 return False
             began.append(now)
@@ -711,27 +675,24 @@ class _Training:
     def _first_pass(
         self, split: Split, recipe: Recipe, plan: Plan, initial: Mapping[str, torch.Tensor]
     ) -> tuple[Trained, float]:
-        """What was trained, and the seconds of it in a call which this one resumes."""
+        """Train the first pass; also return its seconds of training in a resumed earlier call."""
         from volseg.train.loop import INTERRUPTED
         from volseg.train.roi import train_roi
 
         assert recipe.roi is not None
-        left, began = self.time.left(), time.monotonic()
+        left, began, stage = self.time.left(), time.monotonic(), "Training the first pass"
+        seconds = None if left is None else left * recipe.roi.time_fraction
         first_pass = train_roi(
             *split,
             recipe,
             plan,
-            self._settings(
-                recipe.roi.train,
-                None if left is None else left * recipe.roi.time_fraction,
-                freeze=(),
-            ),
+            self._settings(recipe.roi.train, seconds, freeze=()),
             team=self.team,
             folder=self.work / ROI_FOLDER,
             resume=self.resume,
             initial=initial,
-            report=partial(self._report, "Training the first pass", HISTORY_ROI),
-            tick=self._tick("Training the first pass"),
+            report=partial(self._report, stage, HISTORY_ROI),
+            tick=self._tick(stage),
             threads=self.threads,
         )
         if first_pass.stopped == INTERRUPTED:
@@ -746,40 +707,33 @@ class _Training:
         initial: Mapping[str, torch.Tensor],
         earlier: float,
     ) -> tuple[dict[int, Trained], dict[int, str]]:
-        """What was trained on each split, and why a training ended before its time. What is done is not lost over what is not.
+        """Train on each split; also return why trainings ended early, by the number of the split.
+
+        A training that fails does not lose those that are done.
 
         Args:
-            earlier: seconds of the budget that were spent in a call which this one resumes.
+            earlier: seconds of training spent in an earlier call that this one resumes.
         """
         from volseg.train.loop import DIVERGED, DIVERGED_FIX, INTERRUPTED, train_segmentation
 
-        for_classifier = (
-            0.0
-            if recipe.classify is None
-            else (self.time.left() or 0.0) * recipe.classify.time_fraction
-        )
-        for_the_end = self._finishing(len(splits))
+        reserved, n = self._finishing(len(splits)), len(splits)
+        if recipe.classify is not None:
+            reserved += (self.time.left() or 0.0) * recipe.classify.time_fraction
         trained: dict[int, Trained] = {}
         stopped: dict[int, str] = {}
         for number, (training, validation) in enumerate(splits):
-            left, began = self.time.left(for_classifier + for_the_end + earlier), time.monotonic()
-            several, waiting = (
-                len(splits) > 1,
-                self._affordable(len(splits) - number, left, trained),
-            )
+            left, began = self.time.left(reserved + earlier), time.monotonic()
+            waiting = self._affordable(n - number, left, trained)
             if waiting == 0:
                 stopped[number] = "no time was left"
-                self.announce(
-                    f"time budget: no time was left for fold {number + 1} of {len(splits)}"
-                )
+                self.announce(f"time budget: no time was left for fold {number + 1} of {n}")
                 break
-            stage = f"Training fold {number + 1} of {len(splits)}" if several else "Training"
-            make_folder(folder := _fold_folder(self.work, number, len(splits)))
+            stage = f"Training fold {number + 1} of {n}" if n > 1 else "Training"
+            make_folder(folder := _fold_folder(self.work, number, n))
             try:
-                self.progress(
-                    stage, 0.0, f"{len(training)} cases, {len(validation)} to validate on"
-                )
-                found = train_segmentation(
+                detail = f"{len(training)} training and {len(validation)} validation cases"
+                self.progress(stage, 0.0, detail)
+                network = train_segmentation(
                     training,
                     validation,
                     recipe,
@@ -789,11 +743,7 @@ class _Training:
                     checkpoints=folder,
                     resume=self.resume,
                     initial=initial,
-                    report=partial(
-                        self._report,
-                        stage,
-                        _history_name(number),
-                    ),
+                    report=partial(self._report, stage, _history_name(number)),
                     tick=self._tick(stage),
                     threads=self.threads,
                 )
@@ -803,17 +753,17 @@ class _Training:
                 stopped[number] = INTERRUPTED
                 break
             except VolsegError as error:
-                if error.code != DIVERGED or not several:
+                if error.code != DIVERGED or n == 1:
                     raise
                 stopped[number] = error.problem
                 continue
-            if found.stopped:
-                stopped[number] = found.stopped
-            if found.stopped == INTERRUPTED and trained:
-                break  # half a network would have a whole vote
-            trained[number] = found
-            earlier += _earlier(found, began)
-            if found.stopped == INTERRUPTED:
+            if network.stopped:
+                stopped[number] = network.stopped
+            if network.stopped == INTERRUPTED and trained:
+                break  # a half-trained network would get a full vote in the ensemble
+            trained[number] = network
+            earlier += _earlier(network, began)
+            if network.stopped == INTERRUPTED:
                 break
         if not trained:
             raise VolsegError(
@@ -843,12 +793,12 @@ class _Training:
         epoch = history[-1]
         values = {key: value for key, value in asdict(epoch).items() if value is not None}
         self.scalars.add(name.removesuffix(".csv"), epoch.step, values)
-        looks = [each.validation_dice for each in history if each.validation_dice is not None]
-        seen = f"validation Dice {looks[-1]:.3f}, " if looks else ""
+        scores = [line.validation_dice for line in history if line.validation_dice is not None]
+        dice = f"validation Dice {scores[-1]:.3f}, " if scores else ""
         self.progress(
             stage,
             done,
-            f"epoch {epoch.epoch}, loss {epoch.loss:.3f}, {seen}"
+            f"epoch {epoch.epoch}, loss {epoch.loss:.3f}, {dice}"
             f"{epoch.steps_per_second:.3g} steps/s, waiting {epoch.waiting_share:.0%}",
         )
 
@@ -856,37 +806,34 @@ class _Training:
         return lambda doing, done: self.steady.tick(stage, done, doing)
 
     def _affordable(self, waiting: int, left: float | None, trained: Mapping[int, Trained]) -> int:
-        """How many of the networks that wait have the steps that they need, at the pace of those that are trained."""
+        """Return how many waiting networks get enough steps at the pace of the trained ones."""
         if left is None or not trained:
             return waiting
         pace = min(
             int(network.metrics["steps"]) / max(1e-3, float(network.metrics["training_seconds"]))
             for network in trained.values()
         )
-        return min(
-            waiting, math.floor(left * STEPS_SHARE * pace / (LATE_SHARE * self._least_steps))
-        )
+        n = math.floor(left * STEPS_FRACTION * pace / (LATE_FRACTION * self._least_steps))
+        return min(waiting, n)
 
     def _check_folds(self, n: int) -> None:
-        """That a run to go on with was begun with as many networks."""
-        expected = {
-            self.work / ROI_FOLDER,
-            *(_fold_folder(self.work, number, n) for number in range(n)),
-        }
-        if any(path.parent not in expected for path in self.work.glob("**/last.safetensors")):
+        """Check that the run to resume was started with the same number of networks."""
+        folders = {_fold_folder(self.work, number, n) for number in range(n)}
+        folders.add(self.work / ROI_FOLDER)
+        if any(path.parent not in folders for path in self.work.glob("**/last.safetensors")):
             raise VolsegError(
-                f"{self.out}: holds a run that was begun with another number of folds",
-                fix="resume with the --folds that it was begun with, or delete the folder",
+                f"{self.out}: holds a run with another number of folds",
+                fix="resume with the same --folds, or delete the folder",
                 code="E_EXISTS",
             )
 
     def _check_unfinished(self) -> None:
-        """That nothing is lost: Ctrl-C leaves a model and the run that made it, which can go on."""
+        """Check that `out` holds no finished model, and no interrupted run unless it is resumed."""
         unfinished = any(path.is_file() for path in self.work.glob("**/last.safetensors"))
         if unfinished and not self.resume:
             raise VolsegError(
                 f"{self.out}: holds an interrupted training run",
-                fix="add --resume to go on, or give another --out to start over",
+                fix="add --resume to continue, or give another --out to start over",
                 code="E_EXISTS",
             )
         if (self.out / "model.json").exists() and not unfinished:
@@ -897,22 +844,21 @@ class _Training:
             )
 
 
-def _steps_share(recipe: Recipe | None) -> float:
-    """The share of the time from the first step on that goes into steps of the networks of the fine pass."""
+def _steps_fraction(recipe: Recipe | None) -> float:
+    """Return the fraction of the training time spent in steps of the fine networks."""
     if recipe is None:
-        return STEPS_SHARE
+        return STEPS_FRACTION
     others = [part.time_fraction for part in (recipe.roi, recipe.classify) if part is not None]
-    return STEPS_SHARE * (1 - sum(others))
+    return STEPS_FRACTION * (1 - sum(others))
 
 
 def _is_intermediate(name: str) -> bool:
-    """Whether a file in the work folder is a checkpoint, a coarse case or a note for who resumes, or left of one."""
-    notes = "|".join(
-        map(re.escape, ("last.safetensors", "best.safetensors", FITTED_FILE, RECIPE_FILE))
-    )
+    """Tell whether a file in the work folder serves only to resume, or is a temporary of one."""
+    names = ("last.safetensors", "best.safetensors", FITTED_FILE, RECIPE_FILE)
+    resumed = "|".join(map(re.escape, names))
     temporary = rf"{re.escape(TEMPORARY_PREFIX)}[0-9a-f]{{16}}"
     coarse = rf"{ROI_FOLDER}/cases/[^/]+/(case\.json|(image|mask|foreground_\d+)\.npy)"
-    return re.fullmatch(rf"([^/]+/)?({notes}|{temporary})|{coarse}", name) is not None
+    return re.fullmatch(rf"([^/]+/)?({resumed}|{temporary})|{coarse}", name) is not None
 
 
 def _history_name(number: int) -> str:
@@ -920,30 +866,34 @@ def _history_name(number: int) -> str:
 
 
 def _fold_folder(work: Path, number: int, n: int) -> Path:
-    """Where the checkpoints of one of `n` networks are."""
+    """Return the folder for the checkpoints of one of `n` networks."""
     return work if n == 1 else work / f"fold_{number}"
 
 
 def _earlier(trained: Trained, began: float) -> float:
-    """Seconds of a training that were not in this call, in which it began at that time."""
+    """Return the seconds of a training before this call, which began it at that time."""
     return max(0.0, trained.metrics["training_seconds"] - (time.monotonic() - began))
 
 
 def _metrics_of(
     trained: Mapping[int, Trained], stopped: Mapping[int, str], validated: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Of one network as they are; of several those of cross-validation, each case by the network that never saw it."""
-    if len(trained) == 1 and not stopped.keys() - trained.keys():
-        return dict(next(iter(trained.values())).metrics)
-    steps = sum(found.metrics["steps"] for found in trained.values())
-    reasons = (
-        {"stopped": "; ".join(f"fold {number}: {why}" for number, why in stopped.items())}
-        if stopped
-        else {}
-    )
+    """Return the metrics of one network, or the cross-validation metrics of several.
+
+    In cross-validation each case is predicted by the network that was not trained on it.
+    """
     first = next(iter(trained.values())).metrics
-    at_random = {key: first[key] for key in ("began_at_random",) if key in first}
-    return {"networks": len(trained), "steps": steps} | at_random | dict(validated) | reasons
+    if len(trained) == 1 and not stopped.keys() - trained.keys():
+        return dict(first)
+    steps = sum(network.metrics["steps"] for network in trained.values())
+    metrics: dict[str, Any] = {"networks": len(trained), "steps": steps}
+    if "began_at_random" in first:
+        metrics["began_at_random"] = first["began_at_random"]
+    metrics |= validated
+    if stopped:
+        reasons = [f"fold {number}: {reason}" for number, reason in stopped.items()]
+        metrics["stopped"] = "; ".join(reasons)
+    return metrics
 
 
 def _train_classifier(
@@ -958,8 +908,8 @@ def _train_classifier(
     from volseg.train.classify import has_class, train_classifier
 
     assert recipe.classify is not None
-    known = {case.record["class"] for case in training if has_class(case)}
-    missing = [name for name in recipe.classify.classes if name not in known]
+    present = {case.record["class"] for case in training if has_class(case)}
+    missing = [name for name in recipe.classify.classes if name not in present]
     if missing:
         return None, {"classifier": f"not trained: no training case of class {', '.join(missing)}"}
     return train_classifier(

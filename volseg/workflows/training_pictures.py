@@ -1,4 +1,4 @@
-"""Pictures of a training: the patches that the network will see, and the validation cases that it did worst on."""
+"""Pictures of a training: augmented patches, and the validation cases with the lowest Dice."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ if TYPE_CHECKING:
     from volseg.plan import Plan
     from volseg.train.loop import Trained
 
-PREVIEWED = 12  # patches
-WORST = 6  # validation cases
+N_PATCHES = 12
+N_WORST = 6
 
 
 def preview_png(training: Sequence[PreparedCase], recipe: Recipe, plan: Plan, seed: int) -> bytes:
-    """The first batches of the training as the network will see them."""
+    """Draw the first patches of the training as the network will see them."""
     import torch
 
     from volseg.report.training_figures import patches_png
@@ -32,11 +32,11 @@ def preview_png(training: Sequence[PreparedCase], recipe: Recipe, plan: Plan, se
 
     images, masks = [], []
     with Batches(training, recipe, plan, seed=seed, device=torch.device("cpu")) as batches:
-        for step in range(-(-PREVIEWED // plan.batch_size)):
+        for step in range(-(-N_PATCHES // plan.batch_size)):
             for batch_images, batch_masks in batches.at(step):
                 images += list(batch_images.numpy())
                 masks += list(batch_masks.numpy())
-    return patches_png(images[:PREVIEWED], masks[:PREVIEWED], plan.spacing_mm)
+    return patches_png(images[:N_PATCHES], masks[:N_PATCHES], plan.spacing_mm)
 
 
 def worst_cases_png(
@@ -49,9 +49,10 @@ def worst_cases_png(
     *,
     before: Callable[[str], bool] = lambda case_id: True,
 ) -> bytes:
-    """A picture of the validation cases with the lowest mean Dice: reference and prediction outlined.
+    """Draw the validation cases with the lowest mean Dice, with reference and prediction outlined.
 
-    `before` is called with the id of each case; where it says no, the picture ends with the one before. Nothing without any.
+    `before` is called with the id of each case; when it returns False, the picture ends with the
+    case before. Empty without any case.
     """
     from volseg.models import build_segmentation, set_weights
     from volseg.report.training_figures import comparison_png
@@ -59,24 +60,16 @@ def worst_cases_png(
 
     scores: dict[tuple[int, str], list[float]] = {}
     for row in rows:
-        scores.setdefault((row.fold, row.case_id), []).append(
-            1.0 if math.isnan(row.dice) else row.dice
-        )
-    worst = sorted(scores, key=lambda key: sum(scores[key]) / len(scores[key]))[:WORST]
-    pictures = []
-    for number, case_id in worst:
+        score = 1.0 if math.isnan(row.dice) else row.dice
+        scores.setdefault((row.fold, row.case_id), []).append(score)
+    means = {key: sum(values) / len(values) for key, values in scores.items()}
+    pictures, overlap = [], recipe.infer.overlap
+    for number, case_id in sorted(means, key=lambda key: means[key])[:N_WORST]:
         if not before(case_id):
             break
         case = next(case for case in splits[number][1] if case.id == case_id)
         network = set_weights(build_segmentation(recipe), trained[number].weights)
-        found = predicted_classes(network, case, recipe, plan, device, overlap=recipe.infer.overlap)
-        score = sum(scores[number, case_id]) / len(scores[number, case_id])
-        pictures.append(
-            (
-                f"{case_id}: Dice {score:.3f}",
-                np.asarray(case.image[0]),
-                np.asarray(case.mask),
-                found,
-            )
-        )
+        predicted = predicted_classes(network, case, recipe, plan, device, overlap=overlap)
+        title = f"{case_id}: Dice {means[number, case_id]:.3f}"
+        pictures.append((title, np.asarray(case.image[0]), np.asarray(case.mask), predicted))
     return comparison_png(pictures, plan.spacing_mm) if pictures else b""
