@@ -61,7 +61,7 @@ class PreparedCase:
 
 
 def write_prepared_case(folder: Path, case: PreparedCase) -> None:
-    """Write the files of a case into an existing folder; `case.json`, written last, completes it."""
+    """Write a case into an existing folder; `case.json`, written last, marks it complete."""
     (folder / CASE_FILE).unlink(missing_ok=True)
     arrays = {"image": case.image, "mask": case.mask}
     arrays |= {f"foreground_{index}": voxels for index, voxels in case.foreground.items()}
