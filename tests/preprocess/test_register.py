@@ -45,7 +45,7 @@ def test_scans_that_have_nothing_in_common_are_refused_or_disagree():
     corner = geometry.to_world_mm(np.array([[0, 0, 0], [39, 39, 23]]))
     assert not found.is_better or found.disagreement_mm(corner).max() > 3
     flat = Volume(np.zeros(geometry.shape, np.float32), geometry)
-    with pytest.raises(ScanError, match="nowhere do they overlap and resemble"):
+    with pytest.raises(ScanError, match="do not overlap or do not resemble"):
         register(noise[0], flat)
 
 
