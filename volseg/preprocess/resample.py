@@ -97,7 +97,9 @@ class PlaneReader:
         self._source = array.transpose(self.axes)
         n, *plane_shape = self._source.shape
         new_n, *new_plane_shape = (shape[axis] for axis in self.axes)
-        kinds = interpolation if isinstance(interpolation, tuple) else (interpolation,) * 3
+        kinds = interpolation
+        if not isinstance(kinds, tuple):
+            kinds = (kinds, kinds, kinds)
         kind, *plane_kinds = (kinds[axis] for axis in self.axes)
         self._plane_shape = tuple(new_plane_shape)
         self._resize = plane_resizer(
