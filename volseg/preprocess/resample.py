@@ -100,12 +100,10 @@ class PlaneReader:
         kinds = interpolation
         if not isinstance(kinds, tuple):
             kinds = (kinds, kinds, kinds)
-        kind, *plane_kinds = (kinds[axis] for axis in self.axes)
+        plane_kinds: tuple[Kind, ...] = tuple(kinds[axis] for axis in self.axes[1:])
         self._plane_shape = tuple(new_plane_shape)
-        self._resize = plane_resizer(
-            tuple(plane_shape), self._plane_shape, tuple(plane_kinds), device
-        )
-        self._along = _Along(n, new_n, kind, device)
+        self._resize = plane_resizer(tuple(plane_shape), self._plane_shape, plane_kinds, device)
+        self._along = _Along(n, new_n, kinds[self.axis], device)
         self._convert = convert or (lambda planes, indices: planes)
         self._limits = limits
         self._device = device
