@@ -458,7 +458,7 @@ def test_ids_that_windows_cannot_store_are_refused_in_tables_and_mended_in_file_
         untrained,
         "--out",
         tmp_path / "out",
-        words="no safe file name",
+        words="not a valid file name",
     )
     suggested = re.search(r"'([^']*)' would be", text)[1]
     assert re.fullmatch(ID_PATTERN, suggested)
