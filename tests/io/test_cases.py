@@ -85,16 +85,16 @@ def test_id_defaults_to_the_name_of_the_first_channel(tmp_path):
 def test_channels(tmp_path):
     touch(tmp_path, "a.nii", "b.nii")
     both = table(tmp_path, "image_t1,image_t2\na.nii,b.nii\n", "both.csv")
-    one = table(tmp_path, "image\na.nii\n", "one.csv")
+    single = table(tmp_path, "image\na.nii\n", "one.csv")
     named = table(tmp_path, "image_ct\na.nii\n", "named.csv")
     a, b = tmp_path / "a.nii", tmp_path / "b.nii"
     assert find_cases(both, ["t2"])[0].images == {"t2": b}
     assert list(find_cases(both, ["T2", "t1"])[0].images.items()) == [("T2", b), ("t1", a)]
-    assert find_cases(one, ["ct"])[0].images == {"ct": a}  # a single channel of any name
+    assert find_cases(single, ["ct"])[0].images == {"ct": a}  # a single channel of any name
     assert find_cases(named)[0].images == {"image": a}
     assert problem_of(find_cases, named, ["t1"]).endswith("has no channel 't1'; it has 'ct'")
     assert problem_of(find_cases, both).endswith("has no channel 'image'; it has 't1', 't2'")
-    assert problem_of(find_cases, one, ["t1", "flair"]).endswith(
+    assert problem_of(find_cases, single, ["t1", "flair"]).endswith(
         "has no channel 't1', 'flair'; it has 'image'"
     )
     assert problem_of(find_scans, [a], ["t1", "flair"]).endswith(
@@ -374,8 +374,8 @@ def test_channels_that_differ_only_in_case_are_read_from_their_own_files_or_refu
         assert "channels 'T1', 't1' differ only in upper and lower case" in problem
     with pytest.raises(VolsegError, match="differ only in upper and lower case"):
         survey_cases(path)
-    one = table(tmp_path, "image_t1\nb.nii\n", "one.csv")
-    assert "differ only in upper and lower case" in problem_of(find_cases, one, ["T1", "t1"])
+    single = table(tmp_path, "image_t1\nb.nii\n", "one.csv")
+    assert "differ only in upper and lower case" in problem_of(find_cases, single, ["T1", "t1"])
     nnunet = tmp_path / "n"
     touch(nnunet, "imagesTr/p_0000.nii.gz", "imagesTr/p_0001.nii.gz", "labelsTr/p.nii.gz")
     channels = {"0": "T1", "1": "t1"}

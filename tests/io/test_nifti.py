@@ -595,9 +595,9 @@ def test_mask_has_the_grid_of_the_scan_bit_for_bit(data, target, tmp_path):
     mask = Volume(np.asfortranarray(LABELS), geometry)
     write_volume(mask, tmp_path / target, like=scan)
 
-    again = read_mask(tmp_path / target)
-    np.testing.assert_array_equal(again.array, LABELS)
-    np.testing.assert_array_equal(again.geometry.affine, geometry.affine)  # exactly
+    written = read_mask(tmp_path / target)
+    np.testing.assert_array_equal(written.array, LABELS)
+    np.testing.assert_array_equal(written.geometry.affine, geometry.affine)  # exactly
     image, original = nibabel.load(tmp_path / target), nibabel.load(scan)
     np.testing.assert_array_equal(np.asanyarray(image.dataobj), LABELS)
     np.testing.assert_array_equal(image.affine, original.affine)

@@ -1,7 +1,7 @@
 """Intensities → network input. A normaliser is a frozen dataclass; `fit` returns a `Scaling`.
 
 `body` (I, J, K) bool marks the voxels of the patient: those above the body threshold or, where the
-recipe crops to the nonzero box, those that are not 0 in every channel, with holes filled.
+recipe crops to the nonzero box, those that are nonzero in any channel, with holes filled.
 """
 
 from __future__ import annotations

@@ -48,7 +48,7 @@ class PrepareSettings:
         spacing_mm: target spacing along the prepared axes.
         normalisers: one per channel.
         crop: `body`: box of the body, outside which the mask is background by definition;
-            `nonzero`: box of the voxels that are not 0 in every channel; `none`.
+            `nonzero`: box of the voxels that are nonzero in any channel; `none`.
         body_above: a voxel with a larger intensity is body; None: a tenth of the 99th percentile
             of the first channel.
         axes: `canonical`: R, A, S; `stored`: order of the file, slowest first.
@@ -269,7 +269,7 @@ class Preparation:
 
     @cached_property
     def _nonzero(self) -> np.ndarray | None:
-        """(R, A, S) bool of the cropped scan: not 0 in every channel, holes filled.
+        """(R, A, S) bool of the cropped scan: nonzero in any channel, holes filled.
 
         None if no normaliser needs it.
         """
