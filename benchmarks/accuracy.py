@@ -56,13 +56,13 @@ def main() -> None:
     print(f"{arguments.recipe}: {metrics}")
     print("| label | test cases | mean Dice | median Dice | median volume error, % |")
     print("|---|---|---|---|---|")
-    for label, found in evaluation.details["labels"].items():
+    for label, found in evaluation.summary["labels"].items():
         print(
             f"| {label} | {found['n']} | {found['mean_dice']:.4f} | {found['median_dice']:.4f} "
             f"| {found['median_volume_error_percent']:+.1f} |"
         )
     print(
-        f"mean over labels {evaluation.details['mean_dice']:.4f}; failed {len(report.failed) + len(evaluation.failed)}"
+        f"mean over labels {evaluation.summary['mean_dice']:.4f}; failed {len(report.failed) + len(evaluation.failed)}"
     )
     if arguments.rating:
         print_auc(test, results, arguments.rating, arguments.size)

@@ -124,7 +124,7 @@ def main() -> None:
     }
     facts = json.loads((peer / "facts.json").read_text())
     metrics = json.loads((out / "model" / "model.json").read_text())["metrics"]
-    labels = list(found["volseg"].details["labels"])
+    labels = list(found["volseg"].summary["labels"])
     print(
         f"| {arguments.time_budget} on the same machine | steps | "
         + " | ".join(f"Dice {name}" for name in labels)
@@ -132,12 +132,12 @@ def main() -> None:
     )
     print("|---|---|" + "---|" * (len(labels) + 1))
     for name, report in found.items():
-        scores = [report.details["labels"][label]["mean_dice"] for label in labels]
+        scores = [report.summary["labels"][label]["mean_dice"] for label in labels]
         steps = metrics["steps"] if name == "volseg" else facts["steps"]
         print(
             f"| {name} | {steps} | "
             + " | ".join(f"{score:.4f}" for score in scores)
-            + f" | {report.details['mean_dice']:.4f} |"
+            + f" | {report.summary['mean_dice']:.4f} |"
         )
     print(
         f"nnU-Net: patch {facts['patch']}, batch {facts['batch']}, {facts['seconds'] / facts['steps']:.1f} s per step"

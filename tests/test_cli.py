@@ -14,7 +14,9 @@ from pathlib import Path
 import pytest
 from nnunet_folder import write_model
 
-from volseg import cli, workflows
+from volseg import reports, workflows
+from volseg.cli import progress
+from volseg.cli.show import show
 
 COMMANDS = (
     "preprocess",
@@ -166,8 +168,8 @@ def test_a_name_with_markup_or_a_line_end_is_shown_as_it_is_on_a_terminal(monkey
     monkeypatch.setattr(sys, "stderr", shown)
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "200")
-    with cli._progress() as show:
-        show("Reading [/b]", 0.5, "a[/b]c :x: [red]d\ne\x1b[2J")
+    with progress.progress_on_stderr() as report:
+        report("Reading [/b]", 0.5, "a[/b]c :x: [red]d\ne\x1b[2J")
     assert "Reading [/b]" in shown.getvalue()
     assert "a[/b]c :x: [red]d\\ne\\x1b[2J" in shown.getvalue()
 
@@ -178,13 +180,13 @@ def test_a_label_with_markup_is_shown_as_it_is_in_a_table(monkeypatch, capsys):
     names = ("dice", "hd95_mm", "nsd_1mm", "nsd_2mm", "volume_error_ml")
     label = {"name": "a[/b]:x:\x1b", "n": 3, "metrics": dict.fromkeys(names, mean), "n_missed": 1}
     label["detection"] = {"f1": mean}
-    details = {
+    summary = {
         "labels": {"1": label},
         "n_patients": 3,
         "patients": "a patient per case",
         "not_predicted": [],
     }
-    cli._print_evaluation(workflows.RunReport(out=Path("nowhere"), details=details))
+    show(reports.EvaluateReport(out=Path("nowhere"), summary=summary))
     printed = capsys.readouterr()
     assert "a[/b]:x:\\x1b" in printed.out and "\x1b" not in printed.out + printed.err
 
@@ -257,8 +259,8 @@ def test_the_version_is_that_of_the_package():
 
 def test_a_log_gets_a_line_of_progress_with_the_time_left_now_and_then(monkeypatch, capsys):
     clock = [1000.0]
-    monkeypatch.setattr(cli.time, "monotonic", lambda: clock[0])
-    lines = cli._Lines()
+    monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])
+    lines = progress.Lines()
     for seconds, fraction in ((40, 0.5), (60, 0.6), (80, 0.7), (90, 0.75), (120, 0.9)):
         clock[0] = 1000.0 + seconds
         lines.show("Training", fraction, f"epoch {seconds}")

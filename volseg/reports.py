@@ -70,8 +70,16 @@ class PreprocessReport(RunReport):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlanReport(RunReport):
+    """What training would do.
+
+    Args:
+        recipe, plan: as JSON. cases: number of training cases.
+    """
+
+    recipe: Mapping[str, Any]
     plan: Mapping[str, Any]
-    is_written: bool = False
+    cases: int
+    folds: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,6 +92,7 @@ class TrainReport(RunReport):
     """
 
     metrics: Mapping[str, Any] = field(default_factory=dict)
+    sha256: str = ""  # of the model
     preview: str = ""
     interrupted: bool = False
     rank: int = 0
@@ -109,8 +118,10 @@ class TrainReport(RunReport):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QuantiseReport(RunReport):
+    calibration: Mapping[str, int]
     validation: Mapping[str, Any]
     seconds_per_patch: Mapping[str, float]
+    versions: Mapping[str, str]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

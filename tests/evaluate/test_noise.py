@@ -69,7 +69,7 @@ def test_a_noisy_prediction_has_its_overlap_and_a_warning_and_no_lesions(tmp_pat
     assert float(row["dice"]) == pytest.approx(2 * n_both / n_sum, rel=1e-4)
     assert row["n_predicted_lesions"] == row["lesion_precision"] == ""
     assert "W_SPECKS: the prediction has" in row["notes"]
-    (warning,) = report.details["warnings"]
+    (warning,) = report.warnings
     assert warning.startswith("W_SPECKS") and "(a)" in warning
     assert json.loads((tmp_path / "out" / "summary.json").read_text())["warnings"] == [warning]
 

@@ -1,4 +1,4 @@
-"""A file appears whole or not at all, whatever goes wrong while it is written."""
+"""Files are written whole or not at all, whatever goes wrong."""
 
 from __future__ import annotations
 
@@ -40,16 +40,16 @@ def untouched(target: Path) -> bool:
     return target.read_bytes() == b"old" and list(target.parent.iterdir()) == [target]
 
 
-def test_new_contents_replace_the_old_and_were_seen_by_verify_under_another_name(target):
-    seen = []
-    atomic_write(
-        target,
-        lambda file: file.write(b"new") and None,
-        lambda path: seen.append((path, path.read_bytes())),
-    )
+def test_verify_reads_new_contents_under_another_name_before_they_replace_the_old(target):
+    calls = []
+
+    def verify(path):
+        calls.append((path, path.read_bytes()))
+
+    atomic_write(target, lambda file: file.write(b"new") and None, verify)
     assert target.read_bytes() == b"new"
     assert list(target.parent.iterdir()) == [target]
-    ((temporary, contents),) = seen
+    ((temporary, contents),) = calls
     assert contents == b"new"
     assert temporary.parent == target.parent  # os.replace is atomic only inside one file system
     assert temporary.name.startswith(TEMPORARY_PREFIX)
@@ -83,7 +83,7 @@ def test_any_exception_passes_through_and_leaves_nothing(error, moment, target):
         (errno.EROFS, "E_PERM"),
     ],
 )
-def test_a_failing_disk_is_a_problem_of_the_environment(number, code, target):
+def test_a_failing_disk_is_an_environment_problem(number, code, target):
     with pytest.raises(EnvironmentProblem) as caught:
         atomic_write(target, failing(OSError(number, os.strerror(number))))
     assert (caught.value.code, caught.value.exit_code) == (code, 5)
@@ -110,15 +110,15 @@ def test_missing_folder(place, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-def test_bytes_that_read_back_otherwise_are_noticed(target, monkeypatch):
-    monkeypatch.setattr(Path, "read_bytes", lambda _: b"what the disk made of it")
+def test_bytes_that_read_back_differently_are_refused(target, monkeypatch):
+    monkeypatch.setattr(Path, "read_bytes", lambda _: b"damaged by the disk")
     with pytest.raises(EnvironmentProblem, match="read back differ"):
         write_bytes_atomic(target, b"new")
     monkeypatch.undo()
     assert untouched(target)
 
 
-def test_contents_reach_the_disk_before_the_name_and_the_name_before_the_return(
+def test_contents_are_synced_before_the_rename_and_the_rename_before_the_return(
     target, monkeypatch
 ):
     calls = []
@@ -137,13 +137,17 @@ def test_killed_process_leaves_the_old_file(target):
     code = f"""
 import os, pathlib
 from volseg.io.files import atomic_write
-atomic_write(pathlib.Path({str(target)!r}), lambda file: (file.write(b"half"), file.flush(), os.kill(os.getpid(), 9)))
+def write(file):
+    file.write(b"half")
+    file.flush()
+    os.kill(os.getpid(), 9)
+atomic_write(pathlib.Path({str(target)!r}), write)
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], timeout=60)
     assert done.returncode == -9
     assert target.read_bytes() == b"old"
-    (left,) = (path for path in target.parent.iterdir() if path != target)
-    assert left.name.startswith(TEMPORARY_PREFIX)  # hidden, and for the next run to sweep
+    (temporary,) = (path for path in target.parent.iterdir() if path != target)
+    assert temporary.name.startswith(TEMPORARY_PREFIX)  # hidden; the next run deletes it
 
 
 def test_mode_follows_the_umask(tmp_path):
@@ -175,7 +179,5 @@ def test_json_round_trip_and_no_nan(target):
 
 def test_sha256(tmp_path):
     (tmp_path / "a").write_bytes(b"abc")  # FIPS 180-2, appendix B.1
-    assert (
-        sha256_of(tmp_path / "a")
-        == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
-    )
+    expected = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    assert sha256_of(tmp_path / "a") == expected

@@ -34,7 +34,7 @@ from volseg.io.nifti import read_label_table
         ('<Label Key="1">&#' + "9" * 5000 + ";</Label>", {1: "&#" + "9" * 5000 + ";"}),
     ],
 )
-def test_names_are_those_of_the_elements(text, names):
+def test_names_are_read_from_the_elements(text, names):
     assert parse_label_table(text) == names
 
 
@@ -66,18 +66,18 @@ ATTACKS = (
     "before", ["", '<Label Key="1">', '<Label Key="1"><![CDATA[', "<Label Key"]
 )
 @pytest.mark.parametrize("after", ["", "</Label>", ">"])
-def test_a_megabyte_of_anything_is_read_in_well_under_a_second(attack, before, after):
+def test_a_megabyte_of_anything_is_read_within_half_a_second(attack, before, after):
     text = before + attack * (2**20 // len(attack)) + after
-    began = time.process_time()
+    start = time.process_time()
     parse_label_table(text)
-    assert time.process_time() - began < 0.5
+    assert time.process_time() - start < 0.5
 
 
-def test_a_mask_with_a_hostile_table_is_read_at_once(tmp_path):
+def test_a_mask_with_a_hostile_table_is_read_within_half_a_second(tmp_path):
     image = nibabel.nifti1.Nifti1Image(np.zeros((4, 4, 4), np.uint8), np.eye(4))
-    table = '<Label Key="3">liver</Label>' + "<Label " * 12_000  # 84 kB, once 80 seconds
+    table = '<Label Key="3">liver</Label>' + "<Label " * 12_000  # 84 kB, took 80 seconds before
     image.header.extensions.append(nibabel.nifti1.Nifti1Extension(0, table.encode()))
     nibabel.nifti1.save(image, tmp_path / "mask.nii.gz")
-    began = time.process_time()
+    start = time.process_time()
     assert read_label_table(tmp_path / "mask.nii.gz") == {3: "liver"}
-    assert time.process_time() - began < 0.5
+    assert time.process_time() - start < 0.5

@@ -54,9 +54,8 @@ def test_objects_labels_gives_one_lesion_per_label_in_ascending_order():
 def test_connectivity_joins_over_faces_edges_and_corners(connectivity, n_lesions):
     mask = np.zeros((5, 5, 5), bool)
     mask[1, 1, 1] = mask[2, 2, 1] = mask[3, 3, 2] = True  # an edge apart, then a corner apart
-    assert (
-        len(label_lesions(mask, geometry_of(mask), connectivity=connectivity).labels) == n_lesions
-    )
+    lesions = label_lesions(mask, geometry_of(mask), connectivity=connectivity)
+    assert len(lesions.labels) == n_lesions
 
 
 @pytest.mark.parametrize("objects", ["components", "labels"])
@@ -75,14 +74,11 @@ def test_every_whole_number_dtype_and_memory_order_gives_the_same(objects, dtype
     expected = label_lesions(mask, geometry_of(mask), objects=objects)
     read_only = np.asfortranarray(mask.astype(dtype))
     read_only.setflags(write=False)
-    for variant in (
-        mask.astype(dtype),
-        read_only,
-        mask.astype(dtype)[::-1][::-1].transpose(1, 0, 2).transpose(1, 0, 2),
-    ):
-        found = label_lesions(variant, geometry_of(mask), objects=objects)
-        assert np.array_equal(found.ids, expected.ids)
-        assert (found.labels, found.n_voxels) == (expected.labels, expected.n_voxels)
+    view = mask.astype(dtype)[::-1][::-1].transpose(1, 0, 2).transpose(1, 0, 2)
+    for variant in (mask.astype(dtype), read_only, view):
+        lesions = label_lesions(variant, geometry_of(mask), objects=objects)
+        assert np.array_equal(lesions.ids, expected.ids)
+        assert (lesions.labels, lesions.n_voxels) == (expected.labels, expected.n_voxels)
 
 
 def test_more_lesions_than_uint16_holds():
@@ -93,39 +89,36 @@ def test_more_lesions_than_uint16_holds():
     assert len(lesions.labels) == lesions.ids.max() == 41**3
 
 
-def assert_numbered_alike_in_all_48_orientations(mask, affine, objects="components"):
+def assert_same_numbers_in_all_48_orientations(mask, affine, objects="components"):
     geometry = Geometry(mask.shape, affine)
     expected = label_lesions(mask, geometry, objects=objects)
-    ids_in_every_order = orientations(Volume(expected.ids, geometry))
-    for (array, affine), (ids, _) in zip(
-        orientations(Volume(mask, geometry)), ids_in_every_order, strict=True
-    ):
-        found = label_lesions(array, Geometry(array.shape, affine), objects=objects)
-        assert np.array_equal(found.ids, ids)
-        assert (found.labels, found.n_voxels) == (expected.labels, expected.n_voxels)
+    masks, all_ids = (orientations(Volume(a, geometry)) for a in (mask, expected.ids))
+    for (array, affine), (ids, _) in zip(masks, all_ids, strict=True):
+        lesions = label_lesions(array, Geometry(array.shape, affine), objects=objects)
+        assert np.array_equal(lesions.ids, ids)
+        assert (lesions.labels, lesions.n_voxels) == (expected.labels, expected.n_voxels)
 
 
 @pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS.keys())
 @pytest.mark.parametrize("objects", ["components", "labels"])
-def test_all_48_orientations_number_lesions_of_equal_size_alike(objects, grid):
+def test_lesions_of_equal_size_have_the_same_numbers_in_all_48_orientations(objects, grid):
     mask = np.zeros((9, 10, 11), np.uint8)
     for n, (i, j, k) in enumerate(np.argwhere(np.ones((3, 3, 3))) * 3):
         mask[i, j, k : k + 1 + n % 2] = 1 + n % 3
-    assert_numbered_alike_in_all_48_orientations(mask, grid(SPACING_MM), objects)
+    assert_same_numbers_in_all_48_orientations(mask, grid(SPACING_MM), objects)
 
 
-def test_no_last_bit_of_a_centroid_decides_the_numbers():
-    """Lesions that share R in mm but not its last bits, at half a step of 1e-3 mm: rounding would part them."""
-    affine = oblique(
-        (0.70125, 0.70125, 2.5), angles=(0, 0, math.atan2(3, 4))
-    )  # R = 0.561 i - 0.42075 j + offset
+def test_rounding_errors_of_centroids_do_not_change_the_numbers():
+    """Lesions of equal R up to the last bits, at half a step of 1e-3 mm, where rounding fails."""
+    # R = 0.561 i - 0.42075 j + offset
+    affine = oblique((0.70125, 0.70125, 2.5), angles=(0, 0, math.atan2(3, 4)))
     mask = np.zeros((30, 26, 2), np.uint8)
     for i, j in np.argwhere(np.ones((10, 13))) * (3, 2):
         mask[i : i + 2, j, 0] = 1
     rng = np.random.default_rng(0)
     for _ in range(5):
         affine[:3, 3] = rng.integers(-3000, 3000, 3) / 10
-        assert_numbered_alike_in_all_48_orientations(mask, affine)
+        assert_same_numbers_in_all_48_orientations(mask, affine)
 
 
 @settings(max_examples=40, deadline=None)
@@ -143,7 +136,7 @@ def test_lesions_partition_the_mask_and_more_neighbours_never_make_more_lesions(
     assert counts[0] >= counts[1] >= counts[2]
 
 
-def test_unknown_settings_are_refused_with_the_known_ones():
+def test_unknown_settings_are_refused_with_the_supported_ones():
     mask = np.ones((2, 2, 2), np.uint8)
     with pytest.raises(VolsegError, match="components, labels"):
         label_lesions(mask, geometry_of(mask), objects="lesions")
@@ -156,13 +149,10 @@ def test_unknown_settings_are_refused_with_the_known_ones():
 
 
 @pytest.mark.parametrize("order", "CF")
-def test_labels_that_lie_in_several_slabs_are_counted_once(order, monkeypatch):
+def test_labels_in_several_slabs_are_counted_once(order, monkeypatch):
     monkeypatch.setattr(lesions_module, "SUMMED_VOXELS", 64)
-    mask = (
-        np.random.default_rng(0)
-        .choice([0, 1, 5, 9, 2**31, 2**32 - 1], (9, 8, 7))
-        .astype(np.uint32, order=order)
-    )
+    mask = np.random.default_rng(0).choice([0, 1, 5, 9, 2**31, 2**32 - 1], (9, 8, 7))
+    mask = mask.astype(np.uint32, order=order)
     mask[4:] = np.where(mask[4:] == 5, 4, mask[4:])
     lesions = label_lesions(mask, geometry_of(mask), objects="labels")
     values, counts = np.unique(mask[mask > 0], return_counts=True)
@@ -173,8 +163,8 @@ def test_labels_that_lie_in_several_slabs_are_counted_once(order, monkeypatch):
 
 
 @pytest.mark.parametrize("objects", ["components", "labels"])
-def test_a_mask_over_all_of_a_large_scan_takes_a_few_bytes_per_voxel(objects, monkeypatch):
-    """Its copy, 4 for the components, 2 for the numbers, twice."""
+def test_a_mask_of_a_whole_large_scan_takes_a_few_bytes_per_voxel(objects, monkeypatch):
+    """A copy, 4 bytes for the components, 2 for the numbers, twice."""
     monkeypatch.setattr(lesions_module, "SUMMED_VOXELS", 2**16)
     mask = np.ones((200, 200, 100), np.uint8, order="F")
     tracemalloc.start()

@@ -8,28 +8,24 @@ from volseg.postprocess.pairing import best_pairs
 
 
 @settings(max_examples=80, deadline=None)
-@given(
-    st.dictionaries(
-        st.tuples(st.integers(1, 5), st.integers(1, 5)), st.floats(1e-9, 10.0), max_size=15
-    )
-)
+@given(st.dictionaries(st.tuples(*[st.integers(1, 5)] * 2), st.floats(1e-9, 10.0), max_size=15))
 def test_no_other_pairs_gain_more(gains):
-    found = best_pairs(gains)
-    assert all(pair in gains for pair in found)
-    assert all(len({pair[side] for pair in found}) == len(found) for side in (0, 1))
+    pairs = best_pairs(gains)
+    assert all(pair in gains for pair in pairs)
+    assert all(len({pair[side] for pair in pairs}) == len(pairs) for side in (0, 1))
     best = max(
         sum(gains.get((row, column), 0.0) for row, column in zip(range(1, 6), order, strict=True))
         for order in permutations(range(1, 6))
     )
-    assert abs(sum(gains[pair] for pair in found) - best) < 1e-9
+    assert abs(sum(gains[pair] for pair in pairs) - best) < 1e-9
 
 
-def test_many_specks_that_all_touch_take_no_matrix_of_all_pairs():
-    n = 20_000  # whose matrix would take 3.2 GB
+def test_many_overlapping_specks_need_no_dense_matrix():
+    n = 20_000  # a dense matrix would take 3.2 GB
     gains = {(i, j): 1.0 + (i == j) for i in range(n) for j in (i, (i + 1) % n)}
     assert best_pairs(gains) == [(i, i) for i in range(n)]
 
 
-def test_nothing_to_pair_gives_no_pair():
+def test_no_gains_give_no_pairs():
     assert best_pairs({}) == []
     assert np.shape(best_pairs({(1, 1): 0.5})) == (1, 2)

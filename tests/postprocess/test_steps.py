@@ -25,7 +25,7 @@ def geometry_of(mask):
 
 
 def boxes(*sizes_and_labels):
-    """Cubes of the given edges and labels in a row, two voxels apart."""
+    """Return cubes of the given edges and labels in a row, two voxels apart."""
     mask = np.zeros((8, 8, sum(size + 2 for size, _ in sizes_and_labels) + 2), np.uint8)
     start = 2
     for size, label in sizes_and_labels:
@@ -34,28 +34,23 @@ def boxes(*sizes_and_labels):
     return mask
 
 
-def test_remove_small_goes_by_volume_not_by_voxels():
+def test_remove_small_compares_volumes_not_voxels():
     mask = boxes((1, 1), (2, 1), (3, 2))
-    voxel_mm3 = np.prod(SPACING_MM)
-    cleaned = RemoveSmall(min_volume_mm3=8 * voxel_mm3)(mask, geometry_of(mask))
-    assert np.array_equal(
-        cleaned, boxes((1, 0), (2, 1), (3, 2))
-    )  # 8 voxels are exactly the volume, and stay
-    assert np.array_equal(
-        RemoveSmall(min_volume_mm3=8.01 * voxel_mm3)(mask, geometry_of(mask)) > 0, mask == 2
-    )
+    geometry, voxel_mm3 = geometry_of(mask), np.prod(SPACING_MM)
+    cleaned = RemoveSmall(min_volume_mm3=8 * voxel_mm3)(mask, geometry)
+    assert np.array_equal(cleaned, boxes((1, 0), (2, 1), (3, 2)))  # exactly 8 voxels stay
+    cleaned = RemoveSmall(min_volume_mm3=8.01 * voxel_mm3)(mask, geometry)
+    assert np.array_equal(cleaned > 0, mask == 2)
 
 
 def test_remove_small_of_one_label_leaves_the_others():
     mask = boxes((1, 1), (2, 1), (1, 2))
-    cleaned = RemoveSmall(min_volume_mm3=1.01 * np.prod(SPACING_MM), label=1)(
-        mask, geometry_of(mask)
-    )
-    assert np.array_equal(cleaned, boxes((1, 0), (2, 1), (1, 2)))
+    step = RemoveSmall(min_volume_mm3=1.01 * np.prod(SPACING_MM), label=1)
+    assert np.array_equal(step(mask, geometry_of(mask)), boxes((1, 0), (2, 1), (1, 2)))
 
 
 @pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS.keys())
-def test_a_lesion_of_exactly_the_smallest_volume_stays_in_all_48_orientations(grid):
+def test_a_lesion_of_exactly_the_minimal_volume_stays_in_all_48_orientations(grid):
     mask = boxes((3, 1), (1, 1))
     geometry = Geometry(mask.shape, grid(SPACING_MM))
     step = RemoveSmall(min_volume_mm3=27 * abs(np.linalg.det(geometry.affine[:3, :3])))
@@ -65,16 +60,12 @@ def test_a_lesion_of_exactly_the_smallest_volume_stays_in_all_48_orientations(gr
 
 def test_keep_largest_of_each_label():
     mask = boxes((1, 1), (3, 1), (2, 1), (1, 2), (2, 2))
-    geometry = geometry_of(mask)
-    assert np.array_equal(
-        KeepLargest()(mask, geometry), boxes((1, 0), (3, 1), (2, 0), (1, 0), (2, 2))
-    )
-    assert np.array_equal(
-        KeepLargest(n=2)(mask, geometry), boxes((1, 0), (3, 1), (2, 1), (1, 2), (2, 2))
-    )
-    assert np.array_equal(
-        KeepLargest(label=2)(mask, geometry), boxes((1, 1), (3, 1), (2, 1), (1, 0), (2, 2))
-    )
+    for step, expected in (
+        (KeepLargest(), boxes((1, 0), (3, 1), (2, 0), (1, 0), (2, 2))),
+        (KeepLargest(n=2), boxes((1, 0), (3, 1), (2, 1), (1, 2), (2, 2))),
+        (KeepLargest(label=2), boxes((1, 1), (3, 1), (2, 1), (1, 0), (2, 2))),
+    ):
+        assert np.array_equal(step(mask, geometry_of(mask)), expected)
 
 
 @pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS.keys())
@@ -88,7 +79,7 @@ def test_a_hollow_ball_is_filled(grid):
     assert np.array_equal(FillHoles(label=1)(hollow, geometry), hollow)
 
 
-def test_fill_holes_of_one_label_is_that_of_scipy():
+def test_fill_holes_of_one_label_equals_scipy():
     rng = np.random.default_rng(0)
     for _ in range(20):
         mask = (rng.random((9, 10, 11)) < 0.75).astype(np.uint8)
@@ -98,17 +89,17 @@ def test_fill_holes_of_one_label_is_that_of_scipy():
 
 
 def nested():
-    """A tumour (2) with a hollow core in an organ (1), a gap between the two, and a notch in the organ's border."""
+    """Return a hollow tumour (2) in an organ (1), with a gap between them and a notch outside."""
     mask = np.zeros((13, 13, 13), np.uint8)
     mask[1:12, 1:12, 1:12] = 1
     mask[3:10, 3:10, 3:10] = 2
-    mask[5:8, 5:8, 5:8] = 0  # core: borders on 2 only
-    mask[3, 4:9, 4:9] = 0  # gap: borders on 1 and 2
+    mask[5:8, 5:8, 5:8] = 0  # core: adjacent to 2 only
+    mask[3, 4:9, 4:9] = 0  # gap: adjacent to 1 and 2
     mask[1:3, 1, 1] = 0  # notch: open to the outside
     return mask
 
 
-def test_a_cavity_goes_to_the_label_around_it_and_one_between_two_labels_stays():
+def test_a_cavity_is_filled_with_the_label_around_it_unless_it_is_between_two():
     mask = nested()
     expected = mask.copy()
     expected[5:8, 5:8, 5:8] = 2
@@ -120,7 +111,7 @@ def test_a_hole_at_the_edge_of_the_array_is_open():
     mask = np.ones((4, 4, 4), np.uint8)
     mask[0, 1, 1] = 0
     assert np.array_equal(FillHoles()(mask, geometry_of(mask)), mask)
-    mask[1, 2, 2] = 0  # inside, and touching the open hole over an edge only
+    mask[1, 2, 2] = 0  # inside, touches the open hole only at an edge
     assert FillHoles()(mask, geometry_of(mask))[1, 2, 2] == 1
 
 
@@ -138,29 +129,26 @@ def test_a_step_keeps_dtype_and_input_is_idempotent_and_leaves_an_empty_mask_emp
 
 
 @pytest.mark.parametrize("step", ALL_STEPS, ids=repr)
-def test_a_step_does_the_same_in_all_48_orientations(step):
-    mask = (
-        np.random.default_rng(2).choice(3, p=(0.8, 0.12, 0.08), size=(13, 14, 20)).astype(np.uint8)
-    )
+def test_a_step_gives_the_same_in_all_48_orientations(step):
+    mask = np.random.default_rng(2).choice(3, p=(0.8, 0.12, 0.08), size=(13, 14, 20))
+    mask = mask.astype(np.uint8)
     mask[:, 1:, 7:] = nested()
-    geometry = geometry_of(mask)
-    expected = step(mask, geometry)
+    expected = step(mask, geometry_of(mask))
     assert not np.array_equal(expected, mask) or step == FillHoles(label=1)
-    for (array, affine), (cleaned, _) in zip(
-        orientations(Volume(mask, geometry)), orientations(Volume(expected, geometry)), strict=True
-    ):
+    assert_same_in_all_48_orientations(step, mask, expected)
+
+
+def assert_same_in_all_48_orientations(step, mask, expected):
+    masks, results = (orientations(Volume(a, geometry_of(mask))) for a in (mask, expected))
+    for (array, affine), (cleaned, _) in zip(masks, results, strict=True):
         assert np.array_equal(step(array, Geometry(array.shape, affine)), cleaned)
 
 
-def test_keep_largest_of_two_equal_lesions_does_not_depend_on_the_orientation():
+def test_keep_largest_of_equal_lesions_is_the_same_in_all_48_orientations():
     mask = boxes((2, 1), (2, 1), (2, 1))
-    geometry = geometry_of(mask)
-    expected = KeepLargest()(mask, geometry)
+    expected = KeepLargest()(mask, geometry_of(mask))
     assert expected.sum() == 8
-    for (array, affine), (kept, _) in zip(
-        orientations(Volume(mask, geometry)), orientations(Volume(expected, geometry)), strict=True
-    ):
-        assert np.array_equal(KeepLargest()(array, Geometry(array.shape, affine)), kept)
+    assert_same_in_all_48_orientations(KeepLargest(), mask, expected)
 
 
 @pytest.mark.parametrize(
@@ -176,16 +164,16 @@ def test_keep_largest_of_two_equal_lesions_does_not_depend_on_the_orientation():
         ("fill_holes", {"label": -1}),
     ],
 )
-def test_impossible_settings_are_refused(name, settings):
+def test_invalid_settings_are_refused(name, settings):
     with pytest.raises(VolsegError) as caught:
         STEPS[name](**settings)
     assert caught.value.code == "E_RECIPE"
     assert repr(list(settings.values())[-1]) in str(caught.value)
 
 
-def test_a_recipes_steps_keep_their_order_and_what_is_unknown_is_named():
-    made = make_steps([Step(step="remove_small", min_volume_mm3=5), Step(step="keep_largest")])
-    assert made == [RemoveSmall(min_volume_mm3=5), KeepLargest()]
+def test_steps_of_a_recipe_keep_their_order_and_errors_name_unknown_ones():
+    steps = make_steps([Step(step="remove_small", min_volume_mm3=5), Step(step="keep_largest")])
+    assert steps == [RemoveSmall(min_volume_mm3=5), KeepLargest()]
     for step, message in (
         (Step(step="remove_smal"), "remove_small"),
         (Step(step="remove_small", mm=3), "mm"),

@@ -11,18 +11,16 @@ from laws import GRIDS, ball, grid_around, oblique, orientations, ras
 from volseg.errors import ScanError
 from volseg.preprocess.crop import AxisOrder, to_canonical
 from volseg.preprocess.normalise import Percentile, Window, ZScore
-from volseg.preprocess.prepare import (
-    Preparation,
-    PrepareSettings,
-    Trail,
-    prepare,
-    prepare_mask,
-)
+from volseg.preprocess.prepare import Preparation, PrepareSettings, Trail, prepare, prepare_mask
 from volseg.preprocess.resample import positions
 from volseg.preprocess.restore import MaskRestorer, restore_mask
 from volseg.volume import BoundingBox, Geometry, Volume
 
 WINDOW = Window(low=-1000, high=1000, mean=0, sd=1)
+
+
+def int16_noise(shape, low=-400, high=400):
+    return np.random.default_rng(0).integers(low, high, shape).astype(np.int16)
 
 
 def settings(**changes):
@@ -31,7 +29,7 @@ def settings(**changes):
 
 
 def phantom(geometry, radius_mm=10.0):
-    """A ball of 100 HU in a box of tissue in air, int16, and the mask of the ball."""
+    """Return a ball of 100 HU in a box of tissue in air, int16, and the mask of the ball."""
     inside = ball(radius_mm, geometry)
     array = np.full(geometry.shape, -1000, np.int16)
     array[2:-2, 2:-2, 1:-1] = 0
@@ -45,7 +43,7 @@ def one_hot(mask, n):
 
 @pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS.keys())
 @pytest.mark.parametrize("crop", ["body", "none"])
-def test_prepare_then_restore_is_the_identity_at_the_own_spacing(grid, crop):
+def test_prepare_then_restore_is_the_identity_at_the_original_spacing(grid, crop):
     geometry = grid_around(8, grid((0.8, 1.0, 2.0)), margin=4)
     scan, inside = phantom(geometry, radius_mm=8)
     prepared = prepare({"ct": scan}, settings(spacing_mm=_canonical_spacing(geometry), crop=crop))
@@ -59,15 +57,13 @@ def test_prepare_then_restore_is_the_identity_at_the_own_spacing(grid, crop):
 
 
 def _canonical_spacing(geometry):
-    order = [
-        geometry.axis_codes.find(a) if a in geometry.axis_codes else geometry.axis_codes.find(b)
-        for a, b in ("RL", "AP", "SI")
-    ]
+    codes = geometry.axis_codes
+    order = [codes.find(a) if a in codes else codes.find(b) for a, b in ("RL", "AP", "SI")]
     return tuple(geometry.spacing_mm[axis] for axis in order)
 
 
 @pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS.keys())
-def test_a_ball_survives_the_way_to_another_spacing_and_back(grid):
+def test_a_ball_is_restored_from_another_spacing(grid):
     geometry = grid_around(10, grid((0.8, 0.8, 2.5)), margin=4)
     scan, inside = phantom(geometry)
     prepared = prepare({"ct": scan}, settings(spacing_mm=(1.0, 1.0, 1.0)))
@@ -101,7 +97,7 @@ def test_all_48_orders_prepare_to_the_same_network_input_and_restore_to_the_same
         Percentile(low_percent=0, high_percent=100, region="scan"),
     ],
 )
-def test_what_is_normalised_as_stored_is_so_by_every_voxel_of_it(normaliser, monkeypatch):
+def test_normalise_first_uses_every_stored_voxel(normaliser, monkeypatch):
     monkeypatch.setattr(sys.modules["volseg.preprocess.prepare"], "SAMPLE_VOXELS", 50)
     monkeypatch.setattr(sys.modules["volseg.volume"], "SLAB_VOXELS", 100)
     geometry = Geometry((6, 7, 30), np.eye(4))
@@ -114,29 +110,26 @@ def test_what_is_normalised_as_stored_is_so_by_every_voxel_of_it(normaliser, mon
         "normalise_first": True,
         "normalisers": (normaliser,),
     }
-    found = prepare({"ct": Volume(np.asfortranarray(array), geometry)}, settings(**changes))
+    prepared = prepare({"ct": Volume(np.asfortranarray(array), geometry)}, settings(**changes))
     inside = array > 0 if normaliser.region == "nonzero" else np.ones(array.shape, bool)
     values = array[inside].astype(float)
-    low, size = (
-        (values.mean(), values.std())
-        if isinstance(normaliser, ZScore)
-        else (values.min(), np.ptp(values))
-    )
-    np.testing.assert_allclose(found.array[0], np.where(inside, (array - low) / size, 0), atol=1e-5)
-    assert found.array.flags.c_contiguous
+    is_z_score = isinstance(normaliser, ZScore)
+    shift, scale = (values.mean(), values.std()) if is_z_score else (values.min(), np.ptp(values))
+    expected = np.where(inside, (array - shift) / scale, 0)
+    np.testing.assert_allclose(prepared.array[0], expected, atol=1e-5)
+    assert prepared.array.flags.c_contiguous
 
 
-def test_restoring_by_slabs_equals_the_interpolation_of_all_logits_at_once(monkeypatch):
+def test_small_tiles_restore_the_same_mask_as_large_ones(monkeypatch):
     geometry = Geometry((20, 18, 40), oblique((1.0, 0.9, 1.1)))
-    scan = Volume(
-        np.random.default_rng(0).integers(-400, 400, geometry.shape).astype(np.int16), geometry
-    )
+    scan = Volume(int16_noise(geometry.shape), geometry)
     prepared = prepare({"ct": scan}, settings(spacing_mm=(1.3, 1.3, 1.7)))
     logits = np.random.default_rng(1).normal(size=(4, *prepared.array.shape[1:])).astype(np.float32)
     whole = restore_mask(logits, prepared.trail, [1, 2, 9])
     monkeypatch.setattr(sys.modules["volseg.preprocess.restore"], "TILE_VALUES", 900)
-    for found, expected in zip(restore_mask(logits, prepared.trail, [1, 2, 9]), whole, strict=True):
-        np.testing.assert_array_equal(found, expected)
+    restored = restore_mask(logits, prepared.trail, [1, 2, 9])
+    for array, expected in zip(restored, whole, strict=True):
+        np.testing.assert_array_equal(array, expected)
 
 
 def test_confidence_is_the_softmax_probability_of_the_winner():
@@ -147,21 +140,19 @@ def test_confidence_is_the_softmax_probability_of_the_winner():
     mask, confidence = restore_mask(logits, prepared.trail, [1, 2, 3, 4])
     exponents = np.exp(logits - logits.max(axis=0))
     np.testing.assert_array_equal(mask, logits.argmax(axis=0))
-    won = 1 / exponents.sum(axis=0)
-    expected = 255 * np.where(
-        mask > 0, won, 1 - won
-    )  # in the background it is the probability of any label
+    probability = 1 / exponents.sum(axis=0)
+    # In the background it is the probability of any label.
+    expected = 255 * np.where(mask > 0, probability, 1 - probability)
     np.testing.assert_allclose(confidence, expected, atol=0.51)
 
 
-def test_outside_the_body_the_mask_is_background_whatever_the_network_says():
+def test_outside_the_body_the_mask_is_background_whatever_the_logits():
     geometry = Geometry((20, 20, 20), oblique((1, 1, 1.5)))
     array = np.full(geometry.shape, -1000, np.int16)
     array[5:15, 6:16, 4:18] = 50
     prepared = prepare({"ct": Volume(array, geometry)}, settings())
-    logits = np.stack(
-        [np.zeros(prepared.array.shape[1:]), np.ones(prepared.array.shape[1:])]
-    ).astype(np.float32)
+    logits = np.zeros((2, *prepared.array.shape[1:]), np.float32)
+    logits[1] = 1
     mask, _ = restore_mask(logits, prepared.trail, [1])
     np.testing.assert_array_equal(mask == 1, array == 50)
 
@@ -193,47 +184,41 @@ def test_channels_on_different_grids_are_refused():
     st.lists(st.integers(1, 5), min_size=1, max_size=6),
     st.booleans(),
 )
-def test_planes_and_slabs_of_any_size_along_any_axis_give_what_the_whole_gives(
+def test_planes_and_slabs_of_any_size_along_any_axis_equal_the_whole(
     shape, spacing, axis, steps, separate
 ):
     geometry = Geometry(shape, oblique((1.0, 0.9, 1.1)))
     rng = np.random.default_rng(0)
     scan = Volume(rng.integers(-400, 400, shape).astype(np.int16), geometry)
-    wanted = settings(
+    cubic = settings(
         spacing_mm=spacing,
         crop="none",
         interpolation="cubic",
         normalisers=(ZScore(),),
         separate_above=1.5 if separate else None,
     )
-    preparation = Preparation({"ct": scan}, wanted)
+    preparation = Preparation({"ct": scan}, cubic)
     trail = preparation.trail
     axis = axis if trail.separate_axis is None else trail.separate_axis
-    whole = prepare({"ct": scan}, wanted).array
+    whole = prepare({"ct": scan}, cubic).array
     logits = rng.normal(size=(3, *trail.shape)).astype(np.float32)
     planes, restorer = preparation.planes(axis), MaskRestorer(trail, [1, 5], axis=axis)
     start = 0
     while start < trail.shape[axis]:
         part = range(start, min(trail.shape[axis], start + steps[start % len(steps)]))
-        np.testing.assert_allclose(
-            planes.read(part.start, part.stop), np.take(whole, part, 1 + axis), atol=1e-4
-        )
+        array = planes.read(part.start, part.stop)
+        np.testing.assert_allclose(array, np.take(whole, part, 1 + axis), atol=1e-4)
         restorer.add(np.take(logits, part, 1 + axis))
         start = part.stop
-    (mask, confidence), (whole_mask, whole_confidence) = (
-        restorer.result(),
-        restore_mask(logits, trail, [1, 5]),
-    )
-    same = mask == whole_mask
-    assert (
-        np.count_nonzero(~same) <= 1 + 0.001 * mask.size
-    )  # where two logits agree to the last bit
-    np.testing.assert_allclose(
-        confidence[same].astype(int), whole_confidence[same].astype(int), atol=1
-    )
+    mask, confidence = restorer.result()
+    expected_mask, expected = restore_mask(logits, trail, [1, 5])
+    same = mask == expected_mask
+    # Labels may differ where two logits are equal except for the last bit.
+    assert np.count_nonzero(~same) <= 1 + 0.001 * mask.size
+    np.testing.assert_allclose(confidence[same].astype(int), expected[same].astype(int), atol=1)
 
 
-def test_regions_are_where_their_logit_is_over_0_and_a_later_one_lies_over_an_earlier_one():
+def test_regions_are_where_their_logit_is_positive_and_later_ones_overwrite_earlier_ones():
     geometry = Geometry((5, 6, 7), np.eye(4))
     scan = Volume(np.zeros(geometry.shape, np.int16), geometry)
     trail = prepare({"ct": scan}, settings(spacing_mm=(1.0, 1.0, 1.0), crop="none")).trail
@@ -241,55 +226,44 @@ def test_regions_are_where_their_logit_is_over_0_and_a_later_one_lies_over_an_ea
     mask, confidence = restore_mask(logits, trail, [4, 2, 9], regions=True)
     expected = np.zeros(geometry.shape, int)
     probability = np.zeros(geometry.shape)
-    for index, value in enumerate([4, 2, 9]):
-        expected[logits[index] > 0] = value
-        probability[logits[index] > 0] = 1 / (1 + np.exp(-logits[index][logits[index] > 0]))
+    for region, value in zip(logits, [4, 2, 9], strict=True):
+        expected[region > 0] = value
+        probability[region > 0] = 1 / (1 + np.exp(-region[region > 0]))
     probability = np.where(expected > 0, probability, 1 / (1 + np.exp(-logits.max(0))))
     np.testing.assert_array_equal(mask, expected)
     np.testing.assert_allclose(confidence, 255 * probability, atol=0.51)
 
 
-def test_the_nearest_plane_is_taken_along_the_one_coarse_axis():
+def test_a_single_coarse_axis_uses_the_nearest_plane():
     geometry = Geometry((8, 8, 5), np.diag([1.0, 1.0, 5.0, 1.0]))
-    scan = Volume(
-        np.random.default_rng(0).integers(0, 9, geometry.shape).astype(np.int16), geometry
-    )
-    wanted = settings(
-        spacing_mm=(1.0, 1.0, 2.5), crop="none", separate_above=3.0, interpolation="cubic"
-    )
-    preparation = Preparation({"ct": scan}, wanted)
+    scan = Volume(int16_noise(geometry.shape, 0, 9), geometry)
+    changes = {"crop": "none", "separate_above": 3.0, "interpolation": "cubic"}
+    preparation = Preparation({"ct": scan}, settings(spacing_mm=(1.0, 1.0, 2.5), **changes))
     assert preparation.trail.separate_axis == 2
-    np.testing.assert_allclose(
-        preparation.planes(2).read(0, 10)[0], np.repeat(scan.array, 2, axis=2), atol=1e-5
-    )
+    planes = preparation.planes(2).read(0, 10)[0]
+    np.testing.assert_allclose(planes, np.repeat(scan.array, 2, axis=2), atol=1e-5)
 
 
-def test_stored_axes_are_those_of_the_file_backwards_then_transposed():
+def test_stored_axes_are_the_reversed_axes_of_the_file_then_transposed():
     geometry = Geometry((4, 5, 6), oblique((1, 1, 1)))
-    scan = Volume(
-        np.random.default_rng(0).integers(0, 99, geometry.shape).astype(np.int16), geometry
-    )
-    wanted = settings(spacing_mm=(1.0, 1.0, 1.0), crop="none", axes="stored", transpose=(1, 0, 2))
-    prepared = prepare({"ct": scan}, wanted)
-    np.testing.assert_allclose(
-        prepared.array[0], scan.array.transpose(2, 1, 0).transpose(1, 0, 2), atol=1e-4
-    )
-    np.testing.assert_array_equal(
-        restore_mask(one_hot(prepared.array[0] > 50, 2), prepared.trail, [1])[0], scan.array > 50
-    )
+    scan = Volume(int16_noise(geometry.shape, 0, 99), geometry)
+    changes = {"crop": "none", "axes": "stored", "transpose": (1, 0, 2)}
+    prepared = prepare({"ct": scan}, settings(spacing_mm=(1.0, 1.0, 1.0), **changes))
+    expected = scan.array.transpose(2, 1, 0).transpose(1, 0, 2)
+    np.testing.assert_allclose(prepared.array[0], expected, atol=1e-4)
+    mask, _ = restore_mask(one_hot(prepared.array[0] > 50, 2), prepared.trail, [1])
+    np.testing.assert_array_equal(mask, scan.array > 50)
 
 
 @settings_of_test(max_examples=30, deadline=None)
 @given(st.data())
-def test_a_part_of_the_grid_gives_what_the_whole_gives_there_and_background_elsewhere(data):
+def test_a_part_of_the_grid_equals_the_whole_and_leaves_background_elsewhere(data):
     shape = data.draw(st.tuples(*[st.integers(2, 14)] * 3))
     geometry = Geometry(shape, oblique((1.0, 0.9, 1.1)))
     rng = np.random.default_rng(0)
     scan = Volume(rng.integers(-400, 400, shape).astype(np.int16), geometry)
-    preparation = Preparation(
-        {"ct": scan},
-        settings(spacing_mm=data.draw(st.tuples(*[st.floats(0.5, 3)] * 3)), crop="none"),
-    )
+    spacing_mm = data.draw(st.tuples(*[st.floats(0.5, 3)] * 3))
+    preparation = Preparation({"ct": scan}, settings(spacing_mm=spacing_mm, crop="none"))
     trail, axis = preparation.trail, data.draw(st.integers(0, 2))
     ends = [
         sorted(data.draw(st.lists(st.integers(0, n), min_size=2, max_size=2, unique=True)))
@@ -297,8 +271,8 @@ def test_a_part_of_the_grid_gives_what_the_whole_gives_there_and_background_else
     ]
     part = BoundingBox(tuple(a for a, _ in ends), tuple(b for _, b in ends))
     whole = preparation.planes(axis).read(0, trail.shape[axis])
-    found = preparation.planes(axis, part).read(0, part.shape[axis])
-    np.testing.assert_allclose(found, whole[(slice(None), *part.slices)], atol=1e-4)
+    planes = preparation.planes(axis, part).read(0, part.shape[axis])
+    np.testing.assert_allclose(planes, whole[(slice(None), *part.slices)], atol=1e-4)
     logits = rng.normal(size=(3, *trail.shape)).astype(np.float32)
     restorer = MaskRestorer(trail, [1, 5], axis=axis, part=part)
     restorer.add(logits[(slice(None), *part.slices)])
@@ -314,35 +288,30 @@ def test_a_part_of_the_grid_gives_what_the_whole_gives_there_and_background_else
     assert np.count_nonzero(mask[inside] != expected[inside]) <= 1 + 0.001 * mask.size
 
 
-@pytest.mark.parametrize("turned", [ras, oblique])
-def test_the_same_scan_on_a_coarser_grid_is_what_preparing_it_at_that_spacing_gives(turned):
-    geometry = Geometry((25, 30, 16), turned((0.9, 1.1, 2.5)))
-    scan = Volume(
-        np.random.default_rng(0).integers(-1000, 400, geometry.shape).astype(np.int16), geometry
-    )
+@pytest.mark.parametrize("grid", [ras, oblique])
+def test_at_another_spacing_equals_preparing_at_that_spacing(grid):
+    geometry = Geometry((25, 30, 16), grid((0.9, 1.1, 2.5)))
+    scan = Volume(int16_noise(geometry.shape, -1000, 400), geometry)
     coarse_mm = (3.0, 4.0, 5.0)
     fine = Preparation({"ct": scan}, settings(interpolation="cubic", separate_above=2.0))
-    expected = prepare(
-        {"ct": scan}, settings(spacing_mm=coarse_mm, interpolation="linear", separate_above=None)
-    )
+    linear = settings(spacing_mm=coarse_mm, interpolation="linear", separate_above=None)
+    expected = prepare({"ct": scan}, linear)
     coarse = fine.at(coarse_mm)
     assert coarse.trail == expected.trail
     planes = coarse.planes(2)
     np.testing.assert_allclose(planes.read(0, planes.shape[2]), expected.array, atol=1e-5)
     extent = np.array(coarse.trail.shape) * coarse.trail.spacing_mm
     np.testing.assert_allclose(extent, np.array(fine.trail.shape) * fine.trail.spacing_mm)
-    np.testing.assert_allclose(
-        extent, np.array(fine.trail.box.shape) * np.array([0.9, 1.1, 2.5]), rtol=1e-6
-    )
-    assert fine.trail.separate_axis == 2  # as it was before
+    box_extent = np.array(fine.trail.box.shape) * np.array([0.9, 1.1, 2.5])
+    np.testing.assert_allclose(extent, box_extent, rtol=1e-6)
+    assert fine.trail.separate_axis == 2  # unchanged
 
 
 def interpolated(logits, trail):
-    """(classes, R, A, S) float64 on the native voxels of the box, all of them at once."""
+    """Interpolate (classes, R, A, S) float64 to all native voxels of the box at once."""
     for axis, (n, native) in enumerate(zip(trail.shape, trail.box.shape, strict=True), start=1):
-        lower, upper, weight = positions(
-            n, native, "nearest" if axis - 1 == trail.separate_axis else "linear"
-        )
+        kind = "nearest" if axis - 1 == trail.separate_axis else "linear"
+        lower, upper, weight = positions(n, native, kind)
         weight = weight.reshape([-1 if other == axis else 1 for other in range(4)])
         logits = np.take(logits, lower, axis) * (1 - weight) + np.take(logits, upper, axis) * weight
     return logits
@@ -363,7 +332,7 @@ def logits_of_kind(kind, n_classes, shape, rng):
 @pytest.mark.parametrize("kind", ["smooth", "sharp", "random", "ties"])
 @pytest.mark.parametrize("regions", [False, True])
 @pytest.mark.parametrize("seed", range(12))
-def test_what_is_left_out_changes_no_label_and_no_confidence_by_more_than_one(
+def test_skipped_classes_change_no_label_and_no_confidence_by_more_than_one(
     kind, regions, seed, monkeypatch
 ):
     rng = np.random.default_rng(seed)
@@ -379,16 +348,15 @@ def test_what_is_left_out_changes_no_label_and_no_confidence_by_more_than_one(
     logits = logits_of_kind(kind, n_classes, size, rng)
     if regions and kind != "ties":
         logits += 2.0
-    if seed % 2:  # small tiles, so that there are many
-        monkeypatch.setattr(
-            sys.modules["volseg.preprocess.restore"], "TILE_VALUES", 300 * n_classes
-        )
+    if seed % 2:  # many small tiles
+        module = sys.modules["volseg.preprocess.restore"]
+        monkeypatch.setattr(module, "TILE_VALUES", 300 * n_classes)
     axis, step = int(rng.integers(0, 3)), int(rng.integers(1, 20))
     values = list(range(1, n_classes + regions))
     restorer = MaskRestorer(trail, values, axis=axis, regions=regions)
     for start in range(0, size[axis], step):
         restorer.add(np.take(logits, range(start, min(size[axis], start + step)), 1 + axis))
-    mask, confidence = (to_canonical(each, trail.order) for each in restorer.result())
+    mask, confidence = (to_canonical(array, trail.order) for array in restorer.result())
     dense = interpolated(logits.astype(np.float64), trail)
     if regions:
         expected = ((dense > 0) * np.arange(1, n_classes + 1)[:, None, None, None]).max(0)
@@ -409,13 +377,12 @@ def test_what_is_left_out_changes_no_label_and_no_confidence_by_more_than_one(
     assert difference[is_label].max(initial=0) <= 1
     assert np.count_nonzero(difference[is_label]) <= 0.25 * is_label.sum() + 1
     is_background = same & (expected == 0)
-    assert (
-        difference[is_background].max(initial=0) <= 255 * 0.1 + 1
-    )  # doubts under a tenth may be left out
+    # Background tiles in which all labels have less than 0.1 may be skipped.
+    assert difference[is_background].max(initial=0) <= 255 * 0.1 + 1
     assert difference[is_background & (probability > 0.101)].max(initial=0) <= 255 * 0.01 + 1
 
 
-def test_of_equal_logits_the_first_class_wins_wherever_voxels_lie():
+def test_the_first_of_classes_with_equal_logits_wins():
     geometry = Geometry((9, 9, 9), oblique((1, 1, 1)))
     trail = Trail(geometry, AxisOrder.of(geometry), BoundingBox.whole((9, 9, 9)), (9, 9, 9))
     logits = np.random.default_rng(0).integers(0, 3, (6, 9, 9, 9)).astype(np.float32)
@@ -424,34 +391,33 @@ def test_of_equal_logits_the_first_class_wins_wherever_voxels_lie():
 
 
 @pytest.mark.parametrize("regions", [False, True])
-def test_half_precision_and_tensors_give_what_arrays_give(regions):
+def test_tensors_in_half_precision_give_the_same_as_arrays(regions):
     geometry = Geometry((20, 17, 12), oblique((1.0, 0.9, 1.1)))
     trail = Trail(geometry, AxisOrder.of(geometry), BoundingBox.whole(geometry.shape), (11, 9, 12))
     logits = logits_of_kind("sharp", 5, trail.shape, np.random.default_rng(0)).astype(np.float16)
     values = [3, 4, 300, 7, 8][: 5 if regions else 4]
     expected = restore_mask(logits.astype(np.float32), trail, values, regions=regions)
     restorer = MaskRestorer(trail, values, axis=2, regions=regions)
-    for half in torch.from_numpy(logits).split(5, dim=3):
-        restorer.add(half)
-    for found, wanted in zip(restorer.result(), expected, strict=True):
-        np.testing.assert_array_equal(found, wanted)
+    for planes in torch.from_numpy(logits).split(5, dim=3):
+        restorer.add(planes)
+    for array, expected_array in zip(restorer.result(), expected, strict=True):
+        np.testing.assert_array_equal(array, expected_array)
 
 
 @pytest.mark.parametrize("border", [3, 4, 5])
-def test_many_classes_that_are_nothing_at_every_voxel_count_between_two_that_are_sure(border):
-    """Where 8 and -8 meet the larger logit is 2, beside which 300 others of -8 are more than one in a hundred."""
+def test_many_improbable_classes_count_between_two_certain_ones(border):
+    """Between 8 and -8 the larger logit is 2, so 300 others of -8 have over 1 % together."""
     shape = (36, 9, 9)
     geometry = Geometry(shape, oblique((1.0, 1.0, 1.0)))
     trail = Trail(geometry, AxisOrder.of(geometry), BoundingBox.whole(shape), (9, 9, 9))
     logits = np.full((303, 9, 9, 9), -8.0, np.float32)
     logits[1, :border], logits[2, border:] = 8, 8
-    mask, confidence = (
-        to_canonical(each, trail.order) for each in restore_mask(logits, trail, list(range(1, 303)))
-    )
+    restored = restore_mask(logits, trail, list(range(1, 303)))
+    mask, confidence = (to_canonical(array, trail.order) for array in restored)
     dense = interpolated(logits.astype(np.float64), trail)
     np.testing.assert_array_equal(mask, dense.argmax(0))
-    won = 1 / np.exp(dense - dense.max(0)).sum(0)
-    expected = 255 * np.where(dense.argmax(0) > 0, won, 1 - won)
+    probability = 1 / np.exp(dense - dense.max(0)).sum(0)
+    expected = 255 * np.where(dense.argmax(0) > 0, probability, 1 - probability)
     np.testing.assert_allclose(confidence, expected, atol=0.76)
 
 
@@ -462,7 +428,7 @@ def test_logits_that_are_not_finite_fail_the_scan_with_a_reason(regions, value):
     trail = Trail(geometry, AxisOrder.of(geometry), BoundingBox.whole(geometry.shape), (6, 6, 6))
     logits = np.zeros((3, 6, 6, 6), np.float32)
     logits[1 if value != -np.inf else slice(None), 2, 3, 4] = value
-    logits -= 8 * regions  # where no region is likely, too
+    logits -= 8 * regions  # so that no region is likely
     restorer = MaskRestorer(trail, [1, 2, 3] if regions else [1, 2], axis=2, regions=regions)
     with pytest.raises(ScanError, match="not finite"):
         restorer.add(logits)

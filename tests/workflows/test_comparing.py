@@ -191,7 +191,7 @@ def test_no_intensity_is_compared_in_a_unit_in_doubt_or_without_a_common_scale(u
         assert (note in row["notes"]) == (unit is None)
         warning = f"W_UNIT: the unit at {time} is in doubt (no --unit given; "
         assert (warning in patient["warnings"]) == (unit is None)
-        assert any(warning in text for text in report.details["warnings"]) == (unit is None)
+        assert any(warning in text for text in report.warnings) == (unit is None)
     assert ("a.u. has no common scale" in row["notes"]) == (unit == "a.u.")
 
 
@@ -449,7 +449,7 @@ def test_scans_without_partner_and_cases_that_failed_are_rows(baseline, tmp_path
     pairs.write_text("patient;baseline;followup\np;stays;stays\nq;;renamed\n")
     report = volseg.compare(baseline, results, **options)
     assert report.exit_code == 4
-    assert report.details["not_listed"]["followup"] == ["grows", "never", "shrinks", "vanishes"]
+    assert report.not_listed["followup"] == ["grows", "never", "shrinks", "vanishes"]
 
 
 def test_a_table_of_pairs_names_patients_and_its_error_every_mistake(baseline, tmp_path):
@@ -458,7 +458,7 @@ def test_a_table_of_pairs_names_patients_and_its_error_every_mistake(baseline, t
     report = volseg.compare(
         baseline, baseline, out=tmp_path / "out", pairs=path, registration=False
     )
-    assert (list(report.done), list(report.details["unpaired"])) == (["ann"], ["bob"])
+    assert (list(report.done), list(report.unpaired)) == (["ann"], ["bob"])
     row = tables(tmp_path / "out")[0]["ann"]
     assert (row["baseline_case"], row["followup_case"]) == ("grows", "stays")
     path.write_text(
@@ -500,7 +500,7 @@ def test_the_scans_of_a_patient_are_matched_one_by_one_and_judged_together(basel
     alone = volseg.compare(
         baseline, later, out=tmp_path / "alone", figures=True, registration=False
     )
-    single = {patient["patient"]: patient for patient in alone.details["patients"]}
+    single = {patient["patient"]: patient for patient in alone.patients}
     assert float(row["baseline_volume_ml"]) == pytest.approx(
         sum(single[name]["baseline_volume_ml"] for name in names)
     )
@@ -589,7 +589,7 @@ def test_a_second_call_does_what_changed_and_no_more(baseline, tmp_path):
     report = volseg.compare(baseline, results, **options)
     assert (len(report.done), len(report.kept)) == (0, len(TIMES))
     assert {name: (out / name).read_bytes() for name in before} == before
-    assert {row["patient"] for row in report.details["patients"]} == set(TIMES)
+    assert {row["patient"] for row in report.patients} == set(TIMES)
     change_record(
         results,
         "stays",
@@ -616,10 +616,8 @@ def test_patients_compared_one_after_another_are_the_tables_of_all_compared_toge
     for name in ("stays", "grows", "never", "shrinks", "new", "vanishes"):
         pairs = named(tmp_path / "pairs.csv", name)
         report = volseg.compare(baseline, baseline, out=parts, registration=False, pairs=pairs)
-        assert [row["patient"] for row in report.details["patients"]] == list(report.done) == [name]
-    assert any(
-        "W_STALE: the tables also hold 5 patients" in text for text in report.details["warnings"]
-    )
+        assert [row["patient"] for row in report.patients] == list(report.done) == [name]
+    assert any("W_STALE: the tables also hold 5 patients" in text for text in report.warnings)
     assert rows(parts / "comparison.csv") == rows(whole / "comparison.csv")  # in the same order
     assert list(tables(parts)[0]) == list(tables(whole)[0])
     assert {row["patient"] for row in on_page(parts / "report.html", "patients")} == set(TIMES)
@@ -648,7 +646,7 @@ def test_a_patient_whose_rows_are_damaged_is_unknown_and_the_others_stay(
         baseline, baseline, out=out, **options, pairs=named(tmp_path / "pairs.csv", "stays")
     )
     assert (list(report.kept), report.exit_code) == (["stays"], 0)
-    assert any("W_RECORD: grows" in warning for warning in report.details["warnings"])
+    assert any("W_RECORD: grows" in warning for warning in report.warnings)
     statuses = {name: row["status"] for name, row in tables(out)[0].items()}
     assert statuses == dict.fromkeys(TIMES, "done") | {"grows": "unknown"}
     assert tables(out)[1] == {name: rows for name, rows in lesions.items() if name != "grows"}
@@ -718,7 +716,7 @@ def test_models_and_grids_that_differ_are_warned_of(baseline, tmp_path):
     )
     change_record(thick, "stays", lambda record: record["case"].update(model="other@12"))
     report = volseg.compare(baseline, thick, out=tmp_path / "out", registration=False)
-    (warning,) = report.details["warnings"]
+    (warning,) = report.warnings
     assert "W_MODEL: the masks are of different origin (none; other@12)" in warning
     assert "W_GRID: voxels of 1.5 × 1.5 × 2 mm and 1.5 × 1.5 × 5 mm" in warning
 

@@ -61,8 +61,8 @@ def test_dice_and_volume_error_are_those_of_the_masks(folders, tmp_path):
     )
     assert table["c"]["dice"] == ""  # both empty: there is nothing to overlap
     assert table["d"]["dice"] == "0"
-    assert report.details["not_predicted"] == ["only_here"]
-    assert report.details["labels"]["1"]["n"] == 3
+    assert report.summary["not_predicted"] == ["only_here"]
+    assert report.summary["labels"]["1"]["n"] == 3
     assert report.exit_code == 0
 
 
@@ -93,7 +93,7 @@ def test_masks_on_different_grids_are_a_failed_row(folders, tmp_path):
         "",
     )
     assert {table[name]["status"] for name in "bcd"} == {"done"}
-    assert report.details["mean_dice"] == pytest.approx(
+    assert report.summary["mean_dice"] == pytest.approx(
         float(table["b"]["dice"]) / 2, abs=1e-5
     )  # b and d, as without it
 
@@ -124,13 +124,13 @@ def test_rows_hold_the_surfaces_and_the_lesions_and_say_what_is_unknown(folders,
     assert [row["status"] for row in rows(tmp_path / "out" / "detections.csv")] == [
         "matched"
     ] * 4 + ["missed"]
-    label = report.details["labels"]["1"]
+    label = report.summary["labels"]["1"]
     assert (label["n_missed"], label["n_false"], label["n_absent"]) == (1, 0, 1)
     assert label["detection"]["sensitivity"]["mean"] == pytest.approx(2 / 3)
     assert label["metrics"]["hd95_mm"]["n"] == 2
     assert (
         json.loads((tmp_path / "out" / "summary.json").read_text(encoding="utf-8"))
-        == report.details
+        == report.summary
     )
     assert (tmp_path / "out" / "agreement.png").read_bytes().startswith(b"\x89PNG")
 
@@ -139,7 +139,7 @@ def test_an_overlap_that_is_asked_for_is_needed(folders, tmp_path):
     truth, guess, *_ = folders
     report = volseg.evaluate(reference=truth, predicted=guess, out=tmp_path / "out", min_iou=0.6)
     assert (
-        report.details["labels"]["1"]["detection"]["n_matched"] == 1
+        report.summary["labels"]["1"]["detection"]["n_matched"] == 1
     )  # half of the ball is no find any more
     with pytest.raises(VolsegError, match="min_iou"):
         volseg.evaluate(reference=truth, predicted=guess, out=tmp_path / "out", min_iou=1.0)
@@ -200,8 +200,8 @@ def centres(geometry):
 def test_patients_names_and_confidence_come_from_the_dataset_and_the_results(study, tmp_path):
     data, results = study
     report = volseg.evaluate(reference=data, predicted=results, out=tmp_path / "out")
-    assert (report.details["n_cases"], report.details["n_patients"]) == (3, 2)
-    label = report.details["labels"]["1"]
+    assert (report.summary["n_cases"], report.summary["n_patients"]) == (3, 2)
+    label = report.summary["labels"]["1"]
     assert label["name"] == "tumour"
     assert {row["patient"] for row in rows(tmp_path / "out" / "evaluation.csv")} == {"p1", "p2"}
     # The first lesion is detected twice (0.9), the second once (0.6) and missed once; the third is
@@ -225,7 +225,7 @@ def test_lesions_have_their_confidence_where_an_organ_is_a_label_too(study, tmp_
         array[:, 12:, :][array[:, 12:, :] == 0] = 2
         write_volume(mask.with_array(array), path)
     report = volseg.evaluate(reference=data, predicted=results, out=tmp_path / "out")
-    assert report.details["labels"]["1"]["froc"]["threshold"] == pytest.approx(
+    assert report.summary["labels"]["1"]["froc"]["threshold"] == pytest.approx(
         [0.9, 0.6, 0.4], abs=1e-6
     )
 
@@ -237,7 +237,7 @@ def test_a_confidence_is_not_given_to_another_lesion_and_an_old_curve_goes(study
     mask = results / "masks" / "p2.nii.gz"
     write(mask, np.ones(shape), Geometry(shape, oblique((1, 1.2, 2))))
     report = volseg.evaluate(reference=data, predicted=results, out=tmp_path / "out")
-    label = report.details["labels"]["1"]
+    label = report.summary["labels"]["1"]
     assert label["froc"] is None
     assert label["no_froc"] == "1 of 4 predicted lesions have no confidence"
     assert not (tmp_path / "out" / "froc.png").exists()
@@ -245,8 +245,8 @@ def test_a_confidence_is_not_given_to_another_lesion_and_an_old_curve_goes(study
 
 def test_cases_without_a_patient_count_as_one_each_and_the_summary_says_so(folders, tmp_path):
     report = volseg.evaluate(reference=folders[0], predicted=folders[1], out=tmp_path / "out")
-    assert report.details["n_patients"] == 4
-    assert report.details["patients"] == "4 of 4 cases name none and count as one each"
+    assert report.summary["n_patients"] == 4
+    assert report.summary["patients"] == "4 of 4 cases name none and count as one each"
 
 
 def test_voxels_that_a_dataset_labels_ignore_are_left_out_of_both_masks(tmp_path):
@@ -267,8 +267,8 @@ def test_voxels_that_a_dataset_labels_ignore_are_left_out_of_both_masks(tmp_path
         json.dumps(stated | {"file_ending": ".nii.gz"}), encoding="utf-8"
     )
     report = volseg.evaluate(reference=dataset, predicted=tmp_path / "guess", out=tmp_path / "out")
-    assert list(report.details["labels"]) == ["1"]
-    kidney = report.details["labels"]["1"]
+    assert list(report.summary["labels"]) == ["1"]
+    kidney = report.summary["labels"]["1"]
     assert (kidney["name"], kidney["mean_dice"]) == ("kidney", 1.0)
     assert kidney["detection"]["n_predicted"] == 1
 
@@ -284,7 +284,7 @@ def test_where_no_pair_can_be_compared_the_tables_are_empty_and_the_reasons_ther
     report = volseg.evaluate(reference=truth, predicted=guess, out=tmp_path / "out")
     assert report.exit_code == 4
     assert set(report.failed) == set("abcd")
-    assert report.details["mean_dice"] is None
+    assert report.summary["mean_dice"] is None
     assert [row["status"] for row in rows(tmp_path / "out" / "evaluation.csv")] == ["failed"] * 4
     assert rows(tmp_path / "out" / "detections.csv") == []
     assert not (tmp_path / "out" / "agreement.png").exists()
@@ -301,7 +301,7 @@ def test_where_every_pair_fails_the_rows_of_the_same_masks_stay(min_iou, study, 
             reference=data, predicted=results, out=out, max_ram="1M", min_iou=min_iou
         )
         assert (report.exit_code, list(report.done)) == (4, [])
-        assert "W_STALE" in report.details["warnings"][-1]
+        assert "W_STALE" in report.warnings[-1]
         assert (out / "detections.csv").read_bytes() == files["detections.csv"]
         assert {path.name for path in out.iterdir() if path.is_file()} == files.keys()
         stale = rows(out / "evaluation.csv")
@@ -311,8 +311,8 @@ def test_where_every_pair_fails_the_rows_of_the_same_masks_stay(min_iou, study, 
             row | {"notes": ""} for row in rows(out / "expected.csv")
         ]
         (out / "expected.csv").unlink()
-        assert report.details["mean_dice"] == pytest.approx(before.details["mean_dice"], abs=1e-6)
-        assert report.details["min_iou"] == 0.0
+        assert report.summary["mean_dice"] == pytest.approx(before.summary["mean_dice"], abs=1e-6)
+        assert report.summary["min_iou"] == 0.0
     volseg.evaluate(reference=data, predicted=results, out=out)
     assert (out / "evaluation.csv").read_bytes() == files["evaluation.csv"]
 

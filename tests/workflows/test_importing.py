@@ -14,9 +14,9 @@ def test_an_imported_model_is_a_model_that_says_where_it_comes_from(tmp_path):
     report = volseg.import_nnunet(folder, out=tmp_path / "model")
     assert report.exit_code == 0
     bundle = load_bundle(tmp_path / "model")
-    assert report.details["sha256"] == bundle.sha256
+    assert report.sha256 == bundle.sha256
     assert check(tmp_path / "model") == []
-    facts = report.details["model"]
+    facts = report.model
     assert facts["channels"] == "CT (window)"
     assert facts["networks per patch"] == "16: 2 folds × 8 with test-time augmentation"
     assert facts["nnU-Net trainer"] == "nnUNetTrainer"

@@ -313,7 +313,7 @@ def test_pages_that_complete_cases_lack_keep_to_the_memory_budget(model, dataset
     report = volseg.infer(scan, model=model, out=out, max_ram="1M")
     assert list(report.kept) == ["scan_0"]
     assert not (out / "viewer").exists()
-    warnings = report.details["warnings"]
+    warnings = report.warnings
     (warning,) = [text for text in warnings if text.startswith("W_PAGE: scan_0 has no page")]
     assert "give --max-ram" in warning
     volseg.infer(scan, model=model, out=out)

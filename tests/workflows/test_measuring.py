@@ -11,7 +11,7 @@ import volseg
 from volseg.errors import VolsegError
 from volseg.io.nifti import read_volume, write_volume
 from volseg.volume import Geometry, Volume
-from volseg.workflows import read_label_names
+from volseg.workflows.measuring import read_label_names
 
 
 def rows(path):
@@ -206,12 +206,10 @@ def test_two_folders_are_paired_by_name(pair, tmp_path):
             (folder / f"{name}.nii.gz").write_bytes(file.read_bytes())
     report = volseg.measure(image=scans, mask=masks, out=tmp_path / "out", intensity_unit="HU")
     assert sorted(report.done) == ["a", "b"]
-    assert report.details["warnings"] == []
+    assert report.warnings == []
     (masks / "c.nii.gz").write_bytes(mask.read_bytes())
     report = volseg.measure(image=scans, mask=masks, out=tmp_path / "out", intensity_unit="HU")
-    assert report.details["warnings"] == [
-        "W_MASK: 1 of 3 masks have no scan and were skipped, such as 'c'"
-    ]
+    assert report.warnings == ["W_MASK: 1 of 3 masks have no scan and were skipped, such as 'c'"]
     (masks / "b.nii.gz").unlink()
     with pytest.raises(VolsegError, match="no mask for 1 of 2 scans, first 'b'"):
         volseg.measure(image=scans, mask=masks, out=tmp_path / "other")

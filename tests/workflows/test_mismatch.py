@@ -63,7 +63,7 @@ def test_from_a_guessed_or_contradicted_unit_there_is_no_density_mass_or_calcium
     assert [bool(lesion[name]) for name in WITHHELD[:4]] == [is_proved] * 4
     assert bool(row["agatston_score"]) == is_proved
     assert float(lesion["volume_ml"]) > 0 and lesion["intensity_mean"]  # what needs no unit stays
-    warnings = [text for text in report.details["warnings"] if text.startswith("W_UNIT: scan: ")]
+    warnings = [text for text in report.warnings if text.startswith("W_UNIT: scan: ")]
     assert len(warnings) == (not is_proved)
     if not is_proved:
         assert "density, mass, calcium: " in lesion["notes"]
@@ -263,9 +263,7 @@ def test_an_unusual_grid_is_a_warning_on_row_page_and_terminal(dataset, model, t
         and "W_FOV: field of view along R, A, S 144 x 52 x 52.8 mm, in training 48"
         in row["warnings"]
     )
-    assert [warning.partition(": field")[0] for warning in report.details["warnings"]] == [
-        "W_FOV: wide"
-    ]
+    assert [warning.partition(": field")[0] for warning in report.warnings] == ["W_FOV: wide"]
     assert all(row["density_g_cm3"] for row in rows(tmp_path / "out" / "lesions.csv"))
     assert "does not resemble the training scans: W_FOV." in (
         tmp_path / "out" / "viewer" / "wide.html"
@@ -282,7 +280,7 @@ def test_of_many_scans_with_one_warning_the_first_are_named(dataset, model, tmp_
     report = volseg.infer(
         tmp_path / "scans", model=model, out=tmp_path / "out", device="cpu", accept_mismatch=True
     )
-    warnings = [text for text in report.details["warnings"] if text.startswith("W_MODALITY: ")]
+    warnings = [text for text in report.warnings if text.startswith("W_MODALITY: ")]
     assert len(warnings) == 6
     assert warnings[-1] == "W_MODALITY: 2 more scans; cases.csv names them"
 
@@ -359,7 +357,7 @@ def test_training_scans_that_contradict_the_recipes_unit_are_named(dataset, tmp_
         path = tmp_path / "d" / "images" / f"scan_{n}.nii.gz"
         scan = read_volume(path)
         write_volume(scan.with_array(np.asfortranarray(scan.array + 1024)), path)
-        (warning,) = volseg.plan(tmp_path / "d", recipe=tiny_recipe).details["warnings"]
+        (warning,) = volseg.plan(tmp_path / "d", recipe=tiny_recipe).warnings
         assert warning.startswith(
             f"W_UNIT: {n + 1} of 4 training scans contradict the unit of the recipe"
         )

@@ -73,7 +73,7 @@ def test_the_row_the_pages_and_the_terminal_warn_of_noise(measured):
     assert warning in case["warnings"]
     assert warning in (out / "report.html").read_text(encoding="utf-8")
     assert warning in (out / "viewer" / "scan.html").read_text(encoding="utf-8")
-    (text,) = (text for text in report.details["warnings"] if "W_SPECKS" in text)
+    (text,) = (text for text in report.warnings if "W_SPECKS" in text)
     assert text.startswith(warning.replace("W_SPECKS: ", "W_SPECKS: scan: "))
 
 
@@ -87,7 +87,7 @@ def test_a_second_call_keeps_all_rows(measured):
 def test_an_ordinary_mask_has_no_such_warning(tmp_path):
     scan, mask, _ = write_noise(tmp_path, (30, 30, 20), 0.02, 1)
     report = volseg.measure(image=scan, mask=mask, out=tmp_path / "out")
-    assert not any("W_SPECKS" in text for text in report.details["warnings"])
+    assert not any("W_SPECKS" in text for text in report.warnings)
     assert "W_SPECKS" not in rows_of(tmp_path / "out" / "cases.csv")[0]["warnings"]
 
 

@@ -83,7 +83,7 @@ def test_the_recipe_follows_from_the_masks_the_description_and_the_intensities(t
 def test_a_plan_gives_a_reason_for_each_line_and_comes_back_from_its_file(tmp_path):
     folder = plain_folder(tmp_path / "d")
     report = volseg.plan(folder, memory="2G", out=tmp_path / "new" / "plan.json")
-    lines = {line["setting"]: line for line in report.details["plan"]["lines"]}
+    lines = {line["setting"]: line for line in report.plan["lines"]}
     assert {
         "spacing",
         "intensities of image",
@@ -95,7 +95,7 @@ def test_a_plan_gives_a_reason_for_each_line_and_comes_back_from_its_file(tmp_pa
     } <= lines.keys()
     assert all(line["value"] and line["reason"] for line in lines.values())
     plan = read_plan(tmp_path / "new" / "plan.json")
-    assert plan.model_dump(mode="json") == report.details["plan"]
+    assert plan.model_dump(mode="json") == report.plan
     assert plan.spacing_mm == (1.5, 1.5, 2.0)
     content = json.loads((tmp_path / "new" / "plan.json").read_text()) | {
         "patch_shape": [16, 16],
@@ -107,7 +107,7 @@ def test_a_plan_gives_a_reason_for_each_line_and_comes_back_from_its_file(tmp_pa
 
 
 def test_what_the_recipe_states_overrules_the_plan(dataset, tiny_recipe):
-    plan = volseg.plan(dataset, recipe=tiny_recipe).details["plan"]
+    plan = volseg.plan(dataset, recipe=tiny_recipe).plan
     assert plan["patch_shape"] == [16, 16, 16]
     assert plan["network"] is None
     lines = plan["lines"]
@@ -185,7 +185,7 @@ def test_a_preview_shows_patches_and_trains_nothing(dataset, tiny_recipe, tmp_pa
         dataset, recipe=tiny_recipe, out=tmp_path / "m", preview=True, device="cpu"
     )
     assert (tmp_path / "m" / "preview.png").read_bytes()[:4] == b"\x89PNG"
-    assert report.details["preview"].endswith("preview.png")
+    assert report.preview.endswith("preview.png")
     assert not (tmp_path / "m" / "model.json").exists()
 
 
@@ -227,7 +227,7 @@ def test_empty_masks_and_absent_labels_give_warnings(tmp_path):
         write_volume(mask.with_array(np.zeros(mask.array.shape, np.uint16, order="F")), path)
     labels = recipe.data.model_copy(update={"labels": dict(recipe.data.labels) | {"cyst": 12}})
     report = volseg.plan(folder, recipe=recipe.model_copy(update={"data": labels}), memory="1G")
-    empty, absent = report.details["warnings"]
+    empty, absent = report.warnings
     assert "training masks hold no labelled voxel" in empty
     assert "no training mask holds cyst" in absent
 

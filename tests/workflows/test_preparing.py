@@ -32,7 +32,7 @@ def test_a_dataset_becomes_memory_mapped_arrays_and_the_test_split_is_left_alone
     assert case.image[0][case.mask == 1].mean() > case.image[0][case.mask == 0].mean() + 1
     assert (case.mask[tuple(case.foreground[1].T)] == 1).all()
     assert (case.record["split"], case.record["class"]) == ("train", "high")
-    fingerprint = report.details["fingerprint"]
+    fingerprint = report.fingerprint
     assert fingerprint["n_cases"] == 4
     assert fingerprint["median_spacing_mm"] == pytest.approx([1.6, 2.0, 2.4], abs=0.4)
     assert fingerprint["foreground"]["ct"]["mean"] == pytest.approx(150, abs=2)
@@ -92,7 +92,7 @@ def test_a_second_call_that_can_prepare_nothing_leaves_the_folder_as_it_was(
     monkeypatch.setattr(preparing, "prepare_case", failing)
     report = volseg.preprocess(folder, recipe=tiny_recipe, out=tmp_path / "p", seed=1)
     assert report.exit_code == 4
-    assert "W_STALE" in report.details["warnings"][-1]
+    assert "W_STALE" in report.warnings[-1]
     assert {name: (tmp_path / "p" / name).read_bytes() for name in tables} == tables
     assert len(load_prepared(tmp_path / "p", None)[3]) == 6
 

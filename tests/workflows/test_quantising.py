@@ -10,7 +10,8 @@ import pytest
 import volseg
 from volseg.bundle import load_bundle, save_bundle, segmentation_name
 from volseg.errors import VolsegError
-from volseg.workflows import quantise
+from volseg.options import PreprocessOptions
+from volseg.workflows import preparing, quantise
 
 pytestmark = pytest.mark.skipif(not find_spec("nncf"), reason="nncf is not installed")
 
@@ -27,7 +28,7 @@ def test_int8_costs_what_is_stored_beside_it_and_the_model_stays_the_same(quanti
     folder, report = quantised
     assert load_bundle(folder).sha256 == load_bundle(model).sha256
     stored = json.loads((folder / "openvino" / "segmentation.int8.json").read_text())
-    assert stored["validation"] == report.details["validation"]
+    assert stored["validation"] == report.validation
     assert stored["calibration"] == {"cases": 3, "patches": 6, "seed": 0}
     scores = stored["validation"]["dice"]["lesion"]
     metrics = load_bundle(folder).metrics
@@ -40,10 +41,10 @@ def test_infer_takes_int8_only_when_asked_and_says_so(quantised, dataset, tmp_pa
     folder, _ = quantised
     scan, results = dataset / "images" / "scan_6.nii.gz", tmp_path / "results"
     report = volseg.infer(scan, model=folder, out=results, device="cpu")
-    assert report.details["computed_with"] == {"backend": "openvino", "precision": "fp32"}
+    assert report.computed_with == {"backend": "openvino", "precision": "fp32"}
     report = volseg.infer(scan, model=folder, out=results, device="cpu", precision="int8")
     assert report.done == ["scan_6"]  # made with another option, so made again
-    assert report.details["computed_with"]["precision"] == "int8"
+    assert report.computed_with["precision"] == "int8"
     assert json.loads((results / "run.json").read_text())["options"]["precision"] == "int8"
     assert volseg.infer(scan, model=folder, out=results, device="cpu", precision="int8").kept == [
         "scan_6"
@@ -59,7 +60,7 @@ def test_every_network_of_an_ensemble_is_quantised(model, dataset, tmp_path):
     folder = tmp_path / "ensemble"
     save_bundle(replace(one, weights=dict(one.weights) | {segmentation_name(1): changed}), folder)
     report = quantise(folder, dataset, cases=2)
-    scores = report.details["validation"]["dice"]["lesion"]
+    scores = report.validation["dice"]["lesion"]
     assert scores["int8"] == pytest.approx(scores["fp32"], abs=0.05)
     report = volseg.infer(
         dataset / "images" / "scan_6.nii.gz",
@@ -68,7 +69,7 @@ def test_every_network_of_an_ensemble_is_quantised(model, dataset, tmp_path):
         device="cpu",
         precision="int8",
     )
-    computed = report.details["computed_with"]
+    computed = report.computed_with
     assert (computed["precision"], computed["networks"]) == ("int8", "2")
     assert len(computed["network_sha256"].split(",")) == 2
 
@@ -114,7 +115,7 @@ def test_openvino_segments_what_torch_segments(model, dataset, tmp_path):
         report = volseg.infer(
             dataset / "images", model=model, out=tmp_path / backend, device="cpu", backend=backend
         )
-        assert report.details["computed_with"]["backend"] == backend
+        assert report.computed_with["backend"] == backend
         masks.append(
             [read_mask(path).array for path in sorted((tmp_path / backend / "masks").iterdir())]
         )
@@ -140,7 +141,8 @@ def test_the_models_own_plan_prepares_the_cases(model, dataset, tiny_recipe, tmp
         update={"preprocess": tiny_recipe.preprocess.model_copy(update={"spacing_mm": "auto"})}
     )
     volseg.preprocess(dataset, recipe=left, out=tmp_path / "new")
-    volseg.preprocess(dataset, recipe=left, out=tmp_path / "given", plan=plan)
+    options = PreprocessOptions(dataset, recipe=left, out=tmp_path / "given")
+    preparing.prepare_dataset(options, plan)
     new, given = (
         np.load(tmp_path / name / "cases" / "scan_0" / "mask.npy").shape
         for name in ("new", "given")

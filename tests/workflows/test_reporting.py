@@ -144,7 +144,7 @@ def test_pages_of_complete_cases_keep_to_the_memory_budget(cases, tmp_path):
     report = volseg.measure(cases=cases, out=out, intensity_unit="HU", max_ram="1M")
     assert list(report.kept) == ["a", "c"]
     assert pages(out) == []
-    warnings = [text for text in report.details["warnings"] if text.startswith("W_PAGE")]
+    warnings = [text for text in report.warnings if text.startswith("W_PAGE")]
     assert [text.split(" ")[1] for text in warnings] == ["a", "c", "report.html"]
     assert all("the budget is 0.00 GB" in text and "--no-report" in text for text in warnings)
     page = (out / "report.html").read_text(encoding="utf-8")
@@ -154,7 +154,7 @@ def test_pages_of_complete_cases_keep_to_the_memory_budget(cases, tmp_path):
     report = volseg.measure(
         cases=cases, out=out, intensity_unit="HU", max_ram=enough, announce=texts.append
     )
-    assert not any(text.startswith("W_PAGE") for text in report.details["warnings"])
+    assert not any(text.startswith("W_PAGE") for text in report.warnings)
     assert len(pages(out)) == 4 and "lists no lesions" not in (out / "report.html").read_text(
         encoding="utf-8"
     )
@@ -211,7 +211,7 @@ def test_outlines_that_were_edited_are_not_shown_beside_older_numbers(cases, tmp
     shutil.copy(out / "lesion_ids" / "c.nii.gz", out / "lesion_ids" / "a.nii.gz")
     report = volseg.report(out)
     assert (list(report.done), list(report.kept)) == (["c"], ["a"])
-    assert "was changed since the case was measured" in report.details["warnings"][0]
+    assert "was changed since the case was measured" in report.warnings[0]
 
 
 def test_results_and_comparisons_do_not_overwrite_each_other(cases, tmp_path):
@@ -280,9 +280,7 @@ def test_if_a_scan_is_gone_or_changed_the_earlier_page_stays_and_the_report_says
     assert f"The page of a could not be rebuilt: {problem}" in page
     problem = "its scan c.nii.gz has changed since, so it has no page."
     assert f"The page of c could not be rebuilt: {problem}" in page
-    assert list(report.details["warnings"]) == [
-        line for line in report.details["warnings"] if line in page
-    ]
+    assert list(report.warnings) == [line for line in report.warnings if line in page]
 
 
 def test_only_a_results_folder_has_a_report(tmp_path):

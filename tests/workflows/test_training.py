@@ -118,15 +118,15 @@ def test_ctrl_c_ends_with_a_usable_model_and_resume_goes_on(dataset, model, tiny
     report = volseg.train(
         dataset, recipe=tiny_recipe, out=out, device="cpu", progress=press_in_epoch_2
     )
-    assert report.details["interrupted"]
-    assert report.details["metrics"]["stopped"] == "interrupted"
+    assert report.interrupted
+    assert report.metrics["stopped"] == "interrupted"
     assert load_bundle(out).segmentation_network() is not None
     with pytest.raises(
         VolsegError, match="holds an interrupted training run; to fix: add --resume"
     ):
         volseg.train(dataset, recipe=tiny_recipe, out=out, device="cpu")
     report = volseg.train(dataset, recipe=tiny_recipe, out=out, device="cpu", resume=True)
-    assert not report.details["interrupted"]
+    assert not report.interrupted
     assert "stopped" not in load_bundle(out).metrics
     for name, tensor in weights(model).items():
         assert torch.equal(weights(out)[name], tensor)
@@ -149,7 +149,7 @@ def test_ctrl_c_before_the_first_validation_leaves_a_usable_model_too(
         time_budget_seconds=3600,
         progress=press,
     )
-    assert report.details["interrupted"]
+    assert report.interrupted
     assert history(tmp_path / "m")[0]["validation_dice"] == ""
     assert load_bundle(tmp_path / "m").segmentation_network() is not None
 
@@ -252,7 +252,7 @@ def test_voxels_that_are_ignored_may_hold_anything(dataset, tiny_recipe, tmp_pat
         update={"data": tiny_recipe.data.model_copy(update={"ignore": 9})}
     )
     report = volseg.train(tmp_path / "data", recipe=ignoring, out=tmp_path / "m", device="cpu")
-    assert report.details["metrics"]["validation_dice_lesion"] > 0.6
+    assert report.metrics["validation_dice_lesion"] > 0.6
 
 
 def test_a_finished_model_is_not_overwritten(dataset, model, tiny_recipe):
@@ -347,8 +347,8 @@ def test_data_that_go_bad_midway_leave_the_best_weights_before(dataset, tiny_rec
                 np.load(path, mmap_mode="r+")[:] = np.nan
 
     report = volseg.train(tmp_path / "p", out=tmp_path / "m", device="cpu", progress=spoil)
-    assert "the loss became nan" in report.details["metrics"]["stopped"]
-    assert report.details["metrics"]["best_epoch"] <= 2
+    assert "the loss became nan" in report.metrics["stopped"]
+    assert report.metrics["best_epoch"] <= 2
     assert len(history(tmp_path / "m")) == 2
     assert all(torch.isfinite(tensor).all() for tensor in weights(tmp_path / "m").values())
 
@@ -412,7 +412,7 @@ def test_torchrun_starts_the_ranks_and_one_of_them_speaks(dataset, tiny_recipe, 
         "recipe = parse_recipe(json.load(open(sys.argv[1])), where='r')\n"
         "options = {'epochs': 1, 'device': 'cpu', 'precision': 'fp32'}\n"
         "report = volseg.train(sys.argv[2], recipe=recipe, out=sys.argv[3], **options)\n"
-        "sys.stdout.write(str(dict(report.details).get('rank', 'leads')) + chr(10))\n"
+        "sys.stdout.write(str(report.rank or 'leads') + chr(10))\n"
     )
     command = [
         sys.executable,
@@ -458,7 +458,7 @@ def test_a_channel_that_some_cases_lack_is_zero_there(dataset, tiny_recipe, tmp_
     assert not np.load(tmp_path / "p" / "cases" / "scan_1" / "image.npy")[1].any()
     assert np.load(tmp_path / "p" / "cases" / "scan_0" / "image.npy")[1].any()
     report = volseg.train(tmp_path / "p", out=tmp_path / "m", device="cpu")
-    assert report.details["metrics"]["validation_dice_lesion"] > 0.6
+    assert report.metrics["validation_dice_lesion"] > 0.6
     report = volseg.infer(
         tmp_path / "cases.csv", model=tmp_path / "m", out=tmp_path / "r", device="cpu"
     )
@@ -473,12 +473,12 @@ def test_a_run_is_resumed_with_the_folds_that_it_was_begun_with(dataset, tiny_re
     out = tmp_path / "m"
     options = {"recipe": tiny_recipe, "out": out, "epochs": 1, "device": "cpu"}
     report = volseg.train(dataset, folds=3, progress=press_in_fold_2, **options)
-    assert report.details["interrupted"]
+    assert report.interrupted
     assert len(load_bundle(out).members) == 1  # a half-trained network has no vote
     with pytest.raises(VolsegError, match="holds a run with another number of folds"):
         volseg.train(dataset, resume=True, **options)
     report = volseg.train(dataset, folds=3, resume=True, **options)
-    assert not report.details["interrupted"]
+    assert not report.interrupted
     assert len(load_bundle(out).members) == 3
     with pytest.raises(VolsegError, match="give --folds 6 or fewer"):
         volseg.train(dataset, recipe=tiny_recipe, folds=7, out=tmp_path / "n", device="cpu")
@@ -494,7 +494,7 @@ def test_ctrl_c_in_the_last_validation_keeps_what_was_trained(
 
     monkeypatch.setattr(watch, "validate", pressed)
     report = volseg.train(dataset, recipe=tiny_recipe, out=tmp_path / "m", epochs=1, device="cpu")
-    assert report.details["interrupted"]
+    assert report.interrupted
     assert load_bundle(tmp_path / "m").segmentation_network() is not None
 
 

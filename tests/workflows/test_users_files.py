@@ -15,6 +15,7 @@ import volseg
 from volseg.errors import EnvironmentProblem, VolsegError
 from volseg.io.nifti import read_mask, read_volume, write_volume
 from volseg.workflows import batch, comparing, evaluating, measuring, preparing
+from volseg.workflows.planning import read_plan
 
 
 def rows(path):
@@ -95,7 +96,7 @@ def test_a_mask_corrected_by_hand_is_kept_and_measured(model, data, tmp_path):
     again = volseg.infer(data / "images", model=model, out=out, figures=True, overlap=0.1)
     assert mask.read_bytes() == corrected
     assert "scan_6" in again.kept
-    assert any("W_EDITED: scan_6" in warning for warning in again.details["warnings"])
+    assert any("W_EDITED: scan_6" in warning for warning in again.warnings)
     case = {row["case_id"]: row for row in rows(out / "cases.csv")}["scan_6"]
     assert "W_EDITED" in case["warnings"]
 
@@ -273,7 +274,7 @@ def test_a_plan_is_overwritten_only_if_it_is_as_volseg_wrote_it(data, tiny_recip
     written = out.read_bytes()
     volseg.plan(data, recipe=tiny_recipe, out=out)
     assert out.read_bytes() == written
-    volseg.workflows.read_plan(out)  # ignores the seal
+    read_plan(out)  # ignores the seal
     plan = json.loads(written)
     plan["batch_size"] = 7
     for content in (json.dumps(plan), "my notes", ""):
@@ -321,7 +322,7 @@ def test_a_damaged_record_gives_a_warning_and_its_case_is_done_again(data, tmp_p
     record.write_bytes(record.read_bytes()[:100])
     (data / "images" / "scan_6.nii.gz").rename(tmp_path / "scan_6.nii.gz")
     report = measure(data, out)
-    assert any("W_RECORD: scan_6" in warning for warning in report.details["warnings"])
+    assert any("W_RECORD: scan_6" in warning for warning in report.warnings)
     assert [row["status"] for row in rows(out / "cases.csv")] == ["unknown", "done"]
     (tmp_path / "scan_6.nii.gz").rename(data / "images" / "scan_6.nii.gz")
     assert list(measure(data, out).done) == ["scan_6"]
@@ -521,7 +522,7 @@ def test_an_untrusted_record_writes_nothing_elsewhere_and_is_a_row_unknown(
     volseg.report(out)
     (data / "images" / "scan_6.nii.gz").rename(data / "scan_6.nii.gz")
     report = measure(data, out, pages=True)
-    assert any("W_RECORD: scan_6" in warning for warning in report.details["warnings"])
+    assert any("W_RECORD: scan_6" in warning for warning in report.warnings)
     assert {row["case_id"]: row["status"] for row in rows(out / "cases.csv")} == {
         "scan_6": "unknown",
         "scan_7": "done",
@@ -571,11 +572,11 @@ def test_untrusted_rows_of_another_case_leave_theirs_unknown_and_the_others_whol
     path.write_text(json.dumps(record))
     shutil.copytree(out, tmp_path / "copy")
     report = volseg.report(tmp_path / "copy")
-    assert any("W_RECORD: scan_6" in warning for warning in report.details["warnings"])
+    assert any("W_RECORD: scan_6" in warning for warning in report.warnings)
     assert list(report.done) == ["scan_7"]
     report = measure(data, out, pages=True)
     assert (report.exit_code, list(report.kept), list(report.failed)) == (3, ["scan_7"], ["scan_6"])
-    assert any("W_RECORD: scan_6" in warning for warning in report.details["warnings"])
+    assert any("W_RECORD: scan_6" in warning for warning in report.warnings)
     assert {row["case_id"]: row["status"] for row in rows(out / "cases.csv")} == {
         "scan_6": "unknown",
         "scan_7": "done",
@@ -616,7 +617,7 @@ def test_pages_mark_a_corrected_mask_that_was_not_measured_yet(model, data, tmp_
     out = tmp_path / "out"
     infer_and_erode(model, data, out)
     report = volseg.report(out)
-    warnings = report.details["warnings"]
+    warnings = report.warnings
     assert any(warning.startswith("W_EDITED: scan_6: ") for warning in warnings)
     for page in ("report.html", "viewer/scan_6.html"):
         assert "W_EDITED: " in (out / page).read_text("utf-8"), page

@@ -65,7 +65,7 @@ def _(report: reports.PlanReport) -> None:
     for line in report.plan["lines"]:
         table.add_row(*(one_line(line[name]) for name in ("setting", "value", "reason")))
     print_table(table)
-    if report.is_written:
+    if report.out.suffix == ".json":
         typer.echo(f"plan → {report.out}")
 
 

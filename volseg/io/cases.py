@@ -1,6 +1,6 @@
-"""Which files belong to which case: CSV files, folders, and the layouts of nnU-Net and the Medical Decathlon.
+"""Find the cases of a data set: CSV files, folders, nnU-Net and Medical Decathlon layouts.
 
-Only paths are handled here; no scan is opened. All mistakes of a data set are reported at once.
+This module handles paths only and opens no scan. It reports all mistakes of a data set at once.
 """
 
 from __future__ import annotations
@@ -30,10 +30,11 @@ from volseg.inputs import (
 from volseg.io.csv_text import csv_rows
 from volseg.io.nifti import SUFFIXES, stem_of
 
-ONE_CHANNEL = "image"  # the channel of data sets that have one and do not name it
-IGNORE = "ignore"  # nnU-Net's label of voxels that are neither trained on nor judged
-MAX_LISTED = 10  # mistakes written out in one message
-# Safe as the name of a file and of a folder everywhere: Windows keeps some names for devices, whatever their ending, and drops a last dot.
+ONE_CHANNEL = "image"  # name of an unnamed single channel
+IGNORE = "ignore"  # nnU-Net's label of voxels excluded from training and evaluation
+MAX_LISTED = 10  # mistakes listed in one message
+# Valid file and folder names on every system: Windows reserves device names, whatever the suffix,
+# and drops a trailing dot.
 _DEVICES = r"(?i:con|prn|aux|nul|conin|conout|com[0-9]|lpt[0-9])"
 ID_PATTERN = rf"(?!{_DEVICES}(?:\.|\Z))[A-Za-z0-9](?:[A-Za-z0-9._-]{{0,126}}[A-Za-z0-9_-])?"
 
@@ -45,12 +46,12 @@ class Case:
     """The files of one scan.
 
     Args:
-        id: names the outputs; matches `ID_PATTERN`.
+        id: name of the outputs; matches `ID_PATTERN`.
         images: channel → file.
-        reference: the true mask, if there is one.
-        split: such as train, val or test; None where the data set does not say.
-        patient: no patient is in two splits; None where unknown.
-        classes: the further columns of the CSV, such as `malignancy`; empty cells are left out.
+        reference: the reference mask, or None.
+        split: such as train, val or test; None if the data set does not state one.
+        patient: no patient is in two splits; None if unknown.
+        classes: the other columns of the CSV, such as `malignancy`, without empty cells.
     """
 
     id: str
@@ -62,40 +63,41 @@ class Case:
 
     def __post_init__(self) -> None:
         if not re.fullmatch(ID_PATTERN, self.id):
-            raise ValueError(f"{self.id!r} is not a safe case id")
+            raise ValueError(f"{self.id!r} is not a valid case id")
 
 
 def find_cases(
     dataset: Path, channels: Sequence[str] | None = (ONE_CHANNEL,), *, may_miss: bool = False
 ) -> list[Case]:
-    """The cases of a data set, in the order in which it lists them.
+    """Return the cases of a data set in its own order.
 
     Args:
-        dataset: a CSV file; or a folder with `cases.csv`, with `images/` and maybe `labels/` holding equal file
-            names, with an nnU-Net raw or Decathlon `dataset.json`, or simply with scans in it.
-        channels: what the recipe wants; `image` means “the only one there is”, None all that there are.
-        may_miss: a case may lack channels but the first; it is then without them.
+        dataset: a CSV file; or a folder with `cases.csv`, with `images/` and optionally `labels/`
+            of equal file names, with an nnU-Net raw or Decathlon `dataset.json`, or with scans.
+        channels: channels of the recipe; `image` stands for a single channel of any name, None for
+            all channels.
+        may_miss: a case may lack any channel but the first; `images` then omits it.
 
     Raises:
-        VolsegError: the layout is not known, a channel or file is missing, an id is unsafe or used twice, a patient
-            is in two splits. One error names all mistakes.
+        VolsegError: unknown layout, missing channel or file, invalid or repeated id, or a patient
+            in two splits. One error lists all mistakes.
     """
     mistakes: list[str] = []
-    rows = _rows_of(Path(dataset), _Wanted(channels, may_miss), mistakes)
+    rows = _rows_of(Path(dataset), _Requested(channels, may_miss), mistakes)
     return _checked(rows, mistakes, str(dataset))
 
 
 def survey_cases(
     dataset: Path, channels: Sequence[str] | None = None, *, may_miss: bool = False
 ) -> tuple[list[Case], list[str]]:
-    """The cases whose files are all there, and every mistake of the dataset: for a check, which stops at none of them."""
+    """Return the cases whose files all exist, and every mistake of the data set."""
     mistakes: list[str] = []
-    rows = _rows_of(dataset, _Wanted(channels, may_miss), mistakes)
+    rows = _rows_of(dataset, _Requested(channels, may_miss), mistakes)
     if not rows and not mistakes:
         mistakes.append(f"no scans found; they end in {', '.join(SUFFIXES)}")
     mistakes += _mistakes(rows)
-    sound = [row for row in rows if not _id_mistakes([row]) and not _file_mistakes([row])]
-    return [_case(row) for row in sound], mistakes
+    valid = [row for row in rows if not _id_mistakes([row]) and not _file_mistakes([row])]
+    return [_case(row) for row in valid], mistakes
 
 
 def find_scans(
@@ -104,43 +106,44 @@ def find_scans(
     *,
     may_miss: bool = False,
 ) -> list[Case]:
-    """The cases to segment: scans, folders of scans (hidden files and `._*` are skipped), CSV files and data sets.
+    """Return the cases to segment, from scans, folders of scans, CSV files and data sets.
+
+    Hidden files, among them the `._*` of macOS, are skipped.
 
     Raises:
-        VolsegError: as `find_cases`; also when a plain scan is given but several channels are wanted.
+        VolsegError: as `find_cases`; also for a single scan where several channels are required.
     """
     mistakes: list[str] = []
     rows: list[_Row] = []
     for path in map(Path, inputs):
         if os.path.isdir(path) or path.suffix.lower() == ".csv":
-            rows += _rows_of(path, _Wanted(channels, may_miss), mistakes)
+            rows += _rows_of(path, _Requested(channels, may_miss), mistakes)
         else:
-            channel = _picked({ONE_CHANNEL: path}, _Wanted(channels), str(path))
+            channel = _picked({ONE_CHANNEL: path}, _Requested(channels), str(path))
             rows.append(_Row(where=str(path), id=_safe_id(stem_of(path)), images=channel))
     return _checked(rows, mistakes, ", ".join(map(str, inputs)))
 
 
 def stated_labels(dataset: Path) -> dict[str, int]:
-    """Name → value of the labels that a `dataset.json` states, without the background; {} where there is none.
+    """Return name → value of the labels in `dataset.json`, without background; {} if none.
 
-    Regions, which are lists of values, are left out; nnU-Net's name for voxels of which nobody knows what they are is `ignore`.
+    Regions, which are lists of values, are left out. nnU-Net labels unannotated voxels `ignore`.
     """
     return {name: value for name, value in _named_values(_stated(dataset, "labels")) if value}
 
 
 def _named_values(labels: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
-    """(name, value) of each label that is not a region."""
-    for one, other in labels.items():
-        name, value = (
-            (other, one) if str(one).isdecimal() else (one, other)
-        )  # the Decathlon has the value first
+    """Yield (name, value) of each label that is not a region."""
+    for key, entry in labels.items():
+        # The Decathlon maps values to names.
+        name, value = (entry, key) if str(key).isdecimal() else (key, entry)
         number = label_value(str(value))
         if number is not None:
             yield str(name), number
 
 
 def stated_regions(dataset: Path) -> tuple[dict[str, tuple[int, ...]], tuple[int, ...]]:
-    """Name → mask values of the overlapping regions that an nnU-Net `dataset.json` states, and the value that each writes."""
+    """Return nnU-Net's overlapping regions: name → mask values, and the value written for each."""
     description = _description(dataset)
     order = description.get("regions_class_order")
     if not isinstance(order, list):
@@ -156,26 +159,23 @@ def stated_regions(dataset: Path) -> tuple[dict[str, tuple[int, ...]], tuple[int
 
 
 def _description_mistakes(description: Mapping[str, Any]) -> Iterator[str]:
-    """What is wrong with the labels, regions and channels that a dataset.json states."""
+    """Yield the mistakes in the labels, regions and channels of a `dataset.json`."""
     for key in ("labels", "channel_names", "modality"):
-        stated = description.get(key, {})
-        if not isinstance(stated, dict):
-            yield f"dataset.json: {key!r} is {shortened(json.dumps(stated))}, not an object of names"
+        entries = description.get(key, {})
+        if not isinstance(entries, dict):
+            text = shortened(json.dumps(entries))
+            yield f"dataset.json: {key!r} is {text}, not an object of names"
             continue
-        for name, value in stated.items():
-            is_region = key == "labels" and isinstance(value, list) and bool(value)
-            values = (
-                value
-                if is_region
-                else [name if key == "labels" and str(name).isdecimal() else value]
-            )
-            is_right = (
-                all(map(_is_label_value, values)) if key == "labels" else isinstance(value, str)
-            )
+        is_labels = key == "labels"
+        for name, value in entries.items():
+            is_region = is_labels and isinstance(value, list) and bool(value)
+            single = name if is_labels and str(name).isdecimal() else value
+            values = value if is_region else [single]
+            is_valid = all(map(_is_label_value, values)) if is_labels else isinstance(value, str)
             is_short = len(str(name)) <= MAX_NAME and (is_region or len(str(value)) <= MAX_NAME)
-            if not is_right or not is_short:
+            if not is_valid or not is_short:
                 text = f"{json.dumps(shortened(name))}: {shortened(json.dumps(value))}"
-                expected = "a whole number, or a list of them" if key == "labels" else "a name"
+                expected = "a whole number, or a list of them" if is_labels else "a name"
                 yield f"dataset.json: {key} holds {text}, where {expected} is expected"
     labels = description.get("labels")
     pairs = list(_named_values(labels)) if isinstance(labels, dict) else []
@@ -183,30 +183,26 @@ def _description_mistakes(description: Mapping[str, Any]) -> Iterator[str]:
         for part in (part for part, n in n_used.items() if n > 1):
             yield f"dataset.json: labels has {shortened(repr(part))} twice"
     order = description.get("regions_class_order")
-    if order is not None and not (
-        isinstance(order, list) and order and all(map(_is_label_value, order))
-    ):
-        yield f"dataset.json: regions_class_order is {shortened(json.dumps(order))}, not a list of whole numbers"
-    elif order is not None and not isinstance(description.get("labels"), dict):
+    if order is None:
+        return
+    if not (isinstance(order, list) and order and all(map(_is_label_value, order))):
+        text = shortened(json.dumps(order))
+        yield f"dataset.json: regions_class_order is {text}, not a list of whole numbers"
+    elif not isinstance(description.get("labels"), dict):
         yield "dataset.json: regions_class_order is given without labels"
 
 
 def _is_label_value(value: Any) -> bool:
-    """Whether it is a value of a mask, which the Decathlon writes as text."""
-    is_number = isinstance(value, int) and not isinstance(value, bool)
-    return (
-        0 <= value < 2**32
-        if is_number
-        else isinstance(value, str) and value.isdecimal() and len(value) < 10
-    )
+    """Check whether this is a mask value; the Decathlon writes it as text."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return 0 <= value < 2**32
+    return isinstance(value, str) and value.isdecimal() and len(value) < 10
 
 
 def stated_modalities(dataset: Path) -> dict[str, str]:
-    """Channel → modality, such as CT, as a `dataset.json` states it; {} where there is none."""
-    names = [
-        str(name)
-        for name in (_stated(dataset, "channel_names") or _stated(dataset, "modality")).values()
-    ]
+    """Return channel → modality, such as CT, from `dataset.json`; {} if it states none."""
+    channels = _stated(dataset, "channel_names") or _stated(dataset, "modality")
+    names = [str(name) for name in channels.values()]
     return {ONE_CHANNEL: names[0]} | {name: name for name in names} if names else {}
 
 
@@ -222,8 +218,8 @@ def _description(dataset: Path) -> dict[str, Any]:
 
 
 @dataclass(frozen=True, slots=True)
-class _Wanted:
-    """The channels that are asked for, None for all; with `may_miss` a case needs the first alone."""
+class _Requested:
+    """The requested channels, None for all; with `may_miss` a case needs only the first."""
 
     channels: Sequence[str] | None = None
     may_miss: bool = False
@@ -231,7 +227,7 @@ class _Wanted:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Row:
-    """A case as it was found, not yet checked; `where` says where, for messages."""
+    """An unchecked case; `where` is its place in the data set, for messages."""
 
     where: str
     id: str
@@ -243,37 +239,38 @@ class _Row:
 
 
 def is_described(folder: Path) -> bool:
-    """Whether a `dataset.json` says what is in the subfolders. Beside scans it is that of the model that made them, as nnU-Net lays it there."""
+    """Check whether a `dataset.json` describes the subfolders.
+
+    Beside scans it belongs to the model that predicted them: nnU-Net copies it there.
+    """
     return (folder / "dataset.json").is_file() and not _scans_in(folder)
 
 
-def _rows_of(dataset: Path, wanted: _Wanted, mistakes: list[str]) -> list[_Row]:
-    """The layout decides who reads it."""
+def _rows_of(dataset: Path, requested: _Requested, mistakes: list[str]) -> list[_Row]:
+    """Read the rows of a data set with the reader for its layout."""
     if not os.path.exists(dataset):
         raise VolsegError(f"{dataset}: no such file or folder", fix="check the path")
-    if not os.path.isdir(dataset):
-        return _rows_of_csv(
-            dataset, wanted, mistakes
-        )  # a pipe or a device is refused where it would be opened
+    if not os.path.isdir(dataset):  # opening it refuses a pipe or a device
+        return _rows_of_csv(dataset, requested, mistakes)
     if (dataset / "cases.csv").is_file():
-        return _rows_of_csv(dataset / "cases.csv", wanted, mistakes)
+        return _rows_of_csv(dataset / "cases.csv", requested, mistakes)
     if is_described(dataset):
         description = _json_of(dataset / "dataset.json")
         mistakes += _description_mistakes(description)
         read = _rows_of_nnunet if _is_nnunet(dataset, description) else _rows_of_decathlon
-        return read(dataset, description, wanted, mistakes)
+        return read(dataset, description, requested, mistakes)
     if (dataset / "imagesTr").is_dir():
         raise VolsegError(
             f"{dataset}: has imagesTr but no dataset.json",
-            fix="add dataset.json, which names the channels",
+            fix="add a dataset.json that names the channels",
         )
-    return _rows_of_folder(dataset, wanted, mistakes)
+    return _rows_of_folder(dataset, requested, mistakes)
 
 
 # ---- CSV
 
 
-def _rows_of_csv(path: Path, wanted: _Wanted, mistakes: list[str]) -> list[_Row]:
+def _rows_of_csv(path: Path, requested: _Requested, mistakes: list[str]) -> list[_Row]:
     columns, lines = read_table(path)
     available = {
         name.removeprefix("image_"): name
@@ -287,12 +284,11 @@ def _rows_of_csv(path: Path, wanted: _Wanted, mistakes: list[str]) -> list[_Row]
         )
     if {"image", "image_image"} <= set(columns):
         raise VolsegError(
-            f"{path}: has columns 'image' and 'image_image', which name one channel",
-            fix="rename one",
+            f"{path}: has columns 'image' and 'image_image' for the same channel", fix="rename one"
         )
-    picked = _picked(available, wanted, str(path))
-    not_classes = {*_KNOWN_COLUMNS, *available.values()}
-    further = [name for name in columns if name not in not_classes]
+    picked = _picked(available, requested, str(path))
+    not_classes = {*_CASE_COLUMNS, *available.values()}
+    class_columns = [name for name in columns if name not in not_classes]
     rows = []
     for number, cells in lines:
         where = f"{path.name} line {number}"
@@ -301,11 +297,10 @@ def _rows_of_csv(path: Path, wanted: _Wanted, mistakes: list[str]) -> list[_Row]
             continue
         row = dict(zip(columns, cells, strict=True))
         present = {
-            name: column for name, column in picked.items() if row[column] or not wanted.may_miss
+            name: column for name, column in picked.items() if row[column] or not requested.may_miss
         }
-        empty = [column for column in present.values() if not row[column]] or _first_missing(
-            picked, present
-        )
+        empty = [column for column in present.values() if not row[column]]
+        empty = empty or _first_missing(picked, present)
         if empty:
             mistakes.append(f"{where}: the cell of {_listed(empty)} is empty")
             continue
@@ -318,14 +313,17 @@ def _rows_of_csv(path: Path, wanted: _Wanted, mistakes: list[str]) -> list[_Row]
                 reference=path.parent / row["label"] if row.get("label") else None,
                 split=row.get("split") or None,
                 patient=row.get("patient") or None,
-                classes={name: row[name] for name in further if row[name]},
+                classes={name: row[name] for name in class_columns if row[name]},
             )
         )
     return rows
 
 
 def read_table(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
-    """Column names, and (line number, cells) of each row; commas, semicolons or tabs, with or without a BOM."""
+    """Return the column names, and (line number, cells) of each row.
+
+    Cells may be separated by commas, semicolons or tabs; a byte order mark is allowed.
+    """
     try:
         text = _bytes_of(path).decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -342,16 +340,16 @@ def read_table(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
             lines.append((number, [cell.strip() for cell in cells]))
     except csv.Error as error:
         raise VolsegError(
-            f"{path}: line {number + 1} is not CSV ({error})", fix="check its quotes"
+            f"{path}: line {number + 1} is not valid CSV ({error})", fix="check its quotes"
         ) from error
     lines = [(number, cells) for number, cells in lines if any(cells)]
     if not lines:
         raise VolsegError(f"{path}: is empty", fix="give it a header line and a row per scan")
     columns = lines[0][1]
-    twice = sorted(name for name, n in Counter(columns).items() if n > 1)
-    if twice:
+    repeated = sorted(name for name, n in Counter(columns).items() if n > 1)
+    if repeated:
         raise VolsegError(
-            f"{path}: has columns {_listed(twice)} twice", fix="give every column its own name"
+            f"{path}: has columns {_listed(repeated)} twice", fix="give every column its own name"
         )
     return columns, lines[1:]
 
@@ -359,30 +357,30 @@ def read_table(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
 # ---- folders
 
 
-def _rows_of_folder(dataset: Path, wanted: _Wanted, mistakes: list[str]) -> list[_Row]:
-    """`images/` and `labels/` with equal names, or scans right in the folder."""
+def _rows_of_folder(dataset: Path, requested: _Requested, mistakes: list[str]) -> list[_Row]:
+    """Read `images/` and `labels/` with equal file names, or scans directly in the folder."""
     images = dataset / "images" if (dataset / "images").is_dir() else dataset
     labels: dict[str, Path] = {}
     for path in _scans_in(dataset / "labels") if images != dataset else ():
         if labels.setdefault(stem_of(path), path) != path:
-            mistakes.append(f"{path}: {labels[stem_of(path)]} is a mask of this name too")
+            mistakes.append(f"{path}: {labels[stem_of(path)]} is a mask of the same name")
     rows = []
     for path in _scans_in(images):
-        picked = _picked({ONE_CHANNEL: path}, wanted, str(images))
+        picked = _picked({ONE_CHANNEL: path}, requested, str(images))
         stem = stem_of(path)
-        rows.append(
-            _Row(
-                where=str(path), id=_safe_id(stem), images=picked, reference=labels.pop(stem, None)
-            )
-        )
+        label = labels.pop(stem, None)
+        rows.append(_Row(where=str(path), id=_safe_id(stem), images=picked, reference=label))
     mistakes += [f"{path}: no scan of this name in {images}" for path in labels.values()]
     return rows
 
 
 def _rows_of_nnunet(
-    dataset: Path, description: dict, wanted: _Wanted, mistakes: list[str]
+    dataset: Path, description: dict, requested: _Requested, mistakes: list[str]
 ) -> list[_Row]:
-    """imagesTr, labelsTr and imagesTs, one file `<id>_<number>` per channel; Tr has no split, Ts is `test`."""
+    """Read imagesTr, labelsTr and imagesTs, with one file `<id>_<number>` per channel.
+
+    Cases of imagesTr have no split; those of imagesTs are `test`.
+    """
     names = description.get("channel_names") or description.get("modality")
     if (
         not isinstance(names, dict)
@@ -393,13 +391,13 @@ def _rows_of_nnunet(
             f"{dataset}: dataset.json names no channels", fix='add "channel_names": {"0": "CT"}'
         )
     if len(set(map(str, names.values()))) < len(names):
+        channels = _listed(map(str, names.values()))
         raise VolsegError(
-            f"{dataset}: dataset.json gives two channels one name ({_listed(map(str, names.values()))})",
-            fix="give each channel a name of its own",
+            f"{dataset}: dataset.json gives two channels the same name ({channels})",
+            fix="give each channel its own name",
         )
-    picked = _picked(
-        {str(name): f"{int(key):04d}" for key, name in names.items()}, wanted, str(dataset)
-    )
+    numbers = {str(name): f"{int(key):04d}" for key, name in names.items()}
+    picked = _picked(numbers, requested, str(dataset))
     ending = str(description.get("file_ending", ".nii.gz"))
     rows = []
     for images, labels, split in (("imagesTr", "labelsTr", None), ("imagesTs", "labelsTs", "test")):
@@ -411,63 +409,55 @@ def _rows_of_nnunet(
                 name: dataset / images / f"{stem}_{number}{ending}"
                 for name, number in picked.items()
             }
-            if (
-                wanted.may_miss
-            ):  # what is left of the first channel is a mistake that is found with the other files
+            if requested.may_miss:  # a missing first channel is reported with the other files
                 first = next(iter(files))
                 files = {
                     name: path for name, path in files.items() if name == first or path.is_file()
                 }
-            where = f"{images}/{stem}"
+            where, case_id = f"{images}/{stem}", _safe_id(stem)
             rows.append(
-                _Row(where=where, id=_safe_id(stem), images=files, reference=reference, split=split)
+                _Row(where=where, id=case_id, images=files, reference=reference, split=split)
             )
     return rows
 
 
 def _is_nnunet(dataset: Path, description: dict) -> bool:
-    """Version 1 has the lists of the Decathlon, but adds the channel number to the names of the files."""
+    """Check whether a `dataset.json` is of nnU-Net.
+
+    Version 1 lists files as the Decathlon does, but their real names end in the channel number.
+    """
     if "channel_names" in description:
         return True
-    listed = [entry["image"] for entry in _entries(description, "training") if _is_pair(entry)]
-    return bool(_numbered(dataset / "imagesTr", description)) and not any(
-        (dataset / name).is_file() for name in listed
-    )
+    images = [entry["image"] for entry in _entries(description, "training") if _is_pair(entry)]
+    is_listed = any((dataset / name).is_file() for name in images)
+    return bool(_numbered(dataset / "imagesTr", description)) and not is_listed
 
 
 def _numbered(folder: Path, description: dict) -> list[re.Match]:
-    """Files `<id>_<4 digits><ending>` in an nnU-Net folder."""
+    """Return the matches of files `<id>_<4 digits><ending>` in an nnU-Net folder."""
     pattern = r"(.+)_(\d{4})" + re.escape(str(description.get("file_ending", ".nii.gz")))
     matches = [re.fullmatch(pattern, path.name) for path in _visible(folder)]
     return [match for match in matches if match]
 
 
 def _rows_of_decathlon(
-    dataset: Path, description: dict, wanted: _Wanted, mistakes: list[str]
+    dataset: Path, description: dict, requested: _Requested, mistakes: list[str]
 ) -> list[_Row]:
-    """The lists `training`, `validation` and `test` of dataset.json; only `training` has no split."""
+    """Read the lists `training` (no split), `validation` and `test` of a Decathlon dataset.json."""
     rows = []
     for key, split in (("training", None), ("validation", "val"), ("test", "test")):
         for number, entry in enumerate(_entries(description, key)):
             where = f"dataset.json {key}[{number}]"
             entry = {"image": entry} if isinstance(entry, str) else entry
             if not _is_pair(entry):
-                mistakes.append(
-                    f"{where}: is {json.dumps(entry)[:60]}, not an image with its label"
-                )
+                text = json.dumps(entry)[:60]
+                mistakes.append(f"{where}: is {text}, not an image with its label")
                 continue
             image = dataset / entry["image"]
-            picked = _picked({ONE_CHANNEL: image}, wanted, str(dataset))
-            reference = dataset / entry["label"] if entry.get("label") else None
-            rows.append(
-                _Row(
-                    where=where,
-                    id=_safe_id(stem_of(image)),
-                    images=picked,
-                    reference=reference,
-                    split=split,
-                )
-            )
+            picked = _picked({ONE_CHANNEL: image}, requested, str(dataset))
+            label = dataset / entry["label"] if entry.get("label") else None
+            case_id = _safe_id(stem_of(image))
+            rows.append(_Row(where=where, id=case_id, images=picked, reference=label, split=split))
     return rows
 
 
@@ -489,11 +479,11 @@ def _json_of(path: Path) -> dict[str, Any]:
         description = parse_json(_bytes_of(path))
     except ValueError as error:
         raise VolsegError(
-            f"{path}: is not JSON ({error})", fix="repair it, or describe the data by cases.csv"
+            f"{path}: is not JSON ({error})", fix="repair it, or describe the data in cases.csv"
         ) from error
     if not isinstance(description, dict):
         raise VolsegError(
-            f"{path}: holds no JSON object", fix="repair it, or describe the data by cases.csv"
+            f"{path}: is not a JSON object", fix="repair it, or describe the data in cases.csv"
         )
     return description
 
@@ -503,13 +493,11 @@ def _scans_in(folder: Path) -> list[Path]:
 
 
 def _visible(folder: Path) -> list[Path]:
-    """Files by name, without hidden ones, to which the `._*` of macOS belong; [] for no folder."""
+    """Return the sorted paths in a folder without hidden ones; [] if there is no such folder."""
     try:
-        return (
-            sorted(path for path in folder.iterdir() if not path.name.startswith("."))
-            if folder.is_dir()
-            else []
-        )
+        if not folder.is_dir():
+            return []
+        return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
     except OSError as error:
         raise _unreadable(folder, error) from error
 
@@ -520,7 +508,7 @@ def _bytes_of(path: Path) -> bytes:
     except OSError as error:
         raise _unreadable(path, error) from error
     except ValueError as error:
-        raise VolsegError(f"{path}: {error}", fix="give a table or description of cases") from error
+        raise VolsegError(f"{path}: {error}", fix="give a cases.csv or dataset.json") from error
 
 
 def _unreadable(path: Path, error: OSError) -> VolsegError:
@@ -537,54 +525,57 @@ def _unreadable(path: Path, error: OSError) -> VolsegError:
 
 
 def _first_missing(picked: Mapping[str, str], present: Mapping[str, str]) -> list[str]:
-    """The column of the first channel, where a case is without it."""
+    """Return the column of the first channel if a case lacks it."""
     first = next(iter(picked))
     return [] if first in present else [picked[first]]
 
 
-def _picked(available: Mapping[str, Anything], asked: _Wanted, origin: str) -> dict[str, Anything]:
-    """What stands for each wanted channel: that of its name, else of its name in another case.
+def _picked(
+    available: Mapping[str, Anything], requested: _Requested, origin: str
+) -> dict[str, Anything]:
+    """Return the value of each requested channel, matched by exact name, else ignoring case.
 
-    `image` stands for the only one.
+    `image` matches a single channel of any name.
 
     Raises:
-        VolsegError: one is not there, or only its case tells it from another.
+        VolsegError: a channel is missing, or two differ only in upper and lower case.
     """
-    wanted = asked.channels
-    if wanted is not None and all(name in available for name in wanted):
-        return {name: available[name] for name in wanted}
-    alike = _differ_in_case_only(available) or _differ_in_case_only(wanted or ())
-    if alike:
+    channels = requested.channels
+    if channels is not None and all(name in available for name in channels):
+        return {name: available[name] for name in channels}
+    ambiguous = _differ_in_case_only(available) or _differ_in_case_only(channels or ())
+    if ambiguous:
         raise VolsegError(
-            f"{origin}: channels {_listed(alike)} differ in upper and lower case only",
+            f"{origin}: channels {_listed(ambiguous)} differ only in upper and lower case",
             fix="rename one of them",
         )
-    if wanted is None:
+    if channels is None:
         return dict(available)
     by_name = {name.casefold(): value for name, value in available.items()}
-    if all(name.casefold() in by_name for name in wanted):
-        return {name: by_name[name.casefold()] for name in wanted}
-    if asked.may_miss and wanted[0].casefold() in by_name:
-        return {name: by_name[name.casefold()] for name in wanted if name.casefold() in by_name}
-    if len(wanted) == len(available) == 1 and ONE_CHANNEL in (wanted[0], *available):
-        return {wanted[0]: next(iter(available.values()))}
-    missing = [name for name in wanted if name.casefold() not in by_name]
+    if all(name.casefold() in by_name for name in channels):
+        return {name: by_name[name.casefold()] for name in channels}
+    if requested.may_miss and channels[0].casefold() in by_name:
+        return {name: by_name[name.casefold()] for name in channels if name.casefold() in by_name}
+    if len(channels) == len(available) == 1 and ONE_CHANNEL in (channels[0], *available):
+        return {channels[0]: next(iter(available.values()))}
+    missing = [name for name in channels if name.casefold() not in by_name]
+    columns = _listed(f"image_{name}" for name in channels)
     raise VolsegError(
         f"{origin}: has no channel {_listed(missing)}; it has {_listed(available)}",
-        fix=f"add a cases.csv with the columns {_listed(f'image_{name}' for name in wanted)}, or choose another recipe",
+        fix=f"add a cases.csv with the columns {columns}, or choose another recipe",
     )
 
 
 def _differ_in_case_only(names: Iterable[str]) -> list[str]:
-    """Those of the names that another one is like."""
-    alike: dict[str, list[str]] = {}
+    """Return the names that equal another one except for upper and lower case."""
+    groups: dict[str, list[str]] = {}
     for name in names:
-        alike.setdefault(name.casefold(), []).append(name)
-    return [name for group in alike.values() if len(group) > 1 for name in group]
+        groups.setdefault(name.casefold(), []).append(name)
+    return [name for group in groups.values() if len(group) > 1 for name in group]
 
 
 def _checked(rows: list[_Row], mistakes: list[str], origin: str) -> list[Case]:
-    """Cases without a mistake, or one error that names all mistakes."""
+    """Return the cases, or raise one error that lists all mistakes."""
     if not rows and not mistakes:
         raise VolsegError(
             f"no scans found in {origin}", fix=f"give files that end in {', '.join(SUFFIXES)}"
@@ -594,11 +585,10 @@ def _checked(rows: list[_Row], mistakes: list[str], origin: str) -> list[Case]:
         shown = "; ".join(
             f"({number}) {text}" for number, text in enumerate(mistakes[:MAX_LISTED], start=1)
         )
-        rest = f"; and {len(mistakes) - MAX_LISTED} more" if len(mistakes) > MAX_LISTED else ""
+        more = f"; and {len(mistakes) - MAX_LISTED} more" if len(mistakes) > MAX_LISTED else ""
         count = f"{len(mistakes)} mistake{'s' if len(mistakes) > 1 else ''}"
         raise VolsegError(
-            f"{origin}: {count}: {shown}{rest}",
-            fix="correct them and run again; nothing was done yet",
+            f"{origin}: {count}: {shown}{more}", fix="correct them and run again; nothing was done"
         )
     return [_case(row) for row in rows]
 
@@ -616,29 +606,28 @@ def _id_mistakes(rows: list[_Row]) -> list[str]:
     for row in rows:
         if not re.fullmatch(ID_PATTERN, row.id):
             mistakes.append(
-                f"{row.where}: subject {row.id!r} is no safe file name; {_safe_id(row.id)!r} would be"
+                f"{row.where}: subject {row.id!r} is not a valid file name; "
+                f"{_safe_id(row.id)!r} would be"
             )
-        key = row.id.casefold()  # some file systems do not tell a.nii from A.nii
+        key = row.id.casefold()  # some file systems treat a.nii and A.nii as one file
         if key in seen:
-            files = [str(next(iter(each.images.values()))) for each in (seen[key], row)]
-            mistakes.append(
-                f"{row.where}: id {row.id!r} is used for both {files[0]} and {files[1]}"
-            )
+            first, second = (next(iter(case.images.values())) for case in (seen[key], row))
+            mistakes.append(f"{row.where}: id {row.id!r} is used for both {first} and {second}")
         seen.setdefault(key, row)
     return mistakes
 
 
 def _file_mistakes(rows: list[_Row]) -> list[str]:
     return [
-        f"{row.where}: file {shortened(str(path), 300)!r} {_what_it_is(path)}"
+        f"{row.where}: file {shortened(str(path), 300)!r} {_path_problem(path)}"
         for row in rows
         for path in (*row.images.values(), row.reference)
         if path is not None and not os.path.isfile(path)
     ]
 
 
-def _what_it_is(path: Path) -> str:
-    """What a path leads to that is not a file."""
+def _path_problem(path: Path) -> str:
+    """Describe what a path leads to instead of a file."""
     try:
         return f"is {kind_of(os.stat(path).st_mode)}, not a file"
     except (OSError, ValueError):
@@ -652,15 +641,18 @@ def _split_mistakes(rows: list[_Row]) -> list[str]:
             continue
         first = seen.setdefault(row.patient, row)
         if first.split != row.split:
-            elsewhere = f"but in {first.split!r} at {first.where}"
             mistakes.append(
-                f"{row.where}: patient {row.patient!r} is in split {row.split!r}, {elsewhere}"
+                f"{row.where}: patient {row.patient!r} is in split {row.split!r}, "
+                f"but in {first.split!r} at {first.where}"
             )
     return mistakes
 
 
 def _safe_id(name: str) -> str:
-    """A name that matches `ID_PATTERN`: accents dropped, other characters replaced by `_`, which also follows the name of a device."""
+    """Return a name that matches `ID_PATTERN`.
+
+    Accents are dropped, other characters replaced by `_`; a device name gets a trailing `_`.
+    """
     plain = "".join(c for c in unicodedata.normalize("NFKD", name) if not unicodedata.combining(c))
     safe = re.sub(r"[^A-Za-z0-9._-]", "_", plain).lstrip("._-")
     safe = re.sub(rf"^({_DEVICES})(?=\.|\Z)", r"\1_", safe)
@@ -671,4 +663,4 @@ def _listed(names: Iterable[str]) -> str:
     return ", ".join(map(repr, names))
 
 
-_KNOWN_COLUMNS = ("subject", "label", "split", "patient")
+_CASE_COLUMNS = ("subject", "label", "split", "patient")

@@ -13,17 +13,17 @@ from volseg.inputs import open_regular, read_text
 
 MAX_CELL = 32_767  # characters that a spreadsheet keeps; Python's csv module reads up to 131 072
 
-# What ends a line for some reader: the csv module, `str.splitlines`, pandas, R, a text editor.
+# Line ends of any reader: the csv module, `str.splitlines`, pandas, R, text editors.
 LINE_BREAKS = "\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029"
 _SPECIAL = re.compile(f'[",{LINE_BREAKS}]')
 _NOT_ALONE = re.compile(f'["{LINE_BREAKS}]')
 
 
 def csv_line(cells: Sequence[str]) -> str:
-    """One row, ended by a line feed; a cell is quoted where it holds what a reader would split on.
+    """Return one row with a line feed; cells that a reader would split are quoted.
 
-    A cell of more than 32 767 characters is cut and ends in an ellipsis, as csv and spreadsheets
-    refuse longer ones.
+    A cell of more than 32 767 characters is cut and ends in an ellipsis, because csv and
+    spreadsheets refuse longer ones.
 
     >>> csv_line(["a", "b\\rc", 'd"e', ""])
     'a,"b\\rc","d""e",\\n'
@@ -31,15 +31,13 @@ def csv_line(cells: Sequence[str]) -> str:
     line = ",".join(cells)
     if len(line) > MAX_CELL or _NOT_ALONE.search(line):
         line = ",".join(map(_quoted, cells))
-    elif (
-        line.count(",") != len(cells) - 1
-    ):  # noise has 100 000 such rows, whose cells are not worth a pattern each
+    elif line.count(",") != len(cells) - 1:  # noise has 100 000 such rows: no pattern per cell
         line = ",".join(f'"{cell}"' if "," in cell else cell for cell in cells)
-    return f"{line}\n" if line else '""\n'  # an empty line is no row
+    return f"{line}\n" if line else '""\n'  # readers skip an empty line
 
 
 def write_csv(file: BinaryIO, rows: Iterable[Sequence[str]]) -> None:
-    """Write rows as UTF-8; half of a surrogate pair, as in a name that is no UTF-8, as \\udcff."""
+    """Write rows as UTF-8; a lone surrogate, as in a non-UTF-8 file name, becomes \\udcff."""
     for row in rows:
         file.write(csv_line(row).encode("utf-8", "backslashreplace"))
 
@@ -47,10 +45,10 @@ def write_csv(file: BinaryIO, rows: Iterable[Sequence[str]]) -> None:
 def csv_rows(
     text: str, *, delimiter: str = ",", strict: bool = False
 ) -> Iterator[tuple[int, list[str]]]:
-    """(number of its last line, cells) of each row; lines end in \\n, \\r or \\r\\n and nothing else.
+    """Yield (number of the last line, cells) of each row; lines end in \\n, \\r or \\r\\n only.
 
     Raises:
-        csv.Error: a quote that does not fit, if strict; a cell of more than 131 072 characters.
+        csv.Error: a misplaced quote, if strict; a cell of more than 131 072 characters.
     """
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=strict)
     for cells in reader:
@@ -58,11 +56,11 @@ def csv_rows(
 
 
 def read_csv(path: Path) -> list[dict[str, str]]:
-    """The rows of a table by the names in its first row; a cell that is missing is empty.
+    """Read the rows of a table by the column names of its first row; missing cells are empty.
 
     Raises:
-        OSError: it cannot be read, or is no regular file.
-        ValueError: it is not UTF-8, not CSV or larger than 32 MB: `iterate_csv` has no such limit.
+        OSError: the file cannot be read, or is not a regular file.
+        ValueError: not UTF-8, not CSV or larger than 32 MB; `iterate_csv` has no such limit.
     """
     text = read_text(path)
     try:
@@ -76,10 +74,10 @@ def read_csv(path: Path) -> list[dict[str, str]]:
 
 
 def iterate_csv(path: Path) -> Iterator[dict[str, str]]:
-    """As `read_csv`, but one row after another, so that a table may be larger than memory.
+    """Yield the rows of `read_csv` one at a time, so that a table may be larger than memory.
 
     Raises:
-        OSError, ValueError: as `read_csv`, while the rows are taken.
+        OSError, ValueError: as `read_csv`, during the iteration.
     """
     with open_regular(path) as file:
         reader = csv.reader(io.TextIOWrapper(file, "utf-8-sig", newline=""))

@@ -1,4 +1,4 @@
-"""Writing files so that they appear whole or not at all, and naming their contents by a checksum."""
+"""Write files atomically and durably, and identify their contents by a checksum."""
 
 from __future__ import annotations
 
@@ -15,23 +15,24 @@ from typing import Any, BinaryIO
 from volseg.errors import EnvironmentProblem, VolsegError
 from volseg.inputs import open_regular, read_json
 
-SEAL = "written_by_volseg"  # key of a JSON file that stands alone: hash of all else in it
-TEMPORARY_PREFIX = ".tmp-"  # what a killed process may leave behind; never a finished file
+SEAL = "written_by_volseg"  # key in a standalone JSON file: hash of everything else in it
+TEMPORARY_PREFIX = ".tmp-"  # files that a killed process may leave behind; never finished ones
 
 
 def atomic_write(
     path: Path, write: Callable[[BinaryIO], None], verify: Callable[[Path], None] | None = None
 ) -> None:
-    """Put a file at `path`, whole or not at all, and durable once this returns.
+    """Write a file whole or not at all; it is durable when this returns.
 
     Args:
-        path: the target; its folder must exist. An older file there is replaced.
+        path: the target; its folder must exist. An existing file is replaced.
         write: writes the contents into the open temporary file, which lies beside the target.
-        verify: reads the temporary file back and raises if it is not what was meant.
+        verify: reads the temporary file back and raises if its contents are wrong.
 
     Raises:
-        EnvironmentProblem: the disk is full (`E_DISK`), the folder cannot be written (`E_PERM`) or is missing
-            (`E_MISSING`). After this or any other exception the target is as before and no temporary file remains.
+        EnvironmentProblem: the disk is full (`E_DISK`), the folder is not writable (`E_PERM`) or
+            missing (`E_MISSING`). After this or any other exception the target is unchanged and
+            no temporary file remains.
     """
     temporary = path.with_name(TEMPORARY_PREFIX + secrets.token_hex(8))
     try:
@@ -51,7 +52,7 @@ def atomic_write(
 
 
 def write_bytes_atomic(path: Path, data: bytes | str) -> None:
-    """`atomic_write` of bytes, or of text in UTF-8, read back and compared."""
+    """Write bytes, or text in UTF-8, with `atomic_write`, and verify them."""
     payload = data.encode() if isinstance(data, str) else data
 
     def verify(temporary: Path) -> None:
@@ -62,7 +63,10 @@ def write_bytes_atomic(path: Path, data: bytes | str) -> None:
 
 
 def write_json_atomic(path: Path, obj: Any, *, indent: int | None = 2) -> None:
-    """`atomic_write` of JSON: UTF-8, keys in their own order; without `indent` on one line, which is many times faster.
+    """Write JSON with `atomic_write`: UTF-8, keys in insertion order.
+
+    Args:
+        indent: None writes one line, which is many times faster.
 
     Raises:
         ValueError: a number is NaN or infinite, which JSON cannot hold; use None.
@@ -71,7 +75,7 @@ def write_json_atomic(path: Path, obj: Any, *, indent: int | None = 2) -> None:
 
 
 def json_text(obj: Any, *, indent: int | None = 2) -> str:
-    """The text of a JSON file.
+    """Return the text of a JSON file.
 
     Raises:
         ValueError: as `write_json_atomic`.
@@ -80,17 +84,17 @@ def json_text(obj: Any, *, indent: int | None = 2) -> str:
 
 
 def write_sealed(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a JSON file that stands alone, with a seal by which volseg knows it again as long as nobody changed it.
+    """Write a standalone JSON file with a seal, by which volseg recognises it if unchanged.
 
     Raises:
-        VolsegError: a file that volseg did not write, or that was changed since, is there (`E_EXISTS`).
+        VolsegError: the file exists and volseg did not write it, or it was changed (`E_EXISTS`).
     """
     refuse_unsealed(path)
     write_json_atomic(path, dict(content) | {SEAL: _seal_of(content)})
 
 
 def refuse_unsealed(path: Path) -> None:
-    """Check that a file may be written by `write_sealed`; raises as that does."""
+    """Check that `write_sealed` may write this file; raise as it does."""
     if not os.path.lexists(path):
         return
     try:
@@ -100,24 +104,22 @@ def refuse_unsealed(path: Path) -> None:
         is_sealed = False
     if not is_sealed:
         raise VolsegError(
-            f"{path}: already there, and not as volseg wrote it",
-            fix="move or rename it, or give another name to --out",
+            f"{path}: already exists and was not written by volseg, or was changed since",
+            fix="move or rename it, or choose another --out",
             code="E_EXISTS",
         )
 
 
 def read_sealed(path: Path) -> Any:
-    """What a JSON file holds, which may have been changed since it was written, without its seal.
+    """Read the content of a JSON file without its seal, which is not checked.
 
     Raises:
-        OSError, ValueError: it cannot be read, or is not JSON.
+        OSError, ValueError: the file cannot be read, or is not JSON.
     """
     content = read_json(path)
-    return (
-        {name: value for name, value in content.items() if name != SEAL}
-        if isinstance(content, dict)
-        else content
-    )
+    if not isinstance(content, dict):
+        return content
+    return {name: value for name, value in content.items() if name != SEAL}
 
 
 def _seal_of(content: Mapping[str, Any]) -> str:
@@ -125,10 +127,10 @@ def _seal_of(content: Mapping[str, Any]) -> str:
 
 
 def refuse_file(path: Path) -> None:
-    """Check that a folder is there or can be made: neither it nor one above it is something else.
+    """Check that neither a folder nor one of its parents is a file.
 
     Raises:
-        VolsegError: what is in the way (`E_EXISTS`).
+        VolsegError: one of them is not a folder (`E_EXISTS`).
     """
     for folder in (path, *path.parents):
         if os.path.isdir(folder):
@@ -136,17 +138,17 @@ def refuse_file(path: Path) -> None:
         if os.path.lexists(folder):
             raise VolsegError(
                 f"{folder}: is not a folder",
-                fix="move or rename it, or give another --out",
+                fix="move or rename it, or choose another --out",
                 code="E_EXISTS",
             )
 
 
 def make_folder(path: Path) -> None:
-    """Make a folder and those above it.
+    """Make a folder and its parents.
 
     Raises:
         VolsegError: as `refuse_file`.
-        EnvironmentProblem: it cannot be made there.
+        EnvironmentProblem: the folder cannot be made.
     """
     refuse_file(path)
     try:
@@ -156,13 +158,13 @@ def make_folder(path: Path) -> None:
 
 
 def sha256_of(path: Path) -> str:
-    """SHA-256 of the bytes of a regular file, in hexadecimal; raises OSError where it is none."""
+    """Return the SHA-256 of a regular file in hexadecimal; raise OSError for any other path."""
     with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_back_problem(path: Path) -> EnvironmentProblem:
-    """What a `verify` raises when the disk returns other bytes than were written."""
+    """Return the error for a `verify` that reads back other bytes than were written."""
     return EnvironmentProblem(
         f"{path}: the bytes read back differ from those written",
         fix="check the disk or the network share, then run again",
@@ -175,13 +177,13 @@ def _write_all(file: BinaryIO, payload: bytes) -> None:
 
 
 def sync_file(file: BinaryIO) -> None:
-    """Make what was written into an open file durable."""
+    """Make the contents of an open file durable."""
     file.flush()
     os.fsync(file.fileno())
 
 
 def sync_folder(folder: Path) -> None:
-    """Make a rename in the folder durable; some network file systems cannot, and say EINVAL."""
+    """Make a rename in the folder durable, except on network file systems without support."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -193,39 +195,27 @@ def sync_folder(folder: Path) -> None:
 
 
 def environment_problem(path: Path, error: OSError) -> EnvironmentProblem:
-    """What a failed write means for the user."""
-    code, fix = _FIXES.get(
-        error.errno or 0, ("E_DISK", "check the disk and the path, then run again")
-    )
+    """Return the user's error for a failed write."""
+    default = ("E_DISK", "check the disk and the path, then run again")
+    code, fix = _FIXES.get(error.errno or 0, default)
     return EnvironmentProblem(
         f"{path}: cannot be written ({error.strerror or error})", fix=fix, code=code
     )
 
 
-_FULL = (
-    "E_DISK",
-    "free some space or choose another output folder, then run again: finished files are kept",
-)
-_FORBIDDEN = ("E_PERM", "choose an output folder which you may write to")
+_FREE_SPACE = "free space or choose another output folder, then run again: finished files are kept"
+_FULL = ("E_DISK", _FREE_SPACE)
+_FORBIDDEN = ("E_PERM", "choose an output folder that you may write to")
 _NO_FOLDER = ("E_MISSING", "create the folder first, and check that no part of the path is a file")
 _FIXES: dict[int, tuple[str, str]] = {
     errno.ENOSPC: _FULL,
     errno.EDQUOT: _FULL,
-    errno.EFBIG: (
-        "E_DISK",
-        "raise the limit on file size (ulimit -f) or choose another file system",
-    ),
+    errno.EFBIG: ("E_DISK", "raise the file size limit (ulimit -f) or choose another file system"),
     errno.EACCES: _FORBIDDEN,
     errno.EPERM: _FORBIDDEN,
     errno.EROFS: _FORBIDDEN,
-    errno.EEXIST: (
-        "E_PERM",
-        "a file of this name stands in the way: move it or choose another folder",
-    ),
-    errno.EISDIR: (
-        "E_PERM",
-        "a folder of this name stands in the way: move it or choose another name",
-    ),
+    errno.EEXIST: ("E_PERM", "a file of this name exists: move it or choose another folder"),
+    errno.EISDIR: ("E_PERM", "a folder of this name exists: move it or choose another name"),
     errno.ENOENT: _NO_FOLDER,
     errno.ENOTDIR: _NO_FOLDER,
 }

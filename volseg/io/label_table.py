@@ -1,21 +1,21 @@
-"""The label table that some tools keep in a NIfTI extension, from text that may be hostile."""
+"""Parse the label table that some tools store in a NIfTI extension; its text is untrusted."""
 
 from __future__ import annotations
 
 import html
 import re
 
-MAX_DIGITS = 10  # of a label's value; no mask holds larger ones
+MAX_DIGITS = 10  # of a label value; masks hold no larger ones
 _KEY = re.compile(rf"""\bKey=["']([0-9]{{1,{MAX_DIGITS}}})["']""")
 _NOT_SPACE = re.compile(r"\S")
 _CDATA, _CDATA_END = "<![CDATA[", "]]>"
 
 
 def parse_label_table(text: str) -> dict[int, str]:
-    """Value → name from the XML elements `Label` with an attribute `Key`; empty where there is none.
+    """Return value → name from the XML elements `Label` with an attribute `Key`; {} if none.
 
-    The time is proportional to the length of the text, whatever it holds: each step goes on where
-    the last one ended. The background, 0, and labels without a name are left out.
+    Time is linear in the length of the text, whatever it holds: each step continues where the
+    last one ended. The background, 0, and labels without a name are left out.
 
     >>> parse_label_table('<Label Key="2" Red="1"><![CDATA[left kidney]]></Label>')
     {2: 'left kidney'}
@@ -40,7 +40,7 @@ def parse_label_table(text: str) -> dict[int, str]:
 
 
 def _content(text: str, start: int) -> tuple[str | None, int]:
-    """The name that starts there and where the element ends; None if it does not end."""
+    """Return the name that starts at `start`, None if it has no end, and where its element ends."""
     first = _NOT_SPACE.search(text, start)
     closing_from = start
     if first is not None and text.startswith(_CDATA, first.start()):

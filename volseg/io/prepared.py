@@ -1,4 +1,4 @@
-"""The prepared folder: one folder per case with memory-mapped arrays and a JSON, and `prepared.json` for all."""
+"""The prepared folder: memory-mapped arrays and a JSON per case, and one `prepared.json`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from volseg.inputs import open_regular, read_json
 from volseg.io.files import environment_problem, sync_file
 
 CASE_FILE = "case.json"
-IGNORED = 255  # class index of voxels that are not judged
+IGNORED = 255  # class index of voxels excluded from training and evaluation
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -24,10 +24,10 @@ class PreparedCase:
 
     Args:
         image: (channels, R, A, S) float32. mask: (R, A, S) uint8, class index, 0 = background.
-        foreground: class index of each label → (n, 3) voxels of it, a sample, empty where the
-            case has none.
+        foreground: class index of each label → (n, 3) sample of its voxels, empty if the case
+            has none.
         slices: (planes, 2, pixels, pixels) float32 for the classifier, or None.
-        record: what case.json says: split, class, key of the inputs. folder: that it was read from.
+        record: content of case.json: split, class, key of the inputs. folder: where it was read.
     """
 
     id: str
@@ -39,17 +39,17 @@ class PreparedCase:
     folder: Path | None = None
 
     def check(self) -> None:
-        """Check all voxels of the case, which may come from a stranger.
+        """Check all voxels of the case, which is untrusted input.
 
         Raises:
-            VolsegError: an intensity is not finite, or a class index is of no label.
+            VolsegError: an intensity is not finite, or a class index has no label.
         """
         self.check_classes(self.mask)
         if not all(np.isfinite(plane).all() for channel in self.image for plane in channel):
             raise _not_prepared(self.path, "image.npy holds values that are not finite")
 
     def check_classes(self, mask: np.ndarray) -> None:
-        """Check class indices that were read of any part of the mask; raises as `check`."""
+        """Check the class indices of any part of the mask; raise as `check` does."""
         n_labels = max(self.foreground, default=IGNORED - 1)
         if mask.max(initial=0) > n_labels and ((mask > n_labels) & (mask != IGNORED)).any():
             highest = int(mask[mask != IGNORED].max())
@@ -61,7 +61,7 @@ class PreparedCase:
 
 
 def write_prepared_case(folder: Path, case: PreparedCase) -> None:
-    """Write the files of a case into a folder that is there for them; `case.json` last, without which it is not prepared."""
+    """Write a case into an existing folder; `case.json`, written last, marks it complete."""
     (folder / CASE_FILE).unlink(missing_ok=True)
     arrays = {"image": case.image, "mask": case.mask}
     arrays |= {f"foreground_{index}": voxels for index, voxels in case.foreground.items()}
@@ -82,20 +82,14 @@ def write_prepared_case(folder: Path, case: PreparedCase) -> None:
 
 
 def prepared_files(case_id: str, n_labels: int) -> list[str]:
-    """Paths in a prepared folder of all files that a case may have."""
-    arrays = [
-        "image",
-        "mask",
-        "slices",
-        *(f"foreground_{index}" for index in range(1, n_labels + 1)),
-    ]
-    return [
-        f"cases/{case_id}/{name}" for name in (CASE_FILE, *(f"{array}.npy" for array in arrays))
-    ]
+    """Return the paths in a prepared folder of all files that a case may have."""
+    arrays = ["image", "mask", "slices", *(f"foreground_{n}" for n in range(1, n_labels + 1))]
+    names = (CASE_FILE, *(f"{array}.npy" for array in arrays))
+    return [f"cases/{case_id}/{name}" for name in names]
 
 
 def is_prepared(folder: Path, case_id: str, key: str) -> bool:
-    """Whether the case was prepared from the inputs that the key stands for, and its files are all there."""
+    """Check whether the case was prepared from the inputs with this key and is complete."""
     path = folder / case_id
     try:
         record = read_json(path / CASE_FILE)
@@ -110,13 +104,13 @@ def read_prepared_case(folder: Path, case_id: str) -> PreparedCase:
     """Memory-map one prepared case.
 
     Raises:
-        VolsegError: it is not there or damaged.
+        VolsegError: the case is missing or damaged.
     """
     path = folder / case_id
     try:
         record = read_json(path / CASE_FILE)
         if not _is_record(record):
-            raise ValueError(f"{CASE_FILE} does not say key, split, patient and class")
+            raise ValueError(f"{CASE_FILE} lacks a valid key, split, patient or class")
         foreground = {
             int(file.stem.removeprefix("foreground_")): _read_array(file)
             for file in sorted(path.glob("foreground_*.npy"))
@@ -144,45 +138,47 @@ def _array_problems(
     foreground: Mapping[int, np.ndarray],
     slices: np.ndarray | None,
 ) -> Iterator[str]:
-    """What is wrong with the shapes and types of arrays; of voxels see `PreparedCase.check`."""
+    """Yield the mistakes in shapes and types of arrays; for voxels see `PreparedCase.check`."""
     if image.ndim != 4 or image.dtype != np.float32 or not image.size:
         yield f"image.npy is {image.dtype} of shape {image.shape}, not float32 of 4 dimensions"
     if mask.shape != image.shape[1:] or mask.dtype != np.uint8:
         yield f"mask.npy is {mask.dtype} of shape {mask.shape}, not uint8 of {image.shape[1:]}"
     if sorted(foreground) != list(range(1, len(foreground) + 1)):
-        yield f"there are voxels of the classes {', '.join(map(str, sorted(foreground)))}"
+        classes = ", ".join(map(str, sorted(foreground)))
+        yield f"foreground files must number the classes from 1 without gaps, got {classes}"
     for index, voxels in foreground.items():
+        name, layout = f"foreground_{index}.npy", f"{voxels.dtype} of shape {voxels.shape}"
         if voxels.dtype.kind not in "iu" or voxels.ndim != 2 or voxels.shape[1] != 3:
-            yield f"foreground_{index}.npy is {voxels.dtype} of shape {voxels.shape}, not whole numbers of (n, 3)"
+            yield f"{name} is {layout}, not whole numbers of shape (n, 3)"
         elif ((voxels < 0) | (voxels >= mask.shape)).any():
-            yield f"foreground_{index}.npy holds voxels outside of the case"
-    if slices is not None and (
-        slices.ndim != 4 or slices.dtype != np.float32 or not np.isfinite(slices).all()
-    ):
-        yield f"slices.npy is {slices.dtype} of shape {slices.shape}, not finite float32 of 4 dimensions"
+            yield f"{name} holds voxels outside the case"
+    if slices is None:
+        return
+    if slices.ndim != 4 or slices.dtype != np.float32 or not np.isfinite(slices).all():
+        layout = f"{slices.dtype} of shape {slices.shape}"
+        yield f"slices.npy is {layout}, not finite float32 of 4 dimensions"
 
 
 def _is_record(content: Any) -> bool:
-    """Whether it says of a case what training asks for."""
+    """Check whether case.json holds the key, split, patient and class that training needs."""
     if not isinstance(content, dict):
         return False
     texts = [content.get(key) for key in ("key", "split", "patient")]
-    return all(isinstance(text, str) for text in texts) and isinstance(
-        content.get("class", 0), str | type(None)
-    )
+    has_class = isinstance(content.get("class", 0), str | type(None))
+    return has_class and all(isinstance(text, str) for text in texts)
 
 
 def _read_array(path: Path) -> np.ndarray:
-    """Read a .npy file, which may come from a stranger.
+    """Read an untrusted .npy file.
 
     Raises:
-        OSError, ValueError: it is no regular file, or no array.
+        OSError, ValueError: not a regular file, or not an array.
     """
     with open_regular(path) as file:
         return np.lib.format.read_array(file, allow_pickle=False)
 
 
 def _map_array(path: Path) -> np.ndarray:
-    """Memory-map a .npy file; raises as `_read_array`."""
-    open_regular(path).close()  # mapping would wait for a pipe
+    """Memory-map a .npy file; raise as `_read_array` does."""
+    open_regular(path).close()  # mapping a pipe would block
     return np.lib.format.open_memmap(path, mode="r")

@@ -9,6 +9,7 @@ from volseg.options.declare import (
     Options,
     amount,
     argument,
+    callback,
     listed_names,
     names,
     option,
@@ -162,6 +163,7 @@ class TrainOptions(TimedOptions, Announcing):
     preview: bool = option(
         "Only prepare the data and draw augmented patches with masks.", default=False
     )
+    spent_seconds: float = callback(0.0)  # of the time budget, such as on starting Python
 
 
 @options

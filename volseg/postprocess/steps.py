@@ -1,7 +1,7 @@
-"""Mask → cleaner mask. A step is a frozen dataclass whose `__call__` is the maths; a recipe lists steps in order.
+"""Mask → cleaner mask. A step is a frozen dataclass whose `__call__` is the maths.
 
-Components are connected through faces, edges and corners (26 neighbours), within one label. No step changes its
-input, and none depends on the axis order in which a scan is stored.
+A recipe lists steps in order. Components are connected through faces, edges and corners (26
+neighbours), within one label. No step changes its input or depends on the stored axis order.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ MaskStep = Callable[[np.ndarray, Geometry], np.ndarray]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RemoveSmall:
-    """Remove components smaller than a volume; one of exactly that volume stays.
+    """Remove components smaller than a volume.
 
     Args:
-        min_volume_mm3: smallest volume that is kept, > 0.
+        min_volume_mm3: smallest volume to keep, > 0.
         label: remove only components of this label; None: of every label.
     """
 
@@ -35,21 +35,19 @@ class RemoveSmall:
 
     def __post_init__(self) -> None:
         _check_label(self.label)
-        if (
-            not isinstance(self.min_volume_mm3, int | float)
-            or not 0 < self.min_volume_mm3 < math.inf
-        ):
+        volume = self.min_volume_mm3
+        if not isinstance(volume, int | float) or not 0 < volume < math.inf:
             raise VolsegError(
-                f"min_volume_mm3 = {self.min_volume_mm3!r} is not a volume",
-                fix="give a number over 0, such as 10 mm³",
+                f"min_volume_mm3 must be a finite number > 0, got {volume!r}",
+                fix="give a volume in mm³, such as 10",
                 code="E_RECIPE",
             )
 
     def __call__(self, mask: np.ndarray, geometry: Geometry) -> np.ndarray:
         lesions = label_lesions(_only(mask, self.label), geometry)
-        # The small allowance keeps the last bit of |det A| from deciding over a lesion of exactly that volume.
-        fewest = math.ceil(self.min_volume_mm3 / geometry.voxel_volume_mm3 * (1 - 1e-9))
-        return _keep(mask, lesions, np.asarray(lesions.n_voxels) >= fewest)
+        # With the tolerance, a lesion of exactly this volume stays despite rounding in |det A|.
+        min_voxels = math.ceil(self.min_volume_mm3 / geometry.voxel_volume_mm3 * (1 - 1e-9))
+        return _keep(mask, lesions, np.asarray(lesions.n_voxels) >= min_voxels)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,8 +55,8 @@ class KeepLargest:
     """Keep the largest components of each label.
 
     Args:
-        label: touch only this label; None: each label by itself.
-        n: how many components stay, ≥ 1; of two equal ones the first by centroid (R, then A, then S).
+        label: process only this label; None: each label separately.
+        n: number of components to keep, ≥ 1; equal sizes are ordered by centroid (R, then A, S).
     """
 
     label: int | None = None
@@ -68,9 +66,7 @@ class KeepLargest:
         _check_label(self.label)
         if not isinstance(self.n, int) or self.n < 1:
             raise VolsegError(
-                f"n = {self.n!r} is no number of components to keep",
-                fix="1 is usual",
-                code="E_RECIPE",
+                f"n must be a whole number ≥ 1, got {self.n!r}", fix="1 is usual", code="E_RECIPE"
             )
 
     def __call__(self, mask: np.ndarray, geometry: Geometry) -> np.ndarray:
@@ -78,18 +74,19 @@ class KeepLargest:
         labels = np.asarray(lesions.labels)
         kept = np.zeros(len(labels), bool)
         for label in np.unique(labels):
-            kept[np.flatnonzero(labels == label)[: self.n]] = True  # the largest first
+            kept[np.flatnonzero(labels == label)[: self.n]] = True  # sorted by size
         return _keep(mask, lesions, kept)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FillHoles:
-    """Fill cavities: background that cannot reach the edge of the array through faces, and borders on one label only.
+    """Fill cavities: background enclosed by one label.
 
-    A cavity between two labels stays, since it could be either. So does a notch that is open at the edge of the array.
+    Background is enclosed if it does not reach the edge of the array through faces. A cavity
+    between two labels stays, because it could belong to either.
 
     Args:
-        label: fill only the cavities of this label; None: of every label.
+        label: fill only cavities in this label; None: in every label.
     """
 
     label: int | None = None
@@ -102,11 +99,9 @@ class FillHoles:
         box = BoundingBox.around(mask)
         if box is None:
             return filled
-        part = filled[
-            box.slices
-        ]  # a view; what is enclosed by labels lies strictly inside their box
+        part = filled[box.slices]  # cavities lie inside the box of the labels
         background = find_components(part == 0, geometry.crop(box), connectivity=6)
-        low, high = _labels_round(part, background)
+        low, high = _adjacent_labels(part, background)
         is_filled = low == high if self.label is None else (low == high) & (low == self.label)
         fill = np.where(is_filled, low, 0).astype(part.dtype)
         for slab in slabs_of(part):
@@ -116,8 +111,11 @@ class FillHoles:
         return filled
 
 
-def _labels_round(part: np.ndarray, background: Components) -> tuple[np.ndarray, np.ndarray]:
-    """(N + 1,) lowest and highest label that each part of the background borders on; different where it reaches the edge."""
+def _adjacent_labels(part: np.ndarray, background: Components) -> tuple[np.ndarray, np.ndarray]:
+    """Return the lowest and highest label (N + 1,) adjacent to each background component.
+
+    They differ for components that reach the edge of the array.
+    """
     part = part.view(np.uint8) if part.dtype == np.bool_ else part
     least, most = np.iinfo(part.dtype).min, np.iinfo(part.dtype).max
     low, high = (np.full(len(background) + 1, value, part.dtype) for value in (most, least))
@@ -126,13 +124,13 @@ def _labels_round(part: np.ndarray, background: Components) -> tuple[np.ndarray,
             tuple(slice(*ends) if other == axis else slice(None) for other in range(3))
             for ends in ((None, -1), (1, None))
         )
-        for one, other in ((before, after), (after, before)):
-            ids, labels = background.ids[one], part[other]
+        for inside, outside in ((before, after), (after, before)):
+            ids, labels = background.ids[inside], part[outside]
             for slab in slabs_of(labels):
                 at_border = (ids[slab] > 0) & (labels[slab] != 0)
-                numbers, found = background.number[ids[slab][at_border]], labels[slab][at_border]
-                np.minimum.at(low, numbers, found)
-                np.maximum.at(high, numbers, found)
+                numbers, adjacent = background.number[ids[slab][at_border]], labels[slab][at_border]
+                np.minimum.at(low, numbers, adjacent)
+                np.maximum.at(high, numbers, adjacent)
         for plane in (0, -1):
             numbers = background.number[np.unique(np.take(background.ids, plane, axis=axis))]
             low[numbers], high[numbers] = least, most
@@ -143,19 +141,19 @@ def _labels_round(part: np.ndarray, background: Components) -> tuple[np.ndarray,
 def _check_label(label: int | None) -> None:
     if label is not None and (not isinstance(label, int) or label < 1):
         raise VolsegError(
-            f"label = {label!r} is not a label",
-            fix="give a value of the mask from 1, or leave it out",
+            f"label must be a whole number ≥ 1, got {label!r}",
+            fix="give a value of the mask, or leave it out",
             code="E_RECIPE",
         )
 
 
 def _only(mask: np.ndarray, label: int | None) -> np.ndarray:
-    """The mask with every other label set to 0."""
+    """Return the mask with every other label set to 0."""
     return mask if label is None else mask * (mask == label)
 
 
 def _keep(mask: np.ndarray, lesions: Lesions, kept: np.ndarray) -> np.ndarray:
-    """The mask without the lesions whose entry in (N,) bool is False."""
+    """Return the mask without the lesions that are not kept, (N,) bool."""
     is_kept, cleaned = np.concatenate([[True], kept]), np.empty_like(mask)
     for slab in slabs_of(mask):
         cleaned[slab] = mask[slab] * is_kept[lesions.ids[slab]]
@@ -166,12 +164,12 @@ STEPS = {"remove_small": RemoveSmall, "keep_largest": KeepLargest, "fill_holes":
 
 
 def make_steps(settings: Sequence[Step]) -> list[MaskStep]:
-    """The steps of a recipe, ready to be applied in its order.
+    """Return the steps of a recipe in its order.
 
     Raises:
-        VolsegError: a name or a setting that is not known, or a value that makes no sense.
+        VolsegError: an unknown name or setting, or an invalid value.
     """
-    made = []
+    steps = []
     for step in settings:
         if step.step not in STEPS:
             raise VolsegError(
@@ -180,11 +178,8 @@ def make_steps(settings: Sequence[Step]) -> list[MaskStep]:
                 code="E_RECIPE",
             )
         try:
-            made.append(STEPS[step.step](**step.settings))
+            steps.append(STEPS[step.step](**step.settings))
         except TypeError as error:
-            raise VolsegError(
-                f"step {step.step!r}: {error}",
-                fix="see volseg/postprocess/steps.py",
-                code="E_RECIPE",
-            ) from error
-    return made
+            fix = "see volseg/postprocess/steps.py"
+            raise VolsegError(f"step {step.step!r}: {error}", fix=fix, code="E_RECIPE") from error
+    return steps

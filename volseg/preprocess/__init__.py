@@ -1,1 +1,1 @@
-"""Volume → network input and the way back. Pure: nothing here touches the disk."""
+"""Volume → network input, and its inverse. Pure: nothing here touches the disk."""

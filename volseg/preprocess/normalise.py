@@ -1,7 +1,7 @@
-"""Intensities → network input. A normaliser is a frozen dataclass: `fit` looks at a scan, what it returns is applied to it.
+"""Intensities → network input. A normaliser is a frozen dataclass; `fit` returns a `Scaling`.
 
-`body` (I, J, K) bool says which voxels are the patient: those over the body threshold, or, where the recipe crops to the nonzero box,
-those that are not 0 in some channel, with their holes filled.
+`body` (I, J, K) bool marks the voxels of the patient: those above the body threshold or, where the
+recipe crops to the nonzero box, those that are nonzero in any channel, with holes filled.
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ Region = Literal["body", "scan", "nonzero"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scaling:
-    """Clip to [low, high], subtract `shift`, multiply by `factor`. Voxel by voxel, so it can be applied to a part of a scan.
+    """Clip to [low, high], subtract `shift`, multiply by `factor`.
 
-    With `inside_only` voxels outside the body become 0 instead.
+    It acts on single voxels, so it also applies to a part of a scan. With `inside_only` voxels
+    outside the body become 0.
     """
 
     shift: float
@@ -34,14 +35,13 @@ class Scaling:
     inside_only: bool = False
 
     def __call__(self, array: np.ndarray, body: np.ndarray | None = None) -> np.ndarray:
-        """Real numbers of any shape → float32, a new array; without `body` the nonzero voxels are inside."""
+        """Return a new float32 array of any shape; without `body` the nonzero voxels are inside."""
         values = torch.from_numpy(array.astype(np.float32))
-        return self.apply_(
-            values, None if body is None else torch.from_numpy(np.array(body))
-        ).numpy()
+        inside = None if body is None else torch.from_numpy(np.array(body))
+        return self.apply_(values, inside).numpy()
 
     def apply_(self, values: torch.Tensor, body: torch.Tensor | None = None) -> torch.Tensor:
-        """The same for float32 values on any device, in place."""
+        """Scale float32 values on any device in place."""
         outside = None
         if self.inside_only:
             outside = values == 0 if body is None else ~body
@@ -52,26 +52,29 @@ class Scaling:
 
 
 class Normaliser(ABC):
-    """How the intensities of a channel become network input."""
+    """Base class of the mappings from intensities of a channel to network input."""
 
     __slots__ = ()
 
     @abstractmethod
     def fit(self, array: np.ndarray, body: np.ndarray | None = None) -> Scaling:
-        """What happens to the voxels of this scan; a slab of it is not enough to know."""
+        """Return the scaling of a scan, from the whole scan."""
 
     def fit_parts(self, parts: Iterable[np.ndarray]) -> Scaling | None:
-        """As `fit`, from all voxels of the region, some at a time; None where there are none, or all would be needed at once."""
+        """Return the scaling of the region's voxels, given in parts.
+
+        None if there are no voxels, or if the normaliser needs all of them at once.
+        """
         return None
 
     def __call__(self, array: np.ndarray, body: np.ndarray | None = None) -> np.ndarray:
-        """Intensities (I, J, K) → float32 (I, J, K)."""
+        """Normalise intensities (I, J, K) to float32 (I, J, K)."""
         return self.fit(array, body)(array, body)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Absent(Normaliser):
-    """Of a channel that a case does not have: 0, which is about the mean of the others."""
+    """Normaliser of a missing channel: 0, about the mean of normalised intensities."""
 
     def fit(self, array: np.ndarray, body: np.ndarray | None = None) -> Scaling:
         return Scaling(shift=0.0, factor=0.0)
@@ -79,7 +82,7 @@ class Absent(Normaliser):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Window(Normaliser):
-    """Clip to [low, high], subtract `mean`, divide by `sd`; for CT in HU with statistics of the dataset."""
+    """Clip to [low, high], subtract `mean`, divide by `sd`; for CT with data set statistics."""
 
     low: float
     high: float
@@ -89,7 +92,7 @@ class Window(Normaliser):
     def __post_init__(self) -> None:
         if not self.low < self.high or self.sd <= 0:
             raise VolsegError(
-                f"window from {self.low} to {self.high} with deviation {self.sd} is empty",
+                f"window from {self.low} to {self.high} with standard deviation {self.sd} is empty",
                 fix="set low < high and sd > 0 under [preprocess.normalise]",
                 code="E_RECIPE",
             )
@@ -100,40 +103,38 @@ class Window(Normaliser):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ZScore(Normaliser):
-    """Subtract the mean and divide by the deviation of the region's voxels; 0 everywhere for a constant scan.
+    """Subtract the mean and divide by the standard deviation of the region's voxels.
 
-    With the region `nonzero` the voxels outside the body become 0.
+    A constant scan becomes 0, and with the region `nonzero` so do the voxels outside the body.
     """
 
     region: Region = "body"
 
     def fit(self, array: np.ndarray, body: np.ndarray | None = None) -> Scaling:
         inside = _inside(array, body, self.region)
-        return self._scaling(
-            float(inside.mean(dtype=np.float64)), float(inside.std(dtype=np.float64))
-        )
+        mean, sd = float(inside.mean(dtype=np.float64)), float(inside.std(dtype=np.float64))
+        return self._scaling(mean, sd)
 
     def fit_parts(self, parts: Iterable[np.ndarray]) -> Scaling | None:
         n, mean, squares = 0, 0.0, 0.0
         for part in parts:
-            if part.size:
-                own = float(part.mean(dtype=np.float64))
-                squares += float(part.var(dtype=np.float64)) * part.size + (
-                    own - mean
-                ) ** 2 * n * part.size / (n + part.size)
-                n += part.size
-                mean += (own - mean) * part.size / n
+            m = part.size
+            if m:
+                part_mean = float(part.mean(dtype=np.float64))
+                variance, delta = float(part.var(dtype=np.float64)), part_mean - mean
+                squares += variance * m + delta**2 * n * m / (n + m)
+                n += m
+                mean += delta * m / n
         return self._scaling(mean, sqrt(squares / n)) if n else None
 
     def _scaling(self, mean: float, sd: float) -> Scaling:
-        return Scaling(
-            shift=mean, factor=1 / sd if sd > 0 else 0, inside_only=self.region == "nonzero"
-        )
+        factor = 1 / sd if sd > 0 else 0
+        return Scaling(shift=mean, factor=factor, inside_only=self.region == "nonzero")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Percentile(Normaliser):
-    """Map two percentiles of the region's voxels to 0 and 1 and clip there; 0 everywhere for a constant scan."""
+    """Map two percentiles of the region's voxels to 0 and 1 and clip; a constant scan becomes 0."""
 
     low_percent: float
     high_percent: float
@@ -141,20 +142,16 @@ class Percentile(Normaliser):
 
     def fit(self, array: np.ndarray, body: np.ndarray | None = None) -> Scaling:
         inside = _inside(array, body, self.region)
-        low, high = (
-            float(value) for value in np.percentile(inside, (self.low_percent, self.high_percent))
-        )
+        low, high = np.percentile(inside, (self.low_percent, self.high_percent)).tolist()
         return self._scaling(low, high)
 
     def fit_parts(self, parts: Iterable[np.ndarray]) -> Scaling | None:
         if (self.low_percent, self.high_percent) != (0, 100):
             return None
-        ends = [(float(part.min()), float(part.max())) for part in parts if part.size]
-        return (
-            self._scaling(min(low for low, _ in ends), max(high for _, high in ends))
-            if ends
-            else None
-        )
+        ranges = [(float(part.min()), float(part.max())) for part in parts if part.size]
+        if not ranges:
+            return None
+        return self._scaling(min(low for low, _ in ranges), max(high for _, high in ranges))
 
     def _scaling(self, low: float, high: float) -> Scaling:
         return Scaling(low=low, high=high, shift=low, factor=1 / (high - low) if high > low else 0)
@@ -162,7 +159,7 @@ class Percentile(Normaliser):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scale(Normaliser):
-    """Subtract and divide by numbers that are known beforehand; 0 and 1 leave the intensities as they are."""
+    """Subtract and divide by fixed numbers; 0 and 1 leave the intensities unchanged."""
 
     subtract: float = 0.0
     divide_by: float = 1.0
@@ -172,7 +169,7 @@ class Scale(Normaliser):
 
 
 def _inside(array: np.ndarray, body: np.ndarray | None, region: Region) -> np.ndarray:
-    """Values of the region, or all of them where it is empty or not given."""
+    """Return the values of the region, or all values if it is empty or not given."""
     if region == "nonzero" and body is None:
         body = array != 0
     return array[body] if region != "scan" and body is not None and body.any() else array

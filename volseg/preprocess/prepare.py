@@ -1,6 +1,6 @@
-"""A scan → network input; `restore` is the way back.
+"""Scan → network input; `restore` is the inverse.
 
-It works a few planes at a time, so that the network input of a whole scan need not exist.
+It works on a few planes at a time, so the network input of a whole scan is never in memory.
 """
 
 from __future__ import annotations
@@ -36,26 +36,29 @@ from volseg.preprocess.resample import (
 )
 from volseg.volume import BoundingBox, Geometry, Volume, slabs_of
 
-SLAB_VOXELS = (
-    524_288  # native voxels looked at together; bounds the float32 temporaries to some 2 MB each
-)
-SAMPLE_VOXELS = 8_000_000  # of a scan, from which its own mean, deviation or percentiles are taken
+SLAB_VOXELS = 524_288  # native voxels per step; keeps each float32 temporary to about 2 MB
+SAMPLE_VOXELS = 8_000_000  # sample of a scan for its mean, standard deviation or percentiles
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PrepareSettings:
-    """How scans become network input: spacing along the prepared axes in mm, one normaliser per channel.
+    """Settings of the preparation.
 
     Args:
-        crop: `body`: to the box of the body, outside which the mask is background by definition; `nonzero`: to the box of the
-            voxels that are not 0 in some channel; `none`.
-        body_above: intensity over which a voxel is body; None: a tenth of the 99th percentile of the first channel.
-        axes: `canonical`: R, A, S; `stored`: as in the file, the slowest first.
-        transpose: applied after that: prepared axis n is axis `transpose[n]` of those.
-        separate_above: where the coarsest spacing, of the scan or else of the target, is more than this many times the finest,
-            the nearest plane is taken along that axis and only the two others are interpolated, on both ways.
-        clip_overshoot: cubic only: nothing beyond the range of the scan, or of the slice where an axis is separate.
-        normalise_first: normalise the scan's own voxels before they are resampled, instead of what comes out.
+        spacing_mm: target spacing along the prepared axes.
+        normalisers: one per channel.
+        crop: `body`: box of the body, outside which the mask is background by definition;
+            `nonzero`: box of the voxels that are nonzero in any channel; `none`.
+        body_above: a voxel with a larger intensity is body; None: a tenth of the 99th percentile
+            of the first channel.
+        axes: `canonical`: R, A, S; `stored`: order of the file, slowest first.
+        transpose: applied afterwards: prepared axis n is axis `transpose[n]` of these.
+        separate_above: if the coarsest spacing (of the scan, else of the target) exceeds the
+            finest by more than this factor, use nearest neighbour along that axis and interpolate
+            only the other two, in both directions.
+        clip_overshoot: cubic only: clip to the range of the scan, or of the slice if an axis is
+            separate.
+        normalise_first: normalise before resampling instead of after it.
     """
 
     spacing_mm: tuple[float, float, float]
@@ -72,36 +75,36 @@ class PrepareSettings:
 
 @dataclass(frozen=True, slots=True)
 class Trail:
-    """The way back: the scan's grid, its axis order, the box kept (prepared axes), the resampled shape."""
+    """What the inverse needs: the scan's grid and axis order, the cropped box, the resampled shape.
+
+    The box, the shape and `separate_axis`, resampled by nearest neighbour, are in prepared axes.
+    """
 
     geometry: Geometry
     order: AxisOrder
     box: BoundingBox
     shape: tuple[int, int, int]
-    separate_axis: int | None = (
-        None  # of the prepared axes: takes the nearest plane instead of interpolating
-    )
+    separate_axis: int | None = None
 
     @property
     def cropped(self) -> Geometry:
-        """The scan's own grid inside the box, along the prepared axes."""
+        """The scan's grid inside the box, along the prepared axes."""
         return canonical_geometry(self.geometry, self.order).crop(self.box)
 
     @property
     def spacing_mm(self) -> tuple[float, float, float]:
-        """Of the prepared grid along its axes: what was asked for, but for a whole number of voxels."""
-        own = self.cropped
-        r, a, s = (
-            mm * n / m for mm, n, m in zip(own.spacing_mm, own.shape, self.shape, strict=True)
-        )
+        """Spacing of the prepared grid: the target spacing, adjusted to whole numbers of voxels."""
+        grid = self.cropped
+        axes = zip(grid.spacing_mm, grid.shape, self.shape, strict=True)
+        r, a, s = (mm * n / m for mm, n, m in axes)
         return r, a, s
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Prepared:
-    """`array` (C, R, A, S) float32, contiguous, and the way back to the scan.
+    """Network input `array` (C, R, A, S), contiguous float32, and its `trail` back to the scan.
 
-    `has_body` is False where the recipe crops to the body and there is none: the mask is then background by definition.
+    `has_body` is False if the recipe crops to the body and finds none; the mask is then background.
     """
 
     array: np.ndarray
@@ -110,7 +113,7 @@ class Prepared:
 
 
 def prepare(images: Mapping[str, Volume], settings: PrepareSettings) -> Prepared:
-    """Canonical axes → crop to the body → resample → normalise, all planes at once.
+    """Reorder axes, crop to the body, resample and normalise all planes at once.
 
     Raises:
         ScanError: the channels lie on different grids.
@@ -122,7 +125,7 @@ def prepare(images: Mapping[str, Volume], settings: PrepareSettings) -> Prepared
 
 
 class Preparation:
-    """What has to be known of a scan before its planes can be prepared one by one.
+    """A scan ready to be prepared plane by plane: its crop, target grid and normalisation.
 
     Args:
         images: channel name → scan, in the order of the network's input channels; all on one grid.
@@ -137,29 +140,27 @@ class Preparation:
         self._volumes = list(images.values())
         first = self._volumes[0]
         is_canonical = settings.axes == "canonical"
-        order = (AxisOrder.of(first.geometry) if is_canonical else AxisOrder.stored()).transposed(
-            settings.transpose
-        )
+        order = AxisOrder.of(first.geometry) if is_canonical else AxisOrder.stored()
+        order = order.transposed(settings.transpose)
         stored = [to_canonical(volume.array, order) for volume in self._volumes]
         self._above = _stored_threshold(first, stored[0], settings.body_above)
-        found = self._find_box(stored)
-        box = found or BoundingBox.whole(
-            (stored[0].shape[0], stored[0].shape[1], stored[0].shape[2])
-        )
+        content_box = self._find_box(stored)
+        i, j, k = stored[0].shape
+        box = content_box or BoundingBox.whole((i, j, k))
         cropped = canonical_geometry(first.geometry, order).crop(box)
         separate = separate_axis(cropped.spacing_mm, settings.spacing_mm, settings.separate_above)
         shape = resampled_shape(cropped, settings.spacing_mm)
         self.trail = Trail(first.geometry, order, box, shape, separate)
-        self.has_body = found is not None or settings.crop != "body"
+        self.has_body = content_box is not None or settings.crop != "body"
         self._views = [crop(array, box) for array in stored]
 
     def planes(
         self, axis: int | None = None, part: BoundingBox | None = None, device: torch.device = CPU
     ) -> PreparedPlanes:
-        """The network input, or a part of the prepared grid, to be read plane by plane along a prepared axis.
+        """Return a reader of the network input, or of a part of it, along a prepared axis.
 
         Args:
-            axis: None for the one that is slowest in memory.
+            axis: None for the separate axis, else for the slowest one in memory.
             device: where planes are resampled and normalised.
         """
         axis = self.trail.separate_axis if axis is None else axis
@@ -168,8 +169,8 @@ class Preparation:
         return PreparedPlanes(self.trail.shape, channels, part, device)
 
     def at(self, spacing_mm: tuple[float, float, float]) -> Preparation:
-        """The same scan on a grid of another spacing, resampled linearly; box and normalisation stay those of this one."""
-        _ = self._scalings, self._nonzero  # looked for once, on this grid, for both
+        """Return the same scan at another spacing, resampled linearly, with this normalisation."""
+        _ = self._scalings, self._nonzero  # computed once, on this grid, for both
         other = copy(self)
         other._settings = replace(
             self._settings, spacing_mm=spacing_mm, interpolation="linear", separate_above=None
@@ -179,19 +180,22 @@ class Preparation:
         return other
 
     def body_box(self) -> BoundingBox | None:
-        """The box of the body on the prepared grid, by the first channel; None where there is none."""
+        """Return the box of the body on the prepared grid from the first channel, or None."""
         view, trail = self._views[0], self.trail
         box = box_where(lambda part: view[part] > self._above, view)
-        # One voxel more, so that every voxel of the body lies between prepared ones of the box.
+        # The margin puts every voxel of the body between prepared voxels of the box.
         return None if box is None else scaled_box(box, trail.box.shape, trail.shape, (1, 1, 1))
 
     @property
     def empty_level(self) -> float | None:
-        """Network input of the first channel up to which a voxel lies outside the body; None where that cannot be told from it."""
+        """Body threshold in network input of the first channel, or None.
+
+        None if the recipe does not crop to the body, or if clipping hides the threshold.
+        """
         first, scaling = self._volumes[0], self._scalings[0]
         above = self._above * first.slope + first.intercept
         if self._settings.crop != "body" or not scaling.low <= above < scaling.high:
-            return None  # a clipped intensity does not say on which side of the threshold it was
+            return None
         return float(scaling(np.array([above], np.float32))[0])
 
     def _find_box(self, stored: Sequence[np.ndarray]) -> BoundingBox | None:
@@ -199,18 +203,18 @@ class Preparation:
             return box_where(lambda part: stored[0][part] > self._above, stored[0])
         if self._settings.crop == "nonzero":
             pairs = list(zip(self._volumes, stored, strict=True))
-            return box_where(
-                lambda part: np.any(
-                    [volume.intensities(array[part]) != 0 for volume, array in pairs], axis=0
-                ),
-                stored[0],
-            )
+
+            def is_nonzero(part: tuple[slice, slice, slice]) -> np.ndarray:
+                channels = [volume.intensities(array[part]) != 0 for volume, array in pairs]
+                return np.any(channels, axis=0)
+
+            return box_where(is_nonzero, stored[0])
         return None
 
     def _channel(
         self, index: int, axis: int | None, device: torch.device
     ) -> tuple[PlaneReader, Finish]:
-        """The planes of one channel, and what is left to be done to them, in place, once they are resampled."""
+        """Return the reader of one channel and the function that finishes its planes in place."""
         volume, scaling = self._volumes[index], self._scalings[index]
         if not self._settings.normalise_first:
 
@@ -222,8 +226,8 @@ class Preparation:
             return self._reader(index, axis, device=device), finish
         nonzero = self._nonzero
 
-        def convert(planes: np.ndarray, which: slice) -> np.ndarray:
-            body = None if nonzero is None else nonzero.transpose(reader.axes)[which]
+        def convert(planes: np.ndarray, indices: slice) -> np.ndarray:
+            body = None if nonzero is None else nonzero.transpose(reader.axes)[indices]
             return scaling(_scaled(planes, volume), body)
 
         reader = self._reader(index, axis, convert, device)
@@ -254,61 +258,58 @@ class Preparation:
         )
 
     def _range(self, index: int, *, is_converted: bool) -> tuple[float, float]:
-        """Smallest and largest value that goes into the resampling."""
+        """Return the smallest and largest value of the input of the resampling."""
         view = self._views[index]
-        ends = np.array([view.min(), view.max()])
+        values = np.array([view.min(), view.max()])
         if is_converted:
-            ends = self._scalings[index](_scaled(ends, self._volumes[index]), np.ones(2, bool))
-            if self._nonzero is not None:  # outside the body the normaliser puts 0
-                ends = np.array([min(0, ends.min()), max(0, ends.max())])
-        return float(ends.min()), float(ends.max())
+            values = self._scalings[index](_scaled(values, self._volumes[index]), np.ones(2, bool))
+            if self._nonzero is not None:  # normalised voxels outside the body are 0
+                values = np.array([min(0, values.min()), max(0, values.max())])
+        return float(values.min()), float(values.max())
 
     @cached_property
     def _nonzero(self) -> np.ndarray | None:
-        """(R, A, S) bool of the cropped scan where a normaliser asks for it: not 0 in some channel, holes filled."""
-        if all(
-            getattr(normaliser, "region", "") != "nonzero"
-            for normaliser in self._settings.normalisers
-        ):
+        """(R, A, S) bool of the cropped scan: nonzero in any channel, holes filled.
+
+        None if no normaliser needs it.
+        """
+        regions = [getattr(normaliser, "region", "") for normaliser in self._settings.normalisers]
+        if "nonzero" not in regions:
             return None
-        found = np.zeros(self._views[0].shape, bool)
+        nonzero = np.zeros(self._views[0].shape, bool)
         axis = slowest_axis(self._views[0])
-        for index in range(found.shape[axis]):
+        for index in range(nonzero.shape[axis]):
             plane = tuple(index if n == axis else slice(None) for n in range(3))
             for volume, view in zip(self._volumes, self._views, strict=True):
-                found[plane] |= volume.intensities(view[plane]) != 0
-        return ndimage.binary_fill_holes(found)
+                nonzero[plane] |= volume.intensities(view[plane]) != 0
+        return ndimage.binary_fill_holes(nonzero)
 
     @cached_property
     def _scalings(self) -> list[Scaling]:
-        found = []
+        scalings = []
         for index, normaliser in enumerate(self._settings.normalisers):
-            # What is normalised as it is stored was trained on statistics of every voxel, and extremes are in no sample.
-            exact = (
-                normaliser.fit_parts(self._parts(index)) if self._settings.normalise_first else None
-            )
-            found.append(exact or normaliser.fit(self._sample(index)))
-        return found
+            scaling = None
+            if self._settings.normalise_first:
+                # These networks were trained with statistics of all voxels; samples miss extremes.
+                scaling = normaliser.fit_parts(self._parts(index))
+            scalings.append(scaling or normaliser.fit(self._sample(index)))
+        return scalings
 
     def _parts(self, index: int) -> Iterator[np.ndarray]:
-        """The intensities as stored, of the region of which the channel's normaliser wants to know."""
-        region, view = (
-            getattr(self._settings.normalisers[index], "region", None),
-            self._views[index],
-        )
+        """Yield the intensities of the region of a channel's normaliser, on the stored grid."""
+        region = getattr(self._settings.normalisers[index], "region", None)
+        view = self._views[index]
         for part in slabs_of(view):
             values = _scaled(view[part], self._volumes[index])
             if region == "body":
                 yield values[self._views[0][part] > self._above]
+            elif region == "nonzero" and self._nonzero is not None:
+                yield values[self._nonzero[part]]
             else:
-                yield (
-                    values.ravel()
-                    if self._nonzero is None or region != "nonzero"
-                    else values[self._nonzero[part]]
-                )
+                yield values.ravel()
 
     def _sample(self, index: int) -> np.ndarray:
-        """Intensities of the region of which the channel's normaliser wants to know: all, or evenly spread ones of many."""
+        """Return intensities of the region of a channel's normaliser: all, or an even sample."""
         region = getattr(self._settings.normalisers[index], "region", None)
         if region is None:
             return np.empty(0, np.float32)
@@ -316,42 +317,39 @@ class Preparation:
         axis = slowest_axis(self._views[0])
         if self._settings.normalise_first:
             view = self._views[index]
-            # Whole planes of the scan as stored, so that no copy is larger than the sample.
-            every = tuple(
-                slice(None, None, -(-view.size // SAMPLE_VOXELS) if n == axis else None)
-                for n in range(3)
-            )
+            # Whole stored planes, so that no copy is larger than the sample.
+            spacing = -(-view.size // SAMPLE_VOXELS)
+            planes = tuple(slice(None, None, spacing if n == axis else None) for n in range(3))
             body = None
             if region == "body":
-                body = self._views[0][every] > self._above
+                body = self._views[0][planes] > self._above
             elif self._nonzero is not None:
-                body = self._nonzero[every]
-            values = view[every]
-            return _scaled(
-                values.ravel() if body is None or not body.any() else values[body], volume
-            )
+                body = self._nonzero[planes]
+            values = view[planes]
+            is_given = body is not None and body.any()
+            return _scaled(values[body] if is_given else values.ravel(), volume)
         reader = self._reader(index, axis)
         first = self._reader(0, axis) if region == "body" and index else reader
-        every = -(-int(np.prod(self.trail.shape)) // SAMPLE_VOXELS)
+        spacing = -(-int(np.prod(self.trail.shape)) // SAMPLE_VOXELS)
         inside, outside = [], []
         length = self.trail.shape[axis]
         step = max(1, SLAB_VOXELS * length // int(np.prod(self.trail.shape)))
         for start in range(0, length, step):
             stop = min(length, start + step)
             values = np.moveaxis(reader.read(start, stop).numpy(), axis, 0).ravel()
-            others = (
-                values
-                if first is reader
-                else np.moveaxis(first.read(start, stop).numpy(), axis, 0).ravel()
-            )
-            phase = -(start * (values.size // (stop - start))) % every
-            chosen = slice(phase, None, every)
-            body = others[chosen] > self._above if region == "body" else None
-            inside.append(values[chosen] if body is None else values[chosen][body])
+            threshold_values = values
+            if first is not reader:
+                threshold_values = np.moveaxis(first.read(start, stop).numpy(), axis, 0).ravel()
+            phase = -(start * (values.size // (stop - start))) % spacing
+            sample = values[phase::spacing]
+            is_body = slice(None)
+            if region == "body":
+                is_body = threshold_values[phase::spacing] > self._above
+            inside.append(sample[is_body])
             if not any(map(len, inside)):
-                outside.append(values[chosen])
-        found = np.concatenate(inside)
-        return _scaled(found if found.size else np.concatenate(outside), volume)
+                outside.append(sample)
+        sample = np.concatenate(inside)
+        return _scaled(sample if sample.size else np.concatenate(outside), volume)
 
 
 Finish = Callable[[torch.Tensor], torch.Tensor]
@@ -374,14 +372,14 @@ class PreparedPlanes:
         self._device = device
 
     def read(self, start: int, stop: int) -> torch.Tensor:
-        """Planes `start` to `stop`: float32 (C, R, A, S) on the device, but `stop - start` long along the axis."""
+        """Return planes `start` to `stop` along the axis: float32 (C, R, A, S) on the device."""
         shape = tuple(stop - start if axis == self.axis else n for axis, n in enumerate(self.shape))
         first = self._part.start[self.axis]
         across = tuple(
-            slice(None) if axis == self.axis else each
-            for axis, each in enumerate(self._part.slices)
+            slice(None) if axis == self.axis else part
+            for axis, part in enumerate(self._part.slices)
         )
-        if len(self._channels) == 1:  # which nothing has to stand beside
+        if len(self._channels) == 1:  # without a copy
             reader, finish = self._channels[0]
             return finish(reader.read(first + start, first + stop)[across])[None]
         result = torch.empty((len(self._channels), *shape), device=self._device)
@@ -391,19 +389,19 @@ class PreparedPlanes:
 
 
 def _scaled(stored: np.ndarray, volume: Volume) -> np.ndarray:
-    """Stored values or what resampling made of them → intensities: resampling is linear, so the scale may follow it."""
+    """Convert stored values to intensities, before or after resampling, which is linear."""
     if not volume.is_scaled:
         return stored
     return stored * np.float32(volume.slope) + np.float32(volume.intercept)
 
 
 def separate_axis(
-    own_mm: tuple[float, float, float], wanted_mm: tuple[float, float, float], above: float | None
+    scan_mm: tuple[float, float, float], target_mm: tuple[float, float, float], above: float | None
 ) -> int | None:
-    """The axis along which the nearest plane is taken, if one alone is so coarse."""
+    """Return the axis to resample by nearest neighbour, if a single one is much coarser."""
     if above is None:
         return None
-    for spacing in (own_mm, wanted_mm):
+    for spacing in (scan_mm, target_mm):
         if max(spacing) / min(spacing) > above:
             coarse = [axis for axis in range(3) if spacing[axis] == max(spacing)]
             return coarse[0] if len(coarse) == 1 else None
@@ -411,14 +409,13 @@ def separate_axis(
 
 
 def prepare_mask(reference: np.ndarray, trail: Trail) -> np.ndarray:
-    """A reference mask (I, J, K) on the scan's grid → label values on the prepared grid (R, A, S), contiguous."""
-    return np.ascontiguousarray(
-        resample_mask(crop(to_canonical(reference, trail.order), trail.box), trail.shape)
-    )
+    """Resample a reference mask (I, J, K) on the scan's grid to the prepared grid (R, A, S)."""
+    cropped = crop(to_canonical(reference, trail.order), trail.box)
+    return np.ascontiguousarray(resample_mask(cropped, trail.shape))
 
 
 def _stored_threshold(volume: Volume, stored: np.ndarray, above: float | None) -> float:
-    """The body threshold in stored units, where the comparison is made without scaling the scan."""
+    """Return the body threshold in stored units, so that the scan need not be scaled."""
     intensity = body_threshold(stored, volume.slope, volume.intercept) if above is None else above
     return (intensity - volume.intercept) / volume.slope
 

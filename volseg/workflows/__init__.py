@@ -8,8 +8,8 @@ from volseg.workflows.comparing import compare
 from volseg.workflows.evaluating import evaluate
 from volseg.workflows.importing import import_nnunet
 from volseg.workflows.inference import infer
-from volseg.workflows.measuring import measure, read_label_names
-from volseg.workflows.planning import budget_of, plan, read_plan
+from volseg.workflows.measuring import measure
+from volseg.workflows.planning import plan
 from volseg.workflows.preparing import preprocess
 from volseg.workflows.quantising import quantise
 from volseg.workflows.reporting import report
@@ -18,7 +18,6 @@ from volseg.workflows.training import train
 __all__ = [
     "Progress",
     "RunReport",
-    "budget_of",
     "check",
     "compare",
     "evaluate",
@@ -28,8 +27,6 @@ __all__ = [
     "plan",
     "preprocess",
     "quantise",
-    "read_label_names",
-    "read_plan",
     "report",
     "selftest",
     "table_columns",

@@ -19,10 +19,10 @@ from volseg.measure.response import PatientResponse
 from volseg.measure.rows import CaseRow, LesionMeasurement
 from volseg.measure.units import judge_unit
 from volseg.postprocess.steps import make_steps
-from volseg.recipe import Recipe, load_recipe, shipped_recipes
+from volseg.recipe import Recipe, as_recipe, load_recipe, shipped_recipes
 from volseg.volume import Volume
 from volseg.workflows.batch import check_pair
-from volseg.workflows.preparing import PREPARED_FILE, as_recipe, read_training_case
+from volseg.workflows.preparing import PREPARED_FILE, read_training_case
 
 
 def check(path: Path | str, recipe: Path | str | Recipe | None = None) -> list[dict[str, str]]:

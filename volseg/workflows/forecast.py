@@ -17,9 +17,10 @@ from volseg.execute.threads import Threads
 from volseg.inputs import read_json
 from volseg.io.cases import Case, survey_cases
 from volseg.io.prepared import CASE_FILE, PreparedCase, read_prepared_case
+from volseg.options import Progress, ignore_progress
 from volseg.recipe import Recipe
 from volseg.store.outputs import OutputFolder
-from volseg.workflows.batch import Inputs, Progress, silent
+from volseg.workflows.batch import Inputs
 from volseg.workflows.planning import auto_recipe
 from volseg.workflows.preparing import (
     HASHING,
@@ -97,7 +98,7 @@ def forecast_of(
     threads: Threads | None = None,
     until: float = math.inf,
     seed: int,
-    progress: Progress = silent,
+    progress: Progress = ignore_progress,
 ) -> Forecast | None:
     """Prepare a case of about median size, train a few steps on it and extrapolate to all cases.
 
@@ -193,9 +194,9 @@ def _time_case(
     from volseg.plan import combine_fingerprints, make_plan
 
     laps = [time.monotonic()]
-    stated = recipe if recipe is not None else auto_recipe(dataset, [case], silent)
+    stated = recipe if recipe is not None else auto_recipe(dataset, [case], ignore_progress)
     laps.append(time.monotonic())
-    cases = training_cases(dataset, stated, seed, silent)
+    cases = training_cases(dataset, stated, seed, ignore_progress)
     case = next(training_case for training_case in cases if training_case.id == case.id)
     digests = Inputs(of_masks=True)
     inputs = inputs_of(case, digests)
@@ -221,7 +222,7 @@ def _sample_fingerprints(
     dataset: Path, cases: Sequence[Case], recipe: Recipe, seed: int, until: float
 ) -> Iterator[CaseFingerprint]:
     """Yield fingerprints of cases spread over the list, until a deadline."""
-    case_of = {case.id: case for case in training_cases(dataset, recipe, seed, silent)}
+    case_of = {case.id: case for case in training_cases(dataset, recipe, seed, ignore_progress)}
     n = len(cases)
     indices = dict.fromkeys(
         n * odd // 2**level

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from volseg.errors import VolsegError
 from volseg.execute.cpu import total_memory
+from volseg.options import ImportOptions, command
+from volseg.reports import ImportReport
 from volseg.store.outputs import OutputFolder
-from volseg.workflows.batch import RunReport
 
 MODEL_FILE = "model.json"
 
@@ -17,20 +16,9 @@ if TYPE_CHECKING:  # torch takes seconds to import; only a workflow that needs i
     from volseg.bundle import ModelBundle
 
 
-def import_nnunet(
-    folder: Path | str,
-    *,
-    out: Path | str,
-    folds: Sequence[str] | None = None,
-    checkpoint: str = "checkpoint_final.pth",
-) -> RunReport:
+@command(ImportOptions)
+def import_nnunet(options: ImportOptions) -> ImportReport:
     """Convert a trained nnU-Net v2 folder to a model folder that `infer` runs without nnU-Net.
-
-    Args:
-        folder: `<trainer>__<plans>__<configuration>`, with plans.json, dataset.json and fold_*.
-        folds: such as `("0", "1")` or `("all",)`; several become an ensemble. None takes every
-            numbered fold, or `all` if there is none.
-        checkpoint: name of the file in each fold's folder.
 
     Raises:
         VolsegError: files are missing or damaged, a checkpoint holds more than weights, or the
@@ -41,16 +29,16 @@ def import_nnunet(
     from volseg.infer.memory import check_patch, network_bytes
     from volseg.nnunet import read_nnunet
 
-    out = Path(out)
+    folder, out = options.folder, options.out
     if (out / MODEL_FILE).exists():
         raise VolsegError(
             f"{out}: holds a finished model",
             fix="give another --out, or delete it first",
             code="E_EXISTS",
         )
-    bundle = read_nnunet(Path(folder), folds=folds, checkpoint=checkpoint)
+    bundle = read_nnunet(folder, folds=options.folds, checkpoint=options.checkpoint)
     check_patch(bundle, network_bytes(bundle), total_memory())
-    with OutputFolder(out, "import-nnunet", inputs=[Path(folder)]) as outputs:
+    with OutputFolder(out, "import-nnunet", inputs=[folder]) as outputs:
         outputs.refuse_foreign(bundle_files(bundle.weights))
         with outputs.staged() as commit:
             save_bundle(bundle, commit.folder)
@@ -59,10 +47,8 @@ def import_nnunet(
         with outputs.staged() as commit:
             export_bundle(bundle, commit.folder)
             commit.finish()
-    return RunReport(
-        out=out,
-        done=[bundle.recipe.name],
-        details={"model": _facts(bundle), "sha256": bundle.sha256},
+    return ImportReport(
+        out=out, done=[bundle.recipe.name], model=_facts(bundle), sha256=bundle.sha256
     )
 
 

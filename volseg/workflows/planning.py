@@ -25,10 +25,12 @@ from volseg.io.cases import (
 from volseg.io.files import make_folder, read_sealed, refuse_unsealed, write_sealed
 from volseg.io.nifti import read_mask, read_volume
 from volseg.measure.units import looks_like_ct
-from volseg.recipe import Recipe, listed, mistakes_of, parse_recipe
+from volseg.options import PlanOptions, Progress, command, ignore_progress
+from volseg.recipe import Recipe, as_recipe, listed, mistakes_of, parse_recipe
+from volseg.reports import PlanReport
 from volseg.sizing import Budget
-from volseg.workflows.batch import Progress, RunReport, amount_of, reason_of, silent
-from volseg.workflows.preparing import MASKS, as_recipe, fingerprint_of, refuse_dataset, warnings_of
+from volseg.workflows.batch import reason_of
+from volseg.workflows.preparing import MASKS, fingerprint_of, refuse_dataset, warnings_of
 
 if TYPE_CHECKING:  # torch takes seconds to import; only a workflow that needs it pays
     from volseg.plan import DatasetFingerprint, Plan
@@ -48,57 +50,40 @@ SIDES = {
 }
 
 
-def plan(
-    dataset: Path | str,
-    *,
-    recipe: Path | str | Recipe | None = None,
-    memory: int | str | None = None,
-    time_budget_seconds: float | None = None,
-    folds: int | None = None,
-    device: str = "auto",
-    seed: int = 0,
-    out: Path | str | None = None,
-    progress: Progress = silent,
-) -> RunReport:
+@command(PlanOptions)
+def plan(options: PlanOptions) -> PlanReport:
     """Plan a training: spacing, intensities, network and patches, with a reason for each.
-
-    Args:
-        recipe: its values are kept; None plans everything.
-        memory: bytes of GPU or host memory that training may take, or text such as `8G`; None for a
-            fraction of the device's memory.
-        time_budget_seconds, folds: as in `train`, which divides the time among the folds.
-        out: JSON file for the plan; `train` accepts it, edited or not.
 
     Raises:
         VolsegError: cases cannot be used (the error lists all of them), or nothing fits the budget.
     """
     from volseg.plan import check_budget
 
+    dataset, out, seconds = options.dataset, options.out, options.time_budget_seconds
     if out is not None:
-        refuse_unsealed(Path(out))
-        make_folder(Path(out).parent)
-    budget_of(device, memory)  # refuses a misspelt amount before the scans are read
-    is_auto, recipe = recipe is None, recipe_for(dataset, recipe, progress)
-    n = folds_of(Path(dataset), recipe, folds, is_auto=is_auto)
-    fingerprint, failed = fingerprint_of(dataset, recipe, seed, progress)
+        refuse_unsealed(out)
+        make_folder(out.parent)
+    recipe = recipe_for(dataset, options.recipe, options.progress)
+    n = folds_of(dataset, recipe, options.folds, is_auto=options.recipe is None)
+    fingerprint, failed = fingerprint_of(dataset, recipe, options.seed, options.progress)
     if failed:
-        refuse_dataset(Path(dataset), failed)
-    budget = budget_of(device, memory, time_budget_seconds)
-    may_drop_folds = folds is None and time_budget_seconds is not None  # as `train` does
+        refuse_dataset(dataset, failed)
+    budget = budget_of(options.device, options.memory, seconds)
+    may_drop_folds = options.folds is None and seconds is not None  # as `train` does
     planned, n = _plan_of_folds(fingerprint, recipe, budget, n, 1 if may_drop_folds else n)
     if budget.is_stated:
         check_budget(planned, recipe, budget)
     if out is not None:
-        write_sealed(Path(out), planned.model_dump(mode="json"))
-    details = {
-        "recipe": recipe.model_dump(mode="json"),
-        "plan": planned.model_dump(mode="json"),
-        "cases": fingerprint.n_cases,
-        "folds": n,
-        "warnings": warnings_of(fingerprint, recipe),
-    }
-    out = Path(dataset) if out is None else Path(out)
-    return RunReport(out=out, done=[recipe.name], details=details)
+        write_sealed(out, planned.model_dump(mode="json"))
+    return PlanReport(
+        out=dataset if out is None else out,
+        done=[recipe.name],
+        warnings=warnings_of(fingerprint, recipe),
+        recipe=recipe.model_dump(mode="json"),
+        plan=planned.model_dump(mode="json"),
+        cases=fingerprint.n_cases,
+        folds=n,
+    )
 
 
 def _plan_of_folds(
@@ -143,7 +128,7 @@ def read_plan(path: Path | str) -> Plan:
 
 def budget_of(
     device: str = "auto",
-    memory: int | str | None = None,
+    memory: int | None = None,
     seconds: float | None = None,
     *,
     processes: int = 1,
@@ -156,16 +141,13 @@ def budget_of(
     Args:
         processes: on this machine; they share its main memory and cores, but each has its own GPU.
         half: whether a GPU uses 16-bit activations.
-
-    Raises:
-        VolsegError: `memory` is not an amount of memory.
     """
     import torch
 
     from volseg.infer.backends import choose_device
 
     on_gpu = choose_device(device).type == "cuda"
-    available = amount_of(memory, "--vram")
+    available = memory
     if available is None:
         total = torch.cuda.get_device_properties(0).total_memory if on_gpu else total_memory()
         available = int(total * (GPU_FRACTION if on_gpu else HOST_FRACTION))
@@ -179,7 +161,7 @@ def budget_of(
 
 
 def recipe_for(
-    dataset: Path | str, recipe: Path | str | Recipe | None, progress: Progress = silent
+    dataset: Path | str, recipe: Path | str | Recipe | None, progress: Progress = ignore_progress
 ) -> Recipe:
     """Return the given recipe, or else one that leaves everything to the plan.
 
@@ -209,7 +191,9 @@ def folds_of(dataset: Path, recipe: Recipe, folds: int | None, *, is_auto: bool)
     return max(1, min(N_FOLDS, patients)) if folds is None else folds
 
 
-def auto_recipe(dataset: Path, cases: Sequence[Case], progress: Progress = silent) -> Recipe:
+def auto_recipe(
+    dataset: Path, cases: Sequence[Case], progress: Progress = ignore_progress
+) -> Recipe:
     """Make a recipe that leaves everything to the plan.
 
     Labels are the values in the masks, with the names that the dataset states. Scans count as CT if

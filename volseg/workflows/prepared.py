@@ -13,9 +13,9 @@ from volseg.errors import VolsegError
 from volseg.inputs import read_json
 from volseg.io.cases import ID_PATTERN
 from volseg.io.prepared import PreparedCase, read_prepared_case
-from volseg.recipe import Recipe, parse_recipe
+from volseg.recipe import Recipe, as_recipe, parse_recipe
 from volseg.workflows.planning import N_FOLDS
-from volseg.workflows.preparing import PREPARED_FILE, as_recipe, preparation_of
+from volseg.workflows.preparing import PREPARED_FILE, preparation_of
 
 if TYPE_CHECKING:
     from volseg.plan import DatasetFingerprint, Plan

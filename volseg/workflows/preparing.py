@@ -26,23 +26,22 @@ from volseg.io.prepared import (
 )
 from volseg.measure.rows import CaseRow
 from volseg.measure.units import judge_unit
+from volseg.options import PreprocessOptions, Progress, command
 from volseg.postprocess.lesions import label_lesions
 from volseg.preprocess.align import completed, on_one_grid
-from volseg.recipe import Recipe, load_recipe
+from volseg.recipe import Recipe
+from volseg.reports import PreprocessReport
 from volseg.store.outputs import OutputFolder, trace_name
 from volseg.store.tables import table
 from volseg.train.samples import sample_voxels
 from volseg.volume import Volume
 from volseg.workflows.batch import (
     Inputs,
-    Progress,
-    RunReport,
     check_pair,
     failure_reason,
     files_of_case,
     input_key,
     reason_of,
-    silent,
 )
 
 if TYPE_CHECKING:  # torch takes seconds to import; only a workflow that needs it pays
@@ -56,25 +55,33 @@ SPLITS = ("train", "val", "test")
 MOST_SHOWN = 10  # mistakes of a dataset listed in one message
 
 
-def preprocess(
-    dataset: Path | str,
-    *,
-    out: Path | str,
-    recipe: Path | str | Recipe | None = None,
-    seed: int = 0,
-    plan: Plan | None = None,
-    budget: Budget | None = None,
-    refuse: bool = False,
-    progress: Progress = silent,
-) -> RunReport:
+@command(PreprocessOptions)
+def preprocess(options: PreprocessOptions) -> PreprocessReport:
     """Prepare scans and masks: memory-mapped arrays, a JSON per case, fingerprint and plan.
 
-    Cases of the test split are skipped. A second call prepares only what is missing or has changed.
-    It replaces case by case, and `prepared.json` at the end: interrupted before its first case it
-    has changed nothing, and `load_prepared` refuses a folder with cases of both calls.
+    Raises:
+        VolsegError: the dataset or recipe is wrong, or no case could be read.
+    """
+    from volseg.workflows.planning import budget_of, read_plan
+
+    plan = None if options.plan is None else read_plan(options.plan)
+    return prepare_dataset(options, plan, budget_of(options.device, options.memory))
+
+
+def prepare_dataset(
+    options: PreprocessOptions,
+    plan: Plan | None = None,
+    budget: Budget | None = None,
+    *,
+    refuse: bool = False,
+) -> PreprocessReport:
+    """Prepare the training and validation cases of a dataset.
+
+    A second call prepares only what is missing or has changed. It replaces case by case, and
+    `prepared.json` at the end: interrupted before its first case it has changed nothing, and
+    `load_prepared` refuses a folder with cases of both calls.
 
     Args:
-        recipe: None leaves everything to the plan, as `train` does without one.
         plan: replaces the plan made from this dataset, such as the plan of an existing model.
         budget: of the training, for the size of the network and patches if the plan chooses it.
         refuse: raise an error for an unusable case before any is prepared, instead of listing it.
@@ -85,21 +92,21 @@ def preprocess(
     from volseg.plan import DatasetFingerprint, Plan
     from volseg.workflows.planning import recipe_for
 
-    is_auto, out, recipe_file = recipe is None, Path(out), recipe
-    recipe = recipe_for(dataset, recipe, progress)
-    cases = training_cases(Path(dataset), recipe, seed, progress)
-    inputs = [Path(dataset), *(path for case in cases for path in files_of_case(case))]
-    if isinstance(recipe_file, Path | str) and Path(recipe_file).is_file():
-        inputs.append(Path(recipe_file))
+    dataset, out, seed, progress = options.dataset, options.out, options.seed, options.progress
+    recipe = recipe_for(dataset, options.recipe, progress)
+    cases = training_cases(dataset, recipe, seed, progress)
+    inputs = [dataset, *(path for case in cases for path in files_of_case(case))]
+    if isinstance(options.recipe, Path | str) and Path(options.recipe).is_file():
+        inputs.append(Path(options.recipe))
     with OutputFolder(out, "preprocess", inputs=inputs) as outputs:
         outputs.refuse_foreign([PREPARED_FILE, "cases.csv"])
         digests = _hash_files(cases, progress)
         facts, failed = _facts(
-            Path(dataset), cases, digests, recipe, outputs, seed, plan, budget, progress
+            dataset, cases, digests, recipe, outputs, seed, plan, budget, progress
         )
-        facts |= {"is_planned": plan is None, "is_auto": is_auto}
+        facts |= {"is_planned": plan is None, "is_auto": options.recipe is None}
         if failed and refuse:
-            refuse_dataset(Path(dataset), failed)
+            refuse_dataset(dataset, failed)
         plan = Plan.model_validate(facts["plan"])
         usable = [case for case in cases if case.id not in failed]
         keys = {case.id: case_key(inputs_of(case, digests), recipe, plan, seed) for case in usable}
@@ -133,9 +140,14 @@ def preprocess(
                 commit.write(PREPARED_FILE, json_text(facts | {"warnings": warnings}))
                 commit.write("cases.csv", table(CaseRow, _preparation_rows(cases, failed)))
                 commit.finish(last=PREPARED_FILE)
-    details = {"fingerprint": _summary(fingerprint, plan), "warnings": warnings}
-    kept_ids = [case.id for case in kept]
-    return RunReport(out=out, done=done, kept=kept_ids, failed=failed, details=details)
+    return PreprocessReport(
+        out=out,
+        done=done,
+        kept=[case.id for case in kept],
+        failed=failed,
+        warnings=warnings,
+        fingerprint=_summary(fingerprint, plan),
+    )
 
 
 def _facts(
@@ -553,7 +565,3 @@ def _summary(fingerprint: DatasetFingerprint, plan: Plan) -> dict[str, Any]:
         },
         "resampled_to_mm": list(plan.spacing_mm),
     }
-
-
-def as_recipe(recipe: Path | str | Recipe) -> Recipe:
-    return recipe if isinstance(recipe, Recipe) else load_recipe(recipe)

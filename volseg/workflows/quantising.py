@@ -14,10 +14,11 @@ from volseg.errors import VolsegError
 from volseg.evaluate.overlap import dice
 from volseg.execute.cpu import keep_freed_memory
 from volseg.io.prepared import IGNORED, PreparedCase
+from volseg.options import PreprocessOptions, Progress, QuantiseOptions, command
+from volseg.reports import QuantiseReport
 from volseg.store.outputs import OutputFolder, delete_written
-from volseg.workflows.batch import Progress, RunReport, silent
 from volseg.workflows.prepared import load_prepared, split_cases
-from volseg.workflows.preparing import PREPARED_FILE, preprocess, refuse_dataset
+from volseg.workflows.preparing import PREPARED_FILE, prepare_dataset, refuse_dataset
 
 if TYPE_CHECKING:  # torch takes seconds to import; only a workflow that needs it pays
     from volseg.bundle import ModelBundle
@@ -28,25 +29,15 @@ PATCHES_PER_CASE = 2  # one on a label, one anywhere
 TIMED_RUNS = 10
 
 
-def quantise(
-    model: Path | str,
-    dataset: Path | str,
-    *,
-    cases: int = 30,
-    seed: int = 0,
-    progress: Progress = silent,
-) -> RunReport:
+@command(QuantiseOptions)
+def quantise(options: QuantiseOptions) -> QuantiseReport:
     """Add int8 copies of the segmentation networks to a model folder; compare Dice with fp32.
 
     Half precision is measured too where the processor supports it, as it may be as fast and more
     accurate. Inference uses int8 only on request. `model.json` and the model's hash do not change.
 
-    Args:
-        dataset: the training dataset of the model, or its prepared folder. The training cases
-            calibrate the ranges of the layers; the validation cases show what int8 costs.
-        cases: largest number of training cases for the calibration.
-        seed: seed of the training, which draws the validation patients if the dataset does not
-            state them.
+    The training cases calibrate the ranges of the layers; the validation cases show what int8
+    costs.
 
     Raises:
         VolsegError: the dataset does not fit the model, or OpenVINO does not support the network.
@@ -60,7 +51,8 @@ def quantise(
 
     import_openvino()
     import_nncf()
-    model, dataset = Path(model), Path(dataset)
+    model, dataset, seed = options.model, options.dataset, options.seed
+    progress = options.progress
     bundle = load_bundle(model)
     if bundle.recipe.data.regions_class_order is not None:
         raise VolsegError(
@@ -77,7 +69,7 @@ def quantise(
         outputs.work_folder(WORK_FOLDER)
         training, validation = _prepared_cases(bundle, dataset, work / "prepared", seed, progress)
         shape = usual_batch_shape(bundle)
-        places = np.linspace(0, len(training) - 1, min(cases, len(training)))
+        places = np.linspace(0, len(training) - 1, min(options.cases, len(training)))
         calibration = [training[round(place)] for place in places]
         progress("Quantising", 0.0, f"calibrating on {len(calibration)} training cases")
         patches = _calibration_patches(calibration, bundle, seed)
@@ -103,7 +95,7 @@ def quantise(
             commit.finish()
         delete_written(work / "prepared")
         delete_written(work)
-    return RunReport(out=model, done=[bundle.recipe.name], details=facts)
+    return QuantiseReport(out=model, done=[bundle.recipe.name], **facts)
 
 
 def _prepared_cases(
@@ -114,14 +106,10 @@ def _prepared_cases(
         prepared = dataset
     else:
         prepared = work
-        report = preprocess(
-            dataset,
-            recipe=bundle.recipe,
-            out=prepared,
-            seed=seed,
-            plan=bundle.plan,
-            progress=progress,
+        settings = PreprocessOptions(
+            dataset, recipe=bundle.recipe, out=prepared, seed=seed, progress=progress
         )
+        report = prepare_dataset(settings, bundle.plan)
         if report.failed:
             refuse_dataset(dataset, report.failed)
     _, plan, _, cases = load_prepared(prepared, bundle.recipe)

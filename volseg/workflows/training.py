@@ -21,15 +21,16 @@ from volseg.execute.threads import Threads
 from volseg.execute.time_budget import TimeBudget
 from volseg.io.files import TEMPORARY_PREFIX, make_folder
 from volseg.io.prepared import PreparedCase
+from volseg.options import PreprocessOptions, Progress, TrainOptions, command
 from volseg.postprocess.steps import make_steps
-from volseg.recipe import Recipe, Train, parse_recipe
+from volseg.recipe import Recipe, Train, as_recipe, parse_recipe
 from volseg.report.model_box import POOR_DICE
 from volseg.report.scalars import Scalars
+from volseg.reports import TrainReport
 from volseg.sizing import LEAST_STEPS, Budget
 from volseg.store.outputs import OutputFolder, delete_written
 from volseg.store.tables import table
 from volseg.words import duration
-from volseg.workflows.batch import Progress, RunReport, silent
 from volseg.workflows.earlier import (
     FITTED_FILE,
     RECIPE_FILE,
@@ -46,8 +47,7 @@ from volseg.workflows.planning import N_FOLDS, budget_of, folds_of, read_plan
 from volseg.workflows.prepared import Split, load_prepared, prepared_warnings, split_cases
 from volseg.workflows.preparing import (
     PREPARED_FILE,
-    as_recipe,
-    preprocess,
+    prepare_dataset,
     read_header,
     refuse_dataset,
 )
@@ -86,104 +86,46 @@ FINE_TUNING_STEPS = 20  # that a network initialised from a trained one needs at
 TICK_SECONDS = 5.0  # without a report, after which the next step or tile is reported
 
 
-def train(
-    dataset: Path | str,
-    *,
-    out: Path | str,
-    recipe: Path | str | Recipe | None = None,
-    plan: Path | str | None = None,
-    time_budget_seconds: float | None = None,
-    spent_seconds: float = 0.0,
-    memory: int | str | None = None,
-    epochs: int | None = None,
-    patience: int | None = None,
-    resume: bool = False,
-    init: Path | str | None = None,
-    freeze: Sequence[str] = (),
-    fold: int | None = None,
-    folds: int | None = None,
-    devices: int = 1,
-    seed: int = 0,
-    device: str = "auto",
-    precision: str = "auto",
-    preview: bool = False,
-    progress: Progress = silent,
-    announce: Callable[[str], None] = lambda text: None,
-) -> RunReport:
+@command(TrainOptions)
+def train(options: TrainOptions) -> TrainReport:
     """Train a model on a dataset or a prepared folder.
 
-    Args:
-        recipe: None leaves everything to the plan and cross-validates. For a prepared folder it
-            replaces the training settings of the folder's recipe.
-        plan: JSON file of `volseg plan`, edited or not, in place of a new plan for the dataset.
-        time_budget_seconds: for the whole call: reading, preparing, planning, first pass, all
-            folds, classifier, validation, pictures and export. If it is too short for networks that
-            can learn, train drops folds, then takes a smaller network, then raises an error.
-        spent_seconds: part of the time budget spent before this call, such as starting Python.
-        memory: bytes that training may take, or text such as `8G`, if the plan chooses the size of
-            the network and its patches.
-        epochs, patience: in place of those of the recipe and its first pass; with a time budget
-            the recipe's number of epochs is ignored.
-        resume: continue the interrupted run in `out` from its last epoch.
-        init: a model folder to take initial weights from, where names and shapes match.
-        freeze: patterns of the names of layers that are not trained.
-        fold: 0 to 4: validate on this fifth of the patients and train on the others, in place of
-            the dataset's own split.
-        folds: train this many networks, each validated on another part of the patients; the model
-            is their ensemble.
-        devices: processes that share each batch, with a device each; torchrun and SLURM override it
-            with their number of ranks.
-        precision: fp32; half for 16-bit convolutions; auto for half where it is faster.
-        preview: only prepare the data and write `preview.png`, augmented patches with their masks.
-        announce: called with warnings about the data, and with what the time budget changes or
-            leaves out.
+    A time budget covers reading, preparing, planning, first pass, all folds, classifier,
+    validation, pictures and export. If it is too short for networks that can learn, there are fewer
+    folds, then a smaller network, then an error.
 
     Raises:
         VolsegError: cases cannot be used (the error lists all of them), the recipe does not fit the
             prepared folder, or the time budget is too short; then the error suggests one, and the
             prepared data are kept.
     """
-    time_budget = TimeBudget(seconds=time_budget_seconds, started=time.monotonic() - spent_seconds)
+    started = time.monotonic() - options.spent_seconds
+    time_budget = TimeBudget(seconds=options.time_budget_seconds, started=started)
     keep_freed_memory()
     from volseg.infer.backends import choose_device
     from volseg.train.loop import serve
     from volseg.train.ranks import team_of
 
-    if fold is not None and (folds or 1) > 1:
+    if options.fold is not None and (options.folds or 1) > 1:
         problem = "--fold and --folds exclude each other"
         raise VolsegError(problem, fix="give one of them", code="E_USAGE")
-    with team_of(choose_device(device), devices, serve, precision) as team:
+    device = choose_device(options.device)
+    with team_of(device, options.devices, serve, options.precision) as team:
         if team.rank > 0:  # under torchrun and SLURM every rank calls this function
             serve(team)
-            return RunReport(out=Path(out), details={"rank": team.rank})
+            return TrainReport(out=options.out, rank=team.rank)
         with (
-            closing(Scalars(Path(out) / "tensorboard")) as scalars,
+            closing(Scalars(options.out / "tensorboard")) as scalars,
             _threads(team, time_budget) as threads,
         ):
+            inputs = _input_paths(options.dataset, options.recipe, options.plan, options.init)
             return _Training(
-                dataset=Path(dataset),
-                out=Path(out),
-                recipe=recipe,
-                plan=plan,
+                options=options,
                 time=time_budget,
-                memory=memory,
-                epochs=epochs,
-                patience=patience,
-                resume=resume,
-                init=None if init is None else Path(init),
-                freeze=tuple(freeze),
-                fold=fold,
-                folds=folds,
-                seed=seed,
-                device=device,
-                preview=preview,
-                steady=_Steady(progress),
-                announce=announce,
+                steady=_Steady(options.progress),
                 team=team,
                 scalars=scalars,
-                outputs=OutputFolder(
-                    Path(out), "train", inputs=_input_paths(dataset, recipe, plan, init)
-                ),
+                outputs=OutputFolder(options.out, "train", inputs=inputs),
                 threads=threads,
             ).run()
 
@@ -248,24 +190,9 @@ class _Prepared:
 class _Training:
     """A call of `train`, in the process that leads it."""
 
-    dataset: Path
-    out: Path
-    recipe: Path | str | Recipe | None
-    plan: Path | str | None
+    options: TrainOptions
     time: TimeBudget
-    memory: int | str | None
-    epochs: int | None
-    patience: int | None
-    resume: bool
-    init: Path | None
-    freeze: tuple[str, ...]
-    fold: int | None
-    folds: int | None
-    seed: int
-    device: str
-    preview: bool
     steady: _Steady
-    announce: Callable[[str], None]
     team: Team
     scalars: Scalars
     outputs: OutputFolder
@@ -274,12 +201,12 @@ class _Training:
 
     @property
     def work(self) -> Path:
-        return self.out / WORK_FOLDER
+        return self.options.out / WORK_FOLDER
 
     def progress(self, stage: str, done: float, detail: str) -> None:
         self.steady.show(stage, done, detail)
 
-    def run(self) -> RunReport:
+    def run(self) -> TrainReport:
         from volseg.bundle import (
             ROI,
             ModelBundle,
@@ -293,10 +220,10 @@ class _Training:
         from volseg.plan import check_budget
         from volseg.train.loop import INTERRUPTED
 
-        if self.recipe is not None:
-            as_recipe(self.recipe)  # refuses a misspelt name before any folder is made
-        if self.plan is not None:
-            read_plan(self.plan)
+        if self.options.recipe is not None:
+            as_recipe(self.options.recipe)  # refuses a misspelt name before any folder is made
+        if self.options.plan is not None:
+            read_plan(self.options.plan)
         with self.outputs:
             self._check_unfinished()
             names = (segmentation_name(index) for index in range(MAX_FOLDS))
@@ -305,14 +232,14 @@ class _Training:
                 [*bundle_files([*names, ROI, "classifier"]), *histories, *PICTURES]
             )
             self.outputs.work_folder(WORK_FOLDER)
-            if not self.resume:
+            if not self.options.resume:
                 (self.work / FITTED_FILE).unlink(missing_ok=True)
-            self.progress("Starting", 0.0, str(self.dataset))
-            model = None if self.init is None else load_bundle(self.init)
+            self.progress("Starting", 0.0, str(self.options.dataset))
+            model = None if self.options.init is None else load_bundle(self.options.init)
             data = self._prepare(model)
             self._warn(*data.warnings)
             recipe, plan, fingerprint, cases = load_prepared(data.folder, data.recipe, data.plan)
-            if self.memory is not None:
+            if self.options.memory is not None:
                 check_budget(plan, recipe, self._budget())
             make_steps(recipe.postprocess)
             check_networks(recipe)
@@ -320,13 +247,21 @@ class _Training:
             if fitted is not None:
                 recipe, plan, fingerprint, cases = load_prepared(data.folder, data.recipe, fitted)
             if folds > 1:
-                splits = [split_cases(cases, number, self.seed, folds) for number in range(folds)]
+                splits = [
+                    split_cases(cases, number, self.options.seed, folds) for number in range(folds)
+                ]
             else:
-                splits = [split_cases(cases, self.fold, self.seed)]
-            if self.preview:
-                self.outputs.write(PREVIEW, preview_png(splits[0][0], recipe, plan, self.seed))
-                details = {"preview": str(self.out / PREVIEW), "warnings": self.warnings}
-                return RunReport(out=self.out, done=[recipe.name], details=details)
+                splits = [split_cases(cases, self.options.fold, self.options.seed)]
+            if self.options.preview:
+                self.outputs.write(
+                    PREVIEW, preview_png(splits[0][0], recipe, plan, self.options.seed)
+                )
+                return TrainReport(
+                    out=self.options.out,
+                    done=[recipe.name],
+                    warnings=self.warnings,
+                    preview=str(self.options.out / PREVIEW),
+                )
             self._check_folds(len(splits))
             initial = {} if model is None else model.weights
             weights: dict[str, Mapping[str, Any]] = {}
@@ -358,7 +293,7 @@ class _Training:
                 left = self.time.left(self._finishing(len(splits)))
                 try:
                     classifier, class_metrics = _train_classifier(
-                        *splits[0], recipe, device, self.seed, left, self.progress
+                        *splits[0], recipe, device, self.options.seed, left, self.progress
                     )
                 except KeyboardInterrupt:
                     classifier, class_metrics = None, {"stopped": INTERRUPTED}
@@ -374,7 +309,7 @@ class _Training:
                 if rows:
                     commit.write(VALIDATION, table(ValidationRow, rows))
                 commit.finish(last=MODEL_FILE)
-            bundle = load_bundle(self.out)
+            bundle = load_bundle(self.options.out)
             with self.outputs.staged() as commit:
                 export_bundle(bundle, commit.folder, before=self._time_for("Exporting"))
                 commit.finish()
@@ -391,32 +326,41 @@ class _Training:
             if not interrupted:
                 delete_written(self.work / PREPARED_FOLDER)
                 delete_written(self.work, _is_intermediate)
-        details = {"metrics": dict(bundle.metrics), "sha256": bundle.sha256}
-        details |= {"interrupted": interrupted, "warnings": self.warnings}
-        return RunReport(out=self.out, done=[recipe.name], details=details)
+        return TrainReport(
+            out=self.options.out,
+            done=[recipe.name],
+            warnings=self.warnings,
+            metrics=dict(bundle.metrics),
+            sha256=bundle.sha256,
+            interrupted=interrupted,
+        )
 
     def _prepare(self, model: ModelBundle | None) -> _Prepared:
         """Prepare the dataset, or take a prepared folder; `model` provides the initial weights."""
         from volseg.models import check_networks
 
-        plan = None if self.plan is None else read_plan(self.plan)
-        if (self.dataset / PREPARED_FILE).is_file():
-            recipe = None if self.recipe is None else as_recipe(self.recipe)
+        plan = None if self.options.plan is None else read_plan(self.options.plan)
+        if (self.options.dataset / PREPARED_FILE).is_file():
+            recipe = None if self.options.recipe is None else as_recipe(self.options.recipe)
             is_stated = recipe is not None or plan is not None
-            is_auto = not is_stated and bool(read_header(self.dataset).get("is_auto"))
-            folds = self.folds or (N_FOLDS if is_auto and self.fold is None else 1)
-            return _Prepared(self.dataset, recipe, plan, folds, prepared_warnings(self.dataset))
+            is_auto = not is_stated and bool(read_header(self.options.dataset).get("is_auto"))
+            folds = self.options.folds or (N_FOLDS if is_auto and self.options.fold is None else 1)
+            return _Prepared(
+                self.options.dataset, recipe, plan, folds, prepared_warnings(self.options.dataset)
+            )
         prepared = self.work / PREPARED_FOLDER
-        stated = None if self.recipe is None else as_recipe(self.recipe)
+        stated = None if self.options.recipe is None else as_recipe(self.options.recipe)
         forecast, progress = self._foresee(stated, plan, prepared), self.progress
         if forecast is not None:
             progress = self._guard(forecast, stated, prepared)
-        recipe = recipe_once(self.dataset, self.work, progress) if stated is None else stated
+        recipe = (
+            recipe_once(self.options.dataset, self.work, progress) if stated is None else stated
+        )
         # An open recipe takes network and patches from the model to start from.
         if model is not None and recipe.is_open and plan is None:
             if model.recipe.preprocess.axes != "canonical":
                 raise VolsegError(
-                    f"{self.init}: its network expects scans in the axis order of their files",
+                    f"{self.options.init}: its network expects scans in the axis order of their files",
                     fix="give a --recipe with its [network], strides and kernels along R, A, S, "
                     "and your own [preprocess]",
                     code="E_CKPT",
@@ -428,28 +372,35 @@ class _Training:
         if not recipe.is_open:
             check_networks(recipe)
         folds = 1
-        if self.fold is None:
-            folds = folds_of(self.dataset, recipe, self.folds, is_auto=self.recipe is None)
-        if self.resume and plan is None:  # keeps its plan, even if the free memory has changed
+        if self.options.fold is None:
+            folds = folds_of(
+                self.options.dataset,
+                recipe,
+                self.options.folds,
+                is_auto=self.options.recipe is None,
+            )
+        if (
+            self.options.resume and plan is None
+        ):  # keeps its plan, even if the free memory has changed
             plan = earlier_plan(prepared)
-        report = preprocess(
-            self.dataset,
+        settings = PreprocessOptions(
+            self.options.dataset,
             recipe=recipe,
             out=prepared,
-            seed=self.seed,
-            plan=plan,
-            budget=self._budget(),
-            refuse=True,
+            seed=self.options.seed,
             progress=progress,
         )
+        report = prepare_dataset(settings, plan, self._budget(), refuse=True)
         if report.failed:
-            refuse_dataset(self.dataset, report.failed)
-        return _Prepared(prepared, recipe, None, folds, report.details["warnings"], forecast)
+            refuse_dataset(self.options.dataset, report.failed)
+        return _Prepared(prepared, recipe, None, folds, report.warnings, forecast)
 
     def _budget(self) -> Budget:
         """Return the memory budget; time is budgeted once the speed of a step is known."""
         half = self.team.precision != "32-true"
-        return budget_of(self.device, self.memory, processes=self.team.size, half=half)
+        return budget_of(
+            self.options.device, self.options.memory, processes=self.team.size, half=half
+        )
 
     def _foresee(self, recipe: Recipe | None, plan: Plan | None, prepared: Path) -> Forecast | None:
         """Forecast the time needed from the first case.
@@ -460,10 +411,10 @@ class _Training:
         Raises:
             VolsegError: the time budget is too short.
         """
-        if self.time.seconds is None or self.preview or read_fitted(self.work) is not None:
+        if self.time.seconds is None or self.options.preview or read_fitted(self.work) is not None:
             return None
         forecast = forecast_of(
-            self.dataset,
+            self.options.dataset,
             recipe,
             plan,
             prepared,
@@ -472,7 +423,7 @@ class _Training:
             team=self.team,
             threads=self.threads,
             until=self.time.started + ANSWER_SECONDS,
-            seed=self.seed,
+            seed=self.options.seed,
             progress=self.progress,
         )
         if forecast is not None:
@@ -500,12 +451,14 @@ class _Training:
     @property
     def _least_steps(self) -> int:
         """Steps that each network needs: fewer for fine-tuning or with few epochs."""
-        least = LEAST_STEPS if self.init is None else FINE_TUNING_STEPS
-        return least if self.epochs is None else min(least, self.epochs)  # an epoch has ≥ 1 step
+        least = LEAST_STEPS if self.options.init is None else FINE_TUNING_STEPS
+        return (
+            least if self.options.epochs is None else min(least, self.options.epochs)
+        )  # an epoch has ≥ 1 step
 
     def _least_seconds(self, step: float, recipe: Recipe | None) -> float:
         """Return the seconds from the first step to the end without which no network can learn."""
-        networks = self.folds or 1
+        networks = self.options.folds or 1
         steps = networks * self._least_steps * step
         return self._finishing(networks) + steps / _steps_fraction(recipe)
 
@@ -517,11 +470,13 @@ class _Training:
         least, steps = self._least_seconds(forecast.step, recipe), self._least_steps
         remedy = ""
         if ahead >= PREPARE_FIRST_FRACTION * (ahead + least):
-            is_path = isinstance(self.recipe, str | Path)
-            option = f" --recipe {shlex.quote(str(self.recipe))}" if is_path else ""
-            absolute = self.out.resolve()  # as `.` and `..` have no name
+            is_path = isinstance(self.options.recipe, str | Path)
+            option = f" --recipe {shlex.quote(str(self.options.recipe))}" if is_path else ""
+            absolute = self.options.out.resolve()  # as `.` and `..` have no name
             folder = absolute.parent / f"{absolute.name or 'model'}_prepared"
-            source, apart, out = (shlex.quote(str(p)) for p in (self.dataset, folder, self.out))
+            source, apart, out = (
+                shlex.quote(str(p)) for p in (self.options.dataset, folder, self.options.out)
+            )
             shorter = suggested(STARTING_SECONDS + least)
             remedy = (
                 f"; or prepare the data first: volseg preprocess {source}{option} --out {apart}, "
@@ -556,17 +511,17 @@ class _Training:
 
         fitted, folds = read_fitted(self.work), data.folds
         if fitted is not None:  # a resumed run
-            return self.folds or fitted.folds, fitted.plan
-        if self.folds is None and folds > 1:
+            return self.options.folds or fitted.folds, fitted.plan
+        if self.options.folds is None and folds > 1:
             folds = min(folds, len({case.record["patient"] for case in cases}))
-        if self.time.seconds is None or self.preview:
+        if self.time.seconds is None or self.options.preview:
             return folds, None
 
         header = read_header(data.folder)
         stated = data.recipe or parse_recipe(header["recipe"], where=str(data.folder))
-        is_internal = data.folder != self.dataset  # prepared by `train`, in its work folder
+        is_internal = data.folder != self.options.dataset  # prepared by `train`, in its work folder
         is_planned = is_internal or header.get("is_planned", True)
-        is_open = stated.is_open and self.plan is None and is_planned
+        is_open = stated.is_open and self.options.plan is None and is_planned
         seconds = (self.time.left(self._finishing(folds)) or 0.0) * _steps_fraction(recipe)
 
         def time_step(candidate: Plan) -> float:
@@ -575,7 +530,7 @@ class _Training:
                 candidate.complete(stated),
                 candidate,
                 team=self.team,
-                seed=self.seed,
+                seed=self.options.seed,
                 threads=self.threads,
                 tick=lambda doing: self.steady.tick("Planning", 0.5, doing),
             )
@@ -605,7 +560,7 @@ class _Training:
                 plan,
                 seconds,
                 folds=folds,
-                may_drop_folds=self.folds is None,
+                may_drop_folds=self.options.folds is None,
                 time_step=time_step,
                 smaller=None if least is None else lambda: least,
                 least_steps=self._least_steps,
@@ -614,17 +569,21 @@ class _Training:
         except TooShortError as error:
             needed = error.needed / _steps_fraction(recipe) + self._finishing(folds)
             kept = f"; {self._kept(data.folder)}" if is_internal else ""
-            fewer = f", or --folds 1 instead of {self.folds}" if (self.folds or 1) > 1 else ""
+            fewer = (
+                f", or --folds 1 instead of {self.options.folds}"
+                if (self.options.folds or 1) > 1
+                else ""
+            )
             steps = f"{self._least_steps} steps for each network with validation"
             what = f"{steps} take about {duration(needed)}"
             needed += STARTING_SECONDS
             refuse_time(self.time.seconds, needed, what, remedy=fewer, kept=kept)
         for reason in fit.reasons:
-            self.announce(f"time budget: {reason}")
+            self.options.announce(f"time budget: {reason}")
         steps = seconds / fit.folds / fit.seconds_per_step
         patch = " × ".join(map(str, fit.plan.patch_shape))
         networks = "1 network" if fit.folds == 1 else f"{fit.folds} networks"
-        self.announce(
+        self.options.announce(
             f"training {networks} with patches of {patch} voxels, about {steps:.0f} steps each"
         )
         write_fitted(self.work, Fitted(fit.folds, fit.plan))
@@ -636,7 +595,7 @@ class _Training:
     def _warn(self, *warnings: str) -> None:
         for warning in warnings:
             self.warnings.append(warning)
-            self.announce(f"warning: {warning}")
+            self.options.announce(f"warning: {warning}")
 
     def _warn_of_results(
         self, trained: Mapping[int, Trained], rows: Sequence[ValidationRow]
@@ -664,7 +623,7 @@ class _Training:
             now = time.monotonic()
             durations = [later - earlier for earlier, later in pairwise([*began, now])]
             if now + max(durations, default=0.0) > self.time.ends:
-                self.announce(f"time budget: no time was left for {name}")
+                self.options.announce(f"time budget: no time was left for {name}")
                 return False
             began.append(now)
             self.progress(stage, 1 - 1 / len(began), name)
@@ -689,7 +648,7 @@ class _Training:
             self._settings(recipe.roi.train, seconds, freeze=()),
             team=self.team,
             folder=self.work / ROI_FOLDER,
-            resume=self.resume,
+            resume=self.options.resume,
             initial=initial,
             report=partial(self._report, stage, HISTORY_ROI),
             tick=self._tick(stage),
@@ -726,7 +685,7 @@ class _Training:
             waiting = self._affordable(n - number, left, trained)
             if waiting == 0:
                 stopped[number] = "no time was left"
-                self.announce(f"time budget: no time was left for fold {number + 1} of {n}")
+                self.options.announce(f"time budget: no time was left for fold {number + 1} of {n}")
                 break
             stage = f"Training fold {number + 1} of {n}" if n > 1 else "Training"
             make_folder(folder := _fold_folder(self.work, number, n))
@@ -741,7 +700,7 @@ class _Training:
                     self._settings(recipe.train, None if left is None else left / waiting),
                     team=self.team,
                     checkpoints=folder,
-                    resume=self.resume,
+                    resume=self.options.resume,
                     initial=initial,
                     report=partial(self._report, stage, _history_name(number)),
                     tick=self._tick(stage),
@@ -779,11 +738,11 @@ class _Training:
         from volseg.train.loop import RunSettings
 
         return RunSettings(
-            seed=self.seed,
-            epochs=self.epochs or (train.epochs if seconds is None else None),
-            patience=self.patience or train.patience,
+            seed=self.options.seed,
+            epochs=self.options.epochs or (train.epochs if seconds is None else None),
+            patience=self.options.patience or train.patience,
             seconds=seconds,
-            freeze=self.freeze if freeze is None else freeze,
+            freeze=self.options.freeze if freeze is None else freeze,
         )
 
     def _report(self, stage: str, name: str, history: Sequence[Epoch], done: float) -> None:
@@ -822,7 +781,7 @@ class _Training:
         folders.add(self.work / ROI_FOLDER)
         if any(path.parent not in folders for path in self.work.glob("**/last.safetensors")):
             raise VolsegError(
-                f"{self.out}: holds a run with another number of folds",
+                f"{self.options.out}: holds a run with another number of folds",
                 fix="resume with the same --folds, or delete the folder",
                 code="E_EXISTS",
             )
@@ -830,15 +789,15 @@ class _Training:
     def _check_unfinished(self) -> None:
         """Check that `out` holds no finished model, and no interrupted run unless it is resumed."""
         unfinished = any(path.is_file() for path in self.work.glob("**/last.safetensors"))
-        if unfinished and not self.resume:
+        if unfinished and not self.options.resume:
             raise VolsegError(
-                f"{self.out}: holds an interrupted training run",
+                f"{self.options.out}: holds an interrupted training run",
                 fix="add --resume to continue, or give another --out to start over",
                 code="E_EXISTS",
             )
-        if (self.out / "model.json").exists() and not unfinished:
+        if (self.options.out / "model.json").exists() and not unfinished:
             raise VolsegError(
-                f"{self.out}: holds a finished model",
+                f"{self.options.out}: holds a finished model",
                 fix="give another --out, or delete it first",
                 code="E_EXISTS",
             )
