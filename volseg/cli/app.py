@@ -25,7 +25,7 @@ from volseg.cli.show import (
 from volseg.errors import VolsegError
 from volseg.execute.time_budget import process_age
 from volseg.options import COMMANDS
-from volseg.options.declare import MISSING, Setting, settings_of
+from volseg.options.declare import MISSING, Setting, amount, listed_names, seconds, settings_of
 from volseg.reports import RunReport
 from volseg.terminal import one_line, printing, problem_of
 
@@ -41,6 +41,7 @@ KINDS: Mapping[str, Any] = {
     "tuple[Path, ...]": list[Path],
     "tuple[str, ...]": list[str],
 }
+AS_TEXT = (amount, seconds, listed_names)  # converters of text such as 4G, 20m or 0,1
 
 
 def main() -> None:
@@ -117,7 +118,7 @@ def _parameter(settings: type[Any], name: str, setting: Setting) -> inspect.Para
     """Return the parameter from which typer makes an argument or an option."""
     (field,) = (field for field in fields(settings) if field.name == name)
     plain = str(field.type).removesuffix(" | None")
-    kind = setting.kind or KINDS[plain]
+    kind = str if setting.converter in AS_TEXT else setting.kind or KINDS[plain]
     default = inspect.Parameter.empty if field.default is MISSING else field.default
     if default is None or default == ():
         kind, default = kind | None, None
