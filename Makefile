@@ -1,6 +1,7 @@
 # make demo   own virtual environment, install, then the main job on sample_data/
 # make test   the test suite          make lint   ruff, pyright, import-linter
-# make docs   write docs/columns.md   make bench  the benchmarks that need no other data or peer
+# make docs   write docs/columns.md, docs/options.md
+# make bench  the benchmarks that need no other data or peer
 
 PYTHON ?= python3
 VENV := .venv
@@ -25,6 +26,7 @@ lint: $(INSTALLED)
 
 docs: $(INSTALLED)
 	$(BIN)/python docs/make_columns.py
+	$(BIN)/python docs/make_options.py
 
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/preprocess.py

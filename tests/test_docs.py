@@ -1,4 +1,5 @@
 import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,11 @@ def test_the_page_of_columns_is_that_of_the_code():
     assert (ROOT / "docs" / "columns.md").read_text(encoding="utf-8") == columns_page(
         table_columns()
     )
+
+
+def test_the_page_of_options_is_that_of_the_code():
+    page = runpy.run_path(str(ROOT / "docs" / "make_options.py"))["options_page"]()
+    assert (ROOT / "docs" / "options.md").read_text(encoding="utf-8") == page
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
