@@ -23,7 +23,7 @@ from volseg.measure.lesions import summarise
 from volseg.measure.rows import CaseRow, LesionMeasurement
 from volseg.measure.specks import MeasuredLesions
 from volseg.measure.units import Unit
-from volseg.options import Announce, Progress, ignore_text
+from volseg.options import Announce, Options, Progress, ignore_text
 from volseg.recipe import Measure
 from volseg.reports import CasesReport, RunReport
 from volseg.store.outputs import Commit, OutputFolder, trace_name
@@ -363,14 +363,19 @@ def about_run(command: str, model: str) -> dict[str, str]:
 
 
 def run_description(
-    command: str, options: Mapping[str, Any], report: RunReport, started: float
+    settings: Options, options: Mapping[str, Any], report: RunReport, started: float
 ) -> dict[str, Any]:
+    """Return the content of run.json.
+
+    Args:
+        settings: as the caller stated them. options: what they amount to with this model and data.
+    """
     return {
-        "command": command,
         "volseg": __version__,
         "libraries": {
             name: metadata.version(name) for name in ("torch", "monai", "numpy", "nibabel")
         },
+        "settings": settings.stated(),
         "options": dict(options),
         "done": list(report.done),
         "kept": list(report.kept),

@@ -113,7 +113,9 @@ def compare(options: CompareOptions) -> CompareReport:
         report = _run_patients(patients, folders, settings, results, budget)
         report = replace(report, not_listed=not_listed)
         left_out = {"unpaired": report.unpaired, "not_listed": not_listed}
-        results.write_run(run_description("compare", described, report, started) | left_out)
+        results.write_run(
+            {"command": "compare"} | run_description(options, described, report, started) | left_out
+        )
     return report
 
 

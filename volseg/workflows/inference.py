@@ -168,7 +168,7 @@ def infer(options: InferOptions) -> CasesReport:
                 announce=announce,
             )
         results.write_run(
-            run_description("infer", key_options, report, started)
+            run_description(options, key_options, report, started)
             | about
             | {"recipe_sha256": bundle.recipe.sha256, "connectivity": CONNECTIVITY}
             | {"measure": bundle.recipe.measure.model_dump(mode="json")}

@@ -128,7 +128,7 @@ def measure(options: MeasureOptions) -> CasesReport:
             )
             report = replace(report, warnings=[*report.warnings, remark])
         folder.write_run(
-            run_description("measure", key_options, report, started)
+            run_description(options, key_options, report, started)
             | about
             | {"masks_without_scan": unused}
             | {"connectivity": CONNECTIVITY if settings.objects == "components" else None}
@@ -248,7 +248,7 @@ def measure_corrected(results: Path, options: MeasureOptions) -> CasesReport:
             objects="components",
             pages=pages,
         )
-        measured = run_description("measure", {"figures": figures}, report, started)
+        measured = run_description(options, {"figures": figures}, report, started)
         folder.write_run(dict(about) | {"measured_again": measured})
     return report
 
