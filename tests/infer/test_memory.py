@@ -8,8 +8,8 @@ from laws import oblique
 
 from volseg.bundle import load_bundle
 from volseg.errors import ScanError
-from volseg.execute.cpu import parse_bytes
 from volseg.infer.memory import NetworkPass, ScanHeader, network_bytes, plan_memory
+from volseg.options.declare import amount
 from volseg.segment import tiling_of
 from volseg.volume import Geometry
 
@@ -83,7 +83,7 @@ def test_a_scan_that_cannot_fit_is_refused_with_a_budget_that_is_enough(bundle):
     with pytest.raises(ScanError, match=r"the budget is 0\.10 GB") as caught:
         plan_for(bundle, (512, 512, 900), max_ram=100 << 20)
     assert caught.value.code == "E_RAM"
-    enough = parse_bytes(caught.value.fix.split("--max-ram ")[1].split(",")[0])
+    enough = amount(caught.value.fix.split("--max-ram ")[1].split(",")[0])
     assert plan_for(bundle, (512, 512, 900), max_ram=enough).footprint.total <= enough
 
 
@@ -174,7 +174,7 @@ def test_a_gpu_too_small_for_the_ring_blends_in_half_precision_or_names_a_budget
     with pytest.raises(ScanError, match=r"needs at least .* of GPU memory") as caught:
         plan_for(large, (400, 400, 400), on_gpu=True, max_vram=tight.footprint.gpu - 1)
     assert caught.value.code == "E_VRAM"
-    enough = parse_bytes(caught.value.fix.split("--max-vram ")[1].split(",")[0])
+    enough = amount(caught.value.fix.split("--max-vram ")[1].split(",")[0])
     assert plan_for(large, (400, 400, 400), on_gpu=True, max_vram=enough).footprint.gpu <= enough
 
 
@@ -182,13 +182,13 @@ def test_a_gpu_too_small_for_the_ring_blends_in_half_precision_or_names_a_budget
     ("text", "size"), [("4G", 4 << 30), ("500m", 500 << 20), ("1.5G", 3 << 29), ("4096", 4096)]
 )
 def test_amounts_of_memory_are_read(text, size):
-    assert parse_bytes(text) == size
+    assert amount(text) == size
 
 
 @pytest.mark.parametrize("text", ["", "G", "four", "-1G", "nan", "0"])
 def test_an_invalid_amount_of_memory_is_refused(text):
     with pytest.raises(ValueError):
-        parse_bytes(text)
+        amount(text)
 
 
 LIMITED = """

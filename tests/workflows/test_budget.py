@@ -14,7 +14,7 @@ import pytest
 from scipy.ndimage import gaussian_filter
 
 import volseg
-from volseg.execute.cpu import parse_bytes
+from volseg.options.declare import amount
 
 AFFINE = np.diag([-0.8, -0.8, 1.5, 1.0])
 GB = 2**30
@@ -160,7 +160,7 @@ def test_a_patient_over_the_budget_is_a_failed_row_that_names_a_sufficient_one(t
     enough = re.search(r"--max-ram ([0-9.]+G)", reason)[1]
     texts = []
     assert not volseg.compare(**scans, max_ram=enough, announce=texts.append).failed
-    assert amounts(texts)[0] <= parse_bytes(enough)
+    assert amounts(texts)[0] <= amount(enough)
 
 
 @pytest.fixture
@@ -192,7 +192,7 @@ def test_a_pair_over_the_budget_is_a_failed_row_and_the_others_go_on(pair):
     enough = re.search(r"--max-ram ([0-9.]+G)", reason)[1]
     report = volseg.evaluate(**pair, max_ram=enough, announce=texts.append)
     assert not report.failed
-    assert amounts(texts)[-1] <= parse_bytes(enough)
+    assert amounts(texts)[-1] <= amount(enough)
 
 
 def test_masks_that_cannot_be_read_within_the_budget_are_not_read(pair, monkeypatch):

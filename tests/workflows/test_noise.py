@@ -14,8 +14,8 @@ import pytest
 
 import volseg
 from volseg.errors import ScanError
-from volseg.execute.cpu import parse_bytes
 from volseg.measure.memory import KEPT, lesion_bytes, plan_measuring, report_bytes
+from volseg.options.declare import amount
 from volseg.postprocess.lesions import MANY
 from volseg.workflows import measuring
 
@@ -102,7 +102,7 @@ def test_a_budget_that_is_too_small_gives_a_failed_row_that_names_a_sufficient_o
         image=scan, mask=mask, out=tmp_path / "out", max_ram=enough, announce=texts.append
     )
     assert not report.failed
-    assert float(re.search(r"at most ([0-9.]+) GB", texts[0])[1]) * GB <= parse_bytes(enough)
+    assert float(re.search(r"at most ([0-9.]+) GB", texts[0])[1]) * GB <= amount(enough)
 
 
 def test_the_plan_grows_with_the_grid_alone():

@@ -11,11 +11,11 @@ from laws import ball, centre_mm, grid_around, oblique
 
 import volseg
 from volseg.errors import VolsegError
-from volseg.execute.cpu import parse_bytes
 from volseg.io.nifti import write_volume
 from volseg.measure.lesions import measure_lesions
 from volseg.measure.memory import LISTED, PAGE, REPORT
 from volseg.measure.rows import CaseRow
+from volseg.options.declare import amount
 from volseg.postprocess.lesions import label_lesions
 from volseg.store.results import ResultsFolder
 from volseg.volume import Geometry, Volume
@@ -149,7 +149,7 @@ def test_pages_of_complete_cases_keep_to_the_memory_budget(cases, tmp_path):
     assert all("the budget is 0.00 GB" in text and "--no-report" in text for text in warnings)
     page = (out / "report.html").read_text(encoding="utf-8")
     assert "report.html lists no lesions" in page and "<strong>b</strong>" in page
-    enough = max((re.search(r"--max-ram (\S+),", text)[1] for text in warnings), key=parse_bytes)
+    enough = max((re.search(r"--max-ram (\S+),", text)[1] for text in warnings), key=amount)
     texts = []
     report = volseg.measure(
         cases=cases, out=out, intensity_unit="HU", max_ram=enough, announce=texts.append

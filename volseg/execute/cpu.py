@@ -16,7 +16,6 @@ import numpy.typing as npt
 # glibc's mallopt parameters, from malloc.h, and madvise's, from mman.h.
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -2, -3, -4
 MADV_DONTNEED = 4
-UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 LARGE_BLOCK = 8 << 20  # bytes; for larger arrays, a call to the kernel pays off
 
 
@@ -130,24 +129,8 @@ def resident_bytes() -> int:
 
 
 def enough_bytes(size: int) -> str:
-    """Format a slightly larger, rounded amount of memory in the syntax of `parse_bytes`."""
+    """Format a slightly larger, rounded amount of memory as `--max-ram` takes it."""
     return f"{math.ceil(size / 2**30 * 10 + 0.5) / 10:g}G"
-
-
-def parse_bytes(text: str) -> int:
-    """Parse `4G`, `500M`, `1.5g` or a number of bytes.
-
-    Raises:
-        ValueError: the text is none of these.
-
-    >>> parse_bytes("1.5G")
-    1610612736
-    """
-    unit = text[-1:].upper()
-    number = float(text[:-1]) * UNITS[unit] if unit in UNITS else float(text)
-    if not 0 < number < math.inf:
-        raise ValueError(f"an amount of memory must be finite and > 0, got {text}")
-    return round(number)
 
 
 def _groups(root: Path) -> Iterator[Path]:

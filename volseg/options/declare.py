@@ -216,11 +216,11 @@ def amount(value: int | str | None) -> int | None:
     >>> amount("1.5G"), amount(None)
     (1610612736, None)
     """
-    if value is None or isinstance(value, int):
+    if value is None:
         return value
-    match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)\s*([KMGT]?)B?", value.strip().upper())
+    match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,9})?)\s*([KMGT]?)B?", str(value).strip().upper())
     n_bytes = 0 if match is None else round(float(match[1]) * BYTES.get(match[2], 1))
-    if n_bytes <= 0:
+    if not 0 < n_bytes < 2**62:
         raise ValueError(f"{value!r} is not an amount of memory; write it like 4G or 500M")
     return n_bytes
 
@@ -231,9 +231,9 @@ def seconds(value: float | str | None) -> float | None:
     >>> seconds("1.5h")
     5400.0
     """
-    if value is None or isinstance(value, int | float):
+    if value is None:
         return value
-    match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)\s*([smh]?)", value.strip())
+    match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,15})?)\s*([smh]?)", str(value).strip())
     if match is None or float(match[1]) == 0:
         raise ValueError(f"{value!r} is not a duration; write it like 90s, 20m or 1.5h")
     return float(match[1]) * SECONDS[match[2]]
@@ -250,4 +250,6 @@ def ignore_text(text: str) -> None:
 def _as_json(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_as_json(item) for item in value]
-    return value if value is None or isinstance(value, bool | int | float | str) else str(value)
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    return str(value if isinstance(value, Path) else getattr(value, "name", value))

@@ -248,7 +248,9 @@ def measure_corrected(results: Path, options: MeasureOptions) -> CasesReport:
             objects="components",
             pages=pages,
         )
-        measured = run_description(options, {"figures": figures}, report, started)
+        measured = {"command": "measure"} | run_description(
+            options, {"figures": figures}, report, started
+        )
         folder.write_run(dict(about) | {"measured_again": measured})
     return report
 

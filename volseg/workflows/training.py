@@ -360,7 +360,7 @@ class _Training:
         if model is not None and recipe.is_open and plan is None:
             if model.recipe.preprocess.axes != "canonical":
                 raise VolsegError(
-                    f"{self.options.init}: its network expects scans in the axis order of their files",
+                    f"{self.options.init}: its network takes scans in the axis order of files",
                     fix="give a --recipe with its [network], strides and kernels along R, A, S, "
                     "and your own [preprocess]",
                     code="E_CKPT",

@@ -1,0 +1,126 @@
+"""Each setting is declared once: the function, the command line and the documentation agree."""
+
+import dataclasses
+import inspect
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.main import get_command
+from typer.testing import CliRunner
+
+import volseg
+from volseg.cli import app
+from volseg.errors import VolsegError
+from volseg.options import COMMANDS
+from volseg.options.declare import amount, seconds, settings_of
+
+COMMANDS_AND_SETTINGS = [
+    pytest.param(command, settings, name, setting, id=f"{command}-{name}")
+    for command, settings in COMMANDS.items()
+    for name, setting in settings_of(settings)
+]
+NEEDED = {"dataset": "d", "out": "o", "model": "m", "scans": "s", "results": "r", "folder": "f"}
+NEEDED |= {"reference": "a", "predicted": "b", "baseline": "a", "followup": "b"}
+
+
+def required(settings):
+    return {
+        field.name: NEEDED[field.name]
+        for field in dataclasses.fields(settings)
+        if field.default is dataclasses.MISSING
+    }
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_function_and_the_command_line_take_the_same_settings(command):
+    declared = [name for name, _ in settings_of(COMMANDS[command])]
+    parameters = inspect.signature(getattr(volseg, command)).parameters
+    callbacks = {"progress", "announce", "spent_seconds"}
+    assert [name for name in parameters if name not in callbacks] == declared
+    line = get_command(app).commands[command.replace("_", "-")]
+    assert [parameter.name for parameter in line.params] == [*declared, "as_json"]
+
+
+@pytest.mark.parametrize(("command", "settings", "name", "setting"), COMMANDS_AND_SETTINGS)
+def test_a_setting_has_the_same_help_everywhere(command, settings, name, setting):
+    assert setting.help.endswith(".")
+    assert f"{name}: {setting.help}" in getattr(volseg, command).__doc__
+    printed = CliRunner().invoke(app, [command.replace("_", "-"), "--help"]).stdout
+    assert " ".join(setting.help.split()[:3]) in " ".join(printed.split())
+
+
+@pytest.mark.parametrize(("command", "settings", "name", "setting"), COMMANDS_AND_SETTINGS)
+def test_a_number_out_of_bounds_is_refused_by_name_by_both(command, settings, name, setting):
+    if setting.least is None:
+        return
+    with pytest.raises(VolsegError, match=f"{setting.flag_of(name)} must be ") as refused:
+        settings(**required(settings), **{name: setting.least - 1})
+    assert refused.value.code == "E_USAGE"
+    stated = {**required(settings), name: setting.least}
+    assert getattr(settings(**stated), name) == setting.least
+    arguments = [value for key, value in required(settings).items() if key != "out"]
+    line = [command.replace("_", "-"), *arguments, setting.flag_of(name), str(setting.least - 1)]
+    assert CliRunner().invoke(app, line).exit_code == 2
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_what_was_stated_is_what_differs_from_the_defaults(command):
+    settings = COMMANDS[command]
+    plain = settings(**required(settings))
+    assert plain.stated() == {
+        name: [value] if name == "scans" else value for name, value in required(settings).items()
+    }
+    json.dumps(plain.stated())
+    if "max_ram" in dict(settings_of(settings)):
+        assert settings(**required(settings), max_ram="1.5G").stated()["max_ram"] == 3 << 29
+
+
+@pytest.mark.parametrize("text", ["", "four", "-1G", "0", "1e3", "G", "4 Gi", "nan"])
+def test_amounts_and_durations_that_are_none_are_refused(text):
+    with pytest.raises(ValueError, match="write it like"):
+        amount(text)
+    with pytest.raises(ValueError, match="write it like"):
+        seconds(text)
+    for number in (0, -5, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="write it like"):
+            amount(number)
+        with pytest.raises(ValueError, match="write it like"):
+            seconds(number)
+
+
+def test_amounts_and_durations():
+    assert [amount(text) for text in ("4G", "500m", "1.5 K", "2GB", "7", 7, None)] == [
+        4 << 30,
+        500 << 20,
+        1536,
+        2 << 30,
+        7,
+        7,
+        None,
+    ]
+    assert [seconds(text) for text in ("90s", "20m", "1.5h", "7", 7.5, None)] == [
+        90,
+        1200,
+        5400,
+        7,
+        7.5,
+        None,
+    ]
+
+
+def test_completion_can_be_installed(tmp_path):
+    home = {
+        "HOME": str(tmp_path),
+        "PATH": os.environ["PATH"],
+        "PYTHONPATH": os.pathsep.join(sys.path),
+    }
+    line = f"{sys.executable} -m volseg --install-completion; true"
+    done = subprocess.run(
+        ["bash", "-c", line], env=home, capture_output=True, text=True, check=False
+    )
+    assert "completion installed" in done.stdout, done.stderr
+    assert list(Path(tmp_path).rglob(".bash_completions/*"))
