@@ -296,7 +296,7 @@ def test_a_default_ct_model_becomes_the_recipe_of_its_plans(tmp_path):
     recipe, plan = bundle.recipe, bundle.plan
     assert recipe.name == "dataset007_test_3d_fullres"
     assert (plan.spacing_mm, plan.patch_shape, plan.batch_size) == ((2.5, 0.8, 0.7), (8, 16, 16), 2)
-    assert recipe.data.model_dump() == {
+    assert recipe.data.model_dump(exclude_unset=True) == {
         "channels": ("CT",),
         "labels": {"kidney": 1, "tumour": 2},
         "intensity_unit": "HU",

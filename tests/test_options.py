@@ -81,14 +81,14 @@ def test_what_was_stated_is_what_differs_from_the_defaults(command):
 
 @pytest.mark.parametrize("text", ["", "four", "-1G", "0", "1e3", "G", "4 Gi", "nan"])
 def test_amounts_and_durations_that_are_none_are_refused(text):
-    with pytest.raises(ValueError, match="write it like"):
+    with pytest.raises(ValueError, match="write it as"):
         amount(text)
-    with pytest.raises(ValueError, match="write it like"):
+    with pytest.raises(ValueError, match="write it as"):
         seconds(text)
     for number in (0, -5, float("nan"), float("inf")):
-        with pytest.raises(ValueError, match="write it like"):
+        with pytest.raises(ValueError, match="write it as"):
             amount(number)
-        with pytest.raises(ValueError, match="write it like"):
+        with pytest.raises(ValueError, match="write it as"):
             seconds(number)
 
 

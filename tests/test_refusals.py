@@ -408,7 +408,7 @@ def test_ids_that_windows_cannot_store_are_refused_in_tables_and_corrected_in_fi
     scan(tmp_path / "image.nii.gz")
     (tmp_path / "cases.csv").write_text(f"subject,image\n{name},image.nii.gz\n")
     options = ["--model", untrained, "--out", tmp_path / "out"]
-    text = refused("infer", tmp_path, *options, words="no safe file name")
+    text = refused("infer", tmp_path, *options, words="not a valid file name")
     suggested = re.search(r"'([^']*)' would be", text)[1]
     assert re.fullmatch(ID_PATTERN, suggested)
     folder = tmp_path / "scans"
@@ -633,7 +633,7 @@ def test_characters_that_an_encoding_lacks_are_printed_as_their_look_alikes(monk
     }.items():
         stream = Stream(encoding)
         monkeypatch.setattr(sys, "stdout", stream)
-        with cli.printing():
+        with printing():
             print("→ 3 × 4 ≤ −1 ☃ '\udcff'")
         assert stream.text.splitlines() == [expected]
 

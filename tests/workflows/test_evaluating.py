@@ -141,7 +141,7 @@ def test_an_overlap_that_is_asked_for_is_needed(folders, tmp_path):
     assert (
         report.summary["labels"]["1"]["detection"]["n_matched"] == 1
     )  # half of the ball is no find any more
-    with pytest.raises(VolsegError, match="min_iou"):
+    with pytest.raises(VolsegError, match="--min-iou must be ≥ 0 and < 1, got 1"):
         volseg.evaluate(reference=truth, predicted=guess, out=tmp_path / "out", min_iou=1.0)
 
 

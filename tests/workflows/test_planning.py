@@ -124,10 +124,10 @@ def test_a_budget_that_nothing_fits_says_which_number_to_change(tmp_path):
 
 
 def test_a_gpu_plans_activations_of_two_bytes_and_time_becomes_arithmetic():
-    budget = budget_of("cpu", "4G", 10.0)
+    budget = budget_of("cpu", 4 << 30, 10.0)
     assert (budget.memory, budget.half) == (4 << 30, False)
     assert budget.flops is not None
-    assert budget_of("cpu", "4G", 20.0).flops == 2 * budget.flops
+    assert budget_of("cpu", 4 << 30, 20.0).flops == 2 * budget.flops
 
 
 @pytest.mark.parametrize("layout", [plain_folder, nnunet_folder, decathlon_folder])

@@ -38,7 +38,7 @@ class Setting:
         kind: type of its value on the command line; None derives it from the annotation.
         converter: makes the value from what a caller gives; its ValueError is a usage error.
         short: short spelling such as `-o`. flag: full spelling if the name does not give it.
-        least, most: bounds, both allowed. unit: of the number.
+        least, most: bounds, both allowed; below: a bound that is not. unit: of the number.
     """
 
     help: str
@@ -48,6 +48,7 @@ class Setting:
     flag: str = ""
     least: float | None = None
     most: float | None = None
+    below: float | None = None
     unit: str = ""
     is_argument: bool = False
 
@@ -62,11 +63,13 @@ class Setting:
             value = value if self.converter is None else self.converter(value)
         except ValueError as error:
             problem, _, fix = str(error).partition("; ")
-            raise VolsegError(f"{shown}: {problem}", fix=fix, code="E_USAGE") from error
+            raise VolsegError(f"{shown} {problem}", fix=fix, code="E_USAGE") from error
         if self.least is not None and value is not None:
             high = math.inf if self.most is None else self.most
-            if not (self.least <= value <= high and math.isfinite(value)):
+            below = math.inf if self.below is None else self.below
+            if not (self.least <= value <= high and value < below):
                 rule = f"≥ {self.least:g}" if self.most is None else f"{self.least:g} to {high:g}"
+                rule += "" if self.below is None else f" and < {below:g}"
                 problem = f"{shown} must be {rule}{self.unit and ' '}{self.unit}, got {value}"
                 raise VolsegError(problem, fix="give a number in that range", code="E_USAGE")
         return value
@@ -92,6 +95,7 @@ def option(
     kind: Any = ...,
     least: float | None = ...,
     most: float | None = ...,
+    below: float | None = ...,
     unit: str = ...,
 ) -> T: ...
 def option(help: str, *, default: Any = MISSING, **facts: Any) -> Any:
@@ -221,7 +225,7 @@ def amount(value: int | str | None) -> int | None:
     match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,9})?)\s*([KMGT]?)B?", str(value).strip().upper())
     n_bytes = 0 if match is None else round(float(match[1]) * BYTES.get(match[2], 1))
     if not 0 < n_bytes < 2**62:
-        raise ValueError(f"{value!r} is not an amount of memory; write it like 4G or 500M")
+        raise ValueError(f"must be an amount of memory, got {value!r}; write it as 4G or 500M")
     return n_bytes
 
 
@@ -235,7 +239,7 @@ def seconds(value: float | str | None) -> float | None:
         return value
     match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,15})?)\s*([smh]?)", str(value).strip())
     if match is None or float(match[1]) == 0:
-        raise ValueError(f"{value!r} is not a duration; write it like 90s, 20m or 1.5h")
+        raise ValueError(f"must be a duration over 0, got {value!r}; write it as 90s, 20m or 1.5h")
     return float(match[1]) * SECONDS[match[2]]
 
 

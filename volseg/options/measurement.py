@@ -103,7 +103,7 @@ class EvaluateOptions(Limited, Announcing):
         "IoU from which a lesion counts as detected; at 0, one shared voxel is enough.",
         default=0.0,
         least=0.0,
-        most=0.999,
+        below=1.0,
     )
 
 

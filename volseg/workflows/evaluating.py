@@ -159,9 +159,12 @@ def evaluate(options: EvaluateOptions) -> EvaluateReport:
                 commit.write(name, picture)
             outdated = [name for name in PICTURES if name not in pictures]
             commit.finish(removed=[*outdated, *map(trace_name, compared)])
-    warnings = summary.pop("warnings")
     return EvaluateReport(
-        out=options.out, done=list(compared), failed=failed, warnings=warnings, summary=summary
+        out=options.out,
+        done=list(compared),
+        failed=failed,
+        warnings=summary["warnings"],
+        summary=summary,
     )
 
 
