@@ -27,6 +27,7 @@ from volseg.io import nifti
 from volseg.io.cases import ID_PATTERN, find_scans
 from volseg.models import build_network
 from volseg.recipe import SpacingMm, shipped_recipes
+from volseg.terminal import printing
 
 DEEP = "[" * 100_000 + "]" * 100_000
 SECONDS = 5.0  # for a refusal, on a machine that is busy with other work
