@@ -9,11 +9,11 @@ is that of the first few, times the number of lesions.
 
 from __future__ import annotations
 
-import argparse
 import json
 import subprocess
 import sys
 import tempfile
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
 
 import nibabel
@@ -85,9 +85,7 @@ print(json.dumps({"seconds": time.perf_counter() - started, "mb": peak() - befor
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--peer", required=True, help="Python that has pyradiomics and SimpleITK")
     parser.add_argument("--slices", type=int, default=300)
     parser.add_argument("--lesions", type=int, default=200)

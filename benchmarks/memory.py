@@ -9,12 +9,12 @@ highest resident memory of the process, what it is beyond the scan's own bytes, 
 
 from __future__ import annotations
 
-import argparse
 import re
 import subprocess
 import sys
 import tempfile
 import tomllib
+from argparse import SUPPRESS, ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from pathlib import Path
 
 from infer_vs_nnunet import make_scan, run
@@ -78,14 +78,12 @@ def make_model(folder: Path, n_classes: int, patch: int) -> None:
 
 def main() -> None:
     numbers = lambda text: [int(part) for part in text.split(",")]  # noqa: E731
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--slices", type=numbers, default=[100, 200, 400, 800])
     parser.add_argument("--classes", type=numbers, default=[2, 25, 117])
     parser.add_argument("--backend", default="openvino")
     parser.add_argument("--patch", type=int, default=64)
-    parser.add_argument("--make", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--make", nargs=2, help=SUPPRESS)
     arguments = parser.parse_args()
     if arguments.make:
         kind, path = arguments.make
@@ -108,7 +106,7 @@ def main() -> None:
             measure(folder, n_slices, n_classes, arguments)
 
 
-def measure(folder: Path, n_slices: int, n_classes: int, arguments: argparse.Namespace) -> None:
+def measure(folder: Path, n_slices: int, n_classes: int, arguments: Namespace) -> None:
     scan, model = folder / f"scan_{n_slices}.nii.gz", folder / f"model_{n_classes}"
     common = [f"--slices={n_slices}", f"--classes={n_classes}", f"--patch={arguments.patch}"]
     for kind, path in (("scan", scan), ("model", model)):

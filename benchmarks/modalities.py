@@ -8,9 +8,9 @@ patients of the test split are left out. The two differ in their channels alone:
 
 from __future__ import annotations
 
-import argparse
 import csv
 import json
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
 
 import numpy as np
@@ -23,9 +23,7 @@ CHANNELS = {"T1": ["t1"], "T1 + PET": ["t1", "pet"]}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("dataset", type=Path)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--time-budget", default="20m")

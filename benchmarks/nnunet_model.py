@@ -9,11 +9,11 @@ on synthetic balls; the head's biases are then centred, so that every class wins
 --probe FILE.npz also saves, per fold, `input` and the peer's `logits` (deep supervision off, as in its predictor) on a random patch.
 """
 
-import argparse
 import os
 import sys
 import tempfile
 import time
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 
 
 def main():
@@ -226,9 +226,7 @@ def plans_of(args):
 
 
 def arguments():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     integers = lambda text: [int(part) for part in text.split(",")]  # noqa: E731
     triples = lambda text: [integers(part.replace("x", ",")) for part in text.split(";")]  # noqa: E731
     add = parser.add_argument

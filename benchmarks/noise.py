@@ -10,7 +10,6 @@ resident memory that the kernel counted for it. Seconds are of the whole command
 
 from __future__ import annotations
 
-import argparse
 import csv
 import os
 import re
@@ -18,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from argparse import SUPPRESS, ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -41,15 +41,13 @@ HEAD = (
 
 def main() -> None:
     numbers = lambda kind: lambda text: [kind(part) for part in text.split(",")]  # noqa: E731
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", default="256,256,256", help="several with a space between")
     parser.add_argument("--shares", type=numbers(float), default=[0.01, 0.05, 0.2])
     parser.add_argument("--labels", type=numbers(int), default=[1, 117])
     parser.add_argument("--commands", type=numbers(str), default=["measure", "evaluate"])
     parser.add_argument("--infer", type=int, default=25)
-    parser.add_argument("--make", nargs=4, help=argparse.SUPPRESS)
+    parser.add_argument("--make", nargs=4, help=SUPPRESS)
     options = parser.parse_args()
     if options.make:
         shape, share, n_labels, folder = options.make

@@ -8,12 +8,12 @@ The peer's environment holds nnunetv2 2.8.1. Each side runs in a fresh process, 
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import subprocess
 import sys
 import tempfile
+from argparse import SUPPRESS, ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
 
 import numpy as np
@@ -111,14 +111,12 @@ def run_side(side: str, peer: str | None, paths: tuple[Path, Path]) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument(
         "--peer", help="python of an environment with nnunetv2; without it volseg alone is run"
     )
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--make-scan", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--make-scan", type=Path, help=SUPPRESS)
     arguments = parser.parse_args()
     if arguments.make_scan:
         make_scan(arguments.make_scan)

@@ -6,10 +6,10 @@ Each run is drawn from its number (see tests/random_runs.py), so that a fault ca
 Prints a row per command and every fault.
 """
 
-import argparse
 import sys
 import tempfile
 import time
+from argparse import ArgumentParser
 from collections import defaultdict
 from pathlib import Path
 
@@ -21,7 +21,7 @@ import random_runs
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=int, default=500)
     parser.add_argument("--first", type=int, default=0)
     options = parser.parse_args()

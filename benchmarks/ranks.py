@@ -8,10 +8,10 @@ thread, so that sums are rounded otherwise and nothing else differs.
 
 from __future__ import annotations
 
-import argparse
 import csv
 import sys
 import tempfile
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
 
 import torch
@@ -30,9 +30,7 @@ RUNS = (
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--epochs", type=int, default=5)
     arguments = parser.parse_args()
     recipe = load_recipe("smoke")

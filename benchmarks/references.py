@@ -8,10 +8,10 @@ example_ct_sm_fast_statistics.json, of the mask example_ct_sm_fast. Everything i
 
 from __future__ import annotations
 
-import argparse
 import csv
 import json
 import tempfile
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections import defaultdict
 from pathlib import Path
 
@@ -25,9 +25,7 @@ SUBJECT = "example_ct_sm_fast"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("nifti_zoo", type=Path)
     parser.add_argument("totalseg_example_ct", type=Path)
     arguments = parser.parse_args()

@@ -7,22 +7,20 @@ The phantoms of sample_data/ and the recipe `smoke`, on the CPU. Each run is kil
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import random
 import subprocess
 import sys
 import tempfile
 import time
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
 
 DATASET = Path(__file__).parent.parent / "sample_data"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=6)
     arguments = parser.parse_args()

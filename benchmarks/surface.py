@@ -14,13 +14,13 @@ Second table: the same numbers by DeepMind's surface-distance (`surface-distance
 
 from __future__ import annotations
 
-import argparse
 import json
 import subprocess
 import sys
 import tempfile
 import time
 import warnings
+from argparse import SUPPRESS, ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -224,15 +224,13 @@ def print_definitions(edge: int, peer: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--edge", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument(
         "--peer", help="Python that has surface-distance; without it no second table"
     )
-    parser.add_argument("--side", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--side", nargs=2, help=SUPPRESS)
     arguments = parser.parse_args()
     if arguments.side:
         run_side(*arguments.side)

@@ -9,7 +9,6 @@ its budget and 20 s, is refused after more than 30 s, or is silent for more than
 
 from __future__ import annotations
 
-import argparse
 import csv
 import json
 import shutil
@@ -17,6 +16,7 @@ import subprocess
 import sys
 import threading
 import time
+from argparse import ArgumentParser
 from pathlib import Path
 from queue import Queue
 
@@ -26,7 +26,7 @@ UNITS = {"s": 1, "m": 60, "h": 3600}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("datasets", nargs="+", type=Path)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--budgets", nargs="+", default=["60s", "3m", "20m"])

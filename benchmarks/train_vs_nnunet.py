@@ -10,12 +10,12 @@ counts everything. nnU-Net predicts with its defaults (half-overlapping tiles, m
 
 from __future__ import annotations
 
-import argparse
 import csv
 import json
 import shutil
 import subprocess
 import time
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
 
 import volseg
@@ -75,9 +75,7 @@ if __name__ == "__main__":
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("dataset", type=Path)
     parser.add_argument("recipe")
     parser.add_argument("--peer", required=True, help="python of an environment with nnunetv2")

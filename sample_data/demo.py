@@ -5,11 +5,11 @@ Run by `make demo`. Prints a table of true against measured volumes and densitie
 
 from __future__ import annotations
 
-import argparse
 import csv
 import math
 import sys
 import time
+from argparse import ArgumentParser
 from pathlib import Path
 
 from rich.console import Console
@@ -24,7 +24,7 @@ VOLUME_TOLERANCE_PERCENT, DENSITY_TOLERANCE_HU, MATCH_MM = 5.0, 2.0, 4.0
 
 def main() -> int:
     """0 if every lesion of at least 5 mm radius was found and measured within the tolerances, else 1."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument(
         "--out", type=Path, default=Path("demo_results"), help="folder for model and results"
     )

@@ -7,10 +7,10 @@ The truth comes from the analytic ball, or the ball less the cap cut off by the 
 counting voxels, and this file does not import volseg: what is tested must not make its own answer.
 """
 
-import argparse
 import csv
 import gzip
 import io
+from argparse import ArgumentParser
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -223,7 +223,7 @@ class Phantom:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Make the sample phantoms and their truth.")
+    parser = ArgumentParser(description="Make the sample phantoms and their truth.")
     parser.add_argument(
         "--out", type=Path, default=Path(__file__).parent, help="folder to write to"
     )
