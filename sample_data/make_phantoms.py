@@ -158,7 +158,7 @@ class Grid:
         return (points_mm - self.affine[:3, 3]) @ np.linalg.inv(self.affine[:3, :3]).T
 
     def face_normals(self) -> np.ndarray:
-        """Return (6, 3) outward normals of the faces I low, I high, J low, J high, K low, K high."""
+        """Return (6, 3) outward unit normals: I low, I high, J low, J high, K low, K high."""
         inward = np.linalg.inv(self.affine[:3, :3])
         inward = inward / np.linalg.norm(inward, axis=1, keepdims=True)
         return np.stack([-inward, inward], axis=1).reshape(6, 3)
@@ -399,7 +399,7 @@ def draw_lesion(
         ):
             return ball
     raise RuntimeError(
-        f"no place for a lesion of {radius_range_mm} mm in {MAX_DRAWS} draws: "
+        f"no room for a lesion of {radius_range_mm} mm in {MAX_DRAWS} draws: "
         "use fewer or smaller lesions"
     )
 
