@@ -1,16 +1,18 @@
 """Train a recipe for a time budget and measure it on the test split, which training never reads.
 
-    python benchmarks/accuracy.py DATASET RECIPE --time-budget 20m --out FOLDER [--rating malignancy --size diameter_mm]
+    python benchmarks/accuracy.py DATASET RECIPE --out FOLDER [--time-budget 20m]
+        [--rating malignancy --size diameter_mm]
 
-Prints a table of Dice per label over the test cases; with --rating also the AUC of the classifier's score on the test cases rated
-at least 4 against at most 2, beside that of the column --size alone. A second call uses the model that is there.
+Prints Dice per label over the test cases. With --rating it also prints the AUC of the classifier's
+score, for cases rated at least 4 against at most 2, and the AUC of the column --size alone. A
+second call reuses the trained model.
 """
 
 from __future__ import annotations
 
-import argparse
 import csv
 import json
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,16 +24,14 @@ from volseg.io.cases import Case, find_cases
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("dataset", type=Path)
     parser.add_argument("recipe")
     parser.add_argument("--time-budget", default="20m")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rating", help="column with the rating of each case, 1 to 5")
-    parser.add_argument("--size", help="column with a size to compare the score with")
+    parser.add_argument("--size", help="column with a size, whose AUC is printed for comparison")
     arguments = parser.parse_args()
     model = arguments.out / "model"
     if not (model / "model.json").exists():
@@ -56,35 +56,33 @@ def main() -> None:
     print(f"{arguments.recipe}: {metrics}")
     print("| label | test cases | mean Dice | median Dice | median volume error, % |")
     print("|---|---|---|---|---|")
-    for label, found in evaluation.summary["labels"].items():
+    for label, scores in evaluation.summary["labels"].items():
         print(
-            f"| {label} | {found['n']} | {found['mean_dice']:.4f} | {found['median_dice']:.4f} "
-            f"| {found['median_volume_error_percent']:+.1f} |"
+            f"| {label} | {scores['n']} | {scores['mean_dice']:.4f} | {scores['median_dice']:.4f} "
+            f"| {scores['median_volume_error_percent']:+.1f} |"
         )
-    print(
-        f"mean over labels {evaluation.summary['mean_dice']:.4f}; failed {len(report.failed) + len(evaluation.failed)}"
-    )
+    n_failed = len(report.failed) + len(evaluation.failed)
+    print(f"mean over labels {evaluation.summary['mean_dice']:.4f}; failed {n_failed}")
     if arguments.rating:
         print_auc(test, results, arguments.rating, arguments.size)
 
 
 def print_auc(test: Sequence[Case], results: Path, rating: str, size: str | None) -> None:
-    """AUC of the largest lesion's score per case; a case in which no lesion was found has the score 0."""
+    """Print the AUC of the largest lesion's score per case; a case without lesions scores 0."""
     with (results / "lesions.csv").open(newline="", encoding="utf-8") as file:
         largest = {row["case_id"]: row for row in csv.DictReader(file) if row["lesion_id"] == "1"}
     rated = [case for case in test if not 2 < float(case.classes[rating]) < 4]
     positive = np.array([float(case.classes[rating]) >= 4 for case in rated])
     scores = np.array([_score(largest.get(case.id)) for case in rated])
-    print(
-        f"AUC of the score: {auc(scores, positive):.4f} ({positive.sum()} rated ≥ 4, {(~positive).sum()} rated ≤ 2)"
-    )
+    counts = f"{positive.sum()} rated ≥ 4, {(~positive).sum()} rated ≤ 2"
+    print(f"AUC of the score: {auc(scores, positive):.4f} ({counts})")
     if size:
         sizes = np.array([float(case.classes[size]) for case in rated])
         print(f"AUC of {size} alone: {auc(sizes, positive):.4f}")
 
 
 def _score(row: dict[str, str] | None) -> float:
-    """Probability of the last class, which is the positive one."""
+    """Return the probability of the last class, the positive one."""
     return 0.0 if row is None else float(row["class_probabilities"].split(";")[-1].split("=")[1])
 
 

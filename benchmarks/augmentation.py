@@ -1,18 +1,19 @@
-"""What augmenting one training sample costs: volseg, batchgeneratorsv2 and MONAI's dictionary transforms, on one core.
+"""Time the augmentation of one sample on one core: volseg, batchgeneratorsv2 and MONAI.
 
     python benchmarks/augmentation.py --peer PEER/bin/python [--patch 96] [--samples 40]
 
-PEER holds nnunetv2 (and with it batchgeneratorsv2). Each side makes samples of the same patch from an array of the enlarged patch in memory, with a
-rotation and scaling in the same share of samples, noise, blur, brightness, contrast, simulated low resolution, gamma and mirroring, each
-with nnU-Net's default probability. Seconds per sample, median of three rounds in turn.
+PEER is an environment with nnunetv2, which installs batchgeneratorsv2. Each side cuts samples of
+the same patch shape from an enlarged patch in memory and applies rotation and scaling, noise, blur,
+brightness, contrast, simulated low resolution, gamma and flips, each with nnU-Net's default
+probability. Prints seconds per sample, the median of three alternating rounds.
 """
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import subprocess
 import sys
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 
 PROBABILITIES = {
     "spatial": 0.2,
@@ -31,13 +32,15 @@ torch.set_num_threads(1)
 from volseg.recipe import Augment
 from volseg.train.augment import augment, enlarged_shape
 patch, samples = int(sys.argv[1]), int(sys.argv[2])
-settings = Augment(rotation_degrees=(30, 30, 30), scaling=(0.7, 1.4), **{f"{name}_probability": value for name, value in %r.items()})
+probabilities = {f"{name}_probability": value for name, value in %r.items()}
+settings = Augment(rotation_degrees=(30, 30, 30), scaling=(0.7, 1.4), **probabilities)
 shape = (patch,) * 3
 source = enlarged_shape(shape, settings)
 image, mask = torch.randn(1, 1, *source), torch.randint(0, 3, (1, *source), dtype=torch.uint8)
 started = time.perf_counter()
+options = {"patch_shape": shape, "spacing_mm": (1.0, 1.0, 1.0)}
 for index in range(samples):
-    augment(image, mask, settings, patch_shape=shape, spacing_mm=(1.0, 1.0, 1.0), seeds=[(0, index)])
+    augment(image, mask, settings, **options, seeds=[(0, index)])
 print((time.perf_counter() - started) / samples)
 """
 
@@ -45,17 +48,18 @@ MONAI = """
 import sys, time, math
 import numpy as np, torch
 torch.set_num_threads(1)
-from monai.transforms import (Compose, RandAdjustContrastd, RandAffined, RandFlipd, RandGaussianNoised, RandGaussianSmoothd,
-                              RandScaleIntensityd, RandSimulateLowResolutiond)
+from monai.transforms import (Compose, RandAdjustContrastd, RandAffined, RandFlipd,
+                              RandGaussianNoised, RandGaussianSmoothd, RandScaleIntensityd,
+                              RandSimulateLowResolutiond)
 patch, samples = int(sys.argv[1]), int(sys.argv[2])
 p = %r
 source = (patch + 2 * math.ceil(patch / 8),) * 3
-both, turn = ["image", "mask"], math.radians(30)
+both, angle, sigma = ["image", "mask"], math.radians(30), (0.5, 1)
 transform = Compose([
-    RandAffined(both, prob=p["spatial"], spatial_size=(patch,) * 3, rotate_range=(turn,) * 3, scale_range=((-0.3, 0.4),) * 3,
-                mode=("bilinear", "nearest"), padding_mode="zeros"),
+    RandAffined(both, prob=p["spatial"], spatial_size=(patch,) * 3, rotate_range=(angle,) * 3,
+                scale_range=((-0.3, 0.4),) * 3, mode=("bilinear", "nearest"), padding_mode="zeros"),
     RandGaussianNoised("image", prob=p["noise"], std=0.1),
-    RandGaussianSmoothd("image", prob=p["blur"], sigma_x=(0.5, 1), sigma_y=(0.5, 1), sigma_z=(0.5, 1)),
+    RandGaussianSmoothd("image", prob=p["blur"], sigma_x=sigma, sigma_y=sigma, sigma_z=sigma),
     RandScaleIntensityd("image", factors=0.25, prob=p["brightness"]),
     RandAdjustContrastd("image", prob=p["contrast"], gamma=(0.75, 1.25)),
     RandSimulateLowResolutiond("image", prob=p["low_resolution"], zoom_range=(0.5, 1.0)),
@@ -75,7 +79,8 @@ import numpy as np, torch
 torch.set_num_threads(1)
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 patch, samples = int(sys.argv[1]), int(sys.argv[2])
-transform = nnUNetTrainer.get_training_transforms((patch,) * 3, (-math.pi / 6, math.pi / 6), None, (0, 1, 2), False)
+angles = (-math.pi / 6, math.pi / 6)
+transform = nnUNetTrainer.get_training_transforms((patch,) * 3, angles, None, (0, 1, 2), False)
 source = (patch + 2 * math.ceil(patch / 8),) * 3
 image, mask = torch.randn(1, *source), torch.randint(0, 3, (1, *source), dtype=torch.int16)
 torch.manual_seed(0); np.random.seed(0)
@@ -87,9 +92,7 @@ print((time.perf_counter() - started) / samples)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--peer", required=True, help="python of an environment with nnunetv2")
     parser.add_argument("--patch", type=int, default=96)
     parser.add_argument("--samples", type=int, default=40)
@@ -103,15 +106,14 @@ def main() -> None:
     for _ in range(3):
         for name, (python, code) in sides.items():
             command = [python, "-c", code, str(arguments.patch), str(arguments.samples)]
-            made = subprocess.run(
-                command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-            )
-            seconds[name].append(float(made.stdout.split()[-1]))
+            printed = subprocess.check_output(command, stderr=subprocess.DEVNULL, text=True)
+            seconds[name].append(float(printed.split()[-1]))
     base = statistics.median(seconds["volseg"])
     print(f"| one sample of {arguments.patch}³ | s | × volseg |")
     print("|---|---|---|")
-    for name, each in seconds.items():
-        print(f"| {name} | {statistics.median(each):.4f} | {statistics.median(each) / base:.2f} |")
+    for name, rounds in seconds.items():
+        median = statistics.median(rounds)
+        print(f"| {name} | {median:.4f} | {median / base:.2f} |")
 
 
 if __name__ == "__main__":

@@ -1,22 +1,20 @@
-"""`volseg infer` of ten scans in one call against ten calls, with the shipped model.
+"""Time `volseg infer` of ten scans in one call and in ten calls, with the shipped model.
 
 python benchmarks/batch.py FOLDER_OF_SCANS
 """
 
 from __future__ import annotations
 
-import argparse
 import subprocess
 import sys
 import tempfile
 import time
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     arguments = parser.parse_args()
     scans = sorted(arguments.folder.glob("*.nii.gz"))[:10]
@@ -33,7 +31,8 @@ def main() -> None:
                 )
             walls.append(time.perf_counter() - started)
     print(
-        f"{len(scans)} scans: one call {walls[0]:.1f} s, {len(scans)} calls {walls[1]:.1f} s, ratio {walls[0] / walls[1]:.2f}"
+        f"{len(scans)} scans: one call {walls[0]:.1f} s, {len(scans)} calls {walls[1]:.1f} s, "
+        f"ratio {walls[0] / walls[1]:.2f}"
     )
 
 

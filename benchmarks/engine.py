@@ -1,19 +1,21 @@
-"""What the engine costs beside its network: `volseg infer` against the tiles that it runs × the bare forward pass of the same backend.
+"""Measure what inference costs on top of its network: `volseg infer` against bare forward passes.
 
     python benchmarks/engine.py SCAN MODEL [MODEL …] [--backend openvino] [--repeats 5]
 
-Mirroring is off. For each model one run in this process, in which the seconds in the network are counted, then bare forward passes of one patch, then
-`volseg infer` from file to file in a process of its own. Prints the tiles, the seconds in the network, and the wall time of both runs over tiles × bare
-forward; "beside the network" is all that the first run did besides, before, between and after the tiles: preparing, blending, restoring, labelling, measuring.
+Without test-time augmentation. For each model: one run in this process, which counts the seconds in
+the network; bare forward passes of one patch by the same backend; and `volseg infer` from file to
+file in a separate process. Prints the tiles, the seconds in the network, and the wall time of both
+runs over tiles × bare forward. "beside the network" is all other work of the first run: preparing,
+blending, restoring, labelling, measuring.
 """
 
 from __future__ import annotations
 
-import argparse
 import subprocess
 import sys
 import tempfile
 import time
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,7 +29,7 @@ from volseg.segment import load_model, segment_case
 
 
 class Timed:
-    """A backend that counts the seconds spent in it."""
+    """Backend that counts the seconds spent in it."""
 
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
@@ -39,26 +41,25 @@ class Timed:
 
     def logits(self, batch: np.ndarray) -> np.ndarray:
         started = time.perf_counter()
-        found = self._backend.logits(batch)
+        logits = self._backend.logits(batch)
         self.seconds += time.perf_counter() - started
         self.runs += len(batch)
-        return found
+        return logits
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("scan", type=Path)
     parser.add_argument("models", type=Path, nargs="+")
     parser.add_argument("--backend", default="openvino")
     parser.add_argument(
-        "--repeats", type=int, default=5, help="bare forward passes, of which the median counts"
+        "--repeats", type=int, default=5, help="bare forward passes; their median is used"
     )
     arguments = parser.parse_args()
     give_back_large_blocks()
     print(
-        "| outputs | tiles | tiles × bare forward, s | in the network, s | in process, s | ratio | `volseg infer`, s | ratio | beside the network ÷ network |"
+        "| outputs | tiles | tiles × bare forward, s | in the network, s | in process, s | ratio "
+        "| `volseg infer`, s | ratio | beside the network ÷ network |"
     )
     print("|---|---|---|---|---|---|---|---|---|")
     for folder in arguments.models:
@@ -66,6 +67,7 @@ def main() -> None:
 
 
 def measure(scan: Path, folder: Path, backend: str, repeats: int) -> str:
+    """Return the table row of one model."""
     bundle = load_bundle(folder)
     infer = bundle.recipe.infer.model_copy(update={"tta_axes": ()})
     bundle = replace(bundle, recipe=bundle.recipe.model_copy(update={"infer": infer}))
@@ -77,9 +79,8 @@ def measure(scan: Path, folder: Path, backend: str, repeats: int) -> str:
         {bundle.recipe.data.channels[0]: volume}, replace(model, segmentation=timed), case_id="scan"
     )
     wall = time.perf_counter() - started
-    patch = (
-        np.random.default_rng(0).normal(size=(1, 1, *bundle.plan.patch_shape)).astype(np.float32)
-    )
+    shape = (1, 1, *bundle.plan.patch_shape)
+    patch = np.random.default_rng(0).normal(size=shape).astype(np.float32)
     seconds = []
     for _ in range(1 + repeats):
         started = time.perf_counter()
@@ -89,21 +90,14 @@ def measure(scan: Path, folder: Path, backend: str, repeats: int) -> str:
     model.segmentation.release()
     with tempfile.TemporaryDirectory() as temporary:
         started = time.perf_counter()
-        options = [
-            "--model",
-            str(folder),
-            "--out",
-            f"{temporary}/out",
-            "--backend",
-            backend,
-            "--no-tta",
-        ]
-        command = [sys.executable, "-m", "volseg", "infer", str(scan), *options]
+        options = ["--model", str(folder), "--out", f"{temporary}/out", "--backend", backend]
+        command = [sys.executable, "-m", "volseg", "infer", str(scan), *options, "--no-tta"]
         subprocess.run(command, check=True, capture_output=True)
         process = time.perf_counter() - started
     return (
-        f"| {bundle.recipe.data.n_outputs} | {timed.runs} | {bare:.1f} | {timed.seconds:.1f} | {wall:.1f} | {wall / bare:.3f} "
-        f"| {process:.1f} | {process / bare:.3f} | {(wall - timed.seconds) / timed.seconds:.3f} |"
+        f"| {bundle.recipe.data.n_outputs} | {timed.runs} | {bare:.1f} | {timed.seconds:.1f} "
+        f"| {wall:.1f} | {wall / bare:.3f} | {process:.1f} | {process / bare:.3f} "
+        f"| {(wall - timed.seconds) / timed.seconds:.3f} |"
     )
 
 

@@ -1,16 +1,17 @@
-"""The bare forward pass of one patch: every backend in turn, as seconds and as a share of what the chip's fp32 GEMM reaches.
+"""Time the bare forward pass of one patch: every backend, in seconds and in % of the fp32 GEMM.
 
     python benchmarks/forward.py [--networks small,big] [--repeats 7] [--device cpu|cuda]
 
-`small` is a U-Net of 16 to 256 features on 96³ voxels, `big` one like nnU-Net's default, 32 to 320 features on 128³; random weights,
-one channel, three classes. Each backend has a process of its own and they run alternately, one patch each, so that whatever else the
-machine does meets all of them. FLOPs: 2 per multiply and add, convolutions only, counted by torch. GEMM: torch.mm of 4096² in fp32 on the
-same threads, measured in the same turns. int8 is quantised on random patches: its speed is meant, `volseg quantise` measures its accuracy.
+`small` is a U-Net with 16 to 256 features on 96³ voxels; `big` resembles nnU-Net's default, with 32
+to 320 features on 128³. Random weights, one channel, three classes. Each backend runs in a separate
+process, and they alternate patch by patch, so that other load on the machine affects all of them.
+FLOPs: 2 per multiply-add, convolutions only, counted by torch. GEMM: torch.mm of 4096² in fp32 on
+the same threads, measured in the same turns. int8 is calibrated on random patches, for its speed
+only; `volseg quantise` measures its accuracy.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import resource
 import statistics
@@ -18,6 +19,7 @@ import subprocess
 import sys
 import threading
 import time
+from argparse import SUPPRESS, ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -71,7 +73,7 @@ def count_flops(name: str) -> int:
 
 
 def prepare_run(variant: str, name: str, device: str) -> Callable[[], object]:
-    """What a worker times: one call is one patch, from an array in memory to its logits in memory."""
+    """Return the function a worker times: one patch, from an array to its logits in memory."""
     import numpy as np
     import torch
 
@@ -90,10 +92,8 @@ def prepare_run(variant: str, name: str, device: str) -> Callable[[], object]:
     shape = (1, 1, patch, patch, patch)
     batch = np.random.default_rng(0).normal(size=shape).astype(np.float32)
     if variant.startswith("openvino"):
-        model, precision = (
-            convert(network, shape),
-            variant.replace("half", "fp16").replace(",", "").split()[1],
-        )
+        model = convert(network, shape)
+        precision = variant.replace("half", "fp16").replace(",", "").split()[1]
         if precision == "int8":
             from volseg.infer.quantise import quantise
 
@@ -135,7 +135,7 @@ def cuda_backend(variant: str, network, batch):
 
 
 def work(variant: str, name: str, device: str) -> None:
-    """A worker: ready, then one forward for every line on stdin, its seconds on stdout."""
+    """Print when ready, then run one forward pass per line on stdin and print its seconds."""
     if "allocator" in variant:
         from volseg.execute.cpu import keep_freed_memory
 
@@ -148,19 +148,18 @@ def work(variant: str, name: str, device: str) -> None:
     started = time.perf_counter()
     run = prepare_run(variant, name, device)
     run()
-    say = sys.stdout
-    print(json.dumps({"setup": time.perf_counter() - started}), file=say, flush=True)
+    print(json.dumps({"setup": time.perf_counter() - started}), flush=True)
     for _ in sys.stdin:
         started = time.perf_counter()
         run()
         seconds = time.perf_counter() - started
         rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        print(json.dumps({"seconds": seconds, "rss": rss}), file=say, flush=True)
+        print(json.dumps({"seconds": seconds, "rss": rss}), flush=True)
 
 
 @dataclass
 class Worker:
-    """A process that holds one variant; `seconds` of its turns."""
+    """Process of one variant; `seconds` holds the time of each of its turns."""
 
     variant: str
     process: subprocess.Popen
@@ -169,6 +168,7 @@ class Worker:
     seconds: list[float] = field(default_factory=list)
 
     def turn(self) -> None:
+        """Run one forward pass and record its seconds."""
         assert self.process.stdin is not None
         self.process.stdin.write("run\n")
         self.process.stdin.flush()
@@ -179,7 +179,7 @@ class Worker:
     def read(self) -> dict:
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
-        while line and not line.startswith("{"):  # what a library prints
+        while line and not line.startswith("{"):  # printed by a library
             line = self.process.stdout.readline()
         if not line:
             raise RuntimeError(f"{self.variant}: {self.process.wait()}")
@@ -187,17 +187,9 @@ class Worker:
 
 
 def start(variant: str, name: str, device: str) -> Worker | None:
-    """A worker that is ready; None if it failed or took too long."""
-    command = [
-        sys.executable,
-        __file__,
-        "--worker",
-        variant,
-        "--networks",
-        name,
-        "--device",
-        device,
-    ]
+    """Return a worker that is ready; None if it failed or took too long."""
+    options = ["--worker", variant, "--networks", name, "--device", device]
+    command = [sys.executable, __file__, *options]
     process = subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     )
@@ -207,9 +199,8 @@ def start(variant: str, name: str, device: str) -> Worker | None:
     try:
         worker.setup = worker.read()["setup"]
     except RuntimeError as error:
-        print(
-            f"not measured: {error} (failed, or not ready after {SETUP_SECONDS} s)", file=sys.stderr
-        )
+        reason = f"failed, or not ready after {SETUP_SECONDS} s"
+        print(f"not measured: {error} ({reason})", file=sys.stderr)
         return None
     finally:
         cap.cancel()
@@ -235,10 +226,12 @@ def measure(name: str, device: str, repeats: int) -> None:
     best, typical = max(rate), statistics.median(rate)
     patch = NETWORKS[name]["patch"]
     print(
-        f"\n{name}: {flops / 1e9:.0f} GFLOP per patch of {patch}³; GEMM {typical:.0f} GFLOP/s (best {best:.0f})\n"
+        f"\n{name}: {flops / 1e9:.0f} GFLOP per patch of {patch}³; GEMM {typical:.0f} GFLOP/s "
+        f"(best {best:.0f})\n"
     )
     print(
-        f"| {name}, {patch}³ | s per patch, min | median | % of GEMM, best | median | × {others[0].variant} | peak RSS, MB |"
+        f"| {name}, {patch}³ | s per patch, min | median | % of GEMM, best | median "
+        f"| × {others[0].variant} | peak RSS, MB |"
     )
     print("|---|---|---|---|---|---|---|")
     for worker in others:
@@ -247,19 +240,17 @@ def measure(name: str, device: str, repeats: int) -> None:
             b / a for a, b in zip(worker.seconds, others[0].seconds, strict=True)
         )
         print(
-            f"| {worker.variant} | {low:.3f} | {middle:.3f} | {flops / low / best / 1e7:.0f} | {flops / middle / typical / 1e7:.0f} "
-            f"| {ratio:.2f} | {worker.rss:.0f} |"
+            f"| {worker.variant} | {low:.3f} | {middle:.3f} | {flops / low / best / 1e7:.0f} "
+            f"| {flops / middle / typical / 1e7:.0f} | {ratio:.2f} | {worker.rss:.0f} |"
         )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--networks", default="small,big")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    parser.add_argument("--worker", help=SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
         work(arguments.worker, arguments.networks, arguments.device)

@@ -1,17 +1,18 @@
-"""What `volseg compare` makes of lesions whose fringe is cut off by missing voxels, and which have not changed otherwise.
+"""Test `volseg compare` on unchanged lesions from which missing voxels cut off a fringe.
 
     python benchmarks/fringe.py LIDC_NODULES MSD_HIPPOCAMPUS STS_SARCOMA/cases_t1.csv [--cases 20]
 
-Every mask is compared with itself less planes of voxels: one plane that leaves a fringe of one or two voxels at the last slice of
-the mask, along one of the three axes or along all of them; the cut is made at follow-up, at baseline, or at both times. Pieces are
-the lesions that `volseg measure` numbered, crumbs those that were counted with the lesion beside them. Nothing has grown or shrunk
-but by what is missing, so every response but SD (without targets Non-CR/Non-PD) is an error.
+Every mask is compared with itself minus one plane of voxels, which leaves a fringe of one or two
+voxels at the last slice of the mask. The cut runs along one of the three axes or along all of them,
+at follow-up, at baseline, or at both times. Pieces are the lesions that `volseg measure` numbered;
+crumbs are the pieces counted with the lesion next to them. Nothing else has changed, so every
+response except SD (Non-CR/Non-PD without targets) is an error.
 """
 
 from __future__ import annotations
 
-import argparse
 import tempfile
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
 
 import numpy as np
@@ -25,25 +26,24 @@ CUTS = {"first axis": (0,), "second": (1,), "third": (2,), "all three": (0, 1, 2
 
 
 def cut(mask: Volume, axes: tuple[int, ...], depth: int) -> Volume:
-    """The mask without a plane of voxels `depth` voxels below the last slice that it has, along each of the axes."""
+    """Return the mask without the plane `depth` voxels below its last slice along each axis."""
     array = mask.array.copy()
     for axis in axes:
-        held = np.flatnonzero((mask.array > 0).any(axis=tuple({0, 1, 2} - {axis})))
-        array[(slice(None),) * axis + (max(held[0], held[-1] - depth),)] = 0
+        slices = np.flatnonzero((mask.array > 0).any(axis=tuple({0, 1, 2} - {axis})))
+        array[(slice(None),) * axis + (max(slices[0], slices[-1] - depth),)] = 0
     return mask.with_array(array)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument(
-        "datasets", type=Path, nargs="+", help="folders with cases.csv, or such tables"
+        "datasets", type=Path, nargs="+", help="folders with a cases.csv, or tables like it"
     )
     parser.add_argument("--cases", type=int, default=20)
     arguments = parser.parse_args()
     print(
-        "| data | fringe | cut at | comparisons | pieces | crumbs | PD or PR | withheld | change of the sum: mean, largest |"
+        "| data | fringe | cut at | comparisons | pieces | crumbs | PD or PR | withheld "
+        "| change of the sum: mean, largest |"
     )
     print("|---|---|---|---|---|---|---|---|---|")
     for dataset in arguments.datasets:
@@ -54,23 +54,22 @@ def main() -> None:
         name = dataset.name if dataset.is_dir() else dataset.parent.name
         with tempfile.TemporaryDirectory() as temporary:
             for depth in (1, 2):
-                tell(name, depth, pairs, Path(temporary) / str(depth))
+                print_rows(name, depth, pairs, Path(temporary) / str(depth))
 
 
-def tell(name: str, depth: int, pairs: dict[str, tuple[Volume, Volume]], folder: Path) -> None:
-    """One dataset with fringes of one thickness: a row for each time at which it is cut."""
+def print_rows(
+    name: str, depth: int, pairs: dict[str, tuple[Volume, Volume]], folder: Path
+) -> None:
+    """Print a row per time of the cut, for one dataset and one thickness of the fringe."""
     whole = measure(folder / "whole", pairs)
     rows: dict[str, list[dict[str, str]]] = {"follow-up": [], "baseline": [], "both": []}
     for text, axes in CUTS.items():
-        changed = measure(
-            folder / text,
-            {case: (scan, cut(mask, axes, depth)) for case, (scan, mask) in pairs.items()},
-        )
-        for time, times in zip(
-            rows, ((whole, changed), (changed, whole), (changed, changed)), strict=True
-        ):
+        cuts = {case: (scan, cut(mask, axes, depth)) for case, (scan, mask) in pairs.items()}
+        changed = measure(folder / text, cuts)
+        orders = (whole, changed), (changed, whole), (changed, changed)
+        for time, folders in zip(rows, orders, strict=True):
             out = folder / text / time
-            volseg.compare(*times, out=out, registration=False)
+            volseg.compare(*folders, out=out, registration=False)
             rows[time] += rows_of(out / "response.csv")
     for time, patients in rows.items():
         crumbs = sum(int(row["n_crumbs"]) for row in patients)
@@ -80,20 +79,9 @@ def tell(name: str, depth: int, pairs: dict[str, tuple[Volume, Volume]], folder:
         ]
         wrong = sum(row["response"] in ("PD", "PR", "CR") for row in patients)
         withheld = sum(row["response"] == "" for row in patients)
-        percent = f"{np.mean(np.abs(changes)):.1f} %, {max(changes, key=abs):+.1f} %".replace(
-            "-", "−"
-        )
-        cells = [
-            name,
-            f"{depth} voxels",
-            time,
-            len(patients),
-            lesions + crumbs,
-            crumbs,
-            wrong,
-            withheld,
-            percent,
-        ]
+        percent = f"{np.mean(np.abs(changes)):.1f} %, {max(changes, key=abs):+.1f} %"
+        cells = [name, f"{depth} voxels", time, len(patients), lesions + crumbs, crumbs]
+        cells += [wrong, withheld, percent.replace("-", "−")]
         print("| " + " | ".join(map(str, cells)) + " |", flush=True)
 
 

@@ -1,17 +1,16 @@
-"""Golden outputs: every number, mask and page that volseg makes of 30 real cases and the phantoms.
+"""Record and compare every number, mask and page that volseg makes of 30 cases and the phantoms.
 
-    python benchmarks/golden.py run --out FOLDER        run this checkout; writes FOLDER/facts.json
-    python benchmarks/golden.py compare BEFORE AFTER    list what differs between two of them
+    python benchmarks/golden.py run --out FOLDER        run this checkout, write FOLDER/facts.json
+    python benchmarks/golden.py compare BEFORE AFTER    list the differences of two such folders
 
-To see whether a change leaves every output as it was, run the script in a checkout from before the
-change and in one from after it, on the same machine: floating-point results depend on the CPU. The
-real cases come from `../shared/data`. Left out is what no two runs share: times and dates. Of a
-page only its numbers count, so wording may change.
+To check that a change leaves every output as it was, run the script in a checkout before and after
+the change on the same machine; floating-point results depend on the CPU. The real cases come from
+`../shared/data`. Times and dates are left out. Of a page only the numbers count, so its wording may
+change.
 """
 
 from __future__ import annotations
 
-import argparse
 import csv
 import hashlib
 import json
@@ -21,6 +20,7 @@ import shutil
 import subprocess
 import sys
 import time
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -36,27 +36,29 @@ PHANTOMS = ROOT / "sample_data"
 NOT_REPEATED = ("seconds", "started", "volseg", "volseg_version", "libraries", "date")
 # Group → image, mask and options of `volseg measure`; {} in a path is a case.
 MEASURED = {
-    "totalseg": ("totalseg_example_ct", ("example_ct_sm_fast", "example_ct_sm"), "--objects labels --unit HU"),
+    "totalseg": (
+        "totalseg_example_ct", ("example_ct_sm_fast", "example_ct_sm"), "--objects labels --unit HU"
+    ),
     "spleen": ("msd_spleen_ct", ("spleen2",), "--unit HU --calcium --figures"),
     "ibsi": ("ibsi_phantoms", ("ibsi_1_digital_phantom",), ""),
     "brain": ("pyradiomics_cases", ("brain1",), "--unit a.u."),
-    "hippocampus": ("msd_hippocampus", ("hippocampus_001", "hippocampus_003", "hippocampus_006"), ""),
+    "hippocampus": (
+        "msd_hippocampus", ("hippocampus_001", "hippocampus_003", "hippocampus_006"), ""
+    ),
     "t1": ("sts_sarcoma", ("STS_002_MR_T1", "STS_003_MR_T1"), "--unit a.u."),
     "pet": ("sts_sarcoma", ("STS_002_PET", "STS_003_PET"), "--unit SUV"),
     "ct": ("sts_sarcoma", ("STS_002_CT", "STS_008_CT"), "--unit HU --calcium"),
     "headneck": ("openkbp_headneck_ct", ("pt_002", "pt_004"), "--objects labels --unit HU"),
     "glioma": ("lgg_mri_flair", ("TCGA_CS_4941_19960909", "TCGA_CS_4942_19970222"), ""),
 }  # fmt: skip
+N_NODULES = 10
 # Sums over several threads differ in their last bits from run to run.
 ONE_THREAD = ("OMP_NUM_THREADS", "ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS")
-N_NODULES = 10
 PREPARED = ("hippocampus_001", "hippocampus_003", "hippocampus_006", "hippocampus_007")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("run").add_argument("--out", type=Path, required=True)
     compared = commands.add_parser("compare")
@@ -70,17 +72,16 @@ def main() -> None:
 
 
 def run(out: Path) -> None:
-    """Run every command into `out`, and write what came of it to `facts.json` there."""
+    """Run every command into `out` and write the facts of its output to `facts.json` there."""
     if out.exists():
-        sys.exit(f"{out} exists: name a new folder")
+        sys.exit(f"{out} exists: give a new folder")
     out.mkdir(parents=True)
     facts: dict[str, Any] = {}
+    environment = os.environ | {"PYTHONPATH": str(ROOT)} | dict.fromkeys(ONE_THREAD, "1")
     for name, arguments in steps(out):
+        command = [sys.executable, "-m", "volseg", *map(str, arguments)]
         started = time.monotonic()
-        done = subprocess.run(
-            [sys.executable, "-m", "volseg", *map(str, arguments)],
-            capture_output=True, text=True, check=False, env=os.environ | {"PYTHONPATH": str(ROOT)} | dict.fromkeys(ONE_THREAD, "1"),
-        )  # fmt: skip
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
         codes = sorted(set(re.findall(r"\b[EW]_[A-Z_]+\b", done.stdout + done.stderr)))
         facts[name] = {"exit_code": done.returncode, "codes": codes, "files": facts_of(out / name)}
         print(f"{name}: exit {done.returncode}, {time.monotonic() - started:.0f} s", flush=True)
@@ -88,7 +89,7 @@ def run(out: Path) -> None:
 
 
 def steps(out: Path) -> Iterator[tuple[str, Sequence[str | Path]]]:
-    """Name, which is also that of the folder below `out`, and command line of each step."""
+    """Yield the name of each step, which is also its folder below `out`, and its command line."""
     with (DATA / "lidc_nodules" / "cases.csv").open(newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["split"] == "test"]
     linked = out / "linked"
@@ -108,39 +109,23 @@ def steps(out: Path) -> Iterator[tuple[str, Sequence[str | Path]]]:
     yield "evaluate", ["evaluate", *masks_of, "--out", out / "evaluate"]
     times = [out / "measure-nodules", out / "infer-torch"]
     yield "compare", ["compare", *times, "--figures", "--out", out / "compare"]
-    yield (
-        "compare-in-place",
-        ["compare", *times, "--no-registration", "--out", out / "compare-in-place"],
-    )
+    in_place = [*times, "--no-registration"]
+    yield "compare-in-place", ["compare", *in_place, "--out", out / "compare-in-place"]
     smoke = ["--recipe", "smoke", "--epochs", "1", "--seed", "0", "--device", "cpu"]
     yield "train", ["train", PHANTOMS, *smoke, "--out", out / "train"]
     with (PHANTOMS / "cases.csv").open(newline="") as file:
-        phantoms = [
-            PHANTOMS / row["image"] for row in csv.DictReader(file) if row["split"] == "test"
-        ]
+        rows = [row for row in csv.DictReader(file) if row["split"] == "test"]
+    phantoms = [PHANTOMS / row["image"] for row in rows]
     for backend in ("torch", "openvino"):
         name = f"infer-phantoms-{backend}"
         options = ["--model", out / "train", "--backend", backend]
         yield name, ["infer", *phantoms, *options, "--out", out / name]
     dataset = out / "linked" / "prepared"
     link(dataset, "msd_hippocampus", PREPARED)
-    yield (
-        "preprocess",
-        [
-            "preprocess",
-            dataset,
-            "--recipe",
-            "hippocampus_mri",
-            "--seed",
-            "0",
-            "--out",
-            out / "preprocess",
-        ],
-    )
-    for name, cases in (
-        ("hippocampus", dataset),
-        ("sarcoma", DATA / "sts_sarcoma" / "cases_t1.csv"),
-    ):
+    recipe = ["--recipe", "hippocampus_mri", "--seed", "0"]
+    yield "preprocess", ["preprocess", dataset, *recipe, "--out", out / "preprocess"]
+    sarcoma = DATA / "sts_sarcoma" / "cases_t1.csv"
+    for name, cases in (("hippocampus", dataset), ("sarcoma", sarcoma)):
         plan = out / f"plan-{name}" / "plan.json"
         yield plan.parent.name, ["plan", cases, "--vram", "4G", "--device", "cpu", "--out", plan]
     sys.path.insert(0, str(ROOT / "tests"))
@@ -154,7 +139,7 @@ def steps(out: Path) -> Iterator[tuple[str, Sequence[str | Path]]]:
 
 
 def link(folder: Path, dataset: str, cases: Sequence[str]) -> tuple[Path, Path]:
-    """Copy these cases of a dataset into folders of their own: images and labels."""
+    """Copy these cases of a dataset into `folder`/images and `folder`/labels."""
     for kind in ("images", "labels"):
         (folder / kind).mkdir(parents=True, exist_ok=True)
     rows: dict[str, dict[str, str]] = {}
@@ -168,7 +153,7 @@ def link(folder: Path, dataset: str, cases: Sequence[str]) -> tuple[Path, Path]:
 
 
 def facts_of(folder: Path) -> dict[str, Any]:
-    """What counts of every file of an output folder, by its path there."""
+    """Return the facts to compare of every file of an output folder, by its path there."""
     if not folder.is_dir():
         return {}
     facts: dict[str, Any] = {}
@@ -207,12 +192,12 @@ def lasting(value: Any) -> Any:
 
 
 def without_hash(text: str) -> str:
-    """The name of a model without the hash of its files, which hold the version's own format."""
+    """Remove the hash from a model's name: its files depend on the version's format."""
     return re.sub(r"@[0-9a-f]{12}\b", "@", text)
 
 
 def page_facts(path: Path) -> dict[str, Any]:
-    """The numbers on a page, sorted, and the embedded data."""
+    """Return the numbers on a page, sorted, and hashes of its embedded data."""
     text = path.read_text(encoding="utf-8")
     data = sorted(
         hashlib.sha256(part.encode()).hexdigest() for part in re.findall(r"base64,[^\"')]+", text)
@@ -237,12 +222,12 @@ def array_facts(path: Path) -> str:
 
 
 def digest(*arrays: np.ndarray) -> str:
-    """Shape, type and SHA-256 of the values of arrays."""
-    bytes_of = hashlib.sha256()
+    """Return shape and type of the first array and the SHA-256 of all of them."""
+    hasher = hashlib.sha256()
     for array in arrays:
-        bytes_of.update(f"{array.shape}{array.dtype}".encode())
-        bytes_of.update(np.ascontiguousarray(array).tobytes())
-    return f"{arrays[0].shape} {arrays[0].dtype} {bytes_of.hexdigest()}"
+        hasher.update(f"{array.shape}{array.dtype}".encode())
+        hasher.update(np.ascontiguousarray(array).tobytes())
+    return f"{arrays[0].shape} {arrays[0].dtype} {hasher.hexdigest()}"
 
 
 KINDS = {
@@ -258,7 +243,7 @@ KINDS = {
 
 
 def compare(before: Path, after: Path) -> int:
-    """Print every fact that differs; 1 if any does."""
+    """Print every fact that differs; return 1 if any does, else 0."""
     facts = [json.loads((folder / "facts.json").read_text()) for folder in (before, after)]
     counts, n_equal = [], 0
     for step in sorted(facts[0] | facts[1]):
@@ -268,21 +253,20 @@ def compare(before: Path, after: Path) -> int:
         n_equal += len(paths) - len(differing)
         counts.append(len(differing))
         for path in differing:
-            print(
-                f"{step}/{path}: {sides[0].get(path, 'missing')} | {sides[1].get(path, 'missing')}"
-            )
+            first, second = (side.get(path, "missing") for side in sides)
+            print(f"{step}/{path}: {first} | {second}")
     print(f"{n_equal} facts are equal, {sum(counts)} differ")
     return 1 if any(counts) else 0
 
 
 def flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Path and value of every leaf."""
+    """Yield path and value of every leaf."""
     if isinstance(value, dict) and value:
         for name, part in value.items():
             yield from flat(part, f"{path}/{name}" if path else name)
     elif isinstance(value, list) and value:
-        for at, part in enumerate(value):
-            yield from flat(part, f"{path}[{at}]")
+        for index, part in enumerate(value):
+            yield from flat(part, f"{path}[{index}]")
     else:
         yield path, value
 

@@ -1,15 +1,15 @@
-"""How often the 95 % intervals of `volseg evaluate` hold the true value, in simulated studies.
+"""Simulate how often the 95 % intervals of `volseg evaluate` contain the true value (coverage).
 
     python benchmarks/intervals.py [--studies 4000] [--resamples 2000]
 
-Each row is a distribution of the values of patients, or of the lesions of patients. "percentile
-bootstrap" resamples patients and is shown for comparison, over a quarter of the studies. Widths are
-medians over the studies; intervals of metrics between 0 and 1 are cut off there.
+Each row is a distribution of values of patients or of their lesions. "percentile bootstrap"
+resamples patients and is shown for comparison, over a quarter of the studies. Widths are medians
+over the studies; intervals of metrics between 0 and 1 are clipped to [0, 1].
 """
 
 from __future__ import annotations
 
-import argparse
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -19,7 +19,7 @@ from volseg.evaluate.agreement import agreement
 from volseg.evaluate.intervals import mean_interval
 
 PATIENTS = (5, 10, 20, 40)
-SHARE, ANY_NUMBER = (0.0, 1.0), (-np.inf, np.inf)
+FRACTION, ANY_NUMBER = (0.0, 1.0), (-np.inf, np.inf)
 Study = tuple[np.ndarray, np.ndarray]  # values, and the patient of each
 
 
@@ -28,27 +28,27 @@ class Population:
     name: str
     draw: Callable[[np.random.Generator, int], Study]
     truth: float
-    bounds: tuple[float, float] = SHARE
+    bounds: tuple[float, float] = FRACTION
 
 
 def per_patient(draw: Callable[[np.random.Generator, int], np.ndarray]) -> Callable[..., Study]:
-    """A study with one value per patient."""
+    """Make a study with one value per patient from a function that draws the values."""
     return lambda rng, n: (draw(rng, n), np.arange(n))
 
 
-def with_misses(rng: np.random.Generator, n: int, share: float) -> np.ndarray:
-    return np.where(rng.random(n) < share, 0, rng.beta(12, 3, n))
+def with_misses(rng: np.random.Generator, n: int, miss_rate: float) -> np.ndarray:
+    return np.where(rng.random(n) < miss_rate, 0, rng.beta(12, 3, n))
 
 
 def lesions(rng: np.random.Generator, n: int) -> Study:
-    """Found or not, for one to ten lesions a patient, of whom some are harder than others."""
+    """Draw detections (0 or 1) of several lesions a patient; some patients are harder."""
     rate, n_lesions = rng.beta(8, 2, n), 1 + rng.poisson(3, n)
     patients = np.repeat(np.arange(n), n_lesions)
     return (rng.random(patients.size) < rate[patients]).astype(float), patients
 
 
 def scans(rng: np.random.Generator, n: int) -> Study:
-    """Dice of one to five scans a patient, which are more alike than those of two patients."""
+    """Draw Dice of one to five scans a patient, which resemble each other."""
     centre, n_scans = rng.beta(8, 2, n), rng.integers(1, 6, n)
     patients = np.repeat(np.arange(n), n_scans)
     return rng.beta(30 * centre[patients], 30 * (1 - centre[patients])), patients
@@ -82,9 +82,7 @@ POPULATIONS = (
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--studies", type=int, default=4000)
     parser.add_argument("--resamples", type=int, default=2000)
     arguments = parser.parse_args()
@@ -92,35 +90,35 @@ def main() -> None:
     print(f"coverage (median width)\n\n| values | interval | {heading} |")
     print("|---|---|" + "---|" * len(PATIENTS))
     for population in POPULATIONS:
-        for name, n_studies, find in (
+        for name, n_studies, method in (
             ("volseg", arguments.studies, volseg_interval),
             ("percentile bootstrap", arguments.studies // 4, percentile_bootstrap),
         ):
             cells = [
-                held_and_width(population, n, n_studies, find, arguments.resamples)
+                coverage_and_width(population, n, n_studies, method, arguments.resamples)
                 for n in PATIENTS
             ]
             print(f"| {population.name} | {name} | {' | '.join(cells)} |", flush=True)
     print(f"\ncoverage for pairs of volumes\n\n| statistic | pairs a patient | {heading} |")
     print("|---|---|" + "---|" * len(PATIENTS))
     for n_pairs in (1, 3):
-        held = {n: pairs_held(n, n_pairs, arguments.studies // 2) for n in PATIENTS}
-        for statistic in held[PATIENTS[0]]:
-            cells = " | ".join(f"{held[n][statistic]:.3f}" for n in PATIENTS)
+        coverage = {n: coverage_of_pairs(n, n_pairs, arguments.studies // 2) for n in PATIENTS}
+        for statistic in coverage[PATIENTS[0]]:
+            cells = " | ".join(f"{coverage[n][statistic]:.3f}" for n in PATIENTS)
             print(f"| {statistic} | {n_pairs} | {cells} |", flush=True)
 
 
-def held_and_width(
-    population: Population, n_patients: int, n_studies: int, find: Callable, resamples: int
+def coverage_and_width(
+    population: Population, n_patients: int, n_studies: int, method: Callable, resamples: int
 ) -> str:
     rng = np.random.default_rng(n_patients)
-    held, widths = 0, []
+    n_covered, widths = 0, []
     for _ in range(n_studies):
         values, patients = population.draw(rng, n_patients)
-        low, high = find(values, patients, population.bounds, rng, resamples)
-        held += low <= population.truth <= high
+        low, high = method(values, patients, population.bounds, rng, resamples)
+        n_covered += low <= population.truth <= high
         widths.append(high - low)
-    return f"{held / n_studies:.3f} ({np.nanmedian(widths):.2f})"
+    return f"{n_covered / n_studies:.3f} ({np.nanmedian(widths):.2f})"
 
 
 def volseg_interval(
@@ -144,8 +142,8 @@ def percentile_bootstrap(
     return low, high
 
 
-def pairs_held(n_patients: int, n_pairs: int, n_studies: int) -> dict[str, float]:
-    """Volumes whose differences have a part of the patient and one of the scan, both normal."""
+def coverage_of_pairs(n_patients: int, n_pairs: int, n_studies: int) -> dict[str, float]:
+    """Return the coverage per statistic; pair differences have normal patient and scan parts."""
     rng = np.random.default_rng(n_patients)
     truths = {
         "bias": 1.0,
@@ -154,17 +152,17 @@ def pairs_held(n_patients: int, n_pairs: int, n_studies: int) -> dict[str, float
         "pearson": 100 / np.sqrt(100 * 104),
         "concordance": 200 / (100 + 104 + 1),
     }
-    held = dict.fromkeys(truths, 0)
+    n_covered = dict.fromkeys(truths, 0)
     for _ in range(n_studies):
         x = rng.normal(50, 10, (n_patients, n_pairs))
-        of_patient = rng.normal(0, 1, (n_patients, 1))
-        y = x + 1 + of_patient + rng.normal(0, np.sqrt(3), x.shape)
+        patient_effect = rng.normal(0, 1, (n_patients, 1))
+        y = x + 1 + patient_effect + rng.normal(0, np.sqrt(3), x.shape)
         patients = np.repeat(np.arange(n_patients), n_pairs).tolist()
         result = agreement(x.ravel().tolist(), y.ravel().tolist(), patients)
         for name, truth in truths.items():
             low, high = getattr(result, f"{name}_95")
-            held[name] += low <= truth <= high
-    return {name: count / n_studies for name, count in held.items()}
+            n_covered[name] += low <= truth <= high
+    return {name: count / n_studies for name, count in n_covered.items()}
 
 
 if __name__ == "__main__":

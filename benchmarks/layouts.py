@@ -1,26 +1,24 @@
-"""Train with no recipe on one dataset in three layouts: a Decathlon folder, an nnU-Net raw folder, and images/ with labels/.
+"""Train one dataset without a recipe in three layouts: Decathlon, nnU-Net raw, two folders.
 
     python benchmarks/layouts.py DATASET --out FOLDER [--time-budget 5m] [--folds 2]
 
-DATASET has a cases.csv with one channel; its train and val cases are copied. Each layout is trained by the plain command, with nothing but a time budget and
-the number of folds.
+DATASET has a cases.csv with one channel; its train and val cases are copied. Each layout is trained
+by the plain command, with only a time budget and the number of folds.
 """
 
 from __future__ import annotations
 
-import argparse
 import csv
 import json
 import shutil
 import subprocess
 import sys
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("dataset", type=Path)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--time-budget", default="5m")
@@ -39,18 +37,10 @@ def main() -> None:
         model = arguments.out / f"{write.__name__}_model"
         if not (model / "model.json").exists():
             write(arguments.dataset, cases, folder)
-            command = [
-                sys.executable,
-                "-m",
-                "volseg",
-                "train",
-                str(folder),
-                "--out",
-                str(model),
-                "--resume",
-            ]
-            options = ["--time-budget", arguments.time_budget, "--folds", arguments.folds]
-            code = subprocess.run([*command, *options], stdout=subprocess.DEVNULL).returncode
+            command = [sys.executable, "-m", "volseg", "train", str(folder), "--out", str(model)]
+            command += ["--resume", "--time-budget", arguments.time_budget]
+            command += ["--folds", arguments.folds]
+            code = subprocess.run(command, stdout=subprocess.DEVNULL).returncode
         else:
             code = 0
         metrics = json.loads((model / "model.json").read_text())["metrics"]
@@ -66,25 +56,20 @@ def main() -> None:
 
 
 def decathlon(dataset: Path, cases: list[dict[str, str]], folder: Path) -> None:
-    copied(dataset, cases, folder, "imagesTr", "labelsTr")
-    listed = [
-        {
-            "image": f"./imagesTr/{case['subject']}.nii.gz",
-            "label": f"./labelsTr/{case['subject']}.nii.gz",
-        }
-        for case in cases
-    ]
+    copy_cases(dataset, cases, folder, "imagesTr", "labelsTr")
+    names = [f"{case['subject']}.nii.gz" for case in cases]
+    training = [{"image": f"./imagesTr/{name}", "label": f"./labelsTr/{name}"} for name in names]
     description = {
         "modality": {"0": "MRI"},
         "labels": {"0": "background", "1": "Anterior", "2": "Posterior"},
-        "training": listed,
+        "training": training,
         "test": [],
     }
     (folder / "dataset.json").write_text(json.dumps(description))
 
 
 def nnunet(dataset: Path, cases: list[dict[str, str]], folder: Path) -> None:
-    copied(dataset, cases, folder, "imagesTr", "labelsTr", suffix="_0000")
+    copy_cases(dataset, cases, folder, "imagesTr", "labelsTr", suffix="_0000")
     description = {
         "channel_names": {"0": "MRI"},
         "labels": {"background": 0, "Anterior": 1, "Posterior": 2},
@@ -95,10 +80,10 @@ def nnunet(dataset: Path, cases: list[dict[str, str]], folder: Path) -> None:
 
 
 def plain(dataset: Path, cases: list[dict[str, str]], folder: Path) -> None:
-    copied(dataset, cases, folder, "images", "labels")
+    copy_cases(dataset, cases, folder, "images", "labels")
 
 
-def copied(
+def copy_cases(
     dataset: Path,
     cases: list[dict[str, str]],
     folder: Path,

@@ -1,15 +1,16 @@
-"""How far OpenVINO's logits are from torch's in float32, on the tiles of a scan.
+"""Measure how far OpenVINO's logits are from torch's in float32, on tiles of a scan.
 
     python benchmarks/logits.py SCAN MODEL [--tiles 2]
 
-Tiles from the middle of the scan. "its own sums" is OpenVINO's instance normalisation as it comes, "axis by axis" what volseg
-makes of it in float32 (docs/adr/0013). Seconds are of the fastest of three forward passes.
+The tiles come from the middle of the scan. "its own sums" is OpenVINO's own instance normalisation,
+"axis by axis" volseg's float32 variant of it (docs/adr/0013). Seconds are those of the fastest of
+three forward passes.
 """
 
 from __future__ import annotations
 
-import argparse
 import time
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from unittest import mock
@@ -32,9 +33,7 @@ from volseg.preprocess.prepare import Preparation
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("scan", type=Path)
     parser.add_argument("model", type=Path)
     parser.add_argument("--tiles", type=int, default=2)
@@ -45,32 +44,34 @@ def main() -> None:
     network = bundle.segmentation_network()
     expected = [TorchBackend(network, torch.device("cpu")).logits(tile) for tile in tiles]
 
-    def its_own() -> Backend:
+    def openvino_backend(**options: str) -> Backend:
+        return OpenVINOBackend(convert(network, shape), shape, **options)
+
+    def unchanged_backend() -> Backend:
         with mock.patch.object(backends, "sum_axis_by_axis", lambda model: None):
-            return OpenVINOBackend(convert(network, shape), shape)
+            return openvino_backend()
 
     kinds: dict[str, Callable[[], Backend]] = {
-        "fp32, its own sums": its_own,
-        "fp32, axis by axis": lambda: OpenVINOBackend(convert(network, shape), shape),
+        "fp32, its own sums": unchanged_backend,
+        "fp32, axis by axis": openvino_backend,
     }
     if name := find_half_type():
-        kinds[f"half ({name})"] = lambda: OpenVINOBackend(
-            convert(network, shape), shape, precision="fp16"
-        )
+        kinds[f"half ({name})"] = lambda: openvino_backend(precision="fp16")
     print(
-        "| OpenVINO | off in the mean | at most | of logits up to | labels that differ, of 1000 foreground | s |"
+        "| OpenVINO | mean difference | largest | of logits up to "
+        "| labels that differ, of 1000 foreground | s |"
     )
     print("|---|---|---|---|---|---|")
     for kind, make in kinds.items():
         backend = make()
-        found = [backend.logits(tile) for tile in tiles]
-        off = [np.abs(one - other) for one, other in zip(found, expected, strict=True)]
-        different, foreground = np.sum(
-            [count(*pair) for pair in zip(found, expected, strict=True)], axis=0
-        )
+        pairs = [(backend.logits(tile), e) for tile, e in zip(tiles, expected, strict=True)]
+        errors = [np.abs(logits - e) for logits, e in pairs]
+        different, foreground = np.sum([count_labels(*pair) for pair in pairs], axis=0)
+        fastest = min(seconds(backend, tiles[0]) for _ in range(3))
         print(
-            f"| {kind} | {np.mean(off):.2g} | {np.max(off):.2g} | {np.abs(expected).max():.1f} "
-            f"| {1000 * different / max(1, foreground):.3f} | {min(seconds(backend, tiles[0]) for _ in range(3)):.2f} |",
+            f"| {kind} | {np.mean(errors):.2g} | {np.max(errors):.2g} "
+            f"| {np.abs(expected).max():.1f} | {1000 * different / max(1, foreground):.3f} "
+            f"| {fastest:.2f} |",
             flush=True,
         )
 
@@ -78,7 +79,7 @@ def main() -> None:
 def tiles_of(
     scan: Path, bundle: backends.ModelBundle, patch: Sequence[int], n: int
 ) -> list[np.ndarray]:
-    """Patches (1, channels, *patch) side by side through the middle of the prepared scan, from its low edge."""
+    """Return adjacent patches (1, channels, *patch) through the middle of the prepared scan."""
     volume = read_volume(scan)
     channels = bundle.recipe.data.channels
     settings = bundle.plan.prepare_settings(bundle.recipe.preprocess, channels)
@@ -94,10 +95,10 @@ def tiles_of(
     return [np.ascontiguousarray(cut)[None] for cut in full]
 
 
-def count(found: np.ndarray, expected: np.ndarray) -> tuple[int, int]:
-    """Voxels whose label differs, and voxels that are foreground in either."""
-    one, other = found.argmax(1), expected.argmax(1)
-    return int((one != other).sum()), int(((one > 0) | (other > 0)).sum())
+def count_labels(logits: np.ndarray, expected: np.ndarray) -> tuple[int, int]:
+    """Count the voxels whose label differs and those that are foreground in either."""
+    a, b = logits.argmax(1), expected.argmax(1)
+    return int((a != b).sum()), int(((a > 0) | (b > 0)).sum())
 
 
 def seconds(backend: Backend, tile: np.ndarray) -> float:

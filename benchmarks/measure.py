@@ -1,19 +1,21 @@
-"""Every measure of 200 lesions in a 512 × 512 × 300 CT: volseg, pyradiomics and SimpleITK's label statistics.
+"""Time all measures of 200 lesions in a 512 × 512 × 300 CT: volseg, pyradiomics and SimpleITK.
 
-    python benchmarks/measure.py --peer PEER/bin/python [--slices 300] [--lesions 200] [--peer-lesions 8]
+    python benchmarks/measure.py --peer PEER/bin/python [--slices 300] [--lesions 200]
+        [--peer-lesions 8]
 
-PEER holds pyradiomics 3.0.1 and SimpleITK. Each side is a process of its own that reads the same files (not compressed), in turn; wall
-time without imports, peak memory of the process beyond what it holds after its imports. pyradiomics works lesion by lesion: its time
-is that of the first few, times the number of lesions.
+PEER is an environment with pyradiomics 3.0.1 and SimpleITK. Each side is a separate process that
+reads the same uncompressed files. Wall time excludes imports; memory is the peak on top of what the
+process holds after them. pyradiomics works lesion by lesion: its time is extrapolated from the
+first few lesions.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import subprocess
 import sys
 import tempfile
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
 
 import nibabel
@@ -37,9 +39,11 @@ import scipy.spatial, skimage.measure
 before, started = peak(), time.perf_counter()
 scan, mask = read_volume(folder + "/scan.nii"), read_mask(folder + "/mask.nii")
 lesions = label_lesions(mask.array, scan.geometry, objects="labels")
-rows = measure_lesions(scan, lesions.ids, lesions.labels, case_id="scan", label_names={}, intensity_unit="HU")
-found = [[r.label, r.volume_mm3, r.intensity_mean, r.surface_area_mm2, r.max3d_diameter_mm] for r in rows]
-print(json.dumps({"seconds": time.perf_counter() - started, "mb": peak() - before, "found": found}))
+options = {"case_id": "scan", "label_names": {}, "intensity_unit": "HU"}
+measured = measure_lesions(scan, lesions.ids, lesions.labels, **options)
+rows = [[r.label, r.volume_mm3, r.intensity_mean, r.surface_area_mm2, r.max3d_diameter_mm]
+        for r in measured]
+print(json.dumps({"seconds": time.perf_counter() - started, "mb": peak() - before, "rows": rows}))
 """
 )
 
@@ -56,13 +60,14 @@ extractor = featureextractor.RadiomicsFeatureExtractor(additionalInfo=False)
 extractor.disableAllFeatures()
 extractor.enableFeatureClassByName("shape")
 extractor.enableFeatureClassByName("firstorder")
-read, found = time.perf_counter() - started, []
+read, rows = time.perf_counter() - started, []
+names = "shape_VoxelVolume", "firstorder_Mean", "shape_SurfaceArea", "shape_Maximum3DDiameter"
 started = time.perf_counter()
 for label in range(1, n_lesions + 1):
-    f = extractor.execute(scan, mask, label=label)
-    found.append([label, *(float(f["original_" + k]) for k in
-                  ("shape_VoxelVolume", "firstorder_Mean", "shape_SurfaceArea", "shape_Maximum3DDiameter"))])
-print(json.dumps({"read": read, "seconds": time.perf_counter() - started, "mb": peak() - before, "found": found}))
+    features = extractor.execute(scan, mask, label=label)
+    rows.append([label, *(float(features["original_" + name]) for name in names)])
+seconds = time.perf_counter() - started
+print(json.dumps({"read": read, "seconds": seconds, "mb": peak() - before, "rows": rows}))
 """
 )
 
@@ -78,21 +83,20 @@ shape.ComputePerimeterOn()
 shape.Execute(mask)
 intensity = sitk.LabelIntensityStatisticsImageFilter()
 intensity.Execute(mask, scan)
-found = [[n, shape.GetPhysicalSize(n), intensity.GetMean(n), shape.GetPerimeter(n), shape.GetFeretDiameter(n)] for n in shape.GetLabels()]
-print(json.dumps({"seconds": time.perf_counter() - started, "mb": peak() - before, "found": found}))
+getters = (shape.GetPhysicalSize, intensity.GetMean, shape.GetPerimeter, shape.GetFeretDiameter)
+rows = [[n, *(get(n) for get in getters)] for n in shape.GetLabels()]
+print(json.dumps({"seconds": time.perf_counter() - started, "mb": peak() - before, "rows": rows}))
 """
 )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--peer", required=True, help="Python that has pyradiomics and SimpleITK")
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser.add_argument("--peer", required=True, help="Python with pyradiomics and SimpleITK")
     parser.add_argument("--slices", type=int, default=300)
     parser.add_argument("--lesions", type=int, default=200)
     parser.add_argument(
-        "--peer-lesions", type=int, default=8, help="how many of them pyradiomics measures"
+        "--peer-lesions", type=int, default=8, help="number of them that pyradiomics measures"
     )
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -102,39 +106,33 @@ def main() -> None:
             "pyradiomics": run(options.peer, PYRADIOMICS, folder, options.peer_lesions),
             "SimpleITK": run(options.peer, SIMPLEITK, folder, options.lesions),
         }
-    radiomics = sides["pyradiomics"]
-    radiomics["seconds"] = (
-        radiomics["read"] + radiomics["seconds"] / options.peer_lesions * options.lesions
-    )
+    peer = sides["pyradiomics"]
+    peer["seconds"] = peer["read"] + peer["seconds"] / options.peer_lesions * options.lesions
     ours = sides["volseg"]
-    print(
-        "| | wall | × volseg | memory | volseg's share of it | volume | mean | area | max. diameter |"
-    )
+    print("| | wall | × volseg | memory | volseg ÷ it | volume | mean | area | max. diameter |")
     print("|---|---|---|---|---|---|---|---|---|")
     for name, side in sides.items():
+        ratio, memory_ratio = side["seconds"] / ours["seconds"], ours["mb"] / side["mb"]
         print(
-            f"| {name} | {side['seconds']:.1f} s | {side['seconds'] / ours['seconds']:.1f} | {side['mb']:.0f} MB "
-            f"| {ours['mb'] / side['mb']:.2f} | {' | '.join(off(ours['found'], side['found']))} |"
+            f"| {name} | {side['seconds']:.1f} s | {ratio:.1f} | {side['mb']:.0f} MB "
+            f"| {memory_ratio:.2f} | {' | '.join(differences(ours['rows'], side['rows']))} |"
         )
 
 
 def run(python: str, script: str, folder: str, n_lesions: int) -> dict:
-    return json.loads(
-        subprocess.check_output(
-            [python, "-c", script, folder, str(n_lesions)], text=True
-        ).splitlines()[-1]
-    )
+    command = [python, "-c", script, folder, str(n_lesions)]
+    return json.loads(subprocess.check_output(command, text=True).splitlines()[-1])
 
 
-def off(ours: list[list[float]], theirs: list[list[float]]) -> list[str]:
-    """Largest relative difference of each measure, over the lesions that both have."""
-    mine = {row[0]: row[1:] for row in ours}
-    pairs = np.array([(mine[row[0]], row[1:]) for row in theirs])
+def differences(ours: list[list[float]], theirs: list[list[float]]) -> list[str]:
+    """Return the largest relative difference of each measure over the lesions that both have."""
+    by_label = {row[0]: row[1:] for row in ours}
+    pairs = np.array([(by_label[row[0]], row[1:]) for row in theirs])
     return [f"{value:.1e}" for value in np.abs(pairs[:, 0] / pairs[:, 1] - 1).max(axis=0)]
 
 
 def make_scan(folder: Path, n_slices: int, n_lesions: int) -> None:
-    """Ellipsoids with bumps of 4 to 15 mm half-axis on a jittered lattice, a value of the mask each, in noisy soft tissue."""
+    """Write noisy soft tissue with bumpy ellipsoids (semi-axes 4 to 15 mm), and their mask."""
     rng = np.random.default_rng(0)
     shape, spacing = (512, 512, n_slices), np.array([0.8, 0.8, 1.5])
     mask = np.zeros(shape, np.uint16, order="F")

@@ -1,20 +1,22 @@
-"""Peak memory of `volseg infer` against the number of slices and of classes, file to file.
+"""Measure the peak memory of `volseg infer` against the numbers of slices and classes.
 
-    python benchmarks/memory.py [--slices 100,200,400,800] [--classes 2,25,117] [--backend openvino] [--patch 64]
+    python benchmarks/memory.py [--slices 100,200,400,800] [--classes 2,25,117]
+        [--backend openvino] [--patch 64]
 
-The scans are noisy bodies of 512 × 512 × slices voxels of 0.8 × 0.8 × 1.5 mm; the model is a small U-Net with random weights at 1.5 mm whose
-background always wins, so that what is measured is the engine and not the lesions. Each run is a process of its own. Prints the
-highest resident memory of the process, what it is beyond the scan's own bytes, and what was predicted from the header.
+The scans are noisy bodies of 512 × 512 × slices voxels of 0.8 × 0.8 × 1.5 mm. The model is a small
+U-Net with random weights at 1.5 mm whose background always wins, so that no lesion is measured.
+Each run is a separate process. Prints the peak resident memory, the same minus the scan's bytes,
+and the peak predicted from the header.
 """
 
 from __future__ import annotations
 
-import argparse
 import re
 import subprocess
 import sys
 import tempfile
 import tomllib
+from argparse import SUPPRESS, ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from pathlib import Path
 
 from infer_vs_nnunet import make_scan, run
@@ -55,10 +57,8 @@ def make_model(folder: Path, n_classes: int, patch: int) -> None:
     from volseg.recipe import parse_recipe
 
     labels = ", ".join(f"class_{n} = {n}" for n in range(1, n_classes))
-    recipe = parse_recipe(
-        tomllib.loads(RECIPE.format(labels=labels, patch=patch, spacing="1.5, 1.5, 1.5")),
-        where="memory",
-    )
+    text = RECIPE.format(labels=labels, patch=patch, spacing="1.5, 1.5, 1.5")
+    recipe = parse_recipe(tomllib.loads(text), where="memory")
     network = build_segmentation(recipe)
     weights = weights_of(network)
     head = next(name for name in reversed(weights) if weights[name].shape == (n_classes,))
@@ -78,14 +78,12 @@ def make_model(folder: Path, n_classes: int, patch: int) -> None:
 
 def main() -> None:
     numbers = lambda text: [int(part) for part in text.split(",")]  # noqa: E731
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--slices", type=numbers, default=[100, 200, 400, 800])
     parser.add_argument("--classes", type=numbers, default=[2, 25, 117])
     parser.add_argument("--backend", default="openvino")
     parser.add_argument("--patch", type=int, default=64)
-    parser.add_argument("--make", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--make", nargs=2, help=SUPPRESS)
     arguments = parser.parse_args()
     if arguments.make:
         kind, path = arguments.make
@@ -94,49 +92,35 @@ def main() -> None:
         else:
             make_model(Path(path), arguments.classes[0], arguments.patch)
         return
-    print(
-        "| slices | classes | wall, s | peak, MB | beyond the scan's bytes, MB | predicted peak, MB |"
-    )
+    print("| slices | classes | wall, s | peak, MB | minus the scan, MB | predicted peak, MB |")
     print("|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        base = arguments.classes[0]
-        rows = [(n, base) for n in arguments.slices] + [
-            (arguments.slices[0], c) for c in arguments.classes[1:]
-        ]
+        slices, classes = arguments.slices, arguments.classes
+        rows = [(n, classes[0]) for n in slices] + [(slices[0], n) for n in classes[1:]]
         for n_slices, n_classes in rows:
             measure(folder, n_slices, n_classes, arguments)
 
 
-def measure(folder: Path, n_slices: int, n_classes: int, arguments: argparse.Namespace) -> None:
+def measure(folder: Path, n_slices: int, n_classes: int, arguments: Namespace) -> None:
     scan, model = folder / f"scan_{n_slices}.nii.gz", folder / f"model_{n_classes}"
     common = [f"--slices={n_slices}", f"--classes={n_classes}", f"--patch={arguments.patch}"]
     for kind, path in (("scan", scan), ("model", model)):
-        if not path.exists():  # in a process of its own, whose memory is not the next one's
-            subprocess.run(
-                [sys.executable, __file__, *common, "--make", kind, str(path)], check=True
-            )
+        if not path.exists():  # in a separate process, so that its memory is not counted
+            command = [sys.executable, __file__, *common, "--make", kind, str(path)]
+            subprocess.run(command, check=True)
     log, out = folder / "log", folder / f"out_{n_slices}_{n_classes}"
-    command = [
-        sys.executable,
-        "-m",
-        "volseg",
-        "infer",
-        str(scan),
-        "--model",
-        str(model),
-        "--out",
-        str(out),
-    ]
-    found = run([*command, "--backend", arguments.backend], log)
+    command = [sys.executable, "-m", "volseg", "infer", str(scan), "--model", str(model)]
+    cost = run([*command, "--out", str(out), "--backend", arguments.backend], log)
     text = log.read_text()
-    if found.failed:
+    if cost.failed:
         raise SystemExit(text)
-    said = re.search(r"at most ([0-9.]+) GB", text)
-    predicted = float(said.group(1)) * 1024 if said else float("nan")
-    scan_bytes = 512 * 512 * n_slices * 2 / 2**20
+    announced = re.search(r"at most ([0-9.]+) GB", text)
+    predicted = float(announced.group(1)) * 1024 if announced else float("nan")
+    scan_mb = 512 * 512 * n_slices * 2 / 2**20
     print(
-        f"| {n_slices} | {n_classes} | {found.wall:.1f} | {found.largest:.0f} | {found.largest - scan_bytes:.0f} | {predicted:.0f} |",
+        f"| {n_slices} | {n_classes} | {cost.wall:.1f} | {cost.largest:.0f} "
+        f"| {cost.largest - scan_mb:.0f} | {predicted:.0f} |",
         flush=True,
     )
 

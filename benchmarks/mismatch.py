@@ -1,17 +1,17 @@
-"""Give models scans that they are not made for; count what is refused, marked or taken for HU.
+"""Give models scans they were not trained for; count what is refused, marked or taken for HU.
 
     python benchmarks/mismatch.py SHARED_DATA --out FOLDER
 
 SHARED_DATA holds lidc_nodules, sts_sarcoma, msd_hippocampus, msd_spleen_ct, totalseg_example_ct,
 openkbp_headneck_ct, lgg_mri_flair, pyradiomics_cases and nifti_zoo. The nodule model is the shipped
-one; the hippocampus model is trained for five minutes, for its fingerprint.
+one; the hippocampus model is trained for five minutes, as only its fingerprint matters.
 """
 
 from __future__ import annotations
 
-import argparse
 import csv
 import time
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -36,17 +36,13 @@ FAULTS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "constant": lambda hu: np.full_like(hu, 40),
 }
 PADDINGS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
-    f"{share:.1%} filled with {fill}": lambda values, share=share, fill=fill: filled(
-        values, share, fill
-    )
-    for share, fill in ((0.002, -1000), (0.02, -1024), (0.1, -2000), (0.3, -3024), (0.3, 3071))
+    f"{part:.1%} filled with {fill}": lambda values, part=part, fill=fill: pad(values, part, fill)
+    for part, fill in ((0.002, -1000), (0.02, -1024), (0.1, -2000), (0.3, -3024), (0.3, 3071))
 }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
@@ -54,27 +50,24 @@ def main() -> None:
     print("| scans | model | n | refused | accepted: marked | numbers or classes |")
     print("|---|---|---|---|---|---|")
     hippocampus = train_hippocampus(data / "msd_hippocampus", out)
-    report_strangers(
-        "MR and PET", scans_of_other_modalities(data), "shipped nodule model", None, out / "nodule"
-    )
-    padded = padded_scans(scans_of_other_modalities(data), out / "padded")
-    report_strangers(
-        "MR and PET, padded", padded, "shipped nodule model", None, out / "padded_nodule"
-    )
-    report_strangers("CT", ct_scans(data), "hippocampus", hippocampus, out / "hippocampus")
+    scans, shipped = scans_of_other_modalities(data), "shipped nodule model"
+    report_mismatches("MR and PET", scans, shipped, None, out / "nodule")
+    padded = padded_scans(scans, out / "padded")
+    report_mismatches("MR and PET, padded", padded, shipped, None, out / "padded_nodule")
+    report_mismatches("CT", ct_scans(data), "hippocampus", hippocampus, out / "hippocampus")
     print()
     report_nodules(data / "lidc_nodules", out / "test_split")
     print()
     print("| CTs outside the test splits | n | contradict HU |")
     print("|---|---|---|")
-    cts = [path for path in all_ct(data) if not path.startswith("test ")]
+    cts = [Path(path) for path in all_ct(data) if not path.startswith("test ")]
     for name, change in {"as they are": lambda hu: hu, **PADDINGS, **FAULTS}.items():
-        n = sum(contradicts(scan, change) for scan in map(read_volume, map(Path, cts)))
+        n = sum(contradicts(scan, change) for scan in map(read_volume, cts))
         print(f"| {name} | {len(cts)} | {n} |")
 
 
 def train_hippocampus(dataset: Path, out: Path) -> Path:
-    """A model of twelve training cases, trained for some minutes: which scans it takes depends on its data only."""
+    """Train on twelve cases for five minutes: which scans a model accepts depends on its data."""
     out.mkdir(parents=True, exist_ok=True)
     table = out / "cases.csv"
     rows = [row for row in rows_of(dataset / "cases.csv") if row["split"] == "train"][:12]
@@ -85,20 +78,15 @@ def train_hippocampus(dataset: Path, out: Path) -> Path:
             paths = [str((dataset / row[name]).resolve()) for name in ("image", "label")]
             writer.writerow([row["subject"], *paths, "val" if n % 4 == 0 else "train"])
     if not (out / "model" / "model.json").exists():
-        volseg.train(
-            table,
-            recipe="hippocampus_mri",
-            out=out / "model",
-            time_budget_seconds=300,
-            device="cpu",
-        )
+        budget = {"time_budget_seconds": 300, "device": "cpu"}
+        volseg.train(table, recipe="hippocampus_mri", out=out / "model", **budget)
     return out / "model"
 
 
-def report_strangers(
+def report_mismatches(
     name: str, scans: Sequence[Path], model_name: str, model: Path | None, out: Path
 ) -> None:
-    """A line of the table: refused as they are, and what is in the tables where they are accepted."""
+    """Print a row: scans refused by default, and what the tables contain with accept_mismatch."""
     refused = volseg.infer(scans, model=model, out=out / "refused", **QUICK)
     n_refused = sum(reason.startswith("E_MODALITY") for reason in refused.failed.values())
     smallest = sorted(scans, key=lambda path: path.stat().st_size)[:20]
@@ -108,55 +96,42 @@ def report_strangers(
     unmarked = sum("W_MODALITY" not in row["notes"] for row in lesions)
     n_numbers = sum(bool(row[column]) for row in lesions for column in NUMBERS)
     shown = f"{marked} of {len(cases)}; {len(lesions) - unmarked} of {len(lesions)} lesions"
-    print(
-        f"| {name} | {model_name} | {len(scans)} | {n_refused} | {shown} | {n_numbers} |",
-        flush=True,
-    )
+    row = f"| {name} | {model_name} | {len(scans)} | {n_refused} | {shown} | {n_numbers} |"
+    print(row, flush=True)
 
 
 def report_nodules(dataset: Path, out: Path) -> None:
-    """Whether the nodules of the test split are taken for what they are, and how well the time was foretold."""
-    scans = [
-        dataset / row["image"] for row in rows_of(dataset / "cases.csv") if row["split"] == "test"
-    ]
+    """Print whether the test nodules are accepted and measured, and the announced and real time."""
+    rows = [row for row in rows_of(dataset / "cases.csv") if row["split"] == "test"]
+    scans = [dataset / row["image"] for row in rows]
     lines: list[str] = []
     started = time.monotonic()
     report = volseg.infer(scans, out=out, announce=lines.append, **QUICK)
     seconds = time.monotonic() - started
     cases, lesions = rows_of(out / "cases.csv"), rows_of(out / "lesions.csv")
-    marked = sum(
-        any(
-            f"W_{code}:" in row["warnings"]
-            for code in ("MODALITY", "UNIT", "SPACING", "FOV", "SLICES")
-        )
-        for row in cases
-    )
-    with_numbers = sum(
-        all(row[column] for column in ("density_g_cm3", "mass_g", "class_name")) for row in lesions
-    )
+    codes = ("MODALITY", "UNIT", "SPACING", "FOV", "SLICES")
+    marked = sum(any(f"W_{code}:" in row["warnings"] for code in codes) for row in cases)
+    columns = ("density_g_cm3", "mass_g", "class_name")
+    with_numbers = sum(all(row[column] for column in columns) for row in lesions)
     print("| test nodules | refused | marked | lesions | with density, mass and class |")
     print("|---|---|---|---|---|")
     print(f"| {len(cases)} | {len(report.failed)} | {marked} | {len(lesions)} | {with_numbers} |")
-    print(
-        f"\n{next(line for line in lines if line.startswith('time: '))}; the whole run took {seconds:.0f} s",
-        flush=True,
-    )
+    announced = next(line for line in lines if line.startswith("time: "))
+    print(f"\n{announced}; the whole run took {seconds:.0f} s", flush=True)
 
 
 def scans_of_other_modalities(data: Path) -> list[Path]:
-    """All MR and PET of sarcomas, and some MR of brains."""
+    """Return all MR and PET of sarcomas, and some MR of brains."""
     sarcoma = sorted((data / "sts_sarcoma" / "images").glob("*_[MP][RE]*.nii.gz"))
     brains = [*sorted((data / "msd_hippocampus" / "images").glob("*.nii.gz"))[:20]]
     brains += [*sorted((data / "lgg_mri_flair" / "images").glob("*.nii.gz"))[:20]]
-    zoo = [
-        data / "nifti_zoo" / f"{name}.nii.gz"
-        for name in ("niivue_d__FLAIR", "niivueimages__CT_AVM")
-    ]
+    names = ("niivue_d__FLAIR", "niivueimages__CT_AVM")
+    zoo = [data / "nifti_zoo" / f"{name}.nii.gz" for name in names]
     return [*sarcoma, *brains, data / "pyradiomics_cases" / "images" / "brain1.nii.gz", *zoo]
 
 
 def padded_scans(scans: Sequence[Path], folder: Path) -> list[Path]:
-    """The scans with each of the paddings in turn."""
+    """Write the scans with the first four paddings in turn and return their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     paddings, paths = list(PADDINGS.values())[:4], []
     for n, path in enumerate(scans):
@@ -167,34 +142,30 @@ def padded_scans(scans: Sequence[Path], folder: Path) -> list[Path]:
     return paths
 
 
-def filled(values: np.ndarray, share: float, fill: float) -> np.ndarray:
-    """The array with the first voxels of the file set to a value."""
+def pad(values: np.ndarray, part: float, fill: float) -> np.ndarray:
+    """Return a copy whose first voxels in memory order, this fraction of all, have one value."""
     padded = values.copy(order="F")
-    padded.ravel(order="K")[: int(share * values.size)] = fill
+    padded.ravel(order="K")[: int(part * values.size)] = fill
     return padded
 
 
 def all_ct(data: Path) -> Iterator[str]:
-    """Every CT, with its split in front of the path where that is `test`."""
-    for name in (
-        "lidc_nodules/cases.csv",
-        "openkbp_headneck_ct/cases.csv",
-        "sts_sarcoma/cases_ct.csv",
-    ):
-        for row in rows_of(data / name):
-            yield ("test " if row["split"] == "test" else "") + str(
-                (data / name).parent / row["image"]
-            )
+    """Yield the path of every CT, after the word "test " if it belongs to a test split."""
+    names = ("lidc_nodules/cases", "openkbp_headneck_ct/cases", "sts_sarcoma/cases_ct")
+    for table in (data / f"{name}.csv" for name in names):
+        for row in rows_of(table):
+            prefix = "test " if row["split"] == "test" else ""
+            yield f"{prefix}{table.parent / row['image']}"
     yield str(data / "msd_spleen_ct" / "images" / "spleen2.nii.gz")
     yield from map(str, sorted((data / "totalseg_example_ct" / "images").glob("*.nii.gz")))
 
 
 def ct_scans(data: Path) -> list[Path]:
-    """Forty CTs of chest, abdomen, thigh and head, each kind among them."""
+    """Return at most 17 CTs of each large dataset and all others: chest, abdomen, thigh, head."""
     paths = [Path(path.removeprefix("test ")) for path in all_ct(data)]
-    kinds = ("lidc_nodules", "openkbp_headneck_ct")
-    some = [path for kind in kinds for path in [path for path in paths if kind in path.parts][:17]]
-    return some + [path for path in paths if not any(kind in path.parts for kind in kinds)]
+    large = ("lidc_nodules", "openkbp_headneck_ct")
+    first = [path for name in large for path in [path for path in paths if name in path.parts][:17]]
+    return first + [path for path in paths if not any(name in path.parts for name in large)]
 
 
 def contradicts(scan: Volume, change: Callable[[np.ndarray], np.ndarray]) -> bool:

@@ -2,15 +2,16 @@
 
     python benchmarks/modalities.py STS_SARCOMA --out FOLDER [--time-budget 20m]
 
-STS_SARCOMA holds `cases_t1.csv` and `cases_pet.csv`, each modality on a grid of its own. PET is brought to the grid of T1 in world space. The
-patients of the test split are left out. The two differ in their channels alone: recipe `sarcoma_mri`, the same time, the same folds.
+STS_SARCOMA holds `cases_t1.csv` and `cases_pet.csv`, whose scans lie on different grids; PET is
+resampled to the grid of T1 in world space. Patients of the test split are left out. The two models
+differ only in their channels: recipe `sarcoma_mri`, same time, same folds.
 """
 
 from __future__ import annotations
 
-import argparse
 import csv
 import json
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
 
 import numpy as np
@@ -23,9 +24,7 @@ CHANNELS = {"T1": ["t1"], "T1 + PET": ["t1", "pet"]}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("dataset", type=Path)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--time-budget", default="20m")
@@ -42,9 +41,8 @@ def main() -> None:
             content = load_recipe("sarcoma_mri").model_dump(mode="json")
             content["data"] |= {"channels": channels, "grids": "first"}
             recipe = parse_recipe(content, where=name)
-            volseg.train(
-                out, recipe=recipe, out=model, folds=arguments.folds, time_budget_seconds=seconds
-            )
+            options = {"folds": arguments.folds, "time_budget_seconds": seconds}
+            volseg.train(out, recipe=recipe, out=model, **options)
         with (model / "validation.csv").open(newline="", encoding="utf-8") as file:
             dice[name] = {row["patient"]: float(row["dice"]) for row in csv.DictReader(file)}
         metrics = json.loads((model / "model.json").read_text())["metrics"]
@@ -54,42 +52,35 @@ def main() -> None:
     for name, scores in dice.items():
         values = np.array(list(scores.values()))
         interval = mean_interval(values.tolist(), list(scores), bounds=(0.0, 1.0))
-        print(
-            f"| {name} | {n} | {values.mean():.3f} | {interval.low:.3f} to {interval.high:.3f} | {np.median(values):.3f} |"
-        )
+        bounds = f"{interval.low:.3f} to {interval.high:.3f}"
+        print(f"| {name} | {n} | {values.mean():.3f} | {bounds} | {np.median(values):.3f} |")
     first, second = dice.values()
     gain = np.array([second[patient] - first[patient] for patient in first])
     interval = mean_interval(gain.tolist(), list(first), bounds=(-1.0, 1.0))
     print(
-        f"paired difference per patient {gain.mean():+.3f} ({interval.low:+.3f} to {interval.high:+.3f}); better for {(gain > 0).sum()} of {n}"
+        f"paired difference per patient {gain.mean():+.3f} ({interval.low:+.3f} to "
+        f"{interval.high:+.3f}); better for {(gain > 0).sum()} of {n}"
     )
 
 
 def write_cases(dataset: Path, path: Path) -> int:
-    """A row per patient outside the test split who has both; the mask is that on T1. Returns how many."""
+    """Write a row per patient with both scans outside the test split; return their number.
+
+    The mask is the one on T1.
+    """
     rows = {}
     for name in ("t1", "pet"):
         with (dataset / f"cases_{name}.csv").open(newline="", encoding="utf-8") as file:
             rows[name] = {row["patient"]: row for row in csv.DictReader(file)}
-    both = [
-        patient
-        for patient in rows["t1"]
-        if patient in rows["pet"] and rows["t1"][patient]["split"] != "test"
-    ]
+    t1_rows = {patient: row for patient, row in rows["t1"].items() if row["split"] != "test"}
+    both = [patient for patient in t1_rows if patient in rows["pet"]]
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["subject", "patient", "image_t1", "image_pet", "label"])
         for patient in both:
-            t1, pet = rows["t1"][patient], rows["pet"][patient]
-            writer.writerow(
-                [
-                    patient,
-                    patient,
-                    dataset / t1["image"],
-                    dataset / pet["image"],
-                    dataset / t1["label"],
-                ]
-            )
+            t1, pet = t1_rows[patient], rows["pet"][patient]
+            paths = [dataset / path for path in (t1["image"], pet["image"], t1["label"])]
+            writer.writerow([patient, patient, *paths])
     return len(both)
 
 

@@ -1,19 +1,22 @@
-"""Make a trained-looking nnU-Net v2 model folder with nnU-Net's own classes. Run with the peer's Python:
+"""Make an nnU-Net v2 model folder with nnU-Net's own classes, as if it had been trained.
 
-    PEER_ENVIRONMENT/bin/python benchmarks/nnunet_model.py --out FOLDER [options]
+    PEER/bin/python benchmarks/nnunet_model.py --out FOLDER [options]
 
-Writes FOLDER/Dataset<NNN>_<name>/<Trainer>__<Plans>__3d_fullres/{plans.json,dataset.json,fold_*/checkpoint_final.pth} and prints that
-model folder's path on the last line. The weights are nnU-Net's own He initialisation, unless --train-steps trains them briefly
-on synthetic balls; the head's biases are then centred, so that every class wins somewhere.
+PEER is an environment with nnunetv2. Writes plans.json, dataset.json and
+fold_*/checkpoint_final.pth to FOLDER/Dataset<NNN>_<name>/<Trainer>__<Plans>__3d_fullres and prints
+the path of that model folder on the last line. The weights are nnU-Net's He initialisation with a
+centred head, so that every class wins somewhere; --train-steps trains them briefly on synthetic
+balls instead.
 
---probe FILE.npz also saves, per fold, `input` and the peer's `logits` (deep supervision off, as in its predictor) on a random patch.
+--probe FILE.npz also saves `input` and nnU-Net's `logits` of a random patch for each fold, without
+deep supervision, as in its predictor.
 """
 
-import argparse
 import os
 import sys
 import tempfile
 import time
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 
 
 def main():
@@ -51,7 +54,7 @@ def main():
         trainer.configure_rotation_dummyDA_mirroring_and_inital_patch_size()
         if args.no_mirroring:
             trainer.inference_allowed_mirroring_axes = None
-        # Nonzero biases and scales everywhere: a network that drops one of them must not pass by luck.
+        # Nonzero biases and scales everywhere, so that an import which drops one of them fails.
         generator = torch.Generator().manual_seed(args.seed + (99 if fold == "all" else fold))
         with torch.no_grad():
             for parameter in trainer.network.parameters():
@@ -63,7 +66,7 @@ def main():
             train(trainer.network, args, heads, shape, generator, torch)
         elif not args.no_balance:
             balance(trainer.network, heads, len(args.channels), shape, generator, torch)
-        # What a real run leaves in the log: NumPy scalars, floats, lists.
+        # A real run leaves NumPy scalars, floats and lists in the log.
         for key, value in {
             "mean_fg_dice": np.float64(0.5), "dice_per_class_or_region": [np.float64(0.5)],
             "train_losses": np.float32(-0.5), "val_losses": np.float32(-0.5), "lrs": 1e-2,
@@ -71,14 +74,13 @@ def main():
         }.items():  # fmt: skip
             trainer.logger.log(key, value, 0)
         trainer._best_ema = np.float64(0.5)
-        # One optimiser step, so that the checkpoint has the momenta of a real one.
         folder = trainer.output_folder_base
+        # One optimiser step, so that the checkpoint has momenta like a real one.
         if not args.small_checkpoint:
-            for state in trainer.network.parameters():
-                state.grad = torch.zeros_like(state)
-            weights = {
-                name: tensor.clone() for name, tensor in trainer.network.state_dict().items()
-            }
+            for parameter in trainer.network.parameters():
+                parameter.grad = torch.zeros_like(parameter)
+            state = trainer.network.state_dict()
+            weights = {name: tensor.clone() for name, tensor in state.items()}
             trainer.optimizer.step()
             trainer.network.load_state_dict(weights)
         trainer.save_checkpoint(os.path.join(trainer.output_folder, "checkpoint_final.pth"))
@@ -97,9 +99,10 @@ def main():
 
 
 def train(network, args, heads, shape, generator, torch):
-    """A few steps of cross-entropy on noisy balls, class k brighter than class k − 1: enough for smooth, sure logits.
+    """Train some steps of cross-entropy on noisy balls, to get smooth and confident logits.
 
-    Of many classes 24 occur, as a scan has but some of the organs that a model knows; noise is less than the step between two.
+    Class k is brighter than class k − 1, by more than the noise. At most 24 classes occur, as a
+    scan shows only some of the organs that a model can label.
     """
     network.train()
     optimiser = torch.optim.Adam(network.parameters(), lr=2e-3)
@@ -113,15 +116,14 @@ def train(network, args, heads, shape, generator, torch):
             centre = torch.rand(3, generator=generator) * torch.tensor(shape)
             radius = (0.08 + 0.17 * torch.rand(1, generator=generator)) * min(shape)
             truth[((grid - centre[:, None, None, None]) ** 2).sum(0) < radius**2] = ball + 1
-        # Air round a body, as the scanner sees it: background that is far from all else.
+        # Air around the body, whose intensity is far from all others.
         semi_axes = (0.35 + 0.6 * torch.rand(3, generator=generator)) * torch.tensor(shape)
         centre = (0.3 + 0.4 * torch.rand(3, generator=generator)) * torch.tensor(shape)
-        air = (((grid - centre[:, None, None, None]) / semi_axes[:, None, None, None]) ** 2).sum(
-            0
-        ) > 1
+        offsets = (grid - centre[:, None, None, None]) / semi_axes[:, None, None, None]
+        air = (offsets**2).sum(0) > 1
         truth[air] = 0
         image = level[truth] + noise * torch.randn(shape, generator=generator)
-        image[air] = -5.5  # of the intensities normalised by the plans below
+        image[air] = -5.5  # air after the normalisation in the plans below
         image = image[None, None].repeat(1, len(args.channels), 1, 1, 1)
         loss = torch.nn.functional.cross_entropy(network(image), present[truth][None])
         optimiser.zero_grad()
@@ -132,7 +134,7 @@ def train(network, args, heads, shape, generator, torch):
 
 
 def balance(network, heads, channels, shape, generator, torch):
-    """Spread the heads' outputs round 0 with deviation 1, so that no class wins everywhere."""
+    """Scale the head's outputs to mean 0 and standard deviation 1, so that every class wins."""
     network.eval()
     size = tuple(min(64, p) for p in shape)
     with torch.no_grad():
@@ -162,43 +164,38 @@ def dataset_of(args):
 
 
 def plans_of(args):
-    """Plans as nnU-Net's default planner writes them, with the numbers of the command line."""
+    """Return plans like those of nnU-Net's default planner, with the values of the arguments."""
     n = len(args.features)
     kernels = args.kernels or [[3, 3, 3]] * n
     strides = args.strides or [[1, 1, 1]] + [[2, 2, 2]] * (n - 1)
     plain = args.architecture == "plain"
     shared = {
-        "n_stages": n, "features_per_stage": args.features, "conv_op": "torch.nn.modules.conv.Conv3d",
-        "kernel_sizes": kernels, "strides": strides,
+        "n_stages": n, "features_per_stage": args.features,
+        "conv_op": "torch.nn.modules.conv.Conv3d", "kernel_sizes": kernels, "strides": strides,
     }  # fmt: skip
-    blocks = (
-        {
-            "n_conv_per_stage": args.convs or [2] * n,
-            "n_conv_per_stage_decoder": args.decoder_convs or [2] * (n - 1),
-        }
-        if plain
-        else {
-            "n_blocks_per_stage": args.convs or ([1, 3, 4] + [6] * n)[:n],
-            "n_conv_per_stage_decoder": args.decoder_convs or [1] * (n - 1),
-        }
-    )
+    stages = "n_conv_per_stage" if plain else "n_blocks_per_stage"
+    default = [2] * n if plain else ([1, 3, 4] + [6] * n)[:n]
+    decoder = args.decoder_convs or [2 if plain else 1] * (n - 1)
+    blocks = {stages: args.convs or default, "n_conv_per_stage_decoder": decoder}
     tail = {
         "conv_bias": True, "norm_op": "torch.nn.modules.instancenorm.InstanceNorm3d",
-        "norm_op_kwargs": {"eps": 1e-05, "affine": True}, "dropout_op": None, "dropout_op_kwargs": None,
+        "norm_op_kwargs": {"eps": 1e-05, "affine": True},
+        "dropout_op": None, "dropout_op_kwargs": None,
         "nonlin": "torch.nn.LeakyReLU", "nonlin_kwargs": {"inplace": True},
     }  # fmt: skip
-    ct = [name.casefold() == "ct" for name in args.channels]
-    schemes = args.schemes or [
-        "CTNormalization" if is_ct else "ZScoreNormalization" for is_ct in ct
-    ]
+    names = {True: "CTNormalization", False: "ZScoreNormalization"}
+    schemes = args.schemes or [names[channel.casefold() == "ct"] for channel in args.channels]
     masked = [args.mask_for_norm and scheme == "ZScoreNormalization" for scheme in schemes]
     resampling = {"is_seg": False, "order": 3, "order_z": 0, "force_separate_z": None}
     configuration = {
-        "data_identifier": "nnUNetPlans_3d_fullres", "preprocessor_name": "DefaultPreprocessor", "batch_size": 2,
-        "patch_size": args.patch, "median_image_size_in_voxels": [float(2 * p) for p in args.patch],
+        "data_identifier": "nnUNetPlans_3d_fullres", "preprocessor_name": "DefaultPreprocessor",
+        "batch_size": 2, "patch_size": args.patch,
+        "median_image_size_in_voxels": [float(2 * p) for p in args.patch],
         "spacing": args.spacing, "normalization_schemes": schemes, "use_mask_for_norm": masked,
-        "resampling_fn_data": "resample_data_or_seg_to_shape", "resampling_fn_seg": "resample_data_or_seg_to_shape",
-        "resampling_fn_data_kwargs": resampling, "resampling_fn_seg_kwargs": resampling | {"is_seg": True, "order": 1},
+        "resampling_fn_data": "resample_data_or_seg_to_shape",
+        "resampling_fn_seg": "resample_data_or_seg_to_shape",
+        "resampling_fn_data_kwargs": resampling,
+        "resampling_fn_seg_kwargs": resampling | {"is_seg": True, "order": 1},
         "resampling_fn_probabilities": "resample_data_or_seg_to_shape",
         "resampling_fn_probabilities_kwargs": resampling | {"order": 1},
         "architecture": {
@@ -210,8 +207,8 @@ def plans_of(args):
         "batch_dice": False,
     }  # fmt: skip
     forward = args.transpose
-    statistics = {"max": 3071.0, "mean": 40.0, "median": 50.0, "min": -1024.0, "percentile_00_5": -950.0,
-                  "percentile_99_5": 350.0, "std": 180.0}  # fmt: skip
+    statistics = {"max": 3071.0, "mean": 40.0, "median": 50.0, "min": -1024.0}
+    statistics |= {"percentile_00_5": -950.0, "percentile_99_5": 350.0, "std": 180.0}
     return {
         "dataset_name": args.name, "plans_name": "nnUNetPlans",
         "original_median_spacing_after_transp": args.spacing,
@@ -221,59 +218,42 @@ def plans_of(args):
         "configurations": {"3d_fullres": configuration},
         "experiment_planner_used": "ExperimentPlanner" if plain else "nnUNetPlannerResEncM",
         "label_manager": "LabelManager",
-        "foreground_intensity_properties_per_channel": {str(n): statistics for n in range(len(args.channels))},
+        "foreground_intensity_properties_per_channel":
+            {str(n): statistics for n in range(len(args.channels))},
     }  # fmt: skip
 
 
 def arguments():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     integers = lambda text: [int(part) for part in text.split(",")]  # noqa: E731
-    triples = lambda text: [integers(part.replace("x", ",")) for part in text.split(";")]  # noqa: E731
+    words = lambda text: text.split(",")  # noqa: E731
+    triples = lambda text: [integers(p.replace("x", ",")) for p in text.split(";")]  # noqa: E731
     add = parser.add_argument
-    add("--out", required=True, help="folder that stands for nnUNet_results")
+    add("--out", required=True, help="folder used as nnUNet_results")
     add("--name", default="Dataset900_Made")
     add("--architecture", choices=("plain", "residual"), default="plain")
-    add("--classes", type=int, default=2, help="with the background; 117 is fine")
-    add(
-        "--regions",
-        action="store_true",
-        help="region-based labels: classes − 1 nested regions, one sigmoid each",
-    )
+    add("--classes", type=int, default=2, help="including the background")
+    add("--regions", action="store_true", help="classes − 1 nested regions, one sigmoid each")
     add("--ignore", action="store_true", help="add an ignore label")
-    add("--channels", type=lambda text: text.split(","), default=["CT"])
-    add(
-        "--patch",
-        type=integers,
-        default=[128, 128, 128],
-        help="such as 128,128,128, in the network's axes",
-    )
+    add("--channels", type=words, default=["CT"])
+    add("--patch", type=integers, default=[128, 128, 128], help="in the order of the network axes")
     add("--spacing", type=lambda text: [float(p) for p in text.split(",")], default=[1.5, 1.5, 1.5])
     add("--features", type=integers, default=[32, 64, 128, 256, 320, 320])
     add("--strides", type=triples, help="such as 1x1x1;1x2x2;2x2x2")
     add("--kernels", type=triples, help="such as 1x3x3;3x3x3;3x3x3")
     add("--convs", type=integers, help="convolutions (plain) or blocks (residual) per stage")
     add("--decoder-convs", type=integers)
-    add(
-        "--schemes",
-        type=lambda text: text.split(","),
-        help="normalisation class names, one per channel",
-    )
+    add("--schemes", type=words, help="normalisation class names, one per channel")
     add("--mask-for-norm", action="store_true", help="use_mask_for_norm for the z-scored channels")
     add("--transpose", type=integers, default=[0, 1, 2], help="transpose_forward")
     add("--reader", default="NibabelIO", help="NibabelIO, SimpleITKIO, NibabelIOWithReorient, …")
-    add("--folds", type=lambda text: text.split(","), default=["0"], help="such as 0,1,2 or all")
+    add("--folds", type=words, default=["0"], help="such as 0,1,2 or all")
     add("--no-tta", action="store_true")
-    add("--no-balance", action="store_true", help="leave the random heads as they are")
-    add("--train-steps", type=int, default=0, help="train this long on synthetic balls")
-    add(
-        "--train-patch",
-        type=integers,
-        help="patch of that training (default: --patch; 64,64,64 is quick)",
-    )
+    add("--no-balance", action="store_true", help="do not rescale the random head")
+    add("--train-steps", type=int, default=0, help="train this many steps on synthetic balls")
+    add("--train-patch", type=integers, help="patch for --train-steps (default: that of --patch)")
     add("--small-checkpoint", action="store_true", help="without the optimiser's momenta")
-    add("--probe", help="save an input patch and the peer's logits here (.npz)")
+    add("--probe", help="save an input patch and nnU-Net's logits to this .npz file")
     add("--probe-patch", type=integers)
     add("--seed", type=int, default=0)
     add("--threads", type=int, default=0)

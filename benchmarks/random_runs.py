@@ -1,15 +1,15 @@
-"""Random runs over random files of a user's, ended at random: is anything lost that volseg did not write?
+"""Run random commands over random user files, end them at random, and check that nothing is lost.
 
     python benchmarks/random_runs.py --runs 500
 
-Each run is drawn from its number (see tests/random_runs.py), so that a fault can be looked at again with --first N --runs 1.
-Prints a row per command and every fault.
+Each run is drawn from its number (see tests/random_runs.py), so a fault can be reproduced with
+--first N --runs 1. Prints a row per command and every fault.
 """
 
-import argparse
 import sys
 import tempfile
 import time
+from argparse import ArgumentParser
 from collections import defaultdict
 from pathlib import Path
 
@@ -21,7 +21,7 @@ import random_runs
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=int, default=500)
     parser.add_argument("--first", type=int, default=0)
     options = parser.parse_args()
@@ -41,10 +41,8 @@ def main() -> None:
             row["with a fault"] += bool(faults)
             n_faults += bool(faults)
             for fault in faults:
-                print(
-                    f"seed {seed}: {run.command}, {run.place}, {run.end}, exit {code}: {fault}",
-                    flush=True,
-                )
+                where = f"seed {seed}: {run.command}, {run.place}, {run.end}"
+                print(f"{where}, exit {code}: {fault}", flush=True)
     columns = ("runs", "finished", "refused", "disk full", "ended by a signal", "with a fault")
     print("| command | " + " | ".join(columns) + " |")
     print("|---|" + "---:|" * len(columns))

@@ -1,17 +1,18 @@
-"""Two processes that share each batch against one process with the doubled batch: their losses, epoch by epoch.
+"""Compare the losses of two processes that share each batch with those of one process.
 
     python benchmarks/ranks.py [--epochs 5]
 
-The phantoms of sample_data/ and the recipe `smoke` in float32, on the CPU, over gloo. A third run is a control: one process with the doubled batch again, but on one
-thread, so that sums are rounded otherwise and nothing else differs.
+Trains on the phantoms of sample_data/ with the recipe `smoke` in float32, on the CPU, over gloo.
+The single process has twice the batch size. A third run is a control: the single process again, on
+one thread, so that only the rounding of sums differs.
 """
 
 from __future__ import annotations
 
-import argparse
 import csv
 import sys
 import tempfile
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
 
 import torch
@@ -22,17 +23,12 @@ from volseg.recipe import load_recipe
 
 DATASET = Path(__file__).parent.parent / "sample_data"
 TARGET = 1e-4
-RUNS = (
-    ("one", 1, physical_cores()),
-    ("two", 2, physical_cores()),
-    ("control", 1, 1),
-)  # name, processes, threads
+# name, processes, threads
+RUNS = (("one", 1, physical_cores()), ("two", 2, physical_cores()), ("control", 1, 1))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--epochs", type=int, default=5)
     arguments = parser.parse_args()
     recipe = load_recipe("smoke")
@@ -42,28 +38,24 @@ def main() -> None:
         for name, devices, threads in RUNS:
             torch.set_num_threads(threads)
             train = small.model_copy(update={"batch_size": 4 // devices})
-            volseg.train(
-                DATASET,
-                recipe=recipe.model_copy(update={"train": train}),
-                out=Path(folder) / name,
-                epochs=arguments.epochs,
-                devices=devices,
-                device="cpu",
-                precision="fp32",
-            )
-            with (Path(folder) / name / "history.csv").open(newline="", encoding="utf-8") as file:
+            options = {"device": "cpu", "devices": devices, "precision": "fp32"}
+            changed = recipe.model_copy(update={"train": train})
+            out = Path(folder) / name
+            volseg.train(DATASET, recipe=changed, out=out, epochs=arguments.epochs, **options)
+            with (out / "history.csv").open(newline="", encoding="utf-8") as file:
                 losses[name] = [float(row["loss"]) for row in csv.DictReader(file)]
     print(
-        "| epoch | loss, 1 process with batch 4 | 2 processes with batch 2 | difference | control: 1 process, 1 thread | difference |"
+        "| epoch | loss, 1 process with batch 4 | 2 processes with batch 2 | difference "
+        "| control: 1 process, 1 thread | difference |"
     )
     print("|---|---|---|---|---|---|")
-    for number, (one, two, control) in enumerate(zip(*losses.values(), strict=True), start=1):
+    for epoch, (single, double, control) in enumerate(zip(*losses.values(), strict=True), start=1):
         print(
-            f"| {number} | {one:.6f} | {two:.6f} | {abs(one - two):.1e} | {control:.6f} | {abs(one - control):.1e} |"
+            f"| {epoch} | {single:.6f} | {double:.6f} | {abs(single - double):.1e} "
+            f"| {control:.6f} | {abs(single - control):.1e} |"
         )
-    sys.exit(
-        max(abs(one - two) for one, two in zip(losses["one"], losses["two"], strict=True)) > TARGET
-    )
+    pairs = zip(losses["one"], losses["two"], strict=True)
+    sys.exit(max(abs(single - double) for single, double in pairs) > TARGET)
 
 
 if __name__ == "__main__":

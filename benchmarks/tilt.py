@@ -1,20 +1,23 @@
-"""What a tilt of the patient between two scans does to diameters, and what `volseg compare` makes of it.
+"""Measure how a tilt of the patient between two scans affects diameters and `volseg compare`.
 
-    python benchmarks/tilt.py MSD_HIPPOCAMPUS LIDC_NODULES STS_SARCOMA/cases_t1.csv [--cases 20] [--angles 0 3 5 8 14 20]
+    python benchmarks/tilt.py MSD_HIPPOCAMPUS LIDC_NODULES STS_SARCOMA/cases_t1.csv [--cases 20]
+        [--angles 0 3 5 8 14 20]
 
-Every scan is compared with itself, turned about the patient's R axis and sampled anew on a grid of the same shape: the scan
-linearly, the mask to the nearest voxel. Nothing has changed, so every difference is an error. `own slices` is the difference of
-the long axes that `volseg measure` gives, each in the axial slices of its own scan. The other columns are those of `volseg compare`:
-`planes known` where the grid is tilted and the patient is where he was (--no-registration), `registered` where the patient turned.
-Errors in percent: mean of the absolute value over all lesions of at least 10 mm, and the largest. The last columns count patients.
+Every scan is compared with itself, rotated about the patient's R axis and resampled on a grid of
+the same shape: the scan linearly, the mask to the nearest voxel. Nothing has changed, so every
+difference is an error. `own slices` compares the axes that `volseg measure` gives, each in the
+axial slices of its own scan. The other columns come from `volseg compare`: for `planes known` the
+grid is tilted and the patient is not (--no-registration); for `registered` the patient is tilted.
+Errors are in percent: mean absolute value over all lesions of at least 10 mm, and the largest. The
+last columns count patients.
 """
 
 from __future__ import annotations
 
-import argparse
 import csv
 import math
 import tempfile
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,7 +30,7 @@ from volseg.preprocess.align import index_matrix
 from volseg.volume import Geometry, Volume
 
 AXES = ("long", "short")
-LEAST_MM = 10.0
+MIN_AXIS_MM = 10.0
 
 
 @dataclass(frozen=True)
@@ -38,43 +41,39 @@ class Case:
 
 
 def cases_of(dataset: Path, n: int) -> list[Case]:
-    """`n` cases of a dataset, evenly spread over its table."""
+    """Return `n` cases of a dataset, evenly spread over its table."""
     table = dataset / "cases.csv" if dataset.is_dir() else dataset
     with table.open(newline="", encoding="utf-8") as file:
         rows = [row for row in csv.DictReader(file) if row["label"]]
-    picked = [rows[at] for at in np.linspace(0, len(rows) - 1, min(n, len(rows))).astype(int)]
+    indices = np.linspace(0, len(rows) - 1, min(n, len(rows))).astype(int)
     return [
         Case(row["subject"], table.parent / row["image"], table.parent / row["label"])
-        for row in picked
+        for row in (rows[index] for index in indices)
     ]
 
 
-def turned(volume: Volume, turn: np.ndarray, order: int) -> np.ndarray:
-    """The scan of the patient after a turn (4, 4), on the grid of the scan before."""
-    matrix = index_matrix(volume.geometry, volume.geometry, np.linalg.inv(turn))
+def rotate(volume: Volume, rotation: np.ndarray, order: int) -> np.ndarray:
+    """Resample the patient after a rotation (4, 4), on the grid of the scan before it."""
+    matrix = index_matrix(volume.geometry, volume.geometry, np.linalg.inv(rotation))
     values = volume.intensities(volume.array).astype(np.float32)
+    mode = "constant" if order == 0 else "nearest"
     return ndimage.affine_transform(
-        values,
-        matrix[:3, :3],
-        matrix[:3, 3],
-        order=order,
-        mode="constant" if order == 0 else "nearest",
-        cval=0,
+        values, matrix[:3, :3], matrix[:3, 3], order=order, mode=mode, cval=0
     )
 
 
-def turn_about(geometry: Geometry, angle_deg: float) -> np.ndarray:
-    """(4, 4) a turn about the R axis through the middle of the grid."""
-    middle = geometry.to_world_mm((np.array([geometry.shape]) - 1) / 2)[0]
+def rotation_about_r(geometry: Geometry, angle_deg: float) -> np.ndarray:
+    """Return the (4, 4) rotation about the R axis through the centre of the grid."""
+    centre_mm = geometry.to_world_mm((np.array([geometry.shape]) - 1) / 2)[0]
     c, s = math.cos(math.radians(angle_deg)), math.sin(math.radians(angle_deg))
-    turn = np.eye(4)
-    turn[:3, :3] = [[1, 0, 0], [0, c, -s], [0, s, c]]
-    turn[:3, 3] = middle - turn[:3, :3] @ middle
-    return turn
+    rotation = np.eye(4)
+    rotation[:3, :3] = [[1, 0, 0], [0, c, -s], [0, s, c]]
+    rotation[:3, 3] = centre_mm - rotation[:3, :3] @ centre_mm
+    return rotation
 
 
 def measure(folder: Path, scans: dict[str, tuple[Volume, Volume]]) -> Path:
-    """Results of `volseg measure`."""
+    """Run `volseg measure` on scans with their masks and return its results folder."""
     (folder / "in").mkdir(parents=True)
     lines = [["subject", "image", "label"]]
     for name, (scan, mask) in scans.items():
@@ -98,49 +97,48 @@ def summary(errors: list[float]) -> str:
     return f"{np.mean(np.abs(errors)):.1f} / {max(errors, key=abs):+.1f}".replace("-", "−")
 
 
-def compared(
+def compare(
     baseline: Path, followup: Path, out: Path, *, registration: bool
 ) -> tuple[dict[str, list[float]], str, str]:
-    """Errors in percent of both axes as `compare` gives them, in each scan's own slices, and the responses."""
+    """Return errors of both axes in percent, counts of responses and the median tilt.
+
+    `plane_…` are the errors in the planes of `volseg compare`, `own_…` in each scan's own slices.
+    """
     volseg.compare(baseline, followup, out=out, registration=registration)
-    errors: dict[str, list[float]] = {
-        f"{what}_{axis}": [] for what in ("own", "plane") for axis in AXES
-    }
-    measured = {
-        (row["case_id"], row["lesion_id"]): row for row in rows_of(followup / "lesions.csv")
-    }
+    names = [f"{planes}_{axis}" for planes in ("own", "plane") for axis in AXES]
+    errors: dict[str, list[float]] = {name: [] for name in names}
+    lesions = rows_of(followup / "lesions.csv")
+    measured = {(row["case_id"], row["lesion_id"]): row for row in lesions}
     for row in rows_of(out / "comparison.csv"):
         if row["status"] != "matched":
             continue
         lesion = measured[row["patient"], row["followup_lesion_id"]]
         for axis in AXES:
             before = float(row[f"baseline_{axis}_axis_mm"])
-            if before >= LEAST_MM:
-                errors[f"plane_{axis}"].append(
-                    100 * (float(row[f"followup_{axis}_axis_mm"]) / before - 1)
-                )
+            if before >= MIN_AXIS_MM:
+                after = float(row[f"followup_{axis}_axis_mm"])
+                errors[f"plane_{axis}"].append(100 * (after / before - 1))
                 errors[f"own_{axis}"].append(100 * (float(lesion[f"{axis}_axis_mm"]) / before - 1))
     patients = [row for row in rows_of(out / "response.csv") if row["status"] == "done"]
-    given = [row["response"] for row in patients]
-    wrong = sum(answer in ("PR", "PD", "CR") for answer in given)
+    responses = [row["response"] for row in patients]
+    wrong = sum(response in ("PR", "PD", "CR") for response in responses)
     angles = [float(row["tilt_deg"]) for row in patients if row["tilt_deg"]]
-    counts = f"{wrong} / {given.count('')} / {len(given)}"
+    counts = f"{wrong} / {responses.count('')} / {len(responses)}"
     return errors, counts, f"{np.median(angles):.1f}" if angles else "–"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument(
-        "datasets", type=Path, nargs="+", help="folders with cases.csv, or such tables"
+        "datasets", type=Path, nargs="+", help="folders with a cases.csv, or tables like it"
     )
     parser.add_argument("--cases", type=int, default=20)
     parser.add_argument("--angles", type=float, nargs="+", default=[0, 3, 5, 8, 14, 20])
     parser.add_argument("--no-registration", action="store_true", help="tilted grids only")
     arguments = parser.parse_args()
     print(
-        "| data | tilt | axis | lesions | own slices, % | planes known, % | registered, % | tilt seen | wrong / withheld / all: known | registered |"
+        "| data | tilt | axis | lesions | own slices, % | planes known, % | registered, % "
+        "| tilt seen | wrong / withheld / all: known | registered |"
     )
     print("|---|---|---|---|---|---|---|---|---|---|")
     for dataset in arguments.datasets:
@@ -148,56 +146,40 @@ def main() -> None:
             case.name: (read_volume(case.image), read_mask(case.mask))
             for case in cases_of(dataset, arguments.cases)
         }
+        name = dataset.name if dataset.is_dir() else dataset.parent.name
         for angle in arguments.angles:
             with tempfile.TemporaryDirectory() as temporary:
-                tell(
-                    Path(temporary),
-                    dataset.name if dataset.is_dir() else dataset.parent.name,
-                    pairs,
-                    angle,
-                    arguments,
-                )
+                print_rows(Path(temporary), name, pairs, angle, not arguments.no_registration)
 
 
-def tell(
+def print_rows(
     folder: Path,
     name: str,
     pairs: dict[str, tuple[Volume, Volume]],
     angle: float,
-    arguments: argparse.Namespace,
+    registration: bool,
 ) -> None:
-    """One angle of one dataset: a row for each axis."""
-    tilted, moved = {}, {}
+    """Print a row per axis, for one angle of one dataset."""
+    tilted_grids, tilted_patients = {}, {}
     for case, (scan, mask) in pairs.items():
-        turn = turn_about(scan.geometry, angle)
-        scan_values, mask_values = turned(scan, turn, 1), turned(mask, turn, 0).astype(np.uint8)
-        back = Geometry(scan.geometry.shape, np.linalg.inv(turn) @ scan.geometry.affine)
-        tilted[case] = Volume(scan_values, back), Volume(mask_values, back)
-        moved[case] = Volume(scan_values, scan.geometry), Volume(mask_values, scan.geometry)
+        grid, rotation = scan.geometry, rotation_about_r(scan.geometry, angle)
+        values, labels = rotate(scan, rotation, 1), rotate(mask, rotation, 0).astype(np.uint8)
+        tilted = Geometry(grid.shape, np.linalg.inv(rotation) @ grid.affine)
+        tilted_grids[case] = Volume(values, tilted), Volume(labels, tilted)
+        tilted_patients[case] = Volume(values, grid), Volume(labels, grid)
     before = measure(folder / "before", pairs)
-    known, known_counts, _ = compared(
-        before, measure(folder / "tilted", tilted), folder / "known", registration=False
-    )
-    registered, counts, seen = {f"plane_{axis}": [] for axis in AXES}, "–", "–"
-    if not arguments.no_registration:
-        registered, counts, seen = compared(
-            before, measure(folder / "moved", moved), folder / "registered", registration=True
-        )
+    after = measure(folder / "tilted", tilted_grids)
+    errors, counts, _ = compare(before, after, folder / "known", registration=False)
+    registered, registered_counts, seen = {f"plane_{axis}": [] for axis in AXES}, "–", "–"
+    if registration:
+        after = measure(folder / "moved", tilted_patients)
+        results = compare(before, after, folder / "registered", registration=True)
+        registered, registered_counts, seen = results
     for axis in AXES:
-        cells = [
-            name,
-            f"{angle:g}°",
-            axis,
-            len(known[f"plane_{axis}"]),
-            summary(known[f"own_{axis}"]),
-        ]
-        cells += [
-            summary(known[f"plane_{axis}"]),
-            summary(registered[f"plane_{axis}"]),
-            seen,
-            known_counts,
-            counts,
-        ]
+        plane = errors[f"plane_{axis}"]
+        cells = [name, f"{angle:g}°", axis, len(plane), summary(errors[f"own_{axis}"])]
+        cells += [summary(plane), summary(registered[f"plane_{axis}"])]
+        cells += [seen, counts, registered_counts]
         print("| " + " | ".join(map(str, cells)) + " |", flush=True)
 
 

@@ -1,15 +1,16 @@
-"""Does `volseg train --time-budget` keep its word? Datasets × budgets, without a recipe, through the command line.
+"""Check that `volseg train --time-budget` keeps its budget, for several datasets and budgets.
 
     python benchmarks/time_budget.py DATASET... --out FOLDER [--budgets 60s 3m 20m]
 
-Prints for each run: the wall time of the whole command, its ratio to the budget, steps per network, folds, the mean validation Dice, or after how many
-seconds the run was refused and what it said; and the longest time without a line on stdout or stderr. Exit code 1 if a run takes longer than 1.1 times
-its budget and 20 s, is refused after more than 30 s, or is silent for more than 30 s.
+Trains without a recipe. Prints the wall time of the whole command, its ratio to the budget, the
+number of networks, steps
+per network and mean validation Dice, or why the run was refused; and the longest time without
+output. Exit code 1 if a run takes longer than 1.1 × budget + 20 s, is refused after more than 30 s,
+or is silent for more than 30 s.
 """
 
 from __future__ import annotations
 
-import argparse
 import csv
 import json
 import shutil
@@ -17,6 +18,7 @@ import subprocess
 import sys
 import threading
 import time
+from argparse import ArgumentParser
 from pathlib import Path
 from queue import Queue
 
@@ -26,44 +28,31 @@ UNITS = {"s": 1, "m": 60, "h": 3600}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("datasets", nargs="+", type=Path)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--budgets", nargs="+", default=["60s", "3m", "20m"])
     arguments = parser.parse_args()
     print(
-        "| dataset | budget | wall s | ratio | networks | steps per network | mean Dice | longest silence s | |"
+        "| dataset | budget | wall s | ratio | networks | steps per network | mean Dice "
+        "| longest silence s | |"
     )
     print("|---|---|---|---|---|---|---|---|---|", flush=True)
     is_kept = True
     for dataset in arguments.datasets:
         for budget in arguments.budgets:
-            is_kept &= one_run(dataset, budget, arguments.out / f"{dataset.stem}_{budget}")
+            is_kept &= check_run(dataset, budget, arguments.out / f"{dataset.stem}_{budget}")
     sys.exit(0 if is_kept else 1)
 
 
-def one_run(dataset: Path, budget: str, out: Path) -> bool:
-    """Print the row of one run, and say whether the budget was kept."""
+def check_run(dataset: Path, budget: str, out: Path) -> bool:
+    """Print the row of one run and return whether it kept its budget."""
     shutil.rmtree(out, ignore_errors=True)
-    command = [
-        sys.executable,
-        "-m",
-        "volseg",
-        "train",
-        dataset,
-        "--out",
-        out,
-        "--time-budget",
-        budget,
-    ]
-    began = time.monotonic()
-    process = subprocess.Popen(
-        list(map(str, command)),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        bufsize=1,
-    )
+    command = [sys.executable, "-m", "volseg", "train", str(dataset), "--out", str(out)]
+    command += ["--time-budget", budget]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    started = time.monotonic()
+    process = subprocess.Popen(command, text=True, bufsize=1, **pipes)
     lines: Queue[tuple[float, str]] = Queue()
     assert process.stdout is not None
     reader = threading.Thread(
@@ -71,34 +60,31 @@ def one_run(dataset: Path, budget: str, out: Path) -> bool:
     )
     reader.start()
     code = process.wait()
-    wall = time.monotonic() - began
+    wall = time.monotonic() - started
     reader.join()
-    heard = list(lines.queue)
-    silence = float(np.diff([began, *(moment for moment, _ in heard), began + wall]).max())
+    output = list(lines.queue)
+    silence = float(np.diff([started, *(moment for moment, _ in output), started + wall]).max())
     seconds = float(budget[:-1]) * UNITS[budget[-1]]
     cells = [dataset.stem, budget, f"{wall:.0f}", f"{wall / seconds:.2f}"]
     if code == 0:
         row, is_kept = [*results(out), f"{silence:.0f}", ""], wall <= 1.1 * seconds + 20
     else:
-        text = "".join(line for _, line in heard if line.startswith("error")).strip()
+        text = "".join(line for _, line in output if line.startswith("error")).strip()
         row, is_kept = ["", "", "", f"{silence:.0f}", f"refused: {text}"], code == 2 and wall <= 30
     print("| " + " | ".join(cells + row) + " |", flush=True)
     return is_kept and silence <= 30
 
 
 def results(model: Path) -> list[str]:
-    """Networks, steps of each and mean Dice of a model folder."""
+    """Return the number of networks, steps of each and mean Dice of a model folder."""
     metrics = json.loads((model / "model.json").read_text(encoding="utf-8"))["metrics"]
     networks = metrics.get("networks", 1)
     dice = []
     if (model / "validation.csv").is_file():
         with (model / "validation.csv").open(newline="", encoding="utf-8") as file:
             dice = [float(row["dice"]) for row in csv.DictReader(file) if row["dice"]]
-    return [
-        str(networks),
-        f"{metrics['steps'] / networks:.0f}",
-        f"{np.mean(dice):.3f}" if dice else "not validated",
-    ]
+    mean_dice = f"{np.mean(dice):.3f}" if dice else "not validated"
+    return [str(networks), f"{metrics['steps'] / networks:.0f}", mean_dice]
 
 
 if __name__ == "__main__":

@@ -1,15 +1,16 @@
-"""What the training loop costs beside its network: a step of the loop against the bare forward, backward and optimizer step.
+"""Time a step of the training loop against a bare forward, backward and optimizer step.
 
     python benchmarks/training_step.py PREPARED [--recipe R] [--steps 40] [--device cpu|cuda]
 
-PREPARED is a folder made by `volseg preprocess`. Both sides take the same patches, the bare one from memory. They alternate, ten steps each.
+PREPARED is a folder made by `volseg preprocess`. The bare side repeats one batch from memory. Both
+sides alternate, ten steps each.
 """
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import time
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
 
 import torch
@@ -23,9 +24,7 @@ ROUND = 10
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("prepared", type=Path)
     parser.add_argument("--recipe")
     parser.add_argument("--steps", type=int, default=40)
@@ -34,9 +33,8 @@ def main() -> None:
     keep_freed_memory()
     recipe, plan, _, cases = load_prepared(arguments.prepared, arguments.recipe)
     training, _ = split_cases(cases, None, 0)
-    job = Job(
-        training, recipe, plan, RunSettings(epochs=10, patience=10), Path("none"), {}, "", False
-    )
+    settings = RunSettings(epochs=10, patience=10)
+    job = Job(training, recipe, plan, settings, Path("none"), {}, "", False)
     loop, bare = [], []
     with team_of(torch.device(arguments.device), 1, serve) as team:
         run = Run(job, team)
@@ -58,15 +56,16 @@ def main() -> None:
                     run.optimizer.step()
                 wait(arguments.device)
                 bare.append((time.perf_counter() - started) / ROUND)
-            share = run.batches.waited / sum(loop) / ROUND
+            waiting = run.batches.waited / sum(loop) / ROUND
     print("| a step of | s (median) | ratio | target |")
     print("|---|---|---|---|")
     ratio = statistics.median(loop) / statistics.median(bare)
     print(f"| bare network, loss and optimizer | {statistics.median(bare):.4f} | 1.00 | |")
     print(
-        f"| the loop, with sampling, augmentation and averaging | {statistics.median(loop):.4f} | {ratio:.3f} | ≤ 1.10 |"
+        "| the loop, with sampling, augmentation and averaging "
+        f"| {statistics.median(loop):.4f} | {ratio:.3f} | ≤ 1.10 |"
     )
-    print(f"waiting for patches: {share:.1%} of the loop's time")
+    print(f"waiting for patches: {waiting:.1%} of the loop's time")
 
 
 def wait(device: str) -> None:

@@ -1,15 +1,16 @@
-"""The demo: train on the phantoms, segment those it never saw, compare the lesions found with the truth.
+"""Demo: train on the phantoms, segment unseen ones and compare the lesions with the truth.
 
-Run by `make demo`. Prints a table of true against measured volumes and densities, and where the results are.
+Run by `make demo`. Prints a table of true and measured volumes and densities, and where the results
+are.
 """
 
 from __future__ import annotations
 
-import argparse
 import csv
 import math
 import sys
 import time
+from argparse import ArgumentParser
 from pathlib import Path
 
 from rich.console import Console
@@ -18,13 +19,14 @@ from rich.table import Table
 import volseg
 
 FOLDER = Path(__file__).parent
-SURELY_FOUND_RADIUS_MM = 5.0  # smaller ones are in the table, but nothing is promised of them
+# Smaller lesions are in the table, but need not be found.
+MIN_RADIUS_MM = 5.0
 VOLUME_TOLERANCE_PERCENT, DENSITY_TOLERANCE_HU, MATCH_MM = 5.0, 2.0, 4.0
 
 
 def main() -> int:
-    """0 if every lesion of at least 5 mm radius was found and measured within the tolerances, else 1."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    """Return 0 if every lesion of ≥ 5 mm radius is found and within the tolerances, else 1."""
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument(
         "--out", type=Path, default=Path("demo_results"), help="folder for model and results"
     )
@@ -34,15 +36,16 @@ def main() -> int:
     started = time.monotonic()
     if not (out / "model" / "model.json").exists():
         console.print(
-            f"training on the phantoms of {FOLDER.name}/ (train and val): about 3 min on two cores, longer on a busy machine …"
+            f"training on the phantoms of {FOLDER.name}/ (train and val): about 3 min on two "
+            "cores, longer on a busy machine …"
         )
         volseg.train(
             FOLDER,
             recipe="smoke",
             out=out / "model",
             resume=True,
-            progress=lambda stage, share, detail: (
-                console.print(f"  {stage} {share:4.0%} {detail}", highlight=False)
+            progress=lambda stage, fraction, detail: (
+                console.print(f"  {stage} {fraction:4.0%} {detail}", highlight=False)
                 if stage == "Training"
                 else None
             ),
@@ -57,81 +60,55 @@ def main() -> int:
     console.print(f"lesions: {out / 'lesions.csv'}")
     for row in test:
         console.print(f"overlay: {out / 'figures' / (row['subject'] + '.png')}")
-    promise = f"every lesion of ≥ {SURELY_FOUND_RADIUS_MM:g} mm radius found, volume within {VOLUME_TOLERANCE_PERCENT:g} %, density within {DENSITY_TOLERANCE_HU:g} HU"
-    console.print(f"{promise}: {'holds' if misses == 0 else f'{misses} do not hold'}")
+    target = (
+        f"every lesion of ≥ {MIN_RADIUS_MM:g} mm radius found, volume within "
+        f"{VOLUME_TOLERANCE_PERCENT:g} %, density within {DENSITY_TOLERANCE_HU:g} HU"
+    )
+    console.print(f"{target}: {'met' if misses == 0 else f'missed by {misses}'}")
     return 0 if misses == 0 and report.exit_code == 0 else 1
 
 
 def _compare(
     cases: list[dict[str, str]], truth: list[dict[str, str]], lesions: list[dict[str, str]]
 ) -> tuple[Table, int]:
-    """The table, and how many of the lesions that must be found are missing or out of tolerance."""
-    table = Table(
-        "case",
-        "radius mm",
-        "true mm³",
-        "measured mm³",
-        "error %",
-        "true HU",
-        "measured HU",
-        "error HU",
-        "",
-    )
+    """Return the table and the number of large lesions that are missing or out of tolerance."""
+    headings = "case,radius mm,true mm³,measured mm³,error %,true HU,measured HU,error HU,"
+    table = Table(*headings.split(","))
     misses = 0
     for case in cases:
-        found = [row for row in lesions if row["case_id"] == case["subject"]]
+        unmatched = [row for row in lesions if row["case_id"] == case["subject"]]
         for lesion in (row for row in truth if row["subject"] == case["subject"]):
-            match = next((row for row in found if _distance_mm(row, lesion) < MATCH_MM), None)
-            promised = float(lesion["radius_mm"]) >= SURELY_FOUND_RADIUS_MM
+            match = next((row for row in unmatched if _distance_mm(row, lesion) < MATCH_MM), None)
+            is_large = float(lesion["radius_mm"]) >= MIN_RADIUS_MM
             cut = "cut by the border" if lesion["touches_border"] == "True" else ""
             start = [case["subject"], lesion["radius_mm"], f"{float(lesion['volume_mm3']):.0f}"]
             if match is None:
-                misses += promised
+                misses += is_large
                 table.add_row(*start, "not found", "", lesion["hu"], "", "", cut)
                 continue
-            found.remove(match)
-            error = 100 * (float(match["volume_mm3"]) / float(lesion["volume_mm3"]) - 1)
-            density_error = float(match["intensity_mean"]) - float(lesion["hu"])
-            within = (
-                abs(error) <= VOLUME_TOLERANCE_PERCENT
-                and abs(density_error) <= DENSITY_TOLERANCE_HU
-            )
-            misses += promised and not within
-            mark = "" if within or not promised else "out of tolerance"
-            measured = f"{float(match['intensity_mean']):.1f}"
+            unmatched.remove(match)
+            volume_mm3, density = float(match["volume_mm3"]), float(match["intensity_mean"])
+            error = 100 * (volume_mm3 / float(lesion["volume_mm3"]) - 1)
+            density_error = density - float(lesion["hu"])
+            is_accurate = abs(error) <= VOLUME_TOLERANCE_PERCENT
+            is_accurate &= abs(density_error) <= DENSITY_TOLERANCE_HU
+            misses += is_large and not is_accurate
+            mark = "" if is_accurate or not is_large else "out of tolerance"
             remark = ", ".join(filter(None, (cut, mark)))
-            table.add_row(
-                *start,
-                f"{float(match['volume_mm3']):.0f}",
-                f"{error:+.1f}",
-                lesion["hu"],
-                measured,
-                f"{density_error:+.1f}",
-                remark,
-            )
-        for row in found:
-            table.add_row(
-                case["subject"],
-                "none",
-                "0",
-                row["volume_mm3"],
-                "",
-                "",
-                row["intensity_mean"],
-                "",
-                "false alarm",
-            )
-        if not found and not any(row["subject"] == case["subject"] for row in truth):
-            table.add_row(
-                case["subject"], "none", "0", "0", "", "", "", "", "no lesion, none found"
-            )
+            values = [f"{volume_mm3:.0f}", f"{error:+.1f}", lesion["hu"], f"{density:.1f}"]
+            table.add_row(*start, *values, f"{density_error:+.1f}", remark)
+        for row in unmatched:
+            values = [row["volume_mm3"], "", "", row["intensity_mean"], ""]
+            table.add_row(case["subject"], "none", "0", *values, "false positive")
+        if not unmatched and not any(row["subject"] == case["subject"] for row in truth):
+            values = ["none", "0", "0", "", "", "", ""]
+            table.add_row(case["subject"], *values, "no lesion, none found")
     return table, misses
 
 
 def _distance_mm(row: dict[str, str], lesion: dict[str, str]) -> float:
-    return math.dist(
-        *([float(values[f"centroid_{axis}_mm"]) for axis in "ras"] for values in (row, lesion))
-    )
+    names = [f"centroid_{axis}_mm" for axis in "ras"]
+    return math.dist([float(row[name]) for name in names], [float(lesion[name]) for name in names])
 
 
 def _read(path: Path) -> list[dict[str, str]]:

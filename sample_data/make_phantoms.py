@@ -1,16 +1,17 @@
-"""Make the sample scans: small CT-like phantoms with lesions whose volume, place and density are known from geometry.
+"""Make the sample scans: CT phantoms with lesions of known volume, position and density.
 
     python sample_data/make_phantoms.py [--out FOLDER] [--seed N]
 
-The scene is drawn in world RAS mm and sampled at the voxel centres of each grid, so every grid sees an upright body.
-The truth comes from the analytic ball, or the ball less the cap cut off by the field of view. It never comes from
-counting voxels, and this file does not import volseg: what is tested must not make its own answer.
+The scene is drawn in world RAS mm and sampled at the voxel centres of each grid, so every grid sees
+an upright body. The truth comes from the analytic ball, or from the ball minus the cap cut off by
+the field of view, never from counting voxels. This file does not import volseg, so that volseg is
+not tested against itself.
 """
 
-import argparse
 import csv
 import gzip
 import io
+from argparse import ArgumentParser
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -20,8 +21,8 @@ import numpy as np
 
 DEFAULT_SEED = 20261121
 
-# The demo asks for lesion volumes within 5 % and densities within 2 HU of the truth. A placement (a noise field) is
-# redrawn until the *perfect* mask meets a fraction of that, so what remains of the tolerance is all network error.
+# The demo requires volumes within 5 % and densities within 2 HU of the truth. Placements and noise
+# are redrawn until the perfect mask meets these tighter limits; the network may use the remainder.
 MAX_VOXELISATION_ERROR = 0.01  # |voxel count * voxel volume / true visible volume - 1|
 MAX_NOISE_BIAS_HU = 1.0  # |mean of the noise over a lesion|
 
@@ -32,11 +33,11 @@ LESION_HU = (110, 190)  # at least four noise SDs above any host, far below bone
 LARGE_RADIUS_MM = (5.5, 12.0)
 SMALL_RADIUS_MM = (3.0, 4.5)
 CUT_RADIUS_MM = (7.0, 11.0)
-HOST_MARGIN_MM = 2.0  # host tissue all round a lesion
+HOST_MARGIN_MM = 2.0  # host tissue around a lesion
 LESION_GAP_MM = 4.0  # more than any voxel diagonal, so lesions stay separate components
 BORDER_GAP_MM = 4.0  # more than any spacing, so a whole lesion has no voxel in an outermost slice
 FIELD_OF_VIEW_MM = (102.0, 88.0, 70.0)  # along R, A, S
-OFF_CENTRE_MM = 25.0  # shift of a field of view which cuts the body's left or right flank
+OFF_CENTRE_MM = 25.0  # shift of a field of view that cuts the body's left or right flank
 MAX_DRAWS = 20_000
 
 WORLD_AXIS = {"R": (0, 1), "L": (0, -1), "A": (1, 1), "P": (1, -1), "S": (2, 1), "I": (2, -1)}
@@ -44,7 +45,7 @@ WORLD_AXIS = {"R": (0, 1), "L": (0, -1), "A": (1, 1), "P": (1, -1), "S": (2, 1),
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CaseSpec:
-    """What one phantom shall show; the rest is drawn from the case's own seed."""
+    """Specification of one phantom; everything else is drawn from the case's own seed."""
 
     number: int
     split: str
@@ -132,7 +133,10 @@ CASES = (
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Grid:
-    """`shape` (I, J, K) and `affine` (4, 4) voxel index → RAS mm. The field of view ends at the voxels' outer edges."""
+    """Voxel grid: `shape` (I, J, K) and `affine` (4, 4) voxel index → RAS mm.
+
+    The field of view ends at the voxels' outer edges.
+    """
 
     shape: tuple[int, int, int]
     affine: np.ndarray
@@ -146,32 +150,33 @@ class Grid:
         return float(abs(np.linalg.det(self.affine[:3, :3])))
 
     def to_world_mm(self, indices: np.ndarray) -> np.ndarray:
-        """(..., 3) voxel indices → (..., 3) RAS mm."""
+        """Map (..., 3) voxel indices to (..., 3) RAS mm."""
         return indices @ self.affine[:3, :3].T + self.affine[:3, 3]
 
     def to_index(self, points_mm: np.ndarray) -> np.ndarray:
-        """(..., 3) RAS mm → (..., 3) fractional voxel indices; inverse of `to_world_mm`."""
+        """Map (..., 3) RAS mm to (..., 3) fractional indices; the inverse of `to_world_mm`."""
         return (points_mm - self.affine[:3, 3]) @ np.linalg.inv(self.affine[:3, :3]).T
 
     def face_normals(self) -> np.ndarray:
-        """(6, 3) unit vectors out of the field of view: faces I low, I high, J low, J high, K low, K high."""
+        """Return (6, 3) outward unit normals: I low, I high, J low, J high, K low, K high."""
         inward = np.linalg.inv(self.affine[:3, :3])
         inward = inward / np.linalg.norm(inward, axis=1, keepdims=True)
         return np.stack([-inward, inward], axis=1).reshape(6, 3)
 
     def face_depths_mm(self, point_mm: np.ndarray) -> np.ndarray:
-        """(6,) distances of a point to the faces, in the order of `face_normals`; negative when it is outside."""
+        """Return (6,) distances of a point to the faces in mm, negative if it lies outside.
+
+        The order is that of `face_normals`.
+        """
         index_per_mm = np.linalg.norm(np.linalg.inv(self.affine[:3, :3]), axis=1)
         index = self.to_index(point_mm)
-        return (
-            np.stack([index + 0.5, np.array(self.shape) - 0.5 - index], axis=1)
-            / index_per_mm[:, None]
-        ).reshape(6)
+        depths = np.stack([index + 0.5, np.array(self.shape) - 0.5 - index], axis=1)
+        return (depths / index_per_mm[:, None]).reshape(6)
 
 
 @dataclass(frozen=True, slots=True)
 class Region:
-    """A superellipsoid of one density in world RAS mm; an infinite semi-axis makes it a cylinder."""
+    """Superellipsoid of one density in RAS mm; an infinite semi-axis makes it a cylinder."""
 
     hu: float
     centre_mm: tuple[float, float, float]
@@ -186,7 +191,7 @@ class Region:
 
 @dataclass(frozen=True, slots=True)
 class Ball:
-    """A lesion of one density in world RAS mm."""
+    """Lesion of one density in world RAS mm."""
 
     centre_mm: tuple[float, float, float]
     radius_mm: float
@@ -199,7 +204,10 @@ class Ball:
 
 @dataclass(frozen=True, slots=True)
 class LesionTruth:
-    """A row of truth.csv. Volume and centroid are of the part inside the field of view; lesion 1 is the largest."""
+    """Row of truth.csv; lesion 1 is the largest.
+
+    Volume and centroid are those of the part inside the field of view.
+    """
 
     subject: str
     lesion: int
@@ -214,7 +222,7 @@ class LesionTruth:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Phantom:
-    """One scan: `image` (I, J, K) int16 HU, `label` (I, J, K) uint8 with 1 in lesions, on `grid`."""
+    """Scan on `grid`: `image` (I, J, K) int16 HU and `label` (I, J, K) uint8, 1 in lesions."""
 
     image: np.ndarray
     label: np.ndarray
@@ -223,7 +231,7 @@ class Phantom:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Make the sample phantoms and their truth.")
+    parser = ArgumentParser(description="Make the sample phantoms and their truth.")
     parser.add_argument(
         "--out", type=Path, default=Path(__file__).parent, help="folder to write to"
     )
@@ -238,10 +246,10 @@ def main() -> None:
 
 
 def make_phantom(spec: CaseSpec, *, seed: int = DEFAULT_SEED) -> Phantom:
-    """The phantom of one case; depends on `spec` and `seed` only, not on the other cases.
+    """Make the phantom of one case, which depends only on `spec` and `seed`.
 
     Raises:
-        RuntimeError: no placement or noise field met the limits above within MAX_DRAWS draws.
+        RuntimeError: no placement or noise met the limits above within MAX_DRAWS draws.
     """
     seeds = np.random.SeedSequence(seed, spawn_key=(spec.number,)).spawn(4)
     scene_rng, grid_rng, lesion_rng, noise_rng = (np.random.default_rng(child) for child in seeds)
@@ -271,7 +279,7 @@ def make_phantom(spec: CaseSpec, *, seed: int = DEFAULT_SEED) -> Phantom:
 
 
 def hu_at(points_mm: np.ndarray, regions: Iterable[Region]) -> np.ndarray:
-    """(..., 3) RAS mm → (...) HU without lesions or noise; a later region covers an earlier one, air is all around."""
+    """Map (..., 3) RAS mm to (...) HU without lesions or noise; later regions cover earlier."""
     density = np.full(points_mm.shape[:-1], AIR_HU)
     for region in regions:
         density[region.contains(points_mm)] = region.hu
@@ -279,7 +287,7 @@ def hu_at(points_mm: np.ndarray, regions: Iterable[Region]) -> np.ndarray:
 
 
 def draw_anatomy(rng: np.random.Generator, body_centre_mm: np.ndarray) -> tuple[Region, ...]:
-    """An upper abdomen that runs through the whole field of view from bottom to top; +R is the patient's right."""
+    """Draw an upper abdomen that fills the field of view along S; +R is the patient's right."""
     scale = rng.uniform(0.95, 1.05)
     rim_mm = rng.uniform(4, 6)
     long = float("inf")
@@ -307,7 +315,7 @@ def draw_anatomy(rng: np.random.Generator, body_centre_mm: np.ndarray) -> tuple[
 
 
 def draw_grid(spec: CaseSpec, rng: np.random.Generator, body_centre_mm: np.ndarray) -> Grid:
-    """A grid about the body with the axis order, spacing and tilt of `spec`."""
+    """Draw a grid around the body with the axis order, spacing and tilt of `spec`."""
     axes, signs = zip(*(WORLD_AXIS[code] for code in spec.axis_codes), strict=True)
     directions = np.zeros((3, 3))
     directions[list(axes), range(3)] = signs
@@ -322,12 +330,12 @@ def draw_grid(spec: CaseSpec, rng: np.random.Generator, body_centre_mm: np.ndarr
     affine = np.eye(4)
     affine[:3, :3] = directions * spec.spacing_mm
     affine[:3, 3] = centre_mm - affine[:3, :3] @ ((np.array(shape) - 1) / 2)
-    # NIfTI holds the affine in single precision: round first, so that the truth belongs to the grid in the file.
+    # NIfTI stores the affine in single precision; round it here, so that the truth fits the file.
     return Grid(shape, affine.astype(np.float32).astype(np.float64))
 
 
 def rotation(axis: np.ndarray, angle: float) -> np.ndarray:
-    """(3, 3) rotation by `angle` radians about `axis`. Source: Rodrigues' formula."""
+    """Return the (3, 3) rotation by `angle` radians about `axis`. Source: Rodrigues' formula."""
     x, y, z = axis / np.linalg.norm(axis)
     cross = np.array([[0, -z, y], [z, 0, -x], [-y, x, 0]])
     return np.eye(3) + np.sin(angle) * cross + (1 - np.cos(angle)) * cross @ cross
@@ -336,11 +344,12 @@ def rotation(axis: np.ndarray, angle: float) -> np.ndarray:
 def draw_lesions(
     spec: CaseSpec, rng: np.random.Generator, grid: Grid, regions: tuple[Region, ...]
 ) -> tuple[Ball, ...]:
-    """The lesions of a case, the one with the largest visible volume first."""
-    wanted = [(CUT_RADIUS_MM, grid_face(code, spec.axis_codes)) for code in spec.cut_by]
-    wanted += [(LARGE_RADIUS_MM, None)] * spec.n_large + [(SMALL_RADIUS_MM, None)] * spec.n_small
+    """Draw the lesions of a case, in the order of visible volume, the largest first."""
+    radii_and_faces = [(CUT_RADIUS_MM, grid_face(code, spec.axis_codes)) for code in spec.cut_by]
+    radii_and_faces += [(LARGE_RADIUS_MM, None)] * spec.n_large
+    radii_and_faces += [(SMALL_RADIUS_MM, None)] * spec.n_small
     lesions: list[Ball] = []
-    for radius_range_mm, face in wanted:
+    for radius_range_mm, face in radii_and_faces:
         lesions.append(
             draw_lesion(rng, grid, regions, lesions, radius_range_mm=radius_range_mm, face=face)
         )
@@ -348,7 +357,7 @@ def draw_lesions(
 
 
 def grid_face(code: str, axis_codes: str) -> int:
-    """Which face of the grid looks towards `code` (R, L, A, P, S or I), in the order of `Grid.face_normals`.
+    """Return the index in `Grid.face_normals` of the face towards `code` (R, L, A, P, S or I).
 
     >>> grid_face("S", "LPS"), grid_face("R", "LPS")
     (5, 0)
@@ -367,7 +376,7 @@ def draw_lesion(
     radius_range_mm: tuple[float, float],
     face: int | None,
 ) -> Ball:
-    """A lesion in soft tissue, clear of the others; whole, or cut by just the given face of the field of view."""
+    """Draw a lesion in soft tissue away from the others: whole, or cut by `face` only."""
     for _ in range(MAX_DRAWS):
         radius_mm = round(rng.uniform(*radius_range_mm), 2)
         index = rng.uniform(-0.5, np.array(grid.shape) - 0.5)
@@ -390,7 +399,8 @@ def draw_lesion(
         ):
             return ball
     raise RuntimeError(
-        f"no room for a lesion of {radius_range_mm} mm in {MAX_DRAWS} draws; use fewer or smaller ones"
+        f"no room for a lesion of {radius_range_mm} mm in {MAX_DRAWS} draws: "
+        "use fewer or smaller lesions"
     )
 
 
@@ -406,7 +416,7 @@ def surface_gap_mm(a: Ball, b: Ball) -> float:
 
 
 def lies_in_host(ball: Ball, regions: Iterable[Region]) -> bool:
-    """Whether soft tissue fills the ball and a margin about it, at points about 1.5 mm apart."""
+    """Check whether soft tissue fills the ball and its margin, at points about 1.5 mm apart."""
     reach_mm = ball.radius_mm + HOST_MARGIN_MM
     steps_mm = np.linspace(-reach_mm, reach_mm, int(2 * reach_mm / 1.5) + 2)
     offsets_mm = np.stack(np.meshgrid(steps_mm, steps_mm, steps_mm), axis=-1).reshape(-1, 3)
@@ -416,7 +426,7 @@ def lies_in_host(ball: Ball, regions: Iterable[Region]) -> bool:
 
 
 def voxel_count(ball: Ball, grid: Grid) -> int:
-    """How many voxels of the grid have their centre in the ball."""
+    """Count the voxels of the grid whose centre lies in the ball."""
     centre = grid.to_index(np.array(ball.centre_mm))
     reach = ball.radius_mm * np.linalg.norm(np.linalg.inv(grid.affine[:3, :3]), axis=1) + 1
     start = np.clip(np.floor(centre - reach), 0, grid.shape).astype(int)
@@ -428,7 +438,7 @@ def voxel_count(ball: Ball, grid: Grid) -> int:
 def draw_noise(
     rng: np.random.Generator, shape: tuple[int, ...], insides: list[np.ndarray]
 ) -> np.ndarray:
-    """White Gaussian noise in HU, redrawn until no lesion's mean moves by more than MAX_NOISE_BIAS_HU."""
+    """Draw Gaussian noise in HU that moves no lesion's mean by more than MAX_NOISE_BIAS_HU."""
     for _ in range(MAX_DRAWS):
         noise = rng.normal(0, NOISE_SD_HU, shape)
         if all(abs(noise[inside].mean()) <= MAX_NOISE_BIAS_HU for inside in insides):
@@ -455,7 +465,7 @@ def lesion_truth(subject: str, number: int, ball: Ball, grid: Grid) -> LesionTru
 
 
 def visible_part(ball: Ball, grid: Grid) -> tuple[float, np.ndarray]:
-    """Volume in mm³ and centroid (3,) in RAS mm of the part of the ball inside the field of view.
+    """Return volume in mm³ and centroid (3,) in RAS mm of the ball inside the field of view.
 
     Raises:
         ValueError: more than one face cuts the ball, which the formula does not cover.
@@ -471,7 +481,7 @@ def visible_part(ball: Ball, grid: Grid) -> tuple[float, np.ndarray]:
 
 
 def cut_ball(radius_mm: float, depth_mm: float) -> tuple[float, float]:
-    """What remains of a ball of radius r about 0 below the plane x = `depth_mm` = h.
+    """Return the remainder of a ball of radius r around 0 below the plane x = `depth_mm` = h.
 
     Args:
         depth_mm: in (-r, r]; negative when the centre itself is cut off.
@@ -521,7 +531,10 @@ def write_csv(rows: Iterable[Mapping[str, object]], columns: list[str], path: Pa
 
 
 def nifti_gz_bytes(array: np.ndarray, affine: np.ndarray) -> bytes:
-    """A .nii.gz with `affine` as sform and qform (scanner, mm); neither clock nor file name in it, so bytes repeat."""
+    """Return a .nii.gz with `affine` as sform and qform (scanner, mm).
+
+    It holds neither time nor file name, so the same input gives the same bytes.
+    """
     image = nib.Nifti1Image(array, affine)
     image.set_sform(affine, code="scanner")
     image.set_qform(affine, code="scanner")
