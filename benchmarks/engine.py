@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from volseg.bundle import load_bundle
-from volseg.execute.cpu import give_back_large_blocks
+from volseg.execute.cpu import release_large_blocks
 from volseg.infer.backends import Backend
 from volseg.io.nifti import read_volume
 from volseg.segment import load_model, segment_case
@@ -56,7 +56,7 @@ def main() -> None:
         "--repeats", type=int, default=5, help="bare forward passes; their median is used"
     )
     arguments = parser.parse_args()
-    give_back_large_blocks()
+    release_large_blocks()
     print(
         "| outputs | tiles | tiles × bare forward, s | in the network, s | in process, s | ratio "
         "| `volseg infer`, s | ratio | beside the network ÷ network |"

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import html
 import json
 import os
 import re
@@ -21,6 +22,7 @@ import subprocess
 import sys
 import time
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,7 +35,10 @@ from safetensors.numpy import load_file
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT.parent / "shared" / "data"
 PHANTOMS = ROOT / "sample_data"
-NOT_REPEATED = ("seconds", "started", "volseg", "volseg_version", "libraries", "date")
+NOT_REPEATED = frozenset(
+    ("seconds", "started", "volseg", "volseg_version", "libraries", "date")
+    + ("training_seconds", "steps_per_second", "seconds_per_patch")
+)
 # Group → image, mask and options of `volseg measure`; {} in a path is a case.
 MEASURED = {
     "totalseg": (
@@ -85,7 +90,8 @@ def run(out: Path) -> None:
         codes = sorted(set(re.findall(r"\b[EW]_[A-Z_]+\b", done.stdout + done.stderr)))
         facts[name] = {"exit_code": done.returncode, "codes": codes, "files": facts_of(out / name)}
         print(f"{name}: exit {done.returncode}, {time.monotonic() - started:.0f} s", flush=True)
-    (out / "facts.json").write_text(json.dumps(facts, indent=1, sort_keys=True))
+    text = json.dumps(facts, indent=1, sort_keys=True)
+    (out / "facts.json").write_text(text.replace(str(out), "OUT").replace(str(ROOT), "ROOT"))
 
 
 def steps(out: Path) -> Iterator[tuple[str, Sequence[str | Path]]]:
@@ -197,7 +203,7 @@ def without_hash(text: str) -> str:
 
 
 def page_facts(path: Path) -> dict[str, Any]:
-    """Return the numbers on a page, sorted, and hashes of its embedded data."""
+    """Return how often each number is on a page, and hashes of its embedded data."""
     text = path.read_text(encoding="utf-8")
     data = sorted(
         hashlib.sha256(part.encode()).hexdigest() for part in re.findall(r"base64,[^\"')]+", text)
@@ -205,7 +211,8 @@ def page_facts(path: Path) -> dict[str, Any]:
     text = re.sub(r"<(script|style)\b.*?</\1>", " ", text, flags=re.DOTALL)
     text = re.sub(r"<[^>]*>", " ", without_hash(text))
     text = re.sub(r"\d{4}-\d{2}-\d{2} \d{2}:\d{2}\S*", " ", text)
-    return {"numbers": sorted(re.findall(r"[−-]?\d+(?:\.\d+)?", text)), "data": data}
+    numbers = Counter(re.findall(r"[−-]?\d+(?:\.\d+)?", html.unescape(text)))
+    return {"numbers": dict(numbers), "data": data}
 
 
 def picture_facts(path: Path) -> str:

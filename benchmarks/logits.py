@@ -24,9 +24,9 @@ from volseg.infer.backends import (
     Backend,
     OpenVINOBackend,
     TorchBackend,
+    batch_shape_of,
     convert,
     find_half_type,
-    usual_batch_shape,
 )
 from volseg.io.nifti import read_volume
 from volseg.preprocess.prepare import Preparation
@@ -39,7 +39,7 @@ def main() -> None:
     parser.add_argument("--tiles", type=int, default=2)
     arguments = parser.parse_args()
     bundle = load_bundle(arguments.model)
-    shape = usual_batch_shape(bundle)
+    shape = batch_shape_of(bundle)
     tiles = tiles_of(arguments.scan, bundle, shape[2:], arguments.tiles)
     network = bundle.segmentation_network()
     expected = [TorchBackend(network, torch.device("cpu")).logits(tile) for tile in tiles]

@@ -52,7 +52,7 @@ overlap = 0.25
 def make_model(folder: Path, n_classes: int, patch: int) -> None:
     from volseg.bundle import ModelBundle, save_bundle
     from volseg.infer.backends import export_bundle
-    from volseg.models import build_segmentation, weights_of
+    from volseg.models import build_segmentation, unique_tensors
     from volseg.plan import DatasetFingerprint, Plan
     from volseg.recipe import parse_recipe
 
@@ -60,7 +60,7 @@ def make_model(folder: Path, n_classes: int, patch: int) -> None:
     text = RECIPE.format(labels=labels, patch=patch, spacing="1.5, 1.5, 1.5")
     recipe = parse_recipe(tomllib.loads(text), where="memory")
     network = build_segmentation(recipe)
-    weights = weights_of(network)
+    weights = unique_tensors(network)
     head = next(name for name in reversed(weights) if weights[name].shape == (n_classes,))
     weights[head][0] += 100
     fingerprint = DatasetFingerprint(

@@ -141,7 +141,7 @@ def make_model(folder: Path, n_classes: int) -> None:
 
     from volseg.bundle import ModelBundle, save_bundle
     from volseg.infer.backends import export_bundle
-    from volseg.models import build_segmentation, weights_of
+    from volseg.models import build_segmentation, unique_tensors
     from volseg.plan import DatasetFingerprint, Plan
     from volseg.recipe import parse_recipe
 
@@ -149,7 +149,7 @@ def make_model(folder: Path, n_classes: int) -> None:
     labels = ", ".join(f"class_{n} = {n}" for n in range(1, n_classes))
     text = RECIPE.format(labels=labels, patch=96, spacing=", ".join(map(str, SPACING_MM)))
     recipe = parse_recipe(tomllib.loads(text), where="noise")
-    weights = weights_of(build_segmentation(recipe))
+    weights = unique_tensors(build_segmentation(recipe))
     fingerprint = DatasetFingerprint(
         n_cases=1, spacings_mm=(), shapes=(), label_voxels={}, foreground={}
     )

@@ -3,9 +3,9 @@
     python benchmarks/time_budget.py DATASET... --out FOLDER [--budgets 60s 3m 20m]
 
 Trains without a recipe. Prints the wall time of the whole command, its ratio to the budget, the
-number of networks, steps per network and mean validation Dice, or why the run was refused; and the longest time without
-output. Exit code 1 if a run takes longer than 1.1 × budget + 20 s, is refused after more than 30 s,
-or is silent for more than 30 s.
+number of networks, steps per network and mean validation Dice, or why the run was refused; and the
+longest time without output. Exit code 1 if a run takes longer than 1.1 × budget + 20 s, is refused
+after more than 30 s, or is silent for more than 30 s.
 """
 
 from __future__ import annotations

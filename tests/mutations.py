@@ -30,7 +30,7 @@ import volseg
 from volseg import cli
 from volseg.bundle import ModelBundle, save_bundle
 from volseg.io.nifti import write_volume
-from volseg.models import build_segmentation, weights_of
+from volseg.models import build_segmentation, unique_tensors
 from volseg.plan import DatasetFingerprint, IntensityStatistics, Plan
 from volseg.recipe import Window, parse_recipe
 from volseg.volume import Geometry, Volume
@@ -71,7 +71,7 @@ def untrained_model(folder: Path) -> Path:
     window = Window(method="window", low=-200, high=300, mean=40, sd=100)
     shape, windows = (16, 16, 16), {"ct": window}
     plan = Plan(spacing_mm=(2, 2, 2), patch_shape=shape, batch_size=2, windows=windows)
-    weights = {"segmentation": weights_of(build_segmentation(recipe))}
+    weights = {"segmentation": unique_tensors(build_segmentation(recipe))}
     metrics = {
         "training_cases": 4,
         "validation_cases": 1,

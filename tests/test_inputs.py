@@ -17,7 +17,7 @@ from volseg.inputs import (
     read_bytes,
     read_json,
     read_toml,
-    shortened,
+    shorten,
 )
 
 NESTED = (
@@ -152,5 +152,5 @@ def test_only_regular_files_are_opened_without_waiting(tmp_path, monkeypatch):
 
 
 def test_a_long_text_is_shortened_for_a_message():
-    assert shortened("spleen") == "spleen"
-    assert len(shortened("a" * 100_000)) == 60
+    assert shorten("spleen") == "spleen"
+    assert len(shorten("a" * 100_000)) == 60

@@ -9,7 +9,7 @@ from laws import oblique, orientations, real_data
 
 from volseg.bundle import load_bundle, model_card, shipped_bundle
 from volseg.io.nifti import read_volume
-from volseg.mismatch import checks_of, compare_scan
+from volseg.mismatch import compare_scan, list_checks
 from volseg.plan import DatasetFingerprint, IntensityStatistics
 from volseg.recipe import parse_recipe
 from volseg.volume import Geometry, Volume
@@ -127,7 +127,7 @@ def test_a_model_whose_training_scans_contradict_its_unit_accepts_them_without_n
 
 
 def test_the_card_says_which_checks_a_model_can_make(tiny_recipe):
-    full = checks_of(recipe(tiny_recipe), fingerprint())
+    full = list_checks(recipe(tiny_recipe), fingerprint())
     assert [check.partition(":")[0] for check in full] == [
         "modality",
         "spacing along R, A, S",
@@ -135,7 +135,7 @@ def test_the_card_says_which_checks_a_model_can_make(tiny_recipe):
         "slices along S",
     ]
     bare = fingerprint(p00_5=-5.0, spacings_mm=(), shapes=())
-    none = checks_of(recipe(tiny_recipe, "a.u.", "zscore"), bare)
+    none = list_checks(recipe(tiny_recipe, "a.u.", "zscore"), bare)
     assert [check.partition(", as")[0] for check in none] == [
         "modality: none",
         "spacing, field of view, slices: none",
@@ -143,7 +143,7 @@ def test_the_card_says_which_checks_a_model_can_make(tiny_recipe):
     scan = {"scan": ct((5.0, 5.0, 9.0))}  # which such a model cannot check
     assert compare_scan(scan, recipe(tiny_recipe, "a.u.", "zscore"), bare).remarks == ()
     bundle = load_bundle(shipped_bundle())
-    checks = checks_of(bundle.recipe, bundle.fingerprint)
+    checks = list_checks(bundle.recipe, bundle.fingerprint)
     assert all(check in model_card(bundle) for check in checks)
     assert (shipped_bundle() / "card.md").read_text(encoding="utf-8") == model_card(bundle)
 

@@ -174,10 +174,10 @@ def test_weights_that_are_not_finite_are_refused_in_models_and_checkpoints(bundl
     network = load_bundle(bundle).segmentation_network()
     weights = {name: tensor.detach().clone() for name, tensor in network.named_parameters()}
     next(iter(weights.values())).view(-1)[0] = float("inf")
-    from volseg.models import set_weights
+    from volseg.models import copy_weights
 
     with pytest.raises(Exception, match=r"1 of the .* are NaN or infinite"):
-        set_weights(network, weights)
+        copy_weights(network, weights)
     state = state_dict()
     state["decoder.seg_layers.1.bias"][1] = float("nan")
     folder = write_model(tmp_path, folds={"0": checkpoint(state)})

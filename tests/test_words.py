@@ -1,6 +1,6 @@
 import pytest
 
-from volseg.words import duration, spaced
+from volseg.words import duration, format_thousands
 
 
 @pytest.mark.parametrize(
@@ -19,4 +19,9 @@ def test_a_duration_has_two_digits_in_a_suitable_unit(seconds, text):
 
 
 def test_thousands_have_a_space_between_them():
-    assert [spaced(n) for n in (0, 999, 1000, 1_234_567)] == ["0", "999", "1 000", "1 234 567"]
+    assert [format_thousands(n) for n in (0, 999, 1000, 1_234_567)] == [
+        "0",
+        "999",
+        "1 000",
+        "1 234 567",
+    ]

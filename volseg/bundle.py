@@ -17,10 +17,10 @@ from torch import nn
 
 from volseg import __version__
 from volseg.errors import VolsegError
-from volseg.inputs import MAX_TEXT_BYTES, open_regular, parse_json, read_bytes, shortened
+from volseg.inputs import MAX_TEXT_BYTES, open_regular, parse_json, read_bytes, shorten
 from volseg.io.files import make_folder, sha256_of, write_bytes_atomic, write_json_atomic
-from volseg.mismatch import checks_of
-from volseg.models import build_classifier, build_segmentation, set_weights
+from volseg.mismatch import list_checks
+from volseg.models import build_classifier, build_segmentation, copy_weights
 from volseg.plan import DatasetFingerprint, Plan
 from volseg.recipe import (
     AUTO,
@@ -30,8 +30,8 @@ from volseg.recipe import (
     Text,
     Window,
     listed,
-    mistakes_of,
     parse_recipe,
+    validation_messages,
 )
 
 FORMAT_VERSION = 1
@@ -92,7 +92,7 @@ class ModelBundle:
 
     def member(self, name: str) -> nn.Module:
         """Return one 3D network of the ensemble with its trained weights."""
-        return set_weights(build_segmentation(self.recipe), self.weights[name])
+        return copy_weights(build_segmentation(self.recipe), self.weights[name])
 
     @property
     def coarse(self) -> ModelBundle | None:
@@ -107,7 +107,7 @@ class ModelBundle:
         classify = self.recipe.classify
         if classify is None or "classifier" not in self.weights:
             return None
-        return set_weights(build_classifier(classify), self.weights["classifier"])
+        return copy_weights(build_classifier(classify), self.weights["classifier"])
 
 
 def segmentation_name(index: int, first: str = FIRST) -> str:
@@ -189,7 +189,7 @@ def load_bundle(folder: Path) -> ModelBundle:
     except ValueError as error:
         reason = str(error)
         if isinstance(error, ValidationError):
-            reason = listed(mistakes_of(error, _Description))
+            reason = listed(validation_messages(error, _Description))
         raise VolsegError(
             f"{description_path}: damaged ({reason})", fix="copy the model again", code="E_CKPT"
         ) from error
@@ -213,7 +213,7 @@ class _Description(BaseModel):
     def _are_as_they_are_written(cls, metrics: dict[str, Any]) -> dict[str, Any]:
         wrong = [name for name, value in metrics.items() if not _is_metric(name, value)]
         if wrong:
-            raise ValueError(f"{shortened(wrong[0])} is {shortened(repr(metrics[wrong[0]]))}")
+            raise ValueError(f"{shorten(wrong[0])} is {shorten(repr(metrics[wrong[0]]))}")
         return metrics
 
     @model_validator(mode="after")
@@ -243,7 +243,7 @@ def _is_number(value: Any) -> bool:
 def _closed(recipe: Recipe, plan: Plan) -> Recipe:
     """Return the recipe if the plan of this model has a number for every "auto" in it."""
     unplanned = [name for name in recipe.data.channels if name not in plan.windows]
-    forms = {name: recipe.preprocess.normalise_of(name) for name in unplanned}
+    forms = {name: recipe.preprocess.normaliser_of(name) for name in unplanned}
     channels = [
         name
         for name, form in forms.items()
@@ -294,7 +294,7 @@ def model_card(bundle: ModelBundle) -> str:
         "",
         "Before a scan is segmented it is compared with the training scans:",
         "",
-        *(f"- {check}" for check in checks_of(recipe, bundle.fingerprint)),
+        *(f"- {check}" for check in list_checks(recipe, bundle.fingerprint)),
         "",
         "## Metrics",
         "",

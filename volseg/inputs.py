@@ -185,7 +185,7 @@ def _object_of(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     content = dict(pairs)
     if len(content) < len(pairs):
         repeated = next(name for name, n in Counter(name for name, _ in pairs).items() if n > 1)
-        raise ValueError(f"{shortened(repeated)!r} appears twice in one object")
+        raise ValueError(f"{shorten(repeated)!r} appears twice in one object")
     return content
 
 
@@ -237,7 +237,7 @@ def _check_values(content: Any, *, is_finite: bool) -> None:
         try:
             content.encode()
         except UnicodeEncodeError as error:
-            problem = f"the text {shortened(content)!a} contains half of a surrogate pair"
+            problem = f"the text {shorten(content)!a} contains half of a surrogate pair"
             raise ValueError(problem) from error
     elif isinstance(content, int) and not -MAX_INTEGER - 1 <= content <= MAX_INTEGER:
         raise ValueError(f"a whole number of {content.bit_length()} bits does not fit into 64 bits")
@@ -260,7 +260,7 @@ def label_value(text: str) -> int | None:
     return int(text)
 
 
-def shortened(text: str, length: int = 60) -> str:
+def shorten(text: str, length: int = 60) -> str:
     """Shorten a text for a message or a figure: a longer one ends with `…`.
 
     >>> shortened("a" * 100, 5)

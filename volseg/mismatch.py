@@ -60,7 +60,7 @@ def compare_scan(
     """
     first, unit, contradictions = recipe.data.channels[0], Unit(name=recipe.data.intensity_unit), []
     unjudged = recipe.data.channels
-    if says_its_unit(recipe, fingerprint):
+    if has_trusted_unit(recipe, fingerprint):
         unit = judge_unit(images[first], recipe.data.intensity_unit, by="the model")
         contradictions += [f"{first}: {unit.doubt}"] if unit.is_contradicted else []
         unjudged = unjudged[1:]
@@ -77,9 +77,9 @@ def compare_scan(
     return Resemblance(unit=unit, contradictions=tuple(contradictions), warnings=warnings)
 
 
-def checks_of(recipe: Recipe, fingerprint: DatasetFingerprint) -> list[str]:
+def list_checks(recipe: Recipe, fingerprint: DatasetFingerprint) -> list[str]:
     """List the checks that a model can make before it segments a scan, for its card."""
-    first, says_unit, checks = recipe.data.channels[0], says_its_unit(recipe, fingerprint), []
+    first, says_unit, checks = recipe.data.channels[0], has_trusted_unit(recipe, fingerprint), []
     if says_unit:
         unit = recipe.data.intensity_unit
         checks.append(f"modality: {first} must be in {unit}; scans that contradict it are refused")
@@ -119,7 +119,7 @@ def _foreign(scan: Volume, channel: str, recipe: Recipe, fingerprint: DatasetFin
     )
 
 
-def says_its_unit(recipe: Recipe, fingerprint: DatasetFingerprint) -> bool:
+def has_trusted_unit(recipe: Recipe, fingerprint: DatasetFingerprint) -> bool:
     """Check whether the model states a checkable unit that most training scans agree with."""
     is_checkable = recipe.data.intensity_unit in (HU, SUV)
     return is_checkable and 2 * len(fingerprint.doubted_units) < max(1, fingerprint.n_cases)
@@ -128,7 +128,7 @@ def says_its_unit(recipe: Recipe, fingerprint: DatasetFingerprint) -> bool:
 def _doubt_of_model(recipe: Recipe, fingerprint: DatasetFingerprint) -> str:
     """Explain why the model's unit must not be relied on; empty if it may be."""
     unit = recipe.data.intensity_unit
-    if unit in (HU, SUV) and not says_its_unit(recipe, fingerprint):
+    if unit in (HU, SUV) and not has_trusted_unit(recipe, fingerprint):
         scans = f"{len(fingerprint.doubted_units)} of its {fingerprint.n_cases} training scans"
         return f"the model states {unit}, but {scans} contradict it"
     return GUESSED if recipe.data.unit_guessed else ""
@@ -136,7 +136,7 @@ def _doubt_of_model(recipe: Recipe, fingerprint: DatasetFingerprint) -> str:
 
 def _is_absolute(recipe: Recipe, channel: str) -> bool:
     """Check whether normalisation is the same for every scan."""
-    return isinstance(recipe.preprocess.normalise_of(channel), Window | Scale)
+    return isinstance(recipe.preprocess.normaliser_of(channel), Window | Scale)
 
 
 def _never_was_ct(fingerprint: DatasetFingerprint, channel: str) -> bool:

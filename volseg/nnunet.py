@@ -38,9 +38,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from volseg.bundle import NNUNET_DICE, ModelBundle, segmentation_name
 from volseg.errors import VolsegError
-from volseg.inputs import open_regular, read_bytes, read_json, shortened
+from volseg.inputs import open_regular, read_bytes, read_json, shorten
 from volseg.io.files import sha256_of
-from volseg.models import build_segmentation, check_finite, weights_of
+from volseg.models import build_segmentation, check_finite, unique_tensors
 from volseg.plan import Count, DatasetFingerprint, IntensityStatistics, Plan
 from volseg.recipe import (
     Intensity,
@@ -49,8 +49,8 @@ from volseg.recipe import (
     Recipe,
     Window,
     listed,
-    mistakes_of,
     parse_recipe,
+    validation_messages,
 )
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -141,7 +141,7 @@ def read_nnunet(
         segmentation_name(index): _weights(member.weights, recipe, path)
         for index, (member, path) in enumerate(zip(members, paths.values(), strict=True))
     }
-    forms = {channel: recipe.preprocess.normalise_of(channel) for channel in recipe.data.channels}
+    forms = {channel: recipe.preprocess.normaliser_of(channel) for channel in recipe.data.channels}
     windows = {channel: form for channel, form in forms.items() if isinstance(form, Window)}
     hashes = {f"fold_{fold}/{checkpoint}": sha256_of(path) for fold, path in paths.items()}
     assert recipe.preprocess.spacing_mm != "auto"
@@ -289,7 +289,7 @@ def _checked(model: type[Model], content: Any, where: Path | str) -> Model:
         return model.model_validate(content)
     except ValidationError as error:
         raise VolsegError(
-            f"{where}: not a file of nnU-Net v2: {listed(mistakes_of(error, model))}",
+            f"{where}: not a file of nnU-Net v2: {listed(validation_messages(error, model))}",
             fix="give the files of nnU-Net v2; models of version 1 have to be trained again",
             code="E_NNUNET",
         ) from error
@@ -359,8 +359,8 @@ def _read_checkpoint(path: Path) -> _Checkpoint:
         tta_axes = content.get("inference_allowed_mirroring_axes")
         return _Checkpoint(
             weights={str(key): tensor.detach() for key, tensor in weights.items()},
-            trainer=shortened(str(content["trainer_name"]), 200),
-            configuration=shortened(str(arguments["configuration"]), 200),
+            trainer=shorten(str(content["trainer_name"]), 200),
+            configuration=shorten(str(arguments["configuration"]), 200),
             tta_axes=tuple(int(axis) for axis in tta_axes or ()),
         )
     except _DAMAGE as error:
@@ -578,8 +578,8 @@ def _recipe(
     is_ct = schemes[0] == "CTNormalization"
     content = {
         "name": re.sub(r"[^a-z0-9_]", "_", title.lower()).lstrip("_")[:200] or "nnunet",
-        "description": shortened(str(dataset.description or default), 5000),
-        "data_source": shortened(source, 5000),
+        "description": shorten(str(dataset.description or default), 5000),
+        "data_source": shorten(source, 5000),
         "data": {
             "channels": channels,
             "labels": labels,
@@ -803,7 +803,9 @@ def _weights(
     last = len(recipe.network.settings["features"]) - 2
     with torch.device("meta"):  # names and shapes alone
         network = build_segmentation(recipe)
-    theirs = {name: _their_name(name, recipe.network.name, last) for name in weights_of(network)}
+    theirs = {
+        name: _their_name(name, recipe.network.name, last) for name in unique_tensors(network)
+    }
     again = re.compile(r"\.all_modules\.|^decoder\.encoder\.")
     coarser_head = re.compile(rf"^decoder\.seg_layers\.(?!{last}\.)\d+\.")
     used = {key for key in tensors if not again.search(key) and not coarser_head.search(key)}
@@ -818,7 +820,7 @@ def _weights(
             fix=fix,
             code="E_CKPT",
         )
-    shapes = {name: tensor.shape for name, tensor in weights_of(network).items()}
+    shapes = {name: tensor.shape for name, tensor in unique_tensors(network).items()}
     misfits = [key for name, key in theirs.items() if tensors[key].shape != shapes[name]]
     if misfits:  # checked before copying: a tensor that repeats one number may claim any size
         raise VolsegError(

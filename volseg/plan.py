@@ -216,7 +216,7 @@ class Plan(_Json):
             "windows": {
                 name: self._window(name, form)
                 for name in recipe.data.channels
-                if isinstance(form := recipe.preprocess.normalise_of(name), Window)
+                if isinstance(form := recipe.preprocess.normaliser_of(name), Window)
             },
         }
         plan = self.model_copy(update=changes)
@@ -293,7 +293,7 @@ class Plan(_Json):
     ) -> tuple[Normaliser, ...]:
         """Return the normaliser of each channel."""
         forms = [
-            self.windows.get(channel, preprocess.normalise_of(channel)).model_dump()
+            self.windows.get(channel, preprocess.normaliser_of(channel)).model_dump()
             for channel in channels
         ]
         return tuple(NORMALISERS[form.pop("method")](**form) for form in forms)
@@ -409,7 +409,7 @@ def make_plan(
     windows = {
         name: _window(name, form, fingerprint)
         for name in recipe.data.channels
-        if isinstance(form := preprocess.normalise_of(name), Window)
+        if isinstance(form := preprocess.normaliser_of(name), Window)
     }
     median = _median_shape(fingerprint, spacing)
     lines = [Line(setting="spacing", value=f"{_times(spacing)} mm", reason=why_spacing)]
@@ -627,7 +627,7 @@ def _dimensions(median: tuple[float, float, float], patch_shape: tuple[int, int,
 
 
 def _normalisation(channel: str, recipe: Recipe, window: Window | None) -> Line:
-    setting, form = f"intensities of {channel}", recipe.preprocess.normalise_of(channel)
+    setting, form = f"intensities of {channel}", recipe.preprocess.normaliser_of(channel)
     if window is None:
         reason = "per scan, as the recipe states"
         return Line(setting=setting, value=form.method, reason=reason)

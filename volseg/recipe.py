@@ -22,7 +22,7 @@ from pydantic import (
 )
 
 from volseg.errors import VolsegError
-from volseg.inputs import MAX_NAME, NotAFileError, read_toml, shortened
+from volseg.inputs import MAX_NAME, NotAFileError, read_toml, shorten
 
 AUTO = "auto"
 Auto = Literal["auto"]
@@ -33,7 +33,7 @@ MOST_LABELS = 254  # 255 marks unannotated voxels
 MAX_PATCH_VOXELS = 2**28  # 645 along each axis
 MAX_PIXELS = 2**28  # in a batch of the classifier
 MAX_SETTING, MAX_SETTINGS = 4096, 1000  # largest number under [network], most values
-MOST_MISTAKES = 20  # listed in one message
+MAX_MISTAKES = 20  # listed in one message
 
 # The bounds lie far beyond sensible values, but within what arrays, float32 and a day of work can
 # hold: a recipe may come from a stranger.
@@ -61,7 +61,7 @@ MISSPELT = 0.75  # similarity to a long spelling from which a unit counts as mis
 LONG = 6  # letters; shorter texts, such as SUVR or mHU, may be units of their own
 
 
-def unit_named(text: str) -> str:
+def parse_unit(text: str) -> str:
     """Return HU, SUV or a.u. for any usual spelling of it, else the text itself.
 
     Raises:
@@ -75,11 +75,11 @@ def unit_named(text: str) -> str:
     near = difflib.get_close_matches(plain, long, n=1, cutoff=MISSPELT)
     if near and plain not in UNITS:
         unit = UNITS[near[0]]
-        raise ValueError(f"{shortened(text)!r} is almost the unit {unit}: write {unit}")
+        raise ValueError(f"{shorten(text)!r} is almost the unit {unit}: write {unit}")
     return UNITS.get(plain, text.strip())
 
 
-IntensityUnit = Annotated[Name, AfterValidator(unit_named)]
+IntensityUnit = Annotated[Name, AfterValidator(parse_unit)]
 Text = Annotated[str, Field(max_length=20_000)]
 
 
@@ -235,7 +235,7 @@ class Preprocess(Section):
             raise ValueError('region = "nonzero" needs crop = "nonzero"')
         return self
 
-    def normalise_of(self, channel: str) -> Window | ZScore | Percentile | Scale:
+    def normaliser_of(self, channel: str) -> Window | ZScore | Percentile | Scale:
         """Return the normalisation of this channel."""
         return self.normalise_channels.get(channel, self.normalise)
 
@@ -575,7 +575,7 @@ def _oversized(settings: dict[str, Any], largest: float) -> Iterator[str]:
         if isinstance(value, dict | list | tuple):
             values.extend(value.values() if isinstance(value, dict) else value)
         elif isinstance(value, int | float) and not abs(value) <= largest:
-            yield f"holds {shortened(str(value))}; the largest number is {largest:g}"
+            yield f"holds {shorten(str(value))}; the largest number is {largest:g}"
     if values:
         yield f"holds more than {MAX_SETTINGS} values"
 
@@ -614,7 +614,7 @@ def parse_recipe(content: dict[str, Any], *, where: str) -> Recipe:
     try:
         return Recipe.model_validate(content)
     except ValidationError as error:
-        mistakes = mistakes_of(error)
+        mistakes = validation_messages(error)
         raise VolsegError(
             f"{where}: {len(mistakes)} mistake{'s' * (len(mistakes) > 1)}: {listed(mistakes)}",
             fix="correct the recipe; pipelines/README.md explains each key",
@@ -622,16 +622,16 @@ def parse_recipe(content: dict[str, Any], *, where: str) -> Recipe:
         ) from error
 
 
-def mistakes_of(error: ValidationError, model: type[BaseModel] = Recipe) -> list[str]:
+def validation_messages(error: ValidationError, model: type[BaseModel] = Recipe) -> list[str]:
     """Return a sentence for each mistake that a model, such as `Recipe`, found in its input."""
     mistakes = error.errors(include_input=False, include_url=False)
     return [text for mistake in mistakes for text in _sentences(mistake, model)]
 
 
 def listed(mistakes: list[str]) -> str:
-    """Join mistakes to one line, with the first `MOST_MISTAKES` in full."""
-    more = len(mistakes) - MOST_MISTAKES
-    shown = "; ".join(shortened(text, 1000) for text in mistakes[:MOST_MISTAKES])
+    """Join mistakes to one line, with the first `MAX_MISTAKES` in full."""
+    more = len(mistakes) - MAX_MISTAKES
+    shown = "; ".join(shorten(text, 1000) for text in mistakes[:MAX_MISTAKES])
     return shown + (f"; and {more} more" if more > 0 else "")
 
 
@@ -660,7 +660,7 @@ def _find(recipe: str | Path) -> Path:
 
 
 def _sentences(mistake: Any, model: type[BaseModel]) -> list[str]:
-    path = ".".join(shortened(str(part)) for part in mistake["loc"])
+    path = ".".join(shorten(str(part)) for part in mistake["loc"])
     if mistake["type"] == "extra_forbidden":
         keys = ", ".join(_known_keys(mistake["loc"], model))
         return [f"{path}: unknown key; known keys are {keys}"]

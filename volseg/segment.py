@@ -38,9 +38,9 @@ from volseg.infer.tiles import thinnest_axis, widest
 from volseg.measure.rows import LesionMeasurement
 from volseg.measure.specks import MeasuredLesions, Specks, measure_largest
 from volseg.mismatch import Resemblance, compare_scan
-from volseg.postprocess.lesions import CONNECTIVITY, MANY, label_lesions, without_organ
+from volseg.postprocess.lesions import CONNECTIVITY, MANY, label_lesions, remove_organ
 from volseg.postprocess.steps import make_steps
-from volseg.preprocess.align import completed, on_one_grid
+from volseg.preprocess.align import completed, to_first_grid
 from volseg.preprocess.crop import scaled_box
 from volseg.preprocess.prepare import Preparation
 from volseg.preprocess.restore import MaskRestorer
@@ -141,7 +141,7 @@ def segment_case(
     channels = recipe.data.channels
     scans = {name: images[name] for name in _present(images, recipe.data, case_id)}
     if recipe.data.grids == "first":
-        scans = on_one_grid(scans, align=recipe.data.align == "rigid")
+        scans = to_first_grid(scans, align=recipe.data.align == "rigid")
     scan = scans[channels[0]]
     resemblance = compare_scan(scans, recipe, model.bundle.fingerprint)
     if resemblance.contradictions and not accept_mismatch:
@@ -161,7 +161,7 @@ def segment_case(
     organ, organ_voxels, lesion_mask = recipe.measure.organ, None, mask
     if organ is not None:
         value = recipe.data.labels[organ]
-        lesion_mask, organ_voxels = without_organ(mask, value)
+        lesion_mask, organ_voxels = remove_organ(mask, value)
         confidence[mask == value] = 0  # confidence in the organ says nothing about a lesion
     lesions = label_lesions(lesion_mask, scan.geometry)
     classes = None
@@ -249,13 +249,13 @@ def _network_pass(model: Model, needed: int) -> NetworkPass:
         backend=model.segmentation.identity["backend"],
         n_channels=recipe.data.n_outputs if head is None else 1 + head.n_features,
         network_bytes=needed,
-        head_is_off=head is not None,
+        head_is_deferred=head is not None,
         on_gpu=model.device != "cpu",
         half=model.segmentation.identity["precision"] in ("fp16", "bf16"),
     )
 
 
-def work_ahead(model: Model, shapes: Sequence[tuple[int, int, int]]) -> Work:
+def estimate_work(model: Model, shapes: Sequence[tuple[int, int, int]]) -> Work:
     """Estimate the work for prepared grids of these shapes, by timing a blank batch."""
     recipe, plan = model.bundle.recipe, model.bundle.plan
     tiling = tiling_of(model.bundle)

@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from typing import Any, NoReturn, TextIO, cast
 
 from volseg.errors import EnvironmentProblem, VolsegError
-from volseg.inputs import shortened
+from volseg.inputs import shorten
 
 PLAIN = "volseg.plain"  # name of the error handler
 # Replacements for characters that an encoding lacks; others become an escape such as `\u2603`.
@@ -96,7 +96,7 @@ def problem_of(error: OSError | MemoryError) -> VolsegError:
         fix = "use smaller inputs or a machine with more memory"
         return EnvironmentProblem("this machine has too little memory", fix=fix, code="E_RAM")
     path = error.filename
-    prefix = f"{shortened(os.fsdecode(path), 200)}: " if isinstance(path, str | bytes) else ""
+    prefix = f"{shorten(os.fsdecode(path), 200)}: " if isinstance(path, str | bytes) else ""
     if error.errno == errno.ENAMETOOLONG:
         problem = f"{prefix}the path is too long for this system"
         return VolsegError(problem, fix="give a shorter path", code="E_PATH")

@@ -106,7 +106,7 @@ class Geometry:
             return ""
         return f"a corner is off by {voxels:.3g} voxels ({mm:.3g} mm)"
 
-    def share_of(self, other: Geometry) -> float:
+    def fraction_inside(self, other: Geometry) -> float:
         """Estimate the fraction of the other grid inside this one (0 to 1), to about 2 %."""
         steps = np.meshgrid(*[(np.arange(20) + 0.5) / 20] * 3, indexing="ij")
         fractions = np.stack(steps, axis=-1).reshape(-1, 3)

@@ -6,7 +6,7 @@ UNITS = ((86_400.0, "days"), (3600.0, "h"), (60.0, "min"), (1.0, "s"))
 MIN_VALUE = 1.5  # below it, the next smaller unit is used
 
 
-def spaced(number: int) -> str:
+def format_thousands(number: int) -> str:
     """Format a number with a space between thousands.
 
     >>> spaced(328_562)

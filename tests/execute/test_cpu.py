@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from volseg.execute.cpu import give_back_mapped, physical_cores, untouched_zeros
+from volseg.execute.cpu import drop_mapped_pages, lazy_zeros, physical_cores
 
 GROUP, CFS = "sys__fs__cgroup__", "cpu__cpu.cfs_"
 
@@ -64,7 +64,7 @@ def test_pages_of_a_mapped_file_are_dropped_and_reloaded(tmp_path):
     before = _resident("RssFile")
     total = int(mapped.sum(dtype=np.int64))
     assert _resident("RssFile") - before > 30 << 10
-    give_back_mapped(path)
+    drop_mapped_pages(path)
     assert _resident("RssFile") - before < 2 << 10
     assert int(mapped.sum(dtype=np.int64)) == total
 
@@ -117,13 +117,13 @@ print(*(after - before >> 20 for before, after in zip(held, held[1:])))
 
 
 def test_untouched_zeros_are_a_normal_array():
-    zeros = untouched_zeros((3, 4, 5), np.uint16)
+    zeros = lazy_zeros((3, 4, 5), np.uint16)
     assert (zeros.shape, zeros.dtype) == ((3, 4, 5), np.uint16)
     assert zeros.flags.f_contiguous and zeros.flags.writeable
     assert not zeros.any()
-    assert untouched_zeros((0, 4, 5), np.uint8).shape == (0, 4, 5)
+    assert lazy_zeros((0, 4, 5), np.uint8).shape == (0, 4, 5)
     with pytest.raises(MemoryError, match="no room"):
-        untouched_zeros((1 << 20, 1 << 20, 1 << 20), np.uint8)
+        lazy_zeros((1 << 20, 1 << 20, 1 << 20), np.uint8)
 
 
 def _resident(kind: str) -> int:

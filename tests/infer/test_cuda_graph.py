@@ -9,7 +9,7 @@ import torch
 
 from volseg.infer import cuda_graph
 from volseg.infer.backends import TorchBackend
-from volseg.infer.cuda_graph import AGAIN_AFTER, TRIAL_AFTER, Recorded
+from volseg.infer.cuda_graph import AGAIN_AFTER, TRIAL_AFTER, RecordedPass
 from volseg.models import build_network
 
 SHAPE = (2, 1, 16, 16, 16)
@@ -41,7 +41,7 @@ class Recorder:
             return forward(images)
 
         self.run = run
-        self.recorded = Recorded(
+        self.recorded = RecordedPass(
             record=self.record, synchronize=lambda: None, empty_cache=self.empty
         )
         self.forward = forward
@@ -111,7 +111,7 @@ def test_a_pass_that_cannot_be_recorded_runs_plainly():
         calls.append(1)
         return images + 1
 
-    recorded = Recorded(record=fail, synchronize=lambda: None, empty_cache=lambda: None)
+    recorded = RecordedPass(record=fail, synchronize=lambda: None, empty_cache=lambda: None)
     for index in range(2 * TRIAL_AFTER):
         torch.testing.assert_close(recorded.run(forward, batch(index)), batch(index) + 1)
     assert len(calls) == 2 * TRIAL_AFTER + 3  # three calls time the plain pass

@@ -6,7 +6,7 @@ import torch
 from laws import oblique
 
 from volseg.infer.backends import OpenVINOBackend, TorchBackend, convert, find_half_type
-from volseg.infer.head import BACKGROUND, Head, cut_head, take_head
+from volseg.infer.head import BACKGROUND, Head, cut_openvino_head, cut_torch_head
 from volseg.infer.stream import ArrayPlanes, Tiling, predict_slabs
 from volseg.models import build_network
 from volseg.preprocess.crop import AxisOrder
@@ -64,11 +64,11 @@ def test_a_deferred_head_gives_the_same_mask(kind, regions, empty_level, tta_axe
     shape = (1, 1, *PATCH)
     if kind == "torch":
         whole, cut = TorchBackend(network(), CPU), network()
-        head = take_head(cut, lambda: torch.randn(shape))
+        head = cut_torch_head(cut, lambda: torch.randn(shape))
         deferred = TorchBackend(cut, CPU, head=head)
     else:
         whole, cut = OpenVINOBackend(convert(network(), shape), shape), convert(network(), shape)
-        head = cut_head(cut)
+        head = cut_openvino_head(cut)
         deferred = OpenVINOBackend(cut, shape, head=head)
     assert head is not None
     assert deferred.logits(np.zeros(shape, np.float32)).shape[1] == FEATURES
@@ -85,7 +85,7 @@ def test_a_deferred_head_gives_the_same_mask(kind, regions, empty_level, tta_axe
 def test_in_half_precision_features_take_two_bytes_and_the_mask_hardly_changes():
     shape = (1, 1, *PATCH)
     cut = convert(network(), shape)
-    head = cut_head(cut)
+    head = cut_openvino_head(cut)
     deferred = OpenVINOBackend(cut, shape, precision="fp16", head=head)
     assert deferred.logits(np.zeros(shape, np.float32)).dtype == np.float16
     whole = OpenVINOBackend(convert(network(), shape), shape, precision="fp16")
@@ -110,7 +110,7 @@ def test_a_head_of_few_classes_is_not_cut_off():
     few = network(n_classes=3)
     example = torch.randn(1, 1, *PATCH)
     before = few(example)
-    assert take_head(few, lambda: example) is None
+    assert cut_torch_head(few, lambda: example) is None
     torch.testing.assert_close(few(example), before)
 
 
@@ -128,11 +128,11 @@ class Softened(torch.nn.Module):
 def test_a_convolution_that_is_not_the_last_layer_is_not_cut_off():
     soft, example = Softened(), torch.randn(1, 1, *PATCH)
     before = soft(example)
-    assert take_head(soft, lambda: example) is None
+    assert cut_torch_head(soft, lambda: example) is None
     torch.testing.assert_close(soft(example), before)
     if find_spec("openvino"):
         model = convert(soft, example.shape)
-        assert cut_head(model) is None
+        assert cut_openvino_head(model) is None
         assert model.output(0).get_partial_shape()[1].get_length() == N_CLASSES
 
 
@@ -143,7 +143,7 @@ def test_the_head_of_a_monai_network_can_be_deferred_too():
     example = torch.randn(1, 1, *PATCH)
     with torch.inference_mode():
         expected = unet(example)[0]
-    head = take_head(unet, lambda: example)
+    head = cut_torch_head(unet, lambda: example)
     assert head is not None
     with torch.inference_mode():
         torch.testing.assert_close(head(unet(example)[0]), expected, atol=1e-4, rtol=1e-4)

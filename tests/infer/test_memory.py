@@ -158,7 +158,7 @@ def test_on_a_gpu_network_and_logits_are_in_its_own_memory(bundle):
 
 
 def test_half_precision_on_a_cpu_holds_features_and_their_sums_in_two_bytes(bundle):
-    header = {"on_gpu": False, "head_is_off": True}
+    header = {"on_gpu": False, "head_is_deferred": True}
     full, half = (plan_for(bundle, (256, 256, 400), half=half, **header) for half in (False, True))
     assert (full.half_logits, half.half_logits) == (False, True)
     assert half.footprint.stream < full.footprint.stream

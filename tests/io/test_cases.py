@@ -352,13 +352,13 @@ def test_with_may_miss_a_case_may_lack_any_channel_but_the_first(tmp_path):
     table = tmp_path / "cases.csv"
     table.write_text("subject,image_t1,image_flair\na,a_t1.nii.gz,a_flair.nii.gz\nb,b_t1.nii.gz,\n")
     assert "the cell of 'image_flair' is empty" in problem_of(find_cases, table, ["t1", "flair"])
-    both, single = find_cases(table, ["t1", "flair"], may_miss=True)
+    both, single = find_cases(table, ["t1", "flair"], allow_missing=True)
     assert (list(both.images), list(single.images)) == (["t1", "flair"], ["t1"])
     table.write_text("subject,image_t1,image_flair\nc,,c_flair.nii.gz\n")
     with pytest.raises(VolsegError, match="the cell of 'image_t1' is empty"):
-        find_cases(table, ["t1", "flair"], may_miss=True)
+        find_cases(table, ["t1", "flair"], allow_missing=True)
     table.write_text("subject,image_t1\na,a_t1.nii.gz\n")
-    (single,) = find_cases(table, ["t1", "flair"], may_miss=True)
+    (single,) = find_cases(table, ["t1", "flair"], allow_missing=True)
     assert list(single.images) == ["t1"]
 
 

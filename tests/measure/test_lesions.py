@@ -207,8 +207,8 @@ def test_the_row_of_the_scan_follows_from_its_lesions():
     assert (empty["n_lesions"], empty["total_volume_ml"], empty["sum_long_axis_mm"]) == (0, 0, 0)
     assert empty["largest_volume_ml"] is empty["burden"] is empty["organ_volume_ml"] is None
     # Otherwise the whole organ would be lesion.
-    without_organ = summarise(rows, Measure(), unit="HU", organ_voxels_ml=0.0)
-    assert without_organ["burden"] is without_organ["organ_volume_ml"] is None
+    remove_organ = summarise(rows, Measure(), unit="HU", organ_voxels_ml=0.0)
+    assert remove_organ["burden"] is remove_organ["organ_volume_ml"] is None
 
 
 def test_a_calcium_score_of_a_scan_is_0_or_unknown_and_never_the_one_for_the_other():

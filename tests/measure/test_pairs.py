@@ -8,7 +8,7 @@ from laws import GRIDS, ball, centre_mm, grid_around, oblique, orientations, ras
 
 from volseg.measure.changes import lesion_changes
 from volseg.measure.lesions import measure_lesions
-from volseg.measure.pairs import MeasuredScan, lone_scan, pair_scans
+from volseg.measure.pairs import MeasuredScan, pair_scans, unpaired_scan
 from volseg.measure.response import judge_response
 from volseg.measure.sections import tilt_deg
 from volseg.postprocess.lesions import label_lesions
@@ -221,7 +221,7 @@ def test_a_scan_without_a_partner_and_one_of_several_have_crumbs_too():
     cut = without_plane(whole, 0)
     before, after = measured(whole, GRID, "chest"), measured(cut, GRID, "chest")
     chest = pair_scans(before, after, moved=np.eye(4))
-    alone = lone_scan(measured(cut, GRID, "abdomen"), None)
+    alone = unpaired_scan(measured(cut, GRID, "abdomen"), None)
     row = judge_response([chest, alone], patient="p")
     assert (row.targets, row.response) == ("chest:1;abdomen:1", "NE")
     assert (row.n_crumbs, row.n_outside) == (2, 1)
@@ -234,7 +234,7 @@ def test_a_scan_without_a_partner_and_one_of_several_have_crumbs_too():
         ("crumb", "abdomen", 2),
     ]
     # In a region scanned at follow-up only, the crumb is not a second new lesion.
-    row = judge_response([lone_scan(None, measured(cut, GRID, "legs"))], patient="p")
+    row = judge_response([unpaired_scan(None, measured(cut, GRID, "legs"))], patient="p")
     assert row.response_rule.startswith("PD: new lesion 1 (")
 
 

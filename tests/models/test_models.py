@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from volseg.errors import VolsegError
-from volseg.models import build_network, set_weights, weights_of
+from volseg.models import build_network, copy_weights, unique_tensors
 
 
 def small_unet(**changes):
@@ -16,20 +16,20 @@ def test_logits_lie_on_the_grid_of_the_patch():
 
 def test_each_tensor_is_named_once_and_weights_travel_between_networks():
     first, second = small_unet(), small_unet()
-    weights = {name: tensor.clone() for name, tensor in weights_of(first).items()}
-    assert len(weights) == len({tensor.data_ptr() for tensor in weights_of(first).values()})
+    weights = {name: tensor.clone() for name, tensor in unique_tensors(first).items()}
+    assert len(weights) == len({tensor.data_ptr() for tensor in unique_tensors(first).values()})
     assert sum(tensor.numel() for tensor in weights.values()) == sum(
         p.numel() for p in first.parameters()
     )
     patch = torch.randn(1, 2, 8, 8, 4)
     assert not torch.equal(first(patch), second(patch))
-    set_weights(second, weights)
+    copy_weights(second, weights)
     assert torch.equal(first(patch), second(patch))
 
 
 def test_weights_of_another_shape_are_refused_with_their_names():
     with pytest.raises(VolsegError, match="do not fit") as caught:
-        set_weights(small_unet(), weights_of(small_unet(features=(4, 16, 8))))
+        copy_weights(small_unet(), unique_tensors(small_unet(features=(4, 16, 8))))
     assert caught.value.code == "E_CKPT"
 
 

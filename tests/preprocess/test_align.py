@@ -5,7 +5,7 @@ import pytest
 from laws import GRIDS, oblique
 
 from volseg.errors import ScanError
-from volseg.preprocess.align import on_one_grid, resampled_onto, rigid_transform
+from volseg.preprocess.align import resample_to_grid, rigid_transform, to_first_grid
 from volseg.volume import Geometry, Volume
 
 
@@ -36,7 +36,7 @@ def centred(shape, spacing, is_oblique=True):
 def test_a_linear_function_of_the_world_is_the_same_on_another_grid():
     source = centred((40, 44, 36), (1.5, 1.2, 2.0))
     grid = centred((20, 22, 18), (1.1, 1.7, 1.3), is_oblique=False)
-    resampled = resampled_onto(Volume(linear(world(source)).astype(np.float32), source), grid)
+    resampled = resample_to_grid(Volume(linear(world(source)).astype(np.float32), source), grid)
     np.testing.assert_allclose(resampled.array, linear(world(grid)), atol=2e-3)
     assert resampled.geometry is grid
 
@@ -45,7 +45,7 @@ def test_scaled_integers_are_resampled_as_intensities():
     source = centred((30, 30, 30), (2.0, 2.0, 2.0))
     stored = np.round(linear(world(source)) * 4).astype(np.int16)
     grid = centred((10, 10, 10), (1.0, 1.0, 1.0))
-    resampled = resampled_onto(Volume(stored, source, slope=0.25, intercept=-7.0), grid)
+    resampled = resample_to_grid(Volume(stored, source, slope=0.25, intercept=-7.0), grid)
     np.testing.assert_allclose(resampled.array, linear(world(grid)) - 7.0, atol=0.13)
 
 
@@ -56,7 +56,7 @@ def test_a_channel_on_the_same_grid_is_unchanged(affine):
         name: Volume(np.full((6, 7, 8), value, np.int16), geometry)
         for name, value in (("t1", 1), ("pet", 2))
     }
-    resampled = on_one_grid(images)
+    resampled = to_first_grid(images)
     assert resampled["t1"] is images["t1"]
     assert resampled["pet"] is images["pet"]
 
@@ -66,7 +66,7 @@ def test_outside_its_field_of_view_a_channel_has_its_smallest_intensity():
     small = centred((20, 20, 12), (2.0, 2.0, 2.0), is_oblique=False)
     ramp = np.linspace(5, 9, 20 * 20 * 12, dtype=np.float32).reshape(small.shape)
     images = {"ct": Volume(np.zeros(grid.shape, np.float32), grid), "pet": Volume(ramp, small)}
-    resampled = on_one_grid(images)["pet"].array
+    resampled = to_first_grid(images)["pet"].array
     assert (resampled[:, :, :3] == 5).all()
     assert resampled[:, :, 6:14].max() > 8
 
@@ -77,7 +77,7 @@ def test_a_field_of_view_ends_at_the_faces_of_the_outermost_voxels():
     scan = np.full(coarse.shape, 7.0, np.float32)
     scan[3, 3, 2] = 1.0  # the smallest intensity
     grid = centred((26, 30, 22), (1.0, 1.0, 1.0))  # one voxel more on each side
-    resampled = resampled_onto(Volume(scan, coarse), grid).array
+    resampled = resample_to_grid(Volume(scan, coarse), grid).array
     edge = np.ones(resampled.shape, bool)
     edge[1:-1, 1:-1, 1:-1] = False
     assert (resampled[edge] == 1).all()
@@ -92,7 +92,7 @@ def test_scans_without_overlap_are_refused():
     array = np.zeros(grid.shape, np.float32)
     images = {"t1": Volume(array, grid), "pet": Volume(array, Geometry(grid.shape, affine))}
     with pytest.raises(ScanError, match="'pet' covers 0% of the grid of 't1'"):
-        on_one_grid(images)
+        to_first_grid(images)
 
 
 @pytest.mark.skipif(not find_spec("SimpleITK"), reason="SimpleITK is not installed")
@@ -112,6 +112,6 @@ def test_alignment_recovers_the_motion_of_a_patient():
     corners = np.array([[r, a, s, 1.0] for r in (-20, 20) for a in (-20, 20) for s in (-20, 20)])
     error = np.linalg.norm((corners @ transform.T - corners @ motion.T)[:, :3], axis=1)
     assert error.max() < 0.5
-    aligned = on_one_grid({"t1": first, "pet": second}, align=True)["pet"].array
+    aligned = to_first_grid({"t1": first, "pet": second}, align=True)["pet"].array
     inside = np.linalg.norm(world(fixed), axis=-1) < 20
     assert np.corrcoef(aligned[inside], first.array[inside])[0, 1] < -0.99

@@ -6,7 +6,7 @@ from laws import ras
 from two_times import CENTRE, draw, grid, movement
 
 from volseg.errors import ScanError
-from volseg.preprocess.register import Registration, register, transformed
+from volseg.preprocess.register import Registration, register, transform_points
 from volseg.volume import Geometry, Volume
 
 pytestmark = pytest.mark.skipif(not find_spec("SimpleITK"), reason="SimpleITK is not installed")
@@ -26,7 +26,7 @@ def test_rotation_and_translation_are_recovered_to_a_millimetre(frame_mm):
     affine[:3, 3] += frame_mm
     moved[:3, 3] += frame_mm
     result = register(before, Volume(after.array, Geometry(after.geometry.shape, affine)))
-    difference = transformed(result.moved, POINTS_MM) - transformed(moved, POINTS_MM)
+    difference = transform_points(result.moved, POINTS_MM) - transform_points(moved, POINTS_MM)
     assert np.linalg.norm(difference, axis=1).max() < 1.0
     assert result.turned_deg == pytest.approx(7, abs=0.7)
     assert result.is_better

@@ -31,10 +31,10 @@ def failed(name):
 
 def commit(results, name, files=(), **more):
     """Record a case as done, with files."""
-    with results.staged() as files_of_case:
+    with results.staged() as case_files:
         for file in files:
-            files_of_case.write(file, b"mask")
-        results.commit(done(name), files_of_case, **more)
+            case_files.write(file, b"mask")
+        results.commit(done(name), case_files, **more)
 
 
 def test_a_case_is_complete_only_with_its_key_and_its_untouched_files(tmp_path):

@@ -670,10 +670,10 @@ def test_a_scan_or_record_replaced_while_it_is_compared_fails_its_patient(
     shutil.copytree(Path(read_record(baseline, "stays").scan).parent, scans)
     other = next(path for path in scans.iterdir() if path.name.startswith("vanishes"))
     target = next(path for path in scans.iterdir() if path.name.startswith("stays"))
-    inputs_of = comparing._inputs
+    case_inputs = comparing._inputs
 
     def replaced_afterwards(patient, *arguments):
-        digests = inputs_of(patient, *arguments)
+        digests = case_inputs(patient, *arguments)
         if patient.name == "stays":
             shutil.copy(other, target)
         return digests

@@ -18,9 +18,9 @@ from volseg.cli import app
 from volseg.errors import VolsegError
 from volseg.recipe import ZScore
 from volseg.workflows import training
-from volseg.workflows.earlier import recipe_once
+from volseg.workflows.earlier import cached_recipe
 from volseg.workflows.forecast import GUARDED_SECONDS, STAGES, Forecast, Guard
-from volseg.workflows.preparing import LOOKING, MASKS, PREPARING, read_header
+from volseg.workflows.preparing import ANALYSING, MASKS, PREPARING, read_header
 
 
 class Recorder:
@@ -104,13 +104,13 @@ def test_the_network_that_is_timed_is_that_of_all_lesions_not_of_the_first_case(
 def test_the_masks_are_read_once_until_a_file_changes(dataset, tmp_path):
     recorder = Recorder()
     (tmp_path / "work").mkdir()
-    first = recipe_once(dataset, tmp_path / "work", recorder)
+    first = cached_recipe(dataset, tmp_path / "work", recorder)
     n = len(recorder.calls)
     assert n > 0
-    assert recipe_once(dataset, tmp_path / "work", recorder) == first
+    assert cached_recipe(dataset, tmp_path / "work", recorder) == first
     assert len(recorder.calls) == n
     (tmp_path / "work" / "recipe.json").write_text("{}")
-    assert recipe_once(dataset, tmp_path / "work", recorder) == first
+    assert cached_recipe(dataset, tmp_path / "work", recorder) == first
     assert len(recorder.calls) > n
 
 
@@ -261,7 +261,7 @@ def guarded(ends, least, ahead, share_per_second):
     try:
         while now[0] * share_per_second < 1:
             now[0] += 1
-            guard.show(LOOKING, min(1.0, now[0] * share_per_second), "case")
+            guard.show(ANALYSING, min(1.0, now[0] * share_per_second), "case")
     except VolsegError:
         return refusals[0]
     return None
@@ -272,7 +272,7 @@ def test_a_stage_is_ended_as_soon_as_its_pace_is_known_to_be_too_slow():
     when, ahead = guarded(180, 50, forecast(**{PREPARING: 40.0}), 0.01)
     assert when == GUARDED_SECONDS
     assert ahead == pytest.approx(95 + 40)
-    assert forecast(**{MASKS: 1.0, LOOKING: 2.0, PREPARING: 4.0}).after(MASKS) == 6.0
+    assert forecast(**{MASKS: 1.0, ANALYSING: 2.0, PREPARING: 4.0}).after(MASKS) == 6.0
 
 
 @pytest.mark.slow

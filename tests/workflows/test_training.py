@@ -14,7 +14,7 @@ from volseg.errors import VolsegError
 from volseg.io.nifti import read_mask, write_volume
 from volseg.io.prepared import PreparedCase
 from volseg.recipe import Loss
-from volseg.train import watch
+from volseg.train import validator
 from volseg.train.checkpoint import load_checkpoint, save_checkpoint
 from volseg.train.validate import validate
 from volseg.workflows.prepared import load_prepared, split_cases
@@ -135,7 +135,7 @@ def test_ctrl_c_ends_with_a_usable_model_and_resume_goes_on(dataset, model, tiny
 def test_ctrl_c_before_the_first_validation_leaves_a_usable_model_too(
     dataset, tiny_recipe, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(watch, "VALIDATION_FRACTION", 1e-6)  # no epoch can afford validation
+    monkeypatch.setattr(validator, "VALIDATION_FRACTION", 1e-6)  # no epoch can afford validation
 
     def press(stage, share, detail):
         if stage == "Training" and detail.startswith("epoch 1"):
@@ -492,7 +492,7 @@ def test_ctrl_c_in_the_last_validation_keeps_what_was_trained(
             raise KeyboardInterrupt
         return validate(*arguments, overlap=overlap, **options)
 
-    monkeypatch.setattr(watch, "validate", pressed)
+    monkeypatch.setattr(validator, "validate", pressed)
     report = volseg.train(dataset, recipe=tiny_recipe, out=tmp_path / "m", epochs=1, device="cpu")
     assert report.interrupted
     assert load_bundle(tmp_path / "m").segmentation_network() is not None

@@ -15,9 +15,9 @@ from volseg.errors import ScanError
 from volseg.evaluate.overlap import OverlapRow
 from volseg.postprocess.components import component_statistics, finding_bytes, runs_of
 from volseg.postprocess.lesions import MANY, Lesions, label_lesions
-from volseg.postprocess.pairing import MOST_PAIRS, PAIR_BYTES, best_pairs
+from volseg.postprocess.pairing import MAX_PAIRS, PAIR_BYTES, best_pairs
 from volseg.volume import BoundingBox, Geometry, Volume
-from volseg.words import spaced
+from volseg.words import format_thousands
 
 # bounds of the equivalent diameter; RECIST 1.1 measures lesions from 10 mm
 SIZE_BINS_MM = (5.0, 10.0, 20.0)
@@ -94,7 +94,7 @@ class Matches:
 
 
 def match_lesions(
-    reference: Lesions, predicted: Lesions, *, min_iou: float = 0.0, most_pairs: int = MOST_PAIRS
+    reference: Lesions, predicted: Lesions, *, min_iou: float = 0.0, most_pairs: int = MAX_PAIRS
 ) -> Matches:
     """Match lesions of the same label one to one, such that the sum of the pairs' IoU is largest.
 
@@ -182,7 +182,7 @@ def detect_lesions(
         The reference lesions by number, then the predicted lesions.
 
     Raises:
-        NoisyMaskError: a mask has more than `many` components, or more than `MOST_PAIRS` pairs of
+        NoisyMaskError: a mask has more than `many` components, or more than `MAX_PAIRS` pairs of
             lesions overlap.
     """
     geometry = reference.geometry
@@ -231,7 +231,7 @@ def _matching_bytes(voxels: int, n_lesions: tuple[int, int], n_pairs: int) -> in
     # Ids of the second mask exist in four and in two bytes, beside those of the first.
     finding = 8 * voxels + finding_bytes(voxels, max(n_lesions))
     rows = LESION_BYTES * sum(min(n, MANY) for n in n_lesions)
-    counting = COUNTED_BYTES * min(voxels, COUNTED_TOGETHER) + PAIR_BYTES * min(n_pairs, MOST_PAIRS)
+    counting = COUNTED_BYTES * min(voxels, COUNTED_TOGETHER) + PAIR_BYTES * min(n_pairs, MAX_PAIRS)
     return max(finding, 6 * voxels + counting + rows)
 
 
@@ -249,7 +249,7 @@ def _lesions_of(mask: np.ndarray, geometry: Geometry, side: str, many: int) -> L
             ) from error
         raise
     if len(lesions.labels) > many:
-        n = spaced(len(lesions.labels))
+        n = format_thousands(len(lesions.labels))
         raise NoisyMaskError(
             f"the {side} has {n} components: this mask looks like noise",
             fix="check it",

@@ -19,7 +19,7 @@ MADV_DONTNEED = 4
 LARGE_BLOCK = 8 << 20  # bytes; for larger arrays, a call to the kernel pays off
 
 
-def give_back_freed_memory() -> None:
+def trim_freed_memory() -> None:
     """Return the freed blocks that glibc keeps to the kernel."""
     if sys.platform.startswith("linux"):
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
@@ -43,7 +43,7 @@ def keep_freed_memory() -> None:
     mallopt(M_TOP_PAD, 256 << 20)
 
 
-def give_back_large_blocks() -> None:
+def release_large_blocks() -> None:
     """Let glibc return large blocks to the kernel when freed; its default keeps up to 32 MB."""
     if sys.platform.startswith("linux"):
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
@@ -51,7 +51,7 @@ def give_back_large_blocks() -> None:
             mallopt(M_MMAP_THRESHOLD, LARGE_BLOCK)
 
 
-def give_back_mapped(path: Path) -> None:
+def drop_mapped_pages(path: Path) -> None:
     """Let the kernel drop the pages of a file mapped for reading; it reloads them on access."""
     if not sys.platform.startswith("linux"):
         return
@@ -63,7 +63,7 @@ def give_back_mapped(path: Path) -> None:
             madvise(ctypes.c_void_p(start), ctypes.c_size_t(stop - start), MADV_DONTNEED)
 
 
-def untouched_zeros(shape: tuple[int, ...], dtype: npt.DTypeLike) -> np.ndarray:
+def lazy_zeros(shape: tuple[int, ...], dtype: npt.DTypeLike) -> np.ndarray:
     """Return zeros in Fortran order that take memory only where they are written.
 
     `np.zeros` writes all of them if malloc reuses freed memory, as after `keep_freed_memory`.

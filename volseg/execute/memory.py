@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from volseg.errors import ScanError
 from volseg.execute.cpu import (
     enough_bytes,
-    give_back_freed_memory,
-    give_back_large_blocks,
+    release_large_blocks,
     resident_bytes,
+    trim_freed_memory,
 )
 
 LIBRARIES = 110 << 20  # bytes of libraries that are imported when needed
@@ -72,8 +72,8 @@ class Budget:
         otherwise: str,
         libraries: int = LIBRARIES,
     ) -> None:
-        give_back_large_blocks()
-        give_back_freed_memory()
+        release_large_blocks()
+        trim_freed_memory()
         self.max_ram = max_ram
         self._announce, self._what, self._otherwise = announce, what, otherwise
         self._announced = 0
@@ -82,7 +82,7 @@ class Budget:
     @property
     def process(self) -> int:
         """Bytes of the process before the next case, including libraries and earlier rows."""
-        give_back_freed_memory()
+        trim_freed_memory()
         while self._process < resident_bytes():
             self._process = round(PROCESS_GROWTH * self._process)
         return self._process

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 
-class OutOfTime(Exception):
+class OutOfTimeError(Exception):
     """Work was stopped because its time was over; what was done until then is kept."""
 
 

@@ -21,10 +21,10 @@ from torch import nn
 
 from volseg.bundle import EXPORTED, ModelBundle
 from volseg.errors import EnvironmentProblem, ScanError, VolsegError
-from volseg.execute.cpu import give_back_mapped, is_out_of_memory, physical_cores
-from volseg.infer.cuda_graph import Recorded
+from volseg.execute.cpu import drop_mapped_pages, is_out_of_memory, physical_cores
+from volseg.infer.cuda_graph import RecordedPass
 from volseg.infer.graph import halve_output, live_bytes, split_joined_convolutions, sum_axis_by_axis
-from volseg.infer.head import Head, cut_head, take_head
+from volseg.infer.head import Head, cut_openvino_head, cut_torch_head
 from volseg.inputs import read_json
 from volseg.io.files import environment_problem, make_folder, sha256_of, write_json_atomic
 
@@ -115,7 +115,7 @@ class TorchBackend:
         self.network = network.to(device).eval()
         if self.channels_last:
             _channels_last(self.network)
-        self._recorded = Recorded() if may_record and device.type == "cuda" else None
+        self._recorded = RecordedPass() if may_record and device.type == "cuda" else None
         if device.type == "cpu" and torch.get_num_threads() > physical_cores():
             torch.set_num_threads(physical_cores())
 
@@ -370,7 +370,7 @@ def load_backend(
         VolsegError: the folder has no quantised network for int8, or OpenVINO does not support the
             network.
     """
-    shape = usual_batch_shape(bundle)
+    shape = batch_shape_of(bundle)
     members: list[Backend] = []
     is_single = len(bundle.members) == 1
     # The heads of an ensemble cannot be deferred, each has its own features. Two classes gain
@@ -379,7 +379,11 @@ def load_backend(
     for name in bundle.members:
         if choice.backend == "torch":
             network = bundle.member(name).eval()
-            head = take_head(network, partial(_example_patch, network, shape)) if may_cut else None
+            head = (
+                cut_torch_head(network, partial(_example_patch, network, shape))
+                if may_cut
+                else None
+            )
             # CUDA graphs of several members would hold their memory at the same time
             members.append(
                 TorchBackend(
@@ -403,12 +407,12 @@ def load_backend(
         identity = {"network_sha256": facts["files"][f"{stem}.bin"]} if stored == "int8" else None
         if model is None:
             model = convert(bundle.member(name), shape)
-        head = cut_head(model) if may_cut else None
+        head = cut_openvino_head(model) if may_cut else None
         members.append(
             OpenVINOBackend(model, shape, precision=choice.precision, identity=identity, head=head)
         )
         if folder is not None:  # the compiled network has its own copy of the weights
-            give_back_mapped(folder / EXPORTED / f"{stem}.bin")
+            drop_mapped_pages(folder / EXPORTED / f"{stem}.bin")
     return mean_of(members)
 
 
@@ -492,13 +496,13 @@ def export_bundle(
         for name in bundle.members:
             if not before(name):
                 return
-            model = convert(bundle.member(name), usual_batch_shape(bundle))
+            model = convert(bundle.member(name), batch_shape_of(bundle))
             write_exported(model, folder, f"{name}.fp32", {"model_sha256": bundle.sha256})
     if bundle.coarse is not None:
         export_bundle(bundle.coarse, folder, before=before)
 
 
-def usual_batch_shape(bundle: ModelBundle) -> tuple[int, ...]:
+def batch_shape_of(bundle: ModelBundle) -> tuple[int, ...]:
     """Return (N, channels, R, A, S) of the batches that inference feeds the network."""
     recipe = bundle.recipe
     return (recipe.infer.batch_size, len(recipe.data.channels), *bundle.plan.patch_shape)
@@ -565,7 +569,7 @@ def import_openvino() -> ModuleType:
     if (loaded := sys.modules.get("openvino")) is not None:
         return loaded
     try:
-        with without_reports():
+        with without_telemetry():
             import openvino
     except ImportError as error:
         broken = f"cannot be imported ({error})"
@@ -578,7 +582,7 @@ def import_openvino() -> ModuleType:
 
 
 @contextmanager
-def without_reports() -> Iterator[None]:
+def without_telemetry() -> Iterator[None]:
     """Hide `openvino_telemetry` while openvino or nncf is imported.
 
     With it, a mere import reports usage over the internet; both packages also work without it.

@@ -58,7 +58,7 @@ class CudaGraph:
         return self._logits.clone()
 
 
-class Recorded:
+class RecordedPass:
     """A forward pass that is replayed from a recording once that is measured to be faster.
 
     The numbers are the same: a recording runs the same kernels. It needs the memory of the pass,

@@ -49,7 +49,7 @@ class Head:
         return logits.reshape(-1, *features.shape[1:])
 
 
-def cut_head(model: openvino.Model) -> Head | None:
+def cut_openvino_head(model: openvino.Model) -> Head | None:
     """Cut the head off an OpenVINO model, which then returns features.
 
     Returns:
@@ -76,8 +76,8 @@ def cut_head(model: openvino.Model) -> Head | None:
     return Head(weight.flatten(1), torch.from_numpy(bias.data.copy()).float().flatten())
 
 
-def take_head(network: nn.Module, example: Callable[[], torch.Tensor]) -> Head | None:
-    """Cut the head off a torch module, in which an identity takes its place; see `cut_head`.
+def cut_torch_head(network: nn.Module, example: Callable[[], torch.Tensor]) -> Head | None:
+    """Replace the head of a torch module by an identity; see `cut_openvino_head`.
 
     Args:
         example: makes a patch (1, channels, R, A, S), to check that the convolution is the last

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from volseg.bundle import ModelBundle
 from volseg.errors import ScanError, VolsegError
-from volseg.execute.cpu import enough_bytes, give_back_freed_memory, resident_bytes, total_memory
+from volseg.execute.cpu import enough_bytes, resident_bytes, total_memory, trim_freed_memory
 from volseg.execute.memory import over_budget
 from volseg.infer.stream import Tiling
 from volseg.infer.tiles import thinnest_axis
@@ -100,7 +100,7 @@ class NetworkPass:
     backend: str
     network_bytes: int  # from the function of that name
     n_channels: int  # output channels: logits, or features if the head is deferred
-    head_is_off: bool = False
+    head_is_deferred: bool = False
     on_gpu: bool = False
     half: bool = False  # activations of two bytes
 
@@ -129,7 +129,7 @@ def plan_memory(
     Raises:
         ScanError: no plan fits; names the budget that would.
     """
-    give_back_freed_memory()
+    trim_freed_memory()
     process = resident_bytes()
     shape = _prepared_grid(header.geometry, fine.settings)[1]
     plans = []
@@ -278,7 +278,7 @@ def _pass_bytes(grid: Geometry, run: NetworkPass, *, half: bool) -> _PassBytes:
     # sum, new logits, the same flipped back
     n_arrays = 3 if tiling.tta_axes else 2 if members > 1 else 1
     weight = 4 * ring_plane * depth if settings.crop == "body" else 0
-    logits_bytes = 2 if run.half and run.head_is_off and not run.on_gpu else 4
+    logits_bytes = 2 if run.half and run.head_is_deferred and not run.on_gpu else 4
     batch_voxels = tiling.batch_size * math.prod(tiling.patch_shape)
     logits = logits_bytes * classes * batch_voxels * n_arrays
     if run.on_gpu and members == 1:  # a CUDA graph has its own input and output

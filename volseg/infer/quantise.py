@@ -16,11 +16,11 @@ from volseg.errors import EnvironmentProblem
 from volseg.infer.backends import (
     Backend,
     OpenVINOBackend,
+    batch_shape_of,
     convert,
     import_openvino,
     mean_of,
-    usual_batch_shape,
-    without_reports,
+    without_telemetry,
 )
 
 if TYPE_CHECKING:
@@ -48,11 +48,11 @@ def quantise(model: openvino.Model, patches: Sequence[np.ndarray]) -> openvino.M
         return nncf.quantize(model, dataset, preset=mixed, subset_size=len(patches))
 
 
-def in_each_precision(
+def backends_by_precision(
     bundle: ModelBundle, quantised: Sequence[openvino.Model]
 ) -> dict[str, Backend]:
     """Return the bundle's backend in fp32, int8 and, if the CPU supports it, half precision."""
-    shape = usual_batch_shape(bundle)
+    shape = batch_shape_of(bundle)
 
     def converted(precision: str) -> Backend:
         models = (convert(bundle.member(name), shape) for name in bundle.members)
@@ -73,7 +73,7 @@ def import_nncf() -> ModuleType:
         EnvironmentProblem: it is not installed.
     """
     try:
-        with without_reports(), _quiet():
+        with without_telemetry(), _quiet():
             import nncf
     except ImportError as error:
         raise EnvironmentProblem(

@@ -25,7 +25,7 @@ from volseg.inputs import (
     label_value,
     parse_json,
     read_bytes,
-    shortened,
+    shorten,
 )
 from volseg.io.csv_text import csv_rows
 from volseg.io.nifti import SUFFIXES, stem_of
@@ -67,7 +67,7 @@ class Case:
 
 
 def find_cases(
-    dataset: Path, channels: Sequence[str] | None = (ONE_CHANNEL,), *, may_miss: bool = False
+    dataset: Path, channels: Sequence[str] | None = (ONE_CHANNEL,), *, allow_missing: bool = False
 ) -> list[Case]:
     """Return the cases of a data set in its own order.
 
@@ -83,16 +83,16 @@ def find_cases(
             in two splits. One error lists all mistakes.
     """
     mistakes: list[str] = []
-    rows = _rows_of(Path(dataset), _Requested(channels, may_miss), mistakes)
+    rows = _rows_of(Path(dataset), _Requested(channels, allow_missing), mistakes)
     return _checked(rows, mistakes, str(dataset))
 
 
 def survey_cases(
-    dataset: Path, channels: Sequence[str] | None = None, *, may_miss: bool = False
+    dataset: Path, channels: Sequence[str] | None = None, *, allow_missing: bool = False
 ) -> tuple[list[Case], list[str]]:
     """Return the cases whose files all exist, and every mistake of the data set."""
     mistakes: list[str] = []
-    rows = _rows_of(dataset, _Requested(channels, may_miss), mistakes)
+    rows = _rows_of(dataset, _Requested(channels, allow_missing), mistakes)
     if not rows and not mistakes:
         mistakes.append(f"no scans found; they end in {', '.join(SUFFIXES)}")
     mistakes += _mistakes(rows)
@@ -104,7 +104,7 @@ def find_scans(
     inputs: Sequence[Path],
     channels: Sequence[str] | None = (ONE_CHANNEL,),
     *,
-    may_miss: bool = False,
+    allow_missing: bool = False,
 ) -> list[Case]:
     """Return the cases to segment, from scans, folders of scans, CSV files and data sets.
 
@@ -117,7 +117,7 @@ def find_scans(
     rows: list[_Row] = []
     for path in map(Path, inputs):
         if os.path.isdir(path) or path.suffix.lower() == ".csv":
-            rows += _rows_of(path, _Requested(channels, may_miss), mistakes)
+            rows += _rows_of(path, _Requested(channels, allow_missing), mistakes)
         else:
             channel = _picked({ONE_CHANNEL: path}, _Requested(channels), str(path))
             rows.append(_Row(where=str(path), id=_safe_id(stem_of(path)), images=channel))
@@ -163,7 +163,7 @@ def _description_mistakes(description: Mapping[str, Any]) -> Iterator[str]:
     for key in ("labels", "channel_names", "modality"):
         entries = description.get(key, {})
         if not isinstance(entries, dict):
-            text = shortened(json.dumps(entries))
+            text = shorten(json.dumps(entries))
             yield f"dataset.json: {key!r} is {text}, not an object of names"
             continue
         is_labels = key == "labels"
@@ -174,19 +174,19 @@ def _description_mistakes(description: Mapping[str, Any]) -> Iterator[str]:
             is_valid = all(map(_is_label_value, values)) if is_labels else isinstance(value, str)
             is_short = len(str(name)) <= MAX_NAME and (is_region or len(str(value)) <= MAX_NAME)
             if not is_valid or not is_short:
-                text = f"{json.dumps(shortened(name))}: {shortened(json.dumps(value))}"
+                text = f"{json.dumps(shorten(name))}: {shorten(json.dumps(value))}"
                 expected = "a whole number, or a list of them" if is_labels else "a name"
                 yield f"dataset.json: {key} holds {text}, where {expected} is expected"
     labels = description.get("labels")
     pairs = list(_named_values(labels)) if isinstance(labels, dict) else []
     for n_used in (Counter(name for name, _ in pairs), Counter(value for _, value in pairs)):
         for part in (part for part, n in n_used.items() if n > 1):
-            yield f"dataset.json: labels has {shortened(repr(part))} twice"
+            yield f"dataset.json: labels has {shorten(repr(part))} twice"
     order = description.get("regions_class_order")
     if order is None:
         return
     if not (isinstance(order, list) and order and all(map(_is_label_value, order))):
-        text = shortened(json.dumps(order))
+        text = shorten(json.dumps(order))
         yield f"dataset.json: regions_class_order is {text}, not a list of whole numbers"
     elif not isinstance(description.get("labels"), dict):
         yield "dataset.json: regions_class_order is given without labels"
@@ -219,10 +219,10 @@ def _description(dataset: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class _Requested:
-    """The requested channels, None for all; with `may_miss` a case needs only the first."""
+    """The requested channels, None for all; with `allow_missing` a case needs only the first."""
 
     channels: Sequence[str] | None = None
-    may_miss: bool = False
+    allow_missing: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -238,7 +238,7 @@ class _Row:
     classes: Mapping[str, str] = field(default_factory=dict)
 
 
-def is_described(folder: Path) -> bool:
+def has_description(folder: Path) -> bool:
     """Check whether a `dataset.json` describes the subfolders.
 
     Beside scans it belongs to the model that predicted them: nnU-Net copies it there.
@@ -254,7 +254,7 @@ def _rows_of(dataset: Path, requested: _Requested, mistakes: list[str]) -> list[
         return _rows_of_csv(dataset, requested, mistakes)
     if (dataset / "cases.csv").is_file():
         return _rows_of_csv(dataset / "cases.csv", requested, mistakes)
-    if is_described(dataset):
+    if has_description(dataset):
         description = _json_of(dataset / "dataset.json")
         mistakes += _description_mistakes(description)
         read = _rows_of_nnunet if _is_nnunet(dataset, description) else _rows_of_decathlon
@@ -297,7 +297,9 @@ def _rows_of_csv(path: Path, requested: _Requested, mistakes: list[str]) -> list
             continue
         row = dict(zip(columns, cells, strict=True))
         present = {
-            name: column for name, column in picked.items() if row[column] or not requested.may_miss
+            name: column
+            for name, column in picked.items()
+            if row[column] or not requested.allow_missing
         }
         empty = [column for column in present.values() if not row[column]]
         empty = empty or _first_missing(picked, present)
@@ -409,7 +411,7 @@ def _rows_of_nnunet(
                 name: dataset / images / f"{stem}_{number}{ending}"
                 for name, number in picked.items()
             }
-            if requested.may_miss:  # a missing first channel is reported with the other files
+            if requested.allow_missing:  # a missing first channel is reported with the other files
                 first = next(iter(files))
                 files = {
                     name: path for name, path in files.items() if name == first or path.is_file()
@@ -554,7 +556,7 @@ def _picked(
     by_name = {name.casefold(): value for name, value in available.items()}
     if all(name.casefold() in by_name for name in channels):
         return {name: by_name[name.casefold()] for name in channels}
-    if requested.may_miss and channels[0].casefold() in by_name:
+    if requested.allow_missing and channels[0].casefold() in by_name:
         return {name: by_name[name.casefold()] for name in channels if name.casefold() in by_name}
     if len(channels) == len(available) == 1 and ONE_CHANNEL in (channels[0], *available):
         return {channels[0]: next(iter(available.values()))}
@@ -619,7 +621,7 @@ def _id_mistakes(rows: list[_Row]) -> list[str]:
 
 def _file_mistakes(rows: list[_Row]) -> list[str]:
     return [
-        f"{row.where}: file {shortened(str(path), 300)!r} {_path_problem(path)}"
+        f"{row.where}: file {shorten(str(path), 300)!r} {_path_problem(path)}"
         for row in rows
         for path in (*row.images.values(), row.reference)
         if path is not None and not os.path.isfile(path)

@@ -14,7 +14,7 @@ import numpy as np
 from scipy.spatial import KDTree
 
 from volseg.errors import ScanError
-from volseg.postprocess.pairing import MOST_PAIRS, Pair, best_pairs
+from volseg.postprocess.pairing import MAX_PAIRS, Pair, best_pairs
 from volseg.preprocess.crop import AxisOrder, canonical_geometry, to_canonical
 from volseg.volume import BoundingBox, Geometry, Volume, slabs_of
 
@@ -215,9 +215,9 @@ def _lesions_of(
         keys, voxels = np.unique(keys, return_counts=True)
         for key, count in zip(keys.tolist(), voxels.tolist(), strict=True):
             overlaps[divmod(key, n_other + 1)] += count
-        if len(overlaps) > MOST_PAIRS:
+        if len(overlaps) > MAX_PAIRS:
             raise ScanError(
-                f"over {MOST_PAIRS:,} pairs of lesions overlap: a mask looks like noise",
+                f"over {MAX_PAIRS:,} pairs of lesions overlap: a mask looks like noise",
                 fix="correct the masks and measure them again; no response is computed from noise",
                 code="E_SPECKS",
             )

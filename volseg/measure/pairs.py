@@ -21,7 +21,7 @@ from volseg.measure.recist import diameters
 from volseg.measure.rows import LesionMeasurement
 from volseg.measure.sections import axial_normal, section_bytes, section_diameters, tilt_deg
 from volseg.measure.targets import label_of, none_if_nan
-from volseg.postprocess.pairing import MOST_PAIRS, PAIR_BYTES
+from volseg.postprocess.pairing import MAX_PAIRS, PAIR_BYTES
 from volseg.preprocess.crop import AxisOrder, canonical_geometry, to_canonical
 from volseg.volume import Volume, slabs_of
 
@@ -93,7 +93,7 @@ def pair_scans(
     )
 
 
-def lone_scan(baseline: MeasuredScan | None, followup: MeasuredScan | None) -> ScanPair:
+def unpaired_scan(baseline: MeasuredScan | None, followup: MeasuredScan | None) -> ScanPair:
     """Return the pair of a scan without one at the other time: all its lesions are `outside`."""
     matches: list[Match] = []
     wholes: list[tuple[list[LesionMeasurement], list[LesionMeasurement]]] = []
@@ -245,6 +245,6 @@ def _inside(numbers: np.ndarray, members: Sequence[int]) -> np.ndarray:
 def pairing_bytes(shapes: Sequence[tuple[int, int, int]], n_lesions: Sequence[int]) -> int:
     """Return the most bytes that `pair_scans` needs for two scans, beside their lesion ids."""
     largest = max(map(math.prod, shapes))
-    matching = MATCHING + PAIR_BYTES * min(math.prod(n_lesions), MOST_PAIRS)
+    matching = MATCHING + PAIR_BYTES * min(math.prod(n_lesions), MAX_PAIRS)
     remeasuring = largest + max(DIAMETER_BYTES * largest, *map(section_bytes, shapes))
     return max(matching, remeasuring) + LESION_BYTES * sum(n_lesions)

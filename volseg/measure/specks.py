@@ -38,7 +38,7 @@ from volseg.postprocess.components import by_size
 from volseg.postprocess.lesions import MANY
 from volseg.recipe import Measure
 from volseg.volume import Volume, slabs_of
-from volseg.words import spaced
+from volseg.words import format_thousands
 
 SPECKS = "W_SPECKS"  # code of the warning that a mask looks like noise
 TOGETHER_VOXELS = 2**20  # of lesions measured together
@@ -100,11 +100,11 @@ class Specks:
     def warning(self) -> str:
         """Warning for every table and page that shows numbers of the scan."""
         n_full = self.n_lesions - self.n
-        reason = f"{spaced(self.n_lesions)} components"
+        reason = f"{format_thousands(self.n_lesions)} components"
         if self.scans_in_boxes:
-            boxes = f"the boxes round {spaced(self.n_lesions)} lesions"
+            boxes = f"the boxes round {format_thousands(self.n_lesions)} lesions"
             reason = f"{boxes} would fill the scan {self.scans_in_boxes:.0f} times"
-        limit = f"only the {spaced(n_full)} largest have every column"
+        limit = f"only the {format_thousands(n_full)} largest have every column"
         return f"{SPECKS}: {reason}: this mask looks like noise; {limit}"
 
     @property
@@ -185,7 +185,8 @@ class Specks:
             **NO_CLASS,
             **{f"spacing_{axis}_mm": mm for axis, mm in zip("ras", scan.spacing_mm)},
         }
-        largest = f"only the {spaced(self.n_lesions - self.n)} largest of {spaced(self.n_lesions)}"
+        n_full, n_all = map(format_thousands, (self.n_lesions - self.n, self.n_lesions))
+        largest = f"only the {n_full} largest of {n_all}"
         size_note = f"{', '.join(self._unmeasured())}: not measured, since {largest} lesions are"
         for index, (number, size) in enumerate(zip(numbers.tolist(), counts.tolist())):
             label = int(self.labels[number - 1])

@@ -11,7 +11,7 @@ import numpy as np
 from scipy import ndimage
 
 from volseg.preprocess.crop import AxisOrder, to_canonical
-from volseg.recipe import ARBITRARY, HU, SUV, unit_named
+from volseg.recipe import ARBITRARY, HU, SUV, parse_unit
 from volseg.volume import Volume
 
 # Codes of warnings about the unit, and about a scan unlike the model's training scans.
@@ -69,7 +69,7 @@ def warnings_in(text: str) -> list[tuple[str, str]]:
     return [(code, sentence) for code, _, sentence in (part.partition(": ") for part in parts)]
 
 
-def doubt_of(warnings: str) -> str:
+def unit_doubt_in(warnings: str) -> str:
     """Return why these warnings put the unit of a scan in doubt; empty if they do not."""
     return next((text for code, text in warnings_in(warnings) if code in (UNIT, MODALITY)), "")
 
@@ -98,7 +98,7 @@ def judge_unit(scan: Volume, stated: str | None, *, by: str = "--unit") -> Unit:
     """
     if stated is None:
         return _guess(scan)
-    name = unit_named(stated)
+    name = parse_unit(stated)
     reason = contradiction(scan, name)
     if not reason:
         return Unit(name=name)

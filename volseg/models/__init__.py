@@ -156,19 +156,19 @@ def _check_step(recipe: Recipe, section: str) -> None:
         )
 
 
-def weights_of(network: nn.Module) -> dict[str, torch.Tensor]:
+def unique_tensors(network: nn.Module) -> dict[str, torch.Tensor]:
     """Return each tensor of a network once; a state_dict repeats those of shared modules."""
     tensors = (*network.named_parameters(), *network.named_buffers())
     return {name: tensor.detach() for name, tensor in tensors}
 
 
-def set_weights(network: nn.Module, weights: Mapping[str, torch.Tensor]) -> nn.Module:
-    """Copy weights, as from `weights_of`, into a network of the same architecture; return it.
+def copy_weights(network: nn.Module, weights: Mapping[str, torch.Tensor]) -> nn.Module:
+    """Copy weights, as from `unique_tensors`, into a network of the same architecture; return it.
 
     Raises:
         VolsegError: tensors are missing or of another shape, or hold NaN or infinity.
     """
-    targets = weights_of(network)
+    targets = unique_tensors(network)
     misfits = [
         name
         for name, tensor in targets.items()

@@ -17,7 +17,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components as connected_nodes
 
 from volseg.errors import ScanError
-from volseg.execute.cpu import untouched_zeros
+from volseg.execute.cpu import lazy_zeros
 from volseg.preprocess.crop import AxisOrder, to_canonical
 from volseg.volume import BoundingBox, Geometry, slabs_of
 
@@ -238,8 +238,8 @@ def _too_many(n: int, n_voxels: int, *, is_least: bool = False) -> ScanError:
 def _like(mask: np.ndarray, dtype: type[np.unsignedinteger]) -> np.ndarray:
     """Return zeros in the layout of the mask, whose memory is allocated on writing."""
     if mask.flags.f_contiguous:
-        return untouched_zeros(mask.shape, dtype)
-    return untouched_zeros(mask.shape[::-1], dtype).transpose()
+        return lazy_zeros(mask.shape, dtype)
+    return lazy_zeros(mask.shape[::-1], dtype).transpose()
 
 
 def _longest_last(*arrays: np.ndarray) -> list[np.ndarray]:

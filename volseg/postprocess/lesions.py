@@ -110,7 +110,7 @@ def _listed(values: np.ndarray, many: int) -> Sequence[int]:
     return listed
 
 
-def without_organ(mask: np.ndarray, organ: int) -> tuple[np.ndarray, int]:
+def remove_organ(mask: np.ndarray, organ: int) -> tuple[np.ndarray, int]:
     """Return the mask without the label of the organ around the lesions, and its voxel count."""
     lesions, n_organ = mask.copy(order="K"), 0
     for part in slabs_of(mask):

@@ -8,7 +8,7 @@ import numpy as np
 from scipy.sparse import csr_array
 from scipy.sparse.csgraph import min_weight_full_bipartite_matching
 
-MOST_PAIRS = 100_000  # overlapping lesions, ten per lesion that a mask may have: more are noise
+MAX_PAIRS = 100_000  # overlapping lesions, ten per lesion that a mask may have: more are noise
 PAIR_BYTES = 1000  # measured, during the assignment
 
 Pair = tuple[int, int]  # lesion numbers in the first and in the second mask

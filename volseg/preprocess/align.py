@@ -32,7 +32,7 @@ def completed(images: Mapping[str, Volume], channels: Sequence[str]) -> dict[str
     }
 
 
-def on_one_grid(images: Mapping[str, Volume], *, align: bool = False) -> dict[str, Volume]:
+def to_first_grid(images: Mapping[str, Volume], *, align: bool = False) -> dict[str, Volume]:
     """Resample channels onto the grid of the first; those already on it are returned unchanged.
 
     Outside its field of view a channel has its smallest intensity: air, or no uptake.
@@ -60,11 +60,11 @@ def on_one_grid(images: Mapping[str, Volume], *, align: bool = False) -> dict[st
                 f"or leave {name!r} out",
                 code="E_PAIR",
             )
-        volumes[name] = resampled_onto(volume, first.geometry, transform)
+        volumes[name] = resample_to_grid(volume, first.geometry, transform)
     return volumes
 
 
-def resampled_onto(volume: Volume, grid: Geometry, transform: np.ndarray | None = None) -> Volume:
+def resample_to_grid(volume: Volume, grid: Geometry, transform: np.ndarray | None = None) -> Volume:
     """Resample a scan linearly onto another grid, as float32 intensities.
 
     Outside its field of view, which ends at the outer faces of its voxels, the scan has its
@@ -126,13 +126,13 @@ def rigid_transform(fixed: Volume, moving: Volume) -> np.ndarray:
             'or set align = "none" under [data] in the recipe',
             code="E_PAIR",
         ) from error
-    return matrix_of(euler_of(itk, transform))
+    return rigid_matrix(euler_transform(itk, transform))
 
 
 def index_matrix(
     grid: Geometry, source: Geometry, transform: np.ndarray | None = None
 ) -> np.ndarray:
-    """Return (4, 4): index on the grid → index in the source; see `resampled_onto`."""
+    """Return (4, 4): index on the grid → index in the source; see `resample_to_grid`."""
     transform = np.eye(4) if transform is None else transform
     return np.linalg.inv(source.affine) @ transform @ grid.affine
 
@@ -166,14 +166,14 @@ def itk_image(itk: ModuleType, volume: Volume) -> Any:
     return image
 
 
-def euler_of(itk: ModuleType, transform: Any) -> Any:
+def euler_transform(itk: ModuleType, transform: Any) -> Any:
     """Return the rigid transform in the result of a registration."""
     return itk.Euler3DTransform(
         transform.GetNthTransform(0) if hasattr(transform, "GetNthTransform") else transform
     )
 
 
-def matrix_of(euler: Any) -> np.ndarray:
+def rigid_matrix(euler: Any) -> np.ndarray:
     """Return the (4, 4) matrix of a rigid transform about a centre."""
     rotation = np.array(euler.GetMatrix()).reshape(3, 3)
     centre, shift = np.array(euler.GetCenter()), np.array(euler.GetTranslation())

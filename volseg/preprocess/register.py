@@ -15,9 +15,9 @@ from volseg.preprocess.align import (
     HISTOGRAM_BINS,
     SEED,
     covered,
-    euler_of,
+    euler_transform,
     itk_image,
-    matrix_of,
+    rigid_matrix,
     simpleitk,
 )
 from volseg.volume import Geometry, Volume
@@ -67,7 +67,7 @@ class Registration:
 
     def shift_mm(self, points_mm: np.ndarray) -> np.ndarray:
         """Return the displacement (N,) of each of the points (N, 3) of the first scan."""
-        return np.linalg.norm(transformed(self.moved, points_mm) - points_mm, axis=1)
+        return np.linalg.norm(transform_points(self.moved, points_mm) - points_mm, axis=1)
 
     def disagreement_mm(self, points_mm: np.ndarray) -> np.ndarray | None:
         """Return the distance (N,) between the results of both directions for (N, 3) points.
@@ -76,7 +76,9 @@ class Registration:
         """
         if self.other is None:
             return None
-        difference = transformed(self.moved, points_mm) - transformed(self.other, points_mm)
+        difference = transform_points(self.moved, points_mm) - transform_points(
+            self.other, points_mm
+        )
         return np.linalg.norm(difference, axis=1)
 
     def plane_disagreement_deg(self, normal: np.ndarray) -> float | None:
@@ -91,7 +93,7 @@ class Registration:
         return math.degrees(math.atan2(sine, float(first @ second)))
 
 
-def transformed(matrix: np.ndarray, points_mm: np.ndarray) -> np.ndarray:
+def transform_points(matrix: np.ndarray, points_mm: np.ndarray) -> np.ndarray:
     """Transform (N, 3) points by a (4, 4) matrix."""
     return points_mm @ matrix[:3, :3].T + matrix[:3, 3]
 
@@ -198,10 +200,10 @@ def _search(
         start.SetTranslation(shift.tolist())
         fit = _fit(itk, pairs[0], start)
         fit = None if fit is None else _fit(itk, pairs[1], fit[1])
-        if fit is not None and _overlap(grids[0], grids[1], matrix_of(fit[1])):
+        if fit is not None and _overlap(grids[0], grids[1], rigid_matrix(fit[1])):
             fits.append(fit)
     best = _fit(itk, pairs[2], min(fits, key=lambda fit: fit[0])[1]) if fits else None
-    matrix = None if best is None else matrix_of(best[1])
+    matrix = None if best is None else rigid_matrix(best[1])
     return matrix if matrix is not None and _overlap(grids[0], grids[1], matrix) else None
 
 
@@ -266,7 +268,7 @@ def _fit(itk: ModuleType, images: Sequence[Any], start: Any) -> tuple[float, Any
         transform = method.Execute(*images)
     except RuntimeError:  # ITK: no sample lies in both images, or all samples are equal
         return None
-    return float(method.GetMetricValue()), euler_of(itk, transform)
+    return float(method.GetMetricValue()), euler_transform(itk, transform)
 
 
 def _similarity(itk: ModuleType, images: Sequence[Any], matrix: np.ndarray) -> float | None:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from volseg.errors import ScanError
-from volseg.execute.cpu import untouched_zeros
+from volseg.execute.cpu import lazy_zeros
 from volseg.preprocess.crop import crop, to_canonical
 from volseg.preprocess.prepare import Trail
 from volseg.preprocess.resample import Kind, positions
@@ -75,8 +75,8 @@ class MaskRestorer:
         self._max_voxels = TILE_VALUES // (len(values) + 1)
         self._table = np.array([0, *values], np.uint8 if max(values) < 256 else np.uint16)
         self._reduction = _Regions(len(values)) if regions else _LargestWins(len(values) + 1)
-        self._mask = untouched_zeros(trail.geometry.shape, self._table.dtype)
-        self._confidence = untouched_zeros(trail.geometry.shape, np.uint8)
+        self._mask = lazy_zeros(trail.geometry.shape, self._table.dtype)
+        self._confidence = lazy_zeros(trail.geometry.shape, np.uint8)
         views = (
             crop(to_canonical(array, trail.order), trail.box)
             for array in (self._mask, self._confidence)

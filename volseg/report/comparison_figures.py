@@ -10,7 +10,7 @@ from PIL import Image
 from scipy import ndimage
 
 from volseg.measure.changes import LesionChange
-from volseg.preprocess.align import index_matrix, resampled_onto
+from volseg.preprocess.align import index_matrix, resample_to_grid
 from volseg.preprocess.crop import AxisOrder, canonical_geometry, to_canonical
 from volseg.report.canvas import Figure, FigureCanvasAgg
 from volseg.report.slices import (
@@ -52,14 +52,14 @@ def change_png(
     part = grid.crop(box)
     stored = to_canonical(scans[0].array, order)[box.slices]
     baseline = scans[0].intensities(stored).astype(np.float32)
-    pictures = (baseline, resampled_onto(scans[1], part, transform).array)
+    pictures = (baseline, resample_to_grid(scans[1], part, transform).array)
     baseline_ids = to_canonical(ids[0], order)[box.slices]
     numbers = (baseline_ids, _nearest(ids[1], scans[1].geometry, part, transform))
     caption = "no lesion" if row is None else _caption(row)
     return _draw(pictures, numbers, part, centre - box.start, caption, title)
 
 
-def stacked(pictures: Sequence[bytes]) -> bytes:
+def stack_pngs(pictures: Sequence[bytes]) -> bytes:
     """Stack PNGs vertically into one PNG."""
     if len(pictures) == 1:
         return pictures[0]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from volseg.inputs import shortened
+from volseg.inputs import shorten
 from volseg.measure.rows import LesionMeasurement
 from volseg.measure.units import shown_unit
 from volseg.preprocess.crop import AxisOrder, canonical_geometry, to_canonical
@@ -97,11 +97,11 @@ def _centre(voxels: np.ndarray) -> np.ndarray:
 
 
 def _caption(lesion: LesionMeasurement, *, is_doubted: bool) -> str:
-    label = shortened(lesion.label_name or f"value {lesion.label}")
+    label = shorten(lesion.label_name or f"value {lesion.label}")
     text = f"#{lesion.lesion_id} {label}, {lesion.volume_ml:.3g} mL"
     if lesion.intensity_mean is not None and math.isfinite(lesion.intensity_mean):
         unit = shown_unit(lesion.intensity_unit, is_doubted=is_doubted)
         text += f", {lesion.intensity_mean:.3g} {unit}"
     if lesion.class_name:
-        text += f", {shortened(lesion.class_name)} {lesion.class_probability:.2f}"
+        text += f", {shorten(lesion.class_name)} {lesion.class_probability:.2f}"
     return text

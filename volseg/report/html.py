@@ -27,7 +27,7 @@ from volseg.columns import columns_of
 from volseg.measure.changes import LesionChange
 from volseg.measure.response import PatientResponse
 from volseg.measure.rows import CaseRow, LesionMeasurement
-from volseg.measure.units import doubt_of, shown_unit
+from volseg.measure.units import shown_unit, unit_doubt_in
 from volseg.report.histogram import histogram_svg
 from volseg.report.model_box import ModelBox, Similarity, similarity_of_run, similarity_of_scan
 from volseg.report.preview import Preview, lesion_colour, lesion_points, point_of, smaller_jpeg
@@ -160,7 +160,7 @@ def viewer_html(
     """
     rows = sorted(lesions, key=lambda lesion: lesion["lesion_id"])[:MAX_VIEWER_ROWS]
     rows = _with_doubts(rows, [case])
-    unit = shown_unit(unit, is_doubted=bool(doubt_of(case.get("warnings") or "")))
+    unit = shown_unit(unit, is_doubted=bool(unit_doubt_in(case.get("warnings") or "")))
     remark = ""
     n_lesions = max(case.get("n_lesions") or 0, len(lesions))
     if len(rows) < n_lesions:
@@ -547,7 +547,7 @@ def _with_doubts(
     lesions: Sequence[Mapping[str, Any]], cases: Sequence[Mapping[str, Any]]
 ) -> Sequence[Mapping[str, Any]]:
     """Return the lesions, marking the unit of those whose scan has a doubtful unit."""
-    doubted = {case["case_id"] for case in cases if doubt_of(case.get("warnings") or "")}
+    doubted = {case["case_id"] for case in cases if unit_doubt_in(case.get("warnings") or "")}
     return [
         {**lesion, "intensity_unit": shown_unit(lesion["intensity_unit"], is_doubted=True)}
         if lesion.get("case_id") in doubted and lesion.get("intensity_unit")

@@ -93,7 +93,7 @@ def model_box(
     name: str, recipe: Recipe, fingerprint: DatasetFingerprint, metrics: Mapping[str, Any]
 ) -> ModelBox:
     """Return the box of a model from the contents of its bundle."""
-    from volseg.mismatch import checks_of
+    from volseg.mismatch import list_checks
 
     return ModelBox(
         name=name,
@@ -102,7 +102,7 @@ def model_box(
         training_cases=metrics.get("training_cases", fingerprint.n_cases),
         validation_cases=metrics.get("validation_cases"),
         dice=tuple(_dice(recipe, metrics)),
-        checks=tuple(checks_of(recipe, fingerprint)),
+        checks=tuple(list_checks(recipe, fingerprint)),
     )
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from volseg.inputs import shortened
+from volseg.inputs import shorten
 from volseg.report.canvas import Axes, Figure, Text
 
 # Name, canonical axis perpendicular to the plane, left and right letter (radiological convention).
@@ -86,7 +86,7 @@ def label_slice(plot: Axes, left: str, right: str, spacing_mm: float) -> None:
 def png_bytes(figure: Figure, colour: str, dpi: int = 100) -> bytes:
     for text in figure.findobj(Text):
         text.set_parse_math(False)  # a label named $x$ is not a formula
-        text.set_text(shortened(text.get_text().encode(errors="replace").decode(), MOST_LETTERS))
+        text.set_text(shorten(text.get_text().encode(errors="replace").decode(), MOST_LETTERS))
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=dpi, facecolor=colour, metadata={"Software": None})
     return buffer.getvalue()

@@ -17,7 +17,7 @@ EVALUATION, DETECTIONS, SUMMARY = "evaluation.csv", "detections.csv", "summary.j
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Compared:
+class EvaluatedCase:
     """Rows of one case.
 
     Args:
@@ -32,7 +32,7 @@ class Compared:
 def read_evaluation(
     outputs: OutputFolder,
     cases: Collection[str],
-) -> tuple[float | None, Mapping[str, Compared]]:
+) -> tuple[float | None, Mapping[str, EvaluatedCase]]:
     """Read `--min-iou` of an earlier evaluation and its rows of these cases.
 
     Returns:
@@ -52,7 +52,7 @@ def read_evaluation(
                 if cells["case_id"] in cases and cells["status"] != "failed":
                     rows[cells["case_id"]].append(typed_row(row_type, cells))
         return float(summary["min_iou"]), {
-            name: Compared(overlap=rows, detections=detections[name], masks=masks[name])
+            name: EvaluatedCase(overlap=rows, detections=detections[name], masks=masks[name])
             for name, rows in overlap.items()
         }
     except (OSError, ValueError, KeyError, TypeError, AttributeError):

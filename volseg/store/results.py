@@ -106,7 +106,7 @@ class RecordFolder(OutputFolder):
     def has_record(self, name: str) -> bool:
         return (self._records / f"{name}.json").exists()
 
-    def n_with(self, names: Iterable[str]) -> int:
+    def count_items(self, names: Iterable[str]) -> int:
         """Return how many items the folder has, counting also `names`."""
         return len({path.stem for path in self._records.glob("*.json")}.union(names))
 
@@ -253,7 +253,7 @@ class RecordFolder(OutputFolder):
         """Replace the record of an item and keep its rows and files."""
         self.write(_record_name(name), json_text(record, indent=None))
 
-    def settle(self, name: str) -> None:
+    def clear_failure(self, name: str) -> None:
         """Remove the mark of a failed later run from the record of a complete item."""
         record = self.record(name) or {}
         settled = {key: value for key, value in record.items() if key not in ("remark", "failed")}
@@ -344,7 +344,7 @@ class ResultsFolder(RecordFolder):
 
     def keep(self, case_id: str, scan: Path) -> None:
         """Update the scan's path of a complete case, and settle an earlier failure."""
-        self.settle(case_id)
+        self.clear_failure(case_id)
         record, path = self.record(case_id), str(scan.absolute())
         if record is not None and record["source"].get("scan") not in (None, path):
             self.update(case_id, record | {"source": record["source"] | {"scan": path}})

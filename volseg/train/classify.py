@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from volseg.evaluate.roc import auc
 from volseg.io.prepared import PreparedCase
-from volseg.models import build_classifier, set_weights, weights_of
+from volseg.models import build_classifier, copy_weights, unique_tensors
 from volseg.recipe import Classify
 
 SHIFT_PIXELS = 3  # largest shift of a training slice, as predicted centroids are off-centre
@@ -44,7 +44,7 @@ def train_classifier(
         optimizer = torch.optim.AdamW(
             network.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay
         )
-        averaged = {key: tensor.clone() for key, tensor in weights_of(network).items()}
+        averaged = {key: tensor.clone() for key, tensor in unique_tensors(network).items()}
         counts = torch.bincount(targets, minlength=len(settings.classes)).clamp_min(1)
         loss_function = nn.CrossEntropyLoss(
             (len(targets) / len(counts) / counts).float().to(device), label_smoothing=0.05
@@ -62,7 +62,7 @@ def train_classifier(
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
                 optimizer.step()
-                for key, tensor in weights_of(network).items():
+                for key, tensor in unique_tensors(network).items():
                     averaged[key].lerp_(tensor, 1 - EMA_DECAY)
                 if seconds is not None and time.monotonic() - started >= seconds:
                     break
@@ -71,7 +71,7 @@ def train_classifier(
             if seconds is not None:
                 done = max(done, (time.monotonic() - started) / seconds)
             report(epoch, min(1.0, done))
-    set_weights(network, averaged)
+    copy_weights(network, averaged)
     metrics = {"classifier_training_lesions": len(targets), "classifier_epochs": epoch}
     return averaged, metrics | _validate(network, validation, settings, device)
 

@@ -22,7 +22,7 @@ from volseg.evaluate.validation import ValidationRow, mean_dice, summary
 from volseg.execute.cpu import is_out_of_memory
 from volseg.execute.threads import Threads
 from volseg.io.prepared import PreparedCase, read_prepared_case
-from volseg.models import build_segmentation, set_weights, weights_of
+from volseg.models import build_segmentation, copy_weights, unique_tensors
 from volseg.plan import Plan
 from volseg.recipe import Recipe
 from volseg.train.batches import Batches
@@ -35,7 +35,7 @@ from volseg.train.checkpoint import (
 )
 from volseg.train.losses import SegmentationLoss
 from volseg.train.ranks import Team, total_over_ranks
-from volseg.train.watch import Validator
+from volseg.train.validator import Validator
 
 WARM_UP = 0.03  # fraction of the run in which the learning rate rises
 INTERRUPTED = "interrupted"  # by Ctrl-C
@@ -195,11 +195,13 @@ class Run:
         self.device = team.fabric.device
         # Moved to its device before the optimizer takes its parameters.
         self.raw = _new_network(job.recipe, job.settings.seed).to(self.device)
-        loaded = _matching(job.initial, weights_of(self.raw))
-        self.random = [name for name in weights_of(self.raw) if job.initial and name not in loaded]
-        set_weights(self.raw, weights_of(self.raw) | loaded)
+        loaded = _matching(job.initial, unique_tensors(self.raw))
+        self.random = [
+            name for name in unique_tensors(self.raw) if job.initial and name not in loaded
+        ]
+        copy_weights(self.raw, unique_tensors(self.raw) | loaded)
         optimizer = _optimizer(_freeze(self.raw, job.settings.freeze), job.recipe)
-        self.averaged = {key: tensor.clone() for key, tensor in weights_of(self.raw).items()}
+        self.averaged = {key: tensor.clone() for key, tensor in unique_tensors(self.raw).items()}
         self.state = _State(identity=job.identity)
         if job.resume and job.checkpoint.exists():
             self.state = _restore(
@@ -377,7 +379,7 @@ class Run:
         self.state.step += 1
         if self.team.rank == 0:
             decay = min(train.ema_decay, self.state.step / (self.state.step + 10))
-            _average(self.averaged, weights_of(self.raw), decay)
+            _average(self.averaged, unique_tensors(self.raw), decay)
         return total
 
     @contextmanager
@@ -574,7 +576,7 @@ def _save(
         for key, tensor in values.items()
     }
     tensors = (
-        flatten("network", weights_of(network))
+        flatten("network", unique_tensors(network))
         | flatten("averaged", averaged)
         | flatten("optimizer", moments)
     )
@@ -599,7 +601,7 @@ def _restore(
             fix="resume with the options the run was started with, or delete the folder",
             code="E_EXISTS",
         )
-    set_weights(network, unflatten("network", tensors))
+    copy_weights(network, unflatten("network", tensors))
     try:
         for key, tensor in unflatten("averaged", tensors).items():
             averaged[key].copy_(tensor)

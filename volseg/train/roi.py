@@ -26,7 +26,7 @@ from volseg.io.prepared import (
     read_prepared_case,
     write_prepared_case,
 )
-from volseg.models import build_segmentation, set_weights
+from volseg.models import build_segmentation, copy_weights
 from volseg.plan import Plan
 from volseg.preprocess.crop import scaled_box
 from volseg.preprocess.resample import coarsened_mask, resample
@@ -95,7 +95,7 @@ def train_roi(
         tick=tick,
         threads=threads,
     )
-    network = set_weights(build_segmentation(coarse), trained.weights)
+    network = copy_weights(build_segmentation(coarse), trained.weights)
     backend = TorchBackend(network, team.fabric.device)
     tiling = Tiling(patch_shape=coarse_plan.patch_shape, overlap=coarse.infer.overlap)
     margin = [recipe.roi.margin_mm / mm for mm in plan.spacing_mm]

@@ -12,7 +12,7 @@ from torch import nn
 
 from volseg.evaluate.overlap import dice
 from volseg.evaluate.validation import ValidationRow
-from volseg.execute.time_budget import OutOfTime
+from volseg.execute.time_budget import OutOfTimeError
 from volseg.infer.backends import TorchBackend
 from volseg.infer.stream import ArrayPlanes, Tiling, predict_slabs
 from volseg.io.prepared import IGNORED, PreparedCase
@@ -91,7 +91,7 @@ def validate(
         def after_tile(is_empty: bool) -> None:
             on_tile(case.id)
             if time.monotonic() > until:
-                raise OutOfTime
+                raise OutOfTimeError
 
         return predicted_classes(
             network, case, recipe, plan, device, overlap=overlap, on_tile=after_tile
@@ -100,7 +100,7 @@ def validate(
     for case in cases:
         try:
             prediction = predict(case)
-        except OutOfTime:
+        except OutOfTimeError:
             break
         truth = np.where(case.mask == IGNORED, 0, case.mask)
         for value, name, classes in _targets(recipe):

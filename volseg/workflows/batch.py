@@ -75,7 +75,7 @@ class Inputs:
 
     def of(self, case: Case) -> tuple[str, ...]:
         if case.id not in self._digests:
-            paths = files_of_case(case) if self._of_masks else case.images.values()
+            paths = case_files(case) if self._of_masks else case.images.values()
             self._digests[case.id] = tuple(map(digest_of, paths))
         return self._digests[case.id]
 
@@ -343,7 +343,7 @@ def input_key(options: Mapping[str, Any], digests: Iterable[str]) -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
-def files_of_case(case: Case) -> list[Path]:
+def case_files(case: Case) -> list[Path]:
     """Return the images of a case and its mask, if any."""
     return [*case.images.values(), *(() if case.reference is None else (case.reference,))]
 
@@ -356,7 +356,7 @@ def digest_of(path: Path) -> str:
         return str(path)
 
 
-def about_run(command: str, model: str) -> dict[str, str]:
+def run_header(command: str, model: str) -> dict[str, str]:
     """Return what run.json and report.html say about a run before it starts."""
     now = datetime.now().astimezone().isoformat(sep=" ", timespec="minutes")
     return {"command": command, "volseg": __version__, "model": model, "started": now}
@@ -400,7 +400,7 @@ def failure_reason(outputs: OutputFolder, name: str, error: VolsegError) -> str:
 def check_pair(image: Volume, mask: Volume, image_name: str, mask_name: str) -> None:
     difference = image.geometry.difference(mask.geometry)
     if difference:
-        overlap = image.geometry.share_of(mask.geometry)
+        overlap = image.geometry.fraction_inside(mask.geometry)
         raise ScanError(
             f"{mask_name}: is not on the grid of its scan {image_name}: {difference}; "
             f"{overlap:.0%} of it lies within the scan",

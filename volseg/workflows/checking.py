@@ -54,8 +54,8 @@ def check(path: Path | str, recipe: Path | str | Recipe | None = None) -> list[d
         elif path.is_dir() or path.suffix == ".csv":
             recipe = None if recipe is None else as_recipe(recipe)
             channels = None if recipe is None else recipe.data.channels
-            may_miss = recipe is not None and recipe.data.missing == "empty"
-            cases, mistakes = survey_cases(path, channels, may_miss=may_miss)
+            allow_missing = recipe is not None and recipe.data.missing == "empty"
+            cases, mistakes = survey_cases(path, channels, allow_missing=allow_missing)
             fix = "correct the dataset"
             problems = [_problem(str(path), "E_REQUEST", mistake, fix) for mistake in mistakes]
             return problems + [problem for case in cases for problem in _check_case(case, recipe)]

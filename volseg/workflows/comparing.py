@@ -18,20 +18,20 @@ from volseg import __version__
 from volseg.errors import ScanError, VolsegError
 from volseg.execute.local import run
 from volseg.execute.memory import Budget, Peak
-from volseg.inputs import read_json, shortened
+from volseg.inputs import read_json, shorten
 from volseg.io.files import sha256_of
 from volseg.io.nifti import NiftiHeader, read_header, read_mask, read_volume
 from volseg.measure.changes import ScanPair, centroids_mm, lesion_changes
-from volseg.measure.pairs import MeasuredScan, lone_scan, pair_scans, pairing_bytes
+from volseg.measure.pairs import MeasuredScan, pair_scans, pairing_bytes, unpaired_scan
 from volseg.measure.response import PatientResponse, judge_response
 from volseg.measure.rows import LesionMeasurement
 from volseg.measure.sections import axial_normal
 from volseg.measure.specks import SPECKS
-from volseg.measure.units import doubt_of
+from volseg.measure.units import unit_doubt_in
 from volseg.options import CompareOptions, command
 from volseg.postprocess.lesions import MANY
 from volseg.preprocess.align import covered
-from volseg.preprocess.register import Registration, register, registering_bytes, transformed
+from volseg.preprocess.register import Registration, register, registering_bytes, transform_points
 from volseg.report.html import comparison_html
 from volseg.reports import CompareReport
 from volseg.store.comparisons import ComparisonFolder
@@ -39,13 +39,13 @@ from volseg.store.records import CaseRecord, case_ids, file_of, path_of, read_re
 from volseg.store.results import LESION_IDS
 from volseg.volume import Geometry, Volume
 from volseg.workflows.batch import (
-    about_run,
     check_pair,
     damaged_warnings,
     digest_of,
     failure_reason,
     input_key,
     run_description,
+    run_header,
     without_damaged,
 )
 from volseg.workflows.patients import Patient, read_pairs, same_ids
@@ -175,7 +175,7 @@ def _run_patients(
     for name, row in unpaired.items():
         results.commit_failure(name, row, ())
     for name in kept:
-        results.settle(name)
+        results.clear_failure(name)
 
     refusals |= budget.refused(_peaks(todo, folders, settings, budget.process))
 
@@ -206,14 +206,14 @@ def _run_patients(
         ]
         all_rows = results.write_tables(pending)
         lesions = results.lesion_rows(all_rows, set())
-        results.write("report.html", comparison_html(about_run("compare", ""), all_rows, lesions))
+        results.write("report.html", comparison_html(run_header("compare", ""), all_rows, lesions))
     kept, failed = without_damaged(kept, failed, all_rows, "patient")
     row_of = {row["patient"]: row for row in all_rows}
     rows = [row_of[patient.name] for patient in patients]
     warnings = [f"{row['patient']}: {row['warnings']}" for row in rows if row["warnings"]]
     warnings += damaged_warnings(all_rows, "patient")
     if others := sorted(row_of.keys() - {patient.name for patient in patients}):
-        names = ", ".join([*map(shortened, others[:3]), *(["…"] if len(others) > 3 else [])])
+        names = ", ".join([*map(shorten, others[:3]), *(["…"] if len(others) > 3 else [])])
         warnings.append(
             f"W_STALE: the tables also hold {len(others)} patients of earlier runs ({names}); "
             "give another --out for tables without them"
@@ -336,7 +336,7 @@ class _Side:
 
     @property
     def unit_doubt(self) -> str:
-        return doubt_of(self.record.case.warnings)
+        return unit_doubt_in(self.record.case.warnings)
 
     @property
     def measured(self) -> MeasuredScan:
@@ -416,9 +416,9 @@ def _compare_patient(
     )
     with results.staged() as commit:
         if pictures := [scans.picture for scans in compared if scans.picture]:
-            from volseg.report.comparison_figures import stacked
+            from volseg.report.comparison_figures import stack_pngs
 
-            commit.write(f"figures/{patient.name}.png", stacked(pictures))
+            commit.write(f"figures/{patient.name}.png", stack_pngs(pictures))
         results.commit(response, commit, key=key, inputs=inputs, lesions=rows)
 
 
@@ -492,7 +492,7 @@ def _alone(
     before: _Side | None, after: _Side | None, unit_doubts: tuple[str, str], warnings: Sequence[str]
 ) -> _Compared:
     """Handle a region scanned at one time only: all its lesions lie outside the other scan."""
-    pair = lone_scan(before and before.measured, after and after.measured)
+    pair = unpaired_scan(before and before.measured, after and after.measured)
     pair = replace(pair, unit_doubts=unit_doubts)
     other = "follow-up" if after is None else "baseline"
     warning = f"W_UNPAIRED: there is no {other} scan of what it shows"
@@ -687,7 +687,7 @@ def _place(before: _Side, after: _Side, settings: CompareOptions) -> Placement:
         return Placement(np.eye(4), {"registration": "identical"})
     registration = register(before.scan, after.scan)
     back = np.linalg.inv(registration.moved)
-    points_mm = [centroids_mm(before.lesions), transformed(back, centroids_mm(after.lesions))]
+    points_mm = [centroids_mm(before.lesions), transform_points(back, centroids_mm(after.lesions))]
     normal = axial_normal(before.ids.geometry)
     return trusted_placement(registration, np.concatenate(points_mm), normal=normal)
 

@@ -29,7 +29,7 @@ class Fitted:
     plan: Plan
 
 
-def recipe_once(dataset: Path, work: Path, progress: Progress) -> Recipe:
+def cached_recipe(dataset: Path, work: Path, progress: Progress) -> Recipe:
     """Derive the recipe from a dataset; reuse the stored one while no file changed.
 
     A file counts as changed if its size or modification time differs.

@@ -24,14 +24,14 @@ from volseg.evaluate.summary import (
 )
 from volseg.execute.local import run
 from volseg.execute.memory import Budget
-from volseg.io.cases import IGNORE, Case, find_cases, find_scans, is_described, stated_labels
+from volseg.io.cases import IGNORE, Case, find_cases, find_scans, has_description, stated_labels
 from volseg.io.csv_text import iterate_csv
 from volseg.io.files import json_text
 from volseg.io.nifti import read_header, read_mask
 from volseg.options import EvaluateOptions, command
 from volseg.postprocess.lesions import MANY
 from volseg.reports import EvaluateReport
-from volseg.store.evaluations import DETECTIONS, EVALUATION, SUMMARY, Compared, read_evaluation
+from volseg.store.evaluations import DETECTIONS, EVALUATION, SUMMARY, EvaluatedCase, read_evaluation
 from volseg.store.outputs import RECORDS, OutputFolder, trace_name
 from volseg.store.results import STALE
 from volseg.store.tables import table
@@ -73,7 +73,7 @@ def evaluate(options: EvaluateOptions) -> EvaluateReport:
         libraries=LIBRARIES,
     )
 
-    def compare(case_id: str) -> Compared:
+    def compare(case_id: str) -> EvaluatedCase:
         truth, guess = _read_within(budget, case_id, truths[case_id].path, guesses[case_id].path)
         masks = truth.sha256, guess.sha256
         if ignored is not None and truth.array.shape == guess.array.shape:
@@ -94,7 +94,7 @@ def evaluate(options: EvaluateOptions) -> EvaluateReport:
             detections = detect_lesions(truth, guess, case_names, case_id=case_id, min_iou=min_iou)
         except NoisyMaskError as error:
             rows = [replace(row, patient=patient, notes=_joined(row.notes, error)) for row in rows]
-            return Compared(overlap=rows, detections=[], masks=masks)
+            return EvaluatedCase(overlap=rows, detections=[], masks=masks)
         detections = [
             replace(row, patient=patient, confidence=predictions.confidence_of(row))
             for row in detections
@@ -104,13 +104,13 @@ def evaluate(options: EvaluateOptions) -> EvaluateReport:
             with_lesions(replace(row, patient=patient), lesions_of.get(row.label, ()))
             for row in rows
         ]
-        return Compared(overlap=rows, detections=detections, masks=masks)
+        return EvaluatedCase(overlap=rows, detections=detections, masks=masks)
 
     used = [reference, predicted]
     used += [mask.path for mask in (*truths.values(), *guesses.values())]
     with OutputFolder(options.out, "evaluate", inputs=used) as outputs:
         outputs.refuse_foreign([*TABLES, *PICTURES])
-        compared: dict[str, Compared] = {}
+        compared: dict[str, EvaluatedCase] = {}
         failed: dict[str, str] = {}
         for count, outcome in enumerate(run(compare, common), start=1):
             options.progress("Comparing", count / len(common), outcome.item)
@@ -168,7 +168,7 @@ def evaluate(options: EvaluateOptions) -> EvaluateReport:
     )
 
 
-def _as_stale(earlier: Compared, reason: str) -> Compared:
+def _as_stale(earlier: EvaluatedCase, reason: str) -> EvaluatedCase:
     """Return the earlier results of a case that failed in this run, marked as stale."""
     stale = f"{STALE}: the last run failed ({reason}); these numbers are from an earlier one"
     notes = (row.notes.partition(STALE)[0].removesuffix("; ") for row in earlier.overlap)
@@ -258,7 +258,7 @@ def _is_dataset(path: Path) -> bool:
         path.is_file()
         or ((path / "cases.csv").is_file() and not (path / "masks").is_dir())
         or (path / "labels").is_dir()
-        or is_described(path)
+        or has_description(path)
     )
 
 

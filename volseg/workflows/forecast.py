@@ -23,13 +23,13 @@ from volseg.store.outputs import OutputFolder
 from volseg.workflows.batch import Inputs
 from volseg.workflows.planning import auto_recipe
 from volseg.workflows.preparing import (
+    ANALYSING,
     HASHING,
-    LOOKING,
     MASKS,
     PREPARED_FILE,
     PREPARING,
+    case_inputs,
     case_key,
-    inputs_of,
     look_at,
     prepare_case,
     training_cases,
@@ -45,7 +45,7 @@ TIMED_CASES = 3
 TIMING_SECONDS = 10.0  # after this, no further case is timed
 LOOKED_SECONDS = 4.0  # for analysing further masks: lesion size decides patch and network size
 GUARDED_SECONDS = 5.0  # of a stage, before its pace is reliable
-STAGES = (MASKS, HASHING, LOOKING, PREPARING)  # in order
+STAGES = (MASKS, HASHING, ANALYSING, PREPARING)  # in order
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,7 +86,7 @@ class _Timed:
     prepared: PreparedCase
 
 
-def forecast_of(
+def make_forecast(
     dataset: Path,
     recipe: Recipe | None,
     plan: Plan | None,
@@ -119,8 +119,8 @@ def forecast_of(
     from volseg.train.speed import seconds_per_step
 
     channels = None if recipe is None else recipe.data.channels
-    may_miss = recipe is not None and recipe.data.missing == "empty"
-    cases, mistakes = survey_cases(dataset, channels, may_miss=may_miss)
+    allow_missing = recipe is not None and recipe.data.missing == "empty"
+    cases, mistakes = survey_cases(dataset, channels, allow_missing=allow_missing)
     cases = [case for case in cases if case.reference is not None and case.split != "test"]
     if mistakes or not cases:
         return None
@@ -142,7 +142,7 @@ def forecast_of(
         todo: dict[str, Sequence[Case]] = dict.fromkeys(STAGES, cases)
         todo[PREPARING] = missing
         if is_seen:
-            todo[LOOKING] = ()
+            todo[ANALYSING] = ()
         if is_seen or recipe is not None:
             todo[MASKS] = ()
         stages = {
@@ -199,7 +199,7 @@ def _time_case(
     cases = training_cases(dataset, stated, seed, ignore_progress)
     case = next(training_case for training_case in cases if training_case.id == case.id)
     digests = Inputs(of_masks=True)
-    inputs = inputs_of(case, digests)
+    inputs = case_inputs(case, digests)
     laps.append(time.monotonic())
     fingerprint = look_at(case, stated, seed)
     laps.append(time.monotonic())

@@ -57,7 +57,7 @@ def _facts(bundle: ModelBundle) -> dict[str, str]:
     recipe, plan = bundle.recipe, bundle.plan
     folds, copies = len(bundle.weights), 2 ** len(recipe.infer.tta_axes)
     features = " ".join(map(str, recipe.network.settings["features"]))
-    channels = [(name, recipe.preprocess.normalise_of(name)) for name in recipe.data.channels]
+    channels = [(name, recipe.preprocess.normaliser_of(name)) for name in recipe.data.channels]
     spacing = " × ".join(f"{mm:g}" for mm in plan.spacing_mm)
     patch = " × ".join(map(str, plan.patch_shape))
     passes = f"{folds * copies}: {folds} folds × {copies} with test-time augmentation"

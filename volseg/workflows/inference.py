@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from volseg.errors import ScanError, VolsegError
-from volseg.execute.cpu import give_back_large_blocks, keep_freed_memory, total_memory
+from volseg.execute.cpu import keep_freed_memory, release_large_blocks, total_memory
 from volseg.execute.local import Outcome, run_overlapped
 from volseg.execute.memory import announcement
 from volseg.io.cases import Case, find_scans
@@ -27,12 +27,12 @@ from volseg.volume import Volume
 from volseg.workflows.batch import (
     CaseFiles,
     Inputs,
-    about_run,
+    case_files,
     done_row,
-    files_of_case,
     input_key,
     run_cases,
     run_description,
+    run_header,
     write_figure,
     write_mask,
 )
@@ -58,7 +58,7 @@ def infer(options: InferOptions) -> CasesReport:
     out, progress, announce = options.out, options.progress, options.announce
     from volseg.bundle import load_bundle, shipped_bundle
     from volseg.infer.memory import limited_gpu
-    from volseg.segment import load_model, work_ahead
+    from volseg.segment import estimate_work, load_model
 
     if options.model is None:
         announce(shipped_model_text())
@@ -68,8 +68,8 @@ def infer(options: InferOptions) -> CasesReport:
     bundle = replace(bundle, recipe=_changed(bundle.recipe, changes))
     inputs = options.scans
     data = bundle.recipe.data
-    cases = find_scans(inputs, data.channels, may_miss=data.missing == "empty")
-    used = [*inputs, folder, *(path for case in cases for path in files_of_case(case))]
+    cases = find_scans(inputs, data.channels, allow_missing=data.missing == "empty")
+    used = [*inputs, folder, *(path for case in cases for path in case_files(case))]
     with ResultsFolder(out, "infer", inputs=used) as results:
         load = partial(
             load_model,
@@ -82,7 +82,7 @@ def infer(options: InferOptions) -> CasesReport:
         if loaded.device == "cpu" and loaded.segmentation.identity["backend"] == "torch":
             keep_freed_memory()
         else:  # keeping memory does not speed up OpenVINO or GPUs; empty masks would take memory
-            give_back_large_blocks()
+            release_large_blocks()
         key_options = {
             "model_sha256": bundle.sha256,
             "figures": options.figures,
@@ -90,7 +90,7 @@ def infer(options: InferOptions) -> CasesReport:
             **changes,
         }
         key_options |= {"accept_mismatch": True} if options.accept_mismatch else {}
-        n_cases = results.n_with(case.id for case in cases)
+        n_cases = results.count_items(case.id for case in cases)
         plans = _plan_memory(cases, n_cases, loaded, options)
         fitting = _fitting(plans)
         batch_size = bundle.recipe.infer.batch_size
@@ -122,7 +122,7 @@ def infer(options: InferOptions) -> CasesReport:
                 if unannounced:
                     left = unannounced[unannounced.index(case) :]
                     shapes = [fitting[item.id].shape for item in left if item.id in fitting]
-                    announce(work_ahead(loaded, shapes).announcement())
+                    announce(estimate_work(loaded, shapes).announcement())
                     unannounced.clear()
                 on_tile(done, total)
 
@@ -150,7 +150,7 @@ def infer(options: InferOptions) -> CasesReport:
 
         box = model_box(bundle.name, bundle.recipe, bundle.fingerprint, bundle.metrics)
         files = CaseFiles((MASKS, LESION_IDS), options.figures, options.pages)
-        about = about_run("infer", bundle.name) | {"model_box": box.model_dump(mode="json")}
+        about = run_header("infer", bundle.name) | {"model_box": box.model_dump(mode="json")}
         ahead = all(plan.read_ahead for plan in fitting.values())
         with limited_gpu(None if loaded.device == "cpu" else options.max_vram):
             report = run_cases(

@@ -14,7 +14,7 @@ from typing import cast, get_args
 from volseg.errors import ScanError, VolsegError
 from volseg.execute.local import run
 from volseg.execute.memory import Budget, Peak
-from volseg.inputs import MAX_LABEL, MAX_NAME, label_value, read_json, shortened
+from volseg.inputs import MAX_LABEL, MAX_NAME, label_value, read_json, shorten
 from volseg.io.cases import Case, find_cases, find_scans, read_table
 from volseg.io.nifti import MAX_LABELS, read_header, read_label_table, read_mask, read_volume
 from volseg.measure.memory import plan_measuring
@@ -22,8 +22,8 @@ from volseg.measure.rows import CaseRow
 from volseg.measure.specks import MeasuredLesions, measure_largest
 from volseg.measure.units import Unit, judge_unit
 from volseg.options import MeasureOptions, command
-from volseg.postprocess.lesions import CONNECTIVITY, Objects, label_lesions, without_organ
-from volseg.recipe import Measure, as_recipe, unit_named
+from volseg.postprocess.lesions import CONNECTIVITY, Objects, label_lesions, remove_organ
+from volseg.recipe import Measure, as_recipe, parse_unit
 from volseg.report.model_box import ModelBox, read_model_box
 from volseg.reports import CasesReport
 from volseg.store.outputs import SAME_KIND, Commit, folder_content
@@ -32,15 +32,15 @@ from volseg.volume import Volume
 from volseg.workflows.batch import (
     CaseFiles,
     Inputs,
-    about_run,
+    case_files,
     check_pair,
     damaged_warnings,
     done_row,
     failure_reason,
-    files_of_case,
     input_key,
     run_cases,
     run_description,
+    run_header,
     without_damaged,
     write_figure,
     write_mask,
@@ -75,9 +75,9 @@ def measure(options: MeasureOptions) -> CasesReport:
     key_options = {"objects": settings.objects, "label_names": names}
     key_options |= {"intensity_unit": settings.intensity_unit, "figures": settings.figures}
     key_options |= {"measure": settings.settings.model_dump(mode="json")}
-    about = about_run("measure", "")
+    about = run_header("measure", "")
     used = [path for path in sources if path is not None]
-    used += [path for case in pairs for path in files_of_case(case)]
+    used += [path for case in pairs for path in case_files(case)]
     if isinstance(options.recipe, Path | str) and Path(options.recipe).is_file():
         used.append(Path(options.recipe))
     digests = Inputs(of_masks=True)
@@ -86,7 +86,7 @@ def measure(options: MeasureOptions) -> CasesReport:
         return input_key(key_options, digests.of(case))
 
     with ResultsFolder(options.out or Path(DEFAULT_OUT), "measure", inputs=used) as folder:
-        n_cases = folder.n_with(case.id for case in pairs)
+        n_cases = folder.count_items(case.id for case in pairs)
         measured_pairs = ((case, settings.settings) for case in pairs)
         refusals = _refused(measured_pairs, n_cases, options)
 
@@ -274,7 +274,7 @@ def _corrected_cases(folder: ResultsFolder, names: Sequence[str]) -> Iterator[tu
 def _unit_of(text: str | None) -> str:
     """Return the unit given by --unit, or "" if it states none."""
     try:
-        return unit_named(text or "")
+        return parse_unit(text or "")
     except ValueError as error:
         raise VolsegError(
             f"--unit {error}", fix="--unit HU, SUV, a.u. or another unit", code="E_USAGE"
@@ -299,7 +299,7 @@ def _corrected_case(
         options = _Options(
             objects="components",
             label_names={int(value): str(text) for value, text in source["label_names"].items()},
-            intensity_unit=unit_named(str(source["unit"])),
+            intensity_unit=parse_unit(str(source["unit"])),
             stated_by="the model",
             unit_doubt=str(source.get("unit_doubt", "")),
             remarks=_texts(source["remarks"]),
@@ -319,7 +319,7 @@ def _corrected_case(
 
 def _texts(content: object) -> tuple[str, ...]:
     if not isinstance(content, list) or not all(isinstance(text, str) for text in content):
-        raise TypeError(f"{shortened(repr(content))} is not a list of texts")
+        raise TypeError(f"{shorten(repr(content))} is not a list of texts")
     return tuple(content)
 
 
@@ -500,7 +500,7 @@ def _measure_case(case: Case, options: _Options) -> _Measured:
     names = _Names(options.label_names or read_label_table(case.reference))
     array, organ_voxels, settings = mask.array, None, options.settings
     if settings.organ is not None:
-        array, organ_voxels = without_organ(array, _value_of(settings.organ, names, case.reference))
+        array, organ_voxels = remove_organ(array, _value_of(settings.organ, names, case.reference))
     node_values = {_value_of(label, names, case.reference) for label in settings.lymph_nodes}
     lesions = label_lesions(array, scan.geometry, objects=options.objects)
     values = [value for value in dict.fromkeys(lesions.labels) if value in node_values]
@@ -573,7 +573,7 @@ def _value_of(label: str, names: Mapping[int, str], path: Path) -> int:
     values = values or [label_value(label.removeprefix("label_")) or 0]
     if len(values) == 1 and values[0] > 0:
         return values[0]
-    text = f"label {shortened(label)!r}"
+    text = f"label {shorten(label)!r}"
     problem = f"has no {text}; it names {', '.join(names.values()) or 'none'}"
     if len(values) > 1:
         problem = f"{text} is the name of {len(values)} values"
@@ -607,7 +607,7 @@ def read_label_names(path: Path | str) -> dict[int, str]:
             if value is None or not isinstance(name, str) or not 0 < len(name) <= MAX_NAME:
                 parts = [json.dumps(part, ensure_ascii=False) for part in (stated, name)]
                 raise ValueError(
-                    f"{' = '.join(map(shortened, parts))}: a value must be a whole number, "
+                    f"{' = '.join(map(shorten, parts))}: a value must be a whole number, "
                     f"a name must have 1 to {MAX_NAME} characters"
                 )
             if names.get(value, name) != name:

@@ -24,7 +24,7 @@ from volseg.store.outputs import Commit
 from volseg.store.records import file_of
 from volseg.store.results import THUMBNAILS, VIEWERS, ResultsFolder, plain, rows_name
 from volseg.volume import BoundingBox, Volume
-from volseg.words import spaced
+from volseg.words import format_thousands
 
 REPORT = "report.html"
 HEAD_BYTES = 4096  # at the start of report.html, which contain its content digest
@@ -184,7 +184,9 @@ def write_report(
         more = f" and {len(noisy) - MOST_NAMED} more scans" if len(noisy) > MOST_NAMED else ""
         remarks = [*remarks, f"{listed}{more} are listed; lesions.csv has them all."]
     if len(lesions) < n_lesions:
-        largest = f"{spaced(len(lesions))} largest of {spaced(n_lesions)} lesions"
+        largest = (
+            f"{format_thousands(len(lesions))} largest of {format_thousands(n_lesions)} lesions"
+        )
         remarks = [*remarks, f"The {largest} are listed and plotted; lesions.csv has them all."]
     contents, hashes = {_as_text(about.get("model_box")): None}, []
     for name, record in results.records():

@@ -26,7 +26,7 @@ from volseg.io.files import make_folder, read_sealed, refuse_unsealed, write_sea
 from volseg.io.nifti import read_mask, read_volume
 from volseg.measure.units import looks_like_ct
 from volseg.options import PlanOptions, Progress, command, ignore_progress
-from volseg.recipe import Recipe, as_recipe, listed, mistakes_of, parse_recipe
+from volseg.recipe import Recipe, as_recipe, listed, parse_recipe, validation_messages
 from volseg.reports import PlanReport
 from volseg.sizing import Budget
 from volseg.workflows.batch import reason_of
@@ -64,7 +64,7 @@ def plan(options: PlanOptions) -> PlanReport:
         refuse_unsealed(out)
         make_folder(out.parent)
     recipe = recipe_for(dataset, options.recipe, options.progress)
-    n = folds_of(dataset, recipe, options.folds, is_auto=options.recipe is None)
+    n = number_of_folds(dataset, recipe, options.folds, is_auto=options.recipe is None)
     fingerprint, failed = fingerprint_of(dataset, recipe, options.seed, options.progress)
     if failed:
         refuse_dataset(dataset, failed)
@@ -118,7 +118,7 @@ def read_plan(path: Path | str) -> Plan:
         ) from error
     except ValueError as error:
         is_listable = isinstance(error, ValidationError)
-        reason = listed(mistakes_of(error, Plan)) if is_listable else str(error)
+        reason = listed(validation_messages(error, Plan)) if is_listable else str(error)
         raise VolsegError(
             f"{path}: not a plan: {reason}",
             fix="correct it, or run `volseg plan DATASET --out PLAN.json` again",
@@ -177,7 +177,7 @@ def recipe_for(
     return auto_recipe(Path(dataset), cases, progress)
 
 
-def folds_of(dataset: Path, recipe: Recipe, folds: int | None, *, is_auto: bool) -> int:
+def number_of_folds(dataset: Path, recipe: Recipe, folds: int | None, *, is_auto: bool) -> int:
     """Return how many networks to train.
 
     This is `folds` if given; else 1 with a recipe, and without one `N_FOLDS` or the number of

@@ -15,7 +15,7 @@ from volseg.io.cases import ID_PATTERN
 from volseg.io.prepared import PreparedCase, read_prepared_case
 from volseg.recipe import Recipe, as_recipe, parse_recipe
 from volseg.workflows.planning import N_FOLDS
-from volseg.workflows.preparing import PREPARED_FILE, preparation_of
+from volseg.workflows.preparing import PREPARED_FILE, preparation_settings
 
 if TYPE_CHECKING:
     from volseg.plan import DatasetFingerprint, Plan
@@ -98,7 +98,7 @@ def load_prepared(
                 code="E_PLAN",
             )
         plan = changed
-    if preparation_of(recipe) != preparation_of(stored):
+    if preparation_settings(recipe) != preparation_settings(stored):
         raise VolsegError(
             f"{folder}: was prepared for recipe {stored.name!r} with other [data], [preprocess] or "
             "[classify] settings",

@@ -28,7 +28,7 @@ from volseg.measure.rows import CaseRow
 from volseg.measure.units import judge_unit
 from volseg.options import PreprocessOptions, Progress, command
 from volseg.postprocess.lesions import label_lesions
-from volseg.preprocess.align import completed, on_one_grid
+from volseg.preprocess.align import completed, to_first_grid
 from volseg.recipe import Recipe
 from volseg.reports import PreprocessReport
 from volseg.store.outputs import OutputFolder, trace_name
@@ -37,9 +37,9 @@ from volseg.train.samples import sample_voxels
 from volseg.volume import Volume
 from volseg.workflows.batch import (
     Inputs,
+    case_files,
     check_pair,
     failure_reason,
-    files_of_case,
     input_key,
     reason_of,
 )
@@ -50,7 +50,7 @@ if TYPE_CHECKING:  # torch takes seconds to import; only a workflow that needs i
 
 PREPARED_FILE = "prepared.json"
 MASKS, HASHING = "Reading the masks", "Hashing the files"
-LOOKING, PREPARING = "Analysing the dataset", "Preparing"
+ANALYSING, PREPARING = "Analysing the dataset", "Preparing"
 SPLITS = ("train", "val", "test")
 MOST_SHOWN = 10  # mistakes of a dataset listed in one message
 
@@ -95,7 +95,7 @@ def prepare_dataset(
     dataset, out, seed, progress = options.dataset, options.out, options.seed, options.progress
     recipe = recipe_for(dataset, options.recipe, progress)
     cases = training_cases(dataset, recipe, seed, progress)
-    inputs = [dataset, *(path for case in cases for path in files_of_case(case))]
+    inputs = [dataset, *(path for case in cases for path in case_files(case))]
     if isinstance(options.recipe, Path | str) and Path(options.recipe).is_file():
         inputs.append(Path(options.recipe))
     with OutputFolder(out, "preprocess", inputs=inputs) as outputs:
@@ -109,7 +109,9 @@ def prepare_dataset(
             refuse_dataset(dataset, failed)
         plan = Plan.model_validate(facts["plan"])
         usable = [case for case in cases if case.id not in failed]
-        keys = {case.id: case_key(inputs_of(case, digests), recipe, plan, seed) for case in usable}
+        keys = {
+            case.id: case_key(case_inputs(case, digests), recipe, plan, seed) for case in usable
+        }
         kept, missing = [], []
         for case in usable:
             (kept if is_prepared(out / "cases", case.id, keys[case.id]) else missing).append(case)
@@ -168,7 +170,7 @@ def _facts(
     from volseg.plan import DEFAULT_BUDGET, DatasetFingerprint, check_budget, make_plan
 
     parts = {"data": recipe.data.model_dump(mode="json"), "seed": seed}
-    key = input_key(parts, [digest for case in cases for digest in inputs_of(case, digests)])
+    key = input_key(parts, [digest for case in cases for digest in case_inputs(case, digests)])
     failed: dict[str, str] = {}
     earlier = read_header(outputs.path)
     try:
@@ -229,7 +231,7 @@ def refuse_dataset(
 
 def warnings_of(fingerprint: DatasetFingerprint, recipe: Recipe) -> list[str]:
     """Return warnings about training cases that are unusual but usable."""
-    from volseg.mismatch import says_its_unit  # loads torch
+    from volseg.mismatch import has_trusted_unit  # loads torch
 
     warnings, n_cases = [], fingerprint.n_cases
     if empty := fingerprint.empty_masks:
@@ -244,7 +246,7 @@ def warnings_of(fingerprint: DatasetFingerprint, recipe: Recipe) -> list[str]:
         warnings.append(f"W_LABELS: no training mask holds {names}, which cannot be learnt")
     if doubted := fingerprint.doubted_units:
         case, reason = next(iter(doubted.items()))
-        refuses = says_its_unit(recipe, fingerprint)
+        refuses = has_trusted_unit(recipe, fingerprint)
         effect = "refuses such scans" if refuses else "reports no values in that unit"
         warnings.append(
             f"W_UNIT: {len(doubted)} of {n_cases} training scans contradict the unit of the recipe "
@@ -260,7 +262,7 @@ def _rng_of(case: Case, seed: int) -> np.random.Generator:
     return np.random.default_rng([seed, int.from_bytes(digest[:4], "big")])
 
 
-def inputs_of(case: Case, digests: Inputs) -> list[str]:
+def case_inputs(case: Case, digests: Inputs) -> list[str]:
     """Return everything besides the recipe that a prepared case depends on: files and table row."""
     facts = json.dumps([case.id, case.split, case.patient, case.classes], sort_keys=True)
     return [*digests.of(case), facts]
@@ -272,10 +274,10 @@ def case_key(inputs: Sequence[str], recipe: Recipe, plan: Plan, seed: int) -> st
     Of the plan this is only spacing and windows: another batch or network changes no array.
 
     Args:
-        inputs: from `inputs_of`.
+        inputs: from `case_inputs`.
     """
     settings = plan.model_dump(mode="json", include={"spacing_mm", "windows"}) | {"seed": seed}
-    return input_key(settings | {"recipe": preparation_of(recipe)}, inputs)
+    return input_key(settings | {"recipe": preparation_settings(recipe)}, inputs)
 
 
 def _hash_files(cases: Sequence[Case], progress: Progress) -> Inputs:
@@ -294,8 +296,8 @@ def training_cases(dataset: Path, recipe: Recipe, seed: int, progress: Progress)
     Raises:
         VolsegError: the dataset has mistakes; the error lists them and all unusable files.
     """
-    may_miss = recipe.data.missing == "empty"
-    cases, mistakes = survey_cases(dataset, recipe.data.channels, may_miss=may_miss)
+    allow_missing = recipe.data.missing == "empty"
+    cases, mistakes = survey_cases(dataset, recipe.data.channels, allow_missing=allow_missing)
     unknown = sorted({case.split for case in cases if case.split} - set(SPLITS))
     mistakes += [
         f"split {name!r} is unknown: use {', '.join(SPLITS)} or leave it empty" for name in unknown
@@ -305,7 +307,7 @@ def training_cases(dataset: Path, recipe: Recipe, seed: int, progress: Progress)
         outcomes = run(lambda case: read_training_case(case, recipe), with_mask)
         failed = {}
         for count, outcome in enumerate(outcomes, start=1):
-            progress(LOOKING, count / len(cases), outcome.item.id)
+            progress(ANALYSING, count / len(cases), outcome.item.id)
             if outcome.error is not None:
                 failed[outcome.item.id] = reason_of(outcome.error)
         refuse_dataset(dataset, failed, mistakes)
@@ -358,7 +360,7 @@ def _fingerprint(
     fingerprints, failed, empty, doubted = [], {}, [], {}
     for count, outcome in enumerate(run(lambda case: look_at(case, recipe, seed), cases), start=1):
         name, error, fingerprint = outcome.item.id, outcome.error, outcome.value
-        progress(LOOKING, count / len(cases), name)
+        progress(ANALYSING, count / len(cases), name)
         if error is not None:
             failed[name] = (
                 reason_of(error) if outputs is None else failure_reason(outputs, name, error)
@@ -419,7 +421,7 @@ def read_training_case(
             code="E_CHANGED",
         )
     if recipe.data.grids == "first":
-        images = on_one_grid(images, align=recipe.data.align == "rigid")
+        images = to_first_grid(images, align=recipe.data.align == "rigid")
     problems: list[VolsegError] = []
     for name, image in images.items():
         try:
@@ -454,7 +456,7 @@ def _without_ignored(reference: Volume, recipe: Recipe) -> Volume:
     return reference.with_array(np.where(reference.array == recipe.data.ignore, 0, reference.array))
 
 
-def preparation_of(recipe: Recipe) -> dict[str, Any]:
+def preparation_settings(recipe: Recipe) -> dict[str, Any]:
     """Return the parts of a recipe that prepared arrays depend on."""
     content = recipe.model_dump(mode="json", include={"data", "preprocess", "classify"})
     if content["classify"]:

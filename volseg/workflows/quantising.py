@@ -45,8 +45,8 @@ def quantise(options: QuantiseOptions) -> QuantiseReport:
     """
     keep_freed_memory()
     from volseg.bundle import EXPORTED, load_bundle
-    from volseg.infer.backends import convert, import_openvino, usual_batch_shape, write_exported
-    from volseg.infer.quantise import import_nncf, in_each_precision
+    from volseg.infer.backends import batch_shape_of, convert, import_openvino, write_exported
+    from volseg.infer.quantise import backends_by_precision, import_nncf
     from volseg.infer.quantise import quantise as quantise_network
 
     import_openvino()
@@ -68,14 +68,14 @@ def quantise(options: QuantiseOptions) -> QuantiseReport:
         )
         outputs.work_folder(WORK_FOLDER)
         training, validation = _prepared_cases(bundle, dataset, work / "prepared", seed, progress)
-        shape = usual_batch_shape(bundle)
+        shape = batch_shape_of(bundle)
         places = np.linspace(0, len(training) - 1, min(options.cases, len(training)))
         calibration = [training[round(place)] for place in places]
         progress("Quantising", 0.0, f"calibrating on {len(calibration)} training cases")
         patches = _calibration_patches(calibration, bundle, seed)
         members = map(bundle.member, bundle.members)
         networks = [quantise_network(convert(member, shape), patches) for member in members]
-        backends = in_each_precision(bundle, networks)
+        backends = backends_by_precision(bundle, networks)
         scores: dict[str, list[list[float]]] = {name: [] for name in backends}
         for count, case in enumerate(validation, start=1):
             for name, backend in backends.items():

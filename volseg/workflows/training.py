@@ -35,15 +35,15 @@ from volseg.workflows.earlier import (
     FITTED_FILE,
     RECIPE_FILE,
     Fitted,
+    cached_recipe,
     earlier_plan,
     read_fitted,
-    recipe_once,
     write_fitted,
 )
 from volseg.workflows.fitting import TooShortError, best_plan, fit_to_time, refuse_time, suggested
-from volseg.workflows.forecast import Forecast, Guard, forecast_of
+from volseg.workflows.forecast import Forecast, Guard, make_forecast
 from volseg.workflows.importing import MODEL_FILE
-from volseg.workflows.planning import N_FOLDS, budget_of, folds_of, read_plan
+from volseg.workflows.planning import N_FOLDS, budget_of, number_of_folds, read_plan
 from volseg.workflows.prepared import Split, load_prepared, prepared_warnings, split_cases
 from volseg.workflows.preparing import (
     PREPARED_FILE,
@@ -354,7 +354,7 @@ class _Training:
         if forecast is not None:
             progress = self._guard(forecast, stated, prepared)
         recipe = (
-            recipe_once(self.options.dataset, self.work, progress) if stated is None else stated
+            cached_recipe(self.options.dataset, self.work, progress) if stated is None else stated
         )
         # An open recipe takes network and patches from the model to start from.
         if model is not None and recipe.is_open and plan is None:
@@ -373,7 +373,7 @@ class _Training:
             check_networks(recipe)
         folds = 1
         if self.options.fold is None:
-            folds = folds_of(
+            folds = number_of_folds(
                 self.options.dataset,
                 recipe,
                 self.options.folds,
@@ -413,7 +413,7 @@ class _Training:
         """
         if self.time.seconds is None or self.options.preview or read_fitted(self.work) is not None:
             return None
-        forecast = forecast_of(
+        forecast = make_forecast(
             self.options.dataset,
             recipe,
             plan,

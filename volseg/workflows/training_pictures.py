@@ -54,7 +54,7 @@ def worst_cases_png(
     `before` is called with the id of each case; when it returns False, the picture ends with the
     case before. Empty without any case.
     """
-    from volseg.models import build_segmentation, set_weights
+    from volseg.models import build_segmentation, copy_weights
     from volseg.report.training_figures import comparison_png
     from volseg.train.validate import predicted_classes
 
@@ -68,7 +68,7 @@ def worst_cases_png(
         if not before(case_id):
             break
         case = next(case for case in splits[number][1] if case.id == case_id)
-        network = set_weights(build_segmentation(recipe), trained[number].weights)
+        network = copy_weights(build_segmentation(recipe), trained[number].weights)
         predicted = predicted_classes(network, case, recipe, plan, device, overlap=overlap)
         title = f"{case_id}: Dice {means[number, case_id]:.3f}"
         pictures.append((title, np.asarray(case.image[0]), np.asarray(case.mask), predicted))

@@ -13,7 +13,7 @@ from volseg.evaluate.validation import ValidationRow
 from volseg.infer.backends import TorchBackend
 from volseg.infer.stream import predict_logits
 from volseg.io.prepared import PreparedCase
-from volseg.models import build_segmentation, set_weights
+from volseg.models import build_segmentation, copy_weights
 from volseg.plan import Plan
 from volseg.recipe import Recipe
 from volseg.train.validate import tiling_of, validate
@@ -123,7 +123,7 @@ class Validator:
         overlap: float,
         until: float,
     ) -> list[ValidationRow]:
-        network = set_weights(self._network, weights)
+        network = copy_weights(self._network, weights)
         return validate(
             network,
             cases,

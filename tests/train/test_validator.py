@@ -7,7 +7,7 @@ import torch
 from volseg.bundle import load_bundle
 from volseg.evaluate.validation import ValidationRow, mean_dice
 from volseg.io.prepared import PreparedCase
-from volseg.train.watch import LARGEST_RESERVE, Validator
+from volseg.train.validator import LARGEST_RESERVE, Validator
 
 
 @pytest.fixture
