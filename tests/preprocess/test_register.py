@@ -1,5 +1,3 @@
-from importlib.util import find_spec
-
 import numpy as np
 import pytest
 from laws import ras
@@ -9,7 +7,6 @@ from volseg.errors import ScanError
 from volseg.preprocess.register import Registration, register, transform_points
 from volseg.volume import Geometry, Volume
 
-pytestmark = pytest.mark.skipif(not find_spec("SimpleITK"), reason="SimpleITK is not installed")
 BALLS = [((25, 5, 10), 9), ((-22, 8, -10), 7), ((20, 12, -14), 6)]
 POINTS_MM = CENTRE + np.array([offset for offset, _ in BALLS])
 

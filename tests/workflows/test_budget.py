@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 import nibabel
@@ -20,7 +19,6 @@ AFFINE = np.diag([-0.8, -0.8, 1.5, 1.0])
 GB = 2**30
 # name → fraction of the voxels, number of labels
 NOISE = {"few": (0.01, 1), "many labels": (0.1, 40), "much": (0.2, 1)}
-needs_itk = pytest.mark.skipif(not find_spec("SimpleITK"), reason="SimpleITK is not installed")
 on_linux = pytest.mark.skipif(
     not sys.platform.startswith("linux"), reason="only Linux limits the address space"
 )
@@ -136,7 +134,6 @@ def two_times(folder: Path, masks, tilt_rad=0.0):
 
 
 @on_linux
-@needs_itk
 def test_noise_and_a_ball_are_compared_in_the_announced_memory(tmp_path):
     shape = (40, 40, 30)
     for name, tilt_rad in (("much", 0.0), ("tilted", 0.1)):
@@ -149,7 +146,6 @@ def test_noise_and_a_ball_are_compared_in_the_announced_memory(tmp_path):
     assert all(" done 1 " in line for line in lines), lines
 
 
-@needs_itk
 def test_a_patient_over_the_budget_is_a_failed_row_that_names_a_sufficient_one(tmp_path):
     folder = two_times(tmp_path, [ball((30, 30, 30), 8, off) for off in (0, 2)])
     scans = {name: folder / name for name in ("baseline", "followup", "out")}

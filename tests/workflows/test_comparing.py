@@ -3,7 +3,6 @@ import io
 import json
 import re
 import shutil
-from importlib.util import find_spec
 from pathlib import Path
 
 import matplotlib.image
@@ -24,8 +23,6 @@ from volseg.store.records import read_record
 from volseg.volume import Geometry, Volume
 from volseg.workflows import comparing
 from volseg.workflows.comparing import trusted_placement
-
-needs_itk = pytest.mark.skipif(not find_spec("SimpleITK"), reason="SimpleITK is not installed")
 
 
 def rows(path):
@@ -265,7 +262,6 @@ BEFORE = [((25, 5, 10), 9), ((-22, 8, -10), 7), ((20, 12, -14), 6)]
 AFTER = [((25, 5, 10), 11.5), ((20, 12, -14), 6), ((-26, -2, 12), 6)]
 
 
-@needs_itk
 def test_a_patient_who_moved_is_compared_as_one_who_did_not(tmp_path):
     """Motion of 7° and 12 mm on another grid gives the rows of a still patient, and a picture."""
     later = grid("PSR", (1.6, 1.8, 2.0), tilt_deg=9)
@@ -308,7 +304,6 @@ def test_a_patient_who_moved_is_compared_as_one_who_did_not(tmp_path):
     assert max(float(r["distance_mm"]) for r in blind if r["distance_mm"]) > 5
 
 
-@needs_itk
 def test_the_row_warns_of_a_registration_that_cannot_be_trusted(tmp_path):
     geometry = Geometry((32, 32, 20), GRIDS["ras"]((2.0, 2.0, 3.0)))
     cases = []
@@ -833,7 +828,6 @@ def rod(turn_deg=0.0):
     return draw(grid("LPS", (2.0, 2.0, 2.0)), balls, movement(turn_deg, (0, 0, 0), axis=(1, 0, 0)))
 
 
-@needs_itk
 def test_a_head_that_tilted_between_the_scans_is_measured_in_the_planes_of_the_baseline(tmp_path):
     """The slices of the later scan cut the same rod at 14°."""
     one, other = (

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from scipy import ndimage
 
-from volseg.errors import EnvironmentProblem, ScanError
+from volseg.errors import ScanError
 from volseg.volume import Geometry, Volume, slabs_of
 
 ALIGNMENT_LEVELS = (4, 2, 1)  # shrink factors, coarse to fine
@@ -43,7 +43,6 @@ def to_first_grid(images: Mapping[str, Volume], *, align: bool = False) -> dict[
 
     Raises:
         ScanError: a channel covers less than half of the first one's grid.
-        EnvironmentProblem: `align` is set and SimpleITK is not installed.
     """
     (first_name, first), *others = images.items()
     volumes = {first_name: first}
@@ -95,16 +94,14 @@ def rigid_transform(fixed: Volume, moving: Volume) -> np.ndarray:
 
     Raises:
         ScanError: the scans do not overlap, or cannot be compared.
-        EnvironmentProblem: SimpleITK is not installed.
     """
-    itk = simpleitk(
-        "alignment of channels", otherwise='set align = "none" under [data] in the recipe'
-    )
-    registration = itk.ImageRegistrationMethod()
+    import SimpleITK as sitk  # takes memory that only this needs
+
+    registration = sitk.ImageRegistrationMethod()
     registration.SetMetricAsMattesMutualInformation(HISTOGRAM_BINS)
     registration.SetMetricSamplingStrategy(registration.REGULAR)
     registration.SetMetricSamplingPercentage(ALIGNMENT_FRACTION, SEED)
-    registration.SetInterpolator(itk.sitkLinear)
+    registration.SetInterpolator(sitk.sitkLinear)
     registration.SetOptimizerAsRegularStepGradientDescent(
         learningRate=1.0, minStep=1e-4, numberOfIterations=200, relaxationFactor=0.6
     )
@@ -114,11 +111,11 @@ def rigid_transform(fixed: Volume, moving: Volume) -> np.ndarray:
     registration.SetShrinkFactorsPerLevel(levels)
     registration.SetSmoothingSigmasPerLevel([level / 2 for level in levels])
     registration.SmoothingSigmasAreSpecifiedInPhysicalUnitsOff()
-    start = itk.Euler3DTransform()
+    start = sitk.Euler3DTransform()
     start.SetCenter(_centre(fixed.geometry).tolist())
     registration.SetInitialTransform(start, inPlace=False)
     try:
-        transform = registration.Execute(itk_image(itk, fixed), itk_image(itk, moving))
+        transform = registration.Execute(itk_image(sitk, fixed), itk_image(sitk, moving))
     except RuntimeError as error:
         raise ScanError(
             f"two channels could not be aligned ({str(error).strip().splitlines()[-1]})",
@@ -126,7 +123,7 @@ def rigid_transform(fixed: Volume, moving: Volume) -> np.ndarray:
             'or set align = "none" under [data] in the recipe',
             code="E_PAIR",
         ) from error
-    return rigid_matrix(euler_transform(itk, transform))
+    return rigid_matrix(euler_transform(sitk, transform))
 
 
 def index_matrix(
@@ -151,14 +148,14 @@ def _centre(geometry: Geometry) -> np.ndarray:
     return geometry.to_world_mm((np.array(geometry.shape) - 1) / 2)
 
 
-def itk_image(itk: ModuleType, volume: Volume) -> Any:
+def itk_image(sitk: ModuleType, volume: Volume) -> Any:
     """Convert a volume to a SimpleITK image in RAS, so that transforms are in RAS too."""
     array = volume.array
     if volume.is_scaled or array.dtype != np.float32:
         array = np.empty(volume.array.shape, np.float32, order="F")
         for slab in slabs_of(volume.array, CONVERTED_TOGETHER):  # scaling makes float64 temporaries
             array[slab] = volume.intensities(volume.array[slab])
-    image = itk.GetImageFromArray(array.T)
+    image = sitk.GetImageFromArray(array.T)
     spacing = np.array(volume.geometry.spacing_mm)
     image.SetSpacing(spacing.tolist())
     image.SetOrigin(volume.geometry.affine[:3, 3].tolist())
@@ -166,9 +163,9 @@ def itk_image(itk: ModuleType, volume: Volume) -> Any:
     return image
 
 
-def euler_transform(itk: ModuleType, transform: Any) -> Any:
+def euler_transform(sitk: ModuleType, transform: Any) -> Any:
     """Return the rigid transform in the result of a registration."""
-    return itk.Euler3DTransform(
+    return sitk.Euler3DTransform(
         transform.GetNthTransform(0) if hasattr(transform, "GetNthTransform") else transform
     )
 
@@ -181,23 +178,3 @@ def rigid_matrix(euler: Any) -> np.ndarray:
     matrix[:3, :3] = rotation
     matrix[:3, 3] = centre + shift - rotation @ centre
     return matrix
-
-
-def simpleitk(what: str, *, otherwise: str) -> ModuleType:
-    """Import the optional library SimpleITK.
-
-    Args:
-        what: feature that needs it. otherwise: what to do without it.
-
-    Raises:
-        EnvironmentProblem: SimpleITK is not installed.
-    """
-    try:
-        import SimpleITK
-    except ImportError as error:
-        raise EnvironmentProblem(
-            f"{what} needs SimpleITK, which is not installed",
-            fix=f"pip install 'volseg[dicom]', or {otherwise}",
-            code="E_BACKEND",
-        ) from error
-    return SimpleITK

@@ -18,7 +18,6 @@ from volseg.preprocess.align import (
     euler_transform,
     itk_image,
     rigid_matrix,
-    simpleitk,
 )
 from volseg.volume import Geometry, Volume
 
@@ -110,17 +109,17 @@ def register(first: Volume, second: Volume) -> Registration:
 
     Raises:
         ScanError: no position was found where the scans overlap and can be compared.
-        EnvironmentProblem: SimpleITK is not installed.
     """
-    itk = simpleitk("registration", otherwise="give --no-registration")
+    import SimpleITK as sitk  # takes memory that only this needs
+
     scans = (first, second)
-    pairs = list(zip(*(_pyramid(itk, scan) for scan in scans), strict=True))
+    pairs = list(zip(*(_pyramid(sitk, scan) for scan in scans), strict=True))
     images = pairs[-2]  # for the similarity, for which ITK uses every voxel
-    forward = _search(itk, scans, pairs)
-    backward = _search(itk, scans[::-1], [pair[::-1] for pair in pairs])
+    forward = _search(sitk, scans, pairs)
+    backward = _search(sitk, scans[::-1], [pair[::-1] for pair in pairs])
     transforms = [] if forward is None else [forward]
     transforms += [] if backward is None else [np.linalg.inv(backward)]
-    similarities = [_similarity(itk, images, matrix) for matrix in transforms]
+    similarities = [_similarity(sitk, images, matrix) for matrix in transforms]
     ranking = sorted((value, n) for n, value in enumerate(similarities) if value is not None)
     if not ranking:
         raise ScanError(
@@ -130,21 +129,21 @@ def register(first: Volume, second: Volume) -> Registration:
         )
     similarity, best = ranking[-1]
     other = transforms[1 - best] if len(transforms) == 2 else None
-    return Registration(transforms[best], other, _similarity(itk, images, np.eye(4)), similarity)
+    return Registration(transforms[best], other, _similarity(sitk, images, np.eye(4)), similarity)
 
 
-def _pyramid(itk: ModuleType, scan: Volume) -> list[Any]:
+def _pyramid(sitk: ModuleType, scan: Volume) -> list[Any]:
     """Return the scan at each level, coarse to fine, with clipped intensities."""
     step = _step(scan)
     sample = scan.intensities(scan.array[::step, ::step, ::step])
     low, high = np.percentile(sample, (CLIPPED_PERCENT, 100 - CLIPPED_PERCENT))
-    image = itk_image(itk, scan)
+    image = itk_image(sitk, scan)
     if low < high:
-        image = itk.Clamp(image, itk.sitkFloat32, float(low), float(high))
+        image = sitk.Clamp(image, sitk.sitkFloat32, float(low), float(high))
     images = []
     for level_mm in reversed(LEVELS_MM):  # each level from the previous, smaller one
         factors = _factors(level_mm, image.GetSpacing(), image.GetSize())
-        image = itk.BinShrink(image, factors) if max(factors) > 1 else image
+        image = sitk.BinShrink(image, factors) if max(factors) > 1 else image
         images.append(image)
     return images[::-1]
 
@@ -185,7 +184,7 @@ def _step(scan: Volume) -> int:
 
 
 def _search(
-    itk: ModuleType, scans: Sequence[Volume], pairs: Sequence[Sequence[Any]]
+    sitk: ModuleType, scans: Sequence[Volume], pairs: Sequence[Sequence[Any]]
 ) -> np.ndarray | None:
     """Return (4, 4) from the first scan to the second, or None if they cannot be registered.
 
@@ -195,14 +194,14 @@ def _search(
     grids = [scan.geometry for scan in scans]
     fits = []
     for shift in _starts(scans):
-        start = itk.Euler3DTransform()
+        start = sitk.Euler3DTransform()
         start.SetCenter(_centre(grids[0]).tolist())
         start.SetTranslation(shift.tolist())
-        fit = _fit(itk, pairs[0], start)
-        fit = None if fit is None else _fit(itk, pairs[1], fit[1])
+        fit = _fit(sitk, pairs[0], start)
+        fit = None if fit is None else _fit(sitk, pairs[1], fit[1])
         if fit is not None and _overlap(grids[0], grids[1], rigid_matrix(fit[1])):
             fits.append(fit)
-    best = _fit(itk, pairs[2], min(fits, key=lambda fit: fit[0])[1]) if fits else None
+    best = _fit(sitk, pairs[2], min(fits, key=lambda fit: fit[0])[1]) if fits else None
     matrix = None if best is None else rigid_matrix(best[1])
     return matrix if matrix is not None and _overlap(grids[0], grids[1], matrix) else None
 
@@ -247,12 +246,12 @@ def _overlap(first: Geometry, second: Geometry, transform: np.ndarray) -> bool:
     return max(forward, backward) >= MIN_COVERED
 
 
-def _method(itk: ModuleType, fixed: Any) -> Any:
-    method = itk.ImageRegistrationMethod()
+def _method(sitk: ModuleType, fixed: Any) -> Any:
+    method = sitk.ImageRegistrationMethod()
     method.SetMetricAsMattesMutualInformation(HISTOGRAM_BINS)
     method.SetMetricSamplingStrategy(method.REGULAR)
     method.SetMetricSamplingPercentage(min(1.0, MAX_SAMPLES / math.prod(fixed.GetSize())), SEED)
-    method.SetInterpolator(itk.sitkLinear)
+    method.SetInterpolator(sitk.sitkLinear)
     method.SetOptimizerAsRegularStepGradientDescent(
         learningRate=2.0, minStep=1e-2, numberOfIterations=100, relaxationFactor=0.6
     )
@@ -260,25 +259,25 @@ def _method(itk: ModuleType, fixed: Any) -> Any:
     return method
 
 
-def _fit(itk: ModuleType, images: Sequence[Any], start: Any) -> tuple[float, Any] | None:
+def _fit(sitk: ModuleType, images: Sequence[Any], start: Any) -> tuple[float, Any] | None:
     """Return metric (lower is better) and transform of a fit, or None if there is no overlap."""
-    method = _method(itk, images[0])
-    method.SetInitialTransform(itk.Euler3DTransform(start), inPlace=False)
+    method = _method(sitk, images[0])
+    method.SetInitialTransform(sitk.Euler3DTransform(start), inPlace=False)
     try:
         transform = method.Execute(*images)
     except RuntimeError:  # ITK: no sample lies in both images, or all samples are equal
         return None
-    return float(method.GetMetricValue()), euler_transform(itk, transform)
+    return float(method.GetMetricValue()), euler_transform(sitk, transform)
 
 
-def _similarity(itk: ModuleType, images: Sequence[Any], matrix: np.ndarray) -> float | None:
+def _similarity(sitk: ModuleType, images: Sequence[Any], matrix: np.ndarray) -> float | None:
     """Return the mutual information in nats, mean of both directions, or None if unknown."""
     values = []
     for (fixed, moving), affine in ((images, matrix), (images[::-1], np.linalg.inv(matrix))):
-        transform = itk.AffineTransform(3)
+        transform = sitk.AffineTransform(3)
         transform.SetMatrix(affine[:3, :3].ravel().tolist())
         transform.SetTranslation(affine[:3, 3].tolist())
-        method = _method(itk, fixed)
+        method = _method(sitk, fixed)
         method.SetInitialTransform(transform)
         try:
             values.append(-float(method.MetricEvaluate(fixed, moving)))
