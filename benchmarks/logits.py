@@ -44,8 +44,8 @@ def main() -> None:
     network = bundle.segmentation_network()
     expected = [TorchBackend(network, torch.device("cpu")).logits(tile) for tile in tiles]
 
-    def openvino_backend(**options: str) -> Backend:
-        return OpenVINOBackend(convert(network, shape), shape, **options)
+    def openvino_backend(precision: str = "fp32") -> Backend:
+        return OpenVINOBackend(convert(network, shape), shape, precision=precision)
 
     def unchanged_backend() -> Backend:
         with mock.patch.object(backends, "sum_axis_by_axis", lambda model: None):

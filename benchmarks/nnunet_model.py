@@ -52,7 +52,7 @@ def main():
         )
         trainer.optimizer, trainer.lr_scheduler = trainer.configure_optimizers()
         trainer.configure_rotation_dummyDA_mirroring_and_inital_patch_size()
-        if args.no_mirroring:
+        if args.no_tta:
             trainer.inference_allowed_mirroring_axes = None
         # Nonzero biases and scales everywhere, so that an import which drops one of them fails.
         generator = torch.Generator().manual_seed(args.seed + (99 if fold == "all" else fold))

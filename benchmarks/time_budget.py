@@ -49,9 +49,10 @@ def check_run(dataset: Path, budget: str, out: Path) -> bool:
     shutil.rmtree(out, ignore_errors=True)
     command = [sys.executable, "-m", "volseg", "train", str(dataset), "--out", str(out)]
     command += ["--time-budget", budget]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     started = time.monotonic()
-    process = subprocess.Popen(command, text=True, bufsize=1, **pipes)
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, bufsize=1
+    )
     lines: Queue[tuple[float, str]] = Queue()
     assert process.stdout is not None
     reader = threading.Thread(

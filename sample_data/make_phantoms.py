@@ -184,7 +184,7 @@ class Region:
     exponent: float = 2.0
 
     def contains(self, points_mm: np.ndarray) -> np.ndarray:
-        """(..., 3) RAS mm → (...) bool."""
+        """Return which of the (..., 3) points in RAS mm lie inside, as (...) bool."""
         offsets = np.abs(points_mm - np.array(self.centre_mm)) / np.array(self.semi_axes_mm)
         return (offsets**self.exponent).sum(axis=-1) <= 1
 
@@ -198,7 +198,7 @@ class Ball:
     hu: int
 
     def contains(self, points_mm: np.ndarray) -> np.ndarray:
-        """(..., 3) RAS mm → (...) bool."""
+        """Return which of the (..., 3) points in RAS mm lie inside, as (...) bool."""
         return np.linalg.norm(points_mm - np.array(self.centre_mm), axis=-1) <= self.radius_mm
 
 

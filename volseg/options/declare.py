@@ -117,7 +117,7 @@ def argument(
     return dataclasses.field(default=default, kw_only=kw_only, metadata={SETTING: setting})
 
 
-def callback(default: T) -> T:
+def callback(*, default: T) -> T:
     """Declare a callback of the function, which the command line supplies itself."""
     return dataclasses.field(default=default)
 

@@ -26,14 +26,14 @@ RESULTS = "Folder for the results; created if missing."
 class Progressing(Options):
     """Reports its progress: stage, fraction done, detail."""
 
-    progress: Progress = callback(ignore_progress)
+    progress: Progress = callback(default=ignore_progress)
 
 
 @options
 class Announcing(Progressing):
     """Also announces what it expects, such as memory and duration, before it starts."""
 
-    announce: Announce = callback(ignore_text)
+    announce: Announce = callback(default=ignore_text)
 
 
 @options
