@@ -62,7 +62,7 @@ trail = Trail(geometry, AxisOrder.of(geometry), BoundingBox.whole(geometry.shape
 whole = planes(300)
 slabs = [whole[:, n : n + 64].permute(0, 2, 3, 1).contiguous() for n in range(0, 300, 64)]
 del whole
-give_back_freed_memory()
+trim_freed_memory()
 before, started = begin()
 restorer = MaskRestorer(trail, list(range(1, n)), axis=2)
 for slab in slabs:
@@ -94,7 +94,7 @@ print(json.dumps({{"wall": time.perf_counter() - started, "memory": megabytes("V
 
 
 BEFORE = """
-from volseg.execute.cpu import give_back_freed_memory, keep_freed_memory
+from volseg.execute.cpu import trim_freed_memory, keep_freed_memory
 keep_freed_memory()
 """
 

@@ -263,7 +263,7 @@ def label_value(text: str) -> int | None:
 def shorten(text: str, length: int = 60) -> str:
     """Shorten a text for a message or a figure: a longer one ends with `…`.
 
-    >>> shortened("a" * 100, 5)
+    >>> shorten("a" * 100, 5)
     'aaaa…'
     """
     return text if len(text) <= length else text[: length - 1] + "…"

@@ -67,7 +67,7 @@ def parse_unit(text: str) -> str:
     Raises:
         ValueError: the text looks like a misspelling of one of them.
 
-    >>> unit_named("Hounsfield units "), unit_named("Bq/mL")
+    >>> parse_unit("Hounsfield units "), parse_unit("Bq/mL")
     ('HU', 'Bq/mL')
     """
     plain = re.sub(r"[\s._-]", "", text.casefold())

@@ -73,11 +73,11 @@ def test_pages_of_a_mapped_file_are_dropped_and_reloaded(tmp_path):
 def test_large_blocks_are_returned_when_freed():
     code = """
 import sys
-from volseg.execute.cpu import give_back_large_blocks
+from volseg.execute.cpu import release_large_blocks
 from volseg.execute.cpu import resident_bytes
 import numpy as np
 if sys.argv[1] == "yes":
-    give_back_large_blocks()
+    release_large_blocks()
 np.ones(31 << 20, np.uint8)  # freed; from here on glibc would put blocks of this size on the heap
 kept = [np.ones(31 << 20, np.uint8) for _ in range(8)]
 wedge = np.ones(1 << 20, np.uint8)
@@ -97,13 +97,13 @@ print((before - resident_bytes()) >> 20)
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's malloc")
 def test_zeros_take_memory_only_where_they_are_written():
     code = """
-from volseg.execute.cpu import keep_freed_memory, untouched_zeros
+from volseg.execute.cpu import keep_freed_memory, lazy_zeros
 from volseg.execute.cpu import resident_bytes
 import numpy as np
 keep_freed_memory()
 np.ones(120 << 20, np.uint8)  # freed, and kept for the next block
 held = [resident_bytes()]
-zeros = untouched_zeros((1024, 1024, 100), np.uint8)
+zeros = lazy_zeros((1024, 1024, 100), np.uint8)
 held.append(resident_bytes())
 zeros[..., 7] = 1
 held.append(resident_bytes())
@@ -116,7 +116,7 @@ print(*(after - before >> 20 for before, after in zip(held, held[1:])))
     assert 1 <= written <= 4
 
 
-def test_untouched_zeros_are_a_normal_array():
+def test_lazy_zeros_are_a_normal_array():
     zeros = lazy_zeros((3, 4, 5), np.uint16)
     assert (zeros.shape, zeros.dtype) == ((3, 4, 5), np.uint16)
     assert zeros.flags.f_contiguous and zeros.flags.writeable

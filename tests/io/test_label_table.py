@@ -15,7 +15,7 @@ from volseg.io.nifti import read_label_table
     [
         ('<Label Key="2" Red="1"><![CDATA[left kidney]]></Label>', {2: "left kidney"}),
         ("<Label Red='1' Key='7'>cyst &amp; stone</Label>", {7: "cyst & stone"}),
-        ('<Label\n Key="3">\n <![CDATA[ spaced ]]>\n</Label>', {3: "format_thousands"}),
+        ('<Label\n Key="3">\n <![CDATA[ spaced ]]>\n</Label>', {3: "spaced"}),
         (
             '<Label Key="1"><![CDATA[a </Label> b]]></Label><Label Key="2">c</Label>',
             {1: "a </Label> b", 2: "c"},

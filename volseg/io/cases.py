@@ -76,7 +76,7 @@ def find_cases(
             of equal file names, with an nnU-Net raw or Decathlon `dataset.json`, or with scans.
         channels: channels of the recipe; `image` stands for a single channel of any name, None for
             all channels.
-        may_miss: a case may lack any channel but the first; `images` then omits it.
+        allow_missing: a case may lack any channel but the first; `images` then omits it.
 
     Raises:
         VolsegError: unknown layout, missing channel or file, invalid or repeated id, or a patient
