@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 import volseg
-from volseg.evaluate.roc import auc
+from volseg.evaluation.roc import auc
 from volseg.io.cases import Case, find_cases
 
 

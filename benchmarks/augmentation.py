@@ -30,7 +30,7 @@ import sys, time
 import torch
 torch.set_num_threads(1)
 from volseg.recipe import Augment
-from volseg.train.augment import augment, enlarged_shape
+from volseg.training.augment import augment, enlarged_shape
 patch, samples = int(sys.argv[1]), int(sys.argv[2])
 probabilities = {f"{name}_probability": value for name, value in %r.items()}
 settings = Augment(rotation_degrees=(30, 30, 30), scaling=(0.7, 1.4), **probabilities)

@@ -22,8 +22,8 @@ from pathlib import Path
 import numpy as np
 
 from volseg.bundle import load_bundle
-from volseg.execute.cpu import release_large_blocks
-from volseg.infer.backends import Backend
+from volseg.execution.cpu import release_large_blocks
+from volseg.inference.backends import Backend
 from volseg.io.nifti import read_volume
 from volseg.segment import load_model, segment_case
 

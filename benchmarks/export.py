@@ -53,9 +53,9 @@ def begin():
 VOLSEG = (
     LOGITS
     + """
-from volseg.preprocess.crop import AxisOrder
-from volseg.preprocess.prepare import Trail
-from volseg.preprocess.restore import MaskRestorer
+from volseg.preprocessing.crop import AxisOrder
+from volseg.preprocessing.prepare import Trail
+from volseg.preprocessing.restore import MaskRestorer
 from volseg.volume import BoundingBox, Geometry
 geometry = Geometry((512, 512, 300), np.diag([0.8, 0.8, 1.5, 1.0]))
 trail = Trail(geometry, AxisOrder.of(geometry), BoundingBox.whole(geometry.shape), (273, 273, 300))
@@ -94,7 +94,7 @@ print(json.dumps({{"wall": time.perf_counter() - started, "memory": megabytes("V
 
 
 BEFORE = """
-from volseg.execute.cpu import trim_freed_memory, keep_freed_memory
+from volseg.execution.cpu import trim_freed_memory, keep_freed_memory
 keep_freed_memory()
 """
 

@@ -52,7 +52,7 @@ SETUP_SECONDS = 420
 def make_network(name: str):
     import torch
 
-    from volseg.models import build_network
+    from volseg.networks import build_network
 
     features = NETWORKS[name]["features"]
     torch.manual_seed(0)
@@ -86,7 +86,7 @@ def prepare_run(variant: str, name: str, device: str) -> Callable[[], object]:
                 torch.cuda.synchronize()
 
         return multiply
-    from volseg.infer.backends import OpenVINOBackend, TorchBackend, convert
+    from volseg.inference.backends import OpenVINOBackend, TorchBackend, convert
 
     network, patch = make_network(name), int(NETWORKS[name]["patch"])
     shape = (1, 1, patch, patch, patch)
@@ -95,7 +95,7 @@ def prepare_run(variant: str, name: str, device: str) -> Callable[[], object]:
         model = convert(network, shape)
         precision = variant.replace("half", "fp16").replace(",", "").split()[1]
         if precision == "int8":
-            from volseg.infer.quantise import quantise
+            from volseg.inference.quantise import quantise
 
             small = [batch[:, :, n : n + 64, n : n + 64, n : n + 64] for n in (0, 16, 32)]
             model = quantise(model, small)
@@ -114,8 +114,8 @@ def prepare_run(variant: str, name: str, device: str) -> Callable[[], object]:
 def cuda_backend(variant: str, network, batch):
     import torch
 
-    from volseg.infer.backends import TorchBackend
-    from volseg.infer.cuda_graph import CudaGraph
+    from volseg.inference.backends import TorchBackend
+    from volseg.inference.cuda_graph import CudaGraph
 
     precision = "fp32" if "fp32" in variant else "fp16"
     backend = TorchBackend(
@@ -137,12 +137,12 @@ def cuda_backend(variant: str, network, batch):
 def work(variant: str, name: str, device: str) -> None:
     """Print when ready, then run one forward pass per line on stdin and print its seconds."""
     if "allocator" in variant:
-        from volseg.execute.cpu import keep_freed_memory
+        from volseg.execution.cpu import keep_freed_memory
 
         keep_freed_memory()
     import torch
 
-    from volseg.execute.cpu import physical_cores
+    from volseg.execution.cpu import physical_cores
 
     torch.set_num_threads(physical_cores())
     started = time.perf_counter()

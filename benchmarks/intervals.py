@@ -15,8 +15,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from volseg.evaluate.agreement import agreement
-from volseg.evaluate.intervals import mean_interval
+from volseg.evaluation.agreement import agreement
+from volseg.evaluation.intervals import mean_interval
 
 PATIENTS = (5, 10, 20, 40)
 FRACTION, ANY_NUMBER = (0.0, 1.0), (-np.inf, np.inf)

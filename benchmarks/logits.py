@@ -19,8 +19,8 @@ import numpy as np
 import torch
 
 from volseg.bundle import load_bundle
-from volseg.infer import backends
-from volseg.infer.backends import (
+from volseg.inference import backends
+from volseg.inference.backends import (
     Backend,
     OpenVINOBackend,
     TorchBackend,
@@ -29,7 +29,7 @@ from volseg.infer.backends import (
     find_half_type,
 )
 from volseg.io.nifti import read_volume
-from volseg.preprocess.prepare import Preparation
+from volseg.preprocessing.prepare import Preparation
 
 
 def main() -> None:

@@ -32,9 +32,9 @@ VOLSEG = (
     COMMON
     + """
 from volseg.io.nifti import read_mask, read_volume
-from volseg.measure.lesions import measure_lesions
-from volseg.measure.shape import _cubes
-from volseg.postprocess.lesions import label_lesions
+from volseg.measurement.lesions import measure_lesions
+from volseg.measurement.shape import _cubes
+from volseg.postprocessing.lesions import label_lesions
 import scipy.spatial, skimage.measure
 before, started = peak(), time.perf_counter()
 scan, mask = read_volume(folder + "/scan.nii"), read_mask(folder + "/mask.nii")

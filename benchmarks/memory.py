@@ -51,9 +51,9 @@ overlap = 0.25
 
 def make_model(folder: Path, n_classes: int, patch: int) -> None:
     from volseg.bundle import ModelBundle, save_bundle
-    from volseg.infer.backends import export_bundle
-    from volseg.models import build_segmentation, unique_tensors
-    from volseg.plan import DatasetFingerprint, Plan
+    from volseg.inference.backends import export_bundle
+    from volseg.networks import build_segmentation, unique_tensors
+    from volseg.planning import DatasetFingerprint, Plan
     from volseg.recipe import parse_recipe
 
     labels = ", ".join(f"class_{n} = {n}" for n in range(1, n_classes))

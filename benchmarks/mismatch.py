@@ -19,7 +19,7 @@ import numpy as np
 
 import volseg
 from volseg.io.nifti import read_volume, write_volume
-from volseg.measure.units import judge_unit
+from volseg.measurement.units import judge_unit
 from volseg.volume import Volume
 
 QUICK = {"tta": False, "overlap": 0.0, "pages": False, "device": "cpu"}

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 import volseg
-from volseg.evaluate.intervals import mean_interval
+from volseg.evaluation.intervals import mean_interval
 from volseg.recipe import load_recipe, parse_recipe
 
 CHANNELS = {"T1": ["t1"], "T1 + PET": ["t1", "pet"]}

@@ -140,9 +140,9 @@ def make_model(folder: Path, n_classes: int) -> None:
     from memory import RECIPE
 
     from volseg.bundle import ModelBundle, save_bundle
-    from volseg.infer.backends import export_bundle
-    from volseg.models import build_segmentation, unique_tensors
-    from volseg.plan import DatasetFingerprint, Plan
+    from volseg.inference.backends import export_bundle
+    from volseg.networks import build_segmentation, unique_tensors
+    from volseg.planning import DatasetFingerprint, Plan
     from volseg.recipe import parse_recipe
 
     torch.manual_seed(0)

@@ -25,13 +25,13 @@ SIDES = ("volseg linear", "volseg cubic", "nnU-Net default", "nnU-Net resample_t
 VOLSEG = """
 import json, resource, sys, time
 import numpy as np
-from volseg.execute.cpu import keep_freed_memory
+from volseg.execution.cpu import keep_freed_memory
 keep_freed_memory()
 from volseg.io.nifti import read_mask, read_volume
-from volseg.preprocess.normalise import Window
-from volseg.preprocess.prepare import PrepareSettings, prepare, prepare_mask
-from volseg.preprocess.resample import resample, resampled_shape
-from volseg.train.samples import sample_voxels
+from volseg.preprocessing.normalise import Window
+from volseg.preprocessing.prepare import PrepareSettings, prepare, prepare_mask
+from volseg.preprocessing.resample import resample, resampled_shape
+from volseg.training.samples import sample_voxels
 interpolation, image, mask = sys.argv[1:]
 started = time.perf_counter()
 scan, reference = read_volume(image), read_mask(mask)

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 import volseg
-from volseg.execute.cpu import physical_cores
+from volseg.execution.cpu import physical_cores
 from volseg.recipe import load_recipe
 
 DATASET = Path(__file__).parent.parent / "sample_data"

@@ -55,7 +55,7 @@ def _open_axes() -> list[tuple]:
 
 
 def by_volseg(reference: np.ndarray, predicted: np.ndarray) -> dict[str, float]:
-    from volseg.evaluate.surface import surface_distances
+    from volseg.evaluation.surface import surface_distances
     from volseg.volume import Geometry
 
     distances = surface_distances(reference, predicted, Geometry(reference.shape, np.eye(4)))[1]
@@ -180,7 +180,7 @@ def by_elements(
 
 
 def print_definitions(edge: int, peer: str) -> None:
-    from volseg.evaluate.surface import surface_distances
+    from volseg.evaluation.surface import surface_distances
     from volseg.volume import Geometry
 
     index = np.indices((40, 40, 24)).reshape(3, -1).T

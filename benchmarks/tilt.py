@@ -26,7 +26,7 @@ from scipy import ndimage
 
 import volseg
 from volseg.io.nifti import read_mask, read_volume, write_volume
-from volseg.preprocess.align import index_matrix
+from volseg.preprocessing.align import index_matrix
 from volseg.volume import Geometry, Volume
 
 AXES = ("long", "short")

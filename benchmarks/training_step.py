@@ -15,10 +15,10 @@ from pathlib import Path
 
 import torch
 
-from volseg.execute.cpu import keep_freed_memory
-from volseg.train.loop import Job, Run, RunSettings, serve
-from volseg.train.ranks import team_of
-from volseg.workflows.prepared import load_prepared, split_cases
+from volseg.commands.prepared import load_prepared, split_cases
+from volseg.execution.cpu import keep_freed_memory
+from volseg.training.loop import Job, Run, RunSettings, serve
+from volseg.training.ranks import team_of
 
 ROUND = 10
 

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
+from volseg.commands import table_columns
 from volseg.store.tables import columns_page
-from volseg.workflows import table_columns
 
 if __name__ == "__main__":
     Path(__file__).with_name("columns.md").write_text(

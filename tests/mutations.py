@@ -30,8 +30,8 @@ import volseg
 from volseg import cli
 from volseg.bundle import ModelBundle, save_bundle
 from volseg.io.nifti import write_volume
-from volseg.models import build_segmentation, unique_tensors
-from volseg.plan import DatasetFingerprint, IntensityStatistics, Plan
+from volseg.networks import build_segmentation, unique_tensors
+from volseg.planning import DatasetFingerprint, IntensityStatistics, Plan
 from volseg.recipe import Window, parse_recipe
 from volseg.volume import Geometry, Volume
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from nnunet_folder import write_model
 
-from volseg import reports, workflows
+from volseg import commands, reports
 from volseg.cli import progress
 from volseg.cli.show import show
 
@@ -61,7 +61,7 @@ def test_help_needs_neither_torch_nor_a_second_of_cpu_time():
 
 def test_a_command_loads_only_the_libraries_that_it_uses():
     libraries = {"torch", "matplotlib", "openvino", "skimage", "pandas", "SimpleITK"}
-    code = f"import sys, volseg.workflows; print({libraries} & set(sys.modules))"
+    code = f"import sys, volseg.commands; print({libraries} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.strip() == "set()"
 
@@ -319,7 +319,7 @@ def test_ctrl_c_ends_training_with_a_usable_model_and_resume_goes_on(
     slow = tiny_recipe.model_copy(
         update={"train": tiny_recipe.train.model_copy(update={"epochs": 400, "patience": 400})}
     )
-    workflows.preprocess(dataset, recipe=slow, out=tmp_path / "p")
+    commands.preprocess(dataset, recipe=slow, out=tmp_path / "p")
     out = tmp_path / "m"
     command = ["train", tmp_path / "p", "--out", out, "--device", "cpu"]
     process = subprocess.Popen(
@@ -336,7 +336,7 @@ def test_ctrl_c_ends_training_with_a_usable_model_and_resume_goes_on(
     assert (report["interrupted"], report["exit_code"]) == (True, 130)
     assert "add --resume to continue" in stderr
     scan = dataset / "images" / "scan_7.nii.gz"
-    assert workflows.infer(scan, model=out, out=tmp_path / "r").exit_code == 0
+    assert commands.infer(scan, model=out, out=tmp_path / "r").exit_code == 0
     epochs = len((out / "history.csv").read_text().splitlines())
-    workflows.train(tmp_path / "p", out=out, device="cpu", resume=True, epochs=epochs + 1)
+    commands.train(tmp_path / "p", out=out, device="cpu", resume=True, epochs=epochs + 1)
     assert len((out / "history.csv").read_text().splitlines()) == epochs + 2

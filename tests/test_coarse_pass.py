@@ -9,9 +9,9 @@ import torch
 from laws import GRIDS, ball, centre_mm, lps, oblique, ras
 
 from volseg.bundle import ModelBundle
-from volseg.infer.backends import TorchBackend
-from volseg.plan import DatasetFingerprint, Plan
-from volseg.preprocess.crop import AxisOrder, to_canonical
+from volseg.inference.backends import TorchBackend
+from volseg.planning import DatasetFingerprint, Plan
+from volseg.preprocessing.crop import AxisOrder, to_canonical
 from volseg.recipe import parse_recipe
 from volseg.segment import Model, segment_case
 from volseg.volume import BoundingBox, Geometry, Volume

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from volseg.commands import table_columns
 from volseg.store.tables import columns_page
-from volseg.workflows import table_columns
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted(path for path in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])

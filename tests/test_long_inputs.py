@@ -8,13 +8,13 @@ from types import SimpleNamespace
 import pytest
 
 from volseg import nnunet
+from volseg.commands.batch import CaseFiles, run_cases
+from volseg.commands.patients import read_pairs
+from volseg.commands.remarks import remarks_on_scans
 from volseg.errors import VolsegError
 from volseg.inputs import parse_json, read_toml
 from volseg.io.cases import Case, find_cases
 from volseg.store.results import State
-from volseg.workflows.batch import CaseFiles, run_cases
-from volseg.workflows.patients import read_pairs
-from volseg.workflows.remarks import remarks_on_scans
 
 LONGER = 4  # times the length
 MAX_GROWTH = 8  # of the time: 4 if it is linear, 16 if it is quadratic

@@ -3,10 +3,10 @@ from pathlib import Path
 
 import pytest
 
+from volseg.commands import check
 from volseg.errors import VolsegError
-from volseg.models import build_network
+from volseg.networks import build_network
 from volseg.recipe import load_recipe, parse_recipe, shipped_recipes
-from volseg.workflows import check
 
 PIPELINES = Path(__file__).parents[1] / "pipelines"
 MINIMAL = """

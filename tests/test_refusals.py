@@ -25,7 +25,7 @@ from volseg import cli
 from volseg.bundle import load_bundle
 from volseg.io import nifti
 from volseg.io.cases import ID_PATTERN, find_scans
-from volseg.models import build_network
+from volseg.networks import build_network
 from volseg.recipe import SpacingMm, shipped_recipes
 from volseg.terminal import printing
 
@@ -174,7 +174,7 @@ def test_weights_that_are_not_finite_are_refused_in_models_and_checkpoints(bundl
     network = load_bundle(bundle).segmentation_network()
     weights = {name: tensor.detach().clone() for name, tensor in network.named_parameters()}
     next(iter(weights.values())).view(-1)[0] = float("inf")
-    from volseg.models import copy_weights
+    from volseg.networks import copy_weights
 
     with pytest.raises(Exception, match=r"1 of the .* are NaN or infinite"):
         copy_weights(network, weights)
@@ -457,10 +457,10 @@ def test_a_label_name_of_100_kb_is_refused_and_shortened_in_figures(tmp_path):
     for name in ("names.json", "names.csv"):
         text = refused(*pair, "--label-names", tmp_path / name, words="E_LABELS.*200 characters")
         assert len(text) < 1000
-    from volseg.report.figures import overlay_png
+    from volseg.pages.figures import overlay_png
 
     volume, ids = nifti.read_volume(image), nifti.read_mask(tmp_path / "mask.nii.gz")
-    from volseg.measure.lesions import measure_lesions
+    from volseg.measurement.lesions import measure_lesions
 
     names = {1: "n" * 100_000, 2: "half \ud800 of a pair"}
     lesions = measure_lesions(

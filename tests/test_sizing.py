@@ -8,10 +8,10 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 from volseg.errors import VolsegError
-from volseg.models import build_network
+from volseg.networks import build_network
 from volseg.recipe import Loss
 from volseg.sizing import BATCHES, SMALLEST_EDGE, STEPS, Budget, choose_size, topology
-from volseg.train.losses import SegmentationLoss
+from volseg.training.losses import SegmentationLoss
 
 GB = 1 << 30
 SCANS = {

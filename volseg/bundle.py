@@ -20,8 +20,8 @@ from volseg.errors import VolsegError
 from volseg.inputs import MAX_TEXT_BYTES, open_regular, parse_json, read_bytes, shorten
 from volseg.io.files import make_folder, sha256_of, write_bytes_atomic, write_json_atomic
 from volseg.mismatch import list_checks
-from volseg.models import build_classifier, build_segmentation, copy_weights
-from volseg.plan import DatasetFingerprint, Plan
+from volseg.networks import build_classifier, build_segmentation, copy_weights
+from volseg.planning import DatasetFingerprint, Plan
 from volseg.recipe import (
     AUTO,
     Preprocess,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from volseg.measure.units import (
+from volseg.measurement.units import (
     FIELD_OF_VIEW,
     MODALITY,
     SLICES,
@@ -18,8 +18,8 @@ from volseg.measure.units import (
     looks_like_ct,
     robust_range,
 )
-from volseg.plan import DatasetFingerprint
-from volseg.preprocess.crop import AxisOrder, canonical_geometry
+from volseg.planning import DatasetFingerprint
+from volseg.preprocessing.crop import AxisOrder, canonical_geometry
 from volseg.recipe import ARBITRARY, HU, SUV, Recipe, Scale, Window
 from volseg.volume import Geometry, Volume
 

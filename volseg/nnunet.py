@@ -40,8 +40,8 @@ from volseg.bundle import NNUNET_DICE, ModelBundle, segmentation_name
 from volseg.errors import VolsegError
 from volseg.inputs import open_regular, read_bytes, read_json, shorten
 from volseg.io.files import sha256_of
-from volseg.models import build_segmentation, check_finite, unique_tensors
-from volseg.plan import Count, DatasetFingerprint, IntensityStatistics, Plan
+from volseg.networks import build_segmentation, check_finite, unique_tensors
+from volseg.planning import Count, DatasetFingerprint, IntensityStatistics, Plan
 from volseg.recipe import (
     Intensity,
     LabelValue,

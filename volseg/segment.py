@@ -12,8 +12,8 @@ import torch
 
 from volseg.bundle import ModelBundle
 from volseg.errors import ScanError
-from volseg.execute.cpu import total_memory
-from volseg.infer.backends import (
+from volseg.execution.cpu import total_memory
+from volseg.inference.backends import (
     Backend,
     EnsembleBackend,
     OpenVINOBackend,
@@ -22,9 +22,9 @@ from volseg.infer.backends import (
     device_of,
     load_backend,
 )
-from volseg.infer.classify import classify_lesions
-from volseg.infer.duration import Work, seconds_per_tile
-from volseg.infer.memory import (
+from volseg.inference.classify import classify_lesions
+from volseg.inference.duration import Work, seconds_per_tile
+from volseg.inference.memory import (
     MemoryPlan,
     NetworkPass,
     ScanHeader,
@@ -32,18 +32,18 @@ from volseg.infer.memory import (
     network_bytes,
     plan_memory,
 )
-from volseg.infer.roi import find_region
-from volseg.infer.stream import Tiling, predict_slabs
-from volseg.infer.tiles import thinnest_axis, widest
-from volseg.measure.rows import LesionMeasurement
-from volseg.measure.specks import MeasuredLesions, Specks, measure_largest
+from volseg.inference.roi import find_region
+from volseg.inference.stream import Tiling, predict_slabs
+from volseg.inference.tiles import thinnest_axis, widest
+from volseg.measurement.rows import LesionMeasurement
+from volseg.measurement.specks import MeasuredLesions, Specks, measure_largest
 from volseg.mismatch import Resemblance, compare_scan
-from volseg.postprocess.lesions import CONNECTIVITY, MANY, label_lesions, remove_organ
-from volseg.postprocess.steps import make_steps
-from volseg.preprocess.align import completed, to_first_grid
-from volseg.preprocess.crop import scaled_box
-from volseg.preprocess.prepare import Preparation
-from volseg.preprocess.restore import MaskRestorer
+from volseg.postprocessing.lesions import CONNECTIVITY, MANY, label_lesions, remove_organ
+from volseg.postprocessing.steps import make_steps
+from volseg.preprocessing.align import completed, to_first_grid
+from volseg.preprocessing.crop import scaled_box
+from volseg.preprocessing.prepare import Preparation
+from volseg.preprocessing.restore import MaskRestorer
 from volseg.recipe import Data
 from volseg.volume import WORLD_AXES, BoundingBox, Geometry, Volume
 

@@ -15,7 +15,7 @@ from volseg.io.prepared import (
     read_prepared_case,
     write_prepared_case,
 )
-from volseg.train.samples import sample_batch
+from volseg.training.samples import sample_batch
 
 RECORD = {"key": "k", "split": "train", "patient": "p", "class": None, "shape": [4, 3, 2]}
 

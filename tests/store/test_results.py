@@ -5,7 +5,7 @@ from dataclasses import fields, replace
 import pytest
 
 from volseg.errors import EnvironmentProblem, ScanError, VolsegError
-from volseg.measure.rows import CaseRow, LesionMeasurement
+from volseg.measurement.rows import CaseRow, LesionMeasurement
 from volseg.store.results import ResultsFolder, State
 
 

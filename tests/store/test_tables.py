@@ -10,15 +10,15 @@ from typing import Literal
 import pytest
 
 import volseg
-from volseg.evaluate.detection import DetectionRow
-from volseg.evaluate.overlap import OverlapRow
-from volseg.evaluate.validation import ValidationRow
+from volseg.evaluation.detection import DetectionRow
+from volseg.evaluation.overlap import OverlapRow
+from volseg.evaluation.validation import ValidationRow
 from volseg.io.csv_text import read_csv
-from volseg.measure.changes import LesionChange
-from volseg.measure.response import PatientResponse
-from volseg.measure.rows import CaseRow, LesionMeasurement
+from volseg.measurement.changes import LesionChange
+from volseg.measurement.response import PatientResponse
+from volseg.measurement.rows import CaseRow, LesionMeasurement
 from volseg.store.tables import cell, table, typed_row
-from volseg.train.loop import Epoch
+from volseg.training.loop import Epoch
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from volseg.cli.show import (
     show_problems,
 )
 from volseg.errors import VolsegError
-from volseg.execute.time_budget import process_age
+from volseg.execution.time_budget import process_age
 from volseg.options import COMMANDS
 from volseg.options.declare import MISSING, Setting, amount, listed_names, seconds, settings_of
 from volseg.reports import RunReport
@@ -98,12 +98,12 @@ def _typer_function(name: str, settings: type[Any]) -> Callable[..., None]:
     def call(**values: Any) -> None:
         as_json = values.pop("as_json")
         with progress_on_stderr("Starting" if name == "train" else "") as progress:
-            from volseg import workflows  # takes seconds, so `progress` must already be running
+            from volseg import commands  # takes seconds, so `progress` must already be running
 
             given: dict[str, Any] = {"progress": progress, "announce": announce}
             given["spent_seconds"] = process_age()
             values |= {key: value for key, value in given.items() if key in takes}
-            report = getattr(workflows, name)(**values)
+            report = getattr(commands, name)(**values)
         _finish(report, as_json)
 
     parameters = [_parameter(settings, *named) for named in settings_of(settings)]
@@ -171,9 +171,9 @@ def check(
     Each problem comes with its fix. The exit code is 0 if it can be used, 2 if something must be
     fixed.
     """
-    from volseg import workflows
+    from volseg import commands
 
-    problems = workflows.check(path, recipe)
+    problems = commands.check(path, recipe)
     n_errors = sum(problem["code"].startswith("E_") for problem in problems)
     if as_json:
         print_json({"path": str(path), "problems": problems})
@@ -188,9 +188,9 @@ def columns(as_json: Annotated[bool, JSON] = False) -> None:
 
     Each column has a unit, a meaning and, if it is not volseg's own, the source of its definition.
     """
-    from volseg import workflows
+    from volseg import commands
 
-    tables = workflows.table_columns()
+    tables = commands.table_columns()
     if not as_json:
         show_columns(tables)
         return
@@ -206,9 +206,9 @@ def selftest(as_json: Annotated[bool, JSON] = False) -> None:
     every number is within its tolerance, else 1: then do not trust the measurements of this
     installation.
     """
-    from volseg import workflows
+    from volseg import commands
 
-    checks = workflows.selftest()
+    checks = commands.selftest()
     n_failed = sum(not check.is_passed for check in checks)
     if as_json:
         rows = [asdict(check) | {"passed": check.is_passed} for check in checks]

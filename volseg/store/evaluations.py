@@ -6,8 +6,8 @@ from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-from volseg.evaluate.detection import DetectionRow
-from volseg.evaluate.overlap import OverlapRow
+from volseg.evaluation.detection import DetectionRow
+from volseg.evaluation.overlap import OverlapRow
 from volseg.inputs import read_json
 from volseg.io.csv_text import iterate_csv
 from volseg.store.outputs import OutputFolder

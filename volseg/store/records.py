@@ -13,8 +13,8 @@ from volseg.errors import ScanError, VolsegError
 from volseg.io.cases import ID_PATTERN
 from volseg.io.csv_text import read_csv
 from volseg.io.files import sha256_of
-from volseg.measure.rows import CaseRow, LesionMeasurement
-from volseg.postprocess.lesions import MANY
+from volseg.measurement.rows import CaseRow, LesionMeasurement
+from volseg.postprocessing.lesions import MANY
 from volseg.store.outputs import RECORDS
 from volseg.store.results import masks_of, read_json_record, read_rows, rows_name, shown_row
 

@@ -19,7 +19,7 @@ from typing import Any, BinaryIO, ClassVar, Literal, get_args, get_origin, get_t
 from volseg.errors import ScanError
 from volseg.inputs import open_regular, parse_json, read_json
 from volseg.io.files import json_text, sha256_of
-from volseg.measure.rows import CaseRow, LesionMeasurement
+from volseg.measurement.rows import CaseRow, LesionMeasurement
 from volseg.store.outputs import RECORDS, Commit, OutputFolder, confined, trace_name
 from volseg.store.tables import table
 

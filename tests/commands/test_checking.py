@@ -1,0 +1,82 @@
+import shutil
+from pathlib import Path
+
+import numpy as np
+
+import volseg
+from volseg.commands import table_columns
+from volseg.io.nifti import read_mask, write_volume
+
+
+def test_a_good_dataset_model_recipe_and_scan_have_no_problem(dataset, model):
+    assert volseg.check(dataset) == []
+    assert volseg.check(model) == []
+    assert volseg.check("smoke") == []
+    assert volseg.check(dataset / "images" / "scan_0.nii.gz") == []
+
+
+def test_every_problem_of_a_dataset_is_reported_at_once(dataset, tmp_path):
+    shutil.copytree(dataset, tmp_path / "data")
+    data = tmp_path / "data"
+    path = data / "images" / "scan_0.nii.gz"
+    path.write_bytes(path.read_bytes()[:1000])
+    shutil.copy(data / "labels" / "scan_3.nii.gz", data / "labels" / "scan_2.nii.gz")
+    table = data / "cases.csv"
+    table.write_text(table.read_text().rstrip() + "\n" + _row_of_a_lost_scan(table))
+    problems = volseg.check(data)
+    assert "images/lost.nii.gz' does not exist" in problems[0]["problem"]
+    assert [(problem["where"], problem["code"]) for problem in problems[1:]] == [
+        ("scan_0", "E_TRUNCATED"),
+        ("scan_2", "E_PAIR"),
+    ]
+    assert all(problem["fix"] for problem in problems)
+
+
+def test_with_a_recipe_the_label_values_count_too_and_empty_masks_are_pointed_out(
+    dataset, tiny_recipe, tmp_path
+):
+    shutil.copytree(dataset, tmp_path / "data")
+    mask = read_mask(tmp_path / "data" / "labels" / "scan_0.nii.gz")
+    write_volume(
+        mask.with_array(np.zeros_like(mask.array)), tmp_path / "data" / "labels" / "scan_0.nii.gz"
+    )
+    assert [problem["code"] for problem in volseg.check(tmp_path / "data")] == ["W_EMPTY"]
+    other = tiny_recipe.model_copy(
+        update={"data": tiny_recipe.data.model_copy(update={"labels": {"lesion": 4}})}
+    )
+    problems = volseg.check(tmp_path / "data", other)
+    assert [(problem["where"], problem["code"]) for problem in problems] == [
+        ("scan_0", "W_EMPTY"),
+        *((f"scan_{number}", "E_LABELS") for number in range(1, 8)),
+    ]
+
+
+def test_a_recipe_that_leaves_its_network_to_the_plan_has_no_problem(tmp_path, tiny_recipe):
+    text = (Path(__file__).parents[2] / "pipelines" / "smoke.toml").read_text()
+    text = text.replace("features = [16, 32, 48]", 'features = "auto"\nkernels = "auto"')
+    path = tmp_path / "r.toml"
+    path.write_text(text.replace("strides = [[1, 1, 1], [2, 2, 2], [2, 2, 2]]", 'strides = "auto"'))
+    assert volseg.check(path) == []
+    path.write_text(text)
+    assert "make all of them 'auto', or none" in volseg.check(path)[0]["problem"]
+
+
+def test_a_bad_recipe_and_an_unknown_step_are_reported(tmp_path):
+    path = tmp_path / "r.toml"
+    text = (Path(__file__).parents[2] / "pipelines" / "smoke.toml").read_text()
+    path.write_text(text.replace('step = "remove_small"', 'step = "remove_smal"'))
+    assert "remove_smal" in volseg.check(path)[0]["problem"]
+    path.write_text(text.replace("[infer]", "[infre]"))
+    assert volseg.check(path)[0]["code"] == "E_RECIPE"
+
+
+def test_every_column_has_a_meaning():
+    for columns in table_columns().values():
+        assert all(meaning for _, _, meaning, _ in columns)
+        assert len({name for name, *_ in columns}) == len(columns)
+
+
+def _row_of_a_lost_scan(table: Path) -> str:
+    columns = table.read_text().splitlines()[0].split(",")
+    cells = {"subject": "lost", "image": "images/lost.nii.gz"}
+    return ",".join(cells.get(name, "") for name in columns) + "\n"

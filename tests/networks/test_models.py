@@ -1,0 +1,101 @@
+import pytest
+import torch
+
+from volseg.errors import VolsegError
+from volseg.networks import build_network, copy_weights, unique_tensors
+
+
+def small_unet(**changes):
+    settings = {"features": (4, 8, 8), "strides": ((1, 1, 1), (2, 2, 1), (2, 2, 1))} | changes
+    return build_network("unet3d", in_channels=2, out_channels=3, **settings)
+
+
+def test_logits_lie_on_the_grid_of_the_patch():
+    assert small_unet()(torch.zeros(2, 2, 16, 12, 5)).shape == (2, 3, 16, 12, 5)
+
+
+def test_each_tensor_is_named_once_and_weights_travel_between_networks():
+    first, second = small_unet(), small_unet()
+    weights = {name: tensor.clone() for name, tensor in unique_tensors(first).items()}
+    assert len(weights) == len({tensor.data_ptr() for tensor in unique_tensors(first).values()})
+    assert sum(tensor.numel() for tensor in weights.values()) == sum(
+        p.numel() for p in first.parameters()
+    )
+    patch = torch.randn(1, 2, 8, 8, 4)
+    assert not torch.equal(first(patch), second(patch))
+    copy_weights(second, weights)
+    assert torch.equal(first(patch), second(patch))
+
+
+def test_weights_of_another_shape_are_refused_with_their_names():
+    with pytest.raises(VolsegError, match="do not fit") as caught:
+        copy_weights(small_unet(), unique_tensors(small_unet(features=(4, 16, 8))))
+    assert caught.value.code == "E_CKPT"
+
+
+def test_an_unknown_name_or_setting_lists_what_there_is():
+    with pytest.raises(VolsegError, match="cnn2d, nnunet_plain, nnunet_residual, unet3d"):
+        build_network("unet4d", in_channels=1, out_channels=2)
+    with pytest.raises(VolsegError, match="featurs"):
+        build_network("unet3d", in_channels=1, out_channels=2, featurs=(1, 2))
+    with pytest.raises(VolsegError, match="one of each per level"):
+        small_unet(features=(4, 8))
+
+
+def test_the_classifier_scores_one_lesion_as_in_a_batch():
+    network = build_network("cnn2d", in_channels=2, out_channels=2).eval()
+    images = torch.randn(4, 2, 32, 32)
+    torch.testing.assert_close(network(images)[:1], network(images[:1]), atol=1e-5, rtol=1e-5)
+
+
+NNUNETS = {"nnunet_plain": "n_conv_per_stage", "nnunet_residual": "n_blocks_per_stage"}
+
+
+def nnunet(name, **changes):
+    settings = {
+        "features": (4, 6, 8),
+        "strides": ((1, 1, 1), (1, 2, 2), (2, 2, 2)),
+        "kernels": ((1, 3, 3), (3, 3, 3), (3, 3, 3)),
+        NNUNETS[name]: (1, 2, 3),
+        "n_conv_per_stage_decoder": (1, 2),
+    }
+    return build_network(name, in_channels=2, out_channels=5, **settings | changes).eval()
+
+
+@pytest.mark.parametrize("name", NNUNETS)
+def test_the_nnunets_treat_each_patch_of_a_batch_alone_and_leave_it_as_it_is(name):
+    """They activate and add in place."""
+    network, patches = nnunet(name), torch.randn(2, 2, 8, 16, 16)
+    before = patches.clone()
+    with torch.inference_mode():
+        both, alone = network(patches), network(patches[1:])
+    assert torch.equal(patches, before)
+    assert both.shape == (2, 5, 8, 16, 16)
+    torch.testing.assert_close(both[1:], alone, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", NNUNETS)
+def test_the_nnunets_refuse_2d_and_levels_that_do_not_match(name):
+    flat = {"strides": ((1, 1), (2, 2), (2, 2)), "kernels": ((3, 3),) * 3}
+    with pytest.raises(VolsegError, match="a 2D network; volseg runs 3D ones"):
+        nnunet(name, **flat)
+    with pytest.raises(
+        VolsegError, match="3 features, 3 strides, 3 kernels, 2 stages down and 2 up"
+    ):
+        nnunet(name, **{NNUNETS[name]: (1, 2)})
+    with pytest.raises(VolsegError, match="2 strides"):
+        nnunet(name, strides=((1, 1, 1), (2, 2, 2)))
+    with pytest.raises(VolsegError, match="even size"):
+        nnunet(name, kernels=((2, 2, 2),) * 3)
+    with pytest.raises(VolsegError, match="bias_of_convs"):
+        nnunet(name, bias_of_convs=True)
+
+
+def test_a_residual_block_with_dead_convolutions_passes_its_input_on():
+    network = nnunet("nnunet_residual", n_blocks_per_stage=(1, 2, 3))
+    block = network.encoder[2][1]  # neither stride nor projection
+    with torch.no_grad():
+        block.conv2.norm.weight.zero_()
+        block.conv2.norm.bias.zero_()
+        features = torch.rand(1, 8, 4, 4, 4)
+        assert torch.equal(block(features), features)

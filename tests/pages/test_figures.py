@@ -1,0 +1,131 @@
+import io
+
+import matplotlib.image
+import numpy as np
+import pytest
+from laws import ball, centre_mm, grid_around, lps, orientations, ras
+
+from volseg.measurement.lesions import measure_lesions
+from volseg.pages.figures import overlay_png
+from volseg.postprocessing.lesions import label_lesions
+from volseg.volume import Geometry, Volume
+
+OUTLINE = np.array([1.0, 0.36, 0.2])
+
+
+def picture(volume, mask):
+    lesions = label_lesions(mask, volume.geometry)
+    rows = measure_lesions(
+        volume,
+        lesions.ids,
+        lesions.labels,
+        case_id="a",
+        label_names={1: "lesion"},
+        intensity_unit="HU",
+    )
+    return matplotlib.image.imread(
+        io.BytesIO(overlay_png(volume, lesions.ids, rows, title="a")), format="png"
+    )[..., :3]
+
+
+def outlined(image):
+    return np.abs(image - OUTLINE).max(axis=-1) < 0.15
+
+
+def test_a_lesion_is_outlined_in_three_planes_on_the_side_where_it_lies():
+    geometry = grid_around(20, lps((1, 1, 2)), margin=2)
+    centre = geometry.to_world_mm((np.array([geometry.shape]) - 1) / 2)[0]
+    inside = ball(6, geometry, centre + [12, 0, 0])  # 12 mm to the right
+    image = picture(
+        Volume(np.where(inside, 80, -100).astype(np.int16), geometry), inside.astype(np.uint8)
+    )
+    red = outlined(image)
+    third = image.shape[1] // 3
+    assert all(red[:, part * third : (part + 1) * third].any() for part in range(3))
+    axial = red[:, :third]
+    columns = np.flatnonzero(axial.any(axis=0))
+    assert columns.mean() < third / 2  # radiological convention: the patient's right is on the left
+
+
+def test_a_scan_without_lesion_has_a_picture_without_outline():
+    geometry = grid_around(10, ras((1, 1, 2)))
+    noise = np.random.default_rng(0).normal(0, 10, geometry.shape).astype(np.float32)
+    assert not outlined(picture(Volume(noise, geometry), np.zeros(geometry.shape, np.uint8))).any()
+
+
+def test_all_48_orders_give_the_same_picture():
+    geometry = grid_around(8, ras((0.8, 1.0, 2.0)))
+    inside = ball(4, geometry, np.array([0.0, 20.0, 6.0]))
+    scan = Volume(
+        np.where(inside, 80, 0).astype(np.int16)
+        + np.arange(geometry.shape[0], dtype=np.int16)[:, None, None],
+        geometry,
+    )
+    pairs = list(
+        zip(orientations(scan), orientations(scan.with_array(inside.astype(np.uint8))), strict=True)
+    )
+    expected = picture(scan, inside.astype(np.uint8))
+    for (stored, affine), (mask, _) in pairs[::11]:
+        np.testing.assert_allclose(
+            picture(Volume(stored, Geometry(stored.shape, affine)), mask), expected, atol=0.02
+        )
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (40, 2, 2)])
+def test_tiny_scans_do_not_break_the_picture(shape):
+    scan = Volume(np.zeros(shape, np.int16), Geometry(shape, ras((1, 1, 1))))
+    assert picture(scan, np.ones(shape, np.uint8)).size > 0
+
+
+def test_a_lesion_larger_than_its_surroundings_is_not_all_noise():
+    """The window of a ball of 60 mm spans the ball and its surroundings, not its middle alone."""
+    geometry = grid_around(40, ras((2, 2, 2)))
+    inside = ball(30, geometry)
+    noise = np.random.default_rng(0).normal(0, 10, geometry.shape)
+    image = picture(
+        Volume((noise + np.where(inside, 100, -100)).astype(np.int16), geometry),
+        inside.astype(np.uint8),
+    )
+    axial = image[:, : image.shape[1] // 3]
+    rows, columns = np.nonzero(outlined(axial))
+    middle = axial[rows.min() + 40 : rows.max() - 40, columns.min() + 40 : columns.max() - 40]
+    assert middle.mean() > 0.6
+    assert middle.std() < 0.1
+
+
+def test_the_largest_lesions_are_shown_whatever_their_numbers():
+    geometry = grid_around(24, ras((1, 1, 1)))
+    centre = geometry.to_world_mm((np.array([geometry.shape]) - 1) / 2)[0]
+    mask = np.zeros(geometry.shape, np.uint8)
+    for value, x in enumerate((-18, -12, -6), start=1):
+        mask[ball(1.5, geometry, centre + [x, -14, -14])] = value
+    mask[ball(9, geometry, centre + [10, 10, 10])] = 4  # in no slice through the others
+    lesions = label_lesions(mask, geometry, objects="labels")
+    scan = Volume(mask.astype(np.int16), geometry)
+    rows = measure_lesions(
+        scan, lesions.ids, lesions.labels, case_id="a", label_names={}, intensity_unit="a.u."
+    )
+    image = matplotlib.image.imread(
+        io.BytesIO(overlay_png(scan, lesions.ids, rows, title="a")), format="png"
+    )[..., :3]
+    first = outlined(image[: image.shape[0] // 3])
+    assert np.ptp(np.nonzero(first)[0]) > 50  # the first row shows the ball of 18 mm
+
+
+def test_a_label_or_case_that_looks_like_a_formula_is_text():
+    geometry = grid_around(8, ras((1, 1, 2)))
+    inside = ball(4, geometry, centre_mm(geometry))
+    scan = Volume(np.where(inside, 80, 0).astype(np.int16), geometry)
+    lesions = label_lesions(inside.astype(np.uint8), geometry)
+    rows = measure_lesions(
+        scan,
+        lesions.ids,
+        lesions.labels,
+        case_id="a",
+        label_names={1: r"$\bad{$"},
+        intensity_unit="HU",
+    )
+    image = matplotlib.image.imread(
+        io.BytesIO(overlay_png(scan, lesions.ids, rows, title=r"$\frac$")), format="png"
+    )
+    assert outlined(image[..., :3]).any()

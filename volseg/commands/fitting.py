@@ -1,0 +1,132 @@
+"""Fit the number and size of networks to a time budget. Pure: timing comes in as a function."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NoReturn
+
+from volseg.errors import VolsegError
+from volseg.sizing import LEAST_STEPS, STEPS
+
+if TYPE_CHECKING:  # pydantic takes a while to import
+    from volseg.planning import Plan
+
+ROOM = 2  # each of several networks gets at least this many times `least_steps`
+SUGGESTED = 1.5  # times the needed seconds are suggested, as the speed of a machine varies
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fit:
+    """The training that fits the time, and the reasons for deviations from the plan."""
+
+    plan: Plan
+    folds: int
+    seconds_per_step: float
+    reasons: Sequence[str] = ()
+
+
+class TooShortError(Exception):
+    """The time is too short for any network to learn; `needed` seconds would suffice."""
+
+    def __init__(self, needed: float) -> None:
+        super().__init__(f"{needed:.0f} s are needed")
+        self.needed = needed
+
+
+def fit_to_time(
+    plan: Plan,
+    seconds: float,
+    *,
+    folds: int,
+    may_drop_folds: bool,
+    time_step: Callable[[Plan], float],
+    smaller: Callable[[], Plan] | None = None,
+    least_steps: int = LEAST_STEPS,
+    enough: float = 1.0,
+) -> Fit:
+    """Give each network `least_steps`: with fewer folds, else with a smaller network.
+
+    Several folds are kept only while each gets `ROOM` times as many steps, so that a machine that
+    slows down does not spoil all of them.
+
+    Args:
+        plan: what to train if there is enough time.
+        seconds: for the steps of all networks together.
+        folds: number of networks to train if there is enough time.
+        may_drop_folds: False if the user stated the number of folds.
+        time_step: returns the seconds of a step with a plan.
+        smaller: returns the plan of the smallest network that can learn; None if the recipe states
+            the network.
+        enough: train one network if it gets at least this fraction of its steps.
+
+    Raises:
+        TooShortError: even the smallest network with the fewest folds gets too few steps.
+    """
+    fewest = 1 if may_drop_folds else folds
+    step = time_step(plan)
+    steps = seconds / step
+    reasons: list[str] = []
+    if steps < fewest * least_steps and smaller is not None:
+        least = smaller()
+        if least != plan and (least_step := time_step(least)) < step:
+            reasons.append(
+                f"a smaller network, patches of {' × '.join(map(str, least.patch_shape))} voxels: "
+                f"{seconds:.0f} s allow only {steps / fewest:.0f} steps of the planned network"
+            )
+            plan, step, steps = least, least_step, seconds / least_step
+    if steps < enough * fewest * least_steps:
+        raise TooShortError(fewest * least_steps * step)
+    affordable = max(fewest, min(folds, math.floor(steps / (ROOM * least_steps))))
+    if affordable < folds:
+        reason = (
+            f"{affordable} instead of {folds} folds: {seconds:.0f} s allow about "
+            f"{steps / folds:.0f} steps for each of {folds} networks, and each should get at least "
+            f"{ROOM * least_steps}"
+        )
+        reasons.insert(0, reason)
+    return Fit(plan=plan, folds=affordable, seconds_per_step=step, reasons=tuple(reasons))
+
+
+def best_plan(
+    plan_for: Callable[[float], Plan],
+    smallest: Plan,
+    flops: float,
+    folds: int,
+    steps_of: Callable[[Plan, float], float],
+) -> Plan:
+    """Return the best plan with time for `STEPS` steps in each fold, or in one; else the smallest.
+
+    Args:
+        plan_for: returns the plan of one network for a number of floating-point operations.
+        flops: floating-point operations of all networks together.
+        steps_of: returns how many steps of a plan a number of operations allows.
+    """
+    for n in dict.fromkeys((folds, 1)):
+        if steps_of(smallest, flops / n) >= STEPS:
+            return plan_for(flops / n)
+    return smallest
+
+
+def refuse_time(
+    seconds: float, needed: float, what: str, *, remedy: str = "", kept: str = ""
+) -> NoReturn:
+    """Raise an error that suggests a sufficient time budget.
+
+    Args:
+        what: what the time is needed for.
+        remedy: an alternative to more time.
+        kept: what was done so far and is reused next time.
+    """
+    raise VolsegError(
+        f"the time budget of {seconds:g} s is too short: {what}",
+        fix=f"give --time-budget {suggested(needed)} or more{remedy}{kept}",
+        code="E_BUDGET",
+    )
+
+
+def suggested(needed: float) -> str:
+    """Return a value for `--time-budget` that holds the needed seconds, with room."""
+    seconds = SUGGESTED * needed
+    return f"{math.ceil(seconds / 10) * 10}s" if seconds < 115 else f"{math.ceil(seconds / 60)}m"

@@ -1,0 +1,76 @@
+"""`volseg import-nnunet`: a trained nnU-Net v2 folder → a model folder."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from volseg.errors import VolsegError
+from volseg.execution.cpu import total_memory
+from volseg.options import ImportOptions, command
+from volseg.reports import ImportReport
+from volseg.store.outputs import OutputFolder
+
+MODEL_FILE = "model.json"
+
+if TYPE_CHECKING:  # torch takes seconds to import; only a command that needs it pays
+    from volseg.bundle import ModelBundle
+
+
+@command(ImportOptions)
+def import_nnunet(options: ImportOptions) -> ImportReport:
+    """Convert a trained nnU-Net v2 folder to a model folder that `infer` runs without nnU-Net.
+
+    Raises:
+        VolsegError: files are missing or damaged, a checkpoint holds more than weights, or the
+            model needs something that volseg does not support.
+    """
+    from volseg.bundle import bundle_files, load_bundle, save_bundle
+    from volseg.inference.backends import export_bundle
+    from volseg.inference.memory import check_patch, network_bytes
+    from volseg.nnunet import read_nnunet
+
+    folder, out = options.folder, options.out
+    if (out / MODEL_FILE).exists():
+        raise VolsegError(
+            f"{out}: holds a finished model",
+            fix="give another --out, or delete it first",
+            code="E_EXISTS",
+        )
+    bundle = read_nnunet(folder, folds=options.folds, checkpoint=options.checkpoint)
+    check_patch(bundle, network_bytes(bundle), total_memory())
+    with OutputFolder(out, "import-nnunet", inputs=[folder]) as outputs:
+        outputs.refuse_foreign(bundle_files(bundle.weights))
+        with outputs.staged() as commit:
+            save_bundle(bundle, commit.folder)
+            commit.finish(last=MODEL_FILE)
+        bundle = load_bundle(out)
+        with outputs.staged() as commit:
+            export_bundle(bundle, commit.folder)
+            commit.finish()
+    return ImportReport(
+        out=out, done=[bundle.recipe.name], model=_facts(bundle), sha256=bundle.sha256
+    )
+
+
+def _facts(bundle: ModelBundle) -> dict[str, str]:
+    """Summarise the imported model, for people and for --json."""
+    recipe, plan = bundle.recipe, bundle.plan
+    folds, copies = len(bundle.weights), 2 ** len(recipe.infer.tta_axes)
+    features = " ".join(map(str, recipe.network.settings["features"]))
+    channels = [(name, recipe.preprocess.normaliser_of(name)) for name in recipe.data.channels]
+    spacing = " × ".join(f"{mm:g}" for mm in plan.spacing_mm)
+    patch = " × ".join(map(str, plan.patch_shape))
+    passes = f"{folds * copies}: {folds} folds × {copies} with test-time augmentation"
+    facts = {
+        "name": recipe.name,
+        "network": f"{recipe.network.name}, {features} features",
+        "channels": ", ".join(f"{name} ({normalise.method})" for name, normalise in channels),
+        "labels": ", ".join(f"{name} = {value}" for value, name in recipe.data.label_names.items()),
+        "spacing": f"{spacing} mm, patch {patch}",
+        "networks per patch": passes,
+    }
+    if recipe.data.regions_class_order is not None:
+        order = ", ".join(map(str, recipe.data.regions_class_order))
+        facts["regions"] = f"overlapping; written in the order {order}"
+    metrics = {name: f"{value:.4g}" for name, value in bundle.metrics.items()}
+    return facts | dict(bundle.origin) | metrics

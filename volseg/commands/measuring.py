@@ -1,0 +1,632 @@
+"""`volseg measure`: measure the lesions of given masks, without a model."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import cast, get_args
+
+from volseg.commands.batch import (
+    CaseFiles,
+    Inputs,
+    case_files,
+    check_pair,
+    damaged_warnings,
+    done_row,
+    failure_reason,
+    input_key,
+    run_cases,
+    run_description,
+    run_header,
+    without_damaged,
+    write_figure,
+    write_mask,
+)
+from volseg.commands.pages import page_budget, read_about, source_of, write_page, write_report
+from volseg.errors import ScanError, VolsegError
+from volseg.execution.local import run
+from volseg.execution.memory import Budget, Peak
+from volseg.inputs import MAX_LABEL, MAX_NAME, label_value, read_json, shorten
+from volseg.io.cases import Case, find_cases, find_scans, read_table
+from volseg.io.nifti import MAX_LABELS, read_header, read_label_table, read_mask, read_volume
+from volseg.measurement.memory import plan_measuring
+from volseg.measurement.rows import CaseRow
+from volseg.measurement.specks import MeasuredLesions, measure_largest
+from volseg.measurement.units import Unit, judge_unit
+from volseg.options import MeasureOptions, command
+from volseg.pages.model_box import ModelBox, read_model_box
+from volseg.postprocessing.lesions import CONNECTIVITY, Objects, label_lesions, remove_organ
+from volseg.recipe import Measure, as_recipe, parse_unit
+from volseg.reports import CasesReport
+from volseg.store.outputs import SAME_KIND, Commit, folder_content
+from volseg.store.results import LESION_IDS, MASKS, ResultsFolder, State
+from volseg.volume import Volume
+
+STAGE, DEFAULT_OUT = "Measuring", "volseg_results"
+MOST_OBJECTS = 2**20  # values of a mask whose values are the objects
+
+
+@command(MeasureOptions)
+def measure(options: MeasureOptions) -> CasesReport:
+    """Measure masks on their scans, or masks of `infer` that were corrected by hand.
+
+    Raises:
+        VolsegError: the request is wrong. A pair that cannot be used becomes a failed row instead.
+    """
+    started = time.monotonic()
+    if options.results is not None:
+        _refuse_other_settings(options)
+        return measure_corrected(options.results, options)
+    if options.objects not in get_args(Objects):
+        raise VolsegError(
+            f"objects {options.objects!r} is unknown",
+            fix="use components or labels",
+            code="E_USAGE",
+        )
+    sources = (options.image, options.mask, options.cases)
+    pairs, unused = _pairs(*sources)
+    settings = _settings_of(options)
+    names = {str(value): name for value, name in settings.label_names.items()}
+    key_options = {"objects": settings.objects, "label_names": names}
+    key_options |= {"intensity_unit": settings.intensity_unit, "figures": settings.figures}
+    key_options |= {"measure": settings.settings.model_dump(mode="json")}
+    about = run_header("measure", "")
+    used = [path for path in sources if path is not None]
+    used += [path for case in pairs for path in case_files(case)]
+    if isinstance(options.recipe, Path | str) and Path(options.recipe).is_file():
+        used.append(Path(options.recipe))
+    digests = Inputs(of_masks=True)
+
+    def key_of(case: Case) -> str:
+        return input_key(key_options, digests.of(case))
+
+    with ResultsFolder(options.out or Path(DEFAULT_OUT), "measure", inputs=used) as folder:
+        n_cases = folder.count_items(case.id for case in pairs)
+        measured_pairs = ((case, settings.settings) for case in pairs)
+        refusals = _refused(measured_pairs, n_cases, options)
+
+        def task(case: Case) -> None:
+            if case.id in refusals:
+                raise refusals[case.id]
+            measured = _measure_case(case, settings)
+            digests.were_read(case, measured.sha256)
+            with folder.staged() as commit:
+                row = _write_case(case, measured, settings, commit)
+                folder.commit(
+                    row,
+                    commit,
+                    key=key_of(case),
+                    inputs=digests.of(case),
+                    lesions=measured.lesions,
+                    source=source_of(case.images["image"], measured.scan, measured.unit.name),
+                )
+
+        report = run_cases(
+            pairs,
+            lambda todo: run(task, todo),
+            key_of,
+            folder,
+            inputs=digests,
+            files=CaseFiles((LESION_IDS,), options.figures, options.pages),
+            stage=STAGE,
+            progress=options.progress,
+            objects=options.objects,
+            about=about if options.pages else None,
+            max_ram=options.max_ram,
+            announce=options.announce,
+        )
+        if unused:
+            n_masks = len(unused) + len(pairs)
+            remark = (
+                f"W_MASK: {len(unused)} of {n_masks} masks have no scan and were skipped, "
+                f"such as {unused[0]!r}"
+            )
+            report = replace(report, warnings=[*report.warnings, remark])
+        folder.write_run(
+            run_description(options, key_options, report, started)
+            | about
+            | {"masks_without_scan": unused}
+            | {"connectivity": CONNECTIVITY if settings.objects == "components" else None}
+        )
+    return report
+
+
+def _refuse_other_settings(options: MeasureOptions) -> None:
+    """Refuse settings that corrected masks take from their model.
+
+    Raises:
+        VolsegError: one of them is given.
+    """
+    allowed = {"results", "figures", "pages", "max_ram"}
+    if options.stated().keys() - allowed:
+        raise VolsegError(
+            f"{options.results}: corrected masks are measured there with the model's settings",
+            fix="give the results folder alone, or --image and --mask with another --out",
+            code="E_USAGE",
+        )
+
+
+def _settings_of(options: MeasureOptions) -> _Options:
+    """Combine the recipe, if any, with the options, which override it."""
+    recipe = None if options.recipe is None else as_recipe(options.recipe)
+    unit, recipe_unit = _unit_of(options.intensity_unit), None
+    if recipe is not None and not recipe.data.unit_guessed:
+        recipe_unit = recipe.data.intensity_unit
+    names = options.label_names
+    if isinstance(names, Path | str):
+        names = read_label_names(Path(names))
+    arguments = {
+        "organ": options.organ,
+        "lymph_nodes": options.lymph_nodes,
+        "calcium": options.calcium,
+    }
+    changes = {name: value for name, value in arguments.items() if value not in (None, (), False)}
+    return _Options(
+        objects=cast(Objects, options.objects),
+        label_names=dict(names or (recipe.data.label_names if recipe else {})),
+        intensity_unit=unit or recipe_unit,
+        stated_by="--unit" if unit else "the recipe",
+        settings=(recipe.measure if recipe else Measure()).model_copy(update=changes),
+        figures=options.figures,
+        pages=options.pages,
+    )
+
+
+def measure_corrected(results: Path, options: MeasureOptions) -> CasesReport:
+    """Measure the masks in a folder of `infer` that were changed by hand since they were measured.
+
+    Later runs of `infer` do not replace a corrected mask.
+
+    Raises:
+        VolsegError: `results` is not a folder of `infer`.
+    """
+    started = time.monotonic()
+    figures, pages, progress = options.figures, options.pages, options.progress
+    if folder_content(results) != SAME_KIND["infer"]:
+        raise VolsegError(
+            f"{results}: is not a results folder of infer",
+            fix="give the --out folder of `volseg infer`, or --image and --mask",
+            code="E_USAGE",
+        )
+    done, kept, failed = [], [], {}
+    with ResultsFolder(results, "infer") as folder:
+        rows = folder.item_rows()
+        edited = [
+            row["case_id"] for row in rows if folder.state_of(row["case_id"], None) is State.EDITED
+        ]
+        edited_ids = frozenset(edited)
+        kept = [
+            row["case_id"]
+            for row in rows
+            if row["status"] == "done" and row["case_id"] not in edited_ids
+        ]
+        files = CaseFiles((LESION_IDS,), figures, pages)
+        folder.refuse_foreign(
+            [*files.shared, *(path for name in edited for path in files.names(name))]
+        )
+        progress(STAGE, 0.0, f"{len(edited)} of {len(rows)} masks were changed by hand")
+        refusals = _refused(_corrected_cases(folder, edited), len(rows), options)
+
+        def task(name: str) -> None:
+            if name in refusals:
+                raise refusals[name]
+            _measure_corrected_case(folder, name, figures=figures, pages=pages)
+
+        outcomes = run(task, edited)
+        try:
+            for count, outcome in enumerate(outcomes, start=1):
+                name = outcome.item
+                if outcome.error is None:
+                    done.append(name)
+                else:
+                    failed[name] = failure_reason(folder, name, outcome.error)
+                    _keep_failed(folder, name, failed[name])
+                progress(STAGE, count / len(edited), name)
+        finally:
+            rows = folder.write_tables()
+            about, missing = read_about(results), []
+            if pages:
+                budget = page_budget(options.max_ram, options.announce, has_run=bool(done))
+                missing = write_report(folder, about, rows, budget=budget)
+        measured_ids = frozenset(done)
+        kept, failed = without_damaged(kept, failed, rows)
+        warnings = [
+            f"{row['case_id']}: {row['warnings']}" for row in rows if row["case_id"] in measured_ids
+        ]
+        warnings += [*missing, *damaged_warnings(rows)]
+        report = CasesReport(
+            out=results,
+            done=done,
+            kept=kept,
+            failed=failed,
+            warnings=warnings,
+            objects="components",
+            pages=pages,
+        )
+        measured = {"command": "measure"} | run_description(
+            options, {"figures": figures}, report, started
+        )
+        folder.write_run(dict(about) | {"measured_again": measured})
+    return report
+
+
+def _keep_failed(folder: ResultsFolder, name: str, reason: str) -> None:
+    """Record that a corrected mask could not be measured, so its numbers are out of date."""
+    record = folder.record(name)
+    assert record is not None
+    row = CaseRow(case_id=name, status="failed", reason=reason)
+    folder.commit_failure(name, row, record.get("inputs", ()))
+
+
+def _corrected_cases(folder: ResultsFolder, names: Sequence[str]) -> Iterator[tuple[Case, Measure]]:
+    """Yield the corrected cases with a usable record; measuring reports the others."""
+    for name in names:
+        with contextlib.suppress(ScanError):
+            case, options = _corrected_case(folder, name, figures=False, pages=False)
+            yield case, options.settings
+
+
+def _unit_of(text: str | None) -> str:
+    """Return the unit given by --unit, or "" if it states none."""
+    try:
+        return parse_unit(text or "")
+    except ValueError as error:
+        raise VolsegError(
+            f"--unit {error}", fix="--unit HU, SUV, a.u. or another unit", code="E_USAGE"
+        ) from error
+
+
+def _corrected_case(
+    folder: ResultsFolder, name: str, *, figures: bool, pages: bool
+) -> tuple[Case, _Options]:
+    """Return a corrected mask with its scan, and how it is measured.
+
+    Raises:
+        ScanError: its record does not say how.
+    """
+    record = folder.record(name)
+    assert record is not None
+    source = record["source"]
+    try:
+        case = Case(
+            name, {"image": Path(source["scan"])}, reference=folder.path / MASKS / f"{name}.nii.gz"
+        )
+        options = _Options(
+            objects="components",
+            label_names={int(value): str(text) for value, text in source["label_names"].items()},
+            intensity_unit=parse_unit(str(source["unit"])),
+            stated_by="the model",
+            unit_doubt=str(source.get("unit_doubt", "")),
+            remarks=_texts(source["remarks"]),
+            box=read_model_box(source.get("model_box")),
+            settings=Measure.model_validate(source["measure"]),
+            figures=figures,
+            pages=pages,
+        )
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ScanError(
+            f"{folder.path}: the record of case {name!r} lacks measurement settings ({error!r})",
+            fix="measure the mask with --image, --mask and another --out",
+            code="E_RECORD",
+        ) from error
+    return case, options
+
+
+def _texts(content: object) -> tuple[str, ...]:
+    if not isinstance(content, list) or not all(isinstance(text, str) for text in content):
+        raise TypeError(f"{shorten(repr(content))} is not a list of texts")
+    return tuple(content)
+
+
+def _measure_corrected_case(
+    folder: ResultsFolder, name: str, *, figures: bool, pages: bool
+) -> None:
+    record = folder.record(name)
+    assert record is not None
+    source = record["source"]
+    case, options = _corrected_case(folder, name, figures=figures, pages=pages)
+    measured = _measure_case(case, options)
+    if measured.scan.sha256 != source.get("sha256"):
+        raise ScanError(
+            f"{case.images['image']}: has changed since the mask was made from it",
+            fix="restore that scan, or measure the mask with --image, --mask and another --out",
+            code="E_CHANGED",
+        )
+    model = record["case"].get("model") or ""
+    remark = (
+        f"W_CORRECTED: the mask of {model} was corrected by hand, "
+        "so there is no confidence and no class"
+    )
+    with folder.staged() as commit:
+        row = _write_case(case, measured, options, commit, model=model, remark=remark)
+        folder.commit(
+            row,
+            commit,
+            key=str(record.get("key", "")),
+            inputs=record.get("inputs", ()),
+            lesions=measured.lesions,
+            source=source,
+            corrected={f"{MASKS}/{name}.nii.gz": measured.sha256[-1]},
+        )
+
+
+def _refused(
+    cases: Iterable[tuple[Case, Measure]], n_cases: int, options: MeasureOptions
+) -> dict[str, ScanError]:
+    """Return errors of the cases that may exceed the memory budget; announce the peak of the rest.
+
+    Args:
+        cases: cases with their settings.
+        n_cases: number of cases in the folder.
+    """
+    budget = Budget(
+        options.max_ram,
+        options.announce,
+        what="measuring this mask",
+        otherwise="cut scan and mask to the region that matters",
+    )
+    plans: dict[str, Peak] = {}
+    for case, settings in cases:
+        assert case.reference is not None
+        with contextlib.suppress(VolsegError):  # reading it raises the error later
+            scan, mask = read_header(case.images["image"]), read_header(case.reference)
+            plans[case.id] = plan_measuring(
+                math.prod(scan.geometry.shape),
+                scan.dtype.itemsize,
+                mask.dtype.itemsize,
+                process=budget.process,
+                n_cases=n_cases,
+                has_organ=settings.organ is not None,
+                calcium=settings.calcium,
+            )
+    return budget.refused(plans)
+
+
+def _pairs(
+    image: Path | str | None, mask: Path | str | None, cases: Path | str | None
+) -> tuple[list[Case], list[str]]:
+    """Return scans with their masks, and the names of masks without a scan."""
+    if cases is not None and image is None and mask is None:
+        pairs = find_cases(Path(cases), ("image",))
+        maskless = [case.id for case in pairs if case.reference is None]
+        if maskless:
+            raise VolsegError(
+                f"{cases}: {len(maskless)} cases have no mask, first {maskless[0]!r}",
+                fix="fill the `label` column",
+                code="E_DATASET",
+            )
+        return pairs, []
+    if image is None or mask is None or cases is not None:
+        raise VolsegError(
+            "measure needs a scan and its mask, two folders of them, or a table of cases",
+            fix="give --image and --mask, or --cases",
+            code="E_USAGE",
+        )
+    image, mask = Path(image), Path(mask)
+    if image.is_dir() != mask.is_dir():
+        raise VolsegError(
+            f"{image} and {mask}: one is a folder, the other is not",
+            fix="give two files or two folders",
+            code="E_USAGE",
+        )
+    scans = find_scans([image], ("image",))
+    if not image.is_dir():
+        if len(scans) > 1:
+            raise VolsegError(
+                f"{image}: lists {len(scans)} scans, but {mask} is one mask",
+                fix=f"give --cases {image}, with the mask of each scan in its `label` column",
+                code="E_USAGE",
+            )
+        return [replace(scans[0], reference=mask)], []
+    masks = {case.id: next(iter(case.images.values())) for case in find_scans([mask], ("image",))}
+    maskless = [case.id for case in scans if case.id not in masks]
+    if maskless:
+        raise VolsegError(
+            f"{mask}: has no mask for {len(maskless)} of {len(scans)} scans, first {maskless[0]!r}",
+            fix="give each mask the name of its scan, or give --cases with a table of pairs",
+            code="E_DATASET",
+        )
+    unused = sorted(masks.keys() - {case.id for case in scans})
+    return [replace(case, reference=masks[case.id]) for case in scans], unused
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Options:
+    """Options that apply to every case."""
+
+    objects: Objects
+    label_names: Mapping[int, str]
+    intensity_unit: str | None
+    stated_by: str  # `--unit`, the recipe or the model
+    unit_doubt: str = ""  # recorded by `infer`
+    remarks: tuple[str, ...] = ()  # on similarity to the model's training scans
+    box: ModelBox | None = None  # description of the model
+    settings: Measure
+    figures: bool
+    pages: bool
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Measured:
+    """Measurements of a case; `sha256` of the scan and the mask, as read."""
+
+    scan: Volume
+    ids: Volume
+    lesions: MeasuredLesions
+    unit: Unit
+    settings: Measure
+    organ_voxels: int | None
+    sha256: tuple[str, ...]
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Names(Mapping[int, str]):
+    """Names of all mask values; a value without a stated name is called `label_<value>`."""
+
+    stated: Mapping[int, str]
+
+    def __getitem__(self, value: int) -> str:
+        name = self.stated.get(value)
+        return f"label_{value}" if name is None else name
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.stated)
+
+    def __len__(self) -> int:
+        return len(self.stated)
+
+    def __contains__(self, value: object) -> bool:
+        return isinstance(value, int)
+
+
+def _measure_case(case: Case, options: _Options) -> _Measured:
+    started = time.monotonic()
+    path = case.images["image"]
+    assert case.reference is not None
+    scan = read_volume(path, is_finite=False)
+    mask = read_mask(
+        case.reference, max_labels=MAX_LABELS if options.objects == "components" else MOST_OBJECTS
+    )
+    check_pair(scan, mask, str(path), str(case.reference))
+    unit = judge_unit(scan, options.intensity_unit, by=options.stated_by)
+    if options.unit_doubt:
+        unit = replace(unit, doubt=options.unit_doubt)
+    names = _Names(options.label_names or read_label_table(case.reference))
+    array, organ_voxels, settings = mask.array, None, options.settings
+    if settings.organ is not None:
+        array, organ_voxels = remove_organ(array, _value_of(settings.organ, names, case.reference))
+    node_values = {_value_of(label, names, case.reference) for label in settings.lymph_nodes}
+    lesions = label_lesions(array, scan.geometry, objects=options.objects)
+    values = [value for value in dict.fromkeys(lesions.labels) if value in node_values]
+    nodes = tuple(names[value] for value in values)
+    settings = settings.model_copy(update={"lymph_nodes": nodes})
+    measured = measure_largest(
+        scan,
+        lesions.ids,
+        lesions.labels,
+        case_id=case.id,
+        label_names=names,
+        intensity_unit=unit.name,
+        unit_doubt=unit.doubt,
+        settings=settings,
+        connectivity=CONNECTIVITY if options.objects == "components" else None,
+    )
+    return _Measured(
+        scan=scan,
+        ids=scan.with_array(lesions.ids),
+        lesions=measured,
+        unit=unit,
+        settings=settings,
+        organ_voxels=organ_voxels,
+        sha256=(scan.sha256, mask.sha256),
+        seconds=time.monotonic() - started,
+    )
+
+
+def _write_case(
+    case: Case,
+    measured: _Measured,
+    options: _Options,
+    commit: Commit,
+    *,
+    model: str = "",
+    remark: str = "",
+) -> CaseRow:
+    """Write the files of a case and return its row; `remark` is a further warning."""
+    started = time.monotonic()
+    path, scan, ids = case.images["image"], measured.scan, measured.ids
+    largest = measured.lesions.largest
+    write_mask(ids, commit, LESION_IDS, case.id, like=path)
+    if options.figures:
+        write_figure(scan, ids, largest, case.id, commit, unit=measured.unit)
+    remarks = [*options.remarks, *((remark,) if remark else ())]
+    if measured.unit.doubt and not any(measured.unit.doubt in text for text in remarks):
+        remarks.insert(0, f"W_UNIT: {measured.unit.doubt}")
+    row = done_row(
+        case,
+        scan,
+        measured.lesions,
+        path=path,
+        unit=measured.unit,
+        model=model,
+        seconds=measured.seconds,
+        settings=measured.settings,
+        organ_voxels=measured.organ_voxels,
+        remarks=remarks,
+    )
+    if options.pages:
+        write_page(
+            row, largest, scan, ids.array, unit=measured.unit.name, commit=commit, box=options.box
+        )
+    return replace(row, seconds=round(measured.seconds + time.monotonic() - started, 2))
+
+
+def _value_of(label: str, names: Mapping[int, str], path: Path) -> int:
+    """Return the value of a label given as a name, `label_7` or `7`; never the background."""
+    values = [value for value, name in names.items() if name == label]
+    values = values or [label_value(label.removeprefix("label_")) or 0]
+    if len(values) == 1 and values[0] > 0:
+        return values[0]
+    text = f"label {shorten(label)!r}"
+    problem = f"has no {text}; it names {', '.join(names.values()) or 'none'}"
+    if len(values) > 1:
+        problem = f"{text} is the name of {len(values)} values"
+    raise VolsegError(
+        f"{path}: {problem}",
+        fix="give the label's value, 1 or more, or name the values with --label-names",
+        code="E_LABELS",
+    )
+
+
+def read_label_names(path: Path | str) -> dict[int, str]:
+    """Read value → name from a JSON object or a CSV with columns `label` and `name`.
+
+    The JSON object may map values to names or names to values.
+    """
+    path = Path(path)
+    names: dict[int, str] = {}
+    try:
+        if path.suffix.lower() == ".json":
+            pairs = [
+                (key, item) if key.isdecimal() else (item, key)
+                for key, item in read_json(path).items()
+            ]
+        else:
+            path.stat()  # a missing file raises OSError
+            columns, lines = read_table(path)
+            label, name = columns.index("label"), columns.index("name")
+            pairs = [(cells[label], cells[name]) for _, cells in lines]
+        for stated, name in pairs:
+            value = _label_value(stated)
+            if value is None or not isinstance(name, str) or not 0 < len(name) <= MAX_NAME:
+                parts = [json.dumps(part, ensure_ascii=False) for part in (stated, name)]
+                raise ValueError(
+                    f"{' = '.join(map(shorten, parts))}: a value must be a whole number, "
+                    f"a name must have 1 to {MAX_NAME} characters"
+                )
+            if names.get(value, name) != name:
+                raise ValueError(f"{value} is both {names[value]!r} and {name!r}")
+            names[value] = name
+        return names
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise VolsegError(
+            f"{path}: is not a list of label names ({reason})",
+            fix='give JSON such as {"1": "spleen"}, or a CSV with columns label and name',
+            code="E_LABELS",
+        ) from error
+
+
+def _label_value(stated: object) -> int | None:
+    """Return the mask value stated in JSON or a CSV cell; None if it is not a valid value."""
+    if isinstance(stated, str):
+        return label_value(stated)
+    if isinstance(stated, bool) or not isinstance(stated, (int, float)):
+        return None
+    return int(stated) if 0 <= stated <= MAX_LABEL and stated == int(stated) else None  # 1.0 is 1

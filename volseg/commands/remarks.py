@@ -1,0 +1,35 @@
+"""Warnings about single scans for the terminal: noisy mask, doubtful unit, unlike training data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from volseg.measurement.specks import SPECKS
+from volseg.measurement.units import CODES, warnings_in
+
+MOST_SCANS = 5  # listed per code
+
+
+def remarks_on_scans(rows: Iterable[Mapping[str, Any]], case_ids: Iterable[str]) -> list[str]:
+    """Collect `W_CODE: case: sentence` for these scans; list at most `MOST_SCANS` per code.
+
+    Args:
+        rows: rows of cases.csv.
+    """
+    case_ids = set(case_ids)
+    lines_by_code: dict[str, list[str]] = {code: [] for code in (SPECKS, *CODES)}
+    for row in rows:
+        if row["case_id"] not in case_ids:
+            continue
+        for code, text in warnings_in(row["warnings"] or ""):
+            if code in lines_by_code:
+                lines_by_code[code].append(f"{code}: {row['case_id']}: {text}")
+    return [line for code, lines in lines_by_code.items() for line in _shortened(code, lines)]
+
+
+def _shortened(code: str, lines: list[str]) -> list[str]:
+    more = len(lines) - MOST_SCANS
+    if more <= 0:
+        return lines
+    return [*lines[:MOST_SCANS], f"{code}: {more} more scans; cases.csv names them"]

@@ -1,0 +1,77 @@
+"""`volseg report`: rebuild the pages of a results folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from volseg.commands.batch import damaged_warnings
+from volseg.commands.pages import REPORT, has_page, read_about, remake_page, write_report
+from volseg.errors import VolsegError
+from volseg.io.csv_text import read_csv
+from volseg.measurement.rows import CaseRow
+from volseg.options import ReportOptions, command
+from volseg.reports import PagesReport
+from volseg.store.outputs import SAME_KIND, folder_content
+from volseg.store.results import EDITED, THUMBNAILS, VIEWERS, ResultsFolder
+
+
+@command(ReportOptions)
+def report(options: ReportOptions) -> PagesReport:
+    """Rebuild report.html and the viewer page of every scan of a results folder.
+
+    A scan that was moved or deleted keeps its earlier page, and report.html says so.
+    The tables do not change.
+
+    Raises:
+        VolsegError: `results` is not a results folder.
+    """
+    out, progress = options.results, options.progress
+    if folder_content(out) not in (SAME_KIND["infer"], SAME_KIND["measure"]):
+        raise VolsegError(
+            f"{out}: is not a results folder",
+            fix="give the --out folder of volseg infer or volseg measure",
+            code="E_USAGE",
+        )
+    remade, kept, edited = [], {}, []
+    with ResultsFolder(out, None) as folder:
+        rows = folder.checked_rows(_pending(out))
+        done = [row["case_id"] for row in rows if row["status"] == "done"]
+        pages = (
+            page for name in done for page in (f"{VIEWERS}/{name}.html", f"{THUMBNAILS}/{name}.jpg")
+        )
+        folder.refuse_foreign([REPORT, *pages])
+        progress("Pages", 0.0, f"{len(done)} scans")
+        for count, name in enumerate(done, start=1):
+            record = folder.record(name)
+            assert record is not None
+            reason = remake_page(folder, name, record)
+            if folder.is_edited(record):
+                edited.append(f"{EDITED}: {name}: {folder.edited_text}")
+            if not reason:
+                remade.append(name)
+            elif has_page(folder, name):
+                kept[name] = f"{reason}; the earlier page stays"
+            else:
+                kept[name] = f"{reason}, so it has no page"
+            progress("Pages", count / len(done), name)
+        remarks = [
+            f"The page of {name} could not be rebuilt: {reason}." for name, reason in kept.items()
+        ]
+        write_report(folder, read_about(out), rows, remarks, force=True)
+    warnings = [*edited, *remarks, *damaged_warnings(rows)]
+    return PagesReport(
+        out=out, done=remade, kept=list(kept), warnings=warnings, page=str(out / REPORT)
+    )
+
+
+def _pending(out: Path) -> list[CaseRow]:
+    """Return the pending rows of cases.csv."""
+    try:
+        rows = read_csv(out / "cases.csv")
+    except (OSError, ValueError):
+        return []
+    return [
+        CaseRow(case_id=row["case_id"], status="pending", image=row.get("image") or "")
+        for row in rows
+        if row.get("status") == "pending" and row.get("case_id")
+    ]

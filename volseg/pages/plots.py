@@ -1,0 +1,154 @@
+"""Plots of an evaluation: agreement of volumes and FROC curves."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from volseg.evaluation.agreement import Agreement, Ends
+from volseg.evaluation.detection import FALSE_POSITIVE_RATES, Froc
+from volseg.evaluation.summary import LabelResult
+from volseg.pages.canvas import Figure, FigureCanvasAgg
+from volseg.pages.slices import png_bytes
+
+MAX_LABELS = 8
+POINT, BIAS, LIMIT = "#1f5fa8", "#222222", "#b5400f"
+
+
+def agreement_png(results: Sequence[LabelResult]) -> bytes:
+    """Draw a Bland–Altman and a correlation plot per label.
+
+    Labels without a volume are left out. At most eight labels are shown, those with the largest
+    reference volume.
+    """
+    with_volume = [result for result in results if result.reference_ml.size]
+    shown = sorted(with_volume, key=lambda result: -float(result.reference_ml.sum()))[:MAX_LABELS]
+    shown.sort(key=lambda result: result.label)
+    figure = Figure(figsize=(11, 4.2 * max(1, len(shown)) + 0.3), layout="constrained")
+    FigureCanvasAgg(figure)
+    if not shown:
+        figure.text(0.5, 0.5, "no label has a volume in any case", ha="center")
+        return _png(figure)
+    plots = figure.subplots(len(shown), 2, squeeze=False, width_ratios=(1.25, 1))
+    for (left, right), result in zip(plots, shown, strict=True):
+        _bland_altman(left, result)
+        _correlation(right, result)
+    if len(shown) < len(with_volume):
+        count = f"{len(shown)} of {len(with_volume)} labels"
+        note = f"The {count} with the largest reference volume; summary.json has all labels"
+        figure.suptitle(note, fontsize=9)
+    return _png(figure)
+
+
+def _bland_altman(plot: Any, result: LabelResult) -> None:
+    """Plot difference against mean, with bias and limits of agreement (bands: 95 % intervals)."""
+    agreement = result.volumes
+    mean = (result.reference_ml + result.predicted_ml) / 2
+    difference = result.predicted_ml - result.reference_ml
+    plot.scatter(mean, difference, s=22, color=POINT, alpha=0.7, linewidths=0, zorder=3)
+    plot.axhline(0, color="#999999", linewidth=0.8)
+    lines = (
+        (agreement.bias, agreement.bias_95, BIAS, "bias"),
+        (agreement.lower_limit, agreement.lower_limit_95, LIMIT, "bias − 1.96 SD"),
+        (agreement.upper_limit, agreement.upper_limit_95, LIMIT, "bias + 1.96 SD"),
+    )
+    for value, interval, colour, name in lines:
+        if math.isnan(value):
+            continue
+        style = "-" if name == "bias" else "--"
+        text = f"{name}: {value:.3g} {_interval(interval)}"
+        plot.axhline(value, color=colour, linewidth=1.4, linestyle=style, label=text)
+        if not math.isnan(interval[0]):
+            plot.axhspan(*interval, color=colour, alpha=0.12, linewidth=0)
+    if not math.isnan(agreement.bias):  # below the plot, where it covers no point
+        layout = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.13), "ncols": 3}
+        plot.legend(**layout, fontsize=7.5, frameon=False, columnspacing=1)
+    title = f"{result.name}: volume agreement, {_cases(agreement)}"
+    plot.set_title(title, fontsize=10, loc="left")
+    plot.set_xlabel("mean of reference and prediction (mL)")
+    plot.set_ylabel("prediction − reference (mL)")
+    plot.margins(y=0.15)
+    plot.grid(alpha=0.25)
+
+
+def _correlation(plot: Any, result: LabelResult) -> None:
+    """Plot predicted against reference volume on equal axes, with the line of identity."""
+    agreement, reference, predicted = result.volumes, result.reference_ml, result.predicted_ml
+    highest = 1.05 * max(float(reference.max()), float(predicted.max()))
+    plot.plot([0, highest], [0, highest], color="#999999", linewidth=0.8, label="identity")
+    plot.scatter(reference, predicted, s=22, color=POINT, alpha=0.7, linewidths=0, zorder=3)
+    plot.set_xlim(0, highest)
+    plot.set_ylim(0, highest)
+    plot.set_aspect("equal")
+    lines = []
+    if not math.isnan(agreement.pearson):
+        pearson, concordance = agreement.pearson, agreement.concordance
+        lines.append(f"Pearson r = {pearson:.3f} {_interval(agreement.pearson_95)}")
+        interval = _interval(agreement.concordance_95)
+        lines.append(f"concordance (Lin) = {concordance:.3f} {interval}")
+    plot.text(0.03, 0.97, "\n".join(lines), transform=plot.transAxes, va="top", fontsize=8)
+    plot.set_title(f"{result.name}: correlation", fontsize=10, loc="left")
+    plot.set_xlabel("reference volume (mL)")
+    plot.set_ylabel("predicted volume (mL)")
+    plot.legend(loc="lower right", fontsize=8, frameon=False)
+    plot.grid(alpha=0.25)
+
+
+def _cases(agreement: Agreement) -> str:
+    n, n_patients = agreement.n, agreement.n_patients
+    text = f"{n} case{'s' * (n != 1)}"
+    if n != n_patients:
+        text += f" of {n_patients} patient{'s' * (n_patients != 1)}"
+    if math.isnan(agreement.bias):
+        return f"{text}; too few for limits of agreement"
+    if math.isnan(agreement.bias_95[0]):
+        text += f"\nno intervals: {agreement.no_intervals}"
+    return text
+
+
+def _interval(interval: Ends) -> str:
+    return "" if math.isnan(interval[0]) else f"[{interval[0]:.3g}, {interval[1]:.3g}]"
+
+
+def froc_png(curves: Sequence[tuple[str, Froc]]) -> bytes:
+    """Plot sensitivity against false positives per scan, for a name and a curve per label.
+
+    At most eight labels are shown, those with the most reference lesions. The dot marks the end of
+    a curve, where every predicted lesion counts; the dotted line extends it, as the score does.
+    """
+    curves = sorted(curves, key=lambda named: -named[1].n_reference)[:MAX_LABELS]
+    figure = Figure(figsize=(7, 4.6 + 0.2 * len(curves)), layout="constrained")
+    FigureCanvasAgg(figure)
+    plot = figure.subplots()
+    lowest, highest = FALSE_POSITIVE_RATES[0] / 2, 2 * FALSE_POSITIVE_RATES[-1]
+    for name, curve in curves:
+        # Rates below the start of the logarithmic axis, such as 0, are drawn at its start.
+        rates = np.maximum(curve.false_positives_per_scan, lowest)
+        x = np.concatenate([[lowest], rates])
+        y = np.concatenate([[0.0], curve.sensitivity])
+        label = f"{name}: mean sensitivity at the ticks {curve.score:.2f}; "
+        label += f"{curve.n_reference} lesions, {curve.n_scans} scans"
+        (line,) = plot.plot(x, y, drawstyle="steps-post", linewidth=1.6, label=label)
+        colour, end = line.get_color(), (float(rates[-1]), float(curve.sensitivity[-1]))
+        plot.plot(*end, "o", color=colour, markersize=6, clip_on=False, zorder=3)
+        highest = max(highest, 1.2 * end[0])
+        plot.hlines(end[1], end[0], highest, color=colour, linestyles=":", linewidth=1.6)
+    plot.set_xscale("log")
+    plot.set_xlim(lowest, highest)
+    plot.set_ylim(0, 1.02)
+    plot.set_xticks(FALSE_POSITIVE_RATES, ["1/8", "1/4", "1/2", "1", "2", "4", "8"])
+    plot.minorticks_off()
+    plot.set_xlabel("false positives per scan")
+    plot.set_ylabel("sensitivity (fraction of reference lesions)")
+    title = "FROC; lesions ranked by mean confidence"
+    plot.set_title(title, fontsize=10, loc="left")
+    plot.grid(alpha=0.25)
+    plot.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.13), frameon=False)
+    return _png(figure)
+
+
+def _png(figure: Figure) -> bytes:
+    return png_bytes(figure, "white", dpi=110)

@@ -1,0 +1,99 @@
+"""Figures of a training: its curves, its patches, its worst cases."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+
+from volseg.pages.canvas import Figure, FigureCanvasAgg
+from volseg.pages.slices import draw_slice, png_bytes
+
+
+class Epoch(Protocol):
+    """The fields of an epoch in the training history that the curves show."""
+
+    @property
+    def seconds(self) -> float: ...
+    @property
+    def loss(self) -> float: ...
+    @property
+    def validation_dice(self) -> float | None: ...
+
+
+def curves_png(histories: Sequence[Sequence[Epoch]]) -> bytes:
+    """Plot loss and validation Dice against hours of training, one line per network."""
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2)
+    for number, history in enumerate(histories):
+        hours = [epoch.seconds / 3600 for epoch in history]
+        name = f"fold {number}" if len(histories) > 1 else None
+        left.plot(hours, [epoch.loss for epoch in history], linewidth=1.2, label=name)
+        validations = [
+            (hour, dice)
+            for hour, epoch in zip(hours, history, strict=True)
+            if (dice := epoch.validation_dice) is not None
+        ]
+        marker = "." if len(validations) < len(history) else None
+        right.plot(*zip(*validations, strict=True), linewidth=1.2, label=name, marker=marker)
+    for plot, title in ((left, "training loss"), (right, "mean validation Dice")):
+        plot.set_title(title, fontsize=9, loc="left")
+        plot.set_xlabel("hours")
+        plot.grid(alpha=0.3)
+    right.set_ylim(0, 1)
+    if len(histories) > 1:
+        left.legend(fontsize=8)  # left, because a network may have no validation yet
+    return png_bytes(figure, "white")
+
+
+def patches_png(
+    images: Sequence[np.ndarray],
+    masks: Sequence[np.ndarray],
+    spacing_mm: tuple[float, float, float],
+) -> bytes:
+    """Draw the axial slice with most labelled voxels of each patch: first channel, outlined labels.
+
+    Args:
+        images: (C, R, A, S) each. masks: (R, A, S) class indices each.
+    """
+    pictures = [
+        (f"patch {number}", image[0], mask, None)
+        for number, (image, mask) in enumerate(zip(images, masks, strict=True))
+    ]
+    return comparison_png(pictures, spacing_mm)
+
+
+def comparison_png(
+    pictures: Sequence[tuple[str, np.ndarray, np.ndarray, np.ndarray | None]],
+    spacing_mm: tuple[float, float, float],
+) -> bytes:
+    """Draw a tile per picture: the axial slice with most voxels of both masks.
+
+    The reference is outlined in green, the prediction in orange.
+
+    Args:
+        pictures: (title, image, reference, prediction) each; arrays are (R, A, S).
+    """
+    columns = min(4, max(1, len(pictures)))
+    rows = -(-len(pictures) // columns)
+    size = (2.6 * columns, 2.8 * rows + 0.3)
+    figure = Figure(figsize=size, layout="constrained", facecolor="black")
+    FigureCanvasAgg(figure)
+    plots = figure.subplots(rows, columns, squeeze=False)
+    for plot in plots.flat:
+        plot.set_axis_off()
+    for plot, (title, image, reference, predicted) in zip(plots.flat, pictures, strict=False):
+        masks = [(reference, "#4dd34d"), *([] if predicted is None else [(predicted, "#ff8c33")])]
+        voxels = sum((mask > 0).sum(axis=(0, 1)) for mask, _ in masks)
+        index = int(np.argmax(voxels)) if np.any(voxels) else image.shape[2] // 2
+        slice_ = image[:, :, index].astype(np.float32)
+        low, high = np.percentile(slice_, (1, 99))
+        window = (float(low), float(max(high, low + 1e-6)))
+        outlines = [(mask[:, :, index], colour) for mask, colour in masks]
+        draw_slice(plot, slice_, outlines, (spacing_mm[0], spacing_mm[1]), window, title)
+    has_predictions = bool(pictures) and pictures[0][3] is not None
+    legend = "green: reference   orange: prediction" if has_predictions else "green: labels"
+    figure.suptitle(legend, color="white", fontsize=8)
+    return png_bytes(figure, "black")

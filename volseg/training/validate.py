@@ -1,0 +1,129 @@
+"""Validate a network on whole scans: sliding window, per case and label, on the prepared grid."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import nn
+
+from volseg.evaluation.overlap import dice
+from volseg.evaluation.validation import ValidationRow
+from volseg.execution.time_budget import OutOfTimeError
+from volseg.inference.backends import TorchBackend
+from volseg.inference.stream import ArrayPlanes, Tiling, predict_slabs
+from volseg.io.prepared import IGNORED, PreparedCase
+from volseg.planning import Plan
+from volseg.recipe import Recipe
+
+BATCH_VOXELS = 64**3  # of a batch of tiles
+
+
+def tiling_of(plan: Plan, overlap: float) -> Tiling:
+    """Return a tiling with small tiles in batches, as a single one leaves most of a device idle."""
+    batch_size = max(1, BATCH_VOXELS // math.prod(plan.patch_shape))
+    return Tiling(patch_shape=plan.patch_shape, overlap=overlap, batch_size=batch_size)
+
+
+def predicted_classes(
+    network: nn.Module,
+    case: PreparedCase,
+    recipe: Recipe,
+    plan: Plan,
+    device: torch.device,
+    *,
+    overlap: float,
+    on_tile: Callable[[bool], None] = lambda is_empty: None,
+) -> np.ndarray:
+    """Predict the (R, A, S) uint8 class index of each prepared voxel, 0 where it is unannotated.
+
+    Logits become classes slab by slab, so that memory does not grow with classes × voxels.
+    `on_tile` is called after each tile; an exception from it ends the prediction.
+    """
+    case.check()
+    tiling = tiling_of(plan, overlap)
+    backend = TorchBackend(network, device)
+    planes = ArrayPlanes(np.asarray(case.image))
+    slabs = predict_slabs(planes, backend, tiling, n_classes=recipe.data.n_outputs, on_tile=on_tile)
+    classes = [_classes(slab, recipe).cpu().numpy() for slab in slabs]
+    predicted = np.concatenate(classes, axis=planes.axis)
+    predicted[case.mask == IGNORED] = 0
+    return predicted
+
+
+def _classes(logits: torch.Tensor, recipe: Recipe) -> torch.Tensor:
+    """Return (R, A, S) uint8 class indices of (outputs, R, A, S) logits."""
+    order = recipe.data.regions_class_order
+    if order is None:
+        return logits.argmax(dim=0).to(torch.uint8)
+    classes = torch.zeros(logits.shape[1:], dtype=torch.uint8, device=logits.device)
+    index = {value: number for number, value in enumerate(recipe.data.label_names, start=1)}
+    for region, value in zip(logits, order, strict=True):  # later regions overwrite earlier ones
+        classes[region > 0] = index[value]
+    return classes
+
+
+def validate(
+    network: nn.Module,
+    cases: Sequence[PreparedCase],
+    recipe: Recipe,
+    plan: Plan,
+    device: torch.device,
+    *,
+    overlap: float,
+    until: float = math.inf,
+    on_tile: Callable[[str], None] = lambda case_id: None,
+) -> list[ValidationRow]:
+    """Return a row per case and label, or per case and region where labels overlap.
+
+    Args:
+        until: time of `time.monotonic` after which no tile is started; only the cases completed by
+            then have rows.
+        on_tile: called after each tile with the case's id, for progress.
+    """
+    ml = float(np.prod(plan.spacing_mm)) / 1000
+    rows = []
+
+    def predict(case: PreparedCase) -> np.ndarray:
+        def after_tile(is_empty: bool) -> None:
+            on_tile(case.id)
+            if time.monotonic() > until:
+                raise OutOfTimeError
+
+        return predicted_classes(
+            network, case, recipe, plan, device, overlap=overlap, on_tile=after_tile
+        )
+
+    for case in cases:
+        try:
+            prediction = predict(case)
+        except OutOfTimeError:
+            break
+        truth = np.where(case.mask == IGNORED, 0, case.mask)
+        for value, name, classes in _targets(recipe):
+            reference, predicted = np.isin(truth, classes), np.isin(prediction, classes)
+            rows.append(
+                ValidationRow(
+                    case_id=case.id,
+                    patient=str(case.record.get("patient", case.id)),
+                    fold=0,
+                    label=value,
+                    label_name=name,
+                    dice=dice(reference, predicted, 1),
+                    reference_volume_ml=float(reference.sum()) * ml,
+                    predicted_volume_ml=float(predicted.sum()) * ml,
+                )
+            )
+    return rows
+
+
+def _targets(recipe: Recipe) -> list[tuple[int, str, tuple[int, ...]]]:
+    """Return (mask value, name, class indices) of each label, or of each region."""
+    data = recipe.data
+    if data.regions is None or data.region_classes is None or data.regions_class_order is None:
+        labels = enumerate(data.label_names.items(), start=1)
+        return [(value, name, (index,)) for index, (value, name) in labels]
+    return list(zip(data.regions_class_order, data.regions, data.region_classes, strict=True))
