@@ -7,13 +7,13 @@ from types import SimpleNamespace
 
 import pytest
 
-from volseg import nnunet
 from volseg.commands.batch import CaseFiles, run_cases
 from volseg.commands.patients import read_pairs
 from volseg.commands.remarks import remarks_on_scans
 from volseg.errors import VolsegError
 from volseg.inputs import parse_json, read_toml
 from volseg.io.cases import Case, find_cases
+from volseg.nnunet.plans import Dataset, configuration_of
 from volseg.store.results import State
 
 LONGER = 4  # times the length
@@ -98,7 +98,7 @@ def cases_that_are_complete(folder, n):
 
 
 def nnunet_channels(folder, n):
-    dataset = nnunet._Dataset(
+    dataset = Dataset(
         channel_names={str(number): f"c{number}" for number in range(n)},
         labels={},
         file_ending=".nii.gz",
@@ -111,7 +111,7 @@ def nnunet_configurations(folder, n):
         f"c{number}": {"inherits_from": f"c{number + 1}", f"key_{number}": 0} for number in range(n)
     }
     plans = SimpleNamespace(configurations=parents)
-    return lambda: nnunet._configuration(plans, "c0", folder)
+    return lambda: configuration_of(plans, "c0", folder)
 
 
 @pytest.mark.parametrize(
