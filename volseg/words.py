@@ -9,10 +9,24 @@ MIN_VALUE = 1.5  # below it, the next smaller unit is used
 def format_thousands(number: int) -> str:
     """Format a number with a space between thousands.
 
-    >>> spaced(328_562)
+    >>> format_thousands(328_562)
     '328 562'
     """
     return f"{number:,}".replace(",", " ")
+
+
+def format_count(number: int | None, noun: str) -> str:
+    """Format a number of things; return "" if it is unknown.
+
+    >>> format_count(1, "scan"), format_count(2, "scan")
+    ('1 scan', '2 scans')
+    """
+    return "" if number is None else f"{number} {noun}{'s' * (number != 1)}"
+
+
+def format_number(value: float | None) -> str:
+    """Format a value with four digits, or as whole number; a dash means unknown."""
+    return "–" if value is None else f"{value:.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
 def duration(seconds: float) -> str:

@@ -1,4 +1,4 @@
-"""The model box of good, poor and unknown models; test_html.py checks that it is visible."""
+"""The model box of good, poor and unknown models; test_page.py checks that it is visible."""
 
 import pytest
 

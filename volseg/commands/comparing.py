@@ -40,7 +40,7 @@ from volseg.measurement.sections import axial_normal
 from volseg.measurement.specks import SPECKS
 from volseg.measurement.units import unit_doubt_in
 from volseg.options import CompareOptions, command
-from volseg.pages.html import comparison_html
+from volseg.pages.comparison_page import comparison_html
 from volseg.postprocessing.lesions import MANY
 from volseg.preprocessing.align import covered
 from volseg.preprocessing.register import (

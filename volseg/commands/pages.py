@@ -49,8 +49,8 @@ def write_page(
         unit: intensity unit of the scan.
         box: description of the model, if one was used.
     """
-    from volseg.pages.html import MAX_VIEWER_ROWS, image_budget, viewer_html
     from volseg.pages.preview import lesion_points, make_preview, montage_jpeg
+    from volseg.pages.viewer_page import MAX_VIEWER_ROWS, image_budget, viewer_html
 
     row = plain(case) if isinstance(case, CaseRow) else case
     # A noisy mask has tens of thousands of lesions.
@@ -170,7 +170,8 @@ def write_report(
     Returns:
         Warnings about what the page lacks because of the budget.
     """
-    from volseg.pages.html import MAX_VIEWER_ROWS, report_html
+    from volseg.pages.run_page import report_html
+    from volseg.pages.viewer_page import MAX_VIEWER_ROWS
 
     refusal = budget and budget.refusal(plan_report(len(rows), process=budget.process))
     missing = [] if refusal is None else [f"W_PAGE: {REPORT} lists no lesions: {refusal}"]
