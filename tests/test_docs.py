@@ -1,5 +1,7 @@
+import doctest
 import re
 import runpy
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -8,6 +10,11 @@ from volseg.commands import table_columns
 from volseg.store.tables import columns_page
 
 ROOT = Path(__file__).parents[1]
+EXAMPLES = [
+    ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    for path in sorted((ROOT / "volseg").rglob("*.py"))
+    if ">>> " in path.read_text(encoding="utf-8")
+]
 PAGES = sorted(path for path in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
 
 
@@ -36,3 +43,9 @@ def test_python_blocks_run_and_links_lead_somewhere(page, tmp_path, monkeypatch)
 
 def test_pages_were_found():
     assert len(PAGES) >= 4
+
+
+@pytest.mark.parametrize("module", EXAMPLES)
+def test_examples_in_docstrings_run(module):
+    done = doctest.testmod(import_module(module))
+    assert done.attempted and not done.failed
