@@ -23,11 +23,12 @@ from nnunet_folder import architecture, checkpoint, configuration, plans, state_
 
 from volseg import cli
 from volseg.bundle import load_bundle
-from volseg.io import nifti
+from volseg.io import nifti, nifti_header
 from volseg.io.cases import ID_PATTERN, find_scans
 from volseg.networks import build_network
 from volseg.recipe import SpacingMm, shipped_recipes
 from volseg.terminal import printing
+from volseg.volume import Geometry, Volume
 
 DEEP = "[" * 100_000 + "]" * 100_000
 SECONDS = 5.0  # for a refusal, on a machine that is busy with other work
@@ -163,8 +164,8 @@ def test_a_model_with_absurd_numbers_is_refused_before_anything_is_allocated(
 def test_a_scan_whose_prepared_grid_would_be_too_fine_is_a_failed_row(bundle, tmp_path):
     changed(bundle, "plan", "spacing_mm", value=[0.01] * 3)
     values = np.random.default_rng(0).integers(-1000, 300, (400, 400, 40)).astype(np.int16)
-    geometry = nifti.Geometry(values.shape, np.diag([1.0, 1, 5, 1]))
-    volume = nifti.Volume(np.asfortranarray(values), geometry)
+    geometry = Geometry(values.shape, np.diag([1.0, 1, 5, 1]))
+    volume = Volume(np.asfortranarray(values), geometry)
     nifti.write_volume(volume, tmp_path / "scan.nii.gz")
     options = ["--model", bundle, "--out", tmp_path / "out", "--backend", "torch"]
     refused("infer", tmp_path / "scan.nii.gz", *options, code=4, words="E_RAM.*machine has")
@@ -312,7 +313,10 @@ def test_a_recipe_that_would_take_all_memory_is_refused_before_it_takes_any(
 
 def test_recipes_and_scans_have_the_same_limits_of_spacing():
     bounds = {type(bound).__name__: bound for bound in SpacingMm.__metadata__[0].metadata}
-    assert (bounds["Ge"].ge, bounds["Le"].le) == (nifti.MIN_SPACING_MM, nifti.MAX_SPACING_MM)
+    assert (bounds["Ge"].ge, bounds["Le"].le) == (
+        nifti_header.MIN_SPACING_MM,
+        nifti_header.MAX_SPACING_MM,
+    )
 
 
 # ---- JSON that is nested

@@ -6,8 +6,7 @@ import nibabel
 import numpy as np
 import pytest
 
-from volseg.io.label_table import parse_label_table
-from volseg.io.nifti import read_label_table
+from volseg.io.label_table import parse_label_table, read_label_table
 
 
 @pytest.mark.parametrize(

@@ -22,15 +22,8 @@ from hypothesis import strategies as st
 
 from volseg.errors import EnvironmentProblem, ScanError
 from volseg.io import files, nifti
-from volseg.io.nifti import (
-    intensity_warnings,
-    read_geometry,
-    read_header,
-    read_mask,
-    read_volume,
-    stem_of,
-    write_volume,
-)
+from volseg.io.nifti import read_mask, read_volume, write_volume
+from volseg.io.nifti_header import read_geometry, read_header, stem_of
 from volseg.volume import Geometry, Volume
 
 DATA = Path(__file__).parents[2].parent / "shared/data"
@@ -468,24 +461,6 @@ def test_header_is_read_without_the_voxels(tmp_path):
     assert read_geometry(path).axis_codes == "LPS"
     with pytest.raises(ScanError):
         read_volume(path)
-
-
-def test_intensity_warnings():
-    geometry = Geometry(SHAPE, oblique())
-    ramp = np.arange(math.prod(SHAPE), dtype=np.uint16).reshape(SHAPE)
-    assert intensity_warnings(Volume(VOXELS, geometry)) == ()
-    assert intensity_warnings(Volume(ramp, geometry)) == ()
-    assert [w.code for w in intensity_warnings(Volume(ramp.clip(0, 3000), geometry))] == ["W_CLIP"]
-
-
-def test_intensity_warnings_take_less_memory_than_the_scan():
-    shape = (256, 256, 300)
-    scan = Volume(np.zeros(shape, np.int16, order="F"), Geometry(shape, np.eye(4)))
-    tracemalloc.start()
-    assert [warning.code for warning in intensity_warnings(scan)] == ["W_CLIP"]
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert peak < scan.array.size / 3
 
 
 # ---- masks

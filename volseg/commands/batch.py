@@ -20,9 +20,11 @@ from volseg.commands.remarks import remarks_on_scans
 from volseg.errors import ScanError, UnexpectedError, VolsegError
 from volseg.execution.local import Outcome
 from volseg.io.cases import Case
-from volseg.io.nifti import intensity_warnings, read_header, scan_digest, write_volume
+from volseg.io.nifti import scan_digest, write_volume
+from volseg.io.nifti_header import read_header
 from volseg.measurement.lesions import summarise
 from volseg.measurement.rows import CaseRow, LesionMeasurement
+from volseg.measurement.saturation import intensity_warnings
 from volseg.measurement.specks import MeasuredLesions
 from volseg.measurement.units import Unit
 from volseg.options import Announce, Options, Progress, ignore_text

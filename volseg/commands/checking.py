@@ -15,7 +15,8 @@ from volseg.evaluation.validation import ValidationRow
 from volseg.execution.cpu import total_memory
 from volseg.inputs import read_json
 from volseg.io.cases import Case, survey_cases
-from volseg.io.nifti import read_header, read_mask, read_volume
+from volseg.io.nifti import read_mask, read_volume
+from volseg.io.nifti_header import read_header
 from volseg.measurement.changes import LesionChange
 from volseg.measurement.response import PatientResponse
 from volseg.measurement.rows import CaseRow, LesionMeasurement

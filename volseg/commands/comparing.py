@@ -31,7 +31,8 @@ from volseg.execution.local import run
 from volseg.execution.memory import Budget, Peak
 from volseg.inputs import read_json, shorten
 from volseg.io.files import sha256_of
-from volseg.io.nifti import NiftiHeader, read_header, read_mask, read_volume
+from volseg.io.nifti import read_mask, read_volume
+from volseg.io.nifti_header import NiftiHeader, read_header
 from volseg.measurement.changes import ScanPair, centroids_mm, lesion_changes
 from volseg.measurement.pairs import MeasuredScan, pair_scans, pairing_bytes, unpaired_scan
 from volseg.measurement.response import PatientResponse, judge_response

@@ -28,7 +28,8 @@ from volseg.execution.memory import Budget
 from volseg.io.cases import IGNORE, Case, find_cases, find_scans, has_description, stated_labels
 from volseg.io.csv_text import iterate_csv
 from volseg.io.files import json_text
-from volseg.io.nifti import read_header, read_mask
+from volseg.io.nifti import read_mask
+from volseg.io.nifti_header import read_header
 from volseg.options import EvaluateOptions, command
 from volseg.postprocessing.lesions import MANY
 from volseg.reports import EvaluateReport

@@ -30,7 +30,8 @@ from volseg.execution.cpu import keep_freed_memory, release_large_blocks, total_
 from volseg.execution.local import Outcome, run_overlapped
 from volseg.execution.memory import announcement
 from volseg.io.cases import Case, find_scans
-from volseg.io.nifti import NiftiHeader, read_header, read_volume
+from volseg.io.nifti import read_volume
+from volseg.io.nifti_header import NiftiHeader, read_header
 from volseg.options import InferOptions, Progress, command
 from volseg.pages.model_box import ModelBox, model_box
 from volseg.postprocessing.lesions import CONNECTIVITY

@@ -33,7 +33,9 @@ from volseg.execution.local import run
 from volseg.execution.memory import Budget, Peak
 from volseg.inputs import MAX_LABEL, MAX_NAME, label_value, read_json, shorten
 from volseg.io.cases import Case, find_cases, find_scans, read_table
-from volseg.io.nifti import MAX_LABELS, read_header, read_label_table, read_mask, read_volume
+from volseg.io.label_table import read_label_table
+from volseg.io.nifti import MAX_LABELS, read_mask, read_volume
+from volseg.io.nifti_header import read_header
 from volseg.measurement.memory import plan_measuring
 from volseg.measurement.rows import CaseRow
 from volseg.measurement.specks import MeasuredLesions, measure_largest

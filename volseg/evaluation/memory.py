@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from volseg.evaluation.detection import matching_bytes, most_matching_bytes
 from volseg.evaluation.surface import most_surface_bytes, surface_bytes
 from volseg.execution.memory import Peak
-from volseg.io.nifti import NiftiHeader
+from volseg.io.nifti_header import NiftiHeader
 from volseg.volume import Volume
 
 LIBRARIES = 64 << 20  # the plotting libraries and their figures

@@ -28,7 +28,7 @@ from volseg.inputs import (
     shorten,
 )
 from volseg.io.csv_text import csv_rows
-from volseg.io.nifti import SUFFIXES, stem_of
+from volseg.io.nifti_header import SUFFIXES, stem_of
 
 ONE_CHANNEL = "image"  # name of an unnamed single channel
 IGNORE = "ignore"  # nnU-Net's label of voxels excluded from training and evaluation

@@ -1,14 +1,33 @@
-"""Parse the label table that some tools store in a NIfTI extension; its text is untrusted."""
+"""Read the label table that some tools store in a NIfTI extension; its text is untrusted."""
 
 from __future__ import annotations
 
 import html
 import re
+from pathlib import Path
+
+from volseg.io.gzip_stream import fill, opened
+from volseg.io.nifti_header import read_header
 
 MAX_DIGITS = 10  # of a label value; masks hold no larger ones
 _KEY = re.compile(rf"""\bKey=["']([0-9]{{1,{MAX_DIGITS}}})["']""")
 _NOT_SPACE = re.compile(r"\S")
 _CDATA, _CDATA_END = "<![CDATA[", "]]>"
+
+
+def read_label_table(path: Path | str) -> dict[int, str]:
+    """Return value → name from the label table between header and voxels; {} if there is none.
+
+    Raises:
+        ScanError: as `read_header`.
+
+    Source: the CARET extension of NIfTI-1, an XML element `Label` with a `Key` for each value.
+    """
+    header = read_header(path)
+    block = bytearray(header.data_offset)
+    with opened(header.data_path) as stream:
+        del block[fill(stream, memoryview(block)) :]
+    return parse_label_table(block.decode("utf-8", "replace"))
 
 
 def parse_label_table(text: str) -> dict[int, str]:
@@ -23,11 +42,11 @@ def parse_label_table(text: str) -> dict[int, str]:
     names: dict[int, str] = {}
     position = 0
     while (start := text.find("<Label", position)) >= 0:
-        opened = text.find(">", start)
-        if opened < 0:
+        tag_end = text.find(">", start)
+        if tag_end < 0:
             break
-        position = opened + 1
-        tag = text[start:opened]
+        position = tag_end + 1
+        tag = text[start:tag_end]
         key = _KEY.search(tag)
         if key is None or not tag[6].isspace():
             continue

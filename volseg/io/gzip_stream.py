@@ -1,0 +1,174 @@
+"""Read files whose contents may be gzip: all checksums verified, all stored bytes hashed."""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Protocol, cast
+
+from isal import igzip_lib
+
+from volseg.errors import ScanError
+from volseg.inputs import kind_of, open_regular
+
+CHUNK_BYTES = 2**18
+GZIP_MAX_RATIO = 1032  # upper bound of deflate compression
+COPY_AGAIN = "copy or export the file again"
+
+
+class Digest(Protocol):
+    """A running hash."""
+
+    def update(self, data, /) -> None: ...
+
+
+@contextmanager
+def opened(path: Path, digest: Digest | None = None) -> Iterator[io.RawIOBase]:
+    """Open a file, decompressed if its contents are gzip, whatever its name.
+
+    Args:
+        digest: receives all stored bytes of the file by the time its end is reached.
+    """
+    with opened_raw(path, digest) as file:
+        start = file.read(2)
+        is_gzip = start == b"\x1f\x8b"
+        file.seek(0)
+        yield Inflated(file, path) if is_gzip else file
+
+
+@contextmanager
+def opened_raw(path: Path, digest: Digest | None = None) -> Iterator[io.RawIOBase]:
+    """Open a regular file as it is stored; `digest` as in `opened`."""
+    try:
+        mode = os.stat(path).st_mode
+    except (OSError, ValueError) as error:  # ValueError: a name with a zero byte
+        raise _read_refusal(path, error) from error
+    if not stat.S_ISREG(mode):  # reading a pipe or a device might never end
+        text = f"is {kind_of(mode)}, not a file"
+        raise refusal(path, "E_NOTFILE", text, "give the path of a NIfTI file")
+    try:
+        with open_regular(path) as buffered:
+            file = cast(io.RawIOBase, buffered.raw)
+            yield file if digest is None else _Digested(file, digest)
+    except OSError as error:
+        raise _read_refusal(path, error) from error
+
+
+def fill(stream: io.RawIOBase, target: memoryview) -> int:
+    """Read until `target` is full or the stream ends; return the number of bytes read."""
+    filled = 0
+    while filled < len(target) and (n := stream.readinto(target[filled:])):
+        filled += n
+    return filled
+
+
+def skip(stream: io.RawIOBase, n_bytes: int) -> int:
+    """Read and discard up to `n_bytes`; return the number of bytes read."""
+    scratch = memoryview(bytearray(min(n_bytes, CHUNK_BYTES)))
+    skipped = 0
+    while skipped < n_bytes and (n := stream.readinto(scratch[: n_bytes - skipped])):
+        skipped += n
+    return skipped
+
+
+def refusal(path: Path, code: str, problem: str, fix: str) -> ScanError:
+    """Return the error for a file, with its name in one line."""
+    name = str(path)
+    if not name.isprintable():  # such as a line break
+        name = repr(name)[1:-1]
+    return ScanError(f"{name}: {problem}", fix=fix, code=code)
+
+
+class Inflated(io.RawIOBase):
+    """The bytes inside a gzip file; its end is reached only if all checksums are correct."""
+
+    def __init__(self, file: io.RawIOBase, path: Path) -> None:
+        self._file = file
+        self._path = path
+        self._pending = b""
+        self._member = igzip_lib.IgzipDecompressor(flag=igzip_lib.DECOMP_GZIP)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, target) -> int:
+        while True:
+            if self._member.eof and not self._next_member():
+                return 0
+            packed = b""
+            if self._member.needs_input:
+                packed = self._pending or self._file.read(CHUNK_BYTES)
+                self._pending = b""
+                if not packed:
+                    problem = "the gzip stream has no end"
+                    raise refusal(self._path, "E_TRUNCATED", problem, COPY_AGAIN)
+            try:
+                plain = self._member.decompress(packed, min(len(target), 4 * CHUNK_BYTES))
+            except igzip_lib.IsalError as error:  # pyright: ignore[reportGeneralTypeIssues]
+                problem = f"the gzip stream is damaged ({error})"
+                raise refusal(self._path, "E_CRC", problem, COPY_AGAIN) from error
+            if plain:
+                target[: len(plain)] = plain
+                return len(plain)
+
+    def _next_member(self) -> bool:
+        """Start the next gzip member, after any zero padding; return False at the end."""
+        pending = self._member.unused_data.lstrip(b"\0")
+        while len(pending) < 2 and (more := self._file.read(CHUNK_BYTES)):
+            pending = (pending + more).lstrip(b"\0")
+        if not pending:
+            return False
+        if not pending.startswith(b"\x1f\x8b"):
+            fix = "copy the file again, or gunzip and gzip it"
+            raise refusal(self._path, "E_GZIP", "other bytes follow the gzip stream", fix)
+        self._pending = pending
+        self._member = igzip_lib.IgzipDecompressor(flag=igzip_lib.DECOMP_GZIP)
+        return True
+
+
+class _Digested(io.RawIOBase):
+    """A file that hashes each of its bytes once, also if they are read again after a seek."""
+
+    def __init__(self, file: io.RawIOBase, digest: Digest) -> None:
+        self._file, self._digest = file, digest
+        self._hashed = self._position = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._position = self._file.seek(offset, whence)
+        return self._position
+
+    def readinto(self, target) -> int:
+        n = self._file.readinto(target) or 0
+        n_new = self._position + n - self._hashed
+        if n_new > 0:
+            self._digest.update(memoryview(target)[n - n_new : n])
+            self._hashed += n_new
+        self._position += n
+        return n
+
+
+def _read_refusal(path: Path, error: OSError | ValueError) -> ScanError:
+    number = error.errno if isinstance(error, OSError) else errno.ENOENT
+    default = ("E_READ", "cannot be read", "check the disk or network share")
+    code, problem, fix = _READ_PROBLEMS.get(number or 0, default)
+    reason = f" ({error.strerror})" if isinstance(error, OSError) and code == "E_READ" else ""
+    return refusal(path, code, problem + reason, fix)
+
+
+_NOT_THERE = ("E_MISSING", "does not exist", "check the path")
+_READ_PROBLEMS = {
+    errno.ENOENT: _NOT_THERE,
+    errno.ENOTDIR: _NOT_THERE,
+    errno.ENAMETOOLONG: _NOT_THERE,
+    errno.ELOOP: ("E_NOTFILE", "is a symbolic link to itself", "give the path of a NIfTI file"),
+    errno.EACCES: ("E_PERM", "may not be read", "ask for permission to read the file"),
+    errno.EPERM: ("E_PERM", "may not be read", "ask for permission to read the file"),
+}
