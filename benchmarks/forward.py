@@ -86,7 +86,9 @@ def prepare_run(variant: str, name: str, device: str) -> Callable[[], object]:
                 torch.cuda.synchronize()
 
         return multiply
-    from volseg.inference.backends import OpenVINOBackend, TorchBackend, convert
+    from volseg.inference.export import convert
+    from volseg.inference.openvino_backend import OpenVINOBackend
+    from volseg.inference.torch_backend import TorchBackend
 
     network, patch = make_network(name), int(NETWORKS[name]["patch"])
     shape = (1, 1, patch, patch, patch)
@@ -114,8 +116,8 @@ def prepare_run(variant: str, name: str, device: str) -> Callable[[], object]:
 def cuda_backend(variant: str, network, batch):
     import torch
 
-    from volseg.inference.backends import TorchBackend
     from volseg.inference.cuda_graph import CudaGraph
+    from volseg.inference.torch_backend import TorchBackend
 
     precision = "fp32" if "fp32" in variant else "fp16"
     backend = TorchBackend(

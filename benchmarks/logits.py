@@ -18,16 +18,11 @@ from unittest import mock
 import numpy as np
 import torch
 
-from volseg.bundle import load_bundle
-from volseg.inference import backends
-from volseg.inference.backends import (
-    Backend,
-    OpenVINOBackend,
-    TorchBackend,
-    batch_shape_of,
-    convert,
-    find_half_type,
-)
+from volseg.bundle import ModelBundle, load_bundle
+from volseg.inference.backend import Backend
+from volseg.inference.export import batch_shape_of, convert
+from volseg.inference.openvino_backend import OpenVINOBackend, find_half_type
+from volseg.inference.torch_backend import TorchBackend
 from volseg.io.nifti import read_volume
 from volseg.preprocessing.prepare import Preparation
 
@@ -48,7 +43,8 @@ def main() -> None:
         return OpenVINOBackend(convert(network, shape), shape, precision=precision)
 
     def unchanged_backend() -> Backend:
-        with mock.patch.object(backends, "sum_axis_by_axis", lambda model: None):
+        rewrite = "volseg.inference.openvino_backend.sum_axis_by_axis"
+        with mock.patch(rewrite, lambda model: None):
             return openvino_backend()
 
     kinds: dict[str, Callable[[], Backend]] = {
@@ -76,9 +72,7 @@ def main() -> None:
         )
 
 
-def tiles_of(
-    scan: Path, bundle: backends.ModelBundle, patch: Sequence[int], n: int
-) -> list[np.ndarray]:
+def tiles_of(scan: Path, bundle: ModelBundle, patch: Sequence[int], n: int) -> list[np.ndarray]:
     """Return adjacent patches (1, channels, *patch) through the middle of the prepared scan."""
     volume = read_volume(scan)
     channels = bundle.recipe.data.channels

@@ -51,7 +51,7 @@ overlap = 0.25
 
 def make_model(folder: Path, n_classes: int, patch: int) -> None:
     from volseg.bundle import ModelBundle, save_bundle
-    from volseg.inference.backends import export_bundle
+    from volseg.inference.export import export_bundle
     from volseg.networks import build_segmentation, unique_tensors
     from volseg.planning import DatasetFingerprint, Plan
     from volseg.recipe import parse_recipe

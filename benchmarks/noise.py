@@ -140,7 +140,7 @@ def make_model(folder: Path, n_classes: int) -> None:
     from memory import RECIPE
 
     from volseg.bundle import ModelBundle, save_bundle
-    from volseg.inference.backends import export_bundle
+    from volseg.inference.export import export_bundle
     from volseg.networks import build_segmentation, unique_tensors
     from volseg.planning import DatasetFingerprint, Plan
     from volseg.recipe import parse_recipe

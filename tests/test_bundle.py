@@ -7,7 +7,7 @@ import torch
 
 from volseg.bundle import load_bundle, model_card, save_bundle, shipped_bundle
 from volseg.errors import VolsegError
-from volseg.inference.backends import TorchBackend
+from volseg.inference.torch_backend import TorchBackend
 
 
 @pytest.fixture

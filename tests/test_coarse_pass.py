@@ -9,7 +9,7 @@ import torch
 from laws import GRIDS, ball, centre_mm, lps, oblique, ras
 
 from volseg.bundle import ModelBundle
-from volseg.inference.backends import TorchBackend
+from volseg.inference.torch_backend import TorchBackend
 from volseg.planning import DatasetFingerprint, Plan
 from volseg.preprocessing.crop import AxisOrder, to_canonical
 from volseg.recipe import parse_recipe

@@ -13,15 +13,8 @@ import torch
 from volseg.bundle import ModelBundle
 from volseg.errors import ScanError
 from volseg.execution.cpu import total_memory
-from volseg.inference.backends import (
-    Backend,
-    EnsembleBackend,
-    OpenVINOBackend,
-    TorchBackend,
-    choose_backend,
-    device_of,
-    load_backend,
-)
+from volseg.inference.backend import Backend, EnsembleBackend, device_of
+from volseg.inference.choose import choose_backend, load_backend
 from volseg.inference.classify import classify_lesions
 from volseg.inference.duration import Work, seconds_per_tile
 from volseg.inference.memory import (
@@ -32,9 +25,11 @@ from volseg.inference.memory import (
     network_bytes,
     plan_memory,
 )
+from volseg.inference.openvino_backend import OpenVINOBackend
 from volseg.inference.roi import find_region
 from volseg.inference.stream import Tiling, predict_slabs
 from volseg.inference.tiles import thinnest_axis, widest
+from volseg.inference.torch_backend import TorchBackend
 from volseg.measurement.rows import LesionMeasurement
 from volseg.measurement.specks import MeasuredLesions, Specks, measure_largest
 from volseg.mismatch import Resemblance, compare_scan

@@ -13,7 +13,7 @@ from conftest import TINY
 import volseg
 from volseg.bundle import load_bundle, save_bundle
 from volseg.errors import VolsegError
-from volseg.inference.backends import openvino_is_installed
+from volseg.inference.openvino_backend import openvino_is_installed
 from volseg.io.nifti import read_mask
 from volseg.recipe import parse_recipe
 

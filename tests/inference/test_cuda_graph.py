@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from volseg.inference import cuda_graph
-from volseg.inference.backends import TorchBackend
 from volseg.inference.cuda_graph import AGAIN_AFTER, TRIAL_AFTER, RecordedPass
+from volseg.inference.torch_backend import TorchBackend
 from volseg.networks import build_network
 
 SHAPE = (2, 1, 16, 16, 16)

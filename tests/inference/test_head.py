@@ -5,9 +5,11 @@ import pytest
 import torch
 from laws import oblique
 
-from volseg.inference.backends import OpenVINOBackend, TorchBackend, convert, find_half_type
+from volseg.inference.export import convert
 from volseg.inference.head import BACKGROUND, Head, cut_openvino_head, cut_torch_head
+from volseg.inference.openvino_backend import OpenVINOBackend, find_half_type
 from volseg.inference.stream import ArrayPlanes, Tiling, predict_slabs
+from volseg.inference.torch_backend import TorchBackend
 from volseg.networks import build_network
 from volseg.preprocessing.crop import AxisOrder
 from volseg.preprocessing.prepare import Trail

@@ -4,9 +4,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from volseg.inference.backends import TorchBackend
 from volseg.inference.roi import find_region
 from volseg.inference.stream import ArrayPlanes, Tiling
+from volseg.inference.torch_backend import TorchBackend
 from volseg.preprocessing.crop import scaled_box
 from volseg.volume import BoundingBox
 

@@ -25,7 +25,7 @@ def import_nnunet(options: ImportOptions) -> ImportReport:
             model needs something that volseg does not support.
     """
     from volseg.bundle import bundle_files, load_bundle, save_bundle
-    from volseg.inference.backends import export_bundle
+    from volseg.inference.export import export_bundle
     from volseg.inference.memory import check_patch, network_bytes
     from volseg.nnunet import read_nnunet
 

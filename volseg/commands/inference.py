@@ -187,8 +187,8 @@ def _plan_memory(
 
     Reading an unreadable case raises its error later.
     """
-    from volseg.inference.backends import find_half_type
     from volseg.inference.memory import gpu_memory
+    from volseg.inference.openvino_backend import find_half_type
     from volseg.segment import patch_bytes, plan_case_memory
 
     max_ram, max_vram, announce = options.max_ram, options.max_vram, options.announce

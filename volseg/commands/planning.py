@@ -144,7 +144,7 @@ def budget_of(
     """
     import torch
 
-    from volseg.inference.backends import choose_device
+    from volseg.inference.choose import choose_device
 
     on_gpu = choose_device(device).type == "cuda"
     available = memory

@@ -22,7 +22,7 @@ from volseg.store.outputs import OutputFolder, delete_written
 
 if TYPE_CHECKING:  # torch takes seconds to import; only a command that needs it pays
     from volseg.bundle import ModelBundle
-    from volseg.inference.backends import Backend
+    from volseg.inference.backend import Backend
 
 WORK_FOLDER = ".quantising"  # inside the model folder while it is being quantised
 PATCHES_PER_CASE = 2  # one on a label, one anywhere
@@ -45,7 +45,8 @@ def quantise(options: QuantiseOptions) -> QuantiseReport:
     """
     keep_freed_memory()
     from volseg.bundle import EXPORTED, load_bundle
-    from volseg.inference.backends import batch_shape_of, convert, import_openvino, write_exported
+    from volseg.inference.export import batch_shape_of, convert, write_exported
+    from volseg.inference.openvino_backend import import_openvino
     from volseg.inference.quantise import backends_by_precision, import_nncf
     from volseg.inference.quantise import quantise as quantise_network
 

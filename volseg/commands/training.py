@@ -102,7 +102,7 @@ def train(options: TrainOptions) -> TrainReport:
     started = time.monotonic() - options.spent_seconds
     time_budget = TimeBudget(seconds=options.time_budget_seconds, started=started)
     keep_freed_memory()
-    from volseg.inference.backends import choose_device
+    from volseg.inference.choose import choose_device
     from volseg.training.loop import serve
     from volseg.training.ranks import team_of
 
@@ -215,7 +215,7 @@ class _Training:
             save_bundle,
             segmentation_name,
         )
-        from volseg.inference.backends import export_bundle
+        from volseg.inference.export import export_bundle
         from volseg.networks import check_networks
         from volseg.planning import check_budget
         from volseg.training.loop import INTERRUPTED

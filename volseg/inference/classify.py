@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from scipy import ndimage
 
-from volseg.inference.backends import Backend
+from volseg.inference.backend import Backend
 from volseg.preprocessing.crop import AxisOrder, canonical_geometry, to_canonical
 from volseg.recipe import Classify
 from volseg.volume import BoundingBox, Volume

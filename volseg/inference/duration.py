@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from volseg.inference.backends import Backend
+from volseg.inference.backend import Backend
 from volseg.inference.stream import Tiling
 from volseg.words import duration
 

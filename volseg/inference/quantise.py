@@ -13,15 +13,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from volseg.errors import EnvironmentProblem
-from volseg.inference.backends import (
-    Backend,
-    OpenVINOBackend,
-    batch_shape_of,
-    convert,
-    import_openvino,
-    mean_of,
-    without_telemetry,
-)
+from volseg.inference.backend import Backend, mean_of
+from volseg.inference.export import batch_shape_of, convert
+from volseg.inference.openvino_backend import OpenVINOBackend, import_openvino, without_telemetry
 
 if TYPE_CHECKING:
     import openvino

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from volseg.inference.backends import Backend
+from volseg.inference.backend import Backend
 from volseg.inference.stream import Planes, Tiling, predict_slabs
 from volseg.volume import BoundingBox
 

@@ -16,7 +16,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from volseg.inference.backends import Backend, device_of, run_on_device
+from volseg.inference.backend import Backend, device_of, run_on_device
 from volseg.inference.head import BACKGROUND
 from volseg.inference.tiles import TiledAxis
 from volseg.preprocessing.resample import send

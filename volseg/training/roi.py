@@ -15,9 +15,9 @@ import numpy as np
 import torch
 
 from volseg.execution.threads import Threads
-from volseg.inference.backends import TorchBackend
 from volseg.inference.roi import find_region
 from volseg.inference.stream import ArrayPlanes, Tiling
+from volseg.inference.torch_backend import TorchBackend
 from volseg.io.files import make_folder
 from volseg.io.prepared import (
     IGNORED,

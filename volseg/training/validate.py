@@ -13,8 +13,8 @@ from torch import nn
 from volseg.evaluation.overlap import dice
 from volseg.evaluation.validation import ValidationRow
 from volseg.execution.time_budget import OutOfTimeError
-from volseg.inference.backends import TorchBackend
 from volseg.inference.stream import ArrayPlanes, Tiling, predict_slabs
+from volseg.inference.torch_backend import TorchBackend
 from volseg.io.prepared import IGNORED, PreparedCase
 from volseg.planning import Plan
 from volseg.recipe import Recipe

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 
 from volseg.evaluation.validation import ValidationRow
-from volseg.inference.backends import TorchBackend
 from volseg.inference.stream import predict_logits
+from volseg.inference.torch_backend import TorchBackend
 from volseg.io.prepared import PreparedCase
 from volseg.networks import build_segmentation, copy_weights
 from volseg.planning import Plan

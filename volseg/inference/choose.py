@@ -1,0 +1,159 @@
+"""Choice of backend, device and precision, and the bundle's network on them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from volseg.bundle import EXPORTED, ModelBundle
+from volseg.errors import EnvironmentProblem, VolsegError
+from volseg.execution.cpu import drop_mapped_pages
+from volseg.inference.backend import Backend, mean_of
+from volseg.inference.export import batch_shape_of, convert, example_patch, read_exported
+from volseg.inference.head import cut_openvino_head, cut_torch_head
+from volseg.inference.openvino_backend import (
+    OpenVINOBackend,
+    half_type,
+    import_openvino,
+    openvino_is_installed,
+)
+from volseg.inference.torch_backend import TorchBackend
+
+BACKENDS = ("auto", "torch", "openvino")
+PRECISIONS = ("auto", "fp32", "fp16", "int8")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BackendChoice:
+    """The chosen backend, device and precision, without any "auto"."""
+
+    backend: str
+    device: torch.device
+    precision: str
+
+
+def choose_backend(
+    backend: str = "auto", device: str = "auto", precision: str = "auto"
+) -> BackendChoice:
+    """Choose an available backend, device and precision that work together.
+
+    `auto` takes the GPU if there is one, else OpenVINO if it is installed, else torch
+    (docs/benchmarks.md says why), in half precision on a GPU and fp32 on a CPU. It never takes
+    int8, which costs accuracy.
+
+    Raises:
+        EnvironmentProblem: the requested backend, device or precision is not available.
+        VolsegError: a name is unknown, or the three cannot be combined.
+    """
+    for option, value, supported in (
+        ("backend", backend, BACKENDS),
+        ("precision", precision, PRECISIONS),
+    ):
+        if value not in supported:
+            raise VolsegError(
+                f"{option} {value!r} is unknown",
+                fix=f"use {', '.join(supported[:-1])} or {supported[-1]}",
+                code="E_USAGE",
+            )
+    for_cpus = backend == "openvino" or precision == "int8"
+    place = choose_device("cpu" if device == "auto" and for_cpus else device)
+    if place.type == "cuda":
+        if for_cpus:
+            option = "backend openvino" if backend == "openvino" else "precision int8"
+            raise VolsegError(
+                f"{option} runs on a CPU, not on {device}", fix="use --device cpu", code="E_USAGE"
+            )
+        precision = "fp16" if precision == "auto" else precision
+        return BackendChoice(backend="torch", device=place, precision=precision)
+    precision = "fp32" if precision == "auto" else precision
+    if backend == "auto":
+        backend = "openvino" if openvino_is_installed() or precision != "fp32" else "torch"
+    if backend == "torch" and precision != "fp32":
+        raise VolsegError(
+            f"precision {precision} on a CPU needs the backend openvino, got torch",
+            fix="use --backend openvino or --precision fp32",
+            code="E_USAGE",
+        )
+    if backend == "openvino":
+        import_openvino()
+    if precision == "fp16":
+        half_type()
+    return BackendChoice(backend=backend, device=place, precision=precision)
+
+
+def choose_device(name: str) -> torch.device:
+    """Return the torch device for `auto`, `cpu` or `cuda`.
+
+    Raises:
+        EnvironmentProblem: CUDA was requested and is not available.
+    """
+    if name not in ("auto", "cpu", "cuda"):
+        raise VolsegError(
+            f"device {name!r} is unknown", fix="use auto, cpu or cuda", code="E_USAGE"
+        )
+    if name == "cuda" and not torch.cuda.is_available():
+        raise EnvironmentProblem(
+            "device cuda was requested, but torch finds no CUDA device",
+            fix="install a driver and a CUDA build of torch, or use --device cpu",
+            code="E_DEVICE",
+        )
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def load_backend(
+    bundle: ModelBundle, choice: BackendChoice, *, folder: Path | None = None
+) -> Backend:
+    """Load the bundle's segmentation network, ready to run.
+
+    Args:
+        folder: the bundle's folder. Its OpenVINO files are used if they were made from this bundle.
+
+    Raises:
+        VolsegError: the folder has no quantised network for int8, or OpenVINO does not support the
+            network.
+    """
+    shape = batch_shape_of(bundle)
+    members: list[Backend] = []
+    is_single = len(bundle.members) == 1
+    # The heads of an ensemble cannot be deferred, each has its own features. Two classes gain
+    # nothing.
+    may_cut = is_single and bundle.recipe.data.n_outputs > 2
+    for name in bundle.members:
+        if choice.backend == "torch":
+            network = bundle.member(name).eval()
+            head = (
+                cut_torch_head(network, partial(example_patch, network, shape)) if may_cut else None
+            )
+            # CUDA graphs of several members would hold their memory at the same time
+            members.append(
+                TorchBackend(
+                    network,
+                    choice.device,
+                    precision=choice.precision,
+                    head=head,
+                    may_record=is_single,
+                )
+            )
+            continue
+        stored = "int8" if choice.precision == "int8" else "fp32"
+        stem = f"{name}.{stored}"
+        model, facts = (None, {}) if folder is None else read_exported(folder, stem, bundle.sha256)
+        if model is None and stored == "int8":
+            raise VolsegError(
+                f"{folder or 'the model'}: has no int8 network made from its weights",
+                fix="run `volseg quantise MODEL DATASET` first, or use --precision fp32",
+                code="E_PRECISION",
+            )
+        identity = {"network_sha256": facts["files"][f"{stem}.bin"]} if stored == "int8" else None
+        if model is None:
+            model = convert(bundle.member(name), shape)
+        head = cut_openvino_head(model) if may_cut else None
+        members.append(
+            OpenVINOBackend(model, shape, precision=choice.precision, identity=identity, head=head)
+        )
+        if folder is not None:  # the compiled network has its own copy of the weights
+            drop_mapped_pages(folder / EXPORTED / f"{stem}.bin")
+    return mean_of(members)
