@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from typer.main import get_command
 from typer.testing import CliRunner
@@ -79,7 +80,7 @@ def test_what_was_stated_is_what_differs_from_the_defaults(command):
         assert settings(**required(settings), max_ram="1.5G").stated()["max_ram"] == 3 << 29
 
 
-@pytest.mark.parametrize("text", ["", "four", "-1G", "0", "1e3", "G", "4 Gi", "nan"])
+@pytest.mark.parametrize("text", ["", "four", "-1G", "0", "G", "4 Gi", "nan", "inf"])
 def test_amounts_and_durations_that_are_none_are_refused(text):
     with pytest.raises(ValueError, match="write it as"):
         amount(text)
@@ -124,3 +125,44 @@ def test_completion_can_be_installed(tmp_path):
     )
     assert "completion installed" in done.stdout, done.stderr
     assert list(Path(tmp_path).rglob(".bash_completions/*"))
+
+
+def test_no_lymph_nodes_differs_from_the_default():
+    assert COMMANDS["compare"]("a", "b", out="c").lymph_nodes is None
+    assert COMMANDS["compare"]("a", "b", out="c", lymph_nodes=()).lymph_nodes == ()
+    assert COMMANDS["compare"]("a", "b", out="c", lymph_nodes="node").lymph_nodes == ("node",)
+
+
+@pytest.mark.parametrize(
+    ("command", "wrong", "problem"),
+    [
+        ("train", {"epochs": 2.5}, "--epochs must be a number"),
+        ("train", {"epochs": "5"}, "--epochs must be a number"),
+        ("train", {"seed": None}, "--seed must be a number"),
+        ("train", {"seed": -1}, "--seed must be 0 to 4294967295, got -1"),
+        ("infer", {"model": 3}, "--model cannot be 3"),
+        ("infer", {"max_ram": "a; b"}, "--max-ram must be an amount of memory, got 'a; b'"),
+        ("compare", {"max_distance_mm": float("inf")}, "--max-distance must be ≥ 0 mm and finite"),
+    ],
+)
+def test_values_of_the_wrong_kind_are_refused_by_name(command, wrong, problem):
+    with pytest.raises(VolsegError, match=problem) as refused:
+        COMMANDS[command](**(required(COMMANDS[command]) | wrong))
+    assert refused.value.code == "E_USAGE"
+
+
+def test_numbers_of_numpy_are_numbers():
+    settings = COMMANDS["infer"]("a", overlap=np.float32(0.25), tta=np.bool_(False))
+    assert settings.stated() == {"scans": ["a"], "overlap": 0.25, "tta": False}
+    assert COMMANDS["train"]("d", out="o", seed=np.int32(3)).seed == 3
+    names = COMMANDS["measure"](label_names={np.uint8(3): "ball"}).stated()["label_names"]
+    assert names == {"3": "ball"}
+
+
+def test_a_wrong_call_names_the_function_and_help_what_it_accepts():
+    with pytest.raises(TypeError, match=r"infer\(\) got an unexpected keyword argument 'foo'"):
+        volseg.infer("a", foo=1)
+    signature = inspect.signature(volseg.infer)
+    assert signature.return_annotation == "CasesReport"
+    assert signature.parameters["max_ram"].annotation == "float | str | None"
+    assert "progress: Called with" in volseg.infer.__doc__ and "Raises:" in volseg.infer.__doc__

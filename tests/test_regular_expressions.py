@@ -83,7 +83,9 @@ def expressions():
                 yield name, {"compile": "search"}.get(node.func.attr, node.func.attr), pattern
         assert n_built == 0 or name in BUILT, f"{name}: add its patterns to BUILT"
         yield from ((name, *built) for built in BUILT.get(name, ()))
-    for path in sorted((PACKAGE / "report" / "templates").glob("*.js")):
+    paths = sorted((PACKAGE / "pages" / "templates").glob("*.js"))
+    assert paths
+    for path in paths:
         scripts = path.read_text(encoding="utf-8")
         for pattern in re.findall(r"(?:replace|split|match|test)\(/(.+?)/[gi]*[,)]", scripts):
             yield path.name, "sub", pattern

@@ -62,6 +62,12 @@ class CasesReport(RunReport):
     pages: bool
     computed_with: Mapping[str, str] = field(default_factory=dict)
 
+    def as_json(self) -> dict[str, Any]:
+        content = RunReport.as_json(self)
+        if not self.computed_with:
+            del content["computed_with"]
+        return content
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PreprocessReport(RunReport):
@@ -80,6 +86,7 @@ class PlanReport(RunReport):
     plan: Mapping[str, Any]
     cases: int
     folds: int
+    plan_file: str = ""  # if it was written
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,6 +107,13 @@ class TrainReport(RunReport):
     @property
     def exit_code(self) -> int:
         return INTERRUPTED if self.interrupted else SUCCESS
+
+    def as_json(self) -> dict[str, Any]:
+        hidden = (
+            ("rank", "metrics", "sha256", "interrupted") if self.preview else ("rank", "preview")
+        )
+        content = RunReport.as_json(self)
+        return {name: value for name, value in content.items() if name not in hidden}
 
     @property
     def is_silent(self) -> bool:

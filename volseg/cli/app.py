@@ -125,7 +125,9 @@ def _parameter(settings: type[Any], name: str, setting: Setting) -> inspect.Para
     if setting.is_argument:
         return _keyword(name, Annotated[kind, typer.Argument(help=setting.help)], default)
     flags = [setting.flag or setting.flag_of(name), *([setting.short] if setting.short else [])]
-    option = typer.Option(*flags, help=setting.help, min=setting.least, max=setting.most)
+    # Only whole numbers: for others typer's message of several lines would hide our own.
+    least, most = (setting.least, setting.most) if kind in (int, int | None) else (None, None)
+    option = typer.Option(*flags, help=setting.help, min=least, max=most)
     return _keyword(name, Annotated[kind, option], default)
 
 

@@ -65,8 +65,8 @@ def _(report: reports.PlanReport) -> None:
     for line in report.plan["lines"]:
         table.add_row(*(one_line(line[name]) for name in ("setting", "value", "reason")))
     print_table(table)
-    if report.out.suffix == ".json":
-        typer.echo(f"plan → {report.out}")
+    if report.plan_file:
+        typer.echo(f"plan → {report.plan_file}")
 
 
 @show.register

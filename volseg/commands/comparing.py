@@ -96,7 +96,8 @@ def compare(options: CompareOptions) -> CompareReport:
         otherwise="crop the scans and masks to the region that matters and measure them again",
     )
     folders, out, pairs = (options.baseline, options.followup), options.out, options.pairs
-    nodes = options.lymph_nodes or _measured_nodes(folders)
+    nodes = options.lymph_nodes
+    nodes = _measured_nodes(folders) if nodes is None else nodes
     settings = replace(options, lymph_nodes=tuple(sorted(set(nodes))))
     ids = (case_ids(folders[0]), case_ids(folders[1]))
     if out.resolve() in {folder.resolve() for folder in folders}:
@@ -409,8 +410,8 @@ def _compare_patient(
         _compare_scans(cases, folders, settings, patient, names, inputs) for cases in patient.scans
     ]
     pairs = [scans.pair for scans in compared]
-    rows = lesion_changes(pairs, patient=patient.name, lymph_nodes=settings.lymph_nodes)
-    response = judge_response(pairs, patient=patient.name, lymph_nodes=settings.lymph_nodes)
+    rows = lesion_changes(pairs, patient=patient.name, lymph_nodes=settings.lymph_nodes or ())
+    response = judge_response(pairs, patient=patient.name, lymph_nodes=settings.lymph_nodes or ())
     warnings = [_of_scan(text, scans.pair, pairs) for scans in compared for text in scans.warnings]
     warnings += [response.warnings] if response.warnings else []
     response = replace(
@@ -481,7 +482,7 @@ def _compare_scans(
         title = patient.name
         if len(patient.scans) > 1:
             title += f", {cases[0]} → {cases[1]}"
-        rows = lesion_changes([pair], patient=patient.name, lymph_nodes=settings.lymph_nodes)
+        rows = lesion_changes([pair], patient=patient.name, lymph_nodes=settings.lymph_nodes or ())
         try:
             ids = (before.ids.array, after.ids.array)
             picture = change_png(

@@ -83,6 +83,7 @@ def plan(options: PlanOptions) -> PlanReport:
         plan=planned.model_dump(mode="json"),
         cases=fingerprint.n_cases,
         folds=n,
+        plan_file="" if out is None else str(out),
     )
 
 

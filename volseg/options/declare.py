@@ -12,7 +12,7 @@ import functools
 import inspect
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Any, Literal, ParamSpec, TypeVar, dataclass_transform, overload
@@ -25,9 +25,9 @@ T = TypeVar("T")
 S = TypeVar("S")
 R = TypeVar("R")
 P = ParamSpec("P")
-SETTING = "setting"
-BYTES = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
-SECONDS = {"": 1, "s": 1, "m": 60, "h": 3600}
+SETTING, CALLBACK = "setting", "callback"  # keys in the metadata of a field
+BYTES = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+SECONDS = {"": 1, "S": 1, "M": 60, "H": 3600}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,7 +36,7 @@ class Setting:
 
     Args:
         kind: type of its value on the command line; None derives it from the annotation.
-        converter: makes the value from what a caller gives; its ValueError is a usage error.
+        converter: makes the value from what a caller gives, or raises ValueError(problem, fix).
         short: short spelling such as `-o`. flag: full spelling if the name does not give it.
         least, most: bounds, both allowed; below: a bound that is not. unit: of the number.
     """
@@ -52,27 +52,45 @@ class Setting:
     unit: str = ""
     is_argument: bool = False
 
-    def check(self, name: str, value: Any) -> Any:
-        """Return the converted value.
+    def check(self, name: str, annotation: str, value: Any) -> Any:
+        """Return the converted value of a field with this annotation.
 
         Raises:
             VolsegError: it cannot be converted or is out of bounds.
         """
         shown = name.upper() if self.is_argument else self.flag_of(name)
         try:
-            value = value if self.converter is None else self.converter(value)
-        except ValueError as error:
-            problem, _, fix = str(error).partition("; ")
+            value = self._converted(annotation, _plain(value))
+        except (TypeError, ValueError) as error:
+            problem, fix = (
+                error.args if len(error.args) == 2 else (f"cannot be {value!r}", self.help)
+            )
             raise VolsegError(f"{shown} {problem}", fix=fix, code="E_USAGE") from error
         if self.least is not None and value is not None:
             high = math.inf if self.most is None else self.most
             below = math.inf if self.below is None else self.below
             if not (self.least <= value <= high and value < below):
-                rule = f"≥ {self.least:g}" if self.most is None else f"{self.least:g} to {high:g}"
-                rule += "" if self.below is None else f" and < {below:g}"
-                problem = f"{shown} must be {rule}{self.unit and ' '}{self.unit}, got {value}"
+                problem = f"{shown} must be {self.rule}, got {value}"
                 raise VolsegError(problem, fix="give a number in that range", code="E_USAGE")
         return value
+
+    def _converted(self, annotation: str, value: Any) -> Any:
+        if self.converter is not None:
+            return self.converter(value)
+        kind = {"int": int, "float": (int, float)}.get(annotation.removesuffix(" | None"))
+        is_number = kind is None or (isinstance(value, kind) and not isinstance(value, bool))
+        if not is_number and not (value is None and annotation.endswith("None")):
+            raise ValueError(f"must be a number, got {value!r}", "give a number")
+        return value
+
+    @property
+    def rule(self) -> str:
+        """The bounds in words."""
+        assert self.least is not None
+        rule = f"{self.least} to {self.most}" if self.most is not None else f"≥ {self.least:g}"
+        rule += "" if self.below is None else f" and < {self.below:g}"
+        finite = "" if self.most is not None or self.below is not None else " and finite"
+        return f"{rule}{self.unit and ' '}{self.unit}{finite}"
 
     def flag_of(self, name: str) -> str:
         """Return the full spelling of the option for a field of this name."""
@@ -117,9 +135,9 @@ def argument(
     return dataclasses.field(default=default, kw_only=kw_only, metadata={SETTING: setting})
 
 
-def callback(*, default: T) -> T:
-    """Declare a callback of the function, which the command line supplies itself."""
-    return dataclasses.field(default=default)
+def callback(help: str, *, default: T) -> T:
+    """Declare an argument of the function that the command line supplies itself."""
+    return dataclasses.field(default=default, metadata={CALLBACK: help})
 
 
 @dataclass_transform(
@@ -134,8 +152,10 @@ class Options:
     """Settings of one call of a command."""
 
     def __post_init__(self) -> None:
+        types = {field.name: field.type for field in dataclasses.fields(self)}  # type: ignore[arg-type]
         for name, setting in settings_of(type(self)):
-            object.__setattr__(self, name, setting.check(name, getattr(self, name)))
+            value = setting.check(name, str(types[name]), getattr(self, name))
+            object.__setattr__(self, name, value)
 
     def stated(self) -> dict[str, Any]:
         """Return the settings that differ from their defaults, as JSON."""
@@ -146,7 +166,8 @@ class Options:
             field.name: _as_json(values[field.name])
             for field in fields
             if field.default is MISSING
-            or values[field.name] != settings[field.name].check(field.name, field.default)
+            or values[field.name]
+            != settings[field.name].check(field.name, str(field.type), field.default)
         }
 
 
@@ -163,30 +184,48 @@ def command(settings: Callable[P, T]) -> Callable[[Callable[[T], R]], Callable[P
     """Make a function of settings one that takes them as arguments, with their documentation."""
 
     def decorate(function: Callable[[T], R]) -> Callable[P, R]:
+        returned = inspect.get_annotations(function).get("return", inspect.Signature.empty)
+        signature = _signature(settings, returned)
+
         @functools.wraps(function)
         def call(*args: P.args, **kwargs: P.kwargs) -> R:
+            try:
+                signature.bind(*args, **kwargs)
+            except TypeError as error:
+                raise TypeError(f"{call.__name__}() {error}") from None
             return function(settings(*args, **kwargs))
 
-        call.__signature__ = _signature(settings)  # type: ignore[attr-defined]
-        call.__doc__ = documentation(settings)  # type: ignore[arg-type]
-        call.__options__ = settings  # type: ignore[attr-defined]
+        call.__signature__ = signature  # type: ignore[attr-defined]
+        call.__annotations__ = {
+            name: parameter.annotation for name, parameter in signature.parameters.items()
+        } | {"return": returned}
+        call.__doc__ = documentation(settings, inspect.getdoc(function) or "")
         return call
 
     return decorate
 
 
-def _signature(cls: Any) -> inspect.Signature:
-    """Return the signature of a command, with the shared settings last."""
-    parameters = inspect.signature(cls).parameters
+def _signature(cls: Any, returned: Any) -> inspect.Signature:
+    """Return the signature of a command, with the shared settings last and the types it accepts."""
+    parameters = dict(inspect.signature(cls).parameters)
+    for name, setting in settings_of(cls):
+        if setting.converter is not None:
+            (accepted,) = list(inspect.signature(setting.converter).parameters.values())
+            parameters[name] = parameters[name].replace(annotation=accepted.annotation)
     names = [name for name, _ in settings_of(cls)]
     order = [*names, *(name for name in parameters if name not in names)]
-    return inspect.Signature([parameters[name] for name in order])
+    return inspect.Signature([parameters[name] for name in order], return_annotation=returned)
 
 
-def documentation(cls: type[Any]) -> str:
-    """Return the documentation of a command: what it does, and each argument."""
+def documentation(cls: Any, of_function: str) -> str:
+    """Return the documentation of a command: what it does, its arguments, what it raises."""
     lines = [f"    {name}: {setting.help}" for name, setting in settings_of(cls)]
-    return "\n".join([inspect.getdoc(cls) or "", "", "Args:", *lines])
+    for field in dataclasses.fields(cls):
+        if CALLBACK in field.metadata:
+            lines.append(f"    {field.name}: {field.metadata[CALLBACK]}")
+    raises = of_function.partition("Raises:")[2]
+    tail = ["", "Raises:" + raises] if raises else []
+    return "\n".join([inspect.getdoc(cls) or "", "", "Args:", *lines, *tail])
 
 
 def path(value: Path | str) -> Path:
@@ -203,18 +242,24 @@ def paths(value: Path | str | Sequence[Path | str]) -> tuple[Path, ...]:
     return tuple(map(Path, given))
 
 
-def names(value: Sequence[str] | None) -> tuple[str, ...]:
-    return tuple(value or ())
+def names(value: Sequence[str] | str | None) -> tuple[str, ...]:
+    """Return one or several names as a tuple."""
+    return optional_names(value) or ()
+
+
+def optional_names(value: Sequence[str] | str | None) -> tuple[str, ...] | None:
+    """Return one or several names as a tuple; None stays None, which differs from no names."""
+    if value is None:
+        return None
+    return (value,) if isinstance(value, str) else tuple(map(str, value))
 
 
 def listed_names(value: Sequence[str] | str | None) -> tuple[str, ...] | None:
     """Return names, from a sequence or text such as `0,1,all`."""
-    if value is None:
-        return None
-    return tuple(value.split(",") if isinstance(value, str) else value)
+    return optional_names(value.split(",") if isinstance(value, str) else value)
 
 
-def amount(value: int | str | None) -> int | None:
+def amount(value: float | str | None) -> int | None:
     """Return bytes of memory, from a number or text such as `4G` or `500M`.
 
     >>> amount("1.5G"), amount(None)
@@ -222,11 +267,10 @@ def amount(value: int | str | None) -> int | None:
     """
     if value is None:
         return value
-    match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,9})?)\s*([KMGT]?)B?", str(value).strip().upper())
-    n_bytes = 0 if match is None else round(float(match[1]) * BYTES.get(match[2], 1))
-    if not 0 < n_bytes < 2**62:
-        raise ValueError(f"must be an amount of memory, got {value!r}; write it as 4G or 500M")
-    return n_bytes
+    n_bytes = _scaled(value, r"(.{1,30}?)\s*([KMGT]?)B?", BYTES)
+    if not 0.5 < n_bytes < 2**62:
+        raise ValueError(f"must be an amount of memory, got {value!r}", "write it as 4G or 500M")
+    return round(n_bytes)
 
 
 def seconds(value: float | str | None) -> float | None:
@@ -237,10 +281,22 @@ def seconds(value: float | str | None) -> float | None:
     """
     if value is None:
         return value
-    match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,15})?)\s*([smh]?)", str(value).strip())
-    if match is None or float(match[1]) == 0:
-        raise ValueError(f"must be a duration over 0, got {value!r}; write it as 90s, 20m or 1.5h")
-    return float(match[1]) * SECONDS[match[2]]
+    n_seconds = _scaled(value, r"(.{1,30}?)\s*([SMH]?)", SECONDS)
+    if not 0 < n_seconds < math.inf:
+        problem = f"must be a duration over 0, got {value!r}"
+        raise ValueError(problem, "write it as 90s, 20m or 1.5h")
+    return n_seconds
+
+
+def _scaled(value: float | str, pattern: str, units: Mapping[str, float]) -> float:
+    """Return a number, or text of a number and a unit, times that unit; NaN for other text."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value)
+    match = re.fullmatch(pattern, str(value).strip().upper())
+    try:
+        return math.nan if match is None else float(match[1]) * units[match[2]]
+    except ValueError:
+        return math.nan
 
 
 def ignore_progress(stage: str, fraction: float, detail: str) -> None:
@@ -251,7 +307,16 @@ def ignore_text(text: str) -> None:
     """Ignore an announcement: the default callback."""
 
 
+def _plain(value: Any) -> Any:
+    """Return a Python number for a scalar of an array library."""
+    is_scalar = getattr(value, "shape", None) == () and callable(getattr(value, "item", None))
+    return value.item() if is_scalar else value
+
+
 def _as_json(value: Any) -> Any:
+    value = _plain(value)
+    if isinstance(value, Mapping):
+        return {str(_plain(key)): _as_json(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_as_json(item) for item in value]
     if value is None or isinstance(value, bool | int | float | str):

@@ -6,7 +6,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from volseg.options.declare import argument, names, option, optional_path, options, path
+from volseg.options.declare import (
+    argument,
+    names,
+    option,
+    optional_names,
+    optional_path,
+    options,
+    path,
+)
 from volseg.options.shared import RESULTS, Announcing, Limited, Pictured
 
 if TYPE_CHECKING:
@@ -153,11 +161,11 @@ class CompareOptions(Limited, Announcing):
         least=0.0,
         unit="mm",
     )
-    lymph_nodes: tuple[str, ...] = option(
+    lymph_nodes: tuple[str, ...] | None = option(
         "Label of lymph nodes, which count by their short axis; repeatable. Default: the labels "
         "measured as lymph nodes.",
-        default=(),
-        converter=names,
+        default=None,
+        converter=optional_names,
         flag="--lymph-node",
     )
     figures: bool = option(

@@ -26,14 +26,19 @@ RESULTS = "Folder for the results; created if missing."
 class Progressing(Options):
     """Reports its progress: stage, fraction done, detail."""
 
-    progress: Progress = callback(default=ignore_progress)
+    progress: Progress = callback(
+        "Called with a stage, the fraction of it that is done, and a detail.",
+        default=ignore_progress,
+    )
 
 
 @options
 class Announcing(Progressing):
     """Also announces what it expects, such as memory and duration, before it starts."""
 
-    announce: Announce = callback(default=ignore_text)
+    announce: Announce = callback(
+        "Called with sentences such as the expected peak memory.", default=ignore_text
+    )
 
 
 @options

@@ -163,7 +163,9 @@ class TrainOptions(TimedOptions, Announcing):
     preview: bool = option(
         "Only prepare the data and draw augmented patches with masks.", default=False
     )
-    spent_seconds: float = callback(default=0.0)  # of the time budget, such as on starting Python
+    spent_seconds: float = callback(
+        "Seconds of the time budget already spent, such as on starting Python.", default=0.0
+    )
 
 
 @options
