@@ -1,4 +1,4 @@
-"""volseg turns 3D CT and MRI scans into lesions, and lesions into numbers for a study.
+"""volseg turns 3D CT, MR and PET scans into lesions, and lesions into numbers for a study.
 
 The commands of the command line are functions here: `plan`, `preprocess`, `train`, `infer`,
 `measure`, `evaluate`, `compare`, `report`, `quantise`, `check` and `import_nnunet`.

@@ -84,7 +84,7 @@ def volseg(
         ),
     ] = False,
 ) -> None:
-    """Segment lesions in 3D CT and MRI scans, and measure every one of them.
+    """Segment lesions in 3D CT, MR and PET scans, and measure every one of them.
 
     Start with `volseg infer scan.nii.gz`, which uses the model that ships with volseg, or train
     your own with `volseg train DATASET --out MODEL`. `volseg COMMAND --help` explains a command.

@@ -39,8 +39,8 @@ class InferOptions(OnDevice, Limited, Pictured, Announcing):
         default="auto",
     )
     overlap: float | None = option(
-        "Overlap of neighbouring tiles, 0 to 0.9; default: the recipe's. 0.5 takes 8 times as long "
-        "as 0.",
+        "Overlap of neighbouring tiles, 0 to 0.9; default: the recipe's. 0.5 takes up to 8 times "
+        "as long as 0.",
         default=None,
     )
     tta: bool = option(

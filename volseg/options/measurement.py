@@ -29,7 +29,7 @@ class MeasureOptions(Limited, Pictured, Announcing):
     or --cases, or a results folder of `volseg infer` whose masks you corrected by hand.
 
     `volseg columns` explains each number and gives its source; `volseg selftest` checks the
-    numbers against published values.
+    numbers against objects of known size.
     """
 
     results: Path | None = argument(
@@ -69,7 +69,8 @@ class MeasureOptions(Limited, Pictured, Announcing):
         kind=Path,
     )
     intensity_unit: str | None = option(
-        "Unit of the intensities: HU, SUV or a.u.; default: guessed from the scan.",
+        "Unit of the intensities: HU, SUV, a.u. or another; only HU gives density and mass. "
+        "Default: guessed from the scan.",
         default=None,
         flag="--unit",
     )
@@ -108,7 +109,8 @@ class EvaluateOptions(Limited, Announcing):
     )
     out: Path = option(RESULTS, converter=path, short="-o")
     min_iou: float = option(
-        "IoU from which a lesion counts as detected; at 0, one shared voxel is enough.",
+        "IoU from which a lesion counts as detected, from 0 to below 1; at 0, one shared voxel is "
+        "enough.",
         default=0.0,
         least=0.0,
         below=1.0,
@@ -120,10 +122,10 @@ class CompareOptions(Limited, Announcing):
     """Match lesions at two time points and apply RECIST 1.1.
 
     Registers the later scan to the earlier one (rigidly), then matches lesions one to one, by
-    overlap, else by distance. comparison.csv has a row per matched, new, gone, merged or split
-    lesion; response.csv a row per patient with the rule that decided. Scans without a partner and
-    patients that cannot be compared have a row too. A second call compares only what is missing
-    or has changed.
+    overlap, else by distance. comparison.csv has a row per matched pair and per other lesion (new,
+    gone, merged, split and so on); response.csv a row per patient with the rule that decided. Scans
+    without a partner and patients that cannot be compared have a row too. A second call compares
+    only what is missing or has changed.
     """
 
     baseline: Path = argument(

@@ -129,7 +129,7 @@ class TrainOptions(TimedOptions, Announcing):
         "Number of epochs; overrides the recipe.", default=None, least=1, most=MAX_COUNT
     )
     patience: int | None = option(
-        "Stop after this many epochs without a new best Dice.",
+        "Stop after this many validations without a new best Dice.",
         default=None,
         least=1,
         most=MAX_COUNT,
