@@ -14,6 +14,7 @@ from rich.table import Table
 
 from volseg import reports
 from volseg.terminal import one_line, takes_unicode
+from volseg.words import format_count
 
 
 @singledispatch
@@ -107,7 +108,7 @@ def _(report: reports.ImportReport) -> None:
 
 @show.register
 def _(report: reports.PagesReport) -> None:
-    typer.echo(f"{len(report.done)} pages written → {report.page}")
+    typer.echo(f"{format_count(len(report.done), 'page')} written → {report.page}")
 
 
 @show.register

@@ -39,6 +39,7 @@ class Setting:
         converter: makes the value from what a caller gives, or raises ValueError(problem, fix).
         short: short spelling such as `-o`. flag: full spelling if the name does not give it.
         least, most: bounds, both allowed; below: a bound that is not. unit: of the number.
+        choices: all values; none if any is allowed.
     """
 
     help: str
@@ -50,6 +51,7 @@ class Setting:
     most: float | None = None
     below: float | None = None
     unit: str = ""
+    choices: tuple[str, ...] = ()
     is_argument: bool = False
 
     def check(self, name: str, annotation: str, value: Any) -> Any:
@@ -66,6 +68,9 @@ class Setting:
                 error.args if len(error.args) == 2 else (f"cannot be {value!r}", self.help)
             )
             raise VolsegError(f"{shown} {problem}", fix=fix, code="E_USAGE") from error
+        if self.choices and value is not None and value not in self.choices:
+            problem = f"{shown} must be {' or '.join(self.choices)}, got {value!r}"
+            raise VolsegError(problem, fix="give one of them", code="E_USAGE")
         if self.least is not None and value is not None:
             high = math.inf if self.most is None else self.most
             below = math.inf if self.below is None else self.below
@@ -115,6 +120,7 @@ def option(
     most: float | None = ...,
     below: float | None = ...,
     unit: str = ...,
+    choices: tuple[str, ...] = ...,
 ) -> T: ...
 def option(help: str, *, default: Any = MISSING, **facts: Any) -> Any:
     """Declare an option: a keyword of the function, `--name` on the command line."""
@@ -268,7 +274,7 @@ def amount(value: float | str | None) -> int | None:
     if value is None:
         return value
     n_bytes = _scaled(value, r"(.{1,30}?)\s*([KMGT]?)B?", BYTES)
-    if not 0.5 < n_bytes < 2**62:
+    if not 1024 <= n_bytes < 2**62:  # 4 is hardly meant as 4 bytes
         raise ValueError(f"must be an amount of memory, got {value!r}", "write it as 4G or 500M")
     return round(n_bytes)
 

@@ -39,9 +39,11 @@ class InferOptions(OnDevice, Limited, Pictured, Announcing):
         default="auto",
     )
     overlap: float | None = option(
-        "Overlap of neighbouring tiles, 0 to 0.9; default: the recipe's. 0.5 takes up to 8 times "
-        "as long as 0.",
+        "Overlap of neighbouring tiles, 0 to below 1; default: the recipe's. 0.5 takes up to 8 "
+        "times as long as 0.",
         default=None,
+        least=0.0,
+        below=1.0,
     )
     tta: bool = option(
         "Test-time augmentation: average over flipped copies if the recipe does; each axis doubles "
@@ -53,6 +55,7 @@ class InferOptions(OnDevice, Limited, Pictured, Announcing):
         "Where to run tiles: scan (everywhere) or body (its bounding box only); default: the "
         "recipe's. Either value skips the coarse first pass of a recipe with [roi].",
         default=None,
+        choices=("scan", "body"),
     )
     max_vram: int | None = option(
         "GPU memory limit, e.g. 8G; default: all free GPU memory.", default=None, converter=amount
