@@ -27,6 +27,8 @@ R = TypeVar("R")
 P = ParamSpec("P")
 SETTING, CALLBACK = "setting", "callback"  # keys in the metadata of a field
 BYTES = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+AMOUNT = re.compile(r"(.{1,30}?)\s*([KMGT]?)B?")
+DURATION = re.compile(r"(.{1,30}?)\s*([SMH]?)")
 SECONDS = {"": 1, "S": 1, "M": 60, "H": 3600}
 
 
@@ -273,7 +275,7 @@ def amount(value: float | str | None) -> int | None:
     """
     if value is None:
         return value
-    n_bytes = _scaled(value, r"(.{1,30}?)\s*([KMGT]?)B?", BYTES)
+    n_bytes = _scaled(value, AMOUNT, BYTES)
     if not 1024 <= n_bytes < 2**62:  # 4 is hardly meant as 4 bytes
         raise ValueError(f"must be an amount of memory, got {value!r}", "write it as 4G or 500M")
     return round(n_bytes)
@@ -287,18 +289,18 @@ def seconds(value: float | str | None) -> float | None:
     """
     if value is None:
         return value
-    n_seconds = _scaled(value, r"(.{1,30}?)\s*([SMH]?)", SECONDS)
+    n_seconds = _scaled(value, DURATION, SECONDS)
     if not 0 < n_seconds < math.inf:
         problem = f"must be a duration over 0, got {value!r}"
         raise ValueError(problem, "write it as 90s, 20m or 1.5h")
     return n_seconds
 
 
-def _scaled(value: float | str, pattern: str, units: Mapping[str, float]) -> float:
+def _scaled(value: float | str, pattern: re.Pattern[str], units: Mapping[str, float]) -> float:
     """Return a number, or text of a number and a unit, times that unit; NaN for other text."""
     if isinstance(value, int | float) and not isinstance(value, bool):
         return float(value)
-    match = re.fullmatch(pattern, str(value).strip().upper())
+    match = pattern.fullmatch(str(value).strip().upper())
     try:
         return math.nan if match is None else float(match[1]) * units[match[2]]
     except ValueError:
