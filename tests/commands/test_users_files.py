@@ -718,3 +718,19 @@ def test_a_file_at_the_path_of_the_output_folder_is_refused(
     file = tmp_path / "file"
     file.write_text("mine")
     refused(lambda: calls[command](file / below), names=str(file), folder=tmp_path)
+
+
+@pytest.mark.parametrize("folder", ["images", "labels"])
+def test_nothing_is_written_among_the_scans_and_masks_of_a_dataset(folder, data, tiny_recipe):
+    rows = [f"images/scan_{n}.nii.gz,labels/scan_{n}.nii.gz" for n in (6, 7)]
+    (data / "cases.csv").write_text("\n".join(["image,label", *rows]))
+    out, before = data / folder, sorted(data.rglob("*"))
+    calls = (
+        lambda: volseg.preprocess(data, recipe=tiny_recipe, out=out),
+        lambda: volseg.measure(cases=data / "cases.csv", out=out),
+    )
+    for call in calls:
+        with pytest.raises(VolsegError) as refused:
+            call()
+        assert refused.value.code == "E_EXISTS"
+    assert [path for path in sorted(data.rglob("*")) if ".volseg" not in path.parts] == before

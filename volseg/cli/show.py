@@ -20,7 +20,7 @@ from volseg.words import format_count
 @singledispatch
 def show(report: reports.RunReport) -> None:
     """Print the report of a command as text."""
-    raise NotImplementedError(type(report).__name__)
+    raise TypeError(f"no text for a {type(report).__name__}")
 
 
 @show.register

@@ -160,7 +160,8 @@ class Options:
     """Settings of one call of a command."""
 
     def __post_init__(self) -> None:
-        types = {field.name: field.type for field in dataclasses.fields(self)}  # type: ignore[arg-type]
+        cls: Any = type(self)
+        types = {field.name: field.type for field in dataclasses.fields(cls)}
         for name, setting in settings_of(type(self)):
             value = setting.check(name, str(types[name]), getattr(self, name))
             object.__setattr__(self, name, value)
@@ -168,7 +169,8 @@ class Options:
     def stated(self) -> dict[str, Any]:
         """Return the settings that differ from their defaults, as JSON."""
         settings = dict(settings_of(type(self)))
-        fields = [field for field in dataclasses.fields(self) if field.name in settings]  # type: ignore[arg-type]
+        cls: Any = type(self)
+        fields = [field for field in dataclasses.fields(cls) if field.name in settings]
         values = {field.name: getattr(self, field.name) for field in fields}
         return {
             field.name: _as_json(values[field.name])

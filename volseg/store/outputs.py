@@ -211,6 +211,10 @@ class OutputFolder:
     def _refuse_inputs(self, names: Sequence[str]) -> None:
         files = {_identity(path) for path in self.inputs if not path.is_dir()}
         folders = {path.resolve() for path in self.inputs if path.is_dir()}
+        # What a folder or a table leads to: the folders of its scans and masks.
+        tables = {path.resolve().parent for path in self.inputs if path.suffix == ".csv"}
+        parents = {path.resolve().parent for path in self.inputs if not path.is_dir()}
+        folders |= {path for path in parents if not (folders | tables).isdisjoint(path.parents)}
         for name in names:
             output = self.path / name
             if _identity(output) in files or output.parent.resolve() in folders:
