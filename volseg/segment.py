@@ -17,14 +17,8 @@ from volseg.inference.backend import Backend, EnsembleBackend, device_of
 from volseg.inference.choose import choose_backend, load_backend
 from volseg.inference.classify import classify_lesions
 from volseg.inference.duration import Work, seconds_per_tile
-from volseg.inference.memory import (
-    MemoryPlan,
-    NetworkPass,
-    ScanHeader,
-    check_patch,
-    network_bytes,
-    plan_memory,
-)
+from volseg.inference.export import batch_shape_of
+from volseg.inference.memory import NetworkPass, check_patch, network_bytes
 from volseg.inference.openvino_backend import OpenVINOBackend
 from volseg.inference.roi import find_region
 from volseg.inference.stream import Tiling, predict_slabs
@@ -33,14 +27,14 @@ from volseg.inference.torch_backend import TorchBackend
 from volseg.measurement.rows import LesionMeasurement
 from volseg.measurement.specks import MeasuredLesions, Specks, measure_largest
 from volseg.mismatch import Resemblance, compare_scan
-from volseg.postprocessing.lesions import CONNECTIVITY, MANY, label_lesions, remove_organ
+from volseg.postprocessing.lesions import CONNECTIVITY, MANY, Lesions, label_lesions, remove_organ
 from volseg.postprocessing.steps import make_steps
 from volseg.preprocessing.align import completed, to_first_grid
 from volseg.preprocessing.crop import scaled_box
 from volseg.preprocessing.prepare import Preparation
 from volseg.preprocessing.restore import MaskRestorer
 from volseg.recipe import Data
-from volseg.volume import WORLD_AXES, BoundingBox, Geometry, Volume
+from volseg.volume import BoundingBox, Volume
 
 OnTile = Callable[[int, int], None]  # (tiles done, total)
 
@@ -133,24 +127,14 @@ def segment_case(
             another modality.
     """
     recipe = model.bundle.recipe
-    channels = recipe.data.channels
-    scans = {name: images[name] for name in _present(images, recipe.data, case_id)}
+    scans = _present(images, recipe.data, case_id)
     if recipe.data.grids == "first":
         scans = to_first_grid(scans, align=recipe.data.align == "rigid")
-    scan = scans[channels[0]]
+    scan = scans[recipe.data.channels[0]]
     resemblance = compare_scan(scans, recipe, model.bundle.fingerprint)
     if resemblance.contradictions and not accept_mismatch:
-        raise ScanError(
-            f"case {case_id!r} is of another modality than the training scans of model "
-            f"{recipe.name!r}: {'; '.join(resemblance.contradictions)}",
-            fix="use a model for its modality, or segment it with --accept-mismatch, without "
-            "density and class",
-            code="E_MODALITY",
-        )
-    absent = [name for name in channels if name not in scans]
-    mask, confidence = _predict(
-        completed(scans, channels), absent, model, half_logits=half_logits, on_tile=on_tile
-    )
+        raise _other_modality(resemblance, case_id, recipe.name)
+    mask, confidence = _predict(scans, model, half_logits=half_logits, on_tile=on_tile)
     for step in make_steps(recipe.postprocess):
         mask = step(mask, scan.geometry)
     organ, organ_voxels, lesion_mask = recipe.measure.organ, None, mask
@@ -159,14 +143,6 @@ def segment_case(
         lesion_mask, organ_voxels = remove_organ(mask, value)
         confidence[mask == value] = 0  # confidence in the organ says nothing about a lesion
     lesions = label_lesions(lesion_mask, scan.geometry)
-    classes = None
-    if model.classifier is not None and recipe.classify is not None:
-        # With a doubted unit no lesion gets a class; in noise only the largest get one.
-        classes = (
-            [None] * min(MANY, len(lesions.labels))
-            if resemblance.unit.doubt
-            else classify_lesions(scan, lesions.ids, model.classifier, recipe.classify, most=MANY)
-        )
     measured = measure_largest(
         scan,
         lesions.ids,
@@ -176,15 +152,14 @@ def segment_case(
         intensity_unit=resemblance.unit.name,
         unit_doubt=resemblance.unit.doubt,
         confidence=confidence,
-        classes=classes,
+        classes=_classes(scan, lesions, model, is_doubted=bool(resemblance.unit.doubt)),
         settings=recipe.measure,
         connectivity=CONNECTIVITY,
         model=model.bundle.name,
     )
-    ids = scan.with_array(lesions.ids)
     return CaseResult(
         mask=scan.with_array(mask),
-        lesion_ids=ids,
+        lesion_ids=scan.with_array(lesions.ids),
         lesions=measured.largest,
         resemblance=resemblance,
         organ_voxels=organ_voxels,
@@ -192,7 +167,25 @@ def segment_case(
     )
 
 
-def patch_bytes(model: Model) -> int:
+def network_pass(model: Model) -> NetworkPass:
+    """Return what `plan_memory` must know of a model's passes over a scan."""
+    recipe, plan, backend = model.bundle.recipe, model.bundle.plan, model.segmentation
+    head, identity = backend.head, backend.identity
+    return NetworkPass(
+        bundle=model.bundle,
+        tiling=Tiling.of(model.bundle),
+        settings=plan.prepare_settings(recipe.preprocess, recipe.data.channels),
+        backend=identity["backend"],
+        n_channels=recipe.data.n_outputs if head is None else 1 + head.n_features,
+        network_bytes=_patch_bytes(model),
+        head_is_deferred=head is not None,
+        on_gpu=model.device != "cpu",
+        half=identity["precision"] in ("fp16", "bf16"),
+        coarse=None if model.coarse is None else network_pass(model.coarse),
+    )
+
+
+def _patch_bytes(model: Model) -> int:
     """Return the peak memory in bytes of the segmentation network for one patch."""
     backend = model.segmentation
     if isinstance(backend, EnsembleBackend):
@@ -201,121 +194,55 @@ def patch_bytes(model: Model) -> int:
     return backend.patch_bytes if is_openvino else network_bytes(model.bundle)
 
 
-def plan_case_memory(
-    geometry: Geometry,
-    itemsize: int,
-    model: Model,
-    needed: int,
-    max_ram: int | None = None,
-    *,
-    max_vram: int | None = None,
-    coarse_needed: int = 0,
-    is_alone: bool = True,
-    n_cases: int = 1,
-) -> MemoryPlan:
-    """Plan how a scan with this header fits into memory.
-
-    Args:
-        itemsize: bytes per stored voxel, summed over channels.
-        needed, coarse_needed: `patch_bytes` of the network and of that of the first pass, if any.
-        is_alone: no other scan is read or written at the same time.
-        n_cases: number of cases in the results folder.
-
-    Raises:
-        ScanError: it does not fit into `max_ram` bytes of main memory or `max_vram` of GPU memory.
-    """
-    return plan_memory(
-        ScanHeader(geometry=geometry, itemsize=itemsize),
-        _network_pass(model, needed),
-        coarse=None if model.coarse is None else _network_pass(model.coarse, coarse_needed),
-        is_alone=is_alone,
-        n_cases=n_cases,
-        max_ram=max_ram,
-        max_vram=max_vram,
-    )
-
-
-def _network_pass(model: Model, needed: int) -> NetworkPass:
-    recipe, plan, head = model.bundle.recipe, model.bundle.plan, model.segmentation.head
-    return NetworkPass(
-        bundle=model.bundle,
-        tiling=tiling_of(model.bundle),
-        settings=plan.prepare_settings(recipe.preprocess, recipe.data.channels),
-        backend=model.segmentation.identity["backend"],
-        n_channels=recipe.data.n_outputs if head is None else 1 + head.n_features,
-        network_bytes=needed,
-        head_is_deferred=head is not None,
-        on_gpu=model.device != "cpu",
-        half=model.segmentation.identity["precision"] in ("fp16", "bf16"),
-    )
-
-
 def estimate_work(model: Model, shapes: Sequence[tuple[int, int, int]]) -> Work:
     """Estimate the work for prepared grids of these shapes, by timing a blank batch."""
-    recipe, plan = model.bundle.recipe, model.bundle.plan
-    tiling = tiling_of(model.bundle)
-    batch_shape = (tiling.batch_size, len(recipe.data.channels), *plan.patch_shape)
-    seconds = seconds_per_tile(model.segmentation, batch_shape)
+    seconds = seconds_per_tile(model.segmentation, batch_shape_of(model.bundle))
     return Work(
-        tiling=tiling, shapes=shapes, seconds_per_tile=seconds, on_gpu=model.device != "cpu"
-    )
-
-
-def tiling_of(bundle: ModelBundle) -> Tiling:
-    """Return the tiling that the bundle's recipe and plan prescribe."""
-    infer = bundle.recipe.infer
-    return Tiling(
-        patch_shape=bundle.plan.patch_shape,
-        overlap=infer.overlap,
-        tta_axes=[WORLD_AXES[name] for name in infer.tta_axes],
-        batch_size=infer.batch_size,
-        margin=infer.margin,
+        tiling=Tiling.of(model.bundle),
+        shapes=shapes,
+        seconds_per_tile=seconds,
+        on_gpu=model.device != "cpu",
     )
 
 
 def _predict(
-    images: Mapping[str, Volume],
-    absent: Sequence[str],
-    model: Model,
-    *,
-    half_logits: bool,
-    on_tile: OnTile,
+    scans: Mapping[str, Volume], model: Model, *, half_logits: bool, on_tile: OnTile
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return mask (I, J, K) of label values and confidence (I, J, K) uint8 on the scan's grid."""
-    recipe, plan = model.bundle.recipe, model.bundle.plan
-    settings = plan.prepare_settings(recipe.preprocess, list(images), absent)
+    bundle, data, backend = model.bundle, model.bundle.recipe.data, model.segmentation
+    absent = [name for name in data.channels if name not in scans]
+    images = completed(scans, data.channels)
+    settings = bundle.plan.prepare_settings(bundle.recipe.preprocess, list(images), absent)
     preparation = Preparation(images, settings)
-    trail = preparation.trail
-    regions = recipe.data.regions_class_order
-    values = list(recipe.data.label_names) if regions is None else list(regions)
+    trail, regions = preparation.trail, data.regions_class_order
     tiling = replace(
-        tiling_of(model.bundle), empty_level=None if regions else preparation.empty_level
+        Tiling.of(bundle),
+        empty_level=None if regions else preparation.empty_level,
+        dtype=torch.float16 if half_logits else torch.float32,
     )
     part = _tiled_part(preparation, tiling, model)
-    shape = trail.shape if part is None else part.shape
     axis = trail.separate_axis
     if axis is None:
-        axis = thinnest_axis(shape, plan.patch_shape)
-    head = model.segmentation.head
+        axis = thinnest_axis(trail.shape if part is None else part.shape, tiling.patch_shape)
+    values, is_regions = list(regions or data.label_names), regions is not None
     restorer = MaskRestorer(
-        trail, values, axis=axis, regions=regions is not None, part=part, head=head
+        trail, values, axis=axis, regions=is_regions, part=part, head=backend.head
     )
     if part is not None:
         done, total = count(1), tiling.count(part.shape)
         on_tile(0, total)
-        slabs = predict_slabs(
-            preparation.planes(axis, part, device_of(model.segmentation)),
-            model.segmentation,
-            tiling,
-            n_classes=recipe.data.n_outputs if head is None else head.n_features,
-            dtype=torch.float16 if half_logits else torch.float32,
-            on_tile=lambda is_empty: on_tile(next(done), total),
-        )
+        planes = preparation.planes(axis, part, device_of(backend))
         try:
-            for slab in slabs:
+            for slab in predict_slabs(
+                planes,
+                backend,
+                tiling,
+                n_classes=data.n_outputs,
+                on_tile=lambda is_empty: on_tile(next(done), total),
+            ):
                 restorer.add(slab)
         finally:
-            model.segmentation.release()
+            backend.release()
     return restorer.result()
 
 
@@ -350,7 +277,7 @@ def _region(preparation: Preparation, model: Model) -> BoundingBox | None:
     if roi is None or coarse is None:
         return None
     whole = preparation.at(coarse.bundle.plan.spacing_mm)
-    tiling = replace(tiling_of(coarse.bundle), empty_level=whole.empty_level)
+    tiling = replace(Tiling.of(coarse.bundle), empty_level=whole.empty_level)
     try:
         axis = thinnest_axis(whole.trail.shape, tiling.patch_shape)
         planes = whole.planes(axis, device=device_of(coarse.segmentation))
@@ -364,8 +291,23 @@ def _region(preparation: Preparation, model: Model) -> BoundingBox | None:
     return scaled_box(region, whole.trail.shape, trail.shape, margin)
 
 
-def _present(images: Mapping[str, Volume], data: Data, case_id: str) -> Sequence[str]:
-    """Return the channels of the recipe that the case has."""
+def _classes(
+    scan: Volume, lesions: Lesions, model: Model, *, is_doubted: bool
+) -> Sequence[Mapping[str, float] | None] | None:
+    """Return the class probabilities of each lesion; None without a classifier.
+
+    With a doubted unit no lesion gets a class; in noise only the largest get one.
+    """
+    settings = model.bundle.recipe.classify
+    if model.classifier is None or settings is None:
+        return None
+    if is_doubted:
+        return [None] * min(MANY, len(lesions.labels))
+    return classify_lesions(scan, lesions.ids, model.classifier, settings, most=MANY)
+
+
+def _present(images: Mapping[str, Volume], data: Data, case_id: str) -> Mapping[str, Volume]:
+    """Return those channels of the recipe that the case has."""
     missing = [name for name in data.channels if name not in images]
     if missing and (data.missing == "error" or data.channels[0] in missing):
         raise ScanError(
@@ -373,4 +315,14 @@ def _present(images: Mapping[str, Volume], data: Data, case_id: str) -> Sequence
             fix=f"add the {missing[0]!r} scan, or use a model without it",
             code="E_CHANNELS",
         )
-    return [name for name in data.channels if name in images]
+    return {name: images[name] for name in data.channels if name in images}
+
+
+def _other_modality(resemblance: Resemblance, case_id: str, model: str) -> ScanError:
+    return ScanError(
+        f"case {case_id!r} is of another modality than the training scans of model {model!r}: "
+        f"{'; '.join(resemblance.contradictions)}",
+        fix="use a model for its modality, or segment it with --accept-mismatch, without density "
+        "and class",
+        code="E_MODALITY",
+    )
