@@ -45,7 +45,7 @@ def _(report: reports.PreprocessReport) -> None:
     shape = " × ".join(str(value) for value in fingerprint["median_shape"])
     target = " × ".join(f"{value:g}" for value in fingerprint["resampled_to_mm"])
     typer.echo(
-        f"{fingerprint['n_cases']} training cases; median spacing {spacing} mm, "
+        f"{format_count(fingerprint['n_cases'], 'training case')}; median spacing {spacing} mm, "
         f"median shape {shape} (R × A × S)"
     )
     for channel, values in fingerprint["foreground"].items():
@@ -95,7 +95,8 @@ def _(report: reports.QuantiseReport) -> None:
         speed = f"{seconds['fp32'] / seconds[name]:.1f}"
         table.add_row(name, *scores, f"{seconds[name]:.3g}", speed)
     print_table(table)
-    typer.echo(f"mean over {report.validation['cases']} validation cases; seconds on this machine")
+    cases = format_count(report.validation["cases"], "validation case")
+    typer.echo(f"mean over {cases}; seconds on this machine")
     typer.echo(f"int8 network → {report.out}; use it with `volseg infer --precision int8`")
 
 
@@ -131,18 +132,20 @@ def _(report: reports.EvaluateReport) -> None:
         heading = f"{one_line(label['name'])}\nn = {label['n']}"
         table.add_row(heading, *cells, _mean_and_interval(label["detection"]["f1"], 2))
     print_table(table)
+    patients = format_count(report.summary["n_patients"], "patient")
     typer.echo(
-        f"means with 95 % intervals over {report.summary['n_patients']} patients "
-        f"({report.summary['patients']}); volume mL: predicted − reference"
+        f"means with 95 % intervals over {patients} ({report.summary['patients']}); "
+        "volume mL: predicted − reference"
     )
     for reason in _reasons_without_interval(labels, shown):
         typer.echo(f"(none): no interval; {reason}")
     n_missed = {label["name"]: label["n_missed"] for label in labels if label["n_missed"]}
     for name, n in n_missed.items():
-        announce(f"{name}: missed in {n} cases, which have no HD95")
+        announce(f"{name}: missed in {format_count(n, 'case')}; no HD95 there")
     missing = report.summary["not_predicted"]
     if missing:
-        announce(f"{len(missing)} reference masks have no prediction, such as {missing[0]}")
+        masks = format_count(len(missing), "reference mask")
+        announce(f"{masks} without a prediction, such as {missing[0]}")
     for name, content in (
         ("evaluation.csv", "a row per case and label"),
         ("detections.csv", "a row per lesion"),
@@ -212,7 +215,7 @@ def show_problems(path: Any, problems: list[dict[str, str]], n_errors: int) -> N
         fix = f"; to fix: {problem['fix']}" if problem["fix"] else ""
         line = f"{problem['where']}: [{problem['code']}] {problem['problem']}{fix}"
         typer.echo(one_line(line))
-    count = f"{n_errors} problem{'s' * (n_errors != 1)}" if problems else "no problem"
+    count = format_count(n_errors, "problem") if problems else "no problem"
     typer.echo(one_line(f"{path}: {count} found"))
 
 

@@ -9,6 +9,7 @@ from volseg.execution.cpu import total_memory
 from volseg.options import ImportOptions, command
 from volseg.reports import ImportReport
 from volseg.store.outputs import OutputFolder
+from volseg.words import format_count
 
 MODEL_FILE = "model.json"
 
@@ -60,7 +61,9 @@ def _facts(bundle: ModelBundle) -> dict[str, str]:
     channels = [(name, recipe.preprocess.normaliser_of(name)) for name in recipe.data.channels]
     spacing = " × ".join(f"{mm:g}" for mm in plan.spacing_mm)
     patch = " × ".join(map(str, plan.patch_shape))
-    passes = f"{folds * copies}: {folds} folds × {copies} with test-time augmentation"
+    passes = (
+        f"{folds * copies}: {format_count(folds, 'fold')} × {copies} with test-time augmentation"
+    )
     facts = {
         "name": recipe.name,
         "network": f"{recipe.network.name}, {features} features",

@@ -22,9 +22,6 @@ from volseg.inference.openvino_backend import (
 )
 from volseg.inference.torch_backend import TorchBackend
 
-BACKENDS = ("auto", "torch", "openvino")
-PRECISIONS = ("auto", "fp32", "fp16", "int8")
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BackendChoice:
@@ -46,18 +43,8 @@ def choose_backend(
 
     Raises:
         EnvironmentProblem: the requested backend, device or precision is not available.
-        VolsegError: a name is unknown, or the three cannot be combined.
+        VolsegError: the three cannot be combined.
     """
-    for option, value, supported in (
-        ("backend", backend, BACKENDS),
-        ("precision", precision, PRECISIONS),
-    ):
-        if value not in supported:
-            raise VolsegError(
-                f"{option} {value!r} is unknown",
-                fix=f"use {', '.join(supported[:-1])} or {supported[-1]}",
-                code="E_USAGE",
-            )
     for_cpus = backend == "openvino" or precision == "int8"
     place = choose_device("cpu" if device == "auto" and for_cpus else device)
     if place.type == "cpu":
@@ -94,10 +81,6 @@ def choose_device(name: str) -> torch.device:
     Raises:
         EnvironmentProblem: CUDA was requested and is not available.
     """
-    if name not in ("auto", "cpu", "cuda"):
-        raise VolsegError(
-            f"device {name!r} is unknown", fix="use auto, cpu or cuda", code="E_USAGE"
-        )
     if name == "cuda" and not torch.cuda.is_available():
         raise EnvironmentProblem(
             "device cuda was requested, but torch finds no CUDA device",

@@ -21,6 +21,7 @@ from volseg.nnunet.plans import (
 )
 from volseg.planning import DatasetFingerprint, IntensityStatistics, Plan
 from volseg.recipe import Recipe, Window, parse_recipe
+from volseg.words import format_count
 
 OVERLAP = 0.5  # nnU-Net's step is half a patch
 CT = "CTNormalization"
@@ -128,7 +129,8 @@ def _preprocess(trained: Trained) -> dict[str, Any]:
     if not len(channels) == len(schemes) == len(masked):
         raise unsupported(
             trained.plans_path,
-            f"normalises {len(schemes)} channels, but dataset.json names {len(channels)}",
+            f"normalises {format_count(len(schemes), 'channel')}, but dataset.json names "
+            f"{len(channels)}",
             fix="copy the dataset.json with which the model was trained",
         )
     intensities = [plans.intensities.get(str(number)) for number in range(len(channels))]
