@@ -12,7 +12,6 @@ import torch
 
 from volseg.bundle import ModelBundle
 from volseg.errors import ScanError
-from volseg.execution.cpu import total_memory
 from volseg.inference.backend import Backend, EnsembleBackend, device_of
 from volseg.inference.choose import choose_backend, load_backend
 from volseg.inference.classify import classify_lesions
@@ -85,13 +84,12 @@ def load_model(
         folder: of the bundle; its OpenVINO files are used if it has any.
     """
     choice = choose_backend(backend, device, precision)
-    on_cpu = choice.device.type == "cpu"
-    gpu = None if on_cpu else torch.cuda.get_device_properties(choice.device)
-    memory = total_memory() if gpu is None else gpu.total_memory
+    memory = None
+    if choice.device.type != "cpu":
+        memory = torch.cuda.get_device_properties(choice.device).total_memory
     for part in (bundle, bundle.coarse):
         if part is not None:
-            divisor = 1 if choice.precision == "fp32" else 2
-            check_patch(part, network_bytes(part) // divisor, memory)
+            check_patch(part, memory, half=choice.precision != "fp32")
     network, classifier, coarse = bundle.classifier_network(), None, None
     if bundle.coarse is not None:
         exact = replace(choice, precision="fp32") if choice.precision == "int8" else choice

@@ -11,7 +11,7 @@ from volseg.errors import ScanError
 from volseg.inference.memory import (
     MemoryLimits,
     NetworkPass,
-    ScanHeader,
+    ScanSize,
     network_bytes,
     plan_memory,
 )
@@ -26,7 +26,7 @@ def bundle(model):
 
 
 def plan_for(bundle, shape, max_ram=None, network=100 << 20, backend="torch", max_vram=None, **gpu):
-    header = ScanHeader(geometry=Geometry(shape, oblique((0.8, 0.8, 1.5))), itemsize=2)
+    header = ScanSize(geometry=Geometry(shape, oblique((0.8, 0.8, 1.5))), itemsize=2)
     settings = bundle.plan.prepare_settings(bundle.recipe.preprocess, bundle.recipe.data.channels)
     run = NetworkPass(
         bundle=bundle,
@@ -104,7 +104,7 @@ def test_the_network_needs_the_peak_of_its_live_tensors(bundle):
 
 
 def test_of_two_passes_the_larger_one_counts(bundle):
-    header = ScanHeader(geometry=Geometry((256, 256, 200), oblique((0.8, 0.8, 1.5))), itemsize=2)
+    header = ScanSize(geometry=Geometry((256, 256, 200), oblique((0.8, 0.8, 1.5))), itemsize=2)
 
     def run(spacing_mm, network, coarse=None):
         plan = bundle.plan.model_copy(update={"spacing_mm": spacing_mm})
@@ -134,7 +134,7 @@ def test_of_two_passes_the_larger_one_counts(bundle):
 
 def test_with_a_deferred_head_memory_does_not_grow_with_the_classes(bundle):
     settings = bundle.plan.prepare_settings(bundle.recipe.preprocess, bundle.recipe.data.channels)
-    header = ScanHeader(geometry=Geometry((256, 256, 400), oblique((0.8, 0.8, 1.5))), itemsize=2)
+    header = ScanSize(geometry=Geometry((256, 256, 400), oblique((0.8, 0.8, 1.5))), itemsize=2)
 
     def total(n_classes):
         labels = {f"label_{n}": n for n in range(1, n_classes)}
@@ -210,7 +210,7 @@ keep_freed_memory()
 ctypes.CDLL(None).mallopt(M_TOP_PAD, 1 << 20)  # address space reserved ahead is not memory
 from volseg.bundle import load_bundle
 from volseg.errors import VolsegError
-from volseg.inference.memory import MemoryLimits, ScanHeader, plan_memory
+from volseg.inference.memory import MemoryLimits, ScanSize, plan_memory
 from volseg.segment import load_model, network_pass, segment_case
 from volseg.volume import Geometry, Volume
 
@@ -221,7 +221,7 @@ small = Volume(np.full((24, 24, 24), 40, np.int16), Geometry((24, 24, 24), np.ey
 # warm up: thread stacks are allocated, libraries loaded
 segment_case({channel: small}, model, case_id="warm", accept_mismatch=True)
 geometry = Geometry((256, 256, 64), np.diag([0.8, 0.8, 1.5, 1.0]))
-header = ScanHeader(geometry=geometry, itemsize=2)
+header = ScanSize(geometry=geometry, itemsize=2)
 plan = plan_memory(header, network_pass(model), MemoryLimits(), is_alone=True)
 held = int(Path("/proc/self/statm").read_text().split()[0]) * 4096
 predicted = plan.footprint.total - plan.footprint.process

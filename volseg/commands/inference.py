@@ -39,6 +39,7 @@ from volseg.recipe import Recipe, parse_recipe
 from volseg.reports import CasesReport
 from volseg.store.results import LESION_IDS, MASKS, ResultsFolder
 from volseg.volume import Volume
+from volseg.words import format_sizes
 
 if TYPE_CHECKING:  # torch takes seconds to import; only a command that needs it pays
     from volseg.bundle import ModelBundle
@@ -143,7 +144,7 @@ class _Plans:
 def _plan_memory(
     cases: Sequence[Case], n_cases: int, model: Model, options: InferOptions
 ) -> _Plans:
-    from volseg.inference.memory import MemoryLimits, ScanHeader, gpu_memory, plan_memory
+    from volseg.inference.memory import MemoryLimits, ScanSize, gpu_memory, plan_memory
     from volseg.segment import network_pass
 
     max_vram = None
@@ -157,7 +158,7 @@ def _plan_memory(
             headers = [read_header(path) for path in case.images.values()]
         except VolsegError:
             continue
-        size = ScanHeader(geometry=headers[0].geometry, itemsize=_bytes_per_voxel(headers))
+        size = ScanSize(geometry=headers[0].geometry, itemsize=_bytes_per_voxel(headers))
         try:
             fitting[case.id] = plan_memory(
                 size, passes, limits, is_alone=len(cases) == 1, n_cases=n_cases
@@ -210,11 +211,10 @@ def _cost_of_tiles(shape: tuple[int, int, int], model: Model) -> str:
 
     tiling, axes = Tiling.of(model.bundle), model.bundle.recipe.infer.tta_axes
     n_tiles, n_without_overlap = tiling.count(shape), replace(tiling, overlap=0).count(shape)
-    patch = " × ".join(str(length) for length in tiling.patch_shape)
     coarse = ""
     if model.coarse is not None:
         coarse = " after a coarse first pass (--inside scan: all of them, without that pass)"
-    parts = [f"tiles: at most {n_tiles} of {patch} voxels{coarse}"]
+    parts = [f"tiles: at most {n_tiles} of {format_sizes(tiling.patch_shape)} voxels{coarse}"]
     if n_without_overlap < n_tiles:
         parts.append(f"{n_without_overlap} without overlap (--overlap 0)")
     if axes:

@@ -26,6 +26,7 @@ from volseg.preprocessing.crop import AxisOrder, canonical_geometry
 from volseg.preprocessing.prepare import SLAB_VOXELS, PrepareSettings, separate_axis
 from volseg.preprocessing.resample import SLAB_VALUES, resampled_shape
 from volseg.volume import Geometry
+from volseg.words import format_sizes
 
 # Measured with benchmarks/memory.py: a backend's memory relative to the peak of live tensors, and
 # its fixed workspace. Torch on a CPU keeps freed blocks for speed.
@@ -107,7 +108,7 @@ class MemoryLimits:
         if self.ram is None and least.inference > memory:
             return ScanError(
                 f"segmenting this scan needs {least.inference / 2**30:,.1f} GB for the network and "
-                f"its grid of {' × '.join(map(str, plan.shape))} voxels, "
+                f"its grid of {format_sizes(plan.shape)} voxels, "
                 f"and this machine has {memory / 2**30:.1f} GB of memory",
                 fix="check the spacing of the scan, or use a model with a coarser spacing",
                 code="E_RAM",
@@ -130,8 +131,8 @@ class MemoryLimits:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ScanHeader:
-    """The size of a scan from its header; `itemsize`: bytes per stored voxel of all channels."""
+class ScanSize:
+    """The grid of a scan and its bytes per stored voxel, summed over the channels."""
 
     geometry: Geometry
     itemsize: int
@@ -157,7 +158,7 @@ class NetworkPass:
 
 
 def plan_memory(
-    header: ScanHeader,
+    scan: ScanSize,
     fine: NetworkPass,
     limits: MemoryLimits,
     *,
@@ -179,12 +180,12 @@ def plan_memory(
     """
     trim_freed_memory()
     process = resident_bytes()
-    shape = _prepared_grid(header.geometry, fine.settings)[1]
+    shape = _prepared_grid(scan.geometry, fine.settings)[1]
     plans = []
     for read_ahead, batch_size, half_logits in _options(fine, is_alone=is_alone):
         dtype = torch.float16 if half_logits else torch.float32
         tiling = replace(fine.tiling, batch_size=batch_size, dtype=dtype)
-        footprint = _footprint(header, replace(fine, tiling=tiling), process, read_ahead)
+        footprint = _footprint(scan, replace(fine, tiling=tiling), process, read_ahead)
         plan = MemoryPlan(
             footprint=replace(footprint, lesions=max(footprint.lesions, report_bytes(n_cases))),
             half_logits=half_logits,
@@ -227,31 +228,32 @@ def limited_gpu(limit: int | None) -> Iterator[None]:
         torch.cuda.set_per_process_memory_fraction(1.0)
 
 
-def _footprint(header: ScanHeader, fine: NetworkPass, process: int, read_ahead: bool) -> Footprint:
+def _footprint(scan: ScanSize, fine: NetworkPass, process: int, read_ahead: bool) -> Footprint:
     recipe = fine.bundle.recipe
-    voxels = math.prod(header.geometry.shape)
+    voxels = math.prod(scan.geometry.shape)
     label_bytes = 1 if max(recipe.data.labels.values()) < 256 else 2
-    regions = [getattr(normaliser, "region", "") for normaliser in fine.settings.normalisers]
-    body_bytes = 3 if "nonzero" in regions else 0
-    mask_bytes = (label_bytes + 1 + ID_BYTES) * (2 if read_ahead else 1) + body_bytes
-    passes = [_pass_bytes(header.geometry, fine)]
+    n_scans, n_masks, page = (3, 2, writing_bytes()) if read_ahead else (1, 1, 0)
+    mask_bytes = (label_bytes + 1 + ID_BYTES) * n_masks
+    if "nonzero" in [getattr(form, "region", "") for form in fine.settings.normalisers]:
+        mask_bytes += 3  # the body
+    passes = [_pass_bytes(scan.geometry, fine)]
     if fine.coarse is not None:  # it only finds a box: nothing is resampled to the scan's grid
-        passes.append(replace(_pass_bytes(header.geometry, fine.coarse), restore=0))
+        passes.append(replace(_pass_bytes(scan.geometry, fine.coarse), restore=0))
     larger = max(passes, key=lambda network_pass: network_pass.total)
     # Post-processing holds the mask of one label and the cleaned mask; an organ, the mask without
     # it and the organ.
-    copies = 2 * label_bytes if recipe.postprocess or recipe.measure.organ is not None else 0
-    lesions = lesion_bytes(voxels, header.itemsize, copies=copies, calcium=recipe.measure.calcium)
+    copies = 2 * label_bytes if recipe.postprocess or recipe.measure.organ else 0
+    lesions = lesion_bytes(voxels, scan.itemsize, copies=copies, calcium=recipe.measure.calcium)
     on_host = _PassBytes(network=0, stream=STAGING, restore=0) if fine.on_gpu else larger
     return Footprint(
         process=process,
-        scans=voxels * header.itemsize * (3 if read_ahead else 1),
+        scans=voxels * scan.itemsize * n_scans,
         masks=voxels * mask_bytes,
         network=on_host.network,
         stream=on_host.stream,
         restore=on_host.restore,
-        lesions=max(lesions, 0 if read_ahead else writing_bytes()),
-        page=writing_bytes() if read_ahead else 0,  # else it follows inference
+        lesions=max(lesions, writing_bytes() - page),  # without reading ahead, writing follows
+        page=page,
         gpu=larger.total + torch.cuda.memory_allocated() if fine.on_gpu else 0,
     )
 
@@ -329,7 +331,7 @@ def network_bytes(bundle: ModelBundle) -> int:
         with torch.inference_mode(), _Live() as live:
             network(patch)
     except (RuntimeError, ValueError, IndexError, TypeError) as error:
-        size = " × ".join(map(str, bundle.plan.patch_shape))
+        size = format_sizes(bundle.plan.patch_shape)
         raise VolsegError(
             f"{bundle.recipe.name}: its network cannot be run on a patch of {size} "
             f"voxels ({str(error).strip().splitlines()[0]})",
@@ -339,23 +341,23 @@ def network_bytes(bundle: ModelBundle) -> int:
     return live.peak
 
 
-def check_patch(bundle: ModelBundle, needed: int, memory: int) -> None:
+def check_patch(bundle: ModelBundle, memory: int | None = None, *, half: bool = False) -> None:
     """Refuse a model whose batch of patches does not fit into memory, before allocating it.
 
     Args:
-        needed: `network_bytes` of the bundle.
-        memory: bytes of this machine.
+        memory: bytes of the GPU; None for the main memory of this machine.
+        half: the network is run in half precision or less.
 
     Raises:
         VolsegError: the batch does not fit.
     """
-    batch_size, patch = bundle.recipe.infer.batch_size, bundle.plan.patch_shape
-    if needed * batch_size > memory:
-        size = " × ".join(map(str, patch))
+    batch_size, memory = bundle.recipe.infer.batch_size, memory or total_memory()
+    needed = network_bytes(bundle) // (2 if half else 1) * batch_size
+    if needed > memory:
+        size = format_sizes(bundle.plan.patch_shape)
         raise VolsegError(
             f"{bundle.recipe.name}: a batch of {batch_size} patches of {size} voxels needs "
-            f"{needed * batch_size / 2**30:,.1f} GB, and this machine has "
-            f"{memory / 2**30:.1f} GB of memory",
+            f"{needed / 2**30:,.1f} GB, and this machine has {memory / 2**30:.1f} GB of memory",
             fix="use a machine with more memory, or a model with a smaller patch",
             code="E_RAM",
         )
