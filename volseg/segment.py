@@ -167,12 +167,11 @@ def segment_case(
 
 def network_pass(model: Model) -> NetworkPass:
     """Return what `plan_memory` must know of a model's passes over a scan."""
-    recipe, plan, backend = model.bundle.recipe, model.bundle.plan, model.segmentation
+    recipe, backend = model.bundle.recipe, model.segmentation
     head, identity = backend.head, backend.identity
     return NetworkPass(
         bundle=model.bundle,
-        tiling=Tiling.of(model.bundle),
-        settings=plan.prepare_settings(recipe.preprocess, recipe.data.channels),
+        tiling=Tiling.of(recipe),
         backend=identity["backend"],
         n_channels=recipe.data.n_outputs if head is None else 1 + head.n_features,
         network_bytes=_patch_bytes(model),
@@ -196,7 +195,7 @@ def estimate_work(model: Model, shapes: Sequence[tuple[int, int, int]]) -> Work:
     """Estimate the work for prepared grids of these shapes, by timing a blank batch."""
     seconds = seconds_per_tile(model.segmentation, batch_shape_of(model.bundle))
     return Work(
-        tiling=Tiling.of(model.bundle),
+        tiling=Tiling.of(model.bundle.recipe),
         shapes=shapes,
         seconds_per_tile=seconds,
         on_gpu=model.device != "cpu",
@@ -207,14 +206,13 @@ def _predict(
     scans: Mapping[str, Volume], model: Model, *, half_logits: bool, on_tile: OnTile
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return mask (I, J, K) of label values and confidence (I, J, K) uint8 on the scan's grid."""
-    bundle, data, backend = model.bundle, model.bundle.recipe.data, model.segmentation
+    recipe, backend = model.bundle.recipe, model.segmentation
+    data, regions = recipe.data, recipe.data.regions_class_order
     absent = [name for name in data.channels if name not in scans]
-    images = completed(scans, data.channels)
-    settings = bundle.plan.prepare_settings(bundle.recipe.preprocess, list(images), absent)
-    preparation = Preparation(images, settings)
-    trail, regions = preparation.trail, data.regions_class_order
+    preparation = Preparation(completed(scans, data.channels), recipe.preprocess, absent)
+    trail = preparation.trail
     tiling = replace(
-        Tiling.of(bundle),
+        Tiling.of(recipe),
         empty_level=None if regions else preparation.empty_level,
         dtype=torch.float16 if half_logits else torch.float32,
     )
@@ -274,8 +272,8 @@ def _region(preparation: Preparation, model: Model) -> BoundingBox | None:
     roi, coarse = model.bundle.recipe.roi, model.coarse
     if roi is None or coarse is None:
         return None
-    whole = preparation.at(coarse.bundle.plan.spacing_mm)
-    tiling = replace(Tiling.of(coarse.bundle), empty_level=whole.empty_level)
+    whole = preparation.at(coarse.bundle.recipe.spacing_mm)
+    tiling = replace(Tiling.of(coarse.bundle.recipe), empty_level=whole.empty_level)
     try:
         axis = thinnest_axis(whole.trail.shape, tiling.patch_shape)
         planes = whole.planes(axis, device=device_of(coarse.segmentation))

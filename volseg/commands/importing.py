@@ -54,10 +54,11 @@ def import_nnunet(options: ImportOptions) -> ImportReport:
 
 def _facts(bundle: ModelBundle) -> dict[str, str]:
     """Summarise the imported model, for people and for --json."""
-    recipe, plan = bundle.recipe, bundle.plan
+    recipe = bundle.recipe
     folds, copies = len(bundle.weights), 2 ** len(recipe.infer.tta_axes)
     features = " ".join(map(str, recipe.network.settings["features"]))
     channels = [(name, recipe.preprocess.normaliser_of(name)) for name in recipe.data.channels]
+    spacing = f"{format_sizes(recipe.spacing_mm)} mm"
     passes = (
         f"{folds * copies}: {format_count(folds, 'fold')} × {copies} with test-time augmentation"
     )
@@ -66,7 +67,7 @@ def _facts(bundle: ModelBundle) -> dict[str, str]:
         "network": f"{recipe.network.name}, {features} features",
         "channels": ", ".join(f"{name} ({normalise.method})" for name, normalise in channels),
         "labels": ", ".join(f"{name} = {value}" for value, name in recipe.data.label_names.items()),
-        "spacing": f"{format_sizes(plan.spacing_mm)} mm, patch {format_sizes(plan.patch_shape)}",
+        "spacing": f"{spacing}, patch {format_sizes(recipe.patch_shape)}",
         "networks per patch": passes,
     }
     if recipe.data.regions_class_order is not None:

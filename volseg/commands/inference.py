@@ -209,7 +209,7 @@ def _cost_of_tiles(shape: tuple[int, int, int], model: Model) -> str:
     """Describe the number of tiles of a prepared grid, and the cost of overlap and TTA."""
     from volseg.inference.stream import Tiling
 
-    tiling, axes = Tiling.of(model.bundle), model.bundle.recipe.infer.tta_axes
+    tiling, axes = Tiling.of(model.bundle.recipe), model.bundle.recipe.infer.tta_axes
     n_tiles, n_without_overlap = tiling.count(shape), replace(tiling, overlap=0).count(shape)
     coarse = ""
     if model.coarse is not None:

@@ -23,8 +23,10 @@ from volseg.inference.tiles import thinnest_axis
 from volseg.measurement.memory import ID_BYTES, lesion_bytes, report_bytes, writing_bytes
 from volseg.networks import build_segmentation
 from volseg.preprocessing.crop import AxisOrder, canonical_geometry
-from volseg.preprocessing.prepare import SLAB_VOXELS, PrepareSettings, separate_axis
+from volseg.preprocessing.prepare import SLAB_VOXELS, separate_axis
 from volseg.preprocessing.resample import SLAB_VALUES, resampled_shape
+from volseg.recipe import Preprocess
+from volseg.recipe.section import closed
 from volseg.volume import Geometry
 from volseg.words import format_sizes
 
@@ -147,7 +149,6 @@ class NetworkPass:
 
     bundle: ModelBundle
     tiling: Tiling
-    settings: PrepareSettings
     backend: str
     network_bytes: int  # from the function of that name
     n_channels: int  # output channels: logits, or features if the head is deferred
@@ -180,7 +181,7 @@ def plan_memory(
     """
     trim_freed_memory()
     process = resident_bytes()
-    shape = _prepared_grid(scan.geometry, fine.settings)[1]
+    shape = _prepared_grid(scan.geometry, fine.bundle.recipe.preprocess)[1]
     plans = []
     for read_ahead, batch_size, half_logits in _options(fine, is_alone=is_alone):
         dtype = torch.float16 if half_logits else torch.float32
@@ -234,7 +235,8 @@ def _footprint(scan: ScanSize, fine: NetworkPass, process: int, read_ahead: bool
     label_bytes = 1 if max(recipe.data.labels.values()) < 256 else 2
     n_scans, n_masks, page = (3, 2, writing_bytes()) if read_ahead else (1, 1, 0)
     mask_bytes = (label_bytes + 1 + ID_BYTES) * n_masks
-    if "nonzero" in [getattr(form, "region", "") for form in fine.settings.normalisers]:
+    forms = map(recipe.preprocess.normaliser_of, recipe.data.channels)
+    if "nonzero" in [form.fitted_region for form in forms]:
         mask_bytes += 3  # the body
     passes = [_pass_bytes(scan.geometry, fine)]
     if fine.coarse is not None:  # it only finds a box: nothing is resampled to the scan's grid
@@ -272,9 +274,9 @@ class _PassBytes:
 
 
 def _pass_bytes(grid: Geometry, run: NetworkPass) -> _PassBytes:
-    settings, tiling = run.settings, run.tiling
+    settings, tiling = run.bundle.recipe.preprocess, run.tiling
     geometry, shape = _prepared_grid(grid, settings)
-    axis = separate_axis(geometry.spacing_mm, settings.spacing_mm, settings.separate_above)
+    axis = separate_axis(geometry.spacing_mm, run.bundle.recipe.spacing_mm, settings.separate_above)
     axis = thinnest_axis(shape, tiling.patch_shape) if axis is None else axis
     padded = [len(tiled.source) for tiled in tiling.axes(shape)]
     plane = math.prod(padded) // padded[axis]  # with margin and padding
@@ -313,25 +315,25 @@ def _forward_bytes(run: NetworkPass) -> int:
 
 
 def _prepared_grid(
-    geometry: Geometry, settings: PrepareSettings
+    geometry: Geometry, settings: Preprocess
 ) -> tuple[Geometry, tuple[int, int, int]]:
     """Return the whole scan's grid in prepared axes, and its shape at the prepared spacing."""
     canonical = settings.axes == "canonical"
     order = AxisOrder.of(geometry) if canonical else AxisOrder.stored()
     prepared = canonical_geometry(geometry, order.transposed(settings.transpose))
-    return prepared, resampled_shape(prepared, settings.spacing_mm)
+    return prepared, resampled_shape(prepared, closed(settings.spacing_mm))
 
 
 def network_bytes(bundle: ModelBundle) -> int:
     """Return the peak bytes of live tensors while one patch passes through the network."""
     with torch.device("meta"):
         network: nn.Module = build_segmentation(bundle.recipe).eval()
-        patch = torch.empty(1, len(bundle.recipe.data.channels), *bundle.plan.patch_shape)
+        patch = torch.empty(1, len(bundle.recipe.data.channels), *bundle.recipe.patch_shape)
     try:
         with torch.inference_mode(), _Live() as live:
             network(patch)
     except (RuntimeError, ValueError, IndexError, TypeError) as error:
-        size = format_sizes(bundle.plan.patch_shape)
+        size = format_sizes(bundle.recipe.patch_shape)
         raise VolsegError(
             f"{bundle.recipe.name}: its network cannot be run on a patch of {size} "
             f"voxels ({str(error).strip().splitlines()[0]})",
@@ -354,7 +356,7 @@ def check_patch(bundle: ModelBundle, memory: int | None = None, *, half: bool = 
     batch_size, memory = bundle.recipe.infer.batch_size, memory or total_memory()
     needed = network_bytes(bundle) // (2 if half else 1) * batch_size
     if needed > memory:
-        size = format_sizes(bundle.plan.patch_shape)
+        size = format_sizes(bundle.recipe.patch_shape)
         raise VolsegError(
             f"{bundle.recipe.name}: a batch of {batch_size} patches of {size} voxels needs "
             f"{needed / 2**30:,.1f} GB, and this machine has {memory / 2**30:.1f} GB of memory",

@@ -16,11 +16,11 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from volseg.bundle import ModelBundle
 from volseg.inference.backend import Backend, device_of, run_on_device
 from volseg.inference.head import BACKGROUND
 from volseg.inference.tiles import TiledAxis
 from volseg.preprocessing.resample import send
+from volseg.recipe import Recipe
 from volseg.volume import WORLD_AXES
 
 
@@ -58,11 +58,11 @@ class Tiling:
     dtype: torch.dtype = torch.float32
 
     @classmethod
-    def of(cls, bundle: ModelBundle) -> Tiling:
-        """Return the tiling that a bundle's recipe prescribes."""
-        infer = bundle.recipe.infer
+    def of(cls, recipe: Recipe) -> Tiling:
+        """Return the tiling that a recipe prescribes for inference."""
+        infer = recipe.infer
         return cls(
-            patch_shape=bundle.plan.patch_shape,
+            patch_shape=recipe.patch_shape,
             overlap=infer.overlap,
             tta_axes=[WORLD_AXES[name] for name in infer.tta_axes],
             batch_size=infer.batch_size,
