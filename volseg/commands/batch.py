@@ -16,7 +16,7 @@ import numpy as np
 
 from volseg import __version__
 from volseg.commands.pages import page_budget, remake_page, write_report
-from volseg.commands.remarks import remarks_on_scans
+from volseg.commands.remarks import ORGAN, remarks_on_scans
 from volseg.errors import ScanError, UnexpectedError, VolsegError
 from volseg.execution.local import Outcome
 from volseg.io.cases import Case
@@ -273,7 +273,7 @@ def done_row(
         warnings.insert(0, specks.warning)
     if organ_voxels == 0:
         warnings.append(
-            f"W_ORGAN: no voxel is {settings.organ}, so its volume and the burden are unknown"
+            f"{ORGAN}: no voxel is {settings.organ}, so its volume and the burden are unknown"
         )
     if settings.calcium and (
         specks is not None or any(lesion.agatston_score is None for lesion in lesions)

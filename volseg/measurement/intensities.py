@@ -13,6 +13,7 @@ from volseg.measurement.density import SCHNEIDER, agatston, density_g_cm3, stati
 from volseg.measurement.lesion_box import LesionBox
 from volseg.measurement.ragged import Ragged
 from volseg.measurement.scan import CanonicalScan, SegmentedScan
+from volseg.words import format_count
 
 NEEDED = tuple(f"intensity_{name}" for name in ("mean", "sd", "min", "p10", "median", "p90", "max"))
 
@@ -117,7 +118,8 @@ def _density_cells(values: Ragged, view: CanonicalScan) -> Iterator[Cells]:
     numbers = zip(densities, values.counts.tolist(), over, under, strict=True)
     for density, n_voxels, n_over, n_under in numbers:
         notes = [
-            f"mass: {n} voxels are {side} {end:g} HU, where the calibration ends"
+            f"mass: {format_count(n, 'voxel')} {'is' if n == 1 else 'are'} {side} {end:g} HU, "
+            "where the calibration ends"
             for n, side, end in ((n_over, "over", high_hu), (n_under, "under", low_hu))
             if n
         ]
