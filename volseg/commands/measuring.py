@@ -560,9 +560,7 @@ def _write_case(
         remarks.insert(0, f"W_UNIT: {measured.unit.doubt}")
     if measured.organ_voxels and not len(measured.lesions):
         organ = measured.settings.organ
-        remarks.append(
-            f"{ORGAN}: no label but the organ, {organ}, so there is no lesion to measure"
-        )
+        remarks.append(f"{ORGAN}: no label but the organ, {organ}, so no lesion was measured")
     row = done_row(
         case,
         scan,

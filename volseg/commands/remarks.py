@@ -1,4 +1,4 @@
-"""Warnings about single scans for the terminal: noise, unit in doubt, other than in training, organ."""
+"""Warnings about single scans for the terminal: noise, unit, training data, organ."""
 
 from __future__ import annotations
 
