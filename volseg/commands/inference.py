@@ -70,21 +70,8 @@ def infer(options: InferOptions) -> CasesReport:
     cases = find_scans(options.scans, data.channels, allow_missing=data.missing == "empty")
     used = [*options.scans, folder, *(path for case in cases for path in case_files(case))]
     with ResultsFolder(options.out, "infer", inputs=used) as results:
-        n_cases = results.count_items(case.id for case in cases)
-        model, plans = _load_model(bundle, folder, cases, n_cases, options)
-        bundle, identity = model.bundle, model.segmentation.identity
-        key_options = {"model_sha256": bundle.sha256, "figures": options.figures}
-        key_options |= {**identity, **changes}
-        key_options |= {"accept_mismatch": True} if options.accept_mismatch else {}
-        run = _Run(
-            options=options,
-            cases=cases,
-            model=model,
-            plans=plans,
-            results=results,
-            key_options=key_options,
-            box=model_box(bundle.name, bundle.recipe, bundle.fingerprint, bundle.metrics),
-        )
+        run = _load_run(bundle, changes, folder, cases, results, options)
+        model, bundle = run.model, run.model.bundle
         about = run_header("infer", bundle.name) | {"model_box": run.box.model_dump(mode="json")}
         with limited_gpu(None if model.device == "cpu" else options.max_vram):
             report = run_cases(
@@ -102,12 +89,38 @@ def infer(options: InferOptions) -> CasesReport:
                 announce=options.announce,
             )
         results.write_run(
-            run_description(options, key_options, report, started)
+            run_description(options, run.key_options, report, started)
             | about
             | {"recipe_sha256": bundle.recipe.sha256, "connectivity": CONNECTIVITY}
             | {"measure": bundle.recipe.measure.model_dump(mode="json")}
         )
-    return replace(report, computed_with=identity)
+    return replace(report, computed_with=model.segmentation.identity)
+
+
+def _load_run(
+    bundle: ModelBundle,
+    changes: Mapping[str, Any],
+    folder: Path,
+    cases: Sequence[Case],
+    results: ResultsFolder,
+    options: InferOptions,
+) -> _Run:
+    """Load the model, with as many tiles at a time as fit into memory."""
+    n_cases = results.count_items(case.id for case in cases)
+    model, plans = _load_model(bundle, folder, cases, n_cases, options)
+    key_options = {"model_sha256": bundle.sha256, "figures": options.figures}
+    key_options |= {**model.segmentation.identity, **changes}
+    key_options |= {"accept_mismatch": True} if options.accept_mismatch else {}
+    bundle = model.bundle
+    return _Run(
+        options=options,
+        cases=cases,
+        model=model,
+        plans=plans,
+        results=results,
+        key_options=key_options,
+        box=model_box(bundle.name, bundle.recipe, bundle.fingerprint, bundle.metrics),
+    )
 
 
 def _load_model(
