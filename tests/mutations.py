@@ -58,6 +58,7 @@ def untrained_model(folder: Path) -> Path:
     """Save a model with random weights and without a coarse first pass."""
     content = tomllib.loads(TINY)
     content.pop("classify")
+    content["preprocess"]["normalise"] |= {"mean": 40, "sd": 100}
     recipe = parse_recipe(content, where="tiny")
     torch.manual_seed(0)
     numbers = IntensityStatistics(mean=0, sd=1, p00_5=-1, median=0, p99_5=1)
