@@ -324,13 +324,12 @@ def test_recipes_and_scans_have_the_same_limits_of_spacing():
 # ---- JSON that is nested
 
 
-def test_nested_json_is_one_line_in_every_file_that_a_command_reads(tmp_path, bundle, dataset):
+def test_nested_json_is_one_line_in_every_file_that_a_command_reads(tmp_path, bundle):
     image = scan(tmp_path / "scan.nii.gz")
     pair = ["--image", image, "--mask", mask(tmp_path / "mask.nii.gz")]
     (tmp_path / "deep.json").write_text(DEEP)
     deep, out = tmp_path / "deep.json", ["--out", tmp_path / "out"]
     refused("measure", *pair, *out, "--label-names", deep, words="E_LABELS.*nested")
-    refused("train", dataset, "--plan", deep, "--out", tmp_path / "m", words="E_PLAN.*nested")
     for name in ("plans.json", "dataset.json"):
         folder = write_model(tmp_path / name)
         (folder / name).write_text(DEEP)
@@ -384,7 +383,6 @@ def test_a_pipe_or_a_device_in_place_of_a_file_is_named_and_never_waited_for(
         ["check", tmp_path / "pipe.toml"],
         ["plan", tmp_path / "pipe.csv"],
         ["train", dataset, "--recipe", tmp_path / "pipe.toml", "--out", tmp_path / "m"],
-        ["train", dataset, "--plan", tmp_path / "pipe.json", "--out", tmp_path / "m"],
         ["measure", *pair[:2], "--mask", tmp_path / "pipe.nii.gz", "--out", tmp_path / "out"],
         ["measure", *pair, "--label-names", tmp_path / "pipe.json"],
         ["measure", *pair, "--label-names", tmp_path / "pipe.csv"],
@@ -497,7 +495,7 @@ LONG = "a" * 5000
         ["report", LONG],
         ["plan", LONG],
         ["train", LONG, "--out", LONG],
-        ["train", "DATA", "--plan", LONG, "--out", "OUT"],
+        ["train", "DATA", "--recipe", LONG, "--out", "OUT"],
         ["preprocess", LONG, "--recipe", "smoke", "--out", LONG],
         ["import-nnunet", LONG, "--out", "OUT"],
         ["quantise", LONG, LONG],

@@ -667,9 +667,7 @@ def calls(data, dataset, model, tiny_recipe, tmp_path):
         "infer": lambda out: volseg.infer(data / "images", model=model, out=out),
         "preprocess": lambda out: volseg.preprocess(dataset, recipe=tiny_recipe, out=out),
         "train": lambda out: volseg.train(dataset, recipe=tiny_recipe, out=out),
-        "plan": lambda out: volseg.plan(
-            dataset, recipe=tiny_recipe, out=out.with_name(f"{out.name}.toml")
-        ),
+        "plan": lambda out: volseg.plan(dataset, recipe=tiny_recipe, out=out / "plan.toml"),
     }
 
 
