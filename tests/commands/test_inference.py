@@ -10,8 +10,7 @@ from laws import CountingBackend
 import volseg
 from volseg.bundle import load_bundle, save_bundle
 from volseg.errors import VolsegError
-from volseg.io.nifti import read_mask, read_volume, write_volume
-from volseg.io.nifti_header import read_geometry
+from volseg.io.volumes import read_geometry, read_mask, read_volume, write_volume
 from volseg.volume import Geometry, Volume
 
 

@@ -21,9 +21,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from volseg.errors import EnvironmentProblem, ScanError
-from volseg.io import files, nifti
-from volseg.io.nifti import read_mask, read_volume, write_volume
-from volseg.io.nifti_header import read_geometry, read_header, stem_of
+from volseg.io import files, voxels
+from volseg.io.formats import stem_of
+from volseg.io.volumes import read_geometry, read_header, read_mask, read_volume, write_volume
 from volseg.volume import Geometry, Volume
 
 DATA = Path(__file__).parents[2].parent / "shared/data"
@@ -676,7 +676,7 @@ def test_a_bad_disk_leaves_the_old_file(tmp_path, monkeypatch):
         def on_bad_disk(path, write, verify, damage=damage):
             files.atomic_write(path, lambda file: (write(file), damage(file))[0], verify)
 
-        monkeypatch.setattr(nifti, "atomic_write", on_bad_disk)
+        monkeypatch.setattr(voxels, "atomic_write", on_bad_disk)
         with pytest.raises(EnvironmentProblem, match="read back differ") as caught:
             write_volume(volume, target)
         assert (caught.value.code, caught.value.exit_code) == ("E_DISK", 5)
@@ -690,7 +690,7 @@ def test_a_full_disk_leaves_nothing(tmp_path):
 import resource, numpy as np
 from pathlib import Path
 from volseg.errors import EnvironmentProblem
-from volseg.io.nifti import write_volume
+from volseg.io.volumes import write_volume
 from volseg.volume import Geometry, Volume
 resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
 noise = np.random.default_rng(0).integers(0, 255, (40, 40, 40)).astype(np.uint8)
@@ -713,7 +713,7 @@ for name in ("a.nii", "a.nii.gz"):
 
 def test_import_is_light_and_silent():
     heavy = {"torch", "monai", "pandas", "SimpleITK"}
-    code = f"import sys, volseg.io.nifti; print(sorted({heavy} & set(sys.modules)))"
+    code = f"import sys, volseg.io.volumes; print(sorted({heavy} & set(sys.modules)))"
     root = Path(__file__).parents[2]
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=60

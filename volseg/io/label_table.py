@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 from volseg.io.gzip_stream import fill, opened
-from volseg.io.nifti_header import read_header
+from volseg.io.volumes import read_header
 
 MAX_DIGITS = 10  # of a label value; masks hold no larger ones
 _KEY = re.compile(rf"""\bKey=["']([0-9]{{1,{MAX_DIGITS}}})["']""")
