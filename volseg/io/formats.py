@@ -25,7 +25,8 @@ class Format:
         name: for messages.
         suffixes: endings of its files, in lower case; a folder is searched for them.
         read_header: reads and checks the header, without voxels.
-        read_voxels: returns the stored (I, J, K) in native byte order, and the hash of the file.
+        read_voxels: returns the stored (I, J, K) in native byte order, and the hash of the file;
+            by default the voxels are stored one after another, first index fastest.
         encode: makes the contents of a file of (volume, path, header of the scan that the volume
             was made from); None if volseg only reads the format.
         files: lists the files of a scan.
@@ -47,7 +48,7 @@ def format_of(path: Path) -> Format:
     """Return the format of a file by its name; NIfTI, which checks its contents, if unknown."""
     name = path.name.lower()
     matching = (row for row in FORMATS if name.endswith(row.suffixes + row.partner_suffixes))
-    return next(matching, FORMATS[0])
+    return next(matching, NIFTI)
 
 
 def is_scan(path: Path) -> bool:
@@ -64,13 +65,14 @@ def stem_of(path: Path) -> str:
     return path.name
 
 
+NIFTI = Format(
+    name="NIfTI",
+    suffixes=(".nii", ".nii.gz"),
+    read_header=nifti.read_header,
+    encode=nifti.encode,
+)
 FORMATS = (
-    Format(
-        name="NIfTI",
-        suffixes=(".nii", ".nii.gz"),
-        read_header=nifti.read_header,
-        encode=nifti.encode,
-    ),
+    NIFTI,
     Format(
         name="NIfTI pair",
         suffixes=(".hdr", ".hdr.gz"),

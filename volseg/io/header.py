@@ -38,8 +38,9 @@ class ScanHeader:
         dtype: dtype of the stored values, in the byte order of the file.
         slope, intercept: intensity = stored value × slope + intercept.
         path: file of the header.
-        stored: bytes of the header as stored, decompressed.
-        data_path, data_offset: file and byte (after decompression) of the first voxel.
+        stored: bytes of the header as stored, decompressed; empty if the reader needs none.
+        data_path, data_offset: file and byte (after decompression) of the first voxel; None if
+            the voxels are not stored one after another.
         warnings: oddities of header and file name.
     """
 
@@ -48,9 +49,9 @@ class ScanHeader:
     slope: float = 1.0
     intercept: float = 0.0
     path: Path
-    stored: bytes
-    data_path: Path
-    data_offset: int
+    stored: bytes = b""
+    data_path: Path | None = None
+    data_offset: int | None = None
     warnings: tuple[ScanWarning, ...] = ()
 
     @property
@@ -160,6 +161,8 @@ def check_size(header: ScanHeader, path: Path, max_bytes: int) -> None:
             f"{requested}, above the limit of {max_bytes:,}",
             "crop or resample the scan; if its size is wrong, copy the file again",
         )
+    if header.data_path is None or header.data_offset is None:
+        return
     with opened(header.data_path) as stream:
         is_gzip = isinstance(stream, Inflated)
         file_size = os.stat(header.data_path).st_size

@@ -24,6 +24,8 @@ def read_label_table(path: Path | str) -> dict[int, str]:
     Source: the CARET extension of NIfTI-1, an XML element `Label` with a `Key` for each value.
     """
     header = read_header(path)
+    if header.data_path is None or header.data_offset is None:
+        return {}
     block = bytearray(header.data_offset)
     with opened(header.data_path) as stream:
         del block[fill(stream, memoryview(block)) :]

@@ -31,6 +31,7 @@ def read_voxels(header: ScanHeader, path: Path) -> tuple[np.ndarray, str]:
         ScanError: voxels are missing (`E_TRUNCATED`) or damaged (`E_CRC`), or the file was replaced
             after its header was read (`E_CHANGED`).
     """
+    assert header.data_path is not None and header.data_offset is not None
     flat = np.empty(math.prod(header.geometry.shape), header.dtype)
     target = flat.view(np.uint8).data
     digest = hashlib.sha256()
