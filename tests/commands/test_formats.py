@@ -7,7 +7,7 @@ import pytest
 
 import volseg
 from volseg.io.formats import FORMATS
-from volseg.io.volumes import read_geometry, read_mask, read_volume, write_volume
+from volseg.io.volumes import read_header, read_mask, read_volume, write_volume
 
 SUFFIXES = [row.suffixes[0] for row in FORMATS if row.encode]
 
@@ -49,7 +49,9 @@ def test_infer_evaluate_and_measure(folder, model, dataset, tmp_path):
     results = tmp_path / "results"
     for scan in (folder / "images").iterdir():
         mask = results / "masks" / f"{scan.name.split('.')[0]}.nii.gz"
-        np.testing.assert_array_equal(read_geometry(mask).affine, read_geometry(scan).affine)
+        np.testing.assert_array_equal(
+            read_header(mask).geometry.affine, read_header(scan).geometry.affine
+        )
     rows, expected = table(results / "lesions.csv"), table(tmp_path / "expected/lesions.csv")
     assert rows and [row["n_voxels"] for row in rows] == [row["n_voxels"] for row in expected]
     assert [row["volume_ml"] for row in rows] == [row["volume_ml"] for row in expected]

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from laws import GRIDS, oblique, orientations
 
 from volseg.errors import ScanError
+from volseg.io import formats
 from volseg.io.formats import FORMATS, READABLE, SUFFIXES, format_of, is_scan, stem_of
 from volseg.io.layouts import find_cases, find_scans
 from volseg.io.volumes import (
-    read_geometry,
     read_header,
     read_mask,
     read_volume,
@@ -94,6 +96,16 @@ def test_scans_and_masks_come_back(suffix, grid, tmp_path):
     assert volume.sha256 == scan_digest(scan)
 
 
+def test_a_format_without_masks_gives_none(monkeypatch, tmp_path):
+    pictures = replace(formats.NIFTI, name="Picture", suffixes=(".picture",), holds_masks=False)
+    monkeypatch.setattr(formats, "FORMATS", (*FORMATS, pictures))
+    write_volume(Volume(LABELS, Geometry(SHAPE, oblique((1, 1, 2)))), tmp_path / "a.nii")
+    path = (tmp_path / "a.nii").rename(tmp_path / "a.picture")
+    np.testing.assert_array_equal(read_volume(path).array, LABELS)
+    with pytest.raises(ScanError, match="Picture holds intensities only, no mask"):
+        read_mask(path)
+
+
 @pytest.mark.parametrize("suffix", WRITTEN)
 @pytest.mark.parametrize("affine", [np.diag([0.7, 1.1, 2.5, 1.0]), oblique((0.7, 1.1, 2.5))])
 def test_all_48_orientations_give_the_same_patient(suffix, affine, tmp_path):
@@ -117,7 +129,7 @@ def test_all_48_orientations_give_the_same_patient(suffix, affine, tmp_path):
 def test_a_mask_has_the_grid_of_the_scan_bit_for_bit(suffix, grid, tmp_path):
     scan = tmp_path / f"scan{suffix}"
     write_volume(Volume(VOXELS, Geometry(SHAPE, GRIDS[grid]((0.7, 1.1, 2.5)))), scan)
-    geometry = read_geometry(scan)
+    geometry = read_header(scan).geometry
     write_volume(Volume(LABELS, geometry), tmp_path / "mask.nii.gz", like=scan)
     mask = read_mask(tmp_path / "mask.nii.gz")
     np.testing.assert_array_equal(mask.geometry.affine, geometry.affine)  # exactly
@@ -136,7 +148,7 @@ def test_every_flipped_byte_of_a_compressed_file_is_noticed(suffix, tmp_path):
     array = VOXELS[:4, :4, :4]
     write_volume(Volume(array, Geometry(array.shape, oblique((1, 1, 2)))), path)
     whole = path.read_bytes()
-    geometry = read_geometry(path)
+    geometry = read_header(path).geometry
     for position in range(len(whole)):
         damaged = bytearray(whole)
         damaged[position] ^= 0x10

@@ -133,27 +133,49 @@ class Channels:
             VolsegError: a channel is missing, or two differ only in upper and lower case.
         """
         names = self.names
-        if names is not None and all(name in available for name in names):
+        if names is not None and available.keys() >= set(names):
             return {name: available[name] for name in names}
-        ambiguous = _differ_in_case_only(available) or _differ_in_case_only(names or ())
-        if ambiguous:
-            raise VolsegError(
-                f"{origin}: channels {listed(ambiguous)} differ only in upper and lower case",
-                fix="rename one of them",
-            )
+        _refuse_ambiguous(available, origin)
+        _refuse_ambiguous(names or (), origin)
         if names is None:
             return dict(available)
-        by_name = {name.casefold(): value for name, value in available.items()}
-        picked = {name: by_name[name.casefold()] for name in names if name.casefold() in by_name}
-        missing = [name for name in names if name not in picked]
-        if not missing or (self.allow_missing and names[0] in picked):
+        picked = _matches_ignoring_case(names, available)
+        if len(picked) == len(names) or (self.allow_missing and names[0] in picked):
             return picked
         if len(names) == len(available) == 1 and ONE_CHANNEL in (names[0], *available):
             return {names[0]: next(iter(available.values()))}
-        columns = listed(f"image_{name}" for name in names)
+        raise _missing_channel(names, available, origin)
+
+
+def _matches_ignoring_case(
+    names: Iterable[str], available: Mapping[str, Anything]
+) -> dict[str, Anything]:
+    by_name = {name.casefold(): value for name, value in available.items()}
+    return {name: by_name[name.casefold()] for name in names if name.casefold() in by_name}
+
+
+def _missing_channel(
+    names: Sequence[str], available: Mapping[str, object], origin: str
+) -> VolsegError:
+    picked = _matches_ignoring_case(names, available)
+    missing = listed(name for name in names if name not in picked)
+    columns = listed(f"image_{name}" for name in names)
+    return VolsegError(
+        f"{origin}: has no channel {missing}; it has {listed(available)}",
+        fix=f"add a cases.csv with the columns {columns}, or choose another recipe",
+    )
+
+
+def _refuse_ambiguous(names: Iterable[str], origin: str) -> None:
+    """Refuse channels that differ only in upper and lower case."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(name.casefold(), []).append(name)
+    ambiguous = [name for group in groups.values() if len(group) > 1 for name in group]
+    if ambiguous:
         raise VolsegError(
-            f"{origin}: has no channel {listed(missing)}; it has {listed(available)}",
-            fix=f"add a cases.csv with the columns {columns}, or choose another recipe",
+            f"{origin}: channels {listed(ambiguous)} differ only in upper and lower case",
+            fix="rename one of them",
         )
 
 
@@ -163,46 +185,48 @@ class Channels:
 def read_cases_csv(path: Path, channels: Channels) -> Listing:
     """Read the rows of a table of cases."""
     columns, lines = read_table(path)
-    available = _image_columns(columns, path)
-    picked = channels.pick(available, str(path))
-    reserved = {"subject", "label", "split", "patient", *available.values()}
-    class_columns = [name for name in columns if name not in reserved]
+    image_columns = channels.pick(_image_columns(columns, path), str(path))
     listing = Listing()
-    for number, cells in lines:
+    required = list(image_columns.values())[: 1 if channels.allow_missing else None]
+    for number, texts in lines:
         where = f"{path.name} line {number}"
-        if len(cells) != len(columns):
-            text = f"{where}: has {len(cells)} cells under {len(columns)} columns"
+        if len(texts) != len(columns):
+            text = f"{where}: has {len(texts)} cells under {len(columns)} columns"
             listing.mistakes.append(text)
             continue
-        row = dict(zip(columns, cells, strict=True))
-        images = {name: path.parent / row[column] for name, column in picked.items() if row[column]}
-        empty = [column for name, column in picked.items() if name not in images]
-        first = next(iter(picked.values()))
-        if empty and not (channels.allow_missing and row[first]):
-            shown = [first] if channels.allow_missing else empty
-            listing.mistakes.append(f"{where}: the cell of {listed(shown)} is empty")
+        cells = dict(zip(columns, texts, strict=True))
+        empty = [column for column in required if not cells[column]]
+        if empty:
+            listing.mistakes.append(f"{where}: the cell of {listed(empty)} is empty")
             continue
-        listing.rows.append(
-            Row(
-                where=where,
-                id=row.get("subject") or safe_id(stem_of(next(iter(images.values())))),
-                images=images,
-                reference=path.parent / row["label"] if row.get("label") else None,
-                split=row.get("split") or None,
-                patient=row.get("patient") or None,
-                classes={name: row[name] for name in class_columns if row[name]},
-            )
-        )
+        listing.rows.append(_row_of(cells, image_columns, where=where, folder=path.parent))
     return listing
+
+
+def _row_of(
+    cells: Mapping[str, str], image_columns: Mapping[str, str], *, where: str, folder: Path
+) -> Row:
+    """Return the row of a line; an empty cell of an image is a missing channel."""
+    images = {name: folder / cells[key] for name, key in image_columns.items() if cells[key]}
+    not_classes = {"subject", "label", "split", "patient", *filter(_is_image_column, cells)}
+    return Row(
+        where=where,
+        id=cells.get("subject") or safe_id(stem_of(next(iter(images.values())))),
+        images=images,
+        reference=folder / cells["label"] if cells.get("label") else None,
+        split=cells.get("split") or None,
+        patient=cells.get("patient") or None,
+        classes={name: cells[name] for name in cells if cells[name] and name not in not_classes},
+    )
+
+
+def _is_image_column(name: str) -> bool:
+    return name == "image" or name.startswith("image_")
 
 
 def _image_columns(columns: Sequence[str], path: Path) -> dict[str, str]:
     """Return channel → column of scans."""
-    available = {
-        name.removeprefix("image_"): name
-        for name in columns
-        if name == "image" or name.startswith("image_")
-    }
+    available = {name.removeprefix("image_"): name for name in filter(_is_image_column, columns)}
     if not available:
         raise VolsegError(
             f"{path}: has no column 'image'; its columns are {listed(columns)}",
@@ -272,14 +296,6 @@ def unreadable(path: Path, error: OSError) -> VolsegError:
 
 
 # ---- rules for every data set
-
-
-def _differ_in_case_only(names: Iterable[str]) -> list[str]:
-    """Return the names that equal another one except for upper and lower case."""
-    groups: dict[str, list[str]] = {}
-    for name in names:
-        groups.setdefault(name.casefold(), []).append(name)
-    return [name for group in groups.values() if len(group) > 1 for name in group]
 
 
 def _id_mistakes(rows: list[Row]) -> list[str]:

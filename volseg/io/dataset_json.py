@@ -67,20 +67,9 @@ def read_dataset_json(dataset: Path) -> dict[str, Any]:
 
 def mistakes_in(description: Mapping[str, Any]) -> Iterator[str]:
     """Yield the mistakes in the labels, regions and channels of a `dataset.json`."""
-    for key, is_valid, expected in (
-        ("labels", _is_label, "a whole number, or a list of them"),
-        ("channel_names", _is_channel, "a name"),
-        ("modality", _is_channel, "a name"),
-    ):
-        entries = description.get(key, {})
-        if not isinstance(entries, dict):
-            text = shorten(json.dumps(entries))
-            yield f"{FILE}: {key!r} is {text}, not an object of names"
-            continue
-        for name, value in entries.items():
-            if not is_valid(name, value):
-                text = f"{json.dumps(shorten(name))}: {shorten(json.dumps(value))}"
-                yield f"{FILE}: {key} holds {text}, where {expected} is expected"
+    yield from _entry_mistakes(description, "labels", "a whole number, or a list of them")
+    yield from _entry_mistakes(description, "channel_names", "a name")
+    yield from _entry_mistakes(description, "modality", "a name")
     pairs = list(_named_values(_names(description, "labels")))
     for n_used in (Counter(name for name, _ in pairs), Counter(value for _, value in pairs)):
         for part in (part for part, n in n_used.items() if n > 1):
@@ -93,6 +82,18 @@ def mistakes_in(description: Mapping[str, Any]) -> Iterator[str]:
         yield f"{FILE}: regions_class_order is {text}, not a list of whole numbers"
     elif not isinstance(description.get("labels"), dict):
         yield f"{FILE}: regions_class_order is given without labels"
+
+
+def _entry_mistakes(description: Mapping[str, Any], key: str, expected: str) -> Iterator[str]:
+    entries, is_valid = description.get(key, {}), _is_label if key == "labels" else _is_channel
+    if not isinstance(entries, dict):
+        text = shorten(json.dumps(entries))
+        yield f"{FILE}: {key!r} is {text}, not an object of names"
+        return
+    for name, value in entries.items():
+        if not is_valid(name, value):
+            text = f"{json.dumps(shorten(name))}: {shorten(json.dumps(value))}"
+            yield f"{FILE}: {key} holds {text}, where {expected} is expected"
 
 
 def _read(dataset: Path) -> dict[str, Any]:

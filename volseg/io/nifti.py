@@ -37,7 +37,7 @@ def read_header(path: Path) -> ScanHeader:
     Raises:
         ScanError: the file or its header cannot be trusted; `code` is the reason.
     """
-    header_path = _partner(path, ".hdr") if _has_suffix(path, "img") else path
+    header_path = _header_file(path)
     stored, name_warnings = read_start(header_path, 540)
     raw, is_single = _parse(stored, header_path)
     n_dims, *sizes = (int(n) for n in raw["dim"])
@@ -67,8 +67,7 @@ def pair_files(path: Path) -> tuple[Path, Path]:
     Raises:
         ScanError: one of them is missing.
     """
-    header_path = _partner(path, ".hdr") if _has_suffix(path, "img") else path
-    return header_path, _partner(path, ".img")
+    return _header_file(path), _partner(path, ".img")
 
 
 def encode(volume: Volume, path: Path, like: ScanHeader | None = None) -> FileContent:
@@ -76,20 +75,44 @@ def encode(volume: Volume, path: Path, like: ScanHeader | None = None) -> FileCo
 
     Args:
         path: the future file, for messages.
-        like: see `write_volume`.
+        like: header of the scan on this grid: a NIfTI scan gives its geometry fields.
 
     Raises:
         ScanError: `read_header` would refuse the grid, for example a single slice.
-        ValueError: the dtype or scale cannot be stored, or the grid is not that of `like`.
+        ValueError: the dtype, scale or affine cannot be stored.
     """
-    is_copied = like is not None and _is_nifti(like.stored)
-    source = _parse(like.stored, path)[0] if like is not None and is_copied else None
+    source = None if like is None or not _is_nifti(like.stored) else _parse(like.stored, path)[0]
+    header = _new_header(volume, source, is_exact=like is not None)
     affine = volume.geometry.affine
-    is_exact = like is None or np.array_equal(affine, affine.astype(np.float32))
+    if source is None:
+        with np.errstate(over="ignore"):
+            header.set_qform(affine, code=1)
+            header.set_sform(affine, code=1)
+            affine = affine.astype(header["srow_x"].dtype)
+        header["xyzt_units"] = 2
+    else:
+        for field in _GEOMETRY_FIELDS:
+            header[field] = source[field]
+    geometry, _ = _geometry(header, volume_shape(volume.geometry.shape, path), path)
+    if not np.array_equal(geometry.affine, affine):
+        raise ValueError(f"the affine reads back as\n{geometry.affine}\nnot\n{affine}")
+    prefix = header.binaryblock + bytes(4)  # four zeros: no extensions
+    return FileContent(prefix, voxel_bytes(volume.array, "<"))
+
+
+def _new_header(volume: Volume, source: Nifti1Header | None, *, is_exact: bool) -> Nifti1Header:
+    """Return a little-endian header without geometry.
+
+    It is NIfTI-2 if `source` is, an axis is too long for NIfTI-1, or NIfTI-1 would round an affine
+    that must be exact.
+    """
+    affine, dtype = volume.geometry.affine, volume.array.dtype.newbyteorder("=")
     is_long = max(volume.geometry.shape) > np.iinfo(np.int16).max
-    needs_nifti2 = is_long or (not is_exact if source is None else type(source) is Nifti2Header)
-    header = (Nifti2Header if needs_nifti2 else Nifti1Header)(endianness="<")
-    dtype = volume.array.dtype.newbyteorder("=")
+    is_rounded = source is None and not np.array_equal(affine, affine.astype(np.float32))
+    if is_long or isinstance(source, Nifti2Header) or (is_exact and is_rounded):
+        header = Nifti2Header(endianness="<")
+    else:
+        header = Nifti1Header(endianness="<")
     if dtype not in map(np.dtype, _DTYPES.values()):
         raise ValueError(f"cannot write voxels of type {dtype}: the reader would refuse them")
     header.set_data_dtype(dtype)
@@ -100,23 +123,7 @@ def encode(volume: Volume, path: Path, like: ScanHeader | None = None) -> FileCo
         raise ValueError(
             f"slope {volume.slope!r} or intercept {volume.intercept!r} is not a float32 number"
         )
-    if source is None:
-        with np.errstate(over="ignore"):
-            header.set_qform(affine, code=1)
-            header.set_sform(affine, code=1)
-            affine = affine.astype(header["srow_x"].dtype)
-        header["xyzt_units"] = 2
-    else:
-        for field in _GEOMETRY_FIELDS:
-            header[field] = source[field]
-    shape = volume_shape(volume.geometry.shape, path)
-    geometry, _ = _geometry(header, shape, path)
-    if not np.array_equal(geometry.affine, affine):
-        raise ValueError(
-            f"the volume lies on another grid than the scan:\n{affine}\nand\n{geometry.affine}"
-        )
-    prefix = header.binaryblock + bytes(4)  # four zeros: no extensions
-    return FileContent(prefix, voxel_bytes(volume.array, "<"))
+    return header
 
 
 # ---- fields
@@ -294,8 +301,9 @@ def _check_against_sform(
 # ---- pairs of files
 
 
-def _has_suffix(path: Path, suffix: str) -> bool:
-    return re.search(rf"\.{suffix}(\.gz)?$", path.name, re.IGNORECASE) is not None
+def _header_file(path: Path) -> Path:
+    """Return the file that holds the header: that of an `.img` is its `.hdr`."""
+    return _partner(path, ".hdr") if re.search(r"\.img(\.gz)?$", path.name, re.IGNORECASE) else path
 
 
 def _partner(path: Path, suffix: str) -> Path:

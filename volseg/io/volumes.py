@@ -14,19 +14,17 @@ from volseg.io.formats import WRITABLE, format_of, is_scan
 from volseg.io.gzip_stream import opened_raw, refusal, skip
 from volseg.io.header import MAX_BYTES, ScanHeader, check_size, is_compressed
 from volseg.io.voxels import finite_range, highest_label, value_range, write_content
-from volseg.volume import Geometry, Volume
+from volseg.volume import Volume
 
 MAX_LABELS = 1000  # a mask with more distinct values is taken for an image
 MAX_INTENSITY = float(np.finfo(np.float32).max)
 
 
-def read_geometry(path: Path | str) -> Geometry:
-    """Read the grid of a scan without its voxels; raise as `read_header` does."""
-    return read_header(path).geometry
-
-
 def read_header(path: Path | str, *, max_bytes: int = MAX_BYTES) -> ScanHeader:
     """Read the header of a scan, without voxels; it is checked against the size of the file.
+
+    Args:
+        max_bytes: a header that asks for more voxel bytes is refused.
 
     Raises:
         ScanError: the file or its header cannot be trusted; `code` is the reason.
@@ -37,11 +35,10 @@ def read_header(path: Path | str, *, max_bytes: int = MAX_BYTES) -> ScanHeader:
     return header
 
 
-def read_volume(path: Path | str, *, max_bytes: int = MAX_BYTES, is_finite: bool = True) -> Volume:
+def read_volume(path: Path | str, *, is_finite: bool = True) -> Volume:
     """Read a scan in its stored dtype (native byte order); `Volume.intensities` scales on demand.
 
     Args:
-        max_bytes: a header that requests more voxel bytes is refused before memory is allocated.
         is_finite: False accepts a scan with some NaN or infinite voxels.
 
     Raises:
@@ -50,7 +47,7 @@ def read_volume(path: Path | str, *, max_bytes: int = MAX_BYTES, is_finite: bool
             checksum is always verified.
     """
     path = Path(path)
-    volume = _read_stored(path, max_bytes)
+    volume = _read_stored(path)
     range_of = value_range if is_finite or volume.array.dtype.kind != "f" else finite_range
     low, high = range_of(volume.array, path)
     if low == high:
@@ -63,9 +60,7 @@ def read_volume(path: Path | str, *, max_bytes: int = MAX_BYTES, is_finite: bool
     return volume
 
 
-def read_mask(
-    path: Path | str, *, max_bytes: int = MAX_BYTES, max_labels: int = MAX_LABELS
-) -> Volume:
+def read_mask(path: Path | str, *, max_labels: int = MAX_LABELS) -> Volume:
     """Read a mask or label map in the smallest unsigned dtype that holds its labels.
 
     It may be empty. Scaled or floating-point labels within 0.001 of a whole number are rounded:
@@ -80,7 +75,7 @@ def read_mask(
     if not format_of(path).holds_masks:
         problem = f"{format_of(path).name} holds intensities only, no mask"
         raise refusal(path, "E_LABELS", problem, "give the mask in another format, such as NIfTI")
-    stored = _read_stored(path, max_bytes)
+    stored = _read_stored(path)
     value_range(stored.array, path)  # NaN labels
     dtype = np.min_scalar_type(highest_label(stored, path, max_labels))
     if stored.array.dtype.kind in "iu" and not stored.is_scaled:
@@ -92,8 +87,8 @@ def read_mask(
     return Volume(labels, stored.geometry, sha256=stored.sha256)
 
 
-def _read_stored(path: Path, max_bytes: int) -> Volume:
-    header = read_header(path, max_bytes=max_bytes)
+def _read_stored(path: Path) -> Volume:
+    header = read_header(path)
     array, sha256 = format_of(path).read_voxels(header, path)
     return Volume(array, header.geometry, header.slope, header.intercept, sha256)
 
@@ -138,6 +133,8 @@ def write_volume(volume: Volume, path: Path | str, like: Path | str | None = Non
     if volume.array.dtype == np.bool_:
         volume = Volume(volume.array.view(np.uint8), volume.geometry)
     source = None if like is None else read_header(like)
+    if source and not np.array_equal(source.geometry.affine, volume.geometry.affine):
+        raise ValueError(f"the volume lies on another grid than {like}")
     write_content(path, encode(volume, path, source), compressed=is_compressed(path))
 
 
