@@ -6,13 +6,14 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from volseg.io.layouts import find_cases
 
 from volseg.commands.batch import CaseFiles, run_cases
 from volseg.commands.patients import read_pairs
 from volseg.commands.remarks import remarks_on_scans
 from volseg.errors import VolsegError
 from volseg.inputs import parse_json, read_toml
-from volseg.io.cases import Case, find_cases
+from volseg.io.cases import Case
 from volseg.nnunet.plans import Dataset, configuration_of
 from volseg.store.results import State
 

@@ -14,7 +14,7 @@ import pytest
 import volseg
 from volseg.commands import batch, comparing, evaluating, measuring, preparing
 from volseg.errors import EnvironmentProblem, VolsegError
-from volseg.io.nifti import read_mask, read_volume, write_volume
+from volseg.io.volumes import read_mask, read_volume, write_volume
 from volseg.recipe import load_recipe
 
 
