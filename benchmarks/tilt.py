@@ -25,7 +25,7 @@ import numpy as np
 from scipy import ndimage
 
 import volseg
-from volseg.io.nifti import read_mask, read_volume, write_volume
+from volseg.io.volumes import read_mask, read_volume, write_volume
 from volseg.preprocessing.align import index_matrix
 from volseg.volume import Geometry, Volume
 

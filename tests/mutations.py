@@ -29,7 +29,7 @@ from nnunet_folder import write_model
 import volseg
 from volseg import cli
 from volseg.bundle import ModelBundle, save_bundle
-from volseg.io.nifti import write_volume
+from volseg.io.volumes import write_volume
 from volseg.networks import build_segmentation, unique_tensors
 from volseg.planning.fingerprint import DatasetFingerprint, IntensityStatistics
 from volseg.recipe import parse_recipe

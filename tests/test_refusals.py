@@ -23,8 +23,9 @@ from nnunet_folder import architecture, checkpoint, configuration, plans, state_
 
 from volseg import cli
 from volseg.bundle import load_bundle
-from volseg.io import nifti, nifti_header
-from volseg.io.cases import ID_PATTERN, find_scans
+from volseg.io import header, volumes
+from volseg.io.cases import ID_PATTERN
+from volseg.io.layouts import find_scans
 from volseg.networks import build_network
 from volseg.recipe import shipped_recipes
 from volseg.recipe.section import SpacingMm
@@ -168,7 +169,7 @@ def test_a_scan_whose_prepared_grid_would_be_too_fine_is_a_failed_row(bundle, tm
     values = np.random.default_rng(0).integers(-1000, 300, (400, 400, 40)).astype(np.int16)
     geometry = Geometry(values.shape, np.diag([1.0, 1, 5, 1]))
     volume = Volume(np.asfortranarray(values), geometry)
-    nifti.write_volume(volume, tmp_path / "scan.nii.gz")
+    volumes.write_volume(volume, tmp_path / "scan.nii.gz")
     options = ["--model", bundle, "--out", tmp_path / "out", "--backend", "torch"]
     refused("infer", tmp_path / "scan.nii.gz", *options, code=4, words="E_RAM.*machine has")
 
@@ -316,21 +317,20 @@ def test_a_recipe_that_would_take_all_memory_is_refused_before_it_takes_any(
 def test_recipes_and_scans_have_the_same_limits_of_spacing():
     bounds = {type(bound).__name__: bound for bound in SpacingMm.__metadata__[0].metadata}
     assert (bounds["Ge"].ge, bounds["Le"].le) == (
-        nifti_header.MIN_SPACING_MM,
-        nifti_header.MAX_SPACING_MM,
+        header.MIN_SPACING_MM,
+        header.MAX_SPACING_MM,
     )
 
 
 # ---- JSON that is nested
 
 
-def test_nested_json_is_one_line_in_every_file_that_a_command_reads(tmp_path, bundle, dataset):
+def test_nested_json_is_one_line_in_every_file_that_a_command_reads(tmp_path, bundle):
     image = scan(tmp_path / "scan.nii.gz")
     pair = ["--image", image, "--mask", mask(tmp_path / "mask.nii.gz")]
     (tmp_path / "deep.json").write_text(DEEP)
     deep, out = tmp_path / "deep.json", ["--out", tmp_path / "out"]
     refused("measure", *pair, *out, "--label-names", deep, words="E_LABELS.*nested")
-    refused("train", dataset, "--plan", deep, "--out", tmp_path / "m", words="E_PLAN.*nested")
     for name in ("plans.json", "dataset.json"):
         folder = write_model(tmp_path / name)
         (folder / name).write_text(DEEP)
@@ -384,7 +384,6 @@ def test_a_pipe_or_a_device_in_place_of_a_file_is_named_and_never_waited_for(
         ["check", tmp_path / "pipe.toml"],
         ["plan", tmp_path / "pipe.csv"],
         ["train", dataset, "--recipe", tmp_path / "pipe.toml", "--out", tmp_path / "m"],
-        ["train", dataset, "--plan", tmp_path / "pipe.json", "--out", tmp_path / "m"],
         ["measure", *pair[:2], "--mask", tmp_path / "pipe.nii.gz", "--out", tmp_path / "out"],
         ["measure", *pair, "--label-names", tmp_path / "pipe.json"],
         ["measure", *pair, "--label-names", tmp_path / "pipe.csv"],
@@ -465,7 +464,7 @@ def test_a_label_name_of_100_kb_is_refused_and_shortened_in_figures(tmp_path):
         assert len(text) < 1000
     from volseg.pages.figures import overlay_png
 
-    volume, ids = nifti.read_volume(image), nifti.read_mask(tmp_path / "mask.nii.gz")
+    volume, ids = volumes.read_volume(image), volumes.read_mask(tmp_path / "mask.nii.gz")
     from segmented_scans import segmented
 
     from volseg.measurement.lesions import measure_lesions
@@ -499,7 +498,7 @@ LONG = "a" * 5000
         ["report", LONG],
         ["plan", LONG],
         ["train", LONG, "--out", LONG],
-        ["train", "DATA", "--plan", LONG, "--out", "OUT"],
+        ["train", "DATA", "--recipe", LONG, "--out", "OUT"],
         ["preprocess", LONG, "--recipe", "smoke", "--out", LONG],
         ["import-nnunet", LONG, "--out", "OUT"],
         ["quantise", LONG, LONG],

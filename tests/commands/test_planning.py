@@ -9,7 +9,7 @@ import volseg
 from volseg.bundle import load_bundle
 from volseg.commands.planning import budget_of, recipe_for
 from volseg.errors import VolsegError
-from volseg.io.nifti import read_mask, write_volume
+from volseg.io.volumes import read_mask, write_volume
 from volseg.recipe import load_recipe
 from volseg.volume import Geometry, Volume
 

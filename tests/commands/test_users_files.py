@@ -14,7 +14,7 @@ import pytest
 import volseg
 from volseg.commands import batch, comparing, evaluating, measuring, preparing
 from volseg.errors import EnvironmentProblem, VolsegError
-from volseg.io.nifti import read_mask, read_volume, write_volume
+from volseg.io.volumes import read_mask, read_volume, write_volume
 from volseg.recipe import load_recipe
 
 
@@ -667,9 +667,7 @@ def calls(data, dataset, model, tiny_recipe, tmp_path):
         "infer": lambda out: volseg.infer(data / "images", model=model, out=out),
         "preprocess": lambda out: volseg.preprocess(dataset, recipe=tiny_recipe, out=out),
         "train": lambda out: volseg.train(dataset, recipe=tiny_recipe, out=out),
-        "plan": lambda out: volseg.plan(
-            dataset, recipe=tiny_recipe, out=out.with_name(f"{out.name}.toml")
-        ),
+        "plan": lambda out: volseg.plan(dataset, recipe=tiny_recipe, out=out / "plan.toml"),
     }
 
 

@@ -17,7 +17,7 @@ from laws import (
     ras,
 )
 
-from volseg.io.nifti import read_volume
+from volseg.io.volumes import read_volume
 from volseg.pages import preview as preview_module
 from volseg.pages.preview import (
     lesion_colour,

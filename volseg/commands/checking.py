@@ -13,9 +13,9 @@ from volseg.evaluation.detection import DetectionRow
 from volseg.evaluation.overlap import OverlapRow
 from volseg.evaluation.validation import ValidationRow
 from volseg.inputs import read_json
-from volseg.io.cases import Case, survey_cases
-from volseg.io.nifti import read_mask, read_volume
-from volseg.io.nifti_header import read_header
+from volseg.io.cases import Case
+from volseg.io.layouts import survey_cases
+from volseg.io.volumes import read_header, read_mask, read_volume
 from volseg.measurement.changes import LesionChange
 from volseg.measurement.response import PatientResponse
 from volseg.measurement.rows import CaseRow, LesionMeasurement

@@ -31,8 +31,8 @@ from volseg.execution.local import run
 from volseg.execution.memory import Budget, Peak
 from volseg.inputs import read_json, shorten
 from volseg.io.files import sha256_of
-from volseg.io.nifti import read_mask, read_volume
-from volseg.io.nifti_header import NiftiHeader, read_header
+from volseg.io.header import ScanHeader
+from volseg.io.volumes import read_header, read_mask, read_volume
 from volseg.measurement.changes import ScanPair, centroids_mm, lesion_changes
 from volseg.measurement.pairs import MeasuredScan, pair_scans, pairing_bytes, unpaired_scan
 from volseg.measurement.response import PatientResponse, judge_response
@@ -286,7 +286,7 @@ def _peak(
     )
 
 
-def _filled_bytes(scan: NiftiHeader) -> int:
+def _filled_bytes(scan: ScanHeader) -> int:
     return scan.n_bytes + math.prod(scan.geometry.shape) if scan.dtype.kind == "f" else 0
 
 

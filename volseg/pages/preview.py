@@ -14,7 +14,7 @@ from isal import igzip
 from scipy import ndimage
 
 from volseg.inputs import parse_json
-from volseg.io.nifti import volume_bytes
+from volseg.io.volumes import volume_bytes
 from volseg.preprocessing.crop import (
     AxisOrder,
     body_threshold,
