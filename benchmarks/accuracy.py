@@ -17,11 +17,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from volseg.io.layouts import find_cases
 
 import volseg
 from volseg.evaluation.roc import auc
 from volseg.io.cases import Case
+from volseg.io.layouts import find_cases
 
 
 def main() -> None:

@@ -97,10 +97,10 @@ def prepare_run(variant: str, name: str, device: str) -> Callable[[], object]:
         model = convert(network, shape)
         precision = variant.replace("half", "fp16").replace(",", "").split()[1]
         if precision == "int8":
-            from volseg.inference.quantise import quantise
+            from volseg.inference.quantise import quantise_network
 
             small = [batch[:, :, n : n + 64, n : n + 64, n : n + 64] for n in (0, 16, 32)]
-            model = quantise(model, small)
+            model = quantise_network(model, small)
         backend = OpenVINOBackend(model, shape, precision=precision)
     elif device == "cpu":
         if "channels-last" in variant:

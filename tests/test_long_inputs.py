@@ -6,7 +6,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from volseg.io.layouts import find_cases
 
 from volseg.commands.batch import CaseFiles, run_cases
 from volseg.commands.patients import read_pairs
@@ -14,6 +13,7 @@ from volseg.commands.remarks import remarks_on_scans
 from volseg.errors import VolsegError
 from volseg.inputs import parse_json, read_toml
 from volseg.io.cases import Case
+from volseg.io.layouts import find_cases
 from volseg.nnunet.plans import Dataset, configuration_of
 from volseg.store.results import State
 

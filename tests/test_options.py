@@ -17,7 +17,7 @@ import volseg
 from volseg.cli import app
 from volseg.errors import VolsegError
 from volseg.options import COMMANDS
-from volseg.options.declare import amount, seconds, settings_of
+from volseg.options.declare import Range, amount, seconds, settings_of
 
 COMMANDS_AND_SETTINGS = [
     pytest.param(command, settings, name, setting, id=f"{command}-{name}")
@@ -55,16 +55,18 @@ def test_a_setting_has_the_same_help_everywhere(command, settings, name, setting
 
 
 @pytest.mark.parametrize(("command", "settings", "name", "setting"), COMMANDS_AND_SETTINGS)
-def test_a_number_out_of_bounds_is_refused_by_name_by_both(command, settings, name, setting):
-    if setting.least is None:
+def test_a_value_that_is_not_allowed_is_refused_by_name_by_both(command, settings, name, setting):
+    if not setting.values:
         return
+    is_range = isinstance(setting.values, Range)
+    allowed = setting.values.least if is_range else setting.values[-1]
+    wrong = allowed - 1 if is_range else "unknown"
     with pytest.raises(VolsegError, match=f"{setting.flag_of(name)} must be ") as refused:
-        settings(**required(settings), **{name: setting.least - 1})
+        settings(**required(settings), **{name: wrong})
     assert refused.value.code == "E_USAGE"
-    stated = {**required(settings), name: setting.least}
-    assert getattr(settings(**stated), name) == setting.least
+    assert getattr(settings(**required(settings), **{name: allowed}), name) == allowed
     arguments = [value for key, value in required(settings).items() if key != "out"]
-    line = [command.replace("_", "-"), *arguments, setting.flag_of(name), str(setting.least - 1)]
+    line = [command.replace("_", "-"), *arguments, setting.flag_of(name), str(wrong)]
     done = CliRunner().invoke(app, line)
     assert done.exit_code == 2 or isinstance(done.exception, VolsegError)  # `main` exits with 2
 

@@ -138,9 +138,15 @@ def save_bundle(bundle: ModelBundle, folder: Path) -> ModelBundle:
 
 def bundle_files(networks: Iterable[str]) -> list[str]:
     """Return the paths in a model folder of all files of these networks, with OpenVINO's."""
-    names, suffixes = list(networks), ("xml", "bin", "json")
-    exported = [f"{EXPORTED}/{name}.fp32.{suffix}" for name in names for suffix in suffixes]
-    return ["model.json", "card.md", *(f"{name}.safetensors" for name in names), *exported]
+    names = list(networks)
+    weights = [f"{name}.safetensors" for name in names]
+    return ["model.json", "card.md", *weights, *exported_files(names, "fp32")]
+
+
+def exported_files(networks: Iterable[str], precision: str) -> list[str]:
+    """Return the paths in a model folder of the OpenVINO files of these networks."""
+    suffixes = ("xml", "bin", "json")
+    return [f"{EXPORTED}/{name}.{precision}.{suffix}" for name in networks for suffix in suffixes]
 
 
 def load_bundle(folder: Path) -> ModelBundle:

@@ -12,35 +12,29 @@ import torch
 
 from volseg.bundle import ModelBundle
 from volseg.errors import ScanError
-from volseg.execution.cpu import total_memory
 from volseg.inference.backend import Backend, EnsembleBackend, device_of
 from volseg.inference.choose import choose_backend, load_backend
 from volseg.inference.classify import classify_lesions
 from volseg.inference.duration import Work, seconds_per_tile
-from volseg.inference.memory import (
-    MemoryPlan,
-    NetworkPass,
-    ScanHeader,
-    check_patch,
-    network_bytes,
-    plan_memory,
-)
+from volseg.inference.export import batch_shape_of
+from volseg.inference.memory import NetworkPass, check_patch, network_bytes
 from volseg.inference.openvino_backend import OpenVINOBackend
 from volseg.inference.roi import find_region
 from volseg.inference.stream import Tiling, predict_slabs
 from volseg.inference.tiles import thinnest_axis, widest
 from volseg.inference.torch_backend import TorchBackend
 from volseg.measurement.rows import LesionMeasurement
-from volseg.measurement.specks import MeasuredLesions, Specks, measure_largest
+from volseg.measurement.scan import SegmentedScan
+from volseg.measurement.specks import MeasuredLesions, measure_largest
 from volseg.mismatch import Resemblance, compare_scan
-from volseg.postprocessing.lesions import CONNECTIVITY, MANY, label_lesions, remove_organ
+from volseg.postprocessing.lesions import MANY, Lesions, label_lesions, remove_organ
 from volseg.postprocessing.steps import make_steps
 from volseg.preprocessing.align import completed, to_first_grid
 from volseg.preprocessing.crop import scaled_box
 from volseg.preprocessing.prepare import Preparation
 from volseg.preprocessing.restore import MaskRestorer
 from volseg.recipe import Data
-from volseg.volume import WORLD_AXES, BoundingBox, Geometry, Volume
+from volseg.volume import BoundingBox, Volume
 
 OnTile = Callable[[int, int], None]  # (tiles done, total)
 
@@ -61,16 +55,23 @@ class CaseResult:
     """The result for one scan: masks on its own grid and a row per lesion, largest first."""
 
     mask: Volume  # label values of the recipe
-    lesion_ids: Volume  # 1 = largest
-    lesions: Sequence[LesionMeasurement]  # of a noisy mask only the largest; see `specks`
+    measured: MeasuredLesions
     resemblance: Resemblance  # to the training scans of the model
-    organ_voxels: int | None = None  # of the organ's label; None without an organ
-    specks: Specks | None = None
 
     @property
-    def measured(self) -> MeasuredLesions:
-        """All lesions; their rows are made on demand."""
-        return MeasuredLesions(self.lesions, self.specks)
+    def lesions(self) -> Sequence[LesionMeasurement]:
+        """Lesions with every column: of a noisy mask only the largest."""
+        return self.measured.largest
+
+    @property
+    def lesion_ids(self) -> Volume:
+        """Number of the lesion in each voxel, 1 for the largest."""
+        return self.measured.lesion_ids
+
+    @property
+    def organ_voxels(self) -> int | None:
+        """Voxels of the organ, lesions excluded; None without an organ."""
+        return self.measured.scan.organ_voxels
 
 
 def load_model(
@@ -91,13 +92,12 @@ def load_model(
         folder: of the bundle; its OpenVINO files are used if it has any.
     """
     choice = choose_backend(backend, device, precision)
-    on_cpu = choice.device.type == "cpu"
-    gpu = None if on_cpu else torch.cuda.get_device_properties(choice.device)
-    memory = total_memory() if gpu is None else gpu.total_memory
+    memory = None
+    if choice.device.type != "cpu":
+        memory = torch.cuda.get_device_properties(choice.device).total_memory
     for part in (bundle, bundle.coarse):
         if part is not None:
-            divisor = 1 if choice.precision == "fp32" else 2
-            check_patch(part, network_bytes(part) // divisor, memory)
+            check_patch(part, memory, half=choice.precision != "fp32")
     network, classifier, coarse = bundle.classifier_network(), None, None
     if bundle.coarse is not None:
         exact = replace(choice, precision="fp32") if choice.precision == "int8" else choice
@@ -133,24 +133,14 @@ def segment_case(
             another modality.
     """
     recipe = model.bundle.recipe
-    channels = recipe.data.channels
-    scans = {name: images[name] for name in _present(images, recipe.data, case_id)}
+    scans = _present(images, recipe.data, case_id)
     if recipe.data.grids == "first":
         scans = to_first_grid(scans, align=recipe.data.align == "rigid")
-    scan = scans[channels[0]]
+    scan = scans[recipe.data.channels[0]]
     resemblance = compare_scan(scans, recipe, model.bundle.fingerprint)
     if resemblance.contradictions and not accept_mismatch:
-        raise ScanError(
-            f"case {case_id!r} is of another modality than the training scans of model "
-            f"{recipe.name!r}: {'; '.join(resemblance.contradictions)}",
-            fix="use a model for its modality, or segment it with --accept-mismatch, without "
-            "density and class",
-            code="E_MODALITY",
-        )
-    absent = [name for name in channels if name not in scans]
-    mask, confidence = _predict(
-        completed(scans, channels), absent, model, half_logits=half_logits, on_tile=on_tile
-    )
+        raise _other_modality(resemblance, case_id, recipe.name)
+    mask, confidence = _predict(scans, model, half_logits=half_logits, on_tile=on_tile)
     for step in make_steps(recipe.postprocess):
         mask = step(mask, scan.geometry)
     organ, organ_voxels, lesion_mask = recipe.measure.organ, None, mask
@@ -159,40 +149,39 @@ def segment_case(
         lesion_mask, organ_voxels = remove_organ(mask, value)
         confidence[mask == value] = 0  # confidence in the organ says nothing about a lesion
     lesions = label_lesions(lesion_mask, scan.geometry)
-    classes = None
-    if model.classifier is not None and recipe.classify is not None:
-        # With a doubted unit no lesion gets a class; in noise only the largest get one.
-        classes = (
-            [None] * min(MANY, len(lesions.labels))
-            if resemblance.unit.doubt
-            else classify_lesions(scan, lesions.ids, model.classifier, recipe.classify, most=MANY)
-        )
-    measured = measure_largest(
-        scan,
-        lesions.ids,
-        lesions.labels,
+    segmented = SegmentedScan(
         case_id=case_id,
+        image=scan,
+        lesions=lesions,
+        unit=resemblance.unit,
         label_names=recipe.data.label_names,
-        intensity_unit=resemblance.unit.name,
-        unit_doubt=resemblance.unit.doubt,
-        confidence=confidence,
-        classes=classes,
         settings=recipe.measure,
-        connectivity=CONNECTIVITY,
+        organ_voxels=organ_voxels,
+        confidence=confidence,
+        classes=_classes(scan, lesions, model, is_doubted=bool(resemblance.unit.doubt)),
         model=model.bundle.name,
     )
-    ids = scan.with_array(lesions.ids)
-    return CaseResult(
-        mask=scan.with_array(mask),
-        lesion_ids=ids,
-        lesions=measured.largest,
-        resemblance=resemblance,
-        organ_voxels=organ_voxels,
-        specks=measured.specks,
+    return CaseResult(scan.with_array(mask), measure_largest(segmented), resemblance)
+
+
+def network_pass(model: Model) -> NetworkPass:
+    """Return what `plan_memory` must know of a model's passes over a scan."""
+    recipe, backend = model.bundle.recipe, model.segmentation
+    head, identity = backend.head, backend.identity
+    return NetworkPass(
+        bundle=model.bundle,
+        tiling=Tiling.of(recipe),
+        backend=identity["backend"],
+        n_channels=recipe.data.n_outputs if head is None else 1 + head.n_features,
+        network_bytes=_patch_bytes(model),
+        head_is_deferred=head is not None,
+        on_gpu=model.device != "cpu",
+        half=identity["precision"] in ("fp16", "bf16"),
+        coarse=None if model.coarse is None else network_pass(model.coarse),
     )
 
 
-def patch_bytes(model: Model) -> int:
+def _patch_bytes(model: Model) -> int:
     """Return the peak memory in bytes of the segmentation network for one patch."""
     backend = model.segmentation
     if isinstance(backend, EnsembleBackend):
@@ -201,119 +190,54 @@ def patch_bytes(model: Model) -> int:
     return backend.patch_bytes if is_openvino else network_bytes(model.bundle)
 
 
-def plan_case_memory(
-    geometry: Geometry,
-    itemsize: int,
-    model: Model,
-    needed: int,
-    max_ram: int | None = None,
-    *,
-    max_vram: int | None = None,
-    coarse_needed: int = 0,
-    is_alone: bool = True,
-    n_cases: int = 1,
-) -> MemoryPlan:
-    """Plan how a scan with this header fits into memory.
-
-    Args:
-        itemsize: bytes per stored voxel, summed over channels.
-        needed, coarse_needed: `patch_bytes` of the network and of that of the first pass, if any.
-        is_alone: no other scan is read or written at the same time.
-        n_cases: number of cases in the results folder.
-
-    Raises:
-        ScanError: it does not fit into `max_ram` bytes of main memory or `max_vram` of GPU memory.
-    """
-    return plan_memory(
-        ScanHeader(geometry=geometry, itemsize=itemsize),
-        _network_pass(model, needed),
-        coarse=None if model.coarse is None else _network_pass(model.coarse, coarse_needed),
-        is_alone=is_alone,
-        n_cases=n_cases,
-        max_ram=max_ram,
-        max_vram=max_vram,
-    )
-
-
-def _network_pass(model: Model, needed: int) -> NetworkPass:
-    recipe, head = model.bundle.recipe, model.segmentation.head
-    return NetworkPass(
-        bundle=model.bundle,
-        tiling=tiling_of(model.bundle),
-        backend=model.segmentation.identity["backend"],
-        n_channels=recipe.data.n_outputs if head is None else 1 + head.n_features,
-        network_bytes=needed,
-        head_is_deferred=head is not None,
-        on_gpu=model.device != "cpu",
-        half=model.segmentation.identity["precision"] in ("fp16", "bf16"),
-    )
-
-
 def estimate_work(model: Model, shapes: Sequence[tuple[int, int, int]]) -> Work:
     """Estimate the work for prepared grids of these shapes, by timing a blank batch."""
-    recipe = model.bundle.recipe
-    tiling = tiling_of(model.bundle)
-    batch_shape = (tiling.batch_size, len(recipe.data.channels), *recipe.patch_shape)
-    seconds = seconds_per_tile(model.segmentation, batch_shape)
+    seconds = seconds_per_tile(model.segmentation, batch_shape_of(model.bundle))
     return Work(
-        tiling=tiling, shapes=shapes, seconds_per_tile=seconds, on_gpu=model.device != "cpu"
-    )
-
-
-def tiling_of(bundle: ModelBundle) -> Tiling:
-    """Return the tiling that the bundle's recipe prescribes."""
-    infer = bundle.recipe.infer
-    return Tiling(
-        patch_shape=bundle.recipe.patch_shape,
-        overlap=infer.overlap,
-        tta_axes=[WORLD_AXES[name] for name in infer.tta_axes],
-        batch_size=infer.batch_size,
-        margin=infer.margin,
+        tiling=Tiling.of(model.bundle.recipe),
+        shapes=shapes,
+        seconds_per_tile=seconds,
+        on_gpu=model.device != "cpu",
     )
 
 
 def _predict(
-    images: Mapping[str, Volume],
-    absent: Sequence[str],
-    model: Model,
-    *,
-    half_logits: bool,
-    on_tile: OnTile,
+    scans: Mapping[str, Volume], model: Model, *, half_logits: bool, on_tile: OnTile
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return mask (I, J, K) of label values and confidence (I, J, K) uint8 on the scan's grid."""
-    recipe = model.bundle.recipe
-    preparation = Preparation(images, recipe.preprocess, absent)
+    recipe, backend = model.bundle.recipe, model.segmentation
+    data, regions = recipe.data, recipe.data.regions_class_order
+    absent = [name for name in data.channels if name not in scans]
+    preparation = Preparation(completed(scans, data.channels), recipe.preprocess, absent)
     trail = preparation.trail
-    regions = recipe.data.regions_class_order
-    values = list(recipe.data.label_names) if regions is None else list(regions)
     tiling = replace(
-        tiling_of(model.bundle), empty_level=None if regions else preparation.empty_level
+        Tiling.of(recipe),
+        empty_level=None if regions else preparation.empty_level,
+        dtype=torch.float16 if half_logits else torch.float32,
     )
     part = _tiled_part(preparation, tiling, model)
-    shape = trail.shape if part is None else part.shape
     axis = trail.separate_axis
     if axis is None:
-        axis = thinnest_axis(shape, recipe.patch_shape)
-    head = model.segmentation.head
+        axis = thinnest_axis(trail.shape if part is None else part.shape, tiling.patch_shape)
+    values, is_regions = list(regions or data.label_names), regions is not None
     restorer = MaskRestorer(
-        trail, values, axis=axis, regions=regions is not None, part=part, head=head
+        trail, values, axis=axis, regions=is_regions, part=part, head=backend.head
     )
     if part is not None:
         done, total = count(1), tiling.count(part.shape)
         on_tile(0, total)
-        slabs = predict_slabs(
-            preparation.planes(axis, part, device_of(model.segmentation)),
-            model.segmentation,
-            tiling,
-            n_classes=recipe.data.n_outputs if head is None else head.n_features,
-            dtype=torch.float16 if half_logits else torch.float32,
-            on_tile=lambda is_empty: on_tile(next(done), total),
-        )
+        planes = preparation.planes(axis, part, device_of(backend))
         try:
-            for slab in slabs:
+            for slab in predict_slabs(
+                planes,
+                backend,
+                tiling,
+                n_classes=data.n_outputs,
+                on_tile=lambda is_empty: on_tile(next(done), total),
+            ):
                 restorer.add(slab)
         finally:
-            model.segmentation.release()
+            backend.release()
     return restorer.result()
 
 
@@ -348,7 +272,7 @@ def _region(preparation: Preparation, model: Model) -> BoundingBox | None:
     if roi is None or coarse is None:
         return None
     whole = preparation.at(coarse.bundle.recipe.spacing_mm)
-    tiling = replace(tiling_of(coarse.bundle), empty_level=whole.empty_level)
+    tiling = replace(Tiling.of(coarse.bundle.recipe), empty_level=whole.empty_level)
     try:
         axis = thinnest_axis(whole.trail.shape, tiling.patch_shape)
         planes = whole.planes(axis, device=device_of(coarse.segmentation))
@@ -362,8 +286,23 @@ def _region(preparation: Preparation, model: Model) -> BoundingBox | None:
     return scaled_box(region, whole.trail.shape, trail.shape, margin)
 
 
-def _present(images: Mapping[str, Volume], data: Data, case_id: str) -> Sequence[str]:
-    """Return the channels of the recipe that the case has."""
+def _classes(
+    scan: Volume, lesions: Lesions, model: Model, *, is_doubted: bool
+) -> Sequence[Mapping[str, float] | None] | None:
+    """Return the class probabilities of each lesion; None without a classifier.
+
+    With a doubted unit no lesion gets a class; in noise only the largest get one.
+    """
+    settings = model.bundle.recipe.classify
+    if model.classifier is None or settings is None:
+        return None
+    if is_doubted:
+        return [None] * min(MANY, len(lesions.labels))
+    return classify_lesions(scan, lesions.ids, model.classifier, settings, most=MANY)
+
+
+def _present(images: Mapping[str, Volume], data: Data, case_id: str) -> Mapping[str, Volume]:
+    """Return those channels of the recipe that the case has."""
     missing = [name for name in data.channels if name not in images]
     if missing and (data.missing == "error" or data.channels[0] in missing):
         raise ScanError(
@@ -371,4 +310,14 @@ def _present(images: Mapping[str, Volume], data: Data, case_id: str) -> Sequence
             fix=f"add the {missing[0]!r} scan, or use a model without it",
             code="E_CHANNELS",
         )
-    return [name for name in data.channels if name in images]
+    return {name: images[name] for name in data.channels if name in images}
+
+
+def _other_modality(resemblance: Resemblance, case_id: str, model: str) -> ScanError:
+    return ScanError(
+        f"case {case_id!r} is of another modality than the training scans of model {model!r}: "
+        f"{'; '.join(resemblance.contradictions)}",
+        fix="use a model for its modality, or segment it with --accept-mismatch, without density "
+        "and class",
+        code="E_MODALITY",
+    )

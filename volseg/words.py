@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 UNITS = ((86_400.0, "days"), (3600.0, "h"), (60.0, "min"), (1.0, "s"))
 MIN_VALUE = 1.5  # below it, the next smaller unit is used
 
@@ -22,6 +24,15 @@ def format_count(number: int | None, noun: str) -> str:
     ('1 scan', '2 scans')
     """
     return "" if number is None else f"{number} {noun}{'s' * (number != 1)}"
+
+
+def format_sizes(sizes: Iterable[float]) -> str:
+    """Format the sizes along several axes.
+
+    >>> format_sizes((0.5, 1.0, 128))
+    '0.5 × 1 × 128'
+    """
+    return " × ".join(str(size) if isinstance(size, int) else f"{size:g}" for size in sizes)
 
 
 def format_number(value: float | None) -> str:

@@ -8,8 +8,8 @@ import pytest
 from laws import ball, grid_around, oblique, real_data
 
 import volseg
-from volseg.commands.measuring import read_label_names
 from volseg.errors import VolsegError
+from volseg.io.label_names import read_label_names
 from volseg.io.volumes import read_volume, write_volume
 from volseg.volume import Geometry, Volume
 
@@ -240,6 +240,17 @@ def test_lesions_in_an_organ_have_a_burden(pair, tmp_path):
     (case,) = rows(tmp_path / "out" / "cases.csv")
     assert (case["burden"], case["organ_volume_ml"]) == ("", "")
     assert "W_ORGAN: no voxel is 9" in case["warnings"]
+
+
+def test_an_organ_without_another_label_is_a_warning(pair, tmp_path):
+    image, mask = pair
+    volume = read_volume(mask)
+    write_volume(volume.with_array((volume.array > 0).astype(np.uint8)), mask)
+    report = volseg.measure(image=image, mask=mask, out=tmp_path / "out", organ="1")
+    assert "W_ORGAN: scan: no label but the organ, 1, so no lesion was" in "; ".join(
+        report.warnings
+    )
+    assert rows(tmp_path / "out" / "lesions.csv") == []
 
 
 @pytest.mark.parametrize(("fraction", "unit"), [(0.0, "a.u."), (0.002, "a.u."), (0.05, "HU")])

@@ -108,8 +108,8 @@ def test_no_other_pairing_overlaps_more(seed):
         expected = (row.lesion_id, row.label, row.iou)
         assert (guess.matched_id, guess.label, guess.iou) == expected
     geometry = Geometry(reference.shape, np.eye(4))
-    swapped = match_lesions(*(label_lesions(mask, geometry) for mask in (predicted, reference)))
-    assert sum(row.iou or 0 for row in truths) == pytest.approx(np.nansum(swapped.iou_of_reference))
+    swapped, _ = match_lesions(*(label_lesions(mask, geometry) for mask in (predicted, reference)))
+    assert sum(row.iou or 0 for row in truths) == pytest.approx(np.nansum(swapped.iou))
 
 
 def label_count(mask):

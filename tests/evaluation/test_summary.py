@@ -9,7 +9,7 @@ from laws import oblique
 
 from volseg.evaluation.detection import detect_lesions, with_lesions
 from volseg.evaluation.overlap import evaluate_case
-from volseg.evaluation.summary import METRICS, as_json, mean_of, summarise_label
+from volseg.evaluation.summary import METRICS, Mean, as_json, mean_of, summarise_label
 from volseg.volume import Geometry, Volume
 
 GEOMETRY = Geometry((24, 6, 6), oblique((1.0, 1.0, 2.0)))
@@ -49,12 +49,12 @@ CASES = {
 def test_cases_are_counted_by_the_masks_that_have_the_label():
     result = summarise(*(compare(name, *pair) for name, pair in CASES.items()))
     assert (result.n_missed, result.n_false, result.n_absent) == (1, 1, 1)
-    n = {name: result.metrics[name]["n"] for name in METRICS}
+    n = {name: result.metrics[name].n for name in METRICS}
     # Distances need the label in both masks, overlap in either, the error in % in the reference.
     assert (n["hd95_mm"], n["mean_surface_distance_mm"], n["dice"], n["nsd_1mm"]) == (2, 2, 4, 4)
     assert (n["volume_error_percent"], n["volume_error_ml"], result.volumes.n) == (3, 4, 4)
-    assert result.metrics["dice"]["mean"] == pytest.approx((1 + 2 * 8 / 18 + 0 + 0) / 4)
-    assert result.metrics["volume_error_ml"]["mean"] == pytest.approx(result.volumes.bias)
+    assert result.metrics["dice"].mean == pytest.approx((1 + 2 * 8 / 18 + 0 + 0) / 4)
+    assert result.metrics["volume_error_ml"].mean == pytest.approx(result.volumes.bias)
     n_voxels = sum(reference.array.sum() for reference, _ in CASES.values())
     assert result.reference_ml.sum() == pytest.approx(n_voxels * 2 / 1000)
 
@@ -62,15 +62,15 @@ def test_cases_are_counted_by_the_masks_that_have_the_label():
 def test_rates_over_lesions_are_those_of_the_counts():
     compared = [compare(name, *pair) for name, pair in CASES.items()]
     rates = summarise(*compared).detection
-    assert (rates["n_reference"], rates["n_predicted"], rates["n_matched"]) == (4, 5, 3)
-    assert rates["sensitivity"]["mean"] == pytest.approx(3 / 4)
-    assert rates["precision"]["mean"] == pytest.approx(3 / 5)
-    assert rates["f1"]["mean"] == pytest.approx(2 * 3 / (4 + 5))
-    assert rates["false_positives_per_scan"]["mean"] == pytest.approx(2 / 5)
-    assert rates["false_positives_per_scan"]["n"] == 5
-    size_bins = rates["sensitivity_by_diameter_mm"].values()
-    assert sum(size_bin["n"] for size_bin in size_bins) == 4
-    n_matched = sum(size_bin["n"] * (size_bin["mean"] or 0) for size_bin in size_bins)
+    assert (rates.n_reference, rates.n_predicted, rates.n_matched) == (4, 5, 3)
+    assert rates.sensitivity.mean == pytest.approx(3 / 4)
+    assert rates.precision.mean == pytest.approx(3 / 5)
+    assert rates.f1.mean == pytest.approx(2 * 3 / (4 + 5))
+    assert rates.false_positives_per_scan.mean == pytest.approx(2 / 5)
+    assert rates.false_positives_per_scan.n == 5
+    size_bins = rates.sensitivity_by_diameter_mm.values()
+    assert sum(size_bin.n for size_bin in size_bins) == 4
+    n_matched = sum(size_bin.n * (size_bin.mean or 0) for size_bin in size_bins)
     assert n_matched == pytest.approx(3)
     assert sum(row.n_matched_lesions for row, _ in compared) == 3
 
@@ -78,18 +78,17 @@ def test_rates_over_lesions_are_those_of_the_counts():
 def test_a_case_without_a_patient_counts_as_its_own_patient():
     pairs = [*CASES.values()][:3] + [*CASES.values()][:2]
     apart = summarise(*(compare(str(n), *pair) for n, pair in enumerate(pairs)))
-    assert apart.metrics["dice"]["n_patients"] == 5
-    assert apart.metrics["dice"]["mean_95"] is not None
-    assert apart.metrics["dice"]["no_mean_95"] == ""
+    assert apart.metrics["dice"].n_patients == 5
+    assert apart.metrics["dice"].mean_95 is not None
+    assert apart.metrics["dice"].no_mean_95 == ""
     single = summarise(*(compare(str(n), *pair, patient="a") for n, pair in enumerate(pairs)))
-    assert single.metrics["dice"]["n_patients"] == 1
-    assert single.metrics["dice"]["mean_95"] is None
-    assert single.metrics["dice"]["no_mean_95"] == "1 patient; an interval needs at least 5"
+    assert single.metrics["dice"].n_patients == 1
+    assert single.metrics["dice"].mean_95 is None
+    assert single.metrics["dice"].no_mean_95 == "1 patient; an interval needs at least 5"
     assert (
-        as_json(single)["volume_agreement_ml"]["no_intervals"]
-        == single.metrics["dice"]["no_mean_95"]
+        as_json(single)["volume_agreement_ml"]["no_intervals"] == single.metrics["dice"].no_mean_95
     )
-    assert single.metrics["dice"]["mean"] == apart.metrics["dice"]["mean"]
+    assert single.metrics["dice"].mean == apart.metrics["dice"].mean
 
 
 def test_a_curve_needs_a_confidence_of_every_lesion():
@@ -115,27 +114,26 @@ def test_json_has_null_in_place_of_nan():
 
 def test_a_mean_over_labels_weights_labels_equally():
     result = mean_of([1.0, 1.0, 1.0, 0.0, None], "abcaz", [1, 1, 1, 2, 2])
-    assert (result["mean"], result["median"], result["n"], result["n_patients"]) == (0.5, 1.0, 4, 3)
-    assert mean_of([None, float("nan")], "ab") == {
-        "mean": None, "mean_95": None, "no_mean_95": "0 patients; an interval needs at least 5",
-        "median": None, "n": 0, "n_patients": 0,
-    }  # fmt: skip
+    assert (result.mean, result.median, result.n, result.n_patients) == (0.5, 1.0, 4, 3)
+    unknown = mean_of([None, float("nan")], "ab")
+    assert unknown == Mean(None, None, "0 patients; an interval needs at least 5", None, 0, 0)
 
 
 def test_every_interval_lies_within_the_range_of_its_metric():
     """Use perfect and missed cases, whose mean ± t standard errors leaves [0, 1] and [0, ∞)."""
     pairs = [CASES["same"], CASES["missed"], CASES["false"], CASES["split"]]
     result = summarise(*(compare(str(n), *pairs[n % 4]) for n in range(8)))
-    for name, (lowest, highest) in METRICS.items():
-        interval = result.metrics[name]["mean_95"]
+    for name, metric in METRICS.items():
+        lowest, highest = metric.bounds
+        interval = result.metrics[name].mean_95
         assert interval is None or lowest <= interval[0] <= interval[1] <= highest
-    rates = [result.detection[name]["mean_95"] for name in ("sensitivity", "precision", "f1")]
+    rates = [getattr(result.detection, name).mean_95 for name in ("sensitivity", "precision", "f1")]
     assert all(0 <= low <= high <= 1 for low, high in rates)
-    assert result.detection["false_positives_per_scan"]["mean_95"][0] >= 0
+    assert result.detection.false_positives_per_scan.mean_95[0] >= 0
 
 
 def test_a_sensitivity_of_one_has_the_exact_interval():
     result = summarise(*(compare(str(n), *CASES["same"]) for n in range(6)))
-    assert result.detection["sensitivity"]["mean_95"] == pytest.approx([0.025 ** (1 / 6), 1])
-    assert result.metrics["hd95_mm"]["mean_95"] is None
-    assert result.metrics["hd95_mm"]["no_mean_95"].startswith("all 6 patients have the same value")
+    assert result.detection.sensitivity.mean_95 == pytest.approx([0.025 ** (1 / 6), 1])
+    assert result.metrics["hd95_mm"].mean_95 is None
+    assert result.metrics["hd95_mm"].no_mean_95.startswith("all 6 patients have the same value")

@@ -29,11 +29,8 @@ def test_a_backend_that_is_not_installed_says_what_to_install(monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("tensorrt", "cpu"), "'tensorrt' is unknown; to fix: use auto, torch or openvino"),
-        (("auto", "cpu", "fp8"), "'fp8' is unknown; to fix: use auto, fp32, fp16 or int8"),
         (("torch", "cpu", "fp16"), "needs the backend openvino"),
         (("torch", "cpu", "int8"), "needs the backend openvino"),
-        (("openvino", "tpu"), "auto, cpu or cuda"),
     ],
 )
 def test_options_that_cannot_be_combined_are_refused_in_one_line(arguments, message):
@@ -49,10 +46,8 @@ def test_int8_without_a_quantised_network_says_how_to_make_one(model):
         load_backend(load_bundle(model), choose_backend("auto", "cpu", "int8"), folder=model)
 
 
-def test_an_unknown_device_and_a_missing_one_are_refused():
+def test_a_missing_device_is_refused():
     assert choose_device("cpu").type == "cpu"
-    with pytest.raises(VolsegError, match="auto, cpu or cuda"):
-        choose_device("tpu")
     if not torch.cuda.is_available():
         assert choose_device("auto").type == "cpu"
         with pytest.raises(EnvironmentProblem):

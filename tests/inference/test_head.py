@@ -48,9 +48,9 @@ def restored(backend, *, regions, empty_level, tta_axes, dtype=torch.float32):
     trail = Trail(geometry, AxisOrder.of(geometry), BoundingBox.whole(geometry.shape), (14, 20, 40))
     values = list(range(1, N_CLASSES + (1 if regions else 0)))
     restorer = MaskRestorer(trail, values, axis=2, regions=regions, head=backend.head)
-    tiling = Tiling(patch_shape=PATCH, overlap=0.5, empty_level=empty_level, tta_axes=tta_axes)
-    n = N_CLASSES if backend.head is None else backend.head.n_features
-    for slab in predict_slabs(ArrayPlanes(array), backend, tiling, n_classes=n, dtype=dtype):
+    settings = {"empty_level": empty_level, "tta_axes": tta_axes, "dtype": dtype}
+    tiling = Tiling(patch_shape=PATCH, overlap=0.5, **settings)
+    for slab in predict_slabs(ArrayPlanes(array), backend, tiling, n_classes=N_CLASSES):
         restorer.add(slab)
     return restorer.result()
 

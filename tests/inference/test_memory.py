@@ -9,9 +9,15 @@ from laws import oblique
 
 from volseg.bundle import load_bundle
 from volseg.errors import ScanError
-from volseg.inference.memory import NetworkPass, ScanHeader, network_bytes, plan_memory
+from volseg.inference.memory import (
+    MemoryLimits,
+    NetworkPass,
+    ScanSize,
+    network_bytes,
+    plan_memory,
+)
+from volseg.inference.stream import Tiling
 from volseg.options.declare import amount
-from volseg.segment import tiling_of
 from volseg.volume import Geometry
 
 
@@ -21,16 +27,16 @@ def bundle(model):
 
 
 def plan_for(bundle, shape, max_ram=None, network=100 << 20, backend="torch", max_vram=None, **gpu):
-    header = ScanHeader(geometry=Geometry(shape, oblique((0.8, 0.8, 1.5))), itemsize=2)
+    header = ScanSize(geometry=Geometry(shape, oblique((0.8, 0.8, 1.5))), itemsize=2)
     run = NetworkPass(
         bundle=bundle,
-        tiling=tiling_of(bundle),
+        tiling=Tiling.of(bundle.recipe),
         backend=backend,
         network_bytes=network,
         n_channels=2,
         **gpu,
     )
-    return plan_memory(header, run, max_ram=max_ram, max_vram=max_vram)
+    return plan_memory(header, run, MemoryLimits(ram=max_ram, vram=max_vram))
 
 
 def test_only_scan_and_masks_grow_with_the_number_of_slices(bundle):
@@ -95,21 +101,25 @@ def test_the_network_needs_the_peak_of_its_live_tensors(bundle):
 
 
 def test_of_two_passes_the_larger_one_counts(bundle):
-    header = ScanHeader(geometry=Geometry((256, 256, 200), oblique((0.8, 0.8, 1.5))), itemsize=2)
+    header = ScanSize(geometry=Geometry((256, 256, 200), oblique((0.8, 0.8, 1.5))), itemsize=2)
 
-    def run(spacing_mm, network):
+    def run(spacing_mm, network, coarse=None):
         return NetworkPass(
             bundle=with_recipe(bundle, preprocess={"spacing_mm": spacing_mm}),
-            tiling=tiling_of(bundle),
+            tiling=Tiling.of(bundle.recipe),
             backend="torch",
             network_bytes=network,
             n_channels=2,
+            coarse=coarse,
         )
 
-    fine = run((1.0, 1.0, 1.0), 100 << 20)
-    alone = plan_memory(header, fine).footprint
-    small = plan_memory(header, fine, coarse=run((4.0, 4.0, 4.0), 50 << 20)).footprint
-    large = plan_memory(header, fine, coarse=run((4.0, 4.0, 4.0), 400 << 20)).footprint
+    def footprint(coarse=None):
+        fine = run((1.0, 1.0, 1.0), 100 << 20, coarse)
+        return plan_memory(header, fine, MemoryLimits()).footprint
+
+    alone = footprint()
+    small = footprint(coarse=run((4.0, 4.0, 4.0), 50 << 20))
+    large = footprint(coarse=run((4.0, 4.0, 4.0), 400 << 20))
     assert replace(small, process=0) == replace(alone, process=0)
     assert large.network > alone.network + (500 << 20)
     assert large.stream < alone.stream
@@ -117,7 +127,7 @@ def test_of_two_passes_the_larger_one_counts(bundle):
 
 
 def test_with_a_deferred_head_memory_does_not_grow_with_the_classes(bundle):
-    header = ScanHeader(geometry=Geometry((256, 256, 400), oblique((0.8, 0.8, 1.5))), itemsize=2)
+    header = ScanSize(geometry=Geometry((256, 256, 400), oblique((0.8, 0.8, 1.5))), itemsize=2)
 
     def total(n_classes):
         labels = {f"label_{n}": n for n in range(1, n_classes)}
@@ -125,12 +135,12 @@ def test_with_a_deferred_head_memory_does_not_grow_with_the_classes(bundle):
         many = replace(bundle, recipe=bundle.recipe.model_copy(update={"data": data}))
         run = NetworkPass(
             bundle=many,
-            tiling=tiling_of(many),
+            tiling=Tiling.of(many.recipe),
             backend="openvino",
             network_bytes=600 << 20,
             n_channels=min(n_classes, 17),
         )
-        footprint = plan_memory(header, run).footprint
+        footprint = plan_memory(header, run, MemoryLimits()).footprint
         return footprint.total - footprint.process
 
     assert total(25) == total(117)
@@ -192,8 +202,8 @@ keep_freed_memory()
 ctypes.CDLL(None).mallopt(M_TOP_PAD, 1 << 20)  # address space reserved ahead is not memory
 from volseg.bundle import load_bundle
 from volseg.errors import VolsegError
-from volseg.inference.memory import network_bytes
-from volseg.segment import load_model, plan_case_memory, segment_case
+from volseg.inference.memory import MemoryLimits, ScanSize, plan_memory
+from volseg.segment import load_model, network_pass, segment_case
 from volseg.volume import Geometry, Volume
 
 bundle = load_bundle(Path(sys.argv[1]))
@@ -203,7 +213,8 @@ small = Volume(np.full((24, 24, 24), 40, np.int16), Geometry((24, 24, 24), np.ey
 # warm up: thread stacks are allocated, libraries loaded
 segment_case({channel: small}, model, case_id="warm", accept_mismatch=True)
 geometry = Geometry((256, 256, 64), np.diag([0.8, 0.8, 1.5, 1.0]))
-plan = plan_case_memory(geometry, 2, model, network_bytes(bundle), None)
+header = ScanSize(geometry=geometry, itemsize=2)
+plan = plan_memory(header, network_pass(model), MemoryLimits(), is_alone=True)
 held = int(Path("/proc/self/statm").read_text().split()[0]) * 4096
 predicted = plan.footprint.total - plan.footprint.process
 room = predicted if sys.argv[2] == "predicted" else int(sys.argv[2])

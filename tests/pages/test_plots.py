@@ -25,7 +25,7 @@ def result(label, reference, predicted):
         reference_ml=reference,
         predicted_ml=predicted,
         volumes=agreement(reference, predicted, range(reference.size)),
-        detection={},
+        detection=None,
         curve=None,
         no_curve="",
     )

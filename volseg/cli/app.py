@@ -25,7 +25,15 @@ from volseg.cli.show import (
 from volseg.errors import VolsegError
 from volseg.execution.time_budget import process_age
 from volseg.options import COMMANDS
-from volseg.options.declare import MISSING, Setting, amount, listed_names, seconds, settings_of
+from volseg.options.declare import (
+    MISSING,
+    Range,
+    Setting,
+    amount,
+    listed_names,
+    seconds,
+    settings_of,
+)
 from volseg.reports import RunReport
 from volseg.terminal import one_line, printing, problem_of
 
@@ -117,16 +125,19 @@ def _typer_function(name: str, settings: type[Any]) -> Callable[..., None]:
 def _parameter(settings: type[Any], name: str, setting: Setting) -> inspect.Parameter:
     """Return the parameter from which typer makes an argument or an option."""
     (field,) = (field for field in fields(settings) if field.name == name)
-    plain = str(field.type).removesuffix(" | None")
-    kind = str if setting.converter in AS_TEXT else setting.kind or KINDS[plain]
+    kind = setting.kind or KINDS[str(field.type).removesuffix(" | None")]
+    if setting.converter in AS_TEXT:
+        kind = str
     default = inspect.Parameter.empty if field.default is MISSING else field.default
-    if default is None or default == ():
+    if default in (None, ()):
         kind, default = kind | None, None
     if setting.is_argument:
         return _keyword(name, Annotated[kind, typer.Argument(help=setting.help)], default)
-    flags = [setting.flag or setting.flag_of(name), *([setting.short] if setting.short else [])]
+    flags = filter(None, (setting.flag or setting.flag_of(name), setting.short))
+    least = most = None
     # Only whole numbers: for others typer's message of several lines would hide our own.
-    least, most = (setting.least, setting.most) if kind in (int, int | None) else (None, None)
+    if isinstance(setting.values, Range) and kind in (int, int | None):
+        least, most = setting.values.least, setting.values.most
     option = typer.Option(*flags, help=setting.help, min=least, max=most)
     return _keyword(name, Annotated[kind, option], default)
 

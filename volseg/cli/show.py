@@ -14,7 +14,15 @@ from rich.table import Table
 
 from volseg import reports
 from volseg.terminal import one_line, takes_unicode
-from volseg.words import format_count
+from volseg.words import format_count, format_sizes
+
+EVALUATION_FILES = {
+    "evaluation.csv": "a row per case and label",
+    "detections.csv": "a row per lesion",
+    "summary.json": "every mean, interval and limit of agreement",
+    "agreement.png": "Bland-Altman and correlation of volumes",
+    "froc.png": "sensitivity against false positives per scan",
+}
 
 
 @singledispatch
@@ -41,11 +49,12 @@ def _(report: reports.CasesReport) -> None:
 @show.register
 def _(report: reports.PreprocessReport) -> None:
     fingerprint = report.fingerprint
-    spacing = " × ".join(f"{value:g}" for value in fingerprint["median_spacing_mm"])
-    shape = " × ".join(str(value) for value in fingerprint["median_shape"])
-    target = " × ".join(f"{value:g}" for value in fingerprint["resampled_to_mm"])
+    spacing, target = (
+        format_sizes(fingerprint[name]) for name in ("median_spacing_mm", "resampled_to_mm")
+    )
+    shape = format_sizes(fingerprint["median_shape"])
     typer.echo(
-        f"{fingerprint['n_cases']} training cases; median spacing {spacing} mm, "
+        f"{format_count(fingerprint['n_cases'], 'training case')}; median spacing {spacing} mm, "
         f"median shape {shape} (R × A × S)"
     )
     for channel, values in fingerprint["foreground"].items():
@@ -95,7 +104,8 @@ def _(report: reports.QuantiseReport) -> None:
         speed = f"{seconds['fp32'] / seconds[name]:.1f}"
         table.add_row(name, *scores, f"{seconds[name]:.3g}", speed)
     print_table(table)
-    typer.echo(f"mean over {report.validation['cases']} validation cases; seconds on this machine")
+    cases = format_count(report.validation["cases"], "validation case")
+    typer.echo(f"mean over {cases}; seconds on this machine")
     typer.echo(f"int8 network → {report.out}; use it with `volseg infer --precision int8`")
 
 
@@ -120,36 +130,31 @@ def _(report: reports.EvaluateReport) -> None:
         "nsd_2mm": ("NSD 2 mm", 2),
         "volume_error_ml": ("volume mL", 1),
     }
-    headings = ["label", *(heading for heading, _ in shown.values()), "lesion F1"]
-    table = Table(*headings, box=SIMPLE, padding=(0, 1, 0, 0))
+    headings = (heading for heading, _ in shown.values())
+    table = Table("label", *headings, "lesion F1", box=SIMPLE, padding=(0, 1, 0, 0))
     labels = report.summary["labels"].values()
     for label in labels:
         cells = [
             _mean_and_interval(label["metrics"][name], decimals)
             for name, (_, decimals) in shown.items()
         ]
-        heading = f"{one_line(label['name'])}\nn = {label['n']}"
-        table.add_row(heading, *cells, _mean_and_interval(label["detection"]["f1"], 2))
+        cells.append(_mean_and_interval(label["detection"]["f1"], 2))
+        table.add_row(f"{one_line(label['name'])}\nn = {label['n']}", *cells)
     print_table(table)
+    patients = format_count(report.summary["n_patients"], "patient")
     typer.echo(
-        f"means with 95 % intervals over {report.summary['n_patients']} patients "
-        f"({report.summary['patients']}); volume mL: predicted − reference"
+        f"means with 95 % intervals over {patients} ({report.summary['patients']}); "
+        "volume mL: predicted − reference"
     )
     for reason in _reasons_without_interval(labels, shown):
         typer.echo(f"(none): no interval; {reason}")
-    n_missed = {label["name"]: label["n_missed"] for label in labels if label["n_missed"]}
-    for name, n in n_missed.items():
-        announce(f"{name}: missed in {n} cases, which have no HD95")
-    missing = report.summary["not_predicted"]
-    if missing:
-        announce(f"{len(missing)} reference masks have no prediction, such as {missing[0]}")
-    for name, content in (
-        ("evaluation.csv", "a row per case and label"),
-        ("detections.csv", "a row per lesion"),
-        ("summary.json", "every mean, interval and limit of agreement"),
-        ("agreement.png", "Bland-Altman and correlation of volumes"),
-        ("froc.png", "sensitivity against false positives per scan"),
-    ):
+    for label in labels:
+        if n := label["n_missed"]:
+            announce(f"{label['name']}: missed in {format_count(n, 'case')}; no HD95 there")
+    if missing := report.summary["not_predicted"]:
+        masks = format_count(len(missing), "reference mask")
+        announce(f"{masks} without a prediction, such as {missing[0]}")
+    for name, content in EVALUATION_FILES.items():
         if (report.out / name).is_file():
             typer.echo(f"{content} → {report.out / name}")
 
@@ -212,7 +217,7 @@ def show_problems(path: Any, problems: list[dict[str, str]], n_errors: int) -> N
         fix = f"; to fix: {problem['fix']}" if problem["fix"] else ""
         line = f"{problem['where']}: [{problem['code']}] {problem['problem']}{fix}"
         typer.echo(one_line(line))
-    count = f"{n_errors} problem{'s' * (n_errors != 1)}" if problems else "no problem"
+    count = format_count(n_errors, "problem") if problems else "no problem"
     typer.echo(one_line(f"{path}: {count} found"))
 
 

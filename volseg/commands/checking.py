@@ -12,7 +12,6 @@ from volseg.errors import VolsegError
 from volseg.evaluation.detection import DetectionRow
 from volseg.evaluation.overlap import OverlapRow
 from volseg.evaluation.validation import ValidationRow
-from volseg.execution.cpu import total_memory
 from volseg.inputs import read_json
 from volseg.io.cases import Case
 from volseg.io.layouts import survey_cases
@@ -38,12 +37,12 @@ def check(path: Path | str, recipe: Path | str | Recipe | None = None) -> list[d
             _check_names(load_recipe(path))
         elif (path / "model.json").is_file():
             from volseg.bundle import load_bundle
-            from volseg.inference.memory import check_patch, network_bytes
+            from volseg.inference.memory import check_patch
 
             bundle = load_bundle(path)
             for part in (bundle, bundle.coarse):
                 if part is not None:
-                    check_patch(part, network_bytes(part), total_memory())
+                    check_patch(part)
                     part.segmentation_networks()
             bundle.classifier_network()
         elif (path / PREPARED_FILE).is_file():

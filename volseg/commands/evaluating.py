@@ -14,9 +14,8 @@ from volseg.commands.batch import digest_of, failure_reason
 from volseg.errors import VolsegError
 from volseg.evaluation.detection import DetectionRow, NoisyMaskError, detect_lesions, with_lesions
 from volseg.evaluation.memory import LIBRARIES, most_evaluating, plan_evaluating, plan_reading
-from volseg.evaluation.overlap import COUNTED_TOGETHER, OverlapRow, evaluate_case, row_of_absent
+from volseg.evaluation.overlap import ABSENT, COUNTED_TOGETHER, METRICS, OverlapRow, evaluate_case
 from volseg.evaluation.summary import (
-    METRICS,
     LabelResult,
     as_json,
     mean_of,
@@ -35,10 +34,11 @@ from volseg.options import EvaluateOptions, command
 from volseg.postprocessing.lesions import MANY
 from volseg.reports import EvaluateReport
 from volseg.store.evaluations import DETECTIONS, EVALUATION, SUMMARY, EvaluatedCase, read_evaluation
-from volseg.store.outputs import RECORDS, OutputFolder, trace_name
+from volseg.store.outputs import RECORDS, Commit, OutputFolder, trace_name
 from volseg.store.results import STALE
 from volseg.store.tables import table
 from volseg.volume import Volume, slabs_of
+from volseg.words import format_count
 
 TABLES, PICTURES = (EVALUATION, DETECTIONS, SUMMARY), ("agreement.png", "froc.png")
 SAME_PLACE_MM = 0.01  # tables round centroids to four digits
@@ -52,98 +52,26 @@ def evaluate(options: EvaluateOptions) -> EvaluateReport:
     Raises:
         VolsegError: no case has both masks. A pair that cannot be compared becomes a failed row.
     """
-    reference, predicted, min_iou = options.reference, options.predicted, options.min_iou
-    truths, guesses = _masks(reference), _masks(predicted)
-    common = [name for name in truths if name in guesses]
-    if not common:
-        raise VolsegError(
-            f"no mask of {predicted} has the name of one in {reference}, "
-            f"such as {next(iter(truths), 'none')!r}",
-            fix="name the masks after their cases",
-            code="E_DATASET",
-        )
-    predictions = _Predictions.of(predicted)
-    stated = _stated_labels(reference)
-    ignored = stated.pop(IGNORE, None)
-    names = predictions.label_names | {value: name for name, value in stated.items()}
-
-    budget = Budget(
-        options.max_ram,
-        options.announce,
-        what="comparing these masks",
-        otherwise="cut both masks to the region that matters",
-        libraries=LIBRARIES,
-    )
-
-    def compare(case_id: str) -> EvaluatedCase:
-        truth, guess = _read_within(budget, case_id, truths[case_id].path, guesses[case_id].path)
-        masks = truth.sha256, guess.sha256
-        if ignored is not None and truth.array.shape == guess.array.shape:
-            for part in slabs_of(truth.array):
-                unannotated = truth.array[part] == ignored  # counted as background in both
-                truth.array[part][unannotated] = guess.array[part][unannotated] = 0
-        values = {
-            value
-            for mask in (truth, guess)
-            for part in slabs_of(mask.array, COUNTED_TOGETHER)
-            for value in np.unique(mask.array[part]).tolist()
-            if value
-        }
-        case_names = {value: names.get(value, f"label_{value}") for value in values}
-        patient = truths[case_id].patient
-        rows = evaluate_case(truth, guess, case_names, case_id=case_id)
-        try:
-            detections = detect_lesions(truth, guess, case_names, case_id=case_id, min_iou=min_iou)
-        except NoisyMaskError as error:
-            rows = [replace(row, patient=patient, notes=_joined(row.notes, error)) for row in rows]
-            return EvaluatedCase(overlap=rows, detections=[], masks=masks)
-        detections = [
-            replace(row, patient=patient, confidence=predictions.confidence_of(row))
-            for row in detections
-        ]
-        lesions_of = _by_label(detections)
-        rows = [
-            with_lesions(replace(row, patient=patient), lesions_of.get(row.label, ()))
-            for row in rows
-        ]
-        return EvaluatedCase(overlap=rows, detections=detections, masks=masks)
-
-    used = [reference, predicted]
-    used += [mask.path for mask in (*truths.values(), *guesses.values())]
-    with OutputFolder(options.out, "evaluate", inputs=used) as outputs:
+    pairs = _MaskPairs.of(options)
+    with OutputFolder(options.out, "evaluate", inputs=pairs.used) as outputs:
         outputs.refuse_foreign([*TABLES, *PICTURES])
-        compared: dict[str, EvaluatedCase] = {}
-        failed: dict[str, str] = {}
-        for count, outcome in enumerate(run(compare, common), start=1):
-            options.progress("Comparing", count / len(common), outcome.item)
-            if outcome.error is None and outcome.value is not None:
-                compared[outcome.item] = outcome.value
-            elif outcome.error is not None:
-                failed[outcome.item] = failure_reason(outputs, outcome.item, outcome.error)
-        earlier_iou, earlier = read_evaluation(outputs, failed) if failed else (None, {})
-        kept = {
-            name: _as_stale(earlier[name], reason)
-            for name, reason in failed.items()
-            # Rows of different min_iou cannot be averaged: keep earlier ones only if none is new.
-            if name in earlier
-            and (earlier_iou == min_iou or not compared)
-            and earlier[name].masks == (digest_of(truths[name].path), digest_of(guesses[name].path))
-        }
-        comparisons = compared | kept
-        listed = {name: comparisons[name] for name in common if name in comparisons}
-        rows = _completed({name: comparison.overlap for name, comparison in listed.items()}, truths)
-        detections = [row for comparison in listed.values() for row in comparison.detections]
+        compared, failed = _compare(pairs, outputs)
+        min_iou, kept = _kept(pairs, outputs, compared, failed)
+        cases = compared | kept
+        listed = {name: cases[name] for name in pairs.common if name in cases}
+        rows = _completed({name: case.overlap for name, case in listed.items()}, pairs.truths)
+        detections = [row for case in listed.values() for row in case.detections]
         rows_of, lesions_of = _by_label(rows), _by_label(detections)
         results = [
             summarise_label(rows_of[label], lesions_of.get(label, ())) for label in sorted(rows_of)
         ]
         summary = {
-            **_overall(rows, truths, listed.keys()),
+            **_overall(rows, pairs.truths, listed.keys()),
             "labels": {str(result.label): as_json(result) for result in results},
-            "min_iou": earlier_iou if kept and not compared else min_iou,
-            "masks": {name: list(comparison.masks) for name, comparison in listed.items()},
-            "not_predicted": sorted(set(truths) - set(guesses)),
-            "not_in_reference": sorted(set(guesses) - set(truths)),
+            "min_iou": min_iou,
+            "masks": {name: list(case.masks) for name, case in listed.items()},
+            "not_predicted": sorted(pairs.truths.keys() - pairs.guesses.keys()),
+            "not_in_reference": sorted(pairs.guesses.keys() - pairs.truths.keys()),
             "failed": failed,
             "warnings": [*_noisy(rows), *_stale(kept)],
         }
@@ -156,10 +84,7 @@ def evaluate(options: EvaluateOptions) -> EvaluateReport:
             commit.write(EVALUATION, table(OverlapRow, [*rows, *failures]))
             commit.write(DETECTIONS, table(DetectionRow, detections))
             commit.write(SUMMARY, json_text(summary))
-            pictures = _pictures(results)
-            for name, picture in pictures.items():
-                commit.write(name, picture)
-            outdated = [name for name in PICTURES if name not in pictures]
+            outdated = _write_pictures(commit, results)
             commit.finish(removed=[*outdated, *map(trace_name, compared)])
     return EvaluateReport(
         out=options.out,
@@ -168,6 +93,135 @@ def evaluate(options: EvaluateOptions) -> EvaluateReport:
         warnings=summary["warnings"],
         summary=summary,
     )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _MaskPairs:
+    """The masks of a call, and how a pair of them is compared.
+
+    Args:
+        truths, guesses: case id → reference mask and predicted mask.
+        label_names: value → name, where it is stated.
+        ignored: value of unannotated voxels in the reference, if any.
+    """
+
+    options: EvaluateOptions
+    truths: Mapping[str, _Mask]
+    guesses: Mapping[str, _Mask]
+    predictions: _Predictions
+    label_names: Mapping[int, str]
+    ignored: int | None
+    budget: Budget
+
+    @classmethod
+    def of(cls, options: EvaluateOptions) -> _MaskPairs:
+        truths, guesses = _masks(options.reference), _masks(options.predicted)
+        if not truths.keys() & guesses.keys():
+            raise VolsegError(
+                f"no mask of {options.predicted} has the name of one in {options.reference}, "
+                f"such as {next(iter(truths), 'none')!r}",
+                fix="name the masks after their cases",
+                code="E_DATASET",
+            )
+        predictions, stated = _Predictions.of(options.predicted), _stated_labels(options.reference)
+        ignored = stated.pop(IGNORE, None)
+        return cls(
+            options=options,
+            truths=truths,
+            guesses=guesses,
+            predictions=predictions,
+            label_names=predictions.label_names | {value: name for name, value in stated.items()},
+            ignored=ignored,
+            budget=Budget(
+                options.max_ram,
+                options.announce,
+                what="comparing these masks",
+                otherwise="cut both masks to the region that matters",
+                libraries=LIBRARIES,
+            ),
+        )
+
+    @property
+    def common(self) -> list[str]:
+        """Cases that have both masks."""
+        return [name for name in self.truths if name in self.guesses]
+
+    @property
+    def used(self) -> list[Path]:
+        """Files and folders that the call reads."""
+        masks = [mask.path for mask in (*self.truths.values(), *self.guesses.values())]
+        return [self.options.reference, self.options.predicted, *masks]
+
+    def digests(self, case_id: str) -> tuple[str, str]:
+        return digest_of(self.truths[case_id].path), digest_of(self.guesses[case_id].path)
+
+    def compare(self, case_id: str) -> EvaluatedCase:
+        """Compare the two masks of a case."""
+        paths = self.truths[case_id].path, self.guesses[case_id].path
+        truth, guess = _read_within(self.budget, case_id, *paths)
+        if self.ignored is not None and truth.array.shape == guess.array.shape:
+            for part in slabs_of(truth.array):
+                unannotated = truth.array[part] == self.ignored  # counted as background in both
+                truth.array[part][unannotated] = guess.array[part][unannotated] = 0
+        values = _labels_in(truth) | _labels_in(guess)
+        names = {value: self.label_names.get(value, f"label_{value}") for value in values}
+        patient, min_iou = self.truths[case_id].patient, self.options.min_iou
+        rows = evaluate_case(truth, guess, names, case_id=case_id)
+        detections: list[DetectionRow] = []
+        try:
+            for row in detect_lesions(truth, guess, names, case_id=case_id, min_iou=min_iou):
+                confidence = self.predictions.confidence_of(row)
+                detections.append(replace(row, patient=patient, confidence=confidence))
+        except NoisyMaskError as error:
+            rows = [replace(row, notes=_joined(row.notes, error)) for row in rows]
+        else:
+            lesions_of = _by_label(detections)
+            rows = [with_lesions(row, lesions_of.get(row.label, ())) for row in rows]
+        return EvaluatedCase(
+            overlap=[replace(row, patient=patient) for row in rows],
+            detections=detections,
+            masks=(truth.sha256, guess.sha256),
+        )
+
+
+def _labels_in(mask: Volume) -> set[int]:
+    parts = slabs_of(mask.array, COUNTED_TOGETHER)
+    return {value for part in parts for value in np.unique(mask.array[part]).tolist()} - {0}
+
+
+def _compare(
+    pairs: _MaskPairs, outputs: OutputFolder
+) -> tuple[dict[str, EvaluatedCase], dict[str, str]]:
+    """Compare all pairs; return the results of those compared and the reasons of those failed."""
+    compared: dict[str, EvaluatedCase] = {}
+    failed: dict[str, str] = {}
+    for count, outcome in enumerate(run(pairs.compare, pairs.common), start=1):
+        pairs.options.progress("Comparing", count / len(pairs.common), outcome.item)
+        if outcome.error is None and outcome.value is not None:
+            compared[outcome.item] = outcome.value
+        elif outcome.error is not None:
+            failed[outcome.item] = failure_reason(outputs, outcome.item, outcome.error)
+    return compared, failed
+
+
+def _kept(
+    pairs: _MaskPairs,
+    outputs: OutputFolder,
+    compared: Mapping[str, EvaluatedCase],
+    failed: Mapping[str, str],
+) -> tuple[float | None, dict[str, EvaluatedCase]]:
+    """Return the min_iou of the rows, and the earlier results of failed cases that stay listed."""
+    min_iou = pairs.options.min_iou
+    earlier_iou, earlier = read_evaluation(outputs, failed) if failed else (None, {})
+    # Rows of different min_iou cannot be averaged: keep earlier ones only if none is new.
+    if compared and earlier_iou != min_iou:
+        return min_iou, {}
+    kept = {
+        name: _as_stale(earlier[name], reason)
+        for name, reason in failed.items()
+        if name in earlier and earlier[name].masks == pairs.digests(name)
+    }
+    return earlier_iou if kept and not compared else min_iou, kept
 
 
 def _as_stale(earlier: EvaluatedCase, reason: str) -> EvaluatedCase:
@@ -185,9 +239,10 @@ def _stale(kept: Collection[str]) -> list[str]:
     """Return a warning if rows of an earlier run are kept."""
     if not kept:
         return []
+    cases = f"{format_count(len(kept), 'case')}, such as {next(iter(kept))},"
     return [
-        f"{STALE}: {len(kept)} cases, such as {next(iter(kept))}, could not be compared this time; "
-        "their rows are those of an earlier run, of the same masks"
+        f"{STALE}: {cases} could not be compared this time; "
+        "the rows are those of an earlier run, of the same masks"
     ]
 
 
@@ -335,7 +390,7 @@ def _completed(
     for case_id, rows in compared.items():
         row_of = {row.label: row for row in rows}
         for label in sorted(names):
-            absent = row_of_absent(label, names[label], case_id=case_id)
+            absent = ABSENT.row(label, names[label], case_id=case_id)
             absent = with_lesions(replace(absent, patient=masks[case_id].patient), ())
             completed.append(row_of.get(label, absent))
     return completed
@@ -346,7 +401,7 @@ def _overall(
 ) -> dict[str, Any]:
     """Summarise Dice over all labels, and describe how patients were counted."""
     patients, labels = [patient_of(row) for row in rows], [row.label for row in rows]
-    dice = mean_of([row.dice for row in rows], patients, labels, bounds=METRICS["dice"])
+    dice = mean_of([row.dice for row in rows], patients, labels, bounds=METRICS["dice"].bounds)
     named = {masks[case_id].patient for case_id in done} - {None}
     n_unnamed = sum(masks[case_id].patient is None for case_id in done)
     patients_text = "named by the reference"
@@ -356,14 +411,14 @@ def _overall(
         "n_cases": len(done),
         "n_patients": len(named) + n_unnamed,
         "patients": patients_text,
-        "mean_dice": dice["mean"],
-        "mean_dice_95": dice["mean_95"],
-        "no_mean_dice_95": dice["no_mean_95"],
+        "mean_dice": dice.mean,
+        "mean_dice_95": dice.mean_95,
+        "no_mean_dice_95": dice.no_mean_95,
     }
 
 
-def _pictures(results: Sequence[LabelResult]) -> dict[str, bytes]:
-    """Draw the plots for which there is data, as PNG."""
+def _write_pictures(commit: Commit, results: Sequence[LabelResult]) -> list[str]:
+    """Write the plots for which there is data; return the names of the others."""
     from volseg.pages.plots import agreement_png, froc_png
 
     pictures = {}
@@ -372,4 +427,6 @@ def _pictures(results: Sequence[LabelResult]) -> dict[str, bytes]:
     curves = [(result.name, result.curve) for result in results if result.curve is not None]
     if curves:
         pictures["froc.png"] = froc_png(curves)
-    return pictures
+    for name, picture in pictures.items():
+        commit.write(name, picture)
+    return [name for name in PICTURES if name not in pictures]

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from volseg.errors import VolsegError
-from volseg.execution.cpu import total_memory
 from volseg.options import ImportOptions, command
 from volseg.reports import ImportReport
 from volseg.store.outputs import OutputFolder
+from volseg.words import format_count, format_sizes
 
 MODEL_FILE = "model.json"
 
@@ -26,7 +26,7 @@ def import_nnunet(options: ImportOptions) -> ImportReport:
     """
     from volseg.bundle import bundle_files, load_bundle, save_bundle
     from volseg.inference.export import export_bundle
-    from volseg.inference.memory import check_patch, network_bytes
+    from volseg.inference.memory import check_patch
     from volseg.nnunet import read_nnunet
 
     folder, out = options.folder, options.out
@@ -37,7 +37,7 @@ def import_nnunet(options: ImportOptions) -> ImportReport:
             code="E_EXISTS",
         )
     bundle = read_nnunet(folder, folds=options.folds, checkpoint=options.checkpoint)
-    check_patch(bundle, network_bytes(bundle), total_memory())
+    check_patch(bundle)
     with OutputFolder(out, "import-nnunet", inputs=[folder]) as outputs:
         outputs.refuse_foreign(bundle_files(bundle.weights))
         with outputs.staged() as commit:
@@ -58,15 +58,16 @@ def _facts(bundle: ModelBundle) -> dict[str, str]:
     folds, copies = len(bundle.weights), 2 ** len(recipe.infer.tta_axes)
     features = " ".join(map(str, recipe.network.settings["features"]))
     channels = [(name, recipe.preprocess.normaliser_of(name)) for name in recipe.data.channels]
-    spacing = " × ".join(f"{mm:g}" for mm in recipe.spacing_mm)
-    patch = " × ".join(map(str, recipe.patch_shape))
-    passes = f"{folds * copies}: {folds} folds × {copies} with test-time augmentation"
+    spacing = f"{format_sizes(recipe.spacing_mm)} mm"
+    passes = (
+        f"{folds * copies}: {format_count(folds, 'fold')} × {copies} with test-time augmentation"
+    )
     facts = {
         "name": recipe.name,
         "network": f"{recipe.network.name}, {features} features",
         "channels": ", ".join(f"{name} ({normalise.method})" for name, normalise in channels),
         "labels": ", ".join(f"{name} = {value}" for value, name in recipe.data.label_names.items()),
-        "spacing": f"{spacing} mm, patch {patch}",
+        "spacing": f"{spacing}, patch {format_sizes(recipe.patch_shape)}",
         "networks per patch": passes,
     }
     if recipe.data.regions_class_order is not None:

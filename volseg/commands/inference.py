@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -33,13 +33,14 @@ from volseg.io.cases import Case
 from volseg.io.header import ScanHeader
 from volseg.io.layouts import find_scans
 from volseg.io.volumes import read_header, read_volume
-from volseg.options import InferOptions, Progress, command
+from volseg.options import InferOptions, command
 from volseg.pages.model_box import ModelBox, model_box
 from volseg.postprocessing.lesions import CONNECTIVITY
 from volseg.recipe import Recipe, parse_recipe
 from volseg.reports import CasesReport
 from volseg.store.results import LESION_IDS, MASKS, ResultsFolder
 from volseg.volume import Volume
+from volseg.words import format_sizes
 
 if TYPE_CHECKING:  # torch takes seconds to import; only a command that needs it pays
     from volseg.bundle import ModelBundle
@@ -57,188 +58,151 @@ def infer(options: InferOptions) -> CasesReport:
         VolsegError: the request is wrong. A scan that cannot be used becomes a failed row instead.
     """
     started = time.monotonic()
-    out, progress, announce = options.out, options.progress, options.announce
     from volseg.bundle import load_bundle, shipped_bundle
     from volseg.inference.memory import limited_gpu
-    from volseg.segment import estimate_work, load_model
 
     if options.model is None:
-        announce(shipped_model_text())
+        options.announce(shipped_model_text())
     folder = options.model or shipped_bundle()
     bundle = load_bundle(folder)
     changes = _changes(bundle.recipe, options)
     bundle = replace(bundle, recipe=_changed(bundle.recipe, changes))
-    inputs = options.scans
     data = bundle.recipe.data
-    cases = find_scans(inputs, data.channels, allow_missing=data.missing == "empty")
-    used = [*inputs, folder, *(path for case in cases for path in case_files(case))]
-    with ResultsFolder(out, "infer", inputs=used) as results:
-        load = partial(
-            load_model,
-            device=options.device,
-            backend=options.backend,
-            precision=options.precision,
-            folder=folder,
-        )
-        loaded = load(bundle)
-        if loaded.device == "cpu" and loaded.segmentation.identity["backend"] == "torch":
-            keep_freed_memory()
-        else:  # keeping memory does not speed up OpenVINO or GPUs; empty masks would take memory
-            release_large_blocks()
-        key_options = {
-            "model_sha256": bundle.sha256,
-            "figures": options.figures,
-            **loaded.segmentation.identity,
-            **changes,
-        }
-        key_options |= {"accept_mismatch": True} if options.accept_mismatch else {}
-        n_cases = results.count_items(case.id for case in cases)
-        plans = _plan_memory(cases, n_cases, loaded, options)
-        fitting = _fitting(plans)
-        batch_size = bundle.recipe.infer.batch_size
-        tiles = min((plan.batch_size for plan in fitting.values()), default=batch_size)
-        if tiles < batch_size:  # a network may be compiled for its batch size
-            bundle = replace(bundle, recipe=_changed(bundle.recipe, {"infer.batch_size": tiles}))
-            del loaded  # free its memory before loading another
-            loaded = load(bundle)
-            announce(f"tiles: {tiles} at a time, to stay within the memory budget")
-        half = {name for name, plan in fitting.items() if plan.half_logits}
-        digests = Inputs(of_masks=False)
-
-        def key_of(case: Case) -> str:
-            logits = {"half_logits": True} if case.id in half else {}
-            return input_key(key_options | logits, digests.of(case))
-
-        def read(case: Case) -> _ReadCase:
-            plan = plans[case.id]
-            if isinstance(plan, VolsegError):
-                raise plan
-            return _read(case)
-
-        unannounced: list[Case] = []  # cases to do; emptied once their expected time is announced
-
-        def announcing_time(case: Case, on_tile: OnTile) -> OnTile:
-            """Wrap `on_tile` to announce the expected time once, before the first tile."""
-
-            def on_tile_announced(done: int, total: int) -> None:
-                if unannounced:
-                    left = unannounced[unannounced.index(case) :]
-                    shapes = [fitting[item.id].shape for item in left if item.id in fitting]
-                    announce(estimate_work(loaded, shapes).announcement())
-                    unannounced.clear()
-                on_tile(done, total)
-
-            return on_tile_announced
-
-        def segment(case: Case, scan: _ReadCase) -> _SegmentedCase:
-            on_tile = announcing_time(case, _tile_progress(case, cases, progress))
-            return _segment(
-                case,
-                scan,
-                loaded,
-                half_logits=case.id in half,
-                accept_mismatch=options.accept_mismatch,
-                on_tile=on_tile,
-            )
-
-        def write(case: Case, segmented: _SegmentedCase) -> None:
-            digests.were_read(case, segmented.sha256)
-            key, inputs = key_of(case), digests.of(case)
-            _write(case, segmented, loaded.bundle, box, results, key, inputs, files)
-
-        def start(todo: Sequence[Case]) -> Iterator[Outcome[Case, None]]:
-            unannounced.extend(todo)
-            return run_overlapped(read, segment, write, todo, ahead=ahead)
-
-        box = model_box(bundle.name, bundle.recipe, bundle.fingerprint, bundle.metrics)
-        files = CaseFiles((MASKS, LESION_IDS), options.figures, options.pages)
-        about = run_header("infer", bundle.name) | {"model_box": box.model_dump(mode="json")}
-        ahead = all(plan.read_ahead for plan in fitting.values())
-        with limited_gpu(None if loaded.device == "cpu" else options.max_vram):
+    cases = find_scans(options.scans, data.channels, allow_missing=data.missing == "empty")
+    used = [*options.scans, folder, *(path for case in cases for path in case_files(case))]
+    with ResultsFolder(options.out, "infer", inputs=used) as results:
+        run = _load_run(bundle, changes, folder, cases, results, options)
+        model, bundle = run.model, run.model.bundle
+        about = run_header("infer", bundle.name) | {"model_box": run.box.model_dump(mode="json")}
+        with limited_gpu(None if model.device == "cpu" else options.max_vram):
             report = run_cases(
                 cases,
-                start,
-                key_of,
+                run.start,
+                run.key_of,
                 results,
-                inputs=digests,
-                files=files,
+                inputs=run.digests,
+                files=run.files,
                 stage=STAGE,
-                progress=progress,
+                progress=options.progress,
                 model_name=bundle.name,
                 about=about if options.pages else None,
                 max_ram=options.max_ram,
-                announce=announce,
+                announce=options.announce,
             )
         results.write_run(
-            run_description(options, key_options, report, started)
+            run_description(options, run.key_options, report, started)
             | about
             | {"recipe_sha256": bundle.recipe.sha256, "connectivity": CONNECTIVITY}
             | {"measure": bundle.recipe.measure.model_dump(mode="json")}
         )
-    return replace(report, computed_with=loaded.segmentation.identity)
+    return replace(report, computed_with=model.segmentation.identity)
+
+
+def _load_run(
+    bundle: ModelBundle,
+    changes: Mapping[str, Any],
+    folder: Path,
+    cases: Sequence[Case],
+    results: ResultsFolder,
+    options: InferOptions,
+) -> _Run:
+    """Load the model, with as many tiles at a time as fit into memory."""
+    n_cases = results.count_items(case.id for case in cases)
+    model, plans = _load_model(bundle, folder, cases, n_cases, options)
+    key_options = {"model_sha256": bundle.sha256, "figures": options.figures}
+    key_options |= {**model.segmentation.identity, **changes}
+    key_options |= {"accept_mismatch": True} if options.accept_mismatch else {}
+    bundle = model.bundle
+    return _Run(
+        options=options,
+        cases=cases,
+        model=model,
+        plans=plans,
+        results=results,
+        key_options=key_options,
+        box=model_box(bundle.name, bundle.recipe, bundle.fingerprint, bundle.metrics),
+    )
+
+
+def _load_model(
+    bundle: ModelBundle, folder: Path, cases: Sequence[Case], n_cases: int, options: InferOptions
+) -> tuple[Model, _Plans]:
+    """Load the networks, compiled for as many tiles at a time as fit into memory."""
+    from volseg.segment import load_model
+
+    requested = {"backend": options.backend, "precision": options.precision, "folder": folder}
+    model = load_model(bundle, options.device, **requested)
+    if model.device == "cpu" and model.segmentation.identity["backend"] == "torch":
+        keep_freed_memory()
+    else:  # keeping memory does not speed up OpenVINO or GPUs; empty masks would take memory
+        release_large_blocks()
+    plans = _plan_memory(cases, n_cases, model, options)
+    batch_size = bundle.recipe.infer.batch_size
+    tiles = min((plan.batch_size for plan in plans.fitting.values()), default=batch_size)
+    if tiles < batch_size:
+        smaller = _changed(bundle.recipe, {"infer.batch_size": tiles})
+        del model  # free its memory before loading another
+        model = load_model(replace(bundle, recipe=smaller), options.device, **requested)
+        options.announce(f"tiles: {tiles} at a time, to stay within the memory budget")
+    return model, plans
+
+
+@dataclass(frozen=True, slots=True)
+class _Plans:
+    """How cases fit into memory; reading a case without a plan or an error raises its error."""
+
+    fitting: Mapping[str, MemoryPlan]
+    refused: Mapping[str, ScanError]
 
 
 def _plan_memory(
-    cases: Sequence[Case],
-    n_cases: int,
-    model: Model,
-    options: InferOptions,
-) -> dict[str, MemoryPlan | VolsegError | None]:
-    """Plan the memory of each case; an error if it does not fit, None if its header is unreadable.
+    cases: Sequence[Case], n_cases: int, model: Model, options: InferOptions
+) -> _Plans:
+    from volseg.inference.memory import MemoryLimits, ScanSize, gpu_memory, plan_memory
+    from volseg.segment import network_pass
 
-    Reading an unreadable case raises its error later.
-    """
-    from volseg.inference.memory import gpu_memory
-    from volseg.inference.openvino_backend import find_half_type
-    from volseg.segment import patch_bytes, plan_case_memory
-
-    max_ram, max_vram, announce = options.max_ram, options.max_vram, options.announce
-    if model.device == "cpu":
-        max_vram = None
-    elif max_vram is None:
-        max_vram = gpu_memory()
-
-    needed = patch_bytes(model)
-    coarse_needed = 0 if model.coarse is None else patch_bytes(model.coarse)
-    plans: dict[str, MemoryPlan | VolsegError | None] = {}
+    max_vram = None
+    if model.device != "cpu":
+        max_vram = gpu_memory() if options.max_vram is None else options.max_vram
+    limits, passes = MemoryLimits(ram=options.max_ram, vram=max_vram), network_pass(model)
+    fitting: dict[str, MemoryPlan] = {}
+    refused: dict[str, ScanError] = {}
     for case in cases:
         try:
             headers = [read_header(path) for path in case.images.values()]
         except VolsegError:
-            plans[case.id] = None
             continue
-        itemsize = _bytes_per_voxel(headers)
+        size = ScanSize(geometry=headers[0].geometry, itemsize=_bytes_per_voxel(headers))
         try:
-            plans[case.id] = plan_case_memory(
-                headers[0].geometry,
-                itemsize,
-                model,
-                needed,
-                max_ram,
-                max_vram=max_vram,
-                coarse_needed=coarse_needed,
-                is_alone=len(cases) == 1,
-                n_cases=n_cases,
+            fitting[case.id] = plan_memory(
+                size, passes, limits, is_alone=len(cases) == 1, n_cases=n_cases
             )
         except ScanError as error:
-            plans[case.id] = error
-    fitting = _fitting(plans)
+            refused[case.id] = error
     if fitting:
-        largest = max(fitting, key=lambda name: fitting[name].footprint.total)
-        gpu = max(plan.footprint.gpu for plan in fitting.values())
-        gpu_text = f"; {gpu / 2**30:.2f} GB of GPU memory" if gpu else ""
-        announce(announcement(fitting[largest].footprint, largest) + gpu_text)
-        machine = total_memory()
-        if max_ram is None and fitting[largest].footprint.total > machine:
-            announce(
-                f"memory: this machine has {machine / 2**30:.2f} GB; use --max-ram to lower memory "
-                "use; scans that still do not fit are skipped with a reason"
-            )
-        announce(_cost_of_tiles(fitting[largest].shape, model))
-        is_fp32 = model.segmentation.identity == {"backend": "openvino", "precision": "fp32"}
-        if is_fp32 and find_half_type():
-            announce("precision: fp32; --precision fp16 takes about half the time on this CPU")
-    return plans
+        _announce_plans(fitting, model, options)
+    return _Plans(fitting, refused)
+
+
+def _announce_plans(plans: Mapping[str, MemoryPlan], model: Model, options: InferOptions) -> None:
+    """Announce the peak memory and the number of tiles, and options that lower them."""
+    from volseg.inference.openvino_backend import find_half_type
+
+    announce = options.announce
+    name, largest = max(plans.items(), key=lambda item: item[1].footprint.total)
+    gpu = max(plan.footprint.gpu for plan in plans.values())
+    gpu_text = f"; {gpu / 2**30:.2f} GB of GPU memory" if gpu else ""
+    announce(announcement(largest.footprint, name) + gpu_text)
+    machine = total_memory()
+    if options.max_ram is None and largest.footprint.total > machine:
+        announce(
+            f"memory: this machine has {machine / 2**30:.2f} GB; use --max-ram to lower memory "
+            "use; scans that still do not fit are skipped with a reason"
+        )
+    announce(_cost_of_tiles(largest.shape, model))
+    is_fp32 = model.segmentation.identity == {"backend": "openvino", "precision": "fp32"}
+    if is_fp32 and find_half_type():
+        announce("precision: fp32; --precision fp16 takes about half the time on this CPU")
 
 
 def _bytes_per_voxel(headers: Sequence[ScanHeader]) -> int:
@@ -257,15 +221,14 @@ def _bytes_per_voxel(headers: Sequence[ScanHeader]) -> int:
 
 def _cost_of_tiles(shape: tuple[int, int, int], model: Model) -> str:
     """Describe the number of tiles of a prepared grid, and the cost of overlap and TTA."""
-    from volseg.segment import tiling_of
+    from volseg.inference.stream import Tiling
 
-    tiling, axes = tiling_of(model.bundle), model.bundle.recipe.infer.tta_axes
+    tiling, axes = Tiling.of(model.bundle.recipe), model.bundle.recipe.infer.tta_axes
     n_tiles, n_without_overlap = tiling.count(shape), replace(tiling, overlap=0).count(shape)
-    patch = " × ".join(str(length) for length in tiling.patch_shape)
     coarse = ""
     if model.coarse is not None:
         coarse = " after a coarse first pass (--inside scan: all of them, without that pass)"
-    parts = [f"tiles: at most {n_tiles} of {patch} voxels{coarse}"]
+    parts = [f"tiles: at most {n_tiles} of {format_sizes(tiling.patch_shape)} voxels{coarse}"]
     if n_without_overlap < n_tiles:
         parts.append(f"{n_without_overlap} without overlap (--overlap 0)")
     if axes:
@@ -275,15 +238,6 @@ def _cost_of_tiles(shape: tuple[int, int, int], model: Model) -> str:
             "(--no-tta: once)"
         )
     return "; ".join(parts)
-
-
-def _fitting(plans: Mapping[str, MemoryPlan | VolsegError | None]) -> dict[str, MemoryPlan]:
-    """Return the plans of the cases that fit into memory."""
-    return {
-        name: plan
-        for name, plan in plans.items()
-        if plan is not None and not isinstance(plan, VolsegError)
-    }
 
 
 def _changes(recipe: Recipe, options: InferOptions) -> dict[str, Any]:
@@ -330,91 +284,122 @@ class _SegmentedCase:
     sha256: tuple[str, ...]  # of the image files, as read
 
 
-def _read(case: Case) -> _ReadCase:
-    started = time.monotonic()
-    images = {name: read_volume(path) for name, path in case.images.items()}
-    return _ReadCase(images, time.monotonic() - started)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Run:
+    """One call: what its cases share, and the steps of each: read, segment, write."""
 
+    options: InferOptions
+    cases: Sequence[Case]
+    model: Model
+    plans: _Plans
+    results: ResultsFolder
+    key_options: Mapping[str, Any]
+    box: ModelBox
+    digests: Inputs = field(default_factory=lambda: Inputs(of_masks=False))
+    # cases to do; emptied once their expected time is announced
+    unannounced: list[Case] = field(default_factory=list)
 
-def _tile_progress(case: Case, cases: Sequence[Case], progress: Progress) -> OnTile:
-    """Return a callback that reports tiles: in a stage of their own, or in `STAGE` for one case."""
-    stage, name = (STAGE, "") if len(cases) == 1 else (TILES, f"{case.id}: ")
+    @property
+    def files(self) -> CaseFiles:
+        return CaseFiles((MASKS, LESION_IDS), self.options.figures, self.options.pages)
 
-    def show(done: int, total: int) -> None:
-        detail = f"{done} of {total} tiles" if done < total else f"{total} tiles done, measuring"
-        progress(stage, done / total, name + detail)
+    def start(self, todo: Sequence[Case]) -> Iterator[Outcome[Case, None]]:
+        self.unannounced.extend(todo)
+        ahead = all(plan.read_ahead for plan in self.plans.fitting.values())
+        return run_overlapped(self.read, self.segment, self.write, todo, ahead=ahead)
 
-    return show
+    def key_of(self, case: Case) -> str:
+        logits = {"half_logits": True} if self._has_half_logits(case) else {}
+        return input_key({**self.key_options, **logits}, self.digests.of(case))
 
+    def read(self, case: Case) -> _ReadCase:
+        if case.id in self.plans.refused:
+            raise self.plans.refused[case.id]
+        started = time.monotonic()
+        images = {name: read_volume(path) for name, path in case.images.items()}
+        return _ReadCase(images, time.monotonic() - started)
 
-def _segment(
-    case: Case,
-    read: _ReadCase,
-    model: Model,
-    *,
-    half_logits: bool,
-    accept_mismatch: bool,
-    on_tile: OnTile,
-) -> _SegmentedCase:
-    from volseg.segment import segment_case
+    def segment(self, case: Case, read: _ReadCase) -> _SegmentedCase:
+        from volseg.segment import segment_case
 
-    started = time.monotonic()
-    result = segment_case(
-        read.images,
-        model,
-        case_id=case.id,
-        half_logits=half_logits,
-        accept_mismatch=accept_mismatch,
-        on_tile=on_tile,
-    )
-    scan = read.images[model.bundle.recipe.data.channels[0]]
-    digests = tuple(image.sha256 for image in read.images.values())
-    return _SegmentedCase(scan, result, read.seconds + time.monotonic() - started, digests)
-
-
-def _write(
-    case: Case,
-    segmented: _SegmentedCase,
-    bundle: ModelBundle,
-    box: ModelBox,
-    results: ResultsFolder,
-    key: str,
-    inputs: Sequence[str],
-    files: CaseFiles,
-) -> None:
-    started = time.monotonic()
-    data, settings = bundle.recipe.data, bundle.recipe.measure
-    scan_path = case.images[data.channels[0]]
-    scan, result = segmented.scan, segmented.result
-    unit = result.resemblance.unit
-    with results.staged() as commit:
-        write_mask(result.mask, commit, MASKS, case.id, like=scan_path)
-        write_mask(result.lesion_ids, commit, LESION_IDS, case.id, like=scan_path)
-        if files.figures:
-            write_figure(scan, result.lesion_ids, result.lesions, case.id, commit, unit=unit)
-        row = done_row(
-            case,
-            scan,
-            result.measured,
-            path=scan_path,
-            unit=unit,
-            model=bundle.name,
-            seconds=segmented.seconds,
-            settings=settings,
-            organ_voxels=result.organ_voxels,
-            remarks=result.resemblance.remarks,
+        started = time.monotonic()
+        result = segment_case(
+            read.images,
+            self.model,
+            case_id=case.id,
+            half_logits=self._has_half_logits(case),
+            accept_mismatch=self.options.accept_mismatch,
+            on_tile=self._tile_progress(case),
         )
-        if files.pages:
-            ids = result.lesion_ids.array
-            write_page(row, result.lesions, scan, ids, unit=unit.name, commit=commit, box=box)
-        results.commit(
-            replace(row, seconds=round(segmented.seconds + time.monotonic() - started, 2)),
-            commit,
-            key=key,
-            inputs=inputs,
-            lesions=result.measured,
-            source=source_of(scan_path, scan, unit.name, box)
-            | {"unit_doubt": unit.doubt, "remarks": list(result.resemblance.remarks)}
-            | {"measure": settings.model_dump(mode="json")}
-            | {"label_names": {str(value): name for value, name in data.label_names.items()}},
-        )
+        scan = read.images[self.model.bundle.recipe.data.channels[0]]
+        digests = tuple(image.sha256 for image in read.images.values())
+        return _SegmentedCase(scan, result, read.seconds + time.monotonic() - started, digests)
+
+    def write(self, case: Case, segmented: _SegmentedCase) -> None:
+        started = time.monotonic()
+        self.digests.were_read(case, segmented.sha256)
+        recipe, box = self.model.bundle.recipe, self.box
+        scan_path = case.images[recipe.data.channels[0]]
+        scan, result = segmented.scan, segmented.result
+        unit = result.resemblance.unit
+        with self.results.staged() as commit:
+            write_mask(result.mask, commit, MASKS, case.id, like=scan_path)
+            write_mask(result.lesion_ids, commit, LESION_IDS, case.id, like=scan_path)
+            if self.options.figures:
+                write_figure(scan, result.lesion_ids, result.lesions, case.id, commit, unit=unit)
+            row = done_row(
+                case,
+                scan,
+                result.measured,
+                path=scan_path,
+                unit=unit,
+                model=self.model.bundle.name,
+                seconds=segmented.seconds,
+                settings=recipe.measure,
+                organ_voxels=result.organ_voxels,
+                remarks=result.resemblance.remarks,
+            )
+            if self.options.pages:
+                ids = result.lesion_ids.array
+                write_page(row, result.lesions, scan, ids, unit=unit.name, commit=commit, box=box)
+            names = {str(value): name for value, name in recipe.data.label_names.items()}
+            self.results.commit(
+                replace(row, seconds=round(segmented.seconds + time.monotonic() - started, 2)),
+                commit,
+                key=self.key_of(case),
+                inputs=self.digests.of(case),
+                lesions=result.measured,
+                source=source_of(scan_path, scan, unit.name, box)
+                | {"unit_doubt": unit.doubt, "remarks": list(result.resemblance.remarks)}
+                | {"measure": recipe.measure.model_dump(mode="json"), "label_names": names},
+            )
+
+    def _has_half_logits(self, case: Case) -> bool:
+        plan = self.plans.fitting.get(case.id)
+        return plan is not None and plan.half_logits
+
+    def _tile_progress(self, case: Case) -> OnTile:
+        """Return a callback for tiles, in a stage of their own, or in `STAGE` for one case.
+
+        Before the first tile of the call it announces the expected time.
+        """
+        is_alone = len(self.cases) == 1
+        stage, name = (STAGE, "") if is_alone else (TILES, f"{case.id}: ")
+
+        def show(done: int, total: int) -> None:
+            if self.unannounced:
+                self._announce_time(self.unannounced[self.unannounced.index(case) :])
+                self.unannounced.clear()
+            detail = (
+                f"{done} of {total} tiles" if done < total else f"{total} tiles done, measuring"
+            )
+            self.options.progress(stage, done / total, name + detail)
+
+        return show
+
+    def _announce_time(self, cases: Iterable[Case]) -> None:
+        from volseg.segment import estimate_work
+
+        plans = self.plans.fitting
+        shapes = [plans[case.id].shape for case in cases if case.id in plans]
+        self.options.announce(estimate_work(self.model, shapes).announcement())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -28,17 +27,20 @@ from volseg.commands.batch import (
     write_mask,
 )
 from volseg.commands.pages import page_budget, read_about, source_of, write_page, write_report
+from volseg.commands.remarks import ORGAN
 from volseg.errors import ScanError, VolsegError
 from volseg.execution.local import run
 from volseg.execution.memory import Budget, Peak
-from volseg.inputs import MAX_LABEL, MAX_NAME, label_value, read_json, shorten
-from volseg.io.cases import Case, read_table
+from volseg.inputs import label_value, shorten
+from volseg.io.cases import Case
 from volseg.io.formats import RESULT_SUFFIX
+from volseg.io.label_names import read_label_names
 from volseg.io.label_table import read_label_table
 from volseg.io.layouts import find_cases, find_scans
 from volseg.io.volumes import MAX_LABELS, read_header, read_mask, read_volume
 from volseg.measurement.memory import plan_measuring
 from volseg.measurement.rows import CaseRow
+from volseg.measurement.scan import SegmentedScan
 from volseg.measurement.specks import MeasuredLesions, measure_largest
 from volseg.measurement.units import Unit, judge_unit
 from volseg.options import MeasureOptions, command
@@ -49,6 +51,7 @@ from volseg.reports import CasesReport
 from volseg.store.outputs import SAME_KIND, Commit, folder_content
 from volseg.store.results import LESION_IDS, MASKS, ResultsFolder, State
 from volseg.volume import Volume
+from volseg.words import format_count
 
 STAGE, DEFAULT_OUT = "Measuring", "volseg_results"
 MOST_OBJECTS = 2**20  # values of a mask whose values are the objects
@@ -72,7 +75,7 @@ def measure(options: MeasureOptions) -> CasesReport:
             code="E_USAGE",
         )
     sources = (options.image, options.mask, options.cases)
-    pairs, unused = _pairs(*sources)
+    pairs, unused = _pairs(options)
     settings = _settings_of(options)
     names = {str(value): name for value, name in settings.label_names.items()}
     key_options = {"objects": settings.objects, "label_names": names}
@@ -381,35 +384,24 @@ def _refused(
                 math.prod(scan.geometry.shape),
                 scan.dtype.itemsize,
                 mask.dtype.itemsize,
+                settings,
                 process=budget.process,
                 n_cases=n_cases,
-                has_organ=settings.organ is not None,
-                calcium=settings.calcium,
             )
     return budget.refused(plans)
 
 
-def _pairs(
-    image: Path | str | None, mask: Path | str | None, cases: Path | str | None
-) -> tuple[list[Case], list[str]]:
+def _pairs(options: MeasureOptions) -> tuple[list[Case], list[str]]:
     """Return scans with their masks, and the names of masks without a scan."""
-    if cases is not None and image is None and mask is None:
-        pairs = find_cases(Path(cases), ("image",))
-        maskless = [case.id for case in pairs if case.reference is None]
-        if maskless:
-            raise VolsegError(
-                f"{cases}: {len(maskless)} cases have no mask, first {maskless[0]!r}",
-                fix="fill the `label` column",
-                code="E_DATASET",
-            )
-        return pairs, []
-    if image is None or mask is None or cases is not None:
+    image, mask = options.image, options.mask
+    if options.cases is not None and image is None and mask is None:
+        return _pairs_of_table(options.cases), []
+    if image is None or mask is None or options.cases is not None:
         raise VolsegError(
             "measure needs a scan and its mask, two folders of them, or a table of cases",
             fix="give --image and --mask, or --cases",
             code="E_USAGE",
         )
-    image, mask = Path(image), Path(mask)
     if image.is_dir() != mask.is_dir():
         raise VolsegError(
             f"{image} and {mask}: one is a folder, the other is not",
@@ -417,19 +409,37 @@ def _pairs(
             code="E_USAGE",
         )
     scans = find_scans([image], ("image",))
-    if not image.is_dir():
-        if len(scans) > 1:
-            raise VolsegError(
-                f"{image}: lists {len(scans)} scans, but {mask} is one mask",
-                fix=f"give --cases {image}, with the mask of each scan in its `label` column",
-                code="E_USAGE",
-            )
-        return [replace(scans[0], reference=mask)], []
-    masks = {case.id: next(iter(case.images.values())) for case in find_scans([mask], ("image",))}
+    if image.is_dir():
+        return _pairs_of_folders(scans, mask)
+    if len(scans) > 1:
+        raise VolsegError(
+            f"{image}: lists {len(scans)} scans, but {mask} is one mask",
+            fix=f"give --cases {image}, with the mask of each scan in its `label` column",
+            code="E_USAGE",
+        )
+    return [replace(scans[0], reference=mask)], []
+
+
+def _pairs_of_table(table: Path) -> list[Case]:
+    pairs = find_cases(table, ("image",))
+    maskless = [case.id for case in pairs if case.reference is None]
+    if maskless:
+        cases = f"{format_count(len(maskless), 'case')} without a mask"
+        raise VolsegError(
+            f"{table}: {cases}, first {maskless[0]!r}",
+            fix="fill the `label` column",
+            code="E_DATASET",
+        )
+    return pairs
+
+
+def _pairs_of_folders(scans: Sequence[Case], folder: Path) -> tuple[list[Case], list[str]]:
+    masks = {case.id: next(iter(case.images.values())) for case in find_scans([folder], ("image",))}
     maskless = [case.id for case in scans if case.id not in masks]
     if maskless:
+        n = f"{len(maskless)} of {format_count(len(scans), 'scan')}"
         raise VolsegError(
-            f"{mask}: has no mask for {len(maskless)} of {len(scans)} scans, first {maskless[0]!r}",
+            f"{folder}: has no mask for {n}, first {maskless[0]!r}",
             fix="give each mask the name of its scan, or give --cases with a table of pairs",
             code="E_DATASET",
         )
@@ -508,21 +518,19 @@ def _measure_case(case: Case, options: _Options) -> _Measured:
     values = [value for value in dict.fromkeys(lesions.labels) if value in node_values]
     nodes = tuple(names[value] for value in values)
     settings = settings.model_copy(update={"lymph_nodes": nodes})
-    measured = measure_largest(
-        scan,
-        lesions.ids,
-        lesions.labels,
+    segmented = SegmentedScan(
         case_id=case.id,
+        image=scan,
+        lesions=lesions,
+        unit=unit,
         label_names=names,
-        intensity_unit=unit.name,
-        unit_doubt=unit.doubt,
         settings=settings,
-        connectivity=CONNECTIVITY if options.objects == "components" else None,
+        organ_voxels=organ_voxels,
     )
     return _Measured(
         scan=scan,
         ids=scan.with_array(lesions.ids),
-        lesions=measured,
+        lesions=measure_largest(segmented),
         unit=unit,
         settings=settings,
         organ_voxels=organ_voxels,
@@ -550,6 +558,9 @@ def _write_case(
     remarks = [*options.remarks, *((remark,) if remark else ())]
     if measured.unit.doubt and not any(measured.unit.doubt in text for text in remarks):
         remarks.insert(0, f"W_UNIT: {measured.unit.doubt}")
+    if measured.organ_voxels and not len(measured.lesions):
+        organ = measured.settings.organ
+        remarks.append(f"{ORGAN}: no label but the organ, {organ}, so no lesion was measured")
     row = done_row(
         case,
         scan,
@@ -584,51 +595,3 @@ def _value_of(label: str, names: Mapping[int, str], path: Path) -> int:
         fix="give the label's value, 1 or more, or name the values with --label-names",
         code="E_LABELS",
     )
-
-
-def read_label_names(path: Path | str) -> dict[int, str]:
-    """Read value → name from a JSON object or a CSV with columns `label` and `name`.
-
-    The JSON object may map values to names or names to values.
-    """
-    path = Path(path)
-    names: dict[int, str] = {}
-    try:
-        if path.suffix.lower() == ".json":
-            pairs = [
-                (key, item) if key.isdecimal() else (item, key)
-                for key, item in read_json(path).items()
-            ]
-        else:
-            path.stat()  # a missing file raises OSError
-            columns, lines = read_table(path)
-            label, name = columns.index("label"), columns.index("name")
-            pairs = [(cells[label], cells[name]) for _, cells in lines]
-        for stated, name in pairs:
-            value = _label_value(stated)
-            if value is None or not isinstance(name, str) or not 0 < len(name) <= MAX_NAME:
-                parts = [json.dumps(part, ensure_ascii=False) for part in (stated, name)]
-                raise ValueError(
-                    f"{' = '.join(map(shorten, parts))}: a value must be a whole number, "
-                    f"a name must have 1 to {MAX_NAME} characters"
-                )
-            if names.get(value, name) != name:
-                raise ValueError(f"{value} is both {names[value]!r} and {name!r}")
-            names[value] = name
-        return names
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise VolsegError(
-            f"{path}: is not a list of label names ({reason})",
-            fix='give JSON such as {"1": "spleen"}, or a CSV with columns label and name',
-            code="E_LABELS",
-        ) from error
-
-
-def _label_value(stated: object) -> int | None:
-    """Return the mask value stated in JSON or a CSV cell; None if it is not a valid value."""
-    if isinstance(stated, str):
-        return label_value(stated)
-    if isinstance(stated, bool) or not isinstance(stated, (int, float)):
-        return None
-    return int(stated) if 0 <= stated <= MAX_LABEL and stated == int(stated) else None  # 1.0 is 1

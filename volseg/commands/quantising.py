@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,6 +20,7 @@ from volseg.io.prepared import IGNORED, PreparedCase
 from volseg.options import PreprocessOptions, Progress, QuantiseOptions, command
 from volseg.reports import QuantiseReport
 from volseg.store.outputs import OutputFolder, delete_written
+from volseg.words import format_count
 
 if TYPE_CHECKING:  # torch takes seconds to import; only a command that needs it pays
     from volseg.bundle import ModelBundle
@@ -44,47 +46,32 @@ def quantise(options: QuantiseOptions) -> QuantiseReport:
         EnvironmentProblem: openvino or nncf is not installed.
     """
     keep_freed_memory()
-    from volseg.bundle import EXPORTED, load_bundle
+    from volseg.bundle import exported_files, load_bundle
     from volseg.inference.export import batch_shape_of, convert, write_exported
     from volseg.inference.openvino_backend import import_openvino
-    from volseg.inference.quantise import backends_by_precision, import_nncf
-    from volseg.inference.quantise import quantise as quantise_network
+    from volseg.inference.quantise import backends_by_precision, import_nncf, quantise_network
 
     import_openvino()
     import_nncf()
     model, dataset, seed = options.model, options.dataset, options.seed
-    progress = options.progress
     bundle = load_bundle(model)
-    if bundle.recipe.data.regions_class_order is not None:
-        raise VolsegError(
-            f"{model}: its labels are overlapping regions, for which int8 is not supported",
-            fix="use --precision fp32 or fp16",
-            code="E_PRECISION",
-        )
+    _refuse_regions(bundle, model)
     work = model / WORK_FOLDER
     with OutputFolder(model, "quantise", inputs=[dataset]) as outputs:
-        stems = [f"{EXPORTED}/{name}.int8" for name in bundle.members]
-        outputs.refuse_foreign(
-            [f"{stem}.{end}" for stem in stems for end in ("xml", "bin", "json")]
-        )
+        outputs.refuse_foreign(exported_files(bundle.members, "int8"))
         outputs.work_folder(WORK_FOLDER)
-        training, validation = _prepared_cases(bundle, dataset, work / "prepared", seed, progress)
-        shape = batch_shape_of(bundle)
+        training, validation = _prepared_cases(bundle, work / "prepared", options)
         places = np.linspace(0, len(training) - 1, min(options.cases, len(training)))
         calibration = [training[round(place)] for place in places]
-        progress("Quantising", 0.0, f"calibrating on {len(calibration)} training cases")
+        n = len(calibration)
+        options.progress("Quantising", 0.0, f"calibrating on {format_count(n, 'training case')}")
         patches = _calibration_patches(calibration, bundle, seed)
-        members = map(bundle.member, bundle.members)
+        shape, members = batch_shape_of(bundle), map(bundle.member, bundle.members)
         networks = [quantise_network(convert(member, shape), patches) for member in members]
         backends = backends_by_precision(bundle, networks)
-        scores: dict[str, list[list[float]]] = {name: [] for name in backends}
-        for count, case in enumerate(validation, start=1):
-            for name, backend in backends.items():
-                scores[name].append(_case_dice(backend, case, bundle))
-                backend.release()  # only one network at a time keeps its memory
-            progress("Validating", count / len(validation), case.id)
+        scores = _validation_dice(backends, validation, bundle, options.progress)
         facts = {
-            "calibration": {"cases": len(calibration), "patches": len(patches), "seed": seed},
+            "calibration": {"cases": n, "patches": len(patches), "seed": seed},
             "validation": {"cases": len(validation), "dice": _mean_dice(scores, bundle)},
             "seconds_per_patch": _seconds_per_patch(backends, patches[0]),
             "versions": {name: metadata.version(name) for name in ("openvino", "nncf")},
@@ -99,16 +86,26 @@ def quantise(options: QuantiseOptions) -> QuantiseReport:
     return QuantiseReport(out=model, done=[bundle.recipe.name], **facts)
 
 
+def _refuse_regions(bundle: ModelBundle, model: Path) -> None:
+    if bundle.recipe.data.regions_class_order is not None:
+        raise VolsegError(
+            f"{model}: its labels are overlapping regions, for which int8 is not supported",
+            fix="use --precision fp32 or fp16",
+            code="E_PRECISION",
+        )
+
+
 def _prepared_cases(
-    bundle: ModelBundle, dataset: Path, work: Path, seed: int, progress: Progress
+    bundle: ModelBundle, work: Path, options: QuantiseOptions
 ) -> tuple[list[PreparedCase], list[PreparedCase]]:
     """Return training and validation cases, prepared as in the training of the model."""
+    dataset, seed = options.dataset, options.seed
     if (dataset / PREPARED_FILE).is_file():
         prepared = dataset
     else:
         prepared = work
         settings = PreprocessOptions(
-            dataset, recipe=bundle.recipe, out=prepared, seed=seed, progress=progress
+            dataset, recipe=bundle.recipe, out=prepared, seed=seed, progress=options.progress
         )
         report = prepare_dataset(settings)
         if report.failed:
@@ -144,18 +141,30 @@ def _calibration_patches(
     return patches
 
 
+def _validation_dice(
+    backends: Mapping[str, Backend],
+    cases: Sequence[PreparedCase],
+    bundle: ModelBundle,
+    progress: Progress,
+) -> dict[str, list[list[float]]]:
+    """Return precision → Dice of each case and label."""
+    scores: dict[str, list[list[float]]] = {name: [] for name in backends}
+    for count, case in enumerate(cases, start=1):
+        for name, backend in backends.items():
+            scores[name].append(_case_dice(backend, case, bundle))
+            backend.release()  # only one network at a time keeps its memory
+        progress("Validating", count / len(cases), case.id)
+    return scores
+
+
 def _case_dice(backend: Backend, case: PreparedCase, bundle: ModelBundle) -> list[float]:
     """Return the Dice of each label on the prepared grid; NaN if neither mask has the label."""
     from volseg.inference.stream import Tiling, predict_logits
 
     case.check()
-    infer = bundle.recipe.infer
-    tiling = Tiling(
-        patch_shape=bundle.recipe.patch_shape, overlap=infer.overlap, batch_size=infer.batch_size
-    )
-    logits = predict_logits(
-        np.asarray(case.image), backend, tiling, n_classes=1 + len(bundle.recipe.data.labels)
-    )
+    tiling = replace(Tiling.of(bundle.recipe), tta_axes=(), margin=0)
+    n_classes = bundle.recipe.data.n_outputs
+    logits = predict_logits(np.asarray(case.image), backend, tiling, n_classes=n_classes)
     predicted = logits.argmax(axis=0)
     predicted[case.mask == IGNORED] = 0
     return [dice(case.mask, predicted, index) for index in range(1, len(logits))]

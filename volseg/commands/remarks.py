@@ -1,4 +1,4 @@
-"""Warnings about single scans for the terminal: noisy mask, doubtful unit, unlike training data."""
+"""Warnings about single scans for the terminal: noise, unit, training data, organ."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from volseg.measurement.specks import SPECKS
 from volseg.measurement.units import CODES, warnings_in
 
 MOST_SCANS = 5  # listed per code
+ORGAN = "W_ORGAN"  # the organ is missing, or all that there is
 
 
 def remarks_on_scans(rows: Iterable[Mapping[str, Any]], case_ids: Iterable[str]) -> list[str]:
@@ -18,7 +19,7 @@ def remarks_on_scans(rows: Iterable[Mapping[str, Any]], case_ids: Iterable[str])
         rows: rows of cases.csv.
     """
     case_ids = set(case_ids)
-    lines_by_code: dict[str, list[str]] = {code: [] for code in (SPECKS, *CODES)}
+    lines_by_code: dict[str, list[str]] = {code: [] for code in (SPECKS, *CODES, ORGAN)}
     for row in rows:
         if row["case_id"] not in case_ids:
             continue

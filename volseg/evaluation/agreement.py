@@ -48,7 +48,9 @@ class Agreement:
 
 
 def agreement(
-    reference: Sequence[float], predicted: Sequence[float], patients: Sequence[Hashable]
+    reference: Sequence[float] | np.ndarray,
+    predicted: Sequence[float] | np.ndarray,
+    patients: Sequence[Hashable],
 ) -> Agreement:
     """Return limits of agreement and correlations of paired measurements, with 95 % intervals.
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Literal
@@ -14,7 +13,14 @@ from volseg.columns import column
 from volseg.errors import ScanError
 from volseg.evaluation.overlap import OverlapRow
 from volseg.postprocessing.components import component_statistics, finding_bytes, runs_of
-from volseg.postprocessing.lesions import MANY, Lesions, label_lesions
+from volseg.postprocessing.lesions import (
+    MANY,
+    Lesions,
+    centres_mm,
+    equivalent_diameter_mm,
+    label_lesions,
+    stable_voxel_mm3,
+)
 from volseg.postprocessing.pairing import MAX_PAIRS, PAIR_BYTES, best_pairs
 from volseg.volume import BoundingBox, Geometry, Volume
 from volseg.words import format_thousands
@@ -74,28 +80,28 @@ class DetectionRow:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Matches:
-    """Matched lesions of two masks; lesion n of a mask is at position n - 1.
+class Partners:
+    """Partners of the N lesions of a mask in the other mask; lesion n is at position n - 1.
 
     Args:
-        partner_of_reference, partner_of_predicted: number of the partner in the other mask, 0 if
-            unmatched.
-        iou_of_reference, iou_of_predicted: IoU with that partner, NaN if unmatched.
-        n_over_reference, n_over_predicted: lesions of the other mask that have the same label and
-            share a voxel.
+        numbers: (N,) number of the partner, 0 if unmatched.
+        iou: (N,) IoU with it, NaN if unmatched.
+        n_over: (N,) lesions of the other mask that have the same label and share a voxel.
     """
 
-    partner_of_reference: np.ndarray
-    partner_of_predicted: np.ndarray
-    iou_of_reference: np.ndarray
-    iou_of_predicted: np.ndarray
-    n_over_reference: np.ndarray
-    n_over_predicted: np.ndarray
+    numbers: np.ndarray
+    iou: np.ndarray
+    n_over: np.ndarray
+
+    @classmethod
+    def of(cls, over: np.ndarray, n: int) -> Partners:
+        """Return N lesions without partner; `over` has the index of a lesion for each overlap."""
+        return cls(np.zeros(n, np.int64), np.full(n, np.nan), np.bincount(over, minlength=n))
 
 
 def match_lesions(
     reference: Lesions, predicted: Lesions, *, min_iou: float = 0.0, most_pairs: int = MAX_PAIRS
-) -> Matches:
+) -> tuple[Partners, Partners]:
     """Match lesions of the same label one to one, such that the sum of the pairs' IoU is largest.
 
     If a lesion was predicted in parts, at most one part has a partner; the others are false.
@@ -104,26 +110,24 @@ def match_lesions(
         min_iou: smallest IoU of a pair; 0: one common voxel is enough.
         most_pairs: largest number of overlapping pairs; more are taken for noise.
 
+    Returns:
+        The partners of the reference lesions and those of the predicted lesions.
+
     Raises:
         NoisyMaskError: more than `most_pairs` pairs of lesions share a voxel.
     """
-    n, m = len(reference.labels), len(predicted.labels)
-    matches = Matches(
-        np.zeros(n, np.int64), np.zeros(m, np.int64), np.full(n, np.nan), np.full(m, np.nan),
-        np.zeros(n, np.int64), np.zeros(m, np.int64),
-    )  # fmt: skip
     rows, columns, iou = _overlaps(reference, predicted, most_pairs)
-    np.add.at(matches.n_over_reference, rows, 1)
-    np.add.at(matches.n_over_predicted, columns, 1)
+    of_reference = Partners.of(rows, len(reference.labels))
+    of_predicted = Partners.of(columns, len(predicted.labels))
     iou_of = {
         (row, col): value
         for row, col, value in zip(rows.tolist(), columns.tolist(), iou.tolist(), strict=True)
         if value >= min_iou
     }
     for row, col in best_pairs(iou_of):
-        matches.partner_of_reference[row], matches.partner_of_predicted[col] = col + 1, row + 1
-        matches.iou_of_reference[row] = matches.iou_of_predicted[col] = iou_of[row, col]
-    return matches
+        of_reference.numbers[row], of_predicted.numbers[col] = col + 1, row + 1
+        of_reference.iou[row] = of_predicted.iou[col] = iou_of[row, col]
+    return of_reference, of_predicted
 
 
 def _overlaps(
@@ -186,32 +190,12 @@ def detect_lesions(
             lesions overlap.
     """
     geometry = reference.geometry
-    truth, guess = (
-        _lesions_of(mask, geometry, side, many)
-        for side, mask in (("reference", reference.array), ("prediction", predicted.array))
-    )
-    matches = match_lesions(truth, guess, min_iou=min_iou)
+    truth = _lesions_of(reference, "reference", many)
+    guess = _lesions_of(predicted, "prediction", many)
+    of_truth, of_guess = match_lesions(truth, guess, min_iou=min_iou)
     return [
-        *_rows(
-            truth,
-            geometry,
-            label_names,
-            case_id,
-            "reference",
-            matches.partner_of_reference,
-            matches.iou_of_reference,
-            matches.n_over_reference,
-        ),
-        *_rows(
-            guess,
-            geometry,
-            label_names,
-            case_id,
-            "predicted",
-            matches.partner_of_predicted,
-            matches.iou_of_predicted,
-            matches.n_over_predicted,
-        ),
+        *_rows(truth, of_truth, geometry, label_names, case_id, "reference"),
+        *_rows(guess, of_guess, geometry, label_names, case_id, "predicted"),
     ]
 
 
@@ -239,19 +223,19 @@ class NoisyMaskError(ScanError):
     """A mask with so many components that they must be noise rather than lesions."""
 
 
-def _lesions_of(mask: np.ndarray, geometry: Geometry, side: str, many: int) -> Lesions:
+def _lesions_of(mask: Volume, what: str, many: int) -> Lesions:
     try:
-        lesions = label_lesions(mask, geometry)
+        lesions = label_lesions(mask.array, mask.geometry)
     except ScanError as error:
-        if error.code == "E_SPECKS":
-            raise NoisyMaskError(
-                f"the {side} has {error.problem}", fix=error.fix, code="W_SPECKS"
-            ) from error
-        raise
+        if error.code != "E_SPECKS":
+            raise
+        raise NoisyMaskError(
+            f"the {what} has {error.problem}", fix=error.fix, code="W_SPECKS"
+        ) from error
     if len(lesions.labels) > many:
         n = format_thousands(len(lesions.labels))
         raise NoisyMaskError(
-            f"the {side} has {n} components: this mask looks like noise",
+            f"the {what} has {n} components: this mask looks like noise",
             fix="check it",
             code="W_SPECKS",
         )
@@ -260,53 +244,44 @@ def _lesions_of(mask: np.ndarray, geometry: Geometry, side: str, many: int) -> L
 
 def _rows(
     lesions: Lesions,
+    partners: Partners,
     geometry: Geometry,
     label_names: Mapping[int, str],
     case_id: str,
     side: Side,
-    partners: np.ndarray,
-    iou: np.ndarray,
-    n_over: np.ndarray,
-) -> list[DetectionRow]:
-    rows = []
-    # |det A| differs in its last bit between axis orders
-    voxel_mm3 = float(f"{geometry.voxel_volume_mm3:.12g}")
-    for position, (label, n_voxels, centroid) in enumerate(
-        zip(lesions.labels, lesions.n_voxels, _centroids_mm(lesions.ids, geometry), strict=True)
-    ):
-        diameter_mm = (6 * n_voxels * voxel_mm3 / math.pi) ** (1 / 3)
-        partner = int(partners[position])
-        r, a, s = centroid.tolist()
-        rows.append(
-            DetectionRow(
-                case_id=case_id,
-                label=label,
-                label_name=label_names[label],
-                side=side,
-                lesion_id=position + 1,
-                status="matched" if partner else "missed" if side == "reference" else "false",
-                matched_id=partner or None,
-                iou=float(iou[position]) if partner else None,
-                n_overlapping=int(n_over[position]),
-                n_voxels=n_voxels,
-                volume_ml=n_voxels * voxel_mm3 / 1000,
-                diameter_mm=diameter_mm,
-                size_bin=size_bin(diameter_mm),
-                centroid_r_mm=r,
-                centroid_a_mm=a,
-                centroid_s_mm=s,
-            )
+) -> Iterator[DetectionRow]:
+    voxel_mm3 = stable_voxel_mm3(geometry)
+    sizes = zip(lesions.labels, lesions.n_voxels, _centroids_mm(lesions.ids, geometry), strict=True)
+    for n, (label, n_voxels, (r, a, s)) in enumerate(sizes):
+        diameter_mm = equivalent_diameter_mm(n_voxels * voxel_mm3)
+        partner = int(partners.numbers[n])
+        yield DetectionRow(
+            case_id=case_id,
+            label=label,
+            label_name=label_names[label],
+            side=side,
+            lesion_id=n + 1,
+            status="matched" if partner else "missed" if side == "reference" else "false",
+            matched_id=partner or None,
+            iou=float(partners.iou[n]) if partner else None,
+            n_overlapping=int(partners.n_over[n]),
+            n_voxels=n_voxels,
+            volume_ml=n_voxels * voxel_mm3 / 1000,
+            diameter_mm=diameter_mm,
+            size_bin=size_bin(diameter_mm),
+            centroid_r_mm=r,
+            centroid_a_mm=a,
+            centroid_s_mm=s,
         )
-    return rows
 
 
-def _centroids_mm(ids: np.ndarray, geometry: Geometry) -> np.ndarray:
-    """Return (N, 3) RAS mm, rounded to 1e-9 mm since the last bits depend on the axis order."""
+def _centroids_mm(ids: np.ndarray, geometry: Geometry) -> list[list[float]]:
     box = BoundingBox.around(ids)
     if box is None:
-        return np.empty((0, 3))
-    centroids = component_statistics(ids[box.slices]).centroids
-    return np.round(geometry.to_world_mm(centroids + box.start), 9) + 0.0
+        return []
+    return centres_mm(
+        component_statistics(ids[box.slices]).centroids + box.start, geometry
+    ).tolist()
 
 
 def size_bin(diameter_mm: float) -> str:
@@ -324,12 +299,34 @@ def size_bins() -> list[str]:
     return [f"under {SIZE_BINS_MM[0]:g}", *between, f"{SIZE_BINS_MM[-1]:g} and over"]
 
 
-def with_lesions(row: OverlapRow, detections: Sequence[DetectionRow]) -> OverlapRow:
+@dataclass(frozen=True, slots=True, eq=False)
+class Detections:
+    """Lesions of one label, of any number of cases."""
+
+    references: Sequence[DetectionRow]
+    predictions: Sequence[DetectionRow]
+
+    @classmethod
+    def of(cls, rows: Iterable[DetectionRow], label: int) -> Detections:
+        of_label = [row for row in rows if row.label == label]
+        references = [row for row in of_label if row.side == "reference"]
+        return cls(references, [row for row in of_label if row.side == "predicted"])
+
+    @property
+    def all(self) -> list[DetectionRow]:
+        return [*self.references, *self.predictions]
+
+    @property
+    def n_matched(self) -> int:
+        """Number of matched pairs."""
+        return sum(lesion.status == "matched" for lesion in self.references)
+
+
+def with_lesions(row: OverlapRow, detections: Iterable[DetectionRow]) -> OverlapRow:
     """Return the row with its lesion columns filled from the `detections` of its case."""
-    lesions = [lesion for lesion in detections if lesion.label == row.label]
-    references = [lesion for lesion in lesions if lesion.side == "reference"]
-    n_reference, n_predicted = len(references), len(lesions) - len(references)
-    n_matched = sum(lesion.status == "matched" for lesion in references)
+    lesions = Detections.of(detections, row.label)
+    n_reference, n_predicted = len(lesions.references), len(lesions.predictions)
+    n_matched = lesions.n_matched
     return replace(
         row,
         n_reference_lesions=n_reference,
@@ -337,7 +334,7 @@ def with_lesions(row: OverlapRow, detections: Sequence[DetectionRow]) -> Overlap
         n_matched_lesions=n_matched,
         lesion_sensitivity=n_matched / n_reference if n_reference else None,
         lesion_precision=n_matched / n_predicted if n_predicted else None,
-        lesion_f1=2 * n_matched / len(lesions) if lesions else None,
+        lesion_f1=2 * n_matched / len(lesions.all) if lesions.all else None,
     )
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -80,6 +81,65 @@ class OverlapRow:
     reason: str = column("", "why it failed, and how to fix it; empty if done", "")
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class LabelPair:
+    """One label of two masks: its voxels in the reference, the prediction and both, and surfaces.
+
+    Args:
+        voxel_ml: volume of a voxel.
+    """
+
+    reference: int
+    predicted: int
+    both: int
+    surface: SurfaceDistances = NOWHERE
+    voxel_ml: float = 0.0
+
+    @property
+    def dice(self) -> float:
+        n = self.reference + self.predicted
+        return 2 * self.both / n if n else math.nan
+
+    @property
+    def iou(self) -> float:
+        n = self.reference + self.predicted - self.both
+        return self.both / n if n else math.nan
+
+    @property
+    def error(self) -> int:
+        """Voxels that the prediction has too many; too few if negative."""
+        return self.predicted - self.reference
+
+    @property
+    def error_percent(self) -> float:
+        return 100 * self.error / self.reference if self.reference else math.nan
+
+    @property
+    def notes(self) -> str:
+        """Names of the empty columns, and why they are empty."""
+        if not self.reference and not self.predicted:
+            return "overlap, distances, volume_error_percent: neither mask has the label"
+        if not self.reference:
+            return "distances, volume_error_percent: the reference lacks the label"
+        return "" if self.predicted else "distances: the prediction lacks the label"
+
+    def row(self, label: int, label_name: str, *, case_id: str) -> OverlapRow:
+        """Return the row of the label, with every metric."""
+        metrics: dict[str, Any] = {name: metric.of(self) for name, metric in METRICS.items()}
+        return OverlapRow(
+            case_id=case_id,
+            label=label,
+            label_name=label_name,
+            reference_volume_ml=self.reference * self.voxel_ml,
+            predicted_volume_ml=self.predicted * self.voxel_ml,
+            notes=self.notes,
+            **metrics,
+        )
+
+
+ABSENT = LabelPair(0, 0, 0)  # neither mask has the label
+
+
 def evaluate_case(
     reference: Volume, predicted: Volume, label_names: Mapping[int, str], *, case_id: str
 ) -> list[OverlapRow]:
@@ -103,73 +163,14 @@ def evaluate_case(
     n_truth, n_guess, n_both = _counts(truth.ravel(order=layout), guess.ravel(order=layout))
     _check_named(n_truth | n_guess, label_names, case_id)
     surfaces = surface_distances(truth, guess, reference.geometry)
-    ml = reference.geometry.voxel_volume_mm3 / 1000
-    return [
-        _row(
-            Counts(n_truth.get(label, 0), n_guess.get(label, 0), n_both.get(label, 0)),
-            surfaces.get(label, NOWHERE),
-            ml,
-            case_id=case_id,
-            label=label,
-            label_name=label_names[label],
-        )
-        for label in sorted(label_names.keys() - {0})
-    ]
-
-
-def row_of_absent(label: int, label_name: str, *, case_id: str) -> OverlapRow:
-    """Return the row of a label that neither mask of a case has."""
-    return _row(Counts(0, 0, 0), NOWHERE, 0.0, case_id=case_id, label=label, label_name=label_name)
-
-
-def _row(
-    n: Counts, surface: SurfaceDistances, ml: float, *, case_id: str, label: int, label_name: str
-) -> OverlapRow:
-    error = n.predicted - n.reference
-    return OverlapRow(
-        case_id=case_id,
-        label=label,
-        label_name=label_name,
-        dice=n.dice,
-        reference_volume_ml=n.reference * ml,
-        predicted_volume_ml=n.predicted * ml,
-        volume_error_ml=error * ml,
-        volume_error_percent=100 * error / n.reference if n.reference else math.nan,
-        iou=n.iou,
-        hd95_mm=surface.hd95_mm,
-        mean_surface_distance_mm=surface.mean_mm,
-        nsd_1mm=surface.nsd(1.0),
-        nsd_2mm=surface.nsd(2.0),
-        notes=n.notes,
-    )
-
-
-@dataclass(frozen=True, slots=True)
-class Counts:
-    """Voxels of a label in the reference, in the prediction and in both."""
-
-    reference: int
-    predicted: int
-    both: int
-
-    @property
-    def dice(self) -> float:
-        n = self.reference + self.predicted
-        return 2 * self.both / n if n else math.nan
-
-    @property
-    def iou(self) -> float:
-        n = self.reference + self.predicted - self.both
-        return self.both / n if n else math.nan
-
-    @property
-    def notes(self) -> str:
-        """Names of the empty columns, and why they are empty."""
-        if not self.reference and not self.predicted:
-            return "overlap, distances, volume_error_percent: neither mask has the label"
-        if not self.reference:
-            return "distances, volume_error_percent: the reference lacks the label"
-        return "" if self.predicted else "distances: the prediction lacks the label"
+    voxel_ml = reference.geometry.voxel_volume_mm3 / 1000
+    rows = []
+    for label in sorted(label_names.keys() - {0}):
+        n_reference, n_predicted, n_shared = (n.get(label, 0) for n in (n_truth, n_guess, n_both))
+        surface = surfaces.get(label, NOWHERE)
+        pair = LabelPair(n_reference, n_predicted, n_shared, surface, voxel_ml)
+        rows.append(pair.row(label, label_names[label], case_id=case_id))
+    return rows
 
 
 def dice(reference: np.ndarray, predicted: np.ndarray, label: int) -> float:
@@ -183,9 +184,8 @@ def dice(reference: np.ndarray, predicted: np.ndarray, label: int) -> float:
     """
     _check_same_shape(reference, predicted)
     in_reference, in_predicted = reference == label, predicted == label
-    return Counts(
-        int(in_reference.sum()), int(in_predicted.sum()), int((in_reference & in_predicted).sum())
-    ).dice
+    both = in_reference & in_predicted
+    return LabelPair(int(in_reference.sum()), int(in_predicted.sum()), int(both.sum())).dice
 
 
 def _counts(
@@ -234,3 +234,30 @@ def _check_named(counts: Mapping[int, int], label_names: Mapping[int, str], case
             fix="name these values, or set them to 0 in both masks",
             code="E_LABEL",
         )
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """A number of a label of two masks; NaN if it is not defined.
+
+    Args:
+        of: computes it.
+        bounds: smallest and largest possible value.
+    """
+
+    of: Callable[[LabelPair], float]
+    bounds: tuple[float, float]
+
+
+FRACTION, NOT_NEGATIVE = (0.0, 1.0), (0.0, math.inf)
+# Column of evaluation.csv → how it is computed; summary.json has the mean of each.
+METRICS = {
+    "dice": Metric(lambda pair: pair.dice, FRACTION),
+    "iou": Metric(lambda pair: pair.iou, FRACTION),
+    "hd95_mm": Metric(lambda pair: pair.surface.hd95_mm, NOT_NEGATIVE),
+    "mean_surface_distance_mm": Metric(lambda pair: pair.surface.mean_mm, NOT_NEGATIVE),
+    "nsd_1mm": Metric(lambda pair: pair.surface.nsd(1.0), FRACTION),
+    "nsd_2mm": Metric(lambda pair: pair.surface.nsd(2.0), FRACTION),
+    "volume_error_ml": Metric(lambda pair: pair.error * pair.voxel_ml, (-math.inf, math.inf)),
+    "volume_error_percent": Metric(lambda pair: pair.error_percent, (-100.0, math.inf)),
+}

@@ -3,31 +3,72 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import numpy as np
 
 from volseg.evaluation.agreement import Agreement, agreement
-from volseg.evaluation.detection import FALSE_POSITIVE_RATES, DetectionRow, Froc, froc, size_bins
+from volseg.evaluation.detection import (
+    FALSE_POSITIVE_RATES,
+    DetectionRow,
+    Detections,
+    Froc,
+    froc,
+    size_bins,
+)
 from volseg.evaluation.intervals import ANY_NUMBER, mean_interval
-from volseg.evaluation.overlap import OverlapRow
+from volseg.evaluation.overlap import FRACTION, METRICS, NOT_NEGATIVE, OverlapRow
 
-FRACTION = (0.0, 1.0)
-NOT_NEGATIVE = (0.0, math.inf)
 
-# Column of evaluation.csv → its smallest and largest possible value.
-METRICS = {
-    "dice": FRACTION,
-    "iou": FRACTION,
-    "hd95_mm": NOT_NEGATIVE,
-    "mean_surface_distance_mm": NOT_NEGATIVE,
-    "nsd_1mm": FRACTION,
-    "nsd_2mm": FRACTION,
-    "volume_error_ml": ANY_NUMBER,
-    "volume_error_percent": (-100.0, math.inf),
-}
+@dataclass(frozen=True, slots=True)
+class Mean:
+    """A mean over scans or lesions; None is unknown.
+
+    Args:
+        mean_95: its 95 % interval over patients; `no_mean_95` says why there is none, else empty.
+        n, n_patients: numbers of values and patients.
+    """
+
+    mean: float | None
+    mean_95: list[float] | None
+    no_mean_95: str
+    median: float | None
+    n: int
+    n_patients: int
+
+    def as_rate(self) -> dict[str, Any]:
+        """Return its entry in summary.json, without the median."""
+        return {name: value for name, value in asdict(self).items() if name != "median"}
+
+
+@dataclass(frozen=True, slots=True)
+class DetectionRates:
+    """Rates over all lesions of all cases; F1 is that of reference and predicted together."""
+
+    n_reference: int
+    n_predicted: int
+    n_matched: int
+    sensitivity: Mean
+    precision: Mean
+    f1: Mean
+    false_positives_per_scan: Mean
+    iou_of_matched: Mean
+    sensitivity_by_diameter_mm: Mapping[str, Mean]
+
+    def as_json(self) -> dict[str, Any]:
+        content = {field.name: getattr(self, field.name) for field in fields(self)}
+        by_diameter = content.pop("sensitivity_by_diameter_mm")
+        return {
+            **{
+                name: value.as_rate() if isinstance(value, Mean) else value
+                for name, value in content.items()
+            },
+            "sensitivity_by_diameter_mm": {
+                name: rate.as_rate() for name, rate in by_diameter.items()
+            },
+        }
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -38,10 +79,8 @@ class LabelResult:
         n_missed, n_false, n_absent: cases in which the prediction, the reference or both lack the
             label. They have no distances, so a mean distance flatters a model that misses: read it
             beside n_missed.
-        metrics: column of evaluation.csv → its `mean_of` over cases where either mask has the
-            label.
+        metrics: column of evaluation.csv → its mean over cases where either mask has the label.
         reference_ml, predicted_ml: (N,) volumes in those cases. volumes: their agreement.
-        detection: rates over all lesions of all cases.
         curve: FROC, or None; `no_curve` says why.
     """
 
@@ -50,36 +89,38 @@ class LabelResult:
     n_missed: int
     n_false: int
     n_absent: int
-    metrics: Mapping[str, Mapping[str, Any]]
+    metrics: Mapping[str, Mean]
     reference_ml: np.ndarray
     predicted_ml: np.ndarray
     volumes: Agreement
-    detection: Mapping[str, Any]
+    detection: DetectionRates
     curve: Froc | None
     no_curve: str
 
 
-def summarise_label(rows: Sequence[OverlapRow], detections: Sequence[DetectionRow]) -> LabelResult:
+def summarise_label(rows: Sequence[OverlapRow], detections: Iterable[DetectionRow]) -> LabelResult:
     """Summarise all rows of one label; a case without a patient counts as its own patient."""
-    present = [row for row in rows if row.reference_volume_ml or row.predicted_volume_ml]
+    volumes_ml = np.array([(row.reference_volume_ml, row.predicted_volume_ml) for row in rows])
+    reference, predicted = volumes_ml.astype(np.float64).T
+    is_present = (reference != 0) | (predicted != 0)
+    present = [row for row, is_in in zip(rows, is_present, strict=True) if is_in]
     patients = [patient_of(row) for row in present]
-    reference = np.array([row.reference_volume_ml for row in present], dtype=np.float64)
-    predicted = np.array([row.predicted_volume_ml for row in present], dtype=np.float64)
-    curve, no_curve = _curve(detections, n_scans=len(rows))
+    lesions = Detections.of(detections, rows[0].label)
+    curve, no_curve = _curve(lesions, n_scans=len(rows))
     return LabelResult(
         label=rows[0].label,
         name=rows[0].label_name,
-        n_missed=sum(row.reference_volume_ml > 0 and row.predicted_volume_ml == 0 for row in rows),
-        n_false=sum(row.reference_volume_ml == 0 and row.predicted_volume_ml > 0 for row in rows),
+        n_missed=int(np.count_nonzero((reference > 0) & (predicted == 0))),
+        n_false=int(np.count_nonzero((reference == 0) & (predicted > 0))),
         n_absent=len(rows) - len(present),
         metrics={
-            name: mean_of([getattr(row, name) for row in present], patients, bounds=bounds)
-            for name, bounds in METRICS.items()
+            name: mean_of([getattr(row, name) for row in present], patients, bounds=metric.bounds)
+            for name, metric in METRICS.items()
         },
-        reference_ml=reference,
-        predicted_ml=predicted,
-        volumes=agreement(reference.tolist(), predicted.tolist(), patients),
-        detection=_detection(rows, detections),
+        reference_ml=reference[is_present],
+        predicted_ml=predicted[is_present],
+        volumes=agreement(reference[is_present], predicted[is_present], patients),
+        detection=_rates(rows, lesions),
         curve=curve,
         no_curve=no_curve,
     )
@@ -96,28 +137,25 @@ def mean_of(
     groups: Sequence[Hashable] | None = None,
     *,
     bounds: tuple[float, float] = ANY_NUMBER,
-) -> dict[str, Any]:
-    """Return mean, its 95 % interval, median, and the numbers of values and patients.
+) -> Mean:
+    """Return the mean of values with its 95 % interval.
 
     Args:
         values: None or NaN is unknown and left out.
         groups: the group of each value, for a mean of group means.
         bounds: smallest and largest possible value.
-
-    Returns:
-        `no_mean_95` says why there is no interval; empty if there is one.
     """
     numbers = [math.nan if value is None else float(value) for value in values]
     measured = [(n, p) for n, p in zip(numbers, patients, strict=True) if not math.isnan(n)]
     interval = mean_interval(numbers, patients, groups=groups, bounds=bounds)
-    return {
-        "mean": _mean(numbers, groups) if measured else None,
-        "mean_95": None if interval.ends is None else list(interval.ends),
-        "no_mean_95": interval.reason,
-        "median": float(np.median([number for number, _ in measured])) if measured else None,
-        "n": len(measured),
-        "n_patients": len({patient for _, patient in measured}),
-    }
+    return Mean(
+        mean=_mean(numbers, groups) if measured else None,
+        mean_95=None if interval.ends is None else list(interval.ends),
+        no_mean_95=interval.reason,
+        median=float(np.median([number for number, _ in measured])) if measured else None,
+        n=len(measured),
+        n_patients=len({patient for _, patient in measured}),
+    )
 
 
 def _mean(numbers: Sequence[float], groups: Sequence[Hashable] | None) -> float:
@@ -129,51 +167,40 @@ def _mean(numbers: Sequence[float], groups: Sequence[Hashable] | None) -> float:
     return float(np.mean([np.mean(members) for members in by_group.values()]))
 
 
-def _detection(rows: Sequence[OverlapRow], detections: Sequence[DetectionRow]) -> dict[str, Any]:
+def _rates(rows: Sequence[OverlapRow], lesions: Detections) -> DetectionRates:
     """Return rates as means of 0 or 1 over lesions, so that each patient can be left out."""
-    truths = [lesion for lesion in detections if lesion.side == "reference"]
-    guesses = [lesion for lesion in detections if lesion.side == "predicted"]
+    truths, guesses = lesions.references, lesions.predictions
     n_false = {row.case_id: 0 for row in rows}
     for lesion in guesses:
         n_false[lesion.case_id] += lesion.status == "false"
-    return {
-        "n_reference": len(truths),
-        "n_predicted": len(guesses),
-        "n_matched": sum(lesion.status == "matched" for lesion in truths),
-        "sensitivity": _rate(truths),
-        "precision": _rate(guesses),
-        "f1": _rate([*truths, *guesses]),
-        "false_positives_per_scan": _rate_of(
-            list(n_false.values()), [patient_of(row) for row in rows], NOT_NEGATIVE
+    return DetectionRates(
+        n_reference=len(truths),
+        n_predicted=len(guesses),
+        n_matched=lesions.n_matched,
+        sensitivity=_rate(truths),
+        precision=_rate(guesses),
+        f1=_rate(lesions.all),
+        false_positives_per_scan=mean_of(
+            [*n_false.values()], [patient_of(row) for row in rows], bounds=NOT_NEGATIVE
         ),
-        "iou_of_matched": _rate_of(
-            [lesion.iou for lesion in truths], [patient_of(lesion) for lesion in truths]
+        iou_of_matched=mean_of(
+            [lesion.iou for lesion in truths], [*map(patient_of, truths)], bounds=FRACTION
         ),
-        "sensitivity_by_diameter_mm": {
+        sensitivity_by_diameter_mm={
             name: _rate([lesion for lesion in truths if lesion.size_bin == name])
             for name in size_bins()
         },
-    }
+    )
 
 
-def _rate(lesions: Sequence[DetectionRow]) -> dict[str, Any]:
-    """Return the fraction of lesions with a partner: F1 for reference and predicted together."""
+def _rate(lesions: Sequence[DetectionRow]) -> Mean:
+    """Return the fraction of lesions with a partner."""
     is_matched = [lesion.status == "matched" for lesion in lesions]
-    return _rate_of(is_matched, [patient_of(lesion) for lesion in lesions])
+    return mean_of(is_matched, [patient_of(lesion) for lesion in lesions], bounds=FRACTION)
 
 
-def _rate_of(
-    values: Sequence[float | None],
-    patients: Sequence[Hashable],
-    bounds: tuple[float, float] = FRACTION,
-) -> dict[str, Any]:
-    summary = mean_of(values, patients, bounds=bounds)
-    return {name: value for name, value in summary.items() if name != "median"}
-
-
-def _curve(detections: Sequence[DetectionRow], n_scans: int) -> tuple[Froc | None, str]:
-    truths = [lesion for lesion in detections if lesion.side == "reference"]
-    guesses = [lesion for lesion in detections if lesion.side == "predicted"]
+def _curve(lesions: Detections, n_scans: int) -> tuple[Froc | None, str]:
+    truths, guesses = lesions.references, lesions.predictions
     scores = [lesion.confidence for lesion in guesses if lesion.confidence is not None]
     n = len(guesses)
     if not truths:
@@ -188,33 +215,35 @@ def _curve(detections: Sequence[DetectionRow], n_scans: int) -> tuple[Froc | Non
 
 def as_json(result: LabelResult) -> dict[str, Any]:
     """Return the entry of a label in summary.json; None is unknown."""
-    curve = result.curve
+    dice, volume_error = result.metrics["dice"], result.metrics["volume_error_percent"]
     return {
         "name": result.name,
-        "n": result.metrics["dice"]["n"],
-        "mean_dice": result.metrics["dice"]["mean"],
-        "median_dice": result.metrics["dice"]["median"],
-        "median_volume_error_percent": result.metrics["volume_error_percent"]["median"],
+        "n": dice.n,
+        "mean_dice": dice.mean,
+        "median_dice": dice.median,
+        "median_volume_error_percent": volume_error.median,
         "n_missed": result.n_missed,
         "n_false": result.n_false,
         "n_absent": result.n_absent,
-        "metrics": dict(result.metrics),
+        "metrics": {name: asdict(mean) for name, mean in result.metrics.items()},
         "volume_agreement_ml": {
             field.name: _plain(getattr(result.volumes, field.name)) for field in fields(Agreement)
         },
-        "detection": dict(result.detection),
-        "froc": None
-        if curve is None
-        else {
-            "score": curve.score,
-            "sensitivity_at_false_positives_per_scan": {
-                f"{rate:g}": curve.sensitivity_at(rate) for rate in FALSE_POSITIVE_RATES
-            },
-            "threshold": curve.thresholds.tolist(),
-            "sensitivity": curve.sensitivity.tolist(),
-            "false_positives_per_scan": curve.false_positives_per_scan.tolist(),
-        },
+        "detection": result.detection.as_json(),
+        "froc": None if result.curve is None else _curve_json(result.curve),
         "no_froc": result.no_curve,
+    }
+
+
+def _curve_json(curve: Froc) -> dict[str, Any]:
+    return {
+        "score": curve.score,
+        "sensitivity_at_false_positives_per_scan": {
+            f"{rate:g}": curve.sensitivity_at(rate) for rate in FALSE_POSITIVE_RATES
+        },
+        "threshold": curve.thresholds.tolist(),
+        "sensitivity": curve.sensitivity.tolist(),
+        "false_positives_per_scan": curve.false_positives_per_scan.tolist(),
     }
 
 

@@ -47,13 +47,13 @@ def summary(rows: Sequence[ValidationRow]) -> dict[str, Any]:
     """
     metrics: dict[str, Any] = {"validation_cases": len({row.case_id for row in rows})}
     for name in dict.fromkeys(row.label_name for row in rows):
-        label_rows = [row for row in rows if row.label_name == name]
-        scores = [row.dice for row in label_rows if not np.isnan(row.dice)]
-        if not scores:
+        of_label = [row for row in rows if row.label_name == name]
+        dice = np.array([row.dice for row in of_label])
+        if np.isnan(dice).all():
             continue
-        metrics[f"validation_dice_{name}"] = round(float(np.mean(scores)), 4)
-        patients = [row.patient for row in label_rows]
-        interval = mean_interval([row.dice for row in label_rows], patients, bounds=(0.0, 1.0))
+        metrics[f"validation_dice_{name}"] = round(float(np.mean(dice[~np.isnan(dice)])), 4)
+        patients = [row.patient for row in of_label]
+        interval = mean_interval(dice.tolist(), patients, bounds=(0.0, 1.0))
         if interval.ends is None:
             metrics[f"no_validation_dice_{name}_95"] = interval.reason
         else:

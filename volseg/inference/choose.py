@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from volseg.bundle import EXPORTED, ModelBundle
+from volseg.bundle import EXPORTED, ModelBundle, shipped_bundle
 from volseg.errors import EnvironmentProblem, VolsegError
 from volseg.execution.cpu import drop_mapped_pages
 from volseg.inference.backend import Backend, mean_of
@@ -21,9 +21,6 @@ from volseg.inference.openvino_backend import (
     openvino_is_installed,
 )
 from volseg.inference.torch_backend import TorchBackend
-
-BACKENDS = ("auto", "torch", "openvino")
-PRECISIONS = ("auto", "fp32", "fp16", "int8")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,42 +43,36 @@ def choose_backend(
 
     Raises:
         EnvironmentProblem: the requested backend, device or precision is not available.
-        VolsegError: a name is unknown, or the three cannot be combined.
+        VolsegError: the three cannot be combined.
     """
-    for option, value, supported in (
-        ("backend", backend, BACKENDS),
-        ("precision", precision, PRECISIONS),
-    ):
-        if value not in supported:
-            raise VolsegError(
-                f"{option} {value!r} is unknown",
-                fix=f"use {', '.join(supported[:-1])} or {supported[-1]}",
-                code="E_USAGE",
-            )
     for_cpus = backend == "openvino" or precision == "int8"
     place = choose_device("cpu" if device == "auto" and for_cpus else device)
-    if place.type == "cuda":
-        if for_cpus:
-            option = "backend openvino" if backend == "openvino" else "precision int8"
-            raise VolsegError(
-                f"{option} runs on a CPU, not on {device}", fix="use --device cpu", code="E_USAGE"
-            )
-        precision = "fp16" if precision == "auto" else precision
-        return BackendChoice(backend="torch", device=place, precision=precision)
+    if place.type == "cpu":
+        return _choose_on_cpu(backend, precision, place)
+    if for_cpus:
+        option = "backend openvino" if backend == "openvino" else "precision int8"
+        raise VolsegError(
+            f"{option} runs on a CPU, not on {device}", fix="use --device cpu", code="E_USAGE"
+        )
+    precision = "fp16" if precision == "auto" else precision
+    return BackendChoice(backend="torch", device=place, precision=precision)
+
+
+def _choose_on_cpu(backend: str, precision: str, cpu: torch.device) -> BackendChoice:
     precision = "fp32" if precision == "auto" else precision
     if backend == "auto":
         backend = "openvino" if openvino_is_installed() or precision != "fp32" else "torch"
-    if backend == "torch" and precision != "fp32":
+    if backend == "openvino":
+        import_openvino()
+    elif precision != "fp32":
         raise VolsegError(
             f"precision {precision} on a CPU needs the backend openvino, got torch",
             fix="use --backend openvino or --precision fp32",
             code="E_USAGE",
         )
-    if backend == "openvino":
-        import_openvino()
     if precision == "fp16":
         half_type()
-    return BackendChoice(backend=backend, device=place, precision=precision)
+    return BackendChoice(backend=backend, device=cpu, precision=precision)
 
 
 def choose_device(name: str) -> torch.device:
@@ -90,10 +81,6 @@ def choose_device(name: str) -> torch.device:
     Raises:
         EnvironmentProblem: CUDA was requested and is not available.
     """
-    if name not in ("auto", "cpu", "cuda"):
-        raise VolsegError(
-            f"device {name!r} is unknown", fix="use auto, cpu or cuda", code="E_USAGE"
-        )
     if name == "cuda" and not torch.cuda.is_available():
         raise EnvironmentProblem(
             "device cuda was requested, but torch finds no CUDA device",
@@ -115,45 +102,63 @@ def load_backend(
         VolsegError: the folder has no quantised network for int8, or OpenVINO does not support the
             network.
     """
-    shape = batch_shape_of(bundle)
-    members: list[Backend] = []
-    is_single = len(bundle.members) == 1
-    # The heads of an ensemble cannot be deferred, each has its own features. Two classes gain
-    # nothing.
-    may_cut = is_single and bundle.recipe.data.n_outputs > 2
-    for name in bundle.members:
-        if choice.backend == "torch":
-            network = bundle.member(name).eval()
-            head = (
-                cut_torch_head(network, partial(example_patch, network, shape)) if may_cut else None
-            )
-            # CUDA graphs of several members would hold their memory at the same time
-            members.append(
-                TorchBackend(
-                    network,
-                    choice.device,
-                    precision=choice.precision,
-                    head=head,
-                    may_record=is_single,
-                )
-            )
-            continue
-        stored = "int8" if choice.precision == "int8" else "fp32"
-        stem = f"{name}.{stored}"
-        model, facts = (None, {}) if folder is None else read_exported(folder, stem, bundle.sha256)
-        if model is None and stored == "int8":
-            raise VolsegError(
-                f"{folder or 'the model'}: has no int8 network made from its weights",
-                fix="run `volseg quantise MODEL DATASET` first, or use --precision fp32",
-                code="E_PRECISION",
-            )
-        identity = {"network_sha256": facts["files"][f"{stem}.bin"]} if stored == "int8" else None
-        if model is None:
-            model = convert(bundle.member(name), shape)
-        head = cut_openvino_head(model) if may_cut else None
-        members.append(
-            OpenVINOBackend(model, shape, precision=choice.precision, identity=identity, head=head)
+    if choice.backend == "torch":
+        return mean_of([_torch_member(bundle, name, choice) for name in bundle.members])
+    return mean_of([_openvino_member(bundle, name, choice, folder) for name in bundle.members])
+
+
+def _torch_member(bundle: ModelBundle, name: str, choice: BackendChoice) -> TorchBackend:
+    network, head = bundle.member(name).eval(), None
+    if _may_defer_head(bundle):
+        head = cut_torch_head(network, partial(example_patch, network, batch_shape_of(bundle)))
+    # CUDA graphs of several members would hold their memory at the same time
+    return TorchBackend(
+        network,
+        choice.device,
+        precision=choice.precision,
+        head=head,
+        may_record=len(bundle.members) == 1,
+    )
+
+
+def _openvino_member(
+    bundle: ModelBundle, name: str, choice: BackendChoice, folder: Path | None
+) -> OpenVINOBackend:
+    shape, is_int8 = batch_shape_of(bundle), choice.precision == "int8"
+    stem = f"{name}.{'int8' if is_int8 else 'fp32'}"
+    model, facts = (None, {}) if folder is None else read_exported(folder, stem, bundle.sha256)
+    if model is None and is_int8:
+        raise VolsegError(
+            f"{folder or 'the model'}: has no int8 network made from its weights",
+            fix=_how_to_quantise(folder),
+            code="E_PRECISION",
         )
-        if folder is not None:  # the compiled network has its own copy of the weights
-            drop_mapped_pages(folder / EXPORTED / f"{stem}.bin")
-    return mean_of(members)
+    if model is None:
+        model = convert(bundle.member(name), shape)
+    backend = OpenVINOBackend(
+        model,
+        shape,
+        precision=choice.precision,
+        identity={"network_sha256": facts["files"][f"{stem}.bin"]} if is_int8 else None,
+        head=cut_openvino_head(model) if _may_defer_head(bundle) else None,
+    )
+    if folder is not None:  # the compiled network has its own copy of the weights
+        drop_mapped_pages(folder / EXPORTED / f"{stem}.bin")
+    return backend
+
+
+def _how_to_quantise(folder: Path | None) -> str:
+    if folder == shipped_bundle():
+        return (
+            "use --precision fp32, as quantising needs the training dataset, which does not come "
+            "with this model; for a model of your own, run `volseg quantise MODEL DATASET`"
+        )
+    return "run `volseg quantise MODEL DATASET` first, or use --precision fp32"
+
+
+def _may_defer_head(bundle: ModelBundle) -> bool:
+    """Check whether the head may be deferred: each member of an ensemble has its own features.
+
+    Two classes gain nothing.
+    """
+    return len(bundle.members) == 1 and bundle.recipe.data.n_outputs > 2

@@ -10,7 +10,7 @@ import numpy as np
 
 from volseg.inference.backend import Backend
 from volseg.inference.stream import Tiling
-from volseg.words import duration
+from volseg.words import duration, format_count
 
 QUICK_SECONDS = 5.0  # a first batch, which also compiles, below this: a second batch is timed
 LONG_SECONDS = 600.0  # a longer run without a GPU names the cheapest option first
@@ -60,7 +60,8 @@ class Work:
         """Return the expected time and faster options; the cheapest first if a CPU takes long."""
         copies = f" × {self.n_copies} mirrored copies" if self.n_copies > 1 else ""
         scans = f" in {len(self.shapes)} scans" if len(self.shapes) > 1 else ""
-        tiles = f"at most {self.n_tiles} tiles{copies}{scans}, about {duration(self.seconds)}"
+        tiles = f"at most {format_count(self.n_tiles, 'tile')}{copies}{scans}"
+        tiles += f", about {duration(self.seconds)}"
         options = list(self.options())
         if self.on_gpu or self.seconds <= LONG_SECONDS or not options:
             parts = [tiles, *(f"{name} about {duration(seconds)}" for name, seconds in options)]

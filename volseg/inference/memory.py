@@ -28,6 +28,7 @@ from volseg.preprocessing.resample import SLAB_VALUES, resampled_shape
 from volseg.recipe import Preprocess
 from volseg.recipe.section import closed
 from volseg.volume import Geometry
+from volseg.words import format_sizes
 
 # Measured with benchmarks/memory.py: a backend's memory relative to the peak of live tensors, and
 # its fixed workspace. Torch on a CPU keeps freed blocks for speed.
@@ -85,8 +86,55 @@ class MemoryPlan:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ScanHeader:
-    """The size of a scan from its header; `itemsize`: bytes per stored voxel of all channels."""
+class MemoryLimits:
+    """Budgets in bytes of main memory and of GPU memory; None: no limit but the machine's."""
+
+    ram: int | None = None
+    vram: int | None = None
+
+    def admit(self, footprint: Footprint) -> bool:
+        """Check whether a scan may take this memory.
+
+        Without a budget, refuse only what this machine can never hold, such as the huge grid of a
+        wrong spacing.
+        """
+        if self.ram is None:
+            fits = footprint.inference <= total_memory()
+        else:
+            fits = footprint.total <= self.ram
+        return fits and (self.vram is None or footprint.gpu <= self.vram)
+
+    def refusal(self, plan: MemoryPlan) -> ScanError:
+        """Return the error if even this plan, the most frugal one, takes too much."""
+        least, memory = plan.footprint, total_memory()
+        if self.ram is None and least.inference > memory:
+            return ScanError(
+                f"segmenting this scan needs {least.inference / 2**30:,.1f} GB for the network and "
+                f"its grid of {format_sizes(plan.shape)} voxels, "
+                f"and this machine has {memory / 2**30:.1f} GB of memory",
+                fix="check the spacing of the scan, or use a model with a coarser spacing",
+                code="E_RAM",
+            )
+        if self.ram is not None and least.total > self.ram:
+            return over_budget(
+                f"segmenting this scan needs at least {least}",
+                self.ram,
+                enough=least.total,
+                otherwise="a model with a smaller patch",
+            )
+        assert self.vram is not None
+        return ScanError(
+            f"segmenting this scan needs at least {least.gpu / 2**30:.2f} GB of GPU memory, "
+            f"and the budget is {self.vram / 2**30:.2f} GB",
+            fix=f"use --max-vram {enough_bytes(least.gpu)}, --device cpu, or a model with a "
+            "smaller patch",
+            code="E_VRAM",
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScanSize:
+    """The grid of a scan and its bytes per stored voxel, summed over the channels."""
 
     geometry: Geometry
     itemsize: int
@@ -94,7 +142,10 @@ class ScanHeader:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class NetworkPass:
-    """A pass of a bundle's network over a scan: its grid, tiles and backend."""
+    """A pass of a bundle's network over a scan: its grid, tiles and backend.
+
+    `coarse` is the first pass, whose memory is free again when this one begins.
+    """
 
     bundle: ModelBundle
     tiling: Tiling
@@ -104,26 +155,24 @@ class NetworkPass:
     head_is_deferred: bool = False
     on_gpu: bool = False
     half: bool = False  # activations of two bytes
+    coarse: NetworkPass | None = None
 
 
 def plan_memory(
-    header: ScanHeader,
+    scan: ScanSize,
     fine: NetworkPass,
+    limits: MemoryLimits,
     *,
-    coarse: NetworkPass | None = None,
     is_alone: bool = False,
     n_cases: int = 1,
-    max_ram: int | None = None,
-    max_vram: int | None = None,
 ) -> MemoryPlan:
-    """Return the fastest way to segment a scan within budgets of bytes.
+    """Return the fastest way to segment a scan within limits.
 
     It is the first of these that fits: the settings as they are; without reading ahead; with fewer
     tiles per batch, halved down to one; with logits blended in float16, as they always are in half
     precision on a CPU. Slabs need no memory of their own: they are views of the ring.
 
     Args:
-        coarse: the first pass, whose memory is free again when the fine pass begins.
         is_alone: whether there is no next scan to read ahead.
         n_cases: cases in the results folder, whose tables and page are written afterwards.
 
@@ -132,54 +181,23 @@ def plan_memory(
     """
     trim_freed_memory()
     process = resident_bytes()
-    shape = _prepared_grid(header.geometry, fine.bundle.recipe.preprocess)[1]
+    shape = _prepared_grid(scan.geometry, fine.bundle.recipe.preprocess)[1]
     plans = []
     for read_ahead, batch_size, half_logits in _options(fine, is_alone=is_alone):
-        batched = replace(fine, tiling=replace(fine.tiling, batch_size=batch_size))
-        footprint = _footprint(
-            header, batched, coarse, process, read_ahead=read_ahead, half=half_logits
-        )
-        footprint = replace(footprint, lesions=max(footprint.lesions, report_bytes(n_cases)))
+        dtype = torch.float16 if half_logits else torch.float32
+        tiling = replace(fine.tiling, batch_size=batch_size, dtype=dtype)
+        footprint = _footprint(scan, replace(fine, tiling=tiling), process, read_ahead)
         plan = MemoryPlan(
-            footprint=footprint,
+            footprint=replace(footprint, lesions=max(footprint.lesions, report_bytes(n_cases))),
             half_logits=half_logits,
             read_ahead=read_ahead,
             batch_size=batch_size,
             shape=shape,
         )
-        # Without a budget, refuse only what this machine can never hold, such as the huge grid of a
-        # wrong spacing.
-        if max_ram is None:
-            fits = footprint.inference <= total_memory()
-        else:
-            fits = footprint.total <= max_ram
-        if fits and (max_vram is None or footprint.gpu <= max_vram):
+        if limits.admit(plan.footprint):
             return plan
         plans.append(plan)
-    least = plans[-1].footprint
-    if max_ram is None and least.inference > (memory := total_memory()):
-        raise ScanError(
-            f"segmenting this scan needs {least.inference / 2**30:,.1f} GB for the network and its "
-            f"grid of {' × '.join(map(str, shape))} voxels, "
-            f"and this machine has {memory / 2**30:.1f} GB of memory",
-            fix="check the spacing of the scan, or use a model with a coarser spacing",
-            code="E_RAM",
-        )
-    if max_ram is None or least.total <= max_ram:
-        assert max_vram is not None
-        raise ScanError(
-            f"segmenting this scan needs at least {least.gpu / 2**30:.2f} GB of GPU memory, "
-            f"and the budget is {max_vram / 2**30:.2f} GB",
-            fix=f"use --max-vram {enough_bytes(least.gpu)}, --device cpu, or a model with a "
-            "smaller patch",
-            code="E_VRAM",
-        )
-    raise over_budget(
-        f"segmenting this scan needs at least {least}",
-        max_ram,
-        enough=least.total,
-        otherwise="a model with a smaller patch",
-    )
+    raise limits.refusal(plans[-1])
 
 
 def _options(fine: NetworkPass, *, is_alone: bool) -> list[tuple[bool, int, bool]]:
@@ -211,39 +229,33 @@ def limited_gpu(limit: int | None) -> Iterator[None]:
         torch.cuda.set_per_process_memory_fraction(1.0)
 
 
-def _footprint(
-    header: ScanHeader,
-    fine: NetworkPass,
-    coarse: NetworkPass | None,
-    process: int,
-    *,
-    read_ahead: bool,
-    half: bool,
-) -> Footprint:
+def _footprint(scan: ScanSize, fine: NetworkPass, process: int, read_ahead: bool) -> Footprint:
     recipe = fine.bundle.recipe
-    voxels = math.prod(header.geometry.shape)
+    voxels = math.prod(scan.geometry.shape)
     label_bytes = 1 if max(recipe.data.labels.values()) < 256 else 2
+    n_scans, n_masks, page = (3, 2, writing_bytes()) if read_ahead else (1, 1, 0)
+    mask_bytes = (label_bytes + 1 + ID_BYTES) * n_masks
     forms = map(recipe.preprocess.normaliser_of, recipe.data.channels)
-    body_bytes = 3 if any(form.fitted_region == "nonzero" for form in forms) else 0
-    mask_bytes = (label_bytes + 1 + ID_BYTES) * (2 if read_ahead else 1) + body_bytes
-    passes = [_pass_bytes(header.geometry, fine, half=half)]
-    if coarse is not None:  # it only finds a box: nothing is resampled to the scan's grid
-        passes.append(replace(_pass_bytes(header.geometry, coarse, half=False), restore=0))
+    if "nonzero" in [form.fitted_region for form in forms]:
+        mask_bytes += 3  # the body
+    passes = [_pass_bytes(scan.geometry, fine)]
+    if fine.coarse is not None:  # it only finds a box: nothing is resampled to the scan's grid
+        passes.append(replace(_pass_bytes(scan.geometry, fine.coarse), restore=0))
     larger = max(passes, key=lambda network_pass: network_pass.total)
     # Post-processing holds the mask of one label and the cleaned mask; an organ, the mask without
     # it and the organ.
-    copies = 2 * label_bytes if recipe.postprocess or recipe.measure.organ is not None else 0
-    lesions = lesion_bytes(voxels, header.itemsize, copies=copies, calcium=recipe.measure.calcium)
+    copies = 2 * label_bytes if recipe.postprocess or recipe.measure.organ else 0
+    lesions = lesion_bytes(voxels, scan.itemsize, copies=copies, calcium=recipe.measure.calcium)
     on_host = _PassBytes(network=0, stream=STAGING, restore=0) if fine.on_gpu else larger
     return Footprint(
         process=process,
-        scans=voxels * header.itemsize * (3 if read_ahead else 1),
+        scans=voxels * scan.itemsize * n_scans,
         masks=voxels * mask_bytes,
         network=on_host.network,
         stream=on_host.stream,
         restore=on_host.restore,
-        lesions=max(lesions, 0 if read_ahead else writing_bytes()),
-        page=writing_bytes() if read_ahead else 0,  # else it follows inference
+        lesions=max(lesions, writing_bytes() - page),  # without reading ahead, writing follows
+        page=page,
         gpu=larger.total + torch.cuda.memory_allocated() if fine.on_gpu else 0,
     )
 
@@ -261,7 +273,7 @@ class _PassBytes:
         return self.network + self.stream + self.restore
 
 
-def _pass_bytes(grid: Geometry, run: NetworkPass, *, half: bool) -> _PassBytes:
+def _pass_bytes(grid: Geometry, run: NetworkPass) -> _PassBytes:
     settings, tiling = run.bundle.recipe.preprocess, run.tiling
     geometry, shape = _prepared_grid(grid, settings)
     axis = separate_axis(geometry.spacing_mm, run.bundle.recipe.spacing_mm, settings.separate_above)
@@ -270,30 +282,36 @@ def _pass_bytes(grid: Geometry, run: NetworkPass, *, half: bool) -> _PassBytes:
     plane = math.prod(padded) // padded[axis]  # with margin and padding
     ring_plane = math.prod(shape) // shape[axis]
     depth = tiling.patch_shape[axis]
-    channels, classes = len(run.bundle.recipe.data.channels), run.n_channels
     # Source planes of one layer, resampled in-plane, and the layer before and after new planes are
     # added.
     source_planes = depth * max(1.0, geometry.shape[axis] / shape[axis]) + 2
+    channels = len(run.bundle.recipe.data.channels)
     window = 4 * channels * plane * (2 * source_planes + 3 * depth)
-    members = len(run.bundle.members)
+    weight = 4 * ring_plane * depth if settings.crop == "body" else 0
+    source_plane = math.prod(geometry.shape) // geometry.shape[axis]
+    ring = tiling.dtype.itemsize * run.n_channels * ring_plane * depth
+    return _PassBytes(
+        network=_forward_bytes(run),
+        stream=round(window + ring) + weight,
+        restore=40 * max(SLAB_VOXELS, source_plane) + 4 * run.n_channels * 3 * plane,
+    )
+
+
+def _forward_bytes(run: NetworkPass) -> int:
+    """Return the bytes of the network's activations and logits for one batch of tiles."""
+    tiling, members = run.tiling, len(run.bundle.members)
     # sum, new logits, the same flipped back
     n_arrays = 3 if tiling.tta_axes else 2 if members > 1 else 1
-    weight = 4 * ring_plane * depth if settings.crop == "body" else 0
     logits_bytes = 2 if run.half and run.head_is_deferred and not run.on_gpu else 4
     batch_voxels = tiling.batch_size * math.prod(tiling.patch_shape)
-    logits = logits_bytes * classes * batch_voxels * n_arrays
+    logits = logits_bytes * run.n_channels * batch_voxels * n_arrays
     if run.on_gpu and members == 1:  # a CUDA graph has its own input and output
-        logits += 4 * (classes + channels) * batch_voxels
+        logits += 4 * (run.n_channels + len(run.bundle.recipe.data.channels)) * batch_voxels
     # A network compiled by OpenVINO keeps its memory until the scan is done.
     n_networks = members if run.backend == "openvino" else 1
     activations = run.network_bytes * tiling.batch_size * n_networks
     overhead = OVERHEAD["cuda" if run.on_gpu else run.backend] * (0.5 if run.half else 1)
-    source_plane = math.prod(geometry.shape) // geometry.shape[axis]
-    return _PassBytes(
-        network=round(activations * overhead) + logits + WORKSPACE,
-        stream=round(window + (2 if half else 4) * classes * ring_plane * depth) + weight,
-        restore=40 * max(SLAB_VOXELS, source_plane) + 4 * classes * 3 * plane,
-    )
+    return round(activations * overhead) + logits + WORKSPACE
 
 
 def _prepared_grid(
@@ -315,7 +333,7 @@ def network_bytes(bundle: ModelBundle) -> int:
         with torch.inference_mode(), _Live() as live:
             network(patch)
     except (RuntimeError, ValueError, IndexError, TypeError) as error:
-        size = " × ".join(map(str, bundle.recipe.patch_shape))
+        size = format_sizes(bundle.recipe.patch_shape)
         raise VolsegError(
             f"{bundle.recipe.name}: its network cannot be run on a patch of {size} "
             f"voxels ({str(error).strip().splitlines()[0]})",
@@ -325,23 +343,23 @@ def network_bytes(bundle: ModelBundle) -> int:
     return live.peak
 
 
-def check_patch(bundle: ModelBundle, needed: int, memory: int) -> None:
+def check_patch(bundle: ModelBundle, memory: int | None = None, *, half: bool = False) -> None:
     """Refuse a model whose batch of patches does not fit into memory, before allocating it.
 
     Args:
-        needed: `network_bytes` of the bundle.
-        memory: bytes of this machine.
+        memory: bytes of the GPU; None for the main memory of this machine.
+        half: the network is run in half precision or less.
 
     Raises:
         VolsegError: the batch does not fit.
     """
-    batch_size, patch = bundle.recipe.infer.batch_size, bundle.recipe.patch_shape
-    if needed * batch_size > memory:
-        size = " × ".join(map(str, patch))
+    batch_size, memory = bundle.recipe.infer.batch_size, memory or total_memory()
+    needed = network_bytes(bundle) // (2 if half else 1) * batch_size
+    if needed > memory:
+        size = format_sizes(bundle.recipe.patch_shape)
         raise VolsegError(
             f"{bundle.recipe.name}: a batch of {batch_size} patches of {size} voxels needs "
-            f"{needed * batch_size / 2**30:,.1f} GB, and this machine has "
-            f"{memory / 2**30:.1f} GB of memory",
+            f"{needed / 2**30:,.1f} GB, and this machine has {memory / 2**30:.1f} GB of memory",
             fix="use a machine with more memory, or a model with a smaller patch",
             code="E_RAM",
         )

@@ -26,31 +26,34 @@ def split_joined_convolutions(model: openvino.Model) -> None:
     for joined in model.get_ordered_ops():
         if joined.get_type_name() != "Concat" or joined.get_axis() != 1:
             continue
-        inputs = list(joined.output(0).get_target_inputs())
-        convolutions = [user.get_node() for user in inputs]
-        if any(
-            node.get_type_name() != "Convolution"
-            or node.input_value(1).get_node().get_type_name() != "Constant"
-            for node in convolutions
-        ):
+        convolutions = [user.get_node() for user in joined.output(0).get_target_inputs()]
+        if not all(map(_has_fixed_kernel, convolutions)):
             continue
         parts = joined.input_values()
-        ends = np.cumsum([part.get_partial_shape()[1].get_length() for part in parts])
         for convolution in convolutions:
-            weights = np.split(convolution.input_value(1).get_node().data, ends[:-1], axis=1)
-            settings = [
-                getattr(convolution, f"get_{name}")()
-                for name in ("strides", "pads_begin", "pads_end", "dilations", "auto_pad")
-            ]
-            kernels = [operations.constant(np.ascontiguousarray(weight)) for weight in weights]
-            terms = [
-                operations.convolution(part, kernel, *settings)
-                for part, kernel in zip(parts, kernels, strict=True)
-            ]
-            total = reduce(operations.add, reversed(terms))
+            total = reduce(operations.add, reversed(_split(convolution, parts)))
             for user in convolution.output(0).get_target_inputs():
                 user.replace_source_output(total.output(0))
     model.validate_nodes_and_infer_types()
+
+
+def _has_fixed_kernel(node: openvino.Node) -> bool:
+    is_convolution = node.get_type_name() == "Convolution"
+    return is_convolution and node.input_value(1).get_node().get_type_name() == "Constant"
+
+
+def _split(convolution: openvino.Node, parts: Sequence[openvino.Output]) -> list[openvino.Node]:
+    """Return a convolution of each part of the channels."""
+    operations = _operations()
+    ends = np.cumsum([part.get_partial_shape()[1].get_length() for part in parts])
+    weights = np.split(convolution.input_value(1).get_node().data, ends[:-1], axis=1)
+    names = ("strides", "pads_begin", "pads_end", "dilations", "auto_pad")
+    settings = [getattr(convolution, f"get_{name}")() for name in names]
+    kernels = [operations.constant(np.ascontiguousarray(weight)) for weight in weights]
+    return [
+        operations.convolution(part, kernel, *settings)
+        for part, kernel in zip(parts, kernels, strict=True)
+    ]
 
 
 def sum_axis_by_axis(model: openvino.Model) -> None:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from volseg.bundle import ModelBundle
 
 
-def quantise(model: openvino.Model, patches: Sequence[np.ndarray]) -> openvino.Model:
+def quantise_network(model: openvino.Model, patches: Sequence[np.ndarray]) -> openvino.Model:
     """Quantise the convolutions to int8; normalisation and all else stay in fp32.
 
     Args:

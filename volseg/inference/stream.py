@@ -20,6 +20,8 @@ from volseg.inference.backend import Backend, device_of, run_on_device
 from volseg.inference.head import BACKGROUND
 from volseg.inference.tiles import TiledAxis
 from volseg.preprocessing.resample import send
+from volseg.recipe import Recipe
+from volseg.volume import WORLD_AXES
 
 
 class Planes(Protocol):
@@ -44,6 +46,7 @@ class Tiling:
         margin: voxels of reflect padding at each face of the scan. A network is least accurate at
             the border of a patch, and at a face no neighbouring patch corrects it.
         empty_level: a tile whose first channel never exceeds it is not run; None runs all.
+        dtype: of the blended sums; float16 halves the buffer, with a relative error of about 1e-3.
     """
 
     patch_shape: tuple[int, int, int]
@@ -52,6 +55,19 @@ class Tiling:
     batch_size: int = 1
     margin: int = 0
     empty_level: float | None = None
+    dtype: torch.dtype = torch.float32
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> Tiling:
+        """Return the tiling that a recipe prescribes for inference."""
+        infer = recipe.infer
+        return cls(
+            patch_shape=recipe.patch_shape,
+            overlap=infer.overlap,
+            tta_axes=[WORLD_AXES[name] for name in infer.tta_axes],
+            batch_size=infer.batch_size,
+            margin=infer.margin,
+        )
 
     def axes(self, shape: tuple[int, int, int]) -> list[TiledAxis]:
         """Return the tiles along each axis; a volume's tiles are their product."""
@@ -71,7 +87,6 @@ def predict_slabs(
     tiling: Tiling,
     *,
     n_classes: int,
-    dtype: torch.dtype = torch.float32,
     read_ahead: bool | None = None,
     on_tile: Callable[[bool], None] = lambda is_empty: None,
 ) -> Iterator[torch.Tensor]:
@@ -80,8 +95,7 @@ def predict_slabs(
     It is computed on the backend's device.
 
     Args:
-        n_classes: channels of the logits; with a deferred head, of the features.
-        dtype: dtype of the sums; float16 halves the buffer, with a relative error of about 1e-3.
+        n_classes: channels of the logits.
         read_ahead: read the next layer of tiles before planes are yielded, so that a GPU receives
             it while it is still busy; a CPU would only need more memory. None: on a GPU.
         on_tile: called after each tile with whether it was empty, for progress.
@@ -89,15 +103,14 @@ def predict_slabs(
     Yields:
         (classes, R, A, S) with a few planes along the axis, valid until the next slab; together
         they are the planes of the volume in order. Voxels covered only by empty tiles are
-        background: a logit of 0 for class 0 and -`BACKGROUND` for the others. Features are 0 there,
-        and if `empty_level` is set an extra channel is 1.
+        background: a logit of 0 for class 0 and -`BACKGROUND` for the others. With a deferred head
+        it yields its features instead: 0 there, and if `empty_level` is set an extra channel is 1.
     """
     axis = planes.axis
     tiled = tiling.axes(planes.shape)
     along = tiled[axis]
     device = device_of(backend)
-    may_skip, is_logits = tiling.empty_level is not None, backend.head is None
-    ring = _Ring(tiled, axis, n_classes, dtype, device, may_skip=may_skip, is_logits=is_logits)
+    ring = _Ring(tiled, axis, backend, tiling, n_classes)
     window = _Window(planes, tiled, axis, device)
     read_ahead = device.type != "cpu" if read_ahead is None else read_ahead
     numbers = [range(len(tiles.starts)) for tiles in tiled]
@@ -115,8 +128,7 @@ def predict_logits(
 ) -> np.ndarray:
     """Return logits (classes, R, A, S) float32 of a small array (channels, R, A, S) in memory."""
     head = backend.head
-    n = n_classes if head is None else head.n_features
-    slabs = predict_slabs(ArrayPlanes(array), backend, tiling, n_classes=n)
+    slabs = predict_slabs(ArrayPlanes(array), backend, tiling, n_classes=n_classes)
     logits = [slab.cpu().clone() if head is None else head(slab).cpu() for slab in slabs]
     return torch.cat(logits, dim=3).numpy()
 
@@ -204,26 +216,24 @@ class _Ring:
         self,
         tiled: Sequence[TiledAxis],
         axis: int,
+        backend: Backend,
+        tiling: Tiling,
         n_classes: int,
-        dtype: torch.dtype,
-        device: torch.device,
-        *,
-        may_skip: bool,
-        is_logits: bool = True,
     ) -> None:
+        head, device, may_skip = backend.head, device_of(backend), tiling.empty_level is not None
         self._tiled = tiled
         self._axis = axis
         self._depth = tiled[axis].patch
+        self._is_logits = head is None
+        self._n = n_classes if head is None else head.n_features
         shape = [self._depth if n == axis else tiles.length for n, tiles in enumerate(tiled)]
-        self._n = n_classes
         self._weights = [torch.from_numpy(tiles.weights).to(device) for tiles in tiled]
         # Features have no value that means background: a last channel flags voxels without a tile.
-        n_flags = 1 if may_skip and not is_logits else 0
-        self._sum = torch.zeros((n_classes + n_flags, *shape), dtype=dtype, device=device)
+        n_flags = 1 if may_skip and head is not None else 0
+        self._sum = torch.zeros((self._n + n_flags, *shape), dtype=tiling.dtype, device=device)
         # Sum of the weights of the tiles that were run; 1 by construction if none is skipped.
         self._weight = torch.zeros(shape, device=device) if may_skip else None
         self._any_skipped = False
-        self._is_logits = is_logits
         self._done = 0  # padded planes yielded
 
     def add(self, place: Sequence[int], logits: torch.Tensor) -> None:
@@ -323,32 +333,29 @@ def _run_layer(
         tile[(slice(None), *ring.real(place))] for place, tile in zip(places, tiles, strict=True)
     ]
     are_empty = _are_empty(real, tiling.empty_level)
-    pending: list[tuple[tuple[int, ...], torch.Tensor]] = []
+    pending = []
     for place, tile, is_empty in zip(places, tiles, are_empty, strict=True):
         if is_empty:
             ring.skip()
             on_tile(True)
-            continue
-        pending.append((place, tile))
-        if len(pending) == tiling.batch_size:
-            _run(pending, backend, tiling, ring, on_tile)
-    if pending:
-        _run(pending, backend, tiling, ring, on_tile)
+        else:
+            pending.append((place, tile))
+    for start in range(0, len(pending), tiling.batch_size):
+        _run(pending[start : start + tiling.batch_size], backend, tiling, ring, on_tile)
 
 
 def _run(
-    pending: list[tuple[tuple[int, ...], torch.Tensor]],
+    batch: Sequence[tuple[tuple[int, ...], torch.Tensor]],
     backend: Backend,
     tiling: Tiling,
     ring: _Ring,
     on_tile: Callable[[bool], None],
 ) -> None:
-    """Run the pending tiles as one batch, blend their logits and clear the list."""
-    logits = _tta_mean(torch.stack([tile for _, tile in pending]), backend, tiling.tta_axes)
-    for (place, _), tile in zip(pending, logits, strict=True):
+    """Run tiles as one batch and blend their logits, which are freed before the next batch."""
+    logits = _tta_mean(torch.stack([tile for _, tile in batch]), backend, tiling.tta_axes)
+    for (place, _), tile in zip(batch, logits, strict=True):
         ring.add(place, tile)
         on_tile(False)
-    pending.clear()
 
 
 def _tta_mean(batch: torch.Tensor, backend: Backend, tta_axes: Sequence[int]) -> torch.Tensor:

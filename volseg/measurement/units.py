@@ -162,7 +162,7 @@ def not_hu(content: _Content) -> str:
     void = np.count_nonzero(values < AIR_HU[0]) / values.size
     if void > VOID_FRACTION:
         below = f"{void:.0%} of the voxels are below {AIR_HU[0]:g}"
-        return f"{below}, but nothing is below air at -1000"
+        return f"{below}, darker than air at -1000"
     return ""
 
 
@@ -174,11 +174,11 @@ def not_suv(content: _Content) -> str:
         return constant
     negative = np.count_nonzero(values < SUV_BELOW) / values.size
     if negative > SUV_NEGATIVE_FRACTION:
-        return f"{negative:.0%} of the voxels are below {SUV_BELOW:g}, but uptake is never negative"
+        return f"{negative:.0%} of the voxels are below {SUV_BELOW:g}; uptake is never negative"
     median, p95 = np.percentile(values, (50, 95))
     if median > SUV_MEDIAN or p95 > SUV_P95:
         percentiles = f"the median is {median:.4g} and the 95th percentile {p95:.4g}"
-        return f"{percentiles}, but the body has a mean SUV of 1"
+        return f"{percentiles}; the body has a mean SUV of 1"
     return ""
 
 

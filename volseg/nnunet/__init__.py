@@ -12,7 +12,7 @@ from volseg.inputs import read_json
 from volseg.io.files import sha256_of
 from volseg.nnunet.checkpoint import Checkpoint, read_checkpoint
 from volseg.nnunet.plans import Plans, configuration_of, read_dataset, read_plans
-from volseg.nnunet.recipe import fingerprint_of, recipe_of
+from volseg.nnunet.recipe import Trained, fingerprint_of, recipe_of
 from volseg.nnunet.weights import weights_of
 
 FINAL = "checkpoint_final.pth"
@@ -38,8 +38,15 @@ def read_nnunet(
     members = [read_checkpoint(path) for path in paths.values()]
     first = members[0]
     name = _configuration_name(folder, plans, first)
-    configuration = configuration_of(plans, name, folder / "plans.json")
-    recipe = recipe_of(dataset, plans, configuration, first, name, folder)
+    trained = Trained(
+        folder=folder,
+        dataset=dataset,
+        plans=plans,
+        name=name,
+        configuration=configuration_of(plans, name, folder / "plans.json"),
+        checkpoint=first,
+    )
+    recipe = recipe_of(trained)
     weights = {
         segmentation_name(index): weights_of(member.weights, recipe, path)
         for index, (member, path) in enumerate(zip(members, paths.values(), strict=True))
@@ -66,24 +73,28 @@ def _folds(folder: Path, names: Sequence[str] | None) -> list[str]:
         path.name.removeprefix("fold_") for path in folder.glob("fold_*") if path.is_dir()
     )
     if names is not None:
-        folds = [fold.strip().removeprefix("fold_") for fold in names]
-        missing = [fold for fold in folds if fold not in available]
-        if missing or len(set(folds)) < len(folds):
-            problem = f"folds {', '.join(folds)} name one twice"
-            if missing:
-                problem = f"has no fold {', '.join(missing)}"
-            raise VolsegError(
-                f"{folder}: {problem}; it has {', '.join(available) or 'none'}",
-                fix="name existing folds, once each, such as --folds 0,1,2 or --folds all",
-                code="E_NNUNET",
-            )
-        return folds
+        return _named_folds(folder, names, available)
     numbered = sorted((fold for fold in available if fold.isdecimal()), key=int)
     folds = numbered or [fold for fold in available if fold == ALL_FOLDS]
     if not folds:
         raise VolsegError(
             f"{folder}: has no fold_0, fold_1, … or fold_all",
             fix="copy the trained folds as well",
+            code="E_NNUNET",
+        )
+    return folds
+
+
+def _named_folds(folder: Path, names: Sequence[str], available: Sequence[str]) -> list[str]:
+    folds = [fold.strip().removeprefix("fold_") for fold in names]
+    missing = [fold for fold in folds if fold not in available]
+    problem = f"has no fold {', '.join(missing)}" if missing else ""
+    if len(set(folds)) < len(folds):
+        problem = problem or f"folds {', '.join(folds)} name one twice"
+    if problem:
+        raise VolsegError(
+            f"{folder}: {problem}; it has {', '.join(available) or 'none'}",
+            fix="name existing folds, once each, such as --folds 0,1,2 or --folds all",
             code="E_NNUNET",
         )
     return folds

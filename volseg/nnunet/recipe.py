@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,10 @@ from volseg.nnunet.plans import (
 )
 from volseg.planning.fingerprint import DatasetFingerprint, IntensityStatistics
 from volseg.recipe import Recipe, parse_recipe
+from volseg.words import format_count
 
 OVERLAP = 0.5  # nnU-Net's step is half a patch
+CT = "CTNormalization"
 CT_BODY_ABOVE = -500.0  # HU: between air and fat
 
 # reader → axes of its arrays: those of the file (slowest first), or of the patient (S, A, R)
@@ -40,66 +43,44 @@ _NETWORKS = {
 _TRAINING_ONLY = {"n_stages", "dropout_op", "dropout_op_kwargs", "deep_supervision"}
 
 
-def recipe_of(
-    dataset: Dataset,
-    plans: Plans,
-    configuration: Configuration,
-    checkpoint: Checkpoint,
-    name: str,
-    folder: Path,
-) -> Recipe:
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Trained:
+    """A trained folder: what its files say, and the `name` of the configuration to import."""
+
+    folder: Path
+    dataset: Dataset
+    plans: Plans
+    name: str
+    configuration: Configuration
+    checkpoint: Checkpoint  # of one fold
+
+    @property
+    def plans_path(self) -> Path:
+        return self.folder / "plans.json"
+
+    @property
+    def dataset_path(self) -> Path:
+        return self.folder / "dataset.json"
+
+
+def recipe_of(trained: Trained) -> Recipe:
     """Return the recipe with which volseg runs a configuration as nnU-Net does."""
-    plans_path = folder / "plans.json"
-    network, settings = _network(configuration.architecture, plans_path)
-    channels = dataset.channels
-    if not channels:
-        raise unsupported(
-            folder / "dataset.json", "names no channels", fix='add "channel_names": {"0": "CT"}'
-        )
-    schemes = configuration.normalization_schemes
-    if not len(channels) == len(schemes) == len(configuration.use_mask_for_norm):
-        raise unsupported(
-            plans_path,
-            f"normalises {len(schemes)} channels, but dataset.json names {len(channels)}",
-            fix="copy the dataset.json with which the model was trained",
-        )
-    forms = {
-        channel: _normaliser(scheme, masked, plans.intensities.get(str(number)), plans_path)
-        for number, (channel, scheme, masked) in enumerate(
-            zip(channels, schemes, configuration.use_mask_for_norm, strict=True)
-        )
-    }
-    first = forms[channels[0]]
-    labels, order = _labels(dataset, folder / "dataset.json")
-    title = f"{plans.dataset_name}_{name}"
-    default = f"nnU-Net model {plans.dataset_name}, configuration {name}."
+    dataset, plans, configuration = trained.dataset, trained.plans, trained.configuration
+    name, settings = _network(configuration.architecture, trained.plans_path)
+    title = f"{plans.dataset_name}_{trained.name}"
+    default = f"nnU-Net model {plans.dataset_name}, configuration {trained.name}."
     source = "; ".join(str(text) for text in (dataset.reference, dataset.licence) if text)
-    is_ct = schemes[0] == "CTNormalization"
     content = {
         "name": re.sub(r"[^a-z0-9_]", "_", title.lower()).lstrip("_")[:200] or "nnunet",
         "description": shorten(str(dataset.description or default), 5000),
         "data_source": shorten(source, 5000),
-        "data": {
-            "channels": channels,
-            "labels": labels,
-            "intensity_unit": "HU" if is_ct else "a.u.",
-            "regions_class_order": order,
-        },
-        "preprocess": {
-            "spacing_mm": configuration.spacing,
-            "crop": "nonzero",
-            "normalise": first,
-            "normalise_channels": {name: form for name, form in forms.items() if form != first},
-            "normalise_first": True,
-            **_axes(plans, plans_path),
-            **_resampling(configuration, plans_path),
-            **({"body_above": CT_BODY_ABOVE} if is_ct else {}),
-        },
-        "network": {"name": network, **settings},
+        "preprocess": _preprocess(trained),
+        "data": _data(trained),
+        "network": {"name": name, **settings},
         "train": {"patch_shape": configuration.patch_size, "batch_size": configuration.batch_size},
-        "infer": {"overlap": OVERLAP, "tta_axes": _tta_axes(checkpoint, folder)},
+        "infer": {"overlap": OVERLAP, "tta_axes": _tta_axes(trained)},
     }
-    return parse_recipe(content, where=str(folder))
+    return parse_recipe(content, where=str(trained.folder))
 
 
 def fingerprint_of(dataset: Dataset, plans: Plans, recipe: Recipe) -> DatasetFingerprint:
@@ -124,17 +105,48 @@ def fingerprint_of(dataset: Dataset, plans: Plans, recipe: Recipe) -> DatasetFin
     )
 
 
-def _labels(dataset: Dataset, where: Path) -> tuple[dict[str, int], list[int] | None]:
-    """Return name → mask value, and for regions the values in the order of the output channels.
+def _preprocess(trained: Trained) -> dict[str, Any]:
+    configuration, channels, plans = trained.configuration, trained.dataset.channels, trained.plans
+    if not channels:
+        raise unsupported(
+            trained.dataset_path, "names no channels", fix='add "channel_names": {"0": "CT"}'
+        )
+    schemes, masked = configuration.normalization_schemes, configuration.use_mask_for_norm
+    if not len(channels) == len(schemes) == len(masked):
+        raise unsupported(
+            trained.plans_path,
+            f"normalises {format_count(len(schemes), 'channel')}, but dataset.json names "
+            f"{len(channels)}",
+            fix="copy the dataset.json with which the model was trained",
+        )
+    intensities = [plans.intensities.get(str(number)) for number in range(len(channels))]
+    forms = [
+        _normaliser(*facts, trained.plans_path)
+        for facts in zip(schemes, masked, intensities, strict=True)
+    ]
+    return {
+        "spacing_mm": configuration.spacing,
+        "crop": "nonzero",
+        "normalise": forms[0],
+        "normalise_channels": {
+            name: form for name, form in zip(channels, forms, strict=True) if form != forms[0]
+        },
+        "normalise_first": True,
+        **_axes(plans, trained.plans_path),
+        **_resampling(configuration, trained.plans_path),
+        **({"body_above": CT_BODY_ABOVE} if schemes[0] == CT else {}),
+    }
 
-    `ignore` marks unannotated voxels and has no channel. Regions have the order of the file.
-    """
+
+def _data(trained: Trained) -> dict[str, Any]:
+    dataset, where = trained.dataset, trained.dataset_path
     lists = {name: [v] if isinstance(v, int) else v for name, v in dataset.labels.items()}
+    # `ignore` marks unannotated voxels and has no output
     named = {name: v for name, v in lists.items() if name != "ignore" and set(v) != {0}}
     if not named:
         raise unsupported(where, "names no label beside the background")
     if all(len(values) == 1 for values in named.values()):
-        labels = {name: values[0] for name, values in named.items()}
+        labels, order = {name: values[0] for name, values in named.items()}, None
         if sorted(labels.values()) != list(range(1, len(labels) + 1)):
             raise unsupported(
                 where,
@@ -142,22 +154,35 @@ def _labels(dataset: Dataset, where: Path) -> tuple[dict[str, int], list[int] | 
                 "network cannot be assigned to them",
                 fix="copy the dataset.json with which the model was trained",
             )
-        return labels, None
-    order = dataset.regions_class_order
-    if order is None or len(order) != len(named):
+    else:
+        labels, order = _regions(list(named), dataset.regions_class_order, where)
+    is_ct = trained.configuration.normalization_schemes[0] == CT
+    return {
+        "channels": dataset.channels,
+        "labels": labels,
+        "intensity_unit": "HU" if is_ct else "a.u.",
+        "regions_class_order": order,
+    }
+
+
+def _regions(
+    names: Sequence[str], order: list[int] | None, where: Path
+) -> tuple[dict[str, int], list[int]]:
+    """Return name → mask value of regions in the order of the file, and the values alone."""
+    if order is None or len(order) != len(names):
         raise unsupported(
             where,
-            f"has {len(named)} regions, but regions_class_order {order}",
+            f"has {len(names)} regions, but regions_class_order {order}",
             fix='give "regions_class_order" with one number per region',
         )
-    return dict(zip(named, order, strict=True)), order
+    return dict(zip(names, order, strict=True)), order
 
 
 def _normaliser(
     scheme: str, masked: bool, intensities: Intensities | None, where: Path
 ) -> dict[str, Any]:
     """Return the recipe's table for nnU-Net's normalisation of a channel."""
-    if scheme == "CTNormalization":
+    if scheme == CT:
         if intensities is None:
             raise unsupported(
                 where, "CTNormalization has no intensity statistics", fix="copy the plans again"
@@ -177,7 +202,7 @@ def _normaliser(
         "RGBTo01Normalization": {"method": "scale", "divide_by": 255},
     }
     if scheme not in forms:
-        names = ", ".join(["CTNormalization", *forms])
+        names = ", ".join([CT, *forms])
         raise unsupported(where, f"normalisation {scheme!r} is unknown; volseg supports {names}")
     return forms[scheme]
 
@@ -219,10 +244,10 @@ def _resampling(configuration: Configuration, where: Path) -> dict[str, Any]:
     }
 
 
-def _tta_axes(checkpoint: Checkpoint, folder: Path) -> list[str]:
-    axes = checkpoint.tta_axes
+def _tta_axes(trained: Trained) -> list[str]:
+    axes = trained.checkpoint.tta_axes
     if any(axis not in (0, 1, 2) for axis in axes):
-        raise unsupported(folder, f"the checkpoint mirrors axes {axes} of a 3D network")
+        raise unsupported(trained.folder, f"the checkpoint mirrors axes {axes} of a 3D network")
     return ["RAS"[axis] for axis in axes]
 
 
@@ -236,28 +261,17 @@ def _network(architecture: Architecture, where: Path) -> tuple[str, dict[str, An
     kwargs = {
         key: value for key, value in architecture.arch_kwargs.items() if key not in _TRAINING_ONLY
     }
-    pop = kwargs.pop
     try:
-        levels = len(kwargs["strides"])
-        settings: dict[str, Any] = {
-            "features": _per_level(pop("features_per_stage"), levels),
-            "strides": [_triple(stride) for stride in pop("strides")],
-            "kernels": [_triple(kernel) for kernel in _per_level(pop("kernel_sizes"), levels)],
-            n_down: _per_level(pop(n_down), levels),
-            "n_conv_per_stage_decoder": _per_level(pop("n_conv_per_stage_decoder"), levels - 1),
-            "conv_bias": bool(pop("conv_bias", False)),
-            **_norm(pop("norm_op", None), pop("norm_op_kwargs", None) or {}, where),
-            **_activation(pop("nonlin", None), pop("nonlin_kwargs", None) or {}, where),
-        }
+        settings = _settings(kwargs, n_down, where)
         if name == "nnunet_residual":
-            settings["stem_channels"] = pop("stem_channels", None)
+            settings["stem_channels"] = kwargs.pop("stem_channels", None)
             if str(kwargs.get("block", "BasicBlockD")).endswith("BasicBlockD"):
-                pop("block", None)
+                kwargs.pop("block", None)
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise unsupported(
             where, f"architecture {kind} is not described as nnU-Net does ({error!r})"
         ) from error
-    if not str(pop("conv_op", "Conv3d")).endswith("Conv3d"):
+    if not str(kwargs.pop("conv_op", "Conv3d")).endswith("Conv3d"):
         raise unsupported(
             where, "the network is not 3D", fix="import a 3D configuration of the same dataset"
         )
@@ -265,6 +279,21 @@ def _network(architecture: Architecture, where: Path) -> tuple[str, dict[str, An
     if unknown:
         raise unsupported(where, f"architecture {kind} has unsupported settings: {unknown}")
     return name, settings
+
+
+def _settings(kwargs: dict[str, Any], n_down: str, where: Path) -> dict[str, Any]:
+    """Take the arguments of both architectures out of `kwargs`; return them under our names."""
+    pop, levels = kwargs.pop, len(kwargs["strides"])
+    return {
+        "features": _per_level(pop("features_per_stage"), levels),
+        "strides": [_triple(stride) for stride in pop("strides")],
+        "kernels": [_triple(kernel) for kernel in _per_level(pop("kernel_sizes"), levels)],
+        n_down: _per_level(pop(n_down), levels),
+        "n_conv_per_stage_decoder": _per_level(pop("n_conv_per_stage_decoder"), levels - 1),
+        "conv_bias": bool(pop("conv_bias", False)),
+        **_norm(pop("norm_op", None), pop("norm_op_kwargs", None) or {}, where),
+        **_activation(pop("nonlin", None), pop("nonlin_kwargs", None) or {}, where),
+    }
 
 
 def _per_level(value: Any, levels: int) -> list[Any]:

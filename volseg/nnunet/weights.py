@@ -23,38 +23,40 @@ def weights_of(
     """
     last = len(recipe.network.settings["features"]) - 2
     with torch.device("meta"):  # names and shapes alone
-        network = build_segmentation(recipe)
-    theirs = {
-        name: _their_name(name, recipe.network.name, last) for name in unique_tensors(network)
-    }
+        ours = unique_tensors(build_segmentation(recipe))
+    keys = {name: _their_name(name, recipe.network.name, last) for name in ours}
+    shapes = {key: ours[name].shape for name, key in keys.items()}
     again = re.compile(r"\.all_modules\.|^decoder\.encoder\.")
     coarser_head = re.compile(rf"^decoder\.seg_layers\.(?!{last}\.)\d+\.")
-    used = {key for key in tensors if not again.search(key) and not coarser_head.search(key)}
-    unknown = sorted(used - set(theirs.values()))
-    missing = sorted(set(theirs.values()) - used)
-    problem = f"{path}: is not the network of plans.json"
-    fix = "give the plans.json of this training; trainers that change the network are not supported"
-    if unknown or missing:
+    used = [key for key in tensors if not again.search(key) and not coarser_head.search(key)]
+    if problem := _mismatch({key: tensors[key].shape for key in used}, shapes):
         raise VolsegError(
-            f"{problem}: {len(missing)} of its tensors are missing {missing[:3]}, "
-            f"{len(unknown)} are unknown {unknown[:3]}",
-            fix=fix,
+            f"{path}: is not the network of plans.json: {problem}",
+            fix="give the plans.json of this training; trainers that change the network are not "
+            "supported",
             code="E_CKPT",
         )
-    shapes = {name: tensor.shape for name, tensor in unique_tensors(network).items()}
-    misfits = [key for name, key in theirs.items() if tensors[key].shape != shapes[name]]
-    if misfits:  # checked before copying: a tensor that repeats one number may claim any size
-        raise VolsegError(
-            f"{problem}: {len(misfits)} of its tensors do not fit the network {misfits[:3]}",
-            fix=fix,
-            code="E_CKPT",
-        )
-    weights = {name: tensors[key].to(torch.float32, copy=True) for name, key in theirs.items()}
+    weights = {name: tensors[key].to(torch.float32, copy=True) for name, key in keys.items()}
     try:
         check_finite(weights)
     except VolsegError as error:
         raise VolsegError(f"{path}: {error.problem}", fix=error.fix, code=error.code) from error
     return weights
+
+
+def _mismatch(shapes: Mapping[str, torch.Size], expected: Mapping[str, torch.Size]) -> str:
+    """Say how tensors differ from those expected; empty if they do not.
+
+    Nothing is copied before: a tensor that repeats one number may claim any size.
+    """
+    unknown, missing = sorted(shapes.keys() - expected), sorted(expected.keys() - shapes)
+    if unknown or missing:
+        return (
+            f"{len(missing)} of its tensors are missing {missing[:3]}, "
+            f"{len(unknown)} are unknown {unknown[:3]}"
+        )
+    misfits = [key for key, shape in expected.items() if shapes[key] != shape]
+    return f"{len(misfits)} of its tensors do not fit the network {misfits[:3]}" if misfits else ""
 
 
 def _their_name(name: str, network: str, last: int) -> str:

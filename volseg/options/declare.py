@@ -32,6 +32,25 @@ DURATION = re.compile(r"(.{1,30}?)\s*([SMH]?)")
 SECONDS = {"": 1, "S": 1, "M": 60, "H": 3600}
 
 
+@dataclass(frozen=True, slots=True)
+class Range:
+    """The numbers of a setting: from `least` to `most`, which may be infinite, but `below`."""
+
+    least: float
+    most: float = math.inf
+    below: float = math.inf
+    unit: str = ""
+
+    def __contains__(self, value: float) -> bool:
+        return self.least <= value <= self.most and value < self.below
+
+    def __str__(self) -> str:
+        rule = f"≥ {self.least:g}" if self.most == math.inf else f"{self.least} to {self.most}"
+        rule += "" if self.below == math.inf else f" and < {self.below:g}"
+        finite = " and finite" if self.most == self.below == math.inf else ""
+        return f"{rule}{self.unit and ' '}{self.unit}{finite}"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setting:
     """What the command line and the documentation know about a field.
@@ -40,8 +59,7 @@ class Setting:
         kind: type of its value on the command line; None derives it from the annotation.
         converter: makes the value from what a caller gives, or raises ValueError(problem, fix).
         short: short spelling such as `-o`. flag: full spelling if the name does not give it.
-        least, most: bounds, both allowed; below: a bound that is not. unit: of the number.
-        choices: all values; none if any is allowed.
+        values: those that are allowed; empty: all.
     """
 
     help: str
@@ -49,18 +67,14 @@ class Setting:
     converter: Callable[[Any], Any] | None = None
     short: str = ""
     flag: str = ""
-    least: float | None = None
-    most: float | None = None
-    below: float | None = None
-    unit: str = ""
-    choices: tuple[str, ...] = ()
+    values: Range | tuple[str, ...] = ()
     is_argument: bool = False
 
     def check(self, name: str, annotation: str, value: Any) -> Any:
         """Return the converted value of a field with this annotation.
 
         Raises:
-            VolsegError: it cannot be converted or is out of bounds.
+            VolsegError: it cannot be converted or is not allowed.
         """
         shown = name.upper() if self.is_argument else self.flag_of(name)
         try:
@@ -70,15 +84,12 @@ class Setting:
                 error.args if len(error.args) == 2 else (f"cannot be {value!r}", self.help)
             )
             raise VolsegError(f"{shown} {problem}", fix=fix, code="E_USAGE") from error
-        if self.choices and value is not None and value not in self.choices:
-            problem = f"{shown} must be {' or '.join(self.choices)}, got {value!r}"
-            raise VolsegError(problem, fix="give one of them", code="E_USAGE")
-        if self.least is not None and value is not None:
-            high = math.inf if self.most is None else self.most
-            below = math.inf if self.below is None else self.below
-            if not (self.least <= value <= high and value < below):
-                problem = f"{shown} must be {self.rule}, got {value}"
-                raise VolsegError(problem, fix="give a number in that range", code="E_USAGE")
+        if self.values and value is not None and value not in self.values:
+            rule, fix = str(self.values), "give a number in that range"
+            if isinstance(self.values, tuple):
+                *others, last = self.values
+                rule, fix = f"{', '.join(others)} or {last}", "give one of them"
+            raise VolsegError(f"{shown} must be {rule}, got {value!r}", fix=fix, code="E_USAGE")
         return value
 
     def _converted(self, annotation: str, value: Any) -> Any:
@@ -89,15 +100,6 @@ class Setting:
         if not is_number and not (value is None and annotation.endswith("None")):
             raise ValueError(f"must be a number, got {value!r}", "give a number")
         return value
-
-    @property
-    def rule(self) -> str:
-        """The bounds in words."""
-        assert self.least is not None
-        rule = f"{self.least} to {self.most}" if self.most is not None else f"≥ {self.least:g}"
-        rule += "" if self.below is None else f" and < {self.below:g}"
-        finite = "" if self.most is not None or self.below is not None else " and finite"
-        return f"{rule}{self.unit and ' '}{self.unit}{finite}"
 
     def flag_of(self, name: str) -> str:
         """Return the full spelling of the option for a field of this name."""
@@ -118,11 +120,7 @@ def option(
     short: str = ...,
     flag: str = ...,
     kind: Any = ...,
-    least: float | None = ...,
-    most: float | None = ...,
-    below: float | None = ...,
-    unit: str = ...,
-    choices: tuple[str, ...] = ...,
+    values: Range | tuple[str, ...] = ...,
 ) -> T: ...
 def option(help: str, *, default: Any = MISSING, **facts: Any) -> Any:
     """Declare an option: a keyword of the function, `--name` on the command line."""

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from volseg.options.declare import amount, argument, option, optional_path, options, path, paths
+from volseg.options.declare import (
+    Range,
+    amount,
+    argument,
+    option,
+    optional_path,
+    options,
+    path,
+    paths,
+)
 from volseg.options.shared import RESULTS, Announcing, Limited, OnDevice, Pictured, Progressing
 
 
@@ -32,18 +41,19 @@ class InferOptions(OnDevice, Limited, Pictured, Announcing):
     backend: str = option(
         "auto, torch or openvino; auto uses OpenVINO on a CPU where it is installed.",
         default="auto",
+        values=("auto", "torch", "openvino"),
     )
     precision: str = option(
         "auto, fp32, fp16 (half precision, if the hardware supports it) or int8 (see "
         "`volseg quantise`); auto is fp16 on a GPU and fp32 on a CPU.",
         default="auto",
+        values=("auto", "fp32", "fp16", "int8"),
     )
     overlap: float | None = option(
         "Overlap of neighbouring tiles, 0 to below 1; default: the recipe's. 0.5 takes up to 8 "
         "times as long as 0.",
         default=None,
-        least=0.0,
-        below=1.0,
+        values=Range(0.0, below=1.0),
     )
     tta: bool = option(
         "Test-time augmentation: average over flipped copies if the recipe does; each axis doubles "
@@ -55,7 +65,7 @@ class InferOptions(OnDevice, Limited, Pictured, Announcing):
         "Where to run tiles: scan (everywhere) or body (its bounding box only); default: the "
         "recipe's. Either value skips the coarse first pass of a recipe with [roi].",
         default=None,
-        choices=("scan", "body"),
+        values=("scan", "body"),
     )
     max_vram: int | None = option(
         "GPU memory limit, e.g. 8G; default: all free GPU memory.", default=None, converter=amount

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from volseg.options.declare import (
+    Range,
     argument,
     names,
     option,
@@ -112,8 +113,7 @@ class EvaluateOptions(Limited, Announcing):
         "IoU from which a lesion counts as detected, from 0 to below 1; at 0, one shared voxel is "
         "enough.",
         default=0.0,
-        least=0.0,
-        below=1.0,
+        values=Range(0.0, below=1.0),
     )
 
 
@@ -160,8 +160,7 @@ class CompareOptions(Limited, Announcing):
         "they do not overlap.",
         default=10.0,
         flag="--max-distance",
-        least=0.0,
-        unit="mm",
+        values=Range(0.0, unit="mm"),
     )
     lymph_nodes: tuple[str, ...] | None = option(
         "Label of lymph nodes, which count by their short axis; repeatable. Default: the labels "

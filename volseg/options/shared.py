@@ -6,6 +6,7 @@ from volseg.options.declare import (
     Announce,
     Options,
     Progress,
+    Range,
     amount,
     callback,
     ignore_progress,
@@ -14,7 +15,7 @@ from volseg.options.declare import (
     options,
 )
 
-MAX_SEED, MAX_COUNT = 2**32 - 1, 1_000_000
+SEED, COUNT = Range(0, 2**32 - 1), Range(1, 1_000_000)
 DATASET = (
     "Dataset: CSV table, folder with cases.csv, folder with images/ and labels/, nnU-Net raw "
     "folder or Decathlon folder."
@@ -43,7 +44,11 @@ class Announcing(Progressing):
 
 @options
 class OnDevice(Options):
-    device: str = option("auto, cpu or cuda; auto uses a GPU if there is one.", default="auto")
+    device: str = option(
+        "auto, cpu or cuda; auto uses a GPU if there is one.",
+        default="auto",
+        values=("auto", "cpu", "cuda"),
+    )
 
 
 @options
@@ -51,8 +56,7 @@ class Seeded(Options):
     seed: int = option(
         "Seed of every random choice, e.g. of validation cases and batches.",
         default=0,
-        least=0,
-        most=MAX_SEED,
+        values=SEED,
     )
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from volseg.options.declare import (
     Options,
+    Range,
     amount,
     argument,
     callback,
@@ -19,9 +20,10 @@ from volseg.options.declare import (
     seconds,
 )
 from volseg.options.shared import (
+    COUNT,
     DATASET,
-    MAX_COUNT,
     RESULTS,
+    SEED,
     Announcing,
     OnDevice,
     Progressing,
@@ -62,8 +64,7 @@ class TimedOptions(PlanningOptions):
     folds: int | None = option(
         "Number of cross-validation folds: one network per fold, used as an ensemble.",
         default=None,
-        least=1,
-        most=20,
+        values=Range(1, 20),
     )
 
 
@@ -116,13 +117,12 @@ class TrainOptions(TimedOptions, Announcing):
         kind=str,
     )
     epochs: int | None = option(
-        "Number of epochs; overrides the recipe.", default=None, least=1, most=MAX_COUNT
+        "Number of epochs; overrides the recipe.", default=None, values=COUNT
     )
     patience: int | None = option(
         "Stop after this many validations without a new best Dice.",
         default=None,
-        least=1,
-        most=MAX_COUNT,
+        values=COUNT,
     )
     resume: bool = option("Continue the interrupted run in --out.", default=False)
     init: Path | None = option(
@@ -136,19 +136,18 @@ class TrainOptions(TimedOptions, Announcing):
     fold: int | None = option(
         "Validate on this fifth of the patients, train on the others.",
         default=None,
-        least=0,
-        most=4,
+        values=Range(0, 4),
     )
     devices: int = option(
         "Number of GPUs (on a CPU: processes) that share each batch; torchrun and SLURM set it "
         "themselves.",
         default=1,
-        least=1,
-        most=1024,
+        values=Range(1, 1024),
     )
     precision: str = option(
         "auto, fp32 or half; auto is half (bfloat16) on GPUs and on CPUs that support it.",
         default="auto",
+        values=("auto", "fp32", "half"),
     )
     preview: bool = option(
         "Only prepare the data and draw augmented patches with masks.", default=False
@@ -173,13 +172,12 @@ class QuantiseOptions(Progressing):
         "Dataset that the model was trained on, or its `volseg preprocess` folder.", converter=path
     )
     cases: int = option(
-        "Calibrate with at most this many training cases.", default=30, least=1, most=MAX_COUNT
+        "Calibrate with at most this many training cases.", default=30, values=COUNT
     )
     seed: int = option(
         "Seed of training, which selected the validation cases.",
         default=0,
-        least=0,
-        most=2**32 - 1,
+        values=SEED,
     )
 
 
