@@ -16,9 +16,9 @@ import volseg
 from volseg.cli import app
 from volseg.commands import comparing
 from volseg.commands.comparing import trusted_placement
+from volseg.comparison.changes import LesionChange
 from volseg.errors import VolsegError
 from volseg.io.files import sha256_of
-from volseg.measurement.changes import LesionChange
 from volseg.pages.comparison_figures import change_png
 from volseg.preprocessing.register import Registration
 from volseg.store.records import read_record

@@ -26,6 +26,9 @@ from volseg.commands.batch import (
     without_damaged,
 )
 from volseg.commands.patients import Patient, read_pairs, same_ids
+from volseg.comparison.changes import ScanPair, centroids_mm, lesion_changes
+from volseg.comparison.pairs import MeasuredScan, pair_scans, pairing_bytes, unpaired_scan
+from volseg.comparison.response import PatientResponse, judge_response
 from volseg.errors import ScanError, VolsegError
 from volseg.execution.local import run
 from volseg.execution.memory import Budget, Peak
@@ -33,9 +36,6 @@ from volseg.inputs import read_json, shorten
 from volseg.io.files import sha256_of
 from volseg.io.nifti import read_mask, read_volume
 from volseg.io.nifti_header import NiftiHeader, read_header
-from volseg.measurement.changes import ScanPair, centroids_mm, lesion_changes
-from volseg.measurement.pairs import MeasuredScan, pair_scans, pairing_bytes, unpaired_scan
-from volseg.measurement.response import PatientResponse, judge_response
 from volseg.measurement.rows import LesionMeasurement
 from volseg.measurement.sections import axial_normal
 from volseg.measurement.specks import SPECKS

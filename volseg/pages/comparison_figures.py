@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 from scipy import ndimage
 
-from volseg.measurement.changes import LesionChange
+from volseg.comparison.changes import LesionChange
 from volseg.pages.canvas import Figure, FigureCanvasAgg
 from volseg.pages.slices import (
     PLANES,

@@ -12,8 +12,7 @@ import numpy as np
 from scipy.spatial import KDTree
 
 from volseg.columns import column
-from volseg.measurement import recist
-from volseg.measurement.changes import (
+from volseg.comparison.changes import (
     LesionGroup,
     ScanPair,
     centroids_mm,
@@ -21,9 +20,8 @@ from volseg.measurement.changes import (
     groups_of,
     lesions_of,
 )
-from volseg.measurement.matching import MIN_FRACTION
-from volseg.measurement.rows import LesionMeasurement
-from volseg.measurement.targets import (
+from volseg.comparison.matching import MIN_FRACTION
+from volseg.comparison.targets import (
     RECIST,
     choose_targets,
     diameter_mm,
@@ -32,6 +30,8 @@ from volseg.measurement.targets import (
     label_of,
     none_if_nan,
 )
+from volseg.measurement import recist
+from volseg.measurement.rows import LesionMeasurement
 
 ROUNDING = 1e-9  # so that 12 mm are 20 % more than 10 mm in floating point
 MOST_NAMED = 5  # crumbs listed in a warning

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from laws import GRIDS, ball, grid_around, oblique, orientations, ras
 
-from volseg.measurement.matching import MAX_DISTANCE_MM, match_lesions
+from volseg.comparison.matching import MAX_DISTANCE_MM, match_lesions
 from volseg.preprocessing.align import index_matrix
 from volseg.volume import Geometry, Volume
 

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from volseg.columns import column
-from volseg.measurement.matching import Match
+from volseg.comparison.matching import Match
+from volseg.comparison.targets import RECIST, choose_targets, is_normal, label_of, none_if_nan
 from volseg.measurement.rows import LesionMeasurement
-from volseg.measurement.targets import RECIST, choose_targets, is_normal, label_of, none_if_nan
 from volseg.recipe import ARBITRARY
 
 

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from laws import GRIDS, ball, centre_mm, grid_around, oblique, orientations, ras
 
-from volseg.measurement.changes import lesion_changes
+from volseg.comparison.changes import lesion_changes
+from volseg.comparison.pairs import MeasuredScan, pair_scans, unpaired_scan
+from volseg.comparison.response import judge_response
 from volseg.measurement.lesions import measure_lesions
-from volseg.measurement.pairs import MeasuredScan, pair_scans, unpaired_scan
-from volseg.measurement.response import judge_response
 from volseg.measurement.sections import tilt_deg
 from volseg.postprocessing.lesions import label_lesions
 from volseg.recipe import Measure

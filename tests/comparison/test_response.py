@@ -4,11 +4,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from volseg.measurement.changes import ScanPair, lesion_changes
-from volseg.measurement.matching import Match
-from volseg.measurement.response import judge_response
+from volseg.comparison.changes import ScanPair, lesion_changes
+from volseg.comparison.matching import Match
+from volseg.comparison.response import judge_response
+from volseg.comparison.targets import choose_targets, is_lymph_node
 from volseg.measurement.rows import LesionMeasurement
-from volseg.measurement.targets import choose_targets, is_lymph_node
 
 
 def lesion(

@@ -14,13 +14,13 @@ from typing import Any
 import numpy as np
 from scipy import ndimage
 
-from volseg.measurement.changes import ScanPair
-from volseg.measurement.crumbs import find_crumbs
-from volseg.measurement.matching import MAX_DISTANCE_MM, MIN_FRACTION, Match, match_lesions
+from volseg.comparison.changes import ScanPair
+from volseg.comparison.crumbs import find_crumbs
+from volseg.comparison.matching import MAX_DISTANCE_MM, MIN_FRACTION, Match, match_lesions
+from volseg.comparison.targets import label_of, none_if_nan
 from volseg.measurement.recist import diameters
 from volseg.measurement.rows import LesionMeasurement
 from volseg.measurement.sections import axial_normal, section_bytes, section_diameters, tilt_deg
-from volseg.measurement.targets import label_of, none_if_nan
 from volseg.postprocessing.pairing import MAX_PAIRS, PAIR_BYTES
 from volseg.preprocessing.crop import AxisOrder, canonical_geometry, to_canonical
 from volseg.volume import Volume, slabs_of
