@@ -43,18 +43,12 @@ from volseg.measurement.units import unit_doubt_in
 from volseg.options import CompareOptions, command
 from volseg.pages.comparison_page import comparison_html
 from volseg.postprocessing.lesions import MANY
-from volseg.preprocessing.align import covered
-from volseg.preprocessing.register import (
-    Registration,
-    register,
-    registering_bytes,
-    transform_points,
-)
+from volseg.preprocessing.register import Registration, register, registering_bytes
 from volseg.reports import CompareReport
 from volseg.store.comparisons import ComparisonFolder
 from volseg.store.records import CaseRecord, case_ids, file_of, path_of, read_record, record_files
 from volseg.store.results import LESION_IDS
-from volseg.volume import Geometry, Volume
+from volseg.volume import Geometry, Rigid, Volume
 
 STAGE, TIMES = "Comparing", ("baseline", "follow-up")
 PICTURE_BYTES = 22  # per voxel of a drawn scan, including scaling
@@ -675,11 +669,11 @@ class Placement:
     """Transform between the two scans, with its columns and warnings.
 
     Args:
-        transform: (4, 4) in RAS mm, from the earlier to the later scan.
+        transform: from points of the earlier to points of the later scan.
         doubt: why lesions matched by it cannot be trusted; empty if they can.
     """
 
-    transform: np.ndarray
+    transform: Rigid
     columns: Mapping[str, Any]
     warnings: Sequence[str] = ()
     doubt: str = ""
@@ -687,21 +681,21 @@ class Placement:
 
 def _place(before: _Side, after: _Side, settings: CompareOptions) -> Placement:
     if not before.lesions and not after.lesions:
-        return Placement(np.eye(4), {})
+        return Placement(Rigid.identity(), {})
     if not settings.registration:
         return _place_by_headers(before.ids.geometry, after.ids.geometry)
     if _are_identical(before, after):
-        return Placement(np.eye(4), {"registration": "identical"})
+        return Placement(Rigid.identity(), {"registration": "identical"})
     registration = register(before.scan, after.scan)
-    back = np.linalg.inv(registration.moved)
-    points_mm = [centroids_mm(before.lesions), transform_points(back, centroids_mm(after.lesions))]
+    back = registration.transform.inverse()
+    points_mm = [centroids_mm(before.lesions), back.apply(centroids_mm(after.lesions))]
     normal = axial_normal(before.ids.geometry)
     return trusted_placement(registration, np.concatenate(points_mm), normal=normal)
 
 
 def _place_by_headers(before: Geometry, after: Geometry) -> Placement:
-    identity, columns = np.eye(4), {"registration": "none"}
-    if covered(before, after, identity) or covered(after, before, identity):
+    identity, columns = Rigid.identity(), {"registration": "none"}
+    if before.fraction_inside(after) or after.fraction_inside(before):
         return Placement(identity, columns)
     doubt = "the two scans nowhere overlap in world coordinates"
     warnings = [f"W_APART: {doubt}, so no lesion could be matched"]
@@ -731,8 +725,8 @@ def trusted_placement(
             doubt = "the scans are nowhere more alike than where their headers place them"
             warnings.append(f"W_REGISTRATION: {doubt}, so world coordinates were taken as they are")
         columns = {"registration": "none", "moved_mm": 0.0, "turned_deg": 0.0} | similarity
-        return Placement(np.eye(4), columns, warnings, _no_response(doubt))
-    rotation_deg = registration.turned_deg
+        return Placement(Rigid.identity(), columns, warnings, _no_response(doubt))
+    rotation_deg = registration.transform.angle_deg
     if shift_mm > MAX_MOVED_MM or rotation_deg > MAX_TURNED_DEG:
         warnings.append(
             f"W_MOVED: registration moved a lesion by {shift_mm:.0f} mm and turned the scan by "
@@ -754,7 +748,7 @@ def trusted_placement(
         )
     columns = {"registration": "rigid", "moved_mm": shift_mm, "turned_deg": rotation_deg}
     columns |= {"registration_error_mm": error_mm} | similarity
-    return Placement(registration.moved, columns, warnings, _no_response(doubt))
+    return Placement(registration.transform, columns, warnings, _no_response(doubt))
 
 
 def _no_response(doubt: str) -> str:

@@ -15,8 +15,7 @@ from scipy.spatial import KDTree
 
 from volseg.errors import ScanError
 from volseg.postprocessing.pairing import MAX_PAIRS, Pair, best_pairs
-from volseg.preprocessing.crop import AxisOrder, canonical_geometry, to_canonical
-from volseg.volume import BoundingBox, Geometry, Volume, slabs_of
+from volseg.volume import BoundingBox, Rigid, Volume, slabs_of
 
 Status = Literal["matched", "merged", "split", "regrouped", "new", "gone", "outside", "crumb"]
 How = Literal["overlap", "distance"]
@@ -73,7 +72,7 @@ def match_lesions(
     followup_labels: Sequence[Hashable],
     baseline_crumbs: Mapping[int, int] | None = None,
     followup_crumbs: Mapping[int, int] | None = None,
-    transform: np.ndarray | None = None,
+    transform: Rigid | None = None,
     max_distance_mm: float = MAX_DISTANCE_MM,
 ) -> list[Match]:
     """Match the lesions of two scans, by overlap and then by distance.
@@ -95,7 +94,7 @@ def match_lesions(
         baseline_labels, followup_labels: label of lesion 1, 2, …, N.
         baseline_crumbs, followup_crumbs: number of a crumb → number of the lesion that it may
             belong to.
-        transform: (4, 4) rigid, RAS mm of the baseline → RAS mm of the follow-up; None: identity.
+        transform: from points of the baseline to points of the follow-up; None: identity.
         max_distance_mm: between the centroids of a pair without overlap.
 
     Returns:
@@ -106,15 +105,15 @@ def match_lesions(
         ValueError: numbers of lesions and labels do not agree.
         ScanError: E_SPECKS, more lesions overlap than in real masks.
     """
-    transform = np.eye(4) if transform is None else transform
-    back = np.linalg.inv(transform)
+    transform = transform or Rigid.identity()
+    back = transform.inverse()
     labels = (baseline_labels, followup_labels)
     before = _lesions_of(baseline, followup, transform, len(baseline_labels), len(followup_labels))
     after = _lesions_of(followup, baseline, back, len(followup_labels), len(baseline_labels))
     crumbs = _crumbs((before, after), labels, (baseline_crumbs or {}, followup_crumbs or {}))
     pieces = (before, after)
     before, after = before.joined(*crumbs), after.joined(*crumbs[::-1])
-    centroids_mm = (before.centroids_mm, after.centroids_mm @ back[:3, :3].T + back[:3, 3])
+    centroids_mm = (before.centroids_mm, back.apply(after.centroids_mm))
     overlap_mm3, relabelled = _overlaps(before, after, labels)
     dice = {
         (b, f): 2 * mm3 / float(before.volumes_mm3[b - 1] + after.volumes_mm3[f - 1])
@@ -188,14 +187,13 @@ class _Lesions:
         return _Lesions(self.n, volumes_mm3, centroids_mm, covered, shared_mm3)
 
 
-def _lesions_of(
-    ids: Volume, other: Volume, transform: np.ndarray, n: int, n_other: int
-) -> _Lesions:
+def _lesions_of(ids: Volume, other: Volume, transform: Rigid, n: int, n_other: int) -> _Lesions:
     # In canonical axis order: else a point half-way between two voxels could belong to either.
-    numbers, grid = _canonical(ids)
-    others, other_grid = _canonical(other)
+    ids, other = ids.canonical(), other.canonical()
+    numbers, grid = ids.array, ids.geometry
+    others, other_grid = other.array, other.geometry
     box = BoundingBox.around(numbers)
-    matrix = np.linalg.inv(other_grid.affine) @ transform @ grid.affine
+    matrix = grid.index_matrix(other_grid, transform)
     counts, inside, sums = np.zeros(n + 1), np.zeros(n + 1), np.zeros((n + 1, 3))
     overlaps: dict[Pair, int] = defaultdict(int)
     for slab, start in () if box is None else _slabs(numbers, box):
@@ -230,11 +228,6 @@ def _lesions_of(
         covered=inside[1:] / counts[1:],
         shared_mm3={pair: count * grid.voxel_volume_mm3 for pair, count in overlaps.items()},
     )
-
-
-def _canonical(ids: Volume) -> tuple[np.ndarray, Geometry]:
-    order = AxisOrder.of(ids.geometry)
-    return to_canonical(ids.array, order), canonical_geometry(ids.geometry, order)
 
 
 def _slabs(numbers: np.ndarray, box: BoundingBox) -> Iterator[tuple[np.ndarray, np.ndarray]]:
