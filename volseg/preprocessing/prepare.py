@@ -24,6 +24,7 @@ from volseg.preprocessing.crop import (
 from volseg.preprocessing.normalise import Normaliser, Scaling
 from volseg.preprocessing.resample import (
     CPU,
+    Interpolation,
     Kind,
     PlaneReader,
     resample_mask,
@@ -245,10 +246,9 @@ class Preparation:
         return PlaneReader(
             self._views[index],
             self.trail.shape,
-            (kinds[0], kinds[1], kinds[2]),
+            Interpolation((kinds[0], kinds[1], kinds[2]), limits),
             axis,
             convert=convert,
-            limits=limits,
             device=device,
         )
 
