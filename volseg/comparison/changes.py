@@ -15,6 +15,9 @@ from volseg.measurement.rows import LesionMeasurement
 from volseg.recipe import ARBITRARY
 
 TIMES = ("baseline", "follow-up")
+# Columns of a lesion at each time; sizes are 0 where it is absent.
+SIZES = ("volume_ml", "long_axis_mm", "short_axis_mm")
+OTHER_COLUMNS = ("intensity_mean", "centroid_r_mm", "centroid_a_mm", "centroid_s_mm")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -206,16 +209,9 @@ def _columns_of(
         return {}
     if lesion is None:
         zero = 0.0 if match.status == absent else None
-        return {f"{time}_{name}": zero for name in ("volume_ml", "long_axis_mm", "short_axis_mm")}
-    return {
-        f"{time}_volume_ml": lesion.volume_ml,
-        f"{time}_long_axis_mm": none_if_nan(lesion.long_axis_mm),
-        f"{time}_short_axis_mm": none_if_nan(lesion.short_axis_mm),
-        f"{time}_intensity_mean": none_if_nan(lesion.intensity_mean),
-        f"{time}_centroid_r_mm": lesion.centroid_r_mm,
-        f"{time}_centroid_a_mm": lesion.centroid_a_mm,
-        f"{time}_centroid_s_mm": lesion.centroid_s_mm,
-    }
+        return {f"{time}_{name}": zero for name in SIZES}
+    values = {name: none_if_nan(getattr(lesion, name)) for name in (*SIZES, *OTHER_COLUMNS)}
+    return {f"{time}_{name}": value for name, value in values.items()}
 
 
 def _changes(match: Match, group: LesionGroup) -> tuple[dict[str, Any], list[str]]:

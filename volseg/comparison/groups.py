@@ -31,13 +31,9 @@ class ScanLesions:
     unit_doubt: str = ""
 
     @cached_property
-    def by_number(self) -> Mapping[int, LesionMeasurement]:
+    def by_number(self) -> Mapping[int | None, LesionMeasurement]:
         """The lesions and crumbs by number."""
         return {lesion.lesion_id: lesion for lesion in (*self.lesions, *self.crumbs)}
-
-    def numbered(self, numbers: Iterable[int | None]) -> list[LesionMeasurement]:
-        """Return the lesions or crumbs with these numbers, without repetition."""
-        return [self.by_number[n] for n in dict.fromkeys(numbers) if n is not None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -65,22 +61,17 @@ class ScanPair:
         return bool(self.doubt and self.baseline.lesions and self.followup.lesions)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class LesionGroup:
     """The lesions of one row, or lesions that merged or split together.
 
     Args:
         number: from 1 over all scans of a patient.
-        crumbs_before, crumbs_after: counted with the lesions `before` and `after`, but not in them.
     """
 
     number: int
     pair: ScanPair
     matches: Sequence[Match]
-    before: Sequence[LesionMeasurement]
-    after: Sequence[LesionMeasurement]
-    crumbs_before: Sequence[LesionMeasurement]
-    crumbs_after: Sequence[LesionMeasurement]
     lymph_nodes: Collection[str]
 
     @property
@@ -91,6 +82,31 @@ class LesionGroup:
     @property
     def status(self) -> str:
         return self.first.status
+
+    @property
+    def crumb_matches(self) -> list[Match]:
+        return [match for match in self.matches if match.status == "crumb"]
+
+    @property
+    def _lesion_matches(self) -> list[Match]:
+        return [match for match in self.matches if match.status != "crumb"]
+
+    @cached_property
+    def before(self) -> list[LesionMeasurement]:
+        return _lesions(self.pair.baseline, (match.baseline for match in self._lesion_matches))
+
+    @cached_property
+    def after(self) -> list[LesionMeasurement]:
+        return _lesions(self.pair.followup, (match.followup for match in self._lesion_matches))
+
+    @property
+    def crumbs_before(self) -> list[LesionMeasurement]:
+        """Crumbs counted with `before`, but not in it."""
+        return _lesions(self.pair.baseline, (match.baseline for match in self.crumb_matches))
+
+    @property
+    def crumbs_after(self) -> list[LesionMeasurement]:
+        return _lesions(self.pair.followup, (match.followup for match in self.crumb_matches))
 
     @property
     def is_relabelled(self) -> bool:
@@ -109,6 +125,11 @@ class LesionGroup:
     def is_gone(self) -> bool:
         """True if nothing is left of it, or only lymph nodes of normal size."""
         return self.status == "gone" or (bool(self.after) and self.is_normal)
+
+
+def _lesions(scan: ScanLesions, numbers: Iterable[int | None]) -> list[LesionMeasurement]:
+    """Return the lesions with these numbers, without repetition."""
+    return [scan.by_number[n] for n in dict.fromkeys(numbers) if n is not None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,7 +151,6 @@ class PatientLesions:
 
     @cached_property
     def followup(self) -> list[LesionMeasurement]:
-        """All lesions of the follow-up, without crumbs."""
         return [lesion for pair in self.pairs for lesion in pair.followup.lesions]
 
     @cached_property
@@ -141,28 +161,17 @@ class PatientLesions:
             for match in pair.matches:
                 members[n, match.group].append(match)
         return [
-            self._group(number, self.pairs[n], matches)
+            LesionGroup(number, self.pairs[n], matches, self.lymph_nodes)
             for number, ((n, _), matches) in enumerate(members.items(), start=1)
         ]
-
-    def _group(self, number: int, pair: ScanPair, matches: Sequence[Match]) -> LesionGroup:
-        lesions = [match for match in matches if match.status != "crumb"]
-        crumbs = [match for match in matches if match.status == "crumb"]
-        return LesionGroup(
-            number,
-            pair,
-            matches,
-            before=pair.baseline.numbered(match.baseline for match in lesions),
-            after=pair.followup.numbered(match.followup for match in lesions),
-            crumbs_before=pair.baseline.numbered(match.baseline for match in crumbs),
-            crumbs_after=pair.followup.numbered(match.followup for match in crumbs),
-            lymph_nodes=self.lymph_nodes,
-        )
 
     @cached_property
     def targets(self) -> list[LesionMeasurement] | None:
         """The target lesions at baseline; None if diameters are missing to choose them."""
         return choose_targets(self.baseline, self.lymph_nodes)
+
+    def is_target(self, lesion: LesionMeasurement) -> bool:
+        return any(lesion is target for target in self.targets or ())
 
     @cached_property
     def target_groups(self) -> list[LesionGroup]:
@@ -172,14 +181,8 @@ class PatientLesions:
     @cached_property
     def non_target_groups(self) -> list[LesionGroup]:
         """The other groups that were disease at baseline."""
-        return [
-            group
-            for group in self.groups
-            if group.before and group not in self.target_groups and not group.was_normal
-        ]
-
-    def is_target(self, lesion: LesionMeasurement) -> bool:
-        return any(lesion is target for target in self.targets or ())
+        others = [group for group in self.groups if group not in self.target_groups]
+        return [group for group in others if group.before and not group.was_normal]
 
     def is_normal(self, lesion: LesionMeasurement) -> bool:
         return is_normal(lesion, self.lymph_nodes)
@@ -188,17 +191,14 @@ class PatientLesions:
         """Return the short axis of a lymph node, else the long axis; None if unknown."""
         return diameter_mm(lesion, self.lymph_nodes)
 
-    def name_of(self, lesion: LesionMeasurement) -> str:
-        """Return the number of a lesion, with its scan if there are several."""
-        number = str(lesion.lesion_id)
-        return number if len(self.pairs) == 1 else f"{lesion.case_id}:{number}"
+    def name_of(self, lesion: LesionMeasurement, *, with_size: bool = False) -> str:
+        """Return the number of a lesion, with its scan if there are several, and its size."""
+        scan = f"{lesion.case_id}:" if len(self.pairs) > 1 else ""
+        size = f" ({_size_text(lesion)})" if with_size else ""
+        return f"{scan}{lesion.lesion_id}{size}"
 
     def names(self, lesions: Sequence[LesionMeasurement], *, with_sizes: bool = False) -> str:
-        """List the names of lesions, optionally with volume and long axis."""
-        return ", ".join(
-            f"{self.name_of(lesion)} ({_size_text(lesion)})" if with_sizes else self.name_of(lesion)
-            for lesion in lesions
-        )
+        return ", ".join(self.name_of(lesion, with_size=with_sizes) for lesion in lesions)
 
 
 def _size_text(lesion: LesionMeasurement) -> str:

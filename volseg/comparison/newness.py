@@ -1,4 +1,4 @@
-"""Which follow-up lesions are new disease, and which a reader must decide."""
+"""Follow-up lesions that are new disease, or that may be: a reader must decide."""
 
 from __future__ import annotations
 
@@ -17,10 +17,52 @@ from volseg.measurement.rows import LesionMeasurement
 
 ONE_PLACE_MM = 10.0  # nearer lesions in two scans of the same time may be one lesion
 
+Lesions = Sequence[LesionMeasurement]
 Twins = tuple[LesionMeasurement, LesionMeasurement]
 
 
-def twins_in(scans: Sequence[Sequence[LesionMeasurement]]) -> list[Twins]:
+@dataclass(frozen=True, slots=True)
+class Newness:
+    """Lesions of the follow-up that were not there, or not as disease, at baseline.
+
+    Args:
+        new: certainly new, which is progression. Also those outside the baseline's field of view
+            (RECIST 1.1, section 4.3.5); not lymph nodes of normal size.
+        perhaps_new: the same, but another scan of the patient may show them.
+        relabelled: new, or with another label at baseline.
+        grown_nodes: lymph nodes that were normal at baseline.
+        pieces: crumbs as long as a measurable lesion, beside an old lesion, where nothing was.
+    """
+
+    new: Lesions
+    perhaps_new: Lesions
+    relabelled: Lesions
+    grown_nodes: Lesions
+    pieces: Lesions
+
+    @classmethod
+    def of(cls, lesions: PatientLesions, twins: Sequence[Twins]) -> Newness:
+        """Return what is new; `twins`: lesions that two scans of the follow-up may show."""
+        only_later = [group for group in lesions.groups if group.after and not group.before]
+        countable = [
+            group for group in only_later if not group.is_relabelled and not group.pair.is_doubtful
+        ]
+        uncertain = [group for group in countable if _may_be_seen(group, lesions.groups, twins)]
+
+        def disease(groups: Sequence[LesionGroup]) -> Lesions:
+            return [x for group in groups for x in group.after if not lesions.is_normal(x)]
+
+        nodes = [group for group in lesions.groups if group.before and group.was_normal]
+        return cls(
+            new=disease([group for group in countable if group not in uncertain]),
+            perhaps_new=disease(uncertain),
+            relabelled=disease([group for group in only_later if group.is_relabelled]),
+            grown_nodes=[x for group in nodes if not group.is_normal for x in group.after],
+            pieces=_new_pieces(lesions),
+        )
+
+
+def twins_in(scans: Sequence[Lesions]) -> list[Twins]:
     """Return pairs of lesions in scans of the same time that may be one: same label, near."""
     twins = []
     for scan, other_scan in combinations(scans, 2):
@@ -33,41 +75,6 @@ def twins_in(scans: Sequence[Sequence[LesionMeasurement]]) -> list[Twins]:
                 near = np.flatnonzero(mm <= ONE_PLACE_MM).tolist()
                 twins += [(lesions[n], others[int(nearest[n])]) for n in near]
     return twins
-
-
-@dataclass(frozen=True, slots=True)
-class NewLesions:
-    """Follow-up lesions without a baseline lesion; lymph nodes of normal size are none.
-
-    Args:
-        certain: they are progression. perhaps: another scan of the patient may show them.
-    """
-
-    certain: Sequence[LesionMeasurement]
-    perhaps: Sequence[LesionMeasurement]
-
-    @classmethod
-    def of(cls, lesions: PatientLesions, twins: Sequence[Twins]) -> NewLesions:
-        """Return the new lesions.
-
-        A lesion outside the baseline's field of view counts as new too (section 4.3.5). One that
-        had another label may have been there before.
-
-        Args:
-            twins: of the follow-up.
-        """
-        only_later = [
-            group
-            for group in lesions.groups
-            if group.status in ("new", "outside")
-            and not group.is_relabelled
-            and not group.pair.is_doubtful
-        ]
-        certain, perhaps = [], []
-        for group in only_later:
-            kind = perhaps if _may_be_seen(group, lesions.groups, twins) else certain
-            kind += [lesion for lesion in group.after if not lesions.is_normal(lesion)]
-        return cls(certain, perhaps)
 
 
 def _may_be_seen(group: LesionGroup, groups: Sequence[LesionGroup], twins: Sequence[Twins]) -> bool:
@@ -83,20 +90,13 @@ def _may_be_seen(group: LesionGroup, groups: Sequence[LesionGroup], twins: Seque
     )
 
 
-def new_pieces(lesions: PatientLesions) -> list[LesionMeasurement]:
-    """Return crumbs as long as a measurable lesion, beside an old lesion, where nothing was."""
+def _new_pieces(lesions: PatientLesions) -> list[LesionMeasurement]:
     pieces = []
     for group in lesions.groups:
-        if not group.before:
-            continue
-        overlap_mm3 = {
-            match.followup: match.overlap_mm3 or 0.0
-            for match in group.matches
-            if match.status == "crumb"
-        }
-        for crumb in group.crumbs_after:
-            size_mm = lesions.diameter_mm(crumb)
+        overlap_mm3 = {match.followup: match.overlap_mm3 or 0.0 for match in group.crumb_matches}
+        for crumb in group.crumbs_after if group.before else ():
+            size_mm = lesions.diameter_mm(crumb) or 0.0
             is_new = overlap_mm3[crumb.lesion_id] < MIN_FRACTION * crumb.volume_mm3
-            if is_new and size_mm is not None and size_mm >= MEASURABLE_MM:
+            if is_new and size_mm >= MEASURABLE_MM:
                 pieces.append(crumb)
     return pieces

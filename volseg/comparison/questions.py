@@ -3,60 +3,42 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from volseg.comparison.groups import PatientLesions
 from volseg.comparison.label_names import label_of
-from volseg.comparison.newness import NewLesions, Twins, new_pieces
+from volseg.comparison.newness import Newness, Twins
 from volseg.comparison.targets import is_lymph_node
 from volseg.measurement.recist import MEASURABLE_MM
+from volseg.measurement.rows import LesionMeasurement
 
 MOST_NAMED = 5  # crumbs listed in a warning
 
 
-def open_questions(lesions: PatientLesions, new: NewLesions) -> str:
+def open_questions(lesions: PatientLesions, newness: Newness) -> str:
     """Return what a reader must decide before any response but progression; else empty."""
-    groups = lesions.groups
-    grown = [
-        lesion
-        for group in groups
-        if group.before and group.was_normal and group.after and not group.is_normal
-        for lesion in group.after
-    ]
-    relabelled = [
-        lesion
-        for group in groups
-        if group.is_relabelled and not group.before
-        for lesion in group.after
-        if not lesions.is_normal(lesion)
-    ]
-    pieces = new_pieces(lesions)
     questions = {
         "lymph node {} was normal at baseline and no longer is: decide whether that is new "
-        "disease": lesions.names(grown),
-        "lesion {} is new or had another label at baseline: decide which": lesions.names(
-            relabelled
+        "disease": lesions.names(newness.grown_nodes),
+        "lesion {} is new or had another label at baseline: decide which": (
+            lesions.names(newness.relabelled)
         ),
         "lesion {} is new, or another scan of the patient shows it too: decide which": (
-            lesions.names(new.perhaps)
+            lesions.names(newness.perhaps_new)
         ),
         "piece {} beside a lesion is new: decide whether it is new disease or a part of that "
-        "lesion": lesions.names(pieces, with_sizes=True),
+        "lesion": lesions.names(newness.pieces, with_sizes=True),
     }
     return "; ".join(text.format(names) for text, names in questions.items() if names)
 
 
 def warnings_of(
-    lesions: PatientLesions, new: NewLesions, twins: tuple[Sequence[Twins], Sequence[Twins]]
+    lesions: PatientLesions, newness: Newness, twins: Mapping[str, Sequence[Twins]]
 ) -> list[str]:
-    """Return the warnings of a patient, as `W_CODE: sentence`.
-
-    Args:
-        twins: at baseline and at follow-up.
-    """
+    """Return the warnings of a patient, as `W_CODE: sentence`; `twins`: by time."""
     return [
         *_node_warnings(lesions),
-        *_new_warnings(lesions, new),
+        *_new_warnings(lesions, newness.new),
         *_label_warnings(lesions),
         *_merged_warnings(lesions),
         *_outside_warnings(lesions),
@@ -80,8 +62,8 @@ def _node_warnings(lesions: PatientLesions) -> Iterator[str]:
         yield f"W_NODE: {listed} sounds like lymph nodes: pass --lymph-node to use short axes"
 
 
-def _new_warnings(lesions: PatientLesions, new: NewLesions) -> Iterator[str]:
-    sizes = [lesions.diameter_mm(lesion) for lesion in new.certain]
+def _new_warnings(lesions: PatientLesions, new: Sequence[LesionMeasurement]) -> Iterator[str]:
+    sizes = [lesions.diameter_mm(lesion) for lesion in new]
     if sizes and all(size is not None and size < MEASURABLE_MM for size in sizes):
         yield "W_NEW: all new lesions are under 10 mm; check them, RECIST wants unequivocal ones"
 
@@ -113,12 +95,10 @@ def _border_warnings(lesions: PatientLesions) -> Iterator[str]:
         yield "W_BORDER: a lesion touches the border of its scan, so its size is a lower bound"
 
 
-def _twin_warnings(
-    lesions: PatientLesions, twins: tuple[Sequence[Twins], Sequence[Twins]]
-) -> Iterator[str]:
-    for time, of_time in zip(("baseline", "follow-up"), twins, strict=True):
-        if of_time:
-            listed = ", ".join(f"{lesions.name_of(a)} and {lesions.name_of(b)}" for a, b in of_time)
+def _twin_warnings(lesions: PatientLesions, twins: Mapping[str, Sequence[Twins]]) -> Iterator[str]:
+    for time, pairs in twins.items():
+        if pairs:
+            listed = ", ".join(" and ".join(map(lesions.name_of, pair)) for pair in pairs)
             yield (
                 f"W_TWICE: at {time} {listed} lie at the same place. If two scans show the same "
                 "lesion, it counts twice: remove it from the masks of one scan, at both times"

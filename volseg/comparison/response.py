@@ -9,7 +9,7 @@ from typing import Any, Literal
 from volseg.columns import column
 from volseg.comparison.changes import difference
 from volseg.comparison.groups import PatientLesions, ScanPair
-from volseg.comparison.newness import NewLesions, twins_in
+from volseg.comparison.newness import Newness, twins_in
 from volseg.comparison.questions import open_questions, warnings_of
 from volseg.comparison.rules import (
     SIZE,
@@ -33,14 +33,10 @@ class PatientResponse:
 
     patient: str = column("", "name of the patient")
     baseline_case: str | None = column(
-        "",
-        "baseline scan (several are joined with ;), empty if there is none",
-        None,
+        "", "baseline scan (several are joined with ;), empty if there is none", None
     )
     followup_case: str | None = column(
-        "",
-        "follow-up scan (several are joined with ;), empty if there is none",
-        None,
+        "", "follow-up scan (several are joined with ;), empty if there is none", None
     )
     status: Literal["done", "failed", "unpaired", "pending", "unknown"] = column(
         "",
@@ -160,9 +156,7 @@ class PatientResponse:
         None,
     )
     registration_error_mm: float | None = column(
-        "mm",
-        "largest distance at a lesion between forward and backward registration",
-        None,
+        "mm", "largest distance at a lesion between forward and backward registration", None
     )
     similarity_before: float | None = column(
         "nats",
@@ -195,31 +189,26 @@ def judge_response(
             axis and are normal below 10 mm.
     """
     lesions = PatientLesions(pairs, lymph_nodes)
-    twins = (
-        twins_in([pair.baseline.lesions for pair in pairs]),
-        twins_in([pair.followup.lesions for pair in pairs]),
-    )
-    new = NewLesions.of(lesions, twins[1])
+    twins = {
+        "baseline": twins_in([pair.baseline.lesions for pair in pairs]),
+        "follow-up": twins_in([pair.followup.lesions for pair in pairs]),
+    }
+    newness = Newness.of(lesions, twins["follow-up"])
     sums = Sums.of(lesions, lesions.diameter_mm)
     volumes = Sums.of(lesions, lambda lesion: none_if_nan(lesion.volume_ml))
-    contradiction, remark = disagreement(lesions, sums, volumes)
+    contradiction, remarks = disagreement(lesions, sums, volumes)
     evidence = Evidence(
-        new=_new_text(lesions, new),
+        new=[lesions.name_of(lesion, with_size=True) for lesion in newness.new],
         doubt=_doubts(pairs),
         contradiction=contradiction,
-        question=open_questions(lesions, new),
+        question=open_questions(lesions, newness),
         targets_are_known=lesions.targets is not None,
-        target=sums and target_response(sums, SIZE),
+        target=target_response(sums, SIZE),
         non_target=non_target_response(lesions.non_target_groups),
         sums=sums,
     )
     response, rule = overall_response(evidence)
-    by_volume = replace(
-        evidence, contradiction="", target=volumes and target_response(volumes, VOLUME)
-    )
-    warnings = warnings_of(lesions, new, twins)
-    warnings += [f"W_DISAGREE: {contradiction}"] if contradiction else []
-    warnings += [f"W_VOLUME: {remark}"] if remark else []
+    by_volume = replace(evidence, contradiction="", target=target_response(volumes, VOLUME))
     return PatientResponse(
         patient=patient,
         baseline_case=";".join(pair.baseline.case or "" for pair in pairs),
@@ -235,14 +224,8 @@ def judge_response(
         **_volumes(lesions),
         **_counts(lesions),
         tilt_deg=max((pair.tilt_deg for pair in pairs if pair.tilt_deg is not None), default=None),
-        warnings="; ".join(warnings),
+        warnings="; ".join([*warnings_of(lesions, newness, twins), *remarks]),
     )
-
-
-def _new_text(lesions: PatientLesions, new: NewLesions) -> str:
-    if not new.certain:
-        return ""
-    return f"new lesion{'s' * (len(new.certain) > 1)} {lesions.names(new.certain, with_sizes=True)}"
 
 
 def _doubts(pairs: Sequence[ScanPair]) -> str:

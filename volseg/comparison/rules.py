@@ -55,11 +55,11 @@ class Sums:
             return None
         after = [lesion for group in groups for lesion in group.after]
         sizes = [size(lesion) for lesion in after]
-        least = sum(value for value in sizes if value is not None)
-        is_seen = not _is_cut(after) and all(group.status != "outside" for group in groups)
+        least = sum(filter(None, sizes))
+        is_unknown = None in sizes or _is_cut(after) or _is_any_outside(groups)
         return cls(
             before=sum(size(lesion) or 0.0 for lesion in targets),
-            after=least if is_seen and None not in sizes else None,
+            after=None if is_unknown else least,
             least=least,
             is_least_before=_is_cut(targets),
             is_gone=all(group.is_gone for group in groups),
@@ -85,8 +85,14 @@ def _is_cut(lesions: Sequence[LesionMeasurement]) -> bool:
     return any(lesion.touches_border for lesion in lesions)
 
 
-def target_response(sums: Sums, limits: Limits) -> str:
-    """Return CR, PR, SD or PD of the targets, or NE if their sums leave it open."""
+def _is_any_outside(groups: Sequence[LesionGroup]) -> bool:
+    return any(group.status == "outside" for group in groups)
+
+
+def target_response(sums: Sums | None, limits: Limits) -> str | None:
+    """Return CR, PR, SD or PD of the targets, NE if their sums leave it open; None without any."""
+    if sums is None:
+        return None
     if sums.is_gone:
         return "CR"
     rise = sums.least - sums.before
@@ -106,42 +112,41 @@ def non_target_response(groups: Sequence[LesionGroup]) -> str | None:
     """Return the response of the non-target lesions; None without any."""
     if not groups:
         return None
-    if any(group.status == "outside" for group in groups):
+    if _is_any_outside(groups):
         return "NE"  # not all of them were seen
     return "CR" if all(group.is_gone for group in groups) else "Non-CR/Non-PD"
 
 
 def disagreement(
     lesions: PatientLesions, sums: Sums | None, volumes: Sums | None
-) -> tuple[str, str]:
-    """Return why diameters and volumes contradict each other; else why their classes differ.
+) -> tuple[str, list[str]]:
+    """Return why diameters and volumes contradict each other, and a warning if they disagree.
 
     If a lesion keeps its shape, its diameter grows by the cube root of its volume ratio. So the
     volumes imply a sum of diameters; if that gives another response, one of the two is wrong, or
     the lesions changed their shape. The sum of volumes may give another response even without a
     contradiction, as large lesions weigh more in it.
     """
-    if sums is None or volumes is None:
-        return "", ""
     by_size, by_volume = target_response(sums, SIZE), target_response(volumes, VOLUME)
-    if "NE" in (by_size, by_volume):
-        return "", ""
+    if sums is None or volumes is None or "NE" in (by_size, by_volume):
+        return "", []
     implied_mm = _implied_mm(lesions)
     implied = target_response(replace(sums, after=implied_mm, least=implied_mm), SIZE)
     by_diameters = f"{by_size} by their diameters{_percent_text(sums)}"
     if implied != by_size:
-        return (
+        contradiction = (
             f"the targets are {by_diameters} and {implied} by their volumes"
             f"{_percent_text(volumes)}, which imply a sum of diameters of "
             f"{implied_mm:.1f} mm: check both masks to see which is right"
-        ), ""
+        )
+        return contradiction, [f"W_DISAGREE: {contradiction}"]
     # The least rise of 5 mm has no equivalent for volumes.
     if by_volume in (by_size, target_response(sums, replace(SIZE, least_rise=0.0))):
-        return "", ""
-    return "", (
-        f"the sum of volumes alone would be {by_volume}{_percent_text(volumes)}, "
+        return "", []
+    return "", [
+        f"W_VOLUME: the sum of volumes alone would be {by_volume}{_percent_text(volumes)}, "
         f"the targets are {by_diameters}: large targets weigh more in a sum of volumes"
-    )
+    ]
 
 
 def _implied_mm(lesions: PatientLesions) -> float:
@@ -167,7 +172,7 @@ class Evidence:
     """What the overall response depends on.
 
     Args:
-        new: the new lesions, in words; empty if there are none.
+        new: names of the new lesions, with their sizes.
         doubt: why lesions may have been matched wrongly; empty if they were not.
         contradiction: why diameters and volumes contradict each other; empty if they do not.
         question: what a reader must decide before any response but progression; or empty.
@@ -177,7 +182,7 @@ class Evidence:
         sums: of the diameters of the targets, for the reason.
     """
 
-    new: str
+    new: Sequence[str]
     doubt: str
     contradiction: str
     question: str
@@ -190,7 +195,7 @@ class Evidence:
 def overall_response(evidence: Evidence) -> tuple[str | None, str]:
     """Return the response of a patient and the rule that decided: the first that applies."""
     if evidence.new:
-        return "PD", f"PD: {evidence.new}"
+        return "PD", f"PD: new lesion{'s' * (len(evidence.new) > 1)} {', '.join(evidence.new)}"
     if evidence.doubt:
         return None, evidence.doubt
     if evidence.contradiction:
