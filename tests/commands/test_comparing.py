@@ -350,7 +350,7 @@ def test_how_far_a_registration_is_trusted(forward, backward, similarity, expect
     placed = trusted_placement(registration, CENTRE[None], normal=np.array([0.0, 0.0, 1.0]))
     assert placed.columns["registration"] == expected
     np.testing.assert_array_equal(
-        placed.transform, registration.moved if expected == "rigid" else np.eye(4)
+        placed.transform.matrix, registration.transform.matrix if expected == "rigid" else np.eye(4)
     )
     assert warning in "; ".join(placed.warnings)
     assert bool(placed.warnings) is bool(warning)
@@ -795,10 +795,10 @@ def test_the_picture_shows_both_outlines_where_the_lesion_is():
     moved = movement(20, (30, -20, 10))
     grids = [around((1.5, 1.5, 2.0), GRIDS["lps"], radius=40)]
     later = around((1.8, 1.3, 1.6), GRIDS["oblique"], radius=60)
-    grids.append(Geometry(later.shape, moved @ later.affine))
+    grids.append(Geometry(later.shape, moved.matrix @ later.affine))
     centre = np.array([20.0, 0.0, 0.0])
     before = np.array(ball(9, grids[0], centre), np.uint16)
-    after = np.array(ball(5, grids[1], moved[:3, :3] @ centre + moved[:3, 3]), np.uint16)
+    after = np.array(ball(5, grids[1], moved.apply(centre[None])[0]), np.uint16)
     scans = [
         Volume(np.where(ids, 60, 0).astype(np.int16), geometry)
         for ids, geometry in zip((before, after), grids, strict=True)

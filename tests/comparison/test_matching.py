@@ -6,8 +6,7 @@ from laws import GRIDS, ball, grid_around, oblique, orientations, ras
 
 from volseg.comparison.matching import MAX_DISTANCE_MM, match_lesions
 from volseg.comparison.overlap import NumberedLesions
-from volseg.preprocessing.align import index_matrix
-from volseg.volume import Geometry, Volume
+from volseg.volume import Geometry, Rigid, Volume
 
 CENTRE = np.array([5.0, -8.0, 12.0])
 
@@ -234,15 +233,15 @@ def test_a_patient_who_moved_has_the_same_matches_as_one_who_did_not():
     before = scene(first_grid, [*TWO, *FIVE[:1], ((0, 24, 0), 5)])
     still = scene(second_grid, [*ONE, *FIVE[:1], ((0, -24, 0), 5)])
     angle = np.deg2rad(25)
-    transform = np.eye(4)
-    transform[:2, :2] = [[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]
-    transform[:3, 3] = (400.0, -30.0, 120.0)
+    rotation = np.eye(3)
+    rotation[:2, :2] = [[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]
+    transform = Rigid.about(np.zeros(3), rotation, np.array((400.0, -30.0, 120.0)))
     # The patient and the grid moved: the same voxels, elsewhere in the world.
     elsewhere = Volume(
-        still.array, Geometry(still.geometry.shape, transform @ still.geometry.affine)
+        still.array, Geometry(still.geometry.shape, transform.matrix @ still.geometry.affine)
     )
-    matrix = index_matrix(first_grid, elsewhere.geometry, transform)
-    np.testing.assert_allclose(matrix, index_matrix(first_grid, second_grid), atol=1e-9)
+    matrix = first_grid.index_matrix(elsewhere.geometry, transform)
+    np.testing.assert_allclose(matrix, first_grid.index_matrix(second_grid), atol=1e-9)
     expected = matched(before, still)
     matches = matched(before, elsewhere, transform=transform)
     assert statuses(matches) == statuses(expected)

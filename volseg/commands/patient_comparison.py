@@ -31,7 +31,7 @@ from volseg.execution.memory import Peak
 from volseg.io.nifti_header import read_header
 from volseg.measurement.sections import axial_normal
 from volseg.options import CompareOptions
-from volseg.preprocessing.register import register, registering_bytes, transform_points
+from volseg.preprocessing.register import register, registering_bytes
 from volseg.store.comparisons import ComparisonFolder
 from volseg.store.records import read_record
 
@@ -201,11 +201,8 @@ class PatientComparison:
         if before.is_same_scan(after):
             return Placement(columns={"registration": "identical"})
         registration = register(before.scan, after.scan)
-        back = np.linalg.inv(registration.moved)
-        points_mm = [
-            centroids_mm(before.lesions),
-            transform_points(back, centroids_mm(after.lesions)),
-        ]
+        back = registration.transform.inverse()
+        points_mm = [centroids_mm(before.lesions), back.apply(centroids_mm(after.lesions))]
         normal = axial_normal(before.ids.geometry)
         return trusted_placement(registration, np.concatenate(points_mm), normal=normal)
 

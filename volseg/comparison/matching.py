@@ -23,6 +23,7 @@ from volseg.comparison.overlap import (
     shared_mm3,
 )
 from volseg.postprocessing.pairing import Pair, best_pairs
+from volseg.volume import Rigid
 
 Status = Literal["matched", "merged", "split", "regrouped", "new", "gone", "outside", "crumb"]
 How = Literal["overlap", "distance"]
@@ -77,7 +78,7 @@ def match_lesions(
     baseline: NumberedLesions,
     followup: NumberedLesions,
     *,
-    transform: np.ndarray | None = None,
+    transform: Rigid | None = None,
     max_distance_mm: float = MAX_DISTANCE_MM,
 ) -> list[Match]:
     """Match the lesions of two scans, by overlap and then by distance.
@@ -94,7 +95,7 @@ def match_lesions(
     it overlaps a lesion that is not a crumb and that its own lesion does not overlap.
 
     Args:
-        transform: (4, 4) rigid, RAS mm of the baseline → RAS mm of the follow-up; None: identity.
+        transform: from points of the baseline to points of the follow-up; None: identity.
         max_distance_mm: between the centroids of a pair without overlap.
 
     Returns:
@@ -105,8 +106,8 @@ def match_lesions(
         ValueError: numbers of lesions and labels do not agree.
         ScanError: E_SPECKS, more lesions overlap than in real masks.
     """
-    transform = np.eye(4) if transform is None else transform
-    back = np.linalg.inv(transform)
+    transform = transform or Rigid.identity()
+    back = transform.inverse()
     pieces = look_up(baseline, followup, transform), look_up(followup, baseline, back)
     crumbs = confirmed_crumbs(*pieces, (baseline.crumbs, followup.crumbs))
     before, after = pieces[0].joined(*crumbs), pieces[1].joined(*crumbs[::-1]).moved(back)

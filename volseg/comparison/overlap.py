@@ -10,8 +10,7 @@ import numpy as np
 
 from volseg.errors import ScanError
 from volseg.postprocessing.pairing import MAX_PAIRS, Pair
-from volseg.preprocessing.crop import AxisOrder, canonical_geometry, to_canonical
-from volseg.volume import BoundingBox, Geometry, Volume, slabs_of
+from volseg.volume import BoundingBox, Rigid, Volume, slabs_of
 
 SLAB_VOXELS = 2**18  # voxels looked up in the other scan together
 # Two lesions overlap from this fraction of the smaller one: neighbours may touch.
@@ -71,25 +70,25 @@ class LesionsSeen:
             shared_mm3[crumbs.get(number, number), other_crumbs.get(other, other)] += mm3
         return LesionsSeen(self.labels, volumes_mm3, centroids_mm, covered, shared_mm3)
 
-    def moved(self, matrix: np.ndarray) -> LesionsSeen:
-        """Return a copy with the centroids moved by a (4, 4) matrix."""
-        return replace(self, centroids_mm=self.centroids_mm @ matrix[:3, :3].T + matrix[:3, 3])
+    def moved(self, transform: Rigid) -> LesionsSeen:
+        """Return a copy with the centroids moved."""
+        return replace(self, centroids_mm=transform.apply(self.centroids_mm))
 
 
-def look_up(scan: NumberedLesions, other: NumberedLesions, transform: np.ndarray) -> LesionsSeen:
+def look_up(scan: NumberedLesions, other: NumberedLesions, transform: Rigid) -> LesionsSeen:
     """Look up the voxels of each lesion in the other scan, nearest voxel in world space.
 
     Args:
-        transform: (4, 4) rigid, RAS mm of the scan → RAS mm of the other.
+        transform: from points of the scan to points of the other.
 
     Raises:
         ValueError: numbers of lesions and labels do not agree.
         ScanError: E_SPECKS, more lesions overlap than in real masks.
     """
     # In canonical axis order: else a point half-way between two voxels could belong to either.
-    numbers, grid = _canonical(scan.ids)
-    others, other_grid = _canonical(other.ids)
-    matrix = np.linalg.inv(other_grid.affine) @ transform @ grid.affine
+    ids, other_ids = scan.ids.canonical(), other.ids.canonical()
+    numbers, grid, others = ids.array, ids.geometry, other_ids.array
+    matrix = grid.index_matrix(other_ids.geometry, transform)
     n, n_other = len(scan.labels), len(other.labels)
     counts, inside, sums = np.zeros(n + 1), np.zeros(n + 1), np.zeros((n + 1, 3))
     overlaps: dict[Pair, int] = defaultdict(int)
@@ -103,7 +102,7 @@ def look_up(scan: NumberedLesions, other: NumberedLesions, transform: np.ndarray
             sums[:, axis] += np.bincount(values, weights=index[:, axis], minlength=n + 1)
         positions = np.round(index @ matrix[:3, :3].T + matrix[:3, 3], 6)
         nearest = np.floor(positions + 0.5).astype(np.int64)
-        seen = ((nearest >= 0) & (nearest < np.array(other_grid.shape))).all(axis=1)
+        seen = ((nearest >= 0) & (nearest < np.array(others.shape))).all(axis=1)
         inside += np.bincount(values[seen], minlength=n + 1)
         hits = others[tuple(nearest[seen].T)].astype(np.int64)
         keys = values[seen][hits > 0] * (n_other + 1) + hits[hits > 0]
@@ -125,11 +124,6 @@ def look_up(scan: NumberedLesions, other: NumberedLesions, transform: np.ndarray
         covered=inside[1:] / counts[1:],
         shared_mm3={pair: count * grid.voxel_volume_mm3 for pair, count in overlaps.items()},
     )
-
-
-def _canonical(ids: Volume) -> tuple[np.ndarray, Geometry]:
-    order = AxisOrder.of(ids.geometry)
-    return to_canonical(ids.array, order), canonical_geometry(ids.geometry, order)
 
 
 def _slabs(numbers: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:

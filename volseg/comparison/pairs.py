@@ -24,8 +24,7 @@ from volseg.measurement.recist import diameters
 from volseg.measurement.rows import LesionMeasurement
 from volseg.measurement.sections import axial_normal, section_bytes, section_diameters, tilt_deg
 from volseg.postprocessing.pairing import MAX_PAIRS, PAIR_BYTES
-from volseg.preprocessing.crop import AxisOrder, canonical_geometry, to_canonical
-from volseg.volume import Volume, slabs_of
+from volseg.volume import Rigid, Volume, slabs_of
 
 SLAB_VOXELS = 2**20
 # Measured: bytes for looking up neighbours and overlaps, per voxel of a lesion whose diameters are
@@ -61,14 +60,14 @@ def pair_scans(
     baseline: MeasuredScan,
     followup: MeasuredScan,
     *,
-    transform: np.ndarray,
+    transform: Rigid,
     doubt: str = "",
     max_distance_mm: float = MAX_DISTANCE_MM,
 ) -> ScanPair:
     """Match the lesions of two scans of a patient, and make their sizes comparable.
 
     Args:
-        transform: (4, 4) rigid, RAS mm of the baseline → RAS mm of the follow-up.
+        transform: from points of the baseline to points of the follow-up.
         doubt: why it cannot be trusted; diameters are then those of each scan's own slices.
     """
     matches = match_lesions(
@@ -79,7 +78,7 @@ def pair_scans(
     )
     angle = None if doubt else tilt_deg(baseline.ids.geometry, followup.ids.geometry, transform)
     is_tilted = angle is not None and angle >= SAME_PLANE_DEG
-    normal = transform[:3, :3] @ axial_normal(baseline.ids.geometry) if is_tilted else None
+    normal = transform.rotation @ axial_normal(baseline.ids.geometry) if is_tilted else None
     return ScanPair(
         baseline=_with_crumbs(baseline, 0, matches),
         followup=_with_crumbs(followup, 1, matches, normal=normal),
@@ -181,9 +180,9 @@ def _axes(
     """Measure long and short axis of groups of numbers; the ends of the axes become unknown."""
     if not groups:
         return []
-    order = AxisOrder.of(ids.geometry)
-    numbers, grid = to_canonical(ids.array, order), canonical_geometry(ids.geometry, order)
-    matrix, boxes = grid.affine[:3, :3], ndimage.find_objects(numbers)
+    ids = ids.canonical()
+    numbers, matrix = ids.array, ids.geometry.affine[:3, :3]
+    boxes = ndimage.find_objects(numbers)
     measured = []
     for members in groups:
         sides = zip(*(boxes[number - 1] for number in members), strict=True)

@@ -8,9 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from volseg.preprocessing.align import covered
 from volseg.preprocessing.register import Registration
-from volseg.volume import Geometry
+from volseg.volume import Geometry, Rigid
 
 # Usual limits for a patient on the table; larger values may be right, but need a check by eye.
 MAX_MOVED_MM, MAX_TURNED_DEG = 50.0, 20.0
@@ -32,11 +31,11 @@ class Placement:
     """Transform between the two scans, with its columns of response.csv and its warnings.
 
     Args:
-        transform: (4, 4) in RAS mm, from the earlier to the later scan.
+        transform: from points of the earlier to points of the later scan.
         doubt: why lesions matched by it cannot be trusted; empty if they can.
     """
 
-    transform: np.ndarray = field(default_factory=lambda: np.eye(4))
+    transform: Rigid = field(default_factory=Rigid.identity)
     columns: Mapping[str, Any] = field(default_factory=dict)
     warnings: Sequence[str] = ()
     doubt: str = ""
@@ -44,14 +43,13 @@ class Placement:
 
 def place_by_headers(before: Geometry, after: Geometry) -> Placement:
     """Take the world coordinates of two scans as they are."""
-    placement = Placement(columns={"registration": "none"})
-    identity = placement.transform
-    if covered(before, after, identity) or covered(after, before, identity):
-        return placement
+    columns = {"registration": "none"}
+    if before.fraction_inside(after) or after.fraction_inside(before):
+        return Placement(columns=columns)
     doubt = "the two scans nowhere overlap in world coordinates"
     warnings = [f"W_APART: {doubt}, so no lesion could be matched"]
-    doubt += ": compare without --no-registration"
-    return Placement(identity, placement.columns, warnings, doubt)
+    fix = "compare without --no-registration"
+    return Placement(columns=columns, warnings=warnings, doubt=f"{doubt}: {fix}")
 
 
 def trusted_placement(
@@ -74,8 +72,8 @@ def trusted_placement(
             return Placement(columns=columns)
         doubt = "the scans are nowhere more alike than where their headers place them"
         warning = f"W_REGISTRATION: {doubt}, so world coordinates were taken as they are"
-        return Placement(np.eye(4), columns, [warning], _no_response(doubt))
-    rotation_deg = registration.turned_deg
+        return Placement(Rigid.identity(), columns, [warning], _no_response(doubt))
+    rotation_deg = registration.transform.angle_deg
     errors_mm = registration.disagreement_mm(points_mm)
     error_mm = None if errors_mm is None else float(errors_mm.max())
     doubt, consequence = _uncertainty(registration, error_mm, normal)
@@ -90,7 +88,9 @@ def trusted_placement(
         warnings.append(f"W_REGISTRATION: {doubt}, so {consequence}")
     columns = {"registration": "rigid", "moved_mm": shift_mm, "turned_deg": rotation_deg}
     columns |= {"registration_error_mm": error_mm} | similarity
-    return Placement(registration.moved, columns, warnings, _no_response(doubt) if doubt else "")
+    return Placement(
+        registration.transform, columns, warnings, _no_response(doubt) if doubt else ""
+    )
 
 
 def _uncertainty(

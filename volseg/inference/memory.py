@@ -22,10 +22,9 @@ from volseg.inference.stream import Tiling
 from volseg.inference.tiles import thinnest_axis
 from volseg.measurement.memory import ID_BYTES, lesion_bytes, report_bytes, writing_bytes
 from volseg.networks import build_segmentation
-from volseg.preprocessing.crop import AxisOrder, canonical_geometry
 from volseg.preprocessing.prepare import SLAB_VOXELS, PrepareSettings, separate_axis
 from volseg.preprocessing.resample import SLAB_VALUES, resampled_shape
-from volseg.volume import Geometry
+from volseg.volume import AxisOrder, Geometry
 
 # Measured with benchmarks/memory.py: a backend's memory relative to the peak of live tensors, and
 # its fixed workspace. Torch on a CPU keeps freed blocks for speed.
@@ -301,7 +300,7 @@ def _prepared_grid(
     """Return the whole scan's grid in prepared axes, and its shape at the prepared spacing."""
     canonical = settings.axes == "canonical"
     order = AxisOrder.of(geometry) if canonical else AxisOrder.stored()
-    prepared = canonical_geometry(geometry, order.transposed(settings.transpose))
+    prepared = geometry.reordered(order.transposed(settings.transpose))
     return prepared, resampled_shape(prepared, settings.spacing_mm)
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
 
@@ -30,9 +30,8 @@ from volseg.measurement.shape import (
     widest_pair,
 )
 from volseg.postprocessing.components import component_statistics
-from volseg.preprocessing.crop import AxisOrder, canonical_geometry, to_canonical
 from volseg.recipe import Measure
-from volseg.volume import BoundingBox, Geometry, Volume, slabs_of
+from volseg.volume import AxisOrder, BoundingBox, Geometry, Volume, slabs_of
 
 Box = tuple[slice, slice, slice]
 DEFAULTS = Measure()
@@ -253,16 +252,16 @@ class CanonicalScan:
     @classmethod
     def of(cls, image: Volume, ids: np.ndarray, confidence: np.ndarray | None) -> CanonicalScan:
         order = AxisOrder.of(image.geometry)
-        array = to_canonical(image.array, order)
-        i, j, k = np.argsort([-abs(stride) for stride in array.strides], kind="stable").tolist()
-        geometry = canonical_geometry(image.geometry, order)
+        canonical = image.canonical()
+        strides = canonical.array.strides
+        i, j, k = np.argsort([-abs(stride) for stride in strides], kind="stable").tolist()
         return cls(
-            replace(image, array=array, geometry=geometry),
-            to_canonical(ids, order),
-            None if confidence is None else to_canonical(confidence, order),
+            canonical,
+            order.apply(ids),
+            None if confidence is None else order.apply(confidence),
             order,
             (i, j, k),
-            geometry.spacing_mm,
+            canonical.geometry.spacing_mm,
         )
 
     @property

@@ -11,10 +11,11 @@ from markupsafe import Markup
 
 from volseg import __version__
 from volseg.measurement.units import shown_unit, unit_doubt_in
+from volseg.pages.marks import axis_ends, lesion_colour, lesion_points
 from volseg.pages.model_box import ModelBox, similarity_of_scan
 from volseg.pages.page import CONTENT_BYTES, as_base64, asset, json_size, json_value, render_page
 from volseg.pages.page_tables import VIEWER_COLUMNS, lesion_table, with_doubts
-from volseg.pages.preview import Preview, lesion_colour, lesion_points, point_of
+from volseg.pages.preview import Preview
 from volseg.words import format_count, format_number
 
 NIIVUE, NIIVUE_LICENCE = "niivue-0.69.0.umd.js", "niivue-LICENSE.txt"
@@ -53,7 +54,7 @@ def viewer_html(
         remark += f" Not drawn: {format_count(preview.not_drawn, 'lesion')}, too small at this"
         remark += " resolution or beyond the drawing limit."
     table = lesion_table(rows, shown=VIEWER_COLUMNS)
-    points = lesion_points(preview, rows)
+    points = lesion_points(preview.ids, rows)
     n_drawn = int(preview.ids.array.max(initial=0))
     content = {
         "table": table.content,
@@ -103,10 +104,10 @@ def _axes(lesion: Mapping[str, Any]) -> list[list[tuple[float, float, float]]]:
     """Return the ends of the long and the short axis in RAS mm, without unknown ones."""
     axes = []
     for name in ("long", "short"):
-        ends = [point_of(lesion.get(f"{name}_axis_p{end}_ras")) for end in (0, 1)]
-        if ends[0] is None or ends[1] is None:
+        ends = axis_ends(lesion, name)
+        if ends is None:
             return axes
-        axes.append([ends[0], ends[1]])
+        axes.append(list(ends))
     return axes
 
 

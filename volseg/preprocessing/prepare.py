@@ -17,13 +17,9 @@ from scipy import ndimage
 
 from volseg.errors import ScanError
 from volseg.preprocessing.crop import (
-    AxisOrder,
     body_threshold,
     box_where,
-    canonical_geometry,
-    crop,
     scaled_box,
-    to_canonical,
 )
 from volseg.preprocessing.normalise import Normaliser, Scaling
 from volseg.preprocessing.resample import (
@@ -32,9 +28,8 @@ from volseg.preprocessing.resample import (
     PlaneReader,
     resample_mask,
     resampled_shape,
-    slowest_axis,
 )
-from volseg.volume import BoundingBox, Geometry, Volume, slabs_of
+from volseg.volume import AxisOrder, BoundingBox, Geometry, Volume, slabs_of, slowest_axis
 
 SLAB_VOXELS = 524_288  # native voxels per step; keeps each float32 temporary to about 2 MB
 SAMPLE_VOXELS = 8_000_000  # sample of a scan for its mean, standard deviation or percentiles
@@ -89,7 +84,7 @@ class Trail:
     @property
     def cropped(self) -> Geometry:
         """The scan's grid inside the box, along the prepared axes."""
-        return canonical_geometry(self.geometry, self.order).crop(self.box)
+        return self.geometry.reordered(self.order).crop(self.box)
 
     @property
     def spacing_mm(self) -> tuple[float, float, float]:
@@ -142,17 +137,17 @@ class Preparation:
         is_canonical = settings.axes == "canonical"
         order = AxisOrder.of(first.geometry) if is_canonical else AxisOrder.stored()
         order = order.transposed(settings.transpose)
-        stored = [to_canonical(volume.array, order) for volume in self._volumes]
+        stored = [order.apply(volume.array) for volume in self._volumes]
         self._above = _stored_threshold(first, stored[0], settings.body_above)
         content_box = self._find_box(stored)
         i, j, k = stored[0].shape
         box = content_box or BoundingBox.whole((i, j, k))
-        cropped = canonical_geometry(first.geometry, order).crop(box)
+        cropped = first.geometry.reordered(order).crop(box)
         separate = separate_axis(cropped.spacing_mm, settings.spacing_mm, settings.separate_above)
         shape = resampled_shape(cropped, settings.spacing_mm)
         self.trail = Trail(first.geometry, order, box, shape, separate)
         self.has_body = content_box is not None or settings.crop != "body"
-        self._views = [crop(array, box) for array in stored]
+        self._views = [array[box.slices] for array in stored]
 
     def planes(
         self, axis: int | None = None, part: BoundingBox | None = None, device: torch.device = CPU
@@ -410,7 +405,7 @@ def separate_axis(
 
 def prepare_mask(reference: np.ndarray, trail: Trail) -> np.ndarray:
     """Resample a reference mask (I, J, K) on the scan's grid to the prepared grid (R, A, S)."""
-    cropped = crop(to_canonical(reference, trail.order), trail.box)
+    cropped = trail.order.apply(reference)[trail.box.slices]
     return np.ascontiguousarray(resample_mask(cropped, trail.shape))
 
 

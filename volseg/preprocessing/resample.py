@@ -58,11 +58,6 @@ def resample(
     return planes.read(0, shape[planes.axis]).numpy()
 
 
-def slowest_axis(array: np.ndarray) -> int:
-    """Return the axis along which neighbours are furthest apart in memory."""
-    return max(range(array.ndim), key=lambda axis: (abs(array.strides[axis]), -axis))
-
-
 class PlaneReader:
     """A reader of a resampled volume, a few planes at a time; fastest in ascending order.
 

@@ -15,7 +15,6 @@ import torch
 
 from volseg.errors import ScanError
 from volseg.execution.cpu import lazy_zeros
-from volseg.preprocessing.crop import crop, to_canonical
 from volseg.preprocessing.prepare import Trail
 from volseg.preprocessing.resample import Kind, positions
 from volseg.volume import BoundingBox
@@ -78,8 +77,7 @@ class MaskRestorer:
         self._mask = lazy_zeros(trail.geometry.shape, self._table.dtype)
         self._confidence = lazy_zeros(trail.geometry.shape, np.uint8)
         views = (
-            crop(to_canonical(array, trail.order), trail.box)
-            for array in (self._mask, self._confidence)
+            trail.order.apply(array)[trail.box.slices] for array in (self._mask, self._confidence)
         )
         self._mask_view, self._confidence_view = views
         self._axis = axis
