@@ -38,7 +38,7 @@ def measured(mask, geometry, case="p", name="tumour", objects="components"):
 def compared(before, after, moved=None, nodes=(), **options):
     """Compare two measured scans; return the row of the patient and those of the lesions."""
     moved = Rigid.identity() if moved is None else Rigid(moved)
-    pair = pair_scans(before, after, moved=moved, **options)
+    pair = pair_scans(before, after, transform=moved, **options)
     options = {"patient": "p", "lymph_nodes": nodes}
     return judge_response([pair], **options), lesion_changes([pair], **options)
 
@@ -220,7 +220,7 @@ def test_a_scan_without_a_partner_and_one_of_several_have_crumbs_too():
     whole = balls(((0, 0, 0), 12.4))
     cut = without_plane(whole, 0)
     before, after = measured(whole, GRID, "chest"), measured(cut, GRID, "chest")
-    chest = pair_scans(before, after, moved=Rigid.identity())
+    chest = pair_scans(before, after, transform=Rigid.identity())
     alone = unpaired_scan(measured(cut, GRID, "abdomen"), None)
     row = judge_response([chest, alone], patient="p")
     assert (row.targets, row.response) == ("chest:1;abdomen:1", "NE")

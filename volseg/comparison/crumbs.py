@@ -7,7 +7,8 @@ from itertools import product
 
 import numpy as np
 
-from volseg.comparison.targets import label_of, none_if_nan
+from volseg.comparison.label_names import label_of
+from volseg.comparison.targets import none_if_nan
 from volseg.measurement.rows import LesionMeasurement
 from volseg.volume import BoundingBox, slabs_of
 

@@ -7,17 +7,19 @@ orientation: the axial planes of the baseline.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from scipy import ndimage
 
-from volseg.comparison.changes import ScanPair
 from volseg.comparison.crumbs import find_crumbs
-from volseg.comparison.matching import MAX_DISTANCE_MM, MIN_FRACTION, Match, match_lesions
-from volseg.comparison.targets import label_of, none_if_nan
+from volseg.comparison.groups import ScanLesions, ScanPair
+from volseg.comparison.label_names import label_of
+from volseg.comparison.matching import MAX_DISTANCE_MM, Match, match_lesions
+from volseg.comparison.overlap import MIN_FRACTION, NumberedLesions
+from volseg.comparison.targets import none_if_nan
 from volseg.measurement.recist import diameters
 from volseg.measurement.rows import LesionMeasurement
 from volseg.measurement.sections import axial_normal, section_bytes, section_diameters, tilt_deg
@@ -33,157 +35,123 @@ SAME_PLANE_DEG = 2.0  # below it, measuring diameters again gains nothing (bench
 
 @dataclass(frozen=True, slots=True, eq=False)
 class MeasuredScan:
-    """A scan of one time point: `ids` (I, J, K), n in the voxels of lesion n, lesions 1 to N."""
+    """A scan of one time point.
+
+    Args:
+        ids: (I, J, K), n in the voxels of lesion n.
+        lesions: 1, 2, …, N.
+        unit_doubt: why the unit of its intensities is in doubt; empty if it is not.
+    """
 
     case: str
     ids: Volume
     lesions: Sequence[LesionMeasurement]
-
-    @property
-    def labels(self) -> list[str]:
-        return [label_of(lesion) for lesion in self.lesions]
+    unit_doubt: str = ""
 
     def crumbs(self) -> dict[int, int]:
+        """Return number of a crumb → number of the lesion that it may belong to."""
         return find_crumbs(self.ids.array, self.lesions, self.ids.geometry.spacing_mm)
+
+    def numbered(self) -> NumberedLesions:
+        return NumberedLesions(self.ids, [label_of(x) for x in self.lesions], self.crumbs())
 
 
 def pair_scans(
     baseline: MeasuredScan,
     followup: MeasuredScan,
     *,
-    moved: Rigid,
+    transform: Rigid,
     doubt: str = "",
     max_distance_mm: float = MAX_DISTANCE_MM,
 ) -> ScanPair:
     """Match the lesions of two scans of a patient, and make their sizes comparable.
 
     Args:
-        moved: from points of the baseline to points of the follow-up.
-        doubt: why `moved` cannot be trusted; diameters are then those of each scan's own slices.
+        transform: from points of the baseline to points of the follow-up.
+        doubt: why it cannot be trusted; diameters are then those of each scan's own slices.
     """
     matches = match_lesions(
-        baseline.ids,
-        followup.ids,
-        baseline_labels=baseline.labels,
-        followup_labels=followup.labels,
-        baseline_crumbs=baseline.crumbs(),
-        followup_crumbs=followup.crumbs(),
-        transform=moved,
+        baseline.numbered(),
+        followup.numbered(),
+        transform=transform,
         max_distance_mm=max_distance_mm,
     )
-    angle = None if doubt else tilt_deg(baseline.ids.geometry, followup.ids.geometry, moved)
+    angle = None if doubt else tilt_deg(baseline.ids.geometry, followup.ids.geometry, transform)
     is_tilted = angle is not None and angle >= SAME_PLANE_DEG
-    normal = moved.rotation @ axial_normal(baseline.ids.geometry) if is_tilted else None
-    crumbs = _crumbs_of(matches)
-    spanned = _spanned(matches, (baseline, followup))
-    before, crumbs_before = wholes_of(baseline, crumbs[0], spanned=spanned[0])
-    after, crumbs_after = wholes_of(followup, crumbs[1], spanned=spanned[1], normal=normal)
+    normal = transform.rotation @ axial_normal(baseline.ids.geometry) if is_tilted else None
     return ScanPair(
-        baseline_case=baseline.case,
-        followup_case=followup.case,
-        baseline=before,
-        followup=after,
+        baseline=_with_crumbs(baseline, 0, matches),
+        followup=_with_crumbs(followup, 1, matches, normal=normal),
         matches=matches,
         doubt=doubt,
-        baseline_crumbs=crumbs_before,
-        followup_crumbs=crumbs_after,
         tilt_deg=angle,
         is_remeasured=is_tilted,
     )
 
 
 def unpaired_scan(baseline: MeasuredScan | None, followup: MeasuredScan | None) -> ScanPair:
-    """Return the pair of a scan without one at the other time: all its lesions are `outside`."""
-    matches: list[Match] = []
-    wholes: list[tuple[list[LesionMeasurement], list[LesionMeasurement]]] = []
-    for side, scan in enumerate((baseline, followup)):
-        crumbs = {} if scan is None else scan.crumbs()
-        wholes.append(([], []) if scan is None else wholes_of(scan, crumbs))
-        for lesion in () if scan is None else scan.lesions:
-            number = lesion.lesion_id
-            whole = crumbs.get(number)
-            matches.append(
-                Match(
-                    status="outside" if whole is None else "crumb",
-                    baseline=None if side else number,
-                    followup=number if side else None,
-                    group=whole or number,
-                    is_first=whole is None,
-                    whole=whole,
-                )
-            )
-    (before, crumbs_before), (after, crumbs_after) = wholes
-    return ScanPair(
-        baseline_case=baseline and baseline.case,
-        followup_case=followup and followup.case,
-        baseline=before,
-        followup=after,
-        matches=matches,
-        baseline_crumbs=crumbs_before,
-        followup_crumbs=crumbs_after,
-    )
+    """Return the pair of the one scan that there is: all its lesions are `outside`."""
+    side, scan = (1, followup) if baseline is None else (0, baseline)
+    assert scan is not None
+    crumbs = scan.crumbs()
+    matches = [
+        Match(
+            status="crumb" if number in crumbs else "outside",
+            baseline=None if side else number,
+            followup=number if side else None,
+            group=crumbs.get(number, number),
+            is_first=number not in crumbs,
+            whole=crumbs.get(number),
+        )
+        for number in (lesion.lesion_id for lesion in scan.lesions)
+    ]
+    lesions, nothing = _with_crumbs(scan, side, matches), ScanLesions()
+    before, after = (nothing, lesions) if side else (lesions, nothing)
+    return ScanPair(baseline=before, followup=after, matches=matches)
 
 
-def wholes_of(
-    scan: MeasuredScan,
-    crumbs: Mapping[int, int],
-    *,
-    spanned: Collection[int] = (),
-    normal: np.ndarray | None = None,
-) -> tuple[list[LesionMeasurement], list[LesionMeasurement]]:
+def _with_crumbs(
+    scan: MeasuredScan, side: int, matches: Sequence[Match], *, normal: np.ndarray | None = None
+) -> ScanLesions:
     """Return the lesions of a scan, with their crumbs included, and the crumbs.
 
+    Crumbs that lie where the other scan shows the lesion are certainly parts of it, and included in
+    its diameters. Others may be new, so only their volume is added.
+
     Args:
-        crumbs: number of a crumb → number of its lesion, to which its volume is added.
-        spanned: crumbs that are also included in the diameters of their lesions.
+        side: 0 for baseline, 1 for follow-up.
         normal: (3,) normal of the planes in which all diameters are measured again; None: only
-            lesions with spanned crumbs, in the axial slices. Unknown diameters stay unknown.
+            those of lesions with more parts, in the axial slices. Unknown diameters stay unknown.
     """
-    members = {
-        lesion.lesion_id: [lesion] for lesion in scan.lesions if lesion.lesion_id not in crumbs
+    crumbs = {
+        number: match
+        for match in matches
+        if match.status == "crumb" and (number := match.numbers[side]) is not None
     }
-    for crumb, whole in sorted(crumbs.items()):
-        members[whole].append(scan.lesions[crumb - 1])
-    remeasured = {}
-    for number, (lesion, *pieces) in members.items():
-        numbers = [number, *(piece.lesion_id for piece in pieces if piece.lesion_id in spanned)]
-        if none_if_nan(lesion.long_axis_mm) is not None and (
-            normal is not None or len(numbers) > 1
-        ):
-            remeasured[number] = numbers
+    pieces = {n: [lesion] for n, lesion in enumerate(scan.lesions, start=1) if n not in crumbs}
+    parts = {n: [n] for n in pieces}  # in which the diameters are measured
+    for number, match in sorted(crumbs.items()):
+        crumb, whole = scan.lesions[number - 1], match.whole
+        assert whole is not None
+        pieces[whole].append(crumb)
+        if (match.overlap_mm3 or 0.0) >= MIN_FRACTION * crumb.volume_mm3:
+            parts[whole].append(number)
+    remeasured = {
+        n: numbers
+        for n, numbers in parts.items()
+        if none_if_nan(pieces[n][0].long_axis_mm) is not None
+        and (normal is not None or len(numbers) > 1)
+    }
     axes = dict(zip(remeasured, _axes(scan.ids, list(remeasured.values()), normal), strict=True))
-    wholes = [
-        replace(pieces[0], **_joined(pieces), **axes.get(number, {}))
-        for number, pieces in members.items()
-    ]
-    return wholes, [scan.lesions[crumb - 1] for crumb in sorted(crumbs)]
-
-
-def _crumbs_of(matches: Iterable[Match]) -> tuple[dict[int, int], dict[int, int]]:
-    """Return number of a crumb → number of its lesion, for the baseline and for the follow-up."""
-    crumbs: tuple[dict[int, int], dict[int, int]] = {}, {}
-    for match in matches:
-        for numbers, number in zip(crumbs, (match.baseline, match.followup), strict=True):
-            if match.whole is not None and number is not None:
-                numbers[number] = match.whole
-    return crumbs
-
-
-def _spanned(
-    matches: Iterable[Match], scans: tuple[MeasuredScan, MeasuredScan]
-) -> tuple[set[int], set[int]]:
-    """Return the crumbs of each scan that lie where the other scan shows the lesion.
-
-    These are certainly parts of the lesion. Other crumbs may be new, so only their volume counts.
-    """
-    spanned: tuple[set[int], set[int]] = set(), set()
-    for match in matches:
-        for side, number in enumerate((match.baseline, match.followup)):
-            if match.status == "crumb" and number is not None:
-                volume_mm3 = scans[side].lesions[number - 1].volume_mm3
-                if (match.overlap_mm3 or 0.0) >= MIN_FRACTION * volume_mm3:
-                    spanned[side].add(number)
-    return spanned
+    return ScanLesions(
+        case=scan.case,
+        lesions=[
+            replace(lesion, **_joined([lesion, *others]), **axes.get(n, {}))
+            for n, (lesion, *others) in pieces.items()
+        ],
+        crumbs=[scan.lesions[n - 1] for n in sorted(crumbs)],
+        unit_doubt=scan.unit_doubt,
+    )
 
 
 def _joined(pieces: Sequence[LesionMeasurement]) -> dict[str, Any]:

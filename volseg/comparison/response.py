@@ -2,40 +2,26 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
-from itertools import combinations
-from typing import Literal
-
-import numpy as np
-from scipy.spatial import KDTree
+from typing import Any, Literal
 
 from volseg.columns import column
-from volseg.comparison.changes import (
-    LesionGroup,
-    ScanPair,
-    centroids_mm,
-    difference,
-    groups_of,
-    lesions_of,
+from volseg.comparison.changes import difference
+from volseg.comparison.groups import PatientLesions, ScanPair
+from volseg.comparison.newness import Newness, twins_in
+from volseg.comparison.questions import open_questions, warnings_of
+from volseg.comparison.rules import (
+    SIZE,
+    VOLUME,
+    Evidence,
+    Sums,
+    disagreement,
+    non_target_response,
+    overall_response,
+    target_response,
 )
-from volseg.comparison.matching import MIN_FRACTION
-from volseg.comparison.targets import (
-    RECIST,
-    choose_targets,
-    diameter_mm,
-    is_lymph_node,
-    is_normal,
-    label_of,
-    none_if_nan,
-)
-from volseg.measurement import recist
-from volseg.measurement.rows import LesionMeasurement
-
-ROUNDING = 1e-9  # so that 12 mm are 20 % more than 10 mm in floating point
-MOST_NAMED = 5  # crumbs listed in a warning
-ONE_PLACE_MM = 10.0  # nearer lesions in two scans of the same time may be one lesion
+from volseg.comparison.targets import RECIST, none_if_nan
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,14 +33,10 @@ class PatientResponse:
 
     patient: str = column("", "name of the patient")
     baseline_case: str | None = column(
-        "",
-        "baseline scan (several are joined with ;), empty if there is none",
-        None,
+        "", "baseline scan (several are joined with ;), empty if there is none", None
     )
     followup_case: str | None = column(
-        "",
-        "follow-up scan (several are joined with ;), empty if there is none",
-        None,
+        "", "follow-up scan (several are joined with ;), empty if there is none", None
     )
     status: Literal["done", "failed", "unpaired", "pending", "unknown"] = column(
         "",
@@ -174,9 +156,7 @@ class PatientResponse:
         None,
     )
     registration_error_mm: float | None = column(
-        "mm",
-        "largest distance at a lesion between forward and backward registration",
-        None,
+        "mm", "largest distance at a lesion between forward and backward registration", None
     )
     similarity_before: float | None = column(
         "nats",
@@ -207,525 +187,97 @@ def judge_response(
     Args:
         lymph_nodes: labels of lymph nodes, by name or value; these are measured by their short
             axis and are normal below 10 mm.
-
-    Source: RECIST 1.1, sections 4.3 and 4.4, tables 1 and 2.
     """
-    name_of = _numbered if len(pairs) == 1 else _numbered_in_its_scan
-    baseline, followup = lesions_of(pairs)
-    targets = choose_targets(baseline, lymph_nodes)
-    target_lesions = targets or []
-    target_ids = {id(lesion) for lesion in target_lesions}
-    groups = groups_of(pairs, lymph_nodes)
-    of_targets = [
-        group for group in groups if any(id(lesion) in target_ids for lesion in group.before)
-    ]
-    others = [
-        group
-        for group in groups
-        if group.before and group not in of_targets and not group.was_normal
-    ]
-    doubtful = [pair for pair in pairs if _is_doubtful(pair)]
-    twins = [_twins([pair.baseline for pair in pairs]), _twins([pair.followup for pair in pairs])]
-    # A lesion outside the baseline's field of view counts as new too (section 4.3.5). One that had
-    # another label may have been there before.
-    only_later = [
-        group
-        for group in groups
-        if group.status in ("new", "outside")
-        and not group.is_relabelled
-        and group.pair not in doubtful
-    ]
-    uncertain = {id(group) for group in only_later if _may_be_seen(group, groups, twins[1])}
-    new, perhaps_new = (
-        [
-            lesion
-            for group in only_later
-            if (id(group) in uncertain) is is_uncertain
-            for lesion in group.after
-            if not is_normal(lesion, lymph_nodes)
-        ]
-        for is_uncertain in (False, True)
+    lesions = PatientLesions(pairs, lymph_nodes)
+    twins = {
+        "baseline": twins_in([pair.baseline.lesions for pair in pairs]),
+        "follow-up": twins_in([pair.followup.lesions for pair in pairs]),
+    }
+    newness = Newness.of(lesions, twins["follow-up"])
+    sums = Sums.of(lesions, lesions.diameter_mm)
+    volumes = Sums.of(lesions, lambda lesion: none_if_nan(lesion.volume_ml))
+    contradiction, remarks = disagreement(lesions, sums, volumes)
+    evidence = Evidence(
+        new=[lesions.name_of(lesion, with_size=True) for lesion in newness.new],
+        doubt=_doubts(pairs),
+        contradiction=contradiction,
+        question=open_questions(lesions, newness),
+        targets_are_known=lesions.targets is not None,
+        target=target_response(sums, SIZE),
+        non_target=non_target_response(lesions.non_target_groups),
+        sums=sums,
     )
-    new_pieces = _new_pieces(groups, lymph_nodes)
-    verdict = _Verdict(
-        [f"{name_of(lesion)} ({_size_text(lesion)})" for lesion in new],
-        _unclear(groups, perhaps_new, new_pieces, lymph_nodes, name_of),
-        "; ".join(
-            pair.doubt if len(pairs) == 1 else f"{pair.followup_case}: {pair.doubt}"
-            for pair in doubtful
-        ),
-    )
-    sums = _Sums.of(target_lesions, of_targets, lambda lesion: diameter_mm(lesion, lymph_nodes))
-    volumes = _Sums.of(target_lesions, of_targets, lambda lesion: none_if_nan(lesion.volume_ml))
-    is_gone = all(group.is_gone for group in of_targets)
-    target = None if sums is None else _target_response(sums, SIZE, is_gone=is_gone)
-    non_target = _non_target_response(others)
-    by_volume = None if volumes is None else _target_response(volumes, VOLUME, is_gone=is_gone)
-    sizes = {id(lesion): diameter_mm(lesion, lymph_nodes) or 0.0 for lesion in target_lesions}
-    contradiction, difference_of_sums = _disagreement(
-        sums, volumes, of_targets, sizes, is_gone=is_gone
-    )
-    response, rule = verdict.of(target, non_target, sums, targets_are_known=targets is not None)
-    if contradiction and not verdict.is_decided:
-        response, rule = None, contradiction
-    volume_response, _ = verdict.of(
-        by_volume, non_target, None, targets_are_known=targets is not None
-    )
-    n_outside = sum(group.status == "outside" for group in groups)
-    total_before, total_after = (
-        sum(lesion.volume_ml for lesion in lesions) for lesions in (baseline, followup)
-    )
-    change_ml, change_percent = (None, None) if n_outside else difference(total_before, total_after)
+    response, rule = overall_response(evidence)
+    by_volume = replace(evidence, contradiction="", target=target_response(volumes, VOLUME))
     return PatientResponse(
         patient=patient,
-        baseline_case=";".join(pair.baseline_case or "" for pair in pairs),
-        followup_case=";".join(pair.followup_case or "" for pair in pairs),
+        baseline_case=";".join(pair.baseline.case or "" for pair in pairs),
+        followup_case=";".join(pair.followup.case or "" for pair in pairs),
         status="done",
         response=response,
         response_rule=rule,
-        target_response=target,
-        non_target_response=None if targets is None else non_target,
-        targets=";".join(map(name_of, target_lesions)) or None,
-        baseline_sum_mm=sums and sums.before,
-        nadir_sum_mm=sums and sums.before,
-        followup_sum_mm=sums and sums.after,
-        change_sum_mm=sums and sums.change[0],
-        change_sum_percent=sums and sums.change[1],
-        volume_response=volume_response,
-        baseline_target_volume_ml=volumes and volumes.before,
-        followup_target_volume_ml=volumes and volumes.after,
-        change_target_volume_percent=volumes and volumes.change[1],
-        baseline_volume_ml=total_before,
-        followup_volume_ml=total_after,
-        change_volume_ml=change_ml,
-        change_volume_percent=change_percent,
-        n_baseline=len(baseline),
-        n_followup=len(followup),
-        n_matched=sum(group.status == "matched" for group in groups),
-        n_new=sum(group.status == "new" for group in groups),
-        n_gone=sum(group.status == "gone" for group in groups),
-        n_merged=sum(len(group.before) for group in groups if group.status == "merged"),
-        n_split=sum(len(group.before) for group in groups if group.status == "split"),
-        n_regrouped=sum(len(group.before) for group in groups if group.status == "regrouped"),
-        n_outside=n_outside,
-        n_crumbs=sum(len(group.crumbs_before) + len(group.crumbs_after) for group in groups),
+        target_response=evidence.target,
+        non_target_response=evidence.non_target if evidence.targets_are_known else None,
+        targets=";".join(map(lesions.name_of, lesions.targets or ())) or None,
+        **_target_columns(sums, volumes),
+        volume_response=overall_response(by_volume)[0],
+        **_volumes(lesions),
+        **_counts(lesions),
         tilt_deg=max((pair.tilt_deg for pair in pairs if pair.tilt_deg is not None), default=None),
-        warnings="; ".join(
-            [
-                *_warnings(groups, of_targets, target_ids, new, twins, lymph_nodes, name_of),
-                *_crumb_warnings(groups, name_of),
-                *([f"W_DISAGREE: {contradiction}"] if contradiction else []),
-                *([f"W_VOLUME: {difference_of_sums}"] if difference_of_sums else []),
-            ]
-        ),
+        warnings="; ".join([*warnings_of(lesions, newness, twins), *remarks]),
     )
 
 
-def _is_doubtful(pair: ScanPair) -> bool:
-    """Check whether lesions may be matched wrongly; without lesions in one scan, none are."""
-    return bool(pair.doubt and pair.baseline and pair.followup)
-
-
-_Name = Callable[[LesionMeasurement], str]
-_Sizes = Mapping[int, float]  # id() of a target → its diameter at baseline in mm
-
-
-def _numbered(lesion: LesionMeasurement) -> str:
-    return str(lesion.lesion_id)
-
-
-def _numbered_in_its_scan(lesion: LesionMeasurement) -> str:
-    return f"{lesion.case_id}:{lesion.lesion_id}"
-
-
-# ---- RECIST
-
-
-@dataclass(frozen=True, slots=True)
-class _Limits:
-    """Limits of partial response and progression, as fractions of the sum, and the least rise."""
-
-    partial: float
-    progression: float
-    least_rise: float
-
-
-SIZE = _Limits(-0.30, 0.20, 5.0)  # mm
-VOLUME = _Limits(0.7**3 - 1, 1.2**3 - 1, 0.0)  # the same for the volumes of balls
-
-
-@dataclass(frozen=True, slots=True)
-class _Sums:
-    """Sum over the targets at both times.
-
-    Args:
-        after: None if a target is unknown, or cut off by the border of its scan.
-        least: sum over the known and visible parts, a lower bound.
-        is_least_before: a target is cut off at baseline, so `before` is a lower bound.
-    """
-
-    before: float
-    after: float | None
-    least: float
-    is_least_before: bool
-
-    @classmethod
-    def of(
-        cls,
-        targets: Sequence[LesionMeasurement],
-        groups: Sequence[LesionGroup],
-        size: Callable[[LesionMeasurement], float | None],
-    ) -> _Sums | None:
-        """Return the sums; None if there are no targets."""
-        if not targets:
-            return None
-        after = [size(lesion) for group in groups for lesion in group.after]
-        least = sum(value for value in after if value is not None)
-        is_cut = any(lesion.touches_border for group in groups for lesion in group.after)
-        is_known = (
-            None not in after
-            and not is_cut
-            and not any(group.status == "outside" for group in groups)
-        )
-        return cls(
-            sum(size(lesion) or 0.0 for lesion in targets),
-            least if is_known else None,
-            least,
-            any(lesion.touches_border for lesion in targets),
-        )
-
-    @property
-    def change(self) -> tuple[float | None, float | None]:
-        return (None, None) if self.is_least_before else difference(self.before, self.after)
-
-
-def _target_response(sums: _Sums, limits: _Limits, *, is_gone: bool) -> str:
-    if is_gone:
-        return "CR"
-    rise = sums.least - sums.before
-    has_grown = (
-        rise >= limits.progression * sums.before - ROUNDING and rise >= limits.least_rise - ROUNDING
+def _doubts(pairs: Sequence[ScanPair]) -> str:
+    """Return why lesions may have been matched wrongly, naming the scan if there are several."""
+    return "; ".join(
+        pair.doubt if len(pairs) == 1 else f"{pair.followup.case}: {pair.doubt}"
+        for pair in pairs
+        if pair.is_doubtful
     )
-    if has_grown and not sums.is_least_before:
-        return "PD"  # whatever the size of the unknown targets
-    if sums.after is None:
-        return "NE"
-    if rise <= limits.partial * sums.before + ROUNDING:
-        return "PR"  # even more so if a target was cut off at baseline
-    return "NE" if sums.is_least_before else "SD"
 
 
-def _disagreement(
-    sums: _Sums | None,
-    volumes: _Sums | None,
-    of_targets: Sequence[LesionGroup],
-    sizes: _Sizes,
-    *,
-    is_gone: bool,
-) -> tuple[str, str]:
-    """Return why diameters and volumes contradict each other; else why their classes differ.
-
-    If a lesion keeps its shape, its diameter grows by the cube root of its volume ratio. So the
-    volumes imply a sum of diameters; if that gives another response, one of the two is wrong, or
-    the lesions changed their shape. The sum of volumes may give another response even without a
-    contradiction, as large lesions weigh more in it.
-    """
+def _target_columns(sums: Sums | None, volumes: Sums | None) -> dict[str, Any]:
     if sums is None or volumes is None:
-        return "", ""
-    by_size = _target_response(sums, SIZE, is_gone=is_gone)
-    by_volume = _target_response(volumes, VOLUME, is_gone=is_gone)
-    if "NE" in (by_size, by_volume):
-        return "", ""
-    implied_mm = _implied_mm(of_targets, sizes)
-    implied = _target_response(
-        replace(sums, after=implied_mm, least=implied_mm), SIZE, is_gone=is_gone
-    )
-    (_, size_percent), (_, volume_percent) = sums.change, volumes.change
-    by_diameters = f"{by_size} by their diameters{_percent_text(size_percent)}"
-    if implied != by_size:
-        return (
-            f"the targets are {by_diameters} and {implied} by their volumes"
-            f"{_percent_text(volume_percent)}, which imply a sum of diameters of "
-            f"{implied_mm:.1f} mm: check both masks to see which is right"
-        ), ""
-    without_rise = _target_response(sums, replace(SIZE, least_rise=0.0), is_gone=is_gone)
-    if by_volume in (by_size, without_rise):
-        return "", ""  # the least rise of 5 mm has no equivalent for volumes
-    return "", (
-        f"the sum of volumes alone would be {by_volume}{_percent_text(volume_percent)}, "
-        f"the targets are {by_diameters}: large targets weigh more in a sum of volumes"
-    )
+        return {}
+    change_mm, change_percent = sums.change
+    return {
+        "baseline_sum_mm": sums.before,
+        "nadir_sum_mm": sums.before,
+        "followup_sum_mm": sums.after,
+        "change_sum_mm": change_mm,
+        "change_sum_percent": change_percent,
+        "baseline_target_volume_ml": volumes.before,
+        "followup_target_volume_ml": volumes.after,
+        "change_target_volume_percent": volumes.change[1],
+    }
 
 
-def _implied_mm(of_targets: Sequence[LesionGroup], sizes: _Sizes) -> float:
-    """Return the sum of diameters at follow-up if every target had kept its shape."""
-    total_mm = 0.0
-    for group in of_targets:
-        before_ml, after_ml = (
-            sum(lesion.volume_ml for lesion in lesions) for lesions in (group.before, group.after)
-        )
-        before_mm = sum(sizes.get(id(lesion), 0.0) for lesion in group.before)
-        total_mm += before_mm * (after_ml / before_ml) ** (1 / 3) if before_ml else 0.0
-    return total_mm
+def _volumes(lesions: PatientLesions) -> dict[str, float | None]:
+    """Return the volume of all lesions; no change if some lie outside the other scan."""
+    before_ml = sum(lesion.volume_ml for lesion in lesions.baseline)
+    after_ml = sum(lesion.volume_ml for lesion in lesions.followup)
+    is_outside = any(group.status == "outside" for group in lesions.groups)
+    change_ml, percent = (None, None) if is_outside else difference(before_ml, after_ml)
+    return {
+        "baseline_volume_ml": before_ml,
+        "followup_volume_ml": after_ml,
+        "change_volume_ml": change_ml,
+        "change_volume_percent": percent,
+    }
 
 
-def _percent_text(percent: float | None) -> str:
-    return "" if percent is None else f" ({percent:+.1f} %)".replace("-", "−")
-
-
-def _non_target_response(groups: Sequence[LesionGroup]) -> str | None:
-    if not groups:
-        return None
-    if any(group.status == "outside" for group in groups):
-        return "NE"  # not all of them were seen
-    return "CR" if all(group.is_gone for group in groups) else "Non-CR/Non-PD"
-
-
-def _may_be_seen(
-    group: LesionGroup, groups: Sequence[LesionGroup], twins: Sequence[_Twins]
-) -> bool:
-    """Check whether a lesion seen at follow-up only may be one that another scan shows."""
-    if any(lesion is twin for pair in twins for twin in pair for lesion in group.after):
-        return True
-    labels = {label_of(lesion) for lesion in group.after}
-    return group.status == "outside" and any(
-        other.status == "outside" and label_of(lesion) in labels
-        for other in groups
-        if other.pair is not group.pair
-        for lesion in other.before
-    )
-
-
-def _new_pieces(
-    groups: Sequence[LesionGroup], lymph_nodes: Collection[str]
-) -> list[LesionMeasurement]:
-    """Return crumbs as long as a measurable lesion, beside an old lesion, where nothing was."""
-    pieces = []
-    for group in groups:
-        shared_mm3 = {
-            match.followup: match.overlap_mm3 or 0.0
-            for match in group.matches
-            if match.status == "crumb"
-        }
-        for crumb in group.crumbs_after if group.before else ():
-            size_mm = diameter_mm(crumb, lymph_nodes)
-            is_new = shared_mm3[crumb.lesion_id] < MIN_FRACTION * crumb.volume_mm3
-            if is_new and size_mm is not None and size_mm >= recist.MEASURABLE_MM:
-                pieces.append(crumb)
-    return pieces
-
-
-def _crumb_warnings(groups: Sequence[LesionGroup], name_of: _Name) -> Iterator[str]:
-    for time, crumbs in (
-        ("baseline", [crumb for group in groups for crumb in group.crumbs_before]),
-        ("follow-up", [crumb for group in groups for crumb in group.crumbs_after]),
-    ):
-        if not crumbs:
-            continue
-        names = ", ".join(
-            f"{name_of(crumb)} ({_size_text(crumb)})" for crumb in crumbs[:MOST_NAMED]
-        )
-        more = f" and {len(crumbs) - MOST_NAMED} more" if len(crumbs) > MOST_NAMED else ""
-        yield f"W_CRUMB: {names}{more} at {time}: small pieces beside a lesion, counted with it"
-
-
-def _unclear(
-    groups: Sequence[LesionGroup],
-    perhaps_new: Sequence[LesionMeasurement],
-    new_pieces: Sequence[LesionMeasurement],
-    lymph_nodes: Collection[str],
-    name_of: _Name,
-) -> str:
-    """Return what a reader must decide before any response but progression; else empty."""
-    questions = []
-    grown = [
-        lesion
-        for group in groups
-        if group.before and group.was_normal and group.after and not group.is_normal
-        for lesion in group.after
-    ]
-    if grown:
-        listed = ", ".join(map(name_of, grown))
-        questions.append(
-            f"lymph node {listed} was normal at baseline and no longer is: decide whether that is "
-            "new disease"
-        )
-    relabelled = [
-        lesion
-        for group in groups
-        if group.is_relabelled and not group.before
-        for lesion in group.after
-        if not is_normal(lesion, lymph_nodes)
-    ]
-    if relabelled:
-        listed = ", ".join(map(name_of, relabelled))
-        questions.append(f"lesion {listed} is new or had another label at baseline: decide which")
-    if perhaps_new:
-        listed = ", ".join(map(name_of, perhaps_new))
-        questions.append(
-            f"lesion {listed} is new, or another scan of the patient shows it too: decide which"
-        )
-    if new_pieces:
-        listed = ", ".join(f"{name_of(lesion)} ({_size_text(lesion)})" for lesion in new_pieces)
-        questions.append(
-            f"piece {listed} beside a lesion is new: decide whether it is new disease or a part of "
-            "that lesion"
-        )
-    return "; ".join(questions)
-
-
-@dataclass(frozen=True, slots=True)
-class _Verdict:
-    """What the overall response depends on besides target and non-target lesions.
-
-    Args:
-        new: lesions that count as new, with their sizes.
-        unclear: why there is no response except progression.
-        doubt: why there is no response at all.
-    """
-
-    new: Sequence[str]
-    unclear: str
-    doubt: str
-
-    @property
-    def is_decided(self) -> bool:
-        """True if the response does not depend on the targets."""
-        return bool(self.new or self.doubt)
-
-    def of(
-        self,
-        target: str | None,
-        non_target: str | None,
-        sums: _Sums | None,
-        *,
-        targets_are_known: bool,
-    ) -> tuple[str | None, str]:
-        """Return response and rule; `non_target` covers all lesions if the targets are unknown."""
-        if self.new:
-            return "PD", f"PD: new lesion{'s' * (len(self.new) > 1)} {', '.join(self.new)}"
-        if self.doubt:
-            return None, self.doubt
-        response, rule = _overall(target, non_target, sums, targets_are_known=targets_are_known)
-        return (None, self.unclear) if self.unclear and response != "PD" else (response, rule)
-
-
-def _overall(
-    target: str | None, non_target: str | None, sums: _Sums | None, *, targets_are_known: bool
-) -> tuple[str | None, str]:
-    """Return response and rule of a patient without new lesions."""
-    if target is None and non_target is None:
-        return "NE", "NE: no disease at baseline and no new lesion, so nothing can respond"
-    if {target, non_target} <= {"CR", None}:
-        return "CR", "CR: all baseline lesions are gone, and no lesion is new"
-    if not targets_are_known:
-        return (
-            None,
-            "diameters were not measured, so no targets can be chosen: measure both scans again",
-        )
-    if target is None:
-        others = NON_TARGET_TEXTS[non_target]
-        return non_target, f"{non_target}: no target, as no lesion was measurable; {others}"
-    if target == "CR":
-        return "PR", f"PR: all targets are gone; {NON_TARGET_TEXTS[non_target]}"
-    return target, f"{target}: {_sum_text(sums)}; {TARGET_TEXTS[target]}"
-
-
-NON_TARGET_TEXTS = {
-    None: "there are no other lesions",
-    "CR": "the other lesions are gone",
-    "Non-CR/Non-PD": "other lesions are still there",
-    "NE": "other lesions lie outside the field of view of the follow-up",
-}
-NADIR = "the nadir, which is the baseline, as there are two time points"
-TARGET_TEXTS = {
-    "PD": f"PD from +20 % and +5 mm over {NADIR}",
-    "PR": "PR from −30 %",
-    "SD": f"neither −30 % (PR) nor +20 % and +5 mm (PD) over {NADIR}",
-    "NE": (
-        "a target lies outside the field of view of the follow-up, is cut off by the border of a "
-        "scan, or has no diameter"
-    ),
-}
-
-
-def _sum_text(sums: _Sums | None) -> str:
-    if sums is None:
-        return ""
-    if sums.after is None:
-        return f"sum of target diameters {_before_text(sums)} → at least {sums.least:.1f} mm"
-    text = f"sum of target diameters {_before_text(sums)} → {sums.after:.1f} mm"
-    change, percent = sums.change
-    if change is not None and percent is not None:
-        text += f": {change:+.1f} mm, {percent:+.1f} %"
-    return text.replace("-", "−")
-
-
-def _before_text(sums: _Sums) -> str:
-    return f"{'at least ' if sums.is_least_before else ''}{sums.before:.1f} mm"
-
-
-def _size_text(lesion: LesionMeasurement) -> str:
-    size = diameter_mm(lesion)
-    return f"{lesion.volume_ml:.3g} mL" + ("" if size is None else f", {size:.1f} mm")
-
-
-def _warnings(
-    groups: Sequence[LesionGroup],
-    of_targets: Sequence[LesionGroup],
-    target_ids: Collection[int],
-    new: Sequence[LesionMeasurement],
-    twins: Sequence[Sequence[_Twins]],
-    lymph_nodes: Collection[str],
-    name_of: _Name,
-) -> Iterator[str]:
-    lesions = [lesion for group in groups for lesion in (*group.before, *group.after)]
-    names = {label_of(lesion) for lesion in lesions if not is_lymph_node(lesion, lymph_nodes)}
-    nodes = sorted(
-        name for name in names if re.search(r"lymph|(?<![a-z])nodes?(?![a-z])", name.lower())
-    )
-    if nodes:
-        listed = ", ".join(nodes)
-        yield f"W_NODE: {listed} sounds like lymph nodes: pass --lymph-node to use short axes"
-    sizes = [diameter_mm(lesion, lymph_nodes) for lesion in new]
-    if new and not any(size is None or size >= recist.MEASURABLE_MM for size in sizes):
-        yield "W_NEW: all new lesions are under 10 mm; check them, RECIST wants unequivocal ones"
-    if any(group.is_relabelled for group in groups):
-        yield "W_LABEL: a lesion overlaps one of another label; it counts as gone, and not as new"
-    for group in of_targets:
-        joined = [name_of(lesion) for lesion in group.before if id(lesion) not in target_ids]
-        if joined:
-            merged = f"a target merged with lesions {', '.join(joined)}, which are not targets"
-            yield f"W_MERGED: {merged}; the whole counts as target"
-    if outside := [group for group in groups if group.status == "outside"]:
-        counts = "; those of the follow-up count as new (RECIST 1.1, section 4.3.5)"
-        is_counted = any(not _is_doubtful(group.pair) for group in outside)
-        outside_of = "lesions lie outside the field of view of the other scan"
-        yield f"W_OUTSIDE: {outside_of}{counts if is_counted else ''}"
-    if any(lesion.touches_border for lesion in lesions):
-        yield "W_BORDER: a lesion touches the border of its scan, so its size is a lower bound"
-    for time, twins_then in zip(("baseline", "follow-up"), twins, strict=True):
-        if twins_then:
-            listed = ", ".join(f"{name_of(a)} and {name_of(b)}" for a, b in twins_then)
-            yield (
-                f"W_TWICE: at {time} {listed} lie at the same place. If two scans show the same "
-                "lesion, it counts twice: remove it from the masks of one scan, at both times"
-            )
-
-
-_Twins = tuple[LesionMeasurement, LesionMeasurement]
-
-
-def _twins(scans: Sequence[Sequence[LesionMeasurement]]) -> list[_Twins]:
-    """Return pairs of lesions in scans of the same time that may be one: same label, near."""
-    twins = []
-    for scan, other_scan in combinations(scans, 2):
-        for label in dict.fromkeys(map(label_of, scan)):
-            lesions = [lesion for lesion in scan if label_of(lesion) == label]
-            others = [lesion for lesion in other_scan if label_of(lesion) == label]
-            if others:
-                tree = KDTree(centroids_mm(others))
-                mm, nearest = map(np.asarray, tree.query(centroids_mm(lesions)))
-                near = np.flatnonzero(mm <= ONE_PLACE_MM).tolist()
-                twins += [(lesions[n], others[int(nearest[n])]) for n in near]
-    return twins
+def _counts(lesions: PatientLesions) -> dict[str, Any]:
+    """Count lesions: pairs and lesions seen once by group, joined ones at baseline."""
+    groups = lesions.groups
+    counts = {
+        f"n_{status}": sum(group.status == status for group in groups)
+        for status in ("matched", "new", "gone", "outside")
+    }
+    counts |= {
+        f"n_{status}": sum(len(group.before) for group in groups if group.status == status)
+        for status in ("merged", "split", "regrouped")
+    }
+    n_crumbs = sum(len(group.crumbs_before) + len(group.crumbs_after) for group in groups)
+    n_lesions = {"n_baseline": len(lesions.baseline), "n_followup": len(lesions.followup)}
+    return n_lesions | counts | {"n_crumbs": n_crumbs}
