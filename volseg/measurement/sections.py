@@ -10,7 +10,7 @@ import numpy as np
 
 from volseg.measurement.recist import SAME_LENGTH_MM, widest_across
 from volseg.measurement.shape import widest_pair
-from volseg.volume import Geometry, Rigid
+from volseg.volume import Geometry, Rigid, angle_deg
 
 MESHED_TOGETHER = 2**21  # voxels of a lesion's box
 SURFACE_TOGETHER = 2**16  # faces of voxels; a larger surface (noise) is cut by a few planes at once
@@ -36,9 +36,7 @@ def tilt_deg(baseline: Geometry, followup: Geometry, transform: Rigid) -> float:
     """
     normal = transform.rotation @ axial_normal(baseline)
     other = axial_normal(followup)
-    # With the sine too: near 0 the cosine alone loses half of its digits.
-    sine, cosine = float(np.linalg.norm(np.cross(normal, other))), abs(float(normal @ other))
-    return math.degrees(math.atan2(sine, cosine))
+    return angle_deg(normal, other if normal @ other > 0 else -other)
 
 
 def section_diameters(

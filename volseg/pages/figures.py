@@ -13,7 +13,6 @@ from volseg.measurement.units import shown_unit
 from volseg.pages.canvas import new_figure, png_bytes
 from volseg.pages.slices import draw_planes, surroundings
 from volseg.pages.windows import lesion_window, sampled
-from volseg.preprocessing.crop import box_where
 from volseg.preprocessing.planes import PLANES
 from volseg.volume import BoundingBox, Volume
 
@@ -59,7 +58,7 @@ def overlay_png(
 
 def _voxels_of(numbers: np.ndarray, number: int) -> np.ndarray:
     """Return the (N, 3) voxel indices of a lesion, of a large one only in its middle slice."""
-    box = box_where(lambda part: numbers[part] == number, numbers)
+    box = BoundingBox.where(lambda part: numbers[part] == number, numbers)
     assert box is not None, "a lesion has voxels"
     start, inside = np.array(box.start), numbers[box.slices]
     if inside.size <= MOST_VOXELS:

@@ -18,7 +18,6 @@ from scipy import ndimage
 from volseg.errors import ScanError
 from volseg.preprocessing.crop import (
     body_threshold,
-    box_where,
     scaled_box,
 )
 from volseg.preprocessing.normalise import Normaliser, Scaling
@@ -178,7 +177,7 @@ class Preparation:
     def body_box(self) -> BoundingBox | None:
         """Return the box of the body on the prepared grid from the first channel, or None."""
         view, trail = self._views[0], self.trail
-        box = box_where(lambda part: view[part] > self._above, view)
+        box = BoundingBox.where(lambda part: view[part] > self._above, view)
         # The margin puts every voxel of the body between prepared voxels of the box.
         return None if box is None else scaled_box(box, trail.box.shape, trail.shape, (1, 1, 1))
 
@@ -196,7 +195,7 @@ class Preparation:
 
     def _find_box(self, stored: Sequence[np.ndarray]) -> BoundingBox | None:
         if self._settings.crop == "body":
-            return box_where(lambda part: stored[0][part] > self._above, stored[0])
+            return BoundingBox.where(lambda part: stored[0][part] > self._above, stored[0])
         if self._settings.crop == "nonzero":
             pairs = list(zip(self._volumes, stored, strict=True))
 
@@ -204,7 +203,7 @@ class Preparation:
                 channels = [volume.intensities(array[part]) != 0 for volume, array in pairs]
                 return np.any(channels, axis=0)
 
-            return box_where(is_nonzero, stored[0])
+            return BoundingBox.where(is_nonzero, stored[0])
         return None
 
     def _channel(
