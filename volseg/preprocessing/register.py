@@ -214,16 +214,16 @@ def _search(scans: Sequence[Volume], pairs: Sequence[Sequence[Any]]) -> Rigid | 
     Args:
         pairs: images of both scans at the three levels, coarse to fine.
     """
-    grids = [scan.geometry for scan in scans]
+    first, second = (scan.geometry for scan in scans)
     fits = []
     for shift in _starts(scans):
-        fit = _fit_days(pairs[0], _start(grids[0], shift))
+        fit = _fit_days(pairs[0], _start(first, shift))
         fit = None if fit is None else _fit_days(pairs[1], fit[1])
-        if fit is not None and _overlap(*grids, _rigid(fit[1])):
+        if fit is not None and _overlap(first, second, _rigid(fit[1])):
             fits.append(fit)
     best = _fit_days(pairs[2], min(fits, key=lambda fit: fit[0])[1]) if fits else None
     transform = None if best is None else _rigid(best[1])
-    return transform if transform is not None and _overlap(*grids, transform) else None
+    return transform if transform is not None and _overlap(first, second, transform) else None
 
 
 def _starts(scans: Sequence[Volume]) -> list[np.ndarray]:
