@@ -107,20 +107,25 @@ class Geometry:
         object.__setattr__(self, "affine", affine)
 
     @property
+    def voxel_steps_mm(self) -> np.ndarray:
+        """(3, 3): the step in RAS mm of one voxel along each array axis, in columns."""
+        return self.affine[:3, :3]
+
+    @property
     def spacing_mm(self) -> tuple[float, float, float]:
         """Distance in mm between neighbouring voxel centres along each array axis."""
-        i, j, k = np.linalg.norm(self.affine[:3, :3], axis=0).tolist()
+        i, j, k = np.linalg.norm(self.voxel_steps_mm, axis=0).tolist()
         return i, j, k
 
     @property
     def directions(self) -> np.ndarray:
         """(3, 3): the unit vector in RAS of each array axis, in columns."""
-        return self.affine[:3, :3] / np.array(self.spacing_mm)
+        return self.voxel_steps_mm / np.array(self.spacing_mm)
 
     @property
     def voxel_volume_mm3(self) -> float:
         """|det A₃ₓ₃|: unlike the product of the spacings, exact for sheared grids too."""
-        return float(abs(np.linalg.det(self.affine[:3, :3])))
+        return float(abs(np.linalg.det(self.voxel_steps_mm)))
 
     @property
     def axis_codes(self) -> str:
@@ -141,11 +146,11 @@ class Geometry:
 
     def to_world_mm(self, indices: np.ndarray) -> np.ndarray:
         """Convert (N, 3) voxel indices to (N, 3) RAS mm."""
-        return indices @ self.affine[:3, :3].T + self.affine[:3, 3]
+        return indices @ self.voxel_steps_mm.T + self.affine[:3, 3]
 
     def to_index(self, points_mm: np.ndarray) -> np.ndarray:
         """Convert (N, 3) RAS mm to (N, 3) fractional voxel indices; inverts `to_world_mm`."""
-        return np.linalg.solve(self.affine[:3, :3], (points_mm - self.affine[:3, 3]).T).T
+        return np.linalg.solve(self.voxel_steps_mm, (points_mm - self.affine[:3, 3]).T).T
 
     @property
     def centre_mm(self) -> np.ndarray:

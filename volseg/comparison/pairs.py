@@ -181,7 +181,7 @@ def _axes(
     if not groups:
         return []
     ids = ids.canonical()
-    numbers, matrix = ids.array, ids.geometry.affine[:3, :3]
+    numbers, matrix = ids.array, ids.geometry.voxel_steps_mm
     boxes = ndimage.find_objects(numbers)
     measured = []
     for members in groups:

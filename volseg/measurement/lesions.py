@@ -94,7 +94,7 @@ def measure_lesions(
     scan = CanonicalScan.of(image, ids, confidence)
     voxel_mm3 = voxel_volume_mm3(image)
     spacing_r_mm, spacing_a_mm, spacing_s_mm = scan.spacing_mm
-    forms = _Forms(scan.geometry.affine[:3, :3])
+    forms = _Forms(scan.geometry.voxel_steps_mm)
     rows, surfaces = [], _Surfaces(most_points if only is None else 0)
     boxes = [scan.box_of(_shift(stored, box)) for stored in stored_boxes]
     doubt_note = ""
@@ -155,7 +155,7 @@ def measure_lesions(
     else:
         # Components of a single label, connected over corners, have a plane of voxels between them.
         is_apart = connectivity == 26 and min(labels) == max(labels)
-        nearest = NearestLesion(scan.ids, scan.geometry.affine[:3, :3], is_apart=is_apart)
+        nearest = NearestLesion(scan.ids, scan.geometry.voxel_steps_mm, is_apart=is_apart)
         distances = (nearest.gap_mm(int(n), box_) for n, box_ in zip(numbers, boxes, strict=True))
         gaps = [gap if math.isfinite(gap) else math.nan for gap in distances]
     return [row(nearest_lesion_mm=_rounded(gap)) for row, gap in zip(rows, gaps, strict=True)]
@@ -678,7 +678,7 @@ def _calcium(lesion: _Lesion, voxel_mm3: float, settings: Measure) -> tuple[dict
     score, counted = agatston(
         hu,
         lesion.form.inside,
-        lesion.scan.geometry.affine[:3, :3],
+        lesion.scan.geometry.voxel_steps_mm,
         threshold_hu=settings.calcium_threshold_hu,
     )
     volume_mm3 = int(counted.sum()) * voxel_mm3

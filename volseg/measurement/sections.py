@@ -23,7 +23,7 @@ FLAT_MM = 1e-6  # a narrower section is a line
 
 def axial_normal(geometry: Geometry) -> np.ndarray:
     """Return the unit normal (3,), in RAS, of the axial slices: of the axes nearest to R and A."""
-    matrix = geometry.canonical().affine[:3, :3]
+    matrix = geometry.canonical().voxel_steps_mm
     normal = np.cross(matrix[:, 0], matrix[:, 1])
     return normal / np.linalg.norm(normal)
 

@@ -119,7 +119,7 @@ class Specks:
 
         In a connected lesion, each voxel adds at most the diagonal of its face.
         """
-        matrix = CanonicalScan.of(self.image, self.ids, None).geometry.affine[:3, :3]
+        matrix = CanonicalScan.of(self.image, self.ids, None).geometry.voxel_steps_mm
         diagonals = (matrix[:, 0] + matrix[:, 1], matrix[:, 0] - matrix[:, 1])
         diagonal_mm = max(float(np.linalg.norm(diagonal)) for diagonal in diagonals)
         is_connected = self.connectivity is not None
@@ -172,7 +172,7 @@ class Specks:
         shape = np.array(scan.ids.shape)[:, None]
         touches = ((low == 0) | (high == shape - 1)).any(axis=0).tolist()
         centroids_mm = centres_mm((extents.sums[:, filled] / counts).T, scan.geometry).tolist()
-        reach = np.abs(scan.geometry.affine[:3, :3]).sum(axis=1)[:, None] / 2
+        reach = np.abs(scan.geometry.voxel_steps_mm).sum(axis=1)[:, None] / 2
         low_mm = (extents.low_mm[:, filled] - reach).T
         high_mm = (extents.high_mm[:, filled] + reach).T
         del extents, intensity_values, confidence_values
