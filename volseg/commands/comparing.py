@@ -119,13 +119,9 @@ def _compare_patients(
     todo = [job for job in jobs if job.name not in kept_names]
     pictures = [f"figures/{job.name}.png" for job in todo] if settings.figures else []
     results.refuse_foreign([*OUTPUTS, *pictures])
-    unpaired = {x.name: x.why_unpaired(times) for x in patients if not x.is_paired}
-    for patient in patients:
-        if not patient.is_paired:
-            row = patient.row("unpaired", unpaired[patient.name])
-            results.commit_failure(patient.name, row, ())
     for name in kept:
         results.clear_failure(name)
+    unpaired = _commit_unpaired(patients, times, results)
     refusals |= budget.refused(_peaks(todo, budget.process))
     settings.progress(STAGE, 0.0, f"{len(todo)} of {len(patients)} to do")
     done, failed = [], {}
@@ -152,6 +148,18 @@ def _compare_patients(
         patients=of_patients,
         unpaired=unpaired,
     )
+
+
+def _commit_unpaired(
+    patients: Sequence[Patient], times: TimePoints, results: ComparisonFolder
+) -> dict[str, str]:
+    """Write a row for each patient without a pair of scans; return the reasons."""
+    unpaired = {}
+    for patient in patients:
+        if not patient.is_paired:
+            unpaired[patient.name] = reason = patient.why_unpaired(times)
+            results.commit_failure(patient.name, patient.row("unpaired", reason), ())
+    return unpaired
 
 
 def _run(

@@ -53,12 +53,19 @@ def newness_of(lesions: PatientLesions, twins: Sequence[Twins]) -> Newness:
         elif not group.pair.is_doubtful:
             may_be_seen = _may_be_seen(group, lesions.groups, twins)
             (perhaps_new if may_be_seen else new).extend(disease)
-    nodes = [group for group in lesions.groups if group.before and group.was_normal]
-    grown = [lesion for group in nodes if not group.is_normal for lesion in group.after]
+    grown = [x for group in lesions.groups if group.is_grown_node for x in group.after]
     return Newness(new, perhaps_new, relabelled, grown, _new_pieces(lesions))
 
 
-def twins_in(scans: Sequence[Lesions]) -> list[Twins]:
+def twins_of(lesions: PatientLesions) -> dict[str, list[Twins]]:
+    """Return lesions that two scans of the same time may show, by time."""
+    return {
+        "baseline": _twins_in([pair.baseline.lesions for pair in lesions.pairs]),
+        "follow-up": _twins_in([pair.followup.lesions for pair in lesions.pairs]),
+    }
+
+
+def _twins_in(scans: Sequence[Lesions]) -> list[Twins]:
     """Return pairs of lesions in scans of the same time that may be one: same label, near."""
     twins = []
     for scan, other_scan in combinations(scans, 2):

@@ -126,10 +126,10 @@ def _with_crumbs(
     crumbs = {match.numbers[side]: match for match in matches if match.status == "crumb"}
     pieces = {n: [lesion] for n, lesion in enumerate(scan.lesions, start=1) if n not in crumbs}
     parts = {n: [n] for n in pieces}  # in which the diameters are measured
-    for crumb in scan.lesions:
-        match = crumbs.get(crumb.lesion_id)
-        if match is None or match.whole is None:
-            continue
+    crumb_lesions = [lesion for lesion in scan.lesions if lesion.lesion_id in crumbs]
+    for crumb in crumb_lesions:
+        match = crumbs[crumb.lesion_id]
+        assert match.whole is not None
         pieces[match.whole].append(crumb)
         if (match.overlap_mm3 or 0.0) >= MIN_FRACTION * crumb.volume_mm3:
             parts[match.whole].append(crumb.lesion_id)
@@ -138,8 +138,7 @@ def _with_crumbs(
         replace(of_lesion[0], **_joined(of_lesion), **axes.get(n, {}))
         for n, of_lesion in pieces.items()
     ]
-    crumbs_of_scan = [lesion for lesion in scan.lesions if lesion.lesion_id in crumbs]
-    return ScanLesions(scan.case, lesions, crumbs_of_scan, scan.unit_doubt)
+    return ScanLesions(scan.case, lesions, crumb_lesions, scan.unit_doubt)
 
 
 def _remeasured(

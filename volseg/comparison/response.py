@@ -9,7 +9,7 @@ from typing import Any, Literal
 from volseg.columns import column
 from volseg.comparison.changes import difference
 from volseg.comparison.groups import PatientLesions, ScanLesions, ScanPair
-from volseg.comparison.newness import newness_of, twins_in
+from volseg.comparison.newness import newness_of, twins_of
 from volseg.comparison.questions import open_questions, warnings_of
 from volseg.comparison.rules import (
     SIZE,
@@ -189,10 +189,7 @@ def judge_response(
             axis and are normal below 10 mm.
     """
     lesions = PatientLesions(pairs, lymph_nodes)
-    twins = {
-        "baseline": twins_in([pair.baseline.lesions for pair in pairs]),
-        "follow-up": twins_in([pair.followup.lesions for pair in pairs]),
-    }
+    twins = twins_of(lesions)
     newness = newness_of(lesions, twins["follow-up"])
     sums = Sums.of(lesions, lesions.diameter_mm)
     volumes = Sums.of(lesions, lambda lesion: none_if_nan(lesion.volume_ml))
