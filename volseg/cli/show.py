@@ -132,7 +132,7 @@ def _(report: reports.EvaluateReport) -> None:
         table.add_row(heading, *cells, _mean_and_interval(label["detection"]["f1"], 2))
     print_table(table)
     typer.echo(
-        f"means with 95 % intervals over {report.summary['n_patients']} patients "
+        f"means with 95 % intervals over {format_count(report.summary['n_patients'], 'patient')} "
         f"({report.summary['patients']}); volume mL: predicted − reference"
     )
     for reason in _reasons_without_interval(labels, shown):

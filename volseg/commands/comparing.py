@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,18 +31,9 @@ from volseg.words import format_count
 
 STAGE = "Comparing"
 OUTPUTS = ("comparison.csv", "response.csv", "report.html", "run.json")
-# Options that run.json repeats.
-RESULT_SETTINGS = (
-    "registration",
-    "max_distance_mm",
-    "lymph_nodes",
-    "figures",
-    "baseline_scans",
-    "followup_scans",
-    "baseline",
-    "followup",
-    "pairs",
-)
+# Settings that run.json repeats.
+RESULT_SETTINGS = ("registration", "max_distance_mm", "lymph_nodes", "figures")
+RESULT_SETTINGS += ("baseline_scans", "followup_scans", "baseline", "followup", "pairs")
 
 
 @command(CompareOptions)
@@ -122,73 +113,86 @@ def _compare_patients(
     results: ComparisonFolder,
     budget: Budget,
 ) -> CompareReport:
-    unpaired = {
-        patient.name: patient.row("unpaired", patient.why_unpaired(times))
-        for patient in patients
-        if not patient.is_paired
-    }
     jobs, refusals = _comparisons(patients, times, settings)
     kept = [job.name for job in jobs if results.is_complete(job.name, job.key)]
-    names_kept = set(kept)
-    todo = [job for job in jobs if job.name not in names_kept]
+    kept_names = set(kept)
+    todo = [job for job in jobs if job.name not in kept_names]
     pictures = [f"figures/{job.name}.png" for job in todo] if settings.figures else []
     results.refuse_foreign([*OUTPUTS, *pictures])
-    for name, row in unpaired.items():
-        results.commit_failure(name, row, ())
     for name in kept:
         results.clear_failure(name)
+    unpaired = _commit_unpaired(patients, times, results)
     refusals |= budget.refused(_peaks(todo, budget.process))
+    settings.progress(STAGE, 0.0, f"{len(todo)} of {len(patients)} to do")
+    done, failed = [], {}
+    try:
+        for count, (job, reason) in enumerate(_run(todo, refusals, results), start=1):
+            if reason:
+                failed[job.name] = reason
+            else:
+                done.append(job.name)
+            settings.progress(STAGE, count / len(todo), job.name)
+    finally:
+        reached = {*unpaired, *kept, *done, *failed}
+        rows = _write_tables(results, [x for x in patients if x.name not in reached])
+    kept, failed = without_damaged(kept, failed, rows, "patient")
+    row_of = {row["patient"]: row for row in rows}
+    of_patients = [row_of.pop(patient.name) for patient in patients]
+    warnings = [*_warnings(of_patients), *damaged_warnings(rows, "patient")]
+    return CompareReport(
+        out=results.path,
+        done=done,
+        kept=kept,
+        failed=failed,
+        warnings=[*warnings, *_stale_warnings(list(row_of))],
+        patients=of_patients,
+        unpaired=unpaired,
+    )
+
+
+def _commit_unpaired(
+    patients: Sequence[Patient], times: TimePoints, results: ComparisonFolder
+) -> dict[str, str]:
+    """Write a row for each patient without a pair of scans; return the reasons."""
+    unpaired = {}
+    for patient in patients:
+        if not patient.is_paired:
+            unpaired[patient.name] = reason = patient.why_unpaired(times)
+            results.commit_failure(patient.name, patient.row("unpaired", reason), ())
+    return unpaired
+
+
+def _run(
+    jobs: Sequence[PatientComparison],
+    refusals: Mapping[str, VolsegError],
+    results: ComparisonFolder,
+) -> Iterator[tuple[PatientComparison, str]]:
+    """Compare one patient after another; yield each, with the reason if it failed."""
 
     def task(job: PatientComparison) -> None:
         if job.name in refusals:
             raise refusals[job.name]
         job.run(results)
 
-    done, failed, progress = [], {}, settings.progress
-    progress(STAGE, 0.0, f"{len(todo)} of {len(patients)} to do")
-    try:
-        for count, outcome in enumerate(run(task, todo), start=1):
-            job = outcome.item
-            if outcome.error is None:
-                done.append(job.name)
-            else:
-                failed[job.name] = failure_reason(results, job.name, outcome.error)
-                row = job.patient.row("failed", failed[job.name])
-                results.commit_failure(job.name, row, job.inputs)
-            progress(STAGE, count / len(todo), job.name)
-    finally:
-        reached = {*unpaired, *kept, *done, *failed}
-        unreached = [patient for patient in patients if patient.name not in reached]
-        rows = _write_tables(results, unreached)
-    kept, failed = without_damaged(kept, failed, rows, "patient")
-    row_of = {row["patient"]: row for row in rows}
-    of_patients = [row_of[patient.name] for patient in patients]
-    return CompareReport(
-        out=results.path,
-        done=done,
-        kept=kept,
-        failed=failed,
-        warnings=[
-            *_warnings(of_patients),
-            *damaged_warnings(rows, "patient"),
-            *_stale_warnings(row_of.keys() - {patient.name for patient in patients}),
-        ],
-        patients=of_patients,
-        unpaired={name: row.reason for name, row in unpaired.items()},
-    )
+    for outcome in run(task, jobs):
+        job, reason = outcome.item, ""
+        if outcome.error is not None:
+            reason = failure_reason(results, job.name, outcome.error)
+            results.commit_failure(job.name, job.patient.row("failed", reason), job.inputs)
+        yield job, reason
 
 
 def _comparisons(
     patients: Sequence[Patient], times: TimePoints, settings: CompareOptions
 ) -> tuple[list[PatientComparison], dict[str, VolsegError]]:
-    """Return a comparison for each patient with a pair, and those that failed by an error."""
+    """Return a comparison for each patient with a pair, and the errors of hashing their files."""
     paired = [patient for patient in patients if patient.is_paired]
     outcomes = list(run(lambda patient: input_digests(patient, times), paired))
-    errors = {outcome.item.name: outcome.error for outcome in outcomes if outcome.error is not None}
-    return [
+    jobs = [
         PatientComparison(outcome.item, times, settings, outcome.value or ())
         for outcome in outcomes
-    ], errors
+    ]
+    return jobs, {outcome.item.name: outcome.error for outcome in outcomes if outcome.error}
 
 
 def input_digests(patient: Patient, times: TimePoints) -> tuple[str, ...]:
@@ -237,9 +241,9 @@ def _warnings(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         )
 
 
-def _stale_warnings(others: Collection[str]) -> Iterator[str]:
+def _stale_warnings(others: Sequence[str]) -> Iterator[str]:
     if others:
-        names = ", ".join([*map(shorten, sorted(others)[:3]), *(["…"] if len(others) > 3 else [])])
+        names = ", ".join([*map(shorten, others[:3]), *(["…"] if len(others) > 3 else [])])
         yield (
             f"W_STALE: the tables also hold {format_count(len(others), 'patient')} of earlier runs "
             f"({names}); give another --out for tables without them"

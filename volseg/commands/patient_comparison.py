@@ -25,7 +25,7 @@ from volseg.comparison.placement import (
     trusted_placement,
     worst_columns,
 )
-from volseg.comparison.response import PatientResponse, judge_response
+from volseg.comparison.response import judge_response
 from volseg.errors import ScanError
 from volseg.execution.memory import Peak
 from volseg.io.nifti_header import read_header
@@ -117,10 +117,9 @@ class PatientComparison:
         started = time.monotonic()
         compared = [self._compare(cases) for cases in self.patient.scans]
         pairs = [scans.pair for scans in compared]
-        rows = self._changes(pairs)
         response = judge_response(pairs, patient=self.name, lymph_nodes=self._nodes)
         warnings = [
-            _of_scan(text, scans.pair) if len(pairs) > 1 else text
+            text if len(pairs) == 1 else _of_scan(text, scans.pair)
             for scans in compared
             for text in scans.warnings
         ]
@@ -131,20 +130,12 @@ class PatientComparison:
             seconds=round(time.monotonic() - started, 2),
             volseg_version=__version__,
         )
-        self._write(results, response, rows, [scans.picture for scans in compared if scans.picture])
-
-    def _write(
-        self,
-        results: ComparisonFolder,
-        response: PatientResponse,
-        rows: Sequence[LesionChange],
-        pictures: Sequence[bytes],
-    ) -> None:
         with results.staged() as commit:
-            if pictures:
+            if pictures := [scans.picture for scans in compared if scans.picture]:
                 from volseg.pages.comparison_figures import stack_pngs
 
                 commit.write(f"figures/{self.name}.png", stack_pngs(pictures))
+            rows = self._changes(pairs)
             results.commit(response, commit, key=self.key, inputs=self.inputs, lesions=rows)
 
     @property
@@ -156,22 +147,12 @@ class PatientComparison:
 
     def _compare(self, cases: Cases) -> _Compared:
         """Compare a pair of scans, or handle a scan without a partner."""
-        before, after = (
-            None if case is None else time_point.read(case, self.inputs)
-            for time_point, case in zip(self.times, cases, strict=True)
-        )
-        # A label without a name has that of the other time, else that of other scans.
-        names = dict(self.names)
-        for side in (before, after):
-            names |= {} if side is None else names_in(side.lesions)
-        before = before and before.with_names(names)
-        after = after and after.with_names(names)
-        in_doubt = [text for side in (before, after) if side for text in _unit_warnings(side)]
+        before, after = self._read(cases)
         if before is None or after is None:
             pair = unpaired_scan(before and before.measured, after and after.measured)
             other = "follow-up" if after is None else "baseline"
             warning = f"W_UNPAIRED: there is no {other} scan of what it shows"
-            return _Compared(pair, {}, [warning, *in_doubt])
+            return _Compared(pair, {}, [warning, *_unit_warnings(before, after)])
         placed = self._place(before, after)
         pair = pair_scans(
             before.measured,
@@ -180,18 +161,28 @@ class PatientComparison:
             doubt=placed.doubt,
             max_distance_mm=self.options.max_distance_mm,
         )
-        warnings = [*placed.warnings, *_differences(before, after), *in_doubt]
+        warnings = [*placed.warnings, *_differences(before, after), *_unit_warnings(before, after)]
         if self._needs_scans:
             warnings += [side.change for side in (before, after) if side.change]
-        picture = None
-        if self.options.figures:
-            try:
-                picture = self._picture(before, after, placed, pair)
-            except ScanError as error:
-                if self.options.registration:
-                    raise
-                warnings.append(f"W_FIGURE: no picture: {error.problem}")
+        try:
+            picture = self._picture(before, after, placed, pair)
+        except ScanError as error:
+            if self.options.registration:
+                raise
+            picture = None
+            warnings.append(f"W_FIGURE: no picture: {error.problem}")
         return _Compared(pair, placed.columns, warnings, picture)
+
+    def _read(self, cases: Cases) -> tuple[MeasuredCase | None, MeasuredCase | None]:
+        """Read both cases; a label without a name has that of the other time, else of any scan."""
+        before, after = (
+            None if case is None else time_point.read(case, self.inputs)
+            for time_point, case in zip(self.times, cases, strict=True)
+        )
+        names = dict(self.names)
+        for side in (before, after):
+            names |= {} if side is None else names_in(side.lesions)
+        return before and before.with_names(names), after and after.with_names(names)
 
     def _place(self, before: MeasuredCase, after: MeasuredCase) -> Placement:
         if not before.lesions and not after.lesions:
@@ -208,19 +199,16 @@ class PatientComparison:
 
     def _picture(
         self, before: MeasuredCase, after: MeasuredCase, placed: Placement, pair: ScanPair
-    ) -> bytes:
+    ) -> bytes | None:
+        if not self.options.figures:
+            return None
         from volseg.pages.comparison_figures import change_png
 
         title = self.name
         if len(self.patient.scans) > 1:
             title += f", {pair.baseline.case} → {pair.followup.case}"
-        return change_png(
-            (before.scan, after.scan),
-            (before.ids.array, after.ids.array),
-            placed.transform,
-            self._changes([pair]),
-            title=title,
-        )
+        scans, ids = (before.scan, after.scan), (before.ids.array, after.ids.array)
+        return change_png(scans, ids, placed.transform, self._changes([pair]), title=title)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -239,12 +227,13 @@ def _of_scan(warning: str, pair: ScanPair) -> str:
     return f"{code}: {pair.followup.case or pair.baseline.case}: {sentence}"
 
 
-def _unit_warnings(side: MeasuredCase) -> list[str]:
-    doubt = side.unit_doubt
-    if not doubt:
-        return []
-    in_doubt = f"the unit at {side.time.name} was in doubt when it was measured ({doubt})"
-    return [f"W_UNIT: {in_doubt}, so no intensity is compared"]
+def _unit_warnings(*sides: MeasuredCase | None) -> list[str]:
+    return [
+        f"W_UNIT: the unit at {side.time.name} was in doubt when it was measured "
+        f"({side.unit_doubt}), so no intensity is compared"
+        for side in sides
+        if side is not None and side.unit_doubt
+    ]
 
 
 def _differences(before: MeasuredCase, after: MeasuredCase) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -86,13 +86,7 @@ def read_pairs(path: Path, times: TimePoints) -> list[Patient]:
         VolsegError: one error with every mistake of the table.
     """
     columns, lines = read_table(path)
-    missing = [name for name in COLUMNS if name not in columns]
-    if missing:
-        raise VolsegError(
-            f"{path}: has no column {', '.join(map(repr, missing))}",
-            fix="give it the columns patient, baseline and followup, which hold case ids",
-            code="E_DATASET",
-        )
+    _check_columns(path, columns)
     checker = _LineChecker(times)
     scans: dict[str, list[Cases]] = defaultdict(list)
     for number, cells in lines:
@@ -115,6 +109,16 @@ def read_pairs(path: Path, times: TimePoints) -> list[Patient]:
             code="E_DATASET",
         )
     return patients
+
+
+def _check_columns(path: Path, columns: Sequence[str]) -> None:
+    missing = [name for name in COLUMNS if name not in columns]
+    if missing:
+        raise VolsegError(
+            f"{path}: has no column {', '.join(map(repr, missing))}",
+            fix="give it the columns patient, baseline and followup, which hold case ids",
+            code="E_DATASET",
+        )
 
 
 class _LineChecker:

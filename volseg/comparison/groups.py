@@ -122,6 +122,11 @@ class LesionGroup:
         return all(is_normal(lesion, self.lymph_nodes) for lesion in self.after)
 
     @property
+    def is_grown_node(self) -> bool:
+        """True for lymph nodes that were normal, and no longer are."""
+        return bool(self.before) and self.was_normal and not self.is_normal
+
+    @property
     def is_gone(self) -> bool:
         """True if nothing is left of it, or only lymph nodes of normal size."""
         return self.status == "gone" or (bool(self.after) and self.is_normal)

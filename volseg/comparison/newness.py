@@ -40,29 +40,32 @@ class Newness:
     grown_nodes: Lesions
     pieces: Lesions
 
-    @classmethod
-    def of(cls, lesions: PatientLesions, twins: Sequence[Twins]) -> Newness:
-        """Return what is new; `twins`: lesions that two scans of the follow-up may show."""
-        only_later = [group for group in lesions.groups if group.after and not group.before]
-        countable = [
-            group for group in only_later if not group.is_relabelled and not group.pair.is_doubtful
-        ]
-        uncertain = [group for group in countable if _may_be_seen(group, lesions.groups, twins)]
 
-        def disease(groups: Sequence[LesionGroup]) -> Lesions:
-            return [x for group in groups for x in group.after if not lesions.is_normal(x)]
-
-        nodes = [group for group in lesions.groups if group.before and group.was_normal]
-        return cls(
-            new=disease([group for group in countable if group not in uncertain]),
-            perhaps_new=disease(uncertain),
-            relabelled=disease([group for group in only_later if group.is_relabelled]),
-            grown_nodes=[x for group in nodes if not group.is_normal for x in group.after],
-            pieces=_new_pieces(lesions),
-        )
+def newness_of(lesions: PatientLesions, twins: Sequence[Twins]) -> Newness:
+    """Return what is new; `twins`: lesions that two scans of the follow-up may show."""
+    new, perhaps_new, relabelled = [], [], []
+    for group in lesions.groups:
+        if group.before:
+            continue
+        disease = [lesion for lesion in group.after if not lesions.is_normal(lesion)]
+        if group.is_relabelled:
+            relabelled += disease
+        elif not group.pair.is_doubtful:
+            may_be_seen = _may_be_seen(group, lesions.groups, twins)
+            (perhaps_new if may_be_seen else new).extend(disease)
+    grown = [x for group in lesions.groups if group.is_grown_node for x in group.after]
+    return Newness(new, perhaps_new, relabelled, grown, _new_pieces(lesions))
 
 
-def twins_in(scans: Sequence[Lesions]) -> list[Twins]:
+def twins_of(lesions: PatientLesions) -> dict[str, list[Twins]]:
+    """Return lesions that two scans of the same time may show, by time."""
+    return {
+        "baseline": _twins_in([pair.baseline.lesions for pair in lesions.pairs]),
+        "follow-up": _twins_in([pair.followup.lesions for pair in lesions.pairs]),
+    }
+
+
+def _twins_in(scans: Sequence[Lesions]) -> list[Twins]:
     """Return pairs of lesions in scans of the same time that may be one: same label, near."""
     twins = []
     for scan, other_scan in combinations(scans, 2):

@@ -7,7 +7,7 @@ orientation: the axial planes of the baseline.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -123,35 +123,32 @@ def _with_crumbs(
         normal: (3,) normal of the planes in which all diameters are measured again; None: only
             those of lesions with more parts, in the axial slices. Unknown diameters stay unknown.
     """
-    crumbs = {
-        number: match
-        for match in matches
-        if match.status == "crumb" and (number := match.numbers[side]) is not None
-    }
+    crumbs = {match.numbers[side]: match for match in matches if match.status == "crumb"}
     pieces = {n: [lesion] for n, lesion in enumerate(scan.lesions, start=1) if n not in crumbs}
     parts = {n: [n] for n in pieces}  # in which the diameters are measured
-    for number, match in sorted(crumbs.items()):
-        crumb, whole = scan.lesions[number - 1], match.whole
-        assert whole is not None
-        pieces[whole].append(crumb)
+    crumb_lesions = [lesion for lesion in scan.lesions if lesion.lesion_id in crumbs]
+    for crumb in crumb_lesions:
+        match = crumbs[crumb.lesion_id]
+        assert match.whole is not None
+        pieces[match.whole].append(crumb)
         if (match.overlap_mm3 or 0.0) >= MIN_FRACTION * crumb.volume_mm3:
-            parts[whole].append(number)
-    remeasured = {
-        n: numbers
-        for n, numbers in parts.items()
-        if none_if_nan(pieces[n][0].long_axis_mm) is not None
-        and (normal is not None or len(numbers) > 1)
-    }
-    axes = dict(zip(remeasured, _axes(scan.ids, list(remeasured.values()), normal), strict=True))
-    return ScanLesions(
-        case=scan.case,
-        lesions=[
-            replace(lesion, **_joined([lesion, *others]), **axes.get(n, {}))
-            for n, (lesion, *others) in pieces.items()
-        ],
-        crumbs=[scan.lesions[n - 1] for n in sorted(crumbs)],
-        unit_doubt=scan.unit_doubt,
-    )
+            parts[match.whole].append(crumb.lesion_id)
+    axes = _axes(scan.ids, _remeasured(pieces, parts, normal), normal)
+    lesions = [
+        replace(of_lesion[0], **_joined(of_lesion), **axes.get(n, {}))
+        for n, of_lesion in pieces.items()
+    ]
+    return ScanLesions(scan.case, lesions, crumb_lesions, scan.unit_doubt)
+
+
+def _remeasured(
+    pieces: Mapping[int, Sequence[LesionMeasurement]],
+    parts: Mapping[int, list[int]],
+    normal: np.ndarray | None,
+) -> dict[int, list[int]]:
+    """Return the lesions, with their parts, whose diameters are measured again."""
+    measured = {n for n in parts if none_if_nan(pieces[n][0].long_axis_mm) is not None}
+    return {n: parts[n] for n in parts if n in measured and (normal is not None or parts[n][1:])}
 
 
 def _joined(pieces: Sequence[LesionMeasurement]) -> dict[str, Any]:
@@ -175,16 +172,18 @@ def _joined(pieces: Sequence[LesionMeasurement]) -> dict[str, Any]:
 
 
 def _axes(
-    ids: Volume, groups: Sequence[Sequence[int]], normal: np.ndarray | None
-) -> list[dict[str, Any]]:
-    """Measure long and short axis of groups of numbers; the ends of the axes become unknown."""
-    if not groups:
-        return []
+    ids: Volume, parts: Mapping[int, Sequence[int]], normal: np.ndarray | None
+) -> dict[int, dict[str, Any]]:
+    """Measure long and short axis of lesions in parts; the ends of the axes become unknown."""
+    if not parts:
+        return {}
     ids = ids.canonical()
     numbers, matrix = ids.array, ids.geometry.voxel_steps_mm
     boxes = ndimage.find_objects(numbers)
-    measured = []
-    for members in groups:
+    ends = (f"{axis}_axis_p{n}_ras" for axis in ("long", "short") for n in (0, 1))
+    unknown = dict.fromkeys(("axis_slice", *ends))
+    measured = {}
+    for lesion, members in parts.items():
         sides = zip(*(boxes[number - 1] for number in members), strict=True)
         box = tuple(slice(min(s.start for s in side), max(s.stop for s in side)) for side in sides)
         inside = _inside(numbers[box], members)
@@ -193,9 +192,7 @@ def _axes(
             long_mm, short_mm = sizes.long_mm, sizes.short_mm
         else:
             long_mm, short_mm = section_diameters(inside, matrix, normal)
-        ends = (f"{axis}_axis_p{n}_ras" for axis in ("long", "short") for n in (0, 1))
-        sizes_mm = {"long_axis_mm": long_mm, "short_axis_mm": short_mm}
-        measured.append(dict.fromkeys(("axis_slice", *ends)) | sizes_mm)
+        measured[lesion] = unknown | {"long_axis_mm": long_mm, "short_axis_mm": short_mm}
     return measured
 
 

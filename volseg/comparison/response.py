@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from volseg.columns import column
 from volseg.comparison.changes import difference
-from volseg.comparison.groups import PatientLesions, ScanPair
-from volseg.comparison.newness import Newness, twins_in
+from volseg.comparison.groups import PatientLesions, ScanLesions, ScanPair
+from volseg.comparison.newness import newness_of, twins_of
 from volseg.comparison.questions import open_questions, warnings_of
 from volseg.comparison.rules import (
     SIZE,
@@ -189,11 +189,8 @@ def judge_response(
             axis and are normal below 10 mm.
     """
     lesions = PatientLesions(pairs, lymph_nodes)
-    twins = {
-        "baseline": twins_in([pair.baseline.lesions for pair in pairs]),
-        "follow-up": twins_in([pair.followup.lesions for pair in pairs]),
-    }
-    newness = Newness.of(lesions, twins["follow-up"])
+    twins = twins_of(lesions)
+    newness = newness_of(lesions, twins["follow-up"])
     sums = Sums.of(lesions, lesions.diameter_mm)
     volumes = Sums.of(lesions, lambda lesion: none_if_nan(lesion.volume_ml))
     contradiction, remarks = disagreement(lesions, sums, volumes)
@@ -211,8 +208,8 @@ def judge_response(
     by_volume = replace(evidence, contradiction="", target=target_response(volumes, VOLUME))
     return PatientResponse(
         patient=patient,
-        baseline_case=";".join(pair.baseline.case or "" for pair in pairs),
-        followup_case=";".join(pair.followup.case or "" for pair in pairs),
+        baseline_case=_cases(pair.baseline for pair in pairs),
+        followup_case=_cases(pair.followup for pair in pairs),
         status="done",
         response=response,
         response_rule=rule,
@@ -223,9 +220,17 @@ def judge_response(
         volume_response=overall_response(by_volume)[0],
         **_volumes(lesions),
         **_counts(lesions),
-        tilt_deg=max((pair.tilt_deg for pair in pairs if pair.tilt_deg is not None), default=None),
+        tilt_deg=_largest_tilt_deg(pairs),
         warnings="; ".join([*warnings_of(lesions, newness, twins), *remarks]),
     )
+
+
+def _cases(scans: Iterable[ScanLesions]) -> str:
+    return ";".join(scan.case or "" for scan in scans)
+
+
+def _largest_tilt_deg(pairs: Sequence[ScanPair]) -> float | None:
+    return max((pair.tilt_deg for pair in pairs if pair.tilt_deg is not None), default=None)
 
 
 def _doubts(pairs: Sequence[ScanPair]) -> str:
