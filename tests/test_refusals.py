@@ -464,14 +464,16 @@ def test_a_label_name_of_100_kb_is_refused_and_shortened_in_figures(tmp_path):
     from volseg.pages.figures import overlay_png
 
     volume, ids = nifti.read_volume(image), nifti.read_mask(tmp_path / "mask.nii.gz")
+    from segmented_scans import segmented
+
     from volseg.measurement.lesions import measure_lesions
+    from volseg.postprocessing.lesions import label_lesions
 
     names = {1: "n" * 100_000, 2: "half \ud800 of a pair"}
-    lesions = measure_lesions(
-        volume, ids.array, [1, 2], case_id="a", label_names=names, intensity_unit="HU"
-    )
+    lesions = label_lesions(ids.array, volume.geometry, objects="labels")
+    rows = measure_lesions(segmented(volume, lesions, label_names=names))
     with soon():
-        assert overlay_png(volume, ids.array, lesions, title="t" * 100_000)[:4] == b"\x89PNG"
+        assert overlay_png(volume, ids.array, rows, title="t" * 100_000)[:4] == b"\x89PNG"
 
 
 LONG = "a" * 5000

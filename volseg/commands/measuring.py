@@ -38,6 +38,7 @@ from volseg.io.nifti import MAX_LABELS, read_mask, read_volume
 from volseg.io.nifti_header import read_header
 from volseg.measurement.memory import plan_measuring
 from volseg.measurement.rows import CaseRow
+from volseg.measurement.scan import SegmentedScan
 from volseg.measurement.specks import MeasuredLesions, measure_largest
 from volseg.measurement.units import Unit, judge_unit
 from volseg.options import MeasureOptions, command
@@ -381,10 +382,9 @@ def _refused(
                 math.prod(scan.geometry.shape),
                 scan.dtype.itemsize,
                 mask.dtype.itemsize,
+                settings,
                 process=budget.process,
                 n_cases=n_cases,
-                has_organ=settings.organ is not None,
-                calcium=settings.calcium,
             )
     return budget.refused(plans)
 
@@ -508,21 +508,19 @@ def _measure_case(case: Case, options: _Options) -> _Measured:
     values = [value for value in dict.fromkeys(lesions.labels) if value in node_values]
     nodes = tuple(names[value] for value in values)
     settings = settings.model_copy(update={"lymph_nodes": nodes})
-    measured = measure_largest(
-        scan,
-        lesions.ids,
-        lesions.labels,
+    segmented = SegmentedScan(
         case_id=case.id,
+        image=scan,
+        lesions=lesions,
+        unit=unit,
         label_names=names,
-        intensity_unit=unit.name,
-        unit_doubt=unit.doubt,
         settings=settings,
-        connectivity=CONNECTIVITY if options.objects == "components" else None,
+        organ_voxels=organ_voxels,
     )
     return _Measured(
         scan=scan,
         ids=scan.with_array(lesions.ids),
-        lesions=measured,
+        lesions=measure_largest(segmented),
         unit=unit,
         settings=settings,
         organ_voxels=organ_voxels,
