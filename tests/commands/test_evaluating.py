@@ -12,7 +12,7 @@ from volseg.cli import app
 from volseg.commands import evaluating
 from volseg.errors import VolsegError
 from volseg.evaluation.surface import surface_distances
-from volseg.io.nifti import read_mask, write_volume
+from volseg.io.volumes import read_mask, write_volume
 from volseg.measurement.lesions import measure_lesions
 from volseg.measurement.rows import LesionMeasurement
 from volseg.postprocessing.lesions import label_lesions

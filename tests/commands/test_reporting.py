@@ -13,7 +13,7 @@ from segmented_scans import segmented
 import volseg
 from volseg.commands.pages import write_page, write_report
 from volseg.errors import VolsegError
-from volseg.io.nifti import write_volume
+from volseg.io.volumes import write_volume
 from volseg.measurement.lesions import measure_lesions
 from volseg.measurement.memory import LISTED, PAGE, REPORT
 from volseg.measurement.rows import CaseRow

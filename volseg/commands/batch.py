@@ -20,8 +20,8 @@ from volseg.commands.remarks import remarks_on_scans
 from volseg.errors import ScanError, UnexpectedError, VolsegError
 from volseg.execution.local import Outcome
 from volseg.io.cases import Case
-from volseg.io.nifti import scan_digest, write_volume
-from volseg.io.nifti_header import read_header
+from volseg.io.formats import RESULT_SUFFIX
+from volseg.io.volumes import read_header, scan_digest, write_volume
 from volseg.measurement.rows import CaseRow, LesionMeasurement
 from volseg.measurement.saturation import intensity_warnings
 from volseg.measurement.specks import MeasuredLesions
@@ -48,7 +48,7 @@ class CaseFiles:
     def names(self, case_id: str) -> list[str]:
         """List the files of a case, relative to the output folder."""
         return [
-            *(f"{folder}/{case_id}.nii.gz" for folder in self.folders),
+            *(f"{folder}/{case_id}{RESULT_SUFFIX}" for folder in self.folders),
             *((f"{FIGURES}/{case_id}.png",) if self.figures else ()),
             *self.page_names(case_id),
         ]
@@ -302,7 +302,7 @@ def write_mask(mask: Volume, commit: Commit, folder: str, case_id: str, *, like:
         ScanError: the scan file was replaced since it was read.
     """
     try:
-        write_volume(mask, commit.path(f"{folder}/{case_id}.nii.gz"), like=like)
+        write_volume(mask, commit.path(f"{folder}/{case_id}{RESULT_SUFFIX}"), like=like)
     except ValueError as error:
         raise ScanError(
             f"{like}: was replaced by a scan on another grid while it was being used",

@@ -32,10 +32,11 @@ from volseg.errors import ScanError, VolsegError
 from volseg.execution.local import run
 from volseg.execution.memory import Budget, Peak
 from volseg.inputs import MAX_LABEL, MAX_NAME, label_value, read_json, shorten
-from volseg.io.cases import Case, find_cases, find_scans, read_table
+from volseg.io.cases import Case, read_table
+from volseg.io.formats import RESULT_SUFFIX
 from volseg.io.label_table import read_label_table
-from volseg.io.nifti import MAX_LABELS, read_mask, read_volume
-from volseg.io.nifti_header import read_header
+from volseg.io.layouts import find_cases, find_scans
+from volseg.io.volumes import MAX_LABELS, read_header, read_mask, read_volume
 from volseg.measurement.memory import plan_measuring
 from volseg.measurement.rows import CaseRow
 from volseg.measurement.scan import SegmentedScan
@@ -296,9 +297,8 @@ def _corrected_case(
     assert record is not None
     source = record["source"]
     try:
-        case = Case(
-            name, {"image": Path(source["scan"])}, reference=folder.path / MASKS / f"{name}.nii.gz"
-        )
+        mask = folder.path / MASKS / f"{name}{RESULT_SUFFIX}"
+        case = Case(name, {"image": Path(source["scan"])}, reference=mask)
         options = _Options(
             objects="components",
             label_names={int(value): str(text) for value, text in source["label_names"].items()},
@@ -354,7 +354,7 @@ def _measure_corrected_case(
             inputs=record.get("inputs", ()),
             lesions=measured.lesions,
             source=source,
-            corrected={f"{MASKS}/{name}.nii.gz": measured.sha256[-1]},
+            corrected={f"{MASKS}/{name}{RESULT_SUFFIX}": measured.sha256[-1]},
         )
 
 

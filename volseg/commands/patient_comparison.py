@@ -28,7 +28,7 @@ from volseg.comparison.placement import (
 from volseg.comparison.response import judge_response
 from volseg.errors import ScanError
 from volseg.execution.memory import Peak
-from volseg.io.nifti_header import read_header
+from volseg.io.volumes import read_header
 from volseg.measurement.sections import axial_normal
 from volseg.options import CompareOptions
 from volseg.preprocessing.register import register, registering_bytes

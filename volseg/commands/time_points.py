@@ -17,8 +17,8 @@ from volseg.comparison.pairs import MeasuredScan
 from volseg.errors import ScanError
 from volseg.inputs import read_json
 from volseg.io.files import sha256_of
-from volseg.io.nifti import read_mask, read_volume
-from volseg.io.nifti_header import NiftiHeader, read_header
+from volseg.io.header import ScanHeader
+from volseg.io.volumes import read_header, read_mask, read_volume
 from volseg.measurement.rows import LesionMeasurement
 from volseg.measurement.specks import SPECKS
 from volseg.measurement.units import unit_doubt_in
@@ -95,7 +95,7 @@ class TimePoint:
             )
         return record
 
-    def header_of_ids(self, case: str, record: CaseRecord) -> NiftiHeader:
+    def header_of_ids(self, case: str, record: CaseRecord) -> ScanHeader:
         return read_header(path_of(self.results, case, record.files, LESION_IDS))
 
     def scan_path(self, record: CaseRecord) -> Path | None:
@@ -245,7 +245,7 @@ class MeasuredCase:
         )
 
 
-def scan_bytes(scans: Sequence[NiftiHeader]) -> int:
+def scan_bytes(scans: Sequence[ScanHeader]) -> int:
     """Return the bytes of scans in memory, and of the copy of one whose NaN are filled."""
     with_nan = [scan for scan in scans if scan.dtype.kind == "f"]
     copies = (scan.n_bytes + math.prod(scan.geometry.shape) for scan in with_nan)

@@ -10,7 +10,7 @@ import numpy as np
 from isal import igzip
 from scipy import ndimage
 
-from volseg.io.nifti import volume_bytes
+from volseg.io.volumes import volume_bytes
 from volseg.pages.blocks import Blocks, Factors, Slices, block_ids, block_means, count_ids
 from volseg.pages.windows import CT_RANGE_HU, REACH_MM, Window, scan_window
 from volseg.preprocessing.crop import body_threshold
