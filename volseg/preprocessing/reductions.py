@@ -41,9 +41,7 @@ class LargestWins:
         is_certain = math.log((len(logits) - 1) / doubt) <= float(low) <= float(high) < math.inf
         return first if is_certain else None
 
-    def __call__(
-        self, logits: torch.Tensor, tile: Sequence[Segment]
-    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+    def __call__(self, logits: torch.Tensor, tile: Sequence[Segment]) -> Reduced | None:
         """Reduce logits on prepared voxels to winner and confidence on native ones.
 
         None if all voxels are background.
@@ -111,9 +109,7 @@ class Regions:
         is_background = -math.inf < float(low) <= float(high) <= math.log(DOUBT / (1 - DOUBT))
         return 0 if is_background else None
 
-    def __call__(
-        self, logits: torch.Tensor, tile: Sequence[Segment]
-    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+    def __call__(self, logits: torch.Tensor, tile: Sequence[Segment]) -> Reduced | None:
         """Reduce logits on prepared voxels to winner and confidence on native ones.
 
         None if all voxels are background.
@@ -134,7 +130,7 @@ class Regions:
         return winner, logit.sigmoid_().mul_(CERTAIN).round_().to(torch.uint8)
 
 
-def constant_tile(tile: Sequence[Segment], label: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+def constant_tile(tile: Sequence[Segment], label: int) -> Reduced | None:
     """Return winner and confidence of a tile with one certain label; None for background."""
     if label == 0:
         return None
