@@ -135,15 +135,12 @@ def test_a_mask_has_the_grid_of_the_scan_bit_for_bit(suffix, grid, tmp_path):
     np.testing.assert_array_equal(mask.geometry.affine, geometry.affine)  # exactly
     np.testing.assert_array_equal(mask.array, LABELS)
     moved = geometry.affine + np.array([[0, 0, 0, 1e-3]] * 3 + [[0] * 4])
-    if suffix.startswith(".nii"):
-        with pytest.raises(ValueError, match="another grid"):
-            write_volume(Volume(LABELS, Geometry(SHAPE, moved)), tmp_path / "m.nii.gz", like=scan)
+    with pytest.raises(ValueError, match="another grid"):
+        write_volume(Volume(LABELS, Geometry(SHAPE, moved)), tmp_path / "m.nii.gz", like=scan)
 
 
-@pytest.mark.parametrize("suffix", WRITTEN)
+@pytest.mark.parametrize("suffix", [suffix for suffix in WRITTEN if suffix.endswith("gz")])
 def test_every_flipped_byte_of_a_compressed_file_is_noticed(suffix, tmp_path):
-    if not suffix.endswith("gz"):
-        pytest.skip("not compressed, so there is no checksum")
     path = tmp_path / f"scan{suffix}"
     array = VOXELS[:4, :4, :4]
     write_volume(Volume(array, Geometry(array.shape, oblique((1, 1, 2)))), path)

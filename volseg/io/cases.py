@@ -120,7 +120,7 @@ class Channels:
         allow_missing: a case may lack any channel but the first.
     """
 
-    names: Sequence[str] | None = (ONE_CHANNEL,)
+    names: Sequence[str] | None
     allow_missing: bool = False
 
     def pick(self, available: Mapping[str, Anything], origin: str) -> dict[str, Anything]:

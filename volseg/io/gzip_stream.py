@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import io
 import os
-import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Protocol, cast
 from isal import igzip_lib
 
 from volseg.errors import ScanError
-from volseg.inputs import kind_of, open_regular
+from volseg.inputs import NotAFileError, open_regular
 
 CHUNK_BYTES = 2**18
 GZIP_MAX_RATIO = 1032  # upper bound of deflate compression
@@ -45,16 +44,12 @@ def opened(path: Path, digest: Digest | None = None) -> Iterator[io.RawIOBase]:
 def opened_raw(path: Path, digest: Digest | None = None) -> Iterator[io.RawIOBase]:
     """Open a regular file as it is stored; `digest` as in `opened`."""
     try:
-        mode = os.stat(path).st_mode
-    except (OSError, ValueError) as error:  # ValueError: a name with a zero byte
-        raise _read_refusal(path, error) from error
-    if not stat.S_ISREG(mode):  # reading a pipe or a device might never end
-        text = f"is {kind_of(mode)}, not a file"
-        raise refusal(path, "E_NOTFILE", text, "give the path of a scan")
-    try:
-        with open_regular(path) as buffered:
+        with open_regular(path) as buffered:  # refuses a pipe or a device, which might never end
             file = cast(io.RawIOBase, buffered.raw)
             yield file if digest is None else _Digested(file, digest)
+    except NotAFileError as error:
+        problem = f"is {error.kind}, not a file"
+        raise refusal(path, "E_NOTFILE", problem, "give the path of a scan") from error
     except OSError as error:
         raise _read_refusal(path, error) from error
 
@@ -155,12 +150,10 @@ class _Digested(io.RawIOBase):
         return n
 
 
-def _read_refusal(path: Path, error: OSError | ValueError) -> ScanError:
-    number = error.errno if isinstance(error, OSError) else errno.ENOENT
-    default = ("E_READ", "cannot be read", "check the disk or network share")
-    code, problem, fix = _READ_PROBLEMS.get(number or 0, default)
-    reason = f" ({error.strerror})" if isinstance(error, OSError) and code == "E_READ" else ""
-    return refusal(path, code, problem + reason, fix)
+def _read_refusal(path: Path, error: OSError) -> ScanError:
+    default = ("E_READ", f"cannot be read ({error.strerror})", "check the disk or network share")
+    code, problem, fix = _READ_PROBLEMS.get(error.errno or 0, default)
+    return refusal(path, code, problem, fix)
 
 
 _NOT_THERE = ("E_MISSING", "does not exist", "check the path")
