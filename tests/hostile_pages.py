@@ -8,7 +8,8 @@ from segmented_scans import segmented
 
 from volseg.measurement.lesions import measure_lesions
 from volseg.measurement.rows import CaseRow, LesionMeasurement
-from volseg.pages.preview import make_preview, montage_jpeg
+from volseg.pages.montage import montage_jpeg
+from volseg.pages.preview import make_preview
 from volseg.pages.run_page import report_html
 from volseg.pages.viewer_page import image_budget, viewer_html
 from volseg.postprocessing.lesions import label_lesions

@@ -59,12 +59,19 @@ def table_of_many_channels(folder, n):
     return lambda: find_cases(folder / "cases.csv", None)
 
 
+def times(folder, names):
+    return [
+        SimpleNamespace(name=name, results=folder, case_ids=names)
+        for name in ("baseline", "follow-up")
+    ]
+
+
 def table_of_pairs(folder, n):
     names = [f"p{number}" for number in range(n)]
     (folder / "pairs.csv").write_text(
         "patient,baseline,followup\n" + "".join(f"{name},{name},{name}\n" for name in names)
     )
-    return lambda: read_pairs(folder / "pairs.csv", (folder, folder), (names, names))
+    return lambda: read_pairs(folder / "pairs.csv", times(folder, names))
 
 
 def table_of_one_patient(folder, n):
@@ -72,7 +79,7 @@ def table_of_one_patient(folder, n):
     (folder / "one.csv").write_text(
         "patient,baseline,followup\n" + "".join(f"p,{name},\n" for name in names)
     )
-    return lambda: read_pairs(folder / "one.csv", (folder, folder), (names, names))
+    return lambda: read_pairs(folder / "one.csv", times(folder, names))
 
 
 def remarks(folder, n):

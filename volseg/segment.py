@@ -29,7 +29,7 @@ from volseg.measurement.specks import MeasuredLesions, measure_largest
 from volseg.mismatch import Resemblance, compare_scan
 from volseg.postprocessing.lesions import MANY, Lesions, label_lesions, remove_organ
 from volseg.postprocessing.steps import make_steps
-from volseg.preprocessing.align import completed, to_first_grid
+from volseg.preprocessing.channels import completed, to_first_grid
 from volseg.preprocessing.crop import scaled_box
 from volseg.preprocessing.prepare import Preparation
 from volseg.preprocessing.restore import MaskRestorer

@@ -11,7 +11,8 @@ from hostile_pages import CASE, HOSTILE, lesion, page_of, report_of_all_states, 
 
 from volseg.measurement.rows import CaseRow
 from volseg.pages.model_box import LabelDice, ModelBox
-from volseg.pages.preview import make_preview, montage_jpeg
+from volseg.pages.montage import montage_jpeg
+from volseg.pages.preview import make_preview
 from volseg.pages.run_page import report_html
 from volseg.pages.viewer_page import image_budget, viewer_html
 from volseg.store.results import plain

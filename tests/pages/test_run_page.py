@@ -8,7 +8,7 @@ from browser_visits import Visit
 from hostile_pages import HOSTILE, report_of_all_states, scene
 
 from volseg.measurement.rows import LesionMeasurement
-from volseg.pages.preview import montage_jpeg
+from volseg.pages.montage import montage_jpeg
 from volseg.pages.run_page import report_html
 
 

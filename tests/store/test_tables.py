@@ -10,12 +10,12 @@ from typing import Literal
 import pytest
 
 import volseg
+from volseg.comparison.changes import LesionChange
+from volseg.comparison.response import PatientResponse
 from volseg.evaluation.detection import DetectionRow
 from volseg.evaluation.overlap import OverlapRow
 from volseg.evaluation.validation import ValidationRow
 from volseg.io.csv_text import read_csv
-from volseg.measurement.changes import LesionChange
-from volseg.measurement.response import PatientResponse
 from volseg.measurement.rows import CaseRow, LesionMeasurement
 from volseg.store.tables import cell, table, typed_row
 from volseg.training.loop import Epoch

@@ -389,7 +389,7 @@ def failure_reason(outputs: OutputFolder, name: str, error: VolsegError) -> str:
 def check_pair(image: Volume, mask: Volume, image_name: str, mask_name: str) -> None:
     difference = image.geometry.difference(mask.geometry)
     if difference:
-        overlap = image.geometry.fraction_inside(mask.geometry)
+        overlap = mask.geometry.fraction_inside(image.geometry)
         raise ScanError(
             f"{mask_name}: is not on the grid of its scan {image_name}: {difference}; "
             f"{overlap:.0%} of it lies within the scan",

@@ -8,6 +8,8 @@ from pathlib import Path
 from volseg.columns import columns_of
 from volseg.commands.batch import check_pair
 from volseg.commands.preparing import PREPARED_FILE, read_training_case
+from volseg.comparison.changes import LesionChange
+from volseg.comparison.response import PatientResponse
 from volseg.errors import VolsegError
 from volseg.evaluation.detection import DetectionRow
 from volseg.evaluation.overlap import OverlapRow
@@ -16,8 +18,6 @@ from volseg.inputs import read_json
 from volseg.io.cases import Case
 from volseg.io.layouts import survey_cases
 from volseg.io.volumes import read_header, read_mask, read_volume
-from volseg.measurement.changes import LesionChange
-from volseg.measurement.response import PatientResponse
 from volseg.measurement.rows import CaseRow, LesionMeasurement
 from volseg.measurement.units import judge_unit
 from volseg.postprocessing.steps import make_steps

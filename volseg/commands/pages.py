@@ -49,7 +49,9 @@ def write_page(
         unit: intensity unit of the scan.
         box: description of the model, if one was used.
     """
-    from volseg.pages.preview import lesion_points, make_preview, montage_jpeg
+    from volseg.pages.marks import lesion_points
+    from volseg.pages.montage import montage_jpeg
+    from volseg.pages.preview import make_preview
     from volseg.pages.viewer_page import MAX_VIEWER_ROWS, image_budget, viewer_html
 
     row = plain(case) if isinstance(case, CaseRow) else case
@@ -59,7 +61,7 @@ def write_page(
     largest = max(rows, key=lambda lesion: lesion.get("n_voxels") or 0, default=None)
     point_mm, extent_mm = None, 0.0
     if largest is not None:
-        point_mm = lesion_points(preview, [largest]).get(largest["lesion_id"])
+        point_mm = lesion_points(preview.ids, [largest]).get(largest["lesion_id"])
         extent_mm = _extent_mm(preview.ids, largest["lesion_id"])
     montage = montage_jpeg(scan, ids, window=preview.window, point_mm=point_mm, extent_mm=extent_mm)
     page = viewer_html(row, rows, preview, montage, unit=unit, box=box)

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
-from volseg.measurement.changes import LesionChange
-from volseg.measurement.response import PatientResponse
+from volseg.comparison.changes import LesionChange
+from volseg.comparison.response import PatientResponse
 from volseg.pages.page import CONTENT_BYTES, json_size
 from volseg.pages.page_tables import CHANGE_COLUMNS, RESPONSE_COLUMNS, fitting_table
 from volseg.pages.run_page import failures, render_run_page, unprocessed

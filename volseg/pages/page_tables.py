@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from volseg.columns import columns_of
-from volseg.measurement.changes import LesionChange
-from volseg.measurement.response import PatientResponse
+from volseg.comparison.changes import LesionChange
+from volseg.comparison.response import PatientResponse
 from volseg.measurement.rows import CaseRow, LesionMeasurement
 from volseg.measurement.units import shown_unit, unit_doubt_in
 from volseg.pages.page import json_size, json_value

@@ -13,6 +13,7 @@ from volseg import __version__
 from volseg.measurement.rows import LesionMeasurement
 from volseg.pages.histogram import histogram_svg
 from volseg.pages.model_box import ModelBox, Similarity, similarity_of_run
+from volseg.pages.montage import smaller_jpeg
 from volseg.pages.page import CONTENT_BYTES, as_base64, json_size, render_page
 from volseg.pages.page_tables import (
     LESION_COLUMNS,
@@ -21,7 +22,6 @@ from volseg.pages.page_tables import (
     scan_table,
     with_doubts,
 )
-from volseg.pages.preview import smaller_jpeg
 from volseg.words import format_count, format_number
 
 PICTURE_BYTES = 3_000_000  # all pictures together, before base64

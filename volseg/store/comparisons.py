@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from volseg.measurement.changes import LesionChange
-from volseg.measurement.response import PatientResponse
+from volseg.comparison.changes import LesionChange
+from volseg.comparison.response import PatientResponse
 from volseg.store.outputs import Commit
 from volseg.store.results import RecordFolder, plain
 

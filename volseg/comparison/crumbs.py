@@ -7,8 +7,9 @@ from itertools import product
 
 import numpy as np
 
+from volseg.comparison.label_names import label_of
+from volseg.comparison.targets import none_if_nan
 from volseg.measurement.rows import LesionMeasurement
-from volseg.measurement.targets import label_of, none_if_nan
 from volseg.volume import BoundingBox, slabs_of
 
 # Between a crumb and its lesion, two voxels may be missing along an axis if they are at most 3 mm,
