@@ -28,7 +28,7 @@ from volseg.comparison.placement import (
 from volseg.comparison.response import judge_response
 from volseg.errors import ScanError
 from volseg.execution.memory import Peak
-from volseg.io.nifti_header import read_header
+from volseg.io.nifti_header import NiftiHeader, read_header
 from volseg.measurement.sections import axial_normal
 from volseg.options import CompareOptions
 from volseg.preprocessing.register import register, registering_bytes
@@ -56,6 +56,11 @@ class PatientComparison:
     @property
     def name(self) -> str:
         return self.patient.name
+
+    @property
+    def picture(self) -> str:
+        """Name of the picture's file."""
+        return f"figures/{self.name}.png"
 
     @property
     def key(self) -> str:
@@ -100,12 +105,9 @@ class PatientComparison:
         if len(scans) == 2 and self.options.figures:
             work["figure"] = PICTURE_BYTES * math.prod(scans[1].geometry.shape)
         largest = max(work, key=lambda name: work[name])
-        # Filling NaN copies a scan, reading copies a mask.
-        floats = [scan for scan in scans if scan.dtype.kind == "f"]
-        copies = (scan.n_bytes + math.prod(scan.geometry.shape) for scan in floats)
-        scan_bytes = sum(scan.n_bytes for scan in scans) + max(copies, default=0)
+        # Reading a mask copies it.
         mask_bytes = sum(mask.mask_bytes for mask in masks) + max(mask.n_bytes for mask in masks)
-        parts = {"process": process, "scans": scan_bytes, "masks": mask_bytes}
+        parts = {"process": process, "scans": _scan_bytes(scans), "masks": mask_bytes}
         return Peak(parts | {largest: work[largest]})
 
     @property
@@ -138,7 +140,7 @@ class PatientComparison:
             if pictures := [scans.picture for scans in compared if scans.picture]:
                 from volseg.pages.comparison_figures import stack_pngs
 
-                commit.write(f"figures/{self.name}.png", stack_pngs(pictures))
+                commit.write(self.picture, stack_pngs(pictures))
             rows = self._changes(pairs)
             results.commit(response, commit, key=self.key, inputs=self.inputs, lesions=rows)
 
@@ -223,6 +225,13 @@ class _Compared:
     columns: Mapping[str, Any]
     warnings: Sequence[str]
     picture: bytes | None = None
+
+
+def _scan_bytes(scans: Sequence[NiftiHeader]) -> int:
+    """Return the bytes of scans in memory, and of the copy of one whose NaN are filled."""
+    with_nan = [scan for scan in scans if scan.dtype.kind == "f"]
+    copies = (scan.n_bytes + math.prod(scan.geometry.shape) for scan in with_nan)
+    return sum(scan.n_bytes for scan in scans) + max(copies, default=0)
 
 
 def _of_scan(warning: str, pair: ScanPair) -> str:
