@@ -20,7 +20,8 @@ import numpy as np
 
 import volseg
 from volseg.evaluation.roc import auc
-from volseg.io.cases import Case, find_cases
+from volseg.io.cases import Case
+from volseg.io.layouts import find_cases
 
 
 def main() -> None:

@@ -24,7 +24,7 @@ import numpy as np
 from volseg.bundle import load_bundle
 from volseg.execution.cpu import release_large_blocks
 from volseg.inference.backend import Backend
-from volseg.io.nifti import read_volume
+from volseg.io.volumes import read_volume
 from volseg.segment import load_model, segment_case
 
 

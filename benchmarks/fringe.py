@@ -19,7 +19,7 @@ import numpy as np
 from tilt import cases_of, measure, rows_of
 
 import volseg
-from volseg.io.nifti import read_mask, read_volume
+from volseg.io.volumes import read_mask, read_volume
 from volseg.volume import Volume
 
 CUTS = {"first axis": (0,), "second": (1,), "third": (2,), "all three": (0, 1, 2)}

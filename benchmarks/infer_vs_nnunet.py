@@ -130,7 +130,7 @@ def make_scan(
     classes: int = 2,
 ) -> None:
     """Write a noisy elliptic body in air, with balls of the densities of `nnunet_model.py`."""
-    from volseg.io.nifti import write_volume
+    from volseg.io.volumes import write_volume
     from volseg.volume import Geometry, Volume
 
     rng = np.random.default_rng(0)
@@ -157,7 +157,7 @@ def agreement(first: Path, second: Path) -> tuple[float, float]:
 
     Foreground is what is foreground in either mask.
     """
-    from volseg.io.nifti import read_mask
+    from volseg.io.volumes import read_mask
 
     a, b = read_mask(first).array, read_mask(second).array
     foreground = (a > 0) | (b > 0)

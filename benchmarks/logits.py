@@ -23,7 +23,7 @@ from volseg.inference.backend import Backend
 from volseg.inference.export import batch_shape_of, convert
 from volseg.inference.openvino_backend import OpenVINOBackend, find_half_type
 from volseg.inference.torch_backend import TorchBackend
-from volseg.io.nifti import read_volume
+from volseg.io.volumes import read_volume
 from volseg.preprocessing.prepare import Preparation
 
 

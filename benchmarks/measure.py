@@ -31,7 +31,7 @@ def peak():
 VOLSEG = (
     COMMON
     + """
-from volseg.io.nifti import read_mask, read_volume
+from volseg.io.volumes import read_mask, read_volume
 from volseg.measurement.lesions import measure_lesions
 from volseg.measurement.shape import _cubes
 from volseg.postprocessing.lesions import label_lesions

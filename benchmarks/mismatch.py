@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 import volseg
-from volseg.io.nifti import read_volume, write_volume
+from volseg.io.volumes import read_volume, write_volume
 from volseg.measurement.units import judge_unit
 from volseg.volume import Volume
 

@@ -27,7 +27,7 @@ import json, resource, sys, time
 import numpy as np
 from volseg.execution.cpu import keep_freed_memory
 keep_freed_memory()
-from volseg.io.nifti import read_mask, read_volume
+from volseg.io.volumes import read_mask, read_volume
 from volseg.preprocessing.normalise import Window
 from volseg.preprocessing.prepare import PrepareSettings, prepare, prepare_mask
 from volseg.preprocessing.resample import resample, resampled_shape
@@ -88,7 +88,7 @@ print(json.dumps({"wall": wall, "rss": rss, "shape": data.shape[1:]}))
 
 def make_scan(folder: Path) -> None:
     """Write `ct.nii.gz`, a noisy body in air with an organ and a lesion, and `mask.nii.gz`."""
-    from volseg.io.nifti import write_volume
+    from volseg.io.volumes import write_volume
     from volseg.volume import Geometry, Volume
 
     rng = np.random.default_rng(0)

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 import volseg
-from volseg.io.nifti import read_volume, write_volume
+from volseg.io.volumes import read_volume, write_volume
 
 THRESHOLD = 90
 SUBJECT = "example_ct_sm_fast"

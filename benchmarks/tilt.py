@@ -25,7 +25,7 @@ import numpy as np
 from scipy import ndimage
 
 import volseg
-from volseg.io.nifti import read_mask, read_volume, write_volume
+from volseg.io.volumes import read_mask, read_volume, write_volume
 from volseg.volume import Geometry, Rigid, Volume
 
 AXES = ("long", "short")

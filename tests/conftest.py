@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from laws import ball, lps, oblique, ras
 
-from volseg.io.nifti import write_volume
+from volseg.io.volumes import write_volume
 from volseg.recipe import parse_recipe
 from volseg.volume import Geometry, Volume
 

@@ -4,6 +4,7 @@ from dataclasses import fields
 
 import numpy as np
 from laws import ball, centre_mm, grid_around, oblique
+from segmented_scans import segmented
 
 from volseg.measurement.lesions import measure_lesions
 from volseg.measurement.rows import CaseRow, LesionMeasurement
@@ -45,9 +46,7 @@ def scene(affine=None, radii=(8, 5, 3), n_small=0):
     scan = Volume(np.asfortranarray(array.astype(np.int16)), geometry)
     lesions = label_lesions(mask, geometry)
     names = {1: HOSTILE, 2: "speck"}
-    rows = measure_lesions(
-        scan, lesions.ids, lesions.labels, case_id=HOSTILE, label_names=names, intensity_unit="HU"
-    )
+    rows = measure_lesions(segmented(scan, lesions, case_id=HOSTILE, label_names=names))
     return scan, lesions.ids, [plain(row) for row in rows], centres
 
 

@@ -29,7 +29,7 @@ from nnunet_folder import write_model
 import volseg
 from volseg import cli
 from volseg.bundle import ModelBundle, save_bundle
-from volseg.io.nifti import write_volume
+from volseg.io.volumes import write_volume
 from volseg.networks import build_segmentation, unique_tensors
 from volseg.planning import DatasetFingerprint, IntensityStatistics, Plan
 from volseg.recipe import Window, parse_recipe

@@ -12,7 +12,8 @@ from volseg.commands.patients import read_pairs
 from volseg.commands.remarks import remarks_on_scans
 from volseg.errors import VolsegError
 from volseg.inputs import parse_json, read_toml
-from volseg.io.cases import Case, find_cases
+from volseg.io.cases import Case
+from volseg.io.layouts import find_cases
 from volseg.nnunet.plans import Dataset, configuration_of
 from volseg.store.results import State
 

@@ -23,8 +23,9 @@ from nnunet_folder import architecture, checkpoint, configuration, plans, state_
 
 from volseg import cli
 from volseg.bundle import load_bundle
-from volseg.io import nifti, nifti_header
-from volseg.io.cases import ID_PATTERN, find_scans
+from volseg.io import header, volumes
+from volseg.io.cases import ID_PATTERN
+from volseg.io.layouts import find_scans
 from volseg.networks import build_network
 from volseg.recipe import SpacingMm, shipped_recipes
 from volseg.terminal import printing
@@ -166,7 +167,7 @@ def test_a_scan_whose_prepared_grid_would_be_too_fine_is_a_failed_row(bundle, tm
     values = np.random.default_rng(0).integers(-1000, 300, (400, 400, 40)).astype(np.int16)
     geometry = Geometry(values.shape, np.diag([1.0, 1, 5, 1]))
     volume = Volume(np.asfortranarray(values), geometry)
-    nifti.write_volume(volume, tmp_path / "scan.nii.gz")
+    volumes.write_volume(volume, tmp_path / "scan.nii.gz")
     options = ["--model", bundle, "--out", tmp_path / "out", "--backend", "torch"]
     refused("infer", tmp_path / "scan.nii.gz", *options, code=4, words="E_RAM.*machine has")
 
@@ -314,8 +315,8 @@ def test_a_recipe_that_would_take_all_memory_is_refused_before_it_takes_any(
 def test_recipes_and_scans_have_the_same_limits_of_spacing():
     bounds = {type(bound).__name__: bound for bound in SpacingMm.__metadata__[0].metadata}
     assert (bounds["Ge"].ge, bounds["Le"].le) == (
-        nifti_header.MIN_SPACING_MM,
-        nifti_header.MAX_SPACING_MM,
+        header.MIN_SPACING_MM,
+        header.MAX_SPACING_MM,
     )
 
 
@@ -463,15 +464,17 @@ def test_a_label_name_of_100_kb_is_refused_and_shortened_in_figures(tmp_path):
         assert len(text) < 1000
     from volseg.pages.figures import overlay_png
 
-    volume, ids = nifti.read_volume(image), nifti.read_mask(tmp_path / "mask.nii.gz")
+    volume, ids = volumes.read_volume(image), volumes.read_mask(tmp_path / "mask.nii.gz")
+    from segmented_scans import segmented
+
     from volseg.measurement.lesions import measure_lesions
+    from volseg.postprocessing.lesions import label_lesions
 
     names = {1: "n" * 100_000, 2: "half \ud800 of a pair"}
-    lesions = measure_lesions(
-        volume, ids.array, [1, 2], case_id="a", label_names=names, intensity_unit="HU"
-    )
+    lesions = label_lesions(ids.array, volume.geometry, objects="labels")
+    rows = measure_lesions(segmented(volume, lesions, label_names=names))
     with soon():
-        assert overlay_png(volume, ids.array, lesions, title="t" * 100_000)[:4] == b"\x89PNG"
+        assert overlay_png(volume, ids.array, rows, title="t" * 100_000)[:4] == b"\x89PNG"
 
 
 LONG = "a" * 5000

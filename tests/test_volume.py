@@ -5,7 +5,8 @@ from hypothesis import strategies as st
 from laws import GRIDS, centre_mm, oblique, orientations, ras
 from scipy.spatial.transform import Rotation
 
-from volseg.volume import BoundingBox, Geometry, Rigid, Volume
+from volseg import volume as volume_module
+from volseg.volume import BoundingBox, Geometry, Rigid, Volume, angle_deg, slabs_of
 
 SPACING_MM = (0.7, 0.9, 2.5)
 SHAPE = (7, 8, 9)
@@ -80,6 +81,17 @@ def test_the_box_around_a_mask_is_tight_and_widens_up_to_the_border():
     assert BoundingBox.around(np.zeros(SHAPE)) is None
 
 
+@pytest.mark.parametrize("layout", ["C", "F"])
+def test_the_box_of_slabs_is_the_box_of_the_whole_array(layout, monkeypatch):
+    monkeypatch.setattr(volume_module, "slabs_of", lambda array: slabs_of(array, 40))
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        array = np.asarray(rng.random((9, 8, 7)) > 0.99, order=layout)
+        box = BoundingBox.of_voxels(np.argwhere(array)) if array.any() else None
+        assert BoundingBox.around(array) == box
+        assert BoundingBox.where(lambda part, array=array: array[part], array) == box
+
+
 def test_the_hull_of_two_boxes_holds_both():
     one, other = BoundingBox((0, 3, 4), (2, 4, 5)), BoundingBox((1, 0, 5), (6, 1, 9))
     assert one.hull(other) == other.hull(one) == BoundingBox((0, 0, 4), (6, 4, 9))
@@ -141,6 +153,12 @@ def test_the_angle_of_a_rigid_transform_does_not_depend_on_axis_and_centre(angle
     # The cosine near 0° and 180° holds half of the digits.
     assert Rigid.about(centre, rotation, centre).angle_deg == pytest.approx(angle_deg, abs=1e-5)
     assert Rigid.identity().angle_deg == 0
+
+
+@pytest.mark.parametrize("angle", [0, 1e-6, 30, 90, 179.999999, 180])
+def test_the_angle_between_directions_of_any_length(angle):
+    c, s = np.cos(np.deg2rad(angle)), np.sin(np.deg2rad(angle))
+    assert angle_deg(np.array([5.0, 0, 0]), np.array([c, 0, s])) == pytest.approx(angle, abs=1e-12)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import numpy as np
 
 import volseg
 from volseg.io.files import sha256_of
-from volseg.io.nifti import write_volume
+from volseg.io.volumes import write_volume
 from volseg.store.records import record_files
 from volseg.volume import Geometry, Rigid, Volume
 

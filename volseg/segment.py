@@ -31,9 +31,10 @@ from volseg.inference.stream import Tiling, predict_slabs
 from volseg.inference.tiles import thinnest_axis, widest
 from volseg.inference.torch_backend import TorchBackend
 from volseg.measurement.rows import LesionMeasurement
-from volseg.measurement.specks import MeasuredLesions, Specks, measure_largest
+from volseg.measurement.scan import SegmentedScan
+from volseg.measurement.specks import MeasuredLesions, measure_largest
 from volseg.mismatch import Resemblance, compare_scan
-from volseg.postprocessing.lesions import CONNECTIVITY, MANY, label_lesions, remove_organ
+from volseg.postprocessing.lesions import MANY, label_lesions, remove_organ
 from volseg.postprocessing.steps import make_steps
 from volseg.preprocessing.channels import completed, to_first_grid
 from volseg.preprocessing.crop import scaled_box
@@ -61,16 +62,23 @@ class CaseResult:
     """The result for one scan: masks on its own grid and a row per lesion, largest first."""
 
     mask: Volume  # label values of the recipe
-    lesion_ids: Volume  # 1 = largest
-    lesions: Sequence[LesionMeasurement]  # of a noisy mask only the largest; see `specks`
+    measured: MeasuredLesions
     resemblance: Resemblance  # to the training scans of the model
-    organ_voxels: int | None = None  # of the organ's label; None without an organ
-    specks: Specks | None = None
 
     @property
-    def measured(self) -> MeasuredLesions:
-        """All lesions; their rows are made on demand."""
-        return MeasuredLesions(self.lesions, self.specks)
+    def lesions(self) -> Sequence[LesionMeasurement]:
+        """Lesions with every column: of a noisy mask only the largest."""
+        return self.measured.largest
+
+    @property
+    def lesion_ids(self) -> Volume:
+        """Number of the lesion in each voxel, 1 for the largest."""
+        return self.measured.lesion_ids
+
+    @property
+    def organ_voxels(self) -> int | None:
+        """Voxels of the organ, lesions excluded; None without an organ."""
+        return self.measured.scan.organ_voxels
 
 
 def load_model(
@@ -167,29 +175,19 @@ def segment_case(
             if resemblance.unit.doubt
             else classify_lesions(scan, lesions.ids, model.classifier, recipe.classify, most=MANY)
         )
-    measured = measure_largest(
-        scan,
-        lesions.ids,
-        lesions.labels,
+    segmented = SegmentedScan(
         case_id=case_id,
+        image=scan,
+        lesions=lesions,
+        unit=resemblance.unit,
         label_names=recipe.data.label_names,
-        intensity_unit=resemblance.unit.name,
-        unit_doubt=resemblance.unit.doubt,
+        settings=recipe.measure,
+        organ_voxels=organ_voxels,
         confidence=confidence,
         classes=classes,
-        settings=recipe.measure,
-        connectivity=CONNECTIVITY,
         model=model.bundle.name,
     )
-    ids = scan.with_array(lesions.ids)
-    return CaseResult(
-        mask=scan.with_array(mask),
-        lesion_ids=ids,
-        lesions=measured.largest,
-        resemblance=resemblance,
-        organ_voxels=organ_voxels,
-        specks=measured.specks,
-    )
+    return CaseResult(scan.with_array(mask), measure_largest(segmented), resemblance)
 
 
 def patch_bytes(model: Model) -> int:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
+from operator import lt, sub
 
 import numpy as np
 
@@ -106,26 +107,36 @@ class Geometry:
         object.__setattr__(self, "affine", affine)
 
     @property
+    def voxel_steps_mm(self) -> np.ndarray:
+        """(3, 3): the step in RAS mm of one voxel along each array axis, in columns."""
+        return self.affine[:3, :3]
+
+    @property
     def spacing_mm(self) -> tuple[float, float, float]:
         """Distance in mm between neighbouring voxel centres along each array axis."""
-        i, j, k = np.linalg.norm(self.affine[:3, :3], axis=0).tolist()
+        i, j, k = np.linalg.norm(self.voxel_steps_mm, axis=0).tolist()
         return i, j, k
+
+    @property
+    def directions(self) -> np.ndarray:
+        """(3, 3): the unit vector in RAS of each array axis, in columns."""
+        return self.voxel_steps_mm / np.array(self.spacing_mm)
 
     @property
     def voxel_volume_mm3(self) -> float:
         """|det A₃ₓ₃|: unlike the product of the spacings, exact for sheared grids too."""
-        return float(abs(np.linalg.det(self.affine[:3, :3])))
+        return float(abs(np.linalg.det(self.voxel_steps_mm)))
 
     @property
     def axis_codes(self) -> str:
         """Anatomical direction of each array axis, e.g. `LPS`."""
         return "".join(
-            "RAS"[world] if sign > 0 else "LPI"[world] for world, sign in self._directions()
+            "RAS"[world] if sign > 0 else "LPI"[world] for world, sign in self._nearest_axes()
         )
 
-    def _directions(self) -> list[tuple[int, int]]:
+    def _nearest_axes(self) -> list[tuple[int, int]]:
         """Return (world axis, sign) of each array axis, maximising the sum of |cosine|."""
-        cosines = self.affine[:3, :3] / np.array(self.spacing_mm)
+        cosines = self.directions
         orders = [order for order in product(range(3), repeat=3) if len(set(order)) == 3]
         best = max(
             orders,
@@ -135,11 +146,11 @@ class Geometry:
 
     def to_world_mm(self, indices: np.ndarray) -> np.ndarray:
         """Convert (N, 3) voxel indices to (N, 3) RAS mm."""
-        return indices @ self.affine[:3, :3].T + self.affine[:3, 3]
+        return indices @ self.voxel_steps_mm.T + self.affine[:3, 3]
 
     def to_index(self, points_mm: np.ndarray) -> np.ndarray:
         """Convert (N, 3) RAS mm to (N, 3) fractional voxel indices; inverts `to_world_mm`."""
-        return np.linalg.solve(self.affine[:3, :3], (points_mm - self.affine[:3, 3]).T).T
+        return np.linalg.solve(self.voxel_steps_mm, (points_mm - self.affine[:3, 3]).T).T
 
     @property
     def centre_mm(self) -> np.ndarray:
@@ -316,67 +327,79 @@ class BoundingBox:
     @classmethod
     def of(cls, slices: Sequence[slice]) -> BoundingBox:
         """Return the box of three slices with a start and a stop, as `find_objects` gives them."""
-        i, j, k = slices
-        return cls((i.start, j.start, k.start), (i.stop, j.stop, k.stop))
+        return cls(_triple(side.start for side in slices), _triple(side.stop for side in slices))
 
     @classmethod
     def of_voxels(cls, voxels: np.ndarray) -> BoundingBox:
         """Return the smallest box of voxel indices (N, 3), N ≥ 1."""
-        (i, j, k), (i_last, j_last, k_last) = (
-            voxels.min(axis=0).tolist(),
-            voxels.max(axis=0).tolist(),
-        )
-        return cls((i, j, k), (i_last + 1, j_last + 1, k_last + 1))
+        return cls(_triple(voxels.min(axis=0)), _triple(voxels.max(axis=0) + 1))
 
     @classmethod
     def around(cls, mask: np.ndarray) -> BoundingBox | None:
         """Return the smallest box of the non-zero voxels of (I, J, K); None if there is none."""
-        start, stop = [], []
-        for axis in range(3):
-            other_axes = tuple(other for other in range(3) if other != axis)
-            filled = np.flatnonzero(mask.any(axis=other_axes))
-            if filled.size == 0:
-                return None
-            start.append(int(filled[0]))
-            stop.append(int(filled[-1]) + 1)
-        return cls((start[0], start[1], start[2]), (stop[0], stop[1], stop[2]))
+        return cls.where(lambda part: mask[part], mask)
+
+    @classmethod
+    def where(
+        cls, test: Callable[[tuple[slice, slice, slice]], np.ndarray], array: np.ndarray
+    ) -> BoundingBox | None:
+        """Return the smallest box of the voxels of (I, J, K) that pass a test; None if none does.
+
+        Args:
+            test: slices of one slab of the array → array of the shape of that slab, 0 if it fails.
+        """
+        profiles = [np.zeros(n, bool) for n in array.shape]
+        for part in slabs_of(array):
+            passed = test(part)
+            for axis, slab in enumerate(part):
+                others = tuple(other for other in range(3) if other != axis)
+                profiles[axis][slab] |= passed.any(axis=others)
+        if not profiles[0].any():
+            return None
+        ends = [np.flatnonzero(profile)[[0, -1]] for profile in profiles]
+        return cls(_triple(first for first, _ in ends), _triple(last + 1 for _, last in ends))
 
     def widened(self, margin: Sequence[int], shape: Sequence[int]) -> BoundingBox:
         """Return the box with a margin of voxels on both sides of each axis, within the grid."""
-        i, j, k = (max(0, a - m) for a, m in zip(self.start, margin, strict=True))
-        ends = zip(self.stop, margin, shape, strict=True)
-        i_stop, j_stop, k_stop = (min(n, b + m) for b, m, n in ends)
-        return BoundingBox((i, j, k), (i_stop, j_stop, k_stop))
+        start = (max(0, a - m) for a, m in zip(self.start, margin, strict=True))
+        stop = (min(n, b + m) for b, m, n in zip(self.stop, margin, shape, strict=True))
+        return BoundingBox(_triple(start), _triple(stop))
 
     def shifted(self, by: Sequence[int]) -> BoundingBox:
         """Return the box moved by a number of voxels along each axis."""
-        i, j, k = (a + n for a, n in zip(self.start, by, strict=True))
-        i_stop, j_stop, k_stop = (b + n for b, n in zip(self.stop, by, strict=True))
-        return BoundingBox((i, j, k), (i_stop, j_stop, k_stop))
+        return BoundingBox(_triple(np.add(self.start, by)), _triple(np.add(self.stop, by)))
 
     def hull(self, other: BoundingBox) -> BoundingBox:
         """Return the smallest box that holds both boxes."""
-        i, j, k = map(min, self.start, other.start)
-        i_stop, j_stop, k_stop = map(max, self.stop, other.stop)
-        return BoundingBox((i, j, k), (i_stop, j_stop, k_stop))
+        start, stop = map(min, self.start, other.start), map(max, self.stop, other.stop)
+        return BoundingBox(_triple(start), _triple(stop))
 
     def intersection(self, other: BoundingBox) -> BoundingBox | None:
         """Return the box of the voxels in both boxes; None if they do not overlap."""
-        i, j, k = (max(a, b) for a, b in zip(self.start, other.start))
-        i_stop, j_stop, k_stop = (min(a, b) for a, b in zip(self.stop, other.stop))
-        if i >= i_stop or j >= j_stop or k >= k_stop:
-            return None
-        return BoundingBox((i, j, k), (i_stop, j_stop, k_stop))
+        start = _triple(map(max, self.start, other.start))
+        stop = _triple(map(min, self.stop, other.stop))
+        return BoundingBox(start, stop) if all(map(lt, start, stop)) else None
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        i, j, k = (b - a for a, b in zip(self.start, self.stop))
-        return i, j, k
+        return _triple(map(sub, self.stop, self.start))
 
     @property
     def slices(self) -> tuple[slice, slice, slice]:
-        i, j, k = (slice(a, b) for a, b in zip(self.start, self.stop))
+        i, j, k = map(slice, self.start, self.stop)
         return i, j, k
+
+
+def _triple(numbers: Iterable[int]) -> tuple[int, int, int]:
+    i, j, k = map(int, numbers)
+    return i, j, k
+
+
+def angle_deg(first: np.ndarray, second: np.ndarray) -> float:
+    """Return the angle in degrees between two directions (3,), 0 to 180."""
+    # With the sine too: near 0 the cosine alone loses half of its digits.
+    sine = float(np.linalg.norm(np.cross(first, second)))
+    return math.degrees(math.atan2(sine, float(first @ second)))
 
 
 def slowest_axis(array: np.ndarray) -> int:

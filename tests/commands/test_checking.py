@@ -5,7 +5,7 @@ import numpy as np
 
 import volseg
 from volseg.commands import table_columns
-from volseg.io.nifti import read_mask, write_volume
+from volseg.io.volumes import read_mask, write_volume
 
 
 def test_a_good_dataset_model_recipe_and_scan_have_no_problem(dataset, model):

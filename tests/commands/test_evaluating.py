@@ -4,6 +4,7 @@ import json
 import numpy as np
 import pytest
 from laws import ball, grid_around, oblique
+from segmented_scans import segmented
 from typer.testing import CliRunner
 
 import volseg
@@ -11,7 +12,7 @@ from volseg.cli import app
 from volseg.commands import evaluating
 from volseg.errors import VolsegError
 from volseg.evaluation.surface import surface_distances
-from volseg.io.nifti import read_mask, write_volume
+from volseg.io.volumes import read_mask, write_volume
 from volseg.measurement.lesions import measure_lesions
 from volseg.measurement.rows import LesionMeasurement
 from volseg.postprocessing.lesions import label_lesions
@@ -179,10 +180,8 @@ def study(tmp_path):
         lesions = label_lesions(guesses[name].astype(np.uint8), geometry)
         confidence = sum(inside * value for inside, value in confidences).astype(np.float32)
         scan = Volume(np.zeros(geometry.shape, np.int16), geometry)
-        measured += measure_lesions(
-            scan, lesions.ids, lesions.labels,
-            case_id=name, label_names={1: "tumour"}, intensity_unit="HU", confidence=confidence,
-        )  # fmt: skip
+        options = {"case_id": name, "label_names": {1: "tumour"}, "confidence": confidence}
+        measured += measure_lesions(segmented(scan, lesions, **options))
     with (tmp_path / "data" / "cases.csv").open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows(lines)
     with (tmp_path / "results" / "lesions.csv").open("wb") as file:

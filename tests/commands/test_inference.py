@@ -10,8 +10,7 @@ from laws import CountingBackend
 import volseg
 from volseg.bundle import load_bundle, save_bundle
 from volseg.errors import VolsegError
-from volseg.io.nifti import read_mask, read_volume, write_volume
-from volseg.io.nifti_header import read_geometry
+from volseg.io.volumes import read_header, read_mask, read_volume, write_volume
 from volseg.volume import Geometry, Volume
 
 
@@ -42,9 +41,9 @@ def results(dataset, model, tmp_path_factory):
 
 def test_masks_come_back_bit_for_bit_on_the_scans_grid_with_the_original_values(results, dataset):
     for name in ("scan_6", "scan_7"):
-        scan = read_geometry(dataset / "images" / f"{name}.nii.gz")
+        scan = read_header(dataset / "images" / f"{name}.nii.gz").geometry
         for folder in ("masks", "lesion_ids"):
-            geometry = read_geometry(results / folder / f"{name}.nii.gz")
+            geometry = read_header(results / folder / f"{name}.nii.gz").geometry
             assert geometry.shape == scan.shape
             np.testing.assert_array_equal(geometry.affine, scan.affine)
         mask = read_mask(results / "masks" / f"{name}.nii.gz")

@@ -10,7 +10,7 @@ from laws import ball, grid_around, oblique, real_data
 import volseg
 from volseg.commands.measuring import read_label_names
 from volseg.errors import VolsegError
-from volseg.io.nifti import read_volume, write_volume
+from volseg.io.volumes import read_volume, write_volume
 from volseg.volume import Geometry, Volume
 
 

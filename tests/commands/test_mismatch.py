@@ -13,7 +13,7 @@ import volseg
 from volseg.bundle import load_bundle
 from volseg.cli import app
 from volseg.errors import VolsegError
-from volseg.io.nifti import read_volume, write_volume
+from volseg.io.volumes import read_volume, write_volume
 from volseg.pages import figures
 from volseg.recipe import load_recipe
 from volseg.volume import Volume

@@ -129,9 +129,11 @@ def test_a_million_labels_are_not_named_before_their_rows_are_written(tmp_path, 
         nibabel.nifti1.save(nibabel.nifti1.Nifti1Image(array, AFFINE), tmp_path / f"{name}.nii")
     held = []
 
-    def look(scan, ids, labels, *, label_names, **options):
-        held.append(tracemalloc.get_traced_memory()[0] - scan.array.nbytes - ids.nbytes)
-        assert (len(labels), label_names[n], label_names[1]) == (n, f"label_{n}", "spleen")
+    def look(scan):
+        read = scan.image.array.nbytes + scan.lesions.ids.nbytes
+        held.append(tracemalloc.get_traced_memory()[0] - read)
+        names = scan.label_names
+        assert (len(scan.lesions.labels), names[n], names[1]) == (n, f"label_{n}", "spleen")
         raise ScanError("looked", fix="", code="E_LOOKED")
 
     monkeypatch.setattr(measuring, "measure_largest", look)

@@ -8,7 +8,7 @@ import volseg
 from volseg.bundle import load_bundle
 from volseg.commands.planning import budget_of, read_plan, recipe_for
 from volseg.errors import VolsegError
-from volseg.io.nifti import read_mask, write_volume
+from volseg.io.volumes import read_mask, write_volume
 from volseg.volume import Geometry, Volume
 
 DECATHLON = {

@@ -108,7 +108,7 @@ def run(*arguments):
 
 
 def test_openvino_segments_what_torch_segments(model, dataset, tmp_path):
-    from volseg.io.nifti import read_mask
+    from volseg.io.volumes import read_mask
 
     masks = []
     for backend in ("torch", "openvino"):

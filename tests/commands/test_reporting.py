@@ -8,11 +8,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from laws import ball, centre_mm, grid_around, oblique
+from segmented_scans import segmented
 
 import volseg
 from volseg.commands.pages import write_page, write_report
 from volseg.errors import VolsegError
-from volseg.io.nifti import write_volume
+from volseg.io.volumes import write_volume
 from volseg.measurement.lesions import measure_lesions
 from volseg.measurement.memory import LISTED, PAGE, REPORT
 from volseg.measurement.rows import CaseRow
@@ -79,8 +80,8 @@ def test_making_a_page_takes_the_memory_that_is_planned_for_it(tmp_path):
     mask[::25, ::25, ::12] = 1
     scan = Volume(array, Geometry(shape, oblique((0.9, 0.9, 2.0))))
     lesions = label_lesions(mask, scan.geometry)
-    options = {"case_id": "a", "label_names": {1: "speck"}, "intensity_unit": "a.u."}
-    rows = measure_lesions(scan, lesions.ids, lesions.labels, **options)
+    options = {"case_id": "a", "label_names": {1: "speck"}, "unit": "a.u."}
+    rows = measure_lesions(segmented(scan, lesions, **options))
     assert len(rows) > 1000
     case = CaseRow(case_id="a", status="done", n_lesions=len(rows))
     with ResultsFolder(tmp_path, "measure") as results, results.staged() as commit:
@@ -105,8 +106,8 @@ def test_report_html_lists_the_largest_lesions_in_the_memory_that_is_planned_for
         np.random.default_rng(0).normal(30, 10, geometry.shape).astype(np.int16), geometry
     )
     names = {1: "a label of some length"}
-    options = {"case_id": "a", "label_names": names, "intensity_unit": "HU"}
-    (row,) = measure_lesions(scan, mask, [1], **options)
+    lesions = label_lesions(mask, geometry)
+    (row,) = measure_lesions(segmented(scan, lesions, case_id="a", label_names=names))
     most, n = 1000, 2500
     with ResultsFolder(tmp_path, "measure") as results:
         for name in "abc":

@@ -14,7 +14,7 @@ import volseg
 from volseg.bundle import load_bundle, save_bundle
 from volseg.errors import VolsegError
 from volseg.inference.openvino_backend import openvino_is_installed
-from volseg.io.nifti import read_mask
+from volseg.io.volumes import read_mask
 from volseg.recipe import parse_recipe
 
 ROI = """

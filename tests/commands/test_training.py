@@ -12,8 +12,8 @@ import volseg
 from volseg.bundle import load_bundle
 from volseg.commands.prepared import load_prepared, split_cases
 from volseg.errors import VolsegError
-from volseg.io.nifti import read_mask, write_volume
 from volseg.io.prepared import PreparedCase
+from volseg.io.volumes import read_mask, write_volume
 from volseg.recipe import Loss
 from volseg.training import validator
 from volseg.training.checkpoint import load_checkpoint, save_checkpoint

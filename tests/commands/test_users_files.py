@@ -15,7 +15,7 @@ import volseg
 from volseg.commands import batch, comparing, evaluating, measuring, preparing
 from volseg.commands.planning import read_plan
 from volseg.errors import EnvironmentProblem, VolsegError
-from volseg.io.nifti import read_mask, read_volume, write_volume
+from volseg.io.volumes import read_mask, read_volume, write_volume
 
 
 def rows(path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from laws import GRIDS, ball, centre_mm, grid_around, oblique, orientations, ras
+from segmented_scans import segmented
 
 from volseg.comparison.changes import lesion_changes
 from volseg.comparison.pairs import MeasuredScan, pair_scans, unpaired_scan
@@ -12,7 +13,6 @@ from volseg.comparison.response import judge_response
 from volseg.measurement.lesions import measure_lesions
 from volseg.measurement.sections import tilt_deg
 from volseg.postprocessing.lesions import label_lesions
-from volseg.recipe import Measure
 from volseg.volume import Geometry, Rigid, Volume
 
 SPACING_MM = (1.0, 1.2, 1.5)
@@ -23,15 +23,7 @@ def measured(mask, geometry, case="p", name="tumour", objects="components"):
     names = {1: name, 2: "cyst"}
     lesions = label_lesions(mask.astype(np.uint8), geometry, objects=objects)
     image = Volume(np.where(mask > 0, 60, 20).astype(np.int16), geometry)
-    rows = measure_lesions(
-        image,
-        lesions.ids,
-        lesions.labels,
-        case_id=case,
-        label_names=names,
-        intensity_unit="HU",
-        settings=Measure(),
-    )
+    rows = measure_lesions(segmented(image, lesions, case_id=case, label_names=names))
     return MeasuredScan(case, Volume(lesions.ids, geometry), rows)
 
 

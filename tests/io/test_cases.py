@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from volseg.errors import VolsegError
-from volseg.io.cases import ID_PATTERN, Case, find_cases, find_scans, survey_cases
+from volseg.io.cases import ID_PATTERN, Case
+from volseg.io.layouts import find_cases, find_scans, survey_cases
 
 DATA = Path(__file__).parents[2].parent / "shared/data"
 

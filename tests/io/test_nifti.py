@@ -21,9 +21,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from volseg.errors import EnvironmentProblem, ScanError
-from volseg.io import files, nifti
-from volseg.io.nifti import read_mask, read_volume, write_volume
-from volseg.io.nifti_header import read_geometry, read_header, stem_of
+from volseg.io import files, voxels
+from volseg.io.formats import stem_of
+from volseg.io.volumes import read_header, read_mask, read_volume, write_volume
 from volseg.volume import Geometry, Volume
 
 DATA = Path(__file__).parents[2].parent / "shared/data"
@@ -292,7 +292,7 @@ PLACES = {
 
 
 @pytest.mark.parametrize("place", PLACES, ids=lambda place: repr(place)[:20])
-@pytest.mark.parametrize("read", [read_volume, read_mask, read_header, read_geometry])
+@pytest.mark.parametrize("read", [read_volume, read_mask, read_header])
 def test_paths_that_are_not_files_are_refused_without_waiting(place, read, tmp_path):
     (tmp_path / "file.nii").write_bytes(PLAIN)
     (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
@@ -337,13 +337,13 @@ def test_a_header_that_requests_too_much_is_refused_before_memory_is_allocated(t
     path.write_bytes(packed(PLAIN))
     tracemalloc.start()
     with pytest.raises(ScanError) as caught:
-        read_volume(path, max_bytes=6000)
+        read_header(path, max_bytes=6000)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert caught.value.code == "E_TOOBIG"
     assert "6,528 bytes, above the limit of 6,000" in caught.value.problem
     assert peak < 2**20
-    read_volume(path, max_bytes=6528)
+    read_header(path, max_bytes=6528)
 
 
 @pytest.mark.parametrize("compressed", [False, True])
@@ -458,7 +458,7 @@ def test_header_is_read_without_the_voxels(tmp_path):
     assert header.geometry.shape == (64, 64, 64)
     assert header.geometry.spacing_mm == pytest.approx((0.75, 0.75, 2.5), rel=1e-6)
     assert (header.n_bytes, header.data_offset, header.dtype) == (64**3 * 2, 352, np.dtype("<i2"))
-    assert read_geometry(path).axis_codes == "LPS"
+    assert read_header(path).geometry.axis_codes == "LPS"
     with pytest.raises(ScanError):
         read_volume(path)
 
@@ -566,7 +566,7 @@ def sources():
 def test_mask_has_the_grid_of_the_scan_bit_for_bit(data, target, tmp_path):
     scan = tmp_path / "scan.nii"
     scan.write_bytes(data)
-    geometry = read_geometry(scan)
+    geometry = read_header(scan).geometry
     mask = Volume(np.asfortranarray(LABELS), geometry)
     write_volume(mask, tmp_path / target, like=scan)
 
@@ -599,7 +599,7 @@ def test_a_new_grid_is_stored_in_sform_and_qform_as_float32(tmp_path):
     write_volume(Volume(LABELS, geometry), tmp_path / "a.nii.gz")
     image = nibabel.load(tmp_path / "a.nii.gz")
     header = image.header
-    affine = read_geometry(tmp_path / "a.nii.gz").affine
+    affine = read_header(tmp_path / "a.nii.gz").geometry.affine
     np.testing.assert_array_equal(affine, geometry.affine.astype(np.float32))
     np.testing.assert_allclose(header.get_qform(), geometry.affine, atol=1e-5)
     codes = [int(header[name]) for name in ("sform_code", "qform_code", "xyzt_units")]
@@ -637,7 +637,7 @@ def test_equal_volumes_give_equal_bytes(tmp_path):
 
 def test_writer_refuses_volumes_that_it_cannot_store(tmp_path):
     (tmp_path / "scan.nii").write_bytes(PLAIN)
-    geometry = read_geometry(tmp_path / "scan.nii")
+    geometry = read_header(tmp_path / "scan.nii").geometry
     shifted = geometry.affine + np.array([[0, 0, 0, 1e-5]] * 3 + [[0] * 4])
     valid = Volume(LABELS, geometry)
     for volume, name, like in (
@@ -676,7 +676,7 @@ def test_a_bad_disk_leaves_the_old_file(tmp_path, monkeypatch):
         def on_bad_disk(path, write, verify, damage=damage):
             files.atomic_write(path, lambda file: (write(file), damage(file))[0], verify)
 
-        monkeypatch.setattr(nifti, "atomic_write", on_bad_disk)
+        monkeypatch.setattr(voxels, "atomic_write", on_bad_disk)
         with pytest.raises(EnvironmentProblem, match="read back differ") as caught:
             write_volume(volume, target)
         assert (caught.value.code, caught.value.exit_code) == ("E_DISK", 5)
@@ -690,7 +690,7 @@ def test_a_full_disk_leaves_nothing(tmp_path):
 import resource, numpy as np
 from pathlib import Path
 from volseg.errors import EnvironmentProblem
-from volseg.io.nifti import write_volume
+from volseg.io.volumes import write_volume
 from volseg.volume import Geometry, Volume
 resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
 noise = np.random.default_rng(0).integers(0, 255, (40, 40, 40)).astype(np.uint8)
@@ -713,7 +713,7 @@ for name in ("a.nii", "a.nii.gz"):
 
 def test_import_is_light_and_silent():
     heavy = {"torch", "monai", "pandas", "SimpleITK"}
-    code = f"import sys, volseg.io.nifti; print(sorted({heavy} & set(sys.modules)))"
+    code = f"import sys, volseg.io.volumes; print(sorted({heavy} & set(sys.modules)))"
     root = Path(__file__).parents[2]
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=60
@@ -891,5 +891,5 @@ def test_real_scans_and_masks_match_their_table(dataset, data_folder, tmp_path):
         text = ";".join(f"{value}:{n}" for value, n in counts)
         assert text == row["label_values"].split(" ")[0]
         write_volume(volume.with_array(mask.array), tmp_path / "mask.nii.gz", like=scan)
-        affine = read_geometry(tmp_path / "mask.nii.gz").affine
+        affine = read_header(tmp_path / "mask.nii.gz").geometry.affine
         np.testing.assert_array_equal(affine, nibabel.load(scan).affine)

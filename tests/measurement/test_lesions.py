@@ -20,13 +20,15 @@ from laws import (
     orientations,
     real_data,
 )
+from segmented_scans import segmented
 
 from volseg.columns import columns_of
-from volseg.measurement import lesions as measure_lesions_module
-from volseg.measurement.lesions import measure_lesions, summarise
+from volseg.measurement.lesions import MEASURED_TOGETHER, measure_lesions
 from volseg.measurement.rows import CaseRow, LesionMeasurement
 from volseg.measurement.selftest import ibsi_phantom
-from volseg.postprocessing.lesions import label_lesions
+from volseg.measurement.specks import measure_largest
+from volseg.measurement.summary import summarise
+from volseg.postprocessing.lesions import Lesions, label_lesions
 from volseg.recipe import Measure
 from volseg.volume import Geometry, Volume
 
@@ -39,14 +41,21 @@ SINGLE = "axes: a single voxel has none"
 CENTROID = ("centroid_r_mm", "centroid_a_mm", "centroid_s_mm")
 
 
-def measure(image, mask, affine=None, *, objects="components", **options):
-    """Return the rows of an intensity array, or of a Volume, under a mask."""
+def scan_of(image, mask, affine=None, *, objects="components", **options):
+    """Return an intensity array, or a Volume, with the lesions of a mask."""
     if not isinstance(image, Volume):
         affine = oblique(SPACING_MM) if affine is None else affine
         image = Volume(image, Geometry(image.shape, affine))
     lesions = label_lesions(mask, image.geometry, objects=objects)
-    options = {"case_id": "scan", "label_names": NAMES, "intensity_unit": "HU", **options}
-    return measure_lesions(image, lesions.ids, lesions.labels, **options)
+    return segmented(image, lesions, **{"label_names": NAMES, **options})
+
+
+def measure(*arguments, together=MEASURED_TOGETHER, **options):
+    return measure_lesions(scan_of(*arguments, **options), together=together)
+
+
+def summary_of(*arguments, **options):
+    return summarise(measure_largest(scan_of(*arguments, **options)))
 
 
 def random_scan(seed=0, shape=(10, 11, 12), dtype=np.float32, background=0.88):
@@ -154,11 +163,11 @@ def test_mass_and_calcium_are_measured_on_ct_only():
     assert row.agatston_score == pytest.approx(27 * 2)
     assert row.calcium_volume_mm3 == row.volume_mm3
     assert row.calcium_mass_mg == pytest.approx(0.8 * 250 * row.volume_ml)
-    (row,) = measure(image, mask, intensity_unit="a.u.", settings=settings)
+    (row,) = measure(image, mask, unit="a.u.", settings=settings)
     assert (row.mass_g, row.density_g_cm3, row.agatston_score) == (None, None, None)
     assert "density, mass, calcium: need HU, but the unit is a.u." in row.notes
     image[4, 4, 4] = np.nan
-    (row,) = measure(image, mask, intensity_unit="Bq/mL")
+    (row,) = measure(image, mask, unit="Bq/mL")
     assert (
         "intensity: 1 of 27 voxels are not finite; density, mass: need HU, but the unit is Bq/mL"
         in row.notes
@@ -190,44 +199,43 @@ def test_the_row_of_the_scan_follows_from_its_lesions():
     mask[2:14, 13:33, 2:4] = 2
     mask[40:56, 3:19, 4:6] = 3
     rows = measure(np.zeros(mask.shape), mask, np.eye(4))
-    summary = summarise(rows, Measure(), unit="HU", organ_voxels_ml=1.0)
-    assert (summary["n_lesions"], summary["n_measurable"]) == (3, 3)
-    assert summary["sum_long_axis_mm"] == pytest.approx(sum(row.long_axis_mm for row in rows))
-    assert summary["organ_volume_ml"] == pytest.approx(1 + mask.astype(bool).sum() / 1000)
-    assert summary["burden"] == pytest.approx(
-        summary["total_volume_ml"] / summary["organ_volume_ml"]
-    )
-    assert summary["largest_volume_ml"] == rows[0].volume_ml
-    node = summarise(rows, Measure(lymph_nodes=("cyst",)), unit="HU", organ_voxels_ml=None)
+    image, affine = np.zeros(mask.shape), np.eye(4)
+    summary = summary_of(image, mask, affine, organ_voxels=1000)
+    assert (summary.n_lesions, summary.n_measurable) == (3, 3)
+    assert summary.sum_long_axis_mm == pytest.approx(sum(row.long_axis_mm for row in rows))
+    assert summary.organ_volume_ml == pytest.approx(1 + mask.astype(bool).sum() / 1000)
+    assert summary.burden == pytest.approx(summary.total_volume_ml / summary.organ_volume_ml)
+    assert summary.largest_volume_ml == rows[0].volume_ml
+    node = summary_of(image, mask, affine, settings=Measure(lymph_nodes=("cyst",)))
     cyst = next(row for row in rows if row.label == 3)
-    assert node["sum_long_axis_mm"] == pytest.approx(
-        summary["sum_long_axis_mm"] - cyst.long_axis_mm + cyst.short_axis_mm
+    assert node.sum_long_axis_mm == pytest.approx(
+        summary.sum_long_axis_mm - cyst.long_axis_mm + cyst.short_axis_mm
     )
-    empty = summarise([], Measure(), unit="HU", organ_voxels_ml=0.0)
-    assert (empty["n_lesions"], empty["total_volume_ml"], empty["sum_long_axis_mm"]) == (0, 0, 0)
-    assert empty["largest_volume_ml"] is empty["burden"] is empty["organ_volume_ml"] is None
+    empty = summary_of(image, np.zeros_like(mask), affine, organ_voxels=0)
+    assert (empty.n_lesions, empty.total_volume_ml, empty.sum_long_axis_mm) == (0, 0, 0)
+    assert empty.largest_volume_ml is empty.burden is empty.organ_volume_ml is None
     # Otherwise the whole organ would be lesion.
-    remove_organ = summarise(rows, Measure(), unit="HU", organ_voxels_ml=0.0)
-    assert remove_organ["burden"] is remove_organ["organ_volume_ml"] is None
+    without_organ = summary_of(image, mask, affine, organ_voxels=0)
+    assert without_organ.burden is without_organ.organ_volume_ml is None
 
 
 def test_a_calcium_score_of_a_scan_is_0_or_unknown_and_never_the_one_for_the_other():
     image, mask = np.full((9, 9, 9), 250.0), np.zeros((9, 9, 9), np.uint8)
     mask[1:4, 1:4, 1:4], mask[5:8, 5:8, 5:8] = 1, 1
-    settings = Measure(calcium=True)
+    affine, scored = np.diag([1, 1, 3, 1]), Measure(calcium=True)
 
-    def score(image, unit="HU"):
-        rows = measure(image, mask, np.diag([1, 1, 3, 1]), settings=settings, intensity_unit=unit)
-        return summarise(rows, settings, unit=unit, organ_voxels_ml=None)["agatston_score"]
+    def score(image, unit="HU", mask=mask, settings=scored):
+        return summary_of(image, mask, affine, settings=settings, unit=unit).agatston_score
 
     assert score(image) == pytest.approx(2 * 27 * 2)
     assert score(np.zeros(mask.shape)) == 0
     assert score(image, "a.u.") is None
     image[6, 6, 6] = np.nan
     assert score(image) is None
-    assert summarise([], settings, unit="HU", organ_voxels_ml=None)["agatston_score"] == 0
-    assert summarise([], settings, unit="a.u.", organ_voxels_ml=None)["agatston_score"] is None
-    assert summarise([], Measure(), unit="HU", organ_voxels_ml=None)["agatston_score"] is None
+    empty = np.zeros_like(mask)
+    assert score(image, mask=empty) == 0
+    assert score(image, "a.u.", empty) is None
+    assert score(image, mask=empty, settings=Measure()) is None
 
 
 def test_doubling_the_spacing_makes_eight_times_the_volume():
@@ -300,15 +308,13 @@ def test_all_48_orientations_give_identical_rows(grid, spacing_mm):
 
 
 @pytest.mark.parametrize("voxels", [1, 30, 200])
-def test_lesions_measured_together_have_the_rows_of_each_measured_alone(voxels, monkeypatch):
+def test_lesions_measured_together_have_the_rows_of_each_measured_alone(voxels):
     image, mask = random_scan(background=0.97)
     confidence = np.random.default_rng(2).random(image.shape)
     image[3, 3, 3] = confidence[0] = np.nan
     together = measure(image, mask, confidence=confidence)
-    monkeypatch.setattr(measure_lesions_module, "MEASURED_TOGETHER", voxels)
-    assert [exact(row) for row in measure(image, mask, confidence=confidence)] == [
-        exact(row) for row in together
-    ]
+    alone = measure(image, mask, confidence=confidence, together=voxels)
+    assert [exact(row) for row in alone] == [exact(row) for row in together]
     assert any(math.isnan(row.intensity_mean) for row in together)
     assert any(row.confidence_mean is None for row in together)
 
@@ -522,7 +528,7 @@ def test_classes():
 def test_names():
     mask = np.zeros((5, 5, 5), np.uint8)
     mask[1, 1, 1:3], mask[3, 3, 3] = 2, 9
-    named, nameless = measure(np.zeros(mask.shape), mask, case_id="p01", intensity_unit="a.u.")
+    named, nameless = measure(np.zeros(mask.shape), mask, case_id="p01", unit="a.u.")
     assert (named.case_id, named.lesion_id) == ("p01", 1)
     assert (named.label, named.label_name) == (2, "tumour")
     assert named.intensity_unit == "a.u."
@@ -541,25 +547,29 @@ def test_numbers_that_do_not_agree_are_refused():
     image = Volume(np.zeros((4, 4, 4)), Geometry((4, 4, 4), oblique(SPACING_MM)))
     ids = np.zeros((4, 4, 4), np.uint16)
     ids[1, 1, 1] = 2
-    options = {"case_id": "scan", "label_names": NAMES, "intensity_unit": "HU"}
+
+    def refused(ids, labels, **options):
+        lesions = Lesions(ids, labels, [1] * len(labels))
+        return measure_lesions(segmented(image, lesions, **options))
+
     with pytest.raises(ValueError, match="go up to 2, but there are 1 labels"):
-        measure_lesions(image, ids, [1], **options)
+        refused(ids, [1])
     ids[1, 2, 1] = 2
     with pytest.raises(ValueError, match="skip a number"):
-        measure_lesions(image, ids, [1, 1], **options)
+        refused(ids, [1, 1])
     ids[2, 2, 2] = 1
     with pytest.raises(ValueError, match="shape"):
-        measure_lesions(image, ids[:3], [1, 1], **options)
+        refused(ids[:3], [1, 1])
     with pytest.raises(ValueError, match="from 0"):
-        measure_lesions(image, -ids.astype(np.int16), [1, 1], **options)
+        refused(-ids.astype(np.int16), [1, 1])
     with pytest.raises(ValueError, match="1 lesions are classified, but there are 2"):
-        measure_lesions(image, ids, [1, 1], classes=[None], **options)
+        refused(ids, [1, 1], classes=[None])
     with pytest.raises(ValueError, match="confidence has shape"):
-        measure_lesions(image, ids, [1, 1], confidence=np.zeros((4, 4, 5), np.uint8), **options)
+        refused(ids, [1, 1], confidence=np.zeros((4, 4, 5), np.uint8))
     with pytest.raises(ValueError, match="confidence must be uint8 or floating point"):
-        measure_lesions(image, ids, [1, 1], confidence=np.zeros((4, 4, 4), np.int16), **options)
+        refused(ids, [1, 1], confidence=np.zeros((4, 4, 4), np.int16))
     with pytest.raises(ValueError, match="confidence must be from 0 to 1"):
-        measure_lesions(image, ids, [1, 1], confidence=np.full((4, 4, 4), 255.0), **options)
+        refused(ids, [1, 1], confidence=np.full((4, 4, 4), 255.0))
 
 
 def test_the_columns_of_both_tables_are_a_contract():
@@ -623,7 +633,7 @@ def test_an_mr_lesion_against_pyradiomics():
     )}  # fmt: skip
     image = read(real_data("pyradiomics_cases/images/brain1.nii.gz"))
     mask = read(real_data("pyradiomics_cases/labels/brain1.nii.gz")).array
-    (row,) = measure(image, mask, objects="labels", intensity_unit="a.u.")
+    (row,) = measure(image, mask, objects="labels", unit="a.u.")
     assert row.n_voxels == int(baseline["diagnostics_Mask-original_VoxelNum"])
     assert row.volume_mm3 == pytest.approx(row.n_voxels * 0.78125 * 0.78125 * 6.5, rel=1e-6)
     assert row.intensity_mean == pytest.approx(expected["Mean"], rel=1e-12)

@@ -11,12 +11,13 @@ from scipy.spatial.distance import cdist
 from skimage.measure import marching_cubes, mesh_surface_area
 
 from volseg.measurement import ragged
-from volseg.measurement.density import agatston, core, density_g_cm3, slice_distance_mm, statistics
+from volseg.measurement.density import agatston, density_g_cm3, slice_distance_mm, statistics
+from volseg.measurement.nearest import gaps_mm
 from volseg.measurement.ragged import Ragged
 from volseg.measurement.recist import diameters, is_measurable, sum_of_diameters_mm
 from volseg.measurement.shape import (
     axes_mm,
-    gaps_mm,
+    core,
     mesh,
     outermost_points,
     sphericity,

@@ -9,8 +9,8 @@ from dataclasses import fields, replace
 import numpy as np
 import pytest
 from laws import GRIDS, oblique, orientations
+from segmented_scans import segmented
 
-from volseg.measurement import lesions as lesions_module
 from volseg.measurement.lesions import measure_lesions
 from volseg.measurement.rows import LesionMeasurement
 from volseg.measurement.specks import measure_largest
@@ -20,8 +20,7 @@ from volseg.volume import Geometry, Volume
 
 SPACING_MM = (0.7, 0.9, 2.5)
 NAMES = {1: "liver", 2: "tumour"}
-OPTIONS = {"case_id": "scan", "label_names": NAMES, "intensity_unit": "HU"}
-OPTIONS |= {"connectivity": 26, "model": "m"}
+OPTIONS = {"label_names": NAMES, "model": "m"}
 # Columns not measured for a speck.
 UNKNOWN = {
     "volume_mesh_mm3", "volume_expected_ml", "intensity_mean_eroded1", "surface_area_mm2",
@@ -66,11 +65,11 @@ def test_the_largest_have_all_columns_and_the_others_the_cheap_ones(
     mask = noise(n_labels=20 if objects == "labels" else 3)
     image = scan_of(mask.shape, dtype=dtype, slope=slope, intercept=intercept)
     lesions = label_lesions(mask, image.geometry, objects=objects)
-    options = OPTIONS | {"connectivity": 26 if objects == "components" else None}
+    options = dict(OPTIONS)
     options["confidence"] = np.random.default_rng(2).integers(0, 256, mask.shape).astype(np.uint8)
-    every = measure_lesions(image, lesions.ids, lesions.labels, **options)
+    every = measure_lesions(segmented(image, lesions, **options))
     most = len(every) // 3
-    measured = measure_largest(image, lesions.ids, lesions.labels, most=most, **options)
+    measured = measure_largest(segmented(image, lesions, **options), most=most)
     assert len(measured) == len(every) and len(measured.specks) == len(every) - most
     largest = sorted(every, key=lambda row: (-row.n_voxels, row.lesion_id))[:most]
     assert_equal_rows(measured.largest, sorted(largest, key=lambda row: row.lesion_id))
@@ -96,11 +95,12 @@ def test_up_to_the_limit_there_are_no_specks():
     mask = noise()
     image = scan_of(mask.shape)
     lesions = label_lesions(mask, image.geometry)
-    every = measure_lesions(image, lesions.ids, lesions.labels, **OPTIONS)
-    measured = measure_largest(image, lesions.ids, lesions.labels, most=len(every), **OPTIONS)
+    every = measure_lesions(segmented(image, lesions, **OPTIONS))
+    measured = measure_largest(segmented(image, lesions, **OPTIONS), most=len(every))
     assert_equal_rows(measured, every)
     assert measured.specks is None
-    empty = measure_largest(image, np.zeros(mask.shape, np.uint16), [], most=0, **OPTIONS)
+    nothing = label_lesions(np.zeros_like(mask), image.geometry)
+    empty = measure_largest(segmented(image, nothing, **OPTIONS), most=0)
     assert (len(empty), list(empty)) == (0, [])
 
 
@@ -109,7 +109,7 @@ def test_rows_do_not_depend_on_the_batch_size(voxels, rows):
     mask = noise()
     image = scan_of(mask.shape)
     lesions = label_lesions(mask, image.geometry)
-    measured = measure_largest(image, lesions.ids, lesions.labels, most=5, **OPTIONS)
+    measured = measure_largest(segmented(image, lesions, **OPTIONS), most=5)
     few = replace(measured.specks, together_voxels=voxels, together_rows=rows)
     assert_equal_rows(list(few), list(measured.specks))
 
@@ -120,7 +120,7 @@ def test_voxels_that_are_not_finite_leave_the_intensities_of_their_speck_empty()
     image = scan_of(mask.shape, dtype=np.float32)
     image.array[3, 3, 3] = np.nan
     lesions = label_lesions(mask, image.geometry)
-    _, broken, single = measure_largest(image, lesions.ids, lesions.labels, most=1, **OPTIONS)
+    _, broken, single = measure_largest(segmented(image, lesions, **OPTIONS), most=1)
     assert math.isnan(broken.intensity_mean) and broken.mass_g is None
     assert broken.notes.startswith("intensity, mass, density: 1 of 2 voxels are not finite")
     assert single.intensity_sd == 0 and math.isnan(single.intensity_skewness)
@@ -131,7 +131,7 @@ def test_calcium_of_a_speck_is_unknown_and_not_zero():
     image = scan_of(mask.shape)
     lesions = label_lesions(mask, image.geometry)
     options = OPTIONS | {"settings": Measure(calcium=True)}
-    measured = measure_largest(image, lesions.ids, lesions.labels, most=2, **options)
+    measured = measure_largest(segmented(image, lesions, **options), most=2)
     assert all(row.agatston_score is not None for row in measured.largest)
     assert all(row.agatston_score is None for row in measured.specks)
 
@@ -140,13 +140,13 @@ def test_specks_have_the_same_rows_in_all_48_orientations():
     mask = noise(shape=(6, 7, 8), density=0.2)
     image = scan_of(mask.shape, dtype=np.float32)
     lesions = label_lesions(mask, image.geometry, many=0)
-    expected = list(measure_largest(image, lesions.ids, lesions.labels, most=4, **OPTIONS))
+    expected = list(measure_largest(segmented(image, lesions, **OPTIONS), most=4))
     spacings = {f"spacing_{axis}_mm" for axis in "ras"}
     masks = orientations(Volume(mask, image.geometry))
     for (array, affine), (stored, _) in zip(masks, orientations(image), strict=True):
         scan = Volume(stored, Geometry(array.shape, affine))
         lesions = label_lesions(array, scan.geometry, many=0)
-        rows = measure_largest(scan, lesions.ids, lesions.labels, most=4, **OPTIONS)
+        rows = measure_largest(segmented(scan, lesions, **OPTIONS), most=4)
         for row, other in zip(rows, expected, strict=True):
             for field in fields(LesionMeasurement):
                 a, b = getattr(row, field.name), getattr(other, field.name)
@@ -165,9 +165,8 @@ def test_searching_the_scan_finds_the_same_nearest_lesion_as_all_surfaces(
     mask = noise(density, n_labels, shape=(17, 13, 11))
     image = scan_of(mask.shape, grid(SPACING_MM))
     lesions = label_lesions(mask, image.geometry, connectivity=connectivity)
-    options = OPTIONS | {"connectivity": connectivity}
-    expected = measure_lesions(image, lesions.ids, lesions.labels, **options)
-    rows = measure_lesions(image, lesions.ids, lesions.labels, most_points=0, **options)
+    expected = measure_lesions(segmented(image, lesions, **OPTIONS))
+    rows = measure_lesions(segmented(image, lesions, **OPTIONS), most_points=0)
     assert distances_mm(rows) == distances_mm(expected)
 
 
@@ -181,24 +180,24 @@ def test_a_far_neighbour_is_found_and_a_single_lesion_has_none():
     mask[145, 60, 20] = 1
     image = scan_of(mask.shape)
     lesions = label_lesions(mask, image.geometry)
-    expected = measure_lesions(image, lesions.ids, lesions.labels, **OPTIONS)
-    rows = measure_lesions(image, lesions.ids, lesions.labels, most_points=0, **OPTIONS)
+    expected = measure_lesions(segmented(image, lesions, **OPTIONS))
+    rows = measure_lesions(segmented(image, lesions, **OPTIONS), most_points=0)
     assert distances_mm(rows) == distances_mm(expected)
-    alone = (lesions.ids == 1).astype(np.uint8)
-    (row,) = measure_lesions(image, alone, [1], most_points=0, **OPTIONS)
+    alone = label_lesions((lesions.ids == 1).astype(np.uint8), image.geometry)
+    (row,) = measure_lesions(segmented(image, alone, **OPTIONS), most_points=0)
     assert math.isnan(row.nearest_lesion_mm)
 
 
-def test_a_lesion_as_large_as_the_scan_is_measured_slab_by_slab(monkeypatch):
+def test_a_lesion_as_large_as_the_scan_is_measured_slab_by_slab():
     mask = noise(0.6, 1, shape=(23, 14, 12))
     image = scan_of(mask.shape)
     lesions = label_lesions(mask, image.geometry)
     confidence = np.random.default_rng(2).integers(0, 256, mask.shape).astype(np.uint8)
     options = OPTIONS | {"confidence": confidence}
-    expected = measure_lesions(image, lesions.ids, lesions.labels, **options)
+    expected = measure_lesions(segmented(image, lesions, **options))
     for together in (1, 500):
-        monkeypatch.setattr(lesions_module, "MEASURED_TOGETHER", together)
-        assert_equal_rows(measure_lesions(image, lesions.ids, lesions.labels, **options), expected)
+        rows = measure_lesions(segmented(image, lesions, **options), together=together)
+        assert_equal_rows(rows, expected)
 
 
 @pytest.mark.parametrize("density", [0.01, 0.2, 1.0])
@@ -209,9 +208,9 @@ def test_measuring_takes_a_few_bytes_per_voxel_and_per_lesion_whatever_the_mask(
     image = Volume(np.asfortranarray(values), Geometry(shape, oblique((0.8, 0.8, 1.5))), 0.5, -10.0)
     confidence = np.full(shape, 200, np.uint8, order="F")
     lesions = label_lesions(mask, image.geometry)
-    options = OPTIONS | {"confidence": confidence, "most": 300}
+    options = OPTIONS | {"confidence": confidence}
     tracemalloc.start()
-    measured = measure_largest(image, lesions.ids, lesions.labels, **options)
+    measured = measure_largest(segmented(image, lesions, **options), most=300)
     n = sum(1 for _ in measured)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
@@ -224,9 +223,9 @@ def test_with_a_unit_in_doubt_specks_and_the_largest_leave_the_same_columns_empt
     mask = noise()
     image = scan_of(mask.shape)
     lesions = label_lesions(mask, image.geometry)
-    options = OPTIONS | {"unit_doubt": "HU is a guess", "settings": settings}
+    options = OPTIONS | {"doubt": "HU is a guess", "settings": settings}
     options["classes"] = [{"benign": 1.0}] * 5
-    measured = measure_largest(image, lesions.ids, lesions.labels, most=5, **options)
+    measured = measure_largest(segmented(image, lesions, **options), most=5)
     calcium = "calcium, " if settings.calcium else ""
     for row in measured:
         assert row.notes.count(f"density, mass, {calcium}class: HU is a guess") == 1
@@ -240,7 +239,7 @@ def test_notes_of_specks_name_missing_class_and_calcium():
     image = scan_of(mask.shape)
     lesions = label_lesions(mask, image.geometry)
     options = OPTIONS | {"settings": Measure(calcium=True), "classes": [{"benign": 1.0}] * 5}
-    measured = measure_largest(image, lesions.ids, lesions.labels, most=5, **options)
+    measured = measure_largest(segmented(image, lesions, **options), most=5)
     assert {row.class_name for row in measured.largest} == {"benign"}
     assert all("calcium, class: not measured" in row.notes for row in measured.specks)
 
@@ -257,10 +256,9 @@ def spread(n_labels=12, shape=(16, 15, 14)):
 @pytest.mark.parametrize("n_full", [1, 5, 11])
 def test_the_largest_of_lesions_that_spread_over_the_scan_are_measured_in_full(n_full):
     image, lesions = spread()
-    options = OPTIONS | {"connectivity": None}
-    every = measure_lesions(image, lesions.ids, lesions.labels, **options)
+    every = measure_lesions(segmented(image, lesions, **OPTIONS))
     most_boxes = (n_full + 1) * lesions.ids.size - 1
-    measured = measure_largest(image, lesions.ids, lesions.labels, most_boxes=most_boxes, **options)
+    measured = measure_largest(segmented(image, lesions, **OPTIONS), most_boxes=most_boxes)
     largest = sorted(every, key=lambda row: (-row.n_voxels, row.lesion_id))[:n_full]
     assert_equal_rows(measured.largest, sorted(largest, key=lambda row: row.lesion_id))
     full = {row.lesion_id for row in largest}
@@ -287,16 +285,15 @@ def test_lesions_in_boxes_of_ordinary_size_are_all_measured_in_full():
     image = scan_of(shape)
     lesions = label_lesions(mask, image.geometry, objects="labels")
     assert len(lesions.labels) > 117
-    options = OPTIONS | {"most_boxes": 3 * mask.size}
-    measured = measure_largest(image, lesions.ids, lesions.labels, **options)
+    measured = measure_largest(segmented(image, lesions, **OPTIONS), most_boxes=3 * mask.size)
     assert measured.specks is None
     assert all(row.long_axis_mm is not None for row in measured)
 
 
 def test_a_large_speck_takes_little_memory():
     image, lesions = spread(n_labels=4, shape=(90, 100, 100))
-    options = OPTIONS | {"connectivity": None, "most_boxes": lesions.ids.size, "most": 10}
-    measured = measure_largest(image, lesions.ids, lesions.labels, **options)
+    scan = segmented(image, lesions, **OPTIONS)
+    measured = measure_largest(scan, most_boxes=lesions.ids.size, most=10)
     assert len(measured.specks) == 3
     alone = replace(measured.specks, together_rows=1)
     expected = list(measured.specks)
@@ -313,8 +310,8 @@ def test_the_distance_between_touching_lesions_is_zero(grid):
     mask = np.zeros((14, 12, 10), np.uint8)
     mask[2:6, 2:6, 2:6], mask[6:9, 2:6, 2:6], mask[12, 10, 8] = 1, 2, 3
     image = scan_of(mask.shape, grid(SPACING_MM))
-    options = OPTIONS | {"connectivity": None}
-    expected = measure_lesions(image, mask, [1, 2, 3], **options)
-    rows = measure_lesions(image, mask, [1, 2, 3], most_points=0, **options)
+    scan = segmented(image, label_lesions(mask, image.geometry, objects="labels"))
+    expected = measure_lesions(scan)
+    rows = measure_lesions(scan, most_points=0)
     assert distances_mm(rows) == distances_mm(expected)
     assert distances_mm(rows[:2]) == [0.0, 0.0]

@@ -5,7 +5,7 @@ import pytest
 from laws import ball, grid_around, oblique, orientations, real_data
 from scipy import ndimage
 
-from volseg.io.nifti import read_volume
+from volseg.io.volumes import read_volume
 from volseg.measurement.units import contradiction, judge_unit, looks_like_ct
 from volseg.volume import Geometry, Volume
 

@@ -4,6 +4,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 from laws import ball, centre_mm, grid_around, lps, orientations, ras
+from segmented_scans import segmented
 
 from volseg.measurement.lesions import measure_lesions
 from volseg.pages.figures import overlay_png
@@ -15,14 +16,7 @@ OUTLINE = np.array([1.0, 0.36, 0.2])
 
 def picture(volume, mask):
     lesions = label_lesions(mask, volume.geometry)
-    rows = measure_lesions(
-        volume,
-        lesions.ids,
-        lesions.labels,
-        case_id="a",
-        label_names={1: "lesion"},
-        intensity_unit="HU",
-    )
+    rows = measure_lesions(segmented(volume, lesions, label_names={1: "lesion"}))
     return matplotlib.image.imread(
         io.BytesIO(overlay_png(volume, lesions.ids, rows, title="a")), format="png"
     )[..., :3]
@@ -102,9 +96,7 @@ def test_the_largest_lesions_are_shown_whatever_their_numbers():
     mask[ball(9, geometry, centre + [10, 10, 10])] = 4  # in no slice through the others
     lesions = label_lesions(mask, geometry, objects="labels")
     scan = Volume(mask.astype(np.int16), geometry)
-    rows = measure_lesions(
-        scan, lesions.ids, lesions.labels, case_id="a", label_names={}, intensity_unit="a.u."
-    )
+    rows = measure_lesions(segmented(scan, lesions, unit="a.u."))
     image = matplotlib.image.imread(
         io.BytesIO(overlay_png(scan, lesions.ids, rows, title="a")), format="png"
     )[..., :3]
@@ -117,14 +109,7 @@ def test_a_label_or_case_that_looks_like_a_formula_is_text():
     inside = ball(4, geometry, centre_mm(geometry))
     scan = Volume(np.where(inside, 80, 0).astype(np.int16), geometry)
     lesions = label_lesions(inside.astype(np.uint8), geometry)
-    rows = measure_lesions(
-        scan,
-        lesions.ids,
-        lesions.labels,
-        case_id="a",
-        label_names={1: r"$\bad{$"},
-        intensity_unit="HU",
-    )
+    rows = measure_lesions(segmented(scan, lesions, label_names={1: r"$\bad{$"}))
     image = matplotlib.image.imread(
         io.BytesIO(overlay_png(scan, lesions.ids, rows, title=r"$\frac$")), format="png"
     )

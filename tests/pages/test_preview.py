@@ -12,7 +12,7 @@ from laws import (
 )
 from two_balls import centroid_mm, noisy, two_balls
 
-from volseg.io.nifti import read_volume
+from volseg.io.volumes import read_volume
 from volseg.pages import blocks as blocks_module
 from volseg.pages.montage import montage_jpeg
 from volseg.pages.preview import make_preview

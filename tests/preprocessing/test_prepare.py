@@ -12,7 +12,7 @@ from volseg.errors import ScanError
 from volseg.preprocessing.normalise import Percentile, Window, ZScore
 from volseg.preprocessing.prepare import Preparation, PrepareSettings, Trail, prepare, prepare_mask
 from volseg.preprocessing.resample import positions
-from volseg.preprocessing.restore import MaskRestorer, restore_mask
+from volseg.preprocessing.restore import MaskRestorer
 from volseg.volume import AxisOrder, BoundingBox, Geometry, Volume
 
 WINDOW = Window(low=-1000, high=1000, mean=0, sd=1)
@@ -34,6 +34,13 @@ def phantom(geometry, radius_mm=10.0):
     array[2:-2, 2:-2, 1:-1] = 0
     array[inside] = 100
     return Volume(array, geometry), inside
+
+
+def restore_mask(logits, trail, values, *, regions=False):
+    """Return mask and confidence for logits (classes, R, A, S) of the whole grid."""
+    restorer = MaskRestorer(trail, values, axis=2, regions=regions)
+    restorer.add(logits)
+    return restorer.result()
 
 
 def one_hot(mask, n):

@@ -6,7 +6,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from importlib import metadata
 from pathlib import Path
@@ -20,12 +20,12 @@ from volseg.commands.remarks import remarks_on_scans
 from volseg.errors import ScanError, UnexpectedError, VolsegError
 from volseg.execution.local import Outcome
 from volseg.io.cases import Case
-from volseg.io.nifti import scan_digest, write_volume
-from volseg.io.nifti_header import read_header
-from volseg.measurement.lesions import summarise
+from volseg.io.formats import RESULT_SUFFIX
+from volseg.io.volumes import read_header, scan_digest, write_volume
 from volseg.measurement.rows import CaseRow, LesionMeasurement
 from volseg.measurement.saturation import intensity_warnings
 from volseg.measurement.specks import MeasuredLesions
+from volseg.measurement.summary import summarise
 from volseg.measurement.units import Unit
 from volseg.options import Announce, Options, Progress, ignore_text
 from volseg.recipe import Measure
@@ -48,7 +48,7 @@ class CaseFiles:
     def names(self, case_id: str) -> list[str]:
         """List the files of a case, relative to the output folder."""
         return [
-            *(f"{folder}/{case_id}.nii.gz" for folder in self.folders),
+            *(f"{folder}/{case_id}{RESULT_SUFFIX}" for folder in self.folders),
             *((f"{FIGURES}/{case_id}.png",) if self.figures else ()),
             *self.page_names(case_id),
         ]
@@ -286,21 +286,8 @@ def done_row(
         warnings.append(
             "W_BORDER: a lesion touches the border of the scan, so its volume is a lower bound"
         )
-    organ_ml = None
-    if organ_voxels is not None:
-        organ_ml = organ_voxels * scan.geometry.voxel_volume_mm3 / 1000
-    return CaseRow(
-        case_id=case.id,
-        status="done",
-        **summarise(
-            lesions,
-            settings,
-            unit=unit.name if not unit.doubt else "",
-            organ_voxels_ml=organ_ml,
-            n_specks=len(specks or ()),
-            specks_ml=0.0 if specks is None else specks.volume_ml,
-            may_be_measurable=specks is not None and specks.may_be_measurable,
-        ),
+    return replace(
+        summarise(measured),
         image=path.name,
         model=model,
         seconds=round(seconds, 2),
@@ -315,7 +302,7 @@ def write_mask(mask: Volume, commit: Commit, folder: str, case_id: str, *, like:
         ScanError: the scan file was replaced since it was read.
     """
     try:
-        write_volume(mask, commit.path(f"{folder}/{case_id}.nii.gz"), like=like)
+        write_volume(mask, commit.path(f"{folder}/{case_id}{RESULT_SUFFIX}"), like=like)
     except ValueError as error:
         raise ScanError(
             f"{like}: was replaced by a scan on another grid while it was being used",

@@ -16,9 +16,9 @@ from volseg.evaluation.overlap import OverlapRow
 from volseg.evaluation.validation import ValidationRow
 from volseg.execution.cpu import total_memory
 from volseg.inputs import read_json
-from volseg.io.cases import Case, survey_cases
-from volseg.io.nifti import read_mask, read_volume
-from volseg.io.nifti_header import read_header
+from volseg.io.cases import Case
+from volseg.io.layouts import survey_cases
+from volseg.io.volumes import read_header, read_mask, read_volume
 from volseg.measurement.rows import CaseRow, LesionMeasurement
 from volseg.measurement.units import judge_unit
 from volseg.postprocessing.steps import make_steps

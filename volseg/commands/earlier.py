@@ -10,8 +10,8 @@ from volseg.commands.planning import recipe_for
 from volseg.commands.preparing import read_header
 from volseg.errors import VolsegError
 from volseg.inputs import read_json
-from volseg.io.cases import survey_cases
 from volseg.io.files import write_json_atomic
+from volseg.io.layouts import survey_cases
 from volseg.options import Progress
 from volseg.recipe import Recipe, parse_recipe
 

@@ -25,11 +25,12 @@ from volseg.evaluation.summary import (
 )
 from volseg.execution.local import run
 from volseg.execution.memory import Budget
-from volseg.io.cases import IGNORE, Case, find_cases, find_scans, has_description, stated_labels
+from volseg.io.cases import Case
 from volseg.io.csv_text import iterate_csv
+from volseg.io.dataset_json import IGNORE, stated_labels
 from volseg.io.files import json_text
-from volseg.io.nifti import read_mask
-from volseg.io.nifti_header import read_header
+from volseg.io.layouts import find_cases, find_scans, has_description
+from volseg.io.volumes import read_header, read_mask
 from volseg.options import EvaluateOptions, command
 from volseg.postprocessing.lesions import MANY
 from volseg.reports import EvaluateReport

@@ -29,7 +29,8 @@ from volseg.commands.preparing import (
 from volseg.errors import VolsegError
 from volseg.execution.threads import Threads
 from volseg.inputs import read_json
-from volseg.io.cases import Case, survey_cases
+from volseg.io.cases import Case
+from volseg.io.layouts import survey_cases
 from volseg.io.prepared import CASE_FILE, PreparedCase, read_prepared_case
 from volseg.options import Progress, ignore_progress
 from volseg.recipe import Recipe

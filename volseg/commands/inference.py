@@ -29,9 +29,10 @@ from volseg.errors import ScanError, VolsegError
 from volseg.execution.cpu import keep_freed_memory, release_large_blocks, total_memory
 from volseg.execution.local import Outcome, run_overlapped
 from volseg.execution.memory import announcement
-from volseg.io.cases import Case, find_scans
-from volseg.io.nifti import read_volume
-from volseg.io.nifti_header import NiftiHeader, read_header
+from volseg.io.cases import Case
+from volseg.io.header import ScanHeader
+from volseg.io.layouts import find_scans
+from volseg.io.volumes import read_header, read_volume
 from volseg.options import InferOptions, Progress, command
 from volseg.pages.model_box import ModelBox, model_box
 from volseg.postprocessing.lesions import CONNECTIVITY
@@ -240,7 +241,7 @@ def _plan_memory(
     return plans
 
 
-def _bytes_per_voxel(headers: Sequence[NiftiHeader]) -> int:
+def _bytes_per_voxel(headers: Sequence[ScanHeader]) -> int:
     """Return the bytes of all channels of a case per voxel of the first channel.
 
     A channel on another grid is held twice: as stored, and resampled to the first channel's grid.

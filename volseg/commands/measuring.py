@@ -32,12 +32,14 @@ from volseg.errors import ScanError, VolsegError
 from volseg.execution.local import run
 from volseg.execution.memory import Budget, Peak
 from volseg.inputs import MAX_LABEL, MAX_NAME, label_value, read_json, shorten
-from volseg.io.cases import Case, find_cases, find_scans, read_table
+from volseg.io.cases import Case, read_table
+from volseg.io.formats import RESULT_SUFFIX
 from volseg.io.label_table import read_label_table
-from volseg.io.nifti import MAX_LABELS, read_mask, read_volume
-from volseg.io.nifti_header import read_header
+from volseg.io.layouts import find_cases, find_scans
+from volseg.io.volumes import MAX_LABELS, read_header, read_mask, read_volume
 from volseg.measurement.memory import plan_measuring
 from volseg.measurement.rows import CaseRow
+from volseg.measurement.scan import SegmentedScan
 from volseg.measurement.specks import MeasuredLesions, measure_largest
 from volseg.measurement.units import Unit, judge_unit
 from volseg.options import MeasureOptions, command
@@ -295,9 +297,8 @@ def _corrected_case(
     assert record is not None
     source = record["source"]
     try:
-        case = Case(
-            name, {"image": Path(source["scan"])}, reference=folder.path / MASKS / f"{name}.nii.gz"
-        )
+        mask = folder.path / MASKS / f"{name}{RESULT_SUFFIX}"
+        case = Case(name, {"image": Path(source["scan"])}, reference=mask)
         options = _Options(
             objects="components",
             label_names={int(value): str(text) for value, text in source["label_names"].items()},
@@ -353,7 +354,7 @@ def _measure_corrected_case(
             inputs=record.get("inputs", ()),
             lesions=measured.lesions,
             source=source,
-            corrected={f"{MASKS}/{name}.nii.gz": measured.sha256[-1]},
+            corrected={f"{MASKS}/{name}{RESULT_SUFFIX}": measured.sha256[-1]},
         )
 
 
@@ -381,10 +382,9 @@ def _refused(
                 math.prod(scan.geometry.shape),
                 scan.dtype.itemsize,
                 mask.dtype.itemsize,
+                settings,
                 process=budget.process,
                 n_cases=n_cases,
-                has_organ=settings.organ is not None,
-                calcium=settings.calcium,
             )
     return budget.refused(plans)
 
@@ -508,21 +508,19 @@ def _measure_case(case: Case, options: _Options) -> _Measured:
     values = [value for value in dict.fromkeys(lesions.labels) if value in node_values]
     nodes = tuple(names[value] for value in values)
     settings = settings.model_copy(update={"lymph_nodes": nodes})
-    measured = measure_largest(
-        scan,
-        lesions.ids,
-        lesions.labels,
+    segmented = SegmentedScan(
         case_id=case.id,
+        image=scan,
+        lesions=lesions,
+        unit=unit,
         label_names=names,
-        intensity_unit=unit.name,
-        unit_doubt=unit.doubt,
         settings=settings,
-        connectivity=CONNECTIVITY if options.objects == "components" else None,
+        organ_voxels=organ_voxels,
     )
     return _Measured(
         scan=scan,
         ids=scan.with_array(lesions.ids),
-        lesions=measured,
+        lesions=measure_largest(segmented),
         unit=unit,
         settings=settings,
         organ_voxels=organ_voxels,

@@ -15,8 +15,7 @@ from volseg import __version__
 from volseg.errors import ScanError
 from volseg.execution.memory import LIBRARIES, Budget
 from volseg.inputs import open_regular, read_json
-from volseg.io.nifti import read_mask, read_volume
-from volseg.io.nifti_header import read_header
+from volseg.io.volumes import read_header, read_mask, read_volume
 from volseg.measurement.memory import LISTED, plan_page, plan_report
 from volseg.measurement.rows import CaseRow, LesionMeasurement
 from volseg.pages.model_box import ModelBox, read_model_box

@@ -28,7 +28,8 @@ from volseg.comparison.placement import (
 from volseg.comparison.response import judge_response
 from volseg.errors import ScanError
 from volseg.execution.memory import Peak
-from volseg.io.nifti_header import NiftiHeader, read_header
+from volseg.io.header import ScanHeader
+from volseg.io.volumes import read_header
 from volseg.measurement.sections import axial_normal
 from volseg.options import CompareOptions
 from volseg.preprocessing.register import register, registering_bytes
@@ -227,7 +228,7 @@ class _Compared:
     picture: bytes | None = None
 
 
-def _scan_bytes(scans: Sequence[NiftiHeader]) -> int:
+def _scan_bytes(scans: Sequence[ScanHeader]) -> int:
     """Return the bytes of scans in memory, and of the copy of one whose NaN are filled."""
     with_nan = [scan for scan in scans if scan.dtype.kind == "f"]
     copies = (scan.n_bytes + math.prod(scan.geometry.shape) for scan in with_nan)

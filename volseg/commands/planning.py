@@ -16,16 +16,11 @@ from volseg.commands.preparing import MASKS, fingerprint_of, refuse_dataset, war
 from volseg.errors import VolsegError
 from volseg.execution.cpu import physical_cores, total_memory
 from volseg.execution.local import run
-from volseg.io.cases import (
-    IGNORE,
-    Case,
-    stated_labels,
-    stated_modalities,
-    stated_regions,
-    survey_cases,
-)
+from volseg.io.cases import Case
+from volseg.io.dataset_json import IGNORE, stated_labels, stated_modalities, stated_regions
 from volseg.io.files import make_folder, read_sealed, refuse_unsealed, write_sealed
-from volseg.io.nifti import read_mask, read_volume
+from volseg.io.layouts import survey_cases
+from volseg.io.volumes import read_mask, read_volume
 from volseg.measurement.units import looks_like_ct
 from volseg.options import PlanOptions, Progress, command, ignore_progress
 from volseg.recipe import Recipe, as_recipe, listed, parse_recipe, validation_messages

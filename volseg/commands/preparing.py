@@ -22,9 +22,9 @@ from volseg.commands.batch import (
 from volseg.errors import ScanError, VolsegError
 from volseg.execution.local import run
 from volseg.inputs import read_json
-from volseg.io.cases import Case, survey_cases
+from volseg.io.cases import Case
 from volseg.io.files import json_text
-from volseg.io.nifti import read_mask, read_volume
+from volseg.io.layouts import survey_cases
 from volseg.io.prepared import (
     IGNORED,
     PreparedCase,
@@ -32,6 +32,7 @@ from volseg.io.prepared import (
     prepared_files,
     write_prepared_case,
 )
+from volseg.io.volumes import read_mask, read_volume
 from volseg.measurement.rows import CaseRow
 from volseg.measurement.units import judge_unit
 from volseg.options import PreprocessOptions, Progress, command

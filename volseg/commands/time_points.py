@@ -16,7 +16,7 @@ from volseg.comparison.pairs import MeasuredScan
 from volseg.errors import ScanError
 from volseg.inputs import read_json
 from volseg.io.files import sha256_of
-from volseg.io.nifti import read_mask, read_volume
+from volseg.io.volumes import read_mask, read_volume
 from volseg.measurement.rows import LesionMeasurement
 from volseg.measurement.specks import SPECKS
 from volseg.measurement.units import unit_doubt_in

@@ -180,7 +180,7 @@ def _axes(
     if not parts:
         return {}
     ids = ids.canonical()
-    numbers, matrix = ids.array, ids.geometry.affine[:3, :3]
+    numbers, matrix = ids.array, ids.geometry.voxel_steps_mm
     boxes = ndimage.find_objects(numbers)
     ends = (f"{axis}_axis_p{n}_ras" for axis in ("long", "short") for n in (0, 1))
     unknown = dict.fromkeys(("axis_slice", *ends))

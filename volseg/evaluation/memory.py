@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from volseg.evaluation.detection import matching_bytes, most_matching_bytes
 from volseg.evaluation.surface import most_surface_bytes, surface_bytes
 from volseg.execution.memory import Peak
-from volseg.io.nifti_header import NiftiHeader
+from volseg.io.header import ScanHeader
 from volseg.volume import Volume
 
 LIBRARIES = 64 << 20  # the plotting libraries and their figures
@@ -16,7 +16,7 @@ SLABS = 32 << 20  # chunks of a mask while it is read
 PLANE_BYTES = 40  # per voxel of a plane while a mask is read
 
 
-def plan_reading(masks: Sequence[NiftiHeader], *, process: int) -> Peak:
+def plan_reading(masks: Sequence[ScanHeader], *, process: int) -> Peak:
     """Return the peak of reading masks one by one; `process`: bytes in use before."""
     held = largest = 0
     for header in masks:
@@ -33,7 +33,7 @@ def plan_evaluating(reference: Volume, predicted: Volume, *, process: int) -> Pe
     return _peak(process, truth.nbytes + guess.nbytes, surfaces, matching_bytes(truth, guess))
 
 
-def most_evaluating(masks: Sequence[NiftiHeader], *, process: int) -> Peak:
+def most_evaluating(masks: Sequence[ScanHeader], *, process: int) -> Peak:
     """Return `plan_evaluating` in the worst case, for any two masks with these headers."""
     geometry = masks[0].geometry
     voxels = math.prod(geometry.shape)

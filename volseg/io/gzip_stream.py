@@ -50,7 +50,7 @@ def opened_raw(path: Path, digest: Digest | None = None) -> Iterator[io.RawIOBas
         raise _read_refusal(path, error) from error
     if not stat.S_ISREG(mode):  # reading a pipe or a device might never end
         text = f"is {kind_of(mode)}, not a file"
-        raise refusal(path, "E_NOTFILE", text, "give the path of a NIfTI file")
+        raise refusal(path, "E_NOTFILE", text, "give the path of a scan")
     try:
         with open_regular(path) as buffered:
             file = cast(io.RawIOBase, buffered.raw)
@@ -168,7 +168,7 @@ _READ_PROBLEMS = {
     errno.ENOENT: _NOT_THERE,
     errno.ENOTDIR: _NOT_THERE,
     errno.ENAMETOOLONG: _NOT_THERE,
-    errno.ELOOP: ("E_NOTFILE", "is a symbolic link to itself", "give the path of a NIfTI file"),
+    errno.ELOOP: ("E_NOTFILE", "is a symbolic link to itself", "give the path of a scan"),
     errno.EACCES: ("E_PERM", "may not be read", "ask for permission to read the file"),
     errno.EPERM: ("E_PERM", "may not be read", "ask for permission to read the file"),
 }

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 from volseg.io.gzip_stream import fill, opened
-from volseg.io.nifti_header import read_header
+from volseg.io.volumes import read_header
 
 MAX_DIGITS = 10  # of a label value; masks hold no larger ones
 _KEY = re.compile(rf"""\bKey=["']([0-9]{{1,{MAX_DIGITS}}})["']""")
@@ -24,6 +24,8 @@ def read_label_table(path: Path | str) -> dict[int, str]:
     Source: the CARET extension of NIfTI-1, an XML element `Label` with a `Key` for each value.
     """
     header = read_header(path)
+    if header.data_path is None or header.data_offset is None:
+        return {}
     block = bytearray(header.data_offset)
     with opened(header.data_path) as stream:
         del block[fill(stream, memoryview(block)) :]

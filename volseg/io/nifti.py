@@ -1,286 +1,348 @@
-"""Voxels of NIfTI-1 and NIfTI-2 files, in and out: one strict reader and one writer."""
+"""NIfTI-1 and NIfTI-2: read a header and refuse ambiguous ones; encode a volume."""
 
 from __future__ import annotations
 
-import hashlib
-import io
 import math
-import sys
-from collections.abc import Iterator
+import os
+import re
 from pathlib import Path
-from typing import BinaryIO, cast
 
 import numpy as np
-from isal import igzip
 from nibabel.nifti1 import Nifti1Header
+from nibabel.nifti2 import Nifti2Header
+from nibabel.spatialimages import HeaderDataError
 
-from volseg.errors import ScanError
-from volseg.io.files import atomic_write, read_back_problem, sha256_of
-from volseg.io.gzip_stream import CHUNK_BYTES, fill, opened, opened_raw, refusal, skip
-from volseg.io.nifti_header import (
-    MAX_BYTES,
-    MAX_TAIL_BYTES,
-    NiftiHeader,
-    check_voxel_bytes,
-    header_file,
-    load_header,
-    new_header,
-    raw_header,
-    scan_files,
+from volseg.io.gzip_stream import COPY_AGAIN, refusal
+from volseg.io.header import (
+    ScanHeader,
+    ScanWarning,
+    checked_grid,
+    listed,
+    read_start,
+    volume_shape,
 )
-from volseg.volume import Volume, slabs_of
+from volseg.io.voxels import FileContent, voxel_bytes
+from volseg.volume import SAME_GRID_TOLERANCE_VOXELS, Geometry, Volume
 
-MAX_LABELS = 1000  # a mask with more distinct values is taken for an image
-LABEL_TOLERANCE = 1e-3  # distance from a whole number
-MAX_INTENSITY = float(np.finfo(np.float32).max)
-
-
-def read_volume(path: Path | str, *, max_bytes: int = MAX_BYTES, is_finite: bool = True) -> Volume:
-    """Read a scan in its stored dtype (native byte order); `Volume.intensities` scales on demand.
-
-    Args:
-        max_bytes: a header that requests more voxel bytes is refused before memory is allocated.
-        is_finite: False accepts a scan with some NaN or infinite voxels.
-
-    Raises:
-        ScanError: as `read_header`; also if voxels are missing (`E_TRUNCATED`), damaged (`E_CRC`),
-            not finite (`E_NAN`) or all equal (`E_CONST`). A gzip file is read to its end, so its
-            checksum is always verified.
-    """
-    path = Path(path)
-    header, raw = load_header(path, max_bytes)
-    array, sha256 = _read_voxels(header, raw, path)
-    range_of = _range if is_finite or array.dtype.kind != "f" else _finite_range
-    low, high = range_of(array, path)
-    if low == high:
-        raise refusal(
-            path, "E_CONST", f"every voxel is {low:g}", "export the scan again: this one is empty"
-        )
-    if max(abs(low), abs(high)) * abs(header.slope) > MAX_INTENSITY:
-        text = f"intensities reach {high:g} × {header.slope:g}"
-        raise refusal(path, "E_SCALE", text, "export the scan again")
-    return Volume(array, header.geometry, header.slope, header.intercept, sha256)
+SPACING_TOLERANCE = 0.01  # relative difference between pixdim and the affine
+MIN_SLOPE, MAX_SLOPE = 1e-15, 1e15  # keeps every scaled integer inside float32
+MAX_OFFSET_BYTES = 64 * 2**20  # header extensions before the first voxel
 
 
-def read_mask(
-    path: Path | str, *, max_bytes: int = MAX_BYTES, max_labels: int = MAX_LABELS
-) -> Volume:
-    """Read a mask or label map in the smallest unsigned dtype that holds its labels.
+def read_header(path: Path) -> ScanHeader:
+    """Read the header of `.nii`, `.nii.gz` or an `.hdr`/`.img` pair, without voxels.
 
-    It may be empty. Scaled or floating-point labels within 0.001 of a whole number are rounded:
-    truncation would turn 6.9999 into 6.
+    The grid is that of the sform if it is set, else of the qform.
 
     Raises:
-        ScanError: as `read_header`; `E_LABELS` for fractional or negative values, or more than
-            `max_labels` distinct ones, as when an image is given in place of its mask.
+        ScanError: the file or its header cannot be trusted; `code` is the reason.
     """
-    path = Path(path)
-    header, raw = load_header(path, max_bytes)
-    array, sha256 = _read_voxels(header, raw, path)
-    stored = Volume(array, header.geometry, header.slope, header.intercept)
-    _range(stored.array, path)  # NaN labels
-    highest = _check_labels(stored, path, max_labels)
-    dtype = np.min_scalar_type(highest)
-    if stored.array.dtype.kind in "iu" and not stored.is_scaled:
-        labels = stored.array.astype(dtype, order="K", copy=False)
-    else:
-        labels = np.empty(stored.array.shape, dtype, order="F")
-        for k in range(stored.geometry.shape[2]):
-            labels[:, :, k] = np.rint(stored.intensities(stored.array[:, :, k]))
-    return Volume(labels, stored.geometry, sha256=sha256)
-
-
-def scan_digest(path: Path) -> str:
-    """Return `Volume.sha256` of a scan without loading it into memory.
-
-    Raises:
-        ScanError: the scan cannot be read.
-    """
-    digests = []
-    for file in scan_files(path):
-        digest = hashlib.sha256()
-        with opened_raw(file, digest) as stream:
-            skip(stream, sys.maxsize)
-        digests.append(digest.hexdigest())
-    return "+".join(digests)
-
-
-def write_volume(volume: Volume, path: Path | str, like: Path | str | None = None) -> None:
-    """Write `.nii` or `.nii.gz` atomically, and verify it by reading it back.
-
-    Equal volumes give equal bytes on one machine: the file holds no time, name or description.
-
-    Args:
-        volume: labels or intensities; booleans are stored as uint8.
-        path: the target; its folder must exist.
-        like: the scan that `volume` was made from. Its geometry fields are copied, so that the
-            affine equals that of the scan bit for bit, even from a qform or from NIfTI-2. Without
-            it the affine is stored in float32, which is exact for one read from a NIfTI-1 sform.
-
-    Raises:
-        EnvironmentProblem: disk full, folder not writable, or other bytes were read back.
-        ScanError: `read_volume` would refuse the grid, for example a single slice.
-        ValueError: the suffix, dtype or scale cannot be stored, or the grid is not that of `like`.
-    """
-    path = Path(path)
-    name = path.name.lower()
-    if not name.endswith((".nii", ".nii.gz")):
-        raise ValueError(f"volumes are written as .nii or .nii.gz, not {path.name!r}")
-    if volume.array.dtype == np.bool_:
-        volume = Volume(volume.array.view(np.uint8), volume.geometry)
-    prefix, voxels = _stored(volume, path, like)
-    atomic_write(
-        path,
-        lambda file: _write(file, name.endswith(".gz"), prefix, voxels),
-        lambda temporary: _verify(temporary, path, prefix, voxels),
+    header_path = _header_file(path)
+    stored, name_warnings = read_start(header_path, 540)
+    raw, is_single = _parse(stored, header_path)
+    n_dims, *sizes = (int(n) for n in raw["dim"])
+    if not 1 <= n_dims <= 7 or min(sizes[:n_dims]) < 1:
+        raise refusal(path, "E_DIM", f"dim is {[n_dims, *sizes]}", COPY_AGAIN)
+    shape = volume_shape(sizes[:n_dims], path)
+    dtype = _dtype(raw, path)
+    slope, intercept, warnings = _scale(raw, path)
+    geometry, grid_warnings = _geometry(raw, shape, path)
+    offset, offset_warnings = _offset(raw, is_single, path)
+    return ScanHeader(
+        geometry=geometry,
+        dtype=dtype,
+        slope=slope,
+        intercept=intercept,
+        path=header_path,
+        stored=raw.binaryblock,
+        data_path=header_path if is_single else _partner(header_path, ".img"),
+        data_offset=offset,
+        warnings=(*warnings, *grid_warnings, *offset_warnings, *name_warnings),
     )
 
 
-def volume_bytes(volume: Volume) -> bytes:
-    """Return the bytes of a `.nii.gz`, to embed in another file.
-
-    The affine is stored in float32. Equal volumes give equal bytes.
+def pair_files(path: Path) -> tuple[Path, Path]:
+    """Return the `.hdr` and the `.img` of a pair, of which `path` is either.
 
     Raises:
-        ScanError, ValueError: as `write_volume`.
+        ScanError: one of them is missing.
     """
-    packed = io.BytesIO()
-    _write(packed, True, *_stored(volume, Path("volume.nii.gz"), None), level=3)
-    return packed.getvalue()
+    return _header_file(path), _partner(path, ".img")
 
 
-# ---- reading
+def encode(volume: Volume, path: Path, like: ScanHeader | None = None) -> FileContent:
+    """Return the contents of a `.nii` file whose affine reads back as that of the volume.
 
-
-def _read_voxels(header: NiftiHeader, raw: Nifti1Header, path: Path) -> tuple[np.ndarray, str]:
-    """Return the stored (I, J, K), in Fortran order and native byte order, and its SHA-256.
-
-    The SHA-256 is that of the file, or of both files of a pair.
+    Args:
+        path: the future file, for messages.
+        like: header of the scan on this grid: a NIfTI scan gives its geometry fields.
 
     Raises:
-        ScanError: `E_CHANGED` if the file was replaced after its header was read.
+        ScanError: `read_header` would refuse the grid, for example a single slice.
+        ValueError: the dtype, scale or affine cannot be stored.
     """
-    flat = np.empty(math.prod(header.geometry.shape), header.dtype)
-    target = flat.view(np.uint8).data
-    digest, block = hashlib.sha256(), raw.binaryblock
-    header_path = header_file(path)
-    before = "" if header_path == header.data_path else sha256_of(header_path) + "+"
-    with opened(header.data_path, digest) as stream:
-        start = bytearray(min(len(block), header.data_offset))
-        is_whole = fill(stream, memoryview(start)) == len(start)
-        is_unchanged = is_whole and (bool(before) or block.startswith(start))
-        skip(stream, header.data_offset - len(start))
-        n_read = fill(stream, target)
-        if n_read == len(target):
-            n_read += skip(stream, MAX_TAIL_BYTES + 1)  # the end holds the checksum of gzip
-    if not is_unchanged or (before and raw_header(header_path)[0].binaryblock != block):
-        raise refusal(path, "E_CHANGED", "was replaced while it was being read", "run again")
-    check_voxel_bytes(n_read, len(target), path)
-    if not flat.dtype.isnative:
-        flat = flat.byteswap(inplace=True).view(flat.dtype.newbyteorder("="))
-    return flat.reshape(header.geometry.shape, order="F"), before + digest.hexdigest()
+    source = None if like is None or not _is_nifti(like.stored) else _parse(like.stored, path)[0]
+    header = _new_header(volume, source, is_exact=like is not None)
+    affine = volume.geometry.affine
+    if source is None:
+        with np.errstate(over="ignore"):
+            header.set_qform(affine, code=1)
+            header.set_sform(affine, code=1)
+            affine = affine.astype(header["srow_x"].dtype)
+        header["xyzt_units"] = 2
+    else:
+        for field in _GEOMETRY_FIELDS:
+            header[field] = source[field]
+    geometry, _ = _geometry(header, volume_shape(volume.geometry.shape, path), path)
+    if not np.array_equal(geometry.affine, affine):
+        raise ValueError(f"the affine reads back as\n{geometry.affine}\nnot\n{affine}")
+    prefix = header.binaryblock + bytes(4)  # four zeros: no extensions
+    return FileContent(prefix, voxel_bytes(volume.array, "<"))
 
 
-def _finite_range(array: np.ndarray, path: Path) -> tuple[float, float]:
-    """Return the smallest and largest finite stored value, a slab at a time."""
-    slabs = (array[part] for part in slabs_of(array))
-    finite = (slab[np.isfinite(slab)] for slab in slabs)
-    ranges = [(values.min(), values.max()) for values in finite if values.size]
-    if not ranges:
-        return _range(array, path)
-    return float(min(low for low, _ in ranges)), float(max(high for _, high in ranges))
+def _new_header(volume: Volume, source: Nifti1Header | None, *, is_exact: bool) -> Nifti1Header:
+    """Return a little-endian header without geometry.
+
+    It is NIfTI-2 if `source` is, an axis is too long for NIfTI-1, or NIfTI-1 would round an affine
+    that must be exact.
+    """
+    affine, dtype = volume.geometry.affine, volume.array.dtype.newbyteorder("=")
+    is_long = max(volume.geometry.shape) > np.iinfo(np.int16).max
+    is_rounded = source is None and not np.array_equal(affine, affine.astype(np.float32))
+    if is_long or isinstance(source, Nifti2Header) or (is_exact and is_rounded):
+        header = Nifti2Header(endianness="<")
+    else:
+        header = Nifti1Header(endianness="<")
+    if dtype not in map(np.dtype, _DTYPES.values()):
+        raise ValueError(f"cannot write voxels of type {dtype}: the reader would refuse them")
+    header.set_data_dtype(dtype)
+    header["dim"] = [3, *volume.geometry.shape, 1, 1, 1, 1]
+    header["vox_offset"] = header.sizeof_hdr + 4
+    header["scl_slope"], header["scl_inter"] = volume.slope, volume.intercept
+    if (float(header["scl_slope"]), float(header["scl_inter"])) != (volume.slope, volume.intercept):
+        raise ValueError(
+            f"slope {volume.slope!r} or intercept {volume.intercept!r} is not a float32 number"
+        )
+    return header
 
 
-def _range(array: np.ndarray, path: Path) -> tuple[float, float]:
-    """Return the smallest and largest stored value; refuse values that are not finite."""
-    with np.errstate(invalid="ignore"):
-        low, high = float(array.min()), float(array.max())
-    if not (math.isfinite(low) and math.isfinite(high)):
-        n_nan, n_infinite = np.count_nonzero(np.isnan(array)), np.count_nonzero(np.isinf(array))
+# ---- fields
+
+
+def _is_nifti(stored: bytes) -> bool:
+    return any(stored.startswith((one, two), at) for _, at, one, two in _FORMATS.values())
+
+
+def _parse(stored: bytes, path: Path) -> tuple[Nifti1Header, bool]:
+    """Return nibabel's header, and whether header and voxels share one file."""
+    for endianness in "<>":
+        size = int(np.frombuffer(stored[:4].ljust(4), endianness + "i4")[0])
+        if size not in _FORMATS:
+            continue
+        header_type, magic_at, single, pair = _FORMATS[size]
+        if len(stored) < size:
+            text = f"holds {len(stored)} of {size} header bytes"
+            raise refusal(path, "E_TRUNCATED", text, COPY_AGAIN)
+        if not stored.startswith((single, pair), magic_at):
+            magic = stored[magic_at : magic_at + len(single)]
+            raise refusal(
+                path,
+                "E_NOTNIFTI",
+                f"magic is {magic!r}, as in ANALYZE or a damaged file",
+                "convert it to NIfTI from the original: ANALYZE does not store left and right",
+            )
+        header = header_type(stored[:size], endianness, check=False)
+        return header, stored.startswith(single, magic_at)
+    problem, fix = _other_format(stored)
+    raise refusal(path, "E_NOTNIFTI", problem, fix)
+
+
+def _dtype(raw: Nifti1Header, path: Path) -> np.dtype:
+    code = int(raw["datatype"])
+    if code not in _DTYPES:
+        name = _REFUSED_DTYPES.get(code, "unknown")
         raise refusal(
             path,
-            "E_NAN",
-            f"{n_nan:,} voxels are NaN and {n_infinite:,} infinite, of {array.size:,}",
-            "fill them in the tool that made the scan, for example with the value of air",
+            "E_DTYPE",
+            f"voxels are of type {name} (datatype {code})",
+            "export grey values as integers or floats of 16 to 64 bits",
         )
-    return low, high
+    return np.dtype(_DTYPES[code]).newbyteorder(raw.endianness)
 
 
-def _check_labels(stored: Volume, path: Path, max_labels: int) -> int:
-    """Return the largest label of a mask; refuse one with invalid labels."""
-    question = "was an image given in place of its mask?"
-    if stored.array.dtype == np.uint8 and not stored.is_scaled and max_labels >= 256:
-        return int(stored.array.max())  # always valid
-    labels: set[int] = set()
-    for k in range(stored.geometry.shape[2]):
-        with np.errstate(over="ignore", invalid="ignore"):  # the bounds below catch an absurd scale
-            whole = values = stored.intensities(stored.array[:, :, k])
-            if values.dtype.kind == "f":
-                whole = np.rint(values)
-                fractions = values[np.abs(values - whole) > LABEL_TOLERANCE]
-                if fractions.size:
-                    text = ", ".join(f"{value:g}" for value in np.unique(fractions)[:5])
-                    rule = "are not whole numbers" if "," in text else "is not a whole number"
-                    problem = f"mask holds {text}, which {rule}"
-                    fix = f"resample labels with nearest neighbour; or {question}"
-                    raise refusal(path, "E_LABELS", problem, fix)
-        low, high = whole.min(), whole.max()
-        if low < 0 or high >= 2**53:
-            problem = f"mask holds the label {low if low < 0 else high:,.0f}"
-            raise refusal(path, "E_LABELS", problem, f"number labels from 0 up; or {question}")
-        labels.update(_distinct(whole.astype(np.int64)).tolist())
-        if len(labels) > max_labels:
-            problem = f"mask holds more than {max_labels:,} distinct values"
-            raise refusal(path, "E_LABELS", problem, question)
-    return max(labels)
+def _scale(raw: Nifti1Header, path: Path) -> tuple[float, float, list[ScanWarning]]:
+    """Return slope and intercept; a slope of 0 (standard) or NaN (custom) means no scaling."""
+    slope, intercept = float(raw["scl_slope"]), float(raw["scl_inter"])
+    if slope == 0 and intercept != 0 and not math.isnan(intercept):
+        text = f"scl_slope is 0, so the intercept {intercept:g} is not applied"
+        return 1.0, 0.0, [ScanWarning("W_SCALE", f"{text}; other readers may apply it")]
+    if slope == 0 or math.isnan(slope):
+        return 1.0, 0.0, []
+    if not MIN_SLOPE <= slope <= MAX_SLOPE or not abs(intercept) <= MAX_SLOPE:
+        raise refusal(
+            path,
+            "E_SCALE",
+            f"scl_slope is {slope:g} and scl_inter {intercept:g}",
+            "export the scan again, or store real intensities with slope 1 and intercept 0",
+        )
+    return slope, intercept, []
 
 
-def _distinct(labels: np.ndarray) -> np.ndarray:
-    """Return the distinct values ≥ 0, by counting where that is faster than sorting."""
-    if labels.max() < 2**16:
-        return np.flatnonzero(np.bincount(labels.ravel()))
-    return np.unique(labels)
+def _offset(raw: Nifti1Header, is_single: bool, path: Path) -> tuple[int, list[ScanWarning]]:
+    """Return the byte of the first voxel."""
+    offset, first = float(raw["vox_offset"]), raw.sizeof_hdr + 4
+    if is_single and offset == 0:
+        text = f"vox_offset is 0; the voxels are taken from byte {first}"
+        return first, [ScanWarning("W_OFFSET", text)]
+    lowest = first if is_single else 0
+    if not (lowest <= offset <= MAX_OFFSET_BYTES and offset.is_integer()):
+        raise refusal(path, "E_HEADER", f"vox_offset is {offset:g}", COPY_AGAIN)
+    return int(offset), []
 
 
-# ---- writing
+def _other_format(stored: bytes) -> tuple[str, str]:
+    """Return the problem and the fix for a file of another format."""
+    for start, magic, name, fix in _OTHER_FORMATS:
+        if stored.startswith(magic, start):
+            return f"is {name}, not NIfTI", fix
+    size = int.from_bytes(stored[:4], "little")
+    return (
+        f"is not NIfTI: its header size reads {size}, not 348 or 540",
+        "give a NIfTI file",
+    )
 
 
-def _stored(volume: Volume, path: Path, like: Path | str | None) -> tuple[bytes, memoryview]:
-    """Return all bytes before the first voxel, and those of the voxels, rarely a copy."""
-    prefix = new_header(volume, path, like).binaryblock + bytes(4)  # four zeros: no extensions
-    array = np.asfortranarray(volume.array, dtype=volume.array.dtype.newbyteorder("<"))
-    return prefix, array.reshape(-1, order="F").view(np.uint8).data
+# ---- geometry
 
 
-def _write(
-    file: BinaryIO, compressed: bool, prefix: bytes, voxels: memoryview, *, level: int = 1
-) -> None:
-    if compressed:
-        with igzip.IGzipFile(
-            filename="", mode="wb", compresslevel=level, fileobj=file, mtime=0
-        ) as packed:
-            _write(cast(BinaryIO, packed), False, prefix, voxels)
-        return
-    for chunk in _chunks(prefix, voxels):
-        file.write(chunk)
+def _geometry(
+    raw: Nifti1Header, shape: tuple[int, int, int], path: Path
+) -> tuple[Geometry, list[ScanWarning]]:
+    unit = int(raw["xyzt_units"]) & 7
+    if unit not in (0, 2):  # an unknown unit is read as mm, which every scanner uses
+        name = {1: "metre", 3: "micron"}.get(unit, f"code {unit}, unknown to NIfTI")
+        raise refusal(
+            path,
+            "E_UNITS",
+            f"unit of length is {name}",
+            "store spacing and affine in mm and set xyzt_units to 2 (mm)",
+        )
+    codes = {name: int(raw[name]) for name in ("sform_code", "qform_code")}
+    if not all(0 <= code <= 5 for code in codes.values()):
+        raise refusal(
+            path, "E_NOGEOM", f"{codes} holds a code unknown to NIfTI", "convert the original again"
+        )
+    pixdim = raw["pixdim"][1:4].astype(np.float64)
+    with np.errstate(all="ignore"):  # absurd headers may overflow; the checks below catch that
+        if codes["sform_code"] > 0:
+            sform = np.asarray(raw.get_sform())
+            geometry, warnings = checked_grid(shape, sform, path, source="sform")
+            return geometry, warnings + _check_against_sform(raw, pixdim, geometry, path)
+        if codes["qform_code"] > 0:
+            if not (np.isfinite(pixdim).all() and (pixdim > 0).all()):
+                text = f"pixdim is {listed(pixdim)} mm"
+                raise refusal(path, "E_GEOM", text, "set the true spacing in pixdim")
+            try:
+                affine = _qform(raw)
+            except ValueError as error:
+                text = f"qform is not a rotation ({error})"
+                raise refusal(path, "E_NOGEOM", text, "export again, with an sform") from error
+            return checked_grid(shape, affine, path, source="qform")
+    raise refusal(
+        path,
+        "E_NOGEOM",
+        "neither sform_code nor qform_code is set, so left and right are unknown",
+        "convert the original again (dcm2niix sets them); never guess",
+    )
 
 
-def _verify(temporary: Path, path: Path, prefix: bytes, voxels: memoryview) -> None:
-    """Compare a whole file, including its checksum, with what was written into it."""
-    buffer = memoryview(bytearray(CHUNK_BYTES))
+def _qform(raw: Nifti1Header) -> np.ndarray:
+    """Return the affine of the qform as nibabel computes it; a qfac (pixdim[0]) of 0 means 1.
+
+    Raises:
+        ValueError: quaternion, qfac or pixdim is invalid.
+    """
+    header = raw.copy()
+    if header["pixdim"][0] == 0:
+        header["pixdim"][0] = 1
     try:
-        with opened(temporary) as stream:
-            for chunk in _chunks(prefix, voxels):
-                part = buffer[: len(chunk)]
-                if fill(stream, part) != len(chunk) or part != chunk:
-                    raise read_back_problem(path)
-            if skip(stream, 1):
-                raise read_back_problem(path)
-    except ScanError as error:
-        raise read_back_problem(path) from error
+        return np.asarray(header.get_qform())
+    except HeaderDataError as error:
+        raise ValueError(str(error)) from error
 
 
-def _chunks(prefix: bytes, voxels: memoryview) -> Iterator[memoryview]:
-    yield memoryview(prefix)
-    for start in range(0, len(voxels), CHUNK_BYTES):
-        yield voxels[start : start + CHUNK_BYTES]
+def _check_against_sform(
+    raw: Nifti1Header, pixdim: np.ndarray, geometry: Geometry, path: Path
+) -> list[ScanWarning]:
+    """Check pixdim and qform, on which other readers may rely, against the sform."""
+    spacing = np.array(geometry.spacing_mm)
+    difference = np.abs(np.abs(pixdim) - spacing)
+    if not np.isfinite(pixdim).all() or (difference > SPACING_TOLERANCE * spacing).any():
+        raise refusal(
+            path,
+            "E_PIXDIM",
+            f"pixdim gives a spacing of {listed(pixdim)} mm, but the sform {listed(spacing)} mm",
+            "find out which is correct and store it in both",
+        )
+    if (pixdim < 0).any():
+        return [ScanWarning("W_QS", f"pixdim {listed(pixdim)} is negative; the sform is used")]
+    if int(raw["qform_code"]) == 0:
+        return []
+    try:
+        offset = geometry.corner_offset_voxels(Geometry(geometry.shape, _qform(raw)))
+    except ValueError:
+        return [ScanWarning("W_QS", "the qform is not a rotation; the sform is used")]
+    if offset > SAME_GRID_TOLERANCE_VOXELS:
+        text = f"qform and sform differ by {offset:.1f} voxels; the sform is used"
+        return [ScanWarning("W_QS", text)]
+    return []
+
+
+# ---- pairs of files
+
+
+def _header_file(path: Path) -> Path:
+    """Return the file that holds the header: that of an `.img` is its `.hdr`."""
+    return _partner(path, ".hdr") if re.search(r"\.img(\.gz)?$", path.name, re.IGNORECASE) else path
+
+
+def _partner(path: Path, suffix: str) -> Path:
+    """Find the other file of an `.hdr`/`.img` pair, ignoring case, compressed or not."""
+    stem = re.sub(r"\.(nii|hdr|img)(\.gz)?$", "", path.name, flags=re.IGNORECASE)
+    for ending in (suffix, suffix + ".gz", suffix.upper(), suffix.upper() + ".GZ"):
+        candidate = path.with_name(stem + ending)
+        if os.path.exists(candidate):
+            return candidate
+    fix = "put .hdr and .img of the same name into one folder"
+    raise refusal(path, "E_MISSING", f"its {suffix} file is missing", fix)
+
+
+# sizeof_hdr → type, offset of the magic, magic of a single file and of a pair
+_FORMATS: dict[int, tuple[type[Nifti1Header], int, bytes, bytes]] = {
+    348: (Nifti1Header, 344, b"n+1\0", b"ni1\0"),
+    540: (Nifti2Header, 4, b"n+2\0\r\n\x1a\n", b"ni2\0\r\n\x1a\n"),
+}
+_DTYPES = {
+    2: "u1", 4: "i2", 8: "i4", 16: "f4", 64: "f8",
+    256: "i1", 512: "u2", 768: "u4", 1024: "i8", 1280: "u8",
+}  # fmt: skip
+_REFUSED_DTYPES = {
+    1: "bit", 32: "complex64", 128: "RGB colour", 1536: "float128", 1792: "complex128",
+    2048: "complex256", 2304: "RGBA colour",
+}  # fmt: skip
+_GEOMETRY_FIELDS = (
+    "pixdim", "xyzt_units", "qform_code", "sform_code", "quatern_b", "quatern_c", "quatern_d",
+    "qoffset_x", "qoffset_y", "qoffset_z", "srow_x", "srow_y", "srow_z",
+)  # fmt: skip
+_OTHER_FORMATS = (
+    (0, b"version https://git-lfs", "a Git LFS pointer", "fetch the file with: git lfs pull"),
+    (0, b"<", "a web page or XML", "download it again: the server may have sent a login page"),
+    (0, b"\x1f\x8b", "gzip inside gzip", "decompress it once"),
+    (0, b"\0\0\0\1", "FreeSurfer MGH", "rename it to .mgh, or to .mgz if it is compressed"),
+    (0, b"PK\x03\x04", "a zip archive", "unpack it first"),
+    (0, b"NRRD", "NRRD", "convert it to NIfTI"),
+    (0, b"ObjectType", "MetaImage", "convert it to NIfTI"),
+    (0, b"\x89HDF", "HDF5 or MINC", "convert it to NIfTI"),
+    (0, b"\x93NUMPY", "a NumPy array", "store it as NIfTI, with its affine"),
+    (128, b"DICM", "DICOM", "convert the series to NIfTI, for example with dcm2niix"),
+)

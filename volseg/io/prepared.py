@@ -143,6 +143,17 @@ def _array_problems(
         yield f"image.npy is {image.dtype} of shape {image.shape}, not float32 of 4 dimensions"
     if mask.shape != image.shape[1:] or mask.dtype != np.uint8:
         yield f"mask.npy is {mask.dtype} of shape {mask.shape}, not uint8 of {image.shape[1:]}"
+    yield from _foreground_problems(foreground, mask.shape)
+    if slices is None:
+        return
+    if slices.ndim != 4 or slices.dtype != np.float32 or not np.isfinite(slices).all():
+        layout = f"{slices.dtype} of shape {slices.shape}"
+        yield f"slices.npy is {layout}, not finite float32 of 4 dimensions"
+
+
+def _foreground_problems(
+    foreground: Mapping[int, np.ndarray], shape: tuple[int, ...]
+) -> Iterator[str]:
     if sorted(foreground) != list(range(1, len(foreground) + 1)):
         classes = ", ".join(map(str, sorted(foreground)))
         yield f"foreground files must number the classes from 1 without gaps, got {classes}"
@@ -150,13 +161,8 @@ def _array_problems(
         name, layout = f"foreground_{index}.npy", f"{voxels.dtype} of shape {voxels.shape}"
         if voxels.dtype.kind not in "iu" or voxels.ndim != 2 or voxels.shape[1] != 3:
             yield f"{name} is {layout}, not whole numbers of shape (n, 3)"
-        elif ((voxels < 0) | (voxels >= mask.shape)).any():
+        elif ((voxels < 0) | (voxels >= shape)).any():
             yield f"{name} holds voxels outside the case"
-    if slices is None:
-        return
-    if slices.ndim != 4 or slices.dtype != np.float32 or not np.isfinite(slices).all():
-        layout = f"{slices.dtype} of shape {slices.shape}"
-        yield f"slices.npy is {layout}, not finite float32 of 4 dimensions"
 
 
 def _is_record(content: Any) -> bool:

@@ -106,14 +106,3 @@ def slice_distance_mm(matrix: np.ndarray) -> float:
     """Return the distance between axial slices; below the spacing if the gantry was tilted."""
     normal = np.cross(matrix[:, 0], matrix[:, 1])
     return abs(float(matrix[:, 2] @ normal)) / float(np.linalg.norm(normal))
-
-
-def core(inside: np.ndarray) -> np.ndarray:
-    """Return (R, A, S) bool, true where a voxel and its six neighbours lie in the lesion."""
-    padded = np.zeros([n + 2 for n in inside.shape], bool)
-    padded[1:-1, 1:-1, 1:-1] = inside
-    kept = inside.copy()
-    for axis in range(3):
-        for side in (slice(None, -2), slice(2, None)):
-            kept &= padded[tuple(side if n == axis else slice(1, -1) for n in range(3))]
-    return kept

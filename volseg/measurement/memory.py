@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from volseg.execution.memory import Peak
+from volseg.measurement.scan import DEFAULTS
 from volseg.postprocessing.components import finding_bytes, most_components
+from volseg.recipe import Measure
 
 ID_BYTES = 4  # per voxel of lesion ids: a noisy mask has more lesions than uint16 holds
 # Measured with benchmarks/noise.py, in bytes.
@@ -66,11 +68,10 @@ def plan_measuring(
     voxels: int,
     scan_itemsize: int,
     mask_itemsize: int,
+    settings: Measure = DEFAULTS,
     *,
     process: int,
     n_cases: int,
-    has_organ: bool = False,
-    calcium: bool = False,
 ) -> Peak:
     """Return the peak of measuring a mask, from the headers of the scan and the mask.
 
@@ -78,16 +79,14 @@ def plan_measuring(
         process: bytes of the process before it reads them.
         n_cases: cases of the folder, for the tables and the page written afterwards.
     """
-    copies = 2 * mask_itemsize if has_organ else 0
+    copies = 2 * mask_itemsize if settings.organ is not None else 0
+    lesions = lesion_bytes(voxels, scan_itemsize, copies=copies, calcium=settings.calcium)
     return Peak(
         {
             "process": process,
             "scan": scan_itemsize * voxels,
             # Reading holds the mask twice, before there are lesion ids.
             "masks": (mask_itemsize + max(ID_BYTES, mask_itemsize)) * voxels,
-            "lesions": max(
-                lesion_bytes(voxels, scan_itemsize, copies=copies, calcium=calcium),
-                report_bytes(n_cases),
-            ),
+            "lesions": max(lesions, report_bytes(n_cases)),
         }
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from volseg.io.nifti_header import ScanWarning
+from volseg.io.header import ScanWarning
 from volseg.volume import Volume, slabs_of
 
 CLIPPED_FRACTION = 0.05

@@ -11,7 +11,10 @@ import numpy as np
 from volseg.columns import column
 from volseg.measurement.lesions import measure_lesions
 from volseg.measurement.rows import LesionMeasurement
-from volseg.recipe import Measure
+from volseg.measurement.scan import DEFAULTS, SegmentedScan
+from volseg.measurement.units import Unit
+from volseg.postprocessing.lesions import label_lesions
+from volseg.recipe import HU, Measure
 from volseg.volume import Geometry, Volume
 
 # The IBSI digital phantom (CC BY 4.0, theibsi/data_sets), voxels of 2 mm: x fastest, rows are y,
@@ -171,16 +174,14 @@ def _body(
     return _measure(Volume(np.where(inside, np.int16(40), np.int16(-100)), geometry), inside)
 
 
-def _measure(
-    image: Volume, inside: np.ndarray, settings: Measure | None = None
-) -> LesionMeasurement:
-    (row,) = measure_lesions(
-        image,
-        inside.astype(np.uint8),
-        [1],
+def _measure(image: Volume, inside: np.ndarray, settings: Measure = DEFAULTS) -> LesionMeasurement:
+    scan = SegmentedScan(
         case_id="selftest",
+        image=image,
+        lesions=label_lesions(inside.astype(np.uint8), image.geometry, objects="labels"),
+        unit=Unit(name=HU),
         label_names={1: "body"},
-        intensity_unit="HU",
-        settings=settings or Measure(),
+        settings=settings,
     )
+    (row,) = measure_lesions(scan)
     return row

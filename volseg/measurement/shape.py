@@ -9,26 +9,17 @@ takes a few bytes per voxel of a few planes, whatever the size of the lesion.
 
 from __future__ import annotations
 
-import heapq
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
-from scipy.spatial import ConvexHull, KDTree
+from scipy.spatial import ConvexHull
 from scipy.spatial.distance import cdist
 
 N_CUBES = 256
 COUNTED_TOGETHER = 2**16  # voxels of neighbouring planes
 FEW_POINTS = 64  # up to which all distances are computed faster than a convex hull
 POINTS_AT_ONCE = 2000
-# The largest boxes are always compared: those far larger than the median, but at least and at most
-# these numbers of boxes.
-LARGE_BOXES = (32, 512)
-FAR_LARGER = 4  # times the median radius
-FIRST_BOXES = 4  # a quarter of the number of small boxes compared first
-SMALL_SURFACE = 16  # points
-ROUNDING_MM = 1e-9
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,134 +173,24 @@ def sphericity(volume_mm3: float, area_mm2: float) -> float:
     return (36 * np.pi * volume_mm3**2) ** (1 / 3) / area_mm2
 
 
-def equivalent_diameter_mm(volume_mm3: float) -> float:
-    """Return the diameter in mm of the ball with the given volume: V = π d³ / 6.
-
-    >>> round(equivalent_diameter_mm(523.6), 2)
-    10.0
-    """
-    return (6 * volume_mm3 / np.pi) ** (1 / 3)
-
-
-def gaps_mm(surfaces: Sequence[np.ndarray]) -> list[float]:
-    """Return the distance in mm from each surface to the nearest other one; NaN if there is none.
-
-    Args:
-        surfaces: points (N, 3) in mm of each lesion.
-    """
-    if len(surfaces) < 2:
-        return [np.nan] * len(surfaces)
-    boxes = _Boxes.around(surfaces)
-    gaps = _gaps_of_small(surfaces)
-    trees: dict[int, KDTree] = {}
-    for n, points in enumerate(surfaces):
-        if len(points) <= SMALL_SURFACE:
-            continue
-        for box_gap, other in boxes.nearest_first(n, float(gaps[n])):
-            if box_gap >= gaps[n]:  # surfaces are no nearer than their boxes
-                break
-            if other not in trees:
-                trees[other] = KDTree(surfaces[other])
-            low, high = boxes.low[other], boxes.high[other]
-            gap = _gap_mm(points, trees[other], low, high, float(gaps[n]))
-            gaps[n], gaps[other] = min(gaps[n], gap), min(gaps[other], gap)
-    return gaps.tolist()
+def core(inside: np.ndarray) -> np.ndarray:
+    """Return (R, A, S) bool, true where a voxel and its six neighbours lie in the lesion."""
+    padded = np.zeros([n + 2 for n in inside.shape], bool)
+    padded[1:-1, 1:-1, 1:-1] = inside
+    kept = inside.copy()
+    for axis in range(3):
+        for side in (slice(None, -2), slice(2, None)):
+            kept &= padded[tuple(side if n == axis else slice(1, -1) for n in range(3))]
+    return kept
 
 
-def _gaps_of_small(surfaces: Sequence[np.ndarray]) -> np.ndarray:
-    """Return (N,) the gap of each surface of up to `SMALL_SURFACE` points, all at once.
-
-    For a larger surface, it is an upper bound: the gap to the nearest small one seen.
-    """
-    sizes = [len(points) for points in surfaces]
-    gaps = np.full(len(surfaces), np.inf)
-    if min(sizes) > SMALL_SURFACE:
-        return gaps
-    points, owners = np.concatenate(surfaces), np.repeat(np.arange(len(surfaces)), sizes)
-    small = np.flatnonzero(np.repeat(sizes, sizes) <= SMALL_SURFACE)
-    tree = KDTree(points)
-    n_neighbours = min(SMALL_SURFACE + 1, len(points))  # one of them belongs to another surface
-    for start in range(0, small.size, POINTS_AT_ONCE):
-        chunk = small[start : start + POINTS_AT_ONCE]
-        mm, neighbours = tree.query(points[chunk], k=n_neighbours)
-        others = owners[neighbours]
-        mm[others == owners[chunk, None]] = np.inf
-        np.minimum.at(gaps, owners[chunk], mm.min(axis=1))
-        np.minimum.at(gaps, others, mm)
-    return gaps
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Boxes:
-    """Bounding boxes in mm: large ones are always compared, small ones by their centres."""
-
-    low: np.ndarray  # (N, 3)
-    high: np.ndarray  # (N, 3)
-    radii: np.ndarray  # (N,) of the balls round the boxes
-    large: np.ndarray  # numbers of the large boxes
-    small: np.ndarray  # numbers of the small boxes, largest first
-    centres: KDTree | None  # of the small boxes
-
-    @classmethod
-    def around(cls, surfaces: Sequence[np.ndarray]) -> _Boxes:
-        low = np.array([points.min(axis=0) for points in surfaces])
-        high = np.array([points.max(axis=0) for points in surfaces])
-        radii = np.linalg.norm(high - low, axis=1) / 2
-        order = np.argsort(-radii, kind="stable")
-        n_large = int(
-            np.clip(np.count_nonzero(radii > FAR_LARGER * np.median(radii)), *LARGE_BOXES)
-        )
-        large, small = order[:n_large], order[n_large:]
-        centres = KDTree((low + high)[small] / 2) if small.size else None
-        return cls(low, high, radii, large, small, centres)
-
-    def nearest_first(self, n: int, most: float) -> Iterator[tuple[float, int]]:
-        """Yield (distance, number) of the other boxes nearer than `most`, nearest first."""
-        waiting: list[tuple[float, int]] = []
-        self._add(waiting, n, self.large, most)
-        n_queried, n_next, bound = 0, FIRST_BOXES, -np.inf if self.small.size else np.inf
-        while waiting or bound < most:
-            if waiting and waiting[0][0] <= bound:
-                yield heapq.heappop(waiting)
-                continue
-            assert self.centres is not None
-            n_next = min(4 * n_next, self.small.size)
-            ranks = np.arange(n_queried + 1, n_next + 1)
-            distances, indices = self.centres.query((self.low[n] + self.high[n]) / 2, k=ranks)
-            self._add(waiting, n, self.small[indices], most)
-            n_queried = n_next
-            # The centres of the boxes not queried yet are further away.
-            bound = distances[-1] - self.radii[n] - self.radii[self.small[0]]
-            if n_queried == self.small.size:
-                bound = np.inf
-
-    def _add(
-        self, waiting: list[tuple[float, int]], n: int, others: np.ndarray, most: float
-    ) -> None:
-        apart = _apart(self.low[others], self.high[others], self.low[n], self.high[n])
-        gaps = np.linalg.norm(apart, axis=1)
-        is_near = (gaps < most) & (others != n)
-        for gap, other in zip(gaps[is_near].tolist(), others[is_near].tolist(), strict=True):
-            heapq.heappush(waiting, (gap, other))
-
-
-def _gap_mm(
-    points: np.ndarray, tree: KDTree, low: np.ndarray, high: np.ndarray, most: float
-) -> float:
-    """Return the distance of the points to those of the tree; infinite if not under `most`.
-
-    Args:
-        low, high: corners of the box of the tree's points.
-    """
-    # A few points give an upper bound; only points as near to the other box can be nearer.
-    few = points[:: max(1, len(points) // FEW_POINTS)]
-    most = min(most, float(tree.query(few)[0].min()) + ROUNDING_MM)
-    near = points[np.linalg.norm(_apart(low, high, points, points), axis=1) <= most]
-    return float(tree.query(near, distance_upper_bound=most)[0].min()) if len(near) else np.inf
-
-
-def _apart(
-    low: np.ndarray, high: np.ndarray, other_low: np.ndarray, other_high: np.ndarray
-) -> np.ndarray:
-    """Return the gap between boxes along each axis, 0 where they overlap."""
-    return np.maximum(0, np.maximum(low - other_high, other_low - high))
+def grown(inside: np.ndarray, reach: int) -> np.ndarray:
+    """Return (R, A, S) bool of the lesion dilated by `reach` voxels along each axis."""
+    for axis in range(3):
+        larger, others = inside.copy(), (slice(None),) * axis
+        for step in range(1, min(reach + 1, inside.shape[axis])):
+            ahead, behind = (*others, slice(step, None)), (*others, slice(None, -step))
+            larger[ahead] |= inside[behind]
+            larger[behind] |= inside[ahead]
+        inside = larger
+    return inside

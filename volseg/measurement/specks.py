@@ -7,43 +7,30 @@ fill it about twice, those of 117 random values 117 times.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from heapq import merge
 from operator import attrgetter
-from typing import Any
 
 import numpy as np
 
-from volseg import __version__
-from volseg.measurement.lesions import (
-    DEFAULTS,
-    NO_CLASS,
-    CanonicalScan,
-    centres_mm,
-    confidence_columns,
-    intensity_columns,
-    measure_lesions,
-    point_text,
-    sizes_and_boxes,
-    voxel_volume_mm3,
-    withheld,
-)
+from volseg.measurement import confidence, intensities
+from volseg.measurement.cells import Cells, LesionRows, point_text
+from volseg.measurement.extents import SLAB_VOXELS, Extents, centroids_and_boxes
+from volseg.measurement.lesions import measure_lesions
 from volseg.measurement.ragged import Ragged
 from volseg.measurement.recist import MEASURABLE_MM, ROUNDING_MM
 from volseg.measurement.rows import LesionMeasurement
-from volseg.measurement.shape import equivalent_diameter_mm
-from volseg.measurement.units import HU
+from volseg.measurement.scan import Box, CanonicalScan, SegmentedScan, n_voxels_of
 from volseg.postprocessing.components import by_size
-from volseg.postprocessing.lesions import MANY
-from volseg.recipe import Measure
+from volseg.postprocessing.lesions import MANY, Lesions, centres_mm
 from volseg.volume import Volume, slabs_of
 from volseg.words import format_thousands
 
 SPECKS = "W_SPECKS"  # code of the warning that a mask looks like noise
 TOGETHER_VOXELS = 2**20  # of lesions measured together
 TOGETHER_ROWS = 2**17
-SLAB_VOXELS = 2**20
 # Voxels in the boxes of lesions measured in full: at most 16 scans, but always 2²⁴.
 BOXES, FEW_BOXES = 16, 2**24
 
@@ -53,43 +40,35 @@ class Specks:
     """Lesions of a scan that are not among its largest; iterating measures them in batches.
 
     Args:
-        image, ids, confidence, labels, case_id, label_names: as in `measure_largest`.
-        unit, unit_doubt, settings, connectivity, model: as in `measure_largest`.
-        has_classes: whether the largest lesions have a class.
         sizes: (N + 1,) voxels of each lesion of the scan; 0 for index 0 and for lesions measured
             in full.
-        n: number of these lesions.
-        n_lesions: number of all lesions of the scan.
         scans_in_boxes: how often the boxes of all lesions would fill the scan, if that is the
             reason; 0 if the reason is their number.
     """
 
-    image: Volume
-    ids: np.ndarray
-    confidence: np.ndarray | None
-    labels: Sequence[int]
-    case_id: str
-    label_names: Mapping[int, str]
-    unit: str
-    unit_doubt: str
-    has_classes: bool
-    settings: Measure
-    connectivity: int | None
-    model: str | None
+    scan: SegmentedScan
     sizes: np.ndarray
-    n: int
-    n_lesions: int
     scans_in_boxes: float = 0.0
     together_voxels: int = TOGETHER_VOXELS
     together_rows: int = TOGETHER_ROWS
+
+    @cached_property
+    def n(self) -> int:
+        """Number of these lesions."""
+        return int(np.count_nonzero(self.sizes))
 
     def __len__(self) -> int:
         return self.n
 
     @property
+    def n_lesions(self) -> int:
+        """Number of all lesions of the scan."""
+        return len(self.sizes) - 1
+
+    @property
     def volume_ml(self) -> float:
         """Volume of all of them."""
-        return int(self.sizes.sum(dtype=np.int64)) * voxel_volume_mm3(self.image) / 1000
+        return int(self.sizes.sum(dtype=np.int64)) * self.scan.voxel_mm3 / 1000
 
     @property
     def most_voxels(self) -> int:
@@ -111,7 +90,8 @@ class Specks:
     def touches_border(self) -> bool:
         """True if any lesion of the scan touches the border."""
         ends = ((axis, end) for axis in range(3) for end in (0, -1))
-        return any(bool(np.moveaxis(self.ids, axis, 0)[end].any()) for axis, end in ends)
+        ids = self.scan.lesions.ids
+        return any(bool(np.moveaxis(ids, axis, 0)[end].any()) for axis, end in ends)
 
     @property
     def may_be_measurable(self) -> bool:
@@ -119,28 +99,34 @@ class Specks:
 
         In a connected lesion, each voxel adds at most the diagonal of its face.
         """
-        matrix = CanonicalScan.of(self.image, self.ids, None).geometry.affine[:3, :3]
+        matrix = CanonicalScan.of(self.scan).matrix
         diagonals = (matrix[:, 0] + matrix[:, 1], matrix[:, 0] - matrix[:, 1])
         diagonal_mm = max(float(np.linalg.norm(diagonal)) for diagonal in diagonals)
-        is_connected = self.connectivity is not None
+        is_connected = self.scan.lesions.connectivity is not None
         return not (is_connected and self.most_voxels * diagonal_mm < MEASURABLE_MM - ROUNDING_MM)
 
     def __iter__(self) -> Iterator[LesionMeasurement]:
-        scan = CanonicalScan.of(self.image, self.ids, self.confidence)
+        view = CanonicalScan.of(self.scan)
+        rows = LesionRows(view)
+        n_full, n_all = map(format_thousands, (self.n_lesions - self.n, self.n_lesions))
+        why = f"not measured, since only the {n_full} largest of {n_all} lesions are"
+        unmeasured = Cells({}, f"{', '.join(self._unmeasured())}: {why}")
         for start, stop in self._ranges():
-            yield from self._rows(scan, start, stop)
+            lesions = _measured(view, start, self.sizes[start:stop])
+            for number, size, centroid_mm, cells in lesions:
+                yield rows.row(number, size, centroid_mm, (*cells, unmeasured))
 
     def _unmeasured(self) -> list[str]:
         """Return the columns, or groups of columns, that only the largest lesions have."""
-        is_scored = self.settings.calcium and self.unit == HU and not self.unit_doubt
+        scan = self.scan
         return [
             "form",
             "axes",
             "nearest_lesion_mm",
             "intensity_mean_eroded1",
-            *(["volume_expected_ml"] if self.confidence is not None else []),
-            *(["calcium"] if is_scored else []),
-            *(["class"] if self.has_classes and not self.unit_doubt else []),
+            *(["volume_expected_ml"] if scan.confidence is not None else []),
+            *(["calcium"] if scan.is_calcium_scored else []),
+            *(["class"] if scan.classes is not None and not scan.unit.doubt else []),
         ]
 
     def _ranges(self) -> Iterator[tuple[int, int]]:
@@ -153,143 +139,121 @@ class Specks:
                 yield start, stop
             start = stop
 
-    def _rows(self, scan: CanonicalScan, start: int, stop: int) -> Iterator[LesionMeasurement]:
-        sizes = self.sizes[start:stop]
-        filled = np.flatnonzero(sizes)
-        numbers, counts, n = filled + start, sizes[filled].astype(np.int64), len(filled)
-        extents, intensity_values, confidence_values = _collect(scan, start, sizes)
-        voxel_mm3 = voxel_volume_mm3(self.image)
-        doubt_note, settings = "", self.settings
-        if self.unit_doubt:
-            doubt_note = withheld(self.unit_doubt, settings, has_classes=self.has_classes)
-            settings = settings.model_copy(update={"calcium": False})
-        unit = "" if self.unit_doubt else self.unit
-        intensities = intensity_columns(intensity_values, voxel_mm3, unit, settings)
-        confidences: list[tuple[dict[str, Any], str]] = [({"confidence_mean": None}, "")] * n
-        if confidence_values is not None:
-            confidences = confidence_columns(confidence_values, None, voxel_mm3)
-        low, high = extents.low[:, filled], extents.high[:, filled]
-        shape = np.array(scan.ids.shape)[:, None]
-        touches = ((low == 0) | (high == shape - 1)).any(axis=0).tolist()
-        centroids_mm = centres_mm((extents.sums[:, filled] / counts).T, scan.geometry).tolist()
-        reach = np.abs(scan.geometry.affine[:3, :3]).sum(axis=1)[:, None] / 2
-        low_mm = (extents.low_mm[:, filled] - reach).T
-        high_mm = (extents.high_mm[:, filled] + reach).T
-        del extents, intensity_values, confidence_values
-        shared: dict[str, Any] = {
-            "case_id": self.case_id,
-            "intensity_unit": self.unit,
-            "connectivity": self.connectivity,
-            "model": self.model,
-            "volseg_version": __version__,
-            **NO_CLASS,
-            **{f"spacing_{axis}_mm": mm for axis, mm in zip("ras", scan.spacing_mm)},
-        }
-        n_full, n_all = map(format_thousands, (self.n_lesions - self.n, self.n_lesions))
-        largest = f"only the {n_full} largest of {n_all}"
-        size_note = f"{', '.join(self._unmeasured())}: not measured, since {largest} lesions are"
-        for index, (number, size) in enumerate(zip(numbers.tolist(), counts.tolist())):
-            label = int(self.labels[number - 1])
-            intensity, note = intensities[index]
-            confidence, confidence_note = confidences[index]
-            r, a, s = centroids_mm[index]
-            name_note = (
-                "" if label in self.label_names else f"label_name: value {label} has no name"
-            )
-            notes = (name_note, doubt_note, note, confidence_note, size_note)
-            yield LesionMeasurement(
-                **shared,
-                lesion_id=number,
-                label=label,
-                label_name=self.label_names.get(label),
-                n_voxels=size,
-                volume_mm3=size * voxel_mm3,
-                volume_ml=size * voxel_mm3 / 1000,
-                equiv_sphere_diameter_mm=equivalent_diameter_mm(size * voxel_mm3),
-                **intensity,
-                **confidence,
-                centroid_r_mm=r,
-                centroid_a_mm=a,
-                centroid_s_mm=s,
-                touches_border=touches[index],
-                bbox_min_ras=point_text(low_mm[index]),
-                bbox_max_ras=point_text(high_mm[index]),
-                notes="; ".join(filter(None, notes)),
-            )
+
+def _measured(
+    view: CanonicalScan, start: int, sizes: np.ndarray
+) -> Iterator[tuple[int, int, list[float], list[Cells]]]:
+    """Measure the lesions from number `start` on that have voxels in `sizes`.
+
+    Yields:
+        Number, voxels, centroid in mm and columns of each.
+    """
+    filled = np.flatnonzero(sizes)
+    counts = sizes[filled].astype(np.int64)
+    extents, values, confidence_values = _collect(view, start, sizes)
+    centroids = (extents.sums[:, filled] / counts).T
+    cells = [_place_cells(view, extents, filled), intensities.value_cells(values, view)]
+    if confidence_values is not None:
+        cells.append(confidence.value_cells(confidence_values))
+    del extents, values, confidence_values
+    centroids_mm = centres_mm(centroids, view.image.geometry).tolist()
+    numbers = (filled + start).tolist()
+    for number, size, centroid_mm, *columns in zip(numbers, counts.tolist(), centroids_mm, *cells):
+        yield number, size, centroid_mm, columns
 
 
-class _Extents:
-    """Extents of L lesions along R, A, S, in voxels and mm; voxels are added slab by slab."""
+class _Extents(Extents):
+    """Extents of N lesions, also in mm, from the centres of their voxels."""
 
     def __init__(self, n: int, affine: np.ndarray) -> None:
+        super().__init__(n)
         self._affine = affine
-        self.sums = np.zeros((3, n))  # of indices
-        self.low = np.full((3, n), np.iinfo(np.int32).max, np.int32)
-        self.high = np.full((3, n), -1, np.int32)
-        # Of voxel centres.
         self.low_mm, self.high_mm = np.full((3, n), np.inf), np.full((3, n), -np.inf)
 
     def add(self, lesion: np.ndarray, index: Sequence[np.ndarray]) -> None:
-        """Add M voxels: the lesion (M,) of each, and its index (M,) along each axis."""
+        super().add(lesion, index)
         for axis in range(3):
-            self.sums[axis] += np.bincount(lesion, index[axis], minlength=self.sums.shape[1])
-            np.minimum.at(self.low[axis], lesion, index[axis].astype(np.int32))
-            np.maximum.at(self.high[axis], lesion, index[axis].astype(np.int32))
             i, j, k, origin = self._affine[axis].tolist()
             mm = i * index[0] + j * index[1] + k * index[2] + origin
             np.minimum.at(self.low_mm[axis], lesion, mm)
             np.maximum.at(self.high_mm[axis], lesion, mm)
 
 
+def _place_cells(view: CanonicalScan, extents: _Extents, filled: np.ndarray) -> Iterator[Cells]:
+    """Return where each of the `filled` lesions lies."""
+    low, high = extents.low[:, filled], extents.high[:, filled]
+    touches = (low == 0) | (high == np.array(view.ids.shape)[:, None] - 1)
+    reach = np.abs(view.matrix).sum(axis=1)[:, None] / 2
+    low_mm, high_mm = extents.low_mm[:, filled] - reach, extents.high_mm[:, filled] + reach
+    for touches_border, *corners in zip(touches.any(axis=0).tolist(), low_mm.T, high_mm.T):
+        low_text, high_text = map(point_text, corners)
+        row = {"bbox_min_ras": low_text, "bbox_max_ras": high_text}
+        yield Cells(row | {"touches_border": touches_border})
+
+
 def _collect(
-    scan: CanonicalScan, start: int, sizes: np.ndarray
+    view: CanonicalScan, start: int, sizes: np.ndarray
 ) -> tuple[_Extents, Ragged, Ragged | None]:
-    """Collect the voxels of the lesions from number `start` on that have voxels in `sizes`.
+    """Return extents, intensities and confidence of the lesions that have voxels in `sizes`.
 
     A single lesion may fill a large part of the scan, so only its stored values are collected.
-
-    Returns:
-        Extents, intensities and confidence of the lesions.
     """
-    n, stop, n_collected = int(sizes.sum(dtype=np.int64)), start + len(sizes), 0
-    extents, numbers = _Extents(len(sizes), scan.geometry.affine), np.empty(0, np.int32)
-    if len(sizes) > 1:
-        numbers = np.empty(n, np.int32)
-    stored = np.empty(n, scan.image.array.dtype)
-    confidence = None if scan.confidence is None else np.empty(n, scan.confidence.dtype)
-    has_gaps = not sizes.all()
-    for slab in slabs_of(scan.ids, SLAB_VOXELS):
-        ids = scan.ids[slab]
-        is_member = (ids >= start) & (ids < stop)
-        if has_gaps:
-            is_member[is_member] = sizes[ids[is_member] - start] > 0
-        voxels = np.nonzero(is_member)
-        piece = slice(n_collected, n_collected + len(voxels[0]))
-        lesion = ids[voxels].astype(np.int64) - start
+    n, n_collected = int(sizes.sum(dtype=np.int64)), 0
+    extents = _Extents(len(sizes), view.image.geometry.affine)
+    numbers = np.empty(n if len(sizes) > 1 else 0, np.int32)
+    arrays = [view.image.array, *([] if view.confidence is None else [view.confidence])]
+    collected = [np.empty(n, array.dtype) for array in arrays]
+    for slab, voxels, lesion in _members(view.ids, start, sizes):
+        piece = slice(n_collected, n_collected + len(lesion))
         extents.add(lesion, [along + side.start for along, side in zip(voxels, slab, strict=True)])
-        stored[piece] = scan.image.array[slab][voxels]
-        if len(sizes) > 1:
+        if numbers.size:
             numbers[piece] = lesion
-        if confidence is not None and scan.confidence is not None:
-            confidence[piece] = scan.confidence[slab][voxels]
+        for values, array in zip(collected, arrays, strict=True):
+            values[piece] = array[slab][voxels]
         n_collected = piece.stop
-    if len(sizes) == 1:
-        confidences = None if confidence is None else Ragged.of([confidence])
-        return extents, Ragged.of([stored], scan.image), confidences
     counts = sizes[sizes > 0].astype(np.int64)
-    starts = np.cumsum(counts) - counts
-    values = scan.image.intensities(stored)
-    intensities = Ragged(values[np.lexsort((values, numbers))], starts, counts)
-    if confidence is None:
-        return extents, intensities, None
-    confidence = confidence[np.lexsort((confidence, numbers))]
-    return extents, intensities, Ragged(confidence, starts, counts)
+    stored = collected.pop(0)
+    intensity_values = _grouped(stored, numbers, counts, view.image)
+    del stored
+    confidence_values = _grouped(collected[0], numbers, counts) if collected else None
+    return extents, intensity_values, confidence_values
+
+
+def _members(
+    ids: np.ndarray, start: int, sizes: np.ndarray
+) -> Iterator[tuple[Box, tuple[np.ndarray, ...], np.ndarray]]:
+    """Yield slabs of the scan, with the index of each voxel of the lesions and its lesion, from 0.
+
+    The lesions are those from number `start` on that have voxels in `sizes`.
+    """
+    has_gaps = not sizes.all()
+    for slab in slabs_of(ids, SLAB_VOXELS):
+        part = ids[slab]
+        is_member = (part >= start) & (part < start + len(sizes))
+        if has_gaps:
+            is_member[is_member] = sizes[part[is_member] - start] > 0
+        voxels = np.nonzero(is_member)
+        yield slab, voxels, part[voxels].astype(np.int64) - start
+
+
+def _grouped(
+    values: np.ndarray, numbers: np.ndarray, counts: np.ndarray, image: Volume | None = None
+) -> Ragged:
+    """Group stored values (N,) by the lesion of each; `numbers` is empty for a single lesion."""
+    if not numbers.size:
+        return Ragged.of([values], image)
+    values = values if image is None else image.intensities(values)
+    return Ragged(values[np.lexsort((values, numbers))], np.cumsum(counts) - counts, counts)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class MeasuredLesions:
-    """Lesions of a scan: the largest with every column, the others measured on iteration."""
+    """Lesions of a scan: the largest with every column, the others measured on iteration.
 
+    `scan` has no confidence, unless it is needed to measure the others.
+    """
+
+    scan: SegmentedScan
     largest: Sequence[LesionMeasurement]
     specks: Specks | None = None
 
@@ -301,6 +265,11 @@ class MeasuredLesions:
         return merge(self.largest, self.specks or (), key=attrgetter("lesion_id"))
 
     @property
+    def lesion_ids(self) -> Volume:
+        """Number of the lesion in each voxel, 1 for the largest."""
+        return self.scan.image.with_array(self.scan.lesions.ids)
+
+    @property
     def touches_border(self) -> bool:
         """True if any lesion touches the border."""
         if any(lesion.touches_border for lesion in self.largest):
@@ -309,21 +278,7 @@ class MeasuredLesions:
 
 
 def measure_largest(
-    image: Volume,
-    ids: np.ndarray,
-    labels: Sequence[int],
-    *,
-    case_id: str,
-    label_names: Mapping[int, str],
-    intensity_unit: str,
-    unit_doubt: str = "",
-    confidence: np.ndarray | None = None,
-    classes: Sequence[Mapping[str, float] | None] | None = None,
-    settings: Measure = DEFAULTS,
-    connectivity: int | None = None,
-    model: str | None = None,
-    most: int = MANY,
-    most_boxes: int | None = None,
+    scan: SegmentedScan, *, most: int = MANY, most_boxes: int | None = None
 ) -> MeasuredLesions:
     """Measure the lesions of a scan in bounded memory and time, whatever their number and spread.
 
@@ -331,9 +286,6 @@ def measure_largest(
         most: number of lesions measured in full: the largest; of equal ones, the first.
         most_boxes: voxels that the boxes of these lesions may have in total; None: 16 times those
             of the scan, but at least 2²⁴.
-        classes: of at least the lesions measured in full, in the order of all lesions.
-
-    The other arguments are those of `measure_lesions`.
 
     Returns:
         Within both limits, all rows are those of `measure_lesions`. Beyond, the largest lesions
@@ -343,41 +295,18 @@ def measure_largest(
     Memory on top of the scan, the ids and the confidence: itemsize + 2 bytes per voxel of the
     largest lesion, 8 bytes per lesion, 10 kB per lesion measured in full, and 150 MB.
     """
-    n = len(labels)
-    most_boxes = max(FEW_BOXES, BOXES * ids.size) if most_boxes is None else most_boxes
-    only, sizes, in_boxes = _split(ids, n, most, most_boxes)
-    options: dict[str, Any] = {"case_id": case_id, "label_names": label_names, "settings": settings}
-    options |= {"unit_doubt": unit_doubt, "connectivity": connectivity, "model": model}
-    largest = measure_lesions(
-        image,
-        ids,
-        labels,
-        intensity_unit=intensity_unit,
-        confidence=confidence,
-        classes=classes,
-        only=only,
-        **options,
-    )
+    n_voxels = scan.lesions.ids.size
+    most_boxes = max(FEW_BOXES, BOXES * n_voxels) if most_boxes is None else most_boxes
+    only, sizes, in_boxes = _split(scan.lesions, most, most_boxes)
+    largest = measure_lesions(scan, only=only)
     if only is None:
-        return MeasuredLesions(largest)
-    specks = Specks(
-        image=image,
-        ids=ids,
-        confidence=confidence,
-        labels=labels,
-        unit=intensity_unit,
-        has_classes=classes is not None,
-        sizes=sizes,
-        n=n - len(largest),
-        n_lesions=n,
-        scans_in_boxes=in_boxes / ids.size,
-        **options,
-    )
-    return MeasuredLesions(largest, specks)
+        return MeasuredLesions(replace(scan, confidence=None), largest)
+    specks = Specks(scan=scan, sizes=sizes, scans_in_boxes=in_boxes / n_voxels)
+    return MeasuredLesions(scan, largest, specks)
 
 
 def _split(
-    ids: np.ndarray, n: int, most: int, most_boxes: int
+    lesions: Lesions, most: int, most_boxes: int
 ) -> tuple[np.ndarray | None, np.ndarray, int]:
     """Choose the lesions to measure in full.
 
@@ -385,20 +314,19 @@ def _split(
         Their numbers (M,), None for all; voxels (n + 1,) of the other lesions, 0 for those
         measured in full; and the voxels in all boxes if these exceed the limit, else 0.
     """
+    n = len(lesions.labels)
     sizes, only = np.zeros(n + 1, np.uint32), None
+    sizes[1:] = lesions.n_voxels
     if n > most:
-        for slab in slabs_of(ids, SLAB_VOXELS):
-            np.add.at(sizes, ids[slab].ravel("K"), np.uint32(1))
-        sizes[0] = 0
         only = np.flatnonzero(by_size(sizes) <= most)[1:]
-    elif n * ids.size <= most_boxes:
+    elif n * lesions.ids.size <= most_boxes:
         return None, sizes, 0
-    counts, boxes = sizes_and_boxes(ids, only, n)
+    _, boxes = centroids_and_boxes(lesions, only)
+    in_box = np.array([n_voxels_of(box) for box in boxes], np.int64)
     numbers = np.arange(1, n + 1) if only is None else only
-    sizes[numbers] = counts
-    order = np.argsort(-counts, kind="stable")
-    kept = order[: max(1, np.count_nonzero(np.cumsum(boxes[order]) <= most_boxes))]
+    order = np.argsort(-sizes[numbers].astype(np.int64), kind="stable")
+    kept = order[: max(1, np.count_nonzero(np.cumsum(in_box[order]) <= most_boxes))]
     full = np.sort(numbers[kept])
     sizes[full] = 0
-    in_boxes = 0 if len(full) == len(numbers) else int(boxes.sum())
-    return None if len(full) == n else full, sizes, in_boxes
+    total = 0 if len(full) == len(numbers) else int(in_box.sum())
+    return None if len(full) == n else full, sizes, total

@@ -20,7 +20,7 @@ class InferOptions(OnDevice, Limited, Pictured, Announcing):
     """
 
     scans: tuple[Path, ...] = argument(
-        "NIfTI files, folders of them, or tables of cases.", converter=paths
+        "Scans, folders of scans, or tables of cases.", converter=paths
     )
     model: Path | None = option(
         "Folder made by `volseg train`; default: the model that ships with volseg.",

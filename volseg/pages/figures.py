@@ -11,9 +11,9 @@ from volseg.inputs import shorten
 from volseg.measurement.rows import LesionMeasurement
 from volseg.measurement.units import shown_unit
 from volseg.pages.canvas import new_figure, png_bytes
+from volseg.pages.marks import lesion_voxels
 from volseg.pages.slices import draw_planes, surroundings
 from volseg.pages.windows import lesion_window, sampled
-from volseg.preprocessing.crop import box_where
 from volseg.preprocessing.planes import PLANES
 from volseg.volume import BoundingBox, Volume
 
@@ -58,15 +58,9 @@ def overlay_png(
 
 
 def _voxels_of(numbers: np.ndarray, number: int) -> np.ndarray:
-    """Return the (N, 3) voxel indices of a lesion, of a large one only in its middle slice."""
-    box = box_where(lambda part: numbers[part] == number, numbers)
+    box = BoundingBox.where(lambda part: numbers[part] == number, numbers)
     assert box is not None, "a lesion has voxels"
-    start, inside = np.array(box.start), numbers[box.slices]
-    if inside.size <= MOST_VOXELS:
-        return np.argwhere(inside == number) + start
-    planes = sorted(range(inside.shape[2]), key=lambda k: abs(2 * k + 1 - inside.shape[2]))
-    k = next(k for k in planes if (inside[:, :, k] == number).any())
-    return np.insert(np.argwhere(inside[:, :, k] == number), 2, k, axis=1) + start
+    return lesion_voxels(numbers, number, box, most=MOST_VOXELS)
 
 
 def _centre(voxels: np.ndarray) -> np.ndarray:

@@ -11,11 +11,11 @@ import numpy as np
 from scipy import ndimage
 
 from volseg.inputs import parse_json
-from volseg.volume import Volume
+from volseg.volume import BoundingBox, Volume
 
 Point = tuple[float, float, float]  # RAS mm
 Colour = tuple[int, int, int]  # red, green, blue from 0 to 255
-LARGE_VOXELS = 1_000_000  # in a larger box only one slice of the lesion is searched
+LARGE = 1_000_000  # voxels; in a larger box only one slice of the lesion is searched
 
 
 def lesion_points(ids: Volume, lesions: Sequence[Mapping[str, Any]]) -> dict[int, Point]:
@@ -41,9 +41,7 @@ def _point_in(box: tuple[slice, ...], ids: Volume, lesion: Mapping[str, Any]) ->
     number, middle, depth = lesion["lesion_id"], _middle(lesion), None
     if middle is not None:
         depth = round(float(ids.geometry.to_index(middle[None])[0, 2]))
-    if math.prod(part.stop - part.start for part in box) > LARGE_VOXELS:
-        box = _nearest_slice(box, ids.array, number, depth)
-    voxels = np.argwhere(ids.array[box] == number) + [part.start for part in box]
+    voxels = lesion_voxels(ids.array, number, BoundingBox.of(box), depth=depth)
     centroid = [lesion.get(f"centroid_{axis}_mm") for axis in "ras"]
     if middle is not None:
         aim, in_slice = middle, voxels[voxels[:, 2] == depth]
@@ -57,15 +55,21 @@ def _point_in(box: tuple[slice, ...], ids: Volume, lesion: Mapping[str, Any]) ->
     return r, a, s
 
 
-def _nearest_slice(
-    box: tuple[slice, ...], ids: np.ndarray, number: int, depth: int | None
-) -> tuple[slice, ...]:
-    """Return the slice of a lesion's box nearest to `depth`, default its middle."""
-    start, stop = box[2].start, box[2].stop
-    aim = (start + stop) // 2 if depth is None else depth
-    slices = sorted(range(start, stop), key=lambda k: abs(k - aim))
-    k = next(k for k in slices if (ids[(*box[:2], k)] == number).any())
-    return (*box[:2], slice(k, k + 1))
+def lesion_voxels(
+    ids: np.ndarray, number: int, box: BoundingBox, *, depth: int | None = None, most: int = LARGE
+) -> np.ndarray:
+    """Return the indices (N, 3) of a lesion's voxels.
+
+    In a box of more than `most` voxels only those in the slice nearest to `depth`, by default to
+    the middle of the box.
+    """
+    r, a, s = box.slices
+    if math.prod(box.shape) > most:
+        aim = (s.start + s.stop) // 2 if depth is None else depth
+        nearest = sorted(range(s.start, s.stop), key=lambda k: abs(k - aim))
+        k = next(k for k in nearest if (ids[r, a, k] == number).any())
+        s = slice(k, k + 1)
+    return np.argwhere(ids[r, a, s] == number) + (r.start, a.start, s.start)
 
 
 def _middle(lesion: Mapping[str, Any]) -> np.ndarray | None:

@@ -10,10 +10,10 @@ import numpy as np
 from isal import igzip
 from scipy import ndimage
 
-from volseg.io.nifti import volume_bytes
+from volseg.io.volumes import volume_bytes
 from volseg.pages.blocks import Blocks, Factors, Slices, block_ids, block_means, count_ids
 from volseg.pages.windows import CT_RANGE_HU, REACH_MM, Window, scan_window
-from volseg.preprocessing.crop import body_threshold, box_where
+from volseg.preprocessing.crop import body_threshold
 from volseg.volume import BoundingBox, Geometry, Volume, slowest_axis
 
 MAX_SPACING_MM = 2.0  # coarsest spacing before more of the scan is cropped
@@ -170,7 +170,9 @@ def _body(scan: Volume, unit: str) -> BoundingBox:
     threshold = BODY_ABOVE_HU
     if unit != "HU":
         threshold = body_threshold(scan.array, scan.slope, scan.intercept)
-    body = box_where(lambda part: scan.intensities(scan.array[part]) > threshold, scan.array)
+    body = BoundingBox.where(
+        lambda part: scan.intensities(scan.array[part]) > threshold, scan.array
+    )
     if body is None:
         return BoundingBox.whole(scan.geometry.shape)
     return _widened(body, scan.geometry, BODY_MARGIN_MM)

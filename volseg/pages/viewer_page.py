@@ -46,50 +46,65 @@ def viewer_html(
     rows = sorted(lesions, key=lambda lesion: lesion["lesion_id"])[:MAX_VIEWER_ROWS]
     rows = with_doubts(rows, [case])
     unit = shown_unit(unit, is_doubted=bool(unit_doubt_in(case.get("warnings") or "")))
-    remark = ""
     n_lesions = max(case.get("n_lesions") or 0, len(lesions))
-    if len(rows) < n_lesions:
-        remark = f"Showing the first {len(rows)} of {n_lesions} lesions; lesions.csv has them all."
-    if preview.not_drawn:
-        remark += f" Not drawn: {format_count(preview.not_drawn, 'lesion')}, too small at this"
-        remark += " resolution or beyond the drawing limit."
-    table = lesion_table(rows, shown=VIEWER_COLUMNS)
-    points = lesion_points(preview.ids, rows)
-    n_drawn = int(preview.ids.array.max(initial=0))
-    content = {
-        "table": table.content,
-        "unit": unit,
-        "window": [json_value(value) for value in preview.window],
-        "points": {number: [round(part, 3) for part in point] for number, point in points.items()},
-        "axes": {lesion["lesion_id"]: axes for lesion in rows if (axes := _axes(lesion))},
-        "colours": bytes(part for n in range(1, n_drawn + 1) for part in lesion_colour(n)).hex(),
-    }
-    facts = [
-        case.get("image") or "",
-        case.get("model") or "",
-        f"volseg {__version__}",
-        format_count(case.get("n_lesions"), "lesion"),
-        f"{format_number(case.get('total_volume_ml'))} mL" if lesions else "",
-    ]
     return render_page(
         "viewer.html.jinja",
         scripts=("table.js", "viewer.js"),
         allowed=(asset("vendor", NIIVUE, is_packed=True),),
         case={"case_id": case["case_id"], "warnings": case.get("warnings") or ""},
-        facts=[fact for fact in facts if fact],
+        facts=_facts(case, has_lesions=bool(lesions)),
         unit=unit,
         shown_part=_shown_part(preview),
         box=box,
         similarity=similarity_of_scan(case.get("warnings") or ""),
         invitation="Select a lesion in the table or the slices." if rows else "No lesions found.",
-        remark=remark.strip(),
-        content=content,
+        remark=_remark(preview, len(rows), n_lesions),
+        content=_content(preview, rows, unit),
         montage=as_base64(montage),
         image=as_base64(preview.packed_image),
         ids=as_base64(preview.packed_ids),
         niivue=_packed_niivue(),
         licences=Markup(asset("vendor", NIIVUE_LICENCE)),  # noqa: S704 a package file
     )
+
+
+def _content(preview: Preview, rows: Sequence[Mapping[str, Any]], unit: str) -> dict[str, Any]:
+    """Return what the page's script reads: the table, and what it draws into the slices."""
+    n_drawn = int(preview.ids.array.max(initial=0))
+    points = lesion_points(preview.ids, rows)
+    return {
+        "table": lesion_table(rows, shown=VIEWER_COLUMNS).content,
+        "unit": unit,
+        "window": [json_value(value) for value in preview.window],
+        "points": {number: [round(part, 3) for part in point] for number, point in points.items()},
+        "axes": {lesion["lesion_id"]: axes for lesion in rows if (axes := _axes(lesion))},
+        "colours": bytes(part for n in range(1, n_drawn + 1) for part in lesion_colour(n)).hex(),
+    }
+
+
+def _remark(preview: Preview, n_rows: int, n_lesions: int) -> str:
+    remarks = []
+    if n_rows < n_lesions:
+        remarks.append(
+            f"Showing the first {n_rows} of {n_lesions} lesions; lesions.csv has them all."
+        )
+    if preview.not_drawn:
+        remarks.append(
+            f"Not drawn: {format_count(preview.not_drawn, 'lesion')}, too small at this "
+            "resolution or beyond the drawing limit."
+        )
+    return " ".join(remarks)
+
+
+def _facts(case: Mapping[str, Any], *, has_lesions: bool) -> list[str]:
+    facts = [
+        case.get("image") or "",
+        case.get("model") or "",
+        f"volseg {__version__}",
+        format_count(case.get("n_lesions"), "lesion"),
+        f"{format_number(case.get('total_volume_ml'))} mL" if has_lesions else "",
+    ]
+    return [fact for fact in facts if fact]
 
 
 def image_budget(lesions: Sequence[Mapping[str, Any]]) -> int:

@@ -36,11 +36,13 @@ class Lesions:
         ids: (I, J, K) uint16, or uint32 above 65 535 lesions; n in the voxels of lesion n, else 0.
         labels: mask value of each lesion; a list, or for many lesions an `array`.
         n_voxels: size of each lesion, in the same type.
+        connectivity: neighbours of a voxel in a lesion; None if it is all voxels of a label.
     """
 
     ids: np.ndarray
     labels: Sequence[int]
     n_voxels: Sequence[int]
+    connectivity: Connectivity | None = None
 
 
 def label_lesions(
@@ -78,7 +80,8 @@ def label_lesions(
     layout = "F" if mask.flags.f_contiguous else "C"
     box = BoundingBox.around(mask)
     if box is None:
-        return Lesions(np.zeros(mask.shape, np.uint16, order=layout), [], [])
+        ids = np.zeros(mask.shape, np.uint16, order=layout)
+        return Lesions(ids, [], [], connectivity if objects == "components" else None)
     if objects == "labels":
         return _one_per_label(mask, box, layout, many)
     components = find_components(mask, geometry, connectivity=connectivity, box=box)
@@ -89,7 +92,7 @@ def label_lesions(
         _listed(_reordered(values[1:], table), many)
         for values in (components.values, components.sizes)
     )
-    return Lesions(relabel(components, table, dtype), labels, n_voxels)
+    return Lesions(relabel(components, table, dtype), labels, n_voxels, connectivity)
 
 
 def _reordered(values: np.ndarray, table: np.ndarray) -> np.ndarray:
@@ -108,6 +111,29 @@ def _listed(values: np.ndarray, many: int) -> Sequence[int]:
     for start in range(0, len(values), PIECE):
         listed.frombytes(values[start : start + PIECE].astype(dtype).tobytes())
     return listed
+
+
+def stable_voxel_mm3(geometry: Geometry) -> float:
+    """Return the voxel volume to 12 digits, since |det A| differs in its last bit by axis order."""
+    return float(f"{geometry.voxel_volume_mm3:.12g}")
+
+
+def centres_mm(indices: np.ndarray, geometry: Geometry) -> np.ndarray:
+    """Convert mean voxel indices (N, 3) to RAS mm (N, 3), rounded to 1e-9 mm.
+
+    The last bits differ between axis orders. Without rounding they would decide the last printed
+    digit of a centroid such as 0.24415 mm, and the sign of a centroid at 0.
+    """
+    return np.round(geometry.to_world_mm(indices), 9) + 0.0
+
+
+def equivalent_diameter_mm(volume_mm3: float) -> float:
+    """Return the diameter in mm of the ball with the given volume: V = π d³ / 6.
+
+    >>> round(equivalent_diameter_mm(523.6), 2)
+    10.0
+    """
+    return (6 * volume_mm3 / np.pi) ** (1 / 3)
 
 
 def remove_organ(mask: np.ndarray, organ: int) -> tuple[np.ndarray, int]:

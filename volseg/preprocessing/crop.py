@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
-from volseg.volume import BoundingBox, slabs_of
+from volseg.volume import BoundingBox
 
 BODY_SUBSAMPLING = 4  # every fourth voxel per axis suffices for the percentile of the threshold
 
@@ -20,27 +20,6 @@ def body_threshold(stored: np.ndarray, slope: float = 1.0, intercept: float = 0.
     steps = [min(BODY_SUBSAMPLING, max(1, n // 8)) for n in stored.shape]
     sample = stored[tuple(slice(None, None, step) for step in steps)]
     return (float(np.percentile(sample, 99)) * slope + intercept) / 10
-
-
-def box_where(
-    test: Callable[[tuple[slice, slice, slice]], np.ndarray], array: np.ndarray
-) -> BoundingBox | None:
-    """Return the smallest box of the voxels of (I, J, K) that pass a test, or None.
-
-    Args:
-        test: slices of one slab of the array → bool of the shape of that slab.
-    """
-    profiles = [np.zeros(n, bool) for n in array.shape]
-    for part in slabs_of(array):
-        inside = test(part)
-        for axis, slab in enumerate(part):
-            others = tuple(other for other in range(3) if other != axis)
-            profiles[axis][slab] |= inside.any(axis=others)
-    if not profiles[0].any():
-        return None
-    ends = (np.flatnonzero(profile)[[0, -1]].tolist() for profile in profiles)
-    (i, i_last), (j, j_last), (k, k_last) = ends
-    return BoundingBox((i, j, k), (i_last + 1, j_last + 1, k_last + 1))
 
 
 def scaled_box(

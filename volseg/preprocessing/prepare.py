@@ -18,12 +18,12 @@ from scipy import ndimage
 from volseg.errors import ScanError
 from volseg.preprocessing.crop import (
     body_threshold,
-    box_where,
     scaled_box,
 )
 from volseg.preprocessing.normalise import Normaliser, Scaling
 from volseg.preprocessing.resample import (
     CPU,
+    Interpolation,
     Kind,
     PlaneReader,
     resample_mask,
@@ -177,7 +177,7 @@ class Preparation:
     def body_box(self) -> BoundingBox | None:
         """Return the box of the body on the prepared grid from the first channel, or None."""
         view, trail = self._views[0], self.trail
-        box = box_where(lambda part: view[part] > self._above, view)
+        box = BoundingBox.where(lambda part: view[part] > self._above, view)
         # The margin puts every voxel of the body between prepared voxels of the box.
         return None if box is None else scaled_box(box, trail.box.shape, trail.shape, (1, 1, 1))
 
@@ -195,7 +195,7 @@ class Preparation:
 
     def _find_box(self, stored: Sequence[np.ndarray]) -> BoundingBox | None:
         if self._settings.crop == "body":
-            return box_where(lambda part: stored[0][part] > self._above, stored[0])
+            return BoundingBox.where(lambda part: stored[0][part] > self._above, stored[0])
         if self._settings.crop == "nonzero":
             pairs = list(zip(self._volumes, stored, strict=True))
 
@@ -203,7 +203,7 @@ class Preparation:
                 channels = [volume.intensities(array[part]) != 0 for volume, array in pairs]
                 return np.any(channels, axis=0)
 
-            return box_where(is_nonzero, stored[0])
+            return BoundingBox.where(is_nonzero, stored[0])
         return None
 
     def _channel(
@@ -245,10 +245,9 @@ class Preparation:
         return PlaneReader(
             self._views[index],
             self.trail.shape,
-            (kinds[0], kinds[1], kinds[2]),
+            Interpolation((kinds[0], kinds[1], kinds[2]), limits),
             axis,
             convert=convert,
-            limits=limits,
             device=device,
         )
 
@@ -308,43 +307,41 @@ class Preparation:
         region = getattr(self._settings.normalisers[index], "region", None)
         if region is None:
             return np.empty(0, np.float32)
-        volume = self._volumes[index]
-        axis = slowest_axis(self._views[0])
-        if self._settings.normalise_first:
-            view = self._views[index]
-            # Whole stored planes, so that no copy is larger than the sample.
-            spacing = -(-view.size // SAMPLE_VOXELS)
-            planes = tuple(slice(None, None, spacing if n == axis else None) for n in range(3))
-            body = None
-            if region == "body":
-                body = self._views[0][planes] > self._above
-            elif self._nonzero is not None:
-                body = self._nonzero[planes]
-            values = view[planes]
-            is_given = body is not None and body.any()
-            return _scaled(values[body] if is_given else values.ravel(), volume)
-        reader = self._reader(index, axis)
-        first = self._reader(0, axis) if region == "body" and index else reader
-        spacing = -(-int(np.prod(self.trail.shape)) // SAMPLE_VOXELS)
+        sample = self._stored_sample if self._settings.normalise_first else self._resampled_sample
+        return _scaled(sample(index, region), self._volumes[index])
+
+    def _stored_sample(self, index: int, region: str) -> np.ndarray:
+        """Return stored values in whole planes, so that no copy is larger than the sample."""
+        view, axis = self._views[index], slowest_axis(self._views[0])
+        spacing = -(-view.size // SAMPLE_VOXELS)
+        planes = tuple(slice(None, None, spacing if n == axis else None) for n in range(3))
+        body = None
+        if region == "body":
+            body = self._views[0][planes] > self._above
+        elif self._nonzero is not None:
+            body = self._nonzero[planes]
+        values = view[planes]
+        return values[body] if body is not None and body.any() else values.ravel()
+
+    def _resampled_sample(self, index: int, region: str) -> np.ndarray:
+        """Return resampled stored values, evenly spaced, from slabs."""
+        axis, n = slowest_axis(self._views[0]), int(np.prod(self.trail.shape))
+        readers = [self._reader(index, axis)]
+        if region == "body" and index:
+            readers.append(self._reader(0, axis))  # whose values are compared with the threshold
+        spacing, length = -(-n // SAMPLE_VOXELS), self.trail.shape[axis]
+        step = max(1, SLAB_VOXELS * length // n)
         inside, outside = [], []
-        length = self.trail.shape[axis]
-        step = max(1, SLAB_VOXELS * length // int(np.prod(self.trail.shape)))
         for start in range(0, length, step):
             stop = min(length, start + step)
-            values = np.moveaxis(reader.read(start, stop).numpy(), axis, 0).ravel()
-            threshold_values = values
-            if first is not reader:
-                threshold_values = np.moveaxis(first.read(start, stop).numpy(), axis, 0).ravel()
-            phase = -(start * (values.size // (stop - start))) % spacing
-            sample = values[phase::spacing]
-            is_body = slice(None)
-            if region == "body":
-                is_body = threshold_values[phase::spacing] > self._above
-            inside.append(sample[is_body])
+            slabs = [np.moveaxis(reader.read(start, stop).numpy(), axis, 0) for reader in readers]
+            phase = -(start * (slabs[0].size // (stop - start))) % spacing
+            sample, first = (slab.ravel()[phase::spacing] for slab in (slabs[0], slabs[-1]))
+            inside.append(sample[first > self._above] if region == "body" else sample)
             if not any(map(len, inside)):
                 outside.append(sample)
         sample = np.concatenate(inside)
-        return _scaled(sample if sample.size else np.concatenate(outside), volume)
+        return sample if sample.size else np.concatenate(outside)
 
 
 Finish = Callable[[torch.Tensor], torch.Tensor]

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from volseg.errors import ScanError
-from volseg.volume import Geometry, Rigid, Volume, slabs_of
+from volseg.volume import Geometry, Rigid, Volume, angle_deg, slabs_of
 
 LEVELS_MM = (8.0, 4.0, 2.0)  # approximate voxel sizes; the fit is accurate to a fraction of a voxel
 MIN_AXIS_VOXELS = 16  # voxels kept at every level, so that thin scans are not averaged further
@@ -95,8 +95,7 @@ class Registration:
         if self.other is None:
             return None
         first, second = (rigid.rotation @ normal for rigid in (self.transform, self.other))
-        sine = float(np.linalg.norm(np.cross(first, second)))
-        return math.degrees(math.atan2(sine, float(first @ second)))
+        return angle_deg(first, second)
 
 
 def register(first: Volume, second: Volume) -> Registration:
@@ -215,16 +214,16 @@ def _search(scans: Sequence[Volume], pairs: Sequence[Sequence[Any]]) -> Rigid | 
     Args:
         pairs: images of both scans at the three levels, coarse to fine.
     """
-    grids = [scan.geometry for scan in scans]
+    first, second = (scan.geometry for scan in scans)
     fits = []
     for shift in _starts(scans):
-        fit = _fit_days(pairs[0], _start(grids[0], shift))
+        fit = _fit_days(pairs[0], _start(first, shift))
         fit = None if fit is None else _fit_days(pairs[1], fit[1])
-        if fit is not None and _overlap(*grids, _rigid(fit[1])):
+        if fit is not None and _overlap(first, second, _rigid(fit[1])):
             fits.append(fit)
     best = _fit_days(pairs[2], min(fits, key=lambda fit: fit[0])[1]) if fits else None
     transform = None if best is None else _rigid(best[1])
-    return transform if transform is not None and _overlap(*grids, transform) else None
+    return transform if transform is not None and _overlap(first, second, transform) else None
 
 
 def _starts(scans: Sequence[Volume]) -> list[np.ndarray]:
@@ -362,8 +361,7 @@ def _image(volume: Volume) -> Any:
         for slab in slabs_of(volume.array, CONVERTED_TOGETHER):  # scaling makes float64 temporaries
             array[slab] = volume.intensities(volume.array[slab])
     image = sitk.GetImageFromArray(array.T)
-    spacing = np.array(volume.geometry.spacing_mm)
-    image.SetSpacing(spacing.tolist())
+    image.SetSpacing(volume.geometry.spacing_mm)
     image.SetOrigin(volume.geometry.affine[:3, 3].tolist())
-    image.SetDirection((volume.geometry.affine[:3, :3] / spacing).ravel().tolist())
+    image.SetDirection(volume.geometry.directions.ravel().tolist())
     return image

@@ -1,0 +1,161 @@
+"""Laws that hold for every row of the table of file formats."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from laws import GRIDS, oblique, orientations
+
+from volseg.errors import ScanError
+from volseg.io import formats
+from volseg.io.formats import FORMATS, READABLE, SUFFIXES, format_of, is_scan, stem_of
+from volseg.io.layouts import find_cases, find_scans
+from volseg.io.volumes import (
+    read_header,
+    read_mask,
+    read_volume,
+    scan_digest,
+    write_volume,
+)
+from volseg.volume import Geometry, Volume
+
+SHAPE = (9, 8, 7)
+VOXELS = np.random.default_rng(0).integers(-1000, 1500, SHAPE).astype(np.int16)
+LABELS = (np.random.default_rng(1).random(SHAPE) * 4).astype(np.uint8)
+WRITTEN = [suffix for row in FORMATS if row.encode for suffix in row.suffixes]
+GRID_NAMES = sorted(GRIDS.keys() - {"sheared"})
+
+
+def test_every_suffix_belongs_to_one_format():
+    all_suffixes = [s for row in FORMATS for s in row.suffixes + row.partner_suffixes]
+    assert len(set(all_suffixes)) == len(all_suffixes)
+    assert all(suffix.startswith(".") and suffix == suffix.lower() for suffix in all_suffixes)
+    assert all(suffix in READABLE for suffix in SUFFIXES)
+
+
+@pytest.mark.parametrize("row", FORMATS, ids=lambda row: row.name)
+def test_names_lead_to_the_format_and_ids_are_without_suffix(row, tmp_path):
+    for suffix in row.suffixes + row.partner_suffixes:
+        for name in (f"p.1{suffix}", f"p.1{suffix.upper()}"):
+            assert format_of(tmp_path / name) is row
+            assert stem_of(tmp_path / name) == "p.1"
+            assert is_scan(tmp_path / name) == (suffix in row.suffixes)
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_folders_of_scans_and_of_masks_are_searched_for_every_suffix(suffix, tmp_path):
+    for name in (f"images/a{suffix}", f"labels/a{suffix}", f"images/._a{suffix}"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    (case,) = find_cases(tmp_path)
+    assert (case.id, case.images["image"].name) == ("a", f"a{suffix}")
+    assert case.reference == tmp_path / f"labels/a{suffix}"
+    (case,) = find_scans([tmp_path / "images"])
+    assert case.id == "a"
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+@pytest.mark.parametrize("contents", [b"", b"hello", bytes(2000), b"\x1f\x8b" + bytes(2000)])
+def test_what_is_no_scan_is_refused_in_one_line(suffix, contents, tmp_path):
+    path = tmp_path / f"a{suffix}"
+    path.write_bytes(contents)
+    for read in (read_header, read_volume, read_mask):
+        with pytest.raises(ScanError) as caught:
+            read(path)
+        assert str(caught.value).startswith(f"{path}: ")
+        assert caught.value.fix and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+@pytest.mark.parametrize("place, code", [("missing", "E_MISSING"), ("folder", "E_NOTFILE")])
+def test_a_path_without_a_file_is_refused(suffix, place, code, tmp_path):
+    (tmp_path / f"folder{suffix}").mkdir()
+    with pytest.raises(ScanError) as caught:
+        read_volume(tmp_path / f"{place}{suffix}")
+    assert caught.value.code == code
+
+
+@pytest.mark.parametrize("suffix", WRITTEN)
+@pytest.mark.parametrize("grid", GRID_NAMES)
+def test_scans_and_masks_come_back(suffix, grid, tmp_path):
+    geometry = Geometry(SHAPE, GRIDS[grid]((0.7, 1.1, 2.5)))
+    scan, mask = tmp_path / f"scan{suffix}", tmp_path / f"mask{suffix}"
+    write_volume(Volume(VOXELS, geometry), scan)
+    write_volume(Volume(LABELS, geometry), mask)
+    volume, labels, header = read_volume(scan), read_mask(mask), read_header(scan)
+    np.testing.assert_array_equal(volume.intensities(), VOXELS)
+    np.testing.assert_array_equal(labels.array, LABELS)
+    assert (volume.array.dtype, labels.array.dtype) == (np.int16, np.uint8)
+    assert volume.array.dtype.isnative and volume.array.flags.f_contiguous
+    assert labels.geometry.matches(volume.geometry)
+    np.testing.assert_allclose(volume.geometry.affine, geometry.affine, rtol=1e-6, atol=1e-5)
+    np.testing.assert_array_equal(header.geometry.affine, volume.geometry.affine)
+    assert (header.geometry.shape, header.n_bytes) == (SHAPE, VOXELS.nbytes)
+    assert volume.sha256 == scan_digest(scan)
+
+
+def test_a_format_without_masks_gives_none(monkeypatch, tmp_path):
+    pictures = replace(formats.NIFTI, name="Picture", suffixes=(".picture",), holds_masks=False)
+    monkeypatch.setattr(formats, "FORMATS", (*FORMATS, pictures))
+    write_volume(Volume(LABELS, Geometry(SHAPE, oblique((1, 1, 2)))), tmp_path / "a.nii")
+    path = (tmp_path / "a.nii").rename(tmp_path / "a.picture")
+    np.testing.assert_array_equal(read_volume(path).array, LABELS)
+    with pytest.raises(ScanError, match="Picture holds intensities only, no mask"):
+        read_mask(path)
+
+
+@pytest.mark.parametrize("suffix", WRITTEN)
+@pytest.mark.parametrize("affine", [np.diag([0.7, 1.1, 2.5, 1.0]), oblique((0.7, 1.1, 2.5))])
+def test_all_48_orientations_give_the_same_patient(suffix, affine, tmp_path):
+    path = tmp_path / f"scan{suffix}"
+    expected = Volume(VOXELS, Geometry(SHAPE, affine))
+    point_mm = expected.geometry.to_world_mm(np.array([[2, 3, 4]]))
+    codes = set()
+    for array, turned in orientations(expected):
+        write_volume(Volume(array, Geometry(array.shape, turned)), path)
+        volume = read_volume(path)
+        codes.add(volume.geometry.axis_codes)
+        assert volume.geometry.voxel_volume_mm3 == pytest.approx(0.7 * 1.1 * 2.5, rel=1e-5)
+        index = volume.geometry.to_index(point_mm)
+        np.testing.assert_allclose(index, np.rint(index), atol=1e-4)
+        assert volume.array[tuple(np.rint(index[0]).astype(int))] == VOXELS[2, 3, 4]
+    assert len(codes) == 48
+
+
+@pytest.mark.parametrize("suffix", WRITTEN)
+@pytest.mark.parametrize("grid", GRID_NAMES)
+def test_a_mask_has_the_grid_of_the_scan_bit_for_bit(suffix, grid, tmp_path):
+    scan = tmp_path / f"scan{suffix}"
+    write_volume(Volume(VOXELS, Geometry(SHAPE, GRIDS[grid]((0.7, 1.1, 2.5)))), scan)
+    geometry = read_header(scan).geometry
+    write_volume(Volume(LABELS, geometry), tmp_path / "mask.nii.gz", like=scan)
+    mask = read_mask(tmp_path / "mask.nii.gz")
+    np.testing.assert_array_equal(mask.geometry.affine, geometry.affine)  # exactly
+    np.testing.assert_array_equal(mask.array, LABELS)
+    moved = geometry.affine + np.array([[0, 0, 0, 1e-3]] * 3 + [[0] * 4])
+    if suffix.startswith(".nii"):
+        with pytest.raises(ValueError, match="another grid"):
+            write_volume(Volume(LABELS, Geometry(SHAPE, moved)), tmp_path / "m.nii.gz", like=scan)
+
+
+@pytest.mark.parametrize("suffix", WRITTEN)
+def test_every_flipped_byte_of_a_compressed_file_is_noticed(suffix, tmp_path):
+    if not suffix.endswith("gz"):
+        pytest.skip("not compressed, so there is no checksum")
+    path = tmp_path / f"scan{suffix}"
+    array = VOXELS[:4, :4, :4]
+    write_volume(Volume(array, Geometry(array.shape, oblique((1, 1, 2)))), path)
+    whole = path.read_bytes()
+    geometry = read_header(path).geometry
+    for position in range(len(whole)):
+        damaged = bytearray(whole)
+        damaged[position] ^= 0x10
+        path.write_bytes(damaged)
+        try:
+            volume = read_volume(path)
+        except ScanError:
+            continue
+        np.testing.assert_array_equal(volume.array, array)  # such as a bit of the time stamp
+        np.testing.assert_array_equal(volume.geometry.affine, geometry.affine)

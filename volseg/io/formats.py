@@ -1,0 +1,93 @@
+"""The table of file formats, from which every command knows which files are scans.
+
+To add one, write `io/<name>.py` and its row at the foot of this file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from volseg.io import mgh, nifti
+from volseg.io.header import ScanHeader
+from volseg.io.voxels import FileContent, read_voxels
+from volseg.volume import Volume
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Format:
+    """A file format of scans and masks.
+
+    Args:
+        name: for messages.
+        suffixes: endings of its files, in lower case; a folder is searched for them.
+        read_header: reads and checks the header, without voxels.
+        read_voxels: returns the stored (I, J, K) in native byte order, and the hash of the file;
+            by default the voxels are stored one after another, first index fastest.
+        encode: makes the contents of a file of (volume, path, header of the scan that the volume
+            was made from); None if volseg only reads the format.
+        files: lists the files of a scan.
+        partner_suffixes: endings of the other file of a pair, by which a scan may be opened too.
+        holds_masks: False if it stores intensities only, as a compressed picture does.
+    """
+
+    name: str
+    suffixes: tuple[str, ...]
+    read_header: Callable[[Path], ScanHeader]
+    read_voxels: Callable[[ScanHeader, Path], tuple[np.ndarray, str]] = read_voxels
+    encode: Callable[[Volume, Path, ScanHeader | None], FileContent] | None = None
+    files: Callable[[Path], tuple[Path, ...]] = lambda path: (path,)
+    partner_suffixes: tuple[str, ...] = ()
+    holds_masks: bool = True
+
+
+def format_of(path: Path) -> Format:
+    """Return the format of a file by its name; NIfTI, which checks its contents, if unknown."""
+    name = path.name.lower()
+    matching = (row for row in FORMATS if name.endswith(row.suffixes + row.partner_suffixes))
+    return next(matching, NIFTI)
+
+
+def is_scan(path: Path) -> bool:
+    """Check whether the name is that of a scan or mask; a pair counts once."""
+    return path.name.lower().endswith(SUFFIXES)
+
+
+def stem_of(path: Path) -> str:
+    """Return the file name without the suffix of its format, ignoring case."""
+    row = format_of(path)
+    for suffix in sorted(row.suffixes + row.partner_suffixes, key=len, reverse=True):
+        if path.name.lower().endswith(suffix):
+            return path.name[: -len(suffix)]
+    return path.name
+
+
+NIFTI = Format(
+    name="NIfTI",
+    suffixes=(".nii", ".nii.gz"),
+    read_header=nifti.read_header,
+    encode=nifti.encode,
+)
+FORMATS = (
+    NIFTI,
+    Format(
+        name="NIfTI pair",
+        suffixes=(".hdr", ".hdr.gz"),
+        partner_suffixes=(".img", ".img.gz"),
+        read_header=nifti.read_header,
+        files=nifti.pair_files,
+    ),
+    Format(
+        name="MGH",
+        suffixes=(".mgz", ".mgh", ".mgh.gz"),
+        read_header=mgh.read_header,
+        encode=mgh.encode,
+    ),
+)
+SUFFIXES = tuple(suffix for row in FORMATS for suffix in row.suffixes)
+READABLE = ", ".join(SUFFIXES)  # for messages
+WRITABLE = ", ".join(suffix for row in FORMATS if row.encode for suffix in row.suffixes)
+RESULT_SUFFIX = ".nii.gz"  # of the masks that volseg writes

@@ -1,0 +1,259 @@
+"""Find the cases of a data set: a CSV file, a folder of scans, nnU-Net raw, Medical Decathlon.
+
+Only paths are read here, no scan. All mistakes of a data set are reported at once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from volseg.errors import VolsegError
+from volseg.io.cases import (
+    ONE_CHANNEL,
+    Case,
+    Channels,
+    Listing,
+    Row,
+    listed,
+    read_cases_csv,
+    safe_id,
+    unreadable,
+)
+from volseg.io.dataset_json import FILE, mistakes_in, read_dataset_json
+from volseg.io.formats import is_scan, stem_of
+
+NNUNET_SUFFIX = ".nii.gz"  # of the files of a dataset.json without `file_ending`
+
+
+def find_cases(
+    dataset: Path, channels: Sequence[str] | None = (ONE_CHANNEL,), *, allow_missing: bool = False
+) -> list[Case]:
+    """Return the cases of a data set in its own order.
+
+    Args:
+        dataset: a CSV file; or a folder with `cases.csv`, with `images/` and optionally `labels/`
+            of equal file names, with an nnU-Net raw or Decathlon `dataset.json`, or with scans.
+        channels: channels of the recipe; `image` stands for a single channel of any name, None for
+            all channels.
+        allow_missing: a case may lack any channel but the first; `images` then omits it.
+
+    Raises:
+        VolsegError: unknown layout, missing channel or file, invalid or repeated id, or a patient
+            in two splits. One error lists all mistakes.
+    """
+    return _read_dataset(Path(dataset), Channels(channels, allow_missing)).cases(str(dataset))
+
+
+def survey_cases(
+    dataset: Path, channels: Sequence[str] | None = None, *, allow_missing: bool = False
+) -> tuple[list[Case], list[str]]:
+    """Return the cases whose files all exist, and every mistake of the data set."""
+    return _read_dataset(dataset, Channels(channels, allow_missing)).survey()
+
+
+def find_scans(
+    inputs: Sequence[Path],
+    channels: Sequence[str] | None = (ONE_CHANNEL,),
+    *,
+    allow_missing: bool = False,
+) -> list[Case]:
+    """Return the cases to segment, from scans, folders of scans, CSV files and data sets.
+
+    Hidden files, among them the `._*` of macOS, are skipped.
+
+    Raises:
+        VolsegError: as `find_cases`; also for a single scan where several channels are required.
+    """
+    listing = Listing()
+    for path in map(Path, inputs):
+        if os.path.isdir(path) or path.suffix.lower() == ".csv":
+            part = _read_dataset(path, Channels(channels, allow_missing))
+            listing.rows += part.rows
+            listing.mistakes += part.mistakes
+        else:
+            row = _row_of_scan(path, Channels(channels), where=str(path), origin=path)
+            listing.rows.append(row)
+    return listing.cases(", ".join(map(str, inputs)))
+
+
+def has_description(folder: Path) -> bool:
+    """Check whether a `dataset.json` describes the subfolders.
+
+    Beside scans it belongs to the model that predicted them: nnU-Net copies it there.
+    """
+    return (folder / FILE).is_file() and not _scans_in(folder)
+
+
+def _read_dataset(dataset: Path, channels: Channels) -> Listing:
+    """Read the rows of a data set with the reader for its layout."""
+    if not os.path.exists(dataset):
+        raise VolsegError(f"{dataset}: no such file or folder", fix="check the path")
+    if not os.path.isdir(dataset):  # opening it refuses a pipe or a device
+        return read_cases_csv(dataset, channels)
+    if (dataset / "cases.csv").is_file():
+        return read_cases_csv(dataset / "cases.csv", channels)
+    if has_description(dataset):
+        description = read_dataset_json(dataset)
+        read = _read_nnunet if _is_nnunet(dataset, description) else _read_decathlon
+        listing = read(dataset, description, channels)
+        listing.mistakes[:0] = mistakes_in(description)
+        return listing
+    if (dataset / "imagesTr").is_dir():
+        raise VolsegError(
+            f"{dataset}: has imagesTr but no {FILE}",
+            fix=f"add a {FILE} that names the channels",
+        )
+    return _read_folder(dataset, channels)
+
+
+def _read_folder(dataset: Path, channels: Channels) -> Listing:
+    """Read `images/` and `labels/` with equal file names, or scans directly in the folder."""
+    images = dataset / "images" if (dataset / "images").is_dir() else dataset
+    listing = Listing()
+    labels: dict[str, Path] = {}
+    for path in _scans_in(dataset / "labels") if images != dataset else ():
+        if labels.setdefault(stem_of(path), path) != path:
+            text = f"{path}: {labels[stem_of(path)]} is a mask of the same name"
+            listing.mistakes.append(text)
+    for path in _scans_in(images):
+        label = labels.pop(stem_of(path), None)
+        row = _row_of_scan(path, channels, where=str(path), origin=images)
+        listing.rows.append(replace(row, reference=label))
+    listing.mistakes += [f"{path}: no scan of this name in {images}" for path in labels.values()]
+    return listing
+
+
+def _row_of_scan(path: Path, channels: Channels, *, where: str, origin: Path) -> Row:
+    """Return the row of a scan of one channel, whose id is its name."""
+    images = channels.pick({ONE_CHANNEL: path}, str(origin))
+    return Row(where=where, id=safe_id(stem_of(path)), images=images)
+
+
+# ---- nnU-Net
+
+
+def _read_nnunet(dataset: Path, description: Mapping[str, Any], channels: Channels) -> Listing:
+    """Read imagesTr, labelsTr and imagesTs, with one file `<id>_<number>` per channel.
+
+    Cases of imagesTr have no split; those of imagesTs are `test`.
+    """
+    numbers = channels.pick(_channel_numbers(dataset, description), str(dataset))
+    first, suffix = next(iter(numbers)), _suffix(description)
+    listing = Listing()
+    for images, labels, split in (("imagesTr", "labelsTr", None), ("imagesTs", "labelsTs", "test")):
+        for stem in sorted({match[1] for match in _numbered(dataset / images, description)}):
+            files = {
+                name: dataset / images / f"{stem}_{number}{suffix}"
+                for name, number in numbers.items()
+            }
+            if channels.allow_missing:  # a missing first channel is reported with the other files
+                files = {
+                    name: path for name, path in files.items() if name == first or path.is_file()
+                }
+            reference = dataset / labels / f"{stem}{suffix}"
+            listing.rows.append(
+                Row(
+                    where=f"{images}/{stem}",
+                    id=safe_id(stem),
+                    images=files,
+                    reference=None if split == "test" and not reference.exists() else reference,
+                    split=split,
+                )
+            )
+    return listing
+
+
+def _channel_numbers(dataset: Path, description: Mapping[str, Any]) -> dict[str, str]:
+    """Return channel → the four digits in its file names."""
+    names = description.get("channel_names") or description.get("modality")
+    is_valid = isinstance(names, dict) and all(key.isdecimal() and len(key) < 10 for key in names)
+    if not names or not is_valid:
+        raise VolsegError(
+            f"{dataset}: {FILE} names no channels", fix='add "channel_names": {"0": "CT"}'
+        )
+    if len(set(map(str, names.values()))) < len(names):
+        repeated = listed(map(str, names.values()))
+        raise VolsegError(
+            f"{dataset}: {FILE} gives two channels the same name ({repeated})",
+            fix="give each channel its own name",
+        )
+    return {str(name): f"{int(key):04d}" for key, name in names.items()}
+
+
+def _is_nnunet(dataset: Path, description: Mapping[str, Any]) -> bool:
+    """Check whether a `dataset.json` is of nnU-Net.
+
+    Version 1 lists files as the Decathlon does, but their real names end in the channel number.
+    """
+    if "channel_names" in description:
+        return True
+    images = [entry["image"] for entry in _entries(description, "training") if _is_pair(entry)]
+    is_listed = any((dataset / name).is_file() for name in images)
+    return bool(_numbered(dataset / "imagesTr", description)) and not is_listed
+
+
+def _numbered(folder: Path, description: Mapping[str, Any]) -> list[re.Match]:
+    """Return the matches of files `<id>_<4 digits><suffix>` in an nnU-Net folder."""
+    pattern = r"(.+)_(\d{4})" + re.escape(_suffix(description))
+    matches = [re.fullmatch(pattern, path.name) for path in _visible(folder)]
+    return [match for match in matches if match]
+
+
+def _suffix(description: Mapping[str, Any]) -> str:
+    return str(description.get("file_ending", NNUNET_SUFFIX))
+
+
+# ---- Decathlon
+
+
+def _read_decathlon(dataset: Path, description: Mapping[str, Any], channels: Channels) -> Listing:
+    """Read the lists `training` (no split), `validation` and `test` of a Decathlon dataset.json."""
+    listing = Listing()
+    for key, split in (("training", None), ("validation", "val"), ("test", "test")):
+        for number, entry in enumerate(_entries(description, key)):
+            where = f"{FILE} {key}[{number}]"
+            entry = {"image": entry} if isinstance(entry, str) else entry
+            if not _is_pair(entry):
+                text = json.dumps(entry)[:60]
+                listing.mistakes.append(f"{where}: is {text}, not an image with its label")
+                continue
+            row = _row_of_scan(dataset / entry["image"], channels, where=where, origin=dataset)
+            label = dataset / entry["label"] if entry.get("label") else None
+            listing.rows.append(replace(row, reference=label, split=split))
+    return listing
+
+
+def _entries(description: Mapping[str, Any], key: str) -> list:
+    entries = description.get(key)
+    return entries if isinstance(entries, list) else []
+
+
+def _is_pair(entry: Any) -> bool:
+    return (
+        isinstance(entry, dict)
+        and isinstance(entry.get("image"), str)
+        and isinstance(entry.get("label", ""), str)
+    )
+
+
+# ---- files
+
+
+def _scans_in(folder: Path) -> list[Path]:
+    return [path for path in _visible(folder) if is_scan(path)]
+
+
+def _visible(folder: Path) -> list[Path]:
+    """Return the sorted paths in a folder without hidden ones; [] if there is no such folder."""
+    try:
+        if not folder.is_dir():
+            return []
+        return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    except OSError as error:
+        raise unreadable(folder, error) from error

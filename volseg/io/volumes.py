@@ -1,0 +1,151 @@
+"""Scans and masks in any file format, in and out: one strict reader and one writer."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from volseg.io import nifti
+from volseg.io.formats import WRITABLE, format_of, is_scan
+from volseg.io.gzip_stream import opened_raw, refusal, skip
+from volseg.io.header import MAX_BYTES, ScanHeader, check_size, is_compressed
+from volseg.io.voxels import finite_range, highest_label, value_range, write_content
+from volseg.volume import Volume
+
+MAX_LABELS = 1000  # a mask with more distinct values is taken for an image
+MAX_INTENSITY = float(np.finfo(np.float32).max)
+
+
+def read_header(path: Path | str, *, max_bytes: int = MAX_BYTES) -> ScanHeader:
+    """Read the header of a scan, without voxels; it is checked against the size of the file.
+
+    Args:
+        max_bytes: a header that asks for more voxel bytes is refused.
+
+    Raises:
+        ScanError: the file or its header cannot be trusted; `code` is the reason.
+    """
+    path = Path(path)
+    header = format_of(path).read_header(path)
+    check_size(header, path, max_bytes)
+    return header
+
+
+def read_volume(path: Path | str, *, is_finite: bool = True) -> Volume:
+    """Read a scan in its stored dtype (native byte order); `Volume.intensities` scales on demand.
+
+    Args:
+        is_finite: False accepts a scan with some NaN or infinite voxels.
+
+    Raises:
+        ScanError: as `read_header`; also if voxels are missing (`E_TRUNCATED`), damaged (`E_CRC`),
+            not finite (`E_NAN`) or all equal (`E_CONST`). A gzip file is read to its end, so its
+            checksum is always verified.
+    """
+    path = Path(path)
+    volume = _read_stored(path)
+    range_of = value_range if is_finite or volume.array.dtype.kind != "f" else finite_range
+    low, high = range_of(volume.array, path)
+    if low == high:
+        raise refusal(
+            path, "E_CONST", f"every voxel is {low:g}", "export the scan again: this one is empty"
+        )
+    if max(abs(low), abs(high)) * abs(volume.slope) > MAX_INTENSITY:
+        text = f"intensities reach {high:g} × {volume.slope:g}"
+        raise refusal(path, "E_SCALE", text, "export the scan again")
+    return volume
+
+
+def read_mask(path: Path | str, *, max_labels: int = MAX_LABELS) -> Volume:
+    """Read a mask or label map in the smallest unsigned dtype that holds its labels.
+
+    It may be empty. Scaled or floating-point labels within 0.001 of a whole number are rounded:
+    truncation would turn 6.9999 into 6.
+
+    Raises:
+        ScanError: as `read_header`; `E_LABELS` for fractional or negative values, or more than
+            `max_labels` distinct ones, as when an image is given in place of its mask, or if the
+            file format holds no masks.
+    """
+    path = Path(path)
+    if not format_of(path).holds_masks:
+        problem = f"{format_of(path).name} holds intensities only, no mask"
+        raise refusal(path, "E_LABELS", problem, "give the mask in another format, such as NIfTI")
+    stored = _read_stored(path)
+    value_range(stored.array, path)  # NaN labels
+    dtype = np.min_scalar_type(highest_label(stored, path, max_labels))
+    if stored.array.dtype.kind in "iu" and not stored.is_scaled:
+        labels = stored.array.astype(dtype, order="K", copy=False)
+    else:
+        labels = np.empty(stored.array.shape, dtype, order="F")
+        for k in range(stored.geometry.shape[2]):
+            labels[:, :, k] = np.rint(stored.intensities(stored.array[:, :, k]))
+    return Volume(labels, stored.geometry, sha256=stored.sha256)
+
+
+def _read_stored(path: Path) -> Volume:
+    header = read_header(path)
+    array, sha256 = format_of(path).read_voxels(header, path)
+    return Volume(array, header.geometry, header.slope, header.intercept, sha256)
+
+
+def scan_digest(path: Path) -> str:
+    """Return `Volume.sha256` of a scan without loading it into memory.
+
+    Raises:
+        ScanError: the scan cannot be read.
+    """
+    digests = []
+    for file in format_of(path).files(path):
+        digest = hashlib.sha256()
+        with opened_raw(file, digest) as stream:
+            skip(stream, sys.maxsize)
+        digests.append(digest.hexdigest())
+    return "+".join(digests)
+
+
+def write_volume(volume: Volume, path: Path | str, like: Path | str | None = None) -> None:
+    """Write a volume atomically in the format of the suffix, and verify it by reading it back.
+
+    Equal volumes give equal bytes on one machine: the file holds no time, name or description.
+
+    Args:
+        volume: labels or intensities; booleans are stored as uint8.
+        path: the target; its folder must exist.
+        like: the scan that `volume` was made from. A NIfTI file gets its geometry fields, so that
+            the affine equals that of the scan bit for bit, even from a qform or from NIfTI-2; for
+            a scan of another format it is NIfTI-2 if float32 is not exact. Without `like` the
+            affine is stored in float32, which is exact for one read from a NIfTI-1 sform.
+
+    Raises:
+        EnvironmentProblem: disk full, folder not writable, or other bytes were read back.
+        ScanError: `read_volume` would refuse the grid, for example a single slice.
+        ValueError: the suffix, dtype or scale cannot be stored, or the grid is not that of `like`.
+    """
+    path = Path(path)
+    encode = format_of(path).encode
+    if encode is None or not is_scan(path):
+        raise ValueError(f"volumes are written as {WRITABLE}, not {path.name!r}")
+    if volume.array.dtype == np.bool_:
+        volume = Volume(volume.array.view(np.uint8), volume.geometry)
+    source = None if like is None else read_header(like)
+    if source and not np.array_equal(source.geometry.affine, volume.geometry.affine):
+        raise ValueError(f"the volume lies on another grid than {like}")
+    write_content(path, encode(volume, path, source), compressed=is_compressed(path))
+
+
+def volume_bytes(volume: Volume) -> bytes:
+    """Return the bytes of a `.nii.gz`, to embed in another file.
+
+    The affine is stored in float32. Equal volumes give equal bytes.
+
+    Raises:
+        ScanError, ValueError: as `write_volume`.
+    """
+    packed = io.BytesIO()
+    nifti.encode(volume, Path("volume.nii.gz")).write_gzip(packed, level=3)
+    return packed.getvalue()
