@@ -14,6 +14,11 @@ def column(unit: str, meaning: str, default: Any = MISSING, *, source: str = "")
     return field(default=default, metadata={"unit": unit, "meaning": meaning, "source": source})
 
 
+def optional(unit: str, meaning: str, *, source: str = "") -> Any:
+    """Make a column whose value may be unknown: None, an empty cell."""
+    return column(unit, meaning, None, source=source)
+
+
 def columns_of(row_type: type) -> list[tuple[str, str, str, str]]:
     """List name, unit, meaning and source of every column of a row type, in table order."""
     return [

@@ -114,27 +114,24 @@ def _compare_patients(
     budget: Budget,
 ) -> CompareReport:
     jobs, refusals = _comparisons(patients, times, settings)
-    kept = [job.name for job in jobs if results.is_complete(job.name, job.key)]
-    kept_names = set(kept)
-    todo = [job for job in jobs if job.name not in kept_names]
-    pictures = [f"figures/{job.name}.png" for job in todo] if settings.figures else []
+    kept, todo = _split(jobs, results)
+    pictures = [job.picture for job in todo] if settings.figures else []
     results.refuse_foreign([*OUTPUTS, *pictures])
     for name in kept:
         results.clear_failure(name)
     unpaired = _commit_unpaired(patients, times, results)
     refusals |= budget.refused(_peaks(todo, budget.process))
     settings.progress(STAGE, 0.0, f"{len(todo)} of {len(patients)} to do")
-    done, failed = [], {}
+    reasons: dict[str, str] = {}  # why a patient failed; empty if done
     try:
-        for count, (job, reason) in enumerate(_run(todo, refusals, results), start=1):
-            if reason:
-                failed[job.name] = reason
-            else:
-                done.append(job.name)
-            settings.progress(STAGE, count / len(todo), job.name)
+        for job, reason in _run(todo, refusals, results):
+            reasons[job.name] = reason
+            settings.progress(STAGE, len(reasons) / len(todo), job.name)
     finally:
-        reached = {*unpaired, *kept, *done, *failed}
+        reached = {*unpaired, *kept, *reasons}
         rows = _write_tables(results, [x for x in patients if x.name not in reached])
+    done = [name for name in reasons if not reasons[name]]
+    failed = {name: reason for name, reason in reasons.items() if reason}
     kept, failed = without_damaged(kept, failed, rows, "patient")
     row_of = {row["patient"]: row for row in rows}
     of_patients = [row_of.pop(patient.name) for patient in patients]
@@ -148,6 +145,15 @@ def _compare_patients(
         patients=of_patients,
         unpaired=unpaired,
     )
+
+
+def _split(
+    jobs: Sequence[PatientComparison], results: ComparisonFolder
+) -> tuple[list[str], list[PatientComparison]]:
+    """Return the names of the patients that are complete, and the comparisons to do."""
+    is_complete = {job.name: results.is_complete(job.name, job.key) for job in jobs}
+    kept = [name for name in is_complete if is_complete[name]]
+    return kept, [job for job in jobs if not is_complete[job.name]]
 
 
 def _commit_unpaired(

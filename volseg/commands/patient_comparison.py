@@ -14,7 +14,7 @@ import numpy as np
 from volseg import __version__
 from volseg.commands.batch import input_key
 from volseg.commands.patients import Cases, Patient, TimePoints
-from volseg.commands.time_points import MeasuredCase, scan_bytes
+from volseg.commands.time_points import CaseAtTime
 from volseg.comparison.changes import LesionChange, lesion_changes
 from volseg.comparison.groups import ScanPair, centroids_mm
 from volseg.comparison.label_names import agreed_names, names_in
@@ -28,12 +28,14 @@ from volseg.comparison.placement import (
 from volseg.comparison.response import judge_response
 from volseg.errors import ScanError
 from volseg.execution.memory import Peak
+from volseg.io.header import ScanHeader
 from volseg.io.volumes import read_header
 from volseg.measurement.sections import axial_normal
 from volseg.options import CompareOptions
 from volseg.preprocessing.register import register, registering_bytes
 from volseg.store.comparisons import ComparisonFolder
-from volseg.store.records import read_record
+from volseg.store.records import path_of, read_record
+from volseg.store.results import LESION_IDS
 
 PICTURE_BYTES = 22  # per voxel of a drawn scan, including scaling
 GRID_RATIO = 1.5  # of voxel sizes; above it, sizes of small lesions differ by the grid alone
@@ -55,6 +57,11 @@ class PatientComparison:
     @property
     def name(self) -> str:
         return self.patient.name
+
+    @property
+    def picture(self) -> str:
+        """Name of the picture's file."""
+        return f"figures/{self.name}.png"
 
     @property
     def key(self) -> str:
@@ -90,7 +97,7 @@ class PatientComparison:
                 continue
             record = time_point.record(case)
             n_lesions.append(len(record.lesions))
-            masks.append(time_point.header_of_ids(case, record))
+            masks.append(read_header(path_of(time_point.results, case, record.files, LESION_IDS)))
             path = time_point.scan_path(record) if self._needs_scans else None
             scans += [] if path is None else [read_header(path)]
         work = {"lesions": pairing_bytes([mask.geometry.shape for mask in masks], n_lesions)}
@@ -101,7 +108,7 @@ class PatientComparison:
         largest = max(work, key=lambda name: work[name])
         # Reading a mask copies it.
         mask_bytes = sum(mask.mask_bytes for mask in masks) + max(mask.n_bytes for mask in masks)
-        parts = {"process": process, "scans": scan_bytes(scans), "masks": mask_bytes}
+        parts = {"process": process, "scans": _scan_bytes(scans), "masks": mask_bytes}
         return Peak(parts | {largest: work[largest]})
 
     @property
@@ -134,7 +141,7 @@ class PatientComparison:
             if pictures := [scans.picture for scans in compared if scans.picture]:
                 from volseg.pages.comparison_figures import stack_pngs
 
-                commit.write(f"figures/{self.name}.png", stack_pngs(pictures))
+                commit.write(self.picture, stack_pngs(pictures))
             rows = self._changes(pairs)
             results.commit(response, commit, key=self.key, inputs=self.inputs, lesions=rows)
 
@@ -173,7 +180,7 @@ class PatientComparison:
             warnings.append(f"W_FIGURE: no picture: {error.problem}")
         return _Compared(pair, placed.columns, warnings, picture)
 
-    def _read(self, cases: Cases) -> tuple[MeasuredCase | None, MeasuredCase | None]:
+    def _read(self, cases: Cases) -> tuple[CaseAtTime | None, CaseAtTime | None]:
         """Read both cases; a label without a name has that of the other time, else of any scan."""
         before, after = (
             None if case is None else time_point.read(case, self.inputs)
@@ -184,7 +191,7 @@ class PatientComparison:
             names |= {} if side is None else names_in(side.lesions)
         return before and before.with_names(names), after and after.with_names(names)
 
-    def _place(self, before: MeasuredCase, after: MeasuredCase) -> Placement:
+    def _place(self, before: CaseAtTime, after: CaseAtTime) -> Placement:
         if not before.lesions and not after.lesions:
             return Placement()
         if not self.options.registration:
@@ -198,7 +205,7 @@ class PatientComparison:
         return trusted_placement(registration, np.concatenate(points_mm), normal=normal)
 
     def _picture(
-        self, before: MeasuredCase, after: MeasuredCase, placed: Placement, pair: ScanPair
+        self, before: CaseAtTime, after: CaseAtTime, placed: Placement, pair: ScanPair
     ) -> bytes | None:
         if not self.options.figures:
             return None
@@ -221,13 +228,20 @@ class _Compared:
     picture: bytes | None = None
 
 
+def _scan_bytes(scans: Sequence[ScanHeader]) -> int:
+    """Return the bytes of scans in memory, and of the copy of one whose NaN are filled."""
+    with_nan = [scan for scan in scans if scan.dtype.kind == "f"]
+    copies = (scan.n_bytes + math.prod(scan.geometry.shape) for scan in with_nan)
+    return sum(scan.n_bytes for scan in scans) + max(copies, default=0)
+
+
 def _of_scan(warning: str, pair: ScanPair) -> str:
     """Add the scan to a warning."""
     code, sentence = warning.split(": ", 1)
     return f"{code}: {pair.followup.case or pair.baseline.case}: {sentence}"
 
 
-def _unit_warnings(*sides: MeasuredCase | None) -> list[str]:
+def _unit_warnings(*sides: CaseAtTime | None) -> list[str]:
     return [
         f"W_UNIT: the unit at {side.time.name} was in doubt when it was measured "
         f"({side.unit_doubt}), so no intensity is compared"
@@ -236,7 +250,7 @@ def _unit_warnings(*sides: MeasuredCase | None) -> list[str]:
     ]
 
 
-def _differences(before: MeasuredCase, after: MeasuredCase) -> list[str]:
+def _differences(before: CaseAtTime, after: CaseAtTime) -> list[str]:
     """Return warnings about differences in model and grid, which are no change of the patient."""
     warnings = []
     models = (before.record.case.model or "none", after.record.case.model or "none")

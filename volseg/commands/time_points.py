@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,13 +16,12 @@ from volseg.comparison.pairs import MeasuredScan
 from volseg.errors import ScanError
 from volseg.inputs import read_json
 from volseg.io.files import sha256_of
-from volseg.io.header import ScanHeader
-from volseg.io.volumes import read_header, read_mask, read_volume
+from volseg.io.volumes import read_mask, read_volume
 from volseg.measurement.rows import LesionMeasurement
 from volseg.measurement.specks import SPECKS
 from volseg.measurement.units import unit_doubt_in
 from volseg.postprocessing.lesions import MANY
-from volseg.store.records import CaseRecord, case_ids, file_of, path_of, read_record, record_files
+from volseg.store.records import CaseRecord, case_ids, file_of, read_record, record_files
 from volseg.store.results import LESION_IDS
 from volseg.volume import Volume
 
@@ -95,9 +93,6 @@ class TimePoint:
             )
         return record
 
-    def header_of_ids(self, case: str, record: CaseRecord) -> ScanHeader:
-        return read_header(path_of(self.results, case, record.files, LESION_IDS))
-
     def scan_path(self, record: CaseRecord) -> Path | None:
         """Find a scan by name in the folder, else at the recorded path; None if in neither.
 
@@ -116,7 +111,7 @@ class TimePoint:
             return paths[0]
         return record.scan if record.scan is not None and os.path.isfile(record.scan) else None
 
-    def read(self, case: str, inputs: Sequence[str]) -> MeasuredCase:
+    def read(self, case: str, inputs: Sequence[str]) -> CaseAtTime:
         """Read the record and the lesion ids of a case.
 
         Args:
@@ -139,7 +134,7 @@ class TimePoint:
                 fix="rerun the command that made the folder",
                 code="E_RECORD",
             )
-        return MeasuredCase(self, replace(record, lesions=lesions), ids, inputs)
+        return CaseAtTime(self, replace(record, lesions=lesions), ids, inputs)
 
     def _check_masks(self, record: CaseRecord) -> None:
         """Check that the mask of a case was not corrected by hand since it was measured.
@@ -157,7 +152,7 @@ class TimePoint:
 
 
 @dataclass(frozen=True, eq=False)
-class MeasuredCase:
+class CaseAtTime:
     """A case of one time point; its scan is read on first access.
 
     Args:
@@ -182,7 +177,7 @@ class MeasuredCase:
     def measured(self) -> MeasuredScan:
         return MeasuredScan(self.record.case.case_id, self.ids, self.lesions, self.unit_doubt)
 
-    def with_names(self, names: Mapping[int, str]) -> MeasuredCase:
+    def with_names(self, names: Mapping[int, str]) -> CaseAtTime:
         """Return a copy in which labels without a name have that in `names`."""
         return replace(self, record=replace(self.record, lesions=named(self.lesions, names)))
 
@@ -233,7 +228,7 @@ class MeasuredCase:
             "measured, or was rewritten since"
         )
 
-    def is_same_scan(self, other: MeasuredCase) -> bool:
+    def is_same_scan(self, other: CaseAtTime) -> bool:
         """Return whether both are of the same scan, even if its files differ in packing."""
         if self.path.resolve() == other.path.resolve() or self.digest == other.digest:
             return True
@@ -243,13 +238,6 @@ class MeasuredCase:
             and (first.slope, first.intercept) == (second.slope, second.intercept)
             and np.array_equal(first.array, second.array)
         )
-
-
-def scan_bytes(scans: Sequence[ScanHeader]) -> int:
-    """Return the bytes of scans in memory, and of the copy of one whose NaN are filled."""
-    with_nan = [scan for scan in scans if scan.dtype.kind == "f"]
-    copies = (scan.n_bytes + math.prod(scan.geometry.shape) for scan in with_nan)
-    return sum(scan.n_bytes for scan in scans) + max(copies, default=0)
 
 
 def _files_named(name: str, folder: Path) -> list[Path]:

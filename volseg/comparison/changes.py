@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from volseg.columns import column
+from volseg.columns import column, optional
 from volseg.comparison.groups import LesionGroup, PatientLesions, ScanPair
 from volseg.comparison.label_names import label_of
 from volseg.comparison.matching import Match
@@ -53,91 +53,80 @@ class LesionChange:
     followup_lesion_id: int | None = column(
         "", "number of the lesion in the follow-up scan; empty if it is not there"
     )
-    is_target: bool | None = column(
+    is_target: bool | None = optional(
         "",
         "true for a target lesion, chosen at baseline; empty if targets could not be chosen",
-        None,
         source=RECIST,
     )
-    matched_by: str | None = column(
-        "", "overlap, or distance (of the centroids); empty for a lesion without a partner", None
+    matched_by: str | None = optional(
+        "", "overlap, or distance (of the centroids); empty for a lesion without a partner"
     )
-    dice: float | None = column(
-        "0 to 1", "Dice coefficient of the two lesions after registration", None
+    dice: float | None = optional(
+        "0 to 1", "Dice coefficient of the two lesions after registration"
     )
-    distance_mm: float | None = column(
-        "mm", "distance between their centroids after registration", None
+    distance_mm: float | None = optional(
+        "mm", "distance between their centroids after registration"
     )
-    baseline_volume_ml: float | None = column(
-        "mL", "volume at baseline, crumbs included; 0 for a new lesion", None
+    baseline_volume_ml: float | None = optional(
+        "mL", "volume at baseline, crumbs included; 0 for a new lesion"
     )
-    followup_volume_ml: float | None = column(
-        "mL", "volume at follow-up, crumbs included; 0 for a lesion that is gone", None
+    followup_volume_ml: float | None = optional(
+        "mL", "volume at follow-up, crumbs included; 0 for a lesion that is gone"
     )
-    change_volume_ml: float | None = column(
+    change_volume_ml: float | None = optional(
         "mL",
         "follow-up minus baseline; for merged or split lesions the change of their sum, "
         "in the first row of the group",
-        None,
     )
-    change_volume_percent: float | None = column(
-        "%", "change_volume_ml in percent of the baseline volume", None
+    change_volume_percent: float | None = optional(
+        "%", "change_volume_ml in percent of the baseline volume"
     )
-    baseline_long_axis_mm: float | None = column(
-        "mm", "long axis at baseline, crumbs included; 0 for a new lesion", None
+    baseline_long_axis_mm: float | None = optional(
+        "mm", "long axis at baseline, crumbs included; 0 for a new lesion"
     )
-    followup_long_axis_mm: float | None = column(
+    followup_long_axis_mm: float | None = optional(
         "mm",
         "long axis at follow-up, crumbs included, in the axial planes of the baseline scan; "
         "0 for a lesion that is gone",
-        None,
     )
-    change_long_axis_mm: float | None = column(
+    change_long_axis_mm: float | None = optional(
         "mm",
         "follow-up minus baseline; for merged or split lesions the change of their sum, "
         "in the first row of the group",
-        None,
         source=RECIST,
     )
-    change_long_axis_percent: float | None = column(
-        "%", "change_long_axis_mm in percent of the baseline long axis", None
+    change_long_axis_percent: float | None = optional(
+        "%", "change_long_axis_mm in percent of the baseline long axis"
     )
-    baseline_short_axis_mm: float | None = column(
-        "mm", "short axis at baseline, crumbs included; 0 for a new lesion", None
+    baseline_short_axis_mm: float | None = optional(
+        "mm", "short axis at baseline, crumbs included; 0 for a new lesion"
     )
-    followup_short_axis_mm: float | None = column(
-        "mm",
-        "short axis at follow-up, measured like the long axis; 0 for a lesion that is gone",
-        None,
+    followup_short_axis_mm: float | None = optional(
+        "mm", "short axis at follow-up, measured like the long axis; 0 for a lesion that is gone"
     )
-    baseline_intensity_mean: float | None = column(
-        "intensity_unit", "mean intensity at baseline", None
+    baseline_intensity_mean: float | None = optional("intensity_unit", "mean intensity at baseline")
+    followup_intensity_mean: float | None = optional(
+        "intensity_unit", "mean intensity at follow-up"
     )
-    followup_intensity_mean: float | None = column(
-        "intensity_unit", "mean intensity at follow-up", None
-    )
-    change_intensity_mean: float | None = column(
+    change_intensity_mean: float | None = optional(
         "intensity_unit",
         "follow-up minus baseline; for merged or split lesions the change of the mean over all "
         "their voxels, in the first row of the group; empty in a.u., which has no common scale "
         "between scans, and if the unit is in doubt",
-        None,
     )
-    intensity_unit: str | None = column(
-        "",
-        "unit of the intensities; empty if it is in doubt or differs between the two times",
-        None,
+    intensity_unit: str | None = optional(
+        "", "unit of the intensities; empty if it is in doubt or differs between the two times"
     )
-    baseline_centroid_r_mm: float | None = column(
-        "mm", "centroid in the baseline scan, towards the patient's right", None
+    baseline_centroid_r_mm: float | None = optional(
+        "mm", "centroid in the baseline scan, towards the patient's right"
     )
-    baseline_centroid_a_mm: float | None = column("mm", "the same, towards anterior", None)
-    baseline_centroid_s_mm: float | None = column("mm", "the same, towards superior", None)
-    followup_centroid_r_mm: float | None = column(
-        "mm", "centroid in the follow-up scan, in the coordinates of that scan", None
+    baseline_centroid_a_mm: float | None = optional("mm", "the same, towards anterior")
+    baseline_centroid_s_mm: float | None = optional("mm", "the same, towards superior")
+    followup_centroid_r_mm: float | None = optional(
+        "mm", "centroid in the follow-up scan, in the coordinates of that scan"
     )
-    followup_centroid_a_mm: float | None = column("mm", "the same, towards anterior", None)
-    followup_centroid_s_mm: float | None = column("mm", "the same, towards superior", None)
+    followup_centroid_a_mm: float | None = optional("mm", "the same, towards anterior")
+    followup_centroid_s_mm: float | None = optional("mm", "the same, towards superior")
     notes: str = column("", "what is unknown and why, and what to check; empty if nothing", "")
 
 

@@ -7,6 +7,7 @@ orientation: the axial planes of the baseline.
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -125,15 +126,15 @@ def _with_crumbs(
     """
     crumbs = {match.numbers[side]: match for match in matches if match.status == "crumb"}
     pieces = {n: [lesion] for n, lesion in enumerate(scan.lesions, start=1) if n not in crumbs}
-    parts = {n: [n] for n in pieces}  # in which the diameters are measured
+    spanned: dict[int, list[int]] = defaultdict(list)  # crumbs in the diameters of a lesion
     crumb_lesions = [lesion for lesion in scan.lesions if lesion.lesion_id in crumbs]
     for crumb in crumb_lesions:
         match = crumbs[crumb.lesion_id]
         assert match.whole is not None
         pieces[match.whole].append(crumb)
         if (match.overlap_mm3 or 0.0) >= MIN_FRACTION * crumb.volume_mm3:
-            parts[match.whole].append(crumb.lesion_id)
-    axes = _axes(scan.ids, _remeasured(pieces, parts, normal), normal)
+            spanned[match.whole].append(crumb.lesion_id)
+    axes = _axes(scan.ids, _remeasured(pieces, spanned, normal), normal)
     lesions = [
         replace(of_lesion[0], **_joined(of_lesion), **axes.get(n, {}))
         for n, of_lesion in pieces.items()
@@ -143,12 +144,13 @@ def _with_crumbs(
 
 def _remeasured(
     pieces: Mapping[int, Sequence[LesionMeasurement]],
-    parts: Mapping[int, list[int]],
+    spanned: Mapping[int, Sequence[int]],
     normal: np.ndarray | None,
 ) -> dict[int, list[int]]:
     """Return the lesions, with their parts, whose diameters are measured again."""
-    measured = {n for n in parts if none_if_nan(pieces[n][0].long_axis_mm) is not None}
-    return {n: parts[n] for n in parts if n in measured and (normal is not None or parts[n][1:])}
+    numbers = pieces if normal is not None else [n for n in pieces if n in spanned]
+    measured = [n for n in numbers if none_if_nan(pieces[n][0].long_axis_mm) is not None]
+    return {n: [n, *spanned.get(n, ())] for n in measured}
 
 
 def _joined(pieces: Sequence[LesionMeasurement]) -> dict[str, Any]:

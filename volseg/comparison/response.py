@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from volseg.columns import column
+from volseg.columns import column, optional
 from volseg.comparison.changes import difference
 from volseg.comparison.groups import PatientLesions, ScanLesions, ScanPair
 from volseg.comparison.newness import newness_of, twins_of
@@ -32,11 +32,11 @@ class PatientResponse:
     """
 
     patient: str = column("", "name of the patient")
-    baseline_case: str | None = column(
-        "", "baseline scan (several are joined with ;), empty if there is none", None
+    baseline_case: str | None = optional(
+        "", "baseline scan (several are joined with ;), empty if there is none"
     )
-    followup_case: str | None = column(
-        "", "follow-up scan (several are joined with ;), empty if there is none", None
+    followup_case: str | None = optional(
+        "", "follow-up scan (several are joined with ;), empty if there is none"
     )
     status: Literal["done", "failed", "unpaired", "pending", "unknown"] = column(
         "",
@@ -44,134 +44,112 @@ class PatientResponse:
         "unknown: the patient's record is damaged",
     )
     reason: str = column("", "why the patient was not compared and what to do; empty if done", "")
-    response: str | None = column(
+    response: str | None = optional(
         "",
         "CR, PR, SD, PD; Non-CR/Non-PD without target lesions; NE: not evaluable; empty if the "
         "necessary sizes were not measured, if diameters and volumes disagree, or if a reader must "
         "decide",
-        None,
         source=RECIST,
     )
     response_rule: str = column("", "rule that decided, with its numbers", "", source=RECIST)
-    target_response: str | None = column(
-        "", "CR, PR, SD, PD or NE of the targets; empty without targets", None, source=RECIST
+    target_response: str | None = optional(
+        "", "CR, PR, SD, PD or NE of the targets; empty without targets", source=RECIST
     )
-    non_target_response: str | None = column(
+    non_target_response: str | None = optional(
         "",
         "CR, Non-CR/Non-PD or NE of the other lesions; empty if there are none. A reader must "
         "judge their unequivocal progression",
-        None,
         source=RECIST,
     )
-    targets: str | None = column(
+    targets: str | None = optional(
         "",
         "numbers of the target lesions at baseline, such as 1;3, or chest:1;abdomen:3 for several "
         "scans: the five largest measurable lesions, at most two per label",
-        None,
         source=RECIST,
     )
-    baseline_sum_mm: float | None = column(
+    baseline_sum_mm: float | None = optional(
         "mm",
         "sum of diameters of the targets at baseline: long axes, or short axes of lymph nodes",
-        None,
         source=RECIST,
     )
-    nadir_sum_mm: float | None = column(
+    nadir_sum_mm: float | None = optional(
         "mm",
         "smallest sum before the follow-up; with two time points, the baseline sum",
-        None,
         source=RECIST,
     )
-    followup_sum_mm: float | None = column(
+    followup_sum_mm: float | None = optional(
         "mm",
         "sum of diameters of the targets at follow-up: 0 for a target that is gone, all parts of "
         "one that split, and one diameter for targets that merged",
-        None,
         source=RECIST,
     )
-    change_sum_mm: float | None = column(
-        "mm", "followup_sum_mm − baseline_sum_mm", None, source=RECIST
+    change_sum_mm: float | None = optional("mm", "followup_sum_mm − baseline_sum_mm", source=RECIST)
+    change_sum_percent: float | None = optional(
+        "%", "change_sum_mm in percent of baseline_sum_mm", source=RECIST
     )
-    change_sum_percent: float | None = column(
-        "%", "change_sum_mm in percent of baseline_sum_mm", None, source=RECIST
-    )
-    volume_response: str | None = column(
+    volume_response: str | None = optional(
         "",
         "response from the volumes of the targets: PR from −65.7 %, PD from +72.8 %, equal to "
         "RECIST's limits for balls",
-        None,
         source="cube of RECIST's limits; Therasse, J Natl Cancer Inst 92:205 (2000), appendix",
     )
-    baseline_target_volume_ml: float | None = column(
-        "mL", "volume of the targets at baseline", None
+    baseline_target_volume_ml: float | None = optional("mL", "volume of the targets at baseline")
+    followup_target_volume_ml: float | None = optional("mL", "volume of the targets at follow-up")
+    change_target_volume_percent: float | None = optional(
+        "%", "change of the target volume in percent of the baseline"
     )
-    followup_target_volume_ml: float | None = column(
-        "mL", "volume of the targets at follow-up", None
+    baseline_volume_ml: float | None = optional("mL", "volume of all lesions at baseline")
+    followup_volume_ml: float | None = optional("mL", "volume of all lesions at follow-up")
+    change_volume_ml: float | None = optional(
+        "mL", "followup_volume_ml − baseline_volume_ml; empty if lesions lie outside the other scan"
     )
-    change_target_volume_percent: float | None = column(
-        "%", "change of the target volume in percent of the baseline", None
+    change_volume_percent: float | None = optional(
+        "%", "change_volume_ml in percent of the baseline"
     )
-    baseline_volume_ml: float | None = column("mL", "volume of all lesions at baseline", None)
-    followup_volume_ml: float | None = column("mL", "volume of all lesions at follow-up", None)
-    change_volume_ml: float | None = column(
-        "mL",
-        "followup_volume_ml − baseline_volume_ml; empty if lesions lie outside the other scan",
-        None,
+    n_baseline: int | None = optional("", "number of lesions at baseline")
+    n_followup: int | None = optional("", "number of lesions at follow-up")
+    n_matched: int | None = optional("", "lesions matched one to one")
+    n_new: int | None = optional("", "lesions seen at follow-up only")
+    n_gone: int | None = optional("", "lesions seen at baseline only")
+    n_merged: int | None = optional("", "baseline lesions that merged with another")
+    n_split: int | None = optional("", "baseline lesions that split into several")
+    n_regrouped: int | None = optional("", "baseline lesions that both merged and split")
+    n_outside: int | None = optional(
+        "", "lesions of either time outside the field of view of the other scan"
     )
-    change_volume_percent: float | None = column(
-        "%", "change_volume_ml in percent of the baseline", None
+    n_crumbs: int | None = optional(
+        "", "small pieces beside a lesion at either time: counted with it, not in the numbers above"
     )
-    n_baseline: int | None = column("", "number of lesions at baseline", None)
-    n_followup: int | None = column("", "number of lesions at follow-up", None)
-    n_matched: int | None = column("", "lesions matched one to one", None)
-    n_new: int | None = column("", "lesions seen at follow-up only", None)
-    n_gone: int | None = column("", "lesions seen at baseline only", None)
-    n_merged: int | None = column("", "baseline lesions that merged with another", None)
-    n_split: int | None = column("", "baseline lesions that split into several", None)
-    n_regrouped: int | None = column("", "baseline lesions that both merged and split", None)
-    n_outside: int | None = column(
-        "", "lesions of either time outside the field of view of the other scan", None
-    )
-    n_crumbs: int | None = column(
-        "",
-        "small pieces beside a lesion at either time: counted with it, not in the numbers above",
-        None,
-    )
-    registration: str | None = column(
+    registration: str | None = optional(
         "",
         "rigid; identical: the two scans are the same; none: world coordinates are used as they "
         "are; those of several pairs are joined with ;",
-        None,
     )
-    moved_mm: float | None = column(
-        "mm", "largest displacement of a lesion centroid by the registration", None
+    moved_mm: float | None = optional(
+        "mm", "largest displacement of a lesion centroid by the registration"
     )
-    turned_deg: float | None = column(
-        "°", "rotation angle of the registration; of several pairs, the largest", None
+    turned_deg: float | None = optional(
+        "°", "rotation angle of the registration; of several pairs, the largest"
     )
-    tilt_deg: float | None = column(
+    tilt_deg: float | None = optional(
         "°",
         "angle between the axial slices of the two scans in the patient; of several pairs, the "
         "largest; from 2° on, follow-up diameters are measured in the axial planes of the baseline",
-        None,
     )
-    registration_error_mm: float | None = column(
-        "mm", "largest distance at a lesion between forward and backward registration", None
+    registration_error_mm: float | None = optional(
+        "mm", "largest distance at a lesion between forward and backward registration"
     )
-    similarity_before: float | None = column(
+    similarity_before: float | None = optional(
         "nats",
         "mutual information of the scans before registration; of several pairs, the smallest; "
         "empty if they do not overlap",
-        None,
     )
-    similarity_after: float | None = column(
-        "nats",
-        "mutual information of the scans after registration; of several pairs, the smallest",
-        None,
+    similarity_after: float | None = optional(
+        "nats", "mutual information of the scans after registration; of several pairs, the smallest"
     )
     warnings: str = column("", "what to know before trusting the row; empty if nothing", "")
-    seconds: float | None = column("s", "time taken for this patient", None)
-    volseg_version: str | None = column("", "volseg version that compared the patient", None)
+    seconds: float | None = optional("s", "time taken for this patient")
+    volseg_version: str | None = optional("", "volseg version that compared the patient")
 
 
 def judge_response(
