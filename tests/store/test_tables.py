@@ -56,9 +56,7 @@ def write_table(path, row_type, rows):
 
 
 def test_a_table_reads_back_as_it_was_with_unknown_as_empty_cells(tmp_path):
-    write_table(
-        tmp_path / "t.csv", Row, [Row("a,b", 1.5), {"name": "c\nd", "size": None, "cut": True}]
-    )
+    write_table(tmp_path / "t.csv", Row, [Row("a,b", 1.5), Row("c\nd", None, True)])
     with (tmp_path / "t.csv").open(newline="", encoding="utf-8") as file:
         assert list(csv.reader(file)) == [
             ["name", "size", "cut"],
@@ -147,7 +145,7 @@ def test_a_table_has_the_written_number_of_rows_whatever_the_cells_hold(row_type
         "a",
     ]
     rows = [
-        {name: texts[(n + shift) % len(texts)] for n, name in enumerate(names)}
+        row_type(**{name: texts[(n + shift) % len(texts)] for n, name in enumerate(names)})
         for shift in range(10)
     ]
     write_table(tmp_path / "t.csv", row_type, rows)

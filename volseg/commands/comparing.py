@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from volseg import __version__
+from volseg.columns import json_values
 from volseg.commands.batch import (
     check_pair,
     damaged_warnings,
@@ -22,7 +23,6 @@ from volseg.commands.batch import (
     failure_reason,
     input_key,
     run_description,
-    run_header,
     without_damaged,
 )
 from volseg.commands.patients import Patient, read_pairs, same_ids
@@ -41,6 +41,7 @@ from volseg.measurement.sections import axial_normal
 from volseg.measurement.specks import SPECKS
 from volseg.measurement.units import unit_doubt_in
 from volseg.options import CompareOptions, command
+from volseg.pages.about import About
 from volseg.pages.comparison_page import comparison_html
 from volseg.postprocessing.lesions import MANY
 from volseg.preprocessing.align import covered
@@ -51,9 +52,16 @@ from volseg.preprocessing.register import (
     transform_points,
 )
 from volseg.reports import CompareReport
-from volseg.store.comparisons import ComparisonFolder
-from volseg.store.records import CaseRecord, case_ids, file_of, path_of, read_record, record_files
-from volseg.store.results import LESION_IDS
+from volseg.store.comparisons import ComparisonFolder, PatientRecord
+from volseg.store.records import (
+    LESION_IDS,
+    CaseRecord,
+    case_ids,
+    file_of,
+    path_of,
+    read_record,
+    record_files,
+)
 from volseg.volume import Geometry, Volume
 
 STAGE, TIMES = "Comparing", ("baseline", "follow-up")
@@ -179,8 +187,8 @@ def _run_patients(
     todo = [patient for patient in patients if patient.name in to_compare]
     pictures = [f"figures/{patient.name}.png" for patient in todo] if settings.figures else []
     results.refuse_foreign(["comparison.csv", "response.csv", "report.html", "run.json", *pictures])
-    for name, row in unpaired.items():
-        results.commit_failure(name, row, ())
+    for row in unpaired.values():
+        results.commit_failure(row, ())
     for name in kept:
         results.clear_failure(name)
 
@@ -202,7 +210,7 @@ def _run_patients(
             else:
                 failed[patient.name] = failure_reason(results, patient.name, outcome.error)
                 row = PatientResponse(**patient.cells, status="failed", reason=failed[patient.name])
-                results.commit_failure(patient.name, row, inputs[patient.name])
+                results.commit_failure(row, inputs[patient.name])
             progress(STAGE, count / len(todo), patient.name)
     finally:
         reached = {*unpaired, *kept, *done, *failed}
@@ -213,11 +221,11 @@ def _run_patients(
         ]
         all_rows = results.write_tables(pending)
         lesions = results.lesion_rows(all_rows, set())
-        results.write("report.html", comparison_html(run_header("compare", ""), all_rows, lesions))
+        results.write("report.html", comparison_html(About.now("compare"), all_rows, lesions))
     kept, failed = without_damaged(kept, failed, all_rows, "patient")
-    row_of = {row["patient"]: row for row in all_rows}
+    row_of = {row.patient: row for row in all_rows}
     rows = [row_of[patient.name] for patient in patients]
-    warnings = [f"{row['patient']}: {row['warnings']}" for row in rows if row["warnings"]]
+    warnings = [f"{row.patient}: {row.warnings}" for row in rows if row.warnings]
     warnings += damaged_warnings(all_rows, "patient")
     if others := sorted(row_of.keys() - {patient.name for patient in patients}):
         names = ", ".join([*map(shorten, others[:3]), *(["…"] if len(others) > 3 else [])])
@@ -231,7 +239,7 @@ def _run_patients(
         kept=kept,
         failed=failed,
         warnings=warnings,
-        patients=rows,
+        patients=[json_values(row) for row in rows],
         unpaired={name: row.reason for name, row in unpaired.items()},
     )
 
@@ -358,7 +366,7 @@ class _Side:
         """
         path = _scan_path(self.record, self.scans)
         if path is None:
-            name = self.record.scan or self.record.case.image or "its scan"
+            name = self.record.source.scan or self.record.case.image or "its scan"
             option = f"--{self.time.replace('-', '')}-scans"
             raise ScanError(
                 f"the {self.time} scan of case {self.record.case.case_id!r} was not found: {name}",
@@ -387,7 +395,7 @@ class _Side:
     @property
     def change(self) -> str:
         """Warning if the scan file differs from the one measured; empty without a file."""
-        sha256 = self.record.scan_sha256
+        sha256 = self.record.source.sha256
         if sha256 is None or _scan_path(self.record, self.scans) is None or sha256 == self.digest:
             return ""
         return (
@@ -426,7 +434,8 @@ def _compare_patient(
             from volseg.pages.comparison_figures import stack_pngs
 
             commit.write(f"figures/{patient.name}.png", stack_pngs(pictures))
-        results.commit(response, commit, key=key, inputs=inputs, lesions=rows)
+        record = PatientRecord(response=response, lesions=rows, key=key, inputs=inputs)
+        results.commit(record, commit)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -667,7 +676,8 @@ def _scan_path(record: CaseRecord, scans: Path | None) -> Path | None:
             )
         if paths:
             return paths[0]
-    return record.scan if record.scan is not None and os.path.isfile(record.scan) else None
+    path = record.source.scan
+    return path if path is not None and os.path.isfile(path) else None
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -12,19 +12,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from volseg.commands.batch import (
+    Batch,
     CaseFiles,
     Inputs,
+    MeasuredCase,
     case_files,
-    done_row,
     input_key,
     run_cases,
     run_description,
-    run_header,
-    write_figure,
+    write_case,
     write_mask,
 )
 from volseg.commands.checking import shipped_model_text
-from volseg.commands.pages import source_of, write_page
+from volseg.commands.pages import source_of
 from volseg.errors import ScanError, VolsegError
 from volseg.execution.cpu import keep_freed_memory, release_large_blocks, total_memory
 from volseg.execution.local import Outcome, run_overlapped
@@ -33,11 +33,13 @@ from volseg.io.cases import Case, find_scans
 from volseg.io.nifti import read_volume
 from volseg.io.nifti_header import NiftiHeader, read_header
 from volseg.options import InferOptions, Progress, command
+from volseg.pages.about import About
 from volseg.pages.model_box import ModelBox, model_box
 from volseg.postprocessing.lesions import CONNECTIVITY
 from volseg.recipe import Recipe, parse_recipe
 from volseg.reports import CasesReport
-from volseg.store.results import LESION_IDS, MASKS, ResultsFolder
+from volseg.store.records import LESION_IDS, MASKS, CaseRecord
+from volseg.store.results import ResultsFolder
 from volseg.volume import Volume
 
 if TYPE_CHECKING:  # torch takes seconds to import; only a command that needs it pays
@@ -151,26 +153,22 @@ def infer(options: InferOptions) -> CasesReport:
 
         box = model_box(bundle.name, bundle.recipe, bundle.fingerprint, bundle.metrics)
         files = CaseFiles((MASKS, LESION_IDS), options.figures, options.pages)
-        about = run_header("infer", bundle.name) | {"model_box": box.model_dump(mode="json")}
+        about = About.now("infer", bundle.name, (box,))
         ahead = all(plan.read_ahead for plan in fitting.values())
         with limited_gpu(None if loaded.device == "cpu" else options.max_vram):
-            report = run_cases(
-                cases,
-                start,
-                key_of,
-                results,
+            batch = Batch(
+                results=results,
+                options=options,
                 inputs=digests,
+                key_of=key_of,
                 files=files,
                 stage=STAGE,
-                progress=progress,
-                model_name=bundle.name,
-                about=about if options.pages else None,
-                max_ram=options.max_ram,
-                announce=announce,
+                about=about,
             )
+            report = run_cases(cases, start, batch)
         results.write_run(
             run_description(options, key_options, report, started)
-            | about
+            | about.as_json()
             | {"recipe_sha256": bundle.recipe.sha256, "connectivity": CONNECTIVITY}
             | {"measure": bundle.recipe.measure.model_dump(mode="json")}
         )
@@ -388,32 +386,26 @@ def _write(
     unit = result.resemblance.unit
     with results.staged() as commit:
         write_mask(result.mask, commit, MASKS, case.id, like=scan_path)
-        write_mask(result.lesion_ids, commit, LESION_IDS, case.id, like=scan_path)
-        if files.figures:
-            write_figure(scan, result.lesion_ids, result.lesions, case.id, commit, unit=unit)
-        row = done_row(
-            case,
-            scan,
-            result.measured,
+        measured = MeasuredCase(
             path=scan_path,
-            unit=unit,
+            lesions=result.measured,
+            seconds=segmented.seconds + time.monotonic() - started,
+            sha256=segmented.sha256,
             model=bundle.name,
-            seconds=segmented.seconds,
-            settings=settings,
-            organ_voxels=result.organ_voxels,
             remarks=result.resemblance.remarks,
         )
-        if files.pages:
-            ids = result.lesion_ids.array
-            write_page(row, result.lesions, scan, ids, unit=unit.name, commit=commit, box=box)
-        results.commit(
-            replace(row, seconds=round(segmented.seconds + time.monotonic() - started, 2)),
-            commit,
+        source = replace(
+            source_of(scan_path, scan, unit.name, box),
+            unit_doubt=unit.doubt,
+            remarks=result.resemblance.remarks,
+            measure=settings,
+            label_names=data.label_names,
+        )
+        record = CaseRecord(
+            case=write_case(measured, files, commit, box),
+            lesions=result.measured,
             key=key,
             inputs=inputs,
-            lesions=result.measured,
-            source=source_of(scan_path, scan, unit.name, box)
-            | {"unit_doubt": unit.doubt, "remarks": list(result.resemblance.remarks)}
-            | {"measure": settings.model_dump(mode="json")}
-            | {"label_names": {str(value): name for value, name in data.label_names.items()}},
+            source=source,
         )
+        results.commit(record, commit)

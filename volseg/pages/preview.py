@@ -5,9 +5,8 @@ from __future__ import annotations
 import colorsys
 import io
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from isal import igzip
@@ -15,6 +14,7 @@ from scipy import ndimage
 
 from volseg.inputs import parse_json
 from volseg.io.nifti import volume_bytes
+from volseg.measurement.rows import LesionMeasurement
 from volseg.preprocessing.crop import (
     AxisOrder,
     body_threshold,
@@ -106,7 +106,7 @@ def make_preview(scan: Volume, ids: np.ndarray, *, unit: str, max_bytes: int) ->
 
 
 def lesion_points(
-    preview: Preview, lesions: Sequence[Mapping[str, Any]]
+    preview: Preview, lesions: Sequence[LesionMeasurement]
 ) -> dict[int, tuple[float, float, float]]:
     """Return a point in RAS mm for each drawn lesion, by lesion id.
 
@@ -116,15 +116,15 @@ def lesion_points(
     point_mm = {}
     boxes = ndimage.find_objects(preview.ids.array)
     for lesion in lesions:
-        number = lesion["lesion_id"]
+        number = lesion.lesion_id
         box = boxes[number - 1] if number <= len(boxes) else None
         if box is None:
             continue
-        ends = [point_of(lesion.get(f"long_axis_p{end}_ras")) for end in (0, 1)]
+        ends = [point_of(lesion.long_axis_p0_ras), point_of(lesion.long_axis_p1_ras)]
         if math.prod(part.stop - part.start for part in box) > PIECE_VOXELS:
             box = _one_slice(preview, number, box, ends)
         voxels = np.argwhere(preview.ids.array[box] == number) + [part.start for part in box]
-        centroid = [lesion.get(f"centroid_{axis}_mm") for axis in "ras"]
+        centroid = [getattr(lesion, f"centroid_{axis}_mm") for axis in "ras"]
         if ends[0] is not None and ends[1] is not None:
             aim = (np.array(ends[0]) + ends[1]) / 2
             depth = round(float(preview.ids.geometry.to_index(aim[None])[0, 2]))

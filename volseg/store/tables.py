@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import fields
-from functools import partial
+from operator import attrgetter
 from types import NoneType
 from typing import Any, BinaryIO, Literal, TypeVar, get_args, get_origin, get_type_hints
 
+from volseg.columns import column_names
 from volseg.io.csv_text import write_csv
 
 Row = TypeVar("Row")
@@ -22,19 +22,18 @@ def table(row_type: type, rows: Iterable[Any]) -> Callable[[BinaryIO], None]:
     No cell content changes the number of rows that a reader sees: see `csv_text`.
 
     Args:
-        rows: instances of `row_type`, or mappings with its field names; consumed one at a time.
+        rows: instances of `row_type`; consumed one at a time.
     """
-    names = [field.name for field in fields(row_type)]
+    names = column_names(row_type)
+    values_of = attrgetter(*names)
 
     def write(file: BinaryIO) -> None:
         write_csv(file, [names])
         write_csv(file, map(cells, rows))
 
     def cells(row: Any) -> list[str]:
-        # `asdict` would copy each value deeply: a noisy mask has tens of thousands of rows.
-        get = row.get if isinstance(row, Mapping) else partial(getattr, row)
         # Half of the values of a noisy mask are None, and calling `cell` takes time.
-        return ["" if value is None else cell(value) for value in map(get, names)]
+        return ["" if value is None else cell(value) for value in values_of(row)]
 
     return write
 
