@@ -69,7 +69,7 @@ def _check_names(recipe: Recipe) -> None:
     from volseg.networks import check_networks
 
     make_steps(recipe.postprocess)
-    if not recipe.is_open:  # else the plan chooses the network
+    if not recipe.leaves_size_open:  # else the plan chooses the network
         check_networks(recipe)
 
 
