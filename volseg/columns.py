@@ -34,9 +34,11 @@ def column_names(row_type: type) -> tuple[str, ...]:
 
 def row_of(row_type: type[Row], values: Mapping[str, Any]) -> Row:
     """Make a row from column → value; missing columns are unknown, other names are ignored."""
-    unknown = _unknown(row_type)
-    known = {name: value for name, value in values.items() if value is not None and name in unknown}
-    return row_type(**unknown | known)
+    cells = dict(_unknown(row_type))
+    for name, value in values.items():
+        if value is not None and name in cells:
+            cells[name] = value
+    return row_type(**cells)
 
 
 @cache

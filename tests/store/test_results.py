@@ -21,8 +21,8 @@ def done(name):
 
 
 def lesion(number, n_voxels):
-    known = {"case_id": "a", "lesion_id": number, "label": 1, "n_voxels": n_voxels}
-    return row_of(LesionMeasurement, known | {"volume_ml": 1.0})
+    cells = {"case_id": "a", "lesion_id": number, "label": 1, "n_voxels": n_voxels}
+    return row_of(LesionMeasurement, cells | {"volume_ml": 1.0})
 
 
 def failed(name):

@@ -9,20 +9,15 @@ from volseg.columns import columns_of
 from volseg.commands.batch import check_pair
 from volseg.commands.preparing import PREPARED_FILE, read_training_case
 from volseg.errors import VolsegError
-from volseg.evaluation.detection import DetectionRow
-from volseg.evaluation.overlap import OverlapRow
-from volseg.evaluation.validation import ValidationRow
 from volseg.execution.cpu import total_memory
 from volseg.inputs import read_json
 from volseg.io.cases import Case, survey_cases
 from volseg.io.nifti import read_mask, read_volume
 from volseg.io.nifti_header import read_header
-from volseg.measurement.changes import LesionChange
-from volseg.measurement.response import PatientResponse
-from volseg.measurement.rows import CaseRow, LesionMeasurement
 from volseg.measurement.units import judge_unit
 from volseg.postprocessing.steps import make_steps
 from volseg.recipe import Recipe, as_recipe, load_recipe, shipped_recipes
+from volseg.store.tables import TABLES
 from volseg.volume import Volume
 
 
@@ -74,7 +69,7 @@ def _check_names(recipe: Recipe) -> None:
     from volseg.networks import check_networks
 
     make_steps(recipe.postprocess)
-    if not recipe.is_open:  # else the plan chooses the network
+    if not recipe.leaves_size_open:  # else the plan chooses the network
         check_networks(recipe)
 
 
@@ -118,16 +113,7 @@ def _problem_of(where: str, error: VolsegError) -> dict[str, str]:
 
 def table_columns() -> dict[str, list[tuple[str, str, str, str]]]:
     """Return (name, unit, meaning, source) of every column of every table."""
-    tables = {
-        "lesions.csv": LesionMeasurement,
-        "cases.csv": CaseRow,
-        "comparison.csv": LesionChange,
-        "response.csv": PatientResponse,
-        "evaluation.csv": OverlapRow,
-        "detections.csv": DetectionRow,
-        "validation.csv": ValidationRow,
-    }
-    return {name: columns_of(row) for name, row in tables.items()}
+    return {name: columns_of(row_type) for name, row_type in TABLES.items()}
 
 
 def shipped_model_text() -> str:

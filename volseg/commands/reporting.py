@@ -7,7 +7,7 @@ from pathlib import Path
 from volseg.commands.batch import damaged_warnings
 from volseg.commands.pages import REPORT, has_page, read_run, remake_page, write_report
 from volseg.errors import VolsegError
-from volseg.io.csv_text import read_csv
+from volseg.io.csv_text import iterate_csv
 from volseg.measurement.rows import CaseRow
 from volseg.options import ReportOptions, command
 from volseg.pages.about import About
@@ -68,11 +68,10 @@ def report(options: ReportOptions) -> PagesReport:
 def _pending(out: Path) -> list[CaseRow]:
     """Return the pending rows of cases.csv."""
     try:
-        rows = read_csv(out / "cases.csv")
+        return [
+            CaseRow(case_id=row["case_id"], status="pending", image=row.get("image") or "")
+            for row in iterate_csv(out / "cases.csv")
+            if row.get("status") == "pending" and row.get("case_id")
+        ]
     except (OSError, ValueError):
         return []
-    return [
-        CaseRow(case_id=row["case_id"], status="pending", image=row.get("image") or "")
-        for row in rows
-        if row.get("status") == "pending" and row.get("case_id")
-    ]

@@ -31,7 +31,7 @@ from volseg.columns import column_names, json_values, known_values, row_of
 from volseg.errors import ScanError, VolsegError
 from volseg.inputs import open_regular, parse_json, read_json
 from volseg.io.cases import ID_PATTERN
-from volseg.io.csv_text import read_csv
+from volseg.io.csv_text import iterate_csv
 from volseg.io.files import json_text, sha256_of
 from volseg.measurement.rows import CaseRow, LesionMeasurement
 from volseg.postprocessing.lesions import MANY
@@ -272,7 +272,7 @@ class StoredRows(Iterable[Any]):
             if row.get(name_column) != self.name:
                 raise ValueError(f"a row is not of {self.name!r}")
             if missing := [name for name in self.record_type.required if row.get(name) is None]:
-                raise ValueError(f"a row lacks {', '.join(missing)}")
+                raise ValueError(f"it lacks {', '.join(missing)}")
         except ValueError as error:
             raise self._damaged(error) from error
         return row_of(row_type, row)
@@ -329,7 +329,7 @@ def case_ids(results: Path) -> list[str]:
         )
     ids = {path.stem for path in (results / RECORDS).glob("*.json")}
     try:
-        rows = read_csv(results / "cases.csv")
+        rows = iterate_csv(results / "cases.csv")
         ids |= {row["case_id"] for row in rows if re.fullmatch(ID_PATTERN, row["case_id"])}
     except (OSError, ValueError, KeyError):
         pass  # the table is derived from the records and may be missing
