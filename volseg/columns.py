@@ -1,9 +1,14 @@
-"""Table columns: dataclass fields with a unit, a meaning and a source."""
+"""Table columns: dataclass fields with a unit, a meaning and a source; rows ↔ values by column."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import MISSING, field, fields
-from typing import Any
+from functools import cache
+from typing import Any, TypeVar
+
+Row = TypeVar("Row")
 
 
 def column(unit: str, meaning: str, default: Any = MISSING, *, source: str = "") -> Any:
@@ -25,3 +30,40 @@ def columns_of(row_type: type) -> list[tuple[str, str, str, str]]:
         (item.name, item.metadata["unit"], item.metadata["meaning"], item.metadata["source"])
         for item in fields(row_type)
     ]
+
+
+@cache
+def column_names(row_type: type) -> tuple[str, ...]:
+    return tuple(item.name for item in fields(row_type))
+
+
+def row_of(row_type: type[Row], values: Mapping[str, Any]) -> Row:
+    """Make a row from column → value; missing columns are unknown, other names are ignored."""
+    cells = dict(_unknown(row_type))
+    for name, value in values.items():
+        if value is not None and name in cells:
+            cells[name] = value
+    return row_type(**cells)
+
+
+@cache
+def _unknown(row_type: type) -> dict[str, Any]:
+    """Return the value of each column that is unknown: its default, or None."""
+    defaults = {item.name: item.default for item in fields(row_type)}  # type: ignore[arg-type]
+    return {name: None if value is MISSING else value for name, value in defaults.items()}
+
+
+def known_values(row: Any) -> dict[str, Any]:
+    """Return column → value of a row for JSON, which has no NaN, without unknown values."""
+    # `asdict` would copy each value deeply: a noisy mask has tens of thousands of rows.
+    return {
+        name: value
+        for name in column_names(type(row))
+        if (value := getattr(row, name)) is not None
+        and not (isinstance(value, float) and not math.isfinite(value))
+    }
+
+
+def json_values(row: Any) -> dict[str, Any]:
+    """Return column → value of a row for JSON, with None for unknown values."""
+    return dict.fromkeys(column_names(type(row))) | known_values(row)

@@ -68,11 +68,6 @@ class CaseResult:
         """Number of the lesion in each voxel, 1 for the largest."""
         return self.measured.lesion_ids
 
-    @property
-    def organ_voxels(self) -> int | None:
-        """Voxels of the organ, lesions excluded; None without an organ."""
-        return self.measured.scan.organ_voxels
-
 
 def load_model(
     bundle: ModelBundle,

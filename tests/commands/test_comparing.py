@@ -633,7 +633,7 @@ def test_a_scan_or_record_replaced_while_it_is_compared_fails_its_patient(
     baseline, tmp_path, monkeypatch
 ):
     scans = tmp_path / "scans"
-    shutil.copytree(Path(read_record(baseline, "stays").scan).parent, scans)
+    shutil.copytree(Path(read_record(baseline, "stays").source.scan).parent, scans)
     other = next(path for path in scans.iterdir() if path.name.startswith("vanishes"))
     target = next(path for path in scans.iterdir() if path.name.startswith("stays"))
     input_digests = comparing.input_digests

@@ -8,20 +8,15 @@ from pathlib import Path
 from volseg.columns import columns_of
 from volseg.commands.batch import check_pair
 from volseg.commands.preparing import PREPARED_FILE, read_training_case
-from volseg.comparison.changes import LesionChange
-from volseg.comparison.response import PatientResponse
 from volseg.errors import VolsegError
-from volseg.evaluation.detection import DetectionRow
-from volseg.evaluation.overlap import OverlapRow
-from volseg.evaluation.validation import ValidationRow
 from volseg.inputs import read_json
 from volseg.io.cases import Case
 from volseg.io.layouts import survey_cases
 from volseg.io.volumes import read_header, read_mask, read_volume
-from volseg.measurement.rows import CaseRow, LesionMeasurement
 from volseg.measurement.units import judge_unit
 from volseg.postprocessing.steps import make_steps
 from volseg.recipe import Recipe, as_recipe, load_recipe, shipped_recipes
+from volseg.store.tables import TABLES
 from volseg.volume import Volume
 
 
@@ -117,16 +112,7 @@ def _problem_of(where: str, error: VolsegError) -> dict[str, str]:
 
 def table_columns() -> dict[str, list[tuple[str, str, str, str]]]:
     """Return (name, unit, meaning, source) of every column of every table."""
-    tables = {
-        "lesions.csv": LesionMeasurement,
-        "cases.csv": CaseRow,
-        "comparison.csv": LesionChange,
-        "response.csv": PatientResponse,
-        "evaluation.csv": OverlapRow,
-        "detections.csv": DetectionRow,
-        "validation.csv": ValidationRow,
-    }
-    return {name: columns_of(row) for name, row in tables.items()}
+    return {name: columns_of(row_type) for name, row_type in TABLES.items()}
 
 
 def shipped_model_text() -> str:

@@ -8,22 +8,24 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from volseg.columns import json_values
 from volseg.commands.batch import (
     damaged_warnings,
     failure_reason,
     run_description,
-    run_header,
     without_damaged,
 )
 from volseg.commands.patient_comparison import PatientComparison
 from volseg.commands.patients import Patient, TimePoints, read_pairs, same_ids
 from volseg.commands.time_points import TimePoint
+from volseg.comparison.response import PatientResponse
 from volseg.errors import VolsegError
 from volseg.execution.local import run
 from volseg.execution.memory import Budget, Peak
 from volseg.inputs import shorten
 from volseg.measurement.units import UNIT, warnings_in
 from volseg.options import CompareOptions, command
+from volseg.pages.about import About
 from volseg.pages.comparison_page import comparison_html
 from volseg.reports import CompareReport
 from volseg.store.comparisons import ComparisonFolder
@@ -133,7 +135,7 @@ def _compare_patients(
     done = [name for name in reasons if not reasons[name]]
     failed = {name: reason for name, reason in reasons.items() if reason}
     kept, failed = without_damaged(kept, failed, rows, "patient")
-    row_of = {row["patient"]: row for row in rows}
+    row_of = {row.patient: row for row in rows}
     of_patients = [row_of.pop(patient.name) for patient in patients]
     warnings = [*_warnings(of_patients), *damaged_warnings(rows, "patient")]
     return CompareReport(
@@ -142,7 +144,7 @@ def _compare_patients(
         kept=kept,
         failed=failed,
         warnings=[*warnings, *_stale_warnings(list(row_of))],
-        patients=of_patients,
+        patients=[json_values(row) for row in of_patients],
         unpaired=unpaired,
     )
 
@@ -164,7 +166,7 @@ def _commit_unpaired(
     for patient in patients:
         if not patient.is_paired:
             unpaired[patient.name] = reason = patient.why_unpaired(times)
-            results.commit_failure(patient.name, patient.row("unpaired", reason), ())
+            results.commit_failure(patient.row("unpaired", reason), ())
     return unpaired
 
 
@@ -184,7 +186,7 @@ def _run(
         job, reason = outcome.item, ""
         if outcome.error is not None:
             reason = failure_reason(results, job.name, outcome.error)
-            results.commit_failure(job.name, job.patient.row("failed", reason), job.inputs)
+            results.commit_failure(job.patient.row("failed", reason), job.inputs)
         yield job, reason
 
 
@@ -221,24 +223,24 @@ def _peaks(jobs: Sequence[PatientComparison], process: int) -> dict[str, Peak]:
     return {outcome.item.name: outcome.value for outcome in outcomes if outcome.value is not None}
 
 
-def _write_tables(results: ComparisonFolder, unreached: Sequence[Patient]) -> list[dict[str, Any]]:
+def _write_tables(results: ComparisonFolder, unreached: Sequence[Patient]) -> list[PatientResponse]:
     """Write the tables and the page of all patients of the folder; return their rows."""
     pending = [patient.row("pending", "not reached yet") for patient in unreached]
     rows = results.write_tables(pending)
     lesions = results.lesion_rows(rows, set())
-    results.write("report.html", comparison_html(run_header("compare", ""), rows, lesions))
+    results.write("report.html", comparison_html(About.now("compare"), rows, lesions))
     return rows
 
 
-def _warnings(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+def _warnings(rows: Sequence[PatientResponse]) -> Iterator[str]:
     """Yield the warnings of each patient, and one about all units in doubt."""
     n_in_doubt = 0
     for row in rows:
-        texts = warnings_in(row["warnings"]) if row["warnings"] else []
+        texts = warnings_in(row.warnings) if row.warnings else []
         others = [f"{code}: {sentence}" for code, sentence in texts if code != UNIT]
         n_in_doubt += len(others) < len(texts)
         if others:
-            yield f"{row['patient']}: {'; '.join(others)}"
+            yield f"{row.patient}: {'; '.join(others)}"
     if n_in_doubt:
         yield (
             f"{UNIT}: no intensity is compared for {format_count(n_in_doubt, 'patient')}, as the "

@@ -33,9 +33,8 @@ from volseg.io.volumes import read_header
 from volseg.measurement.sections import axial_normal
 from volseg.options import CompareOptions
 from volseg.preprocessing.register import register, registering_bytes
-from volseg.store.comparisons import ComparisonFolder
-from volseg.store.records import path_of, read_record
-from volseg.store.results import LESION_IDS
+from volseg.store.comparisons import ComparisonFolder, PatientRecord
+from volseg.store.records import LESION_IDS, path_of, read_record
 
 PICTURE_BYTES = 22  # per voxel of a drawn scan, including scaling
 GRID_RATIO = 1.5  # of voxel sizes; above it, sizes of small lesions differ by the grid alone
@@ -143,7 +142,10 @@ class PatientComparison:
 
                 commit.write(self.picture, stack_pngs(pictures))
             rows = self._changes(pairs)
-            results.commit(response, commit, key=self.key, inputs=self.inputs, lesions=rows)
+            record = PatientRecord(
+                response=response, lesions=rows, key=self.key, inputs=self.inputs
+            )
+            results.commit(record, commit)
 
     @property
     def _nodes(self) -> tuple[str, ...]:

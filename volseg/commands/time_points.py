@@ -21,8 +21,14 @@ from volseg.measurement.rows import LesionMeasurement
 from volseg.measurement.specks import SPECKS
 from volseg.measurement.units import unit_doubt_in
 from volseg.postprocessing.lesions import MANY
-from volseg.store.records import CaseRecord, case_ids, file_of, read_record, record_files
-from volseg.store.results import LESION_IDS
+from volseg.store.records import (
+    LESION_IDS,
+    CaseRecord,
+    case_ids,
+    file_of,
+    read_record,
+    record_files,
+)
 from volseg.volume import Volume
 
 
@@ -109,7 +115,8 @@ class TimePoint:
             )
         if paths:
             return paths[0]
-        return record.scan if record.scan is not None and os.path.isfile(record.scan) else None
+        scan = record.source.scan
+        return scan if scan is not None and os.path.isfile(scan) else None
 
     def read(self, case: str, inputs: Sequence[str]) -> CaseAtTime:
         """Read the record and the lesion ids of a case.
@@ -190,7 +197,7 @@ class CaseAtTime:
         """
         path = self.time.scan_path(self.record)
         if path is None:
-            name = self.record.scan or self.record.case.image or "its scan"
+            name = self.record.source.scan or self.record.case.image or "its scan"
             option = f"--{self.time.name.replace('-', '')}-scans"
             raise ScanError(
                 f"the {self.time.name} scan of case {self.record.case.case_id!r} was not found: "
@@ -220,7 +227,7 @@ class CaseAtTime:
     @property
     def change(self) -> str:
         """Warning if the scan file differs from the one measured; empty without a file."""
-        sha256 = self.record.scan_sha256
+        sha256 = self.record.source.sha256
         if sha256 is None or self.time.scan_path(self.record) is None or sha256 == self.digest:
             return ""
         return (

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import colorsys
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 from scipy import ndimage
 
 from volseg.inputs import parse_json
+from volseg.measurement.rows import LesionMeasurement
 from volseg.volume import BoundingBox, Volume
 
 Point = tuple[float, float, float]  # RAS mm
@@ -18,7 +18,7 @@ Colour = tuple[int, int, int]  # red, green, blue from 0 to 255
 LARGE = 1_000_000  # voxels; in a larger box only one slice of the lesion is searched
 
 
-def lesion_points(ids: Volume, lesions: Sequence[Mapping[str, Any]]) -> dict[int, Point]:
+def lesion_points(ids: Volume, lesions: Sequence[LesionMeasurement]) -> dict[int, Point]:
     """Return a point in RAS mm for each lesion that has a voxel in `ids`, by lesion id.
 
     The point is a voxel of the lesion in the slice of its long axis, nearest to the axis' middle.
@@ -30,19 +30,19 @@ def lesion_points(ids: Volume, lesions: Sequence[Mapping[str, Any]]) -> dict[int
     boxes = ndimage.find_objects(ids.array)
     points = {}
     for lesion in lesions:
-        number = lesion["lesion_id"]
+        number = lesion.lesion_id
         box = boxes[number - 1] if number <= len(boxes) else None
         if box is not None:
             points[number] = _point_in(box, ids, lesion)
     return points
 
 
-def _point_in(box: tuple[slice, ...], ids: Volume, lesion: Mapping[str, Any]) -> Point:
-    number, middle, depth = lesion["lesion_id"], _middle(lesion), None
+def _point_in(box: tuple[slice, ...], ids: Volume, lesion: LesionMeasurement) -> Point:
+    number, middle, depth = lesion.lesion_id, _middle(lesion), None
     if middle is not None:
         depth = round(float(ids.geometry.to_index(middle[None])[0, 2]))
     voxels = lesion_voxels(ids.array, number, BoundingBox.of(box), depth=depth)
-    centroid = [lesion.get(f"centroid_{axis}_mm") for axis in "ras"]
+    centroid = [getattr(lesion, f"centroid_{axis}_mm") for axis in "ras"]
     if middle is not None:
         aim, in_slice = middle, voxels[voxels[:, 2] == depth]
         voxels = in_slice if len(in_slice) else voxels
@@ -72,15 +72,15 @@ def lesion_voxels(
     return np.argwhere(ids[r, a, s] == number) + (r.start, a.start, s.start)
 
 
-def _middle(lesion: Mapping[str, Any]) -> np.ndarray | None:
+def _middle(lesion: LesionMeasurement) -> np.ndarray | None:
     """Return the middle (3,) of a lesion's long axis, or None if it is unknown."""
     ends = axis_ends(lesion, "long")
     return None if ends is None else (np.array(ends[0]) + ends[1]) / 2
 
 
-def axis_ends(lesion: Mapping[str, Any], axis: str) -> tuple[Point, Point] | None:
+def axis_ends(lesion: LesionMeasurement, axis: str) -> tuple[Point, Point] | None:
     """Return both ends of the `long` or the `short` axis of a lesion, or None if one is unknown."""
-    first, last = (point_of(lesion.get(f"{axis}_axis_p{end}_ras")) for end in (0, 1))
+    first, last = (point_of(getattr(lesion, f"{axis}_axis_p{end}_ras")) for end in (0, 1))
     return None if first is None or last is None else (first, last)
 
 
