@@ -39,11 +39,11 @@ def column_names(row_type: type) -> tuple[str, ...]:
 
 def row_of(row_type: type[Row], values: Mapping[str, Any]) -> Row:
     """Make a row from column → value; missing columns are unknown, other names are ignored."""
-    cells = dict(_unknown(row_type))
-    for name, value in values.items():
-        if value is not None and name in cells:
-            cells[name] = value
-    return row_type(**cells)
+    unknown = _unknown(row_type)
+    if None in values.values() or not values.keys() <= unknown.keys():  # rare, and slower
+        values = {name: values[name] for name in values if name in unknown}
+        values = {name: value for name, value in values.items() if value is not None}
+    return row_type(**unknown | dict(values))
 
 
 @cache

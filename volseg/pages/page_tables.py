@@ -188,17 +188,12 @@ def page_table(
     Args:
         only: the columns to include; None for all.
     """
-    columns = [
-        column for column in columns_of(layout.row_type) if only is None or column[0] in only
-    ]
-    shown, common_unit = layout.shown, ""
-    if any(column[0] == "intensity_unit" for column in columns_of(layout.row_type)):
-        units = {row.intensity_unit for row in rows}
-        # Rows with different units each show their own.
-        if len(units) > 1:
-            shown = (*shown, "intensity_unit")
-        else:
-            common_unit = next(iter(units), None) or ""
+    units = {getattr(row, "intensity_unit", None) for row in rows}
+    common_unit = (units.pop() if len(units) == 1 else None) or ""
+    # Rows with different units each show their own.
+    shown = (*layout.shown, "intensity_unit") if len(units) > 1 else layout.shown
+    columns = columns_of(layout.row_type)
+    columns = [column for column in columns if only is None or column[0] in only]
     columns.sort(key=lambda column: shown.index(column[0]) if column[0] in shown else len(shown))
     values_of = attrgetter(*(column[0] for column in columns))
     values = [[json_value(value) for value in values_of(row)] for row in rows]
@@ -211,8 +206,7 @@ def page_table(
                 "name": column,
                 "unit": common_unit if unit == "intensity_unit" else unit,
                 "meaning": meaning,
-                "shown": column in shown
-                and (not rows or _is_informative(column, [row[n] for row in values])),
+                "shown": column in shown and _is_informative(column, [row[n] for row in values]),
             }
             for n, (column, unit, meaning, _) in enumerate(columns)
         ],
@@ -257,6 +251,8 @@ def with_doubts(
 
 
 def _is_informative(column: str, values: Sequence[Any]) -> bool:
+    if not values:
+        return True
     distinct = {value for value in values if value is not None and value != ""}
     # A single label name in all rows distinguishes none of them.
     return len(distinct) > (1 if column == "label_name" else 0)

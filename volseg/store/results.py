@@ -275,8 +275,7 @@ class ResultsFolder(RecordFolder[CaseRecord[Iterable[LesionMeasurement]], CaseRo
         record = self.record(name)
         if record is None or not record.is_done:
             return State.MISSING
-        is_edited, corrected = self.is_edited(record), record.corrected
-        is_corrected = bool(corrected) and all((self.path / path).is_file() for path in corrected)
+        is_edited, is_corrected = self.is_edited(record), self._is_corrected(record)
         if (is_edited or is_corrected) and inputs is not None and tuple(inputs) != record.inputs:
             return State.OTHER_INPUT
         if is_edited:
@@ -284,7 +283,7 @@ class ResultsFolder(RecordFolder[CaseRecord[Iterable[LesionMeasurement]], CaseRo
         if is_corrected:
             # If its results are damaged, the corrected mask has to be measured again.
             return State.COMPLETE if self._is_intact(record) else State.EDITED
-        is_current = key is None or (record.key == key and not corrected)
+        is_current = key is None or (record.key == key and not record.corrected)
         return State.COMPLETE if is_current and self._is_intact(record) else State.MISSING
 
     def is_complete(self, name: str, key: str) -> bool:
@@ -296,6 +295,11 @@ class ResultsFolder(RecordFolder[CaseRecord[Iterable[LesionMeasurement]], CaseRo
             (self.path / path).is_file() and not self._is_as(path, digest)
             for path, digest in record.masks.items()
         )
+
+    def _is_corrected(self, record: CaseRecord[Any]) -> bool:
+        """Check whether the measured mask is one that was edited by hand."""
+        masks = [self.path / path for path in record.corrected]
+        return bool(masks) and all(path.is_file() for path in masks)
 
     @property
     def edited_text(self) -> str:

@@ -102,8 +102,6 @@ def read_table(path: Path | str) -> DataFrame:
         VolsegError: the file is not one of the tables of docs/columns.md, cannot be read, or has a
             cell or line that is not valid.
     """
-    import pandas  # takes half a second; no command needs it
-
     path = Path(path)
     row_type = TABLES.get(path.name)
     if row_type is None:
@@ -113,33 +111,38 @@ def read_table(path: Path | str) -> DataFrame:
             code="E_DATASET",
         )
     try:
-        names = next(stream_rows(path))
-        if len(names) > MAX_COLUMNS or len(set(names)) < len(names):
-            raise ValueError(f"over {MAX_COLUMNS} columns, or one of them twice")
-        hints = get_type_hints(row_type)
-        types = {name: _column_type(hints.get(name, str)) for name in names}
-        floats = {name: kind for name, kind in types.items() if kind == "float64"}
-        with open_regular(path) as file:
-            frame = pandas.read_csv(
-                file,
-                # pandas itself reads some decimals with another last digit than Python.
-                dtype=types | dict.fromkeys(floats, str),  # type: ignore[arg-type]
-                keep_default_na=False,
-                na_values=[""],
-                encoding="utf-8-sig",
-            ).astype(floats)
-        if not isinstance(frame.index, pandas.RangeIndex):
-            raise ValueError("a line has more cells than there are columns")
+        return _typed_frame(path, row_type)
     except OSError as error:
         raise VolsegError(
             f"{path}: cannot be read ({error.strerror})", fix="check the path", code="E_DATASET"
         ) from error
-    except (ValueError, TypeError, OverflowError, StopIteration) as error:
+    except (ValueError, TypeError, OverflowError) as error:
         raise VolsegError(
             f"{path}: is not a valid table ({' '.join(str(error).split())})",
             fix="repeat the command that wrote it",
             code="E_DATASET",
         ) from error
+
+
+def _typed_frame(path: Path, row_type: type) -> DataFrame:
+    import pandas  # takes half a second; no command needs it
+
+    names, hints = next(stream_rows(path), []), get_type_hints(row_type)
+    if len(names) > MAX_COLUMNS or len(set(names)) < len(names):
+        raise ValueError(f"over {MAX_COLUMNS} columns, or one of them twice")
+    types = {name: _column_type(hints.get(name, str)) for name in names}
+    floats = {name: kind for name, kind in types.items() if kind == "float64"}
+    with open_regular(path) as file:
+        frame = pandas.read_csv(
+            file,
+            # pandas itself reads some decimals with another last digit than Python.
+            dtype=types | dict.fromkeys(floats, str),  # type: ignore[arg-type]
+            keep_default_na=False,
+            na_values=[""],
+            encoding="utf-8-sig",
+        ).astype(floats)
+    if not isinstance(frame.index, pandas.RangeIndex):
+        raise ValueError("a line has more cells than there are columns")
     for name in (name for name in names if types[name] is str):
         frame[name] = frame[name].str.replace(_QUOTED_FORMULA, "", regex=True)
     return frame
