@@ -10,7 +10,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
 from pydantic import (
     AfterValidator,
@@ -240,23 +240,34 @@ class Preprocess(Section):
         return self.normalise_channels.get(channel, self.normalise)
 
 
-class Network(Section):
-    """A network: `name` is a file in models/, all other keys are arguments of its `build`.
+class Named(Section):
+    """A section with names of files or of rows of a table; all other keys are their settings.
 
-    `features`, `strides` and `kernels` may be "auto".
+    Only the size of the settings is checked here: their names and types are checked where the file
+    or table is (`training.check`).
     """
 
     model_config = ConfigDict(extra="allow", frozen=True)
-    name: Name
+    largest: ClassVar[float] = 1e15  # number in the settings
 
     @model_validator(mode="after")
-    def _settings_are_of_a_network_that_can_be_built(self) -> Network:
-        _refuse(_oversized(self.settings, MAX_SETTING))
+    def _settings_are_plain(self) -> Self:
+        _refuse(_oversized(self.settings, self.largest))
         return self
 
     @property
     def settings(self) -> dict[str, Any]:
         return dict(self.model_extra or {})
+
+
+class Network(Named):
+    """A network: `name` is a file in networks/.
+
+    `features`, `strides` and `kernels` may be "auto".
+    """
+
+    largest = MAX_SETTING
+    name: Name
 
 
 class Augment(Section):
@@ -285,15 +296,11 @@ class Augment(Section):
     channel_drop_probability: Fraction = 0.0
 
 
-class Loss(Section):
-    """An overlap loss over the labels plus voxel-wise cross-entropy."""
+class Loss(Named):
+    """An overlap term over the labels plus a voxel-wise term: rows of training/losses.py."""
 
-    overlap: Literal["dice", "generalised_dice", "tversky", "none"] = "dice"
-    tversky_fp_weight: Positive = 0.3  # of false positive voxels; Dice is 0.5 and 0.5
-    tversky_fn_weight: Positive = 0.7  # of false negative voxels
-    # > 0 down-weights voxels already classified correctly (focal loss)
-    focal_gamma: Annotated[float, Field(ge=0, le=100)] = 0.0
-    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
+    overlap: Name = "dice"
+    voxel: Name = "cross_entropy"
 
 
 class Train(Section):
@@ -318,7 +325,7 @@ class Train(Section):
     validation_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.2
     # cross-entropy weights of background and labels
     class_weights: tuple[Positive, ...] | None = None
-    loss: Loss = Loss()
+    loss: Loss = Field(default_factory=Loss)
     augment: Augment = Augment()
 
     @model_validator(mode="after")
@@ -339,20 +346,10 @@ class Infer(Section):
     inside: Literal["scan", "body"] = "scan"
 
 
-class Step(Section):
-    """A postprocessing step: `step` is a row of postprocess/steps.py, other keys go to it."""
+class Step(Named):
+    """A post-processing step: a row of postprocessing/steps.py."""
 
-    model_config = ConfigDict(extra="allow", frozen=True)
     step: Name
-
-    @model_validator(mode="after")
-    def _settings_are_plain(self) -> Step:
-        _refuse(_oversized(self.settings, 1e15))
-        return self
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        return dict(self.model_extra or {})
 
 
 class Classify(Section):

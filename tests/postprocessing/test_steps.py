@@ -6,7 +6,7 @@ from laws import GRIDS, ball, grid_around, oblique, orientations
 from scipy.ndimage import binary_fill_holes
 
 from volseg.errors import VolsegError
-from volseg.postprocessing.steps import STEPS, FillHoles, KeepLargest, RemoveSmall, make_steps
+from volseg.postprocessing.steps import FillHoles, KeepLargest, RemoveSmall, make_steps
 from volseg.recipe import Step
 from volseg.volume import Geometry, Volume
 
@@ -155,7 +155,7 @@ def test_keep_largest_of_equal_lesions_is_the_same_in_all_48_orientations():
     "name, settings",
     [
         ("remove_small", {"min_volume_mm3": 0}),
-        ("remove_small", {"min_volume_mm3": float("nan")}),
+        ("remove_small", {"min_volume_mm3": True}),
         ("remove_small", {"min_volume_mm3": "10"}),
         ("remove_small", {"min_volume_mm3": 10, "label": 0}),
         ("keep_largest", {"n": 0}),
@@ -166,7 +166,7 @@ def test_keep_largest_of_equal_lesions_is_the_same_in_all_48_orientations():
 )
 def test_invalid_settings_are_refused(name, settings):
     with pytest.raises(VolsegError) as caught:
-        STEPS[name](**settings)
+        make_steps([Step(step=name, **settings)])
     assert caught.value.code == "E_RECIPE"
     assert repr(list(settings.values())[-1]) in str(caught.value)
 
