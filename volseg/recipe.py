@@ -244,7 +244,7 @@ class Named(Section):
     """A section with names of files or of rows of a table; all other keys are their settings.
 
     Only the size of the settings is checked here: their names and types are checked where the file
-    or table is (`training.check`).
+    or table is (`training/check.py`).
     """
 
     model_config = ConfigDict(extra="allow", frozen=True)

@@ -212,8 +212,12 @@ def show_problems(path: Any, problems: list[dict[str, str]], n_errors: int) -> N
         fix = f"; to fix: {problem['fix']}" if problem["fix"] else ""
         line = f"{problem['where']}: [{problem['code']}] {problem['problem']}{fix}"
         typer.echo(one_line(line))
-    count = f"{n_errors} problem{'s' * (n_errors != 1)}" if problems else "no problem"
-    typer.echo(one_line(f"{path}: {count} found"))
+    n_warnings = len(problems) - n_errors
+    counts = [f"{n_errors} problem{'s' * (n_errors != 1)}"]
+    if n_warnings:
+        counts.append(f"{n_warnings} warning{'s' * (n_warnings != 1)}")
+    summary = ", ".join(counts) if problems else "no problem found"
+    typer.echo(one_line(f"{path}: {summary}"))
 
 
 def show_columns(tables: Mapping[str, Iterable[Any]]) -> None:

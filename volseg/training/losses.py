@@ -144,9 +144,7 @@ def _row(row: type[Any], settings: Loss) -> Any:
 class Overlap(Protocol):
     """True positives, false positives, false negatives per label → a term per label, or one."""
 
-    def __call__(
-        self, tp: torch.Tensor, fp: torch.Tensor, fn: torch.Tensor
-    ) -> torch.Tensor: ...
+    def __call__(self, tp: torch.Tensor, fp: torch.Tensor, fn: torch.Tensor) -> torch.Tensor: ...
 
 
 class VoxelTerm(Protocol):
