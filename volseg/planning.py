@@ -43,6 +43,7 @@ from volseg.sizing import (
     STEPS,
     WIDTHS,
     Budget,
+    Scans,
     Size,
     choose_size,
 )
@@ -504,16 +505,19 @@ def _size(
         ]
         return size, None, [Line(setting=name, value=value, reason=STATED) for name, value in lines]
     lesion = lesion_shape(fingerprint, spacing)
-    size = choose_size(
-        median,
-        spacing,
-        smallest_patch=_smallest_patch(lesion, median),
+    scans = Scans(
+        shape=median,
+        spacing_mm=spacing,
+        n_cases=fingerprint.n_cases,
         channels=channels,
         outputs=outputs,
-        n_cases=fingerprint.n_cases,
-        budget=budget,
+    )
+    size = choose_size(
+        scans,
+        budget,
         patch_shape=patch,
         batch_size=batch,
+        smallest_patch=_smallest_patch(lesion, median),
     )
     needed = size.training_bytes(channels, outputs, half=budget.half) / 2**30
     limit = f"a step takes about {needed:.2f} of the {budget.memory / 2**30:.1f} GB"
