@@ -74,9 +74,9 @@ def test_laws_of_every_loss(terms, regions):
     assert again == pytest.approx(float(loss), rel=1e-4)
 
 
-def test_rows_are_frozen_dataclasses():
-    for row in (*OVERLAPS.values(), *VOXEL_TERMS.values()):
-        assert_is_a_row(row)
+@pytest.mark.parametrize("name, row", [*OVERLAPS.items(), *VOXEL_TERMS.items()])
+def test_every_term_is_a_frozen_dataclass(name, row):
+    assert_is_a_row(row)
 
 
 @pytest.mark.parametrize(

@@ -131,10 +131,17 @@ def settings_type(name: str) -> type[Architecture]:
     """Return the `Settings` of the architecture with this name.
 
     Raises:
-        VolsegError: there is no file of that name.
+        VolsegError: there is no such file, or it lacks them.
     """
     check_name("network", name, network_names())
-    return importlib.import_module(f"{__name__}.{name}").Settings
+    settings = getattr(importlib.import_module(f"{__name__}.{name}"), "Settings", None)
+    if not (isinstance(settings, type) and issubclass(settings, Architecture)):
+        raise VolsegError(
+            f"volseg/networks/{name}.py has no class Settings, a subclass of Architecture",
+            fix="write one, as docs/extend.md shows",
+            code="E_RECIPE",
+        )
+    return settings
 
 
 def architecture(section: NetworkSection) -> Architecture:
@@ -155,8 +162,9 @@ def build_network(name: str, *, in_channels: int, out_channels: int, **settings:
     """
     import torch
 
-    settings_of = architecture(NetworkSection(name=name, **settings))
+    section = NetworkSection(name=name, **settings)
     try:
+        settings_of = architecture(section)
         with torch.device("meta"):  # names and shapes alone
             tensors = settings_of.build(in_channels, out_channels).state_dict().values()
     except (AssertionError, TypeError, ValueError, RuntimeError, OverflowError) as error:

@@ -148,4 +148,8 @@ def _keep(mask: np.ndarray, lesions: Lesions, kept: np.ndarray) -> np.ndarray:
     return cleaned
 
 
-STEPS = {"remove_small": RemoveSmall, "keep_largest": KeepLargest, "fill_holes": FillHoles}
+STEPS: dict[str, type[MaskStep]] = {
+    "remove_small": RemoveSmall,
+    "keep_largest": KeepLargest,
+    "fill_holes": FillHoles,
+}
