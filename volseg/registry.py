@@ -29,11 +29,11 @@ def check_name(kind: str, name: str, names: Iterable[str]) -> None:
     Raises:
         VolsegError: it is not; the fix lists the known names.
     """
-    known = list(names)
-    if name not in known:
+    listed = list(names)
+    if name not in listed:
         raise VolsegError(
             f"{kind} {shorten(name)!r} is unknown",
-            fix=f"{_nearest(name, known)}use one of {', '.join(known)}",
+            fix=f"{_nearest(name, listed)}use one of {', '.join(listed)}",
             code="E_RECIPE",
         )
 
@@ -43,17 +43,17 @@ def keys_of(row: type) -> list[str]:
     return [field.name for field in fields(row)]
 
 
-def check_keys(what: str, keys: Iterable[str], known: list[str]) -> None:
-    """Check that all keys are known.
+def check_keys(what: str, keys: Iterable[str], allowed: list[str]) -> None:
+    """Check that all keys are allowed.
 
     Raises:
         VolsegError: they are not; the fix lists the known keys.
     """
-    unknown = [key for key in keys if key not in known]
+    unknown = [key for key in keys if key not in allowed]
     if unknown:
         raise VolsegError(
             f"{what}: unknown key {', '.join(shorten(key) for key in unknown)}",
-            fix=f"{_nearest(unknown[0], known)}known keys are {', '.join(known) or '(none)'}",
+            fix=f"{_nearest(unknown[0], allowed)}known keys are {', '.join(allowed) or '(none)'}",
             code="E_RECIPE",
         )
 
@@ -87,6 +87,6 @@ def _sentence(mistake: Any) -> str:
     return f"{key} = {shorten(repr(mistake['input']))}: {mistake['msg'].lower()}"
 
 
-def _nearest(name: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=1)
+def _nearest(name: str, names: list[str]) -> str:
+    near = difflib.get_close_matches(name, names, n=1)
     return f"did you mean {near[0]!r}? " if near else ""

@@ -65,7 +65,7 @@ def test_labels_that_no_mask_holds_are_a_warning(dataset, tiny_recipe):
 
 
 @pytest.mark.parametrize(
-    "line, misspelt, known",
+    "line, misspelt, expected",
     [
         ('name = "unet3d"', 'name = "unet3"', "unet3d"),
         ("features = [16, 32, 48]", "featurs = [16, 32, 48]", "features"),
@@ -78,14 +78,14 @@ def test_labels_that_no_mask_holds_are_a_warning(dataset, tiny_recipe):
     ],
 )
 def test_misspelt_names_and_settings_are_refused_with_the_known_ones(
-    line, misspelt, known, tmp_path, dataset
+    line, misspelt, expected, tmp_path, dataset
 ):
     text = (Path(__file__).parents[2] / "pipelines" / "smoke.toml").read_text()
     assert line in text
     path = tmp_path / "recipe.toml"
     path.write_text(text.replace(line, misspelt))
     (problem,) = volseg.check(path)
-    assert known in problem["fix"] and problem["code"] == "E_RECIPE"
+    assert expected in problem["fix"] and problem["code"] == "E_RECIPE"
     for command, options in ((volseg.plan, {}), (volseg.train, {"out": tmp_path / "model"})):
         with pytest.raises(VolsegError) as caught:
             command(dataset, recipe=path, **options)

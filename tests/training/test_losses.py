@@ -80,7 +80,7 @@ def test_every_term_is_a_frozen_dataclass(name, row):
 
 
 @pytest.mark.parametrize(
-    "settings, known",
+    "settings, expected",
     [
         ({"overlap": "dise"}, "did you mean 'dice'?"),
         ({"voxel": "focal"}, "cross_entropy"),
@@ -90,8 +90,8 @@ def test_every_term_is_a_frozen_dataclass(name, row):
         ({"overlap": "none", "voxel": "none"}, "neither"),
     ],
 )
-def test_a_misspelt_term_or_setting_is_refused_with_the_known_ones(settings, known):
-    with pytest.raises(VolsegError, match=re.escape(known)) as caught:
+def test_a_misspelt_term_or_setting_is_refused_with_the_known_ones(settings, expected):
+    with pytest.raises(VolsegError, match=re.escape(expected)) as caught:
         make_terms(Loss(**settings))
     assert caught.value.code == "E_RECIPE" and "train.loss" in caught.value.problem
 

@@ -137,8 +137,9 @@ def make_terms(settings: Loss) -> tuple[Overlap, VoxelTerm]:
 
 
 def _row(row: type[Any], settings: Loss) -> Any:
-    own = {key: value for key, value in settings.settings.items() if key in keys_of(row)}
-    return make_row("train.loss", row, own)
+    keys = keys_of(row)
+    values = {key: value for key, value in settings.settings.items() if key in keys}
+    return make_row("train.loss", row, values)
 
 
 class Overlap(Protocol):
