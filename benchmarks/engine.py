@@ -79,7 +79,7 @@ def measure(scan: Path, folder: Path, backend: str, repeats: int) -> str:
         {bundle.recipe.data.channels[0]: volume}, replace(model, segmentation=timed), case_id="scan"
     )
     wall = time.perf_counter() - started
-    shape = (1, 1, *bundle.plan.patch_shape)
+    shape = (1, 1, *bundle.recipe.patch_shape)
     patch = np.random.default_rng(0).normal(size=shape).astype(np.float32)
     seconds = []
     for _ in range(1 + repeats):

@@ -132,7 +132,7 @@ def steps(out: Path) -> Iterator[tuple[str, Sequence[str | Path]]]:
     yield "preprocess", ["preprocess", dataset, *recipe, "--out", out / "preprocess"]
     sarcoma = DATA / "sts_sarcoma" / "cases_t1.csv"
     for name, cases in (("hippocampus", dataset), ("sarcoma", sarcoma)):
-        plan = out / f"plan-{name}" / "plan.json"
+        plan = out / f"plan-{name}" / "plan.toml"
         yield plan.parent.name, ["plan", cases, "--vram", "4G", "--device", "cpu", "--out", plan]
     sys.path.insert(0, str(ROOT / "tests"))
     import nnunet_folder

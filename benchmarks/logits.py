@@ -76,8 +76,7 @@ def tiles_of(scan: Path, bundle: ModelBundle, patch: Sequence[int], n: int) -> l
     """Return adjacent patches (1, channels, *patch) through the middle of the prepared scan."""
     volume = read_volume(scan)
     channels = bundle.recipe.data.channels
-    settings = bundle.plan.prepare_settings(bundle.recipe.preprocess, channels)
-    preparation = Preparation(dict.fromkeys(channels, volume), settings)
+    preparation = Preparation(dict.fromkeys(channels, volume), bundle.recipe.preprocess)
     planes = preparation.planes(2)
     start = max(0, (planes.shape[2] - patch[2]) // 2)
     whole = np.asarray(planes.read(start, min(planes.shape[2], start + patch[2])))

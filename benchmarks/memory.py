@@ -53,7 +53,7 @@ def make_model(folder: Path, n_classes: int, patch: int) -> None:
     from volseg.bundle import ModelBundle, save_bundle
     from volseg.inference.export import export_bundle
     from volseg.networks import build_segmentation, unique_tensors
-    from volseg.planning import DatasetFingerprint, Plan
+    from volseg.planning.fingerprint import DatasetFingerprint
     from volseg.recipe import parse_recipe
 
     labels = ", ".join(f"class_{n} = {n}" for n in range(1, n_classes))
@@ -66,13 +66,7 @@ def make_model(folder: Path, n_classes: int, patch: int) -> None:
     fingerprint = DatasetFingerprint(
         n_cases=1, spacings_mm=(), shapes=(), label_voxels={}, foreground={}
     )
-    windows = {"ct": recipe.preprocess.normalise}
-    plan = Plan(
-        spacing_mm=(1.5, 1.5, 1.5), patch_shape=(patch, patch, patch), batch_size=1, windows=windows
-    )
-    bundle = ModelBundle(
-        recipe=recipe, plan=plan, fingerprint=fingerprint, weights={"segmentation": weights}
-    )
+    bundle = ModelBundle(recipe=recipe, fingerprint=fingerprint, weights={"segmentation": weights})
     export_bundle(save_bundle(bundle, folder), folder)
 
 

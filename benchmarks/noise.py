@@ -142,7 +142,7 @@ def make_model(folder: Path, n_classes: int) -> None:
     from volseg.bundle import ModelBundle, save_bundle
     from volseg.inference.export import export_bundle
     from volseg.networks import build_segmentation, unique_tensors
-    from volseg.planning import DatasetFingerprint, Plan
+    from volseg.planning.fingerprint import DatasetFingerprint
     from volseg.recipe import parse_recipe
 
     torch.manual_seed(0)
@@ -153,11 +153,7 @@ def make_model(folder: Path, n_classes: int) -> None:
     fingerprint = DatasetFingerprint(
         n_cases=1, spacings_mm=(), shapes=(), label_voxels={}, foreground={}
     )
-    windows = {"ct": recipe.preprocess.normalise}
-    plan = Plan(spacing_mm=SPACING_MM, patch_shape=(96, 96, 96), batch_size=1, windows=windows)
-    bundle = ModelBundle(
-        recipe=recipe, plan=plan, fingerprint=fingerprint, weights={"segmentation": weights}
-    )
+    bundle = ModelBundle(recipe=recipe, fingerprint=fingerprint, weights={"segmentation": weights})
     export_bundle(save_bundle(bundle, folder), folder)
 
 

@@ -28,16 +28,16 @@ import numpy as np
 from volseg.execution.cpu import keep_freed_memory
 keep_freed_memory()
 from volseg.io.nifti import read_mask, read_volume
-from volseg.preprocessing.normalise import Window
-from volseg.preprocessing.prepare import PrepareSettings, prepare, prepare_mask
+from volseg.preprocessing.prepare import prepare, prepare_mask
 from volseg.preprocessing.resample import resample, resampled_shape
+from volseg.recipe import Preprocess, Window
 from volseg.training.samples import sample_voxels
 interpolation, image, mask = sys.argv[1:]
 started = time.perf_counter()
 scan, reference = read_volume(image), read_mask(mask)
 spacing_mm, window = (1.5, 1.5, 1.5), Window(low=-100, high=300, mean=60, sd=60)
-settings = PrepareSettings(spacing_mm=spacing_mm, normalisers=(window,),
-                           interpolation=interpolation, body_above=-500.0)
+settings = Preprocess(spacing_mm=spacing_mm, normalise=window,
+                      interpolation=interpolation, body_above=-500.0)
 prepared = prepare({"ct": scan}, settings)
 labels = prepare_mask(reference.array, prepared.trail)
 sample_voxels(labels == 1, np.random.default_rng(0))

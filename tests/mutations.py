@@ -31,8 +31,8 @@ from volseg import cli
 from volseg.bundle import ModelBundle, save_bundle
 from volseg.io.nifti import write_volume
 from volseg.networks import build_segmentation, unique_tensors
-from volseg.planning import DatasetFingerprint, IntensityStatistics, Plan
-from volseg.recipe import Window, parse_recipe
+from volseg.planning.fingerprint import DatasetFingerprint, IntensityStatistics
+from volseg.recipe import parse_recipe
 from volseg.volume import Geometry, Volume
 
 SECONDS = 8.0  # for a command that accepts a harmless value; a refusal takes a tenth
@@ -58,6 +58,7 @@ def untrained_model(folder: Path) -> Path:
     """Save a model with random weights and without a coarse first pass."""
     content = tomllib.loads(TINY)
     content.pop("classify")
+    content["preprocess"]["normalise"] |= {"mean": 40, "sd": 100}
     recipe = parse_recipe(content, where="tiny")
     torch.manual_seed(0)
     numbers = IntensityStatistics(mean=0, sd=1, p00_5=-1, median=0, p99_5=1)
@@ -68,9 +69,6 @@ def untrained_model(folder: Path) -> Path:
         label_voxels={3: 9},
         foreground={"ct": numbers},
     )
-    window = Window(method="window", low=-200, high=300, mean=40, sd=100)
-    shape, windows = (16, 16, 16), {"ct": window}
-    plan = Plan(spacing_mm=(2, 2, 2), patch_shape=shape, batch_size=2, windows=windows)
     weights = {"segmentation": unique_tensors(build_segmentation(recipe))}
     metrics = {
         "training_cases": 4,
@@ -81,7 +79,7 @@ def untrained_model(folder: Path) -> Path:
     }
     metrics |= {"validation_dice_lesion": 0.8, "validation_dice_lesion_95": [0.7, 0.9]}
     metrics |= {"nnunet_validation_dice_fold_0": 0.8}
-    parts = {"recipe": recipe, "plan": plan, "fingerprint": fingerprint}
+    parts = {"recipe": recipe, "fingerprint": fingerprint}
     save_bundle(ModelBundle(**parts, weights=weights, metrics=metrics), folder)
     return folder
 
@@ -156,9 +154,9 @@ def label_names(folder: Path) -> tuple[Path, list[list[Any]]]:
 
 def plan(folder: Path) -> tuple[Path, list[list[Any]]]:
     write_dataset(folder / "data")
-    path = folder / "plan.json"
+    path = folder / "plan.toml"
     volseg.plan(folder / "data", out=path)
-    options = ["--plan", path, "--out", folder / "out", "--preview"]
+    options = ["--recipe", path, "--out", folder / "out", "--preview"]
     return path, [["train", folder / "data", *options]]
 
 

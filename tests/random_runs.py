@@ -81,7 +81,7 @@ epochs = 2
 USERS_NAMES = (
     "lesions.csv", "cases.csv", "run.json", "report.html", "summary.json", "evaluation.csv",
     "detections.csv", "froc.png", "comparison.csv", "response.csv", "model.json", "card.md",
-    "segmentation.safetensors", "history.csv", "curves.png", "plan.json", "prepared.json",
+    "segmentation.safetensors", "history.csv", "curves.png", "plan.toml", "prepared.json",
     "notes.txt", ".tmp-anything", ".tmp-0123456789abcdef", "masks/scan_0.nii.gz", "masks/notes.txt",
     "lesion_ids/scan_1.nii.gz", "lesion_ids/.tmp-mine", "figures/scan_0.png", "viewer/scan_0.html",
     "viewer/thumbnails/scan_0.jpg", "cases/scan_0/image.npy", "cases/scan_0/notes.txt",
@@ -174,7 +174,7 @@ def arguments_of(command: str, world: Path, out: Path, options: str = "") -> lis
         "compare": ["compare", *results, "--no-registration", "--out", out],
         "preprocess": ["preprocess", data, *recipe, "--out", out],
         "train": ["train", data, *recipe, "--device", "cpu", "--out", out],
-        "plan": ["plan", data, *recipe, "--out", out / "plan.json"],
+        "plan": ["plan", data, *recipe, "--out", out / "plan.toml"],
         "report": ["report", out],
         "import-nnunet": ["import-nnunet", next((world / "nnunet").iterdir()), "--out", out],
         "quantise": ["quantise", out, data],

@@ -31,7 +31,7 @@ def test_save_then_load_gives_equal_logits_of_both_networks(model, tmp_path):
         )
         np.testing.assert_array_equal(before, after)
         assert np.ptp(before) > 0
-    for name in ("recipe", "plan", "fingerprint"):
+    for name in ("recipe", "reasons", "fingerprint"):
         assert getattr(second, name) == getattr(first, name)
 
 
@@ -66,8 +66,8 @@ def test_a_flipped_bit_in_the_weights_is_found(copied):
     ("change", "code"),
     [
         (lambda d: d.update(format_version=99), "E_VERSION"),
-        (lambda d: d.pop("plan"), "E_CKPT"),
-        (lambda d: d["plan"].update(spacing_mm="wide"), "E_CKPT"),
+        (lambda d: d.pop("fingerprint"), "E_CKPT"),
+        (lambda d: d["recipe"]["preprocess"].update(spacing_mm="auto"), "E_CKPT"),
         (lambda d: d["recipe"].update(nam="x"), "E_RECIPE"),
     ],
 )

@@ -10,7 +10,7 @@ from laws import GRIDS, ball, centre_mm, lps, oblique, ras
 
 from volseg.bundle import ModelBundle
 from volseg.inference.torch_backend import TorchBackend
-from volseg.planning import DatasetFingerprint, Plan
+from volseg.planning.fingerprint import DatasetFingerprint
 from volseg.preprocessing.crop import AxisOrder, to_canonical
 from volseg.recipe import parse_recipe
 from volseg.segment import Model, segment_case
@@ -75,10 +75,10 @@ def model(*, fine=50.0, coarse=120.0, margin_mm=10.0, patch=8, overlap=0.5, **se
     if coarse is None:
         del content["roi"]
     recipe = parse_recipe(content, where="test")
-    spacing_mm, patch_shape = recipe.preprocess.spacing_mm, (patch,) * 3
-    plan = Plan(spacing_mm=spacing_mm, patch_shape=patch_shape, batch_size=1, windows={})
+    train = recipe.train.model_copy(update={"patch_shape": (patch,) * 3, "batch_size": 1})
+    recipe = recipe.model_copy(update={"train": train})
     weights = {"segmentation": {}, "roi": {}}
-    bundle = ModelBundle(recipe=recipe, plan=plan, fingerprint=NO_DATA, weights=weights)
+    bundle = ModelBundle(recipe=recipe, fingerprint=NO_DATA, weights=weights)
     first = None if bundle.coarse is None else Model(bundle.coarse, Over(coarse), None)
     return Model(bundle, Over(fine), None, coarse=first)
 

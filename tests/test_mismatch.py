@@ -10,7 +10,7 @@ from laws import oblique, orientations, real_data
 from volseg.bundle import load_bundle, model_card, shipped_bundle
 from volseg.io.nifti import read_volume
 from volseg.mismatch import compare_scan, list_checks
-from volseg.planning import DatasetFingerprint, IntensityStatistics
+from volseg.planning.fingerprint import DatasetFingerprint, IntensityStatistics
 from volseg.recipe import parse_recipe
 from volseg.volume import Geometry, Volume
 

@@ -49,7 +49,7 @@ def test_an_imported_network_gives_the_logits_of_the_checkpoint_also_after_savin
     torch.testing.assert_close(imported, expected, rtol=1e-5, atol=1e-5)
     saved = save_bundle(bundle, tmp_path / "model")
     assert torch.equal(logits(load_bundle(tmp_path / "model").segmentation_network()), imported)
-    for name in ("recipe", "plan", "fingerprint", "origin"):
+    for name in ("recipe", "reasons", "fingerprint", "origin"):
         assert getattr(saved, name) == getattr(bundle, name)
     suffixes = sorted(path.suffix for path in (tmp_path / "model").iterdir())
     assert suffixes == [".json", ".md", ".safetensors"]
@@ -278,9 +278,9 @@ def test_the_configuration_is_that_of_the_folders_name(tmp_path):
     low = made.checkpoint(made.state_dict(), init_args={"configuration": "3d_lowres"})
     name = "nnUNetTrainer_250epochs__myPlans__3d_lowres"
     folder = made.write_model(tmp_path, folds={"0": low}, plans_json=made.plans(both), name=name)
-    assert read_nnunet(folder).plan.spacing_mm == (3, 3, 3)
+    assert read_nnunet(folder).recipe.spacing_mm == (3, 3, 3)
     renamed = folder.rename(tmp_path / "kidneys")
-    assert read_nnunet(renamed).plan.spacing_mm == (3, 3, 3)
+    assert read_nnunet(renamed).recipe.spacing_mm == (3, 3, 3)
     with pytest.raises(VolsegError, match="was trained as '3d_lowres'"):
         read_nnunet(renamed.rename(tmp_path / made.FOLDER))
     alone = made.write_model(tmp_path / "x", folds={"0": low}, name=name)
@@ -293,9 +293,13 @@ def test_the_configuration_is_that_of_the_folders_name(tmp_path):
 
 def test_a_default_ct_model_becomes_the_recipe_of_its_plans(tmp_path):
     bundle = read_nnunet(made.write_model(tmp_path))
-    recipe, plan = bundle.recipe, bundle.plan
+    recipe = bundle.recipe
     assert recipe.name == "dataset007_test_3d_fullres"
-    assert (plan.spacing_mm, plan.patch_shape, plan.batch_size) == ((2.5, 0.8, 0.7), (8, 16, 16), 2)
+    assert (recipe.spacing_mm, recipe.patch_shape, recipe.batch_size) == (
+        (2.5, 0.8, 0.7),
+        (8, 16, 16),
+        2,
+    )
     assert recipe.data.model_dump(exclude_unset=True) == {
         "channels": ("CT",),
         "labels": {"kidney": 1, "tumour": 2},
@@ -312,9 +316,8 @@ def test_a_default_ct_model_becomes_the_recipe_of_its_plans(tmp_path):
         "crop": "nonzero",
         "normalise_first": True,
     }
-    settings = plan.prepare_settings(preprocess, recipe.data.channels)
     for name, value in expected.items():
-        assert getattr(settings, name) == getattr(preprocess, name) == value, name
+        assert getattr(preprocess, name) == value, name
     assert (recipe.infer.overlap, recipe.infer.tta_axes) == (0.5, ("R", "A", "S"))
     assert bundle.fingerprint.n_cases == 12
     assert bundle.fingerprint.foreground["CT"].median == 45
@@ -360,7 +363,6 @@ def test_every_normalisation_does_to_a_channel_what_nnunet_does(tmp_path):
     )
     bundle = read_nnunet(folder)
     assert bundle.recipe.data.intensity_unit == "a.u."
-    assert set(bundle.plan.windows) == {"CT"}
     array = np.random.default_rng(0).normal(200, 400, (6, 7, 8)).astype(np.float32)
     mask = np.zeros(array.shape, bool)
     mask[1:-1, 2:, :5] = True
@@ -372,7 +374,7 @@ def test_every_normalisation_does_to_a_channel_what_nnunet_does(tmp_path):
         "CT": (np.clip(array, -900, 300) - 40) / 160,
         "nonorm": array,
     }
-    normalisers = bundle.plan.normalisers(bundle.recipe.preprocess, bundle.recipe.data.channels)
+    normalisers = map(bundle.recipe.preprocess.normaliser_of, bundle.recipe.data.channels)
     for normaliser, (name, values) in zip(normalisers, expected.items(), strict=True):
         np.testing.assert_allclose(
             normaliser(array, mask), values, rtol=1e-5, atol=1e-4, err_msg=name
@@ -393,7 +395,7 @@ def test_rescaling_and_photographs_go_from_0_to_1(tmp_path):
     bundle = read_nnunet(folder)
     channels = bundle.recipe.data.channels
     assert channels == ("MR_0000", "MR_0001")
-    rescale, photograph = bundle.plan.normalisers(bundle.recipe.preprocess, channels)
+    rescale, photograph = map(bundle.recipe.preprocess.normaliser_of, channels)
     array = np.random.default_rng(0).integers(3, 240, (4, 5, 6))
     body = array > 100
     expected = (array - array.min()) / np.ptp(array)
@@ -472,8 +474,8 @@ def test_a_configuration_inherits_what_it_does_not_state(tmp_path):
     init_args = {"configuration": "3d_fullres_cube"}
     folds = {"0": made.checkpoint(made.state_dict(), init_args=init_args)}
     folder = made.write_model(tmp_path, folds=folds, plans_json=plans, name="a__b__3d_fullres_cube")
-    plan = read_nnunet(folder).plan
-    assert (plan.patch_shape, plan.spacing_mm) == ((16, 16, 16), (2.5, 0.8, 0.7))
+    recipe = read_nnunet(folder).recipe
+    assert (recipe.patch_shape, recipe.spacing_mm) == ((16, 16, 16), (2.5, 0.8, 0.7))
 
 
 @pytest.mark.parametrize("kind", ["PlainConvUNet", "ResidualEncoderUNet"])

@@ -26,7 +26,8 @@ from volseg.bundle import load_bundle
 from volseg.io import nifti, nifti_header
 from volseg.io.cases import ID_PATTERN, find_scans
 from volseg.networks import build_network
-from volseg.recipe import SpacingMm, shipped_recipes
+from volseg.recipe import shipped_recipes
+from volseg.recipe.section import SpacingMm
 from volseg.terminal import printing
 from volseg.volume import Geometry, Volume
 
@@ -116,16 +117,16 @@ def changed(bundle, *keys, value):
             {"segmentation": "0" * 64, "../../etc/passwd": "0" * 64},
             "weights_sha256",
         ),
-        (["plan", "patch_shape"], [10**9] * 3, "patch_shape"),
-        (["plan", "patch_shape"], [4096, 4096, 4096], "voxels"),
-        (["plan", "patch_shape"], [640, 640, 640], "E_RAM"),
-        (["plan", "patch_shape"], [17, 17, 17], "E_CKPT"),
-        (["plan", "batch_size"], 10**9, "batch_size"),
+        (["recipe", "train", "patch_shape"], [10**9] * 3, "patch_shape"),
+        (["recipe", "train", "patch_shape"], [4096, 4096, 4096], "voxels"),
+        (["recipe", "train", "patch_shape"], [640, 640, 640], "E_RAM"),
+        (["recipe", "train", "patch_shape"], [17, 17, 17], "E_CKPT"),
+        (["recipe", "train", "batch_size"], 10**9, "batch_size"),
         (["recipe", "infer", "batch_size"], 10**9, "batch_size"),
         (["recipe", "infer", "margin"], 10**9, "margin"),
-        (["plan", "batch_size"], 10**399, "400 digits"),
-        (["plan", "spacing_mm"], [1e-6] * 3, "spacing_mm"),
-        (["plan", "spacing_mm"], [float("nan")] * 3, "NaN"),
+        (["recipe", "train", "batch_size"], 10**399, "400 digits"),
+        (["recipe", "preprocess", "spacing_mm"], [1e-6] * 3, "spacing_mm"),
+        (["recipe", "preprocess", "spacing_mm"], [float("nan")] * 3, "NaN"),
         (["recipe", "network", "features"], [10**9] * 3, "network"),
         (["recipe", "network", "features"], [4096] * 3, "E_RAM|E_CKPT"),
         (
@@ -133,7 +134,8 @@ def changed(bundle, *keys, value):
             {"method": "window", "low": -200, "high": 300, "sd": 1e-300},
             "sd",
         ),
-        (["plan", "windows"], {}, "windows"),
+        (["recipe", "preprocess", "normalise"], {"method": "window"}, "normalise.low, .* open"),
+        (["recipe", "task"], "translate", "task: .translate. is unknown; known tasks are segment"),
         (["metrics"], [1], "metrics"),
         *(
             (["metrics"], {name: value}, rf"metrics: {name} is ")
@@ -162,7 +164,7 @@ def test_a_model_with_absurd_numbers_is_refused_before_anything_is_allocated(
 
 
 def test_a_scan_whose_prepared_grid_would_be_too_fine_is_a_failed_row(bundle, tmp_path):
-    changed(bundle, "plan", "spacing_mm", value=[0.01] * 3)
+    changed(bundle, "recipe", "preprocess", "spacing_mm", value=[0.01] * 3)
     values = np.random.default_rng(0).integers(-1000, 300, (400, 400, 40)).astype(np.int16)
     geometry = Geometry(values.shape, np.diag([1.0, 1, 5, 1]))
     volume = Volume(np.asfortranarray(values), geometry)

@@ -2,6 +2,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from bundles import with_recipe
 from conftest import write_dataset
 from laws import CountingBackend, oblique, orientations
 
@@ -48,13 +49,8 @@ def test_all_48_orders_of_a_scan_give_the_same_lesion(loaded, dataset):
 def test_tiles_are_counted_up_to_the_announced_total(loaded):
     bundle = loaded.bundle
     # A window that does not clip air, to distinguish it from tissue.
-    wide = bundle.plan.windows["ct"].model_copy(update={"low": -1100.0})
-    infer = bundle.recipe.infer.model_copy(update={"batch_size": 4})
-    changed = replace(
-        bundle,
-        recipe=bundle.recipe.model_copy(update={"infer": infer}),
-        plan=bundle.plan.model_copy(update={"windows": {"ct": wide}}),
-    )
+    wide = bundle.recipe.preprocess.normaliser_of("ct").model_copy(update={"low": -1100.0})
+    changed = with_recipe(bundle, preprocess={"normalise": wide}, infer={"batch_size": 4})
     counting = CountingBackend(loaded.segmentation)
     array = np.full((60, 48, 40), -1000, np.int16, order="F")
     # Two pieces of tissue with air between them.

@@ -21,20 +21,11 @@ from volseg.inputs import MAX_TEXT_BYTES, open_regular, parse_json, read_bytes, 
 from volseg.io.files import make_folder, sha256_of, write_bytes_atomic, write_json_atomic
 from volseg.mismatch import list_checks
 from volseg.networks import build_classifier, build_segmentation, copy_weights
-from volseg.planning import DatasetFingerprint, Plan
-from volseg.recipe import (
-    AUTO,
-    Preprocess,
-    Recipe,
-    Roi,
-    Text,
-    Window,
-    listed,
-    parse_recipe,
-    validation_messages,
-)
+from volseg.planning.close import Reason
+from volseg.planning.fingerprint import DatasetFingerprint
+from volseg.recipe import Preprocess, Recipe, Roi, Text, listed, parse_recipe, validation_messages
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 SHIPPED = "lung_nodule_ct"
 EXPORTED = "openvino"  # subfolder of a model folder with the OpenVINO files
 FIRST = "segmentation"  # weights of the 3D network; further networks of an ensemble are numbered
@@ -52,19 +43,21 @@ class ModelBundle:
     """A trained model: all that inference needs besides the scan.
 
     Args:
+        recipe: closed: it holds no "auto".
         weights: network name (`segmentation`, `segmentation_1`, …, `classifier`, `roi`) → tensors.
+        reasons: why the plan chose what the recipe left open.
         metrics: results of training and validation.
         origin: source of an imported model.
         first: name of the network that the recipe describes.
     """
 
     recipe: Recipe
-    plan: Plan
     fingerprint: DatasetFingerprint
     weights: Mapping[str, Mapping[str, torch.Tensor]]
     metrics: Mapping[str, Any] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
     origin: Mapping[str, str] = field(default_factory=dict)
+    reasons: tuple[Reason, ...] = ()
     sha256: str = ""
     first: str = FIRST
 
@@ -97,10 +90,10 @@ class ModelBundle:
     @property
     def coarse(self) -> ModelBundle | None:
         """First pass (any label against background) as a bundle; None if there is none."""
-        recipe, roi = self.recipe.coarse, self.recipe.roi
-        if recipe is None or roi is None or ROI not in self.weights:
+        recipe = self.recipe.coarse
+        if recipe is None or ROI not in self.weights:
             return None
-        return replace(self, recipe=recipe, plan=self.plan.coarse(roi), first=ROI)
+        return replace(self, recipe=recipe, first=ROI)
 
     def classifier_network(self) -> nn.Module | None:
         """Return the 2D network with its trained weights; None if there is none."""
@@ -132,7 +125,7 @@ def save_bundle(bundle: ModelBundle, folder: Path) -> ModelBundle:
     description = {
         "format_version": FORMAT_VERSION,
         "recipe": bundle.recipe.model_dump(mode="json"),
-        "plan": bundle.plan.model_dump(mode="json"),
+        "reasons": [line.model_dump() for line in bundle.reasons],
         "fingerprint": bundle.fingerprint.model_dump(mode="json"),
         "metrics": dict(bundle.metrics),
         "origin": dict(bundle.origin),
@@ -161,22 +154,27 @@ def load_bundle(folder: Path) -> ModelBundle:
         text = read_bytes(description_path, max_bytes=MAX_TEXT_BYTES)
         content = parse_json(text)
         version = content.get("format_version") if isinstance(content, dict) else None
-        if isinstance(version, int) and version > FORMAT_VERSION:
+        if isinstance(version, int) and version != FORMAT_VERSION:
+            is_newer = version > FORMAT_VERSION
             raise VolsegError(
-                f"{folder}: model format {version} is newer than this volseg reads",
-                fix="update volseg",
+                f"{folder}: model format {version} is {'newer' if is_newer else 'older'} than this "
+                f"volseg reads ({FORMAT_VERSION})",
+                fix="update volseg" if is_newer else "train or import the model again",
                 code="E_VERSION",
             )
         description = _Description.model_validate(content)
         recipe = parse_recipe(description.recipe, where=str(description_path))
+        if recipe.open_keys:
+            keys = ", ".join(recipe.open_keys)
+            raise ValueError(f"the recipe of a trained model leaves {keys} open")
         return ModelBundle(
-            recipe=_closed(recipe, description.plan),
-            plan=description.plan,
+            recipe=recipe,
             fingerprint=description.fingerprint,
             weights=_StoredWeights(folder, description.weights_sha256),
             metrics=description.metrics,
             versions=description.versions,
             origin=description.origin,
+            reasons=description.reasons,
             sha256=hashlib.sha256(text).hexdigest(),
         )
     except OSError as error:
@@ -199,9 +197,9 @@ class _Description(BaseModel):
     """The content of model.json."""
 
     model_config = ConfigDict(extra="ignore", frozen=True, allow_inf_nan=False)
-    format_version: Literal[1]
+    format_version: Literal[2]
     recipe: dict[str, Any]
-    plan: Plan
+    reasons: tuple[Reason, ...] = ()
     fingerprint: DatasetFingerprint
     metrics: dict[str, Any]
     versions: dict[str, Text]
@@ -240,22 +238,6 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _closed(recipe: Recipe, plan: Plan) -> Recipe:
-    """Return the recipe if the plan of this model has a number for every "auto" in it."""
-    unplanned = [name for name in recipe.data.channels if name not in plan.windows]
-    forms = {name: recipe.preprocess.normaliser_of(name) for name in unplanned}
-    channels = [
-        name
-        for name, form in forms.items()
-        if isinstance(form, Window) and AUTO in form.model_dump().values()
-    ]
-    if channels or recipe.is_open:
-        windows = f"the intensity windows of {', '.join(channels)}"
-        settings = windows if channels else "its network or its patches"
-        raise ValueError(f"the recipe of a trained model leaves {settings} open")
-    return recipe
-
-
 def shipped_bundle() -> Path:
     """Return the folder of the model that comes with the package."""
     return Path(__file__).parent / "bundles" / SHIPPED
@@ -263,12 +245,12 @@ def shipped_bundle() -> Path:
 
 def model_card(bundle: ModelBundle) -> str:
     """Return Markdown for people: intended use, limits, data, metrics and settings of a model."""
-    recipe, plan = bundle.recipe, bundle.plan
+    recipe = bundle.recipe
     axes = _axes(recipe.preprocess)
     labels = ", ".join(f"{name} = {value}" for value, name in recipe.data.label_names.items())
     channels = ", ".join(recipe.data.channels)
     n_cases = bundle.metrics.get("training_cases", bundle.fingerprint.n_cases)
-    spacing, patch = _times(plan.spacing_mm), " × ".join(map(str, plan.patch_shape))
+    spacing, patch = _times(recipe.spacing_mm), _times(recipe.patch_shape)
     lines = [
         f"# {recipe.name}",
         "",
@@ -313,13 +295,13 @@ def model_card(bundle: ModelBundle) -> str:
         "",
         *(f"- {name}: {value}" for name, value in bundle.origin.items()),
         *([""] if bundle.origin else []),
-        f"Spacing {spacing} mm ({axes}), patch {patch}, batch {plan.batch_size}; "
+        f"Spacing {spacing} mm ({axes}), patch {patch}, batch {recipe.batch_size}; "
         "the whole recipe is in model.json.",
         "",
         *([] if recipe.roi is None else [_coarse_pass(recipe.roi), ""]),
-        *([] if not plan.lines else ["| setting | value | why |", "|---|---|---|"]),
-        *(f"| {line.setting} | {line.value} | {line.reason} |" for line in plan.lines),
-        *([""] if plan.lines else []),
+        *([] if not bundle.reasons else ["| setting | value | why |", "|---|---|---|"]),
+        *(f"| {line.setting} | {line.value} | {line.reason} |" for line in bundle.reasons),
+        *([""] if bundle.reasons else []),
     ]
     return "\n".join(lines)
 

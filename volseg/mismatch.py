@@ -18,7 +18,7 @@ from volseg.measurement.units import (
     looks_like_ct,
     robust_range,
 )
-from volseg.planning import DatasetFingerprint
+from volseg.planning.fingerprint import DatasetFingerprint
 from volseg.preprocessing.crop import AxisOrder, canonical_geometry
 from volseg.recipe import ARBITRARY, HU, SUV, Recipe, Scale, Window
 from volseg.volume import Geometry, Volume

@@ -79,11 +79,12 @@ class PlanReport(RunReport):
     """What training would do.
 
     Args:
-        recipe, plan: as JSON. cases: number of training cases.
+        recipe: closed, as JSON. reasons: setting, value and reason of each decision.
+        cases: number of training cases.
     """
 
     recipe: Mapping[str, Any]
-    plan: Mapping[str, Any]
+    reasons: Sequence[Mapping[str, str]]
     cases: int
     folds: int
     plan_file: str = ""  # if it was written

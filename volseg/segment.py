@@ -236,11 +236,10 @@ def plan_case_memory(
 
 
 def _network_pass(model: Model, needed: int) -> NetworkPass:
-    recipe, plan, head = model.bundle.recipe, model.bundle.plan, model.segmentation.head
+    recipe, head = model.bundle.recipe, model.segmentation.head
     return NetworkPass(
         bundle=model.bundle,
         tiling=tiling_of(model.bundle),
-        settings=plan.prepare_settings(recipe.preprocess, recipe.data.channels),
         backend=model.segmentation.identity["backend"],
         n_channels=recipe.data.n_outputs if head is None else 1 + head.n_features,
         network_bytes=needed,
@@ -252,9 +251,9 @@ def _network_pass(model: Model, needed: int) -> NetworkPass:
 
 def estimate_work(model: Model, shapes: Sequence[tuple[int, int, int]]) -> Work:
     """Estimate the work for prepared grids of these shapes, by timing a blank batch."""
-    recipe, plan = model.bundle.recipe, model.bundle.plan
+    recipe = model.bundle.recipe
     tiling = tiling_of(model.bundle)
-    batch_shape = (tiling.batch_size, len(recipe.data.channels), *plan.patch_shape)
+    batch_shape = (tiling.batch_size, len(recipe.data.channels), *recipe.patch_shape)
     seconds = seconds_per_tile(model.segmentation, batch_shape)
     return Work(
         tiling=tiling, shapes=shapes, seconds_per_tile=seconds, on_gpu=model.device != "cpu"
@@ -262,10 +261,10 @@ def estimate_work(model: Model, shapes: Sequence[tuple[int, int, int]]) -> Work:
 
 
 def tiling_of(bundle: ModelBundle) -> Tiling:
-    """Return the tiling that the bundle's recipe and plan prescribe."""
+    """Return the tiling that the bundle's recipe prescribes."""
     infer = bundle.recipe.infer
     return Tiling(
-        patch_shape=bundle.plan.patch_shape,
+        patch_shape=bundle.recipe.patch_shape,
         overlap=infer.overlap,
         tta_axes=[WORLD_AXES[name] for name in infer.tta_axes],
         batch_size=infer.batch_size,
@@ -282,9 +281,8 @@ def _predict(
     on_tile: OnTile,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return mask (I, J, K) of label values and confidence (I, J, K) uint8 on the scan's grid."""
-    recipe, plan = model.bundle.recipe, model.bundle.plan
-    settings = plan.prepare_settings(recipe.preprocess, list(images), absent)
-    preparation = Preparation(images, settings)
+    recipe = model.bundle.recipe
+    preparation = Preparation(images, recipe.preprocess, absent)
     trail = preparation.trail
     regions = recipe.data.regions_class_order
     values = list(recipe.data.label_names) if regions is None else list(regions)
@@ -295,7 +293,7 @@ def _predict(
     shape = trail.shape if part is None else part.shape
     axis = trail.separate_axis
     if axis is None:
-        axis = thinnest_axis(shape, plan.patch_shape)
+        axis = thinnest_axis(shape, recipe.patch_shape)
     head = model.segmentation.head
     restorer = MaskRestorer(
         trail, values, axis=axis, regions=regions is not None, part=part, head=head
@@ -349,7 +347,7 @@ def _region(preparation: Preparation, model: Model) -> BoundingBox | None:
     roi, coarse = model.bundle.recipe.roi, model.coarse
     if roi is None or coarse is None:
         return None
-    whole = preparation.at(coarse.bundle.plan.spacing_mm)
+    whole = preparation.at(coarse.bundle.recipe.spacing_mm)
     tiling = replace(tiling_of(coarse.bundle), empty_level=whole.empty_level)
     try:
         axis = thinnest_axis(whole.trail.shape, tiling.patch_shape)

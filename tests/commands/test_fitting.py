@@ -11,12 +11,15 @@ from volseg.commands.fitting import (
     suggested,
 )
 from volseg.errors import VolsegError
-from volseg.planning import Plan
+from volseg.planning.close import Closed
+from volseg.recipe import load_recipe
 from volseg.sizing import LEAST_STEPS, STEPS
 
 
 def plan(edge):
-    return Plan(spacing_mm=(1, 1, 1), patch_shape=(edge, edge, edge), batch_size=2, windows={})
+    recipe = load_recipe("lung_nodule_ct")
+    train = recipe.train.model_copy(update={"patch_shape": (edge, edge, edge)})
+    return Closed(recipe.model_copy(update={"train": train}))
 
 
 LARGE, SMALL = plan(64), plan(16)

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from bundles import with_recipe
 from laws import CountingBackend
 
 import volseg
@@ -288,12 +289,8 @@ def test_a_scan_over_the_budget_is_a_failed_row_and_the_others_are_done(dataset,
 
 def test_a_budget_lowers_the_batch_size_and_the_masks_stay_the_same(dataset, model, tmp_path):
     bundle = load_bundle(model)
-    infer = bundle.recipe.infer.model_copy(update={"batch_size": 8})
-    large = bundle.plan.model_copy(update={"patch_shape": (96, 96, 96)})
-    save_bundle(
-        replace(bundle, plan=large, recipe=bundle.recipe.model_copy(update={"infer": infer})),
-        tmp_path / "model",
-    )
+    large = with_recipe(bundle, train={"patch_shape": (96, 96, 96)}, infer={"batch_size": 8})
+    save_bundle(large, tmp_path / "model")
     scan = dataset / "images" / "scan_6.nii.gz"
     texts, options = {"free": [], "tight": []}, {"model": tmp_path / "model", "max_ram": None}
     for name in texts:

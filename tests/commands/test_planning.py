@@ -1,4 +1,5 @@
 import json
+import re
 
 import numpy as np
 import pytest
@@ -6,9 +7,10 @@ from laws import ball, oblique
 
 import volseg
 from volseg.bundle import load_bundle
-from volseg.commands.planning import budget_of, read_plan, recipe_for
+from volseg.commands.planning import budget_of, recipe_for
 from volseg.errors import VolsegError
 from volseg.io.nifti import read_mask, write_volume
+from volseg.recipe import load_recipe
 from volseg.volume import Geometry, Volume
 
 DECATHLON = {
@@ -82,8 +84,8 @@ def test_the_recipe_follows_from_the_masks_the_description_and_the_intensities(t
 
 def test_a_plan_gives_a_reason_for_each_line_and_comes_back_from_its_file(tmp_path):
     folder = plain_folder(tmp_path / "d")
-    report = volseg.plan(folder, memory="2G", out=tmp_path / "new" / "plan.json")
-    lines = {line["setting"]: line for line in report.plan["lines"]}
+    report = volseg.plan(folder, memory="2G", out=tmp_path / "new" / "plan.toml")
+    lines = {line["setting"]: line for line in report.reasons}
     assert {
         "spacing",
         "intensities of image",
@@ -94,23 +96,30 @@ def test_a_plan_gives_a_reason_for_each_line_and_comes_back_from_its_file(tmp_pa
         "features",
     } <= lines.keys()
     assert all(line["value"] and line["reason"] for line in lines.values())
-    plan = read_plan(tmp_path / "new" / "plan.json")
-    assert plan.model_dump(mode="json") == report.plan
-    assert plan.spacing_mm == (1.5, 1.5, 2.0)
-    content = json.loads((tmp_path / "new" / "plan.json").read_text()) | {
-        "patch_shape": [16, 16],
-        "bacth_size": 3,
-    }
-    (tmp_path / "bad.json").write_text(json.dumps(content))
-    with pytest.raises(VolsegError, match=r"not a plan: .*patch_shape.*bacth_size"):
-        read_plan(tmp_path / "bad.json")
+    path = tmp_path / "new" / "plan.toml"
+    recipe = load_recipe(path)
+    assert recipe.model_dump(mode="json") == report.recipe
+    assert recipe.open_keys == []
+    assert recipe.spacing_mm == (1.5, 1.5, 2.0)
+    text = path.read_text()
+    assert all(
+        f"# {line['setting']} {line['value']}: {line['reason']}\n" in text
+        for line in lines.values()
+    )
+    wrong = re.sub(r"patch_shape = .*", "patch_shape = [16, 16]", text)
+    path.with_name("bad.toml").write_text(wrong.replace("batch_size", "bacth_size", 1))
+    with pytest.raises(VolsegError, match=r"3 mistakes: .*patch_shape.*bacth_size"):
+        load_recipe(path.with_name("bad.toml"))
+    with pytest.raises(VolsegError, match="which is a TOML file"):
+        volseg.plan(folder, out=tmp_path / "plan.json")
 
 
-def test_what_the_recipe_states_overrules_the_plan(dataset, tiny_recipe):
-    plan = volseg.plan(dataset, recipe=tiny_recipe).plan
-    assert plan["patch_shape"] == [16, 16, 16]
-    assert plan["network"] is None
-    lines = plan["lines"]
+def test_what_the_recipe_states_stays(dataset, tiny_recipe):
+    report = volseg.plan(dataset, recipe=tiny_recipe)
+    assert {key: report.recipe[key] for key in ("train", "network")} == tiny_recipe.model_dump(
+        mode="json", include={"train", "network"}
+    )
+    lines = report.reasons
     stated = {line["setting"] for line in lines if line["reason"] == "stated by the recipe"}
     assert {"spacing", "patch", "batch", "network", "patches on labels"} <= stated
 
@@ -151,24 +160,25 @@ def test_a_folder_trains_without_a_recipe_and_is_cross_validated(layout, tmp_pat
 
 def test_a_changed_plan_is_what_is_trained(tmp_path):
     folder = plain_folder(tmp_path / "d")
-    volseg.plan(folder, memory="1G", out=tmp_path / "plan.json")
-    content = json.loads((tmp_path / "plan.json").read_text())
-    content |= {"patch_shape": [16, 16, 16], "batch_size": 3}
-    content["network"] = {
+    path = tmp_path / "plan.toml"
+    volseg.plan(folder, memory="1G", out=path)
+    text = path.read_text()
+    for key, value in {
+        "patch_shape": [16, 16, 16],
+        "batch_size": 3,
         "features": [4, 6, 8],
         "strides": [[1] * 3, [2] * 3, [2] * 3],
         "kernels": [[3] * 3] * 3,
-    }
-    (tmp_path / "plan.json").write_text(json.dumps(content))
+    }.items():
+        text = re.sub(rf"(?m)^{key} = .*$", f"{key} = {value}", text)
+    path.write_text(text)
     options = {"folds": 1, "epochs": 1, "device": "cpu", "time_budget_seconds": 20}
-    volseg.train(folder, out=tmp_path / "m", plan=tmp_path / "plan.json", **options)
+    volseg.train(folder, out=tmp_path / "m", recipe=path, **options)
     bundle = load_bundle(tmp_path / "m")
-    assert bundle.plan.batch_size == 3
+    assert bundle.recipe.batch_size == 3
     assert tuple(bundle.recipe.network.settings["features"]) == (4, 6, 8)
-    assert bundle.recipe.train.patch_shape == (16, 16, 16)
-    assert (
-        "| batch | 3 | from the plan that was given |" in (tmp_path / "m" / "card.md").read_text()
-    )
+    assert bundle.recipe.patch_shape == (16, 16, 16)
+    assert "| batch | 3 | stated by the recipe |" in (tmp_path / "m" / "card.md").read_text()
 
 
 def test_without_a_recipe_the_network_of_the_model_to_start_from_is_taken(tmp_path, model):
@@ -177,7 +187,7 @@ def test_without_a_recipe_the_network_of_the_model_to_start_from_is_taken(tmp_pa
     bundle, initial = load_bundle(tmp_path / "m"), load_bundle(model)
     assert bundle.recipe.network == initial.recipe.network
     assert "output_block" in bundle.metrics["began_at_random"]  # three labels now, not one
-    assert bundle.plan.patch_shape == initial.plan.patch_shape
+    assert bundle.recipe.patch_shape == initial.recipe.patch_shape
 
 
 def test_a_preview_shows_patches_and_trains_nothing(dataset, tiny_recipe, tmp_path):
@@ -266,6 +276,6 @@ def test_a_stated_budget_that_a_stated_network_exceeds_says_which_batch_fits(
     )
     with pytest.raises(
         VolsegError,
-        match=r"takes about .* the budget is .* or batch_size \d+ in the plan or recipe",
+        match=r"takes about .* the budget is .* or batch_size \d+ in the recipe",
     ):
         volseg.plan(dataset, recipe=large, memory="30M")

@@ -6,12 +6,13 @@ from importlib.util import find_spec
 
 import numpy as np
 import pytest
+from bundles import with_recipe
 
 import volseg
 from volseg.bundle import load_bundle, save_bundle, segmentation_name
-from volseg.commands import preparing, quantise
+from volseg.commands import quantise, quantising
 from volseg.errors import VolsegError
-from volseg.options import PreprocessOptions
+from volseg.options import ignore_progress
 
 pytestmark = pytest.mark.skipif(not find_spec("nncf"), reason="nncf is not installed")
 
@@ -135,16 +136,13 @@ def test_a_prepared_folder_of_another_spacing_is_refused(quantised, dataset, tin
         quantise(quantised[0], tmp_path / "prepared")
 
 
-def test_the_models_own_plan_prepares_the_cases(model, dataset, tiny_recipe, tmp_path):
-    plan = load_bundle(model).plan.model_copy(update={"spacing_mm": (2.5, 2.5, 2.5)})
-    left = tiny_recipe.model_copy(
-        update={"preprocess": tiny_recipe.preprocess.model_copy(update={"spacing_mm": "auto"})}
-    )
-    volseg.preprocess(dataset, recipe=left, out=tmp_path / "new")
-    options = PreprocessOptions(dataset, recipe=left, out=tmp_path / "given")
-    preparing.prepare_dataset(options, plan)
-    new, given = (
-        np.load(tmp_path / name / "cases" / "scan_0" / "mask.npy").shape
-        for name in ("new", "given")
-    )
-    assert all(fine > coarse for fine, coarse in zip(new, given, strict=True))
+def test_the_models_own_recipe_prepares_the_cases(model, dataset, tmp_path):
+    bundle = load_bundle(model)
+    coarse = with_recipe(bundle, preprocess={"spacing_mm": (2.5, 2.5, 2.5)})
+    sizes = []
+    for name, changed in (("fine", bundle), ("coarse", coarse)):
+        training, _ = quantising._prepared_cases(
+            changed, dataset, tmp_path / name, 0, ignore_progress
+        )
+        sizes.append(training[0].mask.shape)
+    assert all(fine > coarse for fine, coarse in zip(*sizes, strict=True))

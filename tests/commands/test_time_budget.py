@@ -152,7 +152,7 @@ def test_the_suggestions_of_a_refusal_work(dataset, tmp_path):
 def test_preprocess_plans_without_a_recipe_and_train_cross_validates_it(dataset, tmp_path):
     volseg.preprocess(dataset, out=tmp_path / "p")
     header = read_header(tmp_path / "p")
-    assert header["is_auto"] and header["is_planned"]
+    assert header["is_auto"]
     recorder = Recorder()
     messages, options = [], {"device": "cpu", "epochs": 1, "time_budget_seconds": 25}
     volseg.train(
@@ -165,7 +165,9 @@ def test_preprocess_plans_without_a_recipe_and_train_cross_validates_it(dataset,
     )
     assert bundle.fingerprint.lesion_extent_mm is not None
     lesion = bundle.fingerprint.lesion_extent_mm
-    edges = [n * mm for n, mm in zip(bundle.plan.patch_shape, bundle.plan.spacing_mm, strict=True)]
+    edges = [
+        n * mm for n, mm in zip(bundle.recipe.patch_shape, bundle.recipe.spacing_mm, strict=True)
+    ]
     assert all(edge >= length - 1e-3 for edge, length in zip(edges, lesion, strict=True))
 
 

@@ -13,9 +13,9 @@ import pytest
 
 import volseg
 from volseg.commands import batch, comparing, evaluating, measuring, preparing
-from volseg.commands.planning import read_plan
 from volseg.errors import EnvironmentProblem, VolsegError
 from volseg.io.nifti import read_mask, read_volume, write_volume
+from volseg.recipe import load_recipe
 
 
 def rows(path):
@@ -269,15 +269,15 @@ def test_preparing_a_case_again_keeps_what_the_user_put_beside_it(dataset, tiny_
 
 
 def test_a_plan_is_overwritten_only_if_it_is_as_volseg_wrote_it(data, tiny_recipe, tmp_path):
-    out = tmp_path / "plan.json"
+    out = tmp_path / "plan.toml"
     volseg.plan(data, recipe=tiny_recipe, out=out)
-    written = out.read_bytes()
+    written = out.read_text()
     volseg.plan(data, recipe=tiny_recipe, out=out)
-    assert out.read_bytes() == written
-    read_plan(out)  # ignores the seal
-    plan = json.loads(written)
-    plan["batch_size"] = 7
-    for content in (json.dumps(plan), "my notes", ""):
+    assert out.read_text() == written
+    load_recipe(out)  # the seal is a comment
+    edited = written.replace("batch_size = 2", "batch_size = 7")
+    assert edited != written
+    for content in (edited, "my notes", ""):
         out.write_text(content)
         with pytest.raises(VolsegError) as refusal:
             volseg.plan(data, recipe=tiny_recipe, out=out)
@@ -667,7 +667,9 @@ def calls(data, dataset, model, tiny_recipe, tmp_path):
         "infer": lambda out: volseg.infer(data / "images", model=model, out=out),
         "preprocess": lambda out: volseg.preprocess(dataset, recipe=tiny_recipe, out=out),
         "train": lambda out: volseg.train(dataset, recipe=tiny_recipe, out=out),
-        "plan": lambda out: volseg.plan(dataset, recipe=tiny_recipe, out=out),
+        "plan": lambda out: volseg.plan(
+            dataset, recipe=tiny_recipe, out=out.with_name(f"{out.name}.toml")
+        ),
     }
 
 

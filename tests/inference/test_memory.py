@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from bundles import with_recipe
 from laws import oblique
 
 from volseg.bundle import load_bundle
@@ -21,11 +22,9 @@ def bundle(model):
 
 def plan_for(bundle, shape, max_ram=None, network=100 << 20, backend="torch", max_vram=None, **gpu):
     header = ScanHeader(geometry=Geometry(shape, oblique((0.8, 0.8, 1.5))), itemsize=2)
-    settings = bundle.plan.prepare_settings(bundle.recipe.preprocess, bundle.recipe.data.channels)
     run = NetworkPass(
         bundle=bundle,
         tiling=tiling_of(bundle),
-        settings=settings,
         backend=backend,
         network_bytes=network,
         n_channels=2,
@@ -48,7 +47,7 @@ SLACK = 8 << 20  # the memory of the process itself varies from call to call
 
 
 def test_the_first_plan_that_fits_the_budget_is_used(bundle):
-    large = replace(bundle, plan=bundle.plan.model_copy(update={"patch_shape": (96, 96, 96)}))
+    large = with_recipe(bundle, train={"patch_shape": (96, 96, 96)})
     shape, network = (400, 400, 400), 600 << 20
     best = plan_for(large, shape, network=network)
     assert (best.read_ahead, best.half_logits) == (True, False)
@@ -61,9 +60,7 @@ def test_the_first_plan_that_fits_the_budget_is_used(bundle):
 
 
 def test_a_budget_lowers_the_batch_size_before_the_precision_of_the_logits(bundle):
-    infer = bundle.recipe.infer.model_copy(update={"batch_size": 6})
-    large = bundle.plan.model_copy(update={"patch_shape": (96, 96, 96)})
-    batched = replace(bundle, plan=large, recipe=bundle.recipe.model_copy(update={"infer": infer}))
+    batched = with_recipe(bundle, train={"patch_shape": (96, 96, 96)}, infer={"batch_size": 6})
     shape, network = (400, 400, 400), 600 << 20
     plans = [plan_for(batched, shape, network=network)]
     for _ in range(4):
@@ -89,11 +86,11 @@ def test_a_scan_that_cannot_fit_is_refused_with_a_budget_that_is_enough(bundle):
 
 def test_the_network_needs_the_peak_of_its_live_tensors(bundle):
     once = network_bytes(bundle)
-    voxels = int(np.prod(bundle.plan.patch_shape))
+    voxels = int(np.prod(bundle.recipe.patch_shape))
     features = bundle.recipe.network.settings["features"][0]
     assert once >= 2 * features * voxels * 4  # at the finest level a layer's input and output
-    r, a, s = bundle.plan.patch_shape
-    twice = replace(bundle, plan=bundle.plan.model_copy(update={"patch_shape": (2 * r, a, s)}))
+    r, a, s = bundle.recipe.patch_shape
+    twice = with_recipe(bundle, train={"patch_shape": (2 * r, a, s)})
     assert network_bytes(twice) == pytest.approx(2 * once, rel=0.02)
 
 
@@ -101,12 +98,9 @@ def test_of_two_passes_the_larger_one_counts(bundle):
     header = ScanHeader(geometry=Geometry((256, 256, 200), oblique((0.8, 0.8, 1.5))), itemsize=2)
 
     def run(spacing_mm, network):
-        plan = bundle.plan.model_copy(update={"spacing_mm": spacing_mm})
-        settings = plan.prepare_settings(bundle.recipe.preprocess, bundle.recipe.data.channels)
         return NetworkPass(
-            bundle=replace(bundle, plan=plan),
+            bundle=with_recipe(bundle, preprocess={"spacing_mm": spacing_mm}),
             tiling=tiling_of(bundle),
-            settings=settings,
             backend="torch",
             network_bytes=network,
             n_channels=2,
@@ -123,7 +117,6 @@ def test_of_two_passes_the_larger_one_counts(bundle):
 
 
 def test_with_a_deferred_head_memory_does_not_grow_with_the_classes(bundle):
-    settings = bundle.plan.prepare_settings(bundle.recipe.preprocess, bundle.recipe.data.channels)
     header = ScanHeader(geometry=Geometry((256, 256, 400), oblique((0.8, 0.8, 1.5))), itemsize=2)
 
     def total(n_classes):
@@ -133,7 +126,6 @@ def test_with_a_deferred_head_memory_does_not_grow_with_the_classes(bundle):
         run = NetworkPass(
             bundle=many,
             tiling=tiling_of(many),
-            settings=settings,
             backend="openvino",
             network_bytes=600 << 20,
             n_channels=min(n_classes, 17),
@@ -166,7 +158,7 @@ def test_half_precision_on_a_cpu_holds_features_and_their_sums_in_two_bytes(bund
 
 
 def test_a_gpu_too_small_for_the_ring_blends_in_half_precision_or_names_a_budget(bundle):
-    large = replace(bundle, plan=bundle.plan.model_copy(update={"patch_shape": (96, 96, 96)}))
+    large = with_recipe(bundle, train={"patch_shape": (96, 96, 96)})
     best = plan_for(large, (400, 400, 400), on_gpu=True)
     assert not best.half_logits
     tight = plan_for(large, (400, 400, 400), on_gpu=True, max_vram=best.footprint.gpu - 1)

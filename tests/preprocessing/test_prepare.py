@@ -10,10 +10,11 @@ from laws import GRIDS, ball, grid_around, oblique, orientations, ras
 
 from volseg.errors import ScanError
 from volseg.preprocessing.crop import AxisOrder, to_canonical
-from volseg.preprocessing.normalise import Percentile, Window, ZScore
-from volseg.preprocessing.prepare import Preparation, PrepareSettings, Trail, prepare, prepare_mask
+from volseg.preprocessing.prepare import Preparation, Trail, prepare, prepare_mask
 from volseg.preprocessing.resample import positions
 from volseg.preprocessing.restore import MaskRestorer, restore_mask
+from volseg.recipe import Preprocess, Window, ZScore
+from volseg.recipe.normalise import Percentile
 from volseg.volume import BoundingBox, Geometry, Volume
 
 WINDOW = Window(low=-1000, high=1000, mean=0, sd=1)
@@ -24,8 +25,8 @@ def int16_noise(shape, low=-400, high=400):
 
 
 def settings(**changes):
-    base = {"spacing_mm": (1.0, 1.0, 1.5), "normalisers": (WINDOW,), "body_above": -500.0}
-    return PrepareSettings(**(base | changes))
+    base = {"spacing_mm": (1.0, 1.0, 1.5), "normalise": WINDOW, "body_above": -500.0}
+    return Preprocess(**(base | changes))
 
 
 def phantom(geometry, radius_mm=10.0):
@@ -102,13 +103,13 @@ def test_normalise_first_uses_every_stored_voxel(normaliser, monkeypatch):
     monkeypatch.setattr(sys.modules["volseg.volume"], "SLAB_VOXELS", 100)
     geometry = Geometry((6, 7, 30), np.eye(4))
     array = np.random.default_rng(0).integers(1, 50, geometry.shape).astype(np.int16)
-    array[:2] = 0
+    array[:2, :3] = 0  # a notch, so that the box of the others is the whole scan
     array[3, 3, 17] = 3000  # in a plane that a sample would miss
     changes = {
         "spacing_mm": (1.0, 1.0, 1.0),
-        "crop": "none",
+        "crop": "nonzero" if normaliser.region == "nonzero" else "none",
         "normalise_first": True,
-        "normalisers": (normaliser,),
+        "normalise": normaliser,
     }
     prepared = prepare({"ct": Volume(np.asfortranarray(array), geometry)}, settings(**changes))
     inside = array > 0 if normaliser.region == "nonzero" else np.ones(array.shape, bool)
@@ -162,7 +163,7 @@ def test_a_scaled_scan_gives_the_same_network_input_as_its_intensities():
     stored = np.random.default_rng(0).integers(0, 2000, geometry.shape).astype(np.uint16)
     scaled = Volume(stored, geometry, slope=0.5, intercept=-700)
     plain = Volume(scaled.intensities().astype(np.float32), geometry)
-    for changes in ({}, {"body_above": None}):
+    for changes in ({}, {"body_above": "per_scan"}):
         first, second = (prepare({"ct": volume}, settings(**changes)) for volume in (scaled, plain))
         assert first.trail.box == second.trail.box
         np.testing.assert_allclose(first.array, second.array, atol=1e-3)
@@ -172,7 +173,7 @@ def test_channels_on_different_grids_are_refused():
     first = Volume(np.zeros((5, 5, 5), np.int16), Geometry((5, 5, 5), oblique((1, 1, 2))))
     second = Volume(np.zeros((5, 5, 6), np.int16), Geometry((5, 5, 6), oblique((1, 1, 2))))
     with pytest.raises(ScanError, match=r"not on the grid of .t1.: shape") as caught:
-        prepare({"t1": first, "t2": second}, settings(normalisers=(WINDOW, WINDOW)))
+        prepare({"t1": first, "t2": second}, settings())
     assert caught.value.code == "E_PAIR"
 
 
@@ -194,7 +195,7 @@ def test_planes_and_slabs_of_any_size_along_any_axis_equal_the_whole(
         spacing_mm=spacing,
         crop="none",
         interpolation="cubic",
-        normalisers=(ZScore(),),
+        normalise=ZScore(),
         separate_above=1.5 if separate else None,
     )
     preparation = Preparation({"ct": scan}, cubic)

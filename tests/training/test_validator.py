@@ -23,7 +23,7 @@ def make_validator(model, tiny_recipe):
     )
 
     def make(seconds):
-        validator = Validator(cases, recipe, bundle.plan, torch.device("cpu"), seconds)
+        validator = Validator(cases, recipe, torch.device("cpu"), seconds)
         return validator, bundle.weights["segmentation"]
 
     return make

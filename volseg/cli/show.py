@@ -63,7 +63,7 @@ def _(report: reports.PreprocessReport) -> None:
 @show.register
 def _(report: reports.PlanReport) -> None:
     table = Table("setting", "value", "why")
-    for line in report.plan["lines"]:
+    for line in report.reasons:
         table.add_row(*(one_line(line[name]) for name in ("setting", "value", "reason")))
     print_table(table)
     if report.plan_file:

@@ -16,7 +16,7 @@ from volseg.options import Progress
 from volseg.recipe import Recipe, parse_recipe
 
 if TYPE_CHECKING:  # torch takes seconds to import; only a command that needs it pays
-    from volseg.planning import Plan
+    from volseg.planning.close import Closed
 
 RECIPE_FILE, FITTED_FILE = "recipe.json", "fitted.json"
 
@@ -26,7 +26,7 @@ class Fitted:
     """What fits the time budget: the number of networks, and their plan."""
 
     folds: int
-    plan: Plan
+    plan: Closed
 
 
 def cached_recipe(dataset: Path, work: Path, progress: Progress) -> Recipe:
@@ -64,27 +64,26 @@ def _dates(dataset: Path) -> dict[str, list[int]]:
 
 def write_fitted(work: Path, fitted: Fitted) -> None:
     """Store the fitted plan for a resumed run."""
-    write_json_atomic(
-        work / FITTED_FILE, {"folds": fitted.folds, "plan": fitted.plan.model_dump(mode="json")}
-    )
+    content = {"folds": fitted.folds, "plan": fitted.plan.as_json()}
+    write_json_atomic(work / FITTED_FILE, content)
 
 
 def read_fitted(work: Path) -> Fitted | None:
     """Read the fitted plan of an interrupted run; None without a time budget or plan yet."""
-    from volseg.planning import Plan
+    from volseg.planning.close import Closed
 
     try:
         content = read_json(work / FITTED_FILE)
-        return Fitted(folds=int(content["folds"]), plan=Plan.model_validate(content["plan"]))
-    except (OSError, ValueError, KeyError, TypeError):
+        return Fitted(folds=int(content["folds"]), plan=Closed.from_json(content["plan"]))
+    except (OSError, ValueError, KeyError, TypeError, VolsegError):
         return None
 
 
-def earlier_plan(prepared: Path) -> Plan | None:
+def earlier_plan(prepared: Path) -> Closed | None:
     """Read the plan with which an interrupted run prepared its data; None if it had none yet."""
-    from volseg.planning import Plan
+    from volseg.planning.close import Closed
 
     try:
-        return Plan.model_validate(read_header(prepared)["plan"])
-    except (ValueError, KeyError):
+        return Closed.from_json(read_header(prepared)["plan"])
+    except (ValueError, KeyError, TypeError, VolsegError):
         return None

@@ -11,7 +11,7 @@ from volseg.errors import VolsegError
 from volseg.sizing import LEAST_STEPS, STEPS
 
 if TYPE_CHECKING:  # pydantic takes a while to import
-    from volseg.planning import Plan
+    from volseg.planning.close import Closed
 
 ROOM = 2  # each of several networks gets at least this many times `least_steps`
 SUGGESTED = 1.5  # times the needed seconds are suggested, as the speed of a machine varies
@@ -21,7 +21,7 @@ SUGGESTED = 1.5  # times the needed seconds are suggested, as the speed of a mac
 class Fit:
     """The training that fits the time, and the reasons for deviations from the plan."""
 
-    plan: Plan
+    plan: Closed
     folds: int
     seconds_per_step: float
     reasons: Sequence[str] = ()
@@ -36,13 +36,13 @@ class TooShortError(Exception):
 
 
 def fit_to_time(
-    plan: Plan,
+    plan: Closed,
     seconds: float,
     *,
     folds: int,
     may_drop_folds: bool,
-    time_step: Callable[[Plan], float],
-    smaller: Callable[[], Plan] | None = None,
+    time_step: Callable[[Closed], float],
+    smaller: Callable[[], Closed] | None = None,
     least_steps: int = LEAST_STEPS,
     enough: float = 1.0,
 ) -> Fit:
@@ -70,9 +70,10 @@ def fit_to_time(
     reasons: list[str] = []
     if steps < fewest * least_steps and smaller is not None:
         least = smaller()
-        if least != plan and (least_step := time_step(least)) < step:
+        if least.recipe != plan.recipe and (least_step := time_step(least)) < step:
+            patch = " × ".join(map(str, least.recipe.patch_shape))
             reasons.append(
-                f"a smaller network, patches of {' × '.join(map(str, least.patch_shape))} voxels: "
+                f"a smaller network, patches of {patch} voxels: "
                 f"{seconds:.0f} s allow only {steps / fewest:.0f} steps of the planned network"
             )
             plan, step, steps = least, least_step, seconds / least_step
@@ -90,12 +91,12 @@ def fit_to_time(
 
 
 def best_plan(
-    plan_for: Callable[[float], Plan],
-    smallest: Plan,
+    plan_for: Callable[[float], Closed],
+    smallest: Closed,
     flops: float,
     folds: int,
-    steps_of: Callable[[Plan, float], float],
-) -> Plan:
+    steps_of: Callable[[Closed, float], float],
+) -> Closed:
     """Return the best plan with time for `STEPS` steps in each fold, or in one; else the smallest.
 
     Args:

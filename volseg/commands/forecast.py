@@ -36,7 +36,7 @@ from volseg.recipe import Recipe
 from volseg.store.outputs import OutputFolder
 
 if TYPE_CHECKING:  # torch takes seconds to import; only a command that needs it pays
-    from volseg.planning import CaseFingerprint, Plan
+    from volseg.planning.fingerprint import CaseFingerprint
     from volseg.sizing import Budget
     from volseg.training.ranks import Team
 
@@ -80,8 +80,8 @@ class _Timed:
     """One case, prepared with a plan made from it alone."""
 
     seconds: Mapping[str, float]  # per stage
-    recipe: Recipe
-    plan: Plan
+    recipe: Recipe  # as stated
+    closed: Recipe
     fingerprint: CaseFingerprint
     prepared: PreparedCase
 
@@ -89,7 +89,6 @@ class _Timed:
 def make_forecast(
     dataset: Path,
     recipe: Recipe | None,
-    plan: Plan | None,
     prepared: Path,
     budget: Budget,
     enough: float,
@@ -107,7 +106,6 @@ def make_forecast(
 
     Args:
         recipe: None to derive it from the timed case.
-        plan: None to make it from the data.
         prepared: folder for prepared cases; an earlier call may have prepared some.
         budget: memory for training.
         until: deadline, as a time of `time.monotonic`.
@@ -115,7 +113,8 @@ def make_forecast(
     Returns:
         None if no case can be used; preparing the dataset reports why.
     """
-    from volseg.planning import combine_fingerprints, make_plan, size_of
+    from volseg.planning.close import close, size_of
+    from volseg.planning.fingerprint import combine_fingerprints
     from volseg.training.speed import seconds_per_step
 
     channels = None if recipe is None else recipe.data.channels
@@ -133,7 +132,7 @@ def make_forecast(
     for case in sorted(missing or cases, key=lambda case: abs(size[case.id] - middle)):
         progress("Timing the first case", len(rates) / TIMED_CASES, case.id)
         try:
-            timed = _time_case(dataset, case, recipe, plan, prepared, budget, seed)
+            timed = _time_case(dataset, case, recipe, prepared, budget, seed)
         except VolsegError:  # preparing the dataset reports every error
             if time.monotonic() - began > TIMING_SECONDS:
                 return None
@@ -154,30 +153,27 @@ def make_forecast(
             break
     if timed is None:
         return None
-    used = timed.plan
-    if plan is None:
+    closed = timed.closed
+    if timed.recipe.open_keys:
         others = [case for case in cases if case.id != timed.prepared.id]
         deadline = min(time.monotonic() + LOOKED_SECONDS, until)
         fingerprints = _sample_fingerprints(dataset, others, timed.recipe, seed, deadline)
-        used = make_plan(
-            combine_fingerprints([timed.fingerprint, *fingerprints]), timed.recipe, budget
-        )
-    completed = used.complete(timed.recipe)
+        combined = combine_fingerprints([timed.fingerprint, *fingerprints])
+        closed = close(timed.recipe, combined, budget).recipe
     step = seconds_per_step(
         [timed.prepared],
-        completed,
-        used,
+        closed,
         team=team,
         seed=seed,
         threads=threads,
         until=until,
         tick=lambda doing: progress("Timing the first case", 1.0, doing),
     )
-    network = size_of(used, timed.recipe)
+    network = size_of(closed)
     flops = None
     if network is not None:
-        n, outputs = len(completed.data.channels), completed.data.n_outputs
-        flops = network.step_flops(n, outputs) * completed.train.accumulate / step
+        n, outputs = len(closed.data.channels), closed.data.n_outputs
+        flops = network.step_flops(n, outputs) * closed.train.accumulate / step
     return Forecast(n_cases=len(cases), stages=stages, step=step, flops=flops)
 
 
@@ -185,13 +181,13 @@ def _time_case(
     dataset: Path,
     case: Case,
     recipe: Recipe | None,
-    plan: Plan | None,
     prepared: Path,
     budget: Budget,
     seed: int,
 ) -> _Timed:
     """Run and time every stage before training on one case."""
-    from volseg.planning import combine_fingerprints, make_plan
+    from volseg.planning.close import close
+    from volseg.planning.fingerprint import combine_fingerprints
 
     laps = [time.monotonic()]
     stated = recipe if recipe is not None else auto_recipe(dataset, [case], ignore_progress)
@@ -203,18 +199,19 @@ def _time_case(
     laps.append(time.monotonic())
     fingerprint = look_at(case, stated, seed)
     laps.append(time.monotonic())
-    if plan is None:
-        plan = make_plan(combine_fingerprints([fingerprint]), stated, budget)
-    else:
-        plan = plan.overruled_by(stated)
+    closed = close(stated, combine_fingerprints([fingerprint]), budget).recipe
     with OutputFolder(prepared, "preprocess") as outputs:
-        key = case_key(inputs, stated, plan, seed)
-        prepare_case(case, stated, plan, outputs, key, seed, digests)
+        key = case_key(inputs, closed, seed)
+        prepare_case(case, closed, outputs, key, seed, digests)
     laps.append(time.monotonic())
     seconds: dict[str, float] = dict(zip(STAGES, np.diff(laps).tolist(), strict=True))
     prepared_case = read_prepared_case(prepared / "cases", case.id)
     return _Timed(
-        seconds=seconds, recipe=stated, plan=plan, fingerprint=fingerprint, prepared=prepared_case
+        seconds=seconds,
+        recipe=stated,
+        closed=closed,
+        fingerprint=fingerprint,
+        prepared=prepared_case,
     )
 
 

@@ -54,12 +54,12 @@ def import_nnunet(options: ImportOptions) -> ImportReport:
 
 def _facts(bundle: ModelBundle) -> dict[str, str]:
     """Summarise the imported model, for people and for --json."""
-    recipe, plan = bundle.recipe, bundle.plan
+    recipe = bundle.recipe
     folds, copies = len(bundle.weights), 2 ** len(recipe.infer.tta_axes)
     features = " ".join(map(str, recipe.network.settings["features"]))
     channels = [(name, recipe.preprocess.normaliser_of(name)) for name in recipe.data.channels]
-    spacing = " × ".join(f"{mm:g}" for mm in plan.spacing_mm)
-    patch = " × ".join(map(str, plan.patch_shape))
+    spacing = " × ".join(f"{mm:g}" for mm in recipe.spacing_mm)
+    patch = " × ".join(map(str, recipe.patch_shape))
     passes = f"{folds * copies}: {folds} folds × {copies} with test-time augmentation"
     facts = {
         "name": recipe.name,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -24,16 +25,17 @@ from volseg.io.cases import (
     stated_regions,
     survey_cases,
 )
-from volseg.io.files import make_folder, read_sealed, refuse_unsealed, write_sealed
+from volseg.io.files import make_folder, refuse_unsealed, write_sealed
 from volseg.io.nifti import read_mask, read_volume
 from volseg.measurement.units import looks_like_ct
 from volseg.options import PlanOptions, Progress, command, ignore_progress
-from volseg.recipe import Recipe, as_recipe, listed, parse_recipe, validation_messages
+from volseg.recipe import Recipe, as_recipe, parse_recipe
 from volseg.reports import PlanReport
 from volseg.sizing import Budget
 
 if TYPE_CHECKING:  # torch takes seconds to import; only a command that needs it pays
-    from volseg.planning import DatasetFingerprint, Plan
+    from volseg.planning.close import Closed
+    from volseg.planning.fingerprint import DatasetFingerprint
 
 N_FOLDS = 5
 # Fraction of the memory that training may take without a stated budget
@@ -57,11 +59,14 @@ def plan(options: PlanOptions) -> PlanReport:
     Raises:
         VolsegError: cases cannot be used (the error lists all of them), or nothing fits the budget.
     """
-    from volseg.planning import check_budget
+    from volseg.planning.close import check_budget
     from volseg.training.check import check_recipe
 
     dataset, out, seconds = options.dataset, options.out, options.time_budget_seconds
     if out is not None:
+        if out.suffix != ".toml":
+            problem = f"{out}: a plan is a recipe, which is a TOML file"
+            raise VolsegError(problem, fix="give a name that ends in .toml", code="E_USAGE")
         refuse_unsealed(out)
         make_folder(out.parent)
     recipe = recipe_for(dataset, options.recipe, options.progress)
@@ -74,60 +79,47 @@ def plan(options: PlanOptions) -> PlanReport:
     may_drop_folds = options.folds is None and seconds is not None  # as `train` does
     planned, n = _plan_of_folds(fingerprint, recipe, budget, n, 1 if may_drop_folds else n)
     if budget.is_stated:
-        check_budget(planned, recipe, budget)
-    check_recipe(planned.complete(recipe))
+        check_budget(planned.recipe, budget)
+    check_recipe(planned.recipe)
     if out is not None:
-        write_sealed(out, planned.model_dump(mode="json"))
+        write_sealed(out, _plan_text(planned, out, dataset, n))
     return PlanReport(
         out=dataset if out is None else out,
         done=[recipe.name],
         warnings=warnings_of(fingerprint, recipe),
-        recipe=recipe.model_dump(mode="json"),
-        plan=planned.model_dump(mode="json"),
+        recipe=planned.recipe.model_dump(mode="json"),
+        reasons=[line.model_dump() for line in planned.reasons],
         cases=fingerprint.n_cases,
         folds=n,
         plan_file="" if out is None else str(out),
     )
 
 
+def _plan_text(plan: Closed, path: Path, dataset: Path, folds: int) -> str:
+    """Return the plan as a recipe, with the reason of each decision above it."""
+    from volseg.recipe.write import recipe_text
+
+    comments: dict[str, list[str]] = {}
+    for line in plan.reasons:
+        comments.setdefault(line.key, []).append(f"{line.setting} {line.value}: {line.reason}")
+    many = f" --folds {folds}" if folds > 1 else ""
+    command = shlex.join(["volseg", "train", str(dataset), "--recipe", str(path)])
+    heading = [f"{command}{many} --out MODEL", "", "You may edit this plan; comments give reasons."]
+    return recipe_text(plan.recipe, heading, comments)
+
+
 def _plan_of_folds(
     fingerprint: DatasetFingerprint, recipe: Recipe, budget: Budget, folds: int, fewest: int
-) -> tuple[Plan, int]:
+) -> tuple[Closed, int]:
     """Return the plan with the most folds that the budget allows, and their number."""
-    from volseg.planning import make_plan
+    from volseg.planning.close import close
 
     for n in range(folds, fewest, -1):
         per_fold = budget if budget.flops is None else replace(budget, flops=budget.flops / n)
         with suppress(VolsegError):
-            return make_plan(fingerprint, recipe, per_fold), n
+            return close(recipe, fingerprint, per_fold), n
     per_fold = budget if budget.flops is None else replace(budget, flops=budget.flops / fewest)
-    return make_plan(fingerprint, recipe, per_fold), fewest
-
-
-def read_plan(path: Path | str) -> Plan:
-    """Read a plan that `volseg plan --out` wrote.
-
-    Raises:
-        VolsegError: the file is missing or not a plan; the error lists all mistakes.
-    """
-    from pydantic import ValidationError
-
-    from volseg.planning import Plan
-
-    try:
-        return Plan.model_validate(read_sealed(Path(path)))
-    except OSError as error:
-        raise VolsegError(
-            f"{path}: cannot be read ({error.strerror})", fix="check the path", code="E_PLAN"
-        ) from error
-    except ValueError as error:
-        is_listable = isinstance(error, ValidationError)
-        reason = listed(validation_messages(error, Plan)) if is_listable else str(error)
-        raise VolsegError(
-            f"{path}: not a plan: {reason}",
-            fix="correct it, or run `volseg plan DATASET --out PLAN.json` again",
-            code="E_PLAN",
-        ) from error
+    return close(recipe, fingerprint, per_fold), fewest
 
 
 def budget_of(

@@ -18,7 +18,8 @@ from volseg.io.prepared import PreparedCase, read_prepared_case
 from volseg.recipe import Recipe, as_recipe, parse_recipe
 
 if TYPE_CHECKING:
-    from volseg.planning import DatasetFingerprint, Plan
+    from volseg.planning.close import Closed
+    from volseg.planning.fingerprint import DatasetFingerprint
 
 SLICES = 3  # through a lesion, for the classifier
 Split = tuple[Sequence[PreparedCase], Sequence[PreparedCase]]  # training, validation
@@ -60,24 +61,23 @@ def split_cases(
 
 
 def load_prepared(
-    folder: Path, recipe: Path | str | Recipe | None, changed: Plan | None = None
-) -> tuple[Recipe, Plan, DatasetFingerprint, list[PreparedCase]]:
-    """Load recipe, plan, fingerprint and cases of a prepared folder.
+    folder: Path, recipe: Path | str | Recipe | None
+) -> tuple[Closed, DatasetFingerprint, list[PreparedCase]]:
+    """Load closed recipe with reasons, fingerprint and cases of a prepared folder.
 
     Args:
         recipe: its training settings replace the folder's; None keeps them.
-        changed: a plan in place of the folder's.
 
     Raises:
-        VolsegError: the folder is not a complete prepared folder, or does not fit the recipe or
-            plan.
+        VolsegError: the folder is not a complete prepared folder, or does not fit the recipe.
     """
-    from volseg.planning import DatasetFingerprint, Plan
+    from volseg.planning.close import Closed, fill
+    from volseg.planning.fingerprint import DatasetFingerprint
 
     try:
         header = read_json(folder / PREPARED_FILE)
         stored = parse_recipe(header["recipe"], where=str(folder / PREPARED_FILE))
-        plan = Plan.model_validate(header["plan"])
+        plan = Closed.from_json(header["plan"])
         fingerprint = DatasetFingerprint.model_validate(header["fingerprint"])
         names, keys = list(header["cases"]), dict(header["keys"])
         if not all(isinstance(name, str) and re.fullmatch(ID_PATTERN, name) for name in names):
@@ -89,24 +89,14 @@ def load_prepared(
             code="E_PREPARED",
         ) from error
     recipe = stored if recipe is None else as_recipe(recipe)
-    if changed is not None:
-        changed = changed.overruled_by(recipe)
-        if (changed.spacing_mm, changed.windows) != (plan.spacing_mm, plan.windows):
-            raise VolsegError(
-                f"{folder}: was prepared with another spacing or window than the plan states",
-                fix="run `volseg preprocess` with this plan first, or train from the dataset",
-                code="E_PLAN",
-            )
-        plan = changed
-    if preparation_settings(recipe) != preparation_settings(stored):
+    if preparation_settings(recipe) not in map(preparation_settings, (stored, plan.recipe)):
         raise VolsegError(
             f"{folder}: was prepared for recipe {stored.name!r} with other [data], [preprocess] or "
             "[classify] settings",
-            fix="run `volseg preprocess` with this recipe first",
+            fix="run `volseg preprocess` with this recipe first, or give the dataset itself",
             code="E_PREPARED",
         )
-    plan = plan.overruled_by(recipe)
-    recipe = plan.complete(recipe)
+    plan = fill(recipe, plan)
     if not names:
         raise VolsegError(
             f"{folder}: preparing it was interrupted",
@@ -123,13 +113,13 @@ def load_prepared(
             code="E_PREPARED",
         )
     for case in cases:
-        if problem := _mismatch(case, recipe):
+        if problem := _mismatch(case, plan.recipe):
             raise VolsegError(
                 f"{folder / 'cases' / case.id}: not a prepared case of this recipe ({problem})",
                 fix="run `volseg preprocess` again",
                 code="E_PREPARED",
             )
-    return recipe, plan, fingerprint, cases
+    return plan, fingerprint, cases
 
 
 def _mismatch(case: PreparedCase, recipe: Recipe) -> str:

@@ -45,7 +45,8 @@ from volseg.training.samples import sample_voxels
 from volseg.volume import Volume
 
 if TYPE_CHECKING:  # torch takes seconds to import; only a command that needs it pays
-    from volseg.planning import CaseFingerprint, DatasetFingerprint, Plan
+    from volseg.planning.close import Closed
+    from volseg.planning.fingerprint import CaseFingerprint, DatasetFingerprint
     from volseg.sizing import Budget
 
 PREPARED_FILE = "prepared.json"
@@ -62,17 +63,16 @@ def preprocess(options: PreprocessOptions) -> PreprocessReport:
     Raises:
         VolsegError: the dataset or recipe is wrong, or no case could be read.
     """
-    from volseg.commands.planning import budget_of, read_plan
+    from volseg.commands.planning import budget_of
 
-    plan = None if options.plan is None else read_plan(options.plan)
-    return prepare_dataset(options, plan, budget_of(options.device, options.memory))
+    return prepare_dataset(options, budget=budget_of(options.device, options.memory))
 
 
 def prepare_dataset(
     options: PreprocessOptions,
-    plan: Plan | None = None,
-    budget: Budget | None = None,
     *,
+    earlier: Closed | None = None,
+    budget: Budget | None = None,
     refuse: bool = False,
 ) -> PreprocessReport:
     """Prepare the training and validation cases of a dataset.
@@ -82,7 +82,7 @@ def prepare_dataset(
     `load_prepared` refuses a folder with cases of both calls.
 
     Args:
-        plan: replaces the plan made from this dataset, such as the plan of an existing model.
+        earlier: the plan of an interrupted call, which is kept.
         budget: of the training, for the size of the network and patches if the plan chooses it.
         refuse: raise an error for an unusable case before any is prepared, instead of listing it.
 
@@ -90,7 +90,8 @@ def prepare_dataset(
         VolsegError: the dataset or recipe is wrong, or no case could be read.
     """
     from volseg.commands.planning import recipe_for
-    from volseg.planning import DatasetFingerprint, Plan
+    from volseg.planning.close import Closed
+    from volseg.planning.fingerprint import DatasetFingerprint
 
     dataset, out, seed, progress = options.dataset, options.out, options.seed, options.progress
     recipe = recipe_for(dataset, options.recipe, progress)
@@ -102,16 +103,14 @@ def prepare_dataset(
         outputs.refuse_foreign([PREPARED_FILE, "cases.csv"])
         digests = _hash_files(cases, progress)
         facts, failed = _facts(
-            dataset, cases, digests, recipe, outputs, seed, plan, budget, progress
+            dataset, cases, digests, recipe, outputs, seed, earlier, budget, progress
         )
-        facts |= {"is_planned": plan is None, "is_auto": options.recipe is None}
+        facts["is_auto"] = options.recipe is None
         if failed and refuse:
             refuse_dataset(dataset, failed)
-        plan = Plan.model_validate(facts["plan"])
+        planned = Closed.from_json(facts["plan"]).recipe
         usable = [case for case in cases if case.id not in failed]
-        keys = {
-            case.id: case_key(case_inputs(case, digests), recipe, plan, seed) for case in usable
-        }
+        keys = {case.id: case_key(case_inputs(case, digests), planned, seed) for case in usable}
         kept, missing = [], []
         for case in usable:
             (kept if is_prepared(out / "cases", case.id, keys[case.id]) else missing).append(case)
@@ -120,7 +119,7 @@ def prepare_dataset(
             name for case in missing for name in prepared_files(case.id, n_labels)
         )
         outcomes = run(
-            lambda case: prepare_case(case, recipe, plan, outputs, keys[case.id], seed, digests),
+            lambda case: prepare_case(case, planned, outputs, keys[case.id], seed, digests),
             missing,
         )
         done = []
@@ -148,7 +147,7 @@ def prepare_dataset(
         kept=[case.id for case in kept],
         failed=failed,
         warnings=warnings,
-        fingerprint=_summary(fingerprint, plan),
+        fingerprint=_summary(fingerprint, planned),
     )
 
 
@@ -159,7 +158,7 @@ def _facts(
     recipe: Recipe,
     outputs: OutputFolder,
     seed: int,
-    plan: Plan | None,
+    plan: Closed | None,
     budget: Budget | None,
     progress: Progress,
 ) -> tuple[dict[str, Any], dict[str, str]]:
@@ -167,7 +166,8 @@ def _facts(
 
     The fingerprint of an earlier call on the same files is reused.
     """
-    from volseg.planning import DEFAULT_BUDGET, DatasetFingerprint, check_budget, make_plan
+    from volseg.planning.close import DEFAULT_BUDGET, check_budget, close, fill
+    from volseg.planning.fingerprint import DatasetFingerprint
 
     parts = {"data": recipe.data.model_dump(mode="json"), "seed": seed}
     key = input_key(parts, [digest for case in cases for digest in case_inputs(case, digests)])
@@ -180,13 +180,14 @@ def _facts(
     except (ValueError, KeyError, TypeError):  # none yet, or of other files
         fingerprint, failed = _fingerprint(dataset, cases, recipe, seed, progress, outputs)
     if plan is None:
-        plan = make_plan(fingerprint, recipe, budget or DEFAULT_BUDGET)
+        plan = close(recipe, fingerprint, budget or DEFAULT_BUDGET)
     else:
-        plan = plan.overruled_by(recipe)
+        plan = fill(recipe, plan)
     if budget is not None and budget.is_stated:
-        check_budget(plan, recipe, budget)
-    models = {"recipe": recipe, "fingerprint": fingerprint, "plan": plan}
-    facts = {"key": key} | {name: model.model_dump(mode="json") for name, model in models.items()}
+        check_budget(plan.recipe, budget)
+    models = {"recipe": recipe, "fingerprint": fingerprint}
+    facts = {"key": key, "plan": plan.as_json()}
+    facts |= {name: model.model_dump(mode="json") for name, model in models.items()}
     # Lets the next call reuse the fingerprint if this one is interrupted.
     if not failed and not earlier.get("cases"):
         outputs.write(PREPARED_FILE, json_text(facts | {"failed": {}, "cases": {}, "keys": {}}))
@@ -268,16 +269,14 @@ def case_inputs(case: Case, digests: Inputs) -> list[str]:
     return [*digests.of(case), facts]
 
 
-def case_key(inputs: Sequence[str], recipe: Recipe, plan: Plan, seed: int) -> str:
+def case_key(inputs: Sequence[str], recipe: Recipe, seed: int) -> str:
     """Return the hash of everything that a prepared case depends on.
-
-    Of the plan this is only spacing and windows: another batch or network changes no array.
 
     Args:
         inputs: from `case_inputs`.
+        recipe: closed; another batch or network changes no array.
     """
-    settings = plan.model_dump(mode="json", include={"spacing_mm", "windows"}) | {"seed": seed}
-    return input_key(settings | {"recipe": preparation_settings(recipe)}, inputs)
+    return input_key({"seed": seed, "recipe": preparation_settings(recipe)}, inputs)
 
 
 def _hash_files(cases: Sequence[Case], progress: Progress) -> Inputs:
@@ -355,7 +354,7 @@ def _fingerprint(
 
     `outputs`: the folder for tracebacks; None to write none.
     """
-    from volseg.planning import combine_fingerprints
+    from volseg.planning.fingerprint import combine_fingerprints
 
     fingerprints, failed, empty, doubted = [], {}, [], {}
     for count, outcome in enumerate(run(lambda case: look_at(case, recipe, seed), cases), start=1):
@@ -389,7 +388,7 @@ def look_at(case: Case, recipe: Recipe, seed: int) -> CaseFingerprint:
     Raises:
         ScanError: as `read_training_case`.
     """
-    from volseg.planning import fingerprint_case
+    from volseg.planning.fingerprint import fingerprint_case
 
     images, reference = read_training_case(case, recipe)
     first = images[recipe.data.channels[0]]
@@ -468,14 +467,13 @@ def preparation_settings(recipe: Recipe) -> dict[str, Any]:
 def prepare_case(
     case: Case,
     recipe: Recipe,
-    plan: Plan,
     outputs: OutputFolder,
     key: str,
     seed: int,
     digests: Inputs,
 ) -> None:
-    """Write the arrays of one case to a prepared folder."""
-    prepared = _prepare(case, recipe, plan, key, seed, digests.of(case))
+    """Write the arrays of one case to a prepared folder; the recipe is closed."""
+    prepared = _prepare(case, recipe, key, seed, digests.of(case))
     names = prepared_files(case.id, len(recipe.data.labels))
     with outputs.staged() as commit:
         write_prepared_case(commit.path(names[0]).parent, prepared)
@@ -483,7 +481,7 @@ def prepare_case(
 
 
 def _prepare(
-    case: Case, recipe: Recipe, plan: Plan, key: str, seed: int, digests: Sequence[str]
+    case: Case, recipe: Recipe, key: str, seed: int, digests: Sequence[str]
 ) -> PreparedCase:
     """Make the arrays and the record of a case.
 
@@ -495,8 +493,7 @@ def _prepare(
     images, reference = read_training_case(case, recipe, digests)
     channels = recipe.data.channels
     absent = [name for name in channels if name not in images]
-    settings = plan.prepare_settings(recipe.preprocess, channels, absent)
-    prepared = prepare(completed(images, channels), settings)
+    prepared = prepare(completed(images, channels), recipe.preprocess, absent)
     values = prepare_mask(reference.array, prepared.trail)
     mask = np.zeros(values.shape, np.uint8)
     for index, value in enumerate(recipe.data.label_names, start=1):
@@ -555,7 +552,7 @@ def _preparation_rows(cases: Sequence[Case], failed: Mapping[str, str]) -> list[
     ]
 
 
-def _summary(fingerprint: DatasetFingerprint, plan: Plan) -> dict[str, Any]:
+def _summary(fingerprint: DatasetFingerprint, recipe: Recipe) -> dict[str, Any]:
     """Summarise the fingerprint, for people and for --json."""
     return {
         "n_cases": fingerprint.n_cases,
@@ -565,5 +562,5 @@ def _summary(fingerprint: DatasetFingerprint, plan: Plan) -> dict[str, Any]:
         "foreground": {
             name: statistics.model_dump() for name, statistics in fingerprint.foreground.items()
         },
-        "resampled_to_mm": list(plan.spacing_mm),
+        "resampled_to_mm": list(recipe.spacing_mm),
     }

@@ -110,17 +110,10 @@ def _prepared_cases(
         settings = PreprocessOptions(
             dataset, recipe=bundle.recipe, out=prepared, seed=seed, progress=progress
         )
-        report = prepare_dataset(settings, bundle.plan)
+        report = prepare_dataset(settings)
         if report.failed:
             refuse_dataset(dataset, report.failed)
-    _, plan, _, cases = load_prepared(prepared, bundle.recipe)
-    if (plan.spacing_mm, plan.windows) != (bundle.plan.spacing_mm, bundle.plan.windows):
-        raise VolsegError(
-            f"{dataset}: was prepared with another spacing or intensity window than those of model "
-            f"{bundle.recipe.name!r}",
-            fix="give the dataset itself instead of a prepared folder",
-            code="E_PREPARED",
-        )
+    _, _, cases = load_prepared(prepared, bundle.recipe)
     try:
         return split_cases(cases, None, seed)
     except VolsegError as error:
@@ -141,7 +134,7 @@ def _calibration_patches(
     for number, case in enumerate(cases):
         images, _ = sample_batch(
             [case],
-            bundle.plan.patch_shape,
+            bundle.recipe.patch_shape,
             n=PATCHES_PER_CASE,
             foreground_fraction=1 / PATCHES_PER_CASE,
             seed=seed,
@@ -158,7 +151,7 @@ def _case_dice(backend: Backend, case: PreparedCase, bundle: ModelBundle) -> lis
     case.check()
     infer = bundle.recipe.infer
     tiling = Tiling(
-        patch_shape=bundle.plan.patch_shape, overlap=infer.overlap, batch_size=infer.batch_size
+        patch_shape=bundle.recipe.patch_shape, overlap=infer.overlap, batch_size=infer.batch_size
     )
     logits = predict_logits(
         np.asarray(case.image), backend, tiling, n_classes=1 + len(bundle.recipe.data.labels)

@@ -26,7 +26,7 @@ from volseg.commands.earlier import (
 from volseg.commands.fitting import TooShortError, best_plan, fit_to_time, refuse_time, suggested
 from volseg.commands.forecast import Forecast, Guard, make_forecast
 from volseg.commands.importing import MODEL_FILE
-from volseg.commands.planning import N_FOLDS, budget_of, number_of_folds, read_plan
+from volseg.commands.planning import N_FOLDS, budget_of, number_of_folds
 from volseg.commands.prepared import Split, load_prepared, prepared_warnings, split_cases
 from volseg.commands.preparing import (
     PREPARED_FILE,
@@ -56,7 +56,8 @@ if TYPE_CHECKING:  # torch takes seconds to import; only a command that needs it
     import torch
 
     from volseg.bundle import ModelBundle
-    from volseg.planning import DatasetFingerprint, Plan
+    from volseg.planning.close import Closed
+    from volseg.planning.fingerprint import DatasetFingerprint
     from volseg.training.loop import Epoch, RunSettings, Tick, Trained
     from volseg.training.ranks import Team
 
@@ -117,7 +118,7 @@ def train(options: TrainOptions) -> TrainReport:
             closing(Scalars(options.out / "tensorboard")) as scalars,
             _threads(team, time_budget) as threads,
         ):
-            inputs = _input_paths(options.dataset, options.recipe, options.plan, options.init)
+            inputs = _input_paths(options.dataset, options.recipe, options.init)
             return _Training(
                 options=options,
                 time=time_budget,
@@ -171,7 +172,7 @@ class _Prepared:
     """The prepared data of a training.
 
     Args:
-        recipe, plan: in place of the folder's; None for the folder's.
+        recipe: in place of the folder's; None for the folder's.
         folds: number of networks to train.
         warnings: about the data.
         forecast: None if this call did not prepare the data or has no time budget.
@@ -179,7 +180,6 @@ class _Prepared:
 
     folder: Path
     recipe: Recipe | None
-    plan: Plan | None
     folds: int
     warnings: Sequence[str]
     forecast: Forecast | None = None
@@ -215,14 +215,12 @@ class _Training:
             segmentation_name,
         )
         from volseg.inference.export import export_bundle
-        from volseg.planning import check_budget
+        from volseg.planning.close import check_budget
         from volseg.training.check import check_recipe
         from volseg.training.loop import INTERRUPTED
 
         if self.options.recipe is not None:
             check_recipe(as_recipe(self.options.recipe))  # before any folder is made
-        if self.options.plan is not None:
-            read_plan(self.options.plan)
         with self.outputs:
             self._check_unfinished()
             names = (segmentation_name(index) for index in range(MAX_FOLDS))
@@ -237,13 +235,11 @@ class _Training:
             model = None if self.options.init is None else load_bundle(self.options.init)
             data = self._prepare(model)
             self._warn(*data.warnings)
-            recipe, plan, fingerprint, cases = load_prepared(data.folder, data.recipe, data.plan)
+            plan, fingerprint, cases = load_prepared(data.folder, data.recipe)
             if self.options.memory is not None:
-                check_budget(plan, recipe, self._budget())
-            check_recipe(recipe)
-            folds, fitted = self._fit(data, recipe, plan, fingerprint, cases)
-            if fitted is not None:
-                recipe, plan, fingerprint, cases = load_prepared(data.folder, data.recipe, fitted)
+                check_budget(plan.recipe, self._budget())
+            check_recipe(plan.recipe)
+            folds, (recipe, reasons) = self._fit(data, plan, fingerprint, cases)
             if folds > 1:
                 splits = [
                     split_cases(cases, number, self.options.seed, folds) for number in range(folds)
@@ -251,9 +247,7 @@ class _Training:
             else:
                 splits = [split_cases(cases, self.options.fold, self.options.seed)]
             if self.options.preview:
-                self.outputs.write(
-                    PREVIEW, preview_png(splits[0][0], recipe, plan, self.options.seed)
-                )
+                self.outputs.write(PREVIEW, preview_png(splits[0][0], recipe, self.options.seed))
                 return TrainReport(
                     out=self.options.out,
                     done=[recipe.name],
@@ -266,13 +260,11 @@ class _Training:
             metrics: dict[str, Any] = {}
             earlier = 0.0
             if recipe.roi is not None:  # first: it is quick, and bad data fail here too
-                first_pass, earlier = self._first_pass(
-                    splits[0], recipe, plan, initial.get(ROI, {})
-                )
+                first_pass, earlier = self._first_pass(splits[0], recipe, initial.get(ROI, {}))
                 weights[ROI] = first_pass.weights
                 metrics = {f"roi_{name}": value for name, value in first_pass.metrics.items()}
             trained, stopped = self._networks(
-                splits, recipe, plan, initial.get("segmentation", {}), earlier
+                splits, recipe, initial.get("segmentation", {}), earlier
             )
             rows = []
             for index, (number, network) in enumerate(trained.items()):
@@ -300,7 +292,11 @@ class _Training:
                 if classifier is not None:
                     weights["classifier"] = classifier
             bundle = ModelBundle(
-                recipe=recipe, plan=plan, fingerprint=fingerprint, weights=weights, metrics=metrics
+                recipe=recipe,
+                fingerprint=fingerprint,
+                weights=weights,
+                metrics=metrics,
+                reasons=reasons,
             )
             with self.outputs.staged() as commit:
                 save_bundle(bundle, commit.folder)
@@ -318,7 +314,7 @@ class _Training:
             if has_time(CURVES):
                 curves = [network.history for network in trained.values()]
                 self.outputs.write(CURVES, curves_png(curves))
-            worst = worst_cases_png(rows, trained, splits, recipe, plan, device, before=has_time)
+            worst = worst_cases_png(rows, trained, splits, recipe, device, before=has_time)
             if worst:
                 self.outputs.write(WORST, worst)
             if not interrupted:
@@ -337,25 +333,23 @@ class _Training:
         """Prepare the dataset, or take a prepared folder; `model` provides the initial weights."""
         from volseg.training.check import check_recipe
 
-        plan = None if self.options.plan is None else read_plan(self.options.plan)
         if (self.options.dataset / PREPARED_FILE).is_file():
             recipe = None if self.options.recipe is None else as_recipe(self.options.recipe)
-            is_stated = recipe is not None or plan is not None
-            is_auto = not is_stated and bool(read_header(self.options.dataset).get("is_auto"))
+            is_auto = recipe is None and bool(read_header(self.options.dataset).get("is_auto"))
             folds = self.options.folds or (N_FOLDS if is_auto and self.options.fold is None else 1)
             return _Prepared(
-                self.options.dataset, recipe, plan, folds, prepared_warnings(self.options.dataset)
+                self.options.dataset, recipe, folds, prepared_warnings(self.options.dataset)
             )
         prepared = self.work / PREPARED_FOLDER
         stated = None if self.options.recipe is None else as_recipe(self.options.recipe)
-        forecast, progress = self._foresee(stated, plan, prepared), self.progress
+        forecast, progress = self._foresee(stated, prepared), self.progress
         if forecast is not None:
             progress = self._guard(forecast, stated, prepared)
         recipe = (
             cached_recipe(self.options.dataset, self.work, progress) if stated is None else stated
         )
         # An open recipe takes network and patches from the model to start from.
-        if model is not None and recipe.is_open and plan is None:
+        if model is not None and recipe.leaves_size_open:
             if model.recipe.preprocess.axes != "canonical":
                 raise VolsegError(
                     f"{self.options.init}: its network takes scans in the axis order of files",
@@ -363,7 +357,7 @@ class _Training:
                     "and your own [preprocess]",
                     code="E_CKPT",
                 )
-            patches = {"patch_shape": model.plan.patch_shape, "batch_size": model.plan.batch_size}
+            patches = model.recipe.train.model_dump(include={"patch_shape", "batch_size"})
             train = recipe.train.model_copy(update=patches)
             recipe = recipe.model_copy(update={"network": model.recipe.network, "train": train})
         check_recipe(recipe)
@@ -375,10 +369,8 @@ class _Training:
                 self.options.folds,
                 is_auto=self.options.recipe is None,
             )
-        if (
-            self.options.resume and plan is None
-        ):  # keeps its plan, even if the free memory has changed
-            plan = earlier_plan(prepared)
+        # A resumed run keeps its plan, even if the free memory has changed.
+        earlier = earlier_plan(prepared) if self.options.resume else None
         settings = PreprocessOptions(
             self.options.dataset,
             recipe=recipe,
@@ -386,10 +378,10 @@ class _Training:
             seed=self.options.seed,
             progress=progress,
         )
-        report = prepare_dataset(settings, plan, self._budget(), refuse=True)
+        report = prepare_dataset(settings, earlier=earlier, budget=self._budget(), refuse=True)
         if report.failed:
             refuse_dataset(self.options.dataset, report.failed)
-        return _Prepared(prepared, recipe, None, folds, report.warnings, forecast)
+        return _Prepared(prepared, recipe, folds, report.warnings, forecast)
 
     def _budget(self) -> Budget:
         """Return the memory budget; time is budgeted once the speed of a step is known."""
@@ -398,7 +390,7 @@ class _Training:
             self.options.device, self.options.memory, processes=self.team.size, half=half
         )
 
-    def _foresee(self, recipe: Recipe | None, plan: Plan | None, prepared: Path) -> Forecast | None:
+    def _foresee(self, recipe: Recipe | None, prepared: Path) -> Forecast | None:
         """Forecast the time needed from the first case.
 
         Returns:
@@ -412,7 +404,6 @@ class _Training:
         forecast = make_forecast(
             self.options.dataset,
             recipe,
-            plan,
             prepared,
             replace(self._budget(), is_least=True),
             PREPARING_FRACTION * self.time.seconds,
@@ -478,7 +469,7 @@ class _Training:
                 f"; or prepare the data first: volseg preprocess {source}{option} --out {apart}, "
                 f"and then volseg train {apart} --out {out} --time-budget {shorter}"
             )
-        is_smallest = recipe is None or recipe.is_open
+        is_smallest = recipe is None or recipe.leaves_size_open
         network = "the smallest network that can learn" if is_smallest else "the recipe's network"
         refuse_time(
             self.time.seconds,
@@ -492,59 +483,55 @@ class _Training:
     def _fit(
         self,
         data: _Prepared,
-        recipe: Recipe,
-        plan: Plan,
+        plan: Closed,
         fingerprint: DatasetFingerprint,
         cases: Sequence[PreparedCase],
-    ) -> tuple[int, Plan | None]:
-        """Return how many networks fit the time, and their plan if it changes.
+    ) -> tuple[int, Closed]:
+        """Return how many networks fit the time, and their plan.
 
         Raises:
             VolsegError: the time is too short for one network to learn.
         """
-        from volseg.planning import make_plan, size_of
+        from volseg.planning.close import close, fill, size_of
         from volseg.training.speed import seconds_per_step
 
         fitted, folds = read_fitted(self.work), data.folds
+        header = read_header(data.folder)
+        stated = data.recipe or parse_recipe(header["recipe"], where=str(data.folder))
         if fitted is not None:  # a resumed run
-            return self.options.folds or fitted.folds, fitted.plan
+            return self.options.folds or fitted.folds, fill(stated, fitted.plan)
         if self.options.folds is None and folds > 1:
             folds = min(folds, len({case.record["patient"] for case in cases}))
         if self.time.seconds is None or self.options.preview:
-            return folds, None
+            return folds, plan
 
-        header = read_header(data.folder)
-        stated = data.recipe or parse_recipe(header["recipe"], where=str(data.folder))
         is_internal = data.folder != self.options.dataset  # prepared by `train`, in its work folder
-        is_planned = is_internal or header.get("is_planned", True)
-        is_open = stated.is_open and self.options.plan is None and is_planned
-        seconds = (self.time.left(self._finishing(folds)) or 0.0) * _steps_fraction(recipe)
+        seconds = (self.time.left(self._finishing(folds)) or 0.0) * _steps_fraction(stated)
 
-        def time_step(candidate: Plan) -> float:
+        def time_step(candidate: Closed) -> float:
             return seconds_per_step(
                 cases,
-                candidate.complete(stated),
-                candidate,
+                candidate.recipe,
                 team=self.team,
                 seed=self.options.seed,
                 threads=self.threads,
                 tick=lambda doing: self.steady.tick("Planning", 0.5, doing),
             )
 
-        def operations(candidate: Plan) -> float:
-            size = size_of(candidate, stated)
+        def operations(candidate: Closed) -> float:
+            size = size_of(candidate.recipe)
             assert size is not None, "a network chosen by the plan has a size"
             flops = size.step_flops(len(stated.data.channels), stated.data.n_outputs)
             return flops * stated.train.accumulate
 
         self.progress("Planning", 0.0, f"{duration(self.time.left() or 0.0)} left")
         least = None
-        if is_open:
-            least = make_plan(fingerprint, stated, replace(self._budget(), is_least=True))
+        if stated.leaves_size_open:
+            least = close(stated, fingerprint, replace(self._budget(), is_least=True))
             speed = None if data.forecast is None else data.forecast.flops
             flops = (speed or operations(least) / time_step(least)) * seconds
             plan = best_plan(
-                lambda n: make_plan(fingerprint, stated, replace(self._budget(), flops=n)),
+                lambda n: close(stated, fingerprint, replace(self._budget(), flops=n)),
                 least,
                 flops,
                 folds,
@@ -563,7 +550,7 @@ class _Training:
                 enough=LATE_FRACTION if is_late else 1.0,
             )
         except TooShortError as error:
-            needed = error.needed / _steps_fraction(recipe) + self._finishing(folds)
+            needed = error.needed / _steps_fraction(stated) + self._finishing(folds)
             kept = f"; {self._kept(data.folder)}" if is_internal else ""
             fewer = (
                 f", or --folds 1 instead of {self.options.folds}"
@@ -577,7 +564,7 @@ class _Training:
         for reason in fit.reasons:
             self.options.announce(f"time budget: {reason}")
         steps = seconds / fit.folds / fit.seconds_per_step
-        patch = " × ".join(map(str, fit.plan.patch_shape))
+        patch = " × ".join(map(str, fit.plan.recipe.patch_shape))
         networks = "1 network" if fit.folds == 1 else f"{fit.folds} networks"
         self.options.announce(
             f"training {networks} with patches of {patch} voxels, about {steps:.0f} steps each"
@@ -628,7 +615,7 @@ class _Training:
         return has_time
 
     def _first_pass(
-        self, split: Split, recipe: Recipe, plan: Plan, initial: Mapping[str, torch.Tensor]
+        self, split: Split, recipe: Recipe, initial: Mapping[str, torch.Tensor]
     ) -> tuple[Trained, float]:
         """Train the first pass; also return its seconds of training in a resumed earlier call."""
         from volseg.training.loop import INTERRUPTED
@@ -640,7 +627,6 @@ class _Training:
         first_pass = train_roi(
             *split,
             recipe,
-            plan,
             self._settings(recipe.roi.train, seconds, freeze=()),
             team=self.team,
             folder=self.work / ROI_FOLDER,
@@ -658,7 +644,6 @@ class _Training:
         self,
         splits: Sequence[Split],
         recipe: Recipe,
-        plan: Plan,
         initial: Mapping[str, torch.Tensor],
         earlier: float,
     ) -> tuple[dict[int, Trained], dict[int, str]]:
@@ -692,7 +677,6 @@ class _Training:
                     training,
                     validation,
                     recipe,
-                    plan,
                     self._settings(recipe.train, None if left is None else left / waiting),
                     team=self.team,
                     checkpoints=folder,

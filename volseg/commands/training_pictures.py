@@ -16,14 +16,13 @@ from volseg.recipe import Recipe
 if TYPE_CHECKING:
     import torch
 
-    from volseg.planning import Plan
     from volseg.training.loop import Trained
 
 N_PATCHES = 12
 N_WORST = 6
 
 
-def preview_png(training: Sequence[PreparedCase], recipe: Recipe, plan: Plan, seed: int) -> bytes:
+def preview_png(training: Sequence[PreparedCase], recipe: Recipe, seed: int) -> bytes:
     """Draw the first patches of the training as the network will see them."""
     import torch
 
@@ -31,12 +30,12 @@ def preview_png(training: Sequence[PreparedCase], recipe: Recipe, plan: Plan, se
     from volseg.training.batches import Batches
 
     images, masks = [], []
-    with Batches(training, recipe, plan, seed=seed, device=torch.device("cpu")) as batches:
-        for step in range(-(-N_PATCHES // plan.batch_size)):
+    with Batches(training, recipe, seed=seed, device=torch.device("cpu")) as batches:
+        for step in range(-(-N_PATCHES // recipe.batch_size)):
             for batch_images, batch_masks in batches.at(step):
                 images += list(batch_images.numpy())
                 masks += list(batch_masks.numpy())
-    return patches_png(images[:N_PATCHES], masks[:N_PATCHES], plan.spacing_mm)
+    return patches_png(images[:N_PATCHES], masks[:N_PATCHES], recipe.spacing_mm)
 
 
 def worst_cases_png(
@@ -44,7 +43,6 @@ def worst_cases_png(
     trained: Mapping[int, Trained],
     splits: Sequence[Split],
     recipe: Recipe,
-    plan: Plan,
     device: torch.device,
     *,
     before: Callable[[str], bool] = lambda case_id: True,
@@ -69,7 +67,7 @@ def worst_cases_png(
             break
         case = next(case for case in splits[number][1] if case.id == case_id)
         network = copy_weights(build_segmentation(recipe), trained[number].weights)
-        predicted = predicted_classes(network, case, recipe, plan, device, overlap=overlap)
+        predicted = predicted_classes(network, case, recipe, device, overlap=overlap)
         title = f"{case_id}: Dice {means[number, case_id]:.3f}"
         pictures.append((title, np.asarray(case.image[0]), np.asarray(case.mask), predicted))
-    return comparison_png(pictures, plan.spacing_mm) if pictures else b""
+    return comparison_png(pictures, recipe.spacing_mm) if pictures else b""

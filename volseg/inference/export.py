@@ -151,7 +151,7 @@ def convert(network: nn.Module, batch_shape: Sequence[int]) -> openvino.Model:
 def batch_shape_of(bundle: ModelBundle) -> tuple[int, ...]:
     """Return (N, channels, R, A, S) of the batches that inference feeds the network."""
     recipe = bundle.recipe
-    return (recipe.infer.batch_size, len(recipe.data.channels), *bundle.plan.patch_shape)
+    return (recipe.infer.batch_size, len(recipe.data.channels), *recipe.patch_shape)
 
 
 def example_patch(network: nn.Module, batch_shape: Sequence[int]) -> torch.Tensor:

@@ -23,8 +23,10 @@ from volseg.inference.tiles import thinnest_axis
 from volseg.measurement.memory import ID_BYTES, lesion_bytes, report_bytes, writing_bytes
 from volseg.networks import build_segmentation
 from volseg.preprocessing.crop import AxisOrder, canonical_geometry
-from volseg.preprocessing.prepare import SLAB_VOXELS, PrepareSettings, separate_axis
+from volseg.preprocessing.prepare import SLAB_VOXELS, separate_axis
 from volseg.preprocessing.resample import SLAB_VALUES, resampled_shape
+from volseg.recipe import Preprocess
+from volseg.recipe.section import closed
 from volseg.volume import Geometry
 
 # Measured with benchmarks/memory.py: a backend's memory relative to the peak of live tensors, and
@@ -96,7 +98,6 @@ class NetworkPass:
 
     bundle: ModelBundle
     tiling: Tiling
-    settings: PrepareSettings
     backend: str
     network_bytes: int  # from the function of that name
     n_channels: int  # output channels: logits, or features if the head is deferred
@@ -131,7 +132,7 @@ def plan_memory(
     """
     trim_freed_memory()
     process = resident_bytes()
-    shape = _prepared_grid(header.geometry, fine.settings)[1]
+    shape = _prepared_grid(header.geometry, fine.bundle.recipe.preprocess)[1]
     plans = []
     for read_ahead, batch_size, half_logits in _options(fine, is_alone=is_alone):
         batched = replace(fine, tiling=replace(fine.tiling, batch_size=batch_size))
@@ -222,8 +223,8 @@ def _footprint(
     recipe = fine.bundle.recipe
     voxels = math.prod(header.geometry.shape)
     label_bytes = 1 if max(recipe.data.labels.values()) < 256 else 2
-    regions = [getattr(normaliser, "region", "") for normaliser in fine.settings.normalisers]
-    body_bytes = 3 if "nonzero" in regions else 0
+    forms = map(recipe.preprocess.normaliser_of, recipe.data.channels)
+    body_bytes = 3 if any(form.fitted_region == "nonzero" for form in forms) else 0
     mask_bytes = (label_bytes + 1 + ID_BYTES) * (2 if read_ahead else 1) + body_bytes
     passes = [_pass_bytes(header.geometry, fine, half=half)]
     if coarse is not None:  # it only finds a box: nothing is resampled to the scan's grid
@@ -261,9 +262,9 @@ class _PassBytes:
 
 
 def _pass_bytes(grid: Geometry, run: NetworkPass, *, half: bool) -> _PassBytes:
-    settings, tiling = run.settings, run.tiling
+    settings, tiling = run.bundle.recipe.preprocess, run.tiling
     geometry, shape = _prepared_grid(grid, settings)
-    axis = separate_axis(geometry.spacing_mm, settings.spacing_mm, settings.separate_above)
+    axis = separate_axis(geometry.spacing_mm, run.bundle.recipe.spacing_mm, settings.separate_above)
     axis = thinnest_axis(shape, tiling.patch_shape) if axis is None else axis
     padded = [len(tiled.source) for tiled in tiling.axes(shape)]
     plane = math.prod(padded) // padded[axis]  # with margin and padding
@@ -296,25 +297,25 @@ def _pass_bytes(grid: Geometry, run: NetworkPass, *, half: bool) -> _PassBytes:
 
 
 def _prepared_grid(
-    geometry: Geometry, settings: PrepareSettings
+    geometry: Geometry, settings: Preprocess
 ) -> tuple[Geometry, tuple[int, int, int]]:
     """Return the whole scan's grid in prepared axes, and its shape at the prepared spacing."""
     canonical = settings.axes == "canonical"
     order = AxisOrder.of(geometry) if canonical else AxisOrder.stored()
     prepared = canonical_geometry(geometry, order.transposed(settings.transpose))
-    return prepared, resampled_shape(prepared, settings.spacing_mm)
+    return prepared, resampled_shape(prepared, closed(settings.spacing_mm))
 
 
 def network_bytes(bundle: ModelBundle) -> int:
     """Return the peak bytes of live tensors while one patch passes through the network."""
     with torch.device("meta"):
         network: nn.Module = build_segmentation(bundle.recipe).eval()
-        patch = torch.empty(1, len(bundle.recipe.data.channels), *bundle.plan.patch_shape)
+        patch = torch.empty(1, len(bundle.recipe.data.channels), *bundle.recipe.patch_shape)
     try:
         with torch.inference_mode(), _Live() as live:
             network(patch)
     except (RuntimeError, ValueError, IndexError, TypeError) as error:
-        size = " × ".join(map(str, bundle.plan.patch_shape))
+        size = " × ".join(map(str, bundle.recipe.patch_shape))
         raise VolsegError(
             f"{bundle.recipe.name}: its network cannot be run on a patch of {size} "
             f"voxels ({str(error).strip().splitlines()[0]})",
@@ -334,7 +335,7 @@ def check_patch(bundle: ModelBundle, needed: int, memory: int) -> None:
     Raises:
         VolsegError: the batch does not fit.
     """
-    batch_size, patch = bundle.recipe.infer.batch_size, bundle.plan.patch_shape
+    batch_size, patch = bundle.recipe.infer.batch_size, bundle.recipe.patch_shape
     if needed * batch_size > memory:
         size = " × ".join(map(str, patch))
         raise VolsegError(

@@ -8,14 +8,13 @@ import hashlib
 import json
 import os
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from volseg.errors import EnvironmentProblem, VolsegError
-from volseg.inputs import open_regular, read_json
+from volseg.inputs import MAX_TEXT_BYTES, open_regular, read_bytes
 
-SEAL = "written_by_volseg"  # key in a standalone JSON file: hash of everything else in it
 TEMPORARY_PREFIX = ".tmp-"  # files that a killed process may leave behind; never finished ones
 
 
@@ -83,14 +82,14 @@ def json_text(obj: Any, *, indent: int | None = 2) -> str:
     return json.dumps(obj, indent=indent, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def write_sealed(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a standalone JSON file with a seal, by which volseg recognises it if unchanged.
+def write_sealed(path: Path, text: str) -> None:
+    """Write a text file with a seal as its first line, by which volseg recognises it if unchanged.
 
     Raises:
         VolsegError: the file exists and volseg did not write it, or it was changed (`E_EXISTS`).
     """
     refuse_unsealed(path)
-    write_json_atomic(path, dict(content) | {SEAL: _seal_of(content)})
+    write_bytes_atomic(path, (_seal_of(text) + text).encode())
 
 
 def refuse_unsealed(path: Path) -> None:
@@ -98,9 +97,10 @@ def refuse_unsealed(path: Path) -> None:
     if not os.path.lexists(path):
         return
     try:
-        content = read_json(path)
-        is_sealed = not path.is_symlink() and content.pop(SEAL) == _seal_of(content)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        content = read_bytes(path, max_bytes=MAX_TEXT_BYTES).decode()
+        first, line_end, text = content.partition("\n")
+        is_sealed = not path.is_symlink() and first + line_end == _seal_of(text)
+    except (OSError, ValueError):
         is_sealed = False
     if not is_sealed:
         raise VolsegError(
@@ -110,20 +110,9 @@ def refuse_unsealed(path: Path) -> None:
         )
 
 
-def read_sealed(path: Path) -> Any:
-    """Read the content of a JSON file without its seal, which is not checked.
-
-    Raises:
-        OSError, ValueError: the file cannot be read, or is not JSON.
-    """
-    content = read_json(path)
-    if not isinstance(content, dict):
-        return content
-    return {name: value for name, value in content.items() if name != SEAL}
-
-
-def _seal_of(content: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+def _seal_of(text: str) -> str:
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    return f"# Written by volseg, which replaces it only while it is unchanged: {digest}\n"
 
 
 def refuse_file(path: Path) -> None:

@@ -217,7 +217,7 @@ def check_segmentation(recipe: Recipe, *, section: str = "train") -> None:
     """
     import torch
 
-    if recipe.is_open:
+    if recipe.leaves_size_open:
         row, settings = settings_type(recipe.network.name), recipe.network.settings
         check_keys(f"network {recipe.network.name!r}", settings, keys_of(row))
         return

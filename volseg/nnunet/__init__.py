@@ -12,7 +12,7 @@ from volseg.inputs import read_json
 from volseg.io.files import sha256_of
 from volseg.nnunet.checkpoint import Checkpoint, read_checkpoint
 from volseg.nnunet.plans import Plans, configuration_of, read_dataset, read_plans
-from volseg.nnunet.recipe import fingerprint_of, plan_of, recipe_of
+from volseg.nnunet.recipe import fingerprint_of, recipe_of
 from volseg.nnunet.weights import weights_of
 
 FINAL = "checkpoint_final.pth"
@@ -47,7 +47,6 @@ def read_nnunet(
     hashes = {f"fold_{fold}/{checkpoint}": sha256_of(path) for fold, path in paths.items()}
     return ModelBundle(
         recipe=recipe,
-        plan=plan_of(recipe),
         fingerprint=fingerprint_of(dataset, plans, recipe),
         weights=weights,
         metrics=_validation_dice(folder, list(paths), checkpoint),

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from volseg.errors import VolsegError
 from volseg.inputs import read_json
-from volseg.planning import Count
+from volseg.planning.fingerprint import Count
 from volseg.recipe import Intensity, LabelValue, Name, listed, validation_messages
 
 Model = TypeVar("Model", bound=BaseModel)

@@ -1,4 +1,4 @@
-"""Translate plans of nnU-Net into volseg's recipe, plan and fingerprint."""
+"""Translate plans of nnU-Net into volseg's recipe and fingerprint."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from volseg.nnunet.plans import (
     resampling_of,
     unsupported,
 )
-from volseg.planning import DatasetFingerprint, IntensityStatistics, Plan
-from volseg.recipe import Recipe, Window, parse_recipe
+from volseg.planning.fingerprint import DatasetFingerprint, IntensityStatistics
+from volseg.recipe import Recipe, parse_recipe
 
 OVERLAP = 0.5  # nnU-Net's step is half a patch
 CT_BODY_ABOVE = -500.0  # HU: between air and fat
@@ -100,20 +100,6 @@ def recipe_of(
         "infer": {"overlap": OVERLAP, "tta_axes": _tta_axes(checkpoint, folder)},
     }
     return parse_recipe(content, where=str(folder))
-
-
-def plan_of(recipe: Recipe) -> Plan:
-    """Return the plan of an imported recipe, in which no number is "auto"."""
-    forms = {channel: recipe.preprocess.normaliser_of(channel) for channel in recipe.data.channels}
-    assert recipe.preprocess.spacing_mm != "auto"
-    assert recipe.train.patch_shape != "auto"
-    assert recipe.train.batch_size != "auto"
-    return Plan(
-        spacing_mm=recipe.preprocess.spacing_mm,
-        patch_shape=recipe.train.patch_shape,
-        batch_size=recipe.train.batch_size,
-        windows={channel: form for channel, form in forms.items() if isinstance(form, Window)},
-    )
 
 
 def fingerprint_of(dataset: Dataset, plans: Plans, recipe: Recipe) -> DatasetFingerprint:

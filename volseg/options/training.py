@@ -43,8 +43,8 @@ class PlanningOptions(OnDevice, Seeded):
         flag="--vram",
     )
     recipe: Path | str | Recipe | None = option(
-        "TOML file or name of a shipped recipe, which overrides the plan; without it, everything "
-        "is planned.",
+        "TOML file, such as a plan, or name of a shipped recipe; without it, everything is "
+        "planned.",
         default=None,
         kind=str,
     )
@@ -78,11 +78,6 @@ class PreprocessOptions(PlanningOptions, Progressing):
 
     dataset: Path = argument(DATASET, converter=path)
     out: Path = option(RESULTS, converter=path, short="-o")
-    plan: Path | None = option(
-        "Plan written by `volseg plan --out`; you may edit it first.",
-        default=None,
-        converter=optional_path,
-    )
 
 
 @options
@@ -90,12 +85,12 @@ class PlanOptions(TimedOptions, Progressing):
     """Show the planned training settings, each with a reason.
 
     Covers spacing, intensities, patches and network. Nothing is trained or prepared. With --out,
-    the plan becomes a JSON file that you can edit and pass to `volseg train --plan`.
+    the plan becomes a recipe, which you can edit and pass to `volseg train --recipe`.
     """
 
     dataset: Path = argument(DATASET, converter=path)
     out: Path | None = option(
-        "Also write the plan to this JSON file, for --plan.",
+        "Also write the plan to this TOML file, as a recipe with the reasons as comments.",
         default=None,
         converter=optional_path,
         short="-o",
@@ -115,15 +110,10 @@ class TrainOptions(TimedOptions, Announcing):
     dataset: Path = argument(f"{DATASET} Or a folder made by `volseg preprocess`.", converter=path)
     out: Path = option("Folder for the model.", converter=path, short="-o")
     recipe: Path | str | Recipe | None = option(
-        "TOML file or name of a shipped recipe; a prepared folder brings its own. Without a "
-        "recipe, everything is planned and the model is cross-validated.",
+        "TOML file, such as a plan, or name of a shipped recipe; a prepared folder brings its own. "
+        "Without a recipe, everything is planned and the model is cross-validated.",
         default=None,
         kind=str,
-    )
-    plan: Path | None = option(
-        "Plan written by `volseg plan --out`; you may edit it first.",
-        default=None,
-        converter=optional_path,
     )
     epochs: int | None = option(
         "Number of epochs; overrides the recipe.", default=None, least=1, most=MAX_COUNT

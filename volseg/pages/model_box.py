@@ -13,7 +13,7 @@ from volseg.measurement.units import UNLIKE
 from volseg.recipe import Recipe
 
 if TYPE_CHECKING:  # this import loads torch, which takes seconds
-    from volseg.planning import DatasetFingerprint
+    from volseg.planning.fingerprint import DatasetFingerprint
 
 POOR_DICE = 0.5  # validation Dice below which training warns and the model box says "poor model"
 MOST_LABELS = 8  # labels listed with their Dice; of more, those with the lowest Dice

@@ -5,7 +5,7 @@ It works on a few planes at a time, so the network input of a whole scan is neve
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -25,7 +25,6 @@ from volseg.preprocessing.crop import (
     scaled_box,
     to_canonical,
 )
-from volseg.preprocessing.normalise import Normaliser, Scaling
 from volseg.preprocessing.resample import (
     CPU,
     Kind,
@@ -34,43 +33,13 @@ from volseg.preprocessing.resample import (
     resampled_shape,
     slowest_axis,
 )
+from volseg.recipe import Normaliser, Preprocess
+from volseg.recipe.normalise import ABSENT, Scaling
+from volseg.recipe.section import closed
 from volseg.volume import BoundingBox, Geometry, Volume, slabs_of
 
 SLAB_VOXELS = 524_288  # native voxels per step; keeps each float32 temporary to about 2 MB
 SAMPLE_VOXELS = 8_000_000  # sample of a scan for its mean, standard deviation or percentiles
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PrepareSettings:
-    """Settings of the preparation.
-
-    Args:
-        spacing_mm: target spacing along the prepared axes.
-        normalisers: one per channel.
-        crop: `body`: box of the body, outside which the mask is background by definition;
-            `nonzero`: box of the voxels that are nonzero in any channel; `none`.
-        body_above: a voxel with a larger intensity is body; None: a tenth of the 99th percentile
-            of the first channel.
-        axes: `canonical`: R, A, S; `stored`: order of the file, slowest first.
-        transpose: applied afterwards: prepared axis n is axis `transpose[n]` of these.
-        separate_above: if the coarsest spacing (of the scan, else of the target) exceeds the
-            finest by more than this factor, use nearest neighbour along that axis and interpolate
-            only the other two, in both directions.
-        clip_overshoot: cubic only: clip to the range of the scan, or of the slice if an axis is
-            separate.
-        normalise_first: normalise before resampling instead of after it.
-    """
-
-    spacing_mm: tuple[float, float, float]
-    normalisers: tuple[Normaliser, ...]
-    interpolation: Literal["linear", "cubic"] = "linear"
-    crop: Literal["body", "nonzero", "none"] = "body"
-    body_above: float | None = None
-    axes: Literal["canonical", "stored"] = "canonical"
-    transpose: tuple[int, int, int] = (0, 1, 2)
-    separate_above: float | None = None
-    clip_overshoot: bool = False
-    normalise_first: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,13 +81,14 @@ class Prepared:
     has_body: bool = True
 
 
-def prepare(images: Mapping[str, Volume], settings: PrepareSettings) -> Prepared:
+def prepare(
+    images: Mapping[str, Volume], settings: Preprocess, absent: Collection[str] = ()
+) -> Prepared:
     """Reorder axes, crop to the body, resample and normalise all planes at once.
 
-    Raises:
-        ScanError: the channels lie on different grids.
+    Arguments and errors are those of `Preparation`.
     """
-    preparation = Preparation(images, settings)
+    preparation = Preparation(images, settings, absent)
     planes = preparation.planes()
     array = planes.read(0, planes.shape[planes.axis]).numpy()
     return Prepared(np.ascontiguousarray(array), preparation.trail, preparation.has_body)
@@ -129,14 +99,21 @@ class Preparation:
 
     Args:
         images: channel name → scan, in the order of the network's input channels; all on one grid.
+        settings: of a closed recipe.
+        absent: channels that the case lacks; their input is 0.
 
     Raises:
         ScanError: the channels lie on different grids.
     """
 
-    def __init__(self, images: Mapping[str, Volume], settings: PrepareSettings) -> None:
+    def __init__(
+        self, images: Mapping[str, Volume], settings: Preprocess, absent: Collection[str] = ()
+    ) -> None:
         _check_one_grid(images)
         self._settings = settings
+        self._normalisers: list[Normaliser | None] = [
+            None if name in absent else settings.normaliser_of(name) for name in images
+        ]
         self._volumes = list(images.values())
         first = self._volumes[0]
         is_canonical = settings.axes == "canonical"
@@ -148,8 +125,9 @@ class Preparation:
         i, j, k = stored[0].shape
         box = content_box or BoundingBox.whole((i, j, k))
         cropped = canonical_geometry(first.geometry, order).crop(box)
-        separate = separate_axis(cropped.spacing_mm, settings.spacing_mm, settings.separate_above)
-        shape = resampled_shape(cropped, settings.spacing_mm)
+        spacing_mm = closed(settings.spacing_mm)
+        separate = separate_axis(cropped.spacing_mm, spacing_mm, settings.separate_above)
+        shape = resampled_shape(cropped, spacing_mm)
         self.trail = Trail(first.geometry, order, box, shape, separate)
         self.has_body = content_box is not None or settings.crop != "body"
         self._views = [crop(array, box) for array in stored]
@@ -172,9 +150,8 @@ class Preparation:
         """Return the same scan at another spacing, resampled linearly, with this normalisation."""
         _ = self._scalings, self._nonzero  # computed once, on this grid, for both
         other = copy(self)
-        other._settings = replace(
-            self._settings, spacing_mm=spacing_mm, interpolation="linear", separate_above=None
-        )
+        changes = {"spacing_mm": spacing_mm, "interpolation": "linear", "separate_above": None}
+        other._settings = self._settings.model_copy(update=changes)
         shape = resampled_shape(self.trail.cropped, spacing_mm)
         other.trail = replace(self.trail, shape=shape, separate_axis=None)
         return other
@@ -273,8 +250,7 @@ class Preparation:
 
         None if no normaliser needs it.
         """
-        regions = [getattr(normaliser, "region", "") for normaliser in self._settings.normalisers]
-        if "nonzero" not in regions:
+        if "nonzero" not in map(self._region, range(len(self._normalisers))):
             return None
         nonzero = np.zeros(self._views[0].shape, bool)
         axis = slowest_axis(self._views[0])
@@ -287,7 +263,10 @@ class Preparation:
     @cached_property
     def _scalings(self) -> list[Scaling]:
         scalings = []
-        for index, normaliser in enumerate(self._settings.normalisers):
+        for index, normaliser in enumerate(self._normalisers):
+            if normaliser is None:
+                scalings.append(ABSENT)
+                continue
             scaling = None
             if self._settings.normalise_first:
                 # These networks were trained with statistics of all voxels; samples miss extremes.
@@ -295,9 +274,13 @@ class Preparation:
             scalings.append(scaling or normaliser.fit(self._sample(index)))
         return scalings
 
+    def _region(self, index: int) -> str | None:
+        normaliser = self._normalisers[index]
+        return None if normaliser is None else normaliser.fitted_region
+
     def _parts(self, index: int) -> Iterator[np.ndarray]:
         """Yield the intensities of the region of a channel's normaliser, on the stored grid."""
-        region = getattr(self._settings.normalisers[index], "region", None)
+        region = self._region(index)
         view = self._views[index]
         for part in slabs_of(view):
             values = _scaled(view[part], self._volumes[index])
@@ -310,7 +293,7 @@ class Preparation:
 
     def _sample(self, index: int) -> np.ndarray:
         """Return intensities of the region of a channel's normaliser: all, or an even sample."""
-        region = getattr(self._settings.normalisers[index], "region", None)
+        region = self._region(index)
         if region is None:
             return np.empty(0, np.float32)
         volume = self._volumes[index]
@@ -414,9 +397,12 @@ def prepare_mask(reference: np.ndarray, trail: Trail) -> np.ndarray:
     return np.ascontiguousarray(resample_mask(cropped, trail.shape))
 
 
-def _stored_threshold(volume: Volume, stored: np.ndarray, above: float | None) -> float:
+def _stored_threshold(
+    volume: Volume, stored: np.ndarray, above: float | Literal["per_scan"]
+) -> float:
     """Return the body threshold in stored units, so that the scan need not be scaled."""
-    intensity = body_threshold(stored, volume.slope, volume.intercept) if above is None else above
+    per_scan = above == "per_scan"
+    intensity = body_threshold(stored, volume.slope, volume.intercept) if per_scan else above
     return (intensity - volume.intercept) / volume.slope
 
 

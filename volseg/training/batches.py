@@ -11,9 +11,9 @@ import numpy as np
 import torch
 
 from volseg.io.prepared import PreparedCase
-from volseg.planning import Plan
 from volseg.preprocessing.resample import send
 from volseg.recipe import Recipe
+from volseg.recipe.section import closed
 from volseg.training.augment import augment, enlarged_shape
 from volseg.training.samples import sample_batch
 
@@ -32,16 +32,15 @@ class Batches:
         self,
         cases: Sequence[PreparedCase],
         recipe: Recipe,
-        plan: Plan,
         *,
         seed: int,
         device: torch.device,
         rank: int = 0,
         ranks: int = 1,
     ) -> None:
-        self._cases, self._recipe, self._plan = cases, recipe, plan
+        self._cases, self._recipe = cases, recipe
         self._seed, self._device = seed, device
-        size, parts = plan.batch_size, recipe.train.accumulate
+        size, parts = recipe.batch_size, recipe.train.accumulate
         self._total = size * ranks * parts
         # Dealt like cards: patches centred on labels come first, and every part needs some of them.
         self._parts = [
@@ -77,23 +76,22 @@ class Batches:
                 send(torch.from_numpy(images), self._device),
                 send(torch.from_numpy(masks), self._device),
                 self._recipe.train.augment,
-                patch_shape=self._plan.patch_shape,
-                spacing_mm=self._plan.spacing_mm,
+                patch_shape=self._recipe.patch_shape,
+                spacing_mm=self._recipe.spacing_mm,
                 seeds=[(self._seed, step, index) for index in part],
             )
             for part, (images, masks) in zip(self._parts, patches, strict=True)
         ]
 
     def _cut(self, step: int) -> Cut:
-        settings, fraction = self._recipe.train.augment, self._recipe.train.foreground_fraction
-        assert fraction != "auto", "the plan completed the recipe"
+        settings = self._recipe.train.augment
         return [
             sample_batch(
                 self._cases,
-                self._plan.patch_shape,
-                cut_shape=enlarged_shape(self._plan.patch_shape, settings),
+                self._recipe.patch_shape,
+                cut_shape=enlarged_shape(self._recipe.patch_shape, settings),
                 n=self._total,
-                foreground_fraction=fraction,
+                foreground_fraction=closed(self._recipe.train.foreground_fraction),
                 seed=self._seed,
                 step=step,
                 only=part,

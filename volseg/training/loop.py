@@ -23,7 +23,6 @@ from volseg.execution.cpu import is_out_of_memory
 from volseg.execution.threads import Threads
 from volseg.io.prepared import PreparedCase, read_prepared_case
 from volseg.networks import build_segmentation, copy_weights, unique_tensors
-from volseg.planning import Plan
 from volseg.recipe import Recipe
 from volseg.training.batches import Batches
 from volseg.training.checkpoint import (
@@ -96,7 +95,7 @@ class Trained:
 
 @dataclass(slots=True)
 class _State:
-    identity: str  # hash of recipe, plan, seed, cases and initial weights
+    identity: str  # hash of recipe, seed, cases and initial weights
     step: int = 0
     seconds: float = 0.0
     reserve: float = 0.0  # seconds of the budget kept for the final validation
@@ -112,7 +111,6 @@ class Job:
 
     training: Sequence[PreparedCase]
     recipe: Recipe
-    plan: Plan
     settings: RunSettings
     checkpoint: Path
     initial: Mapping[str, torch.Tensor]
@@ -122,7 +120,7 @@ class Job:
     def to_message(self) -> tuple[Any, ...]:
         """Return the job for another process, with cases as their paths."""
         paths = [(case.folder, case.id) for case in self.training]
-        shared = (self.recipe, self.plan, self.settings, self.checkpoint, dict(self.initial))
+        shared = (self.recipe, self.settings, self.checkpoint, dict(self.initial))
         return (paths, *shared, self.identity, self.resume)
 
     @staticmethod
@@ -134,7 +132,6 @@ def train_segmentation(
     training: Sequence[PreparedCase],
     validation: Sequence[PreparedCase],
     recipe: Recipe,
-    plan: Plan,
     settings: RunSettings,
     *,
     team: Team,
@@ -164,9 +161,9 @@ def train_segmentation(
             resume from is damaged.
     """
     began = time.monotonic()
-    identity = _identity(training, validation, recipe, plan, settings, team, initial)
+    identity = _identity(training, validation, recipe, settings, team, initial)
     last, best = checkpoints / "last.safetensors", checkpoints / "best.safetensors"
-    job = Job(training, recipe, plan, settings, last, initial, identity, resume)
+    job = Job(training, recipe, settings, last, initial, identity, resume)
     if team.size > 1:
         team.broadcast(job.to_message())
     run = Run(job, team)
@@ -217,7 +214,6 @@ class Run:
         self.batches = Batches(
             job.training,
             job.recipe,
-            job.plan,
             seed=job.settings.seed,
             device=self.device,
             rank=team.rank,
@@ -242,7 +238,6 @@ class Run:
         validator = Validator(
             validation,
             self.recipe,
-            self.job.plan,
             self.device,
             settings.seconds,
             tick=lambda doing: tick(doing, clock.done()),
@@ -389,7 +384,7 @@ class Run:
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
-            n, patch = self.job.plan.batch_size, " × ".join(map(str, self.job.plan.patch_shape))
+            n, patch = self.recipe.batch_size, " × ".join(map(str, self.recipe.patch_shape))
             raise VolsegError(
                 f"{n} patches of {patch} voxels do not fit into the memory of {self.device}",
                 fix="lower train.batch_size or train.patch_shape in the recipe, "
@@ -503,7 +498,6 @@ def _identity(
     training: Sequence[PreparedCase],
     validation: Sequence[PreparedCase],
     recipe: Recipe,
-    plan: Plan,
     settings: RunSettings,
     team: Team,
     initial: Mapping[str, torch.Tensor],
@@ -511,8 +505,7 @@ def _identity(
     """Hash everything that decides what a step does, so that only the same run is resumed."""
     cases = [[case.id, case.record.get("key")] for case in (*training, *validation)]
     options = [settings.seed, team.size, team.precision, list(settings.freeze)]
-    planned = plan.model_dump(mode="json", exclude={"lines"})
-    facts = [recipe.sha256, planned, options, cases, len(training)]
+    facts = [recipe.sha256, options, cases, len(training)]
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
     for name in sorted(initial):
         digest.update(name.encode() + initial[name].cpu().contiguous().numpy().tobytes())
@@ -596,7 +589,7 @@ def _restore(
         raise unusable_checkpoint(path, "it has no run identity")
     if state["identity"] != expected:
         raise VolsegError(
-            f"{path}: belongs to a run with another recipe, plan, seed, fold, precision, number of "
+            f"{path}: belongs to a run with another recipe, seed, fold, precision, number of "
             "devices, frozen layers, --init or cases",
             fix="resume with the options the run was started with, or delete the folder",
             code="E_EXISTS",

@@ -13,7 +13,8 @@ from torch.nn import functional
 
 from volseg.errors import VolsegError
 from volseg.io.prepared import IGNORED
-from volseg.recipe import Loss, Positive
+from volseg.recipe import Loss
+from volseg.recipe.section import Positive
 from volseg.registry import check_keys, check_name, keys_of, make_row
 
 SMOOTH = 1e-5  # makes the loss of a label that is absent, and was not predicted, zero

@@ -27,7 +27,6 @@ from volseg.io.prepared import (
     write_prepared_case,
 )
 from volseg.networks import build_segmentation, copy_weights
-from volseg.planning import Plan
 from volseg.preprocessing.crop import scaled_box
 from volseg.preprocessing.resample import coarsened_mask, resample
 from volseg.recipe import Recipe
@@ -40,7 +39,6 @@ def train_roi(
     training: Sequence[PreparedCase],
     validation: Sequence[PreparedCase],
     recipe: Recipe,
-    plan: Plan,
     settings: RunSettings,
     *,
     team: Team,
@@ -57,18 +55,17 @@ def train_roi(
     fraction of labelled voxels inside the region, and the mean fraction of the scan in the region.
 
     Args:
-        training, validation, plan: of the fine pass.
+        training, validation, recipe: of the fine pass.
         folder: for the coarse cases and the checkpoints.
         settings, team, resume, initial, report, tick, threads: as in `train_segmentation`.
     """
     ends = math.inf if settings.seconds is None else time.monotonic() + settings.seconds
     coarse = recipe.coarse
     assert recipe.roi is not None and coarse is not None
-    coarse_plan = plan.coarse(recipe.roi)
     make = partial(
         _cached_coarse_case,
-        spacing_mm=plan.spacing_mm,
-        coarse_mm=coarse_plan.spacing_mm,
+        spacing_mm=recipe.spacing_mm,
+        coarse_mm=coarse.spacing_mm,
         folder=folder,
         seed=settings.seed,
     )
@@ -85,7 +82,6 @@ def train_roi(
         coarse_training,
         coarse_validation,
         coarse,
-        coarse_plan,
         settings,
         team=team,
         checkpoints=folder,
@@ -97,8 +93,8 @@ def train_roi(
     )
     network = copy_weights(build_segmentation(coarse), trained.weights)
     backend = TorchBackend(network, team.fabric.device)
-    tiling = Tiling(patch_shape=coarse_plan.patch_shape, overlap=coarse.infer.overlap)
-    margin = [recipe.roi.margin_mm / mm for mm in plan.spacing_mm]
+    tiling = Tiling(patch_shape=coarse.patch_shape, overlap=coarse.infer.overlap)
+    margin = [recipe.roi.margin_mm / mm for mm in recipe.spacing_mm]
     fractions = []
     for fine, small in zip(validation, coarse_validation, strict=True):
         if fractions and time.monotonic() > ends:

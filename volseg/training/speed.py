@@ -10,7 +10,6 @@ from pathlib import Path
 
 from volseg.execution.threads import Threads
 from volseg.io.prepared import PreparedCase
-from volseg.planning import Plan
 from volseg.recipe import Recipe
 from volseg.training.loop import Job, Run, RunSettings
 from volseg.training.ranks import Team
@@ -24,7 +23,6 @@ SETTLING_SECONDS = 40.0  # limit for finding the fastest number of threads
 def seconds_per_step(
     training: Sequence[PreparedCase],
     recipe: Recipe,
-    plan: Plan,
     *,
     team: Team,
     seed: int = 0,
@@ -32,7 +30,7 @@ def seconds_per_step(
     until: float = math.inf,
     tick: Callable[[str], None] = lambda doing: None,
 ) -> float:
-    """Return the seconds of one training step of the recipe's network with this plan.
+    """Return the seconds of one training step of the recipe's network.
 
     A step cuts and augments its patches, runs forward and backward, and updates the weights. The
     trained weights are discarded.
@@ -45,7 +43,7 @@ def seconds_per_step(
         tick: called after each step.
     """
     settings = RunSettings(seed=seed, epochs=1, patience=1)
-    job = Job(training, recipe, plan, settings, Path(), {}, "timed", resume=False)
+    job = Job(training, recipe, settings, Path(), {}, "timed", resume=False)
     if team.size > 1:
         team.broadcast(job.to_message())
     run = Run(job, team)

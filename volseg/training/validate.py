@@ -16,23 +16,21 @@ from volseg.execution.time_budget import OutOfTimeError
 from volseg.inference.stream import ArrayPlanes, Tiling, predict_slabs
 from volseg.inference.torch_backend import TorchBackend
 from volseg.io.prepared import IGNORED, PreparedCase
-from volseg.planning import Plan
 from volseg.recipe import Recipe
 
 BATCH_VOXELS = 64**3  # of a batch of tiles
 
 
-def tiling_of(plan: Plan, overlap: float) -> Tiling:
+def tiling_of(recipe: Recipe, overlap: float) -> Tiling:
     """Return a tiling with small tiles in batches, as a single one leaves most of a device idle."""
-    batch_size = max(1, BATCH_VOXELS // math.prod(plan.patch_shape))
-    return Tiling(patch_shape=plan.patch_shape, overlap=overlap, batch_size=batch_size)
+    batch_size = max(1, BATCH_VOXELS // math.prod(recipe.patch_shape))
+    return Tiling(patch_shape=recipe.patch_shape, overlap=overlap, batch_size=batch_size)
 
 
 def predicted_classes(
     network: nn.Module,
     case: PreparedCase,
     recipe: Recipe,
-    plan: Plan,
     device: torch.device,
     *,
     overlap: float,
@@ -44,7 +42,7 @@ def predicted_classes(
     `on_tile` is called after each tile; an exception from it ends the prediction.
     """
     case.check()
-    tiling = tiling_of(plan, overlap)
+    tiling = tiling_of(recipe, overlap)
     backend = TorchBackend(network, device)
     planes = ArrayPlanes(np.asarray(case.image))
     slabs = predict_slabs(planes, backend, tiling, n_classes=recipe.data.n_outputs, on_tile=on_tile)
@@ -70,7 +68,6 @@ def validate(
     network: nn.Module,
     cases: Sequence[PreparedCase],
     recipe: Recipe,
-    plan: Plan,
     device: torch.device,
     *,
     overlap: float,
@@ -84,7 +81,7 @@ def validate(
             then have rows.
         on_tile: called after each tile with the case's id, for progress.
     """
-    ml = float(np.prod(plan.spacing_mm)) / 1000
+    ml = float(np.prod(recipe.spacing_mm)) / 1000
     rows = []
 
     def predict(case: PreparedCase) -> np.ndarray:
@@ -93,9 +90,7 @@ def validate(
             if time.monotonic() > until:
                 raise OutOfTimeError
 
-        return predicted_classes(
-            network, case, recipe, plan, device, overlap=overlap, on_tile=after_tile
-        )
+        return predicted_classes(network, case, recipe, device, overlap=overlap, on_tile=after_tile)
 
     for case in cases:
         try:

@@ -14,7 +14,6 @@ from volseg.inference.stream import predict_logits
 from volseg.inference.torch_backend import TorchBackend
 from volseg.io.prepared import PreparedCase
 from volseg.networks import build_segmentation, copy_weights
-from volseg.planning import Plan
 from volseg.recipe import Recipe
 from volseg.training.validate import tiling_of, validate
 
@@ -43,13 +42,12 @@ class Validator:
         self,
         validation: Sequence[PreparedCase],
         recipe: Recipe,
-        plan: Plan,
         device: torch.device,
         seconds: float | None,
         *,
         tick: Callable[[str], None] = lambda doing: None,
     ) -> None:
-        self._validation, self._recipe, self._plan, self._device = validation, recipe, plan, device
+        self._validation, self._recipe, self._device = validation, recipe, device
         self._seconds, self._tick = seconds, tick
         self._network = build_segmentation(recipe)
         self._subset = _spread(validation, recipe.train.validation_cases)
@@ -128,7 +126,6 @@ class Validator:
             network,
             cases,
             self._recipe,
-            self._plan,
             self._device,
             overlap=overlap,
             until=until,
@@ -139,12 +136,12 @@ class Validator:
         return self._seconds_per_tile * self._tiles(cases, overlap)
 
     def _tiles(self, cases: Sequence[PreparedCase], overlap: float) -> int:
-        tiling = tiling_of(self._plan, overlap)
+        tiling = tiling_of(self._recipe, overlap)
         return sum(tiling.count(case.mask.shape) for case in cases)
 
     def _time_a_tile(self) -> float:
-        backend, tiling = TorchBackend(self._network, self._device), tiling_of(self._plan, 0.0)
-        r, a, s = self._plan.patch_shape
+        backend, tiling = TorchBackend(self._network, self._device), tiling_of(self._recipe, 0.0)
+        r, a, s = self._recipe.patch_shape
         n_classes = self._recipe.data.n_outputs
         tiles = np.zeros((len(self._recipe.data.channels), r, a, s * tiling.batch_size), np.float32)
         predict_logits(tiles, backend, tiling, n_classes=n_classes)  # warm-up

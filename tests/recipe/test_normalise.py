@@ -1,8 +1,7 @@
 import numpy as np
 import pytest
 
-from volseg.errors import VolsegError
-from volseg.preprocessing.normalise import Percentile, Scale, Window, ZScore
+from volseg.recipe.normalise import Percentile, Scale, Window, ZScore
 
 ARRAY = np.random.default_rng(0).normal(100, 30, (8, 9, 10)).astype(np.float32)
 BODY = ARRAY > 80
@@ -15,7 +14,7 @@ def test_a_window_clips_and_scales_with_the_statistics_of_the_dataset():
 
 
 def test_an_empty_window_is_refused():
-    with pytest.raises(VolsegError, match="empty"):
+    with pytest.raises(ValueError, match="empty"):
         Window(low=10, high=10, mean=0, sd=1)
 
 

@@ -1,5 +1,6 @@
-"""Intensities → network input. A normaliser is a frozen dataclass; `fit` returns a `Scaling`.
+"""Normalisation: intensities of a channel → network input.
 
+A normaliser is one class: the keys that a recipe writes, and `fit`, which returns a `Scaling`.
 `body` (I, J, K) bool marks the voxels of the patient: those above the body threshold or, where the
 recipe crops to the nonzero box, those that are nonzero in any channel, with holes filled.
 """
@@ -10,14 +11,23 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
 from math import inf, isinf, sqrt
-from typing import Literal
+from typing import TYPE_CHECKING, Annotated, Literal, get_args
 
 import numpy as np
-import torch
+from pydantic import Field, model_validator
 
-from volseg.errors import VolsegError
+from volseg.recipe.section import (
+    AUTO,
+    Auto,
+    Intensity,
+    Section,
+    StandardDeviation,
+    closed,
+    refuse_empty_window,
+)
 
-Region = Literal["body", "scan", "nonzero"]
+if TYPE_CHECKING:  # torch takes seconds to import; reading a recipe does not need it
+    import torch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,6 +46,8 @@ class Scaling:
 
     def __call__(self, array: np.ndarray, body: np.ndarray | None = None) -> np.ndarray:
         """Return a new float32 array of any shape; without `body` the nonzero voxels are inside."""
+        import torch
+
         values = torch.from_numpy(array.astype(np.float32))
         inside = None if body is None else torch.from_numpy(np.array(body))
         return self.apply_(values, inside).numpy()
@@ -51,10 +63,11 @@ class Scaling:
         return values if outside is None else values.masked_fill_(outside, 0)
 
 
-class Normaliser(ABC):
-    """Base class of the mappings from intensities of a channel to network input."""
+ABSENT = Scaling(shift=0.0, factor=0.0)  # a missing channel: about the mean of the others
 
-    __slots__ = ()
+
+class Normaliser(Section, ABC):
+    """Base class of the mappings from intensities of a channel to network input."""
 
     @abstractmethod
     def fit(self, array: np.ndarray, body: np.ndarray | None = None) -> Scaling:
@@ -71,44 +84,58 @@ class Normaliser(ABC):
         """Normalise intensities (I, J, K) to float32 (I, J, K)."""
         return self.fit(array, body)(array, body)
 
+    @property
+    def fitted_region(self) -> str | None:
+        """Voxels whose intensities `fit` needs: `body`, `scan` or `nonzero`; None for none."""
+        return getattr(self, "region", None)
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Absent(Normaliser):
-    """Normaliser of a missing channel: 0, about the mean of normalised intensities."""
+    @property
+    def shown(self) -> str:
+        """What people read of it in a plan."""
+        return str(getattr(self, "method", ""))
 
-    def fit(self, array: np.ndarray, body: np.ndarray | None = None) -> Scaling:
-        return Scaling(shift=0.0, factor=0.0)
+    @property
+    def open_keys(self) -> list[str]:
+        """Keys that are "auto" and for a plan to fill in."""
+        return [key for key, value in self if value == AUTO]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Window(Normaliser):
-    """Clip to [low, high], subtract `mean`, divide by `sd`; for CT with data set statistics."""
+    """CT normalisation: clip to [low, high], subtract the foreground mean, divide by its SD."""
 
-    low: float
-    high: float
-    mean: float
-    sd: float
+    method: Literal["window"] = "window"
+    low: Intensity | Auto = AUTO  # auto: 0.5 percentile of the foreground of the training cases
+    high: Intensity | Auto = AUTO  # auto: 99.5 percentile
+    mean: Intensity | Auto = AUTO
+    sd: StandardDeviation | Auto = AUTO
 
-    def __post_init__(self) -> None:
-        if not self.low < self.high or self.sd <= 0:
-            raise VolsegError(
-                f"window from {self.low} to {self.high} with standard deviation {self.sd} is empty",
-                fix="set low < high and sd > 0 under [preprocess.normalise]",
-                code="E_RECIPE",
-            )
+    @model_validator(mode="after")
+    def _is_not_empty(self) -> Window:
+        refuse_empty_window(self.low, self.high)
+        return self
+
+    @property
+    def shown(self) -> str:
+        return f"{self.low:g} to {self.high:g}, less {self.mean:g}, by {self.sd:g}"
 
     def fit(self, array: np.ndarray, body: np.ndarray | None = None) -> Scaling:
-        return Scaling(low=self.low, high=self.high, shift=self.mean, factor=1 / self.sd)
+        return Scaling(
+            low=closed(self.low),
+            high=closed(self.high),
+            shift=closed(self.mean),
+            factor=1 / closed(self.sd),
+        )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
 class ZScore(Normaliser):
-    """Subtract the mean and divide by the standard deviation of the region's voxels.
+    """MRI normalisation: subtract the mean and divide by the standard deviation of the scan.
 
     A constant scan becomes 0, and with the region `nonzero` so do the voxels outside the body.
     """
 
-    region: Region = "body"
+    method: Literal["zscore"] = "zscore"
+    # Voxels over which the mean and SD are taken; with `nonzero` all other voxels stay 0.
+    region: Literal["body", "scan", "nonzero"] = "body"
 
     def fit(self, array: np.ndarray, body: np.ndarray | None = None) -> Scaling:
         inside = _inside(array, body, self.region)
@@ -132,13 +159,16 @@ class ZScore(Normaliser):
         return Scaling(shift=mean, factor=factor, inside_only=self.region == "nonzero")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Percentile(Normaliser):
-    """Map two percentiles of the region's voxels to 0 and 1 and clip; a constant scan becomes 0."""
+    """Scaling that maps two percentiles of the scan to 0 and 1, and clips there.
 
-    low_percent: float
-    high_percent: float
-    region: Region = "body"
+    A constant scan becomes 0.
+    """
+
+    method: Literal["percentile"] = "percentile"
+    low_percent: Annotated[float, Field(ge=0, lt=100)] = 1.0
+    high_percent: Annotated[float, Field(gt=0, le=100)] = 99.0
+    region: Literal["body", "scan"] = "body"
 
     def fit(self, array: np.ndarray, body: np.ndarray | None = None) -> Scaling:
         inside = _inside(array, body, self.region)
@@ -157,22 +187,24 @@ class Percentile(Normaliser):
         return Scaling(low=low, high=high, shift=low, factor=1 / (high - low) if high > low else 0)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Scale(Normaliser):
-    """Subtract and divide by fixed numbers; 0 and 1 leave the intensities unchanged."""
+    """Scaling by fixed numbers, for photographs or intensities that are already comparable."""
 
-    subtract: float = 0.0
-    divide_by: float = 1.0
+    method: Literal["scale"] = "scale"
+    subtract: Intensity = 0.0
+    divide_by: StandardDeviation = 1.0
 
     def fit(self, array: np.ndarray, body: np.ndarray | None = None) -> Scaling:
         return Scaling(shift=self.subtract, factor=1 / self.divide_by)
 
 
-def _inside(array: np.ndarray, body: np.ndarray | None, region: Region) -> np.ndarray:
+def _inside(array: np.ndarray, body: np.ndarray | None, region: str) -> np.ndarray:
     """Return the values of the region, or all values if it is empty or not given."""
     if region == "nonzero" and body is None:
         body = array != 0
     return array[body] if region != "scan" and body is not None and body.any() else array
 
 
-NORMALISERS = {"window": Window, "zscore": ZScore, "percentile": Percentile, "scale": Scale}
+# What `method` may be under [preprocess.normalise].
+Normalise = Annotated[Window | ZScore | Percentile | Scale, Field(discriminator="method")]
+NORMALISERS: tuple[type[Normaliser], ...] = get_args(get_args(Normalise)[0])

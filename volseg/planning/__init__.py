@@ -1,0 +1,1 @@
+"""What training would do with a dataset: its fingerprint, and a recipe without "auto"."""

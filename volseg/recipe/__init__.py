@@ -1,0 +1,55 @@
+"""Recipes: one frozen model per stage, read from TOML. They hold names and numbers, never code."""
+
+from volseg.recipe.classify import Classify
+from volseg.recipe.data import MOST_LABELS, Data
+from volseg.recipe.load import (
+    Recipe,
+    as_recipe,
+    listed,
+    load_recipe,
+    parse_recipe,
+    shipped_recipes,
+    validation_messages,
+)
+from volseg.recipe.normalise import Normaliser, Scale, Window, ZScore
+from volseg.recipe.preprocess import Preprocess
+from volseg.recipe.section import AUTO, Intensity, LabelValue, Name, Text
+from volseg.recipe.segment import PLANNED_LAYERS, Measure, Roi, Step
+from volseg.recipe.train import Augment, Loss, Network, Train
+from volseg.recipe.units import ARBITRARY, HU, SUV, UNITS, parse_unit
+
+__all__ = [
+    "ARBITRARY",
+    "AUTO",
+    "HU",
+    "MOST_LABELS",
+    "PLANNED_LAYERS",
+    "SUV",
+    "UNITS",
+    "Augment",
+    "Classify",
+    "Data",
+    "Intensity",
+    "LabelValue",
+    "Loss",
+    "Measure",
+    "Name",
+    "Network",
+    "Normaliser",
+    "Preprocess",
+    "Recipe",
+    "Roi",
+    "Scale",
+    "Step",
+    "Text",
+    "Train",
+    "Window",
+    "ZScore",
+    "as_recipe",
+    "listed",
+    "load_recipe",
+    "parse_recipe",
+    "parse_unit",
+    "shipped_recipes",
+    "validation_messages",
+]
