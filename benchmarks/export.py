@@ -53,10 +53,9 @@ def begin():
 VOLSEG = (
     LOGITS
     + """
-from volseg.preprocessing.crop import AxisOrder
 from volseg.preprocessing.prepare import Trail
 from volseg.preprocessing.restore import MaskRestorer
-from volseg.volume import BoundingBox, Geometry
+from volseg.volume import AxisOrder, BoundingBox, Geometry
 geometry = Geometry((512, 512, 300), np.diag([0.8, 0.8, 1.5, 1.0]))
 trail = Trail(geometry, AxisOrder.of(geometry), BoundingBox.whole(geometry.shape), (273, 273, 300))
 whole = planes(300)

@@ -33,14 +33,16 @@ VOLSEG = (
     + """
 from volseg.io.volumes import read_mask, read_volume
 from volseg.measurement.lesions import measure_lesions
+from volseg.measurement.scan import SegmentedScan
 from volseg.measurement.shape import _cubes
+from volseg.measurement.units import Unit
 from volseg.postprocessing.lesions import label_lesions
 import scipy.spatial, skimage.measure
 before, started = peak(), time.perf_counter()
 scan, mask = read_volume(folder + "/scan.nii"), read_mask(folder + "/mask.nii")
 lesions = label_lesions(mask.array, scan.geometry, objects="labels")
-options = {"case_id": "scan", "label_names": {}, "intensity_unit": "HU"}
-measured = measure_lesions(scan, lesions.ids, lesions.labels, **options)
+options = {"case_id": "scan", "label_names": {}, "unit": Unit(name="HU")}
+measured = measure_lesions(SegmentedScan(image=scan, lesions=lesions, **options))
 rows = [[r.label, r.volume_mm3, r.intensity_mean, r.surface_area_mm2, r.max3d_diameter_mm]
         for r in measured]
 print(json.dumps({"seconds": time.perf_counter() - started, "mb": peak() - before, "rows": rows}))

@@ -26,8 +26,7 @@ from scipy import ndimage
 
 import volseg
 from volseg.io.volumes import read_mask, read_volume, write_volume
-from volseg.preprocessing.align import index_matrix
-from volseg.volume import Geometry, Volume
+from volseg.volume import Geometry, Rigid, Volume
 
 AXES = ("long", "short")
 MIN_AXIS_MM = 10.0
@@ -52,9 +51,9 @@ def cases_of(dataset: Path, n: int) -> list[Case]:
     ]
 
 
-def rotate(volume: Volume, rotation: np.ndarray, order: int) -> np.ndarray:
-    """Resample the patient after a rotation (4, 4), on the grid of the scan before it."""
-    matrix = index_matrix(volume.geometry, volume.geometry, np.linalg.inv(rotation))
+def rotate(volume: Volume, rotation: Rigid, order: int) -> np.ndarray:
+    """Resample the patient after a rotation, on the grid of the scan before it."""
+    matrix = volume.geometry.index_matrix(volume.geometry, rotation.inverse())
     values = volume.intensities(volume.array).astype(np.float32)
     mode = "constant" if order == 0 else "nearest"
     return ndimage.affine_transform(
@@ -62,14 +61,11 @@ def rotate(volume: Volume, rotation: np.ndarray, order: int) -> np.ndarray:
     )
 
 
-def rotation_about_r(geometry: Geometry, angle_deg: float) -> np.ndarray:
-    """Return the (4, 4) rotation about the R axis through the centre of the grid."""
-    centre_mm = geometry.to_world_mm((np.array([geometry.shape]) - 1) / 2)[0]
+def rotation_about_r(geometry: Geometry, angle_deg: float) -> Rigid:
+    """Return the rotation about the R axis through the centre of the grid."""
     c, s = math.cos(math.radians(angle_deg)), math.sin(math.radians(angle_deg))
-    rotation = np.eye(4)
-    rotation[:3, :3] = [[1, 0, 0], [0, c, -s], [0, s, c]]
-    rotation[:3, 3] = centre_mm - rotation[:3, :3] @ centre_mm
-    return rotation
+    rotation = np.array([[1, 0, 0], [0, c, -s], [0, s, c]])
+    return Rigid.about(geometry.centre_mm, rotation, np.zeros(3))
 
 
 def measure(folder: Path, scans: dict[str, tuple[Volume, Volume]]) -> Path:

@@ -1,28 +1,22 @@
 """Pages of a scan and of a run whose names look like HTML."""
 
-from dataclasses import fields
-
 import numpy as np
 from laws import ball, centre_mm, grid_around, oblique
 from segmented_scans import segmented
 
+from volseg.columns import row_of
 from volseg.measurement.lesions import measure_lesions
 from volseg.measurement.rows import CaseRow, LesionMeasurement
-from volseg.pages.preview import make_preview, montage_jpeg
-from volseg.pages.run_page import report_html
+from volseg.pages.about import About
+from volseg.pages.montage import montage_jpeg
+from volseg.pages.preview import make_preview
+from volseg.pages.run_page import run_page
 from volseg.pages.viewer_page import image_budget, viewer_html
 from volseg.postprocessing.lesions import label_lesions
-from volseg.store.results import plain
 from volseg.volume import Volume
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\"'&{{7*7}} <!--\u2028"
-CASE = {
-    "case_id": "a",
-    "status": "done",
-    "n_lesions": 1,
-    "total_volume_ml": 2.5,
-    "image": "a.nii.gz",
-}
+CASE = CaseRow(case_id="a", status="done", n_lesions=1, total_volume_ml=2.5, image="a.nii.gz")
 
 
 def scene(affine=None, radii=(8, 5, 3), n_small=0):
@@ -46,7 +40,7 @@ def scene(affine=None, radii=(8, 5, 3), n_small=0):
     lesions = label_lesions(mask, geometry)
     names = {1: HOSTILE, 2: "speck"}
     rows = measure_lesions(segmented(scan, lesions, case_id=HOSTILE, label_names=names))
-    return scan, lesions.ids, [plain(row) for row in rows], centres
+    return scan, lesions.ids, rows, centres
 
 
 def page_of(scan, ids, rows, case=CASE):
@@ -56,28 +50,20 @@ def page_of(scan, ids, rows, case=CASE):
 
 
 def lesion(**values):
-    return (
-        {field.name: None for field in fields(LesionMeasurement)}
-        | {"case_id": "a", "notes": ""}
-        | values
-    )
+    return row_of(LesionMeasurement, {"case_id": "a", "notes": ""} | values)
 
 
 def report_of_all_states(n=12):
     """Report done, failed and pending scans with hostile names; some lesion values are unknown."""
-    cases = [
-        plain(CaseRow(case_id=f"scan_{i:02}", status="done", n_lesions=i % 3)) for i in range(n)
-    ]
+    cases = [CaseRow(case_id=f"scan_{i:02}", status="done", n_lesions=i % 3) for i in range(n)]
     cases += [
-        plain(
-            CaseRow(
-                case_id=HOSTILE,
-                status="failed",
-                reason=f"E_PAIR: {HOSTILE}; to fix: {HOSTILE}",
-                image=HOSTILE,
-            )
+        CaseRow(
+            case_id=HOSTILE,
+            status="failed",
+            reason=f"E_PAIR: {HOSTILE}; to fix: {HOSTILE}",
+            image=HOSTILE,
         ),
-        plain(CaseRow(case_id="later", status="pending")),
+        CaseRow(case_id="later", status="pending"),
     ]
     lesions = [
         lesion(
@@ -93,11 +79,10 @@ def report_of_all_states(n=12):
     ]
     scan, ids, _, _ = scene()
     montage = montage_jpeg(scan, ids, window=(-100.0, 200.0), point_mm=None, extent_mm=0, pixels=96)
-    about = {"command": "infer", "volseg": "9.9", "model": HOSTILE, "started": "today"}
-    return report_html(
-        about,
+    return run_page(
+        About(command="infer", volseg="9.9", model=HOSTILE, started="today"),
         cases,
         lesions,
         montages={f"scan_{i:02}": montage for i in range(n)},
         pages=["scan_00", "scan_01"],
-    )
+    ).html()

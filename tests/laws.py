@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import MISSING, fields, is_dataclass
 from itertools import permutations, product
 from pathlib import Path
+from typing import get_type_hints
 
 import numpy as np
 import pytest
+from pydantic import TypeAdapter, ValidationError
 
+from volseg.registry import make_row
 from volseg.volume import Geometry, Volume
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
@@ -20,6 +25,31 @@ def real_data(path: str) -> Path:
     if not (DATA / path).exists():
         pytest.skip(f"the real data are not on this machine: {DATA / path}")
     return DATA / path
+
+
+def row_with_examples(row: type) -> object:
+    """Make a row of a table, such as a step, with a number for each setting without a default."""
+    numbers = {
+        field.name: _example_of(get_type_hints(row, include_extras=True)[field.name])
+        for field in fields(row)
+        if field.default is MISSING and field.default_factory is MISSING
+    }
+    return make_row(row.__name__, row, numbers)
+
+
+def _example_of(annotation: object) -> float:
+    for number in (5, 5.5, 0.3):
+        with suppress(ValidationError):
+            TypeAdapter(annotation).validate_python(number, strict=True)
+            return number
+    raise AssertionError(f"no number is a {annotation}: give the setting a default")
+
+
+def assert_is_a_row(row: object) -> None:
+    """Check that a row of a table is a frozen dataclass whose settings have names."""
+    assert isinstance(row, type) and is_dataclass(row), f"{row} is not a dataclass"
+    assert row.__dataclass_params__.frozen, f"{row} is not frozen"
+    assert all(field.kw_only for field in fields(row)), f"{row} is not kw_only"
 
 
 def ras(spacing_mm: tuple[float, float, float]) -> np.ndarray:

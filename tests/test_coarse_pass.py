@@ -11,10 +11,9 @@ from laws import GRIDS, ball, centre_mm, lps, oblique, ras
 from volseg.bundle import ModelBundle
 from volseg.inference.torch_backend import TorchBackend
 from volseg.planning.fingerprint import DatasetFingerprint
-from volseg.preprocessing.crop import AxisOrder, to_canonical
 from volseg.recipe import parse_recipe
 from volseg.segment import Model, segment_case
-from volseg.volume import BoundingBox, Geometry, Volume
+from volseg.volume import AxisOrder, BoundingBox, Geometry, Volume
 
 RECIPE = """
 name = "by_hand"
@@ -112,7 +111,7 @@ def test_the_result_equals_that_of_the_whole_scan_in_the_region_and_is_backgroun
     sections = {"preprocess": {"crop": crop}, "infer": {"inside": inside}}
     two_pass, without = model(**sections), model(coarse=None, **sections)
     result, expected = masks(scan, two_pass, without)
-    region = BoundingBox.around(bright, margin=(5, 5, 3))
+    region = BoundingBox.around(bright).widened((5, 5, 3), bright.shape)
     np.testing.assert_array_equal(result[region.slices], expected[region.slices])
     assert (result[bright] == 2).mean() > 0.95
     assert (expected[faint] == 2).mean() > 0.8
@@ -130,8 +129,8 @@ def test_the_margin_is_in_millimetres_for_any_spacing(affine, margin_mm):
     everywhere = model(fine=-5000, margin_mm=margin_mm, patch=4, overlap=0.75)
     order = AxisOrder.of(scan.geometry)
     (mask,) = masks(scan, everywhere)
-    lesion = BoundingBox.around(to_canonical(bright, order))
-    region = BoundingBox.around(to_canonical(mask > 0, order))
+    lesion = BoundingBox.around(order.apply(bright))
+    region = BoundingBox.around(order.apply(mask > 0))
     assert (mask > 0).sum() == np.prod(region.shape)
     spacing = [scan.geometry.spacing_mm[axis] for axis in order.axes]
     shape = [scan.geometry.shape[axis] for axis in order.axes]

@@ -7,14 +7,17 @@ from types import SimpleNamespace
 
 import pytest
 
-from volseg.commands.batch import CaseFiles, run_cases
+from volseg.commands.batch import Batch, CaseFiles, run_cases
 from volseg.commands.patients import read_pairs
 from volseg.commands.remarks import remarks_on_scans
 from volseg.errors import VolsegError
 from volseg.inputs import parse_json, read_toml
 from volseg.io.cases import Case
 from volseg.io.layouts import find_cases
+from volseg.measurement.rows import CaseRow
 from volseg.nnunet.plans import Dataset, configuration_of
+from volseg.options import MeasureOptions
+from volseg.pages.about import About
 from volseg.store.results import State
 
 LONGER = 4  # times the length
@@ -59,12 +62,19 @@ def table_of_many_channels(folder, n):
     return lambda: find_cases(folder / "cases.csv", None)
 
 
+def times(folder, names):
+    return [
+        SimpleNamespace(name=name, results=folder, case_ids=names)
+        for name in ("baseline", "follow-up")
+    ]
+
+
 def table_of_pairs(folder, n):
     names = [f"p{number}" for number in range(n)]
     (folder / "pairs.csv").write_text(
         "patient,baseline,followup\n" + "".join(f"{name},{name},{name}\n" for name in names)
     )
-    return lambda: read_pairs(folder / "pairs.csv", (folder, folder), (names, names))
+    return lambda: read_pairs(folder / "pairs.csv", times(folder, names))
 
 
 def table_of_one_patient(folder, n):
@@ -72,12 +82,12 @@ def table_of_one_patient(folder, n):
     (folder / "one.csv").write_text(
         "patient,baseline,followup\n" + "".join(f"p,{name},\n" for name in names)
     )
-    return lambda: read_pairs(folder / "one.csv", (folder, folder), (names, names))
+    return lambda: read_pairs(folder / "one.csv", times(folder, names))
 
 
 def remarks(folder, n):
-    rows = [{"case_id": f"c{number}", "warnings": ""} for number in range(n)]
-    return lambda: remarks_on_scans(rows, [row["case_id"] for row in rows])
+    rows = [CaseRow(case_id=f"c{number}", status="done") for number in range(n)]
+    return lambda: remarks_on_scans(rows, [row.case_id for row in rows])
 
 
 def cases_that_are_complete(folder, n):
@@ -90,12 +100,16 @@ def cases_that_are_complete(folder, n):
         keep=lambda name, scan: None,
         write_tables=lambda pending: [],
     )
-    options = {
-        "inputs": SimpleNamespace(of=lambda case: ()),
-        "files": CaseFiles(("masks",), False, False),
-    }
-    options |= {"stage": "", "progress": lambda *call: None}
-    return lambda: run_cases(cases, lambda todo: iter(()), lambda case: "", results, **options)
+    batch = Batch(
+        results=results,
+        options=MeasureOptions(),
+        inputs=SimpleNamespace(of=lambda case: ()),
+        key_of=lambda case: "",
+        files=CaseFiles(("masks",), False, False),
+        stage="",
+        about=About(),
+    )
+    return lambda: run_cases(cases, lambda todo: iter(()), batch)
 
 
 def nnunet_channels(folder, n):

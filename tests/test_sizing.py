@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from volseg.errors import VolsegError
 from volseg.networks import build_network
 from volseg.recipe import Loss
-from volseg.sizing import BATCHES, SMALLEST_EDGE, STEPS, Budget, choose_size, topology
+from volseg.sizing import BATCHES, SMALLEST_EDGE, STEPS, Budget, Scans, choose_size, topology
 from volseg.training.losses import SegmentationLoss
 
 GB = 1 << 30
@@ -25,14 +25,14 @@ spacings = st.tuples(*[st.floats(0.3, 6.0)] * 3)
 
 
 def sized(name, memory=8 * GB, **changes):
-    shape, spacing = SCANS[name]
-    options = {
-        "channels": 1,
-        "outputs": 3,
-        "n_cases": 100,
-        "budget": Budget(memory=memory),
-    } | changes
-    return choose_size(shape, spacing, **options)
+    budget = changes.pop("budget", Budget(memory=memory))
+    return choose_size(scans(*SCANS[name]), budget, **changes)
+
+
+def scans(shape, spacing_mm, *, n_cases=100, channels=1, outputs=3):
+    return Scans(
+        shape=shape, spacing_mm=spacing_mm, n_cases=n_cases, channels=channels, outputs=outputs
+    )
 
 
 def network_of(size, outputs=3):
@@ -45,7 +45,7 @@ def network_of(size, outputs=3):
 @settings(deadline=None, max_examples=60)
 def test_the_chosen_size_fits_the_budget_and_can_be_built(shape, spacing, memory):
     budget = Budget(memory=memory * GB)
-    size = choose_size(shape, spacing, channels=2, outputs=3, n_cases=50, budget=budget)
+    size = choose_size(scans(shape, spacing, n_cases=50, channels=2), budget)
     assert size.training_bytes(2, 3) <= budget.memory
     assert BATCHES[0] <= size.batch_size <= BATCHES[1]
     assert len(size.features) == len(size.strides) == len(size.kernels)
@@ -140,12 +140,8 @@ def test_the_error_for_an_impossible_budget_says_which_number_to_change():
 )
 def test_the_estimated_memory_is_close_to_what_autograd_keeps_in_a_real_step(patch_shape, extra):
     size = choose_size(
-        (60, 60, 30),
-        (1, 1, 1.5),
-        channels=1,
-        outputs=3,
-        n_cases=10,
-        budget=Budget(memory=2 * GB),
+        scans((60, 60, 30), (1, 1, 1.5), n_cases=10),
+        Budget(memory=2 * GB),
         patch_shape=patch_shape,
         batch_size=2,
     )

@@ -15,7 +15,7 @@ import volseg
 from volseg.io.files import sha256_of
 from volseg.io.volumes import write_volume
 from volseg.store.records import record_files
-from volseg.volume import Geometry, Volume
+from volseg.volume import Geometry, Rigid, Volume
 
 CENTRE = np.array([12.0, -100.0, 40.0])  # of the body, RAS mm
 Balls = Sequence[tuple[tuple[float, float, float], float]]  # offset from CENTRE in mm, radius in mm
@@ -46,22 +46,18 @@ def grid(
     return Geometry(drawn.shape, drawn.affine)
 
 
-def movement(turn_deg: float, shift_mm, axis=(0.3, 0.5, 1.0)) -> np.ndarray:
-    """Return a (4, 4) rotation about the middle of the body, followed by a shift."""
+def movement(turn_deg: float, shift_mm, axis=(0.3, 0.5, 1.0)) -> Rigid:
+    """Return a rotation about the middle of the body, followed by a shift."""
     rotation = PHANTOMS.rotation(np.array(axis), np.deg2rad(turn_deg))
-    transform = np.eye(4)
-    transform[:3, :3] = rotation
-    transform[:3, 3] = CENTRE + np.array(shift_mm) - rotation @ CENTRE
-    return transform
+    return Rigid.about(CENTRE, rotation, np.array(shift_mm))
 
 
 def draw(
-    geometry: Geometry, balls: Balls, moved: np.ndarray | None = None, seed: int = 0
+    geometry: Geometry, balls: Balls, moved: Rigid | None = None, seed: int = 0
 ) -> tuple[Volume, Volume]:
     """Return a noisy scan in HU and a mask (1 in the balls) of the patient after a movement."""
-    back = np.eye(4) if moved is None else np.linalg.inv(moved)
     points = geometry.to_world_mm(np.moveaxis(np.indices(geometry.shape), 0, -1).reshape(-1, 3))
-    points = points @ back[:3, :3].T + back[:3, 3]
+    points = points if moved is None else moved.inverse().apply(points)
     density = PHANTOMS.hu_at(points, REGIONS)
     mask = np.zeros(len(points), np.uint8)
     for offset, radius in balls:

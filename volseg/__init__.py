@@ -1,7 +1,8 @@
 """volseg turns 3D CT, MR and PET scans into lesions, and lesions into numbers for a study.
 
 The commands of the command line are functions here: `plan`, `preprocess`, `train`, `infer`,
-`measure`, `evaluate`, `compare`, `report`, `quantise`, `check` and `import_nnunet`.
+`measure`, `evaluate`, `compare`, `report`, `quantise`, `check` and `import_nnunet`. `read_table`
+reads their tables as data frames.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ __all__ = [
     "plan",
     "preprocess",
     "quantise",
+    "read_table",
     "report",
     "train",
 ]
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
         plan,
         preprocess,
         quantise,
+        read_table,
         report,
         train,
     )

@@ -19,7 +19,6 @@ from volseg.measurement.units import (
     robust_range,
 )
 from volseg.planning.fingerprint import DatasetFingerprint
-from volseg.preprocessing.crop import AxisOrder, canonical_geometry
 from volseg.recipe import ARBITRARY, HU, SUV, Recipe, Scale, Window
 from volseg.volume import Geometry, Volume
 
@@ -151,7 +150,7 @@ def _never_was_ct(fingerprint: DatasetFingerprint, channel: str) -> bool:
 
 def _unusual(geometry: Geometry, fingerprint: DatasetFingerprint) -> Iterator[str]:
     """Yield a warning, with both ranges, for each size outside that of the training scans."""
-    canonical = canonical_geometry(geometry, AxisOrder.of(geometry))
+    canonical = geometry.canonical()
     shape, spacing_mm = np.array([canonical.shape]), np.array([canonical.spacing_mm])
     for size in _sizes(fingerprint):
         values = size.of(shape, spacing_mm)[0]

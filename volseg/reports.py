@@ -1,11 +1,17 @@
-"""What each command did, as values."""
+"""What each command did, as values, and the tables that it wrote, as data frames.
+
+A data frame is read from its file on each access, and holds every case of the folder.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 SUCCESS, SOME_FAILED, NONE_SUCCEEDED, INTERRUPTED = 0, 3, 4, 130
 
@@ -42,6 +48,11 @@ class RunReport:
         """A last sentence for the user."""
         return ""
 
+    def _read_table(self, name: str) -> DataFrame:
+        from volseg.store.tables import read_table  # `volseg --help` imports this file
+
+        return read_table(self.out / name)
+
     def as_json(self) -> dict[str, Any]:
         """Return the content that `--json` prints."""
         content = {item.name: getattr(self, item.name) for item in fields(self)}
@@ -61,6 +72,16 @@ class CasesReport(RunReport):
     objects: str
     pages: bool
     computed_with: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def lesions(self) -> DataFrame:
+        """lesions.csv: a row per lesion; see `volseg.read_table`."""
+        return self._read_table("lesions.csv")
+
+    @property
+    def cases(self) -> DataFrame:
+        """cases.csv: a row per scan, also for a failed one."""
+        return self._read_table("cases.csv")
 
     def as_json(self) -> dict[str, Any]:
         content = RunReport.as_json(self)
@@ -154,6 +175,16 @@ class PagesReport(RunReport):
 class EvaluateReport(RunReport):
     summary: Mapping[str, Any]  # content of summary.json
 
+    @property
+    def evaluation(self) -> DataFrame:
+        """evaluation.csv: a row per case and label; see `volseg.read_table`."""
+        return self._read_table("evaluation.csv")
+
+    @property
+    def detections(self) -> DataFrame:
+        """detections.csv: a row per lesion of either mask."""
+        return self._read_table("detections.csv")
+
     def as_json(self) -> dict[str, Any]:
         content = RunReport.as_json(self)
         return content | dict(content.pop("summary"))
@@ -171,3 +202,13 @@ class CompareReport(RunReport):
     patients: Sequence[Mapping[str, Any]]
     unpaired: Mapping[str, str] = field(default_factory=dict)
     not_listed: Mapping[str, Sequence[str]] = field(default_factory=dict)
+
+    @property
+    def responses(self) -> DataFrame:
+        """response.csv: a row per patient; see `volseg.read_table`."""
+        return self._read_table("response.csv")
+
+    @property
+    def changes(self) -> DataFrame:
+        """comparison.csv: a row per pair of lesions, and per lesion without a partner."""
+        return self._read_table("comparison.csv")

@@ -29,7 +29,7 @@ from volseg.measurement.specks import MeasuredLesions, measure_largest
 from volseg.mismatch import Resemblance, compare_scan
 from volseg.postprocessing.lesions import MANY, Lesions, label_lesions, remove_organ
 from volseg.postprocessing.steps import make_steps
-from volseg.preprocessing.align import completed, to_first_grid
+from volseg.preprocessing.channels import completed, to_first_grid
 from volseg.preprocessing.crop import scaled_box
 from volseg.preprocessing.prepare import Preparation
 from volseg.preprocessing.restore import MaskRestorer
@@ -67,11 +67,6 @@ class CaseResult:
     def lesion_ids(self) -> Volume:
         """Number of the lesion in each voxel, 1 for the largest."""
         return self.measured.lesion_ids
-
-    @property
-    def organ_voxels(self) -> int | None:
-        """Voxels of the organ, lesions excluded; None without an organ."""
-        return self.measured.scan.organ_voxels
 
 
 def load_model(

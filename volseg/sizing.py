@@ -144,14 +144,26 @@ def topology(
     return _deep_enough(strides, kernels)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scans:
+    """What a network is trained on.
+
+    Args:
+        shape: median shape of the training scans on the prepared grid.
+        channels, outputs: number of channels in and out of the network.
+    """
+
+    shape: tuple[float, float, float]
+    spacing_mm: tuple[float, float, float]
+    n_cases: int
+    channels: int
+    outputs: int
+
+
 def choose_size(
-    shape: Sequence[float],
-    spacing_mm: Sequence[float],
-    *,
-    channels: int,
-    outputs: int,
-    n_cases: int,
+    scans: Scans,
     budget: Budget,
+    *,
     patch_shape: Triple | None = None,
     batch_size: int | None = None,
     smallest_patch: Triple = (1, 1, 1),
@@ -164,7 +176,6 @@ def choose_size(
     makes `LEAST_STEPS`.
 
     Args:
-        shape: median shape of the training scans on the prepared grid.
         patch_shape, batch_size: None to choose them.
         smallest_patch: minimum length of the chosen patch along each axis, unless no such patch
             fits into memory.
@@ -172,48 +183,86 @@ def choose_size(
     Raises:
         VolsegError: even the smallest size does not fit.
     """
+    limits = _Limits(scans, budget)
     smallest = batch_size or BATCHES[0]
 
     def sizes(limit: int, width: int) -> Iterator[Size]:
         if patch_shape:
-            yield _sized(patch_shape, spacing_mm, width, smallest, is_fixed=True)
+            yield _sized(patch_shape, scans.spacing_mm, width, smallest, is_fixed=True)
             return
-        for patch in _patches(shape, spacing_mm, limit, smallest_patch):
-            yield _sized(patch, spacing_mm, width, smallest, is_fixed=False)
+        for patch in _patches(scans.shape, scans.spacing_mm, limit, smallest_patch):
+            yield _sized(patch, scans.spacing_mm, width, smallest, is_fixed=False)
 
-    least = min(sizes(PATCHES[-1], WIDTHS[-1]), key=lambda size: size.step_flops(channels, outputs))
-    if not _fits_memory(least, budget, channels, outputs):
+    least = min(sizes(PATCHES[-1], WIDTHS[-1]), key=limits.step_flops)
+    if not limits.allow_memory_of(least):
         if not patch_shape and max(smallest_patch) > 1:
-            return choose_size(
-                shape,
-                spacing_mm,
-                channels=channels,
-                outputs=outputs,
-                n_cases=n_cases,
-                budget=budget,
-                batch_size=batch_size,
-            )
+            return choose_size(scans, budget, batch_size=batch_size)
     elif budget.is_least:
         return least
     candidates = (size for limit in PATCHES for width in WIDTHS for size in sizes(limit, width))
-    best = next((size for size in candidates if _fits(size, budget, channels, outputs)), None)
-    if best is None and _fits(least, budget, channels, outputs, steps=LEAST_STEPS):
+    best = next((size for size in candidates if limits.allow(size)), None)
+    if best is None and limits.allow(least, steps=LEAST_STEPS):
         return least
     if best is None:
-        raise VolsegError(
-            _too_large(least, budget, channels, outputs),
-            fix=_remedy(least, budget, channels, outputs),
+        raise limits.refusal(least)
+    return best if batch_size is not None else _with_larger_batch(best, limits)
+
+
+def _with_larger_batch(size: Size, limits: _Limits) -> Size:
+    """Return the size with the largest batch within the limits."""
+    scans, best = limits.scans, size
+    all_voxels = scans.n_cases * math.prod(scans.shape)
+    most = min(BATCHES[1], int(BATCH_FRACTION * all_voxels / math.prod(size.patch_shape)))
+    for batch in range(size.batch_size + 1, max(size.batch_size, most) + 1):
+        larger = _sized(size.patch_shape, scans.spacing_mm, size.features[0], batch, is_fixed=True)
+        if not limits.allow(larger):
+            break
+        best = larger
+    return best
+
+
+@dataclass(frozen=True, slots=True)
+class _Limits:
+    """Whether training with a size fits into the budget."""
+
+    scans: Scans
+    budget: Budget
+
+    def step_bytes(self, size: Size) -> int:
+        scans = self.scans
+        return size.training_bytes(scans.channels, scans.outputs, half=self.budget.half)
+
+    def step_flops(self, size: Size) -> float:
+        return size.step_flops(self.scans.channels, self.scans.outputs)
+
+    def allow(self, size: Size, *, steps: int = STEPS) -> bool:
+        flops = self.budget.flops
+        in_time = flops is None or steps * self.step_flops(size) <= flops
+        return in_time and self.allow_memory_of(size)
+
+    def allow_memory_of(self, size: Size) -> bool:
+        return self.step_bytes(size) <= self.budget.memory
+
+    def refusal(self, least: Size) -> VolsegError:
+        """Return the error for a dataset whose smallest size exceeds the budget."""
+        needed, smaller = self.step_bytes(least), "a smaller train.patch_shape or train.batch_size"
+        patch = f"{' × '.join(map(str, least.patch_shape))} voxels"
+        plan = f"({patch}, batch {least.batch_size}, {least.features[0]} features)"
+        if needed > self.budget.memory:
+            limit = f"the budget is {self.budget.memory / 2**30:.2f} GB"
+            problem = f"takes {needed / 2**30:.2f} GB, and {limit}"
+            enough = math.ceil(needed / 2**30 * 10 + 0.5) / 10
+            fix = f"give a memory budget of {enough:g}G"
+        else:
+            assert self.budget.flops is not None
+            problem = f"makes fewer than {LEAST_STEPS} steps in the time budget"
+            factor = LEAST_STEPS * self.step_flops(least) / self.budget.flops
+            fix = f"give {factor:.1f} times the --time-budget"
+        return VolsegError(
+            f"the smallest plan {plan} {problem}",
+            fix=f"{fix}, or {smaller} in the recipe",
             code="E_BUDGET",
         )
-    if batch_size is None:
-        all_voxels = n_cases * math.prod(shape)
-        limit = min(BATCHES[1], int(BATCH_FRACTION * all_voxels / math.prod(best.patch_shape)))
-        for batch in range(smallest + 1, max(smallest, limit) + 1):
-            larger = _sized(best.patch_shape, spacing_mm, best.features[0], batch, is_fixed=True)
-            if not _fits(larger, budget, channels, outputs):
-                break
-            best = larger
-    return best
 
 
 def _patches(
@@ -224,17 +273,8 @@ def _patches(
     They are cubes in mm, no longer than the scans and no shorter than `smallest` along any axis.
     """
     median = [max(1.0, float(n)) for n in shape]
-    edge = (LARGEST_PATCH * math.prod(spacing_mm)) ** (1 / 3)
-    for _ in range(3):  # the other axes get what a short axis does not use
-        free = [n for n in range(3) if edge / spacing_mm[n] < median[n]]
-        if not free:
-            break
-        short = math.prod(median[n] for n in range(3) if n not in free)
-        edge = (LARGEST_PATCH / short * math.prod(spacing_mm[n] for n in free)) ** (1 / len(free))
-    patch = [
-        max(min(n, edge / mm), least)
-        for n, mm, least in zip(median, spacing_mm, smallest, strict=True)
-    ]
+    edges = _cube(median, spacing_mm)
+    patch = [max(edge, least) for edge, least in zip(edges, smallest, strict=True)]
     previous = None
     while True:
         padded, steps = _padded(patch, spacing_mm)
@@ -250,6 +290,18 @@ def _patches(
         if shorter[axis] < SMALLEST_EDGE or math.prod(shorter) < limit:
             return
         patch = [float(n) for n in shorter]
+
+
+def _cube(median: Sequence[float], spacing_mm: Sequence[float]) -> list[float]:
+    """Return the edges of `LARGEST_PATCH`, a cube in mm as far as the scans allow."""
+    edge = (LARGEST_PATCH * math.prod(spacing_mm)) ** (1 / 3)
+    for _ in range(3):  # the other axes get what a short axis does not use
+        free = [n for n in range(3) if edge / spacing_mm[n] < median[n]]
+        if not free:
+            break
+        short = math.prod(median[n] for n in range(3) if n not in free)
+        edge = (LARGEST_PATCH / short * math.prod(spacing_mm[n] for n in free)) ** (1 / len(free))
+    return [min(n, edge / mm) for n, mm in zip(median, spacing_mm, strict=True)]
 
 
 def _padded(patch: Sequence[float], spacing_mm: Sequence[float]) -> tuple[Triple, Triple]:
@@ -296,36 +348,6 @@ def _deep_enough(
     """Append levels without halving until the network has enough levels."""
     n_added = max(0, LEAST_LEVELS - len(strides))
     return (*strides, *[(1, 1, 1)] * n_added), (*kernels, *[kernels[-1]] * n_added)
-
-
-def _fits(size: Size, budget: Budget, channels: int, outputs: int, *, steps: int = STEPS) -> bool:
-    in_time = budget.flops is None or steps * size.step_flops(channels, outputs) <= budget.flops
-    return in_time and _fits_memory(size, budget, channels, outputs)
-
-
-def _fits_memory(size: Size, budget: Budget, channels: int, outputs: int) -> bool:
-    return size.training_bytes(channels, outputs, half=budget.half) <= budget.memory
-
-
-def _too_large(least: Size, budget: Budget, channels: int, outputs: int) -> str:
-    needed = least.training_bytes(channels, outputs, half=budget.half)
-    patch = f"{' × '.join(map(str, least.patch_shape))} voxels"
-    plan = f"the smallest plan ({patch}, batch {least.batch_size}, {least.features[0]} features)"
-    if needed > budget.memory:
-        limit = f"the budget is {budget.memory / 2**30:.2f} GB"
-        return f"{plan} takes {needed / 2**30:.2f} GB, and {limit}"
-    return f"{plan} makes fewer than {LEAST_STEPS} steps in the time budget"
-
-
-def _remedy(least: Size, budget: Budget, channels: int, outputs: int) -> str:
-    needed = least.training_bytes(channels, outputs, half=budget.half)
-    smaller = "a smaller train.patch_shape or train.batch_size in the recipe"
-    if needed > budget.memory:
-        enough = math.ceil(needed / 2**30 * 10 + 0.5) / 10
-        return f"give a memory budget of {enough:g}G, or {smaller}"
-    assert budget.flops is not None
-    factor = LEAST_STEPS * least.step_flops(channels, outputs) / budget.flops
-    return f"give {factor:.1f} times the --time-budget, or {smaller}"
 
 
 def _kernel(mm: Sequence[float], finer: Triple) -> Triple:

@@ -2,9 +2,13 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import pytest
+from typer.testing import CliRunner
 
 import volseg
+from volseg.cli import app
 from volseg.commands import table_columns
+from volseg.errors import VolsegError
 from volseg.io.volumes import read_mask, write_volume
 
 
@@ -48,7 +52,66 @@ def test_with_a_recipe_the_label_values_count_too_and_empty_masks_are_pointed_ou
     assert [(problem["where"], problem["code"]) for problem in problems] == [
         ("scan_0", "W_EMPTY"),
         *((f"scan_{number}", "E_LABELS") for number in range(1, 8)),
+        (str(tmp_path / "data"), "W_LABEL"),
     ]
+
+
+def test_labels_that_no_mask_holds_are_a_warning(dataset, tiny_recipe):
+    labels = {"cyst": 2, **tiny_recipe.data.labels}
+    data = tiny_recipe.data.model_copy(update={"labels": labels})
+    (problem,) = volseg.check(dataset, tiny_recipe.model_copy(update={"data": data}))
+    assert (problem["code"], problem["where"]) == ("W_LABEL", str(dataset))
+    assert "no mask holds label 'cyst' (value 2)" in problem["problem"]
+
+
+@pytest.mark.parametrize(
+    "line, misspelt, expected",
+    [
+        ('name = "unet3d"', 'name = "unet3"', "unet3d"),
+        ("features = [16, 32, 48]", "featurs = [16, 32, 48]", "features"),
+        ('step = "remove_small"', 'step = "remove_smal"', "remove_small"),
+        ("min_volume_mm3 = ", "min_volum_mm3 = ", "min_volume_mm3"),
+        ("[train]", '[train.loss]\noverlap = "dise"\n[train]', "dice, generalised_dice"),
+        ("[train]", '[train.loss]\nvoxel = "cross_entropie"\n[train]', "cross_entropy"),
+        ("[train]", "[train.loss]\nfocal_gama = 2\n[train]", "focal_gamma"),
+        ("patch_shape = [64, 64, 32]", "patch_shape = [64, 64, 30]", "28 or 32"),
+    ],
+)
+def test_misspelt_names_and_settings_are_refused_with_the_known_ones(
+    line, misspelt, expected, tmp_path, dataset
+):
+    text = (Path(__file__).parents[2] / "pipelines" / "smoke.toml").read_text()
+    assert line in text
+    path = tmp_path / "recipe.toml"
+    path.write_text(text.replace(line, misspelt))
+    (problem,) = volseg.check(path)
+    assert expected in problem["fix"] and problem["code"] == "E_RECIPE"
+    for command, options in ((volseg.plan, {}), (volseg.train, {"out": tmp_path / "model"})):
+        with pytest.raises(VolsegError) as caught:
+            command(dataset, recipe=path, **options)
+        assert caught.value.problem == problem["problem"]
+    assert not (tmp_path / "model").exists()
+
+
+def test_all_mistakes_in_names_are_reported_at_once(tmp_path):
+    text = (Path(__file__).parents[2] / "pipelines" / "smoke.toml").read_text()
+    text = text.replace("remove_small", "remove_smal").replace("unet3d", "unet3")
+    path = tmp_path / "recipe.toml"
+    path.write_text(text.replace("[train]", "[train.loss]\nfocal_gama = 2\n[train]"))
+    assert [problem["code"] for problem in volseg.check(path)] == ["E_RECIPE"] * 3
+    with pytest.raises(VolsegError, match=r"3 mistakes.*unet3.*focal_gama.*remove_smal"):
+        volseg.train(tmp_path, recipe=path, out=tmp_path / "model")
+
+
+def test_warnings_are_not_counted_as_problems(dataset, tiny_recipe, tmp_path):
+    shutil.copytree(dataset, tmp_path / "data")
+    for number in (0, 1):
+        path = tmp_path / "data" / "labels" / f"scan_{number}.nii.gz"
+        mask = read_mask(path)
+        write_volume(mask.with_array(np.zeros_like(mask.array)), path)
+    result = CliRunner().invoke(app, ["check", str(tmp_path / "data")])
+    assert result.exit_code == 0
+    assert result.output.rstrip().endswith("data: 0 problems, 2 warnings")
 
 
 def test_a_recipe_that_leaves_its_network_to_the_plan_has_no_problem(tmp_path, tiny_recipe):

@@ -11,14 +11,16 @@ from laws import ball, centre_mm, grid_around, oblique
 from segmented_scans import segmented
 
 import volseg
-from volseg.commands.pages import write_page, write_report
+from volseg.commands.pages import page_files, write_report
 from volseg.errors import VolsegError
 from volseg.io.volumes import write_volume
 from volseg.measurement.lesions import measure_lesions
 from volseg.measurement.memory import LISTED, PAGE, REPORT
 from volseg.measurement.rows import CaseRow
 from volseg.options.declare import amount
+from volseg.pages.about import About
 from volseg.postprocessing.lesions import label_lesions
+from volseg.store.records import CaseRecord
 from volseg.store.results import ResultsFolder
 from volseg.volume import Geometry, Volume
 
@@ -85,10 +87,9 @@ def test_making_a_page_takes_the_memory_that_is_planned_for_it(tmp_path):
     assert len(rows) > 1000
     case = CaseRow(case_id="a", status="done", n_lesions=len(rows))
     with ResultsFolder(tmp_path, "measure") as results, results.staged() as commit:
-        # The first page also packs NiiVue.
-        write_page(case, rows[:1], scan, lesions.ids, unit="a.u.", commit=commit)
+        page_files(case, rows[:1], scan, lesions.ids, unit="a.u.")  # also packs NiiVue
         tracemalloc.start()
-        write_page(case, rows, scan, lesions.ids, unit="a.u.", commit=commit)
+        commit.write_all(page_files(case, rows, scan, lesions.ids, unit="a.u."))
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         commit.finish()
@@ -117,12 +118,12 @@ def test_report_html_lists_the_largest_lesions_in_the_memory_that_is_planned_for
                 for number in range(1, n + 1)
             )
             with results.staged() as commit:
-                results.commit(case, commit, lesions=rows)
+                results.commit(CaseRecord(case=case, lesions=rows), commit)
         rows = results.item_rows()
-        about = {"command": "measure"}
-        write_report(results, about, rows, force=True, most=10)  # also reads the templates
+        about = About(command="measure")
+        write_report(results, about, rows, most=10)  # also reads the templates
         tracemalloc.start()
-        assert write_report(results, about, rows, force=True, most=most) == []
+        assert write_report(results, about, rows, most=most) == []
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
     assert peak < REPORT * most / LISTED

@@ -293,7 +293,7 @@ def test_rows_stay_in_the_tables_until_their_case_is_done_again(data, tmp_path, 
     def full(*args, **kwargs):
         raise EnvironmentProblem("disk full", fix="free some space", code="E_DISK")
 
-    monkeypatch.setattr(measuring, "write_mask", full)
+    monkeypatch.setattr(batch, "write_mask", full)
     files = digests(out / "lesion_ids")
     with pytest.raises(EnvironmentProblem):
         measure(data, out, calcium=True)
@@ -305,7 +305,7 @@ def test_rows_stay_in_the_tables_until_their_case_is_done_again(data, tmp_path, 
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(measuring, "write_mask", interrupted)
+    monkeypatch.setattr(batch, "write_mask", interrupted)
     with pytest.raises(KeyboardInterrupt):
         measure(data, out, calcium=True)
     assert (out / "lesions.csv").read_bytes() == before
@@ -677,8 +677,8 @@ def calls(data, dataset, model, tiny_recipe, tmp_path):
         ("measure", measuring, "_measure_case"),
         ("measure again", measuring, "_measure_case"),
         ("evaluate", evaluating, "evaluate_case"),
-        ("compare", comparing, "_compare_scans"),
-        ("compare", comparing, "_inputs"),
+        ("compare", comparing.PatientComparison, "run"),
+        ("compare", comparing, "input_digests"),
         ("preprocess", preparing, "look_at"),
         ("preprocess", preparing, "prepare_case"),
     ],

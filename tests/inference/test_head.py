@@ -11,10 +11,9 @@ from volseg.inference.openvino_backend import OpenVINOBackend, find_half_type
 from volseg.inference.stream import ArrayPlanes, Tiling, predict_slabs
 from volseg.inference.torch_backend import TorchBackend
 from volseg.networks import build_network
-from volseg.preprocessing.crop import AxisOrder
 from volseg.preprocessing.prepare import Trail
 from volseg.preprocessing.restore import MaskRestorer
-from volseg.volume import BoundingBox, Geometry
+from volseg.volume import AxisOrder, BoundingBox, Geometry
 
 CPU = torch.device("cpu")
 PATCH = (8, 16, 8)

@@ -7,7 +7,7 @@ from scipy.ndimage import gaussian_filter, label
 
 from volseg.measurement.recist import diameters
 from volseg.measurement.sections import axial_normal, section_bytes, section_diameters, tilt_deg
-from volseg.volume import Geometry
+from volseg.volume import Geometry, Rigid
 
 
 def blob(seed, shape=(14, 16, 9)):
@@ -121,12 +121,13 @@ def test_the_tilt_is_the_angle_between_slices_without_rotation_within_them():
     grid = Geometry((4, 4, 4), affine)
     for axis, expected in ((0, 11.0), (1, 11.0), (2, 0.0)):
         rotated = Geometry((4, 4, 4), rotation(11, axis) @ affine)
-        assert tilt_deg(grid, rotated, np.eye(4)) == pytest.approx(expected)
-        assert tilt_deg(grid, grid, rotation(11, axis)) == pytest.approx(expected)
-        assert tilt_deg(grid, rotated, rotation(11, axis)) == pytest.approx(0, abs=1e-6)
+        assert tilt_deg(grid, rotated, Rigid.identity()) == pytest.approx(expected)
+        moved = Rigid(rotation(11, axis))
+        assert tilt_deg(grid, grid, moved) == pytest.approx(expected)
+        assert tilt_deg(grid, rotated, moved) == pytest.approx(0, abs=1e-6)
     # Flipped axes: the same slices.
     flipped = Geometry((4, 4, 4), affine @ np.diag([-1.0, 1.0, -1.0, 1.0]))
-    assert tilt_deg(grid, flipped, np.eye(4)) == pytest.approx(0, abs=1e-6)
+    assert tilt_deg(grid, flipped, Rigid.identity()) == pytest.approx(0, abs=1e-6)
     np.testing.assert_allclose(axial_normal(flipped), (0, 0, 1))
 
 

@@ -24,8 +24,7 @@ from volseg.measurement.shape import (
     surface_points,
     widest_pair,
 )
-from volseg.preprocessing.crop import AxisOrder, canonical_geometry, to_canonical
-from volseg.volume import BoundingBox, Geometry
+from volseg.volume import AxisOrder, BoundingBox, Geometry
 
 SPACINGS_MM = [(1, 1, 1), (0.7, 0.7, 0.7), (0.5, 0.5, 1), (0.8, 0.8, 2.5)]
 SPACINGS_MM += [(2, 1, 0.5), (1, 2, 1), (0.6, 0.9, 1.3), (1, 1, 3)]
@@ -37,8 +36,8 @@ def canonical(mask, geometry):
     """Return the box of the mask in canonical order, and its voxel → mm matrix."""
     order = AxisOrder.of(geometry)
     box = BoundingBox.around(mask)
-    matrix = canonical_geometry(geometry, order).affine[:3, :3]
-    return np.ascontiguousarray(to_canonical(mask[box.slices], order)), matrix
+    matrix = geometry.reordered(order).affine[:3, :3]
+    return np.ascontiguousarray(order.apply(mask[box.slices])), matrix
 
 
 def body(geometry, inside_mm):

@@ -1,8 +1,17 @@
 import pytest
 import torch
+from laws import assert_is_a_row
 
 from volseg.errors import VolsegError
-from volseg.networks import build_network, copy_weights, unique_tensors
+from volseg.networks import (
+    architecture,
+    build_network,
+    copy_weights,
+    network_names,
+    settings_type,
+    unique_tensors,
+)
+from volseg.recipe import Network
 
 
 def small_unet(**changes):
@@ -39,7 +48,7 @@ def test_an_unknown_name_or_setting_lists_what_there_is():
     with pytest.raises(VolsegError, match="featurs"):
         build_network("unet3d", in_channels=1, out_channels=2, featurs=(1, 2))
     with pytest.raises(VolsegError, match="one of each per level"):
-        small_unet(features=(4, 8))
+        small_unet(features=(4, 8, 8, 8))
 
 
 def test_the_classifier_scores_one_lesion_as_in_a_batch():
@@ -49,17 +58,46 @@ def test_the_classifier_scores_one_lesion_as_in_a_batch():
 
 
 NNUNETS = {"nnunet_plain": "n_conv_per_stage", "nnunet_residual": "n_blocks_per_stage"}
+NNUNET = {
+    "features": (4, 6, 8),
+    "strides": ((1, 1, 1), (1, 2, 2), (2, 2, 2)),
+    "kernels": ((1, 3, 3), (3, 3, 3), (3, 3, 3)),
+    "n_conv_per_stage_decoder": (1, 2),
+}
+# Settings of each architecture to test; without an entry, its defaults.
+EXAMPLES = {name: NNUNET | {n_down: (1, 2, 3)} for name, n_down in NNUNETS.items()}
+EXAMPLES["unet3d"] = {"features": (4, 8, 8), "strides": ((1, 1, 1), (2, 2, 1), (3, 2, 2))}
+
+
+@pytest.mark.parametrize("name", network_names())
+def test_laws_of_every_architecture(name):
+    """Any file in networks/: with defaults for its settings, its author need not touch this one."""
+    assert_is_a_row(settings_type(name))
+    settings = architecture(Network(name=name, **EXAMPLES.get(name, {})))
+    divisors = settings.patch_divisors
+    patches = [
+        tuple(2 * step if axis == doubled else step for axis, step in enumerate(divisors))
+        for doubled in range(len(divisors))
+    ]
+    network = settings.build(2, 3)
+    for patch in patches:
+        assert not list(settings.patch_mistakes(patch))
+        logits = network(torch.randn(2, 2, *patch))
+        assert logits.shape == (2, 3, *(patch if len(patch) == 3 else ()))
+        assert bool(logits.isfinite().all())
+    for axis, step in enumerate(divisors):
+        wrong = tuple(3 * n + (axis == other and step > 1) for other, n in enumerate(divisors))
+        mistakes = list(settings.patch_mistakes(wrong))
+        assert len(mistakes) == (step > 1)
+        for problem, fix in mistakes:
+            assert f"{wrong[axis]} voxels along {'RAS'[axis]}" in problem
+            assert f"{3 * step} or {4 * step}" in fix
+    if max(divisors) > 1:
+        assert "single voxel" in dict(settings.patch_mistakes(divisors)).popitem()[0]
 
 
 def nnunet(name, **changes):
-    settings = {
-        "features": (4, 6, 8),
-        "strides": ((1, 1, 1), (1, 2, 2), (2, 2, 2)),
-        "kernels": ((1, 3, 3), (3, 3, 3), (3, 3, 3)),
-        NNUNETS[name]: (1, 2, 3),
-        "n_conv_per_stage_decoder": (1, 2),
-    }
-    return build_network(name, in_channels=2, out_channels=5, **settings | changes).eval()
+    return build_network(name, in_channels=2, out_channels=5, **EXAMPLES[name] | changes).eval()
 
 
 @pytest.mark.parametrize("name", NNUNETS)
@@ -77,10 +115,10 @@ def test_the_nnunets_treat_each_patch_of_a_batch_alone_and_leave_it_as_it_is(nam
 @pytest.mark.parametrize("name", NNUNETS)
 def test_the_nnunets_refuse_2d_and_levels_that_do_not_match(name):
     flat = {"strides": ((1, 1), (2, 2), (2, 2)), "kernels": ((3, 3),) * 3}
-    with pytest.raises(VolsegError, match="a 2D network; volseg runs 3D ones"):
+    with pytest.raises(VolsegError, match=r"strides\.0\.2 is missing"):
         nnunet(name, **flat)
     with pytest.raises(
-        VolsegError, match="3 features, 3 strides, 3 kernels, 2 stages down and 2 up"
+        VolsegError, match="3 features, 3 strides, 3 kernels, 2 stages down, 3 stages up"
     ):
         nnunet(name, **{NNUNETS[name]: (1, 2)})
     with pytest.raises(VolsegError, match="2 strides"):

@@ -3,6 +3,7 @@
 import pytest
 
 from volseg.bundle import load_bundle, shipped_bundle
+from volseg.measurement.rows import CaseRow
 from volseg.pages.model_box import model_box, read_model_box, similarity_of_run, similarity_of_scan
 
 
@@ -55,16 +56,13 @@ def test_an_unknown_dice_gives_a_caution_and_nnunet_models_the_mean_of_their_fol
 
 
 def test_how_many_scans_resemble_those_of_training():
+    unlike = "W_BORDER: a lesion touches; W_FOV: field of view 300"
     rows = [
-        {"status": "done", "model": "m", "warnings": ""},
-        {
-            "status": "done",
-            "model": "m",
-            "warnings": "W_BORDER: a lesion touches; W_FOV: field of view 300",
-        },
-        {"status": "failed", "model": "m", "reason": "E_MODALITY: no CT"},
-        {"status": "failed", "model": "m", "reason": "E_TRUNCATED: cut off"},
-        {"status": "done", "model": "another", "warnings": ""},
+        CaseRow(case_id="a", status="done", model="m"),
+        CaseRow(case_id="b", status="done", model="m", warnings=unlike),
+        CaseRow(case_id="c", status="failed", model="m", reason="E_MODALITY: no CT"),
+        CaseRow(case_id="d", status="failed", model="m", reason="E_TRUNCATED: cut off"),
+        CaseRow(case_id="e", status="done", model="another"),
     ]
     similarity = similarity_of_run(rows, "m")
     assert (

@@ -1,6 +1,7 @@
 """What all pages have in common: escaping, security policy, colours, and the visible model box."""
 
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from importlib import resources
 
@@ -10,11 +11,12 @@ from browser_visits import Visit
 from hostile_pages import CASE, HOSTILE, lesion, page_of, report_of_all_states, scene
 
 from volseg.measurement.rows import CaseRow
+from volseg.pages.about import About
 from volseg.pages.model_box import LabelDice, ModelBox
-from volseg.pages.preview import make_preview, montage_jpeg
-from volseg.pages.run_page import report_html
+from volseg.pages.montage import montage_jpeg
+from volseg.pages.preview import make_preview
+from volseg.pages.run_page import run_page
 from volseg.pages.viewer_page import image_budget, viewer_html
-from volseg.store.results import plain
 
 
 class Elements(HTMLParser):
@@ -44,7 +46,7 @@ def test_a_hostile_name_stays_text_and_the_policy_lets_nothing_but_our_scripts_r
     else:
         scan, ids, rows, _ = scene()
         page = page_of(
-            scan, ids, rows, CASE | {"case_id": HOSTILE, "warnings": HOSTILE, "image": HOSTILE}
+            scan, ids, rows, replace(CASE, case_id=HOSTILE, warnings=HOSTILE, image=HOSTILE)
         )
     assert "alert(1)" in page
     elements = Elements(page)
@@ -110,25 +112,18 @@ def test_the_model_box_is_visible_on_the_report_and_on_the_viewer_page(is_poor, 
     )
     scan, ids, rows, _ = scene()
     warnings = "W_FOV: field of view along R, A, S 300 x 300 x 200 mm"
-    case = CASE | {"model": box.name, "warnings": warnings}
+    case = replace(CASE, model=box.name, warnings=warnings)
     preview = make_preview(scan, ids, unit="HU", max_bytes=image_budget(rows))
     montage = montage_jpeg(scan, ids, window=preview.window, point_mm=None, extent_mm=0)
     pages = {
         "viewer": viewer_html(case, rows, preview, montage, unit="HU", box=box),
-        "report": report_html(
-            {"command": "infer"},
-            [
-                plain(
-                    CaseRow(
-                        case_id="a", status="done", model=box.name, warnings=warnings, n_lesions=3
-                    )
-                )
-            ],
+        "report": run_page(
+            About(command="infer", boxes=(box,)),
+            [CaseRow(case_id="a", status="done", model=box.name, warnings=warnings, n_lesions=3)],
             [*rows[:2], lesion(lesion_id=3)],  # its cells are unknown, also the last ones
             montages={},
             pages=[],
-            boxes=[box],
-        ),
+        ).html(),
     }
     for name, page in pages.items():
         (tmp_path / f"{name}.html").write_text(page, encoding="utf-8")

@@ -1,4 +1,4 @@
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
@@ -6,12 +6,13 @@ from hostile_pages import lesion
 from jinja2.utils import htmlsafe_json_dumps
 
 from volseg.measurement.rows import LesionMeasurement
-from volseg.pages.page_tables import fitting_table, lesion_table
+from volseg.pages.page_tables import LESIONS, fitting_table, page_table
 
 
 def test_rows_hold_the_numbers_of_the_csv_and_unknown_is_null():
-    table = lesion_table(
-        [lesion(volume_ml=1 / 3, n_voxels=7, intensity_mean=float("nan"), touches_border=False)]
+    table = page_table(
+        LESIONS,
+        [lesion(volume_ml=1 / 3, n_voxels=7, intensity_mean=float("nan"), touches_border=False)],
     )
     columns = [column["name"] for column in table.content["columns"]]
     assert sorted(columns) == sorted(field.name for field in fields(LesionMeasurement))
@@ -32,11 +33,12 @@ def test_a_table_that_does_not_fit_keeps_its_largest_rows(max_bytes):
     # In a page each of these characters takes six bytes.
     row = {field.name: 1.5 for field in fields(LesionMeasurement)} | {"notes": "<&'>" * 9}
     order = np.random.default_rng(0).permutation(300)
-    rows = [row | {"case_id": "a", "lesion_id": int(n), "volume_ml": float(n)} for n in order]
-    table = fitting_table(
-        "t", "T", LesionMeasurement, rows, shown=("lesion_id", "volume_ml"), needed=("notes",),
-        max_bytes=max_bytes, file="f.csv", rank=lambda row: -row["volume_ml"], kept="largest",
-    )  # fmt: skip
+    rows = [
+        LesionMeasurement(**row | {"case_id": "a", "lesion_id": int(n), "volume_ml": float(n)})
+        for n in order
+    ]
+    layout = replace(LESIONS, shown=("lesion_id", "volume_ml"), needed=("notes",))
+    table = fitting_table(layout, rows, max_bytes=max_bytes)
     size = len(
         htmlsafe_json_dumps(table.content, separators=(",", ":"), ensure_ascii=False).encode()
     )

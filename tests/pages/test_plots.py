@@ -95,7 +95,7 @@ def test_few_equal_and_missing_cases_are_plotted():
 
 def test_the_curve_is_drawn_unchanged_and_ends_at_a_dot(monkeypatch):
     seen = []
-    monkeypatch.setattr(plots, "_png", lambda figure: seen.append(figure) or b"")
+    monkeypatch.setattr(plots, "png_bytes", lambda figure, dpi: seen.append(figure) or b"")
     rng = np.random.default_rng(1)
     is_matched = rng.random(50) < 0.5
     curve = froc(rng.random(50), is_matched, n_reference=40, n_scans=10)

@@ -1,50 +1,24 @@
-import io
-import json
 import tracemalloc
 
-import matplotlib.image
 import numpy as np
 import pytest
 from laws import (
     GRIDS,
-    ball,
     ball_volume_mm3,
-    centre_mm,
-    grid_around,
     lps,
     oblique,
     orientations,
     ras,
 )
+from two_balls import centroid_mm, noisy, two_balls
 
 from volseg.io.volumes import read_volume
-from volseg.pages import preview as preview_module
-from volseg.pages.preview import (
-    lesion_colour,
-    lesion_points,
-    make_preview,
-    montage_jpeg,
-    point_of,
-    smaller_jpeg,
-)
+from volseg.pages import blocks as blocks_module
+from volseg.pages.montage import montage_jpeg
+from volseg.pages.preview import make_preview
 from volseg.volume import Geometry, Volume
 
 PLENTY = 4_000_000
-
-
-def noisy(shape, seed=0, low=-100, high=100):
-    return np.random.default_rng(seed).integers(low, high, shape).astype(np.int16)
-
-
-def two_balls(affine, margin=6):
-    geometry = grid_around(24, affine, margin)
-    centre = centre_mm(geometry)
-    ids = ball(8, geometry, centre - [10, 3, 0]) * 1 + ball(4, geometry, centre + [12, 4, 5]) * 2
-    return geometry, ids.astype(np.uint16), (centre - [10, 3, 0], centre + [12, 4, 5])
-
-
-def centroid_mm(preview, number):
-    return preview.ids.geometry.to_world_mm(np.argwhere(preview.ids.array == number)).mean(axis=0)
 
 
 @pytest.mark.parametrize("grid", ["ras", "lps", "oblique"])  # sheared ones are not read
@@ -204,67 +178,6 @@ def test_non_finite_and_constant_voxels_are_handled():
         assert low < high
 
 
-def test_the_point_of_a_lesion_lies_in_it_and_in_the_slice_of_its_long_axis():
-    geometry = Geometry((40, 40, 20), oblique((1.0, 1.0, 2.5)))
-    ids = np.zeros(geometry.shape, np.uint8)
-    ids[5:30, 5:30, 8:14] = 1
-    ids[10:30, 10:30, 8:14] = 0  # an angle, whose centroid lies outside
-    preview = make_preview(
-        Volume(noisy(geometry.shape), geometry), ids, unit="HU", max_bytes=PLENTY
-    )
-    ends = geometry.to_world_mm(np.array([[5, 29, 12], [9, 5, 12]]))
-    centroid = dict(
-        zip(("centroid_r_mm", "centroid_a_mm", "centroid_s_mm"), centroid_mm(preview, 1).tolist())
-    )
-    written = {
-        f"long_axis_p{n}_ras": json.dumps([round(float(v), 2) for v in end])
-        for n, end in enumerate(ends)
-    }
-    without = lesion_points(preview, [{"lesion_id": 1, **centroid}])[1]
-    with_axis = lesion_points(preview, [{"lesion_id": 1, **centroid, **written}])[1]
-    for point in (without, with_axis):
-        index = np.rint(geometry.to_index(np.array([point]))[0]).astype(int)
-        assert ids[tuple(index)] == 1
-    assert index[2] == 12
-    assert lesion_points(preview, [{"lesion_id": 7, **centroid}]) == {}
-
-
-def test_points_are_read_as_the_tables_write_them():
-    assert point_of("[12.5, -3.25, 40]") == (12.5, -3.25, 40.0)
-    assert [point_of(text) for text in (None, "", "[1, 2]", "a b c", "[NaN, 1, 2]")] == [None] * 5
-
-
-def test_the_montage_shows_the_right_on_the_left_outlines_and_a_true_scale():
-    geometry = Geometry((80, 80, 80), lps((1, 1, 1)))
-    centre = centre_mm(geometry)
-    right = ball(6, geometry, centre + [25, 0, 0])
-    ids = ball(10, geometry, centre).astype(np.uint8)
-    scan = Volume(np.where(right, 1000, np.where(ids, 0, -500)).astype(np.int16), geometry)
-    jpeg = montage_jpeg(
-        scan, ids, window=(-500.0, 500.0), point_mm=tuple(centre), extent_mm=20, pixels=320
-    )
-    picture = matplotlib.image.imread(io.BytesIO(jpeg), format="jpeg").astype(int)
-    assert picture.shape == (320, 960, 3)
-    axial = picture[:, :320]
-    # Without the scale bar and its text at the bottom.
-    bright = np.argwhere((axial.min(axis=2) > 200) & (np.arange(320)[:, None] < 280))
-    scale = 320 / 50  # pixels per mm: 2.2 × 20 mm is less than the minimum of 50 mm
-    # The near edge of the ball is 25 − 6 mm to the right.
-    assert abs(160 - bright[:, 1].max() - 19 * scale) < 3
-    colour = np.array(lesion_colour(1))
-    outline = np.argwhere(np.abs(axial - colour).max(axis=2) < 60)
-    assert np.ptp(outline[:, 1]) == pytest.approx(20 * scale, abs=scale + 2)
-    bar = np.flatnonzero(axial[311].min(axis=1) > 230)
-    assert len(bar) == pytest.approx(10 * scale, abs=3)
-    small = matplotlib.image.imread(io.BytesIO(smaller_jpeg(jpeg, 40)), format="jpeg")
-    assert small.shape == (40, 120, 3)
-
-
-def test_colours_of_neighbours_differ():
-    colours = np.array([lesion_colour(n) for n in range(1, 60)])
-    assert np.abs(np.diff(colours.astype(int), axis=0)).sum(axis=1).min() > 100
-
-
 @pytest.mark.parametrize("n", [20, 200])
 def test_lesions_that_spread_over_the_scan_are_kept_in_one_pass_however_many(n, monkeypatch):
     shape = (40, 41, 30)
@@ -273,24 +186,15 @@ def test_lesions_that_spread_over_the_scan_are_kept_in_one_pass_however_many(n, 
     scan = Volume(
         rng.normal(0, 100, shape).astype(np.int16), Geometry(shape, oblique((0.5, 0.6, 0.7)))
     )
-    calls, slabs = [], preview_module._slabs
+    calls, slabs = [], blocks_module.Blocks.slabs
     # A lesion has fewer voxels than a piece, but its box has more.
-    monkeypatch.setattr(preview_module, "PIECE_VOXELS", 5000)
-    monkeypatch.setattr(preview_module, "_slabs", lambda *part: calls.append(part) or slabs(*part))
+    monkeypatch.setattr(blocks_module, "PIECE_VOXELS", 5000)
+    monkeypatch.setattr(
+        blocks_module.Blocks, "slabs", lambda *part: calls.append(part[0]) or slabs(*part)
+    )
     preview = make_preview(scan, ids, unit="a.u.", max_bytes=9000)
     assert max(preview.factors) > 1
-    n_previews = len({part[:2] for part in calls})
-    assert len(calls) <= 2 * n_previews
+    assert len(calls) <= 3 * len(set(calls))  # image, ids, redrawn lesions
     drawn = np.unique(preview.ids.array)
     assert len(drawn) - 1 == n - preview.not_drawn
     assert preview.not_drawn < n / 10
-
-
-def test_the_montage_of_noise_can_be_written_as_jpeg():
-    shape, pixels = (150, 150, 150), 150
-    ids = np.random.default_rng(0).integers(1, 5000, shape).astype(np.uint16)
-    scan = Volume(noisy(shape), Geometry(shape, np.diag([-1.0, -1.0, 1.0, 1.0])))
-    jpeg = montage_jpeg(scan, ids, window=(-100, 100), point_mm=None, extent_mm=0.0, pixels=pixels)
-    assert len(jpeg) > 3 * pixels**2
-    assert matplotlib.image.imread(io.BytesIO(jpeg), format="jpeg").shape == (pixels, 3 * pixels, 3)
-    assert matplotlib.image.imread(io.BytesIO(smaller_jpeg(jpeg, 96)), format="jpeg").shape[0] == 96

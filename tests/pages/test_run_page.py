@@ -7,9 +7,11 @@ import pytest
 from browser_visits import Visit
 from hostile_pages import HOSTILE, report_of_all_states, scene
 
-from volseg.measurement.rows import LesionMeasurement
-from volseg.pages.preview import montage_jpeg
-from volseg.pages.run_page import report_html
+from volseg.columns import row_of
+from volseg.measurement.rows import CaseRow, LesionMeasurement
+from volseg.pages.about import About
+from volseg.pages.montage import montage_jpeg
+from volseg.pages.run_page import run_page
 
 
 def test_failures_come_first_with_their_code_and_reason():
@@ -21,21 +23,21 @@ def test_failures_come_first_with_their_code_and_reason():
     )
     assert "Not processed yet: 1 scan." in page
     assert page.count("<svg") == 2  # volume and intensity of twelve lesions; no known long axis
-    cut = report_html(
-        {}, [{"case_id": "b", "status": "failed", "reason": None}], [], montages={}, pages=[]
-    )
+    cut = run_page(
+        About(), [CaseRow(case_id="b", status="failed")], [], montages={}, pages=[]
+    ).html()
     assert "<strong>b</strong>: reason unknown" in cut
     assert "<svg" not in cut
 
 
 def test_a_row_of_an_older_version_without_the_new_columns_is_a_row_of_unknown_cells():
-    page = report_html(
-        {},
-        [{"case_id": "a", "status": "done"}],
-        [{"case_id": "a", "lesion_id": 1}],
+    page = run_page(
+        About(),
+        [row_of(CaseRow, {"case_id": "a", "status": "done"})],
+        [row_of(LesionMeasurement, {"case_id": "a", "lesion_id": 1})],
         montages={},
         pages=[],
-    )
+    ).html()
     rows = json.loads(re.search(r'id="lesions-data">(.*?)</script>', page)[1])["rows"]
     assert rows == [["a", 1, *[None] * (len(fields(LesionMeasurement)) - 2)]]
 
@@ -49,12 +51,13 @@ def test_a_run_of_any_size_stays_within_six_megabytes():
         "notes": "",
     }
     lesions = [
-        row | {"case_id": name, "lesion_id": n, "volume_ml": float(n)}
+        LesionMeasurement(**row | {"case_id": name, "lesion_id": n, "volume_ml": float(n)})
         for name in names
         for n in range(20)
     ]
-    cases = [{"case_id": name, "status": "done", "n_lesions": 20} for name in names]
-    page = report_html({}, cases, lesions, montages=dict.fromkeys(names, montage), pages=names)
+    cases = [CaseRow(case_id=name, status="done", n_lesions=20) for name in names]
+    montages = dict.fromkeys(names, montage)
+    page = run_page(About(), cases, lesions, montages=montages, pages=names).html()
     assert 3_000_000 < len(page.encode()) <= 6_000_000
     assert page.count("/9j/") >= 500  # every scan keeps its picture
     content = json.loads(re.search(r'id="lesions-data">(.*?)</script>', page)[1])

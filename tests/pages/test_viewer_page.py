@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -67,7 +68,7 @@ def test_a_click_on_a_lesion_leads_to_it(kind, browser, tmp_path):
         scan, ids = Volume(stored, Geometry(stored.shape, affine)), numbers
     path = tmp_path / "a.html"
     path.write_text(
-        page_of(scan, ids, rows, CASE | {"case_id": HOSTILE, "warnings": HOSTILE}), encoding="utf-8"
+        page_of(scan, ids, rows, replace(CASE, case_id=HOSTILE, warnings=HOSTILE)), encoding="utf-8"
     )
     visit = Visit(browser, path, "#lesion=3")
     page = visit.page
@@ -140,7 +141,7 @@ def test_a_diameter_is_drawn_where_it_was_measured(browser, tmp_path):
     left, top, *_ = visit.page.evaluate(
         "Object.values(document.getElementById('canvas').getBoundingClientRect().toJSON())"
     )
-    ends = [np.array(json.loads(rows[0][f"short_axis_p{end}_ras"])) for end in (0, 1)]
+    ends = [np.array(json.loads(getattr(rows[0], f"short_axis_p{end}_ras"))) for end in (0, 1)]
     for x, y in drawn[list(np.unravel_index(between.argmax(), between.shape))]:
         visit.page.mouse.click(left + x, top + y)
         point = np.array([float(visit.place()[axis]) for axis in "ras"])

@@ -9,13 +9,12 @@ from hypothesis import strategies as st
 from laws import GRIDS, ball, grid_around, oblique, orientations, ras
 
 from volseg.errors import ScanError
-from volseg.preprocessing.crop import AxisOrder, to_canonical
 from volseg.preprocessing.prepare import Preparation, Trail, prepare, prepare_mask
 from volseg.preprocessing.resample import positions
-from volseg.preprocessing.restore import MaskRestorer, restore_mask
+from volseg.preprocessing.restore import MaskRestorer
 from volseg.recipe import Preprocess, Window, ZScore
 from volseg.recipe.normalise import Percentile
-from volseg.volume import BoundingBox, Geometry, Volume
+from volseg.volume import AxisOrder, BoundingBox, Geometry, Volume
 
 WINDOW = Window(low=-1000, high=1000, mean=0, sd=1)
 
@@ -36,6 +35,13 @@ def phantom(geometry, radius_mm=10.0):
     array[2:-2, 2:-2, 1:-1] = 0
     array[inside] = 100
     return Volume(array, geometry), inside
+
+
+def restore_mask(logits, trail, values, *, regions=False):
+    """Return mask and confidence for logits (classes, R, A, S) of the whole grid."""
+    restorer = MaskRestorer(trail, values, axis=2, regions=regions)
+    restorer.add(logits)
+    return restorer.result()
 
 
 def one_hot(mask, n):
@@ -278,8 +284,8 @@ def test_a_part_of_the_grid_equals_the_whole_and_leaves_background_elsewhere(dat
     restorer = MaskRestorer(trail, [1, 5], axis=axis, part=part)
     restorer.add(logits[(slice(None), *part.slices)])
     expected, _ = restore_mask(logits, trail, [1, 5])
-    mask = to_canonical(restorer.result()[0], trail.order)
-    expected = to_canonical(expected, trail.order)
+    mask = trail.order.apply(restorer.result()[0])
+    expected = trail.order.apply(expected)
     inside = np.ones(expected.shape, bool)
     for n, (m, native) in enumerate(zip(trail.shape, expected.shape, strict=True)):
         lower, upper, _ = positions(m, native)
@@ -357,7 +363,7 @@ def test_skipped_classes_change_no_label_and_no_confidence_by_more_than_one(
     restorer = MaskRestorer(trail, values, axis=axis, regions=regions)
     for start in range(0, size[axis], step):
         restorer.add(np.take(logits, range(start, min(size[axis], start + step)), 1 + axis))
-    mask, confidence = (to_canonical(array, trail.order) for array in restorer.result())
+    mask, confidence = (trail.order.apply(array) for array in restorer.result())
     dense = interpolated(logits.astype(np.float64), trail)
     if regions:
         expected = ((dense > 0) * np.arange(1, n_classes + 1)[:, None, None, None]).max(0)
@@ -388,7 +394,7 @@ def test_the_first_of_classes_with_equal_logits_wins():
     trail = Trail(geometry, AxisOrder.of(geometry), BoundingBox.whole((9, 9, 9)), (9, 9, 9))
     logits = np.random.default_rng(0).integers(0, 3, (6, 9, 9, 9)).astype(np.float32)
     mask, _ = restore_mask(logits, trail, [1, 2, 3, 4, 5])
-    np.testing.assert_array_equal(to_canonical(mask, trail.order), logits.argmax(0))
+    np.testing.assert_array_equal(trail.order.apply(mask), logits.argmax(0))
 
 
 @pytest.mark.parametrize("regions", [False, True])
@@ -414,7 +420,7 @@ def test_many_improbable_classes_count_between_two_certain_ones(border):
     logits = np.full((303, 9, 9, 9), -8.0, np.float32)
     logits[1, :border], logits[2, border:] = 8, 8
     restored = restore_mask(logits, trail, list(range(1, 303)))
-    mask, confidence = (to_canonical(array, trail.order) for array in restored)
+    mask, confidence = (trail.order.apply(array) for array in restored)
     dense = interpolated(logits.astype(np.float64), trail)
     np.testing.assert_array_equal(mask, dense.argmax(0))
     probability = 1 / np.exp(dense - dense.max(0)).sum(0)

@@ -4,8 +4,8 @@ from laws import ras
 from two_times import CENTRE, draw, grid, movement
 
 from volseg.errors import ScanError
-from volseg.preprocessing.register import Registration, register, transform_points
-from volseg.volume import Geometry, Volume
+from volseg.preprocessing.register import Registration, register
+from volseg.volume import Geometry, Rigid, Volume
 
 BALLS = [((25, 5, 10), 9), ((-22, 8, -10), 7), ((20, 12, -14), 6)]
 POINTS_MM = CENTRE + np.array([offset for offset, _ in BALLS])
@@ -21,11 +21,12 @@ def test_rotation_and_translation_are_recovered_to_a_millimetre(frame_mm):
     after, _ = draw(grid("PSR", (1.6, 1.8, 2.0), tilt_deg=9), BALLS, moved, seed=1)
     affine = after.geometry.affine.copy()
     affine[:3, 3] += frame_mm
-    moved[:3, 3] += frame_mm
+    frame = Rigid.about(np.zeros(3), np.eye(3), np.array(frame_mm))
     result = register(before, Volume(after.array, Geometry(after.geometry.shape, affine)))
-    difference = transform_points(result.moved, POINTS_MM) - transform_points(moved, POINTS_MM)
+    expected_mm = frame.apply(moved.apply(POINTS_MM))
+    difference = result.transform.apply(POINTS_MM) - expected_mm
     assert np.linalg.norm(difference, axis=1).max() < 1.0
-    assert result.turned_deg == pytest.approx(7, abs=0.7)
+    assert result.transform.angle_deg == pytest.approx(7, abs=0.7)
     assert result.is_better
     assert result.disagreement_mm(POINTS_MM).max() < 2.0
     # In another frame the scans do not overlap at the positions in their headers.
@@ -46,10 +47,9 @@ def test_unrelated_scans_are_refused_or_disagree():
         register(noise[0], flat)
 
 
-def test_angles_shifts_and_disagreement_follow_from_the_matrices():
+def test_shifts_and_disagreement_follow_from_the_transforms():
     moved, other = movement(33, (5, 0, 0)), movement(33, (5, 4, 0))
     result = Registration(moved, other, 0.5, 0.4)
-    assert result.turned_deg == pytest.approx(33)
     np.testing.assert_allclose(result.shift_mm(CENTRE[None]), [5])
     np.testing.assert_allclose(result.disagreement_mm(POINTS_MM), [4, 4, 4])
     assert not result.is_better

@@ -1,11 +1,13 @@
 import csv
 import json
-from dataclasses import fields, replace
+from dataclasses import replace
 
 import pytest
 
+from volseg.columns import row_of
 from volseg.errors import EnvironmentProblem, ScanError, VolsegError
 from volseg.measurement.rows import CaseRow, LesionMeasurement
+from volseg.store.records import CaseRecord
 from volseg.store.results import ResultsFolder, State
 
 
@@ -19,10 +21,8 @@ def done(name):
 
 
 def lesion(number, n_voxels):
-    unknown = dict.fromkeys((field.name for field in fields(LesionMeasurement)), None)
-    return LesionMeasurement(
-        **unknown | {"case_id": "a", "lesion_id": number, "n_voxels": n_voxels}
-    )
+    cells = {"case_id": "a", "lesion_id": number, "label": 1, "n_voxels": n_voxels}
+    return row_of(LesionMeasurement, cells | {"volume_ml": 1.0})
 
 
 def failed(name):
@@ -34,7 +34,8 @@ def commit(results, name, files=(), **more):
     with results.staged() as case_files:
         for file in files:
             case_files.write(file, b"mask")
-        results.commit(done(name), case_files, **more)
+        record = CaseRecord(case=done(name), **{"lesions": ()} | more)
+        results.commit(record, case_files)
 
 
 def test_a_case_is_complete_only_with_its_key_and_its_untouched_files(tmp_path):
@@ -60,7 +61,7 @@ def test_a_mask_that_was_edited_by_hand_is_in_state_edited_for_any_key(tmp_path)
 def test_tables_hold_every_case_of_the_folder_and_what_is_pending(tmp_path):
     with ResultsFolder(tmp_path, "measure") as results:
         commit(results, "b")
-        results.commit_failure("a", failed("a"), ())
+        results.commit_failure(failed("a"), ())
         results.write_tables(pending=[CaseRow(case_id="c", status="pending")])
     assert [(row["case_id"], row["status"]) for row in rows(tmp_path / "cases.csv")] == [
         ("a", "failed"),
@@ -76,7 +77,7 @@ def test_tables_hold_every_case_of_the_folder_and_what_is_pending(tmp_path):
 def test_a_case_that_fails_later_keeps_the_files_of_its_earlier_success(inputs, status, tmp_path):
     with ResultsFolder(tmp_path, "infer") as results:
         commit(results, "a", ["masks/a.nii.gz"], key="key", inputs=("same",))
-        results.commit_failure("a", failed("a"), inputs)
+        results.commit_failure(failed("a"), inputs)
         results.write_tables()
         row = rows(tmp_path / "cases.csv")[0]
         assert row["status"] == status
@@ -188,9 +189,10 @@ def test_the_largest_rows_are_those_with_most_voxels_in_their_order(tmp_path):
     rows_of_a = [lesion(n, size) for n, size in enumerate(sizes, start=1)]
     with ResultsFolder(tmp_path, "measure") as results:
         commit(results, "a", lesions=iter(rows_of_a))
-        numbers = [row["lesion_id"] for row in results.largest_rows("a", 2)]
-        assert numbers == [2, 3]
-        assert [row["lesion_id"] for row in results.largest_rows("a", 10)] == [1, 2, 3, 4, 5]
+        stored = results.rows_of("a")
+        assert [row.lesion_id for row in stored.largest(2)] == [2, 3]
+        assert [row.lesion_id for row in stored.largest(10)] == [1, 2, 3, 4, 5]
+        assert list(stored) == rows_of_a
 
 
 def test_the_largest_of_all_items_are_listed_item_by_item_in_their_order(tmp_path):
@@ -206,8 +208,8 @@ def test_the_largest_of_all_items_are_listed_item_by_item_in_their_order(tmp_pat
             rows, n = results.listed_rows({"a": 9, "b": 9, "c": 2}, most)
             listed = sorted([5.0, 2e-3, 9.0, 1.0, 9.0, 7.0, 8.0], reverse=True)[:most]
             assert n == 7
-            assert sorted((row["volume_ml"] for row in rows), reverse=True) == listed
-            order = [(row["case_id"], row["lesion_id"]) for row in rows]
+            assert sorted((row.volume_ml for row in rows), reverse=True) == listed
+            order = [(row.case_id, row.lesion_id) for row in rows]
             assert len(order) == len(set(order)) == min(most, 7)
 
 
@@ -215,7 +217,7 @@ def test_the_largest_rows_are_those_of_their_item(tmp_path):
     with ResultsFolder(tmp_path, "measure") as results:
         commit(results, "b", lesions=[lesion(1, 3)])
         with pytest.raises(ScanError, match="a row is not of 'b'"):
-            results.largest_rows("b", 1)
+            results.rows_of("b").largest(1)
 
 
 def test_rows_that_cannot_be_opened_are_those_of_a_damaged_record(tmp_path, monkeypatch):

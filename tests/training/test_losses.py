@@ -1,9 +1,19 @@
+import re
+
 import pytest
 import torch
+from laws import assert_is_a_row
 from monai.losses import DiceCELoss, GeneralizedDiceLoss, TverskyLoss
 
+from volseg.errors import VolsegError
 from volseg.recipe import Loss
-from volseg.training.losses import IGNORED, OVERLAPS, SegmentationLoss
+from volseg.training.losses import (
+    IGNORED,
+    OVERLAPS,
+    VOXEL_TERMS,
+    SegmentationLoss,
+    make_terms,
+)
 
 SHAPE = (6, 7, 8)
 MONAI = {"to_onehot_y": True, "softmax": True, "include_background": False, "batch": True}
@@ -28,6 +38,62 @@ def loss_of(logits, target, **settings):
     names = [name for name in ("class_weights", "regions") if name in settings]
     data = {name: settings.pop(name) for name in names}
     return SegmentationLoss(Loss(**settings), **data)(logits, target)
+
+
+TERMS = [
+    {"overlap": overlap, "voxel": voxel}
+    for overlap in OVERLAPS
+    for voxel in VOXEL_TERMS
+    if (overlap, voxel) != ("none", "none")
+]
+
+
+@pytest.mark.parametrize("terms", TERMS, ids=lambda terms: "+".join(terms.values()))
+@pytest.mark.parametrize("regions", [None, [(1, 2, 3), (2, 3), (3,)]])
+def test_laws_of_every_loss(terms, regions):
+    """Any two terms of the tables: their author need not touch this file."""
+    classes = 4 if regions is None else 3
+    logits, target = problem(classes=4)
+    logits = logits[:, :classes].clone().requires_grad_()
+    loss = loss_of(logits, target, regions=regions, **terms)
+    loss.backward()
+    loss = loss.detach()
+    assert loss.ndim == 0 and float(loss) >= 0
+    assert bool(logits.grad.isfinite().all()) and float(logits.grad.abs().max()) > 0
+    if regions is None:
+        right = confident(target, 4)
+    else:
+        inside = [torch.isin(target, torch.tensor(region)) for region in regions]
+        right = torch.stack(inside, dim=1).float() * 40 - 20
+    best, worst = (float(loss_of(x, target, regions=regions, **terms)) for x in (right, -right))
+    assert 0 <= best < float(loss) < worst
+    order = torch.randperm(target[0].numel(), generator=torch.Generator().manual_seed(0))
+    voxels = logits.detach().flatten(2)[:, :, order].reshape(logits.shape)
+    labels = target.flatten(1)[:, order].reshape(target.shape)
+    again = float(loss_of(voxels, labels, regions=regions, **terms))
+    assert again == pytest.approx(float(loss), rel=1e-4)
+
+
+@pytest.mark.parametrize("name, row", [*OVERLAPS.items(), *VOXEL_TERMS.items()])
+def test_every_term_is_a_frozen_dataclass(name, row):
+    assert_is_a_row(row)
+
+
+@pytest.mark.parametrize(
+    "settings, expected",
+    [
+        ({"overlap": "dise"}, "did you mean 'dice'?"),
+        ({"voxel": "focal"}, "cross_entropy"),
+        ({"tversky_fp": 0.3}, "tversky_fp_weight"),
+        ({"overlap": "tversky", "tversky_fp_weight": 0}, "greater than 0"),
+        ({"focal_gamma": "2"}, "valid number"),
+        ({"overlap": "none", "voxel": "none"}, "neither"),
+    ],
+)
+def test_a_misspelt_term_or_setting_is_refused_with_the_known_ones(settings, expected):
+    with pytest.raises(VolsegError, match=re.escape(expected)) as caught:
+        make_terms(Loss(**settings))
+    assert caught.value.code == "E_RECIPE" and "train.loss" in caught.value.problem
 
 
 @pytest.mark.parametrize("overlap", OVERLAPS)

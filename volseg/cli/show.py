@@ -217,8 +217,12 @@ def show_problems(path: Any, problems: list[dict[str, str]], n_errors: int) -> N
         fix = f"; to fix: {problem['fix']}" if problem["fix"] else ""
         line = f"{problem['where']}: [{problem['code']}] {problem['problem']}{fix}"
         typer.echo(one_line(line))
-    count = format_count(n_errors, "problem") if problems else "no problem"
-    typer.echo(one_line(f"{path}: {count} found"))
+    n_warnings = len(problems) - n_errors
+    counts = [format_count(n_errors, "problem")]
+    if n_warnings:
+        counts.append(format_count(n_warnings, "warning"))
+    summary = ", ".join(counts) if problems else "no problem found"
+    typer.echo(one_line(f"{path}: {summary}"))
 
 
 def show_columns(tables: Mapping[str, Iterable[Any]]) -> None:

@@ -14,6 +14,7 @@ from volseg.commands.training import train
 from volseg.measurement.selftest import selftest
 from volseg.options import Progress
 from volseg.reports import RunReport
+from volseg.store.tables import read_table
 
 __all__ = [
     "Progress",
@@ -27,6 +28,7 @@ __all__ = [
     "plan",
     "preprocess",
     "quantise",
+    "read_table",
     "report",
     "selftest",
     "table_columns",

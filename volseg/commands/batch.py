@@ -7,31 +7,32 @@ import json
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from datetime import datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from volseg import __version__
-from volseg.commands.pages import page_budget, remake_page, write_report
+from volseg.commands.pages import page_budget, page_files, remake_page, write_report
 from volseg.commands.remarks import ORGAN, remarks_on_scans
 from volseg.errors import ScanError, UnexpectedError, VolsegError
 from volseg.execution.local import Outcome
+from volseg.execution.memory import Budget
 from volseg.io.cases import Case
 from volseg.io.formats import RESULT_SUFFIX
 from volseg.io.volumes import read_header, scan_digest, write_volume
-from volseg.measurement.rows import CaseRow, LesionMeasurement
+from volseg.measurement.rows import CaseRow
 from volseg.measurement.saturation import intensity_warnings
 from volseg.measurement.specks import MeasuredLesions
 from volseg.measurement.summary import summarise
-from volseg.measurement.units import Unit
-from volseg.options import Announce, Options, Progress, ignore_text
-from volseg.recipe import Measure
+from volseg.options import InferOptions, MeasureOptions, Options
+from volseg.pages.about import About
+from volseg.pages.model_box import ModelBox
 from volseg.reports import CasesReport, RunReport
 from volseg.store.outputs import Commit, OutputFolder, trace_name
-from volseg.store.results import EDITED, MASKS, THUMBNAILS, VIEWERS, ResultsFolder, State
+from volseg.store.records import LESION_IDS, MASKS, ItemRow
+from volseg.store.results import EDITED, THUMBNAILS, VIEWERS, ResultsFolder, State
 from volseg.volume import Volume, slabs_of
 
 FIGURES = "figures"
@@ -86,109 +87,155 @@ class Inputs:
         self._digests[case.id] = tuple(digests)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """A call of `infer` or `measure` over cases.
+
+    Args:
+        key_of: hash of the model, options and inputs of a case.
+        stage: name of the work in progress reports.
+    """
+
+    results: ResultsFolder
+    options: InferOptions | MeasureOptions
+    inputs: Inputs
+    key_of: Callable[[Case], str]
+    files: CaseFiles
+    stage: str
+    about: About
+    objects: str = "components"
+
+    def page_budget(self, *, has_run: bool = False) -> Budget:
+        return page_budget(self.options.max_ram, self.options.announce, has_run=has_run)
+
+
 def run_cases(
     cases: Sequence[Case],
     run: Callable[[Sequence[Case]], Iterator[Outcome[Case, None]]],
-    key_of: Callable[[Case], str],
-    results: ResultsFolder,
-    *,
-    inputs: Inputs,
-    files: CaseFiles,
-    stage: str,
-    progress: Progress,
-    model_name: str = "",
-    objects: str = "components",
-    about: Mapping[str, Any] | None = None,
-    max_ram: int | None = None,
-    announce: Announce = ignore_text,
+    batch: Batch,
 ) -> CasesReport:
     """Run every incomplete case; a failure becomes a row, an interruption leaves pending rows.
-
-    Args:
-        key_of: hash of the model, options and inputs of a case; called only for recorded cases.
-        about: description of the run for report.html. None: write neither report.html nor missing
-            pages of complete cases.
-        max_ram: memory limit in bytes for report.html and missing pages; None for no limit.
 
     Raises:
         VolsegError: a file not written by volseg would be overwritten (`E_EXISTS`); no case is run.
     """
-    states = {
-        case.id: results.state_of(case.id, key_of(case), inputs.of(case))
-        if results.has_record(case.id)
-        else State.MISSING
-        for case in cases
-    }
-    todo = [case for case in cases if states[case.id] is State.MISSING]
-    kept = [case.id for case in cases if states[case.id] in (State.COMPLETE, State.EDITED)]
-    done: list[str] = []
-    failed: dict[str, str] = {}
-    remarks: list[str] = []
-    outputs = [*files.shared, *(name for case in todo for name in files.names(case.id))]
-    if about is not None:
-        outputs += [name for case_id in kept for name in files.page_names(case_id)]
-    results.refuse_foreign(outputs)
-
-    def fail(case: Case, error: VolsegError) -> None:
-        failed[case.id] = failure_reason(results, case.id, error)
-        image = _scan_of(case).name
-        row = CaseRow(
-            case_id=case.id, status="failed", reason=failed[case.id], image=image, model=model_name
-        )
-        results.commit_failure(case.id, row, inputs.of(case))
-
-    for case in cases:
-        if states[case.id] is State.OTHER_INPUT:
-            fail(case, _corrected_for_another_scan(case, results))
-        elif states[case.id] is not State.MISSING:
-            if states[case.id] is State.EDITED:
-                remarks.append(f"{EDITED}: {case.id}: {results.edited_text}")
-            results.keep(case.id, _scan_of(case))
-    progress(stage, 0.0, f"{len(todo)} of {len(cases)} to do")
+    tally, progress = _Tally(batch), batch.options.progress
+    todo = tally.skip_complete(cases)
+    progress(batch.stage, 0.0, f"{len(todo)} of {len(cases)} to do")
     outcomes = run(todo)
     try:
         for count, outcome in enumerate(outcomes, start=1):
-            case = outcome.item
-            if outcome.error is None:
-                done.append(case.id)
-            else:
-                fail(case, outcome.error)
-            progress(stage, count / len(todo), case.id)
-        if about is not None:
-            remarks += _add_pages(results, kept, max_ram, announce)
+            tally.add(outcome)
+            progress(batch.stage, count / len(todo), outcome.item.id)
+        if batch.files.pages:
+            tally.add_missing_pages()
     finally:
         if isinstance(outcomes, Generator):
             outcomes.close()  # waits for writes in progress
-        reached = {*done, *kept, *failed}
-        # A case may have been written while the run was stopping, without an outcome.
-        pending = [
-            CaseRow(case_id=case.id, status="pending", image=_scan_of(case).name, model=model_name)
-            for case in todo
-            if case.id not in reached
-            and not (results.has_record(case.id) and results.is_complete(case.id, key_of(case)))
-        ]
-        rows = results.write_tables(pending=pending)
-        if about is not None:
-            remarks += write_report(
-                results, about, rows, budget=page_budget(max_ram, announce, has_run=bool(done))
-            )
-    kept, failed = without_damaged(kept, failed, rows)
-    remarks += damaged_warnings(rows)
+        rows = tally.write_tables(todo)
+    kept, failed = without_damaged(tally.kept, tally.failed, rows)
+    remarks = [*tally.remarks, *damaged_warnings(rows)]
     return CasesReport(
-        out=results.path,
-        done=done,
+        out=batch.results.path,
+        done=tally.done,
         kept=kept,
         failed=failed,
         warnings=remarks + remarks_on_scans(rows, [case.id for case in cases]),
-        objects=objects,
-        pages=about is not None,
+        objects=batch.objects,
+        pages=batch.files.pages,
     )
+
+
+class _Tally:
+    """Which cases of a batch are done, kept or failed so far."""
+
+    def __init__(self, batch: Batch) -> None:
+        self._batch = batch
+        self.done: list[str] = []
+        self.kept: list[str] = []
+        self.failed: dict[str, str] = {}
+        self.remarks: list[str] = []
+
+    def skip_complete(self, cases: Sequence[Case]) -> list[Case]:
+        """Keep what is complete, and return the cases to do."""
+        results, files = self._batch.results, self._batch.files
+        states = {case.id: self._state_of(case) for case in cases}
+        todo = [case for case in cases if states[case.id] is State.MISSING]
+        self.kept = [case.id for case in cases if states[case.id] in (State.COMPLETE, State.EDITED)]
+        outputs = [*files.shared, *(name for case in todo for name in files.names(case.id))]
+        outputs += [name for case_id in self.kept for name in files.page_names(case_id)]
+        results.refuse_foreign(outputs)
+        for case in cases:
+            if states[case.id] is State.OTHER_INPUT:
+                self._fail(case, _corrected_for_another_scan(case, results))
+            elif states[case.id] is not State.MISSING:
+                if states[case.id] is State.EDITED:
+                    self.remarks.append(f"{EDITED}: {case.id}: {results.edited_text}")
+                results.keep(case.id, _scan_of(case))
+        return todo
+
+    def _state_of(self, case: Case) -> State:
+        results, inputs = self._batch.results, self._batch.inputs
+        if not results.has_record(case.id):  # hashing its files would be in vain
+            return State.MISSING
+        return results.state_of(case.id, self._batch.key_of(case), inputs.of(case))
+
+    def add(self, outcome: Outcome[Case, None]) -> None:
+        if outcome.error is None:
+            self.done.append(outcome.item.id)
+        else:
+            self._fail(outcome.item, outcome.error)
+
+    def _fail(self, case: Case, error: VolsegError) -> None:
+        self.failed[case.id] = failure_reason(self._batch.results, case.id, error)
+        row = self._unmeasured(case, "failed", reason=self.failed[case.id])
+        self._batch.results.commit_failure(row, self._batch.inputs.of(case))
+
+    def _unmeasured(
+        self, case: Case, status: Literal["failed", "pending"], reason: str = ""
+    ) -> CaseRow:
+        return CaseRow(
+            case_id=case.id,
+            status=status,
+            reason=reason,
+            image=_scan_of(case).name,
+            model=self._batch.about.model,
+        )
+
+    def add_missing_pages(self) -> None:
+        """Write missing viewer pages of complete cases, with a remark for each that fails."""
+        budget, results = None, self._batch.results
+        for name in self.kept:
+            record = results.record(name)
+            if record is not None and not results.has_pages(record):
+                budget = budget or self._batch.page_budget()
+                if reason := remake_page(results, record, budget=budget):
+                    self.remarks.append(f"W_PAGE: {name} has no page: {reason}")
+
+    def write_tables(self, todo: Sequence[Case]) -> list[CaseRow]:
+        """Write the tables, with rows for pending cases, and report.html."""
+        results, reached = self._batch.results, {*self.done, *self.kept, *self.failed}
+        # A case may have been written while the run was stopping, without an outcome.
+        pending = [
+            self._unmeasured(case, "pending")
+            for case in todo
+            if case.id not in reached
+            and not (
+                results.has_record(case.id)
+                and results.is_complete(case.id, self._batch.key_of(case))
+            )
+        ]
+        rows = results.write_tables(pending)
+        if self._batch.files.pages:
+            budget = self._batch.page_budget(has_run=bool(self.done))
+            self.remarks += write_report(results, self._batch.about, rows, budget=budget)
+        return rows
 
 
 def without_damaged(
     kept: Sequence[str],
     failed: Mapping[str, str],
-    rows: Iterable[Mapping[str, Any]],
+    rows: Iterable[ItemRow],
     name_column: str = "case_id",
 ) -> tuple[list[str], dict[str, str]]:
     """Move kept items with a damaged record to the failed ones; return both.
@@ -196,17 +243,17 @@ def without_damaged(
     Args:
         rows: rows of all items, as returned by `write_tables`.
     """
-    reasons = {row[name_column]: row["reason"] for row in rows if row["status"] == "unknown"}
+    reasons = {getattr(row, name_column): row.reason for row in rows if row.status == "unknown"}
     damaged = {name: reasons[name] for name in kept if name in reasons}
     return [name for name in kept if name not in damaged], {**failed, **damaged}
 
 
-def damaged_warnings(rows: Iterable[Mapping[str, Any]], name_column: str = "case_id") -> list[str]:
+def damaged_warnings(rows: Iterable[ItemRow], name_column: str = "case_id") -> list[str]:
     """Return a warning for each item whose record is damaged."""
     return [
-        f"W_RECORD: {row[name_column]}: {row['reason']}"
+        f"W_RECORD: {getattr(row, name_column)}: {row.reason}"
         for row in rows
-        if row["status"] == "unknown"
+        if row.status == "unknown"
     ]
 
 
@@ -224,75 +271,85 @@ def _corrected_for_another_scan(case: Case, results: ResultsFolder) -> ScanError
     )
 
 
-def _add_pages(
-    results: ResultsFolder,
-    kept: Sequence[str],
-    max_ram: int | None,
-    announce: Announce,
-) -> list[str]:
-    """Write missing viewer pages of complete cases; return a warning for each that fails."""
-    reasons, budget = {}, None
-    for name in kept:
-        record = results.record(name)
-        if record is not None and not results.has_pages(record):
-            budget = budget or page_budget(max_ram, announce)
-            reasons[name] = remake_page(results, name, record, budget=budget)
-    return [f"W_PAGE: {name} has no page: {reason}" for name, reason in reasons.items() if reason]
-
-
-def done_row(
-    case: Case,
-    scan: Volume,
-    measured: MeasuredLesions,
-    *,
-    path: Path,
-    unit: Unit,
-    model: str,
-    seconds: float,
-    settings: Measure,
-    organ_voxels: int | None,
-    remarks: Sequence[str] = (),
-) -> CaseRow:
-    """Return the row of a measured scan, with its warnings.
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class MeasuredCase:
+    """The measured lesions of a case, which `write_case` writes.
 
     Args:
-        unit: intensity unit of the scan.
-        organ_voxels: voxels of the organ label, lesions excluded; None if no label is an organ.
+        path: the scan file whose grid the ids have.
+        seconds: time taken so far.
+        sha256: of the files that were read.
+        model: name and hash; empty for a mask from elsewhere.
         remarks: warnings about unit and similarity to the training scans, as `W_CODE: sentence`.
     """
-    lesions, specks = measured.largest, measured.specks
-    scan_warnings = (*read_header(path).warnings, *intensity_warnings(scan))
-    warnings = [*remarks, *(f"{warning.code}: {warning.text}" for warning in scan_warnings)]
-    if scan.array.dtype.kind == "f" and not all(
-        np.isfinite(scan.array[part]).all() for part in slabs_of(scan.array)
-    ):
-        warnings.append(
-            "W_NAN: some voxels are not finite; lesions that hold one have no intensities"
-        )
-    if specks is not None:
-        warnings.insert(0, specks.warning)
-    if organ_voxels == 0:
-        warnings.append(
-            f"{ORGAN}: no voxel is {settings.organ}, so its volume and the burden are unknown"
-        )
-    if settings.calcium and (
-        specks is not None or any(lesion.agatston_score is None for lesion in lesions)
-    ):
-        warnings.append("W_CALCIUM: a lesion has no score, its notes say why, so the scan has none")
-    elif settings.calcium and not unit.is_hu:
-        problem = unit.doubt or f"not in {unit.name}"
-        warnings.append(f"W_CALCIUM: calcium is scored in HU, {problem}")
-    if measured.touches_border:
-        warnings.append(
-            "W_BORDER: a lesion touches the border of the scan, so its volume is a lower bound"
-        )
+
+    path: Path
+    lesions: MeasuredLesions
+    seconds: float
+    sha256: tuple[str, ...]
+    model: str = ""
+    remarks: Sequence[str] = ()
+
+
+def write_case(
+    measured: MeasuredCase, files: CaseFiles, commit: Commit, box: ModelBox | None = None
+) -> CaseRow:
+    """Write the lesion ids, picture and page of a case, and return its row."""
+    started = time.monotonic()
+    scan, largest = measured.lesions.scan, measured.lesions.largest
+    image, ids, unit = scan.image, scan.lesions.ids, scan.unit
+    write_mask(image.with_array(ids), commit, LESION_IDS, scan.case_id, like=measured.path)
+    if files.figures:
+        from volseg.pages.figures import overlay_png
+
+        title, is_doubted = scan.case_id, bool(unit.doubt)
+        picture = overlay_png(image, ids, largest, title=title, is_doubted=is_doubted)
+        commit.write(f"{FIGURES}/{scan.case_id}.png", picture)
+    row = done_row(measured)
+    if files.pages:
+        commit.write_all(page_files(row, largest, image, ids, unit=unit.name, box=box))
+    return replace(row, seconds=round(measured.seconds + time.monotonic() - started, 2))
+
+
+def done_row(measured: MeasuredCase) -> CaseRow:
+    """Return the row of a measured scan, with its warnings."""
     return replace(
-        summarise(measured),
-        image=path.name,
-        model=model,
-        seconds=round(seconds, 2),
-        warnings="; ".join(warnings),
+        summarise(measured.lesions),
+        image=measured.path.name,
+        model=measured.model,
+        seconds=round(measured.seconds, 2),
+        warnings="; ".join(_warnings(measured)),
     )
+
+
+def _warnings(measured: MeasuredCase) -> Iterator[str]:
+    scan, specks = measured.lesions.scan, measured.lesions.specks
+    image = scan.image
+    if specks is not None:
+        yield specks.warning
+    yield from measured.remarks
+    for warning in (*read_header(measured.path).warnings, *intensity_warnings(image)):
+        yield f"{warning.code}: {warning.text}"
+    if image.array.dtype.kind == "f" and not all(
+        np.isfinite(image.array[part]).all() for part in slabs_of(image.array)
+    ):
+        yield "W_NAN: some voxels are not finite; lesions that hold one have no intensities"
+    if scan.organ_voxels == 0:
+        organ = scan.settings.organ
+        yield f"{ORGAN}: no voxel is {organ}, so its volume and the burden are unknown"
+    if scan.settings.calcium:
+        yield from _calcium_warnings(measured.lesions)
+    if measured.lesions.touches_border:
+        yield "W_BORDER: a lesion touches the border of the scan, so its volume is a lower bound"
+
+
+def _calcium_warnings(lesions: MeasuredLesions) -> Iterator[str]:
+    unit = lesions.scan.unit
+    is_unscored = any(lesion.agatston_score is None for lesion in lesions.largest)
+    if lesions.specks is not None or is_unscored:
+        yield "W_CALCIUM: a lesion has no score, its notes say why, so the scan has none"
+    elif not unit.is_hu:
+        yield f"W_CALCIUM: calcium is scored in HU, {unit.doubt or f'not in {unit.name}'}"
 
 
 def write_mask(mask: Volume, commit: Commit, folder: str, case_id: str, *, like: Path) -> None:
@@ -309,21 +366,6 @@ def write_mask(mask: Volume, commit: Commit, folder: str, case_id: str, *, like:
             fix="run again",
             code="E_CHANGED",
         ) from error
-
-
-def write_figure(
-    scan: Volume,
-    ids: Volume,
-    lesions: Sequence[LesionMeasurement],
-    case_id: str,
-    commit: Commit,
-    *,
-    unit: Unit,
-) -> None:
-    from volseg.pages.figures import overlay_png
-
-    picture = overlay_png(scan, ids.array, lesions, title=case_id, is_doubted=bool(unit.doubt))
-    commit.write(f"{FIGURES}/{case_id}.png", picture)
 
 
 def input_key(options: Mapping[str, Any], digests: Iterable[str]) -> str:
@@ -343,12 +385,6 @@ def digest_of(path: Path) -> str:
         return scan_digest(path)
     except ScanError:
         return str(path)
-
-
-def run_header(command: str, model: str) -> dict[str, str]:
-    """Return what run.json and report.html say about a run before it starts."""
-    now = datetime.now().astimezone().isoformat(sep=" ", timespec="minutes")
-    return {"command": command, "volseg": __version__, "model": model, "started": now}
 
 
 def run_description(
@@ -389,7 +425,7 @@ def failure_reason(outputs: OutputFolder, name: str, error: VolsegError) -> str:
 def check_pair(image: Volume, mask: Volume, image_name: str, mask_name: str) -> None:
     difference = image.geometry.difference(mask.geometry)
     if difference:
-        overlap = image.geometry.fraction_inside(mask.geometry)
+        overlap = mask.geometry.fraction_inside(image.geometry)
         raise ScanError(
             f"{mask_name}: is not on the grid of its scan {image_name}: {difference}; "
             f"{overlap:.0%} of it lies within the scan",

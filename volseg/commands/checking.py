@@ -2,82 +2,106 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+
+import numpy as np
 
 from volseg.columns import columns_of
 from volseg.commands.batch import check_pair
 from volseg.commands.preparing import PREPARED_FILE, read_training_case
 from volseg.errors import VolsegError
-from volseg.evaluation.detection import DetectionRow
-from volseg.evaluation.overlap import OverlapRow
-from volseg.evaluation.validation import ValidationRow
 from volseg.inputs import read_json
 from volseg.io.cases import Case
 from volseg.io.layouts import survey_cases
 from volseg.io.volumes import read_header, read_mask, read_volume
-from volseg.measurement.changes import LesionChange
-from volseg.measurement.response import PatientResponse
-from volseg.measurement.rows import CaseRow, LesionMeasurement
 from volseg.measurement.units import judge_unit
-from volseg.postprocessing.steps import make_steps
 from volseg.recipe import Recipe, as_recipe, load_recipe, shipped_recipes
+from volseg.store.tables import TABLES
 from volseg.volume import Volume
 
+Problem = dict[str, str]  # where, code, problem, fix
 
-def check(path: Path | str, recipe: Path | str | Recipe | None = None) -> list[dict[str, str]]:
+
+def check(path: Path | str, recipe: Path | str | Recipe | None = None) -> list[Problem]:
     """Return every problem of a dataset, scan, recipe or model, each with its fix.
 
     Args:
         recipe: also check a dataset against this recipe: channels, label values and grids.
     """
-    path = Path(path)
+    path, problems = Path(path), []
     try:
-        if path.suffix == ".toml" or (not path.exists() and str(path) in shipped_recipes()):
-            _check_names(load_recipe(path))
-        elif (path / "model.json").is_file():
-            from volseg.bundle import load_bundle
-            from volseg.inference.memory import check_patch
-
-            bundle = load_bundle(path)
-            for part in (bundle, bundle.coarse):
-                if part is not None:
-                    check_patch(part)
-                    part.segmentation_networks()
-            bundle.classifier_network()
-        elif (path / PREPARED_FILE).is_file():
-            raise VolsegError(
-                f"{path}: is a prepared folder",
-                fix="check the dataset that it was made from",
-                code="E_USAGE",
-            )
-        elif path.is_dir() or path.suffix == ".csv":
-            recipe = None if recipe is None else as_recipe(recipe)
-            channels = None if recipe is None else recipe.data.channels
-            allow_missing = recipe is not None and recipe.data.missing == "empty"
-            cases, mistakes = survey_cases(path, channels, allow_missing=allow_missing)
-            fix = "correct the dataset"
-            problems = [_problem(str(path), "E_REQUEST", mistake, fix) for mistake in mistakes]
-            return problems + [problem for case in cases for problem in _check_case(case, recipe)]
-        else:
-            warnings = read_header(path).warnings
-            read_volume(path)
-            return [_problem(str(path), warning.code, warning.text) for warning in warnings]
+        problems.extend(_problems(path, recipe))
     except VolsegError as error:
-        return [_problem_of(str(path), error)]
-    return []
+        problems.append(_problem_of(str(path), error))
+    return problems
 
 
-def _check_names(recipe: Recipe) -> None:
-    """Check the names of post-processing steps and networks in a recipe."""
-    from volseg.networks import check_networks
+def _problems(path: Path, recipe: Path | str | Recipe | None) -> Iterable[Problem]:
+    if path.suffix == ".toml" or (not path.exists() and str(path) in shipped_recipes()):
+        return _check_recipe(path)
+    if (path / "model.json").is_file():
+        return _check_model(path)
+    if (path / PREPARED_FILE).is_file():
+        raise VolsegError(
+            f"{path}: is a prepared folder",
+            fix="check the dataset that it was made from",
+            code="E_USAGE",
+        )
+    if path.is_dir() or path.suffix == ".csv":
+        return _check_dataset(path, None if recipe is None else as_recipe(recipe))
+    return _check_scan(path)
 
-    make_steps(recipe.postprocess)
-    if not recipe.leaves_size_open:  # else the plan chooses the network
-        check_networks(recipe)
+
+def _check_recipe(path: Path) -> Iterator[Problem]:
+    from volseg.training.check import recipe_problems
+
+    for problem in recipe_problems(load_recipe(path)):
+        yield _problem_of(str(path), problem)
 
 
-def _check_case(case: Case, recipe: Recipe | None) -> Iterator[dict[str, str]]:
+def _check_model(path: Path) -> Iterable[Problem]:
+    from volseg.bundle import load_bundle
+    from volseg.inference.memory import check_patch
+
+    bundle = load_bundle(path)
+    for part in (bundle, bundle.coarse):
+        if part is not None:
+            check_patch(part)
+            part.segmentation_networks()
+    bundle.classifier_network()
+    return ()
+
+
+def _check_scan(path: Path) -> list[Problem]:
+    warnings = read_header(path).warnings
+    read_volume(path)
+    return [_problem(str(path), warning.code, warning.text) for warning in warnings]
+
+
+def _check_dataset(path: Path, recipe: Recipe | None) -> Iterator[Problem]:
+    channels = None if recipe is None else recipe.data.channels
+    allow_missing = recipe is not None and recipe.data.missing == "empty"
+    cases, mistakes = survey_cases(path, channels, allow_missing=allow_missing)
+    for mistake in mistakes:
+        yield _problem(str(path), "E_REQUEST", mistake, "correct the dataset")
+    labels: set[int] = set()  # in the masks that could be read
+    for case in cases:
+        yield from _check_case(case, recipe, labels)
+    if recipe is None or not labels:
+        return
+    for value, name in recipe.data.label_names.items():
+        if value not in labels:
+            yield _problem(
+                str(path),
+                "W_LABEL",
+                f"no mask holds label {name!r} (value {value}) of recipe {recipe.name!r}",
+                "correct data.labels in the recipe, or add cases with this label",
+            )
+
+
+def _check_case(case: Case, recipe: Recipe | None, labels: set[int]) -> Iterator[Problem]:
+    """Yield the problems of a case; add the values of its mask to `labels`."""
     volumes: dict[str, Volume] = {}
     for name, path in case.images.items():
         try:
@@ -86,8 +110,7 @@ def _check_case(case: Case, recipe: Recipe | None) -> Iterator[dict[str, str]]:
                 yield _problem(case.id, warning.code, warning.text)
         except VolsegError as error:
             yield _problem_of(case.id, error)
-    if recipe is not None and recipe.data.channels[0] in volumes:
-        first = volumes[recipe.data.channels[0]]
+    if recipe is not None and (first := volumes.get(recipe.data.channels[0])) is not None:
         doubt = judge_unit(first, recipe.data.intensity_unit, by="the recipe").doubt
         if doubt:
             fix = "correct data.intensity_unit or the scan"
@@ -96,6 +119,7 @@ def _check_case(case: Case, recipe: Recipe | None) -> Iterator[dict[str, str]]:
         return
     try:
         mask = read_mask(case.reference)
+        labels.update(np.unique(mask.array).tolist())
         if not mask.array.any():
             yield _problem(case.id, "W_EMPTY", f"{case.reference}: holds no labelled voxel")
         if recipe is not None and volumes.keys() == case.images.keys():
@@ -107,26 +131,17 @@ def _check_case(case: Case, recipe: Recipe | None) -> Iterator[dict[str, str]]:
         yield _problem_of(case.id, error)
 
 
-def _problem(where: str, code: str, problem: str, fix: str = "") -> dict[str, str]:
+def _problem(where: str, code: str, problem: str, fix: str = "") -> Problem:
     return {"where": where, "code": code, "problem": problem, "fix": fix}
 
 
-def _problem_of(where: str, error: VolsegError) -> dict[str, str]:
+def _problem_of(where: str, error: VolsegError) -> Problem:
     return _problem(where, error.code, error.problem, error.fix)
 
 
 def table_columns() -> dict[str, list[tuple[str, str, str, str]]]:
     """Return (name, unit, meaning, source) of every column of every table."""
-    tables = {
-        "lesions.csv": LesionMeasurement,
-        "cases.csv": CaseRow,
-        "comparison.csv": LesionChange,
-        "response.csv": PatientResponse,
-        "evaluation.csv": OverlapRow,
-        "detections.csv": DetectionRow,
-        "validation.csv": ValidationRow,
-    }
-    return {name: columns_of(row) for name, row in tables.items()}
+    return {name: columns_of(row_type) for name, row_type in TABLES.items()}
 
 
 def shipped_model_text() -> str:

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from volseg.columns import row_of
 from volseg.commands.batch import digest_of, failure_reason
 from volseg.errors import VolsegError
 from volseg.evaluation.detection import DetectionRow, NoisyMaskError, detect_lesions, with_lesions
@@ -35,7 +36,7 @@ from volseg.postprocessing.lesions import MANY
 from volseg.reports import EvaluateReport
 from volseg.store.evaluations import DETECTIONS, EVALUATION, SUMMARY, EvaluatedCase, read_evaluation
 from volseg.store.outputs import RECORDS, Commit, OutputFolder, trace_name
-from volseg.store.results import STALE
+from volseg.store.records import STALE
 from volseg.store.tables import table
 from volseg.volume import Volume, slabs_of
 from volseg.words import format_count
@@ -76,7 +77,7 @@ def evaluate(options: EvaluateOptions) -> EvaluateReport:
             "warnings": [*_noisy(rows), *_stale(kept)],
         }
         failures = [
-            {"case_id": case_id, "status": "failed", "reason": reason}
+            row_of(OverlapRow, {"case_id": case_id, "status": "failed", "reason": reason})
             for case_id, reason in failed.items()
             if case_id not in kept
         ]

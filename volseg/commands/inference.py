@@ -12,19 +12,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from volseg.commands.batch import (
+    Batch,
     CaseFiles,
     Inputs,
+    MeasuredCase,
     case_files,
-    done_row,
     input_key,
     run_cases,
     run_description,
-    run_header,
-    write_figure,
+    write_case,
     write_mask,
 )
 from volseg.commands.checking import shipped_model_text
-from volseg.commands.pages import source_of, write_page
+from volseg.commands.pages import source_of
 from volseg.errors import ScanError, VolsegError
 from volseg.execution.cpu import keep_freed_memory, release_large_blocks, total_memory
 from volseg.execution.local import Outcome, run_overlapped
@@ -34,11 +34,13 @@ from volseg.io.header import ScanHeader
 from volseg.io.layouts import find_scans
 from volseg.io.volumes import read_header, read_volume
 from volseg.options import InferOptions, command
+from volseg.pages.about import About
 from volseg.pages.model_box import ModelBox, model_box
 from volseg.postprocessing.lesions import CONNECTIVITY
 from volseg.recipe import Recipe, parse_recipe
 from volseg.reports import CasesReport
-from volseg.store.results import LESION_IDS, MASKS, ResultsFolder
+from volseg.store.records import LESION_IDS, MASKS, CaseRecord
+from volseg.store.results import ResultsFolder
 from volseg.volume import Volume
 from volseg.words import format_sizes
 
@@ -73,25 +75,21 @@ def infer(options: InferOptions) -> CasesReport:
     with ResultsFolder(options.out, "infer", inputs=used) as results:
         run = _load_run(bundle, changes, folder, cases, results, options)
         model, bundle = run.model, run.model.bundle
-        about = run_header("infer", bundle.name) | {"model_box": run.box.model_dump(mode="json")}
+        about = About.now("infer", bundle.name, (run.box,))
+        batch = Batch(
+            results=results,
+            options=options,
+            inputs=run.digests,
+            key_of=run.key_of,
+            files=run.files,
+            stage=STAGE,
+            about=about,
+        )
         with limited_gpu(None if model.device == "cpu" else options.max_vram):
-            report = run_cases(
-                cases,
-                run.start,
-                run.key_of,
-                results,
-                inputs=run.digests,
-                files=run.files,
-                stage=STAGE,
-                progress=options.progress,
-                model_name=bundle.name,
-                about=about if options.pages else None,
-                max_ram=options.max_ram,
-                announce=options.announce,
-            )
+            report = run_cases(cases, run.start, batch)
         results.write_run(
             run_description(options, run.key_options, report, started)
-            | about
+            | about.as_json()
             | {"recipe_sha256": bundle.recipe.sha256, "connectivity": CONNECTIVITY}
             | {"measure": bundle.recipe.measure.model_dump(mode="json")}
         )
@@ -338,41 +336,35 @@ class _Run:
     def write(self, case: Case, segmented: _SegmentedCase) -> None:
         started = time.monotonic()
         self.digests.were_read(case, segmented.sha256)
-        recipe, box = self.model.bundle.recipe, self.box
+        recipe = self.model.bundle.recipe
         scan_path = case.images[recipe.data.channels[0]]
         scan, result = segmented.scan, segmented.result
         unit = result.resemblance.unit
         with self.results.staged() as commit:
             write_mask(result.mask, commit, MASKS, case.id, like=scan_path)
-            write_mask(result.lesion_ids, commit, LESION_IDS, case.id, like=scan_path)
-            if self.options.figures:
-                write_figure(scan, result.lesion_ids, result.lesions, case.id, commit, unit=unit)
-            row = done_row(
-                case,
-                scan,
-                result.measured,
+            measured = MeasuredCase(
                 path=scan_path,
-                unit=unit,
+                lesions=result.measured,
+                seconds=segmented.seconds + time.monotonic() - started,
+                sha256=segmented.sha256,
                 model=self.model.bundle.name,
-                seconds=segmented.seconds,
-                settings=recipe.measure,
-                organ_voxels=result.organ_voxels,
                 remarks=result.resemblance.remarks,
             )
-            if self.options.pages:
-                ids = result.lesion_ids.array
-                write_page(row, result.lesions, scan, ids, unit=unit.name, commit=commit, box=box)
-            names = {str(value): name for value, name in recipe.data.label_names.items()}
-            self.results.commit(
-                replace(row, seconds=round(segmented.seconds + time.monotonic() - started, 2)),
-                commit,
+            source = replace(
+                source_of(scan_path, scan, unit.name, self.box),
+                unit_doubt=unit.doubt,
+                remarks=result.resemblance.remarks,
+                measure=recipe.measure,
+                label_names=recipe.data.label_names,
+            )
+            record = CaseRecord(
+                case=write_case(measured, self.files, commit, self.box),
+                lesions=result.measured,
                 key=self.key_of(case),
                 inputs=self.digests.of(case),
-                lesions=result.measured,
-                source=source_of(scan_path, scan, unit.name, box)
-                | {"unit_doubt": unit.doubt, "remarks": list(result.resemblance.remarks)}
-                | {"measure": recipe.measure.model_dump(mode="json"), "label_names": names},
+                source=source,
             )
+            self.results.commit(record, commit)
 
     def _has_half_logits(self, case: Case) -> bool:
         plan = self.plans.fitting.get(case.id)

@@ -8,25 +8,24 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import cast, get_args
+from typing import Any, cast, get_args
 
 from volseg.commands.batch import (
+    Batch,
     CaseFiles,
     Inputs,
+    MeasuredCase,
     case_files,
     check_pair,
     damaged_warnings,
-    done_row,
     failure_reason,
     input_key,
     run_cases,
     run_description,
-    run_header,
     without_damaged,
-    write_figure,
-    write_mask,
+    write_case,
 )
-from volseg.commands.pages import page_budget, read_about, source_of, write_page, write_report
+from volseg.commands.pages import page_budget, read_run, source_of, write_report
 from volseg.commands.remarks import ORGAN
 from volseg.errors import ScanError, VolsegError
 from volseg.execution.local import run
@@ -41,16 +40,17 @@ from volseg.io.volumes import MAX_LABELS, read_header, read_mask, read_volume
 from volseg.measurement.memory import plan_measuring
 from volseg.measurement.rows import CaseRow
 from volseg.measurement.scan import SegmentedScan
-from volseg.measurement.specks import MeasuredLesions, measure_largest
-from volseg.measurement.units import Unit, judge_unit
+from volseg.measurement.specks import measure_largest
+from volseg.measurement.units import judge_unit
 from volseg.options import MeasureOptions, command
-from volseg.pages.model_box import ModelBox, read_model_box
+from volseg.pages.about import About
+from volseg.pages.model_box import read_model_box
 from volseg.postprocessing.lesions import CONNECTIVITY, Objects, label_lesions, remove_organ
 from volseg.recipe import Measure, as_recipe, parse_unit
 from volseg.reports import CasesReport
-from volseg.store.outputs import SAME_KIND, Commit, folder_content
-from volseg.store.results import LESION_IDS, MASKS, ResultsFolder, State
-from volseg.volume import Volume
+from volseg.store.outputs import SAME_KIND, folder_content
+from volseg.store.records import LESION_IDS, MASKS, CaseRecord
+from volseg.store.results import ResultsFolder, State
 from volseg.words import format_count
 
 STAGE, DEFAULT_OUT = "Measuring", "volseg_results"
@@ -79,9 +79,9 @@ def measure(options: MeasureOptions) -> CasesReport:
     settings = _settings_of(options)
     names = {str(value): name for value, name in settings.label_names.items()}
     key_options = {"objects": settings.objects, "label_names": names}
-    key_options |= {"intensity_unit": settings.intensity_unit, "figures": settings.figures}
+    key_options |= {"intensity_unit": settings.intensity_unit, "figures": options.figures}
     key_options |= {"measure": settings.settings.model_dump(mode="json")}
-    about = run_header("measure", "")
+    about, files = About.now("measure"), _files_of(options)
     used = [path for path in sources if path is not None]
     used += [path for case in pairs for path in case_files(case)]
     if isinstance(options.recipe, Path | str) and Path(options.recipe).is_file():
@@ -100,32 +100,29 @@ def measure(options: MeasureOptions) -> CasesReport:
             if case.id in refusals:
                 raise refusals[case.id]
             measured = _measure_case(case, settings)
+            scan = measured.lesions.scan
             digests.were_read(case, measured.sha256)
             with folder.staged() as commit:
-                row = _write_case(case, measured, settings, commit)
-                folder.commit(
-                    row,
-                    commit,
+                record = CaseRecord(
+                    case=write_case(measured, files, commit),
+                    lesions=measured.lesions,
                     key=key_of(case),
                     inputs=digests.of(case),
-                    lesions=measured.lesions,
-                    source=source_of(case.images["image"], measured.scan, measured.unit.name),
+                    source=source_of(measured.path, scan.image, scan.unit.name),
                 )
+                folder.commit(record, commit)
 
-        report = run_cases(
-            pairs,
-            lambda todo: run(task, todo),
-            key_of,
-            folder,
+        batch = Batch(
+            results=folder,
+            options=options,
             inputs=digests,
-            files=CaseFiles((LESION_IDS,), options.figures, options.pages),
+            key_of=key_of,
+            files=files,
             stage=STAGE,
-            progress=options.progress,
+            about=about,
             objects=options.objects,
-            about=about if options.pages else None,
-            max_ram=options.max_ram,
-            announce=options.announce,
         )
+        report = run_cases(pairs, lambda todo: run(task, todo), batch)
         if unused:
             n_masks = len(unused) + len(pairs)
             remark = (
@@ -135,7 +132,7 @@ def measure(options: MeasureOptions) -> CasesReport:
             report = replace(report, warnings=[*report.warnings, remark])
         folder.write_run(
             run_description(options, key_options, report, started)
-            | about
+            | about.as_json()
             | {"masks_without_scan": unused}
             | {"connectivity": CONNECTIVITY if settings.objects == "components" else None}
         )
@@ -178,8 +175,6 @@ def _settings_of(options: MeasureOptions) -> _Options:
         intensity_unit=unit or recipe_unit,
         stated_by="--unit" if unit else "the recipe",
         settings=(recipe.measure if recipe else Measure()).model_copy(update=changes),
-        figures=options.figures,
-        pages=options.pages,
     )
 
 
@@ -192,7 +187,7 @@ def measure_corrected(results: Path, options: MeasureOptions) -> CasesReport:
         VolsegError: `results` is not a folder of `infer`.
     """
     started = time.monotonic()
-    figures, pages, progress = options.figures, options.pages, options.progress
+    files, progress = _files_of(options), options.progress
     if folder_content(results) != SAME_KIND["infer"]:
         raise VolsegError(
             f"{results}: is not a results folder of infer",
@@ -202,16 +197,11 @@ def measure_corrected(results: Path, options: MeasureOptions) -> CasesReport:
     done, kept, failed = [], [], {}
     with ResultsFolder(results, "infer") as folder:
         rows = folder.item_rows()
-        edited = [
-            row["case_id"] for row in rows if folder.state_of(row["case_id"], None) is State.EDITED
-        ]
+        edited = [row.case_id for row in rows if folder.state_of(row.case_id, None) is State.EDITED]
         edited_ids = frozenset(edited)
         kept = [
-            row["case_id"]
-            for row in rows
-            if row["status"] == "done" and row["case_id"] not in edited_ids
+            row.case_id for row in rows if row.status == "done" and row.case_id not in edited_ids
         ]
-        files = CaseFiles((LESION_IDS,), figures, pages)
         folder.refuse_foreign(
             [*files.shared, *(path for name in edited for path in files.names(name))]
         )
@@ -221,7 +211,7 @@ def measure_corrected(results: Path, options: MeasureOptions) -> CasesReport:
         def task(name: str) -> None:
             if name in refusals:
                 raise refusals[name]
-            _measure_corrected_case(folder, name, figures=figures, pages=pages)
+            _measure_corrected_case(folder, name, files)
 
         outcomes = run(task, edited)
         try:
@@ -235,15 +225,13 @@ def measure_corrected(results: Path, options: MeasureOptions) -> CasesReport:
                 progress(STAGE, count / len(edited), name)
         finally:
             rows = folder.write_tables()
-            about, missing = read_about(results), []
-            if pages:
+            about, missing = read_run(results), []
+            if files.pages:
                 budget = page_budget(options.max_ram, options.announce, has_run=bool(done))
-                missing = write_report(folder, about, rows, budget=budget)
+                missing = write_report(folder, About.of(about), rows, budget=budget)
         measured_ids = frozenset(done)
         kept, failed = without_damaged(kept, failed, rows)
-        warnings = [
-            f"{row['case_id']}: {row['warnings']}" for row in rows if row["case_id"] in measured_ids
-        ]
+        warnings = [f"{row.case_id}: {row.warnings}" for row in rows if row.case_id in measured_ids]
         warnings += [*missing, *damaged_warnings(rows)]
         report = CasesReport(
             out=results,
@@ -252,12 +240,12 @@ def measure_corrected(results: Path, options: MeasureOptions) -> CasesReport:
             failed=failed,
             warnings=warnings,
             objects="components",
-            pages=pages,
+            pages=files.pages,
         )
         measured = {"command": "measure"} | run_description(
-            options, {"figures": figures}, report, started
+            options, {"figures": files.figures}, report, started
         )
-        folder.write_run(dict(about) | {"measured_again": measured})
+        folder.write_run(about | {"measured_again": measured})
     return report
 
 
@@ -266,14 +254,16 @@ def _keep_failed(folder: ResultsFolder, name: str, reason: str) -> None:
     record = folder.record(name)
     assert record is not None
     row = CaseRow(case_id=name, status="failed", reason=reason)
-    folder.commit_failure(name, row, record.get("inputs", ()))
+    folder.commit_failure(row, record.inputs)
 
 
 def _corrected_cases(folder: ResultsFolder, names: Sequence[str]) -> Iterator[tuple[Case, Measure]]:
     """Yield the corrected cases with a usable record; measuring reports the others."""
     for name in names:
         with contextlib.suppress(ScanError):
-            case, options = _corrected_case(folder, name, figures=False, pages=False)
+            record = folder.record(name)
+            assert record is not None
+            case, options = _corrected_case(folder, record)
             yield case, options.settings
 
 
@@ -287,77 +277,63 @@ def _unit_of(text: str | None) -> str:
         ) from error
 
 
-def _corrected_case(
-    folder: ResultsFolder, name: str, *, figures: bool, pages: bool
-) -> tuple[Case, _Options]:
+def _corrected_case(folder: ResultsFolder, record: CaseRecord[Any]) -> tuple[Case, _Options]:
     """Return a corrected mask with its scan, and how it is measured.
 
     Raises:
         ScanError: its record does not say how.
     """
-    record = folder.record(name)
-    assert record is not None
-    source = record["source"]
+    source, name = record.source, record.name
+    needed = ("scan", "label_names", "unit", "remarks", "measure")
+    missing = [item for item in needed if getattr(source, item) is None]
     try:
-        mask = folder.path / MASKS / f"{name}{RESULT_SUFFIX}"
-        case = Case(name, {"image": Path(source["scan"])}, reference=mask)
+        if missing or source.scan is None or source.measure is None:
+            raise ValueError(f"no valid {', '.join(missing)}")
         options = _Options(
             objects="components",
-            label_names={int(value): str(text) for value, text in source["label_names"].items()},
-            intensity_unit=parse_unit(str(source["unit"])),
+            label_names=source.label_names or {},
+            intensity_unit=parse_unit(source.unit or ""),
             stated_by="the model",
-            unit_doubt=str(source.get("unit_doubt", "")),
-            remarks=_texts(source["remarks"]),
-            box=read_model_box(source.get("model_box")),
-            settings=Measure.model_validate(source["measure"]),
-            figures=figures,
-            pages=pages,
+            unit_doubt=source.unit_doubt or "",
+            remarks=tuple(source.remarks or ()),
+            settings=source.measure,
         )
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except ValueError as error:
         raise ScanError(
-            f"{folder.path}: the record of case {name!r} lacks measurement settings ({error!r})",
+            f"{folder.path}: the record of case {name!r} lacks measurement settings ({error})",
             fix="measure the mask with --image, --mask and another --out",
             code="E_RECORD",
         ) from error
-    return case, options
+    mask = folder.path / MASKS / f"{name}{RESULT_SUFFIX}"
+    return Case(name, {"image": source.scan}, reference=mask), options
 
 
-def _texts(content: object) -> tuple[str, ...]:
-    if not isinstance(content, list) or not all(isinstance(text, str) for text in content):
-        raise TypeError(f"{shorten(repr(content))} is not a list of texts")
-    return tuple(content)
-
-
-def _measure_corrected_case(
-    folder: ResultsFolder, name: str, *, figures: bool, pages: bool
-) -> None:
+def _measure_corrected_case(folder: ResultsFolder, name: str, files: CaseFiles) -> None:
     record = folder.record(name)
     assert record is not None
-    source = record["source"]
-    case, options = _corrected_case(folder, name, figures=figures, pages=pages)
+    case, options = _corrected_case(folder, record)
     measured = _measure_case(case, options)
-    if measured.scan.sha256 != source.get("sha256"):
+    if measured.sha256[0] != record.source.sha256:
         raise ScanError(
             f"{case.images['image']}: has changed since the mask was made from it",
             fix="restore that scan, or measure the mask with --image, --mask and another --out",
             code="E_CHANGED",
         )
-    model = record["case"].get("model") or ""
+    model = record.case.model
     remark = (
         f"W_CORRECTED: the mask of {model} was corrected by hand, "
         "so there is no confidence and no class"
     )
+    measured = replace(measured, model=model, remarks=[*measured.remarks, remark])
     with folder.staged() as commit:
-        row = _write_case(case, measured, options, commit, model=model, remark=remark)
-        folder.commit(
-            row,
-            commit,
-            key=str(record.get("key", "")),
-            inputs=record.get("inputs", ()),
-            lesions=measured.lesions,
-            source=source,
-            corrected={f"{MASKS}/{name}{RESULT_SUFFIX}": measured.sha256[-1]},
-        )
+        case_row = write_case(measured, files, commit, read_model_box(record.source.model_box))
+        corrected = {f"{MASKS}/{name}{RESULT_SUFFIX}": measured.sha256[-1]}
+        new = replace(record, case=case_row, lesions=measured.lesions, corrected=corrected)
+        folder.commit(replace(new, failed=None, remark=""), commit)
+
+
+def _files_of(options: MeasureOptions) -> CaseFiles:
+    return CaseFiles((LESION_IDS,), options.figures, options.pages)
 
 
 def _refused(
@@ -457,24 +433,7 @@ class _Options:
     stated_by: str  # `--unit`, the recipe or the model
     unit_doubt: str = ""  # recorded by `infer`
     remarks: tuple[str, ...] = ()  # on similarity to the model's training scans
-    box: ModelBox | None = None  # description of the model
     settings: Measure
-    figures: bool
-    pages: bool
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Measured:
-    """Measurements of a case; `sha256` of the scan and the mask, as read."""
-
-    scan: Volume
-    ids: Volume
-    lesions: MeasuredLesions
-    unit: Unit
-    settings: Measure
-    organ_voxels: int | None
-    sha256: tuple[str, ...]
-    seconds: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -497,7 +456,7 @@ class _Names(Mapping[int, str]):
         return isinstance(value, int)
 
 
-def _measure_case(case: Case, options: _Options) -> _Measured:
+def _measure_case(case: Case, options: _Options) -> MeasuredCase:
     started = time.monotonic()
     path = case.images["image"]
     assert case.reference is not None
@@ -527,57 +486,19 @@ def _measure_case(case: Case, options: _Options) -> _Measured:
         settings=settings,
         organ_voxels=organ_voxels,
     )
-    return _Measured(
-        scan=scan,
-        ids=scan.with_array(lesions.ids),
-        lesions=measure_largest(segmented),
-        unit=unit,
-        settings=settings,
-        organ_voxels=organ_voxels,
-        sha256=(scan.sha256, mask.sha256),
-        seconds=time.monotonic() - started,
-    )
-
-
-def _write_case(
-    case: Case,
-    measured: _Measured,
-    options: _Options,
-    commit: Commit,
-    *,
-    model: str = "",
-    remark: str = "",
-) -> CaseRow:
-    """Write the files of a case and return its row; `remark` is a further warning."""
-    started = time.monotonic()
-    path, scan, ids = case.images["image"], measured.scan, measured.ids
-    largest = measured.lesions.largest
-    write_mask(ids, commit, LESION_IDS, case.id, like=path)
-    if options.figures:
-        write_figure(scan, ids, largest, case.id, commit, unit=measured.unit)
-    remarks = [*options.remarks, *((remark,) if remark else ())]
-    if measured.unit.doubt and not any(measured.unit.doubt in text for text in remarks):
-        remarks.insert(0, f"W_UNIT: {measured.unit.doubt}")
-    if measured.organ_voxels and not len(measured.lesions):
-        organ = measured.settings.organ
+    remarks = list(options.remarks)
+    if unit.doubt and not any(unit.doubt in text for text in remarks):
+        remarks.insert(0, f"W_UNIT: {unit.doubt}")
+    if organ_voxels and not lesions.labels:
+        organ = settings.organ
         remarks.append(f"{ORGAN}: no label but the organ, {organ}, so no lesion was measured")
-    row = done_row(
-        case,
-        scan,
-        measured.lesions,
+    return MeasuredCase(
         path=path,
-        unit=measured.unit,
-        model=model,
-        seconds=measured.seconds,
-        settings=measured.settings,
-        organ_voxels=measured.organ_voxels,
+        lesions=measure_largest(segmented),
+        seconds=time.monotonic() - started,
+        sha256=(scan.sha256, mask.sha256),
         remarks=remarks,
     )
-    if options.pages:
-        write_page(
-            row, largest, scan, ids.array, unit=measured.unit.name, commit=commit, box=options.box
-        )
-    return replace(row, seconds=round(measured.seconds + time.monotonic() - started, 2))
 
 
 def _value_of(label: str, names: Mapping[int, str], path: Path) -> int:

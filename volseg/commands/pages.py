@@ -6,23 +6,25 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from volseg import __version__
+from volseg.columns import json_values
 from volseg.errors import ScanError
 from volseg.execution.memory import LIBRARIES, Budget
 from volseg.inputs import open_regular, read_json
 from volseg.io.volumes import read_header, read_mask, read_volume
 from volseg.measurement.memory import LISTED, plan_page, plan_report
 from volseg.measurement.rows import CaseRow, LesionMeasurement
+from volseg.pages.about import About
 from volseg.pages.model_box import ModelBox, read_model_box
 from volseg.postprocessing.lesions import MANY
-from volseg.store.outputs import Commit
-from volseg.store.records import file_of
-from volseg.store.results import THUMBNAILS, VIEWERS, ResultsFolder, plain, rows_name
+from volseg.store.records import LESION_IDS, CaseRecord, Source, file_of, rows_name
+from volseg.store.results import THUMBNAILS, VIEWERS, ResultsFolder
 from volseg.volume import BoundingBox, Volume
 from volseg.words import format_thousands
 
@@ -32,43 +34,40 @@ MOST_NAMED = 5  # scans listed in one remark
 MAX_LESION_IDS = 2**32  # in a file of lesion ids: no limit
 
 
-def write_page(
-    case: CaseRow | Mapping[str, Any],
-    lesions: Sequence[LesionMeasurement] | Sequence[Mapping[str, Any]],
+def page_files(
+    case: CaseRow,
+    lesions: Sequence[LesionMeasurement],
     scan: Volume,
     ids: np.ndarray,
     *,
     unit: str,
-    commit: Commit,
     box: ModelBox | None = None,
-) -> None:
-    """Write the viewer page of a scan and its picture for report.html.
+) -> dict[str, str | bytes]:
+    """Return the viewer page of a scan and its picture for report.html, by path in the folder.
 
     Args:
         ids: (I, J, K) lesion ids on the scan's grid.
         unit: intensity unit of the scan.
         box: description of the model, if one was used.
     """
-    from volseg.pages.preview import lesion_points, make_preview, montage_jpeg
+    from volseg.pages.marks import lesion_points
+    from volseg.pages.montage import montage_jpeg
+    from volseg.pages.preview import make_preview
     from volseg.pages.viewer_page import MAX_VIEWER_ROWS, image_budget, viewer_html
 
-    row = plain(case) if isinstance(case, CaseRow) else case
-    # A noisy mask has tens of thousands of lesions.
-    rows = [_plain(lesion) for lesion in lesions[:MAX_VIEWER_ROWS]]
-    preview = make_preview(scan, ids, unit=unit, max_bytes=image_budget(rows))
-    largest = max(rows, key=lambda lesion: lesion.get("n_voxels") or 0, default=None)
+    lesions = lesions[:MAX_VIEWER_ROWS]  # a noisy mask has tens of thousands
+    preview = make_preview(scan, ids, unit=unit, max_bytes=image_budget(lesions))
+    largest = max(lesions, key=lambda lesion: lesion.n_voxels, default=None)
     point_mm, extent_mm = None, 0.0
     if largest is not None:
-        point_mm = lesion_points(preview, [largest]).get(largest["lesion_id"])
-        extent_mm = _extent_mm(preview.ids, largest["lesion_id"])
+        point_mm = lesion_points(preview.ids, [largest]).get(largest.lesion_id)
+        extent_mm = _extent_mm(preview.ids, largest.lesion_id)
     montage = montage_jpeg(scan, ids, window=preview.window, point_mm=point_mm, extent_mm=extent_mm)
-    page = viewer_html(row, rows, preview, montage, unit=unit, box=box)
-    commit.write(f"{VIEWERS}/{row['case_id']}.html", page)
-    commit.write(f"{THUMBNAILS}/{row['case_id']}.jpg", montage)
-
-
-def _plain(lesion: LesionMeasurement | Mapping[str, Any]) -> Mapping[str, Any]:
-    return plain(lesion) if isinstance(lesion, LesionMeasurement) else lesion
+    page = viewer_html(case, lesions, preview, montage, unit=unit, box=box)
+    return {
+        f"{VIEWERS}/{case.case_id}.html": page,
+        f"{THUMBNAILS}/{case.case_id}.jpg": montage,
+    }
 
 
 def _extent_mm(ids: Volume, number: int) -> float:
@@ -77,10 +76,10 @@ def _extent_mm(ids: Volume, number: int) -> float:
     return 0.0 if box is None else float((np.array(box.shape) * ids.geometry.spacing_mm).max())
 
 
-def source_of(path: Path, scan: Volume, unit: str, box: ModelBox | None = None) -> dict[str, Any]:
+def source_of(path: Path, scan: Volume, unit: str, box: ModelBox | None = None) -> Source:
     """Return what a record needs to rebuild the page: scan path, its SHA-256, unit and model."""
-    model = {} if box is None else {"model_box": box.model_dump_json()}
-    return {"scan": str(path.absolute()), "sha256": scan.sha256, "unit": unit} | model
+    text = None if box is None else box.model_dump_json()
+    return Source(scan=path.absolute(), sha256=scan.sha256, unit=unit, model_box=text)
 
 
 def page_budget(
@@ -99,7 +98,7 @@ def page_budget(
 
 
 def remake_page(
-    results: ResultsFolder, case_id: str, record: Mapping[str, Any], *, budget: Budget | None = None
+    results: ResultsFolder, record: CaseRecord[Any], *, budget: Budget | None = None
 ) -> str:
     """Rebuild the page of a complete case from its scan and its lesion ids.
 
@@ -109,39 +108,46 @@ def remake_page(
     Returns:
         The reason if that fails, and the earlier page is kept; "" on success.
     """
-    source = record["source"]
-    if not all(isinstance(source.get(name), str) for name in ("scan", "sha256", "unit")):
+    source, name = record.source, record.name
+    path, unit = source.scan, source.unit
+    if path is None or source.sha256 is None or unit is None:
         return "its record does not name the scan"
-    path = Path(source["scan"])
     if not path.exists():
         return f"its scan {path.name} was moved or deleted"
     try:
-        ids_path = file_of(results.path, case_id, record["files"], "lesion_ids")
+        ids_path = file_of(results.path, name, record.files, LESION_IDS)
         if budget is not None:
-            header, ids_type = read_header(path), read_header(ids_path).dtype
-            voxels = math.prod(header.geometry.shape)
-            peak = plan_page(
-                voxels, header.dtype.itemsize, ids_type.itemsize, process=budget.process
-            )
-            if (refusal := budget.refusal(peak)) is not None:
-                return str(refusal)
-            budget.announce(peak, f"the page of {case_id}")
+            _check_budget(budget, name, path, ids_path)
         scan = read_volume(path, is_finite=False)
-        if scan.sha256 != source["sha256"]:
+        if scan.sha256 != source.sha256:
             return f"its scan {path.name} has changed since"
         ids = read_mask(ids_path, max_labels=MAX_LESION_IDS)
-        rows = results.largest_rows(case_id, MANY)
+        lesions = results.rows_of(name).largest(MANY)
     except ScanError as error:
         return str(error)
     difference = scan.geometry.difference(ids.geometry)
     if difference:
         return f"its lesion ids are not on the grid of its scan: {difference}"
-    box = read_model_box(source.get("model_box"))
+    box = read_model_box(source.model_box)
     with results.staged() as commit:
-        row = results.shown(record)
-        write_page(row, rows, scan, ids.array, unit=source["unit"], commit=commit, box=box)
-        results.add_files(case_id, commit)
+        case = results.shown(record)
+        commit.write_all(page_files(case, lesions, scan, ids.array, unit=unit, box=box))
+        results.add_files(record, commit)
     return ""
+
+
+def _check_budget(budget: Budget, name: str, scan: Path, ids: Path) -> None:
+    """Announce the peak memory of rebuilding a page.
+
+    Raises:
+        ScanError: it may exceed the budget, or a file cannot be read.
+    """
+    header, ids_type = read_header(scan), read_header(ids).dtype
+    voxels = math.prod(header.geometry.shape)
+    peak = plan_page(voxels, header.dtype.itemsize, ids_type.itemsize, process=budget.process)
+    if (refusal := budget.refusal(peak)) is not None:
+        raise refusal
+    budget.announce(peak, f"the page of {name}")
 
 
 def has_page(results: ResultsFolder, case_id: str) -> bool:
@@ -150,67 +156,76 @@ def has_page(results: ResultsFolder, case_id: str) -> bool:
 
 def write_report(
     results: ResultsFolder,
-    about: Mapping[str, Any],
-    rows: Sequence[Mapping[str, Any]],
-    remarks: Sequence[str] = (),
+    about: About,
+    cases: Sequence[CaseRow],
     *,
-    force: bool = False,
+    remarks: Sequence[str] = (),
     budget: Budget | None = None,
     most: int = LISTED,
 ) -> list[str]:
-    """Write report.html for all cases of a folder.
+    """Write report.html for all cases of a folder, unless it is there with the same content.
 
     Args:
-        about: description of the run: `command`, `volseg`, `model`, `started`.
-        rows: rows of cases.csv.
-        force: write the page even if the present one has the same content.
         budget: main-memory budget; a page that may not fit lists no lesions.
         most: number of lesions on the page, the largest of all scans; fewer from a noisy mask.
 
     Returns:
         Warnings about what the page lacks because of the budget.
     """
-    from volseg.pages.run_page import report_html
+    from volseg.pages.run_page import run_page
+
+    refusal = budget and budget.refusal(plan_report(len(cases), process=budget.process))
+    missing = [] if refusal is None else [f"W_PAGE: {REPORT} lists no lesions: {refusal}"]
+    done = [case for case in cases if case.status == "done"]
+    lesions, left_out = _listed_lesions(results, done, 0 if missing else most)
+    remarks = [*remarks, *missing, *left_out]
+    texts, hashes = {}, []
+    for name, record in results.records():
+        if record is not None:
+            texts[record.source.model_box] = None
+            hashes.append([name, record.files.get(rows_name(name))])
+    boxes = [*about.boxes, *filter(None, map(read_model_box, texts))]
+    boxes = list({box.name: box for box in boxes}.values())  # without duplicates
+    names = [case.case_id for case in done]
+    pages = [name for name in names if has_page(results, name)]
+    pictures = _Pictures(results.path / THUMBNAILS, names)
+    digest = _digest(
+        [__version__, pages, list(pictures)],
+        map(json_values, cases),
+        remarks,
+        hashes,
+        (box.model_dump_json() for box in boxes),
+    )
+    if _made_from(results.path / REPORT) != digest:
+        about = replace(about, boxes=tuple(boxes))
+        page = run_page(about, cases, lesions, montages=pictures, pages=pages, remarks=remarks)
+        results.write(REPORT, replace(page, digest=digest).html())
+    return missing
+
+
+def _listed_lesions(
+    results: ResultsFolder, done: Sequence[CaseRow], most: int
+) -> tuple[list[LesionMeasurement], list[str]]:
+    """Return the largest lesions of the scans, and remarks about those that are left out."""
     from volseg.pages.viewer_page import MAX_VIEWER_ROWS
 
-    refusal = budget and budget.refusal(plan_report(len(rows), process=budget.process))
-    missing = [] if refusal is None else [f"W_PAGE: {REPORT} lists no lesions: {refusal}"]
-    done = [row for row in rows if row["status"] == "done"]
-    noisy = [row["case_id"] for row in done if _is_noisy(row)]
-    limits = {row["case_id"]: MAX_VIEWER_ROWS if _is_noisy(row) else MANY for row in done}
-    lesions, n_lesions = ([], 0) if refusal is not None else results.listed_rows(limits, most)
-    remarks = [*remarks, *missing]
+    limits = {case.case_id: MAX_VIEWER_ROWS if _is_noisy(case) else MANY for case in done}
+    lesions, n_lesions = results.listed_rows(limits, most) if most else ([], 0)
+    remarks, noisy = [], [case.case_id for case in done if _is_noisy(case)]
     if noisy:
         listed = f"The {MAX_VIEWER_ROWS} largest lesions of {', '.join(noisy[:MOST_NAMED])}"
         more = f" and {len(noisy) - MOST_NAMED} more scans" if len(noisy) > MOST_NAMED else ""
-        remarks = [*remarks, f"{listed}{more} are listed; lesions.csv has them all."]
+        remarks.append(f"{listed}{more} are listed; lesions.csv has them all.")
     if len(lesions) < n_lesions:
-        largest = (
-            f"{format_thousands(len(lesions))} largest of {format_thousands(n_lesions)} lesions"
-        )
-        remarks = [*remarks, f"The {largest} are listed and plotted; lesions.csv has them all."]
-    contents, hashes = {_as_text(about.get("model_box")): None}, []
-    for name, record in results.records():
-        if record is not None:
-            contents[_as_text((record.get("source") or {}).get("model_box"))] = None
-            hashes.append([name, record["files"].get(rows_name(name))])
-    boxes = _boxes(contents)
-    digest = _digest([__version__], rows, remarks, hashes, (box.model_dump_json() for box in boxes))
-    if not force and _made_from(results.path / REPORT) == digest:
-        return missing
-    names = [row["case_id"] for row in done]
-    page = report_html(
-        about,
-        rows,
-        lesions,
-        montages=_Pictures(results.path / THUMBNAILS, names),
-        pages=[name for name in names if has_page(results, name)],
-        boxes=boxes,
-        remarks=remarks,
-        digest=digest,
-    )
-    results.write(REPORT, page)
-    return missing
+        n_listed, n_all = format_thousands(len(lesions)), format_thousands(n_lesions)
+        largest = f"{n_listed} largest of {n_all} lesions"
+        remarks.append(f"The {largest} are listed and plotted; lesions.csv has them all.")
+    return lesions, remarks
+
+
+def _is_noisy(case: CaseRow) -> bool:
+    """Return whether a case has so many lesions that its mask looks like noise."""
+    return (case.n_lesions or 0) > MANY
 
 
 class _Pictures(Mapping[str, bytes]):
@@ -229,15 +244,6 @@ class _Pictures(Mapping[str, bytes]):
         return len(self._paths)
 
 
-def _is_noisy(case: Mapping[str, Any]) -> bool:
-    """Return whether a case has so many lesions that its mask looks like noise.
-
-    The row may come from an untrusted file.
-    """
-    n_lesions = case.get("n_lesions")
-    return isinstance(n_lesions, int | float) and n_lesions > MANY
-
-
 def _digest(*parts: Iterable[Any]) -> str:
     """Return the SHA-256 of the content of a page, without joining it into one text."""
     digest = hashlib.sha256()
@@ -248,23 +254,13 @@ def _digest(*parts: Iterable[Any]) -> str:
     return digest.hexdigest()
 
 
-def read_about(out: Path) -> dict[str, Any]:
+def read_run(out: Path) -> dict[str, Any]:
     """Read run.json; return {} if an interrupted run left none."""
     try:
-        about = read_json(out / "run.json")
+        run = read_json(out / "run.json")
     except (OSError, ValueError):
         return {}
-    return about if isinstance(about, dict) else {}
-
-
-def _boxes(contents: Iterable[str]) -> list[ModelBox]:
-    """Return the model boxes of this run and of earlier cases, without duplicates."""
-    boxes = [read_model_box(content) for content in contents if content]
-    return list({box.name: box for box in boxes if box is not None}.values())
-
-
-def _as_text(content: Any) -> str:
-    return content if isinstance(content, str) else json.dumps(content) if content else ""
+    return run if isinstance(run, dict) else {}
 
 
 def _made_from(path: Path) -> str | None:

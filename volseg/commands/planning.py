@@ -55,6 +55,7 @@ def plan(options: PlanOptions) -> PlanReport:
         VolsegError: cases cannot be used (the error lists all of them), or nothing fits the budget.
     """
     from volseg.planning.close import check_budget
+    from volseg.training.check import check_recipe
 
     dataset, out, seconds = options.dataset, options.out, options.time_budget_seconds
     if out is not None:
@@ -64,6 +65,7 @@ def plan(options: PlanOptions) -> PlanReport:
         refuse_unsealed(out)
         make_folder(out.parent)
     recipe = recipe_for(dataset, options.recipe, options.progress)
+    check_recipe(recipe)
     n = number_of_folds(dataset, recipe, options.folds, is_auto=options.recipe is None)
     fingerprint, failed = fingerprint_of(dataset, recipe, options.seed, options.progress)
     if failed:
@@ -73,6 +75,7 @@ def plan(options: PlanOptions) -> PlanReport:
     planned, n = _plan_of_folds(fingerprint, recipe, budget, n, 1 if may_drop_folds else n)
     if budget.is_stated:
         check_budget(planned.recipe, budget)
+    check_recipe(planned.recipe)
     if out is not None:
         write_sealed(out, _plan_text(planned, out, dataset, n))
     return PlanReport(

@@ -37,7 +37,7 @@ from volseg.measurement.rows import CaseRow
 from volseg.measurement.units import judge_unit
 from volseg.options import PreprocessOptions, Progress, command
 from volseg.postprocessing.lesions import label_lesions
-from volseg.preprocessing.align import completed, to_first_grid
+from volseg.preprocessing.channels import completed, to_first_grid
 from volseg.recipe import Recipe
 from volseg.reports import PreprocessReport
 from volseg.store.outputs import OutputFolder, trace_name

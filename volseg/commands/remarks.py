@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable
 
+from volseg.measurement.rows import CaseRow
 from volseg.measurement.specks import SPECKS
 from volseg.measurement.units import CODES, warnings_in
 
@@ -12,20 +12,14 @@ MOST_SCANS = 5  # listed per code
 ORGAN = "W_ORGAN"  # the organ is missing, or all that there is
 
 
-def remarks_on_scans(rows: Iterable[Mapping[str, Any]], case_ids: Iterable[str]) -> list[str]:
-    """Collect `W_CODE: case: sentence` for these scans; list at most `MOST_SCANS` per code.
-
-    Args:
-        rows: rows of cases.csv.
-    """
-    case_ids = set(case_ids)
+def remarks_on_scans(cases: Iterable[CaseRow], case_ids: Iterable[str]) -> list[str]:
+    """Collect `W_CODE: case: sentence` for these scans; list at most `MOST_SCANS` per code."""
+    case_ids = frozenset(case_ids)
     lines_by_code: dict[str, list[str]] = {code: [] for code in (SPECKS, *CODES, ORGAN)}
-    for row in rows:
-        if row["case_id"] not in case_ids:
-            continue
-        for code, text in warnings_in(row["warnings"] or ""):
+    for case in cases:
+        for code, text in warnings_in(case.warnings) if case.case_id in case_ids else ():
             if code in lines_by_code:
-                lines_by_code[code].append(f"{code}: {row['case_id']}: {text}")
+                lines_by_code[code].append(f"{code}: {case.case_id}: {text}")
     return [line for code, lines in lines_by_code.items() for line in _shortened(code, lines)]
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from volseg.commands.batch import damaged_warnings
-from volseg.commands.pages import REPORT, has_page, read_about, remake_page, write_report
+from volseg.commands.pages import REPORT, has_page, read_run, remake_page, write_report
 from volseg.errors import VolsegError
-from volseg.io.csv_text import read_csv
+from volseg.io.csv_text import iterate_csv
 from volseg.measurement.rows import CaseRow
 from volseg.options import ReportOptions, command
+from volseg.pages.about import About
 from volseg.reports import PagesReport
 from volseg.store.outputs import SAME_KIND, folder_content
 from volseg.store.results import EDITED, THUMBNAILS, VIEWERS, ResultsFolder
@@ -35,7 +36,7 @@ def report(options: ReportOptions) -> PagesReport:
     remade, kept, edited = [], {}, []
     with ResultsFolder(out, None) as folder:
         rows = folder.checked_rows(_pending(out))
-        done = [row["case_id"] for row in rows if row["status"] == "done"]
+        done = [row.case_id for row in rows if row.status == "done"]
         pages = (
             page for name in done for page in (f"{VIEWERS}/{name}.html", f"{THUMBNAILS}/{name}.jpg")
         )
@@ -44,7 +45,7 @@ def report(options: ReportOptions) -> PagesReport:
         for count, name in enumerate(done, start=1):
             record = folder.record(name)
             assert record is not None
-            reason = remake_page(folder, name, record)
+            reason = remake_page(folder, record)
             if folder.is_edited(record):
                 edited.append(f"{EDITED}: {name}: {folder.edited_text}")
             if not reason:
@@ -57,7 +58,7 @@ def report(options: ReportOptions) -> PagesReport:
         remarks = [
             f"The page of {name} could not be rebuilt: {reason}." for name, reason in kept.items()
         ]
-        write_report(folder, read_about(out), rows, remarks, force=True)
+        write_report(folder, About.of(read_run(out)), rows, remarks=remarks)
     warnings = [*edited, *remarks, *damaged_warnings(rows)]
     return PagesReport(
         out=out, done=remade, kept=list(kept), warnings=warnings, page=str(out / REPORT)
@@ -67,11 +68,10 @@ def report(options: ReportOptions) -> PagesReport:
 def _pending(out: Path) -> list[CaseRow]:
     """Return the pending rows of cases.csv."""
     try:
-        rows = read_csv(out / "cases.csv")
+        return [
+            CaseRow(case_id=row["case_id"], status="pending", image=row.get("image") or "")
+            for row in iterate_csv(out / "cases.csv")
+            if row.get("status") == "pending" and row.get("case_id")
+        ]
     except (OSError, ValueError):
         return []
-    return [
-        CaseRow(case_id=row["case_id"], status="pending", image=row.get("image") or "")
-        for row in rows
-        if row.get("status") == "pending" and row.get("case_id")
-    ]

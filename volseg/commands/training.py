@@ -45,7 +45,6 @@ from volseg.io.prepared import PreparedCase
 from volseg.options import PreprocessOptions, Progress, TrainOptions, command
 from volseg.pages.model_box import POOR_DICE
 from volseg.pages.scalars import Scalars
-from volseg.postprocessing.steps import make_steps
 from volseg.recipe import Recipe, Train, as_recipe, parse_recipe
 from volseg.reports import TrainReport
 from volseg.sizing import LEAST_STEPS, Budget
@@ -216,12 +215,12 @@ class _Training:
             segmentation_name,
         )
         from volseg.inference.export import export_bundle
-        from volseg.networks import check_networks
         from volseg.planning.close import check_budget
+        from volseg.training.check import check_recipe
         from volseg.training.loop import INTERRUPTED
 
         if self.options.recipe is not None:
-            as_recipe(self.options.recipe)  # refuses a misspelt name before any folder is made
+            check_recipe(as_recipe(self.options.recipe))  # before any folder is made
         with self.outputs:
             self._check_unfinished()
             names = (segmentation_name(index) for index in range(MAX_FOLDS))
@@ -239,8 +238,7 @@ class _Training:
             plan, fingerprint, cases = load_prepared(data.folder, data.recipe)
             if self.options.memory is not None:
                 check_budget(plan.recipe, self._budget())
-            make_steps(plan.recipe.postprocess)
-            check_networks(plan.recipe)
+            check_recipe(plan.recipe)
             folds, (recipe, reasons) = self._fit(data, plan, fingerprint, cases)
             if folds > 1:
                 splits = [
@@ -333,7 +331,7 @@ class _Training:
 
     def _prepare(self, model: ModelBundle | None) -> _Prepared:
         """Prepare the dataset, or take a prepared folder; `model` provides the initial weights."""
-        from volseg.networks import check_networks
+        from volseg.training.check import check_recipe
 
         if (self.options.dataset / PREPARED_FILE).is_file():
             recipe = None if self.options.recipe is None else as_recipe(self.options.recipe)
@@ -362,9 +360,7 @@ class _Training:
             patches = model.recipe.train.model_dump(include={"patch_shape", "batch_size"})
             train = recipe.train.model_copy(update=patches)
             recipe = recipe.model_copy(update={"network": model.recipe.network, "train": train})
-        make_steps(recipe.postprocess)  # refuses a misspelt step before the long preparation
-        if not recipe.leaves_size_open:
-            check_networks(recipe)
+        check_recipe(recipe)
         folds = 1
         if self.options.fold is None:
             folds = number_of_folds(

@@ -213,7 +213,7 @@ def _check_same_grid(reference: Geometry, predicted: Geometry, case_id: str) -> 
     if difference:
         raise ScanError(
             f"{case_id}: the predicted mask is not on the grid of the reference: {difference}; "
-            f"{reference.fraction_inside(predicted):.0%} of it lies within the reference",
+            f"{predicted.fraction_inside(reference):.0%} of it lies within the reference",
             fix="save the predicted mask on the grid of the reference; masks are not resampled",
             code="E_PAIR",
         )

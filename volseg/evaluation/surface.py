@@ -126,7 +126,7 @@ def surface_bytes(reference: np.ndarray, predicted: np.ndarray, geometry: Geomet
 def most_surface_bytes(geometry: Geometry, itemsize: int) -> int:
     """Return `surface_bytes` in the worst case, all voxels border; `itemsize`: bytes of a label."""
     n = math.prod(geometry.shape)
-    return _bytes_of(geometry.shape, _margin(geometry.affine[:3, :3]), (n, n), (itemsize, itemsize))
+    return _bytes_of(geometry.shape, _margin(geometry.voxel_steps_mm), (n, n), (itemsize, itemsize))
 
 
 def _bytes_of(
@@ -153,7 +153,7 @@ def _cropped(
     box = _common_box(reference, predicted)
     if box is None:
         return None
-    to_mm = geometry.affine[:3, :3]
+    to_mm = geometry.voxel_steps_mm
     truth, guess = reference[box], predicted[box]
     if not truth.flags.c_contiguous and truth.strides[0] < truth.strides[2]:
         return truth.T, guess.T, to_mm[:, ::-1]

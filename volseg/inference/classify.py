@@ -8,12 +8,9 @@ import numpy as np
 from scipy import ndimage
 
 from volseg.inference.backend import Backend
-from volseg.preprocessing.crop import AxisOrder, canonical_geometry, to_canonical
+from volseg.preprocessing.planes import PLANES
 from volseg.recipe import Classify
-from volseg.volume import BoundingBox, Volume
-
-# axial, coronal, sagittal: the canonical axes that span each slice
-PLANES = ((0, 1), (0, 2), (1, 2))
+from volseg.volume import BoundingBox, Geometry, Volume
 
 
 def lesion_slices(image: Volume, inside: np.ndarray, settings: Classify) -> np.ndarray:
@@ -28,9 +25,9 @@ def lesion_slices(image: Volume, inside: np.ndarray, settings: Classify) -> np.n
         windowed to [0, 1] (pixels outside the scan repeat its edge), and the fraction of each pixel
         covered by the lesion (0 outside the scan).
     """
-    order = AxisOrder.of(image.geometry)
-    geometry = canonical_geometry(image.geometry, order)
-    stored, mask = to_canonical(image.array, order), to_canonical(inside, order)
+    mask = image.with_array(inside).canonical().array
+    image = image.canonical()
+    geometry = image.geometry
     centre = np.argwhere(mask).mean(axis=0)
     offsets_mm = (np.arange(settings.pixels) + 0.5) / settings.pixels * settings.field_of_view_mm
     offsets_mm = offsets_mm - settings.field_of_view_mm / 2
@@ -39,10 +36,10 @@ def lesion_slices(image: Volume, inside: np.ndarray, settings: Classify) -> np.n
     lesion = mask.astype(np.float32)
     for number, plane in enumerate(PLANES):
         points = np.broadcast_to(centre[:, None, None], (3, *size)).copy()
-        for position, axis in enumerate(plane):
+        for position, axis in enumerate((plane.across, plane.up)):
             offsets = offsets_mm / geometry.spacing_mm[axis]
             points[axis] += offsets[:, None] if position == 0 else offsets[None, :]
-        sampled = ndimage.map_coordinates(stored, points, np.float32, order=1, mode="nearest")
+        sampled = ndimage.map_coordinates(image.array, points, np.float32, order=1, mode="nearest")
         values = image.intensities(sampled)
         slices[number, 0] = np.clip((values - settings.low) / (settings.high - settings.low), 0, 1)
         slices[number, 1] = ndimage.map_coordinates(
@@ -65,22 +62,19 @@ def classify_lesions(
     probabilities = []
     boxes = ndimage.find_objects(ids, max_label=min(most, int(ids.max())))
     for lesion, box in enumerate(boxes, start=1):
-        near = _neighbourhood(box, image, settings.field_of_view_mm)
-        part = Volume(
-            image.array[near.slices], image.geometry.crop(near), image.slope, image.intercept
-        )
-        logits = _mean_logits(part, ids[near.slices] == lesion, backend, settings)
+        near = _neighbourhood(box, image.geometry, settings.field_of_view_mm)
+        inside = ids[near.slices] == lesion
+        logits = _mean_logits(image.crop(near), inside, backend, settings)
         probabilities.append(dict(zip(names, _softmax(logits).tolist(), strict=True)))
     return probabilities
 
 
-def _neighbourhood(box: tuple[slice, ...], image: Volume, field_of_view_mm: float) -> BoundingBox:
+def _neighbourhood(
+    box: tuple[slice, ...], geometry: Geometry, field_of_view_mm: float
+) -> BoundingBox:
     """Return the lesion's box, extended by all that a slice through its centroid can show."""
-    geometry = image.geometry
     margin = [int(np.ceil(field_of_view_mm / 2 / mm)) + 1 for mm in geometry.spacing_mm]
-    start = [max(0, part.start - m) for part, m in zip(box, margin, strict=True)]
-    stop = [min(n, part.stop + m) for part, m, n in zip(box, margin, geometry.shape, strict=True)]
-    return BoundingBox((start[0], start[1], start[2]), (stop[0], stop[1], stop[2]))
+    return BoundingBox.of(box).widened(margin, geometry.shape)
 
 
 def _mean_logits(

@@ -22,12 +22,11 @@ from volseg.inference.stream import Tiling
 from volseg.inference.tiles import thinnest_axis
 from volseg.measurement.memory import ID_BYTES, lesion_bytes, report_bytes, writing_bytes
 from volseg.networks import build_segmentation
-from volseg.preprocessing.crop import AxisOrder, canonical_geometry
 from volseg.preprocessing.prepare import SLAB_VOXELS, separate_axis
 from volseg.preprocessing.resample import SLAB_VALUES, resampled_shape
 from volseg.recipe import Preprocess
 from volseg.recipe.section import closed
-from volseg.volume import Geometry
+from volseg.volume import AxisOrder, Geometry
 from volseg.words import format_sizes
 
 # Measured with benchmarks/memory.py: a backend's memory relative to the peak of live tensors, and
@@ -320,7 +319,7 @@ def _prepared_grid(
     """Return the whole scan's grid in prepared axes, and its shape at the prepared spacing."""
     canonical = settings.axes == "canonical"
     order = AxisOrder.of(geometry) if canonical else AxisOrder.stored()
-    prepared = canonical_geometry(geometry, order.transposed(settings.transpose))
+    prepared = geometry.reordered(order.transposed(settings.transpose))
     return prepared, resampled_shape(prepared, closed(settings.spacing_mm))
 
 

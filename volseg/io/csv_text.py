@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
-from volseg.inputs import open_regular, read_text
+from volseg.inputs import open_regular
 
 MAX_CELL = 32_767  # characters that a spreadsheet keeps; Python's csv module reads up to 131 072
 
@@ -55,41 +55,30 @@ def csv_rows(
         yield reader.line_num, cells
 
 
-def read_csv(path: Path) -> list[dict[str, str]]:
-    """Read the rows of a table by the column names of its first row; missing cells are empty.
+def stream_rows(path: Path) -> Iterator[list[str]]:
+    """Yield the cells of each row of a file, which may be larger than memory; no empty lines.
 
     Raises:
         OSError: the file cannot be read, or is not a regular file.
-        ValueError: not UTF-8, not CSV or larger than 32 MB; `iterate_csv` has no such limit.
+        ValueError: not UTF-8 or not CSV.
     """
-    text = read_text(path)
-    try:
-        rows = [cells for _, cells in csv_rows(text) if cells]
-    except csv.Error as error:
-        raise ValueError(f"not CSV: {error}") from error
-    if not rows:
-        return []
-    names = rows[0]
-    return [dict(zip(names, cells + [""] * (len(names) - len(cells)))) for cells in rows[1:]]
+    with io.TextIOWrapper(open_regular(path), "utf-8-sig", newline="") as file:
+        try:
+            yield from filter(None, csv.reader(file))
+        except csv.Error as error:
+            raise ValueError(f"not CSV: {error}") from error
 
 
 def iterate_csv(path: Path) -> Iterator[dict[str, str]]:
-    """Yield the rows of `read_csv` one at a time, so that a table may be larger than memory.
+    """Yield the rows of a table by the column names of its first row; missing cells are empty.
 
     Raises:
-        OSError, ValueError: as `read_csv`, during the iteration.
+        OSError, ValueError: as `stream_rows`, during the iteration.
     """
-    with open_regular(path) as file:
-        reader = csv.reader(io.TextIOWrapper(file, "utf-8-sig", newline=""))
-        names: list[str] | None = None
-        try:
-            for cells in filter(None, reader):
-                if names is None:
-                    names = cells
-                else:
-                    yield dict(zip(names, cells + [""] * (len(names) - len(cells))))
-        except csv.Error as error:
-            raise ValueError(f"not CSV: {error}") from error
+    rows = stream_rows(path)
+    names = next(rows, [])
+    for cells in rows:
+        yield dict(zip(names, cells + [""] * (len(names) - len(cells))))
 
 
 def _quoted(cell: str) -> str:

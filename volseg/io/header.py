@@ -130,7 +130,7 @@ def checked_grid(
         raise refusal(path, "E_SPACING", text, "store spacing and affine in mm")
     if spacing.max() / spacing.min() > ANISOTROPIC_RATIO:
         warnings.append(ScanWarning("W_ANISO", f"voxel spacing is {listed(spacing)} mm"))
-    axes = geometry.affine[:3, :3] / spacing
+    axes = geometry.directions
     cosine = float(np.abs(axes.T @ axes - np.eye(3)).max())
     if cosine > MAX_COSINE:
         raise refusal(

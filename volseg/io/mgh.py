@@ -82,7 +82,7 @@ def encode(volume: Volume, path: Path, like: ScanHeader | None = None) -> FileCo
         raise ValueError(f"cannot write voxels of type {volume.array.dtype} as MGH") from error
     header.set_data_shape(geometry.shape)
     header["delta"] = geometry.spacing_mm
-    header["Mdc"] = (geometry.affine[:3, :3] / geometry.spacing_mm).T
+    header["Mdc"] = geometry.directions.T
     header["Pxyz_c"] = geometry.to_world_mm(np.array([geometry.shape]) / 2)[0]
     prefix = header.binaryblock[:_N_FIELD_BYTES].ljust(DATA_OFFSET, b"\0")
     return FileContent(prefix, voxel_bytes(volume.array, ">"))

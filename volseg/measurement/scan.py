@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
 from volseg.measurement.units import Unit
 from volseg.postprocessing.lesions import Lesions, stable_voxel_mm3
-from volseg.preprocessing.crop import AxisOrder, canonical_geometry, to_canonical
 from volseg.recipe import Measure
-from volseg.volume import Volume
+from volseg.volume import AxisOrder, Volume
 
 Box = tuple[slice, slice, slice]
 DEFAULTS = Measure()
@@ -115,17 +114,17 @@ class CanonicalScan:
     @classmethod
     def of(cls, scan: SegmentedScan) -> CanonicalScan:
         order, confidence = AxisOrder.of(scan.image.geometry), scan.confidence
-        array = to_canonical(scan.image.array, order)
-        i, j, k = np.argsort([-abs(stride) for stride in array.strides], kind="stable").tolist()
-        geometry = canonical_geometry(scan.image.geometry, order)
+        image = scan.image.canonical()
+        strides = [-abs(stride) for stride in image.array.strides]
+        i, j, k = np.argsort(strides, kind="stable").tolist()
         return cls(
             scan=scan,
-            image=replace(scan.image, array=array, geometry=geometry),
-            ids=to_canonical(scan.lesions.ids, order),
-            confidence=None if confidence is None else to_canonical(confidence, order),
+            image=image,
+            ids=order.apply(scan.lesions.ids),
+            confidence=None if confidence is None else order.apply(confidence),
             order=order,
             memory=(i, j, k),
-            matrix=geometry.affine[:3, :3],
+            matrix=image.geometry.voxel_steps_mm,
             voxel_mm3=scan.voxel_mm3,
         )
 

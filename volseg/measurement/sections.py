@@ -10,8 +10,7 @@ import numpy as np
 
 from volseg.measurement.recist import SAME_LENGTH_MM, widest_across
 from volseg.measurement.shape import widest_pair
-from volseg.preprocessing.crop import AxisOrder, canonical_geometry
-from volseg.volume import Geometry
+from volseg.volume import Geometry, Rigid, angle_deg
 
 MESHED_TOGETHER = 2**21  # voxels of a lesion's box
 SURFACE_TOGETHER = 2**16  # faces of voxels; a larger surface (noise) is cut by a few planes at once
@@ -24,22 +23,20 @@ FLAT_MM = 1e-6  # a narrower section is a line
 
 def axial_normal(geometry: Geometry) -> np.ndarray:
     """Return the unit normal (3,), in RAS, of the axial slices: of the axes nearest to R and A."""
-    matrix = canonical_geometry(geometry, AxisOrder.of(geometry)).affine[:3, :3]
+    matrix = geometry.canonical().voxel_steps_mm
     normal = np.cross(matrix[:, 0], matrix[:, 1])
     return normal / np.linalg.norm(normal)
 
 
-def tilt_deg(baseline: Geometry, followup: Geometry, transform: np.ndarray) -> float:
+def tilt_deg(baseline: Geometry, followup: Geometry, transform: Rigid) -> float:
     """Return the angle in degrees between the axial slices of two scans, relative to the patient.
 
     Args:
-        transform: (4, 4) rigid, RAS mm of the baseline → RAS mm of the follow-up.
+        transform: from points of the baseline to points of the follow-up.
     """
-    normal = transform[:3, :3] @ axial_normal(baseline)
+    normal = transform.rotation @ axial_normal(baseline)
     other = axial_normal(followup)
-    # With the sine too: near 0 the cosine alone loses half of its digits.
-    sine, cosine = float(np.linalg.norm(np.cross(normal, other))), abs(float(normal @ other))
-    return math.degrees(math.atan2(sine, cosine))
+    return angle_deg(normal, other if normal @ other > 0 else -other)
 
 
 def section_diameters(

@@ -10,7 +10,6 @@ from typing import NamedTuple
 import numpy as np
 from scipy import ndimage
 
-from volseg.preprocessing.crop import AxisOrder, to_canonical
 from volseg.recipe import ARBITRARY, HU, SUV, parse_unit
 from volseg.volume import Volume
 
@@ -229,7 +228,7 @@ def _fills(sample: np.ndarray, is_finite: np.ndarray) -> np.ndarray:
 
 def _sample(scan: Volume) -> np.ndarray:
     """Return intensities on a regular grid of about `SAMPLED` voxels; all of a small scan."""
-    array = to_canonical(scan.array, AxisOrder.of(scan.geometry))
+    array = scan.canonical().array
     step = max(1, math.floor((array.size / SAMPLED) ** (1 / 3)))
     steps = [step if n >= 8 * step else 1 for n in array.shape]  # keep all of a few slices
     return np.asarray(scan.intensities(array[:: steps[0], :: steps[1], :: steps[2]]), np.float64)

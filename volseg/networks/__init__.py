@@ -1,64 +1,177 @@
-"""Networks: one file per architecture; the file's name is the name in a recipe."""
+"""Networks: one file per architecture; the file's name is the name in a recipe.
+
+Such a file has a class `Settings`, an `Architecture`.
+"""
 
 from __future__ import annotations
 
 import importlib
 import math
 import pkgutil
-from collections.abc import Callable, Mapping
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import Field
 
 from volseg.errors import VolsegError
 from volseg.execution.cpu import total_memory
 from volseg.recipe import AUTO, Classify, Recipe
+from volseg.recipe import Network as NetworkSection
+from volseg.registry import check_keys, check_name, keys_of, make_row
 from volseg.sizing import Size
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
+Count = Annotated[int, Field(ge=1, le=4096)]  # channels of a level
+Step = Annotated[int, Field(ge=1, le=64)]  # of a stride or kernel along one axis
+Triple = tuple[Step, Step, Step]
+
+
+class Architecture(ABC):
+    """Settings of a network, a frozen dataclass: its fields are the keys under [network]."""
+
+    __slots__ = ()
+
+    @property
+    @abstractmethod
+    def patch_divisors(self) -> tuple[int, ...]:
+        """Numbers of which the edges of a patch (R, A, S; of an image H, W) are multiples."""
+
+    @abstractmethod
+    def build(self, in_channels: int, out_channels: int) -> nn.Module:
+        """Return a module: (N, in_channels, R, A, S) → logits (N, out_channels, R, A, S)."""
+
+    def size(self, patch_shape: tuple[int, int, int], batch_size: int) -> Size | None:
+        """Return what a step of training takes; None if it is not modelled."""
+        return None
+
+    def patch_mistakes(self, shape: Sequence[int]) -> Iterator[tuple[str, str]]:
+        """Yield (what is wrong, its fix) for a patch that the network cannot be trained on."""
+        axes = "RAS" if len(shape) == 3 else "HW"
+        for axis, voxels, step in zip(axes, shape, self.patch_divisors, strict=True):
+            if voxels % step:
+                below, above = voxels // step * step, -(-voxels // step) * step
+                nearest = f"{below} or {above}" if below else f"{above}"
+                yield (
+                    f"has {voxels} voxels along {axis}, which the network divides by {step}",
+                    f"make it a multiple of {step}: {nearest}",
+                )
+        if tuple(shape) == self.patch_divisors and max(shape) > 1:
+            yield (
+                f"{list(shape)} is a single voxel at the network's coarsest level, which cannot "
+                "be normalised",
+                "make the patch larger, or remove a level from the network",
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Levels(Architecture):
+    """Settings of a 3D U-Net, one entry per level, finest first.
+
+    Args:
+        features: channels per level.
+        strides: down-sampling (R, A, S) into each level; the first is (1, 1, 1).
+        kernels: convolution size (R, A, S) per level, odd.
+    """
+
+    features: Annotated[tuple[Count, ...], Field(min_length=2, max_length=16)]
+    strides: tuple[Triple, ...]
+    kernels: tuple[Triple, ...] | None
+
+    @property
+    def patch_divisors(self) -> tuple[int, ...]:
+        return tuple(math.prod(steps) for steps in zip(*self.strides, strict=True))
+
+    @property
+    def kernels_per_level(self) -> tuple[Triple, ...]:
+        return self.kernels if self.kernels is not None else ((3, 3, 3),) * len(self.features)
+
+    def per_level(self, repeats: Sequence[int]) -> Iterator[tuple[int, Triple, Triple, int]]:
+        """Yield features, stride, kernel and number of repeats of each level."""
+        yield from zip(self.features, self.strides, self.kernels_per_level, repeats, strict=True)
+
+    def check_levels(self, counts: Mapping[str, int] | None = None) -> None:
+        """Check that there is one of each per level, and that the grid stays that of the patch.
+
+        Args:
+            counts: entries of further settings.
+
+        Raises:
+            VolsegError: it does not.
+        """
+        kernels = self.kernels_per_level
+        entries = {"features": len(self.features), "strides": len(self.strides)}
+        entries |= {"kernels": len(kernels), **(counts or {})}
+        if len(set(entries.values())) > 1:
+            listed = ", ".join(f"{n} {key}" for key, n in entries.items())
+            problem, fix = f"it has {listed}", "give one of each per level"
+        elif any(n % 2 == 0 for kernel in kernels for n in kernel):
+            problem, fix = "a kernel of even size shifts the grid", "use odd kernels"
+        elif self.strides[0] != (1, 1, 1):
+            problem = f"its first stride is {list(self.strides[0])}, so logits lie on another grid"
+            fix = "make the first stride [1, 1, 1]"
+        else:
+            return
+        name = type(self).__module__.rpartition(".")[2]
+        raise VolsegError(
+            f"network {name!r}: {problem}", fix=f"{fix} under [network]", code="E_RECIPE"
+        )
+
+
+def network_names() -> list[str]:
+    """Return the names of all architectures."""
+    return [module.name for module in pkgutil.iter_modules(__path__)]
+
+
+def settings_type(name: str) -> type[Architecture]:
+    """Return the `Settings` of the architecture with this name.
+
+    Raises:
+        VolsegError: there is no such file, or it lacks them.
+    """
+    check_name("network", name, network_names())
+    settings = getattr(importlib.import_module(f"{__name__}.{name}"), "Settings", None)
+    if not (isinstance(settings, type) and issubclass(settings, Architecture)):
+        raise VolsegError(
+            f"volseg/networks/{name}.py has no class Settings, a subclass of Architecture",
+            fix="write one, as docs/extend.md shows",
+            code="E_RECIPE",
+        )
+    return settings
+
+
+def architecture(section: NetworkSection) -> Architecture:
+    """Return the settings of a network from its section in a recipe.
+
+    Raises:
+        VolsegError: there is no file of that name, or it refuses the settings.
+    """
+    return make_row(f"network {section.name!r}", settings_type(section.name), section.settings)
+
 
 def build_network(name: str, *, in_channels: int, out_channels: int, **settings: Any) -> nn.Module:
     """Return a torch module with random weights.
 
     Raises:
-        VolsegError: there is no file of that name, or its `build` refuses the settings.
+        VolsegError: there is no file of that name, it refuses the settings, or the weights do not
+            fit into the machine's memory.
     """
-    names = [module.name for module in pkgutil.iter_modules(__path__)]
-    if name not in names:
-        raise VolsegError(
-            f"network {name!r} is unknown", fix=f"use one of {', '.join(names)}", code="E_RECIPE"
-        )
-    module = importlib.import_module(f"{__name__}.{name}")
-    build = partial(module.build, in_channels=in_channels, out_channels=out_channels, **settings)
+    import torch
+
+    section = NetworkSection(name=name, **settings)
     try:
-        _check_size(name, build)
-        return build()
-    except (
-        TypeError,
-        ValueError,
-        RuntimeError,
-        OverflowError,
-        IndexError,
-        AttributeError,
-    ) as error:
+        settings_of = architecture(section)
+        with torch.device("meta"):  # names and shapes alone
+            tensors = settings_of.build(in_channels, out_channels).state_dict().values()
+    except (AssertionError, TypeError, ValueError, RuntimeError, OverflowError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise VolsegError(
             f"network {name!r}: {reason}", fix=f"see volseg/networks/{name}.py", code="E_RECIPE"
         ) from error
-
-
-def _check_size(name: str, build: Callable[[], nn.Module]) -> None:
-    """Check that a network's weights fit into the machine's memory, before allocating them.
-
-    Raises:
-        VolsegError: they do not fit.
-    """
-    import torch
-
-    with torch.device("meta"):  # names and shapes alone
-        tensors = build().state_dict().values()
     size, memory = sum(t.numel() * t.element_size() for t in tensors), total_memory()
     if size > memory:
         raise VolsegError(
@@ -67,6 +180,7 @@ def _check_size(name: str, build: Callable[[], nn.Module]) -> None:
             fix="give fewer features or levels under [network]",
             code="E_RAM",
         )
+    return settings_of.build(in_channels, out_channels)
 
 
 def build_segmentation(recipe: Recipe) -> nn.Module:
@@ -89,60 +203,58 @@ def build_classifier(settings: Classify) -> nn.Module:
     )
 
 
-def check_networks(recipe: Recipe, *, section: str = "train") -> None:
-    """Build the recipe's networks once, and check that patches fit their strides and the memory.
+def check_segmentation(recipe: Recipe, *, section: str = "train") -> None:
+    """Check that the recipe's 3D network can be built and trained on its patches.
+
+    Where the recipe leaves layers to the plan, only the names of the other keys are checked.
 
     Args:
         section: section of the recipe with the patch, for the error message.
 
     Raises:
-        VolsegError: a network cannot be built, the patch does not fit its strides, or a step of
-            training does not fit into the memory.
+        VolsegError: the network cannot be built, does not accept the patch, or a step of training
+            does not fit into the memory.
     """
-    build_segmentation(recipe)
-    strides = recipe.network.settings.get("strides", ())
-    divisors = [math.prod(steps) for steps in zip(*strides, strict=True)]
-    for axis, (voxels, divisor) in enumerate(zip(recipe.train.patch_shape, divisors, strict=False)):
-        if voxels % divisor:
-            raise VolsegError(
-                f"{section}.patch_shape has {voxels} voxels along {'RAS'[axis]}, which the strides "
-                f"divide by {divisor}",
-                fix=f"make it a multiple of {divisor}",
-                code="E_RECIPE",
-            )
-    if list(recipe.train.patch_shape) == divisors:
-        raise VolsegError(
-            f"{section}.patch_shape {recipe.train.patch_shape} is a single voxel at the network's "
-            "coarsest level, which cannot be normalised",
-            fix="make the patch larger, or remove a level from the network",
-            code="E_RECIPE",
-        )
-    _check_step(recipe, section)
-    if recipe.classify is not None:
-        build_classifier(recipe.classify)
-    if recipe.coarse is not None:
-        check_networks(recipe.coarse, section="roi.train")
+    import torch
+
+    if recipe.leaves_size_open:
+        row, settings = settings_type(recipe.network.name), recipe.network.settings
+        check_keys(f"network {recipe.network.name!r}", settings, keys_of(row))
+        return
+    with torch.device("meta"):
+        build_segmentation(recipe)
+    _check_patch(recipe, section)
 
 
-def _check_step(recipe: Recipe, section: str) -> None:
-    """Check that a batch of patches fits into the memory of this machine or its GPU."""
+def check_classifier(settings: Classify) -> None:
+    """Check that the recipe's 2D network can be built.
+
+    Raises:
+        VolsegError: it cannot.
+    """
+    import torch
+
+    with torch.device("meta"):
+        build_classifier(settings)
+
+
+def _check_patch(recipe: Recipe, section: str) -> None:
+    """Check that the network accepts the patch, and a batch fits into this machine's memory."""
     import torch
 
     patch, batch_size = recipe.train.patch_shape, recipe.train.batch_size
-    settings = recipe.network.settings
     assert patch != AUTO and batch_size != AUTO, "the plan was applied"
+    network = architecture(recipe.network)
+    mistakes = list(network.patch_mistakes(patch))
+    if mistakes:
+        problems = "; ".join(f"{section}.patch_shape {problem}" for problem, _ in mistakes)
+        fix = "; ".join(fix for _, fix in mistakes)
+        raise VolsegError(f"{problems} ({recipe.network.name})", fix=fix, code="E_RECIPE")
     channels, outputs = len(recipe.data.channels), recipe.data.n_outputs
     # patches, logits and their gradients
     least = 4 * batch_size * math.prod(patch) * (channels + 2 * outputs)
-    features, strides = settings.get("features"), settings.get("strides")
-    if recipe.network.name == "unet3d" and features and strides:
-        size = Size(
-            features=tuple(features),
-            strides=tuple(strides),
-            kernels=tuple(settings.get("kernels") or [(3, 3, 3)] * len(features)),
-            patch_shape=patch,
-            batch_size=batch_size,
-        )
+    size = network.size(patch, batch_size)
+    if size is not None:
         least = max(least, size.training_bytes(channels, outputs, half=True))
     gpu = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else 0
     memory = max(total_memory(), gpu)

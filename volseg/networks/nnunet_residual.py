@@ -10,63 +10,40 @@ Classification, CVPR 2019 (the pooled skip).
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
-from volseg.networks.nnunet_plain import (
-    LayerSettings,
-    Shapes,
-    UNet,
-    check_levels,
-    convolutions,
-    layer,
-)
+from volseg.networks import Count, Triple
+from volseg.networks.nnunet_plain import NnUNet, Repeats, UNet, convolutions, layer
 
 
-def build(
-    *,
-    in_channels: int,
-    out_channels: int,
-    features: Sequence[int],
-    strides: Shapes,
-    kernels: Shapes,
-    n_blocks_per_stage: Sequence[int],
-    n_conv_per_stage_decoder: Sequence[int],
-    stem_channels: int | None = None,
-    **settings: Any,
-) -> nn.Module:
-    """Return a network: (N, in_channels, X, Y, Z) → logits (N, out_channels, X, Y, Z).
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings(NnUNet):
+    """Settings of the residual network.
 
     Args:
-        features: channels per level, finest first.
-        strides: down-sampling into each level, three numbers each; every axis of a patch is a
-            multiple of their product.
-        kernels: convolution size per level, odd.
         n_blocks_per_stage: residual blocks per level on the way down.
-        n_conv_per_stage_decoder: convolutions per level on the way up, coarsest first, one level
-            fewer.
         stem_channels: of the convolution before the first level; None: as many as that level.
-        settings: fields of `LayerSettings`.
     """
-    check_levels(
-        "nnunet_residual", features, strides, kernels, n_blocks_per_stage, n_conv_per_stage_decoder
-    )
-    layers = LayerSettings(**settings)
-    before = features[0] if stem_channels is None else stem_channels
-    stem, stages = convolutions(in_channels, before, 1, kernels[0], layers), []
-    for width, stride, kernel, n in zip(
-        features, strides, kernels, n_blocks_per_stage, strict=True
-    ):
-        first = ResidualBlock(before, width, kernel, stride, layers)
-        others = (ResidualBlock(width, width, kernel, (1, 1, 1), layers) for _ in range(n - 1))
-        stages.append(nn.Sequential(first, *others))
-        before = width
-    return UNet(
-        stem, stages, out_channels, features, strides, kernels, n_conv_per_stage_decoder, layers
-    )
+
+    n_blocks_per_stage: Repeats
+    stem_channels: Count | None = None
+
+    @property
+    def n_down(self) -> Repeats:
+        return self.n_blocks_per_stage
+
+    def build(self, in_channels: int, out_channels: int) -> nn.Module:
+        before = self.features[0] if self.stem_channels is None else self.stem_channels
+        stem, stages = convolutions(in_channels, before, 1, self.kernels[0], self), []
+        for width, stride, kernel, n in self.per_level(self.n_down):
+            first = ResidualBlock(before, width, kernel, self, stride=stride)
+            others = (ResidualBlock(width, width, kernel, self) for _ in range(n - 1))
+            stages.append(nn.Sequential(first, *others))
+            before = width
+        return UNet(stem, stages, out_channels, self)
 
 
 class ResidualBlock(nn.Module):
@@ -76,23 +53,22 @@ class ResidualBlock(nn.Module):
         self,
         in_channels: int,
         out_channels: int,
-        kernel: Sequence[int],
-        stride: Sequence[int],
-        layers: LayerSettings,
+        kernel: Triple,
+        settings: NnUNet,
+        *,
+        stride: Triple = (1, 1, 1),
     ) -> None:
         super().__init__()
-        self.conv1 = layer(in_channels, out_channels, kernel, layers, stride=stride)
-        self.conv2 = layer(out_channels, out_channels, kernel, layers, activate=False)
+        self.conv1 = layer(in_channels, out_channels, kernel, settings, stride=stride)
+        self.conv2 = layer(out_channels, out_channels, kernel, settings, activate=False)
         skip: list[nn.Module] = []
         if math.prod(stride) != 1:
-            x, y, z = stride
-            skip.append(nn.AvgPool3d((x, y, z), (x, y, z)))
+            skip.append(nn.AvgPool3d(stride, stride))
         if in_channels != out_channels:
-            skip.append(
-                layer(in_channels, out_channels, (1, 1, 1), layers, activate=False, bias=False)
-            )
+            no_bias = replace(settings, conv_bias=False)
+            skip.append(layer(in_channels, out_channels, (1, 1, 1), no_bias, activate=False))
         self.skip = nn.Sequential(*skip)
-        self.act = nn.LeakyReLU(layers.slope, inplace=True)
+        self.act = nn.LeakyReLU(settings.slope, inplace=True)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         return self.act(self.conv2(self.conv1(features)).add_(self.skip(features)))

@@ -7,31 +7,24 @@ from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image
-from scipy import ndimage
 
-from volseg.measurement.changes import LesionChange
-from volseg.pages.canvas import Figure, FigureCanvasAgg
-from volseg.pages.slices import (
-    PLANES,
-    draw_slice,
-    label_slice,
-    png_bytes,
-    slice_of,
-    surroundings,
-    window_round,
-)
-from volseg.preprocessing.align import index_matrix, resample_to_grid
-from volseg.preprocessing.crop import AxisOrder, canonical_geometry, to_canonical
-from volseg.volume import BoundingBox, Geometry, Volume
+from volseg.comparison.changes import LesionChange
+from volseg.pages.canvas import new_figure, png_bytes
+from volseg.pages.slices import draw_planes, surroundings
+from volseg.pages.windows import lesion_window, sampled
+from volseg.preprocessing.planes import PLANES
+from volseg.preprocessing.regrid import ids_on_grid, resample_to_grid
+from volseg.volume import BoundingBox, Geometry, Rigid, Volume
 
 REACH_MM = 40.0  # field of view on each side of the lesion
+TIMES = ("baseline", "follow-up, registered")
 BEFORE, AFTER = "#4dd34d", "#ff8c33"
 
 
 def change_png(
     scans: tuple[Volume, Volume],
     ids: tuple[np.ndarray, np.ndarray],
-    transform: np.ndarray,
+    transform: Rigid,
     changes: Sequence[LesionChange],
     *,
     title: str,
@@ -42,21 +35,33 @@ def change_png(
 
     Args:
         scans: baseline and follow-up. ids: (I, J, K) lesion ids on the grid of each.
-        transform: (4, 4) in RAS mm, from baseline points to follow-up points.
+        transform: from points of the baseline to points of the follow-up.
         changes: the rows of the patient.
     """
-    order = AxisOrder.of(scans[0].geometry)
-    grid = canonical_geometry(scans[0].geometry, order)
-    row, centre = _largest_change(changes, grid, transform)
-    box = _around(centre, grid)
-    part = grid.crop(box)
-    stored = to_canonical(scans[0].array, order)[box.slices]
-    baseline = scans[0].intensities(stored).astype(np.float32)
-    pictures = (baseline, resample_to_grid(scans[1], part, transform).array)
-    baseline_ids = to_canonical(ids[0], order)[box.slices]
-    numbers = (baseline_ids, _nearest(ids[1], scans[1].geometry, part, transform))
+    baseline = scans[0].canonical()
+    row, centre = _largest_change(changes, baseline.geometry, transform)
+    box = _around(centre, baseline.geometry)
+    part = baseline.crop(box)
+    grid = part.geometry
+    pictures = (
+        part.with_array(part.intensities().astype(np.float32)),
+        resample_to_grid(scans[1], grid, transform),
+    )
+    baseline_ids = scans[0].with_array(ids[0]).canonical().crop(box)
+    followup_ids = ids_on_grid(scans[1].with_array(ids[1]), grid, transform)
+    outlines = ((baseline_ids.array, BEFORE), (followup_ids.array, AFTER))
+    centre = centre - box.start
+    figure = new_figure(9, 6.6, "black")
+    axes = figure.subplots(len(TIMES), len(PLANES), squeeze=False)
+    for plots, time, picture in zip(axes, TIMES, pictures, strict=True):
+        around = surroundings(BoundingBox.of_voxels(centre[None]), grid)
+        window = lesion_window([sampled(picture.array[around.slices])])
+        titles = [f"{time}, {plane.name}" for plane in PLANES]
+        draw_planes(plots, picture, centre, outlines, window, titles)
     caption = "no lesion" if row is None else _caption(row)
-    return _draw(pictures, numbers, part, centre - box.start, caption, title)
+    heading = f"{title}: {caption}\ngreen: baseline   orange: follow-up"
+    figure.suptitle(heading, color="white", fontsize=9)
+    return png_bytes(figure)
 
 
 def stack_pngs(pictures: Sequence[bytes]) -> bytes:
@@ -75,13 +80,13 @@ def stack_pngs(pictures: Sequence[bytes]) -> bytes:
 
 
 def _largest_change(
-    changes: Sequence[LesionChange], grid: Geometry, transform: np.ndarray
+    changes: Sequence[LesionChange], grid: Geometry, transform: Rigid
 ) -> tuple[LesionChange | None, np.ndarray]:
     """Return the row with the largest volume change on the grid, and the voxel (3,) at its centre.
 
     Without a lesion on the grid: None and the grid's centre.
     """
-    inverse = np.linalg.inv(transform)
+    back = transform.inverse()
     best, centre = None, (np.array(grid.shape) - 1) // 2
     for row in changes:
         baseline = [getattr(row, f"baseline_centroid_{axis}_mm") for axis in "ras"]
@@ -90,10 +95,9 @@ def _largest_change(
         centroid = followup if is_new else baseline
         if row.change_volume_ml is None or None in centroid:
             continue
-        point = np.array(centroid, dtype=float)
-        if is_new:
-            point = inverse[:3, :3] @ point + inverse[:3, 3]
-        index = np.rint(grid.to_index(point[None])[0]).astype(int)
+        points = np.array([centroid], dtype=float)
+        points = back.apply(points) if is_new else points
+        index = np.rint(grid.to_index(points)[0]).astype(int)
         is_shown = ((index >= 0) & (index < np.array(grid.shape))).all()
         change_ml = abs(row.change_volume_ml)
         if is_shown and (best is None or change_ml > abs(best.change_volume_ml or 0.0)):
@@ -102,54 +106,9 @@ def _largest_change(
 
 
 def _around(centre: np.ndarray, grid: Geometry) -> BoundingBox:
-    reach = np.ceil(REACH_MM / np.array(grid.spacing_mm)).astype(int)
-    start, stop = np.maximum(centre - reach, 0), np.minimum(centre + reach + 1, grid.shape)
-    (i, j, k), (i_stop, j_stop, k_stop) = start.tolist(), stop.tolist()
-    return BoundingBox((i, j, k), (i_stop, j_stop, k_stop))
-
-
-def _nearest(
-    ids: np.ndarray, geometry: Geometry, grid: Geometry, transform: np.ndarray
-) -> np.ndarray:
-    matrix = index_matrix(grid, geometry, transform)
-    return ndimage.affine_transform(
-        ids,
-        matrix[:3, :3],
-        matrix[:3, 3],  # pyright: ignore[reportArgumentType] - SciPy's stub lacks sequences
-        output_shape=grid.shape,
-        order=0,
-        mode="constant",
-        cval=0,
-    )
-
-
-def _draw(
-    pictures: Sequence[np.ndarray],
-    numbers: Sequence[np.ndarray],
-    grid: Geometry,
-    centre: np.ndarray,
-    caption: str,
-    title: str,
-) -> bytes:
-    figure = Figure(figsize=(9, 6.6), layout="constrained", facecolor="black")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(2, len(PLANES), squeeze=False)
-    names = ("baseline", "follow-up, registered")
-    for line, (time, picture) in enumerate(zip(names, pictures, strict=True)):
-        window = window_round(picture[surroundings(centre[None], grid.spacing_mm)])
-        for column, (name, axis, left, right) in enumerate(PLANES):
-            plot, index = axes[line][column], int(centre[axis])
-            across, up = (grid.spacing_mm[other] for other in range(3) if other != axis)
-            outlines = [
-                (slice_of(ids, axis, index) > 0, colour)
-                for ids, colour in zip(numbers, (BEFORE, AFTER), strict=True)
-            ]
-            shown, heading = slice_of(picture, axis, index), f"{time}, {name}"
-            draw_slice(plot, shown, outlines, (across, up), window, heading)
-            label_slice(plot, left, right, across)
-    heading = f"{title}: {caption}\ngreen: baseline   orange: follow-up"
-    figure.suptitle(heading, color="white", fontsize=9)
-    return png_bytes(figure, "black")
+    i, j, k = centre.tolist()
+    reach = np.ceil(REACH_MM / np.array(grid.spacing_mm)).astype(int).tolist()
+    return BoundingBox((i, j, k), (i + 1, j + 1, k + 1)).widened(reach, grid.shape)
 
 
 def _caption(row: LesionChange) -> str:

@@ -10,18 +10,12 @@ import numpy as np
 from volseg.inputs import shorten
 from volseg.measurement.rows import LesionMeasurement
 from volseg.measurement.units import shown_unit
-from volseg.pages.canvas import Figure, FigureCanvasAgg
-from volseg.pages.slices import (
-    PLANES,
-    draw_slice,
-    label_slice,
-    png_bytes,
-    slice_of,
-    surroundings,
-    window_round,
-)
-from volseg.preprocessing.crop import AxisOrder, canonical_geometry, to_canonical
-from volseg.volume import BoundingBox, Volume, slabs_of
+from volseg.pages.canvas import new_figure, png_bytes
+from volseg.pages.marks import lesion_voxels
+from volseg.pages.slices import draw_planes, surroundings
+from volseg.pages.windows import lesion_window, sampled
+from volseg.preprocessing.planes import PLANES
+from volseg.volume import BoundingBox, Volume
 
 MAX_LESIONS = 3
 MOST_VOXELS = 2**22  # bounding boxes of lesions up to this size are read entirely
@@ -42,53 +36,31 @@ def overlay_png(
         ids: (I, J, K) lesion ids on the scan's grid; lesions are outlined.
         is_doubted: the unit of the intensities is doubtful; the captions mark it.
     """
-    order = AxisOrder.of(image.geometry)
-    geometry = canonical_geometry(image.geometry, order)
-    stored, numbers = to_canonical(image.array, order), to_canonical(ids, order)
+    numbers = image.with_array(ids).canonical().array
+    image = image.canonical()
+    grid = image.geometry
     shown = sorted(lesions, key=lambda lesion: -lesion.n_voxels)[:MAX_LESIONS]
+    captions = [_caption(lesion, is_doubted=is_doubted) for lesion in shown]
     voxels = [_voxels_of(numbers, lesion.lesion_id) for lesion in shown]
-    voxels = voxels or [np.array([stored.shape]) // 2]
-    centres = [_centre(indices) for indices in voxels]
-    figure = Figure(figsize=(9, 3.2 * len(centres) + 0.4), layout="constrained", facecolor="black")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(len(centres), len(PLANES), squeeze=False)
-    for row, centre in enumerate(centres):
-        around = stored[surroundings(voxels[row], geometry.spacing_mm)]
-        window = window_round(image.intensities(_sample(around)))
-        caption = "no lesion found" if not shown else _caption(shown[row], is_doubted=is_doubted)
-        for column, (name, axis, left, right) in enumerate(PLANES):
-            index = int(centre[axis])
-            picture = image.intensities(slice_of(stored, axis, index)).astype(np.float32)
-            outline = slice_of(numbers, axis, index) > 0
-            across, up = (geometry.spacing_mm[other] for other in range(3) if other != axis)
-            plot, heading = axes[row][column], f"{name}: {caption}" if column == 0 else name
-            draw_slice(plot, picture, [(outline, LESION)], (across, up), window, heading)
-            label_slice(plot, left, right, across)
+    if not shown:
+        captions, voxels = ["no lesion found"], [np.array([grid.shape]) // 2]
+    figure = new_figure(9, 3.2 * len(captions) + 0.4, "black")
+    axes = figure.subplots(len(captions), len(PLANES), squeeze=False)
+    for plots, indices, caption in zip(axes, voxels, captions, strict=True):
+        around = surroundings(BoundingBox.of_voxels(indices), grid)
+        values = sampled(image.array[around.slices], MOST_VOXELS)
+        window = lesion_window([image.intensities(values)])
+        first, *others = (plane.name for plane in PLANES)
+        titles = (f"{first}: {caption}", *others)
+        draw_planes(plots, image, _centre(indices), [(numbers, LESION)], window, titles)
     figure.suptitle(title, color="white", fontsize=10)
-    return png_bytes(figure, "black")
-
-
-def _sample(part: np.ndarray) -> np.ndarray:
-    """Return the part, thinned to every n-th voxel along each axis if it is large."""
-    step = 1 if part.size <= MOST_VOXELS else math.ceil((part.size / MOST_VOXELS) ** (1 / 3))
-    return part[::step, ::step, ::step]
+    return png_bytes(figure)
 
 
 def _voxels_of(numbers: np.ndarray, number: int) -> np.ndarray:
-    """Return the (N, 3) voxel indices of a lesion, of a large one only in its middle slice."""
-    starts, stops = [], []
-    for part in slabs_of(numbers):
-        box = BoundingBox.around(numbers[part] == number)
-        if box is not None:
-            starts.append([side.start + first for side, first in zip(part, box.start)])
-            stops.append([side.start + end for side, end in zip(part, box.stop)])
-    start, stop = np.min(starts, axis=0), np.max(stops, axis=0)
-    inside = numbers[tuple(slice(a, b) for a, b in zip(start.tolist(), stop.tolist()))]
-    if inside.size <= MOST_VOXELS:
-        return np.argwhere(inside == number) + start
-    planes = sorted(range(inside.shape[2]), key=lambda k: abs(2 * k + 1 - inside.shape[2]))
-    k = next(k for k in planes if (inside[:, :, k] == number).any())
-    return np.insert(np.argwhere(inside[:, :, k] == number), 2, k, axis=1) + start
+    box = BoundingBox.where(lambda part: numbers[part] == number, numbers)
+    assert box is not None, "a lesion has voxels"
+    return lesion_voxels(numbers, number, box, most=MOST_VOXELS)
 
 
 def _centre(voxels: np.ndarray) -> np.ndarray:

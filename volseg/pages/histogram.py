@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 from markupsafe import Markup, escape
@@ -26,11 +26,31 @@ def histogram_svg(
     finite = np.array(valid, float)
     if finite.size < 2 or finite.min() == finite.max():
         return None
-    scaled = np.log10(finite) if log else finite
-    n_bins = int(min(MAX_BINS, max(5, math.ceil(2 * finite.size ** (1 / 3)))))
-    counts, edges = np.histogram(scaled, bins=n_bins)
-    ticks = (_log_ticks if log else _ticks)(scaled.min(), scaled.max())
+    scaled, median = np.log10(finite) if log else finite, float(np.median(finite))
+    span = f"{finite.min():.4g} to {finite.max():.4g} {unit}"
+    summary = escape(f"{title}: {finite.size} values from {span}, median {median:.4g}")
+    heading = f"{finite.size} lesions, median {median:.3g} {unit}"
+    scale = f"{unit}, log scale" if log else unit
+    parts = [
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{summary}">',
+        f"<title>{summary}</title>",
+        f'<text x="{LEFT}" y="14">{escape(title)}</text>',
+        _soft_text(heading, WIDTH - RIGHT, 14, "end"),
+        *_chart(scaled, math.log10(median) if log else median, _log_ticks if log else _ticks),
+        _soft_text(scale, (LEFT + WIDTH - RIGHT) / 2, HEIGHT - 4, "middle"),
+        "</svg>",
+    ]
+    return Markup("".join(parts))  # noqa: S704 all texts are escaped above
+
+
+def _chart(
+    values: np.ndarray, median: float, ticks_of: Callable[[float, float], list[tuple[float, str]]]
+) -> Iterator[str]:
+    """Yield the elements of the bars, both axes and the median."""
+    n_bins = int(min(MAX_BINS, max(5, math.ceil(2 * values.size ** (1 / 3)))))
+    counts, edges = np.histogram(values, bins=n_bins)
     low, high = edges[0], edges[-1]
+    ticks = ticks_of(values.min(), values.max())
     inside = [(value, text) for value, text in ticks if low <= value <= high]
     if len(inside) < 2:  # extend the axis to round numbers outside the range
         inside, low, high = ticks, min(low, ticks[0][0]), max(high, ticks[-1][0])
@@ -43,39 +63,24 @@ def histogram_svg(
     def y(count: float) -> float:
         return HEIGHT - BOTTOM - count / top * (HEIGHT - TOP - BOTTOM)
 
-    def soft(text: str, left: float, top: float | str, anchor: str) -> str:
-        place = f'x="{left}" y="{top}" text-anchor="{anchor}"'
-        return f'<text class="soft" {place}>{escape(text)}</text>'
-
-    median = float(np.median(finite))
-    span = f"{finite.min():.4g} to {finite.max():.4g} {unit}"
-    summary = escape(f"{title}: {finite.size} values from {span}, median {median:.4g}")
-    heading = f"{finite.size} lesions, median {median:.3g} {unit}"
-    parts = [
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{summary}">',
-        f"<title>{summary}</title>",
-        f'<text x="{LEFT}" y="14">{escape(title)}</text>',
-        soft(heading, WIDTH - RIGHT, 14, "end"),
-    ]
     for n, text in steps:
-        parts.append(f'<path class="grid" d="M{LEFT} {y(n):.1f}H{WIDTH - RIGHT}"/>')
-        parts.append(soft(text, LEFT - 5, f"{y(n) + 4:.1f}", "end"))
+        yield f'<path class="grid" d="M{LEFT} {y(n):.1f}H{WIDTH - RIGHT}"/>'
+        yield _soft_text(text, LEFT - 5, f"{y(n) + 4:.1f}", "end")
     for count, start, stop in zip(counts.tolist(), edges[:-1].tolist(), edges[1:].tolist()):
         if count:
             place = f'x="{x(start) + 0.5:.1f}" y="{y(count):.1f}"'
             width, height = max(x(stop) - x(start) - 1, 1), y(0) - y(count)
-            size = f'width="{width:.1f}" height="{height:.1f}"'
-            parts.append(f'<rect class="filled" {place} {size}/>')
-    parts.append(f'<path class="axis" d="M{LEFT} {y(0):.1f}H{WIDTH - RIGHT}"/>')
+            yield f'<rect class="filled" {place} width="{width:.1f}" height="{height:.1f}"/>'
+    yield f'<path class="axis" d="M{LEFT} {y(0):.1f}H{WIDTH - RIGHT}"/>'
     for value, text in inside:
-        parts.append(f'<path class="axis" d="M{x(value):.1f} {y(0):.1f}v4"/>')
-        place = f'x="{x(value):.1f}" y="{y(0) + 16:.1f}"'
-        parts.append(f'<text {place} text-anchor="middle">{text}</text>')
-    middle = x(math.log10(median) if log else median)
-    parts.append(f'<path class="middle" d="M{middle:.1f} {y(0):.1f}V{TOP}"/>')
-    scale = f"{unit}, log scale" if log else unit
-    parts.append(soft(scale, (LEFT + WIDTH - RIGHT) / 2, HEIGHT - 4, "middle"))
-    return Markup("".join([*parts, "</svg>"]))  # noqa: S704 all texts are escaped above
+        yield f'<path class="axis" d="M{x(value):.1f} {y(0):.1f}v4"/>'
+        yield f'<text x="{x(value):.1f}" y="{y(0) + 16:.1f}" text-anchor="middle">{text}</text>'
+    yield f'<path class="middle" d="M{x(median):.1f} {y(0):.1f}V{TOP}"/>'
+
+
+def _soft_text(text: str, left: float, top: float | str, anchor: str) -> str:
+    place = f'x="{left}" y="{top}" text-anchor="{anchor}"'
+    return f'<text class="soft" {place}>{escape(text)}</text>'
 
 
 def _ticks(low: float, high: float) -> list[tuple[float, str]]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from volseg.measurement.rows import CaseRow
 from volseg.measurement.units import UNLIKE
 from volseg.recipe import Recipe
 
@@ -124,12 +125,12 @@ def similarity_of_scan(warnings: str) -> Similarity:
     return Similarity(text=text, is_like=not codes)
 
 
-def similarity_of_run(rows: list[Mapping[str, Any]], model: str) -> Similarity:
-    """Judge the scans that this model segmented or refused, by their rows of cases.csv."""
-    rows = [row for row in rows if row.get("model") == model]
-    done = [row for row in rows if row.get("status") == "done"]
-    n_refused = sum((row.get("reason") or "").startswith("E_MODALITY") for row in rows)
-    n_like = sum(similarity_of_scan(row.get("warnings") or "").is_like for row in done)
+def similarity_of_run(cases: Iterable[CaseRow], model: str) -> Similarity:
+    """Judge the scans that this model segmented or refused."""
+    cases = [case for case in cases if case.model == model]
+    done = [case for case in cases if case.status == "done"]
+    n_refused = sum(case.reason.startswith("E_MODALITY") for case in cases)
+    n_like = sum(similarity_of_scan(case.warnings).is_like for case in done)
     n_scans = len(done) + n_refused
     text = f"{n_like} of {n_scans} scans resemble the training scans by these checks"
     if n_refused:

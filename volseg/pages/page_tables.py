@@ -4,21 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from operator import attrgetter
 from typing import Any
 
 from volseg.columns import columns_of
-from volseg.measurement.changes import LesionChange
-from volseg.measurement.response import PatientResponse
+from volseg.comparison.changes import LesionChange
+from volseg.comparison.response import PatientResponse
 from volseg.measurement.rows import CaseRow, LesionMeasurement
 from volseg.measurement.units import shown_unit, unit_doubt_in
 from volseg.pages.page import json_size, json_value
 
-HINTS = {  # filter examples
-    LesionMeasurement: "type words, or a condition such as volume_ml > 1",
-    CaseRow: "type words, or a condition such as n_lesions > 1",
-    PatientResponse: "type words, or a condition such as n_new > 0",
-    LesionChange: "type words, or a condition such as change_volume_percent > 20",
-}
 LESION_COLUMNS = (
     "case_id",
     "lesion_id",
@@ -99,6 +94,67 @@ VIEWER_COLUMNS = (
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Layout:
+    """How pages show a kind of row.
+
+    Args:
+        name, caption: of the table on the page.
+        hint: example of a filter. file: the CSV file with all rows.
+        shown: columns that come first and are visible initially if any row has a value.
+        needed: further columns that stay if the page is too small for all; hidden initially.
+        rank: sort key; rows with the lowest rank stay. kept: what a remark calls these rows.
+    """
+
+    name: str
+    caption: str
+    row_type: type
+    hint: str
+    file: str
+    shown: Sequence[str]
+    needed: Sequence[str] = ()
+    rank: Callable[[Any], float] = lambda row: 0
+    kept: str = "first"
+
+
+LESIONS = Layout(
+    name="lesions",
+    caption="Lesions",
+    row_type=LesionMeasurement,
+    hint="type words, or a condition such as volume_ml > 1",
+    file="lesions.csv",
+    shown=LESION_COLUMNS,
+    needed=("label", "intensity_unit"),
+    rank=lambda lesion: -(lesion.volume_ml or 0),
+    kept="largest",
+)
+LESIONS_OF_A_SCAN = replace(LESIONS, shown=VIEWER_COLUMNS)
+SCANS = Layout(
+    name="scans",
+    caption="Scans",
+    row_type=CaseRow,
+    hint="type words, or a condition such as n_lesions > 1",
+    file="cases.csv",
+    shown=SCAN_COLUMNS,
+)
+PATIENTS = Layout(
+    name="patients",
+    caption="Patients",
+    row_type=PatientResponse,
+    hint="type words, or a condition such as n_new > 0",
+    file="response.csv",
+    shown=RESPONSE_COLUMNS,
+)
+CHANGES = Layout(
+    name="changes",
+    caption="Lesions at both time points",
+    row_type=LesionChange,
+    hint="type words, or a condition such as change_volume_percent > 20",
+    file="comparison.csv",
+    shown=CHANGE_COLUMNS,
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PageTable:
     """A table of a page; its script reads `content`: name, caption, hint, columns and rows."""
 
@@ -108,20 +164,9 @@ class PageTable:
     remark: str = ""
 
 
-def lesion_table(
-    lesions: Sequence[Mapping[str, Any]], *, shown: Sequence[str] = LESION_COLUMNS
-) -> PageTable:
-    """Return a table with a row per lesion and all columns of lesions.csv."""
-    return page_table("lesions", "Lesions", LesionMeasurement, lesions, shown=shown)
-
-
-def scan_table(
-    cases: Sequence[Mapping[str, Any]], *, with_pictures: bool, max_bytes: int
-) -> PageTable:
+def scan_table(cases: Sequence[CaseRow], *, with_pictures: bool, max_bytes: int) -> PageTable:
     """Return a table with a row per scan; the page's script fills its picture column."""
-    table = fitting_table(
-        "scans", "Scans", CaseRow, cases, shown=SCAN_COLUMNS, max_bytes=max_bytes, file="cases.csv"
-    )
+    table = fitting_table(SCANS, cases, max_bytes=max_bytes)
     if not with_pictures:
         return table
     picture = {
@@ -136,100 +181,78 @@ def scan_table(
 
 
 def page_table(
-    name: str,
-    caption: str,
-    row_type: type,
-    rows: Sequence[Mapping[str, Any]],
-    *,
-    shown: Sequence[str],
-    only: Sequence[str] | None = None,
-    remark: str = "",
+    layout: Layout, rows: Sequence[Any], *, only: Sequence[str] | None = None, remark: str = ""
 ) -> PageTable:
-    """Return a table whose columns are the fields of the dataclass `row_type`.
+    """Return a table of rows of the layout's type.
 
     Args:
-        rows: field name → value.
-        shown: columns that come first and are visible initially if any row has a value.
         only: the columns to include; None for all.
     """
-    units = {row.get("intensity_unit") for row in rows}
-    # Rows with different units each show their own.
-    if len(units) > 1 and "intensity_unit" not in shown:
-        shown = (*shown, "intensity_unit")
-    columns = [column for column in columns_of(row_type) if only is None or column[0] in only]
-    columns.sort(key=lambda column: shown.index(column[0]) if column[0] in shown else len(shown))
+    units = {getattr(row, "intensity_unit", None) for row in rows}
     common_unit = (units.pop() if len(units) == 1 else None) or ""
-    values = [[json_value(row.get(column[0])) for column in columns] for row in rows]
+    # Rows with different units each show their own.
+    shown = (*layout.shown, "intensity_unit") if len(units) > 1 else layout.shown
+    columns = columns_of(layout.row_type)
+    columns = [column for column in columns if only is None or column[0] in only]
+    columns.sort(key=lambda column: shown.index(column[0]) if column[0] in shown else len(shown))
+    values_of = attrgetter(*(column[0] for column in columns))
+    values = [[json_value(value) for value in values_of(row)] for row in rows]
     content = {
-        "name": name,
-        "caption": caption,
-        "hint": HINTS.get(row_type, "words"),
+        "name": layout.name,
+        "caption": layout.caption,
+        "hint": layout.hint,
         "columns": [
             {
                 "name": column,
                 "unit": common_unit if unit == "intensity_unit" else unit,
                 "meaning": meaning,
-                "shown": column in shown
-                and (not rows or _is_informative(column, [row[n] for row in values])),
+                "shown": column in shown and _is_informative(column, [row[n] for row in values]),
             }
             for n, (column, unit, meaning, _) in enumerate(columns)
         ],
         "rows": values,
     }
-    return PageTable(name=name, caption=caption, content=content, remark=remark)
+    return PageTable(name=layout.name, caption=layout.caption, content=content, remark=remark)
 
 
-def fitting_table(
-    name: str,
-    caption: str,
-    row_type: type,
-    rows: Sequence[Mapping[str, Any]],
-    *,
-    shown: Sequence[str],
-    max_bytes: int,
-    file: str,
-    needed: Sequence[str] = (),
-    rank: Callable[[Mapping[str, Any]], float] = lambda row: 0,
-    kept: str = "first",
-) -> PageTable:
+def fitting_table(layout: Layout, rows: Sequence[Any], *, max_bytes: int) -> PageTable:
     """Return a table that fits: all columns, else the important ones, else fewer rows.
 
     Args:
-        shown, needed: the important columns; those in `needed` are hidden initially.
         max_bytes: size limit; if not even one row fits, the table has no rows.
-        file: the CSV file with all rows, named in the remark.
-        rank: sort key; rows with the lowest rank are kept. kept: what the remark calls them.
     """
-    table = page_table(name, caption, row_type, rows, shown=shown)
+    table = page_table(layout, rows)
     if json_size(table.content) <= max_bytes:
         return table
-    only = (*shown, *needed)
+    only = (*layout.shown, *layout.needed)
     fitting, remark = rows, "To keep this page small, only the most important columns are included"
     while True:
-        text = f"{remark}; {file} has them all."
-        table = page_table(name, caption, row_type, fitting, shown=shown, only=only, remark=text)
+        text = f"{remark}; {layout.file} has them all."
+        table = page_table(layout, fitting, only=only, remark=text)
         size = json_size(table.content)
         if size <= max_bytes or not fitting:
             return table
         n = max(0, int(len(fitting) * 0.95 * max_bytes / size))
-        fitting = sorted(rows, key=rank)[:n]
-        remark = f"Showing the {n} {kept} of {len(rows)} rows and the most important columns"
+        fitting = sorted(rows, key=layout.rank)[:n]
+        remark = f"Showing the {n} {layout.kept} of {len(rows)} rows and the most important columns"
 
 
 def with_doubts(
-    lesions: Sequence[Mapping[str, Any]], cases: Sequence[Mapping[str, Any]]
-) -> Sequence[Mapping[str, Any]]:
+    lesions: Sequence[LesionMeasurement], cases: Sequence[CaseRow]
+) -> Sequence[LesionMeasurement]:
     """Return the lesions, marking the unit of those whose scan has a doubtful unit."""
-    doubted = {case["case_id"] for case in cases if unit_doubt_in(case.get("warnings") or "")}
+    doubted = {case.case_id for case in cases if unit_doubt_in(case.warnings)}
     return [
-        {**lesion, "intensity_unit": shown_unit(lesion["intensity_unit"], is_doubted=True)}
-        if lesion.get("case_id") in doubted and lesion.get("intensity_unit")
+        replace(lesion, intensity_unit=shown_unit(lesion.intensity_unit, is_doubted=True))
+        if lesion.case_id in doubted and lesion.intensity_unit
         else lesion
         for lesion in lesions
     ]
 
 
 def _is_informative(column: str, values: Sequence[Any]) -> bool:
+    if not values:
+        return True
     distinct = {value for value in values if value is not None and value != ""}
     # A single label name in all rows distinguishes none of them.
     return len(distinct) > (1 if column == "label_name" else 0)

@@ -11,10 +11,10 @@ import numpy as np
 from volseg.evaluation.agreement import Agreement, Ends
 from volseg.evaluation.detection import FALSE_POSITIVE_RATES, Froc
 from volseg.evaluation.summary import LabelResult
-from volseg.pages.canvas import Figure, FigureCanvasAgg
-from volseg.pages.slices import png_bytes
+from volseg.pages.canvas import new_figure, png_bytes
 
 MAX_LABELS = 8
+DPI = 110
 POINT, BIAS, LIMIT = "#1f5fa8", "#222222", "#b5400f"
 
 
@@ -27,11 +27,10 @@ def agreement_png(results: Sequence[LabelResult]) -> bytes:
     with_volume = [result for result in results if result.reference_ml.size]
     shown = sorted(with_volume, key=lambda result: -float(result.reference_ml.sum()))[:MAX_LABELS]
     shown.sort(key=lambda result: result.label)
-    figure = Figure(figsize=(11, 4.2 * max(1, len(shown)) + 0.3), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(11, 4.2 * max(1, len(shown)) + 0.3)
     if not shown:
         figure.text(0.5, 0.5, "no label has a volume in any case", ha="center")
-        return _png(figure)
+        return png_bytes(figure, DPI)
     plots = figure.subplots(len(shown), 2, squeeze=False, width_ratios=(1.25, 1))
     for (left, right), result in zip(plots, shown, strict=True):
         _bland_altman(left, result)
@@ -40,7 +39,7 @@ def agreement_png(results: Sequence[LabelResult]) -> bytes:
         count = f"{len(shown)} of {len(with_volume)} labels"
         note = f"The {count} with the largest reference volume; summary.json has all labels"
         figure.suptitle(note, fontsize=9)
-    return _png(figure)
+    return png_bytes(figure, DPI)
 
 
 def _bland_altman(plot: Any, result: LabelResult) -> None:
@@ -120,8 +119,7 @@ def froc_png(curves: Sequence[tuple[str, Froc]]) -> bytes:
     a curve, where every predicted lesion counts; the dotted line extends it, as the score does.
     """
     curves = sorted(curves, key=lambda named: -named[1].n_reference)[:MAX_LABELS]
-    figure = Figure(figsize=(7, 4.6 + 0.2 * len(curves)), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(7, 4.6 + 0.2 * len(curves))
     plot = figure.subplots()
     lowest, highest = FALSE_POSITIVE_RATES[0] / 2, 2 * FALSE_POSITIVE_RATES[-1]
     for name, curve in curves:
@@ -147,8 +145,4 @@ def froc_png(curves: Sequence[tuple[str, Froc]]) -> bytes:
     plot.set_title(title, fontsize=10, loc="left")
     plot.grid(alpha=0.25)
     plot.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.13), frameon=False)
-    return _png(figure)
-
-
-def _png(figure: Figure) -> bytes:
-    return png_bytes(figure, "white", dpi=110)
+    return png_bytes(figure, DPI)

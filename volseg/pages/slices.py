@@ -1,40 +1,48 @@
-"""Slices of a scan as pictures: outlined lesions, orientation letters, a scale bar."""
+"""Slices of a scan as figures: outlined lesions, orientation letters, a scale bar."""
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 
 import numpy as np
 
-from volseg.inputs import shorten
-from volseg.pages.canvas import Axes, Figure, Text
+from volseg.pages.canvas import Axes
+from volseg.pages.windows import REACH_MM, Window
+from volseg.preprocessing.planes import PLANES, Plane
+from volseg.volume import BoundingBox, Geometry, Volume
 
-# Name, canonical axis perpendicular to the plane, left and right letter (radiological convention).
-PLANES = (("axial", 2, "R", "L"), ("coronal", 1, "R", "L"), ("sagittal", 0, "A", "P"))
 SCALE_BAR_MM = 10
-MOST_LETTERS = 200  # per text: the width of a figure in memory grows with its longest text
-WINDOW_REACH_MM = 15.0  # margin around a lesion whose intensities set the window
+LETTERS = "#ffd24d"
 
 
-def slice_of(array: np.ndarray, axis: int, index: int) -> np.ndarray:
-    """Return a slice as a view; `np.take` copies arrays with permuted axes."""
-    return array[(slice(None),) * axis + (index,)]
+def surroundings(lesion: BoundingBox, grid: Geometry) -> BoundingBox:
+    """Return the box of a lesion and of 15 mm around it, whose intensities set its window."""
+    reach = [max(1, round(REACH_MM / spacing)) for spacing in grid.spacing_mm]
+    return lesion.widened(reach, grid.shape)
 
 
-def surroundings(voxels: np.ndarray, spacing_mm: tuple[float, float, float]) -> tuple[slice, ...]:
-    """Return the bounding box of voxels (N, 3), widened by 15 mm."""
-    reach = [max(1, round(WINDOW_REACH_MM / spacing)) for spacing in spacing_mm]
-    ends = zip(voxels.min(axis=0).tolist(), voxels.max(axis=0).tolist(), reach, strict=True)
-    return tuple(slice(max(0, first - n), last + n + 1) for first, last, n in ends)
+def draw_planes(
+    plots: Sequence[Axes],
+    scan: Volume,
+    centre: np.ndarray,
+    outlines: Sequence[tuple[np.ndarray, str]],
+    window: Window,
+    titles: Sequence[str],
+) -> None:
+    """Draw the three slices of a scan along R, A and S through a voxel.
 
-
-def window_round(values: np.ndarray) -> tuple[float, float]:
-    """Return the window (low, high) for the intensities of a lesion and its surroundings."""
-    finite = values[np.isfinite(values)]
-    low, high = np.percentile(finite if finite.size else np.zeros(1), (5, 95))
-    margin = max(0.3 * (high - low), 1e-6)
-    return float(low - margin), float(high + margin)
+    Args:
+        centre: (3,) index of the voxel.
+        outlines: (mask, colour) each, the mask (R, A, S).
+        titles: one per plane.
+    """
+    for plot, plane, title in zip(plots, PLANES, titles, strict=True):
+        index = int(centre[plane.through])
+        picture = scan.intensities(plane.slice_of(scan.array, index)).astype(np.float32)
+        masks = [(plane.slice_of(mask, index) > 0, colour) for mask, colour in outlines]
+        spacing_mm = scan.geometry.spacing_mm[plane.across], scan.geometry.spacing_mm[plane.up]
+        draw_slice(plot, picture, masks, spacing_mm, window, title)
+        _label(plot, plane, spacing_mm[0])
 
 
 def draw_slice(
@@ -42,7 +50,7 @@ def draw_slice(
     picture: np.ndarray,
     outlines: Sequence[tuple[np.ndarray, str]],
     spacing_mm: tuple[float, float],
-    window: tuple[float, float],
+    window: Window,
     title: str,
 ) -> None:
     """Draw a slice in grey, with the outlines of each mask in its colour.
@@ -70,9 +78,10 @@ def draw_slice(
     plot.set_title(title, color="white", fontsize=8, loc="left")
 
 
-def label_slice(plot: Axes, left: str, right: str, spacing_mm: float) -> None:
+def _label(plot: Axes, plane: Plane, spacing_mm: float) -> None:
     """Draw the orientation letters at both edges, and a scale bar."""
-    style = {"transform": plot.transAxes, "color": "#ffd24d", "fontsize": 8, "va": "center"}
+    left, right = plane.letters
+    style = {"transform": plot.transAxes, "color": LETTERS, "fontsize": 8, "va": "center"}
     plot.text(0.01, 0.5, left, ha="left", **style)
     plot.text(0.99, 0.5, right, ha="right", **style)
     start, end = plot.get_xlim()
@@ -81,12 +90,3 @@ def label_slice(plot: Axes, left: str, right: str, spacing_mm: float) -> None:
         [0.04, 0.04 + length], [0.04, 0.04], transform=plot.transAxes, color="white", linewidth=2
     )
     plot.text(0.04, 0.06, f"{SCALE_BAR_MM} mm", transform=plot.transAxes, color="white", fontsize=7)
-
-
-def png_bytes(figure: Figure, colour: str, dpi: int = 100) -> bytes:
-    for text in figure.findobj(Text):
-        text.set_parse_math(False)  # a label named $x$ is not a formula
-        text.set_text(shorten(text.get_text().encode(errors="replace").decode(), MOST_LETTERS))
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=dpi, facecolor=colour, metadata={"Software": None})
-    return buffer.getvalue()

@@ -7,8 +7,9 @@ from typing import Protocol
 
 import numpy as np
 
-from volseg.pages.canvas import Figure, FigureCanvasAgg
-from volseg.pages.slices import draw_slice, png_bytes
+from volseg.pages.canvas import new_figure, png_bytes
+from volseg.pages.slices import draw_slice
+from volseg.pages.windows import whole_window
 
 
 class Epoch(Protocol):
@@ -24,8 +25,7 @@ class Epoch(Protocol):
 
 def curves_png(histories: Sequence[Sequence[Epoch]]) -> bytes:
     """Plot loss and validation Dice against hours of training, one line per network."""
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(9, 3.6)
     left, right = figure.subplots(1, 2)
     for number, history in enumerate(histories):
         hours = [epoch.seconds / 3600 for epoch in history]
@@ -45,7 +45,7 @@ def curves_png(histories: Sequence[Sequence[Epoch]]) -> bytes:
     right.set_ylim(0, 1)
     if len(histories) > 1:
         left.legend(fontsize=8)  # left, because a network may have no validation yet
-    return png_bytes(figure, "white")
+    return png_bytes(figure)
 
 
 def patches_png(
@@ -78,9 +78,7 @@ def comparison_png(
     """
     columns = min(4, max(1, len(pictures)))
     rows = -(-len(pictures) // columns)
-    size = (2.6 * columns, 2.8 * rows + 0.3)
-    figure = Figure(figsize=size, layout="constrained", facecolor="black")
-    FigureCanvasAgg(figure)
+    figure = new_figure(2.6 * columns, 2.8 * rows + 0.3, "black")
     plots = figure.subplots(rows, columns, squeeze=False)
     for plot in plots.flat:
         plot.set_axis_off()
@@ -89,11 +87,10 @@ def comparison_png(
         voxels = sum((mask > 0).sum(axis=(0, 1)) for mask, _ in masks)
         index = int(np.argmax(voxels)) if np.any(voxels) else image.shape[2] // 2
         slice_ = image[:, :, index].astype(np.float32)
-        low, high = np.percentile(slice_, (1, 99))
-        window = (float(low), float(max(high, low + 1e-6)))
         outlines = [(mask[:, :, index], colour) for mask, colour in masks]
-        draw_slice(plot, slice_, outlines, (spacing_mm[0], spacing_mm[1]), window, title)
+        window = whole_window(slice_)
+        draw_slice(plot, slice_, outlines, spacing_mm[:2], window, title)
     has_predictions = bool(pictures) and pictures[0][3] is not None
     legend = "green: reference   orange: prediction" if has_predictions else "green: labels"
     figure.suptitle(legend, color="white", fontsize=8)
-    return png_bytes(figure, "black")
+    return png_bytes(figure)

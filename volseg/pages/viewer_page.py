@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import gzip
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
 from markupsafe import Markup
 
 from volseg import __version__
+from volseg.measurement.rows import CaseRow, LesionMeasurement
 from volseg.measurement.units import shown_unit, unit_doubt_in
+from volseg.pages.marks import axis_ends, lesion_colour, lesion_points
 from volseg.pages.model_box import ModelBox, similarity_of_scan
 from volseg.pages.page import CONTENT_BYTES, as_base64, asset, json_size, json_value, render_page
-from volseg.pages.page_tables import VIEWER_COLUMNS, lesion_table, with_doubts
-from volseg.pages.preview import Preview, lesion_colour, lesion_points, point_of
+from volseg.pages.page_tables import LESIONS, LESIONS_OF_A_SCAN, page_table, with_doubts
+from volseg.pages.preview import Preview
 from volseg.words import format_count, format_number
 
 NIIVUE, NIIVUE_LICENCE = "niivue-0.69.0.umd.js", "niivue-LICENSE.txt"
@@ -23,8 +25,8 @@ POINTS_BYTES = 250  # per lesion, for its position and diameter end points
 
 
 def viewer_html(
-    case: Mapping[str, Any],
-    lesions: Sequence[Mapping[str, Any]],
+    case: CaseRow,
+    lesions: Sequence[LesionMeasurement],
     preview: Preview,
     montage: bytes,
     *,
@@ -36,53 +38,28 @@ def viewer_html(
     The picture replaces the slices in browsers without WebGL.
 
     Args:
-        case, lesions: a row of cases.csv and rows of lesions.csv; None or a missing column means
-            unknown. Only the first 1000 lesions are used.
+        lesions: only the first 1000 are used.
         montage: JPEG of the scan's largest lesion.
         unit: of the intensities.
         box: the model box; None if volseg did not make the masks.
     """
-    rows = sorted(lesions, key=lambda lesion: lesion["lesion_id"])[:MAX_VIEWER_ROWS]
+    rows = sorted(lesions, key=lambda lesion: lesion.lesion_id)[:MAX_VIEWER_ROWS]
     rows = with_doubts(rows, [case])
-    unit = shown_unit(unit, is_doubted=bool(unit_doubt_in(case.get("warnings") or "")))
-    remark = ""
-    n_lesions = max(case.get("n_lesions") or 0, len(lesions))
-    if len(rows) < n_lesions:
-        remark = f"Showing the first {len(rows)} of {n_lesions} lesions; lesions.csv has them all."
-    if preview.not_drawn:
-        remark += f" Not drawn: {format_count(preview.not_drawn, 'lesion')}, too small at this"
-        remark += " resolution or beyond the drawing limit."
-    table = lesion_table(rows, shown=VIEWER_COLUMNS)
-    points = lesion_points(preview, rows)
-    n_drawn = int(preview.ids.array.max(initial=0))
-    content = {
-        "table": table.content,
-        "unit": unit,
-        "window": [json_value(value) for value in preview.window],
-        "points": {number: [round(part, 3) for part in point] for number, point in points.items()},
-        "axes": {lesion["lesion_id"]: axes for lesion in rows if (axes := _axes(lesion))},
-        "colours": bytes(part for n in range(1, n_drawn + 1) for part in lesion_colour(n)).hex(),
-    }
-    facts = [
-        case.get("image") or "",
-        case.get("model") or "",
-        f"volseg {__version__}",
-        format_count(case.get("n_lesions"), "lesion"),
-        f"{format_number(case.get('total_volume_ml'))} mL" if lesions else "",
-    ]
+    unit = shown_unit(unit, is_doubted=bool(unit_doubt_in(case.warnings)))
+    n_lesions = max(case.n_lesions or 0, len(lesions))
     return render_page(
         "viewer.html.jinja",
         scripts=("table.js", "viewer.js"),
         allowed=(asset("vendor", NIIVUE, is_packed=True),),
-        case={"case_id": case["case_id"], "warnings": case.get("warnings") or ""},
-        facts=[fact for fact in facts if fact],
+        case=case,
+        facts=_facts(case, has_lesions=bool(lesions)),
         unit=unit,
         shown_part=_shown_part(preview),
         box=box,
-        similarity=similarity_of_scan(case.get("warnings") or ""),
+        similarity=similarity_of_scan(case.warnings),
         invitation="Select a lesion in the table or the slices." if rows else "No lesions found.",
-        remark=remark.strip(),
-        content=content,
+        remark=_remark(preview, len(rows), n_lesions),
+        content=_content(preview, rows, unit),
         montage=as_base64(montage),
         image=as_base64(preview.packed_image),
         ids=as_base64(preview.packed_ids),
@@ -91,22 +68,61 @@ def viewer_html(
     )
 
 
-def image_budget(lesions: Sequence[Mapping[str, Any]]) -> int:
+def _content(preview: Preview, rows: Sequence[LesionMeasurement], unit: str) -> dict[str, Any]:
+    """Return what the page's script reads: the table, and what it draws into the slices."""
+    n_drawn = int(preview.ids.array.max(initial=0))
+    points = lesion_points(preview.ids, rows)
+    return {
+        "table": page_table(LESIONS_OF_A_SCAN, rows).content,
+        "unit": unit,
+        "window": [json_value(value) for value in preview.window],
+        "points": {number: [round(part, 3) for part in point] for number, point in points.items()},
+        "axes": {lesion.lesion_id: axes for lesion in rows if (axes := _axes(lesion))},
+        "colours": bytes(part for n in range(1, n_drawn + 1) for part in lesion_colour(n)).hex(),
+    }
+
+
+def _remark(preview: Preview, n_rows: int, n_lesions: int) -> str:
+    remarks = []
+    if n_rows < n_lesions:
+        remarks.append(
+            f"Showing the first {n_rows} of {n_lesions} lesions; lesions.csv has them all."
+        )
+    if preview.not_drawn:
+        remarks.append(
+            f"Not drawn: {format_count(preview.not_drawn, 'lesion')}, too small at this "
+            "resolution or beyond the drawing limit."
+        )
+    return " ".join(remarks)
+
+
+def _facts(case: CaseRow, *, has_lesions: bool) -> list[str]:
+    facts = [
+        case.image,
+        case.model,
+        f"volseg {__version__}",
+        format_count(case.n_lesions, "lesion"),
+        f"{format_number(case.total_volume_ml)} mL" if has_lesions else "",
+    ]
+    return [fact for fact in facts if fact]
+
+
+def image_budget(lesions: Sequence[LesionMeasurement]) -> int:
     """Return how many compressed bytes of image and lesion ids fit into the viewer page."""
     rows = lesions[:MAX_VIEWER_ROWS]
-    table = json_size(lesion_table(rows).content) + POINTS_BYTES * len(rows)
+    table = json_size(page_table(LESIONS, rows).content) + POINTS_BYTES * len(rows)
     left = CONTENT_BYTES - len(_packed_niivue()) - table
     return int(left * 0.74)  # base64 turns 3 bytes into 4
 
 
-def _axes(lesion: Mapping[str, Any]) -> list[list[tuple[float, float, float]]]:
+def _axes(lesion: LesionMeasurement) -> list[list[tuple[float, float, float]]]:
     """Return the ends of the long and the short axis in RAS mm, without unknown ones."""
     axes = []
     for name in ("long", "short"):
-        ends = [point_of(lesion.get(f"{name}_axis_p{end}_ras")) for end in (0, 1)]
-        if ends[0] is None or ends[1] is None:
+        ends = axis_ends(lesion, name)
+        if ends is None:
             return axes
-        axes.append([ends[0], ends[1]])
+        axes.append(list(ends))
     return axes
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from volseg.errors import VolsegError
+from volseg.networks import architecture
 from volseg.planning.fingerprint import DatasetFingerprint
 from volseg.recipe import (
     AUTO,
@@ -29,6 +30,7 @@ from volseg.sizing import (
     STEPS,
     WIDTHS,
     Budget,
+    Scans,
     Size,
     choose_size,
 )
@@ -233,7 +235,7 @@ def _decisions(recipe: Recipe, closed: Recipe) -> list[Reason]:
 def check_budget(recipe: Recipe, budget: Budget) -> None:
     """Check that a step of training with a closed recipe fits into the budget's memory.
 
-    Memory is modelled by `Size.training_bytes`, for unet3d alone; other networks pass.
+    Networks whose architecture has no `size` pass.
 
     Raises:
         VolsegError: it does not; the fix names a number that would fit.
@@ -263,21 +265,8 @@ def check_budget(recipe: Recipe, budget: Budget) -> None:
 
 
 def size_of(recipe: Recipe) -> Size | None:
-    """Return the network and batches of a closed recipe; None unless it is unet3d with layers."""
-    network = recipe.network
-    features, strides = (network.settings.get(name) for name in ("features", "strides"))
-    if network.name != "unet3d" or not features or not strides or len(features) != len(strides):
-        return None
-    return Size(
-        features=tuple(features),
-        strides=tuple(strides),
-        kernels=tuple(network.settings.get("kernels") or [(3, 3, 3)] * len(features)),
-        patch_shape=recipe.patch_shape,
-        batch_size=recipe.batch_size,
-        depths=1 + int(network.settings.get("deep_supervision", 0)),
-        residual=bool(network.settings.get("residual", False)),
-        dropout=bool(network.settings.get("dropout", 0)),
-    )
+    """Return the network and batches of a closed recipe; None if they are not modelled."""
+    return architecture(recipe.network).size(recipe.patch_shape, recipe.batch_size)
 
 
 def _refuse_untrainable(recipe: Recipe) -> None:
@@ -361,16 +350,19 @@ def _size(
         return Size(features=(), strides=(), kernels=(), patch_shape=patch, batch_size=batch), {}
     channels, outputs = len(recipe.data.channels), recipe.data.n_outputs
     median = _median_shape(fingerprint, spacing)
-    size = choose_size(
-        median,
-        spacing,
-        smallest_patch=_smallest_patch(_lesion_shape(fingerprint, spacing), median),
+    scans = Scans(
+        shape=median,
+        spacing_mm=spacing,
+        n_cases=fingerprint.n_cases,
         channels=channels,
         outputs=outputs,
-        n_cases=fingerprint.n_cases,
-        budget=budget,
+    )
+    size = choose_size(
+        scans,
+        budget,
         patch_shape=patch,
         batch_size=batch,
+        smallest_patch=_smallest_patch(_lesion_shape(fingerprint, spacing), median),
     )
     needed = size.training_bytes(channels, outputs, half=budget.half) / 2**30
     limit = f"a step takes about {needed:.2f} of the {budget.memory / 2**30:.1f} GB"

@@ -12,9 +12,8 @@ from scipy import ndimage
 from volseg.errors import VolsegError
 from volseg.measurement.units import looks_like_ct
 from volseg.postprocessing.lesions import label_lesions
-from volseg.preprocessing.crop import AxisOrder, canonical_geometry
 from volseg.recipe import Intensity
-from volseg.volume import Volume
+from volseg.volume import AxisOrder, Volume
 
 # Foreground intensities kept per case: percentiles of a dataset need no more.
 SAMPLES_PER_CASE = 10_000
@@ -78,7 +77,7 @@ def fingerprint_case(
 ) -> CaseFingerprint:
     """Return header facts of one case and a sample of the intensities under its labels."""
     geometry = next(iter(images.values())).geometry
-    canonical = canonical_geometry(geometry, AxisOrder.of(geometry))
+    canonical = geometry.canonical()
     values, counts = np.unique(reference.array[reference.array > 0], return_counts=True)
     foreground = np.flatnonzero(reference.array.ravel(order="K") > 0)
     if foreground.size > SAMPLES_PER_CASE:

@@ -18,8 +18,7 @@ from scipy.sparse.csgraph import connected_components as connected_nodes
 
 from volseg.errors import ScanError
 from volseg.execution.cpu import lazy_zeros
-from volseg.preprocessing.crop import AxisOrder, to_canonical
-from volseg.volume import BoundingBox, Geometry, slabs_of
+from volseg.volume import AxisOrder, BoundingBox, Geometry, slabs_of
 
 SLAB_VOXELS = 2**22  # voxels of the mask per step
 PIECE = 2**20  # table entries per step
@@ -169,7 +168,7 @@ def find_components(
     ids = _like(mask, np.uint32)
     box = BoundingBox.whole(geometry.shape) if box is None else box
     order = AxisOrder.of(geometry)
-    views = (to_canonical(array[box.slices], order) for array in (mask, ids))
+    views = (order.apply(array[box.slices]) for array in (mask, ids))
     part, part_ids = _longest_last(*views)
     sizes, values = [np.zeros(1, np.uint32)], [np.zeros(1, part.dtype)]
     joints, n_provisional = [], 0

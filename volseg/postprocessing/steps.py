@@ -9,16 +9,33 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
+from pydantic import Field
 
-from volseg.errors import VolsegError
 from volseg.postprocessing.components import Components, find_components
 from volseg.postprocessing.lesions import Lesions, label_lesions
 from volseg.recipe import Step
+from volseg.registry import check_name, make_row
 from volseg.volume import BoundingBox, Geometry, slabs_of
 
 MaskStep = Callable[[np.ndarray, Geometry], np.ndarray]
+Label = Annotated[int, Field(ge=1)] | None
+
+
+def make_steps(settings: Sequence[Step]) -> list[MaskStep]:
+    """Return the steps of a recipe in its order.
+
+    Raises:
+        VolsegError: an unknown name or setting, or an invalid value.
+    """
+    for step in settings:
+        check_name("post-processing step", step.step, STEPS)
+    return [
+        make_row(f"post-processing step {step.step!r}", STEPS[step.step], step.settings)
+        for step in settings
+    ]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,18 +47,8 @@ class RemoveSmall:
         label: remove only components of this label; None: of every label.
     """
 
-    min_volume_mm3: float
-    label: int | None = None
-
-    def __post_init__(self) -> None:
-        _check_label(self.label)
-        volume = self.min_volume_mm3
-        if not isinstance(volume, int | float) or not 0 < volume < math.inf:
-            raise VolsegError(
-                f"min_volume_mm3 must be a finite number > 0, got {volume!r}",
-                fix="give a volume in mm³, such as 10",
-                code="E_RECIPE",
-            )
+    min_volume_mm3: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    label: Label = None
 
     def __call__(self, mask: np.ndarray, geometry: Geometry) -> np.ndarray:
         lesions = label_lesions(_only(mask, self.label), geometry)
@@ -59,15 +66,8 @@ class KeepLargest:
         n: number of components to keep, ≥ 1; equal sizes are ordered by centroid (R, then A, S).
     """
 
-    label: int | None = None
-    n: int = 1
-
-    def __post_init__(self) -> None:
-        _check_label(self.label)
-        if not isinstance(self.n, int) or self.n < 1:
-            raise VolsegError(
-                f"n must be a whole number ≥ 1, got {self.n!r}", fix="1 is usual", code="E_RECIPE"
-            )
+    label: Label = None
+    n: Annotated[int, Field(ge=1)] = 1
 
     def __call__(self, mask: np.ndarray, geometry: Geometry) -> np.ndarray:
         lesions = label_lesions(_only(mask, self.label), geometry)
@@ -89,10 +89,7 @@ class FillHoles:
         label: fill only cavities in this label; None: in every label.
     """
 
-    label: int | None = None
-
-    def __post_init__(self) -> None:
-        _check_label(self.label)
+    label: Label = None
 
     def __call__(self, mask: np.ndarray, geometry: Geometry) -> np.ndarray:
         filled = mask.copy(order="K")
@@ -138,15 +135,6 @@ def _adjacent_labels(part: np.ndarray, background: Components) -> tuple[np.ndarr
     return low, high
 
 
-def _check_label(label: int | None) -> None:
-    if label is not None and (not isinstance(label, int) or label < 1):
-        raise VolsegError(
-            f"label must be a whole number ≥ 1, got {label!r}",
-            fix="give a value of the mask, or leave it out",
-            code="E_RECIPE",
-        )
-
-
 def _only(mask: np.ndarray, label: int | None) -> np.ndarray:
     """Return the mask with every other label set to 0."""
     return mask if label is None else mask * (mask == label)
@@ -160,26 +148,8 @@ def _keep(mask: np.ndarray, lesions: Lesions, kept: np.ndarray) -> np.ndarray:
     return cleaned
 
 
-STEPS = {"remove_small": RemoveSmall, "keep_largest": KeepLargest, "fill_holes": FillHoles}
-
-
-def make_steps(settings: Sequence[Step]) -> list[MaskStep]:
-    """Return the steps of a recipe in its order.
-
-    Raises:
-        VolsegError: an unknown name or setting, or an invalid value.
-    """
-    steps = []
-    for step in settings:
-        if step.step not in STEPS:
-            raise VolsegError(
-                f"post-processing step {step.step!r} is unknown",
-                fix=f"use one of {', '.join(STEPS)}",
-                code="E_RECIPE",
-            )
-        try:
-            steps.append(STEPS[step.step](**step.settings))
-        except TypeError as error:
-            fix = "see volseg/postprocessing/steps.py"
-            raise VolsegError(f"step {step.step!r}: {error}", fix=fix, code="E_RECIPE") from error
-    return steps
+STEPS: dict[str, type] = {
+    "remove_small": RemoveSmall,
+    "keep_largest": KeepLargest,
+    "fill_holes": FillHoles,
+}

@@ -17,26 +17,21 @@ from scipy import ndimage
 
 from volseg.errors import ScanError
 from volseg.preprocessing.crop import (
-    AxisOrder,
     body_threshold,
-    box_where,
-    canonical_geometry,
-    crop,
     scaled_box,
-    to_canonical,
 )
 from volseg.preprocessing.resample import (
     CPU,
+    Interpolation,
     Kind,
     PlaneReader,
     resample_mask,
     resampled_shape,
-    slowest_axis,
 )
 from volseg.recipe import Normaliser, Preprocess
 from volseg.recipe.normalise import ABSENT, Scaling
 from volseg.recipe.section import closed
-from volseg.volume import BoundingBox, Geometry, Volume, slabs_of
+from volseg.volume import AxisOrder, BoundingBox, Geometry, Volume, slabs_of, slowest_axis
 
 SLAB_VOXELS = 524_288  # native voxels per step; keeps each float32 temporary to about 2 MB
 SAMPLE_VOXELS = 8_000_000  # sample of a scan for its mean, standard deviation or percentiles
@@ -58,7 +53,7 @@ class Trail:
     @property
     def cropped(self) -> Geometry:
         """The scan's grid inside the box, along the prepared axes."""
-        return canonical_geometry(self.geometry, self.order).crop(self.box)
+        return self.geometry.reordered(self.order).crop(self.box)
 
     @property
     def spacing_mm(self) -> tuple[float, float, float]:
@@ -119,18 +114,18 @@ class Preparation:
         is_canonical = settings.axes == "canonical"
         order = AxisOrder.of(first.geometry) if is_canonical else AxisOrder.stored()
         order = order.transposed(settings.transpose)
-        stored = [to_canonical(volume.array, order) for volume in self._volumes]
+        stored = [order.apply(volume.array) for volume in self._volumes]
         self._above = _stored_threshold(first, stored[0], settings.body_above)
         content_box = self._find_box(stored)
         i, j, k = stored[0].shape
         box = content_box or BoundingBox.whole((i, j, k))
-        cropped = canonical_geometry(first.geometry, order).crop(box)
+        cropped = first.geometry.reordered(order).crop(box)
         spacing_mm = closed(settings.spacing_mm)
         separate = separate_axis(cropped.spacing_mm, spacing_mm, settings.separate_above)
         shape = resampled_shape(cropped, spacing_mm)
         self.trail = Trail(first.geometry, order, box, shape, separate)
         self.has_body = content_box is not None or settings.crop != "body"
-        self._views = [crop(array, box) for array in stored]
+        self._views = [array[box.slices] for array in stored]
 
     def planes(
         self, axis: int | None = None, part: BoundingBox | None = None, device: torch.device = CPU
@@ -159,7 +154,7 @@ class Preparation:
     def body_box(self) -> BoundingBox | None:
         """Return the box of the body on the prepared grid from the first channel, or None."""
         view, trail = self._views[0], self.trail
-        box = box_where(lambda part: view[part] > self._above, view)
+        box = BoundingBox.where(lambda part: view[part] > self._above, view)
         # The margin puts every voxel of the body between prepared voxels of the box.
         return None if box is None else scaled_box(box, trail.box.shape, trail.shape, (1, 1, 1))
 
@@ -177,7 +172,7 @@ class Preparation:
 
     def _find_box(self, stored: Sequence[np.ndarray]) -> BoundingBox | None:
         if self._settings.crop == "body":
-            return box_where(lambda part: stored[0][part] > self._above, stored[0])
+            return BoundingBox.where(lambda part: stored[0][part] > self._above, stored[0])
         if self._settings.crop == "nonzero":
             pairs = list(zip(self._volumes, stored, strict=True))
 
@@ -185,7 +180,7 @@ class Preparation:
                 channels = [volume.intensities(array[part]) != 0 for volume, array in pairs]
                 return np.any(channels, axis=0)
 
-            return box_where(is_nonzero, stored[0])
+            return BoundingBox.where(is_nonzero, stored[0])
         return None
 
     def _channel(
@@ -227,10 +222,9 @@ class Preparation:
         return PlaneReader(
             self._views[index],
             self.trail.shape,
-            (kinds[0], kinds[1], kinds[2]),
+            Interpolation((kinds[0], kinds[1], kinds[2]), limits),
             axis,
             convert=convert,
-            limits=limits,
             device=device,
         )
 
@@ -296,43 +290,41 @@ class Preparation:
         region = self._region(index)
         if region is None:
             return np.empty(0, np.float32)
-        volume = self._volumes[index]
-        axis = slowest_axis(self._views[0])
-        if self._settings.normalise_first:
-            view = self._views[index]
-            # Whole stored planes, so that no copy is larger than the sample.
-            spacing = -(-view.size // SAMPLE_VOXELS)
-            planes = tuple(slice(None, None, spacing if n == axis else None) for n in range(3))
-            body = None
-            if region == "body":
-                body = self._views[0][planes] > self._above
-            elif self._nonzero is not None:
-                body = self._nonzero[planes]
-            values = view[planes]
-            is_given = body is not None and body.any()
-            return _scaled(values[body] if is_given else values.ravel(), volume)
-        reader = self._reader(index, axis)
-        first = self._reader(0, axis) if region == "body" and index else reader
-        spacing = -(-int(np.prod(self.trail.shape)) // SAMPLE_VOXELS)
+        sample = self._stored_sample if self._settings.normalise_first else self._resampled_sample
+        return _scaled(sample(index, region), self._volumes[index])
+
+    def _stored_sample(self, index: int, region: str) -> np.ndarray:
+        """Return stored values in whole planes, so that no copy is larger than the sample."""
+        view, axis = self._views[index], slowest_axis(self._views[0])
+        spacing = -(-view.size // SAMPLE_VOXELS)
+        planes = tuple(slice(None, None, spacing if n == axis else None) for n in range(3))
+        body = None
+        if region == "body":
+            body = self._views[0][planes] > self._above
+        elif self._nonzero is not None:
+            body = self._nonzero[planes]
+        values = view[planes]
+        return values[body] if body is not None and body.any() else values.ravel()
+
+    def _resampled_sample(self, index: int, region: str) -> np.ndarray:
+        """Return resampled stored values, evenly spaced, from slabs."""
+        axis, n = slowest_axis(self._views[0]), int(np.prod(self.trail.shape))
+        readers = [self._reader(index, axis)]
+        if region == "body" and index:
+            readers.append(self._reader(0, axis))  # whose values are compared with the threshold
+        spacing, length = -(-n // SAMPLE_VOXELS), self.trail.shape[axis]
+        step = max(1, SLAB_VOXELS * length // n)
         inside, outside = [], []
-        length = self.trail.shape[axis]
-        step = max(1, SLAB_VOXELS * length // int(np.prod(self.trail.shape)))
         for start in range(0, length, step):
             stop = min(length, start + step)
-            values = np.moveaxis(reader.read(start, stop).numpy(), axis, 0).ravel()
-            threshold_values = values
-            if first is not reader:
-                threshold_values = np.moveaxis(first.read(start, stop).numpy(), axis, 0).ravel()
-            phase = -(start * (values.size // (stop - start))) % spacing
-            sample = values[phase::spacing]
-            is_body = slice(None)
-            if region == "body":
-                is_body = threshold_values[phase::spacing] > self._above
-            inside.append(sample[is_body])
+            slabs = [np.moveaxis(reader.read(start, stop).numpy(), axis, 0) for reader in readers]
+            phase = -(start * (slabs[0].size // (stop - start))) % spacing
+            sample, first = (slab.ravel()[phase::spacing] for slab in (slabs[0], slabs[-1]))
+            inside.append(sample[first > self._above] if region == "body" else sample)
             if not any(map(len, inside)):
                 outside.append(sample)
         sample = np.concatenate(inside)
-        return _scaled(sample if sample.size else np.concatenate(outside), volume)
+        return sample if sample.size else np.concatenate(outside)
 
 
 Finish = Callable[[torch.Tensor], torch.Tensor]
@@ -393,7 +385,7 @@ def separate_axis(
 
 def prepare_mask(reference: np.ndarray, trail: Trail) -> np.ndarray:
     """Resample a reference mask (I, J, K) on the scan's grid to the prepared grid (R, A, S)."""
-    cropped = crop(to_canonical(reference, trail.order), trail.box)
+    cropped = trail.order.apply(reference)[trail.box.slices]
     return np.ascontiguousarray(resample_mask(cropped, trail.shape))
 
 

@@ -5,31 +5,47 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 
 from volseg.errors import ScanError
-from volseg.preprocessing.align import (
-    HISTOGRAM_BINS,
-    SEED,
-    covered,
-    euler_transform,
-    itk_image,
-    rigid_matrix,
-)
-from volseg.volume import Geometry, Volume
+from volseg.volume import Geometry, Rigid, Volume, angle_deg, slabs_of
 
 LEVELS_MM = (8.0, 4.0, 2.0)  # approximate voxel sizes; the fit is accurate to a fraction of a voxel
 MIN_AXIS_VOXELS = 16  # voxels kept at every level, so that thin scans are not averaged further
-MAX_SAMPLES = 60_000  # sample points of the metric; bounds the time
 CLIPPED_PERCENT = 1.0  # at either end, where metal and padding would take most histogram bins
 SAME_START_MM = 10.0  # about a voxel of the coarsest level
 # Measured: bytes per voxel of a scan while its pyramid is made, and per voxel of the finest level
 # during the fit.
 MAKING_BYTES, FITTING_BYTES, SAMPLE, FITTING = 9, 36, 48 << 20, 80 << 20
 MIN_COVERED = 0.25  # fraction of the smaller field of view that the other one must cover
+CHANNEL_LEVELS = (4, 2, 1)  # shrink factors, coarse to fine
+MIN_CHANNEL_VOXELS = 8  # that every axis of two channels keeps at the coarsest level
+HISTOGRAM_BINS = 50
+CONVERTED_TOGETHER = 2**20  # voxels
+SEED = 1  # jitters the sample points within their voxels
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Descent:
+    """Settings of a fit by gradient descent.
+
+    Args:
+        step, min_step: largest and smallest step, in physical units.
+        iterations: at most.
+        fraction, max_samples: of the voxels, sampled for the metric; bounds the time.
+    """
+
+    step: float
+    min_step: float
+    iterations: int
+    fraction: float = 1.0
+    max_samples: float = math.inf
+
+
+BETWEEN_DAYS = Descent(step=2.0, min_step=1e-2, iterations=100, max_samples=60_000)
+BETWEEN_CHANNELS = Descent(step=1.0, min_step=1e-4, iterations=200, fraction=0.2)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -37,36 +53,29 @@ class Registration:
     """The rigid transform between two scans and its uncertainty.
 
     Args:
-        moved: (4, 4) in RAS mm, from a point of the first scan to the same point of the patient in
-            the second.
+        transform: from a point of the first scan to the same point of the patient in the second.
         other: the transform estimated in the other direction, inverted; None if either direction
             failed.
         similarity_before: mutual information in nats at the positions in the headers; None if the
             scans do not overlap there.
-        similarity_after: mutual information in nats at `moved`.
+        similarity_after: mutual information in nats at `transform`.
     """
 
-    moved: np.ndarray
-    other: np.ndarray | None
+    transform: Rigid
+    other: Rigid | None
     similarity_before: float | None
     similarity_after: float | None
 
     @property
-    def turned_deg(self) -> float:
-        """Angle of the rotation in degrees."""
-        cosine = (np.trace(self.moved[:3, :3]) - 1) / 2
-        return math.degrees(math.acos(min(1.0, max(-1.0, float(cosine)))))
-
-    @property
     def is_better(self) -> bool:
-        """True if the scans are more similar at `moved` than at the positions in their headers."""
+        """True if `transform` makes the scans more similar than the positions in their headers."""
         if self.similarity_after is None:
             return False
         return self.similarity_before is None or self.similarity_after > self.similarity_before
 
     def shift_mm(self, points_mm: np.ndarray) -> np.ndarray:
         """Return the displacement (N,) of each of the points (N, 3) of the first scan."""
-        return np.linalg.norm(transform_points(self.moved, points_mm) - points_mm, axis=1)
+        return np.linalg.norm(self.transform.apply(points_mm) - points_mm, axis=1)
 
     def disagreement_mm(self, points_mm: np.ndarray) -> np.ndarray | None:
         """Return the distance (N,) between the results of both directions for (N, 3) points.
@@ -75,9 +84,7 @@ class Registration:
         """
         if self.other is None:
             return None
-        difference = transform_points(self.moved, points_mm) - transform_points(
-            self.other, points_mm
-        )
+        difference = self.transform.apply(points_mm) - self.other.apply(points_mm)
         return np.linalg.norm(difference, axis=1)
 
     def plane_disagreement_deg(self, normal: np.ndarray) -> float | None:
@@ -87,18 +94,12 @@ class Registration:
         """
         if self.other is None:
             return None
-        first, second = (matrix[:3, :3] @ normal for matrix in (self.moved, self.other))
-        sine = float(np.linalg.norm(np.cross(first, second)))
-        return math.degrees(math.atan2(sine, float(first @ second)))
-
-
-def transform_points(matrix: np.ndarray, points_mm: np.ndarray) -> np.ndarray:
-    """Transform (N, 3) points by a (4, 4) matrix."""
-    return points_mm @ matrix[:3, :3].T + matrix[:3, 3]
+        first, second = (rigid.rotation @ normal for rigid in (self.transform, self.other))
+        return angle_deg(first, second)
 
 
 def register(first: Volume, second: Volume) -> Registration:
-    """Register two scans of one patient rigidly.
+    """Register two scans of one patient of different days.
 
     Maximises Mattes mutual information, which needs no common intensity scale, from coarse to fine.
     Scans of different days may have unrelated coordinates, so the search has three starts: the
@@ -110,16 +111,14 @@ def register(first: Volume, second: Volume) -> Registration:
     Raises:
         ScanError: no position was found where the scans overlap and can be compared.
     """
-    import SimpleITK as sitk  # takes memory that only this needs
-
     scans = (first, second)
-    pairs = list(zip(*(_pyramid(sitk, scan) for scan in scans), strict=True))
+    pairs = list(zip(*map(_pyramid, scans), strict=True))
     images = pairs[-2]  # for the similarity, for which ITK uses every voxel
-    forward = _search(sitk, scans, pairs)
-    backward = _search(sitk, scans[::-1], [pair[::-1] for pair in pairs])
+    forward = _search(scans, pairs)
+    backward = _search(scans[::-1], [pair[::-1] for pair in pairs])
     transforms = [] if forward is None else [forward]
-    transforms += [] if backward is None else [np.linalg.inv(backward)]
-    similarities = [_similarity(sitk, images, matrix) for matrix in transforms]
+    transforms += [] if backward is None else [backward.inverse()]
+    similarities = [_similarity(images, transform) for transform in transforms]
     ranking = sorted((value, n) for n, value in enumerate(similarities) if value is not None)
     if not ranking:
         raise ScanError(
@@ -129,15 +128,41 @@ def register(first: Volume, second: Volume) -> Registration:
         )
     similarity, best = ranking[-1]
     other = transforms[1 - best] if len(transforms) == 2 else None
-    return Registration(transforms[best], other, _similarity(sitk, images, np.eye(4)), similarity)
+    return Registration(transforms[best], other, _similarity(images, Rigid.identity()), similarity)
 
 
-def _pyramid(sitk: ModuleType, scan: Volume) -> list[Any]:
+def align_channels(fixed: Volume, moving: Volume) -> Rigid:
+    """Register two channels of one session: return the transform from `fixed` to `moving`.
+
+    Maximises Mattes mutual information from coarse to fine, starting at the positions in the
+    headers.
+
+    Raises:
+        ScanError: the scans do not overlap, or cannot be compared.
+    """
+    shortest = min(*fixed.geometry.shape, *moving.geometry.shape)
+    levels = [min(level, max(1, shortest // MIN_CHANNEL_VOXELS)) for level in CHANNEL_LEVELS]
+    images = (_image(fixed), _image(moving))
+    try:
+        _, euler = _fit(images, _start(fixed.geometry, np.zeros(3)), BETWEEN_CHANNELS, levels)
+    except RuntimeError as error:
+        raise ScanError(
+            f"two channels could not be aligned ({str(error).strip().splitlines()[-1]})",
+            fix="check that they show the same part of the same patient, "
+            'or set align = "none" under [data] in the recipe',
+            code="E_PAIR",
+        ) from error
+    return _rigid(euler)
+
+
+def _pyramid(scan: Volume) -> list[Any]:
     """Return the scan at each level, coarse to fine, with clipped intensities."""
+    import SimpleITK as sitk  # here and below: takes memory that only a registration needs
+
     step = _step(scan)
     sample = scan.intensities(scan.array[::step, ::step, ::step])
     low, high = np.percentile(sample, (CLIPPED_PERCENT, 100 - CLIPPED_PERCENT))
-    image = itk_image(sitk, scan)
+    image = _image(scan)
     if low < high:
         image = sitk.Clamp(image, sitk.sitkFloat32, float(low), float(high))
     images = []
@@ -183,42 +208,33 @@ def _step(scan: Volume) -> int:
     return max(1, round((scan.array.size / 1e6) ** (1 / 3)))
 
 
-def _search(
-    sitk: ModuleType, scans: Sequence[Volume], pairs: Sequence[Sequence[Any]]
-) -> np.ndarray | None:
-    """Return (4, 4) from the first scan to the second, or None if they cannot be registered.
+def _search(scans: Sequence[Volume], pairs: Sequence[Sequence[Any]]) -> Rigid | None:
+    """Return the transform from the first scan to the second, or None if they do not register.
 
     Args:
         pairs: images of both scans at the three levels, coarse to fine.
     """
-    grids = [scan.geometry for scan in scans]
+    first, second = (scan.geometry for scan in scans)
     fits = []
     for shift in _starts(scans):
-        start = sitk.Euler3DTransform()
-        start.SetCenter(_centre(grids[0]).tolist())
-        start.SetTranslation(shift.tolist())
-        fit = _fit(sitk, pairs[0], start)
-        fit = None if fit is None else _fit(sitk, pairs[1], fit[1])
-        if fit is not None and _overlap(grids[0], grids[1], rigid_matrix(fit[1])):
+        fit = _fit_days(pairs[0], _start(first, shift))
+        fit = None if fit is None else _fit_days(pairs[1], fit[1])
+        if fit is not None and _overlap(first, second, _rigid(fit[1])):
             fits.append(fit)
-    best = _fit(sitk, pairs[2], min(fits, key=lambda fit: fit[0])[1]) if fits else None
-    matrix = None if best is None else rigid_matrix(best[1])
-    return matrix if matrix is not None and _overlap(grids[0], grids[1], matrix) else None
+    best = _fit_days(pairs[2], min(fits, key=lambda fit: fit[0])[1]) if fits else None
+    transform = None if best is None else _rigid(best[1])
+    return transform if transform is not None and _overlap(first, second, transform) else None
 
 
 def _starts(scans: Sequence[Volume]) -> list[np.ndarray]:
     """Return the initial translations in mm, without near duplicates."""
-    centres = [_centre(scan.geometry) for scan in scans]
+    centres = [scan.geometry.centre_mm for scan in scans]
     masses = [_centre_of_mass(scan) for scan in scans]
     starts = [np.zeros(3)]
     for shift in (centres[1] - centres[0], masses[1] - masses[0]):
         if min(np.linalg.norm(shift - start) for start in starts) > SAME_START_MM:
             starts.append(shift)
     return starts
-
-
-def _centre(geometry: Geometry) -> np.ndarray:
-    return geometry.to_world_mm((np.array([geometry.shape]) - 1) / 2)[0]
 
 
 def _centre_of_mass(scan: Volume) -> np.ndarray:
@@ -231,7 +247,7 @@ def _centre_of_mass(scan: Volume) -> np.ndarray:
     weights = values - values.min()
     total = weights.sum()
     if total == 0:
-        return _centre(scan.geometry)
+        return scan.geometry.centre_mm
     index = []
     for axis, n in enumerate(scan.array.shape):
         profile = weights.sum(axis=tuple(other for other in range(3) if other != axis))
@@ -239,48 +255,113 @@ def _centre_of_mass(scan: Volume) -> np.ndarray:
     return scan.geometry.to_world_mm(np.array([index]))[0]
 
 
-def _overlap(first: Geometry, second: Geometry, transform: np.ndarray) -> bool:
+def _overlap(first: Geometry, second: Geometry, transform: Rigid) -> bool:
     """Check whether one of the two fields of view covers enough of the other."""
-    forward = covered(first, second, transform)
-    backward = covered(second, first, np.linalg.inv(transform))
+    forward = first.fraction_inside(second, transform)
+    backward = second.fraction_inside(first, transform.inverse())
     return max(forward, backward) >= MIN_COVERED
 
 
-def _method(sitk: ModuleType, fixed: Any) -> Any:
-    method = sitk.ImageRegistrationMethod()
-    method.SetMetricAsMattesMutualInformation(HISTOGRAM_BINS)
-    method.SetMetricSamplingStrategy(method.REGULAR)
-    method.SetMetricSamplingPercentage(min(1.0, MAX_SAMPLES / math.prod(fixed.GetSize())), SEED)
-    method.SetInterpolator(sitk.sitkLinear)
-    method.SetOptimizerAsRegularStepGradientDescent(
-        learningRate=2.0, minStep=1e-2, numberOfIterations=100, relaxationFactor=0.6
-    )
-    method.SetOptimizerScalesFromPhysicalShift()
-    return method
-
-
-def _fit(sitk: ModuleType, images: Sequence[Any], start: Any) -> tuple[float, Any] | None:
-    """Return metric (lower is better) and transform of a fit, or None if there is no overlap."""
-    method = _method(sitk, images[0])
-    method.SetInitialTransform(sitk.Euler3DTransform(start), inPlace=False)
+def _fit_days(images: Sequence[Any], start: Any) -> tuple[float, Any] | None:
     try:
-        transform = method.Execute(*images)
+        return _fit(images, start, BETWEEN_DAYS)
     except RuntimeError:  # ITK: no sample lies in both images, or all samples are equal
         return None
-    return float(method.GetMetricValue()), euler_transform(sitk, transform)
 
 
-def _similarity(sitk: ModuleType, images: Sequence[Any], matrix: np.ndarray) -> float | None:
+def _similarity(images: Sequence[Any], transform: Rigid) -> float | None:
     """Return the mutual information in nats, mean of both directions, or None if unknown."""
+    import SimpleITK as sitk
+
     values = []
-    for (fixed, moving), affine in ((images, matrix), (images[::-1], np.linalg.inv(matrix))):
-        transform = sitk.AffineTransform(3)
-        transform.SetMatrix(affine[:3, :3].ravel().tolist())
-        transform.SetTranslation(affine[:3, 3].tolist())
-        method = _method(sitk, fixed)
-        method.SetInitialTransform(transform)
+    for (fixed, moving), rigid in ((images, transform), (images[::-1], transform.inverse())):
+        affine = sitk.AffineTransform(3)
+        affine.SetMatrix(rigid.rotation.ravel().tolist())
+        affine.SetTranslation(rigid.matrix[:3, 3].tolist())
+        method = _method(fixed, BETWEEN_DAYS)
+        method.SetInitialTransform(affine)
         try:
             values.append(-float(method.MetricEvaluate(fixed, moving)))
         except RuntimeError:
             return None
     return sum(values) / 2
+
+
+# ---- SimpleITK
+
+
+def _fit(
+    images: Sequence[Any], start: Any, descent: Descent, levels: Sequence[int] = ()
+) -> tuple[float, Any]:
+    """Fit a rigid transform from the first image to the second; return it with the metric.
+
+    The lower the metric, the better.
+
+    Args:
+        levels: shrink factors, coarse to fine; () uses the images as they are.
+
+    Raises:
+        RuntimeError: the images do not overlap, or cannot be compared.
+    """
+    import SimpleITK as sitk
+
+    method = _method(images[0], descent)
+    if levels:
+        method.SetShrinkFactorsPerLevel(levels)
+        method.SetSmoothingSigmasPerLevel([level / 2 for level in levels])
+        method.SmoothingSigmasAreSpecifiedInPhysicalUnitsOff()
+    method.SetInitialTransform(sitk.Euler3DTransform(start), inPlace=False)
+    transform = method.Execute(*images)
+    if hasattr(transform, "GetNthTransform"):
+        transform = transform.GetNthTransform(0)
+    return float(method.GetMetricValue()), sitk.Euler3DTransform(transform)
+
+
+def _method(fixed: Any, descent: Descent) -> Any:
+    import SimpleITK as sitk
+
+    method = sitk.ImageRegistrationMethod()
+    method.SetMetricAsMattesMutualInformation(HISTOGRAM_BINS)
+    method.SetMetricSamplingStrategy(method.REGULAR)
+    fraction = min(descent.fraction, descent.max_samples / math.prod(fixed.GetSize()))
+    method.SetMetricSamplingPercentage(fraction, SEED)
+    method.SetInterpolator(sitk.sitkLinear)
+    method.SetOptimizerAsRegularStepGradientDescent(
+        learningRate=descent.step,
+        minStep=descent.min_step,
+        numberOfIterations=descent.iterations,
+        relaxationFactor=0.6,
+    )
+    method.SetOptimizerScalesFromPhysicalShift()
+    return method
+
+
+def _start(grid: Geometry, shift_mm: np.ndarray) -> Any:
+    """Return a rigid transform about the centre of a grid: no rotation, and this shift."""
+    import SimpleITK as sitk
+
+    start = sitk.Euler3DTransform()
+    start.SetCenter(grid.centre_mm.tolist())
+    start.SetTranslation(shift_mm.tolist())
+    return start
+
+
+def _rigid(euler: Any) -> Rigid:
+    rotation = np.array(euler.GetMatrix()).reshape(3, 3)
+    return Rigid.about(np.array(euler.GetCenter()), rotation, np.array(euler.GetTranslation()))
+
+
+def _image(volume: Volume) -> Any:
+    """Convert a volume to a SimpleITK image in RAS, so that transforms are in RAS too."""
+    import SimpleITK as sitk
+
+    array = volume.array
+    if volume.is_scaled or array.dtype != np.float32:
+        array = np.empty(volume.array.shape, np.float32, order="F")
+        for slab in slabs_of(volume.array, CONVERTED_TOGETHER):  # scaling makes float64 temporaries
+            array[slab] = volume.intensities(volume.array[slab])
+    image = sitk.GetImageFromArray(array.T)
+    image.SetSpacing(volume.geometry.spacing_mm)
+    image.SetOrigin(volume.geometry.affine[:3, 3].tolist())
+    image.SetDirection(volume.geometry.directions.ravel().tolist())
+    return image

@@ -8,6 +8,7 @@ the original spacing is exactly the identity.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -17,10 +18,24 @@ from scipy import ndimage
 from volseg.volume import Geometry
 
 Kind = Literal["linear", "cubic", "nearest"]
-Interpolation = Kind | tuple[Kind, Kind, Kind]
 CPU = torch.device("cpu")
 SLAB_VALUES = 1_000_000  # float32 values converted at a time: 4 MB, which fit into the cache
 NEGLIGIBLE_WEIGHT = 1e-7  # of distant planes in a cubic spline: below float32 rounding
+
+
+@dataclass(frozen=True, slots=True)
+class Interpolation:
+    """How values between voxels are computed.
+
+    Args:
+        kinds: per axis; `cubic` is the interpolating B-spline of order 3, equal to SciPy's with
+            repeated edges.
+        limits: the result is clipped to them; `plane`: clip to the range of each source plane
+            before planes are combined.
+    """
+
+    kinds: tuple[Kind, Kind, Kind]
+    limits: tuple[float, float] | Literal["plane"] | None = None
 
 
 def resampled_shape(
@@ -32,35 +47,17 @@ def resampled_shape(
     return i, j, k
 
 
-def resampled_geometry(geometry: Geometry, shape: tuple[int, int, int]) -> Geometry:
-    """Return the grid of `shape` voxels over the same field of view."""
-    scale = np.array(geometry.shape) / np.array(shape)
-    affine = geometry.affine.copy()
-    affine[:3, :3] *= scale
-    affine[:3, 3] += geometry.affine[:3, :3] @ ((scale - 1) / 2)
-    return Geometry(shape, affine)
-
-
-def resample(
-    array: np.ndarray, shape: tuple[int, int, int], interpolation: Interpolation = "linear"
-) -> np.ndarray:
+def resample(array: np.ndarray, shape: tuple[int, int, int], kind: Kind = "linear") -> np.ndarray:
     """Resample intensities (I, J, K) to `shape` voxels over the same field of view.
 
     Args:
         array: any real dtype and memory layout; converted to float32 slab by slab.
-        interpolation: `linear`, `nearest`, or `cubic` (interpolating B-spline of order 3, equal to
-            SciPy's with repeated edges); one for all axes or one per axis.
 
     Returns:
         float32 (I, J, K); values outside the outermost voxel centres repeat the edge.
     """
-    planes = PlaneReader(array, shape, interpolation)
+    planes = PlaneReader(array, shape, Interpolation((kind, kind, kind)))
     return planes.read(0, shape[planes.axis]).numpy()
-
-
-def slowest_axis(array: np.ndarray) -> int:
-    """Return the axis along which neighbours are furthest apart in memory."""
-    return max(range(array.ndim), key=lambda axis: (abs(array.strides[axis]), -axis))
 
 
 class PlaneReader:
@@ -70,12 +67,10 @@ class PlaneReader:
     depends on the number of planes per read, not on the size of the volume.
 
     Args:
-        array, shape, interpolation: as in `resample`.
+        array, shape: as in `resample`.
         axis: axis across the planes; None for the slowest one in memory.
         convert: applied first to source planes, as (planes, indices) → planes, transposed by
             `axes`.
-        limits: the result is clipped to them; `plane`: clip to the range of each source plane
-            before planes are combined.
         device: where planes are resampled, from values transferred as stored.
     """
 
@@ -83,11 +78,10 @@ class PlaneReader:
         self,
         array: np.ndarray,
         shape: tuple[int, int, int],
-        interpolation: Interpolation = "linear",
+        interpolation: Interpolation,
         axis: int | None = None,
         *,
         convert: Callable[[np.ndarray, slice], np.ndarray] | None = None,
-        limits: tuple[float, float] | Literal["plane"] | None = None,
         device: torch.device = CPU,
     ) -> None:
         # In memory order a slab is one contiguous read; NIfTI arrays have their last axis slowest.
@@ -97,15 +91,13 @@ class PlaneReader:
         self._source = array.transpose(self.axes)
         n, *plane_shape = self._source.shape
         new_n, *new_plane_shape = (shape[axis] for axis in self.axes)
-        kinds = interpolation
-        if not isinstance(kinds, tuple):
-            kinds = (kinds, kinds, kinds)
+        kinds = interpolation.kinds
         plane_kinds: tuple[Kind, ...] = tuple(kinds[axis] for axis in self.axes[1:])
         self._plane_shape = tuple(new_plane_shape)
         self._resize = plane_resizer(tuple(plane_shape), self._plane_shape, plane_kinds, device)
         self._along = _Along(n, new_n, kinds[self.axis], device)
         self._convert = convert or (lambda planes, indices: planes)
-        self._limits = limits
+        self._limits = interpolation.limits
         self._device = device
         self._cache = (0, torch.empty((0, *new_plane_shape), device=device))
 

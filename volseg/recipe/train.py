@@ -27,7 +27,7 @@ from volseg.recipe.section import (
 
 
 class Network(NamedSection):
-    """A network: `name` is a file in networks/, all other keys are arguments of its `build`.
+    """A network: `name` is a file in networks/, all other keys are fields of its `Settings`.
 
     `features`, `strides` and `kernels` may be "auto".
     """
@@ -62,15 +62,12 @@ class Augment(Section):
     channel_drop_probability: Fraction = 0.0
 
 
-class Loss(Section):
-    """An overlap loss over the labels plus voxel-wise cross-entropy."""
+class Loss(NamedSection):
+    """An overlap term over the labels plus a voxel-wise term: rows of training/losses.py."""
 
-    overlap: Literal["dice", "generalised_dice", "tversky", "none"] = "dice"
-    tversky_fp_weight: Positive = 0.3  # of false positive voxels; Dice is 0.5 and 0.5
-    tversky_fn_weight: Positive = 0.7  # of false negative voxels
-    # > 0 down-weights voxels already classified correctly (focal loss)
-    focal_gamma: Annotated[float, Field(ge=0, le=100)] = 0.0
-    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
+    largest = 1e15
+    overlap: Name = "dice"
+    voxel: Name = "cross_entropy"
 
 
 class Train(Section):

@@ -2,36 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
+from dataclasses import dataclass
 
-from volseg.measurement.changes import LesionChange
-from volseg.measurement.response import PatientResponse
-from volseg.store.outputs import Commit
-from volseg.store.results import RecordFolder, plain
+from volseg.comparison.changes import LesionChange
+from volseg.comparison.response import PatientResponse
+from volseg.store.records import Lesions, Record
+from volseg.store.results import RecordFolder
 
 
-class ComparisonFolder(RecordFolder):
-    """The folder of `compare`: comparison.csv, response.csv, figures, report.html and records."""
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class PatientRecord(Record[PatientResponse, Lesions]):
+    """A patient of a comparison; the inputs are the records and scans that were compared."""
 
-    row = "response"
+    row_name = "response"
+    name_column = "patient"
     row_types = (PatientResponse, LesionChange)
     tables = ("response.csv", "comparison.csv")
-    name_column = "patient"
 
-    def commit(
-        self,
-        response: PatientResponse,
-        commit: Commit,
-        *,
-        key: str,
-        inputs: Sequence[str],
-        lesions: Iterable[LesionChange] = (),
-    ) -> None:
-        """Record a patient and delete the files of an earlier call that are not in the commit.
+    response: PatientResponse
 
-        Args:
-            commit: holds the patient's figure, if any.
-            inputs: SHA-256 of each record and scan that was compared.
-        """
-        content = {"key": key, "inputs": list(inputs), "response": plain(response)}
-        self._finish(response.patient, commit, content, lesions)
+
+class ComparisonFolder(RecordFolder[PatientRecord[Iterable[LesionChange]], PatientResponse]):
+    """The folder of `compare`: comparison.csv, response.csv, figures, report.html and records."""
+
+    record_type = PatientRecord

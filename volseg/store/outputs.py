@@ -375,6 +375,11 @@ class Commit:
             raise read_back_problem(self._outputs.path / name)
         self._hashes[name] = digest
 
+    def write_all(self, files: Mapping[str, bytes | str]) -> None:
+        """Write files, given by name."""
+        for name, content in files.items():
+            self.write(name, content)
+
     def hashes(self) -> dict[str, str]:
         """Return path → SHA-256 of the files so far, and sync those not written by `write`."""
         for name in _files_below(self.folder):

@@ -1,19 +1,52 @@
-"""Dataclass rows → CSV. A column is a field; unknown is an empty cell, never 0."""
+"""Dataclass rows ↔ CSV. A column is a field; unknown is an empty cell, never 0."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import fields
-from functools import partial
+from collections.abc import Callable, Iterable, Mapping
+from operator import attrgetter
+from pathlib import Path
 from types import NoneType
-from typing import Any, BinaryIO, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    BinaryIO,
+    Literal,
+    TypeVar,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
-from volseg.io.csv_text import write_csv
+from volseg.columns import column_names
+from volseg.comparison.changes import LesionChange
+from volseg.comparison.response import PatientResponse
+from volseg.errors import VolsegError
+from volseg.evaluation.detection import DetectionRow
+from volseg.evaluation.overlap import OverlapRow
+from volseg.evaluation.validation import ValidationRow
+from volseg.inputs import open_regular
+from volseg.io.csv_text import stream_rows, write_csv
+from volseg.measurement.rows import CaseRow, LesionMeasurement
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 Row = TypeVar("Row")
+TABLES: dict[str, type] = {
+    "lesions.csv": LesionMeasurement,
+    "cases.csv": CaseRow,
+    "comparison.csv": LesionChange,
+    "response.csv": PatientResponse,
+    "evaluation.csv": OverlapRow,
+    "detections.csv": DetectionRow,
+    "validation.csv": ValidationRow,
+}
+MAX_COLUMNS = 1000  # pandas takes minutes for a million
 # A spreadsheet would evaluate a text that starts with one of these.
 FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
+_QUOTED_FORMULA = r"\A'(?=[=+\-@\t\r])"
+_COLUMN_TYPES = {bool: "boolean", float: "float64", int: "Int64"}
 
 
 def table(row_type: type, rows: Iterable[Any]) -> Callable[[BinaryIO], None]:
@@ -22,19 +55,18 @@ def table(row_type: type, rows: Iterable[Any]) -> Callable[[BinaryIO], None]:
     No cell content changes the number of rows that a reader sees: see `csv_text`.
 
     Args:
-        rows: instances of `row_type`, or mappings with its field names; consumed one at a time.
+        rows: instances of `row_type`; consumed one at a time.
     """
-    names = [field.name for field in fields(row_type)]
+    names = column_names(row_type)
+    values_of = attrgetter(*names)
 
     def write(file: BinaryIO) -> None:
         write_csv(file, [names])
         write_csv(file, map(cells, rows))
 
     def cells(row: Any) -> list[str]:
-        # `asdict` would copy each value deeply: a noisy mask has tens of thousands of rows.
-        get = row.get if isinstance(row, Mapping) else partial(getattr, row)
         # Half of the values of a noisy mask are None, and calling `cell` takes time.
-        return ["" if value is None else cell(value) for value in map(get, names)]
+        return ["" if value is None else cell(value) for value in values_of(row)]
 
     return write
 
@@ -59,6 +91,69 @@ def _value(hint: Any, text: str) -> Any:
     return text == "true" if bool in kinds else kinds[0](text)
 
 
+def read_table(path: Path | str) -> DataFrame:
+    """Read a table that volseg wrote, such as lesions.csv, with typed columns.
+
+    Numbers are float64 or Int64, true and false are boolean. Everything else is text, so the id
+    `007` stays `007` and `NA` stays `NA`. Columns that volseg does not know are text. An empty
+    cell is a missing value (NaN, or NA in Int64 and boolean columns).
+
+    Raises:
+        VolsegError: the file is not one of the tables of docs/columns.md, cannot be read, or has a
+            cell or line that is not valid.
+    """
+    path = Path(path)
+    row_type = TABLES.get(path.name)
+    if row_type is None:
+        raise VolsegError(
+            f"{path}: is not a table of volseg; these are {', '.join(TABLES)}",
+            fix="give one of them in an output folder",
+            code="E_DATASET",
+        )
+    try:
+        return _typed_frame(path, row_type)
+    except OSError as error:
+        raise VolsegError(
+            f"{path}: cannot be read ({error.strerror})", fix="check the path", code="E_DATASET"
+        ) from error
+    except (ValueError, TypeError, OverflowError) as error:
+        raise VolsegError(
+            f"{path}: is not a valid table ({' '.join(str(error).split())})",
+            fix="repeat the command that wrote it",
+            code="E_DATASET",
+        ) from error
+
+
+def _typed_frame(path: Path, row_type: type) -> DataFrame:
+    import pandas  # takes half a second; no command needs it
+
+    names, hints = next(stream_rows(path), []), get_type_hints(row_type)
+    if len(names) > MAX_COLUMNS or len(set(names)) < len(names):
+        raise ValueError(f"over {MAX_COLUMNS} columns, or one of them twice")
+    types = {name: _column_type(hints.get(name, str)) for name in names}
+    floats = {name: kind for name, kind in types.items() if kind == "float64"}
+    with open_regular(path) as file:
+        frame = pandas.read_csv(
+            file,
+            # pandas itself reads some decimals with another last digit than Python.
+            dtype=types | dict.fromkeys(floats, str),  # type: ignore[arg-type]
+            keep_default_na=False,
+            na_values=[""],
+            encoding="utf-8-sig",
+        ).astype(floats)
+    if not isinstance(frame.index, pandas.RangeIndex):
+        raise ValueError("a line has more cells than there are columns")
+    for name in (name for name in names if types[name] is str):
+        frame[name] = frame[name].str.replace(_QUOTED_FORMULA, "", regex=True)
+    return frame
+
+
+def _column_type(hint: Any) -> Any:
+    """Return the pandas type of a column: nullable, except for float, which has NaN."""
+    kinds = (str,) if get_origin(hint) is Literal else get_args(hint) or (hint,)
+    return next((name for kind, name in _COLUMN_TYPES.items() if kind in kinds), str)
+
+
 def cell(value: Any) -> str:
     """Format a cell: 4 decimals (6 significant digits below 1), empty for unknown, true/false.
 
@@ -75,24 +170,3 @@ def cell(value: Any) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
     return str(value)
-
-
-def columns_page(tables: Mapping[str, Sequence[tuple[str, str, str, str]]]) -> str:
-    """Return the text of docs/columns.md from file name → (column, unit, meaning, source) lines."""
-    parts = [
-        "# Columns",
-        "",
-        "`make docs` writes this page from the code. An empty cell means unknown, 0 means zero.",
-        "World coordinates are RAS+ millimetres. Tables are CSV in UTF-8 (RFC 4180). Cells that",
-        "contain a comma, a quote or a line separator are quoted; cells are cut after 32 767",
-        "characters, the maximum of spreadsheets.",
-        "",
-    ]
-    for title, columns in tables.items():
-        parts += [f"## {title}", "", "| column | unit | meaning | source |", "|---|---|---|---|"]
-        parts += [
-            f"| `{name}` | {unit} | {meaning.replace('|', chr(92) + '|')} | {source} |"
-            for name, unit, meaning, source in columns
-        ]
-        parts.append("")
-    return "\n".join(parts)

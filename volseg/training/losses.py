@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Protocol
 
 import torch
+from pydantic import Field
 from torch import nn
 from torch.nn import functional
 
+from volseg.errors import VolsegError
 from volseg.io.prepared import IGNORED
 from volseg.recipe import Loss
+from volseg.recipe.section import Positive
+from volseg.registry import check_keys, check_name, keys_of, make_row
 
 SMOOTH = 1e-5  # makes the loss of a label that is absent, and was not predicted, zero
 
@@ -41,8 +47,7 @@ class SegmentationLoss(nn.Module):
     ) -> None:
         super().__init__()
         self._total = total or (lambda tensor: tensor)
-        self._settings = settings
-        self._overlap = OVERLAPS[settings.overlap]
+        self._overlap, self._voxel = make_terms(settings)
         weights = None
         if class_weights is not None:
             weights = torch.tensor(class_weights, dtype=torch.float32)
@@ -81,7 +86,7 @@ class SegmentationLoss(nn.Module):
             truth = one_hot[:, 1:].to(logits.dtype)
         counted = annotated[:, None].to(logits.dtype)
         tp, fp, fn = self._total(_soft_counts(probabilities * counted, truth * counted))
-        terms = self._overlap(tp, fp, fn, self._settings)
+        terms = self._overlap(tp, fp, fn)
         if self.class_weights is not None and terms.ndim:
             terms = terms * self.class_weights[1:]
         return terms.mean() + self._voxel_term(logits, target, truth, annotated)
@@ -93,23 +98,12 @@ class SegmentationLoss(nn.Module):
         truth: torch.Tensor,
         annotated: torch.Tensor,
     ) -> torch.Tensor:
-        """Return the weighted mean cross-entropy, or focal loss, over the annotated voxels."""
-        smoothing, gamma = self._settings.label_smoothing, self._settings.focal_gamma
+        """Return the weighted mean over the annotated voxels."""
+        weight = annotated.to(logits.dtype)
         if self.regions is not None:
-            soft = truth * (1 - smoothing) + smoothing / 2
-            losses = functional.binary_cross_entropy_with_logits(logits, soft, reduction="none")
-            if gamma:
-                p_true = torch.where(truth > 0, logits, -logits).sigmoid()
-                losses = losses * (1 - p_true).clamp_min(SMOOTH) ** gamma
-            losses, weight = losses.mean(1), annotated.to(logits.dtype)
+            losses = self._voxel.of_regions(logits, truth)
         else:
-            losses = functional.cross_entropy(
-                logits, target, reduction="none", label_smoothing=smoothing
-            )
-            if gamma:
-                p_true = logits.softmax(1).gather(1, target[:, None])[:, 0]
-                losses = losses * (1 - p_true).clamp_min(SMOOTH) ** gamma
-            weight = annotated.to(logits.dtype)
+            losses = self._voxel.of_classes(logits, target)
             if self.class_weights is not None:
                 weight = weight * self.class_weights[target]
         loss, total_weight = self._total(torch.stack([(losses * weight).sum(), weight.sum()]))
@@ -123,36 +117,130 @@ def _soft_counts(probabilities: torch.Tensor, truth: torch.Tensor) -> torch.Tens
     return torch.stack([tp, probabilities.sum(axes) - tp, truth.sum(axes) - tp])
 
 
-def _dice(tp: torch.Tensor, fp: torch.Tensor, fn: torch.Tensor, settings: Loss) -> torch.Tensor:
-    return 1 - (2 * tp + SMOOTH) / (2 * tp + fp + fn + SMOOTH)
+def make_terms(settings: Loss) -> tuple[Overlap, VoxelTerm]:
+    """Return the overlap term and the voxel-wise term of a recipe.
+
+    Raises:
+        VolsegError: an unknown name or setting, an invalid value, or no term at all.
+    """
+    check_name("train.loss.overlap", settings.overlap, OVERLAPS)
+    check_name("train.loss.voxel", settings.voxel, VOXEL_TERMS)
+    rows = (*OVERLAPS.values(), *VOXEL_TERMS.values())
+    keys = ["overlap", "voxel", *(key for row in rows for key in keys_of(row))]
+    check_keys("train.loss", settings.settings, keys)
+    if settings.overlap == settings.voxel == "none":
+        raise VolsegError(
+            "train.loss has neither an overlap nor a voxel term",
+            fix=f"give overlap, one of {', '.join(OVERLAPS)}",
+            code="E_RECIPE",
+        )
+    return _row(OVERLAPS[settings.overlap], settings), _row(VOXEL_TERMS[settings.voxel], settings)
 
 
-def _tversky(tp: torch.Tensor, fp: torch.Tensor, fn: torch.Tensor, settings: Loss) -> torch.Tensor:
-    errors = settings.tversky_fp_weight * fp + settings.tversky_fn_weight * fn
-    return 1 - (tp + SMOOTH) / (tp + errors + SMOOTH)
+def _row(row: type[Any], settings: Loss) -> Any:
+    keys = keys_of(row)
+    values = {key: value for key, value in settings.settings.items() if key in keys}
+    return make_row("train.loss", row, values)
 
 
-def _generalised_dice(
-    tp: torch.Tensor, fp: torch.Tensor, fn: torch.Tensor, settings: Loss
-) -> torch.Tensor:
+class Overlap(Protocol):
+    """True positives, false positives, false negatives per label → a term per label, or one."""
+
+    def __call__(self, tp: torch.Tensor, fp: torch.Tensor, fn: torch.Tensor) -> torch.Tensor: ...
+
+
+class VoxelTerm(Protocol):
+    """A loss per voxel (N, R, A, S) of logits (N, outputs, R, A, S)."""
+
+    def of_classes(self, logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        """Outputs exclude each other; `target` (N, R, A, S) holds class indices."""
+        ...
+
+    def of_regions(self, logits: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
+        """Outputs may overlap; `truth` (N, outputs, R, A, S) is 1 inside and 0 outside."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Dice:
+    def __call__(self, tp: torch.Tensor, fp: torch.Tensor, fn: torch.Tensor) -> torch.Tensor:
+        return 1 - (2 * tp + SMOOTH) / (2 * tp + fp + fn + SMOOTH)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tversky:
+    """Dice with weights for false positive and false negative voxels; Dice is 0.5 and 0.5."""
+
+    tversky_fp_weight: Positive = 0.3
+    tversky_fn_weight: Positive = 0.7
+
+    def __call__(self, tp: torch.Tensor, fp: torch.Tensor, fn: torch.Tensor) -> torch.Tensor:
+        errors = self.tversky_fp_weight * fp + self.tversky_fn_weight * fn
+        return 1 - (tp + SMOOTH) / (tp + errors + SMOOTH)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GeneralisedDice:
     """Weight labels by their inverse squared volume; an absent label counts as the rarest."""
-    volume = tp + fn
-    weights = torch.where(volume > 0, volume.clamp_min(1) ** -2, 0)
-    weights = weights / weights.max().clamp_min(1e-30)  # 1 for the rarest
-    weights = torch.where(volume > 0, weights, 1)
-    overlap, total = (weights * tp).sum(), (weights * (2 * tp + fp + fn)).sum()
-    return 1 - (2 * overlap + SMOOTH) / (total + SMOOTH)
+
+    def __call__(self, tp: torch.Tensor, fp: torch.Tensor, fn: torch.Tensor) -> torch.Tensor:
+        volume = tp + fn
+        weights = torch.where(volume > 0, volume.clamp_min(1) ** -2, 0)
+        weights = weights / weights.max().clamp_min(1e-30)  # 1 for the rarest
+        weights = torch.where(volume > 0, weights, 1)
+        overlap, total = (weights * tp).sum(), (weights * (2 * tp + fp + fn)).sum()
+        return 1 - (2 * overlap + SMOOTH) / (total + SMOOTH)
 
 
-def _none(tp: torch.Tensor, fp: torch.Tensor, fn: torch.Tensor, settings: Loss) -> torch.Tensor:
-    return tp.new_zeros(())
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NoOverlap:
+    def __call__(self, tp: torch.Tensor, fp: torch.Tensor, fn: torch.Tensor) -> torch.Tensor:
+        return tp.new_zeros(())
 
 
-# True positives, false positives and false negatives per label → one term per label, or one in all.
-Overlap = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Loss], torch.Tensor]
-OVERLAPS: dict[str, Overlap] = {
-    "dice": _dice,
-    "generalised_dice": _generalised_dice,
-    "tversky": _tversky,
-    "none": _none,
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CrossEntropy:
+    """Cross-entropy, of sigmoids for regions; the focal loss with `focal_gamma` over 0.
+
+    Args:
+        focal_gamma: over 0 down-weights voxels already classified correctly.
+    """
+
+    focal_gamma: Annotated[float, Field(ge=0, le=100)] = 0.0
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
+
+    def of_classes(self, logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        losses = functional.cross_entropy(
+            logits, target, reduction="none", label_smoothing=self.label_smoothing
+        )
+        if not self.focal_gamma:
+            return losses
+        return self._focal(losses, logits.softmax(1).gather(1, target[:, None])[:, 0])
+
+    def of_regions(self, logits: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
+        soft = truth * (1 - self.label_smoothing) + self.label_smoothing / 2
+        losses = functional.binary_cross_entropy_with_logits(logits, soft, reduction="none")
+        if self.focal_gamma:
+            losses = self._focal(losses, torch.where(truth > 0, logits, -logits).sigmoid())
+        return losses.mean(1)
+
+    def _focal(self, losses: torch.Tensor, p_true: torch.Tensor) -> torch.Tensor:
+        return losses * (1 - p_true).clamp_min(SMOOTH) ** self.focal_gamma
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NoVoxelTerm:
+    def of_classes(self, logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return torch.zeros_like(target, dtype=logits.dtype)
+
+    def of_regions(self, logits: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
+        return torch.zeros_like(truth[:, 0])
+
+
+OVERLAPS: dict[str, type[Overlap]] = {
+    "dice": Dice,
+    "generalised_dice": GeneralisedDice,
+    "tversky": Tversky,
+    "none": NoOverlap,
 }
+VOXEL_TERMS: dict[str, type[VoxelTerm]] = {"cross_entropy": CrossEntropy, "none": NoVoxelTerm}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Sequence
 
+from volseg.comparison.label_names import label_of
 from volseg.measurement import recist
 from volseg.measurement.rows import LesionMeasurement
 
@@ -16,14 +17,6 @@ RECIST = "RECIST 1.1, Eur J Cancer 45:228 (2009)"
 def none_if_nan(value: float | None) -> float | None:
     """Return the value, or None if it is None or NaN."""
     return None if value is None or math.isnan(value) else value
-
-
-def label_of(lesion: LesionMeasurement) -> str:
-    """Return the name of the lesion's label, or its value if it has no name.
-
-    Lesions are matched only if this is equal.
-    """
-    return lesion.label_name or str(lesion.label)
 
 
 def is_lymph_node(lesion: LesionMeasurement, lymph_nodes: Collection[str]) -> bool:

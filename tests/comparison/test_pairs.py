@@ -7,13 +7,13 @@ import pytest
 from laws import GRIDS, ball, centre_mm, grid_around, oblique, orientations, ras
 from segmented_scans import segmented
 
-from volseg.measurement.changes import lesion_changes
+from volseg.comparison.changes import lesion_changes
+from volseg.comparison.pairs import MeasuredScan, pair_scans, unpaired_scan
+from volseg.comparison.response import judge_response
 from volseg.measurement.lesions import measure_lesions
-from volseg.measurement.pairs import MeasuredScan, pair_scans, unpaired_scan
-from volseg.measurement.response import judge_response
 from volseg.measurement.sections import tilt_deg
 from volseg.postprocessing.lesions import label_lesions
-from volseg.volume import Geometry, Volume
+from volseg.volume import Geometry, Rigid, Volume
 
 SPACING_MM = (1.0, 1.2, 1.5)
 NODES = ("node",)
@@ -29,8 +29,8 @@ def measured(mask, geometry, case="p", name="tumour", objects="components"):
 
 def compared(before, after, moved=None, nodes=(), **options):
     """Compare two measured scans; return the row of the patient and those of the lesions."""
-    moved = np.eye(4) if moved is None else moved
-    pair = pair_scans(before, after, moved=moved, **options)
+    moved = Rigid.identity() if moved is None else Rigid(moved)
+    pair = pair_scans(before, after, transform=moved, **options)
     options = {"patient": "p", "lymph_nodes": nodes}
     return judge_response([pair], **options), lesion_changes([pair], **options)
 
@@ -212,7 +212,7 @@ def test_a_scan_without_a_partner_and_one_of_several_have_crumbs_too():
     whole = balls(((0, 0, 0), 12.4))
     cut = without_plane(whole, 0)
     before, after = measured(whole, GRID, "chest"), measured(cut, GRID, "chest")
-    chest = pair_scans(before, after, moved=np.eye(4))
+    chest = pair_scans(before, after, transform=Rigid.identity())
     alone = unpaired_scan(measured(cut, GRID, "abdomen"), None)
     row = judge_response([chest, alone], patient="p")
     assert (row.targets, row.response) == ("chest:1;abdomen:1", "NE")
@@ -289,7 +289,7 @@ def test_a_head_that_tilts_keeps_its_diameters(angle_deg, make):
         lengths_mm = [scan.lesions[0].long_axis_mm for scan in (before, after)]
         assert lengths_mm[1] < 0.7 * lengths_mm[0] or make is oblique
     if make is ras:
-        assert row.tilt_deg == pytest.approx(tilt_deg(grid, other, moved))
+        assert row.tilt_deg == pytest.approx(tilt_deg(grid, other, Rigid(moved)))
         assert f"in the axial planes of the baseline, {row.tilt_deg:.1f}°" in lesion.notes
     # As a lymph node, by its short axis.
     nodes = [

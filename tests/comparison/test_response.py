@@ -4,11 +4,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from volseg.measurement.changes import ScanPair, lesion_changes
-from volseg.measurement.matching import Match
-from volseg.measurement.response import judge_response
+from volseg.comparison.changes import lesion_changes
+from volseg.comparison.groups import ScanLesions, ScanPair
+from volseg.comparison.matching import Match
+from volseg.comparison.response import judge_response
+from volseg.comparison.targets import choose_targets, is_lymph_node
 from volseg.measurement.rows import LesionMeasurement
-from volseg.measurement.targets import choose_targets, is_lymph_node
 
 
 def lesion(
@@ -52,10 +53,8 @@ def scans(matches, before, after, case="a", doubt=""):
     """Return a scan of each time, both called `case`."""
     before, after = ([replace(row, case_id=case) for row in rows] for rows in (before, after))
     return ScanPair(
-        baseline_case=case,
-        followup_case=case,
-        baseline=before,
-        followup=after,
+        baseline=ScanLesions(case, before),
+        followup=ScanLesions(case, after),
         matches=matches,
         doubt=doubt,
     )
@@ -523,7 +522,8 @@ def test_a_twin_is_found_beside_a_nearer_lesion_of_another_label():
     near = lesion(2, 12, label="cyst", centroid_r_mm=40.0)
     first, second = two_scans(part, part, places=((0.0, 0.0, 0.0), (0.0, 0.0, 5.0)))
     matches = [*second.matches, *pairs(("gone", 2, None, 2))]
-    second = replace(second, baseline=[*second.baseline, near], matches=matches)
+    baseline = ScanLesions("abdomen", [*second.baseline.lesions, near])
+    second = replace(second, baseline=baseline, matches=matches)
     row = judge_response([first, second], patient="p")
     assert "W_TWICE: at baseline chest:1 and abdomen:1" in row.warnings
 

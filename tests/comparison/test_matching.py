@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from laws import GRIDS, ball, grid_around, oblique, orientations, ras
 
-from volseg.measurement.matching import MAX_DISTANCE_MM, match_lesions
-from volseg.preprocessing.align import index_matrix
-from volseg.volume import Geometry, Volume
+from volseg.comparison.matching import MAX_DISTANCE_MM, match_lesions
+from volseg.comparison.overlap import NumberedLesions
+from volseg.volume import Geometry, Rigid, Volume
 
 CENTRE = np.array([5.0, -8.0, 12.0])
 
@@ -27,12 +27,13 @@ def scene(geometry, balls):
     return Volume(ids, geometry)
 
 
-def matched(before, after, **options):
-    labels = {
-        "baseline_labels": ["a"] * int(before.array.max()),
-        "followup_labels": ["a"] * int(after.array.max()),
-    }
-    return match_lesions(before, after, **labels | options)
+def matched(before, after, *, labels=(None, None), **options):
+    """Match the lesions of two scans, all of one label unless given."""
+    scans = [
+        NumberedLesions(ids, ["a"] * int(ids.array.max()) if of_scan is None else of_scan)
+        for ids, of_scan in zip((before, after), labels, strict=True)
+    ]
+    return match_lesions(*scans, **options)
 
 
 def statuses(matches):
@@ -232,15 +233,15 @@ def test_a_patient_who_moved_has_the_same_matches_as_one_who_did_not():
     before = scene(first_grid, [*TWO, *FIVE[:1], ((0, 24, 0), 5)])
     still = scene(second_grid, [*ONE, *FIVE[:1], ((0, -24, 0), 5)])
     angle = np.deg2rad(25)
-    transform = np.eye(4)
-    transform[:2, :2] = [[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]
-    transform[:3, 3] = (400.0, -30.0, 120.0)
+    rotation = np.eye(3)
+    rotation[:2, :2] = [[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]
+    transform = Rigid.about(np.zeros(3), rotation, np.array((400.0, -30.0, 120.0)))
     # The patient and the grid moved: the same voxels, elsewhere in the world.
     elsewhere = Volume(
-        still.array, Geometry(still.geometry.shape, transform @ still.geometry.affine)
+        still.array, Geometry(still.geometry.shape, transform.matrix @ still.geometry.affine)
     )
-    matrix = index_matrix(first_grid, elsewhere.geometry, transform)
-    np.testing.assert_allclose(matrix, index_matrix(first_grid, second_grid), atol=1e-9)
+    matrix = first_grid.index_matrix(elsewhere.geometry, transform)
+    np.testing.assert_allclose(matrix, first_grid.index_matrix(second_grid), atol=1e-9)
     expected = matched(before, still)
     matches = matched(before, elsewhere, transform=transform)
     assert statuses(matches) == statuses(expected)
@@ -252,9 +253,7 @@ def test_a_patient_who_moved_has_the_same_matches_as_one_who_did_not():
 
 def test_lesions_of_different_labels_are_never_a_pair_and_each_says_so():
     scan = scene(grid((2, 2, 2)), FIVE[:2])
-    matches = matched(
-        scan, scan, baseline_labels=["cyst", "tumour"], followup_labels=["tumour", "tumour"]
-    )
+    matches = matched(scan, scan, labels=(["cyst", "tumour"], ["tumour", "tumour"]))
     assert statuses(matches) == {("gone", 1, None), ("matched", 2, 2), ("new", None, 1)}
     assert [match.relabelled for match in matches] == [(1,), (), (1,)]
 
@@ -269,6 +268,6 @@ def test_scans_without_lesions_have_no_matches_and_one_of_them_only_new_or_gone(
 def test_numbers_without_a_label_or_a_voxel_are_refused():
     scan = scene(grid((2, 2, 2)), FIVE)
     with pytest.raises(ValueError, match="go up to 5, but there are 4 labels"):
-        matched(scan, scan, baseline_labels=["a"] * 4)
+        matched(scan, scan, labels=(["a"] * 4, None))
     with pytest.raises(ValueError, match="skip a number"):
-        matched(scan, scan, followup_labels=["a"] * 6)
+        matched(scan, scan, labels=(None, ["a"] * 6))

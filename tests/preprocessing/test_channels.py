@@ -3,8 +3,10 @@ import pytest
 from laws import GRIDS, oblique
 
 from volseg.errors import ScanError
-from volseg.preprocessing.align import resample_to_grid, rigid_transform, to_first_grid
-from volseg.volume import Geometry, Volume
+from volseg.preprocessing.channels import to_first_grid
+from volseg.preprocessing.register import align_channels
+from volseg.preprocessing.regrid import resample_to_grid
+from volseg.volume import Geometry, Rigid, Volume
 
 
 def linear(points):
@@ -97,17 +99,16 @@ def test_alignment_recovers_the_motion_of_a_patient():
     fixed = centred((48, 48, 40), (1.5, 1.5, 1.8))
     moving = centred((40, 44, 40), (1.8, 1.7, 2.0), is_oblique=False)
     angle = np.deg2rad(7)
-    motion = np.eye(4)
-    motion[:2, :2] = [[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]
-    motion[:3, 3] = (4.0, -3.0, 2.5)
+    rotation = np.eye(3)
+    rotation[:2, :2] = [[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]
+    motion = Rigid.about(np.zeros(3), rotation, np.array((4.0, -3.0, 2.5)))
     first = Volume(blobs(world(fixed)).astype(np.float32), fixed)
     # The point x of the first scan is at motion(x) in the second, with other grey values.
-    inverse = np.linalg.inv(motion)
-    values = blobs(world(moving) @ inverse[:3, :3].T + inverse[:3, 3])
+    values = blobs(motion.inverse().apply(world(moving)))
     second = Volume((200 - 0.5 * values).astype(np.float32), moving)
-    transform = rigid_transform(first, second)
-    corners = np.array([[r, a, s, 1.0] for r in (-20, 20) for a in (-20, 20) for s in (-20, 20)])
-    error = np.linalg.norm((corners @ transform.T - corners @ motion.T)[:, :3], axis=1)
+    transform = align_channels(first, second)
+    corners = np.array([[r, a, s] for r in (-20, 20) for a in (-20, 20) for s in (-20, 20)])
+    error = np.linalg.norm(transform.apply(corners) - motion.apply(corners), axis=1)
     assert error.max() < 0.5
     aligned = to_first_grid({"t1": first, "pet": second}, align=True)["pet"].array
     inside = np.linalg.norm(world(fixed), axis=-1) < 20

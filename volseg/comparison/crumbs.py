@@ -7,8 +7,9 @@ from itertools import product
 
 import numpy as np
 
+from volseg.comparison.label_names import label_of
+from volseg.comparison.targets import none_if_nan
 from volseg.measurement.rows import LesionMeasurement
-from volseg.measurement.targets import label_of, none_if_nan
 from volseg.volume import BoundingBox, slabs_of
 
 # Between a crumb and its lesion, two voxels may be missing along an axis if they are at most 3 mm,
@@ -145,13 +146,7 @@ def _parts(ids: np.ndarray, reach: tuple[int, int, int]) -> Iterator[np.ndarray]
         return
     boxed = ids[box.slices]
     for slab in slabs_of(boxed, SLAB_VOXELS):
-        starts = [side.start - margin for side, margin in zip(slab, reach, strict=True)]
-        stops = [side.stop + margin for side, margin in zip(slab, reach, strict=True)]
-        part = np.zeros(np.subtract(stops, starts), ids.dtype)
-        source, target = [], []
-        for start, stop, size in zip(starts, stops, boxed.shape, strict=True):
-            low, high = max(0, start), min(stop, size)
-            source.append(slice(low, high))
-            target.append(slice(low - start, high - start))
-        part[tuple(target)] = boxed[tuple(source)]
-        yield part
+        sides = list(zip(slab, reach, boxed.shape, strict=True))
+        inner = tuple(slice(max(0, side.start - m), side.stop + m) for side, m, _ in sides)
+        outer = [(max(0, m - side.start), max(0, side.stop + m - n)) for side, m, n in sides]
+        yield np.ascontiguousarray(np.pad(boxed[inner], outer))

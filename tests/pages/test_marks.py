@@ -1,0 +1,44 @@
+import json
+
+import numpy as np
+from laws import oblique
+from two_balls import centroid_mm, noisy
+
+from volseg.pages.marks import lesion_colour, lesion_points, point_of
+from volseg.pages.preview import make_preview
+from volseg.volume import Geometry, Volume
+
+
+def test_the_point_of_a_lesion_lies_in_it_and_in_the_slice_of_its_long_axis():
+    geometry = Geometry((40, 40, 20), oblique((1.0, 1.0, 2.5)))
+    ids = np.zeros(geometry.shape, np.uint8)
+    ids[5:30, 5:30, 8:14] = 1
+    ids[10:30, 10:30, 8:14] = 0  # an angle, whose centroid lies outside
+    preview = make_preview(
+        Volume(noisy(geometry.shape), geometry), ids, unit="HU", max_bytes=4_000_000
+    )
+    ends = geometry.to_world_mm(np.array([[5, 29, 12], [9, 5, 12]]))
+    centroid = dict(
+        zip(("centroid_r_mm", "centroid_a_mm", "centroid_s_mm"), centroid_mm(preview, 1).tolist())
+    )
+    written = {
+        f"long_axis_p{n}_ras": json.dumps([round(float(v), 2) for v in end])
+        for n, end in enumerate(ends)
+    }
+    without = lesion_points(preview.ids, [{"lesion_id": 1, **centroid}])[1]
+    with_axis = lesion_points(preview.ids, [{"lesion_id": 1, **centroid, **written}])[1]
+    for point in (without, with_axis):
+        index = np.rint(geometry.to_index(np.array([point]))[0]).astype(int)
+        assert ids[tuple(index)] == 1
+    assert index[2] == 12
+    assert lesion_points(preview.ids, [{"lesion_id": 7, **centroid}]) == {}
+
+
+def test_points_are_read_as_the_tables_write_them():
+    assert point_of("[12.5, -3.25, 40]") == (12.5, -3.25, 40.0)
+    assert [point_of(text) for text in (None, "", "[1, 2]", "a b c", "[NaN, 1, 2]")] == [None] * 5
+
+
+def test_colours_of_neighbours_differ():
+    colours = np.array([lesion_colour(n) for n in range(1, 60)])
+    assert np.abs(np.diff(colours.astype(int), axis=0)).sum(axis=1).min() > 100

@@ -1,0 +1,271 @@
+"""The comparison of one patient: files in, the rows of the patient and a picture out."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from volseg import __version__
+from volseg.commands.batch import input_key
+from volseg.commands.patients import Cases, Patient, TimePoints
+from volseg.commands.time_points import CaseAtTime
+from volseg.comparison.changes import LesionChange, lesion_changes
+from volseg.comparison.groups import ScanPair, centroids_mm
+from volseg.comparison.label_names import agreed_names, names_in
+from volseg.comparison.pairs import pair_scans, pairing_bytes, unpaired_scan
+from volseg.comparison.placement import (
+    Placement,
+    place_by_headers,
+    trusted_placement,
+    worst_columns,
+)
+from volseg.comparison.response import judge_response
+from volseg.errors import ScanError
+from volseg.execution.memory import Peak
+from volseg.io.header import ScanHeader
+from volseg.io.volumes import read_header
+from volseg.measurement.sections import axial_normal
+from volseg.options import CompareOptions
+from volseg.preprocessing.register import register, registering_bytes
+from volseg.store.comparisons import ComparisonFolder, PatientRecord
+from volseg.store.records import LESION_IDS, path_of, read_record
+
+PICTURE_BYTES = 22  # per voxel of a drawn scan, including scaling
+GRID_RATIO = 1.5  # of voxel sizes; above it, sizes of small lesions differ by the grid alone
+
+
+@dataclass(frozen=True)
+class PatientComparison:
+    """A patient to compare.
+
+    Args:
+        inputs: SHA-256 of the patient's files at the start of the comparison.
+    """
+
+    patient: Patient
+    times: TimePoints
+    options: CompareOptions
+    inputs: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        return self.patient.name
+
+    @property
+    def picture(self) -> str:
+        """Name of the picture's file."""
+        return f"figures/{self.name}.png"
+
+    @property
+    def key(self) -> str:
+        """Hash of everything on which the rows of the patient depend."""
+        names = ("registration", "max_distance_mm", "figures", "lymph_nodes")
+        options = {name: getattr(self.options, name) for name in names}
+        return input_key(options | {"patient": self.name, "scans": self.patient.scans}, self.inputs)
+
+    @cached_property
+    def names(self) -> dict[int, str]:
+        """Label names on which all scans of the patient that name the label agree."""
+        return agreed_names(
+            read_record(time_point.results, case).lesions
+            for cases in self.patient.scans
+            for time_point, case in zip(self.times, cases, strict=True)
+            if case is not None
+        )
+
+    def peak(self, process: int) -> Peak:
+        """Return the peak memory, from headers; `process`: bytes before the first patient.
+
+        Raises:
+            ScanError: the files cannot be read.
+        """
+        peaks = [self._peak_of(cases, process) for cases in self.patient.scans]
+        return max(peaks, key=lambda peak: peak.total)
+
+    def _peak_of(self, cases: Cases, process: int) -> Peak:
+        """Return the peak memory of comparing two scans, or of handling one without a partner."""
+        masks, scans, n_lesions = [], [], []
+        for time_point, case in zip(self.times, cases, strict=True):
+            if case is None:
+                continue
+            record = time_point.record(case)
+            n_lesions.append(len(record.lesions))
+            masks.append(read_header(path_of(time_point.results, case, record.files, LESION_IDS)))
+            path = time_point.scan_path(record) if self._needs_scans else None
+            scans += [] if path is None else [read_header(path)]
+        work = {"lesions": pairing_bytes([mask.geometry.shape for mask in masks], n_lesions)}
+        if len(scans) == 2 and self.options.registration:
+            work["registration"] = registering_bytes(scans[0].geometry, scans[1].geometry)
+        if len(scans) == 2 and self.options.figures:
+            work["figure"] = PICTURE_BYTES * math.prod(scans[1].geometry.shape)
+        largest = max(work, key=lambda name: work[name])
+        # Reading a mask copies it.
+        mask_bytes = sum(mask.mask_bytes for mask in masks) + max(mask.n_bytes for mask in masks)
+        parts = {"process": process, "scans": _scan_bytes(scans), "masks": mask_bytes}
+        return Peak(parts | {largest: work[largest]})
+
+    @property
+    def _needs_scans(self) -> bool:
+        return self.options.registration or self.options.figures
+
+    def run(self, results: ComparisonFolder) -> None:
+        """Compare the patient, and write the rows and the picture.
+
+        Raises:
+            ScanError: the patient cannot be compared.
+        """
+        started = time.monotonic()
+        compared = [self._compare(cases) for cases in self.patient.scans]
+        pairs = [scans.pair for scans in compared]
+        response = judge_response(pairs, patient=self.name, lymph_nodes=self._nodes)
+        warnings = [
+            text if len(pairs) == 1 else _of_scan(text, scans.pair)
+            for scans in compared
+            for text in scans.warnings
+        ]
+        response = replace(
+            response,
+            **worst_columns([scans.columns for scans in compared]),
+            warnings="; ".join(filter(None, [*warnings, response.warnings])),
+            seconds=round(time.monotonic() - started, 2),
+            volseg_version=__version__,
+        )
+        with results.staged() as commit:
+            if pictures := [scans.picture for scans in compared if scans.picture]:
+                from volseg.pages.comparison_figures import stack_pngs
+
+                commit.write(self.picture, stack_pngs(pictures))
+            rows = self._changes(pairs)
+            record = PatientRecord(
+                response=response, lesions=rows, key=self.key, inputs=self.inputs
+            )
+            results.commit(record, commit)
+
+    @property
+    def _nodes(self) -> tuple[str, ...]:
+        return self.options.lymph_nodes or ()
+
+    def _changes(self, pairs: Sequence[ScanPair]) -> list[LesionChange]:
+        return lesion_changes(pairs, patient=self.name, lymph_nodes=self._nodes)
+
+    def _compare(self, cases: Cases) -> _Compared:
+        """Compare a pair of scans, or handle a scan without a partner."""
+        before, after = self._read(cases)
+        if before is None or after is None:
+            pair = unpaired_scan(before and before.measured, after and after.measured)
+            other = "follow-up" if after is None else "baseline"
+            warning = f"W_UNPAIRED: there is no {other} scan of what it shows"
+            return _Compared(pair, {}, [warning, *_unit_warnings(before, after)])
+        placed = self._place(before, after)
+        pair = pair_scans(
+            before.measured,
+            after.measured,
+            transform=placed.transform,
+            doubt=placed.doubt,
+            max_distance_mm=self.options.max_distance_mm,
+        )
+        warnings = [*placed.warnings, *_differences(before, after), *_unit_warnings(before, after)]
+        if self._needs_scans:
+            warnings += [side.change for side in (before, after) if side.change]
+        try:
+            picture = self._picture(before, after, placed, pair)
+        except ScanError as error:
+            if self.options.registration:
+                raise
+            picture = None
+            warnings.append(f"W_FIGURE: no picture: {error.problem}")
+        return _Compared(pair, placed.columns, warnings, picture)
+
+    def _read(self, cases: Cases) -> tuple[CaseAtTime | None, CaseAtTime | None]:
+        """Read both cases; a label without a name has that of the other time, else of any scan."""
+        before, after = (
+            None if case is None else time_point.read(case, self.inputs)
+            for time_point, case in zip(self.times, cases, strict=True)
+        )
+        names = dict(self.names)
+        for side in (before, after):
+            names |= {} if side is None else names_in(side.lesions)
+        return before and before.with_names(names), after and after.with_names(names)
+
+    def _place(self, before: CaseAtTime, after: CaseAtTime) -> Placement:
+        if not before.lesions and not after.lesions:
+            return Placement()
+        if not self.options.registration:
+            return place_by_headers(before.ids.geometry, after.ids.geometry)
+        if before.is_same_scan(after):
+            return Placement(columns={"registration": "identical"})
+        registration = register(before.scan, after.scan)
+        back = registration.transform.inverse()
+        points_mm = [centroids_mm(before.lesions), back.apply(centroids_mm(after.lesions))]
+        normal = axial_normal(before.ids.geometry)
+        return trusted_placement(registration, np.concatenate(points_mm), normal=normal)
+
+    def _picture(
+        self, before: CaseAtTime, after: CaseAtTime, placed: Placement, pair: ScanPair
+    ) -> bytes | None:
+        if not self.options.figures:
+            return None
+        from volseg.pages.comparison_figures import change_png
+
+        title = self.name
+        if len(self.patient.scans) > 1:
+            title += f", {pair.baseline.case} → {pair.followup.case}"
+        scans, ids = (before.scan, after.scan), (before.ids.array, after.ids.array)
+        return change_png(scans, ids, placed.transform, self._changes([pair]), title=title)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Compared:
+    """Comparison of two scans: their pair, registration `columns`, warnings and PNG `picture`."""
+
+    pair: ScanPair
+    columns: Mapping[str, Any]
+    warnings: Sequence[str]
+    picture: bytes | None = None
+
+
+def _scan_bytes(scans: Sequence[ScanHeader]) -> int:
+    """Return the bytes of scans in memory, and of the copy of one whose NaN are filled."""
+    with_nan = [scan for scan in scans if scan.dtype.kind == "f"]
+    copies = (scan.n_bytes + math.prod(scan.geometry.shape) for scan in with_nan)
+    return sum(scan.n_bytes for scan in scans) + max(copies, default=0)
+
+
+def _of_scan(warning: str, pair: ScanPair) -> str:
+    """Add the scan to a warning."""
+    code, sentence = warning.split(": ", 1)
+    return f"{code}: {pair.followup.case or pair.baseline.case}: {sentence}"
+
+
+def _unit_warnings(*sides: CaseAtTime | None) -> list[str]:
+    return [
+        f"W_UNIT: the unit at {side.time.name} was in doubt when it was measured "
+        f"({side.unit_doubt}), so no intensity is compared"
+        for side in sides
+        if side is not None and side.unit_doubt
+    ]
+
+
+def _differences(before: CaseAtTime, after: CaseAtTime) -> list[str]:
+    """Return warnings about differences in model and grid, which are no change of the patient."""
+    warnings = []
+    models = (before.record.case.model or "none", after.record.case.model or "none")
+    if models[0] != models[1]:
+        warnings.append(
+            f"W_MODEL: the masks are of different origin ({models[0]}; {models[1]}), "
+            "which is a difference too"
+        )
+    sizes = [sorted(side.ids.geometry.spacing_mm) for side in (before, after)]
+    if any(max(a, b) > GRID_RATIO * min(a, b) for a, b in zip(*sizes, strict=True)):
+        texts = [" × ".join(f"{mm:.2g}" for mm in size) for size in sizes]
+        warnings.append(
+            f"W_GRID: voxels of {texts[0]} mm and {texts[1]} mm: "
+            "small lesions differ in size by that alone"
+        )
+    return warnings

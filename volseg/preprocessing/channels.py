@@ -1,0 +1,56 @@
+"""The channels of a scan on one grid: complete, in order, on the grid of the first."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from volseg.errors import ScanError
+from volseg.preprocessing.register import align_channels
+from volseg.preprocessing.regrid import resample_to_grid
+from volseg.volume import Rigid, Volume
+
+MIN_COVERED = 0.5  # fraction of the first channel's grid that every other channel must cover
+
+
+def completed(images: Mapping[str, Volume], channels: Sequence[str]) -> dict[str, Volume]:
+    """Return all channels in this order; a missing one is zeros on the grid of the first."""
+    grid = images[channels[0]].geometry
+    return {
+        name: images[name]
+        if name in images
+        else Volume(np.zeros(grid.shape, np.uint8, order="F"), grid)
+        for name in channels
+    }
+
+
+def to_first_grid(images: Mapping[str, Volume], *, align: bool = False) -> dict[str, Volume]:
+    """Resample channels onto the grid of the first; those already on it are returned unchanged.
+
+    Outside its field of view a channel has its smallest intensity: air, or no uptake.
+
+    Args:
+        align: first register each channel rigidly to the first (mutual information), for patients
+            who moved between the scans.
+
+    Raises:
+        ScanError: a channel covers less than half of the first one's grid.
+    """
+    (first_name, first), *others = images.items()
+    volumes = {first_name: first}
+    for name, volume in others:
+        if first.geometry.matches(volume.geometry) and not align:
+            volumes[name] = volume
+            continue
+        transform = align_channels(first, volume) if align else Rigid.identity()
+        fraction = first.geometry.fraction_inside(volume.geometry, transform)
+        if fraction < MIN_COVERED:
+            raise ScanError(
+                f"channel {name!r} covers {fraction:.0%} of the grid of {first_name!r}",
+                fix="check that both scans show the same part of the same patient, "
+                f"or leave {name!r} out",
+                code="E_PAIR",
+            )
+        volumes[name] = resample_to_grid(volume, first.geometry, transform)
+    return volumes
