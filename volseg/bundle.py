@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -27,6 +27,10 @@ from volseg.recipe import Preprocess, Recipe, Roi, Text, listed, parse_recipe, v
 
 FORMAT_VERSION = 2
 SHIPPED = "lung_nodule_ct"
+BEST_OF_RUN = (
+    "The weights are those of the run that were best on validation cases, "
+    "so validation flatters them a little."
+)
 EXPORTED = "openvino"  # subfolder of a model folder with the OpenVINO files
 FIRST = "segmentation"  # weights of the 3D network; further networks of an ensemble are numbered
 ROI = "roi"  # weights of the coarse first pass
@@ -251,65 +255,48 @@ def shipped_bundle() -> Path:
 
 def model_card(bundle: ModelBundle) -> str:
     """Return Markdown for people: intended use, limits, data, metrics and settings of a model."""
-    recipe = bundle.recipe
-    axes = _axes(recipe.preprocess)
+    recipe, metrics = bundle.recipe, bundle.metrics
     labels = ", ".join(f"{name} = {value}" for value, name in recipe.data.label_names.items())
     channels = ", ".join(recipe.data.channels)
-    n_cases = bundle.metrics.get("training_cases", bundle.fingerprint.n_cases)
-    spacing, patch = _times(recipe.spacing_mm), _times(recipe.patch_shape)
-    lines = [
+    n_cases = metrics.get("training_cases", bundle.fingerprint.n_cases)
+    is_best = "best_epoch" in metrics or "networks" in metrics
+    paragraphs = [
         f"# {recipe.name}",
-        "",
         recipe.description,
-        "",
         "## Intended use",
-        "",
         recipe.intended_use or "Not stated by the recipe.",
-        "",
         "## Limits",
-        "",
         recipe.limits or "Not stated by the recipe.",
-        "",
         "Not a medical device; for research only.",
-        "",
         "## Data",
-        "",
         recipe.data_source or "Not stated by the recipe.",
-        "",
         f"{n_cases} training cases; channels: {channels}; labels: {labels}.",
-        "",
         "## Which scans it can tell apart",
-        "",
         "Before a scan is segmented it is compared with the training scans:",
-        "",
-        *(f"- {check}" for check in list_checks(recipe, bundle.fingerprint)),
-        "",
+        _bullets(list_checks(recipe, bundle.fingerprint)),
         "## Metrics",
-        "",
-        *(f"- {name}: {_show(value)}" for name, value in bundle.metrics.items()),
-        "",
-        *(
-            [
-                "The weights are those of the run that were best on validation cases, "
-                "so validation flatters them a little.",
-                "",
-            ]
-            if "best_epoch" in bundle.metrics or "networks" in bundle.metrics
-            else []
-        ),
+        _bullets(f"{name}: {_show(value)}" for name, value in metrics.items()),
+        BEST_OF_RUN if is_best else None,
         "## How it was made",
-        "",
-        *(f"- {name}: {value}" for name, value in bundle.origin.items()),
-        *([""] if bundle.origin else []),
-        f"Spacing {spacing} mm ({axes}), patch {patch}, batch {recipe.batch_size}; "
+        _bullets(f"{name}: {value}" for name, value in bundle.origin.items()) or None,
+        f"Spacing {_times(recipe.spacing_mm)} mm ({_axes(recipe.preprocess)}), patch "
+        f"{_times(recipe.patch_shape)}, batch {recipe.batch_size}; "
         "the whole recipe is in model.json.",
-        "",
-        *([] if recipe.roi is None else [_coarse_pass(recipe.roi), ""]),
-        *([] if not bundle.reasons else ["| setting | value | why |", "|---|---|---|"]),
-        *(f"| {line.setting} | {line.value} | {line.reason} |" for line in bundle.reasons),
-        *([""] if bundle.reasons else []),
+        None if recipe.roi is None else _coarse_pass(recipe.roi),
+        _reason_table(bundle.reasons) or None,
     ]
-    return "\n".join(lines)
+    return "\n\n".join(text for text in paragraphs if text is not None) + "\n"
+
+
+def _bullets(lines: Iterable[str]) -> str:
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def _reason_table(reasons: Sequence[Reason]) -> str:
+    if not reasons:
+        return ""
+    rows = [f"| {line.setting} | {line.value} | {line.reason} |" for line in reasons]
+    return "\n".join(["| setting | value | why |", "|---|---|---|", *rows])
 
 
 def _coarse_pass(roi: Roi) -> str:

@@ -41,7 +41,7 @@ from volseg.measurement.memory import plan_measuring
 from volseg.measurement.rows import CaseRow
 from volseg.measurement.scan import SegmentedScan
 from volseg.measurement.specks import measure_largest
-from volseg.measurement.units import judge_unit
+from volseg.measurement.units import Unit, judge_unit
 from volseg.options import MeasureOptions, command
 from volseg.pages.about import About
 from volseg.pages.model_box import read_model_box
@@ -51,6 +51,7 @@ from volseg.reports import CasesReport
 from volseg.store.outputs import SAME_KIND, folder_content
 from volseg.store.records import LESION_IDS, MASKS, CaseRecord
 from volseg.store.results import ResultsFolder, State
+from volseg.volume import Volume
 from volseg.words import format_count
 
 STAGE, DEFAULT_OUT = "Measuring", "volseg_results"
@@ -74,24 +75,21 @@ def measure(options: MeasureOptions) -> CasesReport:
             fix="use components or labels",
             code="E_USAGE",
         )
-    sources = (options.image, options.mask, options.cases)
     pairs, unused = _pairs(options)
     settings = _settings_of(options)
-    names = {str(value): name for value, name in settings.label_names.items()}
-    key_options = {"objects": settings.objects, "label_names": names}
-    key_options |= {"intensity_unit": settings.intensity_unit, "figures": options.figures}
-    key_options |= {"measure": settings.settings.model_dump(mode="json")}
-    about, files = About.now("measure"), _files_of(options)
-    used = [path for path in sources if path is not None]
-    used += [path for case in pairs for path in case_files(case)]
-    if isinstance(options.recipe, Path | str) and Path(options.recipe).is_file():
-        used.append(Path(options.recipe))
-    digests = Inputs(of_masks=True)
-
-    def key_of(case: Case) -> str:
-        return input_key(key_options, digests.of(case))
-
-    with ResultsFolder(options.out or Path(DEFAULT_OUT), "measure", inputs=used) as folder:
+    key_options, digests = settings.key_options(figures=options.figures), Inputs(of_masks=True)
+    out = options.out or Path(DEFAULT_OUT)
+    with ResultsFolder(out, "measure", inputs=_used_files(options, pairs)) as folder:
+        batch = Batch(
+            results=folder,
+            options=options,
+            inputs=digests,
+            key_of=lambda case: input_key(key_options, digests.of(case)),
+            files=_files_of(options),
+            stage=STAGE,
+            about=About.now("measure"),
+            objects=options.objects,
+        )
         n_cases = folder.count_items(case.id for case in pairs)
         measured_pairs = ((case, settings.settings) for case in pairs)
         refusals = _refused(measured_pairs, n_cases, options)
@@ -99,29 +97,8 @@ def measure(options: MeasureOptions) -> CasesReport:
         def task(case: Case) -> None:
             if case.id in refusals:
                 raise refusals[case.id]
-            measured = _measure_case(case, settings)
-            scan = measured.lesions.scan
-            digests.were_read(case, measured.sha256)
-            with folder.staged() as commit:
-                record = CaseRecord(
-                    case=write_case(measured, files, commit),
-                    lesions=measured.lesions,
-                    key=key_of(case),
-                    inputs=digests.of(case),
-                    source=source_of(measured.path, scan.image, scan.unit.name),
-                )
-                folder.commit(record, commit)
+            _measure_and_write(case, settings, batch)
 
-        batch = Batch(
-            results=folder,
-            options=options,
-            inputs=digests,
-            key_of=key_of,
-            files=files,
-            stage=STAGE,
-            about=about,
-            objects=options.objects,
-        )
         report = run_cases(pairs, lambda todo: run(task, todo), batch)
         if unused:
             n_masks = len(unused) + len(pairs)
@@ -132,11 +109,35 @@ def measure(options: MeasureOptions) -> CasesReport:
             report = replace(report, warnings=[*report.warnings, remark])
         folder.write_run(
             run_description(options, key_options, report, started)
-            | about.as_json()
+            | batch.about.as_json()
             | {"masks_without_scan": unused}
             | {"connectivity": CONNECTIVITY if settings.objects == "components" else None}
         )
     return report
+
+
+def _used_files(options: MeasureOptions, pairs: Sequence[Case]) -> list[Path]:
+    sources = (options.image, options.mask, options.cases)
+    used = [path for path in sources if path is not None]
+    used += [path for case in pairs for path in case_files(case)]
+    if isinstance(options.recipe, Path | str) and Path(options.recipe).is_file():
+        used.append(Path(options.recipe))
+    return used
+
+
+def _measure_and_write(case: Case, settings: _Options, batch: Batch) -> None:
+    measured = _measure_case(case, settings)
+    scan = measured.lesions.scan
+    batch.inputs.were_read(case, measured.sha256)
+    with batch.results.staged() as commit:
+        record = CaseRecord(
+            case=write_case(measured, batch.files, commit),
+            lesions=measured.lesions,
+            key=batch.key_of(case),
+            inputs=batch.inputs.of(case),
+            source=source_of(measured.path, scan.image, scan.unit.name),
+        )
+        batch.results.commit(record, commit)
 
 
 def _refuse_other_settings(options: MeasureOptions) -> None:
@@ -194,51 +195,40 @@ def measure_corrected(results: Path, options: MeasureOptions) -> CasesReport:
             fix="give the --out folder of `volseg infer`, or --image and --mask",
             code="E_USAGE",
         )
-    done, kept, failed = [], [], {}
     with ResultsFolder(results, "infer") as folder:
         rows = folder.item_rows()
         edited = [row.case_id for row in rows if folder.state_of(row.case_id, None) is State.EDITED]
-        edited_ids = frozenset(edited)
-        kept = [
-            row.case_id for row in rows if row.status == "done" and row.case_id not in edited_ids
-        ]
         folder.refuse_foreign(
             [*files.shared, *(path for name in edited for path in files.names(name))]
         )
         progress(STAGE, 0.0, f"{len(edited)} of {len(rows)} masks were changed by hand")
-        refusals = _refused(_corrected_cases(folder, edited), len(rows), options)
-
-        def task(name: str) -> None:
-            if name in refusals:
-                raise refusals[name]
-            _measure_corrected_case(folder, name, files)
-
-        outcomes = run(task, edited)
+        reasons: dict[str, str] = {}  # why a case failed; empty if it was measured
         try:
-            for count, outcome in enumerate(outcomes, start=1):
-                name = outcome.item
-                if outcome.error is None:
-                    done.append(name)
-                else:
-                    failed[name] = failure_reason(folder, name, outcome.error)
-                    _keep_failed(folder, name, failed[name])
-                progress(STAGE, count / len(edited), name)
+            for name, reason in _measure_again(folder, edited, len(rows), options):
+                reasons[name] = reason
+                progress(STAGE, len(reasons) / len(edited), name)
         finally:
             rows = folder.write_tables()
             about, missing = read_run(results), []
             if files.pages:
-                budget = page_budget(options.max_ram, options.announce, has_run=bool(done))
+                has_run = "" in reasons.values()
+                budget = page_budget(options.max_ram, options.announce, has_run=has_run)
                 missing = write_report(folder, About.of(about), rows, budget=budget)
-        measured_ids = frozenset(done)
-        kept, failed = without_damaged(kept, failed, rows)
+        done = [name for name in reasons if not reasons[name]]
+        measured_ids, edited_ids = frozenset(done), frozenset(edited)
+        complete = [row.case_id for row in rows if row.status == "done"]
+        kept, failed = without_damaged(
+            [name for name in complete if name not in edited_ids],
+            {name: reason for name, reason in reasons.items() if reason},
+            rows,
+        )
         warnings = [f"{row.case_id}: {row.warnings}" for row in rows if row.case_id in measured_ids]
-        warnings += [*missing, *damaged_warnings(rows)]
         report = CasesReport(
             out=results,
             done=done,
             kept=kept,
             failed=failed,
-            warnings=warnings,
+            warnings=[*warnings, *missing, *damaged_warnings(rows)],
             objects="components",
             pages=files.pages,
         )
@@ -247,6 +237,25 @@ def measure_corrected(results: Path, options: MeasureOptions) -> CasesReport:
         )
         folder.write_run(about | {"measured_again": measured})
     return report
+
+
+def _measure_again(
+    folder: ResultsFolder, names: Sequence[str], n_cases: int, options: MeasureOptions
+) -> Iterator[tuple[str, str]]:
+    """Measure the corrected masks; yield the name of each, and why it failed or an empty text."""
+    refusals = _refused(_corrected_cases(folder, names), n_cases, options)
+
+    def task(name: str) -> None:
+        if name in refusals:
+            raise refusals[name]
+        _measure_corrected_case(folder, name, _files_of(options))
+
+    for outcome in run(task, names):
+        name, reason = outcome.item, ""
+        if outcome.error is not None:
+            reason = failure_reason(folder, name, outcome.error)
+            _keep_failed(folder, name, reason)
+        yield name, reason
 
 
 def _keep_failed(folder: ResultsFolder, name: str, reason: str) -> None:
@@ -435,6 +444,13 @@ class _Options:
     remarks: tuple[str, ...] = ()  # on similarity to the model's training scans
     settings: Measure
 
+    def key_options(self, *, figures: bool) -> dict[str, Any]:
+        """Return the settings on which a case's files depend, as JSON."""
+        names = {str(value): name for value, name in self.label_names.items()}
+        options = {"objects": self.objects, "label_names": names}
+        options |= {"intensity_unit": self.intensity_unit, "figures": figures}
+        return options | {"measure": self.settings.model_dump(mode="json")}
+
 
 @dataclass(frozen=True, slots=True)
 class _Names(Mapping[int, str]):
@@ -468,6 +484,27 @@ def _measure_case(case: Case, options: _Options) -> MeasuredCase:
     unit = judge_unit(scan, options.intensity_unit, by=options.stated_by)
     if options.unit_doubt:
         unit = replace(unit, doubt=options.unit_doubt)
+    segmented = _segmented(case, scan, mask, unit, options)
+    remarks = list(options.remarks)
+    if unit.doubt and not any(unit.doubt in text for text in remarks):
+        remarks.insert(0, f"W_UNIT: {unit.doubt}")
+    if segmented.organ_voxels and not segmented.lesions.labels:
+        organ = options.settings.organ
+        remarks.append(f"{ORGAN}: no label but the organ, {organ}, so no lesion was measured")
+    return MeasuredCase(
+        path=path,
+        lesions=measure_largest(segmented),
+        seconds=time.monotonic() - started,
+        sha256=(scan.sha256, mask.sha256),
+        remarks=remarks,
+    )
+
+
+def _segmented(
+    case: Case, scan: Volume, mask: Volume, unit: Unit, options: _Options
+) -> SegmentedScan:
+    """Return what is measured: the lesions without the organ, and their names."""
+    assert case.reference is not None
     names = _Names(options.label_names or read_label_table(case.reference))
     array, organ_voxels, settings = mask.array, None, options.settings
     if settings.organ is not None:
@@ -476,28 +513,14 @@ def _measure_case(case: Case, options: _Options) -> MeasuredCase:
     lesions = label_lesions(array, scan.geometry, objects=options.objects)
     values = [value for value in dict.fromkeys(lesions.labels) if value in node_values]
     nodes = tuple(names[value] for value in values)
-    settings = settings.model_copy(update={"lymph_nodes": nodes})
-    segmented = SegmentedScan(
+    return SegmentedScan(
         case_id=case.id,
         image=scan,
         lesions=lesions,
         unit=unit,
         label_names=names,
-        settings=settings,
+        settings=settings.model_copy(update={"lymph_nodes": nodes}),
         organ_voxels=organ_voxels,
-    )
-    remarks = list(options.remarks)
-    if unit.doubt and not any(unit.doubt in text for text in remarks):
-        remarks.insert(0, f"W_UNIT: {unit.doubt}")
-    if organ_voxels and not lesions.labels:
-        organ = settings.organ
-        remarks.append(f"{ORGAN}: no label but the organ, {organ}, so no lesion was measured")
-    return MeasuredCase(
-        path=path,
-        lesions=measure_largest(segmented),
-        seconds=time.monotonic() - started,
-        sha256=(scan.sha256, mask.sha256),
-        remarks=remarks,
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -103,6 +103,13 @@ def load_prepared(
             fix="run `volseg preprocess` again",
             code="E_PREPARED",
         )
+    return plan, fingerprint, _read_cases(folder, keys, names, plan.recipe)
+
+
+def _read_cases(
+    folder: Path, keys: Mapping[str, str], names: Sequence[str], recipe: Recipe
+) -> list[PreparedCase]:
+    """Read prepared cases; refuse those made with other settings than `keys` stand for."""
     cases = [read_prepared_case(folder / "cases", case_id) for case_id in names]
     outdated = [case.id for case in cases if case.record["key"] != keys.get(case.id)]
     if outdated:
@@ -113,13 +120,13 @@ def load_prepared(
             code="E_PREPARED",
         )
     for case in cases:
-        if problem := _mismatch(case, plan.recipe):
+        if problem := _mismatch(case, recipe):
             raise VolsegError(
                 f"{folder / 'cases' / case.id}: not a prepared case of this recipe ({problem})",
                 fix="run `volseg preprocess` again",
                 code="E_PREPARED",
             )
-    return plan, fingerprint, cases
+    return cases
 
 
 def _mismatch(case: PreparedCase, recipe: Recipe) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -133,26 +133,15 @@ def fill(recipe: Recipe, plan: Closed) -> Closed:
     Raises:
         VolsegError: the closed recipe lacks one of them.
     """
-    other, preprocess, settings = plan.recipe, recipe.preprocess, plan.recipe.network.settings
-    missing = [
-        f"the intensity window of channel {name!r}"
-        for name in recipe.data.channels
-        if (form := preprocess.normaliser_of(name)).open_keys
-        and (name not in other.data.channels or not isinstance(_form(other, name), type(form)))
-    ]
-    missing += [
-        f"network.{name}"
-        for name in PLANNED_LAYERS
-        if recipe.network.settings.get(name) == AUTO and name not in settings
-    ]
-    if missing:
+    other = plan.recipe
+    if missing := list(_missing(recipe, other)):
         raise VolsegError(
             f"the plan has no value for {', '.join(missing)}, which recipe {recipe.name!r} "
             "leaves open",
             fix="state it in the recipe, or make a new plan with `volseg plan`",
             code="E_PLAN",
         )
-    forms = {name: preprocess.normaliser_of(name) for name in recipe.data.channels}
+    forms = {name: _form(recipe, name) for name in recipe.data.channels}
     closed = _with(
         recipe,
         spacing_mm=other.spacing_mm,
@@ -163,12 +152,25 @@ def fill(recipe: Recipe, plan: Closed) -> Closed:
             for name, form in forms.items()
         },
         train=other.train.model_dump(include={"patch_shape", "batch_size", "foreground_fraction"}),
-        layers=settings,
+        layers=other.network.settings,
     )
     earlier = {line.setting: line for line in plan.reasons}
     lines = [_kept(line, earlier) for line in _decisions(recipe, closed)]
     context = [line for line in plan.reasons if line.setting in CONTEXT]
     return Closed(closed, (*lines, *context))
+
+
+def _missing(recipe: Recipe, closed: Recipe) -> Iterator[str]:
+    """Yield what the recipe leaves open and another, closed one does not have."""
+    for name in recipe.data.channels:
+        form = _form(recipe, name)
+        is_known = name in closed.data.channels and isinstance(_form(closed, name), type(form))
+        if form.open_keys and not is_known:
+            yield f"the intensity window of channel {name!r}"
+    settings = recipe.network.settings
+    for name in PLANNED_LAYERS:
+        if settings.get(name) == AUTO and name not in closed.network.settings:
+            yield f"network.{name}"
 
 
 def _form(recipe: Recipe, channel: str) -> Normaliser:
@@ -364,24 +366,30 @@ def _size(
         batch_size=batch,
         smallest_patch=_smallest_patch(_lesion_shape(fingerprint, spacing), median),
     )
-    needed = size.training_bytes(channels, outputs, half=budget.half) / 2**30
-    limit = f"a step takes about {needed:.2f} of the {budget.memory / 2**30:.1f} GB"
-    if budget.flops is not None:
-        steps = budget.flops / size.step_flops(channels, outputs)
-        limit += f" and the time allows about {steps:.0f} steps (the target is {STEPS})"
-    seen = min(1.0, math.prod(size.patch_shape) / math.prod(median))
-    scan = _times(round(n) for n in median)
     why = {
         "levels": LEVELS,
         "strides": "finest level first",
         "kernels": "flat along an axis while it is coarser than the others",
         "features": FEATURES,
     }
+    limit = _limit(size, scans, budget)
+    seen = min(1.0, math.prod(size.patch_shape) / math.prod(median))
     if patch is None:
+        scan = _times(round(n) for n in median)
         why["patch"] = f"covers {seen:.0%} of the median scan ({scan} voxels); {limit}"
     if batch is None:
         why["batch"] = f"fits the budget: {limit}"
     return size, why
+
+
+def _limit(size: Size, scans: Scans, budget: Budget) -> str:
+    """Return what a step takes of the budget, for people."""
+    needed = size.training_bytes(scans.channels, scans.outputs, half=budget.half) / 2**30
+    limit = f"a step takes about {needed:.2f} of the {budget.memory / 2**30:.1f} GB"
+    if budget.flops is not None:
+        steps = budget.flops / size.step_flops(scans.channels, scans.outputs)
+        limit += f" and the time allows about {steps:.0f} steps (the target is {STEPS})"
+    return limit
 
 
 def _lesion_shape(

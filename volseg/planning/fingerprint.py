@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Annotated
 
@@ -117,10 +118,7 @@ def combine_fingerprints(cases: Sequence[CaseFingerprint]) -> DatasetFingerprint
     Raises:
         VolsegError: no voxel of any case is labelled.
     """
-    voxels: dict[int, int] = {}
-    for case in cases:
-        for value, count in case.label_voxels.items():
-            voxels[value] = voxels.get(value, 0) + count
+    voxels = sum((Counter(case.label_voxels) for case in cases), Counter[int]())
     if not voxels:
         raise VolsegError(
             "no training mask holds a labelled voxel", fix="check the masks", code="E_LABELS"
@@ -128,23 +126,22 @@ def combine_fingerprints(cases: Sequence[CaseFingerprint]) -> DatasetFingerprint
     extents = [extent for case in cases for extent in case.lesion_extents_mm]
     r, a, s = np.median(extents, axis=0).tolist() if extents else (0.0, 0.0, 0.0)
     channels = dict.fromkeys(name for case in cases for name in case.samples)
-    pooled = {
-        name: np.concatenate(
-            [np.asarray(case.samples[name]) for case in cases if name in case.samples]
-        )
-        for name in channels
-    }
     return DatasetFingerprint(
         n_cases=len(cases),
         spacings_mm=tuple(case.spacing_mm for case in cases),
         shapes=tuple(case.shape for case in cases),
         label_voxels=dict(sorted(voxels.items())),
-        foreground={name: _statistics(values) for name, values in pooled.items()},
+        foreground={name: _statistics(_pooled(cases, name)) for name in channels},
         n_ct_like={
             name: sum(case.is_ct_like.get(name, False) for case in cases) for name in channels
         },
         lesion_extent_mm=(r, a, s) if extents else None,
     )
+
+
+def _pooled(cases: Sequence[CaseFingerprint], channel: str) -> np.ndarray:
+    """Return the intensities under the labels of all cases with this channel."""
+    return np.concatenate([case.samples[channel] for case in cases if channel in case.samples])
 
 
 def _statistics(values: np.ndarray) -> IntensityStatistics:

@@ -137,9 +137,22 @@ class SegmentRecipe(Section):
         return self
 
     def _mistakes(self) -> Iterator[str]:
+        yield from self._wrong_names()
+        yield from self._wrong_weights()
+        yield from self._wrong_layers()
+        if self.roi is not None:
+            yield from self._wrong_first_pass(self.roi)
+
+    def _wrong_names(self) -> Iterator[str]:
         labels = {self.measure.organ, *self.measure.lymph_nodes} - {None, *self.data.labels}
         if labels:
             yield f"measure names {join(labels)}, which data.labels lacks"
+        channels = set(self.preprocess.normalise_channels) - set(self.data.channels)
+        if channels:
+            names = join(channels)
+            yield f"preprocess.normalise_channels names {names}, which data.channels lacks"
+
+    def _wrong_weights(self) -> Iterator[str]:
         weights, n_classes = self.train.class_weights, 1 + len(self.data.labels)
         if weights is not None and len(weights) != n_classes:
             yield (
@@ -151,10 +164,8 @@ class SegmentRecipe(Section):
                 "train.class_weights needs labels that exclude each other: "
                 "leave it out with data.regions"
             )
-        channels = set(self.preprocess.normalise_channels) - set(self.data.channels)
-        if channels:
-            names = join(channels)
-            yield f"preprocess.normalise_channels names {names}, which data.channels lacks"
+
+    def _wrong_layers(self) -> Iterator[str]:
         open_layers = [name for name in PLANNED_LAYERS if self.network.settings.get(name) == AUTO]
         layers, n = ", ".join(PLANNED_LAYERS), len(PLANNED_LAYERS)
         if open_layers and (self.network.name != "unet3d" or len(open_layers) < n):
@@ -167,12 +178,13 @@ class SegmentRecipe(Section):
                 "train.patch_shape and batch_size cannot be 'auto' if the network is fixed: "
                 f"give numbers, or set {layers} under [network] to 'auto' too"
             )
-        if self.roi is not None:
-            fine = self.preprocess.spacing_mm
-            if fine != "auto" and math.prod(self.roi.spacing_mm) <= math.prod(fine):
-                yield "roi.spacing_mm must be coarser than preprocess.spacing_mm"
-            if self.roi.time_fraction + (self.classify.time_fraction if self.classify else 0) >= 1:
-                yield "roi.time_fraction + classify.time_fraction must be less than 1"
+
+    def _wrong_first_pass(self, roi: Roi) -> Iterator[str]:
+        fine = self.preprocess.spacing_mm
+        if fine != AUTO and math.prod(roi.spacing_mm) <= math.prod(fine):
+            yield "roi.spacing_mm must be coarser than preprocess.spacing_mm"
+        if roi.time_fraction + (self.classify.time_fraction if self.classify else 0) >= 1:
+            yield "roi.time_fraction + classify.time_fraction must be less than 1"
 
     @property
     def coarse(self) -> SegmentRecipe | None:
