@@ -43,7 +43,13 @@ class Data(Section):
         return self
 
     def _mistakes(self) -> Iterator[str]:
-        values, order = list(self.labels.values()), self.regions_class_order
+        yield from self._wrong_labels()
+        if self.align != "none" and self.grids == "same":
+            yield 'align = "rigid" needs grids = "first"'
+        yield from self._wrong_regions()
+
+    def _wrong_labels(self) -> Iterator[str]:
+        values = list(self.labels.values())
         if len(set(values)) < len(values):
             yield "two labels share one value"
         if min(values) < 1 or max(values) > 65535:
@@ -53,12 +59,13 @@ class Data(Section):
             )
         if self.ignore is not None and self.ignore in (0, *values):
             yield f"ignore = {self.ignore} is also the background or a label: use another value"
-        if self.align != "none" and self.grids == "same":
-            yield 'align = "rigid" needs grids = "first"'
-        if order is not None and sorted(order) != sorted(values):
-            yield "regions_class_order must hold the value of each label once"
         if len(values) > MOST_LABELS:
             yield f"{len(values)} labels exceed the {MOST_LABELS} that a prepared mask can hold"
+
+    def _wrong_regions(self) -> Iterator[str]:
+        values, order = list(self.labels.values()), self.regions_class_order
+        if order is not None and sorted(order) != sorted(values):
+            yield "regions_class_order must hold the value of each label once"
         if self.regions is None:
             return
         if order is None or len(order) != len(self.regions):
