@@ -362,14 +362,14 @@ def test_inputs_are_hashed_separately_only_to_check_an_earlier_result(data, tmp_
 
 
 def test_a_bug_in_one_case_is_a_failed_row_and_the_others_go_on(data, tmp_path, monkeypatch):
-    out, original = tmp_path / "out", measuring.measure_largest
+    out, original = tmp_path / "out", measuring._measure_case
 
-    def buggy(image, *args, case_id, **kwargs):
-        if case_id == "scan_6":
+    def buggy(case, *args, **kwargs):
+        if case.id == "scan_6":
             raise ZeroDivisionError("a bug")
-        return original(image, *args, case_id=case_id, **kwargs)
+        return original(case, *args, **kwargs)
 
-    monkeypatch.setattr(measuring, "measure_largest", buggy)
+    monkeypatch.setattr(measuring, "_measure_case", buggy)
     report = measure(data, out)
     assert report.exit_code == 3
     assert [(row["status"], row["reason"][:5]) for row in rows(out / "cases.csv")] == [
