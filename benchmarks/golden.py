@@ -21,6 +21,7 @@ import shutil
 import subprocess
 import sys
 import time
+import tomllib
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -189,6 +190,10 @@ def json_facts(path: Path) -> Any:
     return lasting(json.loads(path.read_text(encoding="utf-8")))
 
 
+def recipe_facts(path: Path) -> Any:
+    return lasting(tomllib.loads(path.read_text(encoding="utf-8")))
+
+
 def lasting(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: lasting(part) for name, part in value.items() if name not in NOT_REPEATED}
@@ -241,6 +246,7 @@ KINDS = {
     ".nii.gz": volume_facts,
     ".csv": table_facts,
     ".json": json_facts,
+    ".toml": recipe_facts,
     ".html": page_facts,
     ".png": picture_facts,
     ".jpg": picture_facts,

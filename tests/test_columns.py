@@ -7,7 +7,7 @@ import pytest
 from laws import ball, centre_mm, oblique
 
 import volseg
-from volseg.io.nifti import write_volume
+from volseg.io.volumes import write_volume
 from volseg.volume import Geometry, Volume
 
 LABELS = {"organ": 1, "plaque": 2}

@@ -45,3 +45,12 @@ def test_pages_were_found():
 def test_examples_in_docstrings_run(module):
     done = doctest.testmod(import_module(module))
     assert done.attempted and not done.failed
+
+
+def test_where_things_are_is_where_the_architecture_says():
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    section = text.split("## Where is")[1].split("\n## ")[0]
+    places = re.findall(r"`([\w/]+\.py)`: `(\w+)`", section)
+    assert len(places) > 15
+    for file, name in places:
+        assert re.search(rf"\b{name}\b", (ROOT / "volseg" / file).read_text(encoding="utf-8")), file

@@ -24,6 +24,8 @@ LAWS = [
     "tests/training/test_losses.py::test_laws_of_every_loss",
     "tests/training/test_losses.py::test_every_term_is_a_frozen_dataclass",
     "tests/networks/test_models.py::test_laws_of_every_architecture",
+    "tests/recipe/test_normalise.py::test_laws_of_every_normaliser",
+    "tests/test_columns.py::test_every_column_is_filled_in_some_scan",
 ]
 
 
@@ -45,7 +47,7 @@ class Edit(NamedTuple):
             path.write_text(self.text, encoding="utf-8")
             return
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        (at,) = (n for n, line in enumerate(lines) if line.startswith(self.mark))
+        (at,) = (n for n, line in enumerate(lines) if line.strip().startswith(self.mark))
         end = at if self.where == "above" else at + 1
         lines[at + (self.where == "below") : end] = [self.text]
         path.write_text("".join(lines), encoding="utf-8")
@@ -217,6 +219,7 @@ def test_mistakes_of_a_newcomer_fail_a_law_or_are_refused_by_check(tmp_path):
     Edit("volseg/postprocessing/steps.py", None, "below", "STEPS", lambda_row).apply(tmp_path)
     instance = '    "loss_is_an_instance": Jaccard(),\n'
     Edit("volseg/training/losses.py", None, "below", "OVERLAPS", instance).apply(tmp_path)
+    block("A column").apply(tmp_path)  # which nothing fills
     good = block("An architecture")
     for name, (right, wrong) in ARCHITECTURES.items():
         assert right in good.text, (name, right)
@@ -227,6 +230,8 @@ def test_mistakes_of_a_newcomer_fail_a_law_or_are_refused_by_check(tmp_path):
     names = {re.split(r"[+-]", parameter.removeprefix("None-"))[0] for parameter in failed}
     expected = {*STEPS, *LOSSES, *ARCHITECTURES, "step_is_a_function", "loss_is_an_instance"}
     assert expected <= {re.sub(r"^regions1-", "", name) for name in names} | names, output
+
+    assert "nothing fills ball_surface_mm2" in output
 
     problems = problems_of(
         tmp_path,

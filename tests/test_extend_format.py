@@ -1,12 +1,12 @@
 """The recipe for a file format in docs/extend.md, carried out in a copy of the package."""
 
-import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from test_extend import SECTIONS
 
 ROOT = Path(__file__).parents[1]
 USE = """
@@ -53,15 +53,8 @@ def copy(tmp_path_factory):
     for name in ("pyproject.toml", "tests/laws.py", "tests/io/test_formats.py"):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, root / name)
-    section = (ROOT / "docs/extend.md").read_text(encoding="utf-8").split("## A file format")[1]
-    code, row = re.findall(r"```(?:python)?\n(.*?)```", section, re.DOTALL)[:2]
-    (root / "volseg/io/npz.py").write_text(code, encoding="utf-8")
-    table = root / "volseg/io/formats.py"
-    text = table.read_text(encoding="utf-8")
-    text = text.replace(
-        "from volseg.io import mgh, nifti\n", "from volseg.io import mgh, nifti, npz\n"
-    )
-    table.write_text(text.replace("FORMATS = (\n", f"FORMATS = (\n{row}", 1), encoding="utf-8")
+    for edit in SECTIONS["A file format"].edits:
+        edit.apply(root)
     return root
 
 

@@ -12,7 +12,7 @@ import volseg
 from volseg.bundle import load_bundle, save_bundle, segmentation_name
 from volseg.commands import quantise, quantising
 from volseg.errors import VolsegError
-from volseg.options import ignore_progress
+from volseg.options import QuantiseOptions
 
 pytestmark = pytest.mark.skipif(not find_spec("nncf"), reason="nncf is not installed")
 
@@ -141,8 +141,7 @@ def test_the_models_own_recipe_prepares_the_cases(model, dataset, tmp_path):
     coarse = with_recipe(bundle, preprocess={"spacing_mm": (2.5, 2.5, 2.5)})
     sizes = []
     for name, changed in (("fine", bundle), ("coarse", coarse)):
-        training, _ = quantising._prepared_cases(
-            changed, dataset, tmp_path / name, 0, ignore_progress
-        )
+        options = QuantiseOptions(model, dataset)
+        training, _ = quantising._prepared_cases(changed, tmp_path / name, options)
         sizes.append(training[0].mask.shape)
     assert all(fine > coarse for fine, coarse in zip(*sizes, strict=True))

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from volseg.recipe.normalise import Percentile, Scale, Window, ZScore
+from volseg.recipe.normalise import NORMALISERS, Percentile, Scale, Window, ZScore
 
 ARRAY = np.random.default_rng(0).normal(100, 30, (8, 9, 10)).astype(np.float32)
 BODY = ARRAY > 80
@@ -48,19 +48,23 @@ def test_an_empty_body_falls_back_to_all_voxels():
     np.testing.assert_array_equal(ZScore()(ARRAY, empty), ZScore()(ARRAY, None))
 
 
+# A normaliser whose keys have no usable defaults needs an example here.
+EXAMPLES = {Window: [{"low": 0, "high": 200, "mean": 50, "sd": 25}]}
+EXAMPLES |= {ZScore: [{}, {"region": "scan"}, {"region": "nonzero"}]}
+EXAMPLES |= {Scale: [{"subtract": 3, "divide_by": 7}]}
+
+
 @pytest.mark.parametrize(
-    "normaliser",
-    [
-        Window(low=0, high=200, mean=50, sd=25),
-        ZScore(),
-        ZScore(region="scan"),
-        ZScore(region="nonzero"),
-        Percentile(low_percent=1, high_percent=99),
-        Scale(subtract=3, divide_by=7),
-    ],
+    "normaliser", [row(**keys) for row in NORMALISERS for keys in EXAMPLES.get(row, [{}])], ids=str
 )
-def test_a_scaling_fitted_to_a_scan_applies_to_each_slab(normaliser):
+def test_laws_of_every_normaliser(normaliser):
+    before = ARRAY.copy()
     whole = normaliser(ARRAY, BODY)
+    assert np.isfinite(whole).all()
+    np.testing.assert_array_equal(ARRAY, before)
+    assert type(normaliser).model_validate(dict(normaliser)) == normaliser
+    with pytest.raises(ValueError, match="hihg"):
+        type(normaliser).model_validate(dict(normaliser) | {"hihg": 1})
     fitted = normaliser.fit(ARRAY, BODY)
     slabs = [fitted(ARRAY[part], BODY[part]) for part in (slice(0, 3), slice(3, 4), slice(4, 8))]
     np.testing.assert_array_equal(np.concatenate(slabs), whole)
