@@ -31,8 +31,8 @@ def seconds_of(candidate):
 
 
 def fit(seconds, folds=5, may_drop_folds=True, smaller=lambda: SMALL, **needs):
-    wanted = Folds(n=folds, may_drop=may_drop_folds, **needs)
-    return fit_to_time(LARGE, seconds, wanted, time_step=seconds_of, smaller=smaller)
+    networks = Folds(n=folds, may_drop=may_drop_folds, **needs)
+    return fit_to_time(LARGE, seconds, networks, time_step=seconds_of, smaller=smaller)
 
 
 def test_time_enough_changes_nothing():

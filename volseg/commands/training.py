@@ -588,7 +588,7 @@ class _Training:
                 lambda candidate, n: n / _operations(candidate),
             )
         is_late = data.forecast is not None and self.time.spent() > ANSWER_SECONDS
-        wanted = Folds(
+        networks = Folds(
             n=folds,
             may_drop=self.options.folds is None,
             least_steps=self._least_steps,
@@ -598,7 +598,7 @@ class _Training:
             fit = fit_to_time(
                 plan,
                 seconds,
-                wanted,
+                networks,
                 time_step=partial(self._time_step, cases),
                 smaller=None if least is None else lambda: least,
             )
