@@ -394,8 +394,6 @@ def test_requests_that_make_no_sense_are_refused(dataset, model, tiny_recipe, tm
         volseg.train(dataset, recipe=single, out=tmp_path / "single")
     with pytest.raises(VolsegError, match="there is no such recipe"):
         volseg.train(dataset, recipe="smok", out=tmp_path / "never")
-    with pytest.raises(VolsegError):
-        volseg.train(dataset, plan=dataset / "cases.csv", out=tmp_path / "never")
     assert not (tmp_path / "never").exists()
     with pytest.raises(VolsegError, match=r"the time budget of 0\.001 s is too short"):
         volseg.train(dataset, recipe=tiny_recipe, out=tmp_path / "n", time_budget_seconds=1e-3)
