@@ -17,8 +17,11 @@ import torch
 
 from volseg.commands.prepared import load_prepared, split_cases
 from volseg.execution.cpu import keep_freed_memory
-from volseg.training.loop import Job, Run, RunSettings, serve
+from volseg.training.loop import serve
 from volseg.training.ranks import team_of
+from volseg.training.run import Job, Run
+from volseg.training.schedule import RunSettings
+from volseg.training.segmentation import SegmentationObjective
 
 ROUND = 10
 
@@ -31,13 +34,14 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     arguments = parser.parse_args()
     keep_freed_memory()
-    recipe, plan, _, cases = load_prepared(arguments.prepared, arguments.recipe)
+    plan, _, cases = load_prepared(arguments.prepared, arguments.recipe)
     training, _ = split_cases(cases, None, 0)
     settings = RunSettings(epochs=10, patience=10)
-    job = Job(training, recipe, plan, settings, Path("none"), {}, "", False)
+    objective = SegmentationObjective(training, (), plan.recipe)
+    job = Job(objective=objective, settings=settings, checkpoints=Path("none"))
     loop, bare = [], []
     with team_of(torch.device(arguments.device), 1, serve) as team:
-        run = Run(job, team)
+        run = Run(job, team, identity="timed")
         run.network.train()
         with run.batches:
             images, masks = run.batches.at(10**6)[0]

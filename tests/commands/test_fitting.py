@@ -4,6 +4,7 @@ import pytest
 
 from volseg.commands.fitting import (
     ROOM,
+    Folds,
     TooShortError,
     best_plan,
     fit_to_time,
@@ -29,9 +30,9 @@ def seconds_of(candidate):
     return 1.0 if candidate == LARGE else 0.1
 
 
-def fit(seconds, **options):
-    usual = {"folds": 5, "may_drop_folds": True, "time_step": seconds_of, "smaller": lambda: SMALL}
-    return fit_to_time(LARGE, seconds, **usual | options)
+def fit(seconds, folds=5, may_drop_folds=True, smaller=lambda: SMALL, **needs):
+    networks = Folds(n=folds, may_drop=may_drop_folds, **needs)
+    return fit_to_time(LARGE, seconds, networks, time_step=seconds_of, smaller=smaller)
 
 
 def test_time_enough_changes_nothing():

@@ -59,7 +59,7 @@ def test_a_folder_that_is_prepared_again_is_whole_or_refused_but_never_of_two_se
 ):
     out, prepare_case, begun = tmp_path / "p", preparing.prepare_case, []
     volseg.preprocess(folder, recipe=tiny_recipe, out=out)
-    seeds = {case.id: case.foreground for case in load_prepared(out, None)[3]}
+    seeds = {case.id: case.foreground for case in load_prepared(out, None)[2]}
 
     def interrupted(case, *arguments):
         if len(begun) == n_replaced:
@@ -75,7 +75,7 @@ def test_a_folder_that_is_prepared_again_is_whole_or_refused_but_never_of_two_se
         with pytest.raises(VolsegError, match=f"{n_replaced} of its 6 cases, such as {begun[0]},"):
             load_prepared(out, None)
     else:
-        kept = {case.id: case.foreground for case in load_prepared(out, None)[3]}
+        kept = {case.id: case.foreground for case in load_prepared(out, None)[2]}
         assert all((kept[name][1] == voxels[1]).all() for name, voxels in seeds.items())
     assert sorted(volseg.preprocess(folder, recipe=tiny_recipe, out=out).done) == sorted(begun)
     load_prepared(out, None)
@@ -94,7 +94,7 @@ def test_a_second_call_that_can_prepare_nothing_leaves_the_folder_as_it_was(
     assert report.exit_code == 4
     assert "W_STALE" in report.warnings[-1]
     assert {name: (tmp_path / "p" / name).read_bytes() for name in tables} == tables
-    assert len(load_prepared(tmp_path / "p", None)[3]) == 6
+    assert len(load_prepared(tmp_path / "p", None)[2]) == 6
 
 
 def test_a_first_preparation_that_is_interrupted_says_so(

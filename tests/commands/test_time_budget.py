@@ -90,8 +90,8 @@ def test_the_network_that_is_timed_is_that_of_all_lesions_not_of_the_first_case(
                 nibabel.Nifti1Image(array, np.eye(4)), tmp_path / "data" / folder / f"c{n}.nii"
             )
 
-    def seconds_per_step(cases, recipe, plan, **_):
-        timed.append(plan.patch_shape)
+    def seconds_per_step(objective, team, **_):
+        timed.append(objective.recipe.patch_shape)
         return 1e9
 
     monkeypatch.setattr(
@@ -223,14 +223,14 @@ def test_a_fold_with_too_few_steps_is_skipped_with_a_warning(dataset, tiny_recip
 def test_the_classifier_leaves_time_for_export_and_pictures(
     dataset, tiny_recipe, tmp_path, monkeypatch
 ):
-    kept, train_classifier = [], training._train_classifier
+    kept, train_classifier = [], training._Training._classifier
     messages, seconds, began = [], 600, time.monotonic()
 
-    def keep(*arguments):
-        kept.append(seconds - (time.monotonic() - began) - arguments[-2])
-        return train_classifier(*arguments)
+    def keep(call, split, settings, left):
+        kept.append(seconds - (time.monotonic() - began) - left)
+        return train_classifier(call, split, settings, left)
 
-    monkeypatch.setattr(training, "_train_classifier", keep)
+    monkeypatch.setattr(training._Training, "_classifier", keep)
     options = {
         "recipe": tiny_recipe,
         "device": "cpu",

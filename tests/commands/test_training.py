@@ -17,7 +17,7 @@ from volseg.io.volumes import read_mask, write_volume
 from volseg.recipe import Loss
 from volseg.training import validator
 from volseg.training.checkpoint import load_checkpoint, save_checkpoint
-from volseg.training.validate import validate
+from volseg.training.validate import ScanPredictor, validate
 
 
 def history(out):
@@ -64,7 +64,7 @@ def test_an_interrupted_run_resumes_to_the_weights_of_an_unbroken_one(
         volseg.train(dataset, recipe=tiny_recipe, out=out, device="cpu", progress=stop_in_epoch_3)
     with pytest.raises(VolsegError, match="add --resume"):
         volseg.train(dataset, recipe=tiny_recipe, out=out, device="cpu")
-    with pytest.raises(VolsegError, match="belongs to a run with another recipe, plan, seed, fold"):
+    with pytest.raises(VolsegError, match="belongs to a run with another recipe, seed, fold"):
         volseg.train(dataset, recipe=tiny_recipe, out=out, device="cpu", resume=True, fold=1)
     volseg.train(dataset, recipe=tiny_recipe, out=out, device="cpu", resume=True)
     assert [line["epoch"] for line in history(out)] == [line["epoch"] for line in history(model)]
@@ -325,12 +325,12 @@ def test_the_metrics_of_the_card_are_those_of_the_saved_weights(dataset, tiny_re
     volseg.preprocess(dataset, recipe=recipe, out=tmp_path / "p")
     volseg.train(tmp_path / "p", out=tmp_path / "m", device="cpu")
     bundle = load_bundle(tmp_path / "m")
-    _, plan, _, cases = load_prepared(tmp_path / "p", None)
+    _, _, cases = load_prepared(tmp_path / "p", None)
     _, held_out = split_cases(cases, None, 0)
     network = bundle.segmentation_network()
-    rows = validate(
-        network, held_out, bundle.recipe, plan, torch.device("cpu"), overlap=recipe.infer.overlap
-    )
+    overlap = recipe.infer.overlap
+    predictor = ScanPredictor(network, bundle.recipe, torch.device("cpu"), overlap)
+    rows = validate(predictor, held_out)
     with (tmp_path / "m" / "validation.csv").open(newline="") as file:
         written = {row["case_id"]: float(row["dice"]) for row in csv.DictReader(file)}
     assert written == {row.case_id: pytest.approx(row.dice, abs=1e-4) for row in rows}
@@ -394,8 +394,6 @@ def test_requests_that_make_no_sense_are_refused(dataset, model, tiny_recipe, tm
         volseg.train(dataset, recipe=single, out=tmp_path / "single")
     with pytest.raises(VolsegError, match="there is no such recipe"):
         volseg.train(dataset, recipe="smok", out=tmp_path / "never")
-    with pytest.raises(VolsegError):
-        volseg.train(dataset, plan=dataset / "cases.csv", out=tmp_path / "never")
     assert not (tmp_path / "never").exists()
     with pytest.raises(VolsegError, match=r"the time budget of 0\.001 s is too short"):
         volseg.train(dataset, recipe=tiny_recipe, out=tmp_path / "n", time_budget_seconds=1e-3)
@@ -487,10 +485,10 @@ def test_a_run_is_resumed_with_the_folds_that_it_was_begun_with(dataset, tiny_re
 def test_ctrl_c_in_the_last_validation_keeps_what_was_trained(
     dataset, tiny_recipe, tmp_path, monkeypatch
 ):
-    def pressed(*arguments, overlap, **options):
-        if overlap == tiny_recipe.infer.overlap:
+    def pressed(predictor, cases, **options):
+        if predictor.overlap == tiny_recipe.infer.overlap:
             raise KeyboardInterrupt
-        return validate(*arguments, overlap=overlap, **options)
+        return validate(predictor, cases, **options)
 
     monkeypatch.setattr(validator, "validate", pressed)
     report = volseg.train(dataset, recipe=tiny_recipe, out=tmp_path / "m", epochs=1, device="cpu")

@@ -15,7 +15,7 @@ from volseg.io.prepared import (
     read_prepared_case,
     write_prepared_case,
 )
-from volseg.training.samples import sample_batch
+from volseg.training.samples import Sampling, sample_batch
 
 RECORD = {"key": "k", "split": "train", "patient": "p", "class": None, "shape": [4, 3, 2]}
 
@@ -140,4 +140,5 @@ def test_an_invalid_voxel_is_refused_when_it_is_read(name, value, words, folder)
     if name == "image":
         return  # sampling does not check intensities; the loss does
     with pytest.raises(VolsegError, match=words):
-        sample_batch([case], (4, 3, 2), n=1, foreground_fraction=0.0, seed=0)
+        sampling = Sampling(patch_shape=(4, 3, 2), n=1, foreground_fraction=0.0, seed=0)
+        sample_batch([case], sampling)

@@ -21,7 +21,7 @@ from volseg.evaluation.validation import ValidationRow
 from volseg.io.csv_text import iterate_csv
 from volseg.measurement.rows import CaseRow, LesionMeasurement
 from volseg.store.tables import TABLES, cell, read_table, table, typed_row
-from volseg.training.loop import Epoch
+from volseg.training.state import Epoch
 
 
 @dataclass(frozen=True)

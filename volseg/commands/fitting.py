@@ -35,16 +35,30 @@ class TooShortError(Exception):
         self.needed = needed
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Folds:
+    """The networks to train, and what each needs.
+
+    Args:
+        n: how many if there is enough time.
+        may_drop: False if the user stated the number of folds.
+        least_steps: of each network.
+        enough: train one network if it gets at least this fraction of its steps.
+    """
+
+    n: int
+    may_drop: bool
+    least_steps: int = LEAST_STEPS
+    enough: float = 1.0
+
+
 def fit_to_time(
     plan: Closed,
     seconds: float,
+    folds: Folds,
     *,
-    folds: int,
-    may_drop_folds: bool,
     time_step: Callable[[Closed], float],
     smaller: Callable[[], Closed] | None = None,
-    least_steps: int = LEAST_STEPS,
-    enough: float = 1.0,
 ) -> Fit:
     """Give each network `least_steps`: with fewer folds, else with a smaller network.
 
@@ -54,17 +68,15 @@ def fit_to_time(
     Args:
         plan: what to train if there is enough time.
         seconds: for the steps of all networks together.
-        folds: number of networks to train if there is enough time.
-        may_drop_folds: False if the user stated the number of folds.
         time_step: returns the seconds of a step with a plan.
         smaller: returns the plan of the smallest network that can learn; None if the recipe states
             the network.
-        enough: train one network if it gets at least this fraction of its steps.
 
     Raises:
         TooShortError: even the smallest network with the fewest folds gets too few steps.
     """
-    fewest = 1 if may_drop_folds else folds
+    n, least_steps = folds.n, folds.least_steps
+    fewest = 1 if folds.may_drop else n
     step = time_step(plan)
     steps = seconds / step
     reasons: list[str] = []
@@ -77,13 +89,13 @@ def fit_to_time(
                 f"{seconds:.0f} s allow only {steps / fewest:.0f} steps of the planned network"
             )
             plan, step, steps = least, least_step, seconds / least_step
-    if steps < enough * fewest * least_steps:
+    if steps < folds.enough * fewest * least_steps:
         raise TooShortError(fewest * least_steps * step)
-    affordable = max(fewest, min(folds, math.floor(steps / (ROOM * least_steps))))
-    if affordable < folds:
+    affordable = max(fewest, min(n, math.floor(steps / (ROOM * least_steps))))
+    if affordable < n:
         reason = (
-            f"{affordable} instead of {folds} folds: {seconds:.0f} s allow about "
-            f"{steps / folds:.0f} steps for each of {folds} networks, and each should get at least "
+            f"{affordable} instead of {n} folds: {seconds:.0f} s allow about "
+            f"{steps / n:.0f} steps for each of {n} networks, and each should get at least "
             f"{ROOM * least_steps}"
         )
         reasons.insert(0, reason)

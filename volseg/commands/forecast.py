@@ -77,6 +77,23 @@ class Forecast:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Source:
+    """The data of a training before they are prepared.
+
+    Args:
+        recipe: None to derive it from the timed case.
+        prepared: folder for prepared cases; an earlier call may have prepared some.
+        budget: memory for training.
+    """
+
+    dataset: Path
+    recipe: Recipe | None
+    prepared: Path
+    budget: Budget
+    seed: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class _Timed:
     """One case, prepared with a plan made from it alone."""
 
@@ -87,17 +104,45 @@ class _Timed:
     prepared: PreparedCase
 
 
+class _Ahead:
+    """The cases ahead. Reading and preparing take time in proportion to the size of the files."""
+
+    def __init__(self, source: Source, cases: Sequence[Case]) -> None:
+        folder = source.prepared / "cases"
+        missing = [case for case in cases if not (folder / case.id / CASE_FILE).is_file()]
+        is_seen = _has_fingerprint(source.prepared)
+        todo: dict[str, Sequence[Case]] = dict.fromkeys(STAGES, cases)
+        todo[PREPARING] = missing
+        if is_seen:
+            todo[ANALYSING] = ()
+        if is_seen or source.recipe is not None:
+            todo[MASKS] = ()
+        self._size = {case.id: _bytes(case) for case in cases}
+        self._total = {stage: sum(self._size[case.id] for case in todo[stage]) for stage in STAGES}
+        self._candidates = missing or cases
+
+    def from_median(self) -> list[Case]:
+        """Return the cases to time, those of about median size first."""
+        sizes = [self._size[case.id] for case in self._candidates]
+        middle = float(np.median(sizes))
+        return sorted(self._candidates, key=lambda case: abs(self._size[case.id] - middle))
+
+    def seconds(self, timed: Sequence[_Timed]) -> dict[str, float]:
+        """Return the seconds of each stage for all cases, at the fastest pace measured."""
+        return {
+            stage: min(case.seconds[stage] / self._size[case.prepared.id] for case in timed)
+            * self._total[stage]
+            for stage in STAGES
+        }
+
+
 def make_forecast(
-    dataset: Path,
-    recipe: Recipe | None,
-    prepared: Path,
-    budget: Budget,
-    enough: float,
-    *,
+    source: Source,
     team: Team,
+    *,
+    enough: float,
     threads: Threads | None = None,
     until: float = math.inf,
-    seed: int,
     progress: Progress = ignore_progress,
 ) -> Forecast | None:
     """Prepare a case of about median size, train a few steps on it and extrapolate to all cases.
@@ -106,66 +151,27 @@ def make_forecast(
     cases exceeds `enough` seconds, up to two more are timed.
 
     Args:
-        recipe: None to derive it from the timed case.
-        prepared: folder for prepared cases; an earlier call may have prepared some.
-        budget: memory for training.
         until: deadline, as a time of `time.monotonic`.
 
     Returns:
         None if no case can be used; preparing the dataset reports why.
     """
-    from volseg.planning.close import close, size_of
-    from volseg.planning.fingerprint import combine_fingerprints
+    from volseg.planning.close import size_of
+    from volseg.training.segmentation import SegmentationObjective
     from volseg.training.speed import seconds_per_step
 
-    channels = None if recipe is None else recipe.data.channels
-    allow_missing = recipe is not None and recipe.data.missing == "empty"
-    cases, mistakes = survey_cases(dataset, channels, allow_missing=allow_missing)
-    cases = [case for case in cases if case.reference is not None and case.split != "test"]
-    if mistakes or not cases:
+    cases = _usable_cases(source)
+    if not cases:
         return None
-    size = {case.id: _bytes(case) for case in cases}
-    missing = [case for case in cases if not (prepared / "cases" / case.id / CASE_FILE).is_file()]
-    is_seen = _has_fingerprint(prepared)
-    middle = float(np.median([size[case.id] for case in missing or cases]))
-    began, rates, timed = time.monotonic(), list[Mapping[str, float]](), None
-    stages: dict[str, float] = {}
-    for case in sorted(missing or cases, key=lambda case: abs(size[case.id] - middle)):
-        progress("Timing the first case", len(rates) / TIMED_CASES, case.id)
-        try:
-            timed = _time_case(dataset, case, recipe, prepared, budget, seed)
-        except VolsegError:  # preparing the dataset reports every error
-            if time.monotonic() - began > TIMING_SECONDS:
-                return None
-            continue
-        rates.append({stage: seconds / size[case.id] for stage, seconds in timed.seconds.items()})
-        todo: dict[str, Sequence[Case]] = dict.fromkeys(STAGES, cases)
-        todo[PREPARING] = missing
-        if is_seen:
-            todo[ANALYSING] = ()
-        if is_seen or recipe is not None:
-            todo[MASKS] = ()
-        stages = {
-            stage: min(rate[stage] for rate in rates) * sum(size[case.id] for case in todo[stage])
-            for stage in STAGES
-        }
-        is_long = time.monotonic() - began > TIMING_SECONDS or time.monotonic() > until
-        if sum(stages.values()) <= enough or len(rates) == TIMED_CASES or is_long:
-            break
-    if timed is None:
+    ahead = _Ahead(source, cases)
+    timed = _time_cases(source, ahead, enough=enough, until=until, progress=progress)
+    if not timed:
         return None
-    closed = timed.closed
-    if timed.recipe.open_keys:
-        others = [case for case in cases if case.id != timed.prepared.id]
-        deadline = min(time.monotonic() + LOOKED_SECONDS, until)
-        fingerprints = _sample_fingerprints(dataset, others, timed.recipe, seed, deadline)
-        combined = combine_fingerprints([timed.fingerprint, *fingerprints])
-        closed = close(timed.recipe, combined, budget).recipe
+    closed = _closed(source, timed[-1], cases, until)
     step = seconds_per_step(
-        [timed.prepared],
-        closed,
-        team=team,
-        seed=seed,
+        SegmentationObjective([timed[-1].prepared], (), closed),
+        team,
+        seed=source.seed,
         threads=threads,
         until=until,
         tick=lambda doing: progress("Timing the first case", 1.0, doing),
@@ -175,23 +181,48 @@ def make_forecast(
     if network is not None:
         n, outputs = len(closed.data.channels), closed.data.n_outputs
         flops = network.step_flops(n, outputs) * closed.train.accumulate / step
-    return Forecast(n_cases=len(cases), stages=stages, step=step, flops=flops)
+    return Forecast(n_cases=len(cases), stages=ahead.seconds(timed), step=step, flops=flops)
 
 
-def _time_case(
-    dataset: Path,
-    case: Case,
-    recipe: Recipe | None,
-    prepared: Path,
-    budget: Budget,
-    seed: int,
-) -> _Timed:
+def _usable_cases(source: Source) -> list[Case]:
+    """Return the cases for training and validation; none if the dataset has mistakes."""
+    recipe = source.recipe
+    channels = None if recipe is None else recipe.data.channels
+    allow_missing = recipe is not None and recipe.data.missing == "empty"
+    cases, mistakes = survey_cases(source.dataset, channels, allow_missing=allow_missing)
+    if mistakes:
+        return []
+    return [case for case in cases if case.reference is not None and case.split != "test"]
+
+
+def _time_cases(
+    source: Source, ahead: _Ahead, *, enough: float, until: float, progress: Progress
+) -> list[_Timed]:
+    """Time one case, or up to `TIMED_CASES` while more than `enough` seconds are expected."""
+    began, timed = time.monotonic(), list[_Timed]()
+    for case in ahead.from_median():
+        progress("Timing the first case", len(timed) / TIMED_CASES, case.id)
+        try:
+            timed.append(_time_case(source, case))
+        except VolsegError:  # preparing the dataset reports every error
+            if time.monotonic() - began > TIMING_SECONDS:
+                return []
+            continue
+        is_long = time.monotonic() - began > TIMING_SECONDS or time.monotonic() > until
+        if is_long or len(timed) == TIMED_CASES or sum(ahead.seconds(timed).values()) <= enough:
+            break
+    return timed
+
+
+def _time_case(source: Source, case: Case) -> _Timed:
     """Run and time every stage before training on one case."""
     from volseg.planning.close import close
     from volseg.planning.fingerprint import combine_fingerprints
 
+    dataset, seed, stated = source.dataset, source.seed, source.recipe
     laps = [time.monotonic()]
-    stated = recipe if recipe is not None else auto_recipe(dataset, [case], ignore_progress)
+    if stated is None:
+        stated = auto_recipe(dataset, [case], ignore_progress)
     laps.append(time.monotonic())
     cases = training_cases(dataset, stated, seed, ignore_progress)
     case = next(training_case for training_case in cases if training_case.id == case.id)
@@ -200,20 +231,32 @@ def _time_case(
     laps.append(time.monotonic())
     fingerprint = look_at(case, stated, seed)
     laps.append(time.monotonic())
-    closed = close(stated, combine_fingerprints([fingerprint]), budget).recipe
-    with OutputFolder(prepared, "preprocess") as outputs:
+    closed = close(stated, combine_fingerprints([fingerprint]), source.budget).recipe
+    with OutputFolder(source.prepared, "preprocess") as outputs:
         key = case_key(inputs, closed, seed)
         prepare_case(case, closed, outputs, key, seed, digests)
     laps.append(time.monotonic())
-    seconds: dict[str, float] = dict(zip(STAGES, np.diff(laps).tolist(), strict=True))
-    prepared_case = read_prepared_case(prepared / "cases", case.id)
     return _Timed(
-        seconds=seconds,
+        seconds=dict(zip(STAGES, np.diff(laps).tolist(), strict=True)),
         recipe=stated,
         closed=closed,
         fingerprint=fingerprint,
-        prepared=prepared_case,
+        prepared=read_prepared_case(source.prepared / "cases", case.id),
     )
+
+
+def _closed(source: Source, timed: _Timed, cases: Sequence[Case], until: float) -> Recipe:
+    """Return the recipe closed with the timed case, and others if they decide open values."""
+    from volseg.planning.close import close
+    from volseg.planning.fingerprint import combine_fingerprints
+
+    if not timed.recipe.open_keys:
+        return timed.closed
+    others = [case for case in cases if case.id != timed.prepared.id]
+    deadline = min(time.monotonic() + LOOKED_SECONDS, until)
+    fingerprints = _sample_fingerprints(source.dataset, others, timed.recipe, source.seed, deadline)
+    combined = combine_fingerprints([timed.fingerprint, *fingerprints])
+    return close(timed.recipe, combined, source.budget).recipe
 
 
 def _sample_fingerprints(
@@ -235,7 +278,7 @@ def _sample_fingerprints(
 
 
 def _bytes(case: Case) -> int:
-    """Return the size of the case's files; reading and preparing take time in proportion."""
+    """Return the size of the case's files, at least 1."""
     total = 1
     for path in (*case.images.values(), case.reference):
         if path is not None and path.is_file():

@@ -103,9 +103,20 @@ def prepare_dataset(
     with OutputFolder(out, "preprocess", inputs=inputs) as outputs:
         outputs.refuse_foreign([PREPARED_FILE, "cases.csv"])
         digests = _hash_files(cases, progress)
-        facts, failed = _facts(
-            dataset, cases, digests, recipe, outputs, seed, earlier, budget, progress
-        )
+        key = _fingerprint_key(cases, digests, recipe, seed)
+        analysed, failed = _known_fingerprint(out, key), dict[str, str]()
+        if analysed is None:
+            analysed, failed = _fingerprint(dataset, cases, recipe, seed, progress, outputs)
+        facts: dict[str, Any] = {
+            "key": key,
+            "plan": _plan(recipe, analysed, earlier, budget).as_json(),
+            "recipe": recipe.model_dump(mode="json"),
+            "fingerprint": analysed.model_dump(mode="json"),
+        }
+        # Lets the next call reuse the fingerprint if this one is interrupted.
+        if not failed and not read_header(out).get("cases"):
+            unprepared = {"failed": {}, "cases": {}, "keys": {}}
+            outputs.write(PREPARED_FILE, json_text(facts | unprepared))
         facts["is_auto"] = options.recipe is None
         if failed and refuse:
             refuse_dataset(dataset, failed)
@@ -152,47 +163,38 @@ def prepare_dataset(
     )
 
 
-def _facts(
-    dataset: Path,
-    cases: Sequence[Case],
-    digests: Inputs,
-    recipe: Recipe,
-    outputs: OutputFolder,
-    seed: int,
-    plan: Closed | None,
-    budget: Budget | None,
-    progress: Progress,
-) -> tuple[dict[str, Any], dict[str, str]]:
-    """Return recipe, fingerprint and plan for `prepared.json`, and why cases cannot be used.
+def _fingerprint_key(cases: Sequence[Case], digests: Inputs, recipe: Recipe, seed: int) -> str:
+    """Return the key of what decides a dataset's fingerprint."""
+    parts = {"data": recipe.data.model_dump(mode="json"), "seed": seed}
+    return input_key(parts, [digest for case in cases for digest in case_inputs(case, digests)])
 
-    The fingerprint of an earlier call on the same files is reused.
-    """
-    from volseg.planning.close import DEFAULT_BUDGET, check_budget, close, fill
+
+def _known_fingerprint(prepared: Path, key: str) -> DatasetFingerprint | None:
+    """Return the fingerprint of an earlier call on the same files, if all could be used."""
     from volseg.planning.fingerprint import DatasetFingerprint
 
-    parts = {"data": recipe.data.model_dump(mode="json"), "seed": seed}
-    key = input_key(parts, [digest for case in cases for digest in case_inputs(case, digests)])
-    failed: dict[str, str] = {}
-    earlier = read_header(outputs.path)
+    earlier = read_header(prepared)
     try:
         if earlier["key"] != key or earlier["failed"]:
-            raise ValueError("made from other files")
-        fingerprint = DatasetFingerprint.model_validate(earlier["fingerprint"])
-    except (ValueError, KeyError, TypeError):  # none yet, or of other files
-        fingerprint, failed = _fingerprint(dataset, cases, recipe, seed, progress, outputs)
-    if plan is None:
+            return None
+        return DatasetFingerprint.model_validate(earlier["fingerprint"])
+    except (ValueError, KeyError, TypeError):  # damaged
+        return None
+
+
+def _plan(
+    recipe: Recipe, fingerprint: DatasetFingerprint, earlier: Closed | None, budget: Budget | None
+) -> Closed:
+    """Close the recipe, with the values of an earlier plan if there is one."""
+    from volseg.planning.close import DEFAULT_BUDGET, check_budget, close, fill
+
+    if earlier is None:
         plan = close(recipe, fingerprint, budget or DEFAULT_BUDGET)
     else:
-        plan = fill(recipe, plan)
+        plan = fill(recipe, earlier)
     if budget is not None and budget.is_stated:
         check_budget(plan.recipe, budget)
-    models = {"recipe": recipe, "fingerprint": fingerprint}
-    facts = {"key": key, "plan": plan.as_json()}
-    facts |= {name: model.model_dump(mode="json") for name, model in models.items()}
-    # Lets the next call reuse the fingerprint if this one is interrupted.
-    if not failed and not earlier.get("cases"):
-        outputs.write(PREPARED_FILE, json_text(facts | {"failed": {}, "cases": {}, "keys": {}}))
-    return facts, failed
+    return plan
 
 
 def read_header(prepared: Path) -> Mapping[str, Any]:

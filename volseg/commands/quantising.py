@@ -125,18 +125,17 @@ def _calibration_patches(
     cases: Sequence[PreparedCase], bundle: ModelBundle, seed: int
 ) -> list[np.ndarray]:
     """Cut patches of (1, channels, R, A, S) float32 as in training, without augmentation."""
-    from volseg.training.samples import sample_batch
+    from volseg.training.samples import Sampling, sample_batch
 
     patches = []
+    sampling = Sampling(
+        patch_shape=bundle.recipe.patch_shape,
+        n=PATCHES_PER_CASE,
+        foreground_fraction=1 / PATCHES_PER_CASE,
+        seed=seed,
+    )
     for number, case in enumerate(cases):
-        images, _ = sample_batch(
-            [case],
-            bundle.recipe.patch_shape,
-            n=PATCHES_PER_CASE,
-            foreground_fraction=1 / PATCHES_PER_CASE,
-            seed=seed,
-            step=number,
-        )
+        images, _ = sample_batch([case], sampling, step=number)
         patches += list(images[:, None])
     return patches
 

@@ -23,8 +23,16 @@ from volseg.commands.earlier import (
     read_fitted,
     write_fitted,
 )
-from volseg.commands.fitting import TooShortError, best_plan, fit_to_time, refuse_time, suggested
-from volseg.commands.forecast import Forecast, Guard, make_forecast
+from volseg.commands.fitting import (
+    Fit,
+    Folds,
+    TooShortError,
+    best_plan,
+    fit_to_time,
+    refuse_time,
+    suggested,
+)
+from volseg.commands.forecast import Forecast, Guard, Source, make_forecast
 from volseg.commands.importing import MODEL_FILE
 from volseg.commands.planning import N_FOLDS, budget_of, number_of_folds
 from volseg.commands.prepared import Split, load_prepared, prepared_warnings, split_cases
@@ -45,7 +53,7 @@ from volseg.io.prepared import PreparedCase
 from volseg.options import PreprocessOptions, Progress, TrainOptions, command
 from volseg.pages.model_box import POOR_DICE
 from volseg.pages.scalars import Scalars
-from volseg.recipe import Recipe, Train, as_recipe, parse_recipe
+from volseg.recipe import Classify, Recipe, Train, as_recipe, parse_recipe
 from volseg.reports import TrainReport
 from volseg.sizing import LEAST_STEPS, Budget
 from volseg.store.outputs import OutputFolder, delete_written
@@ -58,8 +66,12 @@ if TYPE_CHECKING:  # torch takes seconds to import; only a command that needs it
     from volseg.bundle import ModelBundle
     from volseg.planning.close import Closed
     from volseg.planning.fingerprint import DatasetFingerprint
-    from volseg.training.loop import Epoch, RunSettings, Tick, Trained
+    from volseg.training.loop import Trained, Watch
+    from volseg.training.objective import Weights
     from volseg.training.ranks import Team
+    from volseg.training.run import Job
+    from volseg.training.schedule import RunSettings
+    from volseg.training.state import Epoch
 
 MAX_FOLDS = 20
 HISTORY_ROI, VALIDATION = "history_roi.csv", "validation.csv"
@@ -184,6 +196,23 @@ class _Prepared:
     warnings: Sequence[str]
     forecast: Forecast | None = None
 
+    def stated(self) -> Recipe:
+        """Return the recipe as stated, which may leave values open."""
+        if self.recipe is not None:
+            return self.recipe
+        return parse_recipe(read_header(self.folder)["recipe"], where=str(self.folder))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Result:
+    """What was trained: weights and metrics of the bundle, and networks by number of split."""
+
+    weights: Mapping[str, Weights]
+    metrics: Mapping[str, Any]
+    trained: Mapping[int, Trained]
+    rows: Sequence[ValidationRow]
+    is_interrupted: bool
+
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class _Training:
@@ -206,32 +235,14 @@ class _Training:
         self.steady.show(stage, done, detail)
 
     def run(self) -> TrainReport:
-        from volseg.bundle import (
-            ROI,
-            ModelBundle,
-            bundle_files,
-            load_bundle,
-            save_bundle,
-            segmentation_name,
-        )
-        from volseg.inference.export import export_bundle
+        from volseg.bundle import load_bundle
         from volseg.planning.close import check_budget
         from volseg.training.check import check_recipe
-        from volseg.training.loop import INTERRUPTED
 
         if self.options.recipe is not None:
             check_recipe(as_recipe(self.options.recipe))  # before any folder is made
         with self.outputs:
-            self._check_unfinished()
-            names = (segmentation_name(index) for index in range(MAX_FOLDS))
-            histories = [HISTORY_ROI, *(_history_name(number) for number in range(MAX_FOLDS))]
-            self.outputs.refuse_foreign(
-                [*bundle_files([*names, ROI, "classifier"]), *histories, *PICTURES]
-            )
-            self.outputs.work_folder(WORK_FOLDER)
-            if not self.options.resume:
-                (self.work / FITTED_FILE).unlink(missing_ok=True)
-            self.progress("Starting", 0.0, str(self.options.dataset))
+            self._open()
             model = None if self.options.init is None else load_bundle(self.options.init)
             data = self._prepare(model)
             self._warn(*data.warnings)
@@ -239,107 +250,140 @@ class _Training:
             if self.options.memory is not None:
                 check_budget(plan.recipe, self._budget())
             check_recipe(plan.recipe)
-            folds, (recipe, reasons) = self._fit(data, plan, fingerprint, cases)
-            if folds > 1:
-                splits = [
-                    split_cases(cases, number, self.options.seed, folds) for number in range(folds)
-                ]
-            else:
-                splits = [split_cases(cases, self.options.fold, self.options.seed)]
+            folds, closed = self._fit(data, plan, fingerprint, cases)
+            splits = self._splits(cases, folds)
             if self.options.preview:
-                self.outputs.write(PREVIEW, preview_png(splits[0][0], recipe, self.options.seed))
-                return TrainReport(
-                    out=self.options.out,
-                    done=[recipe.name],
-                    warnings=self.warnings,
-                    preview=str(self.options.out / PREVIEW),
-                )
+                return self._preview(splits[0][0], closed.recipe)
             self._check_folds(len(splits))
-            initial = {} if model is None else model.weights
-            weights: dict[str, Mapping[str, Any]] = {}
-            metrics: dict[str, Any] = {}
-            earlier = 0.0
-            if recipe.roi is not None:  # first: it is quick, and bad data fail here too
-                first_pass, earlier = self._first_pass(splits[0], recipe, initial.get(ROI, {}))
-                weights[ROI] = first_pass.weights
-                metrics = {f"roi_{name}": value for name, value in first_pass.metrics.items()}
-            trained, stopped = self._networks(
-                splits, recipe, initial.get("segmentation", {}), earlier
-            )
-            rows = []
-            for index, (number, network) in enumerate(trained.items()):
-                weights[segmentation_name(index)] = network.weights
-                rows += [replace(row, fold=number) for row in network.validation]
-            metrics = _metrics_of(trained, stopped, summary(rows)) | metrics
-            self._warn_of_results(trained, rows)
-            if self.warnings:
-                metrics["warnings"] = "; ".join(self.warnings)
-            metrics["training_cases"] = len(
-                {case.id for number in trained for case in splits[number][0]}
-            )
-            interrupted = INTERRUPTED in stopped.values()
-            device = self.team.fabric.device
-            if recipe.classify is not None and not interrupted:
-                left = self.time.left(self._finishing(len(splits)))
-                try:
-                    classifier, class_metrics = _train_classifier(
-                        *splits[0], recipe, device, self.options.seed, left, self.progress
-                    )
-                except KeyboardInterrupt:
-                    classifier, class_metrics = None, {"stopped": INTERRUPTED}
-                    interrupted = True
-                metrics |= class_metrics
-                if classifier is not None:
-                    weights["classifier"] = classifier
-            bundle = ModelBundle(
-                recipe=recipe,
-                fingerprint=fingerprint,
-                weights=weights,
-                metrics=metrics,
-                reasons=reasons,
-            )
-            with self.outputs.staged() as commit:
-                save_bundle(bundle, commit.folder)
-                if rows:
-                    commit.write(VALIDATION, table(ValidationRow, rows))
-                commit.finish(last=MODEL_FILE)
-            bundle = load_bundle(self.options.out)
-            with self.outputs.staged() as commit:
-                export_bundle(bundle, commit.folder, before=self._time_for("Exporting"))
-                commit.finish()
-            from volseg.pages.training_figures import curves_png
-
-            # Pictures come last, so that a failure in them loses no results.
-            has_time = self._time_for("Drawing")
-            if has_time(CURVES):
-                curves = [network.history for network in trained.values()]
-                self.outputs.write(CURVES, curves_png(curves))
-            worst = worst_cases_png(rows, trained, splits, recipe, device, before=has_time)
-            if worst:
-                self.outputs.write(WORST, worst)
-            if not interrupted:
+            result = self._train(splits, closed.recipe, {} if model is None else model.weights)
+            bundle = self._write_model(result, closed, fingerprint)
+            self._draw(result, splits, closed.recipe)
+            if not result.is_interrupted:
                 delete_written(self.work / PREPARED_FOLDER)
                 delete_written(self.work, _is_intermediate)
         return TrainReport(
             out=self.options.out,
-            done=[recipe.name],
+            done=[closed.recipe.name],
             warnings=self.warnings,
             metrics=dict(bundle.metrics),
             sha256=bundle.sha256,
-            interrupted=interrupted,
+            interrupted=result.is_interrupted,
         )
+
+    def _open(self) -> None:
+        """Check that `out` can take the model, and open the work folder."""
+        from volseg.bundle import ROI, bundle_files, segmentation_name
+
+        self._check_unfinished()
+        names = (segmentation_name(index) for index in range(MAX_FOLDS))
+        histories = [HISTORY_ROI, *(_history_name(number) for number in range(MAX_FOLDS))]
+        self.outputs.refuse_foreign(
+            [*bundle_files([*names, ROI, "classifier"]), *histories, *PICTURES]
+        )
+        self.outputs.work_folder(WORK_FOLDER)
+        if not self.options.resume:
+            (self.work / FITTED_FILE).unlink(missing_ok=True)
+        self.progress("Starting", 0.0, str(self.options.dataset))
+
+    def _splits(self, cases: Sequence[PreparedCase], folds: int) -> list[Split]:
+        seed = self.options.seed
+        if folds > 1:
+            return [split_cases(cases, number, seed, folds) for number in range(folds)]
+        return [split_cases(cases, self.options.fold, seed)]
+
+    def _preview(self, training: Sequence[PreparedCase], recipe: Recipe) -> TrainReport:
+        self.outputs.write(PREVIEW, preview_png(training, recipe, self.options.seed))
+        return TrainReport(
+            out=self.options.out,
+            done=[recipe.name],
+            warnings=self.warnings,
+            preview=str(self.options.out / PREVIEW),
+        )
+
+    def _train(
+        self, splits: Sequence[Split], recipe: Recipe, initial: Mapping[str, Weights]
+    ) -> _Result:
+        """Train first pass, networks and classifier."""
+        from volseg.bundle import ROI, segmentation_name
+        from volseg.training.schedule import Stop
+
+        weights: dict[str, Weights] = {}
+        roi_metrics: dict[str, Any] = {}
+        earlier = 0.0
+        if recipe.roi is not None:  # first: it is quick, and bad data fail here too
+            first_pass, earlier = self._first_pass(splits[0], recipe, initial.get(ROI, {}))
+            weights[ROI] = first_pass.weights
+            roi_metrics = {f"roi_{name}": value for name, value in first_pass.metrics.items()}
+        trained, stopped = self._networks(splits, recipe, initial.get("segmentation", {}), earlier)
+        rows = []
+        for index, (number, network) in enumerate(trained.items()):
+            weights[segmentation_name(index)] = network.weights
+            rows += [replace(row, fold=number) for row in network.validation]
+        metrics = _metrics_of(trained, stopped, summary(rows)) | roi_metrics
+        self._warn_of_results(trained, rows)
+        if self.warnings:
+            metrics["warnings"] = "; ".join(self.warnings)
+        metrics["training_cases"] = len(
+            {case.id for number in trained for case in splits[number][0]}
+        )
+        is_interrupted = Stop.INTERRUPTED in stopped.values()
+        if recipe.classify is not None and not is_interrupted:
+            left = self.time.left(self._finishing(len(splits)))
+            try:
+                classifier, class_metrics = self._classifier(splits[0], recipe.classify, left)
+            except KeyboardInterrupt:
+                classifier, class_metrics = None, {"stopped": Stop.INTERRUPTED.value}
+                is_interrupted = True
+            metrics |= class_metrics
+            if classifier is not None:
+                weights["classifier"] = classifier
+        return _Result(weights, metrics, trained, rows, is_interrupted)
+
+    def _write_model(
+        self, result: _Result, closed: Closed, fingerprint: DatasetFingerprint
+    ) -> ModelBundle:
+        """Write the model with its exported networks; return it as read back."""
+        from volseg.bundle import ModelBundle, load_bundle, save_bundle
+        from volseg.inference.export import export_bundle
+
+        bundle = ModelBundle(
+            recipe=closed.recipe,
+            fingerprint=fingerprint,
+            weights=result.weights,
+            metrics=result.metrics,
+            reasons=closed.reasons,
+        )
+        with self.outputs.staged() as commit:
+            save_bundle(bundle, commit.folder)
+            if result.rows:
+                commit.write(VALIDATION, table(ValidationRow, result.rows))
+            commit.finish(last=MODEL_FILE)
+        bundle = load_bundle(self.options.out)
+        with self.outputs.staged() as commit:
+            export_bundle(bundle, commit.folder, before=self._time_for("Exporting"))
+            commit.finish()
+        return bundle
+
+    def _draw(self, result: _Result, splits: Sequence[Split], recipe: Recipe) -> None:
+        """Draw pictures; they come last, so that a failure in them loses no results."""
+        from volseg.pages.training_figures import curves_png
+
+        has_time, device = self._time_for("Drawing"), self.team.fabric.device
+        if has_time(CURVES):
+            curves = [network.history for network in result.trained.values()]
+            self.outputs.write(CURVES, curves_png(curves))
+        worst = worst_cases_png(
+            result.rows, result.trained, splits, recipe, device, before=has_time
+        )
+        if worst:
+            self.outputs.write(WORST, worst)
 
     def _prepare(self, model: ModelBundle | None) -> _Prepared:
         """Prepare the dataset, or take a prepared folder; `model` provides the initial weights."""
         from volseg.training.check import check_recipe
 
         if (self.options.dataset / PREPARED_FILE).is_file():
-            recipe = None if self.options.recipe is None else as_recipe(self.options.recipe)
-            is_auto = recipe is None and bool(read_header(self.options.dataset).get("is_auto"))
-            folds = self.options.folds or (N_FOLDS if is_auto and self.options.fold is None else 1)
-            return _Prepared(
-                self.options.dataset, recipe, folds, prepared_warnings(self.options.dataset)
-            )
+            return self._take_prepared()
         prepared = self.work / PREPARED_FOLDER
         stated = None if self.options.recipe is None else as_recipe(self.options.recipe)
         forecast, progress = self._foresee(stated, prepared), self.progress
@@ -348,18 +392,8 @@ class _Training:
         recipe = (
             cached_recipe(self.options.dataset, self.work, progress) if stated is None else stated
         )
-        # An open recipe takes network and patches from the model to start from.
         if model is not None and recipe.leaves_size_open:
-            if model.recipe.preprocess.axes != "canonical":
-                raise VolsegError(
-                    f"{self.options.init}: its network takes scans in the axis order of files",
-                    fix="give a --recipe with its [network], strides and kernels along R, A, S, "
-                    "and your own [preprocess]",
-                    code="E_CKPT",
-                )
-            patches = model.recipe.train.model_dump(include={"patch_shape", "batch_size"})
-            train = recipe.train.model_copy(update=patches)
-            recipe = recipe.model_copy(update={"network": model.recipe.network, "train": train})
+            recipe = self._with_size_of(model, recipe)
         check_recipe(recipe)
         folds = 1
         if self.options.fold is None:
@@ -383,6 +417,26 @@ class _Training:
             refuse_dataset(self.options.dataset, report.failed)
         return _Prepared(prepared, recipe, folds, report.warnings, forecast)
 
+    def _take_prepared(self) -> _Prepared:
+        options = self.options
+        recipe = None if options.recipe is None else as_recipe(options.recipe)
+        is_auto = recipe is None and bool(read_header(options.dataset).get("is_auto"))
+        folds = options.folds or (N_FOLDS if is_auto and options.fold is None else 1)
+        return _Prepared(options.dataset, recipe, folds, prepared_warnings(options.dataset))
+
+    def _with_size_of(self, model: ModelBundle, recipe: Recipe) -> Recipe:
+        """Return an open recipe with network and patches of the model to start from."""
+        if model.recipe.preprocess.axes != "canonical":
+            raise VolsegError(
+                f"{self.options.init}: its network takes scans in the axis order of files",
+                fix="give a --recipe with its [network], strides and kernels along R, A, S, "
+                "and your own [preprocess]",
+                code="E_CKPT",
+            )
+        patches = model.recipe.train.model_dump(include={"patch_shape", "batch_size"})
+        train = recipe.train.model_copy(update=patches)
+        return recipe.model_copy(update={"network": model.recipe.network, "train": train})
+
     def _budget(self) -> Budget:
         """Return the memory budget; time is budgeted once the speed of a step is known."""
         half = self.team.precision != "32-true"
@@ -402,15 +456,17 @@ class _Training:
         if self.time.seconds is None or self.options.preview or read_fitted(self.work) is not None:
             return None
         forecast = make_forecast(
-            self.options.dataset,
-            recipe,
-            prepared,
-            replace(self._budget(), is_least=True),
-            PREPARING_FRACTION * self.time.seconds,
-            team=self.team,
+            Source(
+                dataset=self.options.dataset,
+                recipe=recipe,
+                prepared=prepared,
+                budget=replace(self._budget(), is_least=True),
+                seed=self.options.seed,
+            ),
+            self.team,
+            enough=PREPARING_FRACTION * self.time.seconds,
             threads=self.threads,
             until=self.time.started + ANSWER_SECONDS,
-            seed=self.options.seed,
             progress=self.progress,
         )
         if forecast is not None:
@@ -492,75 +548,93 @@ class _Training:
         Raises:
             VolsegError: the time is too short for one network to learn.
         """
-        from volseg.planning.close import close, fill, size_of
-        from volseg.training.speed import seconds_per_step
+        from volseg.planning.close import fill
 
         fitted, folds = read_fitted(self.work), data.folds
-        header = read_header(data.folder)
-        stated = data.recipe or parse_recipe(header["recipe"], where=str(data.folder))
         if fitted is not None:  # a resumed run
-            return self.options.folds or fitted.folds, fill(stated, fitted.plan)
+            return self.options.folds or fitted.folds, fill(data.stated(), fitted.plan)
         if self.options.folds is None and folds > 1:
             folds = min(folds, len({case.record["patient"] for case in cases}))
         if self.time.seconds is None or self.options.preview:
             return folds, plan
+        fit = self._fit_time(data, folds, plan, fingerprint, cases)
+        write_fitted(self.work, Fitted(fit.folds, fit.plan))
+        return fit.folds, fit.plan
 
-        is_internal = data.folder != self.options.dataset  # prepared by `train`, in its work folder
+    def _fit_time(
+        self,
+        data: _Prepared,
+        folds: int,
+        plan: Closed,
+        fingerprint: DatasetFingerprint,
+        cases: Sequence[PreparedCase],
+    ) -> Fit:
+        """Fit number and size of the networks to the time left."""
+        from volseg.planning.close import close
+
+        stated = data.stated()
         seconds = (self.time.left(self._finishing(folds)) or 0.0) * _steps_fraction(stated)
-
-        def time_step(candidate: Closed) -> float:
-            return seconds_per_step(
-                cases,
-                candidate.recipe,
-                team=self.team,
-                seed=self.options.seed,
-                threads=self.threads,
-                tick=lambda doing: self.steady.tick("Planning", 0.5, doing),
-            )
-
-        def operations(candidate: Closed) -> float:
-            size = size_of(candidate.recipe)
-            assert size is not None, "a network chosen by the plan has a size"
-            flops = size.step_flops(len(stated.data.channels), stated.data.n_outputs)
-            return flops * stated.train.accumulate
-
         self.progress("Planning", 0.0, f"{duration(self.time.left() or 0.0)} left")
         least = None
         if stated.leaves_size_open:
             least = close(stated, fingerprint, replace(self._budget(), is_least=True))
             speed = None if data.forecast is None else data.forecast.flops
-            flops = (speed or operations(least) / time_step(least)) * seconds
+            speed = speed or _operations(least) / self._time_step(cases, least)
             plan = best_plan(
                 lambda n: close(stated, fingerprint, replace(self._budget(), flops=n)),
                 least,
-                flops,
+                speed * seconds,
                 folds,
-                lambda candidate, n: n / operations(candidate),
+                lambda candidate, n: n / _operations(candidate),
             )
         is_late = data.forecast is not None and self.time.spent() > ANSWER_SECONDS
+        networks = Folds(
+            n=folds,
+            may_drop=self.options.folds is None,
+            least_steps=self._least_steps,
+            enough=LATE_FRACTION if is_late else 1.0,
+        )
         try:
             fit = fit_to_time(
                 plan,
                 seconds,
-                folds=folds,
-                may_drop_folds=self.options.folds is None,
-                time_step=time_step,
+                networks,
+                time_step=partial(self._time_step, cases),
                 smaller=None if least is None else lambda: least,
-                least_steps=self._least_steps,
-                enough=LATE_FRACTION if is_late else 1.0,
             )
         except TooShortError as error:
             needed = error.needed / _steps_fraction(stated) + self._finishing(folds)
-            kept = f"; {self._kept(data.folder)}" if is_internal else ""
-            fewer = (
-                f", or --folds 1 instead of {self.options.folds}"
-                if (self.options.folds or 1) > 1
-                else ""
-            )
-            steps = f"{self._least_steps} steps for each network with validation"
-            what = f"{steps} take about {duration(needed)}"
-            needed += STARTING_SECONDS
-            refuse_time(self.time.seconds, needed, what, remedy=fewer, kept=kept)
+            self._refuse_training(needed, data.folder)
+        self._announce(fit, seconds)
+        return fit
+
+    def _time_step(self, cases: Sequence[PreparedCase], candidate: Closed) -> float:
+        from volseg.training.segmentation import SegmentationObjective
+        from volseg.training.speed import seconds_per_step
+
+        return seconds_per_step(
+            SegmentationObjective(cases, (), candidate.recipe),
+            self.team,
+            seed=self.options.seed,
+            threads=self.threads,
+            tick=lambda doing: self.steady.tick("Planning", 0.5, doing),
+        )
+
+    def _refuse_training(self, needed: float, prepared: Path) -> NoReturn:
+        """Raise an error: the time left is too short for the training itself."""
+        assert self.time.seconds is not None
+        is_internal = prepared != self.options.dataset  # prepared by `train`, in its work folder
+        stated = self.options.folds or 1
+        refuse_time(
+            self.time.seconds,
+            needed + STARTING_SECONDS,
+            f"{self._least_steps} steps for each network with validation take about "
+            f"{duration(needed)}",
+            remedy=f", or --folds 1 instead of {stated}" if stated > 1 else "",
+            kept=f"; {self._kept(prepared)}" if is_internal else "",
+        )
+
+    def _announce(self, fit: Fit, seconds: float) -> None:
         for reason in fit.reasons:
             self.options.announce(f"time budget: {reason}")
         steps = seconds / fit.folds / fit.seconds_per_step
@@ -569,8 +643,6 @@ class _Training:
         self.options.announce(
             f"training {networks} with patches of {patch} voxels, about {steps:.0f} steps each"
         )
-        write_fitted(self.work, Fitted(fit.folds, fit.plan))
-        return fit.folds, fit.plan
 
     def _kept(self, prepared: Path) -> str:
         return f"the prepared data are kept in {prepared} for the next call with this --out"
@@ -618,25 +690,16 @@ class _Training:
         self, split: Split, recipe: Recipe, initial: Mapping[str, torch.Tensor]
     ) -> tuple[Trained, float]:
         """Train the first pass; also return its seconds of training in a resumed earlier call."""
-        from volseg.training.loop import INTERRUPTED
         from volseg.training.roi import train_roi
+        from volseg.training.schedule import Stop
 
         assert recipe.roi is not None
         left, began, stage = self.time.left(), time.monotonic(), "Training the first pass"
         seconds = None if left is None else left * recipe.roi.time_fraction
-        first_pass = train_roi(
-            *split,
-            recipe,
-            self._settings(recipe.roi.train, seconds, freeze=()),
-            team=self.team,
-            folder=self.work / ROI_FOLDER,
-            resume=self.options.resume,
-            initial=initial,
-            report=partial(self._report, stage, HISTORY_ROI),
-            tick=self._tick(stage),
-            threads=self.threads,
-        )
-        if first_pass.stopped == INTERRUPTED:
+        settings = self._settings(recipe.roi.train, seconds, freeze=())
+        job = self._job(split, recipe, settings, self.work / ROI_FOLDER, initial)
+        first_pass = train_roi(job, self.team, self._watch(stage, HISTORY_ROI))
+        if first_pass.stop is Stop.INTERRUPTED:
             raise KeyboardInterrupt
         return first_pass, _earlier(first_pass, began)
 
@@ -654,42 +717,33 @@ class _Training:
         Args:
             earlier: seconds of training spent in an earlier call that this one resumes.
         """
-        from volseg.training.loop import DIVERGED, DIVERGED_FIX, INTERRUPTED, train_segmentation
+        from volseg.training.loop import DIVERGED, DIVERGED_FIX, train_network
+        from volseg.training.schedule import Stop
 
         reserved, n = self._finishing(len(splits)), len(splits)
         if recipe.classify is not None:
             reserved += (self.time.left() or 0.0) * recipe.classify.time_fraction
         trained: dict[int, Trained] = {}
         stopped: dict[int, str] = {}
-        for number, (training, validation) in enumerate(splits):
+        for number, split in enumerate(splits):
             left, began = self.time.left(reserved + earlier), time.monotonic()
             waiting = self._affordable(n - number, left, trained)
             if waiting == 0:
                 stopped[number] = "no time was left"
                 self.options.announce(f"time budget: no time was left for fold {number + 1} of {n}")
                 break
-            stage = f"Training fold {number + 1} of {n}" if n > 1 else "Training"
             make_folder(folder := _fold_folder(self.work, number, n))
+            settings = self._settings(recipe.train, None if left is None else left / waiting)
+            job = self._job(split, recipe, settings, folder, initial)
+            stage = f"Training fold {number + 1} of {n}" if n > 1 else "Training"
+            detail = f"{len(split[0])} training and {len(split[1])} validation cases"
             try:
-                detail = f"{len(training)} training and {len(validation)} validation cases"
                 self.progress(stage, 0.0, detail)
-                network = train_segmentation(
-                    training,
-                    validation,
-                    recipe,
-                    self._settings(recipe.train, None if left is None else left / waiting),
-                    team=self.team,
-                    checkpoints=folder,
-                    resume=self.options.resume,
-                    initial=initial,
-                    report=partial(self._report, stage, _history_name(number)),
-                    tick=self._tick(stage),
-                    threads=self.threads,
-                )
+                network = train_network(job, self.team, self._watch(stage, _history_name(number)))
             except KeyboardInterrupt:
                 if not trained:
                     raise
-                stopped[number] = INTERRUPTED
+                stopped[number] = Stop.INTERRUPTED.value
                 break
             except VolsegError as error:
                 if error.code != DIVERGED or n == 1:
@@ -698,11 +752,12 @@ class _Training:
                 continue
             if network.stopped:
                 stopped[number] = network.stopped
-            if network.stopped == INTERRUPTED and trained:
-                break  # a half-trained network would get a full vote in the ensemble
-            trained[number] = network
-            earlier += _earlier(network, began)
-            if network.stopped == INTERRUPTED:
+            is_interrupted = network.stop is Stop.INTERRUPTED
+            # Among others, a half-trained network would get a full vote in the ensemble.
+            if not (is_interrupted and trained):
+                trained[number] = network
+                earlier += _earlier(network, began)
+            if is_interrupted:
                 break
         if not trained:
             raise VolsegError(
@@ -712,10 +767,31 @@ class _Training:
             )
         return trained, stopped
 
+    def _classifier(
+        self, split: Split, settings: Classify, seconds: float | None
+    ) -> tuple[Mapping[str, torch.Tensor] | None, dict[str, Any]]:
+        """Train the classifier; return None and the reason if a class has no training case."""
+        from volseg.training.classify import has_class, train_classifier
+
+        present = {case.record["class"] for case in split[0] if has_class(case)}
+        missing = [name for name in settings.classes if name not in present]
+        if missing:
+            reason = f"not trained: no training case of class {', '.join(missing)}"
+            return None, {"classifier": reason}
+        stage = "Training the classifier"
+        return train_classifier(
+            split,
+            settings,
+            device=self.team.fabric.device,
+            seed=self.options.seed,
+            seconds=seconds,
+            report=lambda epoch, done: self.progress(stage, done, f"epoch {epoch}"),
+        )
+
     def _settings(
         self, train: Train, seconds: float | None, freeze: tuple[str, ...] | None = None
     ) -> RunSettings:
-        from volseg.training.loop import RunSettings
+        from volseg.training.schedule import RunSettings
 
         return RunSettings(
             seed=self.options.seed,
@@ -726,7 +802,7 @@ class _Training:
         )
 
     def _report(self, stage: str, name: str, history: Sequence[Epoch], done: float) -> None:
-        from volseg.training.loop import Epoch
+        from volseg.training.state import Epoch
 
         self.outputs.write(name, table(Epoch, history))
         epoch = history[-1]
@@ -741,8 +817,33 @@ class _Training:
             f"{epoch.steps_per_second:.3g} steps/s, waiting {epoch.waiting_share:.0%}",
         )
 
-    def _tick(self, stage: str) -> Tick:
-        return lambda doing, done: self.steady.tick(stage, done, doing)
+    def _watch(self, stage: str, history: str) -> Watch:
+        from volseg.training.loop import Watch
+
+        return Watch(
+            report=partial(self._report, stage, history),
+            tick=lambda doing, done: self.steady.tick(stage, done, doing),
+            threads=self.threads,
+        )
+
+    def _job(
+        self,
+        split: Split,
+        recipe: Recipe,
+        settings: RunSettings,
+        folder: Path,
+        initial: Mapping[str, torch.Tensor],
+    ) -> Job:
+        from volseg.training.run import Job
+        from volseg.training.segmentation import SegmentationObjective
+
+        return Job(
+            objective=SegmentationObjective(*split, recipe),
+            settings=settings,
+            checkpoints=folder,
+            initial=initial,
+            resume=self.options.resume,
+        )
 
     def _affordable(self, waiting: int, left: float | None, trained: Mapping[int, Trained]) -> int:
         """Return how many waiting networks get enough steps at the pace of the trained ones."""
@@ -791,6 +892,16 @@ def _steps_fraction(recipe: Recipe | None) -> float:
     return STEPS_FRACTION * (1 - sum(others))
 
 
+def _operations(candidate: Closed) -> float:
+    """Return the floating-point operations of a training step."""
+    from volseg.planning.close import size_of
+
+    recipe, size = candidate.recipe, size_of(candidate.recipe)
+    assert size is not None, "a network chosen by the plan has a size"
+    flops = size.step_flops(len(recipe.data.channels), recipe.data.n_outputs)
+    return flops * recipe.train.accumulate
+
+
 def _is_intermediate(name: str) -> bool:
     """Tell whether a file in the work folder serves only to resume, or is a temporary of one."""
     names = ("last.safetensors", "best.safetensors", FITTED_FILE, RECIPE_FILE)
@@ -833,30 +944,3 @@ def _metrics_of(
         reasons = [f"fold {number}: {reason}" for number, reason in stopped.items()]
         metrics["stopped"] = "; ".join(reasons)
     return metrics
-
-
-def _train_classifier(
-    training: Sequence[PreparedCase],
-    validation: Sequence[PreparedCase],
-    recipe: Recipe,
-    device: Any,
-    seed: int,
-    seconds: float | None,
-    progress: Progress,
-) -> tuple[Mapping[str, Any] | None, dict[str, Any]]:
-    from volseg.training.classify import has_class, train_classifier
-
-    assert recipe.classify is not None
-    present = {case.record["class"] for case in training if has_class(case)}
-    missing = [name for name in recipe.classify.classes if name not in present]
-    if missing:
-        return None, {"classifier": f"not trained: no training case of class {', '.join(missing)}"}
-    return train_classifier(
-        training,
-        validation,
-        recipe.classify,
-        device=device,
-        seed=seed,
-        seconds=seconds,
-        report=lambda epoch, done: progress("Training the classifier", done, f"epoch {epoch}"),
-    )

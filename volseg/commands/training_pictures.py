@@ -54,7 +54,7 @@ def worst_cases_png(
     """
     from volseg.networks import build_segmentation, copy_weights
     from volseg.pages.training_figures import comparison_png
-    from volseg.training.validate import predicted_classes
+    from volseg.training.validate import ScanPredictor
 
     scores: dict[tuple[int, str], list[float]] = {}
     for row in rows:
@@ -67,7 +67,7 @@ def worst_cases_png(
             break
         case = next(case for case in splits[number][1] if case.id == case_id)
         network = copy_weights(build_segmentation(recipe), trained[number].weights)
-        predicted = predicted_classes(network, case, recipe, device, overlap=overlap)
+        predicted = ScanPredictor(network, recipe, device, overlap).classes(case)
         title = f"{case_id}: Dice {means[number, case_id]:.3f}"
         pictures.append((title, np.asarray(case.image[0]), np.asarray(case.mask), predicted))
     return comparison_png(pictures, recipe.spacing_mm) if pictures else b""

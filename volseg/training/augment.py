@@ -49,24 +49,12 @@ def augment(
         seeds: one per patch.
     """
     # Not the stream that placed the patch.
-    draws = [_Draws(np.random.default_rng([*seed, 1])) for seed in seeds]
-    rotated = [n for n, draw in enumerate(draws) if draw.decides(settings.spatial_probability)]
-    deformed = [n for n, draw in enumerate(draws) if draw.decides(settings.elastic_probability)]
+    draws = [_Draws(np.random.default_rng([*seed, 1]), settings) for seed in seeds]
     cut_images = _centre(images, patch_shape).clone()
     cut_masks = _centre(masks[:, None], patch_shape)[:, 0].clone()
-    if resampled := sorted({*rotated, *deformed}):
+    if resampled := [n for n, draw in enumerate(draws) if draw.is_rotated or draw.is_deformed]:
         grids = [
-            _sampling_grid(
-                draws[n],
-                n in rotated,
-                n in deformed,
-                images.shape[2:],
-                patch_shape,
-                settings,
-                spacing_mm,
-                images.device,
-            )
-            for n in resampled
+            _sampling_grid(draws[n], images, patch_shape, settings, spacing_mm) for n in resampled
         ]
         grid = torch.stack(grids)
         cut_images[resampled] = functional.grid_sample(images[resampled], grid, align_corners=False)
@@ -82,8 +70,10 @@ def augment(
 class _Draws:
     """The random numbers of one patch."""
 
-    def __init__(self, rng: np.random.Generator) -> None:
+    def __init__(self, rng: np.random.Generator, settings: Augment) -> None:
         self.rng = rng
+        self.is_rotated = self.decides(settings.spatial_probability)
+        self.is_deformed = self.decides(settings.elastic_probability)
 
     def decides(self, probability: float) -> bool:
         return bool(self.rng.random() < probability)
@@ -99,32 +89,29 @@ class _Draws:
 
 def _sampling_grid(
     draw: _Draws,
-    is_rotated: bool,
-    is_deformed: bool,
-    source: Sequence[int],
+    images: torch.Tensor,
     patch_shape: tuple[int, int, int],
     settings: Augment,
     spacing_mm: tuple[float, float, float],
-    device: torch.device,
 ) -> torch.Tensor:
-    """Return (*patch_shape, 3) positions for grid_sample.
+    """Return (*patch_shape, 3) positions for grid_sample in images (N, C, …).
 
     Rotation and scaling are about the patch's centre; an elastic field is added to them.
     """
-    spacing = np.asarray(spacing_mm)
+    device, spacing = images.device, np.asarray(spacing_mm)
     matrix = np.eye(3)
-    if is_rotated:
+    if draw.is_rotated:
         limits = settings.rotation_degrees
         rotation = _rotation([math.radians(draw.between((-limit, limit))) for limit in limits])
         # voxels → mm → rotated → voxels of the source
         matrix = np.diag(1 / spacing) @ rotation @ np.diag(spacing) / draw.factor(settings.scaling)
-    to_unit = 2 / np.asarray(source, float)  # grid_sample spans the source with [-1, 1]
+    to_unit = 2 / np.asarray(images.shape[2:], float)  # grid_sample spans the source with [-1, 1]
     scaled = torch.from_numpy((to_unit[:, None] * matrix).astype(np.float32)).to(device)
     axes = [torch.arange(p, dtype=torch.float32, device=device) - (p - 1) / 2 for p in patch_shape]
     # Axis by axis: a sum of three broadcast terms instead of a matrix product for each voxel.
     terms = [axis[:, None] * scaled[:, n] for n, axis in enumerate(axes)]
     grid = terms[0][:, None, None] + terms[1][None, :, None] + terms[2][None, None, :]
-    if is_deformed:
+    if draw.is_deformed:
         field_mm = draw.rng.normal(0, settings.elastic_mm, (3, *[CONTROL_POINTS] * 3))
         field = field_mm * (to_unit / spacing)[:, None, None, None]
         coarse = torch.from_numpy(field.astype(np.float32)).to(device)[None]

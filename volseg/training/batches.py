@@ -15,7 +15,7 @@ from volseg.preprocessing.resample import send
 from volseg.recipe import Recipe
 from volseg.recipe.section import closed
 from volseg.training.augment import augment, enlarged_shape
-from volseg.training.samples import sample_batch
+from volseg.training.samples import Sampling, sample_batch
 
 Cut = list[tuple[np.ndarray, np.ndarray]]
 
@@ -40,12 +40,17 @@ class Batches:
     ) -> None:
         self._cases, self._recipe = cases, recipe
         self._seed, self._device = seed, device
-        size, parts = recipe.batch_size, recipe.train.accumulate
-        self._total = size * ranks * parts
+        parts = recipe.train.accumulate
+        n = recipe.batch_size * ranks * parts
+        self._sampling = Sampling(
+            patch_shape=recipe.patch_shape,
+            n=n,
+            foreground_fraction=closed(recipe.train.foreground_fraction),
+            seed=seed,
+            cut_shape=enlarged_shape(recipe.patch_shape, recipe.train.augment),
+        )
         # Dealt like cards: patches centred on labels come first, and every part needs some of them.
-        self._parts = [
-            list(range(part * ranks + rank, self._total, parts * ranks)) for part in range(parts)
-        ]
+        self._parts = [list(range(part * ranks + rank, n, parts * ranks)) for part in range(parts)]
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="batches")
         self._ahead: dict[int, Future[Cut]] = {}
         self.waited = 0.0
@@ -84,17 +89,6 @@ class Batches:
         ]
 
     def _cut(self, step: int) -> Cut:
-        settings = self._recipe.train.augment
         return [
-            sample_batch(
-                self._cases,
-                self._recipe.patch_shape,
-                cut_shape=enlarged_shape(self._recipe.patch_shape, settings),
-                n=self._total,
-                foreground_fraction=closed(self._recipe.train.foreground_fraction),
-                seed=self._seed,
-                step=step,
-                only=part,
-            )
-            for part in self._parts
+            sample_batch(self._cases, self._sampling, step=step, only=part) for part in self._parts
         ]

@@ -22,8 +22,7 @@ EMA_DECAY = 0.98
 
 
 def train_classifier(
-    training: Sequence[PreparedCase],
-    validation: Sequence[PreparedCase],
+    split: tuple[Sequence[PreparedCase], Sequence[PreparedCase]],
     settings: Classify,
     *,
     device: torch.device,
@@ -34,10 +33,11 @@ def train_classifier(
     """Return the averaged weights and metrics; cases without a class or slices are skipped.
 
     Args:
+        split: training and validation cases.
         seconds: time budget, over which the learning rate falls; None for the recipe's epochs.
         report: called after each epoch with its number and the fraction of the run done.
     """
-    slices, targets = _stack(training, settings)
+    slices, targets = _stack(split[0], settings)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = build_classifier(settings).to(device)
@@ -73,7 +73,7 @@ def train_classifier(
             report(epoch, min(1.0, done))
     copy_weights(network, averaged)
     metrics = {"classifier_training_lesions": len(targets), "classifier_epochs": epoch}
-    return averaged, metrics | _validate(network, validation, settings, device)
+    return averaged, metrics | _validate(network, split[1], settings, device)
 
 
 def has_class(case: PreparedCase) -> bool:

@@ -260,7 +260,8 @@ def _started(
     try:
         for rank in range(1, ranks):
             receiver, sender = context.Pipe(duplex=False)
-            arguments = (rank, ranks, port, device.type, serve, precision, sender)
+            local = _LocalProcesses(rank, ranks, port)
+            arguments = (local, device.type, serve, precision, sender)
             process = context.Process(target=_run_rank, args=arguments, daemon=True)
             process.start()
             sender.close()
@@ -291,9 +292,7 @@ def _is_ready(connection: Connection) -> bool:
 
 
 def _run_rank(
-    rank: int,
-    ranks: int,
-    port: int,
+    local: _LocalProcesses,
     device: str,
     serve: Callable[[Team], None],
     precision: str,
@@ -305,7 +304,7 @@ def _run_rank(
     ready.close()
     # Rank 0 reports mistakes in the request, which it finds too.
     with (
-        _joined(torch.device(device), _LocalProcesses(rank, ranks, port), 1, precision) as team,
+        _joined(torch.device(device), local, 1, precision) as team,
         suppress(VolsegError),
     ):
         serve(team)

@@ -6,15 +6,13 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
-import torch
 
-from volseg.execution.threads import Threads
 from volseg.inference.roi import find_region
 from volseg.inference.stream import ArrayPlanes, Tiling
 from volseg.inference.torch_backend import TorchBackend
@@ -26,90 +24,76 @@ from volseg.io.prepared import (
     read_prepared_case,
     write_prepared_case,
 )
-from volseg.networks import build_segmentation, copy_weights
+from volseg.networks import copy_weights
 from volseg.preprocessing.crop import scaled_box
 from volseg.preprocessing.resample import coarsened_mask, resample
 from volseg.recipe import Recipe
-from volseg.training.loop import Report, RunSettings, Tick, Trained, no_tick, train_segmentation
+from volseg.training.loop import Trained, Watch, train_network
 from volseg.training.ranks import Team
+from volseg.training.run import Job
 from volseg.training.samples import sample_voxels
+from volseg.training.segmentation import SegmentationObjective
 
 
-def train_roi(
-    training: Sequence[PreparedCase],
-    validation: Sequence[PreparedCase],
-    recipe: Recipe,
-    settings: RunSettings,
-    *,
-    team: Team,
-    folder: Path,
-    resume: bool,
-    initial: Mapping[str, torch.Tensor],
-    report: Report,
-    tick: Tick = no_tick,
-    threads: Threads | None = None,
-) -> Trained:
+def train_roi(job: Job, team: Team, watch: Watch) -> Trained:
     """Train the network of the recipe's first pass: any label against the background.
 
     The metrics also state what the first pass costs and saves on the validation cases: the mean
     fraction of labelled voxels inside the region, and the mean fraction of the scan in the region.
 
     Args:
-        training, validation, recipe: of the fine pass.
-        folder: for the coarse cases and the checkpoints.
-        settings, team, resume, initial, report, tick, threads: as in `train_segmentation`.
+        job: its objective is that of the fine pass; the coarse cases are written next to the
+            checkpoints.
+        team, watch: as in `train_network`.
     """
+    settings, fine = job.settings, job.objective
     ends = math.inf if settings.seconds is None else time.monotonic() + settings.seconds
-    coarse = recipe.coarse
-    assert recipe.roi is not None and coarse is not None
+    assert isinstance(fine, SegmentationObjective) and fine.recipe.coarse is not None
     make = partial(
         _cached_coarse_case,
-        spacing_mm=recipe.spacing_mm,
-        coarse_mm=coarse.spacing_mm,
-        folder=folder,
+        spacing_mm=fine.recipe.spacing_mm,
+        coarse_mm=fine.recipe.coarse.spacing_mm,
+        folder=job.checkpoints,
         seed=settings.seed,
     )
 
     def coarsen(case: PreparedCase) -> PreparedCase:
-        tick(f"downsampling {case.id}", 0.0)
+        watch.tick(f"downsampling {case.id}", 0.0)
         return make(case)
 
-    coarse_validation = [coarsen(case) for case in validation]
-    coarse_training = [coarsen(case) for case in training]
+    validation = [coarsen(case) for case in fine.validation_cases]
+    training = [coarsen(case) for case in fine.training]
+    coarse = SegmentationObjective(training, validation, fine.recipe.coarse)
     if settings.seconds is not None:
         settings = replace(settings, seconds=max(1.0, ends - time.monotonic()))
-    trained = train_segmentation(
-        coarse_training,
-        coarse_validation,
-        coarse,
-        settings,
-        team=team,
-        checkpoints=folder,
-        resume=resume,
-        initial=initial,
-        report=report,
-        tick=tick,
-        threads=threads,
-    )
-    network = copy_weights(build_segmentation(coarse), trained.weights)
+    trained = train_network(replace(job, objective=coarse, settings=settings), team, watch)
+    network = copy_weights(coarse.network(), trained.weights)
     backend = TorchBackend(network, team.fabric.device)
-    tiling = Tiling(patch_shape=coarse.patch_shape, overlap=coarse.infer.overlap)
-    margin = [recipe.roi.margin_mm / mm for mm in recipe.spacing_mm]
     fractions = []
-    for fine, small in zip(validation, coarse_validation, strict=True):
+    for case, small in zip(fine.validation_cases, validation, strict=True):
         if fractions and time.monotonic() > ends:
             break
-        tick(f"finding the region of {fine.id}", 1.0)
-        region, mask = find_region(ArrayPlanes(np.asarray(small.image)), backend, tiling), fine.mask
-        if region is not None:
-            mask = mask[scaled_box(region, small.mask.shape, mask.shape, margin).slices]
-        fractions.append(_fractions(fine.mask, mask))
+        watch.tick(f"finding the region of {case.id}", 1.0)
+        fractions.append(_fractions(case.mask, _part_in_region(case, small, backend, fine.recipe)))
     of_labels = [labelled for labelled, _ in fractions if labelled is not None]
     of_scan = float(np.mean([scan for _, scan in fractions]))
     metrics = dict(trained.metrics) | {"validation_share_of_scan": round(of_scan, 4)}
     if of_labels:
         metrics["validation_labels_inside"] = round(float(np.mean(of_labels)), 4)
     return replace(trained, metrics=metrics)
+
+
+def _part_in_region(
+    case: PreparedCase, small: PreparedCase, backend: TorchBackend, recipe: Recipe
+) -> np.ndarray:
+    """Return the part of a case's mask inside the region that is found in the coarse case."""
+    assert recipe.roi is not None and recipe.coarse is not None
+    tiling = Tiling(patch_shape=recipe.coarse.patch_shape, overlap=recipe.coarse.infer.overlap)
+    region = find_region(ArrayPlanes(np.asarray(small.image)), backend, tiling)
+    if region is None:
+        return case.mask
+    margin = [recipe.roi.margin_mm / mm for mm in recipe.spacing_mm]
+    return case.mask[scaled_box(region, small.mask.shape, case.mask.shape, margin).slices]
 
 
 def coarse_case(

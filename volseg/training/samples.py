@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -12,45 +13,58 @@ from volseg.io.prepared import PreparedCase
 FOREGROUND_PER_LABEL = 4000  # voxels stored per case and label as centres of patches
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampling:
+    """How the patches of a batch are placed and cut.
+
+    Args:
+        n: patches per batch.
+        foreground_fraction: of the patches, over many steps, centred on a labelled voxel.
+        cut_shape: shape to cut around each patch, as room for spatial augmentation; None for the
+            patch alone. Only the patch has to lie in the scan, not the cut: otherwise the network
+            would never see the scan's border.
+    """
+
+    patch_shape: tuple[int, int, int]
+    n: int
+    foreground_fraction: float
+    seed: int
+    cut_shape: tuple[int, int, int] | None = None
+
+
 def sample_batch(
     cases: Sequence[PreparedCase],
-    patch_shape: tuple[int, int, int],
+    sampling: Sampling,
     *,
-    n: int,
-    foreground_fraction: float,
-    seed: int,
     step: int = 0,
     only: Sequence[int] | None = None,
-    cut_shape: tuple[int, int, int] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Cut `n` patches: images (n, channels, *cut_shape) float32, masks (n, *cut_shape) uint8.
+    """Cut patches: images (n, channels, *cut_shape) float32, masks (n, *cut_shape) uint8.
 
     The first patches of a batch hold a labelled voxel, each label of a case being equally likely;
     the others lie anywhere. The number of the first varies from step to step, so that over all
-    steps it is `foreground_fraction` of the patches, even with one patch per step. Images and masks
+    steps it is the `foreground_fraction`, even with one patch per step. Images and masks
     are 0 outside the scan.
 
     Args:
         only: indices of the patches to return; each depends on seed, step and index alone.
-        cut_shape: shape to cut around each patch, as room for spatial augmentation; None for the
-            patch alone. Only the patch has to lie in the scan, not the cut: otherwise the network
-            would never see the scan's border.
 
     Raises:
         VolsegError: a mask holds a class that is not a label of the recipe.
     """
-    n_before, n_after = (_floor(k * n * foreground_fraction) for k in (step, step + 1))
+    n, patch_shape = sampling.n, sampling.patch_shape
+    n_before, n_after = (_floor(k * n * sampling.foreground_fraction) for k in (step, step + 1))
     n_foreground = n_after - n_before
     placed = [
         _place(
             cases,
             patch_shape,
             on_foreground=index < n_foreground,
-            rng=np.random.default_rng([seed, step, index]),
+            rng=np.random.default_rng([sampling.seed, step, index]),
         )
         for index in (range(n) if only is None else only)
     ]
-    cut = cut_shape or patch_shape
+    cut = sampling.cut_shape or patch_shape
     cuts = [
         (case, tuple(x - (c - p) // 2 for x, c, p in zip(start, cut, patch_shape, strict=True)))
         for case, start in placed

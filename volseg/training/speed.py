@@ -9,10 +9,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from volseg.execution.threads import Threads
-from volseg.io.prepared import PreparedCase
-from volseg.recipe import Recipe
-from volseg.training.loop import Job, Run, RunSettings
+from volseg.training.loop import start_run
+from volseg.training.objective import Objective
 from volseg.training.ranks import Team
+from volseg.training.run import Job
+from volseg.training.schedule import RunSettings
 
 MOST_STEPS = 12  # timed steps, after a warm-up step that allocates memory and selects kernels
 MOST_SECONDS = 3.0  # no further step is timed after these
@@ -21,32 +22,29 @@ SETTLING_SECONDS = 40.0  # limit for finding the fastest number of threads
 
 
 def seconds_per_step(
-    training: Sequence[PreparedCase],
-    recipe: Recipe,
-    *,
+    objective: Objective,
     team: Team,
+    *,
     seed: int = 0,
     threads: Threads | None = None,
     until: float = math.inf,
     tick: Callable[[str], None] = lambda doing: None,
 ) -> float:
-    """Return the seconds of one training step of the recipe's network.
+    """Return the seconds of one training step of the objective's network.
 
     A step cuts and augments its patches, runs forward and backward, and updates the weights. The
     trained weights are discarded.
 
     Args:
-        training: cases to cut patches from; one is enough.
+        objective: one training case is enough, and validation cases are not needed.
         team: called in the process that leads it, with the others serving.
         threads: the search for the fastest number of threads, which is finished first.
         until: time of `time.monotonic` after which only indispensable steps are started.
         tick: called after each step.
     """
     settings = RunSettings(seed=seed, epochs=1, patience=1)
-    job = Job(training, recipe, settings, Path(), {}, "timed", resume=False)
-    if team.size > 1:
-        team.broadcast(job.to_message())
-    run = Run(job, team)
+    job = Job(objective=objective, settings=settings, checkpoints=Path())
+    run = start_run(job, team, identity="timed")
     run.network.train()
     if threads is not None:
         threads.begin()

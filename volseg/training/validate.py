@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -27,29 +28,33 @@ def tiling_of(recipe: Recipe, overlap: float) -> Tiling:
     return Tiling(patch_shape=recipe.patch_shape, overlap=overlap, batch_size=batch_size)
 
 
-def predicted_classes(
-    network: nn.Module,
-    case: PreparedCase,
-    recipe: Recipe,
-    device: torch.device,
-    *,
-    overlap: float,
-    on_tile: Callable[[bool], None] = lambda is_empty: None,
-) -> np.ndarray:
-    """Predict the (R, A, S) uint8 class index of each prepared voxel, 0 where it is unannotated.
+@dataclass(frozen=True, slots=True, eq=False)
+class ScanPredictor:
+    """Predicts whole prepared scans by sliding window. `overlap` is a fraction of the patch."""
 
-    Logits become classes slab by slab, so that memory does not grow with classes × voxels.
-    `on_tile` is called after each tile; an exception from it ends the prediction.
-    """
-    case.check()
-    tiling = tiling_of(recipe, overlap)
-    backend = TorchBackend(network, device)
-    planes = ArrayPlanes(np.asarray(case.image))
-    slabs = predict_slabs(planes, backend, tiling, n_classes=recipe.data.n_outputs, on_tile=on_tile)
-    classes = [_classes(slab, recipe).cpu().numpy() for slab in slabs]
-    predicted = np.concatenate(classes, axis=planes.axis)
-    predicted[case.mask == IGNORED] = 0
-    return predicted
+    network: nn.Module
+    recipe: Recipe
+    device: torch.device
+    overlap: float
+
+    def classes(
+        self, case: PreparedCase, on_tile: Callable[[bool], None] = lambda is_empty: None
+    ) -> np.ndarray:
+        """Predict the (R, A, S) uint8 class index of each voxel, 0 where it is unannotated.
+
+        Logits become classes slab by slab, so that memory does not grow with classes × voxels.
+        `on_tile` is called after each tile; an exception from it ends the prediction.
+        """
+        case.check()
+        tiling = tiling_of(self.recipe, self.overlap)
+        backend = TorchBackend(self.network, self.device)
+        planes = ArrayPlanes(np.asarray(case.image))
+        n_classes = self.recipe.data.n_outputs
+        slabs = predict_slabs(planes, backend, tiling, n_classes=n_classes, on_tile=on_tile)
+        classes = [_classes(slab, self.recipe).cpu().numpy() for slab in slabs]
+        predicted = np.concatenate(classes, axis=planes.axis)
+        predicted[case.mask == IGNORED] = 0
+        return predicted
 
 
 def _classes(logits: torch.Tensor, recipe: Recipe) -> torch.Tensor:
@@ -65,12 +70,9 @@ def _classes(logits: torch.Tensor, recipe: Recipe) -> torch.Tensor:
 
 
 def validate(
-    network: nn.Module,
+    predictor: ScanPredictor,
     cases: Sequence[PreparedCase],
-    recipe: Recipe,
-    device: torch.device,
     *,
-    overlap: float,
     until: float = math.inf,
     on_tile: Callable[[str], None] = lambda case_id: None,
 ) -> list[ValidationRow]:
@@ -81,7 +83,6 @@ def validate(
             then have rows.
         on_tile: called after each tile with the case's id, for progress.
     """
-    ml = float(np.prod(recipe.spacing_mm)) / 1000
     rows = []
 
     def predict(case: PreparedCase) -> np.ndarray:
@@ -90,29 +91,32 @@ def validate(
             if time.monotonic() > until:
                 raise OutOfTimeError
 
-        return predicted_classes(network, case, recipe, device, overlap=overlap, on_tile=after_tile)
+        return predictor.classes(case, after_tile)
 
     for case in cases:
         try:
             prediction = predict(case)
         except OutOfTimeError:
             break
-        truth = np.where(case.mask == IGNORED, 0, case.mask)
-        for value, name, classes in _targets(recipe):
-            reference, predicted = np.isin(truth, classes), np.isin(prediction, classes)
-            rows.append(
-                ValidationRow(
-                    case_id=case.id,
-                    patient=str(case.record.get("patient", case.id)),
-                    fold=0,
-                    label=value,
-                    label_name=name,
-                    dice=dice(reference, predicted, 1),
-                    reference_volume_ml=float(reference.sum()) * ml,
-                    predicted_volume_ml=float(predicted.sum()) * ml,
-                )
-            )
+        rows += _rows(case, prediction, predictor.recipe)
     return rows
+
+
+def _rows(case: PreparedCase, prediction: np.ndarray, recipe: Recipe) -> Iterator[ValidationRow]:
+    ml = float(np.prod(recipe.spacing_mm)) / 1000
+    truth = np.where(case.mask == IGNORED, 0, case.mask)
+    for value, name, classes in _targets(recipe):
+        reference, predicted = np.isin(truth, classes), np.isin(prediction, classes)
+        yield ValidationRow(
+            case_id=case.id,
+            patient=str(case.record.get("patient", case.id)),
+            fold=0,
+            label=value,
+            label_name=name,
+            dice=dice(reference, predicted, 1),
+            reference_volume_ml=float(reference.sum()) * ml,
+            predicted_volume_ml=float(predicted.sum()) * ml,
+        )
 
 
 def _targets(recipe: Recipe) -> list[tuple[int, str, tuple[int, ...]]]:

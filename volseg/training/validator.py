@@ -15,7 +15,7 @@ from volseg.inference.torch_backend import TorchBackend
 from volseg.io.prepared import PreparedCase
 from volseg.networks import build_segmentation, copy_weights
 from volseg.recipe import Recipe
-from volseg.training.validate import tiling_of, validate
+from volseg.training.validate import ScanPredictor, tiling_of, validate
 
 SUBSET_OVERLAP = 0.25  # cheap and close enough: the final metrics use the recipe's own overlap
 # Fractions of a time budget
@@ -123,11 +123,8 @@ class Validator:
     ) -> list[ValidationRow]:
         network = copy_weights(self._network, weights)
         return validate(
-            network,
+            ScanPredictor(network, self._recipe, self._device, overlap),
             cases,
-            self._recipe,
-            self._device,
-            overlap=overlap,
             until=until,
             on_tile=lambda case_id: self._tick(f"validating {case_id}"),
         )

@@ -1,0 +1,109 @@
+"""What a task adds to the training loop: network, batches, loss and validation."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import nn
+
+from volseg.errors import VolsegError
+from volseg.recipe import Train
+
+Weights = Mapping[str, torch.Tensor]
+Total = Callable[[torch.Tensor], torch.Tensor]  # sums over the ranks that share a batch
+
+
+class BatchSource(AbstractContextManager["BatchSource"], Protocol):
+    """The batches of one rank; each depends only on the seed, the step and the number of ranks.
+
+    `waited` counts the seconds that steps waited for their batch.
+    """
+
+    waited: float
+
+    def at(self, step: int) -> Sequence[tuple[torch.Tensor, torch.Tensor]]:
+        """Return inputs and targets of each accumulated part of a step, on the device."""
+        ...
+
+
+class Validation(Protocol):
+    """Validates weights on a subset during training and on all cases at the end.
+
+    Rows are those of the objective's table; times are those of `time.monotonic`.
+    """
+
+    @property
+    def reserve(self) -> float:
+        """Seconds of the time budget kept for the last validations."""
+        ...
+
+    @property
+    def compares_last(self) -> bool:
+        """True if the best and the last weights are compared on all cases at the end."""
+        ...
+
+    def due_after(self, seconds: float) -> bool:
+        """Add seconds of training; tell whether to validate now."""
+        ...
+
+    def validate_subset(self, weights: Weights, until: float = math.inf) -> Sequence[Any]:
+        """Return no rows if time ran out."""
+        ...
+
+    def validate_all(self, weights: Weights, until: float = math.inf) -> Sequence[Any]:
+        """Return the rows of the cases completed in time."""
+        ...
+
+
+class Objective(Protocol):
+    """A network to train, its data, and which of its weights are kept: those of highest score.
+
+    It is pickled for the other ranks of a team.
+    """
+
+    score_name: ClassVar[str]
+
+    @property
+    def train(self) -> Train: ...
+
+    def identity(self) -> Sequence[Any]:
+        """Return JSON values that decide what a step and a validation do."""
+        ...
+
+    def network(self) -> nn.Module:
+        """Return a network with random weights, drawn from torch's global generator."""
+        ...
+
+    def batches(
+        self, seed: int, device: torch.device, *, rank: int = 0, ranks: int = 1
+    ) -> BatchSource: ...
+
+    def loss(self, total: Total | None) -> nn.Module:
+        """Return the loss of the network's output and the targets; `total` None for one rank."""
+        ...
+
+    def validation(
+        self, device: torch.device, seconds: float | None, tick: Callable[[str], None]
+    ) -> Validation:
+        """Return the validation of a run of these seconds; `tick` gets what is being done."""
+        ...
+
+    def score(self, rows: Sequence[Any]) -> float: ...
+
+    def metrics(self, rows: Sequence[Any]) -> Mapping[str, Any]: ...
+
+    def n_missed(self, rows: Sequence[Any]) -> int:
+        """Return how many validation cases have no rows."""
+        ...
+
+    def check(self) -> None:
+        """Check all training data, which may be why a run diverged; raise VolsegError."""
+        ...
+
+    def out_of_memory(self, device: torch.device) -> VolsegError:
+        """Return the error for a batch that does not fit into memory."""
+        ...
