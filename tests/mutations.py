@@ -22,11 +22,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from conftest import TINY, write_dataset
+from conftest import TINY
 from nnunet_folder import dataset as nnunet_dataset
 from nnunet_folder import write_model
 
-import volseg
 from volseg import cli
 from volseg.bundle import ModelBundle, save_bundle
 from volseg.io.volumes import write_volume
@@ -152,21 +151,12 @@ def label_names(folder: Path) -> tuple[Path, list[list[Any]]]:
     return names, [["measure", "--image", image, "--mask", labels, *options]]
 
 
-def plan(folder: Path) -> tuple[Path, list[list[Any]]]:
-    write_dataset(folder / "data")
-    path = folder / "plan.toml"
-    volseg.plan(folder / "data", out=path)
-    options = ["--recipe", path, "--out", folder / "out", "--preview"]
-    return path, [["train", folder / "data", *options]]
-
-
 KINDS: dict[str, Callable[[Path], tuple[Path, list[list[Any]]]]] = {
     "model.json": model,
     "plans.json": lambda folder: nnunet(folder, "plans.json"),
     "dataset.json of a model": lambda folder: nnunet(folder, "dataset.json"),
     "dataset.json of scans": raw_dataset,
     "label names": label_names,
-    "plan": plan,
 }
 
 

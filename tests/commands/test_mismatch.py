@@ -14,7 +14,7 @@ from volseg.bundle import load_bundle
 from volseg.cli import app
 from volseg.errors import VolsegError
 from volseg.io.volumes import read_volume, write_volume
-from volseg.pages import figures
+from volseg.pages import slices
 from volseg.recipe import load_recipe
 from volseg.volume import Volume
 
@@ -77,9 +77,9 @@ def test_from_a_guessed_or_contradicted_unit_there_is_no_density_mass_or_calcium
 )
 def test_pages_and_pictures_mark_a_unit_in_doubt(unit, shown, plaque, tmp_path, monkeypatch):
     captions = []
-    draw = figures.draw_slice
+    draw = slices.draw_slice
     monkeypatch.setattr(
-        figures, "draw_slice", lambda *given: captions.append(given[-1]) or draw(*given)
+        slices, "draw_slice", lambda *given: captions.append(given[-1]) or draw(*given)
     )
     noise = np.random.default_rng(0).normal(0, 9, plaque.array.shape).astype(np.float32)
     write_volume(

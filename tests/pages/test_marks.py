@@ -1,6 +1,7 @@
 import json
 
 import numpy as np
+from hostile_pages import lesion
 from laws import oblique
 from two_balls import centroid_mm, noisy
 
@@ -25,13 +26,13 @@ def test_the_point_of_a_lesion_lies_in_it_and_in_the_slice_of_its_long_axis():
         f"long_axis_p{n}_ras": json.dumps([round(float(v), 2) for v in end])
         for n, end in enumerate(ends)
     }
-    without = lesion_points(preview.ids, [{"lesion_id": 1, **centroid}])[1]
-    with_axis = lesion_points(preview.ids, [{"lesion_id": 1, **centroid, **written}])[1]
+    without = lesion_points(preview.ids, [lesion(lesion_id=1, **centroid)])[1]
+    with_axis = lesion_points(preview.ids, [lesion(lesion_id=1, **centroid, **written)])[1]
     for point in (without, with_axis):
         index = np.rint(geometry.to_index(np.array([point]))[0]).astype(int)
         assert ids[tuple(index)] == 1
     assert index[2] == 12
-    assert lesion_points(preview.ids, [{"lesion_id": 7, **centroid}]) == {}
+    assert lesion_points(preview.ids, [lesion(lesion_id=7, **centroid)]) == {}
 
 
 def test_points_are_read_as_the_tables_write_them():
