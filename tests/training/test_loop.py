@@ -114,7 +114,7 @@ def test_the_weights_of_the_best_score_are_kept(tmp_path):
 
 def test_each_reason_to_stop_is_told(tmp_path):
     assert trained(tmp_path, Line(constant=True), patience=2).stop is Stop.PATIENCE
-    late = trained(tmp_path / "time", Line(), epochs=None, seconds=0.5)
+    late = trained(tmp_path / "time", Line(), epochs=None, seconds=0.5, patience=10**6)
     assert late.stop is Stop.TIME
     pressed = trained(tmp_path / "pressed", Line(), report=interrupt)
     assert pressed.stop is Stop.INTERRUPTED
