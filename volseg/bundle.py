@@ -24,6 +24,7 @@ from volseg.networks import build_classifier, build_segmentation, copy_weights
 from volseg.planning.close import Reason
 from volseg.planning.fingerprint import DatasetFingerprint
 from volseg.recipe import Preprocess, Recipe, Roi, Text, listed, parse_recipe, validation_messages
+from volseg.words import format_sizes
 
 FORMAT_VERSION = 2
 SHIPPED = "lung_nodule_ct"
@@ -279,8 +280,8 @@ def model_card(bundle: ModelBundle) -> str:
         BEST_OF_RUN if is_best else None,
         "## How it was made",
         _bullets(f"{name}: {value}" for name, value in bundle.origin.items()) or None,
-        f"Spacing {_times(recipe.spacing_mm)} mm ({_axes(recipe.preprocess)}), patch "
-        f"{_times(recipe.patch_shape)}, batch {recipe.batch_size}; "
+        f"Spacing {format_sizes(recipe.spacing_mm)} mm ({_axes(recipe.preprocess)}), patch "
+        f"{format_sizes(recipe.patch_shape)}, batch {recipe.batch_size}; "
         "the whole recipe is in model.json.",
         None if recipe.roi is None else _coarse_pass(recipe.roi),
         _reason_table(bundle.reasons) or None,
@@ -301,14 +302,10 @@ def _reason_table(reasons: Sequence[Reason]) -> str:
 
 def _coarse_pass(roi: Roi) -> str:
     return (
-        f"A coarse first pass at {_times(roi.spacing_mm)} mm finds the region of interest; "
+        f"A coarse first pass at {format_sizes(roi.spacing_mm)} mm finds the region of interest; "
         f"more than {roi.margin_mm:g} mm outside it the mask is background. If it finds nothing, "
         "the whole scan is segmented."
     )
-
-
-def _times(numbers: Iterable[float]) -> str:
-    return " × ".join(f"{number:g}" for number in numbers)
 
 
 def _axes(preprocess: Preprocess) -> str:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from volseg.errors import VolsegError
 from volseg.sizing import LEAST_STEPS, STEPS
+from volseg.words import format_sizes
 
 if TYPE_CHECKING:  # pydantic takes a while to import
     from volseg.planning.close import Closed
@@ -83,7 +84,7 @@ def fit_to_time(
     if steps < fewest * least_steps and smaller is not None:
         least = smaller()
         if least.recipe != plan.recipe and (least_step := time_step(least)) < step:
-            patch = " × ".join(map(str, least.recipe.patch_shape))
+            patch = format_sizes(least.recipe.patch_shape)
             reasons.append(
                 f"a smaller network, patches of {patch} voxels: "
                 f"{seconds:.0f} s allow only {steps / fewest:.0f} steps of the planned network"

@@ -58,7 +58,7 @@ from volseg.reports import TrainReport
 from volseg.sizing import LEAST_STEPS, Budget
 from volseg.store.outputs import OutputFolder, delete_written
 from volseg.store.tables import table
-from volseg.words import duration
+from volseg.words import duration, format_sizes
 
 if TYPE_CHECKING:  # torch takes seconds to import; only a command that needs it pays
     import torch
@@ -638,7 +638,7 @@ class _Training:
         for reason in fit.reasons:
             self.options.announce(f"time budget: {reason}")
         steps = seconds / fit.folds / fit.seconds_per_step
-        patch = " × ".join(map(str, fit.plan.recipe.patch_shape))
+        patch = format_sizes(fit.plan.recipe.patch_shape)
         networks = "1 network" if fit.folds == 1 else f"{fit.folds} networks"
         self.options.announce(
             f"training {networks} with patches of {patch} voxels, about {steps:.0f} steps each"

@@ -17,7 +17,7 @@ from volseg.pages.model_box import ModelBox, similarity_of_scan
 from volseg.pages.page import CONTENT_BYTES, as_base64, asset, json_size, json_value, render_page
 from volseg.pages.page_tables import LESIONS, LESIONS_OF_A_SCAN, page_table, with_doubts
 from volseg.pages.preview import Preview
-from volseg.words import format_count, format_number
+from volseg.words import format_count, format_number, format_sizes
 
 NIIVUE, NIIVUE_LICENCE = "niivue-0.69.0.umd.js", "niivue-LICENSE.txt"
 MAX_VIEWER_ROWS = 1000  # lesions in the table
@@ -130,7 +130,7 @@ def _shown_part(preview: Preview) -> str:
     spacing = " × ".join(f"{value:.3g}" for value in preview.image.geometry.spacing_mm)
     resolution = "full resolution"
     if max(preview.factors) > 1:
-        blocks = " × ".join(map(str, preview.factors))
+        blocks = format_sizes(preview.factors)
         resolution = f"averages of {blocks} voxels; lesions were measured at full resolution"
     return f"Shown: {preview.part}, voxel size {spacing} mm ({resolution}), 256 grey levels."
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -34,6 +34,7 @@ from volseg.sizing import (
     Size,
     choose_size,
 )
+from volseg.words import format_sizes
 
 # An axis this many times coarser than the finest is resampled to a low percentile, not the median.
 ANISOTROPY = 3.0
@@ -208,19 +209,19 @@ def _with(
 
 def _decisions(recipe: Recipe, closed: Recipe) -> list[Reason]:
     """Return a line per decision with its value in the closed recipe, as if all were stated."""
-    lines = [("preprocess.spacing_mm", "spacing", f"{_times(closed.spacing_mm)} mm")]
+    lines = [("preprocess.spacing_mm", "spacing", f"{format_sizes(closed.spacing_mm)} mm")]
     for name in closed.data.channels:
         channels = closed.preprocess.normalise_channels
         key = f"normalise_channels.{name}" if name in channels else "normalise"
         lines.append((f"preprocess.{key}", _intensities(name), _form(closed, name).shown))
-    lines.append(("train.patch_shape", "patch", f"{_times(closed.patch_shape)} voxels"))
+    lines.append(("train.patch_shape", "patch", f"{format_sizes(closed.patch_shape)} voxels"))
     lines.append(("train.batch_size", "batch", str(closed.batch_size)))
     if recipe.network.settings.get("features") == AUTO:
         features, strides, kernels = (closed.network.settings[name] for name in PLANNED_LAYERS)
         flat = [f"level {n}" for n, kernel in enumerate(kernels) if 1 in kernel]
         lines += [
             ("network.strides", "levels", str(len(strides))),
-            ("network.strides", "strides", "; ".join(map(_times, strides))),
+            ("network.strides", "strides", "; ".join(map(format_sizes, strides))),
             ("network.kernels", "kernels", f"flat at {', '.join(flat)}" if flat else "3 × 3 × 3"),
             ("network.features", "features", ", ".join(map(str, features))),
         ]
@@ -258,7 +259,7 @@ def check_budget(recipe: Recipe, budget: Budget) -> None:
     enough = math.ceil(needed / 2**30 * 10) / 10
     number = f"batch_size {smaller[-1]}" if smaller else "a smaller patch_shape"
     raise VolsegError(
-        f"a step with patch {_times(size.patch_shape)}, batch {size.batch_size} and features "
+        f"a step with patch {format_sizes(size.patch_shape)}, batch {size.batch_size} and features "
         f"{', '.join(map(str, size.features))} takes about {needed / 2**30:.2f} GB, and the budget "
         f"is {budget.memory / 2**30:.2f} GB",
         fix=f"give --vram {enough:g}G, or {number} in the recipe",
@@ -375,7 +376,7 @@ def _size(
     limit = _limit(size, scans, budget)
     seen = min(1.0, math.prod(size.patch_shape) / math.prod(median))
     if patch is None:
-        scan = _times(round(n) for n in median)
+        scan = format_sizes(round(n) for n in median)
         why["patch"] = f"covers {seen:.0%} of the median scan ({scan} voxels); {limit}"
     if batch is None:
         why["batch"] = f"fits the budget: {limit}"
@@ -441,7 +442,7 @@ def _context(recipe: Recipe, closed: Recipe, fingerprint: DatasetFingerprint) ->
     if lesion is not None and recipe.network.settings.get("features") == AUTO:
         cut = any(p < n for p, n in zip(patch, lesion, strict=True))
         reason = "larger than a patch, so seen part by part" if cut else "fits into a patch"
-        lines.append((MEDIAN_LESION, f"{_times(lesion)} voxels", reason))
+        lines.append((MEDIAN_LESION, f"{format_sizes(lesion)} voxels", reason))
     median = _median_shape(fingerprint, closed.spacing_mm)
     pairs = zip(median, patch, strict=True)
     seen = math.prod(min(n, p) for n, p in pairs) / math.prod(median)
@@ -463,7 +464,3 @@ def _context(recipe: Recipe, closed: Recipe, fingerprint: DatasetFingerprint) ->
 
 def _intensities(channel: str) -> str:
     return f"intensities of {channel}"
-
-
-def _times(numbers: Iterable[float]) -> str:
-    return " × ".join(f"{number:g}" for number in numbers)

@@ -9,6 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, cast
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from volseg.inputs import MAX_NAME, shorten
+from volseg.words import format_sizes
 
 AUTO = "auto"
 Auto = Literal["auto"]
@@ -87,7 +88,7 @@ def refuse(mistakes: Iterable[str]) -> None:
 
 def oversized_patch(shape: tuple[int, int, int]) -> Iterator[str]:
     """Yield a mistake if a patch has more voxels than any machine can hold."""
-    n, edges = math.prod(shape), " × ".join(map(str, shape))
+    n, edges = math.prod(shape), format_sizes(shape)
     if n > MAX_PATCH_VOXELS:
         yield f"a patch of {edges} has {n:,} voxels, more than {MAX_PATCH_VOXELS:,}"
 

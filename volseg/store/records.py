@@ -309,7 +309,8 @@ def with_warning(row: Item, warning: str) -> Item:
     """Add a warning to an item's row."""
     if not warning:
         return row
-    return replace(row, warnings="; ".join(filter(None, (row.warnings, warning))))  # type: ignore[type-var]
+    warnings = "; ".join(filter(None, (row.warnings, warning)))
+    return replace(row, warnings=warnings)  # type: ignore[type-var]
 
 
 # ---- the records of another folder, which this run does not write

@@ -19,6 +19,7 @@ from volseg.training.batches import Batches
 from volseg.training.losses import SegmentationLoss
 from volseg.training.objective import Total
 from volseg.training.validator import Validator
+from volseg.words import format_sizes
 
 Paths = Sequence[tuple[Path | None, str]]
 
@@ -78,7 +79,7 @@ class SegmentationObjective:
             case.check()
 
     def out_of_memory(self, device: torch.device) -> VolsegError:
-        n, patch = self.recipe.batch_size, " × ".join(map(str, self.recipe.patch_shape))
+        n, patch = self.recipe.batch_size, format_sizes(self.recipe.patch_shape)
         return VolsegError(
             f"{n} patches of {patch} voxels do not fit into the memory of {device}",
             fix="lower train.batch_size or train.patch_shape in the recipe, "
