@@ -9,6 +9,7 @@ import nibabel
 import numpy as np
 import pytest
 from laws import GRIDS, oblique
+from odd_files import read_or_refused
 
 from volseg.errors import ScanError
 from volseg.io.volumes import read_header, read_mask, read_volume, write_volume
@@ -97,17 +98,9 @@ def test_odd_file_is_read_correctly_or_refused_with_its_code(name, tmp_path):
     file_name, data, code = FILES[name]
     path = tmp_path / file_name
     path.write_bytes(data)
-    if code is not None and code.startswith("E_"):
-        with pytest.raises(ScanError) as caught:
-            read_volume(path)
-        assert caught.value.code == code
-        assert str(caught.value).startswith(f"{path}: ")
-        assert "\n" not in str(caught.value)
-        assert caught.value.fix and caught.value.exit_code == 4
+    volume = read_or_refused(path, code)
+    if volume is None:
         return
-    volume = read_volume(path)
-    codes = [warning.code for warning in read_header(path).warnings]
-    assert codes == ([] if code is None else [code])
     plain = gzip.decompress(data) if data.startswith(b"\x1f\x8b") else data
     plain = struct.pack(">i", 1) + plain[4:]  # nibabel refuses files that state an intent
     image = nibabel.MGHImage.from_bytes(plain)
