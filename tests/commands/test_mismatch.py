@@ -337,7 +337,7 @@ def test_run_json_and_both_pages_hold_the_model_box(dataset, model, tmp_path):
 def test_a_plan_without_a_recipe_marks_its_unit_as_a_guess_unless_the_dataset_says_ct(
     dataset, tmp_path
 ):
-    from volseg.commands.planning import recipe_for
+    from volseg.commands.automatic_recipe import recipe_for
 
     guessed = recipe_for(dataset, None)
     assert (guessed.data.intensity_unit, guessed.data.unit_guessed) == ("HU", True)

@@ -7,7 +7,8 @@ from laws import ball, oblique
 
 import volseg
 from volseg.bundle import load_bundle
-from volseg.commands.planning import budget_of, recipe_for
+from volseg.commands.automatic_recipe import recipe_for
+from volseg.commands.planning import budget_of
 from volseg.errors import VolsegError
 from volseg.io.volumes import read_mask, write_volume
 from volseg.recipe import load_recipe

@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 
 import volseg
-from volseg.commands import preparing
 from volseg.commands.prepared import load_prepared
-from volseg.commands.preparing import _assign_splits
+from volseg.commands.preparing import Preparation
+from volseg.commands.training_cases import assign_splits
 from volseg.errors import ScanError, VolsegError
 from volseg.io.cases import Case
 from volseg.io.prepared import read_prepared_case
@@ -57,17 +57,17 @@ def test_a_second_call_prepares_only_what_is_missing_or_changed(folder, tiny_rec
 def test_a_folder_that_is_prepared_again_is_whole_or_refused_but_never_of_two_settings(
     n_replaced, folder, tiny_recipe, tmp_path, monkeypatch
 ):
-    out, prepare_case, begun = tmp_path / "p", preparing.prepare_case, []
+    out, prepare, begun = tmp_path / "p", Preparation.prepare, []
     volseg.preprocess(folder, recipe=tiny_recipe, out=out)
     seeds = {case.id: case.foreground for case in load_prepared(out, None)[2]}
 
-    def interrupted(case, *arguments):
+    def interrupted(preparation, case):
         if len(begun) == n_replaced:
             raise KeyboardInterrupt
         begun.append(case.id)
-        prepare_case(case, *arguments)
+        prepare(preparation, case)
 
-    monkeypatch.setattr(preparing, "prepare_case", interrupted)
+    monkeypatch.setattr(Preparation, "prepare", interrupted)
     with pytest.raises(KeyboardInterrupt):
         volseg.preprocess(folder, recipe=tiny_recipe, out=out, seed=1)
     monkeypatch.undo()
@@ -84,12 +84,12 @@ def test_a_folder_that_is_prepared_again_is_whole_or_refused_but_never_of_two_se
 def test_a_second_call_that_can_prepare_nothing_leaves_the_folder_as_it_was(
     folder, tiny_recipe, tmp_path, monkeypatch
 ):
-    def failing(case, *arguments):
+    def failing(preparation, case):
         raise ScanError("no", fix="none", code="E_X")
 
     volseg.preprocess(folder, recipe=tiny_recipe, out=tmp_path / "p")
     tables = {name: (tmp_path / "p" / name).read_bytes() for name in ("prepared.json", "cases.csv")}
-    monkeypatch.setattr(preparing, "prepare_case", failing)
+    monkeypatch.setattr(Preparation, "prepare", failing)
     report = volseg.preprocess(folder, recipe=tiny_recipe, out=tmp_path / "p", seed=1)
     assert report.exit_code == 4
     assert "W_STALE" in report.warnings[-1]
@@ -103,7 +103,7 @@ def test_a_first_preparation_that_is_interrupted_says_so(
     def interrupted(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(preparing, "prepare_case", interrupted)
+    monkeypatch.setattr(Preparation, "prepare", interrupted)
     with pytest.raises(KeyboardInterrupt):
         volseg.preprocess(folder, recipe=tiny_recipe, out=tmp_path / "p")
     with pytest.raises(VolsegError, match="preparing it was interrupted"):
@@ -143,17 +143,17 @@ def test_mask_values_the_recipe_does_not_name_are_refused(folder, tiny_recipe, t
 
 def test_no_patient_is_on_both_sides_of_a_drawn_split():
     cases = [Case(f"c{n}", {}, patient=f"p{n // 3}") for n in range(30)]
-    drawn = _assign_splits(cases, 0.2, seed=0)
+    drawn = assign_splits(cases, 0.2, seed=0)
     sides = {
         side: {case.patient for case in drawn if case.split == side} for side in ("train", "val")
     }
     assert not sides["train"] & sides["val"]
     assert len(sides["val"]) == 2
     assert [case.split for case in drawn] == [
-        case.split for case in _assign_splits(cases, 0.2, seed=0)
+        case.split for case in assign_splits(cases, 0.2, seed=0)
     ]
     assert [case.split for case in drawn] != [
-        case.split for case in _assign_splits(cases, 0.2, seed=1)
+        case.split for case in assign_splits(cases, 0.2, seed=1)
     ]
 
 
@@ -161,7 +161,7 @@ def test_a_dataset_without_masks_or_with_one_patient_cannot_be_trained_on(
     folder, tiny_recipe, tmp_path
 ):
     with pytest.raises(VolsegError, match="two patients"):
-        _assign_splits([Case("a", {}, patient="p"), Case("b", {}, patient="p")], 0.2, seed=0)
+        assign_splits([Case("a", {}, patient="p"), Case("b", {}, patient="p")], 0.2, seed=0)
     with pytest.raises(VolsegError, match="none of its 8 cases has a mask"):
         volseg.preprocess(folder / "images", recipe=tiny_recipe, out=tmp_path / "p")
 

@@ -16,9 +16,11 @@ import volseg
 from volseg.bundle import load_bundle
 from volseg.cli import app
 from volseg.commands import training
+from volseg.commands.automatic_recipe import MASKS
 from volseg.commands.earlier import cached_recipe
 from volseg.commands.forecast import GUARDED_SECONDS, STAGES, Forecast, Guard
-from volseg.commands.preparing import ANALYSING, MASKS, PREPARING, read_header
+from volseg.commands.preparing import PREPARING, read_header
+from volseg.commands.training_cases import ANALYSING
 from volseg.errors import VolsegError
 from volseg.recipe import ZScore
 

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import metadata
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,6 +30,7 @@ from volseg.measurement.summary import summarise
 from volseg.options import InferOptions, MeasureOptions, Options
 from volseg.pages.about import About
 from volseg.pages.model_box import ModelBox
+from volseg.recipe import Recipe
 from volseg.reports import CasesReport, RunReport
 from volseg.store.outputs import Commit, OutputFolder, trace_name
 from volseg.store.records import LESION_IDS, MASKS, ItemRow
@@ -160,18 +162,21 @@ class _Tally:
         """Keep what is complete, and return the cases to do."""
         results, files = self._batch.results, self._batch.files
         states = {case.id: self._state_of(case) for case in cases}
-        todo = [case for case in cases if states[case.id] is State.MISSING]
-        self.kept = [case.id for case in cases if states[case.id] in (State.COMPLETE, State.EDITED)]
-        outputs = [*files.shared, *(name for case in todo for name in files.names(case.id))]
-        outputs += [name for case_id in self.kept for name in files.page_names(case_id)]
+
+        def cases_in(*wanted: State) -> list[Case]:
+            return [case for case in cases if states[case.id] in wanted]
+
+        todo, edited = cases_in(State.MISSING), cases_in(State.EDITED)
+        kept = cases_in(State.COMPLETE, State.EDITED)
+        outputs = [*files.shared, *chain(*(files.names(case.id) for case in todo))]
+        outputs += chain(*(files.page_names(case.id) for case in kept))
         results.refuse_foreign(outputs)
-        for case in cases:
-            if states[case.id] is State.OTHER_INPUT:
-                self._fail(case, _corrected_for_another_scan(case, results))
-            elif states[case.id] is not State.MISSING:
-                if states[case.id] is State.EDITED:
-                    self.remarks.append(f"{EDITED}: {case.id}: {results.edited_text}")
-                results.keep(case.id, _scan_of(case))
+        self.kept = [case.id for case in kept]
+        self.remarks += [f"{EDITED}: {case.id}: {results.edited_text}" for case in edited]
+        for case in kept:
+            results.keep(case.id, _scan_of(case))
+        for case in cases_in(State.OTHER_INPUT):
+            self._fail(case, _corrected_for_another_scan(case, results))
         return todo
 
     def _state_of(self, case: Case) -> State:
@@ -379,6 +384,12 @@ def case_files(case: Case) -> list[Path]:
     return [*case.images.values(), *(() if case.reference is None else (case.reference,))]
 
 
+def input_paths(*inputs: Path | str | Recipe | None) -> list[Path]:
+    """Return the inputs that are existing files or folders."""
+    paths = [Path(value) for value in inputs if isinstance(value, Path | str)]
+    return [path for path in paths if path.exists()]
+
+
 def digest_of(path: Path) -> str:
     """Return the SHA-256 of a scan, or its path if it cannot be read."""
     try:
@@ -413,9 +424,9 @@ def reason_of(error: VolsegError) -> str:
     return f"{error.code}: {error}"
 
 
-def failure_reason(outputs: OutputFolder, name: str, error: VolsegError) -> str:
+def failure_reason(outputs: OutputFolder | None, name: str, error: VolsegError) -> str:
     """Return why an item failed; for a bug, also write its traceback and name that file."""
-    if not isinstance(error, UnexpectedError):
+    if outputs is None or not isinstance(error, UnexpectedError):
         return reason_of(error)
     outputs.write(trace_name(name), error.trace)
     trace = outputs.path / trace_name(name)

@@ -9,7 +9,8 @@ import numpy as np
 
 from volseg.columns import columns_of
 from volseg.commands.batch import check_pair
-from volseg.commands.preparing import PREPARED_FILE, read_training_case
+from volseg.commands.preparing import PREPARED_FILE
+from volseg.commands.training_cases import read_training_case
 from volseg.errors import VolsegError
 from volseg.inputs import read_json
 from volseg.io.cases import Case

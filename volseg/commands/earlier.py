@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from volseg.commands.planning import recipe_for
+from volseg.commands.automatic_recipe import recipe_for
 from volseg.commands.preparing import read_header
 from volseg.errors import VolsegError
 from volseg.inputs import read_json

@@ -12,20 +12,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from volseg.commands.automatic_recipe import MASKS, auto_recipe
 from volseg.commands.batch import Inputs
-from volseg.commands.planning import auto_recipe
-from volseg.commands.preparing import (
-    ANALYSING,
-    HASHING,
-    MASKS,
-    PREPARED_FILE,
-    PREPARING,
-    case_inputs,
-    case_key,
-    look_at,
-    prepare_case,
-    training_cases,
-)
+from volseg.commands.preparing import HASHING, PREPARED_FILE, PREPARING, Preparation
+from volseg.commands.training_cases import ANALYSING, TrainingSet, labelled_cases
 from volseg.errors import VolsegError
 from volseg.execution.threads import Threads
 from volseg.inputs import read_json
@@ -192,7 +182,7 @@ def _usable_cases(source: Source) -> list[Case]:
     cases, mistakes = survey_cases(source.dataset, channels, allow_missing=allow_missing)
     if mistakes:
         return []
-    return [case for case in cases if case.reference is not None and case.split != "test"]
+    return labelled_cases(cases)
 
 
 def _time_cases(
@@ -219,22 +209,21 @@ def _time_case(source: Source, case: Case) -> _Timed:
     from volseg.planning.close import close
     from volseg.planning.fingerprint import combine_fingerprints
 
-    dataset, seed, stated = source.dataset, source.seed, source.recipe
+    stated = source.recipe
     laps = [time.monotonic()]
     if stated is None:
-        stated = auto_recipe(dataset, [case], ignore_progress)
+        stated = auto_recipe(source.dataset, [case])
     laps.append(time.monotonic())
-    cases = training_cases(dataset, stated, seed, ignore_progress)
-    case = next(training_case for training_case in cases if training_case.id == case.id)
+    data = TrainingSet(source.dataset, stated, source.seed)
+    case = next(training_case for training_case in data.cases() if training_case.id == case.id)
     digests = Inputs(of_masks=True)
-    inputs = case_inputs(case, digests)
+    digests.of(case)
     laps.append(time.monotonic())
-    fingerprint = look_at(case, stated, seed)
+    fingerprint = data.analyse(case)
     laps.append(time.monotonic())
     closed = close(stated, combine_fingerprints([fingerprint]), source.budget).recipe
     with OutputFolder(source.prepared, "preprocess") as outputs:
-        key = case_key(inputs, closed, seed)
-        prepare_case(case, closed, outputs, key, seed, digests)
+        Preparation(data, closed, outputs, digests).prepare(case)
     laps.append(time.monotonic())
     return _Timed(
         seconds=dict(zip(STAGES, np.diff(laps).tolist(), strict=True)),
@@ -254,16 +243,17 @@ def _closed(source: Source, timed: _Timed, cases: Sequence[Case], until: float) 
         return timed.closed
     others = [case for case in cases if case.id != timed.prepared.id]
     deadline = min(time.monotonic() + LOOKED_SECONDS, until)
-    fingerprints = _sample_fingerprints(source.dataset, others, timed.recipe, source.seed, deadline)
+    data = TrainingSet(source.dataset, timed.recipe, source.seed)
+    fingerprints = _sample_fingerprints(data, others, deadline)
     combined = combine_fingerprints([timed.fingerprint, *fingerprints])
     return close(timed.recipe, combined, source.budget).recipe
 
 
 def _sample_fingerprints(
-    dataset: Path, cases: Sequence[Case], recipe: Recipe, seed: int, until: float
+    data: TrainingSet, cases: Sequence[Case], until: float
 ) -> Iterator[CaseFingerprint]:
     """Yield fingerprints of cases spread over the list, until a deadline."""
-    case_of = {case.id: case for case in training_cases(dataset, recipe, seed, ignore_progress)}
+    case_of = {case.id: case for case in data.cases()}
     n = len(cases)
     indices = dict.fromkeys(
         n * odd // 2**level
@@ -274,7 +264,7 @@ def _sample_fingerprints(
         if time.monotonic() > until:
             return
         with suppress(VolsegError, KeyError):  # preparing the dataset reports every error
-            yield look_at(case_of[cases[index].id], recipe, seed)
+            yield data.analyse(case_of[cases[index].id])
 
 
 def _bytes(case: Case) -> int:

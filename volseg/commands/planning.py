@@ -2,29 +2,25 @@
 
 from __future__ import annotations
 
-import re
 import shlex
-from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import numpy as np
-
-from volseg.commands.batch import reason_of
-from volseg.commands.preparing import MASKS, fingerprint_of, refuse_dataset, warnings_of
+from volseg.commands.automatic_recipe import recipe_for
+from volseg.commands.training_cases import (
+    TrainingSet,
+    labelled_cases,
+    refuse_dataset,
+    warnings_of,
+)
 from volseg.errors import VolsegError
 from volseg.execution.cpu import physical_cores, total_memory
-from volseg.execution.local import run
-from volseg.io.cases import Case
-from volseg.io.dataset_json import IGNORE, stated_labels, stated_modalities, stated_regions
 from volseg.io.files import make_folder, refuse_unsealed, write_sealed
 from volseg.io.layouts import survey_cases
-from volseg.io.volumes import read_mask, read_volume
-from volseg.measurement.units import looks_like_ct
-from volseg.options import PlanOptions, Progress, command, ignore_progress
-from volseg.recipe import Recipe, as_recipe, parse_recipe
+from volseg.options import PlanOptions, command
+from volseg.recipe import Recipe
 from volseg.reports import PlanReport
 from volseg.sizing import Budget
 
@@ -39,12 +35,6 @@ GPU_FRACTION = 0.85
 # Floating-point operations per second of a step, to estimate the steps in a time budget
 CPU_CORE_SPEED = 8e10
 GPU_SPEED = 3e13
-CT_SCANS = 5  # read to tell whether a channel is CT
-SIDES = {
-    "R": ("left", "right"),
-    "A": ("anterior", "posterior"),
-    "S": ("superior", "inferior", "upper", "lower"),
-}
 
 
 @command(PlanOptions)
@@ -67,7 +57,8 @@ def plan(options: PlanOptions) -> PlanReport:
     recipe = recipe_for(dataset, options.recipe, options.progress)
     check_recipe(recipe)
     n = number_of_folds(dataset, recipe, options.folds, is_auto=options.recipe is None)
-    fingerprint, failed = fingerprint_of(dataset, recipe, options.seed, options.progress)
+    data = TrainingSet(dataset, recipe, options.seed, options.progress)
+    fingerprint, failed = data.fingerprint(data.cases())
     if failed:
         refuse_dataset(dataset, failed)
     budget = budget_of(options.device, options.memory, seconds)
@@ -151,23 +142,6 @@ def budget_of(
     )
 
 
-def recipe_for(
-    dataset: Path | str, recipe: Path | str | Recipe | None, progress: Progress = ignore_progress
-) -> Recipe:
-    """Return the given recipe, or else one that leaves everything to the plan.
-
-    Raises:
-        VolsegError: the dataset has no usable case. Other mistakes are reported, all at once, when
-            it is prepared.
-    """
-    if recipe is not None:
-        return as_recipe(recipe)
-    cases, mistakes = survey_cases(Path(dataset))
-    if not cases:
-        refuse_dataset(Path(dataset), {}, mistakes)
-    return auto_recipe(Path(dataset), cases, progress)
-
-
 def number_of_folds(dataset: Path, recipe: Recipe, folds: int | None, *, is_auto: bool) -> int:
     """Return how many networks to train.
 
@@ -177,142 +151,5 @@ def number_of_folds(dataset: Path, recipe: Recipe, folds: int | None, *, is_auto
     if not is_auto or folds == 1:
         return folds or 1
     cases, _ = survey_cases(dataset, recipe.data.channels)
-    usable = [case for case in cases if case.reference is not None and case.split != "test"]
-    patients = len({case.patient or case.id for case in usable})
+    patients = len({case.patient or case.id for case in labelled_cases(cases)})
     return max(1, min(N_FOLDS, patients)) if folds is None else folds
-
-
-def auto_recipe(
-    dataset: Path, cases: Sequence[Case], progress: Progress = ignore_progress
-) -> Recipe:
-    """Make a recipe that leaves everything to the plan.
-
-    Labels are the values in the masks, with the names that the dataset states. Scans count as CT if
-    the dataset says so or if they look like CT, in which case the unit HU is a guess; otherwise
-    intensities are normalised per scan.
-    """
-    labels, ignore = _labels(dataset, cases, progress)
-    regions, order = stated_regions(dataset)
-    channels = list(cases[0].images)
-    normalisations = {name: _normalise(name, dataset, cases) for name in channels}
-    first = normalisations[channels[0]]
-    is_ct = first["method"] == "window"
-    is_guess = is_ct and not _is_stated_ct(channels[0], dataset, cases)
-    names = " ".join(labels).casefold()
-    # Mirroring would swap labels that name a side.
-    flips = [axis for axis, words in SIDES.items() if not any(word in names for word in words)]
-    kind = "CT" if is_ct else "MR or other"
-    content = {
-        "name": _slug(dataset),
-        "description": f"Segments {', '.join(labels)} in {kind} scans; everything that is not in "
-        "the data follows from the plan.",
-        "data": {
-            "channels": channels,
-            "labels": labels,
-            "ignore": ignore,
-            "regions": regions or None,
-            "regions_class_order": order or None,
-            "intensity_unit": "HU" if is_ct else "a.u.",
-            "unit_guessed": is_guess,
-            "grids": "first" if len(channels) > 1 else "same",
-        },
-        "preprocess": {
-            "spacing_mm": "auto",
-            "crop": "nonzero",
-            "normalise": first,
-            "normalise_channels": {
-                name: method for name, method in normalisations.items() if method != first
-            },
-        },
-        "network": {"name": "unet3d", "features": "auto", "strides": "auto", "kernels": "auto"},
-        "train": {
-            "patch_shape": "auto",
-            "batch_size": "auto",
-            "foreground_fraction": "auto",
-            "epochs": 300,
-            "patience": 100,
-            "augment": {"flip_axes": flips},
-        },
-        "infer": {"overlap": 0.5},
-    }
-    return parse_recipe(content, where=f"the recipe for {dataset}")
-
-
-def _labels(
-    dataset: Path, cases: Sequence[Case], progress: Progress
-) -> tuple[dict[str, int], int | None]:
-    """Return name → value of every label in the masks, and the value of voxels to ignore, if any.
-
-    Masks that cannot be read are skipped, as preparing reports them, unless none can be read.
-    """
-    masks = [case for case in cases if case.reference is not None and case.split != "test"]
-    if not masks:
-        raise VolsegError(
-            f"{dataset}: none of its {len(cases)} cases has a mask to train on",
-            fix="add a `label` column or a labels/ folder with the names of the images",
-            code="E_DATASET",
-        )
-    values_of: dict[str, set[int]] = {}
-    failed: dict[str, str] = {}
-
-    def read_values(case: Case) -> set[int]:
-        assert case.reference is not None
-        return set(np.unique(read_mask(case.reference).array).tolist())
-
-    for count, outcome in enumerate(run(read_values, masks), start=1):
-        progress(MASKS, count / len(masks), outcome.item.id)
-        if outcome.error is None:
-            values_of[outcome.item.id] = outcome.value or set()
-        else:
-            failed[outcome.item.id] = reason_of(outcome.error)
-    named = stated_labels(dataset)
-    ignore = named.pop(IGNORE, None)
-    stated = {value: name for name, value in named.items()}
-    in_regions = set[int]().union(*stated_regions(dataset)[0].values())
-    if stated:
-        for case, values in values_of.items():
-            if unnamed := sorted(values - {0, ignore, *stated, *in_regions}):
-                failed[case] = (
-                    f"E_LABELS: its mask holds values {unnamed[:5]}, which dataset.json does not "
-                    f"name; it names {sorted(stated)}"
-                )
-    if len(failed) == len(masks) or any(case in values_of for case in failed):
-        refuse_dataset(dataset, failed)
-    values = set[int]().union(*values_of.values())
-    labels = {stated.get(value, f"label_{value}"): value for value in sorted(values - {0, ignore})}
-    if not labels:
-        raise VolsegError(
-            f"{dataset}: no mask holds a labelled voxel", fix="check the masks", code="E_LABELS"
-        )
-    return labels, ignore
-
-
-def _normalise(channel: str, dataset: Path, cases: Sequence[Case]) -> dict[str, Any]:
-    if _is_stated_ct(channel, dataset, cases):
-        return {"method": "window"}
-    if _stated_modality(channel, dataset, cases):
-        return {"method": "zscore"}
-    are_ct_like = []
-    for case in list(cases)[:: max(1, len(cases) // CT_SCANS)][:CT_SCANS]:
-        with suppress(VolsegError):  # preparing reports scans that cannot be read
-            volume = read_volume(case.images[channel])
-            are_ct_like.append(looks_like_ct(volume))
-    return {"method": "window"} if are_ct_like and all(are_ct_like) else {"method": "zscore"}
-
-
-def _is_stated_ct(channel: str, dataset: Path, cases: Sequence[Case]) -> bool:
-    names = (channel, *_stated_modality(channel, dataset, cases))
-    return any(re.search(r"\bct\b", name.casefold().replace("_", " ")) for name in names)
-
-
-def _stated_modality(channel: str, dataset: Path, cases: Sequence[Case]) -> list[str]:
-    """Return the modality in dataset.json and in the column `modality`, if the latter is unique."""
-    column = {case.classes.get("modality", "") for case in cases}
-    stated = {stated_modalities(dataset).get(channel, ""), *(column if len(column) == 1 else ())}
-    return sorted(stated - {""})
-
-
-def _slug(dataset: Path) -> str:
-    folder = dataset.parent if dataset.suffix == ".csv" else dataset
-    slug = re.sub(r"[^a-z0-9]+", "_", folder.resolve().name.casefold()).strip("_")
-    return slug or "auto"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,23 +34,15 @@ def split_cases(
     parts of the patients, drawn with the seed.
     """
     if fold is None:
-        training = [case for case in cases if case.record["split"] == "train"]
-        validation = [case for case in cases if case.record["split"] == "val"]
+        split_of = {case.id: case.record["split"] for case in cases}
     else:
-        if not 0 <= fold < folds:
-            raise VolsegError(
-                f"fold {fold} does not exist", fix=f"give 0 to {folds - 1}", code="E_USAGE"
-            )
-        patients = sorted({case.record["patient"] for case in cases})
-        if len(patients) < folds:
-            raise VolsegError(
-                f"{len(patients)} patients cannot be divided into {folds} folds",
-                fix=f"give --folds {len(patients)} or fewer",
-                code="E_USAGE",
-            )
-        held_out = set(np.random.default_rng(seed).permutation(patients)[fold::folds].tolist())
-        training = [case for case in cases if case.record["patient"] not in held_out]
-        validation = [case for case in cases if case.record["patient"] in held_out]
+        patient_of = {case.id: case.record["patient"] for case in cases}
+        held_out = _held_out(set(patient_of.values()), fold, folds, seed)
+        split_of = {
+            name: "val" if patient in held_out else "train" for name, patient in patient_of.items()
+        }
+    training = [case for case in cases if split_of[case.id] == "train"]
+    validation = [case for case in cases if split_of[case.id] == "val"]
     if not training or not validation:
         raise VolsegError(
             f"{len(training)} training and {len(validation)} validation cases are too few",
@@ -58,6 +50,25 @@ def split_cases(
             code="E_DATASET",
         )
     return training, validation
+
+
+def _held_out(patients: Collection[str], fold: int, folds: int, seed: int) -> set[str]:
+    """Return the patients of one of `folds` random parts.
+
+    Raises:
+        VolsegError: there is no such fold, or there are fewer patients than folds.
+    """
+    if not 0 <= fold < folds:
+        problem = f"fold {fold} does not exist"
+        raise VolsegError(problem, fix=f"give 0 to {folds - 1}", code="E_USAGE")
+    if len(patients) < folds:
+        raise VolsegError(
+            f"{len(patients)} patients cannot be divided into {folds} folds",
+            fix=f"give --folds {len(patients)} or fewer",
+            code="E_USAGE",
+        )
+    order = np.random.default_rng(seed).permutation(sorted(patients))
+    return set(order[fold::folds].tolist())
 
 
 def load_prepared(

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from volseg.commands.prepared import load_prepared, split_cases
-from volseg.commands.preparing import PREPARED_FILE, prepare_dataset, refuse_dataset
+from volseg.commands.preparing import PREPARED_FILE, prepare_dataset
+from volseg.commands.training_cases import refuse_dataset
 from volseg.errors import VolsegError
 from volseg.evaluation.overlap import dice
 from volseg.execution.cpu import keep_freed_memory

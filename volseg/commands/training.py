@@ -40,8 +40,8 @@ from volseg.commands.preparing import (
     PREPARED_FILE,
     prepare_dataset,
     read_header,
-    refuse_dataset,
 )
+from volseg.commands.training_cases import refuse_dataset
 from volseg.commands.training_pictures import preview_png, worst_cases_png
 from volseg.errors import VolsegError
 from volseg.evaluation.validation import ValidationRow, mean_dice, summary

@@ -1,0 +1,195 @@
+"""A recipe that leaves everything to the plan, derived from a dataset."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from volseg.commands.batch import reason_of
+from volseg.commands.training_cases import labelled_cases, refuse_dataset
+from volseg.errors import VolsegError
+from volseg.execution.local import run
+from volseg.io.cases import Case
+from volseg.io.dataset_json import IGNORE, stated_labels, stated_modalities, stated_regions
+from volseg.io.layouts import survey_cases
+from volseg.io.volumes import read_mask, read_volume
+from volseg.measurement.units import looks_like_ct
+from volseg.options import Progress, ignore_progress
+from volseg.recipe import AUTO, PLANNED_LAYERS, Recipe, as_recipe, parse_recipe
+
+MASKS = "Reading the masks"
+CT_SCANS = 5  # read to tell whether a channel is CT
+SIDES = {
+    "R": ("left", "right"),
+    "A": ("anterior", "posterior"),
+    "S": ("superior", "inferior", "upper", "lower"),
+}
+
+
+def recipe_for(
+    dataset: Path | str, recipe: Path | str | Recipe | None, progress: Progress = ignore_progress
+) -> Recipe:
+    """Return the given recipe, or else one that leaves everything to the plan.
+
+    Raises:
+        VolsegError: the dataset has no usable case. Other mistakes are reported, all at once, when
+            it is prepared.
+    """
+    if recipe is not None:
+        return as_recipe(recipe)
+    cases, mistakes = survey_cases(Path(dataset))
+    if not cases:
+        refuse_dataset(Path(dataset), {}, mistakes)
+    return auto_recipe(Path(dataset), cases, progress)
+
+
+def auto_recipe(
+    dataset: Path, cases: Sequence[Case], progress: Progress = ignore_progress
+) -> Recipe:
+    """Make a recipe that leaves everything to the plan.
+
+    Labels are the values in the masks, with the names that the dataset states. Scans count as CT if
+    the dataset says so or if they look like CT, in which case the unit HU is a guess; otherwise
+    intensities are normalised per scan.
+    """
+    labels, ignore = _labels(dataset, cases, progress)
+    regions, order = stated_regions(dataset)
+    channels = [_Channel(name, dataset, cases) for name in cases[0].images]
+    methods = {channel.name: channel.normalisation() for channel in channels}
+    first = channels[0]
+    is_ct = methods[first.name] == "window"
+    names = " ".join(labels).casefold()
+    # Mirroring would swap labels that name a side.
+    flips = [axis for axis, words in SIDES.items() if not any(word in names for word in words)]
+    content = {
+        "name": _slug(dataset),
+        "description": f"Segments {', '.join(labels)} in {'CT' if is_ct else 'MR or other'} scans; "
+        "everything that is not in the data follows from the plan.",
+        "data": {
+            "channels": list(methods),
+            "labels": labels,
+            "ignore": ignore,
+            "regions": regions or None,
+            "regions_class_order": order or None,
+            "intensity_unit": "HU" if is_ct else "a.u.",
+            "unit_guessed": is_ct and not first.is_stated_ct,
+            "grids": "first" if len(channels) > 1 else "same",
+        },
+        "preprocess": {
+            "crop": "nonzero",
+            **_normalise(methods, default=methods[first.name]),
+        },
+        "network": {"name": "unet3d"} | dict.fromkeys(PLANNED_LAYERS, AUTO),
+        "train": dict.fromkeys(("patch_shape", "batch_size", "foreground_fraction"), AUTO)
+        | {"epochs": 300, "patience": 100, "augment": {"flip_axes": flips}},
+    }
+    return parse_recipe(content, where=f"the recipe for {dataset}")
+
+
+def _normalise(methods: Mapping[str, str], default: str) -> dict[str, Any]:
+    others = {name: {"method": one} for name, one in methods.items() if one != default}
+    return {"normalise": {"method": default}, "normalise_channels": others}
+
+
+def _labels(
+    dataset: Path, cases: Sequence[Case], progress: Progress
+) -> tuple[dict[str, int], int | None]:
+    """Return name → value of every label in the masks, and the value of voxels to ignore, if any.
+
+    Masks that cannot be read are skipped, as preparing reports them, unless none can be read.
+    """
+    masks = labelled_cases(cases)
+    if not masks:
+        raise VolsegError(
+            f"{dataset}: none of its {len(cases)} cases has a mask to train on",
+            fix="add a `label` column or a labels/ folder with the names of the images",
+            code="E_DATASET",
+        )
+    values_of, failed = _values_of(masks, progress)
+    named = stated_labels(dataset)
+    ignore = named.pop(IGNORE, None)
+    stated = {value: name for name, value in named.items()}
+    in_regions = set[int]().union(*stated_regions(dataset)[0].values())
+    known = {0, ignore, *stated, *in_regions}
+    unnamed = {case: sorted(values - known) for case, values in values_of.items() if stated}
+    failed |= {
+        case: f"E_LABELS: its mask holds values {values[:5]}, which dataset.json does not "
+        f"name; it names {sorted(stated)}"
+        for case, values in unnamed.items()
+        if values
+    }
+    if len(failed) == len(masks) or failed.keys() & values_of.keys():
+        refuse_dataset(dataset, failed)
+    values = set[int]().union(*values_of.values())
+    labels = {stated.get(value, f"label_{value}"): value for value in sorted(values - {0, ignore})}
+    if not labels:
+        raise VolsegError(
+            f"{dataset}: no mask holds a labelled voxel", fix="check the masks", code="E_LABELS"
+        )
+    return labels, ignore
+
+
+def _values_of(
+    cases: Sequence[Case], progress: Progress
+) -> tuple[dict[str, set[int]], dict[str, str]]:
+    """Return case → values in its mask, and why other masks cannot be read."""
+    values: dict[str, set[int]] = {}
+    failed: dict[str, str] = {}
+    for count, outcome in enumerate(run(_mask_values, cases), start=1):
+        progress(MASKS, count / len(cases), outcome.item.id)
+        if outcome.error is None:
+            values[outcome.item.id] = outcome.value or set()
+        else:
+            failed[outcome.item.id] = reason_of(outcome.error)
+    return values, failed
+
+
+def _mask_values(case: Case) -> set[int]:
+    assert case.reference is not None
+    return set(np.unique(read_mask(case.reference).array).tolist())
+
+
+@dataclass(frozen=True, slots=True)
+class _Channel:
+    """A channel of a dataset, and what is known of its modality."""
+
+    name: str
+    dataset: Path
+    cases: Sequence[Case]
+
+    def normalisation(self) -> str:
+        """Return the method: a window for CT, else a z-score."""
+        if self.is_stated_ct:
+            return "window"
+        return "zscore" if self._modalities() or not self._looks_like_ct() else "window"
+
+    @property
+    def is_stated_ct(self) -> bool:
+        words = (name.casefold().replace("_", " ") for name in (self.name, *self._modalities()))
+        return any(re.search(r"\bct\b", name) for name in words)
+
+    def _modalities(self) -> set[str]:
+        """Return the modality in dataset.json and in the column `modality`, if that is unique."""
+        column = {case.classes.get("modality", "") for case in self.cases}
+        stated = stated_modalities(self.dataset).get(self.name, "")
+        return {stated, *(column if len(column) == 1 else ())} - {""}
+
+    def _looks_like_ct(self) -> bool:
+        """Tell whether the scans that can be read, of a sample, all look like CT."""
+        are_ct_like = []
+        for case in self.cases[:: max(1, len(self.cases) // CT_SCANS)][:CT_SCANS]:
+            with suppress(VolsegError):  # preparing reports scans that cannot be read
+                are_ct_like.append(looks_like_ct(read_volume(case.images[self.name])))
+        return bool(are_ct_like) and all(are_ct_like)
+
+
+def _slug(dataset: Path) -> str:
+    folder = dataset.parent if dataset.suffix == ".csv" else dataset
+    slug = re.sub(r"[^a-z0-9]+", "_", folder.resolve().name.casefold()).strip("_")
+    return slug or "auto"

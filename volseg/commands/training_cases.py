@@ -1,0 +1,279 @@
+"""The training and validation cases of a dataset: find, check and analyse them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+import numpy as np
+
+from volseg.commands.batch import check_pair, failure_reason, reason_of
+from volseg.errors import ScanError, VolsegError
+from volseg.execution.local import run
+from volseg.io.cases import Case
+from volseg.io.layouts import survey_cases
+from volseg.io.volumes import read_mask, read_volume
+from volseg.measurement.units import judge_unit
+from volseg.options import Progress, ignore_progress
+from volseg.preprocessing.channels import to_first_grid
+from volseg.recipe import Recipe
+from volseg.store.outputs import OutputFolder
+from volseg.volume import Volume
+
+if TYPE_CHECKING:  # torch takes seconds to import; only a command that needs it pays
+    from volseg.planning.fingerprint import CaseFingerprint, DatasetFingerprint
+
+ANALYSING = "Analysing the dataset"
+SPLITS = ("train", "val", "test")
+MAX_SHOWN = 10  # mistakes of a dataset listed in one message
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingSet:
+    """A dataset as a recipe reads it.
+
+    Args:
+        recipe: may leave values open.
+        seed: of the drawn split and of sampled voxels.
+    """
+
+    dataset: Path
+    recipe: Recipe
+    seed: int = 0
+    progress: Progress = field(default=ignore_progress, compare=False)
+
+    def cases(self) -> list[Case]:
+        """Return the cases with a mask outside the test split, each with a split.
+
+        A case without a split gets its patient's, if the patient has one.
+
+        Raises:
+            VolsegError: the dataset has mistakes; the error lists them and all unusable files.
+        """
+        allow_missing = self.recipe.data.missing == "empty"
+        channels = self.recipe.data.channels
+        cases, mistakes = survey_cases(self.dataset, channels, allow_missing=allow_missing)
+        for name in sorted({case.split for case in cases if case.split} - set(SPLITS)):
+            known = ", ".join(SPLITS)
+            mistakes.append(f"split {name!r} is unknown: use {known} or leave it empty")
+        if mistakes:
+            refuse_dataset(self.dataset, self._unusable(cases), mistakes)
+        labelled = labelled_cases(_with_split_of_patient(cases))
+        if not labelled:
+            raise VolsegError(
+                f"{self.dataset}: none of its {len(cases)} cases has a mask and is outside the "
+                "test split",
+                fix="add a `label` column or a labels/ folder with the names of the images, and "
+                "check the `split` column",
+                code="E_DATASET",
+            )
+        return assign_splits(labelled, self.recipe.train.validation_fraction, self.seed)
+
+    def _unusable(self, cases: Sequence[Case]) -> dict[str, str]:
+        """Return why cases with a mask cannot be used."""
+        with_mask = [case for case in cases if case.reference is not None]
+        failed = {}
+        outcomes = run(lambda case: read_training_case(case, self.recipe), with_mask)
+        for count, outcome in enumerate(outcomes, start=1):
+            self.progress(ANALYSING, count / len(cases), outcome.item.id)
+            if outcome.error is not None:
+                failed[outcome.item.id] = reason_of(outcome.error)
+        return failed
+
+    def rng_of(self, case: Case) -> np.random.Generator:
+        """Return a generator that depends on the seed and the case's id alone."""
+        digest = hashlib.sha256(case.id.encode()).digest()
+        return np.random.default_rng([self.seed, int.from_bytes(digest[:4], "big")])
+
+    def analyse(self, case: Case) -> CaseFingerprint:
+        """Return the fingerprint of one case.
+
+        Raises:
+            ScanError: as `read_training_case`.
+        """
+        from volseg.planning.fingerprint import fingerprint_case
+
+        images, reference = read_training_case(case, self.recipe)
+        data = self.recipe.data
+        doubt = judge_unit(images[data.channels[0]], data.intensity_unit, by="the recipe").doubt
+        mask = without_ignored(reference, self.recipe)
+        fingerprint = fingerprint_case(images, mask, self.rng_of(case))
+        return fingerprint.model_copy(update={"unit_doubt": doubt})
+
+    def fingerprint(
+        self, cases: Sequence[Case], outputs: OutputFolder | None = None
+    ) -> tuple[DatasetFingerprint, dict[str, str]]:
+        """Return the fingerprint of the training split, and why cases of either split fail.
+
+        Args:
+            outputs: the folder for tracebacks; None to write none.
+        """
+        from volseg.planning.fingerprint import combine_fingerprints
+
+        fingerprints: dict[str, CaseFingerprint] = {}
+        failed: dict[str, str] = {}
+        for count, outcome in enumerate(run(self.analyse, cases), start=1):
+            case, error, fingerprint = outcome.item, outcome.error, outcome.value
+            self.progress(ANALYSING, count / len(cases), case.id)
+            if error is not None:
+                failed[case.id] = failure_reason(outputs, case.id, error)
+            elif case.split == "train" and fingerprint is not None:
+                fingerprints[case.id] = fingerprint
+        if not fingerprints and failed:
+            refuse_dataset(self.dataset, failed)
+        if not fingerprints:
+            raise VolsegError(
+                f"{self.dataset}: no case is left to train on: all {len(cases)} are for validation",
+                fix="give some of them the split `train`",
+                code="E_DATASET",
+            )
+        items = fingerprints.items()
+        facts = {
+            "empty_masks": tuple(name for name, facts in items if not facts.label_voxels),
+            "doubted_units": {name: facts.unit_doubt for name, facts in items if facts.unit_doubt},
+        }
+        return combine_fingerprints(list(fingerprints.values())).model_copy(update=facts), failed
+
+
+def labelled_cases(cases: Sequence[Case]) -> list[Case]:
+    """Return the cases with a mask outside the test split."""
+    return [case for case in cases if case.reference is not None and case.split != "test"]
+
+
+def _with_split_of_patient(cases: Sequence[Case]) -> list[Case]:
+    split_of = {case.patient: case.split for case in cases if case.patient and case.split}
+    return [replace(case, split=case.split or split_of.get(case.patient or "")) for case in cases]
+
+
+def assign_splits(cases: Sequence[Case], validation_fraction: float, seed: int) -> list[Case]:
+    """Give each case a split: the dataset's, or a random fraction of the patients validates."""
+    if any(case.split == "val" for case in cases):
+        return [case if case.split else replace(case, split="train") for case in cases]
+    patients = sorted({case.patient or case.id for case in cases})
+    if len(patients) < 2:
+        raise VolsegError(
+            f"training needs at least two patients, one for validation; found {len(patients)}",
+            fix="add cases, or a `split` column with train and val",
+            code="E_DATASET",
+        )
+    n = min(len(patients) - 1, max(1, round(len(patients) * validation_fraction)))
+    drawn = set(np.random.default_rng(seed).permutation(patients)[:n].tolist())
+    return [
+        replace(case, split="val" if (case.patient or case.id) in drawn else "train")
+        for case in cases
+    ]
+
+
+def refuse_dataset(
+    dataset: Path, failed: Mapping[str, str], mistakes: Sequence[str] = ()
+) -> NoReturn:
+    """Raise one error that lists the unusable cases and the mistakes of the dataset as a whole."""
+    problems = [*mistakes, *(f"{case}: {reason}" for case, reason in failed.items())]
+    n = len(problems)
+    numbered = enumerate(problems[:MAX_SHOWN], start=1)
+    shown = "; ".join(f"({number}) {problem}" for number, problem in numbered)
+    more = f"; and {n - MAX_SHOWN} more" if n > MAX_SHOWN else ""
+    summary = f"{len(failed)} of its cases cannot be used"
+    if mistakes:
+        summary = f"{n} mistake{'s' * (n > 1)}"
+    raise VolsegError(
+        f"{dataset}: {summary}: {shown}{more}",
+        fix="correct these files or remove them from the dataset; `volseg check` lists all of them",
+        code="E_DATASET",
+    )
+
+
+def read_training_case(
+    case: Case, recipe: Recipe, digests: Sequence[str] | None = None
+) -> tuple[dict[str, Volume], Volume]:
+    """Read the available channels and the mask; check them against each other and the recipe.
+
+    Args:
+        digests: expected SHA-256 of the files; None skips this check.
+
+    Raises:
+        ScanError: the case has problems; the error lists all of them.
+    """
+    data = recipe.data
+    assert case.reference is not None
+    images = {name: read_volume(case.images[name]) for name in data.channels if name in case.images}
+    reference = read_mask(case.reference)
+    hashes = {volume.sha256 for volume in (*images.values(), reference)}
+    if digests is not None and not hashes <= set(digests):
+        raise ScanError(
+            f"case {case.id!r}: a file changed while the dataset was being prepared",
+            fix="run the command again",
+            code="E_CHANGED",
+        )
+    if data.grids == "first":
+        images = to_first_grid(images, align=data.align == "rigid")
+    problems = [*_pair_problems(case, images, reference, recipe)]
+    problems += _label_problems(case, reference, recipe)
+    if problems:
+        text = "; ".join(problem.problem for problem in problems)
+        fix = "; ".join(dict.fromkeys(problem.fix for problem in problems))
+        raise ScanError(text, fix=fix, code=problems[0].code)
+    return images, reference
+
+
+def _pair_problems(
+    case: Case, images: Mapping[str, Volume], reference: Volume, recipe: Recipe
+) -> Iterator[VolsegError]:
+    """Yield why a channel and the mask do not belong together."""
+    for name, image in images.items():
+        try:
+            check_pair(image, reference, str(case.images[name]), str(case.reference))
+        except VolsegError as error:
+            fix = error.fix
+            if len(images) > 1 and recipe.data.grids == "same":
+                fix += '; set data.grids = "first" if the channels have different grids'
+            yield ScanError(error.problem, fix=fix, code=error.code)
+
+
+def _label_problems(case: Case, reference: Volume, recipe: Recipe) -> Iterator[VolsegError]:
+    """Yield an error if the mask holds values that the recipe does not name."""
+    labels = recipe.data.labels
+    named = {0, recipe.data.ignore, *labels.values()}
+    if unknown := sorted(set(np.unique(reference.array).tolist()) - named):
+        yield ScanError(
+            f"{case.reference}: holds values {unknown[:5]}, which the recipe does not name; "
+            f"it names {labels}",
+            fix="name every value under [data] labels in the recipe, or correct the mask",
+            code="E_LABELS",
+        )
+
+
+def without_ignored(reference: Volume, recipe: Recipe) -> Volume:
+    """Return the mask with unannotated voxels as background."""
+    if recipe.data.ignore is None:
+        return reference
+    return reference.with_array(np.where(reference.array == recipe.data.ignore, 0, reference.array))
+
+
+def warnings_of(fingerprint: DatasetFingerprint, recipe: Recipe) -> list[str]:
+    """Return warnings about training cases that are unusual but usable."""
+    from volseg.mismatch import has_trusted_unit  # loads torch
+
+    warnings, n_cases = [], fingerprint.n_cases
+    if empty := fingerprint.empty_masks:
+        names = ", ".join(empty[:5]) + (" …" if len(empty) > 5 else "")
+        warnings.append(
+            f"W_EMPTY: {len(empty)} of {n_cases} training masks hold no labelled voxel: {names}"
+        )
+    labels = recipe.data.label_names.items()
+    if absent := [name for value, name in labels if value not in fingerprint.label_voxels]:
+        names = ", ".join(absent)
+        warnings.append(f"W_LABELS: no training mask holds {names}, which cannot be learnt")
+    if doubted := fingerprint.doubted_units:
+        case, reason = next(iter(doubted.items()))
+        refuses = has_trusted_unit(recipe, fingerprint)
+        effect = "refuses such scans" if refuses else "reports no values in that unit"
+        warnings.append(
+            f"W_UNIT: {len(doubted)} of {n_cases} training scans contradict the unit of the recipe "
+            f"(first {case}: {reason}), so a model {effect}; correct data.intensity_unit or the "
+            "scans"
+        )
+    return warnings
