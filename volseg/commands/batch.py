@@ -163,8 +163,8 @@ class _Tally:
         results, files = self._batch.results, self._batch.files
         states = {case.id: self._state_of(case) for case in cases}
 
-        def cases_in(*wanted: State) -> list[Case]:
-            return [case for case in cases if states[case.id] in wanted]
+        def cases_in(*kinds: State) -> list[Case]:
+            return [case for case in cases if states[case.id] in kinds]
 
         todo, edited = cases_in(State.MISSING), cases_in(State.EDITED)
         kept = cases_in(State.COMPLETE, State.EDITED)

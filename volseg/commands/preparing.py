@@ -92,8 +92,8 @@ def prepare_dataset(
         outputs.refuse_foreign([PREPARED_FILE, "cases.csv"])
         digests = _hash_files(cases, options.progress)
         key = _fingerprint_key(cases, digests, data)
-        known = _known_fingerprint(options.out, key)
-        fingerprint, failed = (known, {}) if known else data.fingerprint(cases, outputs)
+        stored = _stored_fingerprint(options.out, key)
+        fingerprint, failed = (stored, {}) if stored else data.fingerprint(cases, outputs)
         if failed and refuse:
             refuse_dataset(options.dataset, failed)
         planned = _plan(recipe, fingerprint, earlier, budget)
@@ -236,7 +236,7 @@ def _fingerprint_key(cases: Sequence[Case], digests: Inputs, data: TrainingSet) 
     return input_key(parts, [digest for case in cases for digest in _case_inputs(case, digests)])
 
 
-def _known_fingerprint(prepared: Path, key: str) -> DatasetFingerprint | None:
+def _stored_fingerprint(prepared: Path, key: str) -> DatasetFingerprint | None:
     """Return the fingerprint of an earlier call on the same files, if all could be used."""
     from volseg.planning.fingerprint import DatasetFingerprint
 

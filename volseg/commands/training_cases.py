@@ -57,8 +57,8 @@ class TrainingSet:
         channels = self.recipe.data.channels
         cases, mistakes = survey_cases(self.dataset, channels, allow_missing=allow_missing)
         for name in sorted({case.split for case in cases if case.split} - set(SPLITS)):
-            known = ", ".join(SPLITS)
-            mistakes.append(f"split {name!r} is unknown: use {known} or leave it empty")
+            names = ", ".join(SPLITS)
+            mistakes.append(f"split {name!r} is unknown: use {names} or leave it empty")
         if mistakes:
             refuse_dataset(self.dataset, self._unusable(cases), mistakes)
         labelled = labelled_cases(_with_split_of_patient(cases))
