@@ -116,8 +116,8 @@ def _labels(
     ignore = named.pop(IGNORE, None)
     stated = {value: name for name, value in named.items()}
     in_regions = set[int]().union(*stated_regions(dataset)[0].values())
-    known = {0, ignore, *stated, *in_regions}
-    unnamed = {case: sorted(values - known) for case, values in values_of.items() if stated}
+    allowed = {0, ignore, *stated, *in_regions}
+    unnamed = {case: sorted(values - allowed) for case, values in values_of.items() if stated}
     failed |= {
         case: f"E_LABELS: its mask holds values {values[:5]}, which dataset.json does not "
         f"name; it names {sorted(stated)}"
