@@ -164,7 +164,7 @@ class _Tally:
         self.kept = [case.id for case in cases if states[case.id] in (State.COMPLETE, State.EDITED)]
         outputs = [*files.shared, *(name for case in todo for name in files.names(case.id))]
         outputs += [name for case_id in self.kept for name in files.page_names(case_id)]
-        results.refuse_foreign(outputs)
+        results.check_overwrites(outputs)
         for case in cases:
             if states[case.id] is State.OTHER_INPUT:
                 self._fail(case, _corrected_for_another_scan(case, results))

@@ -114,7 +114,7 @@ def _compare_patients(
     jobs, refusals = _comparisons(patients, times, settings)
     kept, todo = _split(jobs, results)
     pictures = [job.picture for job in todo] if settings.figures else []
-    results.refuse_foreign([*OUTPUTS, *pictures])
+    results.check_overwrites([*OUTPUTS, *pictures])
     for name in kept:
         results.clear_failure(name)
     unpaired = _commit_unpaired(patients, times, results)

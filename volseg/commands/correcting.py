@@ -63,7 +63,7 @@ def _measure_again(folder: ResultsFolder, about: About, options: MeasureOptions)
     files, rows = CaseFiles((LESION_IDS,), options.figures, options.pages), folder.item_rows()
     masks = list(_corrected_masks(folder, rows, files))
     outputs = [path for mask in masks for path in files.names(mask.name)]
-    folder.refuse_foreign([*files.shared, *outputs])
+    folder.check_overwrites([*files.shared, *outputs])
     tally, warnings = Tally(folder, STAGE, options.progress), []
     options.progress(STAGE, 0.0, f"{len(masks)} of {len(rows)} masks were changed by hand")
     try:

@@ -101,7 +101,7 @@ def prepare_dataset(
     if isinstance(options.recipe, Path | str) and Path(options.recipe).is_file():
         inputs.append(Path(options.recipe))
     with OutputFolder(out, "preprocess", inputs=inputs) as outputs:
-        outputs.refuse_foreign([PREPARED_FILE, "cases.csv"])
+        outputs.check_overwrites([PREPARED_FILE, "cases.csv"])
         digests = _hash_files(cases, progress)
         key = _fingerprint_key(cases, digests, recipe, seed)
         analysed, failed = _known_fingerprint(out, key), dict[str, str]()
@@ -127,7 +127,7 @@ def prepare_dataset(
         for case in usable:
             (kept if is_prepared(out / "cases", case.id, keys[case.id]) else missing).append(case)
         n_labels = len(recipe.data.labels)
-        outputs.refuse_foreign(
+        outputs.check_overwrites(
             name for case in missing for name in prepared_files(case.id, n_labels)
         )
         outcomes = run(
