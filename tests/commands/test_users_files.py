@@ -16,8 +16,8 @@ from volseg.commands import (
     batch,
     comparing,
     correcting,
-    evaluating,
     mask_measurement,
+    mask_pairs,
     measuring,
     preparing,
 )
@@ -684,7 +684,7 @@ def calls(data, dataset, model, tiny_recipe, tmp_path):
     [
         ("measure", measuring, "measure_mask"),
         ("measure again", correcting, "measure_mask"),
-        ("evaluate", evaluating, "evaluate_case"),
+        ("evaluate", mask_pairs, "evaluate_case"),
         ("compare", comparing.PatientComparison, "run"),
         ("compare", comparing, "input_digests"),
         ("preprocess", preparing, "look_at"),

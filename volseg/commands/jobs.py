@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 from volseg.commands.batch import failure_reason
 from volseg.errors import VolsegError
-from volseg.execution.local import Outcome, run
+from volseg.execution.local import run
 from volseg.options import Progress
 from volseg.store.records import ItemRow
 from volseg.store.results import RecordFolder
@@ -51,14 +51,11 @@ class Tally:
             job.run(self._results)
 
         for count, outcome in enumerate(run(task, jobs), start=1):
-            self._add(outcome)
-            self._progress(self._stage, count / len(jobs), outcome.item.name)
-
-    def _add(self, outcome: Outcome[Job, None]) -> None:
-        job = outcome.item
-        if outcome.error is None:
-            self.done.append(job.name)
-            return
-        reason = failure_reason(self._results, job.name, outcome.error)
-        self._results.commit_failure(job.failed_row(reason), job.inputs)
-        self.failed[job.name] = reason
+            job = outcome.item
+            if outcome.error is None:
+                self.done.append(job.name)
+            else:
+                reason = failure_reason(self._results, job.name, outcome.error)
+                self._results.commit_failure(job.failed_row(reason), job.inputs)
+                self.failed[job.name] = reason
+            self._progress(self._stage, count / len(jobs), job.name)

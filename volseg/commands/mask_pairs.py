@@ -21,7 +21,6 @@ from volseg.evaluation.detection import (
 from volseg.evaluation.memory import LIBRARIES, most_evaluating, plan_evaluating, plan_reading
 from volseg.evaluation.overlap import COUNTED_TOGETHER, evaluate_case
 from volseg.execution.memory import Budget
-from volseg.io.cases import Case
 from volseg.io.csv_text import iterate_csv
 from volseg.io.dataset_json import IGNORE, stated_labels
 from volseg.io.layouts import find_cases, find_scans, is_dataset
@@ -187,11 +186,7 @@ def _masks(path: Path) -> dict[str, _Mask]:
             f"{path}: holds no masks", fix="give the results of `volseg infer`", code="E_DATASET"
         )
     folder = path / "masks" if (path / "masks").is_dir() else path
-    return {case.id: _Mask(_only_file(case)) for case in find_scans([folder], ("image",))}
-
-
-def _only_file(case: Case) -> Path:
-    return next(iter(case.images.values()))
+    return {case.id: _Mask(case.images["image"]) for case in find_scans([folder], ("image",))}
 
 
 @dataclass(frozen=True, slots=True)

@@ -142,7 +142,7 @@ def _pairs_of_table(table: Path) -> list[Case]:
 
 
 def _pairs_of_folders(scans: Sequence[Case], folder: Path) -> tuple[list[Case], list[str]]:
-    masks = {case.id: next(iter(case.images.values())) for case in find_scans([folder], ("image",))}
+    masks = {case.id: case.images["image"] for case in find_scans([folder], ("image",))}
     maskless = [case.id for case in scans if case.id not in masks]
     if maskless:
         n = f"{len(maskless)} of {format_count(len(scans), 'scan')}"

@@ -168,7 +168,7 @@ class OutputFolder:
 
     def _recover(self) -> None:
         """Finish the decided commits of killed runs and delete their temporary files."""
-        runs = _read_runs(self._records / LEDGER)
+        runs = _read_texts(self._records / LEDGER, "run")
         for ready in sorted(self._records.glob("ready-*")):
             if ready.name.split("-")[1] in runs and ready.is_dir() and not ready.is_symlink():
                 self._apply(ready)
@@ -263,7 +263,7 @@ class OutputFolder:
             VolsegError: volseg did not make the folder, or it is a link (`E_EXISTS`).
         """
         path = self._confined(name)
-        is_listed = name in _read_folders(self._records / LEDGER)
+        is_listed = name in _read_texts(self._records / LEDGER, "folder")
         if path.is_symlink() or (os.path.lexists(path) and not is_listed):
             fix = "move or rename it, or give another folder"
             raise _exists([path], "was not made by volseg", fix)
@@ -529,12 +529,9 @@ def _read_hashes(ledger: Path) -> Mapping[str, set[str]]:
     return hashes
 
 
-def _read_folders(ledger: Path) -> set[str]:
-    return {line["folder"] for line in _read_lines(ledger) if isinstance(line.get("folder"), str)}
-
-
-def _read_runs(ledger: Path) -> set[str]:
-    return {line["run"] for line in _read_lines(ledger) if isinstance(line.get("run"), str)}
+def _read_texts(ledger: Path, key: str) -> set[str]:
+    """Return the values of `folder` or of `run` in all lines."""
+    return {line[key] for line in _read_lines(ledger) if isinstance(line.get(key), str)}
 
 
 def _files_below(folder: Path) -> list[str]:
