@@ -78,7 +78,8 @@ def model(*, fine=50.0, coarse=120.0, margin_mm=10.0, patch=8, overlap=0.5, **se
     recipe = recipe.model_copy(update={"train": train})
     weights = {"segmentation": {}, "roi": {}}
     bundle = ModelBundle(recipe=recipe, fingerprint=NO_DATA, weights=weights)
-    first = None if bundle.coarse is None else Model(bundle.coarse, Over(coarse), None)
+    part = bundle.coarse_bundle
+    first = None if part is None else Model(part, Over(coarse), None)
     return Model(bundle, Over(fine), None, coarse=first)
 
 
@@ -182,9 +183,10 @@ def test_air_alone_runs_neither_pass():
 
 def test_a_bundle_with_the_weights_has_no_first_pass_where_the_recipe_has_none():
     bundle = model().bundle
-    assert bundle.coarse is not None
-    assert bundle.coarse.members == ("roi",)
-    assert bundle.members == ("segmentation",)
-    assert bundle.coarse.coarse is None
-    assert replace(bundle, recipe=bundle.recipe.model_copy(update={"roi": None})).coarse is None
-    assert replace(bundle, weights={"segmentation": {}}).coarse is None
+    assert bundle.coarse_bundle is not None
+    assert bundle.coarse_bundle.segmentation_names == ("roi",)
+    assert bundle.segmentation_names == ("segmentation",)
+    assert bundle.coarse_bundle.coarse_bundle is None
+    one_pass = bundle.recipe.model_copy(update={"roi": None})
+    assert replace(bundle, recipe=one_pass).coarse_bundle is None
+    assert replace(bundle, weights={"segmentation": {}}).coarse_bundle is None

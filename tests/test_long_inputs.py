@@ -96,7 +96,7 @@ def cases_that_are_complete(folder, n):
         path=folder,
         has_record=lambda name: True,
         state_of=lambda name, key, inputs: State.COMPLETE,
-        refuse_foreign=list,
+        check_overwrites=list,
         keep=lambda name, scan: None,
         write_tables=lambda pending: [],
     )

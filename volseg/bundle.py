@@ -24,7 +24,7 @@ from volseg.networks import build_classifier, build_segmentation, copy_weights
 from volseg.planning.close import Reason
 from volseg.planning.fingerprint import DatasetFingerprint
 from volseg.recipe import Preprocess, Recipe, Roi, Text, listed, parse_recipe, validation_messages
-from volseg.words import format_sizes
+from volseg.words import format_count, format_sizes
 
 FORMAT_VERSION = 2
 SHIPPED = "lung_nodule_ct"
@@ -32,8 +32,10 @@ BEST_OF_RUN = (
     "The weights are those of the run that were best on validation cases, "
     "so validation flatters them a little."
 )
+UNSTATED = "Not stated by the recipe."
 EXPORTED = "openvino"  # subfolder of a model folder with the OpenVINO files
-FIRST = "segmentation"  # weights of the 3D network; further networks of an ensemble are numbered
+# Weights of the 3D network; further networks of an ensemble are numbered.
+SEGMENTATION = "segmentation"
 ROI = "roi"  # weights of the coarse first pass
 # Metrics that the model box on a report reads; a label or a fold follows the last two.
 COUNTS = ("training_cases", "validation_cases")
@@ -53,7 +55,7 @@ class ModelBundle:
         reasons: why the plan chose what the recipe left open.
         metrics: results of training and validation.
         origin: source of an imported model.
-        first: name of the network that the recipe describes.
+        first_network: name of the 3D network; those of an ensemble begin with it.
     """
 
     recipe: Recipe
@@ -64,41 +66,39 @@ class ModelBundle:
     origin: Mapping[str, str] = field(default_factory=dict)
     reasons: tuple[Reason, ...] = ()
     sha256: str = ""
-    first: str = FIRST
+    first_network: str = SEGMENTATION
 
     @property
     def name(self) -> str:
         """Name of the recipe and start of the hash, for tables."""
         return f"{self.recipe.name}@{self.sha256[:12]}"
 
-    def segmentation_network(self) -> nn.Module:
-        """Return the first 3D network with its trained weights.
+    def segmentation_network(self, name: str | None = None) -> nn.Module:
+        """Return a 3D network with its trained weights: the first unless `name` gives another.
 
         It maps (N, channels, R, A, S) to logits (N, outputs, R, A, S).
         """
-        return self.member(self.first)
+        weights = self.weights[self.first_network if name is None else name]
+        return copy_weights(build_segmentation(self.recipe), weights)
 
     def segmentation_networks(self) -> tuple[nn.Module, ...]:
         """Return all 3D networks, one unless it is an ensemble, whose logits are averaged."""
-        return tuple(self.member(name) for name in self.members)
+        return tuple(map(self.segmentation_network, self.segmentation_names))
 
     @property
-    def members(self) -> tuple[str, ...]:
+    def segmentation_names(self) -> tuple[str, ...]:
         """Names of the 3D networks in `weights`."""
-        names = (segmentation_name(index, self.first) for index in range(len(self.weights)))
+        indices = range(len(self.weights))
+        names = (segmentation_name(index, self.first_network) for index in indices)
         return tuple(name for name in names if name in self.weights)
 
-    def member(self, name: str) -> nn.Module:
-        """Return one 3D network of the ensemble with its trained weights."""
-        return copy_weights(build_segmentation(self.recipe), self.weights[name])
-
     @property
-    def coarse(self) -> ModelBundle | None:
+    def coarse_bundle(self) -> ModelBundle | None:
         """First pass (any label against background) as a bundle; None if there is none."""
         recipe = self.recipe.coarse
         if recipe is None or ROI not in self.weights:
             return None
-        return replace(self, recipe=recipe, first=ROI)
+        return replace(self, recipe=recipe, first_network=ROI)
 
     def classifier_network(self) -> nn.Module | None:
         """Return the 2D network with its trained weights; None if there is none."""
@@ -108,8 +108,8 @@ class ModelBundle:
         return copy_weights(build_classifier(classify), self.weights["classifier"])
 
 
-def segmentation_name(index: int, first: str = FIRST) -> str:
-    """Return the name in `weights` of a member of the ensemble."""
+def segmentation_name(index: int, first: str = SEGMENTATION) -> str:
+    """Return the name in `weights` of a 3D network of the ensemble."""
     return first if index == 0 else f"{first}_{index}"
 
 
@@ -164,22 +164,10 @@ def load_bundle(folder: Path) -> ModelBundle:
     try:
         text = read_bytes(description_path, max_bytes=MAX_TEXT_BYTES)
         content = parse_json(text)
-        version = content.get("format_version") if isinstance(content, dict) else None
-        if isinstance(version, int) and version != FORMAT_VERSION:
-            is_newer = version > FORMAT_VERSION
-            raise VolsegError(
-                f"{folder}: model format {version} is {'newer' if is_newer else 'older'} than this "
-                f"volseg reads ({FORMAT_VERSION})",
-                fix="update volseg" if is_newer else "train or import the model again",
-                code="E_VERSION",
-            )
+        _check_version(content, folder)
         description = _Description.model_validate(content)
-        recipe = parse_recipe(description.recipe, where=str(description_path))
-        if recipe.open_keys:
-            keys = ", ".join(recipe.open_keys)
-            raise ValueError(f"the recipe of a trained model leaves {keys} open")
         return ModelBundle(
-            recipe=recipe,
+            recipe=_closed_recipe(description.recipe, where=str(description_path)),
             fingerprint=description.fingerprint,
             weights=_StoredWeights(folder, description.weights_sha256),
             metrics=description.metrics,
@@ -202,6 +190,26 @@ def load_bundle(folder: Path) -> ModelBundle:
         raise VolsegError(
             f"{description_path}: damaged ({reason})", fix="copy the model again", code="E_CKPT"
         ) from error
+
+
+def _check_version(content: Any, folder: Path) -> None:
+    version = content.get("format_version") if isinstance(content, dict) else None
+    if isinstance(version, int) and version != FORMAT_VERSION:
+        is_newer = version > FORMAT_VERSION
+        raise VolsegError(
+            f"{folder}: model format {version} is {'newer' if is_newer else 'older'} than this "
+            f"volseg reads ({FORMAT_VERSION})",
+            fix="update volseg" if is_newer else "train or import the model again",
+            code="E_VERSION",
+        )
+
+
+def _closed_recipe(content: dict[str, Any], where: str) -> Recipe:
+    recipe = parse_recipe(content, where=where)
+    if recipe.open_keys:
+        keys = ", ".join(recipe.open_keys)
+        raise ValueError(f"the recipe of a trained model leaves {keys} open")
+    return recipe
 
 
 class _Description(BaseModel):
@@ -227,9 +235,9 @@ class _Description(BaseModel):
 
     @model_validator(mode="after")
     def _holds_a_network(self) -> _Description:
-        if FIRST not in self.weights_sha256:
+        if SEGMENTATION not in self.weights_sha256:
             names = ", ".join(self.weights_sha256)
-            raise ValueError(f"has no network {FIRST!r}, only {names}")
+            raise ValueError(f"has no network {SEGMENTATION!r}, only {names}")
         return self
 
 
@@ -257,36 +265,48 @@ def shipped_bundle() -> Path:
 def model_card(bundle: ModelBundle) -> str:
     """Return Markdown for people: intended use, limits, data, metrics and settings of a model."""
     recipe, metrics = bundle.recipe, bundle.metrics
-    labels = ", ".join(f"{name} = {value}" for value, name in recipe.data.label_names.items())
-    channels = ", ".join(recipe.data.channels)
-    n_cases = metrics.get("training_cases", bundle.fingerprint.n_cases)
-    is_best = "best_epoch" in metrics or "networks" in metrics
-    paragraphs = [
-        f"# {recipe.name}",
-        recipe.description,
-        "## Intended use",
-        recipe.intended_use or "Not stated by the recipe.",
-        "## Limits",
-        recipe.limits or "Not stated by the recipe.",
-        "Not a medical device; for research only.",
-        "## Data",
-        recipe.data_source or "Not stated by the recipe.",
-        f"{n_cases} training cases; channels: {channels}; labels: {labels}.",
-        "## Which scans it can tell apart",
-        "Before a scan is segmented it is compared with the training scans:",
-        _bullets(list_checks(recipe, bundle.fingerprint)),
-        "## Metrics",
-        _bullets(f"{name}: {_show(value)}" for name, value in metrics.items()),
-        BEST_OF_RUN if is_best else None,
-        "## How it was made",
-        _bullets(f"{name}: {value}" for name, value in bundle.origin.items()) or None,
+    sections = {
+        "Intended use": [recipe.intended_use or UNSTATED],
+        "Limits": [recipe.limits or UNSTATED, "Not a medical device; for research only."],
+        "Data": [recipe.data_source or UNSTATED, _training_data(bundle)],
+        "Which scans it can tell apart": [
+            "Before a scan is segmented it is compared with the training scans:",
+            _bullets(list_checks(recipe, bundle.fingerprint)),
+        ],
+        "Metrics": [_bullets(f"{name}: {_show(value)}" for name, value in metrics.items())],
+        "How it was made": list(_making(bundle)),
+    }
+    if "best_epoch" in metrics or "networks" in metrics:
+        sections["Metrics"].append(BEST_OF_RUN)
+    paragraphs = [f"# {recipe.name}", recipe.description]
+    for heading, texts in sections.items():
+        paragraphs += [f"## {heading}", *texts]
+    return "\n\n".join(paragraphs) + "\n"
+
+
+def _training_data(bundle: ModelBundle) -> str:
+    data = bundle.recipe.data
+    n_cases = bundle.metrics.get("training_cases", bundle.fingerprint.n_cases)
+    labels = ", ".join(f"{name} = {value}" for value, name in data.label_names.items())
+    channels = ", ".join(data.channels)
+    cases = format_count(n_cases, "training case")
+    return f"{cases}; channels: {channels}; labels: {labels}."
+
+
+def _making(bundle: ModelBundle) -> Iterator[str]:
+    """Yield the paragraphs on how the model was made."""
+    recipe = bundle.recipe
+    if bundle.origin:
+        yield _bullets(f"{name}: {value}" for name, value in bundle.origin.items())
+    yield (
         f"Spacing {format_sizes(recipe.spacing_mm)} mm ({_axes(recipe.preprocess)}), patch "
         f"{format_sizes(recipe.patch_shape)}, batch {recipe.batch_size}; "
-        "the whole recipe is in model.json.",
-        None if recipe.roi is None else _coarse_pass(recipe.roi),
-        _reason_table(bundle.reasons) or None,
-    ]
-    return "\n\n".join(text for text in paragraphs if text is not None) + "\n"
+        "the whole recipe is in model.json."
+    )
+    if recipe.roi is not None:
+        yield _coarse_pass(recipe.roi)
+    if bundle.reasons:
+        yield _reason_table(bundle.reasons)
 
 
 def _bullets(lines: Iterable[str]) -> str:
@@ -294,8 +314,6 @@ def _bullets(lines: Iterable[str]) -> str:
 
 
 def _reason_table(reasons: Sequence[Reason]) -> str:
-    if not reasons:
-        return ""
     rows = [f"| {line.setting} | {line.value} | {line.reason} |" for line in reasons]
     return "\n".join(["| setting | value | why |", "|---|---|---|", *rows])
 

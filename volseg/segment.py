@@ -90,14 +90,15 @@ def load_model(
     memory = None
     if choice.device.type != "cpu":
         memory = torch.cuda.get_device_properties(choice.device).total_memory
-    for part in (bundle, bundle.coarse):
+    coarse_bundle = bundle.coarse_bundle
+    for part in (bundle, coarse_bundle):
         if part is not None:
             check_patch(part, memory, half=choice.precision != "fp32")
     network, classifier, coarse = bundle.classifier_network(), None, None
-    if bundle.coarse is not None:
+    if coarse_bundle is not None:
         exact = replace(choice, precision="fp32") if choice.precision == "int8" else choice
-        first_pass = load_backend(bundle.coarse, exact, folder=folder)
-        coarse = Model(bundle.coarse, first_pass, None, choice.device.type)
+        first_pass = load_backend(coarse_bundle, exact, folder=folder)
+        coarse = Model(coarse_bundle, first_pass, None, choice.device.type)
     segmentation = load_backend(bundle, choice, folder=folder)
     if network is not None:
         classifier = TorchBackend(network, choice.device, precision=choice.precision)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 UNITS = ((86_400.0, "days"), (3600.0, "h"), (60.0, "min"), (1.0, "s"))
 MIN_VALUE = 1.5  # below it, the next smaller unit is used
@@ -24,6 +24,18 @@ def format_count(number: int | None, noun: str) -> str:
     ('1 scan', '2 scans')
     """
     return "" if number is None else f"{number} {noun}{'s' * (number != 1)}"
+
+
+def format_list(names: Sequence[str], most: int, noun: str = "") -> str:
+    """Join the first names, and state how many more of them there are.
+
+    >>> format_list(["a", "b", "c"], 2), format_list(["a", "b", "c", "d"], 2, "scan")
+    ('a, b and 1 more', 'a, b and 2 more scans')
+    """
+    listed, n_more = ", ".join(names[:most]), len(names) - most
+    if n_more <= 0:
+        return listed
+    return f"{listed} and {format_count(n_more, f'more {noun}') if noun else f'{n_more} more'}"
 
 
 def format_sizes(sizes: Iterable[float]) -> str:

@@ -193,7 +193,7 @@ def test_a_pair_over_the_budget_is_a_failed_row_and_the_others_go_on(pair):
 
 def test_masks_that_cannot_be_read_within_the_budget_are_not_read(pair, monkeypatch):
     monkeypatch.setattr(
-        "volseg.commands.evaluating.read_mask", lambda path: pytest.fail("was read")
+        "volseg.commands.mask_pairs.read_mask", lambda path: pytest.fail("was read")
     )
     report = volseg.evaluate(**pair, max_ram="1M")
     enough = re.search(r"--max-ram ([0-9.]+G)", report.failed["noise"])[1]

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 import volseg
 from volseg.cli import app
-from volseg.commands import evaluating
+from volseg.commands import mask_pairs
 from volseg.errors import VolsegError
 from volseg.evaluation.surface import surface_distances
 from volseg.io.volumes import read_mask, write_volume
@@ -319,7 +319,7 @@ def test_where_every_pair_fails_the_rows_of_the_same_masks_stay(min_iou, study, 
 def test_where_one_pair_fails_its_row_stays_if_its_masks_and_the_overlap_are_the_same(
     folders, tmp_path, monkeypatch
 ):
-    out, evaluate_case = tmp_path / "out", evaluating.evaluate_case
+    out, evaluate_case = tmp_path / "out", mask_pairs.evaluate_case
     before = {row["case_id"]: row for row in rows(evaluated(folders, out) / "evaluation.csv")}
 
     def buggy(*arguments, case_id):
@@ -327,7 +327,7 @@ def test_where_one_pair_fails_its_row_stays_if_its_masks_and_the_overlap_are_the
             raise ZeroDivisionError("a bug")
         return evaluate_case(*arguments, case_id=case_id)
 
-    monkeypatch.setattr(evaluating, "evaluate_case", buggy)
+    monkeypatch.setattr(mask_pairs, "evaluate_case", buggy)
     after = {row["case_id"]: row for row in rows(evaluated(folders, out) / "evaluation.csv")}
     assert "E_BUG" in after["b"].pop("notes")
     before["b"].pop("notes")

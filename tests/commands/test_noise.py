@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import volseg
-from volseg.commands import measuring
+from volseg.commands import mask_measurement
 from volseg.errors import ScanError
 from volseg.measurement.memory import KEPT, lesion_bytes, plan_measuring, report_bytes
 from volseg.options.declare import amount
@@ -136,7 +136,7 @@ def test_a_million_labels_are_not_named_before_their_rows_are_written(tmp_path, 
         assert (len(scan.lesions.labels), names[n], names[1]) == (n, f"label_{n}", "spleen")
         raise ScanError("looked", fix="", code="E_LOOKED")
 
-    monkeypatch.setattr(measuring, "measure_largest", look)
+    monkeypatch.setattr(mask_measurement, "measure_largest", look)
     options = {"objects": "labels", "label_names": {1: "spleen"}, "pages": False}
     options |= {"image": tmp_path / "scan.nii", "mask": tmp_path / "mask.nii"}
     options |= {"out": tmp_path / "out"}

@@ -148,7 +148,7 @@ def test_a_folder_trains_without_a_recipe_and_is_cross_validated(layout, tmp_pat
         folder, out=out, folds=2, epochs=1, memory="1G", device="cpu", time_budget_seconds=60
     )
     bundle = load_bundle(out)
-    assert len(bundle.members) == 2
+    assert len(bundle.segmentation_names) == 2
     assert bundle.metrics["networks"] == 2
     lines = (out / "validation.csv").read_text().splitlines()
     assert len(lines) == 1 + 4 * 2  # each case once, by the network that never saw it

@@ -60,8 +60,8 @@ def test_training_makes_both_networks_and_says_what_the_first_pass_costs_and_sav
     assert bundle.recipe.open_keys == []
     for name in ("data", "network", "train", "roi", "infer", "measure"):
         assert getattr(bundle.recipe, name) == getattr(recipe, name)
-    assert bundle.coarse.recipe.spacing_mm == (4.0, 4.0, 4.0)
-    assert bundle.coarse.segmentation_network()(torch.zeros(1, 1, 12, 12, 12)).shape == (
+    assert bundle.coarse_bundle.recipe.spacing_mm == (4.0, 4.0, 4.0)
+    assert bundle.coarse_bundle.segmentation_network()(torch.zeros(1, 1, 12, 12, 12)).shape == (
         1,
         2,
         12,
@@ -138,7 +138,7 @@ def test_infer_runs_the_first_pass_and_where_tiles_are_asked_for_leaves_it_out(
         ),
         tmp_path / "without",
     )
-    assert without.coarse is None
+    assert without.coarse_bundle is None
     volseg.infer(scan, model=tmp_path / "without", out=tmp_path / "plain")
     plain = read_mask(tmp_path / "plain" / "masks" / "scan_6.nii.gz").array
     np.testing.assert_array_equal(masks["scan"], plain)
@@ -172,7 +172,7 @@ def test_a_model_without_a_first_pass_gives_its_weights_to_one_with_it(
     model, dataset, recipe, tmp_path
 ):
     volseg.train(dataset, recipe=recipe, out=tmp_path / "m", init=model, epochs=1, device="cpu")
-    assert load_bundle(tmp_path / "m").coarse is not None
+    assert load_bundle(tmp_path / "m").coarse_bundle is not None
 
 
 def test_a_damaged_first_pass_is_found(trained, tmp_path):

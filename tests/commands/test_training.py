@@ -472,12 +472,12 @@ def test_a_run_is_resumed_with_the_folds_that_it_was_begun_with(dataset, tiny_re
     options = {"recipe": tiny_recipe, "out": out, "epochs": 1, "device": "cpu"}
     report = volseg.train(dataset, folds=3, progress=press_in_fold_2, **options)
     assert report.interrupted
-    assert len(load_bundle(out).members) == 1  # a half-trained network has no vote
+    assert len(load_bundle(out).segmentation_names) == 1  # a half-trained network has no vote
     with pytest.raises(VolsegError, match="holds a run with another number of folds"):
         volseg.train(dataset, resume=True, **options)
     report = volseg.train(dataset, folds=3, resume=True, **options)
     assert not report.interrupted
-    assert len(load_bundle(out).members) == 3
+    assert len(load_bundle(out).segmentation_names) == 3
     with pytest.raises(VolsegError, match="give --folds 6 or fewer"):
         volseg.train(dataset, recipe=tiny_recipe, folds=7, out=tmp_path / "n", device="cpu")
 

@@ -12,7 +12,15 @@ import numpy as np
 import pytest
 
 import volseg
-from volseg.commands import batch, comparing, evaluating, measuring, preparing
+from volseg.commands import (
+    batch,
+    comparing,
+    correcting,
+    mask_measurement,
+    mask_pairs,
+    measuring,
+    preparing,
+)
 from volseg.errors import EnvironmentProblem, VolsegError
 from volseg.io.volumes import read_mask, read_volume, write_volume
 from volseg.recipe import load_recipe
@@ -334,7 +342,7 @@ def test_a_scan_replaced_while_it_is_measured_is_recorded_as_it_was_read(
 ):
     out, scan = tmp_path / "out", data / "images" / "scan_6.nii.gz"
     read = hashlib.sha256(scan.read_bytes()).hexdigest()
-    original = measuring.measure_largest
+    original = mask_measurement.measure_largest
 
     def replacing(image, *args, **kwargs):
         if scan.exists() and hashlib.sha256(scan.read_bytes()).hexdigest() == read:
@@ -342,7 +350,7 @@ def test_a_scan_replaced_while_it_is_measured_is_recorded_as_it_was_read(
             write_volume(brighter.with_array(brighter.array + 100), scan, like=scan)
         return original(image, *args, **kwargs)
 
-    monkeypatch.setattr(measuring, "measure_largest", replacing)
+    monkeypatch.setattr(mask_measurement, "measure_largest", replacing)
     measure(data, out)
     record = json.loads((out / ".volseg" / "scan_6.json").read_text())
     assert record["source"]["sha256"] == record["inputs"][0] == read
@@ -362,14 +370,14 @@ def test_inputs_are_hashed_separately_only_to_check_an_earlier_result(data, tmp_
 
 
 def test_a_bug_in_one_case_is_a_failed_row_and_the_others_go_on(data, tmp_path, monkeypatch):
-    out, original = tmp_path / "out", measuring._measure_case
+    out, original = tmp_path / "out", measuring.measure_mask
 
     def buggy(case, *args, **kwargs):
         if case.id == "scan_6":
             raise ZeroDivisionError("a bug")
         return original(case, *args, **kwargs)
 
-    monkeypatch.setattr(measuring, "_measure_case", buggy)
+    monkeypatch.setattr(measuring, "measure_mask", buggy)
     report = measure(data, out)
     assert report.exit_code == 3
     assert [(row["status"], row["reason"][:5]) for row in rows(out / "cases.csv")] == [
@@ -674,9 +682,9 @@ def calls(data, dataset, model, tiny_recipe, tmp_path):
 @pytest.mark.parametrize(
     ("command", "module", "name"),
     [
-        ("measure", measuring, "_measure_case"),
-        ("measure again", measuring, "_measure_case"),
-        ("evaluate", evaluating, "evaluate_case"),
+        ("measure", measuring, "measure_mask"),
+        ("measure again", correcting, "measure_mask"),
+        ("evaluate", mask_pairs, "evaluate_case"),
         ("compare", comparing.PatientComparison, "run"),
         ("compare", comparing, "input_digests"),
         ("preprocess", preparing, "look_at"),

@@ -26,12 +26,12 @@ def test_what_was_written_may_be_written_again_until_it_is_changed(tmp_path):
     with OutputFolder(tmp_path, "evaluate") as outputs:
         outputs.write("a.csv", "1")
     with OutputFolder(tmp_path, "evaluate") as outputs:
-        outputs.refuse_foreign(["a.csv"])
+        outputs.check_overwrites(["a.csv"])
         outputs.write("a.csv", "2")
     (tmp_path / "a.csv").write_text("by hand")
     with OutputFolder(tmp_path, "evaluate") as outputs:
         with pytest.raises(VolsegError, match=r"a\.csv: already exists") as refusal:
-            outputs.refuse_foreign(["a.csv"])
+            outputs.check_overwrites(["a.csv"])
         assert (refusal.value.code, refusal.value.exit_code) == ("E_EXISTS", 2)
         with pytest.raises(VolsegError, match=r"a\.csv"):
             outputs.write("a.csv", "3")
@@ -50,7 +50,7 @@ def test_anything_in_the_way_of_an_output_is_refused(make, tmp_path):
     with OutputFolder(tmp_path, "infer") as outputs:
         for name in ("a.csv", "masks/c.nii.gz"):
             with pytest.raises(VolsegError, match="already exists"):
-                outputs.refuse_foreign([name])
+                outputs.check_overwrites([name])
 
 
 def test_a_folder_that_leads_out_is_not_written_through(tmp_path):
@@ -59,20 +59,20 @@ def test_a_folder_that_leads_out_is_not_written_through(tmp_path):
     elsewhere.mkdir()
     (out / "masks").symlink_to(elsewhere)
     with OutputFolder(out, "infer") as outputs, pytest.raises(VolsegError, match="leads out"):
-        outputs.refuse_foreign(["masks/c.nii.gz"])
+        outputs.check_overwrites(["masks/c.nii.gz"])
     assert not list(elsewhere.iterdir())
 
 
 def test_a_refused_run_leaves_a_folder_as_it_was(tmp_path):
     (tmp_path / "a.csv").write_text("mine")
     with pytest.raises(VolsegError), OutputFolder(tmp_path, "infer") as outputs:
-        outputs.refuse_foreign(["a.csv"])
+        outputs.check_overwrites(["a.csv"])
     assert [path.name for path in tmp_path.iterdir()] == ["a.csv"]
     with (
         pytest.raises(VolsegError),
         OutputFolder(tmp_path / "new", "infer", inputs=[tmp_path / "new"]) as outputs,
     ):
-        outputs.refuse_foreign(["a.csv"])
+        outputs.check_overwrites(["a.csv"])
     assert not (tmp_path / "new").exists()
 
 
@@ -89,7 +89,7 @@ def test_an_input_is_never_overwritten_even_through_a_link(link, tmp_path):
         target.write_bytes(b"scan")
     with OutputFolder(out, "infer", inputs=[source]) as outputs:
         with pytest.raises(VolsegError) as refusal:
-            outputs.refuse_foreign(["masks/c.nii.gz"])
+            outputs.check_overwrites(["masks/c.nii.gz"])
         assert refusal.value.code == "E_EXISTS"
 
 
@@ -98,8 +98,8 @@ def test_nothing_is_written_into_a_folder_of_inputs(tmp_path):
         (tmp_path / "masks").mkdir()
         for name in ("masks/c.nii.gz", "cases.csv"):
             with pytest.raises(VolsegError, match="input"):
-                outputs.refuse_foreign([name])
-        outputs.refuse_foreign(["lesion_ids/c.nii.gz"])
+                outputs.check_overwrites([name])
+        outputs.check_overwrites(["lesion_ids/c.nii.gz"])
 
 
 @pytest.mark.parametrize(
@@ -266,7 +266,7 @@ def test_a_line_of_the_ledger_torn_by_a_full_disk_does_not_swallow_the_next(tmp_
         monkeypatch.undo()
         outputs.write("b.csv", "2")
     with OutputFolder(tmp_path, "infer") as outputs:
-        outputs.refuse_foreign(["a.csv", "b.csv"])
+        outputs.check_overwrites(["a.csv", "b.csv"])
     assert tree(tmp_path) == {"b.csv": b"2"}
 
 

@@ -170,7 +170,7 @@ class _Tally:
         kept = cases_in(State.COMPLETE, State.EDITED)
         outputs = [*files.shared, *chain(*(files.names(case.id) for case in todo))]
         outputs += chain(*(files.page_names(case.id) for case in kept))
-        results.refuse_foreign(outputs)
+        results.check_overwrites(outputs)
         self.kept = [case.id for case in kept]
         self.remarks += [f"{EDITED}: {case.id}: {results.edited_text}" for case in edited]
         for case in kept:

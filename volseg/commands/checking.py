@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -66,7 +66,7 @@ def _check_model(path: Path) -> Iterable[Problem]:
     from volseg.inference.memory import check_patch
 
     bundle = load_bundle(path)
-    for part in (bundle, bundle.coarse):
+    for part in (bundle, bundle.coarse_bundle):
         if part is not None:
             check_patch(part)
             part.segmentation_networks()
@@ -86,13 +86,13 @@ def _check_dataset(path: Path, recipe: Recipe | None) -> Iterator[Problem]:
     cases, mistakes = survey_cases(path, channels, allow_missing=allow_missing)
     for mistake in mistakes:
         yield _problem(str(path), "E_REQUEST", mistake, "correct the dataset")
-    labels: set[int] = set()  # in the masks that could be read
+    checker = _CaseChecker(recipe)
     for case in cases:
-        yield from _check_case(case, recipe, labels)
-    if recipe is None or not labels:
+        yield from checker.problems_of(case)
+    if recipe is None or not checker.labels:
         return
     for value, name in recipe.data.label_names.items():
-        if value not in labels:
+        if value not in checker.labels:
             yield _problem(
                 str(path),
                 "W_LABEL",
@@ -101,35 +101,56 @@ def _check_dataset(path: Path, recipe: Recipe | None) -> Iterator[Problem]:
             )
 
 
-def _check_case(case: Case, recipe: Recipe | None, labels: set[int]) -> Iterator[Problem]:
-    """Yield the problems of a case; add the values of its mask to `labels`."""
-    volumes: dict[str, Volume] = {}
-    for name, path in case.images.items():
+class _CaseChecker:
+    """Checks each case of a dataset, with the recipe if there is one."""
+
+    def __init__(self, recipe: Recipe | None) -> None:
+        self._recipe = recipe
+        self.labels: set[int] = set()  # in the masks that could be read
+
+    def problems_of(self, case: Case) -> Iterator[Problem]:
+        """Yield the problems of a case, and collect the values of its mask."""
+        volumes: dict[str, Volume] = {}
+        for name, path in case.images.items():
+            try:
+                volumes[name] = read_volume(path)
+                for warning in read_header(path).warnings:
+                    yield _problem(case.id, warning.code, warning.text)
+            except VolsegError as error:
+                yield _problem_of(case.id, error)
+        yield from self._unit_problems(case, volumes)
+        if case.reference is None:
+            return
         try:
-            volumes[name] = read_volume(path)
-            for warning in read_header(path).warnings:
-                yield _problem(case.id, warning.code, warning.text)
+            yield from self._mask_problems(case, case.reference, volumes)
         except VolsegError as error:
             yield _problem_of(case.id, error)
-    if recipe is not None and (first := volumes.get(recipe.data.channels[0])) is not None:
-        doubt = judge_unit(first, recipe.data.intensity_unit, by="the recipe").doubt
-        if doubt:
-            fix = "correct data.intensity_unit or the scan"
-            yield _problem(case.id, "W_UNIT", doubt, fix)
-    if case.reference is None:
-        return
-    try:
-        mask = read_mask(case.reference)
-        labels.update(np.unique(mask.array).tolist())
+
+    def _unit_problems(self, case: Case, volumes: Mapping[str, Volume]) -> Iterator[Problem]:
+        data = None if self._recipe is None else self._recipe.data
+        if data is not None and (first := volumes.get(data.channels[0])) is not None:
+            doubt = judge_unit(first, data.intensity_unit, by="the recipe").doubt
+            if doubt:
+                fix = "correct data.intensity_unit or the scan"
+                yield _problem(case.id, "W_UNIT", doubt, fix)
+
+    def _mask_problems(
+        self, case: Case, path: Path, volumes: Mapping[str, Volume]
+    ) -> Iterator[Problem]:
+        """Yield a problem of the mask at `path`.
+
+        Raises:
+            VolsegError: the mask cannot be read, or does not fit the scans or the recipe.
+        """
+        mask = read_mask(path)
+        self.labels.update(np.unique(mask.array).tolist())
         if not mask.array.any():
-            yield _problem(case.id, "W_EMPTY", f"{case.reference}: holds no labelled voxel")
-        if recipe is not None and volumes.keys() == case.images.keys():
-            read_training_case(case, recipe)
+            yield _problem(case.id, "W_EMPTY", f"{path}: holds no labelled voxel")
+        if self._recipe is not None and volumes.keys() == case.images.keys():
+            read_training_case(case, self._recipe)
             return
         for name, volume in volumes.items():
-            check_pair(volume, mask, str(case.images[name]), str(case.reference))
-    except VolsegError as error:
-        yield _problem_of(case.id, error)
+            check_pair(volume, mask, str(case.images[name]), str(path))
 
 
 def _problem(where: str, code: str, problem: str, fix: str = "") -> Problem:

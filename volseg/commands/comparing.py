@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from volseg.columns import json_values
-from volseg.commands.batch import (
-    damaged_warnings,
-    failure_reason,
-    run_description,
-    without_damaged,
-)
+from volseg.commands.batch import damaged_warnings, run_description, without_damaged
+from volseg.commands.jobs import Tally
 from volseg.commands.patient_comparison import PatientComparison
 from volseg.commands.patients import Patient, TimePoints, read_pairs, same_ids
 from volseg.commands.time_points import TimePoint
@@ -118,29 +114,26 @@ def _compare_patients(
     jobs, refusals = _comparisons(patients, times, settings)
     kept, todo = _split(jobs, results)
     pictures = [job.picture for job in todo] if settings.figures else []
-    results.refuse_foreign([*OUTPUTS, *pictures])
+    results.check_overwrites([*OUTPUTS, *pictures])
     for name in kept:
         results.clear_failure(name)
     unpaired = _commit_unpaired(patients, times, results)
     refusals |= budget.refused(_peaks(todo, budget.process))
     settings.progress(STAGE, 0.0, f"{len(todo)} of {len(patients)} to do")
-    reasons: dict[str, str] = {}  # why a patient failed; empty if done
+    tally = Tally(results, STAGE, settings.progress)
     try:
-        for job, reason in _run(todo, refusals, results):
-            reasons[job.name] = reason
-            settings.progress(STAGE, len(reasons) / len(todo), job.name)
+        tally.run(todo, refusals)
     finally:
-        reached = {*unpaired, *kept, *reasons}
-        rows = _write_tables(results, [x for x in patients if x.name not in reached])
-    done = [name for name in reasons if not reasons[name]]
-    failed = {name: reason for name, reason in reasons.items() if reason}
-    kept, failed = without_damaged(kept, failed, rows, "patient")
+        reached = {*unpaired, *kept, *tally.done, *tally.failed}
+        unreached = [patient for patient in patients if patient.name not in reached]
+        rows = _write_tables(results, unreached)
+    kept, failed = without_damaged(kept, tally.failed, rows, "patient")
     row_of = {row.patient: row for row in rows}
     of_patients = [row_of.pop(patient.name) for patient in patients]
     warnings = [*_warnings(of_patients), *damaged_warnings(rows, "patient")]
     return CompareReport(
         out=results.path,
-        done=done,
+        done=tally.done,
         kept=kept,
         failed=failed,
         warnings=[*warnings, *_stale_warnings(list(row_of))],
@@ -168,26 +161,6 @@ def _commit_unpaired(
             unpaired[patient.name] = reason = patient.why_unpaired(times)
             results.commit_failure(patient.row("unpaired", reason), ())
     return unpaired
-
-
-def _run(
-    jobs: Sequence[PatientComparison],
-    refusals: Mapping[str, VolsegError],
-    results: ComparisonFolder,
-) -> Iterator[tuple[PatientComparison, str]]:
-    """Compare one patient after another; yield each, with the reason if it failed."""
-
-    def task(job: PatientComparison) -> None:
-        if job.name in refusals:
-            raise refusals[job.name]
-        job.run(results)
-
-    for outcome in run(task, jobs):
-        job, reason = outcome.item, ""
-        if outcome.error is not None:
-            reason = failure_reason(results, job.name, outcome.error)
-            results.commit_failure(job.patient.row("failed", reason), job.inputs)
-        yield job, reason
 
 
 def _comparisons(

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, TypeVar
-
-import numpy as np
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 from volseg.columns import row_of
-from volseg.commands.batch import digest_of, failure_reason
-from volseg.errors import VolsegError
-from volseg.evaluation.detection import DetectionRow, NoisyMaskError, detect_lesions, with_lesions
-from volseg.evaluation.memory import LIBRARIES, most_evaluating, plan_evaluating, plan_reading
-from volseg.evaluation.overlap import ABSENT, COUNTED_TOGETHER, METRICS, OverlapRow, evaluate_case
+from volseg.commands.batch import failure_reason
+from volseg.commands.mask_pairs import MaskPairs
+from volseg.evaluation.detection import DetectionRow, by_label, with_lesions
+from volseg.evaluation.overlap import ABSENT, METRICS, OverlapRow
 from volseg.evaluation.summary import (
     LabelResult,
     as_json,
@@ -24,26 +19,16 @@ from volseg.evaluation.summary import (
     summarise_label,
 )
 from volseg.execution.local import run
-from volseg.execution.memory import Budget
-from volseg.io.cases import Case
-from volseg.io.csv_text import iterate_csv
-from volseg.io.dataset_json import IGNORE, stated_labels
 from volseg.io.files import json_text
-from volseg.io.layouts import find_cases, find_scans, has_description
-from volseg.io.volumes import read_header, read_mask
 from volseg.options import EvaluateOptions, command
-from volseg.postprocessing.lesions import MANY
 from volseg.reports import EvaluateReport
 from volseg.store.evaluations import DETECTIONS, EVALUATION, SUMMARY, EvaluatedCase, read_evaluation
-from volseg.store.outputs import RECORDS, Commit, OutputFolder, trace_name
+from volseg.store.outputs import Commit, OutputFolder, trace_name
 from volseg.store.records import STALE
 from volseg.store.tables import table
-from volseg.volume import Volume, slabs_of
 from volseg.words import format_count
 
 TABLES, PICTURES = (EVALUATION, DETECTIONS, SUMMARY), ("agreement.png", "froc.png")
-SAME_PLACE_MM = 0.01  # tables round centroids to four digits
-Row = TypeVar("Row", OverlapRow, DetectionRow)
 
 
 @command(EvaluateOptions)
@@ -53,145 +38,39 @@ def evaluate(options: EvaluateOptions) -> EvaluateReport:
     Raises:
         VolsegError: no case has both masks. A pair that cannot be compared becomes a failed row.
     """
-    pairs = _MaskPairs.of(options)
+    pairs = MaskPairs.of(options)
     with OutputFolder(options.out, "evaluate", inputs=pairs.used) as outputs:
-        outputs.refuse_foreign([*TABLES, *PICTURES])
+        outputs.check_overwrites([*TABLES, *PICTURES])
         compared, failed = _compare(pairs, outputs)
         min_iou, kept = _kept(pairs, outputs, compared, failed)
         cases = compared | kept
         listed = {name: cases[name] for name in pairs.common if name in cases}
-        rows = _completed({name: case.overlap for name, case in listed.items()}, pairs.truths)
+        rows = _completed(listed, pairs)
         detections = [row for case in listed.values() for row in case.detections]
-        rows_of, lesions_of = _by_label(rows), _by_label(detections)
-        results = [
-            summarise_label(rows_of[label], lesions_of.get(label, ())) for label in sorted(rows_of)
-        ]
+        results = _label_results(rows, detections)
+        warnings = [*_noisy(rows), *_stale(kept)]
         summary = {
-            **_overall(rows, pairs.truths, listed.keys()),
+            **_overall(rows, listed, pairs),
             "labels": {str(result.label): as_json(result) for result in results},
             "min_iou": min_iou,
             "masks": {name: list(case.masks) for name, case in listed.items()},
-            "not_predicted": sorted(pairs.truths.keys() - pairs.guesses.keys()),
-            "not_in_reference": sorted(pairs.guesses.keys() - pairs.truths.keys()),
+            **pairs.unpaired,
             "failed": failed,
-            "warnings": [*_noisy(rows), *_stale(kept)],
+            "warnings": warnings,
         }
-        failures = [
-            row_of(OverlapRow, {"case_id": case_id, "status": "failed", "reason": reason})
-            for case_id, reason in failed.items()
-            if case_id not in kept
-        ]
         with outputs.staged() as commit:
-            commit.write(EVALUATION, table(OverlapRow, [*rows, *failures]))
+            commit.write(EVALUATION, table(OverlapRow, [*rows, *_failed_rows(failed, kept)]))
             commit.write(DETECTIONS, table(DetectionRow, detections))
             commit.write(SUMMARY, json_text(summary))
             outdated = _write_pictures(commit, results)
             commit.finish(removed=[*outdated, *map(trace_name, compared)])
     return EvaluateReport(
-        out=options.out,
-        done=list(compared),
-        failed=failed,
-        warnings=summary["warnings"],
-        summary=summary,
+        out=options.out, done=list(compared), failed=failed, warnings=warnings, summary=summary
     )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _MaskPairs:
-    """The masks of a call, and how a pair of them is compared.
-
-    Args:
-        truths, guesses: case id → reference mask and predicted mask.
-        label_names: value → name, where it is stated.
-        ignored: value of unannotated voxels in the reference, if any.
-    """
-
-    options: EvaluateOptions
-    truths: Mapping[str, _Mask]
-    guesses: Mapping[str, _Mask]
-    predictions: _Predictions
-    label_names: Mapping[int, str]
-    ignored: int | None
-    budget: Budget
-
-    @classmethod
-    def of(cls, options: EvaluateOptions) -> _MaskPairs:
-        truths, guesses = _masks(options.reference), _masks(options.predicted)
-        if not truths.keys() & guesses.keys():
-            raise VolsegError(
-                f"no mask of {options.predicted} has the name of one in {options.reference}, "
-                f"such as {next(iter(truths), 'none')!r}",
-                fix="name the masks after their cases",
-                code="E_DATASET",
-            )
-        predictions, stated = _Predictions.of(options.predicted), _stated_labels(options.reference)
-        ignored = stated.pop(IGNORE, None)
-        return cls(
-            options=options,
-            truths=truths,
-            guesses=guesses,
-            predictions=predictions,
-            label_names=predictions.label_names | {value: name for name, value in stated.items()},
-            ignored=ignored,
-            budget=Budget(
-                options.max_ram,
-                options.announce,
-                what="comparing these masks",
-                otherwise="cut both masks to the region that matters",
-                libraries=LIBRARIES,
-            ),
-        )
-
-    @property
-    def common(self) -> list[str]:
-        """Cases that have both masks."""
-        return [name for name in self.truths if name in self.guesses]
-
-    @property
-    def used(self) -> list[Path]:
-        """Files and folders that the call reads."""
-        masks = [mask.path for mask in (*self.truths.values(), *self.guesses.values())]
-        return [self.options.reference, self.options.predicted, *masks]
-
-    def digests(self, case_id: str) -> tuple[str, str]:
-        return digest_of(self.truths[case_id].path), digest_of(self.guesses[case_id].path)
-
-    def compare(self, case_id: str) -> EvaluatedCase:
-        """Compare the two masks of a case."""
-        paths = self.truths[case_id].path, self.guesses[case_id].path
-        truth, guess = _read_within(self.budget, case_id, *paths)
-        if self.ignored is not None and truth.array.shape == guess.array.shape:
-            for part in slabs_of(truth.array):
-                unannotated = truth.array[part] == self.ignored  # counted as background in both
-                truth.array[part][unannotated] = guess.array[part][unannotated] = 0
-        values = _labels_in(truth) | _labels_in(guess)
-        names = {value: self.label_names.get(value, f"label_{value}") for value in values}
-        patient, min_iou = self.truths[case_id].patient, self.options.min_iou
-        rows = evaluate_case(truth, guess, names, case_id=case_id)
-        detections: list[DetectionRow] = []
-        try:
-            for row in detect_lesions(truth, guess, names, case_id=case_id, min_iou=min_iou):
-                confidence = self.predictions.confidence_of(row)
-                detections.append(replace(row, patient=patient, confidence=confidence))
-        except NoisyMaskError as error:
-            rows = [replace(row, notes=_joined(row.notes, error)) for row in rows]
-        else:
-            lesions_of = _by_label(detections)
-            rows = [with_lesions(row, lesions_of.get(row.label, ())) for row in rows]
-        return EvaluatedCase(
-            overlap=[replace(row, patient=patient) for row in rows],
-            detections=detections,
-            masks=(truth.sha256, guess.sha256),
-        )
-
-
-def _labels_in(mask: Volume) -> set[int]:
-    parts = slabs_of(mask.array, COUNTED_TOGETHER)
-    return {value for part in parts for value in np.unique(mask.array[part]).tolist()} - {0}
-
-
 def _compare(
-    pairs: _MaskPairs, outputs: OutputFolder
+    pairs: MaskPairs, outputs: OutputFolder
 ) -> tuple[dict[str, EvaluatedCase], dict[str, str]]:
     """Compare all pairs; return the results of those compared and the reasons of those failed."""
     compared: dict[str, EvaluatedCase] = {}
@@ -206,7 +85,7 @@ def _compare(
 
 
 def _kept(
-    pairs: _MaskPairs,
+    pairs: MaskPairs,
     outputs: OutputFolder,
     compared: Mapping[str, EvaluatedCase],
     failed: Mapping[str, str],
@@ -247,32 +126,25 @@ def _stale(kept: Collection[str]) -> list[str]:
     ]
 
 
-def _by_label(rows: Iterable[Row]) -> dict[int, list[Row]]:
-    """Group rows by label, in order."""
-    rows_by_label: dict[int, list[Row]] = defaultdict(list)
-    for row in rows:
-        rows_by_label[row.label].append(row)
-    return rows_by_label
+def _completed(cases: Mapping[str, EvaluatedCase], pairs: MaskPairs) -> list[OverlapRow]:
+    """Return a row of every label for every case, with rows for labels absent from both masks."""
+    names = {row.label: row.label_name for case in cases.values() for row in case.overlap}
+    completed = []
+    for case_id, case in cases.items():
+        row_of_label = {row.label: row for row in case.overlap}
+        for label in sorted(names):
+            absent = ABSENT.row(label, names[label], case_id=case_id)
+            absent = with_lesions(replace(absent, patient=pairs.patient_of(case_id)), ())
+            completed.append(row_of_label.get(label, absent))
+    return completed
 
 
-def _read_within(budget: Budget, case_id: str, *paths: Path) -> tuple[Volume, Volume]:
-    """Read both masks of a case and announce the peak memory of comparing them.
-
-    Raises:
-        ScanError: comparing them may exceed the budget (E_RAM), or a mask cannot be read.
-    """
-    process, headers = budget.process, [read_header(path) for path in paths]
-    reading = plan_reading(headers, process=process)
-    if refusal := budget.refusal(reading, enough=most_evaluating(headers, process=process).total):
-        raise refusal
-    truth, guess = (read_mask(path) for path in paths)
-    if truth.geometry.difference(guess.geometry):
-        return truth, guess  # evaluating them raises the error
-    peak = max(reading, plan_evaluating(truth, guess, process=process), key=lambda peak: peak.total)
-    if refusal := budget.refusal(peak):
-        raise refusal
-    budget.announce(peak, case_id)
-    return truth, guess
+def _label_results(
+    rows: Sequence[OverlapRow], detections: Sequence[DetectionRow]
+) -> list[LabelResult]:
+    """Return the result of each label over all cases."""
+    rows_of, lesions_of = by_label(rows), by_label(detections)
+    return [summarise_label(rows_of[label], lesions_of.get(label, ())) for label in sorted(rows_of)]
 
 
 def _noisy(rows: Sequence[OverlapRow]) -> list[str]:
@@ -283,139 +155,34 @@ def _noisy(rows: Sequence[OverlapRow]) -> list[str]:
     return [f"{part.removeprefix('lesions: ')} ({case_id})" for case_id, part in parts.items()]
 
 
-def _joined(notes: str, error: NoisyMaskError) -> str:
-    return "; ".join(
-        filter(None, (notes, f"lesions: {error.code}: {error.problem}, so they were not matched"))
-    )
-
-
-@dataclass(frozen=True, slots=True)
-class _Mask:
-    path: Path
-    patient: str | None = None
-
-
-def _masks(path: Path) -> dict[str, _Mask]:
-    """Return case id → mask of a mask folder, results folder or dataset; with patients if known."""
-    if _is_dataset(path):
-        return {
-            case.id: _Mask(case.reference, case.patient)
-            for case in find_cases(path, None)
-            if case.reference is not None
-        }
-    if (path / RECORDS).is_dir() and not (path / "masks").is_dir():
-        raise VolsegError(
-            f"{path}: holds no masks", fix="give the results of `volseg infer`", code="E_DATASET"
-        )
-    folder = path / "masks" if (path / "masks").is_dir() else path
-    return {case.id: _Mask(_only_file(case)) for case in find_scans([folder], ("image",))}
-
-
-def _is_dataset(path: Path) -> bool:
-    return (
-        path.is_file()
-        or ((path / "cases.csv").is_file() and not (path / "masks").is_dir())
-        or (path / "labels").is_dir()
-        or has_description(path)
-    )
-
-
-def _only_file(case: Case) -> Path:
-    return next(iter(case.images.values()))
-
-
-def _stated_labels(reference: Path) -> dict[str, int]:
-    return stated_labels(reference) if _is_dataset(reference) else {}
-
-
-@dataclass(frozen=True, slots=True)
-class _Predictions:
-    """Lesion confidences and label names from lesions.csv of a results folder, else empty.
-
-    Args:
-        confidence: case → (label, number of voxels) → centroid in RAS mm and mean confidence of
-            each such lesion; lesion numbers differ if an organ is also a label. Noisy masks, whose
-            lesions are not matched, have none.
-        label_names: value → name.
-    """
-
-    confidence: Mapping[str, Mapping[tuple[int, int], Sequence[tuple[np.ndarray, float]]]]
-    label_names: dict[int, str]
-
-    @classmethod
-    def of(cls, folder: Path) -> _Predictions:
-        table = folder / "lesions.csv"
-        if not ((folder / "masks").is_dir() and table.is_file()):
-            return cls({}, {})
-        try:
-            confidence = defaultdict(lambda: defaultdict(list))
-            names: dict[int, str] = {}
-            n_lines: Counter[str] = Counter()
-            for line in iterate_csv(table):
-                name = line["case_id"]
-                n_lines[name] += 1
-                if line["label_name"]:
-                    names[int(line["label"])] = line["label_name"]
-                if n_lines[name] > MANY:
-                    confidence.pop(name, None)
-                elif line["confidence_mean"]:
-                    centre = np.array([float(line[f"centroid_{axis}_mm"]) for axis in "ras"])
-                    key = int(line["label"]), int(line["n_voxels"])
-                    confidence[name][key].append((centre, float(line["confidence_mean"])))
-            return cls(confidence, names)
-        except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
-            raise VolsegError(
-                f"{table}: is not a table of lesions ({error!r})",
-                fix="run `volseg infer` again",
-                code="E_DATASET",
-            ) from error
-
-    def confidence_of(self, lesion: DetectionRow) -> float | None:
-        """Return the confidence of a predicted lesion; None if its mask changed since the table."""
-        if lesion.side != "predicted":
-            return None
-        centre = np.array([lesion.centroid_r_mm, lesion.centroid_a_mm, lesion.centroid_s_mm])
-        entries = self.confidence.get(lesion.case_id, {}).get((lesion.label, lesion.n_voxels), ())
-        for centroid, confidence in entries:
-            if np.abs(centroid - centre).max() < SAME_PLACE_MM:
-                return confidence
-        return None
-
-
-def _completed(
-    compared: Mapping[str, Sequence[OverlapRow]], masks: Mapping[str, _Mask]
-) -> list[OverlapRow]:
-    """Return a row of every label for every case, with rows for labels absent from both masks."""
-    names = {row.label: row.label_name for rows in compared.values() for row in rows}
-    completed = []
-    for case_id, rows in compared.items():
-        row_of = {row.label: row for row in rows}
-        for label in sorted(names):
-            absent = ABSENT.row(label, names[label], case_id=case_id)
-            absent = with_lesions(replace(absent, patient=masks[case_id].patient), ())
-            completed.append(row_of.get(label, absent))
-    return completed
-
-
 def _overall(
-    rows: Sequence[OverlapRow], masks: Mapping[str, _Mask], done: Collection[str]
+    rows: Sequence[OverlapRow], cases: Collection[str], pairs: MaskPairs
 ) -> dict[str, Any]:
     """Summarise Dice over all labels, and describe how patients were counted."""
     patients, labels = [patient_of(row) for row in rows], [row.label for row in rows]
     dice = mean_of([row.dice for row in rows], patients, labels, bounds=METRICS["dice"].bounds)
-    named = {masks[case_id].patient for case_id in done} - {None}
-    n_unnamed = sum(masks[case_id].patient is None for case_id in done)
+    named = {pairs.patient_of(case_id) for case_id in cases} - {None}
+    n_unnamed = sum(pairs.patient_of(case_id) is None for case_id in cases)
     patients_text = "named by the reference"
     if n_unnamed:
-        patients_text = f"{n_unnamed} of {len(done)} cases name none and count as one each"
+        is_one = n_unnamed == 1
+        counted = "names none and counts as one" if is_one else "name none and count as one each"
+        patients_text = f"{n_unnamed} of {format_count(len(cases), 'case')} {counted}"
     return {
-        "n_cases": len(done),
+        "n_cases": len(cases),
         "n_patients": len(named) + n_unnamed,
         "patients": patients_text,
         "mean_dice": dice.mean,
         "mean_dice_95": dice.mean_95,
         "no_mean_dice_95": dice.no_mean_95,
     }
+
+
+def _failed_rows(failed: Mapping[str, str], kept: Collection[str]) -> Iterator[OverlapRow]:
+    """Yield a row for each failed case without earlier rows."""
+    for case_id, reason in failed.items():
+        if case_id not in kept:
+            yield row_of(OverlapRow, {"case_id": case_id, "status": "failed", "reason": reason})
 
 
 def _write_pictures(commit: Commit, results: Sequence[LabelResult]) -> list[str]:

@@ -39,7 +39,7 @@ def import_nnunet(options: ImportOptions) -> ImportReport:
     bundle = read_nnunet(folder, folds=options.folds, checkpoint=options.checkpoint)
     check_patch(bundle)
     with OutputFolder(out, "import-nnunet", inputs=[folder]) as outputs:
-        outputs.refuse_foreign(bundle_files(bundle.weights))
+        outputs.check_overwrites(bundle_files(bundle.weights))
         with outputs.staged() as commit:
             save_bundle(bundle, commit.folder)
             commit.finish(last=MODEL_FILE)

@@ -26,11 +26,11 @@ from volseg.postprocessing.lesions import MANY
 from volseg.store.records import LESION_IDS, CaseRecord, Source, file_of, rows_name
 from volseg.store.results import THUMBNAILS, VIEWERS, ResultsFolder
 from volseg.volume import BoundingBox, Volume
-from volseg.words import format_thousands
+from volseg.words import format_list, format_thousands
 
 REPORT = "report.html"
 HEAD_BYTES = 4096  # at the start of report.html, which contain its content digest
-MOST_NAMED = 5  # scans listed in one remark
+MAX_NAMED = 5  # scans listed in one remark
 MAX_LESION_IDS = 2**32  # in a file of lesion ids: no limit
 
 
@@ -179,13 +179,7 @@ def write_report(
     done = [case for case in cases if case.status == "done"]
     lesions, left_out = _listed_lesions(results, done, 0 if missing else most)
     remarks = [*remarks, *missing, *left_out]
-    texts, hashes = {}, []
-    for name, record in results.records():
-        if record is not None:
-            texts[record.source.model_box] = None
-            hashes.append([name, record.files.get(rows_name(name))])
-    boxes = [*about.boxes, *filter(None, map(read_model_box, texts))]
-    boxes = list({box.name: box for box in boxes}.values())  # without duplicates
+    boxes, hashes = _models_and_rows(results, about)
     names = [case.case_id for case in done]
     pages = [name for name in names if has_page(results, name)]
     pictures = _Pictures(results.path / THUMBNAILS, names)
@@ -203,6 +197,19 @@ def write_report(
     return missing
 
 
+def _models_and_rows(
+    results: ResultsFolder, about: About
+) -> tuple[list[ModelBox], list[list[str | None]]]:
+    """Return a box for each model, and for each case its name and the SHA-256 of its rows."""
+    texts, hashes = {}, []
+    for name, record in results.records():
+        if record is not None:
+            texts[record.source.model_box] = None
+            hashes.append([name, record.files.get(rows_name(name))])
+    boxes = [*about.boxes, *filter(None, map(read_model_box, texts))]
+    return list({box.name: box for box in boxes}.values()), hashes  # without duplicates
+
+
 def _listed_lesions(
     results: ResultsFolder, done: Sequence[CaseRow], most: int
 ) -> tuple[list[LesionMeasurement], list[str]]:
@@ -213,9 +220,9 @@ def _listed_lesions(
     lesions, n_lesions = results.listed_rows(limits, most) if most else ([], 0)
     remarks, noisy = [], [case.case_id for case in done if _is_noisy(case)]
     if noisy:
-        listed = f"The {MAX_VIEWER_ROWS} largest lesions of {', '.join(noisy[:MOST_NAMED])}"
-        more = f" and {len(noisy) - MOST_NAMED} more scans" if len(noisy) > MOST_NAMED else ""
-        remarks.append(f"{listed}{more} are listed; lesions.csv has them all.")
+        names = format_list(noisy, MAX_NAMED, "scan")
+        listed = f"The {MAX_VIEWER_ROWS} largest lesions of {names}"
+        remarks.append(f"{listed} are listed; lesions.csv has them all.")
     if len(lesions) < n_lesions:
         n_listed, n_all = format_thousands(len(lesions)), format_thousands(n_lesions)
         largest = f"{n_listed} largest of {n_all} lesions"

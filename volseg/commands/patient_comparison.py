@@ -25,7 +25,7 @@ from volseg.comparison.placement import (
     trusted_placement,
     worst_columns,
 )
-from volseg.comparison.response import judge_response
+from volseg.comparison.response import PatientResponse, judge_response
 from volseg.errors import ScanError
 from volseg.execution.memory import Peak
 from volseg.io.header import ScanHeader
@@ -113,6 +113,10 @@ class PatientComparison:
     @property
     def _needs_scans(self) -> bool:
         return self.options.registration or self.options.figures
+
+    def failed_row(self, reason: str) -> PatientResponse:
+        """Return the row of the patient if the comparison failed."""
+        return self.patient.row("failed", reason)
 
     def run(self, results: ComparisonFolder) -> None:
         """Compare the patient, and write the rows and the picture.

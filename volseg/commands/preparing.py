@@ -89,7 +89,7 @@ def prepare_dataset(
     cases = data.cases()
     inputs = input_paths(options.dataset, options.recipe, *chain(*map(case_files, cases)))
     with OutputFolder(options.out, "preprocess", inputs=inputs) as outputs:
-        outputs.refuse_foreign([PREPARED_FILE, "cases.csv"])
+        outputs.check_overwrites([PREPARED_FILE, "cases.csv"])
         digests = _hash_files(cases, options.progress)
         key = _fingerprint_key(cases, digests, data)
         stored = _stored_fingerprint(options.out, key)
@@ -144,7 +144,7 @@ class Preparation:
         for case in cases:
             is_kept = is_prepared(self.outputs.path / "cases", case.id, self.key_of(case))
             (kept if is_kept else missing).append(case)
-        self.outputs.refuse_foreign(name for case in missing for name in self._files(case))
+        self.outputs.check_overwrites(name for case in missing for name in self._files(case))
         done = []
         for count, outcome in enumerate(run(self.prepare, missing), start=1):
             name = outcome.item.id

@@ -59,16 +59,16 @@ def quantise(options: QuantiseOptions) -> QuantiseReport:
     _refuse_regions(bundle, model)
     work = model / WORK_FOLDER
     with OutputFolder(model, "quantise", inputs=[dataset]) as outputs:
-        outputs.refuse_foreign(exported_files(bundle.members, "int8"))
+        outputs.check_overwrites(exported_files(bundle.segmentation_names, "int8"))
         outputs.work_folder(WORK_FOLDER)
         training, validation = _prepared_cases(bundle, work / "prepared", options)
-        places = np.linspace(0, len(training) - 1, min(options.cases, len(training)))
-        calibration = [training[round(place)] for place in places]
+        calibration = _spread_cases(training, options.cases)
         n = len(calibration)
         options.progress("Quantising", 0.0, f"calibrating on {format_count(n, 'training case')}")
         patches = _calibration_patches(calibration, bundle, seed)
-        shape, members = batch_shape_of(bundle), map(bundle.member, bundle.members)
-        networks = [quantise_network(convert(member, shape), patches) for member in members]
+        shape, names = batch_shape_of(bundle), bundle.segmentation_names
+        models = (convert(bundle.segmentation_network(name), shape) for name in names)
+        networks = [quantise_network(model, patches) for model in models]
         backends = backends_by_precision(bundle, networks)
         scores = _validation_dice(backends, validation, bundle, options.progress)
         facts = {
@@ -79,7 +79,7 @@ def quantise(options: QuantiseOptions) -> QuantiseReport:
         }
         with outputs.staged() as commit:
             record = {"model_sha256": bundle.sha256} | facts
-            for name, network in zip(bundle.members, networks, strict=True):
+            for name, network in zip(names, networks, strict=True):
                 write_exported(network, commit.folder, f"{name}.int8", record)
             commit.finish()
         delete_written(work / "prepared")
@@ -120,6 +120,12 @@ def _prepared_cases(
             fix="give the dataset that the model was trained on",
             code=error.code,
         ) from error
+
+
+def _spread_cases(cases: Sequence[PreparedCase], most: int) -> list[PreparedCase]:
+    """Return at most `most` cases, spread evenly."""
+    places = np.linspace(0, len(cases) - 1, min(most, len(cases)))
+    return [cases[round(place)] for place in places]
 
 
 def _calibration_patches(

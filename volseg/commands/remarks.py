@@ -7,13 +7,14 @@ from collections.abc import Iterable
 from volseg.measurement.rows import CaseRow
 from volseg.measurement.specks import SPECKS
 from volseg.measurement.units import CODES, warnings_in
+from volseg.words import format_count
 
-MOST_SCANS = 5  # listed per code
+MAX_SCANS = 5  # listed per code
 ORGAN = "W_ORGAN"  # the organ is missing, or all that there is
 
 
 def remarks_on_scans(cases: Iterable[CaseRow], case_ids: Iterable[str]) -> list[str]:
-    """Collect `W_CODE: case: sentence` for these scans; list at most `MOST_SCANS` per code."""
+    """Collect `W_CODE: case: sentence` for these scans; list at most `MAX_SCANS` per code."""
     case_ids = frozenset(case_ids)
     lines_by_code: dict[str, list[str]] = {code: [] for code in (SPECKS, *CODES, ORGAN)}
     for case in cases:
@@ -24,7 +25,8 @@ def remarks_on_scans(cases: Iterable[CaseRow], case_ids: Iterable[str]) -> list[
 
 
 def _shortened(code: str, lines: list[str]) -> list[str]:
-    more = len(lines) - MOST_SCANS
+    more = len(lines) - MAX_SCANS
     if more <= 0:
         return lines
-    return [*lines[:MOST_SCANS], f"{code}: {more} more scans; cases.csv names them"]
+    others = format_count(more, "more scan")
+    return [*lines[:MAX_SCANS], f"{code}: {others}; cases.csv names them"]

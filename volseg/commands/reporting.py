@@ -14,6 +14,7 @@ from volseg.pages.about import About
 from volseg.reports import PagesReport
 from volseg.store.outputs import SAME_KIND, folder_content
 from volseg.store.results import EDITED, THUMBNAILS, VIEWERS, ResultsFolder
+from volseg.words import format_count
 
 
 @command(ReportOptions)
@@ -40,8 +41,8 @@ def report(options: ReportOptions) -> PagesReport:
         pages = (
             page for name in done for page in (f"{VIEWERS}/{name}.html", f"{THUMBNAILS}/{name}.jpg")
         )
-        folder.refuse_foreign([REPORT, *pages])
-        progress("Pages", 0.0, f"{len(done)} scans")
+        folder.check_overwrites([REPORT, *pages])
+        progress("Pages", 0.0, format_count(len(done), "scan"))
         for count, name in enumerate(done, start=1):
             record = folder.record(name)
             assert record is not None

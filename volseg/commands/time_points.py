@@ -30,6 +30,7 @@ from volseg.store.records import (
     record_files,
 )
 from volseg.volume import Volume
+from volseg.words import format_count
 
 
 @dataclass(frozen=True)
@@ -136,8 +137,8 @@ class TimePoint:
         ids = read_mask(path, max_labels=len(lesions) + 1000)
         if [lesion.lesion_id for lesion in lesions] != list(range(1, int(ids.array.max()) + 1)):
             raise ScanError(
-                f"{path}: has {ids.array.max()} lesions, but the record of case {case!r} has "
-                f"{len(lesions)}",
+                f"{path}: has {format_count(int(ids.array.max()), 'lesion')}, but the record of "
+                f"case {case!r} has {len(lesions)}",
                 fix="rerun the command that made the folder",
                 code="E_RECORD",
             )

@@ -277,7 +277,7 @@ class _Training:
         self._check_unfinished()
         names = (segmentation_name(index) for index in range(MAX_FOLDS))
         histories = [HISTORY_ROI, *(_history_name(number) for number in range(MAX_FOLDS))]
-        self.outputs.refuse_foreign(
+        self.outputs.check_overwrites(
             [*bundle_files([*names, ROI, "classifier"]), *histories, *PICTURES]
         )
         self.outputs.work_folder(WORK_FOLDER)

@@ -12,7 +12,7 @@ from volseg.comparison.targets import is_lymph_node
 from volseg.measurement.recist import MEASURABLE_MM
 from volseg.measurement.rows import LesionMeasurement
 
-MOST_NAMED = 5  # crumbs listed in a warning
+MAX_NAMED = 5  # crumbs listed in a warning
 
 
 def open_questions(lesions: PatientLesions, newness: Newness) -> str:
@@ -112,6 +112,6 @@ def _crumb_warnings(lesions: PatientLesions) -> Iterator[str]:
     ):
         if not crumbs:
             continue
-        names = lesions.names(crumbs[:MOST_NAMED], with_sizes=True)
-        more = f" and {len(crumbs) - MOST_NAMED} more" if len(crumbs) > MOST_NAMED else ""
+        names = lesions.names(crumbs[:MAX_NAMED], with_sizes=True)
+        more = f" and {len(crumbs) - MAX_NAMED} more" if len(crumbs) > MAX_NAMED else ""
         yield f"W_CRUMB: {names}{more} at {time}: small pieces beside a lesion, counted with it"

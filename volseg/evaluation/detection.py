@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 
@@ -33,6 +34,7 @@ COUNTED_BYTES, LESION_BYTES = 60, 1500
 FALSE_POSITIVE_RATES = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)  # per scan, as in LUNA16's score
 
 Side = Literal["reference", "predicted"]
+Row = TypeVar("Row", OverlapRow, "DetectionRow")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -395,3 +397,11 @@ def froc(confidence: np.ndarray, is_matched: np.ndarray, *, n_reference: int, n_
     n_true = np.bincount(index[is_matched], minlength=thresholds.size).cumsum()
     n_false = np.bincount(index[~is_matched], minlength=thresholds.size).cumsum()
     return Froc(-thresholds, n_true / n_reference, n_false / n_scans, n_reference, n_scans)
+
+
+def by_label(rows: Iterable[Row]) -> dict[int, list[Row]]:
+    """Group rows by label, in order."""
+    rows_by_label: dict[int, list[Row]] = defaultdict(list)
+    for row in rows:
+        rows_by_label[row.label].append(row)
+    return rows_by_label

@@ -102,13 +102,14 @@ def load_backend(
         VolsegError: the folder has no quantised network for int8, or OpenVINO does not support the
             network.
     """
+    names = bundle.segmentation_names
     if choice.backend == "torch":
-        return mean_of([_torch_member(bundle, name, choice) for name in bundle.members])
-    return mean_of([_openvino_member(bundle, name, choice, folder) for name in bundle.members])
+        return mean_of([_torch_member(bundle, name, choice) for name in names])
+    return mean_of([_openvino_member(bundle, name, choice, folder) for name in names])
 
 
 def _torch_member(bundle: ModelBundle, name: str, choice: BackendChoice) -> TorchBackend:
-    network, head = bundle.member(name).eval(), None
+    network, head = bundle.segmentation_network(name).eval(), None
     if _may_defer_head(bundle):
         head = cut_torch_head(network, partial(example_patch, network, batch_shape_of(bundle)))
     # CUDA graphs of several members would hold their memory at the same time
@@ -117,7 +118,7 @@ def _torch_member(bundle: ModelBundle, name: str, choice: BackendChoice) -> Torc
         choice.device,
         precision=choice.precision,
         head=head,
-        may_record=len(bundle.members) == 1,
+        may_record=len(bundle.segmentation_names) == 1,
     )
 
 
@@ -134,7 +135,7 @@ def _openvino_member(
             code="E_PRECISION",
         )
     if model is None:
-        model = convert(bundle.member(name), shape)
+        model = convert(bundle.segmentation_network(name), shape)
     backend = OpenVINOBackend(
         model,
         shape,
@@ -161,4 +162,4 @@ def _may_defer_head(bundle: ModelBundle) -> bool:
 
     Two classes gain nothing.
     """
-    return len(bundle.members) == 1 and bundle.recipe.data.n_outputs > 2
+    return len(bundle.segmentation_names) == 1 and bundle.recipe.data.n_outputs > 2

@@ -46,13 +46,13 @@ def export_bundle(
     if not openvino_is_installed():
         return
     with suppress(VolsegError):
-        for name in bundle.members:
+        for name in bundle.segmentation_names:
             if not before(name):
                 return
-            model = convert(bundle.member(name), batch_shape_of(bundle))
+            model = convert(bundle.segmentation_network(name), batch_shape_of(bundle))
             write_exported(model, folder, f"{name}.fp32", {"model_sha256": bundle.sha256})
-    if bundle.coarse is not None:
-        export_bundle(bundle.coarse, folder, before=before)
+    if bundle.coarse_bundle is not None:
+        export_bundle(bundle.coarse_bundle, folder, before=before)
 
 
 def write_exported(

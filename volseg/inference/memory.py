@@ -298,7 +298,7 @@ def _pass_bytes(grid: Geometry, run: NetworkPass) -> _PassBytes:
 
 def _forward_bytes(run: NetworkPass) -> int:
     """Return the bytes of the network's activations and logits for one batch of tiles."""
-    tiling, members = run.tiling, len(run.bundle.members)
+    tiling, members = run.tiling, len(run.bundle.segmentation_names)
     # sum, new logits, the same flipped back
     n_arrays = 3 if tiling.tta_axes else 2 if members > 1 else 1
     logits_bytes = 2 if run.half and run.head_is_deferred and not run.on_gpu else 4

@@ -49,7 +49,8 @@ def backends_by_precision(
     shape = batch_shape_of(bundle)
 
     def converted(precision: str) -> Backend:
-        models = (convert(bundle.member(name), shape) for name in bundle.members)
+        names = bundle.segmentation_names
+        models = (convert(bundle.segmentation_network(name), shape) for name in names)
         return mean_of([OpenVINOBackend(model, shape, precision=precision) for model in models])
 
     int8 = mean_of([OpenVINOBackend(network, shape, precision="int8") for network in quantised])

@@ -82,7 +82,16 @@ def find_scans(
     return listing.cases(", ".join(map(str, inputs)))
 
 
-def has_description(folder: Path) -> bool:
+def is_dataset(path: Path) -> bool:
+    """Check whether a path is a table of cases or a folder that says which mask is whose.
+
+    Scans or masks alone are none, nor are results, which have `cases.csv` beside `masks/`.
+    """
+    has_table = (path / "cases.csv").is_file() and not (path / "masks").is_dir()
+    return path.is_file() or has_table or (path / "labels").is_dir() or _has_description(path)
+
+
+def _has_description(folder: Path) -> bool:
     """Check whether a `dataset.json` describes the subfolders.
 
     Beside scans it belongs to the model that predicted them: nnU-Net copies it there.
@@ -98,7 +107,7 @@ def _read_dataset(dataset: Path, channels: Channels) -> Listing:
         return read_cases_csv(dataset, channels)
     if (dataset / "cases.csv").is_file():
         return read_cases_csv(dataset / "cases.csv", channels)
-    if has_description(dataset):
+    if _has_description(dataset):
         description = read_dataset_json(dataset)
         read = _read_nnunet if _is_nnunet(dataset, description) else _read_decathlon
         listing = read(dataset, description, channels)

@@ -15,7 +15,7 @@ from volseg.measurement.extents import centroids_and_boxes
 from volseg.measurement.form import Forms
 from volseg.measurement.intensities import intensity_cells
 from volseg.measurement.lesion_box import LesionBox
-from volseg.measurement.nearest import MOST_POINTS, NearestDistances
+from volseg.measurement.nearest import MAX_POINTS, NearestDistances
 from volseg.measurement.recist import is_measurable
 from volseg.measurement.rows import LesionMeasurement
 from volseg.measurement.scan import Box, CanonicalScan, SegmentedScan, n_voxels_of
@@ -28,7 +28,7 @@ def measure_lesions(
     scan: SegmentedScan,
     *,
     only: np.ndarray | None = None,
-    most_points: int = MOST_POINTS,
+    most_points: int = MAX_POINTS,
     together: int = MEASURED_TOGETHER,
 ) -> list[LesionMeasurement]:
     """Measure the lesions of a scan; the numbers are the same for all 48 axis orders.

@@ -20,7 +20,7 @@ from scipy.spatial.distance import cdist
 from volseg.measurement.lesion_box import LesionBox
 from volseg.measurement.scan import Box, CanonicalScan, n_voxels_of
 
-MOST_POINTS = 2**20  # of all surfaces; with more, the scan is searched
+MAX_POINTS = 2**20  # of all surfaces; with more, the scan is searched
 BLOCK_EDGE = 32  # voxels: large lesions are processed block by block
 SMALL_BLOCK = 2**12  # voxels of a box that is processed whole
 FIRST_REACH, LAST_REACH = 2, 32  # voxels round a block; beyond, the scan is searched cell by cell
@@ -43,7 +43,7 @@ class NearestDistances:
         most_points: surface points that may be held at once.
     """
 
-    def __init__(self, view: CanonicalScan, *, most_points: int = MOST_POINTS) -> None:
+    def __init__(self, view: CanonicalScan, *, most_points: int = MAX_POINTS) -> None:
         self._view = view
         self._room = most_points
         self._surfaces_mm: list[np.ndarray] = []

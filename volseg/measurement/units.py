@@ -23,7 +23,7 @@ SAMPLED = 2**18  # voxels of a scan that are sampled
 
 # Many voxels have a fill value, and hardly any a value near it. If a padded scan was resampled, the
 # voxels beside the padding are a mixture. A drawing has few values, none of them a fill value.
-MOST_LEVELS_OF_DRAWING = 15
+MAX_LEVELS_OF_DRAWING = 15
 FILL_VOXELS, FILL_RATIO = 8, 5
 FILL_REACH = 0.01  # fraction of the intensity range
 BESIDE_FILL = 2  # voxels
@@ -214,7 +214,7 @@ def _fills(sample: np.ndarray, is_finite: np.ndarray) -> np.ndarray:
     is_fill = np.zeros(sample.shape, bool)
     values = sample[is_finite]
     levels, places, counts = np.unique(values, return_inverse=True, return_counts=True)
-    if levels.size <= MOST_LEVELS_OF_DRAWING:
+    if levels.size <= MAX_LEVELS_OF_DRAWING:
         return is_fill
     low, high = np.percentile(values, (0.5, 99.5))
     reach = max(FILL_REACH * (high - low), float(np.median(np.diff(levels))))

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from volseg.inputs import shorten
 
 VARIABLE = "MPLBACKEND"
-MOST_LETTERS = 200  # per text: the width of a figure in memory grows with its longest text
+MAX_LETTERS = 200  # per text: the width of a figure in memory grows with its longest text
 
 
 @contextmanager
@@ -46,7 +46,7 @@ def new_figure(width: float, height: float, background: str = "white") -> Figure
 def png_bytes(figure: Figure, dpi: int = 100) -> bytes:
     for text in figure.findobj(Text):
         text.set_parse_math(False)  # a label named $x$ is not a formula
-        text.set_text(shorten(text.get_text().encode(errors="replace").decode(), MOST_LETTERS))
+        text.set_text(shorten(text.get_text().encode(errors="replace").decode(), MAX_LETTERS))
     buffer, colour = io.BytesIO(), figure.get_facecolor()
     figure.savefig(buffer, format="png", dpi=dpi, facecolor=colour, metadata={"Software": None})
     return buffer.getvalue()

@@ -18,7 +18,7 @@ from volseg.preprocessing.planes import PLANES
 from volseg.volume import BoundingBox, Volume
 
 MAX_LESIONS = 3
-MOST_VOXELS = 2**22  # bounding boxes of lesions up to this size are read entirely
+MAX_VOXELS = 2**22  # bounding boxes of lesions up to this size are read entirely
 LESION = "#ff5c33"
 
 
@@ -48,7 +48,7 @@ def overlay_png(
     axes = figure.subplots(len(captions), len(PLANES), squeeze=False)
     for plots, indices, caption in zip(axes, voxels, captions, strict=True):
         around = surroundings(BoundingBox.of_voxels(indices), grid)
-        values = sampled(image.array[around.slices], MOST_VOXELS)
+        values = sampled(image.array[around.slices], MAX_VOXELS)
         window = lesion_window([image.intensities(values)])
         first, *others = (plane.name for plane in PLANES)
         titles = (f"{first}: {caption}", *others)
@@ -60,7 +60,7 @@ def overlay_png(
 def _voxels_of(numbers: np.ndarray, number: int) -> np.ndarray:
     box = BoundingBox.where(lambda part: numbers[part] == number, numbers)
     assert box is not None, "a lesion has voxels"
-    return lesion_voxels(numbers, number, box, most=MOST_VOXELS)
+    return lesion_voxels(numbers, number, box, most=MAX_VOXELS)
 
 
 def _centre(voxels: np.ndarray) -> np.ndarray:

@@ -15,6 +15,7 @@ from volseg.volume import BoundingBox, Volume
 
 Point = tuple[float, float, float]  # RAS mm
 Colour = tuple[int, int, int]  # red, green, blue from 0 to 255
+LETTER_COLOUR = "#ffd24d"  # of the directions at the edges of a slice
 LARGE = 1_000_000  # voxels; in a larger box only one slice of the lesion is searched
 
 

@@ -12,12 +12,13 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from volseg.measurement.rows import CaseRow
 from volseg.measurement.units import UNLIKE
 from volseg.recipe import Recipe
+from volseg.words import format_count, format_list
 
 if TYPE_CHECKING:  # this import loads torch, which takes seconds
     from volseg.planning.fingerprint import DatasetFingerprint
 
 POOR_DICE = 0.5  # validation Dice below which training warns and the model box says "poor model"
-MOST_LABELS = 8  # labels listed with their Dice; of more, those with the lowest Dice
+MAX_LABELS = 8  # labels listed with their Dice; of more, those with the lowest Dice
 NOT_STATED = "not stated by the recipe"
 
 
@@ -55,9 +56,9 @@ class ModelBox(BaseModel):
         poor = [score for score in self._ascending if score.mean < POOR_DICE]
         if not poor:
             return ""
-        names = ", ".join(f"{score.label} {score.mean:.2f}" for score in poor[:MOST_LABELS])
-        more = f" and {len(poor) - MOST_LABELS} more labels" if len(poor) > MOST_LABELS else ""
-        warning = f"Poor model: validation Dice below {POOR_DICE}: {names}{more}."
+        scores = [f"{score.label} {score.mean:.2f}" for score in poor]
+        names = format_list(scores, MAX_LABELS, "label")
+        warning = f"Poor model: validation Dice below {POOR_DICE}: {names}."
         return f"{warning} Do not rely on these masks and numbers."
 
     @property
@@ -65,17 +66,18 @@ class ModelBox(BaseModel):
         """Validation Dice in words, or a caution if it is unknown."""
         if not self.dice:
             return "unknown: not stored with the model, so treat its masks with caution"
-        if len(self.dice) <= MOST_LABELS:
+        if len(self.dice) <= MAX_LABELS:
             return "; ".join(score.text for score in self.dice)
-        lowest = "; ".join(score.text for score in self._ascending[:MOST_LABELS])
+        lowest = "; ".join(score.text for score in self._ascending[:MAX_LABELS])
         mean = math.fsum(score.mean for score in self.dice) / len(self.dice)
         return f"mean of {len(self.dice)} labels {mean:.2f}; lowest: {lowest}"
 
     @property
     def cases_text(self) -> str:
+        cases = format_count(self.training_cases, "case")
         if self.validation_cases is None:
-            return f"{self.training_cases} cases"
-        return f"{self.training_cases} cases, validated on {self.validation_cases}"
+            return cases
+        return f"{cases}, validated on {self.validation_cases}"
 
     @property
     def _ascending(self) -> list[LabelDice]:

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from scipy import ndimage
 
-from volseg.pages.marks import Point, lesion_colour
+from volseg.pages.marks import LETTER_COLOUR, Point, lesion_colour
 from volseg.pages.preview import grey_bytes
 from volseg.pages.windows import Window
 from volseg.preprocessing.planes import PLANES, Plane
@@ -19,7 +19,6 @@ from volseg.volume import Geometry, Volume
 # Field of view: the minimum, and the multiple of the lesion's extent.
 MIN_FIELD_MM, FIELD_EXTENTS = 50.0, 2.2
 SCALE_BARS_MM = (1, 2, 5, 10, 20, 50, 100, 200)
-LETTERS = "#ffd24d"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -126,8 +125,8 @@ def _label(draw: ImageDraw.ImageDraw, start: int, plane: Plane, field: _Field) -
     font = ImageFont.load_default(max(10, pixels // 11))
     style: dict[str, Any] = {"font": font, "stroke_width": 1, "stroke_fill": "black"}
     left, right = plane.letters
-    draw.text((start + 4, pixels // 2), left, fill=LETTERS, anchor="lm", **style)
-    draw.text((start + pixels - 5, pixels // 2), right, fill=LETTERS, anchor="rm", **style)
+    draw.text((start + 4, pixels // 2), left, fill=LETTER_COLOUR, anchor="lm", **style)
+    draw.text((start + pixels - 5, pixels // 2), right, fill=LETTER_COLOUR, anchor="rm", **style)
     third_mm = field.size_mm / 3
     bar_mm = max([bar for bar in SCALE_BARS_MM if bar <= third_mm], default=third_mm)
     length = bar_mm / field.size_mm * pixels

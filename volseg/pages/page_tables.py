@@ -192,27 +192,39 @@ def page_table(
     common_unit = (units.pop() if len(units) == 1 else None) or ""
     # Rows with different units each show their own.
     shown = (*layout.shown, "intensity_unit") if len(units) > 1 else layout.shown
-    columns = columns_of(layout.row_type)
-    columns = [column for column in columns if only is None or column[0] in only]
-    columns.sort(key=lambda column: shown.index(column[0]) if column[0] in shown else len(shown))
-    values_of = attrgetter(*(column[0] for column in columns))
+    columns = _ordered_columns(layout.row_type, shown, only)
+    values_of = attrgetter(*(name for name, _, _ in columns))
     values = [[json_value(value) for value in values_of(row)] for row in rows]
+    descriptions = [
+        {
+            "name": name,
+            "unit": common_unit if unit == "intensity_unit" else unit,
+            "meaning": meaning,
+            "shown": name in shown and _is_informative(name, [row[n] for row in values]),
+        }
+        for n, (name, unit, meaning) in enumerate(columns)
+    ]
     content = {
         "name": layout.name,
         "caption": layout.caption,
         "hint": layout.hint,
-        "columns": [
-            {
-                "name": column,
-                "unit": common_unit if unit == "intensity_unit" else unit,
-                "meaning": meaning,
-                "shown": column in shown and _is_informative(column, [row[n] for row in values]),
-            }
-            for n, (column, unit, meaning, _) in enumerate(columns)
-        ],
+        "columns": descriptions,
         "rows": values,
     }
     return PageTable(name=layout.name, caption=layout.caption, content=content, remark=remark)
+
+
+def _ordered_columns(
+    row_type: type, shown: Sequence[str], only: Sequence[str] | None
+) -> list[tuple[str, str, str]]:
+    """Return name, unit and meaning of the columns, those shown first."""
+    columns = [
+        (name, unit, meaning)
+        for name, unit, meaning, _ in columns_of(row_type)
+        if only is None or name in only
+    ]
+    position = {name: n for n, name in enumerate(shown)}
+    return sorted(columns, key=lambda column: position.get(column[0], len(shown)))
 
 
 def fitting_table(layout: Layout, rows: Sequence[Any], *, max_bytes: int) -> PageTable:

@@ -12,6 +12,7 @@ from volseg.evaluation.agreement import Agreement, Ends
 from volseg.evaluation.detection import FALSE_POSITIVE_RATES, Froc
 from volseg.evaluation.summary import LabelResult
 from volseg.pages.canvas import new_figure, png_bytes
+from volseg.words import format_count
 
 MAX_LABELS = 8
 DPI = 110
@@ -128,7 +129,8 @@ def froc_png(curves: Sequence[tuple[str, Froc]]) -> bytes:
         x = np.concatenate([[lowest], rates])
         y = np.concatenate([[0.0], curve.sensitivity])
         label = f"{name}: mean sensitivity at the ticks {curve.score:.2f}; "
-        label += f"{curve.n_reference} lesions, {curve.n_scans} scans"
+        label += f"{format_count(curve.n_reference, 'lesion')}, "
+        label += format_count(curve.n_scans, "scan")
         (line,) = plot.plot(x, y, drawstyle="steps-post", linewidth=1.6, label=label)
         colour, end = line.get_color(), (float(rates[-1]), float(curve.sensitivity[-1]))
         plot.plot(*end, "o", color=colour, markersize=6, clip_on=False, zorder=3)

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 import numpy as np
 
 from volseg.pages.canvas import Axes
+from volseg.pages.marks import LETTER_COLOUR
 from volseg.pages.windows import REACH_MM, Window
 from volseg.preprocessing.planes import PLANES, Plane
 from volseg.volume import BoundingBox, Geometry, Volume
 
 SCALE_BAR_MM = 10
-LETTERS = "#ffd24d"
 
 
 def surroundings(lesion: BoundingBox, grid: Geometry) -> BoundingBox:
@@ -81,7 +81,7 @@ def draw_slice(
 def _label(plot: Axes, plane: Plane, spacing_mm: float) -> None:
     """Draw the orientation letters at both edges, and a scale bar."""
     left, right = plane.letters
-    style = {"transform": plot.transAxes, "color": LETTERS, "fontsize": 8, "va": "center"}
+    style = {"transform": plot.transAxes, "color": LETTER_COLOUR, "fontsize": 8, "va": "center"}
     plot.text(0.01, 0.5, left, ha="left", **style)
     plot.text(0.99, 0.5, right, ha="right", **style)
     start, end = plot.get_xlim()

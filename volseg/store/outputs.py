@@ -42,6 +42,7 @@ from volseg.io.files import (
     sync_file,
     sync_folder,
 )
+from volseg.words import format_list
 
 RECORDS = ".volseg"
 LEDGER, LOCK = "ledger.jsonl", "lock"
@@ -167,7 +168,7 @@ class OutputFolder:
 
     def _recover(self) -> None:
         """Finish the decided commits of killed runs and delete their temporary files."""
-        runs = _read_runs(self._records / LEDGER)
+        runs = _read_texts(self._records / LEDGER, "run")
         for ready in sorted(self._records.glob("ready-*")):
             if ready.name.split("-")[1] in runs and ready.is_dir() and not ready.is_symlink():
                 self._apply(ready)
@@ -186,21 +187,21 @@ class OutputFolder:
         except OSError:
             return False
 
-    def refuse_foreign(self, names: Iterable[str]) -> None:
+    def check_overwrites(self, names: Iterable[str]) -> None:
         """Check, before any work, that outputs with these names would replace no user's file.
 
         Raises:
             VolsegError: `E_EXISTS`; names the files in the way, or the output that is an input.
         """
         names = list(dict.fromkeys(names))
-        self._refuse_inputs(names)
-        foreign = [self.path / name for name in names if self._is_foreign(name)]
-        if foreign:
+        self._check_inputs(names)
+        blocked = [self.path / name for name in names if self._is_blocked(name)]
+        if blocked:
             fix = "move or rename it, or give another folder to --out"
             problem = "already exists, and volseg did not write it or it was changed since"
-            raise _exists(foreign, problem, fix)
+            raise _exists(blocked, problem, fix)
 
-    def _is_foreign(self, name: str) -> bool:
+    def _is_blocked(self, name: str) -> bool:
         """Check whether a user's file is in the way of an output or of a folder for it."""
         path = self._confined(name)
         if os.path.lexists(path):
@@ -208,13 +209,10 @@ class OutputFolder:
         parents = [self.path / part for part in path.relative_to(self.path).parents]
         return any(os.path.lexists(parent) and not parent.is_dir() for parent in parents)
 
-    def _refuse_inputs(self, names: Sequence[str]) -> None:
+    def _check_inputs(self, names: Sequence[str]) -> None:
+        """Check that no output would replace an input or lie in a folder of inputs."""
         files = {_identity(path) for path in self.inputs if not path.is_dir()}
-        folders = {path.resolve() for path in self.inputs if path.is_dir()}
-        # What a folder or a table leads to: the folders of its scans and masks.
-        tables = {path.resolve().parent for path in self.inputs if path.suffix == ".csv"}
-        parents = {path.resolve().parent for path in self.inputs if not path.is_dir()}
-        folders |= {path for path in parents if not (folders | tables).isdisjoint(path.parents)}
+        folders = self._input_folders()
         for name in names:
             output = self.path / name
             if _identity(output) in files or output.parent.resolve() in folders:
@@ -223,6 +221,14 @@ class OutputFolder:
                     fix="give another folder to --out",
                     code="E_EXISTS",
                 )
+
+    def _input_folders(self) -> set[Path]:
+        """Return the folders of inputs, and those of scans and masks that they or tables list."""
+        folders = {path.resolve() for path in self.inputs if path.is_dir()}
+        tables = {path.resolve().parent for path in self.inputs if path.suffix == ".csv"}
+        parents = {path.resolve().parent for path in self.inputs if not path.is_dir()}
+        listed = {path for path in parents if not (folders | tables).isdisjoint(path.parents)}
+        return folders | listed
 
     def _confined(self, name: str) -> Path:
         """Return the path of an output, checked because a record may come from a stranger."""
@@ -257,7 +263,7 @@ class OutputFolder:
             VolsegError: volseg did not make the folder, or it is a link (`E_EXISTS`).
         """
         path = self._confined(name)
-        is_listed = name in _read_folders(self._records / LEDGER)
+        is_listed = name in _read_texts(self._records / LEDGER, "folder")
         if path.is_symlink() or (os.path.lexists(path) and not is_listed):
             fix = "move or rename it, or give another folder"
             raise _exists([path], "was not made by volseg", fix)
@@ -282,10 +288,10 @@ class OutputFolder:
         """
         with self._guard:
             shown = [name for name in hashes if not _is_hidden(name)]
-            foreign = [self.path / name for name in shown if self._is_foreign(name)]
-            if foreign:
+            blocked = [self.path / name for name in shown if self._is_blocked(name)]
+            if blocked:
                 fix = "move or rename it, then run again"
-                raise _exists(foreign, "was changed during this run", fix)
+                raise _exists(blocked, "was changed during this run", fix)
             removed = [name for name in removed if name not in hashes and self.is_own(name)]
             ready = self._records / f"ready-{self.run_id}-{folder.name}"
             with self._written(self._records):
@@ -324,7 +330,7 @@ class OutputFolder:
             source, target = confined(ready, name), self._confined(name)
             if source is None or not source.is_file():
                 continue  # renamed before the process was killed
-            if self._is_foreign(name):
+            if self._is_blocked(name):
                 if not _is_hidden(name):
                     problem = f"in the way of the finished {source}"
                     raise _exists([target], problem, "move it, then run again")
@@ -472,11 +478,15 @@ def delete_written(
             path.unlink(missing_ok=True)
     if _is_ours(folder / RECORDS):
         shutil.rmtree(folder / RECORDS, ignore_errors=True)
-    for path in sorted((path for path in folder.rglob("*") if path.is_dir()), reverse=True):
+    _delete_empty_folders(folder)
+
+
+def _delete_empty_folders(folder: Path) -> None:
+    """Delete a folder and its subfolders, except those that hold a file."""
+    below = sorted((path for path in folder.rglob("*") if path.is_dir()), reverse=True)
+    for path in (*below, folder):
         with contextlib.suppress(OSError):
             path.rmdir()
-    with contextlib.suppress(OSError):
-        folder.rmdir()
 
 
 def _is_hidden(name: str) -> bool:
@@ -519,12 +529,9 @@ def _read_hashes(ledger: Path) -> Mapping[str, set[str]]:
     return hashes
 
 
-def _read_folders(ledger: Path) -> set[str]:
-    return {line["folder"] for line in _read_lines(ledger) if isinstance(line.get("folder"), str)}
-
-
-def _read_runs(ledger: Path) -> set[str]:
-    return {line["run"] for line in _read_lines(ledger) if isinstance(line.get("run"), str)}
+def _read_texts(ledger: Path, key: str) -> set[str]:
+    """Return the values of `folder` or of `run` in all lines."""
+    return {line[key] for line in _read_lines(ledger) if isinstance(line.get(key), str)}
 
 
 def _files_below(folder: Path) -> list[str]:
@@ -585,6 +592,5 @@ def _ends_in_newline(path: Path) -> bool:
 
 
 def _exists(paths: Sequence[Path], problem: str, fix: str) -> VolsegError:
-    listed = ", ".join(map(str, paths[:MAX_LISTED]))
-    more = f" and {len(paths) - MAX_LISTED} more" if len(paths) > MAX_LISTED else ""
-    return VolsegError(f"{listed}{more}: {problem}", fix=fix, code="E_EXISTS")
+    listed = format_list(list(map(str, paths)), MAX_LISTED)
+    return VolsegError(f"{listed}: {problem}", fix=fix, code="E_EXISTS")

@@ -275,14 +275,17 @@ class ResultsFolder(RecordFolder[CaseRecord[Iterable[LesionMeasurement]], CaseRo
         record = self.record(name)
         if record is None or not record.is_done:
             return State.MISSING
-        is_edited, is_corrected = self.is_edited(record), self._is_corrected(record)
-        if (is_edited or is_corrected) and inputs is not None and tuple(inputs) != record.inputs:
+        is_edited = self.is_edited(record)
+        if not is_edited and not self._is_corrected(record):
+            return self._state_by_key(record, key)
+        if inputs is not None and tuple(inputs) != record.inputs:
             return State.OTHER_INPUT
-        if is_edited:
-            return State.EDITED
-        if is_corrected:
-            # If its results are damaged, the corrected mask has to be measured again.
-            return State.COMPLETE if self._is_intact(record) else State.EDITED
+        # If its results are damaged, a corrected mask has to be measured again.
+        is_measured = not is_edited and self._is_intact(record)
+        return State.COMPLETE if is_measured else State.EDITED
+
+    def _state_by_key(self, record: CaseRecord[Any], key: str | None) -> State:
+        """Return the state of a case whose masks are as the model made them."""
         is_current = key is None or (record.key == key and not record.corrected)
         return State.COMPLETE if is_current and self._is_intact(record) else State.MISSING
 

@@ -1,0 +1,192 @@
+"""`volseg measure` for a folder of `infer`: measure the masks that were corrected by hand."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from volseg.commands.batch import (
+    CaseFiles,
+    damaged_warnings,
+    run_description,
+    without_damaged,
+    write_case,
+)
+from volseg.commands.jobs import Tally
+from volseg.commands.mask_measurement import MaskSettings, measure_mask, refused_masks
+from volseg.commands.pages import page_budget, read_run, write_report
+from volseg.errors import ScanError, VolsegError
+from volseg.io.cases import Case
+from volseg.io.formats import RESULT_SUFFIX
+from volseg.measurement.rows import CaseRow
+from volseg.options import MeasureOptions
+from volseg.pages.about import About
+from volseg.pages.model_box import read_model_box
+from volseg.recipe import Measure, parse_unit
+from volseg.reports import CasesReport
+from volseg.store.outputs import SAME_KIND, folder_content
+from volseg.store.records import LESION_IDS, MASKS, CaseRecord
+from volseg.store.results import ResultsFolder, State
+
+STAGE = "Measuring"
+
+
+def measure_corrected(results: Path, options: MeasureOptions) -> CasesReport:
+    """Measure the masks in a folder of `infer` that were changed by hand since they were measured.
+
+    Later runs of `infer` do not replace a corrected mask.
+
+    Raises:
+        VolsegError: `results` is not a folder of `infer`.
+    """
+    started = time.monotonic()
+    if folder_content(results) != SAME_KIND["infer"]:
+        raise VolsegError(
+            f"{results}: is not a results folder of infer",
+            fix="give the --out folder of `volseg infer`, or --image and --mask",
+            code="E_USAGE",
+        )
+    with ResultsFolder(results, "infer") as folder:
+        about = read_run(results)
+        report = _measure_again(folder, About.of(about), options)
+        measured = run_description(options, {"figures": options.figures}, report, started)
+        folder.write_run(about | {"measured_again": {"command": "measure"} | measured})
+    return report
+
+
+def _measure_again(folder: ResultsFolder, about: About, options: MeasureOptions) -> CasesReport:
+    """Measure the corrected masks, and write the tables and report.html of the whole folder."""
+    files, rows = CaseFiles((LESION_IDS,), options.figures, options.pages), folder.item_rows()
+    masks = list(_corrected_masks(folder, rows, files))
+    outputs = [path for mask in masks for path in files.names(mask.name)]
+    folder.check_overwrites([*files.shared, *outputs])
+    tally, warnings = Tally(folder, STAGE, options.progress), []
+    options.progress(STAGE, 0.0, f"{len(masks)} of {len(rows)} masks were changed by hand")
+    try:
+        cases, limit = _measurable(masks), options.max_ram
+        tally.run(masks, refused_masks(cases, len(rows), limit, options.announce))
+    finally:
+        rows = folder.write_tables()
+        if files.pages:
+            budget = page_budget(options.max_ram, options.announce, has_run=bool(tally.done))
+            warnings = write_report(folder, about, rows, budget=budget)
+    corrected, measured = {mask.name for mask in masks}, frozenset(tally.done)
+    complete = [row.case_id for row in rows if row.status == "done"]
+    unchanged = [name for name in complete if name not in corrected]
+    kept, failed = without_damaged(unchanged, tally.failed, rows)
+    of_measured = [f"{row.case_id}: {row.warnings}" for row in rows if row.case_id in measured]
+    return CasesReport(
+        out=folder.path,
+        done=tally.done,
+        kept=kept,
+        failed=failed,
+        warnings=[*of_measured, *warnings, *damaged_warnings(rows)],
+        objects="components",
+        pages=files.pages,
+    )
+
+
+def _corrected_masks(
+    folder: ResultsFolder, rows: Sequence[CaseRow], files: CaseFiles
+) -> Iterator[_CorrectedMask]:
+    for row in rows:
+        record = folder.record(row.case_id)
+        if record is not None and folder.state_of(row.case_id, None) is State.EDITED:
+            yield _CorrectedMask(folder.path, record, files)
+
+
+def _measurable(masks: Sequence[_CorrectedMask]) -> Iterator[tuple[Case, Measure]]:
+    """Yield the cases with a usable record; measuring reports the others."""
+    for mask in masks:
+        with contextlib.suppress(ScanError):
+            case, settings = mask.case_and_settings()
+            yield case, settings.measure
+
+
+@dataclass(frozen=True, slots=True)
+class _CorrectedMask:
+    """A mask that was corrected by hand; its `record` is from before the correction."""
+
+    results: Path
+    record: CaseRecord[Any]
+    files: CaseFiles
+
+    @property
+    def name(self) -> str:
+        return self.record.name
+
+    @property
+    def inputs(self) -> Sequence[str]:
+        return self.record.inputs
+
+    @property
+    def _path(self) -> str:
+        """Path of the mask in the folder."""
+        return f"{MASKS}/{self.name}{RESULT_SUFFIX}"
+
+    def failed_row(self, reason: str) -> CaseRow:
+        """Return the row that says that the numbers are out of date."""
+        return CaseRow(case_id=self.name, status="failed", reason=reason)
+
+    def run(self, folder: ResultsFolder) -> None:
+        """Measure the mask, and write its files and its record.
+
+        Raises:
+            ScanError: the scan has changed since the mask was made, or the mask cannot be measured.
+        """
+        case, settings = self.case_and_settings()
+        record, measured = self.record, measure_mask(case, settings)
+        if measured.sha256[0] != record.source.sha256:
+            raise ScanError(
+                f"{case.images['image']}: has changed since the mask was made from it",
+                fix="restore that scan, or measure the mask with --image, --mask and another --out",
+                code="E_CHANGED",
+            )
+        model = record.case.model
+        remark = (
+            f"W_CORRECTED: the mask of {model} was corrected by hand, "
+            "so there is no confidence and no class"
+        )
+        measured = replace(measured, model=model, remarks=[*measured.remarks, remark])
+        with folder.staged() as commit:
+            box = read_model_box(record.source.model_box)
+            case_row = write_case(measured, self.files, commit, box)
+            corrected = {self._path: measured.sha256[-1]}
+            new = replace(record, case=case_row, lesions=measured.lesions, corrected=corrected)
+            folder.commit(replace(new, failed=None, remark=""), commit)
+
+    def case_and_settings(self) -> tuple[Case, MaskSettings]:
+        """Return the mask with its scan, and how it is measured.
+
+        Raises:
+            ScanError: its record does not say how.
+        """
+        source = self.record.source
+        needed = ("scan", "label_names", "unit", "remarks", "measure")
+        missing = [item for item in needed if getattr(source, item) is None]
+        try:
+            if missing or source.scan is None or source.measure is None:
+                raise ValueError(f"no valid {', '.join(missing)}")
+            settings = MaskSettings(
+                objects="components",
+                label_names=source.label_names or {},
+                intensity_unit=parse_unit(source.unit or ""),
+                stated_by="the model",
+                unit_doubt=source.unit_doubt or "",
+                remarks=tuple(source.remarks or ()),
+                measure=source.measure,
+            )
+        except ValueError as error:
+            raise ScanError(
+                f"{self.results}: the record of case {self.name!r} lacks measurement settings "
+                f"({error})",
+                fix="measure the mask with --image, --mask and another --out",
+                code="E_RECORD",
+            ) from error
+        return Case(
+            self.name, {"image": source.scan}, reference=self.results / self._path
+        ), settings

@@ -1,0 +1,243 @@
+"""Pairs of a reference and a predicted mask: which files belong together, and how they compare."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from volseg.commands.batch import digest_of
+from volseg.errors import VolsegError
+from volseg.evaluation.detection import (
+    DetectionRow,
+    NoisyMaskError,
+    by_label,
+    detect_lesions,
+    with_lesions,
+)
+from volseg.evaluation.memory import LIBRARIES, most_evaluating, plan_evaluating, plan_reading
+from volseg.evaluation.overlap import COUNTED_TOGETHER, evaluate_case
+from volseg.execution.memory import Budget
+from volseg.io.csv_text import iterate_csv
+from volseg.io.dataset_json import IGNORE, stated_labels
+from volseg.io.layouts import find_cases, find_scans, is_dataset
+from volseg.io.volumes import read_header, read_mask
+from volseg.options import EvaluateOptions
+from volseg.postprocessing.lesions import MANY
+from volseg.store.evaluations import EvaluatedCase
+from volseg.store.outputs import RECORDS
+from volseg.volume import Volume, slabs_of
+
+SAME_PLACE_MM = 0.01  # tables round centroids to four digits
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MaskPairs:
+    """The masks of a call, and how a pair of them is compared.
+
+    Args:
+        truths, guesses: case id → reference mask and predicted mask.
+        label_names: value → name, where it is stated.
+        ignored: value of unannotated voxels in the reference, if any.
+    """
+
+    options: EvaluateOptions
+    truths: Mapping[str, _Mask]
+    guesses: Mapping[str, _Mask]
+    predictions: _Predictions
+    label_names: Mapping[int, str]
+    ignored: int | None
+    budget: Budget
+
+    @classmethod
+    def of(cls, options: EvaluateOptions) -> MaskPairs:
+        truths, guesses = _masks(options.reference), _masks(options.predicted)
+        if not truths.keys() & guesses.keys():
+            raise VolsegError(
+                f"no mask of {options.predicted} has the name of one in {options.reference}, "
+                f"such as {next(iter(truths), 'none')!r}",
+                fix="name the masks after their cases",
+                code="E_DATASET",
+            )
+        predictions = _Predictions.of(options.predicted)
+        stated = stated_labels(options.reference) if is_dataset(options.reference) else {}
+        ignored = stated.pop(IGNORE, None)
+        return cls(
+            options=options,
+            truths=truths,
+            guesses=guesses,
+            predictions=predictions,
+            label_names=predictions.label_names | {value: name for name, value in stated.items()},
+            ignored=ignored,
+            budget=Budget(
+                options.max_ram,
+                options.announce,
+                what="comparing these masks",
+                otherwise="cut both masks to the region that matters",
+                libraries=LIBRARIES,
+            ),
+        )
+
+    @property
+    def common(self) -> list[str]:
+        """Cases that have both masks."""
+        return [name for name in self.truths if name in self.guesses]
+
+    @property
+    def used(self) -> list[Path]:
+        """Files and folders that the call reads."""
+        masks = [mask.path for mask in (*self.truths.values(), *self.guesses.values())]
+        return [self.options.reference, self.options.predicted, *masks]
+
+    @property
+    def unpaired(self) -> dict[str, list[str]]:
+        """Cases with one mask only, under the names that summary.json gives them."""
+        return {
+            "not_predicted": sorted(self.truths.keys() - self.guesses.keys()),
+            "not_in_reference": sorted(self.guesses.keys() - self.truths.keys()),
+        }
+
+    def patient_of(self, case_id: str) -> str | None:
+        """Return the patient whom the reference names, if any."""
+        return self.truths[case_id].patient
+
+    def digests(self, case_id: str) -> tuple[str, str]:
+        return digest_of(self.truths[case_id].path), digest_of(self.guesses[case_id].path)
+
+    def compare(self, case_id: str) -> EvaluatedCase:
+        """Compare the two masks of a case."""
+        paths = self.truths[case_id].path, self.guesses[case_id].path
+        truth, guess = _read_within(self.budget, case_id, *paths)
+        if self.ignored is not None and truth.array.shape == guess.array.shape:
+            for part in slabs_of(truth.array):
+                unannotated = truth.array[part] == self.ignored  # counted as background in both
+                truth.array[part][unannotated] = guess.array[part][unannotated] = 0
+        values = _labels_in(truth) | _labels_in(guess)
+        names = {value: self.label_names.get(value, f"label_{value}") for value in values}
+        patient, min_iou = self.patient_of(case_id), self.options.min_iou
+        rows = evaluate_case(truth, guess, names, case_id=case_id)
+        detections: list[DetectionRow] = []
+        try:
+            for row in detect_lesions(truth, guess, names, case_id=case_id, min_iou=min_iou):
+                confidence = self.predictions.confidence_of(row)
+                detections.append(replace(row, patient=patient, confidence=confidence))
+        except NoisyMaskError as error:
+            rows = [replace(row, notes=_joined(row.notes, error)) for row in rows]
+        else:
+            lesions_of = by_label(detections)
+            rows = [with_lesions(row, lesions_of.get(row.label, ())) for row in rows]
+        return EvaluatedCase(
+            overlap=[replace(row, patient=patient) for row in rows],
+            detections=detections,
+            masks=(truth.sha256, guess.sha256),
+        )
+
+
+def _labels_in(mask: Volume) -> set[int]:
+    parts = slabs_of(mask.array, COUNTED_TOGETHER)
+    return {value for part in parts for value in np.unique(mask.array[part]).tolist()} - {0}
+
+
+def _read_within(budget: Budget, case_id: str, *paths: Path) -> tuple[Volume, Volume]:
+    """Read both masks of a case and announce the peak memory of comparing them.
+
+    Raises:
+        ScanError: comparing them may exceed the budget (E_RAM), or a mask cannot be read.
+    """
+    process, headers = budget.process, [read_header(path) for path in paths]
+    reading = plan_reading(headers, process=process)
+    if refusal := budget.refusal(reading, enough=most_evaluating(headers, process=process).total):
+        raise refusal
+    truth, guess = (read_mask(path) for path in paths)
+    if truth.geometry.difference(guess.geometry):
+        return truth, guess  # evaluating them raises the error
+    peak = max(reading, plan_evaluating(truth, guess, process=process), key=lambda peak: peak.total)
+    if refusal := budget.refusal(peak):
+        raise refusal
+    budget.announce(peak, case_id)
+    return truth, guess
+
+
+def _joined(notes: str, error: NoisyMaskError) -> str:
+    return "; ".join(
+        filter(None, (notes, f"lesions: {error.code}: {error.problem}, so they were not matched"))
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Mask:
+    path: Path
+    patient: str | None = None
+
+
+def _masks(path: Path) -> dict[str, _Mask]:
+    """Return case id → mask of a mask folder, results folder or dataset; with patients if known."""
+    if is_dataset(path):
+        return {
+            case.id: _Mask(case.reference, case.patient)
+            for case in find_cases(path, None)
+            if case.reference is not None
+        }
+    if (path / RECORDS).is_dir() and not (path / "masks").is_dir():
+        raise VolsegError(
+            f"{path}: holds no masks", fix="give the results of `volseg infer`", code="E_DATASET"
+        )
+    folder = path / "masks" if (path / "masks").is_dir() else path
+    return {case.id: _Mask(case.images["image"]) for case in find_scans([folder], ("image",))}
+
+
+@dataclass(frozen=True, slots=True)
+class _Predictions:
+    """Lesion confidences and label names from lesions.csv of a results folder, else empty.
+
+    Args:
+        confidence: case → (label, number of voxels) → centroid in RAS mm and mean confidence of
+            each such lesion; lesion numbers differ if an organ is also a label. Noisy masks, whose
+            lesions are not matched, have none.
+        label_names: value → name.
+    """
+
+    confidence: Mapping[str, Mapping[tuple[int, int], Sequence[tuple[np.ndarray, float]]]]
+    label_names: dict[int, str]
+
+    @classmethod
+    def of(cls, folder: Path) -> _Predictions:
+        table = folder / "lesions.csv"
+        if not ((folder / "masks").is_dir() and table.is_file()):
+            return cls({}, {})
+        try:
+            confidence = defaultdict(lambda: defaultdict(list))
+            names: dict[int, str] = {}
+            n_lines: Counter[str] = Counter()
+            for line in iterate_csv(table):
+                name = line["case_id"]
+                n_lines[name] += 1
+                if line["label_name"]:
+                    names[int(line["label"])] = line["label_name"]
+                if n_lines[name] > MANY:
+                    confidence.pop(name, None)
+                elif line["confidence_mean"]:
+                    centre = np.array([float(line[f"centroid_{axis}_mm"]) for axis in "ras"])
+                    key = int(line["label"]), int(line["n_voxels"])
+                    confidence[name][key].append((centre, float(line["confidence_mean"])))
+            return cls(confidence, names)
+        except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
+            raise VolsegError(
+                f"{table}: is not a table of lesions ({error!r})",
+                fix="run `volseg infer` again",
+                code="E_DATASET",
+            ) from error
+
+    def confidence_of(self, lesion: DetectionRow) -> float | None:
+        """Return the confidence of a predicted lesion; None if its mask changed since the table."""
+        if lesion.side != "predicted":
+            return None
+        centre = np.array([lesion.centroid_r_mm, lesion.centroid_a_mm, lesion.centroid_s_mm])
+        entries = self.confidence.get(lesion.case_id, {}).get((lesion.label, lesion.n_voxels), ())
+        for centroid, confidence in entries:
+            if np.abs(centroid - centre).max() < SAME_PLACE_MM:
+                return confidence
+        return None
