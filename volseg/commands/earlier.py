@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from volseg.commands.automatic_recipe import recipe_for
+from volseg.commands.batch import case_files
 from volseg.commands.preparing import read_header
 from volseg.errors import VolsegError
 from volseg.inputs import read_json
@@ -51,12 +53,7 @@ def cached_recipe(dataset: Path, work: Path, progress: Progress) -> Recipe:
 def _dates(dataset: Path) -> dict[str, list[int]]:
     """Return size and modification time of every file on which the recipe depends."""
     cases, _ = survey_cases(dataset)
-    paths = [
-        path
-        for case in cases
-        for path in (*case.images.values(), case.reference)
-        if path is not None
-    ]
+    paths = list(chain(*map(case_files, cases)))
     paths += [dataset] if dataset.is_file() else [dataset / "cases.csv", dataset / "dataset.json"]
     facts = {str(path): path.stat() for path in paths if path.is_file()}
     return {path: [stat.st_size, stat.st_mtime_ns] for path, stat in facts.items()}

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from volseg.commands.automatic_recipe import MASKS, auto_recipe
-from volseg.commands.batch import Inputs
+from volseg.commands.batch import Inputs, case_files
 from volseg.commands.preparing import HASHING, PREPARED_FILE, PREPARING, Preparation
 from volseg.commands.training_cases import ANALYSING, TrainingSet, labelled_cases
 from volseg.errors import VolsegError
@@ -269,11 +269,7 @@ def _sample_fingerprints(
 
 def _bytes(case: Case) -> int:
     """Return the size of the case's files, at least 1."""
-    total = 1
-    for path in (*case.images.values(), case.reference):
-        if path is not None and path.is_file():
-            total += path.stat().st_size
-    return total
+    return 1 + sum(path.stat().st_size for path in case_files(case) if path.is_file())
 
 
 def _has_fingerprint(prepared: Path) -> bool:

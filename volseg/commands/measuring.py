@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import cast, get_args
 
@@ -14,6 +15,7 @@ from volseg.commands.batch import (
     Inputs,
     case_files,
     input_key,
+    input_paths,
     run_cases,
     run_description,
     write_case,
@@ -54,7 +56,9 @@ def measure(options: MeasureOptions) -> CasesReport:
     settings = _settings_of(options)
     key_options, digests = settings.key_options(figures=options.figures), Inputs(of_masks=True)
     out = options.out or Path(DEFAULT_OUT)
-    with ResultsFolder(out, "measure", inputs=_used_files(options, pairs)) as folder:
+    stated = (options.image, options.mask, options.cases, options.recipe)
+    inputs = input_paths(*stated, *chain(*map(case_files, pairs)))
+    with ResultsFolder(out, "measure", inputs=inputs) as folder:
         batch = Batch(
             results=folder,
             options=options,
@@ -153,15 +157,6 @@ def _pairs_of_folders(scans: Sequence[Case], folder: Path) -> tuple[list[Case], 
         )
     unused = sorted(masks.keys() - {case.id for case in scans})
     return [replace(case, reference=masks[case.id]) for case in scans], unused
-
-
-def _used_files(options: MeasureOptions, pairs: Sequence[Case]) -> list[Path]:
-    sources = (options.image, options.mask, options.cases)
-    used = [path for path in sources if path is not None]
-    used += [path for case in pairs for path in case_files(case)]
-    if isinstance(options.recipe, Path | str) and Path(options.recipe).is_file():
-        used.append(Path(options.recipe))
-    return used
 
 
 def _unused_warning(unused: Sequence[str], n_pairs: int) -> list[str]:
