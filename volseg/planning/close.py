@@ -272,6 +272,15 @@ def size_of(recipe: Recipe) -> Size | None:
     return architecture(recipe.network).size(recipe.patch_shape, recipe.batch_size)
 
 
+def step_flops(recipe: Recipe) -> float | None:
+    """Return the operations of a training step with a closed recipe; None if not modelled."""
+    size = size_of(recipe)
+    if size is None:
+        return None
+    flops = size.step_flops(len(recipe.data.channels), recipe.data.n_outputs)
+    return flops * recipe.train.accumulate
+
+
 def _refuse_untrainable(recipe: Recipe) -> None:
     """Raise if a recipe has regions without their labels: it can only be run."""
     if recipe.data.regions_class_order is not None and recipe.data.regions is None:
