@@ -58,6 +58,8 @@ class NetworkTraining:
     ) -> None:
         self._call, self._times = times.call, times
         self._splits, self._recipe, self._initial = splits, recipe, initial
+        self._weights: dict[str, Weights] = {}
+        self._is_interrupted = False
         self._earlier = 0.0  # seconds of training in an earlier call that this one resumes
         self._trained: dict[int, Trained] = {}  # by number of the split
         self._stopped: dict[int, str] = {}  # why trainings ended early, by number of the split
@@ -69,16 +71,12 @@ class NetworkTraining:
             KeyboardInterrupt: before any network was trained.
             VolsegError: no network could be trained.
         """
-        weights: dict[str, Weights] = {}
-        roi_metrics: dict[str, Any] = {}
-        if self._recipe.roi is not None:  # first: it is quick, and bad data fail here too
-            first_pass = self._first_pass(self._recipe.roi)
-            weights[ROI] = first_pass.weights
-            roi_metrics = {f"roi_{name}": value for name, value in first_pass.metrics.items()}
+        # First: it is quick, and bad data fail here too.
+        roi_metrics = {} if self._recipe.roi is None else self._first_pass(self._recipe.roi)
         self._train_networks()
         rows = []
         for index, (number, network) in enumerate(self._trained.items()):
-            weights[segmentation_name(index)] = network.weights
+            self._weights[segmentation_name(index)] = network.weights
             rows += [replace(row, fold=number) for row in network.validation]
         self._warn_of(rows)
         metrics = self._metrics(summary(rows)) | roi_metrics
@@ -86,19 +84,12 @@ class NetworkTraining:
             metrics["warnings"] = "; ".join(self._call.warnings)
         training = (case for number in self._trained for case in self._splits[number][0])
         metrics["training_cases"] = len({case.id for case in training})
-        is_interrupted = Stop.INTERRUPTED in self._stopped.values()
-        if self._recipe.classify is not None and not is_interrupted:
-            try:
-                classifier, class_metrics = self._classifier(self._recipe.classify)
-            except KeyboardInterrupt:
-                classifier, class_metrics = None, {"stopped": Stop.INTERRUPTED.value}
-                is_interrupted = True
-            metrics |= class_metrics
-            if classifier is not None:
-                weights["classifier"] = classifier
-        return Result(weights, metrics, self._trained, rows, is_interrupted)
+        if self._recipe.classify is not None and not self._is_interrupted:
+            metrics |= self._classifier(self._recipe.classify)
+        return Result(self._weights, metrics, self._trained, rows, self._is_interrupted)
 
-    def _first_pass(self, roi: Roi) -> Trained:
+    def _first_pass(self, roi: Roi) -> dict[str, Any]:
+        """Train the first pass; return its metrics."""
         left, began = self._call.time.left(), time.monotonic()
         seconds = None if left is None else left * roi.time_fraction
         settings = self._settings(roi.train, seconds, freeze=())
@@ -108,14 +99,15 @@ class NetworkTraining:
         if first_pass.stop is Stop.INTERRUPTED:
             raise KeyboardInterrupt
         self._earlier += _earlier(first_pass, began)
-        return first_pass
+        self._weights[ROI] = first_pass.weights
+        return {f"roi_{name}": value for name, value in first_pass.metrics.items()}
 
     def _train_networks(self) -> None:
         """Train on each split. A training that fails does not lose those that are done."""
         reserved = self._times.reserved(len(self._splits), self._recipe)
         for number in range(len(self._splits)):
             self._train_split(number, self._call.time.left(reserved + self._earlier))
-            if self._stopped.get(number) in (NO_TIME, Stop.INTERRUPTED):
+            if self._is_interrupted or self._stopped.get(number) == NO_TIME:
                 break
         if not self._trained:
             raise VolsegError(
@@ -137,7 +129,7 @@ class NetworkTraining:
         except KeyboardInterrupt:
             if not self._trained:
                 raise
-            self._stopped[number] = Stop.INTERRUPTED.value
+            self._is_interrupted, self._stopped[number] = True, Stop.INTERRUPTED.value
             return
         except VolsegError as error:
             if error.code != DIVERGED or n == 1:
@@ -146,8 +138,9 @@ class NetworkTraining:
             return
         if network.stopped:
             self._stopped[number] = network.stopped
+        self._is_interrupted = network.stop is Stop.INTERRUPTED
         # Among others, a half-trained network would get a full vote in the ensemble.
-        if network.stop is not Stop.INTERRUPTED or not self._trained:
+        if not (self._is_interrupted and self._trained):
             self._trained[number] = network
             self._earlier += _earlier(network, began)
 
@@ -161,24 +154,27 @@ class NetworkTraining:
         self._call.progress(stage, 0.0, detail)
         return train_network(job, self._call.team, self._watch(stage, history_name(number)))
 
-    def _classifier(self, settings: Classify) -> tuple[Weights | None, dict[str, Any]]:
-        """Train the classifier; return None and the reason if a class has no training case."""
+    def _classifier(self, settings: Classify) -> dict[str, Any]:
+        """Train the classifier; return its metrics, or why there is none."""
         left = self._call.time.left(self._times.finishing(len(self._splits)))
         present = {case.record["class"] for case in self._splits[0][0] if has_class(case)}
         missing = [name for name in settings.classes if name not in present]
         if missing:
-            reason = f"not trained: no training case of class {', '.join(missing)}"
-            return None, {"classifier": reason}
-        return train_classifier(
-            self._splits[0],
-            settings,
-            device=self._call.team.fabric.device,
-            seed=self._call.options.seed,
-            seconds=left,
-            report=lambda epoch, done: self._call.progress(
-                "Training the classifier", done, f"epoch {epoch}"
-            ),
-        )
+            return {"classifier": f"not trained: no training case of class {', '.join(missing)}"}
+        stage = "Training the classifier"
+        try:
+            self._weights["classifier"], metrics = train_classifier(
+                self._splits[0],
+                settings,
+                device=self._call.team.fabric.device,
+                seed=self._call.options.seed,
+                seconds=left,
+                report=lambda epoch, done: self._call.progress(stage, done, f"epoch {epoch}"),
+            )
+        except KeyboardInterrupt:
+            self._is_interrupted = True
+            return {"stopped": Stop.INTERRUPTED.value}
+        return metrics
 
     def _settings(
         self, train: Train, seconds: float | None, freeze: tuple[str, ...]
