@@ -45,10 +45,10 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         commands = make_commands(Path(name))
-        chosen = options.only.split(",") if options.only else list(commands)
+        names = options.only.split(",") if options.only else list(commands)
         print("| command | wall | ÷ before | CPU | ÷ before | peak memory | ÷ before |")
         print("|---|---|---|---|---|---|---|")
-        for command in chosen:
+        for command in names:
             pairs = [
                 (
                     run_once(HERE, commands[command], Path(name)),

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from volseg.errors import VolsegError
+from volseg.words import format_sizes
 
 Triple = tuple[int, int, int]
 
@@ -128,20 +129,21 @@ def topology(
     size, mm = list(patch_shape), [float(value) for value in spacing_mm]
     strides: list[Triple] = [(1, 1, 1)]
     kernels = [_kernel(mm, (1, 1, 1))]
-    while len(strides) < MOST_LEVELS:
-        long_enough = [n for n in range(3) if size[n] >= 2 * SMALLEST_EDGE]
-        if not long_enough:
-            break
-        finest = min(mm[n] for n in long_enough)
-        halved = [n in long_enough and mm[n] < ANISOTROPIC * finest for n in range(3)]
-        for n in range(3):
-            if halved[n]:
-                size[n] //= 2
-                mm[n] *= 2
-        r, a, s = (2 if is_halved else 1 for is_halved in halved)
-        strides.append((r, a, s))
+    while len(strides) < MOST_LEVELS and (stride := _stride(size, mm)) != (1, 1, 1):
+        size = [n // step for n, step in zip(size, stride, strict=True)]
+        mm = [value * step for value, step in zip(mm, stride, strict=True)]
+        strides.append(stride)
         kernels.append(_kernel(mm, kernels[-1]))
     return _deep_enough(strides, kernels)
+
+
+def _stride(size: Sequence[int], mm: Sequence[float]) -> Triple:
+    """Return the stride of the next level: 2 along the axes to halve, 1 along the others."""
+    axes = list(zip(size, mm, strict=True))
+    finest = min((value for n, value in axes if n >= 2 * SMALLEST_EDGE), default=0.0)
+    limit = ANISOTROPIC * finest
+    r, a, s = (2 if n >= 2 * SMALLEST_EDGE and value < limit else 1 for n, value in axes)
+    return r, a, s
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -184,28 +186,43 @@ def choose_size(
         VolsegError: even the smallest size does not fit.
     """
     limits = _Limits(scans, budget)
-    smallest = batch_size or BATCHES[0]
-
-    def sizes(limit: int, width: int) -> Iterator[Size]:
-        if patch_shape:
-            yield _sized(patch_shape, scans.spacing_mm, width, smallest, is_fixed=True)
-            return
-        for patch in _patches(scans.shape, scans.spacing_mm, limit, smallest_patch):
-            yield _sized(patch, scans.spacing_mm, width, smallest, is_fixed=False)
-
-    least = min(sizes(PATCHES[-1], WIDTHS[-1]), key=limits.step_flops)
+    sizes = _Sizes(scans, patch_shape, batch_size or BATCHES[0], smallest_patch)
+    least = min(sizes.of(PATCHES[-1], WIDTHS[-1]), key=limits.step_flops)
     if not limits.allow_memory_of(least):
         if not patch_shape and max(smallest_patch) > 1:
             return choose_size(scans, budget, batch_size=batch_size)
     elif budget.is_least:
         return least
-    candidates = (size for limit in PATCHES for width in WIDTHS for size in sizes(limit, width))
-    best = next((size for size in candidates if limits.allow(size)), None)
-    if best is None and limits.allow(least, steps=LEAST_STEPS):
-        return least
+    best = next(filter(limits.allow, sizes), None)
     if best is None:
+        if limits.allow(least, steps=LEAST_STEPS):
+            return least
         raise limits.refusal(least)
     return best if batch_size is not None else _with_larger_batch(best, limits)
+
+
+@dataclass(frozen=True, slots=True)
+class _Sizes:
+    """The sizes to choose from, best first; a `patch_shape` that is None is to be chosen too."""
+
+    scans: Scans
+    patch_shape: Triple | None
+    batch_size: int
+    smallest_patch: Triple
+
+    def __iter__(self) -> Iterator[Size]:
+        for limit in PATCHES:
+            for width in WIDTHS:
+                yield from self.of(limit, width)
+
+    def of(self, limit: int, width: int) -> Iterator[Size]:
+        """Yield the sizes with features of this width and patches down to about `limit` voxels."""
+        spacing_mm = self.scans.spacing_mm
+        if self.patch_shape:
+            yield _sized(self.patch_shape, spacing_mm, width, self.batch_size, is_fixed=True)
+            return
+        for patch in _patches(self.scans.shape, spacing_mm, limit, self.smallest_patch):
+            yield _sized(patch, spacing_mm, width, self.batch_size, is_fixed=False)
 
 
 def _with_larger_batch(size: Size, limits: _Limits) -> Size:
@@ -246,7 +263,7 @@ class _Limits:
     def refusal(self, least: Size) -> VolsegError:
         """Return the error for a dataset whose smallest size exceeds the budget."""
         needed, smaller = self.step_bytes(least), "a smaller train.patch_shape or train.batch_size"
-        patch = f"{' × '.join(map(str, least.patch_shape))} voxels"
+        patch = f"{format_sizes(least.patch_shape)} voxels"
         plan = f"({patch}, batch {least.batch_size}, {least.features[0]} features)"
         if needed > self.budget.memory:
             limit = f"the budget is {self.budget.memory / 2**30:.2f} GB"
@@ -286,10 +303,10 @@ def _patches(
         if not free:
             return
         axis = max(free, key=lambda n: (padded[n] > 2 * SMALLEST_EDGE, padded[n] / median[n]))
-        shorter = [padded[n] - (steps[n] if n == axis else 0) for n in range(3)]
-        if shorter[axis] < SMALLEST_EDGE or math.prod(shorter) < limit:
+        patch = list(padded)
+        patch[axis] -= steps[axis]
+        if patch[axis] < SMALLEST_EDGE or math.prod(patch) < limit:
             return
-        patch = [float(n) for n in shorter]
 
 
 def _cube(median: Sequence[float], spacing_mm: Sequence[float]) -> list[float]:

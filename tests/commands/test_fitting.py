@@ -30,7 +30,7 @@ def seconds_of(candidate):
     return 1.0 if candidate == LARGE else 0.1
 
 
-def fit(seconds, folds=5, may_drop_folds=True, smaller=lambda: SMALL, **needs):
+def fit(seconds, folds=5, may_drop_folds=True, smaller=SMALL, **needs):
     networks = Folds(n=folds, may_drop=may_drop_folds, **needs)
     return fit_to_time(LARGE, seconds, networks, time_step=seconds_of, smaller=smaller)
 
@@ -81,13 +81,10 @@ def test_the_best_plan_fits_all_folds_else_one_network_else_it_is_the_smallest()
         requests.append(flops)
         return LARGE
 
-    def steps_of(candidate, flops):
-        return flops / 10
-
-    assert best_plan(plan_for, SMALL, 5 * 10 * STEPS, 5, steps_of) == LARGE
-    assert best_plan(plan_for, SMALL, 10 * STEPS, 5, steps_of) == LARGE
+    assert best_plan(plan_for, SMALL, 5 * 10 * STEPS, 5, 10) == LARGE
+    assert best_plan(plan_for, SMALL, 10 * STEPS, 5, 10) == LARGE
     assert requests == [10 * STEPS, 10 * STEPS]
-    assert best_plan(plan_for, SMALL, 9 * STEPS, 5, steps_of) == SMALL
+    assert best_plan(plan_for, SMALL, 9 * STEPS, 5, 10) == SMALL
 
 
 def test_a_refusal_names_a_time_that_holds_what_is_needed():

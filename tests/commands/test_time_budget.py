@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 import volseg
 from volseg.bundle import load_bundle
 from volseg.cli import app
-from volseg.commands import training
+from volseg.commands import time_plan, training_networks
 from volseg.commands.automatic_recipe import MASKS
 from volseg.commands.earlier import cached_recipe
 from volseg.commands.forecast import GUARDED_SECONDS, STAGES, Forecast, Guard
@@ -69,7 +69,7 @@ def test_a_folder_without_a_name_of_its_own_is_refused_a_short_budget_too(
 ):
     (tmp_path / "a" / "b").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "a" / "b")
-    monkeypatch.setattr(training, "PREPARE_FIRST_FRACTION", 0.0)  # always suggest preparing first
+    monkeypatch.setattr(time_plan, "PREPARE_FIRST_FRACTION", 0.0)  # always suggest preparing first
     with pytest.raises(VolsegError, match="is too short") as caught:
         volseg.train(dataset, recipe=tiny_recipe, out=out, device="cpu", time_budget_seconds=2)
     apart = re.search(r"volseg preprocess .+ --out (\S+), and then", caught.value.fix)[1]
@@ -225,14 +225,14 @@ def test_a_fold_with_too_few_steps_is_skipped_with_a_warning(dataset, tiny_recip
 def test_the_classifier_leaves_time_for_export_and_pictures(
     dataset, tiny_recipe, tmp_path, monkeypatch
 ):
-    kept, train_classifier = [], training._Training._classifier
-    messages, seconds, began = [], 600, time.monotonic()
+    kept, train_classifier = [], training_networks.train_classifier
+    messages, budget, began = [], 600, time.monotonic()
 
-    def keep(call, split, settings, left):
-        kept.append(seconds - (time.monotonic() - began) - left)
-        return train_classifier(call, split, settings, left)
+    def keep(*args, seconds, **settings):
+        kept.append(budget - (time.monotonic() - began) - seconds)
+        return train_classifier(*args, seconds=seconds, **settings)
 
-    monkeypatch.setattr(training._Training, "_classifier", keep)
+    monkeypatch.setattr(training_networks, "train_classifier", keep)
     options = {
         "recipe": tiny_recipe,
         "device": "cpu",
@@ -240,8 +240,8 @@ def test_the_classifier_leaves_time_for_export_and_pictures(
         "folds": 1,
         "announce": messages.append,
     }
-    volseg.train(dataset, out=tmp_path / "m", time_budget_seconds=seconds, **options)
-    assert kept == pytest.approx([seconds * training.FINISHING_FRACTION], abs=2)
+    volseg.train(dataset, out=tmp_path / "m", time_budget_seconds=budget, **options)
+    assert kept == pytest.approx([budget * time_plan.FINISHING_FRACTION], abs=2)
     assert not any("no time was left" in text for text in messages)
 
 

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from volseg.errors import EnvironmentProblem, VolsegError
+from volseg.errors import EnvironmentProblem
 from volseg.training.ranks import Team, team_of
 
 BF16 = """
@@ -92,14 +92,6 @@ def test_tasks_of_slurm_without_their_number_per_node_are_refused(monkeypatch):
     with (
         pytest.raises(EnvironmentProblem, match="--ntasks-per-node"),
         team_of(torch.device("cpu"), 1, print),
-    ):
-        pass
-
-
-def test_an_unknown_precision_is_refused():
-    with (
-        pytest.raises(VolsegError, match="precision 'int4' is unknown"),
-        team_of(torch.device("cpu"), 1, print, "int4"),
     ):
         pass
 

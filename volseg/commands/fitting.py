@@ -59,7 +59,7 @@ def fit_to_time(
     folds: Folds,
     *,
     time_step: Callable[[Closed], float],
-    smaller: Callable[[], Closed] | None = None,
+    smaller: Closed | None = None,
 ) -> Fit:
     """Give each network `least_steps`: with fewer folds, else with a smaller network.
 
@@ -70,8 +70,8 @@ def fit_to_time(
         plan: what to train if there is enough time.
         seconds: for the steps of all networks together.
         time_step: returns the seconds of a step with a plan.
-        smaller: returns the plan of the smallest network that can learn; None if the recipe states
-            the network.
+        smaller: the plan of the smallest network that can learn; None if the recipe states the
+            network.
 
     Raises:
         TooShortError: even the smallest network with the fewest folds gets too few steps.
@@ -81,15 +81,15 @@ def fit_to_time(
     step = time_step(plan)
     steps = seconds / step
     reasons: list[str] = []
-    if steps < fewest * least_steps and smaller is not None:
-        least = smaller()
-        if least.recipe != plan.recipe and (least_step := time_step(least)) < step:
-            patch = format_sizes(least.recipe.patch_shape)
+    if steps < fewest * least_steps and smaller is not None and smaller.recipe != plan.recipe:
+        least_step = time_step(smaller)
+        if least_step < step:
+            patch = format_sizes(smaller.recipe.patch_shape)
             reasons.append(
                 f"a smaller network, patches of {patch} voxels: "
                 f"{seconds:.0f} s allow only {steps / fewest:.0f} steps of the planned network"
             )
-            plan, step, steps = least, least_step, seconds / least_step
+            plan, step, steps = smaller, least_step, seconds / least_step
     if steps < folds.enough * fewest * least_steps:
         raise TooShortError(fewest * least_steps * step)
     affordable = max(fewest, min(n, math.floor(steps / (ROOM * least_steps))))
@@ -108,17 +108,17 @@ def best_plan(
     smallest: Closed,
     flops: float,
     folds: int,
-    steps_of: Callable[[Closed, float], float],
+    step_flops: float,
 ) -> Closed:
     """Return the best plan with time for `STEPS` steps in each fold, or in one; else the smallest.
 
     Args:
         plan_for: returns the plan of one network for a number of floating-point operations.
         flops: floating-point operations of all networks together.
-        steps_of: returns how many steps of a plan a number of operations allows.
+        step_flops: those of a step of the smallest plan.
     """
     for n in dict.fromkeys((folds, 1)):
-        if steps_of(smallest, flops / n) >= STEPS:
+        if flops / n / step_flops >= STEPS:
             return plan_for(flops / n)
     return smallest
 

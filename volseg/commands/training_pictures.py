@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
 
 import numpy as np
+import torch
 
 from volseg.commands.prepared import Split
-from volseg.evaluation.validation import ValidationRow
+from volseg.commands.training_networks import Result
 from volseg.io.prepared import PreparedCase
+from volseg.networks import build_segmentation, copy_weights
+from volseg.pages.training_figures import comparison_png, patches_png
 from volseg.recipe import Recipe
-
-if TYPE_CHECKING:
-    import torch
-
-    from volseg.training.loop import Trained
+from volseg.training.batches import Batches
+from volseg.training.validate import ScanPredictor
 
 N_PATCHES = 12
 N_WORST = 6
@@ -24,11 +23,6 @@ N_WORST = 6
 
 def preview_png(training: Sequence[PreparedCase], recipe: Recipe, seed: int) -> bytes:
     """Draw the first patches of the training as the network will see them."""
-    import torch
-
-    from volseg.pages.training_figures import patches_png
-    from volseg.training.batches import Batches
-
     images, masks = [], []
     with Batches(training, recipe, seed=seed, device=torch.device("cpu")) as batches:
         for step in range(-(-N_PATCHES // recipe.batch_size)):
@@ -39,25 +33,20 @@ def preview_png(training: Sequence[PreparedCase], recipe: Recipe, seed: int) -> 
 
 
 def worst_cases_png(
-    rows: Sequence[ValidationRow],
-    trained: Mapping[int, Trained],
+    result: Result,
     splits: Sequence[Split],
     recipe: Recipe,
     device: torch.device,
     *,
-    before: Callable[[str], bool] = lambda case_id: True,
+    before: Callable[[str], bool],
 ) -> bytes:
     """Draw the validation cases with the lowest mean Dice, with reference and prediction outlined.
 
     `before` is called with the id of each case; when it returns False, the picture ends with the
     case before. Empty without any case.
     """
-    from volseg.networks import build_segmentation, copy_weights
-    from volseg.pages.training_figures import comparison_png
-    from volseg.training.validate import ScanPredictor
-
     scores: dict[tuple[int, str], list[float]] = {}
-    for row in rows:
+    for row in result.rows:
         score = 1.0 if math.isnan(row.dice) else row.dice
         scores.setdefault((row.fold, row.case_id), []).append(score)
     means = {key: sum(values) / len(values) for key, values in scores.items()}
@@ -66,7 +55,7 @@ def worst_cases_png(
         if not before(case_id):
             break
         case = next(case for case in splits[number][1] if case.id == case_id)
-        network = copy_weights(build_segmentation(recipe), trained[number].weights)
+        network = copy_weights(build_segmentation(recipe), result.trained[number].weights)
         predicted = ScanPredictor(network, recipe, device, overlap).classes(case)
         title = f"{case_id}: Dice {means[number, case_id]:.3f}"
         pictures.append((title, np.asarray(case.image[0]), np.asarray(case.mask), predicted))

@@ -21,6 +21,7 @@ from volseg.recipe import AUTO, Classify, Recipe
 from volseg.recipe import Network as NetworkSection
 from volseg.registry import check_keys, check_name, keys_of, make_row
 from volseg.sizing import Size
+from volseg.words import format_sizes
 
 if TYPE_CHECKING:
     import torch
@@ -260,7 +261,7 @@ def _check_patch(recipe: Recipe, section: str) -> None:
     memory = max(total_memory(), gpu)
     if least > memory:
         raise VolsegError(
-            f"{section}: a step with {batch_size} patches of {' × '.join(map(str, patch))} voxels "
+            f"{section}: a step with {batch_size} patches of {format_sizes(patch)} voxels "
             f"takes at least {least / 2**30:,.0f} GB, and this machine has "
             f"{memory / 2**30:.0f} GB of memory",
             fix=f"lower {section}.batch_size or {section}.patch_shape",

@@ -21,6 +21,7 @@ from volseg.recipe import (
     Normaliser,
     Recipe,
     Text,
+    Train,
     parse_recipe,
 )
 from volseg.sizing import (
@@ -272,6 +273,15 @@ def size_of(recipe: Recipe) -> Size | None:
     return architecture(recipe.network).size(recipe.patch_shape, recipe.batch_size)
 
 
+def step_flops(recipe: Recipe) -> float | None:
+    """Return the operations of a training step with a closed recipe; None if not modelled."""
+    size = size_of(recipe)
+    if size is None:
+        return None
+    flops = size.step_flops(len(recipe.data.channels), recipe.data.n_outputs)
+    return flops * recipe.train.accumulate
+
+
 def _refuse_untrainable(recipe: Recipe) -> None:
     """Raise if a recipe has regions without their labels: it can only be run."""
     if recipe.data.regions_class_order is not None and recipe.data.regions is None:
@@ -351,22 +361,25 @@ def _size(
     if recipe.network.settings.get("features") != AUTO:
         assert patch is not None and batch is not None, "a recipe refuses this"
         return Size(features=(), strides=(), kernels=(), patch_shape=patch, batch_size=batch), {}
-    channels, outputs = len(recipe.data.channels), recipe.data.n_outputs
-    median = _median_shape(fingerprint, spacing)
     scans = Scans(
-        shape=median,
+        shape=_median_shape(fingerprint, spacing),
         spacing_mm=spacing,
         n_cases=fingerprint.n_cases,
-        channels=channels,
-        outputs=outputs,
+        channels=len(recipe.data.channels),
+        outputs=recipe.data.n_outputs,
     )
     size = choose_size(
         scans,
         budget,
         patch_shape=patch,
         batch_size=batch,
-        smallest_patch=_smallest_patch(_lesion_shape(fingerprint, spacing), median),
+        smallest_patch=_smallest_patch(_lesion_shape(fingerprint, spacing), scans.shape),
     )
+    return size, _why_size(size, scans, budget, train)
+
+
+def _why_size(size: Size, scans: Scans, budget: Budget, train: Train) -> dict[str, str]:
+    """Return the reasons for the values of a size that training leaves open."""
     why = {
         "levels": LEVELS,
         "strides": "finest level first",
@@ -374,13 +387,13 @@ def _size(
         "features": FEATURES,
     }
     limit = _limit(size, scans, budget)
-    seen = min(1.0, math.prod(size.patch_shape) / math.prod(median))
-    if patch is None:
-        scan = format_sizes(round(n) for n in median)
+    if train.patch_shape == AUTO:
+        seen = min(1.0, math.prod(size.patch_shape) / math.prod(scans.shape))
+        scan = format_sizes(round(n) for n in scans.shape)
         why["patch"] = f"covers {seen:.0%} of the median scan ({scan} voxels); {limit}"
-    if batch is None:
+    if train.batch_size == AUTO:
         why["batch"] = f"fits the budget: {limit}"
-    return size, why
+    return why
 
 
 def _limit(size: Size, scans: Scans, budget: Budget) -> str:

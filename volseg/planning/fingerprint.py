@@ -123,8 +123,6 @@ def combine_fingerprints(cases: Sequence[CaseFingerprint]) -> DatasetFingerprint
         raise VolsegError(
             "no training mask holds a labelled voxel", fix="check the masks", code="E_LABELS"
         )
-    extents = [extent for case in cases for extent in case.lesion_extents_mm]
-    r, a, s = np.median(extents, axis=0).tolist() if extents else (0.0, 0.0, 0.0)
     channels = dict.fromkeys(name for case in cases for name in case.samples)
     return DatasetFingerprint(
         n_cases=len(cases),
@@ -135,8 +133,16 @@ def combine_fingerprints(cases: Sequence[CaseFingerprint]) -> DatasetFingerprint
         n_ct_like={
             name: sum(case.is_ct_like.get(name, False) for case in cases) for name in channels
         },
-        lesion_extent_mm=(r, a, s) if extents else None,
+        lesion_extent_mm=_median_extent_mm(cases),
     )
+
+
+def _median_extent_mm(cases: Sequence[CaseFingerprint]) -> tuple[float, float, float] | None:
+    extents = [extent for case in cases for extent in case.lesion_extents_mm]
+    if not extents:
+        return None
+    r, a, s = np.median(extents, axis=0).tolist()
+    return r, a, s
 
 
 def _pooled(cases: Sequence[CaseFingerprint], channel: str) -> np.ndarray:

@@ -1,4 +1,7 @@
-"""Train the 2D classifier on slices through the reference lesions."""
+"""Train the 2D classifier on slices through the reference lesions.
+
+It has a loop of its own: seconds of training, in which random numbers are drawn in sequence.
+"""
 
 from __future__ import annotations
 
@@ -39,41 +42,66 @@ def train_classifier(
     """
     slices, targets = _stack(split[0], settings)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        network = build_classifier(settings).to(device)
-        optimizer = torch.optim.AdamW(
-            network.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay
+        torch.manual_seed(seed)  # of the random weights and dropout
+        run = _Run(slices, targets, settings, device, seed)
+        n_epochs = run.train(math.inf if seconds is None else seconds, report)
+    network = copy_weights(run.network, run.averaged)
+    metrics = {"classifier_training_lesions": len(targets), "classifier_epochs": n_epochs}
+    return run.averaged, metrics | _validate(network, split[1], settings, device)
+
+
+class _Run:
+    """A classifier in training."""
+
+    def __init__(
+        self,
+        slices: torch.Tensor,
+        targets: torch.Tensor,
+        settings: Classify,
+        device: torch.device,
+        seed: int,
+    ) -> None:
+        self._slices, self._targets, self._settings = slices, targets, settings
+        self._device = device
+        self.network = build_classifier(settings).to(device)
+        self._optimizer = torch.optim.AdamW(
+            self.network.parameters(),
+            lr=settings.learning_rate,
+            weight_decay=settings.weight_decay,
         )
-        averaged = {key: tensor.clone() for key, tensor in unique_tensors(network).items()}
+        tensors = unique_tensors(self.network)
+        self.averaged = {key: tensor.clone() for key, tensor in tensors.items()}
         counts = torch.bincount(targets, minlength=len(settings.classes)).clamp_min(1)
-        loss_function = nn.CrossEntropyLoss(
-            (len(targets) / len(counts) / counts).float().to(device), label_smoothing=0.05
-        )
-        generator = torch.Generator().manual_seed(seed)
+        weights = (len(targets) / len(counts) / counts).float().to(device)
+        self._loss = nn.CrossEntropyLoss(weights, label_smoothing=0.05)
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def train(self, seconds: float, report: Callable[[int, float], None]) -> int:
+        """Train the recipe's epochs, or fewer within these seconds; return their number."""
         started, epoch, done = time.monotonic(), 0, 0.0
-        network.train()
+        self.network.train()
         while done < 1:
-            order = torch.randperm(len(targets), generator=generator)
-            for batch in order.split(settings.batch_size):
-                for group in optimizer.param_groups:
-                    group["lr"] = settings.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
-                images = _augment(slices[batch], generator).to(device)
-                loss = loss_function(_mean_logits(network, images), targets[batch].to(device))
-                optimizer.zero_grad(set_to_none=True)
-                loss.backward()
-                optimizer.step()
-                for key, tensor in unique_tensors(network).items():
-                    averaged[key].lerp_(tensor, 1 - EMA_DECAY)
-                if seconds is not None and time.monotonic() - started >= seconds:
+            for group in self._optimizer.param_groups:
+                group["lr"] = self._settings.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
+            order = torch.randperm(len(self._targets), generator=self._generator)
+            for batch in order.split(self._settings.batch_size):
+                self._step(batch)
+                if time.monotonic() - started >= seconds:
                     break
             epoch += 1
-            done = epoch / settings.epochs
-            if seconds is not None:
-                done = max(done, (time.monotonic() - started) / seconds)
+            done = max(epoch / self._settings.epochs, (time.monotonic() - started) / seconds)
             report(epoch, min(1.0, done))
-    copy_weights(network, averaged)
-    metrics = {"classifier_training_lesions": len(targets), "classifier_epochs": epoch}
-    return averaged, metrics | _validate(network, split[1], settings, device)
+        return epoch
+
+    def _step(self, batch: torch.Tensor) -> None:
+        images = _augment(self._slices[batch], self._generator).to(self._device)
+        logits = _mean_logits(self.network, images)
+        loss = self._loss(logits, self._targets[batch].to(self._device))
+        self._optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        self._optimizer.step()
+        for key, tensor in unique_tensors(self.network).items():
+            self.averaged[key].lerp_(tensor, 1 - EMA_DECAY)
 
 
 def has_class(case: PreparedCase) -> bool:

@@ -25,9 +25,6 @@ from volseg.training.state import Epoch
 DIVERGED = "E_DIVERGED"
 DIVERGED_FIX = "lower train.learning_rate in the recipe, or train.max_grad_norm, and train again"
 
-Report = Callable[[Sequence[Epoch], float], None]
-Tick = Callable[[str, float], None]  # what is being done, and the fraction of the run done
-
 
 @dataclass(frozen=True, slots=True)
 class Watch:
@@ -35,12 +32,13 @@ class Watch:
 
     Args:
         report: called after each epoch with the history and the fraction of the run done.
-        tick: called after each step and each validated tile.
+        tick: called after each step and each validated tile with what is being done and the
+            fraction of the run done.
         threads: the search for the fastest number of threads; gets the time of each step.
     """
 
-    report: Report
-    tick: Tick
+    report: Callable[[Sequence[Epoch], float], None]
+    tick: Callable[[str, float], None]
     threads: Threads | None = None
 
 

@@ -32,7 +32,6 @@ from volseg.execution.cpu import physical_cores
 
 # The other ranks wait this long for rank 0, which prepares data and validates.
 CONTROL_TIMEOUT = timedelta(days=7)
-PRECISIONS = ("auto", "fp32", "half")
 JOIN_SECONDS = 60  # before a process that does not end by itself is terminated
 
 
@@ -112,15 +111,9 @@ def team_of(
         precision: fp32; half for 16-bit convolutions; auto for half where it is faster.
 
     Raises:
-        VolsegError: there are fewer GPUs than processes, or the precision is unknown.
+        VolsegError: there are fewer GPUs than processes.
         EnvironmentProblem: a process does not start, or SLURM does not state the tasks per node.
     """
-    if precision not in PRECISIONS:
-        raise VolsegError(
-            f"precision {precision!r} is unknown",
-            fix=f"give one of {', '.join(PRECISIONS)}",
-            code="E_USAGE",
-        )
     launcher = _launcher()
     if launcher is not None and launcher.world_size() > 1:
         with _joined(device, launcher, _nodes(launcher), precision) as team:

@@ -8,7 +8,6 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -48,39 +47,39 @@ def train_roi(job: Job, team: Team, watch: Watch) -> Trained:
     """
     settings, fine = job.settings, job.objective
     ends = math.inf if settings.seconds is None else time.monotonic() + settings.seconds
-    assert isinstance(fine, SegmentationObjective) and fine.recipe.coarse is not None
-    make = partial(
-        _cached_coarse_case,
-        spacing_mm=fine.recipe.spacing_mm,
-        coarse_mm=fine.recipe.coarse.spacing_mm,
-        folder=job.checkpoints,
-        seed=settings.seed,
-    )
-
-    def coarsen(case: PreparedCase) -> PreparedCase:
-        watch.tick(f"downsampling {case.id}", 0.0)
-        return make(case)
-
-    validation = [coarsen(case) for case in fine.validation_cases]
-    training = [coarsen(case) for case in fine.training]
-    coarse = SegmentationObjective(training, validation, fine.recipe.coarse)
+    assert isinstance(fine, SegmentationObjective)
+    coarse = _coarse_objective(job, fine, watch)
     if settings.seconds is not None:
         settings = replace(settings, seconds=max(1.0, ends - time.monotonic()))
     trained = train_network(replace(job, objective=coarse, settings=settings), team, watch)
     network = copy_weights(coarse.network(), trained.weights)
     backend = TorchBackend(network, team.fabric.device)
-    fractions = []
-    for case, small in zip(fine.validation_cases, validation, strict=True):
-        if fractions and time.monotonic() > ends:
+    parts: list[tuple[np.ndarray, np.ndarray]] = []
+    for case, small in zip(fine.validation_cases, coarse.validation_cases, strict=True):
+        if parts and time.monotonic() > ends:
             break
         watch.tick(f"finding the region of {case.id}", 1.0)
-        fractions.append(_fractions(case.mask, _part_in_region(case, small, backend, fine.recipe)))
-    of_labels = [labelled for labelled, _ in fractions if labelled is not None]
-    of_scan = float(np.mean([scan for _, scan in fractions]))
-    metrics = dict(trained.metrics) | {"validation_share_of_scan": round(of_scan, 4)}
-    if of_labels:
-        metrics["validation_labels_inside"] = round(float(np.mean(of_labels)), 4)
-    return replace(trained, metrics=metrics)
+        parts.append((case.mask, _part_in_region(case, small, backend, fine.recipe)))
+    return replace(trained, metrics=dict(trained.metrics) | _region_metrics(parts))
+
+
+def _coarse_objective(job: Job, fine: SegmentationObjective, watch: Watch) -> SegmentationObjective:
+    """Return the objective of the first pass, with the cases of the fine one at its spacing."""
+    recipe = fine.recipe.coarse
+    assert recipe is not None
+
+    def coarsen(case: PreparedCase) -> PreparedCase:
+        watch.tick(f"downsampling {case.id}", 0.0)
+        return _cached_coarse_case(
+            case,
+            spacing_mm=fine.recipe.spacing_mm,
+            coarse_mm=recipe.spacing_mm,
+            folder=job.checkpoints,
+            seed=job.settings.seed,
+        )
+
+    validation = [coarsen(case) for case in fine.validation_cases]
+    return SegmentationObjective([coarsen(case) for case in fine.training], validation, recipe)
 
 
 def _part_in_region(
@@ -88,12 +87,26 @@ def _part_in_region(
 ) -> np.ndarray:
     """Return the part of a case's mask inside the region that is found in the coarse case."""
     assert recipe.roi is not None and recipe.coarse is not None
-    tiling = Tiling(patch_shape=recipe.coarse.patch_shape, overlap=recipe.coarse.infer.overlap)
-    region = find_region(ArrayPlanes(np.asarray(small.image)), backend, tiling)
+    planes = ArrayPlanes(np.asarray(small.image))
+    region = find_region(planes, backend, Tiling.of(recipe.coarse))
     if region is None:
         return case.mask
     margin = [recipe.roi.margin_mm / mm for mm in recipe.spacing_mm]
     return case.mask[scaled_box(region, small.mask.shape, case.mask.shape, margin).slices]
+
+
+def _region_metrics(parts: Sequence[tuple[np.ndarray, np.ndarray]]) -> dict[str, float]:
+    """Return the mean fractions of the scan and of the labelled voxels in the regions.
+
+    Args:
+        parts: mask of each scan, and its part inside the region.
+    """
+    of_scan = float(np.mean([part.size / mask.size for mask, part in parts]))
+    metrics = {"validation_share_of_scan": round(of_scan, 4)}
+    counts = [(_count_labelled(part), _count_labelled(mask)) for mask, part in parts]
+    if of_labels := [inside / n for inside, n in counts if n]:
+        metrics["validation_labels_inside"] = round(float(np.mean(of_labels)), 4)
+    return metrics
 
 
 def coarse_case(
@@ -138,15 +151,6 @@ def _cached_coarse_case(
         make_folder(folder / case.id)
         write_prepared_case(folder / case.id, coarse)
     return read_prepared_case(folder, case.id)
-
-
-def _fractions(mask: np.ndarray, part: np.ndarray) -> tuple[float | None, float]:
-    """Return which fraction of the labelled voxels, and of all voxels, lies in a part of the mask.
-
-    The first is None for a mask without labelled voxels.
-    """
-    n_labelled = _count_labelled(mask)
-    return _count_labelled(part) / n_labelled if n_labelled else None, part.size / mask.size
 
 
 def _count_labelled(mask: np.ndarray) -> int:

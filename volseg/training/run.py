@@ -20,6 +20,8 @@ from volseg.training.ranks import Team, total_over_ranks
 from volseg.training.schedule import RunSettings, learning_rate_factor
 from volseg.training.state import State, restore_state, save_state
 
+LAST, BEST = "last.safetensors", "best.safetensors"  # in the folder of checkpoints
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Job:
@@ -39,11 +41,11 @@ class Job:
 
     @property
     def last(self) -> Path:
-        return self.checkpoints / "last.safetensors"
+        return self.checkpoints / LAST
 
     @property
     def best(self) -> Path:
-        return self.checkpoints / "best.safetensors"
+        return self.checkpoints / BEST
 
 
 class Run:

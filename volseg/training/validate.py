@@ -23,7 +23,10 @@ BATCH_VOXELS = 64**3  # of a batch of tiles
 
 
 def tiling_of(recipe: Recipe, overlap: float) -> Tiling:
-    """Return a tiling with small tiles in batches, as a single one leaves most of a device idle."""
+    """Return a tiling with small tiles in batches, as a single one leaves most of a device idle.
+
+    Unlike `Tiling.of` it has neither mirrored copies nor a margin, which would take longer.
+    """
     batch_size = max(1, BATCH_VOXELS // math.prod(recipe.patch_shape))
     return Tiling(patch_shape=recipe.patch_shape, overlap=overlap, batch_size=batch_size)
 
