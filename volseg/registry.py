@@ -16,6 +16,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from volseg.errors import VolsegError
 from volseg.inputs import shorten
+from volseg.words import lower_first
 
 Row = TypeVar("Row")
 
@@ -84,7 +85,7 @@ def _sentence(mistake: Any) -> str:
     key = ".".join(str(part) for part in mistake["loc"])
     if mistake["type"] == "missing":
         return f"{key} is missing"
-    return f"{key} = {shorten(repr(mistake['input']))}: {mistake['msg'].lower()}"
+    return f"{key} = {shorten(repr(mistake['input']))}: {lower_first(mistake['msg'])}"
 
 
 def _nearest(name: str, names: list[str]) -> str:

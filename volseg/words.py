@@ -8,6 +8,15 @@ UNITS = ((86_400.0, "days"), (3600.0, "h"), (60.0, "min"), (1.0, "s"))
 MIN_VALUE = 1.5  # below it, the next smaller unit is used
 
 
+def lower_first(sentence: str) -> str:
+    """Return a sentence that begins with a small letter, to follow a colon.
+
+    >>> lower_first("Input should be 'R' or 'A'")
+    "input should be 'R' or 'A'"
+    """
+    return sentence[:1].lower() + sentence[1:]
+
+
 def format_thousands(number: int) -> str:
     """Format a number with a space between thousands.
 

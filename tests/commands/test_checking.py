@@ -52,7 +52,7 @@ def test_with_a_recipe_the_label_values_count_too_and_empty_masks_are_pointed_ou
     assert [(problem["where"], problem["code"]) for problem in problems] == [
         ("scan_0", "W_EMPTY"),
         *((f"scan_{number}", "E_LABELS") for number in range(1, 8)),
-        (str(tmp_path / "data"), "W_LABEL"),
+        (str(tmp_path / "data"), "W_LABELS"),
     ]
 
 
@@ -60,7 +60,7 @@ def test_labels_that_no_mask_holds_are_a_warning(dataset, tiny_recipe):
     labels = {"cyst": 2, **tiny_recipe.data.labels}
     data = tiny_recipe.data.model_copy(update={"labels": labels})
     (problem,) = volseg.check(dataset, tiny_recipe.model_copy(update={"data": data}))
-    assert (problem["code"], problem["where"]) == ("W_LABEL", str(dataset))
+    assert (problem["code"], problem["where"]) == ("W_LABELS", str(dataset))
     assert "no mask holds label 'cyst' (value 2)" in problem["problem"]
 
 

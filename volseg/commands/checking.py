@@ -95,7 +95,7 @@ def _check_dataset(path: Path, recipe: Recipe | None) -> Iterator[Problem]:
         if value not in checker.labels:
             yield _problem(
                 str(path),
-                "W_LABEL",
+                "W_LABELS",
                 f"no mask holds label {name!r} (value {value}) of recipe {recipe.name!r}",
                 "correct data.labels in the recipe, or add cases with this label",
             )

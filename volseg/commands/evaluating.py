@@ -133,9 +133,11 @@ def _completed(cases: Mapping[str, EvaluatedCase], pairs: MaskPairs) -> list[Ove
     for case_id, case in cases.items():
         row_of_label = {row.label: row for row in case.overlap}
         for label in sorted(names):
-            absent = ABSENT.row(label, names[label], case_id=case_id)
-            absent = with_lesions(replace(absent, patient=pairs.patient_of(case_id)), ())
-            completed.append(row_of_label.get(label, absent))
+            if label not in row_of_label:
+                absent = ABSENT.row(label, names[label], case_id=case_id)
+                absent = replace(absent, patient=pairs.patient_of(case_id))
+                row_of_label[label] = with_lesions(absent, ())
+            completed.append(row_of_label[label])
     return completed
 
 

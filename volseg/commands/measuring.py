@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
-from typing import cast, get_args
+from typing import cast
 
 from volseg.commands.batch import (
     Batch,
@@ -51,7 +51,6 @@ def measure(options: MeasureOptions) -> CasesReport:
         _refuse_other_settings(options)
         return measure_corrected(options.results, options)
     started = time.monotonic()
-    _check_objects(options.objects)
     pairs, unused = _pairs(options)
     settings = _settings_of(options)
     key_options, digests = settings.key_options(figures=options.figures), Inputs(of_masks=True)
@@ -93,13 +92,6 @@ def _refuse_other_settings(options: MeasureOptions) -> None:
             f"{options.results}: corrected masks are measured there with the model's settings",
             fix="give the results folder alone, or --image and --mask with another --out",
             code="E_USAGE",
-        )
-
-
-def _check_objects(objects: str) -> None:
-    if objects not in get_args(Objects):
-        raise VolsegError(
-            f"objects {objects!r} is unknown", fix="use components or labels", code="E_USAGE"
         )
 
 

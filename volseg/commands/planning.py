@@ -44,6 +44,7 @@ def plan(options: PlanOptions) -> PlanReport:
     Raises:
         VolsegError: cases cannot be used (the error lists all of them), or nothing fits the budget.
     """
+    from volseg.inference.choose import choose_device
     from volseg.planning.close import check_budget
     from volseg.training.check import check_recipe
 
@@ -54,6 +55,7 @@ def plan(options: PlanOptions) -> PlanReport:
             raise VolsegError(problem, fix="give a name that ends in .toml", code="E_USAGE")
         refuse_unsealed(out)
         make_folder(out.parent)
+    choose_device(options.device)  # before anything is read
     recipe = recipe_for(dataset, options.recipe, options.progress)
     check_recipe(recipe)
     n = number_of_folds(dataset, recipe, options.folds, is_auto=options.recipe is None)

@@ -56,11 +56,8 @@ def _held_out(patients: Collection[str], fold: int, folds: int, seed: int) -> se
     """Return the patients of one of `folds` random parts.
 
     Raises:
-        VolsegError: there is no such fold, or there are fewer patients than folds.
+        VolsegError: there are fewer patients than folds.
     """
-    if not 0 <= fold < folds:
-        problem = f"fold {fold} does not exist"
-        raise VolsegError(problem, fix=f"give 0 to {folds - 1}", code="E_USAGE")
     if len(patients) < folds:
         raise VolsegError(
             f"{len(patients)} patients cannot be divided into {folds} folds",

@@ -51,6 +51,7 @@ def quantise(options: QuantiseOptions) -> QuantiseReport:
     from volseg.inference.export import batch_shape_of, convert, write_exported
     from volseg.inference.openvino_backend import import_openvino
     from volseg.inference.quantise import backends_by_precision, import_nncf, quantise_network
+    from volseg.training.validator import spread
 
     import_openvino()
     import_nncf()
@@ -62,7 +63,7 @@ def quantise(options: QuantiseOptions) -> QuantiseReport:
         outputs.check_overwrites(exported_files(bundle.segmentation_names, "int8"))
         outputs.work_folder(WORK_FOLDER)
         training, validation = _prepared_cases(bundle, work / "prepared", options)
-        calibration = _spread_cases(training, options.cases)
+        calibration = spread(training, options.cases)
         n = len(calibration)
         options.progress("Quantising", 0.0, f"calibrating on {format_count(n, 'training case')}")
         patches = _calibration_patches(calibration, bundle, seed)
@@ -120,12 +121,6 @@ def _prepared_cases(
             fix="give the dataset that the model was trained on",
             code=error.code,
         ) from error
-
-
-def _spread_cases(cases: Sequence[PreparedCase], most: int) -> list[PreparedCase]:
-    """Return at most `most` cases, spread evenly."""
-    places = np.linspace(0, len(cases) - 1, min(most, len(cases)))
-    return [cases[round(place)] for place in places]
 
 
 def _calibration_patches(

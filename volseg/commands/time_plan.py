@@ -64,7 +64,7 @@ class TimePlan:
         """Steps that each network needs: fewer for fine-tuning or with few epochs."""
         options = self.call.options
         least = LEAST_STEPS if options.init is None else FINE_TUNING_STEPS
-        return least if options.epochs is None else min(least, options.epochs)  # of ≥ 1 step
+        return least if options.epochs is None else min(least, options.epochs)  # an epoch has ≥ 1
 
     def least_seconds(self, step: float, recipe: Recipe | None) -> float:
         """Return the seconds from the first step to the end without which no network can learn."""

@@ -64,7 +64,7 @@ class NetworkTraining:
         self._trained: dict[int, Trained] = {}  # by number of the split
         self._stopped: dict[int, str] = {}  # why trainings ended early, by number of the split
 
-    def result(self) -> Result:
+    def run(self) -> Result:
         """Train first pass, networks and classifier.
 
         Raises:

@@ -28,6 +28,7 @@ from volseg.evaluation.validation import ValidationRow
 from volseg.inference.export import export_bundle
 from volseg.io.files import TEMPORARY_PREFIX
 from volseg.io.prepared import PreparedCase
+from volseg.options.training import MAX_FOLDS
 from volseg.pages.training_figures import curves_png
 from volseg.planning.close import Closed, check_budget
 from volseg.planning.fingerprint import DatasetFingerprint
@@ -38,10 +39,9 @@ from volseg.store.tables import table
 from volseg.training.check import check_recipe
 from volseg.training.run import BEST, LAST
 
-MAX_FOLDS = 20
 VALIDATION = "validation.csv"
 PREVIEW, CURVES, WORST = "preview.png", "curves.png", "validation.png"
-PICTURES = (VALIDATION, PREVIEW, CURVES, WORST)
+RESULTS = (VALIDATION, PREVIEW, CURVES, WORST)
 
 
 def run_training(call: Call) -> TrainReport:
@@ -71,7 +71,7 @@ class _Training:
                 return self._preview(splits[0][0], closed.recipe)
             self._check_folds(len(splits))
             initial = {} if model is None else model.weights
-            result = NetworkTraining(self.times, splits, closed.recipe, initial).result()
+            result = NetworkTraining(self.times, splits, closed.recipe, initial).run()
             bundle = self._write_model(result, closed, data.fingerprint)
             self._draw(result, splits, closed.recipe)
             if not result.is_interrupted:
@@ -92,7 +92,7 @@ class _Training:
         names = (segmentation_name(index) for index in range(MAX_FOLDS))
         histories = [HISTORY_ROI, *(history_name(number) for number in range(MAX_FOLDS))]
         self.call.outputs.check_overwrites(
-            [*bundle_files([*names, ROI, "classifier"]), *histories, *PICTURES]
+            [*bundle_files([*names, ROI, "classifier"]), *histories, *RESULTS]
         )
         self.call.outputs.work_folder(WORK_FOLDER)
         if not self.call.options.resume:

@@ -27,9 +27,8 @@ class Format:
         read_header: reads and checks the header, without voxels.
         read_voxels: returns the stored (I, J, K) in native byte order, and the hash of the file;
             by default the voxels are stored one after another, first index fastest.
-        encode: makes the contents of a file of (volume, path, header of the scan that the volume
-            was made from); None if volseg only reads the format.
-        files: lists the files of a scan.
+        encode: (volume, path, header of the scan that the volume was made from, if any) → the
+            contents of the file; None if volseg only reads the format.
         partner_suffixes: endings of the other file of a pair, by which a scan may be opened too.
         holds_masks: False if it stores intensities only, as a compressed picture does.
     """
@@ -39,7 +38,6 @@ class Format:
     read_header: Callable[[Path], ScanHeader]
     read_voxels: Callable[[ScanHeader, Path], tuple[np.ndarray, str]] = read_voxels
     encode: Callable[[Volume, Path, ScanHeader | None], FileContent] | None = None
-    files: Callable[[Path], tuple[Path, ...]] = lambda path: (path,)
     partner_suffixes: tuple[str, ...] = ()
     holds_masks: bool = True
 
@@ -78,7 +76,6 @@ FORMATS = (
         suffixes=(".hdr", ".hdr.gz"),
         partner_suffixes=(".img", ".img.gz"),
         read_header=nifti.read_header,
-        files=nifti.pair_files,
     ),
     Format(
         name="MGH",

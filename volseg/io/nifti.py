@@ -61,15 +61,6 @@ def read_header(path: Path) -> ScanHeader:
     )
 
 
-def pair_files(path: Path) -> tuple[Path, Path]:
-    """Return the `.hdr` and the `.img` of a pair, of which `path` is either.
-
-    Raises:
-        ScanError: one of them is missing.
-    """
-    return _header_file(path), _partner(path, ".img")
-
-
 def encode(volume: Volume, path: Path, like: ScanHeader | None = None) -> FileContent:
     """Return the contents of a `.nii` file whose affine reads back as that of the volume.
 

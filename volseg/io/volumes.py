@@ -99,8 +99,8 @@ def scan_digest(path: Path) -> str:
     Raises:
         ScanError: the scan cannot be read.
     """
-    digests = []
-    for file in format_of(path).files(path):
+    header, digests = read_header(path), []
+    for file in dict.fromkeys((header.path, header.data_path or header.path)):
         digest = hashlib.sha256()
         with opened_raw(file, digest) as stream:
             skip(stream, sys.maxsize)

@@ -62,6 +62,7 @@ class MeasureOptions(Limited, Pictured, Announcing):
     objects: str = option(
         "components: each connected part is a lesion. labels: each mask value is one.",
         default="components",
+        values=("components", "labels"),
     )
     label_names: Mapping[int, str] | Path | str | None = option(
         "JSON object or CSV (columns label and name) that names the mask values; default: the "

@@ -34,6 +34,9 @@ if TYPE_CHECKING:
     from volseg.recipe import Recipe
 
 
+MAX_FOLDS = 20
+
+
 @options
 class PlanningOptions(OnDevice, Seeded):
     """What planning needs."""
@@ -64,7 +67,7 @@ class TimedOptions(PlanningOptions):
     folds: int | None = option(
         "Number of cross-validation folds: one network per fold, used as an ensemble.",
         default=None,
-        values=Range(1, 20),
+        values=Range(1, MAX_FOLDS),
     )
 
 

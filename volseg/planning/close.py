@@ -56,7 +56,12 @@ FEATURES = (
     f"doubled per level up to {MOST_FEATURES}; the widest of {', '.join(map(str, WIDTHS))} "
     "that fits with this patch"
 )
-WINDOW = "0.5 and 99.5 percentiles, mean and standard deviation under the training labels"
+WINDOW = {  # key of a normaliser → the statistic that it gets, and its name
+    "low": ("p00_5", "0.5 percentile"),
+    "high": ("p99_5", "99.5 percentile"),
+    "mean": ("mean", "mean"),
+    "sd": ("sd", "standard deviation"),
+}
 
 
 class Reason(BaseModel):
@@ -122,8 +127,9 @@ def close(
     )
     why = {"spacing": why_spacing, "patches on labels": why_fraction} | why_size
     for name in recipe.data.channels:
-        if recipe.preprocess.normaliser_of(name).open_keys:
-            why[_intensities(name)] = WINDOW
+        if keys := recipe.preprocess.normaliser_of(name).open_keys:
+            statistics = ", ".join(WINDOW[key][1] for key in keys)
+            why[_intensities(name)] = f"{statistics} under the training labels"
     lines = _decisions(recipe, closed)
     reasons = [line.model_copy(update={"reason": why.get(line.setting, STATED)}) for line in lines]
     return Closed(closed, (*reasons, *_context(recipe, closed, fingerprint)))
@@ -335,14 +341,16 @@ def _normaliser(channel: str, form: Normaliser, fingerprint: DatasetFingerprint)
             code="E_DATASET",
         )
     statistics = fingerprint.foreground[channel]
-    fields = {"low": "p00_5", "high": "p99_5", "mean": "mean", "sd": "sd"}
-    planned = {key: getattr(statistics, fields[key]) for key in form.open_keys}
+    planned = {key: getattr(statistics, WINDOW[key][0]) for key in form.open_keys}
     try:
         return type(form).model_validate(form.model_dump() | planned)
     except ValidationError as error:
+        values = ", ".join(f"{key} {value:g}" for key, value in planned.items())
+        problem = f"the intensities of channel {channel!r} under the labels give {values}"
+        if len(set(planned.values())) == 1 < len(planned):
+            problem = f"channel {channel!r} has the same intensity under all labels"
         raise VolsegError(
-            f"channel {channel!r} has the same intensity under all labels, so its intensity window "
-            "cannot be planned",
+            f"{problem}, so its intensity window cannot be planned",
             fix="check the masks, or state the window under [preprocess.normalise]",
             code="E_DATASET",
         ) from error

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ValidationError
 from volseg.errors import VolsegError
 from volseg.inputs import NotAFileError, read_toml, shorten
 from volseg.recipe.segment import SegmentRecipe
+from volseg.words import lower_first
 
 # A recipe is one of these, told apart by its key `task`.
 Recipe = SegmentRecipe
@@ -48,9 +49,9 @@ def as_recipe(recipe: Path | str | Recipe) -> Recipe:
     return recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
 
 
-def parse_recipe(content: dict[str, Any], *, where: str) -> Recipe:
+def parse_recipe(content: object, *, where: str) -> Recipe:
     """Return the recipe with this parsed content; `where` names it in error messages."""
-    task = content.get("task", "segment")
+    task = content.get("task", "segment") if isinstance(content, dict) else "segment"
     model = TASKS.get(task) if isinstance(task, str) else None
     try:
         if model is not None:
@@ -109,7 +110,7 @@ def _sentences(mistake: Any, model: type[BaseModel]) -> list[str]:
         return [f"{path}: unknown key; known keys are {keys}"]
     lines = mistake["msg"].removeprefix("Value error, ").splitlines()
     name = path or model.model_config.get("title") or model.__name__.strip("_").lower()
-    return [f"{name}: {line.lower()}" for line in lines]
+    return [f"{name}: {lower_first(line)}" for line in lines]
 
 
 def _known_keys(location: tuple[int | str, ...], model: type[BaseModel]) -> list[str]:

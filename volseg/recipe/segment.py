@@ -213,7 +213,8 @@ class SegmentRecipe(Section):
     @property
     def open_keys(self) -> list[str]:
         """Keys whose value is "auto", such as `train.batch_size`."""
-        return list(_open_keys(self.model_dump()))
+        parts = {"preprocess": self.preprocess, "network": self.network, "train": self.train}
+        return list(_open_keys({name: part.model_dump() for name, part in parts.items()}))
 
     @property
     def leaves_size_open(self) -> bool:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import tomlkit
-from tomlkit.items import Table
+from tomlkit.items import Comment, Table
 
 from volseg.recipe.load import Recipe
 
@@ -21,7 +22,7 @@ def recipe_text(
     """
     document = tomlkit.document()
     for line in heading:
-        document.add(tomlkit.comment(line))
+        document.add(_comment(line))
     _fill(document, recipe.model_dump(mode="json", exclude_none=True), comments or {}, "")
     return tomlkit.dumps(document)
 
@@ -40,12 +41,17 @@ def _fill(
         above = comments.get(f"{prefix}{key}", ())
         if isinstance(item, Table):
             for line in above:
-                item.add(tomlkit.comment(line))
+                item.add(_comment(line))
             _fill(item, value, comments, f"{prefix}{key}.")
         else:
             for line in above:
-                table.add(tomlkit.comment(line))
+                table.add(_comment(line))
         table.add(key, item)
+
+
+def _comment(line: str) -> Comment:
+    """Return a comment; TOML allows no control character in it, which a name may hold."""
+    return tomlkit.comment(re.sub(r"[\x00-\x08\x0a-\x1f\x7f]", " ", line))
 
 
 def _is_table(value: Any) -> bool:

@@ -223,7 +223,10 @@ class OutputFolder:
                 )
 
     def _input_folders(self) -> set[Path]:
-        """Return the folders of inputs, and those of scans and masks that they or tables list."""
+        """Return the folders given as inputs, and those of scans and masks below them or a table.
+
+        The folder of a table itself may take results.
+        """
         folders = {path.resolve() for path in self.inputs if path.is_dir()}
         tables = {path.resolve().parent for path in self.inputs if path.suffix == ".csv"}
         parents = {path.resolve().parent for path in self.inputs if not path.is_dir()}

@@ -14,7 +14,7 @@ from volseg.training.losses import make_terms
 
 
 def recipe_problems(recipe: Recipe) -> list[VolsegError]:
-    """Return every mistake in the names and settings that files and tables of the package define.
+    """Return every mistake in a recipe's steps, losses, networks and their settings.
 
     Where the recipe leaves its network to the plan, the patch is not checked.
     """

@@ -1,6 +1,6 @@
 """Train the 2D classifier on slices through the reference lesions.
 
-It has a loop of its own: seconds of training, in which random numbers are drawn in sequence.
+It has a loop of its own, as it trains for seconds; `loop` serves the networks of volumes.
 """
 
 from __future__ import annotations

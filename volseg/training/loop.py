@@ -1,4 +1,4 @@
-"""The training loop of every task: batches → steps → validation → the best weights."""
+"""The training loop of networks of volumes: batches → steps → validation → the best weights."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def train_network(job: Job, team: Team, watch: Watch) -> Trained:
     with run.batches:
         if watch.threads is not None:
             watch.threads.begin()
-        return _Lead(run, watch, began).result()
+        return _Lead(run, watch, began).run()
 
 
 def start_run(job: Job, team: Team, identity: str) -> Run:
@@ -129,7 +129,7 @@ class _Lead:
         self._validation = self._objective.validation(run.device, settings.seconds, self._tick)
         self._state.reserve = self._validation.reserve
 
-    def result(self) -> Trained:
+    def run(self) -> Trained:
         """Train to the end; return the best weights."""
         problem = ""
         try:

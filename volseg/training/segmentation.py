@@ -21,8 +21,6 @@ from volseg.training.objective import Total
 from volseg.training.validator import Validator
 from volseg.words import format_sizes
 
-Paths = Sequence[tuple[Path | None, str]]
-
 
 @dataclass(frozen=True, eq=False)
 class SegmentationObjective:
@@ -35,8 +33,9 @@ class SegmentationObjective:
     score_name: ClassVar[str] = "validation_dice"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle cases as paths, as another process maps the same files."""
-        return _read, (_paths(self.training), _paths(self.validation_cases), self.recipe)
+        """Pickle for a process that trains too but does not validate; it maps the same files."""
+        paths = [(case.folder, case.id) for case in self.training]
+        return _read, (paths, self.recipe)
 
     @property
     def train(self) -> Train:
@@ -88,12 +87,6 @@ class SegmentationObjective:
         )
 
 
-def _paths(cases: Sequence[PreparedCase]) -> Paths:
-    return [(case.folder, case.id) for case in cases]
-
-
-def _read(training: Paths, validation: Paths, recipe: Recipe) -> SegmentationObjective:
-    def read(paths: Paths) -> list[PreparedCase]:
-        return [read_prepared_case(folder or Path(), case_id) for folder, case_id in paths]
-
-    return SegmentationObjective(read(training), read(validation), recipe)
+def _read(paths: Sequence[tuple[Path | None, str]], recipe: Recipe) -> SegmentationObjective:
+    training = [read_prepared_case(folder or Path(), case_id) for folder, case_id in paths]
+    return SegmentationObjective(training, (), recipe)

@@ -50,14 +50,14 @@ class Validator:
         self._validation, self._recipe, self._device = validation, recipe, device
         self._seconds, self._tick = seconds, tick
         self._network = build_segmentation(recipe)
-        self._subset = _spread(validation, recipe.train.validation_cases)
+        self._subset = spread(validation, recipe.train.validation_cases)
         self._seconds_per_tile = 0.0
         self._trained_for = 0.0  # seconds of training since the last validation
         if seconds is not None:
             self._seconds_per_tile = self._time_a_tile()
             per_case = self._cost(self._subset, SUBSET_OVERLAP) / len(self._subset)
             affordable = int(VALIDATION_FRACTION * seconds / FEWEST_VALIDATIONS / per_case)
-            self._subset = _spread(validation, min(len(self._subset), affordable))
+            self._subset = spread(validation, min(len(self._subset), affordable))
 
     @property
     def reserve(self) -> float:
@@ -147,7 +147,7 @@ class Validator:
         return max(time.monotonic() - began, 1e-6) / tiling.batch_size
 
 
-def _spread(cases: Sequence[PreparedCase], n: int) -> list[PreparedCase]:
+def spread(cases: Sequence[PreparedCase], n: int) -> list[PreparedCase]:
     """Return up to `n` cases, at least one, evenly spread over the list."""
     places = np.linspace(0, len(cases) - 1, max(1, min(n, len(cases))))
     return [cases[round(place)] for place in places]
