@@ -176,6 +176,20 @@ def test_a_window_of_a_channel_that_is_constant_under_the_labels_cannot_be_plann
         close(recipe(**AUTO), fingerprint)
 
 
+def test_a_planned_end_that_contradicts_a_stated_one_is_named():
+    fingerprint = combine_fingerprints([case(samples=(1.0, 2.0, 50.0))])
+    stated = recipe(spacing_mm="auto", normalise={"method": "window", "low": 100.0})
+    with pytest.raises(VolsegError, match="of channel 'ct' under the labels give high 49"):
+        close(stated, fingerprint)
+
+
+def test_the_reason_of_a_window_names_what_was_planned():
+    stated = recipe(spacing_mm="auto", normalise={"method": "window", "low": 0.0, "high": 9.0})
+    reasons = close(stated, combine_fingerprints([case()])).reasons
+    (reason,) = [line.reason for line in reasons if line.setting.startswith("intensities")]
+    assert reason == "mean, standard deviation under the training labels"
+
+
 def boxes(spacing_mm, lengths_mm, affine=ras):
     """Return a mask with boxes of these lengths (R, A, S, mm) in a row along R."""
     geometry = Geometry((90, 40, 30), affine(spacing_mm))

@@ -7,6 +7,7 @@ from volseg.commands import check
 from volseg.errors import VolsegError
 from volseg.networks import build_network
 from volseg.recipe import load_recipe, parse_recipe, shipped_recipes
+from volseg.recipe.write import recipe_text
 
 PIPELINES = Path(__file__).parents[1] / "pipelines"
 MINIMAL = """
@@ -212,3 +213,32 @@ def test_a_coarse_patch_has_to_fit_its_network(tmp_path):
     path.write_text(MINIMAL + ROI.replace("[32, 32, 32]", "[32, 30, 32]"))
     (problem,) = check(path)
     assert problem["problem"].startswith("roi.train.patch_shape has 30 voxels along A")
+
+
+@pytest.mark.parametrize("content", [[], "smoke", 3, None])
+def test_a_recipe_that_is_no_table_is_refused(content):
+    with pytest.raises(VolsegError, match=r"damaged\.json: 1 mistake: recipe: input should be"):
+        parse_recipe(content, where="damaged.json")
+
+
+def test_values_in_messages_keep_their_capitals():
+    content = tomllib.loads(MINIMAL) | {"train": {"patch_shape": [16] * 3, "augment": {}}}
+    content["train"]["augment"]["flip_axes"] = ["X"]
+    with pytest.raises(VolsegError, match="'R', 'A' or 'S'"):
+        parse_recipe(content, where="x.toml")
+
+
+def test_only_values_that_a_plan_fills_in_are_open():
+    content = tomllib.loads(MINIMAL) | {"name": "auto", "description": "auto"}
+    assert parse_recipe(content, where="x.toml").open_keys == [
+        "preprocess.spacing_mm",
+        *(f"preprocess.normalise.{key}" for key in ("low", "high", "mean", "sd")),
+    ]
+
+
+@pytest.mark.parametrize("character", [*map(chr, range(32)), "\x7f", "\u2028", "é"])
+def test_any_name_may_stand_in_a_comment(character):
+    recipe = load_recipe("smoke")
+    line = f"the channel{character}of a file"
+    text = recipe_text(recipe, [line], {"train.batch_size": [line], "train": [line]})
+    assert parse_recipe(tomllib.loads(text), where="x.toml") == recipe

@@ -24,7 +24,7 @@ from odd_files import read_or_refused
 from volseg.errors import EnvironmentProblem, ScanError
 from volseg.io import files, voxels
 from volseg.io.formats import stem_of
-from volseg.io.volumes import read_header, read_mask, read_volume, write_volume
+from volseg.io.volumes import read_header, read_mask, read_volume, scan_digest, write_volume
 from volseg.volume import Geometry, Volume
 
 DATA = Path(__file__).parents[2].parent / "shared/data"
@@ -440,6 +440,12 @@ def test_pairs(suffixes, tmp_path):
         np.testing.assert_array_equal(volume.array, VOXELS)
         np.testing.assert_array_equal(volume.geometry.affine, oblique().astype(np.float32))
         assert read_header(tmp_path / f"a.b{suffix}").warnings == ()
+
+
+def test_a_header_that_names_a_pair_is_hashed_with_its_voxels(tmp_path):
+    (tmp_path / "a.nii").write_bytes(poked(344, "4s", b"ni1", data=poked(108, "f", 16.0))[:348])
+    (tmp_path / "a.img").write_bytes(bytes(16) + PLAIN[352:])
+    assert scan_digest(tmp_path / "a.nii") == read_volume(tmp_path / "a.nii").sha256
 
 
 def test_header_is_read_without_the_voxels(tmp_path):

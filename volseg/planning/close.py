@@ -347,7 +347,7 @@ def _normaliser(channel: str, form: Normaliser, fingerprint: DatasetFingerprint)
     except ValidationError as error:
         values = ", ".join(f"{key} {value:g}" for key, value in planned.items())
         problem = f"the intensities of channel {channel!r} under the labels give {values}"
-        if len(set(planned.values())) == 1 < len(planned):
+        if statistics.p00_5 == statistics.p99_5:
             problem = f"channel {channel!r} has the same intensity under all labels"
         raise VolsegError(
             f"{problem}, so its intensity window cannot be planned",
