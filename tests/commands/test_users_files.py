@@ -687,8 +687,8 @@ def calls(data, dataset, model, tiny_recipe, tmp_path):
         ("evaluate", mask_pairs, "evaluate_case"),
         ("compare", comparing.PatientComparison, "run"),
         ("compare", comparing, "input_digests"),
-        ("preprocess", preparing, "look_at"),
-        ("preprocess", preparing, "prepare_case"),
+        ("preprocess", preparing.TrainingSet, "analyse"),
+        ("preprocess", preparing.Preparation, "prepare"),
     ],
 )
 def test_the_traceback_that_a_reason_names_is_there_until_the_case_is_done(
