@@ -21,6 +21,8 @@ from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from dataclasses import dataclass
 from pathlib import Path
 
+import nibabel
+import numpy as np
 from measure import make_scan
 
 HERE = Path(__file__).resolve().parents[1]
@@ -64,19 +66,22 @@ def make_commands(folder: Path) -> dict[str, list[str]]:
     one = folder / "one"
     one.mkdir()
     make_scan(one, SLICES, LESIONS)
+    mask = nibabel.load(one / "mask.nii")
+    is_lesion = (np.asanyarray(mask.dataobj) > 0).astype(np.uint8)
+    nibabel.save(nibabel.Nifti1Image(is_lesion, mask.affine), one / "lesions.nii")
     data = folder / "data"
-    for kind, source in (("images", "scan.nii"), ("labels", "mask.nii")):
+    for kind, source in (("images", "scan.nii"), ("labels", "lesions.nii")):
         (data / kind).mkdir(parents=True)
         for case in ("a", "b"):
             (data / kind / f"{case}.nii").symlink_to(one / source)
     recipe = folder / "recipe.toml"
-    recipe.write_text(RECIPE.format(", ".join(f"l{n} = {n}" for n in range(1, LESIONS + 1))))
-    scan, mask = str(one / "scan.nii"), str(one / "mask.nii")
+    recipe.write_text(RECIPE)
+    scan, labels = str(one / "scan.nii"), str(one / "mask.nii")
     return {
         "preprocess": ["preprocess", str(data), "--recipe", str(recipe)],
         "infer": ["infer", scan, "--backend", "openvino"],
         "infer, torch": ["infer", scan, "--backend", "torch"],
-        "measure": ["measure", "--image", scan, "--mask", mask, "--objects", "labels"],
+        "measure": ["measure", "--image", scan, "--mask", labels, "--objects", "labels"],
     }
 
 
@@ -86,10 +91,10 @@ description = "Two scans."
 [data]
 channels = ["ct"]
 intensity_unit = "HU"
-labels = {{ {} }}
+labels = { lesion = 1 }
 [preprocess]
 spacing_mm = [1.5, 1.5, 1.5]
-normalise = {{ method = "window", low = -1000.0, high = 1000.0 }}
+normalise = { method = "window", low = -1000.0, high = 1000.0 }
 [network]
 name = "unet3d"
 [train]
