@@ -84,10 +84,7 @@ def prepare_dataset(
     Raises:
         VolsegError: the dataset or recipe is wrong, or no case could be read.
     """
-    from volseg.training.check import check_recipe  # loads torch
-
     recipe = recipe_for(options.dataset, options.recipe, options.progress)
-    check_recipe(recipe)
     data = TrainingSet(options.dataset, recipe, options.seed, options.progress)
     cases = data.cases()
     inputs = input_paths(options.dataset, options.recipe, *chain(*map(case_files, cases)))
