@@ -4,8 +4,9 @@
     python benchmarks/before.py ../before [--repeats 5] [--only infer,measure]
 
 The trees take turns, each run a fresh process from file to file: `preprocess` of two CTs of
-512 × 512 × 150 voxels with masks, `infer` of a part of 96 × 96 × 50 with the model that ships,
-`measure` of 200 lesions in the whole. Prints the medians of this tree, and the median of the ratios to the other tree.
+512 × 512 × 150 voxels with masks, `infer` of a part of 64 × 64 × 30 with the model that ships,
+`measure` of 200 lesions in the whole. Prints the medians of this tree, and the median of the ratios
+to the other tree.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ import numpy as np
 from measure import make_scan
 
 HERE = Path(__file__).resolve().parents[1]
-SLICES, LESIONS, PART = 150, 200, (96, 96, 50)
+SLICES, LESIONS, PART = 150, 200, (64, 64, 30)
 UNITS = {"wall": "s", "cpu": "s", "peak": "MB"}
 
 
