@@ -8,8 +8,10 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +28,11 @@ from volseg.io.cases import (
     unreadable,
 )
 from volseg.io.dataset_json import FILE, mistakes_in, read_dataset_json
+from volseg.io.files import RECORDS
 from volseg.io.formats import is_scan, stem_of
+from volseg.io.matching import Group, are_related, group_files
 
+MAX_CANDIDATES = 3  # names listed for a mask without a scan
 NNUNET_SUFFIX = ".nii.gz"  # of the files of a dataset.json without `file_ending`
 
 
@@ -73,7 +78,7 @@ def find_scans(
     listing = Listing()
     for path in map(Path, inputs):
         if os.path.isdir(path) or path.suffix.lower() == ".csv":
-            part = _read_dataset(path, Channels(channels, allow_missing))
+            part = _read_dataset(path, Channels(channels, allow_missing), may_split=True)
             listing.rows += part.rows
             listing.mistakes += part.mistakes
         else:
@@ -99,7 +104,7 @@ def _has_description(folder: Path) -> bool:
     return (folder / FILE).is_file() and not _scans_in(folder)
 
 
-def _read_dataset(dataset: Path, channels: Channels) -> Listing:
+def _read_dataset(dataset: Path, channels: Channels, *, may_split: bool = False) -> Listing:
     """Read the rows of a data set with the reader for its layout."""
     if not os.path.exists(dataset):
         raise VolsegError(f"{dataset}: no such file or folder", fix="check the path")
@@ -118,15 +123,51 @@ def _read_dataset(dataset: Path, channels: Channels) -> Listing:
             f"{dataset}: has imagesTr but no {FILE}",
             fix=f"add a {FILE} that names the channels",
         )
-    return _read_folder(dataset, channels)
+    return _read_folder(dataset, channels, may_split=may_split)
 
 
-def _read_folder(dataset: Path, channels: Channels) -> Listing:
-    """Read `images/` and `labels/` with equal file names, or scans directly in the folder."""
+def _read_folder(dataset: Path, channels: Channels, *, may_split: bool) -> Listing:
+    """Read scans and masks below a folder, which belong together by their names.
+
+    Files of `images/` and `labels/` with equal names do; else `group_files` decides.
+
+    Args:
+        may_split: take scans of several channels for cases of their own if one channel is
+            requested and none has its name.
+    """
     images = dataset / "images" if (dataset / "images").is_dir() else dataset
+    if images != dataset and (channels.names is None or len(channels.names) == 1):
+        listing = _read_equal_names(dataset, channels)
+        if not listing.mistakes:
+            return listing
+    paths = _scans_in(images)
+    if images != dataset:
+        paths += _scans_in(dataset / "labels")
+    elif not paths:
+        paths = _scans_below(dataset)
+    groups = group_files([path.relative_to(dataset) for path in paths])
+    if not are_related(groups) and images == dataset and all(p.parent == dataset for p in paths):
+        rows = [_row_of_scan(path, channels, where=str(path), origin=images) for path in paths]
+        return Listing(rows)
+    if may_split and _takes_one_of_none(channels, groups):
+        scans = [dataset / path for group in groups for path in group.images.values()]
+        return Listing([_row_of_scan(p, channels, where=str(p), origin=images) for p in scans])
+    return _listing_of(dataset, groups, channels)
+
+
+def _takes_one_of_none(channels: Channels, groups: Sequence[Group]) -> bool:
+    """Tell whether one channel is requested of cases with several, none of which has its name."""
+    names = {name for group in groups for name in group.images}
+    requested = [name.casefold() for name in channels.names or ()]
+    return len(requested) == 1 and len(names) > 1 and requested[0] not in names
+
+
+def _read_equal_names(dataset: Path, channels: Channels) -> Listing:
+    """Read `images/` and `labels/` with equal file names."""
+    images = dataset / "images"
     listing = Listing()
     labels: dict[str, Path] = {}
-    for path in _scans_in(dataset / "labels") if images != dataset else ():
+    for path in _scans_in(dataset / "labels"):
         if labels.setdefault(stem_of(path), path) != path:
             text = f"{path}: {labels[stem_of(path)]} is a mask of the same name"
             listing.mistakes.append(text)
@@ -136,6 +177,66 @@ def _read_folder(dataset: Path, channels: Channels) -> Listing:
         listing.rows.append(replace(row, reference=label))
     listing.mistakes += [f"{path}: no scan of this name in {images}" for path in labels.values()]
     return listing
+
+
+def _listing_of(dataset: Path, groups: Sequence[Group], channels: Channels) -> Listing:
+    """Make a row of each group; report groups that are no case."""
+    listing = Listing()
+    n_scans = Counter(group.patient for group in groups if group.images)
+    names = {name for group in groups for name in group.images}
+    is_only = len(names) == 1 and channels.names is not None  # then its name tells nothing
+    scans = [group.id for group in groups if group.images]
+    for group in groups:
+        if not group.images:
+            listing.mistakes += [
+                _lone_mask(dataset / mask, group.id, scans) for mask in group.masks
+            ]
+            continue
+        first = dataset / next(iter(group.images.values()))
+        for path in group.repeated:
+            text = f"{dataset / path}: belongs to the same case as {first}, by its name"
+            listing.mistakes.append(f"{text}, and to the same channel")
+        if len(group.masks) > 1:
+            names = ", ".join(str(dataset / mask) for mask in group.masks)
+            listing.mistakes.append(
+                f"{first}: has {len(group.masks)} masks: {names}; name the one to use in a "
+                "cases.csv, which `volseg cases` writes for you"
+            )
+            continue
+        images = {
+            ONE_CHANNEL if is_only else name or ONE_CHANNEL: dataset / path
+            for name, path in group.images.items()
+        }
+        try:
+            picked = channels.pick(images, str(first))
+        except VolsegError as error:
+            listing.mistakes.append(error.problem)
+            continue
+        listing.rows.append(
+            Row(
+                where=str(first),
+                id=safe_id(group.id or stem_of(first)),
+                images=picked,
+                reference=dataset / group.masks[0] if group.masks else None,
+                patient=group.patient if n_scans[group.patient] > 1 else None,
+            )
+        )
+    return listing
+
+
+def _lone_mask(path: Path, name: str, scans: Sequence[str]) -> str:
+    near = get_close_matches(name, scans, n=MAX_CANDIDATES, cutoff=0.5)
+    hint = f"; similar names are {', '.join(near)}" if near else ""
+    return f"{path}: no scan goes with this mask, by its name{hint}"
+
+
+def _scans_below(folder: Path) -> list[Path]:
+    """Return the scans in all folders below, except hidden folders and results of volseg."""
+    scans: list[Path] = []
+    for path in _visible(folder):
+        if path.is_dir() and not (path / RECORDS).is_dir():
+            scans += _scans_in(path) + _scans_below(path)
+    return scans
 
 
 def _row_of_scan(path: Path, channels: Channels, *, where: str, origin: Path) -> Row:

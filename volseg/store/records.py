@@ -32,11 +32,11 @@ from volseg.errors import ScanError, VolsegError
 from volseg.inputs import open_regular, parse_json, read_json
 from volseg.io.cases import ID_PATTERN
 from volseg.io.csv_text import iterate_csv
-from volseg.io.files import json_text, sha256_of
+from volseg.io.files import RECORDS, json_text, sha256_of
 from volseg.measurement.rows import CaseRow, LesionMeasurement
 from volseg.postprocessing.lesions import MANY
 from volseg.recipe import Measure
-from volseg.store.outputs import RECORDS, confined
+from volseg.store.outputs import confined
 
 
 class ItemRow(Protocol):
