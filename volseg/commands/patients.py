@@ -12,9 +12,15 @@ from typing import Literal
 from volseg.commands.time_points import TimePoint
 from volseg.comparison.response import PatientResponse
 from volseg.errors import VolsegError
-from volseg.io.cases import ID_PATTERN, read_table
+from volseg.io.cases import ID_PATTERN
+from volseg.io.tables import PATIENT, read_table
 
-COLUMNS = ("patient", "baseline", "followup")
+HEADS = {
+    "patient": (*PATIENT, "subject", "subject_id"),
+    "baseline": ("before", "first", "baseline_case", "baseline_scan"),
+    "followup": ("follow_up", "after", "second", "followup_case", "followup_scan"),
+}
+COLUMNS = tuple(HEADS)
 
 TimePoints = tuple[TimePoint, TimePoint]  # baseline, follow-up
 Cases = tuple[str | None, str | None]  # case at baseline and at follow-up; None if missing
@@ -85,11 +91,12 @@ def read_pairs(path: Path, times: TimePoints) -> list[Patient]:
     Raises:
         VolsegError: one error with every mistake of the table.
     """
-    columns, lines = read_table(path)
+    table = read_table(path, HEADS)
+    columns = table.columns
     _check_columns(path, columns)
     checker = _LineChecker(times)
     scans: dict[str, list[Cases]] = defaultdict(list)
-    for number, cells in lines:
+    for number, cells in table.lines:
         if len(cells) != len(columns):
             text = f"line {number} has {len(cells)} cells under {len(columns)} columns"
             checker.mistakes.append(text)

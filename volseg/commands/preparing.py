@@ -110,7 +110,7 @@ def prepare_dataset(
         _keep_fingerprint(outputs, facts, failed)
         work = Preparation(data, planned.recipe, outputs, digests)
         done, kept = work.run([case for case in cases if case.id not in failed], failed)
-        warnings = warnings_of(fingerprint, recipe)
+        warnings = [*data.survey().remarks, *warnings_of(fingerprint, recipe)]
         warnings += _finish(work, facts, cases, failed, warnings)
     return PreprocessReport(
         out=options.out,

@@ -13,7 +13,7 @@ import numpy as np
 from volseg.commands.batch import check_pair, failure_reason, reason_of
 from volseg.errors import ScanError, VolsegError
 from volseg.execution.local import run
-from volseg.io.cases import Case
+from volseg.io.cases import Case, Survey
 from volseg.io.layouts import survey_cases
 from volseg.io.volumes import read_mask, read_volume
 from volseg.measurement.units import judge_unit
@@ -27,7 +27,6 @@ if TYPE_CHECKING:  # torch takes seconds to import; only a command that needs it
     from volseg.planning.fingerprint import CaseFingerprint, DatasetFingerprint
 
 ANALYSING = "Analysing the dataset"
-SPLITS = ("train", "val", "test")
 MAX_SHOWN = 10  # mistakes of a dataset listed in one message
 
 
@@ -45,6 +44,12 @@ class TrainingSet:
     seed: int = 0
     progress: Progress = field(default=ignore_progress, compare=False)
 
+    def survey(self) -> Survey:
+        """Return the usable cases of the dataset, with mistakes and remarks."""
+        data = self.recipe.data
+        allow_missing = data.missing == "empty"
+        return survey_cases(self.dataset, data.channels, allow_missing=allow_missing)
+
     def cases(self) -> list[Case]:
         """Return the cases with a mask outside the test split, each with a split.
 
@@ -53,14 +58,10 @@ class TrainingSet:
         Raises:
             VolsegError: the dataset has mistakes; the error lists them and all unusable files.
         """
-        allow_missing = self.recipe.data.missing == "empty"
-        channels = self.recipe.data.channels
-        cases, mistakes = survey_cases(self.dataset, channels, allow_missing=allow_missing)
-        for name in sorted({case.split for case in cases if case.split} - set(SPLITS)):
-            names = ", ".join(SPLITS)
-            mistakes.append(f"split {name!r} is unknown: use {names} or leave it empty")
-        if mistakes:
-            refuse_dataset(self.dataset, self._unusable(cases), mistakes)
+        survey = self.survey()
+        cases = survey.cases
+        if survey.mistakes:
+            refuse_dataset(self.dataset, self._unusable(cases), survey.mistakes)
         labelled = labelled_cases(_with_split_of_patient(cases))
         if not labelled:
             raise VolsegError(

@@ -9,7 +9,7 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -22,15 +22,22 @@ from volseg.io.cases import (
     Channels,
     Listing,
     Row,
+    Survey,
     listed,
     read_cases_csv,
     safe_id,
-    unreadable,
 )
 from volseg.io.dataset_json import FILE, mistakes_in, read_dataset_json
 from volseg.io.files import RECORDS
 from volseg.io.formats import is_scan, stem_of
 from volseg.io.matching import Group, are_related, group_files
+from volseg.io.tables import unreadable
+from volseg.words import format_count
+
+
+def ignore_remark(text: str) -> None:
+    """Ignore a remark: the default callback."""
+
 
 MAX_CANDIDATES = 3  # names listed for a mask without a scan
 NNUNET_SUFFIX = ".nii.gz"  # of the files of a dataset.json without `file_ending`
@@ -57,8 +64,8 @@ def find_cases(
 
 def survey_cases(
     dataset: Path, channels: Sequence[str] | None = None, *, allow_missing: bool = False
-) -> tuple[list[Case], list[str]]:
-    """Return the cases whose files all exist, and every mistake of the data set."""
+) -> Survey:
+    """Return the cases whose files all exist, and what is wrong or unusual in the data set."""
     return _read_dataset(dataset, Channels(channels, allow_missing)).survey()
 
 
@@ -67,10 +74,14 @@ def find_scans(
     channels: Sequence[str] | None = (ONE_CHANNEL,),
     *,
     allow_missing: bool = False,
+    remark: Callable[[str], None] = ignore_remark,
 ) -> list[Case]:
     """Return the cases to segment, from scans, folders of scans, CSV files and data sets.
 
     Hidden files, among them the `._*` of macOS, are skipped.
+
+    Args:
+        remark: called with each choice that was made in reading the inputs.
 
     Raises:
         VolsegError: as `find_cases`; also for a single scan where several channels are required.
@@ -81,9 +92,12 @@ def find_scans(
             part = _read_dataset(path, Channels(channels, allow_missing), may_split=True)
             listing.rows += part.rows
             listing.mistakes += part.mistakes
+            listing.remarks += part.remarks
         else:
             row = _row_of_scan(path, Channels(channels), where=str(path), origin=path)
             listing.rows.append(row)
+    for text in listing.remarks:
+        remark(text)
     return listing.cases(", ".join(map(str, inputs)))
 
 
@@ -174,7 +188,8 @@ def _read_equal_names(dataset: Path, channels: Channels) -> Listing:
     for path in _scans_in(images):
         label = labels.pop(stem_of(path), None)
         row = _row_of_scan(path, channels, where=str(path), origin=images)
-        listing.rows.append(replace(row, reference=label))
+        why = "no mask has its name" if label is None else "scan and mask have the same name"
+        listing.rows.append(replace(row, reference=label, why=why))
     listing.mistakes += [f"{path}: no scan of this name in {images}" for path in labels.values()]
     return listing
 
@@ -188,21 +203,11 @@ def _listing_of(dataset: Path, groups: Sequence[Group], channels: Channels) -> L
     scans = [group.id for group in groups if group.images]
     for group in groups:
         if not group.images:
-            listing.mistakes += [
-                _lone_mask(dataset / mask, group.id, scans) for mask in group.masks
-            ]
+            paths = [dataset / mask for mask in group.masks]
+            listing.mistakes += [_lone_mask(path, group.id, scans) for path in paths]
             continue
         first = dataset / next(iter(group.images.values()))
-        for path in group.repeated:
-            text = f"{dataset / path}: belongs to the same case as {first}, by its name"
-            listing.mistakes.append(f"{text}, and to the same channel")
-        if len(group.masks) > 1:
-            names = ", ".join(str(dataset / mask) for mask in group.masks)
-            listing.mistakes.append(
-                f"{first}: has {len(group.masks)} masks: {names}; name the one to use in a "
-                "cases.csv, which `volseg cases` writes for you"
-            )
-            continue
+        listing.mistakes += _mistakes_in(dataset, group, first)
         images = {
             ONE_CHANNEL if is_only else name or ONE_CHANNEL: dataset / path
             for name, path in group.images.items()
@@ -219,9 +224,38 @@ def _listing_of(dataset: Path, groups: Sequence[Group], channels: Channels) -> L
                 images=picked,
                 reference=dataset / group.masks[0] if group.masks else None,
                 patient=group.patient if n_scans[group.patient] > 1 else None,
+                why=f"{format_count(len(picked) + len(group.masks), 'file')} of this name",
             )
         )
+    listing.remarks += _remarks(dataset, listing.rows)
     return listing
+
+
+def _mistakes_in(dataset: Path, group: Group, first: Path) -> Iterator[str]:
+    for path in group.repeated:
+        yield (
+            f"{dataset / path}: by its name belongs to the same case as {first}, and to the same "
+            "channel; rename one of them"
+        )
+    if len(group.masks) > 1:
+        names = ", ".join(str(dataset / mask) for mask in group.masks)
+        yield (
+            f"{first}: has {len(group.masks)} masks: {names}; name the one to use in the table "
+            f"that `volseg cases {dataset} --out cases.csv` writes"
+        )
+
+
+def _remarks(dataset: Path, rows: Sequence[Row]) -> Iterator[str]:
+    """Say in one line how files were put together, with an example."""
+    row = max(rows, key=lambda row: (row.reference is not None, len(row.images)), default=None)
+    if row is None:
+        return
+    files = [f"{path.name} ({name})" for name, path in row.images.items()]
+    files += [] if row.reference is None else [f"{row.reference.name} (mask)"]
+    yield (
+        f"W_NAMES: {dataset}: {format_count(len(rows), 'case')} put together by file names, such "
+        f"as {row.id}: {', '.join(files)}"
+    )
 
 
 def _lone_mask(path: Path, name: str, scans: Sequence[str]) -> str:
@@ -242,7 +276,7 @@ def _scans_below(folder: Path) -> list[Path]:
 def _row_of_scan(path: Path, channels: Channels, *, where: str, origin: Path) -> Row:
     """Return the row of a scan of one channel, whose id is its name."""
     images = channels.pick({ONE_CHANNEL: path}, str(origin))
-    return Row(where=where, id=safe_id(stem_of(path)), images=images)
+    return Row(where=where, id=safe_id(stem_of(path)), images=images, why="a scan by itself")
 
 
 # ---- nnU-Net
@@ -274,6 +308,7 @@ def _read_nnunet(dataset: Path, description: Mapping[str, Any], channels: Channe
                     images=files,
                     reference=None if split == "test" and not reference.exists() else reference,
                     split=split,
+                    why=f"nnU-Net's {images} and {labels}",
                 )
             )
     return listing
@@ -335,7 +370,7 @@ def _read_decathlon(dataset: Path, description: Mapping[str, Any], channels: Cha
                 continue
             row = _row_of_scan(dataset / entry["image"], channels, where=where, origin=dataset)
             label = dataset / entry["label"] if entry.get("label") else None
-            listing.rows.append(replace(row, reference=label, split=split))
+            listing.rows.append(replace(row, reference=label, split=split, why=where))
     return listing
 
 
