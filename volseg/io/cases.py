@@ -50,7 +50,7 @@ class Case:
         reference: the reference mask, or None.
         split: such as train, val or test; None if the data set does not state one.
         patient: no patient is in two splits; None if unknown.
-        classes: the other columns of the CSV, such as `malignancy`, without empty cells.
+        classes: the other columns of the CSV, such as `malignancy`.
     """
 
     id: str
@@ -267,7 +267,7 @@ def _row_of(
         reference=_path(folder, cells["label"]) if cells.get("label") else None,
         split=split_of(cells.get("split", "")) or cells.get("split") or None,
         patient=cells.get("patient") or None,
-        classes={name: cells[name] for name in cells if cells[name] and name not in not_classes},
+        classes={name: cells[name] for name in cells if name not in not_classes},
     )
 
 
