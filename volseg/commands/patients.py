@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from typing import Literal
 from volseg.commands.time_points import TimePoint
 from volseg.comparison.response import PatientResponse
 from volseg.errors import VolsegError
-from volseg.io.cases import ID_PATTERN
+from volseg.io.cases import is_valid_id
 from volseg.io.tables import PATIENT, read_table
 
 HEADS = {
@@ -151,7 +150,7 @@ class _LineChecker:
         self.mistakes += [f"line {line}: {text}" for text in mistakes]
 
     def _mistakes_in_name(self, name: str) -> Iterator[str]:
-        if not re.fullmatch(ID_PATTERN, name):
+        if not is_valid_id(name):
             yield f"patient {name!r} is not a valid file name: use letters, digits, . _ -"
         spelling = self._spellings.setdefault(name.casefold(), name)
         if spelling != name:

@@ -29,13 +29,18 @@ COLUMNS = {  # of cases.csv → other usual heads; `image_<channel>` comes on to
 }
 SPLITS = {  # split → words for it, in lower case
     "train": ("train", "training", "tr"),
-    "val": ("val", "valid", "validation", "dev"),
+    "val": ("val", "valid", "validation"),
     "test": ("test", "testing", "ts"),
 }
 # Valid file and folder names on every system: Windows reserves device names, whatever the suffix,
-# and drops a trailing dot.
+# and drops a trailing dot or space. Characters of control, format and private use are left out.
 _DEVICES = r"(?i:con|prn|aux|nul|conin|conout|com[0-9]|lpt[0-9])"
-ID_PATTERN = rf"(?!{_DEVICES}(?:\.|\Z))[A-Za-z0-9](?:[A-Za-z0-9._-]{{0,126}}[A-Za-z0-9_-])?"
+_LETTERS = (
+    "A-Za-z0-9_%\u00a1-\u00ac\u00ae-\u1fff\u2070-\u2fef\u3001-\ud7ff\uf900-\ufdcf\ufdf0-\ufefe"
+    "\uff01-\uffef\U00010000-\U0003fffd"
+)
+ID_PATTERN = rf"(?!{_DEVICES}(?:\.|\Z))[{_LETTERS}](?:[{_LETTERS}. -]{{0,126}}[{_LETTERS}-])?"
+MAX_ID_BYTES = 180  # in UTF-8; file systems allow 255 with what volseg adds
 
 Anything = TypeVar("Anything")
 
@@ -61,7 +66,7 @@ class Case:
     classes: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if not re.fullmatch(ID_PATTERN, self.id):
+        if not is_valid_id(self.id):
             raise ValueError(f"{self.id!r} is not a valid case id")
 
 
@@ -111,12 +116,16 @@ class Listing:
         return self.mistakes + _id_mistakes(rows) + _file_mistakes(rows) + _split_mistakes(rows)
 
     def survey(self) -> Survey:
-        """Return the cases with a valid id whose files all exist, mistakes and remarks."""
+        """Return the cases with a valid id whose files all exist, mistakes and remarks.
+
+        Unlike `cases` it takes an unknown split for a mistake, as training does.
+        """
         valid = [row for row in self.rows if not _id_mistakes([row]) + _file_mistakes([row])]
         nothing = [] if self.rows or self.mistakes else [f"no scans found; they end in {READABLE}"]
         cases = [row.case() for row in valid]
         why = {row.id: row.why for row in valid}
-        return Survey(cases, nothing + self.all_mistakes(), self.remarks, why)
+        mistakes = nothing + self.all_mistakes() + _unknown_splits(self.rows)
+        return Survey(cases, mistakes, self.remarks, why)
 
     def cases(self, origin: str) -> list[Case]:
         """Return all cases, or raise one error that lists all mistakes.
@@ -247,6 +256,15 @@ def _with_lower_prefix(column: str) -> str:
     return column if prefix.casefold() != "image_" else "image_" + column[len("image_") :]
 
 
+def _unknown_splits(rows: Sequence[Row]) -> list[str]:
+    splits = ", ".join(SPLITS)
+    return [
+        f"{row.where}: split {row.split!r} is unknown: use {splits} or leave it empty"
+        for row in rows
+        if row.split not in (None, *SPLITS)
+    ]
+
+
 def split_of(word: str) -> str | None:
     """Return train, val or test for any usual word for it; None if the word is another."""
     words = SPLITS.items()
@@ -302,15 +320,23 @@ def _image_columns(columns: Sequence[str], path: Path) -> dict[str, str]:
 def _id_mistakes(rows: list[Row]) -> list[str]:
     mistakes, seen = [], {}
     for row in rows:
-        if not re.fullmatch(ID_PATTERN, row.id):
+        if max(len(row.id) - 128, len(row.id.encode("utf-8", "replace")) - MAX_ID_BYTES) > 0:
+            text = f"id {shorten(row.id)!r} has more than 128 characters or {MAX_ID_BYTES} bytes"
+            mistakes.append(f"{row.where}: {text}; give a shorter one in the column subject")
+        elif not is_valid_id(row.id):
             mistakes.append(
                 f"{row.where}: subject {row.id!r} is not a valid file name; "
                 f"{safe_id(row.id)!r} would be"
             )
-        key = row.id.casefold()  # some file systems treat a.nii and A.nii as one file
+        key = unicodedata.normalize(
+            "NFC", row.id
+        ).casefold()  # some file systems treat a.nii and A.nii as one file
         if key in seen:
             first, second = (next(iter(case.images.values())) for case in (seen[key], row))
-            mistakes.append(f"{row.where}: id {row.id!r} is used for both {first} and {second}")
+            mistakes.append(
+                f"{row.where}: id {row.id!r} is used for both {first} and {second}; rename one, or "
+                "give each its own name in the column subject of a cases.csv"
+            )
         seen.setdefault(key, row)
     return mistakes
 
@@ -333,12 +359,7 @@ def _path_problem(path: Path) -> str:
 
 
 def _split_mistakes(rows: list[Row]) -> list[str]:
-    splits = ", ".join(SPLITS)
-    mistakes = [
-        f"{row.where}: split {row.split!r} is unknown: use {splits} or leave it empty"
-        for row in rows
-        if row.split not in (None, *SPLITS)
-    ]
+    mistakes = []
     seen: dict[str, Row] = {}
     for row in rows:
         if row.patient is None or row.split is None:
@@ -352,15 +373,32 @@ def _split_mistakes(rows: list[Row]) -> list[str]:
     return mistakes
 
 
-def safe_id(name: str) -> str:
-    """Return a name that matches `ID_PATTERN`.
+def is_valid_id(name: str) -> bool:
+    """Check whether a name can be a case id, and so the name of a file on any system."""
+    is_short = len(name.encode("utf-8", "replace")) <= MAX_ID_BYTES
+    return is_short and re.fullmatch(ID_PATTERN, name) is not None
 
-    Accents are dropped, other characters replaced by `_`; a device name gets a trailing `_`.
+
+def safe_id(name: str) -> str:
+    """Return a case id for a name: itself, with `%` and two hex digits for each unsafe byte.
+
+    Letters of any script stay. `urllib.parse.unquote` gives the name back, in Unicode's form NFC.
+
+    >>> safe_id("患者 1"), safe_id("a/b:c"), safe_id("con")
+    ('患者 1', 'a%2Fb%3Ac', '%63on')
     """
-    plain = "".join(c for c in unicodedata.normalize("NFKD", name) if not unicodedata.combining(c))
-    safe = re.sub(r"[^A-Za-z0-9._-]", "_", plain).lstrip("._-")
-    safe = re.sub(rf"^({_DEVICES})(?=\.|\Z)", r"\1_", safe)
-    return safe[:128].rstrip(".") or "scan"
+    text = unicodedata.normalize("NFC", name)
+    text = re.sub(rf"[^{_LETTERS}. -]|%", _escaped, text)
+    text = re.sub(rf"\A[. -]|[. ]\Z|\A{_DEVICES}(?=\.|\Z)", _first_escaped, text)
+    return text or "scan"
+
+
+def _escaped(match: re.Match[str]) -> str:
+    return "".join(f"%{byte:02X}" for byte in match[0].encode("utf-8", "surrogateescape"))
+
+
+def _first_escaped(match: re.Match[str]) -> str:
+    return f"%{ord(match[0][0]):02X}{match[0][1:]}"
 
 
 def listed(names: Iterable[str]) -> str:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from volseg.errors import VolsegError
+from volseg.inputs import shorten
 from volseg.io.cases import (
     ONE_CHANNEL,
     Case,
@@ -285,10 +286,14 @@ def _row_of_scan(path: Path, channels: Channels, *, where: str, origin: Path) ->
 def _read_nnunet(dataset: Path, description: Mapping[str, Any], channels: Channels) -> Listing:
     """Read imagesTr, labelsTr and imagesTs, with one file `<id>_<number>` per channel.
 
-    Cases of imagesTr have no split; those of imagesTs are `test`.
+    Cases of imagesTr have no split; those of imagesTs are `test`. A list `training` decides which
+    label a case has, and an object `dataset` replaces the folders.
     """
+    if isinstance(entries := description.get("dataset"), dict):
+        return _read_listed_files(dataset, entries, description, channels)
     numbers = channels.pick(_channel_numbers(dataset, description), str(dataset))
     first, suffix = next(iter(numbers)), _suffix(description)
+    listed_labels = _listed_labels(dataset, description)
     listing = Listing()
     for images, labels, split in (("imagesTr", "labelsTr", None), ("imagesTs", "labelsTs", "test")):
         for stem in sorted({match[1] for match in _numbered(dataset / images, description)}):
@@ -300,7 +305,8 @@ def _read_nnunet(dataset: Path, description: Mapping[str, Any], channels: Channe
                 files = {
                     name: path for name, path in files.items() if name == first or path.is_file()
                 }
-            reference = dataset / labels / f"{stem}{suffix}"
+            default = dataset / labels / f"{stem}{suffix}"
+            reference = default if split else listed_labels.get(stem, default)
             listing.rows.append(
                 Row(
                     where=f"{images}/{stem}",
@@ -308,9 +314,47 @@ def _read_nnunet(dataset: Path, description: Mapping[str, Any], channels: Channe
                     images=files,
                     reference=None if split == "test" and not reference.exists() else reference,
                     split=split,
-                    why=f"nnU-Net's {images} and {labels}",
+                    why=f"nnU-Net's {images} and {reference.parent.name}",
                 )
             )
+    return listing
+
+
+def _listed_labels(dataset: Path, description: Mapping[str, Any]) -> dict[str, Path]:
+    """Return name of a case → its label in the list `training`; {} without such a list."""
+    pairs = [entry for entry in _entries(description, "training") if _is_pair(entry)]
+    return {
+        re.sub(r"_\d{4}$", "", stem_of(Path(entry["image"]))): dataset / entry["label"]
+        for entry in pairs
+        if entry.get("label")
+    }
+
+
+def _read_listed_files(
+    dataset: Path, entries: Mapping[str, Any], description: Mapping[str, Any], channels: Channels
+) -> Listing:
+    """Read the object `dataset` of nnU-Net: id → files of its channels, in order, and its label."""
+    numbers = _channel_numbers(dataset, description)
+    listing = Listing()
+    for name, entry in entries.items():
+        where = f"{FILE} dataset[{shorten(name)!r}]"
+        files = entry.get("images", ()) if isinstance(entry, dict) else ()
+        label = entry.get("label", "") if isinstance(entry, dict) else None
+        is_valid = isinstance(files, list) and len(files) == len(numbers)
+        if not is_valid or not all(isinstance(text, str) for text in (*files, label)):
+            text = f"{where}: is not {format_count(len(numbers), 'image')} with a label"
+            listing.mistakes.append(text)
+            continue
+        paths = {channel: dataset / file for channel, file in zip(numbers, files, strict=True)}
+        listing.rows.append(
+            Row(
+                where=where,
+                id=safe_id(name),
+                images=channels.pick(paths, where),
+                reference=dataset / label if label else None,
+                why=where,
+            )
+        )
     return listing
 
 
@@ -336,7 +380,7 @@ def _is_nnunet(dataset: Path, description: Mapping[str, Any]) -> bool:
 
     Version 1 lists files as the Decathlon does, but their real names end in the channel number.
     """
-    if "channel_names" in description:
+    if "channel_names" in description or isinstance(description.get("dataset"), dict):
         return True
     images = [entry["image"] for entry in _entries(description, "training") if _is_pair(entry)]
     is_listed = any((dataset / name).is_file() for name in images)

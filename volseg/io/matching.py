@@ -270,10 +270,15 @@ def _group(members: Sequence[Name]) -> Group:
 def _id_of(name: Name) -> str:
     """Return the name of a file without the words of its role, below folders it does not repeat."""
     stem = stem_of(Path(name.path))
+    parts = re.split(r"([\W_]+)", stem)  # words at even places, what separates them between
     for word in (*name.role, *name.idle):
-        stem = re.sub(rf"(?i)(?<![^\W_]){re.escape(word)}(?![^\W_])", "", stem, count=1)
-    stem = re.sub(r"(?<=[\W_])[\W_]+(?=[^\W_])", "", stem).strip("_-. ")
+        place = next((i for i in range(0, len(parts), 2) if parts[i].casefold() == word), None)
+        if place is not None:
+            del parts[place : place + 2]
+    stem = "".join(parts).strip("_-. ")
     words = words_in(stem)
+    if set(words) <= SCAN_WORDS and len(name.path.parts) > 1:  # as in patient/image.nii
+        stem, words = "", ()
     folders = [part for part in _folders_of(name) if not _holds(words, words_in(part))]
     return "_".join([*folders, *([stem] if stem else [])])
 
