@@ -56,6 +56,11 @@ def read_table(path: Path, synonyms: Synonyms) -> Table:
     if not lines:
         raise VolsegError(f"{path}: is empty", fix="give it a header line and a row per scan")
     heads, rows = _without_empty_columns(lines[0][1], lines[1:])
+    if "" in heads:
+        raise VolsegError(
+            f"{path}: column {heads.index('') + 1} has cells but no name",
+            fix="name it in the first line, or delete it",
+        )
     columns, remarks = _named(heads, synonyms, path)
     repeated = sorted(name for name, n in Counter(columns).items() if n > 1)
     if repeated:
