@@ -13,7 +13,8 @@ import numpy as np
 from volseg.commands.batch import check_pair, failure_reason, reason_of
 from volseg.errors import ScanError, VolsegError
 from volseg.execution.local import run
-from volseg.io.cases import Case
+from volseg.inputs import shorten
+from volseg.io.cases import Case, Survey
 from volseg.io.layouts import survey_cases
 from volseg.io.volumes import read_mask, read_volume
 from volseg.measurement.units import judge_unit
@@ -27,7 +28,6 @@ if TYPE_CHECKING:  # torch takes seconds to import; only a command that needs it
     from volseg.planning.fingerprint import CaseFingerprint, DatasetFingerprint
 
 ANALYSING = "Analysing the dataset"
-SPLITS = ("train", "val", "test")
 MAX_SHOWN = 10  # mistakes of a dataset listed in one message
 
 
@@ -45,6 +45,12 @@ class TrainingSet:
     seed: int = 0
     progress: Progress = field(default=ignore_progress, compare=False)
 
+    def survey(self) -> Survey:
+        """Return the usable cases of the dataset, with mistakes and remarks."""
+        data = self.recipe.data
+        allow_missing = data.missing == "empty"
+        return survey_cases(self.dataset, data.channels, allow_missing=allow_missing)
+
     def cases(self) -> list[Case]:
         """Return the cases with a mask outside the test split, each with a split.
 
@@ -53,14 +59,10 @@ class TrainingSet:
         Raises:
             VolsegError: the dataset has mistakes; the error lists them and all unusable files.
         """
-        allow_missing = self.recipe.data.missing == "empty"
-        channels = self.recipe.data.channels
-        cases, mistakes = survey_cases(self.dataset, channels, allow_missing=allow_missing)
-        for name in sorted({case.split for case in cases if case.split} - set(SPLITS)):
-            names = ", ".join(SPLITS)
-            mistakes.append(f"split {name!r} is unknown: use {names} or leave it empty")
-        if mistakes:
-            refuse_dataset(self.dataset, self._unusable(cases), mistakes)
+        survey = self.survey()
+        cases = survey.cases
+        if survey.mistakes:
+            refuse_dataset(self.dataset, self._unusable(cases), survey.mistakes)
         labelled = labelled_cases(_with_split_of_patient(cases))
         if not labelled:
             raise VolsegError(
@@ -212,6 +214,7 @@ def read_training_case(
         images = to_first_grid(images, align=data.align == "rigid")
     problems = [*_pair_problems(case, images, reference, recipe)]
     problems += _label_problems(case, reference, recipe)
+    problems += _class_problems(case, recipe)
     if problems:
         text = "; ".join(problem.problem for problem in problems)
         fix = "; ".join(dict.fromkeys(problem.fix for problem in problems))
@@ -246,6 +249,14 @@ def _label_problems(case: Case, reference: Volume, recipe: Recipe) -> Iterator[V
         )
 
 
+def _class_problems(case: Case, recipe: Recipe) -> Iterator[VolsegError]:
+    if recipe.classify is not None:
+        try:
+            class_of(case, recipe)
+        except VolsegError as error:
+            yield error
+
+
 def without_ignored(reference: Volume, recipe: Recipe) -> Volume:
     """Return the mask with unannotated voxels as background."""
     if recipe.data.ignore is None:
@@ -277,3 +288,33 @@ def warnings_of(fingerprint: DatasetFingerprint, recipe: Recipe) -> list[str]:
             "scans"
         )
     return warnings
+
+
+def class_of(case: Case, recipe: Recipe) -> str | None:
+    """Return the class whose range holds the case's value; None if it is empty or in no range.
+
+    Raises:
+        VolsegError: the table lacks the column, or the cell is no number.
+    """
+    assert recipe.classify is not None
+    column = recipe.classify.column
+    if column not in case.classes:
+        raise VolsegError(
+            f"case {case.id!r} has no column {column!r}, which [classify] needs; it has "
+            f"{sorted(case.classes)}",
+            fix=f"add the column {column!r} to cases.csv, or remove [classify] from the recipe",
+            code="E_DATASET",
+        )
+    text = case.classes[column]
+    if not text:
+        return None
+    try:
+        value = float(text)
+    except ValueError as error:
+        raise VolsegError(
+            f"case {case.id!r}: column {column!r} holds {shorten(text)!r}, which is no number",
+            fix="write numbers with a decimal point, or leave the cell empty",
+            code="E_DATASET",
+        ) from error
+    ranges = recipe.classify.classes.items()
+    return next((name for name, (lowest, highest) in ranges if lowest <= value <= highest), None)
