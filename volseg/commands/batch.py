@@ -431,15 +431,3 @@ def failure_reason(outputs: OutputFolder | None, name: str, error: VolsegError) 
     outputs.write(trace_name(name), error.trace)
     trace = outputs.path / trace_name(name)
     return f"{error.code}: {error.problem}; to fix: report it with {trace}"
-
-
-def check_pair(image: Volume, mask: Volume, image_name: str, mask_name: str) -> None:
-    difference = image.geometry.difference(mask.geometry)
-    if difference:
-        overlap = mask.geometry.fraction_inside(image.geometry)
-        raise ScanError(
-            f"{mask_name}: is not on the grid of its scan {image_name}: {difference}; "
-            f"{overlap:.0%} of it lies within the scan",
-            fix="give the mask drawn on this scan, or correct one of the affines",
-            code="E_PAIR",
-        )

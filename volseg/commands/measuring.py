@@ -182,6 +182,7 @@ def _settings_of(options: MeasureOptions) -> MaskSettings:
         intensity_unit=unit or recipe_unit,
         stated_by="--unit" if unit else "the recipe",
         measure=(recipe.measure if recipe else Measure()).model_copy(update=changes),
+        threshold=options.threshold,
     )
 
 

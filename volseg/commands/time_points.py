@@ -10,7 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from volseg.commands.batch import check_pair, digest_of
+from volseg.commands.batch import digest_of
+from volseg.commands.placing import scan_in_order
 from volseg.comparison.label_names import named
 from volseg.comparison.pairs import MeasuredScan
 from volseg.errors import ScanError
@@ -214,7 +215,8 @@ class CaseAtTime:
         scan = read_volume(self.path, is_finite=False)  # as in measuring
         _check_unchanged(self.path, scan.sha256 or digest_of(self.path), self.inputs)
         lesions = f"the lesions of case {self.record.case.case_id!r}"
-        check_pair(scan, self.ids, str(self.path), lesions)
+        names = {"scan_name": str(self.path), "grid_name": lesions}
+        scan = scan_in_order(scan, self.ids.geometry, **names)
         finite = np.isfinite(scan.array) if scan.array.dtype.kind == "f" else np.ones(1, bool)
         if finite.all():
             return scan

@@ -65,6 +65,10 @@ class ScanHeader:
         is_exact = self.dtype.kind in "iu" and self.slope == 1 and self.intercept == 0
         return self.n_bytes if is_exact else math.prod(self.geometry.shape) * 8
 
+    def mask_bytes_on(self, shape: tuple[int, int, int]) -> int:
+        """Return `mask_bytes` of the same labels on a grid of another shape."""
+        return self.mask_bytes // math.prod(self.geometry.shape) * math.prod(shape)
+
 
 def read_start(path: Path, n_bytes: int) -> tuple[bytes, list[ScanWarning]]:
     """Return up to `n_bytes` from the start of a file, decompressed.

@@ -32,7 +32,7 @@ MAX_OFFSET_BYTES = 64 * 2**20  # header extensions before the first voxel
 def read_header(path: Path) -> ScanHeader:
     """Read the header of `.nii`, `.nii.gz` or an `.hdr`/`.img` pair, without voxels.
 
-    The grid is that of the sform if it is set, else of the qform.
+    The grid is that of the sform if it is set and not all zeros, else of the qform.
 
     Raises:
         ScanError: the file or its header cannot be trusted; `code` is the reason.
@@ -84,6 +84,8 @@ def encode(volume: Volume, path: Path, like: ScanHeader | None = None) -> FileCo
     else:
         for field in _GEOMETRY_FIELDS:
             header[field] = source[field]
+        if _is_zero_sform(source):
+            header["sform_code"] = 0  # other readers would take it
     geometry, _ = _geometry(header, volume_shape(volume.geometry.shape, path), path)
     if not np.array_equal(geometry.affine, affine):
         raise ValueError(f"the affine reads back as\n{geometry.affine}\nnot\n{affine}")
@@ -224,8 +226,9 @@ def _geometry(
             path, "E_NOGEOM", f"{codes} holds a code unknown to NIfTI", "convert the original again"
         )
     pixdim = raw["pixdim"][1:4].astype(np.float64)
+    has_no_sform = codes["sform_code"] > 0 and _is_zero_sform(raw)
     with np.errstate(all="ignore"):  # absurd headers may overflow; the checks below catch that
-        if codes["sform_code"] > 0:
+        if codes["sform_code"] > 0 and not (has_no_sform and codes["qform_code"] > 0):
             sform = np.asarray(raw.get_sform())
             geometry, warnings = checked_grid(shape, sform, path, source="sform")
             return geometry, warnings + _check_against_sform(raw, pixdim, geometry, path)
@@ -238,13 +241,21 @@ def _geometry(
             except ValueError as error:
                 text = f"qform is not a rotation ({error})"
                 raise refusal(path, "E_NOGEOM", text, "export again, with an sform") from error
-            return checked_grid(shape, affine, path, source="qform")
+            geometry, warnings = checked_grid(shape, affine, path, source="qform")
+            if has_no_sform:
+                warnings.append(ScanWarning("W_QS", "the sform is all zeros; the qform is used"))
+            return geometry, warnings
     raise refusal(
         path,
         "E_NOGEOM",
         "neither sform_code nor qform_code is set, so left and right are unknown",
         "convert the original again (dcm2niix sets them); never guess",
     )
+
+
+def _is_zero_sform(raw: Nifti1Header) -> bool:
+    """Check for the matrix of zeros that some tools leave in the sform while its code is set."""
+    return not any(raw[row][:3].any() for row in ("srow_x", "srow_y", "srow_z"))
 
 
 def _qform(raw: Nifti1Header) -> np.ndarray:

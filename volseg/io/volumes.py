@@ -13,7 +13,13 @@ from volseg.io import nifti
 from volseg.io.formats import WRITABLE, format_of, is_scan
 from volseg.io.gzip_stream import opened_raw, refusal, skip
 from volseg.io.header import MAX_BYTES, ScanHeader, check_size, is_compressed
-from volseg.io.voxels import finite_range, highest_label, value_range, write_content
+from volseg.io.voxels import (
+    finite_range,
+    highest_label,
+    holds_fractions,
+    value_range,
+    write_content,
+)
 from volseg.volume import Volume
 
 MAX_LABELS = 1000  # a mask with more distinct values is taken for an image
@@ -60,11 +66,18 @@ def read_volume(path: Path | str, *, is_finite: bool = True) -> Volume:
     return volume
 
 
-def read_mask(path: Path | str, *, max_labels: int = MAX_LABELS) -> Volume:
+def read_mask(
+    path: Path | str, *, max_labels: int = MAX_LABELS, threshold: float | None = None
+) -> Volume:
     """Read a mask or label map in the smallest unsigned dtype that holds its labels.
 
     It may be empty. Scaled or floating-point labels within 0.001 of a whole number are rounded:
     truncation would turn 6.9999 into 6.
+
+    Args:
+        max_labels: a mask with more distinct values is refused.
+        threshold: a mask that holds fractions, such as probabilities, is 1 from this value up and
+            0 below; None refuses it.
 
     Raises:
         ScanError: as `read_header`; `E_LABELS` for fractional or negative values, or more than
@@ -77,6 +90,11 @@ def read_mask(path: Path | str, *, max_labels: int = MAX_LABELS) -> Volume:
         raise refusal(path, "E_LABELS", problem, "give the mask in another format, such as NIfTI")
     stored = _read_stored(path)
     value_range(stored.array, path)  # NaN labels
+    if threshold is not None and holds_fractions(stored):
+        labels = np.empty(stored.array.shape, np.uint8, order="F")
+        for k in range(stored.geometry.shape[2]):
+            labels[:, :, k] = stored.intensities(stored.array[:, :, k]) >= threshold
+        return Volume(labels, stored.geometry, sha256=stored.sha256)
     dtype = np.min_scalar_type(highest_label(stored, path, max_labels))
     if stored.array.dtype.kind in "iu" and not stored.is_scaled:
         labels = stored.array.astype(dtype, order="K", copy=False)
