@@ -60,7 +60,7 @@ def test_a_shifted_grid_is_another_one_with_its_displacement_in_any_order(grid, 
         geometry = Geometry(array.shape, affine)
         assert Placement.of(geometry, volume.geometry) is None
         problem, fix = difference(geometry, volume.geometry)
-        assert f"a corner is off by {voxels:.3g} voxels ({mm:.3g} mm" in problem
+        assert f"a corner is off by {voxels:.3g} voxels ({mm:.3g} mm)" in problem
         is_reordered = not np.allclose(geometry.voxel_steps_mm, volume.geometry.voxel_steps_mm)
         assert ("would mirror it" in fix) == is_reordered  # copying the affine is no advice then
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from volseg.errors import ScanError
 from volseg.preprocessing.lattice import AXES, Placement, difference, same_voxels
 from volseg.volume import Geometry, Volume
+from volseg.words import format_count
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -23,27 +24,32 @@ def place_mask(
 ) -> PlacedMask:
     """Return a mask on the grid of its scan.
 
-    A mask of the same voxels in another axis order is reordered; one that covers a part of them,
-    or more, is placed by its affine. Nothing is interpolated.
+    A mask of the same voxels in another axis order is reordered; one of fewer or more voxels is
+    placed by its affine. Nothing is interpolated, and no labelled voxel is lost.
 
     Args:
         mask_name, grid_name: the two files, for messages.
         other: what the grid belongs to: `scan` or `reference`.
 
     Raises:
-        ScanError: the mask has other voxels (`E_PAIR`).
+        ScanError: the mask has other voxels, or labelled ones outside the grid (`E_PAIR`).
     """
     placement = Placement.of(mask.geometry, grid)
+    outside = 0 if placement is None else placement.n_outside(mask)
+    if placement is not None and not outside:
+        return PlacedMask(placement.place(mask), tuple(placement.notes(other)))
     if placement is None:
         problem, fix = difference(mask.geometry, grid, other)
-        overlap = mask.geometry.fraction_inside(grid)
-        raise ScanError(
-            f"{mask_name}: is not on the grid of its {other} {grid_name}: {problem}; "
-            f"{overlap:.0%} of it lies within the {other}",
-            fix=fix,
-            code="E_PAIR",
-        )
-    return PlacedMask(placement.place(mask), tuple(placement.notes(mask, other)))
+    else:
+        problem = f"{format_count(outside, 'labelled voxel')} of it would be lost"
+        fix = f"give the mask that belongs to this {other}; if this one does, cut it to the {other}"
+    overlap = mask.geometry.fraction_inside(grid)
+    raise ScanError(
+        f"{mask_name}: is not on the grid of its {other} {grid_name}: {problem}; "
+        f"{overlap:.0%} of it lies within the {other}",
+        fix=fix,
+        code="E_PAIR",
+    )
 
 
 def scan_in_order(scan: Volume, grid: Geometry, *, scan_name: str, grid_name: str) -> Volume:

@@ -16,7 +16,7 @@ from volseg.volume import (
     Volume,
     slabs_of,
 )
-from volseg.words import format_count, format_sizes
+from volseg.words import format_sizes
 
 SPACING_TOLERANCE = 0.005  # relative difference of two spacings that a reader would call equal
 TILT_DEG = 0.05  # angle between two axes that a reader would call parallel
@@ -105,7 +105,7 @@ class Placement:
         inside = self.order.apply(mask.array)[on_source.slices]
         return _count(mask.array) - _count(inside)
 
-    def notes(self, mask: Volume, other: str = "scan") -> list[str]:
+    def notes(self, other: str = "scan") -> list[str]:
         """Describe what was done to a mask, each as `W_CODE: sentence`.
 
         Args:
@@ -118,14 +118,11 @@ class Placement:
                 f"{self.target.axis_codes}: its axes were reordered, without interpolation"
             )
         if not self.is_whole:
-            on_target, _ = self._boxes
-            covered, whole = format_sizes(on_target.shape), format_sizes(self.target.shape)
-            text = (
-                f"the mask covers {covered} of {whole} voxels of the {other}, placed by its affine"
+            mask, grid = format_sizes(self._shape), format_sizes(self.target.shape)
+            notes.append(
+                f"{EXTENT}: the mask has {mask} voxels, the {other} {grid}: it was placed by its "
+                "affine, with background around it"
             )
-            if outside := self.n_outside(mask):
-                text += f", and {format_count(outside, 'labelled voxel')} outside it were left out"
-            notes.append(f"{EXTENT}: {text}")
         return notes
 
 
@@ -191,8 +188,8 @@ def _off(reordered: Geometry, scan: Geometry) -> str:
         if abs(mm) >= 0.005
     ]
     steps = np.abs(scan.to_index(scan.affine[:3, 3] + furthest[None]))[0]
-    voxels = f"{steps.max():.3g} voxels ({np.linalg.norm(furthest):.3g} mm"
-    return f"a corner is off by {voxels}{': ' + ', '.join(parts) if len(parts) > 1 else ''})"
+    text = f"a corner is off by {steps.max():.3g} voxels ({np.linalg.norm(furthest):.3g} mm)"
+    return f"{text}, {' and '.join(parts)}" if len(parts) > 1 else text
 
 
 def _lengths(values: Sequence[float]) -> str:
