@@ -58,9 +58,7 @@ def test_all_48_orders_of_a_mask_measure_alike(scan, tmp_path):
         by_case.setdefault(row.pop("case_id"), []).append(row)
     assert len(by_case) == 48
     assert all(lesions == by_case["o00"] for lesions in by_case.values())
-    warnings = {
-        row["case_id"]: row["warnings"] for row in rows(tmp_path / "out" / "cases.csv")
-    }
+    warnings = {row["case_id"]: row["warnings"] for row in rows(tmp_path / "out" / "cases.csv")}
     assert "W_AXES" not in warnings.pop("o00")
     assert all("W_AXES: the mask is stored as " in text for text in warnings.values())
     assert any("W_AXES" in warning for warning in report.warnings)
@@ -170,9 +168,7 @@ def test_a_mask_of_another_place_is_refused_with_its_displacement(scan, tmp_path
             continue
         write_volume(stored, tmp_path / f"{name}.nii")
         out = tmp_path / name
-        report = volseg.measure(
-            image=tmp_path / "scan.nii", mask=tmp_path / f"{name}.nii", out=out
-        )
+        report = volseg.measure(image=tmp_path / "scan.nii", mask=tmp_path / f"{name}.nii", out=out)
         (reason,) = report.failed.values()
         assert reason.startswith("E_PAIR") and "off by 3 voxels (3.3 mm)" in reason
         assert "would mirror it" in reason or n == 0

@@ -22,7 +22,7 @@ from volseg.execution.local import Outcome
 from volseg.execution.memory import Budget
 from volseg.io.cases import Case
 from volseg.io.formats import RESULT_SUFFIX
-from volseg.io.volumes import read_header, scan_digest, write_volume
+from volseg.io.volumes import read_header, scan_digest, volume_of, write_volume
 from volseg.measurement.rows import CaseRow
 from volseg.measurement.saturation import intensity_warnings
 from volseg.measurement.specks import MeasuredLesions
@@ -382,6 +382,15 @@ def input_key(options: Mapping[str, Any], digests: Iterable[str]) -> str:
 def case_files(case: Case) -> list[Path]:
     """Return the images of a case and its mask, if any."""
     return [*case.images.values(), *(() if case.reference is None else (case.reference,))]
+
+
+def of_volume(case: Case, number: int | None) -> Case:
+    """Return the case with this volume of each of its files that hold several."""
+    if number is None:
+        return case
+    images = {name: volume_of(path, number) for name, path in case.images.items()}
+    mask = None if case.reference is None else volume_of(case.reference, number)
+    return replace(case, images=images, reference=mask)
 
 
 def input_paths(*inputs: Path | str | Recipe | None) -> list[Path]:

@@ -96,7 +96,9 @@ def _kept(
 ) -> tuple[float | None, dict[str, EvaluatedCase]]:
     """Return the min_iou of the rows, and the earlier results of failed cases that stay listed."""
     min_iou = pairs.options.min_iou
-    earlier_iou, earlier = read_evaluation(outputs, failed, pairs.settings) if failed else (None, {})
+    earlier_iou, earlier = None, {}
+    if failed:
+        earlier_iou, earlier = read_evaluation(outputs, failed, pairs.settings)
     # Rows of different min_iou cannot be averaged: keep earlier ones only if none is new.
     if compared and earlier_iou != min_iou:
         return min_iou, {}

@@ -18,6 +18,7 @@ from volseg.commands.batch import (
     MeasuredCase,
     case_files,
     input_key,
+    of_volume,
     run_cases,
     run_description,
     write_case,
@@ -74,6 +75,7 @@ def infer(options: InferOptions) -> CasesReport:
     data = bundle.recipe.data
     cases = find_scans(options.scans, data.channels, allow_missing=data.missing == "empty")
     used = [*options.scans, folder, *(path for case in cases for path in case_files(case))]
+    cases = [of_volume(case, options.volume) for case in cases]
     with ResultsFolder(options.out, "infer", inputs=used) as results:
         run = _load_run(bundle, changes, folder, cases, results, options)
         model, bundle = run.model, run.model.bundle

@@ -17,6 +17,7 @@ from volseg.comparison.pairs import MeasuredScan
 from volseg.errors import ScanError
 from volseg.inputs import read_json
 from volseg.io.files import sha256_of
+from volseg.io.series import split_volume, with_volume
 from volseg.io.volumes import read_mask, read_volume
 from volseg.measurement.rows import LesionMeasurement
 from volseg.measurement.specks import SPECKS
@@ -118,7 +119,7 @@ class TimePoint:
         if paths:
             return paths[0]
         scan = record.source.scan
-        return scan if scan is not None and os.path.isfile(scan) else None
+        return scan if scan is not None and os.path.isfile(split_volume(scan)[0]) else None
 
     def read(self, case: str, inputs: Sequence[str]) -> CaseAtTime:
         """Read the record and the lesion ids of a case.
@@ -252,6 +253,9 @@ class CaseAtTime:
 
 def _files_named(name: str, folder: Path) -> list[Path]:
     """Return the files of this name: that in the folder itself, else all below it."""
+    file, number = split_volume(Path(name))
+    if number is not None:
+        return [with_volume(path, number) for path in _files_named(file.name, folder)]
     if os.path.isfile(folder / name):
         return [folder / name]
     return sorted(Path(parent, name) for parent, _, files in os.walk(folder) if name in files)

@@ -21,6 +21,7 @@ from volseg.io.header import (
     read_start,
     volume_shape,
 )
+from volseg.io.series import split_volume
 from volseg.io.voxels import FileContent, voxel_bytes
 from volseg.volume import SAME_GRID_TOLERANCE_VOXELS, Geometry, Volume
 
@@ -32,22 +33,27 @@ MAX_OFFSET_BYTES = 64 * 2**20  # header extensions before the first voxel
 def read_header(path: Path) -> ScanHeader:
     """Read the header of `.nii`, `.nii.gz` or an `.hdr`/`.img` pair, without voxels.
 
+    Of a file that holds several volumes, `scan.nii#3` is the third.
+
     The grid is that of the sform if it is set and not all zeros, else of the qform.
 
     Raises:
         ScanError: the file or its header cannot be trusted; `code` is the reason.
     """
+    path, number = split_volume(path)
     header_path = _header_file(path)
     stored, name_warnings = read_start(header_path, 540)
     raw, is_single = _parse(stored, header_path)
     n_dims, *sizes = (int(n) for n in raw["dim"])
     if not 1 <= n_dims <= 7 or min(sizes[:n_dims]) < 1:
         raise refusal(path, "E_DIM", f"dim is {[n_dims, *sizes]}", COPY_AGAIN)
-    shape = volume_shape(sizes[:n_dims], path)
+    series = volume_shape(sizes[:n_dims], path, volume=number)
+    shape = series.shape
     dtype = _dtype(raw, path)
     slope, intercept, warnings = _scale(raw, path)
     geometry, grid_warnings = _geometry(raw, shape, path)
     offset, offset_warnings = _offset(raw, is_single, path)
+    n_bytes = math.prod(shape) * dtype.itemsize
     return ScanHeader(
         geometry=geometry,
         dtype=dtype,
@@ -56,7 +62,8 @@ def read_header(path: Path) -> ScanHeader:
         path=header_path,
         stored=raw.binaryblock,
         data_path=header_path if is_single else _partner(header_path, ".img"),
-        data_offset=offset,
+        data_offset=offset + series.n_before * n_bytes,
+        n_after=series.n_after * n_bytes,
         warnings=(*warnings, *grid_warnings, *offset_warnings, *name_warnings),
     )
 
@@ -69,7 +76,7 @@ def encode(volume: Volume, path: Path, like: ScanHeader | None = None) -> FileCo
         like: header of the scan on this grid: a NIfTI scan gives its geometry fields.
 
     Raises:
-        ScanError: `read_header` would refuse the grid, for example a single slice.
+        ScanError: `read_header` would refuse the grid, for example a line of voxels.
         ValueError: the dtype, scale or affine cannot be stored.
     """
     source = None if like is None or not _is_nifti(like.stored) else _parse(like.stored, path)[0]
@@ -86,7 +93,7 @@ def encode(volume: Volume, path: Path, like: ScanHeader | None = None) -> FileCo
             header[field] = source[field]
         if _is_zero_sform(source):
             header["sform_code"] = 0  # other readers would take it
-    geometry, _ = _geometry(header, volume_shape(volume.geometry.shape, path), path)
+    geometry, _ = _geometry(header, volume_shape(volume.geometry.shape, path).shape, path)
     if not np.array_equal(geometry.affine, affine):
         raise ValueError(f"the affine reads back as\n{geometry.affine}\nnot\n{affine}")
     prefix = header.binaryblock + bytes(4)  # four zeros: no extensions

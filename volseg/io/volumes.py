@@ -9,10 +9,12 @@ from pathlib import Path
 
 import numpy as np
 
+from volseg.errors import ScanError
 from volseg.io import nifti
 from volseg.io.formats import WRITABLE, format_of, is_scan
 from volseg.io.gzip_stream import opened_raw, refusal, skip
 from volseg.io.header import MAX_BYTES, ScanHeader, check_size, is_compressed
+from volseg.io.series import split_volume, with_volume
 from volseg.io.voxels import (
     finite_range,
     highest_label,
@@ -30,6 +32,7 @@ def read_header(path: Path | str, *, max_bytes: int = MAX_BYTES) -> ScanHeader:
     """Read the header of a scan, without voxels; it is checked against the size of the file.
 
     Args:
+        path: `scan.nii.gz#3` is the third volume of a file that holds several.
         max_bytes: a header that asks for more voxel bytes is refused.
 
     Raises:
@@ -39,6 +42,18 @@ def read_header(path: Path | str, *, max_bytes: int = MAX_BYTES) -> ScanHeader:
     header = format_of(path).read_header(path)
     check_size(header, path, max_bytes)
     return header
+
+
+def volume_of(path: Path, number: int) -> Path:
+    """Return the path of this volume of a file that holds several, or the path of any other file.
+
+    Reading it refuses a number that the file lacks.
+    """
+    try:
+        read_header(path)
+    except ScanError as error:
+        return with_volume(path, number) if error.code == "E_NDIM" else path
+    return path
 
 
 def read_volume(path: Path | str, *, is_finite: bool = True) -> Volume:
@@ -108,6 +123,7 @@ def read_mask(
 def _read_stored(path: Path) -> Volume:
     header = read_header(path)
     array, sha256 = format_of(path).read_voxels(header, path)
+    sha256 += _volume_mark(path)
     return Volume(array, header.geometry, header.slope, header.intercept, sha256)
 
 
@@ -123,7 +139,13 @@ def scan_digest(path: Path) -> str:
         with opened_raw(file, digest) as stream:
             skip(stream, sys.maxsize)
         digests.append(digest.hexdigest())
-    return "+".join(digests)
+    return "+".join(digests) + _volume_mark(path)
+
+
+def _volume_mark(path: Path | str) -> str:
+    """Return what tells the volumes of a file apart, behind its SHA-256."""
+    _, number = split_volume(Path(path))
+    return "" if number is None else f"#{number}"
 
 
 def write_volume(volume: Volume, path: Path | str, like: Path | str | None = None) -> None:

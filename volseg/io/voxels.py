@@ -44,12 +44,13 @@ def read_voxels(header: ScanHeader, path: Path) -> tuple[np.ndarray, str]:
         skip(stream, header.data_offset - len(start))
         n_read = fill(stream, target)
         if n_read == len(target):
-            n_read += skip(stream, MAX_TAIL_BYTES + 1)  # the end holds the checksum of gzip
+            # The end holds the checksum of gzip.
+            n_read += skip(stream, header.n_after + MAX_TAIL_BYTES + 1)
     if is_pair:
         is_unchanged = read_start(header.path, len(header.stored))[0] == header.stored
     if not is_unchanged:
         raise refusal(path, "E_CHANGED", "was replaced while it was being read", "run again")
-    check_voxel_bytes(n_read, len(target), path)
+    check_voxel_bytes(n_read, len(target) + header.n_after, path)
     if not flat.dtype.isnative:
         flat = flat.byteswap(inplace=True).view(flat.dtype.newbyteorder("="))
     return flat.reshape(header.geometry.shape, order="F"), before + digest.hexdigest()

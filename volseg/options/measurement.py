@@ -17,7 +17,7 @@ from volseg.options.declare import (
     options,
     path,
 )
-from volseg.options.shared import RESULTS, Announcing, Limited, Pictured
+from volseg.options.shared import RESULTS, Announcing, Limited, OfSeries, Pictured
 
 OBJECTS = ("components", "labels")
 THRESHOLD_HELP = (
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 @options
-class MeasureOptions(Limited, Pictured, Announcing):
+class MeasureOptions(OfSeries, Limited, Pictured, Announcing):
     """Measure the lesions in existing masks, without a model.
 
     Reports volume, density, shape, diameters and position of every lesion. Give --image and --mask,

@@ -162,9 +162,7 @@ def difference(mask: Geometry, scan: Geometry, other: str = "scan") -> tuple[str
     cosines = np.clip((reordered.directions * scan.directions).sum(axis=0), -1, 1)
     tilt = float(np.degrees(np.arccos(cosines)).max())
     if tilt > TILT_DEG:
-        fix = (
-            f"{give}; a mask of another {other} must be registered and resampled to this"
-        )
+        fix = f"{give}; a mask of another {other} must be registered and resampled to this"
         return f"its axes are rotated by {tilt:.3g}°; {problem}", fix
     save_again = f"{give}, or save it again with this {other} as the reference volume"
     if reordered.shape != scan.shape:
