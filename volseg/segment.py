@@ -129,7 +129,7 @@ def segment_case(
             another modality.
     """
     recipe = model.bundle.recipe
-    scans = on_one_grid(_present(images, recipe.data, case_id), recipe.data)
+    scans = on_one_grid(_present(images, recipe.data, case_id), recipe)
     scan = scans[recipe.data.channels[0]]
     resemblance = compare_scan(scans, recipe, model.bundle.fingerprint)
     if resemblance.contradictions and not accept_mismatch:

@@ -227,7 +227,7 @@ def read_training_case(
             code="E_CHANGED",
         )
     notes = channel_notes(images)
-    images = on_one_grid(images, data)
+    images = on_one_grid(images, recipe)
     problems = [*_channel_problems(case, images, recipe)]
     first_name, first = next(iter(images.items()))
     names = {"mask_name": str(case.reference), "grid_name": str(case.images[first_name])}

@@ -23,6 +23,7 @@ def summarise(measured: MeasuredLesions) -> CaseRow:
     targets = [lesion for lesion in lesions if lesion.recist_measurable]
     # Diameters are unknown if one of the specks may be measurable.
     is_known = specks is None or not specks.may_be_measurable
+    is_known = is_known and all(lesion.recist_measurable is not None for lesion in lesions)
     return CaseRow(
         case_id=scan.case_id,
         status="done",
