@@ -138,9 +138,9 @@ def series(tmp_path):
 def test_each_volume_of_a_series_is_read_bit_for_bit(name, series):
     folder, volumes = series
     for n, volume in enumerate(volumes, start=1):
-        chosen = read_volume(folder / f"{name}#{n}")
-        np.testing.assert_array_equal(chosen.array, volume.array)
-        assert chosen.sha256 == scan_digest(folder / f"{name}#{n}")
+        stored = read_volume(folder / f"{name}#{n}")
+        np.testing.assert_array_equal(stored.array, volume.array)
+        assert stored.sha256 == scan_digest(folder / f"{name}#{n}")
     assert len({read_volume(folder / f"{name}#{n}").sha256 for n in (1, 2, 3)}) == 3
     with pytest.raises(VolsegError, match="--volume 1 to 3"):
         read_volume(folder / name)
@@ -160,8 +160,8 @@ def test_measure_takes_a_volume_of_a_series(series):
     assert "--volume 1 to 3" in report.failed["series"]
     alone = volseg.measure(image=folder / "alone2.nii", **given, out=folder / "alone")
     out = folder / "chosen"
-    chosen = volseg.measure(image=folder / "series.nii.gz", **given, out=out, volume=2)
-    assert (alone.exit_code, chosen.exit_code) == (0, 0)
+    second = volseg.measure(image=folder / "series.nii.gz", **given, out=out, volume=2)
+    assert (alone.exit_code, second.exit_code) == (0, 0)
     tables = [rows(path / "lesions.csv") for path in (folder / "alone", out)]
     assert [row | {"case_id": ""} for row in tables[0]] == [
         row | {"case_id": ""} for row in tables[1]

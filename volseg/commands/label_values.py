@@ -72,26 +72,31 @@ def pairing_warnings(rows: Sequence[OverlapRow], shared: Iterable[Shared]) -> It
     in_truth = {row.label for row in rows if row.reference_volume_ml > 0}
     in_guess = {row.label for row in rows if row.predicted_volume_ml > 0}
     only_truth, only_guess = in_truth - in_guess, in_guess - in_truth
-    total: Counter[tuple[int, int]] = Counter()
-    for counts in shared:
-        total.update(counts)
-    candidates = [
-        (predicted, reference)
-        for (predicted, reference), _ in total.most_common()
-        if predicted in only_guess and reference in only_truth
-    ]
     if len(only_truth) == len(only_guess) == 1:
-        candidates = [(next(iter(only_guess)), next(iter(only_truth)))]
-    pairs: dict[int, int] = {}
-    for predicted, reference in candidates:
-        if predicted not in pairs and reference not in pairs.values():
-            pairs[predicted] = reference
+        pairs = dict(zip(only_guess, only_truth, strict=True))
+    else:
+        pairs = _largest_pairs(only_guess, only_truth, shared)
     if pairs:
         options = " ".join(f"--labels {old}={new}" for old, new in sorted(pairs.items()))
         yield (
             f"{LABELS}: {_listed(pairs)} only in predicted masks, {_listed(pairs.values())} only "
             f"in reference masks, so they do not match; if they mean the same, give {options}"
         )
+
+
+def _largest_pairs(
+    only_guess: set[int], only_truth: set[int], shared: Iterable[Shared]
+) -> dict[int, int]:
+    """Return predicted value → reference value, those with the most common voxels first."""
+    total: Counter[tuple[int, int]] = Counter()
+    for counts in shared:
+        total.update(counts)
+    pairs: dict[int, int] = {}
+    for (predicted, reference), _ in total.most_common():
+        is_free = predicted not in pairs and reference not in pairs.values()
+        if is_free and predicted in only_guess and reference in only_truth:
+            pairs[predicted] = reference
+    return pairs
 
 
 def _listed(values: Iterable[int]) -> str:

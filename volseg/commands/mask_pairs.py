@@ -164,8 +164,9 @@ class MaskPairs:
     ) -> tuple[dict[int, str], list[OverlapRow]]:
         """Return the name and the row of all objects together, which are label 1."""
         names = {1: self.label_names.get(1, "objects")}
-        masks = (mask.with_array((mask.array > 0).view(np.uint8)) for mask in (truth, guess))
-        return names, evaluate_case(*masks, names, case_id=case_id)
+        inside = [(mask.array > 0).view(np.uint8) for mask in (truth, guess)]
+        masks = truth.with_array(inside[0]), guess.with_array(inside[1])
+        return names, evaluate_case(masks[0], masks[1], names, case_id=case_id)
 
     def _detections(
         self, case_id: str, truth: Volume, guess: Volume, names: Mapping[int, str]

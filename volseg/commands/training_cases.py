@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
@@ -132,13 +132,18 @@ class TrainingSet:
                 fix="give some of them the split `train`",
                 code="E_DATASET",
             )
-        items = fingerprints.items()
-        facts = {
-            "empty_masks": tuple(name for name, facts in items if not facts.label_voxels),
-            "doubted_units": {name: facts.unit_doubt for name, facts in items if facts.unit_doubt},
-            "grid_notes": {name: facts.grid_notes for name, facts in items if facts.grid_notes},
-        }
-        return combine_fingerprints(list(fingerprints.values())).model_copy(update=facts), failed
+        combined = combine_fingerprints(list(fingerprints.values()))
+        return combined.model_copy(update=_remarkable(fingerprints)), failed
+
+
+def _remarkable(fingerprints: Mapping[str, CaseFingerprint]) -> dict[str, Any]:
+    """Return the fields of a dataset's fingerprint that name single cases."""
+    items = fingerprints.items()
+    return {
+        "empty_masks": tuple(name for name, facts in items if not facts.label_voxels),
+        "doubted_units": {name: facts.unit_doubt for name, facts in items if facts.unit_doubt},
+        "grid_notes": {name: facts.grid_notes for name, facts in items if facts.grid_notes},
+    }
 
 
 def labelled_cases(cases: Sequence[Case]) -> list[Case]:

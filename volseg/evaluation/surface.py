@@ -76,7 +76,7 @@ def surface_distances(
     """Return the distances between the surfaces of two masks, for every label of either.
 
     A border voxel has a face neighbour that does not have its label; beyond the array no voxel
-        does, except above and below a single slice. Distances are between voxel centres in world
+    does, except above and below a single slice. Distances are between voxel centres in world
     millimetres, rounded to 1e-9 mm. They use the whole affine, so they are right on oblique and
     sheared grids too.
 

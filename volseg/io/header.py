@@ -119,28 +119,32 @@ def volume_shape(sizes: Sequence[int], path: Path, *, volume: int | None = None)
         volume: number of the volume in a series, from 1; a file of one volume ignores it.
     """
     sizes = list(sizes)
-    shape = "×".join(map(str, sizes))
     while len(sizes) > 3 and sizes[-1] == 1:
         sizes.pop()
+    text = f"has shape {'×'.join(map(str, sizes))}"
     sizes += [1] * (3 - len(sizes))
     (i, j, k), series = sizes[:3], sizes[3:]
-    n = math.prod(series)
-    _, second, _ = sorted((i, j, k))
-    is_volume = min(i, j, k) > 1 or second >= MIN_SLICE_EDGE
-    if not is_volume or sum(size > 1 for size in series) > 1:
+    if not _is_volume_or_slice(i, j, k) or sum(size > 1 for size in series) > 1:
         problem = (
-            f"has shape {shape}; a volume has three axes of at least 2 voxels, and a single slice "
-            f"two of at least {MIN_SLICE_EDGE}"
+            f"{text}; a volume has three axes of at least 2 voxels, and a single slice two of at "
+            f"least {MIN_SLICE_EDGE}"
         )
         raise refusal(path, "E_NDIM", problem, "give one 3-D volume, or give each channel its file")
-    if n > 1 and volume is None:
+    n = math.prod(series)
+    if n == 1:
+        return SeriesShape((i, j, k))
+    if volume is None:
         fix = f"choose one of them with --volume 1 to {n} (infer and measure), or store it alone"
-        raise refusal(path, "E_NDIM", f"has shape {shape}: {n} volumes in one file", fix)
-    if n > 1 and not 1 <= (volume or 0) <= n:
-        fix = f"give --volume 1 to {n}"
-        raise refusal(path, "E_NDIM", f"has {n} volumes, so there is no volume {volume}", fix)
-    first = 0 if n == 1 or volume is None else volume - 1
-    return SeriesShape((i, j, k), first, n - 1 - first)
+        raise refusal(path, "E_NDIM", f"{text}: {n} volumes in one file", fix)
+    if volume > n:
+        problem = f"has {n} volumes, so there is no volume {volume}"
+        raise refusal(path, "E_NDIM", problem, f"give --volume 1 to {n}")
+    return SeriesShape((i, j, k), volume - 1, n - volume)
+
+
+def _is_volume_or_slice(i: int, j: int, k: int) -> bool:
+    _, second, _ = sorted((i, j, k))
+    return min(i, j, k) > 1 or (min(i, j, k) == 1 and second >= MIN_SLICE_EDGE)
 
 
 def checked_grid(

@@ -233,31 +233,41 @@ def _geometry(
             path, "E_NOGEOM", f"{codes} holds a code unknown to NIfTI", "convert the original again"
         )
     pixdim = raw["pixdim"][1:4].astype(np.float64)
-    has_no_sform = codes["sform_code"] > 0 and _is_zero_sform(raw)
+    has_sform = codes["sform_code"] > 0
+    if _is_zero_sform(raw) and codes["qform_code"] > 0:
+        has_sform = False
     with np.errstate(all="ignore"):  # absurd headers may overflow; the checks below catch that
-        if codes["sform_code"] > 0 and not (has_no_sform and codes["qform_code"] > 0):
+        if has_sform:
             sform = np.asarray(raw.get_sform())
             geometry, warnings = checked_grid(shape, sform, path, source="sform")
             return geometry, warnings + _check_against_sform(raw, pixdim, geometry, path)
         if codes["qform_code"] > 0:
-            if not (np.isfinite(pixdim).all() and (pixdim > 0).all()):
-                text = f"pixdim is {listed(pixdim)} mm"
-                raise refusal(path, "E_GEOM", text, "set the true spacing in pixdim")
-            try:
-                affine = _qform(raw)
-            except ValueError as error:
-                text = f"qform is not a rotation ({error})"
-                raise refusal(path, "E_NOGEOM", text, "export again, with an sform") from error
-            geometry, warnings = checked_grid(shape, affine, path, source="qform")
-            if has_no_sform:
-                warnings.append(ScanWarning("W_QS", "the sform is all zeros; the qform is used"))
-            return geometry, warnings
+            return _grid_of_qform(raw, shape, path)
     raise refusal(
         path,
         "E_NOGEOM",
         "neither sform_code nor qform_code is set, so left and right are unknown",
         "convert the original again (dcm2niix sets them); never guess",
     )
+
+
+def _grid_of_qform(
+    raw: Nifti1Header, shape: tuple[int, int, int], path: Path
+) -> tuple[Geometry, list[ScanWarning]]:
+    pixdim = raw["pixdim"][1:4].astype(np.float64)
+    if not (np.isfinite(pixdim).all() and (pixdim > 0).all()):
+        raise refusal(
+            path, "E_GEOM", f"pixdim is {listed(pixdim)} mm", "set the true spacing in pixdim"
+        )
+    try:
+        affine = _qform(raw)
+    except ValueError as error:
+        text = f"qform is not a rotation ({error})"
+        raise refusal(path, "E_NOGEOM", text, "export again, with an sform") from error
+    geometry, warnings = checked_grid(shape, affine, path, source="qform")
+    if int(raw["sform_code"]) > 0:
+        warnings.append(ScanWarning("W_QS", "the sform is all zeros; the qform is used"))
+    return geometry, warnings
 
 
 def _is_zero_sform(raw: Nifti1Header) -> bool:
