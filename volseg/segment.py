@@ -29,7 +29,7 @@ from volseg.measurement.specks import MeasuredLesions, measure_largest
 from volseg.mismatch import Resemblance, compare_scan
 from volseg.postprocessing.lesions import MANY, Lesions, label_lesions, remove_organ
 from volseg.postprocessing.steps import make_steps
-from volseg.preprocessing.channels import completed, to_first_grid
+from volseg.preprocessing.channels import completed, on_one_grid
 from volseg.preprocessing.crop import scaled_box
 from volseg.preprocessing.prepare import Preparation
 from volseg.preprocessing.restore import MaskRestorer
@@ -129,9 +129,7 @@ def segment_case(
             another modality.
     """
     recipe = model.bundle.recipe
-    scans = _present(images, recipe.data, case_id)
-    if recipe.data.grids == "first":
-        scans = to_first_grid(scans, align=recipe.data.align == "rigid")
+    scans = on_one_grid(_present(images, recipe.data, case_id), recipe)
     scan = scans[recipe.data.channels[0]]
     resemblance = compare_scan(scans, recipe, model.bundle.fingerprint)
     if resemblance.contradictions and not accept_mismatch:

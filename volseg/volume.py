@@ -171,7 +171,7 @@ class Geometry:
 
         The grids must have equal shapes.
         """
-        corners = self._corners()
+        corners = self.corners()
         return float(np.abs(self.to_index(other.to_world_mm(corners)) - corners).max())
 
     def matches(self, other: Geometry) -> bool:
@@ -180,7 +180,7 @@ class Geometry:
 
     def difference(self, other: Geometry) -> str:
         """Describe how the other grid differs, for an error message; empty if the two match."""
-        offsets = self.to_world_mm(self._corners()) - other.to_world_mm(other._corners())
+        offsets = self.to_world_mm(self.corners()) - other.to_world_mm(other.corners())
         mm = float(np.linalg.norm(offsets, axis=1).max())
         if self.shape != other.shape:
             return f"shape {other.shape} instead of {self.shape}, a corner is off by {mm:.3g} mm"
@@ -202,7 +202,7 @@ class Geometry:
         inside = (mapped >= -0.5) & (mapped <= np.array(other.shape) - 0.5)
         return float(inside.all(axis=1).mean())
 
-    def _corners(self) -> np.ndarray:
+    def corners(self) -> np.ndarray:
         """Return the (8, 3) indices of the corner voxels."""
         return np.array(list(product(*[(0, n - 1) for n in self.shape])), dtype=np.float64)
 

@@ -22,7 +22,7 @@ from volseg.execution.local import Outcome
 from volseg.execution.memory import Budget
 from volseg.io.cases import Case
 from volseg.io.formats import RESULT_SUFFIX
-from volseg.io.volumes import read_header, scan_digest, write_volume
+from volseg.io.volumes import read_header, scan_digest, volume_of, write_volume
 from volseg.measurement.rows import CaseRow
 from volseg.measurement.saturation import intensity_warnings
 from volseg.measurement.specks import MeasuredLesions
@@ -384,6 +384,15 @@ def case_files(case: Case) -> list[Path]:
     return [*case.images.values(), *(() if case.reference is None else (case.reference,))]
 
 
+def of_volume(case: Case, number: int | None) -> Case:
+    """Return the case with this volume of each of its files that hold several."""
+    if number is None:
+        return case
+    images = {name: volume_of(path, number) for name, path in case.images.items()}
+    mask = None if case.reference is None else volume_of(case.reference, number)
+    return replace(case, images=images, reference=mask)
+
+
 def input_paths(*inputs: Path | str | Recipe | None) -> list[Path]:
     """Return the inputs that are existing files or folders."""
     paths = [Path(value) for value in inputs if isinstance(value, Path | str)]
@@ -431,15 +440,3 @@ def failure_reason(outputs: OutputFolder | None, name: str, error: VolsegError) 
     outputs.write(trace_name(name), error.trace)
     trace = outputs.path / trace_name(name)
     return f"{error.code}: {error.problem}; to fix: report it with {trace}"
-
-
-def check_pair(image: Volume, mask: Volume, image_name: str, mask_name: str) -> None:
-    difference = image.geometry.difference(mask.geometry)
-    if difference:
-        overlap = mask.geometry.fraction_inside(image.geometry)
-        raise ScanError(
-            f"{mask_name}: is not on the grid of its scan {image_name}: {difference}; "
-            f"{overlap:.0%} of it lies within the scan",
-            fix="give the mask drawn on this scan, or correct one of the affines",
-            code="E_PAIR",
-        )

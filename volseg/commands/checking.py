@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from volseg.columns import columns_of
-from volseg.commands.batch import check_pair
+from volseg.commands.placing import place_mask
 from volseg.commands.preparing import PREPARED_FILE
 from volseg.commands.training_cases import read_training_case
 from volseg.errors import VolsegError
@@ -150,14 +150,23 @@ class _CaseChecker:
         if not mask.array.any():
             yield _problem(case.id, "W_EMPTY", f"{path}: holds no labelled voxel")
         if self._recipe is not None and volumes.keys() == case.images.keys():
-            read_training_case(case, self._recipe)
+            for note in read_training_case(case, self._recipe).notes:
+                yield _problem_of_note(case.id, path, note)
             return
         for name, volume in volumes.items():
-            check_pair(volume, mask, str(case.images[name]), str(path))
+            names = {"mask_name": str(path), "grid_name": str(case.images[name])}
+            for note in place_mask(mask, volume.geometry, **names).notes:
+                yield _problem_of_note(case.id, path, note)
 
 
 def _problem(where: str, code: str, problem: str, fix: str = "") -> Problem:
     return {"where": where, "code": code, "problem": problem, "fix": fix}
+
+
+def _problem_of_note(where: str, path: Path, note: str) -> Problem:
+    """Return a harmless oddity of a mask, given as `W_CODE: sentence`."""
+    code, _, text = note.partition(": ")
+    return _problem(where, code, f"{path}: {text}")
 
 
 def _problem_of(where: str, error: VolsegError) -> Problem:

@@ -8,6 +8,7 @@ from typing import Any
 
 from volseg.columns import row_of
 from volseg.commands.batch import failure_reason
+from volseg.commands.label_values import pairing_warnings
 from volseg.commands.mask_pairs import MaskPairs
 from volseg.evaluation.detection import DetectionRow, by_label, with_lesions
 from volseg.evaluation.overlap import ABSENT, METRICS, OverlapRow
@@ -21,6 +22,7 @@ from volseg.evaluation.summary import (
 from volseg.execution.local import run
 from volseg.io.files import json_text
 from volseg.options import EvaluateOptions, command
+from volseg.preprocessing.lattice import AXES, EXTENT
 from volseg.reports import EvaluateReport
 from volseg.store.evaluations import DETECTIONS, EVALUATION, SUMMARY, EvaluatedCase, read_evaluation
 from volseg.store.outputs import Commit, OutputFolder, trace_name
@@ -48,11 +50,13 @@ def evaluate(options: EvaluateOptions) -> EvaluateReport:
         rows = _completed(listed, pairs)
         detections = [row for case in listed.values() for row in case.detections]
         results = _label_results(rows, detections)
-        warnings = [*_noisy(rows), *_stale(kept)]
+        warnings = [*_noisy(rows), *_placed(rows), *_stale(kept)]
+        warnings += pairing_warnings(rows, [case.shared for case in listed.values()])
         summary = {
             **_overall(rows, listed, pairs),
             "labels": {str(result.label): as_json(result) for result in results},
             "min_iou": min_iou,
+            "settings": pairs.settings,
             "masks": {name: list(case.masks) for name, case in listed.items()},
             **pairs.unpaired,
             "failed": failed,
@@ -92,7 +96,9 @@ def _kept(
 ) -> tuple[float | None, dict[str, EvaluatedCase]]:
     """Return the min_iou of the rows, and the earlier results of failed cases that stay listed."""
     min_iou = pairs.options.min_iou
-    earlier_iou, earlier = read_evaluation(outputs, failed) if failed else (None, {})
+    earlier_iou, earlier = None, {}
+    if failed:
+        earlier_iou, earlier = read_evaluation(outputs, failed, pairs.settings)
     # Rows of different min_iou cannot be averaged: keep earlier ones only if none is new.
     if compared and earlier_iou != min_iou:
         return min_iou, {}
@@ -155,6 +161,21 @@ def _noisy(rows: Sequence[OverlapRow]) -> list[str]:
         row.case_id: part for row in rows for part in row.notes.split("; ") if "W_SPECKS" in part
     }
     return [f"{part.removeprefix('lesions: ')} ({case_id})" for case_id, part in parts.items()]
+
+
+def _placed(rows: Sequence[OverlapRow]) -> list[str]:
+    """Return a warning per kind of mask that was brought onto the grid of its reference."""
+    cases_of: dict[str, dict[str, str]] = {}
+    for row in rows:
+        for part in row.notes.split("; "):
+            code, _, text = part.partition(": ")
+            if code in (AXES, EXTENT):
+                cases_of.setdefault(code, {})[row.case_id] = text
+    return [
+        f"{code}: {format_count(len(cases), 'case')}, such as {case}: {text}"
+        for code, cases in cases_of.items()
+        for case, text in list(cases.items())[:1]
+    ]
 
 
 def _overall(

@@ -18,6 +18,7 @@ from volseg.commands.batch import (
     MeasuredCase,
     case_files,
     input_key,
+    of_volume,
     run_cases,
     run_description,
     write_case,
@@ -25,6 +26,7 @@ from volseg.commands.batch import (
 )
 from volseg.commands.checking import shipped_model_text
 from volseg.commands.pages import source_of
+from volseg.commands.placing import channel_notes
 from volseg.errors import ScanError, VolsegError
 from volseg.execution.cpu import keep_freed_memory, release_large_blocks, total_memory
 from volseg.execution.local import Outcome, run_overlapped
@@ -37,6 +39,7 @@ from volseg.options import InferOptions, command
 from volseg.pages.about import About
 from volseg.pages.model_box import ModelBox, model_box
 from volseg.postprocessing.lesions import CONNECTIVITY
+from volseg.preprocessing.lattice import same_voxels
 from volseg.recipe import Recipe, parse_recipe
 from volseg.reports import CasesReport
 from volseg.store.records import LESION_IDS, MASKS, CaseRecord
@@ -77,6 +80,7 @@ def infer(options: InferOptions) -> CasesReport:
         remark=options.announce,
     )
     used = [*options.scans, folder, *(path for case in cases for path in case_files(case))]
+    cases = [of_volume(case, options.volume) for case in cases]
     with ResultsFolder(options.out, "infer", inputs=used) as results:
         run = _load_run(bundle, changes, folder, cases, results, options)
         model, bundle = run.model, run.model.bundle
@@ -211,14 +215,15 @@ def _announce_plans(plans: Mapping[str, MemoryPlan], model: Model, options: Infe
 def _bytes_per_voxel(headers: Sequence[ScanHeader]) -> int:
     """Return the bytes of all channels of a case per voxel of the first channel.
 
-    A channel on another grid is held twice: as stored, and resampled to the first channel's grid.
+    A channel of other voxels is held twice: as stored, and resampled to the first channel's grid.
     """
     first = headers[0]
     n_bytes = float(first.dtype.itemsize)
     for header in headers[1:]:
         ratio = math.prod(header.geometry.shape) / math.prod(first.geometry.shape)
         n_bytes += header.dtype.itemsize * ratio
-        n_bytes += 0 if header.geometry.matches(first.geometry) else np.dtype(np.float32).itemsize
+        has_same_voxels = same_voxels(header.geometry, first.geometry) is not None
+        n_bytes += 0 if has_same_voxels else np.dtype(np.float32).itemsize
     return math.ceil(n_bytes)
 
 
@@ -285,6 +290,7 @@ class _SegmentedCase:
     result: CaseResult
     seconds: float  # for reading and segmenting
     sha256: tuple[str, ...]  # of the image files, as read
+    notes: Sequence[str]  # on channels in another axis order
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -336,7 +342,8 @@ class _Run:
         )
         scan = read.images[self.model.bundle.recipe.data.channels[0]]
         digests = tuple(image.sha256 for image in read.images.values())
-        return _SegmentedCase(scan, result, read.seconds + time.monotonic() - started, digests)
+        seconds, notes = read.seconds + time.monotonic() - started, channel_notes(read.images)
+        return _SegmentedCase(scan, result, seconds, digests, notes)
 
     def write(self, case: Case, segmented: _SegmentedCase) -> None:
         started = time.monotonic()
@@ -353,7 +360,7 @@ class _Run:
                 seconds=segmented.seconds + time.monotonic() - started,
                 sha256=segmented.sha256,
                 model=self.model.bundle.name,
-                remarks=result.resemblance.remarks,
+                remarks=(*result.resemblance.remarks, *segmented.notes),
             )
             source = replace(
                 source_of(scan_path, scan, unit.name, self.box),

@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from volseg.commands.batch import MeasuredCase, check_pair
+from volseg.commands.batch import MeasuredCase
+from volseg.commands.placing import place_mask
 from volseg.commands.remarks import ORGAN
 from volseg.errors import ScanError, VolsegError
 from volseg.execution.memory import Budget, Peak
@@ -40,12 +41,14 @@ class MaskSettings:
     unit_doubt: str = ""  # recorded by `infer`
     remarks: tuple[str, ...] = ()  # on similarity to the model's training scans
     measure: Measure
+    threshold: float | None = None  # of masks that hold fractions
 
     def key_options(self, *, figures: bool) -> dict[str, Any]:
         """Return the settings on which a case's files depend, as JSON."""
         names = {str(value): name for value, name in self.label_names.items()}
         options = {"objects": self.objects, "label_names": names}
         options |= {"intensity_unit": self.intensity_unit, "figures": figures}
+        options |= {} if self.threshold is None else {"threshold": self.threshold}
         return options | {"measure": self.measure.model_dump(mode="json")}
 
 
@@ -56,14 +59,16 @@ def measure_mask(case: Case, settings: MaskSettings) -> MeasuredCase:
     assert case.reference is not None
     scan = read_volume(path, is_finite=False)
     mask = read_mask(
-        case.reference, max_labels=MAX_LABELS if settings.objects == "components" else MAX_OBJECTS
+        case.reference, max_labels=most_labels(settings.objects), threshold=settings.threshold
     )
-    check_pair(scan, mask, str(path), str(case.reference))
+    names = {"mask_name": str(case.reference), "grid_name": str(path)}
+    placed = place_mask(mask, scan.geometry, **names)
+    mask = placed.mask
     unit = judge_unit(scan, settings.intensity_unit, by=settings.stated_by)
     if settings.unit_doubt:
         unit = replace(unit, doubt=settings.unit_doubt)
     segmented = _segmented(case, scan, mask, unit, settings)
-    remarks = list(settings.remarks)
+    remarks = [*settings.remarks, *placed.notes]
     if unit.doubt and not any(unit.doubt in text for text in remarks):
         remarks.insert(0, f"W_UNIT: {unit.doubt}")
     if segmented.organ_voxels and not segmented.lesions.labels:
@@ -76,6 +81,11 @@ def measure_mask(case: Case, settings: MaskSettings) -> MeasuredCase:
         sha256=(scan.sha256, mask.sha256),
         remarks=remarks,
     )
+
+
+def most_labels(objects: str) -> int:
+    """Return the most values of a mask: far more if each of them is an object."""
+    return MAX_OBJECTS if objects == "labels" else MAX_LABELS
 
 
 def _segmented(
@@ -164,7 +174,7 @@ def refused_masks(
         with contextlib.suppress(VolsegError):  # reading it raises the error later
             scan, mask = read_header(case.images["image"]), read_header(case.reference)
             plans[case.id] = plan_measuring(
-                math.prod(scan.geometry.shape),
+                max(math.prod(header.geometry.shape) for header in (scan, mask)),
                 scan.dtype.itemsize,
                 mask.dtype.itemsize,
                 settings,

@@ -6,20 +6,26 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from volseg.commands.batch import digest_of
+from volseg.commands.label_values import Shared, parsed_pairs, renamed, shared_voxels, values_in
+from volseg.commands.mask_measurement import most_labels
+from volseg.commands.placing import place_mask
 from volseg.errors import VolsegError
 from volseg.evaluation.detection import (
     DetectionRow,
+    Matching,
     NoisyMaskError,
     by_label,
     detect_lesions,
+    detect_objects,
     with_lesions,
 )
 from volseg.evaluation.memory import LIBRARIES, most_evaluating, plan_evaluating, plan_reading
-from volseg.evaluation.overlap import COUNTED_TOGETHER, evaluate_case
+from volseg.evaluation.overlap import OverlapRow, evaluate_case
 from volseg.execution.memory import Budget
 from volseg.io.csv_text import iterate_csv
 from volseg.io.dataset_json import IGNORE, stated_labels
@@ -43,6 +49,7 @@ class MaskPairs:
         truths, guesses: case id → reference mask and predicted mask.
         label_names: value → name, where it is stated.
         ignored: value of unannotated voxels in the reference, if any.
+        renamed_values: predicted value → the reference value that it stands for.
     """
 
     options: EvaluateOptions
@@ -51,6 +58,7 @@ class MaskPairs:
     predictions: _Predictions
     label_names: Mapping[int, str]
     ignored: int | None
+    renamed_values: Mapping[int, int]
     budget: Budget
 
     @classmethod
@@ -65,7 +73,8 @@ class MaskPairs:
                 fix="name the masks after their cases",
                 code="E_DATASET",
             )
-        predictions = _Predictions.of(options.predicted, truth_of)
+        renamed_values = parsed_pairs(options.labels)
+        predictions = _Predictions.of(options.predicted, truth_of, renamed_values)
         stated = stated_labels(options.reference) if is_dataset(options.reference) else {}
         ignored = stated.pop(IGNORE, None)
         return cls(
@@ -75,6 +84,7 @@ class MaskPairs:
             predictions=predictions,
             label_names=predictions.label_names | {value: name for name, value in stated.items()},
             ignored=ignored,
+            renamed_values=renamed_values,
             budget=Budget(
                 options.max_ram,
                 options.announce,
@@ -96,6 +106,16 @@ class MaskPairs:
         return [self.options.reference, self.options.predicted, *masks]
 
     @property
+    def settings(self) -> dict[str, Any]:
+        """How the masks are read, as JSON."""
+        options = self.options
+        return {
+            "objects": options.objects,
+            "threshold": options.threshold,
+            "labels": list(options.labels),
+        }
+
+    @property
     def unpaired(self) -> dict[str, list[str]]:
         """Cases with one mask only, under the names that summary.json gives them."""
         return {
@@ -112,62 +132,106 @@ class MaskPairs:
 
     def compare(self, case_id: str) -> EvaluatedCase:
         """Compare the two masks of a case."""
-        paths = self.truths[case_id].path, self.guesses[case_id].path
-        truth, guess = _read_within(self.budget, case_id, *paths)
-        if self.ignored is not None and truth.array.shape == guess.array.shape:
-            for part in slabs_of(truth.array):
-                unannotated = truth.array[part] == self.ignored  # counted as background in both
-                truth.array[part][unannotated] = guess.array[part][unannotated] = 0
-        values = _labels_in(truth) | _labels_in(guess)
-        names = {value: self.label_names.get(value, f"label_{value}") for value in values}
-        patient, min_iou = self.patient_of(case_id), self.options.min_iou
-        rows = evaluate_case(truth, guess, names, case_id=case_id)
+        read = self._read(case_id)
+        truth, guess = read.truth, read.guess
+        shared: Shared = {}
+        if self.options.objects == "labels":
+            names, rows = self._compare_foreground(case_id, truth, guess)
+        else:
+            shared = shared_voxels(truth, guess)
+            values = values_in(truth) | values_in(guess)
+            names = {value: self.label_names.get(value, f"label_{value}") for value in values}
+            rows = evaluate_case(truth, guess, names, case_id=case_id)
+        patient = self.patient_of(case_id)
         detections: list[DetectionRow] = []
         try:
-            for row in detect_lesions(truth, guess, names, case_id=case_id, min_iou=min_iou):
+            for row in self._detections(case_id, truth, guess, names):
                 confidence = self.predictions.confidence_of(row)
                 detections.append(replace(row, patient=patient, confidence=confidence))
         except NoisyMaskError as error:
-            rows = [replace(row, notes=_joined(row.notes, error)) for row in rows]
+            rows = [replace(row, notes=_joined(row.notes, _noise_note(error))) for row in rows]
         else:
             lesions_of = by_label(detections)
             rows = [with_lesions(row, lesions_of.get(row.label, ())) for row in rows]
         return EvaluatedCase(
-            overlap=[replace(row, patient=patient) for row in rows],
+            overlap=[
+                replace(row, patient=patient, notes=_joined(row.notes, *read.notes)) for row in rows
+            ],
             detections=detections,
             masks=(truth.sha256, guess.sha256),
+            shared=shared,
         )
 
+    def _compare_foreground(
+        self, case_id: str, truth: Volume, guess: Volume
+    ) -> tuple[dict[int, str], list[OverlapRow]]:
+        """Return the name and the row of all objects together, which are label 1."""
+        names = {1: self.label_names.get(1, "objects")}
+        inside = [(mask.array > 0).view(np.uint8) for mask in (truth, guess)]
+        masks = truth.with_array(inside[0]), guess.with_array(inside[1])
+        return names, evaluate_case(masks[0], masks[1], names, case_id=case_id)
 
-def _labels_in(mask: Volume) -> set[int]:
-    parts = slabs_of(mask.array, COUNTED_TOGETHER)
-    return {value for part in parts for value in np.unique(mask.array[part]).tolist()} - {0}
+    def _detections(
+        self, case_id: str, truth: Volume, guess: Volume, names: Mapping[int, str]
+    ) -> list[DetectionRow]:
+        min_iou = self.options.min_iou
+        if self.options.objects == "labels":
+            return detect_objects(truth, guess, Matching(truth.geometry, names, case_id, min_iou))
+        return detect_lesions(truth, guess, names, case_id=case_id, min_iou=min_iou)
+
+    def _read(self, case_id: str) -> _ReadMasks:
+        """Read both masks of a case onto the grid of the reference; announce the peak memory.
+
+        Raises:
+            ScanError: comparing them may exceed the budget (E_RAM), a mask cannot be read, or they
+                have other voxels (E_PAIR).
+        """
+        paths = self.truths[case_id].path, self.guesses[case_id].path
+        budget, headers = self.budget, [read_header(path) for path in paths]
+        process = budget.process
+        reading = plan_reading(headers, process=process)
+        enough = most_evaluating(headers, process=process).total
+        if refusal := budget.refusal(reading, enough=enough):
+            raise refusal
+        objects, threshold = self.options.objects, self.options.threshold
+        limits = {"max_labels": most_labels(objects), "threshold": threshold}
+        truth = read_mask(paths[0], **limits)
+        placed = place_mask(
+            read_mask(paths[1], **limits),
+            truth.geometry,
+            mask_name=str(paths[1]),
+            grid_name=str(paths[0]),
+            other="reference",
+        )
+        guess = renamed(placed.mask, self.renamed_values)
+        copies = 2 * truth.array.size if objects == "labels" else 0
+        peak = plan_evaluating(truth, guess, process=process, copies=copies)
+        peak = max(reading, peak, key=lambda peak: peak.total)
+        if refusal := budget.refusal(peak):
+            raise refusal
+        budget.announce(peak, case_id)
+        if self.ignored is not None:
+            for part in slabs_of(truth.array):
+                unannotated = truth.array[part] == self.ignored  # counted as background in both
+                truth.array[part][unannotated] = guess.array[part][unannotated] = 0
+        return _ReadMasks(truth, guess, placed.notes)
 
 
-def _read_within(budget: Budget, case_id: str, *paths: Path) -> tuple[Volume, Volume]:
-    """Read both masks of a case and announce the peak memory of comparing them.
+@dataclass(frozen=True, slots=True, eq=False)
+class _ReadMasks:
+    """Two masks on one grid, and notes on how the predicted one was brought onto it."""
 
-    Raises:
-        ScanError: comparing them may exceed the budget (E_RAM), or a mask cannot be read.
-    """
-    process, headers = budget.process, [read_header(path) for path in paths]
-    reading = plan_reading(headers, process=process)
-    if refusal := budget.refusal(reading, enough=most_evaluating(headers, process=process).total):
-        raise refusal
-    truth, guess = (read_mask(path) for path in paths)
-    if truth.geometry.difference(guess.geometry):
-        return truth, guess  # evaluating them raises the error
-    peak = max(reading, plan_evaluating(truth, guess, process=process), key=lambda peak: peak.total)
-    if refusal := budget.refusal(peak):
-        raise refusal
-    budget.announce(peak, case_id)
-    return truth, guess
+    truth: Volume
+    guess: Volume
+    notes: Sequence[str]
 
 
-def _joined(notes: str, error: NoisyMaskError) -> str:
-    return "; ".join(
-        filter(None, (notes, f"lesions: {error.code}: {error.problem}, so they were not matched"))
-    )
+def _noise_note(error: NoisyMaskError) -> str:
+    return f"lesions: {error.code}: {error.problem}, so they were not matched"
+
+
+def _joined(*notes: str) -> str:
+    return "; ".join(filter(None, notes))
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,7 +273,15 @@ class _Predictions:
     label_names: dict[int, str]
 
     @classmethod
-    def of(cls, folder: Path, truth_of: Mapping[str, str]) -> _Predictions:
+    def of(
+        cls, folder: Path, truth_of: Mapping[str, str], renamed_values: Mapping[int, int]
+    ) -> _Predictions:
+        """Read them from a folder.
+
+        Args:
+            truth_of: case id → that of the reference.
+            renamed_values: predicted value → that of the reference.
+        """
         table = folder / "lesions.csv"
         if not ((folder / "masks").is_dir() and table.is_file()):
             return cls({}, {})
@@ -220,13 +292,15 @@ class _Predictions:
             for line in iterate_csv(table):
                 name = truth_of.get(line["case_id"], line["case_id"])
                 n_lines[name] += 1
+                label = int(line["label"])
+                label = renamed_values.get(label, label)
                 if line["label_name"]:
-                    names[int(line["label"])] = line["label_name"]
+                    names[label] = line["label_name"]
                 if n_lines[name] > MANY:
                     confidence.pop(name, None)
                 elif line["confidence_mean"]:
                     centre = np.array([float(line[f"centroid_{axis}_mm"]) for axis in "ras"])
-                    key = int(line["label"]), int(line["n_voxels"])
+                    key = label, int(line["n_voxels"])
                     confidence[name][key].append((centre, float(line["confidence_mean"])))
             return cls(confidence, names)
         except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:

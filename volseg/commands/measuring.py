@@ -16,6 +16,7 @@ from volseg.commands.batch import (
     case_files,
     input_key,
     input_paths,
+    of_volume,
     run_cases,
     run_description,
     write_case,
@@ -58,6 +59,7 @@ def measure(options: MeasureOptions) -> CasesReport:
     out = options.out or Path(DEFAULT_OUT)
     stated = (options.image, options.mask, options.cases, options.recipe)
     inputs = input_paths(*stated, *chain(*map(case_files, pairs)))
+    pairs = [of_volume(case, options.volume) for case in pairs]
     with ResultsFolder(out, "measure", inputs=inputs) as folder:
         batch = Batch(
             results=folder,
@@ -186,6 +188,7 @@ def _settings_of(options: MeasureOptions) -> MaskSettings:
         intensity_unit=unit or recipe_unit,
         stated_by="--unit" if unit else "the recipe",
         measure=(recipe.measure if recipe else Measure()).model_copy(update=changes),
+        threshold=options.threshold,
     )
 
 

@@ -179,7 +179,8 @@ class Preparation:
         from volseg.preprocessing.prepare import prepare, prepare_mask
 
         data = self.recipe.data
-        images, reference = read_training_case(case, self.recipe, self.digests.of(case))
+        read = read_training_case(case, self.recipe, self.digests.of(case))
+        images, reference = read.images, read.reference
         absent = [name for name in data.channels if name not in images]
         prepared = prepare(completed(images, data.channels), self.recipe.preprocess, absent)
         values = prepare_mask(reference.array, prepared.trail)

@@ -10,12 +10,14 @@ from pathlib import Path
 
 import numpy as np
 
-from volseg.commands.batch import check_pair, digest_of
+from volseg.commands.batch import digest_of
+from volseg.commands.placing import scan_in_order
 from volseg.comparison.label_names import named
 from volseg.comparison.pairs import MeasuredScan
 from volseg.errors import ScanError
 from volseg.inputs import read_json
 from volseg.io.files import sha256_of
+from volseg.io.series import split_volume, with_volume
 from volseg.io.volumes import read_mask, read_volume
 from volseg.measurement.rows import LesionMeasurement
 from volseg.measurement.specks import SPECKS
@@ -117,7 +119,7 @@ class TimePoint:
         if paths:
             return paths[0]
         scan = record.source.scan
-        return scan if scan is not None and os.path.isfile(scan) else None
+        return scan if scan is not None and os.path.isfile(split_volume(scan)[0]) else None
 
     def read(self, case: str, inputs: Sequence[str]) -> CaseAtTime:
         """Read the record and the lesion ids of a case.
@@ -214,7 +216,8 @@ class CaseAtTime:
         scan = read_volume(self.path, is_finite=False)  # as in measuring
         _check_unchanged(self.path, scan.sha256 or digest_of(self.path), self.inputs)
         lesions = f"the lesions of case {self.record.case.case_id!r}"
-        check_pair(scan, self.ids, str(self.path), lesions)
+        names = {"scan_name": str(self.path), "grid_name": lesions}
+        scan = scan_in_order(scan, self.ids.geometry, **names)
         finite = np.isfinite(scan.array) if scan.array.dtype.kind == "f" else np.ones(1, bool)
         if finite.all():
             return scan
@@ -250,6 +253,9 @@ class CaseAtTime:
 
 def _files_named(name: str, folder: Path) -> list[Path]:
     """Return the files of this name: that in the folder itself, else all below it."""
+    file, number = split_volume(Path(name))
+    if number is not None:
+        return [with_volume(path, number) for path in _files_named(file.name, folder)]
     if os.path.isfile(folder / name):
         return [folder / name]
     return sorted(Path(parent, name) for parent, _, files in os.walk(folder) if name in files)

@@ -6,11 +6,12 @@ import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
-from volseg.commands.batch import check_pair, failure_reason, reason_of
+from volseg.commands.batch import failure_reason, reason_of
+from volseg.commands.placing import channel_notes, place_mask
 from volseg.errors import ScanError, VolsegError
 from volseg.execution.local import run
 from volseg.inputs import shorten
@@ -19,7 +20,8 @@ from volseg.io.layouts import survey_cases
 from volseg.io.volumes import read_mask, read_volume
 from volseg.measurement.units import judge_unit
 from volseg.options import Progress, ignore_progress
-from volseg.preprocessing.channels import to_first_grid
+from volseg.preprocessing.channels import on_one_grid
+from volseg.preprocessing.lattice import difference
 from volseg.recipe import Recipe
 from volseg.store.outputs import OutputFolder
 from volseg.volume import Volume
@@ -98,12 +100,12 @@ class TrainingSet:
         """
         from volseg.planning.fingerprint import fingerprint_case
 
-        images, reference = read_training_case(case, self.recipe)
-        data = self.recipe.data
-        doubt = judge_unit(images[data.channels[0]], data.intensity_unit, by="the recipe").doubt
-        mask = without_ignored(reference, self.recipe)
-        fingerprint = fingerprint_case(images, mask, self.rng_of(case))
-        return fingerprint.model_copy(update={"unit_doubt": doubt})
+        read, data = read_training_case(case, self.recipe), self.recipe.data
+        first = read.images[data.channels[0]]
+        doubt = judge_unit(first, data.intensity_unit, by="the recipe").doubt
+        mask = without_ignored(read.reference, self.recipe)
+        fingerprint = fingerprint_case(read.images, mask, self.rng_of(case))
+        return fingerprint.model_copy(update={"unit_doubt": doubt, "grid_notes": read.notes})
 
     def fingerprint(
         self, cases: Sequence[Case], outputs: OutputFolder | None = None
@@ -132,12 +134,18 @@ class TrainingSet:
                 fix="give some of them the split `train`",
                 code="E_DATASET",
             )
-        items = fingerprints.items()
-        facts = {
-            "empty_masks": tuple(name for name, facts in items if not facts.label_voxels),
-            "doubted_units": {name: facts.unit_doubt for name, facts in items if facts.unit_doubt},
-        }
-        return combine_fingerprints(list(fingerprints.values())).model_copy(update=facts), failed
+        combined = combine_fingerprints(list(fingerprints.values()))
+        return combined.model_copy(update=_remarkable(fingerprints)), failed
+
+
+def _remarkable(fingerprints: Mapping[str, CaseFingerprint]) -> dict[str, Any]:
+    """Return the fields of a dataset's fingerprint that name single cases."""
+    items = fingerprints.items()
+    return {
+        "empty_masks": tuple(name for name, facts in items if not facts.label_voxels),
+        "doubted_units": {name: facts.unit_doubt for name, facts in items if facts.unit_doubt},
+        "grid_notes": {name: facts.grid_notes for name, facts in items if facts.grid_notes},
+    }
 
 
 def labelled_cases(cases: Sequence[Case]) -> list[Case]:
@@ -188,9 +196,24 @@ def refuse_dataset(
     )
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class TrainingCase:
+    """A case as training reads it.
+
+    Args:
+        images: the available channels.
+        reference: the mask, on the grid of the first channel.
+        notes: what was done to bring them onto one grid, as `W_CODE: sentence`.
+    """
+
+    images: Mapping[str, Volume]
+    reference: Volume
+    notes: tuple[str, ...] = ()
+
+
 def read_training_case(
     case: Case, recipe: Recipe, digests: Sequence[str] | None = None
-) -> tuple[dict[str, Volume], Volume]:
+) -> TrainingCase:
     """Read the available channels and the mask; check them against each other and the recipe.
 
     Args:
@@ -210,30 +233,39 @@ def read_training_case(
             fix="run the command again",
             code="E_CHANGED",
         )
-    if data.grids == "first":
-        images = to_first_grid(images, align=data.align == "rigid")
-    problems = [*_pair_problems(case, images, reference, recipe)]
+    notes = channel_notes(images)
+    images = on_one_grid(images, recipe)
+    problems = [*_channel_problems(case, images, recipe)]
+    first_name, first = next(iter(images.items()))
+    names = {"mask_name": str(case.reference), "grid_name": str(case.images[first_name])}
+    try:
+        placed = place_mask(reference, first.geometry, **names)
+        reference, notes = placed.mask, [*placed.notes, *notes]
+    except ScanError as error:
+        problems.append(error)
     problems += _label_problems(case, reference, recipe)
     problems += _class_problems(case, recipe)
     if problems:
         text = "; ".join(problem.problem for problem in problems)
         fix = "; ".join(dict.fromkeys(problem.fix for problem in problems))
         raise ScanError(text, fix=fix, code=problems[0].code)
-    return images, reference
+    return TrainingCase(images, reference, tuple(notes))
 
 
-def _pair_problems(
-    case: Case, images: Mapping[str, Volume], reference: Volume, recipe: Recipe
+def _channel_problems(
+    case: Case, images: Mapping[str, Volume], recipe: Recipe
 ) -> Iterator[VolsegError]:
-    """Yield why a channel and the mask do not belong together."""
-    for name, image in images.items():
-        try:
-            check_pair(image, reference, str(case.images[name]), str(case.reference))
-        except VolsegError as error:
-            fix = error.fix
-            if len(images) > 1 and recipe.data.grids == "same":
-                fix += '; set data.grids = "first" if the channels have different grids'
-            yield ScanError(error.problem, fix=fix, code=error.code)
+    """Yield why channels are not on the grid of the first."""
+    (_, first), *others = images.items()
+    for name, image in others:
+        if first.geometry.matches(image.geometry):
+            continue
+        problem, _ = difference(image.geometry, first.geometry)
+        yield ScanError(
+            f"{case.images[name]}: channel {name!r} is not on the grid of the first: {problem}",
+            fix='set data.grids = "first" if the channels have different grids',
+            code="E_PAIR",
+        )
 
 
 def _label_problems(case: Case, reference: Volume, recipe: Recipe) -> Iterator[VolsegError]:
@@ -287,7 +319,21 @@ def warnings_of(fingerprint: DatasetFingerprint, recipe: Recipe) -> list[str]:
             f"(first {case}: {reason}), so a model {effect}; correct data.intensity_unit or the "
             "scans"
         )
-    return warnings
+    return warnings + _grid_warnings(fingerprint)
+
+
+def _grid_warnings(fingerprint: DatasetFingerprint) -> list[str]:
+    """Return a warning per kind of mask or channel that was brought onto the grid of its scan."""
+    cases_of: dict[str, dict[str, str]] = {}
+    for case, notes in fingerprint.grid_notes.items():
+        for note in notes:
+            code, _, text = note.partition(": ")
+            cases_of.setdefault(code, {}).setdefault(case, text)
+    return [
+        f"{code}: {len(cases)} of {fingerprint.n_cases} training cases (first {case}: {text})"
+        for code, cases in cases_of.items()
+        for case, text in [next(iter(cases.items()))]
+    ]
 
 
 def class_of(case: Case, recipe: Recipe) -> str | None:

@@ -191,14 +191,52 @@ def detect_lesions(
         NoisyMaskError: a mask has more than `many` components, or more than `MAX_PAIRS` pairs of
             lesions overlap.
     """
-    geometry = reference.geometry
     truth = _lesions_of(reference, "reference", many)
     guess = _lesions_of(predicted, "prediction", many)
-    of_truth, of_guess = match_lesions(truth, guess, min_iou=min_iou)
-    return [
-        *_rows(truth, of_truth, geometry, label_names, case_id, "reference"),
-        *_rows(guess, of_guess, geometry, label_names, case_id, "predicted"),
-    ]
+    matching = Matching(reference.geometry, label_names, case_id, min_iou)
+    return matching.rows(truth, guess)
+
+
+def detect_objects(
+    reference: Volume, predicted: Volume, matching: Matching, *, many: int = MANY
+) -> list[DetectionRow]:
+    """List the objects of two masks in which each value is an object, all of label 1.
+
+    Equal values in both masks need not be the same object.
+
+    Raises:
+        NoisyMaskError: as `detect_lesions`.
+    """
+    objects = []
+    for mask, what in ((reference, "reference"), (predicted, "prediction")):
+        lesions = label_lesions(mask.array, mask.geometry, objects="labels")
+        _refuse_many(lesions, what, many)
+        objects.append(replace(lesions, labels=[1] * len(lesions.labels)))
+    return matching.rows(*objects)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Matching:
+    """How the lesions of a case are matched and named.
+
+    Args:
+        geometry: the grid of both masks.
+        label_names: value → name of every label.
+        min_iou: smallest IoU of a pair.
+    """
+
+    geometry: Geometry
+    label_names: Mapping[int, str]
+    case_id: str
+    min_iou: float = 0.0
+
+    def rows(self, truth: Lesions, guess: Lesions) -> list[DetectionRow]:
+        """Return the reference lesions by number, then the predicted lesions."""
+        of_truth, of_guess = match_lesions(truth, guess, min_iou=self.min_iou)
+        return [
+            *_rows(truth, of_truth, self, "reference"),
+            *_rows(guess, of_guess, self, "predicted"),
+        ]
 
 
 def matching_bytes(reference: np.ndarray, predicted: np.ndarray) -> int:
@@ -234,6 +272,11 @@ def _lesions_of(mask: Volume, what: str, many: int) -> Lesions:
         raise NoisyMaskError(
             f"the {what} has {error.problem}", fix=error.fix, code="W_SPECKS"
         ) from error
+    _refuse_many(lesions, what, many)
+    return lesions
+
+
+def _refuse_many(lesions: Lesions, what: str, many: int) -> None:
     if len(lesions.labels) > many:
         n = format_thousands(len(lesions.labels))
         raise NoisyMaskError(
@@ -241,26 +284,21 @@ def _lesions_of(mask: Volume, what: str, many: int) -> Lesions:
             fix="check it",
             code="W_SPECKS",
         )
-    return lesions
 
 
 def _rows(
-    lesions: Lesions,
-    partners: Partners,
-    geometry: Geometry,
-    label_names: Mapping[int, str],
-    case_id: str,
-    side: Side,
+    lesions: Lesions, partners: Partners, matching: Matching, side: Side
 ) -> Iterator[DetectionRow]:
+    geometry = matching.geometry
     voxel_mm3 = stable_voxel_mm3(geometry)
     sizes = zip(lesions.labels, lesions.n_voxels, _centroids_mm(lesions.ids, geometry), strict=True)
     for n, (label, n_voxels, (r, a, s)) in enumerate(sizes):
         diameter_mm = equivalent_diameter_mm(n_voxels * voxel_mm3)
         partner = int(partners.numbers[n])
         yield DetectionRow(
-            case_id=case_id,
+            case_id=matching.case_id,
             label=label,
-            label_name=label_names[label],
+            label_name=matching.label_names[label],
             side=side,
             lesion_id=n + 1,
             status="matched" if partner else "missed" if side == "reference" else "false",

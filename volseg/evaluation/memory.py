@@ -17,27 +17,39 @@ PLANE_BYTES = 40  # per voxel of a plane while a mask is read
 
 
 def plan_reading(masks: Sequence[ScanHeader], *, process: int) -> Peak:
-    """Return the peak of reading masks one by one; `process`: bytes in use before."""
+    """Return the peak of reading masks one by one; `process`: bytes in use before.
+
+    A mask that is not on the grid of the first is copied onto it.
+    """
     held = largest = 0
+    grid = masks[0].geometry
     for header in masks:
         i, j, _k = header.geometry.shape
         largest = max(largest, held + header.n_bytes + header.mask_bytes + PLANE_BYTES * i * j)
-        held += header.mask_bytes
+        held += header.mask_bytes_on(grid.shape)
+        if not header.geometry.matches(grid):
+            largest = max(largest, held + header.mask_bytes)
     return Peak({"process": process, "reading the masks": largest + SLABS})
 
 
-def plan_evaluating(reference: Volume, predicted: Volume, *, process: int) -> Peak:
-    """Return the peak of comparing two masks of a grid; `process`: bytes before they were read."""
+def plan_evaluating(reference: Volume, predicted: Volume, *, process: int, copies: int = 0) -> Peak:
+    """Return the peak of comparing two masks of a grid.
+
+    Args:
+        process: bytes before they were read.
+        copies: bytes of other copies of the masks.
+    """
     truth, guess = reference.array, predicted.array
     surfaces = surface_bytes(truth, guess, reference.geometry)
-    return _peak(process, truth.nbytes + guess.nbytes, surfaces, matching_bytes(truth, guess))
+    masks = truth.nbytes + guess.nbytes + copies
+    return _peak(process, masks, surfaces, matching_bytes(truth, guess))
 
 
 def most_evaluating(masks: Sequence[ScanHeader], *, process: int) -> Peak:
     """Return `plan_evaluating` in the worst case, for any two masks with these headers."""
     geometry = masks[0].geometry
     voxels = math.prod(geometry.shape)
-    sizes = [header.mask_bytes for header in masks]
+    sizes = [header.mask_bytes_on(geometry.shape) for header in masks]
     surfaces = most_surface_bytes(geometry, itemsize=max(sizes) // voxels)
     return _peak(process, sum(sizes), surfaces, most_matching_bytes(voxels))
 

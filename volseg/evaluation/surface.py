@@ -76,8 +76,9 @@ def surface_distances(
     """Return the distances between the surfaces of two masks, for every label of either.
 
     A border voxel has a face neighbour that does not have its label; beyond the array no voxel
-    does. Distances are between voxel centres in world millimetres, rounded to 1e-9 mm. They use
-    the whole affine, so they are right on oblique and sheared grids too.
+    does, except above and below a single slice. Distances are between voxel centres in world
+    millimetres, rounded to 1e-9 mm. They use the whole affine, so they are right on oblique and
+    sheared grids too.
 
     Args:
         reference, predicted: (I, J, K) label values, 0 is background, on the grid of `geometry`.
@@ -93,10 +94,10 @@ def surface_distances(
     masks = _cropped(reference, predicted, geometry)
     if masks is None:
         return {}
-    truth, guess, to_mm = masks
+    truth, guess, to_mm, flat = masks
     steps, steps_mm = _nearest_steps(to_mm)
     margin = _margin(to_mm)
-    true_border, guess_border = _Border.of(truth, margin), _Border.of(guess, margin)
+    true_border, guess_border = (_Border.of(mask, margin, flat) for mask in (truth, guess))
     forward_mm = _nearest_mm(true_border, guess_border, steps, steps_mm, to_mm)
     forward = _sorted_by_label(true_border.labels, forward_mm)
     del forward_mm
@@ -114,9 +115,9 @@ def surface_bytes(reference: np.ndarray, predicted: np.ndarray, geometry: Geomet
     masks = _cropped(reference, predicted, geometry)
     if masks is None:
         return 0
-    truth, guess, to_mm = masks
+    truth, guess, to_mm, flat = masks
     n_border = [
-        sum(int(np.count_nonzero(part)) for _, part in _border_parts(mask))
+        sum(int(np.count_nonzero(part)) for _, part in _border_parts(mask, flat))
         for mask in (truth, guess)
     ]
     itemsizes = (truth.itemsize, guess.itemsize)
@@ -145,19 +146,21 @@ def _bytes_of(
 
 def _cropped(
     reference: np.ndarray, predicted: np.ndarray, geometry: Geometry
-) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, int | None] | None:
     """Crop both masks to their common box, slowest axis in memory first; None if both are empty.
 
-    The third array is (3, 3) voxel → mm, its columns in the same order of axes.
+    The third array is (3, 3) voxel → mm, its columns in the same order of axes. The last value is
+    the axis along which the grid has a single slice, if any.
     """
     box = _common_box(reference, predicted)
     if box is None:
         return None
     to_mm = geometry.voxel_steps_mm
     truth, guess = reference[box], predicted[box]
+    flat = reference.shape.index(1) if 1 in reference.shape else None
     if not truth.flags.c_contiguous and truth.strides[0] < truth.strides[2]:
-        return truth.T, guess.T, to_mm[:, ::-1]
-    return truth, guess, to_mm
+        return truth.T, guess.T, to_mm[:, ::-1], None if flat is None else 2 - flat
+    return truth, guess, to_mm, flat
 
 
 def _sorted_by_label(labels: np.ndarray, distances_mm: np.ndarray) -> dict[int, np.ndarray]:
@@ -212,12 +215,12 @@ class _Border:
     labels: np.ndarray
 
     @classmethod
-    def of(cls, mask: np.ndarray, margin: np.ndarray) -> _Border:
+    def of(cls, mask: np.ndarray, margin: np.ndarray, flat: int | None) -> _Border:
         shape = tuple((np.array(mask.shape) + 2 * margin).tolist())
         lattice = np.zeros(math.prod(shape), mask.dtype)
         box = tuple(slice(m, m + n) for m, n in zip(margin.tolist(), mask.shape, strict=True))
         inner = lattice.reshape(shape)[box]
-        for part, is_border in _border_parts(mask):
+        for part, is_border in _border_parts(mask, flat):
             np.copyto(inner[part], mask[part], where=is_border)
         dtype = np.int32 if lattice.size < 2**31 else np.int64
         positions = np.empty(np.count_nonzero(lattice), dtype)
@@ -235,15 +238,22 @@ class _Border:
         return (to_mm @ voxels).T
 
 
-def _border_parts(mask: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
-    """Yield slabs along the first axis and (n, J, K) bool: voxels whose face neighbour differs."""
+def _border_parts(mask: np.ndarray, flat: int | None) -> Iterator[tuple[slice, np.ndarray]]:
+    """Yield slabs along the first axis and (n, J, K) bool: voxels whose face neighbour differs.
+
+    Args:
+        flat: axis along which the grid has a single slice, so that voxels have no neighbours.
+    """
+    inner = [slice(None) if axis == flat else slice(1, -1) for axis in (1, 2)]
     step = max(1, LOOKED_UP_TOGETHER // max(1, mask[0].size))
     for start in range(0, len(mask), step):
         part = slice(start, min(start + step, len(mask)))
         slab = mask[part]
         is_core = np.zeros(slab.shape, bool)
         low, high = max(1 - start, 0), min(len(mask) - 1 - start, len(slab))
-        is_core[low:high, 1:-1, 1:-1] = True
+        if flat == 0:
+            low, high = 0, len(slab)
+        is_core[low:high, inner[0], inner[1]] = True
         for axis in (1, 2):
             along = [slice(None)] * 3
             before, after = along.copy(), along.copy()
@@ -251,8 +261,9 @@ def _border_parts(mask: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
             is_same = slab[tuple(before)] == slab[tuple(after)]
             is_core[tuple(before)] &= is_same
             is_core[tuple(after)] &= is_same
-        is_core[low:] &= slab[low:] == mask[start + low - 1 : part.stop - 1]
-        is_core[:high] &= slab[:high] == mask[start + 1 : start + high + 1]
+        if flat != 0:
+            is_core[low:] &= slab[low:] == mask[start + low - 1 : part.stop - 1]
+            is_core[:high] &= slab[:high] == mask[start + 1 : start + high + 1]
         yield part, (slab != 0) & ~is_core
 
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from volseg.io import mgh, nifti
 from volseg.io.header import ScanHeader
+from volseg.io.series import split_volume
 from volseg.io.voxels import FileContent, read_voxels
 from volseg.volume import Volume
 
@@ -44,7 +45,7 @@ class Format:
 
 def format_of(path: Path) -> Format:
     """Return the format of a file by its name; NIfTI, which checks its contents, if unknown."""
-    name = path.name.lower()
+    name = split_volume(path)[0].name.lower()
     matching = (row for row in FORMATS if name.endswith(row.suffixes + row.partner_suffixes))
     return next(matching, NIFTI)
 

@@ -14,6 +14,7 @@ from volseg.io.gzip_stream import COPY_AGAIN, GZIP_MAX_RATIO, Inflated, fill, op
 from volseg.volume import Geometry
 
 MAX_BYTES = 16 * 2**30  # voxel bytes that a header may request
+MIN_SLICE_EDGE = 8  # voxels; values on a surface are stored in one row, or in a few
 MAX_TAIL_BYTES = 2**20  # after the last voxel
 MIN_SPACING_MM, MAX_SPACING_MM = 0.01, 100.0
 ANISOTROPIC_RATIO = 20.0  # largest / smallest spacing that raises a warning
@@ -39,6 +40,7 @@ class ScanHeader:
         slope, intercept: intensity = stored value × slope + intercept.
         path: file of the header.
         stored: bytes of the header as stored, decompressed; empty if the reader needs none.
+        n_after: bytes of later volumes of a series, behind the voxels.
         data_path, data_offset: file and byte (after decompression) of the first voxel; None if
             the voxels are not stored one after another.
         warnings: oddities of header and file name.
@@ -52,6 +54,7 @@ class ScanHeader:
     stored: bytes = b""
     data_path: Path | None = None
     data_offset: int | None = None
+    n_after: int = 0
     warnings: tuple[ScanWarning, ...] = ()
 
     @property
@@ -64,6 +67,10 @@ class ScanHeader:
         """Upper bound of the bytes of the labels that `read_mask` makes of these voxels."""
         is_exact = self.dtype.kind in "iu" and self.slope == 1 and self.intercept == 0
         return self.n_bytes if is_exact else math.prod(self.geometry.shape) * 8
+
+    def mask_bytes_on(self, shape: tuple[int, int, int]) -> int:
+        """Return `mask_bytes` of the same labels on a grid of another shape."""
+        return self.mask_bytes // math.prod(self.geometry.shape) * math.prod(shape)
 
 
 def read_start(path: Path, n_bytes: int) -> tuple[bytes, list[ScanWarning]]:
@@ -91,21 +98,53 @@ def is_compressed(path: Path) -> bool:
     return path.name.lower().endswith("gz")
 
 
-def volume_shape(sizes: Sequence[int], path: Path) -> tuple[int, int, int]:
-    """Return the three sizes of a volume; refuse any other number of axes."""
+@dataclass(frozen=True, slots=True)
+class SeriesShape:
+    """The sizes of a volume, and which one it is of the volumes of a file.
+
+    Args:
+        shape: voxels (I, J, K); K is 1 for a single slice.
+        n_before, n_after: volumes of the file before and behind it.
+    """
+
+    shape: tuple[int, int, int]
+    n_before: int = 0
+    n_after: int = 0
+
+
+def volume_shape(sizes: Sequence[int], path: Path, *, volume: int | None = None) -> SeriesShape:
+    """Return the sizes of the chosen volume; refuse lines, and a series if none is chosen.
+
+    Args:
+        volume: number of the volume in a series, from 1; a file of one volume ignores it.
+    """
     sizes = list(sizes)
     while len(sizes) > 3 and sizes[-1] == 1:
         sizes.pop()
-    if len(sizes) != 3 or min(sizes) < 2:
-        raise refusal(
-            path,
-            "E_NDIM",
-            f"has shape {'×'.join(map(str, sizes))}; a volume has three axes of at least 2 voxels",
-            "give one 3-D volume: extract it from a series, export all slices of the scan, or "
-            "give each channel its own file",
+    text = f"has shape {'×'.join(map(str, sizes))}"
+    sizes += [1] * (3 - len(sizes))
+    (i, j, k), series = sizes[:3], sizes[3:]
+    if not _is_volume_or_slice(i, j, k) or sum(size > 1 for size in series) > 1:
+        problem = (
+            f"{text}; a volume has three axes of at least 2 voxels, and a single slice two of at "
+            f"least {MIN_SLICE_EDGE}"
         )
-    i, j, k = sizes
-    return i, j, k
+        raise refusal(path, "E_NDIM", problem, "give one 3-D volume, or give each channel its file")
+    n = math.prod(series)
+    if n == 1:
+        return SeriesShape((i, j, k))
+    if volume is None:
+        fix = f"choose one of them with --volume 1 to {n} (infer and measure), or store it alone"
+        raise refusal(path, "E_NDIM", f"{text}: {n} volumes in one file", fix)
+    if volume > n:
+        problem = f"has {n} volumes, so there is no volume {volume}"
+        raise refusal(path, "E_NDIM", problem, f"give --volume 1 to {n}")
+    return SeriesShape((i, j, k), volume - 1, n - volume)
+
+
+def _is_volume_or_slice(i: int, j: int, k: int) -> bool:
+    _, second, _ = sorted((i, j, k))
+    return min(i, j, k) > 1 or (min(i, j, k) == 1 and second >= MIN_SLICE_EDGE)
 
 
 def checked_grid(
@@ -123,6 +162,9 @@ def checked_grid(
         text = f"{source} [{rows}] is not a finite, invertible affine"
         raise refusal(path, "E_GEOM", text, "export the scan again") from error
     warnings = []
+    if 1 in shape:
+        text = "a single slice: volumes are those within it, and 3D shapes are unknown"
+        warnings.append(ScanWarning("W_SLICE", text))
     spacing = np.array(geometry.spacing_mm)
     if not (spacing.min() >= MIN_SPACING_MM and spacing.max() <= MAX_SPACING_MM):
         limits = f"{MIN_SPACING_MM:g} to {MAX_SPACING_MM:g} mm"
@@ -173,7 +215,7 @@ def check_size(header: ScanHeader, path: Path, max_bytes: int) -> None:
         if header.data_offset > file_size:
             text = f"the first voxel is at byte {header.data_offset:,} of {file_size:,}"
             raise refusal(path, "E_HEADER", text, COPY_AGAIN)
-        check_voxel_bytes(file_size - header.data_offset, n_bytes, path)
+        check_voxel_bytes(file_size - header.data_offset, n_bytes + header.n_after, path)
 
 
 def check_voxel_bytes(available: int, required: int, path: Path) -> None:

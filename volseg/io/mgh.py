@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ from nibabel.freesurfer.mghformat import DATA_OFFSET, MGHError, MGHHeader
 
 from volseg.io.gzip_stream import COPY_AGAIN, refusal
 from volseg.io.header import ScanHeader, checked_grid, listed, read_start, volume_shape
+from volseg.io.series import split_volume
 from volseg.io.voxels import FileContent, voxel_bytes
 from volseg.volume import Volume
 
@@ -28,6 +30,7 @@ def read_header(path: Path) -> ScanHeader:
 
     Source: https://surfer.nmr.mgh.harvard.edu/fswiki/FsTutorial/MghFormat
     """
+    path, number = split_volume(path)
     stored, warnings = read_start(path, DATA_OFFSET)
     version = int.from_bytes(stored[:4], "big")
     if version & 0xFFFF00FF != 1:  # FreeSurfer 7 stores what the image is for in the third byte
@@ -43,20 +46,23 @@ def read_header(path: Path) -> ScanHeader:
     sizes = [int(n) for n in header["dims"]]
     if min(sizes) < 1:
         raise refusal(path, "E_DIM", f"dims is {sizes}", COPY_AGAIN)
-    shape = volume_shape(sizes, path)
+    series = volume_shape(sizes, path, volume=number)
     code = int(header["type"])
     if code not in _DTYPES:
         text = f"voxels are of the unknown type {code}"
         raise refusal(path, "E_DTYPE", text, "convert the voxels to float with mri_convert")
     affine = _affine(header, stored, path)
-    geometry, grid_warnings = checked_grid(shape, affine, path, source="voxel-to-RAS matrix")
+    geometry, grid_warnings = checked_grid(series.shape, affine, path, source="voxel-to-RAS matrix")
+    dtype = np.dtype(_DTYPES[code])
+    n_bytes = math.prod(series.shape) * dtype.itemsize
     return ScanHeader(
         geometry=geometry,
-        dtype=np.dtype(_DTYPES[code]),
+        dtype=dtype,
         path=path,
         stored=stored,
         data_path=path,
-        data_offset=DATA_OFFSET,
+        data_offset=DATA_OFFSET + series.n_before * n_bytes,
+        n_after=series.n_after * n_bytes,
         warnings=(*grid_warnings, *warnings),
     )
 
@@ -69,7 +75,7 @@ def encode(volume: Volume, path: Path, like: ScanHeader | None = None) -> FileCo
         like: not needed, because the grid is that of the volume.
 
     Raises:
-        ScanError: `read_header` would refuse the grid, for example a single slice.
+        ScanError: `read_header` would refuse the grid, for example a line of voxels.
         ValueError: the dtype or scale cannot be stored.
     """
     volume_shape(volume.geometry.shape, path)

@@ -21,6 +21,7 @@ from volseg.io.header import (
     read_start,
     volume_shape,
 )
+from volseg.io.series import split_volume
 from volseg.io.voxels import FileContent, voxel_bytes
 from volseg.volume import SAME_GRID_TOLERANCE_VOXELS, Geometry, Volume
 
@@ -32,22 +33,27 @@ MAX_OFFSET_BYTES = 64 * 2**20  # header extensions before the first voxel
 def read_header(path: Path) -> ScanHeader:
     """Read the header of `.nii`, `.nii.gz` or an `.hdr`/`.img` pair, without voxels.
 
-    The grid is that of the sform if it is set, else of the qform.
+    Of a file that holds several volumes, `scan.nii#3` is the third.
+
+    The grid is that of the sform if it is set and not all zeros, else of the qform.
 
     Raises:
         ScanError: the file or its header cannot be trusted; `code` is the reason.
     """
+    path, number = split_volume(path)
     header_path = _header_file(path)
     stored, name_warnings = read_start(header_path, 540)
     raw, is_single = _parse(stored, header_path)
     n_dims, *sizes = (int(n) for n in raw["dim"])
     if not 1 <= n_dims <= 7 or min(sizes[:n_dims]) < 1:
         raise refusal(path, "E_DIM", f"dim is {[n_dims, *sizes]}", COPY_AGAIN)
-    shape = volume_shape(sizes[:n_dims], path)
+    series = volume_shape(sizes[:n_dims], path, volume=number)
+    shape = series.shape
     dtype = _dtype(raw, path)
     slope, intercept, warnings = _scale(raw, path)
     geometry, grid_warnings = _geometry(raw, shape, path)
     offset, offset_warnings = _offset(raw, is_single, path)
+    n_bytes = math.prod(shape) * dtype.itemsize
     return ScanHeader(
         geometry=geometry,
         dtype=dtype,
@@ -56,7 +62,8 @@ def read_header(path: Path) -> ScanHeader:
         path=header_path,
         stored=raw.binaryblock,
         data_path=header_path if is_single else _partner(header_path, ".img"),
-        data_offset=offset,
+        data_offset=offset + series.n_before * n_bytes,
+        n_after=series.n_after * n_bytes,
         warnings=(*warnings, *grid_warnings, *offset_warnings, *name_warnings),
     )
 
@@ -69,7 +76,7 @@ def encode(volume: Volume, path: Path, like: ScanHeader | None = None) -> FileCo
         like: header of the scan on this grid: a NIfTI scan gives its geometry fields.
 
     Raises:
-        ScanError: `read_header` would refuse the grid, for example a single slice.
+        ScanError: `read_header` would refuse the grid, for example a line of voxels.
         ValueError: the dtype, scale or affine cannot be stored.
     """
     source = None if like is None or not _is_nifti(like.stored) else _parse(like.stored, path)[0]
@@ -84,7 +91,9 @@ def encode(volume: Volume, path: Path, like: ScanHeader | None = None) -> FileCo
     else:
         for field in _GEOMETRY_FIELDS:
             header[field] = source[field]
-    geometry, _ = _geometry(header, volume_shape(volume.geometry.shape, path), path)
+        if _is_zero_sform(source):
+            header["sform_code"] = 0  # other readers would take it
+    geometry, _ = _geometry(header, volume_shape(volume.geometry.shape, path).shape, path)
     if not np.array_equal(geometry.affine, affine):
         raise ValueError(f"the affine reads back as\n{geometry.affine}\nnot\n{affine}")
     prefix = header.binaryblock + bytes(4)  # four zeros: no extensions
@@ -224,27 +233,46 @@ def _geometry(
             path, "E_NOGEOM", f"{codes} holds a code unknown to NIfTI", "convert the original again"
         )
     pixdim = raw["pixdim"][1:4].astype(np.float64)
+    has_sform = codes["sform_code"] > 0
+    if _is_zero_sform(raw) and codes["qform_code"] > 0:
+        has_sform = False
     with np.errstate(all="ignore"):  # absurd headers may overflow; the checks below catch that
-        if codes["sform_code"] > 0:
+        if has_sform:
             sform = np.asarray(raw.get_sform())
             geometry, warnings = checked_grid(shape, sform, path, source="sform")
             return geometry, warnings + _check_against_sform(raw, pixdim, geometry, path)
         if codes["qform_code"] > 0:
-            if not (np.isfinite(pixdim).all() and (pixdim > 0).all()):
-                text = f"pixdim is {listed(pixdim)} mm"
-                raise refusal(path, "E_GEOM", text, "set the true spacing in pixdim")
-            try:
-                affine = _qform(raw)
-            except ValueError as error:
-                text = f"qform is not a rotation ({error})"
-                raise refusal(path, "E_NOGEOM", text, "export again, with an sform") from error
-            return checked_grid(shape, affine, path, source="qform")
+            return _grid_of_qform(raw, shape, path)
     raise refusal(
         path,
         "E_NOGEOM",
         "neither sform_code nor qform_code is set, so left and right are unknown",
         "convert the original again (dcm2niix sets them); never guess",
     )
+
+
+def _grid_of_qform(
+    raw: Nifti1Header, shape: tuple[int, int, int], path: Path
+) -> tuple[Geometry, list[ScanWarning]]:
+    pixdim = raw["pixdim"][1:4].astype(np.float64)
+    if not (np.isfinite(pixdim).all() and (pixdim > 0).all()):
+        raise refusal(
+            path, "E_GEOM", f"pixdim is {listed(pixdim)} mm", "set the true spacing in pixdim"
+        )
+    try:
+        affine = _qform(raw)
+    except ValueError as error:
+        text = f"qform is not a rotation ({error})"
+        raise refusal(path, "E_NOGEOM", text, "export again, with an sform") from error
+    geometry, warnings = checked_grid(shape, affine, path, source="qform")
+    if int(raw["sform_code"]) > 0:
+        warnings.append(ScanWarning("W_QS", "the sform is all zeros; the qform is used"))
+    return geometry, warnings
+
+
+def _is_zero_sform(raw: Nifti1Header) -> bool:
+    """Check for the matrix of zeros that some tools leave in the sform while its code is set."""
+    return not any(raw[row][:3].any() for row in ("srow_x", "srow_y", "srow_z"))
 
 
 def _qform(raw: Nifti1Header) -> np.ndarray:

@@ -9,11 +9,19 @@ from pathlib import Path
 
 import numpy as np
 
+from volseg.errors import ScanError
 from volseg.io import nifti
 from volseg.io.formats import WRITABLE, format_of, is_scan
 from volseg.io.gzip_stream import opened_raw, refusal, skip
 from volseg.io.header import MAX_BYTES, ScanHeader, check_size, is_compressed
-from volseg.io.voxels import finite_range, highest_label, value_range, write_content
+from volseg.io.series import split_volume, with_volume
+from volseg.io.voxels import (
+    finite_range,
+    highest_label,
+    holds_fractions,
+    value_range,
+    write_content,
+)
 from volseg.volume import Volume
 
 MAX_LABELS = 1000  # a mask with more distinct values is taken for an image
@@ -24,6 +32,7 @@ def read_header(path: Path | str, *, max_bytes: int = MAX_BYTES) -> ScanHeader:
     """Read the header of a scan, without voxels; it is checked against the size of the file.
 
     Args:
+        path: `scan.nii.gz#3` is the third volume of a file that holds several.
         max_bytes: a header that asks for more voxel bytes is refused.
 
     Raises:
@@ -33,6 +42,18 @@ def read_header(path: Path | str, *, max_bytes: int = MAX_BYTES) -> ScanHeader:
     header = format_of(path).read_header(path)
     check_size(header, path, max_bytes)
     return header
+
+
+def volume_of(path: Path, number: int) -> Path:
+    """Return the path of this volume of a file that holds several, or the path of any other file.
+
+    Reading it refuses a number that the file lacks.
+    """
+    try:
+        read_header(path)
+    except ScanError as error:
+        return with_volume(path, number) if error.code == "E_NDIM" else path
+    return path
 
 
 def read_volume(path: Path | str, *, is_finite: bool = True) -> Volume:
@@ -60,11 +81,18 @@ def read_volume(path: Path | str, *, is_finite: bool = True) -> Volume:
     return volume
 
 
-def read_mask(path: Path | str, *, max_labels: int = MAX_LABELS) -> Volume:
+def read_mask(
+    path: Path | str, *, max_labels: int = MAX_LABELS, threshold: float | None = None
+) -> Volume:
     """Read a mask or label map in the smallest unsigned dtype that holds its labels.
 
     It may be empty. Scaled or floating-point labels within 0.001 of a whole number are rounded:
     truncation would turn 6.9999 into 6.
+
+    Args:
+        max_labels: a mask with more distinct values is refused.
+        threshold: a mask that holds fractions, such as probabilities, is 1 from this value up and
+            0 below; None refuses it.
 
     Raises:
         ScanError: as `read_header`; `E_LABELS` for fractional or negative values, or more than
@@ -77,6 +105,11 @@ def read_mask(path: Path | str, *, max_labels: int = MAX_LABELS) -> Volume:
         raise refusal(path, "E_LABELS", problem, "give the mask in another format, such as NIfTI")
     stored = _read_stored(path)
     value_range(stored.array, path)  # NaN labels
+    if threshold is not None and holds_fractions(stored):
+        labels = np.empty(stored.array.shape, np.uint8, order="F")
+        for k in range(stored.geometry.shape[2]):
+            labels[:, :, k] = stored.intensities(stored.array[:, :, k]) >= threshold
+        return Volume(labels, stored.geometry, sha256=stored.sha256)
     dtype = np.min_scalar_type(highest_label(stored, path, max_labels))
     if stored.array.dtype.kind in "iu" and not stored.is_scaled:
         labels = stored.array.astype(dtype, order="K", copy=False)
@@ -90,6 +123,7 @@ def read_mask(path: Path | str, *, max_labels: int = MAX_LABELS) -> Volume:
 def _read_stored(path: Path) -> Volume:
     header = read_header(path)
     array, sha256 = format_of(path).read_voxels(header, path)
+    sha256 += _volume_mark(path)
     return Volume(array, header.geometry, header.slope, header.intercept, sha256)
 
 
@@ -105,7 +139,13 @@ def scan_digest(path: Path) -> str:
         with opened_raw(file, digest) as stream:
             skip(stream, sys.maxsize)
         digests.append(digest.hexdigest())
-    return "+".join(digests)
+    return "+".join(digests) + _volume_mark(path)
+
+
+def _volume_mark(path: Path | str) -> str:
+    """Return what tells the volumes of a file apart, behind its SHA-256."""
+    _, number = split_volume(Path(path))
+    return "" if number is None else f"#{number}"
 
 
 def write_volume(volume: Volume, path: Path | str, like: Path | str | None = None) -> None:

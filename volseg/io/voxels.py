@@ -44,12 +44,13 @@ def read_voxels(header: ScanHeader, path: Path) -> tuple[np.ndarray, str]:
         skip(stream, header.data_offset - len(start))
         n_read = fill(stream, target)
         if n_read == len(target):
-            n_read += skip(stream, MAX_TAIL_BYTES + 1)  # the end holds the checksum of gzip
+            # The end holds the checksum of gzip.
+            n_read += skip(stream, header.n_after + MAX_TAIL_BYTES + 1)
     if is_pair:
         is_unchanged = read_start(header.path, len(header.stored))[0] == header.stored
     if not is_unchanged:
         raise refusal(path, "E_CHANGED", "was replaced while it was being read", "run again")
-    check_voxel_bytes(n_read, len(target), path)
+    check_voxel_bytes(n_read, len(target) + header.n_after, path)
     if not flat.dtype.isnative:
         flat = flat.byteswap(inplace=True).view(flat.dtype.newbyteorder("="))
     return flat.reshape(header.geometry.shape, order="F"), before + digest.hexdigest()
@@ -148,30 +149,51 @@ def highest_label(stored: Volume, path: Path, max_labels: int) -> int:
     labels: set[int] = set()
     for k in range(stored.geometry.shape[2]):
         with np.errstate(over="ignore", invalid="ignore"):  # absurd scales are refused as labels
-            whole = _whole_numbers(stored.intensities(stored.array[:, :, k]), path)
+            whole = _whole_numbers(stored, k, path)
         labels.update(_distinct(whole).tolist())
         if len(labels) > max_labels:
             problem = f"mask holds more than {max_labels:,} distinct values"
-            raise refusal(path, "E_LABELS", problem, _QUESTION)
+            fix = f"if each value is an object, give --objects labels; or {_QUESTION}"
+            raise refusal(path, "E_LABELS", problem, fix)
     return max(labels)
 
 
-def _whole_numbers(values: np.ndarray, path: Path) -> np.ndarray:
-    """Return the labels of a slice as int64."""
-    whole = values
+def holds_fractions(stored: Volume) -> bool:
+    """Check whether a mask holds other values than whole numbers, as a map of probabilities."""
+    if stored.array.dtype.kind != "f" and not stored.is_scaled:
+        return False
+    planes = (stored.array[:, :, k] for k in range(stored.geometry.shape[2]))
+    return any(_fractions(stored.intensities(plane)).size for plane in planes)
+
+
+def _fractions(values: np.ndarray) -> np.ndarray:
+    """Return the values (N,) that are not whole numbers."""
+    return values[np.abs(values - np.rint(values)) > LABEL_TOLERANCE]
+
+
+def _whole_numbers(stored: Volume, k: int, path: Path) -> np.ndarray:
+    """Return the labels of slice `k` as int64."""
+    values = whole = stored.intensities(stored.array[:, :, k])
     if values.dtype.kind == "f":
         whole = np.rint(values)
-        fractions = values[np.abs(values - whole) > LABEL_TOLERANCE]
+        fractions = _fractions(values)
         if fractions.size:
             text = ", ".join(f"{value:g}" for value in np.unique(fractions)[:5])
             rule = "are not whole numbers" if "," in text else "is not a whole number"
-            fix = f"resample labels with nearest neighbour; or {_QUESTION}"
-            raise refusal(path, "E_LABELS", f"mask holds {text}, which {rule}", fix)
+            problem = f"mask holds {text}, which {rule}"
+            raise refusal(path, "E_LABELS", problem, _fix_of_fractions(stored, path))
     low, high = whole.min(), whole.max()
     if low < 0 or high >= 2**53:
         problem = f"mask holds the label {low if low < 0 else high:,.0f}"
         raise refusal(path, "E_LABELS", problem, f"number labels from 0 up; or {_QUESTION}")
     return whole.astype(np.int64)
+
+
+def _fix_of_fractions(stored: Volume, path: Path) -> str:
+    low, high = stored.intensities(np.array(value_range(stored.array, path)))
+    if low >= 0 and high <= 1:
+        return "a map of probabilities must be thresholded; measure and evaluate: --threshold 0.5"
+    return f"resample labels with nearest neighbour; or {_QUESTION}"
 
 
 def _distinct(labels: np.ndarray) -> np.ndarray:

@@ -40,7 +40,7 @@ class LesionRows:
     def __init__(self, view: CanonicalScan) -> None:
         scan = view.scan
         self._names, self._labels = scan.label_names, scan.lesions.labels
-        self._voxel_mm3 = view.voxel_mm3
+        self._voxel_mm3, self._is_slice = view.voxel_mm3, view.slice_axis is not None
         self._shared: dict[str, Any] = {
             "case_id": scan.case_id,
             "intensity_unit": scan.unit.name,
@@ -63,6 +63,7 @@ class LesionRows:
         values, note = joined(cells)
         if label not in self._names:
             note = "; ".join(filter(None, (f"label_name: value {label} has no name", note)))
+        ball_mm = None if self._is_slice else equivalent_diameter_mm(volume_mm3)
         return LesionMeasurement(
             **(self._shared | dict(values)),
             lesion_id=number,
@@ -71,7 +72,7 @@ class LesionRows:
             n_voxels=n_voxels,
             volume_mm3=volume_mm3,
             volume_ml=volume_mm3 / 1000,
-            equiv_sphere_diameter_mm=equivalent_diameter_mm(volume_mm3),
+            equiv_sphere_diameter_mm=ball_mm,
             centroid_r_mm=r,
             centroid_a_mm=a,
             centroid_s_mm=s,

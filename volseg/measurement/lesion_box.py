@@ -29,9 +29,9 @@ class LesionBox:
 
     @property
     def touches_border(self) -> bool:
-        """True if a voxel lies on the edge of the array."""
+        """True if a voxel lies on the edge of the array; a single slice has none across it."""
         sides = zip(self.box, self.view.ids.shape, strict=True)
-        return any(side.start == 0 or side.stop == size for side, size in sides)
+        return any(size > 1 and (side.start == 0 or side.stop == size) for side, size in sides)
 
     def values(self, array: np.ndarray, inside: np.ndarray | None = None) -> np.ndarray:
         """Return the values (N,) of a canonical view where `inside` is true, in any order.

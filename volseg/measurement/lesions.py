@@ -21,6 +21,26 @@ from volseg.measurement.rows import LesionMeasurement
 from volseg.measurement.scan import Box, CanonicalScan, SegmentedScan, n_voxels_of
 from volseg.postprocessing.lesions import centres_mm
 
+# Columns that a scan of one slice, or of one that is not axial, leaves empty.
+OF_VOLUMES = (
+    "volume_mesh_mm3",
+    "surface_area_mm2",
+    "sphericity",
+    "compactness",
+    "least_axis_mm",
+    "flatness",
+    "max3d_diameter_mm",
+)
+OF_AXIAL_SLICES = (
+    "long_axis_mm",
+    "short_axis_mm",
+    "axis_slice",
+    "long_axis_p0_ras",
+    "long_axis_p1_ras",
+    "short_axis_p0_ras",
+    "short_axis_p1_ras",
+    "recist_measurable",
+)
 MEASURED_TOGETHER = 2**20  # voxels in the boxes of lesions
 
 
@@ -110,7 +130,16 @@ def _shape_cells(lesion: LesionBox) -> Cells:
         "bbox_max_ras": point_text(high),
         "touches_border": lesion.touches_border,
     }
-    return Cells(values, "axes: a single voxel has none" if n_voxels == 1 else "")
+    notes = ["axes: a single voxel has none"] if n_voxels == 1 else []
+    slice_axis = lesion.view.slice_axis
+    if slice_axis is not None:
+        values |= dict.fromkeys(OF_VOLUMES)
+        columns = ", ".join((*OF_VOLUMES, "equiv_sphere_diameter_mm"))
+        notes.append(f"{columns}: the scan has a single slice")
+    if slice_axis in (0, 1):
+        values |= dict.fromkeys(OF_AXIAL_SLICES)
+        notes.append(f"{', '.join(OF_AXIAL_SLICES)}: the slice of the scan is not axial")
+    return Cells(values, "; ".join(notes))
 
 
 Measure = Callable[[Sequence[LesionBox]], Sequence[Cells]]

@@ -128,6 +128,11 @@ class CanonicalScan:
             voxel_mm3=scan.voxel_mm3,
         )
 
+    @property
+    def slice_axis(self) -> int | None:
+        """Axis (R, A, S) along which the scan has a single slice; None for a volume."""
+        return self.ids.shape.index(1) if 1 in self.ids.shape else None
+
     def box_of(self, stored: Box) -> Box:
         """Convert a box of the stored array to one of the canonical views."""
         sides = []

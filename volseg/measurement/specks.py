@@ -89,8 +89,8 @@ class Specks:
     @property
     def touches_border(self) -> bool:
         """True if any lesion of the scan touches the border."""
-        ends = ((axis, end) for axis in range(3) for end in (0, -1))
         ids = self.scan.lesions.ids
+        ends = ((axis, end) for axis in range(3) for end in (0, -1) if ids.shape[axis] > 1)
         return any(bool(np.moveaxis(ids, axis, 0)[end].any()) for axis, end in ends)
 
     @property
@@ -182,7 +182,8 @@ class _Extents(Extents):
 def _place_cells(view: CanonicalScan, extents: _Extents, filled: np.ndarray) -> Iterator[Cells]:
     """Return where each of the `filled` lesions lies."""
     low, high = extents.low[:, filled], extents.high[:, filled]
-    touches = (low == 0) | (high == np.array(view.ids.shape)[:, None] - 1)
+    sizes = np.array(view.ids.shape)[:, None]
+    touches = ((low == 0) | (high == sizes - 1)) & (sizes > 1)
     reach = np.abs(view.matrix).sum(axis=1)[:, None] / 2
     low_mm, high_mm = extents.low_mm[:, filled] - reach, extents.high_mm[:, filled] + reach
     for touches_border, *corners in zip(touches.any(axis=0).tolist(), low_mm.T, high_mm.T):

@@ -21,8 +21,7 @@ def summarise(measured: MeasuredLesions) -> CaseRow:
     if scan.organ_voxels:  # else the whole organ would be lesion
         organ_ml = scan.organ_voxels * scan.image.geometry.voxel_volume_mm3 / 1000 + total_ml
     targets = [lesion for lesion in lesions if lesion.recist_measurable]
-    # Diameters are unknown if one of the specks may be measurable.
-    is_known = specks is None or not specks.may_be_measurable
+    is_known = _has_diameters(measured)
     return CaseRow(
         case_id=scan.case_id,
         status="done",
@@ -35,6 +34,13 @@ def summarise(measured: MeasuredLesions) -> CaseRow:
         burden=total_ml / organ_ml if organ_ml else None,
         agatston_score=_agatston_score(measured),
     )
+
+
+def _has_diameters(measured: MeasuredLesions) -> bool:
+    """Check that none is empty, and that none of the specks may be measurable."""
+    if measured.specks is not None and measured.specks.may_be_measurable:
+        return False
+    return all(lesion.recist_measurable is not None for lesion in measured.largest)
 
 
 def _sum_mm(measured: MeasuredLesions, targets: list[LesionMeasurement]) -> float:

@@ -267,6 +267,23 @@ def listed_names(value: Sequence[str] | str | None) -> tuple[str, ...] | None:
     return optional_names(value.split(",") if isinstance(value, str) else value)
 
 
+def label_pairs(value: Mapping[int, int] | Sequence[str] | str | None) -> tuple[str, ...]:
+    """Return pairs of label values such as `255=1` as a tuple.
+
+    >>> label_pairs({255: 1}), label_pairs("4=3")
+    (('255=1',), ('4=3',))
+    """
+    if isinstance(value, Mapping):
+        value = [f"{old}={new}" for old, new in value.items()]
+    pairs = optional_names(value) or ()
+    for pair in pairs:
+        if not re.fullmatch(r"[0-9]{1,9}=[0-9]{1,9}", pair):
+            raise ValueError(f"must be two label values, got {pair!r}", "write it as 255=1")
+    if len({pair.partition("=")[0] for pair in pairs}) < len(pairs):
+        raise ValueError(f"gives a value twice: {', '.join(pairs)}", "give each value once")
+    return pairs
+
+
 def amount(value: float | str | None) -> int | None:
     """Return bytes of memory, from a number or text such as `4G` or `500M`.
 

@@ -14,11 +14,19 @@ from volseg.options.declare import (
     path,
     paths,
 )
-from volseg.options.shared import RESULTS, Announcing, Limited, OnDevice, Pictured, Progressing
+from volseg.options.shared import (
+    RESULTS,
+    Announcing,
+    Limited,
+    OfSeries,
+    OnDevice,
+    Pictured,
+    Progressing,
+)
 
 
 @options
-class InferOptions(OnDevice, Limited, Pictured, Announcing):
+class InferOptions(OnDevice, OfSeries, Limited, Pictured, Announcing):
     """Segment scans and measure every lesion.
 
     Writes masks, lesions.csv and cases.csv. Each mask has the voxel grid of its scan. A lesion is a

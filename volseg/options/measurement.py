@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from volseg.options.declare import (
     Range,
     argument,
+    label_pairs,
     names,
     option,
     optional_names,
@@ -16,14 +17,20 @@ from volseg.options.declare import (
     options,
     path,
 )
-from volseg.options.shared import RESULTS, Announcing, Limited, Pictured
+from volseg.options.shared import RESULTS, Announcing, Limited, OfSeries, Pictured
+
+OBJECTS = ("components", "labels")
+THRESHOLD_HELP = (
+    "A mask that holds fractions, such as probabilities, counts as label 1 from this value up, "
+    "e.g. 0.5. Masks of whole numbers stay as they are."
+)
 
 if TYPE_CHECKING:
     from volseg.recipe import Recipe
 
 
 @options
-class MeasureOptions(Limited, Pictured, Announcing):
+class MeasureOptions(OfSeries, Limited, Pictured, Announcing):
     """Measure the lesions in existing masks, without a model.
 
     Reports volume, density, shape, diameters and position of every lesion. Give --image and --mask,
@@ -62,8 +69,9 @@ class MeasureOptions(Limited, Pictured, Announcing):
     objects: str = option(
         "components: each connected part is a lesion. labels: each mask value is one.",
         default="components",
-        values=("components", "labels"),
+        values=OBJECTS,
     )
+    threshold: float | None = option(THRESHOLD_HELP, default=None, values=Range(0.0))
     label_names: Mapping[int, str] | Path | str | None = option(
         "JSON object or CSV (columns label and name) that names the mask values; default: the "
         "table in the mask file.",
@@ -115,6 +123,18 @@ class EvaluateOptions(Limited, Announcing):
         "enough.",
         default=0.0,
         values=Range(0.0, below=1.0),
+    )
+    objects: str = option(
+        "components: each connected part is a lesion. labels: each mask value is one, and equal "
+        "values in both masks need not be the same lesion.",
+        default="components",
+        values=OBJECTS,
+    )
+    threshold: float | None = option(THRESHOLD_HELP, default=None, values=Range(0.0))
+    labels: tuple[str, ...] = option(
+        "Predicted value that stands for another value in the reference, e.g. 255=1; repeatable.",
+        default=(),
+        converter=label_pairs,
     )
 
 

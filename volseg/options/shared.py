@@ -70,6 +70,16 @@ class Limited(Options):
 
 
 @options
+class OfSeries(Options):
+    volume: int | None = option(
+        "Number of the volume, from 1, in files that hold several (4-D); other files are read as "
+        "they are.",
+        default=None,
+        values=Range(1, 999_999),
+    )
+
+
+@options
 class Pictured(Options):
     figures: bool = option("Also write a PNG per scan with its lesions outlined.", default=False)
     pages: bool = option(

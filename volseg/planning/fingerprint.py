@@ -53,6 +53,8 @@ class DatasetFingerprint(_Json):
     n_ct_like: dict[str, int] = {}
     # cases whose first channel contradicts the recipe's unit → why
     doubted_units: dict[str, str] = {}
+    # cases with a mask or channel in another axis order or extent → notes `W_CODE: sentence`
+    grid_notes: dict[str, tuple[str, ...]] = {}
     # Median extent of the lesions along R, A, S; None if it is unknown, as of an imported model.
     lesion_extent_mm: tuple[float, float, float] | None = None
 
@@ -70,6 +72,7 @@ class CaseFingerprint(_Json):
     samples: dict[str, tuple[float, ...]]
     is_ct_like: dict[str, bool] = {}
     unit_doubt: str = ""  # why the first channel cannot be in the recipe's unit
+    grid_notes: tuple[str, ...] = ()  # as `W_CODE: sentence`
     lesion_extents_mm: tuple[tuple[float, float, float], ...] = ()
 
 

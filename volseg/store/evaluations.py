@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from volseg.evaluation.detection import DetectionRow
 from volseg.evaluation.overlap import OverlapRow
@@ -22,26 +23,33 @@ class EvaluatedCase:
 
     Args:
         masks: SHA-256 of the reference and of the predicted mask.
+        shared: (predicted, reference value) → voxels that have both, of values that the other mask
+            lacks; not stored.
     """
 
     overlap: Sequence[OverlapRow]
     detections: Sequence[DetectionRow]
     masks: tuple[str, str]
+    shared: Mapping[tuple[int, int], int] = field(default_factory=dict)
 
 
 def read_evaluation(
-    outputs: OutputFolder,
-    cases: Collection[str],
+    outputs: OutputFolder, cases: Collection[str], settings: Mapping[str, Any]
 ) -> tuple[float | None, Mapping[str, EvaluatedCase]]:
     """Read `--min-iou` of an earlier evaluation and its rows of these cases.
 
+    Args:
+        settings: how the masks are read.
+
     Returns:
-        (None, {}) if there is no evaluation or one of its files was changed.
+        (None, {}) if there is no evaluation with these settings or one of its files was changed.
     """
     if not all(outputs.is_own(name) for name in (EVALUATION, DETECTIONS, SUMMARY)):
         return None, {}
     try:
         summary = read_json(outputs.path / SUMMARY)
+        if summary["settings"] != settings:
+            return None, {}
         masks = {name: (str(a), str(b)) for name, (a, b) in summary["masks"].items()}
         overlap, detections = defaultdict(list), defaultdict(list)
         for table, row_type, rows in (

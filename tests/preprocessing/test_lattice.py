@@ -1,0 +1,87 @@
+import numpy as np
+import pytest
+from laws import GRIDS, ball, grid_around, orientations
+
+from volseg.preprocessing.lattice import Placement, difference, same_voxels
+from volseg.volume import BoundingBox, Geometry, Volume
+
+
+def volume_of(grid):
+    geometry = grid_around(6, GRIDS[grid]((0.8, 1.0, 2.0)))
+    i, j, k = geometry.shape
+    geometry = Geometry((i + 2, j, k + 1), geometry.affine)  # unequal: a wrong order is noticed
+    values = np.arange(np.prod(geometry.shape), dtype=np.uint32).reshape(geometry.shape)
+    return Volume(values, geometry)
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+def test_every_stored_order_of_a_volume_is_placed_onto_its_grid_bit_for_bit(grid):
+    volume = volume_of(grid)
+    for array, affine in orientations(volume):
+        stored = Volume(array, Geometry(array.shape, affine))
+        placement = same_voxels(stored.geometry, volume.geometry)
+        assert placement is not None
+        view, copy = placement.view(stored), placement.place(stored)
+        np.testing.assert_array_equal(view.array, volume.array)
+        np.testing.assert_array_equal(copy.array, volume.array)
+        assert np.shares_memory(view.array, stored.array)
+        assert copy.array.flags.f_contiguous or not placement.is_reordered
+        assert np.array_equal(view.geometry.affine, volume.geometry.affine)
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+def test_a_crop_in_any_order_lies_where_its_affine_says_and_is_zero_outside(grid):
+    volume = volume_of(grid)
+    box = BoundingBox((2, 0, 1), (9, 7, 5))
+    expected = np.zeros_like(volume.array)
+    expected[box.slices] = volume.array[box.slices]
+    for array, affine in orientations(volume.crop(box)):
+        stored = Volume(array, Geometry(array.shape, affine))
+        placement = Placement.of(stored.geometry, volume.geometry)
+        assert placement is not None and not placement.is_whole
+        np.testing.assert_array_equal(placement.place(stored).array, expected)
+        assert placement.n_outside(stored) == 0
+        # The other way round: a mask that is larger than its scan.
+        larger = Placement.of(volume.geometry, stored.geometry)
+        assert larger is not None
+        np.testing.assert_array_equal(larger.place(volume).array, array)
+        assert larger.n_outside(volume) == np.count_nonzero(volume.array) - np.count_nonzero(array)
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("voxels", [1.0, 3.0, 0.5, 0.2])
+def test_a_shifted_grid_is_another_one_with_its_displacement_in_any_order(grid, voxels):
+    volume = volume_of(grid)
+    shifted = volume.geometry.affine.copy()
+    shifted[:3, 3] += voxels * shifted[:3, 0]
+    moved = Volume(volume.array, Geometry(volume.geometry.shape, shifted))
+    mm = voxels * volume.geometry.spacing_mm[0]
+    for array, affine in orientations(moved):
+        geometry = Geometry(array.shape, affine)
+        assert Placement.of(geometry, volume.geometry) is None
+        problem, fix = difference(geometry, volume.geometry)
+        assert f"a corner is off by {voxels:.3g} voxels ({mm:.3g} mm)" in problem
+        is_reordered = not np.allclose(geometry.voxel_steps_mm, volume.geometry.voxel_steps_mm)
+        assert ("would mirror it" in fix) == is_reordered  # copying the affine is no advice then
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+def test_other_voxels_are_named_by_what_differs(grid):
+    geometry = volume_of(grid).geometry
+    coarse = geometry.affine @ np.diag([2, 2, 1, 1])
+    problem, fix = difference(Geometry(geometry.shape, coarse), geometry)
+    assert "its voxels measure 1.6 × 2 × 2 mm" in problem or grid == "sheared"
+    assert "nearest neighbour" in fix
+    c, s = np.cos(0.1), np.sin(0.1)
+    turned = np.array([[c, -s, 0, 0], [s, c, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]]) @ geometry.affine
+    problem, fix = difference(Geometry(geometry.shape, turned), geometry)
+    assert "rotated by" in problem and "registered" in fix
+    assert Placement.of(Geometry(geometry.shape, turned), geometry) is None
+
+
+def test_two_balls_of_one_place_but_a_mirrored_affine_are_not_the_same_voxels():
+    """A lost affine that mirrors the mask moves it, unless the grid is symmetric."""
+    geometry = grid_around(6, GRIDS["ras"]((1, 1, 1)))
+    mirrored = Geometry(geometry.shape, np.diag([-1.0, 1, 1, 1]) @ geometry.affine)
+    assert Placement.of(mirrored, geometry) is None
+    assert ball(6, geometry).any()

@@ -1,0 +1,25 @@
+"""Files that hold several volumes: `scan.nii.gz#3` is the third volume of `scan.nii.gz`."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+MARKED = re.compile(r"(.+)#([1-9][0-9]{0,5})")
+
+
+def split_volume(path: Path) -> tuple[Path, int | None]:
+    """Return the file, and the number of the volume in it, from 1; None if the path names none.
+
+    >>> split_volume(Path("scan.nii.gz#3"))[1]
+    3
+    """
+    match = MARKED.fullmatch(path.name)
+    if match is None or path.exists():
+        return path, None
+    return path.with_name(match[1]), int(match[2])
+
+
+def with_volume(path: Path, number: int) -> Path:
+    """Return the path of a volume of a file."""
+    return path.with_name(f"{path.name}#{number}")
