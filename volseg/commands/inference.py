@@ -329,6 +329,7 @@ class _Run:
             accept_mismatch=self.options.accept_mismatch,
             on_tile=self._tile_progress(case),
         )
+        result = replace(result, confidence=None)  # free it before the next scan
         scan = read.images[self.model.bundle.recipe.data.channels[0]]
         digests = tuple(image.sha256 for image in read.images.values())
         return _SegmentedCase(scan, result, read.seconds + time.monotonic() - started, digests)

@@ -91,7 +91,7 @@ def is_compressed(path: Path) -> bool:
     return path.name.lower().endswith("gz")
 
 
-def volume_shape(sizes: Sequence[int], path: Path) -> tuple[int, int, int]:
+def volume_shape(sizes: Sequence[int], path: Path | str) -> tuple[int, int, int]:
     """Return the three sizes of a volume; refuse any other number of axes."""
     sizes = list(sizes)
     while len(sizes) > 3 and sizes[-1] == 1:
@@ -109,7 +109,7 @@ def volume_shape(sizes: Sequence[int], path: Path) -> tuple[int, int, int]:
 
 
 def checked_grid(
-    shape: tuple[int, int, int], affine: np.ndarray, path: Path, *, source: str
+    shape: tuple[int, int, int], affine: np.ndarray, path: Path | str, *, source: str
 ) -> tuple[Geometry, list[ScanWarning]]:
     """Return the grid of a scan and its oddities; refuse one that no scanner makes.
 

@@ -46,7 +46,7 @@ def read_header(path: Path) -> ScanHeader:
     shape = volume_shape(sizes[:n_dims], path)
     dtype = _dtype(raw, path)
     slope, intercept, warnings = _scale(raw, path)
-    geometry, grid_warnings = _geometry(raw, shape, path)
+    geometry, grid_warnings = grid_of(raw, shape, path)
     offset, offset_warnings = _offset(raw, is_single, path)
     return ScanHeader(
         geometry=geometry,
@@ -84,7 +84,7 @@ def encode(volume: Volume, path: Path, like: ScanHeader | None = None) -> FileCo
     else:
         for field in _GEOMETRY_FIELDS:
             header[field] = source[field]
-    geometry, _ = _geometry(header, volume_shape(volume.geometry.shape, path), path)
+    geometry, _ = grid_of(header, volume_shape(volume.geometry.shape, path), path)
     if not np.array_equal(geometry.affine, affine):
         raise ValueError(f"the affine reads back as\n{geometry.affine}\nnot\n{affine}")
     prefix = header.binaryblock + bytes(4)  # four zeros: no extensions
@@ -206,9 +206,10 @@ def _other_format(stored: bytes) -> tuple[str, str]:
 # ---- geometry
 
 
-def _geometry(
-    raw: Nifti1Header, shape: tuple[int, int, int], path: Path
+def grid_of(
+    raw: Nifti1Header, shape: tuple[int, int, int], path: Path | str
 ) -> tuple[Geometry, list[ScanWarning]]:
+    """Return the grid that a header states, and its oddities; refuse an ambiguous one."""
     unit = int(raw["xyzt_units"]) & 7
     if unit not in (0, 2):  # an unknown unit is read as mm, which every scanner uses
         name = {1: "metre", 3: "micron"}.get(unit, f"code {unit}, unknown to NIfTI")
@@ -263,7 +264,7 @@ def _qform(raw: Nifti1Header) -> np.ndarray:
 
 
 def _check_against_sform(
-    raw: Nifti1Header, pixdim: np.ndarray, geometry: Geometry, path: Path
+    raw: Nifti1Header, pixdim: np.ndarray, geometry: Geometry, path: Path | str
 ) -> list[ScanWarning]:
     """Check pixdim and qform, on which other readers may rely, against the sform."""
     spacing = np.array(geometry.spacing_mm)

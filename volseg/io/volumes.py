@@ -47,7 +47,15 @@ def read_volume(path: Path | str, *, is_finite: bool = True) -> Volume:
             checksum is always verified.
     """
     path = Path(path)
-    volume = _read_stored(path)
+    return checked_scan(_read_stored(path), path, is_finite=is_finite)
+
+
+def checked_scan(volume: Volume, path: Path | str, *, is_finite: bool = True) -> Volume:
+    """Return the scan, or refuse its intensities as `read_volume` does.
+
+    Args:
+        path: of the scan, or its name in memory, for messages.
+    """
     range_of = value_range if is_finite or volume.array.dtype.kind != "f" else finite_range
     low, high = range_of(volume.array, path)
     if low == high:
@@ -75,7 +83,15 @@ def read_mask(path: Path | str, *, max_labels: int = MAX_LABELS) -> Volume:
     if not format_of(path).holds_masks:
         problem = f"{format_of(path).name} holds intensities only, no mask"
         raise refusal(path, "E_LABELS", problem, "give the mask in another format, such as NIfTI")
-    stored = _read_stored(path)
+    return checked_mask(_read_stored(path), path, max_labels=max_labels)
+
+
+def checked_mask(stored: Volume, path: Path | str, *, max_labels: int = MAX_LABELS) -> Volume:
+    """Return the labels of a mask as `read_mask` does, or refuse them.
+
+    Args:
+        path: of the mask, or its name in memory, for messages.
+    """
     value_range(stored.array, path)  # NaN labels
     dtype = np.min_scalar_type(highest_label(stored, path, max_labels))
     if stored.array.dtype.kind in "iu" and not stored.is_scaled:

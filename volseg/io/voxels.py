@@ -116,7 +116,7 @@ def _verify(temporary: Path, path: Path, content: FileContent) -> None:
 # ---- values
 
 
-def value_range(array: np.ndarray, path: Path) -> tuple[float, float]:
+def value_range(array: np.ndarray, path: Path | str) -> tuple[float, float]:
     """Return the smallest and largest stored value; refuse values that are not finite."""
     with np.errstate(invalid="ignore"):
         low, high = float(array.min()), float(array.max())
@@ -131,7 +131,7 @@ def value_range(array: np.ndarray, path: Path) -> tuple[float, float]:
     return low, high
 
 
-def finite_range(array: np.ndarray, path: Path) -> tuple[float, float]:
+def finite_range(array: np.ndarray, path: Path | str) -> tuple[float, float]:
     """Return the smallest and largest finite stored value; refuse an array without any."""
     slabs = (array[part] for part in slabs_of(array))
     finite = (slab[np.isfinite(slab)] for slab in slabs)
@@ -141,7 +141,7 @@ def finite_range(array: np.ndarray, path: Path) -> tuple[float, float]:
     return float(min(low for low, _ in ranges)), float(max(high for _, high in ranges))
 
 
-def highest_label(stored: Volume, path: Path, max_labels: int) -> int:
+def highest_label(stored: Volume, path: Path | str, max_labels: int) -> int:
     """Return the largest label of a mask; refuse one with invalid labels (`E_LABELS`)."""
     if stored.array.dtype == np.uint8 and not stored.is_scaled and max_labels >= 256:
         return int(stored.array.max())  # always valid
@@ -156,7 +156,7 @@ def highest_label(stored: Volume, path: Path, max_labels: int) -> int:
     return max(labels)
 
 
-def _whole_numbers(values: np.ndarray, path: Path) -> np.ndarray:
+def _whole_numbers(values: np.ndarray, path: Path | str) -> np.ndarray:
     """Return the labels of a slice as int64."""
     whole = values
     if values.dtype.kind == "f":
