@@ -57,26 +57,31 @@ def _function(function: Any, name: str) -> str:
 
 def _signature(function: Any, name: str) -> str:
     """Return the call with an argument per line, if there are several."""
-    signature = inspect.signature(function)
-    parameters, is_keyword = [], False
+    signature, parameters = inspect.signature(function), []
     for parameter in signature.parameters.values():
-        if parameter.kind is parameter.KEYWORD_ONLY and not is_keyword:
+        if parameter.kind is parameter.KEYWORD_ONLY and "*" not in parameters:
             parameters.append("*")
-            is_keyword = True
-        parameters.append(_plain(str(parameter)))
-    returned = _plain(str(signature.return_annotation))
+        parameters.append(_parameter(parameter))
     inside = ", ".join(parameters)
     if len(inside) > 60:
         inside = "".join(f"\n    {parameter}," for parameter in parameters) + "\n"
-    return f"{name}({inside}) -> {returned}"
+    return f"{name}({inside}) -> {_plain(signature.return_annotation)}"
 
 
-def _plain(text: str) -> str:
-    """Return an annotation or default without quotes, modules and addresses."""
-    text = re.sub(r"<function (\w+) at 0x[0-9a-f]+>", r"\1", text)
-    text = re.sub(r"<class '([\w.]+)'>", r"\1", text)
-    text = re.sub(r": '([^']*)'", r": \1", text).strip("'")
-    return re.sub(r"\b(?:volseg|pathlib|collections|os)(?:\.\w+)*\.(\w+)", r"\1", text)
+def _parameter(parameter: inspect.Parameter) -> str:
+    text, default = parameter.name, parameter.default
+    if parameter.annotation is not parameter.empty:
+        text += f": {_plain(parameter.annotation)}"
+    if default is parameter.empty:
+        return text
+    shown = default.__name__ if inspect.isfunction(default) else repr(default)
+    return f"{text} = {shown}" if ":" in text else f"{text}={shown}"
+
+
+def _plain(annotation: Any) -> str:
+    """Return an annotation without modules."""
+    text = annotation if isinstance(annotation, str) else getattr(annotation, "__name__", "")
+    return re.sub(r"\b(?:[a-z_]+\.)+(\w+)", r"\1", text or str(annotation))
 
 
 def _markdown(docstring: str) -> Iterator[str]:
@@ -129,7 +134,7 @@ def _member(name: str, value: Any) -> str:
     if isinstance(value, property):
         return f"| `{name}` | {text} |"
     parameters = list(inspect.signature(value).parameters.values())[1:]
-    inside = ", ".join(_plain(str(parameter)) for parameter in parameters).replace("|", "\\|")
+    inside = ", ".join(map(_parameter, parameters)).replace("|", "\\|")
     shown = "" if name == "__call__" else f".{name}"
     return f"| `{shown}({inside})` | {text} |"
 

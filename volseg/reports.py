@@ -184,7 +184,7 @@ class CasesReport(RunReport):
     def _shown_table(self) -> DataFrame:
         """Return the rows of the cases of this call."""
         cases, names = self.cases, [*self.done, *self.kept, *self.failed]
-        return cases[cases["case_id"].isin(names)]
+        return cases.loc[cases["case_id"].isin(names)]
 
     def as_json(self) -> dict[str, Any]:
         content = RunReport.as_json(self)
@@ -366,7 +366,8 @@ class CompareReport(RunReport):
 
 def outcome_of_cases(cases: DataFrame) -> str:
     """Return numbers of scans and lesions, and their volume, from rows of cases.csv."""
-    n_lesions, volume_ml = int(cases["n_lesions"].sum()), float(cases["total_volume_ml"].sum())
+    sums = cases[["n_lesions", "total_volume_ml"]].sum().tolist()
+    n_lesions, volume_ml = int(sums[0]), float(sums[1])
     scans = format_count(len(cases), "scan")
     return f"{scans}: {format_count(n_lesions, 'lesion')}, {volume_ml:.3g} mL"
 

@@ -178,10 +178,14 @@ REFUSED = {
     ),
     "channels of MONAI": (meta((2, 4, 4, 4)), {}, "E_CHANNELS", "2 channels"),
     "batch of MONAI": (meta((1, 1, 4, 4, 4)), {}, "E_NDIM", "batch"),
-    "channels of SimpleITK": (sitk.Image([4, 4, 4], sitk.sitkVectorUInt8, 3), {}, "E_CHANNELS", "3 channels"),
+    "channels of SimpleITK": (
+        sitk.Image([4, 4, 4], sitk.sitkVectorUInt8, 3), {}, "E_CHANNELS", "3 channels",
+    ),
     "slice of SimpleITK": (sitk.Image(4, 4, sitk.sitkUInt8), {}, "E_NDIM", "shape"),
     "complex SimpleITK": (complex_itk(), {}, "E_DTYPE", "type"),
-    "series of nibabel": (nibabel.Nifti1Image(np.ones((4, 4, 4, 9)), np.eye(4)), {}, "E_NDIM", "shape"),
+    "series of nibabel": (
+        nibabel.Nifti1Image(np.ones((4, 4, 4, 9)), np.eye(4)), {}, "E_NDIM", "shape",
+    ),
     "nibabel without a grid": (unplaced(), {}, "E_NOGEOM", "left and right"),
     "ANALYZE": (nibabel.AnalyzeImage(scan().array, np.eye(4)), {}, "E_NOGEOM", "ANALYZE"),
 }  # fmt: skip

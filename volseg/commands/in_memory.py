@@ -138,9 +138,24 @@ class LoadedModel(PathLike[str]):
         """The values of its masks and their names."""
         return self.network.bundle.recipe.data.label_names
 
-    def __call__(self, image: Any, **settings: Any) -> SegmentResult:
-        """Segment a scan: `volseg.segment(image, model=self, ...)`."""
-        return segment(image, **(settings | {"model": self}))
+    def __call__(
+        self,
+        image: Any,
+        *,
+        affine: Any = None,
+        spacing_mm: Sequence[float] | None = None,
+        case_id: str = "scan",
+        accept_mismatch: bool = False,
+    ) -> SegmentResult:
+        """Segment a scan, as `volseg.segment(image, model=self, ...)` does."""
+        return segment(
+            image,
+            model=self,
+            affine=affine,
+            spacing_mm=spacing_mm,
+            case_id=case_id,
+            accept_mismatch=accept_mismatch,
+        )
 
     def __fspath__(self) -> str:
         return str(self.folder)
@@ -166,9 +181,9 @@ def load_model(options: LoadModelOptions) -> LoadedModel:
 
     Example:
         >>> import volseg
-        >>> model = volseg.load_model(device="cpu")
+        >>> model = volseg.load_model("model", device="cpu")
         >>> model.channels, model.labels
-        (('ct',), {1: 'nodule'})
+        (('ct',), {3: 'lesion'})
     """
     if options.model is not None and not options.model.exists():
         raise VolsegError(
@@ -201,7 +216,7 @@ def segment(options: SegmentOptions) -> SegmentResult:
     Example:
         >>> import volseg
         >>> scan = volseg.read_volume("sample_data/images/phantom_15.nii.gz")
-        >>> result = volseg.segment(scan.array, affine=scan.geometry.affine)
+        >>> result = volseg.segment(scan.array, affine=scan.geometry.affine, model="model")
         >>> result.mask.shape == scan.array.shape
         True
         >>> len(result.lesions) == result.lesion_ids.max()

@@ -58,6 +58,16 @@ def infer(options: InferOptions) -> CasesReport:
 
     Raises:
         VolsegError: the request is wrong. A scan that cannot be used becomes a failed row instead.
+
+    Example:
+        >>> import volseg
+        >>> scan = "sample_data/images/phantom_15.nii.gz"
+        >>> result = volseg.infer(scan, model="model", out="results")
+        >>> result.cases["status"].tolist()
+        ['done']
+        >>> mask = result.mask("phantom_15")
+        >>> result.lesion_ids("phantom_15").array.max() == len(result.lesions)
+        True
     """
     started = time.monotonic()
     from volseg.bundle import load_bundle, shipped_bundle

@@ -46,6 +46,17 @@ def measure(options: MeasureOptions) -> CasesReport:
 
     Raises:
         VolsegError: the request is wrong. A pair that cannot be used becomes a failed row instead.
+
+    Example:
+        >>> import volseg
+        >>> result = volseg.measure(
+        ...     image="sample_data/images/phantom_15.nii.gz",
+        ...     mask="sample_data/labels/phantom_15.nii.gz",
+        ...     intensity_unit="HU",
+        ...     out="measured",
+        ... )
+        >>> len(result.lesions) == result.cases["n_lesions"].sum()
+        True
     """
     if options.results is not None:
         _refuse_other_settings(options)

@@ -382,7 +382,9 @@ def _from_nibabel(image: Any, name: str) -> Stored:
         fix = "convert it to NIfTI from the original: ANALYZE does not store left and right"
         raise refusal(name, "E_NOGEOM", "left and right are unknown", fix)
     geometry, warnings = checked_grid(shape, image.affine, name, source="affine")
-    if isinstance(header, Nifti1Header) and np.allclose(header.get_best_affine(), image.affine):
+    if isinstance(header, Nifti1Header) and np.allclose(
+        np.asarray(header.get_best_affine()), image.affine
+    ):
         _, warnings = nifti.grid_of(header, shape, name)
     voxels, slope, intercept = image.dataobj, 1.0, 0.0
     try:

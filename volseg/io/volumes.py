@@ -45,6 +45,11 @@ def read_volume(path: Path | str, *, is_finite: bool = True) -> Volume:
         ScanError: as `read_header`; also if voxels are missing (`E_TRUNCATED`), damaged (`E_CRC`),
             not finite (`E_NAN`) or all equal (`E_CONST`). A gzip file is read to its end, so its
             checksum is always verified.
+
+    Example:
+        >>> scan = read_volume("sample_data/images/phantom_15.nii.gz")
+        >>> scan.array.shape == scan.geometry.shape, scan.geometry.affine.shape
+        (True, (4, 4))
     """
     path = Path(path)
     return checked_scan(_read_stored(path), path, is_finite=is_finite)
@@ -78,6 +83,11 @@ def read_mask(path: Path | str, *, max_labels: int = MAX_LABELS) -> Volume:
         ScanError: as `read_header`; `E_LABELS` for fractional or negative values, or more than
             `max_labels` distinct ones, as when an image is given in place of its mask, or if the
             file format holds no masks.
+
+    Example:
+        >>> mask = read_mask("sample_data/labels/phantom_15.nii.gz")
+        >>> sorted(set(mask.array.ravel().tolist()))
+        [0, 1]
     """
     path = Path(path)
     if not format_of(path).holds_masks:
@@ -141,6 +151,10 @@ def write_volume(volume: Volume, path: Path | str, like: Path | str | None = Non
         EnvironmentProblem: disk full, folder not writable, or other bytes were read back.
         ScanError: `read_volume` would refuse the grid, for example a single slice.
         ValueError: the suffix, dtype or scale cannot be stored, or the grid is not that of `like`.
+
+    Example:
+        >>> mask = read_mask("sample_data/labels/phantom_15.nii.gz")
+        >>> write_volume(mask.with_array(1 - mask.array), "background.nii.gz")
     """
     path = Path(path)
     encode = format_of(path).encode

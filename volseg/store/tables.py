@@ -102,6 +102,13 @@ def read_table(path: Path | str) -> DataFrame:
     Raises:
         VolsegError: the file is not one of the tables of docs/columns.md, cannot be read, or has a
             cell or line that is not valid.
+
+    Example:
+        >>> import volseg
+        >>> scan, mask = (f"sample_data/{kind}/phantom_15.nii.gz" for kind in ("images", "labels"))
+        >>> measured = volseg.measure(image=scan, mask=mask, out="measured")
+        >>> volseg.read_table("measured/cases.csv")["case_id"].tolist()
+        ['phantom_15']
     """
     path = Path(path)
     row_type = TABLES.get(path.name)
