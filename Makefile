@@ -1,6 +1,6 @@
 # make demo   own virtual environment, install, then the main job on sample_data/
 # make test   the test suite          make lint   ruff, pyright, import-linter
-# make docs   write docs/columns.md, docs/options.md
+# make docs   write docs/columns.md, docs/options.md, docs/api.md
 # make bench  the benchmarks that need no other data or peer
 
 PYTHON ?= python3
@@ -27,6 +27,7 @@ lint: $(INSTALLED)
 docs: $(INSTALLED)
 	$(BIN)/python docs/make_columns.py
 	$(BIN)/python docs/make_options.py
+	$(BIN)/python docs/make_api.py
 
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/preprocess.py

@@ -25,7 +25,7 @@ from volseg.bundle import load_bundle
 from volseg.execution.cpu import release_large_blocks
 from volseg.inference.backend import Backend
 from volseg.io.volumes import read_volume
-from volseg.segment import load_model, segment_case
+from volseg.segmentation import load_model, segment_case
 
 
 class Timed:

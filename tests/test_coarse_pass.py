@@ -12,7 +12,7 @@ from volseg.bundle import ModelBundle
 from volseg.inference.torch_backend import TorchBackend
 from volseg.planning.fingerprint import DatasetFingerprint
 from volseg.recipe import parse_recipe
-from volseg.segment import Model, segment_case
+from volseg.segmentation import Model, segment_case
 from volseg.volume import AxisOrder, BoundingBox, Geometry, Volume
 
 RECIPE = """

@@ -1,10 +1,16 @@
 import doctest
+import inspect
 import re
 import runpy
+import shutil
 from importlib import import_module
 from pathlib import Path
 
+import nnunet_folder
 import pytest
+from conftest import TINY
+
+import volseg
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = [
@@ -41,10 +47,32 @@ def test_pages_were_found():
     assert len(PAGES) >= 4
 
 
+def test_the_page_of_python_is_that_of_the_docstrings():
+    page = runpy.run_path(str(ROOT / "docs" / "make_api.py"))["api_page"]()
+    assert (ROOT / "docs" / "api.md").read_text(encoding="utf-8") == page
+    missing = [name for name in volseg.__all__ if f"{name}" not in page and name != "__version__"]
+    assert not missing
+
+
 @pytest.mark.parametrize("module", EXAMPLES)
-def test_examples_in_docstrings_run(module):
+def test_examples_in_docstrings_run(module, tmp_path, monkeypatch, request):
+    source = Path(import_module(module).__file__).read_text(encoding="utf-8")
+    (tmp_path / "sample_data").symlink_to(ROOT / "sample_data")
+    for fixture in ("model", "dataset"):
+        if re.search(rf'^ *(>>>|\.\.\.) .*"{fixture}"', source, re.M):
+            shutil.copytree(request.getfixturevalue(fixture), tmp_path / fixture)
+    (tmp_path / "recipe.toml").write_text(TINY, encoding="utf-8")
+    if nnunet_folder.FOLDER in source:
+        nnunet_folder.write_model(tmp_path)
+    monkeypatch.chdir(tmp_path)
     done = doctest.testmod(import_module(module))
     assert done.attempted and not done.failed
+
+
+def test_every_function_of_the_front_door_has_an_example():
+    functions = [name for name in volseg.__all__ if inspect.isfunction(getattr(volseg, name))]
+    assert len(functions) >= 17
+    assert [name for name in functions if ">>> " not in getattr(volseg, name).__doc__] == []
 
 
 def test_where_things_are_is_where_the_architecture_says():

@@ -143,7 +143,7 @@ def test_no_lymph_nodes_differs_from_the_default():
         ("train", {"epochs": "5"}, "--epochs must be a number"),
         ("train", {"seed": None}, "--seed must be a number"),
         ("train", {"seed": -1}, "--seed must be 0 to 4294967295, got -1"),
-        ("infer", {"model": 3}, "--model cannot be 3"),
+        ("infer", {"model": 3}, "--model must be a path, got 3"),
         ("infer", {"inside": "lung"}, "--inside must be scan or body, got 'lung'"),
         ("infer", {"overlap": 1}, "--overlap must be ≥ 0 and < 1, got 1"),
         ("infer", {"max_ram": "4"}, "--max-ram must be an amount of memory, got '4'"),

@@ -2,7 +2,9 @@
 
 The commands of the command line are functions here: `cases`, `plan`, `preprocess`, `train`,
 `infer`, `measure`, `evaluate`, `compare`, `report`, `quantise`, `check` and `import_nnunet`.
-`read_table` reads their tables as data frames.
+`segment` and `measure_mask` do the same with a scan in memory and write no file; `load_model` loads
+a model once. `read_table` reads tables as data frames, `read_volume`, `read_mask` and
+`write_volume` scans and masks. A problem that you can fix is a `VolsegError`.
 """
 
 from __future__ import annotations
@@ -11,6 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 __all__ = [
+    "Geometry",
+    "VolsegError",
+    "Volume",
     "__version__",
     "cases",
     "check",
@@ -18,30 +23,45 @@ __all__ = [
     "evaluate",
     "import_nnunet",
     "infer",
+    "load_model",
     "measure",
+    "measure_mask",
     "plan",
     "preprocess",
     "quantise",
+    "read_mask",
     "read_table",
+    "read_volume",
     "report",
+    "segment",
     "train",
+    "write_volume",
 ]
 
 if TYPE_CHECKING:
     from volseg.commands import (
+        Geometry,
+        VolsegError,
+        Volume,
         cases,
         check,
         compare,
         evaluate,
         import_nnunet,
         infer,
+        load_model,
         measure,
+        measure_mask,
         plan,
         preprocess,
         quantise,
+        read_mask,
         read_table,
+        read_volume,
         report,
+        segment,
         train,
+        write_volume,
     )
 
 

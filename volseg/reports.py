@@ -1,4 +1,4 @@
-"""What each command did, as values, and the tables that it wrote, as data frames.
+"""What each command did, as values, and what it wrote: tables as data frames, masks as volumes.
 
 A data frame is read from its file on each access, and holds every case of the folder.
 """
@@ -7,18 +7,27 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from volseg.errors import VolsegError
+from volseg.words import format_count, format_list
 
 if TYPE_CHECKING:
     from pandas import DataFrame
 
+    from volseg.volume import Volume
+
+MAX_LINES, MAX_ROWS = 5, 20  # of failures and warnings, of a table in a notebook
 SUCCESS, SOME_FAILED, NONE_SUCCEEDED, INTERRUPTED = 0, 3, 4, 130
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class RunReport:
     """What a command did with its cases."""
+
+    files: ClassVar[tuple[str, ...]] = ()  # that the command may write into `out`
 
     out: Path
     done: Sequence[str] = ()
@@ -48,6 +57,35 @@ class RunReport:
         """A last sentence for the user."""
         return ""
 
+    @property
+    def paths(self) -> dict[str, Path]:
+        """Files of the folder that cover all cases: name without suffix → path."""
+        paths = [self.out / name for name in self.files]
+        return {path.stem: path for path in paths if path.is_file()}
+
+    @property
+    def outcome(self) -> str:
+        """What came out, in a few words."""
+        return format_count(len(self.done) + len(self.kept), "case")
+
+    def __repr__(self) -> str:
+        failed = f", {len(self.failed)} failed" if self.failed else ""
+        goal = self.paths.get("report", self.out)
+        lines = [f"failed: {case}: {reason}" for case, reason in self.failed.items()]
+        title = type(self).__name__
+        return text_of(title, f"{self.outcome}{failed} → {goal}", [*lines, *self.warnings])
+
+    def _repr_html_(self) -> str:
+        try:
+            frame = self._shown_table()
+        except VolsegError:  # the folder was moved or changed since
+            frame = None
+        return html_of(repr(self), frame)
+
+    def _shown_table(self) -> DataFrame | None:
+        """Return the table that a notebook shows, if any."""
+        return None
+
     def _read_table(self, name: str) -> DataFrame:
         from volseg.store.tables import read_table  # `volseg --help` imports this file
 
@@ -60,7 +98,7 @@ class RunReport:
         return content
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class CasesReport(RunReport):
     """What `infer` or `measure` did.
 
@@ -68,6 +106,8 @@ class CasesReport(RunReport):
         objects: `components` or `labels`. pages: whether report.html was written.
         computed_with: backend and precision of the network; empty without one.
     """
+
+    files: ClassVar[tuple[str, ...]] = ("cases.csv", "lesions.csv", "run.json", "report.html")
 
     objects: str
     pages: bool
@@ -83,6 +123,69 @@ class CasesReport(RunReport):
         """cases.csv: a row per scan, also for a failed one."""
         return self._read_table("cases.csv")
 
+    def mask(self, case: str) -> Volume:
+        """Return the mask of a case, as it is now in the folder, with the corrections in it.
+
+        Raises:
+            VolsegError: the case is not done, or it was measured without a model (`E_RECORD`).
+        """
+        return self._read_mask("masks", case)
+
+    def lesion_ids(self, case: str) -> Volume:
+        """Return the number of the lesion in each voxel of a case, 1 for the largest.
+
+        Raises:
+            VolsegError: the case is not done (`E_RECORD`).
+        """
+        return self._read_mask("lesion_ids", case)
+
+    def mask_path(self, case: str) -> Path:
+        """Return the file of `mask`."""
+        return self._file_of("masks", case)
+
+    def lesion_ids_path(self, case: str) -> Path:
+        """Return the file of `lesion_ids`."""
+        return self._file_of("lesion_ids", case)
+
+    def _read_mask(self, folder: str, case: str) -> Volume:
+        from volseg.io.volumes import read_mask
+
+        return read_mask(self._file_of(folder, case), max_labels=2**32)
+
+    def _file_of(self, folder: str, case: str) -> Path:
+        from volseg.store.records import MASKS, CaseRecord, path_of
+
+        try:
+            record = CaseRecord.read(self.out, case)
+        except (OSError, ValueError, TypeError):
+            record = None
+        if record is None or not record.is_done:
+            names = format_list([*self.done, *self.kept], MAX_LINES, "case")
+            reason = self.failed.get(case, "it is not in the folder")
+            fix = f"give one of {names}" if names else "run it again"
+            raise VolsegError(
+                f"{self.out}: case {case!r} has no result: {reason}", fix=fix, code="E_RECORD"
+            )
+        if folder == MASKS and not record.masks:
+            raise VolsegError(
+                f"{self.out}: `volseg measure` writes no masks",
+                fix="read the mask that you gave, or lesion_ids",
+                code="E_RECORD",
+            )
+        return path_of(self.out, case, {**record.files, **record.corrected}, folder)
+
+    @property
+    def outcome(self) -> str:
+        try:
+            return outcome_of_cases(self._shown_table())
+        except VolsegError:  # the folder was moved or changed since
+            return format_count(len(self.done) + len(self.kept), "scan")
+
+    def _shown_table(self) -> DataFrame:
+        """Return the rows of the cases of this call."""
+        cases, names = self.cases, [*self.done, *self.kept, *self.failed]
+        return cases.loc[cases["case_id"].isin(names)]
+
     def as_json(self) -> dict[str, Any]:
         content = RunReport.as_json(self)
         if not self.computed_with:
@@ -90,7 +193,7 @@ class CasesReport(RunReport):
         return content
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class PreprocessReport(RunReport):
     fingerprint: Mapping[str, Any]  # of the dataset, in a few numbers
 
@@ -103,7 +206,7 @@ class ListingReport(RunReport):
     channels: Sequence[str]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class PlanReport(RunReport):
     """What training would do.
 
@@ -118,8 +221,19 @@ class PlanReport(RunReport):
     folds: int
     plan_file: str = ""  # if it was written
 
+    @property
+    def outcome(self) -> str:
+        """Number of training cases and of decisions."""
+        decisions = format_count(len(self.reasons), "decision")
+        return f"{format_count(self.cases, 'training case')}, {decisions}"
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+    def _shown_table(self) -> DataFrame:
+        from pandas import DataFrame
+
+        return DataFrame([dict(reason) for reason in self.reasons])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class TrainReport(RunReport):
     """What `train` did.
 
@@ -133,6 +247,12 @@ class TrainReport(RunReport):
     preview: str = ""
     interrupted: bool = False
     rank: int = 0
+
+    @property
+    def outcome(self) -> str:
+        """Mean Dice of the validation cases by label, where there are any."""
+        dice = [f"{name} {value:.3f}" for name, value in self.metrics.items() if "dice" in name]
+        return ", ".join(dice) or "a model"
 
     @property
     def exit_code(self) -> int:
@@ -160,7 +280,7 @@ class TrainReport(RunReport):
         return "interrupted: this is the best model so far; add --resume to continue"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class QuantiseReport(RunReport):
     calibration: Mapping[str, int]
     validation: Mapping[str, Any]
@@ -168,19 +288,23 @@ class QuantiseReport(RunReport):
     versions: Mapping[str, str]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class ImportReport(RunReport):
     model: Mapping[str, str]
     sha256: str
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class PagesReport(RunReport):
     page: str
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class EvaluateReport(RunReport):
+    files: ClassVar[tuple[str, ...]] = (
+        "evaluation.csv", "detections.csv", "summary.json", "agreement.png", "froc.png"
+    )  # fmt: skip
+
     summary: Mapping[str, Any]  # content of summary.json
 
     @property
@@ -193,12 +317,25 @@ class EvaluateReport(RunReport):
         """detections.csv: a row per lesion of either mask."""
         return self._read_table("detections.csv")
 
+    @property
+    def outcome(self) -> str:
+        """Number of cases and mean Dice, with its 95 % interval."""
+        text, dice = format_count(len(self.done), "case"), self.summary.get("mean_dice")
+        if dice is None:
+            return text
+        interval = self.summary.get("mean_dice_95")
+        between = "" if interval is None else f" (95 %: {interval[0]:.3f} to {interval[1]:.3f})"
+        return f"{text}, mean Dice {dice:.3f}{between}"
+
+    def _shown_table(self) -> DataFrame:
+        return self.evaluation
+
     def as_json(self) -> dict[str, Any]:
         content = RunReport.as_json(self)
         return content | dict(content.pop("summary"))
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class CompareReport(RunReport):
     """What `compare` did.
 
@@ -206,6 +343,8 @@ class CompareReport(RunReport):
         patients: rows of response.csv. unpaired: case → why it has no partner.
         not_listed: cases of each time point that the pairs do not name.
     """
+
+    files: ClassVar[tuple[str, ...]] = ("response.csv", "comparison.csv", "report.html")
 
     patients: Sequence[Mapping[str, Any]]
     unpaired: Mapping[str, str] = field(default_factory=dict)
@@ -220,3 +359,38 @@ class CompareReport(RunReport):
     def changes(self) -> DataFrame:
         """comparison.csv: a row per pair of lesions, and per lesion without a partner."""
         return self._read_table("comparison.csv")
+
+    @property
+    def outcome(self) -> str:
+        """Number of patients, and how many have each response."""
+        responses = [str(row.get("response") or "no response") for row in self.patients]
+        counts = [f"{responses.count(name)} {name}" for name in sorted(set(responses))]
+        text = format_count(len(self.patients), "patient")
+        return f"{text}: {', '.join(counts)}" if counts else text
+
+    def _shown_table(self) -> DataFrame:
+        return self.responses
+
+
+def outcome_of_cases(cases: DataFrame) -> str:
+    """Return numbers of scans and lesions, and their volume, from rows of cases.csv."""
+    sums = cases[["n_lesions", "total_volume_ml"]].sum().tolist()
+    n_lesions, volume_ml = int(sums[0]), float(sums[1])
+    scans = format_count(len(cases), "scan")
+    return f"{scans}: {format_count(n_lesions, 'lesion')}, {volume_ml:.3g} mL"
+
+
+def text_of(title: str, outcome: str, remarks: Sequence[str]) -> str:
+    """Return what a result shows: its outcome, and the first of its failures and warnings."""
+    lines = [f"{title}: {outcome}", *(f"  {remark}" for remark in remarks[:MAX_LINES])]
+    more = len(remarks) - MAX_LINES
+    return "\n".join([*lines, *([f"  and {more} more"] if more > 0 else [])])
+
+
+def html_of(text: str, frame: DataFrame | None) -> str:
+    """Return a result as HTML for a notebook: its text and a table without empty columns."""
+    parts = [f"<pre>{escape(text)}</pre>"]
+    if frame is not None and len(frame):
+        shown = frame.dropna(axis="columns", how="all")
+        parts.append(shown.to_html(index=False, max_rows=MAX_ROWS, na_rep="", border=0))
+    return "\n".join(parts)

@@ -262,7 +262,7 @@ class AxisOrder:
         return array[tuple(slice(None, None, -1 if flip else None) for flip in self.flipped)]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
 class Volume:
     """A scan or a mask on its grid.
 
@@ -283,6 +283,13 @@ class Volume:
     def __post_init__(self) -> None:
         if self.array.shape != self.geometry.shape:
             raise ValueError(f"array has shape {self.array.shape}, expected {self.geometry.shape}")
+
+    def __repr__(self) -> str:
+        shape = " × ".join(map(str, self.array.shape))
+        spacing = " × ".join(f"{mm:.4g}" for mm in self.geometry.spacing_mm)
+        return (
+            f"Volume({shape} voxels, {self.array.dtype}, {spacing} mm, {self.geometry.axis_codes})"
+        )
 
     @property
     def is_scaled(self) -> bool:

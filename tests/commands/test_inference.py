@@ -187,7 +187,7 @@ def test_tiles_are_the_progress_of_a_single_scan_and_a_separate_stage_of_several
     dataset, model, tmp_path
 ):
     from volseg.bundle import load_bundle
-    from volseg.segment import load_model, segment_case
+    from volseg.segmentation import load_model, segment_case
 
     scans = {name: dataset / "images" / f"{name}.nii.gz" for name in ("scan_6", "scan_7")}
     loaded, totals = load_model(load_bundle(model), "cpu"), {}
@@ -234,7 +234,7 @@ def test_the_announced_cost_of_overlap_and_tta_is_the_true_one(
     overlap, tta_axes, dataset, model, tmp_path
 ):
     from volseg.bundle import load_bundle, save_bundle
-    from volseg.segment import load_model, segment_case
+    from volseg.segmentation import load_model, segment_case
 
     scan = read_volume(dataset / "images" / "scan_6.nii.gz")
     # Without air nothing is cropped, and no tile is empty.

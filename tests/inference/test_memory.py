@@ -203,7 +203,7 @@ ctypes.CDLL(None).mallopt(M_TOP_PAD, 1 << 20)  # address space reserved ahead is
 from volseg.bundle import load_bundle
 from volseg.errors import VolsegError
 from volseg.inference.memory import MemoryLimits, ScanSize, plan_memory
-from volseg.segment import load_model, network_pass, segment_case
+from volseg.segmentation import load_model, network_pass, segment_case
 from volseg.volume import Geometry, Volume
 
 bundle = load_bundle(Path(sys.argv[1]))

@@ -4,6 +4,14 @@ from volseg.commands.checking import check, table_columns
 from volseg.commands.comparing import compare
 from volseg.commands.evaluating import evaluate
 from volseg.commands.importing import import_nnunet
+from volseg.commands.in_memory import (
+    LoadedModel,
+    MaskResult,
+    SegmentResult,
+    load_model,
+    measure_mask,
+    segment,
+)
 from volseg.commands.inference import infer
 from volseg.commands.listing import cases
 from volseg.commands.measuring import measure
@@ -12,27 +20,42 @@ from volseg.commands.preparing import preprocess
 from volseg.commands.quantising import quantise
 from volseg.commands.reporting import report
 from volseg.commands.training import train
+from volseg.errors import VolsegError
+from volseg.io.volumes import read_mask, read_volume, write_volume
 from volseg.measurement.selftest import selftest
 from volseg.options import Progress
 from volseg.reports import RunReport
 from volseg.store.tables import read_table
+from volseg.volume import Geometry, Volume
 
 __all__ = [
+    "Geometry",
+    "LoadedModel",
+    "MaskResult",
     "Progress",
     "RunReport",
+    "SegmentResult",
+    "VolsegError",
+    "Volume",
     "cases",
     "check",
     "compare",
     "evaluate",
     "import_nnunet",
     "infer",
+    "load_model",
     "measure",
+    "measure_mask",
     "plan",
     "preprocess",
     "quantise",
+    "read_mask",
     "read_table",
+    "read_volume",
     "report",
+    "segment",
     "selftest",
     "table_columns",
     "train",
+    "write_volume",
 ]

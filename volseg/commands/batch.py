@@ -22,6 +22,7 @@ from volseg.execution.local import Outcome
 from volseg.execution.memory import Budget
 from volseg.io.cases import Case
 from volseg.io.formats import RESULT_SUFFIX
+from volseg.io.header import ScanWarning
 from volseg.io.volumes import read_header, scan_digest, volume_of, write_volume
 from volseg.measurement.rows import CaseRow
 from volseg.measurement.saturation import intensity_warnings
@@ -310,30 +311,34 @@ def write_case(
         title, is_doubted = scan.case_id, bool(unit.doubt)
         picture = overlay_png(image, ids, largest, title=title, is_doubted=is_doubted)
         commit.write(f"{FIGURES}/{scan.case_id}.png", picture)
-    row = done_row(measured)
+    row = done_row(measured, read_header(measured.path).warnings)
     if files.pages:
         commit.write_all(page_files(row, largest, image, ids, unit=unit.name, box=box))
     return replace(row, seconds=round(measured.seconds + time.monotonic() - started, 2))
 
 
-def done_row(measured: MeasuredCase) -> CaseRow:
-    """Return the row of a measured scan, with its warnings."""
+def done_row(measured: MeasuredCase, oddities: Iterable[ScanWarning]) -> CaseRow:
+    """Return the row of a measured scan, with its warnings.
+
+    Args:
+        oddities: of its header.
+    """
     return replace(
         summarise(measured.lesions),
         image=measured.path.name,
         model=measured.model,
         seconds=round(measured.seconds, 2),
-        warnings="; ".join(_warnings(measured)),
+        warnings="; ".join(_warnings(measured, oddities)),
     )
 
 
-def _warnings(measured: MeasuredCase) -> Iterator[str]:
+def _warnings(measured: MeasuredCase, oddities: Iterable[ScanWarning]) -> Iterator[str]:
     scan, specks = measured.lesions.scan, measured.lesions.specks
     image = scan.image
     if specks is not None:
         yield specks.warning
     yield from measured.remarks
-    for warning in (*read_header(measured.path).warnings, *intensity_warnings(image)):
+    for warning in (*oddities, *intensity_warnings(image)):
         yield f"{warning.code}: {warning.text}"
     if image.array.dtype.kind == "f" and not all(
         np.isfinite(image.array[part]).all() for part in slabs_of(image.array)

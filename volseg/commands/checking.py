@@ -29,6 +29,11 @@ def check(path: Path | str, recipe: Path | str | Recipe | None = None) -> list[P
 
     Args:
         recipe: also check a dataset against this recipe: channels, label values and grids.
+
+    Example:
+        >>> import volseg
+        >>> [problem["code"] for problem in volseg.check("sample_data")]
+        ['W_EMPTY', 'W_EMPTY']
     """
     path, problems = Path(path), []
     try:

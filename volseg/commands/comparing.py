@@ -41,6 +41,15 @@ def compare(options: CompareOptions) -> CompareReport:
     Raises:
         VolsegError: the request is wrong. A patient who cannot be compared becomes a failed row
             instead, and a patient without a pair of scans an `unpaired` row.
+
+    Example:
+        >>> import volseg
+        >>> scan, mask = (f"sample_data/{kind}/phantom_15.nii.gz" for kind in ("images", "labels"))
+        >>> first = volseg.measure(image=scan, mask=mask, out="baseline")
+        >>> second = volseg.measure(image=scan, mask=mask, out="followup")
+        >>> result = volseg.compare("baseline", "followup", out="change")
+        >>> result.responses["response"].tolist()
+        ['SD']
     """
     started = time.monotonic()
     times = (

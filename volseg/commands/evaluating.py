@@ -39,6 +39,13 @@ def evaluate(options: EvaluateOptions) -> EvaluateReport:
 
     Raises:
         VolsegError: no case has both masks. A pair that cannot be compared becomes a failed row.
+
+    Example:
+        >>> import volseg
+        >>> labels = "sample_data/labels"
+        >>> result = volseg.evaluate(reference=labels, predicted=labels, out="evaluation")
+        >>> result.summary["mean_dice"]
+        1.0
     """
     pairs = MaskPairs.of(options)
     with OutputFolder(options.out, "evaluate", inputs=pairs.used) as outputs:

@@ -23,6 +23,13 @@ def import_nnunet(options: ImportOptions) -> ImportReport:
     Raises:
         VolsegError: files are missing or damaged, a checkpoint holds more than weights, or the
             model needs something that volseg does not support.
+
+    Example:
+        >>> import volseg
+        >>> folder = "nnUNetTrainer__nnUNetPlans__3d_fullres"
+        >>> result = volseg.import_nnunet(folder, out="imported")
+        >>> volseg.check("imported")
+        []
     """
     from volseg.bundle import bundle_files, load_bundle, save_bundle
     from volseg.inference.export import export_bundle

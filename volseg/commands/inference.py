@@ -50,7 +50,7 @@ from volseg.words import format_sizes
 if TYPE_CHECKING:  # torch takes seconds to import; only a command that needs it pays
     from volseg.bundle import ModelBundle
     from volseg.inference.memory import MemoryPlan
-    from volseg.segment import CaseResult, Model, OnTile
+    from volseg.segmentation import CaseResult, Model, OnTile
 
 STAGE, TILES = "Segmenting", "Tiles"
 
@@ -61,6 +61,16 @@ def infer(options: InferOptions) -> CasesReport:
 
     Raises:
         VolsegError: the request is wrong. A scan that cannot be used becomes a failed row instead.
+
+    Example:
+        >>> import volseg
+        >>> scan = "sample_data/images/phantom_15.nii.gz"
+        >>> result = volseg.infer(scan, model="model", out="results")
+        >>> result.cases["status"].tolist()
+        ['done']
+        >>> mask = result.mask("phantom_15")
+        >>> result.lesion_ids("phantom_15").array.max() == len(result.lesions)
+        True
     """
     started = time.monotonic()
     from volseg.bundle import load_bundle, shipped_bundle
@@ -135,7 +145,7 @@ def _load_model(
     bundle: ModelBundle, folder: Path, cases: Sequence[Case], n_cases: int, options: InferOptions
 ) -> tuple[Model, _Plans]:
     """Load the networks, compiled for as many tiles at a time as fit into memory."""
-    from volseg.segment import load_model
+    from volseg.segmentation import load_model
 
     requested = {"backend": options.backend, "precision": options.precision, "folder": folder}
     model = load_model(bundle, options.device, **requested)
@@ -166,7 +176,7 @@ def _plan_memory(
     cases: Sequence[Case], n_cases: int, model: Model, options: InferOptions
 ) -> _Plans:
     from volseg.inference.memory import MemoryLimits, ScanSize, gpu_memory, plan_memory
-    from volseg.segment import network_pass
+    from volseg.segmentation import network_pass
 
     max_vram = None
     if model.device != "cpu":
@@ -329,7 +339,7 @@ class _Run:
         return _ReadCase(images, time.monotonic() - started)
 
     def segment(self, case: Case, read: _ReadCase) -> _SegmentedCase:
-        from volseg.segment import segment_case
+        from volseg.segmentation import segment_case
 
         started = time.monotonic()
         result = segment_case(
@@ -340,6 +350,7 @@ class _Run:
             accept_mismatch=self.options.accept_mismatch,
             on_tile=self._tile_progress(case),
         )
+        result = replace(result, confidence=None)  # free it before the next scan
         scan = read.images[self.model.bundle.recipe.data.channels[0]]
         digests = tuple(image.sha256 for image in read.images.values())
         seconds, notes = read.seconds + time.monotonic() - started, channel_notes(read.images)
@@ -402,7 +413,7 @@ class _Run:
         return show
 
     def _announce_time(self, cases: Iterable[Case]) -> None:
-        from volseg.segment import estimate_work
+        from volseg.segmentation import estimate_work
 
         plans = self.plans.fitting
         shapes = [plans[case.id].shape for case in cases if case.id in plans]

@@ -7,7 +7,6 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from volseg.commands.batch import MeasuredCase
@@ -21,7 +20,7 @@ from volseg.io.label_table import read_label_table
 from volseg.io.volumes import MAX_LABELS, read_header, read_mask, read_volume
 from volseg.measurement.memory import plan_measuring
 from volseg.measurement.scan import SegmentedScan
-from volseg.measurement.specks import measure_largest
+from volseg.measurement.specks import MeasuredLesions, measure_largest
 from volseg.measurement.units import Unit, judge_unit
 from volseg.postprocessing.lesions import Objects, label_lesions, remove_organ
 from volseg.recipe import Measure
@@ -43,6 +42,11 @@ class MaskSettings:
     measure: Measure
     threshold: float | None = None  # of masks that hold fractions
 
+    @property
+    def max_labels(self) -> int:
+        """Number of distinct values from which a mask is taken for an image."""
+        return MAX_LABELS if self.objects == "components" else MAX_OBJECTS
+
     def key_options(self, *, figures: bool) -> dict[str, Any]:
         """Return the settings on which a case's files depend, as JSON."""
         names = {str(value): name for value, name in self.label_names.items()}
@@ -58,25 +62,18 @@ def measure_mask(case: Case, settings: MaskSettings) -> MeasuredCase:
     path = case.images["image"]
     assert case.reference is not None
     scan = read_volume(path, is_finite=False)
-    mask = read_mask(
-        case.reference, max_labels=most_labels(settings.objects), threshold=settings.threshold
+    mask = read_mask(case.reference, max_labels=settings.max_labels, threshold=settings.threshold)
+    masked = MaskedScan(
+        case_id=case.id,
+        scan=scan,
+        mask=mask,
+        names=(str(path), str(case.reference)),
+        label_names=settings.label_names or read_label_table(case.reference),
     )
-    names = {"mask_name": str(case.reference), "grid_name": str(path)}
-    placed = place_mask(mask, scan.geometry, **names)
-    mask = placed.mask
-    unit = judge_unit(scan, settings.intensity_unit, by=settings.stated_by)
-    if settings.unit_doubt:
-        unit = replace(unit, doubt=settings.unit_doubt)
-    segmented = _segmented(case, scan, mask, unit, settings)
-    remarks = [*settings.remarks, *placed.notes]
-    if unit.doubt and not any(unit.doubt in text for text in remarks):
-        remarks.insert(0, f"W_UNIT: {unit.doubt}")
-    if segmented.organ_voxels and not segmented.lesions.labels:
-        organ = settings.measure.organ
-        remarks.append(f"{ORGAN}: no label but the organ, {organ}, so no lesion was measured")
+    lesions, remarks = measure_masked(masked, settings)
     return MeasuredCase(
         path=path,
-        lesions=measure_largest(segmented),
+        lesions=lesions,
         seconds=time.monotonic() - started,
         sha256=(scan.sha256, mask.sha256),
         remarks=remarks,
@@ -88,21 +85,57 @@ def most_labels(objects: str) -> int:
     return MAX_OBJECTS if objects == "labels" else MAX_LABELS
 
 
-def _segmented(
-    case: Case, scan: Volume, mask: Volume, unit: Unit, settings: MaskSettings
-) -> SegmentedScan:
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class MaskedScan:
+    """A scan with its mask.
+
+    Args:
+        names: of scan and mask, for messages. label_names: value of the mask → name.
+    """
+
+    case_id: str
+    scan: Volume
+    mask: Volume
+    names: tuple[str, str]
+    label_names: Mapping[int, str]
+
+
+def measure_masked(masked: MaskedScan, settings: MaskSettings) -> tuple[MeasuredLesions, list[str]]:
+    """Return the lesions of a mask, and remarks on unit and organ as `W_CODE: sentence`.
+
+    Raises:
+        VolsegError: the mask lies on another grid than its scan, or lacks a stated label.
+    """
+    scan = masked.scan
+    grid_name, mask_name = masked.names
+    placed = place_mask(masked.mask, scan.geometry, mask_name=mask_name, grid_name=grid_name)
+    masked = replace(masked, mask=placed.mask)
+    unit = judge_unit(scan, settings.intensity_unit, by=settings.stated_by)
+    if settings.unit_doubt:
+        unit = replace(unit, doubt=settings.unit_doubt)
+    segmented = _segmented(masked, unit, settings)
+    remarks = [*settings.remarks, *placed.notes]
+    if unit.doubt and not any(unit.doubt in text for text in remarks):
+        remarks.insert(0, f"W_UNIT: {unit.doubt}")
+    if segmented.organ_voxels and not segmented.lesions.labels:
+        organ = settings.measure.organ
+        remarks.append(f"{ORGAN}: no label but the organ, {organ}, so no lesion was measured")
+    return measure_largest(segmented), remarks
+
+
+def _segmented(masked: MaskedScan, unit: Unit, settings: MaskSettings) -> SegmentedScan:
     """Return what is measured: the lesions without the organ, and their names."""
-    assert case.reference is not None
-    names = _Names(settings.label_names or read_label_table(case.reference))
-    array, organ_voxels, measure = mask.array, None, settings.measure
+    scan, (_, mask_name) = masked.scan, masked.names
+    names = _Names(masked.label_names)
+    array, organ_voxels, measure = masked.mask.array, None, settings.measure
     if measure.organ is not None:
-        array, organ_voxels = remove_organ(array, _value_of(measure.organ, names, case.reference))
-    node_values = {_value_of(label, names, case.reference) for label in measure.lymph_nodes}
+        array, organ_voxels = remove_organ(array, _value_of(measure.organ, names, mask_name))
+    node_values = {_value_of(label, names, mask_name) for label in measure.lymph_nodes}
     lesions = label_lesions(array, scan.geometry, objects=settings.objects)
     values = [value for value in dict.fromkeys(lesions.labels) if value in node_values]
     nodes = tuple(names[value] for value in values)
     return SegmentedScan(
-        case_id=case.id,
+        case_id=masked.case_id,
         image=scan,
         lesions=lesions,
         unit=unit,
@@ -112,7 +145,7 @@ def _segmented(
     )
 
 
-def _value_of(label: str, names: Mapping[int, str], path: Path) -> int:
+def _value_of(label: str, names: Mapping[int, str], path: str) -> int:
     """Return the value of a label given as a name, `label_7` or `7`; never the background."""
     values = [value for value, name in names.items() if name == label]
     values = values or [label_value(label.removeprefix("label_")) or 0]

@@ -30,7 +30,7 @@ from volseg.io.cases import Case
 from volseg.io.label_names import read_label_names
 from volseg.io.layouts import find_cases, find_scans
 from volseg.io.matching import pair_names
-from volseg.options import MeasureOptions, command
+from volseg.options import MaskOptions, MeasureOptions, command
 from volseg.pages.about import About
 from volseg.postprocessing.lesions import CONNECTIVITY, Objects
 from volseg.recipe import Measure, as_recipe, parse_unit
@@ -48,13 +48,24 @@ def measure(options: MeasureOptions) -> CasesReport:
 
     Raises:
         VolsegError: the request is wrong. A pair that cannot be used becomes a failed row instead.
+
+    Example:
+        >>> import volseg
+        >>> result = volseg.measure(
+        ...     image="sample_data/images/phantom_15.nii.gz",
+        ...     mask="sample_data/labels/phantom_15.nii.gz",
+        ...     intensity_unit="HU",
+        ...     out="measured",
+        ... )
+        >>> len(result.lesions) == result.cases["n_lesions"].sum()
+        True
     """
     if options.results is not None:
         _refuse_other_settings(options)
         return measure_corrected(options.results, options)
     started = time.monotonic()
     pairs, unused = _pairs(options)
-    settings = _settings_of(options)
+    settings = settings_of_masks(options)
     key_options, digests = settings.key_options(figures=options.figures), Inputs(of_masks=True)
     out = options.out or Path(DEFAULT_OUT)
     stated = (options.image, options.mask, options.cases, options.recipe)
@@ -167,7 +178,7 @@ def _unused_warning(unused: Sequence[str], n_pairs: int) -> list[str]:
     ]
 
 
-def _settings_of(options: MeasureOptions) -> MaskSettings:
+def settings_of_masks(options: MaskOptions) -> MaskSettings:
     """Combine the recipe, if any, with the options, which override it."""
     recipe = None if options.recipe is None else as_recipe(options.recipe)
     unit, recipe_unit = _unit_of(options.intensity_unit), None

@@ -43,6 +43,12 @@ def plan(options: PlanOptions) -> PlanReport:
 
     Raises:
         VolsegError: cases cannot be used (the error lists all of them), or nothing fits the budget.
+
+    Example:
+        >>> import volseg
+        >>> result = volseg.plan("sample_data", recipe="smoke")
+        >>> result.cases, result.recipe["preprocess"]["spacing_mm"]
+        (18, [1.2, 1.2, 1.6])
     """
     from volseg.inference.choose import choose_device
     from volseg.planning.close import check_budget

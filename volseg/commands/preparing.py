@@ -59,6 +59,12 @@ def preprocess(options: PreprocessOptions) -> PreprocessReport:
 
     Raises:
         VolsegError: the dataset or recipe is wrong, or no case could be read.
+
+    Example:
+        >>> import volseg
+        >>> result = volseg.preprocess("sample_data", recipe="smoke", out="prepared")
+        >>> len(result.done)
+        20
     """
     return prepare_dataset(options, budget=budget_of(options.device, options.memory))
 

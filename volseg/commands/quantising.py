@@ -45,6 +45,12 @@ def quantise(options: QuantiseOptions) -> QuantiseReport:
     Raises:
         VolsegError: the dataset does not fit the model, or OpenVINO does not support the network.
         EnvironmentProblem: openvino or nncf is not installed.
+
+    Example:
+        >>> import volseg
+        >>> result = volseg.quantise("model", "dataset", cases=2)
+        >>> sorted(result.seconds_per_patch)
+        ['fp32', 'int8']
     """
     keep_freed_memory()
     from volseg.bundle import exported_files, load_bundle

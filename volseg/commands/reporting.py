@@ -26,6 +26,13 @@ def report(options: ReportOptions) -> PagesReport:
 
     Raises:
         VolsegError: `results` is not a results folder.
+
+    Example:
+        >>> import volseg
+        >>> scan, mask = (f"sample_data/{kind}/phantom_15.nii.gz" for kind in ("images", "labels"))
+        >>> measured = volseg.measure(image=scan, mask=mask, out="measured", pages=False)
+        >>> volseg.report("measured").done
+        ['phantom_15']
     """
     out, progress = options.results, options.progress
     if folder_content(out) not in (SAME_KIND["infer"], SAME_KIND["measure"]):

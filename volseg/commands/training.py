@@ -33,6 +33,12 @@ def train(options: TrainOptions) -> TrainReport:
         VolsegError: cases cannot be used (the error lists all of them), the recipe does not fit the
             prepared folder, or the time budget is too short; then the error suggests one, and the
             prepared data are kept.
+
+    Example:
+        >>> import volseg
+        >>> result = volseg.train("dataset", recipe="recipe.toml", out="trained", epochs=1)
+        >>> (result.out / "model.json").is_file()
+        True
     """
     started = time.monotonic() - options.spent_seconds
     time_budget = TimeBudget(seconds=options.time_budget_seconds, started=started)

@@ -71,8 +71,8 @@ def skip(stream: io.RawIOBase, n_bytes: int) -> int:
     return skipped
 
 
-def refusal(path: Path, code: str, problem: str, fix: str) -> ScanError:
-    """Return the error for a file, with its name in one line."""
+def refusal(path: Path | str, code: str, problem: str, fix: str) -> ScanError:
+    """Return the error for a file or a scan in memory, with its name in one line."""
     name = str(path)
     if not name.isprintable():  # such as a line break
         name = repr(name)[1:-1]

@@ -112,7 +112,9 @@ class SeriesShape:
     n_after: int = 0
 
 
-def volume_shape(sizes: Sequence[int], path: Path, *, volume: int | None = None) -> SeriesShape:
+def volume_shape(
+    sizes: Sequence[int], path: Path | str, *, volume: int | None = None
+) -> SeriesShape:
     """Return the sizes of the chosen volume; refuse lines, and a series if none is chosen.
 
     Args:
@@ -148,7 +150,7 @@ def _is_volume_or_slice(i: int, j: int, k: int) -> bool:
 
 
 def checked_grid(
-    shape: tuple[int, int, int], affine: np.ndarray, path: Path, *, source: str
+    shape: tuple[int, int, int], affine: np.ndarray, path: Path | str, *, source: str
 ) -> tuple[Geometry, list[ScanWarning]]:
     """Return the grid of a scan and its oddities; refuse one that no scanner makes.
 

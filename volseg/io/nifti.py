@@ -51,7 +51,7 @@ def read_header(path: Path) -> ScanHeader:
     shape = series.shape
     dtype = _dtype(raw, path)
     slope, intercept, warnings = _scale(raw, path)
-    geometry, grid_warnings = _geometry(raw, shape, path)
+    geometry, grid_warnings = grid_of(raw, shape, path)
     offset, offset_warnings = _offset(raw, is_single, path)
     n_bytes = math.prod(shape) * dtype.itemsize
     return ScanHeader(
@@ -93,7 +93,7 @@ def encode(volume: Volume, path: Path, like: ScanHeader | None = None) -> FileCo
             header[field] = source[field]
         if _is_zero_sform(source):
             header["sform_code"] = 0  # other readers would take it
-    geometry, _ = _geometry(header, volume_shape(volume.geometry.shape, path).shape, path)
+    geometry, _ = grid_of(header, volume_shape(volume.geometry.shape, path).shape, path)
     if not np.array_equal(geometry.affine, affine):
         raise ValueError(f"the affine reads back as\n{geometry.affine}\nnot\n{affine}")
     prefix = header.binaryblock + bytes(4)  # four zeros: no extensions
@@ -215,9 +215,10 @@ def _other_format(stored: bytes) -> tuple[str, str]:
 # ---- geometry
 
 
-def _geometry(
-    raw: Nifti1Header, shape: tuple[int, int, int], path: Path
+def grid_of(
+    raw: Nifti1Header, shape: tuple[int, int, int], path: Path | str
 ) -> tuple[Geometry, list[ScanWarning]]:
+    """Return the grid that a header states, and its oddities; refuse an ambiguous one."""
     unit = int(raw["xyzt_units"]) & 7
     if unit not in (0, 2):  # an unknown unit is read as mm, which every scanner uses
         name = {1: "metre", 3: "micron"}.get(unit, f"code {unit}, unknown to NIfTI")
@@ -252,7 +253,7 @@ def _geometry(
 
 
 def _grid_of_qform(
-    raw: Nifti1Header, shape: tuple[int, int, int], path: Path
+    raw: Nifti1Header, shape: tuple[int, int, int], path: Path | str
 ) -> tuple[Geometry, list[ScanWarning]]:
     pixdim = raw["pixdim"][1:4].astype(np.float64)
     if not (np.isfinite(pixdim).all() and (pixdim > 0).all()):
@@ -291,7 +292,7 @@ def _qform(raw: Nifti1Header) -> np.ndarray:
 
 
 def _check_against_sform(
-    raw: Nifti1Header, pixdim: np.ndarray, geometry: Geometry, path: Path
+    raw: Nifti1Header, pixdim: np.ndarray, geometry: Geometry, path: Path | str
 ) -> list[ScanWarning]:
     """Check pixdim and qform, on which other readers may rely, against the sform."""
     spacing = np.array(geometry.spacing_mm)

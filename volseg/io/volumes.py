@@ -66,9 +66,22 @@ def read_volume(path: Path | str, *, is_finite: bool = True) -> Volume:
         ScanError: as `read_header`; also if voxels are missing (`E_TRUNCATED`), damaged (`E_CRC`),
             not finite (`E_NAN`) or all equal (`E_CONST`). A gzip file is read to its end, so its
             checksum is always verified.
+
+    Example:
+        >>> scan = read_volume("sample_data/images/phantom_15.nii.gz")
+        >>> scan.array.shape == scan.geometry.shape, scan.geometry.affine.shape
+        (True, (4, 4))
     """
     path = Path(path)
-    volume = _read_stored(path)
+    return checked_scan(_read_stored(path), path, is_finite=is_finite)
+
+
+def checked_scan(volume: Volume, path: Path | str, *, is_finite: bool = True) -> Volume:
+    """Return the scan, or refuse its intensities as `read_volume` does.
+
+    Args:
+        path: of the scan, or its name in memory, for messages.
+    """
     range_of = value_range if is_finite or volume.array.dtype.kind != "f" else finite_range
     low, high = range_of(volume.array, path)
     if low == high:
@@ -98,12 +111,31 @@ def read_mask(
         ScanError: as `read_header`; `E_LABELS` for fractional or negative values, or more than
             `max_labels` distinct ones, as when an image is given in place of its mask, or if the
             file format holds no masks.
+
+    Example:
+        >>> mask = read_mask("sample_data/labels/phantom_15.nii.gz")
+        >>> sorted(set(mask.array.ravel().tolist()))
+        [0, 1]
     """
     path = Path(path)
     if not format_of(path).holds_masks:
         problem = f"{format_of(path).name} holds intensities only, no mask"
         raise refusal(path, "E_LABELS", problem, "give the mask in another format, such as NIfTI")
-    stored = _read_stored(path)
+    return checked_mask(_read_stored(path), path, max_labels=max_labels, threshold=threshold)
+
+
+def checked_mask(
+    stored: Volume,
+    path: Path | str,
+    *,
+    max_labels: int = MAX_LABELS,
+    threshold: float | None = None,
+) -> Volume:
+    """Return the labels of a mask as `read_mask` does, or refuse them.
+
+    Args:
+        path: of the mask, or its name in memory, for messages.
+    """
     value_range(stored.array, path)  # NaN labels
     if threshold is not None and holds_fractions(stored):
         labels = np.empty(stored.array.shape, np.uint8, order="F")
@@ -165,6 +197,10 @@ def write_volume(volume: Volume, path: Path | str, like: Path | str | None = Non
         EnvironmentProblem: disk full, folder not writable, or other bytes were read back.
         ScanError: `read_volume` would refuse the grid, for example a single slice.
         ValueError: the suffix, dtype or scale cannot be stored, or the grid is not that of `like`.
+
+    Example:
+        >>> mask = read_mask("sample_data/labels/phantom_15.nii.gz")
+        >>> write_volume(mask.with_array(1 - mask.array), "background.nii.gz")
     """
     path = Path(path)
     encode = format_of(path).encode

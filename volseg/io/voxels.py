@@ -117,7 +117,7 @@ def _verify(temporary: Path, path: Path, content: FileContent) -> None:
 # ---- values
 
 
-def value_range(array: np.ndarray, path: Path) -> tuple[float, float]:
+def value_range(array: np.ndarray, path: Path | str) -> tuple[float, float]:
     """Return the smallest and largest stored value; refuse values that are not finite."""
     with np.errstate(invalid="ignore"):
         low, high = float(array.min()), float(array.max())
@@ -132,7 +132,7 @@ def value_range(array: np.ndarray, path: Path) -> tuple[float, float]:
     return low, high
 
 
-def finite_range(array: np.ndarray, path: Path) -> tuple[float, float]:
+def finite_range(array: np.ndarray, path: Path | str) -> tuple[float, float]:
     """Return the smallest and largest finite stored value; refuse an array without any."""
     slabs = (array[part] for part in slabs_of(array))
     finite = (slab[np.isfinite(slab)] for slab in slabs)
@@ -142,7 +142,7 @@ def finite_range(array: np.ndarray, path: Path) -> tuple[float, float]:
     return float(min(low for low, _ in ranges)), float(max(high for _, high in ranges))
 
 
-def highest_label(stored: Volume, path: Path, max_labels: int) -> int:
+def highest_label(stored: Volume, path: Path | str, max_labels: int) -> int:
     """Return the largest label of a mask; refuse one with invalid labels (`E_LABELS`)."""
     if stored.array.dtype == np.uint8 and not stored.is_scaled and max_labels >= 256:
         return int(stored.array.max())  # always valid
@@ -171,7 +171,7 @@ def _fractions(values: np.ndarray) -> np.ndarray:
     return values[np.abs(values - np.rint(values)) > LABEL_TOLERANCE]
 
 
-def _whole_numbers(stored: Volume, k: int, path: Path) -> np.ndarray:
+def _whole_numbers(stored: Volume, k: int, path: Path | str) -> np.ndarray:
     """Return the labels of slice `k` as int64."""
     values = whole = stored.intensities(stored.array[:, :, k])
     if values.dtype.kind == "f":
@@ -189,7 +189,7 @@ def _whole_numbers(stored: Volume, k: int, path: Path) -> np.ndarray:
     return whole.astype(np.int64)
 
 
-def _fix_of_fractions(stored: Volume, path: Path) -> str:
+def _fix_of_fractions(stored: Volume, path: Path | str) -> str:
     low, high = stored.intensities(np.array(value_range(stored.array, path)))
     if low >= 0 and high <= 1:
         return "a map of probabilities must be thresholded; measure and evaluate: --threshold 0.5"

@@ -9,7 +9,13 @@ from volseg.options.declare import (
     ignore_text,
 )
 from volseg.options.inference import InferOptions, ReportOptions
-from volseg.options.measurement import CompareOptions, EvaluateOptions, MeasureOptions
+from volseg.options.measurement import (
+    CompareOptions,
+    EvaluateOptions,
+    MaskOptions,
+    MeasureOptions,
+)
+from volseg.options.memory import LoadModelOptions, MeasureMaskOptions, SegmentOptions
 from volseg.options.training import (
     CasesOptions,
     ImportOptions,
@@ -41,6 +47,9 @@ __all__ = [
     "EvaluateOptions",
     "ImportOptions",
     "InferOptions",
+    "LoadModelOptions",
+    "MaskOptions",
+    "MeasureMaskOptions",
     "MeasureOptions",
     "Options",
     "PlanOptions",
@@ -48,6 +57,7 @@ __all__ = [
     "Progress",
     "QuantiseOptions",
     "ReportOptions",
+    "SegmentOptions",
     "TrainOptions",
     "command",
     "ignore_progress",

@@ -12,12 +12,14 @@ import functools
 import inspect
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass
+from os import PathLike
 from pathlib import Path
 from typing import Any, Literal, ParamSpec, TypeVar, dataclass_transform, overload
 
 from volseg.errors import VolsegError
+from volseg.inputs import shorten
 
 Progress = Callable[[str, float, str], None]  # stage, fraction of it that is done, detail
 Announce = Callable[[str], None]
@@ -30,6 +32,7 @@ BYTES = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 AMOUNT = re.compile(r"(.{1,30}?)\s*([KMGT]?)B?")
 DURATION = re.compile(r"(.{1,30}?)\s*([SMH]?)")
 SECONDS = {"": 1, "S": 1, "M": 60, "H": 3600}
+NOT_A_PATH = "give a path; volseg.segment and volseg.measure_mask take scans in memory"
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,23 +234,35 @@ def documentation(cls: Any, of_function: str) -> str:
     for field in dataclasses.fields(cls):
         if CALLBACK in field.metadata:
             lines.append(f"    {field.name}: {field.metadata[CALLBACK]}")
-    raises = of_function.partition("Raises:")[2]
-    tail = ["", "Raises:" + raises] if raises else []
+    sections = re.split(r"\n(?=(?:Raises|Example):\n)", of_function)[1:]
+    tail = [line for section in sections for line in ("", section.rstrip())]
     return "\n".join([inspect.getdoc(cls) or "", "", "Args:", *lines, *tail])
 
 
-def path(value: Path | str) -> Path:
-    return Path(value)
+def path(value: PathLike[str] | str) -> Path:
+    """Return a path.
+
+    Raises:
+        ValueError: the value is of another type, such as an image in memory.
+    """
+    if isinstance(value, str | PathLike):
+        return Path(value)
+    kind = type(value)
+    shown = f"a {kind.__module__.partition('.')[0]}.{kind.__qualname__}"
+    if kind.__module__ == "builtins":
+        shown = shorten(repr(value))
+    raise ValueError(f"must be a path, got {shown}", NOT_A_PATH)
 
 
-def optional_path(value: Path | str | None) -> Path | None:
-    return None if value is None else Path(value)
+def optional_path(value: PathLike[str] | str | None) -> Path | None:
+    return None if value is None else path(value)
 
 
-def paths(value: Path | str | Sequence[Path | str]) -> tuple[Path, ...]:
+def paths(value: PathLike[str] | str | Sequence[PathLike[str] | str]) -> tuple[Path, ...]:
     """Return one or several paths as a tuple."""
-    given = [value] if isinstance(value, Path | str) else value
-    return tuple(map(Path, given))
+    is_list = isinstance(value, Iterable) and not isinstance(value, str | PathLike | Mapping)
+    is_list &= not hasattr(value, "shape")  # an image in memory
+    return tuple(map(path, value)) if is_list else (path(value),)  # type: ignore[arg-type]
 
 
 def names(value: Sequence[str] | str | None) -> tuple[str, ...]:

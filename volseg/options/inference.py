@@ -26,7 +26,24 @@ from volseg.options.shared import (
 
 
 @options
-class InferOptions(OnDevice, OfSeries, Limited, Pictured, Announcing):
+class LoadOptions(OnDevice):
+    """How the networks of a model run."""
+
+    backend: str = option(
+        "auto, torch or openvino; auto uses OpenVINO on a CPU where it is installed.",
+        default="auto",
+        values=("auto", "torch", "openvino"),
+    )
+    precision: str = option(
+        "auto, fp32, fp16 (half precision, if the hardware supports it) or int8 (see "
+        "`volseg quantise`); auto is fp16 on a GPU and fp32 on a CPU.",
+        default="auto",
+        values=("auto", "fp32", "fp16", "int8"),
+    )
+
+
+@options
+class InferOptions(LoadOptions, OfSeries, Limited, Pictured, Announcing):
     """Segment scans and measure every lesion.
 
     Writes masks, lesions.csv and cases.csv. Each mask has the voxel grid of its scan. A lesion is a
@@ -46,17 +63,6 @@ class InferOptions(OnDevice, OfSeries, Limited, Pictured, Announcing):
         short="-m",
     )
     out: Path = option(RESULTS, default="volseg_results", converter=path, short="-o")
-    backend: str = option(
-        "auto, torch or openvino; auto uses OpenVINO on a CPU where it is installed.",
-        default="auto",
-        values=("auto", "torch", "openvino"),
-    )
-    precision: str = option(
-        "auto, fp32, fp16 (half precision, if the hardware supports it) or int8 (see "
-        "`volseg quantise`); auto is fp16 on a GPU and fp32 on a CPU.",
-        default="auto",
-        values=("auto", "fp32", "fp16", "int8"),
-    )
     overlap: float | None = option(
         "Overlap of neighbouring tiles, 0 to below 1; default: the recipe's. 0.5 takes up to 8 "
         "times as long as 0.",

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from volseg.options.declare import (
+    Options,
     Range,
     argument,
     label_pairs,
@@ -30,7 +31,46 @@ if TYPE_CHECKING:
 
 
 @options
-class MeasureOptions(OfSeries, Limited, Pictured, Announcing):
+class MaskOptions(Options):
+    """What is measured of a mask."""
+
+    objects: str = option(
+        "components: each connected part is a lesion. labels: each mask value is one.",
+        default="components",
+        values=OBJECTS,
+    )
+    threshold: float | None = option(THRESHOLD_HELP, default=None, values=Range(0.0))
+    label_names: Mapping[int, str] | Path | str | None = option(
+        "JSON object or CSV (columns label and name) that names the mask values; default: the "
+        "table in the mask file.",
+        default=None,
+        kind=Path,
+    )
+    intensity_unit: str | None = option(
+        "Unit of the intensities: HU, SUV, a.u. or another; only HU gives density and mass. "
+        "Default: guessed from the scan.",
+        default=None,
+        flag="--unit",
+    )
+    recipe: Path | str | Recipe | None = option(
+        "Take label names, unit and [measure] settings from this recipe.", default=None, kind=str
+    )
+    organ: str | None = option(
+        "Label (name or value) of the organ that contains the lesions; `burden` is the fraction of "
+        "its volume that they fill.",
+        default=None,
+    )
+    lymph_nodes: tuple[str, ...] = option(
+        "Label of lymph nodes, measured along their short axis; repeatable.",
+        default=(),
+        converter=names,
+        flag="--lymph-node",
+    )
+    calcium: bool = option("Also compute Agatston, volume and mass scores.", default=False)
+
+
+@options
+class MeasureOptions(MaskOptions, OfSeries, Limited, Pictured, Announcing):
     """Measure the lesions in existing masks, without a model.
 
     Reports volume, density, shape, diameters and position of every lesion. Give --image and --mask,
@@ -66,39 +106,6 @@ class MeasureOptions(OfSeries, Limited, Pictured, Announcing):
         converter=optional_path,
         short="-o",
     )
-    objects: str = option(
-        "components: each connected part is a lesion. labels: each mask value is one.",
-        default="components",
-        values=OBJECTS,
-    )
-    threshold: float | None = option(THRESHOLD_HELP, default=None, values=Range(0.0))
-    label_names: Mapping[int, str] | Path | str | None = option(
-        "JSON object or CSV (columns label and name) that names the mask values; default: the "
-        "table in the mask file.",
-        default=None,
-        kind=Path,
-    )
-    intensity_unit: str | None = option(
-        "Unit of the intensities: HU, SUV, a.u. or another; only HU gives density and mass. "
-        "Default: guessed from the scan.",
-        default=None,
-        flag="--unit",
-    )
-    recipe: Path | str | Recipe | None = option(
-        "Take label names, unit and [measure] settings from this recipe.", default=None, kind=str
-    )
-    organ: str | None = option(
-        "Label (name or value) of the organ that contains the lesions; `burden` is the fraction of "
-        "its volume that they fill.",
-        default=None,
-    )
-    lymph_nodes: tuple[str, ...] = option(
-        "Label of lymph nodes, measured along their short axis; repeatable.",
-        default=(),
-        converter=names,
-        flag="--lymph-node",
-    )
-    calcium: bool = option("Also compute Agatston, volume and mass scores.", default=False)
 
 
 @options

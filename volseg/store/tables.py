@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from operator import attrgetter
 from pathlib import Path
 from types import NoneType
@@ -101,6 +102,13 @@ def read_table(path: Path | str) -> DataFrame:
     Raises:
         VolsegError: the file is not one of the tables of docs/columns.md, cannot be read, or has a
             cell or line that is not valid.
+
+    Example:
+        >>> import volseg
+        >>> scan, mask = (f"sample_data/{kind}/phantom_15.nii.gz" for kind in ("images", "labels"))
+        >>> measured = volseg.measure(image=scan, mask=mask, out="measured")
+        >>> volseg.read_table("measured/cases.csv")["case_id"].tolist()
+        ['phantom_15']
     """
     path = Path(path)
     row_type = TABLES.get(path.name)
@@ -124,23 +132,37 @@ def read_table(path: Path | str) -> DataFrame:
         ) from error
 
 
+def frame_of(row_type: type, rows: Iterable[Any]) -> DataFrame:
+    """Return rows as `read_table` reads them from a file, with the same digits and types."""
+    file = io.BytesIO()
+    table(row_type, rows)(file)
+    file.seek(0)
+    return _parsed_frame(file, column_names(row_type), row_type)
+
+
 def _typed_frame(path: Path, row_type: type) -> DataFrame:
+    names = next(stream_rows(path), [])
+    with open_regular(path) as file:
+        return _parsed_frame(file, names, row_type)
+
+
+def _parsed_frame(file: BinaryIO, names: Sequence[str], row_type: type) -> DataFrame:
+    """Read a CSV table with these columns."""
     import pandas  # takes half a second; no command needs it
 
-    names, hints = next(stream_rows(path), []), get_type_hints(row_type)
+    hints = get_type_hints(row_type)
     if len(names) > MAX_COLUMNS or len(set(names)) < len(names):
         raise ValueError(f"over {MAX_COLUMNS} columns, or one of them twice")
     types = {name: _column_type(hints.get(name, str)) for name in names}
     floats = {name: kind for name, kind in types.items() if kind == "float64"}
-    with open_regular(path) as file:
-        frame = pandas.read_csv(
-            file,
-            # pandas itself reads some decimals with another last digit than Python.
-            dtype=types | dict.fromkeys(floats, str),  # type: ignore[arg-type]
-            keep_default_na=False,
-            na_values=[""],
-            encoding="utf-8-sig",
-        ).astype(floats)
+    frame = pandas.read_csv(
+        file,
+        # pandas itself reads some decimals with another last digit than Python.
+        dtype=types | dict.fromkeys(floats, str),  # type: ignore[arg-type]
+        keep_default_na=False,
+        na_values=[""],
+        encoding="utf-8-sig",
+    ).astype(floats)
     if not isinstance(frame.index, pandas.RangeIndex):
         raise ValueError("a line has more cells than there are columns")
     for name in (name for name in names if types[name] is str):

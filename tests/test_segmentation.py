@@ -9,7 +9,7 @@ from laws import CountingBackend, oblique, orientations
 from volseg.bundle import load_bundle
 from volseg.errors import ScanError
 from volseg.io.volumes import read_mask, read_volume
-from volseg.segment import load_model, segment_case
+from volseg.segmentation import load_model, segment_case
 from volseg.volume import Geometry, Volume
 
 

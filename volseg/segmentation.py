@@ -55,6 +55,8 @@ class CaseResult:
     """The result for one scan: masks on its own grid and a row per lesion, largest first."""
 
     mask: Volume  # label values of the recipe
+    # (I, J, K) uint8, see SegmentedScan; None once it was dropped to free its memory
+    confidence: np.ndarray | None
     measured: MeasuredLesions
     resemblance: Resemblance  # to the training scans of the model
 
@@ -155,7 +157,7 @@ def segment_case(
         classes=_classes(scan, lesions, model, is_doubted=bool(resemblance.unit.doubt)),
         model=model.bundle.name,
     )
-    return CaseResult(scan.with_array(mask), measure_largest(segmented), resemblance)
+    return CaseResult(scan.with_array(mask), confidence, measure_largest(segmented), resemblance)
 
 
 def network_pass(model: Model) -> NetworkPass:
