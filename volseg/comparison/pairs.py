@@ -182,7 +182,12 @@ def _axes(
     ids = ids.canonical()
     numbers, matrix = ids.array, ids.geometry.voxel_steps_mm
     boxes = ndimage.find_objects(numbers)
-    ends = (f"{axis}_axis_p{n}_ras" for axis in ("long", "short") for n in (0, 1))
+    ends = (
+        f"{axis}_axis_p{n}_{side}_mm"
+        for axis in ("long", "short")
+        for n in (0, 1)
+        for side in "ras"
+    )
     unknown = dict.fromkeys(("axis_slice", *ends))
     measured = {}
     for lesion, members in parts.items():
