@@ -28,7 +28,7 @@ UNKNOWN = {
     "least_axis_mm", "max3d_diameter_mm", "long_axis_mm", "short_axis_mm", "axis_slice",
     "recist_measurable", "nearest_lesion_mm",
 } | {
-    f"{axis}_axis_p{end}_{side}_mm" for axis in ("long", "short") for end in (0, 1) for side in "ras"
+    f"{axis}_axis_p{end}_{side}_mm" for axis in ("long", "short") for end in "01" for side in "ras"
 }  # fmt: skip
 
 

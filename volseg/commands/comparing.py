@@ -25,6 +25,7 @@ from volseg.pages.about import About
 from volseg.pages.comparison_page import comparison_html
 from volseg.reports import CompareReport
 from volseg.store.comparisons import ComparisonFolder
+from volseg.store.reviews import read_reviews
 from volseg.words import format_count
 
 STAGE = "Comparing"
@@ -32,6 +33,7 @@ OUTPUTS = ("comparison.csv", "response.csv", "report.html", "run.json")
 # Settings that run.json repeats.
 RESULT_SETTINGS = ("registration", "max_distance_mm", "lymph_nodes", "figures")
 RESULT_SETTINGS += ("baseline_scans", "followup_scans", "baseline", "followup", "pairs")
+RESULT_SETTINGS += ("baseline_review", "followup_review")
 
 
 @command(CompareOptions)
@@ -44,8 +46,18 @@ def compare(options: CompareOptions) -> CompareReport:
     """
     started = time.monotonic()
     times = (
-        TimePoint("baseline", options.baseline, options.baseline_scans),
-        TimePoint("follow-up", options.followup, options.followup_scans),
+        TimePoint(
+            "baseline",
+            options.baseline,
+            options.baseline_scans,
+            read_reviews(options.baseline_review),
+        ),
+        TimePoint(
+            "follow-up",
+            options.followup,
+            options.followup_scans,
+            read_reviews(options.followup_review),
+        ),
     )
     folders = [folder for point in times for folder in (point.results, point.scans) if folder]
     _check_folders(times, options.out)
@@ -60,7 +72,8 @@ def compare(options: CompareOptions) -> CompareReport:
         nodes = [label for time_point in times for label in time_point.measured_nodes()]
     settings = replace(options, lymph_nodes=tuple(sorted(set(nodes))))
     patients = same_ids(times) if options.pairs is None else read_pairs(options.pairs, times)
-    inputs = folders if options.pairs is None else [*folders, options.pairs]
+    files = (options.pairs, options.baseline_review, options.followup_review)
+    inputs = [*folders, *(path for path in files if path is not None)]
     with ComparisonFolder(options.out, "compare", inputs=inputs) as results:
         report = _compare_patients(patients, times, settings, results, budget)
         report = replace(report, not_listed=_not_listed(patients, times))

@@ -48,7 +48,7 @@ def evaluate(options: EvaluateOptions) -> EvaluateReport:
         rows = _completed(listed, pairs)
         detections = [row for case in listed.values() for row in case.detections]
         results = _label_results(rows, detections)
-        warnings = [*_noisy(rows), *_stale(kept)]
+        warnings = [*_noisy(rows), *_stale(kept), *filter(None, [pairs.reviews.remark(listed)])]
         summary = {
             **_overall(rows, listed, pairs),
             "labels": {str(result.label): as_json(result) for result in results},

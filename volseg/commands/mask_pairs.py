@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from volseg.commands.batch import digest_of
-from volseg.errors import VolsegError
+from volseg.errors import ScanError, VolsegError
 from volseg.evaluation.detection import (
     DetectionRow,
     NoisyMaskError,
@@ -23,12 +23,15 @@ from volseg.evaluation.overlap import COUNTED_TOGETHER, evaluate_case
 from volseg.execution.memory import Budget
 from volseg.io.csv_text import iterate_csv
 from volseg.io.dataset_json import IGNORE, stated_labels
+from volseg.io.formats import RESULT_SUFFIX
 from volseg.io.layouts import find_cases, find_scans, is_dataset
 from volseg.io.volumes import read_header, read_mask
 from volseg.options import EvaluateOptions
 from volseg.postprocessing.lesions import MANY
 from volseg.store.evaluations import EvaluatedCase
 from volseg.store.outputs import RECORDS
+from volseg.store.records import LESION_IDS
+from volseg.store.reviews import Reviews, read_reviews
 from volseg.volume import Volume, slabs_of
 
 SAME_PLACE_MM = 0.01  # tables round centroids to four digits
@@ -42,6 +45,7 @@ class MaskPairs:
         truths, guesses: case id → reference mask and predicted mask.
         label_names: value → name, where it is stated.
         ignored: value of unannotated voxels in the reference, if any.
+        reviews: verdicts of a reader on the predicted lesions.
     """
 
     options: EvaluateOptions
@@ -51,9 +55,11 @@ class MaskPairs:
     label_names: Mapping[int, str]
     ignored: int | None
     budget: Budget
+    reviews: Reviews
 
     @classmethod
     def of(cls, options: EvaluateOptions) -> MaskPairs:
+        reviews = _reviews_of(options)
         truths, guesses = _masks(options.reference), _masks(options.predicted)
         if not truths.keys() & guesses.keys():
             raise VolsegError(
@@ -72,6 +78,7 @@ class MaskPairs:
             predictions=predictions,
             label_names=predictions.label_names | {value: name for name, value in stated.items()},
             ignored=ignored,
+            reviews=reviews,
             budget=Budget(
                 options.max_ram,
                 options.announce,
@@ -90,7 +97,8 @@ class MaskPairs:
     def used(self) -> list[Path]:
         """Files and folders that the call reads."""
         masks = [mask.path for mask in (*self.truths.values(), *self.guesses.values())]
-        return [self.options.reference, self.options.predicted, *masks]
+        review = [] if self.reviews.path is None else [self.reviews.path]
+        return [self.options.reference, self.options.predicted, *masks, *review]
 
     @property
     def unpaired(self) -> dict[str, list[str]]:
@@ -105,12 +113,21 @@ class MaskPairs:
         return self.truths[case_id].patient
 
     def digests(self, case_id: str) -> tuple[str, str]:
-        return digest_of(self.truths[case_id].path), digest_of(self.guesses[case_id].path)
+        truth, guess = digest_of(self.truths[case_id].path), digest_of(self.guesses[case_id].path)
+        return truth, self._reviewed(guess, case_id)
+
+    def _reviewed(self, digest: str | None, case_id: str) -> str:
+        """Return the digest of a predicted mask, with the lesions that a reader rejected."""
+        rejected = self.reviews.rejected(case_id)
+        without = f" without lesions {', '.join(map(str, rejected))}" if rejected else ""
+        return f"{digest}{without}"
 
     def compare(self, case_id: str) -> EvaluatedCase:
         """Compare the two masks of a case."""
         paths = self.truths[case_id].path, self.guesses[case_id].path
         truth, guess = _read_within(self.budget, case_id, *paths)
+        if case_id in self.reviews.of_case:
+            _remove_rejected(guess, case_id, self.options.predicted, self.reviews)
         if self.ignored is not None and truth.array.shape == guess.array.shape:
             for part in slabs_of(truth.array):
                 unannotated = truth.array[part] == self.ignored  # counted as background in both
@@ -132,8 +149,45 @@ class MaskPairs:
         return EvaluatedCase(
             overlap=[replace(row, patient=patient) for row in rows],
             detections=detections,
-            masks=(truth.sha256, guess.sha256),
+            masks=(truth.sha256, self._reviewed(guess.sha256, case_id)),
         )
+
+
+def _reviews_of(options: EvaluateOptions) -> Reviews:
+    reviews = read_reviews(options.review)
+    if reviews and not (options.predicted / LESION_IDS).is_dir():
+        raise VolsegError(
+            f"{options.predicted}: has no folder {LESION_IDS}, to which the numbers of "
+            f"{options.review} refer",
+            fix="give the results folder of `volseg infer` to --predicted",
+            code="E_REVIEW",
+        )
+    return reviews
+
+
+def _remove_rejected(guess: Volume, case_id: str, results: Path, reviews: Reviews) -> None:
+    """Set the voxels of the rejected lesions of a predicted mask to 0, in place.
+
+    Raises:
+        ScanError: the review is of other lesions, or their numbers cannot be read.
+    """
+    path = results / LESION_IDS / f"{case_id}{RESULT_SUFFIX}"
+    ids = read_mask(path, max_labels=2**32)
+    if difference := guess.geometry.difference(ids.geometry):
+        raise ScanError(
+            f"{path}: is not on the grid of the predicted mask: {difference}",
+            fix="run `volseg infer` again",
+            code="E_REVIEW",
+        )
+    sizes: Counter[int] = Counter()
+    for part in slabs_of(ids.array, COUNTED_TOGETHER):
+        numbers, counts = np.unique(ids.array[part], return_counts=True)
+        sizes.update(dict(zip(numbers.tolist(), counts.tolist())))
+    reviews.check(case_id, sizes)
+    is_rejected = np.zeros(max(sizes) + 1, bool)
+    is_rejected[reviews.rejected(case_id)] = True
+    for part in slabs_of(ids.array, COUNTED_TOGETHER):
+        guess.array[part][is_rejected[ids.array[part]]] = 0
 
 
 def _labels_in(mask: Volume) -> set[int]:

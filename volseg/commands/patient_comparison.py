@@ -67,7 +67,19 @@ class PatientComparison:
         """Hash of everything on which the rows of the patient depend."""
         names = ("registration", "max_distance_mm", "figures", "lymph_nodes")
         options = {name: getattr(self.options, name) for name in names}
-        return input_key(options | {"patient": self.name, "scans": self.patient.scans}, self.inputs)
+        options |= {"patient": self.name, "scans": self.patient.scans}
+        options |= {"rejected": rejected} if (rejected := self._rejected) else {}
+        return input_key(options, self.inputs)
+
+    @property
+    def _rejected(self) -> list[list[Any]]:
+        """The time, the case and the numbers of the lesions that a reader rejected."""
+        return [
+            [time_point.name, case, rejected]
+            for cases in self.patient.scans
+            for time_point, case in zip(self.times, cases, strict=True)
+            if case is not None and (rejected := time_point.reviews.rejected(case))
+        ]
 
     @cached_property
     def names(self) -> dict[int, str]:
@@ -96,7 +108,9 @@ class PatientComparison:
                 continue
             record = time_point.record(case)
             n_lesions.append(len(record.lesions))
-            masks.append(read_header(path_of(time_point.results, case, record.files, LESION_IDS)))
+            mask = read_header(path_of(time_point.results, case, record.files, LESION_IDS))
+            # Without the rejected lesions, the others are numbered again in a copy.
+            masks += [mask] * (2 if time_point.reviews.rejected(case) else 1)
             path = time_point.scan_path(record) if self._needs_scans else None
             scans += [] if path is None else [read_header(path)]
         work = {"lesions": pairing_bytes([mask.geometry.shape for mask in masks], n_lesions)}
@@ -165,7 +179,9 @@ class PatientComparison:
             pair = unpaired_scan(before and before.measured, after and after.measured)
             other = "follow-up" if after is None else "baseline"
             warning = f"W_UNPAIRED: there is no {other} scan of what it shows"
-            return _Compared(pair, {}, [warning, *_unit_warnings(before, after)])
+            sides = [side for side in (before, after) if side is not None]
+            rejections = [side.rejection for side in sides if side.rejection]
+            return _Compared(pair, {}, [warning, *_unit_warnings(before, after), *rejections])
         placed = self._place(before, after)
         pair = pair_scans(
             before.measured,
@@ -175,6 +191,7 @@ class PatientComparison:
             max_distance_mm=self.options.max_distance_mm,
         )
         warnings = [*placed.warnings, *_differences(before, after), *_unit_warnings(before, after)]
+        warnings += [side.rejection for side in (before, after) if side.rejection]
         if self._needs_scans:
             warnings += [side.change for side in (before, after) if side.change]
         try:

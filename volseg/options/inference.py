@@ -91,3 +91,9 @@ class ReportOptions(Progressing):
     results: Path = argument(
         "Results folder of `volseg infer` or `volseg measure`.", converter=path
     )
+    review: Path | None = option(
+        "review.csv downloaded from a page; its verdicts and comments appear in report.html. "
+        "Default: review.csv in the results folder, if there is one.",
+        default=None,
+        converter=optional_path,
+    )

@@ -116,6 +116,12 @@ class EvaluateOptions(Limited, Announcing):
         default=0.0,
         values=Range(0.0, below=1.0),
     )
+    review: Path | None = option(
+        "review.csv of the predicted results folder: lesions rejected there are removed from the "
+        "predicted masks first.",
+        default=None,
+        converter=optional_path,
+    )
 
 
 @options
@@ -149,6 +155,16 @@ class CompareOptions(Limited, Announcing):
     )
     followup_scans: Path | None = option(
         "Folder with the later scans, found by file name.", default=None, converter=optional_path
+    )
+    baseline_review: Path | None = option(
+        "review.csv of the baseline results: lesions rejected there are left out.",
+        default=None,
+        converter=optional_path,
+    )
+    followup_review: Path | None = option(
+        "review.csv of the follow-up results, used in the same way.",
+        default=None,
+        converter=optional_path,
     )
     registration: bool = option(
         "Register the later scan to the earlier one, or rely on their world coordinates, which "
