@@ -49,10 +49,11 @@ function surfaceOf(voxels, [nx, ny], number, [low, high]) {
     vertexOf[cellAt(i, j, k)] = points.length / 3;
     for (let n = 0; n < 3; n++) points.push(cell[n] + low[n] - 1 + sum[n] / crossed);
   }
-  for (let k = 1; k < cells[2]; k++) for (let j = 1; j < cells[1]; j++) for (let i = 1; i < cells[0]; i++) {
+  for (let k = 0; k < cells[2]; k++) for (let j = 0; j < cells[1]; j++) for (let i = 0; i < cells[0]; i++) {
     const here = inside[cornerAt(i, j, k)];
     for (let axis = 0; axis < 3; axis++) {
       const next = [i, j, k];
+      if (!next[(axis + 1) % 3] || !next[(axis + 2) % 3]) continue; // outside, where nothing crosses
       next[axis] += 1;
       if (inside[cornerAt(...next)] === here) continue;
       const quad = [[0, 0], [-1, 0], [-1, -1], [0, -1]].map(([b, c]) => {

@@ -317,7 +317,7 @@ async function showSurface() {
   if (solid) { solid.drawScene(); return; }
   solid = new niivue.Niivue({ backColor: [0, 0, 0, 1], show3Dcrosshair: false, isOrientCube: true, dragAndDropEnabled: false, logLevel: "error", loadingText: "", scrollRequiresFocus: false });
   await solid.attachToCanvas(at("surface"));
-  const lesions = viewer.volumes[1], dims = lesions.dims.slice(1, 4);
+  const lesions = viewer.volumes[1], dims = lesions.hdr.dims.slice(1, 4);
   let cells = 0;
   for (const [number, box] of [...boxesOf(lesions.img, dims)].sort((a, b) => a[0] - b[0])) {
     cells += box[0].reduce((product, low, axis) => product * (box[1][axis] - low + 3), 1);
