@@ -1,4 +1,5 @@
-// The surface of labelled voxels: surface nets (Gibson, MICCAI 1998), smoothed twice.
+// The surface of labelled voxels: surface nets (Gibson, MICCAI 1998), smoothed without shrinking
+// (Taubin, SIGGRAPH 1995).
 
 const MAX_SURFACE_CELLS = 30_000_000;
 
@@ -66,18 +67,18 @@ function surfaceOf(voxels, [nx, ny], number, [low, high]) {
       triangles.push(p, q, r, p, r, s);
     }
   }
-  return { points: smoothed(smoothed(points, triangles), triangles), triangles: Uint32Array.from(triangles) };
+  return { points: moved(moved(points, triangles, 0.5), triangles, -0.53), triangles: Uint32Array.from(triangles) };
 }
 
-// Move every point half-way to the mean of its neighbours.
-function smoothed(points, triangles) {
+// Move every point by a part of the way to the mean of its neighbours.
+function moved(points, triangles, part) {
   const sums = new Float64Array(points.length), counts = new Float64Array(points.length / 3);
   for (let t = 0; t < triangles.length; t += 3) for (let side = 0; side < 3; side++) {
     const a = triangles[t + side], b = triangles[t + (side + 1) % 3];
     counts[a] += 1;
     for (let n = 0; n < 3; n++) sums[3 * a + n] += points[3 * b + n];
   }
-  return Float32Array.from(points, (value, n) => (counts[Math.floor(n / 3)] ? (value + sums[n] / counts[Math.floor(n / 3)]) / 2 : value));
+  return Float32Array.from(points, (value, n) => (counts[Math.floor(n / 3)] ? value + part * (sums[n] / counts[Math.floor(n / 3)] - value) : value));
 }
 
 // Convert index coordinates to mm with the rows of an affine.
